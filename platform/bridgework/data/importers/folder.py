@@ -1,0 +1,111 @@
+"""A folder of images with captions: in a CSV or JSONL table, or in a text file of the same name beside each image."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+
+from bridgework.data.importers import Keys, Row, Say, caption, fingerprint, ingest, read_image, read_text
+from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.samples import Sample, pair
+from bridgework.data.shards import Manifest
+from bridgework.errors import DataError
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+TABLES = (".csv", ".jsonl")
+
+
+def run(
+    source: str,
+    dest: str,
+    *,
+    table: str | None = None,
+    image: str = "image",
+    text: str = "caption",
+    licence: str = "unknown",
+    max_bad: float = SHARE,
+    say: Say = print,
+) -> Manifest:
+    """Import the pairs under the folder `source`.
+
+    `table` is a .csv or .jsonl file in it, whose columns `image` and `text` hold a path and a caption; the second
+    caption of one image gets the key `PATH#2`. Without a table, `cat.jpg` is described by `cat.txt`.
+    """
+    names = _names(source)
+    if table is None:
+        content, rows = json.dumps(names), partial(_beside, source, names)
+    elif table.endswith(TABLES):
+        content = read_text(f"{source.rstrip('/')}/{table}")
+        rows = partial(_listed, source, list(_table(content, table)), image, text)
+    else:
+        raise DataError(f"the table {table} is neither {' nor '.join(TABLES)}")
+    return ingest(
+        rows,
+        source,
+        dest,
+        licence=licence,
+        made_by=__name__,
+        parameters={"table": table, "image": image, "text": text, "sha256": fingerprint(content)},
+        max_bad=max_bad,
+        say=say,
+    )
+
+
+def _names(source: str) -> list[tuple[str, int]]:
+    """(path, bytes) of every file below the folder."""
+    fs, root = fsspec.core.url_to_fs(source)
+    if not fs.isdir(root):
+        raise DataError(f"there is no folder {source}")
+    found = fs.find(root, detail=True)
+    return sorted((str(path).removeprefix(root).lstrip("/"), int(info["size"])) for path, info in found.items())
+
+
+def _beside(source: str, names: list[tuple[str, int]]) -> Iterator[Row]:
+    known = {name for name, _ in names}
+    for name in sorted(known):
+        if name.lower().endswith(IMAGES):
+            yield name, partial(_described, source, name, str(PurePosixPath(name).with_suffix(".txt")), known)
+
+
+def _described(source: str, name: str, description: str, known: set[str]) -> Sample:
+    if description not in known:
+        raise BadSample(Reason.EMPTY_TEXT, f"there is no {description} to describe it")
+    try:
+        text = read_image(source, description).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample(Reason.BAD_ROW, f"{description} is not UTF-8 text: {error}") from None
+    return pair(name, read_image(source, name), caption(text))
+
+
+def _table(content: str, table: str) -> Iterator[Any]:
+    """The rows as dictionaries; a line that is no JSON as the text it is."""
+    if table.endswith(".csv"):
+        try:
+            yield from csv.DictReader(io.StringIO(content, newline=""), strict=True)
+        except csv.Error as error:
+            raise DataError(f"{table} is no CSV file: {error}") from None
+        return
+    for line in filter(str.strip, content.split("\n")):
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError):
+            yield line
+
+
+def _listed(source: str, table: list[Any], image: str, text: str) -> Iterator[Row]:
+    keys = Keys()
+    for number, row in enumerate(table):
+        name = row.get(image) if isinstance(row, dict) else None
+        key = keys(name, row.get(text)) if isinstance(name, str) and name else f"row-{number:08d}"
+        yield key, partial(_row, source, key, row, image, text)
+
+
+def _row(source: str, key: str, row: Any, image: str, text: str) -> Sample:
+    if not isinstance(row, dict) or image not in row or text not in row:
+        raise BadSample(Reason.BAD_ROW, f"the row has no columns {image!r} and {text!r}: {str(row)[:80]}")
+    return pair(key, read_image(source, row[image]), caption(row[text]))

@@ -1,0 +1,98 @@
+"""LLaVA's JSON: a list of {"id", "image"?, "conversations": [{"from": "human" | "gpt" | "system", "value"}]}.
+
+`image` is a path, a list of paths, or absent; `<image>` in the texts says where each one stands.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from bridgework.data.importers import PLACEHOLDER, Keys, Row, Say, fingerprint, ingest, read_image, read_text
+from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.samples import Part, Role, Sample
+from bridgework.data.shards import Manifest
+from bridgework.errors import DataError
+
+ROLES: dict[Any, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+def run(
+    source: str,
+    dest: str,
+    *,
+    images: str | None = None,
+    licence: str = "unknown",
+    max_bad: float = SHARE,
+    say: Say = print,
+) -> Manifest:
+    """Import the JSON file `source`; its image paths are relative to `images`, by default the file's own folder.
+
+    LLaVA's mixes use an image's name as the id of many rows: the second conversation about it gets the key `ID#2`.
+    """
+    text = read_text(source)
+    folder = images if images is not None else source.rpartition("/")[0] or "."
+    parameters = {"images": folder, "sha256": fingerprint(text)}
+    return ingest(
+        lambda: _rows(text, source, folder),
+        source,
+        dest,
+        licence=licence,
+        made_by=__name__,
+        parameters=parameters,
+        max_bad=max_bad,
+        say=say,
+    )
+
+
+def _rows(text: str, source: str, folder: str) -> Iterator[Row]:
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source} is not JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise DataError(f"{source} holds a {type(entries).__name__}; a list of conversations is wanted")
+    keys = Keys()
+    for number, entry in enumerate(entries):
+        name = entry.get("id") if isinstance(entry, dict) else None
+        key = keys(str(name), entry) if isinstance(name, str | int) and str(name) else f"row-{number:08d}"
+        yield key, partial(_sample, key, entry, folder)
+
+
+def _sample(key: str, entry: Any, folder: str) -> Sample:
+    if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
+        raise BadSample(Reason.BAD_ROW, "the row is no object with a list `conversations`")
+    names = entry.get("image") or []
+    parts = tuple(_parts(entry["conversations"]))
+    files = tuple(read_image(folder, name) for name in (names if isinstance(names, list) else [names]))
+    return Sample(key, files, parts)
+
+
+def _parts(turns: list[Any]) -> Iterator[Part]:
+    shown = 0
+    for role, text in _turns(turns):
+        for place, stretch in enumerate(text.split(PLACEHOLDER)):
+            if place:
+                yield Part(role, image=shown)
+                shown += 1
+            if stretch:
+                yield Part(role, text=stretch)
+
+
+def _turns(turns: list[Any]) -> Iterator[tuple[Role, str]]:
+    """(role, text): perhaps a system's, then questions and answers by turns, an answer last."""
+    said: list[tuple[Role, str]] = []
+    for turn in turns:
+        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        if speaker not in ROLES or not isinstance(text, str):
+            raise BadSample(Reason.BAD_ROW, f"a turn by {speaker!r}; {', '.join(ROLES)} may speak, and in text")
+        said.append((ROLES[speaker], text))
+    talk = said[1:] if said and said[0][0] == "system" else said
+    if not talk or [role for role, _ in talk] != ["user", "assistant"] * (len(talk) // 2):
+        raise BadSample(Reason.BAD_ROW, "the turns are not questions, each with its answer")
+    for role, text in talk:
+        if role == "assistant" and PLACEHOLDER in text:
+            raise BadSample(Reason.PLACEHOLDERS, f"an answer holds {PLACEHOLDER!r}")
+        if not text.strip():
+            raise BadSample(Reason.EMPTY_TEXT, f"a turn of the {role} is empty")
+    yield from said

@@ -1,0 +1,140 @@
+"""The plan through Ray Data: one item (rank, window) goes to a reader actor and comes back as one block of rows.
+
+Ray Train calls `PlanIngest.configure` at every start of a worker group, with the world size of that moment. The blocks
+of rank 0, 1, .., 0, 1, .. come in order and have equal row counts, so the split, which hands the next block to the rank
+with the fewest rows, hands each rank its own. Every block says whose it is, and `from_ray` believes nothing else.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.train import DataConfig
+
+from bridgework.data.batch import Row
+from bridgework.data.reader import Feed
+from bridgework.errors import RunError
+
+PADDING = -1  # step of a row that only makes the blocks of all ranks equally long
+READER_CPUS = 0.25  # `readers` is the knob: on a small machine a whole CPU each would not fit beside the workers
+BLOCK = pa.schema(
+    [
+        ("rank", pa.int32()),
+        ("world", pa.int32()),
+        ("step", pa.int64()),
+        ("place", pa.int64()),
+        ("key", pa.string()),
+        ("source", pa.int32()),
+        ("ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("images", pa.large_binary()),  # bytes of the array, C order; a window can exceed the 2 GB of `binary`
+        ("shape", pa.list_(pa.int32())),  # four sizes are uint8 pixels, three are float16 features
+    ]
+)
+
+
+class PlanIngest(DataConfig):
+    """Feeds the workers of one stage; the `datasets` that a trainer was given only name the split ("train").
+
+    `start` is asked at every start of a worker group for the next step: that of the newest complete checkpoint.
+    """
+
+    def __init__(self, feed: Feed, start: Callable[[], int], readers: int = 1) -> None:
+        super().__init__()
+        self.feed = feed
+        self.start = start
+        self.readers = readers
+
+    def configure(
+        self,
+        datasets: dict[str, Any],
+        world_size: int,
+        worker_handles: list[Any] | None = None,
+        worker_node_ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        """One iterator per rank, for `from_ray`. Raises SpecError where there are more ranks than lanes."""
+        start = self.start()
+        self.feed.plan().lanes_of(world_size - 1, world_size)
+        span = self.feed.mixture.window
+        windows = -(-self.feed.steps // span) - start // span
+        items = max(windows * world_size, 0)
+        blocks = ray.data.range(items, override_num_blocks=items or None).map_batches(
+            _Windows,
+            fn_constructor_args=(self.feed, world_size, start),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=self.readers),
+            num_cpus=READER_CPUS,
+        )
+        blocks.context.execution_options.preserve_order = True
+        return [{"train": split} for split in blocks.streaming_split(world_size, equal=False)]
+
+
+class _Windows:
+    """The actor: item i is window start // span + i // world of rank i % world."""
+
+    def __init__(self, feed: Feed, world: int, start: int) -> None:
+        self.reader = feed.open()
+        self.world = world
+        self.start = start
+
+    def __call__(self, item: pa.Table) -> pa.Table:
+        feed, plan = self.reader.feed, self.reader.plan
+        window, rank = divmod(item["id"][0].as_py(), self.world)
+        steps = self.reader.window(
+            plan.lanes_of(rank, self.world), self.start // feed.mixture.window + window, first_step=self.start
+        )
+        most = len(plan.lanes_of(0, self.world)) * feed.batch // feed.mixture.lanes * len(steps)
+        return to_block([row for rows in steps for row in rows], rank=rank, world=self.world, length=most)
+
+
+def to_block(rows: list[Row], *, rank: int, world: int, length: int) -> pa.Table:
+    """`rows` as a table of `length` rows of BLOCK; what is missing is padding."""
+    filled = [
+        {
+            "rank": rank,
+            "world": world,
+            "step": row.step,
+            "place": row.place,
+            "key": row.key,
+            "source": row.source,
+            "ids": row.ids,
+            "labels": row.labels,
+            "images": row.images.tobytes(),
+            "shape": row.images.shape,
+        }
+        for row in rows
+    ]
+    padding = {"rank": rank, "world": world, "step": PADDING}
+    return pa.Table.from_pylist(filled + [padding] * (length - len(rows)), BLOCK)
+
+
+def from_ray(shard: ray.data.DataIterator, *, rank: int, world: int, start: int) -> Iterator[list[Row]]:
+    """The rows of one rank for each step from `start` on: what `local` gives.
+
+    Raises RunError for a block of another rank, world or step: the run must stop rather than train on other data.
+    """
+    step = start
+    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow"):
+        owners = {(r.as_py(), w.as_py()) for r, w in zip(block["rank"], block["world"], strict=True)}
+        if owners != {(rank, world)}:
+            raise RunError(f"rank {rank} of {world} was handed rows of (rank, world) {sorted(owners)}: not its own")
+        for found, rows in groupby(_rows(block), key=lambda row: row.step):
+            if found != step:
+                raise RunError(f"rank {rank} was handed rows of step {found} where step {step} is next")
+            yield list(rows)
+            step += 1
+
+
+def _rows(block: pa.Table) -> Iterator[Row]:
+    for number in range(block.num_rows):
+        step, place, key, source, ids, labels, images, shape = (block[name][number] for name in BLOCK.names[2:])
+        if step.as_py() == PADDING:
+            continue
+        sizes = shape.as_py()
+        array = np.frombuffer(images.as_buffer(), np.uint8 if len(sizes) == 4 else np.float16).reshape(sizes)
+        yield Row(step.as_py(), place.as_py(), key.as_py(), source.as_py(), ids.as_py(), labels.as_py(), array)

@@ -1,0 +1,95 @@
+"""What a dataset says of itself: manifest.json beside its shards. Its digest is the dataset's name everywhere.
+
+The digest covers every shard's sha256, so two folders with one digest hold the same bytes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import fsspec
+
+from bridgework.data.samples import SCHEMA_VERSION
+from bridgework.errors import DataError
+
+FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of a dataset."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Rows, shards, and where they came from. Every row group but a shard's last has `group_rows` rows."""
+
+    rows: int
+    group_rows: int
+    shards: tuple[Shard, ...]
+    source: str
+    licence: str
+    made_by: str  # importer or curation
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parents: tuple[str, ...] = ()  # digests of the datasets that this one was made from
+    quarantined: Mapping[str, int] = field(default_factory=dict)  # reason -> rows that the source had and this has not
+    schema: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA_VERSION:
+            raise DataError(
+                f"the manifest is of schema {self.schema}, and this version reads {SCHEMA_VERSION}; import again"
+            )
+        if self.rows != sum(shard.rows for shard in self.shards):
+            raise DataError(f"the manifest counts {self.rows} rows, its shards {sum(s.rows for s in self.shards)}")
+        if any(shard.rows % self.group_rows for shard in self.shards[:-1]):
+            raise DataError(f"a shard before the last has a row count that is no multiple of {self.group_rows}")
+        if any("/" in shard.file or "\\" in shard.file for shard in self.shards):
+            raise DataError("the manifest names a shard outside its own folder")
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) of the canonical JSON of all fields."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"digest": self.digest}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Raises DataError for what is no manifest, or one that no longer matches the digest inside it."""
+        try:
+            fields = json.loads(text)
+            digest = fields.pop("digest")
+            fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
+            manifest = cls(**{**fields, "parents": tuple(fields["parents"])})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"not a manifest: {error}") from None
+        if manifest.digest != digest:
+            raise DataError("the manifest was changed after it was written: its digest does not match")
+        return manifest
+
+
+def read_manifest(path: str) -> Manifest:
+    """The manifest of the dataset at `path` (a folder or a URL). Raises DataError when it is missing or broken."""
+    fs, root = fsspec.core.url_to_fs(path)
+    try:
+        text = fs.cat_file(f"{root}/{FILE}").decode()
+    except FileNotFoundError:
+        torn = fs.exists(root) and any(str(name).endswith(".parquet") for name in fs.ls(root, detail=False))
+        why = "shards but no manifest: a writer was cut off; write it again" if torn else "no dataset here"
+        raise DataError(f"{path}: {why} (looked for {FILE})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}/{FILE}: not a manifest: {error}") from None
+    try:
+        return Manifest.from_json(text)
+    except DataError as error:
+        raise DataError(f"{path}/{FILE}: {error}; restore it, or write the dataset again") from None

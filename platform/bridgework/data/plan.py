@@ -1,0 +1,163 @@
+"""The plan: which rows make the global batch of step s, as a pure function of seed, mixture, manifests and s.
+
+The batch is V lanes side by side, b = batch / V rows of each. A lane walks its own part of every source in windows of
+`window` steps; the W = b * window rows of one window are shuffled and laid out on its steps. World size, readers and
+timing play no part, so the whole cursor of a run is its next step. `mixing` says how many rows of each source a lane
+takes, `dealing` which.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bridgework.data.dealing import Deal
+from bridgework.data.mixing import Ledger, Share, divide, requested
+from bridgework.data.permutation import derive, key_of, shuffle
+from bridgework.errors import DataError, SpecError
+from bridgework.system import Mixture, unique
+
+# S sources  R rows  V lanes  b rows of a lane and step  W rows of a lane and window
+
+_SPARE = 64  # substitutes looked up at a time
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """What the plan knows of a dataset."""
+
+    name: str  # of the source in the mixture
+    digest: str  # of the dataset's manifest
+    rows: int
+    group_rows: int  # rows that are stored, and so read, together
+
+
+class Rows(NamedTuple):
+    """Rows of one lane in the order of use; three arrays of one length."""
+
+    source: npt.NDArray[np.int32]  # place in the mixture
+    epoch: npt.NDArray[np.int32]  # pass over the source, from 0
+    row: npt.NDArray[np.int64]  # of the dataset
+
+
+class Plan:
+    """The order of one stage's rows. `sources` are those of the mixture, in its order.
+
+    An order is keyed by (seed, name and digest of the source), never by its place: another source in the mixture
+    changes how many rows a lane takes of this one, not which come next. In one epoch no row comes twice; lanes go
+    from one epoch to the next at about the same time, not at the same step.
+
+    Raises SpecError for a batch that is not a multiple of the lanes, for sources that are not the mixture's, and for
+    caps that cannot fill the budget; DataError for an empty source.
+    """
+
+    shares: tuple[Share, ...]  # one per source, in order
+    window_rows: int  # W
+
+    def __init__(self, sources: Sequence[SourceRows], mixture: Mixture, *, batch: int, steps: int, seed: int) -> None:
+        _check(sources, mixture, batch, steps)
+        rows = [source.rows for source in sources]
+        weights, capped = divide(mixture, rows, steps=steps, batch=batch)
+        self.shares = tuple(
+            Share(source.name, float(asked), float(weight), float(weight * steps * batch / source.rows), d in capped)
+            for d, (source, asked, weight) in enumerate(zip(sources, requested(mixture, rows), weights, strict=True))
+        )
+        self.window_rows = batch // mixture.lanes * mixture.window
+        self._lanes = mixture.lanes
+        self._step_rows = batch // mixture.lanes
+        self._ledger = Ledger(weights, mixture.lanes)
+        self._period = self._ledger.period(self.window_rows)
+        keys = [key_of(seed, source.name, source.digest) for source in sources]
+        self._sizes = rows
+        self._deal = Deal(rows, [source.group_rows for source in sources], keys, mixture.lanes)
+        self._key = np.array([key_of(seed, "layout")], dtype=np.uint64)
+
+    def lanes_of(self, rank: int, world: int) -> range:
+        """The lanes of a rank. Raises SpecError where a rank would have none."""
+        if not 0 <= rank < world <= self._lanes:
+            raise SpecError(
+                f"rank {rank} of {world} has no lane: data.lanes is {self._lanes}; "
+                "use at most as many workers as lanes, or raise data.lanes"
+            )
+        return range(rank, self._lanes, world)
+
+    def window(self, lane: int, t: int) -> Rows:
+        """The W rows of a lane for steps t * window .. (t + 1) * window - 1: b for the first step, b for the next."""
+        return self._rows(lane, t * self.window_rows, self.window_rows)
+
+    def step(self, s: int) -> list[Rows]:
+        """The global batch of step `s`: b rows of each lane, lane after lane."""
+        return [self._rows(lane, s * self._step_rows, self._step_rows) for lane in range(self._lanes)]
+
+    def substitutes(self, lane: int, t: int, place: int) -> Iterator[tuple[int, int, int]]:
+        """(source, epoch, row) to try, in order, when the row at `place` of the window is bad.
+
+        First the other rows of its source in the window, cyclically from `place` on: they are read already. Then those
+        that the lane takes of it next, as many as the source has rows. Never the bad row itself; ends when all fail.
+        """
+        window = self.window(lane, t)
+        source, bad = int(window.source[place]), int(window.row[place])
+        same = np.flatnonzero(window.source == source)
+        for at in np.roll(same, -int(np.searchsorted(same, place))):
+            if window.row[at] != bad:
+                yield source, int(window.epoch[at]), int(window.row[at])
+        period = t * self.window_rows // self._period
+        first = self._ledger.taken(lane, (period + 1) * self._period)[source]
+        last = first + self._sizes[source]
+        for start in range(first, last, _SPARE):
+            index = np.arange(start, min(start + _SPARE, last))
+            epochs, rows = self._deal.locate(np.full_like(index, source), lane, index)
+            yield from ((source, int(e), int(r)) for e, r in zip(epochs, rows, strict=True) if r != bad)
+
+    def realised(self, steps: int) -> dict[str, int]:
+        """Rows of each source in the first `steps` global batches: arithmetic, but for a period that is cut short."""
+        periods, rest = divmod(steps * self._step_rows, self._period)
+        counts = np.array(self._ledger.total(periods * self._period))
+        if rest:
+            for lane in range(self._lanes):
+                counts += np.bincount(self._draw(lane, periods * self._period, rest)[0], minlength=len(counts))
+        return {share.name: int(count) for share, count in zip(self.shares, counts, strict=True)}
+
+    def _rows(self, lane: int, first: int, count: int) -> Rows:
+        source_R, index_R = self._draw(lane, first, count)
+        epoch_R, row_R = self._deal.locate(source_R, lane, index_R)
+        return Rows(source_R.astype(np.int32), epoch_R, row_R)
+
+    def _draw(self, lane: int, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(source_R, index_R): rows `first` .. of a lane, inside one period, as the index-th that it takes of a source.
+
+        A period, nearly always one window, is what is shuffled: see `Ledger.period`.
+        """
+        if not 0 <= lane < self._lanes or first < 0:
+            raise SpecError(f"lane {lane}, row {first} is not in the plan: lanes are 0 .. {self._lanes - 1}, rows >= 0")
+        period, at = divmod(first, self._period)
+        before = np.array(self._ledger.taken(lane, period * self._period))
+        after = np.array(self._ledger.taken(lane, (period + 1) * self._period))
+        key = derive(self._key, np.array([period * self._lanes + lane], dtype=np.uint64))
+        place_R = shuffle(self._period, key)[at : at + count]
+        ends_S = np.cumsum(after - before)
+        source_R = np.searchsorted(ends_S, place_R, side="right")
+        return source_R, place_R + (after - ends_S)[source_R]
+
+
+def _check(sources: Sequence[SourceRows], mixture: Mixture, batch: int, steps: int) -> None:
+    names, asked = [s.name for s in sources], [s.name for s in mixture.sources]
+    unique("sources", names)
+    if names != asked:
+        raise SpecError(
+            f"the plan got sources {', '.join(names)}, the mixture names {', '.join(asked)}; "
+            "give one SourceRows for each source of the mixture, in its order"
+        )
+    for source in sources:
+        if source.rows < 1 or source.group_rows < 1:
+            raise DataError(
+                f"sources.{source.name}: {source.rows} rows in row groups of {source.group_rows}; "
+                "a source needs at least one row: import its data again or drop it from the mixture"
+            )
+    if steps < 1 or batch < 1 or batch % mixture.lanes:
+        raise SpecError(
+            f"a plan of {steps} steps with batches of {batch} over {mixture.lanes} lanes is not possible; "
+            "steps must be at least 1 and the batch a multiple of data.lanes, since every lane gives as many rows"
+        )

@@ -1,0 +1,130 @@
+"""Where bad samples go: a reason code each, a table on disk, and a limit on their share.
+
+A folder of JSON-lines parts, each complete or absent, so that many readers may write to one table:
+{"dataset", "key", "row", "reason", "detail"} a line. What is read is what was planned minus what stands here.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from uuid import uuid4
+
+import fsspec
+
+from bridgework.errors import DataError
+
+SHARE = 0.005  # more bad rows than this share of a dataset is a broken dataset, not an accident
+FLUSH_ROWS = 1_000
+
+
+class Reason(StrEnum):
+    """Why a sample was put aside."""
+
+    EMPTY_FILE = "empty_file"  # 0 bytes
+    NOT_AN_IMAGE = "not_an_image"  # no JPEG, PNG, WebP, GIF or BMP by its first bytes: HTML, a tar, a TIFF
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    TOO_MANY_BYTES = "too_many_bytes"
+    ZERO_PIXELS = "zero_pixels"
+    TOO_MANY_PIXELS = "too_many_pixels"  # by the header, before anything is decoded
+    MISSING_IMAGE = "missing_image"
+    OUTSIDE = "outside"  # the path of an image is absolute or leaves the folder
+    EMPTY_TEXT = "empty_text"
+    PLACEHOLDERS = "placeholders"  # `<image>` stands in the text more or less often than there are images
+    BAD_ROW = "bad_row"  # the row is not what the format says
+    DUPLICATE_KEY = "duplicate_key"
+    NO_TARGET = "no_target"  # after tokenising and cutting to length, nothing is left to learn from
+
+
+class BadSample(DataError):
+    """One sample is wrong; the rest of the dataset is not. `reason` is its code in the quarantine."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type["BadSample"], tuple[Reason, str]]:
+        return BadSample, (self.reason, self.detail)  # the default would hand the message to __init__
+
+
+@dataclass(frozen=True)
+class Record:
+    """One bad row: `dataset` is the digest of its manifest, or the source while it is being imported."""
+
+    dataset: str
+    key: str
+    row: int
+    reason: Reason
+    detail: str
+
+
+class Quarantine:
+    """Appends records to the table under `folder` (a path or a URL); a row that was added before is not added again."""
+
+    def __init__(self, folder: str, *, limit: float = SHARE) -> None:
+        self.folder = folder.rstrip("/")
+        self.limit = limit
+        self.reasons: Counter[Reason] = Counter()
+        self._seen: set[tuple[str, int]] = set()
+        self._pending: list[Record] = []
+
+    def add(self, dataset: str, key: str, row: int, error: BadSample) -> None:
+        """Put aside row `row` of `dataset` for what `error` says."""
+        if (dataset, row) in self._seen:
+            return
+        self._seen.add((dataset, row))
+        self.reasons[error.reason] += 1
+        self._pending.append(Record(dataset, key, row, error.reason, error.detail))
+        if len(self._pending) >= FLUSH_ROWS:
+            self.flush()
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def share(self, rows: int) -> float:
+        """Rows put aside, as a share of `rows`."""
+        return len(self) / rows if rows else 0.0
+
+    def check(self, rows: int) -> None:
+        """Raises DataError, naming the table, if more than the limit's share of `rows` was put aside."""
+        if self.share(rows) <= self.limit:
+            return
+        self.flush()
+        reasons = ", ".join(f"{n} {reason}" for reason, n in self.reasons.most_common())
+        raise DataError(
+            f"{len(self)} of {rows} rows are bad ({reasons}): {self.share(rows):.2%}, and {self.limit:.2%} is allowed; "
+            f"read {self.folder}, then mend the source or allow a larger share"
+        )
+
+    def flush(self) -> None:
+        """Write what is pending as one part: under a temporary name first, so no reader sees half of it."""
+        if not self._pending:
+            return
+        fs, folder = fsspec.core.url_to_fs(self.folder)
+        fs.makedirs(folder, exist_ok=True)
+        part = f"{folder}/part-{time.time_ns():020d}-{uuid4().hex[:6]}.jsonl"
+        with fs.open(part + ".tmp", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in self._pending)
+        fs.mv(part + ".tmp", part)
+        self._pending = []
+
+
+def records(folder: str) -> Iterator[Record]:
+    """The table under `folder`, in the order of writing."""
+    fs, root = fsspec.core.url_to_fs(folder)
+    for part in sorted(fs.glob(f"{root.rstrip('/')}/part-*.jsonl")):
+        with fs.open(part, encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                yield Record(**{**row, "reason": Reason(row["reason"])})
+
+
+def clear(folder: str) -> None:
+    """Drop the table that an earlier, failed try left under `folder`."""
+    fs, root = fsspec.core.url_to_fs(folder)
+    for part in fs.glob(f"{root.rstrip('/')}/part-*.jsonl*"):
+        fs.rm(part)

@@ -1,0 +1,128 @@
+"""What a sample is: images, and parts of text and image places in reading order. One Arrow schema holds every kind.
+
+pair            parts = a caption's image, a caption's text
+conversation    parts = turns of system, user and assistant; an image stands where it was shown
+preference      a conversation whose last answer is the better one, and `rejected`, the worse
+interleaved     parts = a document's texts and images, in order, all of role caption
+video           images = frames, and `times_s`, when each was shown
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+
+from bridgework.data.quarantine import BadSample, Reason
+
+Role = Literal["caption", "system", "user", "assistant"]
+ROLES: tuple[str, ...] = get_args(Role)
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """A text, or the place of an image (an index into the sample's images): exactly one of the two."""
+
+    role: Role
+    text: str | None = None
+    image: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise BadSample(Reason.BAD_ROW, f"a part has the role {self.role!r}; allowed: {', '.join(ROLES)}")
+        if (self.text is None) == (self.image is None):
+            raise BadSample(Reason.BAD_ROW, f"a part of role {self.role} needs a text or an image, and not both")
+
+
+@dataclass(frozen=True)
+class Box:
+    """A labelled rectangle in an image: left, top, right, bottom as shares of its width and height, in [0, 1]."""
+
+    image: int
+    corners: tuple[float, float, float, float]
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample. `images` are files as they came (JPEG, PNG, ...), never pixels."""
+
+    key: str
+    images: tuple[bytes, ...]
+    parts: tuple[Part, ...]
+    rejected: str | None = None
+    times_s: tuple[float, ...] = ()
+    labels: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    ocr: str | None = None
+    language: str | None = None
+    licence: str | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            raise BadSample(Reason.BAD_ROW, "the sample has no key")
+        places = [part.image for part in self.parts if part.image is not None]
+        if sorted(set(places)) != list(range(len(self.images))):
+            raise BadSample(
+                Reason.PLACEHOLDERS, f"the parts show images {places}, and the sample has {len(self.images)}, from 0 on"
+            )
+        if self.times_s and len(self.times_s) != len(self.images):
+            raise BadSample(Reason.BAD_ROW, f"{len(self.times_s)} times for {len(self.images)} frames")
+
+    @property
+    def text(self) -> str:
+        """All texts in order, one a line: for people, deduplication and statistics, not for training."""
+        return "\n".join(part.text for part in self.parts if part.text is not None)
+
+
+def pair(key: str, image: bytes, caption: str, **optional: Any) -> Sample:
+    """An image and its caption; `optional` are further fields of `Sample`. Raises BadSample for a blank caption."""
+    if not caption.strip():
+        raise BadSample(Reason.EMPTY_TEXT, "the caption is empty")
+    return Sample(key, (image,), (Part("caption", image=0), Part("caption", text=caption)), **optional)
+
+
+_PART = pa.struct([("role", pa.string()), ("text", pa.string()), ("image", pa.int32())])
+_BOX = pa.struct([("image", pa.int32()), ("corners", pa.list_(pa.float32(), 4)), ("label", pa.string())])
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("images", pa.list_(pa.binary()), nullable=False),
+        pa.field("parts", pa.list_(_PART), nullable=False),
+        pa.field("rejected", pa.string()),
+        pa.field("times_s", pa.list_(pa.float32()), nullable=False),
+        pa.field("labels", pa.list_(pa.string()), nullable=False),
+        pa.field("boxes", pa.list_(_BOX), nullable=False),
+        pa.field("ocr", pa.string()),
+        pa.field("language", pa.string()),
+        pa.field("licence", pa.string()),
+        pa.field("provenance", pa.map_(pa.string(), pa.string()), nullable=False),
+    ]
+)
+
+
+def to_row(sample: Sample) -> dict[str, Any]:
+    """A sample as a row of SCHEMA."""
+    return vars(sample) | {
+        "images": list(sample.images),
+        "parts": [vars(part) for part in sample.parts],
+        "boxes": [vars(box) for box in sample.boxes],
+        "provenance": list(sample.provenance.items()),
+    }
+
+
+def from_row(row: Mapping[str, Any]) -> Sample:
+    """The inverse of `to_row`, from a row of pyarrow's `to_pylist`. Raises BadSample for a row that is no sample."""
+    return Sample(
+        **{
+            **row,
+            "images": tuple(row["images"]),
+            "parts": tuple(Part(**part) for part in row["parts"]),
+            "times_s": tuple(row["times_s"]),
+            "labels": tuple(row["labels"]),
+            "boxes": tuple(Box(**{**box, "corners": tuple(box["corners"])}) for box in row["boxes"]),
+            "provenance": dict(row["provenance"]),
+        }
+    )

@@ -1,0 +1,76 @@
+"""Coloured shapes with true captions: data for tests, `--tiny` and first steps, made in milliseconds from a seed."""
+
+import io
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+
+from bridgework.data.samples import Sample, pair
+
+ROWS = 256
+SIZE = 64  # pixels, both sides
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (247, 127, 0),
+    "yellow": (252, 211, 3),
+    "green": (44, 145, 75),
+    "blue": (29, 78, 216),
+    "purple": (126, 34, 206),
+    "brown": (120, 72, 40),
+    "black": (20, 20, 20),
+}
+SHAPES = ("circle", "square", "triangle", "diamond")
+SIZES = {"small": 0.13, "large": 0.22}  # half the shape's width, as a share of the picture's
+PLACES = {"above": ((0.5, 0.26), (0.5, 0.74)), "left of": ((0.26, 0.5), (0.74, 0.5))}  # centres of the two
+
+
+class Shape(NamedTuple):
+    """A thing in a picture, as the caption names it."""
+
+    size: str
+    colour: str
+    form: str
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.colour} {self.form}"
+
+
+def shapes(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
+    """`rows` pairs of a PNG (size x size) and a caption such as "a large red circle above a small blue square".
+
+    A row depends on (seed, its number) alone: fewer rows are a prefix of more.
+    """
+    for row in range(rows):
+        draw = random.Random(f"{seed}/{row}")
+        first, second = _shape(draw), _shape(draw)
+        place = draw.choice(list(PLACES))
+        image = _picture(size, [(first, PLACES[place][0]), (second, PLACES[place][1])])
+        yield pair(f"shapes-{row:06d}", image, f"{first} {place} {second}")
+
+
+def _shape(draw: random.Random) -> Shape:
+    return Shape(draw.choice(list(SIZES)), draw.choice(list(COLOURS)), draw.choice(SHAPES))
+
+
+def _picture(size: int, things: list[tuple[Shape, tuple[float, float]]]) -> bytes:
+    image = Image.new("RGB", (size, size), "white")
+    pen = ImageDraw.Draw(image)
+    for shape, (x, y) in things:
+        x, y, half = x * size, y * size, SIZES[shape.size] * size
+        box = (x - half, y - half, x + half, y + half)
+        match shape.form:
+            case "circle":
+                pen.ellipse(box, fill=COLOURS[shape.colour])
+            case "square":
+                pen.rectangle(box, fill=COLOURS[shape.colour])
+            case "triangle":
+                pen.polygon([(x, y - half), (x + half, y + half), (x - half, y + half)], fill=COLOURS[shape.colour])
+            case _:
+                corners = [(x, y - half), (x + half, y), (x, y + half), (x - half, y)]
+                pen.polygon(corners, fill=COLOURS[shape.colour])
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

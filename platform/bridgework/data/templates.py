@@ -1,0 +1,188 @@
+"""From the parts of a sample to the segments of one token stream: what is scaffold, what is content, what has loss.
+
+plain   images, then the caption and a newline                       LLaVA stage 1 (Liu et al. 2023, arXiv:2304.08485)
+v1      "SYSTEM USER: question ASSISTANT: answer</s>USER: ..."       LLaVA stage 2, Vicuna's format
+chat    the tokenizer's own chat template
+
+A template is cut into segments *before* anything is tokenised, so what a person or a dataset wrote can never turn into
+scaffold, and the loss mask never depends on how a tokenizer merges across a border.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from bridgework.data.quarantine import BadSample, Reason
+from bridgework.data.samples import Part, Sample
+from bridgework.errors import SpecError, suggest
+
+V1_SYSTEM = (  # published with LLaVA v1 and v1.5: their weights expect it word for word
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+TEMPLATES = ("plain", "v1", "chat")
+
+Turn = tuple[str, list[Part]]  # system | user | assistant, and what it says
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the stream that is tokenised on its own: text, or the place of one image."""
+
+    text: str = ""
+    image: int | None = None  # index into the sample's images
+    train: bool = False  # has loss
+    literal: bool = True  # content: what looks like a special token in it stays plain text
+
+
+def conversation(sample: Sample, prompts: Sequence[str], choice: int) -> list[Part]:
+    """The sample's parts; a pair with `prompts` becomes one question and its caption as the answer.
+
+    `choice`, any non-negative draw, picks the prompt and whether the image stands before or after it (LLaVA eq. 2).
+    What already is a conversation, or has more than one text, stays as it is.
+    """
+    images = [p for p in sample.parts if p.image is not None]
+    texts = [p for p in sample.parts if p.text is not None]
+    if not prompts or len(texts) != 1 or any(p.role != "caption" for p in sample.parts):
+        return list(sample.parts)
+    prompt, last = prompts[choice % len(prompts)], choice // len(prompts) % 2
+    shown = [Part("user", image=p.image) for p in images]
+    asked = [*shown, Part("user", text="\n" + prompt)] if not last else [Part("user", text=prompt + "\n"), *shown]
+    return [*asked, Part("assistant", text=texts[0].text)]
+
+
+def render(parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """The segments to train on: loss on every answer and on the stop string that ends it.
+
+    Neighbouring parts of one role are one turn. Under `plain` only images, captions and answers are read, as LLaVA's
+    stage 1 does; under the others a caption is the answer to its image. Raises BadSample for a sample without an
+    answer, with a blank one, or with turns that the template refuses; SpecError for an unknown template.
+    """
+    answers = [p.text for p in parts if p.text is not None and p.role in ("caption", "assistant")]
+    if not answers:
+        raise BadSample(Reason.NO_TARGET, "no part of the sample is a caption or an answer")
+    if not all(answer.strip() for answer in answers):
+        raise BadSample(Reason.EMPTY_TEXT, "an answer of the sample is blank")
+    return list(_segments(parts, template, tokenizer, ask=False))
+
+
+def prompt(parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """The segments that end where the assistant is to speak: a prefix of what `render` gives, up to the last answer.
+
+    A last answer, if there is one, is left out. Raises as `render` does, but needs no answer.
+    """
+    kept = list(parts)
+    while kept and kept[-1].text is not None and kept[-1].role in ("caption", "assistant"):
+        kept.pop()
+    return list(_segments(kept, template, tokenizer, ask=True))
+
+
+def stop(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that ends an answer, e.g. `<|im_end|>`; empty where a chat template has none."""
+    exchange = [Part("user", text="q"), Part("assistant", text="a")]
+    return "".join(s.text for s in render(exchange, template, tokenizer) if s.train and not s.literal)
+
+
+def _segments(
+    parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase, *, ask: bool
+) -> Iterator[Segment]:
+    if template == "plain":
+        segments = _plain(parts)
+    elif template == "v1":
+        segments = _v1(_turns(parts), tokenizer, ask)
+    elif template == "chat":
+        segments = _chat(_turns(parts), tokenizer, ask)
+    else:
+        raise SpecError(f"there is no template {template!r}" + suggest(template, TEMPLATES))
+    return (s for s in segments if s.text or s.image is not None)
+
+
+def _turns(parts: Sequence[Part]) -> list[Turn]:
+    def role(part: Part) -> str:
+        return part.role if part.role != "caption" else "user" if part.image is not None else "assistant"
+
+    return [(name, list(said)) for name, said in groupby(parts, key=role)]
+
+
+def _said(turn: Turn) -> Iterator[Segment]:
+    role, parts = turn
+    for part in parts:
+        if part.image is not None:
+            yield Segment(image=part.image)
+        else:
+            yield Segment(part.text or "", train=role == "assistant")
+
+
+def _plain(parts: Sequence[Part]) -> Iterator[Segment]:
+    for part in parts:
+        if part.image is not None:
+            yield Segment(image=part.image)
+        elif part.role in ("caption", "assistant"):
+            yield Segment(part.text or "", train=True)
+            # The paper puts the loss on the caption; LLaVA's code on its newline too, and without that no model
+            # learns where a caption ends. Apart from the caption it is one token, whatever the caption ends in.
+            yield Segment("\n", train=True, literal=False)
+
+
+def _v1(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
+    eos = tokenizer.eos_token
+    if eos is None:
+        raise SpecError("template 'v1' ends answers with the tokenizer's eos token, and this tokenizer has none")
+    own = bool(turns) and turns[0][0] == "system"
+    yield from _said(turns[0]) if own else [Segment(V1_SYSTEM, literal=False)]
+    gap = " "  # between the system sentence and the first turn; later turns follow the eos token directly
+    for turn in turns[own:]:
+        role, (first, *rest) = turn[0], list(_said(turn))
+        if role == "system":
+            raise BadSample(Reason.BAD_ROW, "template 'v1' takes a system part only before the first turn")
+        lead = " ASSISTANT:" if role == "assistant" else f"{gap}USER:"
+        if first.image is None:  # the space belongs to the word after it: so all byte-pair tokenizers were trained
+            first = replace(first, text=" " + first.text)
+        else:
+            lead += " "
+        yield Segment(lead, literal=False)
+        yield from (first, *rest)
+        if role == "assistant":
+            yield Segment(eos, train=True, literal=False)
+        gap = ""
+    if ask:
+        yield Segment(" ASSISTANT:", literal=False)
+
+
+def _chat(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
+    scaffold = _scaffold([role for role, _ in turns], tokenizer, ask)
+    special = _special(tokenizer)
+    yield Segment(scaffold[0], literal=False)
+    for turn, after in zip(turns, scaffold[1:], strict=True):
+        yield from _said(turn)
+        # An answer ends with the first special token after it (in ChatML eos); the newline behind that is scaffold.
+        ending = special.search(after) if turn[0] == "assistant" else None
+        cut = ending.end() if ending else 0
+        yield Segment(after[:cut], train=True, literal=False)
+        yield Segment(after[cut:], literal=False)
+
+
+def _scaffold(roles: list[str], tokenizer: PreTrainedTokenizerBase, ask: bool) -> list[str]:
+    """What the chat template writes before, between and after the contents: one string more than there are turns."""
+    if tokenizer.chat_template is None:
+        raise SpecError("template 'chat' needs a tokenizer with a chat template, and this one has none; use 'v1'")
+    # Characters of the private use area stand for the contents: no template writes, strips or splits them.
+    messages: list[dict[str, Any]] = [{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+    except TemplateError as error:
+        raise BadSample(Reason.BAD_ROW, f"the chat template refuses the turns {', '.join(roles)}: {error}") from None
+    pieces = re.split("\ue000(\\d+)\ue001", text)
+    if pieces[1::2] != [str(i) for i in range(len(roles))]:
+        raise BadSample(Reason.BAD_ROW, f"the chat template does not write each of {', '.join(roles)} once, in order")
+    return pieces[::2]
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    names = sorted((t.content for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"\Z.")

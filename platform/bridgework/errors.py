@@ -1,0 +1,52 @@
+"""What can go wrong, as one tree; every leaf is also the builtin that a caller would expect.
+
+BridgeworkError
+├── SpecError      (ValueError)    a recipe, a dotted path or a value on the command line
+├── DataError      (ValueError)    a dataset, a manifest, a shard or a sample
+├── WeightsError   (ValueError)    pretrained weights, an artefact, a parameter's shape
+├── RunError       (RuntimeError)  a run, a checkpoint, a worker
+├── TrackingError  (RuntimeError)  the tracker's answer: no such run, model, alias
+└── ResourceError  (OSError)       the machine: memory, disk, a port, a missing program
+
+A message says what was given, what is allowed and what to do, in one line.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class BridgeworkError(Exception):
+    """The root of all errors that bridgework raises on purpose; the command line prints it without a traceback."""
+
+
+class SpecError(BridgeworkError, ValueError):
+    """A recipe, a dotted path or a value is wrong."""
+
+
+class DataError(BridgeworkError, ValueError):
+    """A dataset, a manifest, a shard or a sample is wrong."""
+
+
+class WeightsError(BridgeworkError, ValueError):
+    """Pretrained weights or an artefact do not fit the model."""
+
+
+class RunError(BridgeworkError, RuntimeError):
+    """A run cannot start, go on or be resumed."""
+
+
+class TrackingError(BridgeworkError, RuntimeError):
+    """The tracker does not know a run, a model, a version or an alias."""
+
+
+class ResourceError(BridgeworkError, OSError):
+    """The machine lacks something: memory, disk, a free port, a program."""
+
+
+def suggest(given: str, allowed: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the nearest allowed name, else the list of allowed names."""
+    names = sorted(set(allowed))
+    near = get_close_matches(given, names, n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""

@@ -1,0 +1,200 @@
+"""The text of an answer while it is written: transformers' `generate` in a thread, its reader in the caller's.
+
+Each stream draws from a generator of its own, so that a seed means the same beside other requests; it ends cleanly
+whenever its reader stops.
+"""
+
+# B batch  V vocabulary
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from bridgework.errors import SpecError
+from bridgework.models.prefix_vlm import PrefixModel
+
+FinishReason = Literal["stop", "length"]
+UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+
+
+class Sampling(TypedDict, total=False):
+    """How an answer is written; what is left out is greedy, and 128 tokens at most."""
+
+    max_new_tokens: int
+    temperature: float  # 0 is greedy
+    top_p: float  # (0, 1]: draw from the likeliest tokens that have this share of the probability
+    stop: Sequence[str]  # the answer ends before any of these
+    seed: int | None  # of the draws; None differs every time
+
+
+class Endings(NamedTuple):
+    """What ends an answer by itself."""
+
+    ids: frozenset[int]
+    strings: tuple[str, ...]
+
+
+class Stream(Iterator[str]):
+    """Pieces of an answer. Work begins with the first `next`; `close`, or dropping the stream, ends it.
+
+    What may turn out to be the beginning of a stop string, or of a character, is held back until it is known.
+    """
+
+    prompt_tokens: int  # images included
+    completion_tokens: int  # so far, with the token that ended it
+    finish_reason: FinishReason | None  # None until the end, and when the reader was first to stop
+
+    def __init__(
+        self,
+        model: PrefixModel,
+        inputs: Mapping[str, Tensor],
+        tokenizer: PreTrainedTokenizerBase,
+        endings: Endings,
+        room: int,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> None:
+        """`inputs` hold one prompt, as `PrefixModel.generate` takes it; `room` tokens fit behind it."""
+        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+            raise SpecError(
+                "max_new_tokens is at least 1, temperature at least 0 and top_p in (0, 1]; "
+                f"got {max_new_tokens}, {temperature:g} and {top_p:g}"
+            )
+        self.prompt_tokens = inputs["ids"].shape[1]
+        self.completion_tokens = 0
+        self.finish_reason = None
+        self._tokenizer, self._ends = tokenizer, endings.ids
+        self._stop = (*endings.strings, *(s for s in stop if s))
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=min(max_new_tokens, room),
+            do_sample=False,  # where there is to be sampling, _Draw has done it
+            eos_token_id=sorted(endings.ids) or None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        draws = _processors(temperature, top_p, seed, inputs["ids"].device)
+        self._pieces = self._read(model, {**inputs, "generation_config": config, "logits_processor": draws})
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        self._pieces.close()
+
+    def _read(self, model: PrefixModel, arguments: dict[str, Any]) -> Generator[str, None, None]:
+        relay = _Relay()
+        thread = Thread(target=relay.run, args=(model, arguments), name="generate", daemon=True)
+        thread.start()
+        try:
+            yield from self._text(relay.tokens())
+        finally:
+            relay.enough.set()
+            thread.join()
+
+    def _text(self, tokens: Iterator[int]) -> Iterator[str]:
+        ids: list[int] = []
+        text, sent = "", 0
+        for token in tokens:
+            self.completion_tokens += 1
+            if token in self._ends:
+                self.finish_reason = "stop"
+                break
+            ids.append(token)
+            text = str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+            if found:
+                text, self.finish_reason = text[: min(found)], "stop"
+                break
+            known = text[: len(text) - self._unsure(text)]
+            # the blanks between prompt and answer belong to neither
+            start = sent or len(known) - len(known.lstrip())
+            if known[start:]:
+                yield known[start:]
+                sent = len(known)
+        else:
+            self.finish_reason = "length"
+        rest = text[sent or len(text) - len(text.lstrip()) :]
+        if rest:
+            yield rest
+
+    def _unsure(self, text: str) -> int:
+        """How many characters at the end may still change or belong to a stop string."""
+        begun = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        return max(begun, len(text) - len(text.rstrip(UNFINISHED)))
+
+
+class _Relay(BaseStreamer, StoppingCriteria):
+    """Between the thread that writes and the one that reads: tokens go out, `enough` comes in."""
+
+    def __init__(self) -> None:
+        self.enough = Event()
+        self._queue: SimpleQueue[int | BaseException | None] = SimpleQueue()
+
+    def run(self, model: PrefixModel, arguments: dict[str, Any]) -> None:
+        try:
+            model.generate(**arguments, streamer=self, stopping_criteria=StoppingCriteriaList([self]))
+        except BaseException as error:  # raised again in the reader's thread
+            self._queue.put(error)
+        finally:
+            self._queue.put(None)
+
+    def tokens(self) -> Iterator[int]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def put(self, value: Tensor) -> None:
+        """New ids; the first call brings the prompt's, and there are none beside embeddings."""
+        for token in value.flatten().tolist():
+            self._queue.put(token)
+
+    def end(self) -> None:
+        """`run` marks the end, which an error has too."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.enough.is_set(), device=input_ids.device)
+
+
+class _Draw(LogitsProcessor):
+    """Sampling as a processor: `generate` draws from the process's one generator, which every request would share."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
+        drawn_B1 = torch.multinomial(scores_BV.float().softmax(-1), 1, generator=self._generator)
+        return torch.full_like(scores_BV, float("-inf")).scatter(-1, drawn_B1, 0.0)
+
+
+def _processors(temperature: float, top_p: float, seed: int | None, device: torch.device) -> LogitsProcessorList:
+    if temperature == 0:
+        return LogitsProcessorList()
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    nucleus = [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    return LogitsProcessorList([TemperatureLogitsWarper(temperature), *nucleus, _Draw(generator)])

@@ -1,0 +1,285 @@
+"""One interface to a trained model, for evaluation, for the command line and for serving.
+
+Answers are judged (`scores`, `loglik`, `rank`), written (`generate`, `stream`) and embedded. The stage that made the
+weights decides how a prompt is written: what comes in here is laid out exactly as it was in training.
+"""
+
+# B batch  T tokens  N images  P patches  F width of the tower's features  C candidates  D width  S side in pixels
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Unpack, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from bridgework.data import templates
+from bridgework.data.batch import Batch, Row, collate
+from bridgework.data.samples import Part, Sample, pair
+from bridgework.data.tokens import Encoded, encode, load_tokenizer
+from bridgework.data.transforms import read_square, to_square
+from bridgework.errors import DataError
+from bridgework.generation import Endings, FinishReason, Sampling, Stream
+from bridgework.models.prefix_vlm import PrefixModel
+from bridgework.system import IGNORE, Stage
+from bridgework.training import artefact
+
+Picture = bytes | Image.Image | NDArray[np.uint8]  # a file, an image, or the square (3, S, S) that the tower reads
+ROWS = 16  # samples per forward
+_ELSEWHERE = np.zeros((0, 1, 1), np.float16)  # a row's images, which the batch holds as features
+
+
+class Score(NamedTuple):
+    """What a model thinks of one answer."""
+
+    loglik: float  # nats, summed over the tokens with loss
+    tokens: int
+
+
+class Ranked(NamedTuple):
+    """A candidate, and by how many nats the image makes it likelier than it is anyway."""
+
+    candidate: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A written answer and what it took."""
+
+    text: str
+    prompt_tokens: int  # images included
+    completion_tokens: int  # with the token that ended it
+    finish_reason: FinishReason
+
+
+class Pipeline:
+    """A model and the stage that says how it is spoken to. The model may still be training: modes are put back."""
+
+    def __init__(self, model: nn.Module, stage: Stage) -> None:
+        self.model = cast(PrefixModel, model)
+        self.stage = stage
+        self.template = stage.data.template
+        self.tokenizer = load_tokenizer(stage.model.tokenizer)
+        self.prompts: tuple[str, ...] = next((s.prompts for s in stage.data.sources if s.prompts), ())
+        self._endings = _endings(self.template, self.tokenizer)
+
+    @classmethod
+    def load(cls, path: str, device: str | None = None) -> "Pipeline":
+        """The weights artefact under `path`, on a GPU if there is one; there in the precision of its training."""
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        loaded = artefact.load(path, place)
+        half = place.type == "cuda" and loaded.stage.shard.precision == "bf16"
+        return cls(loaded.model.to(torch.bfloat16) if half else loaded.model, loaded.stage)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # --- in ----------------------------------------------------------------------------------------------------------
+
+    def features(self, images: Sequence[Picture]) -> Tensor:
+        """(N, P, F): what the vision tower sees, for all that takes images here; N may be 0.
+
+        Raises BadSample for a file that is not an image.
+        """
+        squares = [self._square(image) for image in images]
+        with self._resting():
+            seen = [
+                self.model.vision(torch.from_numpy(np.stack(squares[i : i + ROWS])).to(self.device))
+                for i in range(0, len(squares), ROWS)
+            ]
+            tower = self.model.vision.config
+            return torch.cat(seen) if seen else torch.zeros(0, tower.tokens, tower.feature_width, device=self.device)
+
+    def ask(self, sample: Sample, prompts: Sequence[str] | None = None) -> list[Part]:
+        """The sample as a conversation; a pair is asked with the first of `prompts` (default: the stage's own)."""
+        return templates.conversation(sample, self.prompts[:1] if prompts is None else prompts[:1], 0)
+
+    def encode(self, conversation: Sequence[Part], *, answer: bool) -> Encoded:
+        """Ids and labels as in training, or (not `answer`) the prompt that ends where the assistant is to speak.
+
+        Raises BadSample for a conversation without an answer, DataError for a prompt that fills the whole context.
+        """
+        lay_out = templates.render if answer else templates.prompt
+        segments = lay_out(conversation, self.template, self.tokenizer)
+        spec, data = self.stage.model, self.stage.data
+        limit = min(spec.context, data.max_tokens) if answer else spec.context - 1
+        return encode(segments, self.tokenizer, image_tokens=spec.image_tokens, max_tokens=limit)
+
+    def batch(
+        self, conversations: Sequence[Sequence[Part]], images: Sequence[Sequence[Picture] | Tensor], *, answer: bool
+    ) -> Batch:
+        """What the model reads: with answers padded on the right, as prompts on the left.
+
+        `images[i]` are the pictures of conversation i, or their features (n, P, F). Raises DataError when they are
+        not as many as the conversation shows.
+        """
+        encoded = [self.encode(c, answer=answer) for c in conversations]
+        return self._collate(encoded, self._see(conversations, images), answer=answer)
+
+    # --- judging -----------------------------------------------------------------------------------------------------
+
+    def scores(
+        self, conversations: Sequence[Sequence[Part]], images: Sequence[Sequence[Picture] | Tensor]
+    ) -> list[Score]:
+        """The log-likelihood of every conversation's answers, stop strings included, ROWS at a time."""
+        encoded = [self.encode(c, answer=True) for c in conversations]
+        seen = self._see(conversations, images)
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))  # rows of like length: little padding
+        scores: dict[int, Score] = {}
+        for start in range(0, len(order), ROWS):
+            chosen = order[start : start + ROWS]
+            batch = self._collate([encoded[i] for i in chosen], [seen[i] for i in chosen], answer=True)
+            scores |= zip(chosen, self._scores(batch), strict=True)
+        return [scores[i] for i in range(len(encoded))]
+
+    def loglik(self, samples: Sequence[Sample]) -> list[float]:
+        """Nats, summed over each sample's tokens with loss."""
+        return [s.loglik for s in self.scores([self.ask(s) for s in samples], [s.images for s in samples])]
+
+    def likelihoods(self, image: Picture | Tensor, candidates: Sequence[str], question: str | None = None) -> Tensor:
+        """(C,) nats: each candidate as the answer about one image, given as a picture or as features (P, F)."""
+        seen_1PF = image.unsqueeze(0) if isinstance(image, Tensor) else self.features([image])
+        prompts = None if question is None else (question,)
+        asked = [self.ask(pair("candidate", b"", candidate), prompts) for candidate in candidates]
+        return torch.tensor([s.loglik for s in self.scores(asked, [seen_1PF] * len(asked))])
+
+    def prior(
+        self, candidates: Sequence[str], question: str | None = None, references: Sequence[Picture | Tensor] = ()
+    ) -> Tensor:
+        """(C,) nats: how likely each candidate is whatever the image, as the mean over `references`.
+
+        Without references it is what a square of the tower's mean colour makes of them.
+        """
+        given = references or [self._mean_square()]
+        return torch.stack([self.likelihoods(r, candidates, question) for r in given]).mean(0)
+
+    def rank(
+        self,
+        image: Picture | Tensor,
+        candidates: Sequence[str],
+        question: str | None = None,
+        references: Sequence[Picture | Tensor] = (),
+    ) -> list[Ranked]:
+        """Best first. The prior is taken off, for else short and common answers win whatever the image shows."""
+        if not candidates:
+            raise DataError("there is nothing to rank; give at least one candidate")
+        gain_C = self.likelihoods(image, candidates, question) - self.prior(candidates, question, references)
+        ranked = [Ranked(c, float(gain)) for c, gain in zip(candidates, gain_C, strict=True)]
+        return sorted(ranked, key=lambda r: r.score, reverse=True)
+
+    def embed_images(self, images: Sequence[Picture] | Tensor) -> Tensor:
+        """(N, D) float32 of length 1: the mean of an image's bridge tokens; from pictures or features (N, P, F)."""
+        seen_NPF = images if isinstance(images, Tensor) else self.features(images)
+        with self._resting():
+            return F.normalize(self.model.images(None, seen_NPF).float().mean(1), dim=-1)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """(N, D) float32 of length 1: the mean embedding of a text's tokens, as the contrastive loss pools it."""
+        blank_1PF = self.features([self._mean_square()])  # pooling wants an image in every row; texts do not see it
+        encoded = [self.encode(self.ask(pair("text", b"", text)), answer=True) for text in texts]
+        pooled = []
+        with self._resting():
+            for i in range(0, len(encoded), ROWS):
+                rows = encoded[i : i + ROWS]
+                batch = self._collate(rows, [blank_1PF] * len(rows), answer=True)
+                pooled.append(self.model(**batch.inputs(), wants=frozenset({"pooled"})).text_BD)
+        return F.normalize(torch.cat(pooled).float(), dim=-1)
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        conversation: Sequence[Part],
+        images: Sequence[Picture] | Tensor = (),
+        **sampling: Unpack[Sampling],
+    ) -> Stream:
+        """The answer piece by piece; `close()`, or dropping it, ends the work.
+
+        One seed gives one answer, whatever else runs in the process. Raises DataError for a prompt that fills the
+        context, SpecError for a `sampling` out of range.
+        """
+        batch = self.batch([conversation], [images], answer=False)
+        inputs = {name: tensor for name, tensor in batch.inputs().items() if name != "labels"}
+        room = self.stage.model.context - batch.ids_BT.shape[1]
+        return Stream(self.model, inputs, self.tokenizer, self._endings, room, **sampling)
+
+    def generate(
+        self,
+        conversation: Sequence[Part],
+        images: Sequence[Picture] | Tensor = (),
+        **sampling: Unpack[Sampling],
+    ) -> Generation:
+        """The whole answer: what `stream` gives, in one piece."""
+        pieces = self.stream(conversation, images, **sampling)
+        text = "".join(pieces)
+        return Generation(text, pieces.prompt_tokens, pieces.completion_tokens, pieces.finish_reason or "length")
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _square(self, image: Picture) -> NDArray[np.uint8]:
+        if isinstance(image, np.ndarray):
+            return image
+        pixels = self.stage.model.pixels
+        return read_square(image, pixels) if isinstance(image, bytes) else to_square(image, pixels)
+
+    def _mean_square(self) -> NDArray[np.uint8]:
+        pixels = self.stage.model.pixels
+        colour_3 = np.array([round(255 * mean) for mean in pixels.mean], np.uint8)
+        return np.broadcast_to(colour_3[:, None, None], (3, pixels.size, pixels.size))
+
+    def _see(
+        self, conversations: Sequence[Sequence[Part]], images: Sequence[Sequence[Picture] | Tensor]
+    ) -> list[Tensor]:
+        """Features (n, P, F) for every conversation; the pictures of all go through the tower together."""
+        for conversation, given in zip(conversations, images, strict=True):
+            shown = {part.image for part in conversation if part.image is not None}
+            if shown != set(range(len(given))):
+                raise DataError(f"the conversation shows images {sorted(shown)} and {len(given)} are given, from 0 on")
+        pictures = [p for given in images if not isinstance(given, Tensor) for p in given]
+        counts = [len(given) for given in images if not isinstance(given, Tensor)]
+        computed = iter(torch.split(self.features(pictures), counts) if counts else ())
+        return [given if isinstance(given, Tensor) else next(computed) for given in images]
+
+    def _collate(self, encoded: Sequence[Encoded], seen: Sequence[Tensor], *, answer: bool) -> Batch:
+        rows = [Row(0, i, str(i), 0, e.ids, e.labels, _ELSEWHERE) for i, e in enumerate(encoded)]
+        batch = collate(rows, pad_id=self.tokenizer.pad_token_id, side="right" if answer else "left").to(self.device)
+        return replace(batch, features_NPD=torch.cat([s[e.images] for s, e in zip(seen, encoded, strict=True)]))
+
+    def _scores(self, batch: Batch) -> list[Score]:
+        with self._resting():
+            logits_BTV = self.model(**batch.inputs()).logits_BTV
+            next_BT = batch.labels_BT[:, 1:]
+            has_loss_BT = next_BT != IGNORE
+            # only the places with loss are widened to float32: the vocabulary is the largest tensor of all
+            nats = F.cross_entropy(logits_BTV[:, :-1][has_loss_BT].float(), next_BT[has_loss_BT], reduction="none")
+            sums_B = torch.zeros(len(next_BT), device=nats.device).index_add(0, has_loss_BT.nonzero()[:, 0], nats)
+        return [Score(-s, n) for s, n in zip(sums_B.tolist(), has_loss_BT.sum(-1).tolist(), strict=True)]
+
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        """No gradient, no dropout; the mode is put back behind it."""
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            if training:
+                self.model.train()
+
+
+def _endings(template: str, tokenizer: PreTrainedTokenizerBase) -> Endings:
+    """The eos token, and what the template writes behind an answer, as a token where it is a special one."""
+    after = templates.stop(template, tokenizer)
+    special = tokenizer.get_added_vocab().get(after)
+    ids = frozenset({tokenizer.eos_token_id, special} - {None})
+    return Endings(ids, (after,) if after and special is None else ())

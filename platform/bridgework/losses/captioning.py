@@ -1,0 +1,51 @@
+"""Next-token prediction on the tokens that carry a label."""
+
+# B batch  T tokens  V vocabulary  L labelled tokens
+
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from bridgework.errors import DataError, SpecError
+from bridgework.spec import spec
+from bridgework.system import IGNORE
+
+
+class Logits(Protocol):
+    """The outputs that the loss reads."""
+
+    logits_BTV: Tensor | None
+    labels_BT: Tensor | None
+
+
+@spec
+class Captioning:
+    """Cross-entropy of the next token; the language modelling loss of every generative stage."""
+
+    label_smoothing: float = 0.0
+    weight: float = 1.0
+    needs: ClassVar[str] = "logits"
+    whole_batch: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise SpecError(f"losses.captioning.label_smoothing lies in [0, 1), got {self.label_smoothing:g}")
+
+    def __call__(self, outputs: Logits) -> Tensor:
+        """The unweighted sum over the labelled tokens of the batch, float32."""
+        if outputs.logits_BTV is None or outputs.labels_BT is None:
+            raise DataError("the captioning loss reads logits and labels; ask the wiring for 'logits' and give labels")
+        return captioning(outputs.logits_BTV, outputs.labels_BT, self.label_smoothing)
+
+    def count(self, labels_BT: Tensor) -> int:
+        """The tokens that the sum runs over; the first of a row is never predicted."""
+        return int((labels_BT[:, 1:] != IGNORE).sum())
+
+
+def captioning(logits_BTV: Tensor, labels_BT: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Summed cross-entropy of each label under the logits before it; 0, with a graph, when there is none."""
+    targets_BT = labels_BT[:, 1:]
+    chosen_BT = targets_BT != IGNORE
+    logits_LV = logits_BTV[:, :-1][chosen_BT].float()  # chosen first: float32 of prompts and images would be the most
+    return cross_entropy(logits_LV, targets_BT[chosen_BT], reduction="sum", label_smoothing=label_smoothing)

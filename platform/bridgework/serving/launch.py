@@ -1,0 +1,61 @@
+"""`bridgework serve APP`: a Ray of its own (or the one that RAY_ADDRESS names), Serve on one port, the app at /."""
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+import ray
+from ray import serve
+
+from bridgework.errors import ResourceError, SpecError, suggest
+from bridgework.serving.guard import is_loopback
+
+APPS = ("chat", "embed", "caption")
+
+
+def start(
+    app: str, args: Mapping[str, Any], *, host: str = "127.0.0.1", port: int = 8000, blocking: bool = True
+) -> str:
+    """Serve `app` (chat, embed, caption) with `args` (see Options) and return its address, once it answers.
+
+    With `blocking`, returns after Ctrl-C, with the app stopped. Raises SpecError for an unknown app or argument, for
+    dev=true on an address that others reach, ResourceError for a port in use, TrackingError for an unknown model.
+    """
+    if app not in APPS:
+        raise SpecError(f"there is no app {app!r}" + suggest(app, APPS))
+    if str(args.get("dev", "")).lower() in ("true", "1", "yes", "on") and not is_loopback(host):
+        raise SpecError(f"dev=true needs no key, so it is for loopback only; {host} is reached by others")
+    _check_port(host, port)
+    application = import_module(f"bridgework.serving.{app}").app(dict(args))
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False)
+    serve.start(http_options={"host": host, "port": port})
+    serve.run(application, name=app, route_prefix="/")
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if blocking:
+        _wait()
+    return address
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        _bind(host, port)
+    except OSError as error:
+        free = _bind(host, 0)
+        raise ResourceError(f"port {port} of {host} cannot be used ({error.strerror}); port {free} is free") from None
+
+
+def _bind(host: str, port: int) -> int:
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _wait() -> None:
+    with suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3600)
+    serve.shutdown()

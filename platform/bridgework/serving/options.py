@@ -1,0 +1,56 @@
+"""What an app is started with: `serve run serve_apps.chat:app model=llava replicas=2 limits.images=4`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bridgework.errors import SpecError
+from bridgework.serving.images import Limits
+from bridgework.spec import override, spec
+
+
+@spec
+class Options:
+    """One app: which model, for whom, on how much of the cluster."""
+
+    model: str  # NAME (its champion), NAME@alias, NAME:version, or the folder of an artefact
+    challenger: str | None = None  # the same; loaded beside the model
+    share: float = 0.0  # of the requests that the challenger answers
+    home: str | None = None  # where deployments are recorded; $BRIDGEWORK_HOME or ./.bridgework
+    tracking: str | None = None  # the MLflow server's URI; else the store under home
+    keys: str | None = None  # a file of digests; else $BRIDGEWORK_API_KEYS
+    dev: bool = False  # no key, and this machine only
+    device: str | None = None
+    cpus: float = 1.0  # per replica of the model
+    gpus: float = 0.0
+    replicas: int = 1
+    max_replicas: int | None = None  # given: Serve scales between `replicas` and it
+    ongoing: int = 8  # requests that one replica holds at once
+    queued: int = 64  # requests that wait beside those; the next one is answered 429
+    batch: int = 16  # largest batch of embeddings
+    batch_wait_s: float = 0.01
+    max_new_tokens: int = 512  # the most that a request may ask for
+    timeout_s: float = 120.0  # to the whole answer, or to the first piece of a stream and from piece to piece
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        for field in ("replicas", "ongoing", "queued", "batch", "max_new_tokens"):
+            if getattr(self, field) < 1:
+                raise SpecError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise SpecError(f"max_replicas {self.max_replicas} is below replicas {self.replicas}")
+        if not 0.0 <= self.share <= 1.0:
+            raise SpecError(f"share lies in [0, 1], got {self.share:g}")
+        if self.share and self.challenger is None:
+            raise SpecError(f"share={self.share:g} without a challenger; give challenger=NAME@challenger")
+
+    @property
+    def places(self) -> int:
+        """Requests that one gateway holds at once, those that wait included."""
+        return self.ongoing * (self.max_replicas or self.replicas) + self.queued
+
+
+def read(args: Mapping[str, Any]) -> Options:
+    """The words of `serve run` or the `args` of a Serve config. Raises SpecError, with a suggestion, for unknown ones."""
+    if not args.get("model"):
+        raise SpecError("model= is missing: NAME, NAME@alias, NAME:version, or the folder of an artefact")
+    return override(Options(model=str(args["model"])), {k: v for k, v in args.items() if k != "model"})

@@ -1,0 +1,81 @@
+"""Which model answers a request, and a second try when a replica dies before a byte was sent."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle
+
+from bridgework.errors import suggest
+from bridgework.serving import refusals
+from bridgework.serving.refusals import Refusal
+from bridgework.serving.resolve import Served
+
+TRIES = 2
+
+
+class Router:
+    """The models of one app: the champion, and perhaps a challenger that takes a share of its requests."""
+
+    def __init__(self, handles: Sequence[tuple[Served, DeploymentHandle[Any]]], share: float, timeout_s: float) -> None:
+        self.champion = handles[0][0]
+        self.challenger = handles[1][0] if len(handles) > 1 else None
+        self._handles: Mapping[str, DeploymentHandle[Any]] = {served.id: handle for served, handle in handles}
+        self._share = share
+        self._timeout_s = timeout_s
+
+    def names(self) -> list[str]:
+        """What `model` of a request may be: the champion's name, and the name that pins each model."""
+        served = [m for m in (self.champion, self.challenger) if m is not None]
+        return list(dict.fromkeys([self.champion.model, *(m.pinned for m in served)]))
+
+    def choose(self, model: str, request_id: str) -> Served:
+        """The same model for the same request id, always. Raises Refusal (404) for an unknown name."""
+        if model == self.champion.model:
+            taken = self.challenger is not None and place(request_id) < self._share
+            return self.challenger if taken and self.challenger is not None else self.champion
+        for served in (self.champion, self.challenger):
+            if served is not None and model == served.pinned:
+                return served
+        message = f"there is no model {model!r} here" + suggest(model, self.names())
+        raise Refusal(404, message, code="model_not_found", param="model")
+
+    async def call(self, served: Served, method: str, *args: Any, **kwargs: Any) -> Any:
+        """A replica's answer. Raises Refusal."""
+        for left in reversed(range(TRIES)):
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    return await getattr(self._handles[served.id], method).remote(*args, **kwargs)
+            except RayActorError as error:
+                if not left:
+                    raise refusals.of(error) from error
+            except Exception as error:
+                raise refusals.of(error) from error
+        raise AssertionError("the last try returns or raises")
+
+    async def stream(self, served: Served, method: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """A replica's pieces. Raises Refusal; a replica that dies after the first piece is not tried again."""
+        for left in reversed(range(TRIES)):
+            begun = False
+            try:
+                handle = self._handles[served.id].options(stream=True)
+                pieces = aiter(getattr(handle, method).remote(*args, **kwargs))
+                while True:
+                    async with asyncio.timeout(self._timeout_s):
+                        piece = await anext(pieces)
+                    begun = True
+                    yield piece
+            except StopAsyncIteration:
+                return
+            except RayActorError as error:
+                if begun or not left:
+                    raise refusals.of(error) from error
+            except Exception as error:
+                raise refusals.of(error) from error
+
+
+def place(request_id: str) -> float:
+    """A number in [0, 1) that is the request id's own."""
+    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8], "big") / 2**64

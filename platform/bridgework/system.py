@@ -1,0 +1,310 @@
+"""What a vision-language system *is*: an ordered tuple of stages, each a value that says everything about it.
+
+A recipe is a module with a function that returns a `System`; `load("llava")` finds it by import path, `override`
+changes it by dotted path, `fingerprint` names it. One dotted path is the `--set` word, the key of a sweep and the
+parameter in MLflow. This module knows no torch, no Ray and no system by name.
+"""
+
+import hashlib
+import inspect
+import json
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, cast
+
+from bridgework.errors import SpecError, suggest
+from bridgework.spec import spec, to_dict
+
+# --- what a model tells the data, and the data never asks otherwise --------------------------------------------------
+
+IMAGE = -200  # stands in a row of token ids wherever an image token goes (LLaVA's own number); never looked up
+IGNORE = -100  # a label without loss (the default of torch's cross_entropy)
+
+
+@spec
+class Pixels:
+    """How an image becomes the square that a vision tower reads: part of the digest of cached features."""
+
+    size: int  # pixels, both sides
+    fit: Literal["pad", "crop"] = "crop"  # pad to a square of the mean colour, or crop the centre
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+class ModelSpec(Protocol):
+    """The config of a wiring: it says what the data must look like, and builds the module."""
+
+    @property
+    def pixels(self) -> Pixels: ...
+    @property
+    def tokenizer(self) -> str: ...  # folder, hub name, `package:` path or "bytes"
+    @property
+    def context(self) -> int: ...  # tokens the language model takes, images included
+    @property
+    def image_tokens(self) -> int: ...  # places in the token stream that one image fills
+    @property
+    def pretrained(self) -> tuple[str, ...]: ...  # globs of the tensors that pretrained weights bring back
+    def build(self, *, pretrained: bool = True) -> Any: ...  # torch.nn.Module
+    def tiny(self) -> Self: ...
+
+
+class LossSpec(Protocol):
+    """A loss: a sum over a batch, and what to divide it by (see bridgework.losses)."""
+
+    @property
+    def needs(self) -> str: ...  # the output of the wiring that it reads
+    @property
+    def weight(self) -> float: ...
+    @property
+    def whole_batch(self) -> bool: ...  # compares samples with each other, so a worker's share must come at once
+    def __call__(self, outputs: Any) -> Any: ...  # the sum over the batch: a scalar torch.Tensor
+    def count(self, labels_BT: Any) -> int: ...  # what to divide it by
+
+
+class EvalSpec(Protocol):
+    """An evaluation of a stage's weights (see bridgework.evaluation)."""
+
+    @property
+    def name(self) -> str: ...
+    def tiny(self) -> Self: ...
+    def run(self, pipeline: Any, home: Path) -> Any: ...  # inference.Pipeline -> evaluation.Result
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+@spec
+class Source:
+    """One dataset in a mixture. `dataset` is a path, a URL, or a name under <home>/datasets."""
+
+    name: str
+    dataset: str
+    rows: int | None = None  # as the paper counts them, for `show` and `plan` before the data is here
+    factor: float = 1.0  # manual multiplier of the weight
+    max_epochs: float | None = None  # cap on how often the stage may repeat a row
+    prompts: tuple[str, ...] = ()  # turn a pair into a question and its caption: one is drawn per row
+
+    def tiny(self) -> "Source":
+        return replace(self, dataset="synthetic:shapes")
+
+
+@spec
+class Mixture:
+    """Sources in proportion to size**alpha * factor (alpha = 1/2 is InstructBLIP's square root), and their order."""
+
+    sources: tuple[Source, ...]
+    alpha: float = 1.0
+    template: str = "plain"  # plain | v1 | chat (the tokenizer's own chat template)
+    max_tokens: int = 2048  # images included; longer conversations lose their last turns
+    lanes: int = 64  # fixed slices of every batch; ranks share them out, so any number of workers sees one order
+    window: int = 16  # steps that one reader lays out at a time
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise SpecError("a mixture needs at least one source")
+        unique("sources", [s.name for s in self.sources])
+        for name, low in (("lanes", 1), ("window", 1), ("max_tokens", 8)):
+            if getattr(self, name) < low:
+                raise SpecError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not 0.0 <= self.alpha <= 2.0:
+            raise SpecError(
+                f"alpha must lie in [0, 2] (0 equal shares, 0.5 square root, 1 by size), got {self.alpha:g}"
+            )
+        for source in self.sources:
+            if source.factor <= 0:
+                raise SpecError(
+                    f"sources.{source.name}.factor must be above 0, got {source.factor:g}; drop the source instead"
+                )
+            if source.max_epochs is not None and source.max_epochs <= 0:
+                raise SpecError(f"sources.{source.name}.max_epochs must be above 0, got {source.max_epochs:g}")
+
+    def tiny(self) -> "Mixture":
+        return replace(
+            self, sources=tuple(s.tiny() for s in self.sources), max_tokens=min(self.max_tokens, 128), lanes=4, window=4
+        )
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@spec
+class Budget:
+    """How much a stage trains."""
+
+    steps: int
+    batch: int  # samples per optimizer step, summed over all workers
+    micro: int = 8  # samples per forward and worker; more are accumulated
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"budget.{name} must be at least 1, got {getattr(self, name)}")
+
+    def tiny(self) -> "Budget":
+        return Budget(steps=8, batch=8, micro=8)
+
+
+@spec
+class AdamW:
+    """AdamW under a linear warm-up and a cosine decay."""
+
+    peak_lr: float
+    final_lr: float = 0.0
+    warmup: float = 0.03  # share of the steps
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0  # largest norm of the gradient; 0 turns clipping off
+
+    def __post_init__(self) -> None:
+        if self.peak_lr <= 0:
+            raise SpecError(f"optim.peak_lr must be above 0, got {self.peak_lr:g}")
+        if self.final_lr > self.peak_lr:
+            raise SpecError(
+                f"optim.final_lr {self.final_lr:g} is above peak_lr {self.peak_lr:g}; the cosine only decays"
+            )
+        if not 0.0 <= self.warmup < 1.0:
+            raise SpecError(f"optim.warmup is a share of the steps in [0, 1), got {self.warmup:g}")
+
+
+@spec
+class ZeRO:
+    """How DeepSpeed shards a stage; `config` overrides its JSON by dotted path."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "bf16"
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@spec
+class Stage:
+    """One model, what of it trains, on what, for how long, judged by what."""
+
+    name: str
+    model: ModelSpec
+    trains: Mapping[str, float]  # glob of parameter names -> multiplier of the learning rate; all else is frozen
+    losses: tuple[LossSpec, ...]
+    data: Mixture
+    budget: Budget
+    optim: AdamW
+    starts_from: str | None = None  # an earlier stage, or an artefact's folder
+    shard: ZeRO = ZeRO()
+    evals: tuple[EvalSpec, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.trains:
+            raise SpecError(
+                f"{self.name}.trains is empty: name at least one glob of parameters, e.g. {{'bridge.*': 1.0}}"
+            )
+        if not self.losses:
+            raise SpecError(f"{self.name}.losses is empty: a stage needs at least one loss")
+        if self.budget.batch % self.data.lanes:
+            raise SpecError(
+                f"{self.name}: budget.batch {self.budget.batch} is not a multiple of data.lanes {self.data.lanes}; "
+                "every lane gives the same number of samples to a batch"
+            )
+        unique(f"{self.name}.evals", [e.name for e in self.evals])
+
+    def tiny(self) -> "Stage":
+        return replace(
+            self,
+            model=self.model.tiny(),
+            data=self.data.tiny(),
+            budget=self.budget.tiny(),
+            shard=replace(self.shard, precision="fp32"),
+            evals=tuple(e.tiny() for e in self.evals),
+        )
+
+
+@spec
+class System:
+    """Stages in the order in which they run."""
+
+    name: str
+    paper: str
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        unique(f"{self.name}.stages", [s.name for s in self.stages])
+        seen: list[str] = []
+        for stage in self.stages:
+            start = stage.starts_from
+            if start is not None and "/" not in start and start not in seen:
+                raise SpecError(
+                    f"{self.name}.{stage.name} starts from {start!r}, which is neither an earlier stage nor a path"
+                    + suggest(start, seen)
+                )
+            seen.append(stage.name)
+
+    def __getitem__(self, name: str) -> Stage:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        names = [s.name for s in self.stages]
+        raise SpecError(f"{self.name} has no stage {name!r}" + suggest(name, names))
+
+    def tiny(self) -> "System":
+        """The same program on a laptop: every choice that bears on a shape stays, sizes and budgets shrink."""
+        return replace(self, stages=tuple(s.tiny() for s in self.stages))
+
+    def fingerprint(self) -> str:
+        """12 hex digits that name the recipe: equal on every machine, different when any field differs."""
+        return hashlib.sha256(json.dumps(to_dict(self)).encode()).hexdigest()[:12]
+
+
+def unique(what: str, names: list[str]) -> None:
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise SpecError(f"{what}: the name {twice[0]!r} stands twice; names must differ")
+    for name in names:
+        if not name or set(name) & set(".*"):
+            raise SpecError(
+                f"{what}: {name!r} cannot be a name: a dotted path could not reach it; leave out '.' and '*'"
+            )
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def recipes() -> list[str]:
+    """The systems that ship: the modules of bridgework.recipes."""
+    package = import_module("bridgework.recipes")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def variants(name: str) -> list[str]:
+    """The functions of a recipe that return a System: `system` is the default."""
+    return [n for n, _ in _recipe_functions(_recipe_module(name))]
+
+
+def load(name: str) -> System:
+    """`llava`, `llava:v1`, or a module of your own with the same shape: `my_lab.recipes.x`, `my_lab.recipes.x:tiny`."""
+    path, _, variant = name.partition(":")
+    functions = dict(_recipe_functions(_recipe_module(path)))
+    function = functions.get(variant or "system")
+    if function is None:
+        raise SpecError(f"{path} has no variant {variant or 'system'!r}" + suggest(variant or "system", functions))
+    return function()
+
+
+def _recipe_module(path: str) -> types.ModuleType:
+    module = path if "." in path.strip(".") else f"bridgework.recipes.{path}"
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+            raise  # the recipe exists; something that it imports does not
+        raise SpecError(f"there is no system {path!r}" + suggest(path, recipes())) from None
+
+
+def _recipe_functions(module: types.ModuleType) -> Iterator[tuple[str, Callable[[], System]]]:
+    """What a recipe offers: its functions that need no argument and say that they return a System."""
+    for name, value in vars(module).items():
+        offered = isinstance(value, types.FunctionType) and not inspect.signature(value).parameters
+        if offered and typing.get_type_hints(value).get("return") is System:
+            yield name, cast(Callable[[], System], value)

@@ -1,0 +1,134 @@
+"""Features of a frozen vision tower, computed once by Ray Data and shared by every stage and every trial.
+
+`<home>/features/<digest of the tower>/<dataset digest>/` mirrors the dataset: the same shard names, row groups and
+order, with a column of float16 features instead of image bytes. `prepare` says why it pays, or why it does not.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from bridgework.data.shards import Dataset, open_dataset
+from bridgework.data.transforms import decode, to_square
+from bridgework.errors import DataError
+from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
+
+TowerSpec = ViTConfig | EfficientNetConfig
+SCHEMA = pa.schema([("key", pa.string()), ("features", pa.list_(pa.binary()))])
+FREE_SHARE = 0.2  # of the disk's free space that cached features may take
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the features of these datasets are cached under `folder`, and why."""
+
+    folder: Path | None
+    why: str
+
+
+def prepare(tower: TowerSpec, datasets: Sequence[Dataset], *, draws: int, home: Path, workers: int) -> Verdict:
+    """Cache the features of every image of `datasets` if that is cheaper than computing `draws` of them in training.
+
+    `workers` actors hold the tower under Ray Data; 0 computes in this process.
+    """
+    module = tower.build()
+    folder = home / "features" / module.digest()
+    missing = [d for d in datasets if not (folder / d.manifest.digest / "features.json").is_file()]
+    if not missing:
+        return Verdict(folder, f"features of {len(datasets)} datasets are in {folder}")
+    rows = sum(d.manifest.rows for d in missing)
+    each_s, shape = _measure(module, missing[0])
+    size, room = rows * shape[0] * shape[1] * 2, FREE_SHARE * shutil.disk_usage(home).free
+    cost = f"{rows:,} images once ({rows * each_s:.0f} CPU-s, {size / 1e6:.0f} MB)"
+    if draws <= rows:
+        return Verdict(None, f"features are computed in training: it draws {draws:,} images, caching would take {cost}")
+    if size > room:
+        return Verdict(
+            None, f"features are computed in training: caching {cost} needs more than the {room / 1e6:.0f} MB to spare"
+        )
+    for dataset in missing:
+        _cache(tower, dataset, folder / dataset.manifest.digest, shape, workers)
+    return Verdict(folder, f"features are cached: {cost} instead of {draws:,} times ({draws * each_s:.0f} CPU-s)")
+
+
+def _measure(module: VisionTower, dataset: Dataset) -> tuple[float, tuple[int, int]]:
+    """CPU-seconds an image, and its (patches, width), from the dataset's first images."""
+    images = [image for sample in dataset.read_group(0, 0) for image in sample.images][:8]
+    if not images:
+        raise DataError(f"{dataset.path} has no images in its first row group; features cannot be cached")
+    _features(module, images[:1])
+    began = time.process_time()
+    features = _features(module, images)
+    return (time.process_time() - began) / len(images), (features[0].shape[0], features[0].shape[1])
+
+
+def _features(module: VisionTower, images: Sequence[bytes]) -> list[np.ndarray[Any, Any]]:
+    """float16 (P, D) for each image; one that does not decode gives (0, D): the reader will quarantine it."""
+    squares = []
+    for image in images:
+        try:
+            squares.append(to_square(decode(image), module.config.pixels))
+        except DataError:
+            squares.append(None)
+    good = [s for s in squares if s is not None]
+    if not good:
+        return [np.zeros((0, 0), np.float16) for _ in squares]
+    with torch.inference_mode():
+        patches_NPD = module.eval()(torch.from_numpy(np.stack(good)))
+    computed = iter(patches_NPD.to(torch.float16).numpy())
+    return [np.zeros((0, patches_NPD.shape[-1]), np.float16) if s is None else next(computed) for s in squares]
+
+
+class _Writer:
+    """Holds the tower; writes the features of one shard a call."""
+
+    def __init__(self, tower: TowerSpec, path: str, folder: Path) -> None:
+        self._folder = folder
+        self._dataset = open_dataset(path)
+        self._module = tower.build()
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        shard = int(item["id"])
+        info = self._dataset.manifest.shards[shard]
+        with pq.ParquetWriter(self._folder / info.file, SCHEMA, compression="none") as out:
+            for group in range(-(-info.rows // self._dataset.manifest.group_rows)):
+                samples = self._dataset.read_group(shard, group)
+                flat = iter(_features(self._module, [i for s in samples for i in s.images]))
+                rows = [{"key": s.key, "features": [next(flat).tobytes() for _ in s.images]} for s in samples]
+                out.write_table(pa.Table.from_pylist(rows, SCHEMA), row_group_size=len(rows))
+        return {"shard": shard}
+
+
+def _cache(tower: TowerSpec, dataset: Dataset, final: Path, shape: tuple[int, int], workers: int) -> None:
+    """Write to a temporary folder, then rename: the cache of a dataset is whole or absent."""
+    folder = final.with_name(f".{final.name}-{uuid4().hex[:8]}")
+    folder.mkdir(parents=True)
+    try:
+        shards = len(dataset.manifest.shards)
+        if workers:
+            made = ray.data.range(shards, override_num_blocks=shards).map(
+                _Writer,
+                fn_constructor_args=(tower, dataset.path, folder),
+                compute=ray.data.ActorPoolStrategy(size=min(workers, shards)),
+                num_cpus=0.5,
+            )
+            made.materialize()
+        else:
+            writer = _Writer(tower, dataset.path, folder)
+            for shard in range(shards):
+                writer({"id": shard})
+        (folder / "features.json").write_text(json.dumps({"patches": shape[0], "width": shape[1]}))
+        folder.rename(final)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

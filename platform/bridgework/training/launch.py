@@ -1,0 +1,295 @@
+"""From a System to trained artefacts: the driver. Ray Train runs the loop; the tracker hears of everything.
+
+A run is a folder, `<home>/runs/<run>/`, with recipe.json and one folder a stage. The same run again goes on where it
+stopped: finished stages are taken as they are, an unfinished one resumes from its newest complete checkpoint.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from rich.console import Console
+
+from bridgework.data import reader
+from bridgework.data.catalog import resolve
+from bridgework.data.ingest import PlanIngest, from_ray
+from bridgework.data.shards import Dataset, open_dataset
+from bridgework.errors import BridgeworkError, RunError, SpecError
+from bridgework.relay import Relay
+from bridgework.system import Stage, System
+from bridgework.tracking import DatasetInput, Tracker
+from bridgework.training import artefact, checkpoint, features, loop, run_folder
+from bridgework.training.progress import shown
+from bridgework.training.record import Record, StageResult
+
+
+@dataclass(frozen=True)
+class How:
+    """How a run is carried out: nothing here changes what is learned."""
+
+    workers: int = 1  # 0 trains in this process, without Ray Train
+    readers: int = 1  # Ray Data actors that read and decode
+    checkpoint_every: int = 0  # steps; 0 takes a twentieth of the stage
+    evaluate_every: int = 0  # steps; 0 evaluates at the end of a stage only
+    cache_features: bool = True
+    max_failures: int = 3  # restarts of the workers before a stage gives up
+    report: Callable[[dict[str, float], int], None] | None = None  # of an in-process run
+    callbacks: tuple[Any, ...] = ()  # of Ray Train
+
+
+def train(
+    system: System,
+    *,
+    home: Path,
+    run: str,
+    how: How = How(),
+    stages: Sequence[str] | None = None,
+    tracker: Tracker | None = None,
+    parent_run: str | None = None,
+    console: Console | None = None,
+) -> dict[str, StageResult]:
+    """Train `stages` (all, by default) of `system` one after the other, and tell the tracker.
+
+    Raises SpecError for a stage that is not there, DataError for data that is not, RunError when the run's name
+    belongs to another recipe, is in use, or its workers failed more often than `how.max_failures`.
+    """
+    chosen = [system[name] for name in stages] if stages is not None else list(system.stages)
+    console = console or Console(stderr=True)
+    folder = home / "runs" / run
+    data = {stage.name: _datasets(stage, home) for stage in chosen}  # before anything is written
+    with run_folder.locked(folder):
+        run_folder.same_recipe(folder, system)
+        tracked = Record(tracker, system, run, parent_run, console.print)
+        results: dict[str, StageResult] = {}
+        try:
+            for stage in chosen:
+                results[stage.name] = _stage(
+                    system, stage, data[stage.name], folder, home, how, tracked, results, console
+                )
+        except BaseException as error:
+            tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        tracked.finish("FINISHED")
+    return results
+
+
+def feed(stage: Stage, datasets: Sequence[Dataset], *, cached: Path | None, quarantine: Path | None) -> reader.Feed:
+    """What the readers of a stage need to know, and nothing of the model beyond its ModelSpec."""
+    model = stage.model
+    return reader.Feed(
+        mixture=stage.data,
+        datasets=tuple(d.path for d in datasets),
+        digests=tuple(d.manifest.digest for d in datasets),
+        batch=stage.budget.batch,
+        steps=stage.budget.steps,
+        seed=stage.seed,
+        tokenizer=model.tokenizer,
+        pixels=model.pixels,
+        image_tokens=model.image_tokens,
+        context=model.context,
+        features=str(cached) if cached else None,
+        quarantine=str(quarantine) if quarantine else None,
+    )
+
+
+def _datasets(stage: Stage, home: Path) -> list[Dataset]:
+    return [open_dataset(resolve(source.dataset, home)) for source in stage.data.sources]
+
+
+def _stage(
+    system: System,
+    stage: Stage,
+    datasets: list[Dataset],
+    folder: Path,
+    home: Path,
+    how: How,
+    tracked: Record,
+    earlier: Mapping[str, StageResult],
+    console: Console,
+) -> StageResult:
+    place = folder / stage.name
+    inputs = tuple(
+        DatasetInput(source.name, d.manifest.digest, d.path, d.manifest.rows)
+        for source, d in zip(stage.data.sources, datasets, strict=True)
+    )
+    parent = _parent(stage, folder, earlier)
+    run_id = tracked.start(stage, inputs, parent)
+    if (place / "artefact" / "artefact.json").is_file():
+        console.print(f"{stage.name}: finished before; its artefact is {place / 'artefact'}")
+        with _relayed(tracked.tracker, run_id, place):
+            return tracked.done(stage, place)
+    cached = _cached(system, stage, datasets, home, how, console)
+    job = loop.Job(
+        system=system,
+        stage=stage.name,
+        feed=feed(stage, datasets, cached=cached, quarantine=place / "quarantine"),
+        folder=place,
+        home=home,
+        parent=parent,
+        datasets=inputs,
+        checkpoint_every=how.checkpoint_every or max(1, stage.budget.steps // 20),
+        evaluate_every=how.evaluate_every,
+    )
+    job.feed.plan()  # a mixture that cannot be filled is refused here, not in a worker
+    run_folder.room(home)
+    place.mkdir(parents=True, exist_ok=True)
+    with _relayed(tracked.tracker, run_id, place), shown(place / "journal", stage.name, stage.budget.steps, console):
+        if how.workers:
+            _fit(job, how)
+        else:
+            with _alone():
+                loop.run(job, partial(_local_rows, job), how.report or _ignore, rank=0, world=1)
+    return tracked.done(stage, place)
+
+
+@contextmanager
+def _relayed(tracker: Tracker, run_id: str | None, place: Path) -> Iterator[None]:
+    """The stage's journal goes to the tracker from a side thread, as it grows."""
+    relay = Relay(tracker, {run_id: place / "journal"}) if run_id else None
+    try:
+        yield
+    finally:
+        if relay is not None:
+            relay.close()
+
+
+def _parent(stage: Stage, folder: Path, earlier: Mapping[str, StageResult]) -> Path | None:
+    """The artefact that a stage starts from: of this run, or the folder that the recipe names."""
+    if stage.starts_from is None:
+        return None
+    if "/" in stage.starts_from:
+        path = Path(stage.starts_from)
+    elif stage.starts_from in earlier:
+        path = earlier[stage.starts_from].artefact
+    else:
+        path = folder / stage.starts_from / "artefact"
+        if not path.exists():
+            raise RunError(
+                f"{stage.name} starts from {stage.starts_from}, which this run has not trained; train it first "
+                f"(--stage {stage.starts_from}), or set stages.{stage.name}.starts_from to the folder of an artefact"
+            )
+    artefact.describe(path)
+    return path
+
+
+def _cached(
+    system: System, stage: Stage, datasets: Sequence[Dataset], home: Path, how: How, console: Console
+) -> Path | None:
+    """The folder of cached features, for a wiring whose vision tower comes with its weights and stays frozen."""
+    tower = getattr(stage.model, "vision", None)
+    frozen = not any(glob.startswith(("vision", "*")) for glob in stage.trains)
+    if not (how.cache_features and frozen and "vision.*" in stage.model.pretrained):
+        return None
+    sharing = [s for s in system.stages if getattr(s.model, "vision", None) == tower]
+    draws = sum(s.budget.steps * s.budget.batch for s in sharing)
+    verdict = features.prepare(tower, datasets, draws=draws, home=home, workers=how.readers if how.workers else 0)
+    console.print(f"{stage.name}: {verdict.why}")
+    return verdict.folder
+
+
+def _local_rows(job: loop.Job, start: int) -> Iterator[list[reader.Row]]:
+    return reader.local(job.feed, rank=0, world=1, start=start)
+
+
+def _ignore(metrics: dict[str, float], step: int) -> None:
+    """The report of a run that nobody listens to."""
+
+
+# --- Ray Train -------------------------------------------------------------------------------------------------------
+
+
+def _fit(job: loop.Job, how: How) -> None:
+    stage = job.system[job.stage]
+    if how.workers > stage.data.lanes:
+        raise SpecError(
+            f"{stage.name} has {stage.data.lanes} lanes for {how.workers} workers; "
+            f"raise stages.{stage.name}.data.lanes, or give fewer --workers"
+        )
+    resources = ray.cluster_resources()
+    gpus = resources.get("GPU", 0.0) >= how.workers
+    cpu = 1.0 if gpus else max(0.25, min(1.0, (resources.get("CPU", 1.0) - 0.5) / how.workers))
+    start = partial(_cursor, job.folder, job.system.fingerprint())
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(num_workers=how.workers, use_gpu=gpus, resources_per_worker={"CPU": cpu}),
+        run_config=RunConfig(
+            # new every time: Ray must not resume by its own memory, the checkpoints are ours
+            name=f"{job.stage}-{os.getpid()}-{os.urandom(3).hex()}",
+            storage_path=str(job.folder / "ray"),
+            failure_config=FailureConfig(max_failures=how.max_failures),
+            callbacks=list(how.callbacks),
+        ),
+        datasets={"train": ray.data.range(1)},
+        dataset_config=PlanIngest(job.feed, start, readers=how.readers),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        cause = _cause(error)
+        if isinstance(cause, BridgeworkError):
+            raise cause from error
+        raise RunError(f"{job.stage}: the workers failed {how.max_failures + 1} times, last with {cause!r}") from error
+    shutil.rmtree(job.folder / "ray", ignore_errors=True)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    job: loop.Job = config["job"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if get_device().type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    shard = ray.train.get_dataset_shard("train")
+    loop.run(
+        job,
+        lambda start: from_ray(shard, rank=rank, world=world, start=start),
+        lambda metrics, step: ray.train.report({**metrics, "step": step}),
+        rank=rank,
+        world=world,
+    )
+
+
+def _cursor(folder: Path, fingerprint: str) -> int:
+    """The step from which the next worker group goes on: our manifest's, not what Ray remembers."""
+    found, _ = checkpoint.newest(folder, fingerprint)
+    return found.step if found else 0
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first of our own errors in a chain of Ray's, else the innermost."""
+    seen: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo:
+        at = todo.pop(0)
+        if at is None or at in seen:
+            continue
+        if isinstance(at, BridgeworkError):
+            return at
+        seen.append(at)
+        todo += [at.__cause__, at.__context__, getattr(at, "cause", None)]
+        todo += list(getattr(at, "worker_failures", {}).values())
+    return seen[-1]
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """A process group of one, for a loop that runs without Ray Train."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()

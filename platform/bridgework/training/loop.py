@@ -1,0 +1,207 @@
+"""The training loop: one function for every stage of every system.
+
+It builds the stage's model, goes on from the newest complete checkpoint, takes the planned batches one after the other,
+writes its journal, and leaves a weights artefact. What differs between systems lives in the Step.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from bridgework.data.batch import Batch, collate
+from bridgework.data.reader import Feed, Row
+from bridgework.data.tokens import load_tokenizer
+from bridgework.errors import RunError
+from bridgework.inference import Pipeline
+from bridgework.models import freezing
+from bridgework.system import IGNORE, Stage, System
+from bridgework.tracking import DatasetInput, Journal
+from bridgework.training import artefact, checkpoint
+from bridgework.training.engine import Engine
+from bridgework.training.schedule import learning_rate
+from bridgework.training.step import Step, check
+
+FLUSH_S = 1.0  # how long points may wait before the driver sees them
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a worker needs to train one stage; picklable."""
+
+    system: System
+    stage: str
+    feed: Feed
+    folder: Path  # of this stage in the run: checkpoints, journal, evals, artefact; seen by every worker
+    home: Path
+    parent: Path | None = None  # the artefact to start from
+    datasets: tuple[DatasetInput, ...] = ()
+    checkpoint_every: int = 0  # steps; 0: only the artefact at the end
+    evaluate_every: int = 0  # steps; 0: only at the end
+    keep: int = 2  # checkpoints
+
+
+Metrics = dict[str, float]
+Report = Callable[[Metrics, int], None]
+
+
+def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *, rank: int, world: int) -> Metrics:
+    """Train `job` to its end and return the metrics of its evaluations; every rank calls it together.
+
+    `rows(start)` gives this rank's samples of the steps from `start` on. Raises RunError when the loss is not finite.
+    """
+    stage = job.system[job.stage]
+    samples = math.ceil(stage.data.lanes / world) * (stage.budget.batch // stage.data.lanes)
+    micro_batches = math.ceil(samples / stage.budget.micro)
+    check(stage, micro_batches)
+
+    model, inherited = _model(job, stage)
+    multipliers = freezing.apply(model, stage.trains)
+    engine = Engine(Step(model, stage.losses), stage, multipliers, micro_batches=micro_batches)
+    attempt = _agreed(uuid4().hex[:8])
+    start = _resume(job, engine, attempt, rank)
+    journal = Journal(job.folder / "journal")
+    tokenizer = load_tokenizer(stage.model.tokenizer)
+    clock = _Clock()
+    metrics: Metrics = {}
+
+    for step, batch_rows in enumerate(rows(start), start):
+        clock.waited()
+        torch.manual_seed(hash((stage.seed, step, rank)))
+        batches = _micro_batches(batch_rows, stage.budget.micro, micro_batches, pad_id=tokenizer.pad_token_id or 0)
+        lr = learning_rate(stage.optim, step, stage.budget.steps)
+        losses, norm = engine.train_step(batches, lr)
+        named = {f"loss.{type(k).__name__.lower()}": float(v) for k, v in zip(stage.losses, losses, strict=True)}
+        total = sum(loss.weight * float(v) for loss, v in zip(stage.losses, losses, strict=True))
+        if not math.isfinite(total):
+            keys = ", ".join(r.key for r in batch_rows[:4])
+            raise RunError(
+                f"{stage.name}: the loss of step {step} is {total}; nothing was saved; rank {rank} held {keys}, ...; "
+                f"lower stages.{stage.name}.optim.peak_lr, or look at these samples with `bridgework data preview`"
+            )
+        metrics = {"loss": total, **named, "lr": lr, "grad_norm": norm, **clock.took(batches, world)}
+        done = step + 1
+        if job.evaluate_every and done % job.evaluate_every == 0 and done < stage.budget.steps:
+            metrics |= _evaluate(job, stage, model, write=False)
+        if rank == 0:
+            journal.append(metrics, done)
+            if clock.due(FLUSH_S):
+                journal.flush()
+        if job.checkpoint_every and done % job.checkpoint_every == 0 and done < stage.budget.steps:
+            _save(job, engine, attempt, done, rank, world)
+        if done < stage.budget.steps:
+            report(metrics, done)
+
+    metrics |= _evaluate(job, stage, model, write=rank == 0)
+    state = engine.state(artefact.kept(stage, model.state_dict(), multipliers, inherited))
+    if rank == 0:
+        journal.append(metrics, stage.budget.steps)
+        journal.flush()
+        parent = artefact.describe(job.parent).digest if job.parent else None
+        artefact.save(
+            job.folder / "artefact", state, system=job.system, stage=job.stage, parent=parent,
+            datasets=job.datasets, steps=stage.budget.steps,
+        )  # fmt: skip
+        (job.folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    report(metrics, stage.budget.steps)
+    return metrics
+
+
+def _model(job: Job, stage: Stage) -> tuple[nn.Module, list[str]]:
+    torch.manual_seed(stage.seed)  # every rank draws the same new weights
+    model: nn.Module = stage.model.build()
+    inherited = artefact.weights(job.parent) if job.parent else {}
+    artefact.put(model, inherited, str(job.parent))
+    return model, list(inherited)
+
+
+def _agreed(word: str) -> str:
+    """Rank 0's word, on every rank: names this attempt, so that an orphan of an older one cannot write into it."""
+    words = [word]
+    dist.broadcast_object_list(words, src=0)
+    return words[0]
+
+
+def _resume(job: Job, engine: Engine, attempt: str, rank: int) -> int:
+    if rank == 0:
+        checkpoint.sweep(job.folder, attempt)
+    found, _ = checkpoint.newest(job.folder, job.system.fingerprint())
+    if found is None:
+        return 0
+    if found.world != dist.get_world_size():
+        raise RunError(
+            f"{found.folder} holds the state of {found.world} workers, this run has {dist.get_world_size()}; "
+            f"go on with --workers {found.world}"
+        )
+    engine.load(found.folder)
+    return found.step
+
+
+def _save(job: Job, engine: Engine, attempt: str, step: int, rank: int, world: int) -> None:
+    folder = checkpoint.begin(job.folder, step, attempt)
+    engine.save(folder, {"step": step})
+    dist.barrier()
+    if rank == 0:
+        checkpoint.complete(
+            folder, step=step, world=world, attempt=attempt, fingerprint=job.system.fingerprint(), keep=job.keep
+        )
+    dist.barrier()
+
+
+def _micro_batches(rows: Sequence[Row], size: int, number: int, *, pad_id: int) -> list[Batch]:
+    """`number` batches of at most `size` rows; a rank with fewer rows repeats one of them without loss."""
+    batches = [collate(rows[i : i + size], pad_id=pad_id) for i in range(0, len(rows), size)]
+    while len(batches) < number:
+        idle = collate(rows[:1], pad_id=pad_id)
+        idle.labels_BT = torch.full_like(idle.labels_BT, IGNORE)
+        batches.append(idle)
+    return batches
+
+
+def _evaluate(job: Job, stage: Stage, model: nn.Module, *, write: bool) -> Metrics:
+    """Every rank evaluates the same rows, so that sharded weights are gathered by all."""
+    pipeline = Pipeline(model, stage)
+    metrics: Metrics = {}
+    for spec in stage.evals:
+        result = spec.run(pipeline, job.home)
+        metrics |= result.metrics
+        for name, picture in result.pictures.items() if write else ():
+            (job.folder / "evals").mkdir(exist_ok=True)
+            picture.save(job.folder / "evals" / f"{name}.png")
+    return metrics
+
+
+class _Clock:
+    """Where the time of a step goes: waiting for data, or working."""
+
+    def __init__(self) -> None:
+        self._mark = self._flushed = time.perf_counter()
+        self._wait = 0.0
+
+    def waited(self) -> None:
+        self._wait = time.perf_counter() - self._mark
+
+    def took(self, batches: Sequence[Batch], world: int) -> Metrics:
+        now = time.perf_counter()
+        step_s, self._mark = now - self._mark, now
+        samples = sum(b.ids_BT.shape[0] for b in batches)
+        tokens = sum(int(b.attention_BT.sum()) for b in batches)
+        return {
+            "step_s": step_s,
+            "samples_per_s": world * samples / step_s,
+            "tokens_per_s": world * tokens / step_s,
+            "data_wait_share": self._wait / step_s,
+        }
+
+    def due(self, seconds: float) -> bool:
+        if time.perf_counter() - self._flushed < seconds:
+            return False
+        self._flushed = time.perf_counter()
+        return True

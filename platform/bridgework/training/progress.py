@@ -1,0 +1,56 @@
+"""What a person sees of a running stage: a bar in a terminal, a line for every tenth of it in a log."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bridgework.tracking import Journal, Point
+
+POLL_S = 0.5
+
+
+@contextmanager
+def shown(journal: Path, title: str, steps: int, console: Console) -> Iterator[None]:
+    """Follow a stage by its journal until the block ends."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    task = bar.add_task(title, total=steps, figures="starting the workers")
+    over = threading.Event()
+
+    def follow() -> None:
+        part, tenth = "", 0
+        while True:
+            last = over.is_set()  # read once more after the end
+            for name, points in Journal(journal).points(part):
+                part, at = name, max(p.step for p in points)
+                figures = _figures(points, at)
+                bar.update(task, completed=at, figures=figures)
+                if not console.is_terminal and at * 10 // steps > tenth:
+                    tenth = at * 10 // steps
+                    console.print(f"{title}: step {at} of {steps}, {figures}", highlight=False)
+            if last:
+                return
+            over.wait(POLL_S)
+
+    thread = threading.Thread(target=follow, name="progress", daemon=True)
+    with bar:
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def _figures(points: list[Point], step: int) -> str:
+    now = {p.key: p.value for p in points if p.step == step}
+    return f"loss {now.get('loss', float('nan')):.3f}, {now.get('samples_per_s', 0.0):.0f} samples/s"

@@ -1,0 +1,102 @@
+"""What the tracker hears of a run: the run of the system, a child for each stage, what went in and what came out."""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bridgework.errors import TrackingError
+from bridgework.spec import flat, to_dict
+from bridgework.system import Stage, System
+from bridgework.tracking import DatasetInput, MemoryTracker, Status, Tracker
+from bridgework.training import artefact
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A trained stage: its weights, its evaluations, its run and logged model in the tracker."""
+
+    artefact: Path
+    metrics: dict[str, float]
+    run_id: str | None = None
+    model_id: str | None = None
+
+
+class Record:
+    """One run of a system and its stages, as the tracker sees them.
+
+    A tracker that does not answer never stops a run: the rest of it goes untracked, and the same command later tells
+    the tracker everything, since finished stages are taken as they are.
+    """
+
+    def __init__(
+        self, tracker: Tracker | None, system: System, run: str, parent: str | None, say: Callable[[str], object]
+    ) -> None:
+        self.tracker: Tracker = tracker or MemoryTracker()
+        self._system, self._run, self._say = system, run, say
+        self._tags = {"system": system.name, "fingerprint": system.fingerprint(), "git_commit": _commit(), "run": run}
+        if (job := os.environ.get("RAY_JOB_SUBMISSION_ID")) is not None:
+            self._tags["ray_job_id"] = job
+        self._id: str | None = None
+        self._open: str | None = None
+        with self._asked() as asked:
+            self._id = asked.start(run, parent=parent, tags={**self._tags, "run_key": run})
+            asked.params(self._id, flat(system))
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "recipe.json"
+                file.write_text(json.dumps(to_dict(system), indent=1, sort_keys=True))
+                asked.file(self._id, file)
+
+    def start(self, stage: Stage, inputs: Sequence[DatasetInput], parent: Path | None) -> str | None:
+        """The stage's run, open, with its parameters and datasets; None when nobody listens."""
+        digest = artefact.describe(parent).digest if parent else ""
+        tags = {**self._tags, "stage": stage.name, "run_key": f"{self._run}/{stage.name}", "starts_from_digest": digest}
+        with self._asked() as tracker:
+            self._open = tracker.start(stage.name, parent=self._id, tags=tags)
+            tracker.params(self._open, flat(stage))
+            tracker.inputs(self._open, inputs)
+        return self._open
+
+    def done(self, stage: Stage, place: Path) -> StageResult:
+        """The stage's result; its pictures and weights are handed to the tracker."""
+        metrics: dict[str, float] = json.loads((place / "metrics.json").read_text())
+        result = StageResult(place / "artefact", metrics)
+        info = artefact.describe(result.artefact)
+        tags = {"digest": info.digest, "fingerprint": info.fingerprint, "stage": stage.name, "run": self._run}
+        with self._asked() as tracker:
+            if self._open is not None:
+                for picture in sorted((place / "evals").glob("*.png")):
+                    tracker.file(self._open, picture, "evals")
+                model_id = tracker.output(self._open, f"{self._system.name}-{stage.name}", str(result.artefact), tags)
+                tracker.finish(self._open)
+                result = replace(result, run_id=self._open, model_id=model_id)
+                self._open = None
+        return result
+
+    def finish(self, status: Status) -> None:
+        with self._asked() as tracker:
+            for run_id in (self._open, self._id):
+                if run_id is not None:
+                    tracker.finish(run_id, status)
+
+    @contextmanager
+    def _asked(self) -> Iterator[Tracker]:
+        """The tracker, or its twin in memory from the first time that it does not answer."""
+        try:
+            yield self.tracker
+        except TrackingError as error:
+            self.tracker, self._id, self._open = MemoryTracker(), None, None
+            self._say(f"{error}; training goes on untracked: the same command later records it")
+
+
+def _commit() -> str:
+    """The git commit of the code, `-dirty` with changes; empty outside a repository."""
+    try:
+        words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,62 @@
+"""A run's folder: one writer at a time, one recipe for ever, room on the disk."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bridgework.errors import ResourceError, RunError
+from bridgework.spec import to_dict
+from bridgework.system import System
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"run {folder.name!r} is being trained by another process; wait for it or give another --run"
+            ) from None
+        yield
+
+
+def same_recipe(folder: Path, system: System) -> None:
+    file, now = folder / "recipe.json", to_dict(system)
+    if not file.exists():
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(now, indent=1, sort_keys=True))
+        temporary.rename(file)
+        return
+    before = json.loads(file.read_text())
+    if before != json.loads(json.dumps(now)):
+        changed = _differences(before, json.loads(json.dumps(now)))
+        raise RunError(
+            f"run {folder.name!r} exists with another recipe: {'; '.join(changed[:3])}"
+            + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+            + "; give another --run, or undo the change"
+        )
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(set(before) | set(now))
+        return [d for k in keys for d in _differences(before.get(k), now.get(k), f"{path}.{k}".lstrip("."))]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        names = [b.get("name", str(i)) if isinstance(b, dict) else str(i) for i, b in enumerate(before)]
+        return [d for n, b, a in zip(names, before, now, strict=True) for d in _differences(b, a, f"{path}.{n}")]
+    return [] if before == now else [f"{path} was {before!r}, is {now!r}"]
+
+
+def room(home: Path, need: int = 500_000_000) -> None:
+    free = shutil.disk_usage(home).free
+    if free < need:
+        raise ResourceError(
+            f"{home} has {free / 1e6:.0f} MB free, a run needs at least {need / 1e6:.0f} MB; "
+            "free some, or set BRIDGEWORK_HOME to a larger disk"
+        )

@@ -1,0 +1,14 @@
+"""The learning rate as a function of the step: linear warm-up, then a cosine down to `final_lr`."""
+
+import math
+
+from bridgework.system import AdamW
+
+
+def learning_rate(optim: AdamW, step: int, steps: int) -> float:
+    """The rate of `step`, counted from 0, in a stage of `steps`; the first step already moves."""
+    warmup = math.ceil(optim.warmup * steps)
+    if step < warmup:
+        return optim.peak_lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return optim.final_lr + (optim.peak_lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

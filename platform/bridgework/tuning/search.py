@@ -1,0 +1,216 @@
+"""A sweep: Optuna proposes, ASHA stops what lags, and every trial is trained by the same function as everything else.
+
+A trial is stages of a system with overrides, a folder under the sweep's run, and a child run in the tracker. The
+tracker is spoken to by the driver alone: several processes that open a fresh sqlite store at once corrupt it.
+"""
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback, ResultGrid, RunConfig, TuneConfig, Tuner
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+from rich.console import Console
+
+from bridgework.errors import RunError, SpecError
+from bridgework.spec import override
+from bridgework.system import System, load
+from bridgework.tracking import Point, Tracker, Version
+from bridgework.training.launch import How, train
+from bridgework.tuning.space import Space
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial of a sweep as its table shows it."""
+
+    trial: str
+    changes: Mapping[str, Any]
+    score: float | None  # None: it gave none
+    status: str  # finished | stopped | failed
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A sweep's rows, best first; the winner's command, weights and registered version."""
+
+    rows: tuple[Row, ...]
+    command: str
+    artefact: Path
+    metrics: dict[str, float]
+    version: Version | None
+
+
+def sweep(
+    space: Space,
+    *,
+    home: Path,
+    run: str,
+    changes: Mapping[str, Any] | None = None,
+    tracker: Tracker | None = None,
+    console: Console | None = None,
+) -> Outcome:
+    """Run `space` with `changes` laid over every trial, register the best trial's last stage as `challenger`.
+
+    Raises SpecError for a path, a stage or a metric that does not exist, RunError when no trial finished.
+    """
+    console = console or Console(stderr=True)
+    fixed = {**space.fixed, **(changes or {})}
+    base = override(load(space.system), fixed)
+    _check(space, base)
+    folder = home / "runs" / run
+    parent = tracker.start(run, tags={"run_key": run, "system": base.name, "sweep": space.name}) if tracker else None
+    recorder = _Recorder(space, run, tracker, parent, console)
+    tuner = Tuner(
+        tune.with_resources(
+            tune.with_parameters(_trial, space=space, base=base, home=home, run=run), {"CPU": space.budget.cpus}
+        ),
+        param_space=dict(space.space),
+        tune_config=TuneConfig(
+            metric=space.metric.name,
+            mode=space.metric.mode,
+            num_samples=space.budget.trials,
+            max_concurrent_trials=space.budget.concurrent,
+            search_alg=OptunaSearch(seed=space.budget.seed),
+            scheduler=ASHAScheduler(time_attr="training_iteration", max_t=space.budget.judgements, grace_period=1),
+            reuse_actors=True,
+        ),
+        run_config=RunConfig(name="tune", storage_path=str(folder), verbose=0, callbacks=[recorder]),
+    )
+    results = tuner.fit()
+    rows, finished = _rows(results, space, folder)
+    if not finished:
+        reasons = "; ".join(str(e).strip().splitlines()[-1] for e in results.errors[:1]) or "none reached its end"
+        raise RunError(f"sweep {space.name}: no trial finished: {reasons}")
+    best = min(finished, key=lambda row: _order(row, space))
+    command = _command(space, fixed, best.changes)
+    # All its stages are finished: this only tells the tracker what they read and made.
+    winner = train(
+        override(base, best.changes),
+        home=home,
+        run=f"{run}/{best.trial}",
+        how=How(workers=0),
+        stages=space.stages,
+        tracker=tracker,
+        parent_run=parent,
+        console=Console(quiet=True),
+    )[space.stages[-1]]
+    version = None
+    if tracker and parent and winner.run_id and winner.model_id:
+        tags = {"command": command, "sweep": run, space.metric.name: f"{best.score:.6g}"}
+        version = tracker.register(base.name, winner.model_id, winner.run_id, str(winner.artefact), tags)
+        tracker.alias(base.name, "challenger", version.version)
+        tracker.finish(parent)
+    return Outcome(tuple(rows), command, winner.artefact, winner.metrics, version)
+
+
+def _check(space: Space, base: System) -> None:
+    for stage in space.stages:
+        base[stage]
+    for path in space.space:
+        override(base, {path: _sample(space.space[path])})
+    evals = [spec.name for spec in base[space.stages[-1]].evals]
+    if space.metric.name.split(".")[0] not in evals:
+        raise SpecError(
+            f"sweep {space.name}: stage {space.stages[-1]} has no evaluation that gives {space.metric.name!r}; "
+            f"its evaluations: {', '.join(evals) or 'none'}"
+        )
+
+
+def _sample(distribution: Any) -> Any:
+    return distribution.sample() if hasattr(distribution, "sample") else distribution
+
+
+def _trial(config: dict[str, Any], *, space: Space, base: System, home: Path, run: str) -> None:
+    """Runs in a Tune actor: the stages of one trial, in that process."""
+    import torch
+
+    torch.set_num_threads(max(1, round(space.budget.cpus)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    name = tune.get_context().get_trial_id()
+    system = override(base, config)
+    steps = system[space.stages[-1]].budget.steps
+    how = How(workers=0, evaluate_every=max(1, steps // space.budget.judgements), report=_reporter(space))
+    train(system, home=home, run=f"{run}/{name}", how=how, stages=space.stages, console=Console(quiet=True))
+
+
+def _reporter(space: Space) -> Any:
+    def report(metrics: dict[str, float], step: int) -> None:
+        if space.metric.name in metrics:
+            tune.report({**metrics, "step": step})
+
+    return report
+
+
+class _Recorder(Callback):
+    """Tells the tracker, in the driver, of every trial as it goes: a trial that ASHA stops says nothing itself."""
+
+    def __init__(self, space: Space, run: str, tracker: Tracker | None, parent: str | None, console: Console) -> None:
+        self._run, self._space, self._tracker, self._parent, self._console = run, space, tracker, parent, console
+        self.runs: dict[str, str] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if self._tracker and trial.trial_id not in self.runs:
+            name = f"{self._run}/{trial.trial_id}"
+            tags = {"run_key": name, "sweep": self._space.name, "system": self._space.system}
+            self.runs[trial.trial_id] = self._tracker.start(name, parent=self._parent, tags=tags)
+            self._tracker.params(self.runs[trial.trial_id], trial.config)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        score, step = result[self._space.metric.name], int(result["step"])
+        self._console.print(
+            f"trial {trial.trial_id}: {self._space.metric.name} {score:.3f} at step {step}", highlight=False
+        )
+        if self._tracker:
+            at = int(result["timestamp"] * 1000)
+            figures = {k: v for k, v in result.items() if isinstance(v, float) and "/" not in k}
+            self._tracker.points(self.runs[trial.trial_id], [Point(k, v, step, at) for k, v in figures.items()])
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if self._tracker:
+            self._tracker.finish(self.runs[trial.trial_id])
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if self._tracker:
+            self._tracker.finish(self.runs[trial.trial_id], "FAILED")
+
+
+def _rows(results: ResultGrid, space: Space, folder: Path) -> tuple[list[Row], list[Row]]:
+    """All rows, best first, and those whose last stage is whole."""
+    rows = []
+    for result in results:
+        metrics = result.metrics or {}
+        trial = str(metrics.get("trial_id", "?"))
+        whole = (folder / trial / space.stages[-1] / "artefact" / "artefact.json").is_file()
+        status = "failed" if result.error else "finished" if whole else "stopped"
+        score = metrics.get(space.metric.name)
+        rows.append(Row(trial, dict(result.config or {}), score, status, float(metrics.get("time_total_s", 0.0))))
+    rows.sort(key=lambda row: _order(row, space))
+    return rows, [row for row in rows if row.status == "finished"]
+
+
+def _order(row: Row, space: Space) -> tuple[bool, float]:
+    score = row.score if row.score is not None else 0.0
+    return row.score is None, -score if space.metric.mode == "max" else score
+
+
+def _command(space: Space, fixed: Mapping[str, Any], changes: Mapping[str, Any]) -> str:
+    """The words that train the winner again."""
+    words = ["bridgework", "train", space.system, *(w for s in space.stages for w in ("--stage", s))]
+    for path, value in {**fixed, **changes}.items():
+        words += ["--set", f"{path}={value:.6g}" if isinstance(value, float) else f"{path}={value}"]
+    return shlex.join(words)
+
+
+def limited(space: Space, *, trials: int | None) -> Space:
+    """The same space with another number of trials."""
+    return space if trials is None else replace(space, budget=replace(space.budget, trials=trials))

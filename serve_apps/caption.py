@@ -1,0 +1,5 @@
+"""`serve run serve_apps.caption:app model=NAME`: captions for images."""
+
+from bridgework.serving.caption import app
+
+__all__ = ["app"]

@@ -1,0 +1,5 @@
+"""`serve run serve_apps.chat:app model=NAME`: OpenAI-compatible chat with images; a page to try it at /."""
+
+from bridgework.serving.chat import app
+
+__all__ = ["app"]

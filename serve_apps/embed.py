@@ -1,0 +1,5 @@
+"""`serve run serve_apps.embed:app model=NAME`: embeddings of texts and images, zero-shot classes, ranking."""
+
+from bridgework.serving.embed import app
+
+__all__ = ["app"]

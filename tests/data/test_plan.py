@@ -1,0 +1,400 @@
+import tracemalloc
+from collections import Counter
+from fractions import Fraction
+from itertools import islice, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bridgework.data.dealing import Deal
+from bridgework.data.mixing import Ledger, divide
+from bridgework.data.permutation import permute, side_of
+from bridgework.data.plan import Plan, Rows, SourceRows
+from bridgework.errors import DataError, SpecError
+from bridgework.system import Mixture, Source
+
+bounded = settings(max_examples=40, deadline=None, derandomize=True)
+KEYS = st.integers(0, 2**64 - 1)
+LANES = st.sampled_from([1, 2, 3, 4, 8])
+PINNED = [
+    [(1, 0, 51), (0, 0, 27)],
+    [(1, 0, 31), (0, 0, 639)],
+    [(0, 0, 655), (1, 0, 41)],
+    [(1, 0, 11), (1, 0, 10)],
+]  # of test_plan_is_what_it_was
+
+
+def make(
+    sizes: list[int],
+    *,
+    group_rows: int = 8,
+    alpha: float = 1.0,
+    caps: dict[int, float] | None = None,
+    lanes: int = 4,
+    step_rows: int = 2,
+    window: int = 8,
+    steps: int = 64,
+    seed: int = 0,
+) -> Plan:
+    names = [f"s{d}" for d in range(len(sizes))]
+    sources = [SourceRows(name, f"digest of {name}", n, group_rows) for name, n in zip(names, sizes, strict=True)]
+    mixed = tuple(Source(name=name, dataset=name, max_epochs=(caps or {}).get(d)) for d, name in enumerate(names))
+    mixture = Mixture(sources=mixed, alpha=alpha, lanes=lanes, window=window)
+    return Plan(sources, mixture, batch=lanes * step_rows, steps=steps, seed=seed)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    return make(
+        draw(st.lists(st.integers(1, 300), min_size=1, max_size=5)),
+        group_rows=draw(st.integers(1, 40)),
+        alpha=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        lanes=draw(LANES),
+        step_rows=draw(st.integers(1, 3)),
+        window=draw(st.integers(1, 8)),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def triples(rows: Rows) -> list[tuple[int, int, int]]:
+    return list(zip(rows.source.tolist(), rows.epoch.tolist(), rows.row.tolist(), strict=True))
+
+
+def stream(deal: Deal, source: int, lane: int, rows: int) -> tuple[list[int], list[int]]:
+    """(epoch, row) of the first `rows` rows that a lane takes of a source."""
+    epochs, places = deal.locate(np.full(rows, source), lane, np.arange(rows))
+    return epochs.tolist(), places.tolist()
+
+
+# --- permutation -----------------------------------------------------------------------------------------------------
+
+
+def permuted(places: np.ndarray, size: int, key: int) -> np.ndarray:
+    sizes, sides, keys = (np.full(len(places), x, dtype=np.uint64) for x in (size, side_of(size), key))
+    return permute(places.astype(np.uint64), sizes, sides, keys)
+
+
+@bounded
+@given(size=st.integers(1, 3000), key=KEYS)
+def test_keyed_permutation_is_a_bijection(size: int, key: int) -> None:
+    assert sorted(permuted(np.arange(size), size, key).tolist()) == list(range(size))
+
+
+@bounded
+@given(size=st.integers(10**6, 10**12), key=KEYS)
+def test_keyed_permutation_keeps_large_domains_apart(size: int, key: int) -> None:
+    places = np.unique(np.concatenate([np.arange(500), size - 1 - np.arange(500), np.arange(500) * (size // 500)]))
+    goes = permuted(places, size, key)
+    assert len(np.unique(goes)) == len(places) and goes.max() < size
+    assert 0.4 < (goes / size).mean() < 0.6
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8, 32])
+def test_every_place_goes_everywhere_equally_often(size: int) -> None:
+    keys = np.arange(4000, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    sizes, sides = np.full_like(keys, size), np.full_like(keys, side_of(size))
+    for place in {0, size // 2, size - 1}:
+        counts = np.bincount(permute(np.full_like(keys, place), sizes, sides, keys).astype(int), minlength=size)
+        expected = len(keys) / size
+        assert ((counts - expected) ** 2 / expected).sum() < size + 5 * (2 * size) ** 0.5  # chi-square, 5 sigma
+
+
+# --- shares ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0.0, [1 / 3] * 3), (0.5, [10 / 13, 2 / 13, 1 / 13]), (1.0, None)])
+def test_alpha_goes_from_equal_shares_over_the_square_root_to_sizes(alpha: float, expected: list[float] | None) -> None:
+    plan = make([10_000, 400, 100], alpha=alpha)
+    assert [s.requested for s in plan.shares] == pytest.approx(expected or [100 / 105, 4 / 105, 1 / 105])
+    assert [s.weight for s in plan.shares] == [s.requested for s in plan.shares]
+    assert [s.epochs for s in plan.shares] == pytest.approx(
+        [s.weight * 64 * 8 / n for s, n in zip(plan.shares, [10_000, 400, 100], strict=True)]
+    )
+
+
+def test_factor_multiplies_a_weight() -> None:
+    sources = [SourceRows(name, "d", 100, 8) for name in "ab"]
+    mixture = Mixture(sources=(Source(name="a", dataset="a", factor=3.0), Source(name="b", dataset="b")), lanes=4)
+    assert [s.weight for s in Plan(sources, mixture, batch=4, steps=1, seed=0).shares] == [0.75, 0.25]
+
+
+@bounded
+@given(data=st.data(), sizes=st.lists(st.integers(1, 10**6), min_size=2, max_size=6))
+def test_capped_shares_match_bisected_water_level(data: st.DataObject, sizes: list[int]) -> None:
+    caps = [data.draw(st.floats(0.1, 4.0)) for _ in sizes[1:]]
+    mixed = tuple(Source(name=f"s{d}", dataset="x", max_epochs=cap) for d, cap in enumerate([None, *caps]))
+    budget = sum(sizes) * data.draw(st.integers(1, 9))
+    shares, capped = divide(Mixture(sources=mixed, alpha=0.5), sizes, steps=budget, batch=1)
+
+    weights = np.sqrt(sizes)
+    most = np.array([np.inf, *(cap * n / budget for cap, n in zip(caps, sizes[1:], strict=True))])
+    low, high = 0.0, 1.0
+    for _ in range(100):
+        level = (low + high) / 2
+        low, high = (level, high) if np.minimum(level * weights, most).sum() < 1 else (low, level)
+    assert sum(shares) == 1
+    np.testing.assert_allclose([float(s) for s in shares], np.minimum(low * weights, most), rtol=1e-9)
+    assert capped == {d for d, cap in enumerate(caps, 1) if shares[d] * budget == Fraction(cap) * sizes[d]}
+
+
+def test_caps_hold_in_the_rows_that_are_drawn() -> None:
+    steps = 512
+    plan = make([100, 64, 4000], alpha=0.0, caps={0: 2.0, 1: 1.5}, steps=steps)
+    assert [s.capped for s in plan.shares] == [True, True, False]
+    assert [s.epochs for s in plan.shares][:2] == [2.0, 1.5]
+    taken = plan.realised(steps)
+    assert taken["s0"] <= 2.0 * 100 + 1 and taken["s1"] <= 1.5 * 64 + 1
+    assert sum(taken.values()) == steps * 8
+
+
+def test_budget_above_all_caps_says_by_how_much_and_what_to_raise() -> None:
+    with pytest.raises(
+        SpecError, match=r"give 300 rows, but 64 steps of 8 take 512: 212 too few; raise max_epochs.*37"
+    ):
+        make([100, 100], caps={0: 1.0, 1: 2.0})
+    assert make([256, 256], caps={0: 1.0, 1: 1.0}).realised(64) == {"s0": 256, "s1": 256}
+
+
+@bounded
+@given(
+    parts=st.lists(st.integers(1, 10**6), min_size=1, max_size=8),
+    lanes=LANES,
+    rows=st.integers(1, 100),
+    start=st.one_of(st.integers(0, 100), st.integers(10**11, 10**12)),
+)
+def test_lane_counts_never_go_back_and_totals_stay_within_a_row(
+    parts: list[int], lanes: int, rows: int, start: int
+) -> None:
+    shares = [Fraction(p, sum(parts)) for p in parts]
+    ledger = Ledger(shares, lanes)
+    period = ledger.period(rows)
+    assert period % rows == 0 and period <= max(rows, len(parts) ** 2 + rows)
+    before = [ledger.taken(lane, start * period) for lane in range(lanes)]
+    after = [ledger.taken(lane, (start + 1) * period) for lane in range(lanes)]
+    assert all(0 <= b <= a for pair in zip(before, after, strict=True) for b, a in zip(*pair, strict=True))
+    assert all(sum(counts) == start * period for counts in before)
+    totals = [sum(counts) for counts in zip(*before, strict=True)]
+    assert totals == ledger.total(start * period)
+    off = [abs(total - share * start * period * lanes) for total, share in zip(totals, shares, strict=True)]
+    heaviest = off.pop(parts.index(max(parts)))
+    slack = Fraction(1, 100)  # weights are whole numbers of 2**-60, and there are up to 1e15 rows here
+    assert max(off, default=0) <= Fraction(1, 2) + slack and heaviest <= Fraction(len(parts) - 1, 2) + slack
+
+
+@bounded
+@given(plan=plans(), steps=st.integers(0, 40))
+def test_realised_counts_are_the_rows_of_the_steps(plan: Plan, steps: int) -> None:
+    drawn = Counter(int(d) for s in range(steps) for rows in plan.step(s) for d in rows.source)
+    assert plan.realised(steps) == {share.name: drawn[d] for d, share in enumerate(plan.shares)}
+
+
+@bounded
+@given(sizes=st.lists(st.integers(1, 500), min_size=1, max_size=3), lanes=LANES, alpha=st.sampled_from([0.0, 0.5, 1.0]))
+def test_realised_share_is_within_one_row_at_every_window(sizes: list[int], lanes: int, alpha: float) -> None:
+    plan = make(sizes, alpha=alpha, lanes=lanes, window=6)
+    drawn = np.zeros(len(sizes))
+    for t in range(6):
+        for lane in range(lanes):
+            drawn += np.bincount(plan.window(lane, t).source, minlength=len(sizes))
+        requested = np.array([share.requested for share in plan.shares]) * drawn.sum()
+        assert np.abs(drawn - requested).max() <= 1 + 1e-9
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+@bounded
+@given(plan=plans(), first=st.integers(0, 30), data=st.data())
+def test_global_batches_are_the_same_for_any_world_readers_and_resume(
+    plan: Plan, first: int, data: st.DataObject
+) -> None:
+    every = plan.lanes_of(0, 1)
+    world = data.draw(st.integers(1, len(every)))
+    steps = plan.window_rows // len(plan.step(0)[0].row)
+    for s in range(first, first + 4):
+        t, k = divmod(s, steps)
+        batch: dict[int, list[tuple[int, int, int]]] = {}
+        for rank in data.draw(st.permutations(range(world))):  # ranks and readers answer in any order
+            for lane in plan.lanes_of(rank, world):
+                rows = triples(plan.window(lane, t))
+                size = len(rows) // steps
+                batch[lane] = rows[k * size : (k + 1) * size]
+        assert [batch[lane] for lane in every] == [triples(rows) for rows in plan.step(s)]
+
+
+def test_plan_is_what_it_was() -> None:
+    """A pinned batch: another version of this code, numpy or Python that gave other rows would break every resume."""
+    plan = make([1000, 70, 3], alpha=0.5, seed=7)
+    assert [triples(rows) for rows in plan.step(9)] == PINNED
+    assert triples(make([1000, 70, 3], alpha=0.5, seed=8).step(9)[0]) != PINNED[0]
+
+
+@bounded
+@given(
+    sizes=st.lists(st.integers(1, 200), min_size=1, max_size=4),
+    alpha=st.sampled_from([0.0, 0.5, 1.0]),
+    lanes=LANES,
+    windows=st.integers(1, 24),
+)
+def test_no_row_comes_twice_in_an_epoch_and_whole_epochs_hold_every_row(
+    sizes: list[int], alpha: float, lanes: int, windows: int
+) -> None:
+    plan = make(sizes, alpha=alpha, lanes=lanes)
+    taken = [[row for t in range(windows) for row in triples(plan.window(lane, t))] for lane in range(lanes)]
+    seen = [row for rows in taken for row in rows]
+    assert len(set(seen)) == len(seen)
+    held = Counter((source, epoch) for source, epoch, _ in seen)
+    for source, size in enumerate(sizes):
+        assert all(0 <= row < size for s, _, row in seen if s == source)
+        passed = min(max((e for s, e, _ in rows if s == source), default=0) for rows in taken)
+        assert all(held[source, epoch] == size for epoch in range(passed))  # no lane will come back to these
+
+
+@bounded
+@given(rows=st.integers(1, 700), group_rows=st.integers(1, 40), lanes=LANES, key=KEYS, laps=st.integers(1, 3))
+def test_a_lap_of_epochs_holds_every_row_once_per_epoch_and_equally_many_per_lane(
+    rows: int, group_rows: int, lanes: int, key: int, laps: int
+) -> None:
+    deal = Deal([rows], [group_rows], [key], lanes)
+    seen = [stream(deal, 0, lane, laps * rows) for lane in range(lanes)]
+    pairs = [pair for epochs, places in seen for pair in zip(epochs, places, strict=True)]
+    assert sorted(pairs) == [(epoch, row) for epoch in range(laps * lanes) for row in range(rows)]
+    assert all(max(at) - min(at) <= 1 + lanes // rows for at in zip(*(epochs for epochs, _ in seen), strict=True))
+
+
+@bounded
+@given(rows=st.integers(1, 700), group_rows=st.integers(1, 40), lanes=LANES, key=KEYS)
+def test_a_lane_reads_piece_after_piece_dealt_round_the_lanes(rows: int, group_rows: int, lanes: int, key: int) -> None:
+    piece = max(1, min(group_rows, rows // (4 * lanes)))
+    pieces = -(-rows // piece)
+    deal = Deal([rows], [group_rows], [key], lanes)
+    for lane in range(lanes):
+        epochs, places = stream(deal, 0, lane, 2 * rows)
+        at = turn = 0
+        while at < len(places):
+            which = places[at] // piece
+            end = at + min(piece, rows - which * piece)
+            assert sorted(places[at:end]) == list(range(which * piece, which * piece + end - at))
+            assert set(epochs[at:end]) == {(turn * lanes + lane) // pieces}
+            at, turn = end, turn + 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 9, 33, 65])
+def test_small_sources_reach_every_lane(rows: int) -> None:
+    lanes = 8
+    plan = make([5000, rows], alpha=0.0, lanes=lanes, step_rows=4)
+    for lane in range(lanes):
+        seen = {row for t in range(40) for source, _, row in triples(plan.window(lane, t)) if source == 1}
+        assert seen == set(range(rows))
+
+
+def test_epochs_and_lanes_see_different_orders() -> None:
+    deal = Deal([4096], [16], [3], 4)
+    epochs, places = stream(deal, 0, 0, 4096)
+    cuts = [i for i, (a, b) in enumerate(pairwise(epochs), 1) if a != b]
+    orders = [tuple(places[a:b][:32]) for a, b in pairwise([0, *cuts])]
+    assert len(set(orders)) == len(orders) == 3
+    assert places[:16] != sorted(places[:16])
+
+
+@bounded
+@given(sizes=st.lists(st.integers(1, 300), min_size=2, max_size=4), seed=st.integers(0, 99))
+def test_another_source_leaves_the_order_of_the_others(sizes: list[int], seed: int) -> None:
+    """The rows of a source are a prefix of one sequence per lane: fewer of them, but no others."""
+    names = [f"s{d}" for d in range(len(sizes))]
+    sources = [SourceRows(name, "d", n, 8) for name, n in zip(names, sizes, strict=True)]
+
+    def drawn(picked: list[int], lane: int) -> dict[str, set[tuple[int, int]]]:
+        mixture = Mixture(sources=tuple(Source(name=names[d], dataset="x") for d in picked), lanes=4, window=32)
+        plan = Plan([sources[d] for d in picked], mixture, batch=8, steps=64, seed=seed)
+        rows = triples(plan.window(lane, 0))
+        return {names[d]: {(e, r) for s, e, r in rows if s == i} for i, d in enumerate(picked)}
+
+    everyone = list(range(len(sizes)))
+    for lane in range(4):
+        more, fewer = drawn(everyone[1:], lane), drawn(everyone[::-1], lane)
+        for name in names[1:]:
+            small, large = sorted((more[name], fewer[name]), key=len)
+            assert small <= large
+
+
+def test_order_depends_on_seed_name_and_digest() -> None:
+    def first(name: str, digest: str, seed: int) -> list[tuple[int, int, int]]:
+        mixture = Mixture(sources=(Source(name=name, dataset="x"),), lanes=4)
+        return triples(Plan([SourceRows(name, digest, 999, 8)], mixture, batch=4, steps=9, seed=seed).window(0, 0))
+
+    orders = [first("a", "d", 0), first("b", "d", 0), first("a", "e", 0), first("a", "d", 1)]
+    assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
+
+
+# --- substitutes -----------------------------------------------------------------------------------------------------
+
+
+@bounded
+@given(plan=plans(), lane=st.integers(0, 7), t=st.integers(0, 5), data=st.data())
+def test_substitutes_come_from_the_window_then_from_what_follows_in_the_lane(
+    plan: Plan, lane: int, t: int, data: st.DataObject
+) -> None:
+    lane %= len(plan.lanes_of(0, 1))
+    window = triples(plan.window(lane, t))
+    place = data.draw(st.integers(0, len(window) - 1))
+    source, _, bad = window[place]
+    near = [x for x in window[place:] + window[:place] if x[0] == source and x[2] != bad]
+    given_ = list(plan.substitutes(lane, t, place))
+    assert given_[: len(near)] == near
+    assert all(s == source and row != bad for s, _, row in given_)
+    assert given_ == list(plan.substitutes(lane, t, place))
+
+
+def test_substitutes_after_the_window_are_the_next_rows_of_the_source() -> None:
+    plan = make([400, 300], alpha=0.0)
+    here, after = triples(plan.window(1, 2)), triples(plan.window(1, 3))
+    source = here[0][0]
+    near = sum(x[0] == source for x in here) - 1
+    follow = sum(x[0] == source for x in after)
+    spare = list(islice(plan.substitutes(1, 2, 0), near, near + follow))
+    assert sorted(spare) == sorted(x for x in after if x[0] == source)
+
+
+def test_a_source_of_one_bad_row_has_no_substitute() -> None:
+    assert list(make([1], steps=4).substitutes(0, 0, 0)) == []
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_billion_rows_need_no_large_array() -> None:
+    tracemalloc.start()
+    plan = make([10**9, 3 * 10**8, 10**12], alpha=0.5, group_rows=32, lanes=64, step_rows=4, window=64, steps=10**7)
+    rows = plan.window(63, 10**5)
+    assert sum(plan.realised(10**7).values()) == 256 * 10**7 and next(plan.substitutes(63, 10**5, 0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+    assert len(rows.row) == plan.window_rows == 256
+    assert rows.source.dtype == rows.epoch.dtype == np.int32 and rows.row.dtype == np.int64
+
+
+def test_wrong_plans_are_refused_in_words() -> None:
+    one = Mixture(sources=(Source(name="a", dataset="a"),), lanes=4)
+    fine = SourceRows("a", "d", 10, 8)
+    for batch in (0, 6):
+        with pytest.raises(SpecError, match=rf"batches of {batch} over 4 lanes.*multiple of data.lanes"):
+            Plan([fine], one, batch=batch, steps=1, seed=0)
+    with pytest.raises(DataError, match=r"sources.a: 0 rows.*import its data again"):
+        Plan([SourceRows("a", "d", 0, 8)], one, batch=4, steps=1, seed=0)
+    with pytest.raises(SpecError, match="'a' stands twice"):
+        Plan([fine, fine], one, batch=4, steps=1, seed=0)
+    with pytest.raises(SpecError, match="got sources b, the mixture names a"):
+        Plan([SourceRows("b", "d", 10, 8)], one, batch=4, steps=1, seed=0)
+
+
+def test_lanes_are_shared_out_and_a_rank_without_one_is_refused() -> None:
+    plan = make([50])
+    assert [list(plan.lanes_of(rank, 3)) for rank in range(3)] == [[0, 3], [1], [2]]
+    with pytest.raises(SpecError, match=r"rank 4 of 5 has no lane: data.lanes is 4"):
+        plan.lanes_of(4, 5)
+    with pytest.raises(SpecError, match="lane 4, row 0 is not in the plan"):
+        plan.window(4, 0)

@@ -1,0 +1,170 @@
+"""Templates against the strings that LLaVA and the tokenizers themselves write."""
+
+import re
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from bridgework.data.quarantine import BadSample, Reason
+from bridgework.data.samples import Part, Sample, pair
+from bridgework.data.templates import TEMPLATES, Segment, conversation, prompt, render, stop
+from bridgework.data.tokens import load_tokenizer
+from bridgework.errors import SpecError
+
+TALK = [
+    Part("user", image=0),
+    Part("user", text="\nWhat is it?"),
+    Part("assistant", text="A cat."),
+    Part("user", text="Where?"),
+    Part("assistant", text="On a mat, asleep."),
+]
+MESSAGES = [
+    {"role": "user", "content": "<image>\nWhat is it?"},
+    {"role": "assistant", "content": "A cat."},
+    {"role": "user", "content": "Where?"},
+    {"role": "assistant", "content": "On a mat, asleep."},
+]
+
+
+def text(segments: list[Segment]) -> str:
+    return "".join("<image>" if s.image is not None else s.text for s in segments)
+
+
+def trained(segments: list[Segment]) -> list[str]:
+    """Stretches with loss, joined where they touch."""
+    marked = "".join(f"\0{s.text}\0" if s.train else "-" + re.sub(".", "-", s.text, flags=re.S) for s in segments)
+    return [stretch.replace("\0", "") for stretch in re.split("-+", marked) if stretch]
+
+
+def tokenizer_with(template: str) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_plain_is_the_image_the_caption_and_a_newline() -> None:
+    segments = render(pair("k", b"", "a red circle").parts, "plain", load_tokenizer("bytes"))
+    assert text(segments) == "<image>a red circle\n"
+    assert trained(segments) == ["a red circle\n"]
+
+
+def test_plain_reads_of_a_conversation_what_llava_does() -> None:
+    segments = render(TALK[:3], "plain", load_tokenizer("bytes"))
+    assert text(segments) == "<image>A cat.\n"
+
+
+def test_v1_is_vicunas_published_string() -> None:
+    segments = render(TALK, "v1", load_tokenizer("bytes"))
+    assert text(segments) == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nWhat is it? ASSISTANT: A cat.<|im_end|>"
+        "USER: Where? ASSISTANT: On a mat, asleep.<|im_end|>"
+    )
+    assert trained(segments) == [" A cat.<|im_end|>", " On a mat, asleep.<|im_end|>"]
+
+
+def test_v1_takes_a_system_part_instead_of_its_own_sentence() -> None:
+    segments = render([Part("system", text="Be brief."), *TALK[3:]], "v1", load_tokenizer("bytes"))
+    assert text(segments).startswith("Be brief. USER: Where? ASSISTANT:")
+
+
+def test_chat_is_what_the_tokenizers_own_template_writes(tokenizer: PreTrainedTokenizerBase) -> None:
+    segments = render(TALK, "chat", tokenizer)
+    assert text(segments) == tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    assert trained(segments) == ["A cat.<|im_end|>", "On a mat, asleep.<|im_end|>"]
+
+
+def test_chat_prompt_is_what_the_tokenizers_own_template_writes(tokenizer: PreTrainedTokenizerBase) -> None:
+    segments = prompt(TALK, "chat", tokenizer)
+    assert text(segments) == tokenizer.apply_chat_template(MESSAGES[:3], tokenize=False, add_generation_prompt=True)
+    assert trained(segments) == ["A cat.<|im_end|>"]
+
+
+def test_a_default_system_prompt_gives_way_to_the_samples_own(smollm2: PreTrainedTokenizerBase) -> None:
+    assert "SmolLM" in text(render(TALK, "chat", smollm2))
+    segments = render([Part("system", text="Be brief."), *TALK], "chat", smollm2)
+    assert "SmolLM" not in text(segments)
+    assert Segment("Be brief.") in segments
+
+
+def test_a_template_that_moves_the_system_part_into_the_first_turn_works() -> None:
+    tokenizer = tokenizer_with(
+        "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}"
+        "[INST] {{ ('<<SYS>>' + system + '<</SYS>> ' if loop.first and system else '') + m.content | trim }} [/INST]"
+        "{% else %} {{ m.content | trim }} <|im_end|><|bos|>{% endif %}{% endfor %}"
+    )
+    segments = render([Part("system", text="Be brief."), *TALK], "chat", tokenizer)
+    assert text(segments).startswith("[INST] <<SYS>>Be brief.<</SYS>> <image>\nWhat is it? [/INST] A cat. <|im_end|>")
+    assert trained(segments) == ["A cat. <|im_end|>", "On a mat, asleep. <|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[-1].content }}",
+        "{% for m in messages | reverse %}{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
+        "{{ raise_exception('roles must alternate') }}",
+    ],
+)
+def test_a_chat_template_that_mangles_the_turns_is_refused(template: str) -> None:
+    with pytest.raises(BadSample, match="chat template") as caught:
+        render(TALK, "chat", tokenizer_with(template))
+    assert caught.value.reason is Reason.BAD_ROW
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_prompt_is_the_start_of_what_is_trained_on(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    parts = pair("k", b"", "a red circle").parts if template == "plain" else TALK
+    whole, start = text(render(parts, template, tokenizer)), text(prompt(parts, template, tokenizer))
+    assert whole.startswith(start)
+    assert whole.removeprefix(start).strip() == parts[-1].text + stop(template, tokenizer).strip()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("template", ["v1", "chat"])
+def test_a_caption_is_the_answer_to_its_image(template: str) -> None:
+    tokenizer = load_tokenizer("bytes")
+    turns = [Part("user", image=0), Part("assistant", text="a cat")]
+    assert render(pair("k", b"", "a cat").parts, template, tokenizer) == render(turns, template, tokenizer)
+
+
+def test_stop_names_what_ends_an_answer(smollm2: PreTrainedTokenizerBase) -> None:
+    assert [stop(t, smollm2) for t in TEMPLATES] == ["\n", "<|im_end|>", "<|im_end|>"]
+
+
+def test_prompts_turn_a_pair_into_a_question_with_the_image_first_or_last() -> None:
+    sample = pair("k", b"", "a cat")
+    made = [conversation(sample, ("Describe it.", "What is it?"), choice) for choice in range(4)]
+    assert [text(render(m, "plain", load_tokenizer("bytes"))) for m in made] == ["<image>a cat\n"] * 4
+    asked = ["".join("<image>" if p.image is not None else p.text or "" for p in m[:-1]) for m in made]
+    assert asked == ["<image>\nDescribe it.", "<image>\nWhat is it?", "Describe it.\n<image>", "What is it?\n<image>"]
+
+
+def test_a_conversation_and_a_pair_without_prompts_stay_as_they_are() -> None:
+    talk = Sample("k", (b"",), tuple(TALK))
+    assert conversation(talk, ("Describe it.",), 1) == TALK
+    assert conversation(pair("k", b"", "a cat"), (), 1) == list(pair("k", b"", "a cat").parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ([Part("user", text="hello?")], Reason.NO_TARGET),
+        ([Part("user", text="hello?"), Part("assistant", text=" \n")], Reason.EMPTY_TEXT),
+    ],
+)
+def test_a_sample_without_an_answer_is_bad(parts: list[Part], reason: Reason) -> None:
+    with pytest.raises(BadSample) as caught:
+        render(parts, "chat", load_tokenizer("bytes"))
+    assert caught.value.reason is reason
+
+
+def test_an_unknown_template_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(SpecError, match="did you mean 'plain'"):
+        render(TALK, "plan", load_tokenizer("bytes"))
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
+    with pytest.raises(SpecError, match="has none; use 'v1'"):
+        render(TALK, "chat", tokenizer_with(None))  # type: ignore[arg-type]

@@ -1,0 +1,26 @@
+"""One MLflow store for all tests (its tables take seconds to make), and a project of its own for each."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bridgework.lineage.store import MLflowTracker
+from bridgework.tracking import MemoryTracker, Tracker
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("store")
+    MLflowTracker(f"sqlite:///{home}/mlflow.db", home, "first")
+    return home
+
+
+@pytest.fixture
+def mlflow_tracker(store: Path, request: pytest.FixtureRequest) -> MLflowTracker:
+    return MLflowTracker(f"sqlite:///{store}/mlflow.db", store, request.node.name)
+
+
+@pytest.fixture(params=["memory", "mlflow"])
+def tracker(request: pytest.FixtureRequest) -> Iterator[Tracker]:
+    yield MemoryTracker() if request.param == "memory" else request.getfixturevalue("mlflow_tracker")

@@ -1,0 +1,162 @@
+"""What MLflow holds after the tracker was told, read back with MLflow's own client."""
+
+import json
+import multiprocessing
+import socket
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from bridgework.errors import TrackingError
+from bridgework.lineage.graph import Reader
+from bridgework.lineage.store import MLflowReader, MLflowTracker
+from bridgework.tracking import DatasetInput, Point, Tracker
+
+
+@pytest.fixture
+def client(mlflow_tracker: MLflowTracker) -> MlflowClient:
+    return MlflowClient(mlflow_tracker.uri, registry_uri=mlflow_tracker.uri)
+
+
+def test_tracker_has_both_protocols(mlflow_tracker: MLflowTracker) -> None:
+    tracker: Tracker = mlflow_tracker
+    reader: Reader = mlflow_tracker
+    assert tracker is reader
+
+
+def test_store_lies_under_home_and_nowhere_else(
+    store: Path, mlflow_tracker: MLflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = mlflow_tracker.start("align")
+    mlflow_tracker.params(run, {"long": "x" * 10_000})
+    assert (store / "mlflow.db").is_file()
+    assert len(list((store / "mlartifacts").rglob(f"{run}/artifacts/params.json"))) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_environment_names_the_store_where_the_caller_does_not(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
+    assert MLflowReader(None, tmp_path).uri == f"sqlite:///{store}/mlflow.db"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert MLflowReader(None, store).uri == f"sqlite:///{store}/mlflow.db"
+
+
+def test_stage_is_nested_under_its_system(mlflow_tracker: MLflowTracker, client: MlflowClient) -> None:
+    system = mlflow_tracker.start("llava", tags={"git_commit": "abc"})
+    stage = mlflow_tracker.start("align", parent=system, tags={"stage": "align"})
+    parent = client.get_parent_run(stage)
+    assert parent is not None
+    assert parent.info.run_id == system
+    assert [r.id for r in mlflow_tracker.children(system)] == [stage]
+
+
+def test_run_taken_up_again_is_running(mlflow_tracker: MLflowTracker, client: MlflowClient) -> None:
+    run = mlflow_tracker.start("align", tags={"run_key": "k"})
+    mlflow_tracker.finish(run, "KILLED")
+    assert client.get_run(run).info.status == "KILLED"
+    mlflow_tracker.start("align", tags={"run_key": "k"})
+    assert client.get_run(run).info.status == "RUNNING"
+
+
+def test_parameters_beyond_mlflows_limits_are_kept_whole_in_a_file(
+    mlflow_tracker: MLflowTracker, client: MlflowClient, tmp_path: Path
+) -> None:
+    values = {f"stages.{i}.optim.peak_lr": i * 1e-5 for i in range(250)} | {"trains.bridge.*": 1.0, "long": "x" * 9_000}
+    run = mlflow_tracker.start("align")
+    mlflow_tracker.params(run, values)
+    kept = client.get_run(run).data.params
+    assert len(kept) == 252
+    assert kept["stages.7.optim.peak_lr"] == str(7 * 1e-5)
+    assert len(kept["long"]) < 9_000
+    whole = json.loads(Path(client.download_artifacts(run, "params.json", str(tmp_path))).read_text())
+    assert whole == {k: str(v) for k, v in values.items()}
+
+
+def test_short_parameters_need_no_file(mlflow_tracker: MLflowTracker, client: MlflowClient) -> None:
+    run = mlflow_tracker.start("align")
+    mlflow_tracker.params(run, {"optim.peak_lr": 1e-3})
+    assert client.list_artifacts(run) == []
+
+
+def test_datasets_come_back_as_they_were_given(mlflow_tracker: MLflowTracker) -> None:
+    given = (
+        DatasetInput("blip558k", "a" * 64, "/data/blip558k", 558_128),
+        DatasetInput("web", "b" * 64, "s3://bucket/web", 12_000_000),
+    )
+    run = mlflow_tracker.start("align")
+    mlflow_tracker.inputs(run, given)
+    assert set(mlflow_tracker.run(run).inputs) == set(given)
+
+
+def test_points_posted_twice_are_kept_once(mlflow_tracker: MLflowTracker, client: MlflowClient) -> None:
+    points = [Point("loss", float("nan") if s == 7 else 1 / s, s, 1_700_000_000_000 + s) for s in range(1, 2_501)]
+    run = mlflow_tracker.start("align")
+    mlflow_tracker.points(run, points)
+    mlflow_tracker.points(run, points[:1_500])
+    assert [m.step for m in client.get_metric_history(run, "loss")] == [p.step for p in points]
+
+
+def test_weights_are_referred_to_and_not_copied(
+    store: Path, mlflow_tracker: MLflowTracker, client: MlflowClient, tmp_path: Path
+) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"0" * 1_000_000)
+    run = mlflow_tracker.start("align")
+    model = mlflow_tracker.output(run, "llava/align", str(tmp_path), {"digest": "w" * 64})
+    assert client.get_logged_model(model).status == "READY"
+    assert client.get_logged_model(model).tags == {"artefact": str(tmp_path), "digest": "w" * 64}
+    assert not list(store.rglob("weights.safetensors"))
+    assert mlflow_tracker.output(run, "llava/align", str(tmp_path), {"digest": "w" * 64}) == model
+    assert [m.id for m in mlflow_tracker.makers("w" * 64)] == [run]
+
+
+def test_version_refers_to_its_logged_model(mlflow_tracker: MLflowTracker, client: MlflowClient) -> None:
+    run = mlflow_tracker.start("align")
+    model = mlflow_tracker.output(run, "llava-align", "/runs/align", {"digest": "w" * 64})
+    version = mlflow_tracker.register("store-llava", model, run, "/runs/align", {"digest": "w" * 64, "loss": "2.5"})
+    kept = client.get_model_version("store-llava", version.version)
+    assert kept.source == client.get_logged_model(model).artifact_location
+    assert kept.tags == {"artefact": "/runs/align", "digest": "w" * 64, "loss": "2.5"}
+    assert mlflow_tracker.registered(run) == [version]
+
+
+def test_mlflows_refusal_is_one_line_that_says_what_was_asked(mlflow_tracker: MLflowTracker) -> None:
+    run = mlflow_tracker.start("align")
+    mlflow_tracker.params(run, {"lr": 1})
+    with pytest.raises(TrackingError, match=rf"^cannot log 1 parameters of run {run}: MLflow at sqlite.* says: [^\n]*$"):
+        mlflow_tracker.params(run, {"lr": 2})
+    with pytest.raises(TrackingError, match="cannot finish run nope"):
+        mlflow_tracker.finish("nope")
+    with pytest.raises(TrackingError, match="cannot keep the file"):
+        mlflow_tracker.file(run, Path("/nowhere/at/all"))
+
+
+def test_dead_server_is_told_in_time_and_without_its_password(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused, and nobody else gets the port
+        uri = f"http://me:secret@127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(TrackingError, match=r"http://me:\*\*\*@127.* does not answer; start the server") as raised:
+            MLflowTracker(uri, tmp_path, "p")
+    assert "secret" not in str(raised.value)
+
+
+def _open(home: Path) -> None:
+    MLflowTracker(f"sqlite:///{home}/mlflow.db", home, "shared").start("align")
+
+
+@pytest.mark.slow
+def test_drivers_that_start_at_once_share_one_sound_store(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    drivers = [context.Process(target=_open, args=(tmp_path,)) for _ in range(3)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join()
+    assert [d.exitcode for d in drivers] == [0, 0, 0]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("shared")
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id])) == 3

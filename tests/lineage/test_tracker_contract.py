@@ -1,0 +1,87 @@
+"""What every Tracker does, held against the in-memory twin and against MLflow."""
+
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from bridgework.errors import TrackingError
+from bridgework.tracking import DatasetInput, Point, Tracker, Version
+
+
+def registered(tracker: Tracker, name: str, artefact: str, **tags: str) -> Version:
+    run = tracker.start("train")
+    model = tracker.output(run, "llava-align", artefact, {"digest": uuid4().hex})
+    return tracker.register(name, model, run, artefact, tags)
+
+
+@pytest.fixture
+def name() -> str:
+    """Of a registered model: unlike runs these are shared by all projects of a store."""
+    return f"llava-{uuid4().hex[:8]}"
+
+
+def test_run_with_same_key_is_taken_up_again(tracker: Tracker) -> None:
+    run = tracker.start("align", tags={"run_key": "monday/align"})
+    tracker.finish(run, "FAILED")
+    assert tracker.start("align", tags={"run_key": "monday/align"}) == run
+
+
+def test_runs_that_differ_in_name_parent_or_key_are_different(tracker: Tracker) -> None:
+    tags = {"run_key": "monday"}
+    parent = tracker.start("llava", tags=tags)
+    ids = [
+        parent,
+        tracker.start("align", parent=parent, tags=tags),
+        tracker.start("instruct", parent=parent, tags=tags),
+        tracker.start("llava", tags={"run_key": "tuesday"}),
+    ]
+    assert len(set(ids)) == 4
+    assert tracker.start("align", parent=parent, tags=tags) == ids[1]
+
+
+def test_runs_without_key_are_always_new(tracker: Tracker) -> None:
+    assert tracker.start("align") != tracker.start("align")
+
+
+def test_all_that_a_stage_tells_is_taken_twice(tracker: Tracker, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text("{}")
+    run = tracker.start("align", tags={"stage": "align", "starts_from_digest": ""})
+    for _ in range(2):  # a stage that goes on tells all of it again
+        tracker.params(run, {"optim.peak_lr": 1e-3, "losses": ["captioning"], "starts_from": None})
+        tracker.inputs(run, [DatasetInput("blip558k", "d" * 64, "/data/blip558k", 558_128)])
+        tracker.points(run, [Point("loss", 2.5, 1, 1_700_000_000_000), Point("loss", float("nan"), 2, 1_700_000_000_001)])
+        tracker.file(run, recipe, "evals")
+        tracker.output(run, "llava-align", "/runs/align", {"digest": "w" * 64})
+        tracker.finish(run)
+
+
+def test_versions_count_from_one(tracker: Tracker, name: str) -> None:
+    versions = [registered(tracker, name, f"/runs/{i}", loss="2.5") for i in range(2)]
+    assert [v.version for v in versions] == ["1", "2"]
+    assert tracker.version(name, "2").artefact == "/runs/1"
+    assert tracker.version(name, "2").tags["loss"] == "2.5"
+    assert tracker.version(name, "2").run_id == versions[1].run_id
+
+
+def test_alias_moves_to_its_new_version(tracker: Tracker, name: str) -> None:
+    for i in range(2):
+        registered(tracker, name, f"/runs/{i}")
+    tracker.alias(name, "champion", "1")
+    assert tracker.version(name, "champion").version == "1"
+    tracker.alias(name, "champion", "2")
+    assert tracker.version(name, "champion").version == "2"
+    assert tracker.version(name, "1").aliases == ()
+    assert tracker.version(name, "2").aliases == ("champion",)
+
+
+def test_unknown_names_are_refused_with_a_suggestion(tracker: Tracker, name: str) -> None:
+    registered(tracker, name, "/runs/0")
+    tracker.alias(name, "champion", "1")
+    with pytest.raises(TrackingError, match=f"did you mean '{name}'"):
+        tracker.version(name[:-1], "1")
+    with pytest.raises(TrackingError, match="did you mean 'champion'"):
+        tracker.version(name, "champoin")
+    with pytest.raises(TrackingError, match="no version or alias '7'"):
+        tracker.alias(name, "champion", "7")

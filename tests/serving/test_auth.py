@@ -1,0 +1,49 @@
+"""Keys: hashed where they are kept, and nothing but a key opens."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from bridgework.errors import SpecError
+from bridgework.serving.auth import VARIABLE, Keys, digest
+
+
+def test_a_digest_is_the_sha256_that_every_other_tool_prints() -> None:
+    assert digest("abc") == f"sha256:{hashlib.sha256(b'abc').hexdigest()}"
+
+
+def test_only_the_keys_of_the_environment_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, f" first ,{digest('second')},, ")
+    keys = Keys.load(None)
+    assert len(keys) == 2
+    assert keys.allow("first") and keys.allow("second")
+    assert not any(keys.allow(k) for k in ("", "third", "first ", digest("second"), "sch\udcfflüssel"))
+
+
+def test_a_file_of_digests_may_hold_comments(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# of the web front\n{digest('k1')}  # until May\n\n{digest('k2')}\n")
+    assert Keys.load(str(file)).allow("k1")
+    assert Keys.load(str(file)).allow("k2")
+
+
+def test_a_plain_key_in_a_file_is_refused_without_being_shown(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("very-secret\n")
+    with pytest.raises(SpecError, match="digests only") as caught:
+        Keys.load(str(file))
+    assert "very-secret" not in str(caught.value)
+
+
+def test_no_key_at_all_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(SpecError, match="dev=true"):
+        Keys.load(None)
+    with pytest.raises(SpecError, match="cannot be read"):
+        Keys.load(str(tmp_path / "none"))
+
+
+def test_what_is_kept_is_not_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "very-secret")
+    assert "very-secret" not in str(vars(Keys.load(None)))

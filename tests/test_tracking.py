@@ -1,0 +1,142 @@
+"""The journal that no tracker can lose, and the tracker that lives in memory."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from bridgework.errors import TrackingError
+from bridgework.tracking import DatasetInput, Journal, MemoryTracker, Point, Tracker
+
+SHAPES = DatasetInput(name="shapes", digest="ab" * 32, path="/data/shapes", rows=256)
+
+
+def read(journal: Journal, after: str = "") -> list[tuple[str, float, int]]:
+    return [(p.key, p.value, p.step) for _, points in journal.points(after) for p in points]
+
+
+def test_points_come_back_in_the_order_of_writing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.append({"loss": 2.0, "lr": 1e-3}, 1)
+    journal.append({"loss": 1.5}, 2)
+    journal.flush()
+    journal.append({"loss": 1.25}, 3)
+    journal.flush()
+    assert read(journal) == [("loss", 2.0, 1), ("lr", 1e-3, 1), ("loss", 1.5, 2), ("loss", 1.25, 3)]
+    assert all(p.at > 1.6e12 for _, points in journal.points() for p in points)  # milliseconds
+
+
+def test_nothing_is_written_before_flush_nor_by_an_empty_one(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.flush()
+    journal.append({"loss": 2.0}, 1)
+    assert not journal.folder.exists()
+    assert read(journal) == []
+
+
+def test_a_reader_goes_on_after_the_part_it_knows(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append({"loss": 2.0}, 1)
+    journal.flush()
+    [(part, _)] = journal.points()
+    journal.append({"loss": 1.0}, 2)
+    journal.flush()
+    assert read(journal, after=part) == [("loss", 1.0, 2)]
+
+
+def test_a_redone_step_stands_twice(tmp_path: Path) -> None:
+    for value in (2.0, 2.0):  # a worker, and the one that took its place
+        journal = Journal(tmp_path)
+        journal.append({"loss": value}, 7)
+        journal.flush()
+    assert read(Journal(tmp_path)) == [("loss", 2.0, 7)] * 2
+
+
+def test_a_writer_whose_clock_is_behind_still_comes_last(tmp_path: Path) -> None:
+    ahead = tmp_path / f"{time.time_ns() + 10**15:020d}-abcdef.jsonl"
+    ahead.write_text(json.dumps({"key": "loss", "value": 2.0, "step": 1, "at": 0}) + "\n")
+    journal = Journal(tmp_path)
+    for step in (2, 3):
+        journal.append({"loss": 1.0}, step)
+        journal.flush()
+    assert read(journal, after=ahead.name) == [("loss", 1.0, 2), ("loss", 1.0, 3)]
+
+
+def test_a_part_that_was_cut_short_is_not_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append({"loss": 2.0}, 1)
+    journal.flush()
+    [(part, _)] = journal.points()
+    (tmp_path / part).with_suffix(".tmp").write_text('{"key": "lo')
+    assert read(journal) == [("loss", 2.0, 1)]
+    assert sorted(os.listdir(tmp_path)) == [part, part.replace(".jsonl", ".tmp")]
+
+
+def test_infinite_and_undefined_values_survive(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append({"a": float("nan"), "b": float("inf")}, 1)
+    journal.flush()
+    (_, undefined, _), (_, infinite, _) = read(journal)
+    assert undefined != undefined and infinite == float("inf")
+
+
+def test_a_run_with_the_same_key_is_taken_up_again() -> None:
+    tracker: Tracker = MemoryTracker()
+    parent = tracker.start("llava", tags={"run_key": "r1"})
+    tracker.finish(parent, "FAILED")
+    assert tracker.start("llava", tags={"run_key": "r1"}) == parent
+    assert tracker.start("llava", tags={"run_key": "r2"}) != parent
+    assert tracker.start("llava", parent=parent, tags={"run_key": "r1"}) != parent
+    assert tracker.start("llava") != tracker.start("llava")
+
+
+def test_a_run_keeps_what_it_is_told(tmp_path: Path) -> None:
+    tracker = MemoryTracker()
+    run_id = tracker.start("align", tags={"run_key": "r1"})
+    point = Point("loss", 2.0, 1, 0)
+    tracker.params(run_id, {"optim.peak_lr": 1e-3})
+    tracker.params(run_id, {"seed": 0})
+    tracker.inputs(run_id, [SHAPES])
+    tracker.inputs(run_id, [SHAPES])
+    tracker.points(run_id, [point])
+    tracker.file(run_id, tmp_path / "recipe.json")
+    tracker.file(run_id, tmp_path / "grid.png", "evals")
+    tracker.finish(run_id)
+    run = tracker.runs[run_id]
+    assert run.params == {"optim.peak_lr": 1e-3, "seed": 0}
+    assert (run.inputs, run.points) == ([SHAPES], [point])
+    assert (run.files, run.status) == (["recipe.json", "evals/grid.png"], "FINISHED")
+
+
+def test_an_alias_points_at_one_version() -> None:
+    tracker = MemoryTracker()
+    run_id = tracker.start("align")
+    for artefact in ("/a", "/b"):
+        model_id = tracker.output(run_id, "align", artefact, {})
+        tracker.register("llava", model_id, run_id, artefact, {"fingerprint": "f"})
+    tracker.alias("llava", "champion", "1")
+    tracker.alias("llava", "challenger", "2")
+    tracker.alias("llava", "champion", "2")
+    assert tracker.version("llava", "1").aliases == ()
+    champion = tracker.version("llava", "champion")
+    assert (champion.version, champion.artefact, champion.run_id) == ("2", "/b", run_id)
+    assert champion.aliases == ("challenger", "champion")
+
+
+def test_what_the_tracker_does_not_know_is_an_error() -> None:
+    tracker = MemoryTracker()
+    run_id = tracker.start("align")
+    tracker.register("llava", tracker.output(run_id, "align", "/a", {}), run_id, "/a", {})
+    tracker.alias("llava", "champion", "1")
+    with pytest.raises(TrackingError, match="no model 'lava' is registered; did you mean 'llava'"):
+        tracker.version("lava", "1")
+    with pytest.raises(TrackingError, match="no version or alias 'champ'; did you mean 'champion'"):
+        tracker.version("llava", "champ")
+    with pytest.raises(TrackingError, match="no version or alias '2'"):
+        tracker.alias("llava", "champion", "2")
+    with pytest.raises(TrackingError, match="no run 'x'"):
+        tracker.points("x", [])
+    with pytest.raises(TrackingError, match="no run 'x'"):
+        tracker.output("x", "align", "/a", {})

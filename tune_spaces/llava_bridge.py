@@ -1,0 +1,20 @@
+"""Which bridge, how fast it learns and how the sources are mixed: LLaVA's first stages on a laptop.
+
+bridgework sweep llava_bridge                       a few minutes on 2 cores
+bridgework sweep llava_bridge --trials 32           more of the space
+"""
+
+from ray import tune
+
+from bridgework.tuning.space import Metric, SweepBudget
+
+SYSTEM = "llava:quickstart"
+STAGES = ("warm", "align")
+FIXED = {"stages.warm.budget.steps": 200, "stages.align.budget.steps": 30}
+SPACE = {
+    "stages.*.model.bridge": tune.choice(["linear", "mlp", "mlp(depth=3)"]),
+    "stages.warm.optim.peak_lr": tune.loguniform(3e-4, 3e-3),
+    "stages.*.data.alpha": tune.choice([0.0, 0.5, 1.0]),  # equal shares, square root, by size
+}
+METRIC = Metric(name="ranking.accuracy", mode="max")
+BUDGET = SweepBudget(trials=4, concurrent=2, judgements=2)
