@@ -1,5 +1,5 @@
 """`serve run serve_apps.caption:app model=NAME`: captions for images."""
 
-from bridgework.serving.caption import app
+from bridgework.serving.apps import caption as app
 
 __all__ = ["app"]

@@ -318,8 +318,8 @@ def test_a_system_can_be_sent_to_another_process() -> None:
 
 
 def test_fingerprint_is_the_same_in_a_fresh_interpreter() -> None:
-    code = "import test_system; print(test_system.system().fingerprint())"
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    code = f"from {__name__} import system; print(system().fingerprint())"
+    path = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -425,12 +425,12 @@ def test_tiny_shrinks_budgets_and_keeps_choices() -> None:
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A user's own recipe module, `lab.toy`, with two variants and things that are none."""
-    code = """
-from test_system import system as toy_system
+    code = f"""
+from {__name__} import system
 from bridgework.system import System, load
-def system() -> System: return toy_system()
-def small(steps: int = 1) -> System: return toy_system().tiny()
-def _part() -> System: return toy_system()
+def small() -> System: return _part().tiny()
+def _part() -> System: return system()
+def of(steps: int) -> System: return system()
 def helper(): return 1
 """
     module = types.ModuleType("lab.toy")

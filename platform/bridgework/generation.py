@@ -7,6 +7,7 @@ whenever its reader stops.
 # B batch  V vocabulary
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -49,15 +50,20 @@ class Endings(NamedTuple):
     strings: tuple[str, ...]
 
 
+@dataclass
+class Usage:
+    """What a generation has taken so far."""
+
+    prompt_tokens: int  # images included
+    completion_tokens: int = 0  # with the token that ended it
+    finish_reason: FinishReason | None = None  # None until the end, and when the reader was first to stop
+
+
 class Stream(Iterator[str]):
     """Pieces of an answer. Work begins with the first `next`; `close`, or dropping the stream, ends it.
 
     What may turn out to be the beginning of a stop string, or of a character, is held back until it is known.
     """
-
-    prompt_tokens: int  # images included
-    completion_tokens: int  # so far, with the token that ended it
-    finish_reason: FinishReason | None  # None until the end, and when the reader was first to stop
 
     def __init__(
         self,
@@ -79,19 +85,16 @@ class Stream(Iterator[str]):
                 "max_new_tokens is at least 1, temperature at least 0 and top_p in (0, 1]; "
                 f"got {max_new_tokens}, {temperature:g} and {top_p:g}"
             )
-        self.prompt_tokens = inputs["ids"].shape[1]
-        self.completion_tokens = 0
-        self.finish_reason = None
-        self._tokenizer, self._ends = tokenizer, endings.ids
-        self._stop = (*endings.strings, *(s for s in stop if s))
-        config = GenerationConfig(  # type: ignore[no-untyped-call]
+        config = GenerationConfig(
             max_new_tokens=min(max_new_tokens, room),
             do_sample=False,  # where there is to be sampling, _Draw has done it
             eos_token_id=sorted(endings.ids) or None,
             pad_token_id=tokenizer.pad_token_id,
         )
         draws = _processors(temperature, top_p, seed, inputs["ids"].device)
-        self._pieces = self._read(model, {**inputs, "generation_config": config, "logits_processor": draws})
+        self.usage = Usage(prompt_tokens=inputs["ids"].shape[1])
+        reader = _Reader(tokenizer, Endings(endings.ids, (*endings.strings, *(s for s in stop if s))), self.usage)
+        self._pieces = _pieces(model, {**inputs, "generation_config": config, "logits_processor": draws}, reader)
 
     def __iter__(self) -> "Stream":
         return self
@@ -102,46 +105,58 @@ class Stream(Iterator[str]):
     def close(self) -> None:
         self._pieces.close()
 
-    def _read(self, model: PrefixModel, arguments: dict[str, Any]) -> Generator[str, None, None]:
-        relay = _Relay()
-        thread = Thread(target=relay.run, args=(model, arguments), name="generate", daemon=True)
-        thread.start()
-        try:
-            yield from self._text(relay.tokens())
-        finally:
-            relay.enough.set()
-            thread.join()
 
-    def _text(self, tokens: Iterator[int]) -> Iterator[str]:
+@dataclass
+class _Reader:
+    """From tokens to text that is certain."""
+
+    tokenizer: PreTrainedTokenizerBase
+    endings: Endings
+    usage: Usage
+
+    def read(self, tokens: Iterator[int]) -> Iterator[str]:
         ids: list[int] = []
         text, sent = "", 0
         for token in tokens:
-            self.completion_tokens += 1
-            if token in self._ends:
-                self.finish_reason = "stop"
+            self.usage.completion_tokens += 1
+            if token in self.endings.ids:
+                self.usage.finish_reason = "stop"
                 break
             ids.append(token)
-            text = str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+            text = str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            found = [at for at in map(text.find, self.endings.strings) if at >= 0]
             if found:
-                text, self.finish_reason = text[: min(found)], "stop"
+                text, self.usage.finish_reason = text[: min(found)], "stop"
                 break
             known = text[: len(text) - self._unsure(text)]
-            # the blanks between prompt and answer belong to neither
-            start = sent or len(known) - len(known.lstrip())
-            if known[start:]:
-                yield known[start:]
+            if piece := known[sent or _blanks(known) :]:
+                yield piece
                 sent = len(known)
         else:
-            self.finish_reason = "length"
-        rest = text[sent or len(text) - len(text.lstrip()) :]
-        if rest:
+            self.usage.finish_reason = "length"
+        if rest := text[sent or _blanks(text) :]:
             yield rest
 
     def _unsure(self, text: str) -> int:
         """How many characters at the end may still change or belong to a stop string."""
-        begun = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        begun = max((n for s in self.endings.strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
         return max(begun, len(text) - len(text.rstrip(UNFINISHED)))
+
+
+def _blanks(text: str) -> int:
+    """How many blanks stand between the prompt and the answer; they belong to neither."""
+    return len(text) - len(text.lstrip())
+
+
+def _pieces(model: PrefixModel, arguments: dict[str, Any], reader: _Reader) -> Generator[str, None, None]:
+    relay = _Relay()
+    thread = Thread(target=relay.run, args=(model, arguments), name="generate", daemon=True)
+    thread.start()
+    try:
+        yield from reader.read(relay.tokens())
+    finally:
+        relay.enough.set()
+        thread.join()
 
 
 class _Relay(BaseStreamer, StoppingCriteria):

@@ -218,9 +218,9 @@ class Pipeline:
         **sampling: Unpack[Sampling],
     ) -> Generation:
         """The whole answer: what `stream` gives, in one piece."""
-        pieces = self.stream(conversation, images, **sampling)
-        text = "".join(pieces)
-        return Generation(text, pieces.prompt_tokens, pieces.completion_tokens, pieces.finish_reason or "length")
+        stream = self.stream(conversation, images, **sampling)
+        text, usage = "".join(stream), stream.usage
+        return Generation(text, usage.prompt_tokens, usage.completion_tokens, usage.finish_reason or "length")
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

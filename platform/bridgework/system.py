@@ -125,7 +125,7 @@ class Mixture:
 
     def tiny(self) -> "Mixture":
         return replace(
-            self, sources=tuple(s.tiny() for s in self.sources), max_tokens=min(self.max_tokens, 128), lanes=4, window=4
+            self, sources=tuple(s.tiny() for s in self.sources), max_tokens=min(self.max_tokens, 512), lanes=4, window=4
         )
 
 
@@ -303,8 +303,8 @@ def _recipe_module(path: str) -> types.ModuleType:
 
 
 def _recipe_functions(module: types.ModuleType) -> Iterator[tuple[str, Callable[[], System]]]:
-    """What a recipe offers: its functions that need no argument and say that they return a System."""
+    """What a recipe offers: its public functions that need no argument and say that they return a System."""
     for name, value in vars(module).items():
         offered = isinstance(value, types.FunctionType) and not inspect.signature(value).parameters
-        if offered and typing.get_type_hints(value).get("return") is System:
+        if offered and not name.startswith("_") and typing.get_type_hints(value).get("return") is System:
             yield name, cast(Callable[[], System], value)

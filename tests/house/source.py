@@ -14,7 +14,7 @@ PACKAGE = ROOT / "platform" / "bridgework"
 LAYERS = (
     ("__init__", "errors", "spec", "system", "tracking"),
     ("models", "losses", "data"),
-    ("training", "evaluation", "inference", "generation", "curation"),
+    ("training", "evaluation", "inference", "generation", "relay", "curation"),
     ("recipes", "lineage", "interop"),
     ("tuning", "serving"),
     ("cli", "doctor"),
@@ -64,14 +64,19 @@ def name(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of every import in a file, those inside functions and `import_module("...")` too."""
+    """(line, dotted module) of every import in a file, those inside functions too."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = _absolute(path, node)
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and _called(node.func) in ("import_module", "__import__"):
+
+
+def imports_by_string(path: Path) -> Iterator[tuple[int, str]]:
+    """The same for `import_module("...")`: how a recipe resolves by name, and no way round a door."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and _called(node.func) in ("import_module", "__import__"):
             yield from ((node.lineno, str(a.value)) for a in node.args[:1] if isinstance(a, ast.Constant))
 
 

@@ -4,12 +4,14 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from tests.house import source
 
@@ -45,16 +47,13 @@ def page_commands() -> Iterator[tuple[str, list[str]]]:
 
 def parse(words: list[str]) -> None:
     """Parse as the command line would, without running anything. Raises what its parser raises."""
-    import typer
-
     command: Any = typer.main.get_command(import_module("bridgework.cli").app)
-    context, rest = command.make_context("bridgework", list(words), resilient_parsing=not words), list(words)
-    while hasattr(command, "resolve_command"):
-        name, command, rest = command.resolve_command(context, rest)
-        if hasattr(command, "resolve_command"):
+    rest = list(words)
+    with suppress(typer.Exit):  # --help
+        context = command.make_context("bridgework", list(rest))
+        while hasattr(command, "resolve_command"):
+            name, command, rest = command.resolve_command(context, rest)
             context = command.make_context(name, list(rest), parent=context)
-        else:
-            command.make_context(name, list(rest), parent=context)
 
 
 @needs_command_line

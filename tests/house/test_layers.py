@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_heavy_library_enters_by_its_door(library: str) -> None:
     elsewhere = [
         f"{source.name(path)}:{line} imports {module}"
         for path in source.package()
-        for line, module in source.imports(path)
+        for line, module in chain(source.imports(path), source.imports_by_string(path))
         if module.split(".")[0] == library
         if not path.relative_to(source.PACKAGE).as_posix().startswith(DOORS[library])
     ]

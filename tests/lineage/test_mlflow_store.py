@@ -118,6 +118,7 @@ def test_version_refers_to_its_logged_model(mlflow_tracker: MLflowTracker, clien
     model = mlflow_tracker.output(run, "llava-align", "/runs/align", {"digest": "w" * 64})
     version = mlflow_tracker.register("store-llava", model, run, "/runs/align", {"digest": "w" * 64, "loss": "2.5"})
     kept = client.get_model_version("store-llava", version.version)
+    assert '"store-llava"' in client.get_logged_model(model).tags["mlflow.modelVersions"]
     assert kept.source == client.get_logged_model(model).artifact_location
     assert kept.tags == {"artefact": "/runs/align", "digest": "w" * 64, "loss": "2.5"}
     assert mlflow_tracker.registered(run) == [version]
@@ -126,7 +127,9 @@ def test_version_refers_to_its_logged_model(mlflow_tracker: MLflowTracker, clien
 def test_mlflows_refusal_is_one_line_that_says_what_was_asked(mlflow_tracker: MLflowTracker) -> None:
     run = mlflow_tracker.start("align")
     mlflow_tracker.params(run, {"lr": 1})
-    with pytest.raises(TrackingError, match=rf"^cannot log 1 parameters of run {run}: MLflow at sqlite.* says: [^\n]*$"):
+    with pytest.raises(
+        TrackingError, match=rf"^cannot log 1 parameters of run {run}: MLflow at sqlite.* says: [^\n]*$"
+    ):
         mlflow_tracker.params(run, {"lr": 2})
     with pytest.raises(TrackingError, match="cannot finish run nope"):
         mlflow_tracker.finish("nope")

@@ -51,7 +51,9 @@ def test_all_that_a_stage_tells_is_taken_twice(tracker: Tracker, tmp_path: Path)
     for _ in range(2):  # a stage that goes on tells all of it again
         tracker.params(run, {"optim.peak_lr": 1e-3, "losses": ["captioning"], "starts_from": None})
         tracker.inputs(run, [DatasetInput("blip558k", "d" * 64, "/data/blip558k", 558_128)])
-        tracker.points(run, [Point("loss", 2.5, 1, 1_700_000_000_000), Point("loss", float("nan"), 2, 1_700_000_000_001)])
+        tracker.points(
+            run, [Point("loss", 2.5, 1, 1_700_000_000_000), Point("loss", float("nan"), 2, 1_700_000_000_001)]
+        )
         tracker.file(run, recipe, "evals")
         tracker.output(run, "llava-align", "/runs/align", {"digest": "w" * 64})
         tracker.finish(run)

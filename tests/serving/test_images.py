@@ -44,7 +44,13 @@ def png(width: int, height: int, *extra: bytes) -> bytes:
 
 
 def webp_canvas(width: int, height: int) -> bytes:
-    chunk = b"VP8X" + struct.pack("<I", 10) + b"\0" * 4 + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    chunk = (
+        b"VP8X"
+        + struct.pack("<I", 10)
+        + b"\0" * 4
+        + (width - 1).to_bytes(3, "little")
+        + (height - 1).to_bytes(3, "little")
+    )
     return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
 
 

@@ -119,7 +119,7 @@ def from_ray(shard: ray.data.DataIterator, *, rank: int, world: int, start: int)
     Raises RunError for a block of another rank, world or step: the run must stop rather than train on other data.
     """
     step = start
-    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow"):
+    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow"):  # type: ignore[arg-type]  # a whole block
         owners = {(r.as_py(), w.as_py()) for r, w in zip(block["rank"], block["world"], strict=True)}
         if owners != {(rank, world)}:
             raise RunError(f"rank {rank} of {world} was handed rows of (rank, world) {sorted(owners)}: not its own")

@@ -36,6 +36,7 @@ class Reason(StrEnum):
     PLACEHOLDERS = "placeholders"  # `<image>` stands in the text more or less often than there are images
     BAD_ROW = "bad_row"  # the row is not what the format says
     DUPLICATE_KEY = "duplicate_key"
+    LICENCE = "licence"  # the row is not under the licence of its dataset
     NO_TARGET = "no_target"  # after tokenising and cutting to length, nothing is left to learn from
 
 

@@ -128,7 +128,7 @@ def _bytes_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|bos|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
-    wrapped: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    wrapped: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|im_end|>", pad_token="<|pad|>"
     )
     wrapped.chat_template = CHATML

@@ -124,7 +124,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (*_BROKEN, Warning):  # the pixels are sound all the same
+    except _BROKEN:  # the pixels are sound all the same
         return None
 
 

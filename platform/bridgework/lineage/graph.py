@@ -15,6 +15,7 @@ from rich.tree import Tree
 
 from bridgework.data.manifest import Manifest, read_manifest
 from bridgework.errors import DataError, TrackingError, suggest
+from bridgework.lineage import models
 from bridgework.tracking import DatasetInput, Version
 
 RESPONSE = re.compile(r"chatcmpl-(?P<deployment>.+)-[0-9a-f]{12}")
@@ -71,8 +72,8 @@ class Deployment:
 
     id: str
     app: str
-    model: str | None  # None for weights that are served by path
-    version: str | None
+    model: str
+    version: str  # "" for weights that are served from a plain folder
     artefact: str
     digest: str
     started: str
@@ -178,8 +179,8 @@ class _Back(_Graph):
 
     def _named(self, what: str) -> Version:
         """`model@alias`, `model:version`, or `model`: its champion, else its newest."""
-        name, separator, which = what.rpartition("@" if "@" in what else ":")
-        if separator:
+        name, which = models.split(what)
+        if name != what:
             return self._reader.version(name, which)
         known = self._reader.versions(what)
         if not known:
@@ -187,11 +188,11 @@ class _Back(_Graph):
                 f"{what!r} is no response, deployment, model or run"
                 + suggest(what, [*self._reader.models(), *self._deployments])
             )
-        return next((v for v in known if "champion" in v.aliases), known[-1])
+        return next((v for v in known if which in v.aliases), known[-1])
 
     def _deployment(self, at: Tree, deployment: Deployment) -> None:
         node = at.add(_label("deployment", deployment.id, deployment.app, f"since {deployment.started}"))
-        if deployment.model and deployment.version:
+        if deployment.version:
             try:
                 return self._made_version(node, self._reader.version(deployment.model, deployment.version))
             except TrackingError as error:  # the version is gone from the registry; its weights may still be known
@@ -201,10 +202,11 @@ class _Back(_Graph):
     def _made_version(self, at: Tree, version: Version) -> None:
         self._made(self._version(at, version), self._reader.run(version.run_id))
 
-    def _made_weights(self, at: Tree, digest: str, artefact: str) -> None:
-        node = at.add(_weights(digest, artefact))
-        makers = self._reader.makers(digest)
-        for run in makers[-1:]:  # equal digests are equal weights: any of their runs explains them
+    def _made_weights(self, at: Tree, digest: str, artefact: str = "") -> None:
+        makers = self._reader.makers(digest)[-1:]  # equal digests are equal weights: any of their runs explains them
+        kept = [w.artefact for run in makers for w in run.outputs if w.digest == digest]
+        node = at.add(_weights(digest, artefact or "".join(kept[:1])))
+        for run in makers:
             self._made(node, run)
         if not makers:
             node.add(_label("origin", "no run of this store made these weights"))
@@ -219,7 +221,7 @@ class _Back(_Graph):
             self._made(node, stage)
         start = run.tags.get("starts_from_digest")
         if start:
-            self._made_weights(node, start, "")
+            self._made_weights(node, start)
 
     def _made_dataset(self, at: Tree, dataset: DatasetInput) -> None:
         node, manifest = self._dataset(at, dataset)

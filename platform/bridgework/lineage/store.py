@@ -39,6 +39,7 @@ from mlflow.utils.validation import (
 )
 
 T = TypeVar("T")
+UI_KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI shows pages for prompts and agents
 SHORT = 12  # hex digits of a digest in MLflow's own field, which takes 36 at most and stands in every table of the UI
 
 
@@ -218,9 +219,16 @@ class MLflowTracker(MLflowReader):
             if name not in self.models():
                 self._client.create_registered_model(name)
             # A source of models:/<id> would be looked up at MLflow's global uri, not at this client's.
-            source = self._client.get_logged_model(model_id).artifact_location
+            model = self._client.get_logged_model(model_id)
             about = {**tags, "artefact": artefact}
-            return _version(self._client.create_model_version(name, source, run_id, about, model_id=model_id), {})
+            made = self._client.create_model_version(
+                name, model.artifact_location, run_id, about, model_id=model_id, await_creation_for=0
+            )
+            # The UI knows a logged model's versions by this tag, which only MLflow's own register_model writes.
+            known = json.loads(model.tags.get(mlflow_tags.MLFLOW_MODEL_VERSIONS, "[]"))
+            versions = json.dumps([*known, {"name": name, "version": made.version}])
+            self._client.set_logged_model_tags(model_id, {mlflow_tags.MLFLOW_MODEL_VERSIONS: versions})
+            return _version(made, {})
 
     def alias(self, name: str, alias: str, version: str) -> None:
         known = self.version(name, version)
@@ -233,7 +241,7 @@ class MLflowTracker(MLflowReader):
             remote = self.uri.startswith(("http://", "https://"))  # a server has its own place for artifacts
             folder = None if remote else (artifacts / re.sub(r"[^\w.-]", "-", name)).as_uri()
             try:
-                return str(self._client.create_experiment(name, artifact_location=folder))
+                return str(self._client.create_experiment(name, folder, UI_KIND))
             except MlflowException:
                 known = self._client.get_experiment_by_name(name)  # another driver was faster
                 if known is None:
@@ -263,6 +271,8 @@ def _ui_tags(tags: Mapping[str, str], parent: str | None) -> dict[str, str]:
     """What the UI nests runs by, and shows as user and version."""
     known = {
         mlflow_tags.MLFLOW_PARENT_RUN_ID: parent,
+        mlflow_tags.MLFLOW_SOURCE_NAME: "bridgework",
+        mlflow_tags.MLFLOW_SOURCE_TYPE: "LOCAL",
         mlflow_tags.MLFLOW_USER: os.environ.get("USER"),
         mlflow_tags.MLFLOW_GIT_COMMIT: tags.get("git_commit"),
     }

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from logging import ERROR
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def _readable(weights: str) -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(ERROR)
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:  # not there, other shapes, an unknown kind

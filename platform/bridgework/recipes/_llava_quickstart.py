@@ -21,7 +21,7 @@ MODEL = PrefixVLM(
     bridge=MLP(depth=2),
     language=LanguageConfig(
         arch="llama", width=576, depth=30, heads=9, kv_heads=3, ffn=1536, vocab=49152, context=2048,
-        tokenizer=SMOLLM2, weights=SMOLLM2,
+        tied=True, rope_theta=100_000.0, tokenizer=SMOLLM2, weights=SMOLLM2,
     ),
 )  # fmt: skip
 QUESTIONS = ("What is in the picture?", "Name what you see.", "What does this drawing show?", "Caption this image.")

@@ -82,7 +82,9 @@ def v1() -> System:
             replace(
                 instruct,
                 model=model,
-                data=replace(instruct.data, sources=(Source(name="llava", dataset="llava-llava", rows=158_000),)),
+                data=replace(
+                    instruct.data, sources=(Source(name="llava", dataset="llava-llava", rows=158_000),), lanes=32
+                ),
                 budget=Budget(steps=14_812, batch=32, micro=4),  # three epochs
             ),
         ),

@@ -1,26 +1,18 @@
 """The caption app: POST /v1/captions, one caption for each image.
 
-    serve run serve_apps.caption:app model=llava@champion
+serve run serve_apps.caption:app model=llava@champion
 """
 
 from typing import Any
 
 from fastapi import APIRouter, Request
-from ray.serve import Application
 
-from bridgework.data.samples import Part
-from bridgework.inference import Generation
-from bridgework.serving import gateway, images
+from bridgework.serving import images
 from bridgework.serving.conversation import check_count, check_text, draw
 from bridgework.serving.guard import request_id
 from bridgework.serving.options import Options
-from bridgework.serving.protocol import CaptionRequest, Head, Usage
+from bridgework.serving.protocol import Answer, CaptionRequest, Head, Usage
 from bridgework.serving.router import Router
-
-
-def app(args: dict[str, Any]) -> Application:
-    """What Serve imports; `args` are the fields of `serving.options.Options`."""
-    return gateway.application("caption", args, routes)
 
 
 def routes(router: Router, options: Options) -> APIRouter:
@@ -31,13 +23,13 @@ def routes(router: Router, options: Options) -> APIRouter:
     async def captions(body: CaptionRequest, request: Request) -> dict[str, Any]:
         served = router.choose(body.model, request_id(request.headers))
         check_count("images", len(body.images), options.limits.images, param="image")
-        check_text([body.prompt], options.limits, "prompt")
+        check_text([body.prompt or ""], options.limits, "prompt")
         pictures = [images.read(url, options.limits, f"image.{i}") for i, url in enumerate(body.images)]
-        parts, how = [Part("user", image=0), Part("user", text="\n" + body.prompt)], draw(body, options)
+        how = draw(body, options)
         # one after the other: a request takes one place in the queue, however many images it holds
-        answers: list[Generation] = [await router.call(served, "generate", parts, [one], how) for one in pictures]
+        answers: list[Answer] = [await router.call(served, "caption", one, body.prompt, how) for one in pictures]
         usage = Usage.of(sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers))
-        rows = [{"index": i, "caption": a.text.strip(), "finish_reason": a.finish_reason} for i, a in enumerate(answers)]
+        rows = [{"index": i, "caption": a.text, "finish_reason": a.finish_reason} for i, a in enumerate(answers)]
         head = Head.of("capt", "list", served.id, body.model)
         return head.model_dump() | {"data": rows, "usage": usage.model_dump()}
 

@@ -1,6 +1,6 @@
 """The chat app: OpenAI's /v1/chat/completions with images and streaming, and a page to try it by hand at /.
 
-    serve run serve_apps.chat:app model=llava@champion
+serve run serve_apps.chat:app model=llava@champion
 """
 
 import json
@@ -10,14 +10,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from ray.serve import Application
 
-from bridgework.inference import Generation
-from bridgework.serving import gateway
 from bridgework.serving.conversation import draw, read
 from bridgework.serving.guard import request_id
 from bridgework.serving.options import Options
-from bridgework.serving.protocol import ChatRequest, Head, Usage, chunk, completion, last_chunk
+from bridgework.serving.protocol import Answer, ChatRequest, Head, chunk, completion, last_chunk
 from bridgework.serving.refusals import Refusal
 from bridgework.serving.router import Router
 
@@ -26,11 +23,6 @@ PAGE_POLICY = (  # the page's own script and style, pictures dropped on it, this
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 DONE = "data: [DONE]\n\n"
-
-
-def app(args: dict[str, Any]) -> Application:
-    """What Serve imports; `args` are the fields of `serving.options.Options`."""
-    return gateway.application("chat", args, routes)
 
 
 def routes(router: Router, options: Options) -> APIRouter:
@@ -49,8 +41,8 @@ def routes(router: Router, options: Options) -> APIRouter:
         how = draw(body, options)
         if not body.stream:
             head = Head.of("chatcmpl", "chat.completion", served.id, body.model)
-            answer: Generation = await router.call(served, "generate", parts, images, how)
-            return JSONResponse(completion(head, answer.text, answer.finish_reason, _usage(answer)))
+            answer: Answer = await router.call(served, "generate", parts, images, how)
+            return JSONResponse(completion(head, answer))
         head = Head.of("chatcmpl", "chat.completion.chunk", served.id, body.model)
         pieces = router.stream(served, "stream", parts, images, how)
         first = await anext(pieces)  # what fails before it is answered by a status, not by an event
@@ -62,12 +54,12 @@ def routes(router: Router, options: Options) -> APIRouter:
 
 
 async def _events(
-    head: Head, first: str | Generation, rest: AsyncIterator[str | Generation], usage: bool
+    head: Head, first: str | Answer, rest: AsyncIterator[str | Answer], usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events. A stream that breaks ends with an error and without [DONE]: never as if complete."""
     yield _event(chunk(head, {"role": "assistant", "content": ""}))
     try:
-        piece: str | Generation | None = first
+        piece: str | Answer | None = first
         while isinstance(piece, str):
             yield _event(chunk(head, {"content": piece}))
             piece = await anext(rest, None)
@@ -78,13 +70,9 @@ async def _events(
         return
     yield _event(chunk(head, {}, piece.finish_reason))
     if usage:
-        yield _event(last_chunk(head, _usage(piece)))
+        yield _event(last_chunk(head, piece.usage))
     yield DONE
 
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-def _usage(answer: Generation) -> Usage:
-    return Usage.of(answer.prompt_tokens, answer.completion_tokens)

@@ -1,14 +1,17 @@
 """From messages to what the Pipeline reads: parts in the order of speaking, and the images they show."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bridgework.data.samples import Part
 from bridgework.serving import images as images_of
 from bridgework.serving.images import Limits
 from bridgework.serving.options import Options
-from bridgework.serving.protocol import ImagePart, Message, Sampling
+from bridgework.serving.protocol import Drawn, ImagePart, Message
 from bridgework.serving.refusals import Refusal
+
+if TYPE_CHECKING:
+    from bridgework.generation import Sampling  # brings torch, which a gateway does without
 
 
 def read(messages: Sequence[Message], limits: Limits) -> tuple[list[Part], list[bytes]]:
@@ -32,7 +35,7 @@ def read(messages: Sequence[Message], limits: Limits) -> tuple[list[Part], list[
     return parts, images
 
 
-def draw(body: Sampling, options: Options) -> dict[str, Any]:
+def draw(body: Drawn, options: Options) -> "Sampling":
     """The Pipeline's keywords for how to sample. Raises Refusal for more tokens than the server gives."""
     given = body.max_completion_tokens or body.max_tokens
     if given is not None and given > options.max_new_tokens:

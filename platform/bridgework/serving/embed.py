@@ -1,15 +1,14 @@
 """The embedding app: vectors of texts and images, zero-shot classes, and the ranking of candidate captions.
 
-    serve run serve_apps.embed:app model=llava@champion
+serve run serve_apps.embed:app model=llava@champion
 """
 
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from ray.serve import Application
 
-from bridgework.serving import gateway, images
+from bridgework.serving import images
 from bridgework.serving.conversation import check_count, check_text
 from bridgework.serving.guard import request_id
 from bridgework.serving.images import Limits
@@ -20,14 +19,10 @@ from bridgework.serving.protocol import (
     Head,
     RankRequest,
     TextInput,
+    Usage,
     vector,
 )
 from bridgework.serving.router import Router
-
-
-def app(args: dict[str, Any]) -> Application:
-    """What Serve imports; `args` are the fields of `serving.options.Options`."""
-    return gateway.application("embed", args, routes)
 
 
 def routes(router: Router, options: Options) -> APIRouter:
@@ -38,20 +33,22 @@ def routes(router: Router, options: Options) -> APIRouter:
     @api.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]:
         served = router.choose(body.model, request_id(request.headers))
-        vectors = await router.call(served, "embed", _inputs(body, limits))
+        embedded = await router.call(served, "embed", _inputs(body, limits))
         rows = [
-            {"object": "embedding", "index": i, "embedding": vector(v, body.encoding_format)}
-            for i, v in enumerate(vectors)
+            {"object": "embedding", "index": i, "embedding": vector(values, body.encoding_format)}
+            for i, (values, _) in enumerate(embedded)
         ]
+        usage = Usage.of(sum(tokens for _, tokens in embedded))
         head = Head.of("embd", "list", served.id, body.model)
-        return head.model_dump() | {"data": rows}
+        return head.model_dump() | {"data": rows, "usage": usage.model_dump()}
 
     @api.post("/v1/classify")
     async def classify(body: ClassifyRequest, request: Request) -> dict[str, Any]:
         served = router.choose(body.model, request_id(request.headers))
         _check("labels", body.labels, limits)
         texts = [body.template.replace("{}", label) for label in body.labels]
-        image, *labels = await router.call(served, "embed", [images.read(body.image, limits, "image"), *texts])
+        inputs = [images.read(body.image, limits, "image"), *texts]
+        image, *labels = [values for values, _ in await router.call(served, "embed", inputs)]
         cosines = np.stack(labels) @ image
         chances = np.exp(body.scale * (cosines - cosines.max()))
         rows = zip(body.labels, (chances / chances.sum()).tolist(), cosines.tolist(), strict=True)

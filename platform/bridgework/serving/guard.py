@@ -71,9 +71,9 @@ def request_id(headers: Mapping[str, str]) -> str:
 
 def _is_local(scope: Scope, headers: Headers) -> bool:
     """Both ends are loopback. The Host header is judged too: a name that a web page made point here is not ours."""
-    client = scope.get("client")
+    client: tuple[str, int] | None = scope.get("client")
     host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-    return bool(client) and is_loopback(str(client[0])) and is_loopback(host) and "x-forwarded-for" not in headers
+    return client is not None and is_loopback(client[0]) and is_loopback(host) and "x-forwarded-for" not in headers
 
 
 def is_loopback(host: str) -> bool:

@@ -83,7 +83,9 @@ def _payload(url: str, limits: Limits, param: str) -> bytes:
     try:
         data = base64.b64decode(url[comma + 1 :], validate=True)
     except (binascii.Error, ValueError):
-        raise _bad("what follows the comma is not base64 (standard alphabet, padded)", "invalid_base64", param) from None
+        raise _bad(
+            "what follows the comma is not base64 (standard alphabet, padded)", "invalid_base64", param
+        ) from None
     if not data:
         raise _bad("the image has 0 bytes", "invalid_image", param)
     return data

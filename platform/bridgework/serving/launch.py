@@ -5,16 +5,14 @@ import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib import import_module
 from typing import Any
 
 import ray
 from ray import serve
 
 from bridgework.errors import ResourceError, SpecError, suggest
+from bridgework.serving.apps import APPS
 from bridgework.serving.guard import is_loopback
-
-APPS = ("chat", "embed", "caption")
 
 
 def start(
@@ -30,7 +28,7 @@ def start(
     if str(args.get("dev", "")).lower() in ("true", "1", "yes", "on") and not is_loopback(host):
         raise SpecError(f"dev=true needs no key, so it is for loopback only; {host} is reached by others")
     _check_port(host, port)
-    application = import_module(f"bridgework.serving.{app}").app(dict(args))
+    application = APPS[app](dict(args))
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False)
     serve.start(http_options={"host": host, "port": port})

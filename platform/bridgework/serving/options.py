@@ -50,7 +50,7 @@ class Options:
 
 
 def read(args: Mapping[str, Any]) -> Options:
-    """The words of `serve run` or the `args` of a Serve config. Raises SpecError, with a suggestion, for unknown ones."""
+    """The words of `serve run`, or the `args` of a Serve config. Raises SpecError for what it does not know."""
     if not args.get("model"):
         raise SpecError("model= is missing: NAME, NAME@alias, NAME:version, or the folder of an artefact")
     return override(Options(model=str(args["model"])), {k: v for k, v in args.items() if k != "model"})

@@ -7,13 +7,22 @@ import base64
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-Text = Annotated[str, Field(min_length=1)]
+
+def _whole(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("the text holds half a character (a lone surrogate)")
+    return text
+
+
+Free = Annotated[str, AfterValidator(_whole)]
+Text = Annotated[Free, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -35,7 +44,7 @@ class _Piece(BaseModel):
 
 class TextPart(_Piece):
     type: Literal["text"]
-    text: str
+    text: Free
 
 
 class ImageURL(_Piece):
@@ -50,8 +59,8 @@ class ImagePart(_Piece):
 
 class Message(_Piece):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
-    name: str | None = None
+    content: Free | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    name: Free | None = None  # accepted, as `user` is
 
     @model_validator(mode="after")
     def _images_are_shown_by_users(self) -> "Message":
@@ -65,7 +74,7 @@ class Message(_Piece):
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
-class Sampling(Body):
+class Drawn(Body):
     """How an answer is drawn."""
 
     n: Literal[1] | None = None
@@ -85,7 +94,7 @@ class StreamOptions(_Piece):
     include_usage: bool = False
 
 
-class ChatRequest(Sampling):
+class ChatRequest(Drawn):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -101,7 +110,23 @@ class ChatRequest(Sampling):
         return self
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a replica says: a whole text, or at the end of a stream what it took. Light: a gateway loads no torch."""
+
+    text: str
+    prompt_tokens: int  # images included
+    completion_tokens: int
+    finish_reason: str
+
+    @property
+    def usage(self) -> "Usage":
+        return Usage.of(self.prompt_tokens, self.completion_tokens)
+
+
 class Usage(BaseModel):
+    """What a request took, as OpenAI reports it."""
+
     prompt_tokens: int
     completion_tokens: int = 0
     total_tokens: int
@@ -125,10 +150,11 @@ class Head(BaseModel):
         return cls(id=name, object=kind, created=int(time.time()), model=model)
 
 
-def completion(head: Head, text: str, finish: str, usage: Usage) -> dict[str, Any]:
+def completion(head: Head, answer: Answer) -> dict[str, Any]:
     """A whole answer."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish, "logprobs": None}
-    return head.model_dump() | {"choices": [choice], "usage": usage.model_dump()}
+    message = {"role": "assistant", "content": answer.text}
+    choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
+    return head.model_dump() | {"choices": [choice], "usage": answer.usage.model_dump()}
 
 
 def chunk(head: Head, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
@@ -177,7 +203,7 @@ class ClassifyRequest(Body):
 
     image: str
     labels: Annotated[list[Text], Field(min_length=1)]
-    template: str = "a photo of a {}"  # CLIP's; {} stands for the label
+    template: Free = "a photo of a {}"  # CLIP's; {} stands for the label
     scale: Annotated[float, Field(gt=0, le=1000)] = 100.0  # of the cosines before the softmax (CLIP's upper bound)
 
     @model_validator(mode="after")
@@ -192,14 +218,14 @@ class RankRequest(Body):
 
     image: str
     candidates: Annotated[list[Text], Field(min_length=1)]
-    question: str = ""
+    question: Text | None = None  # left out: what the model's training asked
 
 
-class CaptionRequest(Sampling):
+class CaptionRequest(Drawn):
     """POST /v1/captions: one caption for each image."""
 
     image: str | Annotated[list[str], Field(min_length=1)]
-    prompt: str = "Describe the image."
+    prompt: Text | None = None  # left out: what the model's training asked
 
     @property
     def images(self) -> list[str]:

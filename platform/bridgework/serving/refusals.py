@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from bridgework.errors import BridgeworkError, DataError, SpecError
+from bridgework.errors import BridgeworkError, DataError
 
 RETRY_AFTER_S = 1
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -44,7 +44,7 @@ def of(error: BaseException) -> Refusal:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, Refusal):
         return cause
-    if isinstance(cause, DataError | SpecError):
+    if isinstance(cause, DataError):
         return Refusal(400, str(cause), code="invalid_request")
     if isinstance(cause, BackPressureError):
         return busy()
@@ -64,7 +64,9 @@ def of_validation(error: RequestValidationError) -> Refusal:
     if first["type"] == "json_invalid":
         return Refusal(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
     if first["type"] == "extra_forbidden":
-        return Refusal(400, f"{param}: this server does not know or support it; leave it out", code="unknown", param=param)
+        return Refusal(
+            400, f"{param}: this server does not know or support it; leave it out", code="unknown", param=param
+        )
     message = str(first["msg"]).removeprefix("Value error, ")
     return Refusal(400, f"{param}: {message}" if param else message, code="invalid_value", param=param or None)
 

@@ -2,32 +2,16 @@
 
 import hashlib
 import json
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
 from bridgework.lineage import models
 from bridgework.lineage.store import MLflowTracker
 from bridgework.serving.options import Options
+from bridgework.serving.router import Served
 from bridgework.training import artefact
-
-
-@dataclass(frozen=True)
-class Served:
-    """One model of an app: `id` is the deployment's, and stands in the id of every answer."""
-
-    id: str
-    app: str
-    model: str  # as clients name it
-    version: str  # "" for a plain folder
-    artefact: str
-    digest: str
-
-    @property
-    def pinned(self) -> str:
-        """The name that always means this model, whatever the challenger's share."""
-        return f"{self.model}:{self.version}" if self.version else self.model
 
 
 def resolve(app: str, model: str, options: Options, home: Path) -> Served:
@@ -49,8 +33,8 @@ def record(served: Served, home: Path) -> Path:
     file = home / "deployments" / f"{served.id}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
         temporary = file.with_name(f".{served.id}.{uuid4().hex[:8]}")
-        temporary.write_text(json.dumps(asdict(served) | {"started": time.time()}, indent=1))
+        temporary.write_text(json.dumps(asdict(served) | {"started": started}, indent=1))
         temporary.rename(file)
     return file
-

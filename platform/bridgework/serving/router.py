@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -11,9 +12,25 @@ from ray.serve.handle import DeploymentHandle
 from bridgework.errors import suggest
 from bridgework.serving import refusals
 from bridgework.serving.refusals import Refusal
-from bridgework.serving.resolve import Served
 
 TRIES = 2
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model of an app: `id` is the deployment's, and stands in the id of every answer."""
+
+    id: str
+    app: str
+    model: str  # as clients name it
+    version: str  # "" for a plain folder
+    artefact: str
+    digest: str
+
+    @property
+    def pinned(self) -> str:
+        """The name that always means this model, whatever the challenger's share."""
+        return f"{self.model}:{self.version}" if self.version else self.model
 
 
 class Router:
@@ -45,13 +62,15 @@ class Router:
     async def call(self, served: Served, method: str, *args: Any, **kwargs: Any) -> Any:
         """A replica's answer. Raises Refusal."""
         for left in reversed(range(TRIES)):
+            answer = getattr(self._handles[served.id], method).remote(*args, **kwargs)
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    return await getattr(self._handles[served.id], method).remote(*args, **kwargs)
+                    return await answer
             except RayActorError as error:
                 if not left:
                     raise refusals.of(error) from error
             except Exception as error:
+                answer.cancel()  # after a time-out it is still at work
                 raise refusals.of(error) from error
         raise AssertionError("the last try returns or raises")
 
@@ -59,9 +78,8 @@ class Router:
         """A replica's pieces. Raises Refusal; a replica that dies after the first piece is not tried again."""
         for left in reversed(range(TRIES)):
             begun = False
+            pieces = getattr(self._handles[served.id].options(stream=True), method).remote(*args, **kwargs)
             try:
-                handle = self._handles[served.id].options(stream=True)
-                pieces = aiter(getattr(handle, method).remote(*args, **kwargs))
                 while True:
                     async with asyncio.timeout(self._timeout_s):
                         piece = await anext(pieces)
@@ -73,6 +91,7 @@ class Router:
                 if begun or not left:
                     raise refusals.of(error) from error
             except Exception as error:
+                pieces.cancel()
                 raise refusals.of(error) from error
 
 

@@ -1,6 +1,7 @@
 """The only door to DeepSpeed: ZeRO, the optimizer step, its state on disk, weights gathered from its shards."""
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,6 +20,8 @@ from bridgework.errors import RunError
 from bridgework.system import AdamW, Stage
 from bridgework.training.step import Step
 
+# DeepSpeed 0.19 still calls what torch 2.13 has renamed, at every step.
+warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
 TAG = "state"  # the folder of DeepSpeed's files in a checkpoint
 
 

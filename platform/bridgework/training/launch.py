@@ -6,7 +6,6 @@ stopped: finished stages are taken as they are, an unfinished one resumes from i
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ class How:
 
     workers: int = 1  # 0 trains in this process, without Ray Train
     readers: int = 1  # Ray Data actors that read and decode
-    checkpoint_every: int = 0  # steps; 0 takes a twentieth of the stage
+    checkpoint_every: int = 0  # steps; 0 takes a twentieth of the stage, 5 at least
     evaluate_every: int = 0  # steps; 0 evaluates at the end of a stage only
     cache_features: bool = True
     max_failures: int = 3  # restarts of the workers before a stage gives up
@@ -86,25 +85,6 @@ def train(
     return results
 
 
-def feed(stage: Stage, datasets: Sequence[Dataset], *, cached: Path | None, quarantine: Path | None) -> reader.Feed:
-    """What the readers of a stage need to know, and nothing of the model beyond its ModelSpec."""
-    model = stage.model
-    return reader.Feed(
-        mixture=stage.data,
-        datasets=tuple(d.path for d in datasets),
-        digests=tuple(d.manifest.digest for d in datasets),
-        batch=stage.budget.batch,
-        steps=stage.budget.steps,
-        seed=stage.seed,
-        tokenizer=model.tokenizer,
-        pixels=model.pixels,
-        image_tokens=model.image_tokens,
-        context=model.context,
-        features=str(cached) if cached else None,
-        quarantine=str(quarantine) if quarantine else None,
-    )
-
-
 def _datasets(stage: Stage, home: Path) -> list[Dataset]:
     return [open_dataset(resolve(source.dataset, home)) for source in stage.data.sources]
 
@@ -135,12 +115,14 @@ def _stage(
     job = loop.Job(
         system=system,
         stage=stage.name,
-        feed=feed(stage, datasets, cached=cached, quarantine=place / "quarantine"),
+        feed=reader.Feed.of(
+            stage, home, features=str(cached) if cached else None, quarantine=str(place / "quarantine")
+        ),
         folder=place,
         home=home,
         parent=parent,
         datasets=inputs,
-        checkpoint_every=how.checkpoint_every or max(1, stage.budget.steps // 20),
+        checkpoint_every=how.checkpoint_every or max(5, stage.budget.steps // 20),
         evaluate_every=how.evaluate_every,
     )
     job.feed.plan()  # a mixture that cannot be filled is refused here, not in a worker
@@ -150,8 +132,8 @@ def _stage(
         if how.workers:
             _fit(job, how)
         else:
-            with _alone():
-                loop.run(job, partial(_local_rows, job), how.report or _ignore, rank=0, world=1)
+            _alone()
+            loop.run(job, partial(_local_rows, job), how.report or _ignore, rank=0, world=1)
     return tracked.done(stage, place)
 
 
@@ -284,12 +266,11 @@ def _cause(error: BaseException) -> BaseException:
     return seen[-1]
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
-    """A process group of one, for a loop that runs without Ray Train."""
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+def _alone() -> None:
+    """A process group of one, for a loop that runs without Ray Train.
+
+    It stays for the life of the process: DeepSpeed remembers the first group that it sees.
+    """
+    os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed asks for
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

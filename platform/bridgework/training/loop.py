@@ -78,40 +78,53 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
         batches = _micro_batches(batch_rows, stage.budget.micro, micro_batches, pad_id=tokenizer.pad_token_id or 0)
         lr = learning_rate(stage.optim, step, stage.budget.steps)
         losses, norm = engine.train_step(batches, lr)
-        named = {f"loss.{type(k).__name__.lower()}": float(v) for k, v in zip(stage.losses, losses, strict=True)}
-        total = sum(loss.weight * float(v) for loss, v in zip(stage.losses, losses, strict=True))
-        if not math.isfinite(total):
+        metrics = _named(stage, losses.tolist()) | {"lr": lr, "grad_norm": norm} | clock.took(batches, world)
+        if not math.isfinite(metrics["loss"]):
             keys = ", ".join(r.key for r in batch_rows[:4])
             raise RunError(
-                f"{stage.name}: the loss of step {step} is {total}; nothing was saved; rank {rank} held {keys}, ...; "
+                f"{stage.name}: the loss of step {step} is {metrics['loss']}; nothing was saved; rank {rank} held {keys}; "
                 f"lower stages.{stage.name}.optim.peak_lr, or look at these samples with `bridgework data preview`"
             )
-        metrics = {"loss": total, **named, "lr": lr, "grad_norm": norm, **clock.took(batches, world)}
         done = step + 1
-        if job.evaluate_every and done % job.evaluate_every == 0 and done < stage.budget.steps:
-            metrics |= _evaluate(job, stage, model, write=False)
         if rank == 0:
             journal.append(metrics, done)
             if clock.due(FLUSH_S):
                 journal.flush()
-        if job.checkpoint_every and done % job.checkpoint_every == 0 and done < stage.budget.steps:
+        if done == stage.budget.steps:
+            break
+        if job.checkpoint_every and done % job.checkpoint_every == 0:
             _save(job, engine, attempt, done, rank, world)
-        if done < stage.budget.steps:
-            report(metrics, done)
+        if job.evaluate_every and done % job.evaluate_every == 0:
+            report(metrics | _evaluate(job, stage, model, write=False), done)
 
-    metrics |= _evaluate(job, stage, model, write=rank == 0)
+    judged = _evaluate(job, stage, model, write=rank == 0)
+    journal.append(judged, stage.budget.steps)
     state = engine.state(artefact.kept(stage, model.state_dict(), multipliers, inherited))
     if rank == 0:
-        journal.append(metrics, stage.budget.steps)
         journal.flush()
-        parent = artefact.describe(job.parent).digest if job.parent else None
-        artefact.save(
-            job.folder / "artefact", state, system=job.system, stage=job.stage, parent=parent,
-            datasets=job.datasets, steps=stage.budget.steps,
-        )  # fmt: skip
-        (job.folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    report(metrics, stage.budget.steps)
-    return metrics
+        _finish(job, metrics | judged, state)
+    report(metrics | judged, stage.budget.steps)
+    return metrics | judged
+
+
+def _named(stage: Stage, losses: list[float]) -> Metrics:
+    parts = {f"loss.{type(loss).__name__.lower()}": value for loss, value in zip(stage.losses, losses, strict=True)}
+    total = sum(loss.weight * value for loss, value in zip(stage.losses, losses, strict=True))
+    return {"loss": total, **parts}
+
+
+def _finish(job: Job, metrics: Metrics, state: dict[str, torch.Tensor]) -> None:
+    """The artefact comes last: where it is, the stage is finished and its metrics are there."""
+    (job.folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    artefact.save(
+        job.folder / "artefact",
+        state,
+        system=job.system,
+        stage=job.stage,
+        parent=artefact.describe(job.parent).digest if job.parent else None,
+        datasets=job.datasets,
+        steps=job.system[job.stage].budget.steps,
+    )
 
 
 def _model(job: Job, stage: Stage) -> tuple[nn.Module, list[str]]:

@@ -56,7 +56,7 @@ class Relay:
     def _loop(self) -> None:
         while not self._closing.wait(self._every_s):
             self._post()
-        while not self._post() and time.monotonic() < self._deadline:
+        while time.monotonic() < self._deadline and not self._post():  # past it, what is left is a later relay's
             time.sleep(min(self._every_s, 0.5))
 
     def _post(self) -> bool:

@@ -1,0 +1,177 @@
+"""`bridgework data`: bring datasets in, check them, count and look at what is in them."""
+
+import inspect
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bridgework.data.catalog import home, resolve
+from bridgework.errors import SpecError
+from bridgework.spec import override
+from bridgework.system import Source, Stage, System, load
+
+if TYPE_CHECKING:
+    from bridgework.data.stats import Stats
+
+data = typer.Typer(help="Datasets: bring in, check, look at.", no_args_is_help=True)
+out, err = (  # names and keys come from the data: what looks like markup in them is none
+    Console(stderr=stderr, markup=False, highlight=False) for stderr in (False, True)
+)
+
+Place = Annotated[str, typer.Argument(metavar="PATH", help="a folder, a URL, or a name under <home>/datasets")]
+For = Annotated[str | None, typer.Option("--for", metavar="SYSTEM[/STAGE]", help="as this stage reads it")]
+Tiny = Annotated[bool, typer.Option("--tiny", help="with --for: the system at laptop size")]
+
+
+@data.command("import")
+def import_(
+    format_: Annotated[str, typer.Argument(metavar="FORMAT", help="folder, llava-json, .. or a module of your own")],
+    source: Annotated[str, typer.Argument(help="a file, a folder or a URL")],
+    dest: Annotated[str, typer.Argument(help="a folder or a URL; a bare name goes to <home>/datasets")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the format's own")] = None,
+    licence: Annotated[str | None, typer.Option(help="of the whole dataset, e.g. CC-BY-4.0")] = None,
+) -> None:
+    """Write SOURCE as a new dataset; what is bad in it goes to DEST.quarantine, with reasons."""
+    from bridgework.data.importers import load as load_importer
+
+    run = load_importer(format_)
+    words = [*(options or []), *([f"licence={licence}"] if licence is not None else [])]
+    given = _options(run, format_, words)
+    bare = "/" not in dest and "\\" not in dest and not dest.startswith(".")  # what catalog.resolve takes for a name
+    place = str(home() / "datasets" / dest) if bare else dest
+    run(source, place, **given, say=lambda text: err.print(text, soft_wrap=True))
+    out.print(place, soft_wrap=True)
+
+
+@data.command()
+def verify(paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="folders, URLs or names")]) -> None:
+    """Read every byte and decode every image; exits 1 when something is not what the manifest says."""
+    from bridgework.data.shards import verify as verify_dataset
+
+    table = Table("dataset", "file", "problem", box=None, pad_edge=False)
+    for name, path in [(name, resolve(name, home())) for name in paths]:
+        with _progress(name) as progress:
+            problems = verify_dataset(path, progress=progress)
+        for problem in problems:
+            table.add_row(name, problem.file, problem.what)
+        if not problems:
+            out.print(f"sound     {name}", soft_wrap=True)
+    if table.row_count:
+        out.print(table)
+        raise typer.Exit(1)
+
+
+@data.command()
+def stats(path: Place, for_: For = None, tiny: Tiny = False) -> None:
+    """Counts, sizes and lengths; with --for also tokens, and what would be cut or put aside."""
+    from bridgework.data.stats import stats as count
+
+    place = resolve(path, home())
+    stage = None if for_ is None else _stage(for_, tiny, path, place)
+    with _progress(path) as progress:
+        found = count(place, for_stage=stage, progress=progress)
+    _show(found)
+
+
+@data.command()
+def preview(
+    path: Annotated[
+        str | None, typer.Argument(help="a folder, a URL or a name; without it, all that --for reads")
+    ] = None,
+    for_: For = None,
+    tiny: Tiny = False,
+    n: Annotated[int, typer.Option("-n", min=1, help="rows of each dataset")] = 4,
+    seed: Annotated[int, typer.Option(help="another seed draws other rows")] = 0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a page instead")] = None,
+) -> None:
+    """A few samples as they are stored, or with --for as the model sees them: pixels, text, and where loss lies."""
+    from bridgework.data.preview import read, stored
+    from bridgework.data.preview_page import page, terminal
+
+    if for_ is not None:
+        stage = _stage(for_, tiny, path, None if path is None else resolve(path, home()))
+        shown, title = read(stage, home(), n, seed=seed), f"{path or ''} for {for_}, stage {stage.name}".strip()
+    elif path is not None:
+        shown, title = stored(resolve(path, home()), n, seed=seed), f"{path}, as it is stored"
+    else:
+        raise SpecError("preview needs a PATH, or --for SYSTEM[/STAGE] to show what that stage reads, or both")
+    if html is None:
+        out.print(terminal(shown, colour=out.is_terminal and not out.no_color))
+        return
+    html.parent.mkdir(parents=True, exist_ok=True)
+    html.write_text(page(shown, title), encoding="utf-8")
+    out.print(html, soft_wrap=True)
+
+
+# --- what commands share ---------------------------------------------------------------------------------------------
+
+
+def _options(run: Callable[..., object], name: str, words: list[str]) -> dict[str, Any]:
+    """KEY=VALUE words as the keyword arguments of an importer: read and refused as `--set` does, by its annotations."""
+    needed = inspect.Parameter.empty
+    hints = typing.get_type_hints(run)
+    parameters = [p for p in inspect.signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "say"]
+    own = make_dataclass(name, [(p.name, hints[p.name], field(default=p.default)) for p in parameters], frozen=True)
+    changes = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise SpecError(f"an option of a format is KEY=VALUE, e.g. licence=CC-BY-4.0; got {word!r}")
+        changes[key] = value
+    given = override(own(), changes)
+    for item in fields(own):
+        if getattr(given, item.name) is needed:
+            raise SpecError(f"format {name} needs {item.name}=VALUE")
+    return {key: getattr(given, key) for key in changes}
+
+
+def _stage(words: str, tiny: bool, dataset: str | None, path: str | None) -> Stage:
+    """The stage that `SYSTEM[/STAGE]` names, by default the first that reads `dataset`, reading `path` alone if given.
+
+    A dataset that the stage does not name is read as its first one, with the same prompts.
+    """
+    name, slash, chosen = words.partition("/")
+    system = load(name)
+    stage = system[chosen] if slash else _first(system, dataset)
+    source = _source(stage, dataset) or replace(stage.data.sources[0], name="dataset")
+    if tiny:
+        stage = stage.tiny()
+    if path is None:
+        return stage
+    return replace(stage, data=replace(stage.data, sources=(replace(source, dataset=path),)))
+
+
+def _first(system: System, dataset: str | None) -> Stage:
+    return next((stage for stage in system.stages if _source(stage, dataset)), system.stages[0])
+
+
+def _source(stage: Stage, dataset: str | None) -> Source | None:
+    return next((source for source in stage.data.sources if source.dataset == dataset), None)
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(name)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _show(found: "Stats") -> None:
+    facts = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in found.facts().items():
+        facts.add_row(name, value)
+    spreads = Table("", *("least", "5%", "median", "95%", "most"), box=None, pad_edge=False)
+    for column in spreads.columns[1:]:
+        column.justify = "right"
+    for name, spread in found.spreads().items():
+        spreads.add_row(name, *(f"{v:,.0f}" if v == int(v) else f"{v:,.2f}" for v in vars(spread).values()))
+    out.print(facts, "", spreads)

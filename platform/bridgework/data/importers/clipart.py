@@ -1,0 +1,124 @@
+"""Open Clip Art: Debian's openclipart-png beside openclipart-svg. Public domain; titles from the SVGs' metadata.
+
+SOURCE is the folder that holds `png/` and `svg/`. Where a title names a series, the name of the file takes its place.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from fnmatch import fnmatchcase
+from functools import partial
+from html import unescape
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import fsspec
+
+from bridgework.data.importers import Row, Say, caption, fingerprint, ingest, read_image, shrink
+from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.samples import Sample, pair
+from bridgework.data.shards import Manifest
+from bridgework.errors import DataError
+
+LICENCE = "public domain"
+MAX_PIXELS = 41_000_000  # a handful have 100 to 600 million pixels, for a drawing
+SERIES_ROWS = 7  # a title that stands on so many pictures names their series
+
+_NO_TITLE = re.compile(
+    r"clip ?art|icon ?set|icons|collection|symbol_signs|s[iu]bmission|@|architetto|openclipart|theme"
+    r"|illustration$|^.{0,2}$",
+    re.IGNORECASE,
+)
+
+
+class Card(NamedTuple):
+    """What an SVG says of itself."""
+
+    title: str
+    creator: str
+    licence: str
+    whole: bool  # False when the drawing shows an image file that was never packaged
+
+
+def run(
+    source: str,
+    dest: str,
+    *,
+    side: int = 128,
+    skip: Collection[str] = (),
+    max_bad: float = SHARE,
+    say: Say = print,
+) -> Manifest:
+    """Import the pictures under `source`/png as pairs, shrunk to fit `side` x `side` pixels, on white.
+
+    `skip` are globs of paths such as `computer/icons/*` that are no rows at all. A picture whose SVG does not say that
+    it is in the public domain is put aside.
+    """
+    fs, root = fsspec.core.url_to_fs(source)
+    found = {str(path).removeprefix(f"{root}/png/"): int(info["size"]) for path, info in _find(fs, f"{root}/png")}
+    names = sorted(name for name in found if name.endswith(".png") and not any(fnmatchcase(name, s) for s in skip))
+    if not names:
+        raise DataError(f"{source}/png holds no pictures; SOURCE is the folder with png/ and svg/, both of one release")
+    listing = json.dumps([(name, found[name]) for name in names])
+    return ingest(
+        partial(_rows, source, names, side),
+        source,
+        dest,
+        licence=LICENCE,
+        made_by=__name__,
+        parameters={"side": side, "skip": sorted(skip), "sha256": fingerprint(listing)},
+        max_bad=max_bad,
+        say=say,
+    )
+
+
+def _find(fs: fsspec.AbstractFileSystem, root: str) -> list[tuple[str, dict[str, int]]]:
+    return list(fs.find(root, detail=True).items()) if fs.isdir(root) else []
+
+
+def _rows(source: str, names: list[str], side: int) -> Iterator[Row]:
+    cards = {name: _card(source, name) for name in names}
+    counts = Counter(card.title.lower() for card in cards.values() if card is not None)
+    for name, card in cards.items():
+        series = card is not None and (counts[card.title.lower()] >= SERIES_ROWS or _NO_TITLE.search(card.title))
+        yield name, partial(_sample, source, name, card, bool(series), side)
+
+
+def _card(source: str, name: str) -> Card | None:
+    """None without a readable SVG."""
+    try:
+        tree = ElementTree.fromstring(read_image(f"{source}/svg", name.removesuffix(".png") + ".svg"))
+    except (BadSample, ElementTree.ParseError):
+        return None
+    work = tree.find(".//{*}Work")
+    if work is None:
+        return None
+    licence = work.find("{*}license")
+    resource = "" if licence is None else next((v for k, v in licence.attrib.items() if k.endswith("resource")), "")
+    title, creator = work.findtext("{*}title") or "", work.findtext("{*}creator/{*}Agent/{*}title") or ""
+    shown = [value for image in tree.iter() if _is(image, "image") for k, value in image.items() if k.endswith("href")]
+    whole = all(value.startswith("data:") for value in shown)
+    return Card(" ".join(unescape(unescape(title)).split()), creator.strip(), resource, whole)
+
+
+def _is(element: ElementTree.Element, name: str) -> bool:
+    return isinstance(element.tag, str) and element.tag.rpartition("}")[2] == name
+
+
+def _sample(source: str, name: str, card: Card | None, series: bool, side: int) -> Sample:
+    if card is None or "publicdomain" not in card.licence.lower():
+        raise BadSample(Reason.LICENCE, f"its SVG gives {card.licence if card else None!r}, not the public domain")
+    if not card.whole:
+        raise BadSample(Reason.MISSING_IMAGE, "the drawing shows an image that was never packaged")
+    title = name.rpartition("/")[2].removesuffix(".png") if series else card.title
+    image = shrink(read_image(f"{source}/png", name), side, max_pixels=MAX_PIXELS)
+    origin = {"file": name} | ({"creator": card.creator} if card.creator else {})
+    return pair(name, image, caption(plain(title)), licence=LICENCE, labels=(name.split("/")[0],), provenance=origin)
+
+
+def plain(title: str) -> str:
+    """A title or a file's name as words: lower case, without numbers, marks of colour and punctuation around it."""
+    text = re.sub(r"[_-]", " ", title.lower())
+    text = re.sub(r"\(b and w\)|\bb w\b|^contour |[0-9]+", " ", text)
+    return " ".join(text.split()).strip(" .,!#?()")

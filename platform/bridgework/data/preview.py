@@ -1,0 +1,169 @@
+"""A few samples, the way they are stored or the way a stage's model reads them; `preview_page` shows them.
+
+A stage's text is decoded back from the token ids, so what stands here is what the model gets: cut where it is cut, with
+loss where the labels have it.
+
+# T tokens  S side in pixels
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from bridgework.data.catalog import resolve
+from bridgework.data.quarantine import BadSample
+from bridgework.data.samples import Sample
+from bridgework.data.shards import open_dataset
+from bridgework.data.templates import conversation, render
+from bridgework.data.tokens import Encoded, encode, load_tokenizer
+from bridgework.data.transforms import decode, read_square
+from bridgework.system import IGNORE, IMAGE, Pixels, Source, Stage
+
+Kind = Literal["text", "loss", "image", "role"]
+SIDE = 256  # pixels: a picture as it is stored is shown no larger
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of the text: read, read with loss, the place of an image, or the name of who speaks."""
+
+    text: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens of one row."""
+
+    tokens: int
+    images: int  # places that images fill
+    loss: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One sample, ready to show."""
+
+    key: str
+    source: str  # its name in the mixture, or the dataset's path
+    images: tuple[NDArray[np.uint8], ...]  # (3, height, width); (3, S, S) where a stage reads them
+    spans: tuple[Span, ...]
+    counts: Counts | None = None  # where a stage reads it
+    problem: str | None = None  # why it is, or would be, put aside
+
+
+def stored(path: str, n: int = 4, *, seed: int = 0) -> list[Preview]:
+    """`n` rows of the dataset at `path`, drawn by `seed`: whole pictures, texts by role, captions and answers as loss.
+
+    Raises DataError for a missing or corrupt dataset.
+    """
+    return [_stored(sample, path) for _, sample in _draw(path, n, [seed])]
+
+
+def read(stage: Stage, home: Path, n: int = 4, *, seed: int = 0) -> list[Preview]:
+    """`n` rows of each source of `stage`, drawn by `seed`, through its template, tokenizer and transform.
+
+    Raises DataError for a missing or corrupt dataset, WeightsError where the stage's tokenizer is not to be had.
+    """
+    tokenizer = load_tokenizer(stage.model.tokenizer)
+    return [
+        _read(sample, stage, source, choice, tokenizer)
+        for number, source in enumerate(stage.data.sources)
+        for choice, sample in _draw(resolve(source.dataset, home), n, [seed, number])
+    ]
+
+
+def _draw(path: str, n: int, seed: Sequence[int]) -> Iterator[tuple[int, Sample]]:
+    """(a draw for its prompt, the sample) of `n` different rows, or of all if there are fewer."""
+    dataset, draw = open_dataset(path), np.random.default_rng(seed)
+    rows = np.sort(draw.choice(len(dataset), min(n, len(dataset)), replace=False))
+    for row, choice in zip(rows.tolist(), draw.integers(2**32, size=len(rows)).tolist(), strict=True):
+        shard, group, place = dataset.locate(row)
+        yield choice, dataset.read_group(shard, group)[place]
+
+
+# --- as it is stored -------------------------------------------------------------------------------------------------
+
+
+def _stored(sample: Sample, path: str) -> Preview:
+    spans = tuple(_spoken(sample))
+    try:
+        images = tuple(_thumbnail(data) for data in sample.images)
+    except BadSample as error:
+        return Preview(sample.key, path, (), spans, problem=str(error))
+    return Preview(sample.key, path, images, spans)
+
+
+def _spoken(sample: Sample) -> Iterator[Span]:
+    for role, parts in groupby(sample.parts, key=lambda part: part.role):
+        yield Span(f"{role}: ", "role")
+        for part in parts:
+            if part.text is None:
+                yield _place(f"image {part.image}")
+            else:
+                yield Span(part.text, "loss" if role in ("caption", "assistant") else "text")
+        yield Span("\n", "role")
+    if sample.rejected is not None:
+        yield Span("rejected: ", "role")
+        yield Span(sample.rejected, "text")
+
+
+def _thumbnail(data: bytes) -> NDArray[np.uint8]:
+    image = decode(data, size=SIDE)
+    image.thumbnail((SIDE, SIDE))
+    return np.asarray(image, np.uint8).transpose(2, 0, 1)
+
+
+# --- as a stage reads it ---------------------------------------------------------------------------------------------
+
+
+def _read(sample: Sample, stage: Stage, source: Source, choice: int, tokenizer: PreTrainedTokenizerBase) -> Preview:
+    model, mixture = stage.model, stage.data
+    try:
+        encoded = encode(
+            render(conversation(sample, source.prompts, choice), mixture.template, tokenizer),
+            tokenizer,
+            image_tokens=model.image_tokens,
+            max_tokens=min(mixture.max_tokens, model.context),
+        )
+        images = _squares(sample, encoded, model.pixels)
+    except BadSample as error:
+        return Preview(sample.key, source.name, (), tuple(_spoken(sample)), problem=str(error))
+    loss = len(encoded.labels) - encoded.labels.count(IGNORE)
+    counts = Counts(len(encoded.ids), encoded.ids.count(IMAGE), loss)
+    return Preview(sample.key, source.name, images, tuple(_spans(encoded, tokenizer, model.image_tokens)), counts)
+
+
+def _squares(sample: Sample, encoded: Encoded, pixels: Pixels) -> tuple[NDArray[np.uint8], ...]:
+    return tuple(read_square(sample.images[index], pixels) for index in encoded.images)
+
+
+def _spans(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, image_tokens: int) -> Iterator[Span]:
+    pairs = zip(encoded.ids, encoded.labels, strict=True)
+    for is_image, run in groupby(pairs, key=lambda pair: pair[0] == IMAGE):
+        if is_image:
+            place = _place(f"image: {image_tokens} token{'s' * (image_tokens > 1)}")
+            yield from [place] * (len(list(run)) // image_tokens)
+        else:
+            yield from _decoded(list(run), tokenizer)
+
+
+def _decoded(pairs: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:
+    """Text of a stretch without images; each span is what its tokens add, as some tokenizers join words by context."""
+    ids, said = [token for token, _ in pairs], ""
+    end = 0
+    for loss, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
+        end += len(list(run))
+        text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        yield Span(text[len(said) :], "loss" if loss else "text")
+        said = text
+
+
+def _place(what: str) -> Span:
+    return Span(f"\u2039{what}\u203a", "image")

@@ -1,0 +1,97 @@
+"""Does the language model tell the right caption from others? Its likelihood given the image, less its prior."""
+
+# R rows, each an image and its caption  C candidates, the right one first
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bridgework.errors import SpecError
+from bridgework.evaluation.picture import Choice, Tile, grid
+from bridgework.evaluation.result import Result, named
+from bridgework.evaluation.rows import Item, draw_pairs
+from bridgework.spec import spec
+
+if TYPE_CHECKING:
+    from bridgework.inference import Pipeline
+
+SHOWN = 12  # rows in the picture
+TOP = 3  # captions shown for each
+
+
+@spec
+class Ranking:
+    """Share of rows whose own caption comes first of `candidates`, the others drawn from the other rows.
+
+    `accuracy` takes the caption's prior off (as it is given with a square of the mean colour);
+    `accuracy_without_prior` does not, and favours short and common captions. The picture shows the best candidates.
+    """
+
+    name: str = "ranking"
+    dataset: str
+    rows: int = 100
+    candidates: int = 20
+    prompts: tuple[str, ...] = ()  # what pairs are asked with; empty: the stage's own
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.candidates <= self.rows:
+            raise SpecError(
+                f"{self.name}.candidates must lie between 2 and rows ({self.rows}), got {self.candidates}: "
+                "the wrong ones are captions of other rows"
+            )
+
+    def tiny(self) -> "Ranking":
+        rows = min(self.rows, 16)
+        return replace(self, dataset="synthetic:shapes", rows=rows, candidates=min(self.candidates, 4, rows))
+
+    def run(self, pipeline: "Pipeline", home: Path) -> Result:
+        """Raises DataError for a dataset with fewer captions than candidates."""
+        items = draw_pairs(self, pipeline, home, at_least=self.candidates)
+        captions_RC = candidates(len(items), self.candidates, self.seed)
+        loglik_RC = _likelihoods(pipeline, items, captions_RC)
+        prior_R = pipeline.prior([item.sample.text for item in items], self.prompts[0] if self.prompts else None)
+        gain_RC = loglik_RC - prior_R[captions_RC]
+        values = {
+            "accuracy": first(gain_RC),
+            "accuracy_without_prior": first(loglik_RC),
+            "chance": 1 / self.candidates,
+        }
+        tiles = [_tile(items, row, captions_RC[row], gain_RC[row]) for row in range(min(SHOWN, len(items)))]
+        return Result(named(self.name, values), {self.name: grid(tiles)})
+
+
+def candidates(rows: int, count: int, seed: int) -> NDArray[np.int64]:
+    """(R, C): for every row itself, then `count - 1` different others."""
+    draw = np.random.default_rng(seed)
+    others_RC = np.stack([draw.choice(rows - 1, count - 1, replace=False) for _ in range(rows)])
+    own_R1 = np.arange(rows)[:, None]
+    return np.concatenate([own_R1, others_RC + (others_RC >= own_R1)], axis=1)
+
+
+def first(values_RC: Tensor) -> float:
+    """Share of rows whose first value is the largest; a tie counts against it."""
+    return float((values_RC[:, :1] > values_RC[:, 1:]).all(1).double().mean())
+
+
+def _likelihoods(pipeline: "Pipeline", items: list[Item], captions_RC: NDArray[np.int64]) -> Tensor:
+    """(R, C) nats; every image goes through the vision tower once."""
+    seen_RPF = pipeline.features([item.squares[0] for item in items])
+    conversations = [items[caption].conversation for caption in captions_RC.flat]
+    images = [seen_1PF for seen_1PF in seen_RPF.split(1) for _ in range(captions_RC.shape[1])]
+    scores = pipeline.scores(conversations, images)
+    return torch.tensor([s.loglik for s in scores]).reshape(captions_RC.shape)
+
+
+def _tile(items: list[Item], row: int, captions_C: NDArray[np.int64], gain_C: Tensor) -> Tile:
+    order = gain_C.argsort(descending=True, stable=True).tolist()
+    ranked = [
+        Choice(rank + 1, items[captions_C[place]].sample.text, float(gain_C[place]), right=place == 0)
+        for rank, place in enumerate(order)
+    ]
+    return Tile(items[row].squares[0], [c for c in ranked if c.rank <= TOP or c.right])

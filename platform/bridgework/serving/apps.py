@@ -1,0 +1,79 @@
+"""The three apps as Serve builds them: a gateway in front of a model, and perhaps a challenger beside it.
+
+`serve run serve_apps.chat:app model=llava@champion`; the arguments are the fields of `serving.options.Options`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from bridgework.data import catalog
+from bridgework.serving import caption as caption_app
+from bridgework.serving import chat as chat_app
+from bridgework.serving import embed as embed_app
+from bridgework.serving import options as options_of
+from bridgework.serving import refusals
+from bridgework.serving.auth import Keys
+from bridgework.serving.gateway import Gateway, Routes
+from bridgework.serving.options import Options
+from bridgework.serving.replica import Model
+from bridgework.serving.resolve import record, resolve
+
+
+def chat(args: dict[str, Any]) -> Application:
+    """OpenAI-compatible chat with images, and a page to try it."""
+    return application("chat", args, chat_app.routes)
+
+
+def embed(args: dict[str, Any]) -> Application:
+    """Embeddings of texts and images, zero-shot classes, ranks of candidates."""
+    return application("embed", args, embed_app.routes)
+
+
+def caption(args: dict[str, Any]) -> Application:
+    """Captions of images."""
+    return application("caption", args, caption_app.routes)
+
+
+APPS = {"chat": chat, "embed": embed, "caption": caption}
+
+
+def application(app: str, args: dict[str, Any], routes: Routes) -> Application:
+    """The Serve application `app` for the words in `args` (see Options): resolves models, records deployments."""
+    options = options_of.read(args)
+    keys = None if options.dev else Keys.load(options.keys)
+    home = Path(options.home) if options.home else catalog.home()
+    names = [options.model] if options.challenger is None else [options.model, options.challenger]
+    served = [resolve(app, name, options, home) for name in names]
+    for model in served:
+        record(model, home)
+    roles = ("champion", "challenger")
+    models = [_model(role, options).bind(m.artefact, options) for role, m in zip(roles, served, strict=False)]
+    return _gateway(app, options).bind(routes, options, keys, served, *models)
+
+
+def _model(role: str, options: Options) -> serve.Deployment:
+    scale: dict[str, Any] = {"num_replicas": options.replicas}
+    if options.max_replicas is not None:
+        bounds = {"min_replicas": options.replicas, "max_replicas": options.max_replicas}
+        scale = {"autoscaling_config": bounds | {"target_ongoing_requests": max(1, options.ongoing // 2)}}
+    return serve.deployment(
+        name=role,
+        ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
+        max_ongoing_requests=options.ongoing,
+        max_queued_requests=options.queued,
+        **scale,
+    )(Model)
+
+
+def _gateway(app: str, options: Options) -> serve.Deployment:
+    """Its own queue is the last resort, answered by Serve in plain text: Guard refuses at half of it."""
+    return serve.deployment(
+        name=app,
+        ray_actor_options={"num_cpus": 0},  # it only waits
+        max_ongoing_requests=2 * options.places,
+        max_queued_requests=2 * options.places,
+        backpressure_config={"status_code": 429, "retry_after_s": refusals.RETRY_AFTER_S},
+    )(serve.ingress()(Gateway))

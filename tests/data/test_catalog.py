@@ -1,0 +1,53 @@
+"""From a dataset's name to its place."""
+
+from pathlib import Path
+
+import pytest
+
+from bridgework.data.catalog import home, resolve
+from bridgework.data.shards import open_dataset, verify, write
+from bridgework.data.synthetic import shapes
+from bridgework.errors import DataError
+
+
+def put(path: str) -> str:
+    write(shapes(3, size=16), path, source="s", licence="l", made_by="t")
+    return path
+
+
+def test_a_bare_name_lies_under_home_and_a_path_stays_as_it_is(tmp_path: Path) -> None:
+    named = put(str(tmp_path / "datasets" / "cats"))
+    elsewhere, remote = put(str(tmp_path / "elsewhere")), put(f"memory://{tmp_path.name}/cats")
+    assert resolve("cats", tmp_path) == named
+    assert resolve(elsewhere, tmp_path) == elsewhere
+    assert resolve(remote, tmp_path) == remote
+
+
+def test_synthetic_shapes_are_made_once_and_found_again(tmp_path: Path) -> None:
+    path = resolve("synthetic:shapes", tmp_path)
+    written = (Path(path) / "manifest.json").stat().st_mtime_ns
+    assert resolve("synthetic:shapes", tmp_path) == path and verify(path) == []
+    assert (Path(path) / "manifest.json").stat().st_mtime_ns == written
+    assert len(open_dataset(path)) == 256
+
+
+def test_a_missing_dataset_is_named_with_a_suggestion_and_the_command(tmp_path: Path) -> None:
+    put(str(tmp_path / "datasets" / "clipart"))
+    with pytest.raises(DataError, match=r"no dataset 'clip-art'.*did you mean 'clipart'.*bridgework data import"):
+        resolve("clip-art", tmp_path)
+    with pytest.raises(DataError, match="no dataset here"):
+        resolve(str(tmp_path / "nowhere"), tmp_path)
+
+
+def test_a_broken_dataset_is_not_called_missing(tmp_path: Path) -> None:
+    (Path(put(str(tmp_path / "datasets" / "cats"))) / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="not a manifest") as caught:
+        resolve("cats", tmp_path)
+    assert "data import" not in str(caught.value)
+
+
+def test_home_is_the_variable_or_a_folder_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BRIDGEWORK_HOME", str(tmp_path))
+    assert home() == tmp_path
+    monkeypatch.delenv("BRIDGEWORK_HOME")
+    assert home() == Path.cwd() / ".bridgework"

@@ -1,0 +1,351 @@
+"""Importers: rows in = rows out + rows put aside, every bad row with its reason, nothing read outside the source."""
+
+import csv
+import io
+import json
+import pickle
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bridgework.data.importers import clipart, emoji, folder, formats, llava_json, load
+from bridgework.data.quarantine import Reason, records
+from bridgework.data.samples import Part, Sample
+from bridgework.data.shards import open_dataset, verify
+from bridgework.data.synthetic import shapes
+from bridgework.data.transforms import decode
+from bridgework.errors import DataError
+
+PNG = next(shapes(1, size=16)).images[0]
+
+
+def quiet(_: str) -> None:
+    """For importers that are not asked what they say."""
+
+
+def read(dest: Path | str) -> dict[str, Sample]:
+    assert verify(str(dest)) == []
+    return {sample.key: sample for sample in open_dataset(str(dest)).samples()}
+
+
+def aside(dest: Path | str) -> dict[str, Reason]:
+    return {record.key: record.reason for record in records(f"{dest}.quarantine")}
+
+
+def talk(*values: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[place % 2], "value": value} for place, value in enumerate(values)]
+
+
+# --- finding them ----------------------------------------------------------------------------------------------------
+
+
+def test_importers_are_found_by_name() -> None:
+    assert formats() == ["clipart", "emoji", "folder", "llava-json"]
+    assert load("llava-json") is llava_json.run and load("bridgework.data.importers.folder") is folder.run
+    with pytest.raises(DataError, match="did you mean 'llava-json'"):
+        load("lava-json")
+    with pytest.raises(DataError, match="has no function run"):
+        load("bridgework.data.samples")
+
+
+# --- llava-json ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llava(tmp_path: Path) -> Callable[..., Path]:
+    def make(rows: Any, name: str = "rows.json") -> Path:
+        (tmp_path / "images").mkdir(exist_ok=True)
+        for picture in ("a.png", "images/b.png"):
+            (tmp_path / picture).write_bytes(PNG)
+        (tmp_path / name).write_text(rows if isinstance(rows, str) else json.dumps(rows))
+        return tmp_path / name
+
+    return make
+
+
+def test_conversations_keep_their_text_and_the_places_of_their_images(
+    llava: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [
+        {"id": "one", "image": "a.png", "conversations": talk("<image>\nWhat?", "A shape.", "Sure?", "Yes.")},
+        {"id": "two", "image": ["a.png", "images/b.png"], "conversations": talk("Is <image> like <image>?", "Yes.")},
+        {"id": 3, "conversations": [{"from": "system", "value": "Be kind."}, *talk("Hi", "Hello")]},
+    ]
+    manifest = llava_json.run(str(llava(rows)), str(tmp_path / "d"), licence="CC-BY-4.0", say=quiet)
+    found = read(tmp_path / "d")
+    assert found["one"].parts == (
+        Part("user", image=0),
+        Part("user", text="\nWhat?"),
+        Part("assistant", text="A shape."),
+        Part("user", text="Sure?"),
+        Part("assistant", text="Yes."),
+    )
+    assert found["two"].images == (PNG, PNG)
+    assert [part.text for part in found["two"].parts] == ["Is ", None, " like ", None, "?", "Yes."]
+    assert found["3"].images == () and found["3"].parts[0] == Part("system", text="Be kind.")
+    assert (manifest.rows, manifest.licence, manifest.source) == (3, "CC-BY-4.0", str(tmp_path / "rows.json"))
+    assert manifest.made_by == "bridgework.data.importers.llava_json" and manifest.quarantined == {}
+
+
+def test_one_id_with_many_conversations_is_kept_and_a_repetition_is_not(
+    llava: Callable[..., Path], tmp_path: Path
+) -> None:
+    first, second = ({"id": "x", "conversations": talk(q, "yes")} for q in ("one?", "two?"))
+    llava_json.run(str(llava([first, second, first])), str(tmp_path / "d"), max_bad=1, say=quiet)
+    assert list(read(tmp_path / "d")) == ["x", "x#2"]
+    assert aside(tmp_path / "d") == {"x": Reason.DUPLICATE_KEY}
+
+
+BAD_ROWS: dict[str, tuple[Any, Reason]] = {
+    "no object": (7, Reason.BAD_ROW),
+    "no turns": ({"id": "k"}, Reason.BAD_ROW),
+    "empty turns": ({"id": "k", "conversations": []}, Reason.BAD_ROW),
+    "unknown role": ({"id": "k", "conversations": [{"from": "bot", "value": "x"}]}, Reason.BAD_ROW),
+    "list role": ({"id": "k", "conversations": [{"from": "human", "value": ["x"]}]}, Reason.BAD_ROW),
+    "no answer": ({"id": "k", "conversations": talk("a?")}, Reason.BAD_ROW),
+    "answer first": ({"id": "k", "conversations": talk("a", "b", "c", "d")[1:]}, Reason.BAD_ROW),
+    "blank answer": ({"id": "k", "conversations": talk("a?", " ")}, Reason.EMPTY_TEXT),
+    "image in answer": ({"id": "k", "image": "a.png", "conversations": talk("?", "<image>")}, Reason.PLACEHOLDERS),
+    "no placeholder": ({"id": "k", "image": "a.png", "conversations": talk("?", "!")}, Reason.PLACEHOLDERS),
+    "no image": ({"id": "k", "conversations": talk("<image>?", "!")}, Reason.PLACEHOLDERS),
+    "gone": ({"id": "k", "image": "gone.png", "conversations": talk("<image>", "!")}, Reason.MISSING_IMAGE),
+    "folder": ({"id": "k", "image": "images", "conversations": talk("<image>", "!")}, Reason.MISSING_IMAGE),
+    "number": ({"id": "k", "image": [4], "conversations": talk("<image>", "!")}, Reason.BAD_ROW),
+    "absolute": ({"id": "k", "image": "/etc/passwd", "conversations": talk("<image>", "!")}, Reason.OUTSIDE),
+    "upwards": ({"id": "k", "image": "images/../../x", "conversations": talk("<image>", "!")}, Reason.OUTSIDE),
+    "backslash": ({"id": "k", "image": "..\\x.png", "conversations": talk("<image>", "!")}, Reason.OUTSIDE),
+    "URL": ({"id": "k", "image": "http://x/y.png", "conversations": talk("<image>", "!")}, Reason.OUTSIDE),
+    "NUL": ({"id": "k", "image": "a.png\0", "conversations": talk("<image>", "!")}, Reason.OUTSIDE),
+    "link": ({"id": "k", "image": "link.png", "conversations": talk("<image>", "!")}, Reason.OUTSIDE),
+    "HTML": ({"id": "k", "image": "page.png", "conversations": talk("<image>", "!")}, Reason.NOT_AN_IMAGE),
+    "0 bytes": ({"id": "k", "image": "empty.png", "conversations": talk("<image>", "!")}, Reason.EMPTY_FILE),
+    "pickle": ({"id": "k", "image": "code.png", "conversations": talk("<image>", "!")}, Reason.NOT_AN_IMAGE),
+    "cut": ({"id": "k", "image": "cut.png", "conversations": talk("<image>", "!")}, Reason.TRUNCATED),
+}
+
+
+def test_every_bad_row_is_put_aside_with_its_reason(llava: Callable[..., Path], tmp_path: Path) -> None:
+    outside = tmp_path.parent / "outside.png"
+    outside.write_bytes(PNG)
+    source = llava([{"id": "good", "conversations": talk("Hi", "Hello")}, *(row for row, _ in BAD_ROWS.values())])
+    files = {"page": b"<html>", "empty": b"", "cut": PNG[: len(PNG) // 2], "code": pickle.dumps(print)}
+    for name, data in files.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+    (tmp_path / "link.png").symlink_to(outside)
+    manifest = llava_json.run(str(source), str(tmp_path / "d"), max_bad=1, say=quiet)
+    table = {record.row: record.reason for record in records(f"{tmp_path}/d.quarantine")}
+    assert table == {row: reason for row, (_, reason) in enumerate(BAD_ROWS.values(), start=1)}
+    assert list(read(tmp_path / "d")) == ["good"]
+    assert manifest.quarantined == Counter(str(reason) for _, reason in BAD_ROWS.values())
+    assert manifest.rows + sum(manifest.quarantined.values()) == 1 + len(BAD_ROWS)
+
+
+def test_a_source_that_is_mostly_bad_leaves_no_dataset_but_the_table(
+    llava: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, dest = str(llava([1, {"id": "k", "conversations": talk("a", "b")}])), tmp_path / "d"
+    for _ in range(2):  # the second try does not add to the table of the first
+        with pytest.raises(DataError, match=r"1 of 2 rows are bad \(1 bad_row\).*d\.quarantine"):
+            llava_json.run(source, str(dest), say=quiet)
+        assert not dest.exists() and aside(dest) == {"row-00000000": Reason.BAD_ROW}
+    assert llava_json.run(source, str(dest), max_bad=0.5, say=quiet).rows == 1
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1,", "[" * 100_000, "\xff", '"<html>"'])
+def test_a_source_that_is_no_list_is_an_error(text: str, llava: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows\.json"):
+        llava_json.run(str(llava(text)), str(tmp_path / "d"), say=quiet)
+    assert not (tmp_path / "d").exists()
+
+
+def test_images_may_lie_elsewhere_and_everything_in_a_store(llava: Callable[..., Path], tmp_path: Path) -> None:
+    source = llava([{"id": "k", "image": "b.png", "conversations": talk("<image>", "!")}])
+    dest = f"memory://{tmp_path.name}/d"
+    llava_json.run(str(source), dest, images=str(tmp_path / "images"), say=quiet)
+    assert read(dest)["k"].images == (PNG,)
+
+
+def test_the_same_import_again_does_nothing_and_says_so(llava: Callable[..., Path], tmp_path: Path) -> None:
+    row, said = {"id": "k", "conversations": talk("a", "b")}, list[str]()
+    source, dest = str(llava([row])), tmp_path / "d"
+    first = llava_json.run(source, str(dest), say=said.append)
+    written = (dest / "manifest.json").stat().st_mtime_ns
+    assert llava_json.run(source, str(dest), say=said.append) == first
+    assert (dest / "manifest.json").stat().st_mtime_ns == written
+    assert "1 rows in 1 shards" in said[0] and "nothing to do" in said[1]
+    with pytest.raises(DataError, match="another dataset: its images"):
+        llava_json.run(source, str(dest), images=str(tmp_path / "images"), say=quiet)
+    llava([row, row])
+    with pytest.raises(DataError, match="another dataset: its sha256"):
+        llava_json.run(source, str(dest), say=quiet)
+
+
+# --- folder ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    (tmp_path / "src" / "deep").mkdir(parents=True)
+    for name in ("a.png", "b.JPG", "deep/c.webp"):
+        (tmp_path / "src" / name).write_bytes(PNG)
+    return tmp_path / "src"
+
+
+def test_a_text_file_beside_an_image_is_its_caption(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "a.txt").write_text("a cat\n")
+    (pictures / "deep" / "c.txt").write_text("")
+    folder.run(str(pictures), str(tmp_path / "d"), max_bad=1, say=quiet)
+    assert {key: sample.text for key, sample in read(tmp_path / "d").items()} == {"a.png": "a cat"}
+    assert aside(tmp_path / "d") == {"b.JPG": Reason.EMPTY_TEXT, "deep/c.webp": Reason.EMPTY_TEXT}
+
+
+@pytest.mark.parametrize("table", ["rows.csv", "rows.jsonl"])
+def test_a_table_names_images_and_captions(table: str, pictures: Path, tmp_path: Path) -> None:
+    rows = [
+        ("a.png", 'a "cat", sitting'),
+        ("a.png", "another caption of it"),
+        ("a.png", 'a "cat", sitting'),
+        ("b.JPG", "two\nlines"),
+        ("deep/c.webp", "an <image> of a dog"),
+        ("../src/a.png", "x"),
+        ("deep/none.png", "x"),
+        ("", "x"),
+    ]
+    with (pictures / table).open("w", newline="", encoding="utf-8-sig" if table.endswith("csv") else "utf-8") as file:
+        if table.endswith("csv"):
+            csv.writer(file).writerows([("file", "text"), *rows])
+        else:
+            file.writelines(json.dumps({"file": name, "text": text}) + "\n" for name, text in rows)
+    folder.run(str(pictures), str(tmp_path / "d"), table=table, image="file", text="text", max_bad=1, say=quiet)
+    assert {key: sample.text for key, sample in read(tmp_path / "d").items()} == {
+        "a.png": 'a "cat", sitting',
+        "a.png#2": "another caption of it",
+        "b.JPG": "two\nlines",
+    }
+    assert list(aside(tmp_path / "d").values()) == [
+        Reason.DUPLICATE_KEY,
+        Reason.PLACEHOLDERS,
+        Reason.OUTSIDE,
+        Reason.MISSING_IMAGE,
+        Reason.BAD_ROW,
+    ]
+
+
+def test_broken_tables_are_errors_or_bad_rows(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "t.jsonl").write_text('{"image": "a.png", "caption": "a cat"}\nnot json\n[1]\n\n{"image": "a.png"}\n')
+    folder.run(str(pictures), str(tmp_path / "d"), table="t.jsonl", max_bad=1, say=quiet)
+    assert list(aside(tmp_path / "d").values()) == [Reason.BAD_ROW] * 3
+    for source, options, words in (
+        (pictures, {"table": "none.csv"}, "no file"),
+        (pictures, {"table": "t.xml"}, "neither"),
+        (tmp_path / "nowhere", {}, "no folder"),
+    ):
+        with pytest.raises(DataError, match=words):
+            folder.run(str(source), str(tmp_path / "e"), say=quiet, **options)
+
+
+# --- emoji -----------------------------------------------------------------------------------------------------------
+
+
+def package(style: str, entries: list[dict[str, Any]], images: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        members = {f"package/img/{style}/64/{name}": data for name, data in images.items()}
+        for name, data in (members | {"package/emoji.json": json.dumps(entries).encode()}).items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        escape = tarfile.TarInfo(f"package/img/{style}/64/bad.png")
+        escape.type, escape.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(escape)
+    return file.getvalue()
+
+
+def entry(code: str, style: str = "twitter", **changes: Any) -> dict[str, Any]:
+    given = {"name": "RED APPLE", "unified": code.upper(), "image": f"{code}.png", f"has_img_{style}": True}
+    return given | {"category": "Food & Drink", "subcategory": "food-fruit"} | changes
+
+
+def test_emoji_are_read_from_the_archive_and_from_its_folder_alike(tmp_path: Path) -> None:
+    entries = [entry("1f34e"), entry("1f34f", name=""), entry("bad"), entry("1f350", has_img_twitter=False)]
+    (tmp_path / "t.tgz").write_bytes(package("twitter", entries, {"1f34e.png": PNG, "1f34f.png": PNG}))
+    manifest = emoji.run(str(tmp_path / "t.tgz"), str(tmp_path / "d"), max_bad=1, say=quiet)
+    found = read(tmp_path / "d")
+    assert list(found) == ["twitter-1f34e"] and found["twitter-1f34e"].text == "red apple"
+    assert found["twitter-1f34e"].labels == ("Food & Drink", "food-fruit") and manifest.licence == "CC-BY-4.0"
+    assert aside(tmp_path / "d") == {"twitter-1f34f": Reason.EMPTY_TEXT, "twitter-bad": Reason.MISSING_IMAGE}
+    (tmp_path / "p" / "img" / "twitter" / "64").mkdir(parents=True)
+    (tmp_path / "p" / "emoji.json").write_text(json.dumps(entries))
+    for code in ("1f34e", "1f34f"):
+        (tmp_path / "p" / "img" / "twitter" / "64" / f"{code}.png").write_bytes(PNG)
+    emoji.run(str(tmp_path / "p"), str(tmp_path / "e"), max_bad=1, say=quiet)
+    assert read(tmp_path / "e") == found
+
+
+def test_archives_that_are_cut_or_not_ours_to_copy_are_refused(tmp_path: Path) -> None:
+    whole = package("google", [entry("1f34e", "google")], {"1f34e.png": np.random.default_rng(0).bytes(9_000)})
+    for data, words in (
+        (whole[: len(whole) // 2], "neither a folder nor a whole"),
+        (b"<html>not found</html>", "neither a folder nor a whole"),
+        (package("google", [], {}), "no emoji.json with one folder"),
+        (package("apple", [entry("1f34e", "apple")], {"1f34e.png": PNG}), "must not be copied"),
+    ):
+        (tmp_path / "x.tgz").write_bytes(data)
+        with pytest.raises(DataError, match=words):
+            emoji.run(str(tmp_path / "x.tgz"), str(tmp_path / "d"), say=quiet)
+    assert not (tmp_path / "d").exists()
+
+
+# --- clip art --------------------------------------------------------------------------------------------------------
+
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"><metadata>
+<rdf:RDF xmlns="http://web.resource.org/cc/" xmlns:dc="http://purl.org/dc/elements/1.1/"
+ xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<Work rdf:about=""><dc:title>{title}</dc:title><dc:creator><Agent><dc:title>Ann</dc:title></Agent></dc:creator>
+<license rdf:resource="{licence}"/></Work></rdf:RDF></metadata>{body}</svg>"""
+
+
+def draw(root: Path, name: str, title: str, *, size: tuple[int, int] = (300, 200), **changes: str) -> None:
+    for part in ("png", "svg"):
+        (root / part / name).parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGBA", size, (255, 0, 0, 255))
+    picture.putpixel((0, 0), (0, 0, 0, 0))
+    picture.save(root / "png" / f"{name}.png")
+    given = {"title": title, "licence": "http://web.resource.org/cc/PublicDomain", "body": ""} | changes
+    (root / "svg" / f"{name}.svg").write_text(SVG.format(**given))
+
+
+def test_clip_art_takes_its_caption_from_the_title_or_the_file_name(tmp_path: Path) -> None:
+    root = tmp_path / "art"
+    draw(root, "food/apple_ann_01", "A Red Apple (b and w)")
+    draw(root, "food/green_pear_02", "Clipart by Ann - pear_07")
+    for number in range(clipart.SERIES_ROWS):
+        draw(root, f"food/plum-{number}", "fruit series")
+    draw(root, "icons/x", "an icon")
+    draw(root, "other/gpl", "a gnu", licence="http://creativecommons.org/licenses/GPL/2.0/")
+    draw(root, "other/lost", "a photo", body='<image xlink:href="file:///home/ann/photo.jpg"/>')
+    draw(root, "other/torn", "a page")
+    (root / "svg" / "other" / "torn.svg").write_text("<svg>")
+    manifest = clipart.run(str(root), str(tmp_path / "d"), side=64, skip=["icons/*"], max_bad=1, say=quiet)
+    found = read(tmp_path / "d")
+    assert found["food/apple_ann_01.png"].text == "a red apple" and found["food/green_pear_02.png"].text == "green pear"
+    assert {sample.text for key, sample in found.items() if "plum" in key} == {"plum"}
+    assert found["food/apple_ann_01.png"].provenance == {"file": "food/apple_ann_01.png", "creator": "Ann"}
+    assert decode(found["food/apple_ann_01.png"].images[0]).size == (64, 43)
+    assert aside(tmp_path / "d") == {
+        "other/gpl.png": Reason.LICENCE,
+        "other/lost.png": Reason.MISSING_IMAGE,
+        "other/torn.png": Reason.LICENCE,
+    }
+    assert manifest.licence == "public domain" and manifest.parameters["skip"] == ["icons/*"]
+
+
+def test_a_folder_without_pictures_is_no_clip_art(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no pictures"):
+        clipart.run(str(tmp_path), str(tmp_path / "d"), say=quiet)

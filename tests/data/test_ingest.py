@@ -1,0 +1,56 @@
+"""The pipeline on Ray gives what one process gives: any world size, any number of readers, after any resume."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import ray.data
+
+from bridgework.data.ingest import PlanIngest, from_ray, to_block
+from bridgework.data.reader import Feed, Row, local
+from bridgework.errors import RunError, SpecError
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def told(steps: Iterable[list[Row]]) -> list[list[tuple[object, ...]]]:
+    """All that the rows hold, comparable."""
+    return [
+        [
+            (*(v for n, v in vars(r).items() if n != "images"), r.images.dtype, r.images.shape, r.images.tobytes())
+            for r in rows
+        ]
+        for rows in steps
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world", "start", "readers"),
+    [(1, 4, 1), (2, 0, 2), (3, 7, 1)],  # 3 ranks own 2, 1 and 1 of the 4 lanes: two of them are padded
+)
+def test_the_pipeline_gives_what_one_process_gives(feed: Feed, world: int, start: int, readers: int) -> None:
+    splits = PlanIngest(feed, lambda: start, readers).configure({}, world)
+
+    def consume(rank: int) -> list[list[tuple[object, ...]]]:
+        return told(from_ray(splits[rank]["train"], rank=rank, world=world, start=start))
+
+    with ThreadPoolExecutor(world) as pool:
+        ranks = list(pool.map(consume, range(world)))
+    assert ranks == [told(local(feed, rank=rank, world=world, start=start)) for rank in range(world)]
+    assert [len(rank) for rank in ranks] == [feed.steps - start] * world
+
+
+def test_more_workers_than_lanes_are_refused_before_anything_starts(feed: Feed) -> None:
+    with pytest.raises(SpecError, match="at most as many workers as lanes"):
+        PlanIngest(feed, lambda: 0).configure({}, 5)
+
+
+def test_rows_of_another_rank_world_or_step_stop_the_run(feed: Feed) -> None:
+    rows = next(local(feed, rank=1, world=2, start=4))
+    shard = ray.data.from_arrow(to_block(rows, rank=1, world=2, length=9)).iterator()
+    assert told(from_ray(shard, rank=1, world=2, start=4)) == told([rows])
+    for rank, world in ((0, 2), (1, 3)):
+        with pytest.raises(RunError, match=r"was handed rows of \(rank, world\) \[\(1, 2\)\]: not its own"):
+            next(from_ray(shard, rank=rank, world=world, start=4))
+    with pytest.raises(RunError, match="was handed rows of step 4 where step 3 is next"):
+        next(from_ray(shard, rank=1, world=2, start=3))

@@ -1,0 +1,236 @@
+"""Rows as the plan says, whoever reads them, from any step on; bad samples replaced; cached features read."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bridgework.data.groups import Group, Groups
+from bridgework.data.quarantine import Reason, records
+from bridgework.data.reader import Feed, Row, local
+from bridgework.data.samples import Sample, pair
+from bridgework.data.shards import Dataset, open_dataset, write
+from bridgework.data.synthetic import shapes
+from bridgework.data.tokens import load_tokenizer
+from bridgework.data.transforms import read_square
+from bridgework.errors import DataError, SpecError
+from bridgework.spec import spec
+from bridgework.system import IGNORE, IMAGE, AdamW, Budget, Mixture, Pixels, Source, Stage
+
+MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
+
+
+def told(rows: Iterable[Row]) -> list[tuple[object, ...]]:
+    """All that a row holds, comparable."""
+    return [(*(v for n, v in vars(r).items() if n != "images"), r.images.shape, r.images.tobytes()) for r in rows]
+
+
+def batches(feed: Feed, world: int, start: int = 0) -> list[list[tuple[object, ...]]]:
+    """The global batch of each step, put together from all ranks."""
+    ranks = [local(feed, rank=rank, world=world, start=start) for rank in range(world)]
+    return [told(sorted(chain.from_iterable(step), key=lambda row: row.place)) for step in zip(*ranks, strict=True)]
+
+
+def single(feed: Feed, path: str, dataset: Sequence[Sample], **changes: object) -> Feed:
+    """The same stage over one dataset of plain pairs."""
+    manifest = write(dataset, path, **MADE, group_rows=8, shard_rows=64)
+    mixture = replace(feed.mixture, sources=(Source(name="pairs", dataset=path),), template="plain")
+    return replace(feed, mixture=mixture, datasets=(path,), digests=(manifest.digest,), **changes)
+
+
+def test_every_step_holds_the_rows_of_the_plan(feed: Feed) -> None:
+    keys = [[sample.key for sample in open_dataset(path).samples()] for path in feed.datasets]
+    plan = feed.plan()
+    for step, rows in enumerate(local(feed, rank=0, world=1, start=0)):
+        planned = [(int(s), keys[s][r]) for lane in plan.step(step) for s, r in zip(lane.source, lane.row, strict=True)]
+        assert [(row.source, row.key) for row in rows] == planned
+        assert [(row.step, row.place) for row in rows] == [(step, place) for place in range(feed.batch)]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_any_world_size_sees_the_same_batches(feed: Feed, world: int) -> None:
+    assert batches(feed, world) == batches(feed, 1)
+
+
+def test_resuming_at_any_step_goes_on_with_the_same_batches(feed: Feed) -> None:
+    whole = batches(feed, 1)
+    assert len(whole) == feed.steps
+    for start in range(feed.steps + 1):
+        assert batches(feed, 1 + start % 3, start) == whole[start:]
+
+
+def test_it_does_not_matter_which_reader_reads_a_window_nor_when(feed: Feed) -> None:
+    readers = [feed.open(), feed.open()]
+    windows = {t: readers[t % 2].window([2, 0, 3], t) for t in (3, 0, 1, 2)}
+    for t, steps in windows.items():
+        fresh = feed.open()
+        assert [told(rows) for rows in steps] == [told(rows) for rows in fresh.window([2, 0, 3], t)]
+
+
+def test_a_row_is_its_sample_tokenised_and_squared(feed: Feed) -> None:
+    tokenizer = load_tokenizer("bytes")
+    samples = {s.key: s for path in feed.datasets for s in open_dataset(path).samples()}
+    for row in [row for rows in local(feed, rank=0, world=1, start=0) for row in rows]:
+        sample = samples[row.key]
+        said = tokenizer.decode([label for label in row.labels if label != IGNORE])
+        assert said == f"{sample.parts[-1].text}<|im_end|>"
+        assert row.ids.count(IMAGE) == feed.image_tokens * len(sample.images)
+        assert row.images.shape == (len(sample.images), 3, 8, 8) and row.images.dtype == np.uint8
+        for square, data in zip(row.images, sample.images, strict=True):
+            assert np.array_equal(square, read_square(data, feed.pixels))
+
+
+def test_the_image_stands_first_in_half_of_the_questions(feed: Feed) -> None:
+    mixture = replace(feed.mixture, sources=feed.mixture.sources[:1])
+    pairs = replace(feed, mixture=mixture, datasets=feed.datasets[:1], digests=feed.digests[:1], steps=100)
+    tokenizer = load_tokenizer("bytes")
+    rows = [row for rows in local(pairs, rank=0, world=1, start=0) for row in rows]
+    first = [tokenizer.decode(row.ids[: row.ids.index(IMAGE)]).endswith("user\n") for row in rows]
+    assert len(first) == 800 and 0.45 < np.mean(first) < 0.55
+    other = next(local(replace(pairs, seed=4), rank=0, world=1, start=0))
+    assert [row.key for row in other] != [row.key for row in rows[:8]]
+
+
+def test_a_bad_sample_is_put_aside_and_the_next_of_the_plan_takes_its_place(feed: Feed, tmp_path: Path) -> None:
+    good = list(shapes(rows=400, size=16))
+    samples = [pair(s.key, s.images[0][:60], "broken") if n in (7, 200) else s for n, s in enumerate(good)]
+    table = str(tmp_path / "quarantine")
+    one = single(feed, str(tmp_path / "pairs"), samples, steps=50, quarantine=table)
+    plan = one.plan()
+    replaced = 0
+    for step, rows in enumerate(local(one, rank=0, world=1, start=0)):
+        planned = [int(row) for lane in plan.step(step) for row in lane.row]
+        for place, (row, number) in enumerate(zip(rows, planned, strict=True)):
+            if number in (7, 200):
+                replaced += 1
+                t, lane, at = step // 3, place // 2, step % 3 * 2 + place % 2
+                number = next(n for _, _, n in plan.substitutes(lane, t, at) if n not in (7, 200))
+            assert row.key == good[number].key
+    assert replaced == 2
+    assert sorted((r.key, r.row, r.reason) for r in records(table)) == [
+        (good[7].key, 7, Reason.TRUNCATED),
+        (good[200].key, 200, Reason.TRUNCATED),
+    ]
+
+
+def test_too_many_bad_samples_stop_the_run(feed: Feed, tmp_path: Path) -> None:
+    samples = [pair(s.key, b"<html>", "broken") if n % 9 == 0 else s for n, s in enumerate(shapes(rows=80, size=16))]
+    one = single(feed, str(tmp_path / "pairs"), samples, quarantine=str(tmp_path / "quarantine"))
+    with pytest.raises(DataError, match=r"rows are bad .*not_an_image"):
+        list(local(one, rank=0, world=1, start=0))
+
+
+def test_without_a_quarantine_the_first_bad_sample_is_an_error_that_names_it(feed: Feed, tmp_path: Path) -> None:
+    one = single(feed, str(tmp_path / "pairs"), [pair(f"k{n}", b"", "broken") for n in range(9)])
+    with pytest.raises(DataError, match=r"sources\.pairs, row \d, 'k\d': empty_file"):
+        next(local(one, rank=0, world=1, start=0))
+
+
+def test_a_dataset_that_changed_since_is_refused(feed: Feed, tmp_path: Path) -> None:
+    one = single(feed, str(tmp_path / "pairs"), list(shapes(rows=9, size=16)))
+    with pytest.raises(DataError, match=r"sources\.pairs: .* is now .*, the run began with 000"):
+        replace(one, digests=("0" * 64,)).open()
+
+
+def test_more_ranks_than_lanes_are_refused(feed: Feed) -> None:
+    with pytest.raises(SpecError, match="at most as many workers as lanes"):
+        next(local(feed, rank=4, world=5, start=0))
+
+
+# --- cached features -------------------------------------------------------------------------------------------------
+
+
+def cache(folder: Path, dataset: Dataset, *, key: str = "{}") -> None:
+    """Features (2 patches, width 3) that spell the row's number, in the layout that the reader expects."""
+    (folder / dataset.manifest.digest).mkdir(parents=True)
+    (folder / "features.json").write_text(json.dumps({"patches": 2, "width": 3}))
+    row = 0
+    for shard in dataset.manifest.shards:
+        with pq.ParquetWriter(
+            folder / dataset.manifest.digest / shard.file,
+            schema := pa.schema([("key", pa.string()), ("features", pa.list_(pa.binary()))]),
+        ) as writer:
+            for group in range(-(-shard.rows // dataset.manifest.group_rows)):
+                rows = []
+                for sample in dataset.read_group(dataset.manifest.shards.index(shard), group):
+                    features = [np.full((2, 3), row, np.float16).tobytes() for _ in sample.images]
+                    rows.append({"key": key.format(sample.key), "features": features})
+                    row += 1
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def test_cached_features_are_read_instead_of_images(feed: Feed, tmp_path: Path) -> None:
+    for path in feed.datasets:
+        cache(tmp_path, open_dataset(path))
+    numbers = [{s.key: n for n, s in enumerate(open_dataset(path).samples())} for path in feed.datasets]
+    pixels = local(feed, rank=0, world=1, start=0)
+    for seen, rows in zip(pixels, local(replace(feed, features=str(tmp_path)), rank=0, world=1, start=0), strict=True):
+        assert [(r.key, r.ids, r.labels) for r in rows] == [(r.key, r.ids, r.labels) for r in seen]
+        for row, same in zip(rows, seen, strict=True):
+            assert row.images.shape == (len(same.images), 2, 3) and row.images.dtype == np.float16
+            assert set(row.images.ravel().tolist()) <= {numbers[row.source][row.key]}
+
+
+def test_features_of_other_rows_are_refused(feed: Feed, tmp_path: Path) -> None:
+    for path in feed.datasets:
+        cache(tmp_path, open_dataset(path), key="not-{}")
+    with pytest.raises(DataError, match="holds features of other images; make them again"):
+        next(local(replace(feed, features=str(tmp_path)), rank=0, world=1, start=0))
+
+
+def test_a_missing_cache_of_features_is_refused(feed: Feed, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is no cache of features"):
+        replace(feed, features=str(tmp_path)).open()
+
+
+# --- row groups ------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_group_is_kept_until_its_rows_are_used(feed: Feed) -> None:
+    groups = Groups([open_dataset(path) for path in feed.datasets], None)
+    group, place = groups.locate(0, 37)
+    assert (group, place) == (Group(0, 1, 0), 5)
+    rows = groups.read(group, uses=5)
+    assert groups.read(group, uses=3) is rows
+    assert groups.read(group, uses=8) is not rows
+
+
+@spec
+class Eye:
+    """What a model tells the data, and no model."""
+
+    pixels: Pixels = Pixels(size=8)
+    tokenizer: str = "bytes"
+    context: int = 64
+    image_tokens: int = 3
+
+    def build(self, *, pretrained: bool = True) -> None: ...
+    def tiny(self) -> "Eye":
+        return self
+
+
+@spec
+class Loss:
+    needs: str = "logits"
+    weight: float = 1.0
+
+
+def test_a_feed_is_made_from_a_stage(home: Path) -> None:
+    stage = Stage(
+        name="align",
+        model=Eye(),
+        trains={"*": 1.0},
+        losses=(Loss(),),
+        data=Mixture(sources=(Source(name="shapes", dataset="synthetic:shapes"),), lanes=2, window=2, max_tokens=32),
+        budget=Budget(steps=3, batch=4),
+        optim=AdamW(peak_lr=1e-3),
+    )
+    steps = list(local(Feed.of(stage, home), rank=1, world=2, start=1))
+    assert [[row.place for row in rows] for rows in steps] == [[2, 3], [2, 3]]
+    assert all(len(row.ids) == 32 and row.images.shape == (1, 3, 8, 8) for rows in steps for row in rows)

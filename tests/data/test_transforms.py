@@ -1,0 +1,185 @@
+"""Decoding hostile and odd files, and the square that comes out."""
+
+import io
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from bridgework.data.quarantine import BadSample, Reason
+from bridgework.data.transforms import decode, read_square, to_square
+from bridgework.system import Pixels
+
+
+def noise(width: int, height: int, channels: int = 3) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    return Image.fromarray(noise(8, 8)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def saved(image: Image.Image, form: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)  # type: ignore[arg-type]  # Pillow's options differ by format
+    return file.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds almost nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def reason(data: bytes, **options: int) -> Reason:
+    with pytest.raises(BadSample) as caught:
+        decode(data, **options)
+    assert "\n" not in str(caught.value)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "GIF", "WEBP", "JPEG"])
+def test_allowed_formats_decode_to_rgb(form: str) -> None:
+    image = decode(saved(smooth(40, 30), form))
+    assert (image.mode, image.size) == ("RGB", (40, 30))
+    assert np.abs(np.asarray(image, dtype=int) - np.asarray(smooth(40, 30), dtype=int)).mean() < 12
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", Reason.EMPTY_FILE),
+        (b"<!DOCTYPE html><html>404</html>", Reason.NOT_AN_IMAGE),
+        (saved(smooth(8, 8), "TIFF"), Reason.NOT_AN_IMAGE),
+        (saved(smooth(8, 8), "ICO"), Reason.NOT_AN_IMAGE),
+        (b"\x89PNG\r\n\x1a\n", Reason.CORRUPT),
+        (b"\xff\xd8\xff" + bytes(50), Reason.CORRUPT),
+        (b"RIFF\xff\xff\x00\x00WEBPVP8 ", Reason.TRUNCATED),
+        (b"GIF89a", Reason.CORRUPT),
+        (b"BM", Reason.CORRUPT),
+        (png_header(0, 5), Reason.ZERO_PIXELS),
+        (bytes(64_000_001), Reason.TOO_MANY_BYTES),
+    ],
+)
+def test_what_is_no_image_is_named_by_a_reason(data: bytes, expected: Reason) -> None:
+    assert reason(data) in ({expected, Reason.CORRUPT} if expected is Reason.ZERO_PIXELS else {expected})
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_no_truncation_is_ever_taken_for_a_picture(form: str) -> None:
+    data = saved(Image.fromarray(noise(60, 60)), form)
+    for share in (0.02, 0.3, 0.7, 0.95):
+        assert reason(data[: int(len(data) * share)]) in (Reason.TRUNCATED, Reason.CORRUPT)
+
+
+def test_a_bomb_is_refused_by_its_header_and_at_once() -> None:
+    assert reason(png_header(60_000, 60_000)) is Reason.TOO_MANY_PIXELS  # decoded, it would need 10 GB
+    assert reason(saved(smooth(20, 20), "PNG"), max_pixels=399) is Reason.TOO_MANY_PIXELS
+
+
+def test_a_size_that_pillow_warns_of_is_judged_by_our_limit_alone() -> None:
+    data = png_header(9_500, 9_500)  # Pillow's own opener warns of 90 million pixels, and warnings are errors here
+    assert reason(data) is Reason.TRUNCATED
+    assert reason(data, max_pixels=90_000_000) is Reason.TOO_MANY_PIXELS
+
+
+def test_transparency_is_laid_on_white() -> None:
+    half = np.dstack([np.zeros((4, 4, 3), np.uint8), np.full((4, 4), 128, np.uint8)])
+    clear = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
+    assert np.asarray(decode(saved(Image.fromarray(half), "PNG"))).mean() == pytest.approx(127, abs=1)
+    assert np.asarray(decode(saved(clear, "WEBP", lossless=True))).min() == 255
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    assert np.asarray(decode(saved(palette, "PNG", transparency=1))).min() == 255
+    assert np.asarray(decode(saved(palette, "GIF")))[0, 0].tolist() == [40, 50, 60]
+    grey = Image.new("LA", (4, 4), (0, 0))
+    assert np.asarray(decode(saved(grey, "PNG"))).min() == 255
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    ramp = np.linspace(0, 65_535, 256, dtype=np.uint16)[None].repeat(2, 0)
+    found = np.asarray(decode(saved(Image.fromarray(ramp), "PNG")))
+    assert np.array_equal(found[0, :, 0], ramp[0] >> 8)
+
+
+def test_cmyk_and_grey_jpegs_come_out_in_rgb() -> None:
+    red = Image.new("RGB", (16, 16), (200, 30, 30))
+    found = np.asarray(decode(saved(red.convert("CMYK"), "JPEG", quality=95)), dtype=int)
+    assert np.abs(found - (200, 30, 30)).max() < 12
+    assert decode(saved(red.convert("L"), "JPEG")).mode == "RGB"
+
+
+def test_a_picture_taken_sideways_comes_out_upright() -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # turned left: the camera lay on its side
+    upright = smooth(32, 48)
+    lying = upright.transpose(Image.Transpose.ROTATE_90)
+    found = decode(saved(lying, "PNG", exif=exif))
+    assert np.array_equal(np.asarray(found), np.asarray(upright))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_exif_does_not_cost_the_picture() -> None:
+    assert decode(saved(smooth(16, 16), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")).size == (16, 16)
+
+
+def test_animations_give_their_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for form in ("GIF", "WEBP", "PNG"):
+        data = saved(
+            frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {})
+        )
+        assert np.asarray(decode(data))[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 60), (61, 203), (48, 48), (20, 31)])
+def test_crop_matches_resizing_the_whole_and_cutting_the_centre(width: int, height: int) -> None:
+    image, size = smooth(width, height), 48
+    short = min(width, height)
+    wide, high = int(size * width / short), int(size * height / short)
+    left, top = (wide - size) // 2, (high - size) // 2
+    whole = image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    found = to_square(image, Pixels(size=size))
+    assert found.shape == (3, size, size) and found.dtype == np.uint8 and found.flags.c_contiguous
+    assert np.abs(found.astype(int) - np.asarray(whole, dtype=int).transpose(2, 0, 1)).max() <= 2
+
+
+def test_pad_matches_padding_first_and_resizing_then() -> None:
+    image, pixels = smooth(90, 60), Pixels(size=48, fit="pad", mean=(0.48, 0.46, 0.41))
+    colour = (122, 117, 105)
+    square = Image.new("RGB", (90, 90), colour)
+    square.paste(image, (0, 15))
+    other = np.asarray(square.resize((48, 48), Image.Resampling.BICUBIC), dtype=int).transpose(2, 0, 1)
+    found = to_square(image, pixels)
+    assert found[:, 0, 0].tolist() == list(colour) and found[:, -1, -1].tolist() == list(colour)
+    assert np.abs(found.astype(int) - other)[:, 10:38].max() <= 2  # but for the edge, which is sharp here
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 1)])
+def test_extreme_shapes_give_a_square_of_their_colour(fit: str, size: tuple[int, int]) -> None:
+    data = saved(Image.new("RGB", size, (10, 200, 30)), "PNG")
+    found = read_square(data, Pixels(size=224, fit=fit))  # type: ignore[arg-type]  # parametrize gives str
+    assert found.shape == (3, 224, 224)
+    assert found[:, 112, 112 if size[0] >= size[1] else 111].tolist() in ([10, 200, 30], [128, 128, 128])
+    assert (found.reshape(3, -1).T == (10, 200, 30)).all(axis=1).sum() >= 224
+
+
+def test_scaled_jpeg_decoding_stays_close_to_the_full_one() -> None:
+    data = saved(smooth(1_000, 800), "JPEG", quality=95)
+    assert decode(data, size=64).size == (250, 200)  # an eighth would be under twice the target
+    full = to_square(decode(data), Pixels(size=64)).astype(int)
+    assert np.abs(read_square(data, Pixels(size=64)) - full).mean() < 1
+
+
+def test_a_bad_sample_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(BadSample(Reason.CORRUPT, "cut")))
+    assert isinstance(error, BadSample) and (error.reason, error.detail) == (Reason.CORRUPT, "cut")

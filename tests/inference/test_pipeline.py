@@ -1,0 +1,249 @@
+"""One interface to a trained model, held against plain loops over plain torch."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from bridgework.data import templates
+from bridgework.data.samples import Part, Sample, pair
+from bridgework.data.synthetic import shapes
+from bridgework.data.tokens import encode
+from bridgework.data.transforms import decode, read_square, to_square
+from bridgework.errors import DataError, SpecError
+from bridgework.inference import Pipeline
+from bridgework.losses import Contrastive
+from bridgework.models.prefix_vlm import PrefixModel
+from bridgework.system import IGNORE, System
+from bridgework.training import artefact
+from tests.inference.tiny import PROMPT, pipeline
+
+CAPTIONS = ["a red circle", "a blue square", "a much longer caption than the others, to be padded around", "a dog"]
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return [replace(s, parts=(*s.parts[:1], Part("caption", text=c))) for s, c in zip(shapes(4), CAPTIONS, strict=True)]
+
+
+def loglik_alone(pipeline: Pipeline, sample: Sample) -> float:
+    """A second way to `loglik`: one sample, no padding, from pixels, a loop over its tokens."""
+    spec, data = pipeline.stage.model, pipeline.stage.data
+    parts = templates.conversation(sample, [p for s in data.sources for p in s.prompts], 0)
+    segments = templates.render(parts, data.template, pipeline.tokenizer)
+    encoded = encode(segments, pipeline.tokenizer, image_tokens=spec.image_tokens, max_tokens=data.max_tokens)
+    pixels = torch.from_numpy(np.stack([read_square(image, spec.pixels) for image in sample.images]))
+    ids_1T = torch.tensor([encoded.ids])
+    with torch.no_grad():
+        logits_TV = pipeline.model(ids=ids_1T, attention=torch.ones_like(ids_1T).bool(), pixels=pixels).logits_BTV[0]
+    total = 0.0
+    for t, label in enumerate(encoded.labels):
+        if label != IGNORE:
+            total += float(logits_TV[t - 1].double().log_softmax(-1)[label])
+    return total
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["plain", "v1", "chat"])
+def test_loglik_of_a_batch_is_that_of_each_sample_alone(template: str, samples: list[Sample]) -> None:
+    pipe = pipeline(template)
+    expected = [loglik_alone(pipe, s) for s in samples]
+    assert pipe.loglik(samples) == pytest.approx(expected, rel=1e-5)
+    assert pipe.loglik(samples[::-1]) == pytest.approx(expected[::-1], rel=1e-5)
+
+
+def test_loglik_of_more_rows_than_a_forward_takes_keeps_their_order(samples: list[Sample]) -> None:
+    pipe = pipeline()
+    many = [samples[i % 4] for i in (0, 3, 1, 2) * 9]
+    alone = {s.key: loglik for s, loglik in zip(samples, pipe.loglik(samples), strict=True)}
+    assert pipe.loglik(many) == pytest.approx([alone[s.key] for s in many], rel=1e-5)
+
+
+def test_a_text_and_two_images_can_be_judged_in_one_batch(samples: list[Sample]) -> None:
+    pipe = pipeline()
+    first, second = samples[0].images[0], samples[1].images[0]
+    text = Sample("text", (), (Part("user", text="Hello?"), Part("assistant", text="Hello.")))
+    shown = (Part("user", image=0), Part("user", text=" or "), Part("user", image=1), Part("assistant", text="Both."))
+    both = Sample("both", (first, second), shown)
+    swapped = Sample("swapped", (second, first), shown)
+    expected = [loglik_alone(pipe, s) for s in (both, swapped)]
+    assert pipe.loglik([both, swapped]) == pytest.approx(expected, rel=1e-5)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-4)
+    alone = pipe.scores([list(text.parts)], [()])[0]
+    assert pipe.scores([list(both.parts), list(text.parts)], [both.images, ()])[1].loglik == pytest.approx(alone.loglik)
+
+
+def test_scores_count_the_stop_string(samples: list[Sample]) -> None:
+    pipe = pipeline()
+    [score] = pipe.scores([pipe.ask(samples[0])], [samples[0].images])
+    assert score.tokens == len(CAPTIONS[0]) + 1  # bytes, and <|im_end|>
+
+
+def test_cached_features_count_as_their_images(samples: list[Sample]) -> None:
+    pipe = pipeline()
+    conversations = [pipe.ask(s) for s in samples]
+    features = pipe.features([s.images[0] for s in samples])
+    assert pipe.scores(conversations, list(features.split(1))) == pipe.scores(
+        conversations, [s.images for s in samples]
+    )
+
+
+def test_rank_is_likelihood_less_prior_computed_apart(samples: list[Sample]) -> None:
+    pipe = pipeline()
+    colour = tuple(round(255 * m) for m in pipe.stage.model.pixels.mean)
+    blank = png(Image.new("RGB", (32, 32), colour))
+    image = samples[0].images[0]
+    expected = {c: loglik_alone(pipe, pair("x", image, c)) - loglik_alone(pipe, pair("x", blank, c)) for c in CAPTIONS}
+    ranked = pipe.rank(image, CAPTIONS)
+    assert dict(ranked) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    assert [r.candidate for r in ranked] == sorted(CAPTIONS, key=lambda c: -expected[c])
+
+
+def test_prior_is_the_mean_over_the_references(samples: list[Sample]) -> None:
+    pipe = pipeline()
+    references = [s.images[0] for s in samples[1:]]
+    image = samples[0].images[0]
+    mean = [np.mean([loglik_alone(pipe, pair("x", r, c)) for r in references]) for c in CAPTIONS]
+    assert pipe.prior(CAPTIONS, references=references).tolist() == pytest.approx(mean, rel=1e-5)
+    ranked = dict(pipe.rank(image, CAPTIONS, references=references))
+    expected = [loglik_alone(pipe, pair("x", image, c)) - m for c, m in zip(CAPTIONS, mean, strict=True)]
+    assert [ranked[c] for c in CAPTIONS] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_an_image_is_seen_once_however_many_candidates_it_has(samples: list[Sample]) -> None:
+    pipe = pipeline()
+    seen: list[int] = []
+    pipe.model.vision.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    pipe.likelihoods(samples[0].images[0], CAPTIONS * 10)
+    assert seen == [1]
+
+
+def test_the_question_is_part_of_what_is_judged(samples: list[Sample]) -> None:
+    pipe = pipeline()
+    image = samples[0].images[0]
+    assert torch.equal(pipe.likelihoods(image, CAPTIONS), pipe.likelihoods(image, CAPTIONS, PROMPT))
+    assert not torch.allclose(pipe.likelihoods(image, CAPTIONS), pipe.likelihoods(image, CAPTIONS, "Why?"), rtol=1e-4)
+
+
+def test_nothing_to_rank_is_an_error(samples: list[Sample]) -> None:
+    with pytest.raises(DataError, match="nothing to rank"):
+        pipeline().rank(samples[0].images[0], [])
+
+
+def test_a_model_in_training_is_judged_at_rest_and_goes_on_training(samples: list[Sample]) -> None:
+    pipe = pipeline()
+    pipe.model.bridge = nn.Sequential(pipe.model.bridge, nn.Dropout(0.5)).eval()
+    expected = pipe.loglik(samples)
+    pipe.model.train()
+    assert pipe.loglik(samples) == expected
+    assert pipe.model.training and pipe.model.bridge[-1].training
+
+
+# --- embedding -------------------------------------------------------------------------------------------------------
+
+
+def test_embeddings_are_what_the_contrastive_loss_pools(samples: list[Sample]) -> None:
+    pipe = pipeline()
+    batch = pipe.batch([pipe.ask(s) for s in samples], [s.images for s in samples], answer=True)
+    with torch.no_grad():
+        outputs = pipe.model(**batch.inputs(), wants=frozenset({"pooled"}))
+    images_ND = pipe.embed_images([s.images[0] for s in samples])
+    texts_ND = pipe.embed_texts([s.text for s in samples])
+    torch.testing.assert_close(images_ND, unit(outputs.image_BD), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(texts_ND, unit(outputs.text_BD), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(images_ND.norm(dim=1), torch.ones(4))
+    loss = Contrastive(temperature=0.07)(outputs) / len(samples)
+    logits = images_ND @ texts_ND.T / 0.07
+    target = torch.arange(len(samples))
+    both_ways = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(loss, both_ways, rtol=1e-3, atol=1e-4)
+
+
+def unit(vectors_ND: Tensor) -> Tensor:
+    return vectors_ND.div(vectors_ND.norm(dim=1, keepdim=True))
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_picture_may_be_a_file_an_image_or_a_square(samples: list[Sample]) -> None:
+    pipe = pipeline()
+    data = samples[0].images[0]
+    image = decode(data)
+    a, b, c = pipe.features([data, image, to_square(image, pipe.stage.model.pixels)])
+    assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_no_images_are_no_features() -> None:
+    assert pipeline().features([]).shape == (0, 16, 32)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_images_must_be_as_many_as_are_shown(number: int, samples: list[Sample]) -> None:
+    pipe = pipeline()
+    with pytest.raises(DataError, match=rf"shows images \[0\] and {number} are given"):
+        pipe.batch([pipe.ask(samples[0])], [samples[0].images * number], answer=False)
+
+
+# --- batch -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("answer", "side"), [(True, "right"), (False, "left")])
+def test_prompts_are_padded_on_the_left_and_answers_on_the_right(
+    answer: bool, side: Literal["right", "left"], samples: list[Sample]
+) -> None:
+    pipe = pipeline()
+    conversations = [pipe.ask(samples[0], ["Short?"]), pipe.ask(samples[0], ["A question that is longer?"])]
+    batch = pipe.batch(conversations, [samples[0].images] * 2, answer=answer)
+    edge = batch.attention_BT[:, 0 if side == "left" else -1]
+    assert edge.tolist() == [False, True]
+    assert bool((batch.labels_BT != IGNORE).any()) == answer
+
+
+@pytest.mark.parametrize("template", ["plain", "v1", "chat"])
+def test_a_prompt_is_the_beginning_of_what_was_trained_on(template: str, samples: list[Sample]) -> None:
+    pipe = pipeline(template)
+    conversation = pipe.ask(samples[0])
+    prompt, whole = pipe.encode(conversation, answer=False), pipe.encode(conversation, answer=True)
+    shared = 0
+    while shared < len(prompt.ids) and prompt.ids[shared] == whole.ids[shared]:
+        shared += 1
+    first_with_loss = next(t for t, label in enumerate(whole.labels) if label != IGNORE)
+    assert shared == len(prompt.ids) <= first_with_loss
+    assert whole.ids[shared:first_with_loss] in ([], pipe.tokenizer(" ").input_ids)
+
+
+# --- artefacts -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_loaded_judges_like_what_was_saved(tmp_path: Path, samples: list[Sample]) -> None:
+    pipe = pipeline()
+    system = System(name="toy", paper="", stages=(pipe.stage,))
+    artefact.save(tmp_path / "artefact", pipe.model.state_dict(), system=system, stage="align")
+    loaded = Pipeline.load(str(tmp_path / "artefact"), device="cpu")
+    assert isinstance(loaded.model, PrefixModel)
+    assert loaded.loglik(samples) == pipe.loglik(samples)
+    assert loaded.device == torch.device("cpu")
+
+
+def test_out_of_range_sampling_is_refused(samples: list[Sample]) -> None:
+    pipe = pipeline()
+    wrong: Sequence[dict[str, float]] = ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0})
+    for sampling in wrong:
+        with pytest.raises(SpecError, match="max_new_tokens is at least 1"):
+            pipe.generate(pipe.ask(samples[0]), samples[0].images, **sampling)  # type: ignore[arg-type]

@@ -1,0 +1,58 @@
+"""The captioning loss against torch's cross_entropy."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from bridgework.errors import DataError, SpecError
+from bridgework.losses import Captioning
+from bridgework.losses.captioning import captioning
+from bridgework.models.prefix_vlm import Outputs
+from bridgework.system import IGNORE
+
+
+def example() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels_BT = torch.randint(0, 7, (3, 6), generator=generator)
+    labels_BT[0, :3], labels_BT[1, 4:], labels_BT[2] = IGNORE, IGNORE, IGNORE
+    return torch.randn(3, 6, 7, generator=generator).requires_grad_(), labels_BT
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_sum_over_count_is_the_mean_cross_entropy_with_its_gradient(smoothing: float) -> None:
+    logits_BTV, labels_BT = example()
+    loss = Captioning(label_smoothing=smoothing)
+    ours = loss(Outputs(logits_BTV=logits_BTV, labels_BT=labels_BT)) / loss.count(labels_BT)
+    theirs = cross_entropy(
+        logits_BTV[:, :-1].reshape(-1, 7), labels_BT[:, 1:].reshape(-1), ignore_index=IGNORE, label_smoothing=smoothing
+    )
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits_BTV)[0] for x in (ours, theirs)))
+
+
+def test_sums_of_micro_batches_add_up_to_the_batch() -> None:
+    logits_BTV, labels_BT = example()
+    parts = [captioning(logits, labels) for logits, labels in zip(logits_BTV.split(1), labels_BT.split(1), strict=True)]
+    torch.testing.assert_close(torch.stack(parts).sum(), captioning(logits_BTV, labels_BT))
+    assert sum(Captioning().count(labels) for labels in labels_BT.split(1)) == Captioning().count(labels_BT)
+
+
+def test_a_batch_without_labels_is_zero_and_keeps_its_graph() -> None:
+    logits_BTV, labels_BT = example()
+    loss = captioning(logits_BTV, torch.full_like(labels_BT, IGNORE))
+    assert loss == 0 and not torch.autograd.grad(loss, logits_BTV)[0].any()
+
+
+def test_bfloat16_logits_are_summed_in_float32() -> None:
+    logits_BTV, labels_BT = example()
+    loss = captioning(logits_BTV.bfloat16(), labels_BT)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, captioning(logits_BTV.bfloat16().float(), labels_BT))
+
+
+def test_outputs_without_logits_and_smoothing_out_of_range_are_refused() -> None:
+    with pytest.raises(DataError, match="reads logits and labels"):
+        Captioning()(Outputs())
+    with pytest.raises(SpecError, match=r"\[0, 1\), got 1"):
+        Captioning(label_smoothing=1.0)

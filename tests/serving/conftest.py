@@ -1,0 +1,67 @@
+"""Two tiny models with random weights, registered, and the three apps over them in one Serve."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from ray import serve
+
+from bridgework.lineage.store import MLflowTracker
+from bridgework.serving import apps as apps_of
+from bridgework.serving import launch
+from bridgework.serving.auth import VARIABLE
+from bridgework.system import System, load
+from bridgework.training import artefact
+from tests.serving.support import KEY, Apps, free_port
+
+
+@pytest.fixture(scope="session")
+def system() -> System:
+    return load("llava").tiny()
+
+
+def tiny_artefact(folder: Path, system: System, seed: int) -> str:
+    torch.manual_seed(seed)
+    model = system["instruct"].model.build()
+    artefact.save(folder, model.state_dict(), system=system, stage="instruct")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def weights(home: Path, system: System) -> str:
+    return tiny_artefact(home / "weights", system, 0)
+
+
+@pytest.fixture(scope="session")
+def registered(home: Path, system: System, weights: str) -> str:
+    """`tiny`, with a champion (version 1) and a challenger (version 2)."""
+    tracker = MLflowTracker(None, home, "serving")
+    run = tracker.start("train")
+    for number, folder in enumerate((weights, tiny_artefact(home / "others", system, 1)), 1):
+        logged = tracker.output(run, "tiny", folder, {})
+        version = tracker.register("tiny", logged, run, folder, {})
+        tracker.alias("tiny", ("champion", "challenger")[number - 1], version.version)
+    tracker.finish(run)
+    return "tiny"
+
+
+@pytest.fixture(scope="module")
+def apps(ray_session: None, home: Path, registered: str, weights: str) -> Iterator[Apps]:
+    common = {"cpus": 0.5, "ongoing": 4, "queued": 8, "max_new_tokens": 400, "home": str(home)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, KEY)
+        shared = {"model": registered, "challenger": "tiny@challenger", "share": 0.5}
+        address = launch.start("chat", shared | common, port=free_port(), blocking=False)
+        serve.run(apps_of.embed({"model": weights} | common), name="embed", route_prefix="/embed")
+        serve.run(apps_of.caption({"model": weights} | common), name="caption", route_prefix="/caption")
+    headers = {"authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=address, headers=headers, timeout=60, trust_env=False) as http:
+        clients = [
+            openai.OpenAI(api_key=KEY, base_url=f"{address}{path}/v1", max_retries=0, timeout=60, http_client=http)
+            for path in ("", "/embed")
+        ]
+        yield Apps(address, *clients, http, home)
+    serve.shutdown()

@@ -1,0 +1,102 @@
+"""`bridgework data`: every command on real datasets, through the parser that people use."""
+
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from bridgework.cli_data import data
+from bridgework.data.shards import open_dataset
+from bridgework.data.synthetic import shapes
+from bridgework.errors import DataError, SpecError
+
+SHAPES = "synthetic:shapes"
+
+
+def run(*words: str | int | Path) -> Result:
+    return CliRunner().invoke(data, [str(word) for word in words], catch_exceptions=False)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three pictures, each with its caption beside it."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for sample in shapes(rows=3, size=16):
+        (folder / f"{sample.key}.png").write_bytes(sample.images[0])
+        (folder / f"{sample.key}.txt").write_text(sample.text)
+    return folder
+
+
+def test_import_writes_a_dataset_with_its_options(pictures: Path, tmp_path: Path) -> None:
+    done = run("import", "folder", pictures, tmp_path / "made", "max_bad=0.5", "--licence", "MIT")
+    assert done.exit_code == 0, done.output
+    made = open_dataset(str(tmp_path / "made"))
+    assert (len(made), made.manifest.licence) == (3, "MIT")
+
+
+def test_a_bare_name_goes_home_and_is_found_there(pictures: Path, home: Path) -> None:
+    assert run("import", "folder", pictures, "three").exit_code == 0
+    assert (home / "datasets" / "three" / "manifest.json").is_file()
+    assert "sound     three" in run("verify", "three").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "said"),
+    [
+        (["foldr"], DataError, "did you mean 'folder'"),
+        (["folder", "tabel=x.csv"], SpecError, "no field 'tabel'; did you mean 'table'?"),
+        (["folder", "max_bad=lots"], SpecError, "max_bad must be float, got 'lots'"),
+        (["folder", "MIT"], SpecError, "KEY=VALUE, e.g. licence=CC-BY-4.0; got 'MIT'"),
+        (["emoji", "--licence", "MIT"], SpecError, "no field 'licence'"),
+    ],
+)
+def test_wrong_words_of_an_import_are_refused_with_advice(
+    words: list[str], error: type[Exception], said: str, pictures: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error) as caught:
+        run("import", words[0], pictures, tmp_path / "made", *words[1:])
+    assert said in str(caught.value)
+    assert not (tmp_path / "made").exists()
+
+
+def test_verify_exits_with_1_and_names_the_file(pictures: Path, tmp_path: Path) -> None:
+    run("import", "folder", pictures, tmp_path / "made")
+    shard = tmp_path / "made" / "shard-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = run("verify", SHAPES, tmp_path / "made")
+    assert done.exit_code == 1
+    assert f"sound     {SHAPES}" in done.stdout and "shard-00000.parquet" in done.stdout
+
+
+def test_a_missing_dataset_is_refused_with_the_names_that_are_there() -> None:
+    for command in ("verify", "stats", "preview"):
+        with pytest.raises(DataError, match="did you mean 'synthetic:shapes'"):
+            run(command, "synthetic:shape")
+
+
+def test_stats_of_a_stage_say_how_many_tokens() -> None:
+    done = run("stats", SHAPES, "--for", "llava/instruct", "--tiny")
+    assert "for instruct" in done.stdout and "tokens per row" in done.stdout
+    assert "tokens per row" not in run("stats", SHAPES).stdout
+
+
+def test_an_unknown_stage_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(SpecError, match="did you mean 'align'"):
+        run("stats", SHAPES, "--for", "llava/alig")
+
+
+def test_preview_prints_or_writes_a_page(tmp_path: Path) -> None:
+    done = run("preview", SHAPES, "--for", "llava", "--tiny", "-n", 2)
+    assert done.stdout.count("with loss") == 2
+    page = tmp_path / "new" / "page.html"
+    assert run("preview", "--for", "llava/align", "--tiny", "--html", page).stdout == f"{page}{os.linesep}"
+    assert page.read_text(encoding="utf-8").count("<article>") == 4
+
+
+def test_preview_of_nothing_is_refused() -> None:
+    with pytest.raises(SpecError, match="needs a PATH, or --for"):
+        run("preview")
