@@ -46,7 +46,7 @@ SERIES = (  # icon themes, geometry, and series that only a number or a word tel
     "transportation/roadsigns/*",
 )
 FLAG = re.compile(r"signs_and_symbols/flags/")
-NATION = re.compile(r"signs_and_symbols/flags/(?:africa|america|asia|europe|oceania)/(?:\w+/)?([a-z_]+)\.png")
+NATION = re.compile(r"signs_and_symbols/flags/(?:africa|america|asia|europe|oceania)/(?:\w+/)?([a-z_]*[a-z])\.png")
 REGIONS = ("australia_", "canada_", "finland_", "france_", "germany_", "spain_", "uk_", "usa_")
 NO_PICTURES = {"alphanum", "arrow", "av-symbol", "family", "keycap", "math", "other-symbol", "punctuation", "skin-tone"}
 IDLE = {"a", "an", "and", "in", "of", "on", "the", "with"} | {
@@ -58,6 +58,7 @@ IDLE = {"a", "an", "and", "in", "of", "on", "the", "with"} | {
     "stylized",
     "white",
 }
+MANY_ALIKE = re.compile(r"^clock face|^family|facing right$")
 PEOPLE = {"1f468", "1f469", "1f9d1", "200d", "2640", "2642", "fe0f"}  # man, woman, person, and what joins them
 
 
@@ -74,7 +75,7 @@ def main() -> None:
         pictures = distinct(captioned(open_dataset(f"{scratch}/clipart").samples()))
         twitter = concepts(open_dataset(f"{scratch}/twitter").samples())
         google = concepts(open_dataset(f"{scratch}/google").samples())
-    new_titles = unique_titles(pictures)[:HELD_OUT]
+    new_titles = unique_titles(pictures, {words(sample.text) for sample in twitter.values()})[:HELD_OUT]
     train = at_most(PER_CAPTION, (p for p in order(pictures) if p not in new_titles))
     new_concepts = unseen(twitter, {sample.text for sample in train})
     seen = {code: sample for code, sample in twitter.items() if code not in new_concepts}
@@ -104,26 +105,32 @@ def order(samples: Iterable[Sample]) -> list[Sample]:
     return sorted(samples, key=lambda sample: hashlib.sha256(sample.key.encode()).digest())
 
 
-# --- clip art --------------------------------------------------------------------------------------------------------
-
-
-def captioned(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """Captions that a person would give: captions.tsv translates a title, or drops it when nothing stands there."""
+def captions() -> dict[str, str]:
+    """captions.tsv, written by hand: a title -> its caption (in English, without jargon), or nothing to drop it."""
     with (HERE / "captions.tsv").open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        table = {row["title"]: row["caption"] for row in rows}
-    for sample in samples:
-        nation = NATION.match(sample.key)
-        caption = "" if FLAG.match(sample.key) else table.get(sample.text, sample.text)
-        if nation and not nation[1].startswith(REGIONS):
-            caption = f"flag of {nation[1].replace('_', ' ')}"
-        if caption:
-            yield retold(sample, re.sub(r"^aiga (.+)", r"\1 sign", caption))
+        return {row["title"]: row["caption"] for row in rows}
 
 
 def retold(sample: Sample, caption: str) -> Sample:
     image, text = sample.parts
     return replace(sample, parts=(image, replace(text, text=caption)))
+
+
+# --- clip art --------------------------------------------------------------------------------------------------------
+
+
+def captioned(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """With captions that a person would give, and without the pictures whose title says too little."""
+    table = captions()
+    for sample in samples:
+        nation = NATION.match(sample.key)
+        caption = "" if FLAG.match(sample.key) else table.get(sample.text, sample.text)
+        if nation and not nation[1].startswith(REGIONS):
+            name = f"flag of {nation[1].replace('_', ' ')}"
+            caption = table.get(name, name)
+        if caption:
+            yield retold(sample, re.sub(r"^aiga (.+)", r"\1 sign", caption))
 
 
 def distinct(samples: Iterable[Sample]) -> list[Sample]:
@@ -147,9 +154,9 @@ def small(image: bytes) -> NDArray[np.float32]:
     return np.asarray(square.resize((24, 24), Image.Resampling.BOX), dtype=np.float32).ravel()
 
 
-def unique_titles(samples: list[Sample]) -> list[Sample]:
-    """Pictures whose caption no other one shares, even in other words of the same kind; flags aside."""
-    count = Counter(words(sample.text) for sample in samples)
+def unique_titles(samples: list[Sample], known: set[frozenset[str]]) -> list[Sample]:
+    """Pictures that no other one shares its subject with, nor any of the `known`; flags aside."""
+    count = Counter([*known, *(words(sample.text) for sample in samples)])
     return order(s for s in samples if count[words(s.text)] == 1 and not FLAG.match(s.key))
 
 
@@ -173,27 +180,32 @@ def at_most(limit: int, samples: Iterable[Sample]) -> list[Sample]:
 
 
 def concepts(samples: Iterable[Sample]) -> dict[str, Sample]:
-    """Code point -> its drawing, on white; without flags, keycaps and other signs that are no pictures."""
-    pictures = (s for s in samples if s.labels[0] != "Flags" and s.labels[1] not in NO_PICTURES)
-    return {s.provenance["unicode"].lower(): on_white(s) for s in pictures if not s.text.startswith("clock face")}
-
-
-def on_white(sample: Sample) -> Sample:
-    image = shrink(sample.images[0], SIDE, max_pixels=MAX_PIXELS)
-    return retold(replace(sample, images=(image,)), sample.text.replace(": ", " with "))
+    """Code point -> its drawing, on white; without flags, keycaps, other signs and what only looks the other way."""
+    table = captions()
+    found = {}
+    for sample in samples:
+        name = sample.text.removesuffix(" symbol")
+        caption = table.get(name, name.replace(": ", " with "))
+        picture = sample.labels[0] != "Flags" and sample.labels[1] not in NO_PICTURES
+        if picture and caption and not MANY_ALIKE.search(name):
+            image = shrink(sample.images[0], SIDE, max_pixels=MAX_PIXELS)
+            found[sample.provenance["unicode"].lower()] = retold(replace(sample, images=(image,)), caption)
+    return found
 
 
 def unseen(drawn: dict[str, Sample], captions: set[str]) -> dict[str, Sample]:
     """Concepts to hold out, of which no training set has a kin: neither a woman's to a man's, nor one in clip art."""
     known = {words(caption) for caption in captions}
+    namesakes = Counter(words(sample.text) for sample in drawn.values())
     kin = defaultdict(list)
     for code in drawn:
         kin[" ".join(part for part in code.split("-") if part not in PEOPLE) or code].append(code)
     held: dict[str, Sample] = {}
     for family in sorted(kin.values(), key=lambda codes: hashlib.sha256(codes[0].encode()).digest()):
         members = {code: drawn[code] for code in family}
-        fresh = all(words(s.text) not in known and s.labels[0] != "Symbols" for s in members.values())
-        if fresh and len(held) + len(members) <= HELD_OUT:
+        topics = [words(sample.text) for sample in members.values() if sample.labels[0] != "Symbols"]
+        fresh = [topic for topic in topics if topic not in known and namesakes[topic] == 1]
+        if len(fresh) == len(members) <= HELD_OUT - len(held):
             held |= members
     return held
 

@@ -189,6 +189,22 @@ def rollback(
 
 
 @app.command()
+def serve(
+    app_: Annotated[str, typer.Argument(metavar="APP", help="chat, embed or caption")],
+    words: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. model=llava replicas=2")] = None,
+    host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 to 65535")] = 8000,
+) -> None:
+    """Serve a model over HTTP until Ctrl-C; `model=NAME` is its champion."""
+    from bridgework.serving import launch
+
+    args = _pairs(words, "model=llava")
+    address = launch.start(app_, args, host=host, port=port, blocking=False)
+    out.print(f"{app_} of {args['model']} answers at {address}", highlight=False)
+    launch.wait()
+
+
+@app.command()
 def trace(
     what: Annotated[str, typer.Argument(help="a response, deployment, model or run; with --uses a dataset")],
     uses: Annotated[bool, typer.Option("--uses", help="the other way: everything that a dataset went into")] = False,
@@ -218,14 +234,18 @@ def doctor() -> None:
 # --- what commands share ---------------------------------------------------------------------------------------------
 
 
-def _changes(words: list[str] | None) -> dict[str, Any]:
-    changes = {}
+def _pairs(words: list[str] | None, example: str) -> dict[str, Any]:
+    pairs = {}
     for word in words or []:
-        path, equals, value = word.partition("=")
-        if not equals:
-            raise SpecError(f"--set takes PATH=VALUE, e.g. stages.align.optim.peak_lr=3e-4; got {word!r}")
-        changes[path.strip()] = value
-    return changes
+        key, equals, value = word.partition("=")
+        if not equals or not key.strip():
+            raise SpecError(f"{word!r} is not of the form KEY=VALUE, e.g. {example}")
+        pairs[key.strip()] = value
+    return pairs
+
+
+def _changes(words: list[str] | None) -> dict[str, Any]:
+    return _pairs(words, "--set stages.align.optim.peak_lr=3e-4")
 
 
 def _resolve(name: str, words: list[str] | None, tiny: bool) -> System:

@@ -51,3 +51,16 @@ def test_home_is_the_variable_or_a_folder_here(monkeypatch: pytest.MonkeyPatch, 
     assert home() == tmp_path
     monkeypatch.delenv("BRIDGEWORK_HOME")
     assert home() == Path.cwd() / ".bridgework"
+
+
+def test_the_shipped_datasets_are_sound_and_their_test_sets_are_new() -> None:
+    shipped = Path(__file__).parents[2] / "examples" / "data"
+    texts = {}
+    for path in sorted(shipped.glob("*/manifest.json")):
+        assert verify(str(path.parent)) == [] and (path.parent / "LICENSE").is_file()
+        texts[path.parent.name] = [sample.text for sample in open_dataset(str(path.parent)).samples()]
+    training = {*texts["clipart"], *texts["emoji"]}
+    for name in ("heldout_clipart", "heldout_concepts", "heldout_style"):
+        assert len(texts[name]) == len(set(texts[name])) == 300
+    assert training.isdisjoint(texts["heldout_clipart"]) and training.isdisjoint(texts["heldout_concepts"])
+    assert set(texts["heldout_style"]) <= set(texts["emoji"])

@@ -241,13 +241,13 @@ def test_broken_tables_are_errors_or_bad_rows(pictures: Path, tmp_path: Path) ->
     (pictures / "t.jsonl").write_text('{"image": "a.png", "caption": "a cat"}\nnot json\n[1]\n\n{"image": "a.png"}\n')
     folder.run(str(pictures), str(tmp_path / "d"), table="t.jsonl", max_bad=1, say=quiet)
     assert list(aside(tmp_path / "d").values()) == [Reason.BAD_ROW] * 3
-    for source, options, words in (
-        (pictures, {"table": "none.csv"}, "no file"),
-        (pictures, {"table": "t.xml"}, "neither"),
-        (tmp_path / "nowhere", {}, "no folder"),
+    for source, table, words in (
+        (pictures, "none.csv", "no file"),
+        (pictures, "t.xml", "neither"),
+        (tmp_path / "nowhere", None, "no folder"),
     ):
         with pytest.raises(DataError, match=words):
-            folder.run(str(source), str(tmp_path / "e"), say=quiet, **options)
+            folder.run(str(source), str(tmp_path / "e"), table=table, say=quiet)
 
 
 # --- emoji -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,10 +21,10 @@ from bridgework.errors import DataError
 ROWS = 37
 
 
-def make(dest: str, samples: list[Sample] | None = None, **options: object) -> Manifest:
+def make(dest: str, samples: list[Sample] | None = None, **options: Any) -> Manifest:
     rows = list(shapes(ROWS, size=16)) if samples is None else samples
-    given = {"source": "s", "licence": "CC0-1.0", "made_by": "test", "group_rows": 4, "shard_rows": 16} | options
-    return write(rows, dest, **given)  # type: ignore[arg-type]  # a dictionary of mixed options
+    given: dict[str, Any] = {"source": "s", "licence": "CC0-1.0", "made_by": "test", "group_rows": 4, "shard_rows": 16}
+    return write(rows, dest, **(given | options))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """One interface to a trained model, held against plain loops over plain torch."""
 
 import io
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -18,6 +17,7 @@ from bridgework.data.synthetic import shapes
 from bridgework.data.tokens import encode
 from bridgework.data.transforms import decode, read_square, to_square
 from bridgework.errors import DataError, SpecError
+from bridgework.generation import Sampling
 from bridgework.inference import Pipeline
 from bridgework.losses import Contrastive
 from bridgework.models.prefix_vlm import PrefixModel
@@ -243,7 +243,7 @@ def test_what_is_loaded_judges_like_what_was_saved(tmp_path: Path, samples: list
 
 def test_out_of_range_sampling_is_refused(samples: list[Sample]) -> None:
     pipe = pipeline()
-    wrong: Sequence[dict[str, float]] = ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0})
+    wrong = (Sampling(temperature=-1.0), Sampling(top_p=0.0), Sampling(top_p=1.5), Sampling(max_new_tokens=0))
     for sampling in wrong:
         with pytest.raises(SpecError, match="max_new_tokens is at least 1"):
-            pipe.generate(pipe.ask(samples[0]), samples[0].images, **sampling)  # type: ignore[arg-type]
+            pipe.generate(pipe.ask(samples[0]), samples[0].images, **sampling)

@@ -1,4 +1,4 @@
-"""Two tiny models with random weights, registered, and the three apps over them in one Serve."""
+"""Two tiny models with random weights, registered, and the apps over them in one Serve."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from bridgework.serving import launch
 from bridgework.serving.auth import VARIABLE
 from bridgework.system import System, load
 from bridgework.training import artefact
-from tests.serving.support import KEY, Apps, free_port
+from tests.serving.support import KEY, Apps, embed_and_caption, free_port
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +55,8 @@ def apps(ray_session: None, home: Path, registered: str, weights: str) -> Iterat
         patch.setenv(VARIABLE, KEY)
         shared = {"model": registered, "challenger": "tiny@challenger", "share": 0.5}
         address = launch.start("chat", shared | common, port=free_port(), blocking=False)
-        serve.run(apps_of.embed({"model": weights} | common), name="embed", route_prefix="/embed")
-        serve.run(apps_of.caption({"model": weights} | common), name="caption", route_prefix="/caption")
+        both = apps_of.application("embed", {"model": weights} | common, embed_and_caption)
+        serve.run(both, name="embed", route_prefix="/embed")
     headers = {"authorization": f"Bearer {KEY}"}
     with httpx.Client(base_url=address, headers=headers, timeout=60, trust_env=False) as http:
         clients = [

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import httpx
 import openai
+from fastapi import APIRouter
 from PIL import Image
+
+from bridgework.serving import caption, embed
+from bridgework.serving.options import Options
+from bridgework.serving.router import Router
 
 KEY = "the-key-of-the-tests"
 
@@ -37,3 +42,11 @@ def url(data: bytes) -> str:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
+
+
+def embed_and_caption(router: Router, options: Options) -> APIRouter:
+    """The routes of two apps over one model: a replica less to start."""
+    api = APIRouter()
+    api.include_router(embed.routes(router, options))
+    api.include_router(caption.routes(router, options))
+    return api

@@ -67,7 +67,7 @@ def test_a_body_above_the_limit_is_refused_with_and_without_its_length() -> None
 
 @pytest.mark.parametrize("length", ["-1", "1e3", "9" * 5000, "\u0663".encode()])
 def test_a_length_that_is_no_number_is_refused(length: str | bytes) -> None:
-    reply = ask("POST", "/v1/x", headers=BEARER | {"content-length": length}, content=b"a")  # type: ignore[operator]
+    reply = ask("POST", "/v1/x", headers=BEARER | {"content-length": length}, content=b"a")
     assert reply.status_code == 413
 
 
@@ -89,7 +89,7 @@ def test_a_development_server_answers_its_own_machine_only() -> None:
         {"base": "http://rebound.example:8000"},  # a page elsewhere whose name was made to point at 127.0.0.1
         {"headers": {"x-forwarded-for": "10.0.0.7"}},
     ):
-        assert ask("GET", "/v1/models", **local, **how).json()["error"]["code"] == "not_local", how  # type: ignore[arg-type]
+        assert ask("GET", "/v1/models", **local, **how).json()["error"]["code"] == "not_local", how
 
 
 def test_a_request_id_is_honoured_if_it_is_well_formed() -> None:

@@ -18,7 +18,7 @@ LIMITS = Limits()
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (9, 7), **options: object) -> bytes:
     stream = io.BytesIO()
-    Image.new(options.pop("mode", "RGB"), size, "red").save(stream, kind, **options)  # type: ignore[arg-type]
+    Image.new(options.pop("mode", "RGB"), size, "red").save(stream, kind, **options)
     return stream.getvalue()
 
 

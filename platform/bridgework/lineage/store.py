@@ -39,7 +39,6 @@ from mlflow.utils.validation import (
 )
 
 T = TypeVar("T")
-UI_KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI shows pages for prompts and agents
 SHORT = 12  # hex digits of a digest in MLflow's own field, which takes 36 at most and stands in every table of the UI
 
 
@@ -241,7 +240,7 @@ class MLflowTracker(MLflowReader):
             remote = self.uri.startswith(("http://", "https://"))  # a server has its own place for artifacts
             folder = None if remote else (artifacts / re.sub(r"[^\w.-]", "-", name)).as_uri()
             try:
-                return str(self._client.create_experiment(name, folder, UI_KIND))
+                return str(self._client.create_experiment(name, folder))
             except MlflowException:
                 known = self._client.get_experiment_by_name(name)  # another driver was faster
                 if known is None:

@@ -37,6 +37,7 @@ def caption(args: dict[str, Any]) -> Application:
     return application("caption", args, caption_app.routes)
 
 
+HEALTH_S = 2.0  # Serve's own 10 s would be the time that a dead replica is missed
 APPS = {"chat": chat, "embed": embed, "caption": caption}
 
 
@@ -64,6 +65,7 @@ def _model(role: str, options: Options) -> serve.Deployment:
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
         max_ongoing_requests=options.ongoing,
         max_queued_requests=options.queued,
+        health_check_period_s=HEALTH_S,
         **scale,
     )(Model)
 
@@ -75,5 +77,6 @@ def _gateway(app: str, options: Options) -> serve.Deployment:
         ray_actor_options={"num_cpus": 0},  # it only waits
         max_ongoing_requests=2 * options.places,
         max_queued_requests=2 * options.places,
+        health_check_period_s=HEALTH_S,
         backpressure_config={"status_code": 429, "retry_after_s": refusals.RETRY_AFTER_S},
     )(serve.ingress()(Gateway))

@@ -1,7 +1,4 @@
-"""The caption app: POST /v1/captions, one caption for each image.
-
-serve run serve_apps.caption:app model=llava@champion
-"""
+"""The caption app's route: POST /v1/captions, one caption for each image."""
 
 from typing import Any
 

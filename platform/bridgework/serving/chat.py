@@ -1,7 +1,4 @@
-"""The chat app: OpenAI's /v1/chat/completions with images and streaming, and a page to try it by hand at /.
-
-serve run serve_apps.chat:app model=llava@champion
-"""
+"""The chat app's routes: OpenAI's /v1/chat/completions with images and streaming, and a page to try it at /."""
 
 import json
 from collections.abc import AsyncIterator

@@ -1,7 +1,4 @@
-"""The embedding app: vectors of texts and images, zero-shot classes, and the ranking of candidate captions.
-
-serve run serve_apps.embed:app model=llava@champion
-"""
+"""The embedding app's routes: vectors of texts and images, zero-shot classes, ranks of candidate captions."""
 
 from typing import Any
 

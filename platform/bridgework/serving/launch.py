@@ -11,6 +11,7 @@ import ray
 from ray import serve
 
 from bridgework.errors import ResourceError, SpecError, suggest
+from bridgework.serving import options
 from bridgework.serving.apps import APPS
 from bridgework.serving.guard import is_loopback
 
@@ -25,7 +26,7 @@ def start(
     """
     if app not in APPS:
         raise SpecError(f"there is no app {app!r}" + suggest(app, APPS))
-    if str(args.get("dev", "")).lower() in ("true", "1", "yes", "on") and not is_loopback(host):
+    if options.read(args).dev and not is_loopback(host):
         raise SpecError(f"dev=true needs no key, so it is for loopback only; {host} is reached by others")
     _check_port(host, port)
     application = APPS[app](dict(args))
@@ -33,6 +34,7 @@ def start(
         ray.init(address=os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False)
     serve.start(http_options={"host": host, "port": port})
     serve.run(application, name=app, route_prefix="/")
+    _check_listens(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     if blocking:
         _wait()
@@ -45,6 +47,16 @@ def _check_port(host: str, port: int) -> None:
     except OSError as error:
         free = _bind(host, 0)
         raise ResourceError(f"port {port} of {host} cannot be used ({error.strerror}); port {free} is free") from None
+
+
+def _check_listens(host: str, port: int) -> None:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        raise ResourceError(
+            f"Serve runs, but not on port {port} of {host}: the Ray at RAY_ADDRESS already serves on another port; "
+            "use that one, or `serve shutdown` there first"
+        ) from None
 
 
 def _bind(host: str, port: int) -> int:

@@ -36,12 +36,8 @@ class Options:
         for field in ("replicas", "ongoing", "queued", "batch", "max_new_tokens"):
             if getattr(self, field) < 1:
                 raise SpecError(f"{field} must be at least 1, got {getattr(self, field)}")
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise SpecError(f"max_replicas {self.max_replicas} is below replicas {self.replicas}")
         if not 0.0 <= self.share <= 1.0:
             raise SpecError(f"share lies in [0, 1], got {self.share:g}")
-        if self.share and self.challenger is None:
-            raise SpecError(f"share={self.share:g} without a challenger; give challenger=NAME@challenger")
 
     @property
     def places(self) -> int:
@@ -53,4 +49,14 @@ def read(args: Mapping[str, Any]) -> Options:
     """The words of `serve run`, or the `args` of a Serve config. Raises SpecError for what it does not know."""
     if not args.get("model"):
         raise SpecError("model= is missing: NAME, NAME@alias, NAME:version, or the folder of an artefact")
-    return override(Options(model=str(args["model"])), {k: v for k, v in args.items() if k != "model"})
+    options = override(Options(model=str(args["model"])), {k: v for k, v in args.items() if k != "model"})
+    _check_together(options)
+    return options
+
+
+def _check_together(options: Options) -> None:
+    """What bears on two fields, once all are set: `override` sets one after the other."""
+    if options.max_replicas is not None and options.max_replicas < options.replicas:
+        raise SpecError(f"max_replicas {options.max_replicas} is below replicas {options.replicas}")
+    if options.share and options.challenger is None:
+        raise SpecError(f"share={options.share:g} without a challenger; give challenger=NAME@challenger")

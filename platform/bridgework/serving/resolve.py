@@ -20,7 +20,7 @@ def resolve(app: str, model: str, options: Options, home: Path) -> Served:
         name, version, folder = Path(model).resolve().name, "", str(Path(model).resolve())
     else:
         name, which = models.split(model)
-        found = MLflowTracker(options.tracking, home, app).version(name, which)
+        found = MLflowTracker(options.tracking, home, "Default").version(name, which)  # MLflow's own: none is made
         version, folder = found.version, found.artefact
     digest = artefact.describe(folder).digest
     # By content: the same app over the same weights is the same deployment, however often Serve builds it anew.

@@ -90,7 +90,7 @@ def save(
             created=time.time(),
             version=__version__,
         )
-        (temporary / "recipe.json").write_text(json.dumps(to_dict(system), indent=1, sort_keys=True))
+        (temporary / "recipe.json").write_text(json.dumps(to_dict(system), indent=1))
         (temporary / "artefact.json").write_text(json.dumps(asdict(info), indent=1))
         if folder.exists():
             shutil.rmtree(folder)

@@ -44,7 +44,7 @@ def prepare(tower: TowerSpec, datasets: Sequence[Dataset], *, draws: int, home: 
     """
     module = tower.build()
     folder = home / "features" / module.digest()
-    missing = [d for d in datasets if not (folder / d.manifest.digest / "features.json").is_file()]
+    missing = [d for d in datasets if not (folder / d.manifest.digest).is_dir()]
     if not missing:
         return Verdict(folder, f"features of {len(datasets)} datasets are in {folder}")
     rows = sum(d.manifest.rows for d in missing)
@@ -57,8 +57,10 @@ def prepare(tower: TowerSpec, datasets: Sequence[Dataset], *, draws: int, home: 
         return Verdict(
             None, f"features are computed in training: caching {cost} needs more than the {room / 1e6:.0f} MB to spare"
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "features.json").write_text(json.dumps({"patches": shape[0], "width": shape[1]}))
     for dataset in missing:
-        _cache(tower, dataset, folder / dataset.manifest.digest, shape, workers)
+        _cache(tower, dataset, folder / dataset.manifest.digest, workers)
     return Verdict(folder, f"features are cached: {cost} instead of {draws:,} times ({draws * each_s:.0f} CPU-s)")
 
 
@@ -110,7 +112,7 @@ class _Writer:
         return {"shard": shard}
 
 
-def _cache(tower: TowerSpec, dataset: Dataset, final: Path, shape: tuple[int, int], workers: int) -> None:
+def _cache(tower: TowerSpec, dataset: Dataset, final: Path, workers: int) -> None:
     """Write to a temporary folder, then rename: the cache of a dataset is whole or absent."""
     folder = final.with_name(f".{final.name}-{uuid4().hex[:8]}")
     folder.mkdir(parents=True)
@@ -128,7 +130,6 @@ def _cache(tower: TowerSpec, dataset: Dataset, final: Path, shape: tuple[int, in
             writer = _Writer(tower, dataset.path, folder)
             for shard in range(shards):
                 writer({"id": shard})
-        (folder / "features.json").write_text(json.dumps({"patches": shape[0], "width": shape[1]}))
         folder.rename(final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

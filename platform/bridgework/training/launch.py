@@ -44,6 +44,7 @@ class How:
     checkpoint_every: int = 0  # steps; 0 takes a twentieth of the stage, 5 at least
     evaluate_every: int = 0  # steps; 0 evaluates at the end of a stage only
     cache_features: bool = True
+    threads: int = 0  # of torch in a worker on a CPU; 0 shares out the node's cores
     max_failures: int = 3  # restarts of the workers before a stage gives up
     report: Callable[[dict[str, float], int], None] | None = None  # of an in-process run
     callbacks: tuple[Any, ...] = ()  # of Ray Train
@@ -206,7 +207,7 @@ def _fit(job: loop.Job, how: How) -> None:
     start = partial(_cursor, job.folder, job.system.fingerprint())
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "threads": how.threads},
         scaling_config=ScalingConfig(num_workers=how.workers, use_gpu=gpus, resources_per_worker={"CPU": cpu}),
         run_config=RunConfig(
             # new every time: Ray must not resume by its own memory, the checkpoints are ours
@@ -233,7 +234,8 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     if get_device().type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        shared = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+        torch.set_num_threads(config["threads"] or shared)  # Ray's own choice follows num_cpus, not the cores
     shard = ray.train.get_dataset_shard("train")
     loop.run(
         job,

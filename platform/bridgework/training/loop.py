@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -82,7 +82,7 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
         if not math.isfinite(metrics["loss"]):
             keys = ", ".join(r.key for r in batch_rows[:4])
             raise RunError(
-                f"{stage.name}: the loss of step {step} is {metrics['loss']}; nothing was saved; rank {rank} held {keys}; "
+                f"{stage.name}: the loss of step {step} is {metrics['loss']}; nothing was saved; it had {keys}, ...; "
                 f"lower stages.{stage.name}.optim.peak_lr, or look at these samples with `bridgework data preview`"
             )
         done = step + 1
@@ -173,8 +173,7 @@ def _micro_batches(rows: Sequence[Row], size: int, number: int, *, pad_id: int) 
     batches = [collate(rows[i : i + size], pad_id=pad_id) for i in range(0, len(rows), size)]
     while len(batches) < number:
         idle = collate(rows[:1], pad_id=pad_id)
-        idle.labels_BT = torch.full_like(idle.labels_BT, IGNORE)
-        batches.append(idle)
+        batches.append(replace(idle, labels_BT=torch.full_like(idle.labels_BT, IGNORE)))
     return batches
 
 

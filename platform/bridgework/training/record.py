@@ -48,7 +48,7 @@ class Record:
             asked.params(self._id, flat(system))
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "recipe.json"
-                file.write_text(json.dumps(to_dict(system), indent=1, sort_keys=True))
+                file.write_text(json.dumps(to_dict(system), indent=1))
                 asked.file(self._id, file)
 
     def start(self, stage: Stage, inputs: Sequence[DatasetInput], parent: Path | None) -> str | None:

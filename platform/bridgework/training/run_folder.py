@@ -30,7 +30,7 @@ def same_recipe(folder: Path, system: System) -> None:
     file, now = folder / "recipe.json", to_dict(system)
     if not file.exists():
         temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(now, indent=1, sort_keys=True))
+        temporary.write_text(json.dumps(now, indent=1))
         temporary.rename(file)
         return
     before = json.loads(file.read_text())

@@ -4,9 +4,11 @@ A trial is stages of a system with overrides, a folder under the sweep's run, an
 tracker is spoken to by the driver alone: several processes that open a fresh sqlite store at once corrupt it.
 """
 
+import json
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,11 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
-from bridgework.errors import RunError, SpecError
-from bridgework.spec import override
+from bridgework.errors import RunError, SpecError, TrackingError
+from bridgework.spec import override, to_dict
 from bridgework.system import System, load
 from bridgework.tracking import Point, Tracker, Version
-from bridgework.training.launch import How, train
+from bridgework.training.launch import How, StageResult, train
 from bridgework.tuning.space import Space
 
 
@@ -59,7 +61,8 @@ def sweep(
 ) -> Outcome:
     """Run `space` with `changes` laid over every trial, register the best trial's last stage as `challenger`.
 
-    Raises SpecError for a path, a stage or a metric that does not exist, RunError when no trial finished.
+    The same sweep again is not run again. Raises SpecError for a path, a stage or a metric that does not exist,
+    RunError when no trial finished or `run` holds another sweep.
     """
     console = console or Console(stderr=True)
     fixed = {**space.fixed, **(changes or {})}
@@ -67,30 +70,15 @@ def sweep(
     _check(space, base)
     folder = home / "runs" / run
     parent = tracker.start(run, tags={"run_key": run, "system": base.name, "sweep": space.name}) if tracker else None
-    recorder = _Recorder(space, run, tracker, parent, console)
-    tuner = Tuner(
-        tune.with_resources(
-            tune.with_parameters(_trial, space=space, base=base, home=home, run=run), {"CPU": space.budget.cpus}
-        ),
-        param_space=dict(space.space),
-        tune_config=TuneConfig(
-            metric=space.metric.name,
-            mode=space.metric.mode,
-            num_samples=space.budget.trials,
-            max_concurrent_trials=space.budget.concurrent,
-            search_alg=OptunaSearch(seed=space.budget.seed),
-            scheduler=ASHAScheduler(time_attr="training_iteration", max_t=space.budget.judgements, grace_period=1),
-            reuse_actors=True,
-        ),
-        run_config=RunConfig(name="tune", storage_path=str(folder), verbose=0, callbacks=[recorder]),
-    )
-    results = tuner.fit()
-    rows, finished = _rows(results, space, folder)
+    rows = _kept(folder, space, base)
+    if rows is None:
+        recorder = _Recorder(space, run, tracker, parent, console)
+        rows = _rows(_search(space, base, home, run, recorder), space, folder)
+        _keep(folder, space, base, rows)
+    finished = [row for row in rows if row.status == "finished"]
     if not finished:
-        reasons = "; ".join(str(e).strip().splitlines()[-1] for e in results.errors[:1]) or "none reached its end"
-        raise RunError(f"sweep {space.name}: no trial finished: {reasons}")
-    best = min(finished, key=lambda row: _order(row, space))
-    command = _command(space, fixed, best.changes)
+        raise RunError(f"sweep {run}: none of {len(rows)} trials finished; the reasons are in {folder / 'tune'}")
+    best = finished[0]
     # All its stages are finished: this only tells the tracker what they read and made.
     winner = train(
         override(base, best.changes),
@@ -102,13 +90,68 @@ def sweep(
         parent_run=parent,
         console=Console(quiet=True),
     )[space.stages[-1]]
-    version = None
-    if tracker and parent and winner.run_id and winner.model_id:
-        tags = {"command": command, "sweep": run, space.metric.name: f"{best.score:.6g}"}
-        version = tracker.register(base.name, winner.model_id, winner.run_id, str(winner.artefact), tags)
-        tracker.alias(base.name, "challenger", version.version)
+    command = _command(space, fixed, best.changes)
+    version = _register(tracker, base.name, winner, command, run)
+    if tracker and parent:
         tracker.finish(parent)
     return Outcome(tuple(rows), command, winner.artefact, winner.metrics, version)
+
+
+def _search(space: Space, base: System, home: Path, run: str, recorder: "_Recorder") -> ResultGrid:
+    trial = tune.with_parameters(_trial, space=space, base=base, home=home, run=run)
+    tuner = Tuner(
+        tune.with_resources(trial, {"CPU": space.budget.cpus}),
+        param_space=dict(space.space),
+        tune_config=TuneConfig(
+            metric=space.metric.name,
+            mode=space.metric.mode,
+            num_samples=space.budget.trials,
+            max_concurrent_trials=space.budget.concurrent,
+            search_alg=OptunaSearch(seed=space.budget.seed),
+            scheduler=ASHAScheduler(time_attr="training_iteration", max_t=space.budget.judgements, grace_period=1),
+            reuse_actors=True,
+        ),
+        run_config=RunConfig(name="tune", storage_path=str(home / "runs" / run), verbose=0, callbacks=[recorder]),
+    )
+    return tuner.fit()
+
+
+def _register(tracker: Tracker | None, name: str, winner: StageResult, command: str, run: str) -> Version | None:
+    """The winner as `challenger`, with its figures and the command that makes it again; once."""
+    if tracker is None or winner.run_id is None or winner.model_id is None:
+        return None
+    with suppress(TrackingError):
+        standing = tracker.version(name, "challenger")
+        if standing.artefact == str(winner.artefact):
+            return standing
+    figures = {key: f"{value:.6g}" for key, value in winner.metrics.items() if "." in key}
+    tags = figures | {"command": command, "sweep": run}
+    version = tracker.register(name, winner.model_id, winner.run_id, str(winner.artefact), tags)
+    tracker.alias(name, "challenger", version.version)
+    return tracker.version(name, "challenger")
+
+
+def _identity(space: Space, base: System) -> dict[str, Any]:
+    ranges = {path: f"{type(d).__name__} {getattr(d, 'domain_str', d)}" for path, d in space.space.items()}
+    stages = list(space.stages)
+    return {"recipe": base.fingerprint(), "stages": stages, "space": ranges, "budget": to_dict(space.budget)}
+
+
+def _kept(folder: Path, space: Space, base: System) -> list[Row] | None:
+    """The rows of this sweep, if it was run before."""
+    file = folder / "sweep.json"
+    if not file.exists():
+        return None
+    kept = json.loads(file.read_text())
+    if kept["identity"] != _identity(space, base):
+        raise RunError(f"{folder} holds another sweep (its space, budget or recipe differs); give another --run")
+    return [Row(**row) for row in kept["rows"]]
+
+
+def _keep(folder: Path, space: Space, base: System, rows: list[Row]) -> None:
+    temporary = folder / "sweep.json.tmp"
+    temporary.write_text(json.dumps({"identity": _identity(space, base), "rows": [vars(r) for r in rows]}, indent=1))
+    temporary.rename(folder / "sweep.json")
 
 
 def _check(space: Space, base: System) -> None:
@@ -184,8 +227,8 @@ class _Recorder(Callback):
             self._tracker.finish(self.runs[trial.trial_id], "FAILED")
 
 
-def _rows(results: ResultGrid, space: Space, folder: Path) -> tuple[list[Row], list[Row]]:
-    """All rows, best first, and those whose last stage is whole."""
+def _rows(results: ResultGrid, space: Space, folder: Path) -> list[Row]:
+    """All trials: those that finished first, the best of them at the top."""
     rows = []
     for result in results:
         metrics = result.metrics or {}
@@ -194,8 +237,7 @@ def _rows(results: ResultGrid, space: Space, folder: Path) -> tuple[list[Row], l
         status = "failed" if result.error else "finished" if whole else "stopped"
         score = metrics.get(space.metric.name)
         rows.append(Row(trial, dict(result.config or {}), score, status, float(metrics.get("time_total_s", 0.0))))
-    rows.sort(key=lambda row: _order(row, space))
-    return rows, [row for row in rows if row.status == "finished"]
+    return sorted(rows, key=lambda row: (row.status != "finished", *_order(row, space)))
 
 
 def _order(row: Row, space: Space) -> tuple[bool, float]:

@@ -39,14 +39,14 @@ def load(name: str) -> Callable[..., Manifest]:
     """The importer of a format: `llava-json`, or the import path of a module with a function `run`."""
     path = name if "." in name else f"{__name__}.{name.replace('-', '_')}"
     try:
-        run = import_module(path).run
+        run: Callable[..., Manifest] = import_module(path).run
     except ModuleNotFoundError as error:
         if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
             raise  # the importer exists; something that it imports does not
         raise DataError(f"there is no format {name!r}" + suggest(name, formats())) from None
     except AttributeError:
         raise DataError(f"{path} is no importer: it has no function run(source, dest, ...)") from None
-    return run  # type: ignore[no-any-return]  # a module's attribute
+    return run
 
 
 def ingest(

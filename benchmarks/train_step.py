@@ -1,0 +1,130 @@
+"""Our loop on one Ray Train worker against a bare torch loop on the same model, batches and threads.
+
+.venv/bin/python -m benchmarks.train_step            prints both medians and their ratio (1.0: no overhead)
+.venv/bin/python -m benchmarks.train_step --json     one JSON line
+
+The bare loop is what one would write by hand: the batches lie ready in memory, forward, backward, clip, AdamW. Ours
+reads, decodes and tokenises by Ray Data meanwhile, steps through DeepSpeed, counts, journals and can be resumed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+import torch
+from rich.console import Console
+
+from bridgework.data.batch import collate
+from bridgework.data.reader import Feed, local
+from bridgework.models import freezing
+from bridgework.spec import override
+from bridgework.system import Stage, System, load
+from bridgework.tracking import Journal
+from bridgework.training.schedule import learning_rate
+
+STEPS, WARM = 40, 10  # steps of a run, of which the first are not counted
+THREADS = 1  # of torch, on both sides
+
+
+def system() -> System:
+    """LLaVA's shape at a size whose step takes a good part of a second on one core."""
+    changes = {
+        "stages.*.model.vision.image_size": 64,
+        "stages.*.model.vision.width": 192,
+        "stages.*.model.language.width": 256,
+        "stages.*.model.language.depth": 6,
+        "stages.*.model.language.ffn": 1024,
+        "stages.*.budget.steps": STEPS,
+        "stages.*.budget.batch": 16,
+        "stages.*.budget.micro": 16,
+    }
+    small = override(load("llava").tiny(), changes)
+    instruct = override(small, {"stages.instruct.starts_from": None, "stages.instruct.shard.stage": 0}).stages[1]
+    return System(name="bench", paper="", stages=(replace(instruct, data=replace(instruct.data, template="plain")),))
+
+
+def bare(stage: Stage, home: Path) -> list[float]:
+    """Seconds of every step of a loop in plain torch."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(stage.seed)
+    model = stage.model.build()
+    freezing.apply(model, stage.trains)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=stage.optim.peak_lr, betas=stage.optim.betas, weight_decay=0.0)
+    batches = [collate(rows, pad_id=0) for rows in local(Feed.of(stage, home), rank=0, world=1, start=0)]
+    model.train()
+    seconds = []
+    for step, batch in enumerate(batches):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(stage.optim, step, stage.budget.steps)
+        outputs = model(**batch.inputs())
+        loss = stage.losses[0](outputs) / stage.losses[0].count(batch.labels_BT)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, stage.optim.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def ours(built: System, home: Path, name: str) -> list[float]:
+    """Seconds of every step of the loop on one Ray Train worker."""
+    import ray
+
+    from bridgework.training.launch import How, train
+
+    ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    train(built, home=home, run=name, how=How(checkpoint_every=STEPS, threads=THREADS), console=Console(quiet=True))
+    ray.shutdown()
+    journal = Journal(home / "runs" / name / built.stages[0].name / "journal")
+    return [p.value for _, points in journal.points() for p in points if p.key == "step_s"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--side", choices=("bare", "ours"), help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.side:
+        home = Path(os.environ["BRIDGEWORK_HOME"])
+        built = system()
+        name = f"bench-{time.time_ns()}"
+        print(json.dumps(bare(built.stages[0], home) if words.side == "bare" else ours(built, home, name)))
+        return
+    medians: dict[str, list[float]] = {"bare": [], "ours": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(words.pairs):
+            for side, found in medians.items():
+                command = [sys.executable, "-m", "benchmarks.train_step", "--side", side]
+                done = subprocess.run(
+                    command, env={**os.environ, "BRIDGEWORK_HOME": folder}, capture_output=True, text=True, check=True
+                )
+                found.append(statistics.median(json.loads(done.stdout.splitlines()[-1])[WARM:]))
+    ratios = [b / o for b, o in zip(medians["bare"], medians["ours"], strict=True)]
+    result = {side: round(statistics.median(found), 4) for side, found in medians.items()}
+    result |= {
+        "ratio": round(statistics.median(ratios), 3),
+        "least": round(min(ratios), 3),
+        "most": round(max(ratios), 3),
+    }
+    if words.json:
+        print(json.dumps(result))
+    else:
+        print(f"bare torch   {result['bare']:.3f} s a step\nbridgework   {result['ours']:.3f} s a step")
+        print(f"speed        {result['ratio']:.2f} of the bare loop ({result['least']:.2f} to {result['most']:.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The whole road on a laptop, with real weights and real pairs: `make quickstart`, or `python -m examples.quickstart`.
+
+verify shards -> train llava:quickstart -> sweep the bridge and the mixture -> promote the better model -> serve it ->
+ask about an image that it never saw, rank candidate captions for it -> trace the answer back to the shards.
+What came out is printed and written to <home>/quickstart.json. A second run takes up what is done.
+"""
+
+import base64
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local Ray, on loopback, that ends with this program
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import httpx
+import ray
+from openai import OpenAI
+from ray import serve
+from rich.console import Console
+from rich.table import Table
+
+from bridgework.data.catalog import home as home_folder
+from bridgework.data.samples import Sample
+from bridgework.data.shards import open_dataset, verify
+from bridgework.errors import BridgeworkError, DataError, TrackingError
+from bridgework.inference import Pipeline
+from bridgework.lineage import graph, models
+from bridgework.lineage.store import MLflowTracker
+from bridgework.serving import launch
+from bridgework.system import load
+from bridgework.training.launch import StageResult, train
+from bridgework.tuning.search import Outcome, sweep
+from bridgework.tuning.space import load as load_space
+
+DATA = Path("examples/data")
+SETS = ("clipart", "emoji", "heldout_clipart", "heldout_style", "heldout_concepts")
+QUESTION = "What is in the picture?"
+SHOWN, CANDIDATES = 6, 20  # held-out images that are ranked over HTTP, captions to choose from
+console = Console()
+
+
+@dataclass
+class Report:
+    """What goes into quickstart.json."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str, what: str) -> Iterator[None]:
+        """One part of the road: its title before, its seconds after."""
+        console.rule(f"[bold]{name}[/]  {what}", align="left")
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 1)
+
+    def write(self, home: Path) -> Path:
+        file = home / "quickstart.json"
+        file.write_text(json.dumps({**self.values, "seconds": self.seconds}, indent=1))
+        return file
+
+
+def main() -> None:
+    home, report = home_folder(), Report()
+    home.mkdir(parents=True, exist_ok=True)
+    with report.part("verify", "the shards that the repository ships"):
+        check_shards()
+    ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    tracker = MLflowTracker(None, home, "quickstart")
+    with report.part("train", "llava:quickstart: warm, align, instruct"):
+        results = train(load("llava:quickstart"), home=home, run="quickstart", tracker=tracker, console=console)
+        show_training(results)
+    with report.part("sweep", "the bridge, its learning rate, and alpha of the mixture"):
+        outcome = sweep(load_space("llava_bridge"), home=home, run="quickstart-sweep", tracker=tracker, console=console)
+        show_sweep(outcome)
+    with report.part("promote", "the better of the two models, by its ranking of held-out captions"):
+        champion = choose(tracker, results["instruct"], outcome)
+    with report.part("judge", "the champion, on drawings by another artist and on concepts that it never saw"):
+        report.values |= judge(champion.artefact, home)
+    with report.part("serve", "ask over HTTP with the openai client"):
+        report.values |= ask(home)
+    ray.shutdown()
+    response = report.values["response"]
+    console.print(graph.trace(response, tracker, home), highlight=False)
+    report.values |= {"model": champion.name, "version": champion.version, "alias": models.CHAMPION}
+    report.values |= {"trace": f"bridgework trace {response} --project quickstart"}
+    conclude(report, home)
+
+
+def check_shards() -> None:
+    for name in SETS:
+        problems = verify(str(DATA / name))
+        if problems:
+            raise DataError(f"{DATA / name}: {problems[0]}; check the files out again")
+        manifest = open_dataset(str(DATA / name)).manifest
+        console.print(
+            f"{name:18}{manifest.rows:6,} pairs  {manifest.licence:32}  {manifest.digest[:12]}", highlight=False
+        )
+
+
+def show_training(results: dict[str, StageResult]) -> None:
+    table = Table("stage", "figure", "value", box=None, pad_edge=False)
+    for stage, result in results.items():
+        for key, value in result.metrics.items():
+            if "." in key and not key.startswith("loss."):
+                table.add_row(stage, key, f"{value:.3f}")
+    console.print(table)
+
+
+def show_sweep(outcome: Outcome) -> None:
+    table = Table("trial", "score", "status", "bridge", "peak_lr", "alpha", box=None, pad_edge=False)
+    for row in outcome.rows:
+        bridge, rate, alpha = row.changes.values()
+        table.add_row(row.trial, f"{row.score or 0:.3f}", row.status, str(bridge), f"{rate:.2g}", f"{alpha:g}")
+    console.print(table)
+    console.print(f"again: {outcome.command}", soft_wrap=True, highlight=False)
+
+
+def choose(tracker: MLflowTracker, trained: StageResult, outcome: Outcome) -> Any:
+    """The trained model becomes the first champion; the sweep's winner must beat it to take its place."""
+    space = load_space("llava_bridge")
+    metric, lower = space.metric.name, space.metric.mode == "min"
+    run_id, model_id = trained.run_id or "", trained.model_id or ""
+    known = [v for v in tracker.registered(run_id) if v.artefact == str(trained.artefact)]
+    tags = {key: f"{value:.6g}" for key, value in trained.metrics.items() if "." in key}
+    first = known[-1] if known else tracker.register("llava", model_id, run_id, str(trained.artefact), tags)
+    if not known:
+        models.promote(tracker, f"llava:{first.version}")
+    try:
+        done = models.promote(tracker, "llava@challenger", metric=metric, lower=lower)
+        console.print(f"champion: version {done.champion.version}, the sweep's winner", highlight=False)
+    except TrackingError as refused:
+        console.print(f"{refused}", highlight=False, soft_wrap=True)
+    return tracker.version("llava", models.CHAMPION)
+
+
+def judge(artefact: str, home: Path) -> dict[str, Any]:
+    """The figures of the champion, beside chance: its own stage's evaluations."""
+    pipeline = Pipeline.load(artefact)
+    figures = {k: v for spec in pipeline.stage.evals for k, v in spec.run(pipeline, home).metrics.items()}
+    table = Table("figure", "value", box=None, pad_edge=False)
+    for key, value in figures.items():
+        table.add_row(key, f"{value:.3f}")
+    console.print(table)
+    return {
+        "heldout_loss": figures["heldout.loss"],
+        "heldout_loss_shuffled": figures["heldout.loss_shuffled"],
+        "score": figures["ranking.accuracy"],
+        "chance": figures["ranking.chance"],
+        "figures": figures,
+    }
+
+
+def ask(home: Path) -> dict[str, Any]:
+    """Rank captions for held-out images, then ask about the one of which the model is surest."""
+    held_out = list(open_dataset(str(DATA / "heldout_style")).samples())
+    samples, captions = held_out[:: len(held_out) // SHOWN][:SHOWN], [s.text for s in held_out]
+    with serving("embed", home) as address:
+        ranked = [rank(address, sample, captions) for sample in samples]
+    table = Table("drawn", "first of 20", "second", "nats above", box=None, pad_edge=False)
+    for sample, (first, second, *_) in zip(samples, ranked, strict=True):
+        table.add_row(sample.text, first["candidate"], second["candidate"], f"{first['score'] - second['score']:.1f}")
+    console.print(table)
+    margins = [first["score"] - second["score"] for first, second, *_ in ranked]
+    surest = samples[margins.index(max(margins))]
+    with serving("chat", home) as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="local")
+        image: Any = {"type": "image_url", "image_url": {"url": url(surest)}}
+        content: Any = [image, {"type": "text", "text": QUESTION}]
+        answer = client.chat.completions.create(
+            model="llava", messages=[{"role": "user", "content": content}], max_tokens=12, temperature=0
+        )
+    text = answer.choices[0].message.content or ""
+    console.print(f"{QUESTION}  [bold]{text}[/]  (drawn: {surest.text})", highlight=False)
+    return {"answer": text, "drawn": surest.text, "response": answer.id}
+
+
+@contextmanager
+def serving(app: str, home: Path) -> Iterator[str]:
+    """An app on a free port of this machine; without a key, which is allowed on loopback alone."""
+    args = {"model": "llava", "dev": "true", "home": str(home), "cpus": "0.5"}
+    yield launch.start(app, args, port=launch.free_port("127.0.0.1"), blocking=False)
+    serve.shutdown()
+
+
+def rank(address: str, sample: Sample, captions: list[str]) -> list[dict[str, Any]]:
+    """The sample's own caption among CANDIDATES, the others taken at even distances."""
+    others = [c for c in captions[:: len(captions) // CANDIDATES] if c != sample.text][: CANDIDATES - 1]
+    body = {"model": "llava", "image": url(sample), "candidates": [sample.text, *others], "question": QUESTION}
+    answer = httpx.post(f"{address}/v1/rank", json=body, timeout=120)
+    answer.raise_for_status()
+    data: list[dict[str, Any]] = answer.json()["data"]
+    return data
+
+
+def url(sample: Sample) -> str:
+    kind = "webp" if sample.images[0][8:12] == b"WEBP" else "png" if sample.images[0][:4] == b"\x89PNG" else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(sample.images[0]).decode()}"
+
+
+def conclude(report: Report, home: Path) -> None:
+    values = report.values
+    file = report.write(home)
+    console.rule("[bold]learned[/]", align="left")
+    lines = {
+        "held-out loss": f"{values['heldout_loss']:.2f}, with another image {values['heldout_loss_shuffled']:.2f}",
+        "right caption of 20": f"{values['score']:.0%} in another artist's style, chance {values['chance']:.0%}",
+        "the whole road": f"{sum(report.seconds.values()):.0f} s",
+        "figures": str(file),
+        "MLflow": f".venv/bin/mlflow ui --backend-store-uri sqlite:///{home}/mlflow.db",
+    }
+    for name, line in lines.items():
+        console.print(f"{name:22}{line}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BridgeworkError as error:
+        console.print(f"[bold red]error[/]  {error}", soft_wrap=True)
+        sys.exit(1)

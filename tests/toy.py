@@ -1,0 +1,106 @@
+"""A toy system of two stages, with every kind of field that a recipe may have; it needs no part of the platform."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from bridgework.spec import spec
+from bridgework.system import AdamW, Budget, Mixture, Pixels, Source, Stage, System, ZeRO
+
+
+@spec
+class Linear:
+    pass
+
+
+@spec
+class MLP:
+    depth: int = 2
+    act: Literal["gelu", "relu"] = "gelu"
+
+
+@spec
+class QFormerConfig:
+    queries: int
+    width: int = 768
+
+
+@spec
+class Wiring:
+    bridge: Linear | MLP | QFormerConfig = MLP()
+    name_of_lm: str = "toy"
+    layer: int | None = None
+    grid: tuple[int, int] = (2, 2)
+    tied: bool = False
+    cut: int | Literal["auto"] = "auto"
+
+    pixels: ClassVar[Pixels] = Pixels(size=32)
+    tokenizer: ClassVar[str] = "bytes"
+    context: ClassVar[int] = 128
+    image_tokens: ClassVar[int] = 4
+    pretrained: ClassVar[tuple[str, ...]] = ()
+
+    def build(self, *, pretrained: bool = True) -> Any:
+        return self
+
+    def tiny(self) -> "Wiring":
+        return replace(self, name_of_lm="tiny")
+
+
+@spec
+class Captioning:
+    weight: float = 1.0
+    label_smoothing: float = 0.0
+
+    needs: ClassVar[str] = "logits"
+    whole_batch: ClassVar[bool] = False
+
+    def __call__(self, outputs: Any) -> Any:
+        return 0.0
+
+    def count(self, labels_BT: Any) -> int:
+        return 1
+
+
+@spec
+class Contrastive(Captioning):
+    temperature: float = 0.07
+
+
+@spec
+class Eval:
+    name: str = "heldout"
+    rows: int = 100
+
+    def tiny(self) -> "Eval":
+        return replace(self, rows=4)
+
+    def run(self, pipeline: Any, home: Path) -> Any:
+        return None
+
+
+def system() -> System:
+    align = Stage(
+        name="align",
+        model=Wiring(),
+        trains={"bridge.*": 1.0},
+        losses=(Captioning(), Contrastive(weight=0.5)),
+        data=Mixture(
+            sources=(
+                Source(name="cc", dataset="cc3m", prompts=("What is it?", "Describe it, briefly (please)")),
+                Source(name="coco", dataset="s3://b/coco", max_epochs=3.0),
+            ),
+            lanes=8,
+        ),
+        budget=Budget(steps=10, batch=16),
+        optim=AdamW(peak_lr=1e-3),
+        evals=(Eval(),),
+    )
+    instruct = replace(
+        align,
+        name="instruct",
+        starts_from="align",
+        trains={"language.*": 1.0, "language.layers.0.*": 0.0},
+        shard=ZeRO(stage=3, config={"zero_optimization.overlap_comm": True}),
+    )
+    return System(name="toy", paper="none", stages=(align, instruct))
