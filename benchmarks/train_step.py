@@ -9,6 +9,7 @@ reads, decodes and tokenises by Ray Data meanwhile, steps through DeepSpeed, cou
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -84,7 +85,7 @@ def ours(built: System, home: Path, name: str) -> list[float]:
 
     from bridgework.training.launch import How, train
 
-    ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     train(built, home=home, run=name, how=How(checkpoint_every=STEPS, threads=THREADS), console=Console(quiet=True))
     ray.shutdown()
     journal = Journal(home / "runs" / name / built.stages[0].name / "journal")

@@ -7,6 +7,7 @@ What came out is printed and written to <home>/quickstart.json. A second run tak
 
 import base64
 import json
+import logging
 import os
 import sys
 import time
@@ -30,18 +31,30 @@ from bridgework.data.catalog import home as home_folder
 from bridgework.data.samples import Sample
 from bridgework.data.shards import open_dataset, verify
 from bridgework.errors import BridgeworkError, DataError, TrackingError
+from bridgework.evaluation import HeldOutLoss, Ranking, Retrieval
 from bridgework.inference import Pipeline
 from bridgework.lineage import graph, models
 from bridgework.lineage.store import MLflowTracker
 from bridgework.serving import launch
 from bridgework.system import load
-from bridgework.training.launch import StageResult, train
+from bridgework.tracking import Version
+from bridgework.training.launch import train
+from bridgework.training.record import StageResult
 from bridgework.tuning.search import Outcome, sweep
 from bridgework.tuning.space import load as load_space
 
 DATA = Path("examples/data")
 SETS = ("clipart", "emoji", "heldout_clipart", "heldout_style", "heldout_concepts")
 QUESTION = "What is in the picture?"
+GATE = "ranking.accuracy"
+STYLE, CONCEPTS = f"{DATA}/heldout_style", f"{DATA}/heldout_concepts"
+JUDGES = (
+    HeldOutLoss(dataset=CONCEPTS, rows=200),
+    Ranking(dataset=STYLE, rows=100),
+    Ranking(name="concepts_ranking", dataset=CONCEPTS, rows=100),
+    Retrieval(dataset=STYLE),
+    Retrieval(name="concepts_retrieval", dataset=CONCEPTS),
+)
 SHOWN, CANDIDATES = 6, 20  # held-out images that are ranked over HTTP, captions to choose from
 console = Console()
 
@@ -72,7 +85,7 @@ def main() -> None:
     home.mkdir(parents=True, exist_ok=True)
     with report.part("verify", "the shards that the repository ships"):
         check_shards()
-    ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     tracker = MLflowTracker(None, home, "quickstart")
     with report.part("train", "llava:quickstart: warm, align, instruct"):
         results = train(load("llava:quickstart"), home=home, run="quickstart", tracker=tracker, console=console)
@@ -123,35 +136,42 @@ def show_sweep(outcome: Outcome) -> None:
     console.print(f"again: {outcome.command}", soft_wrap=True, highlight=False)
 
 
-def choose(tracker: MLflowTracker, trained: StageResult, outcome: Outcome) -> Any:
-    """The trained model becomes the first champion; the sweep's winner must beat it to take its place."""
-    space = load_space("llava_bridge")
-    metric, lower = space.metric.name, space.metric.mode == "min"
-    run_id, model_id = trained.run_id or "", trained.model_id or ""
-    known = [v for v in tracker.registered(run_id) if v.artefact == str(trained.artefact)]
-    tags = {key: f"{value:.6g}" for key, value in trained.metrics.items() if "." in key}
-    first = known[-1] if known else tracker.register("llava", model_id, run_id, str(trained.artefact), tags)
+def choose(tracker: MLflowTracker, trained: StageResult, outcome: Outcome) -> Version:
+    """The trained model becomes the first champion; the sweep's winner must rank better to take its place."""
+    known = [v for v in tracker.registered(trained.run_id or "") if v.artefact == str(trained.artefact)]
     if not known:
+        tags = {key: f"{value:.6g}" for key, value in trained.metrics.items() if "." in key}
+        artefact = str(trained.artefact)
+        first = tracker.register("llava", trained.model_id or "", trained.run_id or "", artefact, tags)
         models.promote(tracker, f"llava:{first.version}")
     try:
-        done = models.promote(tracker, "llava@challenger", metric=metric, lower=lower)
-        console.print(f"champion: version {done.champion.version}, the sweep's winner", highlight=False)
+        done = models.promote(tracker, "llava@challenger", metric=GATE)
+        figures = " against ".join(f"{figure:.3f}" for figure in done.compared or ())
+        console.print(
+            f"champion: version {done.champion.version}, the sweep's winner ({GATE} {figures})", highlight=False
+        )
     except TrackingError as refused:
         console.print(f"{refused}", highlight=False, soft_wrap=True)
     return tracker.version("llava", models.CHAMPION)
 
 
 def judge(artefact: str, home: Path) -> dict[str, Any]:
-    """The figures of the champion, beside chance: its own stage's evaluations."""
+    """The figures of the champion, beside chance."""
     pipeline = Pipeline.load(artefact)
-    figures = {k: v for spec in pipeline.stage.evals for k, v in spec.run(pipeline, home).metrics.items()}
-    table = Table("figure", "value", box=None, pad_edge=False)
-    for key, value in figures.items():
-        table.add_row(key, f"{value:.3f}")
+    figures = {key: value for spec in JUDGES for key, value in spec.run(pipeline, home).metrics.items()}
+    table = Table("", "another artist's style", "new concepts", "chance", box=None, pad_edge=False)
+    for name, key, chance in (
+        ("right image first of 300", "retrieval.text_to_image_r1", "retrieval.chance_r1"),
+        ("right image among 5", "retrieval.text_to_image_r5", "retrieval.chance_r5"),
+        ("right caption first of 20", "ranking.accuracy", "ranking.chance"),
+    ):
+        table.add_row(name, *(f"{figures[k]:.1%}" for k in (key, f"concepts_{key}", chance)))
     console.print(table)
+    loss, shuffled = figures["heldout.loss"], figures["heldout.loss_shuffled"]
+    console.print(f"held-out loss {loss:.2f} nats a token, {shuffled:.2f} with another image", highlight=False)
     return {
-        "heldout_loss": figures["heldout.loss"],
-        "heldout_loss_shuffled": figures["heldout.loss_shuffled"],
+        "heldout_loss": loss,
+        "heldout_loss_shuffled": shuffled,
         "score": figures["ranking.accuracy"],
         "chance": figures["ranking.chance"],
         "figures": figures,
@@ -186,7 +206,7 @@ def ask(home: Path) -> dict[str, Any]:
 def serving(app: str, home: Path) -> Iterator[str]:
     """An app on a free port of this machine; without a key, which is allowed on loopback alone."""
     args = {"model": "llava", "dev": "true", "home": str(home), "cpus": "0.5"}
-    yield launch.start(app, args, port=launch.free_port("127.0.0.1"), blocking=False)
+    yield launch.start(app, args, port=launch.free_port())
     serve.shutdown()
 
 

@@ -10,11 +10,11 @@ from bridgework.tuning.space import Metric, SweepBudget
 
 SYSTEM = "llava:quickstart"
 STAGES = ("warm", "align")
-FIXED = {"stages.warm.budget.steps": 200, "stages.align.budget.steps": 30}
+FIXED = {"stages.warm.budget.steps": 200, "stages.align.budget.steps": 30}  # of every trial
 SPACE = {
     "stages.*.model.bridge": tune.choice(["linear", "mlp", "mlp(depth=3)"]),
     "stages.warm.optim.peak_lr": tune.loguniform(3e-4, 3e-3),
     "stages.*.data.alpha": tune.choice([0.0, 0.5, 1.0]),  # equal shares, square root, by size
 }
-METRIC = Metric(name="ranking.accuracy", mode="max")
+METRIC = Metric(name="heldout.loss", mode="min")  # smoother over few rows than the accuracy of a ranking
 BUDGET = SweepBudget(trials=4, concurrent=2, judgements=2)

@@ -3,6 +3,7 @@
 Heavy libraries are imported by the command that needs them, so that `bridgework --help` answers at once.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bridgework.cli_data import data
 from bridgework.data.catalog import home as home_folder
 from bridgework.errors import BridgeworkError, ResourceError, SpecError
 from bridgework.spec import flat, override
@@ -20,11 +22,12 @@ from bridgework.system import System, load, recipes, variants
 
 if TYPE_CHECKING:
     from bridgework.lineage.store import MLflowTracker
+    from bridgework.tracking import Version
+    from bridgework.training.record import StageResult
 
 app = typer.Typer(
     help="Vision-language systems from raw pairs to a served endpoint.", no_args_is_help=True, add_completion=False
 )
-data = typer.Typer(help="Datasets: bring in, check, look at.", no_args_is_help=True)
 app.add_typer(data, name="data")
 out, err = Console(), Console(stderr=True)
 
@@ -104,8 +107,7 @@ def train(
     last = results[list(results)[-1]]
     out.print(f"artefact  {last.artefact}", soft_wrap=True, highlight=False)
     if tracker and last.run_id and last.model_id:
-        tags = {key: f"{value:.6g}" for key, value in last.metrics.items() if "." in key} | {"run": run}
-        version = tracker.register(resolved.name, last.model_id, last.run_id, str(last.artefact), tags)
+        version = _registered(tracker, resolved.name, last, run)
         out.print(f"model     {version.name}:{version.version}", highlight=False)
 
 
@@ -199,7 +201,7 @@ def serve(
     from bridgework.serving import launch
 
     args = _pairs(words, "model=llava")
-    address = launch.start(app_, args, host=host, port=port, blocking=False)
+    address = launch.start(app_, args, host=host, port=port)
     out.print(f"{app_} of {args['model']} answers at {address}", highlight=False)
     launch.wait()
 
@@ -267,6 +269,19 @@ def _tracker(project: str, needed: bool = True) -> Any:
         return None
 
 
+def _registered(tracker: "MLflowTracker", name: str, result: "StageResult", run: str) -> "Version":
+    """The version of a trained stage: made once, however often the command is given."""
+    from bridgework.training import artefact
+
+    digest = artefact.describe(result.artefact).digest
+    for version in tracker.versions(name):
+        if (version.artefact, version.tags.get("digest")) == (str(result.artefact), digest):
+            return version
+    tags = {key: f"{value:.6g}" for key, value in result.metrics.items() if "." in key}
+    about = tags | {"run": run, "digest": digest}
+    return tracker.register(name, str(result.model_id), str(result.run_id), str(result.artefact), about)
+
+
 def _artefact(model: str, project: str) -> str:
     from bridgework.lineage import models
 
@@ -286,7 +301,7 @@ def _ray(*, needed: bool) -> Iterator[None]:
 
     address = os.environ.get("RAY_ADDRESS", "local")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local Ray listens on loopback and ends with the command
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     try:
         yield
     finally:
@@ -295,6 +310,7 @@ def _ray(*, needed: bool) -> Iterator[None]:
 
 def main() -> None:
     """The console script: one line for an error that bridgework raises on purpose, a traceback only with --debug."""
+    sys.path.append(os.getcwd())  # tune_spaces/ and modules of one's own, as with `python -m`
     try:
         app(standalone_mode=True)
     except (BridgeworkError, MemoryError) as error:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bridgework.data.catalog import home, resolve
+from bridgework.data.importers import Say
 from bridgework.errors import SpecError
 from bridgework.spec import override
 from bridgework.system import Source, Stage, System, load
@@ -118,7 +119,9 @@ def _options(run: Callable[..., object], name: str, words: list[str]) -> dict[st
     """KEY=VALUE words as the keyword arguments of an importer: read and refused as `--set` does, by its annotations."""
     needed = inspect.Parameter.empty
     hints = typing.get_type_hints(run)
-    parameters = [p for p in inspect.signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "say"]
+    parameters = [
+        p for p in inspect.signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY and hints[p.name] is not Say
+    ]
     own = make_dataclass(name, [(p.name, hints[p.name], field(default=p.default)) for p in parameters], frozen=True)
     changes = {}
     for word in words:

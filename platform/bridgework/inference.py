@@ -149,7 +149,19 @@ class Pipeline:
         seen_1PF = image.unsqueeze(0) if isinstance(image, Tensor) else self.features([image])
         prompts = None if question is None else (question,)
         asked = [self.ask(pair("candidate", b"", candidate), prompts) for candidate in candidates]
-        return torch.tensor([s.loglik for s in self.scores(asked, [seen_1PF] * len(asked))])
+        encoded = [self.encode(conversation, answer=True) for conversation in asked]
+        start = min(next(i for i, label in enumerate(e.labels) if label != IGNORE) for e in encoded)
+        prompt_1T = torch.tensor([encoded[0].ids[:start]], device=self.device)
+        nats = []
+        with self._resting():
+            for i in range(0, len(encoded), ROWS * 2):
+                rest_CR, labels_CR = _padded([(e.ids[start:], e.labels[start:]) for e in encoded[i : i + ROWS * 2]])
+                logits_CRV = self.model.continuations(prompt_1T, rest_CR.to(self.device), seen_1PF)
+                loss_CR = F.cross_entropy(
+                    logits_CRV.float().transpose(1, 2), labels_CR.to(self.device), reduction="none"
+                )
+                nats.append(-loss_CR.sum(1))
+        return torch.cat(nats).cpu()
 
     def prior(
         self, candidates: Sequence[str], question: str | None = None, references: Sequence[Picture | Tensor] = ()
@@ -275,6 +287,14 @@ class Pipeline:
         finally:
             if training:
                 self.model.train()
+
+
+def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, Tensor]:
+    """(ids, labels), each (C, R) int64, padded on the right; padding has no loss and nothing behind it to mislead."""
+    longest = max(len(ids) for ids, _ in rows)
+    ids_CR = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in rows])
+    labels_CR = torch.tensor([[*labels, *[IGNORE] * (longest - len(labels))] for _, labels in rows])
+    return ids_CR, labels_CR
 
 
 def _endings(template: str, tokenizer: PreTrainedTokenizerBase) -> Endings:

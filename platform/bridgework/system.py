@@ -71,6 +71,8 @@ class EvalSpec(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def dataset(self) -> str: ...  # must be there before training starts
     def tiny(self) -> Self: ...
     def run(self, pipeline: Any, home: Path) -> Any: ...  # inference.Pipeline -> evaluation.Result
 

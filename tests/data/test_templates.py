@@ -119,7 +119,7 @@ def test_a_prompt_is_the_start_of_what_is_trained_on(template: str, tokenizer: P
     parts = pair("k", b"", "a red circle").parts if template == "plain" else TALK
     whole, start = text(render(parts, template, tokenizer)), text(prompt(parts, template, tokenizer))
     assert whole.startswith(start)
-    assert whole.removeprefix(start).strip() == parts[-1].text + stop(template, tokenizer).strip()  # type: ignore[operator]
+    assert whole.removeprefix(start).strip() == parts[-1].text + stop(template, tokenizer).strip()
 
 
 @pytest.mark.parametrize("template", ["v1", "chat"])
@@ -167,4 +167,4 @@ def test_an_unknown_template_is_refused_with_a_suggestion() -> None:
 
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     with pytest.raises(SpecError, match="has none; use 'v1'"):
-        render(TALK, "chat", tokenizer_with(None))  # type: ignore[arg-type]
+        render(TALK, "chat", tokenizer_with(None))

@@ -26,7 +26,7 @@ class Switched(MemoryTracker):
 
     up = True
 
-    def points(self, run_id: str, points: list[Point]) -> None:  # type: ignore[override]
+    def points(self, run_id: str, points: list[Point]) -> None:
         if not self.up:
             raise TrackingError("the tracker does not answer")
         super().points(run_id, points)

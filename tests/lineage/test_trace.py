@@ -49,7 +49,7 @@ def assert_in_order(way: list[str], shown: str) -> None:
 def dataset(home: Path, name: str, seed: int, **about: object) -> DatasetInput:
     path = home / "datasets" / name
     written = {"source": "https://example.org/cc3m", "licence": "CC-BY-4.0", "made_by": "import_pairs"} | about
-    manifest = write(shapes(rows=8, seed=seed), str(path), **written)  # type: ignore[arg-type]
+    manifest = write(shapes(rows=8, seed=seed), str(path), **written)
     return DatasetInput(name, manifest.digest, str(path), manifest.rows)
 
 

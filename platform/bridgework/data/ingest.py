@@ -18,7 +18,7 @@ from bridgework.data.batch import Row
 from bridgework.data.reader import Feed
 from bridgework.errors import RunError
 
-PADDING = -1  # step of a row that only makes the blocks of all ranks equally long
+PADDING = Row(-1, 0, "", 0, [], [], np.empty(0, np.uint8))  # only makes the blocks of all ranks equally long
 READER_CPUS = 0.25  # `readers` is the knob: on a small machine a whole CPU each would not fit beside the workers
 BLOCK = pa.schema(
     [
@@ -30,10 +30,11 @@ BLOCK = pa.schema(
         ("source", pa.int32()),
         ("ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
-        ("images", pa.large_binary()),  # bytes of the array, C order; a window can exceed the 2 GB of `binary`
-        ("shape", pa.list_(pa.int32())),  # four sizes are uint8 pixels, three are float16 features
+        ("shape", pa.list_(pa.int32())),  # of the images: four sizes are uint8 pixels, three are float16 features
+        ("images", pa.large_list(pa.uint8())),  # bytes of the array, C order; a window can exceed the 2 GB of `list`
     ]
 )
+FIELDS = ("step", "place", "key", "source", "ids", "labels")  # of a Row, as they are
 
 
 class PlanIngest(DataConfig):
@@ -71,6 +72,7 @@ class PlanIngest(DataConfig):
             num_cpus=READER_CPUS,
         )
         blocks.context.execution_options.preserve_order = True
+        blocks.context.target_max_block_size = None  # a window stays one block, however large
         return [{"train": split} for split in blocks.streaming_split(world_size, equal=False)]
 
 
@@ -94,23 +96,17 @@ class _Windows:
 
 def to_block(rows: list[Row], *, rank: int, world: int, length: int) -> pa.Table:
     """`rows` as a table of `length` rows of BLOCK; what is missing is padding."""
-    filled = [
-        {
-            "rank": rank,
-            "world": world,
-            "step": row.step,
-            "place": row.place,
-            "key": row.key,
-            "source": row.source,
-            "ids": row.ids,
-            "labels": row.labels,
-            "images": row.images.tobytes(),
-            "shape": row.images.shape,
-        }
-        for row in rows
-    ]
-    padding = {"rank": rank, "world": world, "step": PADDING}
-    return pa.Table.from_pylist(filled + [padding] * (length - len(rows)), BLOCK)
+    rows = rows + [PADDING] * (length - len(rows))
+    ends = np.cumsum([0] + [row.images.nbytes for row in rows])
+    pixels = np.concatenate([np.frombuffer(row.images, np.uint8) for row in rows])
+    columns = {
+        "rank": [rank] * length,
+        "world": [world] * length,
+        **{name: [getattr(row, name) for row in rows] for name in FIELDS},
+        "shape": [row.images.shape for row in rows],
+        "images": pa.LargeListArray.from_arrays(ends, pixels),
+    }
+    return pa.table(columns, BLOCK)
 
 
 def from_ray(shard: ray.data.DataIterator, *, rank: int, world: int, start: int) -> Iterator[list[Row]]:
@@ -119,7 +115,8 @@ def from_ray(shard: ray.data.DataIterator, *, rank: int, world: int, start: int)
     Raises RunError for a block of another rank, world or step: the run must stop rather than train on other data.
     """
     step = start
-    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow"):  # type: ignore[arg-type]  # a whole block
+    whole: Any = None  # a block at a time; Ray's annotation knows numbers alone
+    for block in shard.iter_batches(batch_size=whole, batch_format="pyarrow"):
         owners = {(r.as_py(), w.as_py()) for r, w in zip(block["rank"], block["world"], strict=True)}
         if owners != {(rank, world)}:
             raise RunError(f"rank {rank} of {world} was handed rows of (rank, world) {sorted(owners)}: not its own")
@@ -131,10 +128,11 @@ def from_ray(shard: ray.data.DataIterator, *, rank: int, world: int, start: int)
 
 
 def _rows(block: pa.Table) -> Iterator[Row]:
-    for number in range(block.num_rows):
-        step, place, key, source, ids, labels, images, shape = (block[name][number] for name in BLOCK.names[2:])
-        if step.as_py() == PADDING:
-            continue
-        sizes = shape.as_py()
-        array = np.frombuffer(images.as_buffer(), np.uint8 if len(sizes) == 4 else np.float16).reshape(sizes)
-        yield Row(step.as_py(), place.as_py(), key.as_py(), source.as_py(), ids.as_py(), labels.as_py(), array)
+    """The rows of a block, without padding; their images are read-only views that keep the block's memory."""
+    for part in block.to_batches():
+        flat = np.split(part["images"].values.to_numpy(), part["images"].offsets.to_numpy())[1:-1]
+        fields = zip(*(part[name].to_pylist() for name in (*FIELDS, "shape")), strict=True)
+        for image, (step, place, key, source, ids, labels, shape) in zip(flat, fields, strict=True):
+            if step != PADDING.step:
+                typed = image.view(np.uint8 if len(shape) == 4 else np.float16)
+                yield Row(step, place, key, source, ids, labels, typed.reshape(shape))

@@ -54,8 +54,9 @@ class Ranking:
         """Raises DataError for a dataset with fewer captions than candidates."""
         items = draw_pairs(self, pipeline, home, at_least=self.candidates)
         captions_RC = candidates(len(items), self.candidates, self.seed)
-        loglik_RC = _likelihoods(pipeline, items, captions_RC)
-        prior_R = pipeline.prior([item.sample.text for item in items], self.prompts[0] if self.prompts else None)
+        question = self.prompts[0] if self.prompts else None
+        loglik_RC = _likelihoods(pipeline, items, captions_RC, question)
+        prior_R = pipeline.prior([item.sample.text for item in items], question)
         gain_RC = loglik_RC - prior_R[captions_RC]
         values = {
             "accuracy": first(gain_RC),
@@ -79,13 +80,14 @@ def first(values_RC: Tensor) -> float:
     return float((values_RC[:, :1] > values_RC[:, 1:]).all(1).double().mean())
 
 
-def _likelihoods(pipeline: "Pipeline", items: list[Item], captions_RC: NDArray[np.int64]) -> Tensor:
-    """(R, C) nats; every image goes through the vision tower once."""
+def _likelihoods(
+    pipeline: "Pipeline", items: list[Item], captions_RC: NDArray[np.int64], question: str | None
+) -> Tensor:
+    """(R, C) nats; every image goes through the vision tower and the prompt through the language model once."""
     seen_RPF = pipeline.features([item.squares[0] for item in items])
-    conversations = [items[caption].conversation for caption in captions_RC.flat]
-    images = [seen_1PF for seen_1PF in seen_RPF.split(1) for _ in range(captions_RC.shape[1])]
-    scores = pipeline.scores(conversations, images)
-    return torch.tensor([s.loglik for s in scores]).reshape(captions_RC.shape)
+    texts = [item.sample.text for item in items]
+    rows = zip(seen_RPF, captions_RC, strict=True)
+    return torch.stack([pipeline.likelihoods(seen_PF, [texts[c] for c in own], question) for seen_PF, own in rows])
 
 
 def _tile(items: list[Item], row: int, captions_C: NDArray[np.int64], gain_C: Tensor) -> Tile:

@@ -18,7 +18,7 @@ from bridgework.errors import DataError, TrackingError, suggest
 from bridgework.lineage import models
 from bridgework.tracking import DatasetInput, Version
 
-RESPONSE = re.compile(r"chatcmpl-(?P<deployment>.+)-[0-9a-f]{12}")
+RESPONSE = re.compile(r"(?:chatcmpl|embd|clas|rank|capt)-(?P<deployment>.+)-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)

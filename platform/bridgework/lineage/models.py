@@ -73,7 +73,7 @@ def _compared(candidate: Version, champion: Version | None, metric: str, lower: 
     if champion is None:
         return None
     old = _figure(champion, metric)
-    if new > old if lower else new < old:
+    if not (new <= old if lower else new >= old):  # so that a NaN is refused
         raise TrackingError(
             f"{candidate.name}:{candidate.version} has {metric} {new:g}, the champion, version {champion.version}, "
             f"{old:g}: not promoted; leave out --metric to promote it all the same"

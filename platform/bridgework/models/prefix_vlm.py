@@ -166,6 +166,19 @@ class PrefixModel(Freezable):
             )
 
     @torch.no_grad()
+    def continuations(self, prompt: Tensor, rest: Tensor, features: Tensor) -> Tensor:
+        """(C, R, V): the logits of every token of `rest` (C, R) behind one `prompt` (1, T), padded on the right.
+
+        The prompt with its images (features (N, P, D)) goes through the language model once, whatever C is.
+        """
+        first = self.language(inputs_embeds=self.embed(prompt, None, features), use_cache=True)
+        cache = first.past_key_values
+        cache.batch_repeat_interleave(len(rest))
+        behind_CRV = self.language(input_ids=rest, past_key_values=cache, use_cache=True).logits
+        before_C1V = first.logits[:, -1:].expand(len(rest), 1, -1)
+        return torch.cat([before_C1V, behind_CRV[:, :-1]], dim=1)
+
+    @torch.no_grad()
     def generate(
         self,
         ids: Tensor,

@@ -8,6 +8,7 @@ frozen runs without a graph.
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -160,7 +161,7 @@ def _without_head(config: Any) -> Any:
     return config
 
 
-class VisionTower(nn.Module):
+class VisionTower(nn.Module, ABC):
     """What all towers share. `config` is the spec that built it, `tower` the network under its own names."""
 
     def __init__(self, config: ViTConfig | EfficientNetConfig, tower: nn.Module) -> None:
@@ -180,9 +181,9 @@ class VisionTower(nn.Module):
         with torch.no_grad() if frozen else nullcontext():
             return self.patches(self._normalise(pixels_N3SS))
 
+    @abstractmethod
     def patches(self, normal_N3SS: Tensor) -> Tensor:
         """(N, 3, S, S) normalised -> (N, P, D)."""
-        raise NotImplementedError
 
     def _normalise(self, pixels_N3SS: Tensor) -> Tensor:
         # in float32 and made here: buffers would turn bfloat16 with the tower, and be empty after the meta device

@@ -27,7 +27,7 @@ MODEL = PrefixVLM(
 QUESTIONS = ("What is in the picture?", "Name what you see.", "What does this drawing show?", "Caption this image.")
 PAIRS = tuple(
     Source(name=name, dataset=f"examples/data/{name}", rows=rows, prompts=QUESTIONS)
-    for name, rows in (("clipart", 2_300), ("emoji", 1_350))
+    for name, rows in (("clipart", 1_866), ("emoji", 1_117))
 )
 CPU = ZeRO(stage=0, precision="fp32")  # bfloat16 is several times slower here
 
@@ -38,7 +38,7 @@ def quickstart() -> System:
         model=MODEL,
         trains={"bridge.*": 1.0},
         losses=(Contrastive(),),
-        data=Mixture(sources=PAIRS, alpha=0.5, template="chat", max_tokens=96, lanes=16, window=20),
+        data=Mixture(sources=PAIRS, alpha=0.5, template="plain", max_tokens=96, lanes=16, window=20),
         budget=Budget(steps=300, batch=128, micro=128),
         optim=AdamW(peak_lr=1e-3, weight_decay=0.05),
         shard=CPU,
@@ -49,8 +49,8 @@ def quickstart() -> System:
         model=MODEL,
         trains={"bridge.*": 1.0},
         losses=(Captioning(), Contrastive(weight=0.1)),
-        data=Mixture(sources=PAIRS, alpha=0.5, template="chat", max_tokens=96, lanes=16, window=20),
-        budget=Budget(steps=60, batch=16, micro=16),
+        data=Mixture(sources=PAIRS, alpha=0.5, template="plain", max_tokens=96, lanes=16, window=20),
+        budget=Budget(steps=80, batch=16, micro=16),
         optim=AdamW(peak_lr=5e-4),
         starts_from="warm",
         shard=CPU,

@@ -16,12 +16,10 @@ from bridgework.serving.apps import APPS
 from bridgework.serving.guard import is_loopback
 
 
-def start(
-    app: str, args: Mapping[str, Any], *, host: str = "127.0.0.1", port: int = 8000, blocking: bool = True
-) -> str:
+def start(app: str, args: Mapping[str, Any], *, host: str = "127.0.0.1", port: int = 8000) -> str:
     """Serve `app` (chat, embed, caption) with `args` (see Options) and return its address, once it answers.
 
-    With `blocking`, returns after Ctrl-C, with the app stopped. Raises SpecError for an unknown app or argument, for
+    Raises SpecError for an unknown app or argument, for
     dev=true on an address that others reach, ResourceError for a port in use, TrackingError for an unknown model.
     """
     if app not in APPS:
@@ -35,17 +33,27 @@ def start(
     serve.start(http_options={"host": host, "port": port})
     serve.run(application, name=app, route_prefix="/")
     _check_listens(host, port)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    if blocking:
-        _wait()
-    return address
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def wait() -> None:
+    """Return after Ctrl-C, with Serve stopped."""
+    with suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3600)
+    serve.shutdown()
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of this machine that nobody listens on."""
+    return _bind(host, 0)
 
 
 def _check_port(host: str, port: int) -> None:
     try:
         _bind(host, port)
     except OSError as error:
-        free = _bind(host, 0)
+        free = free_port(host)
         raise ResourceError(f"port {port} of {host} cannot be used ({error.strerror}); port {free} is free") from None
 
 
@@ -62,10 +70,3 @@ def _check_listens(host: str, port: int) -> None:
 def _bind(host: str, port: int) -> int:
     with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         return int(listener.getsockname()[1])
-
-
-def _wait() -> None:
-    with suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(3600)
-    serve.shutdown()

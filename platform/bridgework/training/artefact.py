@@ -129,7 +129,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
     info, system = describe(path), recipe(path)
     stage = system[info.stage]
     model = stage.model.build()
-    put(model, weights(path), str(path))
+    state = weights(path)
+    own = dict(model.named_parameters()) | dict(model.named_buffers())  # of tied tensors, the name that was saved
+    missing = [n for n in kept(stage, model.state_dict(), [], []) if n in own and n not in state]
+    if missing:
+        raise WeightsError("; ".join(_few(f"{path} lacks", missing)) + "; train the stage again")
+    put(model, state, str(path))
     return Loaded(stage=stage, system=system, model=model.to(device).eval(), info=info)
 
 

@@ -1,9 +1,10 @@
 """Resume checkpoints: a folder with every rank's state and a manifest that is written last.
 
 `<stage>/checkpoints/00000010-<attempt>/` holds DeepSpeed's files and manifest.json with the step, the world size, the
-recipe's fingerprint, and size and sha256 of every file. A folder without a valid manifest is not a checkpoint: it is
-swept away by the next attempt. The newest complete one is found from the manifests alone, never from what Ray or
-DeepSpeed remember. Randomness inside a step is a function of (seed, step, rank), so no generator's state is kept.
+recipe's fingerprint, size and sha256 of every file, and a sha256 of itself. A folder without a valid manifest is not a
+checkpoint; what is half-written is swept away by the next attempt. The newest complete one is found from the manifests
+alone, never from what Ray or DeepSpeed remember. Randomness inside a step is a function of (seed, step, rank), so no
+generator's state is kept.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bridgework.errors import RunError
 
@@ -61,7 +63,7 @@ def complete(folder: Path, *, step: int, world: int, attempt: str, fingerprint: 
     made = Checkpoint(final, step, world, attempt, fingerprint, files)
     body = {k: v for k, v in asdict(made).items() if k != "folder"}
     temporary = folder / "manifest.json.tmp"
-    temporary.write_text(json.dumps(body, indent=1))
+    temporary.write_text(json.dumps(body | {"sha256": _digest(body)}, indent=1))
     temporary.rename(folder / "manifest.json")
     folder.rename(final)
     for old in checkpoints(final.parent.parent)[keep:]:
@@ -75,9 +77,11 @@ def checkpoints(stage_folder: Path) -> list[Checkpoint]:
     for manifest in root(stage_folder).glob("[0-9]*/manifest.json"):
         try:
             body = json.loads(manifest.read_text())
+            if body.pop("sha256") != _digest(body):
+                continue
             files = {name: (size, digest) for name, (size, digest) in body.pop("files").items()}
             found.append(Checkpoint(folder=manifest.parent, files=files, **body))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             continue
     return sorted(found, key=lambda c: (c.step, c.attempt), reverse=True)
 
@@ -87,7 +91,7 @@ def newest(stage_folder: Path, fingerprint: str) -> tuple[Checkpoint | None, lis
 
     Raises RunError when the run's checkpoints were written by another recipe.
     """
-    passed = []
+    passed: list[str] = []
     for found in checkpoints(stage_folder):
         if found.fingerprint != fingerprint:
             raise RunError(
@@ -101,11 +105,21 @@ def newest(stage_folder: Path, fingerprint: str) -> tuple[Checkpoint | None, lis
     return None, passed
 
 
-def sweep(stage_folder: Path, attempt: str) -> None:
-    """Remove what other attempts left half-written (rank 0, before the first step)."""
+def sweep(stage_folder: Path, attempt: str, start: int) -> None:
+    """Remove what other attempts left half-written, and checkpoints behind `start` (rank 0, before the first step).
+
+    The latter are damaged, or `start` would be theirs; `complete` would take them for the newest and drop good ones.
+    """
     for folder in root(stage_folder).glob(".*"):
         if not folder.name.endswith(attempt):
             shutil.rmtree(folder, ignore_errors=True)
+    for folder in root(stage_folder).glob("[0-9]*"):
+        if int(folder.name[:8]) > start:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

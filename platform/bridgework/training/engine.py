@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -60,9 +60,15 @@ class Engine:
             sums = self._engine(batch.to(self.device))
             # DeepSpeed averages over ranks; what we divide by is a count over all of them already.
             self._engine.backward((weights * sums / counts).sum() * dist.get_world_size(), scale_wrt_gas=False)
+            plain = self._plain_norm()  # before the step, which drops the gradients
             self._engine.step()
             total += sums.detach()
-        return _summed(total) / counts, float(self._engine.get_global_grad_norm() or 0.0)
+        known = self._engine.get_global_grad_norm()
+        return _summed(total) / counts, float(plain if known is None else known)
+
+    def _plain_norm(self) -> Tensor:
+        """Of the gradients as they lie on the parameters: ZeRO 0 in float32 has them all, and no norm of its own."""
+        return nn.utils.get_total_norm([p.grad for p in self._step.parameters() if p.grad is not None])
 
     def save(self, folder: Path, client: Mapping[str, Any]) -> None:
         """Every rank's part of the resume state under `folder`/state; frozen weights are not in it."""
@@ -87,7 +93,8 @@ class Engine:
                 sharded = hasattr(tensor, "ds_id")
                 with deepspeed.zero.GatheredParameters([tensor]) if sharded else nullcontext():
                     if dist.get_rank() == 0:
-                        found[name] = tensor.detach().float().cpu().clone()
+                        whole = tensor.detach().cpu().clone()
+                        found[name] = whole.float() if whole.is_floating_point() else whole
         return found
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import numpy as np
@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+from filelock import FileLock
 
 from bridgework.data.shards import Dataset, open_dataset
-from bridgework.data.transforms import decode, to_square
+from bridgework.data.transforms import read_square
 from bridgework.errors import DataError
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
 
@@ -60,7 +61,10 @@ def prepare(tower: TowerSpec, datasets: Sequence[Dataset], *, draws: int, home: 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "features.json").write_text(json.dumps({"patches": shape[0], "width": shape[1]}))
     for dataset in missing:
-        _cache(tower, dataset, folder / dataset.manifest.digest, workers)
+        final = folder / dataset.manifest.digest
+        with FileLock(folder / f".{dataset.manifest.digest}.lock"):  # trials of a sweep come here at once
+            if not final.is_dir():
+                _cache(tower, dataset, final, workers)
     return Verdict(folder, f"features are cached: {cost} instead of {draws:,} times ({draws * each_s:.0f} CPU-s)")
 
 
@@ -77,10 +81,10 @@ def _measure(module: VisionTower, dataset: Dataset) -> tuple[float, tuple[int, i
 
 def _features(module: VisionTower, images: Sequence[bytes]) -> list[np.ndarray[Any, Any]]:
     """float16 (P, D) for each image; one that does not decode gives (0, D): the reader will quarantine it."""
-    squares = []
+    squares: list[np.ndarray[Any, Any] | None] = []
     for image in images:
         try:
-            squares.append(to_square(decode(image), module.config.pixels))
+            squares.append(read_square(image, module.config.pixels))
         except DataError:
             squares.append(None)
     good = [s for s in squares if s is not None]
@@ -120,7 +124,7 @@ def _cache(tower: TowerSpec, dataset: Dataset, final: Path, workers: int) -> Non
         shards = len(dataset.manifest.shards)
         if workers:
             made = ray.data.range(shards, override_num_blocks=shards).map(
-                _Writer,
+                cast(Any, _Writer),
                 fn_constructor_args=(tower, dataset.path, folder),
                 compute=ray.data.ActorPoolStrategy(size=min(workers, shards)),
                 num_cpus=0.5,

@@ -5,8 +5,9 @@ stopped: finished stages are taken as they are, an unfinished one resumes from i
 """
 
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from bridgework.tracking import DatasetInput, Tracker
 from bridgework.training import artefact, checkpoint, features, loop, run_folder
 from bridgework.training.progress import shown
 from bridgework.training.record import Record, StageResult
+from bridgework.training.step import check
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,14 @@ def train(
     chosen = [system[name] for name in stages] if stages is not None else list(system.stages)
     console = console or Console(stderr=True)
     folder = home / "runs" / run
-    data = {stage.name: _datasets(stage, home) for stage in chosen}  # before anything is written
+    data = {stage.name: _checked(stage, chosen[:i], folder, home, how) for i, stage in enumerate(chosen)}
     with run_folder.locked(folder):
         run_folder.same_recipe(folder, system)
         tracked = Record(tracker, system, run, parent_run, console.print)
         results: dict[str, StageResult] = {}
         try:
             for stage in chosen:
-                results[stage.name] = _stage(
-                    system, stage, data[stage.name], folder, home, how, tracked, results, console
-                )
+                results[stage.name] = _stage(system, stage, data[stage.name], folder, home, how, tracked, console)
         except BaseException as error:
             tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
@@ -86,8 +86,21 @@ def train(
     return results
 
 
-def _datasets(stage: Stage, home: Path) -> list[Dataset]:
-    return [open_dataset(resolve(source.dataset, home)) for source in stage.data.sources]
+def _checked(stage: Stage, before: Sequence[Stage], folder: Path, home: Path, how: How) -> list[Dataset]:
+    """The stage's datasets. Raises here what would otherwise stop it in a worker, or hours later in an evaluation."""
+    datasets = [open_dataset(resolve(source.dataset, home)) for source in stage.data.sources]
+    for spec in stage.evals:
+        open_dataset(resolve(spec.dataset, home))
+    if how.workers > stage.data.lanes:
+        raise SpecError(
+            f"{stage.name} has {stage.data.lanes} lanes for {how.workers} workers; "
+            f"raise stages.{stage.name}.data.lanes, or give fewer --workers"
+        )
+    check(stage, loop.accumulated(stage, max(1, how.workers)))
+    reader.Feed.of(stage, home).plan()
+    if stage.starts_from not in [s.name for s in before]:
+        _parent(stage, folder)
+    return datasets
 
 
 def _stage(
@@ -98,7 +111,6 @@ def _stage(
     home: Path,
     how: How,
     tracked: Record,
-    earlier: Mapping[str, StageResult],
     console: Console,
 ) -> StageResult:
     place = folder / stage.name
@@ -106,7 +118,7 @@ def _stage(
         DatasetInput(source.name, d.manifest.digest, d.path, d.manifest.rows)
         for source, d in zip(stage.data.sources, datasets, strict=True)
     )
-    parent = _parent(stage, folder, earlier)
+    parent = _parent(stage, folder)
     run_id = tracked.start(stage, inputs, parent)
     if (place / "artefact" / "artefact.json").is_file():
         console.print(f"{stage.name}: finished before; its artefact is {place / 'artefact'}")
@@ -126,7 +138,6 @@ def _stage(
         checkpoint_every=how.checkpoint_every or max(5, stage.budget.steps // 20),
         evaluate_every=how.evaluate_every,
     )
-    job.feed.plan()  # a mixture that cannot be filled is refused here, not in a worker
     run_folder.room(home)
     place.mkdir(parents=True, exist_ok=True)
     with _relayed(tracked.tracker, run_id, place), shown(place / "journal", stage.name, stage.budget.steps, console):
@@ -149,14 +160,12 @@ def _relayed(tracker: Tracker, run_id: str | None, place: Path) -> Iterator[None
             relay.close()
 
 
-def _parent(stage: Stage, folder: Path, earlier: Mapping[str, StageResult]) -> Path | None:
+def _parent(stage: Stage, folder: Path) -> Path | None:
     """The artefact that a stage starts from: of this run, or the folder that the recipe names."""
     if stage.starts_from is None:
         return None
     if "/" in stage.starts_from:
         path = Path(stage.starts_from)
-    elif stage.starts_from in earlier:
-        path = earlier[stage.starts_from].artefact
     else:
         path = folder / stage.starts_from / "artefact"
         if not path.exists():
@@ -173,14 +182,20 @@ def _cached(
 ) -> Path | None:
     """The folder of cached features, for a wiring whose vision tower comes with its weights and stays frozen."""
     tower = getattr(stage.model, "vision", None)
-    frozen = not any(glob.startswith(("vision", "*")) for glob in stage.trains)
-    if not (how.cache_features and frozen and "vision.*" in stage.model.pretrained):
+    frozen = not any(_may_match(glob, "vision.") for glob in stage.trains)
+    if tower is None or not (how.cache_features and frozen and "vision.*" in stage.model.pretrained):
         return None
     sharing = [s for s in system.stages if getattr(s.model, "vision", None) == tower]
     draws = sum(s.budget.steps * s.budget.batch for s in sharing)
     verdict = features.prepare(tower, datasets, draws=draws, home=home, workers=how.readers if how.workers else 0)
     console.print(f"{stage.name}: {verdict.why}")
     return verdict.folder
+
+
+def _may_match(glob: str, prefix: str) -> bool:
+    """Whether a name that begins with `prefix` could match; what it says of a glob is never no wrongly."""
+    literal = re.split(r"[*?\[]", glob)[0]
+    return literal.startswith(prefix) or prefix.startswith(literal)
 
 
 def _local_rows(job: loop.Job, start: int) -> Iterator[list[reader.Row]]:
@@ -195,12 +210,6 @@ def _ignore(metrics: dict[str, float], step: int) -> None:
 
 
 def _fit(job: loop.Job, how: How) -> None:
-    stage = job.system[job.stage]
-    if how.workers > stage.data.lanes:
-        raise SpecError(
-            f"{stage.name} has {stage.data.lanes} lanes for {how.workers} workers; "
-            f"raise stages.{stage.name}.data.lanes, or give fewer --workers"
-        )
     resources = ray.cluster_resources()
     gpus = resources.get("GPU", 0.0) >= how.workers
     cpu = 1.0 if gpus else max(0.25, min(1.0, (resources.get("CPU", 1.0) - 0.5) / how.workers))
@@ -275,4 +284,4 @@ def _alone() -> None:
     """
     os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed asks for
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)

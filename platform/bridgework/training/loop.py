@@ -5,11 +5,13 @@ writes its journal, and leaves a weights artefact. What differs between systems 
 """
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 import torch
@@ -30,6 +32,9 @@ from bridgework.training.schedule import learning_rate
 from bridgework.training.step import Step, check
 
 FLUSH_S = 1.0  # how long points may wait before the driver sees them
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,13 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
     `rows(start)` gives this rank's samples of the steps from `start` on. Raises RunError when the loss is not finite.
     """
     stage = job.system[job.stage]
-    samples = math.ceil(stage.data.lanes / world) * (stage.budget.batch // stage.data.lanes)
-    micro_batches = math.ceil(samples / stage.budget.micro)
+    micro_batches = accumulated(stage, world)
     check(stage, micro_batches)
 
     model, inherited = _model(job, stage)
     multipliers = freezing.apply(model, stage.trains)
     engine = Engine(Step(model, stage.losses), stage, multipliers, micro_batches=micro_batches)
-    attempt = _agreed(uuid4().hex[:8])
+    attempt = _agreed(uuid4().hex[:8])  # so that an orphan of an older attempt cannot write into this one's files
     start = _resume(job, engine, attempt, rank)
     journal = Journal(job.folder / "journal")
     tokenizer = load_tokenizer(stage.model.tokenizer)
@@ -79,10 +83,12 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
         lr = learning_rate(stage.optim, step, stage.budget.steps)
         losses, norm = engine.train_step(batches, lr)
         metrics = _named(stage, losses.tolist()) | {"lr": lr, "grad_norm": norm} | clock.took(batches, world)
-        if not math.isfinite(metrics["loss"]):
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
+            journal.flush()  # how it came to this
             keys = ", ".join(r.key for r in batch_rows[:4])
             raise RunError(
-                f"{stage.name}: the loss of step {step} is {metrics['loss']}; nothing was saved; it had {keys}, ...; "
+                f"{stage.name}: the loss of step {step} is {metrics['loss']}, the norm of its gradient {norm}; "
+                f"nothing was saved; it had {keys}, ...; "
                 f"lower stages.{stage.name}.optim.peak_lr, or look at these samples with `bridgework data preview`"
             )
         done = step + 1
@@ -96,6 +102,7 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
             _save(job, engine, attempt, done, rank, world)
         if job.evaluate_every and done % job.evaluate_every == 0:
             report(metrics | _evaluate(job, stage, model, write=False), done)
+        clock.waits()
 
     judged = _evaluate(job, stage, model, write=rank == 0)
     journal.append(judged, stage.budget.steps)
@@ -105,6 +112,12 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
         _finish(job, metrics | judged, state)
     report(metrics | judged, stage.budget.steps)
     return metrics | judged
+
+
+def accumulated(stage: Stage, world: int) -> int:
+    """Micro-batches of a step: those of the rank with the most lanes, so that all run the same collectives."""
+    samples = math.ceil(stage.data.lanes / world) * (stage.budget.batch // stage.data.lanes)
+    return math.ceil(samples / stage.budget.micro)
 
 
 def _named(stage: Stage, losses: list[float]) -> Metrics:
@@ -135,17 +148,15 @@ def _model(job: Job, stage: Stage) -> tuple[nn.Module, list[str]]:
     return model, list(inherited)
 
 
-def _agreed(word: str) -> str:
-    """Rank 0's word, on every rank: names this attempt, so that an orphan of an older one cannot write into it."""
-    words = [word]
-    dist.broadcast_object_list(words, src=0)
-    return words[0]
+def _agreed(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _resume(job: Job, engine: Engine, attempt: str, rank: int) -> int:
-    if rank == 0:
-        checkpoint.sweep(job.folder, attempt)
-    found, _ = checkpoint.newest(job.folder, job.system.fingerprint())
+    found = _agreed(_newest(job, attempt) if rank == 0 else None)
     if found is None:
         return 0
     if found.world != dist.get_world_size():
@@ -155,6 +166,14 @@ def _resume(job: Job, engine: Engine, attempt: str, rank: int) -> int:
         )
     engine.load(found.folder)
     return found.step
+
+
+def _newest(job: Job, attempt: str) -> checkpoint.Checkpoint | None:
+    found, passed = checkpoint.newest(job.folder, job.system.fingerprint())
+    for damage in passed:
+        log.warning("%s: %s; going on from the one before", job.stage, damage)
+    checkpoint.sweep(job.folder, attempt, found.step if found else 0)
+    return found
 
 
 def _save(job: Job, engine: Engine, attempt: str, step: int, rank: int, world: int) -> None:
@@ -196,6 +215,10 @@ class _Clock:
     def __init__(self) -> None:
         self._mark = self._flushed = time.perf_counter()
         self._wait = 0.0
+
+    def waits(self) -> None:
+        """The wait for data begins: what lies before it was a checkpoint or an evaluation."""
+        self._mark = time.perf_counter()
 
     def waited(self) -> None:
         self._wait = time.perf_counter() - self._mark

@@ -5,6 +5,7 @@ tracker is spoken to by the driver alone: several processes that open a fresh sq
 """
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ from bridgework.errors import RunError, SpecError, TrackingError
 from bridgework.spec import override, to_dict
 from bridgework.system import System, load
 from bridgework.tracking import Point, Tracker, Version
-from bridgework.training.launch import How, StageResult, train
+from bridgework.training.launch import How, train
+from bridgework.training.record import StageResult
 from bridgework.tuning.space import Space
 
 
@@ -179,9 +181,13 @@ def _trial(config: dict[str, Any], *, space: Space, base: System, home: Path, ru
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name = tune.get_context().get_trial_id()
     system = override(base, config)
-    steps = system[space.stages[-1]].budget.steps
-    how = How(workers=0, evaluate_every=max(1, steps // space.budget.judgements), report=_reporter(space))
-    train(system, home=home, run=f"{run}/{name}", how=how, stages=space.stages, console=Console(quiet=True))
+    *first, last = space.stages
+    every = math.ceil(system[last].budget.steps / space.budget.judgements)  # a report more, and ASHA ends the trial
+    for stages, how in (
+        (first, How(workers=0)),
+        ([last], How(workers=0, evaluate_every=every, report=_reporter(space))),
+    ):
+        train(system, home=home, run=f"{run}/{name}", how=how, stages=stages, console=Console(quiet=True))
 
 
 def _reporter(space: Space) -> Any:
@@ -230,7 +236,7 @@ class _Recorder(Callback):
 def _rows(results: ResultGrid, space: Space, folder: Path) -> list[Row]:
     """All trials: those that finished first, the best of them at the top."""
     rows = []
-    for result in results:
+    for result in (results[i] for i in range(len(results))):
         metrics = result.metrics or {}
         trial = str(metrics.get("trial_id", "?"))
         whole = (folder / trial / space.stages[-1] / "artefact" / "artefact.json").is_file()
@@ -249,7 +255,7 @@ def _command(space: Space, fixed: Mapping[str, Any], changes: Mapping[str, Any])
     """The words that train the winner again."""
     words = ["bridgework", "train", space.system, *(w for s in space.stages for w in ("--stage", s))]
     for path, value in {**fixed, **changes}.items():
-        words += ["--set", f"{path}={value:.6g}" if isinstance(value, float) else f"{path}={value}"]
+        words += ["--set", f"{path}={value}"]
     return shlex.join(words)
 
 

@@ -6,7 +6,7 @@ SOURCE is the folder that holds `png/` and `svg/`. Where a title names a series,
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import partial
 from html import unescape
@@ -46,7 +46,7 @@ def run(
     dest: str,
     *,
     side: int = 128,
-    skip: Collection[str] = (),
+    skip: tuple[str, ...] = (),
     max_bad: float = SHARE,
     say: Say = print,
 ) -> Manifest:

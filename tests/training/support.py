@@ -1,0 +1,69 @@
+"""A tiny LLaVA that learns fast enough to see it, and what a test wants to know of a run."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bridgework.spec import override
+from bridgework.system import Stage, System, load
+from bridgework.tracking import Journal, Tracker
+from bridgework.training import artefact
+from bridgework.training.launch import How, train
+from bridgework.training.record import StageResult
+
+
+class Stop(Exception):
+    """Raised by a test in the middle of a run."""
+
+
+def llava(steps: int = 4, **changes: Any) -> System:
+    """`steps` steps a stage; `changes` are dotted paths with `__` for the dot."""
+    fast = {"stages.*.optim.peak_lr": 3e-3, "stages.*.budget.steps": steps}
+    return override(load("llava").tiny(), fast | {path.replace("__", "."): new for path, new in changes.items()})
+
+
+def go(
+    system: System,
+    home: Path,
+    run: str,
+    *,
+    stages: Sequence[str] | None = ("align",),
+    tracker: Tracker | None = None,
+    **how: Any,
+) -> dict[str, StageResult]:
+    return train(system, home=home, run=run, how=How(**{"workers": 0, **how}), stages=stages, tracker=tracker)
+
+
+def stop_at(step: int) -> Callable[[dict[str, float], int], None]:
+    """A report, to be given with evaluate_every=1, that raises behind the work of `step` steps."""
+
+    def report(metrics: dict[str, float], done: int) -> None:
+        if done == step:
+            raise Stop
+
+    return report
+
+
+def losses(home: Path, run: str, stage: str = "align", key: str = "loss") -> list[tuple[int, float]]:
+    """(steps done, loss) in the order of writing; a step that was redone stands twice."""
+    parts = Journal(home / "runs" / run / stage / "journal").points()
+    return [(p.step, p.value) for _, points in parts for p in points if p.key == key]
+
+
+def weights(home: Path, run: str, stage: str = "align") -> dict[str, Tensor]:
+    return artefact.weights(home / "runs" / run / stage / "artefact")
+
+
+def fresh(stage: Stage) -> nn.Module:
+    """The model as a stage without a parent begins with it."""
+    torch.manual_seed(stage.seed)
+    model: nn.Module = stage.model.build()
+    return model
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())

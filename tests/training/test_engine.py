@@ -1,0 +1,66 @@
+"""DeepSpeed behind its door, against plain torch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bridgework.data import reader
+from bridgework.data.batch import collate
+from bridgework.errors import RunError
+from bridgework.models import freezing
+from bridgework.system import Stage
+from bridgework.training.engine import Engine, config
+from bridgework.training.step import Step
+from tests.training.support import fresh, llava
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+def engine(stage: Stage, model: nn.Module, micro_batches: int = 1) -> Engine:
+    return Engine(Step(model, stage.losses), stage, freezing.apply(model, stage.trains), micro_batches=micro_batches)
+
+
+def test_config_is_laid_over_by_dotted_path() -> None:
+    overlay = {"zero_optimization.overlap_comm": False, "wall_clock_breakdown": True}
+    made = config(llava(stages__align__shard__config=overlay)["align"], micro_batches=4)
+    assert made["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert made["wall_clock_breakdown"] is True
+    assert made["gradient_accumulation_steps"] == 4
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_norm_of_the_gradient_is_that_of_plain_torch(home: Path, zero: int) -> None:
+    stage = llava(stages__align__shard__stage=zero)["align"]
+    batch = collate(next(reader.local(reader.Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    model = fresh(stage)
+    freezing.apply(model, stage.trains)
+    logits_BTV, labels_BT = model(**batch.inputs()).logits_BTV, batch.labels_BT
+    nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()).backward()
+    grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    _, norm = engine(stage, fresh(stage)).train_step([batch], 0.0)
+    assert norm == pytest.approx(float(grads.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_state_is_whole_named_and_in_float32(zero: int) -> None:
+    stage = llava(stages__align__shard__stage=zero, stages__align__shard__precision="bf16")["align"]
+    expected = {n: p.detach().clone() for n, p in fresh(stage).bridge.named_parameters(prefix="bridge")}
+    found = engine(stage, fresh(stage)).state(expected)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-3)
+
+
+def test_integers_stay_integers() -> None:
+    stage, model = llava()["align"], fresh(llava()["align"])
+    model.register_buffer("steps_seen", torch.tensor(2**24 + 1))  # which float32 cannot hold
+    assert engine(stage, model).state(["steps_seen"])["steps_seen"].equal(torch.tensor(2**24 + 1))
+
+
+def test_a_folder_without_state_is_refused(tmp_path: Path) -> None:
+    stage = llava()["align"]
+    with pytest.raises(RunError, match="no state"):
+        engine(stage, fresh(stage)).load(tmp_path)
