@@ -9,7 +9,6 @@ reads, decodes and tokenises by Ray Data meanwhile, steps through DeepSpeed, cou
 
 import argparse
 import json
-import logging
 import os
 import statistics
 import subprocess
@@ -18,8 +17,6 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import torch
 from rich.console import Console
@@ -81,13 +78,12 @@ def bare(stage: Stage, home: Path) -> list[float]:
 
 def ours(built: System, home: Path, name: str) -> list[float]:
     """Seconds of every step of the loop on one Ray Train worker."""
-    import ray
-
+    from bridgework.training.cluster import attached
     from bridgework.training.launch import How, train
 
-    ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    train(built, home=home, run=name, how=How(checkpoint_every=STEPS, threads=THREADS), console=Console(quiet=True))
-    ray.shutdown()
+    how = How(checkpoint_every=STEPS, threads=THREADS)
+    with attached():
+        train(built, home=home, run=name, how=how, console=Console(quiet=True))
     journal = Journal(home / "runs" / name / built.stages[0].name / "journal")
     return [p.value for _, points in journal.points() for p in points if p.key == "step_s"]
 

@@ -7,7 +7,6 @@ What came out is printed and written to <home>/quickstart.json. A second run tak
 
 import base64
 import json
-import logging
 import os
 import sys
 import time
@@ -17,11 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local Ray, on loopback, that ends with this program
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import httpx
-import ray
 from openai import OpenAI
 from ray import serve
 from rich.console import Console
@@ -38,6 +35,7 @@ from bridgework.lineage.store import MLflowTracker
 from bridgework.serving import launch
 from bridgework.system import load
 from bridgework.tracking import Version
+from bridgework.training.cluster import attached
 from bridgework.training.launch import train
 from bridgework.training.record import StageResult
 from bridgework.tuning.search import Outcome, sweep
@@ -85,8 +83,17 @@ def main() -> None:
     home.mkdir(parents=True, exist_ok=True)
     with report.part("verify", "the shards that the repository ships"):
         check_shards()
-    ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     tracker = MLflowTracker(None, home, "quickstart")
+    with attached():
+        walk(tracker, home, report)
+    response = report.values["response"]
+    console.print(graph.trace(response, tracker, home), highlight=False)
+    report.values["trace"] = f"bridgework trace {response}"
+    conclude(report, home)
+
+
+def walk(tracker: MLflowTracker, home: Path, report: Report) -> None:
+    """Every part that needs Ray."""
     with report.part("train", "llava:quickstart: warm, align, instruct"):
         results = train(load("llava:quickstart"), home=home, run="quickstart", tracker=tracker, console=console)
         show_training(results)
@@ -95,16 +102,11 @@ def main() -> None:
         show_sweep(outcome)
     with report.part("promote", "the better of the two models, by its ranking of held-out captions"):
         champion = choose(tracker, results["instruct"], outcome)
+        report.values |= {"model": champion.name, "version": champion.version, "alias": models.CHAMPION}
     with report.part("judge", "the champion, on drawings by another artist and on concepts that it never saw"):
         report.values |= judge(champion.artefact, home)
     with report.part("serve", "ask over HTTP with the openai client"):
         report.values |= ask(home)
-    ray.shutdown()
-    response = report.values["response"]
-    console.print(graph.trace(response, tracker, home), highlight=False)
-    report.values |= {"model": champion.name, "version": champion.version, "alias": models.CHAMPION}
-    report.values |= {"trace": f"bridgework trace {response} --project quickstart"}
-    conclude(report, home)
 
 
 def check_shards() -> None:
@@ -138,11 +140,8 @@ def show_sweep(outcome: Outcome) -> None:
 
 def choose(tracker: MLflowTracker, trained: StageResult, outcome: Outcome) -> Version:
     """The trained model becomes the first champion; the sweep's winner must rank better to take its place."""
-    known = [v for v in tracker.registered(trained.run_id or "") if v.artefact == str(trained.artefact)]
-    if not known:
-        tags = {key: f"{value:.6g}" for key, value in trained.metrics.items() if "." in key}
-        artefact = str(trained.artefact)
-        first = tracker.register("llava", trained.model_id or "", trained.run_id or "", artefact, tags)
+    first = models.register(tracker, "llava", trained, {"run": "quickstart"})
+    if not any(models.CHAMPION in v.aliases or models.PREVIOUS in v.aliases for v in tracker.versions("llava")):
         models.promote(tracker, f"llava:{first.version}")
     try:
         done = models.promote(tracker, "llava@challenger", metric=GATE)

@@ -3,11 +3,9 @@
 Heavy libraries are imported by the command that needs them, so that `bridgework --help` answers at once.
 """
 
-import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,14 +14,12 @@ from rich.table import Table
 
 from bridgework.cli_data import data
 from bridgework.data.catalog import home as home_folder
-from bridgework.errors import BridgeworkError, ResourceError, SpecError
+from bridgework.errors import BridgeworkError, ResourceError, SpecError, TrackingError
 from bridgework.spec import flat, override
 from bridgework.system import System, load, recipes, variants
 
 if TYPE_CHECKING:
     from bridgework.lineage.store import MLflowTracker
-    from bridgework.tracking import Version
-    from bridgework.training.record import StageResult
 
 app = typer.Typer(
     help="Vision-language systems from raw pairs to a served endpoint.", no_args_is_help=True, add_completion=False
@@ -87,13 +83,15 @@ def train(
     project: Project = "bridgework",
 ) -> None:
     """Train a system, stage after stage. The same run again resumes, and reuses what is finished."""
+    from bridgework.lineage import models
+    from bridgework.training.cluster import attached
     from bridgework.training.launch import How
     from bridgework.training.launch import train as run_training
 
     resolved = _resolve(system, set_, tiny)
     run = run or f"{system.replace(':', '-').replace('.', '-')}{'-tiny' * tiny}-{resolved.fingerprint()[:6]}"
-    tracker = _tracker(project, needed=False)
-    with _ray(needed=workers > 0):
+    tracker = _if_up(project)
+    with attached() if workers else nullcontext():
         results = run_training(
             resolved, home=home_folder(), run=run, how=How(workers=workers, readers=readers), stages=stage,
             tracker=tracker, console=err,
@@ -107,7 +105,7 @@ def train(
     last = results[list(results)[-1]]
     out.print(f"artefact  {last.artefact}", soft_wrap=True, highlight=False)
     if tracker and last.run_id and last.model_id:
-        version = _registered(tracker, resolved.name, last, run)
+        version = models.register(tracker, resolved.name, last, {"run": run})
         out.print(f"model     {version.name}:{version.version}", highlight=False)
 
 
@@ -120,12 +118,13 @@ def sweep(
     project: Project = "bridgework",
 ) -> None:
     """Search the bridge and the mixture; the best trial is registered as `challenger`."""
+    from bridgework.training.cluster import attached
     from bridgework.tuning import search
     from bridgework.tuning.space import load as load_space
 
     found = search.limited(load_space(space), trials=trials)
-    tracker = _tracker(project, needed=False)
-    with _ray(needed=True):
+    tracker = _if_up(project)
+    with attached():
         outcome = search.sweep(
             found, home=home_folder(), run=run or f"sweep-{space}", changes=_changes(set_), tracker=tracker, console=err
         )
@@ -142,11 +141,11 @@ def sweep(
 
 
 @app.command("eval")
-def evaluate(model: Model, project: Project = "bridgework") -> None:
+def evaluate(model: Model) -> None:
     """Judge a model by its stage's evaluations; pictures go to <home>/evals."""
     from bridgework.inference import Pipeline
 
-    folder = _artefact(model, project)
+    folder = _artefact(model)
     pipeline = Pipeline.load(folder)
     if not pipeline.stage.evals:
         raise SpecError(f"stage {pipeline.stage.name} of {model} has no evaluations; add some to its recipe's `evals`")
@@ -210,13 +209,13 @@ def serve(
 def trace(
     what: Annotated[str, typer.Argument(help="a response, deployment, model or run; with --uses a dataset")],
     uses: Annotated[bool, typer.Option("--uses", help="the other way: everything that a dataset went into")] = False,
-    project: Project = "bridgework",
 ) -> None:
     """Where an answer or a model comes from, back to the shards; or where a dataset went."""
     from bridgework.lineage import graph
+    from bridgework.lineage.store import MLflowReader
 
     follow = graph.uses if uses else graph.trace
-    out.print(follow(what, _tracker(project), home_folder()), highlight=False)
+    out.print(follow(what, MLflowReader(None, home_folder()), home_folder()), highlight=False)
 
 
 @app.command()
@@ -255,57 +254,29 @@ def _resolve(name: str, words: list[str] | None, tiny: bool) -> System:
     return override(system.tiny() if tiny else system, _changes(words))
 
 
-def _tracker(project: str, needed: bool = True) -> Any:
-    from bridgework.errors import TrackingError
+def _tracker(project: str) -> "MLflowTracker":
     from bridgework.lineage.store import MLflowTracker
 
     home_folder().mkdir(parents=True, exist_ok=True)
+    return MLflowTracker(None, home_folder(), project)
+
+
+def _if_up(project: str) -> "MLflowTracker | None":
+    """The tracker, or None where it does not answer: it must not keep a run from starting."""
     try:
-        return MLflowTracker(None, home_folder(), project)
+        return _tracker(project)
     except TrackingError as error:
-        if needed:
-            raise
         err.print(f"{error}; going on untracked: the same command later records it", soft_wrap=True)
         return None
 
 
-def _registered(tracker: "MLflowTracker", name: str, result: "StageResult", run: str) -> "Version":
-    """The version of a trained stage: made once, however often the command is given."""
-    from bridgework.training import artefact
-
-    digest = artefact.describe(result.artefact).digest
-    for version in tracker.versions(name):
-        if (version.artefact, version.tags.get("digest")) == (str(result.artefact), digest):
-            return version
-    tags = {key: f"{value:.6g}" for key, value in result.metrics.items() if "." in key}
-    about = tags | {"run": run, "digest": digest}
-    return tracker.register(name, str(result.model_id), str(result.run_id), str(result.artefact), about)
-
-
-def _artefact(model: str, project: str) -> str:
+def _artefact(model: str) -> str:
     from bridgework.lineage import models
+    from bridgework.lineage.store import MLflowReader
 
     if models.is_folder(model):
         return model
-    found: MLflowTracker = _tracker(project)
-    return found.version(*models.split(model)).artefact
-
-
-@contextmanager
-def _ray(*, needed: bool) -> Iterator[None]:
-    """A Ray of our own on this machine, or the cluster that RAY_ADDRESS names (as inside `ray job submit`)."""
-    if not needed:
-        yield
-        return
-    import ray
-
-    address = os.environ.get("RAY_ADDRESS", "local")
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local Ray listens on loopback and ends with the command
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    return MLflowReader(None, home_folder()).version(*models.split(model)).artefact
 
 
 def main() -> None:

@@ -68,6 +68,9 @@ class Tracker(Protocol):
     def finish(self, run_id: str, status: Status = "FINISHED") -> None: ...
 
     def register(self, name: str, model_id: str, run_id: str, artefact: str, tags: Mapping[str, str]) -> Version: ...
+    def registered(self, run_id: str) -> list[Version]:
+        """Versions of a run's weights, oldest first."""
+
     def alias(self, name: str, alias: str, version: str) -> None: ...
     def version(self, name: str, which: str) -> Version:
         """By number or alias."""
@@ -162,6 +165,9 @@ class MemoryTracker:
         known = self.versions.setdefault(name, [])
         known.append(Version(name, str(len(known) + 1), artefact, run_id, (), dict(tags)))
         return known[-1]
+
+    def registered(self, run_id: str) -> list[Version]:
+        return [v for versions in self.versions.values() for v in versions if v.run_id == run_id]
 
     def alias(self, name: str, alias: str, version: str) -> None:
         self.version(name, version)

@@ -29,7 +29,10 @@ def told(steps: Iterable[list[Row]]) -> list[list[tuple[object, ...]]]:
     [(1, 4, 1), (2, 0, 2), (3, 7, 1)],  # 3 ranks own 2, 1 and 1 of the 4 lanes: two of them are padded
 )
 def test_the_pipeline_gives_what_one_process_gives(feed: Feed, world: int, start: int, readers: int) -> None:
-    splits = PlanIngest(feed, lambda: start, readers).configure({}, world)
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = 4_096  # a window has more: Ray would give it as several blocks, to several ranks
+    with ray.data.DataContext.current(context):
+        splits = PlanIngest(feed, lambda: start, readers).configure({}, world)
 
     def consume(rank: int) -> list[list[tuple[object, ...]]]:
         return told(from_ray(splits[rank]["train"], rank=rank, world=world, start=start))

@@ -15,6 +15,7 @@ DOORS = {
         "data/importers/",
         "curation/",
         "training/launch.py",
+        "training/cluster.py",
         "training/features.py",
         "tuning/",
         "serving/",

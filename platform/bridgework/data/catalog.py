@@ -22,7 +22,8 @@ def resolve(dataset: str, home: Path) -> str:
     if dataset == SYNTHETIC:
         return _synthetic(home)
     named = "/" not in dataset and "\\" not in dataset and not dataset.startswith(".")
-    path = str(home / "datasets" / dataset) if named else dataset
+    place = str(home / "datasets" / dataset) if named else dataset
+    path = place if "://" in place else os.path.abspath(place)  # workers run in folders of their own
     try:
         read_manifest(path)
     except DataError as error:

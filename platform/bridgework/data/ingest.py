@@ -63,7 +63,8 @@ class PlanIngest(DataConfig):
         span = self.feed.mixture.window
         windows = -(-self.feed.steps // span) - start // span
         items = max(windows * world_size, 0)
-        blocks = ray.data.range(items, override_num_blocks=items or None).map_batches(
+        # not `range`, which would read each number in a task that asks for a whole CPU
+        blocks = ray.data.from_items(list(range(items)), override_num_blocks=items or None).map_batches(
             _Windows,
             fn_constructor_args=(self.feed, world_size, start),
             batch_size=1,
@@ -86,7 +87,7 @@ class _Windows:
 
     def __call__(self, item: pa.Table) -> pa.Table:
         feed, plan = self.reader.feed, self.reader.plan
-        window, rank = divmod(item["id"][0].as_py(), self.world)
+        window, rank = divmod(item["item"][0].as_py(), self.world)
         steps = self.reader.window(
             plan.lanes_of(rank, self.world), self.start // feed.mixture.window + window, first_step=self.start
         )

@@ -4,11 +4,13 @@
 Promotion is gated: a version takes the alias `champion` only if its figures are not worse than the champion's.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from bridgework.errors import TrackingError
 from bridgework.tracking import Tracker, Version
+from bridgework.training.record import StageResult
 
 CHAMPION, PREVIOUS = "champion", "previous"
 
@@ -24,6 +26,20 @@ def split(model: str) -> tuple[str, str]:
 
 def is_folder(model: str) -> bool:
     return "/" in model or Path(model).is_dir()
+
+
+def register(tracker: Tracker, name: str, result: StageResult, tags: Mapping[str, str]) -> Version:
+    """The version of a trained stage's weights, with its figures and `tags`; told twice, it is the same version.
+
+    Raises TrackingError for a stage that was trained untracked.
+    """
+    if result.run_id is None or result.model_id is None:
+        raise TrackingError(f"{result.artefact} was trained untracked; run its command again while the tracker answers")
+    for version in tracker.registered(result.run_id):
+        if version.artefact == str(result.artefact):
+            return version
+    figures = {key: f"{value:.6g}" for key, value in result.metrics.items() if "." in key}
+    return tracker.register(name, result.model_id, result.run_id, str(result.artefact), {**figures, **tags})
 
 
 @dataclass(frozen=True)
@@ -82,10 +98,18 @@ def _compared(candidate: Version, champion: Version | None, metric: str, lower: 
 
 
 def _figure(version: Version, metric: str) -> float:
-    try:
-        return float(version.tags[metric])
-    except (KeyError, ValueError):
-        figures = sorted(k for k, v in version.tags.items() if v.replace(".", "", 1).replace("-", "", 1).isdigit())
+    figures = {key: float(value) for key, value in version.tags.items() if _is_number(value)}
+    if metric not in figures:
         raise TrackingError(
-            f"{version.name}:{version.version} carries no figure {metric!r}; it has: {', '.join(figures) or 'none'}"
-        ) from None
+            f"{version.name}:{version.version} carries no figure {metric!r}; "
+            f"it has: {', '.join(sorted(figures)) or 'none'}"
+        )
+    return figures[metric]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

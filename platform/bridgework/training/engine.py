@@ -78,9 +78,11 @@ class Engine:
             )
 
     def load(self, folder: Path) -> None:
-        """Raises RunError when DeepSpeed does not take the state back."""
-        with _quiet():
-            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        """Raises RunError when there is no state, or DeepSpeed does not take it back."""
+        path = None
+        if (folder / TAG).is_dir():
+            with _quiet():
+                path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         if path is None:
             raise RunError(f"DeepSpeed found no state in {folder}; remove that checkpoint to go on from the one before")
 

@@ -5,6 +5,7 @@ order, with a column of float16 features instead of image bytes. `prepare` says 
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -99,7 +100,8 @@ def _features(module: VisionTower, images: Sequence[bytes]) -> list[np.ndarray[A
 class _Writer:
     """Holds the tower; writes the features of one shard a call."""
 
-    def __init__(self, tower: TowerSpec, path: str, folder: Path) -> None:
+    def __init__(self, tower: TowerSpec, path: str, folder: Path, threads: int) -> None:
+        torch.set_num_threads(threads)
         self._folder = folder
         self._dataset = open_dataset(path)
         self._module = tower.build()
@@ -122,16 +124,18 @@ def _cache(tower: TowerSpec, dataset: Dataset, final: Path, workers: int) -> Non
     folder.mkdir(parents=True)
     try:
         shards = len(dataset.manifest.shards)
-        if workers:
+        actors = min(workers, shards)
+        threads = max(1, (os.cpu_count() or 1) // actors) if actors else torch.get_num_threads()
+        if actors:
             made = ray.data.range(shards, override_num_blocks=shards).map(
                 cast(Any, _Writer),
-                fn_constructor_args=(tower, dataset.path, folder),
-                compute=ray.data.ActorPoolStrategy(size=min(workers, shards)),
+                fn_constructor_args=(tower, dataset.path, folder, threads),
+                compute=ray.data.ActorPoolStrategy(size=actors),
                 num_cpus=0.5,
             )
             made.materialize()
         else:
-            writer = _Writer(tower, dataset.path, folder)
+            writer = _Writer(tower, dataset.path, folder, threads)
             for shard in range(shards):
                 writer({"id": shard})
         folder.rename(final)

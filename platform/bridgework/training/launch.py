@@ -25,7 +25,7 @@ from rich.console import Console
 
 from bridgework.data import reader
 from bridgework.data.catalog import resolve
-from bridgework.data.ingest import PlanIngest, from_ray
+from bridgework.data.ingest import READER_CPUS, PlanIngest, from_ray
 from bridgework.data.shards import Dataset, open_dataset
 from bridgework.errors import BridgeworkError, RunError, SpecError
 from bridgework.relay import Relay
@@ -212,11 +212,12 @@ def _ignore(metrics: dict[str, float], step: int) -> None:
 def _fit(job: loop.Job, how: How) -> None:
     resources = ray.cluster_resources()
     gpus = resources.get("GPU", 0.0) >= how.workers
-    cpu = 1.0 if gpus else max(0.25, min(1.0, (resources.get("CPU", 1.0) - 0.5) / how.workers))
+    for_data = READER_CPUS * (how.readers + 1)  # workers that held every CPU would wait for data for ever
+    cpu = 1.0 if gpus else max(0.1, min(1.0, (resources.get("CPU", 1.0) - for_data) / how.workers))
     start = partial(_cursor, job.folder, job.system.fingerprint())
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job, "threads": how.threads},
+        train_loop_config={"job": job, "threads": how.threads, "cwd": os.getcwd()},
         scaling_config=ScalingConfig(num_workers=how.workers, use_gpu=gpus, resources_per_worker={"CPU": cpu}),
         run_config=RunConfig(
             # new every time: Ray must not resume by its own memory, the checkpoints are ours
@@ -240,6 +241,7 @@ def _fit(job: loop.Job, how: How) -> None:
 
 def _worker(config: dict[str, Any]) -> None:
     job: loop.Job = config["job"]
+    os.chdir(config["cwd"])  # Ray Train starts in a folder of its own; paths in a recipe begin where the command ran
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     if get_device().type == "cpu":

@@ -9,7 +9,6 @@ import math
 import os
 import shlex
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
-from bridgework.errors import RunError, SpecError, TrackingError
+from bridgework.errors import RunError, SpecError
+from bridgework.lineage import models
 from bridgework.spec import override, to_dict
 from bridgework.system import System, load
 from bridgework.tracking import Point, Tracker, Version
@@ -93,14 +93,14 @@ def sweep(
         console=Console(quiet=True),
     )[space.stages[-1]]
     command = _command(space, fixed, best.changes)
-    version = _register(tracker, base.name, winner, command, run)
+    version = _challenger(tracker, base.name, winner, {"command": command, "sweep": run})
     if tracker and parent:
         tracker.finish(parent)
     return Outcome(tuple(rows), command, winner.artefact, winner.metrics, version)
 
 
 def _search(space: Space, base: System, home: Path, run: str, recorder: "_Recorder") -> ResultGrid:
-    trial = tune.with_parameters(_trial, space=space, base=base, home=home, run=run)
+    trial = tune.with_parameters(_trial, space=space, base=base, home=home, run=run, cwd=os.getcwd())
     tuner = Tuner(
         tune.with_resources(trial, {"CPU": space.budget.cpus}),
         param_space=dict(space.space),
@@ -118,17 +118,11 @@ def _search(space: Space, base: System, home: Path, run: str, recorder: "_Record
     return tuner.fit()
 
 
-def _register(tracker: Tracker | None, name: str, winner: StageResult, command: str, run: str) -> Version | None:
-    """The winner as `challenger`, with its figures and the command that makes it again; once."""
-    if tracker is None or winner.run_id is None or winner.model_id is None:
+def _challenger(tracker: Tracker | None, name: str, winner: StageResult, tags: Mapping[str, str]) -> Version | None:
+    """The winner as `challenger`, with the command that makes it again; None where nobody keeps the record."""
+    if tracker is None or winner.run_id is None:
         return None
-    with suppress(TrackingError):
-        standing = tracker.version(name, "challenger")
-        if standing.artefact == str(winner.artefact):
-            return standing
-    figures = {key: f"{value:.6g}" for key, value in winner.metrics.items() if "." in key}
-    tags = figures | {"command": command, "sweep": run}
-    version = tracker.register(name, winner.model_id, winner.run_id, str(winner.artefact), tags)
+    version = models.register(tracker, name, winner, tags)
     tracker.alias(name, "challenger", version.version)
     return tracker.version(name, "challenger")
 
@@ -173,10 +167,11 @@ def _sample(distribution: Any) -> Any:
     return distribution.sample() if hasattr(distribution, "sample") else distribution
 
 
-def _trial(config: dict[str, Any], *, space: Space, base: System, home: Path, run: str) -> None:
+def _trial(config: dict[str, Any], *, space: Space, base: System, home: Path, run: str, cwd: str) -> None:
     """Runs in a Tune actor: the stages of one trial, in that process."""
     import torch
 
+    os.chdir(cwd)  # Tune starts in a folder of its own; paths in a recipe begin where the command ran
     torch.set_num_threads(max(1, round(space.budget.cpus)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name = tune.get_context().get_trial_id()
@@ -204,6 +199,10 @@ class _Recorder(Callback):
     def __init__(self, space: Space, run: str, tracker: Tracker | None, parent: str | None, console: Console) -> None:
         self._run, self._space, self._tracker, self._parent, self._console = run, space, tracker, parent, console
         self.runs: dict[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles a Tuner to restore it, which is never done, and a console has a lock."""
+        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         if self._tracker and trial.trial_id not in self.runs:

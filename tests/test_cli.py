@@ -1,0 +1,190 @@
+"""The program as a person meets it: what it prints, and one line where something is wrong."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bridgework import cli
+from bridgework.lineage.store import MLflowTracker
+from bridgework.spec import override
+from bridgework.system import load
+from bridgework.training import artefact
+from tests.training.support import DEEPSPEED
+
+pytestmark = DEEPSPEED
+SHORT = ("--set", "stages.*.budget.steps=2", "--set", "stages.*.optim.peak_lr=3e-3")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command printed, in one line, and how it ended."""
+
+    out: str
+    err: str
+    code: int
+
+
+class Bridgework:
+    """The console script, run in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *words: str) -> Said:
+        self._monkeypatch.setattr(sys, "argv", ["bridgework", *words])
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = self._capsys.readouterr()
+        return Said(" ".join(said.out.split()), " ".join(said.err.split()), int(ended.value.code or 0))
+
+
+@pytest.fixture
+def bridgework(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bridgework:
+    return Bridgework(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path) -> Path:
+    """The artefact of a stage that the command line trained, with a version of it registered."""
+    words = ["bridgework", "train", "llava", "--tiny", "--workers", "0", "--stage", "align", "--run", "cli", *SHORT]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert not ended.value.code
+    return home / "runs/cli/align/artefact"
+
+
+def process(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same in a process of its own, where a traceback would be seen."""
+    command = [sys.executable, "-m", "bridgework.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "300", **environment})
+
+
+def test_systems_lists_variants_stages_and_what_trains(bridgework: Bridgework) -> None:
+    said = bridgework("systems")
+    assert said.code == 0
+    for word in ("llava", "llava:v1", "llava:quickstart", "align", "instruct", "bridge.*", "Captioning", "2,180 x 256"):
+        assert word in said.out
+
+
+def test_show_counts_the_paper_s_parameters_without_its_weights(bridgework: Bridgework) -> None:
+    said = bridgework("show", "llava")
+    assert said.code == 0
+    assert "align 20,979,712" in said.out  # 1024 x 4096 + 4096 + 4096 x 4096 + 4096
+    assert "instruct 6,759,395,328" in said.out  # with Vicuna-7B's 6,738,415,616
+    assert f"fingerprint {load('llava').fingerprint()}" in said.out
+    assert "stages.align.optim.peak_lr = 0.001" in said.out
+
+
+def test_show_takes_changes_by_dotted_path(bridgework: Bridgework) -> None:
+    said = bridgework("show", "llava", "--tiny", "--set", "stages.*.model.bridge=linear")
+    changed = override(load("llava").tiny(), {"stages.*.model.bridge": "linear"})
+    assert f"fingerprint {changed.fingerprint()}" in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", "lava"], "there is no system 'lava'; did you mean 'llava'?"),
+        (["show", "llava:v2"], "llava has no variant 'v2'; did you mean 'v1'?"),
+        (["show", "llava", "--set", "stages.align.optim.peek_lr=1"], "did you mean 'peak_lr'?"),
+        (["show", "llava", "--set", "stages.alig.seed=1"], "did you mean 'align'?"),
+        (["show", "llava", "--set", "stages.align.optim.peak_lr=fast"], "must be float, got 'fast'"),
+        (["show", "llava", "--set", "stages.align.seed"], "'stages.align.seed' is not of the form KEY=VALUE"),
+        (["train", "llava", "--tiny", "--stage", "alig", "--workers", "0"], "did you mean 'align'?"),
+        (["sweep", "llava_bridg"], "did you mean 'llava_bridge'?"),
+        (["eval", "not/an/artefact"], "not/an/artefact is not an artefact"),
+        (["promote", "unknown-model"], "no model 'unknown-model' is registered"),
+        (["rollback", "unknown-model"], "no model 'unknown-model' is registered"),
+    ],
+)
+def test_a_wrong_word_is_one_line_with_advice(bridgework: Bridgework, words: list[str], message: str) -> None:
+    said = bridgework(*words)
+    assert said.code == 1
+    assert said.err.startswith("error ")
+    assert message in said.err
+    assert "Traceback" not in said.err
+
+
+def test_an_error_is_one_line_and_a_traceback_only_with_debug() -> None:
+    quiet = process("show", "lava")
+    assert (quiet.returncode, quiet.stdout) == (1, "")
+    assert quiet.stderr == "error  there is no system 'lava'; did you mean 'llava'?\n"
+    loud = process("--debug", "show", "lava")
+    assert loud.returncode == 1
+    assert "Traceback" in loud.stderr
+    assert "SpecError" in loud.stderr
+
+
+def test_modules_of_ones_own_are_found_where_the_command_is_given(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.py").write_text(
+        "from bridgework.system import System, load\n\ndef system() -> System:\n    return load('llava').tiny()\n"
+    )
+    script = "import sys; sys.path = [p for p in sys.path if p]; from bridgework.cli import main; main()"
+    said = subprocess.run(
+        [sys.executable, "-c", script, "show", "own.mine"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stderr
+    assert load("llava").tiny().fingerprint() in said.stdout
+
+
+def test_train_leaves_an_artefact_and_a_version(bridgework: Bridgework, trained: Path, home: Path) -> None:
+    info = artefact.describe(trained)
+    assert (info.system, info.stage, info.steps) == ("llava", "align", 2)
+    tracker = MLflowTracker(None, home, "bridgework")
+    assert tracker.version("llava", "1").artefact == str(trained)
+
+
+def test_the_same_command_again_makes_no_second_version(bridgework: Bridgework, trained: Path, home: Path) -> None:
+    said = bridgework("train", "llava", "--tiny", "--workers", "0", "--stage", "align", "--run", "cli", *SHORT)
+    assert said.code == 0
+    assert "finished before" in said.err
+    assert "model llava:1" in said.out
+    assert [v.version for v in MLflowTracker(None, home, "bridgework").versions("llava")] == ["1"]
+
+
+def test_a_changed_recipe_is_refused_by_its_path(bridgework: Bridgework, trained: Path) -> None:
+    said = bridgework(
+        "train", "llava", "--tiny", "--workers", "0", "--run", "cli", *SHORT, "--set", "stages.align.seed=7"
+    )
+    assert said.code == 1
+    assert "stages.align.seed was 0, is 7" in said.err
+
+
+def test_promote_and_rollback_move_the_champion(bridgework: Bridgework, trained: Path, home: Path) -> None:
+    tracker = MLflowTracker(None, home, "bridgework")
+    first = tracker.version("llava", "1")
+    run = tracker.start("again")
+    model = tracker.output(run, "llava-align", str(trained), {"digest": "d"})
+    tracker.register("champions", model, run, first.artefact, {"heldout.loss": "2.0"})
+    tracker.register("champions", model, run, first.artefact, {"heldout.loss": "2.5"})
+    assert bridgework("promote", "champions:1").out == "champion champions:1"
+    worse = bridgework("promote", "champions:2", "--metric", "heldout.loss", "--lower")
+    assert worse.code == 1
+    assert "champions:2 has heldout.loss 2.5, the champion, version 1, 2: not promoted" in worse.err
+    assert bridgework("promote", "champions:2").out == "champion champions:2, before it 1"
+    assert bridgework("rollback", "champions").out == "champion champions:1"
+
+
+def test_eval_judges_an_artefact_by_its_stage(bridgework: Bridgework, home: Path) -> None:
+    words = ("train", "tests.tuning.tiny", "--stage", "align", "--workers", "0", "--run", "judged", *SHORT)
+    trained = bridgework(*words)
+    assert trained.code == 0, trained.err
+    said = bridgework("eval", str(home / "runs/judged/align/artefact"))
+    assert said.code == 0
+    figures = dict(zip(said.out.split()[2::2], said.out.split()[3::2], strict=True))
+    assert set(figures) == {"heldout.loss", "heldout.loss_shuffled", "heldout.gap"}
+    assert f"heldout.loss {figures['heldout.loss']}" in trained.out
+
+
+def test_eval_of_a_stage_without_evaluations_says_so(bridgework: Bridgework, trained: Path) -> None:
+    said = bridgework("eval", str(trained))
+    assert said.code == 1
+    assert "has no evaluations; add some to its recipe's `evals`" in said.err

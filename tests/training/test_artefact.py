@@ -1,0 +1,175 @@
+"""Weights that leave a stage: whole, named, bit for bit, and nothing that pretrained weights bring back."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bridgework.errors import WeightsError
+from bridgework.models import EfficientNetConfig, freezing
+from bridgework.spec import override
+from bridgework.system import System
+from bridgework.tracking import DatasetInput
+from bridgework.training import artefact
+from tests.training.support import fresh, llava, same
+
+SYSTEM = llava()
+DATA = (DatasetInput("shapes", "d" * 64, "/data/shapes", 256),)
+
+
+def bridge() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {n: torch.randn_like(t) for n, t in fresh(SYSTEM["align"]).state_dict().items() if n.startswith("bridge.")}
+
+
+def saved(tmp_path: Path, state: Mapping[str, Tensor], system: System = SYSTEM) -> Path:
+    artefact.save(tmp_path / "artefact", state, system=system, stage="align", datasets=DATA, steps=4)
+    return tmp_path / "artefact"
+
+
+def whole(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    state = fresh(SYSTEM["align"]).state_dict()
+    return saved(tmp_path, state), state
+
+
+def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
+    folder, state = whole(tmp_path)
+    state_back = artefact.load(folder).model.state_dict()
+    assert same(artefact.weights(folder), state)
+    assert same(dict(state_back), state)
+
+
+def test_a_loaded_model_is_at_rest(tmp_path: Path) -> None:
+    loaded = artefact.load(whole(tmp_path)[0])
+    assert not any(module.training for module in loaded.model.modules())
+    assert loaded.stage == SYSTEM["align"]
+
+
+def test_recipe_survives(tmp_path: Path) -> None:
+    folder = saved(tmp_path, bridge())
+    assert artefact.recipe(folder) == SYSTEM
+    assert artefact.recipe(folder).fingerprint() == artefact.describe(folder).fingerprint == SYSTEM.fingerprint()
+
+
+def test_an_artefact_says_where_it_comes_from(tmp_path: Path) -> None:
+    info = artefact.describe(saved(tmp_path, bridge()))
+    assert (info.system, info.stage, info.steps, info.datasets, info.parent) == ("llava", "align", 4, DATA, None)
+    assert (info.tensors, info.parameters) == (len(bridge()), sum(t.numel() for t in bridge().values()))
+
+
+@pytest.mark.parametrize("at", [0, 200, -1])
+def test_edited_weights_are_refused(tmp_path: Path, at: int) -> None:
+    folder, _ = whole(tmp_path)
+    content = bytearray((folder / "weights.safetensors").read_bytes())
+    content[at] ^= 1
+    (folder / "weights.safetensors").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"weights\.safetensors .*sha256 differs"):
+        artefact.load(folder)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "recipe.json", "artefact.json"])
+def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    folder, _ = whole(tmp_path)
+    (folder / name).unlink()
+    with pytest.raises(WeightsError, match=name):
+        artefact.load(folder)
+
+
+def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
+    folder, _ = whole(tmp_path)
+    (folder / "weights.safetensors").write_bytes(b"no weights")
+    about = json.loads((folder / "artefact.json").read_text())
+    digest = hashlib.sha256(b"no weights").hexdigest()
+    (folder / "artefact.json").write_text(json.dumps(about | {"digest": digest}))
+    with pytest.raises(WeightsError, match="cannot be read"):
+        artefact.load(folder)
+
+
+def test_fields_of_another_version_are_refused(tmp_path: Path) -> None:
+    folder, _ = whole(tmp_path)
+    (folder / "artefact.json").write_text("{}")
+    with pytest.raises(WeightsError, match="does not have the fields of this version"):
+        artefact.describe(folder)
+
+
+def test_other_shapes_are_named(tmp_path: Path) -> None:
+    state = fresh(SYSTEM["align"]).state_dict() | {"bridge.linear_1.bias": torch.zeros(3)}
+    with pytest.raises(WeightsError, match=r"shapes differ: bridge\.linear_1\.bias \[3\] against \[32\]"):
+        artefact.load(saved(tmp_path, state))
+
+
+def test_extra_tensors_are_named(tmp_path: Path) -> None:
+    state = fresh(SYSTEM["align"]).state_dict() | {f"extra.{i}": torch.zeros(1) for i in range(5)}
+    with pytest.raises(WeightsError, match=r"the model has no extra\.0, extra\.1, extra\.2 and 2 more"):
+        artefact.load(saved(tmp_path, state))
+
+
+def test_missing_tensors_are_named(tmp_path: Path) -> None:
+    state = fresh(SYSTEM["align"]).state_dict()
+    del state["bridge.linear_2.bias"]
+    with pytest.raises(WeightsError, match=r"lacks bridge\.linear_2\.bias"):
+        artefact.load(saved(tmp_path, state))
+
+
+def test_tied_weights_are_kept_once_and_come_back(tmp_path: Path) -> None:
+    system = override(SYSTEM, {"stages.*.model.language.tied": True})
+    model = fresh(system["align"])
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    names = artefact.kept(system["align"], model.state_dict(), [], [])
+    folder = saved(tmp_path, {n: own[n].detach() for n in names if n in own}, system)
+    assert "language.lm_head.weight" not in artefact.weights(folder)
+    assert same(dict(artefact.load(folder).model.state_dict()), dict(model.state_dict()))
+
+
+def test_an_artefact_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    one = torch.zeros(4)
+    with pytest.raises(RuntimeError):  # safetensors refuses two names for one memory
+        saved(tmp_path, {"a": one, "b": one})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_save_leaves_the_older_one(tmp_path: Path) -> None:
+    folder, one = saved(tmp_path, bridge()), torch.zeros(4)
+    with pytest.raises(RuntimeError):
+        saved(tmp_path, {"a": one, "b": one})
+    assert same(artefact.weights(folder), bridge())
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_newer_one_takes_the_place(tmp_path: Path) -> None:
+    saved(tmp_path, {"old": torch.zeros(1)})
+    assert same(artefact.weights(saved(tmp_path, bridge())), bridge())
+    assert [path.name for path in tmp_path.iterdir()] == ["artefact"]
+
+
+def test_frozen_pretrained_tensors_are_not_in_it() -> None:
+    stage = override(SYSTEM, {"stages.*.model.vision": EfficientNetConfig(image_size=64)})["align"]
+    model = stage.model.build(pretrained=False)
+    kept = artefact.kept(stage, model.state_dict(), freezing.apply(model, stage.trains), [])
+    assert {name.split(".")[0] for name in kept} == {"bridge", "language"}
+
+
+def test_pretrained_tensors_that_were_trained_or_inherited_are_in_it() -> None:
+    stage = override(SYSTEM, {"stages.*.model.vision": EfficientNetConfig(image_size=64)})["align"]
+    names = ["vision.a", "vision.b", "vision.c", "bridge.d"]
+    assert artefact.kept(stage, names, ["vision.a"], ["vision.b"]) == ["vision.a", "vision.b", "bridge.d"]
+
+
+def test_a_folder_that_is_no_artefact_is_refused_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="is not an artefact .* give the folder that a finished stage wrote"):
+        artefact.describe(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WeightsError, match="cannot be read"):
+        artefact.describe(tmp_path / "file")
+
+
+def test_parent_is_named_by_its_digest(tmp_path: Path) -> None:
+    parent = artefact.save(tmp_path / "one", bridge(), system=SYSTEM, stage="align")
+    child = artefact.save(tmp_path / "two", bridge(), system=SYSTEM, stage="instruct", parent=parent.digest)
+    assert artefact.describe(tmp_path / "two").parent == parent.digest
+    assert replace(child, datasets=()) == artefact.describe(tmp_path / "two")

@@ -1,0 +1,140 @@
+"""Features of a frozen tower, computed once: the same numbers as the tower gives, where that pays."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from bridgework.data import synthetic
+from bridgework.data.catalog import resolve
+from bridgework.data.samples import Sample, pair
+from bridgework.data.shards import Dataset, open_dataset, write
+from bridgework.data.transforms import read_square
+from bridgework.models import EfficientNetConfig
+from bridgework.system import System
+from bridgework.training import features
+from tests.training.support import DEEPSPEED, go, llava, losses
+
+pytest.importorskip("efficientnet_lite_pytorch", reason="the tower's network comes in a package")
+pytestmark = DEEPSPEED
+TOWER = EfficientNetConfig(image_size=64, grid=2)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """Three shards; one image is damaged."""
+    rows = list(synthetic.shapes(40))
+    rows[5] = pair(rows[5].key, rows[5].images[0][:200], "a torn picture")
+    return written(tmp_path / "data", rows)
+
+
+def written(folder: Path, rows: list[Sample]) -> Dataset:
+    about = {"source": "s", "licence": "CC0-1.0", "made_by": "test"}
+    write(rows, str(folder), group_rows=8, shard_rows=16, **about)
+    return open_dataset(str(folder))
+
+
+def prepare(dataset: Dataset, home: Path, draws: int = 10_000, workers: int = 0) -> features.Verdict:
+    home.mkdir(exist_ok=True)
+    return features.prepare(TOWER, [dataset], draws=draws, home=home, workers=workers)
+
+
+def stored(verdict: features.Verdict, dataset: Dataset) -> list[dict[str, Any]]:
+    assert verdict.folder is not None
+    files = sorted((verdict.folder / dataset.manifest.digest).glob("*.parquet"))
+    assert [f.name for f in files] == [s.file for s in dataset.manifest.shards]
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def test_cached_features_are_those_of_the_tower(dataset: Dataset, tmp_path: Path) -> None:
+    rows = stored(prepare(dataset, tmp_path / "home"), dataset)
+    samples = list(dataset.samples())
+    assert [row["key"] for row in rows] == [s.key for s in samples]
+    good = [s for i, s in enumerate(samples) if i != 5]
+    with torch.inference_mode():
+        squares = np.stack([read_square(s.images[0], TOWER.pixels) for s in good])
+        expected = TOWER.build().eval()(torch.from_numpy(squares))
+    found = [np.frombuffer(row["features"][0], np.float16) for i, row in enumerate(rows) if i != 5]
+    torch.testing.assert_close(
+        torch.from_numpy(np.stack(found)).float().view_as(expected), expected, rtol=2e-3, atol=2e-3
+    )
+
+
+def test_an_image_that_does_not_decode_has_no_features(dataset: Dataset, tmp_path: Path) -> None:
+    rows = stored(prepare(dataset, tmp_path / "home"), dataset)
+    assert [i for i, row in enumerate(rows) if not row["features"][0]] == [5]
+
+
+def test_row_groups_are_those_of_the_dataset(dataset: Dataset, tmp_path: Path) -> None:
+    verdict = prepare(dataset, tmp_path / "home")
+    assert verdict.folder is not None
+    for shard in dataset.manifest.shards:
+        ours = pq.ParquetFile(verdict.folder / dataset.manifest.digest / shard.file)
+        theirs = pq.ParquetFile(Path(dataset.path) / shard.file)
+        sizes = [[f.metadata.row_group(g).num_rows for g in range(f.num_row_groups)] for f in (ours, theirs)]
+        assert sizes[0] == sizes[1]
+        ours.close()
+        theirs.close()
+
+
+def test_features_are_computed_once(dataset: Dataset, tmp_path: Path) -> None:
+    first = prepare(dataset, tmp_path / "home")
+    assert "cached" in first.why
+    assert "instead of 10,000 times" in first.why
+    assert first.folder is not None
+    written_at = {f: f.stat().st_mtime_ns for f in first.folder.rglob("*.parquet")}
+    second = prepare(dataset, tmp_path / "home", draws=1)
+    assert second.folder == first.folder
+    assert "are in" in second.why
+    assert written_at == {f: f.stat().st_mtime_ns for f in first.folder.rglob("*.parquet")}
+
+
+def test_it_says_why_it_does_not_pay(dataset: Dataset, tmp_path: Path) -> None:
+    verdict = prepare(dataset, tmp_path / "home", draws=40)
+    assert verdict.folder is None
+    assert "it draws 40 images, caching would take 40 images once" in verdict.why
+    assert not list((tmp_path / "home").iterdir())
+
+
+def test_a_cache_that_failed_leaves_nothing(dataset: Dataset, tmp_path: Path) -> None:
+    (Path(dataset.path) / dataset.manifest.shards[2].file).write_bytes(b"torn")
+    with pytest.raises(Exception, match="shard"):
+        prepare(dataset, tmp_path / "home")
+    assert not [f for f in (tmp_path / "home").rglob("*") if dataset.manifest.digest in f.name and f.is_dir()]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_actors_write_what_one_process_writes(dataset: Dataset, tmp_path: Path) -> None:
+    alone = stored(prepare(dataset, tmp_path / "alone"), dataset)
+    assert stored(prepare(dataset, tmp_path / "actors", workers=2), dataset) == alone
+
+
+# --- in a run --------------------------------------------------------------------------------------------------------
+
+
+def system(steps: int = 20, **changes: Any) -> System:
+    return llava(steps, **{"stages__*__model__vision": TOWER, **changes})
+
+
+def test_a_run_from_features_has_the_losses_of_one_from_pixels(
+    home: Path, run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(system(), home, f"{run}-pixels", cache_features=False)
+    go(system(), home, run)
+    assert "features are" in capsys.readouterr().err
+    digest = open_dataset(resolve("synthetic:shapes", home)).manifest.digest
+    assert (home / "features" / TOWER.build().digest() / digest).is_dir()
+    assert dict(losses(home, run)) == pytest.approx(dict(losses(home, f"{run}-pixels")), rel=1e-2)
+
+
+@pytest.mark.parametrize("glob", ["vision.*", "v*", "*", "[u-w]ision.*"])
+def test_a_tower_that_trains_is_never_replaced_by_its_features(
+    home: Path, run: str, glob: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = f"{run}-{len(glob)}-{glob.count('*')}"
+    go(system(1, stages__align__trains={"bridge.*": 1.0, glob: 1.0}), home, run)
+    assert "features" not in capsys.readouterr().err

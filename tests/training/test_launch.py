@@ -1,0 +1,191 @@
+"""A run from its command to its artefacts: what is refused, what is taken as it is, and two workers like none."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from bridgework.errors import DataError, RunError, SpecError, WeightsError
+from bridgework.evaluation import HeldOutLoss
+from bridgework.spec import override
+from bridgework.training import artefact, checkpoint
+from tests.training.support import DEEPSPEED, go, llava, losses, same, weights
+
+pytestmark = DEEPSPEED
+
+
+def folder(home: Path, run: str) -> Path:
+    return home / "runs" / run
+
+
+def test_stage_2_holds_the_bridge_of_stage_1(home: Path, run: str) -> None:
+    system = override(llava(2), {"stages.instruct.trains": {"language.*": 1.0}})
+    go(system, home, run, stages=None)
+    bridge = {n: t for n, t in weights(home, run).items() if n.startswith("bridge.")}
+    after = {n: t for n, t in weights(home, run, "instruct").items() if n.startswith("bridge.")}
+    assert bridge
+    assert same(after, bridge)
+
+
+def test_finished_stage_is_taken_as_it_is(home: Path, run: str) -> None:
+    first = go(llava(2), home, run)["align"]
+    written = (first.artefact / "artefact.json").stat()
+    both = go(llava(2), home, run, stages=None)
+    assert (first.artefact / "artefact.json").stat().st_mtime_ns == written.st_mtime_ns
+    assert both["align"].metrics == first.metrics
+    assert len(losses(home, run)) == 2
+
+
+def test_run_with_another_recipe_is_refused_and_nothing_changes(home: Path, run: str) -> None:
+    go(llava(2), home, run)
+    before = weights(home, run)
+    with pytest.raises(RunError, match=r"stages\.align\.seed was 0, is 7"):
+        go(llava(2, stages__align__seed=7), home, run)
+    assert same(weights(home, run), before)
+
+
+def test_unknown_stage_is_refused_before_anything_is_written(home: Path, run: str) -> None:
+    with pytest.raises(SpecError, match="no stage 'alig'; did you mean 'align'"):
+        go(llava(), home, run, stages=["alig"])
+    assert not folder(home, run).exists()
+
+
+def test_missing_dataset_is_refused_before_anything_is_written(home: Path, run: str) -> None:
+    system = llava(stages__instruct__data__sources__gqa__dataset="synthetic-shape")
+    with pytest.raises(DataError, match="no dataset 'synthetic-shape'.*did you mean"):
+        go(system, home, run, stages=None)
+    assert not folder(home, run).exists()
+
+
+def test_missing_dataset_of_an_evaluation_is_refused_before_anything_is_written(home: Path, run: str) -> None:
+    system = llava(stages__align__evals=(HeldOutLoss(name="heldout", dataset="not-here", rows=4),))
+    with pytest.raises(DataError, match="no dataset 'not-here'"):
+        go(system, home, run)
+    assert not folder(home, run).exists()
+
+
+def test_more_workers_than_lanes_are_refused_before_anything_is_written(home: Path, run: str) -> None:
+    with pytest.raises(SpecError, match="4 lanes for 5 workers"):
+        go(llava(), home, run, workers=5)
+    assert not folder(home, run).exists()
+
+
+def test_stage_before_its_parent_is_refused_before_anything_is_written(home: Path, run: str) -> None:
+    with pytest.raises(RunError, match="starts from align, which this run has not trained; train it first"):
+        go(llava(), home, run, stages=["instruct"])
+    assert not folder(home, run).exists()
+
+
+def test_parent_that_is_no_artefact_is_refused_before_anything_is_written(home: Path, run: str, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="is not an artefact"):
+        go(llava(stages__align__starts_from=str(tmp_path)), home, run)
+    assert not folder(home, run).exists()
+
+
+def test_a_stage_may_start_from_the_artefact_of_another_run(home: Path, run: str) -> None:
+    parent = go(llava(2), home, f"{run}-parent")["align"].artefact
+    system = llava(2, stages__instruct__starts_from=str(parent))
+    child = go(system, home, run, stages=["instruct"])["instruct"].artefact
+    assert artefact.describe(child).parent == artefact.describe(parent).digest
+
+
+def test_edited_parent_is_refused(home: Path, run: str) -> None:
+    parent = go(llava(2), home, run)["align"].artefact
+    file = parent / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(WeightsError, match="sha256 differs"):
+        go(llava(2), home, run, stages=["instruct"])
+    assert not (folder(home, run) / "instruct" / "artefact").exists()
+
+
+def test_checkpoint_of_another_number_of_workers_is_refused_with_advice(home: Path, run: str) -> None:
+    system = llava(4)
+    made = checkpoint.begin(folder(home, run) / "align", 2, "old")
+    checkpoint.complete(made, step=2, world=3, attempt="old", fingerprint=system.fingerprint(), keep=2)
+    with pytest.raises(RunError, match="state of 3 workers, this run has 1; go on with --workers 3"):
+        go(system, home, run)
+
+
+def test_metrics_are_those_of_the_last_step_and_of_the_evaluations(home: Path, run: str) -> None:
+    evals = (HeldOutLoss(name="heldout", dataset="synthetic:shapes", rows=4),)
+    found = go(llava(2, stages__align__evals=evals), home, run)["align"].metrics
+    assert found["loss"] == losses(home, run)[-1][1]
+    assert found["heldout.loss"] == losses(home, run, key="heldout.loss")[0][1]
+
+
+# --- Ray Train -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_two_workers_learn_what_none_does(home: Path, run: str) -> None:
+    system = llava(6, stages__align__budget__micro=4)
+    go(system, home, f"{run}-alone")
+    go(system, home, run, workers=2)
+    assert dict(losses(home, run)) == pytest.approx(dict(losses(home, f"{run}-alone")), rel=1e-5)
+    alone = weights(home, f"{run}-alone")
+    for name, tensor in weights(home, run).items():
+        assert tensor.allclose(alone[name], rtol=0, atol=1e-5), name
+    assert not (folder(home, run) / "align" / "ray").exists()
+
+
+def workers() -> list[int]:
+    """The training workers of this session's own Ray, by the process tree."""
+    status = {int(p.name): p for p in Path("/proc").iterdir() if p.name.isdigit()}
+    found = []
+    for pid, place in status.items():
+        try:
+            title = (place / "cmdline").read_bytes()
+            raylet = parent(pid)
+            if b"RayTrainWorker" in title and parent(raylet) == os.getpid():
+                found.append(pid)
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def kill_one(stage: Path, after: int, done: list[int]) -> None:
+    """SIGKILL to a worker as soon as the stage has a checkpoint of `after` steps or more."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        found = checkpoint.checkpoints(stage)
+        if found and found[0].step >= after and (pids := workers()):
+            os.kill(pids[-1], signal.SIGKILL)
+            done.append(pids[-1])
+            return
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(home: Path, run: str) -> None:
+    every, killed = 5, list[int]()
+    system = llava(120, stages__align__budget__micro=4)
+    go(system, home, f"{run}-whole", workers=2, checkpoint_every=every)
+    killer = threading.Thread(target=kill_one, args=(folder(home, run) / "align", 20, killed))
+    killer.start()
+    go(system, home, run, workers=2, checkpoint_every=every)
+    killer.join()
+    assert killed
+    assert same(weights(home, run), weights(home, f"{run}-whole"))
+    steps = [step for step, _ in losses(home, run)]
+    assert sorted(set(steps)) == list(range(steps[0], 121))
+    assert len(steps) - len(set(steps)) <= every
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_run_with_workers_goes_on_with_the_same_command(home: Path, run: str) -> None:
+    system = llava(6)
+    go(system, home, f"{run}-whole", workers=2, checkpoint_every=2)
+    go(system, home, run, workers=2, checkpoint_every=2)
+    (folder(home, run) / "align/artefact/artefact.json").unlink()  # as if the driver had died at the very end
+    go(system, home, run, workers=2, checkpoint_every=2)
+    assert same(weights(home, run), weights(home, f"{run}-whole"))
+    assert [step for step, _ in losses(home, run)] == [1, 2, 3, 4, 5, 6, 5, 6]

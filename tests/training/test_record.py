@@ -1,0 +1,112 @@
+"""What the tracker hears of a run, and that a tracker that falls silent never stops one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridgework.errors import TrackingError
+from bridgework.tracking import MemoryRun, MemoryTracker
+from bridgework.training import artefact
+from tests.training.support import DEEPSPEED, Stop, go, llava, stop_at
+
+pytestmark = DEEPSPEED
+CALLS = ("start", "params", "inputs", "points", "file", "output", "finish")
+STEPS = 3
+
+
+class Silent(MemoryTracker):
+    """Answers no call of one name, while it is down: from the `after`th on."""
+
+    def __init__(self, call: str, after: int = 0) -> None:
+        super().__init__()
+        self.down, self._left, real = True, after, getattr(self, call)
+
+        def answer(*args: Any, **words: Any) -> Any:
+            self._left -= 1
+            if self.down and self._left < 0:
+                raise TrackingError(f"the tracker does not answer to {call}")
+            return real(*args, **words)
+
+        setattr(self, call, answer)
+
+
+def by_name(tracker: MemoryTracker) -> dict[str, MemoryRun]:
+    assert len({r.name for r in tracker.runs.values()}) == len(tracker.runs)
+    return {run.name: run for run in tracker.runs.values()}
+
+
+def assert_all_recorded(tracker: MemoryTracker, run: str) -> None:
+    runs = by_name(tracker)
+    assert {name: r.status for name, r in runs.items()} == dict.fromkeys((run, "align"), "FINISHED")
+    assert runs["align"].params["budget.steps"] == STEPS
+    assert [d.name for d in runs["align"].inputs] == ["blip558k"]
+    assert "recipe.json" in runs[run].files
+    assert [p.step for p in runs["align"].points if p.key == "loss"] == list(range(1, STEPS + 1))
+    assert len(tracker.models) == 1
+
+
+def test_a_run_is_recorded_whole(home: Path, run: str) -> None:
+    tracker = MemoryTracker()
+    results = go(llava(STEPS), home, run, tracker=tracker)
+    assert_all_recorded(tracker, run)
+    runs, system = by_name(tracker), llava(STEPS)
+    assert runs["align"].tags["fingerprint"] == runs[run].tags["fingerprint"] == system.fingerprint()
+    assert runs[run].params["stages.align.optim.peak_lr"] == 3e-3
+    assert tracker.runs[str(runs["align"].parent)] is runs[run]
+    model = tracker.models[str(results["align"].model_id)]
+    assert model[2] == str(results["align"].artefact)
+    assert model[3]["digest"] == artefact.describe(results["align"].artefact).digest
+
+
+def test_a_stage_names_the_weights_that_it_starts_from(home: Path, run: str) -> None:
+    tracker = MemoryTracker()
+    results = go(llava(2), home, run, stages=None, tracker=tracker)
+    digest = artefact.describe(results["align"].artefact).digest
+    assert by_name(tracker)["instruct"].tags["starts_from_digest"] == digest
+    assert artefact.describe(results["instruct"].artefact).parent == digest
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_silent_tracker_stops_nothing_and_the_same_command_records_all(
+    home: Path, run: str, call: str, after: int
+) -> None:
+    tracker = Silent(call, after)
+    first = go(llava(STEPS), home, run, tracker=tracker)["align"]
+    digest = artefact.describe(first.artefact).digest
+    tracker.down = False
+    again = go(llava(STEPS), home, run, tracker=tracker)["align"]
+    assert artefact.describe(again.artefact).digest == digest
+    assert again.run_id is not None
+    assert {name: r.status for name, r in by_name(tracker).items()} == dict.fromkeys((run, "align"), "FINISHED")
+    assert_recorded_once(tracker, run)
+
+
+def assert_recorded_once(tracker: MemoryTracker, run: str) -> None:
+    tracker.models = dict(list(tracker.models.items())[-1:])  # told twice, the twin in memory keeps two
+    assert_all_recorded(tracker, run)
+
+
+def test_a_failed_stage_is_recorded_as_failed_and_taken_up_again(home: Path, run: str) -> None:
+    tracker, report = MemoryTracker(), stop_at(2)
+    with pytest.raises(Stop):
+        go(llava(STEPS), home, run, tracker=tracker, evaluate_every=1, report=report)
+    assert {r.status for r in tracker.runs.values()} == {"FAILED"}
+    go(llava(STEPS), home, run, tracker=tracker)
+    assert_all_recorded(tracker, run)
+
+
+def test_an_interrupted_run_is_recorded_as_killed(home: Path, run: str) -> None:
+    tracker, report = MemoryTracker(), interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        go(llava(STEPS), home, run, tracker=tracker, evaluate_every=1, report=report)
+    assert {r.status for r in tracker.runs.values()} == {"KILLED"}
+
+
+def interrupt() -> Callable[[dict[str, float], int], None]:
+    def report(metrics: dict[str, float], done: int) -> None:
+        raise KeyboardInterrupt
+
+    return report

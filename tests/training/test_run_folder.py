@@ -1,0 +1,57 @@
+"""A run's folder: one writer, one recipe, room."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bridgework.errors import ResourceError, RunError
+from bridgework.spec import override
+from bridgework.training import run_folder
+from tests.training.support import llava
+
+HOLD = """
+import sys
+from pathlib import Path
+from bridgework.training.run_folder import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_on_one_run_are_refused(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", HOLD, str(tmp_path / "monday")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="'monday' is being trained by another process"):
+            run_folder.locked(tmp_path / "monday").__enter__()
+        other.kill()  # which frees the lock
+    with run_folder.locked(tmp_path / "monday"):
+        pass
+
+
+def test_the_same_recipe_is_taken_and_another_is_refused_by_its_paths(tmp_path: Path) -> None:
+    system = llava()
+    run_folder.same_recipe(tmp_path, system)
+    run_folder.same_recipe(tmp_path, llava())
+    other = override(system, {"stages.align.optim.peak_lr": 0.5, "stages.instruct.data.sources.vqav2.factor": 2.0})
+    with pytest.raises(RunError) as refused:
+        run_folder.same_recipe(tmp_path, other)
+    assert "stages.align.optim.peak_lr was 0.003, is 0.5" in str(refused.value)
+    assert "stages.instruct.data.sources.vqav2.factor was 1.0, is 2.0" in str(refused.value)
+    run_folder.same_recipe(tmp_path, system)
+
+
+def test_many_differences_are_counted(tmp_path: Path) -> None:
+    run_folder.same_recipe(tmp_path, llava())
+    with pytest.raises(RunError, match="and 7 more"):
+        run_folder.same_recipe(tmp_path, override(llava(), {"stages.instruct.data.sources.*.factor": 2.0}))
+
+
+def test_a_full_disk_is_said_before_the_run(tmp_path: Path) -> None:
+    run_folder.room(tmp_path, need=1)
+    with pytest.raises(ResourceError, match="MB free, a run needs at least .* set BRIDGEWORK_HOME"):
+        run_folder.room(tmp_path, need=10**18)

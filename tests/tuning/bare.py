@@ -1,0 +1,4 @@
+"""A space that says too little."""
+
+SYSTEM = "llava"
+STAGES = ("align",)

@@ -1,0 +1,45 @@
+"""What a sweep searches, and what is wrong with it, before anything runs."""
+
+import pytest
+
+from bridgework.errors import SpecError
+from bridgework.system import load as load_system
+from bridgework.tuning.search import limited
+from bridgework.tuning.space import Metric, SweepBudget, load, spaces
+
+
+def test_the_spaces_that_ship_load_and_fit_their_systems() -> None:
+    assert "llava_bridge" in spaces()
+    for name in spaces():
+        space = load(name)
+        system = load_system(space.system)
+        evals = [spec.name for spec in system[space.stages[-1]].evals]
+        assert space.metric.name.split(".")[0] in evals
+
+
+def test_unknown_space_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(SpecError, match="no sweep 'llava_bridg'.*did you mean 'llava_bridge'"):
+        load("llava_bridg")
+
+
+def test_unknown_module_of_ones_own_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"no sweep 'tests\.tuning\.nothing'"):
+        load("tests.tuning.nothing")
+
+
+def test_missing_names_are_said_with_an_example() -> None:
+    with pytest.raises(SpecError, match=r"does not say SPACE, METRIC, BUDGET; see tune_spaces/llava_bridge\.py"):
+        load("tests.tuning.bare")
+
+
+@pytest.mark.parametrize("field", ["trials", "concurrent", "judgements"])
+def test_a_budget_of_nothing_is_refused(field: str) -> None:
+    with pytest.raises(SpecError, match=f"{field} of at least 1, got 0"):
+        SweepBudget(**{field: 0})
+
+
+def test_a_limited_space_differs_in_its_trials_alone() -> None:
+    space = load("tests.tuning.tiny")
+    assert limited(space, trials=None) is space
+    assert limited(space, trials=7).budget.trials == 7
+    assert limited(space, trials=7).metric == space.metric == Metric(name="heldout.loss", mode="min")
