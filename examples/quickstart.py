@@ -47,9 +47,9 @@ QUESTION = "What is in the picture?"
 GATE = "ranking.accuracy"
 STYLE, CONCEPTS = f"{DATA}/heldout_style", f"{DATA}/heldout_concepts"
 JUDGES = (
-    HeldOutLoss(dataset=CONCEPTS, rows=200),
-    Ranking(dataset=STYLE, rows=100),
-    Ranking(name="concepts_ranking", dataset=CONCEPTS, rows=100),
+    HeldOutLoss(dataset=CONCEPTS, rows=128),
+    Ranking(dataset=STYLE, rows=60),
+    Ranking(name="concepts_ranking", dataset=CONCEPTS, rows=60),
     Retrieval(dataset=STYLE),
     Retrieval(name="concepts_retrieval", dataset=CONCEPTS),
 )

@@ -161,7 +161,7 @@ def test_pretrained_tensors_that_were_trained_or_inherited_are_in_it() -> None:
 
 
 def test_a_folder_that_is_no_artefact_is_refused_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="is not an artefact .* give the folder that a finished stage wrote"):
+    with pytest.raises(WeightsError, match=r"is not an artefact .* give the folder that a finished stage wrote"):
         artefact.describe(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(WeightsError, match="cannot be read"):

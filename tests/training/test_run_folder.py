@@ -53,5 +53,5 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_said_before_the_run(tmp_path: Path) -> None:
     run_folder.room(tmp_path, need=1)
-    with pytest.raises(ResourceError, match="MB free, a run needs at least .* set BRIDGEWORK_HOME"):
+    with pytest.raises(ResourceError, match=r"MB free, a run needs at least .* set BRIDGEWORK_HOME"):
         run_folder.room(tmp_path, need=10**18)

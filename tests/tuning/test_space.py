@@ -18,7 +18,7 @@ def test_the_spaces_that_ship_load_and_fit_their_systems() -> None:
 
 
 def test_unknown_space_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(SpecError, match="no sweep 'llava_bridg'.*did you mean 'llava_bridge'"):
+    with pytest.raises(SpecError, match=r"no sweep 'llava_bridg'.*did you mean 'llava_bridge'"):
         load("llava_bridg")
 
 

@@ -50,13 +50,13 @@ def quickstart() -> System:
         trains={"bridge.*": 1.0},
         losses=(Captioning(), Contrastive(weight=0.1)),
         data=Mixture(sources=PAIRS, alpha=0.5, template="plain", max_tokens=96, lanes=16, window=20),
-        budget=Budget(steps=80, batch=16, micro=16),
+        budget=Budget(steps=60, batch=16, micro=16),
         optim=AdamW(peak_lr=5e-4),
         starts_from="warm",
         shard=CPU,
         evals=(
-            HeldOutLoss(name="heldout", dataset="examples/data/heldout_concepts", rows=96),
-            Ranking(name="ranking", dataset="examples/data/heldout_style", candidates=20, rows=60),
+            HeldOutLoss(name="heldout", dataset="examples/data/heldout_concepts", rows=64),
+            Ranking(name="ranking", dataset="examples/data/heldout_style", candidates=20, rows=50),
         ),
     )
     instruct = Stage(
@@ -65,14 +65,13 @@ def quickstart() -> System:
         trains={"bridge.*": 1.0, "language.model.layers.2[6-9].*": 0.1},
         losses=(Captioning(),),
         data=Mixture(sources=PAIRS, alpha=0.5, template="chat", max_tokens=96, lanes=16, window=20),
-        budget=Budget(steps=40, batch=16, micro=16),
+        budget=Budget(steps=30, batch=16, micro=16),
         optim=AdamW(peak_lr=3e-4),
         starts_from="align",
         shard=CPU,
         evals=(
-            HeldOutLoss(name="heldout", dataset="examples/data/heldout_concepts", rows=96),
-            Ranking(name="ranking", dataset="examples/data/heldout_style", candidates=20, rows=100),
-            Ranking(name="ranking_concepts", dataset="examples/data/heldout_concepts", candidates=20, rows=100),
+            HeldOutLoss(name="heldout", dataset="examples/data/heldout_concepts", rows=64),
+            Ranking(name="ranking", dataset="examples/data/heldout_style", candidates=20, rows=50),
         ),
     )
     return System(name="llava", paper="arXiv:2304.08485", stages=(warm, align, instruct))

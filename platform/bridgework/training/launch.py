@@ -80,7 +80,7 @@ def train(
             for stage in chosen:
                 results[stage.name] = _stage(system, stage, data[stage.name], folder, home, how, tracked, console)
         except BaseException as error:
-            tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
             raise
         tracked.finish("FINISHED")
     return results

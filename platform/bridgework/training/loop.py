@@ -99,6 +99,7 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
         if done == stage.budget.steps:
             break
         if job.checkpoint_every and done % job.checkpoint_every == 0:
+            journal.flush()  # steps before a checkpoint are never taken again
             _save(job, engine, attempt, done, rank, world)
         if job.evaluate_every and done % job.evaluate_every == 0:
             report(metrics | _evaluate(job, stage, model, write=False), done)
