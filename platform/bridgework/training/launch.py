@@ -70,7 +70,7 @@ def train(
     """
     chosen = [system[name] for name in stages] if stages is not None else list(system.stages)
     console = console or Console(stderr=True)
-    folder = home / "runs" / run
+    folder = run_folder.place(home, run)
     data = {stage.name: _checked(stage, chosen[:i], folder, home, how) for i, stage in enumerate(chosen)}
     with run_folder.locked(folder):
         run_folder.same_recipe(folder, system)

@@ -8,9 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bridgework.errors import ResourceError, RunError
+from bridgework.errors import ResourceError, RunError, SpecError
 from bridgework.spec import to_dict
 from bridgework.system import System
+
+
+def place(home: Path, run: str) -> Path:
+    """<home>/runs/<run>. Raises SpecError for a name that would lead out of it."""
+    root = (home / "runs").resolve()
+    folder = (root / run).resolve()
+    if folder == root or not folder.is_relative_to(root):
+        raise SpecError(f"a run's name is a folder under {root}, not {run!r}; leave out '..' and a leading '/'")
+    return root / run
 
 
 @contextmanager

@@ -8,11 +8,12 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 from ray import tune
 from ray.tune import Callback, ResultGrid, RunConfig, TuneConfig, Tuner
 from ray.tune.experiment import Trial
@@ -20,7 +21,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
-from bridgework.errors import RunError, SpecError
+from bridgework.errors import RunError, SpecError, TrackingError
 from bridgework.lineage import models
 from bridgework.spec import override, to_dict
 from bridgework.system import System, load
@@ -28,6 +29,10 @@ from bridgework.tracking import Point, Tracker, Version
 from bridgework.training.launch import How, train
 from bridgework.training.record import StageResult
 from bridgework.tuning.space import Space
+
+# Both announce what the table of the sweep says better.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,10 @@ def sweep(
     if rows is None:
         recorder = _Recorder(space, run, tracker, parent, console)
         rows = _rows(_search(space, base, home, run, recorder), space, folder)
+        if rows[0].status != "finished":
+            raise RunError(f"sweep {run}: none of {len(rows)} trials finished; the reasons are in {folder / 'tune'}")
         _keep(folder, space, base, rows)
-    finished = [row for row in rows if row.status == "finished"]
-    if not finished:
-        raise RunError(f"sweep {run}: none of {len(rows)} trials finished; the reasons are in {folder / 'tune'}")
-    best = finished[0]
+    best = rows[0]
     # All its stages are finished: this only tells the tracker what they read and made.
     winner = train(
         override(base, best.changes),
@@ -93,9 +97,13 @@ def sweep(
         console=Console(quiet=True),
     )[space.stages[-1]]
     command = _command(space, fixed, best.changes)
-    version = _challenger(tracker, base.name, winner, {"command": command, "sweep": run})
-    if tracker and parent:
-        tracker.finish(parent)
+    version = None
+    try:
+        version = _challenger(tracker, base.name, winner, {"command": command, "sweep": run})
+        if tracker and parent:
+            tracker.finish(parent)
+    except TrackingError as error:
+        console.print(f"{error}; the winner is not registered yet: the same command later does it")
     return Outcome(tuple(rows), command, winner.artefact, winner.metrics, version)
 
 
@@ -205,31 +213,38 @@ class _Recorder(Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        if self._tracker and trial.trial_id not in self.runs:
-            name = f"{self._run}/{trial.trial_id}"
-            tags = {"run_key": name, "sweep": self._space.name, "system": self._space.system}
-            self.runs[trial.trial_id] = self._tracker.start(name, parent=self._parent, tags=tags)
-            self._tracker.params(self.runs[trial.trial_id], trial.config)
+        if trial.trial_id not in self.runs:
+            self._tell(lambda tracker: self._open(tracker, trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        score, step = result[self._space.metric.name], int(result["step"])
-        self._console.print(
-            f"trial {trial.trial_id}: {self._space.metric.name} {score:.3f} at step {step}", highlight=False
-        )
-        if self._tracker:
-            at = int(result["timestamp"] * 1000)
-            figures = {k: v for k, v in result.items() if isinstance(v, float) and "/" not in k}
-            self._tracker.points(self.runs[trial.trial_id], [Point(k, v, step, at) for k, v in figures.items()])
+        name, step, at = self._space.metric.name, int(result["step"]), int(result["timestamp"] * 1000)
+        self._console.print(f"trial {trial.trial_id}: {name} {result[name]:.3f} at step {step}", highlight=False)
+        points = [Point(k, v, step, at) for k, v in result.items() if isinstance(v, float) and "/" not in k]
+        self._tell(lambda tracker: tracker.points(self.runs[trial.trial_id], points))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        if self._tracker:
-            self._tracker.finish(self.runs[trial.trial_id])
+        self._tell(lambda tracker: tracker.finish(self.runs[trial.trial_id]))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        if self._tracker:
-            self._tracker.finish(self.runs[trial.trial_id], "FAILED")
+        self._tell(lambda tracker: tracker.finish(self.runs[trial.trial_id], "FAILED"))
+
+    def _open(self, tracker: Tracker, trial: Trial) -> None:
+        name = f"{self._run}/{trial.trial_id}"
+        tags = {"run_key": name, "sweep": self._space.name, "system": self._space.system}
+        self.runs[trial.trial_id] = tracker.start(name, parent=self._parent, tags=tags)
+        tracker.params(self.runs[trial.trial_id], trial.config)
+
+    def _tell(self, say: Callable[[Tracker], object]) -> None:
+        """Nobody, from the first time that the tracker does not answer: it never stops a sweep."""
+        if self._tracker is None:
+            return
+        try:
+            say(self._tracker)
+        except TrackingError as error:
+            self._tracker = None
+            self._console.print(f"{error}; the sweep goes on, and its trials are not tracked")
 
 
 def _rows(results: ResultGrid, space: Space, folder: Path) -> list[Row]:
