@@ -165,7 +165,7 @@ def evaluate(model: Model) -> None:
 @app.command()
 def promote(
     model: Model,
-    metric: Annotated[str | None, typer.Option(help="refuse if the champion is better by this figure")] = None,
+    metric: Annotated[str | None, typer.Option(help="refuse if it is no better by this figure")] = None,
     lower: Annotated[bool, typer.Option("--lower", help="less of the metric is better")] = False,
     project: Project = "bridgework",
 ) -> None:

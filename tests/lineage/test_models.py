@@ -73,10 +73,12 @@ def test_a_worse_one_is_refused_and_nothing_moves(tracker: Tracker, name: str, n
     assert tracker.version(name, "2").aliases == ()
 
 
-def test_an_equal_one_is_promoted(tracker: Tracker, name: str) -> None:
+def test_an_equal_one_changes_nothing(tracker: Tracker, name: str) -> None:
     register(tracker, name, 0.5, 0.5)
     promote(tracker, f"{name}:1")
-    assert promote(tracker, f"{name}:2", metric=METRIC).champion.version == "2"
+    with pytest.raises(TrackingError, match=r"not promoted"):
+        promote(tracker, f"{name}:2", metric=METRIC)
+    assert champion(tracker, name) == "1"
 
 
 def test_a_figure_that_is_missing_is_named_with_those_there_are(tracker: Tracker, name: str) -> None:

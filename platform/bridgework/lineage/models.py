@@ -1,7 +1,7 @@
 """Models by the words that people use, and who is champion.
 
 `llava` is the champion, `llava@challenger` an alias, `llava:3` a version; what has a slash is an artefact's folder.
-Promotion is gated: a version takes the alias `champion` only if its figures are not worse than the champion's.
+Promotion is gated: a version takes the alias `champion` only if its figure is better than the champion's.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bridgework.errors import TrackingError
 from bridgework.tracking import Tracker, Version
+from bridgework.training import artefact
 from bridgework.training.record import StageResult
 
 CHAMPION, PREVIOUS = "champion", "previous"
@@ -35,11 +36,14 @@ def register(tracker: Tracker, name: str, result: StageResult, tags: Mapping[str
     """
     if result.run_id is None or result.model_id is None:
         raise TrackingError(f"{result.artefact} was trained untracked; run its command again while the tracker answers")
+    digest = artefact.describe(result.artefact).digest
     for version in tracker.registered(result.run_id):
-        if version.artefact == str(result.artefact):
+        if version.tags.get("digest") == digest:
             return version
     figures = {key: f"{value:.6g}" for key, value in result.metrics.items() if "." in key}
-    return tracker.register(name, result.model_id, result.run_id, str(result.artefact), {**figures, **tags})
+    return tracker.register(
+        name, result.model_id, result.run_id, str(result.artefact), {**figures, **tags, "digest": digest}
+    )
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def promote(tracker: Tracker, model: str, *, metric: str | None = None, lower: b
     """Make a version the champion; the old one keeps the alias `previous`.
 
     With `metric` (a tag of registered versions, e.g. ranking.accuracy) raises TrackingError when the candidate lacks it
-    or is worse than the champion; `lower` says that less is better.
+    or is no better than the champion; `lower` says that less is better.
     """
     name, which = split(model)
     candidate = tracker.version(name, which)
@@ -89,7 +93,7 @@ def _compared(candidate: Version, champion: Version | None, metric: str, lower: 
     if champion is None:
         return None
     old = _figure(champion, metric)
-    if not (new <= old if lower else new >= old):  # so that a NaN is refused
+    if not (new < old if lower else new > old):  # so that a tie changes nothing, and a NaN is refused
         raise TrackingError(
             f"{candidate.name}:{candidate.version} has {metric} {new:g}, the champion, version {champion.version}, "
             f"{old:g}: not promoted; leave out --metric to promote it all the same"
