@@ -10,7 +10,7 @@ from bridgework.tuning.space import Metric, SweepBudget
 
 SYSTEM = "llava:quickstart"
 STAGES = ("warm", "align")
-FIXED = {"stages.warm.budget.steps": 200, "stages.align.budget.steps": 20}  # of every trial
+FIXED = {"stages.warm.budget.steps": 150, "stages.align.budget.steps": 12}  # of every trial
 SPACE = {
     "stages.*.model.bridge": tune.choice(["linear", "mlp", "mlp(depth=3)"]),
     "stages.warm.optim.peak_lr": tune.loguniform(3e-4, 3e-3),

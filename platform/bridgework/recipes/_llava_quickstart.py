@@ -5,7 +5,8 @@ align      the bridge learns captions through the frozen LM                     
 instruct   the bridge and the last blocks of the LM learn to answer questions            (LLaVA's stage 2)
 
 EfficientNet-Lite0 and SmolLM2-135M come from packages, the pairs from examples/data (Open Clip Art, emoji).
-Departs from LLaVA: `warm`, without which 100 steps of align teach the LM to ignore the image; a part of the LM.
+Departs from LLaVA: `warm`, without which 100 steps of align teach the LM to ignore the image; contrast beside the
+captions; a part of the LM.
 
 bridgework train llava:quickstart           a few minutes on 2 cores
 """
@@ -63,7 +64,7 @@ def quickstart() -> System:
         name="instruct",
         model=MODEL,
         trains={"bridge.*": 1.0, "language.model.layers.2[6-9].*": 0.1},
-        losses=(Captioning(),),
+        losses=(Captioning(), Contrastive(weight=0.1)),
         data=Mixture(sources=PAIRS, alpha=0.5, template="chat", max_tokens=96, lanes=16, window=20),
         budget=Budget(steps=30, batch=16, micro=16),
         optim=AdamW(peak_lr=3e-4),
