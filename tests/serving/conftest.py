@@ -54,7 +54,7 @@ def apps(ray_session: None, home: Path, registered: str, weights: str) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, KEY)
         shared = {"model": registered, "challenger": "tiny@challenger", "share": 0.5}
-        address = launch.start("chat", shared | common, port=free_port(), blocking=False)
+        address = launch.start("chat", shared | common, port=free_port())
         both = apps_of.application("embed", {"model": weights} | common, embed_and_caption)
         serve.run(both, name="embed", route_prefix="/embed")
     headers = {"authorization": f"Bearer {KEY}"}
