@@ -44,19 +44,20 @@ from bridgework.data.ingest import PlanIngest, from_ray
 from bridgework.data.reader import Feed, local
 from bridgework.data.samples import Part, Sample, pair
 from bridgework.data.shards import open_dataset, write
-from bridgework.data.templates import render
-from bridgework.data.tokens import encode, load_tokenizer
+from bridgework.data.streams import Streams
+from bridgework.data.tokens import load_tokenizer
 from bridgework.data.transforms import read_square
-from bridgework.system import Mixture, Pixels, Source
+from bridgework.models import EfficientNetConfig, LanguageConfig, Linear, PrefixVLM
+from bridgework.system import Mixture, Source
 
 ROWS = 4_000
 DISTINCT = 500  # pictures; the rows repeat them
 SIDE = 256  # pixels of a stored picture
-PIXELS = Pixels(size=224)
+LM = LanguageConfig(width=32, depth=1, heads=2, kv_heads=2, ffn=64, vocab=320, context=512, tokenizer="bytes")
+MODEL = PrefixVLM(vision=EfficientNetConfig(image_size=224, grid=2, fit="crop"), bridge=Linear(), language=LM)
 BATCH = 32
 WINDOW = 16  # steps: a reader decodes 512 rows before it gives the first
 MIXTURE = Mixture(sources=(Source(name="pictures", dataset="-"),), template="plain", lanes=16, window=WINDOW)
-CONTEXT = 512
 TAR_ROWS = 1_000
 WARM = 32  # batches before the clock starts: two windows
 TIMED = 96
@@ -121,10 +122,7 @@ def feed(dataset: str) -> Feed:
         batch=BATCH,
         steps=10 * (WARM + TIMED),  # no run gets near the end: what a pipeline reads ahead is the same before and after
         seed=0,
-        tokenizer="bytes",
-        pixels=PIXELS,
-        image_tokens=4,
-        context=CONTEXT,
+        model=MODEL,
     )
 
 
@@ -143,16 +141,16 @@ class ToBatch:
     """What a webdataset user would write: rows of `samples` through the same functions as ours."""
 
     def __init__(self) -> None:
-        self.tokenizer = load_tokenizer("bytes")
+        self.streams = Streams.of(MODEL, MIXTURE)
 
     def row(self, sample: dict[str, Any]) -> Row:
         parts = [Part("caption", image=0), Part("caption", text=sample["txt"].decode())]
-        encoded = encode(render(parts, "plain", self.tokenizer), self.tokenizer, image_tokens=4, max_tokens=CONTEXT)
-        images = read_square(sample["img"], PIXELS)[None]
+        encoded = self.streams.train(parts)
+        images = read_square(sample["img"], MODEL.pixels)[None]
         return Row(0, 0, sample["__key__"], 0, encoded.ids, encoded.labels, images)
 
     def collate(self, rows: list[Row]) -> Batch:
-        return collate(rows, pad_id=self.tokenizer.pad_token_id)
+        return collate(rows, pad_id=self.streams.tokenizer.pad_token_id)
 
 
 def by_webdataset(folder: Path, workers: int) -> Iterator[Batch]:

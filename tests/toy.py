@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from bridgework.spec import spec
-from bridgework.system import AdamW, Budget, Mixture, Pixels, Source, Stage, System, ZeRO
+from bridgework.system import AdamW, Budget, Layout, Mixture, Pixels, Source, Stage, System, ZeRO
 
 
 @spec
@@ -38,13 +38,36 @@ class Wiring:
     tokenizer: ClassVar[str] = "bytes"
     context: ClassVar[int] = 128
     image_tokens: ClassVar[int] = 4
+    instruction: ClassVar[str | None] = None
     pretrained: ClassVar[tuple[str, ...]] = ()
+
+    def places(self, layout: Layout) -> int:
+        return self.image_tokens
 
     def build(self, *, pretrained: bool = True) -> Any:
         return self
 
     def tiny(self) -> "Wiring":
         return replace(self, name_of_lm="tiny")
+
+
+@spec
+class Eye:
+    """What a model tells the data, and no model."""
+
+    pixels: Pixels = Pixels(size=8)
+    tokenizer: str = "bytes"
+    context: int = 512
+    image_tokens: int = 2
+    instruction: str | None = None
+    pretrained: tuple[str, ...] = ()
+
+    def places(self, layout: Layout) -> int:
+        return self.image_tokens
+
+    def build(self, *, pretrained: bool = True) -> None: ...
+    def tiny(self) -> "Eye":
+        return self
 
 
 @spec
@@ -55,10 +78,12 @@ class Captioning:
     needs: ClassVar[str] = "logits"
     whole_batch: ClassVar[bool] = False
 
+    spliced: ClassVar[tuple[str, ...]] = ()
+
     def __call__(self, outputs: Any) -> Any:
         return 0.0
 
-    def count(self, labels_BT: Any) -> int:
+    def count(self, labels_BT: Any) -> Any:
         return 1
 
 

@@ -9,7 +9,7 @@ weights decides how a prompt is written: what comes in here is laid out exactly 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Unpack, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import numpy as np
 import torch
@@ -17,22 +17,35 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from bridgework.data import templates
 from bridgework.data.batch import Batch, Row, collate
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.tokens import Encoded, encode, load_tokenizer
-from bridgework.data.transforms import read_square, to_square
-from bridgework.errors import DataError
+from bridgework.data.streams import Streams
+from bridgework.data.tiling import lay_out
+from bridgework.data.tokens import Encoded
+from bridgework.data.transforms import decode, read_square, to_square
+from bridgework.errors import DataError, SpecError
 from bridgework.generation import Endings, FinishReason, Sampling, Stream
-from bridgework.models.prefix_vlm import PrefixModel
-from bridgework.system import IGNORE, Stage
+from bridgework.system import IGNORE, Layout, Stage
 from bridgework.training import artefact
 
 Picture = bytes | Image.Image | NDArray[np.uint8]  # a file, an image, or the square (3, S, S) that the tower reads
 ROWS = 16  # samples per forward
 _ELSEWHERE = np.zeros((0, 1, 1), np.float16)  # a row's images, which the batch holds as features
+
+
+class _Seen(NamedTuple):
+    """The images of one conversation: features of all their tiles (n, P, F), and how each image was cut, if any is."""
+
+    features: Tensor
+    layouts: list[Layout]
+
+
+class _Row(NamedTuple):
+    encoded: Encoded
+    seen: _Seen
+    instruction: list[int]
 
 
 class Score(NamedTuple):
@@ -63,12 +76,12 @@ class Pipeline:
     """A model and the stage that says how it is spoken to. The model may still be training: modes are put back."""
 
     def __init__(self, model: nn.Module, stage: Stage) -> None:
-        self.model = cast(PrefixModel, model)
+        self.model = cast(Any, model)  # a wiring; what each of them can, `_able` says
         self.stage = stage
-        self.template = stage.data.template
-        self.tokenizer = load_tokenizer(stage.model.tokenizer)
+        self.streams = Streams.of(stage.model, stage.data)
+        self.tokenizer = self.streams.tokenizer
         self.prompts: tuple[str, ...] = next((s.prompts for s in stage.data.sources if s.prompts), ())
-        self._endings = _endings(self.template, self.tokenizer)
+        self._endings = _endings(self.streams)
 
     @classmethod
     def load(cls, path: str, device: str | None = None) -> "Pipeline":
@@ -80,7 +93,8 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
@@ -89,29 +103,18 @@ class Pipeline:
 
         Raises BadSample for a file that is not an image.
         """
-        squares = [self._square(image) for image in images]
-        with self._resting():
-            seen = [
-                self.model.vision(torch.from_numpy(np.stack(squares[i : i + ROWS])).to(self.device))
-                for i in range(0, len(squares), ROWS)
-            ]
-            tower = self.model.vision.config
-            return torch.cat(seen) if seen else torch.zeros(0, tower.tokens, tower.feature_width, device=self.device)
+        return self._features([self._square(image) for image in images])
 
     def ask(self, sample: Sample, prompts: Sequence[str] | None = None) -> list[Part]:
         """The sample as a conversation; a pair is asked with the first of `prompts` (default: the stage's own)."""
         return templates.conversation(sample, self.prompts[:1] if prompts is None else prompts[:1], 0)
 
-    def encode(self, conversation: Sequence[Part], *, answer: bool) -> Encoded:
+    def encode(self, conversation: Sequence[Part], *, answer: bool, layouts: Sequence[Layout] = ()) -> Encoded:
         """Ids and labels as in training, or (not `answer`) the prompt that ends where the assistant is to speak.
 
         Raises BadSample for a conversation without an answer, DataError for a prompt that fills the whole context.
         """
-        lay_out = templates.render if answer else templates.prompt
-        segments = lay_out(conversation, self.template, self.tokenizer)
-        spec, data = self.stage.model, self.stage.data
-        limit = min(spec.context, data.max_tokens) if answer else spec.context - 1
-        return encode(segments, self.tokenizer, image_tokens=spec.image_tokens, max_tokens=limit)
+        return self.streams.train(conversation, layouts) if answer else self.streams.ask(conversation, layouts)
 
     def batch(
         self, conversations: Sequence[Sequence[Part]], images: Sequence[Sequence[Picture] | Tensor], *, answer: bool
@@ -121,8 +124,8 @@ class Pipeline:
         `images[i]` are the pictures of conversation i, or their features (n, P, F). Raises DataError when they are
         not as many as the conversation shows.
         """
-        encoded = [self.encode(c, answer=answer) for c in conversations]
-        return self._collate(encoded, self._see(conversations, images), answer=answer)
+        rows = self._rows(conversations, self._see(conversations, images), answer=answer)
+        return self._collate(rows, answer=answer)
 
     # --- judging -----------------------------------------------------------------------------------------------------
 
@@ -130,15 +133,13 @@ class Pipeline:
         self, conversations: Sequence[Sequence[Part]], images: Sequence[Sequence[Picture] | Tensor]
     ) -> list[Score]:
         """The log-likelihood of every conversation's answers, stop strings included, ROWS at a time."""
-        encoded = [self.encode(c, answer=True) for c in conversations]
-        seen = self._see(conversations, images)
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))  # rows of like length: little padding
+        rows = self._rows(conversations, self._see(conversations, images), answer=True)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].encoded.ids))  # of like length: little padding
         scores: dict[int, Score] = {}
         for start in range(0, len(order), ROWS):
             chosen = order[start : start + ROWS]
-            batch = self._collate([encoded[i] for i in chosen], [seen[i] for i in chosen], answer=True)
-            scores |= zip(chosen, self._scores(batch), strict=True)
-        return [scores[i] for i in range(len(encoded))]
+            scores |= zip(chosen, self._scores(self._collate([rows[i] for i in chosen], answer=True)), strict=True)
+        return [scores[i] for i in range(len(rows))]
 
     def loglik(self, samples: Sequence[Sample]) -> list[float]:
         """Nats, summed over each sample's tokens with loss."""
@@ -146,17 +147,20 @@ class Pipeline:
 
     def likelihoods(self, image: Picture | Tensor, candidates: Sequence[str], question: str | None = None) -> Tensor:
         """(C,) nats: each candidate as the answer about one image, given as a picture or as features (P, F)."""
-        seen_1PF = image.unsqueeze(0) if isinstance(image, Tensor) else self.features([image])
+        seen: Sequence[Picture] | Tensor = image.unsqueeze(0) if isinstance(image, Tensor) else [image]
         prompts = None if question is None else (question,)
         asked = [self.ask(pair("candidate", b"", candidate), prompts) for candidate in candidates]
-        encoded = [self.encode(conversation, answer=True) for conversation in asked]
+        if not hasattr(self.model, "continuations"):
+            return torch.tensor([score.loglik for score in self.scores(asked, [seen] * len(asked))])
+        (looked,) = self._see(asked[:1], [seen])
+        encoded = [self.encode(conversation, answer=True, layouts=looked.layouts) for conversation in asked]
         start = min(next(i for i, label in enumerate(e.labels) if label != IGNORE) for e in encoded)
         prompt_1T = torch.tensor([encoded[0].ids[:start]], device=self.device)
         nats = []
         with self._resting():
             for i in range(0, len(encoded), ROWS * 2):
                 rest_CR, labels_CR = _padded([(e.ids[start:], e.labels[start:]) for e in encoded[i : i + ROWS * 2]])
-                logits_CRV = self.model.continuations(prompt_1T, rest_CR.to(self.device), seen_1PF)
+                logits_CRV = self.model.continuations(prompt_1T, rest_CR.to(self.device), looked.features)
                 loss_CR = F.cross_entropy(
                     logits_CRV.float().transpose(1, 2), labels_CR.to(self.device), reduction="none"
                 )
@@ -187,23 +191,44 @@ class Pipeline:
         ranked = [Ranked(c, float(gain)) for c, gain in zip(candidates, gain_C, strict=True)]
         return sorted(ranked, key=lambda r: r.score, reverse=True)
 
+    def choose(self, conversation: Sequence[Part], images: Sequence[Picture], choices: Sequence[str]) -> list[Ranked]:
+        """Which of `choices` answers the conversation, best first: `rank` for any conversation and several images."""
+        if not choices:
+            raise DataError("there is nothing to choose from; give at least one answer")
+        answered = [[*conversation, Part("assistant", text=choice)] for choice in choices]
+        seen, blank = self.features(images), self.features([self._mean_square()] * len(images))
+        nats = [self.scores(answered, [shown] * len(choices)) for shown in ((seen, blank) if images else (seen,))]
+        gains = [first.loglik - (nats[1][i].loglik if images else 0.0) for i, first in enumerate(nats[0])]
+        ranked = [Ranked(choice, gain) for choice, gain in zip(choices, gains, strict=True)]
+        return sorted(ranked, key=lambda r: r.score, reverse=True)
+
     def embed_images(self, images: Sequence[Picture] | Tensor) -> Tensor:
-        """(N, D) float32 of length 1: the mean of an image's bridge tokens; from pictures or features (N, P, F)."""
+        """(N, D) float32 of length 1, or (N, Q, D), one for each query; from pictures or features (N, P, F)."""
+        embed = self._able("embed_images", "embed images")
         seen_NPF = images if isinstance(images, Tensor) else self.features(images)
         with self._resting():
-            return F.normalize(self.model.images(None, seen_NPF).float().mean(1), dim=-1)
+            return cast(Tensor, embed(seen_NPF))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """(N, D) float32 of length 1: the mean embedding of a text's tokens, as the contrastive loss pools it."""
-        blank_1PF = self.features([self._mean_square()])  # pooling wants an image in every row; texts do not see it
-        encoded = [self.encode(self.ask(pair("text", b"", text)), answer=True) for text in texts]
-        pooled = []
+        """(N, D) float32 of length 1."""
+        embed = self._able("embed_texts", "embed texts")
+        embedded = []
         with self._resting():
-            for i in range(0, len(encoded), ROWS):
-                rows = encoded[i : i + ROWS]
-                batch = self._collate(rows, [blank_1PF] * len(rows), answer=True)
-                pooled.append(self.model(**batch.inputs(), wants=frozenset({"pooled"})).text_BD)
-        return F.normalize(torch.cat(pooled).float(), dim=-1)
+            for i in range(0, len(texts), ROWS):
+                batch = self._texts(texts[i : i + ROWS])
+                embedded.append(embed(batch.ids_BT, batch.attention_BT, batch.labels_BT))
+        return torch.cat(embedded)
+
+    def match(self, images: Sequence[Picture] | Tensor, texts: Sequence[str]) -> Tensor:
+        """(N,) logits that image i and text i belong together, where the wiring has a head for it."""
+        match = self._able("match", "match images and texts")
+        seen_NPF = images if isinstance(images, Tensor) else self.features(images)
+        logits = []
+        with self._resting():
+            for i in range(0, len(texts), ROWS):
+                batch = self._texts(texts[i : i + ROWS])
+                logits.append(match(batch.ids_BT, batch.attention_BT, seen_NPF[i : i + ROWS]))
+        return torch.cat(logits)
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -218,6 +243,7 @@ class Pipeline:
         One seed gives one answer, whatever else runs in the process. Raises DataError for a prompt that fills the
         context, SpecError for a `sampling` out of range.
         """
+        self._able("generate", "write")
         batch = self.batch([conversation], [images], answer=False)
         inputs = {name: tensor for name, tensor in batch.inputs().items() if name != "labels"}
         room = self.stage.model.context - batch.ids_BT.shape[1]
@@ -247,23 +273,58 @@ class Pipeline:
         colour_3 = np.array([round(255 * mean) for mean in pixels.mean], np.uint8)
         return np.broadcast_to(colour_3[:, None, None], (3, pixels.size, pixels.size))
 
+    def _features(self, squares: Sequence[NDArray[np.uint8]]) -> Tensor:
+        with self._resting():
+            seen = [
+                self.model.vision(torch.from_numpy(np.stack(squares[i : i + ROWS])).to(self.device))
+                for i in range(0, len(squares), ROWS)
+            ]
+            tower = self.model.vision.config
+            return torch.cat(seen) if seen else torch.zeros(0, tower.tokens, tower.feature_width, device=self.device)
+
     def _see(
         self, conversations: Sequence[Sequence[Part]], images: Sequence[Sequence[Picture] | Tensor]
-    ) -> list[Tensor]:
-        """Features (n, P, F) for every conversation; the pictures of all go through the tower together."""
+    ) -> list["_Seen"]:
+        """What every conversation shows; the pictures of all go through the tower together."""
         for conversation, given in zip(conversations, images, strict=True):
             shown = {part.image for part in conversation if part.image is not None}
             if shown != set(range(len(given))):
                 raise DataError(f"the conversation shows images {sorted(shown)} and {len(given)} are given, from 0 on")
-        pictures = [p for given in images if not isinstance(given, Tensor) for p in given]
-        counts = [len(given) for given in images if not isinstance(given, Tensor)]
-        computed = iter(torch.split(self.features(pictures), counts) if counts else ())
-        return [given if isinstance(given, Tensor) else next(computed) for given in images]
+        cut = [[] if isinstance(given, Tensor) else [self._tiles(picture) for picture in given] for given in images]
+        counts = [sum(len(tiles) for tiles, _ in pictures) for pictures in cut]
+        squares = [tile for pictures in cut for tiles, _ in pictures for tile in tiles]
+        computed = torch.split(self._features(squares), counts)
+        return [
+            _Seen(given if isinstance(given, Tensor) else features, [layout for _, layout in pictures if layout])
+            for given, features, pictures in zip(images, computed, cut, strict=True)
+        ]
 
-    def _collate(self, encoded: Sequence[Encoded], seen: Sequence[Tensor], *, answer: bool) -> Batch:
-        rows = [Row(0, i, str(i), 0, e.ids, e.labels, _ELSEWHERE) for i, e in enumerate(encoded)]
-        batch = collate(rows, pad_id=self.tokenizer.pad_token_id, side="right" if answer else "left").to(self.device)
-        return replace(batch, features_NPD=torch.cat([s[e.images] for s, e in zip(seen, encoded, strict=True)]))
+    def _tiles(self, picture: Picture) -> tuple[NDArray[np.uint8], Layout | None]:
+        pixels = self.stage.model.pixels
+        if not pixels.grids or isinstance(picture, np.ndarray):
+            return self._square(picture)[None], None
+        return lay_out(decode(picture) if isinstance(picture, bytes) else picture, pixels)
+
+    def _rows(self, conversations: Sequence[Sequence[Part]], seen: Sequence["_Seen"], *, answer: bool) -> list["_Row"]:
+        return [
+            _Row(self.encode(c, answer=answer, layouts=s.layouts), s, self.streams.instruction(c))
+            for c, s in zip(conversations, seen, strict=True)
+        ]
+
+    def _texts(self, texts: Sequence[str]) -> Batch:
+        """Captions, padded on the right, each with the places of an image that is not looked at."""
+        asked = [self.ask(pair("text", b"", text)) for text in texts]
+        nothing = _Seen(torch.zeros(0, 1, 1), [])
+        return self._collate(self._rows(asked, [nothing] * len(asked), answer=True), answer=True)
+
+    def _collate(self, rows: Sequence["_Row"], *, answer: bool) -> Batch:
+        made = [
+            Row(0, i, str(i), 0, row.encoded.ids, row.encoded.labels, _ELSEWHERE,
+                layouts=tuple(row.seen.layouts), instruction=row.instruction)
+            for i, row in enumerate(rows)
+        ]  # fmt: skip
+        batch = collate(made, pad_id=self.tokenizer.pad_token_id, side="right" if answer else "left").to(self.device)
+        return replace(batch, features_NPD=torch.cat([row.seen.features for row in rows]))
 
     def _scores(self, batch: Batch) -> list[Score]:
         with self._resting():
@@ -288,6 +349,16 @@ class Pipeline:
             if training:
                 self.model.train()
 
+    def _able(self, method: str, what: str) -> Any:
+        """The wiring's own method. Raises SpecError where it has none."""
+        found = getattr(self.model, method, None)
+        if found is None:
+            raise SpecError(
+                f"stage {self.stage.name} cannot {what}: its wiring is a {type(self.stage.model).__name__}; "
+                "take a stage, or a system, that does"
+            )
+        return found
+
 
 def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, Tensor]:
     """(ids, labels), each (C, R) int64, padded on the right; padding has no loss and nothing behind it to mislead."""
@@ -297,9 +368,10 @@ def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor
     return ids_CR, labels_CR
 
 
-def _endings(template: str, tokenizer: PreTrainedTokenizerBase) -> Endings:
+def _endings(streams: Streams) -> Endings:
     """The eos token, and what the template writes behind an answer, as a token where it is a special one."""
-    after = templates.stop(template, tokenizer)
+    tokenizer = streams.tokenizer
+    after = templates.stop(streams.template, tokenizer)
     special = tokenizer.get_added_vocab().get(after)
     ids = frozenset({tokenizer.eos_token_id, special} - {None})
     return Endings(ids, (after,) if after and special is None else ())

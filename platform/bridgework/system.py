@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, cast
+from typing import Any, Literal, NamedTuple, Protocol, Self, cast
 
 from bridgework.errors import SpecError, suggest
 from bridgework.spec import spec, to_dict
@@ -23,17 +23,28 @@ from bridgework.spec import spec, to_dict
 # --- what a model tells the data, and the data never asks otherwise --------------------------------------------------
 
 IMAGE = -200  # stands in a row of token ids wherever an image token goes (LLaVA's own number); never looked up
+END = -201  # ends a chunk of an interleaved document, Flamingo's <EOC>; a wiring that knows it has a row for it
 IGNORE = -100  # a label without loss (the default of torch's cross_entropy)
 
 
 @spec
 class Pixels:
-    """How an image becomes the square that a vision tower reads: part of the digest of cached features."""
+    """How an image becomes the squares that a vision tower reads: part of the digest of cached features."""
 
     size: int  # pixels, both sides
     fit: Literal["pad", "crop"] = "crop"  # pad to a square of the mean colour, or crop the centre
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    grids: tuple[tuple[int, int], ...] = ()  # (columns, rows) of tiles beside the base square; () gives that alone
+
+
+class Layout(NamedTuple):
+    """How an image was cut: the base square comes first, then columns x rows tiles, row by row."""
+
+    columns: int  # 0 without tiles
+    rows: int
+    width: int  # pixels, of the upright image
+    height: int
 
 
 class ModelSpec(Protocol):
@@ -46,7 +57,10 @@ class ModelSpec(Protocol):
     @property
     def context(self) -> int: ...  # tokens the language model takes, images included
     @property
-    def image_tokens(self) -> int: ...  # places in the token stream that one image fills
+    def image_tokens(self) -> int: ...  # places that a square fills; 0: no places, and every sample has one image
+    def places(self, layout: Layout) -> int: ...  # places in the token stream that an image fills
+    @property
+    def instruction(self) -> str | None: ...  # tokenizer of a second stream: what the user says
     @property
     def pretrained(self) -> tuple[str, ...]: ...  # globs of the tensors that pretrained weights bring back
     def build(self, *, pretrained: bool = True) -> Any: ...  # torch.nn.Module
@@ -54,16 +68,18 @@ class ModelSpec(Protocol):
 
 
 class LossSpec(Protocol):
-    """A loss: a sum over a batch, and what to divide it by (see bridgework.losses)."""
+    """A loss: what each sample adds to a sum, and to what the sum is divided by (see bridgework.losses)."""
 
     @property
     def needs(self) -> str: ...  # the output of the wiring that it reads
     @property
     def weight(self) -> float: ...
     @property
-    def whole_batch(self) -> bool: ...  # compares samples with each other, so a worker's share must come at once
-    def __call__(self, outputs: Any) -> Any: ...  # the sum over the batch: a scalar torch.Tensor
-    def count(self, labels_BT: Any) -> int: ...  # what to divide it by
+    def whole_batch(self) -> bool: ...  # compares samples with each other: it must see a worker's share at once
+    @property
+    def spliced(self) -> tuple[str, ...]: ...  # outputs by which it can all the same, in two passes over micro-batches
+    def __call__(self, outputs: Any) -> Any: ...  # sums_B, float32: what each sample adds
+    def count(self, labels_BT: Any) -> Any: ...  # counts_B, float32: what each adds to the divisor
 
 
 class EvalSpec(Protocol):
@@ -90,6 +106,8 @@ class Source:
     factor: float = 1.0  # manual multiplier of the weight
     max_epochs: float | None = None  # cap on how often the stage may repeat a row
     prompts: tuple[str, ...] = ()  # turn a pair into a question and its caption: one is drawn per row
+    prefix: bool = False  # a caption's first words, up to a drawn one, become the question (prefix LM)
+    loss_weight: float | None = None  # of this source's own mean loss (Flamingo's lambda); None: one mean over all
 
     def tiny(self) -> "Source":
         return replace(self, dataset="synthetic:shapes")
@@ -117,7 +135,11 @@ class Mixture:
             raise SpecError(
                 f"alpha must lie in [0, 2] (0 equal shares, 0.5 square root, 1 by size), got {self.alpha:g}"
             )
+        if len({source.loss_weight is None for source in self.sources}) > 1:
+            raise SpecError("loss_weight is given for some sources and not for others; give it for all or for none")
         for source in self.sources:
+            if source.loss_weight is not None and source.loss_weight < 0:
+                raise SpecError(f"sources.{source.name}.loss_weight must be 0 or more, got {source.loss_weight:g}")
             if source.factor <= 0:
                 raise SpecError(
                     f"sources.{source.name}.factor must be above 0, got {source.factor:g}; drop the source instead"
@@ -153,22 +175,24 @@ class Budget:
 
 @spec
 class AdamW:
-    """AdamW under a linear warm-up and a cosine decay."""
+    """AdamW under a linear warm-up and a decay."""
 
     peak_lr: float
     final_lr: float = 0.0
     warmup: float = 0.03  # share of the steps
+    decay: Literal["cosine", "constant", "exponential"] = "cosine"  # from peak_lr to final_lr, or none at all
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     clip: float = 1.0  # largest norm of the gradient; 0 turns clipping off
 
     def __post_init__(self) -> None:
         if self.peak_lr <= 0:
             raise SpecError(f"optim.peak_lr must be above 0, got {self.peak_lr:g}")
         if self.final_lr > self.peak_lr:
-            raise SpecError(
-                f"optim.final_lr {self.final_lr:g} is above peak_lr {self.peak_lr:g}; the cosine only decays"
-            )
+            raise SpecError(f"optim.final_lr {self.final_lr:g} is above peak_lr {self.peak_lr:g}; the rate only decays")
+        if self.decay == "exponential" and self.final_lr <= 0:
+            raise SpecError("optim.final_lr must be above 0: an exponential decay never reaches 0")
         if not 0.0 <= self.warmup < 1.0:
             raise SpecError(f"optim.warmup is a share of the steps in [0, 1), got {self.warmup:g}")
 

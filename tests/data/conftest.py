@@ -9,7 +9,8 @@ from bridgework.data.reader import Feed
 from bridgework.data.samples import Part, Sample
 from bridgework.data.shards import write
 from bridgework.data.synthetic import shapes
-from bridgework.system import Mixture, Pixels, Source
+from bridgework.system import Mixture, Source
+from tests.toy import Eye
 
 MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
 
@@ -50,8 +51,5 @@ def feed(tmp_path_factory: pytest.TempPathFactory) -> Feed:
         batch=8,
         steps=11,
         seed=3,
-        tokenizer="bytes",
-        pixels=Pixels(size=8),
-        image_tokens=2,
-        context=512,
+        model=Eye(),
     )

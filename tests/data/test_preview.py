@@ -22,7 +22,7 @@ from bridgework.data.synthetic import shapes
 from bridgework.data.templates import TEMPLATES
 from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import DataError
-from bridgework.system import IGNORE, IMAGE, Source, Stage, load
+from bridgework.system import END, IGNORE, IMAGE, Source, Stage, load
 
 MADE: dict[str, Any] = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
 BYTES = load_tokenizer("bytes")
@@ -56,11 +56,12 @@ def test_a_preview_shows_what_the_reader_gives(tmp_path: Path, home: Path, templ
     for shown in read(stage, home, 8):
         row = rows.pop(shown.key)
         np.testing.assert_array_equal(np.stack(shown.images), row.images)
-        assert told(shown, "loss") == BYTES.decode([label for label in row.labels if label != IGNORE])
+        assert told(shown, "loss") == BYTES.decode([label for label in row.labels if label >= 0])
         assert told(shown, "text") == BYTES.decode(
             [i for i, label in zip(row.ids, row.labels, strict=True) if i != IMAGE and label == IGNORE]
         )
-        assert told(shown, "image") == "\u2039image: 16 tokens\u203a"
+        end = "\u2039end\u203a" * row.ids.count(END)
+        assert told(shown, "image") == f"\u2039image: 16 tokens\u203a{end}"
         assert shown.counts is not None and shown.counts.images == 16
         assert shown.counts.tokens == len(row.ids)
         assert shown.counts.loss == sum(label != IGNORE for label in row.labels)

@@ -20,8 +20,8 @@ from bridgework.data.synthetic import shapes
 from bridgework.data.tokens import load_tokenizer
 from bridgework.data.transforms import read_square
 from bridgework.errors import DataError, SpecError
-from bridgework.spec import spec
-from bridgework.system import IGNORE, IMAGE, AdamW, Budget, Mixture, Pixels, Source, Stage
+from bridgework.system import IGNORE, IMAGE, AdamW, Budget, Mixture, Source, Stage
+from tests.toy import Captioning, Eye
 
 MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
 
@@ -80,10 +80,10 @@ def test_a_row_is_its_sample_tokenised_and_squared(feed: Feed) -> None:
         sample = samples[row.key]
         said = tokenizer.decode([label for label in row.labels if label != IGNORE])
         assert said == f"{sample.parts[-1].text}<|im_end|>"
-        assert row.ids.count(IMAGE) == feed.image_tokens * len(sample.images)
+        assert row.ids.count(IMAGE) == feed.model.image_tokens * len(sample.images)
         assert row.images.shape == (len(sample.images), 3, 8, 8) and row.images.dtype == np.uint8
         for square, data in zip(row.images, sample.images, strict=True):
-            assert np.array_equal(square, read_square(data, feed.pixels))
+            assert np.array_equal(square, read_square(data, feed.model.pixels))
 
 
 def test_the_image_stands_first_in_half_of_the_questions(feed: Feed) -> None:
@@ -201,32 +201,12 @@ def test_a_row_group_is_kept_until_its_rows_are_used(feed: Feed) -> None:
     assert groups.read(group, uses=8) is not rows
 
 
-@spec
-class Eye:
-    """What a model tells the data, and no model."""
-
-    pixels: Pixels = Pixels(size=8)
-    tokenizer: str = "bytes"
-    context: int = 64
-    image_tokens: int = 3
-
-    def build(self, *, pretrained: bool = True) -> None: ...
-    def tiny(self) -> "Eye":
-        return self
-
-
-@spec
-class Loss:
-    needs: str = "logits"
-    weight: float = 1.0
-
-
 def test_a_feed_is_made_from_a_stage(home: Path) -> None:
     stage = Stage(
         name="align",
-        model=Eye(),
+        model=Eye(context=64, image_tokens=3),
         trains={"*": 1.0},
-        losses=(Loss(),),
+        losses=(Captioning(),),
         data=Mixture(sources=(Source(name="shapes", dataset="synthetic:shapes"),), lanes=2, window=2, max_tokens=32),
         budget=Budget(steps=3, batch=4),
         optim=AdamW(peak_lr=1e-3),

@@ -116,7 +116,7 @@ def test_a_chat_template_that_mangles_the_turns_is_refused(template: str) -> Non
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_prompt_is_the_start_of_what_is_trained_on(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    parts = pair("k", b"", "a red circle").parts if template == "plain" else TALK
+    parts = pair("k", b"", "a red circle").parts if template in ("plain", "caption") else TALK
     whole, start = text(render(parts, template, tokenizer)), text(prompt(parts, template, tokenizer))
     assert whole.startswith(start)
     assert whole.removeprefix(start).strip() == parts[-1].text + stop(template, tokenizer).strip()
@@ -130,7 +130,20 @@ def test_a_caption_is_the_answer_to_its_image(template: str) -> None:
 
 
 def test_stop_names_what_ends_an_answer(smollm2: PreTrainedTokenizerBase) -> None:
-    assert [stop(t, smollm2) for t in TEMPLATES] == ["\n", "<|im_end|>", "<|im_end|>"]
+    stops = {template: stop(template, smollm2) for template in TEMPLATES}
+    eos = "<|im_end|>"
+    assert stops == {
+        "plain": "\n", "v1": eos, "chat": eos, "caption": eos, "answer": eos, "human": "###", "interleaved": "",
+    }  # fmt: skip
+
+
+def test_the_first_words_of_a_caption_can_be_its_question() -> None:
+    halves = {
+        tuple(p.text for p in conversation(pair("k", b"", "a red circle"), (), choice, prefix=True) if p.text)
+        for choice in range(10)
+    }
+    assert halves == {("a", "red circle"), ("a red", "circle")}
+    assert conversation(pair("k", b"", "circle"), (), 3, prefix=True) == list(pair("k", b"", "circle").parts)
 
 
 def test_prompts_turn_a_pair_into_a_question_with_the_image_first_or_last() -> None:

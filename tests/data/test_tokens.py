@@ -14,7 +14,7 @@ from bridgework.data.samples import Part
 from bridgework.data.templates import TEMPLATES, Segment, prompt, render
 from bridgework.data.tokens import Encoded, encode, load_tokenizer
 from bridgework.errors import DataError, WeightsError
-from bridgework.system import IGNORE, IMAGE
+from bridgework.system import END, IGNORE, IMAGE
 
 BYTES = load_tokenizer("bytes")
 TALK = [
@@ -44,12 +44,47 @@ def spans(encoded: Encoded) -> list[list[int]]:
     return [run for run in runs if run]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_labels_spell_the_answers_and_their_stop(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize(
+    ("template", "gap", "end"),
+    [("plain", "", "\n"), ("v1", " ", None), ("chat", "", None), ("answer", " ", None), ("human", " ", "###")],
+)
+def test_labels_spell_the_answers_and_their_stop(
+    template: str, gap: str, end: str | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
     said = [tokenizer.decode(run) for run in spans(whole(TALK, template, tokenizer))]
-    end = "\n" if template == "plain" else tokenizer.eos_token
-    gap = " " if template == "v1" else ""
+    end = end or tokenizer.eos_token
     assert said == [f"{gap}A cat.{end}", f"{gap}Two dogs: naïve, 犬.{end}"]
+
+
+def test_a_caption_is_one_drawn_text_between_the_tokens_that_begin_and_end_it(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    parts = [Part("caption", image=0), Part("caption", text="a cat"), Part("caption", text="a dog")]
+    for choice, text in ((0, "a cat"), (1, "a dog"), (2, "a cat")):
+        made = encode(render(parts, "caption", tokenizer, choice), tokenizer, image_tokens=0, max_tokens=99)
+        words = tokenizer(text, add_special_tokens=False).input_ids
+        assert made.ids == [tokenizer.bos_token_id, *words, tokenizer.eos_token_id]
+        assert made.labels == [IGNORE, *words, tokenizer.eos_token_id]
+        assert made.images == [0]
+
+
+def test_a_caption_that_is_too_long_keeps_the_token_that_ends_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    parts = [Part("caption", image=0), Part("caption", text="one two three four five six")]
+    made = encode(render(parts, "caption", tokenizer), tokenizer, image_tokens=0, max_tokens=5)
+    assert len(made.ids) == 5
+    assert made.ids[-1] == made.labels[-1] == tokenizer.eos_token_id
+
+
+def test_a_chunk_of_a_document_ends_before_the_next_image_and_at_the_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    parts = [
+        Part("caption", text="Two pets."), Part("caption", image=0), Part("caption", text="A cat."),
+        Part("caption", image=1), Part("caption", text="A dog."),
+    ]  # fmt: skip
+    made = encode(render(parts, "interleaved", tokenizer), tokenizer, image_tokens=1, max_tokens=999)
+    kinds = "".join({IMAGE: "I", END: "E"}.get(i, "t") for i in made.ids[1:])
+    assert re.fullmatch("t+EIt+EIt+E", kinds)
+    assert [label for i, label in zip(made.ids, made.labels, strict=True) if i == IMAGE] == [IGNORE, IGNORE]
+    assert made.labels[-1] == END
 
 
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=6), st.sampled_from(["v1", "chat"]))
@@ -80,7 +115,8 @@ def test_what_looks_like_a_special_token_in_content_stays_text(
         return [encoded.ids.count(i) for i in [*specials, IMAGE]]
 
     assert count(whole(parts, template, tokenizer)) == count(whole(tame, template, tokenizer))
-    assert tokenizer.decode(spans(whole(parts, template, tokenizer))[0]).strip().startswith(HOSTILE)
+    said = [token for token in spans(whole(parts, template, tokenizer))[0] if token != END]
+    assert tokenizer.decode(said).strip().startswith(HOSTILE)
 
 
 def test_each_image_adds_its_tokens_less_its_placeholder(tokenizer: PreTrainedTokenizerBase) -> None:

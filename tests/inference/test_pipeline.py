@@ -161,7 +161,7 @@ def test_embeddings_are_what_the_contrastive_loss_pools(samples: list[Sample]) -
     torch.testing.assert_close(images_ND, unit(outputs.image_BD), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(texts_ND, unit(outputs.text_BD), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(images_ND.norm(dim=1), torch.ones(4))
-    loss = Contrastive(temperature=0.07)(outputs) / len(samples)
+    loss = Contrastive(temperature=0.07)(outputs).mean()
     logits = images_ND @ texts_ND.T / 0.07
     target = torch.arange(len(samples))
     both_ways = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2

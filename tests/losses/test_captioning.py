@@ -23,7 +23,7 @@ def example() -> tuple[Tensor, Tensor]:
 def test_sum_over_count_is_the_mean_cross_entropy_with_its_gradient(smoothing: float) -> None:
     logits_BTV, labels_BT = example()
     loss = Captioning(label_smoothing=smoothing)
-    ours = loss(Outputs(logits_BTV=logits_BTV, labels_BT=labels_BT)) / loss.count(labels_BT)
+    ours = loss(Outputs(logits_BTV=logits_BTV, labels_BT=labels_BT)).sum() / loss.count(labels_BT).sum()
     theirs = cross_entropy(
         logits_BTV[:, :-1].reshape(-1, 7), labels_BT[:, 1:].reshape(-1), ignore_index=IGNORE, label_smoothing=smoothing
     )
@@ -31,17 +31,17 @@ def test_sum_over_count_is_the_mean_cross_entropy_with_its_gradient(smoothing: f
     torch.testing.assert_close(*(torch.autograd.grad(x, logits_BTV)[0] for x in (ours, theirs)))
 
 
-def test_sums_of_micro_batches_add_up_to_the_batch() -> None:
+def test_every_sample_has_its_own_sum_and_count() -> None:
     logits_BTV, labels_BT = example()
     parts = [captioning(logits, labels) for logits, labels in zip(logits_BTV.split(1), labels_BT.split(1), strict=True)]
-    torch.testing.assert_close(torch.stack(parts).sum(), captioning(logits_BTV, labels_BT))
-    assert sum(Captioning().count(labels) for labels in labels_BT.split(1)) == Captioning().count(labels_BT)
+    torch.testing.assert_close(torch.cat(parts), captioning(logits_BTV, labels_BT))
+    assert Captioning().count(labels_BT).tolist() == [float((row[1:] != IGNORE).sum()) for row in labels_BT]
 
 
 def test_a_batch_without_labels_is_zero_and_keeps_its_graph() -> None:
     logits_BTV, labels_BT = example()
     loss = captioning(logits_BTV, torch.full_like(labels_BT, IGNORE))
-    assert loss == 0 and not torch.autograd.grad(loss, logits_BTV)[0].any()
+    assert not loss.any() and not torch.autograd.grad(loss.sum(), logits_BTV)[0].any()
 
 
 def test_bfloat16_logits_are_summed_in_float32() -> None:

@@ -1,5 +1,6 @@
-"""Contrast against its formula, and over two ranks against one process with the whole batch."""
+"""Contrast against its formula, and over several ranks against one process with the whole batch."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,71 +14,154 @@ from bridgework.errors import DataError, SpecError
 from bridgework.losses import Contrastive
 from bridgework.losses.contrastive import info_nce
 from bridgework.losses.gather import gather
+from bridgework.models import dual_encoder
 from bridgework.models.prefix_vlm import Outputs
 
-SPLITS = ([4, 4], [5, 3], [8, 0])  # samples of each rank
-TEMPERATURE = 0.2
+SPLITS = {2: ([4, 4], [5, 3], [8, 0]), 4: ([2, 2, 2, 2], [3, 0, 4, 1])}  # samples of each rank
+LOG_SCALE = 1.6
 
 
-def example() -> tuple[Tensor, Tensor, Tensor]:
-    """Images and texts of 8 samples, and a weight that both ranks share."""
+def example() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and texts of 8 samples, and what all ranks share: a weight, and the logarithm of the scale."""
     generator = torch.Generator().manual_seed(0)
     image_BD, text_BD = torch.randn(2, 8, 6, generator=generator, dtype=torch.float64).unbind()
-    return image_BD, text_BD, torch.randn(6, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(6, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    return image_BD, text_BD, weight, torch.tensor(LOG_SCALE, requires_grad=True)
 
 
-def rank(index: int, folder: str) -> None:
-    """One process: for every split its loss, and the gradient of the shared weight and of its own images."""
+def whole_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss of one process in plain torch, all against all, and the gradients of weight, scale and images."""
+    image_BD, text_BD, weight, log_scale = example()
+    image_BD.requires_grad_()
+    image_BE, text_BE = (normalize((rows @ weight).float(), dim=-1) for rows in (image_BD, text_BD))
+    logits_BB = log_scale.exp() * image_BE @ text_BE.T
+    own_B = torch.arange(8)
+    loss = (cross_entropy(logits_BB, own_B, reduction="sum") + cross_entropy(logits_BB.T, own_B, reduction="sum")) / 2
+    return loss.detach(), *torch.autograd.grad(loss, (weight, log_scale, image_BD))
+
+
+def without_gradient(rows_bD: Tensor) -> Tensor:
+    """What a plain all-gather gives: the other ranks' rows are constants, its own have their gradient."""
+    gathered = gather(rows_bD.detach())
+    before, _, after = gathered.rows_BD.tensor_split([gathered.offset, gathered.offset + len(rows_bD)])
+    return torch.cat([before, rows_bD, after])
+
+
+def rank(index: int, world: int, folder: str) -> None:
+    """One process: for every split its loss and gradients, and those of a gather that stops them."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=world)
     results = []
-    for split in SPLITS:
-        image_BD, text_BD, weight = example()
+    for split in SPLITS[world]:
+        image_BD, text_BD, weight, log_scale = example()
         own = slice(sum(split[:index]), sum(split[: index + 1]))
         image_bD = image_BD[own].clone().requires_grad_()
-        loss = info_nce(image_bD @ weight, text_BD[own] @ weight, TEMPERATURE)
-        loss.backward()
-        results.append((loss.detach(), weight.grad, image_bD.grad, gather(text_BD[own]).offset))
+        loss_b = info_nce(image_bD @ weight, text_BD[own] @ weight, log_scale.exp().expand(len(image_bD)))
+        exact = torch.autograd.grad(loss_b.sum(), (weight, log_scale, image_bD))
+        image_bE, text_bE = (normalize((r @ weight).float(), dim=-1) for r in (image_bD, text_BD[own]))
+        own_b = torch.arange(own.start, own.stop)
+        cut = (
+            cross_entropy(log_scale.exp() * image_bE @ without_gradient(text_bE).T, own_b, reduction="sum")
+            + cross_entropy(log_scale.exp() * text_bE @ without_gradient(image_bE).T, own_b, reduction="sum")
+        ) / 2
+        (stopped,) = torch.autograd.grad(cut, weight)
+        results.append((loss_b.detach(), *exact, gather(text_BD[own]).offset, cut.detach(), stopped))
     torch.save(results, f"{folder}/{index}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_two_ranks_have_the_loss_and_the_gradients_of_one_process(tmp_path: Path) -> None:
-    spawn(rank, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{index}.pt") for index in range(2)]
-    image_BD, text_BD, weight = example()
-    image_BD.requires_grad_()
-    whole = info_nce(image_BD @ weight, text_BD @ weight, TEMPERATURE)
-    whole.backward()
-    assert weight.grad is not None and image_BD.grad is not None
-    for split, (loss_0, weight_0, image_0, offset_0), (loss_1, weight_1, image_1, offset_1) in zip(
-        SPLITS, *ranks, strict=True
-    ):
-        torch.testing.assert_close(loss_0 + loss_1, whole.detach(), atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(weight_0 + weight_1, weight.grad, atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(torch.cat([image_0, image_1]), image_BD.grad, atol=1e-6, rtol=1e-6)
-        assert (offset_0, offset_1) == (0, split[0])
+@pytest.mark.parametrize("world", SPLITS)
+def test_ranks_have_the_loss_and_the_gradients_of_one_process(world: int, tmp_path: Path) -> None:
+    spawn(rank, (world, str(tmp_path)), nprocs=world)
+    ranks = [torch.load(tmp_path / f"{index}.pt") for index in range(world)]
+    loss, weight, scale, images = whole_batch()
+    for split, *results in zip(SPLITS[world], *ranks, strict=True):
+        losses, weights, scales, own_images, offsets, cut, stopped = zip(*results, strict=True)
+        assert [len(part) for part in losses] == split
+        torch.testing.assert_close(torch.cat(losses).sum(), loss, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(sum(weights), weight, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(sum(scales), scale, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(torch.cat(own_images), images, atol=1e-6, rtol=1e-6)
+        assert list(offsets) == [sum(split[:index]) for index in range(world)]
+        # a gather that stops the gradient gives the same loss and another gradient
+        torch.testing.assert_close(sum(cut), loss, atol=1e-6, rtol=1e-6)
+        assert split == [8, 0] or not torch.allclose(sum(stopped), weight, rtol=1e-2, atol=1e-3)
 
 
 def test_one_process_matches_the_formula() -> None:
-    image_BD, text_BD, _ = example()
+    image_BD, text_BD, *_ = example()
     similarity_BB = normalize(image_BD.float(), dim=1) @ normalize(text_BD.float(), dim=1).T / 0.07
     own_B = torch.arange(8)
     expected = (cross_entropy(similarity_BB, own_B) + cross_entropy(similarity_BB.T, own_B)) / 2
-    loss = Contrastive()
-    ours = loss(Outputs(image_BD=image_BD, text_BD=text_BD)) / loss.count(torch.zeros(8, 3))
-    torch.testing.assert_close(ours, expected)
+    loss, labels = Contrastive(), torch.zeros(8, 3)
+    ours = loss(Outputs(image_BD=image_BD, text_BD=text_BD))
+    assert ours.shape == loss.count(labels).shape == (8,)
+    torch.testing.assert_close(ours.sum() / loss.count(labels).sum(), expected)
+    each = cross_entropy(similarity_BB, own_B, reduction="none") + cross_entropy(
+        similarity_BB.T, own_B, reduction="none"
+    )
+    torch.testing.assert_close(ours, each / 2)
+
+
+def test_a_learned_temperature_is_that_of_the_outputs() -> None:
+    image_BD, text_BD, _, log_scale = example()
+    outputs = dual_encoder.Outputs(image_BD, text_BD, log_scale.exp().expand(8))
+    torch.testing.assert_close(
+        Contrastive(temperature=None)(outputs), Contrastive(temperature=math.exp(-LOG_SCALE))(outputs)
+    )
+    with pytest.raises(SpecError, match="this wiring learns none"):
+        Contrastive(temperature=None)(Outputs(image_BD=image_BD, text_BD=text_BD))
+
+
+def test_two_passes_over_micro_batches_have_the_gradients_of_the_batch_and_naive_ones_do_not() -> None:
+    """Of the towers and of the scale, which every pass touches: GradCache (arXiv:2101.06983)."""
+    _, weight, scale, _ = whole_batch()
+    image_BD, text_BD, own_weight, log_scale = example()
+    loss = Contrastive(temperature=None)
+    assert loss.spliced == ("image_BD", "text_BD", "logit_scale")
+    assert Contrastive().spliced == ("image_BD", "text_BD")
+
+    def outputs(rows: slice) -> list[Tensor]:
+        size = len(image_BD[rows])
+        return [image_BD[rows] @ own_weight, text_BD[rows] @ own_weight, log_scale.exp().expand(size)]
+
+    micro = [slice(0, 3), slice(3, 6), slice(6, 8)]
+    cached = [[t.detach() for t in outputs(rows)] for rows in micro]
+    totals, naive = [torch.zeros_like(own_weight), torch.zeros(())], torch.zeros_like(own_weight)
+    for live, rows in enumerate(micro):
+        parts = [outputs(rows) if m == live else cached[m] for m in range(len(micro))]
+        spliced = dual_encoder.Outputs(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        grads = torch.autograd.grad(loss(spliced).sum(), (own_weight, log_scale))
+        totals = [total + grad for total, grad in zip(totals, grads, strict=True)]
+        naive += torch.autograd.grad(loss(dual_encoder.Outputs(*outputs(rows))).sum(), own_weight)[0]
+    torch.testing.assert_close(totals[0], weight, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(totals[1], scale, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(naive, weight, rtol=1e-2, atol=1e-3)
 
 
 def test_the_length_of_a_vector_does_not_matter() -> None:
-    image_BD, text_BD, _ = example()
-    torch.testing.assert_close(info_nce(3 * image_BD, text_BD / 7, 0.07), info_nce(image_BD, text_BD, 0.07))
+    image_BD, text_BD, *_ = example()
+    torch.testing.assert_close(info_nce(3 * image_BD, text_BD / 7, 14.0), info_nce(image_BD, text_BD, 14.0))
 
 
 def test_pairs_that_match_cost_less_than_shuffled_ones() -> None:
-    image_BD, _, _ = example()
-    assert info_nce(image_BD, image_BD, 0.07) < info_nce(image_BD, image_BD.roll(1, 0), 0.07)
+    image_BD, *_ = example()
+    assert info_nce(image_BD, image_BD, 14.0).sum() < info_nce(image_BD, image_BD.roll(1, 0), 14.0).sum()
+
+
+def test_swapped_towers_and_permuted_pairs_cost_the_same() -> None:
+    image_BD, text_BD, *_ = example()
+    loss_B, order = info_nce(image_BD, text_BD, 5.0), torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(info_nce(text_BD, image_BD, 5.0), loss_B)
+    torch.testing.assert_close(info_nce(image_BD[order], text_BD[order], 5.0), loss_B[order])
+
+
+def test_the_loss_is_known_for_orthonormal_pairs_and_for_a_scale_of_nearly_nothing() -> None:
+    image_BD, text_BD, *_ = example()
+    expected = math.log(1 + 7 * math.exp(-3.0))
+    torch.testing.assert_close(info_nce(torch.eye(8), torch.eye(8), 3.0), torch.full((8,), expected))
+    torch.testing.assert_close(info_nce(image_BD, text_BD, 1e-6), torch.full((8,), math.log(8)))
 
 
 def test_one_process_gathers_its_own_rows() -> None:
@@ -92,5 +176,5 @@ def test_outputs_that_were_not_pooled_and_a_temperature_of_zero_are_refused() ->
         Contrastive(temperature=0.0)
 
 
-def test_contrast_needs_a_workers_whole_share_at_once() -> None:
-    assert Contrastive().whole_batch and Contrastive().needs == "pooled"
+def test_contrast_compares_a_whole_batch_and_can_do_so_in_two_passes() -> None:
+    assert Contrastive().whole_batch and Contrastive().needs == "pooled" and Contrastive().spliced

@@ -18,8 +18,13 @@ from tests.training.support import DEEPSPEED, fresh, llava
 pytestmark = [*DEEPSPEED, pytest.mark.usefixtures("process_group")]
 
 
-def engine(stage: Stage, model: nn.Module, micro_batches: int = 1) -> Engine:
-    return Engine(Step(model, stage.losses), stage, freezing.apply(model, stage.trains), micro_batches=micro_batches)
+def engine(stage: Stage, model: freezing.Freezable, micro_batches: int = 1) -> Engine:
+    return Engine(
+        Step(model, stage.losses, len(stage.data.sources)),
+        stage,
+        freezing.apply(model, stage.trains),
+        micro_batches=micro_batches,
+    )
 
 
 def test_config_is_laid_over_by_dotted_path() -> None:
@@ -39,7 +44,7 @@ def test_norm_of_the_gradient_is_that_of_plain_torch(home: Path, zero: int) -> N
     logits_BTV, labels_BT = model(**batch.inputs()).logits_BTV, batch.labels_BT
     nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()).backward()
     grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    _, norm = engine(stage, fresh(stage)).train_step([batch], 0.0)
+    norm = engine(stage, fresh(stage)).train_step([batch], 0.0).norm
     assert norm == pytest.approx(float(grads.norm()), rel=1e-4)
 
 

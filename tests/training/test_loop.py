@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bridgework.data import reader
 from bridgework.data.batch import collate
-from bridgework.errors import RunError, SpecError
+from bridgework.errors import RunError
 from bridgework.losses import Contrastive
 from bridgework.system import System
 from bridgework.training.schedule import learning_rate
@@ -140,11 +140,11 @@ def test_a_loss_that_is_not_finite_stops_with_its_samples_and_saves_nothing(home
     assert [done for done, _ in losses(home, run)] == list(range(1, step + 1))  # how it came to this
 
 
-def test_contrast_over_micro_batches_is_refused_before_anything_is_written(home: Path, run: str) -> None:
-    system = llava(stages__align__losses=(Contrastive(),), stages__align__budget__micro=4)
-    with pytest.raises(SpecError, match=r"set stages\.align\.budget\.micro=8"):
-        go(system, home, run)
-    assert not (home / "runs" / run).exists()
+def test_contrast_in_micro_batches_trains_as_at_once(home: Path, run: str) -> None:
+    for name, micro in ((f"{run}-whole", 8), (f"{run}-parts", 3)):
+        go(llava(3, stages__align__losses=(Contrastive(),), stages__align__budget__micro=micro), home, name)
+    whole, parts = (losses(home, f"{run}-{kind}") for kind in ("whole", "parts"))
+    assert [loss for _, loss in parts] == pytest.approx([loss for _, loss in whole], rel=1e-4)
 
 
 def test_every_loss_is_reported_with_its_weight(home: Path, run: str) -> None:

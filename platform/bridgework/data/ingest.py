@@ -17,6 +17,7 @@ from ray.train import DataConfig
 from bridgework.data.batch import Row
 from bridgework.data.reader import Feed
 from bridgework.errors import RunError
+from bridgework.system import Layout
 
 PADDING = Row(-1, 0, "", 0, [], [], np.empty(0, np.uint8))  # only makes the blocks of all ranks equally long
 READER_CPUS = 0.25  # `readers` is the knob: on a small machine a whole CPU each would not fit beside the workers
@@ -30,11 +31,14 @@ BLOCK = pa.schema(
         ("source", pa.int32()),
         ("ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
+        ("layouts", pa.list_(pa.list_(pa.int32()))),
+        ("instruction", pa.list_(pa.int32())),
+        ("rejected", pa.list_(pa.list_(pa.int32()))),  # ids and labels, or null
         ("shape", pa.list_(pa.int32())),  # of the images: four sizes are uint8 pixels, three are float16 features
         ("images", pa.large_list(pa.uint8())),  # bytes of the array, C order; a window can exceed the 2 GB of `list`
     ]
 )
-FIELDS = ("step", "place", "key", "source", "ids", "labels")  # of a Row, as they are
+FIELDS = tuple(name for name in BLOCK.names if name not in ("rank", "world", "shape", "images"))  # of a Row
 
 
 class PlanIngest(DataConfig):
@@ -132,8 +136,13 @@ def _rows(block: pa.Table) -> Iterator[Row]:
     """The rows of a block, without padding; their images are read-only views that keep the block's memory."""
     for part in block.to_batches():
         flat = np.split(part["images"].values.to_numpy(), part["images"].offsets.to_numpy())[1:-1]
-        fields = zip(*(part[name].to_pylist() for name in (*FIELDS, "shape")), strict=True)
-        for image, (step, place, key, source, ids, labels, shape) in zip(flat, fields, strict=True):
-            if step != PADDING.step:
+        fields = part.select([*FIELDS, "shape"]).to_pylist()
+        for image, row in zip(flat, fields, strict=True):
+            if row["step"] != PADDING.step:
+                shape, rejected = row.pop("shape"), row.pop("rejected")
                 typed = image.view(np.uint8 if len(shape) == 4 else np.float16)
-                yield Row(step, place, key, source, ids, labels, typed.reshape(shape))
+                yield Row(
+                    **{**row, "layouts": tuple(Layout(*layout) for layout in row["layouts"])},
+                    images=typed.reshape(shape),
+                    rejected=None if rejected is None else (rejected[0], rejected[1]),
+                )

@@ -20,10 +20,12 @@ from bridgework.data.catalog import resolve
 from bridgework.data.quarantine import BadSample
 from bridgework.data.samples import Sample
 from bridgework.data.shards import open_dataset
-from bridgework.data.templates import conversation, render
-from bridgework.data.tokens import Encoded, encode, load_tokenizer
+from bridgework.data.streams import Streams
+from bridgework.data.templates import conversation
+from bridgework.data.tiling import lay_out
+from bridgework.data.tokens import Encoded
 from bridgework.data.transforms import decode, read_square
-from bridgework.system import IGNORE, IMAGE, Pixels, Source, Stage
+from bridgework.system import END, IGNORE, IMAGE, Pixels, Source, Stage
 
 Kind = Literal["text", "loss", "image", "role"]
 SIDE = 256  # pixels: a picture as it is stored is shown no larger
@@ -71,9 +73,9 @@ def read(stage: Stage, home: Path, n: int = 4, *, seed: int = 0) -> list[Preview
 
     Raises DataError for a missing or corrupt dataset, WeightsError where the stage's tokenizer is not to be had.
     """
-    tokenizer = load_tokenizer(stage.model.tokenizer)
+    streams = Streams.of(stage.model, stage.data)
     return [
-        _read(sample, stage, source, choice, tokenizer)
+        _read(sample, source, choice, streams)
         for number, source in enumerate(stage.data.sources)
         for choice, sample in _draw(resolve(source.dataset, home), n, [seed, number])
     ]
@@ -123,35 +125,36 @@ def _thumbnail(data: bytes) -> NDArray[np.uint8]:
 # --- as a stage reads it ---------------------------------------------------------------------------------------------
 
 
-def _read(sample: Sample, stage: Stage, source: Source, choice: int, tokenizer: PreTrainedTokenizerBase) -> Preview:
-    model, mixture = stage.model, stage.data
+def _read(sample: Sample, source: Source, choice: int, streams: Streams) -> Preview:
     try:
-        encoded = encode(
-            render(conversation(sample, source.prompts, choice), mixture.template, tokenizer),
-            tokenizer,
-            image_tokens=model.image_tokens,
-            max_tokens=min(mixture.max_tokens, model.context),
-        )
-        images = _squares(sample, encoded, model.pixels)
+        parts = conversation(sample, source.prompts, choice, prefix=source.prefix)
+        encoded = streams.train(parts, streams.layouts(sample.images), choice=choice)
+        images = tuple(tile for i in encoded.images for tile in _tiles(sample.images[i], streams.model.pixels))
     except BadSample as error:
         return Preview(sample.key, source.name, (), tuple(_spoken(sample)), problem=str(error))
     loss = len(encoded.labels) - encoded.labels.count(IGNORE)
     counts = Counts(len(encoded.ids), encoded.ids.count(IMAGE), loss)
-    return Preview(sample.key, source.name, images, tuple(_spans(encoded, tokenizer, model.image_tokens)), counts)
+    return Preview(sample.key, source.name, images, tuple(_spans(encoded, streams.tokenizer)), counts)
 
 
-def _squares(sample: Sample, encoded: Encoded, pixels: Pixels) -> tuple[NDArray[np.uint8], ...]:
-    return tuple(read_square(sample.images[index], pixels) for index in encoded.images)
+def _tiles(image: bytes, pixels: Pixels) -> NDArray[np.uint8]:
+    return lay_out(decode(image), pixels)[0] if pixels.grids else read_square(image, pixels)[None]
 
 
-def _spans(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, image_tokens: int) -> Iterator[Span]:
-    pairs = zip(encoded.ids, encoded.labels, strict=True)
-    for is_image, run in groupby(pairs, key=lambda pair: pair[0] == IMAGE):
-        if is_image:
-            place = _place(f"image: {image_tokens} token{'s' * (image_tokens > 1)}")
-            yield from [place] * (len(list(run)) // image_tokens)
+def _spans(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:
+    sizes = iter(encoded.places)
+    for special, run in groupby(zip(encoded.ids, encoded.labels, strict=True), key=lambda pair: min(pair[0], 0)):
+        pairs = list(run)
+        if special == END:
+            yield from [_place("end")] * len(pairs)
+        elif special == IMAGE:
+            shown = 0
+            while shown < len(pairs):
+                size = next(sizes)
+                shown += size
+                yield _place(f"image: {size} token{'s' * (size > 1)}")
         else:
-            yield from _decoded(list(run), tokenizer)
+            yield from _decoded(pairs, tokenizer)
 
 
 def _decoded(pairs: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:

@@ -7,7 +7,7 @@ A window is a function of (feed, lane, t): who reads it, when, and what was read
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -20,12 +20,14 @@ from bridgework.data.groups import Features, Groups, Stored
 from bridgework.data.manifest import read_manifest
 from bridgework.data.plan import Plan, SourceRows
 from bridgework.data.quarantine import BadSample, Quarantine, Reason
+from bridgework.data.samples import Part, Sample
 from bridgework.data.shards import Dataset, open_dataset
-from bridgework.data.templates import conversation, render
-from bridgework.data.tokens import encode, load_tokenizer
-from bridgework.data.transforms import read_square
+from bridgework.data.streams import Streams
+from bridgework.data.templates import conversation
+from bridgework.data.tiling import lay_out
+from bridgework.data.transforms import decode, read_square
 from bridgework.errors import DataError
-from bridgework.system import Mixture, Pixels, Stage
+from bridgework.system import Mixture, ModelSpec, Stage
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,8 @@ class Feed:
     batch: int  # samples of a step, over all ranks
     steps: int
     seed: int
-    tokenizer: str
-    pixels: Pixels
-    image_tokens: int
-    context: int  # tokens that the language model takes
+    model: ModelSpec  # says what it reads; nothing is built of it here
+    pairs: bool = False  # every sample comes with its rejected answer
     features: str | None = None  # folder of cached features, read instead of the images
     quarantine: str | None = None  # folder of the table of bad samples; without one the first bad sample is an error
 
@@ -56,10 +56,8 @@ class Feed:
             batch=stage.budget.batch,
             steps=stage.budget.steps,
             seed=stage.seed,
-            tokenizer=stage.model.tokenizer,
-            pixels=stage.model.pixels,
-            image_tokens=stage.model.image_tokens,
-            context=stage.model.context,
+            model=stage.model,
+            pairs=any(loss.needs == "preference" for loss in stage.losses),
             features=features,
             quarantine=quarantine,
         )
@@ -106,11 +104,12 @@ class Reader:
         self.feed = feed
         self.plan = plan
         self._datasets = datasets
-        self._tokenizer = load_tokenizer(feed.tokenizer)
+        self._streams = Streams.of(feed.model, feed.mixture)
         features = None if feed.features is None else [Features(feed.features, dataset) for dataset in datasets]
         self._groups = Groups(datasets, features)
-        pixels = feed.pixels
-        self._shape = features[0].shape if features else (3, pixels.size, pixels.size)  # of one image
+        size = feed.model.pixels.size
+        self._pixels = feed.model.pixels
+        self._shape = features[0].shape if features else (3, size, size)  # of one image
         self._quarantine = None if feed.quarantine is None else Quarantine(feed.quarantine)
 
     def window(self, lanes: Sequence[int], t: int, first_step: int = 0) -> list[list[Row]]:
@@ -170,25 +169,35 @@ class Reader:
             return None
 
     def _row(self, source: int, stored: Stored, slot: _Slot) -> Row:
-        mixture = self.feed.mixture
+        sample, spec = stored.sample, self.feed.mixture.sources[source]
         choice = int(np.random.default_rng([self.feed.seed, slot.step, slot.place]).integers(2**32))
-        parts = conversation(stored.sample, mixture.sources[source].prompts, choice)
-        encoded = encode(
-            render(parts, mixture.template, self._tokenizer),
-            self._tokenizer,
-            image_tokens=self.feed.image_tokens,
-            max_tokens=min(mixture.max_tokens, self.feed.context),
+        parts = conversation(sample, spec.prompts, choice, prefix=spec.prefix)
+        layouts = self._streams.layouts(sample.images)
+        encoded = self._streams.train(parts, layouts, choice=choice)
+        rejected = self._streams.train(_rejected(sample, parts), layouts, choice=choice) if self.feed.pairs else None
+        return Row(
+            step=slot.step,
+            place=slot.place,
+            key=sample.key,
+            source=source,
+            ids=encoded.ids,
+            labels=encoded.labels,
+            images=self._images(stored, encoded.images),
+            layouts=tuple(layouts[i] for i in encoded.images) if layouts else (),
+            instruction=self._streams.instruction(parts),
+            rejected=None if rejected is None else (rejected.ids, rejected.labels),
         )
-        images = self._images(stored, encoded.images)
-        return Row(slot.step, slot.place, stored.sample.key, source, encoded.ids, encoded.labels, images)
 
     def _images(self, stored: Stored, used: Sequence[int]) -> NDArray[Any]:
-        """(n, 3, S, S) uint8 or (n, P, D) float16 of the images at the indices `used`."""
+        """(n, 3, S, S) uint8 or (n, P, D) float16 of the images at the indices `used`, all their tiles in order."""
         images: NDArray[Any]
+        if stored.features is None and self._pixels.grids:
+            tiles = [lay_out(decode(stored.sample.images[index]), self._pixels)[0] for index in used]
+            return np.concatenate([*tiles, np.empty((0, *self._shape), np.uint8)])
         if stored.features is None:
             images = np.empty((len(used), *self._shape), np.uint8)
             for place, index in enumerate(used):
-                images[place] = read_square(stored.sample.images[index], self.feed.pixels)
+                images[place] = read_square(stored.sample.images[index], self._pixels)
             return images
         images = np.empty((len(used), *self._shape), np.float16)
         for place, index in enumerate(used):
@@ -196,6 +205,13 @@ class Reader:
                 raise BadSample(Reason.CORRUPT, f"image {index} had no features to cache: it cannot be decoded")
             images[place] = np.frombuffer(stored.features[index], np.float16).reshape(self._shape)
         return images
+
+
+def _rejected(sample: Sample, parts: Sequence[Part]) -> list[Part]:
+    """The same conversation with the worse last answer. Raises BadSample for a sample that has none."""
+    if sample.rejected is None:
+        raise BadSample(Reason.NO_TARGET, "the stage learns from preferences, and the sample has no rejected answer")
+    return [*parts[:-1], replace(parts[-1], text=sample.rejected)]
 
 
 def local(feed: Feed, *, rank: int, world: int, start: int) -> Iterator[list[Row]]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from transformers import PreTrainedTokenizerBase
 
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Sample
 from bridgework.data.shards import open_dataset
-from bridgework.data.templates import conversation, render
-from bridgework.data.tokens import Encoded, encode, load_tokenizer
+from bridgework.data.streams import Streams
+from bridgework.data.templates import conversation
+from bridgework.data.tokens import Encoded
 from bridgework.system import IGNORE, IMAGE, Source, Stage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what `transforms.decode` reads
@@ -210,9 +210,8 @@ class _Fitting:
 
     def __init__(self, stage: Stage, path: str) -> None:
         self.stage = stage
-        self.limit = min(stage.data.max_tokens, stage.model.context)
         self._source: Source = next((s for s in stage.data.sources if s.dataset == path), stage.data.sources[0])
-        self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(stage.model.tokenizer)
+        self._streams = Streams.of(stage.model, stage.data)
         self._tokens: list[int] = []
         self._image_tokens: list[int] = []
         self._trained: list[int] = []
@@ -232,13 +231,13 @@ class _Fitting:
         self._tokens.append(len(whole.ids))
         self._image_tokens.append(whole.ids.count(IMAGE))
         self._trained.append(len(cut.labels) - cut.labels.count(IGNORE))
-        self._truncated += len(whole.ids) > self.limit
+        self._truncated += len(whole.ids) > self._streams.limit
 
     def result(self) -> Fit:
         return Fit(
             stage=self.stage.name,
             template=self.stage.data.template,
-            limit=self.limit,
+            limit=self._streams.limit,
             tokens=Spread.of(self._tokens),
             image_tokens=Spread.of(self._image_tokens),
             trained=Spread.of(self._trained),
@@ -248,14 +247,13 @@ class _Fitting:
 
     def _encode(self, sample: Sample) -> tuple[Encoded, Encoded]:
         """The whole row, and what the limit leaves of it; the prompts take turns."""
-        parts = conversation(sample, self._source.prompts, self._rows)
-        self._rows += 1
-        segments = render(parts, self.stage.data.template, self._tokenizer)
-        size = self.stage.model.image_tokens
-        whole = encode(segments, self._tokenizer, image_tokens=size, max_tokens=EVERYTHING)
-        if len(whole.ids) <= self.limit:
+        rows, self._rows = self._rows, self._rows + 1
+        parts = conversation(sample, self._source.prompts, rows, prefix=self._source.prefix)
+        layouts = self._streams.layouts(sample.images)
+        whole = self._streams.train(parts, layouts, choice=rows, limit=EVERYTHING)
+        if len(whole.ids) <= self._streams.limit:
             return whole, whole
-        return whole, encode(segments, self._tokenizer, image_tokens=size, max_tokens=self.limit)
+        return whole, self._streams.train(parts, layouts, choice=rows)
 
 
 def _header(data: bytes) -> Image.Image:

@@ -41,6 +41,7 @@ class Shape(NamedTuple):
 def shapes(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
     """`rows` pairs of a PNG (size x size) and a caption such as "a large red circle above a small blue square".
 
+    The labels are what is in it: "red circle", "blue square".
     A row depends on (seed, its number) alone: fewer rows are a prefix of more.
     """
     for row in range(rows):
@@ -48,7 +49,8 @@ def shapes(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample
         first, second = _shape(draw), _shape(draw)
         place = draw.choice(list(PLACES))
         image = _picture(size, [(first, PLACES[place][0]), (second, PLACES[place][1])])
-        yield pair(f"shapes-{row:06d}", image, f"{first} {place} {second}")
+        labels = tuple(f"{shape.colour} {shape.form}" for shape in (first, second))
+        yield pair(f"shapes-{row:06d}", image, f"{first} {place} {second}", labels=labels)
 
 
 def _shape(draw: random.Random) -> Shape:

@@ -1,15 +1,20 @@
 """From the parts of a sample to the segments of one token stream: what is scaffold, what is content, what has loss.
 
-plain   images, then the caption and a newline                       LLaVA stage 1 (Liu et al. 2023, arXiv:2304.08485)
-v1      "SYSTEM USER: question ASSISTANT: answer</s>USER: ..."       LLaVA stage 2, Vicuna's format
-chat    the tokenizer's own chat template
+plain         images, then the caption and a newline                  LLaVA stage 1 (Liu et al. 2023, arXiv:2304.08485)
+v1            "SYSTEM USER: question ASSISTANT: answer</s>USER: ..."  LLaVA stage 2, Vicuna's format
+chat          the tokenizer's own chat template
+caption       one of the captions and the token that ends a text      CLIP, BLIP, BLIP-2's first stage
+answer        images, "question answer</s>", no scaffold              BLIP-2's second stage, InstructBLIP
+prompted      the same, with nothing between question and answer      BLIP's captioner: "a picture of" a caption
+human         "###Human: <Img>..</Img> question ###Assistant: a###"   MiniGPT-4 (Zhu et al. 2023, arXiv:2304.10592)
+interleaved   images and texts in order, END behind every chunk       Flamingo (Alayrac et al. 2022, arXiv:2204.14198)
 
 A template is cut into segments *before* anything is tokenised, so what a person or a dataset wrote can never turn into
 scaffold, and the loss mask never depends on how a tokenizer merges across a border.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -20,13 +25,12 @@ from transformers import PreTrainedTokenizerBase
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample
 from bridgework.errors import SpecError, suggest
+from bridgework.system import END
 
 V1_SYSTEM = (  # published with LLaVA v1 and v1.5: their weights expect it word for word
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-TEMPLATES = ("plain", "v1", "chat")
-
 Turn = tuple[str, list[Part]]  # system | user | assistant, and what it says
 
 
@@ -38,29 +42,41 @@ class Segment:
     image: int | None = None  # index into the sample's images
     train: bool = False  # has loss
     literal: bool = True  # content: what looks like a special token in it stays plain text
+    token: int | None = None  # a token that no tokenizer knows: END
+    closing: bool = False  # stays when the text before it is cut
 
 
-def conversation(sample: Sample, prompts: Sequence[str], choice: int) -> list[Part]:
+def conversation(sample: Sample, prompts: Sequence[str], choice: int, *, prefix: bool = False) -> list[Part]:
     """The sample's parts; a pair with `prompts` becomes one question and its caption as the answer.
 
     `choice`, any non-negative draw, picks the prompt and whether the image stands before or after it (LLaVA eq. 2).
-    What already is a conversation, or has more than one text, stays as it is.
+    With `prefix` the caption's first words, up to a drawn one, are the question and the rest is the answer (BLIP-2's
+    prefix language modelling, arXiv:2301.12597, 3.3). What already is a conversation, or has more than one text,
+    stays as it is.
     """
     images = [p for p in sample.parts if p.image is not None]
     texts = [p for p in sample.parts if p.text is not None]
-    if not prompts or len(texts) != 1 or any(p.role != "caption" for p in sample.parts):
+    if not (prompts or prefix) or len(texts) != 1 or any(p.role != "caption" for p in sample.parts):
         return list(sample.parts)
+    if prefix:
+        words = (texts[0].text or "").split()
+        if len(words) < 2:
+            return list(sample.parts)
+        at = 1 + choice % (len(words) - 1)
+        halves = Part("user", text=" ".join(words[:at])), Part("assistant", text=" ".join(words[at:]))
+        return [*(Part("user", image=p.image) for p in images), *halves]
     prompt, last = prompts[choice % len(prompts)], choice // len(prompts) % 2
     shown = [Part("user", image=p.image) for p in images]
     asked = [*shown, Part("user", text="\n" + prompt)] if not last else [Part("user", text=prompt + "\n"), *shown]
     return [*asked, Part("assistant", text=texts[0].text)]
 
 
-def render(parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+def render(parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase, choice: int = 0) -> list[Segment]:
     """The segments to train on: loss on every answer and on the stop string that ends it.
 
-    Neighbouring parts of one role are one turn. Under `plain` only images, captions and answers are read, as LLaVA's
-    stage 1 does; under the others a caption is the answer to its image. Raises BadSample for a sample without an
+    Neighbouring parts of one role are one turn. Under `plain` and `caption` only images, captions and answers are read
+    (as LLaVA's stage 1 does; of several, `caption` takes the one that `choice` draws); under the others a caption is
+    the answer to its image. Raises BadSample for a sample without an
     answer, with a blank one, or with turns that the template refuses; SpecError for an unknown template.
     """
     answers = [p.text for p in parts if p.text is not None and p.role in ("caption", "assistant")]
@@ -68,6 +84,9 @@ def render(parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerB
         raise BadSample(Reason.NO_TARGET, "no part of the sample is a caption or an answer")
     if not all(answer.strip() for answer in answers):
         raise BadSample(Reason.EMPTY_TEXT, "an answer of the sample is blank")
+    if template == "caption":
+        texts = [p for p in parts if p.text is not None and p.role in ("caption", "assistant")]
+        parts = [*(p for p in parts if p.image is not None), texts[choice % len(texts)]]
     return list(_segments(parts, template, tokenizer, ask=False))
 
 
@@ -91,15 +110,11 @@ def stop(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def _segments(
     parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase, *, ask: bool
 ) -> Iterator[Segment]:
-    if template == "plain":
-        segments = _plain(parts)
-    elif template == "v1":
-        segments = _v1(_turns(parts), tokenizer, ask)
-    elif template == "chat":
-        segments = _chat(_turns(parts), tokenizer, ask)
-    else:
+    write = TEMPLATES.get(template)
+    if write is None:
         raise SpecError(f"there is no template {template!r}" + suggest(template, TEMPLATES))
-    return (s for s in segments if s.text or s.image is not None)
+    segments = write(_turns(parts), tokenizer, ask)
+    return (s for s in segments if s.text or s.image is not None or s.token is not None)
 
 
 def _turns(parts: Sequence[Part]) -> list[Turn]:
@@ -118,15 +133,79 @@ def _said(turn: Turn) -> Iterator[Segment]:
             yield Segment(part.text or "", train=role == "assistant")
 
 
-def _plain(parts: Sequence[Part]) -> Iterator[Segment]:
-    for part in parts:
-        if part.image is not None:
-            yield Segment(image=part.image)
-        elif part.role in ("caption", "assistant"):
-            yield Segment(part.text or "", train=True)
+def _plain(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
+    for turn in turns:
+        for said in _said(turn):
+            if said.image is not None or said.train:
+                yield said
+            if not said.train:
+                continue
             # The paper puts the loss on the caption; LLaVA's code on its newline too, and without that no model
             # learns where a caption ends. Apart from the caption it is one token, whatever the caption ends in.
             yield Segment("\n", train=True, literal=False)
+
+
+def _caption(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
+    for turn in turns:
+        yield from (said for said in _said(turn) if said.image is not None or said.train)
+    if not ask:
+        yield Segment(_ending(tokenizer, "caption"), train=True, literal=False, closing=True)
+
+
+def _answer(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
+    ending = _ending(tokenizer, "answer")
+    asked = False
+    for turn in turns:
+        for said in _said(turn):
+            yield replace(said, text=" " + said.text) if said.text and asked else said
+            asked = asked or bool(said.text)
+        if turn[0] == "assistant":
+            yield Segment(ending, train=True, literal=False, closing=True)
+        elif asked and tokenizer.bos_token is None and tokenizer.sep_token is not None:
+            yield Segment(ending, literal=False)  # BERT's own way to put two texts beside each other
+
+
+def _prompted(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
+    return (said for said in _answer(turns, tokenizer, ask) if said.literal or said.train)
+
+
+def _human(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
+    lead = "###Human:"  # "###" ends an answer, so later turns begin behind it
+    for role, parts in turns:
+        if role == "system":
+            yield from _said((role, parts))
+            continue
+        yield Segment(" ###Assistant:" if role == "assistant" else lead, literal=False)
+        for said in _said((role, parts)):
+            if said.image is not None:
+                yield from (Segment(" <Img>", literal=False), said, Segment("</Img>", literal=False))
+            else:
+                yield replace(said, text=" " + said.text.strip())
+        if role == "assistant":
+            yield Segment("###", train=True, literal=False, closing=True)
+        lead = "Human:"
+    if ask:
+        yield Segment(" ###Assistant:", literal=False)
+
+
+def _interleaved(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
+    begun = False
+    for turn in turns:
+        for said in _said(turn):
+            if said.image is not None and begun:
+                yield Segment(token=END, train=True)
+            begun = True
+            yield said
+    if not ask:
+        yield Segment(token=END, train=True, closing=True)
+
+
+def _ending(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """The token that ends a text: eos, or BERT's SEP."""
+    ending = tokenizer.eos_token or tokenizer.sep_token
+    if ending is None:
+        raise SpecError(f"template {template!r} ends texts with the tokenizer's eos or sep token, and it has neither")
+    return str(ending)
 
 
 def _v1(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
@@ -186,3 +265,16 @@ def _scaffold(roles: list[str], tokenizer: PreTrainedTokenizerBase, ask: bool) -
 def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     names = sorted((t.content for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or r"\Z.")
+
+
+Writer = Callable[[list[Turn], PreTrainedTokenizerBase, bool], Iterator[Segment]]
+TEMPLATES: Mapping[str, Writer] = {
+    "plain": _plain,
+    "v1": _v1,
+    "chat": _chat,
+    "caption": _caption,
+    "answer": _answer,
+    "prompted": _prompted,
+    "human": _human,
+    "interleaved": _interleaved,
+}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -32,46 +33,70 @@ _lock = Lock()  # a tokenizer holds "parse special tokens" as state: two threads
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample as a language model reads it; an image fills `image_tokens` places."""
+    """One sample as a language model reads it."""
 
     ids: list[int]  # (T,) IMAGE where an image token goes
     labels: list[int]  # (T,) the id itself where there is loss, IGNORE elsewhere; not shifted
     images: list[int]  # indices of the images used, in order
+    places: list[int]  # how many tokens each of them fills
+
+
+class _Place(NamedTuple):
+    """Where an image stands in the stream."""
+
+    begin: int
+    end: int
+    image: int
 
 
 def encode(
-    segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, *, image_tokens: int, max_tokens: int
+    segments: Sequence[Segment],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    image_tokens: int | Sequence[int],
+    max_tokens: int,
 ) -> Encoded:
-    """Tokenise segment by segment; BOS goes first if the tokenizer has one and the scaffold does not begin with it.
+    """Tokenise segment by segment; BOS, or BERT's CLS, goes first unless the scaffold begins with it.
 
-    What is too long loses whole turns from its end; a first turn that is too long alone is cut, never inside an image.
-    Raises BadSample where nothing with loss is left, and DataError for a prompt (no loss at all) that does not fit.
+    `image_tokens` are the places of every image, or of each. What is too long loses whole turns from its end; a first
+    turn that is too long alone is cut, never inside an image, and keeps its closing. Raises BadSample where nothing
+    with loss is left, and DataError for a prompt (no loss at all) that does not fit.
     """
-    pieces = [
-        [IMAGE] * image_tokens if s.image is not None else _tokenise(s.text, s.literal, tokenizer) for s in segments
-    ]
-    bos = tokenizer.bos_token_id
-    ids: list[int] = [] if bos is None or (pieces and pieces[0][:1] == [bos]) else [bos]
+    pieces = [_piece(s, tokenizer, image_tokens) for s in segments]
+    first = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids: list[int] = [] if first is None or (pieces and pieces[0][:1] == [first]) else [first]
     labels = [IGNORE] * len(ids)
-    images: list[tuple[int, int]] = []  # (where it begins, which)
+    places: list[_Place] = []
     ends: list[int] = []  # where a turn with loss ends
     for segment, piece in zip(segments, pieces, strict=True):
         if segment.image is not None:
-            images.append((len(ids), segment.image))
+            places.append(_Place(len(ids), len(ids) + len(piece), segment.image))
         if segment.train and ends[-1:] == [len(ids)]:
             ends.pop()  # the turn goes on
         ids += piece
         labels += piece if segment.train else [IGNORE] * len(piece)
         if segment.train:
             ends.append(len(ids))
-    cut = _cut(len(ids), ends, [at for at, _ in images], image_tokens, max_tokens)
-    encoded = Encoded(ids[:cut], labels[:cut], [which for at, which in images if at + image_tokens <= cut])
+    cut = _cut(len(ids), ends, places, max_tokens)
+    used = [place for place in places if place.end <= cut]
+    encoded = Encoded(ids[:cut], labels[:cut], [p.image for p in used], [p.end - p.begin for p in used])
     if ends and all(label == IGNORE for label in encoded.labels):
         raise BadSample(Reason.NO_TARGET, f"of {len(ids)} tokens none with loss is among the first {max_tokens}")
+    closing = next((piece for s, piece in zip(segments, pieces, strict=True) if s.closing), [])
+    if closing and cut not in (len(ids), *ends):
+        encoded.ids[-len(closing) :], encoded.labels[-len(closing) :] = closing, closing
     return encoded
 
 
-def _cut(length: int, ends: list[int], images: list[int], image_tokens: int, max_tokens: int) -> int:
+def _piece(segment: Segment, tokenizer: PreTrainedTokenizerBase, image_tokens: int | Sequence[int]) -> list[int]:
+    if segment.token is not None:
+        return [segment.token]
+    if segment.image is None:
+        return tokenise(segment.text, tokenizer, literal=segment.literal)
+    return [IMAGE] * (image_tokens if isinstance(image_tokens, int) else image_tokens[segment.image])
+
+
+def _cut(length: int, ends: list[int], places: list[_Place], max_tokens: int) -> int:
     """How many tokens stay."""
     if length <= max_tokens:
         return length
@@ -80,10 +105,11 @@ def _cut(length: int, ends: list[int], images: list[int], image_tokens: int, max
     fitting = [end for end in ends if end <= max_tokens]
     if fitting:
         return fitting[-1]
-    return next((at for at in images if at < max_tokens < at + image_tokens), max_tokens)
+    return next((place.begin for place in places if place.begin < max_tokens < place.end), max_tokens)
 
 
-def _tokenise(text: str, literal: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def tokenise(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: bool) -> list[int]:
+    """The ids of a stretch of text, nothing added; what looks like a special token in `literal` text stays text."""
     with _lock:
         if text.startswith(" ") and _adds_space(tokenizer):
             text = text[1:]

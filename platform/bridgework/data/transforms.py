@@ -46,6 +46,7 @@ _TURNS = {  # what undoes each orientation of EXIF tag 274 other than 1
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = {_TURNS[tag] for tag in (5, 6, 7, 8)}
 
 
 def read_square(data: bytes, pixels: Pixels, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -75,6 +76,14 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, size: int | None = None
         return upright if turn is None else upright.transpose(turn)
     except _BROKEN as error:
         raise _broken(data, error) from None
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(width, height) of the upright picture in a file, by its header alone. Raises BadSample as `decode` does."""
+    image = _open(data)
+    turned = _turn(image) in _SIDEWAYS
+    width, height = image.size
+    return (height, width) if turned else (width, height)
 
 
 def to_square(image: Image.Image, pixels: Pixels) -> NDArray[np.uint8]:

@@ -1,10 +1,14 @@
-"""Losses: each a spec that is called on a wiring's outputs and gives a sum, and says what to divide the sum by.
+"""Losses: each a spec that is called on a wiring's outputs and says what every sample adds to a sum and to its divisor.
 
 Sums, because a mean of micro-batches or of ranks is not the mean of the batch when their counts differ: whoever trains
-adds up sums and counts over all ranks, divides once, and multiplies by `weight`.
+adds up sums and counts over all ranks, divides once, and multiplies by `weight`. By sample, because a source of the
+mixture may have a mean and a weight of its own.
 """
 
 from bridgework.losses.captioning import Captioning
 from bridgework.losses.contrastive import Contrastive
+from bridgework.losses.matching import Matching
+from bridgework.losses.momentum import MomentumContrastive
+from bridgework.losses.query_contrast import QueryContrast
 
-__all__ = ["Captioning", "Contrastive"]
+__all__ = ["Captioning", "Contrastive", "Matching", "MomentumContrastive", "QueryContrast"]

@@ -27,25 +27,27 @@ class Captioning:
     weight: float = 1.0
     needs: ClassVar[str] = "logits"
     whole_batch: ClassVar[bool] = False
+    spliced: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:
             raise SpecError(f"losses.captioning.label_smoothing lies in [0, 1), got {self.label_smoothing:g}")
 
     def __call__(self, outputs: Logits) -> Tensor:
-        """The unweighted sum over the labelled tokens of the batch, float32."""
+        """(B,) float32: the unweighted sum over the labelled tokens of each sample."""
         if outputs.logits_BTV is None or outputs.labels_BT is None:
             raise DataError("the captioning loss reads logits and labels; ask the wiring for 'logits' and give labels")
         return captioning(outputs.logits_BTV, outputs.labels_BT, self.label_smoothing)
 
-    def count(self, labels_BT: Tensor) -> int:
-        """The tokens that the sum runs over; the first of a row is never predicted."""
-        return int((labels_BT[:, 1:] != IGNORE).sum())
+    def count(self, labels_BT: Tensor) -> Tensor:
+        """(B,) float32: the tokens that each sum runs over; the first of a row is never predicted."""
+        return (labels_BT[:, 1:] != IGNORE).sum(1).float()
 
 
 def captioning(logits_BTV: Tensor, labels_BT: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Summed cross-entropy of each label under the logits before it; 0, with a graph, when there is none."""
+    """(B,) summed cross-entropy of each label under the logits before it; 0, with a graph, when there is none."""
     targets_BT = labels_BT[:, 1:]
     chosen_BT = targets_BT != IGNORE
     logits_LV = logits_BTV[:, :-1][chosen_BT].float()  # chosen first: float32 of prompts and images would be the most
-    return cross_entropy(logits_LV, targets_BT[chosen_BT], reduction="sum", label_smoothing=label_smoothing)
+    nats_L = cross_entropy(logits_LV, targets_BT[chosen_BT], reduction="none", label_smoothing=label_smoothing)
+    return nats_L.new_zeros(len(labels_BT)).index_add(0, chosen_BT.nonzero()[:, 0], nats_L)

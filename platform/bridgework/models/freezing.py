@@ -17,6 +17,9 @@ class Freezable(nn.Module):
         rest(self)
         return self
 
+    def after_step(self) -> None:
+        """What a wiring does to state of its own behind every optimizer step: a momentum twin, a clamp."""
+
 
 class Counts(NamedTuple):
     """Numbers of parameters; one that two names share is counted once."""

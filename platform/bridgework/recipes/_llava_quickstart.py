@@ -57,7 +57,7 @@ def quickstart() -> System:
         shard=CPU,
         evals=(
             HeldOutLoss(name="heldout", dataset="examples/data/heldout_concepts", rows=64),
-            Ranking(name="ranking", dataset="examples/data/heldout_style", candidates=20, rows=50),
+            Ranking(name="ranking", dataset="examples/data/heldout_style", candidates=20, rows=40),
         ),
     )
     instruct = Stage(
@@ -72,7 +72,7 @@ def quickstart() -> System:
         shard=CPU,
         evals=(
             HeldOutLoss(name="heldout", dataset="examples/data/heldout_concepts", rows=64),
-            Ranking(name="ranking", dataset="examples/data/heldout_style", candidates=20, rows=50),
+            Ranking(name="ranking", dataset="examples/data/heldout_style", candidates=20, rows=40),
         ),
     )
     return System(name="llava", paper="arXiv:2304.08485", stages=(warm, align, instruct))

@@ -38,7 +38,11 @@ def routes(router: Router, options: Options) -> APIRouter:
         how = draw(body, options)
         if not body.stream:
             head = Head.of("chatcmpl", "chat.completion", served.id, body.model)
-            answer: Answer = await router.call(served, "generate", parts, images, how)
+            if body.structured_outputs is not None:
+                choices = body.structured_outputs.choice
+                answer: Answer = await router.call(served, "choose", parts, images, choices)
+            else:
+                answer = await router.call(served, "generate", parts, images, how)
             return JSONResponse(completion(head, answer))
         head = Head.of("chatcmpl", "chat.completion.chunk", served.id, body.model)
         pieces = router.stream(served, "stream", parts, images, how)

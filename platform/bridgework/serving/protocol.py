@@ -94,12 +94,19 @@ class StreamOptions(_Piece):
     include_usage: bool = False
 
 
+class Structure(_Piece):
+    """What an answer must be, as vLLM's clients ask for it."""
+
+    choice: Annotated[list[Text], Field(min_length=1, max_length=256)]
+
+
 class ChatRequest(Drawn):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    structured_outputs: Structure | None = None
 
     @model_validator(mode="after")
     def _the_user_speaks_last(self) -> "ChatRequest":
@@ -107,6 +114,8 @@ class ChatRequest(Drawn):
             raise ValueError("the last message must be the user's")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
+        if self.structured_outputs is not None and self.stream:
+            raise ValueError("an answer that is chosen comes whole; leave out stream")
         return self
 
 

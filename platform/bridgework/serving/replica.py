@@ -42,6 +42,12 @@ class Model:
         """The whole answer to a conversation."""
         return _answer(await self._run(self._pipeline.generate, parts, images, **draw))
 
+    async def choose(self, parts: Sequence[Part], images: Sequence[bytes], choices: Sequence[str]) -> Answer:
+        """The one of `choices` that answers the conversation best."""
+        best, *_ = await self._run(self._pipeline.choose, parts, images, choices)
+        prompt = await self._run(partial(self._pipeline.encode, answer=False), parts)
+        return Answer(best.candidate, len(prompt.ids), 0, "stop")  # nothing is written, all is read
+
     async def stream(
         self, parts: Sequence[Part], images: Sequence[bytes], draw: Sampling
     ) -> AsyncIterator[str | Answer]:

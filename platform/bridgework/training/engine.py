@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,15 +14,25 @@ from torch import Tensor, nn
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.utils import safe_get_full_fp32_param
 
 from bridgework.data.batch import Batch
 from bridgework.errors import RunError
 from bridgework.system import AdamW, Stage
-from bridgework.training.step import Step
+from bridgework.training.step import Beside, Step
 
 # DeepSpeed 0.19 still calls what torch 2.13 has renamed, at every step.
 warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
 TAG = "state"  # the folder of DeepSpeed's files in a checkpoint
+
+
+class Taken(NamedTuple):
+    """What one optimizer step was: float32, over the global batch."""
+
+    losses_L: Tensor  # the mean of every loss
+    means_LS: Tensor  # and of its part from every source of the mixture
+    counts_LS: Tensor  # what those were divided by
+    norm: float  # of the gradient, before clipping
 
 
 class Engine:
@@ -35,7 +45,7 @@ class Engine:
         self._step = step
         self._optim = stage.optim
         groups = _groups(step, multipliers, stage.optim)
-        optimizer = torch.optim.AdamW(groups, lr=stage.optim.peak_lr, betas=stage.optim.betas)
+        optimizer = torch.optim.AdamW(groups, lr=stage.optim.peak_lr, betas=stage.optim.betas, eps=stage.optim.eps)
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=step,
@@ -44,27 +54,51 @@ class Engine:
                 dist_init_required=False,
             )
         self.device: torch.device = self._engine.device
+        own = [source.loss_weight for source in stage.data.sources]
+        self._by_source = None not in own  # a mean for each source, instead of one over all
+        self._weights_S = torch.tensor([1.0 if weight is None else weight for weight in own], device=self.device)
+        self._weights_L = torch.tensor([loss.weight for loss in step.losses], device=self.device)
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> tuple[Tensor, float]:
-        """One optimizer step over this rank's micro-batches.
-
-        Returns the mean of every loss over the global batch (float32, one a loss) and the norm of the gradient.
-        """
+    def train_step(self, batches: Sequence[Batch], lr: float) -> Taken:
+        """One optimizer step over this rank's micro-batches."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["multiplier"]
-        counts = _summed(self._step.counts(batches).to(self.device)).clamp(min=1)
-        weights = torch.tensor([loss.weight for loss in self._step.losses], device=self.device)
-        total = torch.zeros_like(counts)
+        counts_LS = _summed(self._step.counts(batches).to(self.device))
+        divisors_LS = (counts_LS if self._by_source else counts_LS.sum(1, keepdim=True)).clamp(min=1)
+        total_LS = torch.zeros_like(counts_LS)
         self._engine.train()
-        for batch in batches:
-            sums = self._engine(batch.to(self.device))
+        for batch, seed, beside in self._passes(batches):
+            torch.manual_seed(seed)
+            sums_LS = self._engine(batch.to(self.device), beside)
+            loss = (self._weights_L @ (self._weights_S * sums_LS / divisors_LS)).sum()
             # DeepSpeed averages over ranks; what we divide by is a count over all of them already.
-            self._engine.backward((weights * sums / counts).sum() * dist.get_world_size(), scale_wrt_gas=False)
+            self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
             plain = self._plain_norm()  # before the step, which drops the gradients
             self._engine.step()
-            total += sums.detach()
+            total_LS += sums_LS.detach()
+        self._step.model.after_step()
         known = self._engine.get_global_grad_norm()
-        return _summed(total) / counts, float(plain if known is None else known)
+        total_LS = _summed(total_LS)
+        return Taken(
+            losses_L=(self._weights_S * total_LS / divisors_LS).sum(1),
+            means_LS=total_LS / counts_LS.clamp(min=1),
+            counts_LS=counts_LS,
+            norm=float(plain if known is None else known),
+        )
+
+    def _passes(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, int, Beside | None]]:
+        """Each micro-batch with the seed of its forward; where losses compare them, beside a first pass of all."""
+        seeds = torch.randint(2**62, (len(batches),)).tolist()
+        if len(batches) == 1 or not self._step.spliced:
+            yield from ((batch, seed, None) for batch, seed in zip(batches, seeds, strict=True))
+            return
+        shares = []
+        for batch, seed in zip(batches, seeds, strict=True):
+            torch.manual_seed(seed)  # dropout falls alike in both passes
+            shares.append(self._step.share(batch.to(self.device)))
+        sources = [source for batch in batches if not batch.idle for source in batch.sources]
+        for own, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
+            yield batch, seed, Beside(shares, sources, own)
 
     def _plain_norm(self) -> Tensor:
         """Of the gradients as they lie on the parameters: ZeRO 0 in float32 has them all, and no norm of its own."""
@@ -93,6 +127,12 @@ class Engine:
         for name, tensor in tensors.items():
             if name in wanted:
                 sharded = hasattr(tensor, "ds_id")
+                # with bfloat16, what was learned is in the optimizer's copy, of which the weights are a rounding
+                exact = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
+                if exact is not None:
+                    if dist.get_rank() == 0:
+                        found[name] = exact.detach().cpu().clone()
+                    continue
                 with deepspeed.zero.GatheredParameters([tensor]) if sharded else nullcontext():
                     if dist.get_rank() == 0:
                         whole = tensor.detach().cpu().clone()

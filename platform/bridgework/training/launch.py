@@ -45,6 +45,7 @@ class How:
     readers: int = 1  # Ray Data actors that read and decode
     checkpoint_every: int = 0  # steps; 0 takes a twentieth of the stage, 5 at least
     evaluate_every: int = 0  # steps; 0 evaluates at the end of a stage only
+    midway: str | None = None  # the one evaluation that is run before the end; None runs all
     cache_features: bool = True
     threads: int = 0  # of torch in a worker on a CPU; 0 shares out the node's cores
     max_failures: int = 3  # restarts of the workers before a stage gives up
@@ -137,6 +138,7 @@ def _stage(
         datasets=inputs,
         checkpoint_every=how.checkpoint_every or max(5, stage.budget.steps // 20),
         evaluate_every=how.evaluate_every,
+        midway=how.midway,
     )
     run_folder.room(home)
     place.mkdir(parents=True, exist_ok=True)

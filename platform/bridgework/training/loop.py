@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -21,13 +22,13 @@ from torch import nn
 from bridgework.data.batch import Batch, collate
 from bridgework.data.reader import Feed, Row
 from bridgework.data.tokens import load_tokenizer
-from bridgework.errors import RunError
+from bridgework.errors import ResourceError, RunError
 from bridgework.inference import Pipeline
 from bridgework.models import freezing
-from bridgework.system import IGNORE, Stage, System
+from bridgework.system import EvalSpec, Stage, System
 from bridgework.tracking import DatasetInput, Journal
 from bridgework.training import artefact, checkpoint
-from bridgework.training.engine import Engine
+from bridgework.training.engine import Engine, Taken
 from bridgework.training.schedule import learning_rate
 from bridgework.training.step import Step, check
 
@@ -50,6 +51,7 @@ class Job:
     datasets: tuple[DatasetInput, ...] = ()
     checkpoint_every: int = 0  # steps; 0: only the artefact at the end
     evaluate_every: int = 0  # steps; 0: only at the end
+    midway: str | None = None  # the one evaluation before the end; None: all
     keep: int = 2  # checkpoints
 
 
@@ -68,7 +70,7 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
 
     model, inherited = _model(job, stage)
     multipliers = freezing.apply(model, stage.trains)
-    engine = Engine(Step(model, stage.losses), stage, multipliers, micro_batches=micro_batches)
+    engine = Engine(Step(model, stage.losses, len(stage.data.sources)), stage, multipliers, micro_batches=micro_batches)
     attempt = _agreed(uuid4().hex[:8])  # so that an orphan of an older attempt cannot write into this one's files
     start = _resume(job, engine, attempt, rank)
     journal = Journal(job.folder / "journal")
@@ -81,13 +83,14 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
         torch.manual_seed(hash((stage.seed, step, rank)))
         batches = _micro_batches(batch_rows, stage.budget.micro, micro_batches, pad_id=tokenizer.pad_token_id or 0)
         lr = learning_rate(stage.optim, step, stage.budget.steps)
-        losses, norm = engine.train_step(batches, lr)
-        metrics = _named(stage, losses.tolist()) | {"lr": lr, "grad_norm": norm} | clock.took(batches, world)
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
+        with _room(stage):
+            taken = engine.train_step(batches, lr)
+        metrics = _named(stage, taken) | {"lr": lr, "grad_norm": taken.norm} | clock.took(batches, world)
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(taken.norm)):
             journal.flush()  # how it came to this
             keys = ", ".join(r.key for r in batch_rows[:4])
             raise RunError(
-                f"{stage.name}: the loss of step {step} is {metrics['loss']}, the norm of its gradient {norm}; "
+                f"{stage.name}: the loss of step {step} is {metrics['loss']}, the norm of its gradient {taken.norm}; "
                 f"nothing was saved; it had {keys}, ...; "
                 f"lower stages.{stage.name}.optim.peak_lr, or look at these samples with `bridgework data preview`"
             )
@@ -102,10 +105,11 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
             journal.flush()  # steps before a checkpoint are never taken again
             _save(job, engine, attempt, done, rank, world)
         if job.evaluate_every and done % job.evaluate_every == 0:
-            report(metrics | _evaluate(job, stage, model, write=False), done)
+            judges = [spec for spec in stage.evals if job.midway in (None, spec.name)]
+            report(metrics | _evaluate(job, stage, model, judges), done)
         clock.waits()
 
-    judged = _evaluate(job, stage, model, write=rank == 0)
+    judged = _evaluate(job, stage, model, stage.evals, write=rank == 0)
     journal.append(judged, stage.budget.steps)
     state = engine.state(artefact.kept(stage, model.state_dict(), multipliers, inherited))
     if rank == 0:
@@ -121,10 +125,31 @@ def accumulated(stage: Stage, world: int) -> int:
     return math.ceil(samples / stage.budget.micro)
 
 
-def _named(stage: Stage, losses: list[float]) -> Metrics:
-    parts = {f"loss.{type(loss).__name__.lower()}": value for loss, value in zip(stage.losses, losses, strict=True)}
-    total = sum(loss.weight * value for loss, value in zip(stage.losses, losses, strict=True))
-    return {"loss": total, **parts}
+def _named(stage: Stage, taken: Taken) -> Metrics:
+    """The loss of the step, each of its parts, and what each source had in them, where there are several."""
+    names = [f"loss.{type(loss).__name__.lower()}" for loss in stage.losses]
+    metrics = dict(zip(names, taken.losses_L.tolist(), strict=True))
+    total = sum(loss.weight * metrics[name] for loss, name in zip(stage.losses, names, strict=True))
+    sources = [source.name for source in stage.data.sources]
+    if len(sources) > 1:
+        for name, means, counts in zip(names, taken.means_LS.tolist(), taken.counts_LS.tolist(), strict=True):
+            metrics |= {f"{name}.{s}": mean for s, mean, n in zip(sources, means, counts, strict=True) if n}
+    return {"loss": total, **metrics}
+
+
+@contextmanager
+def _room(stage: Stage) -> Iterator[None]:
+    """Raises ResourceError for a step that does not fit into memory."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU is one; on a CPU it has no name of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "allocat" not in str(error):
+            raise
+        raise ResourceError(
+            f"{stage.name}: a step of {stage.budget.micro} samples a forward does not fit into memory "
+            f"({str(error).strip().partition(chr(10))[0]}); set stages.{stage.name}.budget.micro="
+            f"{max(1, stage.budget.micro // 2)}: the same batch is then taken in more pieces"
+        ) from None
 
 
 def _finish(job: Job, metrics: Metrics, state: dict[str, torch.Tensor]) -> None:
@@ -141,9 +166,9 @@ def _finish(job: Job, metrics: Metrics, state: dict[str, torch.Tensor]) -> None:
     )
 
 
-def _model(job: Job, stage: Stage) -> tuple[nn.Module, list[str]]:
+def _model(job: Job, stage: Stage) -> tuple[freezing.Freezable, list[str]]:
     torch.manual_seed(stage.seed)  # every rank draws the same new weights
-    model: nn.Module = stage.model.build()
+    model: freezing.Freezable = stage.model.build()
     inherited = artefact.weights(job.parent) if job.parent else {}
     artefact.put(model, inherited, str(job.parent))
     return model, list(inherited)
@@ -192,16 +217,15 @@ def _micro_batches(rows: Sequence[Row], size: int, number: int, *, pad_id: int) 
     """`number` batches of at most `size` rows; a rank with fewer rows repeats one of them without loss."""
     batches = [collate(rows[i : i + size], pad_id=pad_id) for i in range(0, len(rows), size)]
     while len(batches) < number:
-        idle = collate(rows[:1], pad_id=pad_id)
-        batches.append(replace(idle, labels_BT=torch.full_like(idle.labels_BT, IGNORE)))
+        batches.append(replace(collate(rows[:1], pad_id=pad_id), idle=True))
     return batches
 
 
-def _evaluate(job: Job, stage: Stage, model: nn.Module, *, write: bool) -> Metrics:
+def _evaluate(job: Job, stage: Stage, model: nn.Module, judges: Sequence[EvalSpec], *, write: bool = False) -> Metrics:
     """Every rank evaluates the same rows, so that sharded weights are gathered by all."""
     pipeline = Pipeline(model, stage)
     metrics: Metrics = {}
-    for spec in stage.evals:
+    for spec in judges:
         result = spec.run(pipeline, job.home)
         metrics |= result.metrics
         for name, picture in result.pictures.items() if write else ():

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: linear warm-up, then a cosine down to `final_lr`."""
+"""The learning rate as a function of the step: linear warm-up, then the decay down to `final_lr`."""
 
 import math
 
@@ -10,5 +10,9 @@ def learning_rate(optim: AdamW, step: int, steps: int) -> float:
     warmup = math.ceil(optim.warmup * steps)
     if step < warmup:
         return optim.peak_lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return optim.final_lr + (optim.peak_lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if optim.decay == "constant":
+        return optim.peak_lr
+    if optim.decay == "exponential":
+        return float(optim.peak_lr * (optim.final_lr / optim.peak_lr) ** progress)
+    return optim.final_lr + (optim.peak_lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))

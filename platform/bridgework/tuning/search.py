@@ -186,9 +186,10 @@ def _trial(config: dict[str, Any], *, space: Space, base: System, home: Path, ru
     system = override(base, config)
     *first, last = space.stages
     every = math.ceil(system[last].budget.steps / space.budget.judgements)  # a report more, and ASHA ends the trial
+    judge = space.metric.name.split(".")[0]
     for stages, how in (
         (first, How(workers=0)),
-        ([last], How(workers=0, evaluate_every=every, report=_reporter(space))),
+        ([last], How(workers=0, evaluate_every=every, midway=judge, report=_reporter(space))),
     ):
         train(system, home=home, run=f"{run}/{name}", how=how, stages=stages, console=Console(quiet=True))
 
