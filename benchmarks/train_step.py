@@ -66,7 +66,7 @@ def bare(stage: Stage, home: Path) -> list[float]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage.optim, step, stage.budget.steps)
         outputs = model(**batch.inputs())
-        loss = stage.losses[0](outputs) / stage.losses[0].count(batch.labels_BT)
+        loss = stage.losses[0](outputs).sum() / stage.losses[0].count(batch.labels_BT).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, stage.optim.clip)
         optimizer.step()

@@ -178,7 +178,10 @@ def judge(artefact: str, home: Path) -> dict[str, Any]:
 
 
 def ask(home: Path) -> dict[str, Any]:
-    """Rank captions for held-out images, then ask about the one of which the model is surest."""
+    """Rank captions for held-out images, then ask about the one of which the model is surest.
+
+    The answer is one of the captions: after minutes of training the model tells them apart, and writes none of its own.
+    """
     held_out = list(open_dataset(str(DATA / "heldout_style")).samples())
     samples, captions = held_out[:: len(held_out) // SHOWN][:SHOWN], [s.text for s in held_out]
     with serving("embed", home) as address:
@@ -194,7 +197,9 @@ def ask(home: Path) -> dict[str, Any]:
         image: Any = {"type": "image_url", "image_url": {"url": url(surest)}}
         content: Any = [image, {"type": "text", "text": QUESTION}]
         answer = client.chat.completions.create(
-            model="llava", messages=[{"role": "user", "content": content}], max_tokens=12, temperature=0
+            model="llava",
+            messages=[{"role": "user", "content": content}],
+            extra_body={"structured_outputs": {"choice": choices(surest, captions)}},
         )
     text = answer.choices[0].message.content or ""
     console.print(f"{QUESTION}  [bold]{text}[/]  (drawn: {surest.text})", highlight=False)
@@ -210,13 +215,18 @@ def serving(app: str, home: Path) -> Iterator[str]:
 
 
 def rank(address: str, sample: Sample, captions: list[str]) -> list[dict[str, Any]]:
-    """The sample's own caption among CANDIDATES, the others taken at even distances."""
-    others = [c for c in captions[:: len(captions) // CANDIDATES] if c != sample.text][: CANDIDATES - 1]
-    body = {"model": "llava", "image": url(sample), "candidates": [sample.text, *others], "question": QUESTION}
+    """The captions of `choices`, likeliest first."""
+    body = {"model": "llava", "image": url(sample), "candidates": choices(sample, captions), "question": QUESTION}
     answer = httpx.post(f"{address}/v1/rank", json=body, timeout=120)
     answer.raise_for_status()
     data: list[dict[str, Any]] = answer.json()["data"]
     return data
+
+
+def choices(sample: Sample, captions: list[str]) -> list[str]:
+    """The sample's own caption among CANDIDATES, the others taken at even distances."""
+    others = [c for c in captions[:: len(captions) // CANDIDATES] if c != sample.text][: CANDIDATES - 1]
+    return [sample.text, *others]
 
 
 def url(sample: Sample) -> str:

@@ -38,7 +38,7 @@ def test_fingerprint_differs_when_any_leaf_differs() -> None:
     special: dict[str, Any] = {
         "bridge": "linear", "act": "relu", "cut": 3, "layer": 3, "grid": [3, 3], "rows": 9, "max_epochs": 2.0,
         "fit": "pad", "betas": [0.5, 0.5], "stage": 1, "precision": "fp32", "prompts": ["x"], "starts_from": None,
-        "warmup": 0.5,
+        "warmup": 0.5, "decay": "constant", "inherits": ["x"], "loss_weight": 0.5,
     }  # fmt: skip
     seen = {system().fingerprint()}
     leaves = {p: v for p, v in flat(system()).items() if p.rpartition(".")[2] != "name"}
@@ -48,7 +48,9 @@ def test_fingerprint_differs_when_any_leaf_differs() -> None:
         new = "/an/artefact" if path.endswith("starts_from") else new
         extra = {"stages.align.optim.peak_lr": 1.0} if path == "stages.align.optim.final_lr" else {}
         extra = {"stages.instruct.optim.peak_lr": 1.0} if path == "stages.instruct.optim.final_lr" else extra
-        seen.add(override(system(), {path: new} | extra).fingerprint())
+        if word == "loss_weight":  # of all sources or of none
+            extra = {f"{path.rpartition('.sources.')[0]}.sources.*.loss_weight": 1.0}
+        seen.add(override(system(), extra | {path: new}).fingerprint())
     assert len(seen) == len(leaves) + 1
 
 
@@ -102,7 +104,7 @@ def test_a_stage_is_found_by_name() -> None:
         (lambda: Mixture(sources=(Source(name="a", dataset="x", max_epochs=0.0),)), "max_epochs must be above 0"),
         (lambda: Budget(steps=0, batch=1), "budget.steps must be at least 1"),
         (lambda: AdamW(peak_lr=0.0), "peak_lr must be above 0"),
-        (lambda: AdamW(peak_lr=1e-3, final_lr=1e-2), "the cosine only decays"),
+        (lambda: AdamW(peak_lr=1e-3, final_lr=1e-2), "the rate only decays"),
         (lambda: AdamW(peak_lr=1e-3, warmup=1.0), "warmup is a share"),
     ],
 )

@@ -81,7 +81,7 @@ class Pipeline:
         self.streams = Streams.of(stage.model, stage.data)
         self.tokenizer = self.streams.tokenizer
         self.prompts: tuple[str, ...] = next((s.prompts for s in stage.data.sources if s.prompts), ())
-        self._endings = _endings(self.streams)
+        self._endings = _endings(self.streams, getattr(model, "endings", frozenset()))
 
     @classmethod
     def load(cls, path: str, device: str | None = None) -> "Pipeline":
@@ -156,13 +156,15 @@ class Pipeline:
         encoded = [self.encode(conversation, answer=True, layouts=looked.layouts) for conversation in asked]
         start = min(next(i for i, label in enumerate(e.labels) if label != IGNORE) for e in encoded)
         prompt_1T = torch.tensor([encoded[0].ids[:start]], device=self.device)
+        cut = {"layouts": torch.tensor(looked.layouts)} if looked.layouts else {}
+        columns = getattr(self.model, "targets", torch.Tensor.clone)  # END lies in a column of the wiring's own
         nats = []
         with self._resting():
             for i in range(0, len(encoded), ROWS * 2):
                 rest_CR, labels_CR = _padded([(e.ids[start:], e.labels[start:]) for e in encoded[i : i + ROWS * 2]])
-                logits_CRV = self.model.continuations(prompt_1T, rest_CR.to(self.device), looked.features)
+                logits_CRV = self.model.continuations(prompt_1T, rest_CR.to(self.device), looked.features, **cut)
                 loss_CR = F.cross_entropy(
-                    logits_CRV.float().transpose(1, 2), labels_CR.to(self.device), reduction="none"
+                    logits_CRV.float().transpose(1, 2), columns(labels_CR.to(self.device)), reduction="none"
                 )
                 nats.append(-loss_CR.sum(1))
         return torch.cat(nats).cpu()
@@ -328,8 +330,8 @@ class Pipeline:
 
     def _scores(self, batch: Batch) -> list[Score]:
         with self._resting():
-            logits_BTV = self.model(**batch.inputs()).logits_BTV
-            next_BT = batch.labels_BT[:, 1:]
+            outputs = self.model(**batch.inputs())
+            logits_BTV, next_BT = outputs.logits_BTV, outputs.labels_BT[:, 1:]
             has_loss_BT = next_BT != IGNORE
             # only the places with loss are widened to float32: the vocabulary is the largest tensor of all
             nats = F.cross_entropy(logits_BTV[:, :-1][has_loss_BT].float(), next_BT[has_loss_BT], reduction="none")
@@ -368,10 +370,10 @@ def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor
     return ids_CR, labels_CR
 
 
-def _endings(streams: Streams) -> Endings:
-    """The eos token, and what the template writes behind an answer, as a token where it is a special one."""
+def _endings(streams: Streams, own: frozenset[int]) -> Endings:
+    """The eos token, the wiring's own, and what the template writes behind an answer, as a token if it is special."""
     tokenizer = streams.tokenizer
     after = templates.stop(streams.template, tokenizer)
     special = tokenizer.get_added_vocab().get(after)
-    ids = frozenset({tokenizer.eos_token_id, special} - {None})
+    ids = frozenset({tokenizer.eos_token_id, special} - {None}) | own
     return Endings(ids, (after,) if after and special is None else ())

@@ -218,6 +218,7 @@ class Stage:
     budget: Budget
     optim: AdamW
     starts_from: str | None = None  # an earlier stage, or an artefact's folder
+    inherits: tuple[str, ...] = ("*",)  # globs of the tensors taken from there: another wiring may need only some
     shard: ZeRO = ZeRO()
     evals: tuple[EvalSpec, ...] = ()
     seed: int = 0

@@ -133,7 +133,8 @@ def test_stop_names_what_ends_an_answer(smollm2: PreTrainedTokenizerBase) -> Non
     stops = {template: stop(template, smollm2) for template in TEMPLATES}
     eos = "<|im_end|>"
     assert stops == {
-        "plain": "\n", "v1": eos, "chat": eos, "caption": eos, "answer": eos, "human": "###", "interleaved": "",
+        "plain": "\n", "v1": eos, "chat": eos, "caption": eos, "answer": eos, "prompted": eos,
+        "human": "###", "interleaved": "",
     }  # fmt: skip
 
 
@@ -181,3 +182,35 @@ def test_an_unknown_template_is_refused_with_a_suggestion() -> None:
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     with pytest.raises(SpecError, match="has none; use 'v1'"):
         render(TALK, "chat", tokenizer_with(None))
+
+
+QUESTION = Sample("k", (b"",), tuple(TALK[:3]), ocr="STOP, 5 km")
+
+
+def test_a_prompt_goes_around_the_only_question_of_a_conversation() -> None:
+    """In one pass: braces that a question or a sign has in it are no placeholders."""
+    framed = conversation(QUESTION, ("Question: {} Short answer:", "{}"), 0)
+    assert framed == [TALK[0], Part("user", text="Question: What is it? Short answer:"), TALK[2]]
+    seen = conversation(QUESTION, ("OCR tokens: {ocr}. {}",), 0)
+    assert seen[1].text == "OCR tokens: STOP, 5 km. What is it?"
+    odd = Sample("k", (b"",), (TALK[0], Part("user", text="{ocr}?"), TALK[2]), ocr="{}")
+    assert conversation(odd, ("{ocr} {}",), 0)[1].text == "{} {ocr}?"
+
+
+def test_a_prompt_without_a_place_and_a_longer_conversation_leave_the_questions_alone() -> None:
+    assert conversation(QUESTION, ("Describe.",), 0) == TALK[:3]
+    long = Sample("k", (b"",), tuple(TALK))
+    assert conversation(long, ("Question: {}",), 0) == TALK
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("answer", "<image>Describe it. A cat.<|im_end|>"),
+        ("human", "###Human: <Img><image></Img> Describe it. ###Assistant: A cat.###"),
+    ],
+)
+def test_images_come_first_where_a_model_was_trained_so(template: str, expected: str) -> None:
+    for choice in range(2):  # which puts a LLaVA prompt behind its image, and before it
+        parts = conversation(pair("k", b"", "A cat."), ("Describe it.",), choice)
+        assert text(render(parts, template, load_tokenizer("bytes"))) == expected

@@ -142,8 +142,11 @@ def test_retrieval_compares_pooled_vectors_both_ways(pipe: Pipeline, home: Path)
         "retrieval.image_to_text_r5": pytest.approx(recall(alike, 5)),
         "retrieval.text_to_image_r1": pytest.approx(recall(alike.T, 1)),
         "retrieval.text_to_image_r5": pytest.approx(recall(alike.T, 5)),
+        "retrieval.image_to_text_r10": pytest.approx(recall(alike, 10)),
+        "retrieval.text_to_image_r10": pytest.approx(recall(alike.T, 10)),
         "retrieval.chance_r1": pytest.approx(1 / 20),
         "retrieval.chance_r5": pytest.approx(5 / 20),
+        "retrieval.chance_r10": pytest.approx(10 / 20),
     }
 
 

@@ -148,6 +148,20 @@ def test_a_model_in_training_is_judged_at_rest_and_goes_on_training(samples: lis
     assert pipe.model.training and pipe.model.bridge[-1].training
 
 
+def test_a_choice_is_the_answer_that_the_images_make_likelier(samples: list[Sample]) -> None:
+    pipe, images = pipeline(), [sample.images[0] for sample in samples[:2]]
+    asked = [Part("user", image=0), Part("user", text="\nor"), Part("user", image=1), Part("user", text="?")]
+    choices = [sample.text for sample in samples]
+    answered = [[*asked, Part("assistant", text=choice)] for choice in choices]
+    blank = pipe.features([pipe._mean_square()] * 2)
+    gains = [pipe.scores([one], [images])[0].loglik - pipe.scores([one], [blank])[0].loglik for one in answered]
+    ranked = pipe.choose(asked, images, choices)
+    assert [r.candidate for r in ranked] == [c for _, c in sorted(zip(gains, choices, strict=True), reverse=True)]
+    assert ranked[0].score == pytest.approx(max(gains), abs=1e-4)
+    with pytest.raises(DataError, match="nothing to choose from"):
+        pipe.choose(asked, images, [])
+
+
 # --- embedding -------------------------------------------------------------------------------------------------------
 
 

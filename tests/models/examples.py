@@ -1,30 +1,60 @@
 """Tiny prefix models and the batches that go with them."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bridgework.models import MLP, EfficientNetConfig, LanguageConfig, Linear, PrefixVLM, ViTConfig
+from bridgework.models import (
+    MLP,
+    Concat,
+    EfficientNetConfig,
+    EvaConfig,
+    LanguageConfig,
+    Linear,
+    PrefixVLM,
+    QFormer,
+    Resampler,
+    ViTConfig,
+)
 from bridgework.models.prefix_vlm import PrefixModel
 from bridgework.system import IGNORE, IMAGE
 
 LLAMA_7B = LanguageConfig(
     width=4096, depth=32, heads=32, kv_heads=32, ffn=11008, vocab=32_000, context=2048, tokenizer="bytes"
 )
+OPT_2_7B = LanguageConfig(
+    arch="opt", width=2560, depth=32, heads=32, kv_heads=32, ffn=10240, vocab=50_272, context=2048, tokenizer="bytes",
+    tied=True,
+)  # fmt: skip
+FLAN_XL = LanguageConfig(
+    arch="t5", width=2048, depth=24, heads=32, kv_heads=32, ffn=5120, vocab=32_128, context=512, tokenizer="bytes",
+    tied=True, norm_eps=1e-6, extra={"feed_forward_proj": "gated-gelu", "d_kv": 64, "scale_decoder_outputs": False},
+)  # fmt: skip
 LLAVA = PrefixVLM(vision=ViTConfig(), bridge=MLP(), language=LLAMA_7B)  # LLaVA 1.5 7B
 PICTURE = "<image>"
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def build(
-    vision: ViTConfig | EfficientNetConfig | None = None, bridge: Linear | MLP | None = None, seed: int = 0
+    vision: ViTConfig | EvaConfig | EfficientNetConfig | None = None,
+    bridge: Linear | MLP | Concat | QFormer | Resampler | None = None,
+    language: LanguageConfig = LLAMA_7B,
+    seed: int = 0,
 ) -> PrefixModel:
     torch.manual_seed(seed)
-    model = PrefixVLM(vision=vision or ViTConfig(), bridge=bridge or MLP(), language=LLAMA_7B).tiny().build()
-    with torch.no_grad():  # as drawn, images are small beside the tokens and biases are zero: an error could hide
+    model = PrefixVLM(vision=vision or ViTConfig(), bridge=bridge or MLP(), language=language).tiny().build()
+    return stirred(model).eval()
+
+
+def stirred(model: Module) -> Module:
+    """Every parameter a little different: as drawn, images are small beside the tokens and biases are zero, and an
+    error could hide."""
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return model
 
 
 def pixels(images: int, size: int = 32, seed: int = 1) -> Tensor:

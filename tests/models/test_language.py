@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from bridgework.errors import SpecError, WeightsError
 from bridgework.models import LanguageConfig
-from tests.models.examples import LLAMA_7B
+from tests.models.examples import FLAN_XL, LLAMA_7B, OPT_2_7B
 
 TINY = LLAMA_7B.tiny()
 
@@ -24,11 +25,58 @@ def test_every_arch_of_llamas_shape_builds_with_the_numbers_given(arch: str) -> 
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 320)
 
 
+@pytest.mark.parametrize(
+    ("arch", "extra", "width", "depth"),
+    [
+        ("opt", {"do_layer_norm_before": True}, "hidden_size", "num_hidden_layers"),
+        ("gpt2", {}, "n_embd", "n_layer"),
+        ("gpt_neox", {}, "hidden_size", "num_hidden_layers"),
+        ("phi3", {}, "hidden_size", "num_hidden_layers"),
+        ("gemma", {"head_dim": 8}, "hidden_size", "num_hidden_layers"),
+    ],
+)
+def test_other_decoders_take_the_same_numbers_under_their_own_names(
+    arch: str, extra: dict[str, Any], width: str, depth: str, tmp_path: Path
+) -> None:
+    config = replace(TINY, arch=arch, kv_heads=4, extra=extra)
+    model: Any = config.build()
+    assert (getattr(model.config, width), getattr(model.config, depth), model.config.vocab_size) == (32, 2, 320)
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 320)
+    assert all(getattr(model.config, name) == value for name, value in extra.items())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(next(replace(config, weights=str(tmp_path)).build().parameters()), next(model.parameters()))
+    with pytest.raises(WeightsError, match=r"depth 2 \(spec 3\)"):
+        replace(config, weights=str(tmp_path), depth=3).build()
+
+
+def test_opt_2_7b_and_flan_t5_xl_have_the_sizes_of_their_numbers() -> None:
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in config.build(pretrained=False).parameters()) for config in (OPT_2_7B, FLAN_XL)]
+    assert sizes == [2_651_596_800, 2_783_959_040]
+
+
+def test_flan_t5_keeps_what_only_it_has() -> None:
+    config = FLAN_XL.tiny().build().config
+    assert (config.feed_forward_proj, config.scale_decoder_outputs, config.is_encoder_decoder) == (
+        "gated-gelu", False, True,
+    )  # fmt: skip
+    assert (config.decoder_start_token_id, config.eos_token_id) == (0, None)
+
+
+def test_extra_that_differs_from_the_weights_is_refused(tmp_path: Path) -> None:
+    FLAN_XL.tiny().build().save_pretrained(tmp_path)
+    extra = {**FLAN_XL.extra, "feed_forward_proj": "relu"}
+    with pytest.raises(WeightsError, match=r"feed_forward_proj gated-gelu \(spec relu\)"):
+        replace(FLAN_XL.tiny(), weights=str(tmp_path), extra=extra).build()
+
+
 def test_an_unknown_arch_and_one_of_another_shape_are_refused() -> None:
     with pytest.raises(SpecError, match="no model type 'lama'"):
         replace(TINY, arch="lama").build()
-    with pytest.raises(SpecError, match="'gpt2' is not of Llama's shape"):
-        replace(TINY, arch="gpt2").build()
+    with pytest.raises(SpecError, match="'bloom' is of another shape: it has no ffn"):
+        replace(TINY, arch="bloom").build()
+    with pytest.raises(SpecError, match="'opt' does not group heads; set kv_heads=4"):
+        replace(TINY, arch="opt", kv_heads=2).build()
 
 
 def test_smollm2_135m_has_its_published_size() -> None:
@@ -83,3 +131,25 @@ def test_tiny_of_smollm2_whose_nine_heads_share_three_builds() -> None:
 def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(SpecError, match="heads of kv_heads 3"):
         replace(TINY, kv_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("arch", "fields"),
+    [
+        ("llama", {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+        ("gpt2", {"n_inner": None, "eos_token_id": 7}),
+        ("t5", {"d_kv": 16, "feed_forward_proj": "gated-gelu", "num_decoder_layers": 1}),
+    ],
+)
+def test_the_spec_of_a_config_builds_the_same_model(arch: str, fields: dict[str, Any]) -> None:
+    numbers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
+    config: Any = AutoConfig.for_model(arch, **numbers | fields)
+    spec = LanguageConfig.of(config, "bytes")
+    ours, theirs = spec.build(), type(spec.build())(config)
+    assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
+    ours.load_state_dict(theirs.state_dict())
+    ids_BT = torch.tensor([[1, 2, 3]])
+    given = {"decoder_input_ids": ids_BT} if arch == "t5" else {}
+    assert torch.equal(ours.eval()(ids_BT, **given).logits, theirs.eval()(ids_BT, **given).logits)
+    assert LanguageConfig.of(spec.config(), "bytes") == spec

@@ -64,7 +64,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers_llava(kind: Any, br
     mean_311, std_311 = torch.tensor(look.mean).view(3, 1, 1), torch.tensor(look.std).view(3, 1, 1)
 
     ours = model(ids_BT, attention_BT, labels_BT, pixels_N3SS)
-    loss = captioning(ours.logits_BTV, labels_BT) / (labels_BT[:, 1:] != IGNORE).sum()
+    loss = captioning(ours.logits_BTV, labels_BT).sum() / (labels_BT[:, 1:] != IGNORE).sum()
     loss.backward()
     expected = theirs(
         input_ids=ids_BT.masked_fill(ids_BT == IMAGE, PLACE),
@@ -147,7 +147,7 @@ def test_text_only_batch_is_the_bare_language_model_and_leaves_zero_gradients(no
     ids_BT = ids(5, 6, 7, 8)
     ours = model(ids_BT, ones(ids_BT), ids_BT, **nothing)
     assert torch.equal(ours.logits_BTV, model.language(ids_BT).logits)
-    loss = captioning(ours.logits_BTV, ids_BT)
+    loss = captioning(ours.logits_BTV, ids_BT).sum()
     torch.testing.assert_close(loss / 3, model.language(ids_BT, labels=ids_BT).loss)
     loss.backward()
     for parameter in model.bridge.parameters():
@@ -197,7 +197,7 @@ def test_only_what_trains_gets_a_gradient_and_moves(trains: dict[str, float]) ->
     learning = freezing.apply(model.train(), trains)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    captioning(model(ids_BT, ones(ids_BT), labels(ids_BT), pixels(1)).logits_BTV, labels(ids_BT)).backward()
+    captioning(model(ids_BT, ones(ids_BT), labels(ids_BT), pixels(1)).logits_BTV, labels(ids_BT)).sum().backward()
     optimizer.step()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (name in learning), name

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.models import EfficientNetConfig, ViTConfig, freezing
+from bridgework.models.vision import fitted
 from tests.models.examples import pixels
 
 KINDS = ["clip", "siglip", "vit"]
@@ -53,6 +54,46 @@ def test_saved_weights_come_back_from_a_tower_and_from_the_model_around_it(
     loaded = replace(config, weights=str(tmp_path)).build()
     for name, tensor in saved.tower.state_dict().items():
         assert torch.equal(loaded.tower.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit"])
+@pytest.mark.parametrize("act", [None, "gelu"])
+def test_cls_is_the_pooled_output_of_transformers(kind: Any, act: str | None) -> None:
+    config = replace(ViTConfig(kind=kind).tiny(), layer=-1, select="cls", act=act)
+    tower, images, look = config.build().eval(), pixels(2), config.pixels
+    theirs: Any = tower.tower
+    assert theirs.config.hidden_act == (act or {"clip": "quick_gelu", "vit": "gelu"}[kind])
+    output = theirs((images / 255 - torch.tensor(look.mean).view(3, 1, 1)) / torch.tensor(look.std).view(3, 1, 1))
+    expected = output.pooler_output if kind == "clip" else output.last_hidden_state[:, 0]
+    torch.testing.assert_close(tower(images), expected.unsqueeze(1))
+    assert (config.tokens, config.feature_width) == tower(images).shape[1:]
+
+
+def test_weights_of_another_activation_are_refused(tmp_path: Path) -> None:
+    config = replace(ViTConfig().tiny(), act="gelu")
+    tower: Any = config.build().tower
+    tower.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"act gelu \(spec quick_gelu\)"):
+        replace(config, act="quick_gelu", weights=str(tmp_path)).build()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_of_another_image_size_are_interpolated_as_transformers_does(kind: Any) -> None:
+    small = ViTConfig(kind=kind).tiny()
+    large = replace(small, image_size=56)
+    model = nn.ModuleDict({"vision": large.build()})
+    given = nn.ModuleDict({"vision": small.build()})
+    theirs: Any = given.get_submodule("vision.tower.embeddings")
+    state = fitted(model, given.state_dict())
+    model.load_state_dict(state)
+    name = next(name for name in state if "position_embedding" in name)
+    cells = torch.zeros(1, 7 * 7 + (kind != "siglip"), 32)
+    expected = theirs.interpolate_pos_encoding(cells, 56, 56)
+    torch.testing.assert_close(state[name].view(1, -1, 32), expected)
+    if kind != "siglip":
+        assert torch.equal(state[name].view(-1, 32)[0], given.state_dict()[name].view(-1, 32)[0])
+    same = fitted(given, given.state_dict())
+    assert torch.equal(same[name], given.state_dict()[name])
 
 
 def _model_around(kind: str, tower: Any) -> Any:
@@ -108,7 +149,14 @@ def test_a_frozen_tower_runs_without_a_graph_and_a_training_one_with() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"layer": 25}, "layer 25"), ({"heads": 7}, "heads 7"), ({"patch": 400}, "image_size 336")]
+    ("changes", "message"),
+    [
+        ({"layer": 25}, "layer 25"),
+        ({"heads": 7}, "heads 7"),
+        ({"patch": 400}, "image_size 336"),
+        ({"select": "cls"}, "not layer -2 of a clip"),
+        ({"select": "cls", "kind": "siglip", "layer": -1}, "not layer -1 of a siglip"),
+    ],
 )
 def test_numbers_that_make_no_tower_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):

@@ -43,6 +43,22 @@ def test_an_answer_is_what_the_pipeline_says(apps: Apps, weights: str) -> None:
     assert given.usage.total_tokens == expected.prompt_tokens + expected.completion_tokens
 
 
+def test_an_answer_can_be_chosen_from_a_list(apps: Apps, weights: str) -> None:
+    image, choices = picture("green"), ["a red circle", "a green square", "nothing"]
+    given = apps.chat.chat.completions.create(
+        model="tiny:1",
+        messages=ask("What is it?", image),
+        extra_body={"structured_outputs": {"choice": choices}},
+    )
+    parts = [Part("user", image=0), Part("user", text="\n"), Part("user", text="What is it?")]
+    assert (
+        given.choices[0].message.content == Pipeline.load(weights, "cpu").choose(parts, [image], choices)[0].candidate
+    )
+    body = {"model": "tiny:1", "messages": ask("x"), "stream": True, "structured_outputs": {"choice": choices}}
+    refused = apps.http.post(CHAT, json=body)
+    assert refused.status_code == 400 and "leave out stream" in refused.json()["error"]["message"]
+
+
 def test_a_stream_says_what_the_whole_answer_says(apps: Apps) -> None:
     how: dict[str, Any] = {
         "model": "tiny:1",

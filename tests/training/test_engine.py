@@ -59,6 +59,21 @@ def test_state_is_whole_named_and_in_float32(zero: int) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
+def test_a_limit_holds_in_the_optimizer_too(home: Path, zero: int, precision: str) -> None:
+    changes = {"stages__align__shard__stage": zero, "stages__align__shard__precision": precision}
+    stage = llava(**changes)["align"]
+    batch = collate(next(reader.local(reader.Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    model = fresh(stage)
+    model.limits = {"bridge.linear_1.bias": (-1e-3, 1e-3)}
+    with torch.no_grad():
+        model.get_parameter("bridge.linear_1.bias").fill_(5.0)
+    limited = engine(stage, model)
+    for _ in range(2):
+        limited.train_step([batch], 1e-3)
+        assert float(limited.state(model.limits)["bridge.linear_1.bias"].abs().max()) <= 1e-3 + 1e-5
+
+
 def test_integers_stay_integers() -> None:
     stage, model = llava()["align"], fresh(llava()["align"])
     model.register_buffer("steps_seen", torch.tensor(2**24 + 1))  # which float32 cannot hold

@@ -51,11 +51,15 @@ def conversation(sample: Sample, prompts: Sequence[str], choice: int, *, prefix:
 
     `choice`, any non-negative draw, picks the prompt and whether the image stands before or after it (LLaVA eq. 2).
     With `prefix` the caption's first words, up to a drawn one, are the question and the rest is the answer (BLIP-2's
-    prefix language modelling, arXiv:2301.12597, 3.3). What already is a conversation, or has more than one text,
-    stays as it is.
+    prefix language modelling, arXiv:2301.12597, 3.3). Around the only question of a conversation goes a prompt with {}
+    in it (InstructBLIP, arXiv:2305.06500, 2.1). What else is a conversation, or has more than one text, stays as it is.
+    A prompt with {ocr} names the text in the image.
     """
     images = [p for p in sample.parts if p.image is not None]
     texts = [p for p in sample.parts if p.text is not None]
+    if prompts and [p.role for p in texts] == ["user", "assistant"]:
+        framed = replace(texts[0], text=_framed(prompts[choice % len(prompts)], sample, texts[0].text or ""))
+        return [framed if p is texts[0] else p for p in sample.parts]
     if not (prompts or prefix) or len(texts) != 1 or any(p.role != "caption" for p in sample.parts):
         return list(sample.parts)
     if prefix:
@@ -65,10 +69,18 @@ def conversation(sample: Sample, prompts: Sequence[str], choice: int, *, prefix:
         at = 1 + choice % (len(words) - 1)
         halves = Part("user", text=" ".join(words[:at])), Part("assistant", text=" ".join(words[at:]))
         return [*(Part("user", image=p.image) for p in images), *halves]
-    prompt, last = prompts[choice % len(prompts)], choice // len(prompts) % 2
+    prompt, last = _framed(prompts[choice % len(prompts)], sample), choice // len(prompts) % 2
     shown = [Part("user", image=p.image) for p in images]
     asked = [*shown, Part("user", text="\n" + prompt)] if not last else [Part("user", text=prompt + "\n"), *shown]
     return [*asked, Part("assistant", text=texts[0].text)]
+
+
+def _framed(prompt: str, sample: Sample, question: str | None = None) -> str:
+    """The prompt with what stands for {} and {ocr}; a question that the prompt has no place for stays as it is."""
+    if question is not None and "{}" not in prompt:
+        return question
+    pieces = {"{}": (question or "").strip(), "{ocr}": sample.ocr or ""}
+    return re.sub(r"\{(?:ocr)?\}", lambda found: pieces[found[0]], prompt)
 
 
 def render(parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase, choice: int = 0) -> list[Segment]:
@@ -133,6 +145,13 @@ def _said(turn: Turn) -> Iterator[Segment]:
             yield Segment(part.text or "", train=role == "assistant")
 
 
+def _images_first(turn: Turn) -> Iterator[Segment]:
+    """What a turn shows, then what it says, without the line breaks that set a prompt off from its image."""
+    said = list(_said(turn))
+    yield from (s for s in said if s.image is not None)
+    yield from (replace(s, text=s.text if s.train else s.text.strip("\n")) for s in said if s.image is None)
+
+
 def _plain(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
     for turn in turns:
         for said in _said(turn):
@@ -156,7 +175,7 @@ def _answer(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) ->
     ending = _ending(tokenizer, "answer")
     asked = False
     for turn in turns:
-        for said in _said(turn):
+        for said in _images_first(turn):
             yield replace(said, text=" " + said.text) if said.text and asked else said
             asked = asked or bool(said.text)
         if turn[0] == "assistant":
@@ -176,7 +195,7 @@ def _human(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> 
             yield from _said((role, parts))
             continue
         yield Segment(" ###Assistant:" if role == "assistant" else lead, literal=False)
-        for said in _said((role, parts)):
+        for said in _images_first((role, parts)):
             if said.image is not None:
                 yield from (Segment(" <Img>", literal=False), said, Segment("</Img>", literal=False))
             else:
@@ -189,12 +208,12 @@ def _human(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> 
 
 
 def _interleaved(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
-    begun = False
+    before: str | None = None  # who spoke last: an answer ends too where text alone goes on (a shot without its image)
     for turn in turns:
         for said in _said(turn):
-            if said.image is not None and begun:
+            if before is not None and (said.image is not None or (before, turn[0]) == ("assistant", "user")):
                 yield Segment(token=END, train=True)
-            begun = True
+            before = turn[0]
             yield said
     if not ask:
         yield Segment(token=END, train=True, closing=True)

@@ -46,6 +46,10 @@ class Item:
     conversation: list[Part]
     squares: list[NDArray[np.uint8]]  # (3, S, S) each, S pixels a side
 
+    @property
+    def texts(self) -> list[str]:
+        return [part.text for part in self.sample.parts if part.text is not None]
+
 
 def draw(spec: Wanted, pipeline: "Pipeline", home: Path) -> list[Item]:
     """Up to `spec.rows` rows, in an order given by its seed. Raises DataError when none can be read."""
@@ -57,17 +61,21 @@ def draw(spec: Wanted, pipeline: "Pipeline", home: Path) -> list[Item]:
     return items
 
 
-def draw_pairs(spec: Wanted, pipeline: "Pipeline", home: Path, *, at_least: int) -> list[Item]:
+def draw_pairs(spec: Wanted, pipeline: "Pipeline", home: Path, *, at_least: int, several: bool = False) -> list[Item]:
     """Rows of one image and one text, no text twice: what is right for one image is then wrong for the others.
 
-    Raises DataError when there are fewer than `at_least`.
+    With `several`, rows with more than one caption too. Raises DataError when there are fewer than `at_least`.
     """
     seen: set[str] = set()
 
     def new_pair(sample: Sample) -> bool:
-        known = sample.text in seen
-        seen.add(sample.text)
-        return not known and len(sample.images) == 1 and sum(part.text is not None for part in sample.parts) == 1
+        said = [part for part in sample.parts if part.text is not None]
+        texts = {part.text for part in said if part.text is not None}
+        captions = several and bool(said) and all(part.role == "caption" for part in said)
+        new = len(sample.images) == 1 and (len(said) == 1 or captions) and not texts & seen
+        if new:
+            seen.update(texts)
+        return new
 
     pairs = list(islice(_items(spec, pipeline, home, new_pair), spec.rows))
     if len(pairs) < at_least:

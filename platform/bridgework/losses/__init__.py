@@ -9,6 +9,7 @@ from bridgework.losses.captioning import Captioning
 from bridgework.losses.contrastive import Contrastive
 from bridgework.losses.matching import Matching
 from bridgework.losses.momentum import MomentumContrastive
+from bridgework.losses.preference import Preference
 from bridgework.losses.query_contrast import QueryContrast
 
-__all__ = ["Captioning", "Contrastive", "Matching", "MomentumContrastive", "QueryContrast"]
+__all__ = ["Captioning", "Contrastive", "Matching", "MomentumContrastive", "Preference", "QueryContrast"]

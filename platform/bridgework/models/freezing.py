@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 from torch import nn
 
@@ -10,7 +10,9 @@ from bridgework.errors import SpecError, suggest
 
 
 class Freezable(nn.Module):
-    """A module whose frozen parts stay in eval mode, whoever calls `train()` on it or on what holds it."""
+    """A wiring: its frozen parts stay in eval mode, whoever calls `train()` on it or on what holds it."""
+
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # parameter -> where every optimizer step leaves it
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -18,7 +20,7 @@ class Freezable(nn.Module):
         return self
 
     def after_step(self) -> None:
-        """What a wiring does to state of its own behind every optimizer step: a momentum twin, a clamp."""
+        """What the wiring does to state of its own behind every optimizer step: a momentum twin and its queues."""
 
 
 class Counts(NamedTuple):

@@ -1,47 +1,62 @@
-"""The prefix wiring: bridge tokens stand in the token stream of a causal language model (LLaVA, BLIP-2 stage 2).
+"""The prefix wiring: bridge tokens stand in the token stream of a language model (LLaVA, BLIP-2's second stage).
 
 A row of ids holds IMAGE wherever one image token goes, so the data lays out the places and the model fills them in
-order (Liu et al. 2023, arXiv:2304.08485, 4.1).
+order (Liu et al. 2023, arXiv:2304.08485, 4.1). A language model of two halves reads the row up to the first label and
+writes the rest. With `grids`, an image is its base square and the tiles of one grid (LLaVA-NeXT, xGen-MM).
 """
 
 # B batch  T tokens  N images of the batch, in order  P patches, then bridge tokens  S pixels of a side
-# F width of the tower's features  D width of the language model  V vocabulary
+# F width of the tower's features  D width of the language model  V vocabulary  I tokens of the user's texts
 
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from bridgework.errors import DataError, SpecError
-from bridgework.models.bridges import MLP, Linear
+from bridgework.models import encoder_decoder, preference, tiling
+from bridgework.models.bridges import MLP, Concat, Linear, QFormer, Resampler
+from bridgework.models.bridges.resampler import PerceiverResampler
+from bridgework.models.eva import EvaConfig
 from bridgework.models.freezing import Freezable
 from bridgework.models.language import LanguageConfig
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
 from bridgework.spec import spec
-from bridgework.system import IGNORE, IMAGE, Pixels
+from bridgework.system import IGNORE, IMAGE, Layout, Pixels
 
 LOGITS = frozenset({"logits"})
 
 
 @spec
 class PrefixVLM:
-    """A vision tower, a bridge and a causal language model."""
+    """A vision tower, a bridge and a language model, causal or of two halves."""
 
-    vision: ViTConfig | EfficientNetConfig
-    bridge: Linear | MLP
+    vision: ViTConfig | EvaConfig | EfficientNetConfig
+    bridge: Linear | MLP | Concat | QFormer | Resampler
     language: LanguageConfig
+    grids: tuple[tuple[int, int], ...] = ()  # (columns, rows) of tiles beside the base square, to choose from
+    tiles: tiling.Tiles = "resample"  # how tiles become tokens, see bridgework.models.tiling
 
     def __post_init__(self) -> None:
-        if self.image_tokens >= self.context:
+        most = max(self.places(Layout(*grid, *grid)) for grid in [*self.grids, (0, 0)])
+        if most >= self.context:
             raise SpecError(
-                f"an image takes {self.image_tokens} tokens and language.context is {self.context}: "
-                "take a longer context, smaller images or a bridge with fewer tokens"
+                f"an image takes {most} tokens and language.context is {self.context}: "
+                "take a longer context, smaller images, fewer tiles or a bridge with fewer tokens"
+            )
+        read = self.image_tokens if self.tiles == "unpad" else self.vision.tokens
+        if self.grids and isqrt(self.vision.tokens) ** 2 != read:
+            raise SpecError(
+                f"tiles lie in a grid of patches; the tower gives {self.vision.tokens} vectors a square and the bridge "
+                f'{self.image_tokens}: take vision.select="patch", and with tiles="unpad" a bridge that keeps each patch'
             )
 
     @property
     def pixels(self) -> Pixels:
-        return self.vision.pixels
+        return replace(self.vision.pixels, grids=self.grids)
 
     @property
     def tokenizer(self) -> str:
@@ -55,21 +70,34 @@ class PrefixVLM:
     def image_tokens(self) -> int:
         return self.bridge.tokens(self.vision.tokens)
 
+    def places(self, layout: Layout) -> int:
+        return tiling.places(layout, self.image_tokens, self.tiles)
+
+    @property
+    def instruction(self) -> str | None:
+        return self.bridge.instruction if isinstance(self.bridge, QFormer) else None
+
     @property
     def pretrained(self) -> tuple[str, ...]:
         towers = {"vision.*": self.vision.weights, "language.*": self.language.weights}
-        return tuple(glob for glob, weights in towers.items() if weights is not None)
+        bridge = self.bridge.pretrained if isinstance(self.bridge, QFormer | Concat) else ()
+        return tuple(glob for glob, weights in towers.items() if weights is not None) + tuple(
+            f"bridge.{glob}" for glob in bridge
+        )
 
     def build(self, *, pretrained: bool = True) -> "PrefixModel":
         """The model in float32; without weights (or with `pretrained=False`) drawn from torch's generator."""
+        vision, widths = self.vision.build(pretrained=pretrained), (self.vision.feature_width, self.language.width)
+        own_weights = {"pretrained": pretrained} if isinstance(self.bridge, QFormer | Concat) else {}
         return PrefixModel(
-            self.vision.build(pretrained=pretrained),
-            self.bridge.build(self.vision.feature_width, self.language.width),
+            vision,
+            self.bridge.build(*widths, **own_weights),
             self.language.build(pretrained=pretrained),
+            tiling.Unpad(self.language.width) if self.tiles == "unpad" else None,
         )
 
     def tiny(self) -> "PrefixVLM":
-        return replace(self, vision=self.vision.tiny(), language=self.language.tiny())
+        return replace(self, vision=self.vision.tiny(), bridge=self.bridge.tiny(), language=self.language.tiny())
 
 
 @dataclass
@@ -80,10 +108,16 @@ class Outputs:
     labels_BT: Tensor | None = None
     image_BD: Tensor | None = None
     text_BD: Tensor | None = None
+    chosen_B: Tensor | None = None
+    rejected_B: Tensor | None = None
+    chosen_reference_B: Tensor | None = None
+    rejected_reference_B: Tensor | None = None
 
 
 class PrefixModel(Freezable):
-    """`vision`, `bridge` and `language`. Takes pixels, or features that the same tower gave before.
+    """`vision`, `bridge`, `language`, and `tiles` where rows of patches end with a newline.
+
+    Takes pixels, or features that the same tower gave before.
 
     Every forward runs the same modules in the same order, so that the collectives of ZeRO-3 agree between ranks: a
     batch without images sends one blank image through and keeps none of its tokens. Which kind of input the other
@@ -91,11 +125,14 @@ class PrefixModel(Freezable):
     pixels.
     """
 
-    def __init__(self, vision: VisionTower, bridge: nn.Module, language: Any) -> None:
+    def __init__(
+        self, vision: VisionTower, bridge: nn.Module, language: Any, tiles: tiling.Unpad | None = None
+    ) -> None:
         super().__init__()
         self.vision = vision
         self.bridge = bridge
         self.language = language
+        self.tiles = tiles
 
     def forward(
         self,
@@ -104,44 +141,84 @@ class PrefixModel(Freezable):
         labels: Tensor | None = None,
         pixels: Tensor | None = None,
         features: Tensor | None = None,
+        layouts: Tensor | None = None,
+        instruction: Tensor | None = None,
+        instruction_attention: Tensor | None = None,
         wants: frozenset[str] = LOGITS,
     ) -> Outputs:
         """Logits for every token, and/or one pooled vector per sample for image and text.
 
         ids (B, T) int64 with IMAGE places; attention (B, T) bool, padding on either side; labels (B, T) int64, IGNORE
-        where there is no loss; pixels (N, 3, S, S) uint8 or features (N, P, F). `wants` names `logits`, `pooled`.
-        Raises DataError when places and image tokens do not match.
+        where there is no loss; pixels (N, 3, S, S) uint8 or features (N, P, F), of which every tile is one; layouts
+        (images, 4) int64 where images are cut into tiles; instruction (B, I) int64 with its attention, for a bridge
+        that reads what the user says. `wants` names `logits`, `pooled`, and `preference`: then the second half of the
+        rows are the worse answers of the first. Raises DataError when places and image tokens do not match, and for a
+        language model of two halves that is given no labels.
         """
-        if unknown := wants - {"logits", "pooled"}:
-            raise SpecError(f"the prefix wiring gives 'logits' and 'pooled', not {sorted(unknown)}")
-        embeds_BTD = self.embed(ids, pixels, features)
+        if unknown := wants - {"logits", "pooled", "preference"}:
+            raise SpecError(f"the prefix wiring gives 'logits', 'pooled' and 'preference', not {sorted(unknown)}")
+        embeds_BTD = self.embed(ids, pixels, features, instruction, instruction_attention, layouts)
         outputs = Outputs(labels_BT=labels)
+        if "preference" in wants:
+            compared = preference.compared(
+                self.language, lambda: self._logits(embeds_BTD, ids, attention, labels), labels
+            )
+            outputs = replace(outputs, **compared)
         if "pooled" in wants:
             if labels is None:
                 raise DataError("pooled text needs labels: they say which tokens are the caption")
             outputs.image_BD = _mean(embeds_BTD, ids == IMAGE, "image")
             outputs.text_BD = _mean(embeds_BTD, labels != IGNORE, "labelled token")
         if "logits" in wants:
-            positions_BT = (attention.long().cumsum(-1) - 1).clamp(min=0)  # padding on the left moves no token
-            outputs.logits_BTV = self.language(
-                inputs_embeds=embeds_BTD, attention_mask=attention, position_ids=positions_BT, use_cache=False
-            ).logits
+            outputs.logits_BTV = self._logits(embeds_BTD, ids, attention, labels)
         return outputs
 
-    def embed(self, ids_BT: Tensor, pixels_N3SS: Tensor | None = None, features_NPF: Tensor | None = None) -> Tensor:
+    def _logits(self, embeds_BTD: Tensor, ids_BT: Tensor, attention_BT: Tensor, labels_BT: Tensor | None) -> Tensor:
+        if encoder_decoder.is_one(self.language):
+            if labels_BT is None:
+                raise DataError("an encoder-decoder needs labels: they say where the prompt ends")
+            return encoder_decoder.logits(self.language, embeds_BTD, ids_BT, attention_BT, labels_BT)
+        positions_BT = (attention_BT.long().cumsum(-1) - 1).clamp(min=0)  # padding on the left moves no token
+        outputs = self.language(
+            inputs_embeds=embeds_BTD, attention_mask=attention_BT, position_ids=positions_BT, use_cache=False
+        )
+        return cast(Tensor, outputs.logits)
+
+    def embed(
+        self,
+        ids_BT: Tensor,
+        pixels_N3SS: Tensor | None = None,
+        features_NPF: Tensor | None = None,
+        instruction_BI: Tensor | None = None,
+        attention_BI: Tensor | None = None,
+        layouts_N4: Tensor | None = None,
+    ) -> Tensor:
         """(B, T, D): the language model's own embeddings, with bridge tokens in the IMAGE places, in order."""
         places_BT = ids_BT == IMAGE
-        images_NPD = self.images(pixels_N3SS, features_NPF)
-        if int(places_BT.sum()) != images_NPD.shape[0] * images_NPD.shape[1]:
+        images_NPD = self.images(pixels_N3SS, features_NPF, instruction_BI, attention_BI, places_BT, layouts_N4)
+        tokens_KD = images_NPD.flatten(0, 1) if self.tiles is None else self.tiles(images_NPD, layouts_N4)
+        if int(places_BT.sum()) != len(tokens_KD):
             raise DataError(
                 f"the batch has {int(places_BT.sum())} image places in its ids, and {images_NPD.shape[0]} images of "
                 f"{images_NPD.shape[1]} tokens: every image needs exactly its places, in order"
             )
         text_BTD = self.language.get_input_embeddings()(ids_BT.masked_fill(places_BT, 0))
-        return cast(Tensor, text_BTD.masked_scatter(places_BT.unsqueeze(-1), images_NPD.to(text_BTD.dtype)))
+        return cast(Tensor, text_BTD.masked_scatter(places_BT.unsqueeze(-1), tokens_KD.to(text_BTD.dtype)))
 
-    def images(self, pixels_N3SS: Tensor | None, features_NPF: Tensor | None) -> Tensor:
-        """(N, P, D): the bridge's tokens; N may be 0, and the bridge is in the graph all the same."""
+    def images(
+        self,
+        pixels_N3SS: Tensor | None,
+        features_NPF: Tensor | None,
+        instruction_BI: Tensor | None = None,
+        attention_BI: Tensor | None = None,
+        places_BT: Tensor | None = None,
+        layouts_N4: Tensor | None = None,
+    ) -> Tensor:
+        """(N, P, D): the bridge's tokens; N may be 0, and the bridge is in the graph all the same.
+
+        An instruction belongs to a row; `places` say whose images are whose. Without them there is one image a row.
+        Of images cut into tiles each square is one of the N, and a resampler does not look at their padding.
+        """
         if pixels_N3SS is not None and features_NPF is not None:
             raise DataError("both pixels and cached features are given; the vision tower takes one of them")
         if features_NPF is None:
@@ -150,8 +227,14 @@ class PrefixModel(Freezable):
         else:
             self._check_features(features_NPF)
             count, patches_NPF = len(features_NPF), _one_at_least(features_NPF)
-        tokens_NPD = self.bridge(patches_NPF.to(next(self.bridge.parameters()).dtype))
-        return cast(Tensor, tokens_NPD[:count])
+        patches_NPF = patches_NPF.to(next(self.bridge.parameters()).dtype)
+        if isinstance(self.bridge, PerceiverResampler) and layouts_N4 is not None:
+            return cast(Tensor, self.bridge(patches_NPF, tiling.real(layouts_N4, patches_NPF.shape[1]))[:count])
+        if instruction_BI is None:
+            return cast(Tensor, self.bridge(patches_NPF)[:count])
+        heard_BI = torch.ones_like(instruction_BI, dtype=torch.bool) if attention_BI is None else attention_BI
+        rows_N = _rows(count, places_BT, instruction_BI)
+        return cast(Tensor, self.bridge(patches_NPF, instruction_BI[rows_N], heard_BI[rows_N])[:count])
 
     def _no_pixels(self) -> Tensor:
         size, device = self.vision.config.pixels.size, next(self.bridge.parameters()).device
@@ -165,13 +248,37 @@ class PrefixModel(Freezable):
                 "they come from another tower; compute them again"
             )
 
+    # --- inference ---------------------------------------------------------------------------------------------------
+
     @torch.no_grad()
-    def continuations(self, prompt: Tensor, rest: Tensor, features: Tensor) -> Tensor:
+    def embed_images(self, features: Tensor) -> Tensor:
+        """(N, D) float32 of length 1: the mean of each image's bridge tokens; from features (N, P, F)."""
+        return normalize(self.images(None, features).float().mean(1), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
+        """(B, D) float32 of length 1: the mean embedding of each row's labelled tokens; images are not looked at."""
+        embeds_BTD = self.language.get_input_embeddings()(ids.masked_fill(ids == IMAGE, 0))
+        return normalize(_mean(embeds_BTD, labels != IGNORE, "labelled token"), dim=-1)
+
+    @torch.no_grad()
+    def continuations(
+        self,
+        prompt: Tensor,
+        rest: Tensor,
+        features: Tensor,
+        instruction: Tensor | None = None,
+        instruction_attention: Tensor | None = None,
+        layouts: Tensor | None = None,
+    ) -> Tensor:
         """(C, R, V): the logits of every token of `rest` (C, R) behind one `prompt` (1, T), padded on the right.
 
         The prompt with its images (features (N, P, D)) goes through the language model once, whatever C is.
         """
-        first = self.language(inputs_embeds=self.embed(prompt, None, features), use_cache=True)
+        prompt_1TD = self.embed(prompt, None, features, instruction, instruction_attention, layouts)
+        if encoder_decoder.is_one(self.language):
+            return encoder_decoder.continuations(self.language, prompt_1TD, rest)
+        first = self.language(inputs_embeds=prompt_1TD, use_cache=True)
         cache = first.past_key_values
         cache.batch_repeat_interleave(len(rest))
         behind_CRV = self.language(input_ids=rest, past_key_values=cache, use_cache=True).logits
@@ -185,16 +292,36 @@ class PrefixModel(Freezable):
         attention: Tensor,
         pixels: Tensor | None = None,
         features: Tensor | None = None,
+        layouts: Tensor | None = None,
+        instruction: Tensor | None = None,
+        instruction_attention: Tensor | None = None,
         **generation: Any,
     ) -> Tensor:
-        """(B, new) ids behind prompts padded on the left; `generation` goes to transformers' `generate`."""
-        embeds_BTD = self.embed(ids, pixels, features)
+        """(B, new) ids behind prompts padded on the left; `generation` goes to transformers' `generate`.
+
+        An encoder-decoder's begin with the token that starts its decoder.
+        """
+        embeds_BTD = self.embed(ids, pixels, features, instruction, instruction_attention, layouts)
         new_BT = self.language.generate(inputs_embeds=embeds_BTD, attention_mask=attention.long(), **generation)
         return cast(Tensor, new_BT)
 
 
 def _one_at_least(rows: Tensor) -> Tensor:
     return rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
+
+
+def _rows(images: int, places_BT: Tensor | None, instruction_BI: Tensor) -> Tensor:
+    """(N,) the row that each image stands in; the blank image of a batch without images hears the first row."""
+    rows_B = torch.arange(len(instruction_BI), device=instruction_BI.device)
+    if images == 0:
+        return rows_B[:1]
+    if places_BT is None:
+        return rows_B
+    places_B = places_BT.sum(-1)
+    rows_N = rows_B.repeat_interleave(places_B * images // max(1, int(places_B.sum())))
+    if len(rows_N) != images:
+        raise DataError(f"{images} images do not share {places_B.tolist()} places in the rows: each needs its own")
+    return rows_N
 
 
 def _mean(embeds_BTD: Tensor, chosen_BT: Tensor, what: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Pretrained weights: where they lie, GGUF files made into folders, and whether they are what the spec says."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import safe_open
+from torch import Tensor
 
 from bridgework.errors import WeightsError, suggest
 
@@ -88,6 +91,29 @@ def load(cls: Any, weights: str, **options: Any) -> Any:
     return model
 
 
+def tensors(weights: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a safetensors checkpoint, on a disk or the hub, whose names begin so; other shards are not read.
+
+    In float32. Raises WeightsError where there is no such checkpoint, or no such tensor in it.
+    """
+    from transformers.utils.hub import cached_file
+
+    source, index, found = resolve(weights), "model.safetensors.index.json", dict[str, Tensor]()
+    with _readable(weights):
+        listing = cached_file(source, index, _raise_exceptions_for_missing_entries=False)
+        shards = json.loads(Path(listing).read_text())["weight_map"] if listing else {}
+        wanted = {file for name, file in shards.items() if name.startswith(prefixes)}
+        for shard in sorted(wanted) or ["model.safetensors"]:
+            with safe_open(cached_file(source, shard), framework="pt") as file:
+                names = [n for n in file.offset_keys() if n.startswith(prefixes)]
+                found |= {n: file.get_tensor(n).float() for n in names}
+    if not found:
+        raise WeightsError(
+            f"weights {weights!r} hold no tensor named {' or '.join(prefixes)}...: another kind of model"
+        )
+    return found
+
+
 def load_config(cls: Any, weights: str) -> Any:
     """`cls.from_pretrained` for a config. Raises WeightsError."""
     source = resolve(weights)
@@ -101,7 +127,9 @@ def _readable(weights: str) -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity(ERROR)
+    logging.disable_progress_bar()
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:  # not there, other shapes, an unknown kind
@@ -111,6 +139,8 @@ def _readable(weights: str) -> Iterator[None]:
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def check(weights: str, given: Mapping[str, object], found: Mapping[str, object]) -> None:

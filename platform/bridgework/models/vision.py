@@ -8,11 +8,12 @@ frozen runs without a graph.
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,21 @@ VIT_FIELDS = {  # ours -> transformers'
 }
 
 
+class VisionSpec(Protocol):
+    """What a wiring asks of the spec of a vision tower."""
+
+    @property
+    def pixels(self) -> Pixels: ...
+    @property
+    def tokens(self) -> int: ...  # vectors an image
+    @property
+    def feature_width(self) -> int: ...
+    @property
+    def weights(self) -> str | None: ...  # folder, file, hub name or `package:` path; None: drawn
+    def build(self, *, pretrained: bool = True) -> "VisionTower": ...
+    def tiny(self) -> Self: ...
+
+
 @spec
 class ViTConfig:
     """A vision transformer of transformers; the defaults are LLaVA 1.5's CLIP ViT-L/14 at 336 px (2310.03744, 3.3)."""
@@ -45,7 +61,8 @@ class ViTConfig:
     heads: int = 16
     ffn: int = 4096
     layer: int = -2  # of the depth + 1 hidden states, numbered as in transformers: 0 embeddings, -1 the last block's
-    select: Literal["patch", "all"] = "patch"  # all: with the CLS token, where the kind has one
+    select: Literal["patch", "all", "cls"] = "patch"  # all: with the CLS token, where there is one; cls: it, normed
+    act: str | None = None  # of the MLPs, by transformers' name; None: the kind's own, quick_gelu of clip
     fit: Literal["pad", "crop"] = "pad"
     weights: str | None = None  # folder or hub name
 
@@ -56,6 +73,11 @@ class ViTConfig:
             raise SpecError(f"vision.width {self.width} must be a multiple of vision.heads {self.heads}")
         if not 1 <= self.patch <= self.image_size:
             raise SpecError(f"vision.patch must lie in [1, image_size {self.image_size}], got {self.patch}")
+        if self.select == "cls" and (self.kind == "siglip" or self.blocks != self.depth):
+            raise SpecError(
+                f"vision.select 'cls' reads the CLS token behind the last block of a clip or vit tower, "
+                f"not layer {self.layer} of a {self.kind}; set layer=-1 and another kind than siglip"
+            )
 
     @property
     def pixels(self) -> Pixels:
@@ -70,6 +92,8 @@ class ViTConfig:
 
     @property
     def tokens(self) -> int:
+        if self.select == "cls":
+            return 1
         return (self.image_size // self.patch) ** 2 + (self.select == "all" and self.kind != "siglip")
 
     @property
@@ -87,7 +111,8 @@ class ViTConfig:
         if pretrained and self.weights is not None:
             config = self._checked(self.weights)
             return ViT(self, weights_of.load(model_class, self.weights, config=_without_head(config), **headless))
-        config = getattr(transformers, f"{prefix}Config")(**{hf: getattr(self, own) for own, hf in VIT_FIELDS.items()})
+        numbers = {hf: getattr(self, own) for own, hf in VIT_FIELDS.items()}
+        config = getattr(transformers, f"{prefix}Config")(**numbers, **({"hidden_act": self.act} if self.act else {}))
         return ViT(self, model_class(_without_head(config), **headless))
 
     def _checked(self, weights: str) -> Any:
@@ -97,6 +122,8 @@ class ViTConfig:
         config = getattr(config, "vision_config", config)  # of a whole CLIP or SigLIP
         found = {own: getattr(config, hf, None) for own, hf in VIT_FIELDS.items()}
         found["kind"] = config.model_type.removesuffix("_vision_model")
+        if self.act is not None:  # another activation would load without a word, and cost accuracy
+            found["act"] = config.hidden_act
         weights_of.check(weights, {name: getattr(self, name) for name in found}, found)
         return config
 
@@ -161,10 +188,17 @@ def _without_head(config: Any) -> Any:
     return config
 
 
+class Positions(NamedTuple):
+    """The parameter of the tower that holds a vector for every cell of the image."""
+
+    name: str
+    cls: int  # the first so many are no cells
+
+
 class VisionTower(nn.Module, ABC):
     """What all towers share. `config` is the spec that built it, `tower` the network under its own names."""
 
-    def __init__(self, config: ViTConfig | EfficientNetConfig, tower: nn.Module) -> None:
+    def __init__(self, config: VisionSpec, tower: nn.Module) -> None:
         super().__init__()
         self.config = config
         self.tower = tower
@@ -181,6 +215,11 @@ class VisionTower(nn.Module, ABC):
         with torch.no_grad() if frozen else nullcontext():
             return self.patches(self._normalise(pixels_N3SS))
 
+    @property
+    def positions(self) -> Positions | None:
+        """Where the tower learned its image size; None: nowhere."""
+        return None
+
     @abstractmethod
     def patches(self, normal_N3SS: Tensor) -> Tensor:
         """(N, 3, S, S) normalised -> (N, P, D)."""
@@ -194,7 +233,8 @@ class VisionTower(nn.Module, ABC):
 
     def digest(self) -> str:
         """16 hex digits that name the features: of the spec (layer, grid, sizes) and of every weight."""
-        digest = hashlib.sha256(json.dumps(to_dict(replace(self.config, weights=None)), sort_keys=True).encode())
+        spec = to_dict(replace(cast(Any, self.config), weights=None))
+        digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
         for name, tensor in self.tower.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -206,6 +246,11 @@ class ViT(VisionTower):
 
     config: ViTConfig
 
+    @property
+    def positions(self) -> Positions:
+        end = "position_embeddings" if self.config.kind == "vit" else "position_embedding.weight"
+        return Positions(f"embeddings.{end}", cls=int(self.config.kind != "siglip"))
+
     def patches(self, normal_N3SS: Tensor) -> Tensor:
         tower = cast(Any, self.tower)
         hidden_NPD = tower.embeddings(normal_N3SS)
@@ -214,6 +259,9 @@ class ViT(VisionTower):
         blocks: Iterable[Any] = tower.layers if self.config.kind == "vit" else tower.encoder.layers
         for _, block in zip(range(self.config.blocks), blocks, strict=False):
             hidden_NPD = block(hidden_NPD, None)
+        if self.config.select == "cls":
+            last_norm = tower.post_layernorm if self.config.kind == "clip" else tower.layernorm
+            return cast(Tensor, last_norm(hidden_NPD[:, :1]))
         has_cls = self.config.kind != "siglip"
         return cast(Tensor, hidden_NPD[:, 1:] if has_cls and self.config.select == "patch" else hidden_NPD)
 
@@ -226,3 +274,27 @@ class EfficientNet(VisionTower):
     def patches(self, normal_N3SS: Tensor) -> Tensor:
         map_NDHW = cast(Any, self.tower).extract_features(normal_N3SS)
         return nn.functional.adaptive_avg_pool2d(map_NDHW, self.config.grid).flatten(2).transpose(1, 2)
+
+
+def fitted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` for `model`, with the positions of a ViT interpolated where it was trained at another image size.
+
+    Bicubic, as transformers does it; the CLS token keeps its own.
+    """
+    made = dict(state)
+    for prefix, tower in model.named_modules():
+        positions = tower.positions if isinstance(tower, VisionTower) else None
+        if positions is not None and (name := f"{prefix}.tower.{positions.name}".lstrip(".")) in made:
+            made[name] = stretched(made[name], model.get_parameter(name), cls=positions.cls)
+    return made
+
+
+def stretched(positions_LD: Tensor, own_LD: Tensor, *, cls: int) -> Tensor:
+    """`positions_LD`, or (1, L, D), on the square grid of `own_LD`; the first `cls` of them are no cells."""
+    if positions_LD.shape == own_LD.shape or positions_LD.shape[-1] != own_LD.shape[-1]:
+        return positions_LD  # another width is for the loader to refuse
+    first_cD, cells_PD = positions_LD.flatten(0, -2).float().tensor_split([cls])
+    old, new = math.isqrt(len(cells_PD)), math.isqrt(own_LD.shape[-2] - cls)
+    grid_1DGG = cells_PD.T.reshape(1, -1, old, old)
+    stretched_1DGG = nn.functional.interpolate(grid_1DGG, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([first_cD, stretched_1DGG.flatten(2)[0].T]).to(positions_LD.dtype).view(own_LD.shape)

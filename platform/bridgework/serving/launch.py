@@ -1,5 +1,6 @@
 """`bridgework serve APP`: a Ray of its own (or the one that RAY_ADDRESS names), Serve on one port, the app at /."""
 
+import logging
 import os
 import socket
 import time
@@ -30,6 +31,7 @@ def start(app: str, args: Mapping[str, Any], *, host: str = "127.0.0.1", port: i
     application = APPS[app](dict(args))
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port})
     serve.run(application, name=app, route_prefix="/")
     _check_listens(host, port)

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bridgework import __version__
-from bridgework.errors import WeightsError
+from bridgework.errors import WeightsError, suggest
+from bridgework.models.vision import fitted
 from bridgework.spec import from_dict, to_dict
 from bridgework.system import Stage, System
 from bridgework.tracking import DatasetInput
@@ -111,17 +112,26 @@ def recipe(path: str | Path) -> System:
     return system
 
 
-def weights(path: str | Path) -> dict[str, Tensor]:
-    """Its tensors on the CPU. Raises WeightsError when the file is not the one that was written."""
+def weights(path: str | Path, globs: Sequence[str] = ("*",)) -> dict[str, Tensor]:
+    """Its tensors whose names match, on the CPU.
+
+    Raises WeightsError when the file is not the one that was written, or a glob matches nothing in it.
+    """
     info, file = describe(path), Path(path) / "weights.safetensors"
     if not file.is_file() or _sha256(file) != info.digest:
         raise WeightsError(
             f"{file} is missing or not the file that was written (sha256 differs); train the stage again"
         )
     try:
-        return load_file(file)
+        found: dict[str, Tensor] = load_file(file)
     except SafetensorError as error:
         raise WeightsError(f"{file} cannot be read: {error}; train the stage again") from None
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in found):
+            raise WeightsError(
+                f"{file} has no tensor {glob!r}" + suggest(glob, {n.split(".")[0] + ".*" for n in found})
+            )
+    return {name: tensor for name, tensor in found.items() if any(fnmatchcase(name, glob) for glob in globs)}
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
@@ -139,8 +149,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
 
 
 def put(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load tensors by name into a model. Raises WeightsError that names what is too much or has another shape."""
-    own = model.state_dict()
+    """Load tensors by name into a model; positions of a ViT for another image size are interpolated.
+
+    Raises WeightsError that names what is too much or has another shape.
+    """
+    own, state = model.state_dict(), fitted(model, state)
     extra = sorted(set(state) - set(own))
     wrong = [f"{n} {list(state[n].shape)} against {list(own[n].shape)}" for n in state if n in own]
     wrong = [w for n, w in zip([n for n in state if n in own], wrong, strict=True) if state[n].shape != own[n].shape]
@@ -150,7 +163,7 @@ def put(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
             + "; ".join(_few("the model has no", extra) + _few("shapes differ:", wrong))
             + "; start from weights of the same model, or change the stage's model"
         )
-    model.load_state_dict(dict(state), strict=False)
+    model.load_state_dict(state, strict=False)
 
 
 def _few(what: str, names: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
 from bridgework.data.batch import Batch
 from bridgework.errors import RunError
@@ -45,7 +45,8 @@ class Engine:
         self._step = step
         self._optim = stage.optim
         groups = _groups(step, multipliers, stage.optim)
-        optimizer = torch.optim.AdamW(groups, lr=stage.optim.peak_lr, betas=stage.optim.betas, eps=stage.optim.eps)
+        optim, fused = stage.optim, torch.cuda.is_available()
+        optimizer = torch.optim.AdamW(groups, lr=optim.peak_lr, betas=optim.betas, eps=optim.eps, fused=fused)
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=step,
@@ -76,6 +77,7 @@ class Engine:
             plain = self._plain_norm()  # before the step, which drops the gradients
             self._engine.step()
             total_LS += sums_LS.detach()
+        self._clamp()
         self._step.model.after_step()
         known = self._engine.get_global_grad_norm()
         total_LS = _summed(total_LS)
@@ -85,6 +87,17 @@ class Engine:
             counts_LS=counts_LS,
             norm=float(plain if known is None else known),
         )
+
+    @torch.no_grad()
+    def _clamp(self) -> None:
+        """Keeps parameters within the wiring's limits, in the optimizer's copy too: it would bring them back."""
+        for name, (low, high) in self._step.model.limits.items():
+            parameter = self._step.model.get_parameter(name)
+            whole = safe_get_full_fp32_param(parameter)
+            if whole is None:
+                parameter.clamp_(low, high)
+            else:
+                safe_set_full_fp32_param(parameter, whole.clamp(low, high))
 
     def _passes(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, int, Beside | None]]:
         """Each micro-batch with the seed of its forward; where losses compare them, beside a first pass of all."""

@@ -24,7 +24,7 @@ from bridgework.data.reader import Feed, Row
 from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import ResourceError, RunError
 from bridgework.inference import Pipeline
-from bridgework.models import freezing
+from bridgework.models import freezing, lora
 from bridgework.system import EvalSpec, Stage, System
 from bridgework.tracking import DatasetInput, Journal
 from bridgework.training import artefact, checkpoint
@@ -169,7 +169,7 @@ def _finish(job: Job, metrics: Metrics, state: dict[str, torch.Tensor]) -> None:
 def _model(job: Job, stage: Stage) -> tuple[freezing.Freezable, list[str]]:
     torch.manual_seed(stage.seed)  # every rank draws the same new weights
     model: freezing.Freezable = stage.model.build()
-    inherited = artefact.weights(job.parent) if job.parent else {}
+    inherited = lora.fitted(model, artefact.weights(job.parent, stage.inherits)) if job.parent else {}
     artefact.put(model, inherited, str(job.parent))
     return model, list(inherited)
 

@@ -1,12 +1,17 @@
-"""Projectors: every patch becomes one token of the language model (LLaVA; arXiv:2304.08485 and 2310.03744)."""
+"""Projectors: every patch, or every few, become one token of the language model.
+
+LLaVA, arXiv:2304.08485 and 2310.03744; MiniGPT-4, arXiv:2304.10592.
+"""
 
 # N images  P patches  F width of the tower's features  D width of the language model
 
+from dataclasses import replace
 from typing import cast
 
 from torch import Tensor, nn
 
 from bridgework.errors import SpecError
+from bridgework.models import pretrained as weights_of
 from bridgework.spec import spec
 
 
@@ -19,6 +24,9 @@ class Linear:
 
     def tokens(self, patches: int) -> int:
         return patches
+
+    def tiny(self) -> "Linear":
+        return self
 
 
 @spec
@@ -36,6 +44,63 @@ class MLP:
 
     def tokens(self, patches: int) -> int:
         return patches
+
+    def tiny(self) -> "MLP":
+        return self
+
+
+@spec
+class Concat:
+    """`group` neighbouring patches become one token, side by side (MiniGPT-4 on LLaMA-2: without a Q-Former).
+
+    Neighbours in the sequence, row by row, and not 2 x 2.
+    """
+
+    group: int = 4
+    ln_vision: bool = True  # a LayerNorm of its own on what the tower gives, as in BLIP-2
+    weights: str | None = None  # folder or hub name of a whole BLIP-2, whose LayerNorm it is
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise SpecError(f"bridge.group must be at least 1, got {self.group}")
+
+    @property
+    def pretrained(self) -> tuple[str, ...]:
+        """Globs of the parameters that `weights` bring back."""
+        return () if self.weights is None or not self.ln_vision else ("ln_vision.*",)
+
+    def build(self, in_width: int, out_width: int, *, pretrained: bool = True) -> "Grouped":
+        """In float32. Raises WeightsError for weights that do not fit."""
+        bridge = Grouped(self, in_width, out_width)
+        if pretrained and self.weights is not None and self.ln_vision:
+            norm = weights_of.tensors(self.weights, ("vision_model.post_layernorm.",))
+            found = {name.rpartition(".")[2]: tensor for name, tensor in norm.items()}
+            weights_of.check(self.weights, {"width": in_width}, {"width": len(found["weight"])})
+            bridge.ln_vision.load_state_dict(found)
+        return bridge
+
+    def tokens(self, patches: int) -> int:
+        if patches % self.group:
+            raise SpecError(f"{patches} patches do not fall into groups of {self.group}; set bridge.group, or drop CLS")
+        return patches // self.group
+
+    def tiny(self) -> "Concat":
+        return replace(self, weights=None)
+
+
+class Grouped(nn.Module):
+    """`ln_vision` and one matrix, `projection`."""
+
+    def __init__(self, config: Concat, in_width: int, out_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.ln_vision = nn.LayerNorm(in_width, eps=1e-6) if config.ln_vision else nn.Identity()
+        self.projection = nn.Linear(config.group * in_width, out_width)
+
+    def forward(self, patches_NPF: Tensor) -> Tensor:
+        """(N, P, F) floats -> (N, P / group, D)."""
+        grouped = self.ln_vision(patches_NPF).flatten(1).unflatten(1, (-1, self.projection.in_features))
+        return cast(Tensor, self.projection(grouped))
 
 
 class Projector(nn.Module):

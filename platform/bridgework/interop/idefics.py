@@ -1,0 +1,163 @@
+"""The cross-attention wiring to and from transformers' `IdeficsForVisionText2Text`, which is Flamingo on LLaMA.
+
+Its two additional words are `<fake_token_around_image>`, which stands where our END does, and `<image>`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from bridgework.errors import SpecError, WeightsError
+from bridgework.losses import Captioning
+from bridgework.models import vision as vision_tower
+from bridgework.models.bridges.gated_xattn import Gates
+from bridgework.models.bridges.resampler import Resampler
+from bridgework.models.crossattn_vlm import CrossAttentionVLM
+from bridgework.models.language import LanguageConfig
+from bridgework.models.vision import ViTConfig
+from bridgework.system import AdamW, Budget, Mixture, Source, Stage
+
+ARCHITECTURES = ("IdeficsForVisionText2Text",)
+PARTS = {  # ours -> transformers'; the first that fits
+    "vision.tower.": "model.vision_model.",
+    "bridge.latents": "model.perceiver_resampler.latents",
+    "bridge.norm.": "model.perceiver_resampler.layer_norm.",
+    "language.lm_head.": "lm_head.",
+    "language.": "",
+    "extra.words.": "model.embed_tokens.additional_embedding.",
+    "extra.head.": "lm_head.additional_fc.",
+}
+LAYER = {  # of the resampler, behind its number
+    "media_norm.": "0.context_layer_norm.",
+    "latent_norm.": "0.latents_layer_norm.",
+    "query.": "0.q_proj.",
+    "key.": "0.k_proj.",
+    "value.": "0.v_proj.",
+    "query_norm.": "0.q_layer_norm.",
+    "key_norm.": "0.k_layer_norm.",
+    "out.": "0.output_proj.",
+    "ffn_norm.": "1.ln.",
+    "up.": "1.fc.",
+    "down.": "1.c_proj.",
+}
+BLOCK = {  # between the layers of the language model
+    "norm.": "input_layernorm.",
+    "query.": "cross_attn.q_proj.",
+    "key.": "cross_attn.k_proj.",
+    "value.": "cross_attn.v_proj.",
+    "query_norm.": "cross_attn.q_layer_norm.",
+    "key_norm.": "cross_attn.k_layer_norm.",
+    "out.": "cross_attn.o_proj.",
+    "alpha": "alpha_cross_attn",
+    "ffn_norm.": "post_attention_layernorm.",
+    "up.": "mlp.up_proj.",
+    "gate.": "mlp.gate_proj.",
+    "down.": "mlp.down_proj.",
+    "ffn_alpha": "alpha_dense",
+}
+
+
+def spec(config: Any) -> CrossAttentionVLM:
+    """The wiring of an IdeficsConfig. Raises WeightsError for what it cannot be."""
+    wanted = {"use_resampler": True, "additional_vocab_size": 2, "hidden_act": "silu", "dropout": 0.0}
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise WeightsError(f"this Idefics has {name} {getattr(config, name)}, and only {value} is read")
+    perceiver, width = config.perceiver_config, config.hidden_size // config.num_attention_heads
+    vision = {ours: getattr(config.vision_config, theirs) for ours, theirs in vision_tower.VIT_FIELDS.items()}
+    return CrossAttentionVLM(
+        vision=ViTConfig(layer=-1, select="all", act=config.vision_config.hidden_act, fit="crop", **vision),
+        bridge=Resampler(
+            latents=perceiver.resampler_n_latents, depth=perceiver.resampler_depth, heads=perceiver.resampler_n_heads,
+            head_width=perceiver.resampler_head_dim, qk_norm=perceiver.qk_layer_norms_perceiver, activation="relu",
+            project=False,
+        ),
+        gates=Gates(
+            every=config.cross_layer_interval, heads=config.num_attention_heads, head_width=width,
+            ffn=config.intermediate_size, activation="silu", gated_ffn=True, norm="rms", norm_eps=config.rms_norm_eps,
+            qk_norm=config.qk_layer_norms, alpha="vector" if config.alpha_type == "vector" else "scalar",
+        ),
+        language=LanguageConfig(
+            arch="llama", width=config.hidden_size, depth=config.num_hidden_layers, heads=config.num_attention_heads,
+            kv_heads=config.num_attention_heads, ffn=config.intermediate_size, vocab=config.vocab_size,
+            context=config.max_position_embeddings, tied=config.tie_word_embeddings, norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_parameters["rope_theta"], tokenizer=config.name_or_path or "bytes",
+        ),
+    )  # fmt: skip
+
+
+def config(model: CrossAttentionVLM) -> Any:
+    """The IdeficsConfig of a wiring. Raises SpecError where transformers has none."""
+    from transformers import IdeficsConfig
+
+    vision, bridge, gates, language = model.vision, model.bridge, model.gates, model.language
+    made = IdeficsConfig(
+        vision_config=_numbers(vision), vocab_size=language.vocab, additional_vocab_size=2, use_resampler=True,
+        hidden_size=language.width, intermediate_size=language.ffn, num_hidden_layers=language.depth,
+        num_attention_heads=language.heads, max_position_embeddings=language.context,
+        rms_norm_eps=language.norm_eps, tie_word_embeddings=language.tied,
+        rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
+        cross_layer_interval=gates.every, qk_layer_norms=gates.qk_norm,
+        alpha_type="vector" if gates.alpha == "vector" else "float", pad_token_id=None, bos_token_id=None,
+        eos_token_id=None,
+        perceiver_config={
+            "resampler_n_latents": bridge.latents, "resampler_depth": bridge.depth, "resampler_n_heads": bridge.heads,
+            "resampler_head_dim": bridge.head_width, "qk_layer_norms_perceiver": bridge.qk_norm,
+        },
+    )  # fmt: skip
+    back = spec(made)
+    differ = [name for name in ("bridge", "gates") if getattr(back, name) != getattr(model, name)]
+    differ += [name for name in ("arch", "kv_heads") if getattr(back.language, name) != getattr(language, name)]
+    differ += ["depth, which gates.every must divide"] * bool(language.depth % gates.every)
+    if differ:
+        raise SpecError(f"transformers' Idefics has no place for this model's {', '.join(differ)}")
+    return made
+
+
+def _numbers(vision: Any) -> dict[str, Any]:
+    kind = isinstance(vision, ViTConfig) and (vision.kind, vision.select, vision.blocks == vision.depth)
+    if kind != ("clip", "all", True):
+        raise SpecError("transformers' Idefics has a CLIP ViT, read with its CLS token behind the last block")
+    numbers = {theirs: getattr(vision, ours) for ours, theirs in vision_tower.VIT_FIELDS.items()}
+    return numbers | {"hidden_act": vision.act or "quick_gelu", "embed_dim": vision.width}
+
+
+def names(model: CrossAttentionVLM) -> Mapping[str, str]:
+    """Our parameters -> transformers', one to one."""
+    with torch.device("meta"):
+        ours = [name for name, _ in model.build(pretrained=False).named_parameters()]
+    return {name: _theirs(name, model.gates.every) for name in ours}
+
+
+def stage(model: CrossAttentionVLM) -> Stage:
+    """A stage that holds the weights: nothing is trained in it."""
+    return Stage(
+        name="train",
+        model=model,
+        trains={"*": 1.0},
+        losses=(Captioning(),),
+        data=Mixture(
+            sources=(Source(name="shapes", dataset="synthetic:shapes"),),
+            template="interleaved",
+            max_tokens=model.context,
+            lanes=1,
+        ),
+        budget=Budget(steps=1, batch=1),
+        optim=AdamW(peak_lr=1e-5),
+    )
+
+
+def _theirs(name: str, every: int) -> str:
+    if name.startswith("gates."):
+        _, number, rest = name.split(".", 2)
+        return f"model.gated_cross_attn_layers.{int(number) // every}.{_renamed(rest, BLOCK)}"
+    if name.startswith("bridge.layers."):
+        _, _, number, rest = name.split(".", 3)
+        return f"model.perceiver_resampler.blocks.{number}.{_renamed(rest, LAYER)}"
+    return _renamed(name, PARTS)
+
+
+def _renamed(name: str, parts: Mapping[str, str]) -> str:
+    part = next(part for part in parts if name.startswith(part))
+    return parts[part] + name.removeprefix(part)

@@ -1,0 +1,302 @@
+"""The module of MED: a vision tower and BERT in three modes. A row of ids has no places: every sample has one image."""
+
+# B batch  T tokens  N images  P patches, CLS first  F their width  S pixels of a side  D width of the joint space
+# H width of the text side  V vocabulary  C candidates  R tokens of one
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy, normalize
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+
+from bridgework.errors import DataError, SpecError, WeightsError
+from bridgework.losses.matching import by_sample, judged_pairs
+from bridgework.models import encoder_decoder
+from bridgework.models.blip_vit import BlipViT
+from bridgework.models.freezing import Freezable
+from bridgework.models.med_parts import Behind, Halves, Heads, Outputs, at_first, begun, positions
+from bridgework.models.med_text import Texts
+from bridgework.models.momentum import Keys, Momentum
+from bridgework.models.vision import fitted
+
+if TYPE_CHECKING:
+    from bridgework.models.med import MED
+
+LOGITS, POOLED = frozenset({"logits"}), frozenset({"pooled"})
+GIVES = {  # what a forward can give where the model has the task
+    "contrast": {"pooled", "momentum"},
+    "match": {"match", "match_all"},
+    "caption": {"logits"},
+    "answer": {"logits"},
+}
+
+
+class MEDModel(Freezable):
+    """`vision`, `text` (the encoder), `decoder` (what it does not share), `heads` and `momentum`."""
+
+    def __init__(self, spec: "MED", vision: BlipViT, texts: Texts) -> None:
+        super().__init__()
+        self.config = spec
+        self.vision = vision
+        if texts.encoder is not None:
+            self.text = texts.encoder
+        if texts.decoder is not None:
+            self.decoder = texts.decoder
+        self.heads = Heads(spec, texts.writer)
+        self._writer = (texts.writer,)  # not a submodule: of what it shares, each parameter has one name
+        self.momentum = None if spec.momentum is None else Momentum(spec.momentum, self._followed(), spec.embed)
+        cast(Any, self).register_load_state_dict_post_hook(_catch_up)  # torch leaves it untyped
+
+    def forward(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        labels: Tensor | None = None,
+        pixels: Tensor | None = None,
+        features: Tensor | None = None,
+        identity: Tensor | None = None,
+        wants: frozenset[str] = LOGITS,
+    ) -> Outputs:
+        """What `wants` names: `logits`, `pooled`, `momentum`, `match` or `match_all`, as far as the tasks go.
+
+        ids (B, T) int64 and attention (B, T) bool of [CLS] text [SEP], padded on either side; labels (B, T) int64,
+        IGNORE where there is no loss; pixels (B, 3, S, S) uint8 or features (B, P, F); identity (B,) int64, equal for
+        rows that show one image. Raises SpecError for what the tasks do not give, DataError for another number of
+        images than rows.
+        """
+        self._check(wants)
+        images_BPF = self._see(pixels, features)
+        if len(images_BPF) != len(ids):
+            raise DataError(f"{len(ids)} texts and {len(images_BPF)} images: every sample needs exactly one image")
+        identity = torch.full_like(ids[:, 0], -1) if identity is None else identity
+        outputs = Outputs(labels_BT=labels, identity_B=identity)
+        if wants - LOGITS:
+            outputs.image_BD, outputs.text_BD = self.embed_images(images_BPF), self.embed_texts(ids, attention)
+            outputs.logit_scale = self.heads.scale(len(ids))
+        if "momentum" in wants:
+            self._recall(outputs, ids, attention, pixels=pixels, features=features)
+        if judging := wants & {"match", "match_all"}:
+            outputs.match_B3C = self._judge(outputs, ids, attention, images_BPF, everywhere="match_all" in judging)
+        if "logits" in wants:
+            outputs.logits_BTV = self._write(ids, attention, labels, images_BPF)
+        return outputs
+
+    # --- three modes -------------------------------------------------------------------------------------------------
+
+    def read(self, ids: Tensor, attention: Tensor, images: Tensor | None = None) -> Tensor:
+        """(B, T, H): the text alone, or ([ENC] first) with its image."""
+        if images is not None:
+            ids = begun(ids, attention, self.config.text.enc)
+        hidden_BTH: Tensor = self.text(
+            input_ids=ids,
+            attention_mask=attention.long(),
+            position_ids=positions(attention),
+            encoder_hidden_states=images,
+        ).last_hidden_state
+        return hidden_BTH
+
+    def _write(self, ids: Tensor, attention: Tensor, labels: Tensor | None, images_BPF: Tensor) -> Tensor:
+        """(B, T, V): at every place the logits of the token behind it."""
+        if "answer" in self.config.tasks:
+            if labels is None:
+                raise DataError("a model that answers needs labels: they say where the question ends")
+            asked = begun(ids, attention, self.config.text.enc)
+            embeds_BTH = self.text.embeddings.word_embeddings(asked)
+            return encoder_decoder.logits(
+                Halves(self.text, self.writer, images_BPF, self.config.text.dec), embeds_BTH, ids, attention, labels
+            )
+        logits_BTV: Tensor = self.writer(
+            input_ids=begun(ids, attention, self.config.text.dec),
+            attention_mask=attention.long(),
+            position_ids=positions(attention),
+            encoder_hidden_states=images_BPF,
+            use_cache=False,
+        ).logits
+        return logits_BTV
+
+    @property
+    def writer(self) -> Any:
+        """The decoder with its head, as transformers' BlipTextLMHeadModel."""
+        return self._writer[0]
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def after_step(self) -> None:
+        """The twin follows, the queues take what the step saw."""
+        if self.momentum is not None:
+            self.momentum.after_step(self._followed())
+
+    def adopt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a MED with other tasks or another image size, as those of this one.
+
+        What a decoder shared, and here owns, comes from the encoder; positions are interpolated; what no task needs is
+        left out, and heads that are new stay as drawn. Raises WeightsError for weights that lack anything else.
+        """
+        found: dict[str, Tensor] = {}
+        for name in self.state_dict():
+            shared = f"text.{name.removeprefix('decoder.')}"
+            source = shared if name.startswith("decoder.") and name not in state else name
+            if source in state:
+                found[name] = state[source]
+            elif not any(fnmatchcase(name, glob) for glob in (*self.config.pretrained, "heads.*")):
+                raise WeightsError(f"the weights to start from lack {name}: they are of another wiring than MED")
+        return fitted(self, found)
+
+    def _followed(self) -> dict[str, Tensor]:
+        """What the twin is a twin of: all that makes the pooled vectors."""
+        parts = ("vision.", "text.", "heads.vision.", "heads.text.")
+        own = {name: p for name, p in self.named_parameters() if name.startswith(parts)}
+        return {name: p for name, p in own.items() if ".crossattention." not in name}
+
+    def _recall(self, outputs: Outputs, ids: Tensor, attention: Tensor, **seen: Tensor | None) -> None:
+        """What the twin makes of the samples, and what it made of those before."""
+        twin = cast(Momentum, self.momentum)
+        with torch.no_grad():
+            weights = twin.parameters_of_twin(self.heads.vision.weight.dtype)
+            made: Outputs = functional_call(self, weights, (ids, attention), {**seen, "wants": POOLED})
+        outputs.image_key_BD, outputs.text_key_BD = made.image_BD, made.text_BD
+        outputs.image_queue_QD, outputs.text_queue_QD = twin.image_queue_QD, twin.text_queue_QD
+        outputs.identity_queue_Q, outputs.alpha = twin.identity_queue_Q, twin.alpha()
+        if self.training and torch.is_grad_enabled():  # not in the first of two passes
+            keys = Keys(cast(Tensor, made.image_BD), cast(Tensor, made.text_BD), cast(Tensor, outputs.identity_B))
+            twin.see(keys, outputs.labels_BT)
+
+    def _judge(
+        self, outputs: Outputs, ids: Tensor, attention: Tensor, images_BPF: Tensor, *, everywhere: bool
+    ) -> Tensor:
+        """(B, 3, 2): every sample with its own image and text, and with a hard negative of each."""
+        pairs = judged_pairs(
+            ids,
+            attention,
+            images_BPF,
+            image_bQD=cast(Tensor, outputs.image_BD).unsqueeze(1),
+            text_bD=cast(Tensor, outputs.text_BD),
+            scale=cast(Tensor, outputs.logit_scale)[0].detach(),
+            identity_b=outputs.identity_B,
+            everywhere=everywhere,
+        )
+        hidden_MTH = self.read(*pairs)
+        logits_M2: Tensor = self.heads.match(at_first(hidden_MTH, pairs.attention_MT))
+        return by_sample(logits_M2)
+
+    # --- inference ---------------------------------------------------------------------------------------------------
+
+    def embed_images(self, features: Tensor) -> Tensor:
+        """(N, D) float32 of length 1, of what the vision tower saw: (N, P, F)."""
+        self._able("contrast")
+        weight = self.heads.vision.weight
+        return normalize(self.heads.vision(features[:, 0].to(weight.dtype)).float(), dim=-1)
+
+    def embed_texts(self, ids: Tensor, attention: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(N, D) float32 of length 1. `labels` are not read: all tokens of a text are its own."""
+        self._able("contrast")
+        first_BH = at_first(self.read(ids, attention), attention)
+        return normalize(self.heads.text(first_BH).float(), dim=-1)
+
+    @torch.no_grad()
+    def match(self, ids: Tensor, attention: Tensor, features: Tensor) -> Tensor:
+        """(N,) float32: the log-odds that image i and text i belong together."""
+        self._able("match")
+        hidden_NTH = self.read(ids, attention, self._see(None, features))
+        logits_N2: Tensor = self.heads.match(at_first(hidden_NTH, attention)).float()
+        return logits_N2[:, 1] - logits_N2[:, 0]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        pixels: Tensor | None = None,
+        features: Tensor | None = None,
+        **generation: Any,
+    ) -> Tensor:
+        """(B, new) ids behind prompts padded on the left; `generation` goes to transformers' `generate`.
+
+        The prompt is the beginning of what is written ([CLS], or [CLS] a picture of), or the question.
+        """
+        self._able("caption", "answer")
+        text, images_BPF = self.config.text, self._see(pixels, features)
+        marks = SuppressTokensLogitsProcessor([text.dec, text.enc], device=str(ids.device))
+        generation["logits_processor"] = LogitsProcessorList([marks, *generation.get("logits_processor", ())])
+        if generation.get("streamer") is not None:
+            generation["streamer"] = Behind(generation["streamer"])
+        if "answer" in self.config.tasks:
+            states = {
+                "encoder_hidden_states": self.read(ids, attention, images_BPF),
+                "encoder_attention_mask": attention.long(),
+            }
+            ids, attention = torch.full_like(ids[:, :1], text.dec), torch.ones_like(attention[:, :1])
+        else:
+            states, ids = {"encoder_hidden_states": images_BPF}, begun(ids, attention, text.dec)
+        rows_BT = self.writer.generate(input_ids=ids, attention_mask=attention.long(), **states, **generation)
+        return cast(Tensor, rows_BT[:, ids.shape[1] :])
+
+    @torch.no_grad()
+    def continuations(self, prompt: Tensor, rest: Tensor, features: Tensor) -> Tensor:
+        """(C, R, V): the logits of every token of `rest` (C, R) behind one `prompt` (1, T), padded on the right."""
+        self._able("caption", "answer")
+        images_1PF = self._see(None, features)
+        states_1XH = images_1PF
+        if "answer" in self.config.tasks:
+            states_1XH = self.read(prompt, torch.ones_like(prompt, dtype=torch.bool), images_1PF)
+            prompt = prompt[:, :1]
+        begun_1T = torch.cat([torch.full_like(prompt[:, :1], self.config.text.dec), prompt[:, 1:]], dim=1)
+        rows_CT = torch.cat([begun_1T.expand(len(rest), -1), rest[:, :-1]], dim=1)
+        states_CXH = states_1XH.expand(len(rest), -1, -1)
+        logits_CTV: Tensor = self.writer(input_ids=rows_CT, encoder_hidden_states=states_CXH, use_cache=False).logits
+        return logits_CTV[:, prompt.shape[1] - 1 :]
+
+    @torch.no_grad()
+    def rank(self, prompt: Tensor, rest: Tensor, labels: Tensor, features: Tensor, keep: int) -> Tensor:
+        """(C,) nats of each candidate (`rest` (C, R), its `labels`) behind `prompt`, of the `keep` best beginnings.
+
+        The others are minus infinity: the first token has ruled them out (the release's rank_answer).
+        """
+        first_V = self.continuations(prompt, rest[:1, :1], features)[0, 0].float().log_softmax(-1)
+        kept_K = first_V[rest[:, 0]].topk(min(keep, len(rest))).indices
+        logits_KRV = self.continuations(prompt, rest[kept_K], features).float()
+        nats_KR = cross_entropy(logits_KRV.transpose(1, 2), labels[kept_K], reduction="none")
+        return torch.full((len(rest),), -torch.inf, device=rest.device).scatter(0, kept_K, -nats_KR.sum(1))
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _check(self, wants: frozenset[str]) -> None:
+        known = set().union(*(GIVES[task] for task in self.config.tasks))
+        if self.momentum is None:
+            known -= {"momentum"}
+        if unknown := wants - known:
+            raise SpecError(
+                f"this MED gives {sorted(known)}, not {sorted(unknown)}: "
+                "change model.tasks, or give it a twin with model.momentum"
+            )
+
+    def _able(self, *tasks: str) -> None:
+        if not set(tasks) & set(self.config.tasks):
+            raise SpecError(
+                f"this MED has the tasks {', '.join(self.config.tasks)}, and this takes {' or '.join(tasks)}"
+            )
+
+    def _see(self, pixels: Tensor | None, features: Tensor | None) -> Tensor:
+        """(N, P, F) in the model's dtype."""
+        if (pixels is None) == (features is None):
+            raise DataError("a MED reads either pixels or cached features of every image")
+        seen_NPF: Tensor = self.vision(pixels) if features is None else features
+        shape = (self.config.vision.tokens, self.config.vision.feature_width)
+        if seen_NPF.shape[1:] != shape:
+            raise DataError(
+                f"the cached features are {tuple(seen_NPF.shape[1:])} an image and this tower's are {shape}: "
+                "they come from another tower; compute them again"
+            )
+        return seen_NPF.to(next(self.heads.parameters()).dtype)
+
+
+def _catch_up(model: nn.Module, incompatible: Any) -> None:
+    """After weights without a twin, the twin is a copy of them."""
+    med = cast(MEDModel, model)
+    absent = [name for name in incompatible.missing_keys if name.startswith("momentum.twin.")]
+    if med.momentum is not None and absent:
+        med.momentum.follow(med._followed(), 0.0)

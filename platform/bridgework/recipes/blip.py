@@ -1,0 +1,107 @@
+"""BLIP (Li et al. 2022, arXiv:2201.12086): one model that finds, judges and captions, taught on captions it cleaned.
+
+pretrain    contrast, matching and captions on noisy web pairs and human ones             (3.2)
+captioner   from pretrain, on COCO: writes one caption for every web image, top_p 0.9     (3.3, 4.3)
+filter      from pretrain, on COCO: drops web and written captions that do not match      (3.3)
+bootstrap   a new model, from ImageNet and BERT again, on what is left: `capfilt`         (4.4, section 6)
+
+bridgework train blip             ViT-B, 14M images: 32 GPUs (4.1), 3-4 days (the authors, salesforce/BLIP#2)
+bridgework train blip --tiny      a laptop: seconds
+blip:caption, blip:retrieval and blip:vqa add a fine-tune to it.
+Departs from the release: contrast sees the keys of the whole batch; a fine-tune's twin and queue begin anew; a centre
+crop, no flip, no RandAugment, no drop-path; captions keep their punctuation; the rate decays by the step.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from bridgework.evaluation import Retrieval
+from bridgework.losses import Captioning, Matching, MomentumContrastive
+from bridgework.models import MED, BlipViTConfig, MEDTextConfig, MomentumConfig
+from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
+
+BERT = MEDTextConfig(weights="google-bert/bert-base-uncased")
+VIT_B = BlipViTConfig(weights="facebook/deit-base-patch16-224")
+VIT_L = BlipViTConfig(width=1024, depth=24, heads=16, ffn=4096, weights="google/vit-large-patch16-224-in21k")
+COCO = Source(name="coco", dataset="coco-karpathy", rows=566_747)  # pairs, here and below: five captions an image
+HUMAN = (COCO, Source(name="vg", dataset="vg", rows=769_000))
+WEB = {"cc3m": 3_000_000, "cc12m": 10_000_000, "sbu": 860_000}
+NOISY = (*HUMAN, *(Source(name=name, dataset=name, rows=rows) for name, rows in WEB.items()))  # 14M images (4.1)
+LAION = Source(name="laion", dataset="laion-115m", rows=115_000_000, max_epochs=4.0)  # a fifth of it an epoch (4.1)
+CLEAN = (*HUMAN, Source(name="capfilt", dataset="capfilt"))
+QUESTIONS = (Source(name="vqav2", dataset="vqav2", rows=658_111), Source(name="vg-qa", dataset="vg-qa", rows=1_445_322))
+WRITING = Captioning(label_smoothing=0.1)  # models/med.py of the release
+FOUND = (Retrieval(name="coco", dataset="coco-karpathy-test", rows=5_000, rerank=256),
+         Retrieval(name="flickr30k", dataset="flickr30k-test", rows=1_000, rerank=128))  # fmt: skip
+
+
+def system() -> System:
+    """ViT-B/16, 14M images."""
+    return _blip(VIT_B, NOISY, steps=105_528, batch=2_880, peak_lr=3e-4)
+
+
+def vit_l() -> System:
+    """ViT-L/16, 129M images."""
+    return _blip(VIT_L, (*NOISY, LAION), steps=318_300, batch=2_400, peak_lr=2e-4)
+
+
+def caption() -> System:
+    return _with("caption", _captioner(VIT_B))
+
+
+def retrieval() -> System:
+    """On COCO; what Flickr30k's zero-shot numbers are taken with, too (5.1)."""
+    return _with("retrieval", _finder(VIT_B))
+
+
+def vqa() -> System:
+    """Beside the questions of VQAv2 those of Visual Genome, all of them."""
+    model = MED(vision=replace(VIT_B, image_size=480), text=BERT, tasks=("answer",))
+    asked = Mixture(sources=QUESTIONS, template="answer", max_tokens=45)
+    return _with("vqa", _tune(model, losses=(WRITING,), data=asked, steps=82_165, micro=16, peak_lr=2e-5))
+
+
+def _blip(vit: BlipViTConfig, noisy: tuple[Source, ...], *, steps: int, batch: int, peak_lr: float) -> System:
+    momentum = MomentumConfig(ramp=steps // 10)  # 2 of 20 epochs
+    pretrain = Stage(
+        name="pretrain", model=MED(vision=vit, text=BERT, momentum=momentum), trains={"*": 1.0},
+        losses=(MomentumContrastive(), Matching(), WRITING),
+        data=Mixture(sources=noisy, template="caption", max_tokens=30, lanes=32),
+        budget=Budget(steps=steps, batch=batch, micro=batch // 32),
+        optim=AdamW(peak_lr=peak_lr, final_lr=peak_lr * 0.85**20, decay="exponential", warmup=3_000 / steps,
+                    weight_decay=0.05, clip=0.0),
+        shard=ZeRO(stage=1), evals=FOUND,
+    )  # fmt: skip
+    bootstrap = replace(pretrain, name="bootstrap", data=replace(pretrain.data, sources=CLEAN))
+    stages = (pretrain, _captioner(vit), _finder(vit), bootstrap)
+    return System(name="blip", paper="arXiv:2201.12086", stages=stages)
+
+
+def _captioner(vit: BlipViTConfig) -> Stage:
+    model = MED(vision=replace(vit, image_size=384), text=BERT, tasks=("caption",))
+    source = replace(COCO, prompts=("a picture of",))
+    data = Mixture(sources=(source,), template="prompted", max_tokens=40, lanes=8)
+    rate = 1e-5 if vit.depth == 12 else 2e-6
+    return _tune(model, name="captioner", losses=(WRITING,), data=data, steps=11_069, micro=32, peak_lr=rate)
+
+
+def _finder(vit: BlipViTConfig) -> Stage:
+    vision, momentum = replace(vit, image_size=384), MomentumConfig(ramp=2_214)  # 1 of 6 epochs
+    model = MED(vision=vision, text=BERT, tasks=("contrast", "match"), momentum=momentum)
+    data = Mixture(sources=(COCO,), template="caption", max_tokens=35, lanes=8)
+    losses = (MomentumContrastive(), Matching(negatives="all"))
+    rate = 1e-5 if vit.depth == 12 else 5e-6
+    return _tune(model, name="filter", losses=losses, data=data, steps=13_283, micro=32, peak_lr=rate, evals=FOUND)
+
+
+def _tune(model: MED, *, steps: int, micro: int, peak_lr: float, name: str = "tune", **fields: Any) -> Stage:
+    return Stage(
+        name=name, model=model, trains={"*": 1.0}, starts_from="pretrain", shard=ZeRO(stage=1),
+        budget=Budget(steps=steps, batch=256, micro=micro),
+        optim=AdamW(peak_lr=peak_lr, warmup=0.0, weight_decay=0.05, clip=0.0), **fields,
+    )  # fmt: skip
+
+
+def _with(name: str, tuned: Stage) -> System:
+    blip = system()
+    return replace(blip, stages=(*blip.stages, replace(tuned, name=name, starts_from="bootstrap")))

@@ -1,0 +1,94 @@
+"""BLIP-2 (Li et al. 2023, arXiv:2301.12597): a 32-query Q-Former between a frozen ViT and a frozen language model.
+
+represent   the Q-Former learns to read the ViT: contrast, matching, captions              (3.2)
+generate    its queries, projected, become a soft prompt that the language model continues (3.3)
+
+bridgework train blip2             ViT-g, OPT-2.7B: 16 x A100-40G; with Flan-T5-XXL under 6 + 3 days (3.4)
+bridgework train blip2 --tiny      a laptop: seconds
+blip2:vqa adds a fine-tune: ViT and Q-Former train, and the Q-Former reads the question too (4.3). A web image has two
+captions: of ten that BLIP-large wrote and its own, those that CLIP likes most; one is drawn a step (3.4).
+Departs from LAVIS: gathered keys carry their gradient; BOS stands before the image; a Flan-T5 prompt ends without </s>;
+a centre crop, no flip.
+"""
+
+from dataclasses import replace
+
+from bridgework.evaluation import HeldOutLoss, Retrieval
+from bridgework.losses import Captioning, Matching, QueryContrast
+from bridgework.models import LanguageConfig, PrefixVLM, QFormer, QFormerPretrainer
+from bridgework.recipes._backbones import FLAN_XL, OPT_2_7B, OPT_6_7B, VICUNA_7B, VIT_G
+from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
+
+BRIDGE = QFormer(bert="google-bert/bert-base-uncased", tokenizer="google-bert/bert-base-uncased")
+IMAGES = {"coco": 113_000, "vg": 100_000, "cc3m": 2_950_000, "cc12m": 10_060_000, "sbu": 860_000, "laion": 115_000_000}
+PAIRS = tuple(Source(name=name, dataset=f"blip2-{name}", rows=rows) for name, rows in IMAGES.items())  # 129M (3.4)
+QUERIES = (  # of the Q-Former, without its text (3.3)
+    "bridge.queries", "bridge.ln_vision.*", "bridge.qformer.layernorm.*", "bridge.qformer.encoder.layer.*attention.*",
+    "bridge.qformer.encoder.layer.*_query.*",
+)  # fmt: skip
+ADAM = AdamW(peak_lr=1e-4, weight_decay=0.05, betas=(0.9, 0.98))  # 3.4
+QUESTIONS = tuple(
+    Source(name=name, dataset=name, rows=rows, prompts=("Question: {} Answer:",))
+    for name, rows in (("vqav2", 658_111), ("vg-qa", 1_445_322))
+)
+
+
+def system() -> System:
+    return _blip2(OPT_2_7B)
+
+
+def opt_6_7b() -> System:
+    return _blip2(OPT_6_7B)
+
+
+def vicuna_7b() -> System:
+    """What InstructBLIP's Vicuna starts from (2305.06500, 2.6)."""
+    return _blip2(VICUNA_7B, batch=1_520)
+
+
+def flan_t5() -> System:
+    """Flan-T5-XL: the first words of a caption, of any number, are encoded and the others decoded (3.3)."""
+    return _blip2(FLAN_XL, prefix=True, batch=1_520)
+
+
+def vqa() -> System:
+    """OPT-2.7B at 490 px, for five epochs of questions (4.3, table 8)."""
+    blip2, vision = system(), replace(VIT_G, image_size=490)
+    asked = Stage(
+        name="vqa", model=PrefixVLM(vision=vision, bridge=replace(BRIDGE, text=True), language=OPT_2_7B),
+        trains={"bridge.*": 1.0, **layerwise(vision.depth, 0.95)}, losses=(Captioning(),),
+        data=Mixture(sources=QUESTIONS, template="answer", max_tokens=96, lanes=16),
+        budget=Budget(steps=82_165, batch=128, micro=4),
+        optim=AdamW(peak_lr=1e-5, warmup=1_000 / 82_165, weight_decay=0.05), starts_from="generate",
+    )  # fmt: skip
+    return replace(blip2, stages=(*blip2.stages, asked))
+
+
+def layerwise(depth: int, decay: float) -> dict[str, float]:
+    """What of a ViT trains: every block `decay` times as fast as the one behind it, the embeddings slowest."""
+    blocks = {f"vision.tower.encoder.layers.{i}.*": decay ** (depth - i) for i in range(depth)}
+    return {"vision.tower.embeddings.*": decay ** (depth + 1), **blocks}
+
+
+def _blip2(language: LanguageConfig, *, prefix: bool = False, batch: int = 1_920) -> System:
+    represent = Stage(
+        name="represent", model=QFormerPretrainer(vision=VIT_G, bridge=replace(BRIDGE, text=True)),
+        trains={"bridge.*": 1.0, "heads.*": 1.0},
+        losses=(QueryContrast(), Matching(negatives="all"), Captioning(label_smoothing=0.1)),
+        data=Mixture(sources=PAIRS, template="caption", max_tokens=32, lanes=16),
+        budget=Budget(steps=250_000, batch=1_680, micro=105), optim=replace(ADAM, warmup=2_000 / 250_000),
+        shard=ZeRO(stage=1),
+        evals=(Retrieval(name="coco", dataset="coco-karpathy-test", rows=5_000, rerank=128),
+               Retrieval(name="flickr30k", dataset="flickr30k-test", rows=1_000, rerank=128)),
+    )  # fmt: skip
+    captions = tuple(replace(source, prefix=prefix) for source in PAIRS)
+    generate = Stage(
+        name="generate", model=PrefixVLM(vision=VIT_G, bridge=BRIDGE, language=language), trains={"bridge.*": 1.0},
+        losses=(Captioning(),),
+        data=Mixture(sources=captions, template="answer" if prefix else "plain", max_tokens=66, lanes=16),
+        budget=Budget(steps=80_000, batch=batch, micro=batch // 16),
+        optim=replace(ADAM, final_lr=5e-5, warmup=2_000 / 80_000), starts_from="represent",
+        inherits=QUERIES,
+        evals=(HeldOutLoss(name="nocaps", dataset="nocaps-val", rows=1_000),),
+    )  # fmt: skip
+    return System(name="blip2", paper="arXiv:2301.12597", stages=(represent, generate))

@@ -1,0 +1,188 @@
+"""MED against transformers' BLIP classes, which were checked against the release: names, features, logits, texts."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+
+from bridgework.errors import SpecError, WeightsError
+from bridgework.interop import blip
+from bridgework.losses.captioning import captioning
+from bridgework.models import MomentumConfig
+from bridgework.models.med_model import MEDModel
+from bridgework.system import IGNORE
+from tests.models.med_examples import CLS, SEP, pairs, spec
+
+DEC, ENC = 260, 261
+
+
+def config(architecture: str) -> Any:
+    """Another tiny BLIP than ours: every number differs from the defaults."""
+    return BlipConfig(
+        text_config={
+            "vocab_size": 262, "hidden_size": 24, "encoder_hidden_size": 24, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 40, "bos_token_id": DEC,
+            "eos_token_id": None, "pad_token_id": 257, "sep_token_id": SEP,
+        },
+        vision_config={
+            "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "image_size": 32, "patch_size": 8, "layer_norm_eps": 1e-5, "initializer_range": 0.2,
+        },
+        image_text_hidden_size=16,
+        architectures=[architecture],
+    )  # fmt: skip
+
+
+def both(architecture: str) -> tuple[MEDModel, Any]:
+    """Our model with the weights of transformers', both in eval mode."""
+    torch.manual_seed(0)
+    theirs = getattr(transformers, architecture)(config(architecture)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    wiring = blip.spec(theirs.config)
+    ours = wiring.build().eval()
+    parameters = dict(theirs.named_parameters())
+    names = blip.names(wiring)
+    ours.load_state_dict({own: parameters[other].detach() for own, other in names.items()})
+    return ours, theirs
+
+
+def normal(model: MEDModel, pixels: Tensor) -> Tensor:
+    look = model.config.pixels
+    return (pixels / 255 - torch.tensor(look.mean).view(3, 1, 1)) / torch.tensor(look.std).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("architecture", blip.ARCHITECTURES)
+def test_names_are_one_to_one_and_shapes_agree(architecture: str) -> None:
+    wiring = blip.spec(config(architecture))
+    theirs = getattr(transformers, architecture)(config(architecture))
+    ours, names = wiring.build(), blip.names(wiring)
+    own, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert set(names) == set(own) and sorted(names.values()) == sorted(other)
+    assert all(own[name].shape == other[theirs_].shape for name, theirs_ in names.items())
+    assert set(ours.state_dict()) == set(own), "no tensor has two names"
+
+
+@pytest.mark.parametrize("architecture", blip.ARCHITECTURES)
+def test_a_config_comes_back_as_it_went(architecture: str) -> None:
+    theirs = config(architecture)
+    back = blip.config(replace(blip.spec(theirs), text=replace(blip.spec(theirs).text, tokenizer="bytes")))
+    assert back.architectures == [architecture] and back.image_text_hidden_size == 16
+    for part in ("text_config", "vision_config"):
+        was, now = getattr(theirs, part).to_dict(), getattr(back, part).to_dict()
+        assert {k: v for k, v in was.items() if k != "initializer_range"} == {
+            k: v for k, v in now.items() if k != "initializer_range"
+        }
+
+
+def test_a_caption_has_the_logits_loss_and_gradients_of_transformers() -> None:
+    ours, theirs = both("BlipForConditionalGeneration")
+    ids, attention, labels, pixels = pairs(asked=2)
+    logits = ours(ids, attention, labels, pixels).logits_BTV
+    loss = captioning(logits, labels, 0.1).sum() / (labels[:, 1:] != IGNORE).sum()
+    theirs.text_decoder.label_smoothing = 0.1
+    begun = ids.clone()
+    begun[:, 0] = DEC
+    expected = theirs(
+        pixel_values=normal(ours, pixels), input_ids=begun, attention_mask=attention.long(), labels=labels
+    )
+    torch.testing.assert_close(logits[attention], expected.logits[attention], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    expected.loss.backward()
+    other = dict(theirs.named_parameters())
+    for name, theirs_ in blip.names(ours.config).items():
+        torch.testing.assert_close(ours.get_parameter(name).grad, other[theirs_].grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("prompt", [[CLS], [CLS, 97, 98]], ids=["bare", "prompted"])
+def test_a_caption_is_written_as_transformers_writes_it(prompt: list[int], beams: int) -> None:
+    ours, theirs = both("BlipForConditionalGeneration")
+    pixels = pairs().pixels
+    ids = torch.tensor([prompt] * 4)
+    how = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    text = ours.generate(ids, torch.ones_like(ids), pixels, eos_token_id=SEP, pad_token_id=257, **how)
+    # transformers drops the last id of a prompt, where its processor puts [SEP]
+    given = torch.cat([ids, torch.full((4, 1), SEP)], dim=1)
+    expected = theirs.generate(pixel_values=normal(ours, pixels), input_ids=given, suppress_tokens=[DEC, ENC], **how)
+    assert torch.equal(text, expected[:, len(prompt) :])
+
+
+def test_matching_and_contrast_are_those_of_transformers() -> None:
+    ours, theirs = both("BlipForImageTextRetrieval")
+    ids, attention, _, pixels = pairs()
+    image, text = ours.embed_images(ours.vision(pixels)), ours.embed_texts(ids, attention)
+    seen = {"pixel_values": normal(ours, pixels), "attention_mask": attention.long()}
+    cosines = theirs(input_ids=ids, use_itm_head=False, **seen).itm_score
+    torch.testing.assert_close(image @ text.T, cosines, atol=1e-5, rtol=1e-5)
+    begun = ids.clone()
+    begun[:, 0] = ENC
+    logits = theirs(input_ids=begun, **seen).itm_score
+    odds = ours.match(ids, attention, ours.vision(pixels))
+    torch.testing.assert_close(odds, logits[:, 1] - logits[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_an_answer_has_the_logits_of_transformers() -> None:
+    """Its labels path shifts twice in old versions (transformers#23000), so logits are compared, not the loss."""
+    ours, theirs = both("BlipForQuestionAnswering")
+    ids, attention, labels, pixels = pairs((7, 7), asked=3)
+    logits = ours(ids, attention, labels, pixels).logits_BTV
+    asked = ids[:, :4].clone()
+    asked[:, 0] = ENC
+    answer = torch.cat([torch.full((2, 1), DEC), ids[:, 4:]], dim=1)
+    seen = theirs.vision_model(normal(ours, pixels)).last_hidden_state
+    read = theirs.text_encoder(input_ids=asked, encoder_hidden_states=seen).last_hidden_state
+    expected = theirs.text_decoder(input_ids=answer, encoder_hidden_states=read).logits
+    torch.testing.assert_close(logits[:, 3:-1], expected[:, :-1], atol=1e-5, rtol=1e-5)
+
+
+def test_an_answer_is_written_as_transformers_writes_it() -> None:
+    ours, theirs = both("BlipForQuestionAnswering")
+    ids, attention, _, pixels = pairs((5, 5, 5))
+    how = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    answer = ours.generate(ids, attention, pixels, eos_token_id=SEP, pad_token_id=257, **how)
+    begun = ids.clone()
+    begun[:, 0] = ENC
+    expected = theirs.generate(
+        input_ids=begun,
+        attention_mask=attention.long(),
+        pixel_values=normal(ours, pixels),
+        suppress_tokens=[DEC, ENC],
+        **how,
+    )
+    assert torch.equal(answer, expected[:, 1:])
+
+
+@pytest.mark.parametrize("architecture", blip.ARCHITECTURES)
+def test_a_stage_holds_what_was_read(architecture: str) -> None:
+    stage = blip.stage(blip.spec(config(architecture)))
+    with torch.device("meta"):
+        assert isinstance(stage.model.build(), MEDModel)
+    assert all(loss.needs in {"logits", "pooled", "match"} for loss in stage.losses) and not stage.evals
+
+
+def test_what_transformers_has_no_class_for_is_refused() -> None:
+    with pytest.raises(SpecError, match="no BLIP with the tasks contrast, match, caption"):
+        blip.config(spec())
+    with pytest.raises(SpecError, match="and a momentum twin"):
+        blip.config(spec("contrast", "match", momentum=MomentumConfig(queue=0)))
+    with pytest.raises(WeightsError, match="are read, not \\['BlipModel'\\]"):
+        blip.spec(config("BlipModel"))
+
+
+def test_a_blip_of_other_numbers_is_refused() -> None:
+    other = config("BlipForConditionalGeneration")
+    other.text_config.bos_token_id = 5
+    with pytest.raises(WeightsError, match="bos_token_id 5, and only 260 is read"):
+        blip.spec(other)
+
+
+def test_the_classes_are_those_of_transformers() -> None:
+    known = (BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval)
+    assert tuple(cls.__name__ for cls in known) == blip.ARCHITECTURES

@@ -1,0 +1,148 @@
+"""Hard negatives and the matching loss: against their definition, and over two ranks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+from torch.nn.functional import cross_entropy, normalize
+
+from bridgework.errors import DataError
+from bridgework.losses import Matching
+from bridgework.losses.matching import by_sample, hard_negatives, judged_pairs, matching, nearest, own
+
+SPLIT = (3, 1)  # samples of each rank: the second has a negative elsewhere only
+
+
+@dataclass
+class Outputs:
+    match_B3C: Tensor | None = None
+
+
+def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Four samples: ids whose first is 10 times the row, attention, image tokens of the row's number, vectors."""
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = 10 * torch.arange(4)[:, None] + torch.arange(5)
+    attention_BT = torch.ones(4, 5, dtype=torch.bool)
+    images_BPF = torch.arange(4, dtype=dtype)[:, None, None].expand(4, 3, 2).clone()
+    image_BD, text_BD = normalize(torch.randn(2, 4, 6, generator=generator, dtype=dtype), dim=-1).unbind()
+    return ids_BT, attention_BT, images_BPF, image_BD, text_BD
+
+
+def test_a_negative_is_never_a_rows_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    similar = torch.eye(5) * 50  # its own is by far the most similar
+    drawn = torch.stack([hard_negatives(similar, own(5, 5), generator) for _ in range(200)])
+    assert not (drawn == torch.arange(5)).any()
+    assert all(set(column.tolist()) == set(range(5)) - {i} for i, column in enumerate(drawn.T))
+
+
+def test_the_only_similar_candidate_is_drawn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    similar = torch.full((4, 4), -torch.inf)
+    similar[torch.arange(4), (torch.arange(4) + 1) % 4] = 0.0
+    drawn = torch.stack([hard_negatives(similar, own(4, 4), generator) for _ in range(500)])
+    assert (drawn == (torch.arange(4) + 1) % 4).double().mean() > 0.995  # the floor of 1e-4 gives others a chance
+
+
+def test_chances_are_the_softmax_with_its_floor() -> None:
+    similar = torch.tensor([[9.0, 1.0, 0.0, 2.0]])
+    chances = (similar.softmax(1) + 1e-4) * torch.tensor([0, 1, 1, 1])
+    generator = torch.Generator().manual_seed(0)
+    drawn = hard_negatives(similar.expand(20_000, 4), own(1, 4).expand(20_000, 4), generator)
+    torch.testing.assert_close(drawn.bincount(minlength=4) / 20_000, (chances / chances.sum())[0], atol=0.015, rtol=0.0)
+
+
+def test_a_seed_draws_the_same_negatives() -> None:
+    similar, seed = torch.randn(6, 6), torch.Generator
+    first, again = (hard_negatives(similar, own(6, 6), seed().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_rows_of_one_image_are_no_negatives_of_each_other() -> None:
+    identity = torch.tensor([7, 8, 7, -1, -1])  # below 0 it is not known, and two of these need not be one image
+    own_BB = own(5, 5, 0, identity, identity)
+    assert torch.equal(own_BB.nonzero()[:, 1], torch.tensor([0, 2, 1, 0, 2, 3, 4]))
+    drawn = torch.stack([hard_negatives(torch.zeros(5, 5), own_BB) for _ in range(100)])
+    assert not (drawn[:, 0] == 2).any() and not (drawn[:, 2] == 0).any() and (drawn[:, 3] == 4).any()
+
+
+def test_a_sample_without_a_negative_is_refused() -> None:
+    with pytest.raises(DataError, match="no negative among 1 candidates"):
+        hard_negatives(torch.zeros(1, 1), own(1, 1))
+
+
+def test_pairs_are_own_then_a_negative_image_then_a_negative_text() -> None:
+    ids, attention, images, image, text = example()
+    attention[2, 3:] = False
+    pairs = judged_pairs(ids, attention, images, image_bQD=image[:, None], text_bD=text, scale=10.0)
+    texts, shown = pairs.ids_MT[:, 0] // 10, pairs.images_MPF[:, 0, 0].long()
+    rows = torch.arange(4)
+    assert torch.equal(texts[:8], rows.repeat(2)) and torch.equal(shown[:4], rows) and torch.equal(shown[8:], rows)
+    assert not (shown[4:8] == rows).any() and not (texts[8:] == rows).any()
+    assert torch.equal(pairs.attention_MT, attention[texts])
+
+
+def test_of_several_vectors_of_an_image_the_nearest_counts() -> None:
+    _, _, _, image, text = example(torch.float32)
+    both = torch.stack([image, image.roll(1, 0)], dim=1)
+    expected = torch.maximum(text @ image.T, text @ image.roll(1, 0).T)
+    torch.testing.assert_close(nearest(text, both), expected)
+
+
+def test_the_loss_is_cross_entropy_over_b_matches_and_2b_others_with_its_gradient() -> None:
+    logits_MC = torch.randn(12, 2, requires_grad=True)
+    truth_M = torch.tensor([1] * 4 + [0] * 8)
+    loss, labels = Matching(), torch.zeros(4, 6)
+    ours = loss(Outputs(by_sample(logits_MC))).sum() / loss.count(labels).sum()
+    theirs = cross_entropy(logits_MC, truth_M)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits_MC)[0] for x in (ours, theirs)))
+
+
+def test_a_head_that_only_knows_the_prior_costs_0_6365() -> None:
+    """Where BLIP's users saw matching stuck (salesforce/BLIP#152): one match in three."""
+    odds = torch.tensor([2 / 3, 1 / 3]).log().expand(5, 3, 2)
+    assert float(matching(odds).mean() / 3) == pytest.approx(0.6365, abs=1e-4)
+
+
+def test_where_negatives_come_from_is_an_output_of_its_own() -> None:
+    assert Matching().needs == "match" and Matching(negatives="all").needs == "match_all"
+    assert Matching().whole_batch and not Matching().spliced
+    with pytest.raises(DataError, match="ask the wiring for 'match_all'"):
+        Matching(negatives="all")(Outputs())
+
+
+def rank(index: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    ids, attention, images, image, text = example()
+    mine = slice(sum(SPLIT[:index]), sum(SPLIT[: index + 1]))
+    narrow = slice(0, 4 + index)  # ranks pad to widths of their own
+    images = images[mine].requires_grad_()
+    pairs = judged_pairs(
+        ids[mine, narrow], attention[mine, narrow], images, image_bQD=image[mine, None], text_bD=text[mine],
+        scale=1.0, identity_b=torch.full((SPLIT[index],), -1), everywhere=True,
+    )  # fmt: skip
+    pairs.images_MPF.sum().backward()
+    torch.save((*(t.detach() for t in pairs), images.grad), f"{folder}/{index}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_negatives_of_all_ranks_bring_their_gradient_home(tmp_path: Path) -> None:
+    spawn(rank, (str(tmp_path),), nprocs=2)
+    used = torch.zeros(4)
+    for index in range(2):
+        ids, attention, images, _ = torch.load(tmp_path / f"{index}.pt")
+        rows, count = torch.arange(sum(SPLIT[:index]), sum(SPLIT[: index + 1])), SPLIT[index]
+        texts, shown = ids[:, 0] // 10, images[:, 0, 0].long()
+        assert torch.equal(texts[: 2 * count], rows.repeat(2)) and torch.equal(shown[:count], rows)
+        assert not (shown[count : 2 * count] == rows).any() and not (texts[2 * count :] == rows).any()
+        assert ids.shape[1] == 5 and torch.equal(attention.sum(1), torch.where(texts < 3, 4, 5))
+        used += shown.bincount(minlength=4)
+    grads = torch.cat([torch.load(tmp_path / f"{index}.pt")[3] for index in range(2)])
+    torch.testing.assert_close(grads[:, 0, 0].float(), used)

@@ -1,0 +1,219 @@
+"""The cross-attention wiring against the bare language model, and what sees what."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bridgework.errors import DataError, SpecError
+from bridgework.losses.captioning import captioning
+from bridgework.models import ViTConfig, freezing
+from bridgework.models.bridges.gated_xattn import Gates
+from bridgework.models.bridges.resampler import Resampler
+from bridgework.models.crossattn_vlm import CrossAttentionModel, CrossAttentionVLM
+from bridgework.system import END, IGNORE, IMAGE
+from tests.models.examples import LLAMA_7B, padded, pixels
+
+SPEC = CrossAttentionVLM(
+    vision=ViTConfig(), bridge=Resampler(project=False, frames=4), gates=Gates(), language=LLAMA_7B
+)
+VOCAB = 320
+TRAINS = {"bridge.*": 1.0, "gates.*": 1.0, "extra.*": 1.0}
+
+
+def build(*, opened: bool = True) -> CrossAttentionModel:
+    torch.manual_seed(0)
+    model = SPEC.tiny().build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if opened or "alpha" not in name:
+                parameter.add_((0.4 if "alpha" in name else 0.1) * torch.randn_like(parameter))
+    return model.eval()
+
+
+def ids(*row: int) -> Tensor:
+    return torch.tensor([row])
+
+
+def ones(ids_BT: Tensor) -> Tensor:
+    return torch.ones_like(ids_BT, dtype=torch.bool)
+
+
+def logits(model: CrossAttentionModel, ids_BT: Tensor, pixels_N3SS: Tensor | None, **given: Any) -> Tensor:
+    out: Tensor = model(ids_BT, ones(ids_BT), pixels=pixels_N3SS, **given).logits_BTV
+    return out
+
+
+def labels(ids_BT: Tensor) -> Tensor:
+    return ids_BT.masked_fill(ids_BT == IMAGE, IGNORE)
+
+
+DOCUMENT = ids(5, 6, IMAGE, 7, 8, END, IMAGE, 9, 10)
+
+
+def test_closed_gates_leave_the_language_model_bitwise_as_it_was_and_learn_first() -> None:
+    model = build(opened=False)
+    freezing.apply(model, TRAINS)
+    out_BTV = logits(model, DOCUMENT, pixels(2))
+    bare = model.language(inputs_embeds=model.embed(DOCUMENT), attention_mask=ones(DOCUMENT)).logits
+    assert torch.equal(out_BTV[..., :VOCAB], bare)
+    captioning(out_BTV, model.targets(labels(DOCUMENT))).sum().backward()
+    for name, parameter in model.gates.named_parameters():
+        assert parameter.grad is not None
+        assert bool(parameter.grad.any()) == ("alpha" in name), name
+
+
+def test_a_document_without_images_is_the_bare_language_model_and_leaves_zero_gradients() -> None:
+    model, ids_BT = build(opened=False), ids(5, 6, 7, 8)
+    freezing.apply(model, TRAINS)
+    out_BTV = logits(model, ids_BT, None)
+    assert torch.equal(out_BTV[..., :VOCAB], model.language(ids_BT).logits)
+    out_BTV.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.bridge.parameters())
+
+
+def test_tokens_before_an_image_do_not_depend_on_it() -> None:
+    model, pixels_N3SS = build(), pixels(2)
+    before = logits(model, DOCUMENT, pixels_N3SS)
+    for image, tag in enumerate((2, 6)):
+        other = pixels_N3SS.clone()
+        other[image] = 255 - other[image]
+        changed_T = (logits(model, DOCUMENT, other) != before).any(-1)[0]
+        assert not changed_T[:tag].any() and changed_T[tag:].all()
+
+
+def test_the_order_of_images_matters_to_the_answer() -> None:
+    model, pixels_N3SS = build(), pixels(2)
+    assert not torch.allclose(logits(model, DOCUMENT, pixels_N3SS), logits(model, DOCUMENT, pixels_N3SS.flip(0)))
+
+
+def test_image_and_end_have_rows_of_their_own_and_begin_as_the_mean_word() -> None:
+    torch.manual_seed(0)
+    model = SPEC.tiny().build()
+    embeds_BTD = model.embed(ids(5, END, IMAGE, VOCAB, VOCAB + 1))[0]
+    torch.testing.assert_close(embeds_BTD[1], model.language.get_input_embeddings().weight.mean(0))
+    assert torch.equal(embeds_BTD[1:3], embeds_BTD[3:])
+    out_BTV = logits(model, DOCUMENT, pixels(2))
+    assert out_BTV.shape == (1, 9, VOCAB + 2)
+    torch.testing.assert_close(out_BTV[..., VOCAB + 1], out_BTV[..., :VOCAB].mean(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_the_label_of_an_end_is_the_column_behind_the_vocabulary() -> None:
+    model = build()
+    outputs = model(DOCUMENT, ones(DOCUMENT), labels(DOCUMENT), pixels(2))
+    assert outputs.labels_BT.tolist() == [[5, 6, IGNORE, 7, 8, VOCAB, IGNORE, 9, 10]]
+    assert captioning(outputs.logits_BTV, outputs.labels_BT).isfinite().all()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padded_batch_matches_single_samples(side: str) -> None:
+    model, pixels_N3SS = build(), pixels(3)
+    rows, images = [DOCUMENT, ids(IMAGE, 5), ids(3, 4)], [pixels_N3SS[:2], pixels_N3SS[2:], None]
+    attention_BT = padded([ones(r) for r in rows], side, False)
+    batch_BTV = model(padded(rows, side, 0), attention_BT, pixels=pixels_N3SS).logits_BTV
+    for row, image, together, real in zip(rows, images, batch_BTV, attention_BT, strict=True):
+        torch.testing.assert_close(together[real], logits(model, row, image)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_video_takes_one_place_and_the_order_of_its_frames_matters() -> None:
+    model, frames = build(), pixels(4)
+    layouts_N4 = torch.tensor([[1, 2, 32, 32], [0, 0, 32, 32]])  # three frames, then an image
+    out_BTV = logits(model, DOCUMENT, frames, layouts=layouts_N4)
+    other_BTV = logits(model, DOCUMENT, frames[[2, 1, 0, 3]], layouts=layouts_N4)
+    assert torch.equal(out_BTV[:, :2], other_BTV[:, :2]) and not torch.allclose(out_BTV[:, 2:], other_BTV[:, 2:])
+    alone_BTV = logits(model, ids(5, 6, IMAGE, 7, 8, END), frames[:3], layouts=layouts_N4[:1])
+    torch.testing.assert_close(out_BTV[:, :6], alone_BTV, atol=1e-5, rtol=1e-5)
+
+
+def test_cached_features_stand_in_for_pixels() -> None:
+    model, pixels_N3SS = build(), pixels(2)
+    from_features = model(DOCUMENT, ones(DOCUMENT), features=model.vision(pixels_N3SS)).logits_BTV
+    assert torch.equal(from_features, logits(model, DOCUMENT, pixels_N3SS))
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_every_batch_runs_the_same_modules_in_the_same_order(images: int) -> None:
+    """What keeps the collectives of ZeRO-3 in step when one rank's batch has no image."""
+    model, called = build(), list[str]()
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+    traces = []
+    for count in (1, images):
+        called.clear()
+        logits(model, ids(5, *[IMAGE] * count, 6), pixels(count) if count else None)
+        traces.append(list(called))
+    assert traces[0] == traces[1] and "gates.0.key" in traces[0] and "vision.tower.embeddings" in traces[0]
+
+
+def test_only_resampler_gates_and_the_two_rows_move() -> None:
+    model = build()
+    learning = freezing.apply(model.train(), TRAINS)
+    assert {name.split(".")[0] for name in learning} == {"bridge", "gates", "extra"}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    outputs = model(DOCUMENT, ones(DOCUMENT), labels(DOCUMENT), pixels(2))
+    captioning(outputs.logits_BTV, outputs.labels_BT).sum().backward()
+    optimizer.step()
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert still == set(before) - set(learning)
+
+
+def test_generation_with_cached_images_is_greedy_decoding_from_scratch() -> None:
+    model, pixels_N3SS = build(), pixels(3)
+    rows, images = [DOCUMENT, ids(1, 2, IMAGE, 6)], [pixels_N3SS[:2], pixels_N3SS[2:]]
+    attention_BT = padded([ones(r) for r in rows], "left", False)
+    new_BT = model.generate(padded(rows, "left", 0), attention_BT, pixels_N3SS, max_new_tokens=5, do_sample=False)
+    for row, image, new in zip(rows, images, new_BT, strict=True):
+        for token in new:
+            last_V = logits(model, row, image)[0, -1].index_fill(0, torch.tensor(VOCAB + 1), float("-inf"))
+            assert token == last_V.argmax()
+            row = torch.cat([row, token.view(1, 1)], dim=1)
+
+
+def test_a_batch_of_beams_is_each_prompts_own_beams() -> None:
+    model, pixels_N3SS = build(), pixels(2)
+    rows, how = [ids(5, IMAGE, 6), ids(IMAGE, 7, 8)], {"num_beams": 3, "max_new_tokens": 4, "do_sample": False}
+    together = model.generate(torch.cat(rows), ones(torch.cat(rows)), pixels_N3SS, **how)
+    for row, image, new in zip(rows, pixels_N3SS, together, strict=True):
+        assert torch.equal(model.generate(row, ones(row), image.unsqueeze(0), **how)[0], new)
+
+
+def test_an_end_is_written_and_ends_the_text_and_an_image_never_is() -> None:
+    model, last = build(), list[Tensor]()
+    model.extra.head.register_forward_pre_hook(lambda _, given: last.append(given[0][0, -1]))
+    logits(model, DOCUMENT, pixels(2))
+    how: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": list(model.endings)}
+    model.extra.head.weight.data = torch.stack([1e2 * last[0], 1e3 * last[0]])  # both likelier than any word
+    (new,) = model.generate(DOCUMENT, ones(DOCUMENT), pixels(2), **how)
+    assert new.tolist() == [VOCAB]
+
+
+def test_continuations_are_those_of_the_whole_rows() -> None:
+    model, pixels_N3SS = build(), pixels(2)
+    rest_CR = torch.tensor([[3, 4, END], [7, END, 0]])
+    behind_CRV = model.continuations(DOCUMENT, rest_CR, model.vision(pixels_N3SS))
+    for rest, behind in zip(rest_CR, behind_CRV, strict=True):
+        whole_BTV = logits(model, torch.cat([DOCUMENT, rest.unsqueeze(0)], dim=1), pixels_N3SS)
+        torch.testing.assert_close(behind, whole_BTV[0, -4:-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("images", "places"), [(2, 1), (1, 2), (0, 1)])
+def test_images_and_places_that_differ_in_number_are_refused(images: int, places: int) -> None:
+    given = pixels(images) if images else None
+    with pytest.raises(DataError, match=f"{places} image places in its ids, and {images} images"):
+        logits(build(), ids(5, *[IMAGE] * places), given)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = build()
+    with pytest.raises(SpecError, match="not \\['pooled'\\]"):
+        model(DOCUMENT, ones(DOCUMENT), wants=frozenset({"pooled"}))
+    with pytest.raises(DataError, match="both pixels and cached features"):
+        model(DOCUMENT, ones(DOCUMENT), pixels=pixels(2), features=torch.zeros(2, 16, 32))
+    with pytest.raises(DataError, match=r"\(4, 7\) an image"):
+        model(DOCUMENT, ones(DOCUMENT), features=torch.zeros(2, 4, 7))
+    with pytest.raises(DataError, match="layouts are of 3 squares, and 2 are given"):
+        logits(model, ids(IMAGE), pixels(2), layouts=torch.tensor([[2, 1, 9, 9]]))
+    with pytest.raises(SpecError, match="lies behind the language model's 32 layers"):
+        CrossAttentionVLM(vision=ViTConfig(), bridge=Resampler(), gates=Gates(first=32), language=LLAMA_7B)

@@ -1,0 +1,96 @@
+"""BLIP-2's page: what trains, what goes from stage to stage, and one step of the tiny program."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bridgework.data.batch import collate
+from bridgework.data.reader import Feed, local
+from bridgework.data.tokens import load_tokenizer
+from bridgework.models import freezing
+from bridgework.models.bridges.qformer import is_text
+from bridgework.recipes import blip2
+from bridgework.system import IMAGE, Stage, load
+from bridgework.training import artefact
+from bridgework.training.schedule import learning_rate
+from bridgework.training.step import Step
+from tests.models.examples import pixels
+
+VARIANTS = ("blip2", "blip2:flan_t5", "blip2:vqa")
+STAGES = [(variant, stage.name) for variant in VARIANTS for stage in load(variant).stages]
+
+
+def one_step(stage: Stage, home: Path) -> set[str]:
+    """The names that a step of the tiny stage gives a gradient, after it went through the real data path."""
+    torch.manual_seed(0)
+    model = stage.model.build()
+    learning = freezing.apply(model.train(), stage.trains)
+    batch = collate(
+        next(local(Feed.of(stage, home), rank=0, world=1, start=0)),
+        pad_id=load_tokenizer(stage.model.tokenizer).pad_token_id,
+    )
+    step = Step(model, stage.losses, len(stage.data.sources))
+    sums_LS, counts_LS = step(batch), step.counts([batch])
+    assert bool(torch.isfinite(sums_LS).all()) and bool((counts_LS.sum(1) > 0).all())
+    assert bool((batch.ids_BT == IMAGE).any()) == bool(stage.model.image_tokens)
+    (sums_LS.sum(1) / counts_LS.sum(1)).sum().backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved <= set(learning)
+    return moved
+
+
+def test_the_papers_numbers_stand_on_the_page() -> None:
+    represent, generate = load("blip2").stages
+    assert sum(source.rows or 0 for source in represent.data.sources) == pytest.approx(129e6, rel=0.01)
+    assert (represent.budget.steps, represent.budget.batch) == (250_000, 1_680)
+    assert (generate.budget.steps, generate.budget.batch) == (80_000, 1_920)
+    assert load("blip2:flan_t5")["generate"].budget.batch == 1_520
+
+
+@pytest.mark.parametrize(("variant", "name"), STAGES)
+def test_one_tiny_step_moves_what_the_stage_names(variant: str, name: str, home: Path) -> None:
+    moved = one_step(load(variant).tiny()[name], home)
+    parts = {"represent": {"bridge", "heads"}, "generate": {"bridge"}, "vqa": {"bridge", "vision"}}[name]
+    assert {n.split(".")[0] for n in moved} == parts
+
+
+def test_generate_begins_with_the_queries_that_represent_taught(tmp_path: Path) -> None:
+    system = load("blip2").tiny()
+    taught = system["represent"].model.build().eval()
+    artefact.save(tmp_path / "represent", dict(taught.named_parameters()), system=system, stage="represent")
+    generate = system["generate"]
+    given = artefact.weights(tmp_path / "represent", generate.inherits)
+    model = generate.model.build().eval()
+    artefact.put(model, given, "represent")
+    patches = taught.vision(pixels(2))
+    assert torch.equal(model.bridge.read(patches)[-1], taught.bridge.read(patches)[-1])
+    left = {n.removeprefix("bridge.") for n in dict(taught.named_parameters()) if n.startswith("bridge.")} - {
+        n.removeprefix("bridge.") for n in given
+    }
+    assert left == {n for n, _ in taught.bridge.named_parameters() if is_text(n)}
+
+
+def test_the_rate_falls_from_block_to_block() -> None:
+    trains = blip2.layerwise(39, 0.95)
+    stage = load("blip2:vqa").tiny()["vqa"]
+    learning = freezing.apply(stage.model.build(), stage.trains)
+    for i in range(39):
+        assert trains[f"vision.tower.encoder.layers.{i}.*"] == pytest.approx(0.95 ** (39 - i))
+        assert learning[f"vision.tower.encoder.layers.{i}.mlp.fc1.weight"] == pytest.approx(0.95 ** (39 - i))
+    assert learning["vision.tower.embeddings.class_embedding"] == pytest.approx(0.95**40)
+    assert {n.split(".")[0] for n in learning} == {"vision", "bridge"} and learning["bridge.queries"] == 1.0
+
+
+def test_the_rate_warms_up_for_2000_steps_and_ends_where_the_paper_says() -> None:
+    generate = load("blip2")["generate"]
+    rates = [learning_rate(generate.optim, step, 80_000) for step in (0, 1_999, 2_000, 80_000)]
+    assert rates == pytest.approx([1e-4 / 2_000, 1e-4, 1e-4, 5e-5])
+
+
+def test_flan_t5_encodes_the_first_words_of_a_caption_and_writes_the_rest(home: Path) -> None:
+    """The division is drawn: the same caption is cut at other words in other epochs."""
+    stage = load("blip2:flan_t5").tiny()["generate"]
+    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    begins = (batch.labels_BT >= 0).int().argmax(-1) - stage.model.image_tokens
+    assert bool((begins > 1).all()) and len(set(begins.tolist())) > 1

@@ -1,0 +1,107 @@
+"""CLIP's page against the paper and the release: sizes, optimizer, schedule, tokens."""
+
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+from transformers import CLIPTokenizer
+
+from bridgework.data.samples import Part
+from bridgework.data.streams import Streams
+from bridgework.models import freezing
+from bridgework.recipes import clip
+from bridgework.spec import override
+from bridgework.system import Stage, System
+from bridgework.training.engine import _groups
+from bridgework.training.schedule import learning_rate
+from bridgework.training.step import Step
+
+
+@pytest.mark.parametrize(
+    ("system", "parameters"),
+    [
+        (clip.system(), 151_277_313),  # openai/CLIP's notebook
+        (clip.vit_l14(), 427_616_513),
+        (clip.rn50(), 102_007_137),
+    ],
+    ids=["ViT-B/32", "ViT-L/14", "RN50"],
+)
+def test_the_models_have_the_sizes_of_the_release(system: System, parameters: int) -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in system["contrast"].model.build().parameters()) == parameters
+
+
+@pytest.mark.parametrize("system", [clip.system(), clip.rn50()], ids=["vit", "resnet"])
+def test_all_trains_and_what_decays_are_matrices(system: System) -> None:
+    stage = system.tiny()["contrast"]
+    model = stage.model.build()
+    multipliers = freezing.apply(model, stage.trains)
+    assert multipliers.keys() == {name for name, _ in model.named_parameters()}
+    groups = _groups(Step(model, stage.losses, 1), multipliers, stage.optim)
+    sides = {decay: [p for g in groups if g["weight_decay"] == decay for p in g["params"]] for decay in (0.0, 0.2)}
+    assert all(p.ndim > 1 for p in sides[0.2]) and all(p.ndim < 2 for p in sides[0.0])
+    assert any(p is model.heads.logit_scale for p in sides[0.0])
+    assert {id(p) for side in sides.values() for p in side} == {id(p) for p in model.parameters()}
+    assert sum(map(len, sides.values())) == len(list(model.parameters()))
+
+
+def test_the_rate_climbs_for_2000_steps_and_falls_to_nothing() -> None:
+    stage = clip.system()["contrast"]
+    steps, peak = stage.budget.steps, stage.optim.peak_lr
+    assert steps * stage.budget.batch == 32 * 400_000_000
+    warmup = next(step for step in range(steps) if learning_rate(stage.optim, step, steps) == peak) + 1
+    assert warmup == pytest.approx(2_000, abs=1)
+    assert learning_rate(stage.optim, 0, steps) == pytest.approx(peak / warmup)
+    assert learning_rate(stage.optim, steps // 2, steps) == pytest.approx(peak / 2, rel=0.02)
+    assert learning_rate(stage.optim, steps - 1, steps) < 1e-9 * peak
+
+
+def test_336_px_is_one_more_epoch_from_224() -> None:
+    contrast, sharpen = clip.vit_l14_336().stages
+    assert (contrast.model.pixels.size, sharpen.model.pixels.size) == (224, 336)
+    assert sharpen.starts_from == contrast.name
+    assert sharpen.budget.steps * 32 == pytest.approx(contrast.budget.steps, rel=1e-4)
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory: pytest.TempPathFactory) -> Streams:
+    """Those of the recipe, with a vocabulary of bytes, bytes that end a word, four merges, start and end."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("c", "a"), ("ca", "t</w>"), ("o", "n</w>"), ("a", "n")]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges).save_pretrained(folder)
+    stage: Stage = override(clip.system()["contrast"], {"model.text.tokenizer": str(folder)})
+    return Streams.of(stage.model, stage.data)
+
+
+def encode(streams: Streams, caption: str) -> list[int]:
+    return streams.train([Part("caption", image=0), Part("caption", text=caption)]).ids
+
+
+@pytest.mark.parametrize(
+    ("caption", "cleaned"),
+    [
+        ("A cat  on\n a MAT", "a cat on a mat"),
+        ("Caf\u0065\u0301 on 1st", "caf\u00e9 on 1 st"),  # composed; digits stand alone
+        ("\u732b \U0001f408 can", "\u732b \U0001f408 can"),
+    ],
+)
+def test_decoding_gives_back_the_caption_in_lower_case(streams: Streams, caption: str, cleaned: str) -> None:
+    ids = encode(streams, caption)
+    assert streams.tokenizer.decode(ids, skip_special_tokens=True) == cleaned
+    assert ids == streams.tokenizer(caption).input_ids
+    assert (ids[0], ids[-1]) == (streams.tokenizer.bos_token_id, streams.tokenizer.eos_token_id)
+
+
+def test_a_long_caption_is_cut_to_77_tokens_and_keeps_its_end(streams: Streams) -> None:
+    ids = encode(streams, "cat on " * 60)
+    assert len(ids) == 77 and ids[-1] == streams.tokenizer.eos_token_id
+    assert ids == streams.tokenizer("cat on " * 60, truncation=True, max_length=77).input_ids
+
+
+def test_an_end_that_a_caption_names_is_none(streams: Streams) -> None:
+    assert encode(streams, "a <|endoftext|> cat").count(streams.tokenizer.eos_token_id) == 1

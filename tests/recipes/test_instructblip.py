@@ -1,0 +1,66 @@
+"""InstructBLIP's page: its 26 datasets, their prompts and shares, and one step of the tiny program."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bridgework.data.mixing import requested
+from bridgework.data.templates import TEMPLATES
+from bridgework.models.bridges.qformer import is_text
+from bridgework.recipes import _instructions as instructions
+from bridgework.system import Mixture, Source, load
+from tests.recipes.test_blip2 import one_step
+
+TASKS = {
+    "CAPTION": set(), "READ": {"{ocr}"}, "ANSWER": {"{}"}, "KNOW": {"{}"}, "CHOOSE": {"{}"}, "ASK": {"{}"},
+    "SIGNS": {"{}", "{ocr}"},
+}  # fmt: skip
+
+
+def test_13_datasets_are_learned_from_and_13_others_tested_on() -> None:
+    learned, tested = {source.name for source in instructions.HELD_IN}, set(instructions.HELD_OUT)
+    assert (len(learned), len(tested)) == (13, 13) and not learned & tested
+    stage = load("instructblip")["instruct"]
+    datasets = {source.dataset for source in stage.data.sources}
+    assert not datasets & {e.dataset for e in stage.evals} and {e.name for e in stage.evals} == tested
+
+
+@pytest.mark.parametrize(("task", "places"), TASKS.items())
+def test_every_task_has_10_to_15_prompts_with_its_places_and_no_two_in_one(task: str, places: set[str]) -> None:
+    prompts: tuple[str, ...] = getattr(instructions, task)
+    assert 10 <= len(prompts) <= 15 and len(set(prompts)) == len(prompts)
+    for prompt in prompts:
+        assert {place for place in ("{}", "{ocr}") if place in prompt} == places, prompt
+        assert all(prompt.count(place) <= 1 for place in ("{}", "{ocr}")) and len(prompt) < 100, prompt
+        assert not re.search(r"[.:?!][A-Z]", prompt), f"a comma is missing in {prompt}"
+
+
+def test_shares_go_with_the_root_of_the_size() -> None:
+    sources = tuple(Source(name=f"s{i}", dataset="x") for i in range(3))
+    weights = requested(Mixture(sources=sources, alpha=0.5), [1, 4, 9])
+    assert [float(w / sum(weights)) for w in weights] == pytest.approx([1 / 6, 1 / 3, 1 / 2])
+
+
+def test_two_sets_have_a_weight_of_their_own() -> None:
+    data = load("instructblip")["instruct"].data
+    assert data.alpha == 0.5 and {s.name: s.factor for s in data.sources if s.factor != 1} == {
+        "okvqa": 2.0, "aokvqa": 0.5,
+    }  # fmt: skip
+    assert data.template in TEMPLATES
+
+
+def test_one_tiny_step_moves_the_text_of_the_bridge_where_it_hears_the_instruction(home: Path) -> None:
+    aware = one_step(load("instructblip").tiny()["instruct"], home)
+    deaf = one_step(load("instructblip:without_instruction").tiny()["instruct"], home)
+    assert {n.split(".")[0] for n in aware} == {"bridge"}
+    assert any(is_text(n.removeprefix("bridge.")) for n in aware)
+    assert not any(is_text(n.removeprefix("bridge.")) for n in deaf)
+
+
+def test_it_goes_on_where_blip2_ends() -> None:
+    for variant in ("instructblip", "instructblip:vicuna_7b"):
+        system = load(variant)
+        assert [s.name for s in system.stages] == ["represent", "generate", "instruct"]
+        assert system["instruct"].model.language == system["generate"].model.language
+        assert system["instruct"].starts_from == "generate"

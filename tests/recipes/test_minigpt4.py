@@ -1,0 +1,69 @@
+"""MiniGPT-4's page: one matrix trains, in its published size, on pairs drawn 115 to 14."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bridgework.data.batch import collate
+from bridgework.data.mixing import requested
+from bridgework.data.reader import Feed, local
+from bridgework.data.tokens import load_tokenizer
+from bridgework.models import freezing
+from bridgework.recipes import minigpt4
+from bridgework.system import IGNORE, IMAGE, load
+from bridgework.training import artefact
+from bridgework.training.schedule import learning_rate
+from tests.recipes.test_blip2 import one_step
+
+VARIANTS = {"minigpt4": 3_937_280, "minigpt4:without_qformer": 4 * 1408 * 4096 + 4096}
+
+
+@pytest.mark.parametrize(("variant", "size"), VARIANTS.items())
+def test_one_matrix_trains_and_an_artefact_holds_nothing_else(variant: str, size: int) -> None:
+    for stage in load(variant).stages:
+        with torch.device("meta"):
+            model = stage.model.build(pretrained=False)
+        learning = freezing.apply(model, stage.trains)
+        assert list(learning) == ["bridge.projection.weight", "bridge.projection.bias"]
+        assert freezing.count(model).trainable == size
+        assert artefact.kept(stage, model.state_dict(), learning, []) == list(learning)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["align", "polish"])
+def test_one_tiny_step_moves_the_matrix_alone(variant: str, name: str, home: Path) -> None:
+    stage = load(variant).tiny()[name]
+    assert one_step(stage, home) == {"bridge.projection.weight", "bridge.projection.bias"}
+
+
+def test_images_follow_bos_and_then_comes_the_caption(home: Path) -> None:
+    stage = load("minigpt4").tiny()["align"]
+    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    places = stage.model.image_tokens
+    assert bool((batch.ids_BT[:, 1 : 1 + places] == IMAGE).all()) and not bool((batch.ids_BT[:, 0] == IMAGE).any())
+    assert bool((batch.labels_BT[:, 1 + places] != IGNORE).all())
+
+
+def test_polish_is_asked_as_published_and_ends_its_answers_with_three_hashes(home: Path) -> None:
+    stage = load("minigpt4").tiny()["polish"]
+    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    tokenizer = load_tokenizer("bytes")
+    row, labels = batch.ids_BT[0][batch.attention_BT[0]], batch.labels_BT[0][batch.attention_BT[0]]
+    said = tokenizer.decode(row[row >= 0])
+    assert "###Human: <Img></Img> " in said and " ###Assistant: " in said
+    assert any(f"</Img> {instruction} ###" in said for instruction in minigpt4.INSTRUCTIONS)
+    answer = tokenizer.decode(labels[labels != IGNORE])
+    assert answer.endswith("###") and "Human" not in answer
+
+
+def test_pairs_are_drawn_115_to_14() -> None:
+    data = load("minigpt4")["align"].data
+    weights = requested(data, [source.rows or 0 for source in data.sources])
+    assert float(weights[0] / weights[1]) == pytest.approx(115 / 14)
+
+
+def test_the_rate_is_the_releases() -> None:
+    optim = load("minigpt4")["align"].optim
+    rates = [learning_rate(optim, step, 20_000) for step in (0, 4_999, 5_000, 20_000)]
+    assert rates == pytest.approx([1e-4 / 5_000, 1e-4, 1e-4, 8e-5])
