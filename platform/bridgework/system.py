@@ -107,6 +107,8 @@ class Source:
     max_epochs: float | None = None  # cap on how often the stage may repeat a row
     prompts: tuple[str, ...] = ()  # turn a pair into a question and its caption: one is drawn per row
     prefix: bool = False  # a caption's first words, up to a drawn one, become the question (prefix LM)
+    images: int | None = None  # of a document at most: it ends before the first one too many
+    following: float = 0.0  # share of documents whose texts belong to the image behind them, not before (Flamingo)
     loss_weight: float | None = None  # of this source's own mean loss (Flamingo's lambda); None: one mean over all
 
     def tiny(self) -> "Source":
@@ -140,6 +142,8 @@ class Mixture:
         for source in self.sources:
             if source.loss_weight is not None and source.loss_weight < 0:
                 raise SpecError(f"sources.{source.name}.loss_weight must be 0 or more, got {source.loss_weight:g}")
+            if not 0.0 <= source.following <= 1.0 or (source.images is not None and source.images < 1):
+                raise SpecError(f"sources.{source.name}: following lies in [0, 1] and images is at least 1")
             if source.factor <= 0:
                 raise SpecError(
                     f"sources.{source.name}.factor must be above 0, got {source.factor:g}; drop the source instead"

@@ -1,10 +1,13 @@
 """Few-shot prompts: which examples, where they stand, and what their order does not change."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
+from bridgework.data.samples import Part
+from bridgework.data.synthetic import shapes
 from bridgework.data.templates import prompt as written
 from bridgework.data.tokens import encode, load_tokenizer
 from bridgework.errors import SpecError
@@ -81,6 +84,17 @@ def test_the_evaluation_runs_and_its_ensemble_ignores_the_order_of_the_shots(sho
     assert set(metrics) == {"few_shot.accuracy", "few_shot.chance"}
     assert 0.0 <= metrics["few_shot.accuracy"] <= 1.0
     assert spec.run(pipe, home).metrics == metrics
+
+
+def test_the_likelihood_of_a_candidate_depends_on_no_other_and_on_no_padding(home: Path) -> None:
+    pipe = pipeline()
+    images = torch.stack(list(pipe.features([sample.images[0] for sample in islice(shapes(), 3)])))
+    texts = ["a disc.", "a much longer answer about something else.", "x"]
+    said = [[*prompt(SHOTS, "Output:"), Part("assistant", text=f" {text}")] for text in texts]
+    together = [score.loglik for score in pipe.scores(said, [images] * 3)]
+    turned = [score.loglik for score in pipe.scores(said[::-1], [images] * 3)][::-1]
+    alone = [pipe.scores([one], [images])[0].loglik for one in said]
+    assert together == pytest.approx(turned, abs=1e-3) and together == pytest.approx(alone, abs=1e-3)
 
 
 def test_support_from_another_dataset_and_shots_at_random(home: Path) -> None:

@@ -1,5 +1,7 @@
 """The cross-attention wiring against the bare language model, and what sees what."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -196,6 +198,47 @@ def test_continuations_are_those_of_the_whole_rows() -> None:
     for rest, behind in zip(rest_CR, behind_CRV, strict=True):
         whole_BTV = logits(model, torch.cat([DOCUMENT, rest.unsqueeze(0)], dim=1), pixels_N3SS)
         torch.testing.assert_close(behind, whole_BTV[0, -4:-1], atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_towers_run_and_stay_close() -> None:
+    model, pixels_N3SS = build(), pixels(2)
+    exact = logits(model, DOCUMENT, pixels_N3SS)
+    rounded = logits(model.bfloat16(), DOCUMENT, pixels_N3SS)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=0.2, rtol=0.2)
+    assert model.generate(DOCUMENT, ones(DOCUMENT), pixels_N3SS, max_new_tokens=2, do_sample=False).shape == (1, 2)
+
+
+def test_threads_that_write_at_once_see_their_own_images() -> None:
+    """No state of a call lies on the model: a server answers several requests with one."""
+    model, seen = build(), pixels(4).unsqueeze(1)
+    prompt, how = ids(5, IMAGE, 6), {"max_new_tokens": 8, "do_sample": False}
+    for block in model.gates.children():
+        block.get_parameter("alpha").data.fill_(4.0)  # so that images decide what is written
+        block.get_submodule("out").weight.data.mul_(20.0)
+    alone = [model.generate(prompt, ones(prompt), image, **how).tolist() for image in seen]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda image: model.generate(prompt, ones(prompt), image, **how).tolist(), seen))
+    assert together == alone and len({str(new) for new in alone}) > 1
+
+
+@pytest.mark.parametrize("arch", ["mistral", "opt", "phi3"])
+def test_other_kinds_of_language_models_take_the_blocks(arch: str) -> None:
+    torch.manual_seed(0)
+    language = replace(SPEC.language, arch=arch)
+    model = replace(SPEC, language=language).tiny().build().eval()
+    out_BTV = logits(model, DOCUMENT, pixels(2))
+    bare = model.language(inputs_embeds=model.embed(DOCUMENT), attention_mask=ones(DOCUMENT)).logits
+    assert torch.equal(out_BTV[..., :VOCAB], bare)
+    for block in model.gates.children():
+        block.get_parameter("alpha").data.fill_(0.5)
+    assert not torch.allclose(logits(model, DOCUMENT, pixels(2)), out_BTV)
+    new_BT = model.generate(DOCUMENT, ones(DOCUMENT), pixels(2), max_new_tokens=3, do_sample=False)
+    row = DOCUMENT
+    for token in new_BT[0]:
+        last_V = logits(model, row, pixels(2))[0, -1].index_fill(0, torch.tensor(VOCAB + 1), float("-inf"))
+        assert token == last_V.argmax()
+        row = torch.cat([row, token.view(1, 1)], dim=1)
 
 
 @pytest.mark.parametrize(("images", "places"), [(2, 1), (1, 2), (0, 1)])

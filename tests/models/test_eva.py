@@ -9,6 +9,7 @@ from transformers import Blip2Config, Blip2ForImageTextRetrieval, OPTConfig
 
 from bridgework.errors import SpecError, WeightsError
 from bridgework.models import Concat, EvaConfig
+from bridgework.models.vision import normalise
 from tests.models.examples import pixels, stirred
 
 TINY = replace(EvaConfig().tiny(), depth=2)
@@ -36,7 +37,7 @@ def test_vit_g_has_its_published_size_without_a_byte_of_memory() -> None:
 def test_the_tower_of_a_whole_blip2_is_transformers_but_for_the_bridges_norm(select: str, tmp_path: Path) -> None:
     theirs = whole_blip2(tmp_path).vision_model
     ours = replace(TINY, select=select, weights=str(tmp_path)).build().eval()
-    expected = theirs(ours._normalise(pixels(2))).last_hidden_state
+    expected = theirs(normalise(pixels(2), ours.config.pixels)).last_hidden_state
     torch.testing.assert_close(theirs.post_layernorm(ours(pixels(2))), expected[:, int(select == "patch") :])
     norm = Concat(group=1, weights=str(tmp_path)).build(32, 8).ln_vision
     torch.testing.assert_close(norm(ours(pixels(2))), expected[:, int(select == "patch") :])

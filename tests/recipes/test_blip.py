@@ -239,6 +239,19 @@ def test_an_artefact_holds_no_twin_and_opens(home: Path) -> None:
     assert all(torch.equal(tensor, held[name]) for name, tensor in twin.items())
 
 
+def test_fine_tunes_start_from_a_model_with_other_parts(home: Path) -> None:
+    stages = tuple(replace(stage, evals=()) for stage in load("blip:vqa").tiny().stages)
+    system = override(System(name="blip", paper="-", stages=stages), {"stages.*.budget.steps": 1})
+    go(system, home, "blip-tuned", stages=None)
+    folder = home / "runs/blip-tuned"
+    left = {stage.name: set(artefact.weights(folder / stage.name / "artefact")) for stage in stages}
+    assert {name.split(".")[0] for name in left["captioner"]} == {"vision", "decoder", "heads"}
+    assert {name.split(".")[0] for name in left["filter"]} == {"vision", "text", "heads"}
+    assert left["bootstrap"] == left["pretrain"] and "decoder.embeddings.LayerNorm.bias" in left["vqa"]
+    for stage in stages:
+        artefact.load(folder / stage.name / "artefact")
+
+
 def test_contrast_in_micro_batches_is_contrast_at_once_queue_and_all(home: Path) -> None:
     taken = []
     for micro in (8, 3):

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from bridgework.data.catalog import resolve
+from bridgework.data.documents import read_as
 from bridgework.data.quarantine import BadSample
 from bridgework.data.samples import Sample
 from bridgework.data.shards import open_dataset
 from bridgework.data.streams import Streams
-from bridgework.data.templates import conversation
 from bridgework.data.tiling import lay_out
 from bridgework.data.tokens import Encoded
 from bridgework.data.transforms import decode, read_square
@@ -127,7 +127,7 @@ def _thumbnail(data: bytes) -> NDArray[np.uint8]:
 
 def _read(sample: Sample, source: Source, choice: int, streams: Streams) -> Preview:
     try:
-        parts = conversation(sample, source.prompts, choice, prefix=source.prefix)
+        parts = read_as(source, sample, choice)
         encoded = streams.train(parts, streams.layouts(sample.images), choice=choice)
         images = tuple(tile for i in encoded.images for tile in _tiles(sample.images[i], streams.model.pixels))
     except BadSample as error:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from bridgework.data.batch import Row as Row  # what a reader gives
 from bridgework.data.catalog import resolve
+from bridgework.data.documents import read_as
 from bridgework.data.groups import Features, Groups, Stored
 from bridgework.data.manifest import read_manifest
 from bridgework.data.plan import Plan, SourceRows
@@ -23,7 +24,6 @@ from bridgework.data.quarantine import BadSample, Quarantine, Reason
 from bridgework.data.samples import Part, Sample
 from bridgework.data.shards import Dataset, open_dataset
 from bridgework.data.streams import Streams
-from bridgework.data.templates import conversation
 from bridgework.data.tiling import lay_out
 from bridgework.data.transforms import decode, read_square
 from bridgework.errors import DataError
@@ -171,7 +171,7 @@ class Reader:
     def _row(self, source: int, stored: Stored, slot: _Slot) -> Row:
         sample, spec = stored.sample, self.feed.mixture.sources[source]
         choice = int(np.random.default_rng([self.feed.seed, slot.step, slot.place]).integers(2**32))
-        parts = conversation(sample, spec.prompts, choice, prefix=spec.prefix)
+        parts = read_as(spec, sample, choice)
         layouts = self._streams.layouts(sample.images)
         encoded = self._streams.train(parts, layouts, choice=choice)
         rejected = self._streams.train(_rejected(sample, parts), layouts, choice=choice) if self.feed.pairs else None

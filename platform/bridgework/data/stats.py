@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from bridgework.data.documents import read_as
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Sample
 from bridgework.data.shards import open_dataset
 from bridgework.data.streams import Streams
-from bridgework.data.templates import conversation
 from bridgework.data.tokens import Encoded
 from bridgework.system import IGNORE, IMAGE, Source, Stage
 
@@ -248,7 +248,7 @@ class _Fitting:
     def _encode(self, sample: Sample) -> tuple[Encoded, Encoded]:
         """The whole row, and what the limit leaves of it; the prompts take turns."""
         rows, self._rows = self._rows, self._rows + 1
-        parts = conversation(sample, self._source.prompts, rows, prefix=self._source.prefix)
+        parts = read_as(self._source, sample, rows)
         layouts = self._streams.layouts(sample.images)
         whole = self._streams.train(parts, layouts, choice=rows, limit=EVERYTHING)
         if len(whole.ids) <= self._streams.limit:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from bridgework.errors import SpecError, WeightsError
 from bridgework.losses import Contrastive
@@ -79,6 +80,27 @@ def stage(model: DualEncoder) -> Stage:
         budget=Budget(steps=1, batch=1),
         optim=AdamW(peak_lr=1e-5),
     )
+
+
+@torch.no_grad()
+def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' features and logits for two random images and texts."""
+    generator = torch.Generator().manual_seed(0)
+    look, words = ours.vision.config.pixels, theirs.config.text_config
+    images = torch.randint(0, 256, (2, 3, look.size, look.size), dtype=torch.uint8, generator=generator)
+    length = min(8, words.max_position_embeddings)
+    ids = torch.randint(0, words.vocab_size - 1, (2, length), generator=generator)
+    ids[ids == words.eos_token_id] = 0
+    ids[:, -1] = words.vocab_size - 1 if words.eos_token_id == 2 else words.eos_token_id  # 2: of the first configs
+    attention = torch.ones_like(ids)
+    expected = theirs(input_ids=ids, attention_mask=attention, pixel_values=vision_tower.normalise(images, look))
+    found = ours(ids, attention.bool(), pixels=images)
+    image, text = nn.functional.normalize(found.image_BD, dim=-1), nn.functional.normalize(found.text_BD, dim=-1)
+    return {
+        "image": (image, expected.image_embeds),
+        "text": (text, expected.text_embeds),
+        "logits": (found.logit_scale[0] * image @ text.T, expected.logits_per_image),
+    }
 
 
 def _theirs(name: str) -> str:

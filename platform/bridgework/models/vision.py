@@ -213,7 +213,7 @@ class VisionTower(nn.Module, ABC):
             )
         frozen = not any(p.requires_grad for p in self.tower.parameters())
         with torch.no_grad() if frozen else nullcontext():
-            return self.patches(self._normalise(pixels_N3SS))
+            return self.patches(normalise(pixels_N3SS, self.config.pixels).to(next(self.tower.parameters()).dtype))
 
     @property
     def positions(self) -> Positions | None:
@@ -224,13 +224,6 @@ class VisionTower(nn.Module, ABC):
     def patches(self, normal_N3SS: Tensor) -> Tensor:
         """(N, 3, S, S) normalised -> (N, P, D)."""
 
-    def _normalise(self, pixels_N3SS: Tensor) -> Tensor:
-        # in float32 and made here: buffers would turn bfloat16 with the tower, and be empty after the meta device
-        pixels, device = self.config.pixels, pixels_N3SS.device
-        mean_311 = torch.tensor(pixels.mean, dtype=torch.float32, device=device).view(3, 1, 1)
-        std_311 = torch.tensor(pixels.std, dtype=torch.float32, device=device).view(3, 1, 1)
-        return ((pixels_N3SS.float() / 255 - mean_311) / std_311).to(next(self.tower.parameters()).dtype)
-
     def digest(self) -> str:
         """16 hex digits that name the features: of the spec (layer, grid, sizes) and of every weight."""
         spec = to_dict(replace(cast(Any, self.config), weights=None))
@@ -239,6 +232,14 @@ class VisionTower(nn.Module, ABC):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
+
+
+def normalise(pixels_N3SS: Tensor, look: Pixels) -> Tensor:
+    """uint8 -> float32 of about mean 0 and spread 1."""
+    # made here: buffers of a tower would turn bfloat16 with it, and be empty after the meta device
+    mean_311 = torch.tensor(look.mean, dtype=torch.float32, device=pixels_N3SS.device).view(3, 1, 1)
+    std_311 = torch.tensor(look.std, dtype=torch.float32, device=pixels_N3SS.device).view(3, 1, 1)
+    return (pixels_N3SS.float() / 255 - mean_311) / std_311
 
 
 class ViT(VisionTower):

@@ -8,8 +8,8 @@ NFNet-F6, Chinchilla and all four datasets are closed. In their place: SigLIP-SO
 same depth and width where there are any. Import open data under the names below: OBELICS or MMC4 as m3w, COYO as
 align, a filtered LAION as ltip, WebVid as vtp.
 Departs from the paper: 384 px, not 320; weight decay on the resampler's matrices too (B.1.2: none); a document is read
-from its beginning (2.4: from anywhere), and an image always belongs to the text behind it (A.3.2: in half of them to
-the text before). The batch size is ours.
+from its beginning (2.4: from anywhere); the reader takes frames of a video for images of their own, so store one of
+each. The batch size is ours.
 """
 
 from bridgework.evaluation import FewShot
@@ -39,7 +39,7 @@ LMS = {  # for Chinchilla 1.4B, 7B and 70B, of 24, 40 and 80 layers (table 5)
     ),
 }  # fmt: skip
 SOURCES = (  # rows: 2.4, lambda: B.1.2; every source gives the same share of a step
-    Source(name="m3w", dataset="m3w", rows=43_000_000, loss_weight=1.0),
+    Source(name="m3w", dataset="m3w", rows=43_000_000, images=5, following=0.5, loss_weight=1.0),
     Source(name="align", dataset="align", rows=1_800_000_000, loss_weight=0.2),
     Source(name="ltip", dataset="ltip", rows=312_000_000, loss_weight=0.2),
     Source(name="vtp", dataset="vtp", rows=27_000_000, loss_weight=0.03),

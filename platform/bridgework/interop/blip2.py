@@ -1,0 +1,101 @@
+"""BLIP-2 to and from transformers: its second stage is `Blip2ForConditionalGeneration`, its first
+`Blip2ForImageTextRetrieval`, which has neither a temperature nor a head over the words: these stay as they are drawn.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bridgework.errors import SpecError, WeightsError
+from bridgework.interop.parts import eva, expect, holding, image_word, parameters, renamed
+from bridgework.losses import Captioning, Matching, QueryContrast
+from bridgework.models import EvaConfig, LanguageConfig, PrefixVLM, QFormer, QFormerPretrainer
+from bridgework.models.bridges.qformer import names_in_blip2
+from bridgework.system import Stage
+
+WRITER, FINDER = "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
+ARCHITECTURES = (WRITER, FINDER)
+PARTS = {"vision.tower.": "vision_model.", "language.": "language_model.", "heads.": ""}  # ours -> transformers'
+ALONE = ("heads.lm.", "heads.temperature")  # transformers has no place for them
+QFORMER = {  # ours -> transformers'
+    "width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads", "ffn": "intermediate_size",
+    "cross_every": "cross_attention_frequency", "vocab": "vocab_size", "positions": "max_position_embeddings",
+    "dropout": "hidden_dropout_prob",
+}  # fmt: skip
+FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
+
+Model = PrefixVLM | QFormerPretrainer
+
+
+def spec(config: Any) -> Model:
+    """The wiring of a Blip2Config, by its architecture. Raises WeightsError for what it cannot be."""
+    vision, folder = eva(config.vision_config), config.name_or_path or "bytes"
+    finds = FINDER in (config.architectures or ())
+    bridge = qformer(config, text=finds, tokenizer=folder if finds else QFormer().tokenizer)
+    if bool(config.qformer_config.use_qformer_text_input) != finds:
+        raise WeightsError(f"this BLIP-2 is a {config.architectures} whose use_qformer_text_input is {not finds}")
+    if finds:
+        return QFormerPretrainer(vision=vision, bridge=bridge, embed=config.image_text_hidden_size)
+    return PrefixVLM(vision=vision, bridge=bridge, language=LanguageConfig.of(config.text_config, folder))
+
+
+def config(model: Model) -> Any:
+    """The Blip2Config of a wiring. Raises SpecError where transformers has none."""
+    from transformers import Blip2Config
+
+    if isinstance(model, QFormerPretrainer):
+        return Blip2Config(**towers(model), image_text_hidden_size=model.embed, architectures=[FINDER])
+    if model.instruction is not None:
+        raise SpecError("a Q-Former that hears instructions is an InstructBLIP; export it as one")
+    return Blip2Config(
+        **towers(model),
+        text_config=model.language.config().to_dict(),
+        image_token_index=image_word(model.language),
+        architectures=[WRITER],
+    )
+
+
+def names(model: Model) -> Mapping[str, str]:
+    """Our parameters -> transformers', one to one, but for those that it has no place for; tied ones are one."""
+    return {name: _theirs(name) for name in parameters(model) if not name.startswith(ALONE)}
+
+
+def stage(model: Model) -> Stage:
+    """A stage that holds the weights."""
+    if isinstance(model, QFormerPretrainer):
+        losses = (QueryContrast(), Matching(negatives="all"), Captioning(label_smoothing=0.1))
+        return holding(model, "represent", losses, "caption")
+    return holding(model, "generate", (Captioning(),), "answer")
+
+
+def qformer(config: Any, *, text: bool, tokenizer: str) -> QFormer:
+    """The bridge of a BLIP-2 or an InstructBLIP. Raises WeightsError for what it cannot be."""
+    theirs = config.qformer_config
+    expect(theirs, FIXED | {"attention_probs_dropout_prob": theirs.hidden_dropout_prob})
+    numbers = {ours: getattr(theirs, name) for ours, name in QFORMER.items()}
+    return QFormer(queries=config.num_query_tokens, text=text, tokenizer=tokenizer, **numbers)
+
+
+def towers(model: Model) -> dict[str, Any]:
+    """What a BLIP-2's and an InstructBLIP's config say alike. Raises SpecError where transformers has no place."""
+    vision, bridge = model.vision, model.bridge
+    if (
+        not isinstance(vision, EvaConfig)
+        or vision.select != "all"
+        or not isinstance(bridge, QFormer)
+        or not bridge.ln_vision
+    ):
+        raise SpecError(
+            "transformers' BLIP-2 has an EVA ViT, read with its CLS token, and a Q-Former with a LayerNorm on it, "
+            f"not a {type(vision).__name__} and a {type(bridge).__name__} like these"
+        )
+    return {
+        "vision_config": vision.config().to_dict(),
+        "qformer_config": bridge.config(vision.width).to_dict(),
+        "num_query_tokens": bridge.queries,
+    }
+
+
+def _theirs(name: str) -> str:
+    if name.startswith("bridge."):
+        return names_in_blip2(name.removeprefix("bridge."))[0]
+    return renamed(name, PARTS)

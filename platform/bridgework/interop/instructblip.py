@@ -1,0 +1,59 @@
+"""The prefix wiring with an instruction-aware Q-Former to and from `InstructBlipForConditionalGeneration`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bridgework.errors import SpecError
+from bridgework.interop import blip2
+from bridgework.interop.parts import eva, holding, image_word, parameters, renamed
+from bridgework.losses import Captioning
+from bridgework.models import LanguageConfig, PrefixVLM
+from bridgework.models.bridges.qformer import names_in_blip2
+from bridgework.system import Stage
+
+ARCHITECTURES = ("InstructBlipForConditionalGeneration",)
+QFORMER_TOKENIZER = "qformer_tokenizer"  # where transformers' processor keeps the Q-Former's, beside the other
+
+
+def spec(config: Any) -> PrefixVLM:
+    """The wiring of an InstructBlipConfig. Raises WeightsError for what it cannot be."""
+    folder = config.name_or_path
+    return PrefixVLM(
+        vision=eva(config.vision_config),
+        bridge=blip2.qformer(config, text=True, tokenizer=f"{folder}/{QFORMER_TOKENIZER}" if folder else "bytes"),
+        language=LanguageConfig.of(config.text_config, folder or "bytes"),
+    )
+
+
+def config(model: PrefixVLM) -> Any:
+    """The InstructBlipConfig of a wiring. Raises SpecError where transformers has none."""
+    from transformers import InstructBlipConfig
+
+    if model.instruction is None:
+        raise SpecError("a Q-Former that hears no instruction is a BLIP-2; export it as one")
+    parts = blip2.towers(model)
+    for part, kind in (("vision_config", "instructblip_vision_model"), ("qformer_config", "instructblip_qformer")):
+        parts[part] = {**parts[part], "model_type": kind}
+    del parts["qformer_config"]["use_qformer_text_input"]  # always
+    return InstructBlipConfig(
+        **parts,
+        text_config=model.language.config().to_dict(),
+        image_token_index=image_word(model.language),
+        architectures=list(ARCHITECTURES),
+    )
+
+
+def names(model: PrefixVLM) -> Mapping[str, str]:
+    """Our parameters -> transformers', one to one; tied ones are one."""
+    return {name: _theirs(name) for name in parameters(model)}
+
+
+def stage(model: PrefixVLM) -> Stage:
+    """A stage that holds the weights."""
+    return holding(model, "instruct", (Captioning(),), "answer")
+
+
+def _theirs(name: str) -> str:
+    if name.startswith("bridge."):
+        return names_in_blip2(name.removeprefix("bridge."))[1]
+    return renamed(name, blip2.PARTS)

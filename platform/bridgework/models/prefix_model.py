@@ -1,0 +1,255 @@
+"""The module of the prefix wiring: see bridgework.models.prefix_vlm, whose spec builds it."""
+
+# B batch  T tokens  N images of the batch, in order  P patches, then bridge tokens  S pixels of a side
+# F width of the tower's features  D width of the language model  V vocabulary  I tokens of the user's texts
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from bridgework.errors import DataError, SpecError
+from bridgework.models import encoder_decoder, preference, tiling
+from bridgework.models.bridges.resampler import PerceiverResampler
+from bridgework.models.freezing import Freezable
+from bridgework.models.vision import VisionTower
+from bridgework.system import IGNORE, IMAGE
+
+LOGITS = frozenset({"logits"})
+
+
+@dataclass
+class Outputs:
+    """What a forward gives; None is what `wants` did not name."""
+
+    logits_BTV: Tensor | None = None
+    labels_BT: Tensor | None = None
+    image_BD: Tensor | None = None
+    text_BD: Tensor | None = None
+    chosen_B: Tensor | None = None
+    rejected_B: Tensor | None = None
+    chosen_reference_B: Tensor | None = None
+    rejected_reference_B: Tensor | None = None
+
+
+class PrefixModel(Freezable):
+    """`vision`, `bridge`, `language`, and `tiles` where rows of patches end with a newline.
+
+    Takes pixels, or features that the same tower gave before.
+
+    Every forward runs the same modules in the same order, so that the collectives of ZeRO-3 agree between ranks: a
+    batch without images sends one blank image through and keeps none of its tokens. Which kind of input the other
+    ranks have is told by an empty tensor, `features` of (0, P, F) or `pixels` of (0, 3, S, S); without either it is
+    pixels.
+    """
+
+    def __init__(
+        self, vision: VisionTower, bridge: nn.Module, language: Any, tiles: tiling.Unpad | None = None
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.bridge = bridge
+        self.language = language
+        self.tiles = tiles
+
+    def forward(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        labels: Tensor | None = None,
+        pixels: Tensor | None = None,
+        features: Tensor | None = None,
+        layouts: Tensor | None = None,
+        instruction: Tensor | None = None,
+        instruction_attention: Tensor | None = None,
+        wants: frozenset[str] = LOGITS,
+    ) -> Outputs:
+        """Logits for every token, and/or one pooled vector per sample for image and text.
+
+        ids (B, T) int64 with IMAGE places; attention (B, T) bool, padding on either side; labels (B, T) int64, IGNORE
+        where there is no loss; pixels (N, 3, S, S) uint8 or features (N, P, F), of which every tile is one; layouts
+        (images, 4) int64 where images are cut into tiles; instruction (B, I) int64 with its attention, for a bridge
+        that reads what the user says. `wants` names `logits`, `pooled`, and `preference`: then the second half of the
+        rows are the worse answers of the first. Raises DataError when places and image tokens do not match, and for a
+        language model of two halves that is given no labels.
+        """
+        if unknown := wants - {"logits", "pooled", "preference"}:
+            raise SpecError(f"the prefix wiring gives 'logits', 'pooled' and 'preference', not {sorted(unknown)}")
+        embeds_BTD = self.embed(ids, pixels, features, instruction, instruction_attention, layouts)
+        outputs = Outputs(labels_BT=labels)
+        if "preference" in wants:
+            compared = preference.compared(
+                self.language, lambda: self._logits(embeds_BTD, ids, attention, labels), labels
+            )
+            outputs = replace(outputs, **compared)
+        if "pooled" in wants:
+            if labels is None:
+                raise DataError("pooled text needs labels: they say which tokens are the caption")
+            outputs.image_BD = _mean(embeds_BTD, ids == IMAGE, "image")
+            outputs.text_BD = _mean(embeds_BTD, labels != IGNORE, "labelled token")
+        if "logits" in wants:
+            outputs.logits_BTV = self._logits(embeds_BTD, ids, attention, labels)
+        return outputs
+
+    def _logits(self, embeds_BTD: Tensor, ids_BT: Tensor, attention_BT: Tensor, labels_BT: Tensor | None) -> Tensor:
+        if encoder_decoder.is_one(self.language):
+            if labels_BT is None:
+                raise DataError("an encoder-decoder needs labels: they say where the prompt ends")
+            return encoder_decoder.logits(self.language, embeds_BTD, ids_BT, attention_BT, labels_BT)
+        positions_BT = (attention_BT.long().cumsum(-1) - 1).clamp(min=0)  # padding on the left moves no token
+        outputs = self.language(
+            inputs_embeds=embeds_BTD, attention_mask=attention_BT, position_ids=positions_BT, use_cache=False
+        )
+        return cast(Tensor, outputs.logits)
+
+    def embed(
+        self,
+        ids_BT: Tensor,
+        pixels_N3SS: Tensor | None = None,
+        features_NPF: Tensor | None = None,
+        instruction_BI: Tensor | None = None,
+        attention_BI: Tensor | None = None,
+        layouts_N4: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, D): the language model's own embeddings, with bridge tokens in the IMAGE places, in order."""
+        places_BT = ids_BT == IMAGE
+        images_NPD = self.images(pixels_N3SS, features_NPF, instruction_BI, attention_BI, places_BT, layouts_N4)
+        tokens_KD = images_NPD.flatten(0, 1) if self.tiles is None else self.tiles(images_NPD, layouts_N4)
+        if int(places_BT.sum()) != len(tokens_KD):
+            raise DataError(
+                f"the batch has {int(places_BT.sum())} image places in its ids, and {images_NPD.shape[0]} images of "
+                f"{images_NPD.shape[1]} tokens: every image needs exactly its places, in order"
+            )
+        text_BTD = self.language.get_input_embeddings()(ids_BT.masked_fill(places_BT, 0))
+        return cast(Tensor, text_BTD.masked_scatter(places_BT.unsqueeze(-1), tokens_KD.to(text_BTD.dtype)))
+
+    def images(
+        self,
+        pixels_N3SS: Tensor | None,
+        features_NPF: Tensor | None,
+        instruction_BI: Tensor | None = None,
+        attention_BI: Tensor | None = None,
+        places_BT: Tensor | None = None,
+        layouts_N4: Tensor | None = None,
+    ) -> Tensor:
+        """(N, P, D): the bridge's tokens; N may be 0, and the bridge is in the graph all the same.
+
+        An instruction belongs to a row; `places` say whose images are whose. Without them there is one image a row.
+        Of images cut into tiles each square is one of the N, and a resampler does not look at their padding.
+        """
+        if pixels_N3SS is not None and features_NPF is not None:
+            raise DataError("both pixels and cached features are given; the vision tower takes one of them")
+        if features_NPF is None:
+            given_N3SS = pixels_N3SS if pixels_N3SS is not None else self._no_pixels()
+            count, patches_NPF = len(given_N3SS), self.vision(_one_at_least(given_N3SS))
+        else:
+            self._check_features(features_NPF)
+            count, patches_NPF = len(features_NPF), _one_at_least(features_NPF)
+        patches_NPF = patches_NPF.to(next(self.bridge.parameters()).dtype)
+        if isinstance(self.bridge, PerceiverResampler) and layouts_N4 is not None:
+            return cast(Tensor, self.bridge(patches_NPF, tiling.real(layouts_N4, patches_NPF.shape[1]))[:count])
+        if instruction_BI is None:
+            return cast(Tensor, self.bridge(patches_NPF)[:count])
+        heard_BI = torch.ones_like(instruction_BI, dtype=torch.bool) if attention_BI is None else attention_BI
+        rows_N = _rows(count, places_BT, instruction_BI)
+        return cast(Tensor, self.bridge(patches_NPF, instruction_BI[rows_N], heard_BI[rows_N])[:count])
+
+    def _no_pixels(self) -> Tensor:
+        size, device = self.vision.config.pixels.size, next(self.bridge.parameters()).device
+        return torch.zeros(0, 3, size, size, dtype=torch.uint8, device=device)
+
+    def _check_features(self, features_NPF: Tensor) -> None:
+        shape = (self.vision.config.tokens, self.vision.config.feature_width)
+        if features_NPF.shape[1:] != shape:
+            raise DataError(
+                f"the cached features are {tuple(features_NPF.shape[1:])} an image and this tower's are {shape}: "
+                "they come from another tower; compute them again"
+            )
+
+    # --- inference ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed_images(self, features: Tensor) -> Tensor:
+        """(N, D) float32 of length 1: the mean of each image's bridge tokens; from features (N, P, F)."""
+        return normalize(self.images(None, features).float().mean(1), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
+        """(B, D) float32 of length 1: the mean embedding of each row's labelled tokens; images are not looked at."""
+        embeds_BTD = self.language.get_input_embeddings()(ids.masked_fill(ids == IMAGE, 0))
+        return normalize(_mean(embeds_BTD, labels != IGNORE, "labelled token"), dim=-1)
+
+    @torch.no_grad()
+    def continuations(
+        self,
+        prompt: Tensor,
+        rest: Tensor,
+        features: Tensor,
+        instruction: Tensor | None = None,
+        instruction_attention: Tensor | None = None,
+        layouts: Tensor | None = None,
+    ) -> Tensor:
+        """(C, R, V): the logits of every token of `rest` (C, R) behind one `prompt` (1, T), padded on the right.
+
+        The prompt with its images (features (N, P, D)) goes through the language model once, whatever C is.
+        """
+        prompt_1TD = self.embed(prompt, None, features, instruction, instruction_attention, layouts)
+        if encoder_decoder.is_one(self.language):
+            return encoder_decoder.continuations(self.language, prompt_1TD, rest)
+        first = self.language(inputs_embeds=prompt_1TD, use_cache=True)
+        cache = first.past_key_values
+        cache.batch_repeat_interleave(len(rest))
+        behind_CRV = self.language(input_ids=rest, past_key_values=cache, use_cache=True).logits
+        before_C1V = first.logits[:, -1:].expand(len(rest), 1, -1)
+        return torch.cat([before_C1V, behind_CRV[:, :-1]], dim=1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        pixels: Tensor | None = None,
+        features: Tensor | None = None,
+        layouts: Tensor | None = None,
+        instruction: Tensor | None = None,
+        instruction_attention: Tensor | None = None,
+        **generation: Any,
+    ) -> Tensor:
+        """(B, new) ids behind prompts padded on the left; `generation` goes to transformers' `generate`.
+
+        An encoder-decoder's begin with the token that starts its decoder.
+        """
+        embeds_BTD = self.embed(ids, pixels, features, instruction, instruction_attention, layouts)
+        new_BT = self.language.generate(inputs_embeds=embeds_BTD, attention_mask=attention.long(), **generation)
+        return cast(Tensor, new_BT)
+
+
+def _one_at_least(rows: Tensor) -> Tensor:
+    return rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
+
+
+def _rows(images: int, places_BT: Tensor | None, instruction_BI: Tensor) -> Tensor:
+    """(N,) the row that each image stands in; the blank image of a batch without images hears the first row."""
+    rows_B = torch.arange(len(instruction_BI), device=instruction_BI.device)
+    if images == 0:
+        return rows_B[:1]
+    if places_BT is None:
+        return rows_B
+    places_B = places_BT.sum(-1)
+    rows_N = rows_B.repeat_interleave(places_B * images // max(1, int(places_B.sum())))
+    if len(rows_N) != images:
+        raise DataError(f"{images} images do not share {places_B.tolist()} places in the rows: each needs its own")
+    return rows_N
+
+
+def _mean(embeds_BTD: Tensor, chosen_BT: Tensor, what: str) -> Tensor:
+    """(B, D) in float32: the mean of each row's chosen tokens. Raises DataError for a row with none."""
+    count_B = chosen_BT.sum(-1)
+    if bool((count_B == 0).any()):
+        row = int((count_B == 0).nonzero()[0])
+        raise DataError(f"row {row} of the batch has no {what}: pooling needs an image and a caption in every sample")
+    # a product with the mask would carry a NaN from a padded place into the mean
+    sum_BD = embeds_BTD.float().masked_fill(~chosen_BT.unsqueeze(-1), 0.0).sum(1)
+    return sum_BD / count_B.unsqueeze(-1)

@@ -1,0 +1,259 @@
+"""BLIP-2, InstructBLIP and LLaVA between here and transformers: names, features, logits, written ids, both ways."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from bridgework.errors import SpecError, WeightsError
+from bridgework.interop import blip2, instructblip, llava
+from bridgework.models import MLP, EvaConfig, Linear, PrefixVLM, QFormer, ViTConfig
+from bridgework.models.prefix_vlm import PrefixModel
+from bridgework.models.qformer_pretrainer import QFormerPretrainingModel
+from bridgework.system import IGNORE, IMAGE
+from bridgework.training.step import Step
+from tests.models.examples import LLAMA_7B, pixels, stirred
+
+VOCAB = 120
+OPT = {"model_type": "opt", "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 48,
+       "num_attention_heads": 4, "word_embed_proj_dim": 32, "max_position_embeddings": 64}  # fmt: skip
+SMALL_OPT = OPT | {"hidden_size": 24, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "num_hidden_layers": 1}
+T5 = {"model_type": "t5", "vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+      "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}  # fmt: skip
+LLAMA = {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+VIT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+       "patch_size": 8}  # fmt: skip
+WIDE = VIT | {"hidden_size": 48, "num_hidden_layers": 3, "patch_size": 16, "image_size": 48}
+QFORMER = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 40,
+           "vocab_size": 90, "max_position_embeddings": 20}  # fmt: skip
+LONG = QFORMER | {"num_hidden_layers": 3, "cross_attention_frequency": 3, "hidden_size": 40}
+WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "blip2-opt": ("Blip2", {"vision": VIT, "qformer": QFORMER, "text": OPT, "queries": 4}),
+    "blip2-small-opt": ("Blip2", {"vision": WIDE, "qformer": LONG, "text": SMALL_OPT, "queries": 3}),
+    "blip2-t5": ("Blip2", {"vision": VIT, "qformer": QFORMER, "text": T5, "queries": 4}),
+    "instructblip-llama": ("InstructBlip", {"vision": VIT, "qformer": QFORMER, "text": LLAMA, "queries": 4}),
+    "instructblip-t5": ("InstructBlip", {"vision": WIDE, "qformer": LONG, "text": T5, "queries": 5}),
+    "llava": ("Llava", {"vision": VIT | {"model_type": "clip_vision_model"}, "text": LLAMA}),
+    "llava-whole": ("Llava", {
+        "vision": WIDE | {"model_type": "clip_vision_model", "hidden_act": "gelu"}, "text": LLAMA, "layer": -1,
+        "strategy": "full",
+    }),
+    "llava-siglip-tied": ("Llava", {
+        "vision": VIT | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        "text": LLAMA | {"tie_word_embeddings": True}, "strategy": "full",
+    }),
+}  # fmt: skip
+MODULES: dict[str, ModuleType] = {"Blip2": blip2, "InstructBlip": instructblip, "Llava": llava}
+PLACE = VOCAB - 1
+
+
+def theirs(shape: str) -> Any:
+    family, given = WRITERS[shape]
+    known = {"vision_config": given["vision"], "text_config": given["text"], "image_token_index": PLACE}
+    if family == "Llava":
+        known |= {
+            "vision_feature_layer": given.get("layer", -2),
+            "vision_feature_select_strategy": given.get("strategy", "default"),
+        }
+    else:
+        known |= {"qformer_config": dict(given["qformer"]), "num_query_tokens": given["queries"]}
+    config = getattr(transformers, f"{family}Config")(**known)
+    torch.manual_seed(0)
+    model: Any = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    model.config.architectures = [type(model).__name__]
+    return stirred(model).eval()
+
+
+def module_of(shape: str) -> ModuleType:
+    return MODULES[WRITERS[shape][0]]
+
+
+def ours(model: Any, module: ModuleType) -> Any:
+    spec = module.spec(model.config)
+    names, state = module.names(spec), model.state_dict()
+    built = spec.build()
+    built.load_state_dict({own: state[name] for own, name in names.items()}, strict=False)
+    return built.eval()
+
+
+def rows(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Two prompts with an image each and three answering tokens: ids, attention, labels; no padding."""
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randint(3, VOCAB - 2, (2, 7), generator=generator)
+    ids_BT = torch.cat([text[:, :1], torch.full((2, tokens), IMAGE), text[:, 1:]], dim=1)
+    labels_BT = ids_BT.clone()
+    labels_BT[:, :-3] = IGNORE
+    return ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), labels_BT
+
+
+def look(model: Any, images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.config.pixels.mean, model.config.pixels.std))
+    return (images / 255 - mean) / std
+
+
+def heard(shape: str) -> dict[str, Tensor]:
+    if WRITERS[shape][0] != "InstructBlip":
+        return {}
+    attention = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    return {"instruction": torch.tensor([[5, 6, 7, 8, 9], [5, 9, 6, 0, 0]]), "instruction_attention": attention}
+
+
+def to_theirs(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    known = {"instruction": "qformer_input_ids", "instruction_attention": "qformer_attention_mask"}
+    return {known[name]: tensor.long() for name, tensor in given.items()}
+
+
+@pytest.mark.parametrize("shape", WRITERS)
+def test_names_are_a_bijection_on_all_parameters(shape: str) -> None:
+    model, module = theirs(shape), module_of(shape)
+    names = module.names(module.spec(model.config))
+    assert set(names.values()) == {name for name, _ in model.named_parameters()}
+    assert len(set(names.values())) == len(names)
+    assert names.keys() == {name for name, _ in module.spec(model.config).build().named_parameters()}
+
+
+@pytest.mark.parametrize("shape", WRITERS)
+def test_logits_and_greedy_ids_agree(shape: str) -> None:
+    model, module = theirs(shape), module_of(shape)
+    built, tokens = ours(model, module), module.spec(model.config).image_tokens
+    images = pixels(2, size=built.vision.config.pixels.size)
+    ids_BT, attention_BT, labels_BT = rows(tokens)
+    places_BT = ids_BT.masked_fill(ids_BT == IMAGE, PLACE)
+    given = to_theirs(heard(shape)) | {"pixel_values": look(built.vision, images)}
+    two_halves = bool(model.config.text_config.is_encoder_decoder)
+    prompt = slice(None, -3) if two_halves else slice(None)
+    with torch.no_grad():
+        logits_BTV = built(ids_BT, attention_BT, labels_BT, images, **heard(shape)).logits_BTV
+        answers = {"labels": ids_BT[:, -3:].contiguous()} if two_halves else {}
+        expected = model(input_ids=places_BT[:, prompt], **given, **answers).logits
+        written = built.generate(ids_BT, attention_BT, images, **heard(shape), max_new_tokens=5, do_sample=False)
+        begun = {"attention_mask": torch.ones_like(places_BT)}
+        reference = model.generate(input_ids=places_BT, **given, **begun, max_new_tokens=5, do_sample=False)
+    reach = logits_BTV[:, -4:-1] if two_halves else logits_BTV
+    torch.testing.assert_close(reach, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(written, reference[:, -written.shape[1] :])
+
+
+@pytest.mark.parametrize("shape", [shape for shape in WRITERS if not shape.startswith("llava")])
+def test_features_and_bridge_tokens_agree(shape: str) -> None:
+    model, module = theirs(shape), module_of(shape)
+    built: PrefixModel = ours(model, module)
+    images = pixels(2, size=built.vision.config.pixels.size)
+    with torch.no_grad():
+        found = model.get_image_features(look(built.vision, images), **to_theirs(heard(shape)))
+        features = built.vision(images)
+        tokens = built.images(None, features, *heard(shape).values())
+    torch.testing.assert_close(built.bridge.ln_vision(features), found.last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens, found.pooler_output, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", WRITERS)
+def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path) -> None:
+    module = module_of(shape)
+    spec = module.spec(theirs(shape).config)
+    assert module.spec(module.config(spec)) == spec
+    model: Any = getattr(transformers, module.ARCHITECTURES[0])(module.config(spec))
+    names, state = module.names(spec), spec.build().state_dict()
+    absent = model.load_state_dict({theirs: state[own] for own, theirs in names.items()}, strict=False)
+    assert not absent.unexpected_keys
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert loaded.architectures == [module.ARCHITECTURES[0]]
+    assert module.spec(loaded).tokenizer == str(tmp_path)
+
+
+@pytest.mark.parametrize("shape", WRITERS)
+def test_the_stage_holds_the_wiring_and_computes_its_loss(shape: str) -> None:
+    module = module_of(shape)
+    stage = module.stage(module.spec(theirs(shape).config))
+    assert (stage.evals, stage.budget.steps, stage.data.max_tokens) == ((), 1, stage.model.context)
+    assert Step(stage.model.build(), stage.losses, 1).wants == {"logits"}
+
+
+# --- retrieval -------------------------------------------------------------------------------------------------------
+
+
+def finder(vision: dict[str, Any], qformer: dict[str, Any], embed: int) -> Any:
+    config = transformers.Blip2Config(
+        vision_config=vision, qformer_config=qformer | {"use_qformer_text_input": True}, num_query_tokens=4,
+        image_text_hidden_size=embed, text_config=OPT,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = transformers.Blip2ForImageTextRetrieval(config)
+    model.config.architectures = [type(model).__name__]
+    return stirred(model).eval()
+
+
+@pytest.mark.parametrize("sizes", [(VIT, QFORMER, 16), (WIDE, LONG, 24)], ids=["small", "wide"])
+def test_contrast_and_matching_agree_with_transformers_retrieval(sizes: Any) -> None:
+    model = finder(*sizes)
+    built: QFormerPretrainingModel = ours(model, blip2)
+    images = pixels(3, size=built.vision.config.pixels.size)
+    ids = torch.randint(1, 90, (3, 6), generator=torch.Generator().manual_seed(3))
+    attention = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    given = {"pixel_values": look(built.vision, images), "input_ids": ids, "attention_mask": attention}
+    with torch.no_grad():
+        features = built.vision(images)
+        found, judged = model(**given), model(**given, use_image_text_matching_head=True)
+        image, text = built.embed_images(features), built.embed_texts(ids, attention.bool())
+        similar = torch.einsum("iqd,td->itq", image, text).amax(-1)
+        own = built.match(ids, attention.bool(), features)
+    torch.testing.assert_close(image, found.image_embeds, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(text, found.text_embeds, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(similar, found.logits_per_image, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(own, judged.logits_per_image[:, 1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_finder_keeps_its_temperature_and_its_words_for_itself() -> None:
+    model = finder(VIT, QFORMER, 16)
+    spec = blip2.spec(model.config)
+    names = blip2.names(spec)
+    assert set(names.values()) == {name for name, _ in model.named_parameters()}
+    rest = {name for name, _ in spec.build().named_parameters()} - names.keys()
+    assert rest and all(name.startswith(("heads.lm.", "heads.temperature")) for name in rest)
+    assert blip2.spec(blip2.config(spec)) == spec
+    stage = blip2.stage(spec)
+    assert stage.data.template == "caption" and Step(spec.build(), stage.losses, 1).wants == {
+        "pooled", "match_all", "logits",
+    }  # fmt: skip
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def test_what_the_other_side_has_no_place_for_is_refused() -> None:
+    spec = blip2.spec(theirs("blip2-opt").config)
+    assert isinstance(spec, PrefixVLM) and isinstance(spec.bridge, QFormer)
+    with pytest.raises(SpecError, match="not a ViTConfig and a QFormer"):
+        blip2.config(replace(spec, vision=ViTConfig().tiny()))
+    with pytest.raises(SpecError, match="is an InstructBLIP"):
+        blip2.config(replace(spec, bridge=replace(spec.bridge, text=True)))
+    with pytest.raises(SpecError, match="is a BLIP-2"):
+        instructblip.config(spec)
+    for bridge, vision in ((Linear(), ViTConfig()), (MLP(), EvaConfig())):
+        with pytest.raises(SpecError, match="an MLP of two matrices"):
+            llava.config(PrefixVLM(vision=vision, bridge=bridge, language=LLAMA_7B))
+
+
+@pytest.mark.parametrize(
+    ("shape", "part", "field", "value", "message"),
+    [
+        ("blip2-opt", "vision_config", "layer_norm_eps", 1e-5, "layer_norm_eps 1e-05"),
+        ("blip2-opt", "qformer_config", "hidden_act", "relu", "hidden_act relu"),
+        ("blip2-opt", "qformer_config", "use_qformer_text_input", True, "use_qformer_text_input is True"),
+        ("llava", "", "projector_hidden_act", "relu", "projector_hidden_act relu"),
+        ("llava", "", "vision_feature_layer", [-2, -1], "reads layer"),
+        ("llava-siglip-tied", "", "vision_feature_select_strategy", "default", "first patch of a SigLIP"),
+    ],
+)
+def test_what_is_not_read_is_refused(shape: str, part: str, field: str, value: Any, message: str) -> None:
+    config = theirs(shape).config
+    setattr(getattr(config, part) if part else config, field, value)
+    with pytest.raises(WeightsError, match=message):
+        module_of(shape).spec(config)

@@ -1,0 +1,41 @@
+"""LLaVA-NeXT's page: what trains, how many tokens an image takes, and one step of the tiny program."""
+
+from pathlib import Path
+
+import torch
+
+from bridgework.data.batch import collate
+from bridgework.data.reader import Feed, local
+from bridgework.models import freezing
+from bridgework.recipes import llava_next
+from bridgework.system import IMAGE, Layout
+from bridgework.training.step import Step
+
+TRAINS = {"align": {"bridge"}, "instruct": {"vision", "bridge", "tiles", "language"}}
+
+
+def test_each_stage_trains_what_the_page_says() -> None:
+    for stage in llava_next.system().tiny().stages:
+        learning = freezing.apply(stage.model.build(), stage.trains)
+        assert {name.split(".")[0] for name in learning} == TRAINS[stage.name]
+
+
+def test_an_image_takes_576_tokens_and_its_rows_with_newlines() -> None:
+    model = llava_next.MODEL
+    assert model.image_tokens == 576
+    assert model.places(Layout(2, 2, 1000, 1000)) == 576 + 48 * 49 == 2928
+    assert model.places(Layout(3, 1, 1008, 336)) == 576 + 24 * 73
+
+
+def test_one_tiny_step_reads_tiles_and_moves_the_newline(home: Path) -> None:
+    stage = llava_next.system().tiny()["instruct"]
+    torch.manual_seed(0)
+    model = stage.model.build()
+    learning = freezing.apply(model.train(), stage.trains)
+    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    assert batch.layouts_N4 is not None
+    layouts = [Layout(*row) for row in batch.layouts_N4.tolist()]
+    assert int((batch.ids_BT == IMAGE).sum()) == sum(map(stage.model.places, layouts))
+    Step(model, stage.losses, len(stage.data.sources))(batch).sum().backward()
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == TRAINS["instruct"] and set(learning) >= {"tiles.newline"}
