@@ -1,6 +1,7 @@
 """What all tests share: a home of their own, tokenizers, and one Ray for the whole session."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from bridgework.data.tokens import load_tokenizer
@@ -55,3 +57,16 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
         return load_tokenizer("bytes")
     found: PreTrainedTokenizerBase = request.getfixturevalue("smollm2")
     return found
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> str:
+    return re.sub(r"\W+", "-", request.node.name).strip("-")
+
+
+@pytest.fixture(scope="session")
+def process_group() -> None:
+    """A group of one, for what DeepSpeed runs in this process; it stays, as DeepSpeed remembers the first it sees."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from bridgework import cli
+from bridgework.data.synthetic import shapes
 from bridgework.lineage.store import MLflowTracker
 from bridgework.spec import override
 from bridgework.system import load
 from bridgework.training import artefact
-from tests.training.support import DEEPSPEED
+from tests.interop.test_clip import theirs as clip
 
-pytestmark = DEEPSPEED
 SHORT = ("--set", "stages.*.budget.steps=2", "--set", "stages.*.optim.peak_lr=3e-3")
 
 
@@ -69,7 +69,7 @@ def process(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_systems_lists_variants_stages_and_what_trains(bridgework: Bridgework) -> None:
     said = bridgework("systems")
     assert said.code == 0
-    for word in ("llava", "llava:v1", "llava:quickstart", "align", "instruct", "bridge.*", "Captioning", "2,180 x 256"):
+    for word in ("llava", "llava:v1", "llava:quickstart", "align", "instruct", "bridge.*", "21.0 M", "2,180 x 256"):
         assert word in said.out
 
 
@@ -188,3 +188,30 @@ def test_eval_of_a_stage_without_evaluations_says_so(bridgework: Bridgework, tra
     said = bridgework("eval", str(trained))
     assert said.code == 1
     assert "has no evaluations; add some to its recipe's `evals`" in said.err
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_asked_about_an_image(bridgework: Bridgework, trained: Path, tmp_path: Path) -> None:
+    image = tmp_path / "shape.png"
+    image.write_bytes(next(shapes(rows=1, size=32)).images[0])
+    written = bridgework("ask", str(trained), "What is it?", "-i", str(image), "--tokens", "4")
+    assert (written.code, written.err) == (0, "")
+    chosen = bridgework("ask", str(trained), "-i", str(image), "--choice", "a red circle", "--choice", "nothing")
+    assert chosen.code == 0 and "a red circle" in chosen.out and "nothing" in chosen.out
+    missing = bridgework("ask", str(trained), "What?", "-i", "nowhere.png")
+    assert missing.code == 1 and "nowhere.png cannot be read" in missing.err
+    assert "there is nothing to ask" in bridgework("ask", str(trained)).err
+
+
+def test_a_folder_of_hugging_face_goes_in_and_out(bridgework: Bridgework, tmp_path: Path) -> None:
+    clip("small").save_pretrained(tmp_path / "in")
+    taken = bridgework("import", "hf", str(tmp_path / "in"), str(tmp_path / "artefact"))
+    assert taken.code == 0 and "CLIPModel" in taken.out and "parity.json" in taken.out
+    given = bridgework("export", str(tmp_path / "artefact"), str(tmp_path / "out"))
+    assert given.code == 0 and (tmp_path / "out" / "model.safetensors").is_file()
+    assert "exists; remove it first" in bridgework("export", str(tmp_path / "artefact"), str(tmp_path / "out")).err
+    assert (
+        "is no Idefics" in bridgework("export", str(tmp_path / "artefact"), str(tmp_path / "x"), "--as", "Idefics").err
+    )

@@ -38,7 +38,7 @@ def test_fingerprint_differs_when_any_leaf_differs() -> None:
     special: dict[str, Any] = {
         "bridge": "linear", "act": "relu", "cut": 3, "layer": 3, "grid": [3, 3], "rows": 9, "max_epochs": 2.0,
         "fit": "pad", "betas": [0.5, 0.5], "stage": 1, "precision": "fp32", "prompts": ["x"], "starts_from": None,
-        "warmup": 0.5, "decay": "constant", "inherits": ["x"], "loss_weight": 0.5,
+        "warmup": 0.5, "decay": "constant", "inherits": ["x"], "loss_weight": 0.5, "images": 5,
     }  # fmt: skip
     seen = {system().fingerprint()}
     leaves = {p: v for p, v in flat(system()).items() if p.rpartition(".")[2] != "name"}

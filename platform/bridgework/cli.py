@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bridgework.cli_data import data
+from bridgework.cli_models import ask, export, importing
 from bridgework.data.catalog import home as home_folder
 from bridgework.errors import BridgeworkError, ResourceError, SpecError, TrackingError
 from bridgework.spec import flat, override
@@ -25,6 +26,9 @@ app = typer.Typer(
     help="Vision-language systems from raw pairs to a served endpoint.", no_args_is_help=True, add_completion=False
 )
 app.add_typer(data, name="data")
+app.add_typer(importing, name="import")
+app.command()(ask)
+app.command()(export)
 out, err = Console(), Console(stderr=True)
 
 Name = Annotated[str, typer.Argument(metavar="SYSTEM", help="llava, llava:v1, or a module of your own")]
@@ -43,16 +47,22 @@ def _root(debug: Annotated[bool, typer.Option("--debug", help="show the tracebac
 @app.command()
 def systems() -> None:
     """The systems, their variants and stages, and what trains in each."""
-    table = Table("system", "stage", "trains", "losses", "steps x batch", box=None, pad_edge=False)
+    from bridgework.training.sizes import sizes
+
+    table = Table("system", "stage", "trains", "trainable", "frozen", "steps x batch", box=None, pad_edge=False)
     for name in recipes():
         for variant in variants(name):
             full = name if variant == "system" else f"{name}:{variant}"
             for stage in load(full).stages:
                 what = ", ".join(k if v == 1 else f"{k} (lr x {v:g})" for k, v in stage.trains.items())
-                losses = " + ".join(type(loss).__name__ for loss in stage.losses)
-                table.add_row(full, stage.name, what, losses, f"{stage.budget.steps:,} x {stage.budget.batch:,}")
+                size, budget = sizes(stage), f"{stage.budget.steps:,} x {stage.budget.batch:,}"
+                table.add_row(full, stage.name, what, millions(size.trainable), millions(size.frozen), budget)
                 full = ""
     out.print(table)
+
+
+def millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f} M"
 
 
 @app.command()
@@ -144,9 +154,9 @@ def sweep(
 def evaluate(model: Model) -> None:
     """Judge a model by its stage's evaluations; pictures go to <home>/evals."""
     from bridgework.inference import Pipeline
+    from bridgework.lineage import models
 
-    folder = _artefact(model)
-    pipeline = Pipeline.load(folder)
+    pipeline = Pipeline.load(models.artefact_of(model, home_folder()))
     if not pipeline.stage.evals:
         raise SpecError(f"stage {pipeline.stage.name} of {model} has no evaluations; add some to its recipe's `evals`")
     table = Table("figure", "value", box=None, pad_edge=False)
@@ -268,15 +278,6 @@ def _if_up(project: str) -> "MLflowTracker | None":
     except TrackingError as error:
         err.print(f"{error}; going on untracked: the same command later records it", soft_wrap=True)
         return None
-
-
-def _artefact(model: str) -> str:
-    from bridgework.lineage import models
-    from bridgework.lineage.store import MLflowReader
-
-    if models.is_folder(model):
-        return model
-    return MLflowReader(None, home_folder()).version(*models.split(model)).artefact
 
 
 def main() -> None:

@@ -157,6 +157,8 @@ class Pipeline:
         start = min(next(i for i, label in enumerate(e.labels) if label != IGNORE) for e in encoded)
         prompt_1T = torch.tensor([encoded[0].ids[:start]], device=self.device)
         cut = {"layouts": torch.tensor(looked.layouts)} if looked.layouts else {}
+        if said := self.streams.instruction(asked[0]):
+            cut["instruction"] = torch.tensor([said], device=self.device)
         columns = getattr(self.model, "targets", torch.Tensor.clone)  # END lies in a column of the wiring's own
         nats = []
         with self._resting():

@@ -111,8 +111,8 @@ class Source:
     following: float = 0.0  # share of documents whose texts belong to the image behind them, not before (Flamingo)
     loss_weight: float | None = None  # of this source's own mean loss (Flamingo's lambda); None: one mean over all
 
-    def tiny(self) -> "Source":
-        return replace(self, dataset="synthetic:shapes")
+    def tiny(self, kind: str) -> "Source":
+        return replace(self, dataset=f"synthetic:{kind}")
 
 
 @spec
@@ -151,9 +151,13 @@ class Mixture:
             if source.max_epochs is not None and source.max_epochs <= 0:
                 raise SpecError(f"sources.{source.name}.max_epochs must be above 0, got {source.max_epochs:g}")
 
-    def tiny(self) -> "Mixture":
+    def tiny(self, kind: str = "shapes") -> "Mixture":
         return replace(
-            self, sources=tuple(s.tiny() for s in self.sources), max_tokens=min(self.max_tokens, 512), lanes=4, window=4
+            self,
+            sources=tuple(s.tiny(kind) for s in self.sources),
+            max_tokens=min(self.max_tokens, 512),
+            lanes=4,
+            window=4,
         )
 
 
@@ -245,7 +249,7 @@ class Stage:
         return replace(
             self,
             model=self.model.tiny(),
-            data=self.data.tiny(),
+            data=self.data.tiny("preferences" if any(loss.needs == "preference" for loss in self.losses) else "shapes"),
             budget=self.budget.tiny(),
             shard=replace(self.shard, precision="fp32"),
             evals=tuple(e.tiny() for e in self.evals),

@@ -46,7 +46,7 @@ def talk(*values: str) -> list[dict[str, str]]:
 
 
 def test_importers_are_found_by_name() -> None:
-    assert formats() == ["clipart", "emoji", "folder", "llava-json"]
+    assert formats() == ["clipart", "emoji", "folder", "llava-json", "vlfeedback"]
     assert load("llava-json") is llava_json.run and load("bridgework.data.importers.folder") is folder.run
     with pytest.raises(DataError, match="did you mean 'llava-json'"):
         load("lava-json")

@@ -1,6 +1,7 @@
 """MED against transformers' BLIP classes, which were checked against the release: names, features, logits, texts."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageT
 
 from bridgework.errors import SpecError, WeightsError
 from bridgework.interop import blip
+from bridgework.interop.convert import export_hf, import_hf
 from bridgework.losses.captioning import captioning
 from bridgework.models import MomentumConfig
 from bridgework.models.med_model import MEDModel
@@ -165,6 +167,18 @@ def test_a_stage_holds_what_was_read(architecture: str) -> None:
     with torch.device("meta"):
         assert isinstance(stage.model.build(), MEDModel)
     assert all(loss.needs in {"logits", "pooled", "match"} for loss in stage.losses) and not stage.evals
+
+
+@pytest.mark.parametrize("architecture", blip.ARCHITECTURES)
+def test_a_folder_of_transformers_comes_in_and_goes_out_as_it_was(architecture: str, tmp_path: Path) -> None:
+    _, theirs = both(architecture)
+    theirs.save_pretrained(tmp_path / "in")
+    came = import_hf(tmp_path / "in", tmp_path / "artefact")
+    assert came.holds and came.architecture == architecture
+    went = export_hf(tmp_path / "artefact", tmp_path / "out")
+    assert went.holds and went.digest == came.digest
+    back = type(theirs).from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in theirs.state_dict().items())
 
 
 def test_what_transformers_has_no_class_for_is_refused() -> None:

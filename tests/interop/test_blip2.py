@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bridgework.errors import SpecError, WeightsError
 from bridgework.interop import blip2, instructblip, llava
+from bridgework.interop.convert import export_hf, import_hf
 from bridgework.models import MLP, EvaConfig, Linear, PrefixVLM, QFormer, ViTConfig
 from bridgework.models.prefix_vlm import PrefixModel
 from bridgework.models.qformer_pretrainer import QFormerPretrainingModel
-from bridgework.system import IGNORE, IMAGE
+from bridgework.models.vision import normalise
+from bridgework.system import IMAGE
 from bridgework.training.step import Step
 from tests.models.examples import LLAMA_7B, pixels, stirred
 
@@ -82,19 +85,12 @@ def ours(model: Any, module: ModuleType) -> Any:
     return built.eval()
 
 
-def rows(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Two prompts with an image each and three answering tokens: ids, attention, labels; no padding."""
+def rows(tokens: int) -> tuple[Tensor, Tensor]:
+    """Two prompts with an image each: ids, attention; no padding."""
     generator = torch.Generator().manual_seed(3)
     text = torch.randint(3, VOCAB - 2, (2, 7), generator=generator)
     ids_BT = torch.cat([text[:, :1], torch.full((2, tokens), IMAGE), text[:, 1:]], dim=1)
-    labels_BT = ids_BT.clone()
-    labels_BT[:, :-3] = IGNORE
-    return ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), labels_BT
-
-
-def look(model: Any, images: Tensor) -> Tensor:
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.config.pixels.mean, model.config.pixels.std))
-    return (images / 255 - mean) / std
+    return ids_BT, torch.ones_like(ids_BT, dtype=torch.bool)
 
 
 def heard(shape: str) -> dict[str, Tensor]:
@@ -123,21 +119,25 @@ def test_logits_and_greedy_ids_agree(shape: str) -> None:
     model, module = theirs(shape), module_of(shape)
     built, tokens = ours(model, module), module.spec(model.config).image_tokens
     images = pixels(2, size=built.vision.config.pixels.size)
-    ids_BT, attention_BT, labels_BT = rows(tokens)
+    ids_BT, attention_BT = rows(tokens)
     places_BT = ids_BT.masked_fill(ids_BT == IMAGE, PLACE)
-    given = to_theirs(heard(shape)) | {"pixel_values": look(built.vision, images)}
-    two_halves = bool(model.config.text_config.is_encoder_decoder)
-    prompt = slice(None, -3) if two_halves else slice(None)
+    given = to_theirs(heard(shape)) | {"pixel_values": normalise(images, built.vision.config.pixels)}
     with torch.no_grad():
-        logits_BTV = built(ids_BT, attention_BT, labels_BT, images, **heard(shape)).logits_BTV
-        answers = {"labels": ids_BT[:, -3:].contiguous()} if two_halves else {}
-        expected = model(input_ids=places_BT[:, prompt], **given, **answers).logits
+        for found, expected in module.outputs(built, model).values():
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
         written = built.generate(ids_BT, attention_BT, images, **heard(shape), max_new_tokens=5, do_sample=False)
         begun = {"attention_mask": torch.ones_like(places_BT)}
         reference = model.generate(input_ids=places_BT, **given, **begun, max_new_tokens=5, do_sample=False)
-    reach = logits_BTV[:, -4:-1] if two_halves else logits_BTV
-    torch.testing.assert_close(reach, expected, atol=1e-5, rtol=1e-4)
-    assert torch.equal(written, reference[:, -written.shape[1] :])
+    assert torch.equal(written, reference[:, -5:])
+
+
+@pytest.mark.parametrize("shape", WRITERS)
+def test_in_and_out_again_gives_the_same_bits(shape: str, tmp_path: Path) -> None:
+    theirs(shape).save_pretrained(tmp_path / "in")
+    assert import_hf(tmp_path / "in", tmp_path / "artefact").holds
+    assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
+    before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
+    assert before.keys() == after.keys() and all(torch.equal(t, after[name]) for name, t in before.items())
 
 
 @pytest.mark.parametrize("shape", [shape for shape in WRITERS if not shape.startswith("llava")])
@@ -146,7 +146,7 @@ def test_features_and_bridge_tokens_agree(shape: str) -> None:
     built: PrefixModel = ours(model, module)
     images = pixels(2, size=built.vision.config.pixels.size)
     with torch.no_grad():
-        found = model.get_image_features(look(built.vision, images), **to_theirs(heard(shape)))
+        found = model.get_image_features(normalise(images, built.vision.config.pixels), **to_theirs(heard(shape)))
         features = built.vision(images)
         tokens = built.images(None, features, *heard(shape).values())
     torch.testing.assert_close(built.bridge.ln_vision(features), found.last_hidden_state, atol=1e-5, rtol=1e-5)
@@ -192,22 +192,36 @@ def finder(vision: dict[str, Any], qformer: dict[str, Any], embed: int) -> Any:
 
 @pytest.mark.parametrize("sizes", [(VIT, QFORMER, 16), (WIDE, LONG, 24)], ids=["small", "wide"])
 def test_contrast_and_matching_agree_with_transformers_retrieval(sizes: Any) -> None:
+    """With padding, and each image with each text by its best query."""
     model = finder(*sizes)
     built: QFormerPretrainingModel = ours(model, blip2)
     images = pixels(3, size=built.vision.config.pixels.size)
     ids = torch.randint(1, 90, (3, 6), generator=torch.Generator().manual_seed(3))
     attention = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
-    given = {"pixel_values": look(built.vision, images), "input_ids": ids, "attention_mask": attention}
+    pixel_values = normalise(images, built.vision.config.pixels)
+    given = {"pixel_values": pixel_values, "input_ids": ids, "attention_mask": attention}
     with torch.no_grad():
         features = built.vision(images)
         found, judged = model(**given), model(**given, use_image_text_matching_head=True)
         image, text = built.embed_images(features), built.embed_texts(ids, attention.bool())
-        similar = torch.einsum("iqd,td->itq", image, text).amax(-1)
         own = built.match(ids, attention.bool(), features)
-    torch.testing.assert_close(image, found.image_embeds, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(text, found.text_embeds, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(similar, found.logits_per_image, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(own, judged.logits_per_image[:, 1], atol=1e-5, rtol=1e-5)
+        pairs = [*blip2.outputs(built, model).values()]
+    pairs += [
+        (image, found.image_embeds),
+        (text, found.text_embeds),
+        (torch.einsum("iqd,td->itq", image, text).amax(-1), found.logits_per_image),
+        (own, judged.logits_per_image.diff(dim=1)[:, 0]),
+    ]
+    for ours_found, expected in pairs:
+        torch.testing.assert_close(ours_found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_finder_goes_in_and_out_with_the_same_bits(tmp_path: Path) -> None:
+    finder(VIT, QFORMER, 16).save_pretrained(tmp_path / "in")
+    assert import_hf(tmp_path / "in", tmp_path / "artefact").holds
+    assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
+    before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
+    assert before.keys() == after.keys() and all(torch.equal(t, after[name]) for name, t in before.items())
 
 
 def test_a_finder_keeps_its_temperature_and_its_words_for_itself() -> None:

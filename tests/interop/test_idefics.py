@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bridgework.errors import SpecError, WeightsError
 from bridgework.interop import idefics
+from bridgework.interop.convert import export_hf, import_hf
 from bridgework.models import Gates, ViTConfig
 from bridgework.models.crossattn_vlm import CrossAttentionModel
 from bridgework.system import END, IGNORE, IMAGE
@@ -124,6 +126,16 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
     assert loaded.architectures == list(idefics.ARCHITECTURES)
     assert idefics.spec(loaded).language.tokenizer == str(tmp_path)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(shape: str, tmp_path: Path) -> None:
+    theirs(shape).save_pretrained(tmp_path / "in")
+    assert import_hf(tmp_path / "in", tmp_path / "artefact").differences["logits"] <= 1e-5
+    assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
+    before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:

@@ -9,15 +9,19 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bridgework.data.tiling import lay_out
 from bridgework.errors import SpecError, WeightsError
 from bridgework.interop import llava_next
-from bridgework.models import Linear, PrefixVLM
+from bridgework.interop.convert import export_hf, import_hf
+from bridgework.models import Linear, LoRA, PrefixVLM
 from bridgework.models.prefix_vlm import PrefixModel
-from bridgework.system import IGNORE, IMAGE, Layout
+from bridgework.system import IGNORE, IMAGE, Layout, System
+from bridgework.training import artefact
 from bridgework.training.step import Step
+from tests.models.examples import stirred
 
 WORD = 99  # stands for an image in transformers' ids
 SHAPES: dict[str, dict[str, Any]] = {
@@ -133,6 +137,31 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
     assert loaded.architectures == list(llava_next.ARCHITECTURES)
     assert llava_next.spec(loaded).language.tokenizer == str(tmp_path)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(shape: str, tmp_path: Path) -> None:
+    theirs(shape).save_pretrained(tmp_path / "in")
+    assert import_hf(tmp_path / "in", tmp_path / "artefact").differences["logits"] <= 1e-5
+    assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
+    before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_adapters_go_out_merged(tmp_path: Path) -> None:
+    spec = llava_next.spec(theirs("small").config)
+    adapted = replace(spec, language=replace(spec.language, lora=LoRA(rank=2, alpha=8)))
+    torch.manual_seed(0)
+    model = stirred(adapted.build()).eval()
+    stage = llava_next.stage(adapted)
+    system = System(name="s", paper="", stages=(stage,))
+    artefact.save(tmp_path / "artefact", model.state_dict(), system=system, stage=stage.name)
+    assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
+    out: Any = transformers.LlavaNextForConditionalGeneration.from_pretrained(str(tmp_path / "out")).eval()
+    pair = llava_next.outputs(model, out)["logits"]
+    torch.testing.assert_close(*pair, atol=1e-4, rtol=1e-4)
+    assert not any("lora" in name for name in out.state_dict())
 
 
 def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:

@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from bridgework.errors import DataError, SpecError
 from bridgework.losses.captioning import captioning
@@ -204,8 +205,7 @@ def test_generation_is_greedy_decoding_of_the_forward(language: LanguageConfig) 
     new_BT = model.generate(
         padded(rows, "left", 0), attention_BT, pixels_N3SS, instruction=heard_BI, max_new_tokens=4, do_sample=False
     )
-    two_halves = language.arch == "t5"
-    for row, image, heard, new in zip(rows, pixels_N3SS, heard_BI, new_BT[:, int(two_halves) :], strict=True):
+    for row, image, heard, new in zip(rows, pixels_N3SS, heard_BI, new_BT, strict=True):
         begin = row.shape[1]
         for token in new:
             asked = torch.cat([row, torch.zeros(1, 1, dtype=torch.long)], dim=1)  # a label, so that it is an answer
@@ -223,6 +223,22 @@ def test_continuations_are_the_forward_of_each_candidate(language: LanguageConfi
         row = torch.cat([prompt_1T, rest[None]], dim=1)
         theirs = model(row, ones(row), answer(row, prompt_1T.shape[1]), pixels(1)).logits_BTV[0, -4:-1]
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_what_an_encoder_decoder_streams_is_what_it_writes() -> None:
+    """The token that starts its decoder belongs to neither."""
+    heard: list[int] = []
+
+    class Streamer(BaseStreamer):
+        def put(self, value: Tensor) -> None:
+            heard.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            heard.append(-1)
+
+    model, row = build(EvaConfig(), QFormer(), FLAN_XL), ids(1, PICTURE, 5)
+    new_BT = model.generate(row, ones(row), pixels(1), streamer=Streamer(), max_new_tokens=4, do_sample=False)
+    assert heard == [*new_BT[0].tolist(), -1] and new_BT.shape == (1, 4)
 
 
 def test_loss_of_an_encoder_decoder_is_transformers_own_with_its_gradients() -> None:

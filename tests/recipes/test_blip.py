@@ -29,9 +29,7 @@ from bridgework.spec import override
 from bridgework.system import IGNORE, Stage, System, load, variants
 from bridgework.training import artefact
 from bridgework.training.step import Step
-from tests.training.support import DEEPSPEED, Stop, go, losses, same, stop_at, weights
-
-pytestmark = DEEPSPEED
+from tests.training.support import Stop, go, losses, same, stop_at, weights
 
 ORDER = ["pretrain", "captioner", "filter", "bootstrap"]
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -14,11 +13,6 @@ from bridgework.tracking import Journal, Tracker
 from bridgework.training import artefact
 from bridgework.training.launch import How, train
 from bridgework.training.record import StageResult
-
-DEEPSPEED = [  # what it makes torch 2.13 say when an optimizer is configured, and at every step of ZeRO
-    pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.script:DeprecationWarning"),
-    pytest.mark.filterwarnings(r"ignore:.*torch\.distributed.* is deprecated:FutureWarning"),
-]
 
 
 class Stop(Exception):

@@ -13,9 +13,9 @@ from bridgework.models import freezing
 from bridgework.system import Stage
 from bridgework.training.engine import Engine, config
 from bridgework.training.step import Step
-from tests.training.support import DEEPSPEED, fresh, llava
+from tests.training.support import fresh, llava
 
-pytestmark = [*DEEPSPEED, pytest.mark.usefixtures("process_group")]
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def engine(stage: Stage, model: freezing.Freezable, micro_batches: int = 1) -> Engine:

@@ -16,10 +16,9 @@ from bridgework.data.transforms import read_square
 from bridgework.models import EfficientNetConfig
 from bridgework.system import System
 from bridgework.training import features
-from tests.training.support import DEEPSPEED, go, llava, losses
+from tests.training.support import go, llava, losses
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="the tower's network comes in a package")
-pytestmark = DEEPSPEED
 TOWER = EfficientNetConfig(image_size=64, grid=2)
 
 

@@ -12,9 +12,7 @@ from bridgework.errors import DataError, RunError, SpecError, WeightsError
 from bridgework.evaluation import HeldOutLoss
 from bridgework.spec import override
 from bridgework.training import artefact, checkpoint
-from tests.training.support import DEEPSPEED, go, llava, losses, same, weights
-
-pytestmark = DEEPSPEED
+from tests.training.support import go, llava, losses, same, weights
 
 
 def folder(home: Path, run: str) -> Path:

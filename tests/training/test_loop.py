@@ -14,9 +14,7 @@ from bridgework.errors import RunError
 from bridgework.losses import Contrastive
 from bridgework.system import System
 from bridgework.training.schedule import learning_rate
-from tests.training.support import DEEPSPEED, Stop, fresh, go, llava, losses, same, stop_at, weights
-
-pytestmark = DEEPSPEED
+from tests.training.support import Stop, fresh, go, llava, losses, same, stop_at, weights
 
 BOTH = {"bridge.*": 1.0, "language.*": 0.1}  # two learning rates
 DECAY: dict[str, Any] = {"stages__align__optim__weight_decay": 0.1, "stages__align__trains": BOTH}

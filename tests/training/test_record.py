@@ -9,9 +9,8 @@ import pytest
 from bridgework.errors import TrackingError
 from bridgework.tracking import MemoryRun, MemoryTracker
 from bridgework.training import artefact
-from tests.training.support import DEEPSPEED, Stop, go, llava, stop_at
+from tests.training.support import Stop, go, llava, stop_at
 
-pytestmark = DEEPSPEED
 CALLS = ("start", "params", "inputs", "points", "file", "output", "finish")
 STEPS = 3
 

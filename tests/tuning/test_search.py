@@ -17,9 +17,7 @@ from bridgework.training import artefact
 from bridgework.tuning import search
 from bridgework.tuning.space import Metric
 from bridgework.tuning.space import load as load_space
-from tests.training.support import DEEPSPEED
 
-pytestmark = DEEPSPEED
 SPACE = load_space("tests.tuning.tiny")
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import fsspec
 
 from bridgework.data.shards import read_manifest, write
-from bridgework.data.synthetic import ROWS, SIZE, shapes
+from bridgework.data.synthetic import ROWS, SIZE, preferences, shapes
 from bridgework.errors import DataError, suggest
 
-SYNTHETIC = "synthetic:shapes"  # what tests and --tiny train on; made on first use
+# what tests and --tiny train on; made on first use
+SYNTHETIC = {"synthetic:shapes": shapes, "synthetic:preferences": preferences}
 
 
 def home() -> Path:
@@ -19,8 +20,8 @@ def home() -> Path:
 
 def resolve(dataset: str, home: Path) -> str:
     """The path or URL of a dataset that exists. Raises DataError, with a suggestion, when there is none."""
-    if dataset == SYNTHETIC:
-        return _synthetic(home)
+    if dataset in SYNTHETIC:
+        return _synthetic(dataset, home)
     named = "/" not in dataset and "\\" not in dataset and not dataset.startswith(".")
     place = str(home / "datasets" / dataset) if named else dataset
     path = place if "://" in place else os.path.abspath(place)  # workers run in folders of their own
@@ -29,7 +30,7 @@ def resolve(dataset: str, home: Path) -> str:
     except DataError as error:
         if not named or dataset in _names(home):
             raise
-        known = [*_names(home), SYNTHETIC]
+        known = [*_names(home), *SYNTHETIC]
         raise DataError(
             f"there is no dataset {dataset!r} ({error}){suggest(dataset, known)}; "
             f"bring it in with `bridgework data import FORMAT SOURCE {path}`"
@@ -41,15 +42,15 @@ def _names(home: Path) -> list[str]:
     return sorted(path.parent.name for path in (home / "datasets").glob("*/manifest.json"))
 
 
-def _synthetic(home: Path) -> str:
-    path = str(home / "datasets" / SYNTHETIC.replace(":", "-"))
+def _synthetic(name: str, home: Path) -> str:
+    path = str(home / "datasets" / name.replace(":", "-"))
     fs, root = fsspec.core.url_to_fs(path)
     if not fs.exists(f"{root}/manifest.json"):
         try:
             write(
-                shapes(),
+                SYNTHETIC[name](),
                 path,
-                source=SYNTHETIC,
+                source=name,
                 licence="CC0-1.0",
                 made_by="bridgework.data.synthetic",
                 parameters={"rows": ROWS, "size": SIZE, "seed": 0},

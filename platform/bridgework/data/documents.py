@@ -1,4 +1,4 @@
-"""A sample as a source wants it read: asked with its prompts; of a document so many images, before or behind their texts.
+"""A sample as a source wants it read: asked with its prompts; a document with so many images, before or behind texts.
 
 The latter from Alayrac et al. 2022 (arXiv:2204.14198), 2.4 and A.3.2.
 """

@@ -3,6 +3,7 @@
 import io
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
@@ -51,6 +52,13 @@ def shapes(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample
         image = _picture(size, [(first, PLACES[place][0]), (second, PLACES[place][1])])
         labels = tuple(f"{shape.colour} {shape.form}" for shape in (first, second))
         yield pair(f"shapes-{row:06d}", image, f"{first} {place} {second}", labels=labels)
+
+
+def preferences(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
+    """`shapes`, each with a worse caption beside its own: one that is true of another picture."""
+    samples = list(shapes(rows, size, seed))
+    for sample, other in zip(samples, [*samples[1:], *samples[:1]], strict=True):
+        yield replace(sample, key=sample.key.replace("shapes", "preferences"), rejected=other.text)
 
 
 def _shape(draw: random.Random) -> Shape:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import SpecError, WeightsError
@@ -15,8 +16,8 @@ from bridgework.losses import Captioning, Contrastive, Matching
 from bridgework.models import MED, BlipViTConfig, MEDTextConfig
 from bridgework.models.med import Task
 from bridgework.models.med_text import FIELDS
-from bridgework.models.vision import VIT_FIELDS
-from bridgework.system import AdamW, Budget, LossSpec, Mixture, Source, Stage
+from bridgework.models.vision import VIT_FIELDS, normalise
+from bridgework.system import IGNORE, AdamW, Budget, LossSpec, Mixture, Source, Stage
 
 TASKS: Mapping[str, tuple[Task, ...]] = {
     "BlipForConditionalGeneration": ("caption",),
@@ -114,6 +115,30 @@ def stage(model: MED) -> Stage:
         budget=Budget(steps=1, batch=1),
         optim=AdamW(peak_lr=1e-5),
     )
+
+
+def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' logits, or cosines and log-odds, for two random images and texts."""
+    text, look, generator = ours.config.text, ours.config.pixels, torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, look.size, look.size), dtype=torch.uint8, generator=generator)
+    ids = torch.randint(0, text.vocab, (2, min(8, text.context)), generator=generator)
+    real, pixels = torch.ones_like(ids, dtype=torch.bool), normalise(images, look)
+    written, read = (torch.cat([torch.full_like(ids[:, :1], token), ids[:, 1:]], 1) for token in (text.dec, text.enc))
+    if "caption" in ours.config.tasks:
+        expected = theirs(input_ids=written, pixel_values=pixels).logits
+        return {"logits": (ours(ids, real, pixels=images).logits_BTV, expected)}
+    seen = theirs.vision_model(pixels).last_hidden_state
+    if "answer" in ours.config.tasks:  # transformers' own forward gives no logits
+        labels = torch.cat([torch.full_like(ids[:, :1], IGNORE), ids[:, 1:]], 1)  # [CLS] alone is the question
+        asked = theirs.text_encoder(input_ids=read[:, :1], encoder_hidden_states=seen).last_hidden_state
+        expected = theirs.text_decoder(input_ids=written, encoder_hidden_states=asked).logits
+        return {"logits": (ours(ids, real, labels, images).logits_BTV[:, :-1], expected[:, :-1])}
+    image, words = ours.embed_images(ours.vision(images)), ours.embed_texts(ids, real)
+    odds = theirs(input_ids=read, pixel_values=pixels).itm_score.diff(dim=1)[:, 0]
+    return {
+        "cosines": (image @ words.T, theirs(input_ids=ids, pixel_values=pixels, use_itm_head=False).itm_score),
+        "match": (ours.match(ids, real, ours.vision(images)), odds),
+    }
 
 
 def _architecture(config: Any) -> str:

@@ -5,11 +5,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bridgework.errors import SpecError, WeightsError
-from bridgework.interop.parts import eva, expect, holding, image_word, parameters, renamed
+from bridgework.interop.parts import eva, expect, holding, image_word, parameters, renamed, written
 from bridgework.losses import Captioning, Matching, QueryContrast
 from bridgework.models import EvaConfig, LanguageConfig, PrefixVLM, QFormer, QFormerPretrainer
 from bridgework.models.bridges.qformer import names_in_blip2
+from bridgework.models.vision import normalise
 from bridgework.system import Stage
 
 WRITER, FINDER = "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
@@ -57,6 +61,23 @@ def config(model: Model) -> Any:
 def names(model: Model) -> Mapping[str, str]:
     """Our parameters -> transformers', one to one, but for those that it has no place for; tied ones are one."""
     return {name: _theirs(name) for name in parameters(model) if not name.startswith(ALONE)}
+
+
+def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' logits, or vectors and log-odds, for two random images and texts."""
+    if hasattr(theirs, "language_model"):
+        return written(ours, theirs, theirs.config.num_query_tokens)
+    look, generator = ours.vision.config.pixels, torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, look.size, look.size), dtype=torch.uint8, generator=generator)
+    ids = torch.randint(0, theirs.config.qformer_config.vocab_size, (2, 8), generator=generator)
+    given = {"pixel_values": normalise(images, look), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    features, real, found = ours.vision(images), torch.ones_like(ids, dtype=torch.bool), theirs(**given)
+    judged = theirs(**given, use_image_text_matching_head=True).logits_per_image
+    return {
+        "image": (ours.embed_images(features), found.image_embeds),
+        "text": (ours.embed_texts(ids, real), found.text_embeds),
+        "match": (ours.match(ids, real, features), judged.diff(dim=1)[:, 0]),
+    }
 
 
 def stage(model: Model) -> Stage:

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from bridgework import __version__
 from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import SpecError, WeightsError, suggest
+from bridgework.models import lora
 from bridgework.system import ModelSpec, Stage, System
 from bridgework.training import artefact
 
 CLOSE = 1e-5  # in float32: what two orders of the same arithmetic may differ by, as a share of the largest value
 CERTIFICATE = "parity.json"
+SECOND = "qformer_tokenizer"  # where transformers keeps the tokenizer of a second stream
 TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.jinja", "preprocessor_config.json")
 
 
@@ -85,7 +87,8 @@ def import_hf(folder: Path, out: Path) -> Certificate:
         named = _with_tokenizer(spec, folder, partial / "tokenizer", out / "tokenizer")
         stage = family.stage(named)
         system = System(name=architecture.lower(), paper="", stages=(stage,))
-        artefact.save(partial / "artefact", state, system=system, stage=stage.name)
+        drawn = {name: p for name, p in ours.named_parameters() if name not in state}  # no place for it over there
+        artefact.save(partial / "artefact", drawn | state, system=system, stage=stage.name)
         for file in (partial / "artefact").iterdir():
             file.rename(partial / file.name)
         (partial / "artefact").rmdir()
@@ -94,12 +97,12 @@ def import_hf(folder: Path, out: Path) -> Certificate:
 
 
 def export_hf(path: Path, out: Path, architecture: str | None = None) -> Certificate:
-    """A folder under `out` that transformers loads, of the artefact under `path`, with its tokenizer.
+    """A folder under `out` that transformers loads, of the artefact under `path`, with its tokenizer; adapters merged.
 
     Raises SpecError where transformers has no such model, or more than one and `architecture` names none of them.
     """
     loaded = artefact.load(path)
-    spec = loaded.stage.model
+    spec = lora.merged(loaded.stage.model, loaded.model)
     architecture, family, config = _fitting(spec, architecture)
     kept = artefact.weights(path)  # in the precision that they came in
     state = {name: kept.get(name, tensor) for name, tensor in loaded.model.state_dict().items()}
@@ -214,22 +217,28 @@ def _ours(names: Mapping[str, str], theirs: nn.Module, spec: ModelSpec) -> dict[
 
 
 def _with_tokenizer(spec: Any, folder: Path, into: Path, final: Path) -> Any:
-    """The spec with the folder's tokenizer, copied beside the weights; a folder without one leaves bytes."""
-    files = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)})
-    if not any("token" in file.name for file in files):
-        return _named(spec, "bytes")
+    """The spec with the folder's tokenizers, copied beside the weights; where there is none, bytes."""
+    return _named(spec, _copied(folder, into, final), _copied(folder / SECOND, into / SECOND, final / SECOND))
+
+
+def _copied(folder: Path, into: Path, final: Path) -> str:
+    files = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+    if not any(file.match("*token*") for file in files):
+        return "bytes"
     into.mkdir(parents=True)
-    for file in (*files, folder / "config.json"):
+    for file in (*files, *folder.glob("config.json")):
         shutil.copy2(file, into / file.name)
-    return _named(spec, str(final))
+    return str(final)
 
 
-def _named(spec: Any, tokenizer: str) -> Any:
-    """The spec with its tokenizer's name changed, in whichever part holds it."""
-    for part in ("language", "text"):
-        if hasattr(spec, part):
-            return replace(spec, **{part: replace(getattr(spec, part), tokenizer=tokenizer)})
-    return replace(spec, tokenizer=tokenizer)
+def _named(spec: Any, tokenizer: str, second: str) -> Any:
+    """The spec with its tokenizers' names changed, in whichever part holds them."""
+    names = {part: tokenizer for part in ("language", "text") if hasattr(spec, part)}
+    if hasattr(getattr(spec, "bridge", None), "tokenizer"):  # of a Q-Former: beside a language model the second
+        names["bridge"] = second if names else tokenizer
+    if not names:
+        return replace(spec, tokenizer=tokenizer)
+    return replace(spec, **{part: replace(getattr(spec, part), tokenizer=name) for part, name in names.items()})
 
 
 # --- what both have in common ----------------------------------------------------------------------------------------

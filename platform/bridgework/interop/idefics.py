@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bridgework.errors import SpecError, WeightsError
 from bridgework.losses import Captioning
@@ -16,7 +17,7 @@ from bridgework.models.bridges.resampler import Resampler
 from bridgework.models.crossattn_vlm import CrossAttentionVLM
 from bridgework.models.language import LanguageConfig
 from bridgework.models.vision import ViTConfig
-from bridgework.system import AdamW, Budget, Mixture, Source, Stage
+from bridgework.system import END, IMAGE, AdamW, Budget, Mixture, Source, Stage
 
 ARCHITECTURES = ("IdeficsForVisionText2Text",)
 PARTS = {  # ours -> transformers'; the first that fits
@@ -146,6 +147,24 @@ def stage(model: CrossAttentionVLM) -> Stage:
         budget=Budget(steps=1, batch=1),
         optim=AdamW(peak_lr=1e-5),
     )
+
+
+def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' logits for a random document of two images."""
+    generator = torch.Generator().manual_seed(0)
+    look, vocab = ours.vision.config.pixels, theirs.config.vocab_size
+    images = torch.randint(0, 256, (2, 3, look.size, look.size), dtype=torch.uint8, generator=generator)
+    ids = torch.randint(0, vocab, (1, 12), generator=generator)
+    ids[0, [1, 6]], ids[0, [5, 11]] = IMAGE, END
+    places = ids == IMAGE
+    found = ours(ids, torch.ones_like(places), pixels=images)
+    expected = theirs(
+        input_ids=ids.masked_fill(ids == END, vocab).masked_fill(places, vocab + 1),
+        attention_mask=torch.ones_like(ids),
+        pixel_values=vision_tower.normalise(images, look).unsqueeze(0),
+        image_attention_mask=(places.cumsum(-1).unsqueeze(-1) == torch.arange(1, 3)).long(),
+    )
+    return {"logits": (found.logits_BTV, expected.logits)}
 
 
 def _theirs(name: str, every: int) -> str:

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from bridgework.errors import SpecError
 from bridgework.interop import blip2
-from bridgework.interop.parts import eva, holding, image_word, parameters, renamed
+from bridgework.interop.parts import eva, holding, image_word, parameters, renamed, written
 from bridgework.losses import Captioning
 from bridgework.models import LanguageConfig, PrefixVLM
 from bridgework.models.bridges.qformer import names_in_blip2
@@ -46,6 +48,11 @@ def config(model: PrefixVLM) -> Any:
 def names(model: PrefixVLM) -> Mapping[str, str]:
     """Our parameters -> transformers', one to one; tied ones are one."""
     return {name: _theirs(name) for name in parameters(model)}
+
+
+def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' logits for two random rows with an image and an instruction in each."""
+    return written(ours, theirs, theirs.config.num_query_tokens, theirs.config.qformer_config.vocab_size)
 
 
 def stage(model: PrefixVLM) -> Stage:

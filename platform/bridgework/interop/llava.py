@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
+from torch import Tensor
+
 from bridgework.errors import SpecError, WeightsError
-from bridgework.interop.parts import expect, holding, image_word, parameters, renamed
+from bridgework.interop.parts import expect, holding, image_word, parameters, renamed, written
 from bridgework.losses import Captioning
 from bridgework.models import MLP, LanguageConfig, PrefixVLM, ViTConfig
 from bridgework.models.vision import VIT_FIELDS
@@ -80,6 +82,11 @@ def config(model: PrefixVLM) -> Any:
 def names(model: PrefixVLM) -> Mapping[str, str]:
     """Our parameters -> transformers', one to one; of tied ones, the input embeddings. SigLIP's head is nobody's."""
     return {name: renamed(name, PARTS) for name in parameters(model)}
+
+
+def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' logits for two random rows with an image in each."""
+    return written(ours, theirs, spec(theirs.config).image_tokens)
 
 
 def stage(model: PrefixVLM) -> Stage:

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from bridgework.data.tiling import layout_of
 from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import SpecError, WeightsError
 from bridgework.losses import Captioning
@@ -14,7 +17,7 @@ from bridgework.models.bridges import MLP
 from bridgework.models.language import LanguageConfig
 from bridgework.models.prefix_vlm import PrefixVLM
 from bridgework.models.vision import ViTConfig
-from bridgework.system import AdamW, Budget, Mixture, Source, Stage
+from bridgework.system import IMAGE, AdamW, Budget, Mixture, Source, Stage
 
 ARCHITECTURES = ("LlavaNextForConditionalGeneration",)
 PARTS = {  # ours -> transformers'
@@ -98,6 +101,26 @@ def stage(model: PrefixVLM) -> Stage:
         budget=Budget(steps=1, batch=1),
         optim=AdamW(peak_lr=1e-5),
     )
+
+
+def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' logits for a random text with a wide and a narrow image in it."""
+    model, generator = spec(theirs.config), torch.Generator().manual_seed(0)
+    look, side = model.pixels, model.pixels.size
+    cut = [layout_of(2 * side, side, look), layout_of(side // 2 + 1, side, look)]
+    counts = [1 + layout.columns * layout.rows for layout in cut]
+    tiles = torch.randint(0, 256, (sum(counts), 3, side, side), dtype=torch.uint8, generator=generator)
+    word = theirs.config.image_token_index
+    row = [1, *[IMAGE] * model.places(cut[0]), 2, *[IMAGE] * model.places(cut[1]), 3, 4]
+    ids = torch.tensor([[token + 1 if token == word else token for token in row]])
+    found = ours(ids, torch.ones_like(ids, dtype=torch.bool), pixels=tiles, layouts=torch.tensor(cut))
+    expected = theirs(
+        input_ids=ids.masked_fill(ids == IMAGE, word),
+        attention_mask=torch.ones_like(ids),
+        pixel_values=pad_sequence(vision_tower.normalise(tiles, look).split(counts), batch_first=True),
+        image_sizes=torch.tensor([[layout.height, layout.width] for layout in cut]),
+    )
+    return {"logits": (found.logits_BTV, expected.logits)}
 
 
 def _language(text: Any, tokenizer: str) -> LanguageConfig:

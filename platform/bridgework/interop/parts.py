@@ -1,16 +1,17 @@
-"""What modules of this package share: renaming by prefix, the word for an image, a stage that only holds weights."""
+"""What modules of this package share: names by prefix, the word for an image, random rows, a stage to hold weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import WeightsError
 from bridgework.models.eva import EvaConfig
 from bridgework.models.language import LanguageConfig
-from bridgework.models.vision import VIT_FIELDS
-from bridgework.system import AdamW, Budget, LossSpec, Mixture, ModelSpec, Source, Stage
+from bridgework.models.vision import VIT_FIELDS, normalise
+from bridgework.system import IGNORE, IMAGE, AdamW, Budget, LossSpec, Mixture, ModelSpec, Source, Stage
 
 IMAGE_WORD = "<image>"
 EVA = {"hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": 1e-6, "attention_dropout": 0.0}  # never otherwise here
@@ -45,6 +46,30 @@ def image_word(language: LanguageConfig) -> int:
     """The id that stands for an image: the tokenizer's, else the last of the vocabulary, which is padding."""
     found: int | None = load_tokenizer(language.tokenizer).get_vocab().get(IMAGE_WORD)
     return language.vocab - 1 if found is None else found
+
+
+def written(ours: Any, theirs: Any, places: int, heard: int | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' logits for two random rows with an image of `places` tokens in each.
+
+    Of an encoder-decoder those of the answer. With `heard`, the size of its vocabulary, there are instructions too.
+    """
+    generator, look, text = torch.Generator().manual_seed(0), ours.vision.config.pixels, theirs.config.text_config
+    images = torch.randint(0, 256, (2, 3, look.size, look.size), dtype=torch.uint8, generator=generator)
+    word = theirs.config.image_token_index
+    said = torch.randint(0, text.vocab_size - 1, (2, 7), generator=generator)
+    said[said == word] = text.vocab_size - 1
+    ids = torch.cat([said[:, :1], torch.full((2, places), IMAGE), said[:, 1:]], dim=1)
+    labels = ids.clone()
+    labels[:, :-3] = IGNORE
+    shown, told = {"pixel_values": normalise(images, look)}, {}
+    if heard is not None:
+        told["instruction"] = shown["qformer_input_ids"] = torch.randint(0, heard, (2, 5), generator=generator)
+    found = ours(ids, torch.ones_like(ids, dtype=torch.bool), labels, images, **told).logits_BTV
+    ids = ids.masked_fill(ids == IMAGE, word)
+    if not text.is_encoder_decoder:
+        return {"logits": (found, theirs(input_ids=ids, **shown).logits)}
+    expected = theirs(input_ids=ids[:, :-3], labels=ids[:, -3:].contiguous(), **shown).logits
+    return {"logits": (found[:, -4:-1], expected)}
 
 
 def holding(model: ModelSpec, name: str, losses: Sequence[LossSpec], template: str) -> Stage:

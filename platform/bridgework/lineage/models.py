@@ -26,7 +26,14 @@ def split(model: str) -> tuple[str, str]:
 
 
 def is_folder(model: str) -> bool:
-    return "/" in model or Path(model).is_dir()
+    return "/" in model
+
+
+def artefact_of(model: str, home: Path) -> str:
+    """The artefact's folder that the words mean. Raises TrackingError where no such version is registered."""
+    from bridgework.lineage.store import MLflowReader  # loads MLflow, which a folder does not need
+
+    return model if is_folder(model) else MLflowReader(None, home).version(*split(model)).artefact
 
 
 def register(tracker: Tracker, name: str, result: StageResult, tags: Mapping[str, str]) -> Version:

@@ -61,5 +61,29 @@ def continuations(language: Any, prompt_1TD: Tensor, rest_CR: Tensor) -> Tensor:
     return cast(Tensor, outputs.logits)
 
 
+def generate(language: Any, prompts_BTD: Tensor, attention_BT: Tensor, **generation: Any) -> Tensor:
+    """(B, new): what transformers' `generate` writes, and streams, without the token that starts the decoder."""
+    if generation.get("streamer") is not None:
+        generation["streamer"] = _BehindStart(generation["streamer"])
+    new_BT = language.generate(inputs_embeds=prompts_BTD, attention_mask=attention_BT.long(), **generation)
+    return cast(Tensor, new_BT[:, 1:])
+
+
+class _BehindStart:
+    """A streamer that keeps the first call, which brings what the decoder starts with, from another."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer = streamer
+        self._begun = False
+
+    def put(self, value: Tensor) -> None:
+        if self._begun:
+            self._streamer.put(value)
+        self._begun = True
+
+    def end(self) -> None:
+        self._streamer.end()
+
+
 def _start(language: Any) -> int:
     return int(language.generation_config.decoder_start_token_id)

@@ -87,6 +87,14 @@ def merge(module: nn.Module) -> None:
         setattr(module.get_submodule(parent), own, layer.get_base_layer())
 
 
+def merged(spec: Any, model: nn.Module) -> Any:
+    """Merge the adapters of a wiring, in place, and give the spec of what it is then."""
+    if not adapted(model):
+        return spec
+    merge(model)
+    return replace(spec, language=replace(spec.language, lora=None))
+
+
 def fitted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` of a model without adapters under the names of `model`, where that has some."""
     names = {name.replace(BASE, "."): name for name in model.state_dict() if BASE in name}

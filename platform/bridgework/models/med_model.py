@@ -142,7 +142,7 @@ class MEDModel(Freezable):
             source = shared if name.startswith("decoder.") and name not in state else name
             if source in state:
                 found[name] = state[source]
-            elif not any(fnmatchcase(name, glob) for glob in (*self.config.pretrained, "heads.*")):
+            elif state and not any(fnmatchcase(name, glob) for glob in (*self.config.pretrained, "heads.*")):
                 raise WeightsError(f"the weights to start from lack {name}: they are of another wiring than MED")
         return fitted(self, found)
 

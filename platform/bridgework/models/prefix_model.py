@@ -149,7 +149,8 @@ class PrefixModel(Freezable):
             count, patches_NPF = len(features_NPF), _one_at_least(features_NPF)
         patches_NPF = patches_NPF.to(next(self.bridge.parameters()).dtype)
         if isinstance(self.bridge, PerceiverResampler) and layouts_N4 is not None:
-            return cast(Tensor, self.bridge(patches_NPF, tiling.real(layouts_N4, patches_NPF.shape[1]))[:count])
+            real_NP = tiling.real(layouts_N4, patches_NPF.shape[1]).to(patches_NPF.device)
+            return cast(Tensor, self.bridge(patches_NPF, real_NP)[:count])
         if instruction_BI is None:
             return cast(Tensor, self.bridge(patches_NPF)[:count])
         heard_BI = torch.ones_like(instruction_BI, dtype=torch.bool) if attention_BI is None else attention_BI
@@ -217,11 +218,10 @@ class PrefixModel(Freezable):
         instruction_attention: Tensor | None = None,
         **generation: Any,
     ) -> Tensor:
-        """(B, new) ids behind prompts padded on the left; `generation` goes to transformers' `generate`.
-
-        An encoder-decoder's begin with the token that starts its decoder.
-        """
+        """(B, new) ids behind prompts padded on the left; `generation` goes to transformers' `generate`."""
         embeds_BTD = self.embed(ids, pixels, features, instruction, instruction_attention, layouts)
+        if encoder_decoder.is_one(self.language):
+            return encoder_decoder.generate(self.language, embeds_BTD, attention, **generation)
         new_BT = self.language.generate(inputs_embeds=embeds_BTD, attention_mask=attention.long(), **generation)
         return cast(Tensor, new_BT)
 

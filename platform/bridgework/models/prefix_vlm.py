@@ -41,8 +41,9 @@ class PrefixVLM:
         read = self.image_tokens if self.tiles == "unpad" else self.vision.tokens
         if self.grids and isqrt(self.vision.tokens) ** 2 != read:
             raise SpecError(
-                f"tiles lie in a grid of patches; the tower gives {self.vision.tokens} vectors a square and the bridge "
-                f'{self.image_tokens}: take vision.select="patch", and with tiles="unpad" a bridge that keeps each patch'
+                f"tiles lie in a grid of patches; the tower gives {self.vision.tokens} vectors a square and the "
+                f'bridge {self.image_tokens}: take vision.select="patch", and with tiles="unpad" a bridge '
+                "that keeps each patch"
             )
 
     @property

@@ -222,8 +222,8 @@ class QFormerPretrainingModel(Freezable):
 
     @torch.no_grad()
     def match(self, ids: Tensor, attention: Tensor, features: Tensor) -> Tensor:
-        """(N,) float32: the logit that image i and text i belong together (LAVIS adds it to the similarity)."""
-        return self._judge(self._patches(None, features), ids, attention)[:, 1].float()
+        """(N,) float32: the log-odds that image i and text i belong together."""
+        return self._judge(self._patches(None, features), ids, attention).float().diff(dim=1)[:, 0]
 
 
 def _first(attention_bT: Tensor) -> Tensor:

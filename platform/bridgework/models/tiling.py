@@ -59,7 +59,7 @@ def split(grid_RCD: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def real(layouts_N4: Tensor, patches: int) -> Tensor:
-    """(S, P) bool: False on the patches of padding; the base squares have none."""
+    """(S, P) bool on the CPU: False on the patches of padding; the base squares have none."""
     side, masks = isqrt(patches), [torch.ones(0, patches, dtype=torch.bool)]
     for layout in layouts(layouts_N4):
         masks.append(torch.ones(1, patches, dtype=torch.bool))
@@ -68,7 +68,7 @@ def real(layouts_N4: Tensor, patches: int) -> Tensor:
             grid_RC1 = torch.zeros(layout.rows * side, layout.columns * side, 1, dtype=torch.bool)
             grid_RC1[rows.start : rows.stop, columns.start : columns.stop] = True
             masks.append(split(grid_RC1, layout.rows, layout.columns).squeeze(-1))
-    return torch.cat(masks).to(layouts_N4.device)
+    return torch.cat(masks)
 
 
 class Unpad(nn.Module):

@@ -151,7 +151,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
 def put(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Load tensors by name into a model; positions of a ViT for another image size are interpolated.
 
-    A wiring with an `adopt` of its own says first what becomes of weights that another spec of it left. Raises WeightsError that names what is too much or has another shape.
+    A wiring with an `adopt` says first what becomes of weights that another spec of its kind left. Raises WeightsError
+    that names what is too much or has another shape.
     """
     own, state = model.state_dict(), fitted(model, getattr(model, "adopt", dict)(state))
     extra = sorted(set(state) - set(own))

@@ -1,0 +1,70 @@
+"""VLFeedback becomes pairs of a better and a worse answer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridgework.data.importers import vlfeedback
+from bridgework.data.quarantine import Reason, records
+from bridgework.data.samples import Part, Sample
+from bridgework.data.shards import open_dataset
+from bridgework.data.synthetic import shapes
+
+PNG = next(shapes(1, size=16)).images[0]
+
+
+def answer(text: str, *ratings: object) -> dict[str, Any]:
+    return {
+        "response": text,
+        "annotations": {
+            aspect: {"Rating": str(r)} for aspect, r in zip(vlfeedback.ASPECTS, ratings, strict=False)
+        },
+    }  # fmt: skip
+
+
+def question(key: str, *answers: dict[str, Any], image: str = "a.png") -> dict[str, Any]:
+    return {"id": key, "prompt": "What is it?", "image": image, "completions": list(answers)}
+
+
+def read(tmp_path: Path, rows: list[Any], **how: Any) -> dict[str, Sample]:
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "rows.jsonl").write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    dest = str(tmp_path / "kept")
+    vlfeedback.run(str(tmp_path / "rows.jsonl"), dest, say=lambda _: None, **how)
+    return {sample.key: sample for sample in open_dataset(dest).samples()}
+
+
+def test_the_best_mean_is_chosen_and_the_worst_rejected(tmp_path: Path) -> None:
+    rows = [question("q", answer("middle", 3, 3, 3), answer("best", 5, 3, 5), answer("worst", 1, 5, 1))]
+    sample = read(tmp_path, rows)["q"]
+    assert sample.parts == (
+        Part("user", image=0), Part("user", text="\nWhat is it?"), Part("assistant", text="best"),
+    )  # fmt: skip
+    assert sample.rejected == "worst" and sample.images == (PNG,)
+
+
+def test_ties_are_dropped_and_answers_without_a_rating_do_not_count(tmp_path: Path) -> None:
+    rows = [
+        question("tie", answer("a", 3, 3, 3), answer("b", 3, 3, 3)),
+        question("unrated", answer("a", 3, 3, 3), answer("b", 1, 1, 1), answer("c", 5, 5, "N/A")),
+    ]
+    kept = read(tmp_path, rows)
+    assert set(kept) == {"unrated"} and kept["unrated"].parts[-1].text == "a"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("{", Reason.BAD_ROW),
+        ([], Reason.BAD_ROW),
+        (question("x", answer("alone", 3, 3, 3)), Reason.BAD_ROW),
+        (question("x", answer("<image>", 3, 3, 3), answer("b", 1, 1, 1)), Reason.PLACEHOLDERS),
+        (question("x", answer("a", 3, 3, 3), answer("b", 1, 1, 1), image="no.png"), Reason.MISSING_IMAGE),
+    ],
+)
+def test_bad_rows_are_put_aside_with_their_reason(tmp_path: Path, row: Any, reason: Reason) -> None:
+    good = question("good", answer("a", 3, 3, 3), answer("b", 1, 1, 1))
+    assert set(read(tmp_path, [good, row], max_bad=1)) == {"good"}
+    assert [record.reason for record in records(f"{tmp_path}/kept.quarantine")] == [reason]
