@@ -37,6 +37,7 @@ class Sampling(TypedDict, total=False):
     """How an answer is written; what is left out is greedy, and 128 tokens at most."""
 
     max_new_tokens: int
+    min_new_tokens: int  # before these, nothing that ends an answer by itself is written
     temperature: float  # 0 is greedy
     top_p: float  # (0, 1]: draw from the likeliest tokens that have this share of the probability
     stop: Sequence[str]  # the answer ends before any of these
@@ -74,27 +75,18 @@ class Stream(Iterator[str]):
         room: int,
         *,
         max_new_tokens: int = 128,
+        min_new_tokens: int = 0,
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         seed: int | None = None,
     ) -> None:
         """`inputs` hold one prompt, as `PrefixModel.generate` takes it; `room` tokens fit behind it."""
-        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-            raise SpecError(
-                "max_new_tokens is at least 1, temperature at least 0 and top_p in (0, 1]; "
-                f"got {max_new_tokens}, {temperature:g} and {top_p:g}"
-            )
-        config = GenerationConfig(
-            max_new_tokens=min(max_new_tokens, room),
-            do_sample=False,  # where there is to be sampling, _Draw has done it
-            eos_token_id=sorted(endings.ids) or None,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        draws = _processors(temperature, top_p, seed, inputs["ids"].device)
+        lengths = (min_new_tokens, max_new_tokens, room)
+        how = _generation(lengths, temperature, top_p, [seed], tokenizer, endings, inputs["ids"].device)
         self.usage = Usage(prompt_tokens=inputs["ids"].shape[1])
         reader = _Reader(tokenizer, Endings(endings.ids, (*endings.strings, *(s for s in stop if s))), self.usage)
-        self._pieces = _pieces(model, {**inputs, "generation_config": config, "logits_processor": draws}, reader)
+        self._pieces = _pieces(model, {**inputs, **how}, reader)
 
     def __iter__(self) -> "Stream":
         return self
@@ -104,6 +96,26 @@ class Stream(Iterator[str]):
 
     def close(self) -> None:
         self._pieces.close()
+
+
+def together(
+    model: PrefixModel,
+    inputs: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    endings: Endings,
+    room: int,
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: int = 128,
+    min_new_tokens: int = 0,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> list[str]:
+    """A whole answer to each of B prompts, written side by side; row i draws from a generator of its own."""
+    lengths = (min_new_tokens, max_new_tokens, room)
+    how = _generation(lengths, temperature, top_p, seeds, tokenizer, endings, inputs["ids"].device)
+    rows_BT = model.generate(**inputs, **how)
+    return ["".join(_Reader(tokenizer, endings, Usage(0)).read(iter(row))) for row in rows_BT.tolist()]
 
 
 @dataclass
@@ -195,21 +207,56 @@ class _Relay(BaseStreamer, StoppingCriteria):
 class _Draw(LogitsProcessor):
     """Sampling as a processor: `generate` draws from the process's one generator, which every request would share."""
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        """One generator for all rows, or one for each."""
+        self._generators = generators
 
     def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
-        drawn_B1 = torch.multinomial(scores_BV.float().softmax(-1), 1, generator=self._generator)
-        return torch.full_like(scores_BV, float("-inf")).scatter(-1, drawn_B1, 0.0)
+        shares = scores_BV.float().softmax(-1).chunk(len(self._generators))
+        drawn = [torch.multinomial(s, 1, generator=g) for s, g in zip(shares, self._generators, strict=True)]
+        return torch.full_like(scores_BV, float("-inf")).scatter(-1, torch.cat(drawn), 0.0)
 
 
-def _processors(temperature: float, top_p: float, seed: int | None, device: torch.device) -> LogitsProcessorList:
+def _generation(
+    lengths: tuple[int, int, int],
+    temperature: float,
+    top_p: float,
+    seeds: Sequence[int | None],
+    tokenizer: PreTrainedTokenizerBase,
+    endings: Endings,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What `generate` is told beside its inputs; `lengths` are tokens: least, most, and how many there is room for."""
+    least, most, room = lengths
+    if not 0 <= least <= most or most < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise SpecError(
+            "max_new_tokens is at least 1, min_new_tokens no more than that, temperature at least 0 and top_p in "
+            f"(0, 1]; got {most}, {least}, {temperature:g} and {top_p:g}"
+        )
+    config = GenerationConfig(
+        max_new_tokens=min(most, room),
+        min_new_tokens=min(least, room) or None,
+        do_sample=False,  # where there is to be sampling, _Draw has done it
+        eos_token_id=sorted(endings.ids) or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return {"generation_config": config, "logits_processor": _processors(temperature, top_p, seeds, device)}
+
+
+def _processors(
+    temperature: float, top_p: float, seeds: Sequence[int | None], device: torch.device
+) -> LogitsProcessorList:
     if temperature == 0:
         return LogitsProcessorList()
+    nucleus = [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    draw = _Draw([_generator(seed, device) for seed in seeds])
+    return LogitsProcessorList([TemperatureLogitsWarper(temperature), *nucleus, draw])
+
+
+def _generator(seed: int | None, device: torch.device) -> torch.Generator:
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    nucleus = [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    return LogitsProcessorList([TemperatureLogitsWarper(temperature), *nucleus, _Draw(generator)])
+    return generator

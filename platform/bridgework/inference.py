@@ -26,7 +26,7 @@ from bridgework.data.tiling import lay_out
 from bridgework.data.tokens import Encoded
 from bridgework.data.transforms import decode, read_square, to_square
 from bridgework.errors import DataError, SpecError
-from bridgework.generation import Endings, FinishReason, Sampling, Stream
+from bridgework.generation import Endings, FinishReason, Sampling, Stream, together
 from bridgework.system import IGNORE, Layout, Stage
 from bridgework.training import artefact
 
@@ -247,10 +247,7 @@ class Pipeline:
         One seed gives one answer, whatever else runs in the process. Raises DataError for a prompt that fills the
         context, SpecError for a `sampling` out of range.
         """
-        self._able("generate", "write")
-        batch = self.batch([conversation], [images], answer=False)
-        inputs = {name: tensor for name, tensor in batch.inputs().items() if name != "labels"}
-        room = self.stage.model.context - batch.ids_BT.shape[1]
+        inputs, room = self._asked([conversation], [images])
         return Stream(self.model, inputs, self.tokenizer, self._endings, room, **sampling)
 
     def generate(
@@ -264,7 +261,27 @@ class Pipeline:
         text, usage = "".join(stream), stream.usage
         return Generation(text, usage.prompt_tokens, usage.completion_tokens, usage.finish_reason or "length")
 
+    def write(
+        self,
+        conversations: Sequence[Sequence[Part]],
+        images: Sequence[Sequence[Picture] | Tensor],
+        seeds: Sequence[int],
+        **sampling: Any,
+    ) -> list[str]:
+        """Whole answers, written side by side, each with draws of its own seed; `sampling` as `together` takes it."""
+        inputs, room = self._asked(conversations, images)
+        return together(self.model, inputs, self.tokenizer, self._endings, room, seeds, **sampling)
+
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _asked(
+        self, conversations: Sequence[Sequence[Part]], images: Sequence[Sequence[Picture] | Tensor]
+    ) -> tuple[dict[str, Tensor], int]:
+        """What `generate` reads, and how many tokens fit behind it."""
+        self._able("generate", "write")
+        batch = self.batch(conversations, images, answer=False)
+        inputs = {name: tensor for name, tensor in batch.inputs().items() if name != "labels"}
+        return inputs, self.stage.model.context - batch.ids_BT.shape[1]
 
     def _square(self, image: Picture) -> NDArray[np.uint8]:
         if isinstance(image, np.ndarray):

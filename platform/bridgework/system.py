@@ -93,6 +93,21 @@ class EvalSpec(Protocol):
     def run(self, pipeline: Any, home: Path) -> Any: ...  # inference.Pipeline -> evaluation.Result
 
 
+class CurationSpec(Protocol):
+    """Makes a dataset between stages, by what earlier ones learned (see bridgework.curation)."""
+
+    @property
+    def makes(self) -> str: ...  # the dataset, as the stage's sources name it
+    @property
+    def uses(self) -> tuple[str, ...]: ...  # the earlier stages whose artefacts it needs
+    @property
+    def sources(self) -> tuple[str, ...]: ...  # datasets that it reads: they must be there before training starts
+    def tiny(self) -> Self: ...
+    def run(
+        self, artefacts: Mapping[str, Path], dest: str, *, home: Path, workers: int, say: Callable[[str], object]
+    ) -> Any: ...  # -> data.manifest.Manifest of `dest`; run again it goes on, or takes what is there
+
+
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
@@ -151,10 +166,11 @@ class Mixture:
             if source.max_epochs is not None and source.max_epochs <= 0:
                 raise SpecError(f"sources.{source.name}.max_epochs must be above 0, got {source.max_epochs:g}")
 
-    def tiny(self, kind: str = "shapes") -> "Mixture":
+    def tiny(self, kind: str = "shapes", *, made: str | None = None) -> "Mixture":
+        """`made` is a dataset that the run makes itself: its source stays."""
         return replace(
             self,
-            sources=tuple(s.tiny(kind) for s in self.sources),
+            sources=tuple(s if s.dataset == made else s.tiny(kind) for s in self.sources),
             max_tokens=min(self.max_tokens, 512),
             lanes=4,
             window=4,
@@ -230,6 +246,7 @@ class Stage:
     shard: ZeRO = ZeRO()
     evals: tuple[EvalSpec, ...] = ()
     seed: int = 0
+    curation: CurationSpec | None = None  # makes a dataset from earlier stages' models before this stage starts
 
     def __post_init__(self) -> None:
         if not self.trains:
@@ -244,12 +261,21 @@ class Stage:
                 "every lane gives the same number of samples to a batch"
             )
         unique(f"{self.name}.evals", [e.name for e in self.evals])
+        datasets = [source.dataset for source in self.data.sources]
+        if self.curation is not None and self.curation.makes not in datasets:
+            raise SpecError(
+                f"{self.name}.curation makes {self.curation.makes!r}, which none of the stage's sources reads"
+                + suggest(self.curation.makes, datasets)
+            )
 
     def tiny(self) -> "Stage":
+        kind = "preferences" if any(loss.needs == "preference" for loss in self.losses) else "shapes"
+        curation = None if self.curation is None else self.curation.tiny()
         return replace(
             self,
             model=self.model.tiny(),
-            data=self.data.tiny("preferences" if any(loss.needs == "preference" for loss in self.losses) else "shapes"),
+            data=self.data.tiny(kind, made=None if curation is None else curation.makes),
+            curation=curation,
             budget=self.budget.tiny(),
             shard=replace(self.shard, precision="fp32"),
             evals=tuple(e.tiny() for e in self.evals),
@@ -274,6 +300,12 @@ class System:
                     f"{self.name}.{stage.name} starts from {start!r}, which is neither an earlier stage nor a path"
                     + suggest(start, seen)
                 )
+            for name in () if stage.curation is None else stage.curation.uses:
+                if name not in seen:
+                    raise SpecError(
+                        f"{self.name}.{stage.name}.curation uses {name!r}, which is no earlier stage"
+                        + suggest(name, seen)
+                    )
             seen.append(stage.name)
 
     def __getitem__(self, name: str) -> Stage:

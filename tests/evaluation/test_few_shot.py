@@ -1,5 +1,6 @@
 """Few-shot prompts: which examples, where they stand, and what their order does not change."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -95,6 +96,12 @@ def test_the_likelihood_of_a_candidate_depends_on_no_other_and_on_no_padding(hom
     turned = [score.loglik for score in pipe.scores(said[::-1], [images] * 3)][::-1]
     alone = [pipe.scores([one], [images])[0].loglik for one in said]
     assert together == pytest.approx(turned, abs=1e-3) and together == pytest.approx(alone, abs=1e-3)
+
+
+def test_a_prompt_longer_than_the_rows_of_training_is_read_whole(home: Path) -> None:
+    pipe, spec = pipeline(), FewShot(dataset=DATASET, shots=3, rows=5, candidates=4)
+    short = Pipeline(pipe.model, replace(pipe.stage, data=replace(pipe.stage.data, max_tokens=40)))
+    assert spec.run(short, home).metrics == spec.run(pipe, home).metrics
 
 
 def test_support_from_another_dataset_and_shots_at_random(home: Path) -> None:

@@ -125,7 +125,7 @@ def test_draws_follow_the_distribution() -> None:
     logits_V = torch.tensor([2.0, 1.0, 0.0, -1.0, -5.0])
     for top_p, kept in ((1.0, 5), (0.9, 2)):  # at temperature 0.5 the first has 0.86, the second 0.12
         expected_V = (logits_V[:kept] / 0.5).softmax(-1)
-        draw = _processors(temperature=0.5, top_p=top_p, seed=0, device=torch.device("cpu"))
+        draw = _processors(temperature=0.5, top_p=top_p, seeds=[0], device=torch.device("cpu"))
         before_BT, logits_BV = torch.LongTensor(20_000, 1), cast(torch.FloatTensor, logits_V.expand(20_000, 5))
         drawn_B = draw(before_BT, logits_BV).argmax(-1)
         shares_V = torch.bincount(drawn_B, minlength=5) / 20_000

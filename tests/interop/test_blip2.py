@@ -1,5 +1,6 @@
 """BLIP-2, InstructBLIP and LLaVA between here and transformers: names, features, logits, written ids, both ways."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import SpecError, WeightsError
 from bridgework.interop import blip2, instructblip, llava
 from bridgework.interop.convert import export_hf, import_hf
@@ -19,6 +21,7 @@ from bridgework.models.prefix_vlm import PrefixModel
 from bridgework.models.qformer_pretrainer import QFormerPretrainingModel
 from bridgework.models.vision import normalise
 from bridgework.system import IMAGE
+from bridgework.training import artefact
 from bridgework.training.step import Step
 from tests.models.examples import LLAMA_7B, pixels, stirred
 
@@ -151,6 +154,20 @@ def test_features_and_bridge_tokens_agree(shape: str) -> None:
         tokens = built.images(None, features, *heard(shape).values())
     torch.testing.assert_close(built.bridge.ln_vision(features), found.last_hidden_state, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(tokens, found.pooler_output, atol=1e-5, rtol=1e-4)
+
+
+def test_both_tokenizers_of_an_instructblip_travel_with_it(tmp_path: Path) -> None:
+    theirs("instructblip-llama").save_pretrained(tmp_path / "in")
+    for folder in (tmp_path / "in", tmp_path / "in" / "qformer_tokenizer"):
+        load_tokenizer("bytes").save_pretrained(folder)
+    import_hf(tmp_path / "in", tmp_path / "artefact")
+    shutil.rmtree(tmp_path / "in")
+    model = artefact.load(tmp_path / "artefact").stage.model
+    assert model.tokenizer == str(tmp_path / "artefact" / "tokenizer")
+    assert model.instruction == str(tmp_path / "artefact" / "tokenizer" / "qformer_tokenizer")
+    export_hf(tmp_path / "artefact", tmp_path / "out")
+    said = [load_tokenizer(str(tmp_path / "out" / place))("a dog").input_ids for place in ("", "qformer_tokenizer")]
+    assert said[0] == said[1] == load_tokenizer("bytes")("a dog").input_ids
 
 
 @pytest.mark.parametrize("shape", WRITERS)

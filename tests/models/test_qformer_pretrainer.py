@@ -1,5 +1,6 @@
 """BLIP-2's first stage: what each objective sees, what trains, and transformers' retrieval model beside it."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,17 @@ def test_cached_features_stand_in_for_pixels() -> None:
     assert torch.equal(from_pixels.logits_BTV, from_features.logits_BTV)
 
 
+def test_bfloat16_runs_and_its_losses_stay_close() -> None:
+    model = build(dropout=0.0)
+    wants = ALL - {"match_all"}  # its negatives are drawn
+    exact, rounded = (
+        m(ids(), ATTENTION, LABELS, pixels(3), wants=wants) for m in (model, copy.deepcopy(model).bfloat16())
+    )
+    for loss in (LOSSES[0], LOSSES[2]):
+        assert loss(rounded).dtype == torch.float32
+        torch.testing.assert_close(loss(rounded), loss(exact), atol=0.3, rtol=0.1)
+
+
 def test_padding_on_either_side_changes_nothing() -> None:
     model = build()
     right = model(ids(), ATTENTION, pixels=pixels(3), wants=frozenset({"pooled", "logits"}))
@@ -193,4 +205,4 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_its_text_has_no_places_for_images() -> None:
     assert SPEC.image_tokens == 0 and SPEC.places(Layout(0, 0, 4, 3)) == 0 and SPEC.instruction is None
-    assert (SPEC.tokenizer, SPEC.tiny().tokenizer, SPEC.context) == ("bert-base-uncased", "bytes", 512)
+    assert (SPEC.tokenizer, SPEC.tiny().tokenizer, SPEC.context) == ("google-bert/bert-base-uncased", "bytes", 512)

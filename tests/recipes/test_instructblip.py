@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from bridgework.data.mixing import requested
+from bridgework.data.samples import Part
+from bridgework.data.streams import Streams
 from bridgework.data.templates import TEMPLATES
+from bridgework.data.tokens import load_tokenizer
 from bridgework.models.bridges.qformer import is_text
 from bridgework.recipes import _instructions as instructions
 from bridgework.system import Mixture, Source, load
@@ -64,3 +67,12 @@ def test_it_goes_on_where_blip2_ends() -> None:
         assert [s.name for s in system.stages] == ["represent", "generate", "instruct"]
         assert system["instruct"].model.language == system["generate"].model.language
         assert system["instruct"].starts_from == "generate"
+
+
+def test_a_long_instruction_keeps_its_end_and_an_empty_one_is_two_tokens() -> None:
+    stage = load("instructblip").tiny()["instruct"]
+    streams = Streams.of(stage.model, stage.data)
+    ids = streams.instruction([Part("user", image=0), Part("user", text="word " * 100 + "the end")])
+    tokenizer = load_tokenizer("bytes")
+    assert len(ids) == 128 and tokenizer.decode(ids, skip_special_tokens=True).endswith("the end")
+    assert len(streams.instruction([Part("user", image=0)])) == 2

@@ -12,7 +12,7 @@ from bridgework.errors import DataError, RunError, SpecError, WeightsError
 from bridgework.evaluation import HeldOutLoss
 from bridgework.spec import override
 from bridgework.training import artefact, checkpoint
-from tests.training.support import go, llava, losses, same, weights
+from tests.training.support import Stop, go, llava, losses, same, stop_at, weights
 
 
 def folder(home: Path, run: str) -> Path:
@@ -99,11 +99,11 @@ def test_edited_parent_is_refused(home: Path, run: str) -> None:
     assert not (folder(home, run) / "instruct" / "artefact").exists()
 
 
-def test_checkpoint_of_another_number_of_workers_is_refused_with_advice(home: Path, run: str) -> None:
+def test_a_checkpoint_of_other_workers_without_their_state_is_refused(home: Path, run: str) -> None:
     system = llava(4)
     made = checkpoint.begin(folder(home, run) / "align", 2, "old")
     checkpoint.complete(made, step=2, world=3, attempt="old", fingerprint=system.fingerprint(), keep=2)
-    with pytest.raises(RunError, match="state of 3 workers, this run has 1; go on with --workers 3"):
+    with pytest.raises(RunError, match="cannot be read by another number of workers"):
         go(system, home, run)
 
 
@@ -186,3 +186,21 @@ def test_run_with_workers_goes_on_with_the_same_command(home: Path, run: str) ->
     go(llava(6), home, run, workers=2, checkpoint_every=2)
     assert same(weights(home, run), unbroken)
     assert [step for step, _ in losses(home, run)] == [1, 2, 3, 4, 5, 6, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_run_goes_on_with_another_number_of_workers(home: Path, run: str, zero: int) -> None:
+    system = llava(6, stages__align__budget__micro=4, stages__align__shard__stage=zero)
+    go(system, home, f"{run}-whole", workers=2, checkpoint_every=2)
+    whole = dict(losses(home, f"{run}-whole"))
+    with pytest.raises(Stop):
+        go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(4))
+    go(system, home, run, workers=2)  # from one process to two workers
+    assert dict(losses(home, run)) == pytest.approx(whole, rel=1e-4)
+    (folder(home, f"{run}-whole") / "align/artefact/artefact.json").unlink()  # as if its driver had died
+    go(system, home, f"{run}-whole")  # from two workers to one process
+    again = losses(home, f"{run}-whole")
+    assert [step for step, _ in again] == [1, 2, 3, 4, 5, 6, 5, 6]
+    assert dict(again) == pytest.approx(whole, rel=1e-4)

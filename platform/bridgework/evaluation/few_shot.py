@@ -7,7 +7,7 @@ shots, two examples are told without their images. An ensemble takes the mean ov
 # R rows, each an image and its caption  K shots  C candidates, the right one first  F width of the tower's features
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, permutations
 from math import factorial
@@ -61,8 +61,12 @@ class FewShot:
             raise SpecError(f"{self.name}: shots is 0 or more and orders 1 or more, got {self.shots} and {self.orders}")
         if not 2 <= self.candidates <= self.rows:
             raise SpecError(f"{self.name}.candidates must lie between 2 and rows ({self.rows}), got {self.candidates}")
-        if self.support is None and self.rows <= max(self.shots, TOLD):
+        if self.support is None and self.rows <= self._needed:
             raise SpecError(f"{self.name}: {self.rows} rows are too few to take {self.shots} other ones as examples")
+
+    @property
+    def _needed(self) -> int:
+        return self.shots or TOLD
 
     def tiny(self) -> "FewShot":
         here = "synthetic:shapes"
@@ -78,45 +82,51 @@ class FewShot:
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Raises DataError for a dataset with too few pairs."""
-        items = draw_pairs(self, pipeline, home, at_least=self.candidates)
+        pipeline = _roomy(pipeline)
+        items = draw_pairs(self, pipeline, home, at_least=max(self.candidates, self._needed + 1))
         pool = items
         if self.support is not None:
             wanted = replace(self, dataset=self.support)
-            pool = draw_pairs(wanted, pipeline, home, at_least=max(self.shots, TOLD))
-        seen_RPF, pool_PPF = (pipeline.features([i.squares[0] for i in rows]) for rows in (items, pool))
-        own = None if self.support is not None else list(range(len(items)))
-        chosen = self._choose(seen_RPF, pool_PPF, own)
+            pool = draw_pairs(wanted, pipeline, home, at_least=self._needed)
+        seen_RPF, told_RPF = (pipeline.features([i.squares[0] for i in rows]) for rows in (items, pool))
+        chosen = self._choose(seen_RPF, told_RPF)
         captions_RC = candidates(len(items), self.candidates, self.seed).tolist()
-        loglik_RC = torch.stack(
-            [
-                self._judge(pipeline, seen_RPF[row], pool_PPF, [items[c].sample.text for c in own_C], chosen[row], pool)
-                for row, own_C in enumerate(captions_RC)
-            ]
-        )
-        return Result(named(self.name, {"accuracy": first(loglik_RC), "chance": 1 / self.candidates}))
+        judged = []
+        for row, own_C in enumerate(captions_RC):
+            told = {i: (pool[i], told_RPF[i]) for i in chosen[row]}
+            judged.append(self._judge(pipeline, seen_RPF[row], [items[c].sample.text for c in own_C], told))
+        return Result(named(self.name, {"accuracy": first(torch.stack(judged)), "chance": 1 / self.candidates}))
 
-    def _choose(self, seen_RPF: Tensor, pool_PPF: Tensor, own: list[int] | None) -> list[list[int]]:
-        count = self.shots or TOLD
+    def _choose(self, seen_RPF: Tensor, told_RPF: Tensor) -> list[list[int]]:
+        """For every row the places of its examples in the support, never its own."""
+        count, own = self._needed, range(len(seen_RPF)) if self.support is None else None
         if self.select == "rices" and self.shots:
-            return rices(pooled(seen_RPF), pooled(pool_PPF), count, own)
-        draws = [random.Random(f"{self.seed}:{row}") for row in range(len(seen_RPF))]
-        free = [[i for i in range(len(pool_PPF)) if own is None or i != own[row]] for row in range(len(draws))]
-        return [draw.sample(rows, count) for draw, rows in zip(draws, free, strict=True)]
+            return rices(pooled(seen_RPF), pooled(told_RPF), count, own)
+        chosen = []
+        for row in range(len(seen_RPF)):
+            free = [i for i in range(len(told_RPF)) if own is None or i != row]
+            chosen.append(random.Random(f"{self.seed}:{row}").sample(free, count))
+        return chosen
 
     def _judge(
-        self, pipeline: "Pipeline", seen_PF: Tensor, pool_PPF: Tensor, texts: list[str], chosen: list[int],
-        pool: list[Item],
-    ) -> Tensor:  # fmt: skip
-        """(C,) nats of each text about one image, as the mean over the orders of its shots."""
+        self, pipeline: "Pipeline", seen_PF: Tensor, texts: list[str], told: Mapping[int, tuple[Item, Tensor]]
+    ) -> Tensor:
+        """(C,) nats of each text about one image, as the mean over the orders of its examples."""
         question, nats = self.prompts[0], []
-        for order in orders(chosen, self.orders, self.seed):
-            shots = [Shot(question, pool[i].sample.text) for i in order]
-            shown = [pool_PPF[i] for i in order] if self.shots else []
+        for order in orders(list(told), self.orders, self.seed):
+            shots = [Shot(question, told[i][0].sample.text) for i in order]
+            shown = [told[i][1] for i in order] if self.shots else []
             asked = prompt(shots, question, shown=bool(self.shots))
             said = [[*asked, Part("assistant", text=f" {text}")] for text in texts]
             scores = pipeline.scores(said, [torch.stack([*shown, seen_PF])] * len(texts))
             nats.append(torch.tensor([score.loglik for score in scores]))
         return torch.stack(nats).mean(0)
+
+
+def _roomy(pipeline: "Pipeline") -> "Pipeline":
+    """The same model with its whole context to read: many shots are longer than the rows that a stage trains on."""
+    stage = pipeline.stage
+    return type(pipeline)(pipeline.model, replace(stage, data=replace(stage.data, max_tokens=stage.model.context)))
 
 
 def prompt(shots: Sequence[Shot], question: str, *, shown: bool = True) -> list[Part]:

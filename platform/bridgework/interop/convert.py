@@ -111,6 +111,8 @@ def export_hf(path: Path, out: Path, architecture: str | None = None) -> Certifi
     with _whole(out) as partial:
         theirs.save_pretrained(partial)
         load_tokenizer(spec.tokenizer).save_pretrained(partial)
+        if spec.instruction is not None:
+            load_tokenizer(spec.instruction).save_pretrained(partial / SECOND)
         _write(certificate, partial)
     return certificate
 

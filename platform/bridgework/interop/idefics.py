@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridgework.errors import SpecError, WeightsError
+from bridgework.errors import SpecError
+from bridgework.interop.parts import expect, holding, parameters, renamed
 from bridgework.losses import Captioning
-from bridgework.models import vision as vision_tower
-from bridgework.models.bridges.gated_xattn import Gates
-from bridgework.models.bridges.resampler import Resampler
-from bridgework.models.crossattn_vlm import CrossAttentionVLM
-from bridgework.models.language import LanguageConfig
-from bridgework.models.vision import ViTConfig
-from bridgework.system import END, IMAGE, AdamW, Budget, Mixture, Source, Stage
+from bridgework.models import CrossAttentionVLM, Gates, LanguageConfig, Resampler, ViTConfig
+from bridgework.models.vision import VIT_FIELDS, normalise
+from bridgework.system import END, IMAGE, Stage
 
 ARCHITECTURES = ("IdeficsForVisionText2Text",)
 PARTS = {  # ours -> transformers'; the first that fits
@@ -61,12 +58,9 @@ BLOCK = {  # between the layers of the language model
 
 def spec(config: Any) -> CrossAttentionVLM:
     """The wiring of an IdeficsConfig. Raises WeightsError for what it cannot be."""
-    wanted = {"use_resampler": True, "additional_vocab_size": 2, "hidden_act": "silu", "dropout": 0.0}
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            raise WeightsError(f"this Idefics has {name} {getattr(config, name)}, and only {value} is read")
+    expect(config, {"use_resampler": True, "additional_vocab_size": 2, "hidden_act": "silu", "dropout": 0.0})
     perceiver, width = config.perceiver_config, config.hidden_size // config.num_attention_heads
-    vision = {ours: getattr(config.vision_config, theirs) for ours, theirs in vision_tower.VIT_FIELDS.items()}
+    vision = {ours: getattr(config.vision_config, theirs) for ours, theirs in VIT_FIELDS.items()}
     return CrossAttentionVLM(
         vision=ViTConfig(layer=-1, select="all", act=config.vision_config.hidden_act, fit="crop", **vision),
         bridge=Resampler(
@@ -120,33 +114,18 @@ def _numbers(vision: Any) -> dict[str, Any]:
     kind = isinstance(vision, ViTConfig) and (vision.kind, vision.select, vision.blocks == vision.depth)
     if kind != ("clip", "all", True):
         raise SpecError("transformers' Idefics has a CLIP ViT, read with its CLS token behind the last block")
-    numbers = {theirs: getattr(vision, ours) for ours, theirs in vision_tower.VIT_FIELDS.items()}
+    numbers = {theirs: getattr(vision, ours) for ours, theirs in VIT_FIELDS.items()}
     return numbers | {"hidden_act": vision.act or "quick_gelu", "embed_dim": vision.width}
 
 
 def names(model: CrossAttentionVLM) -> Mapping[str, str]:
     """Our parameters -> transformers', one to one."""
-    with torch.device("meta"):
-        ours = [name for name, _ in model.build(pretrained=False).named_parameters()]
-    return {name: _theirs(name, model.gates.every) for name in ours}
+    return {name: _theirs(name, model.gates.every) for name in parameters(model)}
 
 
 def stage(model: CrossAttentionVLM) -> Stage:
-    """A stage that holds the weights: nothing is trained in it."""
-    return Stage(
-        name="train",
-        model=model,
-        trains={"*": 1.0},
-        losses=(Captioning(),),
-        data=Mixture(
-            sources=(Source(name="shapes", dataset="synthetic:shapes"),),
-            template="interleaved",
-            max_tokens=model.context,
-            lanes=1,
-        ),
-        budget=Budget(steps=1, batch=1),
-        optim=AdamW(peak_lr=1e-5),
-    )
+    """A stage that holds the weights."""
+    return holding(model, "train", (Captioning(),), "interleaved")
 
 
 def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -161,7 +140,7 @@ def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
     expected = theirs(
         input_ids=ids.masked_fill(ids == END, vocab).masked_fill(places, vocab + 1),
         attention_mask=torch.ones_like(ids),
-        pixel_values=vision_tower.normalise(images, look).unsqueeze(0),
+        pixel_values=normalise(images, look).unsqueeze(0),
         image_attention_mask=(places.cumsum(-1).unsqueeze(-1) == torch.arange(1, 3)).long(),
     )
     return {"logits": (found.logits_BTV, expected.logits)}
@@ -170,13 +149,8 @@ def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
 def _theirs(name: str, every: int) -> str:
     if name.startswith("gates."):
         _, number, rest = name.split(".", 2)
-        return f"model.gated_cross_attn_layers.{int(number) // every}.{_renamed(rest, BLOCK)}"
+        return f"model.gated_cross_attn_layers.{int(number) // every}.{renamed(rest, BLOCK)}"
     if name.startswith("bridge.layers."):
         _, _, number, rest = name.split(".", 3)
-        return f"model.perceiver_resampler.blocks.{number}.{_renamed(rest, LAYER)}"
-    return _renamed(name, PARTS)
-
-
-def _renamed(name: str, parts: Mapping[str, str]) -> str:
-    part = next(part for part in parts if name.startswith(part))
-    return parts[part] + name.removeprefix(part)
+        return f"model.perceiver_resampler.blocks.{number}.{renamed(rest, LAYER)}"
+    return renamed(name, PARTS)

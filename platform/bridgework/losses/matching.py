@@ -19,6 +19,7 @@ from bridgework.errors import DataError
 from bridgework.losses.gather import gather
 from bridgework.spec import spec
 
+_ODD = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # as signed int64
 FLOOR = 1e-4  # added to every candidate's probability (BLIP's blip_pretrain.py), so that an easy one may come too
 
 
@@ -88,14 +89,17 @@ def judged_pairs(
     """
     offset, images_KPF = 0, images_bPF
     ids_KT, attention_KT, image_KQD, text_KD, identity_K = ids_bT, attention_bT, image_bQD, text_bD, identity_b
+    seed = torch.tensor([torch.initial_seed() % 2**31], device=ids_bT.device)
     if everywhere:
+        seed = gather(seed).rows_BD[:1]
         ids_KT, attention_KT = gather_texts(ids_bT, attention_bT)
         images_KPF, offset = gather(images_bPF)
         image_KQD, text_KD = gather(image_bQD.detach()).rows_BD, gather(text_bD.detach()).rows_BD
         identity_K = None if identity_b is None else gather(identity_b).rows_BD
     own_bK = own(len(ids_bT), len(ids_KT), offset, identity_b, identity_K, device=ids_bT.device)
-    image_b = hard_negatives(nearest(text_bD, image_KQD) * scale, own_bK)
-    text_b = hard_negatives(nearest(text_KD, image_bQD).T * scale, own_bK)
+    keys_b, keys_K = _keys(ids_bT * attention_bT), _keys(ids_KT * attention_KT)
+    image_b = hard_negatives(nearest(text_bD, image_KQD) * scale, own_bK, chance(keys_b, keys_K, seed))
+    text_b = hard_negatives(nearest(text_KD, image_bQD).T * scale, own_bK, chance(keys_b, keys_K, seed + 1))
     wider = (0, ids_KT.shape[1] - ids_bT.shape[1])
     own_ids_bT, own_attention_bT = pad(ids_bT, wider), pad(attention_bT, wider)
     return Pairs(
@@ -118,11 +122,12 @@ def nearest(text_XD: Tensor, image_YQD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def hard_negatives(similar_bK: Tensor, own_bK: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def hard_negatives(similar_bK: Tensor, own_bK: Tensor, uniform_bK: Tensor) -> Tensor:
     """(b,) int64: for every row a candidate that is not its own, the likelier the more similar.
 
-    similar_bK are similarities over the temperature, own_bK (bool) is true where a candidate belongs to the row; the
-    draws come from `generator`, or from torch's own. Raises DataError for a row to which every candidate belongs.
+    similar_bK are similarities over the temperature, own_bK (bool) is true where a candidate belongs to the row,
+    uniform_bK (float64, in (0, 1)) is the chance that decides. Raises DataError for a row to which every candidate
+    belongs.
     """
     if bool(own_bK.all(1).any()):
         raise DataError(
@@ -130,7 +135,23 @@ def hard_negatives(similar_bK: Tensor, own_bK: Tensor, generator: torch.Generato
             "images on every rank; raise budget.batch or budget.micro, or take losses.matching.negatives=all"
         )
     chances_bK = (similar_bK.float().softmax(1) + FLOOR).masked_fill(own_bK, 0.0)
-    return torch.multinomial(chances_bK, 1, generator=generator).squeeze(1)
+    gumbel_bK = -(-uniform_bK.log()).log()  # the largest of log-chances with this noise is one draw from the chances
+    return (chances_bK.double().log() + gumbel_bK).argmax(1)
+
+
+def chance(rows_b: Tensor, columns_K: Tensor, seed: Tensor) -> Tensor:
+    """(b, K) float64 in (0, 1), from the keys of a row and a column: on whatever rank the two meet, the same."""
+    mixed_bK = rows_b[:, None] * _ODD[0] + columns_K * _ODD[1] + seed
+    for shift, odd in ((30, _ODD[1]), (27, _ODD[2])):  # SplitMix64 (Steele et al. 2014), its shifts and constants
+        mixed_bK = (mixed_bK ^ (mixed_bK >> shift & (1 << 64 - shift) - 1)) * odd
+    mixed_bK = mixed_bK ^ (mixed_bK >> 31 & (1 << 33) - 1)
+    return ((mixed_bK >> 11 & (1 << 53) - 1).double() + 0.5) / 2**53
+
+
+def _keys(ids_bT: Tensor) -> Tensor:
+    """(b,) int64 of each text, whatever its padding (0) is."""
+    places_T = torch.arange(1, ids_bT.shape[1] + 1, device=ids_bT.device) * _ODD[2]
+    return ((ids_bT + 1) * (ids_bT != 0) * places_T).sum(1)
 
 
 def own(

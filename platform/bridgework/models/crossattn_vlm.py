@@ -133,6 +133,11 @@ class CrossAttentionModel(Freezable):
         self.language = language
         self.extra = Extra(language)
         self._vocab = int(language.get_output_embeddings().weight.shape[0])
+        if not hasattr(language.get_decoder(), "layers"):
+            raise SpecError(
+                f"the blocks go between the layers of a causal language model, and {language.config.model_type!r} "
+                "has no such list; take llama, mistral, qwen2, phi3, opt, ..."
+            )
         insert(language.get_decoder().layers, gates)
 
     @property

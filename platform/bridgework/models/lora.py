@@ -49,7 +49,7 @@ class LoRA:
             raise SpecError(f"language.lora.targets {self.targets}: {str(error).splitlines()[0]}") from None
 
     def tiny(self) -> "LoRA":
-        return replace(self, rank=min(self.rank, 4))
+        return replace(self, rank=min(self.rank, 4), dropout=0.0)
 
 
 def adapted(module: nn.Module) -> list[tuple[str, Any]]:

@@ -64,7 +64,9 @@ HELD_IN = (  # rows as the paper counts them
     Source(name="llava_reason", dataset="llava-reason", rows=77_000, prompts=TALK),
     Source(name="llava_talk", dataset="llava-talk", rows=58_000, prompts=TALK),
 )
-HELD_OUT = (
-    "nocaps", "flickr30k", "gqa", "vsr", "iconqa", "textvqa", "visdial", "hateful_memes", "vizwiz", "scienceqa",
-    "msvd_qa", "msrvtt_qa", "ivqa",
-)  # fmt: skip
+SHORT, SIGN = "Question: {} Short answer:", "OCR tokens: {ocr}. Question: {} Short answer:"
+HELD_OUT = {  # and what each is asked with (the first is the paper's; figure 2, appendix E)
+    "nocaps": "A short image description:", "flickr30k": "A short image description:", "gqa": SHORT, "vsr": SHORT,
+    "iconqa": SHORT, "textvqa": SIGN, "visdial": SHORT, "hateful_memes": SHORT, "vizwiz": SHORT, "scienceqa": SHORT,
+    "msvd_qa": SHORT, "msrvtt_qa": SHORT, "ivqa": SHORT,
+}  # fmt: skip

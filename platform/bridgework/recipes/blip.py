@@ -3,7 +3,8 @@
 pretrain    contrast, matching and captions on noisy web pairs and human ones             (3.2)
 captioner   from pretrain, on COCO: writes one caption for every web image, top_p 0.9     (3.3, 4.3)
 filter      from pretrain, on COCO: drops web and written captions that do not match      (3.3)
-bootstrap   a new model, from ImageNet and BERT again, on what is left: `capfilt`         (4.4, section 6)
+bootstrap   CapFilt makes `capfilt` of the web's images and what is left of both texts    (3.3, 4.3)
+            a new model, from ImageNet and BERT again, learns from it                     (4.4, section 6)
 
 bridgework train blip             ViT-B, 14M images: 32 GPUs (4.1), 3-4 days (the authors, salesforce/BLIP#2)
 bridgework train blip --tiny      a laptop: seconds
@@ -15,6 +16,7 @@ crop, no flip, no RandAugment, no drop-path; captions keep their punctuation; th
 from dataclasses import replace
 from typing import Any
 
+from bridgework.curation import CapFilt
 from bridgework.evaluation import Retrieval
 from bridgework.losses import Captioning, Matching, MomentumContrastive
 from bridgework.models import MED, BlipViTConfig, MEDTextConfig, MomentumConfig
@@ -65,14 +67,16 @@ def _blip(vit: BlipViTConfig, noisy: tuple[Source, ...], *, steps: int, batch: i
     momentum = MomentumConfig(ramp=steps // 10)  # 2 of 20 epochs
     pretrain = Stage(
         name="pretrain", model=MED(vision=vit, text=BERT, momentum=momentum), trains={"*": 1.0},
-        losses=(MomentumContrastive(), Matching(), WRITING),
+        losses=(MomentumContrastive(), Matching(negatives="all"), WRITING),
         data=Mixture(sources=noisy, template="caption", max_tokens=30, lanes=32),
         budget=Budget(steps=steps, batch=batch, micro=batch // 32),
         optim=AdamW(peak_lr=peak_lr, final_lr=peak_lr * 0.85**20, decay="exponential", warmup=3_000 / steps,
                     weight_decay=0.05, clip=0.0),
         shard=ZeRO(stage=1), evals=FOUND,
     )  # fmt: skip
-    bootstrap = replace(pretrain, name="bootstrap", data=replace(pretrain.data, sources=CLEAN))
+    web = tuple(source.dataset for source in noisy if source not in HUMAN)
+    clean = CapFilt(captioner="captioner", filter="filter", sources=web)  # makes `capfilt`
+    bootstrap = replace(pretrain, name="bootstrap", data=replace(pretrain.data, sources=CLEAN), curation=clean)
     stages = (pretrain, _captioner(vit), _finder(vit), bootstrap)
     return System(name="blip", paper="arXiv:2201.12086", stages=stages)
 

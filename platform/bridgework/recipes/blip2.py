@@ -19,7 +19,7 @@ from bridgework.models import LanguageConfig, PrefixVLM, QFormer, QFormerPretrai
 from bridgework.recipes._backbones import FLAN_XL, OPT_2_7B, OPT_6_7B, VICUNA_7B, VIT_G
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
-BRIDGE = QFormer(bert="google-bert/bert-base-uncased", tokenizer="google-bert/bert-base-uncased")
+BRIDGE = QFormer(bert="google-bert/bert-base-uncased")
 IMAGES = {"coco": 113_000, "vg": 100_000, "cc3m": 2_950_000, "cc12m": 10_060_000, "sbu": 860_000, "laion": 115_000_000}
 PAIRS = tuple(Source(name=name, dataset=f"blip2-{name}", rows=rows) for name, rows in IMAGES.items())  # 129M (3.4)
 QUERIES = (  # of the Q-Former, without its text (3.3)

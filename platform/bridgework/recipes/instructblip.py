@@ -46,6 +46,9 @@ def _instructblip(start: System, language: LanguageConfig, *, batch: int, aware:
         budget=Budget(steps=STEPS, batch=batch, micro=batch // 16),
         optim=AdamW(peak_lr=1e-5, warmup=1_000 / STEPS, weight_decay=0.05),
         starts_from="generate",
-        evals=tuple(HeldOutLoss(name=name, dataset=name.replace("_", "-"), rows=1_000) for name in HELD_OUT),
+        evals=tuple(
+            HeldOutLoss(name=name, dataset=name.replace("_", "-"), rows=1_000, prompts=(prompt,))
+            for name, prompt in HELD_OUT.items()
+        ),
     )
     return System(name="instructblip", paper="arXiv:2305.06500", stages=(*start.stages, instruct))

@@ -1,6 +1,8 @@
 """The only door to DeepSpeed: ZeRO, the optimizer step, its state on disk, weights gathered from its shards."""
 
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -38,8 +40,19 @@ class Taken(NamedTuple):
 class Engine:
     """One stage's Step under DeepSpeed, on one rank. All ranks call every method together."""
 
-    def __init__(self, step: Step, stage: Stage, multipliers: Mapping[str, float], *, micro_batches: int) -> None:
-        """`multipliers`: what trains -> multiplier of the learning rate, by the names of the wiring's parameters."""
+    def __init__(
+        self,
+        step: Step,
+        stage: Stage,
+        multipliers: Mapping[str, float],
+        *,
+        micro_batches: int,
+        universal: bool = False,
+    ) -> None:
+        """`multipliers`: what trains -> multiplier of the learning rate, by the names of the wiring's parameters.
+
+        `universal`: it will `load` what `reshaped` made.
+        """
         # Without this, every start on a CPU compiles a C++ extension for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._step = step
@@ -51,7 +64,7 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=step,
                 optimizer=optimizer,
-                config=config(stage, micro_batches=micro_batches),
+                config=config(stage, micro_batches=micro_batches) | {"checkpoint": {"load_universal": universal}},
                 dist_init_required=False,
             )
         self.device: torch.device = self._engine.device
@@ -151,6 +164,19 @@ class Engine:
                         whole = tensor.detach().cpu().clone()
                         found[name] = whole.float() if whole.is_floating_point() else whole
         return found
+
+
+def reshaped(folder: Path, into: Path) -> None:
+    """Make the state under `folder`, of any number of ranks, into one that any other number can load.
+
+    DeepSpeed's universal checkpoint (arXiv:2406.18820). Raises RunError when it cannot be made.
+    """
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    places = ["--input_folder", str(folder / TAG), "--output_folder", str(into / TAG)]
+    done = subprocess.run([*command, *places], capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no word"]
+        raise RunError(f"{folder} cannot be read by another number of workers: {said[-1]}")
 
 
 def config(stage: Stage, *, micro_batches: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,15 @@ def train(
     chosen = [system[name] for name in stages] if stages is not None else list(system.stages)
     console = console or Console(stderr=True)
     folder = run_folder.place(home, run)
-    data = {stage.name: _checked(stage, chosen[:i], folder, home, how) for i, stage in enumerate(chosen)}
+    for i, stage in enumerate(chosen):
+        _checked(stage, [before.name for before in chosen[:i]], folder, home, how)
     with run_folder.locked(folder):
         run_folder.same_recipe(folder, system)
         tracked = Record(tracker, system, run, parent_run, console.print)
         results: dict[str, StageResult] = {}
         try:
             for stage in chosen:
-                results[stage.name] = _stage(system, stage, data[stage.name], folder, home, how, tracked, console)
+                results[stage.name] = _stage(system, stage, folder, home, how, tracked, console)
         except BaseException as error:
             tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
             raise
@@ -87,27 +88,30 @@ def train(
     return results
 
 
-def _checked(stage: Stage, before: Sequence[Stage], folder: Path, home: Path, how: How) -> list[Dataset]:
-    """The stage's datasets. Raises here what would otherwise stop it in a worker, or hours later in an evaluation."""
-    datasets = [open_dataset(resolve(source.dataset, home)) for source in stage.data.sources]
-    for spec in stage.evals:
-        open_dataset(resolve(spec.dataset, home))
+def _checked(stage: Stage, before: Sequence[str], folder: Path, home: Path, how: How) -> None:
+    """Raises here what would otherwise stop the stage in a worker, or hours later in an evaluation."""
+    made = stage.curation and stage.curation.makes
+    known = [source.dataset for source in stage.data.sources if source.dataset != made]
+    for dataset in (*known, *(stage.curation.sources if stage.curation else ()), *(e.dataset for e in stage.evals)):
+        open_dataset(resolve(dataset, home))
     if how.workers > stage.data.lanes:
         raise SpecError(
             f"{stage.name} has {stage.data.lanes} lanes for {how.workers} workers; "
             f"raise stages.{stage.name}.data.lanes, or give fewer --workers"
         )
     check(stage, loop.accumulated(stage, max(1, how.workers)))
-    reader.Feed.of(stage, home).plan()
-    if stage.starts_from not in [s.name for s in before]:
+    if stage.curation is None:
+        reader.Feed.of(stage, home).plan()
+    if stage.starts_from not in before:
         _parent(stage, folder)
-    return datasets
+    for name in stage.curation.uses if stage.curation else ():
+        if name not in before:
+            _left(stage.name, "its curation uses", name, folder)
 
 
 def _stage(
     system: System,
     stage: Stage,
-    datasets: list[Dataset],
     folder: Path,
     home: Path,
     how: How,
@@ -115,13 +119,13 @@ def _stage(
     console: Console,
 ) -> StageResult:
     place = folder / stage.name
-    inputs = tuple(
-        DatasetInput(source.name, d.manifest.digest, d.path, d.manifest.rows)
-        for source, d in zip(stage.data.sources, datasets, strict=True)
-    )
+    finished = (place / "artefact" / "artefact.json").is_file()
+    reading = stage if finished else _curated(stage, folder, home, how, console)
+    datasets = [] if finished else [open_dataset(resolve(source.dataset, home)) for source in reading.data.sources]
+    inputs = artefact.describe(place / "artefact").datasets if finished else _inputs(reading, datasets)
     parent = _parent(stage, folder)
     run_id = tracked.start(stage, inputs, parent)
-    if (place / "artefact" / "artefact.json").is_file():
+    if finished:
         console.print(f"{stage.name}: finished before; its artefact is {place / 'artefact'}")
         with _relayed(tracked.tracker, run_id, place):
             return tracked.done(stage, place)
@@ -130,7 +134,7 @@ def _stage(
         system=system,
         stage=stage.name,
         feed=reader.Feed.of(
-            stage, home, features=str(cached) if cached else None, quarantine=str(place / "quarantine")
+            reading, home, features=str(cached) if cached else None, quarantine=str(place / "quarantine")
         ),
         folder=place,
         home=home,
@@ -162,19 +166,47 @@ def _relayed(tracker: Tracker, run_id: str | None, place: Path) -> Iterator[None
             relay.close()
 
 
+def _curated(stage: Stage, folder: Path, home: Path, how: How, console: Console) -> Stage:
+    """The stage as it reads: the dataset that its curation makes is made now, in this run, and stands by its path."""
+    curation = stage.curation
+    if curation is None:
+        return stage
+    made = str(folder / stage.name / "curated" / curation.makes)
+    artefacts = {name: _left(stage.name, "its curation uses", name, folder) for name in curation.uses}
+
+    def say(text: str) -> None:
+        console.print(f"{stage.name}: {text}", markup=False)
+
+    curation.run(artefacts, made, home=home, workers=how.workers, say=say)
+    sources = [replace(s, dataset=made) if s.dataset == curation.makes else s for s in stage.data.sources]
+    return replace(stage, data=replace(stage.data, sources=tuple(sources)), curation=None)
+
+
+def _inputs(stage: Stage, datasets: Sequence[Dataset]) -> tuple[DatasetInput, ...]:
+    return tuple(
+        DatasetInput(source.name, d.manifest.digest, d.path, d.manifest.rows)
+        for source, d in zip(stage.data.sources, datasets, strict=True)
+    )
+
+
 def _parent(stage: Stage, folder: Path) -> Path | None:
     """The artefact that a stage starts from: of this run, or the folder that the recipe names."""
     if stage.starts_from is None:
         return None
     if "/" in stage.starts_from:
-        path = Path(stage.starts_from)
-    else:
-        path = folder / stage.starts_from / "artefact"
-        if not path.exists():
-            raise RunError(
-                f"{stage.name} starts from {stage.starts_from}, which this run has not trained; train it first "
-                f"(--stage {stage.starts_from}), or set stages.{stage.name}.starts_from to the folder of an artefact"
-            )
+        artefact.describe(stage.starts_from)
+        return Path(stage.starts_from)
+    return _left(stage.name, "starts from", stage.starts_from, folder, "starts_from to the folder of an artefact")
+
+
+def _left(stage: str, why: str, earlier: str, folder: Path, instead: str = "curation=none") -> Path:
+    """The artefact that an earlier stage left in this run."""
+    path = folder / earlier / "artefact"
+    if not path.exists():
+        raise RunError(
+            f"{stage} {why} {earlier}, which this run has not trained; train it first (--stage {earlier}), "
+            f"or set stages.{stage}.{instead}"
+        )
     artefact.describe(path)
     return path
 

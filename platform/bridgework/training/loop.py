@@ -7,8 +7,9 @@ writes its journal, and leaves a weights artefact. What differs between systems 
 import json
 import logging
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from bridgework.models import freezing, lora
 from bridgework.system import EvalSpec, Stage, System
 from bridgework.tracking import DatasetInput, Journal
 from bridgework.training import artefact, checkpoint
-from bridgework.training.engine import Engine, Taken
+from bridgework.training.engine import Engine, Taken, reshaped
 from bridgework.training.schedule import learning_rate
 from bridgework.training.step import Step, check
 
@@ -70,9 +71,9 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
 
     model, inherited = _model(job, stage)
     multipliers = freezing.apply(model, stage.trains)
-    engine = Engine(Step(model, stage.losses, len(stage.data.sources)), stage, multipliers, micro_batches=micro_batches)
     attempt = _agreed(uuid4().hex[:8])  # so that an orphan of an older attempt cannot write into this one's files
-    start = _resume(job, engine, attempt, rank)
+    found = _agreed(_newest(job, attempt) if rank == 0 else None)
+    engine, start = _engine(stage, model, multipliers, micro_batches, found, attempt)
     journal = Journal(job.folder / "journal")
     tokenizer = load_tokenizer(stage.model.tokenizer)
     clock = _Clock()
@@ -181,17 +182,41 @@ def _agreed(value: T) -> T:
     return values[0]
 
 
-def _resume(job: Job, engine: Engine, attempt: str, rank: int) -> int:
-    found = _agreed(_newest(job, attempt) if rank == 0 else None)
+def _engine(
+    stage: Stage,
+    model: freezing.Freezable,
+    multipliers: Mapping[str, float],
+    micro_batches: int,
+    found: checkpoint.Checkpoint | None,
+    attempt: str,
+) -> tuple[Engine, int]:
+    """The engine, with the state of the checkpoint if one was found, and the step to go on with."""
+    elastic = found is not None and found.world != dist.get_world_size() and stage.shard.stage > 0  # 0 shards nothing
+    step = Step(model, stage.losses, len(stage.data.sources))
+    engine = Engine(step, stage, multipliers, micro_batches=micro_batches, universal=elastic)
     if found is None:
-        return 0
-    if found.world != dist.get_world_size():
-        raise RunError(
-            f"{found.folder} holds the state of {found.world} workers, this run has {dist.get_world_size()}; "
-            f"go on with --workers {found.world}"
-        )
-    engine.load(found.folder)
-    return found.step
+        return engine, 0
+    if elastic:
+        _load_of_other_workers(found, engine, attempt)
+    else:
+        engine.load(found.folder)
+    return engine, found.step
+
+
+def _load_of_other_workers(found: checkpoint.Checkpoint, engine: Engine, attempt: str) -> None:
+    universal = found.folder.with_name(f".universal-{attempt}")
+    failed = ""
+    if dist.get_rank() == 0:
+        try:
+            reshaped(found.folder, universal)
+        except RunError as error:
+            failed = str(error)
+    if failed := _agreed(failed):  # every rank must know, or the others wait for ever
+        raise RunError(failed)
+    engine.load(universal)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(universal)
 
 
 def _newest(job: Job, attempt: str) -> checkpoint.Checkpoint | None:

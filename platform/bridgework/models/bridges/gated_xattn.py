@@ -100,7 +100,8 @@ class GatedBlock(nn.Module):
         return told_BTD.masked_fill((seen_BT == 0).unsqueeze(-1), 0.0)
 
     def _heads(self, states: Tensor) -> Tensor:
-        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = states.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2)
 
 
 def insert(layers: nn.ModuleList, blocks: nn.ModuleDict) -> None:

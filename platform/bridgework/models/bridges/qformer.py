@@ -42,7 +42,7 @@ class QFormer:
     positions: int = 512  # tokens of text at most
     dropout: float = 0.1
     ln_vision: bool = True  # a LayerNorm of its own on what the tower gives
-    tokenizer: str = "bert-base-uncased"
+    tokenizer: str = "google-bert/bert-base-uncased"
     bert: str | None = None  # where the layers and words begin: folder or hub name of a BERT
     weights: str | None = None  # folder or hub name of a whole BLIP-2 whose Q-Former this is
 
@@ -81,10 +81,10 @@ class QFormer:
         return model
 
     def tiny(self) -> "QFormer":
-        """Four queries of width 32, four layers, a byte tokenizer; which layers read the image stays."""
+        """Four queries of width 32, four layers, a byte tokenizer, no dropout; which layers read the image stays."""
         return replace(
             self, queries=4, width=32, depth=4, heads=4, ffn=64, vocab=320, positions=512, tokenizer="bytes",
-            bert=None, weights=None,
+            bert=None, weights=None, dropout=0.0,
         )  # fmt: skip
 
     def config(self, in_width: int) -> Any:

@@ -121,7 +121,8 @@ class PerceiverLayer(nn.Module):
         return read_NQF
 
     def _heads(self, states: Tensor) -> Tensor:
-        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = states.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2)
 
 
 def frame_positions(there_N: Tensor, places_T: Tensor, learned: int) -> Tensor:
