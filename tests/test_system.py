@@ -14,7 +14,7 @@ import pytest
 from bridgework.errors import SpecError
 from bridgework.spec import flat, override
 from bridgework.system import AdamW, Budget, Mixture, Source, System, load, recipes, variants
-from tests.toy import Eval, system
+from tests.toy import Curation, Eval, system
 
 # --- fingerprint -----------------------------------------------------------------------------------------------------
 
@@ -39,6 +39,7 @@ def test_fingerprint_differs_when_any_leaf_differs() -> None:
         "bridge": "linear", "act": "relu", "cut": 3, "layer": 3, "grid": [3, 3], "rows": 9, "max_epochs": 2.0,
         "fit": "pad", "betas": [0.5, 0.5], "stage": 1, "precision": "fp32", "prompts": ["x"], "starts_from": None,
         "warmup": 0.5, "decay": "constant", "inherits": ["x"], "loss_weight": 0.5, "images": 5,
+        "curation": Curation(),
     }  # fmt: skip
     seen = {system().fingerprint()}
     leaves = {p: v for p, v in flat(system()).items() if p.rpartition(".")[2] != "name"}

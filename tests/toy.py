@@ -104,6 +104,24 @@ class Eval:
         return None
 
 
+@spec
+class Curation:
+    """Makes a dataset of what the first stage reads."""
+
+    makes: str = "cc3m"
+    stage: str | None = None
+    sources: tuple[str, ...] = ("raw",)
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return () if self.stage is None else (self.stage,)
+
+    def tiny(self) -> "Curation":
+        return replace(self, sources=("synthetic:shapes",))
+
+    def run(self, artefacts: Any, dest: str, **how: Any) -> None: ...
+
+
 def system() -> System:
     align = Stage(
         name="align",

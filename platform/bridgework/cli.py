@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bridgework.cli_curate import curate
 from bridgework.cli_data import data
 from bridgework.cli_models import ask, export, importing
 from bridgework.data.catalog import home as home_folder
@@ -26,6 +27,7 @@ app = typer.Typer(
     help="Vision-language systems from raw pairs to a served endpoint.", no_args_is_help=True, add_completion=False
 )
 app.add_typer(data, name="data")
+app.add_typer(curate, name="curate")
 app.add_typer(importing, name="import")
 app.command()(ask)
 app.command()(export)

@@ -17,7 +17,7 @@ LAYERS = (
     ("training", "evaluation", "inference", "generation", "relay", "curation"),
     ("recipes", "lineage", "interop"),
     ("tuning", "serving"),
-    ("cli", "cli_data", "cli_models", "doctor"),
+    ("cli", "cli_curate", "cli_data", "cli_models", "doctor"),
 )
 
 

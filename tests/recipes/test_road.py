@@ -14,7 +14,7 @@ from bridgework.inference import Pipeline
 from bridgework.spec import override
 from bridgework.system import System, load, recipes
 from bridgework.training import loop
-from tests.training.support import go, losses
+from tests.training.support import go, losses, uncurated
 
 
 def short(name: str) -> System:
@@ -34,7 +34,7 @@ def test_every_stage_trains_and_leaves_a_model(home: Path, run: str, name: str) 
 def test_two_ranks_have_the_losses_of_one(home: Path, tmp_path: Path) -> None:
     spawn(rank, (str(home), str(tmp_path)), nprocs=2)
     for name in recipes():
-        system = short(name)
+        system = uncurated(short(name))
         go(system, home, f"{tmp_path.name}-{name}", stages=None)
         for stage in (stage for stage in system.stages if stage.curation is None):
             one = losses(home, f"{tmp_path.name}-{name}", stage.name)
@@ -49,7 +49,7 @@ def rank(index: int, home: str, folder: str) -> None:
     os.environ["LOCAL_RANK"] = str(index)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
     for name in recipes():
-        system, place = short(name), Path(folder) / "runs" / name
+        system, place = uncurated(short(name)), Path(folder) / "runs" / name
         for stage in (stage for stage in system.stages if stage.curation is None):
             feed = reader.Feed.of(stage, Path(home))
             parent = None if stage.starts_from is None else place / stage.starts_from / "artefact"

@@ -1,6 +1,7 @@
 """A tiny LLaVA that learns fast enough to see it, and what a test wants to know of a run."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ def llava(steps: int = 4, **changes: Any) -> System:
     """`steps` steps a stage; `changes` are dotted paths with `__` for the dot."""
     fast = {"stages.*.optim.peak_lr": 3e-3, "stages.*.budget.steps": steps}
     return override(load("llava").tiny(), fast | {path.replace("__", "."): new for path, new in changes.items()})
+
+
+def uncurated(system: System) -> System:
+    """A tiny system whose every stage reads what is there before any of them trains."""
+    return replace(system, stages=tuple(replace(s, data=s.data.tiny(), curation=None) if s.curation else s
+                                        for s in system.stages))  # fmt: skip
 
 
 def go(

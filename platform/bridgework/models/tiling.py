@@ -9,7 +9,7 @@ newline; the base square comes first (LLaVA-NeXT's `spatial_unpad`).
 # D width of the language model  R, C rows and columns of patches in the grid of an image's tiles
 
 from math import isqrt
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +49,13 @@ def merge(tiles_SPD: Tensor, rows: int, columns: int) -> Tensor:
     """(rows * columns, G * G, D), row by row -> (R, C, D)."""
     side = isqrt(tiles_SPD.shape[1])
     tiles: Tensor = tiles_SPD.unflatten(1, (side, side)).unflatten(0, (rows, columns))
-    return cast(Tensor, tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1))
+    return tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def split(grid_RCD: Tensor, rows: int, columns: int) -> Tensor:
     """The inverse of `merge`."""
     tiles: Tensor = grid_RCD.unflatten(1, (columns, -1)).unflatten(0, (rows, -1))
-    return cast(Tensor, tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1))
+    return tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def real(layouts_N4: Tensor, patches: int) -> Tensor:

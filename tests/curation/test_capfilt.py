@@ -1,0 +1,233 @@
+"""CapFilt: what a captioner writes and a filter judges becomes a dataset, the same however it was made."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridgework.curation import CapFilt, judging
+from bridgework.curation.capfilt import KEEPS_ALL
+from bridgework.curation.explain import sheet
+from bridgework.data.manifest import Manifest
+from bridgework.data.samples import Part, Sample, pair
+from bridgework.data.shards import open_dataset, verify
+from bridgework.errors import DataError, SpecError, WeightsError
+from bridgework.inference import Pipeline
+from bridgework.spec import from_dict, to_dict
+from bridgework.training import artefact
+from tests.curation.support import flags, swapped, trained, written
+
+SPEC = CapFilt(captioner="captioner", filter="filter", sources=("web",), max_tokens=8, min_tokens=2)
+LEARNED = 600  # steps until a filter of this size tells flags apart
+
+
+@pytest.fixture(scope="module")
+def models(home: Path) -> dict[str, Path]:
+    """Stages of a few steps: they write and judge by chance."""
+    return {name: trained(name, "synthetic:shapes", home, 2) for name in ("captioner", "filter")}
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> str:
+    """Four shards of flags."""
+    return written(tmp_path / "web", list(flags()))
+
+
+def make(web: str, dest: Path, models: dict[str, Path], home: Path, workers: int = 0, **fields: Any) -> Manifest:
+    spec = replace(SPEC, sources=(web,), **{"threshold": KEEPS_ALL, **fields})
+    return spec.run(models, str(dest), home=home, workers=workers, say=lambda text: None)
+
+
+def test_every_text_that_is_kept_is_a_pair_that_knows_where_it_comes_from(
+    web: str, models: dict[str, Path], home: Path, tmp_path: Path
+) -> None:
+    manifest = make(web, tmp_path / "made", models, home)
+    made, source = open_dataset(str(tmp_path / "made")), open_dataset(web)
+    counts = manifest.parameters["counts"]
+    assert counts["images"] == 56 and counts["web"] == 56 and manifest.rows == counts["web"] + counts["written"]
+    assert manifest.parents == (source.manifest.digest,) and manifest.licence == "CC0-1.0"
+    assert manifest.parameters["captioner"] == artefact.describe(models["captioner"]).digest
+    own = {sample.key: sample for sample in source.samples()}
+    for sample in made.samples():
+        told = {name.removeprefix("capfilt."): value for name, value in sample.provenance.items()}
+        parent = own[told["key"]]
+        assert sample.images == parent.images and told["dataset"] == source.manifest.digest
+        assert told["filter"] == artefact.describe(models["filter"]).digest
+        assert (told["kept"] == "web") == (sample.text == parent.text) and float(told["web_score"]) > KEEPS_ALL
+    assert not verify(str(tmp_path / "made"))
+
+
+def test_only_what_the_filter_lets_pass_is_kept(web: str, models: dict[str, Path], home: Path, tmp_path: Path) -> None:
+    make(web, tmp_path / "all", models, home)
+    scores = sorted(float(s.provenance["capfilt.web_score"]) for s in open_dataset(str(tmp_path / "all")).samples())
+    middle = scores[len(scores) // 2]
+    manifest = make(web, tmp_path / "some", models, home, threshold=middle)
+    some = list(open_dataset(str(tmp_path / "some")).samples())
+    assert 0 < manifest.rows < len(scores) and manifest.rows == len(some)
+    for sample in some:
+        told = sample.provenance
+        assert float(told[f"capfilt.{told['capfilt.kept']}_score"]) > middle
+
+
+def test_made_again_nothing_is_done_again(
+    web: str, models: dict[str, Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make(web, tmp_path / "made", models, home)
+    monkeypatch.setattr(judging, "Judge", _unwanted)
+    assert make(web, tmp_path / "made", models, home).digest == first.digest
+
+
+def test_a_run_that_was_cut_off_ends_as_an_unbroken_one_and_judges_only_what_was_left(
+    web: str, models: dict[str, Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make(web, tmp_path / "whole", models, home)
+    judged = _stopping(monkeypatch, after=2)
+    with pytest.raises(KeyboardInterrupt):
+        make(web, tmp_path / "broken", models, home)
+    assert not (tmp_path / "broken").exists()
+    make(web, tmp_path / "broken", models, home)
+    assert sorted(judged) == [0, 1, 2, 3]
+    broken = open_dataset(str(tmp_path / "broken")).manifest
+    assert broken.digest == whole.digest
+
+
+def test_what_is_written_depends_on_the_seed_and_the_key_alone(
+    models: dict[str, Path], home: Path, tmp_path: Path
+) -> None:
+    samples = list(flags())[:12]
+    judge = judging.Judge(SPEC, *(str(models[name]) for name in SPEC.uses))
+    texts = {v.key: v.written for v in judge.judge(samples)}
+    assert {v.key: v.written for v in judge.judge(samples[::-1])} == texts
+    assert {v.key: v.written for v in judge.judge(samples[5:7])}.items() <= texts.items()
+    other = judging.Judge(replace(SPEC, seed=1), *(str(models[name]) for name in SPEC.uses))
+    assert {v.key: v.written for v in other.judge(samples)} != texts
+    assert len(set(texts.values())) > 6
+
+
+def test_a_caption_is_what_the_pipeline_writes_for_its_image_alone(models: dict[str, Path]) -> None:
+    sample = next(flags())
+    pipeline = Pipeline.load(str(models["captioner"]), "cpu")
+    drawn: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 2, "temperature": 1.0, "top_p": 0.9}
+    alone = pipeline.generate(pipeline.ask(sample), sample.images, seed=judging._seed(0, sample.key), **drawn)
+    judged = judging.Judge(SPEC, *(str(models[name]) for name in SPEC.uses)).judge(list(flags())[:8])
+    assert judged[0].written == alone.text
+
+
+def test_what_is_no_pair_or_no_picture_is_put_aside(models: dict[str, Path]) -> None:
+    sample = next(flags())
+    torn = pair("torn", sample.images[0][:40], "a torn flag")
+    talk = Sample("talk", sample.images, (Part("user", image=0), Part("user", text="?"), Part("assistant", text="!")))
+    judged = judging.Judge(SPEC, *(str(models[name]) for name in SPEC.uses)).judge([torn, sample, talk])
+    assert [v.bad and v.bad[0] for v in judged] == ["truncated", None, "bad_row"] or judged[0].bad
+    assert [v.key for v in judged] == ["torn", sample.key, "talk"] and judged[1].web == sample.text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_actors_make_what_one_process_makes(web: str, models: dict[str, Path], home: Path, tmp_path: Path) -> None:
+    alone = make(web, tmp_path / "alone", models, home)
+    assert make(web, tmp_path / "actors", models, home, workers=1).digest == alone.digest
+
+
+# --- does it help? ---------------------------------------------------------------------------------------------------
+
+
+def test_a_filter_that_has_learned_finds_the_captions_that_were_swapped(home: Path, tmp_path: Path) -> None:
+    """Of 56 flags 19 have another's caption; the filter has learned from true pairs, as BLIP's does from COCO."""
+    samples, wrong = swapped(list(flags()), 0.3)
+    learned = trained("filter", written(tmp_path / "true", list(flags())), home, LEARNED, budget__batch=16)
+    models = {"captioner": trained("captioner", "synthetic:shapes", home, 2), "filter": learned}
+    spec = replace(SPEC, sources=(written(tmp_path / "web", samples),))
+    manifest = spec.run(models, str(tmp_path / "made"), home=home, say=lambda text: None)
+    kept = {s.provenance["capfilt.key"] for s in open_dataset(str(tmp_path / "made")).samples()
+            if s.provenance["capfilt.kept"] == "web"}  # fmt: skip
+    right = {s.key for s in samples} - wrong
+    precision, recall = len(kept & right) / len(kept), len(kept & right) / len(right)
+    assert precision >= 0.9 and recall >= 0.9, (precision, recall)
+    assert manifest.parameters["counts"]["web"] == len(kept)
+    picture = sheet(spec, models, str(tmp_path / "made"), home)
+    assert picture.width > picture.height / 4 > 100
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"sources": ()}, "at least one source"),
+        ({"top_p": 0.0}, r"top_p lies in \(0, 1\]"),
+        ({"temperature": -1.0}, "temperature is at least 0"),
+        ({"min_tokens": 9}, "min_tokens 9 to max_tokens 8"),
+    ],
+)
+def test_a_capfilt_that_cannot_run_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        replace(SPEC, **fields)
+
+
+def test_a_place_that_holds_another_dataset_is_refused(
+    web: str, models: dict[str, Path], home: Path, tmp_path: Path
+) -> None:
+    make(web, tmp_path / "made", models, home)
+    with pytest.raises(DataError, match=r"holds another dataset \(it differs in seed\); delete it"):
+        make(web, tmp_path / "made", models, home, seed=1)
+
+
+def test_a_filter_that_drops_everything_is_an_error_that_says_so(
+    web: str, models: dict[str, Path], home: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="kept nothing of 56 images at threshold 10000; train the filter longer"):
+        make(web, tmp_path / "made", models, home, threshold=1e4)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (lambda m, f: {**m, "filter": m["captioner"]}, SpecError, "has the tasks caption, and this takes match"),
+        (lambda m, f: {**m, "captioner": m["filter"]}, SpecError, "and this takes caption or answer"),
+        (lambda m, f: {**m, "filter": f}, WeightsError, "is not an artefact"),
+    ],
+)
+def test_models_that_cannot_write_or_judge_are_refused(
+    given: Callable[..., Any], error: type[Exception], words: str, web: str, models: dict[str, Path], home: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    with pytest.raises(error, match=words):
+        make(web, tmp_path / "made", given(models, tmp_path), home)
+
+
+def test_a_spec_survives_as_json() -> None:
+    assert from_dict(to_dict(SPEC)) == SPEC and SPEC.tiny().sources == ("synthetic:shapes",)
+
+
+# --- what tests share ------------------------------------------------------------------------------------------------
+
+
+class _unwanted:
+    def __init__(self, *given: Any) -> None:
+        raise AssertionError("models were loaded for what is there")
+
+
+def _stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
+    """The shards that are judged from now on; the process is interrupted once, in the middle of shard `after`."""
+    judged: list[int] = []
+    own, interrupt = judging.Judge.__call__, [True]
+
+    def call(judge: judging.Judge, item: dict[str, Any]) -> dict[str, Any]:
+        if item["shard"] == after and interrupt:
+            interrupt.clear()
+            monkeypatch.setattr(judge, "judge", _interrupted)
+        done = own(judge, item)
+        judged.append(item["shard"])
+        return done
+
+    monkeypatch.setattr(judging.Judge, "__call__", call)
+    return judged
+
+
+def _interrupted(samples: list[Sample]) -> None:
+    raise KeyboardInterrupt
