@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bridgework.errors import SpecError
-from bridgework.spec import flat, override
+from bridgework.spec import flat, from_dict, override, to_dict
 from bridgework.system import AdamW, Budget, Mixture, Source, System, load, recipes, variants
 from tests.toy import Curation, Eval, system
 
@@ -87,6 +87,34 @@ def test_a_stage_starts_from_an_earlier_stage_or_a_path() -> None:
     with pytest.raises(SpecError, match="starts from 'align'"):
         System(name="toy", paper="", stages=(instruct, align))
     System(name="toy", paper="", stages=(replace(instruct, starts_from="runs/a/align/artefact"),))
+
+
+def test_a_curation_uses_earlier_stages_and_makes_what_its_stage_reads() -> None:
+    align, instruct = system().stages
+    with pytest.raises(SpecError, match="makes 'cc3', which none of the stage's sources reads; did you mean 'cc3m'"):
+        replace(instruct, curation=Curation(makes="cc3"))
+    with pytest.raises(SpecError, match="uses 'allign', which is no earlier stage; did you mean 'align'"):
+        System(name="toy", paper="", stages=(align, replace(instruct, curation=Curation(stage="allign"))))
+    with pytest.raises(SpecError, match="uses 'instruct', which is no earlier stage"):
+        System(name="toy", paper="", stages=(align, replace(instruct, curation=Curation(stage="instruct"))))
+    System(name="toy", paper="", stages=(align, replace(instruct, curation=Curation(stage="align"))))
+
+
+def test_tiny_keeps_what_a_curation_makes_and_shrinks_what_it_reads() -> None:
+    tiny = replace(system()["align"], curation=Curation()).tiny()
+    assert [source.dataset for source in tiny.data.sources] == ["cc3m", "synthetic:shapes"]
+    assert tiny.curation is not None and tiny.curation.sources == ("synthetic:shapes",)
+
+
+def test_a_curation_is_changed_and_written_as_any_other_part() -> None:
+    align, instruct = system().stages
+    toy = System(name="toy", paper="", stages=(align, replace(instruct, curation=Curation(stage="align"))))
+    assert from_dict(to_dict(toy)) == toy and flat(toy)["stages.instruct.curation.sources"] == ["raw"]
+    changed = override(toy, {"stages.instruct.curation.sources": "a,b"})
+    assert changed["instruct"].curation == Curation(stage="align", sources=("a", "b"))
+    assert override(toy, {"stages.instruct.curation": "none"})["instruct"].curation is None
+    with pytest.raises(SpecError, match="no field 'source'; did you mean 'sources'"):
+        override(toy, {"stages.instruct.curation.source": "a"})
 
 
 def test_a_stage_is_found_by_name() -> None:

@@ -56,7 +56,8 @@ def systems() -> None:
         for variant in variants(name):
             full = name if variant == "system" else f"{name}:{variant}"
             for stage in load(full).stages:
-                what = ", ".join(k if v == 1 else f"{k} (lr x {v:g})" for k, v in stage.trains.items())
+                globs = [k if v == 1 else f"{k} (lr x {v:g})" for k, v in stage.trains.items()]
+                what = ", ".join(globs[:3]) + (f" and {len(globs) - 3} more" if len(globs) > 3 else "")
                 size, budget = sizes(stage), f"{stage.budget.steps:,} x {stage.budget.batch:,}"
                 table.add_row(full, stage.name, what, millions(size.trainable), millions(size.frozen), budget)
                 full = ""

@@ -1,6 +1,7 @@
 """Flags of two colours and what they are called; a captioner and a filter that were trained for a moment."""
 
 import io
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,16 +29,16 @@ def flags() -> Iterator[Sample]:
 
 def swapped(samples: list[Sample], share: float) -> tuple[list[Sample], set[str]]:
     """The samples with a share of the captions moved on to another image, and the keys of those."""
-    wrong = samples[:: round(1 / share)]
+    wrong = random.Random(0).sample(samples, round(share * len(samples)))
     moved = {s.key: pair(s.key, s.images[0], o.text) for s, o in zip(wrong, [*wrong[1:], wrong[0]], strict=True)}
     return [moved.get(s.key, s) for s in samples], set(moved)
 
 
 def written(folder: Path, samples: list[Sample]) -> str:
     """A dataset of several shards."""
-    about = {"source": "flags", "licence": "CC0-1.0", "made_by": "tests"}
-    write(samples, str(folder), group_rows=8, shard_rows=16, **about)
-    return str(folder)
+    place = str(folder)
+    write(samples, place, source="flags", licence="CC0-1.0", made_by="tests", group_rows=8, shard_rows=16)
+    return place
 
 
 def trained(name: str, dataset: str, home: Path, steps: int, **changes: Any) -> Path:

@@ -6,7 +6,7 @@ were drawn. The threshold is no part of it: another one takes the same verdicts.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,21 +138,16 @@ def _write(making: Making, counts: Counts) -> Manifest:
     folder = f"{making.dest}.quarantine"
     clear(folder)
     quarantine = Quarantine(folder)
-    sound = (f"{dataset.path}" for dataset in making.datasets)
     return write(
         making.samples(quarantine),
         making.dest,
-        source=", ".join(sound),
-        licence=_licence(making.datasets),
+        source=", ".join(dataset.path for dataset in making.datasets),
+        licence=", ".join(dict.fromkeys(dataset.manifest.licence for dataset in making.datasets)),
         made_by=MADE_BY,
         parameters=making.parameters() | {"counts": asdict(counts)},
         parents=making.parents,
         quarantine=quarantine,
     )
-
-
-def _licence(datasets: Sequence[Dataset]) -> str:
-    return ", ".join(dict.fromkeys(dataset.manifest.licence for dataset in datasets))
 
 
 def _pair(sample: Sample, origin: str, text: str, parent: str, verdict: Verdict, models: Mapping[str, str]) -> Sample:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from bridgework.errors import DataError, SpecError, WeightsError
@@ -249,18 +249,6 @@ class MEDModel(Freezable):
         states_CXH = states_1XH.expand(len(rest), -1, -1)
         logits_CTV: Tensor = self.writer(input_ids=rows_CT, encoder_hidden_states=states_CXH, use_cache=False).logits
         return logits_CTV[:, prompt.shape[1] - 1 :]
-
-    @torch.no_grad()
-    def rank(self, prompt: Tensor, rest: Tensor, labels: Tensor, features: Tensor, keep: int) -> Tensor:
-        """(C,) nats of each candidate (`rest` (C, R), its `labels`) behind `prompt`, of the `keep` best beginnings.
-
-        The others are minus infinity: the first token has ruled them out (the release's rank_answer).
-        """
-        first_V = self.continuations(prompt, rest[:1, :1], features)[0, 0].float().log_softmax(-1)
-        kept_K = first_V[rest[:, 0]].topk(min(keep, len(rest))).indices
-        logits_KRV = self.continuations(prompt, rest[kept_K], features).float()
-        nats_KR = cross_entropy(logits_KRV.transpose(1, 2), labels[kept_K], reduction="none")
-        return torch.full((len(rest),), -torch.inf, device=rest.device).scatter(0, kept_K, -nats_KR.sum(1))
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,77 @@
+"""A stage that reads what earlier stages make: BLIP's bootstrap, in a run and on the command line."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bridgework.cli import app
+from bridgework.data.shards import open_dataset
+from bridgework.errors import DataError, RunError, SpecError
+from bridgework.spec import override
+from bridgework.system import System, load
+from bridgework.tracking import MemoryTracker
+from bridgework.training import artefact
+from tests.curation.support import flags, written
+from tests.training.support import go, same, weights
+
+
+def blip(home: Path) -> System:
+    """The shortest program with a curation: its web is flags."""
+    web = home / "flags"
+    if not web.exists():
+        written(web, list(flags())[:16])
+    stages = tuple(replace(stage, evals=()) for stage in load("blip").tiny().stages)
+    short = {"stages.*.budget.steps": 1, "stages.bootstrap.curation.sources": [str(web)]}
+    return override(System(name="blip", paper="-", stages=stages), short)
+
+
+def test_the_stage_reads_what_its_curation_made_of_the_stages_before(home: Path, run: str) -> None:
+    tracker, folder = MemoryTracker(), home / "runs" / run
+    go(blip(home), home, run, stages=None, tracker=tracker)
+    made = open_dataset(str(folder / "bootstrap" / "curated" / "capfilt"))
+    for name in ("captioner", "filter"):
+        assert made.manifest.parameters[name] == artefact.describe(folder / name / "artefact").digest
+    read = {d.name: d for d in artefact.describe(folder / "bootstrap" / "artefact").datasets}
+    assert read["capfilt"].digest == made.manifest.digest and read["capfilt"].rows == made.manifest.rows
+    told = [i for r in tracker.runs.values() for i in r.inputs if i.name == "capfilt"]
+    assert [i.digest for i in told] == [made.manifest.digest]
+
+
+def test_a_finished_stage_needs_its_curated_data_no_more(home: Path, run: str) -> None:
+    go(blip(home), home, run, stages=None)
+    before = weights(home, run, "bootstrap")
+    shutil.rmtree(home / "runs" / run / "bootstrap" / "curated")
+    go(blip(home), home, run, stages=None)
+    assert same(weights(home, run, "bootstrap"), before)
+    assert not (home / "runs" / run / "bootstrap" / "curated").exists()
+
+
+def test_what_a_curation_needs_is_asked_for_before_anything_is_written(home: Path, run: str) -> None:
+    with pytest.raises(RunError, match="its curation uses captioner, which this run has not trained; train it first"):
+        go(blip(home), home, run, stages=["pretrain", "bootstrap"])
+    lost = override(blip(home), {"stages.bootstrap.curation.sources": "not-here"})
+    with pytest.raises(DataError, match="no dataset 'not-here'"):
+        go(lost, home, run, stages=None)
+    assert not (home / "runs" / run).exists()
+
+
+def test_the_command_tells_what_it_kept_and_draws_it(home: Path, run: str, tmp_path: Path) -> None:
+    system = blip(home)
+    go(system, home, run, stages=["pretrain", "captioner", "filter"])
+    folder, web = home / "runs" / run, written(tmp_path / "web", list(flags())[:16])
+    models = ["--captioner", str(folder / "captioner/artefact"), "--filter", str(folder / "filter/artefact")]
+    words = ["curate", "capfilt", web, str(tmp_path / "made"), *models]
+    kept = ["--set", "threshold=-10000", "--set", "max_tokens=6"]
+    done = CliRunner().invoke(app, [*words, *kept, "--explain"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((tmp_path / "made" / "manifest.json").read_text())
+    assert manifest["parameters"]["counts"]["web"] == 16 and manifest["parameters"]["max_tokens"] == 6
+    assert "web, kept            16" in done.stdout and str(tmp_path / "made") in done.stdout
+    assert len(list((home / "curated").glob("made-*.png"))) == 1
+    for wrong, said in (("top=0.9", "no field 'top'"), ("top_p", "FIELD=VALUE, e.g. top_p=0.8; got 'top_p'")):
+        with pytest.raises(SpecError, match=said):
+            CliRunner().invoke(app, [*words, "--set", wrong], catch_exceptions=False)
