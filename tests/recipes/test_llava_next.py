@@ -7,7 +7,7 @@ import torch
 from bridgework.data.batch import collate
 from bridgework.data.reader import Feed, local
 from bridgework.models import freezing
-from bridgework.recipes import llava_next
+from bridgework.recipes import _llava_next as llava_next
 from bridgework.system import IMAGE, Layout
 from bridgework.training.step import Step
 
@@ -15,7 +15,7 @@ TRAINS = {"align": {"bridge"}, "instruct": {"vision", "bridge", "tiles", "langua
 
 
 def test_each_stage_trains_what_the_page_says() -> None:
-    for stage in llava_next.system().tiny().stages:
+    for stage in llava_next.next().tiny().stages:
         learning = freezing.apply(stage.model.build(), stage.trains)
         assert {name.split(".")[0] for name in learning} == TRAINS[stage.name]
 
@@ -28,7 +28,7 @@ def test_an_image_takes_576_tokens_and_its_rows_with_newlines() -> None:
 
 
 def test_one_tiny_step_reads_tiles_and_moves_the_newline(home: Path) -> None:
-    stage = llava_next.system().tiny()["instruct"]
+    stage = llava_next.next().tiny()["instruct"]
     torch.manual_seed(0)
     model = stage.model.build()
     learning = freezing.apply(model.train(), stage.trains)

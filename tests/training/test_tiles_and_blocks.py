@@ -51,5 +51,5 @@ def test_adapters_learn_preferences_from_where_instructions_ended(
 
 
 def test_llava_next_trains_everything_over_tiles(home: Path, run: str) -> None:
-    go(short("llava_next", zero=3), home, run, stages=None)
+    go(short("llava:next", zero=3), home, run, stages=None)
     assert "tiles.newline" in weights(home, run, "instruct")

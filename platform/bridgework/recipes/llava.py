@@ -11,25 +11,13 @@ Departs from the release: the loss of a batch is the mean over all its answer to
 from dataclasses import replace
 
 from bridgework.losses import Captioning
-from bridgework.models import MLP, LanguageConfig, Linear, PrefixVLM, ViTConfig
+from bridgework.models import MLP, Linear, PrefixVLM
+from bridgework.recipes._llava_next import next
+from bridgework.recipes._llava_parts import CAPTIONS, CLIP_L, MIX_665K, VICUNA_7B
 from bridgework.recipes._llava_quickstart import quickstart
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
-__all__ = ["quickstart", "system", "v1"]
-
-CLIP_L = ViTConfig(
-    kind="clip", image_size=336, patch=14, width=1024, depth=24, heads=16, ffn=4096, layer=-2, select="patch",
-    fit="pad", weights="openai/clip-vit-large-patch14-336",
-)  # fmt: skip
-VICUNA_7B = LanguageConfig(
-    arch="llama", width=4096, depth=32, heads=32, kv_heads=32, ffn=11008, vocab=32000, context=4096,
-    tokenizer="lmsys/vicuna-7b-v1.5", weights="lmsys/vicuna-7b-v1.5",
-)  # fmt: skip
-CAPTIONS = Source(name="blip558k", dataset="llava-blip558k", rows=558_128)
-MIX_665K = {  # 1.5, table 7; by size, as the release concatenates them
-    "llava": 158_000, "sharegpt": 40_000, "vqav2": 83_000, "gqa": 72_000, "okvqa": 9_000, "ocrvqa": 80_000,
-    "aokvqa": 66_000, "textcaps": 22_000, "refcoco": 48_000, "vg": 86_000,
-}  # fmt: skip
+__all__ = ["next", "quickstart", "system", "v1"]
 
 
 def system() -> System:

@@ -1,10 +1,10 @@
-"""LLaVA-NeXT, or LLaVA 1.6 (Liu et al. 2024): LLaVA 1.5 that reads an image at up to four times the pixels.
+"""llava:next: LLaVA-NeXT, or LLaVA 1.6 (Liu et al. 2024): LLaVA 1.5 that reads an image at up to four times the pixels.
 
 align      the projector learns captions, one square an image                                (558K, as 1.5)
 instruct   tiles, with a newline behind every row of patches; all of it learns, the vision tower at a tenth of the rate
 
-bridgework train llava_next           7B; the authors give the cost of the 34B alone: 32 A100, a day
-bridgework train llava_next --tiny    a laptop: a minute
+bridgework train llava:next           7B; the authors give the cost of the 34B alone: 32 A100, a day
+bridgework train llava:next --tiny    a laptop: a minute
 There is no paper, but a blog post, and the code of 1.6 at inference. Departs from the post: its 15K instructions from
 users of the authors' demo were never published, so 745K of 760K are left.
 """
@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from bridgework.losses import Captioning
 from bridgework.models import MLP, PrefixVLM
-from bridgework.recipes.llava import CAPTIONS, CLIP_L, MIX_665K, VICUNA_7B
+from bridgework.recipes._llava_parts import CAPTIONS, CLIP_L, MIX_665K, VICUNA_7B
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
 BLOG = "https://llava-vl.github.io/blog/2024-01-30-llava-next"
@@ -22,7 +22,7 @@ MODEL = PrefixVLM(vision=CLIP_L, bridge=MLP(depth=2), language=VICUNA_7B, grids=
 ADDED = ("laion-gpt4v", "sharegpt4v", "docvqa", "synthdog-en", "chartqa", "dvqa", "ai2d")  # told without numbers
 
 
-def system() -> System:
+def next() -> System:
     """LLaVA-NeXT 7B: a base square of 336 px and up to four tiles beside it."""
     align = Stage(
         name="align",
@@ -52,4 +52,4 @@ def system() -> System:
         starts_from="align",
         shard=ZeRO(stage=3),
     )
-    return System(name="llava_next", paper=BLOG, stages=(align, instruct))
+    return System(name="llava", paper=BLOG, stages=(align, instruct))
