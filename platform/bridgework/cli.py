@@ -6,11 +6,12 @@ Heavy libraries are imported by the command that needs them, so that `bridgework
 import os
 import sys
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bridgework.cli_curate import curate
 from bridgework.cli_data import data
@@ -48,20 +49,27 @@ def _root(debug: Annotated[bool, typer.Option("--debug", help="show the tracebac
 
 @app.command()
 def systems() -> None:
-    """The systems, their variants and stages, and what trains in each."""
+    """The systems, their stages at the paper's scale and what trains in each; and their variants."""
     from bridgework.training.sizes import sizes
 
-    table = Table("system", "stage", "trains", "trainable", "frozen", "steps x batch", box=None, pad_edge=False)
+    whole = partial(Column, no_wrap=True)
+    table = Table(
+        whole("system"), whole("stage"), "trains", whole("trainable"), whole("frozen"), whole("steps x batch"),
+        box=None, pad_edge=False, padding=(0, 1),
+    )  # fmt: skip
     for name in recipes():
-        for variant in variants(name):
-            full = name if variant == "system" else f"{name}:{variant}"
-            for stage in load(full).stages:
-                globs = [k if v == 1 else f"{k} (lr x {v:g})" for k, v in stage.trains.items()]
-                what = ", ".join(globs[:3]) + (f" and {len(globs) - 3} more" if len(globs) > 3 else "")
-                size, budget = sizes(stage), f"{stage.budget.steps:,} x {stage.budget.batch:,}"
-                table.add_row(full, stage.name, what, millions(size.trainable), millions(size.frozen), budget)
-                full = ""
+        for number, stage in enumerate(load(name).stages):
+            globs = [k if v == 1 else f"{k} (lr x {v:g})" for k, v in stage.trains.items()]
+            what = ", ".join(globs[:3]) + (f" and {len(globs) - 3} more" if len(globs) > 3 else "")
+            size, budget = sizes(stage), f"{stage.budget.steps:,} x {stage.budget.batch:,}"
+            first = "" if number else name
+            table.add_row(first, stage.name, what, millions(size.trainable), millions(size.frozen), budget)
     out.print(table)
+    others = Table("", "also", show_header=False, box=None, pad_edge=False, padding=(0, 1))
+    for name in recipes():
+        if named := [f"{name}:{variant}" for variant in variants(name) if variant != "system"]:
+            others.add_row("also", ", ".join(named))
+    out.print(others)
 
 
 def millions(parameters: int) -> str:

@@ -69,7 +69,7 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
     micro_batches = accumulated(stage, world)
     check(stage, micro_batches)
 
-    model, inherited = _model(job, stage)
+    model, inherited = built(job, stage)
     multipliers = freezing.apply(model, stage.trains)
     attempt = _agreed(uuid4().hex[:8])  # so that an orphan of an older attempt cannot write into this one's files
     found = _agreed(_newest(job, attempt) if rank == 0 else None)
@@ -167,7 +167,8 @@ def _finish(job: Job, metrics: Metrics, state: dict[str, torch.Tensor]) -> None:
     )
 
 
-def _model(job: Job, stage: Stage) -> tuple[freezing.Freezable, list[str]]:
+def built(job: Job, stage: Stage) -> tuple[freezing.Freezable, list[str]]:
+    """The stage's model with what it inherits, and the names of that; on every rank the same."""
     torch.manual_seed(stage.seed)  # every rank draws the same new weights
     model: freezing.Freezable = stage.model.build()
     inherited = lora.fitted(model, artefact.weights(job.parent, stage.inherits)) if job.parent else {}
