@@ -28,6 +28,7 @@ def ask(
     choice: Annotated[list[str] | None, typer.Option(help="choose among these instead of writing; repeat")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="how many to write at most")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
+    beams: Annotated[int, typer.Option(min=1, help="search this wide; 3 to 5 for captions")] = 1,
 ) -> None:
     """Ask a model about images, on this machine."""
     from bridgework.data.samples import Part, pair
@@ -49,7 +50,7 @@ def ask(
             table.add_row(ranked.candidate, f"{ranked.score:+.2f}")
         out.print(table)
         return
-    for piece in pipeline.stream(parts, pictures, max_new_tokens=tokens, temperature=temperature):
+    for piece in pipeline.stream(parts, pictures, max_new_tokens=tokens, temperature=temperature, beams=beams):
         out.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
     out.print()
 

@@ -42,6 +42,7 @@ class Sampling(TypedDict, total=False):
     top_p: float  # (0, 1]: draw from the likeliest tokens that have this share of the probability
     stop: Sequence[str]  # the answer ends before any of these
     seed: int | None  # of the draws; None differs every time
+    beams: int  # above 1: search this wide instead of drawing; the answer then comes in one piece
 
 
 class Endings(NamedTuple):
@@ -80,13 +81,17 @@ class Stream(Iterator[str]):
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        beams: int = 1,
     ) -> None:
         """`inputs` hold one prompt, as `PrefixModel.generate` takes it; `room` tokens fit behind it."""
+        if beams < 1 or (beams > 1 and temperature > 0):
+            raise SpecError(f"beams is at least 1, and 1 where temperature draws; got {beams} and {temperature:g}")
         lengths = (min_new_tokens, max_new_tokens, room)
         how = _generation(lengths, temperature, top_p, [seed], tokenizer, endings, inputs["ids"].device)
+        how["generation_config"].num_beams = beams
         self.usage = Usage(prompt_tokens=inputs["ids"].shape[1])
         reader = _Reader(tokenizer, Endings(endings.ids, (*endings.strings, *(s for s in stop if s))), self.usage)
-        self._pieces = _pieces(model, {**inputs, **how}, reader)
+        self._pieces = (_pieces if beams == 1 else _searched)(model, {**inputs, **how}, reader)
 
     def __iter__(self) -> "Stream":
         return self
@@ -169,6 +174,12 @@ def _pieces(model: PrefixModel, arguments: dict[str, Any], reader: _Reader) -> G
     finally:
         relay.enough.set()
         thread.join()
+
+
+def _searched(model: PrefixModel, arguments: dict[str, Any], reader: _Reader) -> Generator[str, None, None]:
+    """Beams are known when all are done."""
+    (row_T,) = model.generate(**arguments)
+    yield from reader.read(iter(row_T.tolist()))
 
 
 class _Relay(BaseStreamer, StoppingCriteria):

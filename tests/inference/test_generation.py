@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bridgework.data.samples import Part
 from bridgework.data.synthetic import shapes
 from bridgework.data.tokens import load_tokenizer
-from bridgework.errors import DataError
+from bridgework.errors import DataError, SpecError
 from bridgework.generation import Endings, Usage, _processors, _Reader
 from bridgework.inference import Pipeline
 from tests.inference import tiny
@@ -264,3 +264,17 @@ def test_the_first_of_several_stop_strings_counts() -> None:
 def test_blanks_before_the_answer_are_left_out_and_others_kept() -> None:
     assert "".join(read(" \n two  words ")[0]) == "two  words "
     assert "".join(read("   ")[0]) == ""
+
+
+def test_beams_write_what_the_search_of_transformers_finds() -> None:
+    pipe = pipeline()
+    asked = [Part("user", text="What is it?")]
+    searched = pipe.generate(asked, max_new_tokens=8, beams=4)
+    inputs, _ = pipe._asked([asked], [()])
+    ids = pipe.model.generate(
+        **inputs, num_beams=4, do_sample=False, max_new_tokens=8, eos_token_id=sorted(pipe._endings.ids),
+        pad_token_id=pipe.tokenizer.pad_token_id,
+    )[0]  # fmt: skip
+    assert searched.text == pipe.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+    with pytest.raises(SpecError, match="1 where temperature draws"):
+        pipe.generate(asked, beams=2, temperature=1.0)
