@@ -165,9 +165,9 @@ def sweep(
 def evaluate(model: Model) -> None:
     """Judge a model by its stage's evaluations; pictures go to <home>/evals."""
     from bridgework.inference import Pipeline
-    from bridgework.lineage import models
+    from bridgework.lineage.resolve import artefact_of
 
-    pipeline = Pipeline.load(models.artefact_of(model, home_folder()))
+    pipeline = Pipeline.load(artefact_of(model, home_folder()))
     if not pipeline.stage.evals:
         raise SpecError(f"stage {pipeline.stage.name} of {model} has no evaluations; add some to its recipe's `evals`")
     table = Table("figure", "value", box=None, pad_edge=False)

@@ -35,13 +35,13 @@ def capfilt(
 
     from bridgework.curation import CapFilt
     from bridgework.curation.verdicts import Counts
-    from bridgework.lineage import models
+    from bridgework.lineage.resolve import artefact_of
 
     spec = override(CapFilt(captioner="captioner", filter="filter", sources=(source,)), _changes(set_))
     bare = "/" not in dest and "\\" not in dest and not dest.startswith(".")
     place = str(home() / "datasets" / dest) if bare else dest
     named = zip(spec.uses, (captioner, filter_), strict=True)
-    artefacts = {stage: Path(models.artefact_of(words, home())) for stage, words in named}
+    artefacts = {stage: Path(artefact_of(words, home())) for stage, words in named}
     if workers:
         from bridgework.training.cluster import attached
     with attached() if workers else nullcontext():

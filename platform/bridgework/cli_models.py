@@ -33,10 +33,10 @@ def ask(
     """Ask a model about images, on this machine."""
     from bridgework.data.samples import Part, pair
     from bridgework.inference import Pipeline
-    from bridgework.lineage import models
+    from bridgework.lineage.resolve import artefact_of
 
     pictures = [_read(path) for path in image or ()]
-    pipeline = Pipeline.load(models.artefact_of(model, home()))
+    pipeline = Pipeline.load(artefact_of(model, home()))
     parts = [Part("user", image=i) for i in range(len(pictures))]
     if question:
         parts.append(Part("user", text="\n" * bool(parts) + question))

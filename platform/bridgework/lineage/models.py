@@ -6,7 +6,6 @@ Promotion is gated: a version takes the alias `champion` only if its figure is b
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from bridgework.errors import TrackingError
 from bridgework.tracking import Tracker, Version
@@ -27,13 +26,6 @@ def split(model: str) -> tuple[str, str]:
 
 def is_folder(model: str) -> bool:
     return "/" in model
-
-
-def artefact_of(model: str, home: Path) -> str:
-    """The artefact's folder that the words mean. Raises TrackingError where no such version is registered."""
-    from bridgework.lineage.store import MLflowReader  # loads MLflow, which a folder does not need
-
-    return model if is_folder(model) else MLflowReader(None, home).version(*split(model)).artefact
 
 
 def register(tracker: Tracker, name: str, result: StageResult, tags: Mapping[str, str]) -> Version:

@@ -118,16 +118,6 @@ class _Writer:
         return {"shard": shard}
 
 
-def _bound(tower: TowerSpec, path: str, folder: Path, threads: int) -> type[_Writer]:
-    """The actor with its arguments in it: Ray warns of those it must keep in its object store for a restart."""
-
-    class Writer(_Writer):
-        def __init__(self) -> None:
-            super().__init__(tower, path, folder, threads)
-
-    return Writer
-
-
 def _cache(tower: TowerSpec, dataset: Dataset, final: Path, workers: int) -> None:
     """Write to a temporary folder, then rename: the cache of a dataset is whole or absent."""
     folder = final.with_name(f".{final.name}-{uuid4().hex[:8]}")
@@ -138,7 +128,8 @@ def _cache(tower: TowerSpec, dataset: Dataset, final: Path, workers: int) -> Non
         threads = max(1, (os.cpu_count() or 1) // actors) if actors else torch.get_num_threads()
         if actors:
             made = ray.data.range(shards, override_num_blocks=shards).map(
-                cast(Any, _bound(tower, dataset.path, folder, threads)),
+                cast(Any, _Writer),
+                fn_constructor_args=(tower, dataset.path, folder, threads),
                 compute=ray.data.ActorPoolStrategy(size=actors),
                 num_cpus=0.5,
             )
