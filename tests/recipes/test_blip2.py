@@ -10,7 +10,7 @@ from bridgework.data.reader import Feed, local
 from bridgework.data.tokens import load_tokenizer
 from bridgework.models import freezing
 from bridgework.models.bridges.qformer import is_text
-from bridgework.recipes import blip2
+from bridgework.recipes._blip2_vqa import layerwise
 from bridgework.system import IMAGE, Stage, load
 from bridgework.training import artefact
 from bridgework.training.schedule import learning_rate
@@ -72,7 +72,7 @@ def test_generate_begins_with_the_queries_that_represent_taught(tmp_path: Path) 
 
 
 def test_the_rate_falls_from_block_to_block() -> None:
-    trains = blip2.layerwise(39, 0.95)
+    trains = layerwise(39, 0.95)
     stage = load("blip2:vqa").tiny()["vqa"]
     learning = freezing.apply(stage.model.build(), stage.trains)
     for i in range(39):

@@ -14,27 +14,28 @@ crop, no flip, no RandAugment, no drop-path; captions keep their punctuation; th
 """
 
 from dataclasses import replace
-from typing import Any
 
 from bridgework.curation import CapFilt
-from bridgework.evaluation import Retrieval
-from bridgework.losses import Captioning, Matching, MomentumContrastive
-from bridgework.models import MED, BlipViTConfig, MEDTextConfig, MomentumConfig
+from bridgework.losses import Matching, MomentumContrastive
+from bridgework.models import MED, BlipViTConfig, MomentumConfig
+from bridgework.recipes._blip_tunes import (
+    BERT,
+    COCO,
+    FOUND,
+    VIT_B,
+    VIT_L,
+    WRITING,
+    answering,
+    captioning,
+    finding,
+)  # fmt: skip
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
-BERT = MEDTextConfig(weights="google-bert/bert-base-uncased")
-VIT_B = BlipViTConfig(weights="facebook/deit-base-patch16-224")
-VIT_L = BlipViTConfig(width=1024, depth=24, heads=16, ffn=4096, weights="google/vit-large-patch16-224-in21k")
-COCO = Source(name="coco", dataset="coco-karpathy", rows=566_747)  # pairs, here and below: five captions an image
 HUMAN = (COCO, Source(name="vg", dataset="vg", rows=769_000))
 WEB = {"cc3m": 3_000_000, "cc12m": 10_000_000, "sbu": 860_000}
 NOISY = (*HUMAN, *(Source(name=name, dataset=name, rows=rows) for name, rows in WEB.items()))  # 14M images (4.1)
 LAION = Source(name="laion", dataset="laion-115m", rows=115_000_000, max_epochs=4.0)  # a fifth of it an epoch (4.1)
 CLEAN = (*HUMAN, Source(name="capfilt", dataset="capfilt"))
-QUESTIONS = (Source(name="vqav2", dataset="vqav2", rows=658_111), Source(name="vg-qa", dataset="vg-qa", rows=1_445_322))
-WRITING = Captioning(label_smoothing=0.1)  # models/med.py of the release
-FOUND = (Retrieval(name="coco", dataset="coco-karpathy-test", rows=5_000, rerank=256),
-         Retrieval(name="flickr30k", dataset="flickr30k-test", rows=1_000, rerank=128))  # fmt: skip
 
 
 def system() -> System:
@@ -48,19 +49,17 @@ def vit_l() -> System:
 
 
 def caption() -> System:
-    return _with("caption", _captioner(VIT_B))
+    return _with("caption", captioning(VIT_B))
 
 
 def retrieval() -> System:
     """On COCO; what Flickr30k's zero-shot numbers are taken with, too (5.1)."""
-    return _with("retrieval", _finder(VIT_B))
+    return _with("retrieval", finding(VIT_B))
 
 
 def vqa() -> System:
     """Beside the questions of VQAv2 those of Visual Genome, all of them."""
-    model = MED(vision=replace(VIT_B, image_size=480), text=BERT, tasks=("answer",))
-    asked = Mixture(sources=QUESTIONS, template="answer", max_tokens=45)
-    return _with("vqa", _tune(model, losses=(WRITING,), data=asked, steps=82_165, micro=16, peak_lr=2e-5))
+    return _with("vqa", answering(VIT_B))
 
 
 def _blip(vit: BlipViTConfig, noisy: tuple[Source, ...], *, steps: int, batch: int, peak_lr: float) -> System:
@@ -77,33 +76,8 @@ def _blip(vit: BlipViTConfig, noisy: tuple[Source, ...], *, steps: int, batch: i
     web = tuple(source.dataset for source in noisy if source not in HUMAN)
     clean = CapFilt(captioner="captioner", filter="filter", sources=web)  # makes `capfilt`
     bootstrap = replace(pretrain, name="bootstrap", data=replace(pretrain.data, sources=CLEAN), curation=clean)
-    stages = (pretrain, _captioner(vit), _finder(vit), bootstrap)
+    stages = (pretrain, captioning(vit), finding(vit), bootstrap)
     return System(name="blip", paper="arXiv:2201.12086", stages=stages)
-
-
-def _captioner(vit: BlipViTConfig) -> Stage:
-    model = MED(vision=replace(vit, image_size=384), text=BERT, tasks=("caption",))
-    source = replace(COCO, prompts=("a picture of",))
-    data = Mixture(sources=(source,), template="prompted", max_tokens=40, lanes=8)
-    rate = 1e-5 if vit.depth == 12 else 2e-6
-    return _tune(model, name="captioner", losses=(WRITING,), data=data, steps=11_069, micro=32, peak_lr=rate)
-
-
-def _finder(vit: BlipViTConfig) -> Stage:
-    vision, momentum = replace(vit, image_size=384), MomentumConfig(ramp=2_214)  # 1 of 6 epochs
-    model = MED(vision=vision, text=BERT, tasks=("contrast", "match"), momentum=momentum)
-    data = Mixture(sources=(COCO,), template="caption", max_tokens=35, lanes=8)
-    losses = (MomentumContrastive(), Matching(negatives="all"))
-    rate = 1e-5 if vit.depth == 12 else 5e-6
-    return _tune(model, name="filter", losses=losses, data=data, steps=13_283, micro=32, peak_lr=rate, evals=FOUND)
-
-
-def _tune(model: MED, *, steps: int, micro: int, peak_lr: float, name: str = "tune", **fields: Any) -> Stage:
-    return Stage(
-        name=name, model=model, trains={"*": 1.0}, starts_from="pretrain", shard=ZeRO(stage=1),
-        budget=Budget(steps=steps, batch=256, micro=micro),
-        optim=AdamW(peak_lr=peak_lr, warmup=0.0, weight_decay=0.05, clip=0.0), **fields,
-    )  # fmt: skip
 
 
 def _with(name: str, tuned: Stage) -> System:

@@ -17,6 +17,7 @@ from bridgework.evaluation import HeldOutLoss, Retrieval
 from bridgework.losses import Captioning, Matching, QueryContrast
 from bridgework.models import LanguageConfig, PrefixVLM, QFormer, QFormerPretrainer
 from bridgework.recipes._backbones import FLAN_XL, OPT_2_7B, OPT_6_7B, VICUNA_7B, VIT_G
+from bridgework.recipes._blip2_vqa import asking
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
 BRIDGE = QFormer(bert="google-bert/bert-base-uncased")
@@ -27,10 +28,6 @@ QUERIES = (  # of the Q-Former, without its text (3.3)
     "bridge.qformer.encoder.layer.*_query.*",
 )  # fmt: skip
 ADAM = AdamW(peak_lr=1e-4, weight_decay=0.05, betas=(0.9, 0.98))  # 3.4
-QUESTIONS = tuple(
-    Source(name=name, dataset=name, rows=rows, prompts=("Question: {} Answer:",))
-    for name, rows in (("vqav2", 658_111), ("vg-qa", 1_445_322))
-)
 
 
 def system() -> System:
@@ -53,21 +50,8 @@ def flan_t5() -> System:
 
 def vqa() -> System:
     """OPT-2.7B at 490 px, for five epochs of questions (4.3, table 8)."""
-    blip2, vision = system(), replace(VIT_G, image_size=490)
-    asked = Stage(
-        name="vqa", model=PrefixVLM(vision=vision, bridge=replace(BRIDGE, text=True), language=OPT_2_7B),
-        trains={"bridge.*": 1.0, **layerwise(vision.depth, 0.95)}, losses=(Captioning(),),
-        data=Mixture(sources=QUESTIONS, template="answer", max_tokens=96, lanes=16),
-        budget=Budget(steps=82_165, batch=128, micro=4),
-        optim=AdamW(peak_lr=1e-5, warmup=1_000 / 82_165, weight_decay=0.05), starts_from="generate",
-    )  # fmt: skip
-    return replace(blip2, stages=(*blip2.stages, asked))
-
-
-def layerwise(depth: int, decay: float) -> dict[str, float]:
-    """What of a ViT trains: every block `decay` times as fast as the one behind it, the embeddings slowest."""
-    blocks = {f"vision.tower.encoder.layers.{i}.*": decay ** (depth - i) for i in range(depth)}
-    return {"vision.tower.embeddings.*": decay ** (depth + 1), **blocks}
+    blip2 = system()
+    return replace(blip2, stages=(*blip2.stages, asking(BRIDGE)))
 
 
 def _blip2(language: LanguageConfig, *, prefix: bool = False, batch: int = 1_920) -> System:
