@@ -13,7 +13,7 @@ import pytest
 
 from bridgework.errors import SpecError
 from bridgework.spec import flat, from_dict, override, to_dict
-from bridgework.system import AdamW, Budget, Mixture, Source, System, load, recipes, variants
+from bridgework.system import AdamW, Budget, Mixture, Packing, Source, System, load, recipes, variants
 from tests.toy import Curation, Eval, system
 
 # --- fingerprint -----------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def test_fingerprint_differs_when_any_leaf_differs() -> None:
     special: dict[str, Any] = {
         "bridge": "linear", "act": "relu", "cut": 3, "layer": 3, "grid": [3, 3], "rows": 9, "max_epochs": 2.0,
         "fit": "pad", "betas": [0.5, 0.5], "stage": 1, "precision": "fp32", "prompts": ["x"], "starts_from": None,
-        "warmup": 0.5, "decay": "constant", "inherits": ["x"], "loss_weight": 0.5, "images": 5,
+        "warmup": 0.5, "decay": "constant", "inherits": ["x"], "loss_weight": 0.5, "images": 5, "packing": Packing(),
         "curation": Curation(),
     }  # fmt: skip
     seen = {system().fingerprint()}

@@ -40,6 +40,8 @@ class Wiring:
     image_tokens: ClassVar[int] = 4
     instruction: ClassVar[str | None] = None
     pretrained: ClassVar[tuple[str, ...]] = ()
+    square_tokens: ClassVar[int] = 4
+    unpackable: ClassVar[str | None] = None
 
     def places(self, layout: Layout) -> int:
         return self.image_tokens
@@ -61,6 +63,8 @@ class Eye:
     image_tokens: int = 2
     instruction: str | None = None
     pretrained: tuple[str, ...] = ()
+    square_tokens: int = 4
+    unpackable: str | None = None
 
     def places(self, layout: Layout) -> int:
         return self.image_tokens
@@ -77,6 +81,7 @@ class Captioning:
 
     needs: ClassVar[str] = "logits"
     whole_batch: ClassVar[bool] = False
+    packs: ClassVar[bool] = True
 
     spliced: ClassVar[tuple[str, ...]] = ()
 

@@ -41,12 +41,12 @@ def on_cpu(job: loop.Job, stage: Stage) -> float:
     """The loss of the first step in float32, by the step module alone."""
     model, _ = loop.built(job, stage)
     freezing.apply(model, stage.trains)
-    step = Step(model, stage.losses, len(stage.data.sources)).train()
+    step = Step(model, stage.losses).train()
     pad = load_tokenizer(stage.model.tokenizer).pad_token_id or 0
     batch = collate(next(reader.local(job.feed, rank=0, world=1, start=0)), pad_id=pad)
     with torch.no_grad():
         sums_LS, counts_LS = step(batch), step.counts([batch])
-    own = [source.loss_weight for source in stage.data.sources]
+    own = [source.loss_weight for source in stage.data.leaves]
     weights_S = torch.tensor([1.0 if weight is None else weight for weight in own])
     divisors_LS = counts_LS.sum(1, keepdim=True) if None in own else counts_LS
     means_L = (weights_S * sums_LS / divisors_LS.clamp(min=1)).sum(1)

@@ -85,7 +85,7 @@ def built(stage: Stage) -> freezing.Freezable:
 def ours(stage: Stage) -> Callable[[Batch], float]:
     model = built(stage)
     multipliers = freezing.apply(model, stage.trains)
-    engine = Engine(Step(model, stage.losses, len(stage.data.sources)), stage, multipliers, micro_batches=1)
+    engine = Engine(Step(model, stage.losses), stage, multipliers)
 
     def step(one: Batch) -> float:
         return float(engine.train_step([one], stage.optim.peak_lr).losses_L[0])

@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,9 +15,11 @@ from rich.table import Column, Table
 
 from bridgework.cli_curate import curate
 from bridgework.cli_data import data
-from bridgework.cli_models import ask, export, importing
+from bridgework.cli_models import ask, evaluate, export, importing
+from bridgework.cli_order import mixture, order
+from bridgework.cli_words import changes, pairs
 from bridgework.data.catalog import home as home_folder
-from bridgework.errors import BridgeworkError, ResourceError, SpecError, TrackingError
+from bridgework.errors import BridgeworkError, ResourceError, TrackingError
 from bridgework.spec import flat, override
 from bridgework.system import System, load, recipes, variants
 
@@ -31,8 +33,13 @@ app.add_typer(data, name="data")
 app.add_typer(curate, name="curate")
 app.add_typer(importing, name="import")
 app.command()(ask)
+data.command()(order)
+data.command()(mixture)
 app.command()(export)
+app.command("eval")(evaluate)
 out, err = Console(), Console(stderr=True)
+
+BY_SOURCE = ("samples.", "tokens.", "share.")  # metrics of which there is one for each source
 
 Name = Annotated[str, typer.Argument(metavar="SYSTEM", help="llava, llava:v1, or a module of your own")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="change the recipe by dotted path")]
@@ -100,6 +107,9 @@ def train(
     set_: Set = None,
     workers: Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process")] = 1,
     readers: Annotated[int, typer.Option(min=1, help="Ray Data actors that read and decode")] = 1,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="KEY|step:N[-M]", help="leave a sample or steps out, on record")
+    ] = None,
     run: Annotated[str | None, typer.Option(help="the run's name; the same name resumes")] = None,
     project: Project = "bridgework",
 ) -> None:
@@ -114,12 +124,14 @@ def train(
     tracker = _if_up(project)
     with attached() if workers else nullcontext():
         results = run_training(
-            resolved, home=home_folder(), run=run, how=How(workers=workers, readers=readers), stages=stage,
-            tracker=tracker, console=err,
+            resolved, home=home_folder(), run=run, how=How(workers=workers, readers=readers, skip=tuple(skip or ())),
+            stages=stage, tracker=tracker, console=err,
         )  # fmt: skip
     table = Table("stage", "figure", "value", box=None, pad_edge=False)
     for name, result in results.items():
         for key, value in result.metrics.items():
+            if key.startswith(BY_SOURCE):
+                continue  # MLflow has them
             table.add_row(name, key, f"{value:.4g}")
             name = ""
     out.print(table)
@@ -147,7 +159,7 @@ def sweep(
     tracker = _if_up(project)
     with attached():
         outcome = search.sweep(
-            found, home=home_folder(), run=run or f"sweep-{space}", changes=_changes(set_), tracker=tracker, console=err
+            found, home=home_folder(), run=run or f"sweep-{space}", changes=changes(set_), tracker=tracker, console=err
         )
     table = Table("trial", found.metric.name, "status", "seconds", *found.space, box=None, pad_edge=False)
     for row in outcome.rows:
@@ -159,28 +171,6 @@ def sweep(
     out.print(f"artefact  {outcome.artefact}", soft_wrap=True, highlight=False)
     if outcome.version:
         out.print(f"model     {outcome.version.name}:{outcome.version.version} (challenger)", highlight=False)
-
-
-@app.command("eval")
-def evaluate(model: Model) -> None:
-    """Judge a model by its stage's evaluations; pictures go to <home>/evals."""
-    from bridgework.inference import Pipeline
-    from bridgework.lineage.resolve import artefact_of
-
-    pipeline = Pipeline.load(artefact_of(model, home_folder()))
-    if not pipeline.stage.evals:
-        raise SpecError(f"stage {pipeline.stage.name} of {model} has no evaluations; add some to its recipe's `evals`")
-    table = Table("figure", "value", box=None, pad_edge=False)
-    for spec in pipeline.stage.evals:
-        result = spec.run(pipeline, home_folder())
-        for key, value in result.metrics.items():
-            table.add_row(key, f"{value:.4g}")
-        for name, picture in result.pictures.items():
-            file = home_folder() / "evals" / f"{name}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(file)
-            err.print(f"picture   {file}", soft_wrap=True)
-    out.print(table)
 
 
 @app.command()
@@ -220,7 +210,7 @@ def serve(
     """Serve a model over HTTP until Ctrl-C; `model=NAME` is its champion."""
     from bridgework.serving import launch
 
-    args = _pairs(words, "model=llava")
+    args = pairs(words, "model=llava")
     address = launch.start(app_, args, host=host, port=port)
     out.print(f"{app_} of {args['model']} answers at {address}", highlight=False)
     launch.wait()
@@ -256,23 +246,9 @@ def doctor() -> None:
 # --- what commands share ---------------------------------------------------------------------------------------------
 
 
-def _pairs(words: list[str] | None, example: str) -> dict[str, Any]:
-    pairs = {}
-    for word in words or []:
-        key, equals, value = word.partition("=")
-        if not equals or not key.strip():
-            raise SpecError(f"{word!r} is not of the form KEY=VALUE, e.g. {example}")
-        pairs[key.strip()] = value
-    return pairs
-
-
-def _changes(words: list[str] | None) -> dict[str, Any]:
-    return _pairs(words, "--set stages.align.optim.peak_lr=3e-4")
-
-
 def _resolve(name: str, words: list[str] | None, tiny: bool) -> System:
     system = load(name)
-    return override(system.tiny() if tiny else system, _changes(words))
+    return override(system.tiny() if tiny else system, changes(words))
 
 
 def _tracker(project: str) -> "MLflowTracker":

@@ -80,7 +80,7 @@ class Pipeline:
         self.stage = stage
         self.streams = Streams.of(stage.model, stage.data)
         self.tokenizer = self.streams.tokenizer
-        self.prompts: tuple[str, ...] = next((s.prompts for s in stage.data.sources if s.prompts), ())
+        self.prompts: tuple[str, ...] = next((s.prompts for s in stage.data.leaves if s.prompts), ())
         self._endings = _endings(self.streams, getattr(model, "endings", frozenset()))
 
     @classmethod

@@ -18,6 +18,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, Self, cast
 
 from bridgework.errors import SpecError, suggest
+from bridgework.mixture import Group as Group
+from bridgework.mixture import Mixture as Mixture
+from bridgework.mixture import Packing as Packing
+from bridgework.mixture import Source as Source
+from bridgework.mixture import unique
 from bridgework.spec import spec, to_dict
 
 # --- what a model tells the data, and the data never asks otherwise --------------------------------------------------
@@ -36,10 +41,14 @@ class Pixels:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     grids: tuple[tuple[int, int], ...] = ()  # (columns, rows) of tiles beside the base square; () gives that alone
+    video: bool = False  # the frames of a video are one image of many squares, and not images of their own
 
 
 class Layout(NamedTuple):
-    """How an image was cut: the base square comes first, then columns x rows tiles, row by row."""
+    """How an image was cut: the base square comes first, then columns x rows tiles, row by row.
+
+    A video is its first frame and one column of the others.
+    """
 
     columns: int  # 0 without tiles
     rows: int
@@ -63,6 +72,10 @@ class ModelSpec(Protocol):
     def instruction(self) -> str | None: ...  # tokenizer of a second stream: what the user says
     @property
     def pretrained(self) -> tuple[str, ...]: ...  # globs of the tensors that pretrained weights bring back
+    @property
+    def square_tokens(self) -> int: ...  # vectors the vision tower makes of a square: what it costs beside the text
+    @property
+    def unpackable(self) -> str | None: ...  # why several samples cannot share a sequence; None where they can
     def build(self, *, pretrained: bool = True) -> Any: ...  # torch.nn.Module
     def tiny(self) -> Self: ...
 
@@ -78,6 +91,8 @@ class LossSpec(Protocol):
     def whole_batch(self) -> bool: ...  # compares samples with each other: it must see a worker's share at once
     @property
     def spliced(self) -> tuple[str, ...]: ...  # outputs by which it can all the same, in two passes over micro-batches
+    @property
+    def packs(self) -> bool: ...  # tells samples that share a sequence apart
     def __call__(self, outputs: Any) -> Any: ...  # sums_B, float32: what each sample adds
     def count(self, labels_BT: Any) -> Any: ...  # counts_B, float32: what each adds to the divisor
 
@@ -106,75 +121,6 @@ class CurationSpec(Protocol):
     def run(
         self, artefacts: Mapping[str, Path], dest: str, *, home: Path, workers: int, say: Callable[[str], object]
     ) -> Any: ...  # -> data.manifest.Manifest of `dest`; run again it goes on, or takes what is there
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-@spec
-class Source:
-    """One dataset in a mixture. `dataset` is a path, a URL, or a name under <home>/datasets."""
-
-    name: str
-    dataset: str
-    rows: int | None = None  # as the paper counts them, for `show` and `plan` before the data is here
-    factor: float = 1.0  # manual multiplier of the weight
-    max_epochs: float | None = None  # cap on how often the stage may repeat a row
-    prompts: tuple[str, ...] = ()  # turn a pair into a question and its caption: one is drawn per row
-    prefix: bool = False  # a caption's first words, up to a drawn one, become the question (prefix LM)
-    images: int | None = None  # of a document at most: it ends before the first one too many
-    following: float = 0.0  # share of documents whose texts belong to the image behind them, not before (Flamingo)
-    loss_weight: float | None = None  # of this source's own mean loss (Flamingo's lambda); None: one mean over all
-
-    def tiny(self, kind: str) -> "Source":
-        return replace(self, dataset=f"synthetic:{kind}")
-
-
-@spec
-class Mixture:
-    """Sources in proportion to size**alpha * factor (alpha = 1/2 is InstructBLIP's square root), and their order."""
-
-    sources: tuple[Source, ...]
-    alpha: float = 1.0
-    template: str = "plain"  # plain | v1 | chat (the tokenizer's own chat template)
-    max_tokens: int = 2048  # images included; longer conversations lose their last turns
-    lanes: int = 64  # fixed slices of every batch; ranks share them out, so any number of workers sees one order
-    window: int = 16  # steps that one reader lays out at a time
-
-    def __post_init__(self) -> None:
-        if not self.sources:
-            raise SpecError("a mixture needs at least one source")
-        unique("sources", [s.name for s in self.sources])
-        for name, low in (("lanes", 1), ("window", 1), ("max_tokens", 8)):
-            if getattr(self, name) < low:
-                raise SpecError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not 0.0 <= self.alpha <= 2.0:
-            raise SpecError(
-                f"alpha must lie in [0, 2] (0 equal shares, 0.5 square root, 1 by size), got {self.alpha:g}"
-            )
-        if len({source.loss_weight is None for source in self.sources}) > 1:
-            raise SpecError("loss_weight is given for some sources and not for others; give it for all or for none")
-        for source in self.sources:
-            if source.loss_weight is not None and source.loss_weight < 0:
-                raise SpecError(f"sources.{source.name}.loss_weight must be 0 or more, got {source.loss_weight:g}")
-            if not 0.0 <= source.following <= 1.0 or (source.images is not None and source.images < 1):
-                raise SpecError(f"sources.{source.name}: following lies in [0, 1] and images is at least 1")
-            if source.factor <= 0:
-                raise SpecError(
-                    f"sources.{source.name}.factor must be above 0, got {source.factor:g}; drop the source instead"
-                )
-            if source.max_epochs is not None and source.max_epochs <= 0:
-                raise SpecError(f"sources.{source.name}.max_epochs must be above 0, got {source.max_epochs:g}")
-
-    def tiny(self, kind: str = "shapes", *, made: str | None = None) -> "Mixture":
-        """`made` is a dataset that the run makes itself: its source stays."""
-        return replace(
-            self,
-            sources=tuple(s if s.dataset == made else s.tiny(kind) for s in self.sources),
-            max_tokens=min(self.max_tokens, 512),
-            lanes=4,
-            window=4,
-        )
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -261,11 +207,25 @@ class Stage:
                 "every lane gives the same number of samples to a batch"
             )
         unique(f"{self.name}.evals", [e.name for e in self.evals])
-        datasets = [source.dataset for source in self.data.sources]
+        if self.data.packing is not None:
+            self._check_packing()
+        datasets = [source.dataset for source in self.data.leaves]
         if self.curation is not None and self.curation.makes not in datasets:
             raise SpecError(
                 f"{self.name}.curation makes {self.curation.makes!r}, which none of the stage's sources reads"
                 + suggest(self.curation.makes, datasets)
+            )
+
+    def _check_packing(self) -> None:
+        alone = [type(loss).__name__ for loss in self.losses if not loss.packs]
+        why = self.model.unpackable or (f"{alone[0]} reads a sequence as one sample" if alone else None)
+        if why is not None:
+            raise SpecError(f"{self.name}.data.packing: {why}; set stages.{self.name}.data.packing=none")
+        packing = self.data.packing
+        if packing is not None and (packing.tokens or 0) > self.model.context:
+            raise SpecError(
+                f"{self.name}.data.packing.tokens is {packing.tokens}, and the language model takes "
+                f"{self.model.context}; pack at most as many"
             )
 
     def tiny(self) -> "Stage":
@@ -322,17 +282,6 @@ class System:
     def fingerprint(self) -> str:
         """12 hex digits that name the recipe: equal on every machine, different when any field differs."""
         return hashlib.sha256(json.dumps(to_dict(self)).encode()).hexdigest()[:12]
-
-
-def unique(what: str, names: list[str]) -> None:
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise SpecError(f"{what}: the name {twice[0]!r} stands twice; names must differ")
-    for name in names:
-        if not name or set(name) & set(".*"):
-            raise SpecError(
-                f"{what}: {name!r} cannot be a name: a dotted path could not reach it; leave out '.' and '*'"
-            )
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +44,19 @@ def single(feed: Feed, path: str, dataset: Sequence[Sample], **changes: object) 
     return replace(feed, mixture=mixture, datasets=(path,), digests=(manifest.digest,), **changes)
 
 
-def test_every_step_holds_the_rows_of_the_plan(feed: Feed) -> None:
+def test_every_window_holds_the_rows_of_the_plan(feed: Feed) -> None:
     keys = [[sample.key for sample in open_dataset(path).samples()] for path in feed.datasets]
-    plan = feed.plan()
-    for step, rows in enumerate(local(feed, rank=0, world=1, start=0)):
-        planned = [(int(s), keys[s][r]) for lane in plan.step(step) for s, r in zip(lane.source, lane.row, strict=True)]
-        assert [(row.source, row.key) for row in rows] == planned
-        assert [(row.step, row.place) for row in rows] == [(step, place) for place in range(feed.batch)]
+    plan, steps = feed.plan(), list(local(feed, rank=0, world=1, start=0))
+    for t in range(4):  # of 3 steps, the last of 2
+        window = steps[3 * t : 3 * t + 3]
+        for lane in range(4):
+            rows = plan.window(lane, t)
+            planned = [(int(s), keys[s][r]) for s, r in zip(rows.source, rows.row, strict=True)][: 2 * len(window)]
+            read = [(row.source, row.key) for rows_of in window for row in rows_of if row.place // 2 == lane]
+            assert sorted(read) == sorted(planned)
+    assert [(row.step, row.place) for rows_of in steps for row in rows_of] == [
+        (s, p) for s in range(11) for p in range(8)
+    ]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -101,18 +107,19 @@ def test_a_bad_sample_is_put_aside_and_the_next_of_the_plan_takes_its_place(feed
     good = list(shapes(rows=400, size=16))
     samples = [pair(s.key, s.images[0][:60], "broken") if n in (7, 200) else s for n, s in enumerate(good)]
     table = str(tmp_path / "quarantine")
-    one = single(feed, str(tmp_path / "pairs"), samples, steps=50, quarantine=table)
-    plan = one.plan()
+    one = single(feed, str(tmp_path / "pairs"), samples, steps=48, quarantine=table)
+    plan, steps = one.plan(), list(local(one, rank=0, world=1, start=0))
     replaced = 0
-    for step, rows in enumerate(local(one, rank=0, world=1, start=0)):
-        planned = [int(row) for lane in plan.step(step) for row in lane.row]
-        for place, (row, number) in enumerate(zip(rows, planned, strict=True)):
+    for t, lane in product(range(16), range(4)):
+        numbers = plan.window(lane, t).row.tolist()
+        for at, number in enumerate(numbers):
             if number in (7, 200):
                 replaced += 1
-                t, lane, at = step // 3, place // 2, step % 3 * 2 + place % 2
-                number = next(n for _, _, n in plan.substitutes(lane, t, at) if n not in (7, 200))
-            assert row.key == good[number].key
-    assert replaced == 2
+                numbers[at] = next(n for _, _, n in plan.substitutes(lane, t, at) if n not in (7, 200))
+        read = [row.key for rows in steps[3 * t : 3 * t + 3] for row in rows if row.place // 2 == lane]
+        assert sorted(read) == sorted(good[number].key for number in numbers)
+    stand_ins = {row.stands_for for rows in steps for row in rows if row.stands_for}
+    assert replaced == 2 and stand_ins == {good[7].key, good[200].key}
     assert sorted((r.key, r.row, r.reason) for r in records(table)) == [
         (good[7].key, 7, Reason.TRUNCATED),
         (good[200].key, 200, Reason.TRUNCATED),

@@ -48,10 +48,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             certificate, equal = compared(make(), Path(folder))
         outputs = ", ".join(f"{name} {value:.0e}" for name, value in certificate.differences.items())
+        texts = ", ".join(
+            f"{sum(map(len, t.ours))} {'equal' if t.equal else 'DIFFER'}" for t in certificate.texts.values()
+        )
         bits = "equal" if equal else "DIFFER"
-        rows.append((certificate.architecture, f"| {certificate.architecture} | {shape} | {outputs} | {bits} |"))
-    print("| architecture | shape | largest difference, of the largest value | bits after import and export |")
-    print("|---|---|---|---|")
+        name = certificate.architecture
+        rows.append((name, f"| {name} | {shape} | {outputs} | {texts or 'writes nothing'} | {bits} |"))
+    print("| architecture | shape | largest difference, of the largest value | greedy ids | bits, in and out again |")
+    print("|---|---|---|---|---|")
     print("\n".join(row for _, row in sorted(rows)))
 
 

@@ -1,6 +1,8 @@
 """Folders of transformers in and out: bit-equal tensors, a certificate, and one line for what is wrong."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from bridgework.errors import SpecError, WeightsError
 from bridgework.interop.convert import CERTIFICATE, certify, export_hf, families, import_hf
+from bridgework.interop.parts import WRITTEN
 from bridgework.training import artefact
+from tests.interop.parity import models
+from tests.interop.test_blip2 import theirs as blip2_theirs
 from tests.interop.test_clip import SHAPES, theirs
 
 
@@ -59,19 +65,57 @@ def test_an_unknown_architecture_is_refused_with_a_suggestion(folder: Path, tmp_
         import_hf(folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("change", ["missing", "extra"])
-def test_keys_too_few_or_too_many_are_listed(folder: Path, tmp_path: Path, change: str) -> None:
+def test_a_config_without_an_architecture_is_refused_with_those_that_are_read(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"names no architecture; known: Blip2For.*, CLIPModel, Idefics"):
+        import_hf(folder, tmp_path / "out")
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     state = load_file(folder / "model.safetensors")
-    if change == "missing":
-        del state["text_projection.weight"]
-    else:
-        state["stray.weight"] = torch.zeros(2)
+    change(state)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    said = {"missing": "missing text_projection.weight", "extra": "unexpected stray.weight"}[change]
-    with pytest.raises(WeightsError, match=said):
+
+
+def dropped(state: dict[str, Tensor]) -> None:
+    for name in sorted(state)[:12]:
+        del state[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop("text_projection.weight"), "missing text_projection.weight$"),
+        (lambda state: state.update({"stray.weight": torch.zeros(2)}), "unexpected stray.weight$"),
+        (lambda state: state.update({"logit_scale": torch.zeros(2)}), r"of another shape logit_scale \[2\] against"),
+        (dropped, r"missing logit_scale, text_model\.\S+, .* and 2 more$"),
+    ],
+    ids=["missing", "extra", "shape", "many"],
+)
+def test_keys_that_do_not_fit_are_listed(
+    folder: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], said: str
+) -> None:
+    rewritten(folder, change)
+    with pytest.raises(WeightsError, match=f"is not a whole CLIPModel: {said}"):
         import_hf(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_file_that_was_cut_short_is_refused(folder: Path, tmp_path: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="cannot be read"):
+        import_hf(folder, tmp_path / "out")
+
+
+def test_pickled_weights_are_not_read(folder: Path, tmp_path: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"holds no \*\.safetensors, and weights in other files are not read"):
+        import_hf(folder, tmp_path / "out")
 
 
 def test_outputs_that_disagree_are_no_certificate() -> None:
@@ -79,6 +123,53 @@ def test_outputs_that_disagree_are_no_certificate() -> None:
     other: Any = family.spec(model.config).build()
     with pytest.raises(WeightsError, match="disagree"):
         certify(family, "CLIPModel", other, model)
+
+
+@dataclass
+class Writes:
+    """A family whose two sides write `ours` and `theirs`, whatever they are."""
+
+    ours: list[list[int]]
+    theirs: list[list[int]]
+
+    def outputs(self, ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        one = torch.ones(1)
+        return {"logits": (one, one), "greedy": (torch.tensor(self.ours), torch.tensor(self.theirs))}
+
+
+def test_one_written_token_that_differs_is_no_certificate() -> None:
+    model = theirs("small")
+    same: Any = Writes([[1, 2, 3]], [[1, 2, 3]])
+    assert certify(same, "CLIPModel", model, model).texts["greedy"].equal
+    for other in ([[1, 2, 4]], [[1, 2]]):
+        differs: Any = Writes([[1, 2, 3]], other)
+        with pytest.raises(WeightsError, match=r"disagree: greedy \[\[1, 2, 3\]\] against"):
+            certify(differs, "CLIPModel", model, model)
+
+
+@pytest.mark.parametrize("architecture", sorted(families()))
+def test_what_an_architecture_writes_is_compared_as_it_would_be_written(architecture: str, tmp_path: Path) -> None:
+    """Features or vectors and logits for all; greedy text, the same when written again, for all that write."""
+    make = {type(model()).__name__: model for _, model in models()}[architecture]
+    make().save_pretrained(tmp_path / "in")
+    certificate = import_hf(tmp_path / "in", tmp_path / "artefact")
+    said = json.loads((tmp_path / "artefact" / CERTIFICATE).read_text())
+    assert certificate.differences.keys() & {"features", "image"}
+    assert certificate.differences.keys() & {"logits", "match"}
+    writes = architecture.endswith(("ForConditionalGeneration", "ForQuestionAnswering", "ForVisionText2Text"))
+    assert (set(certificate.texts) == {"greedy"}) == writes
+    for text in said["texts"].values():
+        assert text["equal"] and text["ours"] == text["theirs"] and {len(row) for row in text["ours"]} == {WRITTEN}
+
+
+def test_no_generation_config_of_theirs_changes_what_is_compared(tmp_path: Path) -> None:
+    """Of beams, penalties and ends of text, which a released folder brings, none is heard; the folder keeps them."""
+    model = blip2_theirs("llava")
+    model.save_pretrained(tmp_path / "plain")
+    model.generation_config.update(num_beams=3, do_sample=True, eos_token_id=list(range(60)), repetition_penalty=9.0)
+    model.save_pretrained(tmp_path / "other")
+    plain, other = (import_hf(tmp_path / name, tmp_path / f"{name}-artefact") for name in ("plain", "other"))
+    assert plain.texts == other.texts
 
 
 def test_what_is_there_is_not_written_over(folder: Path, tmp_path: Path) -> None:

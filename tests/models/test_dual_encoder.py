@@ -112,7 +112,7 @@ def test_the_scale_begins_at_one_over_007_and_is_never_above_100() -> None:
 def test_micro_batches_in_two_passes_are_the_batch() -> None:
     """Sums and gradients of towers, heads and scale, by training's own step; naive micro-batches differ."""
     model = build()
-    step = Step(model, (Contrastive(temperature=None),), 1)
+    step = Step(model, (Contrastive(temperature=None),))
     (whole,), parts = batches(8, 8), batches(8, 3)
 
     def gradient(sums: list[Tensor]) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ def test_micro_batches_in_two_passes_are_the_batch() -> None:
     expected_sum = step(whole)
     expected = gradient([expected_sum])
     shares = [step.share(part) for part in parts]
-    sums = [step(part, Beside(shares, [0] * 8, own)) for own, part in enumerate(parts)]
+    sums = [step(part, Beside(shares, [len(part.keys) for part in parts], own)) for own, part in enumerate(parts)]
     torch.testing.assert_close(torch.stack(sums).sum(0), expected_sum)
     found = gradient(sums)
     assert found.keys() == expected.keys() and "heads.logit_scale" in found

@@ -47,7 +47,7 @@ def stepped(stage: Stage, home: Path, parent: dict[str, Tensor] | None) -> MEDMo
         model.load_state_dict(model.adopt(parent), strict=False)
     learning = freezing.apply(model, stage.trains)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    step = Step(model, stage.losses, len(stage.data.sources)).train()
+    step = Step(model, stage.losses).train()
     given = batch(stage, home)
     (step(given) / step.counts([given]).clamp(min=1)).sum().backward()
     assert all(model.get_parameter(name).grad is not None for name in learning), stage.name

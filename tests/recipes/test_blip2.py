@@ -30,7 +30,7 @@ def one_step(stage: Stage, home: Path) -> set[str]:
         next(local(Feed.of(stage, home), rank=0, world=1, start=0)),
         pad_id=load_tokenizer(stage.model.tokenizer).pad_token_id,
     )
-    step = Step(model, stage.losses, len(stage.data.sources))
+    step = Step(model, stage.losses)
     sums_LS, counts_LS = step(batch), step.counts([batch])
     assert bool(torch.isfinite(sums_LS).all()) and bool((counts_LS.sum(1) > 0).all())
     assert bool((batch.ids_BT == IMAGE).any()) == bool(stage.model.image_tokens)

@@ -36,7 +36,7 @@ def test_all_trains_and_what_decays_are_matrices(system: System) -> None:
     model = stage.model.build()
     multipliers = freezing.apply(model, stage.trains)
     assert multipliers.keys() == {name for name, _ in model.named_parameters()}
-    groups = _groups(Step(model, stage.losses, 1), multipliers, stage.optim)
+    groups = _groups(Step(model, stage.losses), multipliers, stage.optim)
     sides = {decay: [p for g in groups if g["weight_decay"] == decay for p in g["params"]] for decay in (0.0, 0.2)}
     assert all(p.ndim > 1 for p in sides[0.2]) and all(p.ndim < 2 for p in sides[0.0])
     assert any(p is model.heads.logit_scale for p in sides[0.0])

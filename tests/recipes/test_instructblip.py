@@ -22,7 +22,7 @@ TASKS = {
 
 
 def test_13_datasets_are_learned_from_and_13_others_tested_on() -> None:
-    learned, tested = {source.name for source in instructions.HELD_IN}, set(instructions.HELD_OUT)
+    learned, tested = {source.name for source in instructions.HELD_IN}, {judge.name for judge in instructions.HELD_OUT}
     assert (len(learned), len(tested)) == (13, 13) and not learned & tested
     stage = load("instructblip")["instruct"]
     datasets = {source.dataset for source in stage.data.sources}

@@ -36,6 +36,6 @@ def test_one_tiny_step_reads_tiles_and_moves_the_newline(home: Path) -> None:
     assert batch.layouts_N4 is not None
     layouts = [Layout(*row) for row in batch.layouts_N4.tolist()]
     assert int((batch.ids_BT == IMAGE).sum()) == sum(map(stage.model.places, layouts))
-    Step(model, stage.losses, len(stage.data.sources))(batch).sum().backward()
+    Step(model, stage.losses)(batch).sum().backward()
     moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == TRAINS["instruct"] and set(learning) >= {"tiles.newline"}

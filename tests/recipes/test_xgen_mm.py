@@ -85,7 +85,7 @@ def test_a_tiny_step_over_tiles_moves_bridge_and_language(home: Path) -> None:
     squares = int((1 + given.layouts_N4[:, 0] * given.layouts_N4[:, 1]).sum())
     assert len(given.pixels_N3HW) == squares > len(given.keys)
     assert int((given.ids_BT == IMAGE).sum()) == squares * stage.model.image_tokens
-    Step(model, stage.losses, 1)(given).sum().backward()
+    Step(model, stage.losses)(given).sum().backward()
     still = {n for n, p in model.named_parameters() if n in learning and (p.grad is None or not p.grad.any())}
     assert not {name for name in still if "rotary" not in name}
 
@@ -99,10 +99,10 @@ def test_preferences_start_at_ln_two_and_move_the_adapters_alone(home: Path, tmp
     learning = freezing.apply(model, stage.trains)
     given = batch(stage, home)
     assert len(given.ids_BT) == 2 * len(given.keys)
-    step = Step(model, stage.losses, 1)
-    sums_LS, counts_LS = step(given), step.counts([given])
-    assert counts_LS.tolist() == [[float(len(given.keys))]]
-    torch.testing.assert_close(sums_LS / counts_LS, torch.tensor([[log(2)]]))
+    step = Step(model, stage.losses)
+    sums_LR, counts_LR = step(given), step.counts([given])
+    assert counts_LR.tolist() == [[1.0] * len(given.keys)]
+    torch.testing.assert_close(sums_LR / counts_LS, torch.tensor([[log(2)]]))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(3):

@@ -131,7 +131,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_samples_and_saves_nothing(home
     with pytest.raises(RunError, match=r"the loss of step \d is (nan|inf).*nothing was saved") as stopped:
         go(system, home, run, checkpoint_every=1)
     step = int(str(stopped.value).split("of step ")[1][0])
-    assert all(row.key in str(stopped.value) for row in rows[step][:4])
+    named = str(stopped.value).split("look first at ")[1].split(":")[0].split(", ")
+    assert len(named) == 4 and set(named) <= {row.key for row in rows[step]}
+    assert f"--run {run}/align --step {step}" in str(stopped.value)
     folder = home / "runs" / run / "align"
     assert not (folder / "artefact").exists()
     assert not list((folder / "checkpoints").glob(f"{step + 1:08d}-*"))

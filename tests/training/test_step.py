@@ -13,7 +13,7 @@ from bridgework.errors import SpecError
 from bridgework.losses import Captioning, Contrastive
 from bridgework.spec import spec
 from bridgework.system import Stage
-from bridgework.training.step import Beside, Step, check
+from bridgework.training.step import Beside, Step, by_source, check
 from tests.training.support import fresh, llava
 
 STAGE = llava()["align"]
@@ -25,37 +25,38 @@ def batches(home: Path, size: int, stage: Stage = STAGE) -> list[Batch]:
 
 
 def test_micro_batches_sum_to_the_whole_batch(home: Path) -> None:
-    step = Step(fresh(STAGE), STAGE.losses, 1).eval()
+    step = Step(fresh(STAGE), STAGE.losses).eval()
     with torch.no_grad():
         (whole,) = (step(b) for b in batches(home, 8))
-        parts = torch.stack([step(b) for b in batches(home, 3)]).sum(0)
+        parts = torch.cat([step(b) for b in batches(home, 3)], dim=1)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
     assert torch.equal(step.counts(batches(home, 3)), step.counts(batches(home, 8)))
 
 
 def test_one_forward_feeds_every_loss(home: Path) -> None:
     model, (batch,) = fresh(STAGE), batches(home, 8)
-    both = Step(model, (Captioning(), Contrastive(weight=0.1)), 1).eval()
+    both = Step(model, (Captioning(), Contrastive(weight=0.1))).eval()
     assert both.wants == {"logits", "pooled"}
     with torch.no_grad():
-        each = torch.cat([Step(model, (loss,), 1).eval()(batch) for loss in both.losses])
+        each = torch.cat([Step(model, (loss,)).eval()(batch) for loss in both.losses])
         torch.testing.assert_close(both(batch), each)
 
 
 def test_counts_are_labelled_tokens_and_samples(home: Path) -> None:
     (batch,) = batches(home, 8)
-    counts = Step(fresh(STAGE), (Captioning(), Contrastive()), 1).counts([batch])
-    assert counts[:, 0].tolist() == [float((batch.labels_BT[:, 1:] != -100).sum()), 8.0]
+    counts_LR = Step(fresh(STAGE), (Captioning(), Contrastive())).counts([batch])
+    assert counts_LR[0].tolist() == (batch.labels_BT[:, 1:] != -100).sum(1).tolist()
+    assert counts_LR[1].tolist() == [1.0] * 8
 
 
 def test_contrast_in_two_passes_has_the_loss_and_the_gradient_of_the_whole_batch(home: Path) -> None:
     losses = (Captioning(), Contrastive(weight=0.5))
     found = []
     for size in (8, 3):
-        step, parts = Step(fresh(STAGE), losses, 1), batches(home, size)
+        step, parts = Step(fresh(STAGE), losses), batches(home, size)
         shares = [step.share(b) for b in parts]
-        sources = [s for b in parts for s in b.sources]
-        sums = [step(b, Beside(shares, sources, k) if len(parts) > 1 else None) for k, b in enumerate(parts)]
+        samples = [len(b.keys) for b in parts]
+        sums = [step(b, Beside(shares, samples, k) if len(parts) > 1 else None) for k, b in enumerate(parts)]
         torch.stack(sums).sum().backward()
         found.append((torch.stack(sums).sum(0).detach(), grads(step)))
     (whole, expected), (pieces, gradient) = found
@@ -64,35 +65,36 @@ def test_contrast_in_two_passes_has_the_loss_and_the_gradient_of_the_whole_batch
 
 
 def test_contrast_of_each_micro_batch_alone_is_another_loss(home: Path) -> None:
-    step = Step(fresh(STAGE), (Contrastive(),), 1)
+    step = Step(fresh(STAGE), (Contrastive(),))
     with torch.no_grad():
         whole, pieces = (sum(float(step(b).sum()) for b in batches(home, size)) for size in (8, 4))
     assert abs(whole - pieces) > 1.0
 
 
 def test_an_idle_micro_batch_adds_nothing_but_its_graph(home: Path) -> None:
-    step, parts = Step(fresh(STAGE), (Contrastive(), Captioning()), 1), batches(home, 4)
+    step, parts = Step(fresh(STAGE), (Contrastive(), Captioning())), batches(home, 4)
     idle = replace(parts[0], idle=True)
     alone = [step.share(b) for b in parts]
     busy = [*alone, {name: rows[:0] for name, rows in alone[0].items()}]
-    sources = [0] * 8
-    with_idle = step(idle, Beside(busy, sources, 2))
-    contrast, captioning = with_idle.detach().flatten().tolist()
-    assert captioning == 0.0
-    assert contrast == pytest.approx(float(step(parts[0], Beside(alone, sources, 0))[0].detach()) * 2 / 3)
+    with_idle = step(idle, Beside(busy, [4, 4, 0], 2))
+    contrast, captioning = with_idle.detach()
+    assert not captioning.any()
+    torch.testing.assert_close(contrast, step(parts[0], Beside(alone, [4, 4], 0))[0].detach() * 2 / 3)
     with_idle.sum().backward()
     assert float(grads(step).abs().max()) == 0.0
-    assert torch.equal(step.counts([*parts, idle]), step.counts(parts))
 
 
-def test_sums_and_counts_are_kept_by_source(home: Path) -> None:
-    (batch,) = batches(home, 8)
-    step = Step(fresh(STAGE), STAGE.losses, 2)
-    apart = replace(batch, sources=[0, 1, 0, 1, 0, 1, 0, 1])
+def test_every_sample_adds_what_it_would_add_alone(home: Path) -> None:
+    step = Step(fresh(STAGE), STAGE.losses).eval()
     with torch.no_grad():
-        sums_LS, whole_L1 = step(apart), Step(step.model, STAGE.losses, 1)(batch)
-    torch.testing.assert_close(sums_LS.sum(1, keepdim=True), whole_L1)
-    assert (sums_LS > 0).all() and (step.counts([apart]) > 0).all()
+        together = step(*batches(home, 8))
+        alone = torch.cat([step(b) for b in batches(home, 1)], dim=1)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_values_are_added_up_by_source() -> None:
+    values_LR = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
+    assert by_source(values_LR, torch.tensor([1, 0, 1]), 3).tolist() == [[2.0, 5.0, 0.0], [16.0, 40.0, 0.0]]
 
 
 def test_a_loss_that_needs_its_batch_whole_is_refused_in_micro_batches() -> None:

@@ -1,10 +1,11 @@
 """Rows of one step, padded into the tensors that a model takes.
 
-# B batch  T tokens  N images of the whole batch  S side in pixels  P patches  D width
+# B sequences  T tokens  N images of the whole batch  S side in pixels  P patches  D width  R samples
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count, groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ class Row:
     """One sample, ready for a batch."""
 
     step: int
-    place: int  # in the global batch of that step
+    place: int  # of its sequence in the global batch of that step: rows of one place are packed into one
     key: str
     source: int  # index into the mixture's sources
     ids: list[int]  # (T,)
@@ -29,13 +30,16 @@ class Row:
     layouts: tuple[Layout, ...] = ()  # of each image, where images are cut into tiles
     instruction: list[int] = field(default_factory=list)  # (I,) the second stream, where the wiring reads one
     rejected: tuple[list[int], list[int]] | None = None  # ids and labels of the worse answer
+    shown: int = 0  # images, of which `images` may hold several tiles or frames
+    stands_for: str = ""  # key of the bad or skipped sample in whose place it came
 
 
 @dataclass(frozen=True)
 class Batch:
     """What a step of training or a call of generation reads; exactly one of pixels and features is there.
 
-    Samples that come with a rejected answer fill 2B rows: the better answers of all, then the worse.
+    A sequence is one sample, or with `segments_BT` several. Samples that come with a rejected answer fill two
+    sequences each: the better answers of all come first, then the worse.
     """
 
     ids_BT: Tensor  # int64; IMAGE where an image token goes
@@ -46,8 +50,10 @@ class Batch:
     keys: list[str]  # of the samples
     sources: list[int]
     layouts_N4: Tensor | None = None  # int64, of each image: columns, rows, width, height
-    instruction_BI: Tensor | None = None  # int64
+    instruction_BI: Tensor | None = None  # int64, one row a sample
     instruction_attention_BI: Tensor | None = None  # bool; False on padding
+    segments_BT: Tensor | None = None  # int64, the number of the sample in the batch, -1 on padding; None: a row each
+    replaced: list[bool] = field(default_factory=list)  # samples that stand for a bad or skipped one
     idle: bool = False  # keeps a rank busy that has no rows left: nothing in it counts
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -67,19 +73,38 @@ class Batch:
             "layouts": self.layouts_N4,
             "instruction": self.instruction_BI,
             "instruction_attention": self.instruction_attention_BI,
+            "segments": self.segments_BT,
         }
         return {name: tensor for name, tensor in inputs.items() if tensor is not None}
 
+    def labels_by_sample(self) -> Tensor:
+        """(R, T) int64: the labels of each sample in a row of its own; what they are already without packing."""
+        if self.segments_BT is None:
+            return self.labels_BT
+        own_RT = [self.labels_BT[self.segments_BT == number] for number in range(len(self.keys))]
+        return torch.nn.utils.rnn.pad_sequence(own_RT, batch_first=True, padding_value=IGNORE)
+
+    def tokens_by_sample(self) -> Tensor:
+        """(R,) int64: how many tokens each sample has, prompt and images included."""
+        if self.segments_BT is not None:
+            return torch.bincount(self.segments_BT[self.attention_BT], minlength=len(self.keys))
+        lengths_B = self.attention_BT.sum(1)
+        return lengths_B.view(-1, len(self.keys)).sum(0)  # with worse answers: both
+
 
 def collate(rows: Sequence[Row], *, pad_id: int, side: Literal["right", "left"] = "right") -> Batch:
-    """A batch as wide as its longest row: padded on the right to train, on the left to generate.
+    """A batch as wide as its longest sequence: padded on the right to train, on the left to generate.
 
-    Images of all rows follow each other in the order of their places; a batch without images has N = 0.
+    Neighbours of one place share a sequence. Images of all rows follow each other in the order of their places; a
+    batch without images has N = 0.
     """
-    sequences = [(row.ids, row.labels) for row in rows] + [row.rejected for row in rows if row.rejected is not None]
+    packed = [list(same) for _, same in groupby(rows, key=lambda row: row.place)]
+    shared = len(packed) < len(rows)
+    sequences = [_joined(same) for same in packed] if shared else [(row.ids, row.labels) for row in rows]
+    sequences += [row.rejected for row in rows if row.rejected is not None]
     ids_BT, attention_BT = _padded([ids for ids, _ in sequences], pad_id, side)
     labels_BT, _ = _padded([labels for _, labels in sequences], IGNORE, side)
-    shown = rows if len(sequences) == len(rows) else [*rows, *rows]  # a worse answer is about the same images
+    shown = rows if rows[0].rejected is None else [*rows, *rows]  # a worse answer is about the same images
     images = torch.from_numpy(np.concatenate([row.images for row in shown]))
     layouts = [layout for row in shown for layout in row.layouts]
     pixels = images.dtype == torch.uint8
@@ -96,7 +121,21 @@ def collate(rows: Sequence[Row], *, pad_id: int, side: Literal["right", "left"] 
         layouts_N4=torch.tensor(layouts) if layouts else None,
         instruction_BI=instruction_BI,
         instruction_attention_BI=instruction_attention_BI,
+        segments_BT=_segments(packed, side) if shared else None,
+        replaced=[bool(row.stands_for) for row in rows],
     )
+
+
+def _joined(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
+    """Ids and labels of a sequence. The first token of a sample has no label: what lies before it is another's."""
+    ids = [token for row in rows for token in row.ids]
+    return ids, [label for row in rows for label in (IGNORE, *row.labels[1:])]
+
+
+def _segments(packed: Sequence[Sequence[Row]], side: Literal["right", "left"]) -> Tensor:
+    numbers = count()
+    told = [[number for row in same for number in [next(numbers)] * len(row.ids)] for same in packed]
+    return _padded(told, -1, side)[0]
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int, side: Literal["right", "left"]) -> tuple[Tensor, Tensor]:

@@ -28,9 +28,9 @@ def resolve(dataset: str, home: Path) -> str:
     try:
         read_manifest(path)
     except DataError as error:
-        if not named or dataset in _names(home):
+        if not named or dataset in names(home):
             raise
-        known = [*_names(home), *SYNTHETIC]
+        known = [*names(home), *SYNTHETIC]
         raise DataError(
             f"there is no dataset {dataset!r} ({error}){suggest(dataset, known)}; "
             f"bring it in with `bridgework data import FORMAT SOURCE {path}`"
@@ -38,7 +38,8 @@ def resolve(dataset: str, home: Path) -> str:
     return path
 
 
-def _names(home: Path) -> list[str]:
+def names(home: Path) -> list[str]:
+    """The datasets under <home>/datasets."""
     return sorted(path.parent.name for path in (home / "datasets").glob("*/manifest.json"))
 
 

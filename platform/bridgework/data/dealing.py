@@ -1,13 +1,11 @@
 """How the rows of a source are dealt to the lanes: the x-th row that a lane takes of a source, for any x, at once.
 
-Rows 0 .. N-1 are cut into P pieces of c neighbours; the last may be shorter. Every epoch puts the pieces in a new
-order, and they are dealt round the lanes without a break between epochs: place j of epoch e is global place
-G = e P + j, goes to lane G % V, and is there the (G // V)-th piece. So a source of one row reaches every lane too.
+All draws of a source have a number: the x-th of lane v is g = x V + (V - 1 - v), the order in which lanes come to have
+x + 1 rows (`mixing.Ledger`). Epoch e is the draws e N .. (e + 1) N - 1, so N rows in a row are every row once.
 
-The short piece would let the lane that holds it run ahead. Epoch e therefore deals it to lane e % V, at a place drawn
-among that lane's own; the other pieces are permuted around it. In any V epochs from a multiple of V (a lap) each lane
-then holds P pieces of which one is short, which is exactly N rows: lanes never drift apart, and the lap, the piece and
-the row of any x are a few divisions.
+In an epoch each lane has N / V of these numbers (rounded up or down), and reads as many rows on end of the epoch's own
+order, which begins at a drawn row: rows 0 .. N-1 are cut into P pieces of c neighbours (the last may be shorter), which
+stand in a drawn order, their rows permuted inside. A lane's end may cut a piece; then two lanes read of it.
 """
 
 from collections.abc import Sequence
@@ -37,7 +35,7 @@ class _Cut:
     short_side: int
     order_key: int
     piece_key: int
-    short_key: int
+    begin_key: int
 
 
 def _cut(rows: int, group_rows: int, key: int, lanes: int) -> _Cut:
@@ -46,7 +44,7 @@ def _cut(rows: int, group_rows: int, key: int, lanes: int) -> _Cut:
     full, rest = divmod(rows, piece)
     short = rest or piece
     sides = (side_of(full), side_of(piece), side_of(short))
-    keys = (key_of(key, "order"), key_of(key, "piece"), key_of(key, "short"))
+    keys = (key_of(key, "order"), key_of(key, "piece"), key_of(key, "begin"))
     return _Cut(rows, piece, full + (rest > 0), full, short, *sides, *keys)
 
 
@@ -67,25 +65,23 @@ class Deal:
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """(epoch_R, row_R) of the `index`-th row, counted from 0, that `lane` takes of each source."""
         n, piece, pieces, full, short, full_side, piece_side, short_side, *keys = self._table[:, source_R]
-        order_key, piece_key, short_key = keys
-        lap, at = np.divmod(index_R.astype(np.uint64), n)
-        epoch = lap * self._lanes + np.uint64(lane)  # the one of the lap that deals its short piece to this lane
-        gap = (epoch * pieces + self._short_place(epoch, pieces, short_key)) // self._lanes - lap * pieces
-        at += np.where(at >= gap * piece + short, piece - short, 0)
-        turn, within = np.divmod(at, piece)
-        epoch, place = np.divmod((lap * pieces + turn) * self._lanes + np.uint64(lane), pieces)
-
-        gap = np.where(short < piece, self._short_place(epoch, pieces, short_key), pieces)
-        last = place == gap
-        place = np.minimum(place - (place > gap), full - _ONE)
-        drawn = permute(place, full, full_side, derive(order_key, epoch))
+        order_key, piece_key, begin_key = keys
+        turn = self._lanes - _ONE - np.uint64(lane)
+        epoch = (index_R.astype(np.uint64) * self._lanes + turn) // n
+        place = self._place(index_R.astype(np.uint64), turn, epoch, n)
+        place = (place + derive(begin_key, epoch) % n) % n
+        at, within = np.divmod(place, piece)
+        last = at == full
+        drawn = permute(np.minimum(at, full - _ONE), full, full_side, derive(order_key, epoch))
         which = np.where(last, full, drawn)
         size, side = np.where(last, short, piece), np.where(last, short_side, piece_side)
         row = which * piece + permute(within, size, side, derive(piece_key, epoch * pieces + which))
         return epoch.astype(np.int32), row.astype(np.int64)
 
-    def _short_place(self, epoch: U64, pieces: U64, key: U64) -> U64:
-        """A place of lane `epoch % V` in that epoch; means nothing for a source that has no short piece."""
-        first = (self._lanes - epoch * (pieces - _ONE) % self._lanes) % self._lanes
-        turns = np.maximum((pieces + self._lanes - _ONE - first) // self._lanes, _ONE)
-        return first + derive(key, epoch) % turns * self._lanes
+    def _place(self, index: U64, turn: np.uint64, epoch: U64, n: U64) -> U64:
+        """Where the lane's draw stands in the epoch's order: behind what the lanes before it have of the epoch."""
+        first = epoch * n  # the epoch's first draw
+        begun = np.where(first > turn, (first - np.minimum(turn, first) + self._lanes - _ONE) // self._lanes, 0)
+        before = (turn + self._lanes - first % self._lanes) % self._lanes  # lanes that draw before this one in it
+        each, rest = np.divmod(n, self._lanes)
+        return before * each + np.minimum(before, rest) + (index - begun)

@@ -11,9 +11,14 @@ from bridgework.data.templates import conversation
 from bridgework.system import Source
 
 
-def read_as(source: Source, sample: Sample, choice: int) -> list[Part]:
-    """The parts of a sample as the stage reads it, of which `choice`, any non-negative draw, decides what is drawn."""
+def read_as(source: Source, sample: Sample, choice: int, *, video: bool = False) -> list[Part]:
+    """The parts of a sample as the stage reads it, of which `choice`, any non-negative draw, decides what is drawn.
+
+    With `video` the frames of a video are one picture, which stands where the first of them stood.
+    """
     parts = conversation(sample, source.prompts, choice, prefix=source.prefix)
+    if video and sample.times_s:
+        parts = [part for part in parts if not part.image]
     return arranged(parts, choice, images=source.images, following=source.following)
 
 

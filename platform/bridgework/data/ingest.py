@@ -34,6 +34,7 @@ BLOCK = pa.schema(
         ("layouts", pa.list_(pa.list_(pa.int32()))),
         ("instruction", pa.list_(pa.int32())),
         ("rejected", pa.list_(pa.list_(pa.int32()))),  # ids and labels, or null
+        ("stands_for", pa.string()),
         ("shape", pa.list_(pa.int32())),  # of the images: four sizes are uint8 pixels, three are float16 features
         ("images", pa.large_list(pa.uint8())),  # bytes of the array, C order; a window can exceed the 2 GB of `list`
     ]
@@ -92,10 +93,11 @@ class _Windows:
     def __call__(self, item: pa.Table) -> pa.Table:
         feed, plan = self.reader.feed, self.reader.plan
         window, rank = divmod(item["item"][0].as_py(), self.world)
-        steps = self.reader.window(
-            plan.lanes_of(rank, self.world), self.start // feed.mixture.window + window, first_step=self.start
-        )
-        most = len(plan.lanes_of(0, self.world)) * feed.batch // feed.mixture.lanes * len(steps)
+        t, span = self.start // feed.mixture.window + window, feed.mixture.window
+        steps = self.reader.window(plan.lanes_of(rank, self.world), t, first_step=self.start)
+        # the rows of all steps of the window: packed, those that are left of it may hold more than their share
+        in_window = min(span, feed.steps - t * span) * feed.batch // feed.mixture.lanes
+        most = len(plan.lanes_of(0, self.world)) * in_window
         return to_block([row for rows in steps for row in rows], rank=rank, world=self.world, length=most)
 
 

@@ -4,13 +4,13 @@ Weights become whole numbers of 2**-60, and all counting is in Python's integers
 exact at any length of training, on every machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
 
 from bridgework.errors import SpecError
-from bridgework.system import Mixture
+from bridgework.mixture import Group, Mixture
 
 _UNIT = 1 << 60  # weights are whole numbers of 1 / _UNIT
 _POWER = Context(prec=50)  # done in software: the last bit of float's `**` depends on the machine's maths library
@@ -37,7 +37,7 @@ def divide(mixture: Mixture, rows: Sequence[int], *, steps: int, batch: int) -> 
     budget = steps * batch
     caps = {
         d: Fraction(source.max_epochs) * rows[d] / budget
-        for d, source in enumerate(mixture.sources)
+        for d, source in enumerate(mixture.leaves)
         if source.max_epochs is not None
     }
     held: dict[int, Fraction] = {}
@@ -61,13 +61,25 @@ def divide(mixture: Mixture, rows: Sequence[int], *, steps: int, batch: int) -> 
 
 
 def requested(mixture: Mixture, rows: Sequence[int]) -> list[Fraction]:
-    """size**alpha * factor of each source, as shares that sum to one."""
-    alpha = Decimal(mixture.alpha)
+    """size**alpha * factor of each source, as shares that sum to one; a group's share is shared out inside it."""
+    return _shares(mixture, iter(rows))[0]
+
+
+def _shares(node: Mixture | Group, rows: Iterator[int]) -> tuple[list[Fraction], int]:
+    """The share of every source below `node`, which sum to one, and the rows of all; takes its sizes from `rows`."""
+    below = [_shares(n, rows) if isinstance(n, Group) else _alone(next(rows)) for n in node.sources]
+    alpha = Decimal(node.alpha)
     weights = [
-        Fraction(_POWER.power(Decimal(n), alpha)) * Fraction(source.factor)
-        for n, source in zip(rows, mixture.sources, strict=True)
+        Fraction(_POWER.power(Decimal(size), alpha)) * Fraction(inner.factor)
+        for inner, (_, size) in zip(node.sources, below, strict=True)
     ]
-    return [weight / sum(weights) for weight in weights]
+    total = sum(weights)
+    shares = [share * weight / total for weight, (inner, _) in zip(weights, below, strict=True) for share in inner]
+    return shares, sum(size for _, size in below)
+
+
+def _alone(rows: int) -> tuple[list[Fraction], int]:
+    return [Fraction(1)], rows
 
 
 class Ledger:

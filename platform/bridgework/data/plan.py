@@ -17,7 +17,7 @@ from bridgework.data.dealing import Deal
 from bridgework.data.mixing import Ledger, Share, divide, requested
 from bridgework.data.permutation import derive, key_of, shuffle
 from bridgework.errors import DataError, SpecError
-from bridgework.system import Mixture, unique
+from bridgework.mixture import Mixture, unique
 
 # S sources  R rows  V lanes  b rows of a lane and step  W rows of a lane and window
 
@@ -46,8 +46,8 @@ class Plan:
     """The order of one stage's rows. `sources` are those of the mixture, in its order.
 
     An order is keyed by (seed, name and digest of the source), never by its place: another source in the mixture
-    changes how many rows a lane takes of this one, not which come next. In one epoch no row comes twice; lanes go
-    from one epoch to the next at about the same time, not at the same step.
+    changes how many rows a lane takes of this one, not which come next. In one epoch no row comes twice, and no row of
+    an epoch comes behind one of the next: of a source alone, N rows from a multiple of N are every row once.
 
     Raises SpecError for a batch that is not a multiple of the lanes, for sources that are not the mixture's, and for
     caps that cannot fill the budget; DataError for an empty source.
@@ -55,6 +55,7 @@ class Plan:
 
     shares: tuple[Share, ...]  # one per source, in order
     window_rows: int  # W
+    step_rows: int  # b
 
     def __init__(self, sources: Sequence[SourceRows], mixture: Mixture, *, batch: int, steps: int, seed: int) -> None:
         _check(sources, mixture, batch, steps)
@@ -66,7 +67,7 @@ class Plan:
         )
         self.window_rows = batch // mixture.lanes * mixture.window
         self._lanes = mixture.lanes
-        self._step_rows = batch // mixture.lanes
+        self.step_rows = batch // mixture.lanes
         self._ledger = Ledger(weights, mixture.lanes)
         self._period = self._ledger.period(self.window_rows)
         keys = [key_of(seed, source.name, source.digest) for source in sources]
@@ -86,10 +87,6 @@ class Plan:
     def window(self, lane: int, t: int) -> Rows:
         """The W rows of a lane for steps t * window .. (t + 1) * window - 1: b for the first step, b for the next."""
         return self._rows(lane, t * self.window_rows, self.window_rows)
-
-    def step(self, s: int) -> list[Rows]:
-        """The global batch of step `s`: b rows of each lane, lane after lane."""
-        return [self._rows(lane, s * self._step_rows, self._step_rows) for lane in range(self._lanes)]
 
     def substitutes(self, lane: int, t: int, place: int) -> Iterator[tuple[int, int, int]]:
         """(source, epoch, row) to try, in order, when the row at `place` of the window is bad.
@@ -113,22 +110,19 @@ class Plan:
 
     def realised(self, steps: int) -> dict[str, int]:
         """Rows of each source in the first `steps` global batches: arithmetic, but for a period that is cut short."""
-        periods, rest = divmod(steps * self._step_rows, self._period)
+        periods, rest = divmod(steps * self.step_rows, self._period)
         counts = np.array(self._ledger.total(periods * self._period))
         if rest:
             for lane in range(self._lanes):
-                counts += np.bincount(self._draw(lane, periods * self._period, rest)[0], minlength=len(counts))
+                drawn = self._rows(lane, periods * self._period, rest).source
+                counts += np.bincount(drawn, minlength=len(counts))
         return {share.name: int(count) for share, count in zip(self.shares, counts, strict=True)}
 
     def _rows(self, lane: int, first: int, count: int) -> Rows:
-        source_R, index_R = self._draw(lane, first, count)
-        epoch_R, row_R = self._deal.locate(source_R, lane, index_R)
-        return Rows(source_R.astype(np.int32), epoch_R, row_R)
+        """Rows `first` .. of a lane, inside one period.
 
-    def _draw(self, lane: int, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(source_R, index_R): rows `first` .. of a lane, inside one period, as the index-th that it takes of a source.
-
-        A period, nearly always one window, is what is shuffled: see `Ledger.period`.
+        A period, nearly always one window, is what is shuffled (see `Ledger.period`): which place has a row of which
+        source, and the rows of a source in each epoch, but never two epochs.
         """
         if not 0 <= lane < self._lanes or first < 0:
             raise SpecError(f"lane {lane}, row {first} is not in the plan: lanes are 0 .. {self._lanes - 1}, rows >= 0")
@@ -136,14 +130,18 @@ class Plan:
         before = np.array(self._ledger.taken(lane, period * self._period))
         after = np.array(self._ledger.taken(lane, (period + 1) * self._period))
         key = derive(self._key, np.array([period * self._lanes + lane], dtype=np.uint64))
-        place_R = shuffle(self._period, key)[at : at + count]
+        place_R = shuffle(self._period, key)
         ends_S = np.cumsum(after - before)
         source_R = np.searchsorted(ends_S, place_R, side="right")
-        return source_R, place_R + (after - ends_S)[source_R]
+        epoch_R, row_R = self._deal.locate(source_R, lane, place_R + (after - ends_S)[source_R])
+        order_R = np.empty_like(place_R)
+        order_R[np.argsort(source_R, kind="stable")] = np.lexsort((epoch_R, source_R))
+        some = order_R[at : at + count]
+        return Rows(source_R[some].astype(np.int32), epoch_R[some], row_R[some])
 
 
 def _check(sources: Sequence[SourceRows], mixture: Mixture, batch: int, steps: int) -> None:
-    names, asked = [s.name for s in sources], [s.name for s in mixture.sources]
+    names, asked = [s.name for s in sources], [s.name for s in mixture.leaves]
     unique("sources", names)
     if names != asked:
         raise SpecError(

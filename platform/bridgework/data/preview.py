@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from bridgework.data.batch import Row
 from bridgework.data.catalog import resolve
 from bridgework.data.documents import read_as
 from bridgework.data.quarantine import BadSample
@@ -23,7 +24,7 @@ from bridgework.data.samples import Sample
 from bridgework.data.shards import open_dataset
 from bridgework.data.streams import Streams
 from bridgework.data.tiling import lay_out
-from bridgework.data.tokens import Encoded
+from bridgework.data.tokens import Encoded, load_tokenizer
 from bridgework.data.transforms import decode, read_square
 from bridgework.system import END, IGNORE, IMAGE, Pixels, Source, Stage
 
@@ -58,6 +59,7 @@ class Preview:
     spans: tuple[Span, ...]
     counts: Counts | None = None  # where a stage reads it
     problem: str | None = None  # why it is, or would be, put aside
+    note: str | None = None  # what a run has on record of it
 
 
 def stored(path: str, n: int = 4, *, seed: int = 0) -> list[Preview]:
@@ -76,9 +78,25 @@ def read(stage: Stage, home: Path, n: int = 4, *, seed: int = 0) -> list[Preview
     streams = Streams.of(stage.model, stage.data)
     return [
         _read(sample, source, choice, streams)
-        for number, source in enumerate(stage.data.sources)
+        for number, source in enumerate(stage.data.leaves)
         for choice, sample in _draw(resolve(source.dataset, home), n, [seed, number])
     ]
+
+
+def trained(rows: Sequence[Row], stage: Stage, notes: Sequence[str]) -> list[Preview]:
+    """The rows of a step as the model got them, each with its note.
+
+    Raises WeightsError where the stage's tokenizer is not to be had.
+    """
+    model, tokenizer = stage.model, load_tokenizer(stage.model.tokenizer)
+    names = [source.name for source in stage.data.leaves]
+    shown = []
+    for row, note in zip(rows, notes, strict=True):
+        places = [model.places(layout) for layout in row.layouts] or [model.image_tokens] * row.shown
+        spans = _spans(Encoded(row.ids, row.labels, list(range(row.shown)), places), tokenizer)
+        counts = Counts(len(row.ids), row.ids.count(IMAGE), len(row.labels) - row.labels.count(IGNORE))
+        shown.append(Preview(row.key, names[row.source], tuple(row.images), tuple(spans), counts, note=note))
+    return shown
 
 
 def _draw(path: str, n: int, seed: Sequence[int]) -> Iterator[tuple[int, Sample]]:
@@ -127,9 +145,10 @@ def _thumbnail(data: bytes) -> NDArray[np.uint8]:
 
 def _read(sample: Sample, source: Source, choice: int, streams: Streams) -> Preview:
     try:
-        parts = read_as(source, sample, choice)
-        encoded = streams.train(parts, streams.layouts(sample.images), choice=choice)
-        images = tuple(tile for i in encoded.images for tile in _tiles(sample.images[i], streams.model.pixels))
+        parts, pictures = read_as(source, sample, choice, video=streams.model.pixels.video), streams.pictures(sample)
+        encoded = streams.train(parts, [p.layout for p in pictures if p.layout is not None], choice=choice)
+        files = [sample.images[file] for i in encoded.images for file in pictures[i].files]
+        images = tuple(tile for file in files for tile in _tiles(file, streams.model.pixels))
     except BadSample as error:
         return Preview(sample.key, source.name, (), tuple(_spoken(sample)), problem=str(error))
     loss = len(encoded.labels) - encoded.labels.count(IGNORE)

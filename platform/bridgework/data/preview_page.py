@@ -30,6 +30,8 @@ def facts(shown: Preview) -> str:
     if shown.counts is not None:
         counts = shown.counts
         said.append(f"{counts.tokens} tokens: {counts.images} of images, {counts.loss} with loss")
+    if shown.note is not None:
+        said.append(shown.note)
     return " · ".join(said)
 
 

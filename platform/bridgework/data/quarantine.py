@@ -15,8 +15,9 @@ from uuid import uuid4
 import fsspec
 
 from bridgework.errors import DataError
+from bridgework.mixture import MAX_BAD
 
-SHARE = 0.005  # more bad rows than this share of a dataset is a broken dataset, not an accident
+SHARE = MAX_BAD
 FLUSH_ROWS = 1_000
 
 
@@ -92,19 +93,31 @@ class Quarantine:
 
     def check(self, rows: int) -> None:
         """Raises DataError, naming the table, if more than the limit's share of `rows` was put aside."""
-        if self.share(rows) <= self.limit:
-            return
-        self.flush()
-        reasons = ", ".join(f"{n} {reason}" for reason, n in self.reasons.most_common())
-        raise DataError(
-            f"{len(self)} of {rows} rows are bad ({reasons}): {self.share(rows):.2%}, and {self.limit:.2%} is allowed; "
+        if self.share(rows) > self.limit:
+            self.flush()
+            raise self._too_many(self.reasons, rows)
+
+    def check_table(self, rows: int) -> None:
+        """`check` of the whole table: what all that write to it put aside."""
+        found = {(record.dataset, record.row): record.reason for record in records(self.folder)}
+        if len(found) > self.limit * rows:
+            raise self._too_many(Counter(found.values()), rows)
+
+    def _too_many(self, reasons: Counter[Reason], rows: int) -> DataError:
+        told = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+        bad = reasons.total()
+        return DataError(
+            f"{bad} of {rows} rows are bad ({told}): {bad / max(rows, 1):.2%}, and {self.limit:.2%} is allowed; "
             f"read {self.folder}, then mend the source or allow a larger share"
         )
 
-    def flush(self) -> None:
-        """Write what is pending as one part: under a temporary name first, so no reader sees half of it."""
+    def flush(self) -> bool:
+        """Write what is pending as one part: under a temporary name first, so no reader sees half of it.
+
+        False when nothing was.
+        """
         if not self._pending:
-            return
+            return False
         fs, folder = fsspec.core.url_to_fs(self.folder)
         fs.makedirs(folder, exist_ok=True)
         part = f"{folder}/part-{time.time_ns():020d}-{uuid4().hex[:6]}.jsonl"
@@ -112,6 +125,7 @@ class Quarantine:
             file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in self._pending)
         fs.mv(part + ".tmp", part)
         self._pending = []
+        return True
 
 
 def records(folder: str) -> Iterator[Record]:

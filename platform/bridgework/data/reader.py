@@ -1,6 +1,7 @@
 """From the plan to rows: each row group is read once a window, each sample decoded on its own, a bad one replaced.
 
-A window is a function of (feed, lane, t): who reads it, when, and what was read before play no part.
+A window is a function of (feed, lane, t): who reads it, when, and what was read before play no part. Its rows are
+packed and laid out on its steps by what they cost (`laying`), so ranks have like work at every step.
 
 # S side in pixels  P patches  D width
 """
@@ -8,6 +9,7 @@ A window is a function of (feed, lane, t): who reads it, when, and what was read
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -18,7 +20,9 @@ from bridgework.data.batch import Row as Row  # what a reader gives
 from bridgework.data.catalog import resolve
 from bridgework.data.documents import read_as
 from bridgework.data.groups import Features, Groups, Stored
+from bridgework.data.laying import Limits, balance, first_fit
 from bridgework.data.manifest import read_manifest
+from bridgework.data.permutation import derive, key_of, shuffle
 from bridgework.data.plan import Plan, SourceRows
 from bridgework.data.quarantine import BadSample, Quarantine, Reason
 from bridgework.data.samples import Part, Sample
@@ -43,12 +47,21 @@ class Feed:
     model: ModelSpec  # says what it reads; nothing is built of it here
     pairs: bool = False  # every sample comes with its rejected answer
     features: str | None = None  # folder of cached features, read instead of the images
+    skipped: tuple[tuple[str, int], ...] = ()  # keys that give way, each from a step on
     quarantine: str | None = None  # folder of the table of bad samples; without one the first bad sample is an error
 
     @classmethod
-    def of(cls, stage: Stage, home: Path, *, features: str | None = None, quarantine: str | None = None) -> Self:
+    def of(
+        cls,
+        stage: Stage,
+        home: Path,
+        *,
+        features: str | None = None,
+        quarantine: str | None = None,
+        skipped: tuple[tuple[str, int], ...] = (),
+    ) -> Self:
         """The feed of a stage, from its datasets as they are now. Raises DataError where one is missing."""
-        paths = tuple(resolve(source.dataset, home) for source in stage.data.sources)
+        paths = tuple(resolve(source.dataset, home) for source in stage.data.leaves)
         return cls(
             mixture=stage.data,
             datasets=paths,
@@ -59,6 +72,7 @@ class Feed:
             model=stage.model,
             pairs=any(loss.needs == "preference" for loss in stage.losses),
             features=features,
+            skipped=skipped,
             quarantine=quarantine,
         )
 
@@ -74,13 +88,13 @@ class Feed:
     def _plan(self, datasets: Sequence[Dataset]) -> Plan:
         sources = [
             SourceRows(source.name, dataset.manifest.digest, dataset.manifest.rows, dataset.manifest.group_rows)
-            for source, dataset in zip(self.mixture.sources, datasets, strict=True)
+            for source, dataset in zip(self.mixture.leaves, datasets, strict=True)
         ]
         return Plan(sources, self.mixture, batch=self.batch, steps=self.steps, seed=self.seed)
 
     def _open(self) -> list[Dataset]:
         datasets = [open_dataset(path) for path in self.datasets]
-        for source, dataset, digest in zip(self.mixture.sources, datasets, self.digests, strict=True):
+        for source, dataset, digest in zip(self.mixture.leaves, datasets, self.digests, strict=True):
             if dataset.manifest.digest != digest:
                 raise DataError(
                     f"sources.{source.name}: {dataset.path} is now {dataset.manifest.digest[:12]}, "
@@ -89,12 +103,12 @@ class Feed:
         return datasets
 
 
-class _Slot(NamedTuple):
-    """One place to fill: `at` in its lane's window is `place` in the global batch of `step`."""
+class _Planned(NamedTuple):
+    """One row of the plan: the `row`-th of a source, in its pass number `epoch`."""
 
-    at: int
-    step: int
-    place: int
+    source: int
+    epoch: int
+    row: int
 
 
 class Reader:
@@ -110,83 +124,165 @@ class Reader:
         size = feed.model.pixels.size
         self._pixels = feed.model.pixels
         self._shape = features[0].shape if features else (3, size, size)  # of one image
-        self._quarantine = None if feed.quarantine is None else Quarantine(feed.quarantine)
+        self._quarantine = None if feed.quarantine is None else Quarantine(feed.quarantine, limit=feed.mixture.max_bad)
+        self._skipped = dict(feed.skipped)
+        self._draws = [
+            np.array([key_of(feed.seed, "draws", source.name)], dtype=np.uint64) for source in feed.mixture.leaves
+        ]
+        self._window_key = np.array([key_of(feed.seed, "window")], dtype=np.uint64)
 
     def window(self, lanes: Sequence[int], t: int, first_step: int = 0) -> list[list[Row]]:
         """The rows of `lanes` for each step of window `t` that is neither before `first_step` nor past the last.
 
-        One list a step, in the order of lanes and places. Raises DataError for a corrupt shard, for more bad samples
-        than the quarantine allows, and where no good one is left to stand in.
+        One list a step, in the order of lanes and places; rows of one place share a sequence. Raises DataError for a
+        corrupt shard, for more bad samples than the quarantine allows, and where no good one is left to stand in.
         """
         span = self.feed.mixture.window
-        steps = range(max(t * span, first_step), min((t + 1) * span, self.feed.steps))
+        steps = range(t * span, min((t + 1) * span, self.feed.steps))
         read = [self._lane(lane, t, steps) for lane in lanes]
-        if self._quarantine is not None:
-            self._quarantine.flush()
-        each = self.feed.batch // self.feed.mixture.lanes
-        return [[row for rows in read for row in rows[k * each : (k + 1) * each]] for k in range(len(steps))]
+        if self._quarantine is not None and self._quarantine.flush():
+            self._quarantine.check_table(self._rows_in_all())
+        return [[row for laid in read for row in laid[step - steps.start]] for step in steps if step >= first_step]
 
-    def _lane(self, lane: int, t: int, steps: range) -> list[Row]:
-        """The rows of one lane for `steps` of window `t`, in order."""
-        planned, slots = self.plan.window(lane, t), self._slots(lane, t, steps)
+    def _lane(self, lane: int, t: int, steps: range) -> list[list[Row]]:
+        """The rows of one lane for each of `steps`, all of window `t`.
+
+        All rows of the window are read whatever steps are wanted: what they cost says where each of them goes.
+        """
+        planned = self._planned(lane, t, self.plan.step_rows * len(steps))
+        rows = self._read(lane, t, planned)
+        laid = []
+        for stretch in self._stretches(planned, len(steps)):
+            at = range(stretch.start * self.plan.step_rows, stretch.stop * self.plan.step_rows)
+            sequences = [[at[i] for i in sequence] for sequence in self._sequences([rows[i] for i in at])]
+            dear = balance([sum(self._cost(rows[i]) for i in sequence) for sequence in sequences], len(stretch))
+            number = np.array([steps.start + stretch.start], dtype=np.uint64)
+            turn = shuffle(len(stretch), derive(self._window_key, number)).tolist()
+            laid += [[sequences[i] for i in dear[turned]] for turned in turn]
+        return [
+            [row for k, sequence in enumerate(given) for row in self._placed(lane, t, step, k, sequence, rows)]
+            for step, given in zip(steps, laid, strict=True)
+        ]
+
+    def _stretches(self, planned: Sequence[_Planned], steps: int) -> list[range]:
+        """The window's steps in runs inside which no source begins an epoch: a row stays in its run.
+
+        The step in which one does is a run of its own.
+        """
+        newest: dict[int, int] = {}
+        cuts = {0, steps}
+        for at, each in enumerate(planned):
+            if newest.setdefault(each.source, each.epoch) != each.epoch:
+                newest[each.source] = each.epoch
+                step, within = divmod(at, self.plan.step_rows)
+                cuts |= {step, step + 1} if within else {step}
+        ends = sorted(cuts)
+        return [range(first, last) for first, last in pairwise(ends)]
+
+    def _sequences(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Places in `rows` that share a sequence."""
+        packing, mixture = self.feed.mixture.packing, self.feed.mixture
+        if packing is None:
+            return [[at] for at in range(len(rows))]
+        samples = self.plan.step_rows if packing.samples is None else min(packing.samples, self.plan.step_rows)
+        limits = Limits(packing.tokens or min(mixture.max_tokens, self.feed.model.context), samples, packing.images)
+        return first_fit([len(row.ids) for row in rows], [row.shown for row in rows], limits)
+
+    def _cost(self, row: Row) -> int:
+        """Tokens of text and vision that a row brings through the model; cached features change no order."""
+        worse = 0 if row.rejected is None else len(row.rejected[0])
+        return len(row.ids) + worse + len(row.instruction) + len(row.images) * self.feed.model.square_tokens
+
+    def _placed(self, lane: int, t: int, step: int, k: int, sequence: list[int], rows: list[Row]) -> Iterator[Row]:
+        """The rows of the `k`-th sequence that a lane gives to `step`; one that is skipped has given way."""
+        for at in sequence:
+            row = rows[at]
+            if self._skipped.get(row.key, step + 1) <= step:
+                others = sum(len(rows[other].ids) for other in sequence if other != at)
+                row = self._substitute(lane, t, at, row.key, self.feed.model.context - others)
+            yield replace(row, step=step, place=lane * self.plan.step_rows + k)
+
+    def _planned(self, lane: int, t: int, count: int) -> list[_Planned]:
+        window = self.plan.window(lane, t)
+        return [_Planned(*map(int, each)) for each in zip(*window, strict=True)][:count]
+
+    def _read(self, lane: int, t: int, planned: Sequence[_Planned]) -> list[Row]:
+        """The rows that a lane has in window `t`, as planned, group by group; bad ones replaced."""
         wanted = defaultdict(list)
-        for slot in slots:
-            group, within = self._groups.locate(int(planned.source[slot.at]), int(planned.row[slot.at]))
-            wanted[group].append((slot, within))
-        rows: dict[_Slot, Row] = {}
+        for at, each in enumerate(planned):
+            group, within = self._groups.locate(each.source, each.row)
+            wanted[group].append((at, within))
+        rows: dict[int, Row] = {}
+        bad: dict[int, str] = {}
         for group in sorted(wanted):
             stored = self._groups.read(group, uses=len(wanted[group]))
-            for slot, within in wanted[group]:
-                row = self._try(group.source, int(planned.row[slot.at]), stored[within], slot)
-                if row is not None:
-                    rows[slot] = row
-        return [rows.get(slot) or self._substitute(lane, t, slot) for slot in slots]
+            for at, within in wanted[group]:
+                row = self._try(planned[at], stored[within])
+                if row is None:
+                    bad[at] = stored[within].sample.key
+                else:
+                    rows[at] = row
+        context = self.feed.model.context
+        return [rows.get(at) or self._substitute(lane, t, at, bad[at], context) for at in range(len(planned))]
 
-    def _slots(self, lane: int, t: int, steps: range) -> list[_Slot]:
-        each, first = self.feed.batch // self.feed.mixture.lanes, t * self.feed.mixture.window
-        return [_Slot((step - first) * each + k, step, lane * each + k) for step in steps for k in range(each)]
+    def _substitute(self, lane: int, t: int, at: int, bad: str, room: int) -> Row:
+        """What the plan gives instead of the row at place `at` of a window, of at most `room` tokens."""
+        source = int(self.plan.window(lane, t).source[at])
+        for each in map(_Planned._make, self.plan.substitutes(lane, t, at)):
+            group, within = self._groups.locate(each.source, each.row)
+            stored = self._groups.read(group, uses=0)[within]
+            if stored.sample.key in self._skipped:
+                continue
+            row = self._try(each, stored)
+            if row is not None and len(row.ids) <= room:
+                return replace(row, stands_for=bad)
+        name = self.feed.mixture.leaves[source].name
+        raise DataError(
+            f"sources.{name}: no good sample is left to replace {bad!r}; read {self.feed.quarantine}, then mend the "
+            "dataset or skip fewer samples"
+        )
 
-    def _substitute(self, lane: int, t: int, slot: _Slot) -> Row:
-        source = int(self.plan.window(lane, t).source[slot.at])
-        for source, _, number in self.plan.substitutes(lane, t, slot.at):
-            group, within = self._groups.locate(source, number)
-            row = self._try(source, number, self._groups.read(group, uses=0)[within], slot)
-            if row is not None:
-                return row
-        name = self.feed.mixture.sources[source].name
-        raise DataError(f"sources.{name}: no good sample is left to replace a bad one; read {self.feed.quarantine}")
+    def _rows_in_all(self) -> int:
+        return sum(dataset.manifest.rows for dataset in self._datasets)
 
-    def _try(self, source: int, number: int, stored: Stored, slot: _Slot) -> Row | None:
-        """Row `number` of a source in a slot; None if it is bad, and then it is on record."""
+    def _try(self, planned: _Planned, stored: Stored) -> Row | None:
+        """A row of a source; None if it is bad, and then it is on record."""
         try:
-            return self._row(source, stored, slot)
+            return self._row(planned, stored)
         except BadSample as error:
             if self._quarantine is None:
-                name = self.feed.mixture.sources[source].name
-                raise DataError(f"sources.{name}, row {number}, {stored.sample.key!r}: {error}") from None
-            self._quarantine.add(self.feed.digests[source], stored.sample.key, number, error)
-            self._quarantine.check(sum(dataset.manifest.rows for dataset in self._datasets))
+                name = self.feed.mixture.leaves[planned.source].name
+                raise DataError(f"sources.{name}, row {planned.row}, {stored.sample.key!r}: {error}") from None
+            self._quarantine.add(self.feed.digests[planned.source], stored.sample.key, planned.row, error)
+            self._quarantine.check(self._rows_in_all())
             return None
 
-    def _row(self, source: int, stored: Stored, slot: _Slot) -> Row:
-        sample, spec = stored.sample, self.feed.mixture.sources[source]
-        choice = int(np.random.default_rng([self.feed.seed, slot.step, slot.place]).integers(2**32))
-        parts = read_as(spec, sample, choice)
-        layouts = self._streams.layouts(sample.images)
+    def _row(self, planned: _Planned, stored: Stored) -> Row:
+        """The row as the stage reads it, not yet in its place. Draws are of (seed, source, epoch, row) alone."""
+        sample, spec = stored.sample, self.feed.mixture.leaves[planned.source]
+        choice = self._choice(planned)
+        parts = read_as(spec, sample, choice, video=self._pixels.video)
+        pictures = self._streams.pictures(sample)
+        layouts = [picture.layout for picture in pictures if picture.layout is not None]
         encoded = self._streams.train(parts, layouts, choice=choice)
         rejected = self._streams.train(_rejected(sample, parts), layouts, choice=choice) if self.feed.pairs else None
         return Row(
-            step=slot.step,
-            place=slot.place,
+            step=-1,
+            place=-1,
             key=sample.key,
-            source=source,
+            source=planned.source,
             ids=encoded.ids,
             labels=encoded.labels,
-            images=self._images(stored, encoded.images),
+            images=self._images(stored, [file for i in encoded.images for file in pictures[i].files]),
             layouts=tuple(layouts[i] for i in encoded.images) if layouts else (),
             instruction=self._streams.instruction(parts),
             rejected=None if rejected is None else (rejected.ids, rejected.labels),
+            shown=len(encoded.images),
         )
+
+    def _choice(self, planned: _Planned) -> int:
+        epoch, row = (np.array([number], dtype=np.uint64) for number in (planned.epoch, planned.row))
+        return int(derive(derive(self._draws[planned.source], epoch), row)[0] >> np.uint64(32))
 
     def _images(self, stored: Stored, used: Sequence[int]) -> NDArray[Any]:
         """(n, 3, S, S) uint8 or (n, P, D) float16 of the images at the indices `used`, all their tiles in order."""

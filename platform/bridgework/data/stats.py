@@ -210,7 +210,7 @@ class _Fitting:
 
     def __init__(self, stage: Stage, path: str) -> None:
         self.stage = stage
-        self._source: Source = next((s for s in stage.data.sources if s.dataset == path), stage.data.sources[0])
+        self._source: Source = next((s for s in stage.data.leaves if s.dataset == path), stage.data.leaves[0])
         self._streams = Streams.of(stage.model, stage.data)
         self._tokens: list[int] = []
         self._image_tokens: list[int] = []
@@ -248,8 +248,8 @@ class _Fitting:
     def _encode(self, sample: Sample) -> tuple[Encoded, Encoded]:
         """The whole row, and what the limit leaves of it; the prompts take turns."""
         rows, self._rows = self._rows, self._rows + 1
-        parts = read_as(self._source, sample, rows)
-        layouts = self._streams.layouts(sample.images)
+        parts = read_as(self._source, sample, rows, video=self.stage.model.pixels.video)
+        layouts = [p.layout for p in self._streams.pictures(sample) if p.layout is not None]
         whole = self._streams.train(parts, layouts, choice=rows, limit=EVERYTHING)
         if len(whole.ids) <= self._streams.limit:
             return whole, whole

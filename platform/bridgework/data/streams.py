@@ -6,12 +6,12 @@ A wiring that asks for an `instruction` reads a second stream beside it: what th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from transformers import PreTrainedTokenizerBase
 
 from bridgework.data.quarantine import BadSample, Reason
-from bridgework.data.samples import Part
+from bridgework.data.samples import Part, Sample
 from bridgework.data.templates import Segment, prompt, render
 from bridgework.data.tiling import layout_of
 from bridgework.data.tokens import Encoded, encode, load_tokenizer, tokenise
@@ -19,6 +19,13 @@ from bridgework.data.transforms import size_of
 from bridgework.system import Layout, Mixture, ModelSpec
 
 INSTRUCTION_TOKENS = 128  # InstructBLIP's limit for the Q-Former; of what is longer the end stays
+
+
+class Picture(NamedTuple):
+    """One image place of a sample: an image, or a video, which is its frames."""
+
+    files: tuple[int, ...]  # of the sample's images
+    layout: Layout | None  # where the wiring reads pictures of several squares
 
 
 @dataclass(frozen=True)
@@ -42,15 +49,18 @@ class Streams:
             instructor=None if model.instruction is None else load_tokenizer(model.instruction),
         )
 
-    def layouts(self, images: Sequence[bytes]) -> list[Layout]:
-        """How each image is cut, by its header; empty where none is. Raises BadSample for a file that is no image."""
-        pixels = self.model.pixels
-        return [layout_of(*size_of(image), pixels) for image in images] if pixels.grids else []
+    def pictures(self, sample: Sample) -> list[Picture]:
+        """What the sample shows: its images, or a video whole. Raises BadSample for a file that is no image."""
+        pixels, files = self.model.pixels, sample.images
+        if pixels.video and sample.times_s:
+            return [Picture(tuple(range(len(files))), Layout(1, len(files) - 1, *size_of(files[0])))]
+        laid = bool(pixels.grids) or pixels.video
+        return [Picture((i,), layout_of(*size_of(file), pixels) if laid else None) for i, file in enumerate(files)]
 
     def train(
         self, parts: Sequence[Part], layouts: Sequence[Layout] = (), *, choice: int = 0, limit: int | None = None
     ) -> Encoded:
-        """Ids and labels to learn from. `layouts` says how each image is cut; without any, each is one square.
+        """Ids and labels to learn from. `layouts` says how each picture is cut; without any, each is one square.
 
         Raises BadSample for a sample without an answer, or without its one image where the wiring is for pairs.
         """

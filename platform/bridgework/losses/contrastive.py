@@ -31,6 +31,7 @@ class Contrastive:
     weight: float = 1.0
     needs: ClassVar[str] = "pooled"
     whole_batch: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.temperature is not None and self.temperature <= 0:

@@ -37,6 +37,7 @@ class Matching:
     negatives: Literal["rank", "all"] = "rank"  # drawn among the samples of this rank, or of all ranks
     weight: float = 1.0
     whole_batch: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
     spliced: ClassVar[tuple[str, ...]] = ()  # a negative brings its image tokens, gradient and all
 
     @property

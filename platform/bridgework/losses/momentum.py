@@ -43,6 +43,7 @@ class MomentumContrastive:
     weight: float = 1.0
     needs: ClassVar[str] = "momentum"
     whole_batch: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
     spliced: ClassVar[tuple[str, ...]] = (
         "image_BD", "text_BD", "logit_scale", "image_key_BD", "text_key_BD", "identity_B",
     )  # fmt: skip

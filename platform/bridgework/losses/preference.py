@@ -30,6 +30,7 @@ class Preference:
     weight: float = 1.0
     needs: ClassVar[str] = "preference"
     whole_batch: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     spliced: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ class QueryContrast:
     weight: float = 1.0
     needs: ClassVar[str] = "pooled"
     whole_batch: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
     spliced: ClassVar[tuple[str, ...]] = ("image_BQD", "text_BD", "logit_scale")
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bridgework.errors import DataError, SpecError
+from bridgework.models import packing
 from bridgework.models.bridges.gated_xattn import Gates, insert
 from bridgework.models.bridges.resampler import Resampler
 from bridgework.models.freezing import Freezable
@@ -45,7 +46,7 @@ class CrossAttentionVLM:
 
     @property
     def pixels(self) -> Pixels:
-        return self.vision.pixels
+        return replace(self.vision.pixels, video=True)
 
     @property
     def tokenizer(self) -> str:
@@ -64,6 +65,14 @@ class CrossAttentionVLM:
 
     @property
     def instruction(self) -> None:
+        return None
+
+    @property
+    def square_tokens(self) -> int:
+        return self.vision.tokens
+
+    @property
+    def unpackable(self) -> None:
         return None
 
     @property
@@ -97,6 +106,7 @@ class Outputs:
 
     logits_BTV: Tensor | None = None
     labels_BT: Tensor | None = None
+    segments_BT: Tensor | None = None  # whose each token is, where samples share rows
 
 
 class Extra(nn.Module):
@@ -153,23 +163,24 @@ class CrossAttentionModel(Freezable):
         pixels: Tensor | None = None,
         features: Tensor | None = None,
         layouts: Tensor | None = None,
+        segments: Tensor | None = None,
         wants: frozenset[str] = LOGITS,
     ) -> Outputs:
         """Logits (B, T, V + 2) for every token.
 
         ids (B, T) int64 with one IMAGE an image and END behind chunks; attention (B, T) bool, padding on either side;
         labels (B, T) int64, IGNORE where there is no loss; pixels (squares, 3, S, S) uint8 or features (squares, P,
-        F); layouts (N, 4) int64 where images have more than one square. Raises DataError when images and places do
+        F); layouts (N, 4) int64 where images have more than one square; segments (B, T) int64, the number of each
+        token's sample, -1 on padding, where samples share rows. Raises DataError when images and places do
         not match.
         """
         if unknown := wants - LOGITS:
             raise SpecError(f"the cross-attention wiring gives 'logits', not {sorted(unknown)}")
-        media_BMQF, seen_BT = self.media(ids, pixels, features, layouts)
-        positions_BT = (attention.long().cumsum(-1) - 1).clamp(min=0)  # padding on the left moves no token
-        logits_BTV, _ = self.read(
-            self.embed(ids), media_BMQF, seen_BT, attention_mask=attention, position_ids=positions_BT, use_cache=False
-        )
-        return Outputs(logits_BTV, None if labels is None else self.targets(labels))
+        media_BMQF, seen_BT = self.media(ids, pixels, features, layouts, segments)
+        embeds_BTD = self.embed(ids)
+        read = packing.decoding(attention, segments, embeds_BTD.dtype)
+        logits_BTV, _ = self.read(embeds_BTD, media_BMQF, seen_BT, **read, use_cache=False)
+        return Outputs(logits_BTV, None if labels is None else self.targets(labels), segments)
 
     def targets(self, labels_BT: Tensor) -> Tensor:
         """Labels as columns of the logits."""
@@ -184,7 +195,12 @@ class CrossAttentionModel(Freezable):
         return torch.where(own_BT.unsqueeze(-1), words_BTD, rows_BTD.to(words_BTD.dtype))
 
     def media(
-        self, ids_BT: Tensor, pixels: Tensor | None, features: Tensor | None, layouts_N4: Tensor | None
+        self,
+        ids_BT: Tensor,
+        pixels: Tensor | None,
+        features: Tensor | None,
+        layouts_N4: Tensor | None,
+        segments_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, M, Q, F) what each row shows, and (B, T) which of it a token sees: the last one before it, 0 for none."""
         places_BT = ids_BT == IMAGE
@@ -196,7 +212,7 @@ class CrossAttentionModel(Freezable):
                 "every image needs its place, in order"
             )
         most = max(1, int(count_B.max()))
-        return _scattered(images_NQF, count_B, most), places_BT.cumsum(-1)
+        return _scattered(images_NQF, count_B, most), packing.last_seen(places_BT, segments_BT)
 
     def images(self, pixels: Tensor | None, features: Tensor | None, layouts_N4: Tensor | None = None) -> Tensor:
         """(N, Q, F): the bridge's tokens; N may be 0, and the bridge is in the graph all the same."""

@@ -63,6 +63,14 @@ class DualEncoder:
         return None
 
     @property
+    def square_tokens(self) -> int:
+        return self.vision.tokens
+
+    @property
+    def unpackable(self) -> str | None:
+        return "the wiring reads pairs, each text beside its own image"
+
+    @property
     def pretrained(self) -> tuple[str, ...]:
         towers = {"vision.*": self.vision.weights, "text.*": self.text.weights}
         return tuple(glob for glob, weights in towers.items() if weights is not None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bridgework.errors import DataError
+from bridgework.models import packing
 from bridgework.system import IGNORE, IMAGE
 
 
@@ -46,6 +47,36 @@ def logits(language: Any, embeds_BTD: Tensor, ids_BT: Tensor, attention_BT: Tens
     rows_BN = torch.arange(len(ids_BT), device=ids_BT.device)[:, None].expand_as(place_BN)
     logits_BTV = logits_BNV.new_zeros(*ids_BT.shape, logits_BNV.shape[-1])
     return cast(Tensor, logits_BTV.index_put((rows_BN[real_BN], place_BN[real_BN]), logits_BNV[real_BN]))
+
+
+def packed_logits(language: Any, embeds_BTD: Tensor, ids_BT: Tensor, labels_BT: Tensor, segments_BT: Tensor) -> Tensor:
+    """`logits` of rows that samples share: each half reads the whole row, and in it each sample its own prompt.
+
+    The decoder's places are those of the row, so all that it does not write is computed for nothing: prompts are.
+    Raises DataError for an image behind a sample's first label.
+    """
+    place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+    has_BT = labels_BT != IGNORE
+    first_R = torch.full((int(segments_BT.max()) + 1,), len(place_T), device=ids_BT.device)
+    first_R = first_R.scatter_reduce(0, segments_BT[has_BT], place_T.expand_as(ids_BT)[has_BT], "amin")
+    real_BT = segments_BT >= 0
+    first_BT = first_R[segments_BT.clamp(min=0)]
+    if bool((real_BT & (place_T >= first_BT) & ids_BT.eq(IMAGE)).any()):
+        raise DataError("an image stands behind the first answer, and an encoder-decoder reads all images before it")
+    prompt_BT, answer_BT = real_BT & (place_T < first_BT), real_BT & (place_T >= first_BT - 1)
+    said_BT = torch.where(place_T == first_BT - 1, _start(language), ids_BT).clamp(min=0)
+    own_BTT = packing.own(segments_BT)
+    itself_TT = torch.eye(len(place_T), dtype=torch.bool, device=ids_BT.device)  # no softmax over nothing
+    read = packing.added(own_BTT & prompt_BT.unsqueeze(1) | itself_TT & ~real_BT.unsqueeze(-1), embeds_BTD.dtype)
+    written = packing.added((own_BTT & answer_BT.unsqueeze(1)).tril() | itself_TT, embeds_BTD.dtype)
+    outputs = language(
+        inputs_embeds=embeds_BTD,
+        attention_mask=read,  # of the encoder, and of what the decoder sees of it
+        decoder_input_ids=said_BT,
+        decoder_attention_mask=written,
+        use_cache=False,
+    )
+    return cast(Tensor, outputs.logits)
 
 
 def continuations(language: Any, prompt_1TD: Tensor, rest_CR: Tensor) -> Tensor:

@@ -52,6 +52,11 @@ class LoRA:
         return replace(self, rank=min(self.rank, 4), dropout=0.0)
 
 
+def is_adapter(parameter: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return ".lora_" in parameter
+
+
 def adapted(module: nn.Module) -> list[tuple[str, Any]]:
     """(name, layer) of every layer with adapters."""
     return [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "lora_A")]
@@ -67,7 +72,7 @@ def off(module: nn.Module) -> Iterator[None]:
     if not layers:
         raise SpecError(
             "the reference of preference learning is the model with its adapters off, and this one has none; "
-            "give the stage's model a language.lora"
+            'give the stage\'s model a language.lora, or set model.reference="frozen_copy"'
         )
     scales = [dict(layer.scaling) for layer in layers]
     for layer in layers:

@@ -67,6 +67,14 @@ class MED:
         return None
 
     @property
+    def square_tokens(self) -> int:
+        return self.vision.tokens
+
+    @property
+    def unpackable(self) -> str | None:
+        return "the wiring reads pairs, each text beside its own image"
+
+    @property
     def pretrained(self) -> tuple[str, ...]:
         """The twin too need not be kept: it begins as a copy of what it follows."""
         vision = () if self.vision.weights is None else ("vision.*",)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from bridgework.errors import DataError, SpecError
-from bridgework.models import encoder_decoder, preference, tiling
+from bridgework.models import encoder_decoder, packing, preference, tiling
 from bridgework.models.bridges.resampler import PerceiverResampler
 from bridgework.models.freezing import Freezable
 from bridgework.models.vision import VisionTower
@@ -26,6 +26,7 @@ class Outputs:
 
     logits_BTV: Tensor | None = None
     labels_BT: Tensor | None = None
+    segments_BT: Tensor | None = None  # whose each token is, where samples share rows
     image_BD: Tensor | None = None
     text_BD: Tensor | None = None
     chosen_B: Tensor | None = None
@@ -46,13 +47,19 @@ class PrefixModel(Freezable):
     """
 
     def __init__(
-        self, vision: VisionTower, bridge: nn.Module, language: Any, tiles: tiling.Unpad | None = None
+        self,
+        vision: VisionTower,
+        bridge: nn.Module,
+        language: Any,
+        tiles: tiling.Unpad | None = None,
+        reference: preference.FrozenCopy | None = None,
     ) -> None:
         super().__init__()
         self.vision = vision
         self.bridge = bridge
         self.language = language
         self.tiles = tiles
+        self.reference = reference  # of preference learning; None: this model with its adapters off
 
     def forward(
         self,
@@ -64,6 +71,7 @@ class PrefixModel(Freezable):
         layouts: Tensor | None = None,
         instruction: Tensor | None = None,
         instruction_attention: Tensor | None = None,
+        segments: Tensor | None = None,
         wants: frozenset[str] = LOGITS,
     ) -> Outputs:
         """Logits for every token, and/or one pooled vector per sample for image and text.
@@ -71,17 +79,22 @@ class PrefixModel(Freezable):
         ids (B, T) int64 with IMAGE places; attention (B, T) bool, padding on either side; labels (B, T) int64, IGNORE
         where there is no loss; pixels (N, 3, S, S) uint8 or features (N, P, F), of which every tile is one; layouts
         (images, 4) int64 where images are cut into tiles; instruction (B, I) int64 with its attention, for a bridge
-        that reads what the user says. `wants` names `logits`, `pooled`, and `preference`: then the second half of the
+        that reads what the user says; segments (B, T) int64, the number of each token's sample, -1 on padding, where
+        samples share rows (an instruction is then one row a sample). `wants` names `logits`, `pooled`, and `preference`: then the second half of the
         rows are the worse answers of the first. Raises DataError when places and image tokens do not match, and for a
         language model of two halves that is given no labels.
         """
         if unknown := wants - {"logits", "pooled", "preference"}:
             raise SpecError(f"the prefix wiring gives 'logits', 'pooled' and 'preference', not {sorted(unknown)}")
-        embeds_BTD = self.embed(ids, pixels, features, instruction, instruction_attention, layouts)
-        outputs = Outputs(labels_BT=labels)
+        embeds_BTD = self.embed(ids, pixels, features, instruction, instruction_attention, layouts, segments)
+        outputs = Outputs(labels_BT=labels, segments_BT=segments)
         if "preference" in wants:
+            given = {
+                "ids": ids, "attention": attention, "labels": labels, "pixels": pixels, "features": features,
+                "layouts": layouts, "instruction": instruction, "instruction_attention": instruction_attention,
+            }  # fmt: skip
             compared = preference.compared(
-                self.language, lambda: self._logits(embeds_BTD, ids, attention, labels), labels
+                self, lambda: self._logits(embeds_BTD, ids, attention, labels), given, self.reference
             )
             outputs = replace(outputs, **compared)
         if "pooled" in wants:
@@ -90,18 +103,25 @@ class PrefixModel(Freezable):
             outputs.image_BD = _mean(embeds_BTD, ids == IMAGE, "image")
             outputs.text_BD = _mean(embeds_BTD, labels != IGNORE, "labelled token")
         if "logits" in wants:
-            outputs.logits_BTV = self._logits(embeds_BTD, ids, attention, labels)
+            outputs.logits_BTV = self._logits(embeds_BTD, ids, attention, labels, segments)
         return outputs
 
-    def _logits(self, embeds_BTD: Tensor, ids_BT: Tensor, attention_BT: Tensor, labels_BT: Tensor | None) -> Tensor:
+    def _logits(
+        self,
+        embeds_BTD: Tensor,
+        ids_BT: Tensor,
+        attention_BT: Tensor,
+        labels_BT: Tensor | None,
+        segments_BT: Tensor | None = None,
+    ) -> Tensor:
         if encoder_decoder.is_one(self.language):
             if labels_BT is None:
                 raise DataError("an encoder-decoder needs labels: they say where the prompt ends")
+            if segments_BT is not None:
+                return encoder_decoder.packed_logits(self.language, embeds_BTD, ids_BT, labels_BT, segments_BT)
             return encoder_decoder.logits(self.language, embeds_BTD, ids_BT, attention_BT, labels_BT)
-        positions_BT = (attention_BT.long().cumsum(-1) - 1).clamp(min=0)  # padding on the left moves no token
-        outputs = self.language(
-            inputs_embeds=embeds_BTD, attention_mask=attention_BT, position_ids=positions_BT, use_cache=False
-        )
+        seen = packing.decoding(attention_BT, segments_BT, embeds_BTD.dtype)
+        outputs = self.language(inputs_embeds=embeds_BTD, **seen, use_cache=False)
         return cast(Tensor, outputs.logits)
 
     def embed(
@@ -112,10 +132,12 @@ class PrefixModel(Freezable):
         instruction_BI: Tensor | None = None,
         attention_BI: Tensor | None = None,
         layouts_N4: Tensor | None = None,
+        segments_BT: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D): the language model's own embeddings, with bridge tokens in the IMAGE places, in order."""
         places_BT = ids_BT == IMAGE
-        images_NPD = self.images(pixels_N3SS, features_NPF, instruction_BI, attention_BI, places_BT, layouts_N4)
+        samples_B = _places_of(places_BT, segments_BT)
+        images_NPD = self.images(pixels_N3SS, features_NPF, instruction_BI, attention_BI, samples_B, layouts_N4)
         tokens_KD = images_NPD.flatten(0, 1) if self.tiles is None else self.tiles(images_NPD, layouts_N4)
         if int(places_BT.sum()) != len(tokens_KD):
             raise DataError(
@@ -131,12 +153,13 @@ class PrefixModel(Freezable):
         features_NPF: Tensor | None,
         instruction_BI: Tensor | None = None,
         attention_BI: Tensor | None = None,
-        places_BT: Tensor | None = None,
+        places_R: Tensor | None = None,
         layouts_N4: Tensor | None = None,
     ) -> Tensor:
         """(N, P, D): the bridge's tokens; N may be 0, and the bridge is in the graph all the same.
 
-        An instruction belongs to a row; `places` say whose images are whose. Without them there is one image a row.
+        An instruction belongs to a sample; `places` (R,), how many each has, say whose images are whose. Without them
+        there is one image a sample.
         Of images cut into tiles each square is one of the N, and a resampler does not look at their padding.
         """
         if pixels_N3SS is not None and features_NPF is not None:
@@ -154,7 +177,7 @@ class PrefixModel(Freezable):
         if instruction_BI is None:
             return cast(Tensor, self.bridge(patches_NPF)[:count])
         heard_BI = torch.ones_like(instruction_BI, dtype=torch.bool) if attention_BI is None else attention_BI
-        rows_N = _rows(count, places_BT, instruction_BI)
+        rows_N = _rows(count, places_R, instruction_BI)
         return cast(Tensor, self.bridge(patches_NPF, instruction_BI[rows_N], heard_BI[rows_N])[:count])
 
     def _no_pixels(self) -> Tensor:
@@ -230,17 +253,23 @@ def _one_at_least(rows: Tensor) -> Tensor:
     return rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
 
 
-def _rows(images: int, places_BT: Tensor | None, instruction_BI: Tensor) -> Tensor:
-    """(N,) the row that each image stands in; the blank image of a batch without images hears the first row."""
-    rows_B = torch.arange(len(instruction_BI), device=instruction_BI.device)
+def _places_of(places_BT: Tensor, segments_BT: Tensor | None) -> Tensor:
+    """(R,) how many image places each sample has; a sample is a row, or with `segments` a part of one."""
+    if segments_BT is None:
+        return places_BT.sum(-1)
+    return torch.bincount(segments_BT[places_BT], minlength=int(segments_BT.max()) + 1)
+
+
+def _rows(images: int, places_R: Tensor | None, instruction_RI: Tensor) -> Tensor:
+    """(N,) the sample that each image stands in; the blank image of a batch without images hears the first one."""
+    rows_R = torch.arange(len(instruction_RI), device=instruction_RI.device)
     if images == 0:
-        return rows_B[:1]
-    if places_BT is None:
-        return rows_B
-    places_B = places_BT.sum(-1)
-    rows_N = rows_B.repeat_interleave(places_B * images // max(1, int(places_B.sum())))
+        return rows_R[:1]
+    if places_R is None:
+        return rows_R
+    rows_N = rows_R.repeat_interleave(places_R * images // max(1, int(places_R.sum())))
     if len(rows_N) != images:
-        raise DataError(f"{images} images do not share {places_B.tolist()} places in the rows: each needs its own")
+        raise DataError(f"{images} images do not share {places_R.tolist()} places in the samples: each needs its own")
     return rows_N
 
 

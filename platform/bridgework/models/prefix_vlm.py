@@ -9,7 +9,7 @@ from dataclasses import replace
 from math import isqrt
 
 from bridgework.errors import SpecError
-from bridgework.models import tiling
+from bridgework.models import preference, tiling
 from bridgework.models.bridges import MLP, Concat, Linear, QFormer, Resampler
 from bridgework.models.eva import EvaConfig
 from bridgework.models.language import LanguageConfig
@@ -30,6 +30,7 @@ class PrefixVLM:
     language: LanguageConfig
     grids: tuple[tuple[int, int], ...] = ()  # (columns, rows) of tiles beside the base square, to choose from
     tiles: tiling.Tiles = "resample"  # how tiles become tokens, see bridgework.models.tiling
+    reference: preference.Reference = "adapters_off"  # of preference learning; "frozen_copy" holds what trains twice
 
     def __post_init__(self) -> None:
         most = max(self.places(Layout(*grid, *grid)) for grid in [*self.grids, (0, 0)])
@@ -70,6 +71,14 @@ class PrefixVLM:
         return self.bridge.instruction if isinstance(self.bridge, QFormer) else None
 
     @property
+    def square_tokens(self) -> int:
+        return self.vision.tokens
+
+    @property
+    def unpackable(self) -> None:
+        return None
+
+    @property
     def pretrained(self) -> tuple[str, ...]:
         towers = {"vision.*": self.vision.weights, "language.*": self.language.weights}
         bridge = self.bridge.pretrained if isinstance(self.bridge, QFormer | Concat) else ()
@@ -86,6 +95,7 @@ class PrefixVLM:
             self.bridge.build(*widths, **own_weights),
             self.language.build(pretrained=pretrained),
             tiling.Unpad(self.language.width) if self.tiles == "unpad" else None,
+            preference.FrozenCopy() if self.reference == "frozen_copy" else None,
         )
 
     def tiny(self) -> "PrefixVLM":

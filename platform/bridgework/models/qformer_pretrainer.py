@@ -65,6 +65,14 @@ class QFormerPretrainer:
         return None
 
     @property
+    def square_tokens(self) -> int:
+        return self.vision.tokens
+
+    @property
+    def unpackable(self) -> str | None:
+        return "the wiring reads pairs, each text beside its own image"
+
+    @property
     def pretrained(self) -> tuple[str, ...]:
         vision = ("vision.*",) if self.vision.weights is not None else ()
         return vision + tuple(f"bridge.{glob}" for glob in self.bridge.pretrained)

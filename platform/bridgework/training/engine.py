@@ -21,7 +21,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from bridgework.data.batch import Batch
 from bridgework.errors import RunError
 from bridgework.system import AdamW, Stage
-from bridgework.training.step import Beside, Step
+from bridgework.training.step import Beside, Step, by_source
 
 # DeepSpeed 0.19 still calls what torch 2.13 has renamed, at every step.
 warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
@@ -29,12 +29,17 @@ TAG = "state"  # the folder of DeepSpeed's files in a checkpoint
 
 
 class Taken(NamedTuple):
-    """What one optimizer step was: float32, over the global batch."""
+    """What one optimizer step was: float32, over the global batch, and at last of this rank's own samples."""
 
     losses_L: Tensor  # the mean of every loss
     means_LS: Tensor  # and of its part from every source of the mixture
     counts_LS: Tensor  # what those were divided by
     norm: float  # of the gradient, before clipping
+    samples_S: Tensor  # of every source, ...
+    tokens_S: Tensor  # ... their tokens, prompts and images included, ...
+    replaced_S: Tensor  # ... and how many of them stand for a bad or skipped one
+    sums_LR: Tensor  # what each of this rank's samples added to every loss, ...
+    counts_LR: Tensor  # ... and to its divisor
 
 
 class Engine:
@@ -46,7 +51,6 @@ class Engine:
         stage: Stage,
         multipliers: Mapping[str, float],
         *,
-        micro_batches: int,
         universal: bool = False,
     ) -> None:
         """`multipliers`: what trains -> multiplier of the learning rate, by the names of the wiring's parameters.
@@ -64,42 +68,68 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=step,
                 optimizer=optimizer,
-                config=config(stage, micro_batches=micro_batches) | {"checkpoint": {"load_universal": universal}},
+                config=config(stage) | {"checkpoint": {"load_universal": universal}},
                 dist_init_required=False,
             )
         self.device: torch.device = self._engine.device
-        own = [source.loss_weight for source in stage.data.sources]
+        own = [source.loss_weight for source in stage.data.leaves]
         self._by_source = None not in own  # a mean for each source, instead of one over all
         self._weights_S = torch.tensor([1.0 if weight is None else weight for weight in own], device=self.device)
         self._weights_L = torch.tensor([loss.weight for loss in step.losses], device=self.device)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> Taken:
-        """One optimizer step over this rank's micro-batches."""
+        """One optimizer step over this rank's micro-batches, of which every rank has equally many."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["multiplier"]
-        counts_LS = _summed(self._step.counts(batches).to(self.device))
+        sources_R = torch.tensor([source for batch in batches if not batch.idle for source in batch.sources])
+        counts_LR, census_3R = self._counted([batch for batch in batches if not batch.idle])
+        known_S = by_source(torch.cat([counts_LR, census_3R]), sources_R, len(self._weights_S)).to(self.device)
+        counts_LS, census_3S = _summed(known_S).split([len(counts_LR), len(census_3R)])
         divisors_LS = (counts_LS if self._by_source else counts_LS.sum(1, keepdim=True)).clamp(min=1)
-        total_LS = torch.zeros_like(counts_LS)
+        own_LR, plain = self._learn(batches, sources_R, divisors_LS)
+        self._clamp()
+        self._step.model.after_step()
+        norm = self._engine.get_global_grad_norm()
+        total_LS = _summed(by_source(own_LR, sources_R, len(self._weights_S)))
+        return Taken(
+            losses_L=(self._weights_S * total_LS / divisors_LS).sum(1),
+            means_LS=total_LS / counts_LS.clamp(min=1),
+            counts_LS=counts_LS,
+            norm=float(plain if norm is None else norm),
+            samples_S=census_3S[0],
+            tokens_S=census_3S[1],
+            replaced_S=census_3S[2],
+            sums_LR=own_LR,
+            counts_LR=counts_LR,
+        )
+
+    def _learn(self, batches: Sequence[Batch], sources_R: Tensor, divisors_LS: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward and backward of every micro-batch, the optimizer's step behind the last.
+
+        Gives what each of the rank's samples added to every loss, and the gradient's norm before the step.
+        """
+        told: list[Tensor] = []
         self._engine.train()
-        for batch, seed, beside in self._passes(batches):
+        for number, (batch, seed, beside) in enumerate(self._passes(batches), 1):
             torch.manual_seed(seed)
-            sums_LS = self._engine(batch.to(self.device), beside)
+            self._engine.set_gradient_accumulation_boundary(number == len(batches))
+            sums_LR = self._engine(batch.to(self.device), beside)
+            of_R = torch.tensor(batch.sources) if beside is None else sources_R
+            sums_LS = by_source(sums_LR, of_R, len(self._weights_S))
             loss = (self._weights_L @ (self._weights_S * sums_LS / divisors_LS)).sum()
             # DeepSpeed averages over ranks; what we divide by is a count over all of them already.
             self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
             plain = self._plain_norm()  # before the step, which drops the gradients
             self._engine.step()
-            total_LS += sums_LS.detach()
-        self._clamp()
-        self._step.model.after_step()
-        known = self._engine.get_global_grad_norm()
-        total_LS = _summed(total_LS)
-        return Taken(
-            losses_L=(self._weights_S * total_LS / divisors_LS).sum(1),
-            means_LS=total_LS / counts_LS.clamp(min=1),
-            counts_LS=counts_LS,
-            norm=float(plain if known is None else known),
-        )
+            if beside is not None or not batch.idle:
+                told.append(sums_LR.detach())
+        return torch.cat(told, dim=1) if beside is None else torch.stack(told).sum(0), plain
+
+    def _counted(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """(L, R) what each sample adds to the divisors of the losses; (3, R) one, its tokens, whether it stands in."""
+        tokens_R = torch.cat([batch.tokens_by_sample() for batch in batches]).float()
+        replaced_R = torch.tensor([stands_in for batch in batches for stands_in in batch.replaced]).float()
+        return self._step.counts(batches), torch.stack([torch.ones_like(tokens_R), tokens_R, replaced_R])
 
     @torch.no_grad()
     def _clamp(self) -> None:
@@ -122,9 +152,9 @@ class Engine:
         for batch, seed in zip(batches, seeds, strict=True):
             torch.manual_seed(seed)  # dropout falls alike in both passes
             shares.append(self._step.share(batch.to(self.device)))
-        sources = [source for batch in batches if not batch.idle for source in batch.sources]
+        samples = [0 if batch.idle else len(batch.keys) for batch in batches]
         for own, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
-            yield batch, seed, Beside(shares, sources, own)
+            yield batch, seed, Beside(shares, samples, own)
 
     def _plain_norm(self) -> Tensor:
         """Of the gradients as they lie on the parameters: ZeRO 0 in float32 has them all, and no norm of its own."""
@@ -137,14 +167,15 @@ class Engine:
                 str(folder), tag=TAG, client_state=dict(client), save_latest=False, exclude_frozen_parameters=True
             )
 
-    def load(self, folder: Path) -> None:
-        """Raises RunError when there is no state, or DeepSpeed does not take it back."""
-        path = None
+    def load(self, folder: Path) -> dict[str, Any]:
+        """What `save` was told. Raises RunError when there is no state, or DeepSpeed does not take it back."""
+        path, client = None, {}
         if (folder / TAG).is_dir():
             with _quiet():
-                path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+                path, client = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         if path is None:
             raise RunError(f"DeepSpeed found no state in {folder}; remove that checkpoint to go on from the one before")
+        return dict(client)
 
     def state(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters and buffers of the wiring by name, whole, on the CPU: filled on rank 0, empty elsewhere."""
@@ -179,11 +210,13 @@ def reshaped(folder: Path, into: Path) -> None:
         raise RunError(f"{folder} cannot be read by another number of workers: {said[-1]}")
 
 
-def config(stage: Stage, *, micro_batches: int) -> dict[str, Any]:
-    """The stage as DeepSpeed's JSON, with `shard.config` laid over it by dotted path."""
+def config(stage: Stage) -> dict[str, Any]:
+    """The stage as DeepSpeed's JSON, with `shard.config` laid over it by dotted path.
+
+    Where a step ends is told to DeepSpeed at every micro-batch: with packing, steps have more or fewer of them.
+    """
     made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": stage.budget.micro,
-        "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": stage.optim.clip,
         "zero_optimization": {"stage": stage.shard.stage},
         "zero_allow_untested_optimizer": True,

@@ -34,6 +34,8 @@ from bridgework.tracking import DatasetInput, Tracker
 from bridgework.training import artefact, checkpoint, features, loop, run_folder
 from bridgework.training.progress import shown
 from bridgework.training.record import Record, StageResult
+from bridgework.training.replay import reads
+from bridgework.training.skips import Skip, Skips
 from bridgework.training.step import check
 
 
@@ -46,6 +48,7 @@ class How:
     checkpoint_every: int = 0  # steps; 0 takes a twentieth of the stage, 5 at least
     evaluate_every: int = 0  # steps; 0 evaluates at the end of a stage only
     midway: str | None = None  # the one evaluation that is run before the end; None runs all
+    skip: tuple[str, ...] = ()  # keys of samples, and `step:N` or `step:N-M`, that the unfinished stage leaves out
     cache_features: bool = True
     threads: int = 0  # of torch in a worker on a CPU; 0 shares out the node's cores
     max_failures: int = 3  # restarts of the workers before a stage gives up
@@ -76,11 +79,15 @@ def train(
         _checked(stage, [before.name for before in chosen[:i]], folder, home, how)
     with run_folder.locked(folder):
         run_folder.same_recipe(folder, system)
+        unfinished = [stage.name for stage in chosen if not _finished(folder / stage.name)]
+        if how.skip and not unfinished:
+            raise RunError(f"every stage of run {run!r} is finished: there is no step left to skip samples of")
         tracked = Record(tracker, system, run, parent_run, console.print)
         results: dict[str, StageResult] = {}
         try:
             for stage in chosen:
-                results[stage.name] = _stage(system, stage, folder, home, how, tracked, console)
+                skipping = how if [stage.name] == unfinished[:1] else replace(how, skip=())
+                results[stage.name] = _stage(system, stage, folder, home, skipping, tracked, console)
         except BaseException as error:
             tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
             raise
@@ -91,7 +98,7 @@ def train(
 def _checked(stage: Stage, before: Sequence[str], folder: Path, home: Path, how: How) -> None:
     """Raises here what would otherwise stop the stage in a worker, or hours later in an evaluation."""
     made = stage.curation and stage.curation.makes
-    known = [source.dataset for source in stage.data.sources if source.dataset != made]
+    known = [source.dataset for source in stage.data.leaves if source.dataset != made]
     for dataset in (*known, *(stage.curation.sources if stage.curation else ()), *(e.dataset for e in stage.evals)):
         open_dataset(resolve(dataset, home))
     if how.workers > stage.data.lanes:
@@ -119,9 +126,9 @@ def _stage(
     console: Console,
 ) -> StageResult:
     place = folder / stage.name
-    finished = (place / "artefact" / "artefact.json").is_file()
+    finished = _finished(place)
     reading = stage if finished else _curated(stage, folder, home, how, console)
-    datasets = [] if finished else [open_dataset(resolve(source.dataset, home)) for source in reading.data.sources]
+    datasets = [] if finished else [open_dataset(resolve(source.dataset, home)) for source in reading.data.leaves]
     inputs = artefact.describe(place / "artefact").datasets if finished else _inputs(reading, datasets)
     parent = _parent(stage, folder)
     run_id = tracked.start(stage, inputs, parent)
@@ -130,11 +137,16 @@ def _stage(
         with _relayed(tracked.tracker, run_id, place):
             return tracked.done(stage, place)
     cached = _cached(system, stage, datasets, home, how, console)
+    skips = _skips(system, stage, place, how, console)
     job = loop.Job(
         system=system,
         stage=stage.name,
         feed=reader.Feed.of(
-            reading, home, features=str(cached) if cached else None, quarantine=str(place / "quarantine")
+            reading,
+            home,
+            features=str(cached) if cached else None,
+            skipped=skips.keys,
+            quarantine=str(place / "quarantine"),
         ),
         folder=place,
         home=home,
@@ -143,6 +155,7 @@ def _stage(
         checkpoint_every=how.checkpoint_every or max(5, stage.budget.steps // 20),
         evaluate_every=how.evaluate_every,
         midway=how.midway,
+        passes=skips.steps,
     )
     run_folder.room(home)
     place.mkdir(parents=True, exist_ok=True)
@@ -153,6 +166,10 @@ def _stage(
             _alone()
             loop.run(job, partial(_local_rows, job), how.report or _ignore, rank=0, world=1)
     return tracked.done(stage, place)
+
+
+def _finished(place: Path) -> bool:
+    return (place / "artefact" / "artefact.json").is_file()
 
 
 @contextmanager
@@ -168,24 +185,32 @@ def _relayed(tracker: Tracker, run_id: str | None, place: Path) -> Iterator[None
 
 def _curated(stage: Stage, folder: Path, home: Path, how: How, console: Console) -> Stage:
     """The stage as it reads: the dataset that its curation makes is made now, in this run, and stands by its path."""
-    curation = stage.curation
+    curation, place = stage.curation, folder / stage.name
     if curation is None:
         return stage
-    made = str(folder / stage.name / "curated" / curation.makes)
     artefacts = {name: _left(stage.name, "its curation uses", name, folder) for name in curation.uses}
 
     def say(text: str) -> None:
         console.print(f"{stage.name}: {text}", markup=False)
 
-    curation.run(artefacts, made, home=home, workers=how.workers, say=say)
-    sources = [replace(s, dataset=made) if s.dataset == curation.makes else s for s in stage.data.sources]
-    return replace(stage, data=replace(stage.data, sources=tuple(sources)), curation=None)
+    curation.run(artefacts, str(place / "curated" / curation.makes), home=home, workers=how.workers, say=say)
+    return reads(stage, place)
+
+
+def _skips(system: System, stage: Stage, place: Path, how: How, console: Console) -> Skips:
+    """What the stage leaves out, with what is asked for now: from the checkpoint on that it goes on from."""
+    skips = Skips.read(place)
+    if not how.skip:
+        return skips
+    order = Skip.of(how.skip, _cursor(place, system.fingerprint()))
+    console.print(f"{stage.name}: leaves out {', '.join(how.skip)} from step {order.since} on", markup=False)
+    return skips.add(place, order)
 
 
 def _inputs(stage: Stage, datasets: Sequence[Dataset]) -> tuple[DatasetInput, ...]:
     return tuple(
         DatasetInput(source.name, d.manifest.digest, d.path, d.manifest.rows)
-        for source, d in zip(stage.data.sources, datasets, strict=True)
+        for source, d in zip(stage.data.leaves, datasets, strict=True)
     )
 
 

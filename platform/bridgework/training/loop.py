@@ -8,12 +8,12 @@ import json
 import logging
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
@@ -29,7 +29,9 @@ from bridgework.models import freezing, lora
 from bridgework.system import EvalSpec, Stage, System
 from bridgework.tracking import DatasetInput, Journal
 from bridgework.training import artefact, checkpoint
-from bridgework.training.engine import Engine, Taken, reshaped
+from bridgework.training.engine import Engine, reshaped
+from bridgework.training.meters import Clock, Metrics, Mixed, by_sample, named, suspects
+from bridgework.training.recorder import Recorder
 from bridgework.training.schedule import learning_rate
 from bridgework.training.step import Step, check
 
@@ -53,10 +55,10 @@ class Job:
     checkpoint_every: int = 0  # steps; 0: only the artefact at the end
     evaluate_every: int = 0  # steps; 0: only at the end
     midway: str | None = None  # the one evaluation before the end; None: all
+    passes: frozenset[int] = frozenset()  # steps that are passed without an update
     keep: int = 2  # checkpoints
 
 
-Metrics = dict[str, float]
 Report = Callable[[Metrics, int], None]
 
 
@@ -66,49 +68,47 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
     `rows(start)` gives this rank's samples of the steps from `start` on. Raises RunError when the loss is not finite.
     """
     stage = job.system[job.stage]
-    micro_batches = accumulated(stage, world)
-    check(stage, micro_batches)
+    check(stage, accumulated(stage, world))
 
     model, inherited = built(job, stage)
     multipliers = freezing.apply(model, stage.trains)
     attempt = _agreed(uuid4().hex[:8])  # so that an orphan of an older attempt cannot write into this one's files
     found = _agreed(_newest(job, attempt) if rank == 0 else None)
-    engine, start = _engine(stage, model, multipliers, micro_batches, found, attempt)
-    journal = Journal(job.folder / "journal")
-    tokenizer = load_tokenizer(stage.model.tokenizer)
-    clock = _Clock()
+    engine, start, before = _engine(stage, model, multipliers, found, attempt)
+    journal, mixed, clock = Journal(job.folder / "journal"), Mixed(stage, before), Clock()
+    pad_id = load_tokenizer(stage.model.tokenizer).pad_token_id or 0
     metrics: Metrics = {}
 
-    for step, batch_rows in enumerate(rows(start), start):
-        clock.waited()
-        torch.manual_seed(hash((stage.seed, step, rank)))
-        batches = _micro_batches(batch_rows, stage.budget.micro, micro_batches, pad_id=tokenizer.pad_token_id or 0)
-        lr = learning_rate(stage.optim, step, stage.budget.steps)
-        with _room(stage):
-            taken = engine.train_step(batches, lr)
-        metrics = _named(stage, taken) | {"lr": lr, "grad_norm": taken.norm} | clock.took(batches, world)
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(taken.norm)):
-            journal.flush()  # how it came to this
-            keys = ", ".join(r.key for r in batch_rows[:4])
-            raise RunError(
-                f"{stage.name}: the loss of step {step} is {metrics['loss']}, the norm of its gradient {taken.norm}; "
-                f"nothing was saved; it had {keys}, ...; "
-                f"lower stages.{stage.name}.optim.peak_lr, or look at these samples with `bridgework data preview`"
-            )
-        done = step + 1
-        if rank == 0:
-            journal.append(metrics, done)
-            if clock.due(FLUSH_S):
-                journal.flush()
-        if done == stage.budget.steps:
-            break
-        if job.checkpoint_every and done % job.checkpoint_every == 0:
-            journal.flush()  # steps before a checkpoint are never taken again
-            _save(job, engine, attempt, done, rank, world)
-        if job.evaluate_every and done % job.evaluate_every == 0:
-            judges = [spec for spec in stage.evals if job.midway in (None, spec.name)]
-            report(metrics | _evaluate(job, stage, model, judges), done)
-        clock.waits()
+    with Recorder(job.folder, attempt, rank) as recorder:
+        for step, batch_rows in enumerate(rows(start), start):
+            clock.waited()
+            if step not in job.passes:
+                torch.manual_seed(hash((stage.seed, step, rank)))
+                batches = _micro_batches(stage, batch_rows, world, pad_id, engine.device)
+                lr = learning_rate(stage.optim, step, stage.budget.steps)
+                with _room(stage):
+                    taken = engine.train_step(batches, lr)
+                losses, counts = by_sample(stage, taken)
+                recorder.step(step, batches, losses, counts)
+                metrics = named(stage, taken) | mixed.add(taken) | {"lr": lr} | clock.took(batches, taken)
+                if not (math.isfinite(metrics["loss"]) and math.isfinite(taken.norm)):
+                    journal.flush()  # how it came to this
+                    recorder.flush()
+                    raise _not_finite(job, step, metrics, suspects([row.key for row in batch_rows], losses))
+            done = step + 1
+            if rank == 0:
+                journal.append(metrics, done)
+                if clock.due(FLUSH_S):
+                    journal.flush()
+            if done == stage.budget.steps:
+                break
+            if job.checkpoint_every and done % job.checkpoint_every == 0:
+                journal.flush()  # steps before a checkpoint are never taken again
+                _save(job, engine, attempt, done, rank, world, mixed.state())
+            if job.evaluate_every and done % job.evaluate_every == 0:
+                judges = [spec for spec in stage.evals if job.midway in (None, spec.name)]
+                report(metrics | _evaluate(job, stage, model, judges), done)
+            clock.waits()
 
     judged = _evaluate(job, stage, model, stage.evals, write=rank == 0)
     journal.append(judged, stage.budget.steps)
@@ -120,22 +120,23 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
     return metrics | judged
 
 
+def _not_finite(job: Job, step: int, metrics: Metrics, own: Sequence[str]) -> RunError:
+    """Names the samples of all ranks that may be to blame; every rank comes here at the same step."""
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, list(own))
+    keys = ", ".join(key for of_rank in everyone for key in of_rank)
+    run = job.folder.parent.name
+    return RunError(
+        f"{job.stage}: the loss of step {step} is {metrics['loss']}, the norm of its gradient {metrics['grad_norm']}; "
+        f"nothing was saved; look first at {keys}: `bridgework data preview --run {run}/{job.stage} --step {step}`, "
+        f"then lower stages.{job.stage}.optim.peak_lr, or leave samples out with `bridgework train .. --skip KEY`"
+    )
+
+
 def accumulated(stage: Stage, world: int) -> int:
     """Micro-batches of a step: those of the rank with the most lanes, so that all run the same collectives."""
     samples = math.ceil(stage.data.lanes / world) * (stage.budget.batch // stage.data.lanes)
     return math.ceil(samples / stage.budget.micro)
-
-
-def _named(stage: Stage, taken: Taken) -> Metrics:
-    """The loss of the step, each of its parts, and what each source had in them, where there are several."""
-    names = [f"loss.{type(loss).__name__.lower()}" for loss in stage.losses]
-    metrics = dict(zip(names, taken.losses_L.tolist(), strict=True))
-    total = sum(loss.weight * metrics[name] for loss, name in zip(stage.losses, names, strict=True))
-    sources = [source.name for source in stage.data.sources]
-    if len(sources) > 1:
-        for name, means, counts in zip(names, taken.means_LS.tolist(), taken.counts_LS.tolist(), strict=True):
-            metrics |= {f"{name}.{s}": mean for s, mean, n in zip(sources, means, counts, strict=True) if n}
-    return {"loss": total, **metrics}
 
 
 @contextmanager
@@ -187,24 +188,19 @@ def _engine(
     stage: Stage,
     model: freezing.Freezable,
     multipliers: Mapping[str, float],
-    micro_batches: int,
     found: checkpoint.Checkpoint | None,
     attempt: str,
-) -> tuple[Engine, int]:
-    """The engine, with the state of the checkpoint if one was found, and the step to go on with."""
+) -> tuple[Engine, int, dict[str, float]]:
+    """The engine, with the state of the checkpoint if one was found, the step to go on with, and what was mixed."""
     elastic = found is not None and found.world != dist.get_world_size() and stage.shard.stage > 0  # 0 shards nothing
-    step = Step(model, stage.losses, len(stage.data.sources))
-    engine = Engine(step, stage, multipliers, micro_batches=micro_batches, universal=elastic)
+    engine = Engine(Step(model, stage.losses), stage, multipliers, universal=elastic)
     if found is None:
-        return engine, 0
-    if elastic:
-        _load_of_other_workers(found, engine, attempt)
-    else:
-        engine.load(found.folder)
-    return engine, found.step
+        return engine, 0, {}
+    client = _load_of_other_workers(found, engine, attempt) if elastic else engine.load(found.folder)
+    return engine, found.step, client["mixed"]
 
 
-def _load_of_other_workers(found: checkpoint.Checkpoint, engine: Engine, attempt: str) -> None:
+def _load_of_other_workers(found: checkpoint.Checkpoint, engine: Engine, attempt: str) -> dict[str, Any]:
     universal = found.folder.with_name(f".universal-{attempt}")
     failed = ""
     if dist.get_rank() == 0:
@@ -214,10 +210,11 @@ def _load_of_other_workers(found: checkpoint.Checkpoint, engine: Engine, attempt
             failed = str(error)
     if failed := _agreed(failed):  # every rank must know, or the others wait for ever
         raise RunError(failed)
-    engine.load(universal)
+    client = engine.load(universal)
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(universal)
+    return client
 
 
 def _newest(job: Job, attempt: str) -> checkpoint.Checkpoint | None:
@@ -228,9 +225,9 @@ def _newest(job: Job, attempt: str) -> checkpoint.Checkpoint | None:
     return found
 
 
-def _save(job: Job, engine: Engine, attempt: str, step: int, rank: int, world: int) -> None:
+def _save(job: Job, engine: Engine, attempt: str, step: int, rank: int, world: int, mixed: Mapping[str, float]) -> None:
     folder = checkpoint.begin(job.folder, step, attempt)
-    engine.save(folder, {"step": step})
+    engine.save(folder, {"step": step, "mixed": dict(mixed)})
     dist.barrier()
     if rank == 0:
         checkpoint.complete(
@@ -239,9 +236,20 @@ def _save(job: Job, engine: Engine, attempt: str, step: int, rank: int, world: i
     dist.barrier()
 
 
-def _micro_batches(rows: Sequence[Row], size: int, number: int, *, pad_id: int) -> list[Batch]:
-    """`number` batches of at most `size` rows; a rank with fewer rows repeats one of them without loss."""
-    batches = [collate(rows[i : i + size], pad_id=pad_id) for i in range(0, len(rows), size)]
+def _micro_batches(stage: Stage, rows: Sequence[Row], world: int, pad_id: int, device: torch.device) -> list[Batch]:
+    """Batches of at most `budget.micro` sequences, on every rank as many; one that is over repeats a row without loss.
+
+    Without packing the number is arithmetic. With it, only the rank that has packed knows how many sequences it has.
+    """
+    size = stage.budget.micro
+    sequences = [list(same) for _, same in groupby(rows, key=lambda row: row.place)]
+    number = accumulated(stage, world)
+    if stage.data.packing is not None:
+        most = torch.tensor(math.ceil(len(sequences) / size), device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        number = int(most)
+    groups = [sequences[i : i + size] for i in range(0, len(sequences), size)]
+    batches = [collate([row for same in group for row in same], pad_id=pad_id) for group in groups]
     while len(batches) < number:
         batches.append(replace(collate(rows[:1], pad_id=pad_id), idle=True))
     return batches
@@ -258,36 +266,3 @@ def _evaluate(job: Job, stage: Stage, model: nn.Module, judges: Sequence[EvalSpe
             (job.folder / "evals").mkdir(exist_ok=True)
             picture.save(job.folder / "evals" / f"{name}.png")
     return metrics
-
-
-class _Clock:
-    """Where the time of a step goes: waiting for data, or working."""
-
-    def __init__(self) -> None:
-        self._mark = self._flushed = time.perf_counter()
-        self._wait = 0.0
-
-    def waits(self) -> None:
-        """The wait for data begins: what lies before it was a checkpoint or an evaluation."""
-        self._mark = time.perf_counter()
-
-    def waited(self) -> None:
-        self._wait = time.perf_counter() - self._mark
-
-    def took(self, batches: Sequence[Batch], world: int) -> Metrics:
-        now = time.perf_counter()
-        step_s, self._mark = now - self._mark, now
-        samples = sum(b.ids_BT.shape[0] for b in batches)
-        tokens = sum(int(b.attention_BT.sum()) for b in batches)
-        return {
-            "step_s": step_s,
-            "samples_per_s": world * samples / step_s,
-            "tokens_per_s": world * tokens / step_s,
-            "data_wait_share": self._wait / step_s,
-        }
-
-    def due(self, seconds: float) -> bool:
-        if time.perf_counter() - self._flushed < seconds:
-            return False
-        self._flushed = time.perf_counter()
-        return True

@@ -4,16 +4,20 @@ import json
 import os
 import subprocess
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bridgework.data import quarantine
 from bridgework.errors import TrackingError
 from bridgework.spec import flat, to_dict
 from bridgework.system import Stage, System
-from bridgework.tracking import DatasetInput, MemoryTracker, Status, Tracker
+from bridgework.tracking import DatasetInput, MemoryTracker, Point, Status, Tracker
 from bridgework.training import artefact
+from bridgework.training.skips import FILE
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,9 @@ class Record:
             if self._open is not None:
                 for picture in sorted((place / "evals").glob("*.png")):
                     tracker.file(self._open, picture, "evals")
+                if (place / FILE).exists():
+                    tracker.file(self._open, place / FILE)
+                tracker.points(self._open, _put_aside(place / "quarantine", stage.budget.steps))
                 model_id = tracker.output(self._open, f"{self._system.name}-{stage.name}", str(result.artefact), tags)
                 tracker.finish(self._open)
                 result = replace(result, run_id=self._open, model_id=model_id)
@@ -91,6 +98,14 @@ class Record:
         except TrackingError as error:
             self.tracker, self._id, self._open = MemoryTracker(), None, None
             self._say(f"{error}; training goes on untracked: the same command later records it")
+
+
+def _put_aside(table: Path, step: int) -> list[Point]:
+    """How many rows the stage put aside, in all and for each reason."""
+    reasons = Counter({(r.dataset, r.row): r.reason for r in quarantine.records(str(table))}.values())
+    now = int(time.time() * 1000)
+    counts = {"quarantine.rows": reasons.total(), **{f"quarantine.{reason}": n for reason, n in reasons.items()}}
+    return [Point(name, float(n), step, now) for name, n in counts.items()]
 
 
 def _commit() -> str:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bridgework.errors import ResourceError, RunError, SpecError
-from bridgework.spec import to_dict
+from bridgework.errors import ResourceError, RunError, SpecError, suggest
+from bridgework.spec import from_dict, to_dict
 from bridgework.system import System
 
 
@@ -33,6 +33,19 @@ def locked(folder: Path) -> Iterator[None]:
                 f"run {folder.name!r} is being trained by another process; wait for it or give another --run"
             ) from None
         yield
+
+
+def recipe(home: Path, run: str) -> System:
+    """The recipe of a run, as it was begun. Raises RunError for a run that was not."""
+    folder = place(home, run)
+    file = folder / "recipe.json"
+    if not file.is_file():
+        known = [path.parent.relative_to(home / "runs").as_posix() for path in (home / "runs").rglob("recipe.json")]
+        raise RunError(f"there is no run {run!r} under {home / 'runs'}" + suggest(run, known))
+    system = from_dict(json.loads(file.read_text()))
+    if not isinstance(system, System):
+        raise RunError(f"{file} holds no recipe; the run cannot be shown or resumed")
+    return system
 
 
 def same_recipe(folder: Path, system: System) -> None:

@@ -6,7 +6,7 @@ the same number on 1 worker or 8, in one micro-batch or ten. Sums are kept by so
 mean and a weight of its own (Flamingo's lambda; Alayrac et al. 2022, arXiv:2204.14198, 2.4).
 """
 
-# B samples of a micro-batch  L losses  S sources of the mixture
+# R samples of a micro-batch, or of a share  L losses  S sources of the mixture
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,43 +24,46 @@ from bridgework.system import LossSpec, Stage
 class Beside(NamedTuple):
     """What a micro-batch is compared with: a worker's whole share without gradient, and its own place in it."""
 
-    shares: Sequence[dict[str, Tensor]]  # of each micro-batch: name of the output -> (b, ...)
-    sources: Sequence[int]  # of all their samples
+    shares: Sequence[dict[str, Tensor]]  # of each micro-batch: name of the output -> (r, ...)
+    samples: Sequence[int]  # of each micro-batch; 0 of an idle one
     own: int
 
 
 class Step(nn.Module):
     """Runs the wiring once and every loss on what it gave."""
 
-    def __init__(self, model: Freezable, losses: Sequence[LossSpec], sources: int) -> None:
+    def __init__(self, model: Freezable, losses: Sequence[LossSpec]) -> None:
         super().__init__()
         self.model = model
         self.losses = tuple(losses)
         self.wants = frozenset(loss.needs for loss in losses)
-        self._sources = sources
         self.spliced = sorted({name for loss in losses for name in loss.spliced})
 
     def forward(self, batch: Batch, beside: Beside | None = None) -> Tensor:
-        """The sum of every loss over the batch: sums_LS, float32.
+        """What every sample of the batch adds to the sum of every loss: sums_LR, float32.
 
-        With `beside`, a loss that compares samples sees the worker's share, of which this micro-batch alone has a
-        gradient. Added up over the micro-batches, sums and gradients are those of the share at once (GradCache, Gao et
-        al. 2021, arXiv:2101.06983).
+        With `beside`, the samples are those of the worker's share, and a loss that compares samples sees all of them,
+        of which this micro-batch alone has a gradient. Added up over the micro-batches, sums and gradients are those of
+        the share at once (GradCache, Gao et al. 2021, arXiv:2101.06983).
         """
         outputs = self.model(**batch.inputs(), wants=self.wants)
-        return torch.stack([self._sum(loss, outputs, batch, beside) for loss in self.losses])
+        return torch.stack([self._sums(loss, outputs, batch, beside) for loss in self.losses])
 
-    def _sum(self, loss: LossSpec, outputs: Any, batch: Batch, beside: Beside | None) -> Tensor:
+    def _sums(self, loss: LossSpec, outputs: Any, batch: Batch, beside: Beside | None) -> Tensor:
         if beside is None or not loss.spliced:
-            return self._by_source(loss(outputs) * (not batch.idle), batch.sources)
+            own_r: Tensor = loss(outputs) * (not batch.idle)
+            if beside is None:
+                return own_r
+            before, after = sum(beside.samples[: beside.own]), sum(beside.samples[beside.own + 1 :])
+            if batch.idle:
+                return own_r.new_zeros(before + after) + own_r.sum()  # a zero, but the graph of the other ranks
+            return torch.cat([own_r.new_zeros(before), own_r, own_r.new_zeros(after)])
         parts = {name: [share[name] for share in beside.shares] for name in loss.spliced}
         for name, shares in parts.items():
             shares[beside.own] = self._real(getattr(outputs, name), batch)
-        whole = self._by_source(
-            loss(replace(outputs, **{name: torch.cat(shares) for name, shares in parts.items()})), beside.sources
-        )
+        whole_R: Tensor = loss(replace(outputs, **{name: torch.cat(shares) for name, shares in parts.items()}))
         # every micro-batch sees the sums of the share, and each gives their gradient through its own outputs
-        return whole - whole.detach() * (1 - 1 / len(beside.shares))
+        return whole_R - whole_R.detach() * (1 - 1 / len(beside.shares))
 
     @torch.no_grad()
     def share(self, batch: Batch) -> dict[str, Tensor]:
@@ -69,22 +72,20 @@ class Step(nn.Module):
         return {name: self._real(getattr(outputs, name), batch).detach() for name in self.spliced}
 
     def counts(self, batches: Sequence[Batch]) -> Tensor:
-        """What the sums are divided by: counts_LS, float32, over the micro-batches of this rank."""
-        real = [b for b in batches if not b.idle]
-        return torch.stack([self._counts(loss, real) for loss in self.losses])
-
-    def _counts(self, loss: LossSpec, batches: Sequence[Batch]) -> Tensor:
-        counts = [self._by_source(loss.count(b.labels_BT), b.sources) for b in batches]
-        return torch.stack([torch.zeros(self._sources), *counts]).sum(0)
+        """What every sample adds to the divisors of the losses: counts_LR, float32."""
+        labels = [batch.labels_by_sample() for batch in batches]
+        return torch.stack([torch.cat([loss.count(labels_RT).float() for labels_RT in labels]) for loss in self.losses])
 
     @staticmethod
     def _real(rows: Tensor, batch: Batch) -> Tensor:
         """Of an idle batch none, but with the graph that the other ranks' have."""
         return rows[:0] if batch.idle else rows
 
-    def _by_source(self, values_B: Tensor, sources: Sequence[int]) -> Tensor:
-        index_B = torch.tensor(sources, device=values_B.device)
-        return torch.zeros(self._sources, device=values_B.device).index_add(0, index_B, values_B.float())
+
+def by_source(values_LR: Tensor, sources_R: Tensor, sources: int) -> Tensor:
+    """(L, S) float32: the values of the samples added up by the source that each came from."""
+    values_LR = values_LR.float()
+    return values_LR.new_zeros(len(values_LR), sources).index_add(1, sources_R.to(values_LR.device), values_LR)
 
 
 def check(stage: Stage, micro_batches: int) -> None:

@@ -1,0 +1,109 @@
+"""The flight recorder: which samples made every step, what each added to the loss, and how long it was.
+
+One Arrow stream a worker and attempt, appended to as the run goes, so that whatever ends a run leaves what was written
+before. Steps that were taken twice (a worker died after its last checkpoint) count as they were taken last.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bridgework.data.batch import Batch
+from bridgework.errors import RunError
+
+FOLDER = "flight"
+FLUSH_S = 2.0  # how long steps may wait in memory: what a crash can lose of the record, not of the run
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("key", pa.string()),
+        ("source", pa.int16()),  # place in the mixture
+        ("loss", pa.float32()),  # the sample's own mean, weighted over the losses
+        ("counted", pa.float32()),  # what that is a mean of: tokens with loss, or one
+        ("tokens", pa.int32()),  # of the whole sample, prompt and images included
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Flown:
+    """One sample of one step."""
+
+    step: int
+    key: str
+    source: int
+    loss: float
+    counted: float
+    tokens: int
+
+
+class Recorder:
+    """Writes what one worker trains on; a context manager."""
+
+    def __init__(self, folder: Path, attempt: str, rank: int) -> None:
+        place = folder / FOLDER
+        place.mkdir(parents=True, exist_ok=True)
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        self._file = (place / f"{time.time_ns():020d}-{attempt}-{rank:05d}.arrows").open("wb")
+        self._out = pa.ipc.new_stream(self._file, SCHEMA, options=options)
+        self._waiting: list[pa.RecordBatch] = []
+        self._flushed = time.monotonic()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.flush()
+        self._out.close()
+        self._file.close()
+
+    def step(self, step: int, batches: Sequence[Batch], losses_R: Sequence[float], counts_R: Sequence[float]) -> None:
+        """Note one step: the samples of `batches` in order, of which each has its loss and what it is a mean of."""
+        real = [batch for batch in batches if not batch.idle]
+        keys = [key for batch in real for key in batch.keys]
+        sources = [source for batch in real for source in batch.sources]
+        tokens = [number for batch in real for number in batch.tokens_by_sample().tolist()]
+        self._waiting.append(
+            pa.record_batch([[step] * len(keys), keys, sources, losses_R, counts_R, tokens], schema=SCHEMA)
+        )
+        if time.monotonic() - self._flushed > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand what waits to the disk."""
+        if self._waiting:
+            self._out.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
+            self._file.flush()
+        self._waiting, self._flushed = [], time.monotonic()
+
+
+def flown(folder: Path, step: int) -> list[Flown]:
+    """What the stage at `folder` trained on at `step`, of all workers, dearest sample first.
+
+    Raises RunError for a step that is not on record.
+    """
+    found: dict[str, list[Flown]] = {}  # by attempt, in the order of their starts
+    steps: set[int] = set()
+    for file in sorted((folder / FOLDER).glob("*.arrows")):
+        for batch in _batches(file):
+            steps |= set(batch["step"].to_pylist())
+            rows = batch.filter(pc.equal(batch["step"], step)).to_pylist()
+            if rows:
+                found.setdefault(file.stem.split("-")[1], []).extend(Flown(**row) for row in rows)
+    if not found:
+        known = f"it has steps {min(steps)} to {max(steps)}" if steps else "it has none yet"
+        raise RunError(f"{folder / FOLDER} has no step {step}; {known}")
+    return sorted(list(found.values())[-1], key=lambda each: -each.loss)
+
+
+def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+    """What was written whole; the end of a stream may be torn."""
+    try:
+        with pa.ipc.open_stream(file) as stream:
+            yield from stream
+    except (pa.ArrowInvalid, EOFError, OSError):
+        return

@@ -1,0 +1,80 @@
+"""Samples and steps that a run leaves out, on record: the plan stays, what is named gives way.
+
+A skipped sample is replaced by the next of its source, a skipped step is passed without an update. Both hold from the
+checkpoint on that the run goes on from, so what was trained before stays what it was.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from bridgework.errors import SpecError
+
+FILE = "skips.json"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One order: keys of samples, and steps, which give way from step `since` on."""
+
+    keys: tuple[str, ...]
+    steps: tuple[int, ...]
+    since: int
+    asked: str  # when, ISO 8601, UTC
+
+    @classmethod
+    def of(cls, words: Sequence[str], since: int) -> Self:
+        """`step:120` and `step:120-125` are steps, all else are keys. Raises SpecError for a step that is none."""
+        steps = [step for word in words if word.startswith("step:") for step in _range(word)]
+        keys = [word for word in words if not word.startswith("step:")]
+        return cls(tuple(keys), tuple(steps), since, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+
+@dataclass(frozen=True)
+class Skips:
+    """All orders of a stage."""
+
+    orders: tuple[Skip, ...] = ()
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        file = folder / FILE
+        if not file.exists():
+            return cls()
+        orders = json.loads(file.read_text())
+        return cls(tuple(Skip(tuple(o["keys"]), tuple(o["steps"]), o["since"], o["asked"]) for o in orders))
+
+    def add(self, folder: Path, order: Skip) -> "Skips":
+        """With one more, which is on record from now on; the same again changes nothing."""
+        new = set(order.keys) - {key for key, _ in self.keys} or set(order.steps) - self.steps
+        if not new:
+            return self
+        both = Skips((*self.orders, order))
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{FILE}.tmp"
+        temporary.write_text(json.dumps([asdict(o) for o in both.orders], indent=1))
+        temporary.rename(folder / FILE)
+        return both
+
+    @property
+    def keys(self) -> tuple[tuple[str, int], ...]:
+        """(key, the first step at which it gives way), for the feed."""
+        first: dict[str, int] = {}
+        for order in self.orders:
+            for key in order.keys:
+                first.setdefault(key, order.since)
+        return tuple(first.items())
+
+    @property
+    def steps(self) -> frozenset[int]:
+        return frozenset(step for order in self.orders for step in order.steps)
+
+
+def _range(word: str) -> range:
+    first, _, last = word.removeprefix("step:").partition("-")
+    if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
+        raise SpecError(f"--skip {word!r} names no steps; write step:120 or step:120-125, or the key of a sample")
+    return range(int(first), int(last or first) + 1)

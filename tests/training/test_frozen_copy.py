@@ -1,0 +1,108 @@
+"""The frozen copy of preference learning in a run: through a stop, through ZeRO, and not in the artefact."""
+
+from dataclasses import replace
+from math import log
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from bridgework.data import reader
+from bridgework.data.batch import Batch, collate
+from bridgework.errors import SpecError
+from bridgework.losses import Captioning, Preference
+from bridgework.models import PrefixVLM, freezing
+from bridgework.system import Stage, System
+from bridgework.training import artefact
+from bridgework.training.engine import Engine
+from bridgework.training.step import Step
+from tests.training.support import Stop, fresh, go, llava, losses, same, stop_at, weights
+
+PREFER = "instruct"  # LLaVA's stage that trains bridge and language model, with another loss
+
+
+def prefer(steps: int = 4, **shard: Any) -> System:
+    """Two stages: one that captions, and one that prefers and starts from it."""
+    system = llava(steps)
+    first, second = system["align"], system[PREFER]
+    second = replace(
+        second,
+        model=replace(cast(PrefixVLM, second.model), reference="frozen_copy"),
+        losses=(Preference(beta=0.5),),
+        data=second.data.tiny("preferences"),
+        shard=replace(second.shard, **shard),
+        evals=(),
+    )
+    return replace(system, stages=(replace(first, evals=()), second))
+
+
+def batch(stage: Stage, home: Path) -> Batch:
+    return collate(next(reader.local(reader.Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+
+
+def engine(stage: Stage) -> tuple[Engine, Any]:
+    model: Any = fresh(stage)
+    learning = freezing.apply(model, stage.trains)
+    return Engine(Step(model, stage.losses), stage, learning), model
+
+
+def held(model: Any) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = model.reference.state_dict()
+    return found
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_resumed_run_matches_unbroken_run(home: Path, run: str, zero: int) -> None:
+    system = prefer(6, stage=zero)
+    go(system, home, f"{run}-whole", stages=None)
+    with pytest.raises(Stop):
+        go(system, home, run, stages=None, checkpoint_every=2, evaluate_every=1, report=stop_at(5))
+    go(system, home, run, stages=None, checkpoint_every=2)
+    assert same(weights(home, run, PREFER), weights(home, f"{run}-whole", PREFER))
+    seen, unbroken = losses(home, run, PREFER), dict(losses(home, f"{run}-whole", PREFER))
+    assert all(unbroken[step] == value for step, value in seen)
+    assert unbroken[1] == pytest.approx(log(2)) != pytest.approx(unbroken[6], abs=1e-2)
+    assert [step for step, _ in seen][-2:] == [5, 6]
+
+
+def test_the_artefact_is_that_of_any_other_stage(home: Path, run: str) -> None:
+    system = prefer(2, stage=2)
+    go(system, home, run, stages=None)
+    assert weights(home, run, PREFER).keys() == weights(home, run, "align").keys()
+    loaded = artefact.load(home / "runs" / run / PREFER / "artefact")
+    assert loaded.stage == system[PREFER] and not held(loaded.model)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "bf16"), (2, "bf16")])
+def test_a_checkpoint_brings_the_start_back_bit_for_bit(home: Path, tmp_path: Path, zero: int, precision: str) -> None:
+    stage = prefer(stage=zero, precision=precision)[PREFER]
+    given = batch(stage, home)
+    before, model = engine(stage)
+    first = before.train_step([given], 1e-2)
+    assert float(first.losses_L[0]) == pytest.approx(log(2), abs=1e-6)
+    before.save(tmp_path, {"step": 1})
+    start = held(model)
+    assert any(not torch.equal(p, start[name]) for name, p in model.named_parameters() if name in start)
+    after, again = engine(stage)
+    after.load(tmp_path)
+    assert same(held(again), start)
+    losses_of = [e.train_step([given], 0.0).losses_L for e in (before, after)]
+    assert torch.equal(*losses_of) and float(losses_of[0][0]) < log(2) - 1e-3
+
+
+@pytest.mark.usefixtures("process_group")
+def test_zero_3_is_refused_with_the_ways_out(home: Path) -> None:
+    stage = prefer(stage=3)[PREFER]
+    with pytest.raises(SpecError, match=r"set shard\.stage to 2, or train adapters"):
+        engine(stage)[0].train_step([batch(stage, home)], 1e-2)
+
+
+def test_a_stage_that_compares_nothing_copies_nothing(home: Path, run: str) -> None:
+    stage = replace(prefer(2)[PREFER], losses=(Captioning(),), data=llava()[PREFER].data, starts_from=None)
+    go(replace(prefer(2), stages=(stage,)), home, run, stages=None, checkpoint_every=1)
+    (checkpoint,) = (home / "runs" / run / PREFER / "checkpoints").glob("00000001-*/state/*model_states.pt")
+    saved = torch.load(checkpoint, weights_only=True)["module"]
+    assert saved and not [name for name in saved if "reference" in name]

@@ -1,0 +1,117 @@
+"""The flight recorder: every step can be named, and seen again as the model saw it."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bridgework.data.reader import Feed, local
+from bridgework.data.samples import Part
+from bridgework.data.shards import write
+from bridgework.data.synthetic import shapes
+from bridgework.errors import RunError
+from bridgework.system import Budget, Packing, Source
+from bridgework.training.recorder import flown
+from bridgework.training.replay import replay
+from tests.training.support import Stop, go, llava, losses, stop_at
+
+MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
+
+
+def test_every_step_names_its_samples_and_their_losses_make_its_loss(home: Path, run: str) -> None:
+    system = llava(5)
+    go(system, home, run)
+    folder = home / "runs" / run / "align"
+    read = list(local(Feed.of(system["align"], home), rank=0, world=1, start=0))
+    for done, loss in losses(home, run):
+        noted = flown(folder, done - 1)
+        assert sorted(each.key for each in noted) == sorted(row.key for row in read[done - 1])
+        assert [each.loss for each in noted] == sorted((each.loss for each in noted), reverse=True)
+        mean = sum(e.loss * e.counted for e in noted) / sum(e.counted for e in noted)
+        assert mean == pytest.approx(loss, rel=1e-5)
+        lengths = {row.key: len(row.ids) for row in read[done - 1]}
+        assert {e.key: e.tokens for e in noted} == lengths
+
+
+def test_a_step_that_was_redone_is_told_as_it_was_taken_last(home: Path, run: str) -> None:
+    system = llava(6)
+    with pytest.raises(Stop):
+        go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(5))
+    go(system, home, run, checkpoint_every=2, evaluate_every=1)
+    folder = home / "runs" / run / "align"
+    assert len(list((folder / "flight").glob("*.arrows"))) == 2
+    assert all(len(flown(folder, step)) == 8 for step in range(6))
+
+
+def test_a_torn_record_gives_what_was_written_whole(home: Path, run: str) -> None:
+    go(llava(6), home, run)
+    folder = home / "runs" / run / "align"
+    (file,) = (folder / "flight").glob("*.arrows")
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(RunError, match="has no step 99; it has"):
+        flown(folder, 99)
+
+
+@pytest.mark.parametrize("packing", [None, Packing()])
+def test_a_step_is_shown_again_as_the_model_saw_it(home: Path, run: str, packing: Packing | None) -> None:
+    system = llava(4, stages__align__data__packing=packing, stages__align__data__lanes=2)
+    go(system, home, run)
+    again = replay(f"{run}/align", 2, home)
+    read = list(local(Feed.of(system["align"], home), rank=0, world=1, start=2))[0]
+    assert sorted((r.key, tuple(r.ids)) for r in again.rows) == sorted((r.key, tuple(r.ids)) for r in read)
+    assert [row.key for row in again.rows] == [each.key for each in again.noted]
+    assert replay(run, 2, home).noted == again.noted
+
+
+def test_the_dearest_sample_of_a_step_is_the_one_that_was_planted(home: Path, run: str, tmp_path: Path) -> None:
+    """A caption of another language among captions that were learned."""
+    samples = list(shapes(rows=64, size=16))
+    parts = (Part("caption", image=0), Part("caption", text="\u4e00\u4e01\u4e03" * 20))
+    samples[17] = replace(samples[17], key="planted", parts=parts)
+    write(samples, str(tmp_path / "data"), **MADE, group_rows=8)
+    system = llava(16)
+    stage = system["instruct"]
+    data = replace(stage.data, sources=(Source(name="one", dataset=str(tmp_path / "data")),), template="plain")
+    planted = replace(stage, data=data, starts_from=None, evals=(), budget=Budget(steps=16, batch=8, micro=4))
+    go(replace(system, stages=(planted,)), home, run, stages=None)
+    folder = home / "runs" / run / "instruct"
+    met = [step for step in range(8, 16) if any(e.key == "planted" for e in flown(folder, step))]
+    assert met and all(flown(folder, step)[0].key == "planted" for step in met)
+
+
+def test_skipped_samples_give_way_and_all_others_stay(home: Path, run: str) -> None:
+    system = llava(8)
+    feed = Feed.of(system["align"], home)
+    before = list(local(feed, rank=0, world=1, start=0))
+    with pytest.raises(Stop):
+        go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(4))
+    victim = before[6][3]
+    go(system, home, run, checkpoint_every=2, evaluate_every=1, skip=(victim.key,))
+    folder = home / "runs" / run / "align"
+    for step, rows in enumerate(before):
+        kept = sorted(row.key for row in rows if step < 4 or row.key != victim.key)
+        trained = sorted(each.key for each in flown(folder, step))
+        assert len(trained) == 8 and (step < 4 or victim.key not in trained)
+        assert all(key in trained for key in kept)
+    assert (folder / "skips.json").is_file()
+    assert [row.key for row in replay(run, 6, home).rows]  # the plan as it was edited
+
+
+def test_skipped_steps_change_nothing_and_are_not_on_record(home: Path, run: str) -> None:
+    system = llava(6)
+    with pytest.raises(Stop):
+        go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(3))
+    go(system, home, run, checkpoint_every=2, evaluate_every=1, skip=("step:3-4",))
+    folder = home / "runs" / run / "align"
+    assert all(flown(folder, step) for step in (0, 1, 2, 5))
+    for step in (3, 4):
+        with pytest.raises(RunError, match=f"has no step {step}"):
+            flown(folder, step)
+    assert all(math.isfinite(loss) for _, loss in losses(home, run))
+
+
+def test_a_finished_run_has_nothing_to_skip(home: Path, run: str) -> None:
+    go(llava(2), home, run)
+    with pytest.raises(RunError, match="no step left to skip"):
+        go(llava(2), home, run, skip=("step:1",))
