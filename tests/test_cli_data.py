@@ -50,6 +50,7 @@ def test_a_bare_name_goes_home_and_is_found_there(pictures: Path, home: Path) ->
         (["folder", "max_bad=lots"], SpecError, "max_bad must be float, got 'lots'"),
         (["folder", "MIT"], SpecError, "KEY=VALUE, e.g. licence=CC-BY-4.0; got 'MIT'"),
         (["emoji", "--licence", "MIT"], SpecError, "no field 'licence'"),
+        (["emoji", "--workers", "2"], SpecError, "no field 'workers'"),
     ],
 )
 def test_wrong_words_of_an_import_are_refused_with_advice(
@@ -59,6 +60,43 @@ def test_wrong_words_of_an_import_are_refused_with_advice(
         run("import", words[0], pictures, tmp_path / "made", *words[1:])
     assert said in str(caught.value)
     assert not (tmp_path / "made").exists()
+
+
+def test_an_import_that_was_cut_off_goes_on_with_the_same_command(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "bad.png").write_bytes(b"<html>")
+    with pytest.raises(DataError, match="1 of 4 rows are bad"):
+        run("import", "folder", pictures, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    done = run("import", "folder", pictures, tmp_path / "made", "max_bad=0.3")
+    assert done.stdout == f"{tmp_path / 'made'}{os.linesep}" and "1 put aside" in done.stderr
+    assert "nothing to do" in run("import", "folder", pictures, tmp_path / "made", "max_bad=0.3").stderr
+
+
+def test_export_writes_another_format_and_ends_with_what_was_lost(pictures: Path, tmp_path: Path) -> None:
+    done = run("export", "webdataset", SHAPES, tmp_path / "tars", "rows=100")
+    assert done.stdout.splitlines() == [str(tmp_path / "tars"), "256 rows, 256 images; lost: nothing"]
+    assert run("import", "webdataset", f"{tmp_path}/tars/*.tar", tmp_path / "back").exit_code == 0
+    assert len(open_dataset(str(tmp_path / "back"))) == 256
+    done = run("export", "llava-json", SHAPES, tmp_path / "talks", "prompt=What is it?")
+    assert done.stdout.splitlines()[-1] == "256 rows, 256 images; lost: labels of 256 rows"
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "said"),
+    [
+        (["webdatast", SHAPES], DataError, "did you mean 'webdataset'"),
+        (["webdataset", SHAPES, "row=3"], SpecError, "no field 'row'; did you mean 'rows'?"),
+        (["llava-json", SHAPES], DataError, "prompt=TEXT makes one of a pair"),
+        (["llava-json", "synthetic:shape"], DataError, "did you mean 'synthetic:shapes'"),
+    ],
+)
+def test_wrong_words_of_an_export_are_refused_with_advice(
+    words: list[str], error: type[Exception], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error) as caught:
+        run("export", words[0], words[1], tmp_path / "out", *words[2:])
+    assert said in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_verify_exits_with_1_and_names_the_file(pictures: Path, tmp_path: Path) -> None:

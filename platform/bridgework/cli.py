@@ -30,8 +30,8 @@ app = typer.Typer(
     help="Vision-language systems from raw pairs to a served endpoint.", no_args_is_help=True, add_completion=False
 )
 app.add_typer(data, name="data")
-app.add_typer(curate, name="curate")
 app.add_typer(importing, name="import")
+app.command()(curate)
 app.command()(ask)
 data.command()(order)
 data.command()(mixture)

@@ -1,7 +1,12 @@
-"""`bridgework curate`: make a dataset of another one by what models know."""
+"""`bridgework curate`: make a dataset of others by what models and counts know of their rows."""
 
+import re
+import typing
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import MISSING, Field, field, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,72 +17,142 @@ from bridgework.errors import SpecError
 from bridgework.spec import override
 
 if TYPE_CHECKING:
-    from bridgework.curation.verdicts import Counts
+    from bridgework.data.manifest import Manifest
 
-curate = typer.Typer(help="Datasets from datasets: what models write, keep and drop.", no_args_is_help=True)
 out, err = (Console(stderr=stderr, markup=False, highlight=False) for stderr in (False, True))
 
-Model = Annotated[str, typer.Option(help="an artefact's folder, or a registered model")]
+NEEDED: Any = object()  # the default of a field that has none
+_CHANGE = re.compile(r"[A-Za-z_]\w*=")  # a path such as a/b=c is none
 
 
-@curate.command()
-def capfilt(
-    source: Annotated[str, typer.Argument(help="pairs from the web: a folder, a URL or a name")],
-    dest: Annotated[str, typer.Argument(help="a folder or a URL; a bare name goes to <home>/datasets")],
-    captioner: Model,
-    filter_: Annotated[str, typer.Option("--filter", help="likewise, of a stage with a matching head")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="e.g. top_p=0.8")] = None,
+def curate(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME SOURCE... DEST [KEY=VALUE]", help="dedup, filters, .. or a module of your own"),
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="actors of Ray; 0 works in this process")] = 0,
-    explain: Annotated[bool, typer.Option("--explain", help="draw what was kept and what was dropped")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="count the reasons, and draw what was kept and dropped")
+    ] = False,
 ) -> None:
-    """Caption every image, judge both texts, keep what fits (BLIP's CapFilt). Run again, it goes on."""
-    from contextlib import nullcontext
+    """Make the dataset DEST of SOURCE: what is kept, dropped or written anew. Run again, it goes on.
 
-    from bridgework.curation import CapFilt
-    from bridgework.curation.verdicts import Counts
-    from bridgework.lineage.resolve import artefact_of
+    Without words, lists the curations; with a NAME alone, its fields. Each row of DEST knows where it comes from.
+    """
+    from bridgework.curation import load
+    from bridgework.curation.flow import make as run
 
-    spec = override(CapFilt(captioner="captioner", filter="filter", sources=(source,)), _changes(set_))
-    bare = "/" not in dest and "\\" not in dest and not dest.startswith(".")
+    if not words:
+        out.print(_curations())
+        return
+    name, *rest = words
+    cls = load(name)
+    if not rest:
+        out.print(_fields(cls))
+        return
+    places, changes = _split(name, rest)
+    *sources, dest = places
+    curation = _spec(cls, name, sources, changes)
+    bare = "/" not in dest and "\\" not in dest and not dest.startswith(".")  # what catalog.resolve takes for a name
     place = str(home() / "datasets" / dest) if bare else dest
-    named = zip(spec.uses, (captioner, filter_), strict=True)
-    artefacts = {stage: Path(artefact_of(words, home())) for stage, words in named}
     if workers:
         from bridgework.training.cluster import attached
     with attached() if workers else nullcontext():
-        made = spec.run(artefacts, place, home=home(), workers=workers, say=err.print)
-    _show(Counts(**made.parameters["counts"]), spec.threshold)
-    out.print(place, soft_wrap=True)
+        made = run(
+            curation, sources, place, home=home(), workers=workers, say=lambda text: err.print(text, soft_wrap=True)
+        )
     if explain:
-        from bridgework.curation.explain import sheet
-
-        picture = home() / "curated" / f"{Path(place).name}-{made.digest[:8]}.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        sheet(spec, artefacts, place, home()).save(picture)
-        out.print(picture, soft_wrap=True)
+        _explain(curation, sources, place, made)
+    out.print(place, soft_wrap=True)
 
 
-def _changes(words: list[str] | None) -> dict[str, str]:
-    pairs = [word.partition("=") for word in words or []]
+def _curations() -> Table:
+    from bridgework.curation import known
+
+    table = Table("curation", "", box=None, pad_edge=False)
+    for name, module in known().items():
+        table.add_row(name, (module.__doc__ or "").strip().partition("\n")[0])
+    return table
+
+
+def _fields(cls: type[Any]) -> Table:
+    table = Table("field", "of type", "default", box=None, pad_edge=False)
+    hints = typing.get_type_hints(cls)
+    for item in _own(cls):
+        hint, default = hints[item.name], _default(item)
+        words = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        table.add_row(item.name, words, "needed" if default is NEEDED else str(default))
+    return table
+
+
+def _split(name: str, words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """SOURCE... DEST, and the KEY=VALUE words behind them."""
+    start = next((i for i, word in enumerate(words) if _CHANGE.match(word)), len(words))
+    places, pairs = words[:start], [word.partition("=") for word in words[start:]]
     if wrong := [key for key, equals, _ in pairs if not equals]:
-        raise SpecError(f"--set takes FIELD=VALUE, e.g. top_p=0.8; got {wrong[0]!r}")
-    return {key.strip(): value for key, _, value in pairs}
+        raise SpecError(f"behind the places stand fields of {name}, KEY=VALUE; got {wrong[0]!r}")
+    if len(places) < 2:
+        raise SpecError(f"curate {name} takes SOURCE... DEST, and then KEY=VALUE; got {' '.join(words)}")
+    return places, {key: value for key, _, value in pairs}
 
 
-def _show(counts: "Counts", threshold: float) -> None:
-    limit = f"logit above {threshold:g}"
-    lost = counts.images - counts.written - counts.unread - counts.repeated
-    table = Table("", "texts", "why", box=None, pad_edge=False)
-    table.columns[1].justify = "right"
-    for name, number, why in (
-        ("web, kept", counts.web, limit),
-        ("web, dropped", counts.images - counts.web, f"not {limit}"),
-        ("written, kept", counts.written, limit),
-        ("written, dropped", lost, f"not {limit}"),
-        ("", counts.repeated, "the kept web text again"),
-        ("", counts.unread, "nothing in it to read"),
-        ("images, dropped", counts.dropped, f"of {counts.images:,}: no text was kept"),
-        ("rows, put aside", counts.bad, "no pair, or no image: see the quarantine"),
-    ):
-        table.add_row(name, f"{number:,}", why)
+def _spec(cls: type[Any], name: str, sources: list[str], changes: Mapping[str, str]) -> Any:
+    """The curation with its fields as given: read and refused as `--set` does; a model's name becomes its folder."""
+    hints, own = typing.get_type_hints(cls, include_extras=True), _own(cls)
+    blank = make_dataclass(
+        cls.__name__,
+        [(f.name, typing.get_type_hints(cls)[f.name], field(default=_default(f))) for f in own],
+        frozen=True,
+    )
+    read = override(blank(), changes)
+    given = {key: getattr(read, key) for key in changes}
+    if missing := [f.name for f in own if _default(f) is NEEDED and f.name not in given]:
+        raise SpecError(f"curate {name} needs {', '.join(f'{field}=VALUE' for field in missing)}")
+    given |= {key: _folders(value) for key, value in given.items() if _names_a_model(hints[key])}
+    return cls(**given, **({"sources": tuple(sources)} if "sources" in hints else {}))
+
+
+def _own(cls: type[Any]) -> list[Field[Any]]:
+    """The fields that a person gives: not those that place a curation in a recipe."""
+    from bridgework.curation.flow import PLACE
+
+    return [item for item in fields(cls) if item.name not in PLACE]
+
+
+def _default(item: Field[Any]) -> Any:
+    """NEEDED for a field that has none."""
+    made = item.default if item.default_factory is MISSING else item.default_factory()
+    return NEEDED if made is MISSING else made
+
+
+def _names_a_model(hint: Any) -> bool:
+    from bridgework.curation.flow import Model
+
+    return hint == Model or Model in typing.get_args(hint)
+
+
+def _folders(model: Any) -> Any:
+    """The artefacts' folders that words mean, as paths that hold in every folder."""
+    from bridgework.lineage.resolve import artefact_of
+
+    if isinstance(model, tuple):
+        return tuple(_folders(one) for one in model)
+    return None if model is None else str(Path(artefact_of(model, home())).absolute())
+
+
+def _explain(curation: Any, sources: list[str], place: str, made: "Manifest") -> None:
+    from bridgework.curation.explain import sheet
+
+    counts: dict[str, int] = made.parameters["counts"]
+    aside = {f"put aside: {reason}": rows for reason, rows in made.quarantined.items()}
+    total = sum((counts | aside).values())
+    table = Table("why", "rows", "share", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for why, rows in sorted((counts | aside).items(), key=lambda item: -item[1]):
+        table.add_row(why, f"{rows:,}", f"{rows / total:.1%}")
     out.print(table)
+    picture = home() / "curated" / f"{Path(place).name}-{made.digest[:8]}.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    sheet(curation, sources, place, home(), counts).save(picture)
+    out.print(picture, soft_wrap=True)

@@ -3,7 +3,7 @@
 import inspect
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,7 @@ from bridgework.spec import override
 from bridgework.system import Source, Stage, System, load
 
 if TYPE_CHECKING:
+    from bridgework.data.preview import Preview
     from bridgework.data.stats import Stats
 
 data = typer.Typer(help="Datasets: bring in, check, look at.", no_args_is_help=True)
@@ -29,6 +30,7 @@ out, err = (  # names and keys come from the data: what looks like markup in the
 
 Place = Annotated[str, typer.Argument(metavar="PATH", help="a folder, a URL, or a name under <home>/datasets")]
 For = Annotated[str | None, typer.Option("--for", metavar="SYSTEM[/STAGE]", help="as this stage reads it")]
+Options = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the format's own")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="with --for: the system at laptop size")]
 
 
@@ -37,19 +39,38 @@ def import_(
     format_: Annotated[str, typer.Argument(metavar="FORMAT", help="folder, llava-json, .. or a module of your own")],
     source: Annotated[str, typer.Argument(help="a file, a folder or a URL")],
     dest: Annotated[str, typer.Argument(help="a folder or a URL; a bare name goes to <home>/datasets")],
-    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the format's own")] = None,
+    options: Options = None,
     licence: Annotated[str | None, typer.Option(help="of the whole dataset, e.g. CC-BY-4.0")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="actors of Ray; 0 works in this process")] = 0,
 ) -> None:
-    """Write SOURCE as a new dataset; what is bad in it goes to DEST.quarantine, with reasons."""
+    """Write SOURCE as a new dataset; what is bad in it goes to DEST.quarantine, with reasons. Run again, it goes on."""
     from bridgework.data.importers import load as load_importer
 
     run = load_importer(format_)
     words = [*(options or []), *([f"licence={licence}"] if licence is not None else [])]
-    given = _options(run, format_, words)
+    given = _options(run, format_, words + ([f"workers={workers}"] if workers else []))
     bare = "/" not in dest and "\\" not in dest and not dest.startswith(".")  # what catalog.resolve takes for a name
     place = str(home() / "datasets" / dest) if bare else dest
-    run(source, place, **given, say=lambda text: err.print(text, soft_wrap=True))
+    with _ray(given.get("workers", 0)):
+        run(source, place, **given, say=lambda text: err.print(text, soft_wrap=True))
     out.print(place, soft_wrap=True)
+
+
+@data.command("export")
+def export(
+    format_: Annotated[str, typer.Argument(metavar="FORMAT", help="webdataset, llava-json or a module of your own")],
+    source: Annotated[str, typer.Argument(help="a folder, a URL, or a name under <home>/datasets")],
+    dest: Annotated[str, typer.Argument(help="a folder or a URL where nothing is yet")],
+    options: Options = None,
+) -> None:
+    """Write a dataset in another format; the last line says what that format could not hold."""
+    from bridgework.data.exporters import load as load_exporter
+
+    run = load_exporter(format_)
+    given = _options(run, format_, options or [])
+    made = run(resolve(source, home()), dest, **given)
+    out.print(dest, soft_wrap=True)
+    out.print(str(made), soft_wrap=True)
 
 
 @data.command()
@@ -89,21 +110,30 @@ def preview(
     ] = None,
     for_: For = None,
     tiny: Tiny = False,
-    n: Annotated[int, typer.Option("-n", min=1, help="rows of each dataset")] = 4,
+    run: Annotated[str | None, typer.Option(metavar="RUN[/STAGE]", help="what a run trained on; with --step")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="of the run, from 0: dearest sample first")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="rows of each dataset, or of the step")] = 4,
     seed: Annotated[int, typer.Option(help="another seed draws other rows")] = 0,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a page instead")] = None,
 ) -> None:
-    """A few samples as they are stored, or with --for as the model sees them: pixels, text, and where loss lies."""
+    """A few samples as they are stored, or with --for as the model sees them: pixels, text, and where loss lies.
+
+    With --run and --step: what a run trained on at that step, with the loss of each sample.
+    """
     from bridgework.data.preview import read, stored
     from bridgework.data.preview_page import page, terminal
 
-    if for_ is not None:
+    if (run is None) != (step is None) or (run is not None and (path is not None or for_ is not None)):
+        raise SpecError("a step of a run is shown by --run RUN[/STAGE] and --step N together, without PATH and --for")
+    if run is not None and step is not None:
+        shown, title = _step(run, step, n), f"step {step} of {run}"
+    elif for_ is not None:
         stage = _stage(for_, tiny, path, None if path is None else resolve(path, home()))
         shown, title = read(stage, home(), n, seed=seed), f"{path or ''} for {for_}, stage {stage.name}".strip()
     elif path is not None:
         shown, title = stored(resolve(path, home()), n, seed=seed), f"{path}, as it is stored"
     else:
-        raise SpecError("preview needs a PATH, or --for SYSTEM[/STAGE] to show what that stage reads, or both")
+        raise SpecError("preview needs a PATH, or --for SYSTEM[/STAGE], or --run RUN and --step N")
     if html is None:
         out.print(terminal(shown, colour=out.is_terminal and not out.no_color))
         return
@@ -115,8 +145,17 @@ def preview(
 # --- what commands share ---------------------------------------------------------------------------------------------
 
 
+def _ray(workers: int) -> AbstractContextManager[None]:
+    """Ray for the length of the block, if there are workers to hold."""
+    if not workers:
+        return nullcontext()
+    from bridgework.training.cluster import attached
+
+    return attached()
+
+
 def _options(run: Callable[..., object], name: str, words: list[str]) -> dict[str, Any]:
-    """KEY=VALUE words as the keyword arguments of an importer: read and refused as `--set` does, by its annotations."""
+    """KEY=VALUE words as the keyword arguments of a format: read and refused as `--set` does, by its annotations."""
     needed = inspect.Parameter.empty
     hints = typing.get_type_hints(run)
     parameters = [
@@ -144,7 +183,7 @@ def _stage(words: str, tiny: bool, dataset: str | None, path: str | None) -> Sta
     name, slash, chosen = words.partition("/")
     system = load(name)
     stage = system[chosen] if slash else _first(system, dataset)
-    source = _source(stage, dataset) or replace(stage.data.sources[0], name="dataset")
+    source = _source(stage, dataset) or replace(stage.data.leaves[0], name="dataset")
     if tiny:
         stage = stage.tiny()
     if path is None:
@@ -152,12 +191,22 @@ def _stage(words: str, tiny: bool, dataset: str | None, path: str | None) -> Sta
     return replace(stage, data=replace(stage.data, sources=(replace(source, dataset=path),)))
 
 
+def _step(run: str, step: int, n: int) -> "list[Preview]":
+    """The `n` dearest samples of a step, as the model saw them."""
+    from bridgework.data.preview import trained
+    from bridgework.training.replay import replay
+
+    again = replay(run, step, home())
+    notes = [f"loss {each.loss:.3f} over {each.counted:g}" for each in again.noted]
+    return trained(again.rows[:n], again.stage, notes[:n])
+
+
 def _first(system: System, dataset: str | None) -> Stage:
     return next((stage for stage in system.stages if _source(stage, dataset)), system.stages[0])
 
 
 def _source(stage: Stage, dataset: str | None) -> Source | None:
-    return next((source for source in stage.data.sources if source.dataset == dataset), None)
+    return next((source for source in stage.data.leaves if source.dataset == dataset), None)
 
 
 @contextmanager

@@ -1,28 +1,41 @@
-"""`bridgework ask`, `import` and `export`: what is done with one model, from the command line."""
+"""`bridgework ask`, `eval`, `import` and `export`: what is done with one model, from the command line."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from bridgework.data.catalog import home
-from bridgework.errors import DataError
+from bridgework.errors import DataError, SpecError, suggest
+from bridgework.mixture import unique
+from bridgework.spec import override, spec
 
 if TYPE_CHECKING:
     from bridgework.interop.convert import Certificate
 
 importing = typer.Typer(help="Bring in a model from elsewhere.", no_args_is_help=True)
-out = Console()
+out, err = Console(), Console(stderr=True)
 
+Model = Annotated[str, typer.Argument(help="llava, llava@challenger, llava:3, or an artefact's folder")]
 Image = Annotated[
     list[Path] | None, typer.Option("--image", "-i", help="a JPEG, PNG, WebP, GIF or BMP; repeat for several")
 ]
 
 
+@spec
+class Judges:
+    """Evaluations, which a dotted path finds by their names."""
+
+    evals: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        unique("evaluations", [judge.name for judge in self.evals])
+
+
 def ask(
-    model: Annotated[str, typer.Argument(help="llava, llava@challenger, llava:3, or an artefact's folder")],
+    model: Model,
     question: Annotated[str, typer.Argument(help="left out, the model is asked as its training asked")] = "",
     image: Image = None,
     choice: Annotated[list[str] | None, typer.Option(help="choose among these instead of writing; repeat")] = None,
@@ -55,6 +68,63 @@ def ask(
     out.print()
 
 
+def evaluate(
+    model: Model,
+    on: Annotated[
+        list[str] | None, typer.Option("--on", metavar="KIND:DATASET", help="instead of its own, e.g. vqa:vqav2-val")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME.FIELD=VALUE", help="vqa.rows=200")] = None,
+) -> None:
+    """Judge a model by its stage's evaluations, or by others; pictures go to <home>/evals."""
+    from bridgework.inference import Pipeline
+    from bridgework.lineage.resolve import artefact_of
+
+    chosen = [_judge(words) for words in on or ()]
+    pipeline = Pipeline.load(artefact_of(model, home()))
+    judges = _changed(Judges(evals=tuple(chosen or pipeline.stage.evals)), set_)
+    if not judges.evals:
+        raise SpecError(
+            f"stage {pipeline.stage.name} of {model} has no evaluations; add some to its recipe's `evals`, or say "
+            f"--on KIND:DATASET, where KIND is one of {', '.join(_kinds())}"
+        )
+    table = Table("figure", "value", box=None, pad_edge=False)
+    for judge in judges.evals:
+        result = judge.run(pipeline, home())
+        for key, value in result.metrics.items():
+            table.add_row(key, f"{value:.4g}")
+        for name, picture in result.pictures.items():
+            file = home() / "evals" / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
+            err.print(f"picture   {file}", soft_wrap=True)
+    out.print(table)
+
+
+def _kinds() -> dict[str, Any]:
+    """The evaluations by the names that they have where they are given none."""
+    from bridgework import evaluation
+
+    found = [getattr(evaluation, name) for name in evaluation.__all__]
+    return {cls.name: cls for cls in found if hasattr(cls, "name")}
+
+
+def _judge(words: str) -> Any:
+    kind, colon, dataset = words.partition(":")
+    if not colon or not dataset:
+        raise SpecError(f"--on {words!r} is not of the form KIND:DATASET, e.g. vqa:vqav2-val or retrieval:../my/pairs")
+    known = _kinds()
+    if kind not in known:
+        raise SpecError(f"there is no evaluation {kind!r}" + suggest(kind, known))
+    return known[kind](dataset=dataset)
+
+
+def _changed(judges: Judges, words: list[str] | None) -> Judges:
+    for word in words or ():
+        if "=" not in word:
+            raise SpecError(f"{word!r} is not of the form NAME.FIELD=VALUE, e.g. --set vqa.rows=200")
+    return override(judges, {f"evals.{path}": value for path, _, value in (w.partition("=") for w in words or ())})
+
+
 @importing.command("hf")
 def import_hf(
     folder: Annotated[Path, typer.Argument(help="what `save_pretrained` wrote")],
@@ -82,6 +152,8 @@ def _show(certificate: "Certificate", into: Path) -> None:
     table = Table("output", "largest difference", box=None, pad_edge=False)
     for name, difference in certificate.differences.items():
         table.add_row(name, f"{difference:.1e}")
+    for name, text in certificate.texts.items():
+        table.add_row(name, f"{sum(map(len, text.ours))} ids, equal")
     out.print(table)
     out.print(f"{into}, with its certificate in parity.json", soft_wrap=True, highlight=False)
 

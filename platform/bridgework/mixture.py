@@ -103,6 +103,10 @@ class Mixture:
         """The same mixture of changed sources."""
         return replace(self, sources=tuple(_changed(node, change) for node in self.sources))
 
+    def with_dataset(self, name: str, place: str) -> "Mixture":
+        """The same mixture, where all that reads the dataset `name` reads it at `place`."""
+        return self.with_sources(lambda s: replace(s, dataset=place) if s.dataset == name else s)
+
     def tiny(self, kind: str = "shapes", *, made: str | None = None) -> "Mixture":
         """`made` is a dataset that the run makes itself: its source stays."""
         small = self.with_sources(lambda s: s if s.dataset == made else s.tiny(kind))

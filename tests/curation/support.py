@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import write
 from bridgework.data.synthetic import COLOURS
 from bridgework.spec import override
-from bridgework.system import Stage, System, load
+from bridgework.system import Source, Stage, System, load
 from tests.training.support import go
 
 
@@ -34,19 +35,48 @@ def swapped(samples: list[Sample], share: float) -> tuple[list[Sample], set[str]
     return [moved.get(s.key, s) for s in samples], set(moved)
 
 
-def written(folder: Path, samples: list[Sample]) -> str:
-    """A dataset of several shards."""
+def written(folder: Path, samples: list[Sample], group_rows: int = 8, shard_rows: int = 16) -> str:
+    """A dataset, of several shards unless it is smaller."""
     place = str(folder)
-    write(samples, place, source="flags", licence="CC0-1.0", made_by="tests", group_rows=8, shard_rows=16)
+    write(samples, place, source="flags", licence="CC0-1.0", made_by="tests", group_rows=group_rows,
+          shard_rows=shard_rows)  # fmt: skip
     return place
 
 
 def trained(name: str, dataset: str, home: Path, steps: int, **changes: Any) -> Path:
     """The artefact of one of blip's stages at a laptop's size, taught on a dataset."""
     tiny: Stage = replace(load("blip")[name].tiny(), starts_from=None, evals=())
-    source = replace(tiny.data.sources[0], name="pairs", dataset=dataset)
+    first = tiny.data.sources[0]
+    assert isinstance(first, Source)
+    source = replace(first, name="pairs", dataset=dataset)
     stage = replace(tiny, data=replace(tiny.data, sources=(source,)))
     fast = {"budget.steps": steps, "optim.peak_lr": 2e-3, "model.text.dropout": 0.0}
     stage = override(stage, fast | {path.replace("__", "."): new for path, new in changes.items()})
     run = f"{name}-{steps}-for-curation"
     return go(System(name="blip", paper="-", stages=(stage,)), home, run, stages=None)[name].artefact
+
+
+def scenes(count: int, seed: int = 0) -> list[Image.Image]:
+    """Pictures of 96 x 72 that differ as photographs do: smooth light and dark, and some grain."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((96, 72), Image.Resampling.BICUBIC), np.int16)
+        made.append(Image.fromarray(np.clip(smooth + rng.integers(-6, 7, smooth.shape), 0, 255).astype(np.uint8)))
+    return made
+
+
+def file(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
+    """The picture as a file of some kind."""
+    out = io.BytesIO()
+    image.save(out, kind, **how)
+    return out.getvalue()
+
+
+def embedder(home: Path) -> Path:
+    """The artefact of a CLIP at a laptop's size, taught for a moment."""
+    tiny = replace(load("clip").tiny().stages[0], evals=())
+    stage = override(tiny, {"budget.steps": 2})
+    system = System(name="clip", paper="-", stages=(stage,))
+    return go(system, home, "embedder-for-curation", stages=None)[stage.name].artefact

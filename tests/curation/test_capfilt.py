@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from bridgework.curation import CapFilt, judging
-from bridgework.curation.capfilt import KEEPS_ALL
+from bridgework.curation import CapFilt, facts
+from bridgework.curation.capfilt import KEEPS_ALL, CapFiltJudge, Scores, _seed
 from bridgework.curation.explain import sheet
-from bridgework.curation.making import Making
+from bridgework.curation.flow import Making
 from bridgework.data.manifest import Manifest
 from bridgework.data.samples import Part, Sample, pair
 from bridgework.data.shards import open_dataset, verify
@@ -41,8 +41,19 @@ def make(web: str, dest: Path, models: dict[str, Path], home: Path, workers: int
     return spec.run(models, str(dest), home=home, workers=workers, say=lambda text: None)
 
 
-def held(models: dict[str, Path], **fields: Any) -> judging.Judge:
-    return judging.Judge(replace(SPEC, **fields), str(models["captioner"]), str(models["filter"]))
+def held(models: dict[str, Path], home: Path, **fields: Any) -> CapFiltJudge:
+    return named(SPEC, models, **fields).judge(home)
+
+
+def named(spec: CapFilt, models: dict[str, Path], **fields: Any) -> CapFilt:
+    """With the folders of the models instead of the stages."""
+    return replace(spec, captioner=str(models["captioner"]), filter=str(models["filter"]), **fields)
+
+
+def texts_of(manifest: Manifest, origin: str) -> int:
+    """Rows that kept the text of this origin, by the manifest's counts."""
+    counts = manifest.parameters["counts"]
+    return sum(rows for why, rows in counts.items() if why.startswith(("both texts", f"{origin} text")))
 
 
 def test_every_text_that_is_kept_is_a_pair_that_knows_where_it_comes_from(
@@ -50,8 +61,8 @@ def test_every_text_that_is_kept_is_a_pair_that_knows_where_it_comes_from(
 ) -> None:
     manifest = make(web, tmp_path / "made", models, home)
     made, source = open_dataset(str(tmp_path / "made")), open_dataset(web)
-    counts = manifest.parameters["counts"]
-    assert counts["images"] == 56 and counts["web"] == 56 and manifest.rows == counts["web"] + counts["written"]
+    assert sum(manifest.parameters["counts"].values()) == 56 == texts_of(manifest, "web")
+    assert manifest.rows == 56 + texts_of(manifest, "written") > 56
     assert manifest.parents == (source.manifest.digest,) and manifest.licence == "CC0-1.0"
     assert manifest.parameters["captioner"] == artefact.describe(models["captioner"]).digest
     own = {sample.key: sample for sample in source.samples()}
@@ -80,7 +91,7 @@ def test_made_again_nothing_is_done_again(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = make(web, tmp_path / "made", models, home)
-    monkeypatch.setattr(judging, "Judge", _unwanted)
+    monkeypatch.setattr(CapFilt, "judge", _unwanted)
     assert make(web, tmp_path / "made", models, home).digest == first.digest
 
 
@@ -102,46 +113,52 @@ def test_what_is_written_depends_on_the_seed_and_the_key_alone(
     models: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
     samples = list(flags())[:12]
-    judge = held(models)
-    texts = {v.key: v.written for v in judge.judge(samples)}
-    assert {v.key: v.written for v in judge.judge(samples[::-1])} == texts
-    assert {v.key: v.written for v in judge.judge(samples[5:7])}.items() <= texts.items()
-    other = held(models, seed=1)
-    assert {v.key: v.written for v in other.judge(samples)} != texts
+    judge, other = held(models, home), held(models, home, seed=1)
+
+    def told(judge: CapFiltJudge, samples: list[Sample]) -> dict[str, str]:
+        return {sample.key: fact["written"] for sample, fact in zip(samples, judge(samples), strict=True)}
+
+    texts = told(judge, samples)
+    assert told(judge, samples[::-1]) == texts
+    assert told(judge, samples[5:7]).items() <= texts.items()
+    assert told(other, samples) != texts
     assert len(set(texts.values())) > 6
 
 
-def test_a_caption_is_what_the_pipeline_writes_for_its_image_alone(models: dict[str, Path]) -> None:
+def test_a_caption_is_what_the_pipeline_writes_for_its_image_alone(models: dict[str, Path], home: Path) -> None:
     sample = next(flags())
     pipeline = Pipeline.load(str(models["captioner"]), "cpu")
     drawn: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 2, "temperature": 1.0, "top_p": 0.9}
-    alone = pipeline.generate(pipeline.ask(sample), sample.images, seed=judging._seed(0, sample.key), **drawn)
-    judged = held(models).judge(list(flags())[:8])
-    assert judged[0].written == alone.text
+    alone = pipeline.generate(pipeline.ask(sample), sample.images, seed=_seed(0, sample.key), **drawn)
+    judged = held(models, home)(list(flags())[:8])
+    assert judged[0]["written"] == alone.text
 
 
-def test_what_is_no_pair_or_no_picture_is_put_aside(models: dict[str, Path]) -> None:
+def test_what_is_no_pair_or_no_picture_is_put_aside(models: dict[str, Path], home: Path) -> None:
     sample = next(flags())
     torn = pair("torn", sample.images[0][:40], "a torn flag")
     talk = Sample("talk", sample.images, (Part("user", image=0), Part("user", text="?"), Part("assistant", text="!")))
-    judged = held(models).judge([torn, sample, talk])
-    assert [v.bad and v.bad[0] for v in judged] == ["corrupt", None, "bad_row"]
-    assert [v.key for v in judged] == ["torn", sample.key, "talk"] and judged[1].web == sample.text
+    judged = held(models, home)([torn, sample, talk])
+    assert [fact.get("bad", [None])[0] for fact in judged] == ["corrupt", None, "bad_row"]
+    assert Scores(**judged[1]).web_score == Scores(**held(models, home)([sample])[0]).web_score
 
 
 def test_a_sheet_shows_what_was_kept_beside_what_was_dropped(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
-    make(web, tmp_path / "all", models, home)
-    spec = replace(SPEC, sources=(web,), threshold=KEEPS_ALL)
-    one_kind = sheet(spec, models, str(tmp_path / "all"), home)
-    scores = [
-        max(v.web_score or 0, v.written_score or 0)
-        for v in Making.of(spec, models, str(tmp_path / "all"), home).verdicts()
+    whole = make(web, tmp_path / "all", models, home)
+    spec = named(SPEC, models, sources=(web,), threshold=KEEPS_ALL)
+    dest, counts = str(tmp_path / "all"), whole.parameters["counts"]
+    one_kind = sheet(spec, [web], dest, home, counts)
+    told = [Scores(**row.fact) for row in Making.of(spec, [web], dest, home).told()]
+    scores = sorted(max(one.web_score or 0, one.written_score or 0) for one in told)
+    some = replace(spec, threshold=scores[len(scores) // 2])
+    two_kinds = sheet(some, [web], dest, home, {"no text fits": 28, "web text": 1})
+    half = one_kind.width // 2
+    assert one_kind.crop((half, 60, one_kind.width, one_kind.height)).getcolors() == [
+        ((one_kind.width - half) * (one_kind.height - 60), (255, 255, 255))
     ]
-    some = replace(spec, threshold=sorted(scores)[len(scores) // 2])
-    two_kinds = sheet(some, models, str(tmp_path / "all"), home)
-    assert two_kinds.width == one_kind.width and two_kinds.height == 2 * one_kind.height
+    assert len(two_kinds.crop((half, 60, two_kinds.width, two_kinds.height)).getcolors(1 << 16) or []) > 2
 
 
 @pytest.mark.slow
@@ -169,7 +186,7 @@ def test_a_filter_that_has_learned_finds_the_captions_that_were_swapped(home: Pa
     right = {s.key for s in samples} - wrong
     precision, recall = len(kept & right) / len(kept), len(kept & right) / len(right)
     assert len(wrong) == 17 and precision >= 0.85 and recall >= 0.65, (precision, recall)
-    assert manifest.parameters["counts"]["web"] == len(kept)
+    assert texts_of(manifest, "web") == len(kept)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -200,7 +217,9 @@ def test_a_place_that_holds_another_dataset_is_refused(
 def test_a_filter_that_drops_everything_is_an_error_that_says_so(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="kept nothing of 56 images at threshold 10000; train the filter longer"):
+    with pytest.raises(
+        DataError, match=r"keeps nothing of 56 rows \(.*56 no text fits.*\), so .* is not written; loosen"
+    ):
         make(web, tmp_path / "made", models, home, threshold=1e4)
     assert not (tmp_path / "made").exists()
 
@@ -228,25 +247,23 @@ def test_a_spec_survives_as_json() -> None:
 # --- what tests share ------------------------------------------------------------------------------------------------
 
 
-class _unwanted:
-    def __init__(self, *given: Any) -> None:
-        raise AssertionError("models were loaded for what is there")
+def _unwanted(self: CapFilt, home: Path) -> None:
+    raise AssertionError("models were loaded for what is there")
 
 
 def _stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
     """The shards that are judged from now on; the process is interrupted once, in the middle of shard `after`."""
     judged: list[int] = []
-    own, interrupt = judging.Judge.__call__, [True]
+    own, interrupt = facts._Worker.write, [True]
 
-    def call(judge: judging.Judge, item: dict[str, Any]) -> dict[str, Any]:
-        if item["shard"] == after and interrupt:
+    def write(worker: facts._Worker, task: facts.Task) -> None:
+        if task.shard == after and interrupt:
             interrupt.clear()
-            monkeypatch.setattr(judge, "judge", _interrupted)
-        done = own(judge, item)
-        judged.append(item["shard"])
-        return done
+            monkeypatch.setattr(worker, "_judge", _interrupted)
+        own(worker, task)
+        judged.append(task.shard)
 
-    monkeypatch.setattr(judging.Judge, "__call__", call)
+    monkeypatch.setattr(facts._Worker, "write", write)
     return judged
 
 

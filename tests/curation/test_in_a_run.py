@@ -1,6 +1,7 @@
 """A stage that reads what earlier stages make: BLIP's bootstrap, in a run and on the command line."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -63,15 +64,18 @@ def test_the_command_tells_what_it_kept_and_draws_it(home: Path, run: str, tmp_p
     system = blip(home)
     go(system, home, run, stages=["pretrain", "captioner", "filter"])
     folder, web = home / "runs" / run, written(tmp_path / "web", list(flags())[:16])
-    models = ["--captioner", str(folder / "captioner/artefact"), "--filter", str(folder / "filter/artefact")]
+    models = [f"{name}={folder / name / 'artefact'}" for name in ("captioner", "filter")]
     words = ["curate", "capfilt", web, str(tmp_path / "made"), *models]
-    kept = ["--set", "threshold=-10000", "--set", "max_tokens=6"]
+    kept = ["threshold=-10000", "max_tokens=6"]
     done = CliRunner().invoke(app, [*words, *kept, "--explain"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     manifest = json.loads((tmp_path / "made" / "manifest.json").read_text())
-    assert manifest["parameters"]["counts"]["web"] == 16 and manifest["parameters"]["max_tokens"] == 6
-    assert "web, kept            16" in done.stdout and str(tmp_path / "made") in done.stdout
+    counts = manifest["parameters"]["counts"]
+    assert sum(counts.values()) == 16 and manifest["parameters"]["max_tokens"] == 6
+    for why, rows in counts.items():
+        assert re.search(rf"^{why} +{rows} +{rows / 16:.1%}$", done.stdout, re.M), done.stdout
+    assert str(tmp_path / "made") in done.stdout
     assert len(list((home / "curated").glob("made-*.png"))) == 1
-    for wrong, said in (("top=0.9", "no field 'top'"), ("top_p", "FIELD=VALUE, e.g. top_p=0.8; got 'top_p'")):
+    for wrong, said in (("top=0.9", "no field 'top'"), ("top_p", "KEY=VALUE; got 'top_p'")):
         with pytest.raises(SpecError, match=said):
-            CliRunner().invoke(app, [*words, "--set", wrong], catch_exceptions=False)
+            CliRunner().invoke(app, [*words, wrong], catch_exceptions=False)

@@ -46,7 +46,8 @@ def talk(*values: str) -> list[dict[str, str]]:
 
 
 def test_importers_are_found_by_name() -> None:
-    assert formats() == ["clipart", "emoji", "folder", "llava-json", "vlfeedback"]
+    assert {"clipart", "emoji", "folder", "hf", "llava-json", "vlfeedback", "webdataset"} <= set(formats())
+    assert all(callable(load(name)) for name in formats())
     assert load("llava-json") is llava_json.run and load("bridgework.data.importers.folder") is folder.run
     with pytest.raises(DataError, match="did you mean 'llava-json'"):
         load("lava-json")
@@ -205,7 +206,7 @@ def test_a_text_file_beside_an_image_is_its_caption(pictures: Path, tmp_path: Pa
     assert aside(tmp_path / "d") == {"b.JPG": Reason.EMPTY_TEXT, "deep/c.webp": Reason.EMPTY_TEXT}
 
 
-@pytest.mark.parametrize("table", ["rows.csv", "rows.jsonl"])
+@pytest.mark.parametrize("table", ["rows.csv", "rows.tsv", "rows.json", "rows.jsonl"])
 def test_a_table_names_images_and_captions(table: str, pictures: Path, tmp_path: Path) -> None:
     rows = [
         ("a.png", 'a "cat", sitting'),
@@ -217,11 +218,15 @@ def test_a_table_names_images_and_captions(table: str, pictures: Path, tmp_path:
         ("deep/none.png", "x"),
         ("", "x"),
     ]
-    with (pictures / table).open("w", newline="", encoding="utf-8-sig" if table.endswith("csv") else "utf-8") as file:
-        if table.endswith("csv"):
-            csv.writer(file).writerows([("file", "text"), *rows])
+    entries = [{"file": name, "text": text} for name, text in rows]
+    with (pictures / table).open("w", newline="", encoding="utf-8-sig" if table.endswith("sv") else "utf-8") as file:
+        if table.endswith("sv"):
+            delimiter = "\t" if table.endswith(".tsv") else ","
+            csv.writer(file, delimiter=delimiter).writerows([("file", "text"), *rows])
+        elif table.endswith(".json"):
+            json.dump(entries, file)
         else:
-            file.writelines(json.dumps({"file": name, "text": text}) + "\n" for name, text in rows)
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
     folder.run(str(pictures), str(tmp_path / "d"), table=table, image="file", text="text", max_bad=1, say=quiet)
     assert {key: sample.text for key, sample in read(tmp_path / "d").items()} == {
         "a.png": 'a "cat", sitting',
@@ -239,11 +244,13 @@ def test_a_table_names_images_and_captions(table: str, pictures: Path, tmp_path:
 
 def test_broken_tables_are_errors_or_bad_rows(pictures: Path, tmp_path: Path) -> None:
     (pictures / "t.jsonl").write_text('{"image": "a.png", "caption": "a cat"}\nnot json\n[1]\n\n{"image": "a.png"}\n')
+    (pictures / "t.json").write_text('{"image": "a.png"}')
     folder.run(str(pictures), str(tmp_path / "d"), table="t.jsonl", max_bad=1, say=quiet)
     assert list(aside(tmp_path / "d").values()) == [Reason.BAD_ROW] * 3
     for source, table, words in (
         (pictures, "none.csv", "no file"),
-        (pictures, "t.xml", "neither"),
+        (pictures, "t.xml", "none of .csv, .tsv, .json, .jsonl"),
+        (pictures, "t.json", "no JSON list"),
         (tmp_path / "nowhere", None, "no folder"),
     ):
         with pytest.raises(DataError, match=words):

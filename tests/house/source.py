@@ -12,12 +12,12 @@ PACKAGE = ROOT / "platform" / "bridgework"
 
 # The layers of docs/design.md: a module imports from its own layer and from those below it.
 LAYERS = (
-    ("__init__", "errors", "spec", "system", "tracking"),
+    ("__init__", "errors", "mixture", "spec", "system", "tracking"),
     ("models", "losses", "data"),
     ("training", "evaluation", "inference", "generation", "relay", "curation"),
     ("recipes", "lineage", "interop"),
     ("tuning", "serving"),
-    ("cli", "cli_curate", "cli_data", "cli_models", "doctor"),
+    ("cli", "cli_curate", "cli_data", "cli_models", "cli_order", "cli_words", "doctor"),
 )
 
 

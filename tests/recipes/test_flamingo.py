@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import pytest
 import torch
+from torch import Tensor, nn
 
-from bridgework.data.batch import collate
+from bridgework.data.batch import Batch, collate
 from bridgework.data.reader import Feed, local
 from bridgework.models import freezing
 from bridgework.recipes import flamingo
-from bridgework.system import END, IMAGE
+from bridgework.spec import override
+from bridgework.system import END, IMAGE, Stage
+from bridgework.training.engine import Engine, Taken
 from bridgework.training.step import Step, by_source
 
 NEW = {"system": 1.2, "b9": 1.6, "b80": 10.0}  # billions of parameters in the blocks (table 5)
@@ -39,3 +43,78 @@ def test_one_tiny_step_moves_resampler_gates_and_two_rows_and_sees_every_source(
     (lambdas_S * sums_LS / counts_LS).sum().backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {name for name in learning if "alpha" in name or name.startswith("extra")}  # the gates are closed
+
+
+# --- a weight for each source (B.1.2) --------------------------------------------------------------------------------
+
+LAMBDAS = {"m3w": 1.0, "align": 0.25, "ltip": 2.0, "vtp": 0.5}
+
+
+def weighed(lambdas: dict[str, float], micro: int = 8) -> Stage:
+    stage = override(flamingo.system().tiny()["train"], {"shard.stage": 0, "optim.clip": 0.0, "budget.micro": micro})
+    return override(stage, {f"data.sources.{name}.loss_weight": weight for name, weight in lambdas.items()})
+
+
+def opened(stage: Stage) -> freezing.Freezable:
+    """The stage's model with its gates half open, so that the resampler learns at once."""
+    torch.manual_seed(0)
+    model: freezing.Freezable = stage.model.build()
+    for name, parameter in model.named_parameters():
+        if "alpha" in name:
+            nn.init.constant_(parameter, 0.5)
+    return model
+
+
+def taken(lambdas: dict[str, float], batches: list[Batch], micro: int = 8) -> Taken:
+    stage = weighed(lambdas, micro)
+    model = opened(stage)
+    learning = freezing.apply(model, stage.trains)
+    return Engine(Step(model, stage.losses), stage, learning).train_step(batches, 0.0)
+
+
+def norm_in_plain_torch(lambdas: dict[str, float], batch: Batch) -> Tensor:
+    """Of the gradient of sum over sources of lambda times that source's mean cross-entropy."""
+    stage = weighed(lambdas)
+    model = opened(stage)
+    freezing.apply(model.train(), stage.trains)
+    outputs = model(**batch.inputs())
+    nats_BT = nn.functional.cross_entropy(
+        outputs.logits_BTV[:, :-1].transpose(1, 2), outputs.labels_BT[:, 1:], reduction="none"
+    )
+    real_BT = outputs.labels_BT[:, 1:] >= 0
+    total = torch.zeros(())
+    for number, weight in enumerate(lambdas.values()):
+        own = torch.tensor([source == number for source in batch.sources])
+        total = total + weight * nats_BT[own].sum() / real_BT[own].sum()
+    total.backward()
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_step_is_the_weighted_sum_of_the_means_of_its_sources(home: Path) -> None:
+    rows = next(local(Feed.of(weighed(LAMBDAS), home), rank=0, world=1, start=0))
+    whole, parts = collate(rows, pad_id=0), [collate(rows[i : i + 2], pad_id=0) for i in range(0, 8, 2)]
+    assert sorted(set(whole.sources)) == [0, 1, 2, 3]
+    one, other = taken(LAMBDAS, [whole]), {name: 3 * weight for name, weight in LAMBDAS.items()}
+    weights_S = torch.tensor([*LAMBDAS.values()])
+    torch.testing.assert_close(one.losses_L, one.means_LS @ weights_S)
+    assert one.norm == pytest.approx(float(norm_in_plain_torch(LAMBDAS, whole)), rel=1e-4)
+    thrice = taken(other, [whole])
+    assert float(thrice.losses_L) == pytest.approx(3 * float(one.losses_L), rel=1e-5)
+    assert thrice.norm == pytest.approx(3 * one.norm, rel=1e-4)
+    for batches, micro in ((parts, 2), (parts[::-1], 2), ([collate(rows[::-1], pad_id=0)], 8)):
+        same = taken(LAMBDAS, batches, micro)
+        torch.testing.assert_close(same.losses_L, one.losses_L, rtol=1e-5, atol=1e-6)
+        assert same.norm == pytest.approx(one.norm, rel=1e-3)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_source_of_weight_0_is_as_if_it_were_not_there(home: Path) -> None:
+    rows = next(local(Feed.of(weighed(LAMBDAS), home), rank=0, world=1, start=0))
+    without = {**LAMBDAS, "m3w": 0.0}
+    left = [row for row in rows if row.source != 0]
+    full, less = taken(without, [collate(rows, pad_id=0)]), taken(without, [collate(left, pad_id=0)])
+    torch.testing.assert_close(full.losses_L, less.losses_L, rtol=1e-5, atol=1e-6)
+    assert full.norm == pytest.approx(less.norm, rel=1e-3) and full.norm != pytest.approx(
+        taken(LAMBDAS, [collate(rows, pad_id=0)]).norm, rel=1e-2
+    )

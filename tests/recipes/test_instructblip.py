@@ -1,11 +1,15 @@
 """InstructBLIP's page: its 26 datasets, their prompts and shares, and one step of the tiny program."""
 
 import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bridgework.data.mixing import requested
+from bridgework.data.reader import Feed, local
 from bridgework.data.samples import Part
 from bridgework.data.streams import Streams
 from bridgework.data.templates import TEMPLATES
@@ -13,6 +17,7 @@ from bridgework.data.tokens import load_tokenizer
 from bridgework.models.bridges.qformer import is_text
 from bridgework.recipes import _instructions as instructions
 from bridgework.system import Mixture, Source, load
+from tests.models.examples import pixels
 from tests.recipes.test_blip2 import one_step
 
 TASKS = {
@@ -76,3 +81,30 @@ def test_a_long_instruction_keeps_its_end_and_an_empty_one_is_two_tokens() -> No
     tokenizer = load_tokenizer("bytes")
     assert len(ids) == 128 and tokenizer.decode(ids, skip_special_tokens=True).endswith("the end")
     assert len(streams.instruction([Part("user", image=0)])) == 2
+
+
+def test_an_empty_instruction_is_heard_too_and_only_32_vectors_reach_the_language_model() -> None:
+    stage = load("instructblip").tiny()["instruct"]
+    model, streams = stage.model.build().eval(), Streams.of(stage.model, stage.data)
+    seen = []
+    for text in ("", "What is it?", "word " * 60):
+        heard = torch.tensor([streams.instruction([Part("user", image=0), Part("user", text=text)])])
+        with torch.no_grad():
+            seen.append(model.images(pixels(1), None, heard))
+    assert {tuple(vectors.shape) for vectors in seen} == {(1, stage.model.image_tokens, stage.model.language.width)}
+    assert all(bool(vectors.isfinite().all()) for vectors in seen) and not torch.equal(seen[0], seen[1])
+    assert load("instructblip")["instruct"].model.image_tokens == 32
+
+
+def test_each_prompt_of_a_task_is_drawn_equally_often(home: Path) -> None:
+    stage = load("instructblip").tiny()["instruct"]
+    source = replace(stage.data.sources[0], prompts=instructions.CAPTION)
+    stage = replace(stage, data=replace(stage.data, sources=(source,)), budget=replace(stage.budget, steps=150))
+    tokenizer = load_tokenizer("bytes")
+    rows = [row for rows in local(Feed.of(stage, home), rank=0, world=1, start=0) for row in rows]
+    said = [tokenizer.decode([i for i in row.ids if i >= 0]) for row in rows]
+    counts = Counter(prompt for text in said for prompt in instructions.CAPTION if prompt in text)
+    assert sum(counts.values()) == len(rows) == 1_200 and len(counts) == len(instructions.CAPTION)
+    mean, share = len(rows) / len(counts), 1 / len(counts)
+    spread = (len(rows) * share * (1 - share)) ** 0.5
+    assert all(abs(count - mean) < 4 * spread for count in counts.values()), counts

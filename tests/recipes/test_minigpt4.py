@@ -8,7 +8,10 @@ import torch
 from bridgework.data.batch import collate
 from bridgework.data.mixing import requested
 from bridgework.data.reader import Feed, local
+from bridgework.data.samples import Part
+from bridgework.data.synthetic import shapes
 from bridgework.data.tokens import load_tokenizer
+from bridgework.inference import Pipeline
 from bridgework.models import freezing
 from bridgework.recipes import minigpt4
 from bridgework.system import IGNORE, IMAGE, load
@@ -55,6 +58,55 @@ def test_polish_is_asked_as_published_and_ends_its_answers_with_three_hashes(hom
     assert any(f"</Img> {instruction} ###" in said for instruction in minigpt4.INSTRUCTIONS)
     answer = tokenizer.decode(labels[labels != IGNORE])
     assert answer.endswith("###") and "Human" not in answer
+
+
+@pytest.fixture(scope="module")
+def taught() -> Pipeline:
+    """A tiny MiniGPT-4 that has learned one answer by heart."""
+    stage = load("minigpt4").tiny()["polish"]
+    torch.manual_seed(0)
+    pipe = Pipeline(stage.model.build(), stage)
+    batch = pipe.batch([[*ASKED, Part("assistant", text=ANSWER)]], [[IMAGE_FILE]], answer=True)
+    optimizer = torch.optim.Adam(pipe.model.language.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = stage.losses[0](pipe.model(**batch.inputs())).sum()
+        loss.backward()
+        optimizer.step()
+    pipe.model.eval()
+    return pipe
+
+
+IMAGE_FILE = next(shapes(1)).images[0]
+ANSWER = "a red dog"
+ASKED = [Part("user", image=0), Part("user", text="What is it?")]
+
+
+def test_an_answer_stops_right_behind_the_three_hashes(taught: Pipeline) -> None:
+    answer = taught.generate(ASKED, [IMAGE_FILE], max_new_tokens=60)
+    assert (answer.text, answer.finish_reason) == (ANSWER, "stop")
+    assert answer.completion_tokens == len(f" {ANSWER}###")  # bytes
+    assert taught.write([ASKED] * 2, [[IMAGE_FILE]] * 2, [0, 1], max_new_tokens=60) == [ANSWER] * 2
+    assert "".join(taught.stream(ASKED, [IMAGE_FILE], max_new_tokens=60)) == ANSWER
+
+
+def test_the_next_turn_goes_on_where_the_answer_was_cut(taught: Pipeline) -> None:
+    """What was read and written before is the beginning of the fresh prompt, id for id: no cache is ever wrong."""
+
+    def read(parts: list[Part]) -> list[int]:
+        ids: list[int] = taught.batch([parts], [[IMAGE_FILE]], answer=False).ids_BT[0].tolist()
+        return ids
+
+    before = read(ASKED)
+    written = taught.tokenizer(f" {ANSWER}###", add_special_tokens=False).input_ids
+    behind = read([*ASKED, Part("assistant", text=ANSWER), Part("user", text="Where?")])
+    assert behind[: len(before) + len(written)] == before + written
+    assert taught.tokenizer.decode(behind[len(before) + len(written) :]) == "Human: Where? ###Assistant:"
+
+
+def test_an_image_takes_32_tokens_or_64_without_the_qformer() -> None:
+    places = [load(variant)["align"].model.image_tokens for variant in VARIANTS]
+    assert places == [32, 64]
 
 
 def test_pairs_are_drawn_115_to_14() -> None:

@@ -68,7 +68,7 @@ def rank(index: int, home: str, folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("name", ["blip", "clip"])
+@pytest.mark.parametrize("name", recipes())
 def test_one_worker_and_two_have_the_same_losses(home: Path, run: str, name: str) -> None:
     system = short(name)
     for workers in (1, 2):

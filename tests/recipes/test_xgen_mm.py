@@ -102,7 +102,7 @@ def test_preferences_start_at_ln_two_and_move_the_adapters_alone(home: Path, tmp
     step = Step(model, stage.losses)
     sums_LR, counts_LR = step(given), step.counts([given])
     assert counts_LR.tolist() == [[1.0] * len(given.keys)]
-    torch.testing.assert_close(sums_LR / counts_LS, torch.tensor([[log(2)]]))
+    torch.testing.assert_close(sums_LR / counts_LR, torch.full_like(sums_LR, log(2)))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(3):

@@ -5,25 +5,37 @@ text and the written one stay if the filter's matching head finds that they fit 
 pair of its own, as in the authors' release: a mixture by size then counts pairs, as it does for human captions.
 """
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
+from bridgework.curation.flow import Fact, Model, Rows, Verdict, bad, make
+from bridgework.data.manifest import Manifest
+from bridgework.data.quarantine import BadSample, Reason
+from bridgework.data.samples import Part, Sample, pair
+from bridgework.data.transforms import decode
 from bridgework.errors import SpecError
 from bridgework.spec import spec
 
-if TYPE_CHECKING:
-    from bridgework.data.manifest import Manifest
+if TYPE_CHECKING:  # a recipe does without the models
+    from torch import Tensor
+
+    from bridgework.inference import Pipeline
 
 KEEPS_ALL = -1e4  # below every logit
+DIGITS = 4  # of a score
+
+Origin = Literal["web", "written"]
 
 
 @spec
 class CapFilt:
-    """Which stages write and judge, what they read, and how texts are drawn; a system.CurationSpec."""
+    """Which models write and judge, what they read, and how texts are drawn; a system.CurationSpec as well."""
 
-    captioner: str  # an earlier stage; it is asked as it was trained
-    filter: str  # an earlier stage with a matching head
+    captioner: Model  # it is asked as it was trained; in a recipe, an earlier stage
+    filter: Model  # likewise, with a matching head
     sources: tuple[str, ...]  # datasets of images and what the web says of them, not of human captions
     makes: str = "capfilt"
     top_p: float = 0.9  # 4.3
@@ -32,6 +44,8 @@ class CapFilt:
     max_tokens: int = 20
     threshold: float = 0.0  # of the filter's logit: 0 is where match and mismatch are equally likely
     seed: int = 0
+
+    drawn: ClassVar[tuple[str, ...]] = ("top_p", "temperature", "min_tokens", "max_tokens", "seed")
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -47,17 +61,15 @@ class CapFilt:
                 "give 0 <= min_tokens <= max_tokens"
             )
 
+    # --- between stages ----------------------------------------------------------------------------------------------
+
     @property
     def uses(self) -> tuple[str, ...]:
         return (self.captioner, self.filter)
 
     def tiny(self) -> "CapFilt":
         """Everything is kept: a filter of a few steps judges by chance, and may leave nothing to learn from."""
-        return CapFilt(
-            captioner=self.captioner, filter=self.filter, sources=("synthetic:shapes",), makes=self.makes,
-            top_p=self.top_p, temperature=self.temperature, min_tokens=2, max_tokens=8, threshold=KEEPS_ALL,
-            seed=self.seed,
-        )  # fmt: skip
+        return replace(self, sources=("synthetic:shapes",), min_tokens=2, max_tokens=8, threshold=KEEPS_ALL)
 
     def run(
         self,
@@ -67,13 +79,144 @@ class CapFilt:
         home: Path,
         workers: int = 0,
         say: Callable[[str], object] = print,
-    ) -> "Manifest":
-        """The manifest of the dataset at `dest`, made now unless it is there; a run that was cut off goes on.
+    ) -> Manifest:
+        """See flow.make. `artefacts` are the folders of those of the stages that it `uses`."""
+        captioner, filter_ = (str(artefacts[name]) for name in self.uses)
+        return make(
+            replace(self, captioner=captioner, filter=filter_), self.sources, dest, home=home, workers=workers, say=say
+        )
 
-        `artefacts` are those of the stages that it `uses`. `workers` actors of Ray hold the models; 0 works in this
-        process. Raises DataError for another dataset at `dest`, and where nothing is kept; SpecError for a stage that
-        cannot write or judge.
-        """
-        from bridgework.curation.making import make  # brings torch, which a recipe does without
+    # --- as a curation -----------------------------------------------------------------------------------------------
 
-        return make(self, artefacts, dest, home=home, workers=workers, say=say)
+    def models(self, home: Path) -> dict[str, str]:
+        """Digests of the weights of the two. Raises WeightsError for what is no artefact."""
+        from bridgework.training import artefact
+
+        return {name: artefact.describe(getattr(self, name)).digest for name in ("captioner", "filter")}
+
+    def judge(self, home: Path) -> "CapFiltJudge":
+        from bridgework.inference import Pipeline
+
+        return CapFiltJudge(self, Pipeline.load(self.captioner), Pipeline.load(self.filter))
+
+    def decide(self, rows: Rows) -> Iterator[Verdict]:
+        """A pair for every text that the filter finds matched: none to two a row, and one text once (3.3)."""
+        for sample, fact in rows():
+            scores = Scores(**fact)
+            kept, why = scores.kept(sample.text, self.threshold)
+            note = f"web {_told(scores.web_score)}, written {_told(scores.written_score)}: {scores.written}"
+            yield Verdict(why, tuple(_pair(sample, origin, scores) for origin in kept), note)
+
+
+class Scores(NamedTuple):
+    """A fact: what was written, and the filter's logits that either text and the image belong together."""
+
+    written: str
+    web_score: float | None  # None: nothing in the text that the filter can read
+    written_score: float | None
+
+    def kept(self, web: str, threshold: float) -> tuple[list[Origin], str]:
+        """Which of the two texts stay, and in words why no other does."""
+        kept: list[Origin] = []
+        if self.web_score is not None and self.web_score > threshold:
+            kept.append("web")
+        fits = self.written_score is not None and self.written_score > threshold
+        repeated = fits and bool(kept) and self.written.strip() == web.strip()
+        if fits and not repeated:
+            kept.append("written")
+        why = WHYS[tuple(kept)]
+        if self.written_score is None:
+            return kept, f"{why}, nothing to read in the written one"
+        return kept, f"{why}, which was written again" if repeated else why
+
+
+WHYS: dict[tuple[Origin, ...], str] = {
+    ("web", "written"): "both texts",
+    ("web",): "web text",
+    ("written",): "written text",
+    (): "no text fits",
+}
+
+
+class CapFiltJudge:
+    """Holds the two models; writes a text for every image and judges both."""
+
+    def __init__(self, spec: CapFilt, captioner: "Pipeline", filter_: "Pipeline") -> None:
+        self._spec = spec
+        self._captioner, self._filter = captioner, filter_
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Fact]:
+        """A fact for each sample; what is no pair with an image says so."""
+        texts = [_checked(sample) for sample in samples]
+        good = [(sample, text) for sample, text in zip(samples, texts, strict=True) if isinstance(text, str)]
+        judged = iter(self._judge([s for s, _ in good], [text for _, text in good]) if good else [])
+        return [bad(text) if isinstance(text, BadSample) else next(judged)._asdict() for text in texts]
+
+    def _judge(self, samples: Sequence[Sample], web: Sequence[str]) -> list[Scores]:
+        spec, pictures = self._spec, [sample.images[0] for sample in samples]
+        written = self._captioner.write(
+            [self._captioner.ask(sample) for sample in samples],
+            [[picture] for picture in pictures],
+            [_seed(spec.seed, sample.key) for sample in samples],
+            max_new_tokens=spec.max_tokens,
+            min_new_tokens=spec.min_tokens,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+        )
+        seen_NPF = self._filter.features(pictures)
+        scores = [self._scores(seen_NPF, texts) for texts in (web, written)]
+        return [Scores(*row) for row in zip(written, *scores, strict=True)]
+
+    def _scores(self, seen_NPF: "Tensor", texts: Sequence[str]) -> list[float | None]:
+        """The filter's logits; None for a text that it cannot read."""
+        scores: list[float | None] = [None] * len(texts)
+        if read := [i for i, text in enumerate(texts) if readable(self._filter, text)]:
+            logits = self._filter.match(seen_NPF[read], [texts[i] for i in read])
+            for i, logit in zip(read, logits.tolist(), strict=True):
+                scores[i] = round(logit, DIGITS)
+        return scores
+
+
+def readable(pipeline: "Pipeline", text: str) -> bool:
+    """Whether the model finds anything to read in a text."""
+    try:
+        pipeline.encode(pipeline.ask(pair("text", b"", text)), answer=True)
+    except BadSample:
+        return False
+    return True
+
+
+def _checked(sample: Sample) -> str | BadSample:
+    """The web's text of a pair whose image can be decoded, else what is wrong with it."""
+    texts = [part for part in sample.parts if part.text is not None]
+    if len(sample.images) != 1 or [part.role for part in texts] != ["caption"]:
+        return BadSample(Reason.BAD_ROW, "CapFilt reads pairs: one image and one caption a row")
+    try:
+        decode(sample.images[0])
+    except BadSample as error:
+        return error
+    return texts[0].text or ""
+
+
+def _seed(seed: int, key: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7])
+
+
+def _told(score: float | None) -> str:
+    return "" if score is None else f"{score:g}"
+
+
+def _pair(sample: Sample, origin: Origin, scores: Scores) -> Sample:
+    told = {
+        "kept": origin,
+        "web_score": _told(scores.web_score),
+        "written_score": _told(scores.written_score),
+    }
+    return Sample(
+        key=f"{sample.key}/{origin}",
+        images=sample.images,
+        parts=(Part("caption", image=0), Part("caption", text=sample.text if origin == "web" else scores.written)),
+        language=sample.language if origin == "web" else None,
+        licence=sample.licence,
+        provenance={**sample.provenance, **{f"capfilt.{name}": value for name, value in told.items()}},
+    )

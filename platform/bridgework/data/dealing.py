@@ -84,4 +84,5 @@ class Deal:
         begun = np.where(first > turn, (first - np.minimum(turn, first) + self._lanes - _ONE) // self._lanes, 0)
         before = (turn + self._lanes - first % self._lanes) % self._lanes  # lanes that draw before this one in it
         each, rest = np.divmod(n, self._lanes)
-        return before * each + np.minimum(before, rest) + (index - begun)
+        place: U64 = before * each + np.minimum(before, rest) + (index - begun)
+        return place

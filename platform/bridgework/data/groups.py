@@ -88,7 +88,7 @@ class Groups:
 
     def locate(self, source: int, row: int) -> tuple[Group, int]:
         """The group of a row of a source, and the row's place in it."""
-        shard, number, place = self._datasets[source].locate(row)
+        shard, number, place = self._datasets[source].locate_dealt(row)
         return Group(source, shard, number), place
 
     def read(self, group: Group, *, uses: int) -> list[Stored]:

@@ -34,6 +34,7 @@ BLOCK = pa.schema(
         ("layouts", pa.list_(pa.list_(pa.int32()))),
         ("instruction", pa.list_(pa.int32())),
         ("rejected", pa.list_(pa.list_(pa.int32()))),  # ids and labels, or null
+        ("shown", pa.int32()),
         ("stands_for", pa.string()),
         ("shape", pa.list_(pa.int32())),  # of the images: four sizes are uint8 pixels, three are float16 features
         ("images", pa.large_list(pa.uint8())),  # bytes of the array, C order; a window can exceed the 2 GB of `list`

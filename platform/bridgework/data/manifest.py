@@ -50,8 +50,6 @@ class Manifest:
             )
         if self.rows != sum(shard.rows for shard in self.shards):
             raise DataError(f"the manifest counts {self.rows} rows, its shards {sum(s.rows for s in self.shards)}")
-        if any(shard.rows % self.group_rows for shard in self.shards[:-1]):
-            raise DataError(f"a shard before the last has a row count that is no multiple of {self.group_rows}")
         if any("/" in shard.file or "\\" in shard.file for shard in self.shards):
             raise DataError("the manifest names a shard outside its own folder")
 

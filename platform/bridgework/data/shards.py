@@ -24,9 +24,24 @@ from bridgework.data.samples import SCHEMA, Sample, from_row, to_row
 from bridgework.data.transforms import decode
 from bridgework.errors import DataError
 
-__all__ = ["Dataset", "Manifest", "Problem", "Shard", "open_dataset", "read_manifest", "verify", "write"]
+__all__ = [
+    "Dataset",
+    "Manifest",
+    "Problem",
+    "Shard",
+    "left_out",
+    "open_dataset",
+    "publish",
+    "read_manifest",
+    "read_shard",
+    "refuse_existing",
+    "verify",
+    "write",
+    "write_shard",
+]
 
 NOTES = ("LICENSE", "NOTICE", "README")  # files that may lie beside the shards
+GROUP_ROWS = 32  # rows that are read at once: few, because rows are drawn at random
 CHUNK_BYTES = 1 << 20
 OPEN_SHARDS = 8  # footers and handles that a Dataset keeps: lanes read side by side from different shards
 
@@ -49,7 +64,7 @@ def write(
     made_by: str,
     parameters: Mapping[str, Any] | None = None,
     parents: Sequence[str] = (),
-    group_rows: int = 32,
+    group_rows: int = GROUP_ROWS,
     shard_rows: int = 4096,
     quarantine: Quarantine | None = None,
 ) -> Manifest:
@@ -61,7 +76,7 @@ def write(
     if group_rows < 1 or shard_rows % group_rows:
         raise DataError(f"shard_rows {shard_rows} is no multiple of group_rows {group_rows}")
     fs, root = fsspec.core.url_to_fs(dest)
-    _refuse_existing(fs, root, dest)
+    refuse_existing(dest)
     stage = f"{root}.part-{uuid4().hex[:8]}"
     try:
         shards = tuple(_write_shards(fs, stage, iter(samples), group_rows, shard_rows))
@@ -71,22 +86,40 @@ def write(
             quarantine.check(rows + len(quarantine))
         if not rows:
             raise DataError(f"{source}: no samples came out of it, so {dest} is not written")
-        left_out = {} if quarantine is None else dict(sorted((r.value, n) for r, n in quarantine.reasons.items()))
         manifest = Manifest(
-            rows, group_rows, shards, source, licence, made_by, dict(parameters or {}), tuple(parents), left_out
-        )
-        fs.pipe_file(f"{stage}/{FILE}", manifest.to_json().encode())
-        _refuse_existing(fs, root, dest)
-        fs.makedirs(root, exist_ok=True)
-        for name in (*(shard.file for shard in shards), FILE):  # the manifest last: before it there is no dataset
-            fs.mv(f"{stage}/{name}", f"{root}/{name}")
+            rows, group_rows, shards, source, licence, made_by, dict(parameters or {}), tuple(parents),
+            left_out(quarantine),
+        )  # fmt: skip
+        publish(fs, stage, dest, manifest)
     finally:
         if fs.exists(stage):
             fs.rm(stage, recursive=True)
     return manifest
 
 
-def _refuse_existing(fs: fsspec.AbstractFileSystem, root: str, dest: str) -> None:
+def left_out(quarantine: Quarantine | None) -> dict[str, int]:
+    """How many rows were put aside, by reason, as a manifest counts them."""
+    reasons = {} if quarantine is None else quarantine.reasons
+    return dict(sorted((reason.value, rows) for reason, rows in reasons.items()))
+
+
+def publish(fs: fsspec.AbstractFileSystem, stage: str, dest: str, manifest: Manifest) -> None:
+    """Move the shards from the folder `stage` to `dest`, the manifest last: before it there is no dataset.
+
+    A shard that an earlier try moved already is left where it is. Raises DataError for an existing dataset.
+    """
+    root = fsspec.core.url_to_fs(dest)[1]
+    fs.pipe_file(f"{stage}/{FILE}", manifest.to_json().encode())
+    refuse_existing(dest)
+    fs.makedirs(root, exist_ok=True)
+    for name in (*(shard.file for shard in manifest.shards), FILE):
+        if fs.exists(f"{stage}/{name}"):
+            fs.mv(f"{stage}/{name}", f"{root}/{name}")
+
+
+def refuse_existing(dest: str) -> None:
+    """Raises DataError where there is a dataset at `dest`."""
+    fs, root = fsspec.core.url_to_fs(dest)
     if fs.exists(f"{root}/{FILE}"):
         raise DataError(f"{dest} already holds a dataset; delete it or choose another place")
 
@@ -100,11 +133,12 @@ def _write_shards(
         if head is None:
             return
         rows = chain([head], islice(samples, shard_rows - 1))
-        yield _write_shard(fs, f"{stage}/shard-{number:05d}.parquet", rows, group_rows)
+        yield write_shard(fs, f"{stage}/shard-{number:05d}.parquet", rows, group_rows)
 
 
-def _write_shard(fs: fsspec.AbstractFileSystem, path: str, samples: Iterator[Sample], group_rows: int) -> Shard:
-    rows = 0
+def write_shard(fs: fsspec.AbstractFileSystem, path: str, samples: Iterable[Sample], group_rows: int) -> Shard:
+    """Write one shard, row group by row group; no more than one group is in memory."""
+    rows, samples = 0, iter(samples)
     with fs.open(path, "wb") as file:
         sink = _Hashed(file)
         with pq.ParquetWriter(sink, SCHEMA, **_PARQUET) as writer:
@@ -112,6 +146,13 @@ def _write_shard(fs: fsspec.AbstractFileSystem, path: str, samples: Iterator[Sam
                 writer.write_table(pa.Table.from_pylist(group, SCHEMA))
                 rows += len(group)
     return Shard(path.rsplit("/", 1)[1], rows, sink.size, sink.sha256.hexdigest())
+
+
+def read_shard(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[Sample]:
+    """The samples of one shard, in order, without a manifest to check them by."""
+    with fs.open(path, "rb") as file, pq.ParquetFile(file, page_checksum_verification=True) as shard:
+        for group in range(shard.num_row_groups):
+            yield from (from_row(row) for row in shard.read_row_group(group).to_pylist())
 
 
 class _Hashed(io.RawIOBase):
@@ -141,7 +182,10 @@ class Dataset:
         """Raises DataError when there is no sound manifest at `path`."""
         self.path = path.rstrip("/")
         self.manifest = read_manifest(self.path)
+        sizes = [divmod(shard.rows, self.manifest.group_rows) for shard in self.manifest.shards]
         self._ends = list(accumulate(shard.rows for shard in self.manifest.shards))
+        self._whole_ends = list(accumulate(whole for whole, _ in sizes))  # row groups that are not short
+        self._short_ends = list(accumulate(short for _, short in sizes))  # rows of those that are
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
 
     def __len__(self) -> int:
@@ -149,11 +193,30 @@ class Dataset:
 
     def locate(self, row: int) -> tuple[int, int, int]:
         """(shard, row group in it, place in that) of a row, in O(log shards). Raises DataError out of range."""
-        if not 0 <= row < len(self):
-            raise DataError(f"{self.path} has {len(self)} rows; row {row} is not one of them")
+        self._check(row)
         shard = bisect_right(self._ends, row)
         first = self._ends[shard] - self.manifest.shards[shard].rows
         return shard, *divmod(row - first, self.manifest.group_rows)
+
+    def locate_dealt(self, row: int) -> tuple[int, int, int]:
+        """The same for another order, in which the rows of short row groups come last: the plan deals by this one.
+
+        Row groups then begin at multiples of `group_rows`, and neighbours that are dealt together are read together,
+        however many rows the shards have. Where only the last row group is short, both orders are one.
+        """
+        self._check(row)
+        group, place = divmod(row, self.manifest.group_rows)
+        if group < self._whole_ends[-1]:
+            shard = bisect_right(self._whole_ends, group)
+            return shard, group - (self._whole_ends[shard - 1] if shard else 0), place
+        row -= self._whole_ends[-1] * self.manifest.group_rows
+        shard = bisect_right(self._short_ends, row)
+        group = self.manifest.shards[shard].rows // self.manifest.group_rows
+        return shard, group, row - (self._short_ends[shard - 1] if shard else 0)
+
+    def _check(self, row: int) -> None:
+        if not 0 <= row < len(self):
+            raise DataError(f"{self.path} has {len(self)} rows; row {row} is not one of them")
 
     def read_group(self, shard: int, group: int) -> list[Sample]:
         """The samples of one row group. Raises DataError, naming the file, when it is not what the manifest says."""

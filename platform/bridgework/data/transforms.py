@@ -4,7 +4,9 @@ The order of the checks is that of trust: bytes, first bytes, header, size, and 
 """
 
 import io
+import re
 import struct
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -25,6 +27,9 @@ from bridgework.system import Pixels
 
 MAX_BYTES = 64_000_000  # of one file: Parquet's row groups must stay small
 MAX_PIXELS = 178_000_000  # decodes to 0.5 GB; twice the size at which Pillow begins to warn
+MAX_SCANS = 100  # of a JPEG, which encoders give ten: each goes over all pixels again, in as little as ten bytes
+PIECE_BYTES = 128  # of a file behind its header, on average at least
+HEADER_WORK = 4_000_000_000  # bytes that Pillow may move while it joins the pieces of a header: about a second
 DRAFT_MARGIN = 2  # a JPEG is decoded at the smallest scale that is still twice the target: the last halving is bicubic
 
 # Opened by class rather than by Image.open: no other format gets near its parser, and the size is judged here by
@@ -36,7 +41,12 @@ _OPENERS: tuple[tuple[bytes, int, Callable[[io.BytesIO], ImageFile.ImageFile]], 
     (b"GIF8", 0, GifImagePlugin.GifImageFile),
     (b"BM", 0, BmpImagePlugin.BmpImageFile),
 )
-_BROKEN = (OSError, SyntaxError, ValueError, IndexError, TypeError, KeyError, EOFError, RuntimeError, struct.error)
+_BROKEN = (
+    *(OSError, SyntaxError, ValueError, IndexError, TypeError, KeyError, EOFError, RuntimeError, struct.error),
+    Image.DecompressionBombError,  # of a WebP, whose canvas is allocated while its header is read
+)
+_SCAN = re.compile(rb"\xff\xda")
+_RUN_LENGTHS = (1, 2)  # how a BMP may be compressed: Pillow decodes these in Python, pixel by pixel
 _TURNS = {  # what undoes each orientation of EXIF tag 274 other than 1
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -60,14 +70,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, size: int | None = None
     With `size`, a JPEG may come out scaled down, with both sides still at least 2 x size if they were before.
     Raises BadSample with a reason.
     """
-    image = _open(data)
-    width, height = image.size
-    if width * height == 0:
-        raise BadSample(Reason.ZERO_PIXELS, f"the image is {width} x {height}")
-    if width * height > max_pixels:
-        raise BadSample(
-            Reason.TOO_MANY_PIXELS, f"the image is {width} x {height}; at most {max_pixels} pixels are decoded"
-        )
+    image = header(data, max_pixels=max_pixels)
     if size is not None:
         image.draft(None, (DRAFT_MARGIN * size, DRAFT_MARGIN * size))  # JPEG only; elsewhere it does nothing
     try:
@@ -80,7 +83,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, size: int | None = None
 
 def size_of(data: bytes) -> tuple[int, int]:
     """(width, height) of the upright picture in a file, by its header alone. Raises BadSample as `decode` does."""
-    image = _open(data)
+    image = header(data)
     turned = _turn(image) in _SIDEWAYS
     width, height = image.size
     return (height, width) if turned else (width, height)
@@ -97,23 +100,96 @@ def to_square(image: Image.Image, pixels: Pixels) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(square, dtype=np.uint8).transpose(2, 0, 1))
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
+    """The picture in a file, its header read and its pixels not yet; both take seconds at most, whatever the file says.
+
+    Raises BadSample with a reason.
+    """
     if not data:
         raise BadSample(Reason.EMPTY_FILE, "the image has 0 bytes")
     if len(data) > MAX_BYTES:
         raise BadSample(Reason.TOO_MANY_BYTES, f"the image has {len(data)} bytes; at most {MAX_BYTES} are read")
-    for magic, offset, opener in _OPENERS:
-        if data.startswith(magic, offset):
-            try:
-                return opener(io.BytesIO(data))
-            except _BROKEN as error:
-                raise _broken(data, error) from None
-    raise BadSample(
-        Reason.NOT_AN_IMAGE, f"the bytes begin with {data[:12]!r}; JPEG, PNG, WebP, GIF and BMP are allowed"
-    )
+    opener = next((opener for magic, offset, opener in _OPENERS if data.startswith(magic, offset)), None)
+    if opener is None:
+        allowed = "JPEG, PNG, WebP, GIF and BMP are allowed"
+        raise BadSample(Reason.NOT_AN_IMAGE, f"the bytes begin with {data[:12]!r}; {allowed}")
+    try:
+        file = _Metered(data)
+        image = opener(file)
+        file.opened()
+        _check(image, file)
+    except _BROKEN as error:
+        raise _broken(data, error) from None
+    width, height = image.size
+    if width * height == 0:
+        raise BadSample(Reason.ZERO_PIXELS, f"the image is {width} x {height}")
+    if width * height > max_pixels:
+        raise BadSample(
+            Reason.TOO_MANY_PIXELS, f"the image is {width} x {height}; at most {max_pixels} pixels are decoded"
+        )
+    return image
+
+
+class _Metered(io.BytesIO):
+    """A file that will not be read in countless small pieces.
+
+    Pillow walks them in Python, and those of a header it joins, each to all that it has: time grows with their square.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._left = HEADER_WORK
+        self._in_header = True
+
+    def opened(self) -> None:
+        """The header is read: what follows is walked and no longer joined."""
+        self._left = 10_000 + self.getbuffer().nbytes // PIECE_BYTES
+        self._in_header = False
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._left -= self.tell() if self._in_header else 1
+        if self._left < 0:
+            raise OSError("the file is in too many small pieces")
+        return super().read(size)
+
+
+def _check(image: ImageFile.ImageFile, file: io.BytesIO) -> None:
+    """Raises OSError for pixels that were changed, and for those that may take hours, of however few bytes.
+
+    `file` stands where `image` left it.
+    """
+    if isinstance(image, BmpImagePlugin.BmpImageFile) and image.info["compression"] in _RUN_LENGTHS:
+        raise OSError("the BMP is compressed by run lengths")
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and _more_scans(image, file):
+        scans = len(_SCAN.findall(file.getbuffer()))
+        if scans > MAX_SCANS:
+            raise OSError(f"the JPEG has {scans} scans; at most {MAX_SCANS} are decoded")
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        _check_sums(file)
+
+
+def _check_sums(file: io.BytesIO) -> None:
+    """Pillow compares the checksums of all chunks of a PNG but those of its pixels."""
+    begin = file.tell()
+    file.seek(begin - 8)
+    while (head := file.read(8))[4:] == b"IDAT":
+        body, given = file.read(int.from_bytes(head[:4], "big")), file.read(4)
+        if len(given) == 4 and zlib.crc32(body, zlib.crc32(b"IDAT")) != int.from_bytes(given, "big"):
+            raise OSError("the checksum of the pixels is wrong")
+    file.seek(begin)
+
+
+def _more_scans(image: JpegImagePlugin.JpegImageFile, file: io.BytesIO) -> bool:
+    """Whether scans may follow the first, which the file stands behind the header of."""
+    parts = image.layers
+    begin = file.tell() - 8 - 2 * parts
+    whole = file.getbuffer()[begin : begin + 5] == b"\xff\xda" + struct.pack(">HB", 6 + 2 * parts, parts)
+    return "progressive" in image.info or not whole or parts == 4  # in a header of 4 there is room to hide another
 
 
 def _broken(data: bytes, error: Exception) -> BadSample:
+    if isinstance(error, Image.DecompressionBombError):
+        return BadSample(Reason.TOO_MANY_PIXELS, str(error))
     declared = int.from_bytes(data[4:8], "little") + 8 if data[:4] == b"RIFF" else 0
     short = len(data) < declared or "truncated" in str(error).lower()
     return BadSample(Reason.TRUNCATED if short else Reason.CORRUPT, str(error) or type(error).__name__)
@@ -121,7 +197,11 @@ def _broken(data: bytes, error: Exception) -> BadSample:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits at 255 instead of scaling them
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).astype(np.uint16)
+        clear = image.info.get("transparency", -1)
+        return Image.fromarray(np.where(grey == clear, 255, grey >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and image.palette is None:
+        raise OSError("its colours have no palette")
     if not image.has_transparency_data:
         return image.convert("RGB")
     layers = image.convert("RGBA")

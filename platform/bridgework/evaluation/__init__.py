@@ -4,11 +4,27 @@ Each gives metrics under its own name (`ranking.accuracy`) beside what chance wo
 needs one. Rows are drawn by a seed, so that two runs are judged on the same ones.
 """
 
+from bridgework.evaluation.captioning import Captions
 from bridgework.evaluation.few_shot import FewShot
+from bridgework.evaluation.hallucination import CHAIR, POPE
 from bridgework.evaluation.heldout import HeldOutLoss
 from bridgework.evaluation.ranking import Ranking
 from bridgework.evaluation.result import Result
 from bridgework.evaluation.retrieval import Retrieval
+from bridgework.evaluation.vqa import VQA
+from bridgework.evaluation.writing import Writing
 from bridgework.evaluation.zero_shot import ZeroShot
 
-__all__ = ["FewShot", "HeldOutLoss", "Ranking", "Result", "Retrieval", "ZeroShot"]
+__all__ = [
+    "CHAIR",
+    "POPE",
+    "VQA",
+    "Captions",
+    "FewShot",
+    "HeldOutLoss",
+    "Ranking",
+    "Result",
+    "Retrieval",
+    "Writing",
+    "ZeroShot",
+]

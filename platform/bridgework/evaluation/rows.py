@@ -86,6 +86,27 @@ def draw_pairs(spec: Wanted, pipeline: "Pipeline", home: Path, *, at_least: int,
     return pairs
 
 
+def draw_images(
+    spec: Wanted, pipeline: "Pipeline", home: Path, wanted: Callable[[Sample], bool] = lambda sample: True
+) -> list[Item]:
+    """Up to `spec.rows` rows of one image each that are `wanted`, whatever is said of it: without a conversation.
+
+    Raises DataError when there is none.
+    """
+    pixels, found = pipeline.stage.model.pixels, list[Item]()
+    for sample in _shuffled(resolve(spec.dataset, home), spec):
+        if len(found) == spec.rows:
+            break
+        if len(sample.images) == 1 and wanted(sample):
+            try:
+                found.append(Item(sample, [], [read_square(sample.images[0], pixels)]))
+            except BadSample:
+                continue
+    if not found:
+        raise DataError(f"{spec.name}: no row of {spec.dataset} has one image, and what this evaluation needs of it")
+    return found
+
+
 def _items(spec: Wanted, pipeline: "Pipeline", home: Path, wanted: Callable[[Sample], bool]) -> Iterator[Item]:
     for sample in filter(wanted, _shuffled(resolve(spec.dataset, home), spec)):
         try:

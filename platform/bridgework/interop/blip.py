@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import SpecError, WeightsError
+from bridgework.interop.parts import greedy
 from bridgework.losses import Captioning, Contrastive, Matching
 from bridgework.models import MED, BlipViTConfig, MEDTextConfig
 from bridgework.models.med import Task
@@ -118,27 +119,52 @@ def stage(model: MED) -> Stage:
 
 
 def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' logits, or cosines and log-odds, for two random images and texts."""
+    """Both sides' features, and logits with greedy ids or cosines with log-odds, for two random images and texts."""
     text, look, generator = ours.config.text, ours.config.pixels, torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, look.size, look.size), dtype=torch.uint8, generator=generator)
     ids = torch.randint(0, text.vocab, (2, min(8, text.context)), generator=generator)
     real, pixels = torch.ones_like(ids, dtype=torch.bool), normalise(images, look)
     written, read = (torch.cat([torch.full_like(ids[:, :1], token), ids[:, 1:]], 1) for token in (text.dec, text.enc))
+    features, seen = ours.vision(images), theirs.vision_model(pixels).last_hidden_state
+    found = {"features": (features, seen)}
     if "caption" in ours.config.tasks:
         expected = theirs(input_ids=written, pixel_values=pixels).logits
-        return {"logits": (ours(ids, real, pixels=images).logits_BTV, expected)}
-    seen = theirs.vision_model(pixels).last_hidden_state
+        # of a prompt transformers drops the last id, where its processor puts [SEP]
+        return found | {
+            "logits": (ours(ids, real, pixels=images).logits_BTV, expected),
+            "greedy": _greedy(ours, theirs, images, ids[:, :3], read[:, :4]),
+        }
     if "answer" in ours.config.tasks:  # transformers' own forward gives no logits
         labels = torch.cat([torch.full_like(ids[:, :1], IGNORE), ids[:, 1:]], 1)  # [CLS] alone is the question
         asked = theirs.text_encoder(input_ids=read[:, :1], encoder_hidden_states=seen).last_hidden_state
         expected = theirs.text_decoder(input_ids=written, encoder_hidden_states=asked).logits
-        return {"logits": (ours(ids, real, labels, images).logits_BTV[:, :-1], expected[:, :-1])}
-    image, words = ours.embed_images(ours.vision(images)), ours.embed_texts(ids, real)
+        return found | {
+            "logits": (ours(ids, real, labels, images).logits_BTV[:, :-1], expected[:, :-1]),
+            "greedy": _greedy(ours, theirs, images, ids, read),
+        }
+    image, words = ours.embed_images(features), ours.embed_texts(ids, real)
     odds = theirs(input_ids=read, pixel_values=pixels).itm_score.diff(dim=1)[:, 0]
-    return {
+    return found | {
         "cosines": (image @ words.T, theirs(input_ids=ids, pixel_values=pixels, use_itm_head=False).itm_score),
-        "match": (ours.match(ids, real, ours.vision(images)), odds),
+        "match": (ours.match(ids, real, features), odds),
     }
+
+
+def _greedy(ours: Any, theirs: Any, images: Tensor, prompts: Tensor, their_prompts: Tensor) -> tuple[Tensor, Tensor]:
+    text, look, special = ours.config.text, ours.config.pixels, theirs.config.text_config
+    ends = {"eos_token_id": special.sep_token_id, "pad_token_id": special.pad_token_id}  # theirs takes its config's
+    real = torch.ones_like(prompts, dtype=torch.bool)
+    return greedy(
+        ours,
+        theirs,
+        {"ids": prompts, "attention": real, "pixels": images, **ends},
+        {
+            "input_ids": their_prompts,
+            "attention_mask": torch.ones_like(their_prompts),
+            "pixel_values": normalise(images, look),
+            "suppress_tokens": [text.dec, text.enc],  # here they are never written
+        },
+    )
 
 
 def _architecture(config: Any) -> str:

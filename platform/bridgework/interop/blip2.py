@@ -64,7 +64,7 @@ def names(model: Model) -> Mapping[str, str]:
 
 
 def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' logits, or vectors and log-odds, for two random images and texts."""
+    """Both sides' image tokens, logits and greedy ids, or vectors and log-odds, for two random images and texts."""
     if hasattr(theirs, "language_model"):
         return written(ours, theirs, theirs.config.num_query_tokens)
     look, generator = ours.vision.config.pixels, torch.Generator().manual_seed(0)

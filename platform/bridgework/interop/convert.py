@@ -1,7 +1,7 @@
 """A folder of transformers into an artefact, an artefact into such a folder, and a certificate that both agree.
 
 What a family of models needs for it is one module of this package: `ARCHITECTURES`, `spec` and `config` (the numbers),
-`names` (the tensors), `stage` (what holds them), `outputs` (what is compared).
+`names` (the tensors), `stage` (what holds them), `outputs` (what is compared: numbers closely, token ids exactly).
 """
 
 import hashlib
@@ -10,12 +10,13 @@ import pkgutil
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bridgework import __version__
@@ -27,6 +28,7 @@ from bridgework.training import artefact
 
 CLOSE = 1e-5  # in float32: what two orders of the same arithmetic may differ by, as a share of the largest value
 CERTIFICATE = "parity.json"
+LISTED = 10  # names in an error
 SECOND = "qformer_tokenizer"  # where transformers keeps the tokenizer of a second stream
 TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.jinja", "preprocessor_config.json")
 
@@ -44,6 +46,15 @@ class Family(Protocol):
 
 
 @dataclass(frozen=True)
+class Text:
+    """What each side wrote behind the same prompts: token ids, which are equal or not."""
+
+    ours: list[list[int]]
+    theirs: list[list[int]]
+    equal: bool
+
+
+@dataclass(frozen=True)
 class Certificate:
     """What was compared after a conversion: both sides on the same random input, in float32 on a CPU."""
 
@@ -52,13 +63,15 @@ class Certificate:
     parameters: int
     digest: str  # sha256 over names and bytes of the tensors, under transformers' names
     differences: Mapping[str, float]  # of each output, as a share of its largest value
+    texts: Mapping[str, Text] = field(default_factory=dict)  # of each output that is token ids
     limit: float = CLOSE
     bridgework: str = __version__
     transformers: str = ""
 
     @property
     def holds(self) -> bool:
-        return all(difference <= self.limit for difference in self.differences.values())
+        close = all(difference <= self.limit for difference in self.differences.values())
+        return close and all(text.equal for text in self.texts.values())
 
 
 def families() -> dict[str, Family]:
@@ -76,7 +89,9 @@ def import_hf(folder: Path, out: Path) -> Certificate:
     and where the outputs of the two disagree: then nothing is written.
     """
     config = _config(folder)
-    architecture, family = _family((config.architectures or ["none"])[0])
+    if not config.architectures:
+        raise WeightsError(f"{folder}/config.json names no architecture; known: {', '.join(sorted(families()))}")
+    architecture, family = _family(config.architectures[0])
     spec = family.spec(config)
     theirs = _load(architecture, folder)
     state = _ours(family.names(spec), theirs, spec)
@@ -163,18 +178,30 @@ def _fitting(spec: ModelSpec, architecture: str | None) -> tuple[str, Family, An
 def _load(architecture: str, folder: Path) -> Any:
     import transformers
 
+    if not any(folder.glob("*.safetensors")):
+        raise WeightsError(f"{folder} holds no *.safetensors, and weights in other files are not read: save it again")
     cls = getattr(transformers, architecture)
     try:
         model, info = cls.from_pretrained(
-            str(folder), dtype="auto", local_files_only=True, output_loading_info=True, use_safetensors=True
-        )
-    except (OSError, RuntimeError, ValueError) as error:
+            str(folder), dtype="auto", local_files_only=True, output_loading_info=True, use_safetensors=True,
+            ignore_mismatched_sizes=True,  # which are told below, by name
+        )  # fmt: skip
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise WeightsError(f"{folder} cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
     wrong = {what: sorted(info[f"{what}_keys"]) for what in ("missing", "unexpected")}
-    if any(wrong.values()):
-        listed = "; ".join(f"{what} {', '.join(names[:5])}" for what, names in wrong.items() if names)
-        raise WeightsError(f"{folder} is not a whole {architecture}: {listed}")
+    wrong["of another shape"] = [
+        f"{name} {list(given)} against {list(needed)}" for name, given, needed in sorted(info["mismatched_keys"])
+    ]
+    _check_keys(f"{folder} is not a whole {architecture}", wrong)
     return model.eval()
+
+
+def _check_keys(said: str, wrong: Mapping[str, list[str]]) -> None:
+    """Raises WeightsError that lists names under what is wrong with them, where there are any."""
+    few = {what: ", ".join(names[:LISTED]) for what, names in wrong.items() if names}
+    more = {what: f" and {len(names) - LISTED} more" * (len(names) > LISTED) for what, names in wrong.items()}
+    if few:
+        raise WeightsError(f"{said}: " + "; ".join(f"{what} {names}{more[what]}" for what, names in few.items()))
 
 
 def _empty(architecture: str, config: Any, state: Mapping[str, Tensor]) -> Any:
@@ -190,9 +217,8 @@ def _empty(architecture: str, config: Any, state: Mapping[str, Tensor]) -> Any:
     )
     model.tie_weights()
     tied = {name for name in found.missing_keys if _is_tied(model, name, state)}
-    missing, extra = sorted(set(found.missing_keys) - tied), sorted(set(state) - set(shapes))
-    if missing or extra:
-        raise SpecError(f"{architecture} and the artefact differ: missing {missing[:5]}, extra {extra[:5]}")
+    wrong = {"missing": sorted(set(found.missing_keys) - tied), "extra": sorted(set(state) - set(shapes))}
+    _check_keys(f"{architecture} and the artefact differ", wrong)
     return model.eval()
 
 
@@ -212,9 +238,7 @@ def _ours(names: Mapping[str, str], theirs: nn.Module, spec: ModelSpec) -> dict[
     missing = sorted(hf for hf in names.values() if hf not in state)
     read = {state[hf].data_ptr() for hf in names.values() if hf in state}
     extra = sorted(hf for hf, tensor in state.items() if hf not in names.values() and tensor.data_ptr() not in read)
-    if missing or extra:
-        listed = [f"missing {', '.join(missing[:5])}"] * bool(missing) + [f"extra {', '.join(extra[:5])}"] * bool(extra)
-        raise WeightsError(f"{type(theirs).__name__} and the wiring differ: {'; '.join(listed)}")
+    _check_keys(f"{type(theirs).__name__} and the wiring differ", {"missing": missing, "extra": extra})
     return {own: state[hf].reshape(shapes[own]).clone() for own, hf in names.items()}
 
 
@@ -257,18 +281,22 @@ def certify(family: Family, architecture: str, ours: Any, theirs: Any) -> Certif
         digest.update(state[name].detach().contiguous().flatten().view(torch.uint8).numpy().data)
     with torch.no_grad():
         pairs = family.outputs(ours.float().eval(), _float(theirs))
+    ids = {name: pair for name, pair in pairs.items() if not pair[0].is_floating_point()}
     certificate = Certificate(
         architecture=architecture,
         tensors=len(state),
         parameters=sum(p.numel() for p in theirs.parameters()),
         digest=digest.hexdigest(),
-        differences={name: _difference(*pair) for name, pair in pairs.items()},
+        differences={name: _difference(*pair) for name, pair in pairs.items() if name not in ids},
+        texts={name: Text(own.tolist(), other.tolist(), torch.equal(own, other)) for name, (own, other) in ids.items()},
         transformers=transformers.__version__,
     )
     if not certificate.holds:
+        wrong = [f"{name} {n:.1e}" for name, n in certificate.differences.items() if not n <= CLOSE]
+        wrong += [f"{name} {t.ours} against {t.theirs}" for name, t in certificate.texts.items() if not t.equal]
         raise WeightsError(
-            f"{architecture}: the outputs of the two disagree by {dict(certificate.differences)} "
-            f"(shares of the largest value; at most {CLOSE:g}); nothing was written"
+            f"{architecture}: the outputs of the two disagree: {'; '.join(wrong)} (of the largest value at most "
+            f"{CLOSE:g}, of written ids nothing); nothing was written"
         )
     return certificate
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bridgework.errors import SpecError
-from bridgework.interop.parts import expect, holding, parameters, renamed
+from bridgework.interop.parts import expect, greedy, holding, parameters, renamed
 from bridgework.losses import Captioning
 from bridgework.models import CrossAttentionVLM, Gates, LanguageConfig, Resampler, ViTConfig
 from bridgework.models.vision import VIT_FIELDS, normalise
@@ -129,21 +129,26 @@ def stage(model: CrossAttentionVLM) -> Stage:
 
 
 def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' logits for a random document of two images."""
+    """Both sides' image tokens, logits and greedy ids for a random document of two images."""
     generator = torch.Generator().manual_seed(0)
     look, vocab = ours.vision.config.pixels, theirs.config.vocab_size
     images = torch.randint(0, 256, (2, 3, look.size, look.size), dtype=torch.uint8, generator=generator)
     ids = torch.randint(0, vocab, (1, 12), generator=generator)
     ids[0, [1, 6]], ids[0, [5, 11]] = IMAGE, END
     places = ids == IMAGE
-    found = ours(ids, torch.ones_like(places), pixels=images)
-    expected = theirs(
-        input_ids=ids.masked_fill(ids == END, vocab).masked_fill(places, vocab + 1),
-        attention_mask=torch.ones_like(ids),
-        pixel_values=normalise(images, look).unsqueeze(0),
-        image_attention_mask=(places.cumsum(-1).unsqueeze(-1) == torch.arange(1, 3)).long(),
-    )
-    return {"logits": (found.logits_BTV, expected.logits)}
+    own = {"ids": ids, "attention": torch.ones_like(places), "pixels": images}
+    other = {
+        "input_ids": ids.masked_fill(ids == END, vocab).masked_fill(places, vocab + 1),
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": normalise(images, look).unsqueeze(0),
+        "image_attention_mask": (places.cumsum(-1).unsqueeze(-1) == torch.arange(1, 3)).long(),
+    }
+    seen = theirs.model.vision_model(normalise(images, look)).last_hidden_state
+    return {
+        "features": (ours.images(images, None), theirs.model.perceiver_resampler(seen)),
+        "logits": (ours(**own).logits_BTV, theirs(**other).logits),
+        "greedy": greedy(ours, theirs, own, {**other, "suppress_tokens": [vocab + 1]}),  # here <image> is never written
+    }
 
 
 def _theirs(name: str, every: int) -> str:

@@ -51,7 +51,7 @@ def names(model: PrefixVLM) -> Mapping[str, str]:
 
 
 def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' logits for two random rows with an image and an instruction in each."""
+    """Both sides' image tokens, logits and greedy ids for two random rows with an image and an instruction in each."""
     return written(ours, theirs, theirs.config.num_query_tokens, theirs.config.qformer_config.vocab_size)
 
 

@@ -85,7 +85,7 @@ def names(model: PrefixVLM) -> Mapping[str, str]:
 
 
 def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' logits for two random rows with an image in each."""
+    """Both sides' image tokens, logits and greedy ids for two random rows with an image in each."""
     return written(ours, theirs, spec(theirs.config).image_tokens)
 
 

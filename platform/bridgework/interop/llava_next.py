@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bridgework.data.tiling import layout_of
 from bridgework.errors import SpecError, WeightsError
-from bridgework.interop.parts import expect, holding, image_word, parameters, renamed
+from bridgework.interop.parts import expect, greedy, holding, image_word, parameters, renamed
 from bridgework.losses import Captioning
 from bridgework.models import MLP, LanguageConfig, PrefixVLM, ViTConfig
 from bridgework.models.vision import VIT_FIELDS, normalise
@@ -82,7 +82,7 @@ def stage(model: PrefixVLM) -> Stage:
 
 
 def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' logits for a random text with a wide and a narrow image in it."""
+    """Both sides' image tokens, logits and greedy ids for a random text with a wide and a narrow image in it."""
     model, generator = spec(theirs.config), torch.Generator().manual_seed(0)
     look, side = model.pixels, model.pixels.size
     cut = [layout_of(2 * side, side, look), layout_of(side // 2 + 1, side, look)]
@@ -91,11 +91,16 @@ def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
     word = theirs.config.image_token_index
     row = [1, *[IMAGE] * model.places(cut[0]), 2, *[IMAGE] * model.places(cut[1]), 3, 4]
     ids = torch.tensor([[token + 1 if token == word else token for token in row]])
-    found = ours(ids, torch.ones_like(ids, dtype=torch.bool), pixels=tiles, layouts=torch.tensor(cut))
-    expected = theirs(
-        input_ids=ids.masked_fill(ids == IMAGE, word),
-        attention_mask=torch.ones_like(ids),
-        pixel_values=pad_sequence(normalise(tiles, look).split(counts), batch_first=True),
-        image_sizes=torch.tensor([[layout.height, layout.width] for layout in cut]),
-    )
-    return {"logits": (found.logits_BTV, expected.logits)}
+    layouts = torch.tensor(cut)
+    own = {"ids": ids, "attention": torch.ones_like(ids, dtype=torch.bool), "pixels": tiles, "layouts": layouts}
+    shown = {
+        "pixel_values": pad_sequence(normalise(tiles, look).split(counts), batch_first=True),
+        "image_sizes": torch.tensor([[layout.height, layout.width] for layout in cut]),
+    }
+    other = {"input_ids": ids.masked_fill(ids == IMAGE, word), "attention_mask": torch.ones_like(ids), **shown}
+    features = theirs.get_image_features(**shown).pooler_output
+    return {
+        "features": (ours.tiles(ours.images(tiles, None), layouts), torch.cat([*features])),
+        "logits": (ours(**own).logits_BTV, theirs(**other).logits),
+        "greedy": greedy(ours, theirs, own, other),
+    }

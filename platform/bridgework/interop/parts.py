@@ -1,10 +1,11 @@
 """What modules of this package share: names by prefix, the word for an image, random rows, a stage to hold weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import WeightsError
@@ -14,6 +15,7 @@ from bridgework.models.vision import VIT_FIELDS, normalise
 from bridgework.system import IGNORE, IMAGE, AdamW, Budget, LossSpec, Mixture, ModelSpec, Source, Stage
 
 IMAGE_WORD = "<image>"
+WRITTEN = 5  # tokens of greedy text that are compared
 EVA = {"hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": 1e-6, "attention_dropout": 0.0}  # never otherwise here
 
 
@@ -49,9 +51,9 @@ def image_word(language: LanguageConfig) -> int:
 
 
 def written(ours: Any, theirs: Any, places: int, heard: int | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' logits for two random rows with an image of `places` tokens in each.
+    """Both sides' image tokens, logits and greedy ids for two random rows with an image of `places` tokens in each.
 
-    Of an encoder-decoder those of the answer. With `heard`, the size of its vocabulary, there are instructions too.
+    Of an encoder-decoder the logits of the answer. With `heard`, the size of its vocabulary, there are instructions.
     """
     generator, look, text = torch.Generator().manual_seed(0), ours.vision.config.pixels, theirs.config.text_config
     images = torch.randint(0, 256, (2, 3, look.size, look.size), dtype=torch.uint8, generator=generator)
@@ -59,17 +61,51 @@ def written(ours: Any, theirs: Any, places: int, heard: int | None = None) -> di
     said = torch.randint(0, text.vocab_size - 1, (2, 7), generator=generator)
     said[said == word] = text.vocab_size - 1
     ids = torch.cat([said[:, :1], torch.full((2, places), IMAGE), said[:, 1:]], dim=1)
-    labels = ids.clone()
+    labels, attention, words = ids.clone(), torch.ones_like(ids, dtype=torch.bool), ids.masked_fill(ids == IMAGE, word)
     labels[:, :-3] = IGNORE
-    shown, told = {"pixel_values": normalise(images, look)}, {}
+    told, shown = {}, {"pixel_values": normalise(images, look)}
     if heard is not None:
         told["instruction"] = shown["qformer_input_ids"] = torch.randint(0, heard, (2, 5), generator=generator)
-    found = ours(ids, torch.ones_like(ids, dtype=torch.bool), labels, images, **told).logits_BTV
-    ids = ids.masked_fill(ids == IMAGE, word)
+    features = theirs.get_image_features(**shown).pooler_output
+    logits = ours(ids, attention, labels, images, **told).logits_BTV
     if not text.is_encoder_decoder:
-        return {"logits": (found, theirs(input_ids=ids, **shown).logits)}
-    expected = theirs(input_ids=ids[:, :-3], labels=ids[:, -3:].contiguous(), **shown).logits
-    return {"logits": (found[:, -4:-1], expected)}
+        expected = theirs(input_ids=words, **shown).logits
+    else:
+        logits = logits[:, -4:-1]
+        expected = theirs(input_ids=words[:, :-3], labels=words[:, -3:].contiguous(), **shown).logits
+    return {
+        "features": (ours.images(images, None, *told.values()).flatten(0, 1), torch.cat([*features])),
+        "logits": (logits, expected),
+        "greedy": greedy(
+            ours, theirs, {"ids": ids, "attention": attention, "pixels": images, **told}, {"input_ids": words, **shown}
+        ),
+    }
+
+
+def greedy(ours: Any, theirs: Any, own: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(B, WRITTEN) ids that both sides write, `own` and `other` being what each of their `generate` is given.
+
+    No token ends a text early, and what `generation_config` says on either side is not heard.
+    """
+    how = {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN, "do_sample": False}
+    with _plain(ours), _plain(theirs):
+        return ours.generate(**own, **how), theirs.generate(**other, **how)[:, -WRITTEN:]
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """No `generation_config` in the model but what starts a decoder; they are put back behind it."""
+    from transformers import GenerationConfig
+
+    writers: list[Any] = [module for module in model.modules() if hasattr(module, "generation_config")]
+    said = {module: module.generation_config for module in writers}
+    for module, given in said.items():
+        module.generation_config = GenerationConfig(decoder_start_token_id=given.decoder_start_token_id)
+    try:
+        yield
+    finally:
+        for module, given in said.items():
+            module.generation_config = given
 
 
 def holding(model: ModelSpec, name: str, losses: Sequence[LossSpec], template: str) -> Stage:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from bridgework.evaluation import Retrieval
+from bridgework.evaluation import VQA, Captions, Retrieval
 from bridgework.losses import Captioning, Matching, MomentumContrastive
 from bridgework.models import MED, BlipViTConfig, MEDTextConfig, MomentumConfig
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, ZeRO
@@ -16,6 +16,9 @@ QUESTIONS = (Source(name="vqav2", dataset="vqav2", rows=658_111), Source(name="v
 WRITING = Captioning(label_smoothing=0.1)  # models/med.py of the release
 FOUND = (Retrieval(name="coco", dataset="coco-karpathy-test", rows=5_000, rerank=256),
          Retrieval(name="flickr30k", dataset="flickr30k-test", rows=1_000, rerank=128))  # fmt: skip
+WRITTEN = (Captions(name="coco", dataset="coco-karpathy-test", rows=5_000),
+           Captions(name="nocaps", dataset="nocaps-val", rows=4_500))  # fmt: skip
+ANSWERED = (VQA(name="seen", dataset="vqav2-val", rows=5_000),)  # learned from; of test there are no answers to be had
 
 
 def captioning(vit: BlipViTConfig) -> Stage:
@@ -23,7 +26,9 @@ def captioning(vit: BlipViTConfig) -> Stage:
     source = replace(COCO, prompts=("a picture of",))
     data = Mixture(sources=(source,), template="prompted", max_tokens=40, lanes=8)
     rate = 1e-5 if vit.depth == 12 else 2e-6
-    return _tune(model, name="captioner", losses=(WRITING,), data=data, steps=11_069, micro=32, peak_lr=rate)
+    return _tune(
+        model, name="captioner", losses=(WRITING,), data=data, steps=11_069, micro=32, peak_lr=rate, evals=WRITTEN
+    )
 
 
 def finding(vit: BlipViTConfig) -> Stage:
@@ -38,7 +43,7 @@ def finding(vit: BlipViTConfig) -> Stage:
 def answering(vit: BlipViTConfig) -> Stage:
     model = MED(vision=replace(vit, image_size=480), text=BERT, tasks=("answer",))
     asked = Mixture(sources=QUESTIONS, template="answer", max_tokens=45)
-    return _tune(model, losses=(WRITING,), data=asked, steps=82_165, micro=16, peak_lr=2e-5)
+    return _tune(model, losses=(WRITING,), data=asked, steps=82_165, micro=16, peak_lr=2e-5, evals=ANSWERED)
 
 
 def _tune(model: MED, *, steps: int, micro: int, peak_lr: float, name: str = "tune", **fields: Any) -> Stage:

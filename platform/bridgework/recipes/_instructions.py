@@ -4,7 +4,8 @@ Dai et al. 2023, arXiv:2305.06500, 2.1 and figure 2. The prompts are ours, 10 to
 sets with short answers say so. {} is what the dataset asks, {ocr} the text in the image.
 """
 
-from bridgework.system import Source
+from bridgework.evaluation import VQA, Captions, HeldOutLoss, Writing
+from bridgework.system import EvalSpec, Source
 
 CAPTION = (
     "A short image description:", "Describe the image in one sentence.", "What does the image show, in short?",
@@ -65,8 +66,16 @@ HELD_IN = (  # rows as the paper counts them
     Source(name="llava_talk", dataset="llava-talk", rows=58_000, prompts=TALK),
 )
 SHORT, SIGN = "Question: {} Short answer:", "OCR tokens: {ocr}. Question: {} Short answer:"
-HELD_OUT = {  # and what each is asked with (the first is the paper's; figure 2, appendix E)
-    "nocaps": "A short image description:", "flickr30k": "A short image description:", "gqa": SHORT, "vsr": SHORT,
-    "iconqa": SHORT, "textvqa": SIGN, "visdial": SHORT, "hateful_memes": SHORT, "vizwiz": SHORT, "scienceqa": SHORT,
-    "msvd_qa": SHORT, "msrvtt_qa": SHORT, "ivqa": SHORT,
+CAPTIONED = {"nocaps": "A short image description:", "flickr30k": "A short image description:"}
+ANSWERED = {  # and what each is asked with (the first is the paper's; figure 2, appendix E)
+    "gqa": SHORT, "vsr": SHORT, "iconqa": SHORT, "textvqa": SIGN, "vizwiz": SHORT, "scienceqa": SHORT, "msvd_qa": SHORT,
+    "msrvtt_qa": SHORT, "ivqa": SHORT,
 }  # fmt: skip
+RANKED = {"visdial": SHORT, "hateful_memes": SHORT}  # by MRR and AUC in the paper
+HELD_OUT: tuple[EvalSpec, ...] = (
+    *(Captions(name=n, dataset=n, prompts=(prompt,), writing=Writing(beams=5, most=30)) for n, prompt in
+      CAPTIONED.items()),
+    *(VQA(name=n, dataset=n.replace("_", "-"), prompts=(prompt,), writing=Writing(beams=5, most=10)) for n, prompt in
+      ANSWERED.items()),
+    *(HeldOutLoss(name=n, dataset=n.replace("_", "-"), rows=1_000, prompts=(prompt,)) for n, prompt in RANKED.items()),
+)  # fmt: skip

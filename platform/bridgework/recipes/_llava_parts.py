@@ -1,5 +1,6 @@
-"""What the pages of LLaVA share: its tower, its language model, its data."""
+"""What the pages of LLaVA share: its tower, its language model, its data, its judges."""
 
+from bridgework.evaluation import POPE, VQA, Writing
 from bridgework.models import LanguageConfig, ViTConfig
 from bridgework.system import Source
 
@@ -16,3 +17,8 @@ MIX_665K = {  # 1.5, table 7; by size, as the release concatenates them
     "llava": 158_000, "sharegpt": 40_000, "vqav2": 83_000, "gqa": 72_000, "okvqa": 9_000, "ocrvqa": 80_000,
     "aokvqa": 66_000, "textcaps": 22_000, "refcoco": 48_000, "vg": 86_000,
 }  # fmt: skip
+SHORT = ("{}\nAnswer the question using a single word or phrase.",)
+JUDGES = (  # greedy, as the authors judge 1.5
+    VQA(name="vqav2", dataset="vqav2-val", prompts=SHORT, writing=Writing(beams=1, most=10)),
+    POPE(dataset="coco-val2014", prompts=SHORT),
+)

@@ -4,19 +4,18 @@ represent   the Q-Former learns to read the ViT: contrast, matching, captions   
 generate    its queries, projected, become a soft prompt that the language model continues (3.3)
 
 bridgework train blip2             ViT-g, OPT-2.7B: 16 x A100-40G; with Flan-T5-XXL under 6 + 3 days (3.4)
-bridgework train blip2 --tiny      a laptop: seconds
-blip2:vqa adds a fine-tune: ViT and Q-Former train, and the Q-Former reads the question too (4.3). A web image has two
-captions: of ten that BLIP-large wrote and its own, those that CLIP likes most; one is drawn a step (3.4).
+bridgework train blip2 --tiny      a laptop: seconds; blip2:vqa adds a fine-tune, of the ViT too (4.3)
+A web image has two captions: of ten that BLIP-large wrote and its own, those that CLIP likes most (3.4).
 Departs from LAVIS: gathered keys carry their gradient; BOS stands before the image; a Flan-T5 prompt ends without </s>;
 a centre crop, no flip.
 """
 
 from dataclasses import replace
 
-from bridgework.evaluation import HeldOutLoss, Retrieval
 from bridgework.losses import Captioning, Matching, QueryContrast
 from bridgework.models import LanguageConfig, PrefixVLM, QFormer, QFormerPretrainer
 from bridgework.recipes._backbones import FLAN_XL, OPT_2_7B, OPT_6_7B, VICUNA_7B, VIT_G
+from bridgework.recipes._blip2_judges import FOUND, answered
 from bridgework.recipes._blip2_vqa import asking
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
@@ -50,29 +49,23 @@ def flan_t5() -> System:
 
 def vqa() -> System:
     """OPT-2.7B at 490 px, for five epochs of questions (4.3, table 8)."""
-    blip2 = system()
-    return replace(blip2, stages=(*blip2.stages, asking(BRIDGE)))
+    return replace(system(), stages=(*system().stages, asking(BRIDGE)))
 
 
 def _blip2(language: LanguageConfig, *, prefix: bool = False, batch: int = 1_920) -> System:
     represent = Stage(
         name="represent", model=QFormerPretrainer(vision=VIT_G, bridge=replace(BRIDGE, text=True)),
-        trains={"bridge.*": 1.0, "heads.*": 1.0},
+        trains={"bridge.*": 1.0, "heads.*": 1.0}, shard=ZeRO(stage=1), evals=FOUND,
         losses=(QueryContrast(), Matching(negatives="all"), Captioning(label_smoothing=0.1)),
         data=Mixture(sources=PAIRS, template="caption", max_tokens=32, lanes=16),
         budget=Budget(steps=250_000, batch=1_680, micro=105), optim=replace(ADAM, warmup=2_000 / 250_000),
-        shard=ZeRO(stage=1),
-        evals=(Retrieval(name="coco", dataset="coco-karpathy-test", rows=5_000, rerank=128),
-               Retrieval(name="flickr30k", dataset="flickr30k-test", rows=1_000, rerank=128)),
     )  # fmt: skip
-    captions = tuple(replace(source, prefix=prefix) for source in PAIRS)
+    pairs = tuple(replace(source, prefix=prefix) for source in PAIRS)
     generate = Stage(
         name="generate", model=PrefixVLM(vision=VIT_G, bridge=BRIDGE, language=language), trains={"bridge.*": 1.0},
-        losses=(Captioning(),),
-        data=Mixture(sources=captions, template="answer" if prefix else "plain", max_tokens=66, lanes=16),
+        losses=(Captioning(),), starts_from="represent", inherits=QUERIES, evals=answered(short=prefix),
+        data=Mixture(sources=pairs, template="answer" if prefix else "plain", max_tokens=66, lanes=16),
         budget=Budget(steps=80_000, batch=batch, micro=batch // 16),
-        optim=replace(ADAM, final_lr=5e-5, warmup=2_000 / 80_000), starts_from="represent",
-        inherits=QUERIES,
-        evals=(HeldOutLoss(name="nocaps", dataset="nocaps-val", rows=1_000),),
+        optim=replace(ADAM, final_lr=5e-5, warmup=2_000 / 80_000),
     )  # fmt: skip
     return System(name="blip2", paper="arXiv:2301.12597", stages=(represent, generate))

@@ -7,9 +7,8 @@ bridgework train flamingo --tiny    a laptop: seconds
 NFNet-F6, Chinchilla and all four datasets are closed. In their place: SigLIP-SO400M (413M for 435M), and LMs of the
 same depth and width where there are any. Import open data under the names below: OBELICS or MMC4 as m3w, COYO as
 align, a filtered LAION as ltip, WebVid as vtp.
-Departs from the paper: 384 px, not 320; weight decay on the resampler's matrices too (B.1.2: none); a document is read
-from its beginning (2.4: from anywhere); the reader takes frames of a video for images of their own, so store one of
-each. The batch size is ours.
+Departs from the paper: 384 px, not 320; weight decay on the resampler's matrices too (B.1.2: none); documents are read
+from their beginning (2.4: from anywhere); frames of a video are read as images: store one of each; the batch is ours.
 """
 
 from bridgework.evaluation import FewShot
@@ -21,28 +20,27 @@ SIGLIP = ViTConfig(
     kind="siglip", image_size=384, patch=14, width=1152, depth=27, heads=16, ffn=4304, layer=-1, fit="pad",
     weights="google/siglip-so400m-patch14-384",
 )  # fmt: skip
-RESAMPLER = Resampler(  # A.1.1, table 4; a video has 8 frames (appendix A)
-    latents=64, depth=6, heads=16, head_width=96, frames=8, project=False,
-)  # fmt: skip
+RESAMPLER = Resampler(latents=64, depth=6, heads=16, head_width=96, frames=8, project=False)  # A.1.1, table 4
 LMS = {  # for Chinchilla 1.4B, 7B and 70B, of 24, 40 and 80 layers (table 5)
     "3b": LanguageConfig(
         width=2048, depth=24, heads=32, kv_heads=32, ffn=8192, vocab=49_152, context=2048, tied=True,
-        rope_theta=130_000.0, tokenizer="HuggingFaceTB/SmolLM2-1.7B", weights="HuggingFaceTB/SmolLM2-1.7B",
-    ),
+        rope_theta=130_000.0, tokenizer="HuggingFaceTB/SmolLM2-1.7B", weights="HuggingFaceTB/SmolLM2-1.7B"),
     "9b": LanguageConfig(
         arch="mistral", width=4096, depth=32, heads=32, kv_heads=8, ffn=14_336, vocab=32_000, context=2048,
-        tokenizer="mistralai/Mistral-7B-v0.1", weights="mistralai/Mistral-7B-v0.1",
-    ),
+        tokenizer="mistralai/Mistral-7B-v0.1", weights="mistralai/Mistral-7B-v0.1"),
     "80b": LanguageConfig(
         width=8192, depth=80, heads=64, kv_heads=8, ffn=28_672, vocab=32_000, context=2048,
-        tokenizer="meta-llama/Llama-2-70b-hf", weights="meta-llama/Llama-2-70b-hf",
-    ),
+        tokenizer="meta-llama/Llama-2-70b-hf", weights="meta-llama/Llama-2-70b-hf"),
 }  # fmt: skip
 SOURCES = (  # rows: 2.4, lambda: B.1.2; every source gives the same share of a step
     Source(name="m3w", dataset="m3w", rows=43_000_000, images=5, following=0.5, loss_weight=1.0),
     Source(name="align", dataset="align", rows=1_800_000_000, loss_weight=0.2),
     Source(name="ltip", dataset="ltip", rows=312_000_000, loss_weight=0.2),
     Source(name="vtp", dataset="vtp", rows=27_000_000, loss_weight=0.03),
+)
+JUDGES = (
+    FewShot(name="told", dataset="coco-karpathy-val", support="coco-karpathy-train", shots=0),
+    FewShot(name="four", dataset="coco-karpathy-val", support="coco-karpathy-train", shots=4, orders=6),
 )
 
 
@@ -63,17 +61,10 @@ def b80() -> System:
 
 def _flamingo(size: str, gates: Gates, shard: ZeRO) -> System:
     train = Stage(
-        name="train",
-        model=CrossAttentionVLM(vision=SIGLIP, bridge=RESAMPLER, gates=gates, language=LMS[size]),
-        trains={"bridge.*": 1.0, "gates.*": 1.0, "extra.*": 1.0},
-        losses=(Captioning(),),
+        name="train", model=CrossAttentionVLM(vision=SIGLIP, bridge=RESAMPLER, gates=gates, language=LMS[size]),
+        trains={"bridge.*": 1.0, "gates.*": 1.0, "extra.*": 1.0}, losses=(Captioning(),), shard=shard, evals=JUDGES,
         data=Mixture(sources=SOURCES, alpha=0.0, template="interleaved", max_tokens=256),  # windows of 256 (2.4)
         budget=Budget(steps=500_000, batch=2_048, micro=16),
         optim=AdamW(peak_lr=1e-4, warmup=5_000 / 500_000, decay="constant", weight_decay=0.1),  # B.1.2
-        shard=shard,
-        evals=(
-            FewShot(name="told", dataset="coco-karpathy-val", support="coco-karpathy-train", shots=0),
-            FewShot(name="four", dataset="coco-karpathy-val", support="coco-karpathy-train", shots=4, orders=6),
-        ),
-    )
+    )  # fmt: skip
     return System(name="flamingo", paper="arXiv:2204.14198", stages=(train,))

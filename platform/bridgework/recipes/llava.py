@@ -13,7 +13,7 @@ from dataclasses import replace
 from bridgework.losses import Captioning
 from bridgework.models import MLP, Linear, PrefixVLM
 from bridgework.recipes._llava_next import next
-from bridgework.recipes._llava_parts import CAPTIONS, CLIP_L, MIX_665K, VICUNA_7B
+from bridgework.recipes._llava_parts import CAPTIONS, CLIP_L, JUDGES, MIX_665K, VICUNA_7B
 from bridgework.recipes._llava_quickstart import quickstart
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
@@ -24,27 +24,17 @@ def system() -> System:
     """LLaVA-1.5 7B: 336 px, a two-layer MLP."""
     model = PrefixVLM(vision=CLIP_L, bridge=MLP(depth=2), language=VICUNA_7B)
     align = Stage(
-        name="align",
-        model=model,
-        trains={"bridge.*": 1.0},
-        losses=(Captioning(),),
+        name="align", model=model, trains={"bridge.*": 1.0}, losses=(Captioning(),),
         data=Mixture(sources=(CAPTIONS,), template="plain"),
-        budget=Budget(steps=2_180, batch=256, micro=32),
-        optim=AdamW(peak_lr=1e-3),
-        shard=ZeRO(stage=2),
-    )
+        budget=Budget(steps=2_180, batch=256, micro=32), optim=AdamW(peak_lr=1e-3), shard=ZeRO(stage=2),
+    )  # fmt: skip
     conversations = tuple(Source(name=n, dataset=f"llava-{n}", rows=rows) for n, rows in MIX_665K.items())
     instruct = Stage(
-        name="instruct",
-        model=model,
-        trains={"bridge.*": 1.0, "language.*": 1.0},
-        losses=(Captioning(),),
+        name="instruct", model=model, trains={"bridge.*": 1.0, "language.*": 1.0}, losses=(Captioning(),),
         data=Mixture(sources=conversations, template="v1"),
-        budget=Budget(steps=5_197, batch=128, micro=16),
-        optim=AdamW(peak_lr=2e-5),
-        starts_from="align",
-        shard=ZeRO(stage=3),
-    )
+        budget=Budget(steps=5_197, batch=128, micro=16), optim=AdamW(peak_lr=2e-5), shard=ZeRO(stage=3),
+        starts_from="align", evals=JUDGES,
+    )  # fmt: skip
     return System(name="llava", paper="arXiv:2310.03744", stages=(align, instruct))
 
 
@@ -56,24 +46,14 @@ def v1() -> System:
         language=replace(VICUNA_7B, context=2048, tokenizer="lmsys/vicuna-7b-v1.1", weights="lmsys/vicuna-7b-v1.1"),
     )
     align, instruct = system().stages
-    return System(
-        name="llava",
-        paper="arXiv:2304.08485",
-        stages=(
-            replace(
-                align,
-                model=model,
-                data=replace(align.data, sources=(Source(name="cc595k", dataset="llava-cc595k", rows=595_375),)),
-                budget=Budget(steps=4_651, batch=128, micro=16),
-                optim=AdamW(peak_lr=2e-3),
-            ),
-            replace(
-                instruct,
-                model=model,
-                data=replace(
-                    instruct.data, sources=(Source(name="llava", dataset="llava-llava", rows=158_000),), lanes=32
-                ),
-                budget=Budget(steps=14_812, batch=32, micro=4),  # three epochs
-            ),
-        ),
-    )
+    captions = Source(name="cc595k", dataset="llava-cc595k", rows=595_375)
+    align = replace(
+        align, model=model, data=replace(align.data, sources=(captions,)),
+        budget=Budget(steps=4_651, batch=128, micro=16), optim=AdamW(peak_lr=2e-3),
+    )  # fmt: skip
+    conversations = Source(name="llava", dataset="llava-llava", rows=158_000)
+    instruct = replace(
+        instruct, model=model, data=replace(instruct.data, sources=(conversations,), lanes=32),
+        budget=Budget(steps=14_812, batch=32, micro=4), evals=(),
+    )  # fmt: skip
+    return System(name="llava", paper="arXiv:2304.08485", stages=(align, instruct))

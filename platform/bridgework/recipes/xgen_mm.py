@@ -1,17 +1,16 @@
 """xGen-MM, or BLIP-3 (Xue et al. 2024, arXiv:2408.08872): a resampler between a frozen SigLIP and Phi-3-mini.
 
-pretrain   resampler and LM learn from interleaved documents and captions              (100B tokens, the model card)
-instruct   any-resolution tiles: one epoch of single-image conversations               (1M)
+pretrain     resampler and LM learn from interleaved documents and captions            (100B tokens, the model card)
+instruct     any-resolution tiles: one epoch of single-image conversations             (1M)
 multi_image  conversations about several images, beside some about one
-prefer     adapters learn which of two answers is better, by DPO                       (VLFeedback: 62.6K pairs)
-safety     the adapters learn what to refuse                                           (VLGuard 2K and 5K others)
+prefer       adapters learn which of two answers is better, by DPO                     (VLFeedback: 62.6K pairs)
+safety       the adapters learn what to refuse                                         (VLGuard 2K and 5K others)
 
 bridgework train xgen_mm           4B; the authors give no cost
 bridgework train xgen_mm --tiny    a laptop: a minute
-Only fine-tuning code was ever released: what it does not say is ours (rates of the shares, batches, LoRA's rank).
-Departs from it: a newline, not <|endofchunk|>, ends a text of pretraining; SigLIP's last norm is not run, for the
-resampler begins with one; tiles are resampled as tiles (the code cuts wide grids into strips); DPO has no answers
-made from noised images.
+Shares, batches and LoRA's rank are ours: only fine-tuning code was released. Departs from it: a newline, not
+<|endofchunk|>, ends a text of pretraining; SigLIP's last norm is not run, for the resampler begins with one; tiles are
+resampled as tiles (the code cuts wide grids into strips); DPO has no answers made from noised images.
 """
 
 from dataclasses import replace
@@ -20,66 +19,54 @@ from bridgework.losses import Captioning, Preference
 from bridgework.models import LanguageConfig, LoRA, PrefixVLM, Resampler, ViTConfig
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
+PHI_3 = LanguageConfig(
+    arch="phi3", width=3072, depth=32, heads=32, kv_heads=32, ffn=8192, vocab=32_064, context=4096,
+    tokenizer="microsoft/Phi-3-mini-4k-instruct", weights="microsoft/Phi-3-mini-4k-instruct",
+)  # fmt: skip
 BASE = PrefixVLM(
-    vision=ViTConfig(
-        kind="siglip", image_size=384, patch=14, width=1152, depth=27, heads=16, ffn=4304, layer=-1, fit="pad",
-        weights="google/siglip-so400m-patch14-384",
-    ),
-    bridge=Resampler(latents=128, depth=6, heads=16, head_width=96, activation="gelu"),
-    language=LanguageConfig(
-        arch="phi3", width=3072, depth=32, heads=32, kv_heads=32, ffn=8192, vocab=32_064, context=4096,
-        tokenizer="microsoft/Phi-3-mini-4k-instruct", weights="microsoft/Phi-3-mini-4k-instruct",
-    ),
+    vision=ViTConfig(kind="siglip", image_size=384, patch=14, width=1152, depth=27, heads=16, ffn=4304, layer=-1,
+                     fit="pad", weights="google/siglip-so400m-patch14-384"),
+    bridge=Resampler(latents=128, depth=6, heads=16, head_width=96, activation="gelu"), language=PHI_3,
 )  # fmt: skip
 TILED = replace(BASE, grids=((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)))  # columns and rows of 384 px, as released
-ADAPTED = replace(TILED, language=replace(TILED.language, lora=LoRA(rank=64, alpha=128)))  # 2.6 % of the LM
+ADAPTED = replace(TILED, language=replace(PHI_3, lora=LoRA(rank=64, alpha=128)))  # 2.6 % of the LM
 WEB = {  # rows, and the share that each has; MINT's three parts are 7:5:1
     "mint_html": (1_054_000_000, 0.7), "mint_pdf": (24_000_000, 0.5), "mint_arxiv": (870_000, 0.1),
     "obelics": (141_000_000, 1.3), "kale": (218_000_000, 1.0), "ocr": (200_000_000, 0.5),
     "grounding": (50_000_000, 0.5), "datacomp": (1_400_000_000, 0.5), "cc12m": (12_400_000, 0.1),
     "cc3m": (3_300_000, 0.1), "vg": (108_000, 0.02), "sbu": (1_000_000, 0.08),
 }  # fmt: skip
-LANGUAGE_AND_BRIDGE = {"bridge.*": 1.0, "language.*": 1.0}
-SFT = AdamW(peak_lr=2e-5, warmup=2_000 / 15_625)  # the released script: warm-up of 2,000 steps, no weight decay
+PAGES = tuple(Source(name=name, dataset=name, rows=rows, factor=share) for name, (rows, share) in WEB.items())
+SINGLE = Source(name="single", dataset="xgen-sft", rows=1_000_000)
+MIXED = (Source(name="mantis", dataset="mantis-instruct", rows=721_000),
+         Source(name="mmdu", dataset="mmdu", rows=45_000), replace(SINGLE, factor=0.5))  # fmt: skip
+REFUSALS = (Source(name="vlguard", dataset="vlguard", rows=2_000),  # and what keeps it from refusing everything:
+            Source(name="helpful", dataset="xgen-sft-5k", rows=5_000))  # fmt: skip
 
 
 def system() -> System:
     """xGen-MM (Phi-3-mini): 128 tokens a tile, base square and up to four tiles an image."""
     pretrain = Stage(
-        name="pretrain", model=BASE, trains=LANGUAGE_AND_BRIDGE, losses=(Captioning(),),
-        data=Mixture(
-            sources=tuple(Source(name=n, dataset=n, rows=rows, factor=share) for n, (rows, share) in WEB.items()),
-            alpha=0.0,  # by share, whatever their size
-            template="plain",
-        ),
+        name="pretrain", model=BASE, trains={"bridge.*": 1.0, "language.*": 1.0}, losses=(Captioning(),),
+        data=Mixture(sources=PAGES, alpha=0.0, template="plain"),  # by share, whatever their size
         budget=Budget(steps=48_000, batch=1_024, micro=8), optim=AdamW(peak_lr=4e-5, warmup=0.04), shard=ZeRO(stage=2),
     )  # fmt: skip
-    single = (Source(name="single", dataset="xgen-sft", rows=1_000_000),)
-    instruct = Stage(
-        name="instruct", model=TILED, trains=LANGUAGE_AND_BRIDGE, losses=(Captioning(),),
-        data=Mixture(sources=single, template="chat"), budget=Budget(steps=15_625, batch=64, micro=8), optim=SFT,
+    instruct = replace(
+        pretrain, name="instruct", model=TILED, data=Mixture(sources=(SINGLE,), template="chat"),
+        budget=Budget(steps=15_625, batch=64, micro=8), optim=AdamW(peak_lr=2e-5, warmup=2_000 / 15_625),
         starts_from="pretrain", shard=ZeRO(stage=3),
     )  # fmt: skip
-    mixed = (
-        Source(name="mantis", dataset="mantis-instruct", rows=721_000),
-        Source(name="mmdu", dataset="mmdu", rows=45_000),
-        Source(name="single", dataset="xgen-sft", rows=1_000_000, factor=0.5),
+    several = replace(
+        instruct, name="multi_image", data=Mixture(sources=MIXED, template="chat"), starts_from="instruct"
     )
-    multi_image = replace(
-        instruct, name="multi_image", data=replace(instruct.data, sources=mixed), starts_from="instruct",
-    )  # fmt: skip
     prefer = Stage(
         name="prefer", model=ADAPTED, trains={"language.*lora_*": 1.0}, losses=(Preference(beta=0.1),),
         data=Mixture(sources=(Source(name="vlfeedback", dataset="vlfeedback", rows=62_600),), template="chat"),
-        budget=Budget(steps=978, batch=64, micro=4), optim=AdamW(peak_lr=1e-5), starts_from="instruct",
-        shard=ZeRO(stage=2),
+        budget=Budget(steps=978, batch=64, micro=4), optim=AdamW(peak_lr=1e-5), shard=ZeRO(stage=2),
+        starts_from="instruct",
     )  # fmt: skip
-    refusals = (
-        Source(name="vlguard", dataset="vlguard", rows=2_000),
-        Source(name="helpful", dataset="xgen-sft-5k", rows=5_000),  # else it learns to refuse everything
-    )
     safety = replace(
-        prefer, name="safety", losses=(Captioning(),), data=replace(prefer.data, sources=refusals),
+        prefer, name="safety", losses=(Captioning(),), data=Mixture(sources=REFUSALS, template="chat"),
         budget=Budget(steps=328, batch=64, micro=8), starts_from="prefer",  # three epochs
     )  # fmt: skip
-    return System(name="xgen_mm", paper="arXiv:2408.08872", stages=(pretrain, instruct, multi_image, prefer, safety))
+    return System(name="xgen_mm", paper="arXiv:2408.08872", stages=(pretrain, instruct, several, prefer, safety))

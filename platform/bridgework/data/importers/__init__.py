@@ -1,52 +1,49 @@
 """Importers: one module a format, with one function `run(source, dest, ...) -> Manifest`, found by import path.
 
 `bridgework data import llava-json SOURCE DEST` calls `llava_json.run`; a module of your own is `my_lab.importers.coco`.
-What they share stands here: rows in = rows out + rows put aside with a reason, in the table `DEST.quarantine`.
+What they share stands here: rows in = rows out + rows put aside with a reason, in the table `DEST.quarantine`. An
+import that was cut off goes on when the same command is given again.
 """
 
 import hashlib
 import io
 import json
 import os
-import pkgutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import import_module
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
+from typing import Any, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from bridgework.data.quarantine import BadSample, Quarantine, Reason, clear
-from bridgework.data.samples import Sample
-from bridgework.data.shards import Manifest, read_manifest, write
+from bridgework.data import formats as by_name
+from bridgework.data.chunks import CHUNK_ROWS, Chunk, ChunkStore, chunks
+from bridgework.data.chunks import Row as Row  # what an importer's rows are
+from bridgework.data.importing import Job, tidy
+from bridgework.data.quarantine import BadSample, Quarantine, Reason
+from bridgework.data.shards import Manifest, read_manifest
 from bridgework.data.transforms import MAX_BYTES, decode
-from bridgework.errors import DataError, suggest
+from bridgework.errors import DataError
 
 PLACEHOLDER = "<image>"  # where an image stands in a text; a caption has no business to hold one
 
+ACTOR_CPUS = 0.5  # `workers` is the knob: on a small machine a whole CPU each would not fit beside Ray itself
+WAVE = 256  # chunks that Ray is given at a time: a million rows to hold, and hours of work for its start of seconds
+
 Say = Callable[[str], object]
-Row = tuple[str, Callable[[], Sample]]  # a key, and what makes the sample or raises BadSample
 
 
 def formats() -> list[str]:
     """The formats that ship, as the command line writes them."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+    return by_name.names(__name__)
 
 
 def load(name: str) -> Callable[..., Manifest]:
     """The importer of a format: `llava-json`, or the import path of a module with a function `run`."""
-    path = name if "." in name else f"{__name__}.{name.replace('-', '_')}"
-    try:
-        run: Callable[..., Manifest] = import_module(path).run
-    except ModuleNotFoundError as error:
-        if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
-            raise  # the importer exists; something that it imports does not
-        raise DataError(f"there is no format {name!r}" + suggest(name, formats())) from None
-    except AttributeError:
-        raise DataError(f"{path} is no importer: it has no function run(source, dest, ...)") from None
-    return run
+    return by_name.load(__name__, name)
 
 
 def ingest(
@@ -59,31 +56,67 @@ def ingest(
     parameters: Mapping[str, Any],
     max_bad: float,
     say: Say,
+    workers: int = 0,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> Manifest:
     """Write the good rows to `dest`, the bad ones to the table `DEST.quarantine`.
 
-    A `dest` that was made from the same source with the same parameters is left as it is. Raises DataError when it
-    holds something else, and when more than the share `max_bad` of the rows is bad.
+    `rows()` gives the rows of the source, always in the same order and without reading what they hold; `workers`
+    actors of Ray read them, `chunk_rows` at a time, or with 0 this process does. Neither that number nor an
+    interruption changes the result. A `dest` that was made from the same source with the same parameters is left as
+    it is. Raises DataError when it holds something else, and when more than the share `max_bad` of the rows is bad.
     """
     done = _made_before(source, dest, made_by, parameters)
     if done is not None:
+        tidy(dest)
         say(f"{dest}: nothing to do, it holds these {done.rows} rows already")
         return done
-    folder = dest.rstrip("/") + ".quarantine"
-    clear(folder)
-    quarantine = Quarantine(folder, limit=max_bad)
-    manifest = write(
-        _sound(rows(), source, quarantine),
-        dest,
-        source=source,
-        licence=licence,
-        made_by=made_by,
-        parameters=parameters,
-        quarantine=quarantine,
-    )
-    aside = f"; {len(quarantine)} put aside, see {folder}" if len(quarantine) else ""
+    told = {"licence": licence, "made_by": made_by, "parameters": parameters, "chunk_rows": chunk_rows}
+    job = Job.begin(source, dest, **told)
+    count = kept = 0
+    rest = chunks(rows(), chunk_rows)
+    while wave := list(islice(rest, WAVE if workers else 1)):
+        new = [chunk for chunk in wave if not job.store.holds(chunk)]
+        if len(new) < len(wave) and not kept:
+            say(f"{dest}: goes on where it was cut off")
+        count, kept = count + len(wave), kept + len(wave) - len(new)
+        _make(job.store, new, workers)
+    quarantine = Quarantine(dest.rstrip("/") + ".quarantine", limit=max_bad)
+    manifest = job.finish(count, quarantine)
+    aside = f"; {len(quarantine)} put aside, see {quarantine.folder}" if len(quarantine) else ""
     say(f"{dest}: {manifest.rows} rows in {len(manifest.shards)} shards{aside}")
     return manifest
+
+
+def _make(store: ChunkStore, new: Sequence[Chunk], workers: int) -> None:
+    if not workers:
+        for chunk in new:
+            store.make(chunk)
+        return
+    if not new:
+        return
+    import ray.data  # a machine that imports in one process needs no Ray
+
+    made = ray.data.from_items([{"chunk": chunk} for chunk in new], override_num_blocks=len(new)).map(
+        cast(Any, _Maker),
+        fn_constructor_args=(store, os.getcwd()),
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(new))),
+        num_cpus=ACTOR_CPUS,
+    )
+    made.materialize()
+
+
+class _Maker:
+    """An actor of Ray that makes chunks, in the folder of the process that asked: relative paths mean what they say."""
+
+    def __init__(self, store: ChunkStore, folder: str) -> None:
+        with suppress(OSError):  # another machine may have no such folder, and URLs need none
+            os.chdir(folder)
+        self._store = store
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        self._store.make(item["chunk"])
+        return {"number": item["chunk"].number}
 
 
 def _made_before(source: str, dest: str, made_by: str, parameters: Mapping[str, Any]) -> Manifest | None:
@@ -100,22 +133,6 @@ def _made_before(source: str, dest: str, made_by: str, parameters: Mapping[str, 
         f"{dest} holds another dataset: its {name} is {found.get(name)!r}, and {wanted.get(name)!r} is wanted; "
         "delete it or choose another place"
     )
-
-
-def _sound(rows: Iterable[Row], source: str, quarantine: Quarantine) -> Iterator[Sample]:
-    keys: set[str] = set()
-    for number, (key, read) in enumerate(rows):
-        try:
-            sample = read()
-            if sample.key in keys:
-                raise BadSample(Reason.DUPLICATE_KEY, f"{sample.key!r} stood before")
-            for image in sample.images:
-                decode(image)
-        except BadSample as error:
-            quarantine.add(source, key, number, error)
-        else:
-            keys.add(sample.key)
-            yield sample
 
 
 class Keys:
@@ -148,8 +165,7 @@ def read_image(folder: str, name: Any) -> bytes:
     """The file `name` inside `folder`. Raises BadSample for a path that leaves it, for no file and for a huge one."""
     if not isinstance(name, str) or not name:
         raise BadSample(Reason.BAD_ROW, f"{name!r} is no path of an image")
-    parts = name.split("/")
-    if name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0] or not name.isprintable():
+    if not plain(name):
         raise BadSample(Reason.OUTSIDE, f"{name!r} is not a plain path inside the image folder")
     fs, root = fsspec.core.url_to_fs(folder)
     path = f"{root}/{name}"
@@ -160,6 +176,13 @@ def read_image(folder: str, name: Any) -> bytes:
     if fs.size(path) > MAX_BYTES:
         raise BadSample(Reason.TOO_MANY_BYTES, f"{name!r} has {fs.size(path)} bytes; at most {MAX_BYTES} are read")
     return bytes(fs.cat_file(path))
+
+
+def plain(name: str) -> bool:
+    """Whether `name` is a path that stays inside its folder and can be printed."""
+    parts = name.split("/")
+    inside = not name.startswith("/") and ".." not in parts and "\\" not in name and ":" not in parts[0]
+    return inside and name.isprintable()
 
 
 def read_text(path: str) -> str:

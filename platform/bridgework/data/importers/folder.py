@@ -1,4 +1,4 @@
-"""A folder of images with captions: in a CSV or JSONL table, or in a text file of the same name beside each image."""
+"""A folder of images with captions: in a table, or in a text file of the same name beside each image."""
 
 import csv
 import io
@@ -17,7 +17,8 @@ from bridgework.data.shards import Manifest
 from bridgework.errors import DataError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-TABLES = (".csv", ".jsonl")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TABLES = (*DELIMITERS, ".json", ".jsonl")
 
 
 def run(
@@ -29,12 +30,13 @@ def run(
     text: str = "caption",
     licence: str = "unknown",
     max_bad: float = SHARE,
+    workers: int = 0,
     say: Say = print,
 ) -> Manifest:
     """Import the pairs under the folder `source`.
 
-    `table` is a .csv or .jsonl file in it, whose columns `image` and `text` hold a path and a caption; the second
-    caption of one image gets the key `PATH#2`. Without a table, `cat.jpg` is described by `cat.txt`.
+    `table` is a .csv, .tsv, .json (a list) or .jsonl file in it, whose columns `image` and `text` hold a path and a
+    caption; the second caption of one image gets the key `PATH#2`. Without a table, `cat.txt` describes `cat.jpg`.
     """
     names = _names(source)
     if table is None:
@@ -43,7 +45,7 @@ def run(
         content = read_text(f"{source.rstrip('/')}/{table}")
         rows = partial(_listed, source, list(_table(content, table)), image, text)
     else:
-        raise DataError(f"the table {table} is neither {' nor '.join(TABLES)}")
+        raise DataError(f"the table {table} is none of {', '.join(TABLES)}")
     return ingest(
         rows,
         source,
@@ -52,6 +54,7 @@ def run(
         made_by=__name__,
         parameters={"table": table, "image": image, "text": text, "sha256": fingerprint(content)},
         max_bad=max_bad,
+        workers=workers,
         say=say,
     )
 
@@ -69,11 +72,12 @@ def _beside(source: str, names: list[tuple[str, int]]) -> Iterator[Row]:
     known = {name for name, _ in names}
     for name in sorted(known):
         if name.lower().endswith(IMAGES):
-            yield name, partial(_described, source, name, str(PurePosixPath(name).with_suffix(".txt")), known)
+            description = str(PurePosixPath(name).with_suffix(".txt"))
+            yield name, partial(_described, source, name, description, description in known)
 
 
-def _described(source: str, name: str, description: str, known: set[str]) -> Sample:
-    if description not in known:
+def _described(source: str, name: str, description: str, there: bool) -> Sample:
+    if not there:
         raise BadSample(Reason.EMPTY_TEXT, f"there is no {description} to describe it")
     try:
         text = read_image(source, description).decode("utf-8-sig")
@@ -84,17 +88,26 @@ def _described(source: str, name: str, description: str, known: set[str]) -> Sam
 
 def _table(content: str, table: str) -> Iterator[Any]:
     """The rows as dictionaries; a line that is no JSON as the text it is."""
-    if table.endswith(".csv"):
+    ending = PurePosixPath(table).suffix
+    if ending in DELIMITERS:
         try:
-            yield from csv.DictReader(io.StringIO(content, newline=""), strict=True)
+            yield from csv.DictReader(io.StringIO(content, newline=""), strict=True, delimiter=DELIMITERS[ending])
         except csv.Error as error:
-            raise DataError(f"{table} is no CSV file: {error}") from None
-        return
-    for line in filter(str.strip, content.split("\n")):
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError):
-            yield line
+            raise DataError(f"{table} is no {ending[1:].upper()} file: {error}") from None
+    elif ending == ".json":
+        rows = _json(content)
+        if not isinstance(rows, list):
+            raise DataError(f"{table} holds no JSON list of rows")
+        yield from rows
+    else:
+        yield from map(_json, filter(str.strip, content.split("\n")))
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _listed(source: str, table: list[Any], image: str, text: str) -> Iterator[Row]:

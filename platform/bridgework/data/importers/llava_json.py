@@ -24,6 +24,7 @@ def run(
     images: str | None = None,
     licence: str = "unknown",
     max_bad: float = SHARE,
+    workers: int = 0,
     say: Say = print,
 ) -> Manifest:
     """Import the JSON file `source`; its image paths are relative to `images`, by default the file's own folder.
@@ -34,13 +35,14 @@ def run(
     folder = images if images is not None else source.rpartition("/")[0] or "."
     parameters = {"images": folder, "sha256": fingerprint(text)}
     return ingest(
-        lambda: _rows(text, source, folder),
+        partial(_rows, text, source, folder),
         source,
         dest,
         licence=licence,
         made_by=__name__,
         parameters=parameters,
         max_bad=max_bad,
+        workers=workers,
         say=say,
     )
 
@@ -63,12 +65,13 @@ def _sample(key: str, entry: Any, folder: str) -> Sample:
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
         raise BadSample(Reason.BAD_ROW, "the row is no object with a list `conversations`")
     names = entry.get("image") or []
-    parts = tuple(_parts(entry["conversations"]))
+    told = tuple(parts(entry["conversations"]))
     files = tuple(read_image(folder, name) for name in (names if isinstance(names, list) else [names]))
-    return Sample(key, files, parts)
+    return Sample(key, files, told)
 
 
-def _parts(turns: list[Any]) -> Iterator[Part]:
+def parts(turns: list[Any]) -> Iterator[Part]:
+    """The parts of a list of {"from", "value"}. Raises BadSample for turns that are no conversation."""
     shown = 0
     for role, text in _turns(turns):
         for place, stretch in enumerate(text.split(PLACEHOLDER)):

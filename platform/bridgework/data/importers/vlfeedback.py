@@ -10,9 +10,10 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from bridgework.data.importers import PLACEHOLDER, Row, Say, fingerprint, ingest, read_image, read_text
+from bridgework.data.importers import Row, Say, fingerprint, ingest, read_text
+from bridgework.data.importers.preferences import preference
 from bridgework.data.quarantine import SHARE, BadSample, Reason
-from bridgework.data.samples import Part, Sample
+from bridgework.data.samples import Sample
 from bridgework.data.shards import Manifest
 
 ASPECTS = ("Helpfulness", "Visual Faithfulness", "Ethical Considerations")
@@ -25,6 +26,7 @@ def run(
     images: str | None = None,
     licence: str = "unknown",
     max_bad: float = SHARE,
+    workers: int = 0,
     say: Say = print,
 ) -> Manifest:
     """Import the file `source`; its image paths are relative to `images`, by default the file's own folder.
@@ -34,13 +36,14 @@ def run(
     text = read_text(source)
     folder = images if images is not None else source.rpartition("/")[0] or "."
     return ingest(
-        lambda: _rows(text, folder),
+        partial(_rows, text, folder),
         source,
         dest,
         licence=licence,
         made_by=__name__,
         parameters={"images": folder, "sha256": fingerprint(text)},
         max_bad=max_bad,
+        workers=workers,
         say=say,
     )
 
@@ -59,15 +62,10 @@ def _rows(text: str, folder: str) -> Iterator[Row]:
 
 
 def _sample(key: str, entry: Any, answers: list[tuple[float, str]], folder: str) -> Sample:
-    question = entry.get("prompt") if isinstance(entry, dict) else None
-    if not isinstance(question, str) or not question.strip() or not answers:
-        raise BadSample(Reason.BAD_ROW, f"the row has no `prompt`, or no two answers rated for {', '.join(ASPECTS)}")
-    if any(PLACEHOLDER in text for text in (question, *(text for _, text in answers))):
-        raise BadSample(Reason.PLACEHOLDERS, f"a text holds {PLACEHOLDER!r}")
-    asked = Part("user", image=0), Part("user", text="\n" + question.strip())
-    chosen, rejected = answers[-1][1], answers[0][1]
-    image = read_image(folder, entry.get("image"))
-    return Sample(key, (image,), (*asked, Part("assistant", text=chosen)), rejected=rejected)
+    if not answers:
+        raise BadSample(Reason.BAD_ROW, f"the row has no two answers rated for {', '.join(ASPECTS)}")
+    shown = {"image": entry.get("image"), "question": entry.get("prompt")}
+    return preference(key, {**shown, "chosen": answers[-1][1], "rejected": answers[0][1]}, folder)
 
 
 def _rated(entry: Any) -> list[tuple[float, str]]:

@@ -1,0 +1,86 @@
+"""What is done with the samples: the cases, and a batch of what a library gives, by the same functions as ours."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.ingest.store import MIX, WHOLE, Raw
+from bridgework.data.batch import Batch, Row, collate
+from bridgework.data.samples import Part
+from bridgework.data.streams import Streams
+from bridgework.data.transforms import read_square
+from bridgework.models import EfficientNetConfig, LanguageConfig, Linear, PrefixVLM
+from bridgework.system import Mixture, Packing, Source
+
+BATCH = 32
+WINDOW = 16  # steps: a reader of ours decodes 512 rows before it gives the first
+SIDE = 224
+LM = LanguageConfig(width=32, depth=1, heads=2, kv_heads=2, ffn=64, vocab=320, context=512, tokenizer="bytes")
+MODEL = PrefixVLM(vision=EfficientNetConfig(image_size=SIDE, grid=2, fit="crop"), bridge=Linear(), language=LM)
+
+Decode = Callable[[bytes], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the sides of a comparison all do."""
+
+    name: str
+    parts: tuple[str, ...]  # of the store; several are mixed by the square root of their sizes
+    decodes: bool = True  # and tokenises, and collates
+    packing: Packing | None = None
+    lanes: int = 16
+
+    @property
+    def mixture(self) -> Mixture:
+        sources = tuple(Source(name=part, dataset="-") for part in self.parts)
+        return Mixture(
+            sources=sources, alpha=0.5, template="plain", packing=self.packing, lanes=self.lanes, window=WINDOW
+        )
+
+
+READ, DECODE = Case("read", WHOLE, decodes=False), Case("decode", WHOLE)
+MIXED, PACKED = Case("mix", MIX), Case("pack", MIX, packing=Packing(), lanes=4)
+CASES = {each.name: each for each in (READ, DECODE, MIXED, PACKED)}
+
+
+class Work:
+    """From the samples of a batch to the batch, or where the case only reads, nothing."""
+
+    def __init__(self, case: Case, decode: Decode) -> None:
+        self._decodes = case.decodes
+        self._streams = Streams.of(MODEL, case.mixture)
+        self._decode = decode
+
+    def __call__(self, raws: Sequence[Raw]) -> Batch | Sequence[Raw]:
+        if not self._decodes:
+            return raws
+        return collate([self._row(raw) for raw in raws], pad_id=self._streams.tokenizer.pad_token_id)
+
+    def _row(self, raw: Raw) -> Row:
+        encoded = self._streams.train([Part("caption", image=0), Part("caption", text=raw.text)])
+        return Row(0, 0, raw.key, 0, encoded.ids, encoded.labels, self._decode(raw.image)[None])
+
+
+def ours(file: bytes) -> NDArray[np.uint8]:
+    return read_square(file, MODEL.pixels)
+
+
+def pillow(file: bytes) -> NDArray[np.uint8]:
+    """What users of the other libraries write, as torchvision's Resize and CenterCrop: decode whole, resize, cut."""
+    image = Image.open(io.BytesIO(file)).convert("RGB")
+    short = min(image.size)
+    wide, high = (SIDE * side // short for side in image.size)
+    left, top = (wide - SIDE) // 2, (high - SIDE) // 2
+    square = image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + SIDE, top + SIDE))
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def keys(batch: Any) -> list[str]:
+    """Of what any side gives for a step: a Batch, rows or samples."""
+    return list(batch.keys) if isinstance(batch, Batch) else [each.key for each in batch]

@@ -1,0 +1,267 @@
+"""How a curation runs: facts of every row (`facts`), a verdict on every row, and the dataset of what goes on.
+
+`DEST.judged/<address>/` holds the facts of every shard; the address names the curation, its models and the fields that
+the facts depend on. Other thresholds take the same facts. A dataset that is whole is taken as it is.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
+
+from bridgework.curation import facts
+from bridgework.curation.facts import Fact as Fact
+from bridgework.curation.facts import Judge as Judge
+from bridgework.curation.facts import bad as bad
+from bridgework.data.catalog import resolve
+from bridgework.data.manifest import Manifest, read_manifest
+from bridgework.data.quarantine import BadSample, Quarantine, Reason, clear
+from bridgework.data.samples import Sample
+from bridgework.data.shards import Dataset, open_dataset, write
+from bridgework.errors import DataError
+from bridgework.spec import to_dict
+
+PLACE = ("makes", "sources")  # fields of system.CurationSpec: where it stands in a recipe, not what it does
+
+Say = Callable[[str], object]
+Rows = Callable[[], Iterator[tuple[Sample, Fact]]]  # every row that could be judged, in order
+Model = Annotated[str, "an artefact's folder; on the command line, a registered model as well"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of one row of the source."""
+
+    why: str  # a short constant phrase, counted and printed: "kept", "duplicate of an earlier row", ..
+    samples: tuple[Sample, ...] = ()  # what goes on: none drops the row
+    note: str = ""  # shown under the picture: a score, the twin's key
+
+
+class Curation(Protocol):
+    """A frozen spec, in the module of the command's name: `curation/dedup.py` holds Dedup."""
+
+    drawn: ClassVar[tuple[str, ...]]  # the attributes that facts depend on; all other fields only decide
+
+    def models(self, home: Path) -> Mapping[str, str]:
+        """The digest of every model, list and dataset that facts depend on, by role; a field's name where it has one.
+
+        Raises DataError, WeightsError or SpecError for what is not there or does not fit.
+        """
+
+    def judge(self, home: Path) -> Judge:
+        """What tells the facts of a row; made once in each actor."""
+
+    def decide(self, rows: Rows) -> Iterator[Verdict]:
+        """One verdict for every row, in order. `rows` may be called several times: for global counts first."""
+
+
+def make(
+    curation: Curation, sources: Sequence[str], dest: str, *, home: Path, workers: int = 0, say: Say = print
+) -> Manifest:
+    """The manifest of the dataset at `dest`, made now unless it is there; a run that was cut off goes on.
+
+    `sources` are read one after the other. `workers` actors of Ray judge; 0 works in this process. Every row is kept,
+    dropped or quarantined, and the counts stand in the manifest. Raises DataError for another dataset at `dest`, for
+    too many rows that cannot be judged, and where nothing is kept.
+    """
+    making = Making.of(curation, sources, dest, home)
+    if (made := making.made()) is not None:
+        say(f"{making.command}: nothing to do, {dest} holds these {made.rows:,} rows already")
+        return made
+    tasks = making.tasks()
+    left = [task for task in tasks if not facts.there(task.file)]
+    known = f"; {len(tasks) - len(left)} of {len(tasks)} shards were judged before" if len(left) < len(tasks) else ""
+    say(f"{making.command}: {making.rows_in:,} rows to judge{known}")
+    facts.judge(partial(curation.judge, home), left, workers)
+    made = making.write()
+    say(f"{making.command}: made {made.rows:,} rows of {making.rows_in:,} ({_listed(made.parameters['counts'])})")
+    return made
+
+
+class Row(NamedTuple):
+    """A row of a source, by its place."""
+
+    dataset: Dataset
+    number: int  # of the row in it
+    key: str
+    fact: Fact
+
+    @property
+    def error(self) -> BadSample | None:
+        """Why the row cannot be judged."""
+        if "bad" not in self.fact:
+            return None
+        reason, detail = self.fact["bad"]
+        return BadSample(Reason(reason), detail)
+
+    def sample(self) -> Sample:
+        shard, group, place = self.dataset.locate(self.number)
+        return self.dataset.read_group(shard, group)[place]
+
+
+@dataclass(frozen=True)
+class Making:
+    """A curation with its sources and models at hand."""
+
+    curation: Curation
+    dest: str
+    datasets: tuple[Dataset, ...]
+    models: Mapping[str, str]
+
+    @classmethod
+    def of(cls, curation: Curation, sources: Sequence[str], dest: str, home: Path) -> "Making":
+        """Raises DataError for a source that is not there or stands twice, and what `curation.models` raises."""
+        datasets = tuple(open_dataset(resolve(source, home)) for source in sources)
+        if len({dataset.manifest.digest for dataset in datasets}) < max(1, len(datasets)):
+            raise DataError(f"a curation reads one source or several, each once; got {', '.join(sources) or 'none'}")
+        place = dest if "://" in dest else os.path.abspath(dest)  # actors run in folders of their own
+        return cls(curation, place.rstrip("/"), datasets, dict(curation.models(home)))
+
+    @property
+    def module(self) -> str:
+        return type(self.curation).__module__
+
+    @property
+    def command(self) -> str:
+        return self.module.rpartition(".")[2]
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return tuple(dataset.manifest.digest for dataset in self.datasets)
+
+    @property
+    def rows_in(self) -> int:
+        return sum(dataset.manifest.rows for dataset in self.datasets)
+
+    def parameters(self) -> dict[str, Any]:
+        """What, beside its parents, decides the dataset: the spec's fields; a model by its digest, not its place."""
+        told = {name: value for name, value in to_dict(self.curation).items() if name not in ("_", *PLACE)}
+        return told | dict(self.models)
+
+    def tasks(self) -> list[facts.Task]:
+        """Every shard of every source, in order."""
+        drawn = {name: to_dict(getattr(self.curation, name)) for name in self.curation.drawn} | dict(self.models)
+        address = hashlib.sha256(json.dumps([self.module, drawn], sort_keys=True).encode()).hexdigest()[:16]
+        return [
+            facts.Task(d.path, n, s.rows, f"{self.dest}.judged/{address}/{d.manifest.digest[:16]}-{n:05d}.jsonl")
+            for d in self.datasets
+            for n, s in enumerate(d.manifest.shards)
+        ]
+
+    def told(self) -> Iterator[Row]:
+        """Every row of every source, without its images."""
+        tasks = iter(self.tasks())
+        for dataset in self.datasets:
+            number = 0
+            for _ in dataset.manifest.shards:
+                task = next(tasks)
+                for key, fact in facts.read(task.file, task.rows):
+                    yield Row(dataset, number, key, fact)
+                    number += 1
+
+    def rows(self) -> Iterator[tuple[Sample, Fact]]:
+        """What a curation decides on."""
+        samples = (sample for dataset in self.datasets for sample in dataset.samples())
+        for sample, row in zip(samples, self.told(), strict=True):
+            if sample.key != row.key:
+                raise DataError(f"{self.dest}.judged has the key {row.key!r} for {sample.key!r}; delete the folder")
+            if row.error is None:
+                yield sample, row.fact
+
+    def verdicts(self) -> Iterator[tuple[Row, Verdict]]:
+        """Every row that could be judged, with what becomes of it. Raises DataError where they are not as many."""
+        told = (row for row in self.told() if row.error is None)
+        verdicts = self.curation.decide(self.rows)
+        for row in told:
+            verdict = next(verdicts, None)
+            if verdict is None:
+                raise DataError(f"{self.module}: decide gives fewer verdicts than rows; {row.key!r} has none")
+            yield row, verdict
+        if next(verdicts, None) is not None:
+            raise DataError(f"{self.module}: decide gives more verdicts than rows")
+
+    # --- out ---------------------------------------------------------------------------------------------------------
+
+    def made(self) -> Manifest | None:
+        """What stands at `dest`, if it is what would be made. Raises DataError where it is something else."""
+        if not facts.there(f"{self.dest}/manifest.json"):
+            return None
+        manifest, wanted = read_manifest(self.dest), self.parameters()
+        had = {name: value for name, value in manifest.parameters.items() if name != "counts"}
+        other = [name for name in sorted(had.keys() | wanted.keys()) if had.get(name) != wanted.get(name)]
+        if manifest.parents != self.parents:
+            other = ["sources", *other]
+        if manifest.made_by != self.module:
+            other = ["curation"]
+        if not other:
+            return manifest
+        raise DataError(
+            f"{self.dest} holds another dataset (it differs in {', '.join(other)}); delete it or choose another place"
+        )
+
+    def write(self) -> Manifest:
+        """Decide on every row and write what goes on; all facts are there."""
+        quarantine = self._quarantine()
+        counts = Counter[str]()
+        parameters = self.parameters()
+        return write(
+            self._samples(counts, parameters, len(quarantine)),
+            self.dest,
+            source=", ".join(dataset.path for dataset in self.datasets),
+            licence=", ".join(dict.fromkeys(dataset.manifest.licence for dataset in self.datasets)),
+            made_by=self.module,
+            parameters=parameters,  # with the counts, as soon as the last sample is written
+            parents=self.parents,
+            quarantine=quarantine,
+        )
+
+    def _quarantine(self) -> Quarantine:
+        """The table of the rows that could not be judged. Raises DataError where they are too many."""
+        folder = f"{self.dest}.quarantine"
+        clear(folder)
+        quarantine = Quarantine(folder)
+        for row in self.told():
+            if (error := row.error) is not None:
+                quarantine.add(row.dataset.manifest.digest, row.key, row.number, error)
+        quarantine.check(self.rows_in)
+        quarantine.limit = 1.0  # it is a share of the rows that come in, and `write` knows only those that go on
+        return quarantine
+
+    def _samples(self, counts: Counter[str], parameters: dict[str, Any], aside: int) -> Iterator[Sample]:
+        keys = set[str]()
+        for row, verdict in self.verdicts():
+            counts[verdict.why] += 1
+            for sample in verdict.samples:
+                keys.add(key := _free(sample.key, keys))
+                yield self._stamped(sample, key, row)
+        if not keys:
+            raise DataError(
+                f"{self.command} keeps nothing of {self.rows_in:,} rows ({_listed(counts)}), so {self.dest} is not "
+                "written; loosen what it asks for"
+            )
+        if counts.total() + aside != self.rows_in:
+            raise DataError(
+                f"{self.command}: {self.rows_in:,} rows came in, {counts.total():,} have a verdict, {aside:,} are bad"
+            )
+        parameters["counts"] = dict(counts)
+
+    def _stamped(self, sample: Sample, key: str, row: Row) -> Sample:
+        """The sample under its key, with where it comes from."""
+        told = {"dataset": row.dataset.manifest.digest, "key": row.key, **self.models}
+        stamp = {f"{self.command}.{name}": value for name, value in told.items()}
+        return replace(sample, key=key, provenance={**sample.provenance, **stamp})
+
+
+def _free(key: str, taken: Set[str]) -> str:
+    """`key`, or `key#2` and on: rows of two sources may share a key, and in one dataset they may not."""
+    return key if key not in taken else next(k for n in count(2) if (k := f"{key}#{n}") not in taken)
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{rows:,} {why}" for why, rows in sorted(counts.items(), key=lambda item: -item[1]))

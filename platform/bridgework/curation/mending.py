@@ -1,0 +1,87 @@
+"""Rules that mend a description and leave a mended one as it is (MiniGPT-4, arXiv:2304.10592, 3.2).
+
+They remove and never add: marks without a meaning, scaffolding, words that repeat themselves; and of sentences, those
+that stood before, break off, are in another language or speak of the model instead of the picture.
+"""
+
+import re
+import unicodedata
+from functools import cache
+from typing import Any
+
+LETTERS = 0.8  # of a sentence's letters are Latin ones, at least
+TELLING_WORDS = 8  # a sentence of fewer says too little of its language
+SURE = 0.95  # probability of another language: a sentence is dropped
+
+_SCAFFOLD = re.compile(
+    r"#{2,}\s*(?:(?:human|assistant|system)\s*:?)?|\b(?:human|assistant)\s*:|</?img>|<image(?:here)?>"
+    r"|<\|[^|<>]{1,40}\|>|</?s>|<unk>|<pad>",
+    re.IGNORECASE,
+)
+_MARKS = re.compile(
+    r"([^\w\s])\1{3,}|[\u25a0-\u25ff\ufffd\ufffc]+"
+)  # more than three of one mark, and boxes for glyphs
+_REPEATED = re.compile(r"\b(\w++(?:[^\w.!?]++\w++){0,5}?)(?:[\s,]++\1\b)+", re.IGNORECASE)
+_ENDS = re.compile(  # the second kind: Chinese and Japanese put no space there
+    r"(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bvs\.)(?<!e\.g\.)(?<!i\.e\.)(?<=[.!?])\s+"
+    r"|(?<=[\u3002\uff01\uff1f])\s*"
+)
+_WHOLE = re.compile(r"[.!?][\"')\]]*$")
+_LEFT_OVER = re.compile(
+    r"\b(?:I am|I'm) (?:sorry|afraid|unable|not able|an? (?:AI|language model|assistant))\b|\bI apologi[sz]e\b"
+    r"|\bas an? (?:AI|language model|assistant)\b|\blet me know\b|\bI (?:cannot|can't|can not) (?:see|view|continue)\b"
+    r"|^(?:sure|certainly|of course|okay)\b[,!.]|\bthe corrected description\b|\bhere is the\b.*\bdescription\b",
+    re.IGNORECASE,
+)
+
+
+def mend(text: str) -> str:
+    """The text by all rules, as often as they find something: mended twice is mended once. May be empty."""
+    mended = _once(text)
+    while mended != text:
+        text, mended = mended, _once(mended)
+    return mended
+
+
+def wrong(text: str, min_words: int) -> str | None:
+    """Why a mended text is dropped, in a few constant words; None where it is not."""
+    words = len(text.split())
+    if not words:
+        return "nothing is left"
+    if words < min_words:
+        return "too short"
+    return None if _language(text)[0] == "en" else "not English"
+
+
+def _once(text: str) -> str:
+    text = "".join(c for c in unicodedata.normalize("NFC", text) if c.isspace() or unicodedata.category(c)[0] != "C")
+    text = " ".join(_MARKS.sub(" ", _SCAFFOLD.sub(" ", text)).split())
+    kept: dict[str, str] = {}
+    for sentence in _ENDS.split(text):
+        sentence = _REPEATED.sub(r"\1", sentence)
+        words = re.findall(r"\w+", sentence.casefold())
+        if len(words) > 1 and _WHOLE.search(sentence) and not _LEFT_OVER.search(sentence) and _english(sentence):
+            kept.setdefault(" ".join(words), sentence)
+    return " ".join(kept.values())
+
+
+def _english(sentence: str) -> bool:
+    letters = [c for c in sentence if c.isalpha()]
+    if not letters or sum(c < "\u0250" for c in letters) < LETTERS * len(letters):  # Basic Latin to Extended-B
+        return False
+    if len(sentence.split()) < TELLING_WORDS:
+        return True
+    language, probability = _language(sentence)
+    return language == "en" or probability < SURE
+
+
+def _language(text: str) -> tuple[str, float]:
+    language, probability = _identifier().classify(text)
+    return str(language), float(probability)
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -1,0 +1,94 @@
+"""Exporters: one module a format, with one function `run(source, dest, ...) -> Exported`, found by import path.
+
+`bridgework data export llava-json SOURCE DEST` calls `llava_json.run`. What they share stands here: an export is there
+as a whole or not at all, and says what its format could not hold.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import fsspec
+
+from bridgework.data import formats as by_name
+from bridgework.data.samples import Sample
+from bridgework.errors import DataError
+
+_MAGIC = (
+    (b"\xff\xd8\xff", 0, "jpg"),
+    (b"\x89PNG", 0, "png"),
+    (b"WEBP", 8, "webp"),
+    (b"GIF8", 0, "gif"),
+    (b"BM", 0, "bmp"),
+)
+
+
+def formats() -> list[str]:
+    """The formats that ship, as the command line writes them."""
+    return by_name.names(__name__)
+
+
+def load(name: str) -> Callable[..., "Exported"]:
+    """The exporter of a format: `llava-json`, or the import path of a module with a function `run`."""
+    return by_name.load(__name__, name)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came out, and in how many rows a field was lost because the format has no place for it."""
+
+    rows: int
+    images: int
+    lost: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lost = ", ".join(f"{name} of {rows:,} rows" for name, rows in sorted(self.lost.items()))
+        return f"{self.rows:,} rows, {self.images:,} images; lost: {lost or 'nothing'}"
+
+
+class Losses(Counter[str]):
+    """Counts the rows in which a field was filled and is lost."""
+
+    def note(self, sample: Sample, names: tuple[str, ...]) -> None:
+        """Count those of the fields `names` that this sample fills."""
+        self.update(name for name in names if getattr(sample, name))
+
+
+@contextmanager
+def staged(dest: str, *, last: str) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
+    """(file system, folder): what is written into the folder is moved to `dest` at the end, the file `last` last.
+
+    On any error nothing stays. Raises DataError where there is something at `dest` already.
+    """
+    fs, root = fsspec.core.url_to_fs(dest.rstrip("/"))
+    if fs.exists(root) and (not fs.isdir(root) or fs.ls(root, detail=False)):
+        raise DataError(f"{dest} is there already; delete it or choose another place")
+    stage = f"{root}.part-{uuid4().hex[:8]}"
+    try:
+        fs.makedirs(stage)
+        yield fs, stage
+        names = [str(path).rsplit(stage, 1)[1].lstrip("/") for path in fs.find(stage)]
+        for name in sorted(names, key=lambda name: (name == last, name)):
+            fs.makedirs(f"{root}/{name}".rsplit("/", 1)[0], exist_ok=True)
+            fs.mv(f"{stage}/{name}", f"{root}/{name}")
+    finally:
+        if fs.exists(stage):
+            fs.rm(stage, recursive=True)
+
+
+def ending(image: bytes) -> str:
+    """How a file of these bytes is called: jpg, png, webp, gif or bmp. Raises DataError for anything else."""
+    for magic, offset, name in _MAGIC:
+        if image.startswith(magic, offset):
+            return name
+    raise DataError(f"an image begins with {image[:12]!r}, which is no image; run `bridgework data verify`")
+
+
+def filled(sample: Sample) -> dict[str, Any]:
+    """The fields of a sample that hold something, but for its key and its images, ready for JSON."""
+    fields = {name: value for name, value in vars(sample).items() if value and name not in ("key", "images", "parts")}
+    parts = [{name: value for name, value in vars(part).items() if value is not None} for part in sample.parts]
+    return {"parts": parts} | fields | ({"boxes": [vars(box) for box in sample.boxes]} if sample.boxes else {})

@@ -1,0 +1,102 @@
+"""LLaVA's JSON: a list of {"id", "image"?, "conversations": [{"from", "value"}]} beside a folder of images.
+
+An image is named by its sha256, so one that many rows show is stored once. The format holds conversations and nothing
+else of a row.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import fsspec
+
+from bridgework.data.exporters import Exported, Losses, ending, staged
+from bridgework.data.importers import PLACEHOLDER
+from bridgework.data.importers.llava_json import ROLES, parts
+from bridgework.data.quarantine import BadSample
+from bridgework.data.samples import Part, Sample
+from bridgework.data.shards import open_dataset
+from bridgework.errors import DataError
+
+FILE = "conversations.json"
+LOST = ("rejected", "times_s", "labels", "boxes", "ocr", "language", "licence", "provenance")
+
+_SPEAKERS = {role: speaker for speaker, role in ROLES.items()}
+
+
+def run(source: str, dest: str, *, prompt: str | None = None) -> Exported:
+    """Write the dataset at `source` as `dest`/conversations.json and `dest`/images/.
+
+    With `prompt`, a pair becomes a conversation of one turn: the prompt, and the caption as its answer. Raises
+    DataError for a row that is no conversation, and where there is something at `dest`; then nothing is left there.
+    """
+    losses, rows, images = Losses(), 0, 0
+    with staged(dest, last=FILE) as (fs, folder), fs.open(f"{folder}/{FILE}", "w", encoding="utf-8") as file:
+        fs.makedirs(f"{folder}/images")
+        for sample in open_dataset(source).samples():
+            entry = _entry(sample, prompt)
+            names = [_image(fs, folder, image) for image in _shown(sample)]
+            entry |= {"image": names[0] if len(names) == 1 else names} if names else {}
+            file.write((",\n" if rows else "[\n") + json.dumps(entry, ensure_ascii=False))
+            losses.note(sample, LOST)
+            rows, images = rows + 1, images + len(sample.images)
+        file.write("\n]\n")
+    return Exported(rows, images, losses)
+
+
+def _shown(sample: Sample) -> list[bytes]:
+    """The images, each time that they are shown."""
+    return [sample.images[part.image] for part in sample.parts if part.image is not None]
+
+
+def _image(fs: fsspec.AbstractFileSystem, folder: str, image: bytes) -> str:
+    name = hashlib.sha256(image).hexdigest()[:32]
+    path = f"images/{name[:2]}/{name}.{ending(image)}"
+    if not fs.exists(f"{folder}/{path}"):
+        fs.makedirs(f"{folder}/images/{name[:2]}", exist_ok=True)
+        fs.pipe_file(f"{folder}/{path}", image)
+    return path
+
+
+def _entry(sample: Sample, prompt: str | None) -> dict[str, Any]:
+    """Raises DataError for a sample that would not come back as it is."""
+    said = _numbered(sample.parts if prompt is None else _asked(sample.parts, prompt))
+    turns = [
+        {"from": _SPEAKERS.get(role), "value": "".join(PLACEHOLDER if p.text is None else p.text for p in of_role)}
+        for role, of_role in groupby(said, key=lambda part: part.role)
+    ]
+    try:
+        same = list(parts(turns)) == said
+    except BadSample as error:
+        hint = "; prompt=TEXT makes one of a pair" if prompt is None and _is_pair(sample.parts) else ""
+        raise DataError(f"{sample.key!r} is no conversation of questions and answers: {error.detail}{hint}") from None
+    if not same:
+        raise DataError(f"{sample.key!r}: a text holds {PLACEHOLDER!r} or is empty; LLaVA's JSON cannot tell it apart")
+    return {"id": sample.key, "conversations": turns}
+
+
+def _numbered(given: Iterable[Part]) -> list[Part]:
+    """The same parts with images numbered as they are shown, and texts of one role that meet as one."""
+    said: list[Part] = []
+    for part in given:
+        if part.image is not None:
+            said.append(replace(part, image=sum(p.image is not None for p in said)))
+        elif said and said[-1].text is not None and said[-1].role == part.role:
+            said[-1] = replace(part, text=f"{said[-1].text}{part.text}")
+        else:
+            said.append(part)
+    return said
+
+
+def _is_pair(given: Sequence[Part]) -> bool:
+    return [(part.role, part.text is None) for part in given] == [("caption", True), ("caption", False)]
+
+
+def _asked(given: Sequence[Part], prompt: str) -> Sequence[Part]:
+    """A pair as a question about its image, and the answer; anything else as it is."""
+    if not _is_pair(given):
+        return given
+    return Part("user", image=0), Part("user", text=f"\n{prompt}"), replace(given[1], role="assistant")

@@ -1,0 +1,75 @@
+"""webdataset's tars: for each row its images as they are, a JSON of all its other fields, and a .txt if it is a pair.
+
+`a%2Fb.0.jpg`, `a%2Fb.json`: the row `a/b`. What is no letter, digit, `_`, `-` or `~` in a key is written as in a URL,
+because webdataset cuts names at their first dot; `urllib.parse.unquote` gives the key back, and the JSON holds it too.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from itertools import chain, count, islice
+from typing import IO
+from urllib.parse import quote
+
+from bridgework.data.exporters import Exported, ending, filled, staged
+from bridgework.data.samples import Sample
+from bridgework.data.shards import open_dataset
+from bridgework.errors import DataError
+
+INDEX = "shardindex.json"  # which tars there are and how many rows each holds, in the form that wids gave it
+
+
+def run(source: str, dest: str, *, rows: int = 1000) -> Exported:
+    """Write the dataset at `source` as tars of `rows` rows each, in order, to the folder `dest`. Nothing is lost.
+
+    Raises DataError where there is something at `dest`; on any error nothing is left there.
+    """
+    if rows < 1:
+        raise DataError(f"a tar of {rows} rows; at least 1 is wanted")
+    images = 0
+    samples = open_dataset(source).samples()
+    with staged(dest, last=INDEX) as (fs, folder):
+        shards: list[tuple[str, int]] = []
+        for number in count():
+            head = next(samples, None)
+            if head is None:
+                break
+            name = f"{number:05d}.tar"
+            with fs.open(f"{folder}/{name}", "wb") as file:
+                held, shown = _write(file, chain([head], islice(samples, rows - 1)))
+            shards.append((name, held))
+            images += shown
+        listed = [{"url": name, "nsamples": held} for name, held in shards]
+        index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed}
+        fs.pipe_file(f"{folder}/{INDEX}", json.dumps(index, indent=1).encode())
+    return Exported(sum(held for _, held in shards), images)
+
+
+def _write(file: IO[bytes], samples: Iterable[Sample]) -> tuple[int, int]:
+    """(rows, images) of one tar."""
+    rows = images = 0
+    with tarfile.open(fileobj=file, mode="w|") as tar:
+        for sample in samples:
+            for name, data in _members(sample):
+                member = tarfile.TarInfo(f"{_stem(sample.key)}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+            rows, images = rows + 1, images + len(sample.images)
+    return rows, images
+
+
+def _stem(key: str) -> str:
+    return quote(key, safe="").replace(".", "%2E")
+
+
+def _members(sample: Sample) -> Iterator[tuple[str, bytes]]:
+    """(ending, content): one image has no number."""
+    many = len(sample.images) > 1
+    names = [f"{place}.{ending(image)}" if many else ending(image) for place, image in enumerate(sample.images)]
+    yield from zip(names, sample.images, strict=True)
+    texts = [part for part in sample.parts if part.text is not None]
+    if len(sample.images) == 1 and [part.role for part in texts] == ["caption"]:
+        yield "txt", str(texts[0].text).encode()
+    entry = {"key": sample.key, "images": names, **filled(sample)}
+    yield "json", json.dumps(entry, ensure_ascii=False).encode()

@@ -1,0 +1,188 @@
+"""A video's frames: a few of them, when each was shown, as JPEG. The order of the checks is that of trust.
+
+The first bytes name the container: FFmpeg's own guess takes playlists too, and those name other files.
+"""
+
+import io
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import NoReturn
+
+import av
+from av import Packet, VideoFrame, VideoStream
+from av.container import InputContainer
+from PIL import Image
+
+from bridgework.data.quarantine import BadSample, Reason
+
+MAX_PIXELS = 8_847_360  # of one frame: 4096 x 2160
+MAX_RATE = 240  # frames a second; more is work for the decoder and no film
+QUALITY = 95  # of the JPEGs
+ROUNDING_S = 0.001  # Matroska counts in milliseconds
+
+_CONTAINERS = (
+    (b"ftyp", 4, "mp4"),
+    (b"\x1aE\xdf\xa3", 0, "matroska"),  # and WebM
+    (b"AVI ", 8, "avi"),
+    (b"GIF8", 0, "gif"),
+)
+_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+Shot = tuple[float, bytes]  # seconds from the video's beginning, and a JPEG
+
+
+def shots(data: bytes, *, frames: int, fps: float | None, max_s: float) -> list[Shot]:
+    """At most `frames` frames of an MP4, WebM, Matroska, AVI or GIF; the same bytes give the same frames.
+
+    Without `fps` what is shown in the middle of each of `frames` equal stretches; with it what is shown at 0, 1/fps,
+    2/fps, .. seconds. No frame is taken twice, so a short video may give fewer. Frames are upright, and on white where
+    they are transparent. Raises BadSample for what is no video, is broken or cut, lasts longer than `max_s` seconds, or
+    has frames of more than MAX_PIXELS.
+    """
+    kind = _container(data)
+    limit = {"max_pixels": str(MAX_PIXELS)}  # FFmpeg may decode a frame to learn its size
+    try:
+        with av.open(
+            io.BytesIO(data), "r", format=kind, options=limit, io_open=_no_other_file, metadata_errors="replace"
+        ) as file:
+            packets = _packets(file, max_s)
+            start, length = _span(packets)
+            if length > max_s:
+                raise BadSample(Reason.BAD_ROW, f"the video lasts {length:.0f} s; at most {max_s:g} s are read")
+            step = 1 / fps if fps else length / frames
+            times = [(i if fps else i + 0.5) * step for i in range(frames)]
+            shown = _shown(_decoded(packets, start), [time for time in times if time < length - ROUNDING_S] or [0.0])
+            return [(time, _jpeg(frame)) for time, frame in shown]
+    except (av.FFmpegError, _OtherFile) as error:
+        raise BadSample(Reason.CORRUPT, str(error)) from None
+
+
+class _OtherFile(Exception):
+    """A video that names another file."""
+
+
+def _no_other_file(url: str, flags: int, options: object) -> NoReturn:
+    raise _OtherFile(f"the video wants to open {url!r}")
+
+
+def _container(data: bytes) -> str:
+    if not data:
+        raise BadSample(Reason.EMPTY_FILE, "the video has 0 bytes")
+    kind = next((kind for magic, offset, kind in _CONTAINERS if data.startswith(magic, offset)), None)
+    if kind is None:
+        raise BadSample(
+            Reason.NOT_AN_IMAGE, f"the bytes begin with {data[:12]!r}; MP4, WebM, Matroska, AVI and GIF are allowed"
+        )
+    declared = _ENDS[kind](data)
+    if declared > len(data):  # FFmpeg reads what is there of it, and says nothing
+        raise BadSample(Reason.TRUNCATED, f"the file has {len(data)} bytes, and declares at least {declared}")
+    return kind
+
+
+def _mp4_end(data: bytes) -> int:
+    """Where the last of the boxes ends."""
+    at = 0
+    while at + 16 <= len(data):
+        size = int.from_bytes(data[at : at + 4])
+        size = int.from_bytes(data[at + 8 : at + 16]) if size == 1 else size
+        if size < 8:  # 0: up to the end of the file
+            break
+        at += size
+    return at
+
+
+def _matroska_end(data: bytes) -> int:
+    """Where the segment ends, behind the header: each is an id of 4 bytes, a size, and so many bytes."""
+    header, at = _size(data, 4)
+    segment, at = _size(data, at + (header or 0) + 4)
+    return at + (segment or 0)
+
+
+def _size(data: bytes, at: int) -> tuple[int | None, int]:
+    """(a number of EBML, None for "unknown"; where it ends): the leading zeros of its first byte tell its length."""
+    length = 9 - data[at].bit_length() if at < len(data) else 1
+    bits = (1 << 7 * length) - 1
+    number = int.from_bytes(data[at : at + length]) & bits
+    return None if number == bits else number, at + length
+
+
+_ENDS: dict[str, Callable[[bytes], int]] = {  # the least number of bytes that a file must have by what it says itself
+    "mp4": _mp4_end,
+    "matroska": _matroska_end,
+    "avi": lambda data: 8 + int.from_bytes(data[4:8], "little"),
+    "gif": lambda data: len(data) + (not data.rstrip(b"\0\r\n").endswith(b";")),  # its trailer
+}
+
+
+def _packets(file: InputContainer, max_s: float) -> list["Packet[VideoStream]"]:
+    """What the file holds of its video, not decoded."""
+    stream = file.streams.best("video")
+    if not isinstance(stream, VideoStream):
+        reason = Reason.NOT_AN_IMAGE if len(file.streams) else Reason.CORRUPT
+        raise BadSample(reason, "the file has no video stream")
+    context = stream.codec_context
+    if context is None:
+        raise BadSample(Reason.CORRUPT, "the video names no codec that can be decoded")
+    if not 0 < context.width * context.height <= MAX_PIXELS:
+        found = f"{context.width} x {context.height} pixels" if context.width else "too many pixels, or none"
+        raise BadSample(Reason.TOO_MANY_PIXELS, f"a frame has {found}; at most {MAX_PIXELS} are decoded")
+    context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame in the middle may be of another size
+    context.thread_count = 1
+    packets = list(file.demux(stream))
+    if not any(packet.size for packet in packets):
+        raise BadSample(Reason.CORRUPT, "the video has no frames")
+    if any(packet.is_corrupt for packet in packets):
+        raise BadSample(Reason.TRUNCATED, "a frame lies beyond the end of the file")
+    if len(packets) > MAX_RATE * max_s:
+        raise BadSample(Reason.BAD_ROW, f"the video has {len(packets)} frames; {MAX_RATE} a second are read")
+    return packets
+
+
+def _span(packets: list["Packet[VideoStream]"]) -> tuple[float, float]:
+    """(when the first frame is shown, how long all of them are), in seconds."""
+    whole = [packet for packet in packets if packet.size]
+    stamps = [packet.dts if packet.pts is None else packet.pts for packet in whole]
+    known = sorted(stamp for stamp in stamps if stamp is not None)
+    base = whole[0].time_base
+    if len(known) < len(stamps) or base is None:
+        raise BadSample(Reason.CORRUPT, "the video does not say when its frames are shown")
+    start, last = float(known[0] * base), float(known[-1] * base)
+    usual = (last - start) / max(len(known) - 1, 1)  # for containers that do not say how long the last frame stays
+    length = last - start + max(usual, *(float((packet.duration or 0) * base) for packet in whole[-1:]))
+    return start, length
+
+
+def _decoded(packets: list["Packet[VideoStream]"], start: float) -> Iterator[tuple[float, VideoFrame]]:
+    for frame in chain.from_iterable(packet.decode() for packet in packets):
+        if frame.is_corrupt or frame.pts is None:
+            raise BadSample(Reason.CORRUPT, "a frame is broken, or does not say when it is shown")
+        yield max(frame.time - start, 0.0), frame
+
+
+def _shown(decoded: Iterable[tuple[float, VideoFrame]], times: list[float]) -> Iterator[tuple[float, VideoFrame]]:
+    """What is on the screen at the given times, each frame once; nothing behind the last of them is decoded."""
+    asked, last = deque(times), None
+    for time, frame in decoded:
+        if last is not None and asked[0] + ROUNDING_S < time:
+            yield last
+            while asked and asked[0] + ROUNDING_S < time:
+                asked.popleft()
+        if not asked:
+            return
+        last = time, frame
+    if last is None:
+        raise BadSample(Reason.CORRUPT, "no frame of the video could be decoded")
+    yield last
+
+
+def _jpeg(frame: VideoFrame) -> bytes:
+    if any(component.is_alpha for component in frame.format.components):
+        layers = Image.fromarray(frame.to_ndarray(format="rgba"))
+        image = Image.new("RGB", layers.size, "white")
+        image.paste(layers, mask=layers.getchannel("A"))
+    else:
+        image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    turn = _TURNS.get(frame.rotation % 360)  # counterclockwise, as Pillow counts
+    file = io.BytesIO()
+    (image if turn is None else image.transpose(turn)).save(file, "JPEG", quality=QUALITY)
+    return file.getvalue()

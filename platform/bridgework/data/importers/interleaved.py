@@ -1,0 +1,196 @@
+"""Documents of texts and images in reading order: web pages, or JSON of MMC4's or OBELICS's form.
+
+MMC4      {"text_list": [..], "image_info": [{"image_name", "matched_text_index"}]}    (arXiv:2304.06939)
+OBELICS   {"texts": [.. or null], "images": [.. or null]}, place by place              (arXiv:2306.16527)
+
+Images that say nothing are dropped, and documents without an image left are left out, as in Flamingo's M3W (Alayrac et
+al. 2022, arXiv:2204.14198, appendix A).
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import groupby
+from posixpath import dirname, join, normpath
+from typing import Any, NamedTuple, cast
+from urllib.parse import unquote
+
+from bridgework.data.importers import PLACEHOLDER, Row, Say, fingerprint, ingest, read_image, read_text
+from bridgework.data.pages import pieces
+from bridgework.data.pieces import Piece, mmc4, obelics
+from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.samples import Part, Sample
+from bridgework.data.shards import Manifest
+from bridgework.data.sources import files, parent, rows
+from bridgework.data.transforms import decode, size_of
+from bridgework.errors import DataError
+
+PAGES = (".html", ".htm", ".xhtml")
+TABLES = (".jsonl", ".json")
+_REMOTE = re.compile(r"\s*([a-z][a-z0-9+.-]*:|//)", re.IGNORECASE)  # http:, data:, file:, and one without its scheme
+_SPACES = re.compile(r"[^\S\n]+")
+
+
+class Rule(NamedTuple):
+    """What an image must be to stay."""
+
+    min_side: int  # pixels
+    max_aspect: float  # the long side over the short one
+
+
+class Content(NamedTuple):
+    """What a document holds, its images by name, and where it comes from."""
+
+    pieces: list[Piece]
+    provenance: dict[str, str]
+
+
+Bands = tuple[tuple[int, int], ...]  # the least and the greatest value of each channel
+Document = tuple[str, Callable[[], Content]]  # a key, and what reads it or raises BadSample
+
+
+def run(
+    source: str,
+    dest: str,
+    *,
+    images: str | None = None,
+    min_side: int = 64,
+    max_aspect: float = 3.0,
+    licence: str = "unknown",
+    max_bad: float = SHARE,
+    workers: int = 0,
+    say: Say = print,
+) -> Manifest:
+    """Import the pages of the folder `source`, or the documents of the .jsonl or .json file `source`.
+
+    Pages name their images by paths inside the folder, JSON inside the folder `images`, by default the file's own; what
+    lies elsewhere is never fetched. An image with a side of less than `min_side` pixels, longer than `max_aspect` times
+    its width or the other way round, of a single colour, or not to be read, is dropped: `dropped.small` and so on in a
+    row's provenance count them. A document without an image or without a text left is no bad row: it is left out, and
+    `say` is told how many are.
+    """
+    if source.endswith(TABLES):
+        content, folder = read_text(source), parent(source) if images is None else images
+        documents = partial(_listed, content, source)
+    elif images is not None:
+        raise DataError(f"images={images} goes with a .jsonl or .json file; the pages of {source} name theirs")
+    else:
+        found, folder = files(source), source
+        content, documents = json.dumps(found), partial(_pages, source, [name for name, _ in found])
+    rule, left_out = Rule(min_side, max_aspect), Counter[str]()
+    try:
+        return ingest(
+            partial(_rows, documents, folder, rule, left_out),
+            source,
+            dest,
+            licence=licence,
+            made_by=__name__,
+            parameters={"images": images, "sha256": fingerprint(content), **rule._asdict()},
+            max_bad=max_bad,
+            workers=workers,
+            say=say,
+        )
+    finally:  # it tells why nothing came out, too
+        for what, number in left_out.items():
+            say(f"{dest}: {number} documents without {what} are left out")
+
+
+# --- what becomes of a document --------------------------------------------------------------------------------------
+
+
+def _rows(
+    documents: Callable[[], Iterator[Document]], folder: str, rule: Rule, left_out: Counter[str]
+) -> Iterator[Row]:
+    for key, read in documents():
+        lacks = _lacks(read, folder, rule)
+        if lacks is None:
+            yield key, partial(_sample, key, read, folder, rule)
+        else:
+            left_out[lacks] += 1
+
+
+def _lacks(read: Callable[[], Content], folder: str, rule: Rule) -> str | None:
+    """What a document has none of, if it lacks something."""
+    try:
+        found = read().pieces
+    except BadSample:
+        return None  # it is a bad row
+    if not any(piece.text.strip() for piece in found):
+        return "a text"
+    names = (piece.image for piece in found if piece.image is not None)
+    return None if any(_image(folder, name, rule)[1] is None for name in names) else "an image"
+
+
+def _sample(key: str, read: Callable[[], Content], folder: str, rule: Rule) -> Sample:
+    told, dropped = read(), Counter[str]()
+    images, parts, texts = list[bytes](), list[Part](), list[Piece]()
+    for piece in told.pieces:
+        if piece.image is None:
+            texts.append(piece)
+            continue
+        data, why = _image(folder, piece.image, rule)
+        if why is not None:
+            dropped[why] += 1
+            continue
+        parts += [*_joined(texts), Part("caption", image=len(images))]
+        images.append(data)
+        texts = []
+    parts += _joined(texts)
+    counts = {f"dropped.{why}": str(number) for why, number in sorted(dropped.items())}
+    return Sample(key, tuple(images), tuple(parts), provenance={**told.provenance, **counts})
+
+
+def _joined(texts: Iterable[Piece]) -> list[Part]:
+    """The texts between two images as one: a line a block."""
+    blocks = ("".join(piece.text for piece in block) for _, block in groupby(texts, key=lambda piece: piece.block))
+    text = "\n".join(filter(None, (_SPACES.sub(" ", block).strip() for block in blocks)))
+    if PLACEHOLDER in text:
+        raise BadSample(Reason.PLACEHOLDERS, f"a text holds {PLACEHOLDER!r}")
+    return [Part("caption", text=text)] if text else []
+
+
+def _image(folder: str, name: str, rule: Rule) -> tuple[bytes, str | None]:
+    """An image's bytes, and why it is dropped, if it is."""
+    if _REMOTE.match(name):
+        return b"", "remote"
+    try:
+        data = read_image(folder, name)
+        short, long = sorted(size_of(data))
+        if short < rule.min_side:
+            return data, "small"
+        if long > rule.max_aspect * short:
+            return data, "aspect"
+        flat = all(low == high for low, high in cast(Bands, decode(data).getextrema()))
+        return data, "flat" if flat else None
+    except BadSample as error:
+        return b"", error.reason.value
+
+
+# --- where documents come from ---------------------------------------------------------------------------------------
+
+
+def _pages(source: str, names: list[str]) -> Iterator[Document]:
+    return ((name, partial(_page, source, name)) for name in names if name.lower().endswith(PAGES))
+
+
+def _page(source: str, name: str) -> Content:
+    found = pieces(read_image(source, name))
+    return Content([p if p.image is None else Piece(image=_inside(name, p.image)) for p in found], {})
+
+
+def _inside(page: str, source: str) -> str:
+    """The path, inside the folder of pages, of an image that a page names; what is no path is given back."""
+    path = unquote(re.split(r"[?#]", source.strip())[0])
+    return source if _REMOTE.match(source.strip()) else normpath(join(dirname(page), path))
+
+
+def _listed(text: str, source: str) -> Iterator[Document]:
+    return ((f"row-{number:08d}", partial(_entry, entry)) for number, entry in enumerate(rows(text, source)))
+
+
+def _entry(entry: Any) -> Content:
+    fields = entry if isinstance(entry, dict) else {}
+    told = {"url": fields["url"]} if isinstance(fields.get("url"), str) else {}
+    return Content(list(mmc4(fields) if "text_list" in fields else obelics(fields)), told)

@@ -1,0 +1,181 @@
+"""Tars as webdataset reads them: neighbours whose names agree up to the first dot are one sample.
+
+Samples are found by the headers alone; who wants their bytes knows where they lie.
+"""
+
+import hashlib
+import json
+import os.path
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from tarfile import TarInfo
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+from braceexpand import braceexpand
+
+from bridgework.data.importers import plain
+from bridgework.data.quarantine import BadSample, Reason
+from bridgework.data.tars import flaw, members
+from bridgework.errors import DataError
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+READ = (*IMAGES, "txt", "json", "cls")
+MAX_MEMBERS = 1000  # of one sample
+TOLD = 20  # endings of unread members that are counted by name
+
+
+class Tar(NamedTuple):
+    """One archive; `name` tells it from the others."""
+
+    path: str
+    name: str
+
+
+@dataclass
+class Group:
+    """One sample: where its members lie, ending -> (offset, bytes). A tar that is not whole ends with one of key ""."""
+
+    key: str
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    flaw: BadSample | None = None
+
+    def ended_by(self, error: BadSample) -> bool:
+        """Whether what ended the tar took members of this sample; it can be a pair without what it lacks otherwise."""
+        if self.flaw is not None:
+            return self.flaw.reason is error.reason
+        return self.members.keys().isdisjoint(IMAGES) or self.members.keys().isdisjoint(("txt", "json"))
+
+
+def find(source: str) -> list[Tar]:
+    """The tars that `source` names, in its order. Raises DataError where one is missing, or none is named."""
+    try:
+        patterns = list(braceexpand(source, escape=False))
+    except ValueError as error:
+        raise DataError(f"{source}: {error}; write e.g. shards/{{000..031}}.tar") from None
+    found = list(dict.fromkeys(chain.from_iterable(map(_expand, patterns))))
+    if not found:
+        raise DataError(f"{source} names no .tar; give a tar, a folder of tars, or a pattern such as shards/*.tar")
+    common = os.path.commonpath([os.path.dirname(name) for _, name in found])
+    return [Tar(path, os.path.relpath(name, common).removesuffix(".tar")) for path, name in found]
+
+
+def _expand(pattern: str) -> list[tuple[str, str]]:
+    """(path or URL, the path alone) of each tar."""
+    fs, root = fsspec.core.url_to_fs(pattern)
+    if any(mark in root for mark in "*?["):
+        names = sorted(map(str, fs.glob(root)))
+    elif fs.isdir(root):
+        names = sorted(str(name) for name in fs.find(root) if str(name).endswith(".tar"))
+    elif fs.exists(root):
+        names = [str(root)]
+    else:
+        raise DataError(f"there is no tar {pattern}")
+    return [(name if "://" not in pattern else str(fs.unstrip_protocol(name)), name) for name in names]
+
+
+class Scan:
+    """What one pass over the headers of all tars tells."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.lost: BadSample | None = None
+        self._endings: Counter[str] = Counter()
+        self._digest = hashlib.sha256()
+        self._keys: list[np.ndarray[Any, np.dtype[np.uint64]]] = []  # of each tar, once each, hashed
+
+    def add(self, tar: Tar) -> None:
+        """Read the headers of one more tar."""
+        self._digest.update(f"{tar.name}\0".encode())
+        keys = []
+        for group in groups(tar, self._note):
+            if group.key:
+                keys.append(int.from_bytes(hashlib.sha256(group.key.encode(errors="replace")).digest()[:8]))
+            else:
+                self.lost = group.flaw
+        self.samples += len(keys)
+        self._keys.append(np.unique(np.array(keys, dtype=np.uint64)))
+
+    def _note(self, member: TarInfo) -> None:
+        told = json.dumps([member.name, member.size, member.mtime, member.type.decode("latin-1")])
+        self._digest.update(told.encode())
+        key, ending = _split(member.name)
+        if member.isreg() and not (key and _is_read(ending)):
+            ending = ending.rpartition(".")[2]
+            self._endings[ending if key and ending.isalnum() and len(ending) <= 8 else ""] += 1
+
+    @property
+    def sha256(self) -> str:
+        """Of the names, sizes and times of all members."""
+        return self._digest.hexdigest()
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        """How many members are not read, by ending."""
+        return dict(sorted(self._endings.most_common(TOLD)))
+
+    @property
+    def prefixed(self) -> bool:
+        """Whether a key stands in two tars."""
+        keys = np.concatenate(self._keys)
+        return len(np.unique(keys)) < len(keys)
+
+
+def groups(tar: Tar, note: Callable[[TarInfo], object] = lambda member: None) -> Iterator[Group]:
+    """The samples of a tar, in order, by its headers alone; `note` is told of every member.
+
+    Where the tar is not whole, its last sample says so, or if that is complete, one more of key "".
+    """
+    fs, path = fsspec.core.url_to_fs(tar.path)
+    size = int(fs.size(path))
+    group = None
+    try:
+        with fs.open(path, "rb") as file:
+            for member in members(file, size):
+                note(member)
+                key, ending = _split(member.name)
+                if not key or member.isdir():
+                    continue
+                if group is None or group.key != key:
+                    if group is not None:
+                        yield group
+                    group = Group(key)
+                if _is_read(ending):
+                    _add(group, member, ending, size)
+    except BadSample as error:
+        if group is not None and not group.ended_by(error):
+            yield group
+            group = None
+        group = group or Group("")
+        group.flaw = group.flaw or error
+    if group is not None:
+        yield group
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(key, ending), the key up to the first dot of the base name; it is empty for what is in no sample."""
+    name = name.removeprefix("./")
+    head = name.partition("/")[0]
+    folder, slash, base = name.rpartition("/")
+    stem, dot, ending = base.partition(".")
+    meta = len(head) > 3 and head.startswith("__") and head.endswith("__")  # `__meta__` is webdataset's own
+    return f"{folder}{slash}{stem}" if stem and dot and not meta else "", ending.lower()
+
+
+def _is_read(ending: str) -> bool:
+    return ending.rpartition(".")[2] in READ
+
+
+def _add(group: Group, member: TarInfo, ending: str, size: int) -> None:
+    if not plain(member.name):
+        group.flaw = BadSample(Reason.OUTSIDE, f"{member.name!r} is not a plain path")
+    elif ending in group.members:
+        group.flaw = BadSample(Reason.DUPLICATE_KEY, f"{member.name!r} stands twice")
+    elif len(group.members) == MAX_MEMBERS:
+        group.flaw = BadSample(Reason.BAD_ROW, f"the sample has more than {MAX_MEMBERS} members")
+    else:
+        group.members[ending] = (member.offset_data, member.size)
+        group.flaw = group.flaw or flaw(member, size)

@@ -1,0 +1,321 @@
+"""Instructions from captions and boxes: asked of a writer, read as a talk, and never twice for what is known."""
+
+import base64
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bridgework.curation import chat, talk
+from bridgework.curation.flow import make
+from bridgework.curation.instruct import DESCRIBE, Instruct
+from bridgework.data.samples import Box, Part, Sample, pair
+from bridgework.data.shards import open_dataset
+from bridgework.data.tokens import load_tokenizer
+from bridgework.errors import DataError, RunError, SpecError, WeightsError
+from tests.curation.models import Scripted, decided, endpoint, judged, writer
+from tests.curation.support import flags, written
+
+FLAGS = list(flags())
+KINDS = tuple(talk.KINDS)
+GOOD = {
+    "conversation": "Question: What is it?\nAnswer: A flag.\nQuestion: Which colours?\nAnswer: Red and blue.",
+    "detail": "The picture shows a flag of two colours. " * 6,
+    "reasoning": "Question: Where does it belong?\nAnswer: "
+    + "It may belong to a ship, as flags of this kind do. " * 3,
+}
+
+
+def kind_of(request: dict[str, Any]) -> str:
+    """Which kind a request asks for, by what only its prompt says."""
+    told = request["messages"][0]["content"]
+    return "conversation" if "three to six questions" in told else "reasoning" if "step by step" in told else "detail"
+
+
+def good(request: dict[str, Any]) -> str:
+    return GOOD[kind_of(request)]
+
+
+def spec(server: Scripted, **fields: Any) -> Instruct:
+    return Instruct(endpoint=server.url, model="writer-1", **fields)
+
+
+def turns(sample: Sample) -> list[str | int]:
+    return [part.text.strip("\n") if part.text is not None else part.image or 0 for part in sample.parts]
+
+
+# --- what a talk is --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_examples_that_a_writer_sees_are_what_it_is_asked_for(kind: str) -> None:
+    """Every prompt holds two or three, and each reads as a talk of its kind."""
+    with endpoint(good) as server:
+        judged(spec(server, kinds=(kind,)), FLAGS[:1], Path())
+    (request,) = server.asked
+    shown = [message["content"] for message in request["messages"] if message["role"] == "assistant"]
+    assert 2 <= len(shown) <= 3 and all(talk.read(example, kind) for example in shown)
+    assert [m["role"] for m in request["messages"]] == ["system", *["user", "assistant"] * len(shown), "user"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "raw", "fault"),
+    [
+        ("conversation", "", "questions and answers do not alternate"),
+        ("conversation", "Question: a?\nQuestion: b?\nAnswer: c.", "questions and answers do not alternate"),
+        ("conversation", "Sure!\n" + GOOD["conversation"], "questions and answers do not alternate"),
+        ("conversation", GOOD["conversation"] + "\nQuestion: More?", "questions and answers do not alternate"),
+        ("conversation", "Question: What?\nAnswer: A flag.", "too few or too many questions"),
+        ("conversation", GOOD["conversation"].replace("A flag.", "The caption says a flag."), "it tells on its source"),
+        ("conversation", GOOD["conversation"].replace("blue.", "blue, with"), "it breaks off"),
+        ("detail", "A flag.", "too short or too long"),
+        ("detail", "word " * 500 + ".", "too short or too long"),
+        ("detail", GOOD["detail"] + "From the given text one knows it.", "it tells on its source"),
+        ("detail", GOOD["detail"] + "It lies at [0.10, 0.25, 0.30, 0.40].", "it tells on its source"),
+        ("detail", GOOD["detail"] + "\nQuestion: What?", "questions and answers do not alternate"),
+        ("reasoning", GOOD["reasoning"] + "\n" + GOOD["reasoning"], "too few or too many questions"),
+        ("reasoning", "Question: " + "why " * 80 + "?\nAnswer: " + "So. " * 40, "too short or too long"),
+    ],
+)
+def test_what_is_no_such_talk_is_named(kind: str, raw: str, fault: str) -> None:
+    with pytest.raises(DataError, match=fault):
+        talk.read(raw, kind)
+
+
+def test_marks_around_the_speakers_and_lines_within_an_answer_are_read() -> None:
+    raw = "**Question 1:** What is it?\n**Answer:** A flag.\nIt waves.\n\n## Question: Why?\nANSWER: Wind."
+    assert talk.read(raw, "conversation") == [("What is it?", "A flag.\nIt waves."), ("Why?", "Wind.")]
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_with_the_same_picture_are_asked_about_once_with_all_their_captions(home: Path) -> None:
+    image, box = FLAGS[0].images[0], Box(0, (0.0, 0.0, 0.5, 1.0), "stripe")
+    rows = [pair(f"a{n}", image, text, boxes=(box,)) for n, text in enumerate(("one", "two  words", "one"))]
+    with endpoint(good) as server:
+        facts = judged(spec(server), [*rows, FLAGS[1]], home)
+    assert [sorted(fact) for fact in facts] == [["answers", "captions", "image"], *[["image"]] * 2, [*sorted(facts[0])]]
+    assert facts[0]["captions"] == 2 and facts[0]["answers"] == {kind: [GOOD[kind].strip()] for kind in KINDS}
+    assert len(server.asked) == 6
+    known = {kind_of(r): r["messages"][-1]["content"] for r in server.asked if "words" in r["messages"][-1]["content"]}
+    assert known["conversation"] == "one\ntwo words"
+    assert known["detail"] == known["reasoning"] == "one\ntwo words\nthings: stripe [0.00, 0.00, 0.50, 1.00]"
+
+
+def test_a_request_says_how_to_draw_and_carries_the_key(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WRITER_KEY", "sesame")
+    with endpoint(good) as server:
+        judged(spec(server, key="WRITER_KEY", temperature=0.25, max_tokens=99, kinds=("detail",)), FLAGS[:2], home)
+        judged(spec(server, seed=1, kinds=("detail",)), FLAGS[:1], home)
+    first = server.asked[0]
+    assert (first["model"], first["temperature"], first["max_tokens"]) == ("writer-1", 0.25, 99)
+    assert len({request["seed"] for request in server.asked}) == 3
+    assert server.keys[0] == "Bearer sesame" and server.keys[2] == "Bearer none"
+    assert all(isinstance(message["content"], str) for request in server.asked for message in request["messages"])
+
+
+def test_a_picture_is_sent_only_where_it_is_to_be_shown(home: Path) -> None:
+    with endpoint(good) as server:
+        judged(spec(server, show=True, kinds=("detail",)), FLAGS[:1], home)
+    text, shown = server.asked[0]["messages"][-1]["content"]
+    kind, _, data = shown["image_url"]["url"].partition(",")
+    assert text["text"] == FLAGS[0].text and kind == "data:image/png;base64"
+    assert base64.b64decode(data) == FLAGS[0].images[0]
+
+
+def test_no_more_requests_are_under_way_than_allowed(home: Path) -> None:
+    def slow(request: dict[str, Any]) -> str:
+        time.sleep(0.03)
+        return good(request)
+
+    with endpoint(slow) as server:
+        judged(spec(server, parallel=3, kinds=("detail",)), FLAGS[:12], home)
+    assert server.at_once == 3 and len(server.asked) == 12
+
+
+# --- when it goes wrong ----------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_is_no_talk_is_asked_for_once_more_and_then_dropped(home: Path) -> None:
+    first = set[str]()
+
+    def answer(request: dict[str, Any]) -> str:
+        known = request["messages"][-1]["content"]
+        again = known in first
+        first.add(known)
+        return good(request) if known == FLAGS[0].text or (again and known == FLAGS[1].text) else "The caption says so."
+
+    with endpoint(answer) as server:
+        curation = spec(server, kinds=("detail",), parallel=1)
+        facts = judged(curation, FLAGS[:3], home)
+    assert [len(fact["answers"]["detail"]) for fact in facts] == [1, 2, 2] and len(server.asked) == 5
+    assert len({request["seed"] for request in server.asked}) == 5
+    verdicts = decided(curation, FLAGS[:3], facts)
+    assert [v.why for v in verdicts] == ["kept", "kept", "no answer to use: it tells on its source"]
+    assert [s.provenance["instruct.answer"] for v in verdicts for s in v.samples] == ["1", "2"]
+
+
+def test_a_busy_endpoint_is_asked_again_and_a_refused_request_has_no_answer(home: Path) -> None:
+    statuses = iter([503, 429, 500])
+    lock = threading.Lock()
+
+    def answer(request: dict[str, Any]) -> str | int:
+        if request["messages"][-1]["content"] == FLAGS[1].text:
+            return 400
+        with lock:
+            return next(statuses, 0) or good(request)
+
+    with endpoint(answer) as server:
+        curation = spec(server, kinds=("detail",))
+        facts = judged(curation, FLAGS[:2], home)
+    assert facts[0]["answers"]["detail"] == [GOOD["detail"].strip()]
+    assert facts[1]["answers"]["detail"] == ["", ""]
+    whys = [v.why for v in decided(curation, FLAGS[:2], facts)]
+    assert whys == ["kept", "no answer to use: too short or too long"]
+
+
+@pytest.mark.parametrize(("status", "asked"), [(401, 1), (404, 1), (503, 2)])
+def test_an_endpoint_that_does_not_let_us_in_ends_the_work(status: int, asked: int) -> None:
+    with endpoint(lambda request: status) as server:
+        client = chat.Endpoint(server.url, "m", key="NO_KEY", attempts=2)
+        with pytest.raises(RunError, match=rf"{re.escape(server.url)} does not answer: .*key in \$NO_KEY"):
+            client([{"role": "user", "content": "hello"}], 0)
+    assert len(server.asked) == asked
+    with pytest.raises(RunError, match="does not answer: Connection error"):
+        chat.Endpoint(server.url, "m", attempts=1)([{"role": "user", "content": "hello"}], 0)
+
+
+def test_what_is_no_picture_is_put_aside_and_what_has_no_caption_dropped(home: Path) -> None:
+    torn = pair("torn", FLAGS[0].images[0][:40], "a torn flag")
+    bare = Sample("bare", FLAGS[1].images, (Part("caption", image=0),))
+    with endpoint(good) as server:
+        curation = spec(server)
+        facts = judged(curation, [torn, bare], home)
+    assert facts[0]["bad"][0] == "corrupt" and not server.asked
+    assert [v.why for v in decided(curation, [torn, bare], facts)] == ["no answer to use: no caption to write from"]
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_becomes_a_conversation_about_the_picture(home: Path) -> None:
+    with endpoint(good) as server:
+        curation = spec(server)
+        (verdict,) = decided(curation, FLAGS[:1], judged(curation, FLAGS[:1], home))
+    made = {sample.key.rpartition("/")[2]: sample for sample in verdict.samples}
+    assert list(made) == list(KINDS)
+    said = [item for item in turns(made["conversation"]) if item != 0]
+    assert said == ["What is it?", "A flag.", "Which colours?", "Red and blue."]
+    assert [part.role for part in made["conversation"].parts if part.text] == ["user", "assistant"] * 2
+    question, answer = (item for item in turns(made["detail"]) if item != 0)
+    assert question in DESCRIBE and answer == GOOD["detail"].strip()
+    told = made["reasoning"].provenance
+    assert told["instruct.kind"] == "reasoning" and told["instruct.model"] == "writer-1"
+
+
+def test_the_picture_stands_before_or_behind_the_first_question_as_often(home: Path) -> None:
+    with endpoint(good) as server:
+        curation = spec(server, kinds=("conversation",))
+        verdicts = decided(curation, FLAGS, judged(curation, FLAGS, home))
+    first = [v.samples[0].parts[0].image is not None for v in verdicts]
+    assert 16 <= sum(first) <= 40
+    for v, before in zip(verdicts, first, strict=True):
+        one, two = v.samples[0].parts[:2]
+        assert (two.text or "")[:1] == "\n" if before else (one.text or "")[-1:] == "\n"
+    assert [v.samples[0].parts for v in verdicts] == [v.samples[0].parts for v in decided(
+        curation, FLAGS, [{"image": str(n), "captions": 1, "answers": {"conversation": [GOOD["conversation"]]}}
+                          for n in range(len(FLAGS))])]  # fmt: skip
+
+
+def test_deciding_again_asks_nobody(home: Path, tmp_path: Path) -> None:
+    coco = [pair(f"{f.key}#{n}", f.images[0], f"{f.text} {n}") for f in FLAGS[:8] for n in range(5)]
+    source, dest = written(tmp_path / "source", coco), str(tmp_path / "made")
+    with endpoint(good) as server:
+        curation = spec(server, kinds=("conversation", "detail"))
+        made = make(curation, [source], dest, home=home, say=str)
+        asked = len(server.asked)
+        (tmp_path / "made").rename(tmp_path / "first")
+        again = make(replace(curation, parallel=2), [source], dest, home=home, say=str)
+    assert len(server.asked) == asked and again.rows == made.rows == 16
+    # row groups of 8: the border parts four of the eight pictures, which are asked about in both
+    assert asked == 2 * 12 and made.parameters["counts"] == {"asked about with the row before it": 32, "kept": 8}
+    images = [sample.images for sample in open_dataset(dest).samples()]
+    assert len(images) == 2 * len(set(images))
+
+
+# --- a model on this machine -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A chat model in a folder: 260 bytes, two layers, random weights."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = load_tokenizer("bytes")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=8192, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_local_model_writes_what_transformers_writes(llama: str) -> None:
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}]
+    asked = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer, model = load_tokenizer(llama), LlamaForCausalLM.from_pretrained(llama)
+    ids = tokenizer(asked, return_tensors="pt", add_special_tokens=False).input_ids
+    for _ in range(12):  # greedy, by hand
+        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    greedy = tokenizer.decode(ids[0, -12:], skip_special_tokens=True).strip()
+    assert chat.LocalLM(llama, max_tokens=12)(messages, 0) == greedy
+    drawn = chat.LocalLM(llama, max_tokens=12, temperature=1.0)
+    assert drawn(messages, 1) == drawn(messages, 1) != drawn(messages, 2)
+
+
+def test_a_trained_stage_writes_too(home: Path) -> None:
+    asked = chat.LocalLM(writer(home), max_tokens=6, temperature=1.0)
+    messages = [{"role": "user", "content": "hello"}]
+    assert asked(messages, 3) == asked(messages, 3) != asked(messages, 4)
+
+
+def test_what_a_local_model_babbles_is_dropped(llama: str, home: Path) -> None:
+    curation = Instruct(lm=llama, kinds=("detail",), max_tokens=8)
+    facts = judged(curation, FLAGS[:2], home)
+    assert all(len(fact["answers"]["detail"]) == 2 for fact in facts)
+    whys = {v.why for v in decided(curation, FLAGS[:2], facts)}
+    assert whys == {"no answer to use: too short or too long"}
+    digests = curation.models(home)
+    assert digests["lm"] == chat.digest(llama) and len(digests["prompts"]) == 64
+    assert Instruct(lm=llama, kinds=("reasoning",)).models(home)["prompts"] != digests["prompts"]
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="holds no language model"):
+        Instruct(lm=str(tmp_path)).models(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make_one", "words"),
+    [
+        (lambda: Instruct(), "give endpoint=URL and model=NAME, or lm=FOLDER"),
+        (lambda: Instruct(endpoint="http://x"), "give endpoint=URL and model=NAME"),
+        (lambda: Instruct(endpoint="http://x", model="m", lm="folder"), "or lm=FOLDER"),
+        (lambda: Instruct(lm="folder", show=True), "an lm reads texts alone"),
+        (lambda: Instruct(lm="folder", kinds=("details",)), "no kind 'details'; did you mean 'detail'"),
+        (lambda: Instruct(lm="folder", kinds=()), "at least one, and each once; got none"),
+        (lambda: Instruct(lm="folder", parallel=0), "parallel 1"),
+    ],
+)
+def test_a_writer_that_cannot_be_asked_is_refused(make_one: Callable[[], Instruct], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        make_one()

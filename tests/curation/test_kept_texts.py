@@ -1,0 +1,71 @@
+"""What CapFilt keeps of an image's two texts: a function of two scores and a threshold."""
+
+import pytest
+
+from bridgework.curation.capfilt import CapFilt, Scores
+from bridgework.data.samples import pair
+
+SAMPLE = pair("k", b"image", "a dog", language="en", provenance={"crawl.url": "x"})
+
+
+def scores(web: float | None, written: float | None, text: str = "two cats") -> Scores:
+    return Scores(text, web, written)
+
+
+@pytest.mark.parametrize(
+    ("web", "written", "kept"),
+    [
+        (1.0, 1.0, ["web", "written"]),
+        (1.0, -1.0, ["web"]),
+        (-1.0, 1.0, ["written"]),
+        (-1.0, -1.0, []),
+        (0.0, 0.0, []),  # as likely as not is not matched
+        (None, None, []),
+        (1.0, None, ["web"]),
+    ],
+)
+def test_each_text_stays_by_its_own_score(web: float | None, written: float | None, kept: list[str]) -> None:
+    assert scores(web, written).kept("a dog", 0.0)[0] == kept
+
+
+def test_the_threshold_is_of_the_logit() -> None:
+    assert scores(1.0, 3.0).kept("a dog", 2.0)[0] == ["written"]
+    assert scores(1.0, 3.0).kept("a dog", -2.0)[0] == ["web", "written"]
+
+
+def test_a_text_that_was_written_again_is_kept_once() -> None:
+    assert scores(1.0, 1.0, " a dog\n").kept("a dog", 0.0) == (["web"], "web text, which was written again")
+    assert scores(-1.0, 1.0, "a dog").kept("a dog", 0.0) == (["written"], "written text")
+
+
+def test_every_outcome_has_words_of_its_own() -> None:
+    told = [scores(1, 1), scores(1, -1), scores(-1, 1), scores(-1, -1), scores(1, 1, "a dog"), scores(-1, None),
+            scores(1, None)]  # fmt: skip
+    whys = [one.kept("a dog", 0.0)[1] for one in told]
+    assert whys == [
+        "both texts",
+        "web text",
+        "written text",
+        "no text fits",
+        "web text, which was written again",
+        "no text fits, nothing to read in the written one",
+        "web text, nothing to read in the written one",
+    ]
+
+
+def test_a_verdict_holds_a_pair_for_every_text_that_stays() -> None:
+    spec = CapFilt(captioner="captioner", filter="filter", sources=("web",))
+    rows = [(SAMPLE, scores(1.25, 2.0)._asdict()), (SAMPLE, scores(-1, None)._asdict())]
+    both, none = spec.decide(lambda: iter(rows))
+    assert [(s.key, s.text, s.language) for s in both.samples] == [
+        ("k/web", "a dog", "en"),
+        ("k/written", "two cats", None),
+    ]
+    told = both.samples[1].provenance
+    assert told == {
+        "crawl.url": "x",
+        "capfilt.kept": "written",
+        "capfilt.web_score": "1.25",
+        "capfilt.written_score": "2",
+    }
+    assert none.samples == () and both.note == "web 1.25, written 2: two cats"

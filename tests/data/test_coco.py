@@ -1,0 +1,182 @@
+"""COCO's files become pairs and boxes: every caption once, boxes as shares of the image, bad rows with a reason."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from bridgework.data.importers import coco
+from bridgework.data.quarantine import Reason, records
+from bridgework.data.samples import Part, Sample
+from bridgework.data.shards import open_dataset, verify
+from bridgework.errors import DataError
+
+LICENCES = [{"id": 4, "name": "Attribution License", "url": "http://creativecommons.org/licenses/by/2.0/"}]
+WRONG = [None, True, -1, 1.5, "", "x", [], [1], {}, {"a": 1}, float("nan"), 10**400, "\ud800", "../up.png"]
+
+
+def picture(width: int = 40, height: int = 20) -> bytes:
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def image(number: int, **changes: Any) -> dict[str, Any]:
+    given = {"id": number, "file_name": f"{number:04d}.png", "width": 40, "height": 20, "license": 4}
+    return given | changes
+
+
+def said(image_id: Any, text: Any) -> dict[str, Any]:
+    return {"image_id": image_id, "id": 7, "caption": text}
+
+
+def boxed(image_id: Any, bbox: Any, category: Any = 18) -> dict[str, Any]:
+    return {"image_id": image_id, "bbox": bbox, "category_id": category, "iscrowd": 0}
+
+
+class Source:
+    """A folder with files of COCO's form and three pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for number in (1, 2, 3):
+            (folder / f"{number:04d}.png").write_bytes(picture())
+
+    def write(self, name: str, **fields: Any) -> str:
+        given = {"images": [image(1), image(2), image(3)], "licenses": LICENCES} | fields
+        (self.folder / name).write_text(json.dumps(given))
+        return str(self.folder / name)
+
+    def captions(self, *notes: Any, **fields: Any) -> str:
+        return self.write("captions.json", annotations=list(notes), **fields)
+
+    def instances(self, *notes: Any, **fields: Any) -> str:
+        names = [{"id": 18, "name": "dog"}, {"id": 44, "name": "bottle"}]
+        return self.write("instances.json", annotations=list(notes), categories=names, **fields)
+
+    def read(self, source: str, **how: Any) -> dict[str, Sample]:
+        dest = str(self.folder / "made")
+        self.manifest = coco.run(source, dest, max_bad=1, say=lambda _: None, **how)
+        self.aside = {record.key: record.reason for record in records(f"{dest}.quarantine")}
+        assert verify(dest) == []
+        return {sample.key: sample for sample in open_dataset(dest).samples()}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    return Source(tmp_path)
+
+
+def test_every_caption_is_a_pair_under_the_licence_of_its_image(source: Source) -> None:
+    found = source.read(source.captions(said(2, "a cat "), said(1, "a dog"), said(2, "two cats"), said(1, "a dog")))
+    assert {key: sample.text for key, sample in found.items()} == {"2": "a cat", "1": "a dog", "2#2": "two cats"}
+    assert found["1"].parts == (Part("caption", image=0), Part("caption", text="a dog"))
+    assert found["1"].images == (picture(),) and found["1"].provenance == {"file": "0001.png"}
+    assert found["1"].licence == "Attribution License" and not found["1"].boxes
+    assert source.aside == {"1": Reason.DUPLICATE_KEY}
+
+
+def test_boxes_are_shares_of_the_image_clamped_to_it_and_those_without_area_are_counted(source: Source) -> None:
+    marks = [
+        boxed(1, [10, 5, 20, 10]),
+        boxed(1, [-4, 10, 8, 100], 44),
+        boxed(1, [10, 10, 0, 5]),
+        boxed(1, [50, 0, 5, 5], 44),
+    ]
+    found = source.read(source.instances(*marks))
+    assert [(box.corners, box.label) for box in found["1"].boxes] == [
+        ((0.25, 0.25, 0.75, 0.75), "dog"),
+        (pytest.approx((0.0, 0.5, 0.1, 1.0)), "bottle"),
+    ]
+    assert found["1"].labels == ("dog", "bottle") and found["1"].provenance["dropped.boxes"] == "2"
+    assert found["1"].parts == (Part("caption", image=0),)
+    assert list(found) == ["1", "2", "3"] and found["2"].boxes == ()
+
+
+def test_captions_know_the_boxes_of_a_file_beside_them(source: Source) -> None:
+    beside = source.instances(boxed(1, [0, 0, 40, 10]), boxed(9, [0, 0, 1, 1]), images=[])
+    found = source.read(source.captions(said(1, "a dog"), said(1, "a pet"), said(2, "grass")), instances=beside)
+    assert [len(found[key].boxes) for key in ("1", "1#2", "2")] == [1, 1, 0]
+    assert found["1#2"].boxes[0].corners == (0, 0, 1, 0.5) and found["1#2"].labels == ("dog",)
+    assert found["1"].text == "a dog" and source.manifest.parameters["instances"] == beside
+
+
+def test_a_smaller_copy_keeps_its_boxes_and_a_turned_one_is_a_bad_row(source: Source) -> None:
+    (source.folder / "0001.png").write_bytes(picture(21, 10))
+    (source.folder / "0002.png").write_bytes(picture(20, 40))
+    found = source.read(source.instances(*(boxed(number, [0, 0, 20, 20]) for number in (1, 2))))
+    assert found["1"].boxes[0].corners == (0, 0, 0.5, 1) and "2" not in found
+    assert source.aside == {"2": Reason.BAD_ROW}
+
+
+def test_images_may_lie_elsewhere(source: Source, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.png").write_bytes(picture())
+    text = source.captions(said(1, "a cat"), images=[image(1, file_name="a.png")])
+    assert source.read(text, images=str(tmp_path / "train"))["1"].images == (picture(),)
+
+
+BAD = {
+    "no object": (7, Reason.BAD_ROW),
+    "no image": (said(9, "a cat"), Reason.BAD_ROW),
+    "id is a list": (said([1], "a cat"), Reason.BAD_ROW),
+    "no text": (said(1, 5), Reason.BAD_ROW),
+    "blank": (said(1, " "), Reason.EMPTY_TEXT),
+    "placeholder": (said(1, "an <image>"), Reason.PLACEHOLDERS),
+    "outside": (said(3, "a cat"), Reason.OUTSIDE),
+    "gone": (said(4, "a cat"), Reason.MISSING_IMAGE),
+    "no name": (said(5, "a cat"), Reason.BAD_ROW),
+}
+
+
+def test_every_bad_caption_is_put_aside_with_its_reason(source: Source) -> None:
+    images = [
+        image(1),
+        image(2),
+        image(3, file_name="../0001.png"),
+        image(4),
+        image(5, file_name=None),
+        "x",
+        {"id": []},
+    ]
+    notes = [said(2, "good"), *(note for note, _ in BAD.values())]
+    assert list(source.read(source.captions(*notes, images=images))) == ["2"]
+    table = {record.row: record.reason for record in records(f"{source.folder}/made.quarantine")}
+    assert table == {row: reason for row, (_, reason) in enumerate(BAD.values(), start=1)}
+
+
+def test_whatever_stands_in_a_field_every_row_goes_one_way_or_the_other(source: Source) -> None:
+    notes = [boxed(1, [1, 2, 3, 4]) | {name: value} for name in ("image_id", "bbox", "category_id") for value in WRONG]
+    notes += [boxed(2, [1, 2, value, 4]) for value in WRONG]
+    fields = ("id", "file_name", "width", "height", "license")
+    images = [
+        image(10 + row, **({"file_name": "0003.png"} | {name: value}))
+        for row, name in enumerate(fields)
+        for value in WRONG
+    ]
+    found = source.read(source.instances(*notes, *WRONG, images=[image(1), image(2), image(3), *images, *WRONG]))
+    assert {"3", "14"} <= set(found) and not {"1", "2"} & set(found)  # a wrong box makes the whole image a bad row
+    extra = sum(record.key.startswith("boxes-") for record in records(f"{source.folder}/made.quarantine"))
+    assert source.manifest.rows + sum(source.manifest.quarantined.values()) == 3 + len(images) + len(WRONG) + extra
+    texts = [said(1, value) for value in WRONG] + [said(value, "a cat") for value in WRONG]
+    (source.folder / "made" / "manifest.json").unlink()
+    source.read(source.captions(said(2, "good"), *texts, *WRONG, licenses=WRONG), instances=source.instances(*WRONG))
+    assert source.manifest.rows + sum(source.manifest.quarantined.values()) == 1 + len(texts) + len(WRONG) + 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"images": []}', '{"images": [], "annotations": {}}', "[" * 100_000])
+def test_a_file_that_is_not_cocos_is_an_error(text: str, source: Source) -> None:
+    (source.folder / "broken.json").write_text(text)
+    with pytest.raises(DataError, match=r"broken\.json"):
+        source.read(str(source.folder / "broken.json"))
+    with pytest.raises(DataError, match=r"broken\.json"):
+        source.read(source.captions(said(1, "a cat")), instances=str(source.folder / "broken.json"))
+
+
+def test_instances_do_not_go_with_instances(source: Source) -> None:
+    text = source.instances(boxed(1, [0, 0, 1, 1]))
+    with pytest.raises(DataError, match="goes with a file of captions"):
+        source.read(text, instances=text)

@@ -1,0 +1,109 @@
+"""Preference pairs keep the better answer in the conversation and the worse one beside it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridgework.data.importers import preferences
+from bridgework.data.quarantine import Reason, records
+from bridgework.data.samples import Part, Sample
+from bridgework.data.shards import open_dataset, verify
+from bridgework.data.synthetic import shapes
+
+PNG = next(shapes(1, size=16)).images[0]
+WRONG = [None, True, -1, 1.5, "", "x", [], [1], {}, {"a": 1}, float("nan"), 10**400, "\ud800", "../a.png", [{}]]
+ASKED = Part("user", image=0), Part("user", text="\nWhat is it?"), Part("assistant", text="a cube")
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    given = {"id": "k", "image": "a.png", "question": "What is it?", "chosen": "a cube", "rejected": "a ball"}
+    return {name: value for name, value in (given | changes).items() if value is not ...}
+
+
+def read(folder: Path, *rows: Any, name: str = "rows.jsonl") -> dict[str, Sample]:
+    (folder / "a.png").write_bytes(PNG)
+    lines = "\n".join(given if isinstance(given, str) else json.dumps(given) for given in rows)
+    (folder / name).write_text(json.dumps(rows) if name.endswith(".json") else lines)
+    preferences.run(str(folder / name), str(folder / "made"), max_bad=1, say=lambda _: None)
+    assert verify(str(folder / "made")) == []
+    return {sample.key: sample for sample in open_dataset(str(folder / "made")).samples()}
+
+
+def turn(speaker: str, text: str) -> dict[str, str]:
+    return {"from": speaker, "value": text}
+
+
+SAME = {
+    "plain": row(),
+    "prompt": row(question=..., prompt="What is it?"),
+    "conversation": row(question=..., conversations=[turn("human", "<image>\nWhat is it?")]),
+    "placed": row(question="<image>\nWhat is it?"),
+    "RLHF-V": row(question=..., chosen=..., rejected=..., image=..., image_path="a.png")
+    | {"text": json.dumps({"question": "What is it?", "chosen": "a cube", "rejected": "a ball"})},
+    "unpacked": row(question=..., chosen=..., rejected=...) | {"text": row(id=..., image=...)},
+    "turns": row(chosen=turn("gpt", "a cube"), rejected=turn("gpt", "a ball"), image=..., images=["a.png"]),
+    "messages": row(question=..., prompt=[{"role": "user", "content": "What is it?"}])
+    | {side: [{"role": "assistant", "content": said}] for side, said in (("chosen", "a cube"), ("rejected", "a ball"))},
+}
+
+
+@pytest.mark.parametrize("form", SAME)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_the_forms_of_a_row_mean_the_same(form: str, name: str, tmp_path: Path) -> None:
+    found = read(tmp_path, SAME[form], name=name)["k"]
+    assert (found.parts, found.rejected, found.images) == (ASKED, "a ball", (PNG,))
+
+
+def test_images_of_one_question_and_conversations_of_many_turns(tmp_path: Path) -> None:
+    talk = [turn("human", "Hi"), turn("gpt", "Hello"), turn("human", "And <image>?")]
+    found = read(tmp_path, row(image=["a.png", "a.png"]), row(id="talk", question=..., conversations=talk))
+    assert found["k"].parts[:4] == (
+        Part("user", image=0), Part("user", text="\n"), Part("user", image=1), Part("user", text="\nWhat is it?"),
+    )  # fmt: skip
+    assert [part.text for part in found["talk"].parts] == ["Hi", "Hello", "And ", None, "?", "a cube"]
+
+
+def test_a_question_without_an_image_stays_one(tmp_path: Path) -> None:
+    assert read(tmp_path, row(image=...))["k"].parts == (Part("user", text="What is it?"), ASKED[2])
+
+
+def test_one_id_with_many_pairs_is_kept_and_a_repetition_is_not(tmp_path: Path) -> None:
+    assert list(read(tmp_path, row(), row(rejected="a cone"), row(), row(id=..., idx=4))) == ["k", "k#2", "4"]
+    assert [record.reason for record in records(f"{tmp_path}/made.quarantine")] == [Reason.DUPLICATE_KEY]
+
+
+BAD = {
+    "no JSON": ("{", Reason.BAD_ROW),
+    "no object": ([], Reason.BAD_ROW),
+    "no question": (row(question=...), Reason.BAD_ROW),
+    "no chosen": (row(chosen=...), Reason.BAD_ROW),
+    "equal": (row(rejected=" a cube\n"), Reason.BAD_ROW),
+    "blank": (row(rejected=" "), Reason.EMPTY_TEXT),
+    "blank question": (row(question=" ", image=...), Reason.EMPTY_TEXT),
+    "image in an answer": (row(rejected="<image>"), Reason.PLACEHOLDERS),
+    "too many places": (row(question="<image> or <image>?"), Reason.PLACEHOLDERS),
+    "ends with an answer": (row(conversations=[turn("human", "<image>"), turn("gpt", "b")]), Reason.BAD_ROW),
+    "no list": (row(conversations="<image>"), Reason.BAD_ROW),
+    "empty path": (row(image=""), Reason.BAD_ROW),
+    "gone": (row(image="b.png"), Reason.MISSING_IMAGE),
+    "outside": (row(image="../a.png"), Reason.OUTSIDE),
+    "broken text": (row(chosen=...) | {"text": "[" * 100_000}, Reason.BAD_ROW),
+}
+
+
+def test_every_bad_row_is_put_aside_with_its_reason(tmp_path: Path) -> None:
+    assert list(read(tmp_path, row(id="good"), *(given for given, _ in BAD.values()))) == ["good"]
+    table = {record.row: record.reason for record in records(f"{tmp_path}/made.quarantine")}
+    assert table == {number: reason for number, (_, reason) in enumerate(BAD.values(), start=1)}
+
+
+def test_whatever_stands_in_a_field_every_row_goes_one_way_or_the_other(tmp_path: Path) -> None:
+    names = (*row(), "prompt", "conversations", "images", "image_path", "text", "idx")
+    rows = [row(**{name: value}) for name in names for value in WRONG]
+    rows += [row(conversations=[value]) for value in WRONG] + [row(chosen=..., text=value) for value in WRONG]
+    rows += [{name: value for name in row()} for value in WRONG]
+    read(tmp_path, row(id="good"), *rows, *map(json.dumps, WRONG))
+    manifest = open_dataset(str(tmp_path / "made")).manifest
+    assert manifest.rows + sum(manifest.quarantined.values()) == 1 + len(rows) + len(WRONG)

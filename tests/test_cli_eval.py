@@ -1,0 +1,71 @@
+"""`bridgework eval --on`: a model judged by what its stage does not name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bridgework import cli, evaluation
+from bridgework.errors import SpecError
+from bridgework.system import System
+from bridgework.training import artefact
+from tests.inference.tiny import pipeline
+
+Judge = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The artefact of a stage without evaluations."""
+    pipe, folder = pipeline(), tmp_path_factory.mktemp("model") / "artefact"
+    system = System(name="judged", paper="", stages=(pipe.stage,))
+    artefact.save(folder, pipe.model.state_dict(), system=system, stage=pipe.stage.name)
+    return str(folder)
+
+
+@pytest.fixture
+def judge(model: str) -> Judge:
+    def run(*words: str) -> str:
+        done = CliRunner().invoke(cli.app, ["eval", model, *words])
+        if done.exception:
+            raise done.exception
+        return done.output
+
+    return run
+
+
+def test_any_evaluation_may_be_named_with_its_dataset_and_changed_by_dotted_path(judge: Judge) -> None:
+    few = ("--set", "vqa.rows=2", "--set", "vqa.writing.beams=1", "--set", "vqa.writing.most=2")
+    said = judge("--on", "vqa:synthetic:shapes", "--on", "heldout:synthetic:shapes", "--set", "heldout.rows=3", *few)
+    figures = [line.split()[0] for line in said.splitlines()[1:]]
+    names = ["vqa.accuracy", "vqa.most_common", "heldout.loss", "heldout.loss_shuffled", "heldout.gap"]
+    assert figures == names
+
+
+def test_every_evaluation_has_a_word(judge: Judge) -> None:
+    with pytest.raises(SpecError) as refused:
+        judge()
+    kinds = str(refused.value).partition("KIND is one of ")[2].split(", ")
+    assert len(kinds) == len([name for name in evaluation.__all__ if name not in ("Result", "Writing")])
+    assert {"captions", "vqa", "pope", "chair", "retrieval"} <= set(kinds)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--on", "vqq:x"), "no evaluation 'vqq'; did you mean 'vqa'"),
+        (("--on", "vqa"), "not of the form KIND:DATASET"),
+        (("--on", "vqa:x", "--on", "vqa:y"), "'vqa' stands twice"),
+        (("--on", "vqa:x", "--set", "vqa.row=2"), "no field 'row'; did you mean 'rows'"),
+        (("--on", "vqa:x", "--set", "vqa.rows"), "not of the form NAME.FIELD=VALUE"),
+    ],
+)
+def test_what_it_cannot_read_is_said(judge: Judge, words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        judge(*words)
+
+
+def test_a_dataset_that_is_not_there_is_said(judge: Judge, home: Path) -> None:
+    with pytest.raises(Exception, match="there is no dataset 'nonesuch'"):
+        judge("--on", "pope:nonesuch")
