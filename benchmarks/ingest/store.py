@@ -22,7 +22,7 @@ from bridgework.data.samples import pair
 from bridgework.data.shards import open_dataset, write
 
 CLIPART = "examples/data/clipart"  # 1,866 WebP files of 128 px, 2 kB each
-PHOTO = (640, 480)
+PHOTOS = {"photos": (640, 480), "large": (1_280, 960)}  # pixels
 VERSION = 1  # of what is made here: another number, and it is made again
 SHARDS = 4  # of a part, where a library's writer does not count bytes
 WHOLE = ("whole",)
@@ -45,7 +45,7 @@ Write = Callable[[Iterable[Raw], Path], None]
 class Store:
     """`rows` rows of one kind of picture."""
 
-    pictures: str  # clipart | photos
+    pictures: str  # clipart | photos | large
     rows: int
 
     def size(self, part: str) -> int:
@@ -83,21 +83,21 @@ class Store:
         art = _clipart()
         for row in range(self.size(part)):
             file, text = art[row % len(art)]
-            yield Raw(f"{part}/{row:06d}", photo(row) if self.pictures == "photos" else file, text)
+            size = PHOTOS.get(self.pictures)
+            yield Raw(f"{part}/{row:06d}", file if size is None else photo(row, *size), text)
 
 
-def photo(row: int) -> bytes:
-    """A JPEG of 640 x 480, quality 90, some 70 kB: clip art over a gradient under fine grain; a function of `row`."""
+def photo(row: int, width: int, height: int) -> bytes:
+    """A JPEG of quality 90, 70 kB at 640 x 480: clip art over a gradient under fine grain; a function of its words."""
     draw = np.random.default_rng(row)
-    width, height = PHOTO
     y, x = np.linspace(0, 1, height)[:, None, None], np.linspace(0, 1, width)[:, None]
     corner, right, down = draw.uniform(120, 255, (3, 3))
     image = Image.fromarray((corner * (1 - x - y) + right * x + down * y).clip(60, 255).astype(np.uint8))
     art = _clipart()
     for _ in range(3):
-        side = int(draw.integers(160, 400))
+        side = int(draw.integers(height // 3, 5 * height // 6))
         file, _ = art[int(draw.integers(len(art)))]
-        layer = Image.new("RGB", PHOTO, "white")
+        layer = Image.new("RGB", (width, height), "white")
         place = (int(draw.integers(width - side // 2)) - side // 4, int(draw.integers(height - side // 2)) - side // 4)
         layer.paste(Image.open(io.BytesIO(file)).convert("RGB").resize((side, side)), place)
         image = ImageChops.multiply(image, layer)

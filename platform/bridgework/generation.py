@@ -26,6 +26,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from bridgework.data import templates
+from bridgework.data.streams import Streams
 from bridgework.errors import SpecError
 from bridgework.models.prefix_vlm import PrefixModel
 
@@ -50,6 +52,15 @@ class Endings(NamedTuple):
 
     ids: frozenset[int]
     strings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, streams: Streams, own: frozenset[int]) -> "Endings":
+        """The eos token, the wiring's own, and what the template writes behind an answer, as a token if it is one."""
+        tokenizer = streams.tokenizer
+        after = templates.stop(streams.template, tokenizer)
+        special = tokenizer.get_added_vocab().get(after)
+        ids = frozenset({tokenizer.eos_token_id, special} - {None}) | own
+        return cls(ids, (after,) if after and special is None else ())
 
 
 @dataclass

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bridgework.data import templates
-from bridgework.data.batch import Batch, Row, collate
+from bridgework.data.batch import Batch, Row, collate, padded
+from bridgework.data.documents import whole_videos
 from bridgework.data.samples import Part, Sample, pair
 from bridgework.data.streams import Streams
 from bridgework.data.tiling import lay_out
@@ -30,7 +31,7 @@ from bridgework.generation import Endings, FinishReason, Sampling, Stream, toget
 from bridgework.system import IGNORE, Layout, Stage
 from bridgework.training import artefact
 
-Picture = bytes | Image.Image | NDArray[np.uint8]  # a file, an image, or the square (3, S, S) that the tower reads
+Picture = bytes | Image.Image | NDArray[np.uint8] | tuple[bytes, ...]  # a file, a picture, a square; a video's frames
 ROWS = 16  # samples per forward
 _ELSEWHERE = np.zeros((0, 1, 1), np.float16)  # a row's images, which the batch holds as features
 
@@ -81,7 +82,7 @@ class Pipeline:
         self.streams = Streams.of(stage.model, stage.data)
         self.tokenizer = self.streams.tokenizer
         self.prompts: tuple[str, ...] = next((s.prompts for s in stage.data.leaves if s.prompts), ())
-        self._endings = _endings(self.streams, getattr(model, "endings", frozenset()))
+        self._endings = Endings.of(self.streams, getattr(model, "endings", frozenset()))
 
     @classmethod
     def load(cls, path: str, device: str | None = None) -> "Pipeline":
@@ -107,7 +108,12 @@ class Pipeline:
 
     def ask(self, sample: Sample, prompts: Sequence[str] | None = None) -> list[Part]:
         """The sample as a conversation; a pair is asked with the first of `prompts` (default: the stage's own)."""
-        return templates.conversation(sample, self.prompts[:1] if prompts is None else prompts[:1], 0)
+        asked = templates.conversation(sample, self.prompts[:1] if prompts is None else prompts[:1], 0)
+        return whole_videos(asked) if self.stage.model.pixels.video and sample.times_s else asked
+
+    def pictures(self, sample: Sample) -> list[Picture]:
+        """What the conversation of `ask` shows: the sample's images, or its video."""
+        return [sample.images] if self.stage.model.pixels.video and sample.times_s else list(sample.images)
 
     def encode(self, conversation: Sequence[Part], *, answer: bool, layouts: Sequence[Layout] = ()) -> Encoded:
         """Ids and labels as in training, or (not `answer`) the prompt that ends where the assistant is to speak.
@@ -143,7 +149,8 @@ class Pipeline:
 
     def loglik(self, samples: Sequence[Sample]) -> list[float]:
         """Nats, summed over each sample's tokens with loss."""
-        return [s.loglik for s in self.scores([self.ask(s) for s in samples], [s.images for s in samples])]
+        conversations, shown = [self.ask(s) for s in samples], [self.pictures(s) for s in samples]
+        return [s.loglik for s in self.scores(conversations, shown)]
 
     def likelihoods(self, image: Picture | Tensor, candidates: Sequence[str], question: str | None = None) -> Tensor:
         """(C,) nats: each candidate as the answer about one image, given as a picture or as features (P, F)."""
@@ -163,7 +170,9 @@ class Pipeline:
         nats = []
         with self._resting():
             for i in range(0, len(encoded), ROWS * 2):
-                rest_CR, labels_CR = _padded([(e.ids[start:], e.labels[start:]) for e in encoded[i : i + ROWS * 2]])
+                some = encoded[i : i + ROWS * 2]  # padded on the right: no loss there, and nothing behind it to mislead
+                rest_CR, _ = padded([e.ids[start:] for e in some], 0)
+                labels_CR, _ = padded([e.labels[start:] for e in some], IGNORE)
                 logits_CRV = self.model.continuations(prompt_1T, rest_CR.to(self.device), looked.features, **cut)
                 loss_CR = F.cross_entropy(
                     logits_CRV.float().transpose(1, 2), columns(labels_CR.to(self.device)), reduction="none"
@@ -287,6 +296,8 @@ class Pipeline:
         if isinstance(image, np.ndarray):
             return image
         pixels = self.stage.model.pixels
+        if isinstance(image, tuple):
+            raise DataError("a video is read where a conversation shows it; give one of its frames")
         return read_square(image, pixels) if isinstance(image, bytes) else to_square(image, pixels)
 
     def _mean_square(self) -> NDArray[np.uint8]:
@@ -296,10 +307,8 @@ class Pipeline:
 
     def _features(self, squares: Sequence[NDArray[np.uint8]]) -> Tensor:
         with self._resting():
-            seen = [
-                self.model.vision(torch.from_numpy(np.stack(squares[i : i + ROWS])).to(self.device))
-                for i in range(0, len(squares), ROWS)
-            ]
+            some = (torch.from_numpy(np.stack(squares[i : i + ROWS])) for i in range(0, len(squares), ROWS))
+            seen = [self.model.vision(pixels_NHW.to(self.device)) for pixels_NHW in some]
             tower = self.model.vision.config
             return torch.cat(seen) if seen else torch.zeros(0, tower.tokens, tower.feature_width, device=self.device)
 
@@ -316,14 +325,24 @@ class Pipeline:
         squares = [tile for pictures in cut for tiles, _ in pictures for tile in tiles]
         computed = torch.split(self._features(squares), counts)
         return [
-            _Seen(given if isinstance(given, Tensor) else features, [layout for _, layout in pictures if layout])
+            _Seen(given, self._still(len(given)))
+            if isinstance(given, Tensor)
+            else _Seen(features, [layout for _, layout in pictures if layout])
             for given, features, pictures in zip(images, computed, cut, strict=True)
         ]
 
+    def _still(self, images: int) -> list[Layout]:
+        """The layouts of images of one square: none, but beside videos."""
+        pixels = self.stage.model.pixels
+        return [Layout(0, 0, pixels.size, pixels.size)] * images if pixels.video else []
+
     def _tiles(self, picture: Picture) -> tuple[NDArray[np.uint8], Layout | None]:
         pixels = self.stage.model.pixels
+        if isinstance(picture, tuple):
+            frames = np.stack([read_square(frame, pixels) for frame in picture])
+            return frames, Layout(1, len(frames) - 1, pixels.size, pixels.size)
         if not pixels.grids or isinstance(picture, np.ndarray):
-            return self._square(picture)[None], None
+            return self._square(picture)[None], next(iter(self._still(1)), None)
         return lay_out(decode(picture) if isinstance(picture, bytes) else picture, pixels)
 
     def _rows(self, conversations: Sequence[Sequence[Part]], seen: Sequence["_Seen"], *, answer: bool) -> list["_Row"]:
@@ -379,20 +398,3 @@ class Pipeline:
                 "take a stage, or a system, that does"
             )
         return found
-
-
-def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, Tensor]:
-    """(ids, labels), each (C, R) int64, padded on the right; padding has no loss and nothing behind it to mislead."""
-    longest = max(len(ids) for ids, _ in rows)
-    ids_CR = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in rows])
-    labels_CR = torch.tensor([[*labels, *[IGNORE] * (longest - len(labels))] for _, labels in rows])
-    return ids_CR, labels_CR
-
-
-def _endings(streams: Streams, own: frozenset[int]) -> Endings:
-    """The eos token, the wiring's own, and what the template writes behind an answer, as a token if it is special."""
-    tokenizer = streams.tokenizer
-    after = templates.stop(streams.template, tokenizer)
-    special = tokenizer.get_added_vocab().get(after)
-    ids = frozenset({tokenizer.eos_token_id, special} - {None}) | own
-    return Endings(ids, (after,) if after and special is None else ())

@@ -127,34 +127,59 @@ def mutants(row: Any) -> list[Any]:
 IMAGE: dict[str, Any] = {"id": 1, "file_name": "a.png", "width": 32, "height": 32, "license": 4}
 CAPTION: dict[str, Any] = {"id": 7, "image_id": 1, "caption": "a ring"}
 BOX: dict[str, Any] = {"id": 7, "image_id": 1, "category_id": 18, "bbox": [1.0, 2.0, 8.0, 8.0], "iscrowd": 0}
-COCO: Mapping[str, dict[str, Any]] = {
-    "captions": {"images": [IMAGE], "annotations": [CAPTION], "licenses": [{"id": 4, "name": "CC-BY"}]},
-    "instances": {
-        "images": [IMAGE],
-        "annotations": [BOX],
-        "categories": [{"id": 18, "name": "ring"}],
-        "licenses": [{"id": 4, "name": "CC-BY"}],
-    },
-}
-QUESTIONS: dict[str, Any] = {"questions": [{"question_id": 1, "image_id": 1, "question": "What is it?"}]}
-ANSWERS: dict[str, Any] = {
-    "annotations": [
-        {
-            "question_id": 1,
-            "image_id": 1,
-            "multiple_choice_answer": "ring",
-            "question_type": "what",
-            "answers": [{"answer": "ring", "answer_id": 1}, {"answer": "dot", "answer_id": 2}],
-        }
-    ]
+LICENCES = [{"id": 4, "name": "CC-BY"}]
+CATEGORIES = [{"id": 18, "name": "ring"}]
+QUESTION: dict[str, Any] = {"question_id": 1, "image_id": 1, "question": "What is it?"}
+ANSWER: dict[str, Any] = {
+    "question_id": 1,
+    "image_id": 1,
+    "multiple_choice_answer": "ring",
+    "question_type": "what",
+    "answers": [{"answer": "ring", "answer_id": 1}, {"answer": "dot", "answer_id": 2}],
 }
 
 
-def wholes(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The document with each of its values replaced by each of WRONG."""
-    for path in places(document):
-        for value in WRONG:
-            yield put(document, path, value)
+@dataclass(frozen=True)
+class Document:
+    """A format whose source is an object of tables; `options` name further such files beside the first."""
+
+    format: str
+    tables: Mapping[str, Any]
+    rows: int | None  # as many must come out or be put aside; None: at least one
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def lay(self, folder: Path, tables: Mapping[str, Any] | None = None) -> tuple[str, dict[str, str]]:
+        """Writes the source; what `run` is to be given."""
+        (folder / "a.png").write_bytes(pictures(1)[0])
+        (folder / "source.json").write_text(json.dumps(self.tables if tables is None else tables))
+        given = {}
+        for name, value in self.options.items():
+            given[name] = value if isinstance(value, str) else str(folder / f"{name}.json")
+            if not isinstance(value, str):
+                (folder / f"{name}.json").write_text(json.dumps(value))
+        return str(folder / "source.json"), given
+
+
+def documents() -> Iterator[tuple[str, Document]]:
+    """Every table of every format once with all the wrong rows that it may have."""
+    captions, boxes, images = ([row, *mutants(row)] for row in (CAPTION, BOX, IMAGE))
+    asked, answered = [QUESTION, *mutants(QUESTION)], [ANSWER, *mutants(ANSWER)]
+    each = [{**QUESTION, "question_id": number} for number in range(len(answered))]
+    own = [{**row, "question_id": n} if isinstance(row, dict) else row for n, row in enumerate(answered)]
+    shown, told = {"images": [IMAGE], "licenses": LICENCES}, {"categories": CATEGORIES}
+    yield "captions", Document("coco", {**shown, "annotations": captions}, len(captions))
+    yield "images of captions", Document("coco", {"images": images, "annotations": [CAPTION]}, 1)
+    yield "images", Document("coco", {"images": images, "annotations": [BOX], **told}, len(images))
+    yield "boxes", Document("coco", {**shown, "annotations": boxes, **told}, None)
+    yield (
+        "boxes beside captions",
+        Document(
+            "coco", {**shown, "annotations": [CAPTION]}, None, {"instances": {**shown, "annotations": boxes, **told}}
+        ),
+    )
+    yield "licences", Document("coco", {**shown, "licenses": mutants(LICENCES[0]), "annotations": [CAPTION]}, 1)
+    yield "questions", Document("vqa", {"questions": asked}, len(asked), {"annotations": {"annotations": [ANSWER]}})
+    yield "answers", Document("vqa", {"questions": each}, len(each), {"annotations": {"annotations": own}})
 
 
 # --- files that are not text -----------------------------------------------------------------------------------------

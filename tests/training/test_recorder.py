@@ -58,7 +58,7 @@ def test_a_step_is_shown_again_as_the_model_saw_it(home: Path, run: str, packing
     system = llava(4, stages__align__data__packing=packing, stages__align__data__lanes=2)
     go(system, home, run)
     again = replay(f"{run}/align", 2, home)
-    read = list(local(Feed.of(system["align"], home), rank=0, world=1, start=2))[0]
+    read = next(local(Feed.of(system["align"], home), rank=0, world=1, start=2))
     assert sorted((r.key, tuple(r.ids)) for r in again.rows) == sorted((r.key, tuple(r.ids)) for r in read)
     assert [row.key for row in again.rows] == [each.key for each in again.noted]
     assert replay(run, 2, home).noted == again.noted

@@ -102,14 +102,14 @@ def collate(rows: Sequence[Row], *, pad_id: int, side: Literal["right", "left"] 
     shared = len(packed) < len(rows)
     sequences = [_joined(same) for same in packed] if shared else [(row.ids, row.labels) for row in rows]
     sequences += [row.rejected for row in rows if row.rejected is not None]
-    ids_BT, attention_BT = _padded([ids for ids, _ in sequences], pad_id, side)
-    labels_BT, _ = _padded([labels for _, labels in sequences], IGNORE, side)
+    ids_BT, attention_BT = padded([ids for ids, _ in sequences], pad_id, side)
+    labels_BT, _ = padded([labels for _, labels in sequences], IGNORE, side)
     shown = rows if rows[0].rejected is None else [*rows, *rows]  # a worse answer is about the same images
     images = torch.from_numpy(np.concatenate([row.images for row in shown]))
     layouts = [layout for row in shown for layout in row.layouts]
     pixels = images.dtype == torch.uint8
     asked = [row.instruction for row in shown]
-    instruction_BI, instruction_attention_BI = _padded(asked, 0, "right") if any(map(len, asked)) else (None, None)
+    instruction_BI, instruction_attention_BI = padded(asked, 0, "right") if any(map(len, asked)) else (None, None)
     return Batch(
         ids_BT=ids_BT,
         attention_BT=attention_BT,
@@ -135,10 +135,10 @@ def _joined(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
 def _segments(packed: Sequence[Sequence[Row]], side: Literal["right", "left"]) -> Tensor:
     numbers = count()
     told = [[number for row in same for number in [next(numbers)] * len(row.ids)] for same in packed]
-    return _padded(told, -1, side)[0]
+    return padded(told, -1, side)[0]
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int, side: Literal["right", "left"]) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]], pad: int, side: Literal["right", "left"] = "right") -> tuple[Tensor, Tensor]:
     """(B, T) int64, and (B, T) bool: False on padding."""
     width = max(map(len, rows))
     values_BT = np.full((len(rows), width), pad, np.int64)

@@ -18,8 +18,13 @@ def read_as(source: Source, sample: Sample, choice: int, *, video: bool = False)
     """
     parts = conversation(sample, source.prompts, choice, prefix=source.prefix)
     if video and sample.times_s:
-        parts = [part for part in parts if not part.image]
+        parts = whole_videos(parts)
     return arranged(parts, choice, images=source.images, following=source.following)
+
+
+def whole_videos(parts: Sequence[Part]) -> list[Part]:
+    """The parts of a video with one place for all its frames: where the first of them stood."""
+    return [part for part in parts if not part.image]
 
 
 def arranged(parts: Sequence[Part], choice: int, *, images: int | None, following: float) -> list[Part]:

@@ -80,9 +80,9 @@ class PrefixModel(Freezable):
         where there is no loss; pixels (N, 3, S, S) uint8 or features (N, P, F), of which every tile is one; layouts
         (images, 4) int64 where images are cut into tiles; instruction (B, I) int64 with its attention, for a bridge
         that reads what the user says; segments (B, T) int64, the number of each token's sample, -1 on padding, where
-        samples share rows (an instruction is then one row a sample). `wants` names `logits`, `pooled`, and `preference`: then the second half of the
-        rows are the worse answers of the first. Raises DataError when places and image tokens do not match, and for a
-        language model of two halves that is given no labels.
+        samples share rows: an instruction is then one row a sample. `wants` names `logits`, `pooled`, and
+        `preference`: then the second half of the rows are the worse answers of the first. Raises DataError when
+        places and image tokens do not match, and for a language model of two halves that is given no labels.
         """
         if unknown := wants - {"logits", "pooled", "preference"}:
             raise SpecError(f"the prefix wiring gives 'logits', 'pooled' and 'preference', not {sorted(unknown)}")

@@ -19,9 +19,9 @@ from bridgework.models import MED, BlipViTConfig, MomentumConfig
 from bridgework.recipes import _blip_tunes as tunes
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
-ROWS = {"vg": 769_000, "cc3m": 3_000_000, "cc12m": 10_000_000, "sbu": 860_000}
-NOISY = (tunes.COCO, *(Source(name=name, dataset=name, rows=rows) for name, rows in ROWS.items()))  # 14M images (4.1)
-HUMAN = NOISY[:2]
+HUMAN = (tunes.COCO, Source(name="vg", dataset="vg", rows=769_000))
+WEB = {"cc3m": 3_000_000, "cc12m": 10_000_000, "sbu": 860_000}
+NOISY = (*HUMAN, *(Source(name=name, dataset=name, rows=rows) for name, rows in WEB.items()))  # 14M images (4.1)
 LAION = Source(name="laion", dataset="laion-115m", rows=115_000_000, max_epochs=4.0)  # a fifth of it an epoch (4.1)
 CLEAN = (*HUMAN, Source(name="capfilt", dataset="capfilt"))
 
