@@ -41,9 +41,9 @@ Round = dict[str, Figures]  # by the name of the side
 
 ROWS = {"clipart": 4_096, "photos": 2_048, "large": 1_024}
 PLAN = {"clipart": ("read", "decode", "mix", "pack"), "photos": ("read", "decode"), "large": ("decode",)}
-WARM = 32  # batches before the clock starts: two windows of ours
-QUICK = {"clipart": ("read", "pack"), "photos": ("decode",)}
-QUICK_ROWS, QUICK_WARM = 256, 4
+WARM = 32  # batches before the clock starts; like an epoch whole windows of ours, which reads by the window
+QUICK = {"clipart": ("decode", "mix", "pack")}
+QUICK_ROWS, QUICK_WARM = 512, 16
 
 
 def sides(pictures: str, case: Case, names: list[str] | None) -> list[Side]:

@@ -121,6 +121,8 @@ def train(
 
     resolved = _resolve(system, set_, tiny)
     run = run or f"{system.replace(':', '-').replace('.', '-')}{'-tiny' * tiny}-{resolved.fingerprint()[:6]}"
+    for name in stage or ():
+        resolved[name]  # a wrong word is said before the tracker is opened
     tracker = _if_up(project)
     with attached() if workers else nullcontext():
         results = run_training(

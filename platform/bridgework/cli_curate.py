@@ -133,11 +133,16 @@ def _names_a_model(hint: Any) -> bool:
 
 def _folders(model: Any) -> Any:
     """The artefacts' folders that words mean, as paths that hold in every folder."""
+    from bridgework.interop.convert import imported
     from bridgework.lineage.resolve import artefact_of
 
     if isinstance(model, tuple):
         return tuple(_folders(one) for one in model)
-    return None if model is None else str(Path(artefact_of(model, home())).absolute())
+    if model is None:
+        return None
+    if (Path(model) / "config.json").is_file() and "/" in model:  # as transformers writes a model
+        return str(imported(Path(model), home()))
+    return str(Path(artefact_of(model, home())).absolute())
 
 
 def _explain(curation: Any, sources: list[str], place: str, made: "Manifest") -> None:

@@ -116,7 +116,7 @@ def test_what_is_written_depends_on_the_seed_and_the_key_alone(
     judge, other = held(models, home), held(models, home, seed=1)
 
     def told(judge: CapFiltJudge, samples: list[Sample]) -> dict[str, str]:
-        return {sample.key: fact["written"] for sample, fact in zip(samples, judge(samples), strict=True)}
+        return {sample.key: fact["written"][0] for sample, fact in zip(samples, judge(samples), strict=True)}
 
     texts = told(judge, samples)
     assert told(judge, samples[::-1]) == texts
@@ -129,9 +129,19 @@ def test_a_caption_is_what_the_pipeline_writes_for_its_image_alone(models: dict[
     sample = next(flags())
     pipeline = Pipeline.load(str(models["captioner"]), "cpu")
     drawn: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 2, "temperature": 1.0, "top_p": 0.9}
-    alone = pipeline.generate(pipeline.ask(sample), sample.images, seed=_seed(0, sample.key), **drawn)
+    alone = pipeline.generate(pipeline.ask(sample), sample.images, seed=_seed(0, sample.key, 0), **drawn)
     judged = held(models, home)(list(flags())[:8])
-    assert judged[0]["written"] == alone.text
+    assert judged[0]["written"] == [alone.text]
+
+
+def test_several_captions_an_image_are_written_apart_and_the_first_is_as_alone(
+    models: dict[str, Path], home: Path
+) -> None:
+    samples = list(flags())[:8]
+    one, three = held(models, home)(samples), held(models, home, captions=3)(samples)
+    assert [fact["written"][:1] for fact in three] == [fact["written"] for fact in one]
+    assert all(len(fact["written"]) == len(fact["written_scores"]) == 3 for fact in three)
+    assert any(len(set(fact["written"])) > 1 for fact in three)
 
 
 def test_what_is_no_pair_or_no_picture_is_put_aside(models: dict[str, Path], home: Path) -> None:
@@ -151,7 +161,7 @@ def test_a_sheet_shows_what_was_kept_beside_what_was_dropped(
     dest, counts = str(tmp_path / "all"), whole.parameters["counts"]
     one_kind = sheet(spec, [web], dest, home, counts)
     told = [Scores(**row.fact) for row in Making.of(spec, [web], dest, home).told()]
-    scores = sorted(max(one.web_score or 0, one.written_score or 0) for one in told)
+    scores = sorted(max(one.web_score or 0, one.written_scores[0] or 0) for one in told)
     some = replace(spec, threshold=scores[len(scores) // 2])
     two_kinds = sheet(some, [web], dest, home, {"no text fits": 28, "web text": 1})
     half = one_kind.width // 2

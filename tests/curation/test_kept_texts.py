@@ -9,7 +9,11 @@ SAMPLE = pair("k", b"image", "a dog", language="en", provenance={"crawl.url": "x
 
 
 def scores(web: float | None, written: float | None, text: str = "two cats") -> Scores:
-    return Scores(text, web, written)
+    return Scores([text], web, [written])
+
+
+def origins(told: Scores, threshold: float) -> list[str]:
+    return [each.origin for each in told.kept("a dog", threshold)[0]]
 
 
 @pytest.mark.parametrize(
@@ -25,17 +29,25 @@ def scores(web: float | None, written: float | None, text: str = "two cats") -> 
     ],
 )
 def test_each_text_stays_by_its_own_score(web: float | None, written: float | None, kept: list[str]) -> None:
-    assert scores(web, written).kept("a dog", 0.0)[0] == kept
+    assert origins(scores(web, written), 0.0) == kept
 
 
 def test_the_threshold_is_of_the_logit() -> None:
-    assert scores(1.0, 3.0).kept("a dog", 2.0)[0] == ["written"]
-    assert scores(1.0, 3.0).kept("a dog", -2.0)[0] == ["web", "written"]
+    assert origins(scores(1.0, 3.0), 2.0) == ["written"]
+    assert origins(scores(1.0, 3.0), -2.0) == ["web", "written"]
 
 
 def test_a_text_that_was_written_again_is_kept_once() -> None:
-    assert scores(1.0, 1.0, " a dog\n").kept("a dog", 0.0) == (["web"], "web text, which was written again")
-    assert scores(-1.0, 1.0, "a dog").kept("a dog", 0.0) == (["written"], "written text")
+    again, why = scores(1.0, 1.0, " a dog\n").kept("a dog", 0.0)
+    assert [each.origin for each in again] == ["web"] and why == "web text, which was written again"
+    assert origins(scores(-1.0, 1.0, "a dog"), 0.0) == ["written"]
+
+
+def test_of_several_written_texts_each_stays_by_its_own_score_and_once() -> None:
+    several = Scores(["a cat", "two cats", "a cat ", "a bird"], -1.0, [1.0, 2.0, 3.0, -1.0])
+    kept, why = several.kept("a dog", 0.0)
+    assert [(each.number, each.text) for each in kept] == [(0, "a cat"), (1, "two cats")]
+    assert why == "written text, which was written again"
 
 
 def test_every_outcome_has_words_of_its_own() -> None:

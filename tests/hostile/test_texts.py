@@ -1,9 +1,11 @@
 """What a dataset says is only text: it never turns into scaffold, images or loss, under any template."""
 
+from pathlib import Path
+
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from bridgework.data.quarantine import BadSample, Reason
+from bridgework.data.quarantine import BadSample, Quarantine, Reason, records
 from bridgework.data.samples import Part, pair
 from bridgework.data.templates import TEMPLATES, prompt, render
 from bridgework.data.tokens import Encoded, encode
@@ -96,3 +98,12 @@ def test_half_of_a_surrogate_pair_is_put_aside(template: str, tokenizer: PreTrai
     with pytest.raises(BadSample) as caught:
         read(texts.SURROGATE, template, tokenizer)
     assert caught.value.reason is Reason.BAD_ROW
+
+
+def test_any_text_can_be_put_on_record(tmp_path: Path) -> None:
+    said = [*texts.TEXTS.values(), *texts.BLANK.values(), texts.SURROGATE, "a\r\nb\u2028c"]
+    quarantine = Quarantine(str(tmp_path), limit=1.0)
+    for row, text in enumerate(said):
+        quarantine.add("dataset", text, row, BadSample(Reason.BAD_ROW, text))
+    quarantine.flush()
+    assert [(record.key, record.detail) for record in records(str(tmp_path))] == [(text, text) for text in said]

@@ -1,7 +1,7 @@
 """CapFilt (BLIP, arXiv:2201.12086, 3.3): a captioner writes a text for every web image, a filter drops what is wrong.
 
-Every image gets one caption by nucleus sampling (4.3: more diverse than a beam's, and better to learn from); its web
-text and the written one stay if the filter's matching head finds that they fit the image. Each text that stays is a
+Every image gets a caption, or several, by nucleus sampling (4.3: more diverse than a beam's, and better to learn from);
+its web text and the written ones stay if the filter's matching head finds that they fit the image. Each text that stays is a
 pair of its own, as in the authors' release: a mixture by size then counts pairs, as it does for human captions.
 """
 
@@ -38,6 +38,7 @@ class CapFilt:
     filter: Model  # likewise, with a matching head
     sources: tuple[str, ...]  # datasets of images and what the web says of them, not of human captions
     makes: str = "capfilt"
+    captions: int = 1  # written for every image, each with a seed of its own
     top_p: float = 0.9  # 4.3
     temperature: float = 1.0
     min_tokens: int = 5  # the authors' release, models/blip.py: 5 to 20 tokens
@@ -45,11 +46,13 @@ class CapFilt:
     threshold: float = 0.0  # of the filter's logit: 0 is where match and mismatch are equally likely
     seed: int = 0
 
-    drawn: ClassVar[tuple[str, ...]] = ("top_p", "temperature", "min_tokens", "max_tokens", "seed")
+    drawn: ClassVar[tuple[str, ...]] = ("captions", "top_p", "temperature", "min_tokens", "max_tokens", "seed")
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise SpecError("capfilt needs at least one source to caption and to filter")
+        if self.captions < 1:
+            raise SpecError(f"capfilt writes at least one caption an image; got captions {self.captions}")
         if not 0 < self.top_p <= 1 or self.temperature < 0:
             raise SpecError(
                 f"capfilt: top_p lies in (0, 1] and temperature is at least 0; got {self.top_p:g} and "
@@ -100,41 +103,60 @@ class CapFilt:
         return CapFiltJudge(self, Pipeline.load(self.captioner), Pipeline.load(self.filter))
 
     def decide(self, rows: Rows) -> Iterator[Verdict]:
-        """A pair for every text that the filter finds matched: none to two a row, and one text once (3.3)."""
+        """A pair for every text that the filter finds matched: the web's, the written ones, and one text once (3.3)."""
         for sample, fact in rows():
             scores = Scores(**fact)
             kept, why = scores.kept(sample.text, self.threshold)
-            note = f"web {_told(scores.web_score)}, written {_told(scores.written_score)}: {scores.written}"
-            yield Verdict(why, tuple(_pair(sample, origin, scores) for origin in kept), note)
+            written = "; ".join(
+                f"written {_told(score)}: {text}"
+                for text, score in zip(scores.written, scores.written_scores, strict=True)
+            )
+            yield Verdict(
+                why, tuple(_pair(sample, each, scores) for each in kept), f"web {_told(scores.web_score)}, {written}"
+            )
+
+
+class Kept(NamedTuple):
+    """A text that goes on."""
+
+    origin: Origin
+    number: int  # of the written texts
+    text: str
 
 
 class Scores(NamedTuple):
-    """A fact: what was written, and the filter's logits that either text and the image belong together."""
+    """A fact: what was written, and the filter's logits that each text and the image belong together."""
 
-    written: str
+    written: Sequence[str]
     web_score: float | None  # None: nothing in the text that the filter can read
-    written_score: float | None
+    written_scores: Sequence[float | None]
 
-    def kept(self, web: str, threshold: float) -> tuple[list[Origin], str]:
-        """Which of the two texts stay, and in words why no other does."""
-        kept: list[Origin] = []
+    def kept(self, web: str, threshold: float) -> tuple[list[Kept], str]:
+        """Which of the texts stay, and in words why no other does."""
+        kept: list[Kept] = []
         if self.web_score is not None and self.web_score > threshold:
-            kept.append("web")
-        fits = self.written_score is not None and self.written_score > threshold
-        repeated = fits and bool(kept) and self.written.strip() == web.strip()
-        if fits and not repeated:
-            kept.append("written")
-        why = WHYS[tuple(kept)]
-        if self.written_score is None:
-            return kept, f"{why}, nothing to read in the written one"
-        return kept, f"{why}, which was written again" if repeated else why
+            kept.append(Kept("web", 0, web))
+        again = False
+        for number, (text, score) in enumerate(zip(self.written, self.written_scores, strict=True)):
+            if score is None or score <= threshold:
+                continue
+            if any(text.strip() == other.text.strip() for other in kept):
+                again = True
+            else:
+                kept.append(Kept("written", number, text))
+        why = WHYS["web" in {k.origin for k in kept}, "written" in {k.origin for k in kept}]
+        if None in self.written_scores:
+            why += ", nothing to read in the written one"
+        elif again:
+            why += ", which was written again"
+        return kept, why
 
 
-WHYS: dict[tuple[Origin, ...], str] = {
-    ("web", "written"): "both texts",
-    ("web",): "web text",
-    ("written",): "written text",
-    (): "no text fits",
+WHYS = {  # (web text kept, a written one kept)
+    (True, True): "both texts",
+    (True, False): "web text",
+    (False, True): "written text",
+    (False, False): "no text fits",
 }
 
 
@@ -154,18 +176,26 @@ class CapFiltJudge:
 
     def _judge(self, samples: Sequence[Sample], web: Sequence[str]) -> list[Scores]:
         spec, pictures = self._spec, [sample.images[0] for sample in samples]
-        written = self._captioner.write(
+        written = [self._write(samples, number) for number in range(spec.captions)]
+        seen_NPF = self._filter.features(pictures)
+        web_scores, *scores = [self._scores(seen_NPF, texts) for texts in (web, *written)]
+        return [
+            Scores([texts[i] for texts in written], web_scores[i], [of[i] for of in scores])
+            for i in range(len(samples))
+        ]
+
+    def _write(self, samples: Sequence[Sample], number: int) -> list[str]:
+        """The text of that number for each sample."""
+        spec = self._spec
+        return self._captioner.write(
             [self._captioner.ask(sample) for sample in samples],
-            [[picture] for picture in pictures],
-            [_seed(spec.seed, sample.key) for sample in samples],
+            [[sample.images[0]] for sample in samples],
+            [_seed(spec.seed, sample.key, number) for sample in samples],
             max_new_tokens=spec.max_tokens,
             min_new_tokens=spec.min_tokens,
             temperature=spec.temperature,
             top_p=spec.top_p,
         )
-        seen_NPF = self._filter.features(pictures)
-        scores = [self._scores(seen_NPF, texts) for texts in (web, written)]
-        return [Scores(*row) for row in zip(written, *scores, strict=True)]
 
     def _scores(self, seen_NPF: "Tensor", texts: Sequence[str]) -> list[float | None]:
         """The filter's logits; None for a text that it cannot read."""
@@ -198,25 +228,26 @@ def _checked(sample: Sample) -> str | BadSample:
     return texts[0].text or ""
 
 
-def _seed(seed: int, key: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7])
+def _seed(seed: int, key: str, number: int) -> int:
+    words = f"{seed}/{key}/{number}" if number else f"{seed}/{key}"
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7])
 
 
 def _told(score: float | None) -> str:
     return "" if score is None else f"{score:g}"
 
 
-def _pair(sample: Sample, origin: Origin, scores: Scores) -> Sample:
+def _pair(sample: Sample, kept: Kept, scores: Scores) -> Sample:
     told = {
-        "kept": origin,
+        "kept": kept.origin,
         "web_score": _told(scores.web_score),
-        "written_score": _told(scores.written_score),
+        "written_score": _told(scores.written_scores[kept.number]),
     }
     return Sample(
-        key=f"{sample.key}/{origin}",
+        key=f"{sample.key}/{kept.origin}{f'-{kept.number + 1}' if kept.number else ''}",
         images=sample.images,
-        parts=(Part("caption", image=0), Part("caption", text=sample.text if origin == "web" else scores.written)),
-        language=sample.language if origin == "web" else None,
+        parts=(Part("caption", image=0), Part("caption", text=kept.text)),
+        language=sample.language if kept.origin == "web" else None,
         licence=sample.licence,
         provenance={**sample.provenance, **{f"capfilt.{name}": value for name, value in told.items()}},
     )

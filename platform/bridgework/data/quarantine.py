@@ -19,6 +19,7 @@ from bridgework.mixture import MAX_BAD
 
 SHARE = MAX_BAD
 FLUSH_ROWS = 1_000
+DETAIL_CHARS = 1_000  # of a record: a bad row may name a file by a million letters
 
 
 class Reason(StrEnum):
@@ -80,7 +81,7 @@ class Quarantine:
             return
         self._seen.add((dataset, row))
         self.reasons[error.reason] += 1
-        self._pending.append(Record(dataset, key, row, error.reason, error.detail))
+        self._pending.append(Record(dataset, key, row, error.reason, error.detail[:DETAIL_CHARS]))
         if len(self._pending) >= FLUSH_ROWS:
             self.flush()
 
@@ -121,7 +122,7 @@ class Quarantine:
         fs, folder = fsspec.core.url_to_fs(self.folder)
         fs.makedirs(folder, exist_ok=True)
         part = f"{folder}/part-{time.time_ns():020d}-{uuid4().hex[:6]}.jsonl"
-        with fs.open(part + ".tmp", "w", encoding="utf-8") as file:
+        with fs.open(part + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair
             file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in self._pending)
         fs.mv(part + ".tmp", part)
         self._pending = []

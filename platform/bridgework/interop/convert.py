@@ -82,6 +82,19 @@ def families() -> dict[str, Family]:
     return {architecture: module for module in modules for architecture in module.ARCHITECTURES}
 
 
+def imported(folder: Path, home: Path) -> Path:
+    """The artefact of a model that `save_pretrained` wrote, kept under <home>/cache. Raises what `import_hf` does."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        state = file.stat()
+        digest.update(f"{file.absolute()}:{state.st_size}:{state.st_mtime_ns}\n".encode())
+    kept = home.absolute() / "cache" / "imported" / f"{folder.name}-{digest.hexdigest()[:12]}"
+    if not kept.is_dir():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        import_hf(folder, kept)
+    return kept
+
+
 def import_hf(folder: Path, out: Path) -> Certificate:
     """The artefact under `out` of a model that `save_pretrained` wrote to `folder`; nothing is fetched.
 

@@ -1,0 +1,73 @@
+"""What decoding costs: bridgework's read_square, which lets libjpeg scale down, against Pillow's whole decode and resize.
+
+python -m benchmarks.ingest.decoding           a minute; --json FILE for the figures
+
+JPEGs of quality 90 go to 224 pixels, bicubic. A JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that leaves both
+sides at least twice the target, so one of 640 x 480 is decoded whole. CPU-ms an image, of the process; the two take
+turns file by file.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+from PIL import features
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.ingest import work
+from benchmarks.ingest.store import photo
+from bridgework.data.transforms import decode
+
+SIZES = ((320, 240), (640, 480), (1_280, 960), (2_560, 1_920))
+FILES = 12  # of a size, each read `rounds` times
+DECODERS = {"ours": work.ours, "pillow": work.pillow}
+
+
+def compared(size: tuple[int, int], rounds: int) -> dict[str, list[float]]:
+    """CPU-ms an image of each round, by decoder."""
+    files = [photo(row, *size) for row in range(FILES)]
+    found: dict[str, list[float]] = {name: [] for name in DECODERS}
+    for number in range(rounds + 1):  # the first warms up
+        spent = dict.fromkeys(DECODERS, 0.0)
+        for file in files:
+            for name, read in DECODERS.items() if number % 2 else reversed(DECODERS.items()):
+                began = time.process_time()
+                read(file)
+                spent[name] += time.process_time() - began
+        if number:
+            for name, seconds in spent.items():
+                found[name].append(1e3 * seconds / FILES)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    shown = Table("file", "decoded at", "ours, CPU-ms", "Pillow, CPU-ms", "ours / Pillow", box=None)
+    runs = {}
+    for size in SIZES:
+        found = compared(size, given.rounds)
+        ratios = [ours / other for ours, other in zip(found["ours"], found["pillow"], strict=True)]
+        scaled = decode(photo(0, *size), size=work.SIDE).size
+        shown.add_row(
+            "{} x {}".format(*size),
+            "{} x {}".format(*scaled),
+            *(f"{statistics.median(each):.2f}" for each in found.values()),
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})",
+        )
+        runs["{}x{}".format(*size)] = found
+    Console().print(shown)
+    if given.json:
+        turbo = features.version_feature("libjpeg_turbo")
+        given.json.write_text(json.dumps({"libjpeg-turbo": turbo, "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

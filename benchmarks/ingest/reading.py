@@ -1,0 +1,125 @@
+"""What our reader reads for what it gives, and from how many places: `python -m benchmarks.ingest.reading`, a minute.
+
+A simulated dataset (a manifest, and files of one size that are never written) goes through the real plan and reader;
+only the fetching of a row group is counted instead of done. Bytes read for every byte used are those of a run's middle,
+behind the first windows; row groups are those that the rows of one batch lie in. One reader serves all lanes.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.ingest.feeding import Bytes, BytesReader
+from benchmarks.ingest.work import MODEL
+from bridgework.data.manifest import FILE, Manifest, Shard
+from bridgework.data.samples import Sample, pair
+from bridgework.data.shards import Dataset
+from bridgework.system import Mixture, Source
+
+BATCH, GROUP_ROWS, SHARD_ROWS = 256, 32, 4_096
+WARM, COUNTED = 4, 12  # windows
+FILE_BYTES = {"clip art": 2_000, "photos": 70_000, "large photos": 220_000}
+SOURCES = {"one source": (1_000_000,), "four sources at sqrt": (600_000, 250_000, 100_000, 50_000)}
+WINDOWS = (16, 64)  # steps
+
+
+class Simulated(Dataset):
+    """A dataset of which only the manifest is there; it notes every row group that is asked for."""
+
+    def __init__(self, path: str, file: bytes) -> None:
+        super().__init__(path)
+        self.file = file
+        self.fetched = 0  # rows
+
+    def read_group(self, shard: int, group: int) -> list[Sample]:
+        rows = min(GROUP_ROWS, self.manifest.shards[shard].rows - group * GROUP_ROWS)
+        self.fetched += rows
+        return [pair(f"{self.path}/{shard}/{group}/{row}", self.file, "a picture") for row in range(rows)]
+
+
+@dataclass(frozen=True)
+class Found:
+    """How one mixture was read."""
+
+    read_per_used: float
+    groups: float  # that a batch draws on, on average
+    fewest: int
+
+
+def manifest(rows: int, shard_rows: int = SHARD_ROWS) -> Manifest:
+    """Of a dataset that is nowhere."""
+    sizes = [min(shard_rows, rows - first) for first in range(0, rows, shard_rows)]
+    shards = tuple(Shard(f"shard-{n:05d}.parquet", size, 0, f"{n:064x}") for n, size in enumerate(sizes))
+    return Manifest(rows, GROUP_ROWS, shards, "simulated", "none", "benchmarks.ingest.reading")
+
+
+def simulated(folder: Path, rows: tuple[int, ...], file: bytes) -> Iterator[Simulated]:
+    for number, size in enumerate(rows):
+        place = folder / f"{number}-{size}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / FILE).write_text(manifest(size).to_json())
+        yield Simulated(str(place), file)
+
+
+def read(folder: Path, rows: tuple[int, ...], file_bytes: int, window: int) -> Found:
+    """Some windows of all lanes, through the reader."""
+    datasets = list(simulated(folder, rows, bytes(file_bytes)))
+    sources = tuple(Source(name=f"source-{n}", dataset="-") for n in range(len(rows)))
+    feed = Bytes(
+        mixture=Mixture(sources=sources, alpha=0.5, window=window),
+        datasets=tuple(dataset.path for dataset in datasets),
+        digests=tuple(dataset.manifest.digest for dataset in datasets),
+        batch=BATCH,
+        steps=10_000,
+        seed=0,
+        model=MODEL,
+    )
+    reader = BytesReader(feed, feed.plan(), datasets)
+    lanes = reader.plan.lanes_of(0, 1)
+    for t in range(WARM):
+        reader.window(lanes, t)
+    before = sum(dataset.fetched for dataset in datasets)
+    steps = [step for t in range(WARM, WARM + COUNTED) for step in reader.window(lanes, t)]
+    groups = [len({row.key.rsplit("/", 1)[0] for row in step}) for step in steps]
+    used = sum(len(step) for step in steps)
+    return Found((sum(dataset.fetched for dataset in datasets) - before) / used, mean(groups), min(groups))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    shown = Table(
+        "sources", "a file", "window", "bytes read / used", f"row groups a batch of {BATCH}", "fewest", box=None
+    )
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for told, rows in SOURCES.items():
+            for file_bytes in FILE_BYTES.values():
+                for window in WINDOWS:
+                    found = read(Path(folder), rows, file_bytes, window)
+                    shown.add_row(
+                        told,
+                        f"{file_bytes / 1e3:.0f} kB",
+                        f"{window} steps",
+                        f"{found.read_per_used:.3f}",
+                        f"{found.groups:.0f}",
+                        str(found.fewest),
+                    )
+                    runs.append({"sources": told, "file_bytes": file_bytes, "window": window, **vars(found)})
+    Console().print(shown)
+    if given.json:
+        given.json.write_text(json.dumps(runs, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
