@@ -1,4 +1,4 @@
-"""What decoding costs: bridgework's read_square, which lets libjpeg scale down, against Pillow's whole decode and resize.
+"""What decoding costs: our read_square, which lets libjpeg scale down, against Pillow's whole decode and resize.
 
 python -m benchmarks.ingest.decoding           a minute; --json FILE for the figures
 

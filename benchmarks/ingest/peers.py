@@ -135,11 +135,12 @@ class Datasets:
         samples = self._epoch(folder)
         for _ in islice(_loader(samples, self._raw, list), step):
             pass
-        return samples.state_dict()
+        return samples.state_dict() if step else None
 
     def resumed(self, folder: Path, state: Any, finish: Finish) -> Iterator[Any]:
         samples = self._epoch(folder)
-        samples.load_state_dict(state)
+        if state is not None:
+            samples.load_state_dict(state)
         yield from _loader(samples, self._raw, finish)
 
     def _epoch(self, folder: Path) -> Any:

@@ -1,8 +1,9 @@
-"""What our reader reads for what it gives, and from how many places: `python -m benchmarks.ingest.reading`, a minute.
+"""What our reader reads for what it gives, and from how many places: `python -m benchmarks.ingest.reading`, 2 minutes.
 
 A simulated dataset (a manifest, and files of one size that are never written) goes through the real plan and reader;
 only the fetching of a row group is counted instead of done. Bytes read for every byte used are those of a run's middle,
-behind the first windows; row groups are those that the rows of one batch lie in. One reader serves all lanes.
+behind the first windows, for a reader of all lanes (one worker, or Ray's one reader) and for one of a quarter of them
+(one of four workers that read in process); row groups are those that the rows of one batch lie in.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -24,8 +26,8 @@ from bridgework.data.shards import Dataset
 from bridgework.system import Mixture, Source
 
 BATCH, GROUP_ROWS, SHARD_ROWS = 256, 32, 4_096
-WARM, COUNTED = 4, 12  # windows
-FILE_BYTES = {"clip art": 2_000, "photos": 70_000, "large photos": 220_000}
+WARM, COUNTED = 4, 8  # windows
+FILE_BYTES = (2_000, 70_000, 220_000)  # of benchmarks.ingest: clip art, photos, large
 SOURCES = {"one source": (1_000_000,), "four sources at sqrt": (600_000, 250_000, 100_000, 50_000)}
 WINDOWS = (16, 64)  # steps
 
@@ -46,10 +48,10 @@ class Simulated(Dataset):
 
 @dataclass(frozen=True)
 class Found:
-    """How one mixture was read."""
+    """How one mixture was read, by the reader of one rank."""
 
     read_per_used: float
-    groups: float  # that a batch draws on, on average
+    groups: float  # that the rank's part of a batch draws on, on average
     fewest: int
 
 
@@ -68,8 +70,8 @@ def simulated(folder: Path, rows: tuple[int, ...], file: bytes) -> Iterator[Simu
         yield Simulated(str(place), file)
 
 
-def read(folder: Path, rows: tuple[int, ...], file_bytes: int, window: int) -> Found:
-    """Some windows of all lanes, through the reader."""
+def read(folder: Path, rows: tuple[int, ...], file_bytes: int, window: int, world: int = 1) -> Found:
+    """Some windows of the lanes of rank 0, through the reader."""
     datasets = list(simulated(folder, rows, bytes(file_bytes)))
     sources = tuple(Source(name=f"source-{n}", dataset="-") for n in range(len(rows)))
     feed = Bytes(
@@ -82,7 +84,7 @@ def read(folder: Path, rows: tuple[int, ...], file_bytes: int, window: int) -> F
         model=MODEL,
     )
     reader = BytesReader(feed, feed.plan(), datasets)
-    lanes = reader.plan.lanes_of(0, 1)
+    lanes = reader.plan.lanes_of(0, world)
     for t in range(WARM):
         reader.window(lanes, t)
     before = sum(dataset.fetched for dataset in datasets)
@@ -98,24 +100,23 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    shown = Table(
-        "sources", "a file", "window", "bytes read / used", f"row groups a batch of {BATCH}", "fewest", box=None
-    )
+    heads = ("bytes read / used: all lanes", "a quarter", f"row groups a batch of {BATCH}", "fewest")
+    shown = Table("sources", "a file", "window", *heads, box=None)
     runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        for told, rows in SOURCES.items():
-            for file_bytes in FILE_BYTES.values():
-                for window in WINDOWS:
-                    found = read(Path(folder), rows, file_bytes, window)
-                    shown.add_row(
-                        told,
-                        f"{file_bytes / 1e3:.0f} kB",
-                        f"{window} steps",
-                        f"{found.read_per_used:.3f}",
-                        f"{found.groups:.0f}",
-                        str(found.fewest),
-                    )
-                    runs.append({"sources": told, "file_bytes": file_bytes, "window": window, **vars(found)})
+    for told, file_bytes, window in product(SOURCES, FILE_BYTES, WINDOWS):
+        with tempfile.TemporaryDirectory() as folder:
+            whole, quarter = (read(Path(folder), SOURCES[told], file_bytes, window, world) for world in (1, 4))
+        shown.add_row(
+            told,
+            f"{file_bytes / 1e3:.0f} kB",
+            f"{window} steps",
+            f"{whole.read_per_used:.3f}",
+            f"{quarter.read_per_used:.3f}",
+            f"{whole.groups:.0f}",
+            str(whole.fewest),
+        )
+        told_of = {"sources": told, "file_bytes": file_bytes, "window": window}
+        runs += [{**told_of, "world": 1, **vars(whole)}, {**told_of, "world": 4, **vars(quarter)}]
     Console().print(shown)
     if given.json:
         given.json.write_text(json.dumps(runs, indent=1) + "\n")

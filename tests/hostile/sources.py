@@ -298,6 +298,7 @@ COLUMNS: Mapping[str, Callable[[], pa.Table]] = {  # what a Parquet file holds i
     "talks by nobody": lambda: with_captions(pa.array([[{"from": None, "value": "x"}]] * 4)),
     "a type that pickles itself": lambda: extended(sound_table()),
     "pandas objects": lambda: sound_table().replace_schema_metadata({b"pandas": b'{"columns": [], "x": "object"}'}),
+    "two columns of one name": lambda: pa.table([*sound_table().columns, ["x"] * 4], ["image", "caption", "caption"]),
     "no rows": lambda: sound_table().slice(0, 0),
     "no columns": lambda: pa.table({}),
 }

@@ -8,7 +8,7 @@ NFNet-F6, Chinchilla and all four datasets are closed. In their place: SigLIP-SO
 same depth and width where there are any. Import open data under the names below: OBELICS or MMC4 as m3w, COYO as
 align, a filtered LAION as ltip, WebVid as vtp.
 Departs from the paper: 384 px, not 320; weight decay on the resampler's matrices too (B.1.2: none); documents are read
-from their beginning (2.4: from anywhere); frames of a video are read as images: store one of each; the batch is ours.
+from their beginning (2.4: from anywhere); the batch size is ours.
 """
 
 from bridgework.evaluation import FewShot

@@ -60,6 +60,7 @@ class Engine:
         # Without this, every start on a CPU compiles a C++ extension for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._step = step
+        self._universal = universal
         self._optim = stage.optim
         groups = _groups(step, multipliers, stage.optim)
         optim, fused = stage.optim, torch.cuda.is_available()
@@ -175,7 +176,15 @@ class Engine:
                 path, client = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         if path is None:
             raise RunError(f"DeepSpeed found no state in {folder}; remove that checkpoint to go on from the one before")
+        if self._universal:
+            self._load_beside(folder / TAG)
         return dict(client)
+
+    def _load_beside(self, state: Path) -> None:
+        """What the module has beside parameters, equal on all ranks: of a universal state DeepSpeed leaves it out."""
+        saved = torch.load(min(state.glob("*model_states.pt")), map_location="cpu", weights_only=True)["module"]
+        learned = {name for name, _ in self._step.named_parameters(remove_duplicate=False)}
+        self._step.load_state_dict({n: tensor for n, tensor in saved.items() if n not in learned}, strict=False)
 
     def state(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters and buffers of the wiring by name, whole, on the CPU: filled on rank 0, empty elsewhere."""
