@@ -16,8 +16,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -47,22 +46,22 @@ class Resumed:
 
     side: str
     step: int
-    first_s: list[float]  # to the first batch, in each round
+    first_s: list[float | None]  # to the first batch, in each round; None where none came
     missing: int  # ids of the epoch that came neither before nor behind
     twice: int
     state_bytes: int  # of what a checkpoint keeps, as JSON
 
 
-def timed(resume: Resume, step: int) -> float:
-    """Seconds to the first batch."""
+def timed(resume: Resume, step: int) -> float | None:
+    """Seconds to the first batch; None if there is none."""
     gc.collect()
     began = time.perf_counter()
     batches = resume(step)
-    next(batches)
+    first = next(batches, None)
     seconds = time.perf_counter() - began
-    if hasattr(batches, "close"):
+    if isinstance(batches, Generator):
         batches.close()
-    return seconds
+    return None if first is None else seconds
 
 
 def ours(store: Store, name: str, rounds: int) -> Iterator[Resumed]:
@@ -72,8 +71,8 @@ def ours(store: Store, name: str, rounds: int) -> Iterator[Resumed]:
     places = [int(place * epoch) for place in PLACES]
     times = _in_turn(lambda step: feeding(DECODE, store, step), places, rounds)
     for step in places:
-        with closing(feeding(READ, store, 0)) as before, closing(feeding(READ, store, step)) as behind:
-            came = _keys(islice(before, step)) + _keys(islice(behind, epoch - step))
+        before, behind = feeding(READ, store, 0), feeding(READ, store, step)
+        came = _keys(islice(before, step)) + _keys(islice(behind, epoch - step))
         yield Resumed(name, step, times[step], *_lost(came, store), len(json.dumps({"step": step})))
 
 
@@ -94,9 +93,9 @@ def _decoded(peer: Peer, folder: Path, state: Any) -> Iterator[Any]:
     return peer.resumed(folder, state, Work(DECODE, work.ours))
 
 
-def _in_turn(resume: Resume, places: list[int], rounds: int) -> dict[int, list[float]]:
+def _in_turn(resume: Resume, places: list[int], rounds: int) -> dict[int, list[float | None]]:
     timed(resume, places[0])  # imports and caches
-    times: dict[int, list[float]] = {step: [] for step in places}
+    times: dict[int, list[float | None]] = {step: [] for step in places}
     for number in range(rounds):
         for step in places if number % 2 == 0 else places[::-1]:
             times[step].append(timed(resume, step))
@@ -139,11 +138,12 @@ def table(found: list[Resumed]) -> Table:
     shown = Table("", *places, "most / least", "missing", "twice", "state, bytes", "how", box=None)
     for name in dict.fromkeys(each.side for each in found):
         own = [each for each in found if each.side == name]
-        medians = [statistics.median(each.first_s) for each in own]
+        times = [[seconds for seconds in each.first_s if seconds is not None] for each in own]
+        medians = [statistics.median(seconds) if seconds else None for seconds in times]
         shown.add_row(
             name,
-            *(f"{median:.3f}" for median in medians),
-            f"{max(medians) / min(medians):.2f}",
+            *("nothing left" if median is None else f"{median:.3f}" for median in medians),
+            f"{max(filter(None, medians)) / min(filter(None, medians)):.2f}",
             str(max(each.missing for each in own)),
             str(max(each.twice for each in own)),
             str(max(each.state_bytes for each in own)),

@@ -1,8 +1,9 @@
 """CapFilt (BLIP, arXiv:2201.12086, 3.3): a captioner writes a text for every web image, a filter drops what is wrong.
 
 Every image gets a caption, or several, by nucleus sampling (4.3: more diverse than a beam's, and better to learn
-from); its web text and the written ones stay if the filter's matching head finds that they fit the image. Each text that stays is a
-pair of its own, as in the authors' release: a mixture by size then counts pairs, as it does for human captions.
+from); its web text and the written ones stay if the filter's matching head finds that they fit the image. Each text
+that stays is a pair of its own, as in the authors' release: a mixture by size then counts pairs, as it does for human
+captions.
 """
 
 import hashlib
