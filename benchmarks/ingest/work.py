@@ -60,11 +60,12 @@ class Work:
     def __call__(self, raws: Sequence[Raw]) -> Batch | Sequence[Raw]:
         if not self._decodes:
             return raws
-        return collate([self._row(raw) for raw in raws], pad_id=self._streams.tokenizer.pad_token_id)
+        rows = [self._row(place, raw) for place, raw in enumerate(raws)]
+        return collate(rows, pad_id=self._streams.tokenizer.pad_token_id)
 
-    def _row(self, raw: Raw) -> Row:
+    def _row(self, place: int, raw: Raw) -> Row:
         encoded = self._streams.train([Part("caption", image=0), Part("caption", text=raw.text)])
-        return Row(0, 0, raw.key, 0, encoded.ids, encoded.labels, self._decode(raw.image)[None])
+        return Row(0, place, raw.key, 0, encoded.ids, encoded.labels, self._decode(raw.image)[None])
 
 
 def ours(file: bytes) -> NDArray[np.uint8]:

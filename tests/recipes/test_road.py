@@ -67,6 +67,7 @@ def rank(index: int, home: str, folder: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # seconds: every stage starts a Ray Train and a Ray Data twice
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("name", recipes())
 def test_one_worker_and_two_have_the_same_losses(home: Path, run: str, name: str) -> None:
