@@ -19,10 +19,10 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def engine(stage: Stage, *, seen: float = 0.0, universal: bool = False) -> Engine:
-    model = fresh(stage)
+    model: freezing.Freezable = fresh(stage)
     model.register_buffer("seen", torch.tensor([seen]))
-    learning = freezing.apply(model, stage.trains)  # type: ignore[arg-type]
-    return Engine(Step(model, stage.losses), stage, learning, universal=universal)  # type: ignore[arg-type]
+    learning = freezing.apply(model, stage.trains)
+    return Engine(Step(model, stage.losses), stage, learning, universal=universal)
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
