@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.ingest.feeding import start_ray
 from benchmarks.ingest.reading import manifest
 from bridgework.data.groups import Groups
 from bridgework.data.manifest import FILE
@@ -100,9 +101,7 @@ def handed_over(items: int) -> float:
 
 
 def by_ray() -> dict[str, float]:
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    start_ray()
     handed_over(10)  # imports, and the first task of a cluster
     return {str(items): handed_over(items) for items in ITEMS}
 

@@ -3,7 +3,7 @@
 pip install -e '.[bench]'
 pip install --no-deps mosaicml-streaming && pip install Brotli catalogue python-snappy zstd      optional
 python -m benchmarks.ingest                    all comparisons: about forty minutes on two idle cores
-python -m benchmarks.ingest --quick            a look at each case, in less than a minute: no figures to quote
+python -m benchmarks.ingest --quick            a look, in less than a minute: no figures to quote
 python -m benchmarks.ingest --json FILE        every run's figures as well
 python -m benchmarks.ingest --cases decode --pictures photos --sides local webdataset-0
 
@@ -42,7 +42,7 @@ Round = dict[str, Figures]  # by the name of the side
 ROWS = {"clipart": 4_096, "photos": 2_048, "large": 1_024}
 PLAN = {"clipart": ("read", "decode", "mix", "pack"), "photos": ("read", "decode"), "large": ("decode",)}
 WARM = 32  # batches before the clock starts; like an epoch whole windows of ours, which reads by the window
-QUICK = {"clipart": ("decode", "mix", "pack")}
+QUICK = {"clipart": ("decode", "pack")}
 QUICK_ROWS, QUICK_WARM = 512, 16
 
 

@@ -23,6 +23,7 @@ from bridgework.data.shards import open_dataset, write
 
 CLIPART = "examples/data/clipart"  # 1,866 WebP files of 128 px, 2 kB each
 PHOTOS = {"photos": (640, 480), "large": (1_280, 960)}  # pixels
+DISTINCT = 512  # of each; the rows repeat them, under keys of their own
 VERSION = 1  # of what is made here: another number, and it is made again
 SHARDS = 4  # of a part, where a library's writer does not count bytes
 WHOLE = ("whole",)
@@ -84,9 +85,10 @@ class Store:
         for row in range(self.size(part)):
             file, text = art[row % len(art)]
             size = PHOTOS.get(self.pictures)
-            yield Raw(f"{part}/{row:06d}", file if size is None else photo(row, *size), text)
+            yield Raw(f"{part}/{row:06d}", file if size is None else photo(row % DISTINCT, *size), text)
 
 
+@cache
 def photo(row: int, width: int, height: int) -> bytes:
     """A JPEG of quality 90, 70 kB at 640 x 480: clip art over a gradient under fine grain; a function of its words."""
     draw = np.random.default_rng(row)

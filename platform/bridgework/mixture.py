@@ -119,9 +119,10 @@ def unique(what: str, names: list[str]) -> None:
     if twice:
         raise SpecError(f"{what}: the name {twice[0]!r} stands twice; names must differ")
     for name in names:
-        if not name or set(name) & set(".*"):
+        if not name or set(name) & set(".*/\\") or not name.isprintable():
             raise SpecError(
-                f"{what}: {name!r} cannot be a name: a dotted path could not reach it; leave out '.' and '*'"
+                f"{what}: {name!r} cannot be a name: it is a step of dotted paths and a folder; "
+                "leave out '.', '*', slashes and line breaks"
             )
 
 

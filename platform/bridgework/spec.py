@@ -4,17 +4,23 @@ One dotted path is the `--set` word, the key of a sweep and the parameter in MLf
 """
 
 import ast
+import os
+import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
+from math import isfinite
 from typing import Any, Literal, TypeVar, Union, cast, dataclass_transform
 
 from bridgework.errors import SpecError, suggest
 
 T = TypeVar("T")
 Change = tuple[list[str], Any, str]  # what is left of the path, the new value, the whole path for messages
+TRUST = "BRIDGEWORK_TRUST"  # environment: packages besides bridgework whose specs a recipe may name, by commas
+_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", re.ASCII)
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -37,25 +43,44 @@ def to_dict(value: Any) -> Any:
 
 
 def from_dict(value: Any) -> Any:
-    """The inverse of `to_dict`. Raises SpecError for a class that is gone or is not a spec."""
+    """The inverse of `to_dict`. Raises SpecError for a class that is gone or is not a spec.
+
+    What a recipe names is called only if it is a spec, and imported only from bridgework, from what this process has
+    imported already, and from the packages in $BRIDGEWORK_TRUST: a recipe comes with weights, perhaps from a stranger.
+    """
     if isinstance(value, list):
         return tuple(from_dict(v) for v in value)
     if not isinstance(value, Mapping):
         return value
     if "_" not in value:
         return {k: from_dict(v) for k, v in value.items()}
-    module, _, name = str(value["_"]).partition(":")
-    try:
-        cls = getattr(import_module(module), name)
-    except (ImportError, AttributeError):
-        raise SpecError(f"the recipe names {value['_']!r}, which this version of bridgework does not have") from None
-    if not (isinstance(cls, type) and is_dataclass(cls)):
-        raise SpecError(f"the recipe names {value['_']!r}, which is not a spec")
+    cls = _named(value["_"])
     given = {k: from_dict(v) for k, v in value.items() if k != "_"}
     try:
         return cls(**given)
-    except TypeError as error:
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise SpecError(f"the recipe does not fit {value['_']}: {error}") from None
+
+
+def _named(name: Any) -> type:
+    """The spec `module:Class`."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise SpecError(f"the recipe names {str(name)[:100]!r}, which is no module:Class")
+    module, _, attribute = name.partition(":")
+    trusted = {"bridgework", *os.environ.get(TRUST, "").split(",")}
+    package = module.partition(".")[0]
+    if module not in sys.modules and package not in trusted:
+        raise SpecError(
+            f"the recipe names {name!r}, and only specs of bridgework are imported; "
+            f"if you trust that package, set {TRUST}={package}"
+        )
+    try:
+        cls = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError):
+        raise SpecError(f"the recipe names {name!r}, which this version of bridgework does not have") from None
+    if not (isinstance(cls, type) and is_dataclass(cls) and all(f.kw_only for f in fields(cls))):
+        raise SpecError(f"the recipe names {name!r}, which is not a spec")
+    return cls
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -89,6 +114,13 @@ def override(value: T, changes: Mapping[str, Any]) -> T:
     whole value goes before its fields. Raises SpecError, with a suggestion, for a path or a value that does not fit.
     """
     return cast(T, _apply(value, type(value), [(path.split("."), new, path) for path, new in changes.items()]))
+
+
+def positive(what: str, value: Any, *names: str) -> None:
+    """Raises SpecError where one of these fields of a spec is below 1; `what` is how messages call the spec."""
+    for name in names:
+        if getattr(value, name) < 1:
+            raise SpecError(f"{what}.{name} must be at least 1, got {getattr(value, name)}")
 
 
 def is_spec(value: Any) -> bool:
@@ -220,7 +252,7 @@ def _call(text: str, path: str) -> tuple[str, dict[str, Any]]:
     """`mlp(depth=3)` -> ("mlp", {"depth": 3}); a bare word has no arguments."""
     try:
         call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # the last two: brackets without end
         call = None
     match call:
         case ast.Call(func=ast.Name(id=name), args=[], keywords=words) if all(w.arg for w in words):
@@ -253,7 +285,7 @@ def _coerce_mapping(new: Any, hint: Any, path: str) -> Mapping[str, Any]:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError, TypeError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -269,9 +301,9 @@ def _scalar(new: Any, hint: Any, path: str) -> Any:
     elif hint in (int, float):
         try:
             number = hint(new)
-            if not isinstance(new, bool) and (isinstance(new, str) or number == new):
+            if isfinite(number) and not isinstance(new, bool) and (isinstance(new, str) or number == new):
                 return number
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif isinstance(new, str):
         raise SpecError(f"{path} holds a whole {getattr(hint, '__name__', hint)}; name one of its fields")

@@ -54,14 +54,14 @@ def test_a_text_is_never_scaffold(template: str, name: str, tokenizer: PreTraine
     assert learned(encoded, tokenizer) == learned(plain, tokenizer).replace(PLAIN, text)
 
 
-@pytest.mark.parametrize("name", texts.TEXTS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_question_is_never_scaffold(template: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    asked = encode(
-        prompt(talk(texts.TEXTS[name]), template, tokenizer), tokenizer, image_tokens=PLACES, max_tokens=10**6
-    )
-    plain = encode(prompt(talk(PLAIN), template, tokenizer), tokenizer, image_tokens=PLACES, max_tokens=10**6)
-    assert scaffold(asked.ids, tokenizer) == scaffold(plain.ids, tokenizer)
+def test_a_question_is_never_scaffold(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    def asked(text: str) -> list[int]:
+        segments = prompt(talk(text), template, tokenizer)
+        return scaffold(encode(segments, tokenizer, image_tokens=PLACES, max_tokens=10**6).ids, tokenizer)
+
+    for name, text in texts.TEXTS.items():
+        assert asked(text) == asked(PLAIN), name
 
 
 @pytest.mark.parametrize("name", texts.BLANK)

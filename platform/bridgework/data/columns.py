@@ -32,6 +32,8 @@ class Columns:
             _decode_names(self.schema)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise self._broken(error) from None
+        if len(set(self.schema.names)) < len(self.schema.names):
+            raise BadSample(Reason.CORRUPT, f"{path} has two columns of one name: {', '.join(self.schema.names)}")
 
     def rows(self) -> int | None:
         """How many there are, where the file says so at its end."""
@@ -96,7 +98,10 @@ class Columns:
         begin = bytes(self._fs.cat_file(self._root, 0, 12))
         first, last = (_PARQUET, _PARQUET) if self._parquet else (_ARROW_END[:4], _ARROW_END)
         cut = begin.startswith(first) and not self._tail().endswith(last)
-        return BadSample(Reason.TRUNCATED if cut else Reason.CORRUPT, f"{self.path}, which begins {begin!r}: {error}")
+        return BadSample(
+            Reason.TRUNCATED if cut else Reason.CORRUPT,
+            f"{self.path}, which begins {begin!r}: {' '.join(str(error).split())}",
+        )
 
 
 def _decode_names(fields: Iterable[pa.Field]) -> None:

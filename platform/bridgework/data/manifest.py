@@ -5,6 +5,7 @@ The digest covers every shard's sha256, so two folders with one digest hold the 
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from bridgework.data.samples import SCHEMA_VERSION
 from bridgework.errors import DataError
 
 FILE = "manifest.json"
+_PLAIN = re.compile(r"[\w-][\w.-]{0,199}\.parquet", re.ASCII)  # a shard's name: a file of the manifest's own folder
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,15 @@ class Manifest:
             raise DataError(
                 f"the manifest is of schema {self.schema}, and this version reads {SCHEMA_VERSION}; import again"
             )
+        counts = (self.rows, self.group_rows, *(n for shard in self.shards for n in (shard.rows, shard.bytes)))
+        if any(type(n) is not int or n < 0 for n in counts) or not self.group_rows:
+            raise DataError("a count in the manifest is no whole number")
+        if not all(isinstance(text, str) for text in (self.source, self.licence, self.made_by, *self.parents)):
+            raise DataError("the source, licence, maker or a parent in the manifest is no text")
         if self.rows != sum(shard.rows for shard in self.shards):
             raise DataError(f"the manifest counts {self.rows} rows, its shards {sum(s.rows for s in self.shards)}")
-        if any("/" in shard.file or "\\" in shard.file for shard in self.shards):
-            raise DataError("the manifest names a shard outside its own folder")
+        if not all(isinstance(shard.file, str) and _PLAIN.fullmatch(shard.file) for shard in self.shards):
+            raise DataError("the manifest names a shard outside its own folder, or by no plain name NAME.parquet")
 
     @cached_property
     def digest(self) -> str:
@@ -69,7 +76,7 @@ class Manifest:
             digest = fields.pop("digest")
             fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
             manifest = cls(**{**fields, "parents": tuple(fields["parents"])})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"not a manifest: {error}") from None
         if manifest.digest != digest:
             raise DataError("the manifest was changed after it was written: its digest does not match")

@@ -43,6 +43,10 @@ class Box:
     corners: tuple[float, float, float, float]
     label: str = ""
 
+    def __post_init__(self) -> None:
+        if not all(0 <= corner <= 1 for corner in self.corners):  # nor is NaN
+            raise BadSample(Reason.BAD_ROW, f"the box {self.corners} does not lie in its image, in [0, 1]")
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -68,6 +72,8 @@ class Sample:
             raise BadSample(
                 Reason.PLACEHOLDERS, f"the parts show images {places}, and the sample has {len(self.images)}, from 0 on"
             )
+        if any(not 0 <= box.image < len(self.images) for box in self.boxes):
+            raise BadSample(Reason.BAD_ROW, f"a box lies in an image that is none of the {len(self.images)}")
         if self.times_s and len(self.times_s) != len(self.images):
             raise BadSample(Reason.BAD_ROW, f"{len(self.times_s)} times for {len(self.images)} frames")
 
@@ -118,7 +124,7 @@ def from_row(row: Mapping[str, Any]) -> Sample:
     return Sample(
         **{
             **row,
-            "images": tuple(row["images"]),
+            "images": tuple(image or b"" for image in row["images"]),  # a null is a file of 0 bytes
             "parts": tuple(Part(**part) for part in row["parts"]),
             "times_s": tuple(row["times_s"]),
             "labels": tuple(row["labels"]),

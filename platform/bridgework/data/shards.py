@@ -220,12 +220,16 @@ class Dataset:
 
     def read_group(self, shard: int, group: int) -> list[Sample]:
         """The samples of one row group. Raises DataError, naming the file, when it is not what the manifest says."""
+        entry, group_rows = self.manifest.shards[shard], self.manifest.group_rows
+        expected = min(group_rows, entry.rows - group * group_rows)
         try:
             table = self._file(shard).read_row_group(group)
+            if table.num_rows != expected:
+                raise DataError(f"has {table.num_rows} rows where the manifest says {expected}")
             return [from_row(row) for row in table.to_pylist()]
-        except (pa.ArrowException, OSError, DataError, IndexError, TypeError) as error:
+        except (pa.ArrowException, OSError, ValueError, IndexError, TypeError) as error:  # ValueError: not UTF-8
             raise DataError(
-                f"{self.path}/{self.manifest.shards[shard].file}, row group {group}: {error}; "
+                f"{self.path}/{entry.file}, row group {group}: {' '.join(str(error).split())}; "
                 f"run `bridgework data verify {self.path}`, then fetch or write the dataset again"
             ) from None
 

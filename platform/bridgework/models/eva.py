@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bridgework.errors import SpecError
 from bridgework.models import pretrained as weights_of
 from bridgework.models.vision import CLIP_MEAN, CLIP_STD, VIT_FIELDS, Positions, VisionTower, stretched
-from bridgework.spec import spec
+from bridgework.spec import positive, spec
 from bridgework.system import Pixels
 
 
@@ -32,6 +32,7 @@ class EvaConfig:
     weights: str | None = None  # folder or hub name of a whole BLIP-2 or InstructBLIP
 
     def __post_init__(self) -> None:
+        positive("vision", self, "width", "depth", "heads", "ffn")
         if self.width % self.heads:
             raise SpecError(f"vision.width {self.width} must be a multiple of vision.heads {self.heads}")
         if not 1 <= self.patch <= self.image_size:

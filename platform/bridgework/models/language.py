@@ -9,7 +9,7 @@ import torch
 from bridgework.errors import SpecError
 from bridgework.models import pretrained as weights_of
 from bridgework.models.lora import LoRA
-from bridgework.spec import spec
+from bridgework.spec import positive, spec
 
 FIELDS = {  # ours -> what configs of transformers call it; the first that a config has
     "width": ("hidden_size",),
@@ -54,6 +54,7 @@ class LanguageConfig:
     lora: LoRA | None = None  # adapters on its linear layers
 
     def __post_init__(self) -> None:
+        positive("language", self, "width", "depth", "heads", "kv_heads", "ffn", "vocab", "context")
         if self.width % self.heads or self.heads % self.kv_heads:
             raise SpecError(
                 f"language: width {self.width} must be a multiple of heads {self.heads}, "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bridgework.errors import SpecError, WeightsError
 from bridgework.models import pretrained as weights_of
-from bridgework.spec import spec
+from bridgework.spec import positive, spec
 
 FIELDS = {  # ours -> transformers'
     "width": "hidden_size",
@@ -46,6 +46,7 @@ class MEDTextConfig:
     weights: str | None = None  # folder or hub name of a BERT
 
     def __post_init__(self) -> None:
+        positive("text", self, "width", "depth", "heads", "ffn", "vocab", "context")
         if self.width % self.heads:
             raise SpecError(f"text.width {self.width} must be a multiple of text.heads {self.heads}")
 

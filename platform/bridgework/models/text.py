@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bridgework.errors import DataError, SpecError
 from bridgework.models import pretrained as weights_of
-from bridgework.spec import spec
+from bridgework.spec import positive, spec
 
 FIELDS = {  # ours -> transformers'
     "width": "hidden_size",
@@ -40,6 +40,7 @@ class CLIPTextConfig:
     weights: str | None = None  # folder or hub name, of a text tower or of a whole CLIP
 
     def __post_init__(self) -> None:
+        positive("text", self, "width", "depth", "heads", "ffn", "vocab", "context")
         if self.width % self.heads:
             raise SpecError(f"text.width {self.width} must be a multiple of text.heads {self.heads}")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.models import pretrained as weights_of
-from bridgework.spec import spec, to_dict
+from bridgework.spec import positive, spec, to_dict
 from bridgework.system import Pixels
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP
@@ -67,6 +67,7 @@ class ViTConfig:
     weights: str | None = None  # folder or hub name
 
     def __post_init__(self) -> None:
+        positive("vision", self, "width", "depth", "heads", "ffn")
         if not -self.depth - 1 <= self.layer <= self.depth:
             raise SpecError(f"vision.layer {self.layer} is not among the {self.depth + 1} hidden states of the tower")
         if self.width % self.heads:

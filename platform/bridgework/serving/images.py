@@ -6,24 +6,16 @@ in the model's replica.
 
 import base64
 import binascii
-import io
 import re
 import struct
-from collections.abc import Callable
 
-from PIL import ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
-
+from bridgework.data.transforms import header
 from bridgework.errors import SpecError
 from bridgework.serving.refusals import Refusal
 from bridgework.spec import spec
 
 _HEADER = re.compile(r"data:image/[a-z0-9.+-]+;base64")
 _BROKEN = (OSError, SyntaxError, ValueError, IndexError, TypeError, KeyError, EOFError, RuntimeError, struct.error)
-_OPENERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
-    "JPEG": JpegImagePlugin.JpegImageFile,
-    "PNG": PngImagePlugin.PngImageFile,
-    "WebP": WebPImagePlugin.WebPImageFile,
-}
 
 
 @spec
@@ -58,9 +50,11 @@ def read(url: str, limits: Limits, param: str) -> bytes:
         allowed = "this server reads JPEG, PNG and WebP"
         raise _bad(f"the bytes are no image that it knows by its first bytes; {allowed}", "unsupported_image", param)
     try:
-        width, height = _webp_size(data) if kind == "WebP" else _OPENERS[kind](io.BytesIO(data)).size
-        _check_size(width, height, limits, param)
-        frames = getattr(_OPENERS[kind](io.BytesIO(data)), "n_frames", 1)
+        if kind == "WebP":  # whose reader makes room for the whole canvas
+            _check_size(*_webp_size(data), limits, param)
+        image = header(data, max_pixels=2**64)  # the server's own limits are smaller, and say more
+        _check_size(*image.size, limits, param)
+        frames = getattr(image, "n_frames", 1)
     except _BROKEN as error:
         if isinstance(error, Refusal):
             raise

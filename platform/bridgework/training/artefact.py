@@ -108,7 +108,12 @@ def describe(path: str | Path) -> Info:
 
 def recipe(path: str | Path) -> System:
     """The system as resolved when the artefact was made."""
-    system: System = from_dict(_json(Path(path), "recipe.json"))
+    try:
+        system = from_dict(_json(Path(path), "recipe.json"))
+    except RecursionError:
+        raise WeightsError(f"{path}/recipe.json is nested too deeply to be a recipe") from None
+    if not isinstance(system, System):
+        raise WeightsError(f"{path}/recipe.json is no system; train the stage again")
     return system
 
 
@@ -182,14 +187,17 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
             f"{folder} is not an artefact (no {name}); give the folder that a finished stage wrote, "
             "e.g. <home>/runs/RUN/STAGE/artefact"
         ) from None
-    except (NotADirectoryError, json.JSONDecodeError) as error:
+    except (NotADirectoryError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no text
         raise WeightsError(f"{folder / name} cannot be read: {error}") from None
 
 
 def _info(value: dict[str, Any]) -> Info:
     try:
-        return Info(**{**value, "datasets": tuple(DatasetInput(**d) for d in value["datasets"])})
-    except (TypeError, KeyError) as error:
+        info = Info(**{**value, "datasets": tuple(DatasetInput(**d) for d in value["datasets"])})
+        if not all(isinstance(text, str) for text in (info.system, info.stage, info.fingerprint, info.digest)):
+            raise TypeError("system, stage, fingerprint and digest are texts")
+        return info
+    except (TypeError, KeyError, AttributeError) as error:
         raise WeightsError(f"artefact.json does not have the fields of this version of bridgework: {error}") from None
 
 

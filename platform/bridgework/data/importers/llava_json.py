@@ -87,7 +87,7 @@ def _turns(turns: list[Any]) -> Iterator[tuple[Role, str]]:
     said: list[tuple[Role, str]] = []
     for turn in turns:
         speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        if speaker not in ROLES or not isinstance(text, str):
+        if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(text, str):
             raise BadSample(Reason.BAD_ROW, f"a turn by {speaker!r}; {', '.join(ROLES)} may speak, and in text")
         said.append((ROLES[speaker], text))
     talk = said[1:] if said and said[0][0] == "system" else said

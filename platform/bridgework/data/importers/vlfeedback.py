@@ -7,6 +7,7 @@ A pair is the best and the worst of them, as BLIP-3 takes it (arXiv:2408.08872).
 import json
 from collections.abc import Iterator
 from functools import partial
+from math import isfinite
 from statistics import fmean
 from typing import Any
 
@@ -76,8 +77,8 @@ def _rated(entry: Any) -> list[tuple[float, str]]:
         try:
             text = answer["response"].strip()
             rating = fmean(float(answer["annotations"][aspect]["Rating"]) for aspect in ASPECTS)
-        except (AttributeError, KeyError, TypeError, ValueError):  # an aspect that the judge did not rate is "N/A"
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # what was not rated is "N/A"
             continue
-        if text:
+        if text and isfinite(rating):
             rated.append((rating, text))
     return sorted(rated, key=lambda pair: pair[0]) if len(rated) > 1 else []

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.models import pretrained as weights_of
-from bridgework.spec import spec
+from bridgework.spec import positive, spec
 
 WORDS, POSITIONS = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
 
@@ -47,6 +47,7 @@ class QFormer:
     weights: str | None = None  # folder or hub name of a whole BLIP-2 whose Q-Former this is
 
     def __post_init__(self) -> None:
+        positive("bridge", self, "width", "depth", "heads", "ffn")
         for name in ("queries", "depth", "cross_every"):
             if getattr(self, name) < 1:
                 raise SpecError(f"bridge.{name} must be at least 1, got {getattr(self, name)}")
