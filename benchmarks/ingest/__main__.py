@@ -2,15 +2,15 @@
 
 pip install -e '.[bench]'
 pip install --no-deps mosaicml-streaming && pip install Brotli catalogue python-snappy zstd      optional
-python -m benchmarks.ingest                    all comparisons: about forty minutes on two idle cores
+python -m benchmarks.ingest                    all comparisons: about fifty minutes on two idle cores
 python -m benchmarks.ingest --quick            a look, in less than a minute: no figures to quote
 python -m benchmarks.ingest --json FILE        every run's figures as well
 python -m benchmarks.ingest --cases decode --pictures photos --sides local webdataset-0
 
 cases        read: files and texts; decode: + decode, tokenise, collate; mix: + 4 sources by the square root of their
              sizes; pack: + samples that share a sequence, which no other library has
-pictures     clipart: WebP of 128 px, 2 kB; photos: JPEG of 640 x 480, 70 kB; large: of 1,280 x 960, 220 kB (3 GB are
-             made once under the home); all decoded to 224, at which ours decodes the large at half their scale
+pictures     clipart: WebP of 128 px, 2 kB; photos: JPEG of 640 x 480, 70 kB; large: of 1,280 x 960, 220 kB (1.5 GB
+             are made once under the home); all decoded to 224, at which ours decodes the large at half their scale
 local        bridgework.data.reader.local, in the process that trains
 ray          the same plan through Ray Data with one reader actor (ray.init is not in its times)
 LIBRARY-N    under a torch DataLoader with num_workers=N; 0 is in the process that trains
@@ -18,7 +18,8 @@ LIBRARY-N    under a torch DataLoader with num_workers=N; 0 is in the process th
 
 Each run is a process of its own; a round runs every side once, the next in reverse order; ratios are taken inside a
 round. The clock runs for one epoch's length, from the end of the warm-up on. Ours shuffles the whole dataset and
-resumes anywhere; webdataset and datasets shuffle shards and a buffer of 1,000 samples.
+resumes anywhere; webdataset and datasets shuffle shards and a buffer of 1,000 samples. The pause of 5 s that datasets
+makes at the end of an epoch is off: it would weigh on epochs as short as these.
 """
 
 import argparse

@@ -54,7 +54,7 @@ def held(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
-def test_resumed_run_matches_unbroken_run(home: Path, run: str, zero: int) -> None:
+def test_a_resumed_comparison_with_the_start_matches_an_unbroken_one(home: Path, run: str, zero: int) -> None:
     system = prefer(6, stage=zero)
     go(system, home, f"{run}-whole", stages=None)
     with pytest.raises(Stop):
