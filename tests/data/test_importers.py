@@ -250,7 +250,7 @@ def test_broken_tables_are_errors_or_bad_rows(pictures: Path, tmp_path: Path) ->
     for source, table, words in (
         (pictures, "none.csv", "no file"),
         (pictures, "t.xml", "none of .csv, .tsv, .json, .jsonl"),
-        (pictures, "t.json", "no JSON list"),
+        (pictures, "t.json", "holds a dict; a list of rows is wanted"),
         (tmp_path / "nowhere", None, "no folder"),
     ):
         with pytest.raises(DataError, match=words):

@@ -1,23 +1,19 @@
 """A folder of images with captions: in a table, or in a text file of the same name beside each image."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
-
 from bridgework.data.importers import Keys, Row, Say, caption, fingerprint, ingest, read_image, read_text
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import Manifest
+from bridgework.data.sources import DELIMITERS, files, rows
 from bridgework.errors import DataError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TABLES = (*DELIMITERS, ".json", ".jsonl")
 
 
@@ -38,16 +34,16 @@ def run(
     `table` is a .csv, .tsv, .json (a list) or .jsonl file in it, whose columns `image` and `text` hold a path and a
     caption; the second caption of one image gets the key `PATH#2`. Without a table, `cat.txt` describes `cat.jpg`.
     """
-    names = _names(source)
+    names = files(source)
     if table is None:
-        content, rows = json.dumps(names), partial(_beside, source, names)
+        content, listing = json.dumps(names), partial(_beside, source, names)
     elif table.endswith(TABLES):
         content = read_text(f"{source.rstrip('/')}/{table}")
-        rows = partial(_listed, source, list(_table(content, table)), image, text)
+        listing = partial(_listed, source, list(rows(content, table)), image, text)
     else:
         raise DataError(f"the table {table} is none of {', '.join(TABLES)}")
     return ingest(
-        rows,
+        listing,
         source,
         dest,
         licence=licence,
@@ -57,15 +53,6 @@ def run(
         workers=workers,
         say=say,
     )
-
-
-def _names(source: str) -> list[tuple[str, int]]:
-    """(path, bytes) of every file below the folder."""
-    fs, root = fsspec.core.url_to_fs(source)
-    if not fs.isdir(root):
-        raise DataError(f"there is no folder {source}")
-    found = fs.find(root, detail=True)
-    return sorted((str(path).removeprefix(root).lstrip("/"), int(info["size"])) for path, info in found.items())
 
 
 def _beside(source: str, names: list[tuple[str, int]]) -> Iterator[Row]:
@@ -84,30 +71,6 @@ def _described(source: str, name: str, description: str, there: bool) -> Sample:
     except UnicodeDecodeError as error:
         raise BadSample(Reason.BAD_ROW, f"{description} is not UTF-8 text: {error}") from None
     return pair(name, read_image(source, name), caption(text))
-
-
-def _table(content: str, table: str) -> Iterator[Any]:
-    """The rows as dictionaries; a line that is no JSON as the text it is."""
-    ending = PurePosixPath(table).suffix
-    if ending in DELIMITERS:
-        try:
-            yield from csv.DictReader(io.StringIO(content, newline=""), strict=True, delimiter=DELIMITERS[ending])
-        except csv.Error as error:
-            raise DataError(f"{table} is no {ending[1:].upper()} file: {error}") from None
-    elif ending == ".json":
-        rows = _json(content)
-        if not isinstance(rows, list):
-            raise DataError(f"{table} holds no JSON list of rows")
-        yield from rows
-    else:
-        yield from map(_json, filter(str.strip, content.split("\n")))
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def _listed(source: str, table: list[Any], image: str, text: str) -> Iterator[Row]:
