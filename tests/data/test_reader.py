@@ -208,6 +208,17 @@ def test_a_row_group_is_kept_until_its_rows_are_used(feed: Feed) -> None:
     assert groups.read(group, uses=8) is not rows
 
 
+def test_a_group_that_had_to_go_is_not_kept_again_for_rows_that_were_used(feed: Feed) -> None:
+    datasets = [open_dataset(path) for path in feed.datasets]
+    one, other = Group(0, 0, 0), Group(0, 0, 1)
+    size = sum(len(image) for group in (0, 1) for sample in datasets[0].read_group(0, group) for image in sample.images)
+    groups = Groups(datasets, None, kept_bytes=size - 1)  # room for one of the two
+    groups.read(one, uses=5)
+    kept = groups.read(other, uses=1)  # the first has to go
+    groups.read(one, uses=3)  # its last rows
+    assert groups.read(other, uses=1) is kept
+
+
 def test_a_feed_is_made_from_a_stage(home: Path) -> None:
     stage = Stage(
         name="align",

@@ -18,6 +18,7 @@ from bridgework.data.shards import OPEN_SHARDS, Dataset
 from bridgework.errors import DataError
 
 KEPT_BYTES = 256 << 20  # of images or features: some 160 half-used groups of 32 images of 50 KB
+REMEMBERED = 1 << 16  # groups of which it is known how much was used: some 10 MB
 
 
 class Group(NamedTuple):
@@ -78,12 +79,19 @@ class Features:
 
 class Groups:
     """The row groups of all sources. A group stays in memory until each of its rows was used once, or newer ones fill
-    KEPT_BYTES: a lane goes on in its next window where it left a group, and small sources are read once an epoch."""
+    `kept_bytes`: a lane goes on in its next window where it left a group, and small sources are read once an epoch.
 
-    def __init__(self, datasets: Sequence[Dataset], features: Sequence[Features] | None) -> None:
+    How much of a group was used is remembered when it is read again; else it would stay for rows that nobody wants.
+    """
+
+    def __init__(
+        self, datasets: Sequence[Dataset], features: Sequence[Features] | None, kept_bytes: int = KEPT_BYTES
+    ) -> None:
         self._datasets = datasets
         self._features = features
-        self._kept: OrderedDict[Group, tuple[list[Stored], int]] = OrderedDict()  # its rows, and how many are unused
+        self._kept: OrderedDict[Group, list[Stored]] = OrderedDict()
+        self._used: OrderedDict[Group, int] = OrderedDict()  # rows, of groups in memory and of those that had to go
+        self._kept_bytes = kept_bytes
         self._bytes = 0
 
     def locate(self, source: int, row: int) -> tuple[Group, int]:
@@ -93,17 +101,19 @@ class Groups:
 
     def read(self, group: Group, *, uses: int) -> list[Stored]:
         """The rows of a group, of which the caller now uses `uses`. Raises DataError for a corrupt shard."""
-        rows, unused = self._kept.pop(group, (None, 0))
+        rows = self._kept.pop(group, None)
         if rows is None:
             rows = self._fetch(group)
-            unused = len(rows)
         else:
             self._bytes -= _size(rows)
-        if unused > uses:
-            self._kept[group] = (rows, unused - uses)
+        used = self._used.pop(group, 0) + uses
+        if 0 < used < len(rows):
+            self._kept[group], self._used[group] = rows, used
             self._bytes += _size(rows)
-        while self._bytes > KEPT_BYTES:
-            self._bytes -= _size(self._kept.popitem(last=False)[1][0])
+        while self._bytes > self._kept_bytes:
+            self._bytes -= _size(self._kept.popitem(last=False)[1])
+        if len(self._used) > REMEMBERED:
+            self._used.popitem(last=False)
         return rows
 
     def _fetch(self, group: Group) -> list[Stored]:
