@@ -106,12 +106,12 @@ def _ordered(feed: "Feed", start: int, steps: int, world: int) -> Iterator[tuple
 def _feed(what: str, batch: int | None, tiny: bool, words: list[str] | None) -> "Feed":
     from bridgework.data.manifest import read_manifest
     from bridgework.data.mixtures import Bare
+    from bridgework.data.quarantine import aside
     from bridgework.data.reader import Feed
 
-    aside = str(home() / "cache" / "order-quarantine")  # bad samples give way, as in training
     stage = _stage(what, tiny, words)
     if stage is not None:
-        return Feed.of(_sized(stage, batch), home(), quarantine=aside)
+        return Feed.of(_sized(stage, batch), home(), quarantine=aside(home(), what))
     blend, size, budget = _blend(what, batch, tiny, words)
     paths = tuple(resolve(source.dataset, home()) for source in blend.leaves)
     return Feed(
@@ -122,7 +122,7 @@ def _feed(what: str, batch: int | None, tiny: bool, words: list[str] | None) -> 
         steps=budget,
         seed=0,
         model=Bare(),
-        quarantine=aside,
+        quarantine=aside(home(), what),
     )
 
 

@@ -4,12 +4,14 @@ A folder of JSON-lines parts, each complete or absent, so that many readers may 
 {"dataset", "key", "row", "reason", "detail"} a line. What is read is what was planned minus what stands here.
 """
 
+import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from pathlib import Path
 from uuid import uuid4
 
 import fsspec
@@ -137,6 +139,13 @@ def records(folder: str) -> Iterator[Record]:
             for line in file:
                 row = json.loads(line)
                 yield Record(**{**row, "reason": Reason(row["reason"])})
+
+
+def aside(home: Path, what: str) -> str:
+    """An empty table for who only looks, and must not write to a run's: under <home>/cache, named by what is read."""
+    folder = str(home / "cache" / "looked" / hashlib.sha256(what.encode()).hexdigest()[:12])
+    clear(folder)
+    return folder
 
 
 def clear(folder: str) -> None:

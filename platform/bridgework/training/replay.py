@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bridgework.data.quarantine import aside
 from bridgework.data.reader import Feed, Row
 from bridgework.errors import RunError
 from bridgework.system import Stage
@@ -28,7 +29,7 @@ def replay(run: str, step: int, home: Path) -> Replayed:
     folder, stage = _stage(run, home)
     noted = flown(folder, step)
     reading = reads(stage, folder)
-    feed = Feed.of(reading, home, skipped=Skips.read(folder).keys, quarantine=str(folder / "quarantine"))
+    feed = Feed.of(reading, home, skipped=Skips.read(folder).keys, quarantine=aside(home, str(folder)))
     span = feed.mixture.window
     reader = feed.open()
     rows = reader.window(range(feed.mixture.lanes), step // span, first_step=step)[0]
