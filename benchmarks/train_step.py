@@ -78,7 +78,7 @@ def bare(stage: Stage, home: Path) -> list[float]:
 
 def ours(built: System, home: Path, name: str) -> list[float]:
     """Seconds of every step of the loop on one Ray Train worker."""
-    from bridgework.training.cluster import attached
+    from bridgework.cluster import attached
     from bridgework.training.launch import How, train
 
     how = How(checkpoint_every=STEPS, threads=THREADS)

@@ -24,6 +24,7 @@ from ray import serve
 from rich.console import Console
 from rich.table import Table
 
+from bridgework.cluster import attached
 from bridgework.data.catalog import home as home_folder
 from bridgework.data.samples import Sample
 from bridgework.data.shards import open_dataset, verify
@@ -35,7 +36,6 @@ from bridgework.lineage.store import MLflowTracker
 from bridgework.serving import launch
 from bridgework.system import load
 from bridgework.tracking import Version
-from bridgework.training.cluster import attached
 from bridgework.training.launch import train
 from bridgework.training.record import StageResult
 from bridgework.tuning.search import Outcome, sweep

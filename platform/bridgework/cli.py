@@ -114,8 +114,8 @@ def train(
     project: Project = "bridgework",
 ) -> None:
     """Train a system, stage after stage. The same run again resumes, and reuses what is finished."""
+    from bridgework.cluster import attached
     from bridgework.lineage import models
-    from bridgework.training.cluster import attached
     from bridgework.training.launch import How
     from bridgework.training.launch import train as run_training
 
@@ -153,7 +153,7 @@ def sweep(
     project: Project = "bridgework",
 ) -> None:
     """Search the bridge and the mixture; the best trial is registered as `challenger`."""
-    from bridgework.training.cluster import attached
+    from bridgework.cluster import attached
     from bridgework.tuning import search
     from bridgework.tuning.space import load as load_space
 

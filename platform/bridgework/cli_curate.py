@@ -56,7 +56,7 @@ def curate(
     bare = "/" not in dest and "\\" not in dest and not dest.startswith(".")  # what catalog.resolve takes for a name
     place = str(home() / "datasets" / dest) if bare else dest
     if workers:
-        from bridgework.training.cluster import attached
+        from bridgework.cluster import attached
     with attached() if workers else nullcontext():
         made = run(
             curation, sources, place, home=home(), workers=workers, say=lambda text: err.print(text, soft_wrap=True)

@@ -149,7 +149,7 @@ def _ray(workers: int) -> AbstractContextManager[None]:
     """Ray for the length of the block, if there are workers to hold."""
     if not workers:
         return nullcontext()
-    from bridgework.training.cluster import attached
+    from bridgework.cluster import attached
 
     return attached()
 

@@ -264,7 +264,7 @@ def _unwanted(self: CapFilt, home: Path) -> None:
 def _stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
     """The shards that are judged from now on; the process is interrupted once, in the middle of shard `after`."""
     judged: list[int] = []
-    own, interrupt = facts._Worker.write, [True]
+    own, interrupt = facts._Worker.__call__, [True]
 
     def write(worker: facts._Worker, task: facts.Task) -> None:
         if task.shard == after and interrupt:
@@ -273,7 +273,7 @@ def _stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
         own(worker, task)
         judged.append(task.shard)
 
-    monkeypatch.setattr(facts._Worker, "write", write)
+    monkeypatch.setattr(facts._Worker, "__call__", write)
     return judged
 
 

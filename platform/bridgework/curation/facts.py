@@ -7,16 +7,17 @@ that the row lies in: not on who judges it, or when.
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
 import fsspec
 
-from bridgework import errors
+from bridgework.cluster import each
 from bridgework.data.quarantine import BadSample
 from bridgework.data.samples import Sample
 from bridgework.data.shards import open_dataset
-from bridgework.errors import BridgeworkError, DataError
+from bridgework.errors import DataError
 
 Fact = dict[str, Any]  # as JSON holds it; {"bad": [reason, detail]} where a row cannot be judged
 
@@ -55,58 +56,16 @@ def judge(made: Callable[[], Judge], tasks: Sequence[Task], workers: int) -> Non
 
     `made` makes the judge, once in each of them. Raises what the judge raises.
     """
-    if not tasks:
-        return
-    if workers:
-        _with_ray(made, tasks, workers)
-        return
-    worker = _Worker(made)
-    for task in tasks:
-        worker.write(task)
-
-
-def _with_ray(made: Callable[[], Judge], tasks: Sequence[Task], workers: int) -> None:
-    import ray.data  # a machine that curates in one process needs no Ray
-    import torch
-
-    actors = min(workers, len(tasks))
-    gpus = ray.cluster_resources().get("GPU", 0.0) >= actors
-    judged = ray.data.from_items([vars(task) for task in tasks], override_num_blocks=len(tasks)).map(
-        cast(Any, _Worker),
-        fn_constructor_args=(made, max(1, torch.get_num_threads() // actors)),
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=0.5,
-        num_gpus=1 if gpus else 0,
-    )
-    for row in judged.iter_rows():
-        if row["error"]:
-            raise getattr(errors, row["error"])(row["message"])
+    each(partial(_Worker, made), tasks, workers, gpus=True)
 
 
 class _Worker:
     """Writes the facts of one shard a call."""
 
-    def __init__(self, made: Callable[[], Judge], threads: int | None = None) -> None:
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)  # Ray's own choice follows num_cpus, not the cores
+    def __init__(self, made: Callable[[], Judge]) -> None:
         self._judge = made()
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, str]:
-        """`item` is a Task, as a row of Ray Data; so is what comes back: the name and the message of an error of ours.
-
-        Ray would wrap what is raised here in an error of its own, and leave the cause behind.
-        """
-        try:
-            self.write(Task(**item))
-        except BridgeworkError as error:
-            leaf = next(cls.__name__ for cls in type(error).__mro__ if vars(errors).get(cls.__name__) is cls)
-            return {"error": leaf, "message": str(error)}
-        return {"error": "", "message": ""}
-
-    def write(self, task: Task) -> None:
-        """Judge a shard and write its facts."""
+    def __call__(self, task: Task) -> None:
         save(task.file, self._told(task))
 
     def _told(self, task: Task) -> Iterator[Told]:

@@ -1,26 +1,26 @@
-"""Features of a frozen vision tower, computed once by Ray Data and shared by every stage and every trial.
+"""Features of a frozen vision tower, computed once and shared by every stage and every trial.
 
 `<home>/features/<digest of the tower>/<dataset digest>/` mirrors the dataset: the same shard names, row groups and
 order, with a column of float16 features instead of image bytes. `prepare` says why it pays, or why it does not.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
 from filelock import FileLock
 
+from bridgework.cluster import each
 from bridgework.data.shards import Dataset, open_dataset
 from bridgework.data.transforms import read_square
 from bridgework.errors import DataError
@@ -42,7 +42,7 @@ class Verdict:
 def prepare(tower: TowerSpec, datasets: Sequence[Dataset], *, draws: int, home: Path, workers: int) -> Verdict:
     """Cache the features of every image of `datasets` if that is cheaper than computing `draws` of them in training.
 
-    `workers` actors hold the tower under Ray Data; 0 computes in this process.
+    `workers` actors of Ray hold the tower; 0 computes in this process.
     """
     module = tower.build()
     folder = home / "features" / module.digest()
@@ -100,14 +100,12 @@ def _features(module: VisionTower, images: Sequence[bytes]) -> list[np.ndarray[A
 class _Writer:
     """Holds the tower; writes the features of one shard a call."""
 
-    def __init__(self, tower: TowerSpec, path: str, folder: Path, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, tower: TowerSpec, path: str, folder: Path) -> None:
         self._folder = folder
         self._dataset = open_dataset(path)
         self._module = tower.build()
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        shard = int(item["id"])
+    def __call__(self, shard: int) -> None:
         info = self._dataset.manifest.shards[shard]
         with pq.ParquetWriter(self._folder / info.file, SCHEMA, compression="none") as out:
             for group in range(-(-info.rows // self._dataset.manifest.group_rows)):
@@ -115,7 +113,6 @@ class _Writer:
                 flat = iter(_features(self._module, [i for s in samples for i in s.images]))
                 rows = [{"key": s.key, "features": [next(flat).tobytes() for _ in s.images]} for s in samples]
                 out.write_table(pa.Table.from_pylist(rows, SCHEMA), row_group_size=len(rows))
-        return {"shard": shard}
 
 
 def _cache(tower: TowerSpec, dataset: Dataset, final: Path, workers: int) -> None:
@@ -123,21 +120,7 @@ def _cache(tower: TowerSpec, dataset: Dataset, final: Path, workers: int) -> Non
     folder = final.with_name(f".{final.name}-{uuid4().hex[:8]}")
     folder.mkdir(parents=True)
     try:
-        shards = len(dataset.manifest.shards)
-        actors = min(workers, shards)
-        threads = max(1, (os.cpu_count() or 1) // actors) if actors else torch.get_num_threads()
-        if actors:
-            made = ray.data.range(shards, override_num_blocks=shards).map(
-                cast(Any, _Writer),
-                fn_constructor_args=(tower, dataset.path, folder, threads),
-                compute=ray.data.ActorPoolStrategy(size=actors),
-                num_cpus=0.5,
-            )
-            made.materialize()
-        else:
-            writer = _Writer(tower, dataset.path, folder, threads)
-            for shard in range(shards):
-                writer({"id": shard})
+        each(partial(_Writer, tower, dataset.path, folder), range(len(dataset.manifest.shards)), workers)
         folder.rename(final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -10,15 +10,16 @@ import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from bridgework.cluster import each
 from bridgework.data import formats as by_name
 from bridgework.data.chunks import CHUNK_ROWS, Chunk, ChunkStore, chunks
 from bridgework.data.chunks import Row as Row  # what an importer's rows are
@@ -30,7 +31,6 @@ from bridgework.errors import DataError
 
 PLACEHOLDER = "<image>"  # where an image stands in a text; a caption has no business to hold one
 
-ACTOR_CPUS = 0.5  # `workers` is the knob: on a small machine a whole CPU each would not fit beside Ray itself
 WAVE = 256  # chunks that Ray is given at a time: a million rows to hold, and hours of work for its start of seconds
 
 Say = Callable[[str], object]
@@ -80,7 +80,7 @@ def ingest(
         if len(new) < len(wave) and not kept:
             say(f"{dest}: goes on where it was cut off")
         count, kept = count + len(wave), kept + len(wave) - len(new)
-        _make(job.store, new, workers)
+        each(partial(_maker, job.store), new, workers)
     quarantine = Quarantine(dest.rstrip("/") + ".quarantine", limit=max_bad)
     manifest = job.finish(count, quarantine)
     aside = f"; {len(quarantine)} put aside, see {quarantine.folder}" if len(quarantine) else ""
@@ -88,35 +88,8 @@ def ingest(
     return manifest
 
 
-def _make(store: ChunkStore, new: Sequence[Chunk], workers: int) -> None:
-    if not workers:
-        for chunk in new:
-            store.make(chunk)
-        return
-    if not new:
-        return
-    import ray.data  # a machine that imports in one process needs no Ray
-
-    made = ray.data.from_items([{"chunk": chunk} for chunk in new], override_num_blocks=len(new)).map(
-        cast(Any, _Maker),
-        fn_constructor_args=(store, os.getcwd()),
-        compute=ray.data.ActorPoolStrategy(size=min(workers, len(new))),
-        num_cpus=ACTOR_CPUS,
-    )
-    made.materialize()
-
-
-class _Maker:
-    """An actor of Ray that makes chunks, in the folder of the process that asked: relative paths mean what they say."""
-
-    def __init__(self, store: ChunkStore, folder: str) -> None:
-        with suppress(OSError):  # another machine may have no such folder, and URLs need none
-            os.chdir(folder)
-        self._store = store
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        self._store.make(item["chunk"])
-        return {"number": item["chunk"].number}
+def _maker(store: ChunkStore) -> Callable[[Chunk], object]:
+    return store.make
 
 
 def _made_before(source: str, dest: str, made_by: str, parameters: Mapping[str, Any]) -> Manifest | None:
