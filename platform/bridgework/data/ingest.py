@@ -1,8 +1,8 @@
-"""The plan through Ray Data: one item (rank, window) goes to a reader actor and comes back as one block of rows.
+"""The plan through Ray Data: one item (rank, window) goes to a reader actor and comes back as one row, its own block.
 
 Ray Train calls `PlanIngest.configure` at every start of a worker group, with the world size of that moment. The blocks
-of rank 0, 1, .., 0, 1, .. come in order and have equal row counts, so the split, which hands the next block to the rank
-with the fewest rows, hands each rank its own. Every block says whose it is, and `from_ray` believes nothing else.
+of rank 0, 1, .., 0, 1, .. come in order and hold a row each, so the split, which hands the next block to the rank with
+the fewest rows, hands each rank its own. Every block says whose it is, and `from_ray` believes nothing else.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,12 +19,11 @@ from bridgework.data.reader import Feed
 from bridgework.errors import RunError
 from bridgework.system import Layout
 
-PADDING = Row(-1, 0, "", 0, [], [], np.empty(0, np.uint8))  # only makes the blocks of all ranks equally long
 READER_CPUS = 0.25  # `readers` is the knob: on a small machine a whole CPU each would not fit beside the workers
-BLOCK = pa.schema(
+COUNTER_CPUS = 0.01
+STRETCH = 1_024  # items that enter Ray together: CLIP on 256 GPUs has 6 million
+FIELDS = pa.struct(  # of a Row, as they are
     [
-        ("rank", pa.int32()),
-        ("world", pa.int32()),
         ("step", pa.int64()),
         ("place", pa.int64()),
         ("key", pa.string()),
@@ -36,11 +35,16 @@ BLOCK = pa.schema(
         ("rejected", pa.list_(pa.list_(pa.int32()))),  # ids and labels, or null
         ("shown", pa.int32()),
         ("stands_for", pa.string()),
-        ("shape", pa.list_(pa.int32())),  # of the images: four sizes are uint8 pixels, three are float16 features
+    ]
+)
+IMAGES = pa.struct(
+    [
+        ("shape", pa.list_(pa.int32())),  # four sizes are uint8 pixels, three are float16 features
         ("images", pa.large_list(pa.uint8())),  # bytes of the array, C order; a window can exceed the 2 GB of `list`
     ]
 )
-FIELDS = tuple(name for name in BLOCK.names if name not in ("rank", "world", "shape", "images"))  # of a Row
+ROW = pa.struct([*FIELDS, *IMAGES])
+BLOCK = pa.schema([("rank", pa.int32()), ("world", pa.int32()), ("rows", pa.large_list(ROW))])
 
 
 class PlanIngest(DataConfig):
@@ -67,10 +71,8 @@ class PlanIngest(DataConfig):
         start = self.start()
         self.feed.plan().lanes_of(world_size - 1, world_size)
         span = self.feed.mixture.window
-        windows = -(-self.feed.steps // span) - start // span
-        items = max(windows * world_size, 0)
-        # not `range`, which would read each number in a task that asks for a whole CPU
-        blocks = ray.data.from_items(list(range(items)), override_num_blocks=items or None).map_batches(
+        items = max((-(-self.feed.steps // span) - start // span) * world_size, 0)
+        blocks = counted(items).map_batches(
             _Windows,
             fn_constructor_args=(self.feed, world_size, start),
             batch_size=1,
@@ -79,8 +81,25 @@ class PlanIngest(DataConfig):
             num_cpus=READER_CPUS,
         )
         blocks.context.execution_options.preserve_order = True
-        blocks.context.target_max_block_size = None  # a window stays one block, however large
+        blocks.context.target_max_block_size = 1  # byte: each row is handed on at once, as a block of its own
         return [{"train": split} for split in blocks.streaming_split(world_size, equal=False)]
+
+
+def counted(items: int) -> ray.data.Dataset:
+    """The numbers from 0 on in a column `item`; they leave one by one where the context's blocks are of a byte.
+
+    They enter by the stretch: what enters alone costs a millisecond before the first is read.
+    """
+    first = range(0, max(items, 1), STRETCH)
+    stretches = [pa.table({"item": np.arange(start, min(start + STRETCH, items))}) for start in first]
+    # not `ray.data.range`, which would read each number in a task that asks for a whole CPU
+    entered: ray.data.Dataset = ray.data.from_blocks(stretches)
+    return entered.map_batches(_same, batch_size=1, batch_format="pyarrow", num_cpus=COUNTER_CPUS)
+
+
+def _same(item: pa.Table) -> pa.Table:
+    """Ray breaks up what a task gives, and holds the task back where the readers are behind: nothing else is to do."""
+    return item
 
 
 class _Windows:
@@ -92,29 +111,26 @@ class _Windows:
         self.start = start
 
     def __call__(self, item: pa.Table) -> pa.Table:
-        feed, plan = self.reader.feed, self.reader.plan
+        plan = self.reader.plan
         window, rank = divmod(item["item"][0].as_py(), self.world)
-        t, span = self.start // feed.mixture.window + window, feed.mixture.window
+        t = self.start // self.reader.feed.mixture.window + window
         steps = self.reader.window(plan.lanes_of(rank, self.world), t, first_step=self.start)
-        # the rows of all steps of the window: packed, those that are left of it may hold more than their share
-        in_window = min(span, feed.steps - t * span) * feed.batch // feed.mixture.lanes
-        most = len(plan.lanes_of(0, self.world)) * in_window
-        return to_block([row for rows in steps for row in rows], rank=rank, world=self.world, length=most)
+        return to_block([row for rows in steps for row in rows], rank=rank, world=self.world)
 
 
-def to_block(rows: list[Row], *, rank: int, world: int, length: int) -> pa.Table:
-    """`rows` as a table of `length` rows of BLOCK; what is missing is padding."""
-    rows = rows + [PADDING] * (length - len(rows))
+def to_block(rows: list[Row], *, rank: int, world: int) -> pa.Table:
+    """`rows` as a table of one row, BLOCK."""
     ends = np.cumsum([0] + [row.images.nbytes for row in rows])
     pixels = np.concatenate([np.frombuffer(row.images, np.uint8) for row in rows])
     columns = {
-        "rank": [rank] * length,
-        "world": [world] * length,
-        **{name: [getattr(row, name) for row in rows] for name in FIELDS},
+        **{field.name: [getattr(row, field.name) for row in rows] for field in FIELDS},
         "shape": [row.images.shape for row in rows],
         "images": pa.LargeListArray.from_arrays(ends, pixels),
     }
-    return pa.table(columns, BLOCK)
+    struct = pa.StructArray.from_arrays([pa.array(columns[f.name], f.type) for f in ROW], fields=list(ROW))
+    return pa.table(
+        {"rank": [rank], "world": [world], "rows": pa.LargeListArray.from_arrays([0, len(rows)], struct)}, BLOCK
+    )
 
 
 def from_ray(shard: ray.data.DataIterator, *, rank: int, world: int, start: int) -> Iterator[list[Row]]:
@@ -125,9 +141,11 @@ def from_ray(shard: ray.data.DataIterator, *, rank: int, world: int, start: int)
     step = start
     whole: Any = None  # a block at a time; Ray's annotation knows numbers alone
     for block in shard.iter_batches(batch_size=whole, batch_format="pyarrow"):
-        owners = {(r.as_py(), w.as_py()) for r, w in zip(block["rank"], block["world"], strict=True)}
-        if owners != {(rank, world)}:
-            raise RunError(f"rank {rank} of {world} was handed rows of (rank, world) {sorted(owners)}: not its own")
+        owners = [(r.as_py(), w.as_py()) for r, w in zip(block["rank"], block["world"], strict=True)]
+        if set(owners) != {(rank, world)}:
+            raise RunError(
+                f"rank {rank} of {world} was handed rows of (rank, world) {sorted(set(owners))}: not its own"
+            )
         for found, rows in groupby(_rows(block), key=lambda row: row.step):
             if found != step:
                 raise RunError(f"rank {rank} was handed rows of step {found} where step {step} is next")
@@ -136,16 +154,16 @@ def from_ray(shard: ray.data.DataIterator, *, rank: int, world: int, start: int)
 
 
 def _rows(block: pa.Table) -> Iterator[Row]:
-    """The rows of a block, without padding; their images are read-only views that keep the block's memory."""
-    for part in block.to_batches():
-        flat = np.split(part["images"].values.to_numpy(), part["images"].offsets.to_numpy())[1:-1]
-        fields = part.select([*FIELDS, "shape"]).to_pylist()
+    """The rows of a block; their images are read-only views that keep the block's memory."""
+    for part in block["rows"].chunks:
+        rows = pa.RecordBatch.from_struct_array(part.flatten())
+        flat = np.split(rows["images"].values.to_numpy(), rows["images"].offsets.to_numpy())[1:-1]
+        fields = rows.drop_columns("images").to_pylist()
         for image, row in zip(flat, fields, strict=True):
-            if row["step"] != PADDING.step:
-                shape, rejected = row.pop("shape"), row.pop("rejected")
-                typed = image.view(np.uint8 if len(shape) == 4 else np.float16)
-                yield Row(
-                    **{**row, "layouts": tuple(Layout(*layout) for layout in row["layouts"])},
-                    images=typed.reshape(shape),
-                    rejected=None if rejected is None else (rejected[0], rejected[1]),
-                )
+            shape, rejected = row.pop("shape"), row.pop("rejected")
+            typed = image.view(np.uint8 if len(shape) == 4 else np.float16)
+            yield Row(
+                **{**row, "layouts": tuple(Layout(*layout) for layout in row["layouts"])},
+                images=typed.reshape(shape),
+                rejected=None if rejected is None else (rejected[0], rejected[1]),
+            )
