@@ -14,9 +14,21 @@ A message says what was given, what is allowed and what to do, in one line.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MESSAGE_CHARS = 8_000
+
 
 class BridgeworkError(Exception):
-    """The root of all errors that bridgework raises on purpose; the command line prints it without a traceback."""
+    """The root of all errors that bridgework raises on purpose; the command line prints it without a traceback.
+
+    Of a message longer than MESSAGE_CHARS the middle is left out, and it says so.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > MESSAGE_CHARS:
+            kept = (MESSAGE_CHARS - 100) // 2  # with what is said of the rest, no longer than a message may be
+            left_out = len(message) - 2 * kept
+            message = f"{message[:kept]} .. [{left_out:,} characters] .. {message[-kept:]}"
+        super().__init__(message)
 
 
 class SpecError(BridgeworkError, ValueError):

@@ -302,6 +302,10 @@ def test_archives_that_are_cut_or_not_ours_to_copy_are_refused(tmp_path: Path) -
         (b"<html>not found</html>", "neither a folder nor a whole"),
         (package("google", [], {}), "no emoji.json with one folder"),
         (package("apple", [entry("1f34e", "apple")], {"1f34e.png": PNG}), "must not be copied"),
+        (
+            package("google", [entry("1f34e", "google")], {"1f34e.png": bytes(2 << 20)}),
+            "2,097,152 bytes; a drawing may",
+        ),
     ):
         (tmp_path / "x.tgz").write_bytes(data)
         with pytest.raises(DataError, match=words):

@@ -7,7 +7,7 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,13 @@ from bridgework.data.importers import Row, Say, caption, fingerprint, ingest
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import Manifest
-from bridgework.data.transforms import MAX_BYTES
 from bridgework.errors import DataError, suggest
 
 LICENCES = {"twitter": "CC-BY-4.0", "google": "Apache-2.0"}
 
 # The members that are read; all others, links among them, are passed over, and nothing is unpacked to disk.
 _MEMBER = re.compile(r"(?:^|/)(emoji\.json|img/([a-z]+)/64/[0-9a-f-]+\.png)$")
+MAX_DRAWING, MAX_TABLE, MAX_PACKAGE = 1 << 20, 16 << 20, 256 << 20  # bytes; all drawings are held in memory
 
 
 def run(source: str, dest: str, *, max_bad: float = SHARE, say: Say = print) -> Manifest:
@@ -49,23 +49,38 @@ def run(source: str, dest: str, *, max_bad: float = SHARE, say: Say = print) -> 
 
 
 def _files(source: str) -> dict[str, bytes]:
+    """The content of the members by name. Raises DataError for what is no such package, or is larger than one is."""
     fs, root = fsspec.core.url_to_fs(source)
     if fs.isdir(root):
-        found = {str(path): match[1] for path in fs.find(root) if (match := _MEMBER.search(str(path)))}
-        return {name: bytes(fs.cat_file(path)) for path, name in found.items()}
+        sizes = {str(path): int(info["size"]) for path, info in fs.find(root, detail=True).items()}
+        return _held(source, ((path, size, partial(fs.cat_file, path)) for path, size in sizes.items()))
     try:
         with fs.open(root, "rb") as file, tarfile.open(fileobj=file, mode="r|gz") as archive:
-            return dict(_members(archive))
+            return _held(source, ((m.name, m.size, partial(_read, archive, m)) for m in archive if m.isreg()))
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         raise DataError(f"{source} is neither a folder nor a whole .tgz of an emoji package: {error}") from None
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
-    for member in archive:
-        match = _MEMBER.search(member.name)
-        file = archive.extractfile(member) if match and member.isreg() and member.size <= MAX_BYTES else None
-        if match and file:
-            yield match[1], file.read()
+def _held(source: str, found: Iterable[tuple[str, int, Callable[[], bytes]]]) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    room = MAX_PACKAGE
+    for path, size, read in found:
+        match = _MEMBER.search(path)
+        if match is None:
+            continue
+        room -= size
+        if size > (MAX_DRAWING if match[2] else MAX_TABLE) or room < 0:
+            raise DataError(
+                f"{source}: {match[1]} has {size:,} bytes; a drawing may have {MAX_DRAWING:,}, emoji.json "
+                f"{MAX_TABLE:,}, all together {MAX_PACKAGE:,}: is it an emoji package?"
+            )
+        files[match[1]] = bytes(read())
+    return files
+
+
+def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    return file.read() if file else b""
 
 
 def _style(source: str, files: dict[str, bytes]) -> str:
