@@ -15,6 +15,7 @@ from bridgework.data.streams import Streams
 from bridgework.data.templates import TEMPLATES
 from bridgework.data.tokens import load_tokenizer
 from bridgework.models.bridges.qformer import is_text
+from bridgework.recipes import _instruction_prompts as asked
 from bridgework.recipes import _instructions as instructions
 from bridgework.system import Mixture, Source, load
 from tests.models.examples import pixels
@@ -36,7 +37,7 @@ def test_13_datasets_are_learned_from_and_13_others_tested_on() -> None:
 
 @pytest.mark.parametrize(("task", "places"), TASKS.items())
 def test_every_task_has_10_to_15_prompts_with_its_places_and_no_two_in_one(task: str, places: set[str]) -> None:
-    prompts: tuple[str, ...] = getattr(instructions, task)
+    prompts: tuple[str, ...] = getattr(asked, task)
     assert 10 <= len(prompts) <= 15 and len(set(prompts)) == len(prompts)
     for prompt in prompts:
         assert {place for place in ("{}", "{ocr}") if place in prompt} == places, prompt
@@ -98,13 +99,13 @@ def test_an_empty_instruction_is_heard_too_and_only_32_vectors_reach_the_languag
 
 def test_each_prompt_of_a_task_is_drawn_equally_often(home: Path) -> None:
     stage = load("instructblip").tiny()["instruct"]
-    source = replace(stage.data.sources[0], prompts=instructions.CAPTION)
+    source = replace(stage.data.sources[0], prompts=asked.CAPTION)
     stage = replace(stage, data=replace(stage.data, sources=(source,)), budget=replace(stage.budget, steps=150))
     tokenizer = load_tokenizer("bytes")
     rows = [row for rows in local(Feed.of(stage, home), rank=0, world=1, start=0) for row in rows]
     said = [tokenizer.decode([i for i in row.ids if i >= 0]) for row in rows]
-    counts = Counter(prompt for text in said for prompt in instructions.CAPTION if prompt in text)
-    assert sum(counts.values()) == len(rows) == 1_200 and len(counts) == len(instructions.CAPTION)
+    counts = Counter(prompt for text in said for prompt in asked.CAPTION if prompt in text)
+    assert sum(counts.values()) == len(rows) == 1_200 and len(counts) == len(asked.CAPTION)
     mean, share = len(rows) / len(counts), 1 / len(counts)
     spread = (len(rows) * share * (1 - share)) ** 0.5
     assert all(abs(count - mean) < 4 * spread for count in counts.values()), counts
