@@ -54,7 +54,7 @@ def ask(
     if question:
         parts.append(Part("user", text="\n" * bool(parts) + question))
     elif len(pictures) == 1:
-        parts = pipeline.ask(pair("image", pictures[0], "caption"))[:-1]
+        parts = pipeline.inputs.ask(pair("image", pictures[0], "caption"))[:-1]
     else:
         raise DataError("there is nothing to ask: give a question, or one --image to describe")
     if choice:

@@ -129,7 +129,7 @@ def test_a_caption_is_what_the_pipeline_writes_for_its_image_alone(models: dict[
     sample = next(flags())
     pipeline = Pipeline.load(str(models["captioner"]), "cpu")
     drawn: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 2, "temperature": 1.0, "top_p": 0.9}
-    alone = pipeline.generate(pipeline.ask(sample), sample.images, seed=_seed(0, sample.key, 0), **drawn)
+    alone = pipeline.generate(pipeline.inputs.ask(sample), sample.images, seed=_seed(0, sample.key, 0), **drawn)
     judged = held(models, home)(list(flags())[:8])
     assert judged[0]["written"] == [alone.text]
 

@@ -154,7 +154,7 @@ def test_a_bridge_that_was_taught_the_captions_finds_them(home: Path) -> None:
     """Half a minute of a real run in small: the pooled vectors of 16 pairs are pulled together."""
     pipe, spec = pipeline(), Retrieval(dataset=DATASET, rows=16)
     items = draw_pairs(spec, pipe, home, at_least=16)
-    seen = pipe.features([item.squares[0] for item in items])
+    seen = pipe.inputs.features([item.squares[0] for item in items])
     texts = pipe.embed_texts([item.sample.text for item in items])
     centre = texts.mean(0)
     optimizer = torch.optim.Adam(pipe.model.bridge.parameters(), lr=1e-2)

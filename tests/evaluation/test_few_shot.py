@@ -89,7 +89,7 @@ def test_the_evaluation_runs_and_its_ensemble_ignores_the_order_of_the_shots(sho
 
 def test_the_likelihood_of_a_candidate_depends_on_no_other_and_on_no_padding(home: Path) -> None:
     pipe = pipeline()
-    images = torch.stack(list(pipe.features([sample.images[0] for sample in islice(shapes(), 3)])))
+    images = torch.stack(list(pipe.inputs.features([sample.images[0] for sample in islice(shapes(), 3)])))
     texts = ["a disc.", "a much longer answer about something else.", "x"]
     said = [[*prompt(SHOTS, "Output:"), Part("assistant", text=f" {text}")] for text in texts]
     together = [score.loglik for score in pipe.scores(said, [images] * 3)]

@@ -103,7 +103,7 @@ def test_a_pair_is_asked_as_its_stage_asks_and_judged_by_its_labels(pipe: Pipeli
     spec = VQA(dataset="synthetic:shapes").tiny()
     (sample,) = shapes(1)
     assert spec.run(pipe, home).metrics.keys() == {"vqa.accuracy", "vqa.most_common"}
-    seen = pipe.ask(sample)
+    seen = pipe.inputs.ask(sample)
     assert seen[1].text == f"\n{PROMPT}"
 
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "platform" / "bridgework"
 LAYERS = (
     ("__init__", "errors", "mixture", "spec", "system", "tracking"),
     ("models", "losses", "data", "cluster"),
-    ("training", "evaluation", "inference", "generation", "relay", "curation"),
+    ("training", "evaluation", "inference", "inputs", "generation", "relay", "curation"),
     ("recipes", "lineage", "interop"),
     ("tuning", "serving"),
     ("cli", "cli_curate", "cli_data", "cli_models", "cli_order", "cli_words", "doctor"),

@@ -33,7 +33,7 @@ def pipeline(template: str = "chat", context: int = 512) -> Pipeline:
 
 def greedy_by_hand(pipe: Pipeline, steps: int) -> str:
     """A second way to the answer: the whole prefix again for every token, no cache, no `generate`."""
-    batch = pipe.batch([ASKED], [[IMAGE]], answer=False)
+    batch = pipe.inputs.batch([ASKED], [[IMAGE]], answer=False)
     ids_1T, new = batch.ids_BT, []
     for _ in range(steps):
         attention_1T = torch.ones_like(ids_1T).bool()
@@ -63,7 +63,7 @@ def test_greedy_is_the_likeliest_token_each_time(template: str) -> None:
     answer = pipe.generate(ASKED, [IMAGE], max_new_tokens=12)
     assert answer.text == greedy_by_hand(pipe, 12).lstrip()
     assert (answer.completion_tokens, answer.finish_reason) == (12, "length")
-    assert answer.prompt_tokens == pipe.batch([ASKED], [[IMAGE]], answer=False).ids_BT.shape[1]
+    assert answer.prompt_tokens == pipe.inputs.batch([ASKED], [[IMAGE]], answer=False).ids_BT.shape[1]
 
 
 def test_the_image_matters() -> None:
@@ -76,7 +76,7 @@ def test_the_image_matters() -> None:
 def test_features_may_stand_for_the_image() -> None:
     pipe = pipeline()
     expected = pipe.generate(ASKED, [IMAGE], max_new_tokens=8)
-    assert pipe.generate(ASKED, pipe.features([IMAGE]), max_new_tokens=8) == expected
+    assert pipe.generate(ASKED, pipe.inputs.features([IMAGE]), max_new_tokens=8) == expected
 
 
 def test_text_alone_is_a_conversation_too() -> None:

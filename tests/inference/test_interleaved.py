@@ -56,6 +56,6 @@ def test_an_end_stops_the_text(pipe: Pipeline) -> None:
 
 
 def test_images_are_compared_by_what_the_frozen_tower_sees(pipe: Pipeline) -> None:
-    seen_NPF = pipe.features(IMAGES)
+    seen_NPF = pipe.inputs.features(IMAGES)
     embedded_ND = pipe.embed_images(seen_NPF)
     torch.testing.assert_close(embedded_ND, torch.nn.functional.normalize(seen_NPF.mean(1), dim=-1))

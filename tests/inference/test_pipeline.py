@@ -84,14 +84,14 @@ def test_a_text_and_two_images_can_be_judged_in_one_batch(samples: list[Sample])
 
 def test_scores_count_the_stop_string(samples: list[Sample]) -> None:
     pipe = pipeline()
-    [score] = pipe.scores([pipe.ask(samples[0])], [samples[0].images])
+    [score] = pipe.scores([pipe.inputs.ask(samples[0])], [samples[0].images])
     assert score.tokens == len(CAPTIONS[0]) + 1  # bytes, and <|im_end|>
 
 
 def test_cached_features_count_as_their_images(samples: list[Sample]) -> None:
     pipe = pipeline()
-    conversations = [pipe.ask(s) for s in samples]
-    features = pipe.features([s.images[0] for s in samples])
+    conversations = [pipe.inputs.ask(s) for s in samples]
+    features = pipe.inputs.features([s.images[0] for s in samples])
     assert pipe.scores(conversations, list(features.split(1))) == pipe.scores(
         conversations, [s.images for s in samples]
     )
@@ -153,7 +153,7 @@ def test_a_choice_is_the_answer_that_the_images_make_likelier(samples: list[Samp
     asked = [Part("user", image=0), Part("user", text="\nor"), Part("user", image=1), Part("user", text="?")]
     choices = [sample.text for sample in samples]
     answered = [[*asked, Part("assistant", text=choice)] for choice in choices]
-    blank = pipe.features([pipe._mean_square()] * 2)
+    blank = pipe.inputs.features([pipe.inputs.mean_square()] * 2)
     gains = [pipe.scores([one], [images])[0].loglik - pipe.scores([one], [blank])[0].loglik for one in answered]
     ranked = pipe.choose(asked, images, choices)
     assert [r.candidate for r in ranked] == [c for _, c in sorted(zip(gains, choices, strict=True), reverse=True)]
@@ -167,7 +167,7 @@ def test_a_choice_is_the_answer_that_the_images_make_likelier(samples: list[Samp
 
 def test_embeddings_are_what_the_contrastive_loss_pools(samples: list[Sample]) -> None:
     pipe = pipeline()
-    batch = pipe.batch([pipe.ask(s) for s in samples], [s.images for s in samples], answer=True)
+    batch = pipe.inputs.batch([pipe.inputs.ask(s) for s in samples], [s.images for s in samples], answer=True)
     with torch.no_grad():
         outputs = pipe.model(**batch.inputs(), wants=frozenset({"pooled"}))
     images_ND = pipe.embed_images([s.images[0] for s in samples])
@@ -199,19 +199,19 @@ def test_a_picture_may_be_a_file_an_image_or_a_square(samples: list[Sample]) -> 
     pipe = pipeline()
     data = samples[0].images[0]
     image = decode(data)
-    a, b, c = pipe.features([data, image, to_square(image, pipe.stage.model.pixels)])
+    a, b, c = pipe.inputs.features([data, image, to_square(image, pipe.stage.model.pixels)])
     assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_no_images_are_no_features() -> None:
-    assert pipeline().features([]).shape == (0, 16, 32)
+    assert pipeline().inputs.features([]).shape == (0, 16, 32)
 
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_images_must_be_as_many_as_are_shown(number: int, samples: list[Sample]) -> None:
     pipe = pipeline()
     with pytest.raises(DataError, match=rf"shows images \[0\] and {number} are given"):
-        pipe.batch([pipe.ask(samples[0])], [samples[0].images * number], answer=False)
+        pipe.inputs.batch([pipe.inputs.ask(samples[0])], [samples[0].images * number], answer=False)
 
 
 # --- batch -----------------------------------------------------------------------------------------------------------
@@ -222,8 +222,11 @@ def test_prompts_are_padded_on_the_left_and_answers_on_the_right(
     answer: bool, side: Literal["right", "left"], samples: list[Sample]
 ) -> None:
     pipe = pipeline()
-    conversations = [pipe.ask(samples[0], ["Short?"]), pipe.ask(samples[0], ["A question that is longer?"])]
-    batch = pipe.batch(conversations, [samples[0].images] * 2, answer=answer)
+    conversations = [
+        pipe.inputs.ask(samples[0], ["Short?"]),
+        pipe.inputs.ask(samples[0], ["A question that is longer?"]),
+    ]
+    batch = pipe.inputs.batch(conversations, [samples[0].images] * 2, answer=answer)
     edge = batch.attention_BT[:, 0 if side == "left" else -1]
     assert edge.tolist() == [False, True]
     assert bool((batch.labels_BT != IGNORE).any()) == answer
@@ -232,8 +235,8 @@ def test_prompts_are_padded_on_the_left_and_answers_on_the_right(
 @pytest.mark.parametrize("template", ["plain", "v1", "chat"])
 def test_a_prompt_is_the_beginning_of_what_was_trained_on(template: str, samples: list[Sample]) -> None:
     pipe = pipeline(template)
-    conversation = pipe.ask(samples[0])
-    prompt, whole = pipe.encode(conversation, answer=False), pipe.encode(conversation, answer=True)
+    conversation = pipe.inputs.ask(samples[0])
+    prompt, whole = pipe.inputs.encode(conversation, answer=False), pipe.inputs.encode(conversation, answer=True)
     shared = 0
     while shared < len(prompt.ids) and prompt.ids[shared] == whole.ids[shared]:
         shared += 1
@@ -252,7 +255,7 @@ def test_what_is_loaded_judges_like_what_was_saved(tmp_path: Path, samples: list
     loaded = Pipeline.load(str(tmp_path / "artefact"), device="cpu")
     assert isinstance(loaded.model, PrefixModel)
     assert loaded.loglik(samples) == pipe.loglik(samples)
-    assert loaded.device == torch.device("cpu")
+    assert loaded.inputs.device == torch.device("cpu")
 
 
 def test_out_of_range_sampling_is_refused(samples: list[Sample]) -> None:
@@ -260,4 +263,4 @@ def test_out_of_range_sampling_is_refused(samples: list[Sample]) -> None:
     wrong = (Sampling(temperature=-1.0), Sampling(top_p=0.0), Sampling(top_p=1.5), Sampling(max_new_tokens=0))
     for sampling in wrong:
         with pytest.raises(SpecError, match="max_new_tokens is at least 1"):
-            pipe.generate(pipe.ask(samples[0]), samples[0].images, **sampling)
+            pipe.generate(pipe.inputs.ask(samples[0]), samples[0].images, **sampling)

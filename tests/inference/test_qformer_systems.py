@@ -41,9 +41,9 @@ def test_a_candidates_likelihood_is_its_score_in_training_whatever_stands_beside
 @pytest.mark.parametrize("aware", [True, False])
 def test_the_question_reaches_the_queries_only_where_they_hear_it(aware: bool) -> None:
     pipe = pipeline("instructblip" if aware else "instructblip:without_instruction", "instruct")
-    features = pipe.features([picture()])
+    features = pipe.inputs.features([picture()])
     asked = [
-        pipe.batch([[Part("user", image=0), Part("user", text=text)]], [features], answer=False)
+        pipe.inputs.batch([[Part("user", image=0), Part("user", text=text)]], [features], answer=False)
         for text in ("What is it?", "Where is this?")
     ]
     seen = [

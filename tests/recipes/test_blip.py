@@ -186,7 +186,7 @@ def test_a_captioner_writes_a_caption_about_an_image(home: Path) -> None:
     stage = load("blip")["captioner"].tiny()
     pipeline = Pipeline(stepped(stage, home, None).eval(), stage)
     image = next(local(Feed.of(stage, home), rank=0, world=1, start=0))[0].images[0]
-    conversation_of_it = pipeline.ask(pair("k", b"", "unknown"))[:-1]
+    conversation_of_it = pipeline.inputs.ask(pair("k", b"", "unknown"))[:-1]
     written = pipeline.generate(conversation_of_it, [image], max_new_tokens=5, top_p=0.9, temperature=1.0, seed=0)
     again = pipeline.generate(conversation_of_it, [image], max_new_tokens=5, top_p=0.9, temperature=1.0, seed=0)
     assert written == again and written.completion_tokens == 5

@@ -66,7 +66,7 @@ def taught() -> Pipeline:
     stage = load("minigpt4").tiny()["polish"]
     torch.manual_seed(0)
     pipe = Pipeline(stage.model.build(), stage)
-    batch = pipe.batch([[*ASKED, Part("assistant", text=ANSWER)]], [[IMAGE_FILE]], answer=True)
+    batch = pipe.inputs.batch([[*ASKED, Part("assistant", text=ANSWER)]], [[IMAGE_FILE]], answer=True)
     optimizer = torch.optim.Adam(pipe.model.language.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()

@@ -178,7 +178,7 @@ class CapFiltJudge:
     def _judge(self, samples: Sequence[Sample], web: Sequence[str]) -> list[Scores]:
         spec, pictures = self._spec, [sample.images[0] for sample in samples]
         written = [self._write(samples, number) for number in range(spec.captions)]
-        seen_NPF = self._filter.features(pictures)
+        seen_NPF = self._filter.inputs.features(pictures)
         web_scores, *scores = [self._scores(seen_NPF, texts) for texts in (web, *written)]
         return [
             Scores([texts[i] for texts in written], web_scores[i], [of[i] for of in scores])
@@ -189,7 +189,7 @@ class CapFiltJudge:
         """The text of that number for each sample."""
         spec = self._spec
         return self._captioner.write(
-            [self._captioner.ask(sample) for sample in samples],
+            [self._captioner.inputs.ask(sample) for sample in samples],
             [[sample.images[0]] for sample in samples],
             [_seed(spec.seed, sample.key, number) for sample in samples],
             max_new_tokens=spec.max_tokens,
@@ -211,7 +211,7 @@ class CapFiltJudge:
 def readable(pipeline: "Pipeline", text: str) -> bool:
     """Whether the model finds anything to read in a text."""
     try:
-        pipeline.encode(pipeline.ask(pair("text", b"", text)), answer=True)
+        pipeline.inputs.encode(pipeline.inputs.ask(pair("text", b"", text)), answer=True)
     except BadSample:
         return False
     return True

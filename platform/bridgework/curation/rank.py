@@ -157,10 +157,10 @@ class _Judge:
             return [[] for _ in samples]
         spec, captioner = self._spec, self._captioner
         how = {"min_new_tokens": spec.min_tokens, "max_new_tokens": spec.max_tokens, "top_p": spec.top_p}
-        asked = [captioner.ask(pair(sample.key, sample.images[0], "a caption")) for sample in samples]
+        asked = [captioner.inputs.ask(pair(sample.key, sample.images[0], "a caption")) for sample in samples]
         pictures: Any = [[sample.images[0]] for sample in samples]
         if not captioner.stage.model.pixels.grids:  # else where tiles lie is known from the picture alone
-            pictures = captioner.features([sample.images[0] for sample in samples]).split(1)
+            pictures = captioner.inputs.features([sample.images[0] for sample in samples]).split(1)
         seeds = [[drawn(spec.seed, sample.key, n) for sample in samples] for n in range(spec.captions)]
         rounds = [captioner.write(asked, pictures, each, temperature=spec.temperature, **how) for each in seeds]
         return [list(texts) for texts in zip(*rounds, strict=True)]

@@ -88,7 +88,7 @@ class FewShot:
         if self.support is not None:
             wanted = replace(self, dataset=self.support)
             pool = draw_pairs(wanted, pipeline, home, at_least=self._needed)
-        seen_RPF, told_RPF = (pipeline.features([i.squares[0] for i in rows]) for rows in (items, pool))
+        seen_RPF, told_RPF = (pipeline.inputs.features([i.squares[0] for i in rows]) for rows in (items, pool))
         chosen = self._choose(seen_RPF, told_RPF)
         captions_RC = candidates(len(items), self.candidates, self.seed).tolist()
         judged = []

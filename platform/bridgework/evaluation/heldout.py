@@ -42,7 +42,7 @@ class HeldOutLoss:
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Raises DataError for a dataset without two images."""
         items = draw(self, pipeline, home)
-        seen_NPF = pipeline.features([square for item in items for square in item.squares])
+        seen_NPF = pipeline.inputs.features([square for item in items for square in item.squares])
         if len(seen_NPF) < 2:
             raise DataError(
                 f"{self.name}: {self.dataset} has {len(seen_NPF)} images to swap between rows; it needs two"

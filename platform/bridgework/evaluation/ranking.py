@@ -84,7 +84,7 @@ def _likelihoods(
     pipeline: "Pipeline", items: list[Item], captions_RC: NDArray[np.int64], question: str | None
 ) -> Tensor:
     """(R, C) nats; every image goes through the vision tower and the prompt through the language model once."""
-    seen_RPF = pipeline.features([item.squares[0] for item in items])
+    seen_RPF = pipeline.inputs.features([item.squares[0] for item in items])
     texts = [item.sample.text for item in items]
     rows = zip(seen_RPF, captions_RC, strict=True)
     return torch.stack([pipeline.likelihoods(seen_PF, [texts[c] for c in own], question) for seen_PF, own in rows])

@@ -52,7 +52,7 @@ class Retrieval:
         """Raises DataError for a dataset with fewer than two pairs."""
         items = draw_pairs(self, pipeline, home, at_least=2, several=True)
         texts = [(row, text) for row, item in enumerate(items) for text in item.texts]
-        seen_RPF = pipeline.features([item.squares[0] for item in items])
+        seen_RPF = pipeline.inputs.features([item.squares[0] for item in items])
         said = [text for _, text in texts]
         alike_RC = similarity(pipeline.embed_images(seen_RPF), pipeline.embed_texts(said)).cpu()
         own_RC = torch.arange(len(items)).unsqueeze(1) == torch.tensor([row for row, _ in texts])

@@ -110,8 +110,8 @@ def draw_images(
 def _items(spec: Wanted, pipeline: "Pipeline", home: Path, wanted: Callable[[Sample], bool]) -> Iterator[Item]:
     for sample in filter(wanted, _shuffled(resolve(spec.dataset, home), spec)):
         try:
-            conversation = pipeline.ask(sample, spec.prompts or None)
-            pipeline.encode(conversation, answer=True)
+            conversation = pipeline.inputs.ask(sample, spec.prompts or None)
+            pipeline.inputs.encode(conversation, answer=True)
             squares = [read_square(image, pipeline.stage.model.pixels) for image in sample.images]
         except BadSample:  # one bad row must not end a run in its evaluation
             continue

@@ -75,7 +75,9 @@ class VQA:
         if self.vocabulary:
             said = [_likeliest(pipeline, *row, self.vocabulary) for row in zip(items, asked, strict=True)]
         else:
-            said = self.writing.run(pipeline, asked, [pipeline.pictures(item.sample) for item in items], self.seed)
+            said = self.writing.run(
+                pipeline, asked, [pipeline.inputs.pictures(item.sample) for item in items], self.seed
+            )
         people = [_people(item.sample) for item in items]
         ((usual, _),) = Counter(normalise(answer) for told in people for answer in told).most_common(1)
         values = {
@@ -111,8 +113,8 @@ def _people(sample: Sample) -> tuple[str, ...]:
 
 
 def _likeliest(pipeline: "Pipeline", item: Item, asked: Sequence[Part], vocabulary: Sequence[str]) -> str:
-    shown, pixels = pipeline.pictures(item.sample), pipeline.stage.model.pixels
-    seen = shown if pixels.grids or pixels.video else pipeline.features(shown)  # one square each: looked at once
+    shown, pixels = pipeline.inputs.pictures(item.sample), pipeline.stage.model.pixels
+    seen = shown if pixels.grids or pixels.video else pipeline.inputs.features(shown)  # one square each: looked at once
     answered = [[*asked, Part("assistant", text=answer)] for answer in vocabulary]
     nats = [score.loglik for score in pipeline.scores(answered, [seen] * len(answered))]
     return vocabulary[nats.index(max(nats))]

@@ -56,7 +56,7 @@ class Writing:
 
 def question_of(pipeline: "Pipeline", sample: Sample, prompts: Sequence[str] | None) -> list[Part]:
     """The sample as a conversation that ends where its last answer is due."""
-    parts = pipeline.ask(sample, prompts)
+    parts = pipeline.inputs.ask(sample, prompts)
     while parts and parts[-1].text is not None and parts[-1].role in ("caption", "assistant"):
         parts.pop()
     return parts

@@ -13,17 +13,17 @@ from torch.nn.functional import normalize
 from bridgework.errors import DataError, SpecError
 from bridgework.models.freezing import Freezable
 from bridgework.models.modified_resnet import ModifiedResNetConfig
+from bridgework.models.pairs import OfPairs
 from bridgework.models.text import CLIPText, CLIPTextConfig
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
 from bridgework.spec import spec
-from bridgework.system import Layout, Pixels
 
 POOLED = frozenset({"pooled"})
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of a cosine (2.5)
 
 
 @spec
-class DualEncoder:
+class DualEncoder(OfPairs):
     """Both towers, and the width of the space in which an image is near its text."""
 
     vision: ViTConfig | ModifiedResNetConfig | EfficientNetConfig
@@ -43,10 +43,6 @@ class DualEncoder:
             )
 
     @property
-    def pixels(self) -> Pixels:
-        return self.vision.pixels
-
-    @property
     def tokenizer(self) -> str:
         return self.text.tokenizer
 
@@ -55,28 +51,9 @@ class DualEncoder:
         return self.text.context
 
     @property
-    def image_tokens(self) -> int:
-        return 0
-
-    @property
-    def instruction(self) -> str | None:
-        return None
-
-    @property
-    def square_tokens(self) -> int:
-        return self.vision.tokens
-
-    @property
-    def unpackable(self) -> str | None:
-        return "the wiring reads pairs, each text beside its own image"
-
-    @property
     def pretrained(self) -> tuple[str, ...]:
         towers = {"vision.*": self.vision.weights, "text.*": self.text.weights}
         return tuple(glob for glob, weights in towers.items() if weights is not None)
-
-    def places(self, layout: Layout) -> int:
-        return self.image_tokens
 
     def build(self, *, pretrained: bool = True) -> "DualModel":
         """The model in float32; without weights (or with `pretrained=False`) drawn from torch's generator."""

@@ -12,8 +12,8 @@ from bridgework.errors import SpecError
 from bridgework.models.blip_vit import BlipViTConfig
 from bridgework.models.med_text import MEDTextConfig
 from bridgework.models.momentum import MomentumConfig
+from bridgework.models.pairs import OfPairs
 from bridgework.spec import spec
-from bridgework.system import Layout, Pixels
 
 if TYPE_CHECKING:
     from bridgework.models.med_model import MEDModel
@@ -22,7 +22,7 @@ Task = Literal["contrast", "match", "caption", "answer"]
 
 
 @spec
-class MED:
+class MED(OfPairs):
     """A vision tower and the text side, with the parts that its tasks need.
 
     A captioner beside an encoder shares its weights (3.2); alone, and where it answers, it has them to itself, as in
@@ -47,10 +47,6 @@ class MED:
             )
 
     @property
-    def pixels(self) -> Pixels:
-        return self.vision.pixels
-
-    @property
     def tokenizer(self) -> str:
         return self.text.tokenizer
 
@@ -59,29 +55,10 @@ class MED:
         return self.text.context
 
     @property
-    def image_tokens(self) -> int:
-        return 0
-
-    @property
-    def instruction(self) -> str | None:
-        return None
-
-    @property
-    def square_tokens(self) -> int:
-        return self.vision.tokens
-
-    @property
-    def unpackable(self) -> str | None:
-        return "the wiring reads pairs, each text beside its own image"
-
-    @property
     def pretrained(self) -> tuple[str, ...]:
         """The twin too need not be kept: it begins as a copy of what it follows."""
         vision = () if self.vision.weights is None else ("vision.*",)
         return vision if self.momentum is None else (*vision, "momentum.*")
-
-    def places(self, layout: Layout) -> int:
-        return self.image_tokens
 
     def build(self, *, pretrained: bool = True) -> "MEDModel":
         """The model in float32; without weights (or with `pretrained=False`) drawn from torch's generator."""

@@ -20,16 +20,16 @@ from bridgework.models import pretrained as weights_of
 from bridgework.models.bridges.qformer import QFormer, QFormerModel, bidirectional
 from bridgework.models.eva import EvaConfig
 from bridgework.models.freezing import Freezable
+from bridgework.models.pairs import OfPairs
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
 from bridgework.spec import spec
-from bridgework.system import Layout, Pixels
 
 GIVES = frozenset({"pooled", "match", "match_all", "logits"})
 LOGITS = frozenset({"logits"})
 
 
 @spec
-class QFormerPretrainer:
+class QFormerPretrainer(OfPairs):
     """A vision tower, a Q-Former with a text stream, and the heads of the three objectives."""
 
     vision: ViTConfig | EvaConfig | EfficientNetConfig
@@ -42,35 +42,12 @@ class QFormerPretrainer:
             raise SpecError("the Q-Former learns to read images by reading captions: set bridge.text=true")
 
     @property
-    def pixels(self) -> Pixels:
-        return self.vision.pixels
-
-    @property
     def tokenizer(self) -> str:
         return self.bridge.tokenizer
 
     @property
     def context(self) -> int:
         return self.bridge.positions
-
-    @property
-    def image_tokens(self) -> int:
-        return 0
-
-    def places(self, layout: Layout) -> int:
-        return 0
-
-    @property
-    def instruction(self) -> None:
-        return None
-
-    @property
-    def square_tokens(self) -> int:
-        return self.vision.tokens
-
-    @property
-    def unpackable(self) -> str | None:
-        return "the wiring reads pairs, each text beside its own image"
 
     @property
     def pretrained(self) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ class Model:
     async def choose(self, parts: Sequence[Part], images: Sequence[bytes], choices: Sequence[str]) -> Answer:
         """The one of `choices` that answers the conversation best."""
         best, *_ = await self._run(self._pipeline.choose, parts, images, choices)
-        prompt = await self._run(partial(self._pipeline.encode, answer=False), parts)
+        prompt = await self._run(partial(self._pipeline.inputs.encode, answer=False), parts)
         return Answer(best.candidate, len(prompt.ids), 0, "stop")  # nothing is written, all is read
 
     async def stream(
@@ -69,7 +69,7 @@ class Model:
 
     async def caption(self, image: bytes, question: str | None, draw: Sampling) -> Answer:
         """What the model says to an image: asked as its training asked, or with a question of the caller's."""
-        asked = self._pipeline.ask(pair("image", image, "caption"), None if question is None else (question,))
+        asked = self._pipeline.inputs.ask(pair("image", image, "caption"), None if question is None else (question,))
         return _answer(await self._run(self._pipeline.generate, asked, [image], **draw))
 
     async def rank(self, image: bytes, candidates: Sequence[str], question: str | None) -> list[tuple[str, float]]:
@@ -87,7 +87,9 @@ class Model:
         if isinstance(one, bytes):
             square = await self._run(read_square, one, model.pixels)
             return await self._embed_square(square), model.image_tokens
-        encoded = await self._run(self._pipeline.encode, self._pipeline.ask(pair("text", b"", one)), answer=True)
+        encoded = await self._run(
+            self._pipeline.inputs.encode, self._pipeline.inputs.ask(pair("text", b"", one)), answer=True
+        )
         return await self._embed_text(one), sum(label != IGNORE for label in encoded.labels)
 
     async def _run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
