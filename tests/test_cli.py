@@ -198,6 +198,9 @@ def test_a_model_is_asked_about_an_image(bridgework: Bridgework, trained: Path, 
     image.write_bytes(next(shapes(rows=1, size=32)).images[0])
     written = bridgework("ask", str(trained), "What is it?", "-i", str(image), "--tokens", "4")
     assert (written.code, written.err) == (0, "")
+    nucleus = ("--temperature", "1", "--top-p", "0.9", "--seed", "3", "--tokens", "8")
+    drawn = [bridgework("ask", str(trained), "What is it?", "-i", str(image), *nucleus) for _ in range(2)]
+    assert drawn[0] == drawn[1] and drawn[0].code == 0
     chosen = bridgework("ask", str(trained), "-i", str(image), "--choice", "a red circle", "--choice", "nothing")
     assert chosen.code == 0 and "a red circle" in chosen.out and "nothing" in chosen.out
     missing = bridgework("ask", str(trained), "What?", "-i", "nowhere.png")

@@ -41,10 +41,15 @@ def ask(
     choice: Annotated[list[str] | None, typer.Option(help="choose among these instead of writing; repeat")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="how many to write at most")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="draw from the likeliest tokens of this share; 0.9 for captions")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="of the draws; left out, they differ every time")] = None,
     beams: Annotated[int, typer.Option(min=1, help="search this wide; 3 to 5 for captions")] = 1,
 ) -> None:
     """Ask a model about images, on this machine."""
     from bridgework.data.samples import Part, pair
+    from bridgework.generation import Sampling
     from bridgework.inference import Pipeline
     from bridgework.lineage.resolve import artefact_of
 
@@ -58,12 +63,13 @@ def ask(
     else:
         raise DataError("there is nothing to ask: give a question, or one --image to describe")
     if choice:
-        table = Table("choice", "nats", box=None, pad_edge=False)
+        table = Table("choice", "score", box=None, pad_edge=False)
         for ranked in pipeline.choose(parts, pictures, choice):
             table.add_row(ranked.candidate, f"{ranked.score:+.2f}")
         out.print(table)
         return
-    for piece in pipeline.stream(parts, pictures, max_new_tokens=tokens, temperature=temperature, beams=beams):
+    how = Sampling(max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, beams=beams)
+    for piece in pipeline.stream(parts, pictures, **how):
         out.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
     out.print()
 

@@ -30,7 +30,10 @@ class Score(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """A candidate, and by how many nats the image makes it likelier than it is anyway."""
+    """A candidate, and by how many nats the image makes it likelier than it is anyway; or the cosine of their vectors.
+
+    The cosine is all there is of a model that writes nothing.
+    """
 
     candidate: str
     score: float
@@ -130,6 +133,8 @@ class Pipeline:
         """Best first. The prior is taken off, for else short and common answers win whatever the image shows."""
         if not candidates:
             raise DataError("there is nothing to rank; give at least one candidate")
+        if "logits" not in self.model.gives:
+            return self._nearest(image, candidates, question)
         gain_C = self.likelihoods(image, candidates, question) - self.prior(candidates, question, references)
         ranked = [Ranked(c, float(gain)) for c, gain in zip(candidates, gain_C, strict=True)]
         return sorted(ranked, key=lambda r: r.score, reverse=True)
@@ -138,11 +143,26 @@ class Pipeline:
         """Which of `choices` answers the conversation, best first: `rank` for any conversation and several images."""
         if not choices:
             raise DataError("there is nothing to choose from; give at least one answer")
+        if "logits" not in self.model.gives:
+            if len(images) != 1:
+                raise SpecError(f"stage {self.stage.name} compares texts with one image, got {len(images)}")
+            return self._nearest(images[0], choices, "".join(part.text or "" for part in conversation).strip() or None)
         answered = [[*conversation, Part("assistant", text=choice)] for choice in choices]
         seen, blank = self.inputs.features(images), self.inputs.features([self.inputs.mean_square()] * len(images))
         nats = [self.scores(answered, [shown] * len(choices)) for shown in ((seen, blank) if images else (seen,))]
         gains = [first.loglik - (nats[1][i].loglik if images else 0.0) for i, first in enumerate(nats[0])]
         ranked = [Ranked(choice, gain) for choice, gain in zip(choices, gains, strict=True)]
+        return sorted(ranked, key=lambda r: r.score, reverse=True)
+
+    def _nearest(self, image: Picture | Tensor, texts: Sequence[str], question: str | None) -> list[Ranked]:
+        if question is not None:
+            raise SpecError(
+                f"stage {self.stage.name} compares an image with texts and reads no question, got {question!r}: "
+                "leave it out, and write whole captions as the candidates"
+            )
+        seen_KD = self.embed_images(image.unsqueeze(0) if isinstance(image, Tensor) else [image]).flatten(0, -2)
+        cosines_N = (self.embed_texts(texts) @ seen_KD.T).amax(1)
+        ranked = [Ranked(text, float(cosine)) for text, cosine in zip(texts, cosines_N, strict=True)]
         return sorted(ranked, key=lambda r: r.score, reverse=True)
 
     def embed_images(self, images: Shown) -> Tensor:

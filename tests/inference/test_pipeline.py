@@ -21,7 +21,7 @@ from bridgework.generation import Sampling
 from bridgework.inference import Pipeline
 from bridgework.losses import Contrastive
 from bridgework.models.prefix_vlm import PrefixModel
-from bridgework.system import IGNORE, System
+from bridgework.system import IGNORE, System, load
 from bridgework.training import artefact
 from tests.inference.tiny import PROMPT, pipeline
 
@@ -146,6 +146,32 @@ def test_a_model_in_training_is_judged_at_rest_and_goes_on_training(samples: lis
     pipe.model.train()
     assert pipe.loglik(samples) == expected
     assert pipe.model.training and pipe.model.bridge[-1].training
+
+
+def comparing() -> Pipeline:
+    """CLIP, at the size of a test."""
+    stage = load("clip").tiny().stages[0]
+    torch.manual_seed(0)
+    return Pipeline(stage.model.build().eval(), stage)
+
+
+def test_a_model_that_only_compares_ranks_by_nearness(samples: list[Sample]) -> None:
+    pipe, image, texts = comparing(), samples[0].images[0], [sample.text for sample in samples]
+    cosines = (pipe.embed_texts(texts) @ pipe.embed_images([image])[0]).tolist()
+    best_first = sorted(zip(texts, cosines, strict=True), key=lambda pair: -pair[1])
+    for ranked in (pipe.rank(image, texts), pipe.choose([Part("user", image=0)], [image], texts)):
+        assert [r.candidate for r in ranked] == [text for text, _ in best_first]
+        assert [r.score for r in ranked] == pytest.approx([cosine for _, cosine in best_first], abs=1e-6)
+
+
+def test_a_model_that_only_compares_is_asked_nothing_else(samples: list[Sample]) -> None:
+    pipe, image = comparing(), samples[0].images[0]
+    with pytest.raises(SpecError, match=r"reads no question, got 'What\?'.*whole captions"):
+        pipe.rank(image, ["a", "b"], "What?")
+    with pytest.raises(SpecError, match="reads no question"):
+        pipe.choose([Part("user", image=0), Part("user", text="What?")], [image], ["a", "b"])
+    with pytest.raises(SpecError, match="compares texts with one image, got 2"):
+        pipe.choose([Part("user", image=0), Part("user", image=1)], [image, image], ["a", "b"])
 
 
 def test_a_choice_is_the_answer_that_the_images_make_likelier(samples: list[Sample]) -> None:

@@ -12,7 +12,7 @@ import openai
 import pytest
 import ray
 
-from bridgework.data.samples import Part
+from bridgework.data.samples import Part, pair
 from bridgework.inference import Pipeline
 from bridgework.serving.router import place
 from tests.serving.support import Apps, picture, url
@@ -200,6 +200,15 @@ def test_every_image_gets_its_caption(apps: Apps) -> None:
     one = apps.http.post("/embed/v1/captions", json=body | {"image": body["image"][1]}).json()
     assert one["data"][0]["caption"] == reply["data"][1]["caption"]
     assert re.fullmatch(r"capt-[0-9a-f]{12}-[0-9a-f]{12}", reply["id"])
+
+
+def test_captions_are_searched_for_or_drawn(apps: Apps, weights: str) -> None:
+    body = {"model": "weights", "image": url(picture()), "max_tokens": 8, "beams": 3}
+    pipe = Pipeline.load(weights, "cpu")
+    expected = pipe.generate(pipe.inputs.ask(pair("image", picture(), "x")), [picture()], max_new_tokens=8, beams=3)
+    assert apps.http.post("/embed/v1/captions", json=body).json()["data"][0]["caption"] == expected.text
+    refused = apps.http.post("/embed/v1/captions", json=body | {"temperature": 0.7})
+    assert refused.status_code == 400 and "beams search, temperature draws" in refused.json()["error"]["message"]
 
 
 def chat(**changes: Any) -> dict[str, Any]:

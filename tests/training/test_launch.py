@@ -129,6 +129,15 @@ def test_two_workers_learn_what_none_does(home: Path, run: str) -> None:
     assert not (folder(home, run) / "align" / "ray").exists()
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_what_a_person_must_mend_is_not_tried_again(home: Path, run: str) -> None:
+    system = llava(6, stages__align__optim__peak_lr=1e30, stages__align__optim__clip=0.0)
+    with pytest.raises(RunError, match=r"the loss of step \d is (nan|inf).*nothing was saved"):
+        go(system, home, run, workers=1, checkpoint_every=6)
+    steps = [step for step, _ in losses(home, run)]
+    assert steps == list(range(1, len(steps) + 1)) and steps  # a second start would write them again
+
+
 def workers() -> list[int]:
     """The training workers of this session's own Ray, by the process tree."""
     status = {int(p.name): p for p in Path("/proc").iterdir() if p.name.isdigit()}

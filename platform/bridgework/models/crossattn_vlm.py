@@ -135,6 +135,8 @@ class CrossAttentionModel(Freezable):
     batch without images sends one blank image through, which no token sees.
     """
 
+    gives = LOGITS
+
     def __init__(self, vision: VisionTower, bridge: nn.Module, gates: nn.ModuleDict, language: Any) -> None:
         super().__init__()
         self.vision = vision
@@ -174,8 +176,7 @@ class CrossAttentionModel(Freezable):
         token's sample, -1 on padding, where samples share rows. Raises DataError when images and places do
         not match.
         """
-        if unknown := wants - LOGITS:
-            raise SpecError(f"the cross-attention wiring gives 'logits', not {sorted(unknown)}")
+        self.check(wants)
         media_BMQF, seen_BT = self.media(ids, pixels, features, layouts, segments)
         embeds_BTD = self.embed(ids)
         read = packing.decoding(attention, segments, embeds_BTD.dtype)

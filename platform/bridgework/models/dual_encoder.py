@@ -101,6 +101,7 @@ class Heads(nn.Module):
 class DualModel(Freezable):
     """`vision`, `text` and `heads`. Takes pixels, or features that the same tower gave before."""
 
+    gives = POOLED
     limits: ClassVar = {"heads.logit_scale": (-math.inf, math.log(LARGEST_SCALE))}  # 2.5
 
     def __init__(self, vision: VisionTower, text: CLIPText, heads: Heads) -> None:
@@ -123,8 +124,7 @@ class DualModel(Freezable):
         ids (B, T) int64 and attention (B, T) bool, of texts with their end; pixels (B, 3, S, S) uint8 or features
         (B, 1, F): sample i has image i. `labels` are not read. Raises DataError where images and texts do not match.
         """
-        if unknown := wants - POOLED:
-            raise SpecError(f"the dual encoder gives 'pooled', not {sorted(unknown)}")
+        self.check(wants)
         image_BF = self._see(pixels, features)
         if len(image_BF) != len(ids):
             raise DataError(f"{len(ids)} texts and {len(image_BF)} images: every sample needs exactly one image")

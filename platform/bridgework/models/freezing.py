@@ -12,12 +12,22 @@ from bridgework.errors import SpecError, suggest
 class Freezable(nn.Module):
     """A wiring: its frozen parts stay in eval mode, whoever calls `train()` on it or on what holds it."""
 
+    gives: frozenset[str]  # what a forward can be asked for
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # parameter -> where every optimizer step leaves it
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         rest(self)
         return self
+
+    def check(self, wants: frozenset[str]) -> None:
+        """Raises SpecError where a forward is asked for what it does not give."""
+        if unknown := wants - self.gives:
+            given = ", ".join(map(repr, sorted(self.gives)))
+            raise SpecError(
+                f"this {type(self).__name__} gives {given}, not {sorted(unknown)}: "
+                "take another loss, or change what the model is made for (in a MED, tasks and momentum)"
+            )
 
     def after_step(self) -> None:
         """What the wiring does to state of its own behind every optimizer step: a momentum twin and its queues."""

@@ -48,6 +48,8 @@ class MEDModel(Freezable):
             self.decoder = texts.decoder
         self.heads = Heads(spec, texts.writer)
         self._writer = (texts.writer,)  # not a submodule: of what it shares, each parameter has one name
+        given = frozenset[str]().union(*(GIVES[task] for task in spec.tasks))
+        self.gives = given if spec.momentum is not None else given - {"momentum"}
         self.momentum = None if spec.momentum is None else Momentum(spec.momentum, self._followed(), spec.embed)
         cast(Any, self).register_load_state_dict_post_hook(_catch_up)  # torch leaves it untyped
 
@@ -68,7 +70,7 @@ class MEDModel(Freezable):
         rows that show one image. Raises SpecError for what the tasks do not give, DataError for another number of
         images than rows.
         """
-        self._check(wants)
+        self.check(wants)
         images_BPF = self._see(pixels, features)
         if len(images_BPF) != len(ids):
             raise DataError(f"{len(ids)} texts and {len(images_BPF)} images: every sample needs exactly one image")
@@ -251,16 +253,6 @@ class MEDModel(Freezable):
         return logits_CTV[:, prompt.shape[1] - 1 :]
 
     # --- inside ------------------------------------------------------------------------------------------------------
-
-    def _check(self, wants: frozenset[str]) -> None:
-        known = set().union(*(GIVES[task] for task in self.config.tasks))
-        if self.momentum is None:
-            known -= {"momentum"}
-        if unknown := wants - known:
-            raise SpecError(
-                f"this MED gives {sorted(known)}, not {sorted(unknown)}: "
-                "change model.tasks, or give it a twin with model.momentum"
-            )
 
     def _able(self, *tasks: str) -> None:
         if not set(tasks) & set(self.config.tasks):

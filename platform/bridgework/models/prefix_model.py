@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from bridgework.errors import DataError, SpecError
+from bridgework.errors import DataError
 from bridgework.models import encoder_decoder, packing, preference, tiling
 from bridgework.models.bridges.resampler import PerceiverResampler
 from bridgework.models.freezing import Freezable
@@ -45,6 +45,8 @@ class PrefixModel(Freezable):
     ranks have is told by an empty tensor, `features` of (0, P, F) or `pixels` of (0, 3, S, S); without either it is
     pixels.
     """
+
+    gives = frozenset({"logits", "pooled", "preference"})
 
     def __init__(
         self,
@@ -84,8 +86,7 @@ class PrefixModel(Freezable):
         `preference`: then the second half of the rows are the worse answers of the first. Raises DataError when
         places and image tokens do not match, and for a language model of two halves that is given no labels.
         """
-        if unknown := wants - {"logits", "pooled", "preference"}:
-            raise SpecError(f"the prefix wiring gives 'logits', 'pooled' and 'preference', not {sorted(unknown)}")
+        self.check(wants)
         embeds_BTD = self.embed(ids, pixels, features, instruction, instruction_attention, layouts, segments)
         outputs = Outputs(labels_BT=labels, segments_BT=segments)
         if "preference" in wants:

@@ -24,7 +24,6 @@ from bridgework.models.pairs import OfPairs
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
 from bridgework.spec import spec
 
-GIVES = frozenset({"pooled", "match", "match_all", "logits"})
 LOGITS = frozenset({"logits"})
 
 
@@ -109,6 +108,8 @@ class Heads(nn.Module):
 class QFormerPretrainingModel(Freezable):
     """`vision`, `bridge` and `heads`. Takes pixels, or features that the same tower gave before."""
 
+    gives = frozenset({"pooled", "match", "match_all", "logits"})
+
     def __init__(self, vision: VisionTower, bridge: QFormerModel, heads: Heads) -> None:
         super().__init__()
         self.vision = vision
@@ -130,8 +131,7 @@ class QFormerPretrainingModel(Freezable):
         or of all ranks), `logits` (the caption written behind the queries). Raises DataError unless every sample has
         one image.
         """
-        if unknown := wants - GIVES:
-            raise SpecError(f"the Q-Former's pretrainer gives {', '.join(sorted(GIVES))}, not {sorted(unknown)}")
+        self.check(wants)
         patches_bPF = self._patches(pixels, features)
         if len(patches_bPF) != len(ids):
             raise DataError(f"{len(ids)} texts come with {len(patches_bPF)} images; every sample needs exactly one")

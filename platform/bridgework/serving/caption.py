@@ -23,6 +23,8 @@ def routes(router: Router, options: Options) -> APIRouter:
         check_text([body.prompt or ""], options.limits, "prompt")
         pictures = [images.read(url, options.limits, f"image.{i}") for i, url in enumerate(body.images)]
         how = draw(body, options)
+        if body.beams > 1:
+            how |= {"beams": body.beams, "temperature": 0.0}
         # one after the other: a request takes one place in the queue, however many images it holds
         answers: list[Answer] = [await router.call(served, "caption", one, body.prompt, how) for one in pictures]
         usage = Usage.of(sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers))

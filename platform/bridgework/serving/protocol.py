@@ -235,6 +235,15 @@ class CaptionRequest(Drawn):
 
     image: str | Annotated[list[str], Field(min_length=1)]
     prompt: Text | None = None  # left out: what the model's training asked
+    beams: Annotated[int, Field(ge=1, le=10)] = 1  # above 1: search this wide instead of drawing
+
+    @model_validator(mode="after")
+    def _search_or_draw(self) -> "CaptionRequest":
+        if self.beams > 1 and "temperature" in self.model_fields_set and self.temperature:
+            raise ValueError(
+                f"beams search and temperature draws: leave one out (got {self.beams}, {self.temperature})"
+            )
+        return self
 
     @property
     def images(self) -> list[str]:

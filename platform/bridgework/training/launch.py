@@ -19,7 +19,7 @@ import ray.data
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer, get_device
 from rich.console import Console
 
@@ -27,7 +27,7 @@ from bridgework.data import reader
 from bridgework.data.catalog import resolve
 from bridgework.data.ingest import READER_CPUS, PlanIngest, from_ray
 from bridgework.data.shards import Dataset, open_dataset
-from bridgework.errors import BridgeworkError, RunError, SpecError
+from bridgework.errors import BridgeworkError, ResourceError, RunError, SpecError
 from bridgework.relay import Relay
 from bridgework.system import Stage, System
 from bridgework.tracking import DatasetInput, Tracker
@@ -274,6 +274,7 @@ def _fit(job: loop.Job, how: How) -> None:
     for_data = READER_CPUS * (how.readers + 1)  # workers that held every CPU would wait for data for ever
     cpu = 1.0 if gpus else max(0.1, min(1.0, (resources.get("CPU", 1.0) - for_data) / how.workers))
     start = partial(_cursor, job.folder, job.system.fingerprint())
+    callbacks: list[Any] = [_OursEndTheStage(), *how.callbacks]  # Ray's annotation knows its older kind alone
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job, "threads": how.threads, "cwd": os.getcwd()},
@@ -283,7 +284,7 @@ def _fit(job: loop.Job, how: How) -> None:
             name=f"{job.stage}-{os.getpid()}-{os.urandom(3).hex()}",
             storage_path=str(job.folder / "ray"),
             failure_config=FailureConfig(max_failures=how.max_failures),
-            callbacks=list(how.callbacks),
+            callbacks=callbacks,
         ),
         datasets={"train": ray.data.range(1)},
         dataset_config=PlanIngest(job.feed, start, readers=how.readers),
@@ -296,6 +297,17 @@ def _fit(job: loop.Job, how: How) -> None:
             raise cause from error
         raise RunError(f"{job.stage}: the workers failed {how.max_failures + 1} times, last with {cause!r}") from error
     shutil.rmtree(job.folder / "ray", ignore_errors=True)
+
+
+class _OursEndTheStage(UserCallback):
+    """An error of ours says what a person must do, and another start would not do it; the machine's own may pass."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """What is raised here, in the controller, is not tried again."""
+        for error in worker_exceptions.values():
+            cause = _cause(error)
+            if isinstance(cause, BridgeworkError) and not isinstance(cause, ResourceError):
+                raise cause
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -333,7 +345,7 @@ def _cause(error: BaseException) -> BaseException:
         if isinstance(at, BridgeworkError):
             return at
         seen.append(at)
-        todo += [at.__cause__, at.__context__, getattr(at, "cause", None)]
+        todo += [at.__cause__, at.__context__, getattr(at, "cause", None), getattr(at, "controller_failure", None)]
         todo += list(getattr(at, "worker_failures", {}).values())
     return seen[-1]
 
