@@ -1,5 +1,6 @@
 """Imports point down, and a heavy library enters by the one door that is named for it."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -13,6 +14,7 @@ DOORS = {
     "ray": (
         "cluster.py",
         "data/ingest.py",
+        "training/controller.py",
         "training/launch.py",
         "tuning/",
         "serving/",
@@ -69,6 +71,15 @@ def test_the_lowest_layer_needs_the_standard_library_alone() -> None:
         if module.split(".")[0] not in sys.stdlib_module_names | {"bridgework"}
     ]
     assert not heavy, "\n".join(heavy)
+
+
+def test_what_ray_opens_beside_readers_and_workers_brings_no_torch() -> None:
+    opened = "bridgework.data.ingest, bridgework.training.controller"
+    told = "sorted({'torch', 'transformers', 'deepspeed', 'mlflow'} & set(sys.modules))"
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys, {opened}; print({told})"], check=True, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("library", DOORS)

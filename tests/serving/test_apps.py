@@ -208,7 +208,7 @@ def test_captions_are_searched_for_or_drawn(apps: Apps, weights: str) -> None:
     expected = pipe.generate(pipe.inputs.ask(pair("image", picture(), "x")), [picture()], max_new_tokens=8, beams=3)
     assert apps.http.post("/embed/v1/captions", json=body).json()["data"][0]["caption"] == expected.text
     refused = apps.http.post("/embed/v1/captions", json=body | {"temperature": 0.7})
-    assert refused.status_code == 400 and "beams search, temperature draws" in refused.json()["error"]["message"]
+    assert refused.status_code == 400 and "beams search and temperature draws" in refused.json()["error"]["message"]
 
 
 def chat(**changes: Any) -> dict[str, Any]:

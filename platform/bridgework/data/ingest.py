@@ -3,21 +3,28 @@
 Ray Train calls `PlanIngest.configure` at every start of a worker group, with the world size of that moment. The blocks
 of rank 0, 1, .., 0, 1, .. come in order and hold a row each, so the split, which hands the next block to the rank with
 the fewest rows, hands each rank its own. Every block says whose it is, and `from_ray` believes nothing else.
+
+Ray unpickles what is here in a handful of processes at every stage; only readers and workers bring torch, which takes
+seconds to import: for all others the feed is sealed.
 """
 
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import ray.data
+from ray import cloudpickle
 from ray.train import DataConfig
 
-from bridgework.data.batch import Row
-from bridgework.data.reader import Feed
+from bridgework.data.plan import lanes_of
 from bridgework.errors import RunError
 from bridgework.system import Layout
+
+if TYPE_CHECKING:
+    from bridgework.data.batch import Row
+    from bridgework.data.reader import Feed, Reader
 
 READER_CPUS = 0.25  # `readers` is the knob: on a small machine a whole CPU each would not fit beside the workers
 COUNTER_CPUS = 0.01
@@ -53,9 +60,10 @@ class PlanIngest(DataConfig):
     `start` is asked at every start of a worker group for the next step: that of the newest complete checkpoint.
     """
 
-    def __init__(self, feed: Feed, start: Callable[[], int], readers: int = 1) -> None:
+    def __init__(self, feed: "Feed", start: Callable[[], int], readers: int = 1) -> None:
         super().__init__()
-        self.feed = feed
+        self.feed: bytes = cloudpickle.dumps(feed)
+        self.lanes, self.span, self.steps = feed.mixture.lanes, feed.mixture.window, feed.steps
         self.start = start
         self.readers = readers
 
@@ -69,9 +77,8 @@ class PlanIngest(DataConfig):
     ) -> list[dict[str, ray.data.DataIterator]]:
         """One iterator per rank, for `from_ray`. Raises SpecError where there are more ranks than lanes."""
         start = self.start()
-        self.feed.plan().lanes_of(world_size - 1, world_size)
-        span = self.feed.mixture.window
-        items = max((-(-self.feed.steps // span) - start // span) * world_size, 0)
+        lanes_of(self.lanes, world_size - 1, world_size)
+        items = max((-(-self.steps // self.span) - start // self.span) * world_size, 0)
         blocks = counted(items).map_batches(
             _Windows,
             fn_constructor_args=(self.feed, world_size, start),
@@ -105,8 +112,8 @@ def _same(item: pa.Table) -> pa.Table:
 class _Windows:
     """The actor: item i is window start // span + i // world of rank i % world."""
 
-    def __init__(self, feed: Feed, world: int, start: int) -> None:
-        self.reader = feed.open()
+    def __init__(self, feed: bytes, world: int, start: int) -> None:
+        self.reader: Reader = cloudpickle.loads(feed).open()
         self.world = world
         self.start = start
 
@@ -118,7 +125,7 @@ class _Windows:
         return to_block([row for rows in steps for row in rows], rank=rank, world=self.world)
 
 
-def to_block(rows: list[Row], *, rank: int, world: int) -> pa.Table:
+def to_block(rows: "list[Row]", *, rank: int, world: int) -> pa.Table:
     """`rows` as a table of one row, BLOCK."""
     ends = np.cumsum([0] + [row.images.nbytes for row in rows])
     pixels = np.concatenate([np.frombuffer(row.images, np.uint8) for row in rows])
@@ -133,7 +140,7 @@ def to_block(rows: list[Row], *, rank: int, world: int) -> pa.Table:
     )
 
 
-def from_ray(shard: ray.data.DataIterator, *, rank: int, world: int, start: int) -> Iterator[list[Row]]:
+def from_ray(shard: ray.data.DataIterator, *, rank: int, world: int, start: int) -> "Iterator[list[Row]]":
     """The rows of one rank for each step from `start` on: what `local` gives.
 
     Raises RunError for a block of another rank, world or step: the run must stop rather than train on other data.
@@ -153,8 +160,10 @@ def from_ray(shard: ray.data.DataIterator, *, rank: int, world: int, start: int)
             step += 1
 
 
-def _rows(block: pa.Table) -> Iterator[Row]:
+def _rows(block: pa.Table) -> "Iterator[Row]":
     """The rows of a block; their images are read-only views that keep the block's memory."""
+    from bridgework.data.batch import Row
+
     for part in block["rows"].chunks:
         rows = pa.RecordBatch.from_struct_array(part.flatten())
         flat = np.split(rows["images"].values.to_numpy(), rows["images"].offsets.to_numpy())[1:-1]

@@ -77,12 +77,7 @@ class Plan:
 
     def lanes_of(self, rank: int, world: int) -> range:
         """The lanes of a rank. Raises SpecError where a rank would have none."""
-        if not 0 <= rank < world <= self._lanes:
-            raise SpecError(
-                f"rank {rank} of {world} has no lane: data.lanes is {self._lanes}; "
-                "use at most as many workers as lanes, or raise data.lanes"
-            )
-        return range(rank, self._lanes, world)
+        return lanes_of(self._lanes, rank, world)
 
     def window(self, lane: int, t: int) -> Rows:
         """The W rows of a lane for steps t * window .. (t + 1) * window - 1: b for the first step, b for the next."""
@@ -138,6 +133,16 @@ class Plan:
         order_R[np.argsort(source_R, kind="stable")] = np.lexsort((epoch_R, source_R))
         some = order_R[at : at + count]
         return Rows(source_R[some].astype(np.int32), epoch_R[some], row_R[some])
+
+
+def lanes_of(lanes: int, rank: int, world: int) -> range:
+    """Which of `lanes` a rank owns. Raises SpecError where it would have none."""
+    if not 0 <= rank < world <= lanes:
+        raise SpecError(
+            f"rank {rank} of {world} has no lane: data.lanes is {lanes}; "
+            "use at most as many workers as lanes, or raise data.lanes"
+        )
+    return range(rank, lanes, world)
 
 
 def _check(sources: Sequence[SourceRows], mixture: Mixture, batch: int, steps: int) -> None:

@@ -19,7 +19,7 @@ import ray.data
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from rich.console import Console
 
@@ -27,11 +27,12 @@ from bridgework.data import reader
 from bridgework.data.catalog import resolve
 from bridgework.data.ingest import READER_CPUS, PlanIngest, from_ray
 from bridgework.data.shards import Dataset, open_dataset
-from bridgework.errors import BridgeworkError, ResourceError, RunError, SpecError
+from bridgework.errors import BridgeworkError, RunError, SpecError
 from bridgework.relay import Relay
 from bridgework.system import Stage, System
 from bridgework.tracking import DatasetInput, Tracker
-from bridgework.training import artefact, checkpoint, features, loop, run_folder
+from bridgework.training import artefact, features, loop, run_folder
+from bridgework.training.controller import OursEndTheStage, cause, cursor
 from bridgework.training.progress import shown
 from bridgework.training.record import Record, StageResult
 from bridgework.training.replay import reads
@@ -202,7 +203,7 @@ def _skips(system: System, stage: Stage, place: Path, how: How, console: Console
     skips = Skips.read(place)
     if not how.skip:
         return skips
-    order = Skip.of(how.skip, _cursor(place, system.fingerprint()))
+    order = Skip.of(how.skip, cursor(place, system.fingerprint()))
     console.print(f"{stage.name}: leaves out {', '.join(how.skip)} from step {order.since} on", markup=False)
     return skips.add(place, order)
 
@@ -273,8 +274,8 @@ def _fit(job: loop.Job, how: How) -> None:
     gpus = resources.get("GPU", 0.0) >= how.workers
     for_data = READER_CPUS * (how.readers + 1)  # workers that held every CPU would wait for data for ever
     cpu = 1.0 if gpus else max(0.1, min(1.0, (resources.get("CPU", 1.0) - for_data) / how.workers))
-    start = partial(_cursor, job.folder, job.system.fingerprint())
-    callbacks: list[Any] = [_OursEndTheStage(), *how.callbacks]  # Ray's annotation knows its older kind alone
+    start = partial(cursor, job.folder, job.system.fingerprint())
+    callbacks: list[Any] = [OursEndTheStage(), *how.callbacks]  # Ray's annotation knows its older kind alone
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job, "threads": how.threads, "cwd": os.getcwd()},
@@ -292,22 +293,11 @@ def _fit(job: loop.Job, how: How) -> None:
     try:
         trainer.fit()
     except Exception as error:
-        cause = _cause(error)
-        if isinstance(cause, BridgeworkError):
-            raise cause from error
-        raise RunError(f"{job.stage}: the workers failed {how.max_failures + 1} times, last with {cause!r}") from error
+        found = cause(error)
+        if isinstance(found, BridgeworkError):
+            raise found from error
+        raise RunError(f"{job.stage}: the workers failed {how.max_failures + 1} times, last with {found!r}") from error
     shutil.rmtree(job.folder / "ray", ignore_errors=True)
-
-
-class _OursEndTheStage(UserCallback):
-    """An error of ours says what a person must do, and another start would not do it; the machine's own may pass."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """What is raised here, in the controller, is not tried again."""
-        for error in worker_exceptions.values():
-            cause = _cause(error)
-            if isinstance(cause, BridgeworkError) and not isinstance(cause, ResourceError):
-                raise cause
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -326,28 +316,6 @@ def _worker(config: dict[str, Any]) -> None:
         rank=rank,
         world=world,
     )
-
-
-def _cursor(folder: Path, fingerprint: str) -> int:
-    """The step from which the next worker group goes on: our manifest's, not what Ray remembers."""
-    found, _ = checkpoint.newest(folder, fingerprint)
-    return found.step if found else 0
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The first of our own errors in a chain of Ray's, else the innermost."""
-    seen: list[BaseException] = []
-    todo: list[BaseException | None] = [error]
-    while todo:
-        at = todo.pop(0)
-        if at is None or at in seen:
-            continue
-        if isinstance(at, BridgeworkError):
-            return at
-        seen.append(at)
-        todo += [at.__cause__, at.__context__, getattr(at, "cause", None), getattr(at, "controller_failure", None)]
-        todo += list(getattr(at, "worker_failures", {}).values())
-    return seen[-1]
 
 
 def _alone() -> None:
