@@ -201,6 +201,10 @@ def test_a_model_is_asked_about_an_image(bridgework: Bridgework, trained: Path, 
     nucleus = ("--temperature", "1", "--top-p", "0.9", "--seed", "3", "--tokens", "8")
     drawn = [bridgework("ask", str(trained), "What is it?", "-i", str(image), *nucleus) for _ in range(2)]
     assert drawn[0] == drawn[1] and drawn[0].code == 0
+    shown = ("--like", "synthetic:shapes", "--shots", "2", "--tokens", "4")
+    behind = bridgework("ask", str(trained), "What is it?", "-i", str(image), *shown)
+    assert (behind.code, behind.err) == (0, "")
+    assert "shows examples for one --image, got 0" in bridgework("ask", str(trained), "What is it?", *shown).err
     chosen = bridgework("ask", str(trained), "-i", str(image), "--choice", "a red circle", "--choice", "nothing")
     assert chosen.code == 0 and "a red circle" in chosen.out and "nothing" in chosen.out
     missing = bridgework("ask", str(trained), "What?", "-i", "nowhere.png")

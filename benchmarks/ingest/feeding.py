@@ -47,10 +47,10 @@ def in_process(case: Case, store: Store, start: int = 0) -> Iterator[Batch | Seq
 
 def through_ray(case: Case, store: Store, start: int = 0) -> Iterator[Batch | Sequence[Row]]:
     """Ray runs already."""
-    from bridgework.data.ingest import PlanIngest, from_ray
+    from bridgework.data.ingest import PlanIngest, ahead, from_ray
 
     [split] = PlanIngest(feed(case, store), lambda: start).configure({}, 1)
-    yield from _batches(case, from_ray(split["train"], rank=0, world=1, start=start))
+    yield from _batches(case, from_ray(ahead(split["train"]), rank=0, world=1, start=start))
 
 
 def _batches(case: Case, steps: Iterator[list[Row]]) -> Iterator[Batch | Sequence[Row]]:

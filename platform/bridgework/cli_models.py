@@ -1,5 +1,6 @@
 """`bridgework ask`, `eval`, `import` and `export`: what is done with one model, from the command line."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +14,13 @@ from bridgework.mixture import unique
 from bridgework.spec import override, spec
 
 if TYPE_CHECKING:
+    from bridgework.data.samples import Part
+    from bridgework.inference import Pipeline
     from bridgework.interop.convert import Certificate
 
 importing = typer.Typer(help="Bring in a model from elsewhere.", no_args_is_help=True)
 out, err = Console(), Console(stderr=True)
+EXAMPLES = 256  # rows of a dataset among which the nearest are looked for
 
 Model = Annotated[str, typer.Argument(help="llava, llava@challenger, llava:3, or an artefact's folder")]
 Image = Annotated[
@@ -46,6 +50,10 @@ def ask(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="of the draws; left out, they differ every time")] = None,
     beams: Annotated[int, typer.Option(min=1, help="search this wide; 3 to 5 for captions")] = 1,
+    like: Annotated[
+        str | None, typer.Option(metavar="DATASET", help="first show pairs of it, those of the nearest images (RICES)")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=1, help="how many pairs of --like")] = 4,
 ) -> None:
     """Ask a model about images, on this machine."""
     from bridgework.data.samples import Part, pair
@@ -56,7 +64,9 @@ def ask(
     pictures = [_read(path) for path in image or ()]
     pipeline = Pipeline.load(artefact_of(model, home()))
     parts = [Part("user", image=i) for i in range(len(pictures))]
-    if question:
+    if like is not None:
+        pipeline, parts, pictures = _behind_examples(pipeline, pictures, question, like, shots)
+    elif question:
         parts.append(Part("user", text="\n" * bool(parts) + question))
     elif len(pictures) == 1:
         parts = pipeline.inputs.ask(pair("image", pictures[0], "caption"))[:-1]
@@ -72,6 +82,19 @@ def ask(
     for piece in pipeline.stream(parts, pictures, **how):
         out.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
     out.print()
+
+
+def _behind_examples(
+    pipeline: "Pipeline", pictures: list[bytes], question: str, dataset: str, shots: int
+) -> tuple["Pipeline", list["Part"], list[bytes]]:
+    """What is asked about the one picture, behind the nearest pairs of a dataset: the prompt of Flamingo."""
+    from bridgework.evaluation.few_shot import FewShot, roomy
+
+    if len(pictures) != 1:
+        raise DataError(f"--like shows examples for one --image, got {len(pictures)}")
+    drawn = FewShot(name="like", dataset=dataset, shots=shots, rows=max(EXAMPLES, shots + 1))
+    asked = replace(drawn, prompts=(question,)) if question else drawn
+    return (roomy(pipeline), *asked.demonstrate(pipeline, pictures[0], home()))
 
 
 def evaluate(

@@ -79,6 +79,7 @@ def attached() -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else can reach it
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nor does anybody take the machine away
         cpus = max(2, os.cpu_count() or 1)  # one for the workers, one for Ray Data
         ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False

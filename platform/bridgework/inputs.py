@@ -41,9 +41,11 @@ class Seen(NamedTuple):
 
 
 class Example(NamedTuple):
+    """One conversation, encoded, beside what it shows."""
+
     encoded: Encoded
     seen: Seen
-    instruction: list[int]
+    instruction: list[int]  # ids of the second stream, where the wiring reads one
 
 
 @contextmanager
@@ -144,6 +146,12 @@ class Inputs:
             for given, features, pictures in zip(images, computed, cut, strict=True)
         ]
 
+    def mean_square(self) -> NDArray[np.uint8]:
+        """uint8 (3, S, S) of the tower's mean colour: an image that shows nothing."""
+        pixels = self._spec.pixels
+        colour_3 = np.array([round(255 * mean) for mean in pixels.mean], np.uint8)
+        return np.broadcast_to(colour_3[:, None, None], (3, pixels.size, pixels.size))
+
     def _square(self, image: Picture) -> NDArray[np.uint8]:
         """uint8 (3, S, S) as the tower reads it. Raises BadSample for what is no image."""
         if isinstance(image, np.ndarray):
@@ -152,12 +160,6 @@ class Inputs:
         if isinstance(image, tuple):
             raise DataError("a video is read where a conversation shows it; give one of its frames")
         return read_square(image, pixels) if isinstance(image, bytes) else to_square(image, pixels)
-
-    def mean_square(self) -> NDArray[np.uint8]:
-        """uint8 (3, S, S) of the tower's mean colour: an image that shows nothing."""
-        pixels = self._spec.pixels
-        colour_3 = np.array([round(255 * mean) for mean in pixels.mean], np.uint8)
-        return np.broadcast_to(colour_3[:, None, None], (3, pixels.size, pixels.size))
 
     def _features(self, squares: Sequence[NDArray[np.uint8]]) -> Tensor:
         with resting(self._model):

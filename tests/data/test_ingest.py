@@ -4,10 +4,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import ray.data
 
 from bridgework.data import ingest
-from bridgework.data.ingest import PlanIngest, from_ray, to_block
+from bridgework.data.ingest import PlanIngest, ahead, from_ray, to_block
 from bridgework.data.reader import Feed, Row, local
 from bridgework.errors import RunError, SpecError
 
@@ -36,7 +35,7 @@ def test_the_pipeline_gives_what_one_process_gives(
     splits = PlanIngest(feed, lambda: start, readers).configure({}, world)
 
     def consume(rank: int) -> list[list[tuple[object, ...]]]:
-        return told(from_ray(splits[rank]["train"], rank=rank, world=world, start=start))
+        return told(from_ray(ahead(splits[rank]["train"]), rank=rank, world=world, start=start))
 
     with ThreadPoolExecutor(world) as pool:
         ranks = list(pool.map(consume, range(world)))
@@ -51,7 +50,7 @@ def test_more_workers_than_lanes_are_refused_before_anything_starts(feed: Feed) 
 
 def test_rows_of_another_rank_world_or_step_stop_the_run(feed: Feed) -> None:
     rows = next(local(feed, rank=1, world=2, start=4))
-    shard = ray.data.from_arrow(to_block(rows, rank=1, world=2)).iterator()
+    shard = [to_block(rows, rank=1, world=2)]
     assert told(from_ray(shard, rank=1, world=2, start=4)) == told([rows])
     for rank, world in ((0, 2), (1, 3)):
         with pytest.raises(RunError, match=r"was handed rows of \(rank, world\) \[\(1, 2\)\]: not its own"):

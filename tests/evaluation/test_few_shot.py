@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bridgework.data.catalog import resolve
 from bridgework.data.samples import Part
+from bridgework.data.shards import open_dataset
 from bridgework.data.synthetic import shapes
 from bridgework.data.templates import prompt as written
 from bridgework.data.tokens import encode, load_tokenizer
 from bridgework.errors import SpecError
-from bridgework.evaluation.few_shot import FewShot, Shot, orders, prompt, rices
+from bridgework.evaluation.few_shot import FewShot, Shot, orders, pooled, prompt, rices
 from bridgework.inference import Pipeline
 from bridgework.recipes import flamingo
 from bridgework.spec import from_dict, to_dict
@@ -107,6 +109,19 @@ def test_a_prompt_longer_than_the_rows_of_training_is_read_whole(home: Path) -> 
 def test_support_from_another_dataset_and_shots_at_random(home: Path) -> None:
     spec = FewShot(dataset=DATASET, support=DATASET, select="random", shots=1, rows=4, candidates=2)
     assert "few_shot.accuracy" in spec.run(pipeline(), home).metrics
+
+
+def test_an_image_of_the_callers_stands_behind_the_nearest_pairs(home: Path) -> None:
+    pipe, rows = pipeline(), list(islice(shapes(), 40))
+    spec = FewShot(dataset=DATASET, shots=3, rows=24)
+    parts, shown = spec.demonstrate(pipe, rows[7].images[0], home)
+    said = {sample.images[0]: sample.text for sample in open_dataset(resolve(DATASET, home)).samples()}
+    assert shown[-1] == rows[7].images[0] and len(shown) == 4
+    assert [part.text for part in parts if part.role == "assistant"] == [f" {said[image]}" for image in shown[:3]]
+    query, *others = pooled(pipe.inputs.features([shown[-1], *shown[:3]]))
+    alike = [float(query @ other) for other in others]
+    assert alike == sorted(alike)  # the nearest last
+    assert pipe.generate(parts, shown, max_new_tokens=4).completion_tokens <= 4
 
 
 def test_the_spec_comes_back_from_json_and_shrinks() -> None:

@@ -8,7 +8,8 @@ Ray unpickles what is here in a handful of processes at every stage; only reader
 seconds to import: for all others the feed is sealed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ class PlanIngest(DataConfig):
         worker_node_ids: list[str] | None = None,
         **kwargs: Any,
     ) -> list[dict[str, ray.data.DataIterator]]:
-        """One iterator per rank, for `from_ray`. Raises SpecError where there are more ranks than lanes."""
+        """One iterator per rank, for `ahead`. Raises SpecError where there are more ranks than lanes."""
         start = self.start()
         lanes_of(self.lanes, world_size - 1, world_size)
         items = max((-(-self.steps // self.span) - start // self.span) * world_size, 0)
@@ -140,14 +141,30 @@ def to_block(rows: "list[Row]", *, rank: int, world: int) -> pa.Table:
     )
 
 
-def from_ray(shard: ray.data.DataIterator, *, rank: int, world: int, start: int) -> "Iterator[list[Row]]":
-    """The rows of one rank for each step from `start` on: what `local` gives.
+def ahead(shard: ray.data.DataIterator) -> Iterator[pa.Table]:
+    """The blocks of one rank. The first is asked for now, in a thread: only then does Ray start the readers."""
+    whole: Any = None  # a block at a time; Ray's annotation knows numbers alone
+    blocks = iter(shard.iter_batches(batch_size=whole, batch_format="pyarrow"))
+    asking = ThreadPoolExecutor(1)
+    first = asking.submit(next, blocks, None)
+    asking.shutdown(wait=False)
+
+    def all_blocks() -> Iterator[pa.Table]:
+        block = first.result()
+        while block is not None:
+            yield block
+            block = next(blocks, None)
+
+    return all_blocks()
+
+
+def from_ray(blocks: Iterable[pa.Table], *, rank: int, world: int, start: int) -> "Iterator[list[Row]]":
+    """The rows of one rank for each step from `start` on, from its blocks: what `local` gives.
 
     Raises RunError for a block of another rank, world or step: the run must stop rather than train on other data.
     """
     step = start
-    whole: Any = None  # a block at a time; Ray's annotation knows numbers alone
-    for block in shard.iter_batches(batch_size=whole, batch_format="pyarrow"):
+    for block in blocks:
         owners = [(r.as_py(), w.as_py()) for r, w in zip(block["rank"], block["world"], strict=True)]
         if set(owners) != {(rank, world)}:
             raise RunError(

@@ -82,7 +82,7 @@ class FewShot:
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Raises DataError for a dataset with too few pairs."""
-        pipeline = _roomy(pipeline)
+        pipeline = roomy(pipeline)
         items = draw_pairs(self, pipeline, home, at_least=max(self.candidates, self._needed + 1))
         pool = items
         if self.support is not None:
@@ -96,6 +96,18 @@ class FewShot:
             told = {i: (pool[i], told_RPF[i]) for i in chosen[row]}
             judged.append(self._judge(pipeline, seen_RPF[row], [items[c].sample.text for c in own_C], told))
         return Result(named(self.name, {"accuracy": first(torch.stack(judged)), "chance": 1 / self.candidates}))
+
+    def demonstrate(self, pipeline: "Pipeline", image: bytes, home: Path) -> tuple[list[Part], list[bytes]]:
+        """The conversation about an image of the caller's behind examples from `dataset`, and all images that it shows.
+
+        Raises DataError for a dataset with too few pairs. A `roomy` pipeline reads it.
+        """
+        pool = draw_pairs(self, pipeline, home, at_least=self._needed)
+        told_RPF = pipeline.inputs.features([item.squares[0] for item in pool])
+        (chosen,) = replace(self, support=self.dataset)._choose(pipeline.inputs.features([image]), told_RPF)
+        shots = [Shot(self.prompts[0], pool[i].sample.text) for i in chosen]
+        shown = [pool[i].sample.images[0] for i in chosen] if self.shots else []
+        return prompt(shots, self.prompts[0], shown=bool(self.shots)), [*shown, image]
 
     def _choose(self, seen_RPF: Tensor, told_RPF: Tensor) -> list[list[int]]:
         """For every row the places of its examples in the support, never its own."""
@@ -123,7 +135,7 @@ class FewShot:
         return torch.stack(nats).mean(0)
 
 
-def _roomy(pipeline: "Pipeline") -> "Pipeline":
+def roomy(pipeline: "Pipeline") -> "Pipeline":
     """The same model with its whole context to read: many shots are longer than the rows that a stage trains on."""
     stage = pipeline.stage
     return type(pipeline)(pipeline.model, replace(stage, data=replace(stage.data, max_tokens=stage.model.context)))

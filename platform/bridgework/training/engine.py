@@ -7,21 +7,35 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-import deepspeed
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
 from bridgework.data.batch import Batch
 from bridgework.errors import RunError
 from bridgework.system import AdamW, Stage
 from bridgework.training.step import Beside, Step, by_source
+
+
+@contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Inside, a module that nobody has imported yet cannot be imported."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = cast(Any, None)
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+with _absent("mlflow"):  # an optional import of DeepSpeed's autotuner: four seconds in every worker, and not used here
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
 # DeepSpeed 0.19 still calls what torch 2.13 has renamed, at every step.
 warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)

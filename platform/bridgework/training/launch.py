@@ -17,24 +17,23 @@ from typing import Any
 import ray
 import ray.data
 import ray.train
-import torch
 import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchTrainer
 from rich.console import Console
 
 from bridgework.data import reader
 from bridgework.data.catalog import resolve
-from bridgework.data.ingest import READER_CPUS, PlanIngest, from_ray
+from bridgework.data.ingest import READER_CPUS, PlanIngest
 from bridgework.data.shards import Dataset, open_dataset
 from bridgework.errors import BridgeworkError, RunError, SpecError
 from bridgework.relay import Relay
 from bridgework.system import Stage, System
 from bridgework.tracking import DatasetInput, Tracker
 from bridgework.training import artefact, features, loop, run_folder
-from bridgework.training.controller import OursEndTheStage, cause, cursor
 from bridgework.training.progress import shown
 from bridgework.training.record import Record, StageResult
+from bridgework.training.remote import OursEndTheStage, cause, cursor, seal, work
 from bridgework.training.replay import reads
 from bridgework.training.skips import Skip, Skips
 from bridgework.training.step import check
@@ -277,8 +276,8 @@ def _fit(job: loop.Job, how: How) -> None:
     start = partial(cursor, job.folder, job.system.fingerprint())
     callbacks: list[Any] = [OursEndTheStage(), *how.callbacks]  # Ray's annotation knows its older kind alone
     trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"job": job, "threads": how.threads, "cwd": os.getcwd()},
+        work,
+        train_loop_config=seal(job, threads=how.threads),
         scaling_config=ScalingConfig(num_workers=how.workers, use_gpu=gpus, resources_per_worker={"CPU": cpu}),
         run_config=RunConfig(
             # new every time: Ray must not resume by its own memory, the checkpoints are ours
@@ -298,24 +297,6 @@ def _fit(job: loop.Job, how: How) -> None:
             raise found from error
         raise RunError(f"{job.stage}: the workers failed {how.max_failures + 1} times, last with {found!r}") from error
     shutil.rmtree(job.folder / "ray", ignore_errors=True)
-
-
-def _worker(config: dict[str, Any]) -> None:
-    job: loop.Job = config["job"]
-    os.chdir(config["cwd"])  # Ray Train starts in a folder of its own; paths in a recipe begin where the command ran
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    if get_device().type == "cpu":
-        shared = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
-        torch.set_num_threads(config["threads"] or shared)  # Ray's own choice follows num_cpus, not the cores
-    shard = ray.train.get_dataset_shard("train")
-    loop.run(
-        job,
-        lambda start: from_ray(shard, rank=rank, world=world, start=start),
-        lambda metrics, step: ray.train.report({**metrics, "step": step}),
-        rank=rank,
-        world=world,
-    )
 
 
 def _alone() -> None:
