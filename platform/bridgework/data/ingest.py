@@ -102,7 +102,10 @@ def counted(items: int) -> ray.data.Dataset:
     stretches = [pa.table({"item": np.arange(start, min(start + STRETCH, items))}) for start in first]
     # not `ray.data.range`, which would read each number in a task that asks for a whole CPU
     entered: ray.data.Dataset = ray.data.from_blocks(stretches)
-    return entered.map_batches(_same, batch_size=1, batch_format="pyarrow", num_cpus=COUNTER_CPUS)
+    # one task at a time, or thousands of them would wait side by side, each in a process of its own
+    return entered.map_batches(
+        _same, batch_size=1, batch_format="pyarrow", num_cpus=COUNTER_CPUS, compute=ray.data.TaskPoolStrategy(size=1)
+    )
 
 
 def _same(item: pa.Table) -> pa.Table:

@@ -47,9 +47,9 @@ class Options:
 
 def read(args: Mapping[str, Any]) -> Options:
     """The words of `serve run`, or the `args` of a Serve config. Raises SpecError for what it does not know."""
-    if not args.get("model"):
+    options = override(Options(model=str(args.get("model") or "")), {k: v for k, v in args.items() if k != "model"})
+    if not options.model:
         raise SpecError("model= is missing: NAME, NAME@alias, NAME:version, or the folder of an artefact")
-    options = override(Options(model=str(args["model"])), {k: v for k, v in args.items() if k != "model"})
     _check_together(options)
     return options
 
