@@ -94,7 +94,7 @@ def test_the_next_turn_goes_on_where_the_answer_was_cut(taught: Pipeline) -> Non
     """What was read and written before is the beginning of the fresh prompt, id for id: no cache is ever wrong."""
 
     def read(parts: list[Part]) -> list[int]:
-        ids: list[int] = taught.batch([parts], [[IMAGE_FILE]], answer=False).ids_BT[0].tolist()
+        ids: list[int] = taught.inputs.batch([parts], [[IMAGE_FILE]], answer=False).ids_BT[0].tolist()
         return ids
 
     before = read(ASKED)
