@@ -17,7 +17,7 @@ from bridgework.data.samples import Sample
 from bridgework.data.shards import OPEN_SHARDS, Dataset
 from bridgework.errors import DataError
 
-KEPT_BYTES = 256 << 20  # of images or features: some 160 half-used groups of 32 images of 50 KB
+KEPT_BYTES = 1 << 30  # of images or features; half-used groups of 64 lanes and four sources of 70 kB files: 600 MB
 REMEMBERED = 1 << 16  # groups of which it is known how much was used: some 10 MB
 
 
