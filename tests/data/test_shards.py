@@ -16,7 +16,7 @@ from bridgework.data.quarantine import BadSample, Quarantine, Reason
 from bridgework.data.samples import Part, Sample, pair
 from bridgework.data.shards import Dataset, Manifest, Problem, open_dataset, verify, write
 from bridgework.data.synthetic import shapes
-from bridgework.errors import DataError
+from bridgework.errors import DataError, ResourceError
 
 ROWS = 37
 
@@ -232,3 +232,16 @@ def test_a_manifest_cannot_point_outside_its_folder(dataset: Path) -> None:
     rewrite_manifest(dataset, shards=shards)
     with pytest.raises(DataError, match="outside its own folder"):
         open_dataset(str(dataset))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("peer"), TimeoutError("10 s")])
+def test_a_store_that_does_not_answer_is_no_fault_of_the_data(
+    dataset: Path, error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(shard: int) -> Any:
+        raise error
+
+    opened = open_dataset(str(dataset))
+    monkeypatch.setattr(opened, "_file", gone)
+    with pytest.raises(ResourceError, match="cannot be reached"):
+        opened.read_group(0, 0)

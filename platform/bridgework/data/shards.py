@@ -22,7 +22,7 @@ from bridgework.data.manifest import FILE, Manifest, Shard, read_manifest
 from bridgework.data.quarantine import BadSample, Quarantine
 from bridgework.data.samples import SCHEMA, Sample, from_row, to_row
 from bridgework.data.transforms import decode
-from bridgework.errors import DataError
+from bridgework.errors import DataError, ResourceError
 
 __all__ = [
     "Dataset",
@@ -219,7 +219,10 @@ class Dataset:
             raise DataError(f"{self.path} has {len(self)} rows; row {row} is not one of them")
 
     def read_group(self, shard: int, group: int) -> list[Sample]:
-        """The samples of one row group. Raises DataError, naming the file, when it is not what the manifest says."""
+        """The samples of one row group.
+
+        Raises DataError, naming the file, when it is not what the manifest says, ResourceError where its store is gone.
+        """
         entry, group_rows = self.manifest.shards[shard], self.manifest.group_rows
         expected = min(group_rows, entry.rows - group * group_rows)
         try:
@@ -227,6 +230,8 @@ class Dataset:
             if table.num_rows != expected:
                 raise DataError(f"has {table.num_rows} rows where the manifest says {expected}")
             return [from_row(row) for row in table.to_pylist()]
+        except (ConnectionError, TimeoutError) as error:  # the store's, and it may pass
+            raise ResourceError(f"{self.path}/{entry.file} cannot be reached: {error}; is its store up?") from None
         except (pa.ArrowException, OSError, ValueError, IndexError, TypeError) as error:  # ValueError: not UTF-8
             raise DataError(
                 f"{self.path}/{entry.file}, row group {group}: {' '.join(str(error).split())}; "

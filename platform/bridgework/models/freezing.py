@@ -13,6 +13,7 @@ class Freezable(nn.Module):
     """A wiring: its frozen parts stay in eval mode, whoever calls `train()` on it or on what holds it."""
 
     gives: frozenset[str]  # what a forward can be asked for
+    remedy: ClassVar = "take another loss"  # where it is asked for something else
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # parameter -> where every optimizer step leaves it
 
     def train(self, mode: bool = True) -> Self:
@@ -24,10 +25,7 @@ class Freezable(nn.Module):
         """Raises SpecError where a forward is asked for what it does not give."""
         if unknown := wants - self.gives:
             given = ", ".join(map(repr, sorted(self.gives)))
-            raise SpecError(
-                f"this {type(self).__name__} gives {given}, not {sorted(unknown)}: "
-                "take another loss, or change what the model is made for (in a MED, tasks and momentum)"
-            )
+            raise SpecError(f"this {type(self).__name__} gives {given}, not {sorted(unknown)}: {self.remedy}")
 
     def after_step(self) -> None:
         """What the wiring does to state of its own behind every optimizer step: a momentum twin and its queues."""

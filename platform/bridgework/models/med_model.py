@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ GIVES = {  # what a forward can give where the model has the task
 
 class MEDModel(Freezable):
     """`vision`, `text` (the encoder), `decoder` (what it does not share), `heads` and `momentum`."""
+
+    remedy: ClassVar = "change model.tasks, or give it a twin with model.momentum"
 
     def __init__(self, spec: "MED", vision: BlipViT, texts: Texts) -> None:
         super().__init__()

@@ -1,309 +1,80 @@
-"""From a System to trained artefacts: the driver. Ray Train runs the loop; the tracker hears of everything.
+"""What runs in the processes of Ray Train: the work of every worker, and what its controller asks and decides.
 
-A run is a folder, `<home>/runs/<run>/`, with recipe.json and one folder a stage. The same run again goes on where it
-stopped: finished stages are taken as they are, an unfinished one resumes from its newest complete checkpoint.
+They are new at every stage, so nothing here brings torch, which takes seconds to import, before it is needed.
 """
 
 import os
-import re
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray
-import ray.data
 import ray.train
-import torch.distributed as dist
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from rich.console import Console
+from ray import cloudpickle
 
-from bridgework.data import reader
-from bridgework.data.catalog import resolve
-from bridgework.data.ingest import READER_CPUS, PlanIngest
-from bridgework.data.shards import Dataset, open_dataset
-from bridgework.errors import BridgeworkError, RunError, SpecError
-from bridgework.relay import Relay
-from bridgework.system import Stage, System
-from bridgework.tracking import DatasetInput, Tracker
-from bridgework.training import artefact, features, loop, run_folder
-from bridgework.training.progress import shown
-from bridgework.training.record import Record, StageResult
-from bridgework.training.remote import OursEndTheStage, cause, cursor, seal, work
-from bridgework.training.replay import reads
-from bridgework.training.skips import Skip, Skips
-from bridgework.training.step import check
+from bridgework.data.ingest import ahead, from_ray
+from bridgework.errors import BridgeworkError, ResourceError
+from bridgework.training import checkpoint
+
+if TYPE_CHECKING:
+    from bridgework.training.loop import Job
 
 
-@dataclass(frozen=True)
-class How:
-    """How a run is carried out: nothing here changes what is learned."""
-
-    workers: int = 1  # 0 trains in this process, without Ray Train
-    readers: int = 1  # Ray Data actors that read and decode
-    checkpoint_every: int = 0  # steps; 0 takes a twentieth of the stage, 5 at least
-    evaluate_every: int = 0  # steps; 0 evaluates at the end of a stage only
-    midway: str | None = None  # the one evaluation that is run before the end; None runs all
-    skip: tuple[str, ...] = ()  # keys of samples, and `step:N` or `step:N-M`, that the unfinished stage leaves out
-    cache_features: bool = True
-    threads: int = 0  # of torch in a worker on a CPU; 0 shares out the node's cores
-    max_failures: int = 3  # restarts of the workers before a stage gives up
-    report: Callable[[dict[str, float], int], None] | None = None  # of an in-process run
-    callbacks: tuple[Any, ...] = ()  # of Ray Train
+def seal(job: "Job", *, threads: int) -> dict[str, Any]:
+    """What a worker is given, see `work`."""
+    return {"job": cloudpickle.dumps(job), "threads": threads, "cwd": os.getcwd()}
 
 
-def train(
-    system: System,
-    *,
-    home: Path,
-    run: str,
-    how: How = How(),
-    stages: Sequence[str] | None = None,
-    tracker: Tracker | None = None,
-    parent_run: str | None = None,
-    console: Console | None = None,
-) -> dict[str, StageResult]:
-    """Train `stages` (all, by default) of `system` one after the other, and tell the tracker.
+def work(given: dict[str, Any]) -> None:
+    """Train one stage on one rank; the readers get ready while this process imports what training takes."""
+    os.chdir(given["cwd"])  # Ray Train starts in a folder of its own; paths in a recipe begin where the command ran
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    blocks = ahead(ray.train.get_dataset_shard("train"))
 
-    Raises SpecError for a stage that is not there, DataError for data that is not, RunError when the run's name
-    belongs to another recipe, is in use, or its workers failed more often than `how.max_failures`.
-    """
-    chosen = [system[name] for name in stages] if stages is not None else list(system.stages)
-    console = console or Console(stderr=True)
-    folder = run_folder.place(home, run)
-    for i, stage in enumerate(chosen):
-        _checked(stage, [before.name for before in chosen[:i]], folder, home, how)
-    with run_folder.locked(folder):
-        run_folder.same_recipe(folder, system)
-        unfinished = [stage.name for stage in chosen if not _finished(folder / stage.name)]
-        if how.skip and not unfinished:
-            raise RunError(f"every stage of run {run!r} is finished: there is no step left to skip samples of")
-        tracked = Record(tracker, system, run, parent_run, console.print)
-        results: dict[str, StageResult] = {}
-        try:
-            for stage in chosen:
-                skipping = how if [stage.name] == unfinished[:1] else replace(how, skip=())
-                results[stage.name] = _stage(system, stage, folder, home, skipping, tracked, console)
-        except BaseException as error:
-            tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
-            raise
-        tracked.finish("FINISHED")
-    return results
+    import torch
+    from ray.train.torch import get_device
 
+    from bridgework.training import loop
 
-def _checked(stage: Stage, before: Sequence[str], folder: Path, home: Path, how: How) -> None:
-    """Raises here what would otherwise stop the stage in a worker, or hours later in an evaluation."""
-    made = stage.curation and stage.curation.makes
-    known = [source.dataset for source in stage.data.leaves if source.dataset != made]
-    for dataset in (*known, *(stage.curation.sources if stage.curation else ()), *(e.dataset for e in stage.evals)):
-        open_dataset(resolve(dataset, home))
-    if how.workers > stage.data.lanes:
-        raise SpecError(
-            f"{stage.name} has {stage.data.lanes} lanes for {how.workers} workers; "
-            f"raise stages.{stage.name}.data.lanes, or give fewer --workers"
-        )
-    check(stage, loop.accumulated(stage, max(1, how.workers)))
-    if stage.curation is None:
-        reader.Feed.of(stage, home).plan()
-    if stage.starts_from not in before:
-        _parent(stage, folder)
-    for name in stage.curation.uses if stage.curation else ():
-        if name not in before:
-            _left(stage.name, "its curation uses", name, folder)
-
-
-def _stage(
-    system: System,
-    stage: Stage,
-    folder: Path,
-    home: Path,
-    how: How,
-    tracked: Record,
-    console: Console,
-) -> StageResult:
-    place = folder / stage.name
-    finished = _finished(place)
-    reading = stage if finished else _curated(stage, folder, home, how, console)
-    datasets = [] if finished else [open_dataset(resolve(source.dataset, home)) for source in reading.data.leaves]
-    inputs = artefact.describe(place / "artefact").datasets if finished else _inputs(reading, datasets)
-    parent = _parent(stage, folder)
-    run_id = tracked.start(stage, inputs, parent)
-    if finished:
-        console.print(f"{stage.name}: finished before; its artefact is {place / 'artefact'}")
-        with _relayed(tracked.tracker, run_id, place):
-            return tracked.done(stage, place)
-    cached = _cached(system, stage, datasets, home, how, console)
-    skips = _skips(system, stage, place, how, console)
-    job = loop.Job(
-        system=system,
-        stage=stage.name,
-        feed=reader.Feed.of(
-            reading,
-            home,
-            features=str(cached) if cached else None,
-            skipped=skips.keys,
-            quarantine=str(place / "quarantine"),
-        ),
-        folder=place,
-        home=home,
-        parent=parent,
-        datasets=inputs,
-        checkpoint_every=how.checkpoint_every or max(5, stage.budget.steps // 20),
-        evaluate_every=how.evaluate_every,
-        midway=how.midway,
-        passes=skips.steps,
-    )
-    run_folder.room(home)
-    place.mkdir(parents=True, exist_ok=True)
-    with _relayed(tracked.tracker, run_id, place), shown(place / "journal", stage.name, stage.budget.steps, console):
-        if how.workers:
-            _fit(job, how)
-        else:
-            _alone()
-            loop.run(job, partial(_local_rows, job), how.report or _ignore, rank=0, world=1)
-    return tracked.done(stage, place)
-
-
-def _finished(place: Path) -> bool:
-    return (place / "artefact" / "artefact.json").is_file()
-
-
-@contextmanager
-def _relayed(tracker: Tracker, run_id: str | None, place: Path) -> Iterator[None]:
-    """The stage's journal goes to the tracker from a side thread, as it grows."""
-    relay = Relay(tracker, {run_id: place / "journal"}) if run_id else None
-    try:
-        yield
-    finally:
-        if relay is not None:
-            relay.close()
-
-
-def _curated(stage: Stage, folder: Path, home: Path, how: How, console: Console) -> Stage:
-    """The stage as it reads: the dataset that its curation makes is made now, in this run, and stands by its path."""
-    curation, place = stage.curation, folder / stage.name
-    if curation is None:
-        return stage
-    artefacts = {name: _left(stage.name, "its curation uses", name, folder) for name in curation.uses}
-
-    def say(text: str) -> None:
-        console.print(f"{stage.name}: {text}", markup=False)
-
-    curation.run(artefacts, str(place / "curated" / curation.makes), home=home, workers=how.workers, say=say)
-    return reads(stage, place)
-
-
-def _skips(system: System, stage: Stage, place: Path, how: How, console: Console) -> Skips:
-    """What the stage leaves out, with what is asked for now: from the checkpoint on that it goes on from."""
-    skips = Skips.read(place)
-    if not how.skip:
-        return skips
-    order = Skip.of(how.skip, cursor(place, system.fingerprint()))
-    console.print(f"{stage.name}: leaves out {', '.join(how.skip)} from step {order.since} on", markup=False)
-    return skips.add(place, order)
-
-
-def _inputs(stage: Stage, datasets: Sequence[Dataset]) -> tuple[DatasetInput, ...]:
-    return tuple(
-        DatasetInput(source.name, d.manifest.digest, d.path, d.manifest.rows)
-        for source, d in zip(stage.data.leaves, datasets, strict=True)
+    if get_device().type == "cpu":
+        shared = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+        torch.set_num_threads(given["threads"] or shared)  # Ray's own choice follows num_cpus, not the cores
+    loop.run(
+        cloudpickle.loads(given["job"]),
+        lambda start: from_ray(blocks, rank=rank, world=world, start=start),
+        lambda metrics, step: ray.train.report({**metrics, "step": step}),
+        rank=rank,
+        world=world,
     )
 
 
-def _parent(stage: Stage, folder: Path) -> Path | None:
-    """The artefact that a stage starts from: of this run, or the folder that the recipe names."""
-    if stage.starts_from is None:
-        return None
-    if "/" in stage.starts_from:
-        artefact.describe(stage.starts_from)
-        return Path(stage.starts_from)
-    return _left(stage.name, "starts from", stage.starts_from, folder, "starts_from to the folder of an artefact")
+def cursor(folder: Path, fingerprint: str) -> int:
+    """The step from which the next worker group goes on: our manifest's, not what Ray remembers."""
+    found, _ = checkpoint.newest(folder, fingerprint)
+    return found.step if found else 0
 
 
-def _left(stage: str, why: str, earlier: str, folder: Path, instead: str = "curation=none") -> Path:
-    """The artefact that an earlier stage left in this run."""
-    path = folder / earlier / "artefact"
-    if not path.exists():
-        raise RunError(
-            f"{stage} {why} {earlier}, which this run has not trained; train it first (--stage {earlier}), "
-            f"or set stages.{stage}.{instead}"
-        )
-    artefact.describe(path)
-    return path
+class OursEndTheStage(ray.train.UserCallback):
+    """An error of ours says what a person must do, and another start would not do it; the machine's own may pass."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """What is raised here is not tried again."""
+        for error in worker_exceptions.values():
+            found = cause(error)
+            if isinstance(found, BridgeworkError) and not isinstance(found, ResourceError):
+                raise found
 
 
-def _cached(
-    system: System, stage: Stage, datasets: Sequence[Dataset], home: Path, how: How, console: Console
-) -> Path | None:
-    """The folder of cached features, for a wiring whose vision tower comes with its weights and stays frozen."""
-    tower = getattr(stage.model, "vision", None)
-    frozen = not any(_may_match(glob, "vision.") for glob in stage.trains)
-    if tower is None or not (how.cache_features and frozen and "vision.*" in stage.model.pretrained):
-        return None
-    sharing = [s for s in system.stages if getattr(s.model, "vision", None) == tower]
-    draws = sum(s.budget.steps * s.budget.batch for s in sharing)
-    verdict = features.prepare(tower, datasets, draws=draws, home=home, workers=how.readers if how.workers else 0)
-    console.print(f"{stage.name}: {verdict.why}")
-    return verdict.folder
-
-
-def _may_match(glob: str, prefix: str) -> bool:
-    """Whether a name that begins with `prefix` could match; what it says of a glob is never no wrongly."""
-    literal = re.split(r"[*?\[]", glob)[0]
-    return literal.startswith(prefix) or prefix.startswith(literal)
-
-
-def _local_rows(job: loop.Job, start: int) -> Iterator[list[reader.Row]]:
-    return reader.local(job.feed, rank=0, world=1, start=start)
-
-
-def _ignore(metrics: dict[str, float], step: int) -> None:
-    """The report of a run that nobody listens to."""
-
-
-# --- Ray Train -------------------------------------------------------------------------------------------------------
-
-
-def _fit(job: loop.Job, how: How) -> None:
-    resources = ray.cluster_resources()
-    gpus = resources.get("GPU", 0.0) >= how.workers
-    for_data = READER_CPUS * (how.readers + 1)  # workers that held every CPU would wait for data for ever
-    cpu = 1.0 if gpus else max(0.1, min(1.0, (resources.get("CPU", 1.0) - for_data) / how.workers))
-    start = partial(cursor, job.folder, job.system.fingerprint())
-    callbacks: list[Any] = [OursEndTheStage(), *how.callbacks]  # Ray's annotation knows its older kind alone
-    trainer = TorchTrainer(
-        work,
-        train_loop_config=seal(job, threads=how.threads),
-        scaling_config=ScalingConfig(num_workers=how.workers, use_gpu=gpus, resources_per_worker={"CPU": cpu}),
-        run_config=RunConfig(
-            # new every time: Ray must not resume by its own memory, the checkpoints are ours
-            name=f"{job.stage}-{os.getpid()}-{os.urandom(3).hex()}",
-            storage_path=str(job.folder / "ray"),
-            failure_config=FailureConfig(max_failures=how.max_failures),
-            callbacks=callbacks,
-        ),
-        datasets={"train": ray.data.range(1)},
-        dataset_config=PlanIngest(job.feed, start, readers=how.readers),
-    )
-    try:
-        trainer.fit()
-    except Exception as error:
-        found = cause(error)
-        if isinstance(found, BridgeworkError):
-            raise found from error
-        raise RunError(f"{job.stage}: the workers failed {how.max_failures + 1} times, last with {found!r}") from error
-    shutil.rmtree(job.folder / "ray", ignore_errors=True)
-
-
-def _alone() -> None:
-    """A process group of one, for a loop that runs without Ray Train.
-
-    It stays for the life of the process: DeepSpeed remembers the first group that it sees.
-    """
-    os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed asks for
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+def cause(error: BaseException) -> BaseException:
+    """The first of our own errors in a chain of Ray's, else the innermost."""
+    seen: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo:
+        at = todo.pop(0)
+        if at is None or at in seen:
+            continue
+        if isinstance(at, BridgeworkError):
+            return at
+        seen.append(at)
+        todo += [at.__cause__, at.__context__, getattr(at, "cause", None), getattr(at, "controller_failure", None)]
+        todo += list(getattr(at, "worker_failures", {}).values())
+    return seen[-1]
