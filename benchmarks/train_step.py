@@ -79,7 +79,8 @@ def bare(stage: Stage, home: Path) -> list[float]:
 def ours(built: System, home: Path, name: str) -> list[float]:
     """Seconds of every step of the loop on one Ray Train worker."""
     from bridgework.cluster import attached
-    from bridgework.training.launch import How, train
+    from bridgework.training.driver import train
+    from bridgework.training.launch import How
 
     how = How(checkpoint_every=STEPS, threads=THREADS)
     with attached():

@@ -36,7 +36,7 @@ from bridgework.lineage.store import MLflowTracker
 from bridgework.serving import launch
 from bridgework.system import load
 from bridgework.tracking import Version
-from bridgework.training.launch import train
+from bridgework.training.driver import train
 from bridgework.training.record import StageResult
 from bridgework.tuning.search import Outcome, sweep
 from bridgework.tuning.space import load as load_space

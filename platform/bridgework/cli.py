@@ -116,8 +116,8 @@ def train(
     """Train a system, stage after stage. The same run again resumes, and reuses what is finished."""
     from bridgework.cluster import attached
     from bridgework.lineage import models
+    from bridgework.training.driver import train as run_training
     from bridgework.training.launch import How
-    from bridgework.training.launch import train as run_training
 
     resolved = _resolve(system, set_, tiny)
     run = run or f"{system.replace(':', '-').replace('.', '-')}{'-tiny' * tiny}-{resolved.fingerprint()[:6]}"

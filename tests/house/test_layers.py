@@ -14,7 +14,6 @@ DOORS = {
     "ray": (
         "cluster.py",
         "data/ingest.py",
-        "training/remote.py",
         "training/launch.py",
         "tuning/",
         "serving/",
@@ -74,7 +73,7 @@ def test_the_lowest_layer_needs_the_standard_library_alone() -> None:
 
 
 def test_what_ray_opens_beside_readers_and_workers_brings_no_torch() -> None:
-    opened = "bridgework.data.ingest, bridgework.training.remote"
+    opened = "bridgework.data.ingest, bridgework.training.launch"
     told = "sorted({'torch', 'transformers', 'deepspeed', 'mlflow'} & set(sys.modules))"
     found = subprocess.run(
         [sys.executable, "-c", f"import sys, {opened}; print({told})"], check=True, capture_output=True, text=True

@@ -12,7 +12,8 @@ from bridgework.spec import override
 from bridgework.system import Stage, System, load
 from bridgework.tracking import Journal, Tracker
 from bridgework.training import artefact
-from bridgework.training.launch import How, train
+from bridgework.training.driver import train
+from bridgework.training.launch import How
 from bridgework.training.record import StageResult
 
 

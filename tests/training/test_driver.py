@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from bridgework.errors import DataError, RunError, SpecError, WeightsError
+from bridgework.errors import DataError, ResourceError, RunError, SpecError, WeightsError
 from bridgework.evaluation import HeldOutLoss
 from bridgework.spec import override
 from bridgework.training import artefact, checkpoint
+from bridgework.training.launch import OursEndTheStage
 from tests.training.support import Stop, go, llava, losses, same, stop_at, weights
 
 
@@ -136,6 +137,14 @@ def test_what_a_person_must_mend_is_not_tried_again(home: Path, run: str) -> Non
         go(system, home, run, workers=1, checkpoint_every=6)
     steps = [step for step, _ in losses(home, run)]
     assert steps == list(range(1, len(steps) + 1)) and steps  # a second start would write them again
+
+
+def test_what_the_machine_does_may_pass() -> None:
+    ends = OursEndTheStage()
+    for passing in (ResourceError("the store is gone"), RuntimeError("gloo: connection closed")):
+        ends.after_exception(None, {0: passing})
+    with pytest.raises(DataError, match="another dataset"):
+        ends.after_exception(None, {0: RuntimeError("a rank was left alone"), 1: DataError("another dataset")})
 
 
 def workers() -> list[int]:

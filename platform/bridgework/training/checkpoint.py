@@ -125,3 +125,9 @@ def _digest(body: dict[str, Any]) -> str:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cursor(folder: Path, fingerprint: str) -> int:
+    """The step from which the next worker group goes on: our manifest's, not what Ray remembers."""
+    found, _ = newest(folder, fingerprint)
+    return found.step if found else 0

@@ -6,54 +6,31 @@ stopped: finished stages are taken as they are, an unfinished one resumes from i
 
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import ray
-import ray.data
-import ray.train
 import torch.distributed as dist
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 from rich.console import Console
 
 from bridgework.data import reader
 from bridgework.data.catalog import resolve
-from bridgework.data.ingest import READER_CPUS, PlanIngest
 from bridgework.data.shards import Dataset, open_dataset
-from bridgework.errors import BridgeworkError, RunError, SpecError
+from bridgework.errors import RunError, SpecError
 from bridgework.relay import Relay
 from bridgework.system import Stage, System
 from bridgework.tracking import DatasetInput, Tracker
-from bridgework.training import artefact, features, loop, run_folder
+from bridgework.training import artefact, checkpoint, features, loop, run_folder
+from bridgework.training.launch import How, fit
 from bridgework.training.progress import shown
 from bridgework.training.record import Record, StageResult
-from bridgework.training.remote import OursEndTheStage, cause, cursor, seal, work
 from bridgework.training.replay import reads
 from bridgework.training.skips import Skip, Skips
 from bridgework.training.step import check
 
-
-@dataclass(frozen=True)
-class How:
-    """How a run is carried out: nothing here changes what is learned."""
-
-    workers: int = 1  # 0 trains in this process, without Ray Train
-    readers: int = 1  # Ray Data actors that read and decode
-    checkpoint_every: int = 0  # steps; 0 takes a twentieth of the stage, 5 at least
-    evaluate_every: int = 0  # steps; 0 evaluates at the end of a stage only
-    midway: str | None = None  # the one evaluation that is run before the end; None runs all
-    skip: tuple[str, ...] = ()  # keys of samples, and `step:N` or `step:N-M`, that the unfinished stage leaves out
-    cache_features: bool = True
-    threads: int = 0  # of torch in a worker on a CPU; 0 shares out the node's cores
-    max_failures: int = 3  # restarts of the workers before a stage gives up
-    report: Callable[[dict[str, float], int], None] | None = None  # of an in-process run
-    callbacks: tuple[Any, ...] = ()  # of Ray Train
+USUAL = How()
 
 
 def train(
@@ -61,7 +38,7 @@ def train(
     *,
     home: Path,
     run: str,
-    how: How = How(),
+    how: How = USUAL,
     stages: Sequence[str] | None = None,
     tracker: Tracker | None = None,
     parent_run: str | None = None,
@@ -161,7 +138,7 @@ def _stage(
     place.mkdir(parents=True, exist_ok=True)
     with _relayed(tracked.tracker, run_id, place), shown(place / "journal", stage.name, stage.budget.steps, console):
         if how.workers:
-            _fit(job, how)
+            fit(job, how)
         else:
             _alone()
             loop.run(job, partial(_local_rows, job), how.report or _ignore, rank=0, world=1)
@@ -202,7 +179,7 @@ def _skips(system: System, stage: Stage, place: Path, how: How, console: Console
     skips = Skips.read(place)
     if not how.skip:
         return skips
-    order = Skip.of(how.skip, cursor(place, system.fingerprint()))
+    order = Skip.of(how.skip, checkpoint.cursor(place, system.fingerprint()))
     console.print(f"{stage.name}: leaves out {', '.join(how.skip)} from step {order.since} on", markup=False)
     return skips.add(place, order)
 
@@ -263,40 +240,6 @@ def _local_rows(job: loop.Job, start: int) -> Iterator[list[reader.Row]]:
 
 def _ignore(metrics: dict[str, float], step: int) -> None:
     """The report of a run that nobody listens to."""
-
-
-# --- Ray Train -------------------------------------------------------------------------------------------------------
-
-
-def _fit(job: loop.Job, how: How) -> None:
-    resources = ray.cluster_resources()
-    gpus = resources.get("GPU", 0.0) >= how.workers
-    for_data = READER_CPUS * (how.readers + 1)  # workers that held every CPU would wait for data for ever
-    cpu = 1.0 if gpus else max(0.1, min(1.0, (resources.get("CPU", 1.0) - for_data) / how.workers))
-    start = partial(cursor, job.folder, job.system.fingerprint())
-    callbacks: list[Any] = [OursEndTheStage(), *how.callbacks]  # Ray's annotation knows its older kind alone
-    trainer = TorchTrainer(
-        work,
-        train_loop_config=seal(job, threads=how.threads),
-        scaling_config=ScalingConfig(num_workers=how.workers, use_gpu=gpus, resources_per_worker={"CPU": cpu}),
-        run_config=RunConfig(
-            # new every time: Ray must not resume by its own memory, the checkpoints are ours
-            name=f"{job.stage}-{os.getpid()}-{os.urandom(3).hex()}",
-            storage_path=str(job.folder / "ray"),
-            failure_config=FailureConfig(max_failures=how.max_failures),
-            callbacks=callbacks,
-        ),
-        datasets={"train": ray.data.range(1)},
-        dataset_config=PlanIngest(job.feed, start, readers=how.readers),
-    )
-    try:
-        trainer.fit()
-    except Exception as error:
-        found = cause(error)
-        if isinstance(found, BridgeworkError):
-            raise found from error
-        raise RunError(f"{job.stage}: the workers failed {how.max_failures + 1} times, last with {found!r}") from error
-    shutil.rmtree(job.folder / "ray", ignore_errors=True)
 
 
 def _alone() -> None:

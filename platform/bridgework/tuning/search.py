@@ -26,7 +26,8 @@ from bridgework.lineage import models
 from bridgework.spec import override, to_dict
 from bridgework.system import System, load
 from bridgework.tracking import Point, Tracker, Version
-from bridgework.training.launch import How, train
+from bridgework.training.driver import train
+from bridgework.training.launch import How
 from bridgework.training.record import StageResult
 from bridgework.tuning.space import Space
 
