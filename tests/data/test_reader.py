@@ -199,24 +199,62 @@ def test_a_missing_cache_of_features_is_refused(feed: Feed, tmp_path: Path) -> N
 # --- row groups ------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_group_is_kept_until_its_rows_are_used(feed: Feed) -> None:
-    groups = Groups([open_dataset(path) for path in feed.datasets], None)
-    group, place = groups.locate(0, 37)
-    assert (group, place) == (Group(0, 1, 0), 5)
-    rows = groups.read(group, uses=5)
-    assert groups.read(group, uses=3) is rows
-    assert groups.read(group, uses=8) is not rows
+class Counted(Dataset):
+    """Notes every row group that is fetched."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.fetched: list[tuple[int, int]] = []
+
+    def read_group(self, shard: int, group: int) -> list[Sample]:
+        self.fetched.append((shard, group))
+        return super().read_group(shard, group)
 
 
-def test_a_group_that_had_to_go_is_not_kept_again_for_rows_that_were_used(feed: Feed) -> None:
-    datasets = [open_dataset(path) for path in feed.datasets]
+def counted(feed: Feed, kept_bytes: int | None = None) -> tuple[Counted, Groups]:
+    dataset = Counted(feed.datasets[0])
+    return dataset, Groups([dataset], None) if kept_bytes is None else Groups([dataset], None, kept_bytes)
+
+
+def test_a_row_group_is_read_once_for_all_its_rows(feed: Feed) -> None:
+    dataset, groups = counted(feed)
+    assert groups.locate(0, 37) == (Group(0, 1, 0), 5)
+    group, keys = Group(0, 1, 0), [sample.key for sample in dataset.read_group(1, 0)]
+    dataset.fetched.clear()
+    found = groups.take(group, [5, 0]) | groups.take(group, [2, 3, 4, 1]) | groups.take(group, [6, 7])
+    assert {place: stored.sample.key for place, stored in found.items()} == dict(enumerate(keys))
+    assert dataset.fetched == [(1, 0)]
+
+
+def test_a_row_that_was_used_is_read_again(feed: Feed) -> None:
+    dataset, groups = counted(feed)
+    group = Group(0, 0, 0)
+    assert groups.take(group, [3])[3] == groups.take(group, [3, 4])[3]
+    assert dataset.fetched == [(0, 0)] * 2
+    groups.take(group, [0, 1, 2, 5, 6, 7])
+    assert dataset.fetched == [(0, 0)] * 2
+
+
+def test_looking_at_a_row_uses_none(feed: Feed) -> None:
+    dataset, groups = counted(feed)
+    group = Group(0, 0, 0)
+    groups.take(group, [0])
+    assert groups.look(group, 1) == groups.take(group, [1])[1]
+    assert dataset.fetched == [(0, 0)]
+    assert groups.look(group, 0).sample == dataset.read_group(0, 0)[0]
+
+
+def test_of_a_group_that_had_to_go_only_unused_rows_are_kept_again(feed: Feed) -> None:
+    first, second = (Counted(feed.datasets[0]).read_group(0, number) for number in (0, 1))
+    size = sum(len(image) for sample in (*first[5:], *second[1:]) for image in sample.images)
+    dataset, groups = counted(feed, kept_bytes=size - 1)  # room for what is left of one of the two
     one, other = Group(0, 0, 0), Group(0, 0, 1)
-    size = sum(len(image) for group in (0, 1) for sample in datasets[0].read_group(0, group) for image in sample.images)
-    groups = Groups(datasets, None, kept_bytes=size - 1)  # room for one of the two
-    groups.read(one, uses=5)
-    kept = groups.read(other, uses=1)  # the first has to go
-    groups.read(one, uses=3)  # its last rows
-    assert groups.read(other, uses=1) is kept
+    groups.take(one, range(5))
+    groups.take(other, [0])  # the first has to go
+    groups.take(one, [5, 6])  # and leaves one row, beside which the second has room
+    groups.take(other, [1])
+    groups.take(one, [7])
+    assert dataset.fetched == [(0, 0), (0, 1), (0, 0)]
 
 
 def test_a_feed_is_made_from_a_stage(home: Path) -> None:

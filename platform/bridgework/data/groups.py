@@ -1,11 +1,11 @@
-"""Row groups as a reader sees them: found by row, joined with cached features, kept while they have unused rows.
+"""Row groups as a reader sees them: found by row, joined with cached features, kept until their rows are used.
 
 # P patches  D width
 """
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,8 +17,8 @@ from bridgework.data.samples import Sample
 from bridgework.data.shards import OPEN_SHARDS, Dataset
 from bridgework.errors import DataError
 
-KEPT_BYTES = 1 << 30  # of images or features; half-used groups of 64 lanes and four sources of 70 kB files: 600 MB
-REMEMBERED = 1 << 16  # groups of which it is known how much was used: some 10 MB
+KEPT_BYTES = 1 << 30  # of images or features
+REMEMBERED = 1 << 16  # groups that had to go: some 10 MB
 
 
 class Group(NamedTuple):
@@ -78,10 +78,11 @@ class Features:
 
 
 class Groups:
-    """The row groups of all sources. A group stays in memory until each of its rows was used once, or newer ones fill
+    """The row groups of all sources. A row that is read stays in memory until it is used, or newer ones fill
     `kept_bytes`: a lane goes on in its next window where it left a group, and small sources are read once an epoch.
 
-    How much of a group was used is remembered when it is read again; else it would stay for rows that nobody wants.
+    Which rows of a group were not yet used when it had to go is remembered; else it would come back with all of them,
+    and stay for some that nobody wants.
     """
 
     def __init__(
@@ -89,8 +90,8 @@ class Groups:
     ) -> None:
         self._datasets = datasets
         self._features = features
-        self._kept: OrderedDict[Group, list[Stored]] = OrderedDict()
-        self._used: OrderedDict[Group, int] = OrderedDict()  # rows, of groups in memory and of those that had to go
+        self._kept: OrderedDict[Group, dict[int, Stored]] = OrderedDict()  # the unused rows of each, by their places
+        self._gone: OrderedDict[Group, int] = OrderedDict()  # bit p: the row at place p was not used
         self._kept_bytes = kept_bytes
         self._bytes = 0
 
@@ -99,22 +100,37 @@ class Groups:
         shard, number, place = self._datasets[source].locate_dealt(row)
         return Group(source, shard, number), place
 
-    def read(self, group: Group, *, uses: int) -> list[Stored]:
-        """The rows of a group, of which the caller now uses `uses`. Raises DataError for a corrupt shard."""
-        rows = self._kept.pop(group, None)
-        if rows is None:
-            rows = self._fetch(group)
-        else:
-            self._bytes -= _size(rows)
-        used = self._used.pop(group, 0) + uses
-        if 0 < used < len(rows):
-            self._kept[group], self._used[group] = rows, used
-            self._bytes += _size(rows)
+    def take(self, group: Group, places: Collection[int]) -> dict[int, Stored]:
+        """The rows of a group at `places`, which are used now: to have one again is to read the group again.
+
+        Raises DataError for a corrupt shard.
+        """
+        rest = self._kept.pop(group, {})
+        self._bytes -= _size(rest)
+        if not rest.keys() >= set(places):
+            rows = dict(enumerate(self._fetch(group)))
+            unused = {place: row for place, row in rows.items() if self._gone.get(group, 0) >> place & 1}
+            self._gone.pop(group, None)
+            rest = unused if unused.keys() >= set(places) else rows
+        taken = {place: rest.pop(place) for place in set(places)}
+        if rest:
+            self._keep(group, rest)
+        return taken
+
+    def look(self, group: Group, place: int) -> Stored:
+        """One row of a group, which counts as used no more than before. Raises DataError for a corrupt shard."""
+        row = self._kept.get(group, {}).get(place)
+        return self._fetch(group)[place] if row is None else row
+
+    def _keep(self, group: Group, rest: dict[int, Stored]) -> None:
+        self._kept[group] = rest
+        self._bytes += _size(rest)
         while self._bytes > self._kept_bytes:
-            self._bytes -= _size(self._kept.popitem(last=False)[1])
-        if len(self._used) > REMEMBERED:
-            self._used.popitem(last=False)
-        return rows
+            oldest, rows = self._kept.popitem(last=False)
+            self._bytes -= _size(rows)
+            self._gone[oldest] = sum(1 << place for place in rows)
+        if len(self._gone) > REMEMBERED:
+            self._gone.popitem(last=False)
 
     def _fetch(self, group: Group) -> list[Stored]:
         dataset = self._datasets[group.source]
@@ -126,5 +142,5 @@ class Groups:
         return [Stored(*pair) for pair in zip(samples, features, strict=True)]
 
 
-def _size(rows: Sequence[Stored]) -> int:
-    return sum(len(data) for row in rows for data in (*row.sample.images, *(row.features or ())))
+def _size(rows: Mapping[int, Stored]) -> int:
+    return sum(len(data) for row in rows.values() for data in (*row.sample.images, *(row.features or ())))

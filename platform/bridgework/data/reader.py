@@ -111,6 +111,16 @@ class _Planned(NamedTuple):
     row: int
 
 
+class _Window(NamedTuple):
+    """What the plan gives a lane in window `t`."""
+
+    lane: int
+    t: int
+    planned: list[_Planned]
+    good: dict[_Planned, Row]
+    bad: dict[_Planned, str]  # their keys
+
+
 class Reader:
     """Made by `Feed.open`; one per process, not for sharing between threads."""
 
@@ -149,10 +159,10 @@ class Reader:
 
         All rows of the window are read whatever steps are wanted: what they cost says where each of them goes.
         """
-        planned = self._planned(lane, t, self.plan.step_rows * len(steps))
-        rows = self._read(lane, t, planned)
+        window = self._window(lane, t, self.plan.step_rows * len(steps))
+        rows = self._rows(window)
         laid = []
-        for stretch in self._stretches(planned, len(steps)):
+        for stretch in self._stretches(window.planned, len(steps)):
             at = range(stretch.start * self.plan.step_rows, stretch.stop * self.plan.step_rows)
             sequences = [[at[i] for i in sequence] for sequence in self._sequences([rows[i] for i in at])]
             dear = balance([sum(self._cost(rows[i]) for i in sequence) for sequence in sequences], len(stretch))
@@ -160,7 +170,7 @@ class Reader:
             turn = shuffle(len(stretch), derive(self._window_key, number)).tolist()
             laid += [[sequences[i] for i in dear[turned]] for turned in turn]
         return [
-            [row for k, sequence in enumerate(given) for row in self._placed(lane, t, step, k, sequence, rows)]
+            [row for k, sequence in enumerate(given) for row in self._placed(window, step, k, sequence, rows)]
             for step, given in zip(steps, laid, strict=True)
         ]
 
@@ -193,54 +203,55 @@ class Reader:
         worse = 0 if row.rejected is None else len(row.rejected[0])
         return len(row.ids) + worse + len(row.instruction) + len(row.images) * self.feed.model.square_tokens
 
-    def _placed(self, lane: int, t: int, step: int, k: int, sequence: list[int], rows: list[Row]) -> Iterator[Row]:
+    def _placed(self, window: _Window, step: int, k: int, sequence: list[int], rows: list[Row]) -> Iterator[Row]:
         """The rows of the `k`-th sequence that a lane gives to `step`; one that is skipped has given way."""
         for at in sequence:
             row = rows[at]
             if self._skipped.get(row.key, step + 1) <= step:
                 others = sum(len(rows[other].ids) for other in sequence if other != at)
-                row = self._substitute(lane, t, at, row.key, self.feed.model.context - others)
-            yield replace(row, step=step, place=lane * self.plan.step_rows + k)
+                row = self._substitute(window, at, row.key, self.feed.model.context - others)
+            yield replace(row, step=step, place=window.lane * self.plan.step_rows + k)
 
-    def _planned(self, lane: int, t: int, count: int) -> list[_Planned]:
-        window = self.plan.window(lane, t)
-        return [_Planned(*map(int, each)) for each in zip(*window, strict=True)][:count]
-
-    def _read(self, lane: int, t: int, planned: Sequence[_Planned]) -> list[Row]:
-        """The rows that a lane has in window `t`, as planned, group by group; bad ones replaced."""
+    def _window(self, lane: int, t: int, count: int) -> _Window:
+        """The first `count` rows that a lane has in window `t`, read group by group."""
+        planned = [_Planned(*map(int, each)) for each in zip(*self.plan.window(lane, t), strict=True)][:count]
         wanted = defaultdict(list)
-        for at, each in enumerate(planned):
-            group, within = self._groups.locate(each.source, each.row)
-            wanted[group].append((at, within))
-        rows: dict[int, Row] = {}
-        bad: dict[int, str] = {}
+        for each in planned:
+            group, place = self._groups.locate(each.source, each.row)
+            wanted[group].append((each, place))
+        window = _Window(lane, t, planned, {}, {})
         for group in sorted(wanted):
-            stored = self._groups.read(group, uses=len(wanted[group]))
-            for at, within in wanted[group]:
-                row = self._try(planned[at], stored[within])
+            stored = self._groups.take(group, [place for _, place in wanted[group]])
+            for each, place in wanted[group]:
+                row = self._try(each, stored[place])
                 if row is None:
-                    bad[at] = stored[within].sample.key
+                    window.bad[each] = stored[place].sample.key
                 else:
-                    rows[at] = row
-        context = self.feed.model.context
-        return [rows.get(at) or self._substitute(lane, t, at, bad[at], context) for at in range(len(planned))]
+                    window.good[each] = row
+        return window
 
-    def _substitute(self, lane: int, t: int, at: int, bad: str, room: int) -> Row:
+    def _rows(self, window: _Window) -> list[Row]:
+        """The rows of a window in the order of the plan, bad ones replaced."""
+        return [
+            window.good.get(each) or self._substitute(window, at, window.bad[each], self.feed.model.context)
+            for at, each in enumerate(window.planned)
+        ]
+
+    def _substitute(self, window: _Window, at: int, bad: str, room: int) -> Row:
         """What the plan gives instead of the row at place `at` of a window, of at most `room` tokens."""
-        source = int(self.plan.window(lane, t).source[at])
-        for each in map(_Planned._make, self.plan.substitutes(lane, t, at)):
-            group, within = self._groups.locate(each.source, each.row)
-            stored = self._groups.read(group, uses=0)[within]
-            if stored.sample.key in self._skipped:
-                continue
-            row = self._try(each, stored)
-            if row is not None and len(row.ids) <= room:
+        for each in map(_Planned._make, self.plan.substitutes(window.lane, window.t, at)):
+            row = None if each in window.bad else window.good.get(each) or self._look(each)
+            if row is not None and row.key not in self._skipped and len(row.ids) <= room:
                 return replace(row, stands_for=bad)
-        name = self.feed.mixture.leaves[source].name
+        name = self.feed.mixture.leaves[window.planned[at].source].name
         raise DataError(
             f"sources.{name}: no good sample is left to replace {bad!r}; read {self.feed.quarantine}, then mend the "
             "dataset or skip fewer samples"
         )
+
+    def _look(self, planned: _Planned) -> Row | None:
+        """A row that nobody's plan uses now; None if it is bad."""
+        return self._try(planned, self._groups.look(*self._groups.locate(planned.source, planned.row)))
 
     def _rows_in_all(self) -> int:
         return sum(dataset.manifest.rows for dataset in self._datasets)
