@@ -6,12 +6,14 @@ from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
-from bridgework.data.groups import Group, Groups
+from bridgework.data.groups import Features, Group, Groups
 from bridgework.data.quarantine import Reason, records
 from bridgework.data.reader import Feed, Row, local
 from bridgework.data.samples import Sample, pair
@@ -19,7 +21,7 @@ from bridgework.data.shards import Dataset, open_dataset, write
 from bridgework.data.synthetic import shapes
 from bridgework.data.tokens import load_tokenizer
 from bridgework.data.transforms import read_square
-from bridgework.errors import DataError, SpecError
+from bridgework.errors import DataError, ResourceError, SpecError
 from bridgework.system import IGNORE, IMAGE, AdamW, Budget, Mixture, Source, Stage
 from tests.toy import Captioning, Eye
 
@@ -194,6 +196,34 @@ def test_features_of_other_rows_are_refused(feed: Feed, tmp_path: Path) -> None:
 def test_a_missing_cache_of_features_is_refused(feed: Feed, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no cache of features"):
         replace(feed, features=str(tmp_path)).open()
+
+
+def test_a_cache_whose_store_does_not_answer_is_the_machines_error(
+    feed: Feed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in feed.datasets:
+        cache(tmp_path, open_dataset(path))
+    dataset = open_dataset(feed.datasets[0])
+    features, samples = Features(str(tmp_path), dataset), dataset.read_group(0, 0)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", gone)
+    with pytest.raises(ResourceError, match=r"\.parquet cannot be reached: peer; is its store up\?"):
+        features.read(dataset.manifest.shards[0].file, 0, samples)
+    with pytest.raises(ResourceError, match=r"features\.json cannot be reached"):
+        Features(str(tmp_path), dataset)
+
+
+def gone(url: str) -> tuple["Gone", str]:
+    return Gone(), url
+
+
+class Gone(LocalFileSystem):
+    """A store that hangs up."""
+
+    def cat_file(self, path: str, *given: object, **more: object) -> bytes:
+        raise ConnectionResetError("peer")
+
+    def _open(self, path: str, *given: object, **more: object) -> object:
+        raise ConnectionResetError("peer")
 
 
 # --- row groups ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bridgework.data.samples import Sample
-from bridgework.data.shards import OPEN_SHARDS, Dataset
+from bridgework.data.shards import OPEN_SHARDS, Dataset, unreachable
 from bridgework.errors import DataError
 
 KEPT_BYTES = 1 << 30  # of images or features
@@ -44,12 +44,14 @@ class Features:
     """
 
     def __init__(self, folder: str, dataset: Dataset) -> None:
-        """Raises DataError where there is no such cache."""
+        """Raises DataError where there is no such cache, ResourceError where its store is gone."""
         fs, root = fsspec.core.url_to_fs(folder)
         self.path = f"{folder.rstrip('/')}/{dataset.manifest.digest}"
         try:
             shape = json.loads(fs.cat_file(f"{root}/features.json"))
             self.shape: tuple[int, int] = (int(shape["patches"]), int(shape["width"]))
+        except (ConnectionError, TimeoutError) as error:
+            raise unreachable(f"{folder}/features.json", error) from None
         except (OSError, ValueError, KeyError) as error:
             raise DataError(
                 f"{folder} is no cache of features ({type(error).__name__}: {error}); make it again"
@@ -57,9 +59,14 @@ class Features:
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
 
     def read(self, shard: str, number: int, samples: Sequence[Sample]) -> list[tuple[bytes, ...]]:
-        """The features of each of `samples`, the rows of one row group. Raises DataError if they are of other rows."""
+        """The features of each of `samples`, the rows of one row group.
+
+        Raises DataError if they are of other rows, ResourceError where the cache's store is gone.
+        """
         try:
             table = self._open(shard).read_row_group(number, columns=["key", "features"])
+        except (ConnectionError, TimeoutError) as error:
+            raise unreachable(f"{self.path}/{shard}", error) from None
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self.path}/{shard}: {error}; make the cached features again") from None
         features = [tuple(of_row) for of_row in table["features"].to_pylist()]

@@ -35,6 +35,7 @@ __all__ = [
     "read_manifest",
     "read_shard",
     "refuse_existing",
+    "unreachable",
     "verify",
     "write",
     "write_shard",
@@ -231,7 +232,7 @@ class Dataset:
                 raise DataError(f"has {table.num_rows} rows where the manifest says {expected}")
             return [from_row(row) for row in table.to_pylist()]
         except (ConnectionError, TimeoutError) as error:  # the store's, and it may pass
-            raise ResourceError(f"{self.path}/{entry.file} cannot be reached: {error}; is its store up?") from None
+            raise unreachable(f"{self.path}/{entry.file}", error) from None
         except (pa.ArrowException, OSError, ValueError, IndexError, TypeError) as error:  # ValueError: not UTF-8
             raise DataError(
                 f"{self.path}/{entry.file}, row group {group}: {' '.join(str(error).split())}; "
@@ -269,6 +270,11 @@ class Dataset:
 def open_dataset(path: str) -> Dataset:
     """The dataset at `path` (a folder or a URL), for reading. Raises DataError when there is none."""
     return Dataset(path)
+
+
+def unreachable(file: str, error: OSError) -> ResourceError:
+    """What to raise where a file's store does not answer: it may be tried again."""
+    return ResourceError(f"{file} cannot be reached: {error}; is its store up?")
 
 
 # --- is it what the manifest says? -----------------------------------------------------------------------------------
