@@ -1,7 +1,9 @@
 """The import engine: a source becomes the same dataset with any number of workers and after any interruption."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,12 @@ import fsspec
 import pytest
 
 from bridgework.data.importers import Row, ingest
-from bridgework.data.manifest import Manifest
-from bridgework.data.quarantine import Reason, records
+from bridgework.data.manifest import Manifest, read_manifest
+from bridgework.data.quarantine import LeftOut, LostFile, Reason, records
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import Dataset, open_dataset, verify
+from bridgework.data.shards import Dataset, open_dataset, verify, write
 from bridgework.data.synthetic import shapes
-from bridgework.errors import DataError
+from bridgework.errors import DataError, SpecError
 
 PNG = next(shapes(1, size=16)).images[0]
 CHUNK = 5
@@ -33,7 +35,7 @@ class Source:
         self.bad = set(bad)
         self.reads: Counter[int] = Counter()
         self.breaks: dict[int, type[BaseException]] = {}  # when a row is listed
-        self.fails: dict[int, type[BaseException]] = {}  # when a row is read
+        self.fails: dict[int, Callable[[], BaseException]] = {}  # when a row is read
 
     def rows(self) -> Iterator[Row]:
         for row, key in enumerate(self.keys):
@@ -44,7 +46,7 @@ class Source:
     def read(self, row: int) -> Sample:
         self.reads[row] += 1
         if row in self.fails:
-            raise self.fails[row]
+            raise self.fails[row]()
         return pair(self.keys[row], b"<html>" if row in self.bad else PNG, f"caption {row}")
 
     def ingest(self, dest: Path | str, **changes: Any) -> Manifest:
@@ -113,6 +115,72 @@ def test_the_plan_deals_uneven_shards_in_whole_row_groups(tmp_path: Path) -> Non
     for row in (-1, len(dataset)):
         with pytest.raises(DataError, match="497 rows; row"):
             dataset.locate_dealt(row)
+
+
+def test_rows_that_are_left_out_are_counted_and_hide_no_other(tmp_path: Path) -> None:
+    source = Source(23, bad=(7,), keys={12: "row-1"})
+    for row in (0, 6, 13):
+        source.fails[row] = partial(LeftOut, "questions without two answers")
+    said: list[str] = []
+    manifest = source.ingest(tmp_path / "d", say=said.append)
+    assert manifest.left_out == {"questions without two answers": 3}
+    assert manifest.rows + sum(manifest.quarantined.values()) + sum(manifest.left_out.values()) == 23
+    assert {record.row for record in records(f"{tmp_path}/d.quarantine")} == {7, 12}
+    assert said[-1].endswith("; left out: 3 questions without two answers")
+    assert read_manifest(str(tmp_path / "d")) == manifest
+
+
+def test_a_manifest_without_left_out_rows_has_the_digest_that_it_always_had(tmp_path: Path) -> None:
+    manifest = Source(3).ingest(tmp_path / "d")
+    assert "left_out" not in json.loads((tmp_path / "d" / "manifest.json").read_text())
+    assert replace(manifest, left_out={"documents without a text": 1}).digest != manifest.digest
+
+
+# --- files and places -------------------------------------------------------------------------------------------------
+
+
+def test_lost_files_are_held_to_the_share_of_files_and_not_of_rows(tmp_path: Path) -> None:
+    source = Source(300)
+    source.fails[299] = partial(LostFile, Reason.TRUNCATED, "b.parquet ends early")
+    with pytest.raises(DataError, match=r"1 of 2 files cannot be read to their end.*b\.parquet ends early; 0\.50%"):
+        source.ingest(tmp_path / "d", files=2, max_bad=0.005)
+    assert [record.reason for record in records(f"{tmp_path}/d.quarantine")] == [Reason.TRUNCATED]
+    assert not (tmp_path / "d").exists()
+    assert source.ingest(tmp_path / "d", files=200, max_bad=0.005).rows == 299
+
+
+def test_files_of_somebody_else_are_never_written_over(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "shard-00000.parquet").write_bytes(b"years of work")
+    (tmp_path / "file").write_text("")
+    for dest, told in (("mine", "holds shard-00000.parquet, and is no dataset"), ("file", "is a file")):
+        with pytest.raises(DataError, match=told):
+            Source(3).ingest(tmp_path / dest)
+        with pytest.raises(DataError, match=told):
+            write(shapes(2), str(tmp_path / dest), source="s", licence="", made_by="test")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["shard-00000.parquet"]
+    assert (tmp_path / "mine" / "shard-00000.parquet").read_bytes() == b"years of work"
+
+
+def test_a_destination_inside_the_source_is_refused(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"licence": "", "made_by": "", "parameters": {}, "max_bad": 1, "say": quiet}
+    with pytest.raises(DataError, match="lies inside the source"):
+        ingest(Source(3).rows, str(tmp_path / "photos"), str(tmp_path / "photos" / "d"), **given)
+    assert ingest(Source(3).rows, str(tmp_path / "photos"), str(tmp_path / "photos-2"), **given).rows == 3
+
+
+def test_a_source_is_the_same_in_every_spelling_and_another_licence_is_another_dataset(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"made_by": "", "parameters": {}, "max_bad": 1, "say": quiet}
+    for spelled in ("photos", "./photos/", "photos//"):
+        assert ingest(Source(3).rows, spelled, str(tmp_path / "d"), licence="CC0-1.0", **given).source == "photos"
+    with pytest.raises(DataError, match=r"its licence is 'CC0-1\.0', and 'MIT' is wanted"):
+        ingest(Source(3).rows, "photos", str(tmp_path / "d"), licence="MIT", **given)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_of_bad_rows_is_between_none_and_all(share: float, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="max_bad is a share of the rows, from 0 to 1"):
+        Source(3).ingest(tmp_path / "d", max_bad=share)
 
 
 # --- cut off ---------------------------------------------------------------------------------------------------------
@@ -191,6 +259,7 @@ def test_shards_that_were_moved_before_the_cut_are_not_made_again(tmp_path: Path
     for name in ("shard-00000.parquet", "shard-00001.parquet"):
         (part / name).rename(tmp_path / "d" / name)
     (tmp_path / "d" / "shard-00099.parquet").write_bytes(b"of an import that was larger")
+    (tmp_path / "d" / "manifest.json.part").write_text("of the import that was cut off")
     with pytest.raises(DataError, match="a writer was cut off"):
         open_dataset(str(tmp_path / "d"))
     source.breaks.clear()

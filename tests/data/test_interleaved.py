@@ -141,16 +141,23 @@ def test_documents_without_an_image_or_a_text_left_are_left_out_and_are_not_bad(
     icons, texts = 'x<img src="small.png"><img src="http://x/y.png">', "x"
     found = made.pages(good='x<img src="a.png">', icons=icons, texts=texts, images='<img src="a.png"> ')
     assert list(found) == ["good.html"] and made.aside == {} and made.manifest.quarantined == {}
-    assert sorted(made.said[1:]) == [
-        f"{made.dest}: 1 documents without a text are left out",
-        f"{made.dest}: 2 documents without an image are left out",
-    ]
+    assert made.manifest.left_out == {"documents without a text": 1, "documents without an image": 2}
+    assert made.said[-1].endswith("; left out: 1 documents without a text; left out: 2 documents without an image")
+
+
+def test_a_document_none_of_whose_images_can_be_read_is_a_bad_row(made: Import) -> None:
+    found = made.pages(
+        good='x<img src="a.png"><img src="gone.png">',
+        gone='x<img src="small.png"><img src="gone.png">',
+        torn='x<img src="cut.png"><img src="gone.png">',
+    )
+    assert list(found) == ["good.html"]
+    assert made.aside == {"gone.html": Reason.MISSING_IMAGE, "torn.html": Reason.TRUNCATED}
 
 
 def test_when_nothing_is_left_it_is_said_why(made: Import) -> None:
-    with pytest.raises(DataError, match="no samples came out"):
+    with pytest.raises(DataError, match=r"no samples came out.*; left out: 1 documents without an image"):
         made.pages(icons='x<img src="small.png">')
-    assert made.said == [f"{made.dest}: 1 documents without an image are left out"]
 
 
 def test_the_bounds_are_the_callers_to_set(made: Import) -> None:
@@ -235,6 +242,5 @@ def test_whatever_stands_in_a_field_every_document_goes_one_way_or_another(made:
     rows += [{"texts": a, "images": b} for value in WRONG for a, b in ((value, ["a.png"]), (["x"], value))]
     rows += [{"texts": [value, "x"], "images": [None, "a.png"]} for value in WRONG]
     made.rows(good, *rows, *map(json.dumps, WRONG))
-    left_out = sum(int(line.split()[1]) for line in made.said if "left out" in line)
-    together = made.manifest.rows + sum(made.manifest.quarantined.values()) + left_out
-    assert together == 1 + len(rows) + len(WRONG)
+    counts = (*made.manifest.quarantined.values(), *made.manifest.left_out.values())
+    assert made.manifest.rows + sum(counts) == 1 + len(rows) + len(WRONG)

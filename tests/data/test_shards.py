@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from bridgework.data.quarantine import BadSample, Quarantine, Reason
@@ -96,12 +97,26 @@ def test_an_existing_dataset_is_never_overwritten(dataset: Path) -> None:
     assert (dataset / "manifest.json").read_bytes() == before and verify(str(dataset)) == []
 
 
-def test_shards_without_a_manifest_are_no_dataset_and_can_be_written_again(dataset: Path) -> None:
-    (dataset / "manifest.json").unlink()
+def test_a_writer_that_was_cut_off_leaves_no_dataset_and_can_write_again(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, move = open_dataset(str(dataset)).manifest.digest, LocalFileSystem.mv
+
+    def torn(fs: LocalFileSystem, path: str, to: str, **told: Any) -> None:
+        if path.endswith("shard-00001.parquet"):
+            raise KeyboardInterrupt
+        move(fs, path, to, **told)
+
+    shutil.rmtree(dataset)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalFileSystem, "mv", torn)
+        make(str(dataset))
+    assert [path.name for path in dataset.iterdir() if path.suffix == ".parquet"] == ["shard-00000.parquet"]
     with pytest.raises(DataError, match="a writer was cut off"):
         open_dataset(str(dataset))
+    (dataset / "shard-00099.parquet").write_bytes(b"of a writer that had more to write")
     make(str(dataset))
-    assert verify(str(dataset)) == []
+    assert verify(str(dataset)) == [] and open_dataset(str(dataset)).manifest.digest == digest
 
 
 def test_what_cannot_be_a_dataset_is_refused(tmp_path: Path) -> None:

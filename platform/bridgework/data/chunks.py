@@ -16,7 +16,7 @@ import fsspec
 import pyarrow as pa
 
 from bridgework.data.manifest import Shard
-from bridgework.data.quarantine import BadSample, Reason
+from bridgework.data.quarantine import BadSample, LeftOut, LostFile, Reason
 from bridgework.data.samples import SCHEMA, Sample, to_row
 from bridgework.data.shards import CHUNK_BYTES, GROUP_ROWS, read_shard, write_shard
 from bridgework.data.transforms import MAX_BYTES, decode
@@ -24,7 +24,7 @@ from bridgework.data.transforms import MAX_BYTES, decode
 CHUNK_ROWS = 4096  # of the source: some 200 MB of photographs
 HASH_DIGITS = 32  # of a key, in hex: among 10^10 keys two agree once in 10^18 imports
 
-Row = tuple[str, Callable[[], Sample]]  # a key, and what makes the sample or raises BadSample
+Row = tuple[str, Callable[[], Sample]]  # a key, and what makes the sample, or raises BadSample or LeftOut
 
 
 class Chunk(NamedTuple):
@@ -42,6 +42,7 @@ class Bad(NamedTuple):
     key: str
     reason: str
     detail: str
+    lost_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,15 @@ class Done:
     shard: Shard | None  # None when no row was good
     keys: str  # HASH_DIGITS of every key in the shard, in order
     bad: tuple[Bad, ...]
+    left_out: tuple[tuple[int, str], ...] = ()  # row of the source, and what it is
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
         """Raises ValueError, KeyError or TypeError for half a file."""
         fields = json.loads(text)
         shard = None if fields["shard"] is None else Shard(**fields["shard"])
-        return cls(**{**fields, "shard": shard, "bad": tuple(Bad(*bad) for bad in fields["bad"])})
+        bad, left_out = tuple(Bad(*bad) for bad in fields["bad"]), tuple((row, why) for row, why in fields["left_out"])
+        return cls(**{**fields, "shard": shard, "bad": bad, "left_out": left_out})
 
 
 def chunks(rows: Iterable[Row], size: int) -> Iterator[Chunk]:
@@ -83,11 +86,10 @@ class ChunkStore:
 
     def make(self, chunk: Chunk) -> None:
         """Read, check and write the rows of a chunk. An error that is not one row's own leaves the chunk undone."""
-        bad: list[Bad] = []
-        keys: dict[str, None] = {}
-        shard = self._write(chunk.number, _sound(chunk, keys, bad))
-        rows = len(chunk.rows)
-        self._record(Done(chunk.number, chunk.first, rows, _asked(chunk), shard, "".join(keys), tuple(bad)))
+        found = _Found({}, [], [])
+        shard = self._write(chunk.number, _sound(chunk, found))
+        told = ("".join(found.keys), tuple(found.bad), tuple(found.left_out))
+        self._record(Done(chunk.number, chunk.first, len(chunk.rows), _asked(chunk), shard, *told))
 
     def holds(self, chunk: Chunk) -> bool:
         """Whether this very chunk is done, and its shard lies there as it was written."""
@@ -108,8 +110,8 @@ class ChunkStore:
         """The same chunk without those rows of its shard that are `repeated`: they are bad. Changes the files too."""
         if done.shard is None or not any(repeated):
             return done
-        put_aside = {bad.row for bad in done.bad}
-        rows = [row for row in range(done.first, done.first + done.rows) if row not in put_aside]
+        missing = {bad.row for bad in done.bad} | {row for row, _ in done.left_out}
+        rows = [row for row in range(done.first, done.first + done.rows) if row not in missing]
         file, bad = done.shard.file, list(done.bad)
 
         def kept() -> Iterator[Sample]:
@@ -160,19 +162,30 @@ class ChunkStore:
         fs.pipe_file(f"{folder}/shard-{done.number:05d}.json", json.dumps(asdict(done)).encode())
 
 
-def _sound(chunk: Chunk, keys: dict[str, None], bad: list[Bad]) -> Iterator[Sample]:
-    """The good samples of a chunk; hashes of their keys go to `keys`, the other rows to `bad`."""
+class _Found(NamedTuple):
+    """What becomes known of a chunk while its samples are written."""
+
+    keys: dict[str, None]  # hashes, of the good ones
+    bad: list[Bad]
+    left_out: list[tuple[int, str]]
+
+
+def _sound(chunk: Chunk, found: _Found) -> Iterator[Sample]:
+    """The good samples of a chunk; what becomes of every row goes to `found`."""
     for row, (key, read) in enumerate(chunk.rows, chunk.first):
         try:
             sample = read()
             _check(sample)
             name = hashlib.sha256(sample.key.encode()).hexdigest()[:HASH_DIGITS]
-            if name in keys:
+            if name in found.keys:
                 raise BadSample(Reason.DUPLICATE_KEY, f"{sample.key!r} stood before")
         except BadSample as error:
-            bad.append(Bad(row, _writable(key), error.reason, _writable(error.detail)))
+            lost_file = isinstance(error, LostFile)
+            found.bad.append(Bad(row, _writable(key), error.reason, _writable(error.detail), lost_file))
+        except LeftOut as why:
+            found.left_out.append((row, str(why)))
         else:
-            keys[name] = None
+            found.keys[name] = None
             yield sample
 
 

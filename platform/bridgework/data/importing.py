@@ -7,6 +7,7 @@ import never takes them for its own; a changed source has another address.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -19,11 +20,10 @@ from bridgework import __version__
 from bridgework.data.chunks import HASH_DIGITS, ChunkStore, Done
 from bridgework.data.manifest import Manifest
 from bridgework.data.quarantine import BadSample, Quarantine, Reason, clear
-from bridgework.data.shards import GROUP_ROWS, left_out, publish, refuse_existing
+from bridgework.data.shards import GROUP_ROWS, publish, put_aside, refuse_occupied
 from bridgework.errors import DataError
 
 ADDRESS = re.compile("[0-9a-f]{16}")  # names of what is half done: what else lies there is not ours to drop
-SHARDS = "shard-[0-9][0-9][0-9][0-9][0-9].parquet"
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,17 @@ class Job:
 
     @classmethod
     def begin(cls, source: str, dest: str, **told: Any) -> Self:
-        """Drops what lies half done of other imports to `dest`."""
+        """Drops what lies half done of other imports to `dest`. Raises DataError where there is something else."""
+        refuse_occupied(dest)
         job = cls(source, dest.rstrip("/"), **told)
         tidy(dest, but=job.store.folder)
         return job
 
-    def finish(self, count: int, quarantine: Quarantine) -> Manifest:
+    def finish(self, count: int, quarantine: Quarantine, files: int) -> Manifest:
         """The dataset of `count` chunks, in order; bad rows, and later ones of equal key, go to `quarantine`.
 
-        Raises DataError for no good row, and for more bad rows than `quarantine` allows: then the chunks that hold
-        them are forgotten, so that a mended source is read again.
+        Raises DataError for no good row, and for more bad rows, or lost ones of `files`, than `quarantine` allows: then
+        the chunks that hold them are forgotten, so that a mended source is read again.
         """
         done = self._without_repetitions([self._done(number) for number in range(count)])
         clear(quarantine.folder)
@@ -63,10 +64,13 @@ class Job:
             quarantine.add(self.source, bad.key, bad.row, BadSample(Reason(bad.reason), bad.detail))
         quarantine.flush()
         shards = tuple(one.shard for one in done if one.shard is not None)
+        left_out = dict(sorted(Counter(why for one in done for _, why in one.left_out).items()))
         try:
             quarantine.check(sum(one.rows for one in done))
+            self._check_files(done, quarantine, files)
             if not shards:
-                raise DataError(f"{self.source}: no samples came out of it, so {self.dest} is not written")
+                why = "".join(f"; left out: {number} {what}" for what, number in left_out.items())
+                raise DataError(f"{self.source}: no samples came out of it, so {self.dest} is not written{why}")
         except DataError:
             self._forget(done)
             raise
@@ -78,14 +82,22 @@ class Job:
             licence=self.licence,
             made_by=self.made_by,
             parameters=dict(self.parameters),
-            quarantined=left_out(quarantine),
+            quarantined=put_aside(quarantine),
+            left_out=left_out,
         )
-        refuse_existing(self.dest)
-        self._clean({shard.file for shard in shards})
         fs, folder = fsspec.core.url_to_fs(self.store.folder)
         publish(fs, folder, self.dest, manifest)
         tidy(self.dest)
         return manifest
+
+    def _check_files(self, done: Sequence[Done], quarantine: Quarantine, files: int) -> None:
+        lost = [bad.detail for one in done for bad in one.bad if bad.lost_file]
+        if len(lost) > quarantine.limit * files:
+            raise DataError(
+                f"{len(lost)} of {files} files cannot be read to their end, and how many rows they held is not known: "
+                f"{lost[0]}; {quarantine.limit:.2%} of files is allowed; read {quarantine.folder}, then fetch them "
+                "again or allow a larger share with max_bad"
+            )
 
     def _done(self, number: int) -> Done:
         done = self.store.done(number)
@@ -111,13 +123,6 @@ class Job:
             tidy(self.dest)
         else:
             self.store.forget(one for one in done if one.bad)
-
-    def _clean(self, names: set[str]) -> None:
-        """Drop the shards, other than these, that a cut-off import left at the destination."""
-        fs, root = fsspec.core.url_to_fs(self.dest)
-        for path in fs.glob(f"{root}/{SHARDS}"):
-            if str(path).rsplit("/", 1)[1] not in names:
-                fs.rm(path)
 
 
 def tidy(dest: str, *, but: str = "") -> None:

@@ -43,6 +43,7 @@ class Manifest:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     parents: tuple[str, ...] = ()  # digests of the datasets that this one was made from
     quarantined: Mapping[str, int] = field(default_factory=dict)  # reason -> rows that the source had and this has not
+    left_out: Mapping[str, int] = field(default_factory=dict)  # sound rows that the importer had no use for, by kind
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -63,10 +64,17 @@ class Manifest:
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) of the canonical JSON of all fields."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._fields(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"digest": self.digest}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        told = self._fields() | {"digest": self.digest}
+        return json.dumps(told, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def _fields(self) -> dict[str, Any]:
+        fields = asdict(self)
+        if not self.left_out:  # digests of datasets that were made before it was counted stay what they were
+            del fields["left_out"]
+        return fields
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":

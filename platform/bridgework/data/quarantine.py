@@ -53,7 +53,15 @@ class BadSample(DataError):
         self.detail = detail
 
     def __reduce__(self) -> tuple[type["BadSample"], tuple[Reason, str]]:
-        return BadSample, (self.reason, self.detail)  # the default would hand the message to __init__
+        return type(self), (self.reason, self.detail)  # the default would hand the message to __init__
+
+
+class LostFile(BadSample):
+    """A file that cannot be read, or not to its end: one row of the table, and nobody knows how many it held."""
+
+
+class LeftOut(Exception):
+    """A row is sound, and its importer has no use for it: `LeftOut("documents without an image")` is counted."""
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ __all__ = [
     "Manifest",
     "Problem",
     "Shard",
-    "left_out",
     "open_dataset",
     "publish",
+    "put_aside",
     "read_manifest",
     "read_shard",
-    "refuse_existing",
+    "refuse_occupied",
     "unreachable",
     "verify",
     "write",
@@ -42,6 +42,8 @@ __all__ = [
 ]
 
 NOTES = ("LICENSE", "NOTICE", "README")  # files that may lie beside the shards
+DRAFT = f"{FILE}.part"  # stands in a folder whose shards are not all there yet
+SHARDS = "shard-[0-9][0-9][0-9][0-9][0-9].parquet"
 GROUP_ROWS = 32  # rows that are read at once: few, because rows are drawn at random
 CHUNK_BYTES = 1 << 20
 OPEN_SHARDS = 8  # footers and handles that a Dataset keeps: lanes read side by side from different shards
@@ -72,12 +74,12 @@ def write(
     """Write `samples` as a new dataset at `dest` (a folder or a URL): all of it, or on any error nothing.
 
     `quarantine` holds what the samples' maker left out: its counts go into the manifest, and its limit is checked
-    before anything appears. Raises DataError for an existing dataset, for no samples and for too many bad ones.
+    before anything appears. Raises DataError for a `dest` that holds anything, for no samples and too many bad ones.
     """
     if group_rows < 1 or shard_rows % group_rows:
         raise DataError(f"shard_rows {shard_rows} is no multiple of group_rows {group_rows}")
     fs, root = fsspec.core.url_to_fs(dest)
-    refuse_existing(dest)
+    refuse_occupied(dest)
     stage = f"{root}.part-{uuid4().hex[:8]}"
     try:
         shards = tuple(_write_shards(fs, stage, iter(samples), group_rows, shard_rows))
@@ -89,7 +91,7 @@ def write(
             raise DataError(f"{source}: no samples came out of it, so {dest} is not written")
         manifest = Manifest(
             rows, group_rows, shards, source, licence, made_by, dict(parameters or {}), tuple(parents),
-            left_out(quarantine),
+            put_aside(quarantine),
         )  # fmt: skip
         publish(fs, stage, dest, manifest)
     finally:
@@ -98,31 +100,45 @@ def write(
     return manifest
 
 
-def left_out(quarantine: Quarantine | None) -> dict[str, int]:
+def put_aside(quarantine: Quarantine | None) -> dict[str, int]:
     """How many rows were put aside, by reason, as a manifest counts them."""
     reasons = {} if quarantine is None else quarantine.reasons
     return dict(sorted((reason.value, rows) for reason, rows in reasons.items()))
 
 
 def publish(fs: fsspec.AbstractFileSystem, stage: str, dest: str, manifest: Manifest) -> None:
-    """Move the shards from the folder `stage` to `dest`, the manifest last: before it there is no dataset.
+    """Move the shards from the folder `stage` to `dest`, between the manifest's draft and the manifest itself.
 
-    A shard that an earlier try moved already is left where it is. Raises DataError for an existing dataset.
+    A shard that an earlier try moved already is left where it is, and what such a try left of others is dropped.
+    Raises DataError for a `dest` that holds anything else.
     """
+    refuse_occupied(dest)
     root = fsspec.core.url_to_fs(dest)[1]
-    fs.pipe_file(f"{stage}/{FILE}", manifest.to_json().encode())
-    refuse_existing(dest)
     fs.makedirs(root, exist_ok=True)
-    for name in (*(shard.file for shard in manifest.shards), FILE):
+    fs.pipe_file(f"{root}/{DRAFT}", manifest.to_json().encode())
+    names = [shard.file for shard in manifest.shards]
+    for path in map(str, fs.glob(f"{root}/{SHARDS}")):
+        if path.rsplit("/", 1)[1] not in names:
+            fs.rm(path)
+    for name in names:
         if fs.exists(f"{stage}/{name}"):
             fs.mv(f"{stage}/{name}", f"{root}/{name}")
+    fs.mv(f"{root}/{DRAFT}", f"{root}/{FILE}")
 
 
-def refuse_existing(dest: str) -> None:
-    """Raises DataError where there is a dataset at `dest`."""
+def refuse_occupied(dest: str) -> None:
+    """Raises DataError where no dataset can be written: over another, over somebody's files, in place of a file."""
     fs, root = fsspec.core.url_to_fs(dest)
-    if fs.exists(f"{root}/{FILE}"):
+    if not fs.exists(root):
+        return
+    if not fs.isdir(root):
+        raise DataError(f"{dest} is a file, and a dataset is a folder; choose another place")
+    names = sorted(str(path).rstrip("/").rsplit("/", 1)[1] for path in fs.ls(root, detail=False))
+    if FILE in names:
         raise DataError(f"{dest} already holds a dataset; delete it or choose another place")
+    others = [name for name in names if name.partition(".")[0] not in NOTES]
+    if others and DRAFT not in names:  # where there is a draft, a writer of ours was cut off
+        raise DataError(f"{dest} holds {others[0]}, and is no dataset; choose a folder where nothing is yet")
 
 
 def _write_shards(

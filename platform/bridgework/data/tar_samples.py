@@ -18,7 +18,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from bridgework.data.importers import plain
-from bridgework.data.quarantine import BadSample, Reason
+from bridgework.data.quarantine import BadSample, LostFile, Reason
 from bridgework.data.tars import flaw, members
 from bridgework.errors import DataError
 
@@ -150,7 +150,7 @@ def groups(tar: Tar, note: Callable[[TarInfo], object] = lambda member: None) ->
             yield group
             group = None
         group = group or Group("")
-        group.flaw = group.flaw or error
+        group.flaw = LostFile(error.reason, f"{tar.path}: {(group.flaw or error).detail}")
     if group is not None:
         yield group
 

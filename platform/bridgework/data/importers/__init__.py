@@ -27,7 +27,7 @@ from bridgework.data.importing import Job, tidy
 from bridgework.data.quarantine import BadSample, Quarantine, Reason
 from bridgework.data.shards import Manifest, read_manifest
 from bridgework.data.transforms import MAX_BYTES, decode
-from bridgework.errors import DataError
+from bridgework.errors import DataError, SpecError
 
 PLACEHOLDER = "<image>"  # where an image stands in a text; a caption has no business to hold one
 
@@ -57,6 +57,7 @@ def ingest(
     max_bad: float,
     say: Say,
     workers: int = 0,
+    files: int = 1,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Manifest:
     """Write the good rows to `dest`, the bad ones to the table `DEST.quarantine`.
@@ -64,9 +65,12 @@ def ingest(
     `rows()` gives the rows of the source, always in the same order and without reading what they hold; `workers`
     actors of Ray read them, `chunk_rows` at a time, or with 0 this process does. Neither that number nor an
     interruption changes the result. A `dest` that was made from the same source with the same parameters is left as
-    it is. Raises DataError when it holds something else, and when more than the share `max_bad` of the rows is bad.
+    it is. Raises DataError when it holds something else, and when more than the share `max_bad` of the rows is bad, or
+    of the source's `files` lost.
     """
-    done = _made_before(source, dest, made_by, parameters)
+    source = _spelled(source)
+    _check(source, dest, max_bad)
+    done = _made_before(source, dest, made_by, licence, parameters)
     if done is not None:
         tidy(dest)
         say(f"{dest}: nothing to do, it holds these {done.rows} rows already")
@@ -82,8 +86,9 @@ def ingest(
         count, kept = count + len(wave), kept + len(wave) - len(new)
         each(partial(_maker, job.store), new, workers)
     quarantine = Quarantine(dest.rstrip("/") + ".quarantine", limit=max_bad)
-    manifest = job.finish(count, quarantine)
+    manifest = job.finish(count, quarantine, files)
     aside = f"; {len(quarantine)} put aside, see {quarantine.folder}" if len(quarantine) else ""
+    aside += "".join(f"; left out: {number} {what}" for what, number in manifest.left_out.items())
     say(f"{dest}: {manifest.rows} rows in {len(manifest.shards)} shards{aside}")
     return manifest
 
@@ -92,13 +97,29 @@ def _maker(store: ChunkStore) -> Callable[[Chunk], object]:
     return store.make
 
 
-def _made_before(source: str, dest: str, made_by: str, parameters: Mapping[str, Any]) -> Manifest | None:
+def _spelled(source: str) -> str:
+    """A path in one spelling: `photos/` and `./photos` are `photos`."""
+    return source if "://" in source else os.path.normpath(source)
+
+
+def _check(source: str, dest: str, max_bad: float) -> None:
+    """Raises DataError for a destination inside the source, and SpecError for a share that is none."""
+    if not 0 <= max_bad <= 1:
+        raise SpecError(f"max_bad is a share of the rows, from 0 to 1; got {max_bad:g}")
+    inner, outer = (fsspec.core.url_to_fs(path)[1].rstrip("/") + "/" for path in (dest, source))
+    if inner.startswith(outer):
+        raise DataError(
+            f"{dest} lies inside the source {source}, and would be read as a part of it; choose another DEST"
+        )
+
+
+def _made_before(source: str, dest: str, made_by: str, licence: str, parameters: Mapping[str, Any]) -> Manifest | None:
     fs, root = fsspec.core.url_to_fs(dest)
     if not fs.exists(f"{root}/manifest.json"):
         return None
     old = read_manifest(dest)
-    wanted = json.loads(json.dumps({"source": source, "made_by": made_by, **parameters}))
-    found = {"source": old.source, "made_by": old.made_by, **old.parameters}
+    wanted = json.loads(json.dumps({"source": source, "made_by": made_by, "licence": licence, **parameters}))
+    found = {"source": _spelled(old.source), "made_by": old.made_by, "licence": old.licence, **old.parameters}
     if found == wanted:
         return old
     name = next(k for k in sorted(found.keys() | wanted.keys()) if found.get(k) != wanted.get(k))

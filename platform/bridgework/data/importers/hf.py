@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from bridgework.data.columns import Columns, Cursor
 from bridgework.data.importers import Row, Say, caption, fingerprint, ingest, read_image
 from bridgework.data.importers.llava_json import parts
-from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.quarantine import SHARE, BadSample, LostFile, Reason
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import Manifest
 from bridgework.data.splits import File, edges, find
@@ -67,6 +67,7 @@ def run(
         parameters={"image": image, "text": text, "split": chosen, "sha256": content},
         max_bad=max_bad,
         workers=workers,
+        files=len(tables),
         say=say,
     )
 
@@ -149,7 +150,7 @@ def _rows(tables: Sequence[Table], folder: str, split: str, content: str) -> Ite
                     name = f"{key}#{which + 1}" if which else key
                     yield name, partial(_sample, name, table, content, place, which, folder)
         except BadSample as error:
-            yield table.name, partial(_lost, error)
+            yield table.name, partial(_lost, LostFile(error.reason, error.detail))
 
 
 def _counts(table: Table) -> Iterator[tuple[int, int]]:

@@ -17,10 +17,10 @@ from posixpath import dirname, join, normpath
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
 
-from bridgework.data.importers import PLACEHOLDER, Row, Say, fingerprint, ingest, read_image, read_text
+from bridgework.data.importers import PLACEHOLDER, Say, fingerprint, ingest, read_image, read_text
 from bridgework.data.pages import pieces
 from bridgework.data.pieces import Piece, mmc4, obelics
-from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.quarantine import SHARE, BadSample, LeftOut, Reason
 from bridgework.data.samples import Part, Sample
 from bridgework.data.shards import Manifest
 from bridgework.data.sources import files, parent, rows
@@ -68,8 +68,8 @@ def run(
     Pages name their images by paths inside the folder, JSON inside the folder `images`, by default the file's own; what
     lies elsewhere is never fetched. An image with a side of less than `min_side` pixels, longer than `max_aspect` times
     its width or the other way round, of a single colour, or not to be read, is dropped: `dropped.small` and so on in a
-    row's provenance count them. A document without an image or without a text left is no bad row: it is left out, and
-    `say` is told how many are.
+    row's provenance count them. A document without a text is left out and counted, and so is one without an image left;
+    if what it lacks are images that cannot be read, it is a bad row.
     """
     if source.endswith(TABLES):
         content, folder = read_text(source), parent(source) if images is None else images
@@ -79,64 +79,48 @@ def run(
     else:
         found, folder = files(source), source
         content, documents = json.dumps(found), partial(_pages, source, [name for name, _ in found])
-    rule, left_out = Rule(min_side, max_aspect), Counter[str]()
-    try:
-        return ingest(
-            partial(_rows, documents, folder, rule, left_out),
-            source,
-            dest,
-            licence=licence,
-            made_by=__name__,
-            parameters={"images": images, "sha256": fingerprint(content), **rule._asdict()},
-            max_bad=max_bad,
-            workers=workers,
-            say=say,
-        )
-    finally:  # it tells why nothing came out, too
-        for what, number in left_out.items():
-            say(f"{dest}: {number} documents without {what} are left out")
+    rule = Rule(min_side, max_aspect)
+    return ingest(
+        lambda: ((key, partial(_sample, key, read, folder, rule)) for key, read in documents()),
+        source,
+        dest,
+        licence=licence,
+        made_by=__name__,
+        parameters={"images": images, "sha256": fingerprint(content), **rule._asdict()},
+        max_bad=max_bad,
+        workers=workers,
+        say=say,
+    )
 
 
 # --- what becomes of a document --------------------------------------------------------------------------------------
 
 
-def _rows(
-    documents: Callable[[], Iterator[Document]], folder: str, rule: Rule, left_out: Counter[str]
-) -> Iterator[Row]:
-    for key, read in documents():
-        lacks = _lacks(read, folder, rule)
-        if lacks is None:
-            yield key, partial(_sample, key, read, folder, rule)
-        else:
-            left_out[lacks] += 1
-
-
-def _lacks(read: Callable[[], Content], folder: str, rule: Rule) -> str | None:
-    """What a document has none of, if it lacks something."""
-    try:
-        found = read().pieces
-    except BadSample:
-        return None  # it is a bad row
-    if not any(piece.text.strip() for piece in found):
-        return "a text"
-    names = (piece.image for piece in found if piece.image is not None)
-    return None if any(_image(folder, name, rule)[1] is None for name in names) else "an image"
-
-
 def _sample(key: str, read: Callable[[], Content], folder: str, rule: Rule) -> Sample:
-    told, dropped = read(), Counter[str]()
+    told, dropped, broken = read(), Counter[str](), list[BadSample]()
+    if not any(piece.text.strip() for piece in told.pieces):
+        raise LeftOut("documents without a text")
     images, parts, texts = list[bytes](), list[Part](), list[Piece]()
     for piece in told.pieces:
         if piece.image is None:
             texts.append(piece)
             continue
-        data, why = _image(folder, piece.image, rule)
-        if why is not None:
-            dropped[why] += 1
+        try:
+            data = _image(folder, piece.image, rule)
+        except _Unfit as why:
+            dropped[str(why)] += 1
+            continue
+        except BadSample as error:
+            dropped[error.reason.value] += 1
+            broken.append(error)
             continue
         parts += [*_joined(texts), Part("caption", image=len(images))]
         images.append(data)
         texts = []
+    if broken and not images:
+        raise BadSample(broken[0].reason, f"none of its images can be used: {broken[0].detail}")
+    if not images:
+        raise LeftOut("documents without an image")
     parts += _joined(texts)
     counts = {f"dropped.{why}": str(number) for why, number in sorted(dropped.items())}
     return Sample(key, tuple(images), tuple(parts), provenance={**told.provenance, **counts})
@@ -151,21 +135,23 @@ def _joined(texts: Iterable[Piece]) -> list[Part]:
     return [Part("caption", text=text)] if text else []
 
 
-def _image(folder: str, name: str, rule: Rule) -> tuple[bytes, str | None]:
-    """An image's bytes, and why it is dropped, if it is."""
+class _Unfit(Exception):
+    """What an image is that says nothing."""
+
+
+def _image(folder: str, name: str, rule: Rule) -> bytes:
+    """Raises BadSample for an image that cannot be read, _Unfit for one that is not wanted."""
     if _REMOTE.match(name):
-        return b"", "remote"
-    try:
-        data = read_image(folder, name)
-        short, long = sorted(size_of(data))
-        if short < rule.min_side:
-            return data, "small"
-        if long > rule.max_aspect * short:
-            return data, "aspect"
-        flat = all(low == high for low, high in cast(Bands, decode(data).getextrema()))
-        return data, "flat" if flat else None
-    except BadSample as error:
-        return b"", error.reason.value
+        raise _Unfit("remote")
+    data = read_image(folder, name)
+    short, long = sorted(size_of(data))
+    if short < rule.min_side:
+        raise _Unfit("small")
+    if long > rule.max_aspect * short:
+        raise _Unfit("aspect")
+    if all(low == high for low, high in cast(Bands, decode(data).getextrema())):
+        raise _Unfit("flat")
+    return data
 
 
 # --- where documents come from ---------------------------------------------------------------------------------------
