@@ -73,13 +73,29 @@ def test_one_epoch_of_a_dataset_holds_every_row_once(blend: Path) -> None:
     assert len(keys) == 96 == len(set(keys))
 
 
+def test_a_mixture_has_no_end_and_every_epoch_is_another_order(blend: Path) -> None:
+    lines = order(blend.parent / "many", "--batch", 32, "--set", "lanes=8", "--start", 96 * 5, "--steps", 6)
+    first, second = ([key for line in lines[at : at + 3] for key in line["ranks"][0]] for at in (0, 3))
+    assert sorted(first) == sorted(second) and first != second
+
+
+@pytest.mark.parametrize("steps", [3, 7, 10])
+def test_the_rows_of_a_capped_source_are_those_that_mixture_tells(steps: int, blend: Path) -> None:
+    """However the run's end lies in a window."""
+    changes = ["--batch", 16, "--set", "sources.pair.sources.few.max_epochs=0.25", "--set", "window=4"]
+    few = told(blend, *changes, "--steps", steps)[1]
+    lines = order(blend, *changes, "--budget", steps, "--steps", steps)
+    drawn = [key for line in lines for key in line["ranks"][0] if key.startswith("few/")]
+    assert len(drawn) == round(few["realised"] * 16 * steps) <= 6 and len(set(drawn)) == len(drawn)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["lava"], "did you mean 'llava'?"),
         (["llava/instrct"], "did you mean 'instruct'?"),
         (["llava/instruct", "--tiny", "--start", "3"], "multiple of the batch 8, got 3"),
-        (["llava/instruct", "--tiny", "--steps", "9"], "the stage has 8"),
+        (["llava/instruct", "--tiny", "--steps", "9"], "the run has 8: ask for fewer, or give a larger --budget"),
         (["llava/instruct", "--tiny", "--world", "5"], "of 5 has no lane"),
         (["llava/instruct", "--tiny", "--batch", "9"], "not a multiple of data.lanes 4"),
         (["llava", "--tiny", "--set", "stages.align.data.alfa=1"], "did you mean 'alpha'?"),

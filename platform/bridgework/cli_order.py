@@ -19,6 +19,8 @@ from bridgework.system import Mixture, Stage, load, recipes
 if TYPE_CHECKING:
     from bridgework.data.reader import Feed
 
+ENDLESS = 1 << 40  # steps of a mixture that nothing caps: its order depends on no budget
+
 What = Annotated[
     str, typer.Argument(metavar="SYSTEM[/STAGE]|MIXTURE", help="or a mixture: FILE.json, module:function, a dataset")
 ]
@@ -34,12 +36,16 @@ def order(
     steps: Annotated[int, typer.Option(min=1, help="how many steps to print")] = 1,
     batch: Batch = None,
     world: Annotated[int, typer.Option(min=1, help="workers that share every batch")] = 1,
+    budget: Annotated[
+        int | None,
+        typer.Option(min=1, help="steps of the whole run; default: the stage's own, of a mixture with caps one epoch"),
+    ] = None,
     tiny: Tiny = False,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
     """Which samples every worker gets at every step: read by the code that feeds training."""
-    feed = _feed(what, batch, tiny, set_)
+    feed = _feed(what, batch, budget, tiny, set_)
     for step, ranks in _ordered(feed, start, steps, world):
         if json_:
             out.print(json.dumps({"step": step, "ranks": ranks}), soft_wrap=True)
@@ -59,7 +65,8 @@ def mixture(
     """What every source gives: what alpha, factors and caps did to its share, and how often it is passed over."""
     from bridgework.data.mixtures import explain
 
-    blend, size, budget = _blend(what, batch, tiny, set_)
+    stage = _stage(what, tiny, set_)
+    blend, size, budget = _blend(what, batch, set_) if stage is None else _of(stage, batch)
     found = explain(blend, home(), batch=size, steps=steps or budget)
     if json_:
         for each in found:
@@ -87,8 +94,8 @@ def _ordered(feed: "Feed", start: int, steps: int, world: int) -> Iterator[tuple
     first, span = start // feed.batch, feed.mixture.window
     if first + steps > feed.steps:
         raise SpecError(
-            f"steps {first} to {first + steps - 1} are asked for, and the stage has {feed.steps}: "
-            "ask for fewer, or --set a larger budget.steps"
+            f"steps {first} to {first + steps - 1} are asked for, and the run has {feed.steps}: "
+            "ask for fewer, or give a larger --budget"
         )
     reader, each = feed.open(), feed.batch // feed.mixture.lanes
     owner = {lane: rank for rank in range(world) for lane in reader.plan.lanes_of(rank, world)}
@@ -103,7 +110,7 @@ def _ordered(feed: "Feed", start: int, steps: int, world: int) -> Iterator[tuple
             step += 1
 
 
-def _feed(what: str, batch: int | None, tiny: bool, words: list[str] | None) -> "Feed":
+def _feed(what: str, batch: int | None, budget: int | None, tiny: bool, words: list[str] | None) -> "Feed":
     from bridgework.data.manifest import read_manifest
     from bridgework.data.mixtures import Bare
     from bridgework.data.quarantine import aside
@@ -111,31 +118,35 @@ def _feed(what: str, batch: int | None, tiny: bool, words: list[str] | None) -> 
 
     stage = _stage(what, tiny, words)
     if stage is not None:
-        return Feed.of(_sized(stage, batch), home(), quarantine=aside(home(), what))
-    blend, size, budget = _blend(what, batch, tiny, words)
+        size, steps = batch or stage.budget.batch, budget or stage.budget.steps
+        sized = replace(stage, budget=replace(stage.budget, batch=size, steps=steps))
+        return Feed.of(sized, home(), quarantine=aside(home(), what))
+    blend, size, epoch = _blend(what, batch, words)
+    capped = any(source.max_epochs is not None for source in blend.leaves)
     paths = tuple(resolve(source.dataset, home()) for source in blend.leaves)
     return Feed(
         mixture=blend,
         datasets=paths,
         digests=tuple(read_manifest(path).digest for path in paths),
         batch=size,
-        steps=budget,
+        steps=budget or (epoch if capped else ENDLESS),
         seed=0,
         model=Bare(),
         quarantine=aside(home(), what),
     )
 
 
-def _blend(what: str, batch: int | None, tiny: bool, words: list[str] | None) -> tuple[Mixture, int, int]:
-    """The mixture, the samples of a step and the steps: of the stage, or of one epoch over a mixture."""
+def _of(stage: Stage, batch: int | None) -> tuple[Mixture, int, int]:
+    """The mixture of a stage, the samples of a step, and the steps."""
+    return stage.data, batch or stage.budget.batch, stage.budget.steps
+
+
+def _blend(what: str, batch: int | None, words: list[str] | None) -> tuple[Mixture, int, int]:
+    """A mixture, the samples of a step, and the steps of one epoch over all its rows."""
     from bridgework.data.manifest import read_manifest
     from bridgework.data.mixtures import PER_LANE
     from bridgework.data.mixtures import load as load_mixture
 
-    stage = _stage(what, tiny, words)
-    if stage is not None:
-        sized = _sized(stage, batch)
-        return sized.data, sized.budget.batch, sized.budget.steps
     blend = override(load_mixture(what), changes(words))
     size = batch or PER_LANE * blend.lanes
     return blend, size, -(-sum(read_manifest(resolve(s.dataset, home())).rows for s in blend.leaves) // size)
@@ -166,7 +177,3 @@ def _is_system(name: str) -> bool:
     except SpecError:
         return False
     return True
-
-
-def _sized(stage: Stage, batch: int | None) -> Stage:
-    return stage if batch is None else replace(stage, budget=replace(stage.budget, batch=batch))

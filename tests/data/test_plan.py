@@ -5,7 +5,7 @@ from itertools import islice, pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bridgework.data.dealing import Deal
@@ -57,6 +57,7 @@ def plans(draw: st.DrawFn) -> Plan:
         lanes=draw(LANES),
         step_rows=draw(st.integers(1, 3)),
         window=draw(st.integers(1, 8)),
+        steps=10**6,
         seed=draw(st.integers(0, 99)),
     )
 
@@ -161,6 +162,33 @@ def test_lane_counts_never_go_back_and_totals_stay_within_a_row(
 
 
 @bounded
+@given(
+    sizes=st.lists(st.integers(20, 500), min_size=2, max_size=3),
+    cap=st.sampled_from([0.5, 1.0, 1.5]),
+    steps=st.integers(1, 60),
+    step_rows=st.integers(1, 4),
+    window=st.integers(1, 16),
+)
+def test_shares_and_caps_hold_to_the_row_wherever_a_stage_ends(
+    sizes: list[int], cap: float, steps: int, step_rows: int, window: int
+) -> None:
+    rest = steps * step_rows % (window * step_rows)
+    assume(window * step_rows >= (enough := len(sizes) * (len(sizes) - 1)) and (rest == 0 or rest >= enough))
+    try:
+        plan = make(sizes, alpha=0.0, caps={1: cap}, step_rows=step_rows, window=window, steps=steps)
+    except SpecError:
+        assume(False)
+    windows = [plan.window(lane, t) for lane in range(4) for t in range(-(-steps // window))]
+    assert sum(len(rows.row) for rows in windows) == steps * 4 * step_rows
+    drawn = sum(np.bincount(rows.source, minlength=len(sizes)) for rows in windows)
+    assert plan.realised(steps) == {f"s{d}": int(count) for d, count in enumerate(drawn)}
+    wanted = np.array([share.weight for share in plan.shares]) * steps * 4 * step_rows
+    assert np.abs(drawn - wanted).max() <= 1 + 1e-9
+    if plan.shares[1].capped and plan.shares[1].weight < max(share.weight for share in plan.shares):
+        assert drawn[1] <= cap * sizes[1] + 0.5
+
+
+@bounded
 @given(plan=plans(), steps=st.integers(0, 40))
 def test_realised_counts_are_the_rows_of_the_steps(plan: Plan, steps: int) -> None:
     drawn = Counter(int(d) for s in range(steps) for d, _, _ in step(plan, s))
@@ -199,7 +227,7 @@ def test_plan_is_what_it_was() -> None:
 def test_no_row_comes_twice_in_an_epoch_and_whole_epochs_hold_every_row(
     sizes: list[int], alpha: float, lanes: int, windows: int
 ) -> None:
-    plan = make(sizes, alpha=alpha, lanes=lanes)
+    plan = make(sizes, alpha=alpha, lanes=lanes, steps=10**6)
     taken = [[row for t in range(windows) for row in triples(plan.window(lane, t))] for lane in range(lanes)]
     seen = [row for rows in taken for row in rows]
     assert len(set(seen)) == len(seen)
@@ -262,7 +290,7 @@ def test_a_lane_never_goes_back_to_an_earlier_epoch(plan: Plan, lane: int, t: in
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 9, 33, 65])
 def test_small_sources_reach_every_lane(rows: int) -> None:
     lanes = 8
-    plan = make([5000, rows], alpha=0.0, lanes=lanes, step_rows=4)
+    plan = make([5000, rows], alpha=0.0, lanes=lanes, step_rows=4, steps=10**6)
     for lane in range(lanes):
         seen = {row for t in range(40) for source, _, row in triples(plan.window(lane, t)) if source == 1}
         assert seen == set(range(rows))

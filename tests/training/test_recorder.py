@@ -11,10 +11,12 @@ from bridgework.data.reader import Feed, local
 from bridgework.data.samples import Part
 from bridgework.data.shards import write
 from bridgework.data.synthetic import shapes
-from bridgework.errors import RunError
+from bridgework.errors import RunError, SpecError
 from bridgework.system import Budget, Packing, Source
+from bridgework.training import recorder
 from bridgework.training.recorder import Recorder, flown
 from bridgework.training.replay import replay
+from bridgework.training.skips import Skips
 from tests.training.support import Stop, go, llava, losses, stop_at
 
 MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
@@ -25,13 +27,14 @@ def test_every_step_names_its_samples_and_their_losses_make_its_loss(home: Path,
     go(system, home, run)
     folder = home / "runs" / run / "align"
     read = list(local(Feed.of(system["align"], home), rank=0, world=1, start=0))
-    for done, loss in losses(home, run):
-        noted = flown(folder, done - 1)
-        assert sorted(each.key for each in noted) == sorted(row.key for row in read[done - 1])
+    assert [step for step, _ in losses(home, run)] == list(range(5))  # one number for a step, in MLflow as here
+    for step, loss in losses(home, run):
+        noted = flown(folder, step)
+        assert sorted(each.key for each in noted) == sorted(row.key for row in read[step])
         assert [each.loss for each in noted] == sorted((each.loss for each in noted), reverse=True)
         mean = sum(e.loss * e.counted for e in noted) / sum(e.counted for e in noted)
         assert mean == pytest.approx(loss, rel=1e-5)
-        lengths = {row.key: len(row.ids) for row in read[done - 1]}
+        lengths = {row.key: len(row.ids) for row in read[step]}
         assert {e.key: e.tokens for e in noted} == lengths
 
 
@@ -45,12 +48,26 @@ def test_a_step_that_was_redone_is_told_as_it_was_taken_last(home: Path, run: st
     assert all(len(flown(folder, step)) == 8 for step in range(6))
 
 
+def test_what_stands_before_a_checkpoint_is_on_record_with_it(
+    home: Path, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a run ends: steps before a checkpoint are never taken again."""
+    monkeypatch.setattr(recorder, "FLUSH_S", math.inf)
+    seen: list[int] = []
+
+    def look(metrics: object, done: int) -> None:
+        seen.extend(len(flown(home / "runs" / run / "align", step)) for step in range(done))
+
+    go(llava(4), home, run, checkpoint_every=2, evaluate_every=2, report=look)
+    assert seen[:2] == [8, 8]
+
+
 def test_a_torn_record_gives_what_was_written_whole(home: Path, tmp_path: Path) -> None:
     batch = collate(next(local(Feed.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0)
-    with Recorder(tmp_path, "attempt", 0) as recorder:
+    with Recorder(tmp_path, "attempt", 0) as written:
         for step in range(3):
-            recorder.step(step, [batch], [float(step)] * 8, [1.0] * 8)
-            recorder.flush()
+            written.step(step, [batch], [float(step)] * 8, [1.0] * 8)
+            written.flush()
     (file,) = (tmp_path / "flight").glob("*.arrows")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) - 40])
@@ -86,14 +103,23 @@ def test_the_dearest_sample_of_a_step_is_the_one_that_was_planted(home: Path, ru
     assert met and all(flown(folder, step)[0].key == "planted" for step in met)
 
 
-def test_skipped_samples_give_way_and_all_others_stay(home: Path, run: str) -> None:
+@pytest.mark.parametrize("by_source", [False, True])
+def test_skipped_samples_give_way_and_all_others_stay(by_source: bool, home: Path, run: str) -> None:
     system = llava(8)
     feed = Feed.of(system["align"], home)
     before = list(local(feed, rank=0, world=1, start=0))
     with pytest.raises(Stop):
         go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(4))
     victim = before[6][3]
-    go(system, home, run, checkpoint_every=2, evaluate_every=1, skip=(victim.key,))
+    name = system["align"].data.leaves[victim.source].name
+    go(
+        system,
+        home,
+        run,
+        checkpoint_every=2,
+        evaluate_every=1,
+        skip=(f"{name}/{victim.key}" if by_source else victim.key,),
+    )
     folder = home / "runs" / run / "align"
     for step, rows in enumerate(before):
         kept = sorted(row.key for row in rows if step < 4 or row.key != victim.key)
@@ -115,6 +141,32 @@ def test_skipped_steps_change_nothing_and_are_not_on_record(home: Path, run: str
         with pytest.raises(RunError, match=f"has no step {step}"):
             flown(folder, step)
     assert all(math.isfinite(loss) for _, loss in losses(home, run))
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("nobody", r"--skip 'nobody': no source has a row of this key \(blip558k\)"),
+        ("blip558k/nobody", "no source has a row of this key"),
+        ("5", "a step is written step:N"),
+        ("step:900", r"--skip step:900 changes nothing: the stage goes on from step 2, and its last is 5"),
+        ("step:0-1", "--skip step:0 changes nothing"),
+    ],
+)
+def test_what_would_skip_nothing_is_refused(word: str, told: str, home: Path, run: str) -> None:
+    with pytest.raises(Stop):
+        go(llava(6), home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(3))
+    with pytest.raises(SpecError, match=told):
+        go(llava(6), home, run, checkpoint_every=2, evaluate_every=1, skip=("step:3", word))
+    assert not (home / "runs" / run / "align" / "skips.json").exists()
+
+
+def test_the_same_command_again_skips_what_it_did(home: Path, run: str) -> None:
+    for stop in (2, 5):
+        with pytest.raises(Stop):
+            go(llava(6), home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(stop), skip=("step:3",))
+    go(llava(6), home, run, checkpoint_every=2, evaluate_every=1, skip=("step:3",))
+    assert [order.steps for order in Skips.read(home / "runs" / run / "align").orders] == [(3,)]
 
 
 def test_a_finished_run_has_nothing_to_skip(home: Path, run: str) -> None:

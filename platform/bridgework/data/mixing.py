@@ -54,7 +54,7 @@ def divide(mixture: Mixture, rows: Sequence[int], *, steps: int, batch: int) -> 
     if missing:
         raise SpecError(
             f"max_epochs lets the sources give {budget - missing} rows, but {steps} steps of {batch} take {budget}: "
-            f"{missing} too few; raise max_epochs, add a source, or set budget.steps to {(budget - missing) // batch}"
+            f"{missing} too few; raise max_epochs, add a source, or take {(budget - missing) // batch} steps"
         )
     both = held | level
     return [both[d] for d in range(len(weights))], frozenset(held)
@@ -117,6 +117,14 @@ class Ledger:
         while self._most_due(rows) > rows:
             rows += window_rows
         return rows
+
+    def cut(self, rows: int, period: int) -> int:
+        """Where a lane's last period ends, if it takes `rows` in all: there, or at the period's own end.
+
+        The latter where so few rows are left that a source would have to give back one; the period is then cut short.
+        """
+        periods, rest = divmod(rows, period)
+        return rows if self._most_due(rest) <= rest else (periods + 1) * period
 
     def _most_due(self, rows: int) -> int:
         return sum(-(-w * rows // _UNIT) for d, w in enumerate(self._weights) if d != self._heaviest)

@@ -70,6 +70,7 @@ class Plan:
         self.step_rows = batch // mixture.lanes
         self._ledger = Ledger(weights, mixture.lanes)
         self._period = self._ledger.period(self.window_rows)
+        self._end = self._ledger.cut(steps * self.step_rows, self._period)
         keys = [key_of(seed, source.name, source.digest) for source in sources]
         self._sizes = rows
         self._deal = Deal(rows, [source.group_rows for source in sources], keys, mixture.lanes)
@@ -80,7 +81,10 @@ class Plan:
         return lanes_of(self._lanes, rank, world)
 
     def window(self, lane: int, t: int) -> Rows:
-        """The W rows of a lane for steps t * window .. (t + 1) * window - 1: b for the first step, b for the next."""
+        """The W rows of a lane for steps t * window .. (t + 1) * window - 1: b for the first step, b for the next.
+
+        Fewer in the window of the last step, if that ends before the window does.
+        """
         return self._rows(lane, t * self.window_rows, self.window_rows)
 
     def substitutes(self, lane: int, t: int, place: int) -> Iterator[tuple[int, int, int]]:
@@ -96,7 +100,7 @@ class Plan:
             if window.row[at] != bad:
                 yield source, int(window.epoch[at]), int(window.row[at])
         period = t * self.window_rows // self._period
-        first = self._ledger.taken(lane, (period + 1) * self._period)[source]
+        first = self._ledger.taken(lane, self._last(period))[source]
         last = first + self._sizes[source]
         for start in range(first, last, _SPARE):
             index = np.arange(start, min(start + _SPARE, last))
@@ -106,8 +110,9 @@ class Plan:
     def realised(self, steps: int) -> dict[str, int]:
         """Rows of each source in the first `steps` global batches: arithmetic, but for a period that is cut short."""
         periods, rest = divmod(steps * self.step_rows, self._period)
-        counts = np.array(self._ledger.total(periods * self._period))
-        if rest:
+        whole = not rest or steps * self.step_rows == self._end
+        counts = np.array(self._ledger.total(steps * self.step_rows if whole else periods * self._period))
+        if not whole:
             for lane in range(self._lanes):
                 drawn = self._rows(lane, periods * self._period, rest).source
                 counts += np.bincount(drawn, minlength=len(counts))
@@ -117,15 +122,19 @@ class Plan:
         """Rows `first` .. of a lane, inside one period.
 
         A period, nearly always one window, is what is shuffled (see `Ledger.period`): which place has a row of which
-        source, and the rows of a source in each epoch, but never two epochs.
+        source, and the rows of a source in each epoch, but never two epochs. The last one ends with the stage, so that
+        shares and caps hold there to the row.
         """
-        if not 0 <= lane < self._lanes or first < 0:
-            raise SpecError(f"lane {lane}, row {first} is not in the plan: lanes are 0 .. {self._lanes - 1}, rows >= 0")
+        if not 0 <= lane < self._lanes or not 0 <= first < self._end:
+            raise SpecError(
+                f"lane {lane}, row {first} is not in the plan: lanes are 0 .. {self._lanes - 1}, rows of a lane "
+                f"0 .. {self._end - 1}"
+            )
         period, at = divmod(first, self._period)
-        before = np.array(self._ledger.taken(lane, period * self._period))
-        after = np.array(self._ledger.taken(lane, (period + 1) * self._period))
+        begin, end = period * self._period, self._last(period)
+        before, after = (np.array(self._ledger.taken(lane, rows)) for rows in (begin, end))
         key = derive(self._key, np.array([period * self._lanes + lane], dtype=np.uint64))
-        place_R = shuffle(self._period, key)
+        place_R = shuffle(end - begin, key)
         ends_S = np.cumsum(after - before)
         source_R = np.searchsorted(ends_S, place_R, side="right")
         epoch_R, row_R = self._deal.locate(source_R, lane, place_R + (after - ends_S)[source_R])
@@ -133,6 +142,10 @@ class Plan:
         order_R[np.argsort(source_R, kind="stable")] = np.lexsort((epoch_R, source_R))
         some = order_R[at : at + count]
         return Rows(source_R[some].astype(np.int32), epoch_R[some], row_R[some])
+
+    def _last(self, period: int) -> int:
+        """Rows of a lane up to the end of a period."""
+        return min((period + 1) * self._period, self._end)
 
 
 def lanes_of(lanes: int, rank: int, world: int) -> range:

@@ -47,7 +47,7 @@ class Feed:
     model: ModelSpec  # says what it reads; nothing is built of it here
     pairs: bool = False  # every sample comes with its rejected answer
     features: str | None = None  # folder of cached features, read instead of the images
-    skipped: tuple[tuple[str, int], ...] = ()  # keys that give way, each from a step on
+    skipped: tuple[tuple[str, int], ...] = ()  # KEY or SOURCE/KEY of what gives way, each from a step on
     quarantine: str | None = None  # folder of the table of bad samples; without one the first bad sample is an error
 
     @classmethod
@@ -207,10 +207,15 @@ class Reader:
         """The rows of the `k`-th sequence that a lane gives to `step`; one that is skipped has given way."""
         for at in sequence:
             row = rows[at]
-            if self._skipped.get(row.key, step + 1) <= step:
+            if self._left_out_from(row) <= step:
                 others = sum(len(rows[other].ids) for other in sequence if other != at)
                 row = self._substitute(window, at, row.key, self.feed.model.context - others)
             yield replace(row, step=step, place=window.lane * self.plan.step_rows + k)
+
+    def _left_out_from(self, row: Row) -> int:
+        """The first step at which a row gives way; one behind the last for a row that stays."""
+        names = (row.key, f"{self.feed.mixture.leaves[row.source].name}/{row.key}") if self._skipped else ()
+        return min((self._skipped[name] for name in names if name in self._skipped), default=self.feed.steps + 1)
 
     def _window(self, lane: int, t: int, count: int) -> _Window:
         """The first `count` rows that a lane has in window `t`, read group by group."""
@@ -241,7 +246,7 @@ class Reader:
         """What the plan gives instead of the row at place `at` of a window, of at most `room` tokens."""
         for each in map(_Planned._make, self.plan.substitutes(window.lane, window.t, at)):
             row = None if each in window.bad else window.good.get(each) or self._look(each)
-            if row is not None and row.key not in self._skipped and len(row.ids) <= room:
+            if row is not None and self._left_out_from(row) > self.feed.steps and len(row.ids) <= room:
                 return replace(row, stands_for=bad)
         name = self.feed.mixture.leaves[window.planned[at].source].name
         raise DataError(

@@ -255,6 +255,16 @@ class Dataset:
                 f"run `bridgework data verify {self.path}`, then fetch or write the dataset again"
             ) from None
 
+    def keys(self) -> Iterator[list[str]]:
+        """The keys of every shard, in order; nothing else of it is read."""
+        for number, entry in enumerate(self.manifest.shards):
+            try:
+                yield self._file(number).read(columns=["key"])["key"].to_pylist()
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise DataError(
+                    f"{self.path}/{entry.file}: {error}; run `bridgework data verify {self.path}`"
+                ) from None
+
     def samples(self) -> Iterator[Sample]:
         """All samples, in order."""
         for shard, entry in enumerate(self.manifest.shards):

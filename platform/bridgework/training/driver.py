@@ -114,7 +114,7 @@ def _stage(
         with _relayed(tracked.tracker, run_id, place):
             return tracked.done(stage, place)
     cached = _cached(system, stage, datasets, home, how, console)
-    skips = _skips(system, stage, place, how, console)
+    skips = _skips(system, stage, datasets, place, how, console)
     job = loop.Job(
         system=system,
         stage=stage.name,
@@ -174,12 +174,13 @@ def _curated(stage: Stage, folder: Path, home: Path, how: How, console: Console)
     return reads(stage, place)
 
 
-def _skips(system: System, stage: Stage, place: Path, how: How, console: Console) -> Skips:
+def _skips(system: System, stage: Stage, datasets: Sequence[Dataset], place: Path, how: How, console: Console) -> Skips:
     """What the stage leaves out, with what is asked for now: from the checkpoint on that it goes on from."""
     skips = Skips.read(place)
-    if not how.skip:
+    order = skips.new(Skip.of(how.skip, checkpoint.cursor(place, system.fingerprint())))
+    if not (order.keys or order.steps):
         return skips
-    order = Skip.of(how.skip, checkpoint.cursor(place, system.fingerprint()))
+    order.check(stage.budget.steps, dict(zip((source.name for source in stage.data.leaves), datasets, strict=True)))
     console.print(f"{stage.name}: leaves out {', '.join(how.skip)} from step {order.since} on", markup=False)
     return skips.add(place, order)
 

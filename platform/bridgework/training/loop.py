@@ -97,13 +97,14 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
                     raise _not_finite(job, step, metrics, suspects([row.key for row in batch_rows], losses))
             done = step + 1
             if rank == 0:
-                journal.append(metrics, done)
+                journal.append(metrics, step)
                 if clock.due(FLUSH_S):
                     journal.flush()
             if done == stage.budget.steps:
                 break
             if job.checkpoint_every and done % job.checkpoint_every == 0:
                 journal.flush()  # steps before a checkpoint are never taken again
+                recorder.flush()
                 _save(job, engine, attempt, done, rank, world, mixed.state())
             if job.evaluate_every and done % job.evaluate_every == 0:
                 judges = [spec for spec in stage.evals if job.midway in (None, spec.name)]

@@ -32,11 +32,11 @@ def shown(journal: Path, title: str, steps: int, console: Console) -> Iterator[N
             last = over.is_set()  # read once more after the end
             for name, points in Journal(journal).points(part):
                 part, at = name, max(p.step for p in points)
-                figures = _figures(points, at)
-                bar.update(task, completed=at, figures=figures)
-                if not console.is_terminal and at * 10 // steps > tenth:
-                    tenth = at * 10 // steps
-                    console.print(f"{title}: step {at} of {steps}, {figures}", highlight=False)
+                figures, done = _figures(points, at), min(at + 1, steps)  # evaluations of the end stand behind the last
+                bar.update(task, completed=done, figures=figures)
+                if not console.is_terminal and done * 10 // steps > tenth:
+                    tenth = done * 10 // steps
+                    console.print(f"{title}: {done} of {steps} steps, {figures}", highlight=False)
             if last:
                 return
             over.wait(POLL_S)

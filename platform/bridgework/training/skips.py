@@ -6,11 +6,12 @@ checkpoint on that the run goes on from, so what was trained before stays what i
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from bridgework.data.shards import Dataset
 from bridgework.errors import SpecError
 
 FILE = "skips.json"
@@ -27,10 +28,36 @@ class Skip:
 
     @classmethod
     def of(cls, words: Sequence[str], since: int) -> Self:
-        """`step:120` and `step:120-125` are steps, all else are keys. Raises SpecError for a step that is none."""
+        """`step:120` and `step:120-125` are steps, all else are keys, of one source as SOURCE/KEY.
+
+        Raises SpecError for a step that is none.
+        """
         steps = [step for word in words if word.startswith("step:") for step in _range(word)]
         keys = [word for word in words if not word.startswith("step:")]
         return cls(tuple(keys), tuple(steps), since, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+    def check(self, steps: int, datasets: Mapping[str, Dataset]) -> None:
+        """Raises SpecError for what would change nothing: a step that is not ahead, a key that no source has."""
+        behind = [step for step in self.steps if not self.since <= step < steps]
+        if behind:
+            raise SpecError(
+                f"--skip step:{behind[0]} changes nothing: the stage goes on from step {self.since}, "
+                f"and its last is {steps - 1}; leave out steps between these"
+            )
+        unknown = sorted(_unknown(self.keys, datasets))
+        if unknown:
+            raise SpecError(
+                f"--skip {unknown[0]!r}: no source has a row of this key ({', '.join(datasets)}); "
+                "`bridgework data preview --run RUN/STAGE --step N` shows keys; a step is written step:N"
+            )
+
+
+def _unknown(keys: Sequence[str], datasets: Mapping[str, Dataset]) -> set[str]:
+    left = set(keys)
+    for name, dataset in datasets.items():
+        for there in dataset.keys() if left else ():
+            left -= left.intersection(there) | left.intersection(f"{name}/{key}" for key in there)
+    return left
 
 
 @dataclass(frozen=True)
@@ -47,11 +74,14 @@ class Skips:
         orders = json.loads(file.read_text())
         return cls(tuple(Skip(tuple(o["keys"]), tuple(o["steps"]), o["since"], o["asked"]) for o in orders))
 
+    def new(self, order: Skip) -> Skip:
+        """What of an order is not on record yet."""
+        known = {key for key, _ in self.keys}
+        keys = tuple(key for key in order.keys if key not in known)
+        return replace(order, keys=keys, steps=tuple(step for step in order.steps if step not in self.steps))
+
     def add(self, folder: Path, order: Skip) -> "Skips":
-        """With one more, which is on record from now on; the same again changes nothing."""
-        new = set(order.keys) - {key for key, _ in self.keys} or set(order.steps) - self.steps
-        if not new:
-            return self
+        """With one more, which is on record from now on."""
         both = Skips((*self.orders, order))
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{FILE}.tmp"
