@@ -110,8 +110,17 @@ def test_verify_exits_with_1_and_names_the_file(pictures: Path, tmp_path: Path) 
     assert f"sound     {SHAPES}" in done.stdout and "shard-00000.parquet" in done.stdout
 
 
+def test_verify_looks_at_every_dataset_whatever_the_others_are(tmp_path: Path) -> None:
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "manifest.json").write_text("{")
+    done = run("verify", tmp_path / "torn", "synthetic:shape", SHAPES)
+    assert done.exit_code == 1
+    assert f"sound     {SHAPES}" in done.stdout
+    assert "not a manifest" in done.stdout and "did you mean 'synthetic:shapes'" in " ".join(done.stdout.split())
+
+
 def test_a_missing_dataset_is_refused_with_the_names_that_are_there() -> None:
-    for command in ("verify", "stats", "preview"):
+    for command in ("stats", "preview"):
         with pytest.raises(DataError, match="did you mean 'synthetic:shapes'"):
             run(command, "synthetic:shape")
 

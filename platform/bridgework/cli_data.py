@@ -15,7 +15,7 @@ from rich.table import Table
 
 from bridgework.data.catalog import home, resolve
 from bridgework.data.importers import Say
-from bridgework.errors import SpecError
+from bridgework.errors import DataError, SpecError
 from bridgework.spec import override
 from bridgework.system import Source, Stage, System, load
 
@@ -76,12 +76,17 @@ def export(
 @data.command()
 def verify(paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="folders, URLs or names")]) -> None:
     """Read every byte and decode every image; exits 1 when something is not what the manifest says."""
+    from bridgework.data.manifest import FILE
+    from bridgework.data.shards import Problem
     from bridgework.data.shards import verify as verify_dataset
 
     table = Table("dataset", "file", "problem", box=None, pad_edge=False)
-    for name, path in [(name, resolve(name, home())) for name in paths]:
-        with _progress(name) as progress:
-            problems = verify_dataset(path, progress=progress)
+    for name in paths:
+        try:
+            with _progress(name) as progress:
+                problems = verify_dataset(resolve(name, home()), progress=progress)
+        except DataError as error:  # no dataset at all: the others are looked at all the same
+            problems = [Problem(FILE, str(error))]
         for problem in problems:
             table.add_row(name, problem.file, problem.what)
         if not problems:

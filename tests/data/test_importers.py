@@ -128,6 +128,8 @@ BAD_ROWS: dict[str, tuple[Any, Reason]] = {
     "0 bytes": ({"id": "k", "image": "empty.png", "conversations": talk("<image>", "!")}, Reason.EMPTY_FILE),
     "pickle": ({"id": "k", "image": "code.png", "conversations": talk("<image>", "!")}, Reason.NOT_AN_IMAGE),
     "cut": ({"id": "k", "image": "cut.png", "conversations": talk("<image>", "!")}, Reason.TRUNCATED),
+    "images": ({"id": "k", "images": ["a.png"], "conversations": talk("?", "!")}, Reason.PLACEHOLDERS),
+    "video": ({"id": "k", "video": "a.mp4", "conversations": talk("?", "!")}, Reason.BAD_ROW),
 }
 
 
@@ -163,6 +165,32 @@ def test_a_source_that_is_no_list_is_an_error(text: str, llava: Callable[..., Pa
     with pytest.raises(DataError, match=r"rows\.json"):
         llava_json.run(str(llava(text)), str(tmp_path / "d"), say=quiet)
     assert not (tmp_path / "d").exists()
+
+
+def test_images_stand_under_either_name_and_a_video_is_refused_with_its_importer(
+    llava: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [
+        {"id": "list", "images": ["a.png", "images/b.png"], "conversations": talk("<image><image>", "!")},
+        {"id": "one", "images": "a.png", "image": None, "conversations": talk("<image>", "!")},
+        {"id": "text", "image": "", "images": [], "video": None, "conversations": talk("?", "!")},
+        {"id": "film", "video": "a.mp4", "conversations": talk("?", "!")},
+    ]
+    llava_json.run(str(llava(rows)), str(tmp_path / "d"), max_bad=1, say=quiet)
+    assert {key: len(sample.images) for key, sample in read(tmp_path / "d").items()} == {"list": 2, "one": 1, "text": 0}
+    (film,) = records(f"{tmp_path}/d.quarantine")
+    assert film.key == "film" and "llava-json reads images, `data import video` reads videos" in film.detail
+
+
+def test_conversations_are_a_list_or_json_lines(llava: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [{"id": str(place), "conversations": talk("Who\u2028are you?", "!")} for place in range(3)]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    llava_json.run(str(llava(lines + "\n{\n", "rows.jsonl")), str(tmp_path / "lines"), max_bad=1, say=quiet)
+    llava_json.run(str(llava(rows)), str(tmp_path / "list"), say=quiet)
+    assert read(tmp_path / "lines") == read(tmp_path / "list")
+    assert aside(tmp_path / "lines") == {"row-00000003": Reason.BAD_ROW}
+    with pytest.raises(DataError, match=r"rows\.json is not JSON: Extra data.*a list of rows.*or JSON lines.*\.jsonl"):
+        llava_json.run(str(llava(lines)), str(tmp_path / "none"), say=quiet)
 
 
 def test_images_may_lie_elsewhere_and_everything_in_a_store(llava: Callable[..., Path], tmp_path: Path) -> None:
@@ -212,7 +240,7 @@ def test_a_table_names_images_and_captions(table: str, pictures: Path, tmp_path:
         ("a.png", 'a "cat", sitting'),
         ("a.png", "another caption of it"),
         ("a.png", 'a "cat", sitting'),
-        ("b.JPG", "two\nlines"),
+        ("b.JPG", "two words" if table.endswith(".tsv") else "two\nlines"),
         ("deep/c.webp", "an <image> of a dog"),
         ("../src/a.png", "x"),
         ("deep/none.png", "x"),
@@ -231,7 +259,7 @@ def test_a_table_names_images_and_captions(table: str, pictures: Path, tmp_path:
     assert {key: sample.text for key, sample in read(tmp_path / "d").items()} == {
         "a.png": 'a "cat", sitting',
         "a.png#2": "another caption of it",
-        "b.JPG": "two\nlines",
+        "b.JPG": rows[3][1],
     }
     assert list(aside(tmp_path / "d").values()) == [
         Reason.DUPLICATE_KEY,

@@ -1,14 +1,13 @@
 import tracemalloc
 from collections import Counter
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import islice
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bridgework.data.dealing import Deal
 from bridgework.data.mixing import Ledger, divide
 from bridgework.data.plan import Plan, Rows, SourceRows
 from bridgework.errors import DataError, SpecError
@@ -71,12 +70,6 @@ def step(plan: Plan, s: int) -> list[tuple[int, int, int]]:
     size = plan.step_rows
     t, k = divmod(s, plan.window_rows // size)
     return [row for lane in plan.lanes_of(0, 1) for row in triples(plan.window(lane, t))[k * size : (k + 1) * size]]
-
-
-def stream(deal: Deal, source: int, lane: int, rows: int) -> tuple[list[int], list[int]]:
-    """(epoch, row) of the first `rows` rows that a lane takes of a source."""
-    epochs, places = deal.locate(np.full(rows, source), lane, np.arange(rows))
-    return epochs.tolist(), places.tolist()
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------
@@ -239,32 +232,6 @@ def test_no_row_comes_twice_in_an_epoch_and_whole_epochs_hold_every_row(
 
 
 @bounded
-@given(rows=st.integers(1, 700), group_rows=st.integers(1, 40), lanes=LANES, key=KEYS, laps=st.integers(1, 3))
-def test_a_lap_of_epochs_holds_every_row_once_per_epoch_and_equally_many_per_lane(
-    rows: int, group_rows: int, lanes: int, key: int, laps: int
-) -> None:
-    deal = Deal([rows], [group_rows], [key], lanes)
-    seen = [stream(deal, 0, lane, laps * rows) for lane in range(lanes)]
-    pairs = [pair for epochs, places in seen for pair in zip(epochs, places, strict=True)]
-    assert sorted(pairs) == [(epoch, row) for epoch in range(laps * lanes) for row in range(rows)]
-    assert all(max(at) - min(at) <= 1 + lanes // rows for at in zip(*(epochs for epochs, _ in seen), strict=True))
-
-
-@bounded
-@given(rows=st.integers(1, 700), group_rows=st.integers(1, 40), lanes=LANES, key=KEYS)
-def test_a_lane_reads_few_pieces_one_after_the_other(rows: int, group_rows: int, lanes: int, key: int) -> None:
-    """It begins and ends inside a piece at most, and the short piece may lie between."""
-    piece = max(1, min(group_rows, rows // (4 * lanes)))
-    deal = Deal([rows], [group_rows], [key], lanes)
-    for lane in range(lanes):
-        epochs, places = stream(deal, 0, lane, 2 * rows)
-        for epoch in range(epochs[-1]):
-            own = [row // piece for e, row in zip(epochs, places, strict=True) if e == epoch]
-            turns = 1 + sum(a != b for a, b in pairwise(own)) if own else 0
-            assert turns <= -(-len(own) // piece) + 2
-
-
-@bounded
 @given(rows=st.integers(1, 400), lanes=LANES, each=st.integers(1, 3), window=st.integers(1, 8), epoch=st.integers(0, 3))
 def test_of_one_source_as_many_rows_in_a_row_as_it_has_are_every_row_once(
     rows: int, lanes: int, each: int, window: int, epoch: int
@@ -294,15 +261,6 @@ def test_small_sources_reach_every_lane(rows: int) -> None:
     for lane in range(lanes):
         seen = {row for t in range(40) for source, _, row in triples(plan.window(lane, t)) if source == 1}
         assert seen == set(range(rows))
-
-
-def test_epochs_and_lanes_see_different_orders() -> None:
-    deal = Deal([4096], [16], [3], 4)
-    epochs, places = stream(deal, 0, 0, 4096)
-    cuts = [i for i, (a, b) in enumerate(pairwise(epochs), 1) if a != b]
-    orders = [tuple(places[a:b][:32]) for a, b in pairwise([0, *cuts])]
-    assert len(set(orders)) == len(orders) == 3
-    assert places[:16] != sorted(places[:16])
 
 
 @bounded

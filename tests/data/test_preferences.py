@@ -99,6 +99,12 @@ def test_every_bad_row_is_put_aside_with_its_reason(tmp_path: Path) -> None:
     assert table == {number: reason for number, (_, reason) in enumerate(BAD.values(), start=1)}
 
 
+def test_a_row_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    read(tmp_path, row(id="good"), "{", "7")
+    broken, number = records(f"{tmp_path}/made.quarantine")
+    assert "the line is no JSON" in broken.detail and "the row is int, and an object is wanted: 7" in number.detail
+
+
 def test_whatever_stands_in_a_field_every_row_goes_one_way_or_the_other(tmp_path: Path) -> None:
     names = (*row(), "prompt", "conversations", "images", "image_path", "text", "idx")
     rows = [row(**{name: value}) for name in names for value in WRONG]

@@ -143,6 +143,14 @@ def printed(shown: list[Preview], *, colour: bool) -> str:
     return console.file.getvalue()
 
 
+def test_no_text_of_the_data_steers_the_terminal(tmp_path: Path) -> None:
+    key, text = "k\x1b[2J", "a\x1b]0;title\x07 \x9b31m cat\u202e and\ta\ndog"
+    stage = made(tmp_path, [pair(key, PICTURE, text)])
+    shown = printed(stored(stage.data.sources[0].dataset), colour=False)
+    assert "k␛[2J" in shown and "a␛]0;title␇ \ufffd31m cat\ufffd and" in shown
+    assert not {chr(code) for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (9, 10)} & set(shown)
+
+
 def test_a_terminal_colours_what_has_loss_and_draws_the_picture(tmp_path: Path, home: Path) -> None:
     text = printed(read(made(tmp_path, [pair("k", PICTURE, HOSTILE)]), home), colour=True)
     assert f"\x1b[1;32m{HOSTILE}↵" in text

@@ -208,6 +208,20 @@ def test_a_table_names_videos_and_captions(table: str, film: Callable[..., bytes
     ]  # fmt: skip
 
 
+def test_a_table_of_wrong_columns_is_an_error_and_a_line_of_too_many_fields_a_bad_row(
+    film: Callable[..., bytes], tmp_path: Path
+) -> None:
+    source = tmp_path / "src"
+    source.mkdir()
+    (source / "a.mp4").write_bytes(film("mp4"))
+    (source / "t.csv").write_text("video,caption\na.mp4,a bar, and more\na.mp4,a bar\n")
+    with pytest.raises(DataError, match=r"video='vidoe' names no column of t\.csv; did you mean 'video'\?"):
+        read(source, table="t.csv", video="vidoe", frames=1)
+    assert {key: sample.text for key, sample in read(source, table="t.csv", frames=1).items()} == {"a.mp4": "a bar"}
+    (bad,) = records(f"{source}-made.quarantine")
+    assert bad.reason is Reason.BAD_ROW and "3 fields, and the header names 2 columns" in bad.detail
+
+
 def test_whatever_stands_in_a_row_it_goes_one_way_or_the_other(film: Callable[..., bytes], tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "a.mp4").write_bytes(film("mp4"))

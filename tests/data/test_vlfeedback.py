@@ -30,9 +30,10 @@ def question(key: str, *answers: dict[str, Any], image: str = "a.png") -> dict[s
 
 def read(tmp_path: Path, rows: list[Any], **how: Any) -> dict[str, Sample]:
     (tmp_path / "a.png").write_bytes(PNG)
-    (tmp_path / "rows.jsonl").write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     dest = str(tmp_path / "kept")
-    vlfeedback.run(str(tmp_path / "rows.jsonl"), dest, say=lambda _: None, **how)
+    vlfeedback.run(str(tmp_path / "rows.jsonl"), dest, **({"say": lambda _: None} | how))
     return {sample.key: sample for sample in open_dataset(dest).samples()}
 
 
@@ -45,13 +46,21 @@ def test_the_best_mean_is_chosen_and_the_worst_rejected(tmp_path: Path) -> None:
     assert sample.rejected == "worst" and sample.images == (PNG,)
 
 
-def test_ties_are_dropped_and_answers_without_a_rating_do_not_count(tmp_path: Path) -> None:
+def test_a_line_ends_where_json_lines_do(tmp_path: Path) -> None:
+    said = "one\u2028two\x85three\x0cfour"
+    sample = read(tmp_path, [question("q", answer(said, 5, 5, 5), answer("worst", 1, 1, 1))])["q"]
+    assert sample.parts[-1].text == said
+
+
+def test_ties_are_left_out_and_said_and_answers_without_a_rating_do_not_count(tmp_path: Path) -> None:
+    said = list[str]()
     rows = [
         question("tie", answer("a", 3, 3, 3), answer("b", 3, 3, 3)),
         question("unrated", answer("a", 3, 3, 3), answer("b", 1, 1, 1), answer("c", 5, 5, "N/A")),
     ]
-    kept = read(tmp_path, rows)
+    kept = read(tmp_path, rows, say=said.append)
     assert set(kept) == {"unrated"} and kept["unrated"].parts[-1].text == "a"
+    assert "1 questions with equally rated answers" in said[-1]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """VQA's questions become conversations with the answer of most people, and keep what all of them said."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,47 @@ def test_the_pattern_names_the_image(tmp_path: Path) -> None:
     for pattern in ("one.jpg", "{name}.jpg", "{:d", "{} {}", "{:012q}"):
         with pytest.raises(DataError, match="gives no file for an image_id"):
             read(tmp_path, *rows, pattern=pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("{:999999999d}.jpg", "more than 100 characters in a field, or 1000 in all; it is one like COCO_val2014_"),
+        ("{:.999999999f}.jpg", "more than 100 characters in a field"),
+        ("{:0>101}.jpg", "more than 100 characters in a field"),
+        ("{:\u0669\u0669\u0669}.jpg", "more than 100 characters in a field"),
+        ("{0:100d}" * 11, "or 1000 in all"),
+        ("x" * 1000 + "{}", "or 1000 in all"),
+        ("{0:{0}d}.jpg", "gives no file"),  # as wide as an image_id of the file says
+        ("{0.__doc__}{0}", "gives no file"),
+    ],
+)
+def test_a_pattern_of_very_wide_names_is_refused_before_one_is_made(pattern: str, words: str, tmp_path: Path) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=words):
+            vqa.run("q.json", str(tmp_path / "made"), annotations="a.json", pattern=pattern)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pattern_may_pad_to_a_hundred_characters(tmp_path: Path) -> None:
+    (tmp_path / f"{9:0100d}.jpg").write_bytes(PNG)
+    assert set(read(tmp_path, [asked(1)], [answered(1, "yes")], pattern="{:0100d}.jpg")) == {"1"}
+
+
+def test_questions_that_are_answered_twice_and_differently_are_put_aside(tmp_path: Path) -> None:
+    answers = [answered(1, "yes"), answered(2, "no"), answered(1, "yes"), answered(2, "yes"), answered(2, "no")]
+    assert list(read(tmp_path, [asked(1), asked(2)], answers)) == ["1"]
+    (bad,) = records(f"{tmp_path}/made.quarantine")
+    assert (bad.key, bad.reason) == ("2", Reason.BAD_ROW)
+    assert "answer question 2 more than once, and differently; leave one" in bad.detail
+
+
+def test_true_is_no_question(tmp_path: Path) -> None:
+    assert read(tmp_path, [asked(1), asked(True)], [answered(1, "yes"), answered(True, "no")])["1"].text.endswith("yes")
+    assert aside(tmp_path) == {"row-00000001": Reason.BAD_ROW}
 
 
 def test_questions_without_answers_are_refused(tmp_path: Path) -> None:

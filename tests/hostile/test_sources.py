@@ -144,6 +144,17 @@ def test_a_csv_file_is_read_row_by_row_or_refused(name: str, place: Place) -> No
         assert place.rows()[0].key == "a.png"
 
 
+@pytest.mark.parametrize("name", sources.TABLES)
+def test_a_tsv_file_has_a_row_a_line_whatever_its_quotes(name: str, place: Place) -> None:
+    for file, data in zip(("a.png", "b.png"), sources.pictures(2), strict=True):
+        (place.source / file).write_bytes(data)
+    table = ("image,caption\na.png,a ring\n" + sources.TABLES[name]).replace(",", "\t")
+    (place.source / "table.tsv").write_text(table, newline="")
+    lines = [line for line in io.StringIO(table, newline=None) if line.strip("\n")]
+    assert place.run("folder", place.source, table="table.tsv") == len(lines) - 1
+    assert place.rows()[0].key == "a.png"
+
+
 @pytest.mark.parametrize("name", sources.FILES)
 def test_a_file_with_bytes_turned_or_cut_off_is_read_or_refused(name: str, place: Place) -> None:
     form, file, make, rows, options = sources.FILES[name]

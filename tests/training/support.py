@@ -56,7 +56,7 @@ def stop_at(step: int) -> Callable[[dict[str, float], int], None]:
 
 
 def losses(home: Path, run: str, stage: str = "align", key: str = "loss") -> list[tuple[int, float]]:
-    """(steps done, loss) in the order of writing; a step that was redone stands twice."""
+    """(step, loss) in the order of writing; a step that was redone stands twice."""
     parts = Journal(home / "runs" / run / stage / "journal").points()
     return [(p.step, p.value) for _, points in parts for p in points if p.key == key]
 

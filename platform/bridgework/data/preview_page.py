@@ -37,6 +37,9 @@ def facts(shown: Preview) -> str:
 
 # --- in a terminal ---------------------------------------------------------------------------------------------------
 
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+_PICTURES |= dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)  # C1; bidi
+
 
 def terminal(shown: Sequence[Preview], *, colour: bool = True) -> RenderableType:
     """All previews, for rich. Without `colour` there are no pictures, and ⟦ ⟧ stand around what has loss."""
@@ -44,18 +47,23 @@ def terminal(shown: Sequence[Preview], *, colour: bool = True) -> RenderableType
 
 
 def _entry(shown: Preview, colour: bool) -> list[RenderableType]:
-    head = Text.assemble((shown.key, "bold"), "  ", (facts(shown), "dim"))
+    head = Text.assemble((printable(shown.key), "bold"), "  ", (printable(facts(shown)), "dim"))
     body = Text()
     for span in shown.spans:
-        text = _visible(span)
+        text = printable(_visible(span))
         body.append(text if colour or span.kind != "loss" else f"⟦{text}⟧", STYLES[span.kind])
     body.rstrip()
     parts: list[RenderableType] = [head]
     if shown.problem is not None:
-        parts.append(Padding(Text(f"put aside: {shown.problem}", "bold red"), (0, 0, 0, 2)))
+        parts.append(Padding(Text(f"put aside: {printable(shown.problem)}", "bold red"), (0, 0, 0, 2)))
     if colour:
         parts += [Padding(_blocks(image), (0, 0, 0, 2)) for image in shown.images]
     return [*parts, Padding(body, (0, 0, 1, 2))]
+
+
+def printable(text: str) -> str:
+    """A text that cannot move the cursor, set a title or hide what follows: control codes become their pictures."""
+    return text.translate(_PICTURES)
 
 
 def _visible(span: Span) -> str:

@@ -26,7 +26,7 @@ from bridgework.data.quarantine import BadSample, Reason
 from bridgework.system import Pixels
 
 MAX_BYTES = 64_000_000  # of one file: Parquet's row groups must stay small
-MAX_PIXELS = 178_000_000  # decodes to 0.5 GB; twice the size at which Pillow begins to warn
+MAX_PIXELS = 178_000_000  # Pillow holds them in 0.7 GB, up to 1.6 while they are laid on white; it warns from half on
 MAX_SCANS = 100  # of a JPEG, which encoders give ten: each goes over all pixels again, in as little as ten bytes
 PIECE_BYTES = 128  # of a file behind its header, on average at least
 HEADER_WORK = 4_000_000_000  # bytes that Pillow may move while it joins the pieces of a header: about a second
@@ -203,10 +203,14 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and image.palette is None:
         raise OSError("its colours have no palette")
     if not image.has_transparency_data:
-        return image.convert("RGB")
-    layers = image.convert("RGBA")
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "LA":
+        grey = Image.new("L", image.size, "white")
+        grey.paste(image.getchannel("L"), mask=image)
+        return grey.convert("RGB")
+    layers = image if image.mode == "RGBA" else image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
-    white.paste(layers, mask=layers.getchannel("A"))
+    white.paste(layers, mask=layers)
     return white
 
 

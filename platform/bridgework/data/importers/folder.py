@@ -1,7 +1,7 @@
 """A folder of images with captions: in a table, or in a text file of the same name beside each image."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -10,11 +10,11 @@ from bridgework.data.importers import Keys, Row, Say, caption, fingerprint, inge
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import Manifest
-from bridgework.data.sources import DELIMITERS, files, rows
+from bridgework.data.sources import TABLES, fields, files
+from bridgework.data.sources import table as read_table
 from bridgework.errors import DataError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-TABLES = (*DELIMITERS, ".json", ".jsonl")
 
 
 def run(
@@ -33,13 +33,14 @@ def run(
 
     `table` is a .csv, .tsv, .json (a list) or .jsonl file in it, whose columns `image` and `text` hold a path and a
     caption; the second caption of one image gets the key `PATH#2`. Without a table, `cat.txt` describes `cat.jpg`.
+    Raises DataError for a table that is none of these, or has no such column.
     """
     names = files(source)
     if table is None:
         content, listing = json.dumps(names), partial(_beside, source, names)
     elif table.endswith(TABLES):
         content = read_text(f"{source.rstrip('/')}/{table}")
-        listing = partial(_listed, source, list(rows(content, table)), image, text)
+        listing = partial(_listed, source, read_table(content, table, image=image, text=text), image, text)
     else:
         raise DataError(f"the table {table} is none of {', '.join(TABLES)}")
     return ingest(
@@ -73,15 +74,18 @@ def _described(source: str, name: str, description: str, there: bool) -> Sample:
     return pair(name, read_image(source, name), caption(text))
 
 
-def _listed(source: str, table: list[Any], image: str, text: str) -> Iterator[Row]:
+def _listed(source: str, table: Sequence[Any], image: str, text: str) -> Iterator[Row]:
+    return ((key, partial(_row, source, key, row, image, text)) for key, row in keyed(table, image, text))
+
+
+def keyed(table: Sequence[Any], path: str, text: str) -> Iterator[tuple[str, Any]]:
+    """(key, row) of a table whose columns `path` and `text` hold a file's path and its caption."""
     keys = Keys()
     for number, row in enumerate(table):
-        name = row.get(image) if isinstance(row, dict) else None
-        key = keys(name, row.get(text)) if isinstance(name, str) and name else f"row-{number:08d}"
-        yield key, partial(_row, source, key, row, image, text)
+        name = row.get(path) if isinstance(row, dict) else None
+        yield keys(name, row.get(text)) if isinstance(name, str) and name else f"row-{number:08d}", row
 
 
 def _row(source: str, key: str, row: Any, image: str, text: str) -> Sample:
-    if not isinstance(row, dict) or image not in row or text not in row:
-        raise BadSample(Reason.BAD_ROW, f"the row has no columns {image!r} and {text!r}: {str(row)[:80]}")
-    return pair(key, read_image(source, row[image]), caption(row[text]))
+    told = fields(row, image, text)
+    return pair(key, read_image(source, told[image]), caption(told[text]))

@@ -23,7 +23,7 @@ from bridgework.data.pieces import Piece, mmc4, obelics
 from bridgework.data.quarantine import SHARE, BadSample, LeftOut, Reason
 from bridgework.data.samples import Part, Sample
 from bridgework.data.shards import Manifest
-from bridgework.data.sources import files, parent, rows
+from bridgework.data.sources import fields, files, parent, rows
 from bridgework.data.transforms import decode, size_of
 from bridgework.errors import DataError
 
@@ -177,6 +177,6 @@ def _listed(text: str, source: str) -> Iterator[Document]:
 
 
 def _entry(entry: Any) -> Content:
-    fields = entry if isinstance(entry, dict) else {}
-    told = {"url": fields["url"]} if isinstance(fields.get("url"), str) else {}
-    return Content(list(mmc4(fields) if "text_list" in fields else obelics(fields)), told)
+    given = fields(entry)
+    told = {"url": given["url"]} if isinstance(given.get("url"), str) else {}
+    return Content(list(mmc4(given) if "text_list" in given else obelics(given)), told)

@@ -1,9 +1,9 @@
 """LLaVA's JSON: a list of {"id", "image"?, "conversations": [{"from": "human" | "gpt" | "system", "value"}]}.
 
-`image` is a path, a list of paths, or absent; `<image>` in the texts says where each one stands.
+`image`, or `images`, is a path, a list of paths, or absent; `<image>` in the texts says where each one stands. A .jsonl
+holds such an object a line.
 """
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from bridgework.data.importers import PLACEHOLDER, Keys, Row, Say, fingerprint, 
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Part, Role, Sample
 from bridgework.data.shards import Manifest
-from bridgework.errors import DataError
+from bridgework.data.sources import entries, fields, lines, parent
 
 ROLES: dict[Any, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -27,12 +27,12 @@ def run(
     workers: int = 0,
     say: Say = print,
 ) -> Manifest:
-    """Import the JSON file `source`; its image paths are relative to `images`, by default the file's own folder.
+    """Import the file `source`; its image paths are relative to `images`, by default the file's own folder.
 
     LLaVA's mixes use an image's name as the id of many rows: the second conversation about it gets the key `ID#2`.
     """
     text = read_text(source)
-    folder = images if images is not None else source.rpartition("/")[0] or "."
+    folder = parent(source) if images is None else images
     parameters = {"images": folder, "sha256": fingerprint(text)}
     return ingest(
         partial(_rows, text, source, folder),
@@ -48,24 +48,23 @@ def run(
 
 
 def _rows(text: str, source: str, folder: str) -> Iterator[Row]:
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{source} is not JSON: {error}") from None
-    if not isinstance(entries, list):
-        raise DataError(f"{source} holds a {type(entries).__name__}; a list of conversations is wanted")
     keys = Keys()
-    for number, entry in enumerate(entries):
+    for number, entry in enumerate(lines(text) if source.endswith(".jsonl") else entries(text, source)):
         name = entry.get("id") if isinstance(entry, dict) else None
         key = keys(str(name), entry) if isinstance(name, str | int) and str(name) else f"row-{number:08d}"
         yield key, partial(_sample, key, entry, folder)
 
 
 def _sample(key: str, entry: Any, folder: str) -> Sample:
-    if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
-        raise BadSample(Reason.BAD_ROW, "the row is no object with a list `conversations`")
-    names = entry.get("image") or []
-    told = tuple(parts(entry["conversations"]))
+    given = fields(entry, "conversations")
+    if not isinstance(given["conversations"], list):
+        raise BadSample(Reason.BAD_ROW, f"`conversations` is {type(given['conversations']).__name__}, and no list")
+    if given.get("video") or given.get("videos"):
+        raise BadSample(
+            Reason.BAD_ROW, "the row shows a video; llava-json reads images, `data import video` reads videos"
+        )
+    names = given.get("image") or given.get("images") or []
+    told = tuple(parts(given["conversations"]))
     files = tuple(read_image(folder, name) for name in (names if isinstance(names, list) else [names]))
     return Sample(key, files, told)
 

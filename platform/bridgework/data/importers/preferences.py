@@ -14,7 +14,7 @@ from bridgework.data.importers.llava_json import parts
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Sample
 from bridgework.data.shards import Manifest
-from bridgework.data.sources import parent, rows
+from bridgework.data.sources import fields, parent, rows
 
 
 def run(
@@ -72,10 +72,11 @@ def preference(key: str, entry: Any, folder: str) -> Sample:
 
 def _fields(entry: Any) -> dict[str, Any]:
     """The row, with what lies in RLHF-V's `text`, which may be JSON inside JSON."""
-    inner: Any = entry.get("text") if isinstance(entry, dict) and "chosen" not in entry else {}
+    given = fields(entry)
+    inner: Any = {} if "chosen" in given else given.get("text")
     try:
         told = json.loads(inner) if isinstance(inner, str) else inner
-        return {**entry, **told}
+        return {**given, **told}
     except (TypeError, ValueError, RecursionError):
         raise BadSample(
             Reason.BAD_ROW, f"the row is no object with `chosen` and `rejected`: {str(entry)[:80]}"

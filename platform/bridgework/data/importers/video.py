@@ -4,18 +4,20 @@ Of every video a few frames are kept, as JPEG, and when each was shown.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from math import isfinite
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from bridgework.data.frames import shots
-from bridgework.data.importers import Keys, Row, Say, caption, fingerprint, ingest, read_image, read_text
+from bridgework.data.importers import Row, Say, caption, fingerprint, ingest, read_image, read_text
+from bridgework.data.importers.folder import keyed
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Part, Sample
 from bridgework.data.shards import Manifest
-from bridgework.data.sources import files, rows
+from bridgework.data.sources import fields, files
+from bridgework.data.sources import table as read_table
 from bridgework.errors import DataError
 
 VIDEOS = (".mp4", ".m4v", ".webm", ".mkv", ".avi", ".gif")
@@ -50,7 +52,8 @@ def run(
     `table` is a .csv, .tsv, .json (a list) or .jsonl file in it, whose columns `video` and `text` hold a path and a
     caption; without a table, `cat.txt` describes `cat.mp4`. Kept are `frames` frames spread evenly over the video, or
     with `fps` the first so many at that rate: `frames=8 fps=1` is what Flamingo trains on (arXiv:2204.14198, 3.1). A
-    video of more than `max_s` seconds is a bad row. Raises DataError for what cannot be cut so.
+    video of more than `max_s` seconds is a bad row. Raises DataError for what cannot be cut so, and for a table without
+    such columns.
     """
     if not 1 <= frames <= MAX_FRAMES or not max_s > 0 or not (fps is None or (fps > 0 and isfinite(fps))):
         raise DataError(
@@ -62,7 +65,7 @@ def run(
         content, listed = json.dumps(found), partial(_beside, source, [name for name, _ in found], cut)
     else:
         content = read_text(f"{source.rstrip('/')}/{table}")
-        listed = partial(_listed, source, content, table, video, text, cut)
+        listed = partial(_listed, source, read_table(content, table, video=video, text=text), video, text, cut)
     return ingest(
         listed,
         source,
@@ -84,13 +87,13 @@ def _beside(source: str, names: list[str], cut: Cut) -> Iterator[Row]:
             yield name, partial(_described, source, name, description if description in known else None, cut)
 
 
-def _listed(source: str, content: str, table: str, video: str, text: str, cut: Cut) -> Iterator[Row]:
-    keys = Keys()
-    for number, row in enumerate(rows(content, table)):
-        fields = row if isinstance(row, dict) else {}
-        name, said = fields.get(video), fields.get(text)
-        key = keys(name, said) if isinstance(name, str) and name else f"row-{number:08d}"
-        yield key, partial(_sample, key, source, name, said, cut)
+def _listed(source: str, table: Sequence[Any], video: str, text: str, cut: Cut) -> Iterator[Row]:
+    return ((key, partial(_row, source, key, row, video, text, cut)) for key, row in keyed(table, video, text))
+
+
+def _row(source: str, key: str, row: Any, video: str, text: str, cut: Cut) -> Sample:
+    told = fields(row, video, text)
+    return _sample(key, source, told[video], told[text], cut)
 
 
 def _described(source: str, name: str, description: str | None, cut: Cut) -> Sample:

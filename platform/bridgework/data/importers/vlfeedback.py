@@ -4,7 +4,6 @@ A pair is the best and the worst of them, as BLIP-3 takes it (arXiv:2408.08872).
 "image": a path, "completions": [{"response", "annotations": {aspect: {"Rating"}}}]}.
 """
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from math import isfinite
@@ -13,9 +12,10 @@ from typing import Any
 
 from bridgework.data.importers import Row, Say, fingerprint, ingest, read_text
 from bridgework.data.importers.preferences import preference
-from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.quarantine import SHARE, BadSample, LeftOut, Reason
 from bridgework.data.samples import Sample
 from bridgework.data.shards import Manifest
+from bridgework.data.sources import fields, lines, parent
 
 ASPECTS = ("Helpfulness", "Visual Faithfulness", "Ethical Considerations")
 
@@ -32,10 +32,10 @@ def run(
 ) -> Manifest:
     """Import the file `source`; its image paths are relative to `images`, by default the file's own folder.
 
-    Questions whose best and worst answers are rated alike are left out: they prefer nothing.
+    Questions whose best and worst answers are rated alike are left out and counted: they prefer nothing.
     """
     text = read_text(source)
-    folder = images if images is not None else source.rpartition("/")[0] or "."
+    folder = parent(source) if images is None else images
     return ingest(
         partial(_rows, text, folder),
         source,
@@ -50,28 +50,26 @@ def run(
 
 
 def _rows(text: str, folder: str) -> Iterator[Row]:
-    for number, line in enumerate(filter(str.strip, text.splitlines())):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        answers = _rated(entry)
-        if answers and answers[0][0] == answers[-1][0]:
-            continue
-        key = entry.get("id") if isinstance(entry, dict) else None
-        yield str(key or f"row-{number:08d}"), partial(_sample, str(key or f"row-{number:08d}"), entry, answers, folder)
+    for number, entry in enumerate(lines(text)):
+        name = entry.get("id") if isinstance(entry, dict) else None
+        key = str(name or f"row-{number:08d}")
+        yield key, partial(_sample, key, entry, folder)
 
 
-def _sample(key: str, entry: Any, answers: list[tuple[float, str]], folder: str) -> Sample:
+def _sample(key: str, entry: Any, folder: str) -> Sample:
+    told = fields(entry)
+    answers = _rated(told.get("completions"))
     if not answers:
         raise BadSample(Reason.BAD_ROW, f"the row has no two answers rated for {', '.join(ASPECTS)}")
-    shown = {"image": entry.get("image"), "question": entry.get("prompt")}
-    return preference(key, {**shown, "chosen": answers[-1][1], "rejected": answers[0][1]}, folder)
+    (worst, rejected), (best, chosen) = answers[0], answers[-1]
+    if worst == best:
+        raise LeftOut("questions with equally rated answers")
+    shown = {"image": told.get("image"), "question": told.get("prompt")}
+    return preference(key, {**shown, "chosen": chosen, "rejected": rejected}, folder)
 
 
-def _rated(entry: Any) -> list[tuple[float, str]]:
+def _rated(given: Any) -> list[tuple[float, str]]:
     """(mean rating, answer), the worst first and of equals the earlier; empty where fewer than two are whole."""
-    given = entry.get("completions") if isinstance(entry, dict) else None
     rated = []
     for answer in given if isinstance(given, list) else []:
         try:

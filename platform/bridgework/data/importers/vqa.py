@@ -4,9 +4,11 @@
 "answers": [{"answer"}]}]}.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from string import Formatter
 from typing import Any
 
 from bridgework.data.importers import PLACEHOLDER, Row, Say, fingerprint, ingest, read_image, read_text
@@ -15,6 +17,9 @@ from bridgework.data.samples import Part, Sample
 from bridgework.data.shards import Manifest
 from bridgework.data.sources import document, listed, parent
 from bridgework.errors import DataError
+
+MAX_WIDTH = 100  # characters that a field of a pattern may ask for
+MAX_NAME = 1000  # characters of what a pattern gives
 
 
 def run(
@@ -61,28 +66,58 @@ def run(
 
 
 def _try(pattern: str) -> None:
+    """Raises DataError for a pattern that names no image, or by more characters than any file's name has."""
     try:
-        tells = pattern.format(1) != pattern.format(2)
-    except (ValueError, IndexError, KeyError, AttributeError):
-        tells = False
-    if not tells:
-        raise DataError(f"pattern {pattern!r} gives no file for an image_id; it is one like COCO_val2014_{{:012d}}.jpg")
+        width = _width(pattern)
+        names = [pattern.format(image) for image in (1, 2)] if width <= MAX_WIDTH else []
+    except (ValueError, IndexError):
+        width, names = 0, ["", ""]
+    if width > MAX_WIDTH or len(names[0]) > MAX_NAME:
+        why = f"asks for more than {MAX_WIDTH} characters in a field, or {MAX_NAME} in all"
+    elif names[0] == names[1]:
+        why = "gives no file for an image_id"
+    else:
+        return
+    raise DataError(f"pattern {pattern[:100]!r} {why}; it is one like COCO_val2014_{{:012d}}.jpg")
+
+
+def _width(pattern: str) -> int:
+    """The most characters that a field asks for. Raises ValueError for a field that is not the image_id itself."""
+    fields = [(name, spec or "") for _, name, spec, _ in Formatter().parse(pattern) if name is not None]
+    if any(name not in ("", "0") or "{" in spec for name, spec in fields):  # {0:{0}d} is as wide as an image_id says
+        raise ValueError(pattern)
+    return max((int(number) for _, spec in fields for number in re.findall(r"\d+", spec)), default=0)
 
 
 def _rows(asked: str, source: str, answered: str, annotations: str, folder: str, pattern: str) -> Iterator[Row]:
-    answers = {
-        note["question_id"]: note
-        for note in listed(document(answered, annotations), "annotations", annotations)
-        if isinstance(note, dict) and isinstance(note.get("question_id"), int | str)
-    }
+    answers = _notes(listed(document(answered, annotations), "annotations", annotations))
     for number, entry in enumerate(listed(document(asked, source), "questions", source)):
-        name = entry.get("question_id") if isinstance(entry, dict) else None
-        known = isinstance(name, int | str) and str(name)
-        key = str(name) if known else f"row-{number:08d}"
-        yield key, partial(_sample, key, entry, answers.get(name) if known else None, folder, pattern)
+        name = _question_id(entry)
+        key = f"row-{number:08d}" if name is None else str(name)
+        yield key, partial(_sample, key, entry, None if name is None else answers.get(name), folder, pattern)
+
+
+def _notes(given: list[Any]) -> dict[int | str, Any]:
+    """The annotations by their question; where several differ, the BadSample that says so."""
+    notes = dict[int | str, Any]()
+    for note in given:
+        name = _question_id(note)
+        if name is None:
+            continue
+        if notes.setdefault(name, note) != note:
+            why = f"the annotations answer question {str(name)[:80]} more than once, and differently; leave one of them"
+            notes[name] = BadSample(Reason.BAD_ROW, why)
+    return notes
+
+
+def _question_id(entry: Any) -> int | str | None:
+    name = entry.get("question_id") if isinstance(entry, dict) else None
+    return name if isinstance(name, int | str) and not isinstance(name, bool) and name != "" else None
 
 
 def _sample(key: str, entry: Any, note: Any, folder: str, pattern: str) -> Sample:
+    if isinstance(note, BadSample):
+        raise note
     question = entry.get("question") if isinstance(entry, dict) else None
     if not isinstance(question, str) or note is None:
         raise BadSample(Reason.BAD_ROW, f"no `question`, or no answers for its question_id: {str(entry)[:80]}")

@@ -8,13 +8,15 @@ are never read; the manifest's parameters count them.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 
-from bridgework.data.importers import Row, Say, caption, ingest
+from bridgework.data.importers import PLACEHOLDER, Row, Say, caption, ingest, plain
 from bridgework.data.quarantine import SHARE, BadSample, Reason
-from bridgework.data.samples import Sample, from_row, pair
+from bridgework.data.samples import Part, Role, Sample, from_row, pair
 from bridgework.data.shards import Manifest
 from bridgework.data.tar_samples import IMAGES, Group, Scan, Tar, find, groups
 from bridgework.data.transforms import MAX_BYTES
@@ -56,6 +58,7 @@ def run(
         parameters={"text": text, "ignored": scan.ignored, "prefixed": scan.prefixed, "sha256": scan.sha256},
         max_bad=max_bad,
         workers=workers,
+        files=len(tars),
         say=say,
     )
 
@@ -74,7 +77,7 @@ def _sample(path: str, group: Group, prefix: str, text: str | None) -> Sample:
     files = _fetch(path, group.members)
     entry = _entry(files)
     if isinstance(entry.get("parts"), list) and isinstance(entry.get("images"), list):
-        return _exported(entry, files, prefix)
+        return _exported(entry, files, prefix, group.key)
     images = [ending for ending in files if ending in IMAGES]
     if len(images) != 1:
         there = f"images: {', '.join(images)}" if images else "no image; the members of a sample stand together"
@@ -126,15 +129,46 @@ def _decoded(ending: str, data: bytes) -> str:
         raise BadSample(Reason.BAD_ROW, f"its .{ending} is not UTF-8 text: {error}") from None
 
 
-def _exported(entry: Mapping[str, Any], files: Mapping[str, bytes], prefix: str) -> Sample:
+def _exported(entry: Mapping[str, Any], files: Mapping[str, bytes], prefix: str, member: str) -> Sample:
     """A sample as the exporter writes it: all fields in the JSON, and in place of each image its ending."""
     try:
         images = [files[ending] for ending in entry["images"]]
     except (KeyError, TypeError) as error:
         raise BadSample(Reason.MISSING_IMAGE, f"its .json names an image that is not there: {error}") from None
     try:
-        return from_row({**_OWN, "provenance": {}, **entry, "key": f"{prefix}{entry['key']}", "images": images})
+        key = f"{prefix}{_key(entry['key'], member)}"
+        sample = from_row({**_OWN, "provenance": {}, **entry, "key": key, "images": images})
+        _check(sample)
     except BadSample:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadSample(Reason.BAD_ROW, f"its .json is no exported sample: {error}") from None
+    return sample
+
+
+def _key(key: Any, member: str) -> str:
+    """The key in a JSON: held to the rule of members' names, unless its member is named for it as the exporter does."""
+    if not isinstance(key, str) or not key or not (plain(key) or key == unquote(member.rpartition("/")[2])):
+        raise BadSample(Reason.BAD_ROW, f"its .json has the key {str(key)[:80]!r}, which is not a plain path")
+    return key
+
+
+def _check(sample: Sample) -> None:
+    """Holds an exported sample's texts to what every other format is held to. Raises BadSample."""
+    said = [text for text in (sample.rejected, *(part.text for part in sample.parts)) if text is not None]
+    if any(PLACEHOLDER in text for text in said):
+        raise BadSample(Reason.PLACEHOLDERS, f"a text of its .json holds {PLACEHOLDER!r}, which stands for an image")
+    if not sample.parts or (sample.rejected is not None and not sample.rejected.strip()):
+        raise BadSample(Reason.EMPTY_TEXT, "its .json has no parts, or a blank `rejected`")
+    for role, turn in groupby(sample.parts, key=lambda part: part.role):
+        if _blank(role, list(turn)):
+            raise BadSample(Reason.EMPTY_TEXT, f"its .json has no text of the {role}, or a blank one")
+
+
+def _blank(role: Role, turn: Sequence[Part]) -> bool:
+    """Whether a turn lacks a text; an image may go without a caption, and a question may be an image alone."""
+    if any((part.text or "").strip() for part in turn):
+        return False
+    if role == "caption":
+        return any(part.text is not None for part in turn)
+    return role == "assistant" or (role == "user" and all(part.image is None for part in turn))

@@ -1,0 +1,109 @@
+"""Tables of captions: a row a record, however long and however quoted; what does not pair is told by its place."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from bridgework.data.importers import folder
+from bridgework.data.quarantine import Reason, Record, records
+from bridgework.data.shards import open_dataset
+from bridgework.data.synthetic import shapes
+from bridgework.errors import DataError
+
+PNG = next(shapes(1, size=16)).images[0]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    (tmp_path / "src").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "src" / name).write_bytes(PNG)
+    return tmp_path / "src"
+
+
+def read(pictures: Path, table: str) -> tuple[list[str], list[Record]]:
+    """The captions that came out, and what was put aside."""
+    dest = str(pictures.parent / table)
+    folder.run(str(pictures), dest, table=table, max_bad=1, say=lambda _: None)
+    return [sample.text for sample in open_dataset(dest).samples()], list(records(f"{dest}.quarantine"))
+
+
+def refused(pictures: Path, table: str, words: str, **columns: str) -> None:
+    with pytest.raises(DataError, match=words):
+        folder.run(str(pictures), str(pictures.parent / "none"), table=table, say=lambda _: None, **columns)
+
+
+def test_a_line_of_more_or_fewer_fields_than_the_header_is_put_aside(pictures: Path) -> None:
+    (pictures / "t.csv").write_text("image,caption\n\na.png,a cat, a dog, and a bird\nb.png\na.png,a cat\n")
+    (pictures / "t.tsv").write_text("image\tcaption\n\na.png\ta cat\ta dog\tand a bird\nb.png\na.png\ta cat\n")
+    for table, remedy in (("t.csv", "holds commas"), ("t.tsv", "holds tabs")):
+        texts, (more, fewer) = read(pictures, table)
+        assert texts == ["a cat"]
+        assert (more.row, more.key, more.reason) == (0, "row-00000000", Reason.BAD_ROW)
+        assert (fewer.row, fewer.key, fewer.reason) == (1, "row-00000001", Reason.BAD_ROW)
+        assert "4 fields, and the header names 2 columns" in more.detail and "stands in quotes" in more.detail
+        assert "1 fields, and the header names 2 columns" in fewer.detail
+        assert all(remedy in record.detail for record in (more, fewer))
+
+
+@pytest.mark.parametrize("table", ["t.csv", "t.tsv", "t.jsonl"])
+def test_a_caption_may_be_as_long_in_any_table(table: str, pictures: Path) -> None:
+    long = "x" * 500_000
+    with (pictures / table).open("w", newline="") as file:
+        if table.endswith("sv"):
+            delimiter = "\t" if table.endswith(".tsv") else ","
+            csv.writer(file, delimiter=delimiter).writerows([("image", "caption"), ("a.png", long + '"')])
+        else:
+            json.dump({"image": "a.png", "caption": long + '"'}, file)
+    assert read(pictures, table) == ([long + '"'], [])
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        'b.png,"a dog\na.png,a bird\n',
+        'b.png,"a dog\na.png,"a bird"\n',
+        'b.png,"a dog" barks\n',
+        'b.png,"a dog\n' + "a.png,a bird\n" * 100_000,
+    ],
+    ids=["to the end", "into another", "inside", "for megabytes"],
+)
+def test_a_quote_that_is_not_closed_is_an_error_that_says_where_it_began(rest: str, pictures: Path) -> None:
+    (pictures / "t.csv").write_text(f'image,caption\n\na.png,"a cat\non ""two"" lines"\n{rest}')
+    refused(pictures, "t.csv", r"t\.csv: the row that begins in line 5 opens a quote.*close it, and write a quote")
+
+
+def test_quotes_of_a_tsv_are_those_of_a_whole_field_or_text(pictures: Path) -> None:
+    written = {
+        '"He said ""hi"""': 'He said "hi"',
+        '"a tab\there"': "a tab\there",
+        '5" wide': '5" wide',
+        '"unclosed': '"unclosed',
+        '"the" end': '"the" end',
+        'the "end"': 'the "end"',
+        '"odd """" quotes': '"odd """" quotes',
+        '"three"""': 'three"',
+        '"three""': '"three""',
+        "a\u2028line's end": "a\u2028line's end",
+    }
+    with (pictures / "t.tsv").open("w", newline="") as file:
+        file.write('"image"\tcaption\r\n' + "".join(f"a.png\t{text}\r\n" for text in written))
+    assert read(pictures, "t.tsv") == (list(written.values()), [])
+
+
+def test_no_line_of_a_tsv_runs_into_the_next(pictures: Path) -> None:
+    (pictures / "t.tsv").write_text('image\tcaption\na.png\t"two\nlines"\n""\t""\nb.png\ta cat\n')
+    texts, bad = read(pictures, "t.tsv")
+    assert texts == ['"two', "a cat"]
+    assert [(record.row, record.reason) for record in bad] == [(1, Reason.BAD_ROW), (2, Reason.BAD_ROW)]
+
+
+@pytest.mark.parametrize("table", ["t.csv", "t.tsv", "t.json", "t.jsonl"])
+def test_a_column_that_is_not_there_is_an_error_that_names_those_that_are(table: str, pictures: Path) -> None:
+    row, mark = {"photo": "a.png", "title": "a cat"}, "\t" if table.endswith(".tsv") else ","
+    sheet = "".join(mark.join(line) + "\n" for line in (row, row.values()))
+    (pictures / table).write_text(sheet if table.endswith("sv") else json.dumps([row] if table == "t.json" else row))
+    refused(pictures, table, rf"image='foto' names no column of {table}; did you mean 'photo'\?", image="foto")
+    refused(pictures, table, rf"text='caption' names no column of {table}; known: photo, title", image="photo")
