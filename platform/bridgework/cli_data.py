@@ -47,6 +47,8 @@ def import_(
     from bridgework.data.importers import load as load_importer
 
     run = load_importer(format_)
+    if not dest.strip():
+        raise SpecError("DEST is empty; give a name, a folder or a URL")
     words = [*(options or []), *([f"licence={licence}"] if licence is not None else [])]
     given = _options(run, format_, words + ([f"workers={workers}"] if workers else []))
     bare = "/" not in dest and "\\" not in dest and not dest.startswith(".")  # what catalog.resolve takes for a name

@@ -62,9 +62,10 @@ class Source:
 
 def test_rows_of_the_source_are_rows_written_plus_rows_put_aside(tmp_path: Path) -> None:
     source = Source(23, bad=(0, 7, 8, 22), keys={3: "row-1", 12: "row-4", 20: "row-12"})
-    manifest = source.ingest(tmp_path / "d")
+    manifest = source.ingest(tmp_path / "d", parameters={"sha256": "of the source"})
     assert manifest.rows + sum(manifest.quarantined.values()) == 23
     assert manifest.quarantined == {"duplicate_key": 2, "not_an_image": 4}
+    assert {(r.dataset, r.digest) for r in records(f"{tmp_path}/d.quarantine")} == {("source", "of the source")}
     table = {record.row: record.reason for record in records(f"{tmp_path}/d.quarantine")}
     assert table == {row: Reason.NOT_AN_IMAGE for row in (0, 7, 8, 22)} | {row: Reason.DUPLICATE_KEY for row in (3, 12)}
     assert verify(str(tmp_path / "d")) == []

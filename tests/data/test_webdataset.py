@@ -196,6 +196,9 @@ def test_tars_may_lie_in_a_store(shards: Path, tmp_path: Path) -> None:
         ("shards/x*.tar", "names no .tar"),
         ("nowhere", "there is no tar .*nowhere"),
         ("shards/{000.tar", "write e.g."),
+        ("shards/{0..99999999999999999999}.tar", "names more than 1,000,000 tars; import them in parts"),
+        ("shards/{0..9999}{0..9999..3}.tar", "names more than 1,000,000 tars"),
+        ("shards/" + "{a,b}" * 40 + ".tar", "names more than 1,000,000 tars"),
     ],
 )
 def test_tars_that_are_not_there_are_an_error(source: str, words: str, shards: Path, tmp_path: Path) -> None:

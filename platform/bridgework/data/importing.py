@@ -61,7 +61,8 @@ class Job:
         done = self._without_repetitions([self._done(number) for number in range(count)])
         clear(quarantine.folder)
         for bad in chain.from_iterable(one.bad for one in done):
-            quarantine.add(self.source, bad.key, bad.row, BadSample(Reason(bad.reason), bad.detail))
+            why = BadSample(Reason(bad.reason), bad.detail)
+            quarantine.add(self.source, bad.key, bad.row, why, digest=self.parameters.get("sha256", ""))
         quarantine.flush()
         shards = tuple(one.shard for one in done if one.shard is not None)
         left_out = dict(sorted(Counter(why for one in done for _, why in one.left_out).items()))

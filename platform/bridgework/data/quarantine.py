@@ -1,7 +1,7 @@
 """Where bad samples go: a reason code each, a table on disk, and a limit on their share.
 
 A folder of JSON-lines parts, each complete or absent, so that many readers may write to one table:
-{"dataset", "key", "row", "reason", "detail"} a line. What is read is what was planned minus what stands here.
+{"dataset", "key", "row", "reason", "detail", "digest"} a line. What is read is what was planned minus what stands here.
 """
 
 import hashlib
@@ -66,13 +66,14 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """One bad row: `dataset` is the digest of its manifest, or the source while it is being imported."""
+    """One bad row: of a dataset, by its manifest's digest, or of a source that is being imported, by its path."""
 
     dataset: str
     key: str
     row: int
     reason: Reason
     detail: str
+    digest: str = ""  # sha256 of the manifest, or of what the importer knew of the source
 
 
 class Quarantine:
@@ -85,13 +86,14 @@ class Quarantine:
         self._seen: set[tuple[str, int]] = set()
         self._pending: list[Record] = []
 
-    def add(self, dataset: str, key: str, row: int, error: BadSample) -> None:
-        """Put aside row `row` of `dataset` for what `error` says."""
+    def add(self, dataset: str, key: str, row: int, error: BadSample, *, digest: str | None = None) -> None:
+        """Put aside row `row` of `dataset` for what `error` says; without `digest`, `dataset` is one."""
         if (dataset, row) in self._seen:
             return
         self._seen.add((dataset, row))
         self.reasons[error.reason] += 1
-        self._pending.append(Record(dataset, key, row, error.reason, error.detail[:DETAIL_CHARS]))
+        detail = error.detail[:DETAIL_CHARS]
+        self._pending.append(Record(dataset, key, row, error.reason, detail, dataset if digest is None else digest))
         if len(self._pending) >= FLUSH_ROWS:
             self.flush()
 

@@ -6,10 +6,12 @@ Samples are found by the headers alone; who wants their bytes knows where they l
 import hashlib
 import json
 import os.path
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
+from math import prod
 from tarfile import TarInfo
 from typing import Any, NamedTuple
 
@@ -25,6 +27,8 @@ from bridgework.errors import DataError
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 READ = (*IMAGES, "txt", "json", "cls")
 MAX_MEMBERS = 1000  # of one sample
+MAX_TARS = 1_000_000  # of one import
+_RANGE = re.compile(r"\{(-?[0-9]+)\.\.(-?[0-9]+)[}.]")
 TOLD = 20  # endings of unread members that are counted by name
 
 
@@ -52,15 +56,24 @@ class Group:
 
 def find(source: str) -> list[Tar]:
     """The tars that `source` names, in its order. Raises DataError where one is missing, or none is named."""
-    try:
-        patterns = list(braceexpand(source, escape=False))
-    except ValueError as error:
-        raise DataError(f"{source}: {error}; write e.g. shards/{{000..031}}.tar") from None
+    patterns = _patterns(source)
     found = list(dict.fromkeys(chain.from_iterable(map(_expand, patterns))))
     if not found:
         raise DataError(f"{source} names no .tar; give a tar, a folder of tars, or a pattern such as shards/*.tar")
     common = os.path.commonpath([os.path.dirname(name) for _, name in found])
     return [Tar(path, os.path.relpath(name, common).removesuffix(".tar")) for path, name in found]
+
+
+def _patterns(source: str) -> list[str]:
+    """What the braces of `source` stand for."""
+    spans = [abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(source)]  # braceexpand holds each
+    try:
+        found = list(islice(braceexpand(source, escape=False), MAX_TARS + 1)) if prod(spans) <= MAX_TARS else []
+    except ValueError as error:
+        raise DataError(f"{source}: {error}; write e.g. shards/{{000..031}}.tar") from None
+    if prod(spans) > MAX_TARS or len(found) > MAX_TARS:
+        raise DataError(f"{source} names more than {MAX_TARS:,} tars; import them in parts")
+    return found
 
 
 def _expand(pattern: str) -> list[tuple[str, str]]:

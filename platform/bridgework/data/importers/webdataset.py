@@ -23,6 +23,7 @@ from bridgework.data.transforms import MAX_BYTES
 from bridgework.errors import DataError
 
 TEXTS = ("caption", "text")  # fields of the JSON that hold the caption where there is no .txt
+TOGETHER = "the members of a sample stand together, and their names agree up to the first dot"
 SHORT = 300  # characters of a JSON field, with its name, that is kept as provenance
 
 _OWN = {"rejected": None, "times_s": (), "labels": (), "boxes": (), "ocr": None, "language": None, "licence": None}
@@ -80,7 +81,7 @@ def _sample(path: str, group: Group, prefix: str, text: str | None) -> Sample:
         return _exported(entry, files, prefix, group.key)
     images = [ending for ending in files if ending in IMAGES]
     if len(images) != 1:
-        there = f"images: {', '.join(images)}" if images else "no image; the members of a sample stand together"
+        there = f"images: {', '.join(images)}" if images else f"no image; {TOGETHER}"
         raise BadSample(Reason.BAD_ROW if images else Reason.MISSING_IMAGE, f"{there}; one is wanted")
     name, words = _text(files, entry, text)
     labels = (_decoded("cls", files["cls"]).strip(),) if "cls" in files else ()
@@ -118,7 +119,7 @@ def _text(files: Mapping[str, bytes], entry: Mapping[str, Any], field: str | Non
     if name is None:
         wanted = " or ".join(repr(name) for name in names)
         txt = "" if field else "no .txt, and "
-        raise BadSample(Reason.EMPTY_TEXT, f"{txt}no {wanted} in a .json; the members of a sample stand together")
+        raise BadSample(Reason.EMPTY_TEXT, f"{txt}no {wanted} in a .json; {TOGETHER}")
     return name, entry[name]
 
 
