@@ -5,6 +5,7 @@ import typing
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import MISSING, Field, field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from bridgework.errors import SpecError
 from bridgework.spec import override
 
 if TYPE_CHECKING:
+    from bridgework.curation.flow import Limits
     from bridgework.data.manifest import Manifest
 
 out, err = (Console(stderr=stderr, markup=False, highlight=False) for stderr in (False, True))
@@ -52,15 +54,14 @@ def curate(
         return
     places, changes = _split(name, rest)
     *sources, dest = places
-    curation = _spec(cls, name, sources, changes)
+    curation, limits = _spec(cls, name, sources, changes)
     bare = "/" not in dest and "\\" not in dest and not dest.startswith(".")  # what catalog.resolve takes for a name
     place = str(home() / "datasets" / dest) if bare else dest
     if workers:
         from bridgework.cluster import attached
     with attached() if workers else nullcontext():
-        made = run(
-            curation, sources, place, home=home(), workers=workers, say=lambda text: err.print(text, soft_wrap=True)
-        )
+        say = partial(err.print, soft_wrap=True)
+        made = run(curation, sources, place, home=home(), limits=limits, workers=workers, say=say)
     if explain:
         _explain(curation, sources, place, made)
     out.print(place, soft_wrap=True)
@@ -77,8 +78,8 @@ def _curations() -> Table:
 
 def _fields(cls: type[Any]) -> Table:
     table = Table("field", "of type", "default", box=None, pad_edge=False)
-    hints = typing.get_type_hints(cls)
-    for item in _own(cls):
+    hints, own = _hints(cls), _own(cls)
+    for item in [*own, *_shared(own)]:
         hint, default = hints[item.name], _default(item)
         words = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
         table.add_row(item.name, words, "needed" if default is NEEDED else str(default))
@@ -96,20 +97,23 @@ def _split(name: str, words: list[str]) -> tuple[list[str], dict[str, str]]:
     return places, {key: value for key, _, value in pairs}
 
 
-def _spec(cls: type[Any], name: str, sources: list[str], changes: Mapping[str, str]) -> Any:
+def _spec(cls: type[Any], name: str, sources: list[str], changes: Mapping[str, str]) -> "tuple[Any, Limits]":
     """The curation with its fields as given: read and refused as `--set` does; a model's name becomes its folder."""
+    from bridgework.curation.flow import Limits
+
     hints, own = typing.get_type_hints(cls, include_extras=True), _own(cls)
     blank = make_dataclass(
         cls.__name__,
-        [(f.name, typing.get_type_hints(cls)[f.name], field(default=_default(f))) for f in own],
+        [(f.name, _hints(cls)[f.name], field(default=_default(f))) for f in [*own, *_shared(own)]],
         frozen=True,
     )
     read = override(blank(), changes)
-    given = {key: getattr(read, key) for key in changes}
+    limits = Limits(**{f.name: getattr(read, f.name) for f in _shared(own)})
+    given = {f.name: getattr(read, f.name) for f in own if f.name in changes}
     if missing := [f.name for f in own if _default(f) is NEEDED and f.name not in given]:
         raise SpecError(f"curate {name} needs {', '.join(f'{field}=VALUE' for field in missing)}")
     given |= {key: _folders(value) for key, value in given.items() if _names_a_model(hints[key])}
-    return cls(**given, **({"sources": tuple(sources)} if "sources" in hints else {}))
+    return cls(**given, **({"sources": tuple(sources)} if "sources" in hints else {})), limits
 
 
 def _own(cls: type[Any]) -> list[Field[Any]]:
@@ -117,6 +121,19 @@ def _own(cls: type[Any]) -> list[Field[Any]]:
     from bridgework.curation.flow import PLACE
 
     return [item for item in fields(cls) if item.name not in PLACE]
+
+
+def _shared(own: list[Field[Any]]) -> list[Field[Any]]:
+    """The fields that every curation takes, but for those that one has of its own."""
+    from bridgework.curation.flow import Limits
+
+    return [item for item in fields(Limits) if item.name not in {mine.name for mine in own}]
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    from bridgework.curation.flow import Limits
+
+    return typing.get_type_hints(Limits) | typing.get_type_hints(cls)
 
 
 def _default(item: Field[Any]) -> Any:

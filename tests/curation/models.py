@@ -58,9 +58,9 @@ def decided(curation: Curation, samples: Sequence[Sample], facts: Sequence[Fact]
 
 @dataclass
 class Scripted:
-    """An endpoint in this process; `answer` gives the text of a request, or the status that it fails with."""
+    """An endpoint in this process; `answer` gives a text, a whole body, or the status that a request fails with."""
 
-    answer: Callable[[dict[str, Any]], str | int]
+    answer: Callable[[dict[str, Any]], str | bytes | int]
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
@@ -68,8 +68,14 @@ class Scripted:
     under_way: int = 0
 
 
+def completion(content: Any) -> bytes:
+    """The body of an answer that says this."""
+    message = {"role": "assistant", "content": content}
+    return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}).encode()
+
+
 @contextmanager
-def endpoint(answer: Callable[[dict[str, Any]], str | int]) -> Iterator[Scripted]:
+def endpoint(answer: Callable[[dict[str, Any]], str | bytes | int]) -> Iterator[Scripted]:
     """A server that speaks the chat-completions form."""
     told, lock = Scripted(answer), threading.Lock()
 
@@ -86,12 +92,11 @@ def endpoint(answer: Callable[[dict[str, Any]], str | int]) -> Iterator[Scripted
                 told.under_way -= 1
             self._send(given)
 
-        def _send(self, given: str | int) -> None:
-            message = {"role": "assistant", "content": given}
-            whole = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
-            body = json.dumps(whole if isinstance(given, str) else {"error": {"message": "no"}}).encode()
-            self.send_response(200 if isinstance(given, str) else given)
-            self.send_header("Content-Type", "application/json")
+        def _send(self, given: str | bytes | int) -> None:
+            refused = json.dumps({"error": {"message": "no"}}).encode()
+            body = given if isinstance(given, bytes) else completion(given) if isinstance(given, str) else refused
+            self.send_response(given if isinstance(given, int) else 200)
+            self.send_header("Content-Type", "text/html" if body.startswith(b"<") else "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

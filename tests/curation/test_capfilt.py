@@ -220,7 +220,7 @@ def test_a_place_that_holds_another_dataset_is_refused(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
     make(web, tmp_path / "made", models, home)
-    with pytest.raises(DataError, match=r"holds another dataset \(it differs in seed\); delete it"):
+    with pytest.raises(DataError, match="made with `seed=0`, and asked for is `seed=1`; delete it"):
         make(web, tmp_path / "made", models, home, seed=1)
 
 

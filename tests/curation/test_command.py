@@ -43,6 +43,7 @@ def test_without_words_the_curations_are_listed_with_what_they_do() -> None:
 def test_a_name_alone_tells_its_fields() -> None:
     lines = {line.split()[0]: line.split()[1:] for line in curate("dedup").stdout.splitlines()}
     assert lines["distance"] == ["int", "4"] and lines["by"][-1] == "bytes"
+    assert lines["max_bad"] == ["float", "0.005"]
     fields = curate("capfilt").stdout
     assert "needed" in fields and "sources" not in fields and "makes" not in fields
 
@@ -61,10 +62,20 @@ def test_fields_are_words_and_the_rest_is_places(source: str, tmp_path: Path) ->
 def test_the_same_command_does_nothing_and_another_is_refused(source: str, tmp_path: Path) -> None:
     words = ("dedup", source, str(tmp_path / "made"), "by=perceptual")
     first = curate(*words).stderr
-    assert "25 rows to judge" in first and "made 20 rows of 25 (20 kept, 5 duplicate of an earlier row)" in first
+    assert "25 rows to judge" in first and "20 of 25 rows go on (20 kept; 5 duplicate of an earlier row)" in first
     assert "nothing to do" in curate(*words).stderr
-    with pytest.raises(DataError, match=r"differs in by, distance\)"):
+    with pytest.raises(DataError, match=r"`by=perceptual distance=4`, and asked for is `by=bytes distance=3`"):
         curate(*words[:3], "distance=3")
+
+
+def test_every_curation_takes_the_share_of_rows_that_may_be_bad(source: str, tmp_path: Path) -> None:
+    torn = pair("torn", b"<html>", "no scene")
+    spoilt = written(tmp_path / "spoilt", [*open_dataset(source).samples(), torn])
+    with pytest.raises(DataError, match=r"1 of 26 rows are bad \(1 not_an_image\)"):
+        curate("filters", spoilt, str(tmp_path / "made"), "min_side=10")
+    curate("filters", spoilt, str(tmp_path / "made"), "min_side=10", "max_bad=0.04")
+    manifest = open_dataset(str(tmp_path / "made")).manifest
+    assert manifest.quarantined == {"not_an_image": 1} and "max_bad" not in manifest.parameters
 
 
 def test_a_bare_name_lies_under_the_home(source: str, home: Path) -> None:
@@ -114,6 +125,8 @@ def test_explain_counts_the_reasons_and_draws_both_kinds(source: str, home: Path
         (("dedup", "a", "b", "distance=near"), "distance must be int, got 'near'"),
         (("dedup", "a", "by=bytes"), "curate dedup takes SOURCE... DEST, and then KEY=VALUE; got a by=bytes"),
         (("dedup", "a", "b", "by=bytes", "c"), "behind the places stand fields of dedup, KEY=VALUE; got 'c'"),
+        (("dedup", "a", "b", "max_bad=2"), "max_bad is a share of the rows, from 0 to 1; got 2"),
+        (("dedup", "a", "b", "max_bed=0.1"), r"Dedup has no field 'max_bed'; did you mean 'max_bad'\?"),
         (("capfilt", "a", "b", "filter=./f"), "curate capfilt needs captioner=VALUE"),
         (("capfilt", "a", "b", "makes=c"), "CapFilt has no field 'makes'"),
     ],

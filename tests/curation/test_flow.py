@@ -1,24 +1,32 @@
 """What holds for every curation: every row has a verdict, work goes on where it stopped, rows know their source."""
 
+import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
+from bridgework.curation import facts
 from bridgework.curation.explain import examples
-from bridgework.curation.flow import Making, Rows, Verdict, make
+from bridgework.curation.flow import LIMITS, Limits, Making, Rows, Say, Verdict, make
 from bridgework.data.manifest import Manifest
 from bridgework.data.quarantine import records
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import open_dataset, verify
-from bridgework.errors import DataError
+from bridgework.errors import DataError, SpecError
 from bridgework.spec import spec
 from tests.curation.support import flags, written
 from tests.curation.vowels import Vowels
+from tests.house.source import ROOT
 
 IMAGE = next(flags()).images[0]
 QUESTIONS = {150, 390}  # 0.5 %: what a quarantine allows
@@ -31,11 +39,15 @@ def source(tmp_path: Path) -> str:
     return written(tmp_path / "source", ROWS)
 
 
-def run(source: str | list[str], dest: Path, home: Path, *, workers: int = 0, **fields: Any) -> Manifest:
+def run(
+    source: str | list[str], dest: Path, home: Path, *, workers: int = 0, limits: Limits = LIMITS, say: Say = str,
+    **fields: Any,
+) -> Manifest:  # fmt: skip
     desk = dest.parent / "desk"
     desk.mkdir(exist_ok=True)
     sources = [source] if isinstance(source, str) else source
-    return make(Vowels(desk=str(desk), **fields), sources, str(dest), home=home, workers=workers, say=lambda text: None)
+    vowels = Vowels(desk=str(desk), **fields)
+    return make(vowels, sources, str(dest), home=home, limits=limits, workers=workers, say=say)
 
 
 def judged(dest: Path) -> list[str]:
@@ -44,6 +56,11 @@ def judged(dest: Path) -> list[str]:
     keys = log.read_text().split() if log.is_file() else []
     log.unlink(missing_ok=True)
     return keys
+
+
+def files(dest: Path) -> list[str]:
+    """What lies in the folder of facts, without the digest of the source."""
+    return sorted(file.name.partition("-")[2] for file in Path(f"{dest}.judged").rglob("*") if file.is_file())
 
 
 def rows(path: Path) -> list[Sample]:
@@ -90,10 +107,55 @@ def test_a_run_that_was_cut_off_judges_only_what_was_left_and_ends_as_an_unbroke
     with pytest.raises(KeyboardInterrupt):
         run(source, dest, home)
     assert not dest.exists() and len(judged(dest)) == 170
-    assert not list((tmp_path / "broken.judged").rglob("*.tmp"))
-    broken = run(source, dest, home)
-    assert judged(dest) == [f"row-{i}" for i in range(160, 400)]
+    said = list[str]()
+    broken = run(source, dest, home, say=said.append)
+    assert judged(dest) == [f"row-{i}" for i in range(168, 400)]  # but for the row group in which it stopped
+    assert said[0] == (
+        "vowels: 400 rows to judge; 10 of 25 shards were judged before; a shard that was cut off goes on where it was"
+    )
+    assert files(dest) == [f"{n:05d}.jsonl" for n in range(25)]
     assert broken.digest == run(source, tmp_path / "whole", home).digest
+
+
+def test_a_run_that_was_killed_loses_no_more_than_the_row_group_under_way(home: Path, tmp_path: Path) -> None:
+    source, dest, desk = (
+        written(tmp_path / "one-shard", ROWS[:100], shard_rows=4096),
+        tmp_path / "made",
+        tmp_path / "desk",
+    )
+    desk.mkdir()
+    (desk / "kill").write_text("row-70")
+    words = ["curate", "tests.curation.vowels", source, str(dest), f"desk={desk}"]
+    killed = subprocess.run(
+        [sys.executable, "-c", "from bridgework.cli import main; main()", *words],
+        env={**os.environ, "PYTHONPATH": "platform:."}, cwd=ROOT, capture_output=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL and len(judged(dest)) == 70 and not dest.exists()
+    run(source, dest, home)
+    assert judged(dest) == [f"row-{i}" for i in range(64, 100)] and files(dest) == ["00000.jsonl"]
+
+
+@pytest.mark.parametrize("scheme", ["", "memory:/"])
+def test_what_a_part_holds_counts_up_to_its_last_whole_row_group(scheme: str, tmp_path: Path) -> None:
+    path = f"{scheme}{tmp_path}/facts/0.jsonl"
+    told = [facts.Told(f"row-{n}", {"n": n}) for n in range(7)]
+    lines = [json.dumps(one._asdict()) for one in told]
+    fs, root = fsspec.core.url_to_fs(f"{scheme}{tmp_path}/facts")
+    fs.makedirs(root)
+    fs.pipe_file(f"{root}/0.jsonl.11111111.part", "\n".join([*lines[:5], lines[5][:9]]).encode())
+    fs.pipe_file(f"{root}/0.jsonl.22222222.tmp", "\n".join(lines[:3]).encode())  # as they were called once
+    fs.pipe_file(f"{root}/1.jsonl.33333333.part", "\n".join(lines[:6]).encode())
+    asked = list[int]()
+
+    def rest(known: int) -> Iterator[list[facts.Told]]:
+        asked.append(known)
+        yield from (told[start : start + 2] for start in range(2 * known, 7, 2))
+
+    assert facts.cut_off(path.rpartition("/")[0])
+    facts.save(path, 2, rest)
+    assert asked == [2] and list(facts.read(path, 7)) == told
+    left = sorted(str(file).rpartition("/")[2] for file in fs.ls(root, detail=False))
+    assert left == ["0.jsonl", "1.jsonl.33333333.part"]
 
 
 def test_a_file_of_facts_that_is_gone_is_judged_again_and_no_other(source: str, home: Path, tmp_path: Path) -> None:
@@ -128,19 +190,24 @@ def test_what_is_there_is_taken_as_it_is(source: str, home: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("change", "differs"),
+    ("change", "had", "wanted"),
     [
-        ({"at_least": 2}, "at_least"),
-        ({"letters": "aei"}, "letters"),
-        ({"copies": 2, "at_least": 3}, "at_least, copies"),
+        ({"at_least": 2}, "at_least=1", "at_least=2"),
+        ({"letters": "aei"}, "'letters=digest of aeiou'", "'letters=digest of aei'"),
+        ({"letters": "a" * 300}, "'letters=digest of aeiou'", f"'letters=digest of {'a' * 90}..'"),
+        ({"copies": 2, "at_least": 3, "model": "m"}, "at_least=1 copies=1 model=none", "at_least=3 copies=2 model=m"),
     ],
 )
-def test_a_place_that_holds_what_was_made_otherwise_is_refused(
-    change: dict[str, Any], differs: str, source: str, home: Path, tmp_path: Path
+def test_a_place_that_holds_what_was_made_otherwise_is_refused_with_both_values(
+    change: dict[str, Any], had: str, wanted: str, source: str, home: Path, tmp_path: Path
 ) -> None:
     run(source, tmp_path / "made", home)
-    with pytest.raises(DataError, match=rf"holds another dataset \(it differs in {differs}\); delete it or choose"):
+    with pytest.raises(DataError) as caught:
         run(source, tmp_path / "made", home, **change)
+    assert str(caught.value) == (
+        f"{tmp_path / 'made'} holds another dataset: it was made with `{had}`, and asked for is `{wanted}`; "
+        "delete it or choose another place"
+    )
 
 
 def test_a_place_that_holds_other_sources_or_another_curations_work_is_refused(
@@ -148,9 +215,12 @@ def test_a_place_that_holds_other_sources_or_another_curations_work_is_refused(
 ) -> None:
     run(source, tmp_path / "made", home)
     other = written(tmp_path / "other", ROWS[:20])
-    with pytest.raises(DataError, match="differs in sources"):
+    one, two = (open_dataset(place).manifest.digest[:8] for place in (source, other))
+    with pytest.raises(
+        DataError, match=rf"with `'sources={one} of /[^`]*`, and asked for is `'sources={one}, {two} of /"
+    ):
         run([source, other], tmp_path / "made", home)
-    with pytest.raises(DataError, match="differs in curation"):
+    with pytest.raises(DataError, match=r"made with `curation=tests`, and asked for is `curation=tests.curation.vow"):
         run(source, Path(other), home)
 
 
@@ -226,6 +296,29 @@ def test_too_many_rows_that_cannot_be_judged_are_an_error_that_names_their_table
     assert run(enough, tmp_path / "right", home).quarantined == {"bad_row": 1}  # 0.5 % exactly
 
 
+def test_a_larger_share_of_bad_rows_may_be_allowed_and_judges_nothing_again(home: Path, tmp_path: Path) -> None:
+    few, dest = written(tmp_path / "few", ROWS[:160]), tmp_path / "made"
+    with pytest.raises(DataError, match="1 of 160 rows are bad"):
+        run(few, dest, home)
+    judged(dest)
+    made = run(few, dest, home, limits=Limits(max_bad=0.01))
+    assert made.quarantined == {"bad_row": 1} and not judged(dest)
+    assert run(few, dest, home).digest == made.digest  # what is there is taken as it is
+    for share in (-0.1, 1.5):
+        with pytest.raises(SpecError, match=rf"max_bad is a share of the rows, from 0 to 1; got {share}"):
+            Limits(max_bad=share)
+
+
+def test_what_is_said_of_the_rows_tells_those_that_came_in_from_those_that_come_out(
+    source: str, home: Path, tmp_path: Path
+) -> None:
+    said = list[str]()
+    run(source, tmp_path / "one", home, say=said.append)
+    run(source, tmp_path / "several", home, say=said.append, copies=3)
+    assert said[1] == "vowels: 266 of 400 rows go on (266 kept; 132 too few vowels; 2 put aside: bad_row)"
+    assert said[3] == said[1].replace("go on", "go on and become 798")
+
+
 def test_the_share_of_bad_rows_is_of_those_that_come_in(source: str, home: Path, tmp_path: Path) -> None:
     """Of 400 rows 2 are bad; that only one is kept makes them no more."""
     lone = [
@@ -237,7 +330,9 @@ def test_the_share_of_bad_rows_is_of_those_that_come_in(source: str, home: Path,
 
 
 def test_a_curation_that_keeps_nothing_says_so(source: str, home: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"vowels keeps nothing of 400 rows \(398 too few vowels\), so .*made is not"):
+    with pytest.raises(
+        DataError, match=r"nothing of 400 rows \(398 too few vowels; 2 put aside: bad_row\), so .*made is not"
+    ):
         run(source, tmp_path / "made", home, at_least=9)
 
 

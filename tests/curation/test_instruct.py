@@ -1,7 +1,6 @@
 """Instructions from captions and boxes: asked of a writer, read as a talk, and never twice for what is known."""
 
 import base64
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +19,8 @@ from bridgework.data.samples import Box, Part, Sample, pair
 from bridgework.data.shards import open_dataset
 from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import DataError, RunError, SpecError, WeightsError
-from tests.curation.models import Scripted, decided, endpoint, judged, writer
+from bridgework.spec import spec as bridgework_spec
+from tests.curation.models import Scripted, completion, decided, endpoint, judged, writer
 from tests.curation.support import flags, written
 
 FLAGS = list(flags())
@@ -68,7 +68,8 @@ def test_the_examples_that_a_writer_sees_are_what_it_is_asked_for(kind: str) -> 
 @pytest.mark.parametrize(
     ("kind", "raw", "fault"),
     [
-        ("conversation", "", "questions and answers do not alternate"),
+        ("conversation", " ", "it is empty"),
+        ("detail", "", "it is empty"),
         ("conversation", "Question: a?\nQuestion: b?\nAnswer: c.", "questions and answers do not alternate"),
         ("conversation", "Sure!\n" + GOOD["conversation"], "questions and answers do not alternate"),
         ("conversation", GOOD["conversation"] + "\nQuestion: More?", "questions and answers do not alternate"),
@@ -179,18 +180,44 @@ def test_a_busy_endpoint_is_asked_again_and_a_refused_request_has_no_answer(home
     assert facts[0]["answers"]["detail"] == [GOOD["detail"].strip()]
     assert facts[1]["answers"]["detail"] == ["", ""]
     whys = [v.why for v in decided(curation, FLAGS[:2], facts)]
-    assert whys == ["kept", "no answer to use: too short or too long"]
+    assert whys == ["kept", "no answer to use: it is empty"]
 
 
-@pytest.mark.parametrize(("status", "asked"), [(401, 1), (404, 1), (503, 2)])
-def test_an_endpoint_that_does_not_let_us_in_ends_the_work(status: int, asked: int) -> None:
-    with endpoint(lambda request: status) as server:
-        client = chat.Endpoint(server.url, "m", key="NO_KEY", attempts=2)
-        with pytest.raises(RunError, match=rf"{re.escape(server.url)} does not answer: .*key in \$NO_KEY"):
-            client([{"role": "user", "content": "hello"}], 0)
-    assert len(server.asked) == asked
-    with pytest.raises(RunError, match="does not answer: Connection error"):
-        chat.Endpoint(server.url, "m", attempts=1)([{"role": "user", "content": "hello"}], 0)
+def test_an_answer_of_no_text_is_asked_for_once_more_and_then_dropped(home: Path) -> None:
+    with endpoint(lambda request: completion(None)) as server:
+        curation = spec(server, kinds=("detail",))
+        facts = judged(curation, FLAGS[:1], home)
+    assert facts[0]["answers"]["detail"] == ["", ""] and len(server.asked) == 2
+    assert [v.why for v in decided(curation, FLAGS[:1], facts)] == ["no answer to use: it is empty"]
+
+
+@bridgework_spec
+class Impatient(Instruct):
+    """Asks twice, and does not wait for half a minute."""
+
+    def _writer(self) -> chat.Writer:
+        return chat.Endpoint(self.endpoint or "", self.model or "", attempts=2, parallel=2)
+
+
+def test_what_is_no_completion_is_never_kept_and_the_work_goes_on_once_the_endpoint_is_mended(
+    home: Path, tmp_path: Path
+) -> None:
+    source, dest = written(tmp_path / "source", FLAGS[:24]), str(tmp_path / "made")
+    broken = FLAGS[9].text  # in the second row group of the first shard
+
+    def answer(request: dict[str, Any]) -> str | bytes:
+        return b'{"choices": null}' if request["messages"][-1]["content"] == broken else good(request)
+
+    with endpoint(answer) as server:
+        curation = Impatient(endpoint=server.url, model="m", kinds=("detail",))
+        with pytest.raises(RunError, match="answers with no chat completion"):
+            make(curation, [source], dest, home=home, say=str)
+        first = len(server.asked)
+        server.answer = good
+        made = make(curation, [source], dest, home=home, say=str)
+    assert made.parameters["counts"] == {"kept": 24}
+    again = [request["messages"][-1]["content"] for request in server.asked[first:]]
+    assert sorted(again) == sorted(flag.text for flag in FLAGS[8:24])  # the first row group was kept
 
 
 def test_what_is_no_picture_is_put_aside_and_what_has_no_caption_dropped(home: Path) -> None:
@@ -249,6 +276,17 @@ def test_deciding_again_asks_nobody(home: Path, tmp_path: Path) -> None:
     assert asked == 2 * 12 and made.parameters["counts"] == {"asked about with the row before it": 32, "kept": 8}
     images = [sample.images for sample in open_dataset(dest).samples()]
     assert len(images) == 2 * len(set(images))
+
+
+def test_another_writer_into_the_same_place_is_refused_with_both_writers(home: Path, tmp_path: Path) -> None:
+    source, dest = written(tmp_path / "source", FLAGS[:4]), str(tmp_path / "made")
+    with endpoint(good) as server:
+        make(spec(server, kinds=("detail",)), [source], dest, home=home, say=str)
+    with pytest.raises(DataError, match=r"with `endpoint=http://127.*/v1`, and asked for is `endpoint=http://x/v1`"):
+        make(Instruct(endpoint="http://x/v1", model="writer-1", kinds=("detail",)), [source], dest, home=home)
+    both = "made with `endpoint=http.* lm=none model=writer-1`, and asked for is `endpoint=none lm=/nope model=none`"
+    with pytest.raises(DataError, match=both):
+        make(Instruct(lm="/nope", kinds=("detail",)), [source], dest, home=home)
 
 
 # --- a model on this machine -----------------------------------------------------------------------------------------

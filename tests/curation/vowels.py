@@ -1,5 +1,7 @@
 """Keeps pairs whose caption has enough vowels: a curation of one's own, to see what holds for every one."""
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,10 @@ from bridgework.spec import spec
 
 @spec
 class Vowels:
-    """`desk` is a folder: `stop` in it names a row at which the process is interrupted, `judged` grows by every row."""
+    """`desk` is a folder in which `judged` grows by every row.
+
+    `stop` names a row at which the process is interrupted, and `kill` one at which it is killed.
+    """
 
     desk: str
     letters: str = "aeiou"
@@ -49,10 +54,10 @@ class VowelJudge:
         return [self._fact(sample) for sample in samples]
 
     def _fact(self, sample: Sample) -> Fact:
-        stop = self._desk / "stop"
-        if stop.is_file() and stop.read_text() == sample.key:
-            stop.unlink()
+        if self._told("stop", sample):
             raise KeyboardInterrupt
+        if self._told("kill", sample):
+            os.kill(os.getpid(), signal.SIGKILL)
         if sample.text == "crash":
             raise DataError("the endpoint does not answer; start it")
         with (self._desk / "judged").open("a") as log:
@@ -60,3 +65,9 @@ class VowelJudge:
         if sample.text.startswith("?"):
             return bad(BadSample(Reason.BAD_ROW, "a question is no caption"))
         return {"vowels": sum(letter in self._letters for letter in sample.text)}
+
+    def _told(self, name: str, sample: Sample) -> bool:
+        file = self._desk / name
+        if found := file.is_file() and file.read_text() == sample.key:
+            file.unlink()
+        return found

@@ -6,6 +6,7 @@ where the writer can.
 
 import base64
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ Made = TypeVar("Made")
 
 ATTEMPTS = 8  # with their waits, half a minute
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 30.0
+SHOWN = 200  # characters of what an endpoint answered, in an error
 MIME = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}  # by a file's first bytes
 WEIGHTS = ("*.safetensors", "config.json", "tokenizer.json")
 
@@ -62,33 +64,61 @@ class Endpoint:
     def __call__(self, messages: Sequence[Message], seed: int) -> str:
         """A request that the endpoint refuses for what it says (400, 422) has no answer.
 
-        Raises RunError where it does not let us in, and where it still does not answer after several tries.
+        Raises RunError where it does not let us in, and where it still gives no chat completion after several tries.
         """
         import openai
         from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-        passing = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError, openai.ConflictError)
+        busy = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError, openai.ConflictError)
         tries = Retrying(
-            retry=retry_if_exception_type(passing),
+            retry=retry_if_exception_type((*busy, RunError)),
             wait=wait_exponential(FIRST_WAIT_S, LONGEST_WAIT_S, min=FIRST_WAIT_S),
             stop=stop_after_attempt(self._attempts),
             reraise=True,
         )
         try:
-            answer: Any = tries(self._ask, messages, seed)
+            return tries(self._ask, messages, seed)
         except (openai.BadRequestError, openai.UnprocessableEntityError):
             return ""
         except openai.OpenAIError as error:
-            raise RunError(
-                f"{self._url} does not answer: {str(error)[:200]}; see to the URL, the model's name and the key in "
-                f"${self._key}, then run again: what was answered is kept shard by shard"
-            ) from None
-        choices = getattr(answer, "choices", None)
-        return (choices[0].message.content or "").strip() if choices else ""
+            raise self._lost("does not answer", str(error)) from None
 
-    def _ask(self, messages: Sequence[Message], seed: int) -> Any:
+    def _ask(self, messages: Sequence[Message], seed: int) -> str:
+        """Raises RunError for an answer that is no chat completion, and what openai raises."""
         asked: Any = {**self._how, "messages": list(messages), "seed": seed}
-        return self._client.chat.completions.create(**asked)
+        body = self._client.chat.completions.with_raw_response.create(**asked).text
+        try:
+            return said(body)
+        except (ValueError, RecursionError):  # the latter: brackets without end
+            raise self._lost("answers with no chat completion", body) from None
+
+    def _lost(self, how: str, told: str) -> RunError:
+        shown = " ".join(told.split())[:SHOWN] or "nothing at all"
+        return RunError(
+            f"{self._url} {how}: {shown}; see to the URL (up to /v1), the model's name and the key in ${self._key}, "
+            "then run again: what was answered before is kept, row group by row group"
+        )
+
+
+def said(body: str) -> str:
+    """The text of a chat completion, as JSON; empty where it has none. Raises ValueError for any other body."""
+    match json.loads(body):
+        case {"choices": [{"message": ({"role": _} | {"content": _}) as message}, *_]}:
+            text = _text(message.get("content")).strip()
+            return text.encode(errors="replace").decode()  # half a surrogate pair is no text
+    raise ValueError("no chat completion")
+
+
+def _text(content: Any) -> str:
+    """Of a message: its words, those of its parts that are text, or none. Raises ValueError for anything else."""
+    match content:
+        case None:
+            return ""
+        case str():
+            return content
+        case [*parts] if all(isinstance(part, dict) for part in parts):
+            return "".join(str(part.get("text") or "") for part in parts if part.get("type") == "text")
+    raise ValueError("no content of a message")
 
 
 class LocalLM:

@@ -1,13 +1,16 @@
-"""What a judge knows of every row, shard by shard: a file of JSON lines each, whole or absent, so that work goes on.
+"""What a judge knows of every row: a file of JSON lines for each shard, whole or absent.
 
-The files are written in this process or by Ray's actors. A fact depends on the curation, its models and the row group
-that the row lies in: not on who judges it, or when.
+It grows row group by row group under a name of its own, `FILE.<run>.part`; who goes on after an interruption takes
+over the whole row groups of that. The files are written in this process or by Ray's actors. A fact depends on the
+curation, its models and the row group that the row lies in: not on who judges it, or when.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
@@ -16,8 +19,10 @@ import fsspec
 from bridgework.cluster import each
 from bridgework.data.quarantine import BadSample
 from bridgework.data.samples import Sample
-from bridgework.data.shards import open_dataset
+from bridgework.data.shards import Dataset, open_dataset
 from bridgework.errors import DataError
+
+PART = ".part"  # how the name of a file ends that is not whole yet
 
 Fact = dict[str, Any]  # as JSON holds it; {"bad": [reason, detail]} where a row cannot be judged
 
@@ -66,28 +71,56 @@ class _Worker:
         self._judge = made()
 
     def __call__(self, task: Task) -> None:
-        save(task.file, self._told(task))
-
-    def _told(self, task: Task) -> Iterator[Told]:
         dataset = open_dataset(task.dataset)
-        for group in range(-(-task.rows // dataset.manifest.group_rows)):
+        save(task.file, dataset.manifest.group_rows, lambda known: self._told(dataset, task, known))
+
+    def _told(self, dataset: Dataset, task: Task, known: int) -> Iterator[list[Told]]:
+        """The facts of the row groups behind the first `known`, one after the other."""
+        for group in range(known, -(-task.rows // dataset.manifest.group_rows)):
             samples = dataset.read_group(task.shard, group)
-            for sample, fact in zip(samples, self._judge(samples), strict=True):
-                yield Told(sample.key, fact)
+            facts = self._judge(samples)
+            yield [Told(sample.key, fact) for sample, fact in zip(samples, facts, strict=True)]
 
 
-def save(path: str, told: Iterable[Told]) -> None:
-    """Write a file of facts: under a temporary name first, so that nobody reads half of it."""
+def save(path: str, group_rows: int, told: Callable[[int], Iterable[Sequence[Told]]]) -> None:
+    """Write a file of facts, so that nobody reads half of it and nothing that was told is lost.
+
+    `told` gives the facts of the row groups behind so many, which an earlier try left.
+    """
     fs, file = fsspec.core.url_to_fs(path)
     fs.makedirs(file.rpartition("/")[0], exist_ok=True)
-    temporary = f"{file}.{uuid4().hex[:8]}.tmp"
-    try:
-        with fs.open(temporary, "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(one._asdict(), ensure_ascii=False, allow_nan=False) + "\n" for one in told)
-        fs.mv(temporary, file)
-    finally:
-        if fs.exists(temporary):
-            fs.rm(temporary)
+    parts = _parts(fs, file)
+    known = max((_begun(fs, part, group_rows) for part in parts), key=len, default=[])
+    own = f"{file}.{uuid4().hex[:8]}{PART}"
+    with fs.open(own, "w", encoding="utf-8") as out:
+        for group in chain([known], told(len(known) // group_rows)):
+            out.writelines(json.dumps(one._asdict(), ensure_ascii=False, allow_nan=False) + "\n" for one in group)
+            out.flush()  # from here on it outlives the process
+    fs.mv(own, file)
+    for part in parts:
+        with suppress(FileNotFoundError):  # another run of the same command was quicker
+            fs.rm(part)
+
+
+def _parts(fs: fsspec.AbstractFileSystem, file: str) -> list[str]:
+    """What earlier tries to write a file of facts have left."""
+    listed = map(str, fs.ls(file.rpartition("/")[0], detail=False))
+    return [path for path in listed if path.startswith(f"{file}.")]
+
+
+def _begun(fs: fsspec.AbstractFileSystem, part: str, group_rows: int) -> list[Told]:
+    """The facts of the whole row groups in a part; what is cut off within a line ends there."""
+    told = list[Told]()
+    with suppress(ValueError, TypeError, FileNotFoundError), fs.open(part, encoding="utf-8") as lines:
+        for line in lines:
+            told.append(Told(**json.loads(line)))
+    return told[: len(told) // group_rows * group_rows]
+
+
+def cut_off(folder: str) -> bool:
+    """Whether a run was cut off within a file of facts in this folder."""
+    fs, root = fsspec.core.url_to_fs(folder)
+    return fs.exists(root) and any(str(path).endswith(PART) for path in fs.ls(root, detail=False))
 
 
 def read(path: str, rows: int) -> Iterator[Told]:

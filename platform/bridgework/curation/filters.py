@@ -8,13 +8,26 @@ user's: `words=gore,nude pictures` or `words_file=LIST`, one word or phrase a li
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import ClassVar
 
 from bridgework.curation.flow import Model, Rows, Verdict
+from bridgework.curation.language import codes
 from bridgework.curation.measuring import Eye, Measured, Measures, content, lines
-from bridgework.errors import SpecError
+from bridgework.errors import SpecError, suggest
 from bridgework.spec import spec
+
+RANGES = {  # of a limit: what it is of, the least and the most that makes sense
+    "min_side": ("a number of pixels", 1, inf),
+    "max_aspect": ("the longer side by the shorter", 1, inf),
+    "max_pixels": ("a number of pixels", 1, inf),
+    "min_words": ("a number of words", 0, inf),
+    "max_words": ("a number of words", 0, inf),
+    "max_repetition": ("a share of the words", 0, 1),
+    "min_language": ("a probability", 0, 1),
+    "min_similarity": ("a cosine", -1, 1),
+}
 
 
 @spec
@@ -29,7 +42,7 @@ class Filters:
     max_repetition: float | None = None  # share of the words that the most repeated one has
     words: tuple[str, ...] | None = None  # words and phrases that must not stand in the text, as whole words
     words_file: str | None = None  # more of them, one a line
-    languages: tuple[str, ...] | None = None  # ISO 639-1 codes, as py3langid finds them
+    languages: tuple[str, ...] | None = None  # ISO 639 codes, as py3langid finds them
     min_language: float = 0.5  # probability of the language that was found
     min_similarity: float | None = None  # cosine of image and text, by `model`
     min_score: float | None = None  # of the worst image, by `probe`
@@ -48,8 +61,25 @@ class Filters:
             raise SpecError("min_score needs probe=FILE.safetensors, and nothing else does")
         if None not in (self.min_words, self.max_words) and (self.min_words or 0) > (self.max_words or 0):
             raise SpecError(f"no text has {self.min_words} words or more and {self.max_words} or less")
-        if self.max_aspect is not None and self.max_aspect < 1:
-            raise SpecError(f"max_aspect is the longer side by the shorter, 1 for a square; got {self.max_aspect:g}")
+        self._check_ranges()
+        self._check_lists()
+
+    def _check_ranges(self) -> None:
+        for name, (what, least, most) in RANGES.items():
+            limit = getattr(self, name)
+            if limit is not None and not least <= limit <= most:
+                allowed = f"at least {least}" if most == inf else f"from {least} to {most}"
+                raise SpecError(f"{name} is {what}, {allowed}; got {limit:g}")
+
+    def _check_lists(self) -> None:
+        for name in ("words", "languages"):
+            if getattr(self, name) == ():
+                raise SpecError(f"{name} names none; give one or several, or leave it out")
+        for code in self.languages or ():
+            if code not in codes():
+                raise SpecError(
+                    f"languages are ISO 639 codes such as en, and py3langid finds no {code!r}" + suggest(code, codes())
+                )
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -70,7 +100,7 @@ class Filters:
     def judge(self, home: Path) -> Measures:
         listed = [*(self.words or ()), *(lines(self.words_file) if self.words_file else ())]
         eye = None if self.model is None else Eye.of(self.model, self.probe, texts="similarity" in self.asked)
-        return Measures(listed, language="language" in self.asked, eye=eye)
+        return Measures(listed, languages="language" in self.asked, eye=eye)
 
     def decide(self, rows: Rows) -> Iterator[Verdict]:
         """One pass. What was measured at a price goes on with the row."""

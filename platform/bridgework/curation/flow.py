@@ -1,13 +1,12 @@
 """How a curation runs: facts of every row (`facts`), a verdict on every row, and the dataset of what goes on.
 
-`DEST.judged/<address>/` holds the facts of every shard; the address names the curation, its models and the fields that
+`DEST.judged/<address>/` holds the facts of every row; the address names the curation, its models and the fields that
 the facts depend on. Other thresholds take the same facts. A dataset that is whole is taken as it is.
 """
 
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,13 +18,14 @@ from bridgework.curation import facts
 from bridgework.curation.facts import Fact as Fact
 from bridgework.curation.facts import Judge as Judge
 from bridgework.curation.facts import bad as bad
+from bridgework.curation.telling import Tally, as_words, identified
 from bridgework.data.catalog import resolve
 from bridgework.data.manifest import Manifest, read_manifest
-from bridgework.data.quarantine import BadSample, Quarantine, Reason, clear
+from bridgework.data.quarantine import SHARE, BadSample, Quarantine, Reason, clear
 from bridgework.data.samples import Sample
 from bridgework.data.shards import Dataset, open_dataset, write
-from bridgework.errors import DataError
-from bridgework.spec import to_dict
+from bridgework.errors import DataError, SpecError
+from bridgework.spec import spec, to_dict
 
 PLACE = ("makes", "sources")  # fields of system.CurationSpec: where it stands in a recipe, not what it does
 
@@ -41,6 +41,20 @@ class Verdict:
     why: str  # a short constant phrase, counted and printed: "kept", "duplicate of an earlier row", ..
     samples: tuple[Sample, ...] = ()  # what goes on: none drops the row
     note: str = ""  # shown under the picture: a score, the twin's key
+
+
+@spec
+class Limits:
+    """What every curation takes beside its own fields: it decides whether there is a dataset, not what is in it."""
+
+    max_bad: float = SHARE  # of the rows that come in, the share that may turn out bad
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad <= 1:
+            raise SpecError(f"max_bad is a share of the rows, from 0 to 1; got {self.max_bad:g}")
+
+
+LIMITS = Limits()
 
 
 class Curation(Protocol):
@@ -62,25 +76,34 @@ class Curation(Protocol):
 
 
 def make(
-    curation: Curation, sources: Sequence[str], dest: str, *, home: Path, workers: int = 0, say: Say = print
+    curation: Curation,
+    sources: Sequence[str],
+    dest: str,
+    *,
+    home: Path,
+    limits: Limits = LIMITS,
+    workers: int = 0,
+    say: Say = print,
 ) -> Manifest:
     """The manifest of the dataset at `dest`, made now unless it is there; a run that was cut off goes on.
 
     `sources` are read one after the other. `workers` actors of Ray judge; 0 works in this process. Every row is kept,
     dropped or quarantined, and the counts stand in the manifest. Raises DataError for another dataset at `dest`, for
-    too many rows that cannot be judged, and where nothing is kept.
+    more rows that cannot be judged than the limits allow, and where nothing is kept.
     """
-    making = Making.of(curation, sources, dest, home)
+    making = Making.of(curation, sources, dest, home, limits)
     if (made := making.made()) is not None:
         say(f"{making.command}: nothing to do, {dest} holds these {made.rows:,} rows already")
         return made
     tasks = making.tasks()
     left = [task for task in tasks if not facts.there(task.file)]
     known = f"; {len(tasks) - len(left)} of {len(tasks)} shards were judged before" if len(left) < len(tasks) else ""
+    known += "; a shard that was cut off goes on where it was" if left and facts.cut_off(making.judged) else ""
     say(f"{making.command}: {making.rows_in:,} rows to judge{known}")
     facts.judge(partial(curation.judge, home), left, workers)
-    made = making.write()
-    say(f"{making.command}: made {made.rows:,} rows of {making.rows_in:,} ({_listed(made.parameters['counts'])})")
+    made = making.write(tally := Tally())
+    several = "" if made.rows == tally.used else f" and become {made.rows:,}"
+    say(f"{making.command}: {tally.used:,} of {making.rows_in:,} rows go on{several} ({tally})")
     return made
 
 
@@ -113,15 +136,16 @@ class Making:
     dest: str
     datasets: tuple[Dataset, ...]
     models: Mapping[str, str]
+    limits: Limits
 
     @classmethod
-    def of(cls, curation: Curation, sources: Sequence[str], dest: str, home: Path) -> "Making":
+    def of(cls, curation: Curation, sources: Sequence[str], dest: str, home: Path, limits: Limits = LIMITS) -> "Making":
         """Raises DataError for a source that is not there or stands twice, and what `curation.models` raises."""
         datasets = tuple(open_dataset(resolve(source, home)) for source in sources)
         if len({dataset.manifest.digest for dataset in datasets}) < max(1, len(datasets)):
             raise DataError(f"a curation reads one source or several, each once; got {', '.join(sources) or 'none'}")
         place = dest if "://" in dest else os.path.abspath(dest)  # actors run in folders of their own
-        return cls(curation, place.rstrip("/"), datasets, dict(curation.models(home)))
+        return cls(curation, place.rstrip("/"), datasets, dict(curation.models(home)), limits)
 
     @property
     def module(self) -> str:
@@ -136,6 +160,10 @@ class Making:
         return tuple(dataset.manifest.digest for dataset in self.datasets)
 
     @property
+    def source(self) -> str:
+        return ", ".join(dataset.path for dataset in self.datasets)
+
+    @property
     def rows_in(self) -> int:
         return sum(dataset.manifest.rows for dataset in self.datasets)
 
@@ -144,12 +172,18 @@ class Making:
         told = {name: value for name, value in to_dict(self.curation).items() if name not in ("_", *PLACE)}
         return told | dict(self.models)
 
-    def tasks(self) -> list[facts.Task]:
-        """Every shard of every source, in order."""
+    @property
+    def judged(self) -> str:
+        """The folder of the facts."""
         drawn = {name: to_dict(getattr(self.curation, name)) for name in self.curation.drawn} | dict(self.models)
         address = hashlib.sha256(json.dumps([self.module, drawn], sort_keys=True).encode()).hexdigest()[:16]
+        return f"{self.dest}.judged/{address}"
+
+    def tasks(self) -> list[facts.Task]:
+        """Every shard of every source, in order."""
+        folder = self.judged
         return [
-            facts.Task(d.path, n, s.rows, f"{self.dest}.judged/{address}/{d.manifest.digest[:16]}-{n:05d}.jsonl")
+            facts.Task(d.path, n, s.rows, f"{folder}/{d.manifest.digest[:16]}-{n:05d}.jsonl")
             for d in self.datasets
             for n, s in enumerate(d.manifest.shards)
         ]
@@ -192,28 +226,35 @@ class Making:
         """What stands at `dest`, if it is what would be made. Raises DataError where it is something else."""
         if not facts.there(f"{self.dest}/manifest.json"):
             return None
-        manifest, wanted = read_manifest(self.dest), self.parameters()
-        had = {name: value for name, value in manifest.parameters.items() if name != "counts"}
-        other = [name for name in sorted(had.keys() | wanted.keys()) if had.get(name) != wanted.get(name)]
-        if manifest.parents != self.parents:
-            other = ["sources", *other]
-        if manifest.made_by != self.module:
-            other = ["curation"]
-        if not other:
+        manifest = read_manifest(self.dest)
+        had, wanted = self._differing(manifest)
+        if not had:
             return manifest
         raise DataError(
-            f"{self.dest} holds another dataset (it differs in {', '.join(other)}); delete it or choose another place"
+            f"{self.dest} holds another dataset: it was made with `{as_words(had)}`, and asked for is "
+            f"`{as_words(wanted)}`; delete it or choose another place"
         )
 
-    def write(self) -> Manifest:
-        """Decide on every row and write what goes on; all facts are there."""
+    def _differing(self, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields in which what stands at `dest` is not what would be made: with its values, and with ours."""
+        if manifest.made_by != self.module:
+            return {"curation": manifest.made_by}, {"curation": self.module}
+        had, wanted = {**manifest.parameters, "counts": None}, self.parameters()
+        if manifest.parents != self.parents:
+            had["sources"] = identified(manifest.source, manifest.parents)
+            wanted["sources"] = identified(self.source, self.parents)
+        names = [name for name in sorted(had.keys() | wanted.keys()) if had.get(name) != wanted.get(name)]
+        return {name: had.get(name) for name in names}, {name: wanted.get(name) for name in names}
+
+    def write(self, tally: Tally) -> Manifest:
+        """Decide on every row and write what goes on; all facts are there. The tally is filled."""
         quarantine = self._quarantine()
-        counts = Counter[str]()
+        tally.aside.update(quarantine.reasons)
         parameters = self.parameters()
         return write(
-            self._samples(counts, parameters, len(quarantine)),
+            self._samples(tally, parameters),
             self.dest,
-            source=", ".join(dataset.path for dataset in self.datasets),
+            source=self.source,
             licence=", ".join(dict.fromkeys(dataset.manifest.licence for dataset in self.datasets)),
             made_by=self.module,
             parameters=parameters,  # with the counts, as soon as the last sample is written
@@ -225,7 +266,7 @@ class Making:
         """The table of the rows that could not be judged. Raises DataError where they are too many."""
         folder = f"{self.dest}.quarantine"
         clear(folder)
-        quarantine = Quarantine(folder)
+        quarantine = Quarantine(folder, limit=self.limits.max_bad)
         for row in self.told():
             if (error := row.error) is not None:
                 quarantine.add(row.dataset.manifest.digest, row.key, row.number, error)
@@ -233,23 +274,25 @@ class Making:
         quarantine.limit = 1.0  # it is a share of the rows that come in, and `write` knows only those that go on
         return quarantine
 
-    def _samples(self, counts: Counter[str], parameters: dict[str, Any], aside: int) -> Iterator[Sample]:
+    def _samples(self, tally: Tally, parameters: dict[str, Any]) -> Iterator[Sample]:
         keys = set[str]()
         for row, verdict in self.verdicts():
-            counts[verdict.why] += 1
+            tally.counts[verdict.why] += 1
+            tally.used += bool(verdict.samples)
             for sample in verdict.samples:
                 keys.add(key := _free(sample.key, keys))
                 yield self._stamped(sample, key, row)
         if not keys:
             raise DataError(
-                f"{self.command} keeps nothing of {self.rows_in:,} rows ({_listed(counts)}), so {self.dest} is not "
+                f"{self.command} keeps nothing of {self.rows_in:,} rows ({tally}), so {self.dest} is not "
                 "written; loosen what it asks for"
             )
-        if counts.total() + aside != self.rows_in:
+        judged, aside = tally.counts.total(), tally.aside.total()
+        if judged + aside != self.rows_in:
             raise DataError(
-                f"{self.command}: {self.rows_in:,} rows came in, {counts.total():,} have a verdict, {aside:,} are bad"
+                f"{self.command}: {self.rows_in:,} rows came in, {judged:,} have a verdict, {aside:,} are bad"
             )
-        parameters["counts"] = dict(counts)
+        parameters["counts"] = dict(tally.counts)
 
     def _stamped(self, sample: Sample, key: str, row: Row) -> Sample:
         """The sample under its key, with where it comes from."""
@@ -261,7 +304,3 @@ class Making:
 def _free(key: str, taken: Set[str]) -> str:
     """`key`, or `key#2` and on: rows of two sources may share a key, and in one dataset they may not."""
     return key if key not in taken else next(k for n in count(2) if (k := f"{key}#{n}") not in taken)
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{rows:,} {why}" for why, rows in sorted(counts.items(), key=lambda item: -item[1]))

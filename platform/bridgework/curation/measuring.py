@@ -3,7 +3,7 @@
 # N images  Q queries  D width of an embedding
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import fsspec
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from bridgework.curation.capfilt import readable
 from bridgework.curation.flow import Fact, bad
+from bridgework.curation.language import language
 from bridgework.curation.words import words
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Sample
@@ -45,11 +46,11 @@ class Measured(NamedTuple):
 class Measures:
     """Measures rows; holds the list of words and, where they are asked, the models."""
 
-    def __init__(self, listed: Iterable[str] = (), *, language: bool = False, eye: "Eye | None" = None) -> None:
+    def __init__(self, listed: Iterable[str] = (), *, languages: bool = False, eye: "Eye | None" = None) -> None:
         phrases = [" ".join(words(entry)) for entry in listed]
         self._phrases = [phrase for phrase in phrases if " " in phrase]
         self._words = frozenset(phrases) - {""}
-        self._language = _identifier() if language else None
+        self._languages = languages
         self._eye = eye
 
     def __call__(self, samples: Sequence[Sample]) -> list[Fact]:
@@ -81,10 +82,10 @@ class Measures:
             repetition=round(most / len(found), DIGITS) if most > 1 else None,
             word=self._listed(found),
         )
-        if self._language is None or not found:
+        if not self._languages or not found:
             return told
-        language, probability = self._language(text)
-        return told._replace(language=language, probability=round(float(probability), DIGITS))
+        code, probability = language(text)
+        return told._replace(language=code, probability=round(probability, DIGITS))
 
     def _listed(self, text: Sequence[str]) -> str | None:
         whole = f" {' '.join(text)} "
@@ -168,15 +169,6 @@ def _probe(path: str) -> "tuple[Tensor, float]":
             f"{path} is no linear probe: it needs `weight` (D,) or (1, D), and may have `bias`; has {shapes}"
         )
     return weight.flatten().float(), 0.0 if bias is None else float(bias)
-
-
-def _identifier() -> Callable[[str], tuple[str, float]]:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # half a second
-
-    classify: Callable[[str], tuple[str, float]] = LanguageIdentifier.from_model_file(
-        MODEL_FILE, norm_probs=True
-    ).classify
-    return classify
 
 
 def content(path: str) -> bytes:

@@ -6,8 +6,8 @@ that stood before, break off, are in another language or speak of the model inst
 
 import re
 import unicodedata
-from functools import cache
-from typing import Any
+
+from bridgework.curation.language import language
 
 LETTERS = 0.8  # of a sentence's letters are Latin ones, at least
 TELLING_WORDS = 8  # a sentence of fewer says too little of its language
@@ -50,7 +50,7 @@ def wrong(text: str, min_words: int) -> str | None:
         return "nothing is left"
     if words < min_words:
         return "too short"
-    return None if _language(text)[0] == "en" else "not English"
+    return None if language(text)[0] == "en" else "not English"
 
 
 def _once(text: str) -> str:
@@ -71,17 +71,5 @@ def _english(sentence: str) -> bool:
         return False
     if len(sentence.split()) < TELLING_WORDS:
         return True
-    language, probability = _language(sentence)
-    return language == "en" or probability < SURE
-
-
-def _language(text: str) -> tuple[str, float]:
-    language, probability = _identifier().classify(text)
-    return str(language), float(probability)
-
-
-@cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    code, probability = language(sentence)
+    return code == "en" or probability < SURE

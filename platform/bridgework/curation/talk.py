@@ -35,6 +35,8 @@ _TELLS = re.compile(  # that it was written from a text: the picture is all that
 
 def read(raw: str, kind: str) -> list[Turn]:
     """The turns; of a kind without questions, one whose question is empty. Raises DataError in a few constant words."""
+    if not raw.strip():
+        raise DataError("it is empty")
     wanted = KINDS[kind]
     turns = _turns(raw) if wanted.turns[1] else [("", raw.strip())]
     if wanted.turns[1] and not wanted.turns[0] <= len(turns) <= wanted.turns[1]:
