@@ -122,6 +122,18 @@ def test_an_error_is_one_line_and_a_traceback_only_with_debug() -> None:
     assert "SpecError" in loud.stderr
 
 
+def test_what_a_store_or_a_disk_refuses_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for words, message in (
+        (("data", "stats", "foo://x"), "Protocol not known: foo"),
+        (("data", "export", "webdataset", "synthetic:shapes", str(tmp_path / "file" / "below")), "Not a directory"),
+        (("data", "preview", "synthetic:shapes", "--html", str(tmp_path)), "Is a directory"),
+    ):
+        said = process(*words)
+        assert said.returncode == 1 and said.stderr.startswith("error  "), said.stderr
+        assert message in said.stderr and "Traceback" not in said.stderr
+
+
 def test_modules_of_ones_own_are_found_where_the_command_is_given(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "mine.py").write_text(

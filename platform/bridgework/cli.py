@@ -270,11 +270,11 @@ def _if_up(project: str) -> "MLflowTracker | None":
 
 
 def main() -> None:
-    """The console script: one line for an error that bridgework raises on purpose, a traceback only with --debug."""
+    """The console script: one line for an error raised on purpose or by the machine, a traceback only with --debug."""
     sys.path.append(os.getcwd())  # tune_spaces/ and modules of one's own, as with `python -m`
     try:
         app(standalone_mode=True)
-    except (BridgeworkError, MemoryError) as error:
+    except (BridgeworkError, MemoryError, OSError) as error:
         if os.environ.get("BRIDGEWORK_DEBUG"):
             raise
         said = error if not isinstance(error, MemoryError) else ResourceError("out of memory; take a smaller batch")

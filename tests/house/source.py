@@ -13,7 +13,7 @@ PACKAGE = ROOT / "platform" / "bridgework"
 # The layers of docs/design.md: a module imports from its own layer and from those below it.
 LAYERS = (
     ("__init__", "errors", "mixture", "spec", "system", "tracking"),
-    ("models", "losses", "data", "cluster"),
+    ("models", "losses", "data", "cluster", "stores"),
     ("training", "evaluation", "inference", "inputs", "generation", "relay", "curation"),
     ("recipes", "lineage", "interop"),
     ("tuning", "serving"),

@@ -21,6 +21,7 @@ from bridgework.data.quarantine import BadSample
 from bridgework.data.samples import Sample
 from bridgework.data.shards import Dataset, open_dataset
 from bridgework.errors import DataError
+from bridgework.stores import find_store
 
 PART = ".part"  # how the name of a file ends that is not whole yet
 
@@ -87,7 +88,7 @@ def save(path: str, group_rows: int, told: Callable[[int], Iterable[Sequence[Tol
 
     `told` gives the facts of the row groups behind so many, which an earlier try left.
     """
-    fs, file = fsspec.core.url_to_fs(path)
+    fs, file = find_store(path)
     fs.makedirs(file.rpartition("/")[0], exist_ok=True)
     parts = _parts(fs, file)
     known = max((_begun(fs, part, group_rows) for part in parts), key=len, default=[])
@@ -119,13 +120,13 @@ def _begun(fs: fsspec.AbstractFileSystem, part: str, group_rows: int) -> list[To
 
 def cut_off(folder: str) -> bool:
     """Whether a run was cut off within a file of facts in this folder."""
-    fs, root = fsspec.core.url_to_fs(folder)
+    fs, root = find_store(folder)
     return fs.exists(root) and any(str(path).endswith(PART) for path in fs.ls(root, detail=False))
 
 
 def read(path: str, rows: int) -> Iterator[Told]:
     """The facts of a shard of `rows` rows, in order. Raises DataError for a file that is no such thing."""
-    fs, file = fsspec.core.url_to_fs(path)
+    fs, file = find_store(path)
     number = 0
     with fs.open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -139,5 +140,5 @@ def read(path: str, rows: int) -> Iterator[Told]:
 
 def there(path: str) -> bool:
     """Whether a file stands at `path`."""
-    fs, file = fsspec.core.url_to_fs(path)
+    fs, file = find_store(path)
     return bool(fs.exists(file))

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -19,6 +18,7 @@ from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Sample
 from bridgework.data.transforms import read_square, size_of
 from bridgework.errors import DataError, WeightsError
+from bridgework.stores import find_store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,7 +173,7 @@ def _probe(path: str) -> "tuple[Tensor, float]":
 
 def content(path: str) -> bytes:
     """The bytes of a file, by path or URL. Raises DataError where there is none."""
-    fs, root = fsspec.core.url_to_fs(path)
+    fs, root = find_store(path)
     try:
         return bytes(fs.cat_file(root))
     except (FileNotFoundError, IsADirectoryError):

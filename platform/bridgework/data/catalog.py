@@ -3,11 +3,10 @@
 import os
 from pathlib import Path
 
-import fsspec
-
 from bridgework.data.shards import read_manifest, write
 from bridgework.data.synthetic import ROWS, SIZE, preferences, shapes
 from bridgework.errors import DataError, suggest
+from bridgework.stores import find_store
 
 # what tests and --tiny train on; made on first use
 SYNTHETIC = {"synthetic:shapes": shapes, "synthetic:preferences": preferences}
@@ -45,7 +44,7 @@ def names(home: Path) -> list[str]:
 
 def _synthetic(name: str, home: Path) -> str:
     path = str(home / "datasets" / name.replace(":", "-"))
-    fs, root = fsspec.core.url_to_fs(path)
+    fs, root = find_store(path)
     if not fs.exists(f"{root}/manifest.json"):
         try:
             write(

@@ -20,6 +20,7 @@ from bridgework.data.quarantine import BadSample, LeftOut, LostFile, Reason
 from bridgework.data.samples import SCHEMA, Sample, to_row
 from bridgework.data.shards import CHUNK_BYTES, GROUP_ROWS, read_shard, write_shard
 from bridgework.data.transforms import MAX_BYTES, decode
+from bridgework.stores import find_store
 
 CHUNK_ROWS = 4096  # of the source: some 200 MB of photographs
 HASH_DIGITS = 32  # of a key, in hex: among 10^10 keys two agree once in 10^18 imports
@@ -100,7 +101,7 @@ class ChunkStore:
 
     def done(self, number: int) -> Done | None:
         """What became of a chunk; None where nothing or half of it is known."""
-        fs, folder = fsspec.core.url_to_fs(self.folder)
+        fs, folder = find_store(self.folder)
         try:
             return Done.from_json(fs.cat_file(f"{folder}/shard-{number:05d}.json"))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -130,21 +131,21 @@ class ChunkStore:
 
     def forget(self, done: Iterable[Done]) -> None:
         """Chunks to do again."""
-        fs, folder = fsspec.core.url_to_fs(self.folder)
+        fs, folder = find_store(self.folder)
         for one in done:
             fs.rm(f"{folder}/shard-{one.number:05d}.json")
 
     def _find(self, file: str) -> tuple[fsspec.AbstractFileSystem, str]:
         """A shard: among the others, or moved already."""
-        fs, folder = fsspec.core.url_to_fs(self.folder)
-        moved = f"{fsspec.core.url_to_fs(self.dest)[1]}/{file}"
+        fs, folder = find_store(self.folder)
+        moved = f"{find_store(self.dest)[1]}/{file}"
         return fs, moved if fs.exists(moved) and not fs.exists(f"{folder}/{file}") else f"{folder}/{file}"
 
     def _write(self, number: int, samples: Iterator[Sample]) -> Shard | None:
         head = next(samples, None)
         if head is None:
             return None
-        fs, folder = fsspec.core.url_to_fs(self.folder)
+        fs, folder = find_store(self.folder)
         fs.makedirs(folder, exist_ok=True)
         name = f"shard-{number:05d}.parquet"
         begun = f"{folder}/{name}-{uuid4().hex[:8]}"  # two that make one chunk never write to one file
@@ -157,7 +158,7 @@ class ChunkStore:
         return replace(shard, file=name)
 
     def _record(self, done: Done) -> None:
-        fs, folder = fsspec.core.url_to_fs(self.folder)
+        fs, folder = find_store(self.folder)
         fs.makedirs(folder, exist_ok=True)
         fs.pipe_file(f"{folder}/shard-{done.number:05d}.json", json.dumps(asdict(done)).encode())
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from bridgework.data.quarantine import BadSample, Reason
+from bridgework.stores import find_store
 
 BATCH_ROWS = 64  # of Parquet; Arrow's batches are as they were written
 BUFFER_BYTES = 1 << 20
@@ -22,7 +22,7 @@ class Columns:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._fs, self._root = fsspec.core.url_to_fs(path)
+        self._fs, self._root = find_store(path)
         self._parquet = path.endswith(".parquet")
         self.size = int(self._fs.size(self._root))
         if not self.size:

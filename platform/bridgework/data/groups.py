@@ -9,13 +9,13 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bridgework.data.samples import Sample
 from bridgework.data.shards import OPEN_SHARDS, Dataset, unreachable
 from bridgework.errors import DataError
+from bridgework.stores import find_store
 
 KEPT_BYTES = 1 << 30  # of images or features
 REMEMBERED = 1 << 16  # groups that had to go: some 10 MB
@@ -45,7 +45,7 @@ class Features:
 
     def __init__(self, folder: str, dataset: Dataset) -> None:
         """Raises DataError where there is no such cache, ResourceError where its store is gone."""
-        fs, root = fsspec.core.url_to_fs(folder)
+        fs, root = find_store(folder)
         self.path = f"{folder.rstrip('/')}/{dataset.manifest.digest}"
         try:
             shape = json.loads(fs.cat_file(f"{root}/features.json"))
@@ -80,7 +80,7 @@ class Features:
         return features
 
     def _open_shard(self, shard: str) -> pq.ParquetFile:
-        fs, root = fsspec.core.url_to_fs(self.path)
+        fs, root = find_store(self.path)
         return pq.ParquetFile(f"{root}/{shard}", filesystem=fs)
 
 

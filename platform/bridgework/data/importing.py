@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Self
 
-import fsspec
 import numpy as np
 
 from bridgework import __version__
@@ -22,6 +21,7 @@ from bridgework.data.manifest import Manifest
 from bridgework.data.quarantine import BadSample, Quarantine, Reason, clear
 from bridgework.data.shards import GROUP_ROWS, publish, put_aside, refuse_occupied
 from bridgework.errors import DataError
+from bridgework.stores import find_store
 
 ADDRESS = re.compile("[0-9a-f]{16}")  # names of what is half done: what else lies there is not ours to drop
 
@@ -61,8 +61,8 @@ class Job:
         done = self._without_repetitions([self._done(number) for number in range(count)])
         clear(quarantine.folder)
         for bad in chain.from_iterable(one.bad for one in done):
-            why = BadSample(Reason(bad.reason), bad.detail)
-            quarantine.add(self.source, bad.key, bad.row, why, digest=self.parameters.get("sha256", ""))
+            error = BadSample(Reason(bad.reason), bad.detail)
+            quarantine.add(self.source, bad.key, bad.row, error, digest=self.parameters.get("sha256", ""))
         quarantine.flush()
         shards = tuple(one.shard for one in done if one.shard is not None)
         left_out = dict(sorted(Counter(why for one in done for _, why in one.left_out).items()))
@@ -86,7 +86,7 @@ class Job:
             quarantined=put_aside(quarantine),
             left_out=left_out,
         )
-        fs, folder = fsspec.core.url_to_fs(self.store.folder)
+        fs, folder = find_store(self.store.folder)
         publish(fs, folder, self.dest, manifest)
         tidy(self.dest)
         return manifest
@@ -128,7 +128,7 @@ class Job:
 
 def tidy(dest: str, *, but: str = "") -> None:
     """Drop what lies half done beside `dest`, `but` for one folder."""
-    fs, part = fsspec.core.url_to_fs(f"{dest.rstrip('/')}.part")
+    fs, part = find_store(f"{dest.rstrip('/')}.part")
     if not fs.isdir(part):
         return
     kept = but.rsplit("/", 1)[-1]

@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-import fsspec
-
 from bridgework.data.samples import SCHEMA_VERSION
 from bridgework.errors import DataError
+from bridgework.stores import find_store
 
 FILE = "manifest.json"
 _PLAIN = re.compile(r"[\w-][\w.-]{0,199}\.parquet", re.ASCII)  # a shard's name: a file of the manifest's own folder
@@ -93,7 +92,7 @@ class Manifest:
 
 def read_manifest(path: str) -> Manifest:
     """The manifest of the dataset at `path` (a folder or a URL). Raises DataError when it is missing or broken."""
-    fs, root = fsspec.core.url_to_fs(path)
+    fs, root = find_store(path)
     try:
         text = fs.cat_file(f"{root}/{FILE}").decode()
     except FileNotFoundError:

@@ -14,10 +14,9 @@ from enum import StrEnum
 from pathlib import Path
 from uuid import uuid4
 
-import fsspec
-
 from bridgework.errors import DataError
 from bridgework.mixture import MAX_BAD
+from bridgework.stores import find_store
 
 SHARE = MAX_BAD
 FLUSH_ROWS = 1_000
@@ -131,7 +130,7 @@ class Quarantine:
         """
         if not self._pending:
             return False
-        fs, folder = fsspec.core.url_to_fs(self.folder)
+        fs, folder = find_store(self.folder)
         fs.makedirs(folder, exist_ok=True)
         part = f"{folder}/part-{time.time_ns():020d}-{uuid4().hex[:6]}.jsonl"
         with fs.open(part + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair
@@ -143,7 +142,7 @@ class Quarantine:
 
 def records(folder: str) -> Iterator[Record]:
     """The table under `folder`, in the order of writing."""
-    fs, root = fsspec.core.url_to_fs(folder)
+    fs, root = find_store(folder)
     for part in sorted(fs.glob(f"{root.rstrip('/')}/part-*.jsonl")):
         with fs.open(part, encoding="utf-8") as file:
             for line in file:
@@ -160,6 +159,6 @@ def aside(home: Path, what: str) -> str:
 
 def clear(folder: str) -> None:
     """Drop the table that an earlier, failed try left under `folder`."""
-    fs, root = fsspec.core.url_to_fs(folder)
+    fs, root = find_store(folder)
     for part in fs.glob(f"{root.rstrip('/')}/part-*.jsonl*"):
         fs.rm(part)

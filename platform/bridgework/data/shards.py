@@ -23,6 +23,7 @@ from bridgework.data.quarantine import BadSample, Quarantine
 from bridgework.data.samples import SCHEMA, Sample, from_row, to_row
 from bridgework.data.transforms import decode
 from bridgework.errors import DataError, ResourceError
+from bridgework.stores import find_store
 
 __all__ = [
     "Dataset",
@@ -78,7 +79,7 @@ def write(
     """
     if group_rows < 1 or shard_rows % group_rows:
         raise DataError(f"shard_rows {shard_rows} is no multiple of group_rows {group_rows}")
-    fs, root = fsspec.core.url_to_fs(dest)
+    fs, root = find_store(dest)
     refuse_occupied(dest)
     stage = f"{root}.part-{uuid4().hex[:8]}"
     try:
@@ -113,7 +114,7 @@ def publish(fs: fsspec.AbstractFileSystem, stage: str, dest: str, manifest: Mani
     Raises DataError for a `dest` that holds anything else.
     """
     refuse_occupied(dest)
-    root = fsspec.core.url_to_fs(dest)[1]
+    root = find_store(dest)[1]
     fs.makedirs(root, exist_ok=True)
     fs.pipe_file(f"{root}/{DRAFT}", manifest.to_json().encode())
     names = [shard.file for shard in manifest.shards]
@@ -128,7 +129,7 @@ def publish(fs: fsspec.AbstractFileSystem, stage: str, dest: str, manifest: Mani
 
 def refuse_occupied(dest: str) -> None:
     """Raises DataError where no dataset can be written: over another, over somebody's files, in place of a file."""
-    fs, root = fsspec.core.url_to_fs(dest)
+    fs, root = find_store(dest)
     if not fs.exists(root):
         return
     if not fs.isdir(root):
@@ -281,7 +282,7 @@ class Dataset:
 
     def _open(self, shard: Shard) -> pq.ParquetFile:
         """Size, rows and schema are cheap to check here; `verify` reads every byte."""
-        fs, root = fsspec.core.url_to_fs(self.path)
+        fs, root = find_store(self.path)
         size = fs.size(f"{root}/{shard.file}")
         if size != shard.bytes:
             raise DataError(f"{size} bytes where the manifest says {shard.bytes}")
@@ -337,7 +338,7 @@ def verify(path: str, *, images: bool = True, progress: Callable[[int, int], Non
 
 
 def _unlisted(dataset: Dataset) -> list[Problem]:
-    fs, root = fsspec.core.url_to_fs(dataset.path)
+    fs, root = find_store(dataset.path)
     known = {FILE, *(shard.file for shard in dataset.manifest.shards)}
     names = sorted(str(name).removeprefix(root).lstrip("/") for name in fs.find(root))
     return [
@@ -349,7 +350,7 @@ def _unlisted(dataset: Dataset) -> list[Problem]:
 
 def _changed(dataset: Dataset, shard: Shard) -> list[Problem]:
     """What the file's bytes alone tell."""
-    fs, root = fsspec.core.url_to_fs(dataset.path)
+    fs, root = find_store(dataset.path)
     path = f"{root}/{shard.file}"
     if not fs.exists(path):
         return [Problem(shard.file, "is missing")]

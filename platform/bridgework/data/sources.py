@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
-
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.errors import DataError, suggest
+from bridgework.stores import find_store
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl")
 FIELD_CHARS = 2**31 - 1  # of a CSV: the text lies in memory anyway, and a row is held to a limit of its own
@@ -21,7 +20,7 @@ _TSV_FIELD = re.compile(r'(?:"([^"]*+(?:""[^"]*+)*+)"|([^\t]*+))\t')  # a whole 
 
 def files(folder: str) -> list[tuple[str, int]]:
     """(path inside the folder, bytes) of every file below it, sorted. Raises DataError when there is no folder."""
-    fs, root = fsspec.core.url_to_fs(folder)
+    fs, root = find_store(folder)
     if not fs.isdir(root):
         raise DataError(f"there is no folder {folder}")
     found = fs.find(root, detail=True)

@@ -12,9 +12,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import fsspec
-
 from bridgework.errors import DataError, suggest
+from bridgework.stores import find_store
 
 EDGE_BYTES = 64 << 10  # at a file's begin and end: there lie the footers, which know where all else lies
 
@@ -35,7 +34,7 @@ def find(source: str, split: str | None = None) -> tuple[str, list[File]]:
 
     Raises DataError where there is no file, where one is missing, and for a split that is unknown or left open.
     """
-    fs, root = fsspec.core.url_to_fs(source)
+    fs, root = find_store(source)
     found = [str(root)] if fs.isfile(root) else sorted(map(str, fs.find(root)))
     top = os.path.dirname(root) if fs.isfile(root) else root
     splits: defaultdict[str, list[File]] = defaultdict(list)
@@ -77,6 +76,6 @@ def _check(source: str, names: Sequence[str]) -> None:
 
 def edges(path: str) -> tuple[bytes, bytes, str]:
     """What tells a file from another of its name, without reading it all: its begin, its end, its size."""
-    fs, root = fsspec.core.url_to_fs(path)
+    fs, root = find_store(path)
     size = int(fs.size(root))
     return fs.cat_file(root, 0, EDGE_BYTES), fs.cat_file(root, max(0, size - EDGE_BYTES), size), str(size)

@@ -15,7 +15,6 @@ from math import prod
 from tarfile import TarInfo
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 from braceexpand import braceexpand
 
@@ -23,6 +22,7 @@ from bridgework.data.importers import plain
 from bridgework.data.quarantine import BadSample, LostFile, Reason
 from bridgework.data.tars import flaw, members
 from bridgework.errors import DataError
+from bridgework.stores import find_store
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 READ = (*IMAGES, "txt", "json", "cls")
@@ -78,7 +78,7 @@ def _patterns(source: str) -> list[str]:
 
 def _expand(pattern: str) -> list[tuple[str, str]]:
     """(path or URL, the path alone) of each tar."""
-    fs, root = fsspec.core.url_to_fs(pattern)
+    fs, root = find_store(pattern)
     if any(mark in root for mark in "*?["):
         names = sorted(map(str, fs.glob(root)))
     elif fs.isdir(root):
@@ -142,7 +142,7 @@ def groups(tar: Tar, note: Callable[[TarInfo], object] = lambda member: None) ->
 
     Where the tar is not whole, its last sample says so, or if that is complete, one more of key "".
     """
-    fs, path = fsspec.core.url_to_fs(tar.path)
+    fs, path = find_store(tar.path)
     size = int(fs.size(path))
     group = None
     try:

@@ -205,9 +205,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     if image.mode == "LA":
-        grey = Image.new("L", image.size, "white")
-        grey.paste(image.getchannel("L"), mask=image)
-        return grey.convert("RGB")
+        light = Image.new("L", image.size, "white")
+        light.paste(image.getchannel("L"), mask=image)
+        return light.convert("RGB")
     layers = image if image.mode == "RGBA" else image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(layers, mask=layers)

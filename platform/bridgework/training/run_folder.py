@@ -40,8 +40,8 @@ def recipe(home: Path, run: str) -> System:
     folder = place(home, run)
     file = folder / "recipe.json"
     if not file.is_file():
-        files = [path for path in (home / "runs").rglob("recipe.json") if path.parent.name != "artefact"]
-        known = [path.parent.relative_to(home / "runs").as_posix() for path in files]
+        locks = (home / "runs").rglob("lock")  # an artefact has a recipe, too
+        known = [path.parent.relative_to(home / "runs").as_posix() for path in locks]
         raise RunError(f"there is no run {run!r} under {home / 'runs'}" + suggest(run, known))
     system = from_dict(json.loads(file.read_text()))
     if not isinstance(system, System):

@@ -16,6 +16,7 @@ import fsspec
 from bridgework.data import formats as by_name
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError
+from bridgework.stores import find_store
 
 _MAGIC = (
     (b"\xff\xd8\xff", 0, "jpg"),
@@ -63,7 +64,7 @@ def staged(dest: str, *, last: str) -> Iterator[tuple[fsspec.AbstractFileSystem,
 
     On any error nothing stays. Raises DataError where there is something at `dest` already.
     """
-    fs, root = fsspec.core.url_to_fs(dest.rstrip("/"))
+    fs, root = find_store(dest.rstrip("/"))
     if fs.exists(root) and (not fs.isdir(root) or fs.ls(root, detail=False)):
         raise DataError(f"{dest} is there already; delete it or choose another place")
     stage = f"{root}.part-{uuid4().hex[:8]}"

@@ -15,7 +15,6 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
@@ -28,6 +27,7 @@ from bridgework.data.quarantine import BadSample, Quarantine, Reason
 from bridgework.data.shards import Manifest, read_manifest
 from bridgework.data.transforms import MAX_BYTES, decode
 from bridgework.errors import DataError, SpecError
+from bridgework.stores import find_store
 
 PLACEHOLDER = "<image>"  # where an image stands in a text; a caption has no business to hold one
 
@@ -106,7 +106,7 @@ def _check(source: str, dest: str, max_bad: float) -> None:
     """Raises DataError for a destination inside the source, and SpecError for a share that is none."""
     if not 0 <= max_bad <= 1:
         raise SpecError(f"max_bad is a share of the rows, from 0 to 1; got {max_bad:g}")
-    inner, outer = (fsspec.core.url_to_fs(path)[1].rstrip("/") + "/" for path in (dest, source))
+    inner, outer = (find_store(path)[1].rstrip("/") + "/" for path in (dest, source))
     if inner.startswith(outer):
         raise DataError(
             f"{dest} lies inside the source {source}, and would be read as a part of it; choose another DEST"
@@ -114,7 +114,7 @@ def _check(source: str, dest: str, max_bad: float) -> None:
 
 
 def _made_before(source: str, dest: str, made_by: str, licence: str, parameters: Mapping[str, Any]) -> Manifest | None:
-    fs, root = fsspec.core.url_to_fs(dest)
+    fs, root = find_store(dest)
     if not fs.exists(f"{root}/manifest.json"):
         return None
     old = read_manifest(dest)
@@ -161,7 +161,7 @@ def read_image(folder: str, name: Any) -> bytes:
         raise BadSample(Reason.BAD_ROW, f"{name!r} is no path of an image")
     if not plain(name):
         raise BadSample(Reason.OUTSIDE, f"{name!r} is not a plain path inside the image folder")
-    fs, root = fsspec.core.url_to_fs(folder)
+    fs, root = find_store(folder)
     path = f"{root}/{name}"
     if not fs.isfile(path):
         raise BadSample(Reason.MISSING_IMAGE, f"there is no file {name!r} in {folder}")
@@ -181,7 +181,7 @@ def plain(name: str) -> bool:
 
 def read_text(path: str) -> str:
     """A source's table. Raises DataError when it is missing or not UTF-8."""
-    fs, root = fsspec.core.url_to_fs(path)
+    fs, root = find_store(path)
     try:
         return bytes(fs.cat_file(root)).decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):

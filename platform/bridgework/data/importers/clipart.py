@@ -20,6 +20,7 @@ from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import Manifest
 from bridgework.errors import DataError
+from bridgework.stores import find_store
 
 LICENCE = "public domain"
 MAX_PIXELS = 41_000_000  # a handful have 100 to 600 million pixels, for a drawing
@@ -55,7 +56,7 @@ def run(
     `skip` are globs of paths such as `computer/icons/*` that are no rows at all. A picture whose SVG does not say that
     it is in the public domain is put aside.
     """
-    fs, root = fsspec.core.url_to_fs(source)
+    fs, root = find_store(source)
     found = {str(path).removeprefix(f"{root}/png/"): int(info["size"]) for path, info in _find(fs, f"{root}/png")}
     names = sorted(name for name in found if name.endswith(".png") and not any(fnmatchcase(name, s) for s in skip))
     if not names:

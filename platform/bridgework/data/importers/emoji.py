@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-import fsspec
-
 from bridgework.data.importers import Row, Say, caption, fingerprint, ingest
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import Manifest
 from bridgework.errors import DataError, suggest
+from bridgework.stores import find_store
 
 LICENCES = {"twitter": "CC-BY-4.0", "google": "Apache-2.0"}
 
@@ -50,7 +49,7 @@ def run(source: str, dest: str, *, max_bad: float = SHARE, say: Say = print) -> 
 
 def _files(source: str) -> dict[str, bytes]:
     """The content of the members by name. Raises DataError for what is no such package, or is larger than one is."""
-    fs, root = fsspec.core.url_to_fs(source)
+    fs, root = find_store(source)
     if fs.isdir(root):
         sizes = {str(path): int(info["size"]) for path, info in fs.find(root, detail=True).items()}
         return _held(source, ((path, size, partial(fs.cat_file, path)) for path, size in sizes.items()))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,6 +20,7 @@ from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import Manifest
 from bridgework.data.splits import File, edges, find
 from bridgework.errors import DataError, suggest
+from bridgework.stores import find_store
 
 TEXTS = ("caption", "text", "conversations")  # what the text column may be called where it is not named
 
@@ -56,7 +56,7 @@ def run(
     text = _choose(source, files, image, text)
     tables = [Table(file.path, file.name, image, text) for file in files]
     content = fingerprint(*(edge for file in files for edge in (file.name, *edges(file.path))))
-    fs, root = fsspec.core.url_to_fs(source)
+    fs, root = find_store(source)
     folder = source if fs.isdir(root) else source.rpartition("/")[0] or "."
     return ingest(
         partial(_rows, tables, folder, chosen or "row", content),

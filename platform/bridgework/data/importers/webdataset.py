@@ -12,8 +12,6 @@ from itertools import groupby
 from typing import Any
 from urllib.parse import unquote
 
-import fsspec
-
 from bridgework.data.importers import PLACEHOLDER, Row, Say, caption, ingest, plain
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Part, Role, Sample, from_row, pair
@@ -21,6 +19,7 @@ from bridgework.data.shards import Manifest
 from bridgework.data.tar_samples import IMAGES, Group, Scan, Tar, find, groups
 from bridgework.data.transforms import MAX_BYTES
 from bridgework.errors import DataError
+from bridgework.stores import find_store
 
 TEXTS = ("caption", "text")  # fields of the JSON that hold the caption where there is no .txt
 TOGETHER = "the members of a sample stand together, and their names agree up to the first dot"
@@ -94,7 +93,7 @@ def _fetch(path: str, wanted: Mapping[str, tuple[int, int]]) -> dict[str, bytes]
     """The members by their endings."""
     if (total := sum(size for _, size in wanted.values())) > MAX_BYTES:
         raise BadSample(Reason.TOO_MANY_BYTES, f"the sample has {total} bytes; at most {MAX_BYTES} are read")
-    fs, root = fsspec.core.url_to_fs(path)
+    fs, root = find_store(path)
     starts, ends = [offset for offset, _ in wanted.values()], [sum(place) for place in wanted.values()]
     found = fs.cat_ranges([root] * len(wanted), starts, ends, on_error="raise") if wanted else []
     return {ending: bytes(data) for ending, data in zip(wanted, found, strict=True)}

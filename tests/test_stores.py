@@ -1,0 +1,29 @@
+"""A path or URL finds its store; one that has none is said in one line."""
+
+import pytest
+
+from bridgework.errors import DataError, ResourceError
+from bridgework.stores import find_store
+
+
+def test_a_path_and_a_url_find_their_stores() -> None:
+    fs, path = find_store("memory://a/b")
+    assert (fs.protocol, path) == ("memory", "/a/b")
+    fs, path = find_store("/a/b")
+    assert ("file" in fs.protocol, path) == (True, "/a/b")
+
+
+@pytest.mark.parametrize("url", ["foo://x", "pipe://cat /etc/passwd"])
+def test_a_protocol_that_nobody_knows_is_an_error_with_those_that_are(url: str) -> None:
+    with pytest.raises(DataError, match=f"{url}.*Protocol not known.*memory"):
+        find_store(url)
+
+
+def test_a_near_miss_is_told() -> None:
+    with pytest.raises(DataError, match="did you mean 's3'"):
+        find_store("s33://bucket/x")
+
+
+def test_a_protocol_whose_package_is_not_here_says_so() -> None:
+    with pytest.raises(ResourceError, match=r"oci://bucket.*needs a package that is not here.*ocifs"):
+        find_store("oci://bucket/x")
