@@ -120,7 +120,7 @@ class Quarantine:
         bad = reasons.total()
         return DataError(
             f"{bad} of {rows} rows are bad ({told}): {bad / max(rows, 1):.2%}, and {self.limit:.2%} is allowed; "
-            f"read {self.folder}, then mend the source or allow a larger share"
+            f"read {self.folder}, then mend the source or allow a larger share (max_bad)"
         )
 
     def flush(self) -> bool:

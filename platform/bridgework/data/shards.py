@@ -134,7 +134,8 @@ def refuse_occupied(dest: str) -> None:
         return
     if not fs.isdir(root):
         raise DataError(f"{dest} is a file, and a dataset is a folder; choose another place")
-    names = sorted(str(path).rstrip("/").rsplit("/", 1)[1] for path in fs.ls(root, detail=False))
+    found = {str(path).removeprefix(root).strip("/") for path in fs.ls(root, detail=False)}
+    names = sorted(found - {""})  # some stores list the folder itself
     if FILE in names:
         raise DataError(f"{dest} already holds a dataset; delete it or choose another place")
     others = [name for name in names if name.partition(".")[0] not in NOTES]
