@@ -223,7 +223,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not_twin_and_queue_too(home
         go(system, home, "blip-broken", stages=None, checkpoint_every=2, evaluate_every=1, report=stop_at(3))
     go(system, home, "blip-broken", stages=None, checkpoint_every=2)
     whole, broken = (losses(home, name, "pretrain") for name in ("blip-whole", "blip-broken"))
-    assert dict(broken) == dict(whole) and [step for step, _ in broken][-3:] == [3, 4, 5]
+    assert dict(broken) == dict(whole) and [step for step, _ in broken][-3:] == [2, 3, 4]
     assert same(weights(home, "blip-whole", "pretrain"), weights(home, "blip-broken", "pretrain"))
 
 
