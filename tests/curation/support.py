@@ -28,13 +28,6 @@ def flags() -> Iterator[Sample]:
             yield pair(f"flag-{left}-{right}", file.getvalue(), f"{left} {right}")
 
 
-def swapped(samples: list[Sample], share: float) -> tuple[list[Sample], set[str]]:
-    """The samples with a share of the captions moved on to another image, and the keys of those."""
-    wrong = random.Random(0).sample(samples, round(share * len(samples)))
-    moved = {s.key: pair(s.key, s.images[0], o.text) for s, o in zip(wrong, [*wrong[1:], wrong[0]], strict=True)}
-    return [moved.get(s.key, s) for s in samples], set(moved)
-
-
 def written(folder: Path, samples: list[Sample], group_rows: int = 8, shard_rows: int = 16) -> str:
     """A dataset, of several shards unless it is smaller."""
     place = str(folder)

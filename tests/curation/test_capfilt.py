@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import capfilt as benchmark
 from bridgework.curation import CapFilt, facts
 from bridgework.curation.capfilt import KEEPS_ALL, CapFiltJudge, Scores, _seed
 from bridgework.curation.explain import sheet
@@ -18,10 +19,9 @@ from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.inference import Pipeline
 from bridgework.spec import from_dict, to_dict
 from bridgework.training import artefact
-from tests.curation.support import flags, swapped, trained, written
+from tests.curation.support import flags, trained, written
 
 SPEC = CapFilt(captioner="captioner", filter="filter", sources=("web",), max_tokens=8, min_tokens=2)
-LEARNED = 600  # steps until a filter of this size tells flags apart
 
 
 @pytest.fixture(scope="module")
@@ -182,21 +182,11 @@ def test_actors_make_what_one_process_makes(web: str, models: dict[str, Path], h
 
 
 @pytest.mark.slow
-def test_a_filter_that_has_learned_finds_the_captions_that_were_swapped(home: Path, tmp_path: Path) -> None:
-    """17 of 56 captions are another's (unfiltered 0.70 are right); it has learned from true pairs, as BLIP's has."""
-    samples, wrong = swapped(list(flags()), 0.3)
-    learned = trained(
-        "filter", written(tmp_path / "true", list(flags())), home, LEARNED, budget__batch=16, budget__micro=16
-    )
-    models = {"captioner": trained("captioner", "synthetic:shapes", home, 2), "filter": learned}
-    spec = replace(SPEC, sources=(written(tmp_path / "web", samples),))
-    manifest = spec.run(models, str(tmp_path / "made"), home=home, say=lambda text: None)
-    kept = {s.provenance["capfilt.key"] for s in open_dataset(str(tmp_path / "made")).samples()
-            if s.provenance["capfilt.kept"] == "web"}  # fmt: skip
-    right = {s.key for s in samples} - wrong
-    precision, recall = len(kept & right) / len(kept), len(kept & right) / len(right)
-    assert len(wrong) == 17 and precision >= 0.85 and recall >= 0.65, (precision, recall)
-    assert texts_of(manifest, "web") == len(kept)
+def test_a_filter_that_has_learned_finds_the_captions_that_were_swapped(tmp_path: Path) -> None:
+    """50 of 168 captions are another flag's: unfiltered, 0.70 are right."""
+    found = {each.threshold: each for each in benchmark.found(tmp_path, benchmark.STEPS)}
+    assert found[0.0].precision >= 0.85 and found[0.0].recall >= 0.5, found
+    assert found[-2.0].recall > found[0.0].recall > found[2.0].recall
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
