@@ -1,7 +1,6 @@
 """Flags of two colours and what they are called; a captioner and a filter that were trained for a moment."""
 
 import io
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
