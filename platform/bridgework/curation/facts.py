@@ -97,9 +97,9 @@ def save(path: str, group_rows: int, told: Callable[[int], Iterable[Sequence[Tol
         for group in chain([known], told(len(known) // group_rows)):
             out.writelines(json.dumps(one._asdict(), ensure_ascii=False, allow_nan=False) + "\n" for one in group)
             out.flush()  # from here on it outlives the process
-    fs.mv(own, file)
-    for part in parts:
-        with suppress(FileNotFoundError):  # another run of the same command was quicker
+    with suppress(FileNotFoundError):  # another run of the same command was quicker, and has tidied up
+        fs.mv(own, file)
+        for part in parts:
             fs.rm(part)
 
 
