@@ -273,6 +273,7 @@ def test_a_table_names_images_and_captions(table: str, pictures: Path, tmp_path:
 def test_broken_tables_are_errors_or_bad_rows(pictures: Path, tmp_path: Path) -> None:
     (pictures / "t.jsonl").write_text('{"image": "a.png", "caption": "a cat"}\nnot json\n[1]\n\n{"image": "a.png"}\n')
     (pictures / "t.json").write_text('{"image": "a.png"}')
+    (pictures / "t.xml").write_text("<image/>")
     folder.run(str(pictures), str(tmp_path / "d"), table="t.jsonl", max_bad=1, say=quiet)
     assert list(aside(tmp_path / "d").values()) == [Reason.BAD_ROW] * 3
     for source, table, words in (

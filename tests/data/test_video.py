@@ -214,9 +214,12 @@ def test_a_table_of_wrong_columns_is_an_error_and_a_line_of_too_many_fields_a_ba
     source = tmp_path / "src"
     source.mkdir()
     (source / "a.mp4").write_bytes(film("mp4"))
+    (source / "a.txt").write_text("a bar")
     (source / "t.csv").write_text("video,caption\na.mp4,a bar, and more\na.mp4,a bar\n")
     with pytest.raises(DataError, match=r"video='vidoe' names no column of t\.csv; did you mean 'video'\?"):
         read(source, table="t.csv", video="vidoe", frames=1)
+    with pytest.raises(DataError, match=r"the table a\.txt is none of \.csv"):
+        read(source, table="a.txt", frames=1)
     assert {key: sample.text for key, sample in read(source, table="t.csv", frames=1).items()} == {"a.mp4": "a bar"}
     (bad,) = records(f"{source}-made.quarantine")
     assert bad.reason is Reason.BAD_ROW and "3 fields, and the header names 2 columns" in bad.detail

@@ -49,7 +49,12 @@ def listed(whole: Any, name: str, source: str) -> list[Any]:
 
 
 def table(content: str, source: str, /, **columns: str) -> list[Any]:
-    """`rows` of a table whose columns options name: `image="file"`. Raises DataError for a column that no row has."""
+    """`rows` of a table whose columns options name: `image="file"`.
+
+    Raises DataError for what is no table by its ending, and for a column that no row has.
+    """
+    if not source.endswith(TABLES):
+        raise DataError(f"the table {source} is none of {', '.join(TABLES)}")
     found = list(rows(content, source))
     known = {name for row in found if isinstance(row, dict) for name in row}
     for option, column in columns.items():

@@ -10,9 +10,8 @@ from bridgework.data.importers import Keys, Row, Say, caption, fingerprint, inge
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import Manifest
-from bridgework.data.sources import TABLES, fields, files
+from bridgework.data.sources import fields, files
 from bridgework.data.sources import table as read_table
-from bridgework.errors import DataError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
@@ -38,11 +37,9 @@ def run(
     names = files(source)
     if table is None:
         content, listing = json.dumps(names), partial(_beside, source, names)
-    elif table.endswith(TABLES):
+    else:
         content = read_text(f"{source.rstrip('/')}/{table}")
         listing = partial(_listed, source, read_table(content, table, image=image, text=text), image, text)
-    else:
-        raise DataError(f"the table {table} is none of {', '.join(TABLES)}")
     return ingest(
         listing,
         source,
