@@ -47,6 +47,7 @@ def test_a_bare_name_goes_home_and_is_found_there(pictures: Path, home: Path) ->
     [
         (["foldr"], DataError, "did you mean 'folder'"),
         (["folder", "tabel=x.csv"], SpecError, "no field 'tabel'; did you mean 'table'?"),
+        (["folder", "max_bad=2"], SpecError, "max_bad is a share of the rows, from 0 to 1; got 2"),
         (["folder", "max_bad=lots"], SpecError, "max_bad must be float, got 'lots'"),
         (["folder", "MIT"], SpecError, "KEY=VALUE, e.g. licence=CC-BY-4.0; got 'MIT'"),
         (["emoji", "--licence", "MIT"], SpecError, "no field 'licence'"),
@@ -97,6 +98,13 @@ def test_wrong_words_of_an_export_are_refused_with_advice(
         run("export", words[0], words[1], tmp_path / "out", *words[2:])
     assert said in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["import", "verify"])
+def test_an_empty_name_is_refused(command: str, pictures: Path) -> None:
+    words = ("folder", pictures) if command == "import" else ()
+    with pytest.raises(SpecError, match="the dataset's name is empty"):
+        run(command, *words, "")
 
 
 def test_verify_exits_with_1_and_names_the_file(pictures: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bridgework.data.catalog import home
+from bridgework.data.catalog import destination, home
 from bridgework.errors import SpecError
 from bridgework.spec import override
 
@@ -55,8 +55,7 @@ def curate(
     places, changes = _split(name, rest)
     *sources, dest = places
     curation, limits = _spec(cls, name, sources, changes)
-    bare = "/" not in dest and "\\" not in dest and not dest.startswith(".")  # what catalog.resolve takes for a name
-    place = str(home() / "datasets" / dest) if bare else dest
+    place = destination(dest, home())
     if workers:
         from bridgework.cluster import attached
     with attached() if workers else nullcontext():

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bridgework.data.catalog import home, resolve
+from bridgework.data.catalog import destination, home, resolve
 from bridgework.data.importers import Say
 from bridgework.errors import DataError, SpecError
 from bridgework.spec import override
@@ -47,12 +47,9 @@ def import_(
     from bridgework.data.importers import load as load_importer
 
     run = load_importer(format_)
-    if not dest.strip():
-        raise SpecError("DEST is empty; give a name, a folder or a URL")
     words = [*(options or []), *([f"licence={licence}"] if licence is not None else [])]
     given = _options(run, format_, words + ([f"workers={workers}"] if workers else []))
-    bare = "/" not in dest and "\\" not in dest and not dest.startswith(".")  # what catalog.resolve takes for a name
-    place = str(home() / "datasets" / dest) if bare else dest
+    place = destination(dest, home())
     with _ray(given.get("workers", 0)):
         run(source, place, **given, say=lambda text: err.print(text, soft_wrap=True))
     out.print(place, soft_wrap=True)

@@ -9,6 +9,12 @@ from bridgework.spec import spec
 MAX_BAD = 0.005  # more bad rows than this share of a dataset is a broken dataset, not an accident
 
 
+def check_max_bad(share: float) -> None:
+    """Raises SpecError for what is no share."""
+    if not 0 <= share <= 1:
+        raise SpecError(f"max_bad is a share of the rows, from 0 to 1; got {share:g}")
+
+
 @spec
 class Source:
     """One dataset in a mixture. `dataset` is a path, a URL, or a name under <home>/datasets."""
@@ -89,8 +95,7 @@ class Mixture:
         for name, low in (("lanes", 1), ("window", 1), ("max_tokens", 8)):
             if getattr(self, name) < low:
                 raise SpecError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not 0.0 <= self.max_bad <= 1.0:
-            raise SpecError(f"max_bad is a share of the rows in [0, 1], got {self.max_bad:g}")
+        check_max_bad(self.max_bad)
         if len({source.loss_weight is None for source in self.leaves}) > 1:
             raise SpecError("loss_weight is given for some sources and not for others; give it for all or for none")
 

@@ -24,7 +24,8 @@ from bridgework.data.manifest import Manifest, read_manifest
 from bridgework.data.quarantine import SHARE, BadSample, Quarantine, Reason, clear
 from bridgework.data.samples import Sample
 from bridgework.data.shards import Dataset, open_dataset, write
-from bridgework.errors import DataError, SpecError
+from bridgework.errors import DataError
+from bridgework.mixture import check_max_bad
 from bridgework.spec import spec, to_dict
 
 PLACE = ("makes", "sources")  # fields of system.CurationSpec: where it stands in a recipe, not what it does
@@ -50,8 +51,7 @@ class Limits:
     max_bad: float = SHARE  # of the rows that come in, the share that may turn out bad
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_bad <= 1:
-            raise SpecError(f"max_bad is a share of the rows, from 0 to 1; got {self.max_bad:g}")
+        check_max_bad(self.max_bad)
 
 
 LIMITS = Limits()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bridgework.data.shards import read_manifest, write
 from bridgework.data.synthetic import ROWS, SIZE, preferences, shapes
-from bridgework.errors import DataError, suggest
+from bridgework.errors import DataError, SpecError, suggest
 from bridgework.stores import find_store
 
 # what tests and --tiny train on; made on first use
@@ -18,11 +18,13 @@ def home() -> Path:
 
 
 def resolve(dataset: str, home: Path) -> str:
-    """The path or URL of a dataset that exists. Raises DataError, with a suggestion, when there is none."""
+    """The path or URL of a dataset that exists.
+
+    Raises DataError, with a suggestion, when there is none, SpecError for an empty name.
+    """
     if dataset in SYNTHETIC:
         return _synthetic(dataset, home)
-    named = "/" not in dataset and "\\" not in dataset and not dataset.startswith(".")
-    place = str(home / "datasets" / dataset) if named else dataset
+    named, place = _is_name(dataset), destination(dataset, home)
     path = place if "://" in place else os.path.abspath(place)  # workers run in folders of their own
     try:
         read_manifest(path)
@@ -35,6 +37,17 @@ def resolve(dataset: str, home: Path) -> str:
             f"bring it in with `bridgework data import FORMAT SOURCE {path}`"
         ) from None
     return path
+
+
+def destination(dest: str, home: Path) -> str:
+    """Where a dataset is written: a bare name stands under <home>/datasets. Raises SpecError for no name at all."""
+    if not dest.strip():
+        raise SpecError("the dataset's name is empty; give a name, a folder or a URL")
+    return str(home / "datasets" / dest) if _is_name(dest) else dest
+
+
+def _is_name(dataset: str) -> bool:
+    return "/" not in dataset and "\\" not in dataset and not dataset.startswith(".")
 
 
 def names(home: Path) -> list[str]:

@@ -26,7 +26,8 @@ from bridgework.data.importing import Job, tidy
 from bridgework.data.quarantine import BadSample, Quarantine, Reason
 from bridgework.data.shards import Manifest, read_manifest
 from bridgework.data.transforms import MAX_BYTES, decode
-from bridgework.errors import DataError, SpecError
+from bridgework.errors import DataError
+from bridgework.mixture import check_max_bad
 from bridgework.stores import find_store
 
 PLACEHOLDER = "<image>"  # where an image stands in a text; a caption has no business to hold one
@@ -69,7 +70,8 @@ def ingest(
     of the source's `files` lost.
     """
     source = _spelled(source)
-    _check(source, dest, max_bad)
+    check_max_bad(max_bad)
+    _apart(source, dest)
     done = _made_before(source, dest, made_by, licence, parameters)
     if done is not None:
         tidy(dest)
@@ -102,10 +104,8 @@ def _spelled(source: str) -> str:
     return source if "://" in source else os.path.normpath(source)
 
 
-def _check(source: str, dest: str, max_bad: float) -> None:
-    """Raises DataError for a destination inside the source, and SpecError for a share that is none."""
-    if not 0 <= max_bad <= 1:
-        raise SpecError(f"max_bad is a share of the rows, from 0 to 1; got {max_bad:g}")
+def _apart(source: str, dest: str) -> None:
+    """Raises DataError for a destination inside the source."""
     inner, outer = (find_store(path)[1].rstrip("/") + "/" for path in (dest, source))
     if inner.startswith(outer):
         raise DataError(

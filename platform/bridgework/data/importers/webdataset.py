@@ -48,7 +48,7 @@ def run(
     for tar in tars:
         scan.add(tar)
     if scan.lost is not None and len(tars) == 1 and not scan.samples:
-        raise DataError(f"{source}: {scan.lost.detail}")
+        raise DataError(scan.lost.detail)
     return ingest(
         partial(_rows, tars, text, scan.prefixed),
         source,
