@@ -1,5 +1,6 @@
 """The apps over HTTP, asked by OpenAI's own client and by callers who mean no good."""
 
+import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -11,10 +12,13 @@ import numpy as np
 import openai
 import pytest
 import ray
+from ray import serve
 
 from bridgework.data.samples import Part, pair
 from bridgework.inference import Pipeline
-from bridgework.serving.router import place
+from bridgework.serving.protocol import Answer
+from bridgework.serving.refusals import Refusal
+from bridgework.serving.router import Router, Served, place
 from tests.serving.support import Apps, picture, url
 
 CHAT = "/v1/chat/completions"
@@ -297,6 +301,29 @@ def test_overload_is_429_with_a_time_to_come_back(apps: Apps) -> None:
     refused = next(r for r in replies if r.status_code == 429)
     assert refused.headers["retry-after"] == "1"
     assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+async def flood(router: Router, times: int) -> list[object]:
+    """`times` whole answers and as many streams, all at once: their Answers and Refusals."""
+    prompt = [Part("user", text="x")], [], {"max_new_tokens": 200}
+
+    async def call() -> object:
+        return await router.call(router.champion, "generate", *prompt)
+
+    async def stream() -> object:
+        return [piece async for piece in router.stream(router.champion, "stream", *prompt)][-1]
+
+    return await asyncio.gather(*(one() for _ in range(times) for one in (call, stream)), return_exceptions=True)
+
+
+def test_what_serve_itself_turns_away_is_429_too_and_a_time_out_504(apps: Apps) -> None:
+    champion = Served("0" * 12, "chat", "tiny", "1", "", ""), serve.get_deployment_handle("champion", "chat")
+    replies = asyncio.run(flood(Router([champion], 0.0, timeout_s=60.0), times=15))
+    refused = [reply for reply in replies if isinstance(reply, Refusal)]
+    assert len(refused) + sum(isinstance(reply, Answer) for reply in replies) == 30
+    assert {reply.status for reply in refused} == {429}
+    late = asyncio.run(flood(Router([champion], 0.0, timeout_s=0.001), times=2))
+    assert [reply.status for reply in late if isinstance(reply, Refusal)] == [504] * 4
 
 
 def replicas() -> set[str]:

@@ -70,7 +70,8 @@ class Router:
                 if not left:
                     raise refusals.of(error) from error
             except Exception as error:
-                answer.cancel()  # after a time-out it is still at work
+                if isinstance(error, TimeoutError):  # the replica is still at work; else nothing is
+                    answer.cancel()
                 raise refusals.of(error) from error
         raise AssertionError("the last try returns or raises")
 
@@ -91,7 +92,8 @@ class Router:
                 if begun or not left:
                     raise refusals.of(error) from error
             except Exception as error:
-                pieces.cancel()
+                if isinstance(error, TimeoutError):
+                    pieces.cancel()
                 raise refusals.of(error) from error
 
 
