@@ -2,7 +2,6 @@
 
 import base64
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -133,11 +132,13 @@ def test_a_picture_is_sent_only_where_it_is_to_be_shown(home: Path) -> None:
 
 
 def test_no_more_requests_are_under_way_than_allowed(home: Path) -> None:
-    def slow(request: dict[str, Any]) -> str:
-        time.sleep(0.03)
+    three = threading.Barrier(3, timeout=60)
+
+    def together(request: dict[str, Any]) -> str:
+        three.wait()
         return good(request)
 
-    with endpoint(slow) as server:
+    with endpoint(together) as server:
         judged(spec(server, parallel=3, kinds=("detail",)), FLAGS[:12], home)
     assert server.at_once == 3 and len(server.asked) == 12
 

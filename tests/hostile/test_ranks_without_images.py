@@ -102,7 +102,7 @@ def train(folder: Path, cases: Iterable[Case], rank: int, world: int) -> None:
 def one_of_two(rank: int, folder: Path, cases: tuple[Case, ...]) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
-    meeting, patience = f"file://{folder}/rendezvous", timedelta(seconds=120)
+    meeting, patience = f"file://{folder}/rendezvous", timedelta(minutes=10)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=patience)
     train(folder, cases, rank, world=2)
     dist.destroy_process_group()

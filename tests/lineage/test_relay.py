@@ -46,7 +46,7 @@ def steps(tracker: MemoryTracker, run: str, key: str = "loss") -> list[int]:
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, f"waited for {what} in vain"
         time.sleep(0.01)

@@ -58,9 +58,9 @@ def apps(ray_session: None, home: Path, registered: str, weights: str) -> Iterat
         both = apps_of.application("embed", {"model": weights} | common, embed_and_caption)
         serve.run(both, name="embed", route_prefix="/embed")
     headers = {"authorization": f"Bearer {KEY}"}
-    with httpx.Client(base_url=address, headers=headers, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=address, headers=headers, timeout=300, trust_env=False) as http:
         clients = [
-            openai.OpenAI(api_key=KEY, base_url=f"{address}{path}/v1", max_retries=0, timeout=60, http_client=http)
+            openai.OpenAI(api_key=KEY, base_url=f"{address}{path}/v1", max_retries=0, timeout=300, http_client=http)
             for path in ("", "/embed")
         ]
         yield Apps(address, *clients, http, home)
