@@ -33,6 +33,7 @@ def planted() -> tuple[list[Sample], dict[str, str]]:
         "resized": lambda image: file(image.resize((64, 48), Image.Resampling.LANCZOS), "WEBP", quality=80),
         "mirrored": lambda image: file(ImageOps.mirror(image)),
         "turned": lambda image: file(image.rotate(90, expand=True)),
+        "repainted": lambda image: file(turned(image)),
     }
     copies = [pair(f"{name}-{i}", made(SCENES[i]), f"copy {i}") for name, made in how.items() for i in range(0, 60, 6)]
     return [*samples, *random.Random(0).sample(copies, len(copies))], {s.key: s.key.partition("-")[0] for s in copies}
@@ -47,10 +48,20 @@ def run(samples: Sequence[Sample], folder: Path, home: Path, **fields: Any) -> t
     return made, {s.key for s in samples} - set(kept)
 
 
+def turned(image: Image.Image) -> Image.Image:
+    """The same brightness everywhere, and other colours."""
+    brightness, blue, red = image.convert("YCbCr").split()
+    return Image.merge("YCbCr", (brightness, red, blue)).convert("RGB")
+
+
 @pytest.mark.parametrize(
     ("fields", "found"),
-    [({}, {"same"}), ({"by": "perceptual"}, {"same", "encoded", "resized"})],
-    ids=["bytes", "perceptual"],
+    [
+        ({}, {"same"}),
+        ({"by": "perceptual"}, {"same", "encoded", "resized"}),
+        ({"by": "perceptual", "distance": 10, "colour": 255}, {"same", "encoded", "resized", "repainted"}),
+    ],
+    ids=["bytes", "perceptual", "any colour"],
 )
 def test_planted_twins_are_found_and_no_others(
     fields: dict[str, Any], found: set[str], home: Path, tmp_path: Path
@@ -141,17 +152,17 @@ def test_hashes_are_searched_as_if_every_two_were_compared(distance: int, text: 
     for _ in range(360):  # near ones, and chains of them
         bits = draw.sample(range(64), draw.randrange(0, 20))
         hashes.append(draw.choice(hashes) ^ sum(1 << bit for bit in bits))
+    colours = [draw.choice((100, 115, 130)) for _ in hashes]
     facts = [
-        Signature(
-            str(number // 2 if number % 50 == 1 else number), str(draw.randrange(2)), b64(code.to_bytes(8, "big"))
-        )
-        for number, code in enumerate(hashes)
+        Signature(str(number // 2 if number % 50 == 1 else number), str(draw.randrange(2)), hashed(code, colour))
+        for number, (code, colour) in enumerate(zip(hashes, colours, strict=True))
     ]
     facts = [f._replace(code=facts[int(f.images or 0)].code) for f in facts]  # the same bytes have the same hash
-    codes = [int.from_bytes(base64.b64decode(f.code or "")) for f in facts]
+    codes = [base64.b64decode(f.code or "") for f in facts]
 
     def near(i: int, j: int) -> bool:
-        return (codes[i] ^ codes[j]).bit_count() <= distance
+        bits = int.from_bytes(codes[i][:8]) ^ int.from_bytes(codes[j][:8])
+        return bits.bit_count() <= distance and abs(codes[i][-1] - codes[j][-1]) <= 20
 
     assert twins(Dedup(by="perceptual", distance=distance, text=text), facts) == slow(facts, near, text)
 
@@ -174,7 +185,7 @@ def test_embeddings_are_searched_as_if_every_two_were_compared(similarity: float
 
 
 def test_a_chain_of_likes_does_not_collapse_into_its_first() -> None:
-    facts = [Signature(str(n), "", b64(((1 << 4 * n) - 1).to_bytes(8, "big"))) for n in range(4)]  # each 4 bits on
+    facts = [Signature(str(n), "", hashed((1 << 4 * n) - 1)) for n in range(4)]  # each 4 bits on
     assert twins(Dedup(by="perceptual", distance=4), facts) == [0, 0, 2, 2]
 
 
@@ -206,6 +217,7 @@ def test_an_unreadable_picture_does_not_take_its_neighbours_with_it(home: Path) 
         ({"by": "embedding"}, "needs model=ARTEFACT"),
         ({"model": "a/model"}, "by=bytes asks no model"),
         ({"distance": 17}, "0 to 16 bits of 64; got 17"),
+        ({"colour": 256}, "0 to 255; got 256"),
         ({"similarity": 0.0}, r"cosine in \(0, 1\]; got 0"),
     ],
 )
@@ -215,6 +227,11 @@ def test_fields_that_do_not_go_together_are_refused(fields: dict[str, Any], word
 
 
 # --- what tests share ------------------------------------------------------------------------------------------------
+
+
+def hashed(code: int, colour: int = 128) -> str:
+    """A perceptual signature with one colour all over."""
+    return b64(code.to_bytes(8) + bytes([colour]) * 32)
 
 
 def b64(code: bytes) -> str:

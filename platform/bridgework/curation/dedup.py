@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from bridgework.curation.flow import Fact, Model, Rows, Verdict, bad
-from bridgework.curation.twins import By, Signer, checked, codes, digest, earlier
+from bridgework.curation.twins import By, Signer, checked, codes, digest, earlier, repainted
 from bridgework.curation.words import words
 from bridgework.data.quarantine import BadSample
 from bridgework.data.samples import Sample
+from bridgework.errors import SpecError
 from bridgework.spec import spec
 
 
@@ -26,6 +27,7 @@ class Dedup:
     by: By = "bytes"
     model: Model | None = None  # embeds images
     distance: int = 4  # bits of 64 in which two perceptual hashes may differ
+    colour: int = 20  # of 255, how far apart the colours of their sixteenths may be; 255: a repainted copy is a twin
     similarity: float = 0.95  # cosine of two embeddings from which on they are twins
     text: bool = False  # their texts must be the same as well, but for case and punctuation
 
@@ -33,6 +35,8 @@ class Dedup:
 
     def __post_init__(self) -> None:
         checked(self.by, self.model, self.distance, self.similarity)
+        if not 0 <= self.colour <= 255:
+            raise SpecError(f"colour is a difference of 0 to 255; got {self.colour}")
 
     def models(self, home: Path) -> Mapping[str, str]:
         """The embedding model's weights."""
@@ -81,10 +85,13 @@ class Dedup:
         if not signatures:
             return iter(())
         limit = self.distance if self.by == "perceptual" else self.similarity
-        return earlier(codes(self.by, [base64.b64decode(s.code or "") for s in signatures]), limit)
+        return earlier(codes(self.by, list(map(_decoded, signatures))), limit)
 
     def _alike(self, one: "Signature", other: "Signature") -> bool:
-        return not self.text or one.text == other.text
+        """Of two that are near: whether words and colours agree, where they are asked to."""
+        if self.text and one.text != other.text:
+            return False
+        return self.by != "perceptual" or repainted(*map(_decoded, (one, other))) <= self.colour
 
 
 class Signature(NamedTuple):
@@ -112,6 +119,10 @@ class DedupJudge:
         lone = [sample.images[0] for sample in samples if len(sample.images) == 1]
         told = iter(self._signer(lone))
         return [_fact(sample, next(told) if len(sample.images) == 1 else None) for sample in samples]
+
+
+def _decoded(signature: Signature) -> bytes:
+    return base64.b64decode(signature.code or "")
 
 
 def _fact(sample: Sample, code: bytes | BadSample | None) -> Fact:

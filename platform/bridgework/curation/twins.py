@@ -1,8 +1,10 @@
 """When two pictures are one: the same bytes, nearly the same perceptual hash, nearly the same direction for a model.
 
 The perceptual hash is pHash's (64 signs of a cosine transform of the brightness, in ImageHash): it stands up to
-another encoding, size or quality, and not to mirroring, cutting or turning; of colour it knows nothing. A picture of
-a single brightness has none, and is then like others by its bytes alone.
+another encoding, size or quality, and not to mirroring, cutting or turning. A picture of a single brightness has none,
+and is then like others by its bytes alone. Of colour the hash knows nothing, so the two colour channels (YCbCr) of a
+4 x 4 thumbnail stand beside it: of 80 pairs of clip art that are near by the hash, 77 are flags, fruit, balloons and
+the like of different colours (benchmarks/twins.py).
 """
 
 # N rows  D dimensions of an embedding
@@ -15,6 +17,7 @@ import faiss
 import imagehash
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from bridgework.data.quarantine import BadSample
 from bridgework.data.transforms import decode, read_square
@@ -27,6 +30,8 @@ By = Literal["bytes", "perceptual", "embedding"]
 Codes = NDArray[Any]  # (N, 8) uint8 of bits, or (N, D) float32 of length 1
 
 HASH_BITS = 64
+HASH_BYTES = HASH_BITS // 8
+THUMBNAIL = 4  # cells a side
 BANDS = 3  # of a hash, 21 bits each: a million hashes are as many buckets
 MOST_BITS = 16  # that two hashes may differ in; pictures that have nothing in common differ in 32 on average
 FLAT = 2.0  # of 255, the standard deviation of a picture's brightness: below it the hash is noise
@@ -64,7 +69,7 @@ class Signer:
         return cls(by, Pipeline.load(model))
 
     def __call__(self, images: Sequence[bytes]) -> list[bytes | BadSample | None]:
-        """For each file 8 bytes of hash or D float16, None where its bytes alone can tell, or why it is no picture."""
+        """For each file a hash with its colours or D float16, None where its bytes alone can tell, or why it is bad."""
         seen = [self._look(image) for image in images]
         made = iter(self._embed([one for one in seen if isinstance(one, np.ndarray)]))
         return [next(made) if isinstance(one, np.ndarray) else one for one in seen]
@@ -86,11 +91,26 @@ class Signer:
 
 
 def perceptual(image: bytes) -> bytes | None:
-    """pHash, 8 bytes; None for a picture of a single brightness. Raises BadSample as `decode` does."""
-    picture = decode(image, size=DECODED).convert("L")
-    if float(np.asarray(picture, np.float32).std()) < FLAT:
+    """pHash, 8 bytes, and Cb and Cr of each cell of a thumbnail, 32 bytes; None for a picture of a single brightness.
+
+    Raises BadSample as `decode` does.
+    """
+    picture = decode(image, size=DECODED)
+    grey = picture.convert("L")
+    if float(np.asarray(grey, np.float32).std()) < FLAT:
         return None
-    return np.packbits(imagehash.phash(picture).hash.flatten()).tobytes()
+    small = picture.convert("YCbCr").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return np.packbits(imagehash.phash(grey).hash.flatten()).tobytes() + np.asarray(small)[..., 1:].tobytes()
+
+
+def repainted(one: bytes, other: bytes) -> int:
+    """How far apart the colours of two perceptual signatures are where they differ most, of 255.
+
+    Of 400 drawings, those as JPEG at quality 20, WebP at 30 or of half the size are 10 apart at most, 15 % brighter or
+    darker ones 19 (benchmarks/twins.py).
+    """
+    colours, others = (np.frombuffer(code, np.uint8, offset=HASH_BYTES).astype(np.int16) for code in (one, other))
+    return int(np.abs(colours - others).max())
 
 
 def digest(*parts: bytes) -> str:
@@ -102,9 +122,9 @@ def digest(*parts: bytes) -> str:
 
 
 def codes(by: By, signatures: Sequence[bytes]) -> Codes:
-    """What `Signer` gave as one array; of one row at least."""
+    """What `Signer` gave as one array, hashes without their colours; of one row at least."""
     if by == "perceptual":
-        return np.frombuffer(b"".join(signatures), np.uint8).reshape(len(signatures), HASH_BITS // 8)
+        return np.frombuffer(b"".join(code[:HASH_BYTES] for code in signatures), np.uint8).reshape(-1, HASH_BYTES)
     made_ND = np.frombuffer(b"".join(signatures), np.float16).reshape(len(signatures), -1).astype(np.float32)
     length_N1: Codes = np.linalg.norm(made_ND, axis=1, keepdims=True)
     return made_ND / length_N1
