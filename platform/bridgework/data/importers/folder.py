@@ -34,8 +34,8 @@ def run(
     caption; the second caption of one image gets the key `PATH#2`. Without a table, `cat.txt` describes `cat.jpg`.
     Raises DataError for a table that is none of these, or has no such column.
     """
-    names = files(source)
     if table is None:
+        names = files(source)
         content, listing = json.dumps(names), partial(_beside, source, names)
     else:
         content = read_text(f"{source.rstrip('/')}/{table}")

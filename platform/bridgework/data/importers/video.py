@@ -60,8 +60,8 @@ def run(
             f"frames={frames} fps={fps} max_s={max_s}: 1 to {MAX_FRAMES} frames are kept, the others above 0"
         )
     cut = Cut(frames, fps, max_s)
-    found = files(source)
     if table is None:
+        found = files(source)
         content, listed = json.dumps(found), partial(_beside, source, [name for name, _ in found], cut)
     else:
         content = read_text(f"{source.rstrip('/')}/{table}")
