@@ -63,7 +63,7 @@ def measure(stage: Stage, samples: int, count: int) -> dict[str, float]:
     """Milliseconds a step, the writing shared out, and bytes a sample."""
     wall, cpu = [], []
     with tempfile.TemporaryDirectory() as folder:
-        with Recorder(Path(folder), "attempt0", 0) as recorder:
+        with Recorder(Path(folder), "attempt0", 0, start=0) as recorder:
             for step, (batches, taken) in enumerate(steps(stage, samples, count + WARM)):
                 began, busy = time.perf_counter(), time.process_time()
                 losses, counts = by_sample(stage, taken)

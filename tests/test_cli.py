@@ -127,7 +127,7 @@ def test_what_a_store_or_a_disk_refuses_is_one_line(tmp_path: Path) -> None:
     for words, message in (
         (("data", "stats", "foo://x"), "Protocol not known: foo"),
         (("data", "export", "webdataset", "synthetic:shapes", str(tmp_path / "file" / "below")), "Not a directory"),
-        (("data", "preview", "synthetic:shapes", "--html", str(tmp_path)), "Is a directory"),
+        (("data", "preview", "synthetic:shapes", "--html", str(tmp_path)), "is a folder; give the name of a file"),
     ):
         said = process(*words)
         assert said.returncode == 1 and said.stderr.startswith("error  "), said.stderr

@@ -50,7 +50,10 @@ def test_a_bare_name_goes_home_and_is_found_there(pictures: Path, home: Path) ->
         (["folder", "max_bad=2"], SpecError, "max_bad is a share of the rows, from 0 to 1; got 2"),
         (["folder", "max_bad=lots"], SpecError, "max_bad must be float, got 'lots'"),
         (["folder", "MIT"], SpecError, "KEY=VALUE, e.g. licence=CC-BY-4.0; got 'MIT'"),
-        (["emoji", "--licence", "MIT"], SpecError, "no field 'licence'"),
+        (["emoji", "--licence", "MIT"], SpecError, "no field 'licence'; known: max_bad"),
+        (["folder", "sayy=hello"], SpecError, "no field 'sayy'; known: image, licence, max_bad, table, text, workers"),
+        (["folder", "workers=-1"], SpecError, "workers=-1: 0 or more actors are allowed"),
+        (["./my_format.py"], DataError, "its module's path, e.g. my_lab.photos"),
         (["emoji", "--workers", "2"], SpecError, "no field 'workers'"),
     ],
 )
@@ -79,7 +82,7 @@ def test_export_writes_another_format_and_ends_with_what_was_lost(pictures: Path
     assert run("import", "webdataset", f"{tmp_path}/tars/*.tar", tmp_path / "back").exit_code == 0
     assert len(open_dataset(str(tmp_path / "back"))) == 256
     done = run("export", "llava-json", SHAPES, tmp_path / "talks", "prompt=What is it?")
-    assert done.stdout.splitlines()[-1] == "256 rows, 256 images; lost: labels of 256 rows"
+    assert done.stdout.splitlines()[-1] == "256 rows, 256 images; lost: labels of 256 rows, licence of 256 rows"
 
 
 @pytest.mark.parametrize(
@@ -150,6 +153,11 @@ def test_preview_prints_or_writes_a_page(tmp_path: Path) -> None:
     page = tmp_path / "new" / "page.html"
     assert run("preview", "--for", "llava/align", "--tiny", "--html", page).stdout == f"{page}{os.linesep}"
     assert page.read_text(encoding="utf-8").count("<article>") == 4
+
+
+def test_a_page_goes_to_a_file_and_not_to_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"is a folder; give the name of a file, e\.g\. .*preview\.html"):
+        run("preview", SHAPES, "--html", tmp_path)
 
 
 def test_preview_of_nothing_is_refused() -> None:

@@ -108,6 +108,36 @@ def test_wrong_words_are_refused_with_advice(words: list[str], said: str) -> Non
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "node",
+    [
+        '{"name": "a", "dataset": "x", "sources": [{"name": "b", "dataset": "y"}]}',
+        '{"name": "a", "sources": 3}',
+        '{"name": 5, "dataset": "x"}',
+        '{"name": "a", "dataset": null}',
+        '{"dataset": "x"}',
+        "7",
+    ],
+)
+def test_a_source_is_a_dataset_or_a_group_and_never_both(node: str, tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(f'{{"sources": [{node}]}}')
+    with pytest.raises(SpecError, match=r"sources\.0: a source has a name and a dataset, a group a name and a list"):
+        order(str(tmp_path / "m.json"))
+
+
+def test_groups_without_end_are_refused(tmp_path: Path) -> None:
+    nested = '{"name": "a", "sources": [' * 3000 + "7" + "]}" * 3000
+    (tmp_path / "m.json").write_text(f'{{"sources": [{nested}]}}')
+    with pytest.raises(SpecError, match=r"no mixture in JSON|too deep"):
+        order(str(tmp_path / "m.json"))
+
+
+@pytest.mark.parametrize("words", [":f", ".x:y", "os.path:join", "no_module:f", "json:nothing"])
+def test_what_is_no_function_that_gives_a_mixture_is_refused(words: str) -> None:
+    with pytest.raises(SpecError, match="give a function without arguments"):
+        order(words)
+
+
 def test_a_group_is_as_large_as_its_sources_and_shares_by_its_own_alpha(blend: Path) -> None:
     many, few, other = told(blend, "--batch", 16)
     assert other["by_alpha"] == pytest.approx(40 / 160)

@@ -49,8 +49,10 @@ def import_(
     run = load_importer(format_)
     words = [*(options or []), *([f"licence={licence}"] if licence is not None else [])]
     given = _options(run, format_, words + ([f"workers={workers}"] if workers else []))
+    if isinstance(actors := given.get("workers", 0), int) and actors < 0:
+        raise SpecError(f"workers={actors}: 0 or more actors are allowed; 0 works in this process")
     place = destination(dest, home())
-    with _ray(given.get("workers", 0)):
+    with _ray(actors):
         run(source, place, **given, say=lambda text: err.print(text, soft_wrap=True))
     out.print(place, soft_wrap=True)
 
@@ -129,6 +131,8 @@ def preview(
 
     if (run is None) != (step is None) or (run is not None and (path is not None or for_ is not None)):
         raise SpecError("a step of a run is shown by --run RUN[/STAGE] and --step N together, without PATH and --for")
+    if html is not None and html.is_dir():
+        raise SpecError(f"--html {html} is a folder; give the name of a file, e.g. {html / 'preview.html'}")
     if run is not None and step is not None:
         shown, title = _step(run, step, n), f"step {step} of {run}"
     elif for_ is not None:
@@ -163,7 +167,7 @@ def _options(run: Callable[..., object], name: str, words: list[str]) -> dict[st
     needed = inspect.Parameter.empty
     hints = typing.get_type_hints(run)
     parameters = [
-        p for p in inspect.signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY and hints[p.name] is not Say
+        p for p in inspect.signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY and hints[p.name] != Say
     ]
     own = make_dataclass(name, [(p.name, hints[p.name], field(default=p.default)) for p in parameters], frozen=True)
     changes = {}

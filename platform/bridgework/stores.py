@@ -20,3 +20,10 @@ def find_store(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise ResourceError(f"{url!r} needs a package that is not here: {error}") from None
     return fs, path
+
+
+def unreachable(file: str, error: Exception) -> ResourceError:
+    """What to raise where a file's store does not answer, or refuses: it may be tried again."""
+    return ResourceError(
+        f"{file} cannot be reached ({type(error).__name__}: {error}); is its store up, and open to you?"
+    )

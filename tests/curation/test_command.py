@@ -119,6 +119,8 @@ def test_explain_counts_the_reasons_and_draws_both_kinds(source: str, home: Path
     ("words", "said"),
     [
         (("dedupe", "a", "b"), r"there is no curation 'dedupe'; did you mean 'dedup'\?"),
+        (("./my.py", "a", "b"), r"there is no curation './my.py'; known: .*its module's path, e.g. my_lab.sharp"),
+        (("my/curation", "a", "b"), r"there is no curation 'my/curation'.*its module's path"),
         (("bridgework.curation.flow", "a", "b"), "holds 0 public specs with judge and decide"),
         (("dedup", "a", "b", "distence=3"), r"Dedup has no field 'distence'; did you mean 'distance'\?"),
         (("dedup", "a", "b", "by=colour"), "by: 'colour' is not allowed; known: bytes, embedding, perceptual"),

@@ -102,6 +102,7 @@ def test_listed_words_are_found_whole_and_in_any_case(home: Path, tmp_path: Path
     assert found == {0: "words", 2: "words", 4: "words", 5: "words"}
     told = decided(Filters(words=("blood red",)), samples, home)
     assert told[2].note == "'blood red'"
+    assert dropped(home, [said("a nude_girl_01.jpg picture"), said("a denuded hill")], words=("nude",)) == {0: "words"}
 
 
 def test_languages_keep_what_is_surely_one_of_them(home: Path) -> None:

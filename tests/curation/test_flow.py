@@ -263,6 +263,9 @@ def test_examples_show_some_rows_of_every_reason(source: str, home: Path, tmp_pa
     shown = list(examples(making, made.parameters["counts"]))
     assert Counter(one.why for one in shown) == {"kept": 6, "too few vowels": 6}
     assert all(one.note == f"{6 * one.kept} of at most 6" and one.kept == (one.text != "rhythm") for one in shown)
+    shutil.rmtree(tmp_path / "made.judged")
+    with pytest.raises(DataError, match="is gone; delete the dataset and curate it again"):
+        list(examples(making, made.parameters["counts"]))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -353,6 +356,12 @@ def test_facts_that_were_changed_by_hand_are_an_error(
     file.write_text("\n".join(spoil(file.read_text().splitlines())) + "\n")
     with pytest.raises(DataError, match=f"{words}.*delete the f"):
         run(source, tmp_path / "made", home)
+
+
+def test_nothing_is_made_inside_a_dataset(source: str, home: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"deep/made lies inside the dataset .*source, which is not to change"):
+        make(Vowels(desk=str(tmp_path)), [source], f"{source}/deep/made", home=home, say=str)
+    assert verify(source) == []
 
 
 def test_a_source_is_needed_and_stands_once(source: str, home: Path, tmp_path: Path) -> None:

@@ -52,6 +52,19 @@ def test_a_box_is_a_texts_if_its_label_is_among_the_words_of_the_ocr() -> None:
     assert '"CATALOGUE 9"' in found["text.box"] and '"cat"' not in found["text.box"]
 
 
+@pytest.mark.parametrize("ocr", ["SALE, 50 %", '"Sale!"\n(50 %)', "50 %: SALE"])
+def test_a_label_beside_punctuation_is_a_texts(ocr: str) -> None:
+    found = told(row(boxes=SIGN, ocr=ocr))
+    assert found.keys() == {"text.alone", "text.place", "text.box"}
+    assert '"SALE"' in found["text.place"] and '"50 %"' in found["text.place"]
+
+
+def test_a_labels_words_stand_together_and_in_order_to_be_a_texts() -> None:
+    boxes = (Box(0, (0.1, 0.1, 0.3, 0.3), "red sale"), Box(0, (0.5, 0.5, 0.9, 0.9), "&"))
+    assert "text.place" not in told(row(boxes=boxes, ocr="sale, red; red hot sale; A&B"))
+    assert '"&"' in told(row(boxes=boxes, ocr="A & B"))["text.place"]
+
+
 def test_every_template_says_what_its_granularity_is_for() -> None:
     seen: dict[str, set[str]] = {name: set() for name in TEMPLATES}
     for number in range(60):

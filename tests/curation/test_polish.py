@@ -68,6 +68,7 @@ def row(text: str, key: str = "k") -> Sample:
         ("A dog \u25a1\u25a1\ufffd runs @@@@@@ here.", "A dog runs here."),
         ("Mr. Smith walks with Dr. Jones, e.g. in the park.", "Mr. Smith walks with Dr. Jones, e.g. in the park."),
         ("A dog\n\nruns\tfast.", "A dog runs fast."),
+        ("It is red , red, red and blue.", "It is red and blue."),
         ("Dog. A cat sleeps.", "A cat sleeps."),
         ('He says "stop." A cat sleeps.', 'He says "stop." A cat sleeps.'),
         ("", ""),
@@ -75,6 +76,27 @@ def row(text: str, key: str = "k") -> Sample:
 )  # fmt: skip
 def test_what_such_models_leave_behind_is_removed(text: str, mended: str) -> None:
     assert mend(text) == mended
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The stadium holds 1,000,000 people and 100,000,000 seats.",
+        "It shows 3, 3 and 4.",
+        "He has 20 20 vision.",
+        "The clock reads 10 10.",
+        "Two rows of 5 red, 5 red cars.",
+        "A bus of the 3rd 3rd row stops.",
+        "No. 5 is worn by a man.",
+        "The player with no. 10 runs.",
+    ],
+)
+def test_numbers_stay_as_they_are(text: str) -> None:
+    assert mend(text) == text
+
+
+def test_a_no_before_a_word_ends_a_sentence() -> None:
+    assert mend("Is it red? No. It is blue.") == "Is it red? It is blue."
 
 
 @pytest.mark.parametrize("language", OTHERS)

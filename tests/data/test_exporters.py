@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -16,7 +17,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from bridgework.data import importers
 from bridgework.data.exporters import Exported, ending, formats, llava_json, load, webdataset
 from bridgework.data.samples import Box, Part, Sample, pair
-from bridgework.data.shards import open_dataset, write
+from bridgework.data.shards import open_dataset, verify, write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError
 
@@ -68,8 +69,8 @@ def everything() -> Iterator[Sample]:
     yield Sample("document", IMAGES[:2], document)
 
 
-def store(samples: Iterator[Sample] | list[Sample], dest: Path) -> str:
-    write(samples, str(dest), source="s", licence="l", made_by="t", group_rows=4)
+def store(samples: Iterator[Sample] | list[Sample], dest: Path, licence: str = "unknown") -> str:
+    write(samples, str(dest), source="s", licence=licence, made_by="t", group_rows=4)
     return str(dest)
 
 
@@ -102,6 +103,21 @@ def test_all_that_a_dataset_holds_comes_back_from_its_tars(place: str, tmp_path:
     assert made == Exported(rows=15, images=19) and str(made) == "15 rows, 19 images; lost: nothing"
     back = importers.load("webdataset")(out, str(tmp_path / "back"), max_bad=0, say=quiet)
     assert read(tmp_path / "back") == read(source) and back.parameters["prefixed"] is False
+
+
+def test_an_export_is_not_written_into_a_dataset(tmp_path: Path) -> None:
+    source = str(tmp_path / "d")
+    write(shapes(4, size=16), source, source="test", licence="CC0-1.0", made_by="tests")
+    with pytest.raises(DataError, match="lies inside the dataset"):
+        webdataset.run(source, f"{source}/tars")
+    assert verify(source) == []
+
+
+def test_the_licence_of_a_dataset_comes_back_with_each_row_of_its_tars(tmp_path: Path) -> None:
+    samples = [pair("a", IMAGES[0], "a cat"), pair("b", IMAGES[0], "a dog", licence="MIT")]
+    webdataset.run(store(samples, tmp_path / "d", "CC-BY-4.0"), str(tmp_path / "out"))
+    importers.load("webdataset")(str(tmp_path / "out"), str(tmp_path / "back"), say=quiet)
+    assert read(tmp_path / "back") == [replace(samples[0], licence="CC-BY-4.0"), samples[1]]
 
 
 def test_webdataset_reads_the_tars_and_finds_the_keys(tmp_path: Path) -> None:
@@ -194,6 +210,11 @@ def test_what_the_format_cannot_hold_is_counted_or_an_error(tmp_path: Path) -> N
         with pytest.raises(DataError, match=f"'{name}'"):
             llava_json.run(source, str(tmp_path / "none"), prompt="Describe it.")
     assert not list(tmp_path.glob("none*"))
+
+
+def test_a_licence_of_the_whole_dataset_is_lost_with_every_row(tmp_path: Path) -> None:
+    made = llava_json.run(store(talks(), tmp_path / "d", "CC-BY-4.0"), str(tmp_path / "out"))
+    assert made.lost == {"licence": 4}
 
 
 def test_images_shown_in_another_order_or_twice_stay_where_they_are_shown(tmp_path: Path) -> None:

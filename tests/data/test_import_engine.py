@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from bridgework.data.importers import Row, ingest
 from bridgework.data.manifest import Manifest, read_manifest
@@ -204,6 +205,27 @@ def test_an_import_that_was_cut_off_goes_on_and_gives_the_same_dataset(place: st
     assert source.reads == Counter(range(23))  # the two whole chunks were not read again, the third had not been begun
     assert "goes on where it was cut off" in said[0]
     assert verify(dest) == [] and not fs.exists(f"{root}.part")
+
+
+class Objects(MemoryFileSystem):
+    """As object stores are: a folder is there as long as something lies in it."""
+
+    protocol = "objects"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
+        super().rm(path, recursive, maxdepth)
+        self.pseudo_dirs[:] = [""]
+
+
+def test_a_store_without_empty_folders_ends_an_import_as_any_other(tmp_path: Path) -> None:
+    fsspec.register_implementation("objects", Objects, clobber=True)
+    dest = f"objects://{tmp_path.name}/d"
+    with pytest.raises(DataError, match="no samples came out of it"):
+        Source(3, bad=(0, 1, 2)).ingest(dest)
+    assert Source(23).ingest(dest).rows == 23
+    assert verify(dest) == []
 
 
 def test_only_the_chunk_that_was_cut_is_read_twice(tmp_path: Path) -> None:

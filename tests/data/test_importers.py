@@ -55,6 +55,14 @@ def test_importers_are_found_by_name() -> None:
         load("bridgework.data.samples")
 
 
+@pytest.mark.parametrize(
+    "name", ["./my_format.py", ".my_format", "my/format.py", "my/format", "/my/format", "..", ".", ""]
+)
+def test_a_path_of_a_file_is_no_format(name: str) -> None:
+    with pytest.raises(DataError, match=f"there is no format {name!r}"):
+        load(name)
+
+
 # --- llava-json ------------------------------------------------------------------------------------------------------
 
 

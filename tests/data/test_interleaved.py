@@ -230,6 +230,15 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    "how",
+    [{"min_side": -1}, {"max_aspect": 0.0}, {"max_aspect": -1.0}, {"max_aspect": 0.99}, {"max_aspect": float("nan")}],
+)
+def test_a_rule_that_no_image_can_keep_is_refused(how: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{next(iter(how))}=.*0 pixels or more, and the long one at least 1 times"):
+        interleaved.run(str(tmp_path), str(tmp_path / "made"), **how)
+
+
 def test_every_bad_document_is_put_aside_with_its_reason(made: Import) -> None:
     assert list(made.rows(mmc4(("a.png", 0)), *(row for row, _ in BAD.values()))) == ["row-00000000"]
     assert list(made.aside.values()) == [reason for _, reason in BAD.values()]

@@ -1,3 +1,4 @@
+import random
 import tracemalloc
 from collections import Counter
 from fractions import Fraction
@@ -293,6 +294,18 @@ def test_order_depends_on_seed_name_and_digest() -> None:
     assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
 
 
+@pytest.mark.parametrize(("sources", "window", "steps"), [(20, 16, 1162), (20, 16, 3120), (8, 4, 1252), (12, 1, 2030)])
+def test_caps_hold_where_a_run_of_many_small_sources_ends(sources: int, window: int, steps: int) -> None:
+    for seed in range(12):
+        draw = random.Random(seed)
+        sizes = [10**6, *(draw.randint(300, 3000) for _ in range(sources - 1))]
+        capped = [Source(name=f"s{n}", dataset="x", max_epochs=1 if n else None) for n in range(sources)]
+        mixture = Mixture(sources=tuple(capped), lanes=64, window=window, alpha=0.0)
+        rows = [SourceRows(source.name, "d", size, 32) for source, size in zip(capped, sizes, strict=True)]
+        drawn = Plan(rows, mixture, batch=64, steps=steps + seed, seed=seed).realised(steps + seed)
+        assert all(drawn[f"s{n}"] <= size for n, size in enumerate(sizes)), (seed, drawn)
+
+
 # --- substitutes -----------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +333,16 @@ def test_substitutes_after_the_window_are_the_next_rows_of_the_source() -> None:
     follow = sum(x[0] == source for x in after)
     spare = list(islice(plan.substitutes(1, 2, 0), near, near + follow))
     assert sorted(spare) == sorted(x for x in after if x[0] == source)
+
+
+@bounded
+@given(plan=plans(), lane=st.integers(0, 7), t=st.integers(0, 5), data=st.data())
+def test_every_other_row_of_a_source_is_tried(plan: Plan, lane: int, t: int, data: st.DataObject) -> None:
+    lane %= len(plan.lanes_of(0, 1))
+    window = triples(plan.window(lane, t))
+    place = data.draw(st.integers(0, len(window) - 1))
+    source, _, bad = window[place]
+    assert {row for _, _, row in plan.substitutes(lane, t, place)} == set(range(plan._sizes[source])) - {bad}
 
 
 def test_a_source_of_one_bad_row_has_no_substitute() -> None:

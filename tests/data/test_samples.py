@@ -89,3 +89,7 @@ def test_malformed_samples_are_refused_with_a_reason() -> None:
         pair("", b"x", "a cat")
     with pytest.raises(BadSample, match="1 times for 2 frames"):
         Sample("k", (b"x", b"y"), (Part("user", image=0), Part("user", image=1)), times_s=(0.0,))
+
+
+def test_the_text_of_a_sample_is_all_that_it_teaches() -> None:
+    assert Sample("preference", (b"jpeg",), TALK, rejected="A dog.").text == "Be brief.\n\nWhat?\nA cat.\nA dog."

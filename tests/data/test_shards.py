@@ -249,9 +249,13 @@ def test_a_manifest_cannot_point_outside_its_folder(dataset: Path) -> None:
         open_dataset(str(dataset))
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError("peer"), TimeoutError("10 s")])
+class NoCredentialsError(Exception):
+    """What a package that speaks with a store may raise: none of Python's own."""
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("peer"), TimeoutError("10 s"), NoCredentialsError("none")])
 def test_a_store_that_does_not_answer_is_no_fault_of_the_data(
-    dataset: Path, error: OSError, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(shard: int) -> Any:
         raise error
@@ -260,3 +264,17 @@ def test_a_store_that_does_not_answer_is_no_fault_of_the_data(
     monkeypatch.setattr(opened, "_file", gone)
     with pytest.raises(ResourceError, match="cannot be reached"):
         opened.read_group(0, 0)
+    with pytest.raises(ResourceError, match="cannot be reached"):
+        next(opened.keys())
+
+
+@pytest.mark.parametrize("error", [PermissionError("no"), NoCredentialsError("none")])
+def test_a_store_that_refuses_the_manifest_is_told_in_one_line(
+    dataset: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", refuse)
+    with pytest.raises(ResourceError, match=r"manifest\.json cannot be reached .*Error: no.*is its store up"):
+        open_dataset(str(dataset))

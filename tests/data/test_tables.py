@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bridgework.data.importers import folder
-from bridgework.data.quarantine import Reason, Record, records
+from bridgework.data import sources
+from bridgework.data.importers import folder, llava_json
+from bridgework.data.quarantine import BadSample, Reason, Record, records
 from bridgework.data.shards import open_dataset
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError
@@ -107,3 +108,47 @@ def test_a_column_that_is_not_there_is_an_error_that_names_those_that_are(table:
     (pictures / table).write_text(sheet if table.endswith("sv") else json.dumps([row] if table == "t.json" else row))
     refused(pictures, table, rf"image='foto' names no column of {table}; did you mean 'photo'\?", image="foto")
     refused(pictures, table, rf"text='caption' names no column of {table}; known: photo, title", image="photo")
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+DEPTHS = (100, 500, *range(800, 1_000, 7))  # at some of the last ones the parser may or may not reach its own limit
+
+
+def test_a_line_nested_too_deep_is_put_aside_and_the_others_stay(pictures: Path) -> None:
+    given = (("a cat", 99), *(("deep", depth) for depth in DEPTHS), ("a dog", 99))
+    rows = [f'{{"image": "a.png", "caption": "{text}", "more": {nested(depth)}}}' for text, depth in given]
+    (pictures / "t.jsonl").write_text("\n".join([*rows, *map(nested, DEPTHS[1:])]))
+    texts, bad = read(pictures, "t.jsonl")
+    assert texts == ["a cat", "a dog"] and len(bad) == 2 * len(DEPTHS) - 1
+    assert {record.reason for record in bad} == {Reason.BAD_ROW}
+    assert "the row is nested deeper than the 100 lists and objects that are read" in bad[0].detail
+
+
+@pytest.mark.parametrize("depth", [100, 500, 850])
+def test_an_item_of_a_list_nested_too_deep_is_put_aside(depth: int, pictures: Path) -> None:
+    rows = [{"image": "a.png", "caption": "a cat", "more": json.loads(nested(at))} for at in (99, depth)]
+    (pictures / "t.json").write_text(json.dumps([*rows, json.loads(nested(depth + 1))]))
+    texts, bad = read(pictures, "t.json")
+    assert texts == ["a cat"] and [record.key for record in bad] == ["row-00000001", "row-00000002"]
+    assert all("nested deeper than the 100 lists" in record.detail for record in bad)
+
+
+def test_a_conversation_nested_too_deep_is_put_aside(tmp_path: Path) -> None:
+    talk = '[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]'
+    rows = [
+        f'{{"id": "{key}", "conversations": {talk}, "more": {nested(depth)}}}'
+        for key, depth in (("a", 1), *(("deep", depth) for depth in DEPTHS), ("c", 1))
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    llava_json.run(str(tmp_path / "t.jsonl"), str(tmp_path / "made"), max_bad=1, say=lambda _: None)
+    assert [sample.key for sample in open_dataset(str(tmp_path / "made")).samples()] == ["a", "c"]
+    assert {record.reason for record in records(str(tmp_path / "made.quarantine"))} == {Reason.BAD_ROW}
+
+
+def test_what_a_json_object_lists_is_put_aside_when_nested_too_deep() -> None:
+    whole = sources.document(f'{{"rows": [{{"a": {nested(100)}}}, {{"a": {nested(99)}}}]}}', "x.json")
+    deep, good = sources.listed(whole, "rows", "x.json")
+    assert isinstance(deep, BadSample) and deep.reason is Reason.BAD_ROW and good == whole["rows"][1]

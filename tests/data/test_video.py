@@ -157,6 +157,14 @@ def test_too_long_and_too_large_videos_are_refused_before_a_frame_is_decoded(fil
     assert len(cut(film("mp4"), max_s=2.1)) == 8
 
 
+@pytest.mark.parametrize("size", [(65_504, 8), (8, 65_504)])
+def test_a_frame_longer_than_any_jpeg_is_refused(size: tuple[int, int], tmp_path: Path) -> None:
+    Image.new("P", size).save(tmp_path / "x.gif")
+    with pytest.raises(BadSample, match="at most 65500 a side") as caught:
+        cut((tmp_path / "x.gif").read_bytes())
+    assert caught.value.reason is Reason.TOO_MANY_PIXELS
+
+
 @pytest.mark.parametrize("kind", CODECS)
 def test_noise_in_a_file_is_a_bad_sample_or_none(kind: str, film: Callable[..., bytes]) -> None:
     for seed in range(60):

@@ -144,6 +144,15 @@ def test_a_path_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     assert set(read(tmp_path, *rows, pattern="{}.jpg")) == {"1"} and aside(tmp_path) == {"2": Reason.OUTSIDE}
 
 
+def test_only_a_whole_number_names_an_image(tmp_path: Path) -> None:
+    given = (9, 9.0, float("inf"), float("-inf"), float("nan"), 9.5, True, None)
+    (tmp_path / "COCO_train2014_000000000001.jpg").write_bytes(PNG)
+    questions = [asked(place, image=image) for place, image in enumerate(given)]
+    answers = [answered(place, "a", image=image) for place, image in enumerate(given)]
+    assert list(read(tmp_path, questions, answers)) == ["0", "1"]
+    assert aside(tmp_path) == {str(place): Reason.BAD_ROW for place in range(2, len(given))}
+
+
 def test_whatever_stands_in_a_field_every_row_goes_one_way_or_the_other(tmp_path: Path) -> None:
     questions = [asked(9 + i) | {name: value} for name in asked(1) for i, value in enumerate(WRONG)] + WRONG
     wrong = [answered(100 + i) | {name: v} for i, (name, v) in enumerate((n, v) for n in answered(1) for v in WRONG)]

@@ -322,6 +322,13 @@ def test_a_size_that_is_a_lie_ends_the_tar_with_a_reason(fields: dict[str, Any],
     assert list(read(tmp_path / "d"))[:2] == ["0000", "0001"] and len(aside(tmp_path / "d")) >= 1
 
 
+def test_a_json_nested_too_deep_is_put_aside_and_the_others_stay(tmp_path: Path) -> None:
+    deep = b'{"caption": "x", "more": ' + b"[" * 400 + b"]" * 400 + b"}"
+    (tmp_path / "a.tar").write_bytes(tar(*samples(0, 2), ("deep.png", PNG), ("deep.json", deep)))
+    bring(tmp_path / "a.tar", tmp_path / "d")
+    assert list(read(tmp_path / "d")) == ["0000", "0001"] and aside(tmp_path / "d") == {"deep": Reason.BAD_ROW}
+
+
 def test_headers_without_end_take_no_memory(tmp_path: Path) -> None:
     huge = special("x", b"x", size=64 << 20)[0]
     assert isinstance(huge, tarfile.TarInfo)

@@ -1,6 +1,7 @@
 """What a stage learns, against plain torch; and that a run that was stopped ends as one that was not."""
 
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bridgework.data.batch import collate
 from bridgework.errors import RunError
 from bridgework.losses import Contrastive
 from bridgework.system import System
+from bridgework.training import loop
 from bridgework.training.schedule import learning_rate
 from tests.training.support import Stop, fresh, go, llava, losses, same, stop_at, weights
 
@@ -94,6 +96,17 @@ def test_resumed_run_matches_unbroken_run(home: Path, run: str, zero: int) -> No
     seen, unbroken = losses(home, run), dict(losses(home, f"{run}-whole"))
     assert all(unbroken[step] == value for step, value in seen)
     assert [step for step, _ in seen][-3:] == [4, 5, 6]
+
+
+def test_rows_that_end_too_early_do_not_end_the_stage(process_group: None, home: Path, tmp_path: Path) -> None:
+    system = llava(6)
+    feed = reader.Feed.of(system["align"], home)
+    job = loop.Job(system, "align", feed, tmp_path / "align", home)
+    job.folder.mkdir()
+    with pytest.raises(RunError, match="align: its rows ended after 3 of 6 steps; run it again"):
+        rows = islice(reader.local(feed, rank=0, world=1, start=0), 3)
+        loop.run(job, lambda start: rows, lambda metrics, step: None, rank=0, world=1)
+    assert not (job.folder / "artefact").exists()
 
 
 def test_a_stop_costs_no_more_than_the_steps_since_the_checkpoint(home: Path, run: str) -> None:

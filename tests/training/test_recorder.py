@@ -64,7 +64,7 @@ def test_what_stands_before_a_checkpoint_is_on_record_with_it(
 
 def test_a_torn_record_gives_what_was_written_whole(home: Path, tmp_path: Path) -> None:
     batch = collate(next(local(Feed.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0)
-    with Recorder(tmp_path, "attempt", 0) as written:
+    with Recorder(tmp_path, "attempt", 0, start=0) as written:
         for step in range(3):
             written.step(step, [batch], [float(step)] * 8, [1.0] * 8)
             written.flush()
@@ -74,6 +74,27 @@ def test_a_torn_record_gives_what_was_written_whole(home: Path, tmp_path: Path) 
     assert [each.loss for each in flown(tmp_path, 1)] == [1.0] * 8
     with pytest.raises(RunError, match="has no step 2; it has steps 0 to 1"):
         flown(tmp_path, 2)
+
+
+def test_a_sample_whose_loss_is_no_number_comes_first(home: Path, tmp_path: Path) -> None:
+    batch = collate(next(local(Feed.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0)
+    with Recorder(tmp_path, "attempt", 0, start=0) as written:
+        written.step(0, [batch], [1.0, 3.0, 2.0, math.nan, 5.0, 4.0, math.inf, 0.0], [1.0] * 8)
+    told = [each.loss for each in flown(tmp_path, 0)]
+    assert not any(map(math.isfinite, told[:2])) and told[2:] == [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
+
+
+def test_a_step_that_a_later_attempt_passed_is_not_told_as_an_earlier_one_took_it(home: Path, tmp_path: Path) -> None:
+    batch = collate(next(local(Feed.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0)
+    for attempt, start, taken in (("first", 0, range(6)), ("second", 4, (5, 6)), ("third", 6, (6,))):
+        with Recorder(tmp_path, attempt, 0, start=start) as written:
+            for step in taken:
+                written.step(step, [batch], [float(start)] * 8, [1.0] * 8)
+    assert [{each.loss for each in flown(tmp_path, step)} for step in (3, 5, 6)] == [{0.0}, {4.0}, {6.0}]
+    with pytest.raises(RunError, match="step 4 was passed"):
+        flown(tmp_path, 4)
+    with pytest.raises(RunError, match="has no step 7; it has steps 0 to 6"):
+        flown(tmp_path, 7)
 
 
 @pytest.mark.parametrize("packing", [None, Packing()])
@@ -137,8 +158,9 @@ def test_skipped_steps_change_nothing_and_are_not_on_record(home: Path, run: str
     go(system, home, run, checkpoint_every=2, evaluate_every=1, skip=("step:3-4",))
     folder = home / "runs" / run / "align"
     assert all(flown(folder, step) for step in (0, 1, 2, 5))
+    assert {step for step, _ in losses(home, run)} == {0, 1, 2, 5}
     for step in (3, 4):
-        with pytest.raises(RunError, match=f"has no step {step}"):
+        with pytest.raises(RunError, match=f"step {step} was passed without an update"):
             flown(folder, step)
     assert all(math.isfinite(loss) for _, loss in losses(home, run))
 
@@ -151,6 +173,9 @@ def test_skipped_steps_change_nothing_and_are_not_on_record(home: Path, run: str
         ("5", "a step is written step:N"),
         ("step:900", r"--skip step:900 changes nothing: the stage goes on from step 2, and its last is 5"),
         ("step:0-1", "--skip step:0 changes nothing"),
+        ("step:4-9999999999", "--skip step:9999999999 changes nothing"),
+        ("step:3-", "'step:3-' names no steps"),
+        ("step:\u00b2", "names no steps; write step:120"),
     ],
 )
 def test_what_would_skip_nothing_is_refused(word: str, told: str, home: Path, run: str) -> None:

@@ -23,11 +23,14 @@ def load(name: str) -> type[Any]:
     """The spec class of a curation: `dedup`, or the import path of a module that holds one."""
     path = name if "." in name else f"{__name__}.{name.replace('-', '_')}"
     try:
+        if path.startswith(".") or "/" in path:
+            raise ModuleNotFoundError(name=path)  # the path of a file, or relative to nothing
         module = import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
             raise  # the curation exists; something that it imports does not
-        raise SpecError(f"there is no curation {name!r}" + suggest(name, known())) from None
+        hint = "; one of your own is given by its module's path, e.g. my_lab.sharp" if {".", "/"} & set(name) else ""
+        raise SpecError(f"there is no curation {name!r}" + suggest(name, known()) + hint) from None
     specs = _specs(module)
     if len(specs) != 1:
         raise SpecError(

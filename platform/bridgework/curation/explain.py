@@ -1,9 +1,10 @@
 """A sheet of what was kept and of what was dropped, to look at before anything is trained on it."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -87,31 +88,35 @@ def _tile(page: Image.Image, pen: ImageDraw.ImageDraw, font: Font, corner: tuple
     pen.rectangle((x - 1, y - 1, x + IMAGE, y + IMAGE), outline=FRAME)
     ink = {"why": RIGHT if example.kept else DROPPED, "note": FAINT, "text": INK}
     for name, most in LINES.items():
-        for line in _lines(getattr(example, name), font, most):
+        for line in fitted(getattr(example, name), font, most):
             pen.text((x + IMAGE + PAD, y), line, fill=ink[name], font=font)
             y += LINE
 
 
-def _lines(text: str, font: Font, most: int) -> list[str]:
+def fitted(text: str, font: Font, most: int) -> list[str]:
     """`text` in at most `most` lines of the width TEXT; a word that is longer than a line is cut."""
-    lines: list[str] = []
-    for paragraph in text.splitlines():
-        line = ""
-        for word in paragraph.split():
-            if line and font.getlength(f"{line} {word}") > TEXT:
-                lines, line = [*lines, line], word
-            else:
-                line = f"{line} {word}".strip()
-        lines.append(line)
+    lines = list(islice(_lines(text, font), most + 1))
     shown = lines[:most]
     if len(lines) > most:
         shown[-1] += " .."
     return [_cut(line, font) for line in shown]
 
 
+def _lines(text: str, font: Font) -> Iterator[str]:
+    for paragraph in text.splitlines():
+        line = ""
+        for whole in paragraph.split():
+            word = whole[:TEXT]  # of more signs than a line has pixels it shows none
+            if line and font.getlength(f"{line} {word}") > TEXT:
+                yield line
+                line = word
+            else:
+                line = f"{line} {word}".strip()
+        yield line
+
+
 def _cut(line: str, font: Font) -> str:
     if font.getlength(line) <= TEXT:
         return line
-    while font.getlength(line + "..") > TEXT:
-        line = line[:-1]
-    return line + ".."
+    too_long = bisect_left(range(len(line)), True, key=lambda signs: font.getlength(line[:signs] + "..") > TEXT)
+    return line[: max(0, too_long - 1)] + ".."

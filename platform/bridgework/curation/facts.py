@@ -125,9 +125,11 @@ def cut_off(folder: str) -> bool:
 
 
 def read(path: str, rows: int) -> Iterator[Told]:
-    """The facts of a shard of `rows` rows, in order. Raises DataError for a file that is no such thing."""
+    """The facts of a shard of `rows` rows, in order. Raises DataError for a file that is no such thing, or gone."""
     fs, file = find_store(path)
     number = 0
+    if not fs.exists(file):
+        raise DataError(f"{path}, with what is known of the rows, is gone; delete the dataset and curate it again")
     with fs.open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:

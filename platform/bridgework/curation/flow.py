@@ -20,7 +20,7 @@ from bridgework.curation.facts import Judge as Judge
 from bridgework.curation.facts import bad as bad
 from bridgework.curation.telling import Tally, as_words, identified
 from bridgework.data.catalog import resolve
-from bridgework.data.manifest import Manifest, read_manifest
+from bridgework.data.manifest import Manifest, read_manifest, refuse_within
 from bridgework.data.quarantine import SHARE, BadSample, Quarantine, Reason, clear
 from bridgework.data.samples import Sample
 from bridgework.data.shards import Dataset, open_dataset, write
@@ -145,6 +145,7 @@ class Making:
         if len({dataset.manifest.digest for dataset in datasets}) < max(1, len(datasets)):
             raise DataError(f"a curation reads one source or several, each once; got {', '.join(sources) or 'none'}")
         place = dest if "://" in dest else os.path.abspath(dest)  # actors run in folders of their own
+        refuse_within(place)
         return cls(curation, place.rstrip("/"), datasets, dict(curation.models(home)), limits)
 
     @property

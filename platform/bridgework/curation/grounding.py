@@ -9,8 +9,8 @@ object  place      The image shows the dog on the left and the cat in the centre
         box        Objects in the image: dog <bbox>0.02,0.40,0.31,0.90</bbox>.
         relative   The image shows the dog to the left of the cat.
 
-A box belongs to a text if its label stands in the row's `ocr`; every other box is an object's. Coordinates are left,
-top, right and bottom as shares of the picture.
+A box belongs to a text if the words of its label stand in the row's `ocr`, in any case; every other box is an
+object's. Coordinates are left, top, right and bottom as shares of the picture.
 """
 
 import random
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from bridgework.curation.flow import Fact, Judge, Rows, Verdict, bad
+from bridgework.curation.words import words
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Box, Part, Sample
 from bridgework.errors import SpecError
@@ -116,7 +117,7 @@ class Grounding:
 
     def _sentence(self, sample: Sample, name: str, things: Sequence[tuple[str, ...]]) -> str:
         sentence, thing = self._random(sample, name).choice(TEMPLATES[name])
-        *first, last = (thing.format(*words) for words in things)
+        *first, last = (thing.format(*told) for told in things)
         written = sentence.format(f"{', '.join(first)} and {last}" if first else last)
         return written[0].upper() + written[1:]
 
@@ -168,12 +169,19 @@ def _holds(outer: Box, inner: Box) -> bool:
 
 def _parted(sample: Sample, most: int) -> tuple[list[Box], list[Box]]:
     """The boxes of texts and those of objects, the largest `most` of either, in reading order."""
-    written = f" {' '.join((sample.ocr or '').split())} "
     labelled = [replace(box, label=" ".join(box.label.split())) for box in sample.boxes]
     sound = [box for box in labelled if box.label and _area(box) > 0]
-    texts = [box for box in sound if f" {box.label} " in written]
-    objects = [box for box in sound if f" {box.label} " not in written]
+    written = {cut: _apart(cut(sample.ocr or "")) for cut in (words, str.split)}
+    texts: list[Box] = []
+    objects: list[Box] = []
+    for box in sound:
+        cut = words if words(box.label) else str.split  # a label without words, such as %, stands there as it is
+        (texts if _apart(cut(box.label)) in written[cut] else objects).append(box)
     return _in_order(texts, most), _in_order(objects, most)
+
+
+def _apart(told: Sequence[str]) -> str:
+    return f" {' '.join(told)} "
 
 
 def _in_order(boxes: Sequence[Box], most: int) -> list[Box]:

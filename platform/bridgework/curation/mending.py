@@ -21,8 +21,10 @@ _SCAFFOLD = re.compile(
 _MARKS = re.compile(
     r"([^\w\s])\1{3,}|[\u25a0-\u25ff\ufffd\ufffc]+"
 )  # more than three of one mark, and boxes for glyphs
-_REPEATED = re.compile(r"\b(\w++(?:[^\w.!?]++\w++){0,5}?)(?:[\s,]++\1\b)+", re.IGNORECASE)
+# with white space between, and no digits: 1,000,000 is a number, and "20 20" may be what a sign says
+_REPEATED = re.compile(r"\b([^\W\d]++(?:[^\w.!?]++[^\W\d]++){0,5}?)(?:(?:\s?,)?\s++\1\b)+", re.IGNORECASE)
 _ENDS = re.compile(  # the second kind: Chinese and Japanese put no space there
+    r"(?!(?<=\b[Nn][Oo]\.)\s+\d)"
     r"(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bvs\.)(?<!e\.g\.)(?<!i\.e\.)(?<=[.!?])\s+"
     r"|(?<=[\u3002\uff01\uff1f])\s*"
 )

@@ -21,11 +21,14 @@ def load(package: str, name: str) -> Callable[..., Any]:
     """
     path = name if "." in name else f"{package}.{name.replace('-', '_')}"
     try:
+        if path.startswith(".") or "/" in path:
+            raise ModuleNotFoundError(name=path)  # the path of a file, or relative to nothing
         run: Callable[..., Any] = import_module(path).run
     except ModuleNotFoundError as error:
         if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
             raise  # the format exists; something that it imports does not
-        raise DataError(f"there is no format {name!r}" + suggest(name, names(package))) from None
+        hint = "; one of your own is given by its module's path, e.g. my_lab.photos" if {".", "/"} & set(name) else ""
+        raise DataError(f"there is no format {name!r}" + suggest(name, names(package)) + hint) from None
     except AttributeError:
         raise DataError(f"{path} is no format: it has no function run(source, dest, ...)") from None
     return run

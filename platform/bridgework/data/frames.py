@@ -17,6 +17,7 @@ from PIL import Image
 from bridgework.data.quarantine import BadSample, Reason
 
 MAX_PIXELS = 8_847_360  # of one frame: 4096 x 2160
+MAX_SIDE = 65_500  # of one frame: no JPEG is longer
 MAX_RATE = 240  # frames a second; more is work for the decoder and no film
 QUALITY = 95  # of the JPEGs
 ROUNDING_S = 0.001  # Matroska counts in milliseconds
@@ -37,7 +38,7 @@ def shots(data: bytes, *, frames: int, fps: float | None, max_s: float) -> list[
     Without `fps` what is shown in the middle of each of `frames` equal stretches; with it what is shown at 0, 1/fps,
     2/fps, .. seconds. No frame is taken twice, so a short video may give fewer. Frames are upright, and on white where
     they are transparent. Raises BadSample for what is no video, is broken or cut, lasts longer than `max_s` seconds, or
-    has frames of more than MAX_PIXELS.
+    has frames of more than MAX_PIXELS, or longer than MAX_SIDE.
     """
     kind = _container(data)
     limit = {"max_pixels": str(MAX_PIXELS)}  # FFmpeg may decode a frame to learn its size
@@ -123,9 +124,7 @@ def _packets(file: InputContainer, max_s: float) -> list["Packet[VideoStream]"]:
     context = stream.codec_context
     if context is None:
         raise BadSample(Reason.CORRUPT, "the video names no codec that can be decoded")
-    if not 0 < context.width * context.height <= MAX_PIXELS:
-        found = f"{context.width} x {context.height} pixels" if context.width else "too many pixels, or none"
-        raise BadSample(Reason.TOO_MANY_PIXELS, f"a frame has {found}; at most {MAX_PIXELS} are decoded")
+    _check_size(context.width, context.height)
     context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame in the middle may be of another size
     context.thread_count = 1
     packets = list(file.demux(stream))
@@ -136,6 +135,13 @@ def _packets(file: InputContainer, max_s: float) -> list["Packet[VideoStream]"]:
     if len(packets) > MAX_RATE * max_s:
         raise BadSample(Reason.BAD_ROW, f"the video has {len(packets)} frames; {MAX_RATE} a second are read")
     return packets
+
+
+def _check_size(width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
+        found = f"{width} x {height} pixels" if width else "too many pixels, or none"
+        allowed = f"at most {MAX_PIXELS} are decoded, and at most {MAX_SIDE} a side"
+        raise BadSample(Reason.TOO_MANY_PIXELS, f"a frame has {found}; {allowed}")
 
 
 def _span(packets: list["Packet[VideoStream]"]) -> tuple[float, float]:
@@ -176,6 +182,7 @@ def _shown(decoded: Iterable[tuple[float, VideoFrame]], times: list[float]) -> I
 
 
 def _jpeg(frame: VideoFrame) -> bytes:
+    _check_size(frame.width, frame.height)  # one in the middle may be of another size
     if any(component.is_alpha for component in frame.format.components):
         layers = Image.fromarray(frame.to_ndarray(format="rgba"))
         image = Image.new("RGB", layers.size, "white")

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bridgework.data.samples import Sample
-from bridgework.data.shards import OPEN_SHARDS, Dataset, unreachable
+from bridgework.data.shards import OPEN_SHARDS, Dataset
 from bridgework.errors import DataError
-from bridgework.stores import find_store
+from bridgework.stores import find_store, unreachable
 
-KEPT_BYTES = 1 << 30  # of images or features
+KEPT_BYTES = 1 << 30  # of rows
+ROW_BYTES = 4096  # of a row, beside its images, features and letters
 REMEMBERED = 1 << 16  # groups that had to go: some 10 MB
 
 
@@ -34,6 +35,12 @@ class Stored(NamedTuple):
 
     sample: Sample
     features: tuple[bytes, ...] | None
+    size: int  # in memory, bytes or so
+
+    @classmethod
+    def of(cls, sample: Sample, features: tuple[bytes, ...] | None) -> "Stored":
+        data = sum(map(len, (*sample.images, *(features or ()))))
+        return cls(sample, features, data + len(sample.text) + ROW_BYTES)
 
 
 class Features:
@@ -143,11 +150,11 @@ class Groups:
         dataset = self._datasets[group.source]
         samples = dataset.read_group(group.shard, group.number)
         if self._features is None:
-            return [Stored(sample, None) for sample in samples]
+            return [Stored.of(sample, None) for sample in samples]
         shard = dataset.manifest.shards[group.shard].file
         features = self._features[group.source].read(shard, group.number, samples)
-        return [Stored(*pair) for pair in zip(samples, features, strict=True)]
+        return [Stored.of(*pair) for pair in zip(samples, features, strict=True)]
 
 
 def _size(rows: Mapping[int, Stored]) -> int:
-    return sum(len(data) for row in rows.values() for data in (*row.sample.images, *(row.features or ())))
+    return sum(row.size for row in rows.values())

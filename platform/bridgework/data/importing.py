@@ -135,5 +135,5 @@ def tidy(dest: str, *, but: str = "") -> None:
     for name in (str(path).rstrip("/").rsplit("/", 1)[1] for path in fs.ls(part, detail=False)):
         if ADDRESS.fullmatch(name) and name != kept:
             fs.rm(f"{part}/{name}", recursive=True)
-    if not fs.ls(part, detail=False):
+    if fs.isdir(part) and not fs.ls(part, detail=False):  # a store of objects has no empty folders
         fs.rmdir(part)

@@ -7,13 +7,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 from bridgework.data.samples import SCHEMA_VERSION
 from bridgework.errors import DataError
-from bridgework.stores import find_store
+from bridgework.stores import find_store, unreachable
 
 FILE = "manifest.json"
 _PLAIN = re.compile(r"[\w-][\w.-]{0,199}\.parquet", re.ASCII)  # a shard's name: a file of the manifest's own folder
@@ -91,17 +92,35 @@ class Manifest:
 
 
 def read_manifest(path: str) -> Manifest:
-    """The manifest of the dataset at `path` (a folder or a URL). Raises DataError when it is missing or broken."""
+    """The manifest of the dataset at `path` (a folder or a URL).
+
+    Raises DataError when it is missing or broken, ResourceError where its store does not answer.
+    """
     fs, root = find_store(path)
     try:
-        text = fs.cat_file(f"{root}/{FILE}").decode()
-    except FileNotFoundError:
+        data = fs.cat_file(f"{root}/{FILE}")
+    except (FileNotFoundError, NotADirectoryError):
         torn = fs.exists(root) and any(str(name).endswith(".parquet") for name in fs.ls(root, detail=False))
         why = "shards but no manifest: a writer was cut off; write it again" if torn else "no dataset here"
         raise DataError(f"{path}: {why} (looked for {FILE})") from None
+    except Exception as error:  # of the package that speaks with the store
+        raise unreachable(f"{path}/{FILE}", error) from None
+    try:
+        return Manifest.from_json(data.decode())
     except UnicodeDecodeError as error:
         raise DataError(f"{path}/{FILE}: not a manifest: {error}") from None
-    try:
-        return Manifest.from_json(text)
     except DataError as error:
         raise DataError(f"{path}/{FILE}: {error}; restore it, or write the dataset again") from None
+
+
+def refuse_within(dest: str) -> None:
+    """Raises DataError for a place inside a dataset, where `verify` would find files that are not its own."""
+    fs, root = find_store(dest)
+    folder = root.rstrip("/").rpartition("/")[0]
+    while folder:
+        with suppress(DataError):
+            if fs.exists(f"{folder}/{FILE}") and read_manifest(fs.unstrip_protocol(folder)):
+                break
+        folder = folder.rpartition("/")[0]
+    if folder:
+        raise DataError(f"{dest} lies inside the dataset {folder}, which is not to change; choose another place")

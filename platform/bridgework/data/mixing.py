@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
+from itertools import count
 
 from bridgework.errors import SpecError
 from bridgework.mixture import Group, Mixture
@@ -118,13 +119,16 @@ class Ledger:
             rows += window_rows
         return rows
 
-    def cut(self, rows: int, period: int) -> int:
-        """Where a lane's last period ends, if it takes `rows` in all: there, or at the period's own end.
+    def tail(self, rows: int, period: int) -> tuple[int, int]:
+        """Where a lane's last period begins and ends, if it takes `rows` in all.
 
-        The latter where so few rows are left that a source would have to give back one; the period is then cut short.
+        It ends there, and takes in the periods before it where it would be too short for `period`'s promise. What is
+        too short as a whole ends behind its rows, and is cut there.
         """
-        periods, rest = divmod(rows, period)
-        return rows if self._most_due(rest) <= rest else (periods + 1) * period
+        begin = (rows - 1) // period * period
+        while begin and self._most_due(rows - begin) > rows - begin:
+            begin -= period
+        return begin, begin + next(n for n in count(rows - begin) if self._most_due(n) <= n)
 
     def _most_due(self, rows: int) -> int:
         return sum(-(-w * rows // _UNIT) for d, w in enumerate(self._weights) if d != self._heaviest)

@@ -60,19 +60,26 @@ def load(words: str) -> Mixture:
 def _read(file: Path) -> Mixture:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"{file} is no mixture in JSON: {error}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("sources"), list):
         raise SpecError(
             f'{file} is no mixture: write {{"sources": [{{"name": "web", "dataset": "PATH"}}, ..], "alpha": 0.5}}'
         )
-    sources = tuple(_node(node, f"{file}: sources.{i}") for i, node in enumerate(fields.pop("sources")))
-    return override(Mixture(sources=sources), fields)
+    try:
+        sources = tuple(_node(node, f"{file}: sources.{i}") for i, node in enumerate(fields.pop("sources")))
+        return override(Mixture(sources=sources), fields)
+    except RecursionError:
+        raise SpecError(f"{file}: its groups lie too deep in one another") from None
 
 
 def _node(fields: Any, where: str) -> Source | Group:
-    if not isinstance(fields, Mapping) or "name" not in fields or not {"dataset", "sources"} & fields.keys():
-        raise SpecError(f"{where}: a source has a name and a dataset, a group a name and sources; got {fields!r}")
+    kinds = {"dataset": str, "sources": list}
+    given = [kind for kind in kinds if isinstance(fields, Mapping) and kind in fields]
+    if len(given) != 1 or not isinstance(fields.get("name"), str) or not isinstance(fields[given[0]], kinds[given[0]]):
+        raise SpecError(
+            f"{where}: a source has a name and a dataset, a group a name and a list of sources; got {fields!r}"
+        )
     rest = {key: value for key, value in fields.items() if key not in ("name", "dataset", "sources")}
     if "sources" not in fields:
         return override(Source(name=fields["name"], dataset=fields["dataset"]), rest)
@@ -83,7 +90,7 @@ def _node(fields: Any, where: str) -> Source | Group:
 def _call(module: str, function: str) -> Mixture:
     try:
         made = getattr(import_module(module), function)()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise SpecError(
             f"there is no mixture {module}:{function} ({error}); give a function without arguments"
         ) from None

@@ -70,7 +70,7 @@ class Plan:
         self.step_rows = batch // mixture.lanes
         self._ledger = Ledger(weights, mixture.lanes)
         self._period = self._ledger.period(self.window_rows)
-        self._end = self._ledger.cut(steps * self.step_rows, self._period)
+        self._tail, self._end = self._ledger.tail(steps * self.step_rows, self._period)
         keys = [key_of(seed, source.name, source.digest) for source in sources]
         self._sizes = rows
         self._deal = Deal(rows, [source.group_rows for source in sources], keys, mixture.lanes)
@@ -91,7 +91,8 @@ class Plan:
         """(source, epoch, row) to try, in order, when the row at `place` of the window is bad.
 
         First the other rows of its source in the window, cyclically from `place` on: they are read already. Then those
-        that the lane takes of it next, as many as the source has rows. Never the bad row itself; ends when all fail.
+        that the lane takes of it next, as many as the source has rows, and at last all its rows, cyclically from the
+        bad one on. Never the bad row itself; ends when all fail.
         """
         window = self.window(lane, t)
         source, bad = int(window.source[place]), int(window.row[place])
@@ -99,22 +100,24 @@ class Plan:
         for at in np.roll(same, -int(np.searchsorted(same, place))):
             if window.row[at] != bad:
                 yield source, int(window.epoch[at]), int(window.row[at])
-        period = t * self.window_rows // self._period
-        first = self._ledger.taken(lane, self._last(period))[source]
+        first = self._ledger.taken(lane, self._period_of(t * self.window_rows)[1])[source]
         last = first + self._sizes[source]
         for start in range(first, last, _SPARE):
             index = np.arange(start, min(start + _SPARE, last))
             epochs, rows = self._deal.locate(np.full_like(index, source), lane, index)
             yield from ((source, int(e), int(r)) for e, r in zip(epochs, rows, strict=True) if r != bad)
+        size, epoch = self._sizes[source], int(window.epoch[place])
+        yield from ((source, epoch, (bad + further) % size) for further in range(1, size))
 
     def realised(self, steps: int) -> dict[str, int]:
         """Rows of each source in the first `steps` global batches: arithmetic, but for a period that is cut short."""
-        periods, rest = divmod(steps * self.step_rows, self._period)
-        whole = not rest or steps * self.step_rows == self._end
-        counts = np.array(self._ledger.total(steps * self.step_rows if whole else periods * self._period))
+        rows = steps * self.step_rows
+        begin, end = self._period_of(max(rows - 1, 0))
+        whole = rows in (begin, end)
+        counts = np.array(self._ledger.total(rows if whole else begin))
         if not whole:
             for lane in range(self._lanes):
-                drawn = self._rows(lane, periods * self._period, rest).source
+                drawn = self._rows(lane, begin, rows - begin).source
                 counts += np.bincount(drawn, minlength=len(counts))
         return {share.name: int(count) for share, count in zip(self.shares, counts, strict=True)}
 
@@ -130,22 +133,24 @@ class Plan:
                 f"lane {lane}, row {first} is not in the plan: lanes are 0 .. {self._lanes - 1}, rows of a lane "
                 f"0 .. {self._end - 1}"
             )
-        period, at = divmod(first, self._period)
-        begin, end = period * self._period, self._last(period)
+        begin, end = self._period_of(first)
         before, after = (np.array(self._ledger.taken(lane, rows)) for rows in (begin, end))
-        key = derive(self._key, np.array([period * self._lanes + lane], dtype=np.uint64))
+        key = derive(self._key, np.array([begin // self._period * self._lanes + lane], dtype=np.uint64))
         place_R = shuffle(end - begin, key)
         ends_S = np.cumsum(after - before)
         source_R = np.searchsorted(ends_S, place_R, side="right")
         epoch_R, row_R = self._deal.locate(source_R, lane, place_R + (after - ends_S)[source_R])
         order_R = np.empty_like(place_R)
         order_R[np.argsort(source_R, kind="stable")] = np.lexsort((epoch_R, source_R))
-        some = order_R[at : at + count]
+        some = order_R[first - begin :][:count]
         return Rows(source_R[some].astype(np.int32), epoch_R[some], row_R[some])
 
-    def _last(self, period: int) -> int:
-        """Rows of a lane up to the end of a period."""
-        return min((period + 1) * self._period, self._end)
+    def _period_of(self, row: int) -> tuple[int, int]:
+        """The rows of a lane, from and to, that are shuffled together with row `row`."""
+        if row >= self._tail:
+            return self._tail, self._end
+        begin = row // self._period * self._period
+        return begin, begin + self._period
 
 
 def lanes_of(lanes: int, rank: int, world: int) -> range:

@@ -9,7 +9,7 @@ packed and laid out on its steps by what they cost (`laying`), so ranks have lik
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -136,6 +136,7 @@ class Reader:
         self._shape = features[0].shape if features else (3, size, size)  # of one image
         self._quarantine = None if feed.quarantine is None else Quarantine(feed.quarantine, limit=feed.mixture.max_bad)
         self._skipped = dict(feed.skipped)
+        self._limits = _limits(feed, plan)
         self._draws = [
             np.array([key_of(feed.seed, "draws", source.name)], dtype=np.uint64) for source in feed.mixture.leaves
         ]
@@ -191,12 +192,9 @@ class Reader:
 
     def _sequences(self, rows: Sequence[Row]) -> list[list[int]]:
         """Places in `rows` that share a sequence."""
-        packing, mixture = self.feed.mixture.packing, self.feed.mixture
-        if packing is None:
+        if self._limits is None:
             return [[at] for at in range(len(rows))]
-        samples = self.plan.step_rows if packing.samples is None else min(packing.samples, self.plan.step_rows)
-        limits = Limits(packing.tokens or min(mixture.max_tokens, self.feed.model.context), samples, packing.images)
-        return first_fit([len(row.ids) for row in rows], [row.shown for row in rows], limits)
+        return first_fit([len(row.ids) for row in rows], [row.shown for row in rows], self._limits)
 
     def _cost(self, row: Row) -> int:
         """Tokens of text and vision that a row brings through the model; cached features change no order."""
@@ -204,13 +202,19 @@ class Reader:
         return len(row.ids) + worse + len(row.instruction) + len(row.images) * self.feed.model.square_tokens
 
     def _placed(self, window: _Window, step: int, k: int, sequence: list[int], rows: list[Row]) -> Iterator[Row]:
-        """The rows of the `k`-th sequence that a lane gives to `step`; one that is skipped has given way."""
-        for at in sequence:
-            row = rows[at]
-            if self._left_out_from(row) <= step:
-                others = sum(len(rows[other].ids) for other in sequence if other != at)
-                row = self._substitute(window, at, row.key, self.feed.model.context - others)
-            yield replace(row, step=step, place=window.lane * self.plan.step_rows + k)
+        """The rows of the `k`-th sequence that a lane gives to `step`; one that is skipped has given way.
+
+        Where nothing that the window holds fits beside the others of the sequence, these stay by themselves.
+        """
+        placed: list[Row] = []
+        for number, at in enumerate(sequence):
+            row: Row | None = rows[at]
+            if self._left_out_from(rows[at]) <= step:
+                others = [*placed, *(rows[other] for other in sequence[number + 1 :])]
+                row = self._stand_in(window, at, rows[at].key, step, others)
+            if row is not None:
+                placed.append(replace(row, step=step, place=window.lane * self.plan.step_rows + k))
+        yield from placed
 
     def _left_out_from(self, row: Row) -> int:
         """The first step at which a row gives way; one behind the last for a row that stays."""
@@ -238,28 +242,46 @@ class Reader:
     def _rows(self, window: _Window) -> list[Row]:
         """The rows of a window in the order of the plan, bad ones replaced."""
         return [
-            window.good.get(each) or self._substitute(window, at, window.bad[each], self.feed.model.context)
+            window.good.get(each) or self._substitute(window, at, window.bad[each], step=-1)
             for at, each in enumerate(window.planned)
         ]
 
-    def _substitute(self, window: _Window, at: int, bad: str, room: int) -> Row:
-        """What the plan gives instead of the row at place `at` of a window, of at most `room` tokens."""
+    def _stand_in(self, window: _Window, at: int, skipped: str, step: int, others: Sequence[Row]) -> Row | None:
+        """What stands in for the row at place `at`, beside the `others` of its sequence; None where nothing fits."""
+        if not others:
+            return self._substitute(window, at, skipped, step)
+        near = islice(self._substitutes(window, at, skipped, step), len(window.planned))
+        return next((row for row in near if len(self._sequences([row, *others])) == 1), None)
+
+    def _substitute(self, window: _Window, at: int, bad: str, step: int) -> Row:
+        """What the plan gives instead of the row at place `at` of a window."""
+        for row in self._substitutes(window, at, bad, step):
+            return row
+        name, told = self.feed.mixture.leaves[window.planned[at].source].name, ""
+        if self._quarantine is not None and len(self._quarantine):
+            self._quarantine.flush()
+            told = f"read {self._quarantine.folder}, then "
+        raise DataError(
+            f"sources.{name}: no good sample is left to replace {bad!r}; {told}mend the dataset or skip fewer samples"
+        )
+
+    def _substitutes(self, window: _Window, at: int, bad: str, step: int) -> Iterator[Row]:
+        """Good rows in the plan's order, but for those that `step` leaves out.
+
+        For a bad row `step` is -1, and nothing is left out: a later skip must not lay the window out anew.
+        """
         for each in map(_Planned._make, self.plan.substitutes(window.lane, window.t, at)):
             row = None if each in window.bad else window.good.get(each) or self._look(each)
-            if row is not None and self._left_out_from(row) > self.feed.steps and len(row.ids) <= room:
-                return replace(row, stands_for=bad)
-        name = self.feed.mixture.leaves[window.planned[at].source].name
-        raise DataError(
-            f"sources.{name}: no good sample is left to replace {bad!r}; read {self.feed.quarantine}, then mend the "
-            "dataset or skip fewer samples"
-        )
+            if row is not None and self._left_out_from(row) > step:
+                yield replace(row, stands_for=bad)
 
     def _look(self, planned: _Planned) -> Row | None:
         """A row that nobody's plan uses now; None if it is bad."""
         return self._try(planned, self._groups.look(*self._groups.locate(planned.source, planned.row)))
 
     def _rows_in_all(self) -> int:
-        return sum(dataset.manifest.rows for dataset in self._datasets)
+        """Of every dataset once: two sources may read one."""
+        return sum({dataset.manifest.digest: dataset.manifest.rows for dataset in self._datasets}.values())
 
     def _try(self, planned: _Planned, stored: Stored) -> Row | None:
         """A row of a source; None if it is bad, and then it is on record."""
@@ -317,6 +339,15 @@ class Reader:
                 raise BadSample(Reason.CORRUPT, f"image {index} had no features to cache: it cannot be decoded")
             images[place] = np.frombuffer(stored.features[index], np.float16).reshape(self._shape)
         return images
+
+
+def _limits(feed: Feed, plan: Plan) -> Limits | None:
+    """What a sequence holds; None where each has one sample."""
+    packing = feed.mixture.packing
+    if packing is None:
+        return None
+    samples = plan.step_rows if packing.samples is None else min(packing.samples, plan.step_rows)
+    return Limits(packing.tokens or min(feed.mixture.max_tokens, feed.model.context), samples, packing.images)
 
 
 def _rejected(sample: Sample, parts: Sequence[Part]) -> list[Part]:

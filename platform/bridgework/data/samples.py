@@ -79,8 +79,9 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """All texts in order, one a line: for people, deduplication and statistics, not for training."""
-        return "\n".join(part.text for part in self.parts if part.text is not None)
+        """All texts in order, one a line, the rejected answer last: for people and curations, not for training."""
+        texts = (*(part.text for part in self.parts), self.rejected)
+        return "\n".join(text for text in texts if text is not None)
 
 
 def pair(key: str, image: bytes, caption: str, **optional: Any) -> Sample:

@@ -9,6 +9,7 @@ import io
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain, count, islice
 from typing import IO, Any
@@ -22,8 +23,8 @@ from bridgework.data.manifest import FILE, Manifest, Shard, read_manifest
 from bridgework.data.quarantine import BadSample, Quarantine
 from bridgework.data.samples import SCHEMA, Sample, from_row, to_row
 from bridgework.data.transforms import decode
-from bridgework.errors import DataError, ResourceError
-from bridgework.stores import find_store
+from bridgework.errors import DataError
+from bridgework.stores import find_store, unreachable
 
 __all__ = [
     "Dataset",
@@ -36,7 +37,6 @@ __all__ = [
     "read_manifest",
     "read_shard",
     "refuse_occupied",
-    "unreachable",
     "verify",
     "write",
     "write_shard",
@@ -244,28 +244,33 @@ class Dataset:
         """
         entry, group_rows = self.manifest.shards[shard], self.manifest.group_rows
         expected = min(group_rows, entry.rows - group * group_rows)
-        try:
+        with self._reading(f"{entry.file}, row group {group}"):
             table = self._file(shard).read_row_group(group)
             if table.num_rows != expected:
                 raise DataError(f"has {table.num_rows} rows where the manifest says {expected}")
             return [from_row(row) for row in table.to_pylist()]
-        except (ConnectionError, TimeoutError) as error:  # the store's, and it may pass
-            raise unreachable(f"{self.path}/{entry.file}", error) from None
-        except (pa.ArrowException, OSError, ValueError, IndexError, TypeError) as error:  # ValueError: not UTF-8
-            raise DataError(
-                f"{self.path}/{entry.file}, row group {group}: {' '.join(str(error).split())}; "
-                f"run `bridgework data verify {self.path}`, then fetch or write the dataset again"
-            ) from None
 
     def keys(self) -> Iterator[list[str]]:
         """The keys of every shard, in order; nothing else of it is read."""
         for number, entry in enumerate(self.manifest.shards):
-            try:
-                yield self._file(number).read(columns=["key"])["key"].to_pylist()
-            except (pa.ArrowException, OSError, ValueError) as error:
-                raise DataError(
-                    f"{self.path}/{entry.file}: {error}; run `bridgework data verify {self.path}`"
-                ) from None
+            with self._reading(entry.file):
+                keys = self._file(number).read(columns=["key"])["key"].to_pylist()
+            yield keys
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """What a file says wrong is the data's error, all else its store's."""
+        try:
+            yield
+        except (ConnectionError, TimeoutError) as error:
+            raise unreachable(f"{self.path}/{what}", error) from None
+        except (pa.ArrowException, OSError, ValueError, IndexError, TypeError) as error:  # ValueError: not UTF-8
+            raise DataError(
+                f"{self.path}/{what}: {' '.join(str(error).split())}; "
+                f"run `bridgework data verify {self.path}`, then fetch or write the dataset again"
+            ) from None
+        except Exception as error:  # of the package that speaks with the store
+            raise unreachable(f"{self.path}/{what}", error) from None
 
     def samples(self) -> Iterator[Sample]:
         """All samples, in order."""
@@ -298,11 +303,6 @@ class Dataset:
 def open_dataset(path: str) -> Dataset:
     """The dataset at `path` (a folder or a URL), for reading. Raises DataError when there is none."""
     return Dataset(path)
-
-
-def unreachable(file: str, error: OSError) -> ResourceError:
-    """What to raise where a file's store does not answer: it may be tried again."""
-    return ResourceError(f"{file} cannot be reached: {error}; is its store up?")
 
 
 # --- is it what the manifest says? -----------------------------------------------------------------------------------

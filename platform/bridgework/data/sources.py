@@ -13,6 +13,7 @@ from bridgework.errors import DataError, suggest
 from bridgework.stores import find_store
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl")
+MAX_DEPTH = 100  # lists and objects in each other in a row: to print what is deeper may overflow the stack
 FIELD_CHARS = 2**31 - 1  # of a CSV: the text lies in memory anyway, and a row is held to a limit of its own
 
 _TSV_FIELD = re.compile(r'(?:"([^"]*+(?:""[^"]*+)*+)"|([^\t]*+))\t')  # a whole quoted field, or whatever stands there
@@ -41,11 +42,14 @@ def document(text: str, source: str) -> Any:
 
 
 def listed(whole: Any, name: str, source: str) -> list[Any]:
-    """The list `name` of a JSON object. Raises DataError, naming `source`, when there is none."""
+    """The list `name` of a JSON object, its rows as `rows` gives them.
+
+    Raises DataError, naming `source`, when there is none.
+    """
     found = whole.get(name) if isinstance(whole, dict) else None
     if not isinstance(found, list):
         raise DataError(f"{source} is no JSON object with a list {name!r}")
-    return found
+    return list(map(shallow, found))
 
 
 def table(content: str, source: str, /, **columns: str) -> list[Any]:
@@ -93,7 +97,10 @@ def fields(row: Any, *names: str) -> dict[str, Any]:
 
 
 def entries(text: str, source: str) -> list[Any]:
-    """The JSON list that a file holds. Raises DataError, naming `source`, for anything else."""
+    """The JSON list that a file holds, its rows as `rows` gives them.
+
+    Raises DataError, naming `source`, for anything else.
+    """
     wanted = "a list of rows is wanted, or JSON lines in a file named .jsonl"
     try:
         whole = document(text, source)
@@ -101,19 +108,31 @@ def entries(text: str, source: str) -> list[Any]:
         raise DataError(f"{error}; {wanted}") from None
     if not isinstance(whole, list):
         raise DataError(f"{source} holds a {type(whole).__name__}; {wanted}")
-    return whole
+    return list(map(shallow, whole))
 
 
 def lines(text: str) -> Iterator[Any]:
-    """What each line of JSON lines says; for one that is no JSON, the BadSample that says why."""
+    """What each line of JSON lines says; for one that is no JSON or nested too deep, the BadSample that says why."""
     return map(_line, filter(str.strip, text.split("\n")))  # splitlines would cut JSON's texts at U+2028
 
 
 def _line(line: str) -> Any:
     try:
-        return json.loads(line)
+        return shallow(json.loads(line))
     except (ValueError, RecursionError) as error:
         return BadSample(Reason.BAD_ROW, f"the line is no JSON: {error}: {line[:80]}")
+
+
+def shallow(row: Any) -> Any:
+    """The row; for one nested deeper than MAX_DEPTH, the BadSample that says so."""
+    level, depth = [row], 0
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            why = f"the row is nested deeper than the {MAX_DEPTH} lists and objects that are read"
+            return BadSample(Reason.BAD_ROW, why)
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    return row
 
 
 def _named(records: Iterator[list[str]], remedy: str) -> Iterator[dict[str, str] | BadSample]:

@@ -177,7 +177,7 @@ def _curated(stage: Stage, folder: Path, home: Path, how: How, console: Console)
 def _skips(system: System, stage: Stage, datasets: Sequence[Dataset], place: Path, how: How, console: Console) -> Skips:
     """What the stage leaves out, with what is asked for now: from the checkpoint on that it goes on from."""
     skips = Skips.read(place)
-    order = skips.new(Skip.of(how.skip, checkpoint.cursor(place, system.fingerprint())))
+    order = skips.new(Skip.of(how.skip, checkpoint.cursor(place, system.fingerprint()), stage.budget.steps))
     if not (order.keys or order.steps):
         return skips
     order.check(stage.budget.steps, dict(zip((source.name for source in stage.data.leaves), datasets, strict=True)))

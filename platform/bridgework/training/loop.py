@@ -79,7 +79,8 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
     pad_id = load_tokenizer(stage.model.tokenizer).pad_token_id or 0
     metrics: Metrics = {}
 
-    with Recorder(job.folder, attempt, rank) as recorder:
+    done = start
+    with Recorder(job.folder, attempt, rank, start) as recorder:
         for step, batch_rows in enumerate(rows(start), start):
             clock.waited()
             if step not in job.passes:
@@ -95,11 +96,11 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
                     journal.flush()  # how it came to this
                     recorder.flush()
                     raise _not_finite(job, step, metrics, suspects([row.key for row in batch_rows], losses))
+                if rank == 0:
+                    journal.append(metrics, step)
             done = step + 1
-            if rank == 0:
-                journal.append(metrics, step)
-                if clock.due(FLUSH_S):
-                    journal.flush()
+            if rank == 0 and clock.due(FLUSH_S):
+                journal.flush()
             if done == stage.budget.steps:
                 break
             if job.checkpoint_every and done % job.checkpoint_every == 0:
@@ -111,6 +112,8 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
                 report(metrics | _evaluate(job, stage, model, judges), done)
             clock.waits()
 
+    if done != stage.budget.steps:
+        raise RunError(f"{job.stage}: its rows ended after {done} of {stage.budget.steps} steps; run it again")
     judged = _evaluate(job, stage, model, stage.evals, write=rank == 0)
     journal.append(judged, stage.budget.steps)
     state = engine.state(artefact.kept(stage, model.state_dict(), multipliers, inherited))

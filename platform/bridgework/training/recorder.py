@@ -4,9 +4,10 @@ One Arrow stream a worker and attempt, appended to as the run goes, so that what
 before. Steps that were taken twice (a worker died after its last checkpoint) count as they were taken last.
 """
 
+import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from bridgework.data.batch import Batch
 from bridgework.errors import RunError
 
 FOLDER = "flight"
+START = b"start"  # in the metadata of a stream: the attempt's first step
 FLUSH_S = 2.0  # how long steps may wait in memory: what a crash can lose of the record, not of the run
 SCHEMA = pa.schema(
     [
@@ -44,12 +46,14 @@ class Flown:
 class Recorder:
     """Writes what one worker trains on; a context manager."""
 
-    def __init__(self, folder: Path, attempt: str, rank: int) -> None:
+    def __init__(self, folder: Path, attempt: str, rank: int, start: int) -> None:
+        """`start` is the attempt's first step: what it passes from there on was not taken, whatever others say."""
         place = folder / FOLDER
         place.mkdir(parents=True, exist_ok=True)
         options = pa.ipc.IpcWriteOptions(compression="zstd")
         self._file = (place / f"{time.time_ns():020d}-{attempt}-{rank:05d}.arrows").open("wb")
-        self._out = pa.ipc.new_stream(self._file, SCHEMA, options=options)
+        schema = SCHEMA.with_metadata({START: str(start)})
+        self._out = pa.ipc.new_stream(self._file, schema, options=options)
         self._waiting: list[pa.RecordBatch] = []
         self._flushed = time.monotonic()
 
@@ -86,24 +90,36 @@ def flown(folder: Path, step: int) -> list[Flown]:
 
     Raises RunError for a step that is not on record.
     """
-    found: dict[str, list[Flown]] = {}  # by attempt, in the order of their starts
-    steps: set[int] = set()
+    attempts: dict[str, _Attempt] = {}  # in the order of their starts
     for file in sorted((folder / FOLDER).glob("*.arrows")):
-        for batch in _batches(file):
-            steps |= set(batch["step"].to_pylist())
-            rows = batch.filter(pc.equal(batch["step"], step)).to_pylist()
-            if rows:
-                found.setdefault(file.stem.split("-")[1], []).extend(Flown(**row) for row in rows)
-    if not found:
-        known = f"it has steps {min(steps)} to {max(steps)}" if steps else "it has none yet"
-        raise RunError(f"{folder / FOLDER} has no step {step}; {known}")
-    return sorted(list(found.values())[-1], key=lambda each: -each.loss)
+        attempts.setdefault(file.stem.split("-")[1], _Attempt()).read(file, step)
+    for attempt in reversed(attempts.values()):
+        if attempt.rows:
+            return sorted(attempt.rows, key=lambda row: -row.loss if math.isfinite(row.loss) else -math.inf)
+        if attempt.start <= step < attempt.last:
+            raise RunError(f"{folder / FOLDER}: step {step} was passed without an update (--skip)")
+    there = [attempt for attempt in attempts.values() if attempt.last >= 0]
+    ends = [min((one.start for one in there), default=0), max((one.last for one in there), default=0)]
+    known = f"it has steps {ends[0]} to {ends[1]}" if there else "it has none yet"
+    raise RunError(f"{folder / FOLDER} has no step {step}; {known}")
 
 
-def _batches(file: Path) -> Iterator[pa.RecordBatch]:
-    """What was written whole; the end of a stream may be torn."""
-    try:
-        with pa.ipc.open_stream(file) as stream:
-            yield from stream
-    except (pa.ArrowInvalid, EOFError, OSError):
-        return
+@dataclass
+class _Attempt:
+    """What the workers of one attempt recorded."""
+
+    start: int = 0
+    last: int = -1  # step on record
+    rows: list[Flown] = field(default_factory=list)  # of the step that is asked for
+
+    def read(self, file: Path, step: int) -> None:
+        """Adds what was written whole; the end of a stream may be torn."""
+        try:
+            with pa.ipc.open_stream(file) as stream:
+                self.start = int(stream.schema.metadata[START])
+                for batch in stream:
+                    self.last = max([self.last, *batch["step"].to_pylist()])
+                    rows = batch.filter(pc.equal(batch["step"], step)).to_pylist()
+                    self.rows += [Flown(**row) for row in rows]
+        except (pa.ArrowInvalid, EOFError, OSError):
+            return

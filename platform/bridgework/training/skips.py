@@ -5,6 +5,7 @@ checkpoint on that the run goes on from, so what was trained before stays what i
 """
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,29 +28,41 @@ class Skip:
     asked: str  # when, ISO 8601, UTC
 
     @classmethod
-    def of(cls, words: Sequence[str], since: int) -> Self:
+    def of(cls, words: Sequence[str], since: int, steps: int) -> Self:
         """`step:120` and `step:120-125` are steps, all else are keys, of one source as SOURCE/KEY.
 
-        Raises SpecError for a step that is none.
+        Raises SpecError for a step that is none, or none of a stage of so many `steps`.
         """
-        steps = [step for word in words if word.startswith("step:") for step in _range(word)]
+        ranges = [_range(word) for word in words if word.startswith("step:")]
+        for ahead in ranges:
+            if ahead[-1] >= steps:
+                raise _idle(ahead[-1], since, steps)
         keys = [word for word in words if not word.startswith("step:")]
-        return cls(tuple(keys), tuple(steps), since, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+        return cls(
+            tuple(keys),
+            tuple(step for ahead in ranges for step in ahead),
+            since,
+            time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
 
     def check(self, steps: int, datasets: Mapping[str, Dataset]) -> None:
         """Raises SpecError for what would change nothing: a step that is not ahead, a key that no source has."""
-        behind = [step for step in self.steps if not self.since <= step < steps]
+        behind = [step for step in self.steps if step < self.since]
         if behind:
-            raise SpecError(
-                f"--skip step:{behind[0]} changes nothing: the stage goes on from step {self.since}, "
-                f"and its last is {steps - 1}; leave out steps between these"
-            )
+            raise _idle(behind[0], self.since, steps)
         unknown = sorted(_unknown(self.keys, datasets))
         if unknown:
             raise SpecError(
                 f"--skip {unknown[0]!r}: no source has a row of this key ({', '.join(datasets)}); "
                 "`bridgework data preview --run RUN/STAGE --step N` shows keys; a step is written step:N"
             )
+
+
+def _idle(step: int, since: int, steps: int) -> SpecError:
+    return SpecError(
+        f"--skip step:{step} changes nothing: the stage goes on from step {since}, "
+        f"and its last is {steps - 1}; leave out steps between these"
+    )
 
 
 def _unknown(keys: Sequence[str], datasets: Mapping[str, Dataset]) -> set[str]:
@@ -104,7 +117,8 @@ class Skips:
 
 
 def _range(word: str) -> range:
-    first, _, last = word.removeprefix("step:").partition("-")
-    if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
+    first, dash, last = word.removeprefix("step:").partition("-")
+    ends = [first, last] if dash else [first]
+    if not all(re.fullmatch("[0-9]{1,15}", end) for end in ends) or int(ends[-1]) < int(first):
         raise SpecError(f"--skip {word!r} names no steps; write step:120 or step:120-125, or the key of a sample")
-    return range(int(first), int(last or first) + 1)
+    return range(int(first), int(ends[-1]) + 1)

@@ -7,16 +7,20 @@ as a whole or not at all, and says what its format could not hold.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
 import fsspec
 
 from bridgework.data import formats as by_name
+from bridgework.data.manifest import refuse_within
 from bridgework.data.samples import Sample
+from bridgework.data.shards import open_dataset
 from bridgework.errors import DataError
 from bridgework.stores import find_store
+
+UNKNOWN = "unknown"  # the licence in the manifest of an import that was given none
 
 _MAGIC = (
     (b"\xff\xd8\xff", 0, "jpg"),
@@ -62,8 +66,9 @@ class Losses(Counter[str]):
 def staged(dest: str, *, last: str) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
     """(file system, folder): what is written into the folder is moved to `dest` at the end, the file `last` last.
 
-    On any error nothing stays. Raises DataError where there is something at `dest` already.
+    On any error nothing stays. Raises DataError where there is something at `dest` already, and inside a dataset.
     """
+    refuse_within(dest)
     fs, root = find_store(dest.rstrip("/"))
     if fs.exists(root) and (not fs.isdir(root) or fs.ls(root, detail=False)):
         raise DataError(f"{dest} is there already; delete it or choose another place")
@@ -78,6 +83,16 @@ def staged(dest: str, *, last: str) -> Iterator[tuple[fsspec.AbstractFileSystem,
     finally:
         if fs.exists(stage):
             fs.rm(stage, recursive=True)
+
+
+def licensed(source: str) -> Iterator[Sample]:
+    """The samples of the dataset at `source`, each with its licence: its own, else the dataset's, where one is known.
+
+    An export has no manifest, so what stands there alone would be lost.
+    """
+    dataset = open_dataset(source)
+    of_all = None if dataset.manifest.licence == UNKNOWN else dataset.manifest.licence
+    return (sample if sample.licence else replace(sample, licence=of_all) for sample in dataset.samples())
 
 
 def ending(image: bytes) -> str:

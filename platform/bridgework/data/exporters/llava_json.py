@@ -13,12 +13,11 @@ from typing import Any
 
 import fsspec
 
-from bridgework.data.exporters import Exported, Losses, ending, staged
+from bridgework.data.exporters import Exported, Losses, ending, licensed, staged
 from bridgework.data.importers import PLACEHOLDER
 from bridgework.data.importers.llava_json import ROLES, parts
 from bridgework.data.quarantine import BadSample
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import open_dataset
 from bridgework.errors import DataError
 
 FILE = "conversations.json"
@@ -36,7 +35,7 @@ def run(source: str, dest: str, *, prompt: str | None = None) -> Exported:
     losses, rows, images = Losses(), 0, 0
     with staged(dest, last=FILE) as (fs, folder), fs.open(f"{folder}/{FILE}", "w", encoding="utf-8") as file:
         fs.makedirs(f"{folder}/images")
-        for sample in open_dataset(source).samples():
+        for sample in licensed(source):
             entry = _entry(sample, prompt)
             names = [_image(fs, folder, image) for image in _shown(sample)]
             entry |= {"image": names[0] if len(names) == 1 else names} if names else {}

@@ -12,9 +12,8 @@ from itertools import chain, count, islice
 from typing import IO
 from urllib.parse import quote
 
-from bridgework.data.exporters import Exported, ending, filled, staged
+from bridgework.data.exporters import Exported, ending, filled, licensed, staged
 from bridgework.data.samples import Sample
-from bridgework.data.shards import open_dataset
 from bridgework.errors import DataError
 
 INDEX = "shardindex.json"  # which tars there are and how many rows each holds, in the form that wids gave it
@@ -23,12 +22,13 @@ INDEX = "shardindex.json"  # which tars there are and how many rows each holds, 
 def run(source: str, dest: str, *, rows: int = 1000) -> Exported:
     """Write the dataset at `source` as tars of `rows` rows each, in order, to the folder `dest`. Nothing is lost.
 
+    The licence of the whole dataset becomes that of each row without one of its own, because tars have no manifest.
     Raises DataError where there is something at `dest`; on any error nothing is left there.
     """
     if rows < 1:
         raise DataError(f"a tar of {rows} rows; at least 1 is wanted")
     images = 0
-    samples = open_dataset(source).samples()
+    samples = licensed(source)
     with staged(dest, last=INDEX) as (fs, folder):
         shards: list[tuple[str, int]] = []
         for number in count():

@@ -24,6 +24,7 @@ from bridgework.stores import find_store
 
 LICENCE = "public domain"
 MAX_PIXELS = 41_000_000  # a handful have 100 to 600 million pixels, for a drawing
+MAX_SIDE = 16_383  # a WebP has no more pixels a side
 SERIES_ROWS = 7  # a title that stands on so many pictures names their series
 
 _NO_TITLE = re.compile(
@@ -56,6 +57,8 @@ def run(
     `skip` are globs of paths such as `computer/icons/*` that are no rows at all. A picture whose SVG does not say that
     it is in the public domain is put aside.
     """
+    if not 1 <= side <= MAX_SIDE:
+        raise DataError(f"side={side}: a picture is shrunk to fit 1 to {MAX_SIDE} pixels a side; give such a number")
     fs, root = find_store(source)
     found = {str(path).removeprefix(f"{root}/png/"): int(info["size"]) for path, info in _find(fs, f"{root}/png")}
     names = sorted(name for name in found if name.endswith(".png") and not any(fnmatchcase(name, s) for s in skip))
@@ -90,7 +93,7 @@ def _card(source: str, name: str) -> Card | None:
     """None without a readable SVG."""
     try:
         tree = ElementTree.fromstring(read_image(f"{source}/svg", name.removesuffix(".png") + ".svg"))
-    except (BadSample, ElementTree.ParseError):
+    except (BadSample, ElementTree.ParseError, LookupError, ValueError):  # the last two: an encoding it cannot read
         return None
     work = tree.find(".//{*}Work")
     if work is None:

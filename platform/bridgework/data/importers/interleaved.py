@@ -71,6 +71,11 @@ def run(
     row's provenance count them. A document without a text is left out and counted, and so is one without an image left;
     if what it lacks are images that cannot be read, it is a bad row.
     """
+    if not min_side >= 0 or not max_aspect >= 1:
+        raise DataError(
+            f"min_side={min_side} max_aspect={max_aspect}: a side is 0 pixels or more, and the long one at least "
+            "1 times the short one; give such numbers"
+        )
     if source.endswith(TABLES):
         content, folder = read_text(source), parent(source) if images is None else images
         documents = partial(_listed, content, source)

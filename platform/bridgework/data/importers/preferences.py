@@ -14,7 +14,7 @@ from bridgework.data.importers.llava_json import parts
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Sample
 from bridgework.data.shards import Manifest
-from bridgework.data.sources import fields, parent, rows
+from bridgework.data.sources import fields, parent, rows, shallow
 
 
 def run(
@@ -75,7 +75,7 @@ def _fields(entry: Any) -> dict[str, Any]:
     given = fields(entry)
     inner: Any = {} if "chosen" in given else given.get("text")
     try:
-        told = json.loads(inner) if isinstance(inner, str) else inner
+        told = shallow(json.loads(inner)) if isinstance(inner, str) else inner
         return {**given, **told}
     except (TypeError, ValueError, RecursionError):
         raise BadSample(

@@ -148,7 +148,10 @@ def _answers(note: dict[str, Any]) -> tuple[tuple[str, ...], str]:
 
 
 def _file(pattern: str, image: Any) -> str:
+    name = int(image) if isinstance(image, float) and image.is_integer() else image
     try:
-        return pattern.format(image if isinstance(image, int | str) else int(image))
+        if isinstance(name, int | str) and not isinstance(name, bool):
+            return pattern.format(name)
     except (ValueError, TypeError):
-        raise BadSample(Reason.BAD_ROW, f"image_id {str(image)[:80]!r} does not go into {pattern!r}") from None
+        pass
+    raise BadSample(Reason.BAD_ROW, f"image_id {str(image)[:80]!r} does not go into {pattern!r}; a whole number does")

@@ -16,6 +16,7 @@ from bridgework.data.importers import PLACEHOLDER, Row, Say, caption, ingest, pl
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Part, Role, Sample, from_row, pair
 from bridgework.data.shards import Manifest
+from bridgework.data.sources import shallow
 from bridgework.data.tar_samples import IMAGES, Group, Scan, Tar, find, groups
 from bridgework.data.transforms import MAX_BYTES
 from bridgework.errors import DataError
@@ -101,9 +102,11 @@ def _fetch(path: str, wanted: Mapping[str, tuple[int, int]]) -> dict[str, bytes]
 
 def _entry(files: Mapping[str, bytes]) -> dict[str, Any]:
     try:
-        entry = json.loads(files.get("json", b"{}"))
+        entry = shallow(json.loads(files.get("json", b"{}")))
     except (ValueError, RecursionError) as error:
         raise BadSample(Reason.BAD_ROW, f"its .json is not JSON: {error}") from None
+    if isinstance(entry, BadSample):
+        raise entry
     if not isinstance(entry, dict):
         raise BadSample(Reason.BAD_ROW, f"its .json holds a {type(entry).__name__}, and an object is wanted")
     return entry
