@@ -165,6 +165,10 @@ class Making:
         return ", ".join(dataset.path for dataset in self.datasets)
 
     @property
+    def licences(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(dataset.manifest.licence for dataset in self.datasets))
+
+    @property
     def rows_in(self) -> int:
         return sum(dataset.manifest.rows for dataset in self.datasets)
 
@@ -256,7 +260,7 @@ class Making:
             self._samples(tally, parameters),
             self.dest,
             source=self.source,
-            licence=", ".join(dict.fromkeys(dataset.manifest.licence for dataset in self.datasets)),
+            licence=", ".join(self.licences),
             made_by=self.module,
             parameters=parameters,  # with the counts, as soon as the last sample is written
             parents=self.parents,
@@ -296,10 +300,11 @@ class Making:
         parameters["counts"] = dict(tally.counts)
 
     def _stamped(self, sample: Sample, key: str, row: Row) -> Sample:
-        """The sample under its key, with where it comes from."""
+        """The sample under its key, with where it comes from, and its licence where the sources have several."""
         told = {"dataset": row.dataset.manifest.digest, "key": row.key, **self.models}
         stamp = {f"{self.command}.{name}": value for name, value in told.items()}
-        return replace(sample, key=key, provenance={**sample.provenance, **stamp})
+        licence = row.dataset.manifest.licence if len(self.licences) > 1 else None
+        return replace(sample, key=key, licence=sample.licence or licence, provenance={**sample.provenance, **stamp})
 
 
 def _free(key: str, taken: Set[str]) -> str:

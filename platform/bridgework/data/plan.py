@@ -125,8 +125,8 @@ class Plan:
         """Rows `first` .. of a lane, inside one period.
 
         A period, nearly always one window, is what is shuffled (see `Ledger.period`): which place has a row of which
-        source, and the rows of a source in each epoch, but never two epochs. The last one ends with the stage, so that
-        shares and caps hold there to the row.
+        source, and the rows of a source in each epoch, but never two epochs. The last one ends with the stage where it
+        can (see `Ledger.tail`), so that shares and caps hold there to the row.
         """
         if not 0 <= lane < self._lanes or not 0 <= first < self._end:
             raise SpecError(
