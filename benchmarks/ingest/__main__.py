@@ -44,6 +44,7 @@ ROWS = {"clipart": 4_096, "photos": 2_048, "large": 1_024}
 PLAN = {"clipart": ("read", "decode", "mix", "pack"), "photos": ("read", "decode"), "large": ("decode",)}
 WARM = 32  # batches before the clock starts; like an epoch whole windows of ours, which reads by the window
 QUICK = {"clipart": ("decode", "pack")}
+WIDTH = 180  # of the tables in a file
 QUICK_ROWS, QUICK_WARM = 512, 16
 
 
@@ -127,6 +128,8 @@ def main() -> None:
         one(given.one)
         return
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     runs: list[dict[str, Any]] = []
     absent = [peer.module for peer in PEERS.values() if not installed(peer)]
     if absent:
@@ -142,8 +145,8 @@ def main() -> None:
             ]
             if rounds[0]:
                 console.print(table(f"{pictures}, {case}", rounds))
-    if given.json:
-        given.json.write_text(json.dumps({"machine": platform.platform(), "runs": runs}, indent=1) + "\n")
+            if given.json:
+                given.json.write_text(json.dumps({"machine": platform.platform(), "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
