@@ -118,7 +118,7 @@ def refuse_within(dest: str) -> None:
     fs, root = find_store(dest)
     folder = root.rstrip("/").rpartition("/")[0]
     while folder:
-        with suppress(DataError):
+        with suppress(DataError, OSError):  # no manifest of ours, or a folder that is closed to us
             if fs.exists(f"{folder}/{FILE}") and read_manifest(fs.unstrip_protocol(folder)):
                 break
         folder = folder.rpartition("/")[0]
