@@ -12,7 +12,7 @@ from bridgework.data.reader import Feed, local
 from bridgework.data.shards import write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import SpecError
-from bridgework.system import load
+from bridgework.system import Mixture, Source, load
 
 MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
 
@@ -136,6 +136,15 @@ def test_groups_without_end_are_refused(tmp_path: Path) -> None:
 def test_what_is_no_function_that_gives_a_mixture_is_refused(words: str) -> None:
     with pytest.raises(SpecError, match="give a function without arguments"):
         order(words)
+
+
+def wrong() -> Mixture:
+    return Mixture(sources=(Source(name="a", dataset="x"),), window=0)
+
+
+def test_what_is_wrong_inside_a_mixtures_function_is_told_as_it_is() -> None:
+    with pytest.raises(SpecError, match=r"^window must be at least 1, got 0$"):
+        order(f"{__name__}:wrong")
 
 
 def test_a_group_is_as_large_as_its_sources_and_shares_by_its_own_alpha(blend: Path) -> None:

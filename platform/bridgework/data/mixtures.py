@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -89,11 +90,13 @@ def _node(fields: Any, where: str) -> Source | Group:
 
 def _call(module: str, function: str) -> Mixture:
     try:
-        made = getattr(import_module(module), function)()
+        give = getattr(import_module(module), function)
+        signature(give).bind()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise SpecError(
             f"there is no mixture {module}:{function} ({error}); give a function without arguments"
         ) from None
+    made = give()  # what it raises is its own
     if not isinstance(made, Mixture):
         raise SpecError(f"{module}:{function} gives a {type(made).__name__}, and a Mixture is wanted")
     return made
