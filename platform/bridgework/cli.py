@@ -172,14 +172,19 @@ def sweep(
     out.print(f"again     {outcome.command}", soft_wrap=True, highlight=False)
     out.print(f"artefact  {outcome.artefact}", soft_wrap=True, highlight=False)
     if outcome.version:
-        out.print(f"model     {outcome.version.name}:{outcome.version.version} (challenger)", highlight=False)
+        held = f" ({', '.join(outcome.version.aliases)})" if outcome.version.aliases else ""
+        out.print(f"model     {outcome.version.name}:{outcome.version.version}{held}", highlight=False)
+    if outcome.not_challenger:
+        out.print(outcome.not_challenger, soft_wrap=True, highlight=False)
 
 
 @app.command()
 def promote(
     model: Model,
     metric: Annotated[str | None, typer.Option(help="refuse if it is no better by this figure")] = None,
-    lower: Annotated[bool, typer.Option("--lower", help="less of the metric is better")] = False,
+    lower: Annotated[
+        bool | None, typer.Option("--lower/--higher", help="which way is better, of a figure that no evaluation gives")
+    ] = None,
     project: Project = "bridgework",
 ) -> None:
     """Make a registered version the champion; the one before keeps the alias `previous`."""

@@ -25,7 +25,7 @@ FLOORS = {
     "transformers": ">5.2.0",
 }
 PYTHON = (3, 11)
-MEMORY_GIB = 4.0  # the tiny systems with Ray, its workers and MLflow; `bridgework plan` says what a real one needs
+MEMORY_GIB = 4.0  # the tiny systems with Ray, its workers and MLflow
 DISK_GIB = 10.0  # the packages' weights converted once, a few checkpoints, Ray's object store when it spills
 
 
@@ -96,7 +96,7 @@ def _memory() -> Check:
         "memory",
         found >= MEMORY_GIB,
         f"{found:.1f} GiB",
-        f"the tiny systems need about {MEMORY_GIB:g} GiB; `bridgework plan` says what a system needs",
+        f"the tiny systems need about {MEMORY_GIB:g} GiB",
     )
 
 
@@ -147,13 +147,16 @@ def _accelerator() -> Check:
 
 
 def _authentication() -> Check:
-    """Ray 2.60 asks for tokens by itself in a local `ray.init()`, but not in `ray start` where none was generated."""
+    """A Ray that bridgework starts itself listens on loopback without tokens; `ray start` needs the variable."""
     mode = os.environ.get("RAY_AUTH_MODE")
     advice = (
         "run `export RAY_AUTH_MODE=token` before `ray start`: without it, whoever reaches a cluster's ports runs code"
     )
     if mode is None:
         return Check(
-            "RAY_AUTH_MODE", True, "not set: a Ray that bridgework starts on this machine asks for a token", advice
+            "RAY_AUTH_MODE",
+            True,
+            "not set: a Ray that bridgework starts is on loopback only, and asks for no token",
+            advice,
         )
     return _check("RAY_AUTH_MODE", mode.lower() == "token", mode, advice)

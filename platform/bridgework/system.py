@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, cast
 
 from bridgework.errors import SpecError, suggest
 from bridgework.mixture import Group as Group
@@ -97,8 +97,13 @@ class LossSpec(Protocol):
     def count(self, labels_BT: Any) -> Any: ...  # counts_B, float32: what each adds to the divisor
 
 
+Better = Mapping[str, Literal["higher", "lower"] | None]  # figure -> its better direction; None: a baseline
+
+
 class EvalSpec(Protocol):
     """An evaluation of a stage's weights (see bridgework.evaluation)."""
+
+    better: ClassVar[Better]  # every figure that `run` returns, without the evaluation's name
 
     @property
     def name(self) -> str: ...
@@ -276,8 +281,12 @@ class System:
         raise SpecError(f"{self.name} has no stage {name!r}" + suggest(name, names))
 
     def tiny(self) -> "System":
-        """The same program on a laptop: every choice that bears on a shape stays, sizes and budgets shrink."""
-        return replace(self, stages=tuple(s.tiny() for s in self.stages))
+        """The same program on a laptop: every choice that bears on a shape stays, sizes and budgets shrink.
+
+        Its name ends in `-tiny`, so that its models are never registered next to those of the real system.
+        """
+        name = self.name.removesuffix("-tiny") + "-tiny"
+        return replace(self, name=name, stages=tuple(s.tiny() for s in self.stages))
 
     def fingerprint(self) -> str:
         """12 hex digits that name the recipe: equal on every machine, different when any field differs."""

@@ -66,6 +66,27 @@ def test_every_bridgework_command_parses() -> None:
                 pytest.fail(f"{where}\n{type(error).__name__}: {error}")
 
 
+def named_commands() -> Iterator[tuple[str, str, str]]:
+    """(where, command, next word) of every `bridgework COMMAND` in the prose, help, messages and comments."""
+    for path, text in source.texts():
+        if path.suffix in (".py", ".md") and not path.is_relative_to(source.ROOT / "tests"):
+            for number, line in enumerate(text.splitlines(), 1):
+                for command, then in re.findall(r"[`'\"]bridgework ([a-z]+)(?: +([a-z-]+))?", line):
+                    yield f"{source.name(path)}:{number}", command, then
+
+
+@needs_command_line
+def test_every_command_named_in_a_sentence_exists() -> None:
+    root: Any = typer.main.get_command(import_module("bridgework.cli").app)
+    found = list(named_commands())
+    assert found
+    for where, command, then in found:
+        assert command in root.commands, f"{where}: there is no `bridgework {command}`"
+        subcommands = getattr(root.commands[command], "commands", None)
+        if subcommands is not None and then:
+            assert then in subcommands, f"{where}: there is no `bridgework {command} {then}`"
+
+
 @needs_command_line
 def test_every_program_started_by_module_exists() -> None:
     for where, words in [*commands(), *page_commands()]:

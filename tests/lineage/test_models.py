@@ -1,14 +1,22 @@
 """Who is champion: names that people use, promotion behind a gate, and the way back."""
 
+from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
+import torch
 
 from bridgework.errors import TrackingError
-from bridgework.lineage.models import is_folder, promote, rollback, split
-from bridgework.tracking import Tracker
+from bridgework.evaluation import HeldOutLoss, Ranking
+from bridgework.lineage.models import CHALLENGER, challenge, is_folder, promote, rollback, split
+from bridgework.system import EvalSpec, System, load
+from bridgework.tracking import Tracker, Version
+from bridgework.training import artefact
 
 METRIC = "ranking.accuracy"
+LOSS = "heldout.loss"
+RANKING, HELDOUT = Ranking(dataset="synthetic:shapes"), HeldOutLoss(dataset="synthetic:shapes")
 
 
 @pytest.fixture
@@ -16,12 +24,34 @@ def name(request: pytest.FixtureRequest) -> str:
     return f"llava-{request.node.name.replace('[', '-').replace(']', '')}"
 
 
-def register(tracker: Tracker, name: str, *figures: float | str) -> None:
-    """A version for each figure, without alias."""
-    for i, figure in enumerate(figures):
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("weights")
+
+
+def judged_by(*evals: EvalSpec) -> System:
+    """LLaVA with these evaluations at the end of its first stage."""
+    system = load("llava").tiny()
+    return replace(system, stages=(replace(system["align"], evals=evals), *system.stages[1:]))
+
+
+def register(
+    tracker: Tracker,
+    name: str,
+    weights: Path,
+    *figures: float | str,
+    metric: str = METRIC,
+    evals: tuple[EvalSpec, ...] = (RANKING, HELDOUT),
+) -> list[Version]:
+    """A version for each figure, without alias, of weights whose recipe has `evals`."""
+    versions = []
+    for figure in figures:
+        folder = weights / uuid4().hex
+        info = artefact.save(folder, {"w": torch.zeros(1)}, system=judged_by(*evals), stage="align")
         run = tracker.start("align")
-        model = tracker.output(run, name, f"/runs/{i}", {"digest": str(i)})
-        tracker.register(name, model, run, f"/runs/{i}", {METRIC: str(figure)})
+        model = tracker.output(run, name, str(folder), {"digest": info.digest})
+        versions.append(tracker.register(name, model, run, str(folder), {metric: str(figure)}))
+    return versions
 
 
 def champion(tracker: Tracker, name: str) -> str:
@@ -47,15 +77,15 @@ def test_what_has_a_slash_is_a_folder(tmp_path: Path) -> None:
     assert not is_folder("llava@challenger")
 
 
-def test_the_first_version_needs_no_comparison(tracker: Tracker, name: str) -> None:
-    register(tracker, name, 0.5)
+def test_the_first_version_needs_no_comparison(tracker: Tracker, name: str, weights: Path) -> None:
+    register(tracker, name, weights, 0.5)
     done = promote(tracker, f"{name}:1", metric=METRIC)
     assert (done.champion.version, done.before, done.compared) == ("1", None, None)
     assert champion(tracker, name) == "1"
 
 
-def test_a_better_one_takes_the_place_and_the_old_one_is_remembered(tracker: Tracker, name: str) -> None:
-    register(tracker, name, 0.5, 0.7)
+def test_a_better_one_takes_the_place_and_the_old_one_is_remembered(tracker: Tracker, name: str, weights: Path) -> None:
+    register(tracker, name, weights, 0.5, 0.7)
     promote(tracker, f"{name}:1")
     tracker.alias(name, "challenger", "2")
     done = promote(tracker, f"{name}@challenger", metric=METRIC)
@@ -64,41 +94,43 @@ def test_a_better_one_takes_the_place_and_the_old_one_is_remembered(tracker: Tra
     assert tracker.version(name, "previous").version == "1"
 
 
-@pytest.mark.parametrize(("new", "lower"), [(0.4, False), (0.6, True), ("nan", False), ("nan", True)])
-def test_a_worse_one_is_refused_and_nothing_moves(tracker: Tracker, name: str, new: float | str, lower: bool) -> None:
-    register(tracker, name, 0.5, new)
+@pytest.mark.parametrize(("new", "metric"), [(0.4, METRIC), (0.6, LOSS), ("nan", METRIC), ("nan", LOSS)])
+def test_a_worse_one_is_refused_and_nothing_moves(
+    tracker: Tracker, name: str, weights: Path, new: float | str, metric: str
+) -> None:
+    register(tracker, name, weights, 0.5, new, metric=metric)
     promote(tracker, f"{name}:1")
     with pytest.raises(TrackingError, match=r"not promoted; leave out --metric"):
-        promote(tracker, f"{name}:2", metric=METRIC, lower=lower)
+        promote(tracker, f"{name}:2", metric=metric)
     assert champion(tracker, name) == "1"
     assert tracker.version(name, "2").aliases == ()
 
 
-def test_an_equal_one_changes_nothing(tracker: Tracker, name: str) -> None:
-    register(tracker, name, 0.5, 0.5)
+def test_an_equal_one_changes_nothing(tracker: Tracker, name: str, weights: Path) -> None:
+    register(tracker, name, weights, 0.5, 0.5)
     promote(tracker, f"{name}:1")
     with pytest.raises(TrackingError, match=r"not promoted"):
         promote(tracker, f"{name}:2", metric=METRIC)
     assert champion(tracker, name) == "1"
 
 
-def test_a_figure_that_is_missing_is_named_with_those_there_are(tracker: Tracker, name: str) -> None:
-    register(tracker, name, 0.5, 1.5e-05)
+def test_a_figure_that_is_missing_is_named_with_those_there_are(tracker: Tracker, name: str, weights: Path) -> None:
+    register(tracker, name, weights, 0.5, 1.5e-05)
     promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match=r"carries no figure 'loss'; it has: ranking\.accuracy"):
+    with pytest.raises(TrackingError, match=r"carries no figure 'loss'; known: ranking\.accuracy"):
         promote(tracker, f"{name}:2", metric="loss")
 
 
-def test_the_champion_promoted_again_stays_and_keeps_its_previous(tracker: Tracker, name: str) -> None:
-    register(tracker, name, 0.5, 0.7)
+def test_the_champion_promoted_again_stays_and_keeps_its_previous(tracker: Tracker, name: str, weights: Path) -> None:
+    register(tracker, name, weights, 0.5, 0.7)
     promote(tracker, f"{name}:1")
     promote(tracker, f"{name}:2")
     assert promote(tracker, name).champion.version == "2"
     assert tracker.version(name, "previous").version == "1"
 
 
-def test_rollback_swaps_the_two(tracker: Tracker, name: str) -> None:
-    register(tracker, name, 0.5, 0.7)
+def test_rollback_swaps_the_two(tracker: Tracker, name: str, weights: Path) -> None:
+    register(tracker, name, weights, 0.5, 0.7)
     promote(tracker, f"{name}:1")
     promote(tracker, f"{name}:2")
     assert rollback(tracker, name).champion.version == "1"
@@ -106,14 +138,65 @@ def test_rollback_swaps_the_two(tracker: Tracker, name: str) -> None:
     assert rollback(tracker, name).champion.version == "2"
 
 
-def test_rollback_without_a_previous_one_says_so(tracker: Tracker, name: str) -> None:
-    register(tracker, name, 0.5)
+def test_rollback_without_a_previous_one_says_so(tracker: Tracker, name: str, weights: Path) -> None:
+    register(tracker, name, weights, 0.5)
     promote(tracker, f"{name}:1")
     with pytest.raises(TrackingError, match="no version or alias 'previous'"):
         rollback(tracker, name)
 
 
-def test_unknown_model_is_refused_with_a_suggestion(tracker: Tracker, name: str) -> None:
-    register(tracker, name, 0.5)
+def test_unknown_model_is_refused_with_a_suggestion(tracker: Tracker, name: str, weights: Path) -> None:
+    register(tracker, name, weights, 0.5)
     with pytest.raises(TrackingError, match=f"did you mean '{name}'"):
         promote(tracker, name[:-1])
+
+
+def test_a_lower_loss_is_promoted_and_a_higher_one_is_not(tracker: Tracker, name: str, weights: Path) -> None:
+    register(tracker, name, weights, 2.0, 1.5, 1.8, metric=LOSS)
+    promote(tracker, f"{name}:1")
+    assert promote(tracker, f"{name}:2", metric=LOSS).compared == (1.5, 2.0)
+    with pytest.raises(TrackingError, match=r"heldout\.loss 1\.8.*lower is better: not promoted"):
+        promote(tracker, f"{name}:3", metric=LOSS)
+
+
+def test_a_direction_against_the_evaluation_is_refused(tracker: Tracker, name: str, weights: Path) -> None:
+    register(tracker, name, weights, 2.0, 1.5, metric=LOSS)
+    promote(tracker, f"{name}:1")
+    with pytest.raises(TrackingError, match=r"heldout\.loss: lower is better\. Got --higher"):
+        promote(tracker, f"{name}:2", metric=LOSS, lower=False)
+
+
+def test_a_figure_of_no_evaluation_needs_a_direction(tracker: Tracker, name: str, weights: Path) -> None:
+    register(tracker, name, weights, 20.0, 15.0, metric="latency_ms")
+    promote(tracker, f"{name}:1")
+    with pytest.raises(TrackingError, match="say --lower or --higher"):
+        promote(tracker, f"{name}:2", metric="latency_ms")
+    assert promote(tracker, f"{name}:2", metric="latency_ms", lower=True).compared == (15.0, 20.0)
+
+
+def test_a_baseline_decides_nothing(tracker: Tracker, name: str, weights: Path) -> None:
+    register(tracker, name, weights, 0.05, 0.06, metric="ranking.chance")
+    promote(tracker, f"{name}:1")
+    with pytest.raises(TrackingError, match="is a baseline and decides nothing"):
+        promote(tracker, f"{name}:2", metric="ranking.chance")
+
+
+@pytest.mark.parametrize(("metric", "better", "worse"), [(METRIC, 0.7, 0.6), (LOSS, 1.5, 1.6)])
+def test_the_challenger_is_only_replaced_by_a_better_one(
+    tracker: Tracker, name: str, weights: Path, metric: str, better: float, worse: float
+) -> None:
+    first, second, third = register(tracker, name, weights, worse, better, worse, metric=metric)
+    assert challenge(tracker, first, metric)[0].version == "1"
+    assert challenge(tracker, second, metric)[0].version == "2"
+    held, why = challenge(tracker, third, metric)
+    assert (held.version, tracker.version(name, CHALLENGER).version) == ("2", "2")
+    assert f"challenger stays {name}:2: its {metric} is {better:g}" in why
+
+
+def test_figures_of_other_evaluations_do_not_replace_the_challenger(tracker: Tracker, name: str, weights: Path) -> None:
+    (first,) = register(tracker, name, weights, 0.5)
+    (second,) = register(tracker, name, weights, 0.9, evals=(replace(RANKING, candidates=2),))
+    challenge(tracker, first, METRIC)
+    held, why = challenge(tracker, second, METRIC)
+    assert held.version == "1"
+    assert "not given by the same evaluation" in why

@@ -1,12 +1,15 @@
 """What every Tracker does, held against the in-memory twin and against MLflow."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
 from bridgework.errors import TrackingError
-from bridgework.tracking import DatasetInput, Point, Tracker, Version
+from bridgework.lineage.store import MLflowTracker
+from bridgework.tracking import DatasetInput, MemoryTracker, Point, Tracker, Version
 
 
 def registered(tracker: Tracker, name: str, artefact: str, **tags: str) -> Version:
@@ -44,7 +47,7 @@ def test_runs_without_key_are_always_new(tracker: Tracker) -> None:
     assert tracker.start("align") != tracker.start("align")
 
 
-def test_all_that_a_stage_tells_is_taken_twice(tracker: Tracker, tmp_path: Path) -> None:
+def test_a_resumed_stage_reports_everything_again_into_the_same_run(tracker: Tracker, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.json"
     recipe.write_text("{}")
     run = tracker.start("align", tags={"stage": "align", "starts_from_digest": ""})
@@ -57,6 +60,35 @@ def test_all_that_a_stage_tells_is_taken_twice(tracker: Tracker, tmp_path: Path)
         tracker.file(run, recipe, "evals")
         tracker.output(run, "llava-align", "/runs/align", {"digest": "w" * 64})
         tracker.finish(run)
+    seen = look(tracker, run)
+    assert seen.status == "FINISHED"
+    assert [(d.name, d.rows) for d in seen.inputs] == [("blip558k", 558_128)]  # once
+    assert seen.last["loss"] != seen.last["loss"]  # the point of step 2, which is not a number
+    assert seen.params["optim.peak_lr"] == "0.001"
+    assert seen.outputs >= {"/runs/align"}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A run as either tracker kept it."""
+
+    status: str
+    inputs: Sequence[DatasetInput]
+    last: Mapping[str, float]  # the last value of each metric
+    params: Mapping[str, str]
+    outputs: set[str]  # folders of logged models
+
+
+def look(tracker: Tracker, run: str) -> Seen:
+    if isinstance(tracker, MemoryTracker):
+        kept = tracker.runs[run]
+        folders = {folder for of_run, _, folder, _ in tracker.models.values() if of_run == run}
+        last = {point.key: point.value for point in kept.points}
+        return Seen(kept.status, kept.inputs, last, {k: str(v) for k, v in kept.params.items()}, folders)
+    assert isinstance(tracker, MLflowTracker)
+    view = tracker.run(run)
+    params = tracker._client.get_run(run).data.params
+    return Seen(view.status, view.inputs, view.metrics, params, {w.artefact for w in view.outputs})
 
 
 def test_versions_count_from_one(tracker: Tracker, name: str) -> None:

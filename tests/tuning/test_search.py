@@ -15,7 +15,7 @@ from bridgework.system import load
 from bridgework.tracking import MemoryTracker
 from bridgework.training import artefact
 from bridgework.tuning import search
-from bridgework.tuning.space import Metric
+from bridgework.tuning.space import Metric, Space
 from bridgework.tuning.space import load as load_space
 
 SPACE = load_space("tests.tuning.tiny")
@@ -34,6 +34,10 @@ class Swept:
 def swept(home: Path, ray_session: None) -> Swept:
     tracker = MemoryTracker()
     return Swept(search.sweep(SPACE, home=home, run="sweep", tracker=tracker), tracker, home)
+
+
+def swept_again(swept: Swept, space: Space, run: str) -> None:
+    search.sweep(space, home=swept.home, run=run, tracker=swept.tracker)
 
 
 def told(words: list[str], flag: str) -> list[str]:
@@ -74,7 +78,7 @@ def test_the_command_parses(swept: Swept) -> None:
 
 
 def test_the_winner_is_registered_as_challenger(swept: Swept) -> None:
-    version = swept.tracker.version("llava", "challenger")
+    version = swept.tracker.version("llava-tiny", "challenger")
     assert version == swept.outcome.version
     assert version.artefact == str(swept.outcome.artefact)
     assert version.tags["command"] == swept.outcome.command
@@ -94,12 +98,47 @@ def test_trials_are_children_of_the_sweep_with_their_figures(swept: Swept) -> No
 def test_the_same_sweep_is_not_run_again(swept: Swept) -> None:
     again = search.sweep(SPACE, home=swept.home, run="sweep", tracker=swept.tracker)
     assert again == swept.outcome
-    assert [v.version for v in swept.tracker.versions["llava"]] == ["1"]
+    assert [v.version for v in swept.tracker.versions["llava-tiny"]] == ["1"]
 
 
-def test_another_sweep_of_that_name_is_refused(swept: Swept) -> None:
-    with pytest.raises(RunError, match="holds another sweep"):
-        search.sweep(search.limited(SPACE, trials=3), home=swept.home, run="sweep")
+RATE = "stages.*.optim.peak_lr"
+
+
+@pytest.mark.parametrize(
+    ("space", "differs"),
+    [
+        (search.limited(SPACE, trials=3), "budget"),
+        (replace(SPACE, metric=Metric(name="heldout.gap", mode="max")), "metric"),
+        (replace(SPACE, space={**SPACE.space, RATE: tune.uniform(1e-3, 1e-2)}), "space"),
+        (replace(SPACE, space={**SPACE.space, RATE: tune.quniform(1e-3, 1e-2, 1e-3)}), "space"),
+        (replace(SPACE, space={**SPACE.space, RATE: tune.loguniform(1e-3, 2e-2)}), "space"),
+        (replace(SPACE, stages=("align",)), "stages"),
+    ],
+)
+def test_another_sweep_of_that_name_is_refused(swept: Swept, space: Space, differs: str) -> None:
+    runs = len(swept.tracker.runs)
+    with pytest.raises(RunError, match=f"holds another sweep: its {differs} differ"):
+        swept_again(swept, space, "sweep")
+    assert len(swept.tracker.runs) == runs
+
+
+def test_a_sweep_that_raises_leaves_no_run_open(swept: Swept) -> None:
+    """A rate at which the loss is not finite ends every trial; the sweep's own run ends FAILED too."""
+    fails = {RATE: tune.choice([1e30])}
+    with pytest.raises(RunError, match=r"none of 2 trials finished with a heldout\.loss"):
+        swept_again(swept, replace(SPACE, space=fails), "fails")
+    ours = [run for run in swept.tracker.runs.values() if run.name.startswith("fails")]
+    assert len(ours) == 3
+    assert {run.status for run in ours} == {"FAILED"}
+
+
+def test_a_trial_without_a_score_never_wins() -> None:
+    rows = [
+        search.Row("a", {}, None, "finished", 1.0),
+        search.Row("b", {}, 2.0, "stopped", 1.0),
+        search.Row("c", {}, 3.0, "finished", 1.0),
+    ]
+    assert search.best_first(rows, SPACE)[0].trial == "c"
 
 
 def test_a_path_a_stage_or_a_metric_that_is_not_there_is_refused_at_once(home: Path) -> None:
@@ -108,9 +147,23 @@ def test_a_path_a_stage_or_a_metric_that_is_not_there_is_refused_at_once(home: P
             SPACE, space={"stages.*.optim.peek_lr": tune.uniform(0.1, 1)}
         ),
         "no stage 'alig'; did you mean 'align'": replace(SPACE, stages=("alig",)),
-        r"no evaluation that gives 'ranking\.accuracy'; its evaluations: heldout": replace(
-            SPACE, metric=Metric(name="ranking.accuracy", mode="max")
+        r"METRIC 'heldout\.los' is given by no evaluation of stage instruct; did you mean 'heldout\.loss'": replace(
+            SPACE, metric=Metric(name="heldout.los", mode="min")
         ),
+        r"METRIC 'heldout\.loss_shuffled' is a baseline": replace(
+            SPACE, metric=Metric(name="heldout.loss_shuffled", mode="min")
+        ),
+        r"mode 'max', and lower heldout\.loss is better": replace(
+            SPACE, metric=Metric(name="heldout.loss", mode="max")
+        ),
+        "no kind 'mpl'; did you mean 'mlp'": replace(
+            SPACE, space={"stages.*.model.bridge": tune.choice(["linear", *["mlp"] * 50, "mpl"])}
+        ),
+        r"peak_lr must be above 0, got 0": replace(SPACE, space={RATE: tune.uniform(0.0, 1.0)}),
+        "write a grid as tune.choice": replace(SPACE, space={RATE: tune.grid_search([1e-3, 1e-2])}),
+        r"Expected tune.choice, uniform": replace(SPACE, space={RATE: tune.sample_from(lambda _: 1e-3)}),
+        r"write .* a constant into FIXED": replace(SPACE, space={RATE: 1e-3}),
+        r"is .*Float.*Expected tune\.choice": replace(SPACE, space={RATE: tune.randn(0, 1)}),
     }
     for said, space in wrong.items():
         with pytest.raises(SpecError, match=said):

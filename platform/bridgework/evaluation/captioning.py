@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from bridgework.data.catalog import resolve
 from bridgework.data.samples import Sample
 from bridgework.data.shards import open_dataset
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.result import Result, named
+from bridgework.evaluation.result import Better, Result, named
 from bridgework.evaluation.rows import draw_images
 from bridgework.evaluation.writing import Writing, about_image
 from bridgework.spec import spec
@@ -35,6 +35,7 @@ class Captions:
     `cider_of_others`: what the same captions score when each goes to the next image. The defaults are BLIP's.
     """
 
+    better: ClassVar[Better] = {"cider": "higher", "cider_of_others": None, "bleu4": "higher"}
     name: str = "captions"
     dataset: str
     rows: int = 1_000  # images
@@ -71,7 +72,7 @@ class Captions:
             "cider_of_others": cider([*said[1:], *said[:1]], of_people),
             "bleu4": bleu4(said, of_people),
         }
-        return Result(named(self.name, values))
+        return Result(named(self, values))
 
 
 def references(samples: Iterable[Sample]) -> dict[str, list[str]]:

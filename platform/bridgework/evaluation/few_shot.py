@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import islice, permutations
 from math import factorial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from bridgework.data.samples import Part
 from bridgework.errors import SpecError
 from bridgework.evaluation.ranking import candidates, first
-from bridgework.evaluation.result import Result, named
+from bridgework.evaluation.result import Better, Result, named
 from bridgework.evaluation.rows import Item, draw_pairs
 from bridgework.spec import spec
 
@@ -45,6 +45,7 @@ class FewShot:
     The examples are other rows of the same dataset, or rows of `support`.
     """
 
+    better: ClassVar[Better] = {"accuracy": "higher", "chance": None}
     name: str = "few_shot"
     dataset: str
     support: str | None = None
@@ -95,7 +96,7 @@ class FewShot:
         for row, own_C in enumerate(captions_RC):
             told = {i: (pool[i], told_RPF[i]) for i in chosen[row]}
             judged.append(self._judge(pipeline, seen_RPF[row], [items[c].sample.text for c in own_C], told))
-        return Result(named(self.name, {"accuracy": first(torch.stack(judged)), "chance": 1 / self.candidates}))
+        return Result(named(self, {"accuracy": first(torch.stack(judged)), "chance": 1 / self.candidates}))
 
     def demonstrate(self, pipeline: "Pipeline", image: bytes, home: Path) -> tuple[list[Part], list[bytes]]:
         """The conversation about an image of the caller's behind examples from `dataset`, and all images that it shows.

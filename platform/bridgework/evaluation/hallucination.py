@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from bridgework.data.samples import Part, Sample
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.result import Result, named
+from bridgework.evaluation.result import Better, Result, named
 from bridgework.evaluation.rows import draw_images
 from bridgework.evaluation.writing import Writing, about_image, question_of
 from bridgework.spec import spec
@@ -43,6 +43,10 @@ class POPE:
     often seen beside what is there (`adversarial`). Beside them stands `always_yes`, its accuracy.
     """
 
+    better: ClassVar[Better] = {
+        **dict.fromkeys(("accuracy", "precision", "recall", "f1"), "higher"),
+        **dict.fromkeys(("yes", "always_yes"), None),
+    }
     name: str = "pope"
     dataset: str
     rows: int = 500  # images, or questions
@@ -68,7 +72,7 @@ class POPE:
             raise DataError(f"{self.name}: the rows of {self.dataset} give no questions of both yes and no")
         conversations, images = [a.conversation for a in asked], [a.sample.images for a in asked]
         said = [says_yes(text) for text in self.writing.run(pipeline, conversations, images, self.seed)]
-        return Result(named(self.name, judged(said, [a.truth for a in asked])))
+        return Result(named(self, judged(said, [a.truth for a in asked])))
 
     def _questions(self, pipeline: "Pipeline", samples: Sequence[Sample]) -> Iterator[Asked]:
         known = [objects_in(sample) for sample in samples]
@@ -96,6 +100,7 @@ class CHAIR:
     of those in the images that the captions name. A caption without an object is right, and says little: read both.
     """
 
+    better: ClassVar[Better] = {"instances": "lower", "captions": "lower", "recall": "higher"}
     name: str = "chair"
     dataset: str
     rows: int = 500
@@ -118,7 +123,7 @@ class CHAIR:
         asked = about_image(pipeline, self.prompts or None)
         texts = self.writing.run(pipeline, [asked] * len(items), [item.sample.images for item in items], self.seed)
         words = {name: (name, *self.synonyms.get(name, ())) for name in set[str]().union(*here)}
-        return Result(named(self.name, imagined([mentioned(text, words) for text in texts], here)))
+        return Result(named(self, imagined([mentioned(text, words) for text in texts], here)))
 
 
 def imagined(said: Sequence[set[str]], here: Sequence[set[str]]) -> dict[str, float]:

@@ -6,12 +6,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.result import Result, named
+from bridgework.evaluation.result import Better, Result, named
 from bridgework.evaluation.rows import draw
 from bridgework.spec import spec
 
@@ -26,6 +26,7 @@ class HeldOutLoss:
     A model that ignores its images has no gap, however low its loss.
     """
 
+    better: ClassVar[Better] = {"loss": "lower", "loss_shuffled": None, "gap": "higher"}
     name: str = "heldout"
     dataset: str
     rows: int = 256
@@ -53,7 +54,7 @@ class HeldOutLoss:
         true = pipeline.scores(conversations, torch.split(seen_NPF, counts))
         other = pipeline.scores(conversations, torch.split(seen_NPF.roll(shift, 0), counts))
         loss, shuffled = _mean(true), _mean(other)
-        return Result(named(self.name, {"loss": loss, "loss_shuffled": shuffled, "gap": shuffled - loss}))
+        return Result(named(self, {"loss": loss, "loss_shuffled": shuffled, "gap": shuffled - loss}))
 
 
 def _mean(scores: "Sequence[Score]") -> float:

@@ -4,7 +4,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bridgework.errors import SpecError
 from bridgework.evaluation.picture import Choice, Tile, grid
-from bridgework.evaluation.result import Result, named
+from bridgework.evaluation.result import Better, Result, named
 from bridgework.evaluation.rows import Item, draw_pairs
 from bridgework.spec import spec
 
@@ -32,6 +32,11 @@ class Ranking:
     `accuracy_without_prior` does not, and favours short and common captions. The picture shows the best candidates.
     """
 
+    better: ClassVar[Better] = {
+        "accuracy": "higher",
+        "accuracy_without_prior": "higher",
+        "chance": None,
+    }
     name: str = "ranking"
     dataset: str
     rows: int = 100
@@ -64,7 +69,7 @@ class Ranking:
             "chance": 1 / self.candidates,
         }
         tiles = [_tile(items, row, captions_RC[row], gain_RC[row]) for row in range(min(SHOWN, len(items)))]
-        return Result(named(self.name, values), {self.name: grid(tiles)})
+        return Result(named(self, values), {self.name: grid(tiles)})
 
 
 def candidates(rows: int, count: int, seed: int) -> NDArray[np.int64]:

@@ -6,13 +6,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from bridgework.errors import SpecError
-from bridgework.evaluation.result import Result, named
+from bridgework.evaluation.result import Better, Result, named
 from bridgework.evaluation.rows import draw_pairs
 from bridgework.spec import spec
 
@@ -32,6 +32,10 @@ class Retrieval:
     matching head judges the nearest candidates again (BLIP, arXiv:2201.12086, 5.1); all features are then in memory.
     """
 
+    better: ClassVar[Better] = {
+        **{f"{way}_r{cut}": "higher" for way in ("image_to_text", "text_to_image") for cut in CUTS},
+        **{f"chance_r{cut}": None for cut in CUTS},
+    }
     name: str = "retrieval"
     dataset: str
     rows: int = 300
@@ -65,7 +69,7 @@ class Retrieval:
             values[f"image_to_text_r{cut}"] = recall(to_text_RC, cut, own_RC)
             values[f"text_to_image_r{cut}"] = recall(to_image_CR, cut, own_RC.T)
             values[f"chance_r{cut}"] = min(1.0, cut / len(items))
-        return Result(named(self.name, values))
+        return Result(named(self, values))
 
 
 def similarity(images: Tensor, texts_CD: Tensor) -> Tensor:

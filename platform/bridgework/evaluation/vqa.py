@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from bridgework.data.samples import Part, Sample
 from bridgework.errors import SpecError
-from bridgework.evaluation.result import Result, named
+from bridgework.evaluation.result import Better, Result, named
 from bridgework.evaluation.rows import Item, draw
 from bridgework.evaluation.writing import Writing, question_of
 from bridgework.spec import spec
@@ -51,6 +51,7 @@ class VQA:
     InstructBLIP rank). Beside it stands `most_common`: what the most frequent answer of all would get.
     """
 
+    better: ClassVar[Better] = {"accuracy": "higher", "most_common": None}
     name: str = "vqa"
     dataset: str
     rows: int = 1_000
@@ -84,7 +85,7 @@ class VQA:
             "accuracy": fmean(agreement(answer, told) for answer, told in zip(said, people, strict=True)),
             "most_common": fmean(agreement(usual, told) for told in people),
         }
-        return Result(named(self.name, values))
+        return Result(named(self, values))
 
 
 def agreement(answer: str, people: Sequence[str]) -> float:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import comb
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.result import Result, named
+from bridgework.evaluation.result import Better, Result, named
 from bridgework.evaluation.retrieval import recall, similarity
 from bridgework.evaluation.rows import draw
 from bridgework.spec import spec
@@ -43,6 +43,10 @@ class ZeroShot:
     A class is the mean of its prompts' vectors. Beside them stand `chance_top1` and `chance_top5`.
     """
 
+    better: ClassVar[Better] = {
+        **{f"top{cut}": "higher" for cut in CUTS},
+        **{f"chance_top{cut}": None for cut in CUTS},
+    }
     name: str = "zero_shot"
     dataset: str
     rows: int = 1_000
@@ -78,7 +82,7 @@ class ZeroShot:
         for cut in CUTS:
             values[f"top{cut}"] = recall(alike_RC, cut, right_RC)
             values[f"chance_top{cut}"] = chance(right_RC, cut)
-        return Result(named(self.name, values))
+        return Result(named(self, values))
 
 
 def class_vectors(pipeline: "Pipeline", classes: Sequence[str], templates: Sequence[str]) -> Tensor:

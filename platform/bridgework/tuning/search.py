@@ -8,8 +8,10 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,14 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
-from bridgework.errors import RunError, SpecError, TrackingError
+from bridgework.errors import RunError, SpecError, TrackingError, suggest
 from bridgework.lineage import models
 from bridgework.spec import override, to_dict
 from bridgework.system import System, load
-from bridgework.tracking import Point, Tracker, Version
+from bridgework.tracking import Point, Status, Tracker, Version
 from bridgework.training.driver import train
 from bridgework.training.launch import How
-from bridgework.training.record import StageResult
-from bridgework.tuning.space import Space
+from bridgework.tuning.space import Space, bounds, described
 
 # Both announce what the table of the sweep says better.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -56,6 +57,7 @@ class Outcome:
     artefact: Path
     metrics: dict[str, float]
     version: Version | None
+    not_challenger: str = ""  # the reason why the alias `challenger` did not move to `version`
 
 
 def sweep(
@@ -67,26 +69,40 @@ def sweep(
     tracker: Tracker | None = None,
     console: Console | None = None,
 ) -> Outcome:
-    """Run `space` with `changes` laid over every trial, register the best trial's last stage as `challenger`.
+    """Run `space` with `changes` laid over every trial, and register the best trial's last stage.
 
-    The same sweep again is not run again. Raises SpecError for a path, a stage or a metric that does not exist,
-    RunError when no trial finished or `run` holds another sweep.
+    The new version becomes `challenger` if it is better than the one that holds the alias. The same sweep again is not
+    run again. Raises SpecError for a path, a stage or a metric that does not exist, RunError when no trial finished
+    with a score or `run` holds another sweep; the runs of the tracker then end FAILED, or KILLED after Ctrl-C.
     """
     console = console or Console(stderr=True)
     fixed = {**space.fixed, **(changes or {})}
     base = override(load(space.system), fixed)
     _check(space, base)
-    folder = home / "runs" / run
+    rows = _kept(home / "runs" / run, space, base)
     parent = tracker.start(run, tags={"run_key": run, "system": base.name, "sweep": space.name}) if tracker else None
-    rows = _kept(folder, space, base)
-    if rows is None:
-        recorder = _Recorder(space, run, tracker, parent, console)
-        rows = _rows(_search(space, base, home, run, recorder), space, folder)
-        if rows[0].status != "finished":
-            raise RunError(f"sweep {run}: none of {len(rows)} trials finished; the reasons are in {folder / 'tune'}")
-        _keep(folder, space, base, rows)
+    recorder = _Recorder(space, run, tracker, parent, console)
+    with recorder.closed():
+        if rows is None:
+            rows = _scored(_search(space, base, home, run, recorder), space, run, home / "runs" / run)
+            _keep(home / "runs" / run, space, base, rows)
+        return _registered(space, base, fixed, rows, home, run, tracker, parent, console)
+
+
+def _registered(
+    space: Space,
+    base: System,
+    fixed: Mapping[str, Any],
+    rows: list[Row],
+    home: Path,
+    run: str,
+    tracker: Tracker | None,
+    parent: str | None,
+    console: Console,
+) -> Outcome:
+    """The outcome, with the best trial's last stage registered where a tracker answers."""
     best = rows[0]
-    # All its stages are finished: this only tells the tracker what they read and made.
+    # All its stages are finished: this only reports to the tracker what they read and made.
     winner = train(
         override(base, best.changes),
         home=home,
@@ -98,14 +114,15 @@ def sweep(
         console=Console(quiet=True),
     )[space.stages[-1]]
     command = _command(space, fixed, best.changes)
-    version = None
+    version, why = None, ""
     try:
-        version = _challenger(tracker, base.name, winner, {"command": command, "sweep": run})
-        if tracker and parent:
-            tracker.finish(parent)
+        if tracker is not None and winner.run_id is not None:
+            version = models.register(tracker, base.name, winner, {"command": command, "sweep": run})
+            _, why = models.challenge(tracker, version, space.metric.name)
+            version = tracker.version(base.name, version.version)
     except TrackingError as error:
         console.print(f"{error}; the winner is not registered yet: the same command later does it")
-    return Outcome(tuple(rows), command, winner.artefact, winner.metrics, version)
+    return Outcome(tuple(rows), command, winner.artefact, winner.metrics, version, why)
 
 
 def _search(space: Space, base: System, home: Path, run: str, recorder: "_Recorder") -> ResultGrid:
@@ -127,19 +144,15 @@ def _search(space: Space, base: System, home: Path, run: str, recorder: "_Record
     return tuner.fit()
 
 
-def _challenger(tracker: Tracker | None, name: str, winner: StageResult, tags: Mapping[str, str]) -> Version | None:
-    """The winner as `challenger`, with the command that makes it again; None where nobody keeps the record."""
-    if tracker is None or winner.run_id is None:
-        return None
-    version = models.register(tracker, name, winner, tags)
-    tracker.alias(name, "challenger", version.version)
-    return tracker.version(name, "challenger")
-
-
 def _identity(space: Space, base: System) -> dict[str, Any]:
-    ranges = {path: f"{type(d).__name__} {getattr(d, 'domain_str', d)}" for path, d in space.space.items()}
-    stages = list(space.stages)
-    return {"recipe": base.fingerprint(), "stages": stages, "space": ranges, "budget": to_dict(space.budget)}
+    """All that decides which trials a sweep runs and which of them wins; JSON-ready."""
+    return {
+        "recipe": base.fingerprint(),
+        "stages": list(space.stages),
+        "space": {path: described(distribution) for path, distribution in space.space.items()},
+        "metric": to_dict(space.metric),
+        "budget": to_dict(space.budget),
+    }
 
 
 def _kept(folder: Path, space: Space, base: System) -> list[Row] | None:
@@ -148,8 +161,9 @@ def _kept(folder: Path, space: Space, base: System) -> list[Row] | None:
     if not file.exists():
         return None
     kept = json.loads(file.read_text())
-    if kept["identity"] != _identity(space, base):
-        raise RunError(f"{folder} holds another sweep (its space, budget or recipe differs); give another --run")
+    identity = _identity(space, base)
+    if differs := [name for name in identity if kept["identity"].get(name) != identity[name]]:
+        raise RunError(f"{folder} holds another sweep: its {', '.join(differs)} differ. Fix: give another --run")
     return [Row(**row) for row in kept["rows"]]
 
 
@@ -162,18 +176,23 @@ def _keep(folder: Path, space: Space, base: System, rows: list[Row]) -> None:
 def _check(space: Space, base: System) -> None:
     for stage in space.stages:
         base[stage]
-    for path in space.space:
-        override(base, {path: _sample(space.space[path])})
-    evals = [spec.name for spec in base[space.stages[-1]].evals]
-    if space.metric.name.split(".")[0] not in evals:
+    for path, distribution in space.space.items():
+        for value in bounds(path, distribution):
+            override(base, {path: value})
+    last = base[space.stages[-1]]
+    ways = {f"{spec.name}.{key}": way for spec in last.evals for key, way in spec.better.items()}
+    decisive = [name for name, way in ways.items() if way is not None]
+    if space.metric.name not in decisive:
+        baseline = "is a baseline, which decides nothing" if space.metric.name in ways else "is given by no evaluation"
         raise SpecError(
-            f"sweep {space.name}: stage {space.stages[-1]} has no evaluation that gives {space.metric.name!r}; "
-            f"its evaluations: {', '.join(evals) or 'none'}"
+            f"sweep {space.name}: METRIC {space.metric.name!r} {baseline} of stage {last.name}"
+            + (suggest(space.metric.name, decisive) or "; the stage has no evaluations: add some to its recipe's evals")
         )
-
-
-def _sample(distribution: Any) -> Any:
-    return distribution.sample() if hasattr(distribution, "sample") else distribution
+    if space.metric.mode != {"higher": "max", "lower": "min"}[str(ways[space.metric.name])]:
+        raise SpecError(
+            f"sweep {space.name}: METRIC has mode {space.metric.mode!r}, and {ways[space.metric.name]} "
+            f"{space.metric.name} is better. Fix: take the other mode"
+        )
 
 
 def _trial(config: dict[str, Any], *, space: Space, base: System, home: Path, run: str, cwd: str) -> None:
@@ -209,6 +228,22 @@ class _Recorder(Callback):
     def __init__(self, space: Space, run: str, tracker: Tracker | None, parent: str | None, console: Console) -> None:
         self._run, self._space, self._tracker, self._parent, self._console = run, space, tracker, parent, console
         self.runs: dict[str, str] = {}
+        self._running: set[str] = set()
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Finish the sweep's run after the block, and trials that are still open: FAILED or KILLED if it raised."""
+        try:
+            yield
+        except BaseException as error:
+            self._close("FAILED" if isinstance(error, Exception) else "KILLED")
+            raise
+        self._close("FINISHED")
+
+    def _close(self, status: Status) -> None:
+        for run_id in (*sorted(self._running), *filter(None, [self._parent])):
+            self._tell(partial(_finish, run_id, status))
+        self._running.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles a Tuner to restore it, which is never done, and a console has a lock."""
@@ -227,15 +262,20 @@ class _Recorder(Callback):
         self._tell(lambda tracker: tracker.points(self.runs[trial.trial_id], points))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._tell(lambda tracker: tracker.finish(self.runs[trial.trial_id]))
+        self._finish_trial(trial, "FINISHED")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._tell(lambda tracker: tracker.finish(self.runs[trial.trial_id], "FAILED"))
+        self._finish_trial(trial, "FAILED")
+
+    def _finish_trial(self, trial: Trial, status: Status) -> None:
+        self._running.discard(self.runs[trial.trial_id])
+        self._tell(partial(_finish, self.runs[trial.trial_id], status))
 
     def _open(self, tracker: Tracker, trial: Trial) -> None:
         name = f"{self._run}/{trial.trial_id}"
         tags = {"run_key": name, "sweep": self._space.name, "system": self._space.system}
         self.runs[trial.trial_id] = tracker.start(name, parent=self._parent, tags=tags)
+        self._running.add(self.runs[trial.trial_id])
         tracker.params(self.runs[trial.trial_id], trial.config)
 
     def _tell(self, say: Callable[[Tracker], object]) -> None:
@@ -249,8 +289,26 @@ class _Recorder(Callback):
             self._console.print(f"{error}; the sweep goes on, and its trials are not tracked")
 
 
+def _finish(run_id: str, status: Status, tracker: Tracker) -> None:
+    tracker.finish(run_id, status)
+
+
+def _scored(results: ResultGrid, space: Space, run: str, folder: Path) -> list[Row]:
+    """The rows of all trials, the best first. Raises RunError where no trial finished with a score."""
+    rows = _rows(results, space, folder)
+    if not _may_win(rows[0]):
+        raise RunError(
+            f"sweep {run}: none of {len(rows)} trials finished with a {space.metric.name}; "
+            f"the reasons are in {folder / 'tune'}"
+        )
+    return rows
+
+
+def _may_win(row: Row) -> bool:
+    return row.status == "finished" and row.score is not None
+
+
 def _rows(results: ResultGrid, space: Space, folder: Path) -> list[Row]:
-    """All trials: those that finished first, the best of them at the top."""
     rows = []
     for result in (results[i] for i in range(len(results))):
         metrics = result.metrics or {}
@@ -258,8 +316,14 @@ def _rows(results: ResultGrid, space: Space, folder: Path) -> list[Row]:
         whole = (folder / trial / space.stages[-1] / "artefact" / "artefact.json").is_file()
         status = "failed" if result.error else "finished" if whole else "stopped"
         score = metrics.get(space.metric.name)
+        score = score if score is not None and math.isfinite(score) else None
         rows.append(Row(trial, dict(result.config or {}), score, status, float(metrics.get("time_total_s", 0.0))))
-    return sorted(rows, key=lambda row: (row.status != "finished", *_order(row, space)))
+    return best_first(rows, space)
+
+
+def best_first(rows: Sequence[Row], space: Space) -> list[Row]:
+    """Finished trials with a score first, the best of them at the top."""
+    return sorted(rows, key=lambda row: (not _may_win(row), *_order(row, space)))
 
 
 def _order(row: Row, space: Space) -> tuple[bool, float]:

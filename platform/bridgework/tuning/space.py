@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
+from ray.tune.search.sample import Categorical, Domain, Float, Integer, Normal, Quantized
+
 from bridgework.errors import SpecError, suggest
 from bridgework.spec import spec
 
@@ -48,6 +50,42 @@ class Space:
     metric: Metric
     budget: SweepBudget
     fixed: Mapping[str, Any]
+
+
+def described(distribution: Domain) -> dict[str, Any]:
+    """JSON that is equal for equal distributions only: choices, or bounds, scale and step of a range."""
+    if isinstance(distribution, Categorical):
+        return {"choice": [repr(choice) for choice in distribution.categories]}
+    numeric, sampler, step = _numeric(distribution)
+    scale = type(sampler).__name__.strip("_") + str(getattr(sampler, "base", ""))
+    kind = type(distribution).__name__
+    return {"kind": kind, "lower": numeric.lower, "upper": numeric.upper, "scale": scale, "step": step}
+
+
+def bounds(path: str, distribution: Any) -> list[Any]:
+    """Values that decide if a distribution fits its field: every choice, or both ends of a range.
+
+    Raises SpecError for what Optuna cannot search: grids, functions, normal distributions, plain values.
+    """
+    if isinstance(distribution, Categorical):
+        return list(distribution.categories)
+    if isinstance(distribution, Float | Integer):
+        numeric, sampler, step = _numeric(distribution)
+        if not isinstance(sampler, Normal):
+            exclusive = isinstance(distribution, Integer) and step is None  # as in Python's range
+            return [numeric.lower, numeric.upper - exclusive]
+    raise SpecError(
+        f"SPACE[{path!r}] is {distribution!r}. Expected tune.choice, uniform, loguniform, randint, lograndint or their "
+        "quantized forms. Fix: write a grid as tune.choice([...]), a constant into FIXED"
+    )
+
+
+def _numeric(distribution: Any) -> tuple[Any, Any, float | None]:
+    """A range, how it is sampled, and its step if it is quantized (Ray does not annotate these)."""
+    sampler = distribution.get_sampler()
+    if isinstance(sampler, Quantized):
+        return distribution, sampler.sampler, sampler.q
+    return distribution, sampler, None
 
 
 def spaces() -> list[str]:
