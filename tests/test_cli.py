@@ -149,17 +149,17 @@ def test_modules_of_ones_own_are_found_where_the_command_is_given(tmp_path: Path
 
 def test_train_leaves_an_artefact_and_a_version(bridgework: Bridgework, trained: Path, home: Path) -> None:
     info = artefact.describe(trained)
-    assert (info.system, info.stage, info.steps) == ("llava", "align", 2)
+    assert (info.system, info.stage, info.steps) == ("llava-tiny", "align", 2)
     tracker = MLflowTracker(None, home, "bridgework")
-    assert tracker.version("llava", "1").artefact == str(trained)
+    assert tracker.version("llava-tiny", "1").artefact == str(trained)
 
 
 def test_the_same_command_again_makes_no_second_version(bridgework: Bridgework, trained: Path, home: Path) -> None:
     said = bridgework("train", "llava", "--tiny", "--workers", "0", "--stage", "align", "--run", "cli", *SHORT)
     assert said.code == 0
     assert "finished before" in said.err
-    assert "model llava:1" in said.out
-    assert [v.version for v in MLflowTracker(None, home, "bridgework").versions("llava")] == ["1"]
+    assert "model llava-tiny:1" in said.out
+    assert [v.version for v in MLflowTracker(None, home, "bridgework").versions("llava-tiny")] == ["1"]
 
 
 def test_a_changed_recipe_is_refused_by_its_path(bridgework: Bridgework, trained: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_changed_recipe_is_refused_by_its_path(bridgework: Bridgework, trained
 
 def test_promote_and_rollback_move_the_champion(bridgework: Bridgework, trained: Path, home: Path) -> None:
     tracker = MLflowTracker(None, home, "bridgework")
-    first = tracker.version("llava", "1")
+    first = tracker.version("llava-tiny", "1")
     run = tracker.start("again")
     model = tracker.output(run, "llava-align", str(trained), {"digest": "d"})
     tracker.register("champions", model, run, first.artefact, {"heldout.loss": "2.0"})
@@ -180,7 +180,9 @@ def test_promote_and_rollback_move_the_champion(bridgework: Bridgework, trained:
     assert bridgework("promote", "champions:1").out == "champion champions:1"
     worse = bridgework("promote", "champions:2", "--metric", "heldout.loss", "--lower")
     assert worse.code == 1
-    assert "champions:2 has heldout.loss 2.5, the champion, version 1, 2: not promoted" in worse.err
+    assert (
+        "champions:2 has heldout.loss 2.5, the champion, version 1, 2, and lower is better: not promoted" in worse.err
+    )
     assert bridgework("promote", "champions:2").out == "champion champions:2, before it 1"
     assert bridgework("rollback", "champions").out == "champion champions:1"
 

@@ -58,7 +58,7 @@ def test_recipe_survives(tmp_path: Path) -> None:
 
 def test_an_artefact_says_where_it_comes_from(tmp_path: Path) -> None:
     info = artefact.describe(saved(tmp_path, bridge()))
-    assert (info.system, info.stage, info.steps, info.datasets, info.parent) == ("llava", "align", 4, DATA, None)
+    assert (info.system, info.stage, info.steps, info.datasets, info.parent) == (SYSTEM.name, "align", 4, DATA, None)
     assert (info.tensors, info.parameters) == (len(bridge()), sum(t.numel() for t in bridge().values()))
 
 
