@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bridgework import rng
 from bridgework.errors import DataError, SpecError
 from bridgework.models import packing
 from bridgework.models.bridges.gated_xattn import Gates, insert
@@ -206,7 +207,8 @@ class CrossAttentionModel(Freezable):
         """(B, M, Q, F) what each row shows, and (B, T) which of it a token sees: the last one before it, 0 for none."""
         places_BT = ids_BT == IMAGE
         count_B = places_BT.sum(-1)
-        images_NQF = self.images(pixels, features, layouts_N4)
+        with rng.images():
+            images_NQF = self.images(pixels, features, layouts_N4)
         if int(count_B.sum()) != len(images_NQF):
             raise DataError(
                 f"the batch has {int(count_B.sum())} image places in its ids, and {len(images_NQF)} images: "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from bridgework import rng
 from bridgework.errors import DataError, SpecError
 from bridgework.losses.matching import by_sample, judged_pairs
 from bridgework.models import pretrained as weights_of
@@ -184,7 +185,8 @@ class QFormerPretrainingModel(Freezable):
             scale=1 / self.heads.temperature.detach().float(),
             everywhere=everywhere,
         )
-        return by_sample(self._judge(pairs.images_MPF, pairs.ids_MT, pairs.attention_MT))
+        with rng.repeated(3):
+            return by_sample(self._judge(pairs.images_MPF, pairs.ids_MT, pairs.attention_MT))
 
     def _judge(self, patches_NPF: Tensor, ids_NT: Tensor, attention_NT: Tensor) -> Tensor:
         """(N, 2): the mean over the queries of what each says."""
