@@ -21,6 +21,7 @@ from bridgework.errors import TrackingError, suggest
 
 GROWING = ".log.jsonl"  # files of a journal that are appended to; those of older versions are not
 FILE_BYTES = 8_000_000  # a writer opens the next file behind one of this size
+PIECE = 10_000  # points that are read at a time
 MAX_PENDING = 10_000  # steps that wait in memory while the disk refuses them
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,9 @@ class Tracker(Protocol):
     def start(self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None) -> str:
         """A new run's id; `parent` nests it. A run of the same name, parent and `run_key` tag is taken up again."""
 
-    def params(self, run_id: str, values: Mapping[str, Any]) -> None: ...
+    def params(self, run_id: str, values: Mapping[str, Any]) -> None:
+        """Parameters, which keep their first value: another one, of a resumed run, becomes the tag `now.NAME`."""
+
     def inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None: ...
     def points(self, run_id: str, points: Sequence[Point]) -> None: ...
     def file(self, run_id: str, path: Path, folder: str = "") -> None:
@@ -156,8 +159,13 @@ class Journal:
         known, _, at = after.partition("@")
         for name in sorted(name for name in self._names() if name >= known):
             start = 0 if name != known else int(at) if at else sys.maxsize
-            for end, points in self.read(name, start):
+            for end, points in self.read(name, start, PIECE):
                 yield f"{name}@{end}", points
+
+    def end(self) -> str:
+        """The position behind all that is written now, for `points`."""
+        newest = max(self._names(), default="")
+        return f"{newest}@{(self.folder / newest).stat().st_size}" if newest else ""
 
     def read(self, name: str, start: int = 0, most: int = sys.maxsize) -> Iterator[tuple[int, list[Point]]]:
         """(end, points) of one file from byte `start` on, in pieces of at most `most` points or one line.
@@ -244,7 +252,9 @@ class MemoryTracker:
         return run_id
 
     def params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        self._run(run_id).params |= dict(values)
+        run = self._run(run_id)
+        run.tags |= {f"now.{k}": str(v) for k, v in values.items() if run.params.get(k, v) != v}
+        run.params = dict(values) | run.params
 
     def inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None:
         run = self._run(run_id)

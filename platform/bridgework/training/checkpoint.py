@@ -38,6 +38,10 @@ _NAME = re.compile(r"(\d{8,})-(\w+)")
 _UNFINISHED = re.compile(r"\.(?:\d{8,}|universal)-(\w+)")
 
 
+class Unusable(RunError):
+    """All checkpoints of a stage are damaged."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint: `step` is the cursor, the next step to take."""
@@ -181,11 +185,7 @@ def newest(
             passed.append(f"checkpoint of step {found.step} is damaged: {found.damage}")
             continue
         if (reason := found.distrust(home)) is not None:
-            raise RunError(
-                f"{found.folder}: the checkpoint is not trusted, because its manifest {reason}. Loading a checkpoint "
-                "runs code that is in it. Fix: if you know who wrote it, add --trust-checkpoints once, which signs "
-                "this stage's checkpoints with this home's key; else move the folder away"
-            )
+            raise _untrusted(found.folder, reason)
         if found.checkpoint.fingerprint not in (fingerprint, *others):
             raise RunError(
                 f"{found.folder} was written by recipe {found.checkpoint.fingerprint}, this is {fingerprint}; "
@@ -198,17 +198,36 @@ def newest(
     return None, passed
 
 
+def verify(folder: Path, *, home: Path | None = None) -> None:
+    """Raises RunError for a checkpoint that this home does not trust, or that is damaged."""
+    name = _NAME.fullmatch(folder.name)
+    found = _read(folder, int(name[1]) if name else 0)
+    if found.checkpoint is not None and (reason := found.distrust(home or home_folder())) is not None:
+        raise _untrusted(folder, reason)
+    damage = found.damage if found.checkpoint is None else found.checkpoint.damage()
+    if damage:
+        raise RunError(f"{folder}: the checkpoint is damaged: {damage}. Fix: take another step")
+
+
+def _untrusted(folder: Path, reason: str) -> RunError:
+    return RunError(
+        f"{folder}: the checkpoint is not trusted, because its manifest {reason}. Loading a checkpoint runs code that "
+        "is in it. Fix: if you know who wrote it, add --trust-checkpoints once, which signs the checkpoints of this "
+        "run with this home's key; else move the folder away"
+    )
+
+
 def resume(
     stage_folder: Path, fingerprint: str, *others: str, home: Path | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
     """`newest`, where a stage that has checkpoints may not begin again by accident.
 
-    Raises RunError when all of them are damaged.
+    Raises Unusable when all of them are damaged.
     """
     found, passed = newest(stage_folder, fingerprint, *others, home=home)
     lost = [*passed, *(f"{DAMAGED}/{place.name} was found damaged before" for place in _listed(_damaged(stage_folder)))]
     if found is None and lost:
-        raise RunError(
+        raise Unusable(
             f"{root(stage_folder)}: no checkpoint can be used ({'; '.join(lost[:4])}). Fix: restore one from a backup; "
             "or add --start-over to train the stage again from step 0: what is there is renamed, not removed"
         )
