@@ -76,6 +76,7 @@ class ModelSpec(Protocol):
     def square_tokens(self) -> int: ...  # vectors the vision tower makes of a square: what it costs beside the text
     @property
     def unpackable(self) -> str | None: ...  # why several samples cannot share a sequence; None where they can
+    def unshardable(self, wants: frozenset[str]) -> str | None: ...  # why ZeRO 3 cannot split it, for such outputs
     def build(self, *, pretrained: bool = True) -> Any: ...  # torch.nn.Module
     def tiny(self) -> Self: ...
 

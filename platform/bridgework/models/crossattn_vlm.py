@@ -68,6 +68,9 @@ class CrossAttentionVLM:
     def instruction(self) -> None:
         return None
 
+    def unshardable(self, wants: frozenset[str]) -> None:
+        return None
+
     @property
     def square_tokens(self) -> int:
         return self.vision.tokens

@@ -36,7 +36,12 @@ def _absent(module: str) -> Iterator[None]:
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 with _absent("mlflow"):  # an optional import of DeepSpeed's autotuner: four seconds in every worker, and not used here
     import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_local_fp32_param,
+        safe_set_full_fp32_param,
+        safe_set_local_fp32_param,
+    )
 
 # DeepSpeed 0.19 still calls what torch 2.13 has renamed, at every step.
 warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
@@ -162,10 +167,11 @@ class Engine:
         """Keeps parameters within the wiring's limits, in the optimizer's copy too: it would bring them back."""
         for name, (low, high) in self._step.model.limits.items():
             parameter = self._step.model.get_parameter(name)
-            whole = safe_get_full_fp32_param(parameter)
-            if whole is None:
-                parameter.clamp_(low, high)
-            else:
+            parameter.data.clamp_(low, high)  # what the next forward reads
+            if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's part, which no other rank writes
+                parameter.ds_tensor.data.clamp_(low, high)
+                safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(low, high))
+            elif (whole := safe_get_full_fp32_param(parameter)) is not None:
                 safe_set_full_fp32_param(parameter, whole.clamp(low, high))
 
     def _passes(self, batches: Sequence[Batch], draws: int) -> Iterator[tuple[Batch, Beside | None]]:
