@@ -9,13 +9,16 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 from bridgework.errors import ResourceError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left on the device; the user's quota is used up
+SAID = (  # by torch.save, whose zip writer raises a RuntimeError, and by safetensors
+    "PytorchStreamWriter failed writing", "inline_container.cc", "No space left on device", "Disk quota exceeded",
+)  # fmt: skip
 
 
 def write_atomic(path: Path, content: str | bytes, *, mode: int | None = None) -> None:
@@ -52,7 +55,8 @@ def append(path: Path, content: str) -> None:
                 data = data[os.write(file, data) :]
             os.fsync(file)
         except OSError:
-            os.ftruncate(file, before)
+            with suppress(OSError):
+                os.ftruncate(file, before)
             raise
         finally:
             os.close(file)
@@ -112,21 +116,13 @@ def _sync(path: Path) -> None:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error means that a disk or a quota is full; torch's file writer reports it as a RuntimeError."""
+    """Whether an error means that a disk or a quota is full; libraries report it by other classes, in their words."""
     chain: list[BaseException] = []
     at: BaseException | None = error
     while at is not None and at not in chain:
         chain.append(at)
         at = at.__cause__ or at.__context__
-    return any(
-        (isinstance(e, OSError) and e.errno in FULL) or (isinstance(e, RuntimeError) and _writer_failed(str(e)))
-        for e in chain
-    )
-
-
-def _writer_failed(message: str) -> bool:
-    """torch.save's zip writer: `unexpected pos`, `PytorchStreamWriter failed writing`, in inline_container.cc."""
-    return "inline_container.cc" in message or "PytorchStreamWriter failed" in message
+    return any((isinstance(e, OSError) and e.errno in FULL) or any(word in str(e) for word in SAID) for e in chain)
 
 
 @contextmanager
@@ -134,7 +130,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Raise ResourceError, naming the disk and what is free on it, where the block fails for want of space."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         if isinstance(error, ResourceError) or not disk_full(error):
             raise
         raise full(path) from error

@@ -61,7 +61,6 @@ def fit(job: "Job", how: How) -> None:
 
     needs = _needs(how)
     with listening(job.folder, log.warning) as stop:
-        stop.clear()  # of an attempt before
 
         def stopped() -> None:
             if stop.asked:
@@ -96,16 +95,17 @@ def fit(job: "Job", how: How) -> None:
                 raise found from error
             failures = how.max_failures + 1
             raise RunError(f"{job.stage}: the workers failed {failures} times, last with {found!r}") from error
-        finally:
-            stop.clear()
     shutil.rmtree(job.folder / "ray", ignore_errors=True)
 
 
 def _needs(how: How) -> dict[str, float]:
-    """What each worker asks Ray for. Raises SpecError for GPUs that are not a number from 0 on."""
-    if how.gpus_per_worker is not None and not 0 <= how.gpus_per_worker < math.inf:
-        raise SpecError(f"--gpus-per-worker: Got {how.gpus_per_worker:g}; expected 0 or more. Fix: leave it out")
-    gpus = cluster.gpus_each(how.gpus_per_worker)
+    """What each worker asks Ray for. Raises SpecError for a number of GPUs that Ray cannot give."""
+    asked = how.gpus_per_worker
+    if asked is not None and not (0 <= asked <= 1 or (1 < asked < math.inf and asked == int(asked))):
+        raise SpecError(
+            f"--gpus-per-worker: Got {asked:g}; expected a share of one GPU or a whole number. Fix: leave it out"
+        )
+    gpus = cluster.gpus_each(asked)
     if gpus or cluster.grows("CPU"):
         return {"CPU": 1.0, "GPU": gpus}
     total = ray.cluster_resources().get("CPU", 1.0)

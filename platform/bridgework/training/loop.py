@@ -212,6 +212,7 @@ def _memory(stage: Stage, batches: Sequence[Batch]) -> Iterator[None]:
 
 def _finish(job: Job, metrics: Metrics, state: dict[str, torch.Tensor]) -> None:
     """The artefact comes last: where it is, the stage is finished and its metrics are there."""
+    checkpoint.make_room(job.folder, sum(tensor.nbytes for tensor in state.values()), home=job.home)
     storage.write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=1))
     with storage.disk_errors(job.folder):
         artefact.save(

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,7 +38,9 @@ class Stop:
             return
 
     def clear(self) -> None:
-        self._file.unlink(missing_ok=True)
+        """Take the request of the file back."""
+        with suppress(OSError):
+            self._file.unlink(missing_ok=True)
 
     @property
     def asked(self) -> str:
@@ -70,12 +72,14 @@ def listening(folder: Path, say: Callable[[str], Any]) -> Iterator[Stop]:
         stop.ask(name)
         say(f"{stage}: {name}: a checkpoint is saved behind this step, then the run stops; again: it stops at once")
 
+    stop.clear()  # what asked an attempt before
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        stop.clear()
 
 
 def interrupted(stage: str, reason: str, step: int | None) -> Interrupted:
