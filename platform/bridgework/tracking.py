@@ -132,6 +132,10 @@ class Journal:
             log.warning("%s: metrics are written again; those of %d steps were lost", self.folder, self._lost)
         self._trouble, self._lost, self._pending = False, 0, []
 
+    def close(self) -> None:
+        """The same as `flush`: whatever ends a run, its metrics are written."""
+        self.flush()
+
     def _open(self) -> Path:
         """The file to append to: a new one at first, after trouble, and behind one of full size."""
         if self._file is not None and self._file.exists() and self._file.stat().st_size < FILE_BYTES:
@@ -148,7 +152,7 @@ class Journal:
     def _names(self) -> list[str]:
         try:
             return [name for name in os.listdir(self.folder) if name.endswith(".jsonl")]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def points(self, after: str = "") -> Iterator[tuple[str, list[Point]]]:

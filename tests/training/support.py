@@ -40,9 +40,11 @@ def go(
     *,
     stages: Sequence[str] | None = ("align",),
     tracker: Tracker | None = None,
+    fork: str | None = None,
     **how: Any,
 ) -> dict[str, StageResult]:
-    return train(system, home=home, run=run, how=How(**{"workers": 0, **how}), stages=stages, tracker=tracker)
+    options = How(**{"workers": 0, **how})
+    return train(system, home=home, run=run, how=options, stages=stages, tracker=tracker, fork=fork)
 
 
 def stop_at(step: int) -> Callable[[dict[str, float], int], None]:

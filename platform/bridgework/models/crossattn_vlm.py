@@ -210,8 +210,7 @@ class CrossAttentionModel(Freezable):
         """(B, M, Q, F) what each row shows, and (B, T) which of it a token sees: the last one before it, 0 for none."""
         places_BT = ids_BT == IMAGE
         count_B = places_BT.sum(-1)
-        with rng.images():
-            images_NQF = self.images(pixels, features, layouts_N4)
+        images_NQF = self.images(pixels, features, layouts_N4)
         if int(count_B.sum()) != len(images_NQF):
             raise DataError(
                 f"the batch has {int(count_B.sum())} image places in its ids, and {len(images_NQF)} images: "
@@ -220,6 +219,7 @@ class CrossAttentionModel(Freezable):
         most = max(1, int(count_B.max()))
         return _scattered(images_NQF, count_B, most), packing.last_seen(places_BT, segments_BT)
 
+    @rng.images()
     def images(self, pixels: Tensor | None, features: Tensor | None, layouts_N4: Tensor | None = None) -> Tensor:
         """(N, Q, F): the bridge's tokens; N may be 0, and the bridge is in the graph all the same."""
         patches = self._patches(pixels, features)

@@ -149,6 +149,7 @@ class PrefixModel(Freezable):
         text_BTD = self.language.get_input_embeddings()(ids_BT.masked_fill(places_BT, 0))
         return cast(Tensor, text_BTD.masked_scatter(places_BT.unsqueeze(-1), tokens_KD.to(text_BTD.dtype)))
 
+    @rng.images()
     def images(
         self,
         pixels_N3SS: Tensor | None,
@@ -166,18 +167,6 @@ class PrefixModel(Freezable):
         """
         if pixels_N3SS is not None and features_NPF is not None:
             raise DataError("both pixels and cached features are given; the vision tower takes one of them")
-        with rng.images():
-            return self._images(pixels_N3SS, features_NPF, instruction_BI, attention_BI, places_R, layouts_N4)
-
-    def _images(
-        self,
-        pixels_N3SS: Tensor | None,
-        features_NPF: Tensor | None,
-        instruction_BI: Tensor | None,
-        attention_BI: Tensor | None,
-        places_R: Tensor | None,
-        layouts_N4: Tensor | None,
-    ) -> Tensor:
         if features_NPF is None:
             given_N3SS = pixels_N3SS if pixels_N3SS is not None else self._no_pixels()
             count, patches_NPF = len(given_N3SS), self.vision(_one_at_least(given_N3SS))

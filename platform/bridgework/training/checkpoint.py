@@ -173,6 +173,7 @@ def newest(
     for one of another recipe, of a newer version, or that this home does not trust.
     """
     home = home or home_folder()
+    _key(home)  # which signs what an older version left, if it is made now
     passed: list[str] = []
     for found in _found(stage_folder):
         if found.schema > SCHEMA:

@@ -63,7 +63,8 @@ def train(
     folder = run_folder.place(home, run)
     if fork is not None:
         with run_folder.locked(folder):
-            console.print(describe(make_fork(system, fork, home=home, run=run)), markup=False)
+            made = make_fork(system, fork, home=home, run=run)
+            console.print(describe(made), markup=False, highlight=False, soft_wrap=True)
     for i, stage in enumerate(chosen):
         _checked(stage, [before.name for before in chosen[:i]], folder, home, how)
     with run_folder.locked(folder), notices.shown(partial(console.print, markup=False, soft_wrap=True)):

@@ -124,11 +124,15 @@ def _checkpoint(
         )
     had, has = ({name: to_dict(getattr(s, name), options=False) for name in SHAPES} for s in (old, stage))
     shapes = run_folder.differences(had, has, f"stages.{stage.name}")
+    if (old.optim.weight_decay == 0) != (stage.optim.weight_decay == 0):  # else vectors are a group of their own
+        shapes += run_folder.differences(
+            old.optim.weight_decay, stage.optim.weight_decay, f"stages.{stage.name}.optim.weight_decay"
+        )
     if shapes:
         raise RunError(
-            f"--fork: {run_folder.told(shapes)}; expected the same {', '.join(SHAPES)} as in run {other!r}, since its "
-            "checkpoint holds exactly those tensors. Fix: undo this change, or start a run from an artifact "
-            f"(stages.{stage.name}.starts_from)"
+            f"--fork: {run_folder.told(shapes)}; expected the same {', '.join(SHAPES)} as in run {other!r}, and a "
+            "weight decay that is 0 in both or in neither, since its checkpoint holds exactly those tensors. Fix: undo "
+            f"this change, or start a run from an artifact (stages.{stage.name}.starts_from)"
         )
     if step is not None and step not in [each.step for each in kept]:
         steps = ", ".join(str(each.step) for each in kept)

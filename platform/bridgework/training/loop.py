@@ -9,7 +9,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -94,7 +94,8 @@ def run(
     metrics: Metrics = {}
 
     done = start
-    with listening(job.folder, log.warning) as stop, Recorder(job.folder, attempt, rank, start) as recorder:
+    recorder = Recorder(job.folder, attempt, rank, start)
+    with listening(job.folder, log.warning) as stop, closing(journal), recorder:
         for step, batch_rows in enumerate(rows(start), start):
             clock.waited()
             stopped = False
@@ -107,8 +108,6 @@ def run(
                 recorder.step(step, batches, losses, counts)
                 metrics = named(stage, taken) | mixed.add(taken) | {"lr": lr} | clock.took(batches, taken)
                 if not (math.isfinite(metrics["loss"]) and math.isfinite(taken.norm)):
-                    journal.flush()  # how it came to this
-                    recorder.flush()
                     raise _not_finite(job, step, metrics, suspects([row.key for row in batch_rows], losses))
                 if rank == 0:
                     journal.append(metrics, step)

@@ -36,8 +36,10 @@ def shown(folder: Path, title: str, steps: int, console: Console) -> Iterator[No
             for text in notices.new():
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
             for name, points in journal.points(part):
-                part, at = name, max(p.step for p in points)
-                figures, done = _figures(points, at), min(at + 1, steps)  # evaluations of the end stand behind the last
+                part, at = name, max((p.step for p in points if p.key == "loss"), default=None)
+                if at is None:
+                    continue  # figures of an evaluation
+                figures, done = _figures(points, at), min(at + 1, steps)
                 bar.update(task, completed=done, figures=figures)
                 if not console.is_terminal and done * 10 // steps > tenth:
                     tenth = done * 10 // steps
