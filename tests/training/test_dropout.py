@@ -1,7 +1,6 @@
 """Dropout in training: masks by place, so that the loss is that of one worker, however the batch is cut."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from bridgework.data import reader
 from bridgework.models.freezing import apply
 from bridgework.spec import override
 from bridgework.system import System, load
-from bridgework.tracking import Journal
-from bridgework.training import loop
-from tests.training.support import fresh
+from tests.training.support import fresh, job, train_ranks
 
 LORA = "lora(rank=4,alpha=8,dropout=0.1)"
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -52,29 +48,11 @@ def without(value: Any) -> Any:
     return value.replace("dropout=0.1", "dropout=0.0") if isinstance(value, str) else 0.0 if value == 0.1 else value
 
 
-def job(made: System, home: Path, folder: Path) -> loop.Job:
-    (stage,) = made.stages
-    place = folder / stage.name
-    place.mkdir(parents=True, exist_ok=True)
-    return loop.Job(made, stage.name, reader.Feed.of(stage, home), place, home)
-
-
-def train(given: loop.Job, rank: int = 0, world: int = 1) -> dict[int, float]:
-    """The loss of every step."""
-
-    def rows(start: int) -> Iterator[list[reader.Row]]:
-        return reader.local(given.feed, rank=rank, world=world, start=start)
-
-    loop.run(given, rows, lambda metrics, step: None, rank=rank, world=world)
-    parts = Journal(given.folder / "journal").points()
-    return {point.step: point.value for _, points in parts for point in points if point.key == "loss"}
-
-
 def two_ranks(rank: int, home: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for number, case in enumerate(CASES):
-        found = train(job(system(case), Path(home), Path(folder) / str(number)), rank, 2)
+        found = train_ranks(job(system(case), Path(home), Path(folder) / str(number)), rank, 2)
         if rank == 0:
             (Path(folder) / f"{number}.json").write_text(json.dumps(found))
     dist.barrier()
@@ -83,7 +61,7 @@ def two_ranks(rank: int, home: str, folder: str) -> None:
 
 @pytest.mark.usefixtures("process_group")
 def test_loss_with_dropout_is_the_same_on_two_workers(home: Path, tmp_path: Path) -> None:
-    alone = {case: train(job(system(case), home, tmp_path / f"alone-{i}")) for i, case in enumerate(CASES)}
+    alone = {case: train_ranks(job(system(case), home, tmp_path / f"alone-{i}")) for i, case in enumerate(CASES)}
     spawn(two_ranks, (str(home), str(tmp_path)), nprocs=2)
     for number, (case, expected) in enumerate(alone.items()):
         found = {int(step): loss for step, loss in json.loads((tmp_path / f"{number}.json").read_text()).items()}
@@ -93,9 +71,9 @@ def test_loss_with_dropout_is_the_same_on_two_workers(home: Path, tmp_path: Path
 @pytest.mark.parametrize("case", IN_PARTS)
 @pytest.mark.usefixtures("process_group")
 def test_loss_with_dropout_is_the_same_in_micro_batches(case: str, home: Path, tmp_path: Path) -> None:
-    complete = train(job(system(case), home, tmp_path / "complete"))
-    assert train(job(system(case, micro=3), home, tmp_path / "parts")) == pytest.approx(complete, rel=1e-5)
-    assert train(job(system(case, dropout=False), home, tmp_path / "off")) != pytest.approx(complete, rel=1e-5)
+    complete = train_ranks(job(system(case), home, tmp_path / "complete"))
+    assert train_ranks(job(system(case, micro=3), home, tmp_path / "parts")) == pytest.approx(complete, rel=1e-5)
+    assert train_ranks(job(system(case, dropout=False), home, tmp_path / "off")) != pytest.approx(complete, rel=1e-5)
 
 
 def test_frozen_parts_draw_nothing() -> None:

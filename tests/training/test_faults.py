@@ -129,9 +129,10 @@ def test_a_step_that_does_not_fit_names_its_longest_samples(home: Path) -> None:
     rows = next(local(Feed.of(stage, home), rank=0, world=1, start=0))
     batches = [collate(rows[i : i + 4], pad_id=0) for i in (0, 4)]
     longest = max(rows, key=lambda row: len(row.ids))
-    with pytest.raises(
-        ResourceError, match=rf"longest samples of this worker are .*{longest.key} \(\d+ tokens\)"
-    ) as no, loop._memory(stage, batches):
+    with (
+        pytest.raises(ResourceError, match=rf"longest samples of this worker are .*{longest.key} \(\d+ tokens\)") as no,
+        loop._memory(stage, batches),
+    ):
         torch.empty(2**60)
     assert "set stages.align.budget.micro=4" in str(no.value) and "the same run resumes" in str(no.value)
     with pytest.raises(ResourceError, match="longest samples"), loop._memory(stage, batches):
