@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from bridgework.errors import RunError
+from bridgework.data.shards import write
+from bridgework.data.synthetic import shapes
+from bridgework.errors import DataError, RunError
 from bridgework.evaluation import HeldOutLoss
+from bridgework.spec import override
 from bridgework.system import System
 from bridgework.tracking import MemoryTracker
 from bridgework.training import artefact, checkpoint, run_folder
+from bridgework.training.driver import train
 from bridgework.training.fork import Fork
+from bridgework.training.launch import How
 from tests.training.support import Stop, go, llava, losses, same, stop_at, weights
 from tests.training.test_checkpoint import unsigned
 from tests.training.test_elastic import engine
@@ -60,6 +66,16 @@ def test_an_option_may_change_between_attempts(home: Path, run: str, option: str
     if option == "micro":
         stage = next(each for each in tracker.runs.values() if each.name == "align")
         assert (stage.params["budget.micro"], stage.tags["now.budget.micro"]) == (8, "2")
+
+
+def test_the_advice_at_too_many_bad_samples_can_be_taken(home: Path, run: str, tmp_path: Path) -> None:
+    samples = [replace(each, images=(b"no image",)) if i % 4 == 3 else each for i, each in enumerate(shapes(32, 16))]
+    write(samples, str(tmp_path / "data"), source="test", licence="CC0-1.0", made_by="tests", group_rows=8)
+    system = llava(4, stages__align__data__sources__blip558k__dataset=str(tmp_path / "data"))
+    with pytest.raises(DataError, match=r"are bad .*allow a larger share"):
+        go(system, home, run)
+    go(override(system, {"stages.align.data.max_bad": 0.5}), home, run)
+    assert steps(home, run) == [0, 1, 2, 3]
 
 
 def test_a_run_of_an_older_version_resumes(tmp_path: Path) -> None:
@@ -167,6 +183,24 @@ def test_what_is_finished_and_stays_is_taken_over(home: Path, run: str) -> None:
     assert steps(home, f"{run}-2", "instruct") == [4, 5]
     assert same(weights(home, f"{run}-2"), weights(home, run))
     assert found["align"].metrics == first.metrics
+
+
+def test_a_fork_of_one_stage_needs_no_other(home: Path, run: str) -> None:
+    """The second stage of a run that started from another run's artifact."""
+    parent = go(llava(2), home, f"{run}-parent")["align"].artefact
+    system = llava(6, stages__instruct__starts_from=str(parent))
+    stopped(system, home, run, stages=["instruct"])
+    changed = override(system, {"stages.instruct.seed": 5})
+    go(changed, home, f"{run}-2", stages=["instruct"], fork=run)
+    assert steps(home, f"{run}-2", "instruct") == [4, 5]
+
+
+def test_an_evaluation_that_came_after_the_end_is_reported(home: Path, run: str) -> None:
+    go(llava(2), home, run)
+    console = Console(record=True, width=300)
+    later = llava(2, **OPTIONS["evaluations"])
+    train(later, home=home, run=run, how=How(workers=0), stages=["align"], console=console)
+    assert "align: later was not evaluated; `bridgework eval` does it" in console.export_text()
 
 
 REFUSED: dict[str, tuple[Callable[[str], dict[str, Any]], str, str]] = {

@@ -4,6 +4,7 @@ A run is a folder, `<home>/runs/<run>/`, with recipe.json and one folder a stage
 stopped: finished stages are taken as they are, an unfinished one resumes from its newest complete checkpoint.
 """
 
+import json
 import logging
 import operator
 import os
@@ -63,7 +64,7 @@ def train(
     folder = run_folder.place(home, run)
     if fork is not None:
         with run_folder.locked(folder):
-            made = make_fork(system, fork, home=home, run=run)
+            made = make_fork(system, fork, home=home, run=run, stages=stages)
             console.print(describe(made), markup=False, highlight=False, soft_wrap=True)
     for i, stage in enumerate(chosen):
         _checked(stage, [before.name for before in chosen[:i]], folder, home, how)
@@ -127,6 +128,10 @@ def _stage(
     run_id = tracked.start(stage, inputs, parent)
     if finished:
         console.print(f"{stage.name}: finished before; its artefact is {place / 'artefact'}")
+        judged = json.loads((place / "metrics.json").read_text())
+        for spec in stage.evals:  # an option, which may have changed since
+            if not any(name.startswith(f"{spec.name}.") for name in judged):
+                console.print(f"{stage.name}: {spec.name} was not evaluated; `bridgework eval` does it", markup=False)
         with _relayed(tracked.tracker, run_id, place):
             return tracked.done(stage, place)
     cached = _cached(system, stage, datasets, home, how, console)

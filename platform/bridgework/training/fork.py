@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -52,11 +53,12 @@ class Fork:
         return {"forked_from": f"{self.run}/{self.stage}@{self.step}", "forked_from_fingerprint": self.fingerprint}
 
 
-def fork(system: System, source: str, *, home: Path, run: str) -> Fork:
+def fork(system: System, source: str, *, home: Path, run: str, stages: Sequence[str] | None = None) -> Fork:
     """Make `run` a fork of `source`, RUN or RUN@STEP; a fork that was made before stays as it is.
 
-    The caller holds the lock of `run`. Raises RunError where there is nothing to start from, where `run` is another
-    run already, and for a change after which the checkpoint's tensors would not fit.
+    stages: those that `run` will train; None: all. The caller holds the lock of `run`. Raises RunError where there is
+    nothing to start from, where `run` is another run already, and for a change after which the checkpoint's tensors
+    would not fit.
     """
     named = _SOURCE.fullmatch(source)
     if named is None:
@@ -74,7 +76,7 @@ def fork(system: System, source: str, *, home: Path, run: str) -> Fork:
         raise RunError(
             f"--fork: the recipe is that of run {other!r}. Fix: resume it with --run {other}, or change something"
         )
-    finished, stage = _taken(before, system, theirs)
+    finished, stage = _taken(before, system, theirs, stages)
     found = _checkpoint(before, stage, theirs, other, int(at) if at else None, home)
     for name in finished:
         _copy(theirs / name, folder / name, ("artefact", "metrics.json", "evals", SKIPS))
@@ -93,7 +95,7 @@ def fork(system: System, source: str, *, home: Path, run: str) -> Fork:
     return made
 
 
-def _taken(before: System, system: System, theirs: Path) -> tuple[list[str], Stage]:
+def _taken(before: System, system: System, theirs: Path, stages: Sequence[str] | None) -> tuple[list[str], Stage]:
     """The finished stages that the new recipe leaves as they are, and the first stage that must train."""
     known = {stage.name: stage for stage in before.stages}
     finished: list[str] = []
@@ -104,7 +106,7 @@ def _taken(before: System, system: System, theirs: Path) -> tuple[list[str], Sta
         needs = {stage.starts_from, *(stage.curation.uses if stage.curation else ())} & known.keys()
         if same and needs <= set(finished) and (theirs / stage.name / "artefact" / "artefact.json").is_file():
             finished.append(stage.name)
-        else:
+        elif stages is None or stage.name in stages:
             first = first or stage
     if first is None:
         raise RunError("--fork: every stage is finished and none is changed, so there is nothing to train")

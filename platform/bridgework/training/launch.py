@@ -21,7 +21,7 @@ import ray.train
 from ray import cloudpickle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 
-from bridgework import cluster
+from bridgework import cluster, storage
 from bridgework.data.ingest import READER_CPUS, PlanIngest, ahead, from_ray
 from bridgework.errors import BridgeworkError, ResourceError, RunError, SpecError
 from bridgework.training import checkpoint, notices
@@ -93,6 +93,8 @@ def fit(job: "Job", how: How) -> None:
             found = _cause(error)
             if isinstance(found, BridgeworkError):
                 raise found from error
+            if storage.disk_full(found):  # Ray's own files
+                raise storage.full(job.folder) from error
             failures = how.max_failures + 1
             raise RunError(f"{job.stage}: the workers failed {failures} times, last with {found!r}") from error
     shutil.rmtree(job.folder / "ray", ignore_errors=True)

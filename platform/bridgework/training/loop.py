@@ -223,6 +223,8 @@ def _finish(job: Job, metrics: Metrics, state: dict[str, torch.Tensor]) -> None:
             datasets=job.datasets,
             steps=job.system[job.stage].budget.steps,
         )
+        storage.sync_tree(job.folder / "artefact")
+        storage.sync_folder(job.folder)
 
 
 def built(job: Job, stage: Stage) -> tuple[freezing.Freezable, list[str]]:
