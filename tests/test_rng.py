@@ -177,7 +177,7 @@ def test_repeated_rows_have_draws_of_their_own_by_place() -> None:
 def test_rows_that_cannot_be_placed_are_dropped_out_all_the_same_and_reported(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rng, "_told", [])
+    monkeypatch.setattr(rng, "_reported", [])
     with placed():
         drawn = [F.dropout(torch.ones(7, 50), 0.5) for _ in range(2)]
     assert all(0.3 < float((each == 0).float().mean()) < 0.7 for each in drawn)

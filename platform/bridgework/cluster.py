@@ -37,7 +37,7 @@ def potential() -> dict[str, float]:
 
 
 def grows(name: str) -> bool:
-    """Whether the autoscaler may bring more of a resource than there is."""
+    """Return whether the autoscaler may bring more of a resource than there is."""
     import ray
 
     return bool(potential().get(name, 0.0) > ray.cluster_resources().get(name, 0.0))
@@ -70,7 +70,8 @@ def wait_for(
     most = potential()
     if _Own.ray and any(most.get(name, 0.0) < amount for name, amount in wanted.items()):
         raise ResourceError(f"{what}: this machine cannot run it. Got {_missing(wanted)}. Fix: {FEWER}")
-    deadline, begun = time.monotonic() + timeout_s, time.monotonic()
+    started = time.monotonic()
+    deadline = started + timeout_s
     group = placement_group([dict(bundle) for bundle in bundles])  # a demand, which the autoscaler sees
     try:
         while True:
@@ -84,7 +85,7 @@ def wait_for(
                         f"Got {_missing(wanted)}. Fix: {FEWER}, free some, let the cluster start more nodes, or wait "
                         "longer (--resource-timeout)"
                     )
-            say(f"{what}: waiting for {_missing(wanted)}; {time.monotonic() - begun:.0f} of {timeout_s:g} s")
+            say(f"{what}: waiting for {_missing(wanted)}; {time.monotonic() - started:.0f} of {timeout_s:g} s")
     finally:
         remove_placement_group(group)
 
@@ -152,7 +153,7 @@ def each(
 
 
 class _Own:
-    """Whether the Ray of this process is its own, on this machine alone: then nothing will join it."""
+    """Remembers that the Ray of this process is its own, on this machine alone: no node will join it."""
 
     ray: ClassVar[bool] = False
 

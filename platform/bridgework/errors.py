@@ -5,7 +5,7 @@ BridgeworkError
 ├── DataError      (ValueError)    a dataset, a manifest, a shard or a sample
 ├── WeightsError   (ValueError)    pretrained weights, an artefact, a parameter's shape
 ├── RunError       (RuntimeError)  a run, a checkpoint, a worker
-│   └── Interrupted                a run that a signal stopped, behind a checkpoint
+│   └── Interrupted                a run that a signal stopped, after a checkpoint
 ├── TrackingError  (RuntimeError)  the tracker's answer: no such run, model, alias
 └── ResourceError  (OSError)       the machine: memory, disk, a port, a missing program
 

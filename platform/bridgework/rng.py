@@ -150,13 +150,13 @@ class Placed(TorchFunctionMode):
         return hashed.view(*shape[:-1], words)
 
     def _row_shape(self, first: int, rows: int) -> tuple[int, tuple[int, ...]]:
-        """How the first dimension is made of rows: (rows, what each has), as (B * T, D) and (B * H, T, T) are."""
+        """Split the first dimension into rows and what each has, as in (B * T, D) and (B * H, T, T)."""
         if first == rows or (first == 1 and rows != 1):
             return first, ()
         if rows and first % rows == 0:
             return rows, (first // rows,)
-        if not _told:
-            _told.append(first)
+        if not _reported:
+            _reported.append(first)
             log.warning(
                 "dropout over %d rows that are not those of the %d samples of a micro-batch: there, masks depend on "
                 "how the batch is cut, and so does the loss. Fix: set the dropout of that part of the model to 0",
@@ -191,7 +191,7 @@ class Placed(TorchFunctionMode):
         return unit(self._hashed(whole, device, 1)).view(shape)
 
 
-_told: list[int] = []  # a process reports once what it cannot place
+_reported: list[int] = []  # a process reports once what it cannot place
 
 
 def _dropout(

@@ -116,7 +116,7 @@ def _sync(path: Path) -> None:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error means that a disk or a quota is full; libraries report it by other classes, in their words."""
+    """Recognize the error of a full disk or quota; libraries report it by other classes, in their words."""
     chain: list[BaseException] = []
     at: BaseException | None = error
     while at is not None and at not in chain:

@@ -20,7 +20,7 @@ from bridgework import storage
 from bridgework.errors import TrackingError, suggest
 
 GROWING = ".log.jsonl"  # files of a journal that are appended to; those of older versions are not
-FILE_BYTES = 8_000_000  # a writer opens the next file behind one of this size
+FILE_BYTES = 8_000_000  # a writer opens the next file after one of this size
 PIECE = 10_000  # points that are read at a time
 MAX_PENDING = 10_000  # steps that wait in memory while the disk refuses them
 
@@ -137,7 +137,7 @@ class Journal:
         self.flush()
 
     def _open(self) -> Path:
-        """The file to append to: a new one at first, after trouble, and behind one of full size."""
+        """The file to append to: a new one at first, after trouble, and after one of full size."""
         if self._file is not None and self._file.exists() and self._file.stat().st_size < FILE_BYTES:
             return self._file
         if self._file is None:
@@ -145,7 +145,7 @@ class Journal:
             newest = max((int(name[:20]) for name in self._names()), default=0)
         else:
             newest = int(self._file.name[:20])
-        order = max(time.time_ns(), newest + 1)  # this clock may be behind that of another machine
+        order = max(time.time_ns(), newest + 1)  # this clock may be slower than another machine's
         self._file = self.folder / f"{order:020d}-{uuid4().hex[:6]}{GROWING}"
         return self._file
 
@@ -167,7 +167,7 @@ class Journal:
                 yield f"{name}@{end}", points
 
     def end(self) -> str:
-        """The position behind all that is written now, for `points`."""
+        """The position after all that is written now, for `points`."""
         newest = max(self._names(), default="")
         return f"{newest}@{(self.folder / newest).stat().st_size}" if newest else ""
 
@@ -193,7 +193,7 @@ class Journal:
             yield end, found
 
     def unread(self, offsets: Mapping[str, int]) -> list[str]:
-        """The files that have bytes behind the offset given for each, in the order of writing.
+        """The files that have bytes after the offset given for each, in the order of writing.
 
         A file of an older version never grows: one that has an offset is not looked at again.
         """

@@ -111,9 +111,9 @@ class Plan:
         yield from ((source, epoch, (bad + further) % size) for further in range(1, size))
 
     def shared(self, other: "Plan") -> int:
-        """How many of the first steps train on the same rows in both plans, which may differ in their steps.
+        """Count the first steps that train on the same rows in both plans, which may differ in their steps.
 
-        The last period of a plan is laid out for its end: what is behind its beginning is not shared.
+        The last period of a plan is laid out for its end: what comes after its beginning is not shared.
         """
         if self._order != other._order:
             return 0

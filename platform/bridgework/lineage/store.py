@@ -164,7 +164,7 @@ class MLflowTracker(MLflowReader):
             return str(created.info.run_id)
 
     def params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """Dotted paths. What MLflow cannot hold (a `*` in a name, a long value) stands whole in params.json.
+        """Dotted paths. What MLflow cannot hold (a `*` in a name, a long value) is complete in params.json.
 
         MLflow's parameters never change: another value, of a run that is resumed, becomes the tag `now.NAME`.
         """

@@ -6,7 +6,7 @@ of the home (see `signing`) and a sha256 of all that. The newest complete one is
 manifests alone, never from what Ray or DeepSpeed remember. Randomness inside a step is a function of
 (seed, step, place in the global batch), so a checkpoint holds no state of a random generator.
 
-Three cases are told apart. Damage (a file is missing, changed, not in the manifest, or holds values
+There are three cases. Damage (a file is missing, changed, not in the manifest, or holds values
 that are not finite; a manifest that cannot be read): the one before is taken, and this is reported
 and moved to `checkpoints/damaged/`. Trust (no signature, another home's key, a wrong signature) and a
 newer version's manifest: the run stops and says what to do. Whatever else is in the folder is left.
@@ -250,7 +250,7 @@ def cursor(stage_folder: Path, fingerprint: str, *others: str, home: Path | None
 
 
 def sweep(stage_folder: Path, attempt: str, start: int) -> None:
-    """Remove what other attempts left half-written; move checkpoints behind `start` to `damaged/`.
+    """Remove what other attempts left half-written; move checkpoints after `start` to `damaged/`.
 
     For rank 0, before the first step. The latter cannot be used, or `start` would be theirs.
     """

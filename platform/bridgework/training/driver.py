@@ -57,7 +57,7 @@ def train(
 
     fork: RUN, or RUN@STEP: `run` is a new run that starts from that run's checkpoint. Raises SpecError for a stage that
     is not there, DataError for data that is not, RunError when the run's name belongs to another recipe, is in use, or
-    its workers failed more often than `how.max_failures`, Interrupted when a signal stopped it behind a checkpoint.
+    its workers failed more often than `how.max_failures`, Interrupted when a signal stopped it after a checkpoint.
     """
     chosen = [system[name] for name in stages] if stages is not None else list(system.stages)
     console = console or Console(stderr=True)
@@ -202,7 +202,7 @@ def _curated(stage: Stage, folder: Path, home: Path, how: How, console: Console)
 
 
 def _may_extend(system: System, folder: Path, home: Path, before: System, name: str) -> bool:
-    """Whether a stage may train for another number of steps than before: what it has learned would be the same.
+    """Allow a stage another number of steps than before where what it has learned would be the same.
 
     That is so where the learning rates and the samples of all steps before its newest checkpoint are.
     """
@@ -244,7 +244,7 @@ def _skips(
     how: How,
     console: Console,
 ) -> Skips:
-    """What the stage leaves out, with what is asked for now: from the checkpoint on that it resumes from."""
+    """Return what the stage leaves out, with what is asked for now: from its newest checkpoint on."""
     skips = Skips.read(place)
     if not how.skip:
         return skips

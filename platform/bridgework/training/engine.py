@@ -60,7 +60,7 @@ class Taken(NamedTuple):
     replaced_S: Tensor  # ... and how many of them stand for a bad or skipped one
     sums_LR: Tensor  # what each of this rank's samples added to every loss, ...
     counts_LR: Tensor  # ... and to its divisor
-    stop: bool = False  # a rank was asked to stop behind this step
+    stop: bool = False  # a rank was asked to stop after this step
 
 
 class Engine:
@@ -76,7 +76,7 @@ class Engine:
     ) -> None:
         """`multipliers`: what trains -> multiplier of the learning rate, by the names of the wiring's parameters.
 
-        `universal`: it will `load` what `reshaped` made, unless `load` is told otherwise.
+        `universal`: it will `load` what `reshaped` made, unless `load` is given another value.
         """
         # Without this, every start on a CPU compiles a C++ extension for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -104,7 +104,7 @@ class Engine:
         """One optimizer step over this rank's micro-batches, of which every rank has equally many.
 
         draws: a number of (seed, step), the same on every rank: with the places of the samples it decides every
-        dropout mask and every other draw of the forward passes. stop: this rank was asked to stop behind this step.
+        dropout mask and every other draw of the forward passes. stop: this rank was asked to stop after this step.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["multiplier"]
@@ -248,7 +248,7 @@ class Engine:
         return int(_summed(torch.tensor(own, dtype=torch.float64, device=self.device)))
 
     def _learned(self) -> Iterator[Tensor]:
-        """What trains, as far as it is on this rank."""
+        """Yield the parameters that train, as far as they are on this rank."""
         for parameter in self._step.parameters():
             if parameter.requires_grad:
                 yield getattr(parameter, "ds_tensor", parameter)

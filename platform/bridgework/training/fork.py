@@ -132,7 +132,7 @@ def _checkpoint(
         )
     if shapes:
         raise RunError(
-            f"--fork: {run_folder.told(shapes)}; expected the same {', '.join(SHAPES)} as in run {other!r}, and a "
+            f"--fork: {run_folder.summarize(shapes)}; expected the same {', '.join(SHAPES)} as in run {other!r}, and a "
             "weight decay that is 0 in both or in neither, since its checkpoint holds exactly those tensors. Fix: undo "
             f"this change, or start a run from an artifact (stages.{stage.name}.starts_from)"
         )
@@ -197,4 +197,4 @@ def _link(source: str, dest: str) -> None:
 
 def describe(made: Fork) -> str:
     """One line for a person."""
-    return f"forked from step {made.step} of {made.run}/{made.stage}: {run_folder.told(list(made.changed))}"
+    return f"forked from step {made.step} of {made.run}/{made.stage}: {run_folder.summarize(list(made.changed))}"

@@ -101,7 +101,7 @@ def fit(job: "Job", how: How) -> None:
 
 
 def _needs(how: How) -> dict[str, float]:
-    """What each worker asks Ray for. Raises SpecError for a number of GPUs that Ray cannot give."""
+    """Return what each worker asks Ray for. Raises SpecError for a number of GPUs that Ray cannot give."""
     asked = how.gpus_per_worker
     if asked is not None and not (0 <= asked <= 1 or (1 < asked < math.inf and asked == int(asked))):
         raise SpecError(
@@ -111,7 +111,7 @@ def _needs(how: How) -> dict[str, float]:
     if gpus or cluster.grows("CPU"):
         return {"CPU": 1.0, "GPU": gpus}
     total = ray.cluster_resources().get("CPU", 1.0)
-    for_data = READER_CPUS * (how.readers + 1)  # workers that held every CPU would wait for data for ever
+    for_data = READER_CPUS * (how.readers + 1)  # workers that held every CPU would wait for data without end
     return {"CPU": max(0.1, min(1.0, (total - for_data) / how.workers)), "GPU": 0.0}
 
 

@@ -80,7 +80,7 @@ def run(
 
     `rows(start)` gives this rank's samples of the steps from `start` on; with `fixed_start` they begin at the newest
     checkpoint of the moment and nowhere else. Raises RunError when the loss, the gradient or the weights are not
-    finite, Interrupted behind a checkpoint when the run is asked to stop, ResourceError for what the machine lacks.
+    finite, Interrupted after a checkpoint when the run is asked to stop, ResourceError for what the machine lacks.
     """
     stage = job.system[job.stage]
     check(stage, accumulated(stage, world))
@@ -167,7 +167,7 @@ def _weights_not_finite(job: Job, step: int) -> RunError:
 
 
 def _other_run(job: Job) -> str:
-    """How a run with another learning rate is started."""
+    """Name the way to a run with another learning rate."""
     if checkpoint.checkpoints(job.folder):
         return f"a new run from this one's newest checkpoint (--fork {_run_name(job)})"
     return "a new run (another --run)"
@@ -244,7 +244,7 @@ def _agreed(value: T) -> T:
 
 
 def _by_rank_0(work: Callable[[], T]) -> T:
-    """What rank 0 gets of `work`, on every rank; an error of ours is raised on every rank, so that none waits."""
+    """Run `work` on rank 0 and return its value on every rank; its errors are raised on every rank, so none waits."""
     made: T | BridgeworkError | None = None
     if dist.get_rank() == 0:
         try:

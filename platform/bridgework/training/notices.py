@@ -1,6 +1,6 @@
-"""What workers have to say, where the person at the command sees it.
+"""Warnings of workers, forwarded to the person at the command.
 
-A warning in the log of a worker under Ray Train reaches nobody: Ray keeps it on the worker's machine.
+A warning in the log of a worker under Ray Train is not seen: Ray keeps it on the worker's machine.
 Here every warning of bridgework goes from the workers to a file of the stage's folder, and from there,
 as from the driver's own log, to the console.
 """

@@ -103,7 +103,7 @@ class Recorder:
             if not self._trouble:
                 log.warning("%s: the record of steps is kept in memory until it can be written: %s", self._place, error)
             self._trouble = True
-            self._close()  # what was half-written ends this file; the next one begins anew
+            self._close()  # what was half-written ends this file; a new one follows
             return
         if self._trouble:
             log.warning("%s: steps are recorded again; %d of them were lost", self._place, self._lost)

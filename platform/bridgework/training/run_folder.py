@@ -79,8 +79,8 @@ def same_recipe(
         changed = [d for d in changed if not _extends(d, before, may_extend)]
     if changed:
         raise RunError(
-            f"run {folder.name!r} exists with another recipe: {told(changed)}; undo the change, or give another --run: "
-            f"with --fork {folder.name} it starts from this run's newest checkpoint"
+            f"run {folder.name!r} exists with another recipe: {summarize(changed)}; undo the change, or give another "
+            f"--run: with --fork {folder.name} it starts from this run's newest checkpoint"
         )
     if raw != now:
         _write(folder, now, differences(raw, now))
@@ -88,11 +88,11 @@ def same_recipe(
 
 
 def changes(before: System, now: System) -> list[str]:
-    """What makes two recipes learn something else, by dotted path."""
+    """List the differences that make two recipes learn something else, by dotted path."""
     return _differences(before, now)
 
 
-def told(changed: list[str]) -> str:
+def summarize(changed: list[str]) -> str:
     """The first differences, and how many more there are."""
     return "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
 

@@ -31,10 +31,10 @@ def key(home: Path, adopt: Callable[[bytes], object] | None = None) -> bytes:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f".{FILE}.lock", mode=OWNER_ONLY):  # of several workers, one makes it
             if not file.exists():
-                made = secrets.token_hex(32)
+                fresh = secrets.token_hex(32)
                 if adopt is not None:
-                    adopt(bytes.fromhex(made))
-                storage.write_atomic(file, made + "\n", mode=OWNER_ONLY)
+                    adopt(bytes.fromhex(fresh))
+                storage.write_atomic(file, fresh + "\n", mode=OWNER_ONLY)
     try:
         found = bytes.fromhex(file.read_text().strip())
         if len(found) < 16:
@@ -61,5 +61,5 @@ def sign(key: bytes, body: Mapping[str, Any]) -> str:
 
 
 def signed(key: bytes, body: Mapping[str, Any], signature: str) -> bool:
-    """Whether `signature` is that of `body`; takes equally long wherever they differ."""
+    """Verify the signature of `body`, in a time that does not depend on where they differ."""
     return hmac.compare_digest(sign(key, body), signature)

@@ -1,6 +1,6 @@
-"""How a run is asked to stop: by a signal to a process of it, or by a file in the stage's folder.
+"""Requests to stop a run: a signal to a process of it, or a file in the stage's folder.
 
-The loop looks after every step, all workers agree on the step behind which they stop, and a
+The loop looks after every step, all workers agree on the step after which they stop, and a
 checkpoint is saved there. Workers under Ray Train get no signal of their own: the driver writes the
 file for them.
 """
@@ -22,7 +22,7 @@ LOOK_S = 0.5  # how often the file is looked for: it may be on a shared disk
 
 
 class Stop:
-    """Whether the run of one stage was asked to stop."""
+    """The request to stop the run of one stage, if there is one."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / FILE
@@ -34,7 +34,7 @@ class Stop:
         self._asked = reason
         try:
             self._file.write_text(reason)
-        except OSError:  # the disk is full: this process knows, and tells the others behind its next step
+        except OSError:  # the disk is full: this process knows, and the others learn it in its next step
             return
 
     def clear(self) -> None:
@@ -70,7 +70,9 @@ def listening(folder: Path, say: Callable[[str], Any]) -> Iterator[Stop]:
         if stop.asked:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         stop.ask(name)
-        say(f"{stage}: {name}: a checkpoint is saved behind this step, then the run stops; again: it stops at once")
+        say(
+            f"{stage}: {name}: a checkpoint is saved after this step, then the run stops; a second one stops it at once"
+        )
 
     stop.clear()  # what asked an attempt before
     before = {number: signal.signal(number, handle) for number in SIGNALS}

@@ -179,7 +179,7 @@ class QFormerModel(nn.Module):
         return cast(Tensor, self(ids_NT, attention_NT, run="text"))
 
     def write(self, ids_NT: Tensor, attention_NT: Tensor, states: list[Tensor]) -> Tensor:
-        """(N, T, W): the text half of the causal mask, behind the queries that `read` gave for the same images."""
+        """(N, T, W): the text half of the causal mask, after the queries that `read` gave for the same images."""
         return cast(Tensor, self(ids_NT, attention_NT, states, run="write"))
 
     def fuse(self, patches_NPF: Tensor, ids_NT: Tensor, attention_NT: Tensor, seen_N1LL: Tensor) -> Tensor:
