@@ -35,7 +35,8 @@ class Judged(Protocol):
 class Matching:
     """Cross-entropy of match (class 1) or no match (class 0) over a sample's pair and its two negatives."""
 
-    negatives: Literal["rank", "all"] = "rank"  # drawn among the samples of this rank, or of all ranks
+    # drawn among the samples of this rank, so that the loss goes by the number of workers, or of all ranks
+    negatives: Literal["rank", "all"] = "rank"
     weight: float = 1.0
     whole_batch: ClassVar[bool] = True
     packs: ClassVar[bool] = False

@@ -64,7 +64,14 @@ class Taken(NamedTuple):
 
 
 class Engine:
-    """One stage's Step under DeepSpeed, on one rank. All ranks call every method together."""
+    """One stage's Step under DeepSpeed, on one rank. All ranks call every method together.
+
+    draws: a number of (seed, step), the same on every rank; with the places of the samples it decides every dropout
+    mask and every other draw of the next `train_step`. stop: this rank was asked to stop after the next `train_step`.
+    """
+
+    draws: int = 0
+    stop: bool = False
 
     def __init__(
         self,
@@ -100,21 +107,17 @@ class Engine:
         self._weights_S = torch.tensor([1.0 if weight is None else weight for weight in own], device=self.device)
         self._weights_L = torch.tensor([loss.weight for loss in step.losses], device=self.device)
 
-    def train_step(self, batches: Sequence[Batch], lr: float, draws: int = 0, *, stop: bool = False) -> Taken:
-        """One optimizer step over this rank's micro-batches, of which every rank has equally many.
-
-        draws: a number of (seed, step), the same on every rank: with the places of the samples it decides every
-        dropout mask and every other draw of the forward passes. stop: this rank was asked to stop after this step.
-        """
+    def train_step(self, batches: Sequence[Batch], lr: float) -> Taken:
+        """One optimizer step over this rank's micro-batches, of which every rank has equally many."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["multiplier"]
         sources_R = torch.tensor([source for batch in batches if not batch.idle for source in batch.sources])
         counts_LR, census_3R = self._counted([batch for batch in batches if not batch.idle])
         known_S = by_source(torch.cat([counts_LR, census_3R]), sources_R, len(self._weights_S))
-        known_S = torch.cat([known_S, torch.full_like(known_S[:1], float(stop))]).to(self.device)
+        known_S = torch.cat([known_S, torch.full_like(known_S[:1], float(self.stop))]).to(self.device)
         counts_LS, census_3S, stop_1S = _summed(known_S).split([len(counts_LR), len(census_3R), 1])
         divisors_LS = (counts_LS if self._by_source else counts_LS.sum(1, keepdim=True)).clamp(min=1)
-        own_LR, plain = self._learn(batches, sources_R, divisors_LS, draws)
+        own_LR, plain = self._learn(batches, sources_R, divisors_LS)
         self._clamp()
         self._step.model.after_step()
         norm = self._engine.get_global_grad_norm()
@@ -132,18 +135,16 @@ class Engine:
             stop=bool(stop_1S.any()),
         )
 
-    def _learn(
-        self, batches: Sequence[Batch], sources_R: Tensor, divisors_LS: Tensor, draws: int
-    ) -> tuple[Tensor, Tensor]:
+    def _learn(self, batches: Sequence[Batch], sources_R: Tensor, divisors_LS: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward of every micro-batch, the optimizer's step behind the last.
 
         Gives what each of the rank's samples added to every loss, and the gradient's norm before the step.
         """
         told: list[Tensor] = []
         self._engine.train()
-        for number, (batch, beside) in enumerate(self._passes(batches, draws), 1):
+        for number, (batch, beside) in enumerate(self._passes(batches), 1):
             self._engine.set_gradient_accumulation_boundary(number == len(batches))
-            with placed(batch, draws, self.device):
+            with placed(batch, self.draws, self.device):
                 sums_LR = self._engine(batch.to(self.device), beside)
             of_R = torch.tensor(batch.sources) if beside is None else sources_R
             sums_LS = by_source(sums_LR, of_R, len(self._weights_S))
@@ -174,14 +175,14 @@ class Engine:
             elif (whole := safe_get_full_fp32_param(parameter)) is not None:
                 safe_set_full_fp32_param(parameter, whole.clamp(low, high))
 
-    def _passes(self, batches: Sequence[Batch], draws: int) -> Iterator[tuple[Batch, Beside | None]]:
+    def _passes(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Beside | None]]:
         """Each micro-batch; where losses compare them, with what a first pass gave of all."""
         if len(batches) == 1 or not self._step.spliced:
             yield from ((batch, None) for batch in batches)
             return
         shares = []
         for batch in batches:
-            with placed(batch, draws, self.device):  # both passes draw the same
+            with placed(batch, self.draws, self.device):  # both passes draw the same
                 shares.append(self._step.share(batch.to(self.device)))
         samples = [0 if batch.idle else len(batch.keys) for batch in batches]
         for own, batch in enumerate(batches):

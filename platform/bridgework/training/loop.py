@@ -102,8 +102,9 @@ def run(
             if step not in job.passes:
                 batches = _micro_batches(stage, batch_rows, world, pad_id, engine.device)
                 lr = learning_rate(stage.optim, step, stage.budget.steps)
+                engine.draws, engine.stop = derive(stage.seed, step), bool(stop.asked)
                 with _memory(stage, batches):
-                    taken = engine.train_step(batches, lr, derive(stage.seed, step), stop=bool(stop.asked))
+                    taken = engine.train_step(batches, lr)
                 losses, counts = by_sample(stage, taken)
                 recorder.step(step, batches, losses, counts)
                 metrics = named(stage, taken) | mixed.add(taken) | {"lr": lr} | clock.took(batches, taken)
