@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bridgework import rng
+from bridgework import rng, storage
 from bridgework.data.batch import Batch
 from bridgework.errors import RunError
 from bridgework.system import AdamW, Stage
@@ -289,6 +289,8 @@ def reshaped(folder: Path, into: Path) -> None:
     places = ["--input_folder", str(folder / TAG), "--output_folder", str(into / TAG)]
     done = subprocess.run([*command, *places], capture_output=True, text=True)
     if done.returncode:
+        if any(word in done.stderr for word in storage.SAID):
+            raise storage.full(into)
         said = done.stderr.strip().splitlines() or ["no word"]
         raise RunError(f"{folder} cannot be read by another number of workers: {said[-1]}")
 

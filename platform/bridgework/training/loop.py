@@ -278,7 +278,7 @@ def _engine(
         if found is None:
             return engine, 0, {}
         if elastic:
-            client = _load_of_other_workers(found, engine, attempt)
+            client = _load_of_other_workers(job, found, engine, attempt)
         else:
             client = engine.load(found.folder, universal=False)
         if engine.finite():
@@ -291,13 +291,16 @@ def _engine(
             raise ResourceError(f"{damage}; the workers start again from the one before")
 
 
-def _load_of_other_workers(found: checkpoint.Checkpoint, engine: Engine, attempt: str) -> dict[str, Any]:
+def _load_of_other_workers(job: Job, found: checkpoint.Checkpoint, engine: Engine, attempt: str) -> dict[str, Any]:
     universal = found.folder.with_name(f".universal-{attempt}")
-    _by_rank_0(lambda: reshaped(found.folder, universal))
-    client = engine.load(universal, universal=True)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(universal)
+    _by_rank_0(lambda: checkpoint.make_room(job.folder, found.size, home=job.home))
+    try:
+        _by_rank_0(lambda: reshaped(found.folder, universal))
+        client = engine.load(universal, universal=True)
+        dist.barrier()
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(universal, ignore_errors=True)
     return client
 
 
