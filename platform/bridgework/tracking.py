@@ -67,8 +67,8 @@ class Tracker(Protocol):
     def start(self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None) -> str:
         """A new run's id; `parent` nests it. A run of the same name, parent and `run_key` tag is taken up again."""
 
-    def params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """Parameters, which keep their first value: another one, of a resumed run, becomes the tag `now.NAME`."""
+    def params(self, run_id: str, values: Mapping[str, Any], *, resumed: bool = False) -> None:
+        """Parameters, which keep their first value: another one, of a `resumed` run, becomes the tag `now.NAME`."""
 
     def inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None: ...
     def points(self, run_id: str, points: Sequence[Point]) -> None: ...
@@ -255,8 +255,11 @@ class MemoryTracker:
         self.runs[run_id] = MemoryRun(name, parent, dict(tags or {}))
         return run_id
 
-    def params(self, run_id: str, values: Mapping[str, Any]) -> None:
+    def params(self, run_id: str, values: Mapping[str, Any], *, resumed: bool = False) -> None:
         run = self._run(run_id)
+        if not resumed:
+            run.params |= dict(values)
+            return
         run.tags |= {f"now.{k}": str(v) for k, v in values.items() if run.params.get(k, v) != v}
         run.params = dict(values) | run.params
 

@@ -48,8 +48,8 @@ def test_runs_without_key_are_always_new(tracker: Tracker) -> None:
 def test_a_parameter_keeps_its_first_value_and_another_one_is_a_tag(tracker: Tracker) -> None:
     """An option, such as the size of a micro-batch, may change where a run resumes."""
     run = tracker.start("align")
-    tracker.params(run, {"budget.micro": 8, "optim.peak_lr": 1e-3})
-    tracker.params(run, {"budget.micro": 2, "optim.peak_lr": 1e-3, "seed": 0})
+    tracker.params(run, {"budget.micro": 8, "optim.peak_lr": 1e-3}, resumed=True)
+    tracker.params(run, {"budget.micro": 2, "optim.peak_lr": 1e-3, "seed": 0}, resumed=True)
     if isinstance(tracker, MemoryTracker):
         params, tags = {k: str(v) for k, v in tracker.runs[run].params.items()}, tracker.runs[run].tags
     else:

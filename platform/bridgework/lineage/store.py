@@ -163,14 +163,14 @@ class MLflowTracker(MLflowReader):
             created = self._client.create_run(self._experiment, run_name=name, tags=own | _ui_tags(own, parent))
             return str(created.info.run_id)
 
-    def params(self, run_id: str, values: Mapping[str, Any]) -> None:
+    def params(self, run_id: str, values: Mapping[str, Any], *, resumed: bool = False) -> None:
         """Dotted paths. What MLflow cannot hold (a `*` in a name, a long value) is complete in params.json.
 
-        MLflow's parameters never change: another value, of a run that is resumed, becomes the tag `now.NAME`.
+        MLflow refuses another value of a parameter; of a `resumed` run it becomes the tag `now.NAME`.
         """
         texts = {_name(k): str(v) for k, v in values.items()}
         with self._asked(f"log {len(texts)} parameters of run {run_id}"):
-            known = self._client.get_run(run_id).data.params
+            known = self._client.get_run(run_id).data.params if resumed else {}
             short = {k: v[:MAX_PARAM_VAL_LENGTH] for k, v in texts.items()}
             batch = [entities.Param(k, v) for k, v in short.items() if k not in known]
             for k, v in short.items():

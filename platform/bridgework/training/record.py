@@ -57,7 +57,7 @@ class Record:
         self._open: str | None = None
         with self._asked() as asked:
             self._id = asked.start(run, parent=parent, tags={**self._tags, "run_key": run})
-            asked.params(self._id, flat(system))
+            asked.params(self._id, flat(system), resumed=True)
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "recipe.json"
                 file.write_text(json.dumps(to_dict(system), indent=1))
@@ -69,7 +69,7 @@ class Record:
         tags = {**self._tags, "stage": stage.name, "run_key": f"{self._run}/{stage.name}", "starts_from_digest": digest}
         with self._asked() as tracker:
             self._open = tracker.start(stage.name, parent=self._id, tags=tags)
-            tracker.params(self._open, flat(stage))
+            tracker.params(self._open, flat(stage), resumed=True)
             tracker.inputs(self._open, inputs)
         return self._open
 
