@@ -170,6 +170,28 @@ def test_a_changed_recipe_is_refused_by_its_path(bridgework: Bridgework, trained
     assert "stages.align.seed was 0, is 7" in said.err
 
 
+def test_a_run_that_was_given_no_name_is_found_with_other_options(bridgework: Bridgework, home: Path) -> None:
+    words = ("train", "llava", "--tiny", "--workers", "0", "--stage", "align", *SHORT, "--set", "stages.align.seed=31")
+    short = {"stages.*.budget.steps": 2, "stages.*.optim.peak_lr": 3e-3, "stages.align.seed": 31}
+    system = override(load("llava").tiny(), short)
+    for more in ((), ("--set", "stages.align.budget.micro=4")):
+        said = bridgework(*words, *more)
+        assert said.code == 0, said.err
+    assert "finished before" in said.err
+    assert (home / "runs" / f"llava-tiny-{system.identity()[:6]}" / "align" / "artefact").is_dir()
+    older = home / "runs" / f"llava-tiny-{system.fingerprint()[:6]}"  # as an older version named it
+    (home / "runs" / f"llava-tiny-{system.identity()[:6]}").rename(older)
+    assert "finished before" in bridgework(*words).err
+
+
+def test_a_refused_change_names_the_word_that_forks(bridgework: Bridgework, trained: Path) -> None:
+    words = ("train", "llava", "--tiny", "--workers", "0", "--stage", "align", *SHORT, "--set", "stages.align.seed=7")
+    refused = bridgework(*words, "--run", "cli")
+    assert refused.code == 1 and "with --fork cli it starts from this run's newest checkpoint" in refused.err
+    forked = bridgework(*words, "--run", "cli-forked", "--fork", "cli")  # of two steps no checkpoint was kept
+    assert forked.code == 1 and "run 'cli' has no checkpoint of stage 'align', the first that must train" in forked.err
+
+
 def test_promote_and_rollback_move_the_champion(bridgework: Bridgework, trained: Path, home: Path) -> None:
     tracker = MLflowTracker(None, home, "bridgework")
     first = tracker.version("llava-tiny", "1")

@@ -1,5 +1,6 @@
 """What a system is: its name, what it refuses to be, and how it is found."""
 
+import math
 import os
 import subprocess
 import sys
@@ -53,6 +54,29 @@ def test_fingerprint_differs_when_any_leaf_differs() -> None:
             extra = {f"{path.rpartition('.sources.')[0]}.sources.*.loss_weight": 1.0}
         seen.add(override(system(), extra | {path: new}).fingerprint())
     assert len(seen) == len(leaves) + 1
+
+
+OPTIONS = {"micro", "max_bad", "rows", "paper"}  # and whatever an evaluation has
+
+
+def test_identity_differs_where_what_is_learned_does_and_nowhere_else() -> None:
+    assert system().identity() == from_dict(to_dict(system())).identity()
+    for path, leaf in flat(system()).items():
+        word, option = path.rpartition(".")[2], ".evals." in path
+        changes: dict[str, Any] = {
+            "steps": 77,
+            "micro": 3,
+            "max_bad": 0.25,
+            "rows": 7,
+            "paper": "x",
+            "seed": 9,
+            "eps": 1e-3,
+        }
+        if word in changes or option:
+            new = changes.get(word, "x" if isinstance(leaf, str) else 11)
+            other = override(system(), {path: new})
+            assert other.fingerprint() != system().fingerprint(), path
+            assert (other.identity() == system().identity()) == (option or word in OPTIONS), path
 
 
 def test_fingerprint_tells_the_order_of_the_globs_apart() -> None:
@@ -132,6 +156,25 @@ def test_a_stage_is_found_by_name() -> None:
         (lambda: Mixture(sources=(Source(name="a", dataset="x", factor=0.0),)), "drop the source instead"),
         (lambda: Mixture(sources=(Source(name="a", dataset="x", max_epochs=0.0),)), "max_epochs must be above 0"),
         (lambda: Budget(steps=0, batch=1), "budget.steps must be at least 1"),
+        *[
+            (lambda name=name, value=value: AdamW(**{"peak_lr": 1e-3, name: value}), rf"optim\.{name}\S* must be .*got")
+            for name, values in {
+                "peak_lr": (0.0, -1.0, 1e39, math.inf, math.nan),
+                "final_lr": (-1e-9, math.nan, -math.inf),
+                "eps": (0.0, -1e-8, 1e-40, math.nan, math.inf),
+                "clip": (-1.0, math.nan, math.inf),
+                "weight_decay": (-0.1, math.nan, math.inf, 1e39),
+                "betas": ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, math.nan), (0.9, 2.0)),
+            }.items()
+            for value in values
+        ],
+        (lambda: AdamW(peak_lr=1e-3, warmup=math.nan), "warmup is a share"),
+        (lambda: Source(name="a", dataset="x", factor=math.inf), "factor must be above 0 and finite"),
+        (lambda: Source(name="a", dataset="x", factor=math.nan), "factor must be above 0 and finite"),
+        (lambda: Source(name="a", dataset="x", max_epochs=math.nan), "max_epochs must be above 0"),
+        (lambda: Source(name="a", dataset="x", loss_weight=math.nan), "loss_weight must be at least 0"),
+        (lambda: replace(system()["align"], trains={"bridge.*": math.inf}), r"align\.trains\['bridge\.\*'\] must be"),
+        (lambda: replace(system()["align"], trains={"bridge.*": -1.0}), r"align\.trains\['bridge\.\*'\] must be"),
         (lambda: AdamW(peak_lr=0.0), "peak_lr must be above 0"),
         (lambda: AdamW(peak_lr=1e-3, final_lr=1e-2), "the rate only decays"),
         (lambda: AdamW(peak_lr=1e-3, warmup=1.0), "warmup is a share"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bridgework import tracking
 from bridgework.errors import TrackingError
 from bridgework.tracking import DatasetInput, Journal, MemoryTracker, Point, Tracker
 
@@ -64,14 +65,82 @@ def test_a_writer_whose_clock_is_behind_still_comes_last(tmp_path: Path) -> None
     assert read(journal, after=ahead.name) == [("loss", 1.0, 2), ("loss", 1.0, 3)]
 
 
-def test_a_part_that_was_cut_short_is_not_read(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_short_is_not_read_and_is_read_once_it_is_complete(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.append({"loss": 2.0}, 1)
     journal.flush()
-    [(part, _)] = journal.points()
-    (tmp_path / part).with_suffix(".tmp").write_text('{"key": "lo')
+    [(position, _)] = journal.points()
+    (file,) = tmp_path.iterdir()
+    line = json.dumps({"step": 2, "at": 0, "values": {"loss": 1.0}}) + "\n"
+    with file.open("a") as other:
+        other.write(line[:17])
     assert read(journal) == [("loss", 2.0, 1)]
-    assert sorted(os.listdir(tmp_path)) == [part, part.replace(".jsonl", ".tmp")]
+    assert read(journal, after=position) == []
+    with file.open("a") as other:
+        other.write(line[17:])
+    assert read(journal, after=position) == [("loss", 1.0, 2)]
+
+
+def test_a_flush_lists_no_folder_and_opens_no_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work of a flush is bounded: a run of a week has as many files as one of a minute."""
+    for number in range(50):
+        (tmp_path / f"{10**18 + number:020d}-abcdef.jsonl").write_text("")
+    journal, listed = Journal(tmp_path), list[str]()
+    real = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda *given: listed.append("listed") or real(*given))
+    for step in range(200):
+        journal.append({"loss": 1.0}, step)
+        journal.flush()
+    assert len(listed) == 1
+    assert len(real(tmp_path)) == 51
+    assert [step for _, _, step in read(journal)] == list(range(200))
+
+
+def test_a_file_of_full_size_is_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "FILE_BYTES", 200)
+    journal = Journal(tmp_path)
+    for step in range(20):
+        journal.append({"loss": 1.0}, step)
+        journal.flush()
+    assert 1 < len(list(tmp_path.iterdir())) < 20
+    assert [step for _, _, step in read(journal)] == list(range(20))
+
+
+def test_points_of_an_older_version_are_read(tmp_path: Path) -> None:
+    lines = [json.dumps({"key": key, "value": 2.0, "step": 1, "at": 0}) for key in ("loss", "lr")]
+    (tmp_path / f"{10**18:020d}-abcdef.jsonl").write_text("\n".join(lines) + "\n")
+    assert read(Journal(tmp_path)) == [("loss", 2.0, 1), ("lr", 2.0, 1)]
+
+
+def test_metrics_that_cannot_be_written_wait_and_never_raise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "journal"
+    folder.write_text("a file where the folder should be")
+    journal = Journal(folder)
+    for step in range(3):
+        journal.append({"loss": float(step)}, step)
+        journal.flush()
+    assert caplog.text.count("metrics are kept in memory") == 1
+    folder.unlink()
+    journal.append({"loss": 3.0}, 3)
+    journal.flush()
+    assert read(journal) == [("loss", float(step), step) for step in range(4)]
+    assert "metrics are written again; those of 0 steps were lost" in caplog.text
+
+
+def test_metrics_that_wait_have_an_end_and_what_is_lost_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "MAX_PENDING", 4)
+    folder = tmp_path / "journal"
+    folder.write_text("a file where the folder should be")
+    journal = Journal(folder)
+    for step in range(6):
+        journal.append({"loss": 1.0}, step)
+        journal.flush()
+    folder.unlink()
+    journal.flush()
+    assert [step for _, _, step in read(journal)] == [2, 3, 4, 5]
+    assert "those of 2 steps were lost" in caplog.text
 
 
 def test_infinite_and_undefined_values_survive(tmp_path: Path) -> None:

@@ -7,19 +7,22 @@ import os
 import sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from bridgework import storage
 from bridgework.cli_curate import curate
 from bridgework.cli_data import data
 from bridgework.cli_models import ask, evaluate, export, importing
 from bridgework.cli_order import mixture, order
 from bridgework.cli_words import changes, pairs
+from bridgework.cluster import TIMEOUT_S, attached
 from bridgework.data.catalog import home as home_folder
-from bridgework.errors import BridgeworkError, ResourceError, TrackingError
+from bridgework.errors import BridgeworkError, Interrupted, ResourceError, TrackingError
 from bridgework.spec import flat, override
 from bridgework.system import System, load, recipes, variants
 
@@ -39,6 +42,7 @@ app.command()(export)
 app.command("eval")(evaluate)
 out, err = Console(), Console(stderr=True)
 
+INTERRUPTED = 130  # the exit code of a run that was asked to stop: 128 + SIGINT, as shells have it
 BY_SOURCE = ("samples.", "tokens.", "share.")  # metrics of which there is one for each source
 
 Name = Annotated[str, typer.Argument(metavar="SYSTEM", help="llava, llava:v1, or a module of your own")]
@@ -111,24 +115,54 @@ def train(
         list[str] | None, typer.Option(metavar="KEY|step:N[-M]", help="leave a sample or steps out, on record")
     ] = None,
     run: Annotated[str | None, typer.Option(help="the run's name; the same name resumes")] = None,
+    fork: Annotated[
+        str | None,
+        typer.Option(metavar="RUN[@STEP]", help="a new run from the newest checkpoint of RUN, with another recipe"),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(min=0, help="default: 1 where the cluster has GPUs or can start nodes that have, else 0"),
+    ] = None,
+    resource_timeout: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="how long the workers' resources are waited for")
+    ] = TIMEOUT_S,
+    trust_checkpoints: Annotated[
+        bool, typer.Option("--trust-checkpoints", help="sign the run's checkpoints with this home's key")
+    ] = False,
+    start_over: Annotated[
+        bool, typer.Option("--start-over", help="begin a stage again where none of its checkpoints can be used")
+    ] = False,
     project: Project = "bridgework",
 ) -> None:
     """Train a system, stage after stage. The same run again resumes, and reuses what is finished."""
-    from bridgework.cluster import attached
     from bridgework.lineage import models
     from bridgework.training.driver import train as run_training
     from bridgework.training.launch import How
 
     resolved = _resolve(system, set_, tiny)
-    run = run or f"{system.replace(':', '-').replace('.', '-')}{'-tiny' * tiny}-{resolved.fingerprint()[:6]}"
+    run = run or _run_name(f"{system.replace(':', '-').replace('.', '-')}{'-tiny' * tiny}", resolved)
     for name in stage or ():
         resolved[name]  # a wrong word is said before the tracker is opened
     tracker = _if_up(project)
     with attached() if workers else nullcontext():
         results = run_training(
-            resolved, home=home_folder(), run=run, how=How(workers=workers, readers=readers, skip=tuple(skip or ())),
-            stages=stage, tracker=tracker, console=err,
-        )  # fmt: skip
+            resolved,
+            home=home_folder(),
+            run=run,
+            how=How(
+                workers=workers,
+                readers=readers,
+                skip=tuple(skip or ()),
+                gpus_per_worker=gpus_per_worker,
+                resource_timeout_s=resource_timeout,
+                trust_checkpoints=trust_checkpoints,
+                start_over=start_over,
+            ),
+            stages=stage,
+            tracker=tracker,
+            console=err,
+            fork=fork,
+        )
     table = Table("stage", "figure", "value", box=None, pad_edge=False)
     for name, result in results.items():
         for key, value in result.metrics.items():
@@ -153,7 +187,6 @@ def sweep(
     project: Project = "bridgework",
 ) -> None:
     """Search the bridge and the mixture; the best trial is registered as `challenger`."""
-    from bridgework.cluster import attached
     from bridgework.tuning import search
     from bridgework.tuning.space import load as load_space
 
@@ -258,6 +291,16 @@ def _resolve(name: str, words: list[str] | None, tiny: bool) -> System:
     return override(system.tiny() if tiny else system, changes(words))
 
 
+def _run_name(system: str, resolved: System) -> str:
+    """The name of a run that was given none: by what it learns, so that it resumes with other options.
+
+    An older version named it by all its fields; such a run is found again.
+    """
+    named, before = (f"{system}-{digest[:6]}" for digest in (resolved.identity(), resolved.fingerprint()))
+    runs = home_folder() / "runs"
+    return before if (runs / before).exists() and not (runs / named).exists() else named
+
+
 def _tracker(project: str) -> "MLflowTracker":
     from bridgework.lineage.store import MLflowTracker
 
@@ -282,9 +325,11 @@ def main() -> None:
     except (BridgeworkError, MemoryError, OSError) as error:
         if os.environ.get("BRIDGEWORK_DEBUG"):
             raise
+        if isinstance(error, OSError) and not isinstance(error, BridgeworkError) and storage.disk_full(error):
+            error = storage.full(Path(error.filename or home_folder()))
         said = error if not isinstance(error, MemoryError) else ResourceError("out of memory; take a smaller batch")
         err.print(f"[bold red]error[/]  {str(said).replace('[', chr(92) + '[')}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+        sys.exit(INTERRUPTED if isinstance(error, Interrupted) else 1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ BridgeworkError
 ├── DataError      (ValueError)    a dataset, a manifest, a shard or a sample
 ├── WeightsError   (ValueError)    pretrained weights, an artefact, a parameter's shape
 ├── RunError       (RuntimeError)  a run, a checkpoint, a worker
+│   └── Interrupted                a run that a signal stopped, after a checkpoint
 ├── TrackingError  (RuntimeError)  the tracker's answer: no such run, model, alias
 └── ResourceError  (OSError)       the machine: memory, disk, a port, a missing program
 
@@ -45,6 +46,10 @@ class WeightsError(BridgeworkError, ValueError):
 
 class RunError(BridgeworkError, RuntimeError):
     """A run cannot start, go on or be resumed."""
+
+
+class Interrupted(RunError):
+    """A signal stopped a run; its last checkpoint is of the step before."""
 
 
 class TrackingError(BridgeworkError, RuntimeError):

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import inf
 
 from bridgework.errors import SpecError
-from bridgework.spec import spec
+from bridgework.spec import bounded, option, spec
 
 MAX_BAD = 0.005  # more bad rows than this share of a dataset is a broken dataset, not an accident
 
@@ -21,7 +22,7 @@ class Source:
 
     name: str
     dataset: str
-    rows: int | None = None  # as the paper counts them, for `show` and `plan` before the data is here
+    rows: int | None = option(default=None)  # as the paper counts them, for `show` and `plan` before the data is here
     factor: float = 1.0  # manual multiplier of the weight
     max_epochs: float | None = None  # cap on how often the stage may repeat a row
     prompts: tuple[str, ...] = ()  # turn a pair into a question and its caption: one is drawn per row
@@ -31,13 +32,13 @@ class Source:
     loss_weight: float | None = None  # of this source's own mean loss (Flamingo's lambda); None: one mean over all
 
     def __post_init__(self) -> None:
-        if self.loss_weight is not None and self.loss_weight < 0:
-            raise SpecError(f"sources.{self.name}.loss_weight must be 0 or more, got {self.loss_weight:g}")
+        if self.loss_weight is not None:
+            bounded(f"sources.{self.name}.loss_weight", self.loss_weight, least=0)
         if not 0.0 <= self.following <= 1.0 or (self.images is not None and self.images < 1):
             raise SpecError(f"sources.{self.name}: following lies in [0, 1] and images is at least 1")
         _positive(self.name, self.factor)
-        if self.max_epochs is not None and self.max_epochs <= 0:
-            raise SpecError(f"sources.{self.name}.max_epochs must be above 0, got {self.max_epochs:g}")
+        if self.max_epochs is not None:
+            bounded(f"sources.{self.name}.max_epochs", self.max_epochs, above=0)
 
     def tiny(self, kind: str) -> "Source":
         return replace(self, dataset=f"synthetic:{kind}")
@@ -87,7 +88,7 @@ class Mixture:
     packing: Packing | None = None  # None: a sequence is one sample, padded
     lanes: int = 64  # fixed slices of every batch; ranks share them out, so any number of workers sees one order
     window: int = 16  # steps that one reader lays out at a time
-    max_bad: float = MAX_BAD  # share of the rows that may turn out bad before the run stops
+    max_bad: float = option(default=MAX_BAD)  # share of the rows that may turn out bad before the run stops
 
     def __post_init__(self) -> None:
         _shared("sources", self.sources, self.alpha)
@@ -154,5 +155,5 @@ def _shared(where: str, nodes: tuple[Source | Group, ...], alpha: float) -> None
 
 
 def _positive(name: str, factor: float) -> None:
-    if factor <= 0:
-        raise SpecError(f"sources.{name}.factor must be above 0, got {factor:g}; drop the source instead")
+    if not 0 < factor < inf:
+        raise SpecError(f"sources.{name}.factor must be above 0 and finite, got {factor:g}; drop the source instead")

@@ -21,24 +21,34 @@ T = TypeVar("T")
 Change = tuple[list[str], Any, str]  # what is left of the path, the new value, the whole path for messages
 TRUST = "BRIDGEWORK_TRUST"  # environment: packages besides bridgework whose specs a recipe may name, by commas
 _NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", re.ASCII)
+FLOAT32_MAX, FLOAT32_TINY = 3.4028234e38, 1.1754944e-38  # the largest number, and the smallest of full precision
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def option(*, default: Any = MISSING) -> Any:
+    """A spec's field that changes nothing of what is learned: a run may resume with another value."""
+    return field(default=default, metadata={"option": True})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, option))
 def spec(cls: type[T]) -> type[T]:
     """A frozen, keyword-only dataclass (a plain alias of `dataclass(...)` would blind mypy to the fields)."""
     return dataclass(frozen=True, kw_only=True)(cls)
 
 
-def to_dict(value: Any) -> Any:
-    """JSON-ready; a spec becomes {"_": "module:Class", field: ...}. A mapping keeps its order (`trains` needs it)."""
+def to_dict(value: Any, *, options: bool = True) -> Any:
+    """JSON-ready; a spec becomes {"_": "module:Class", field: ...}. A mapping keeps its order (`trains` needs it).
+
+    Without `options` it is the identity of what is described: fields made by `option` are left out.
+    """
     if is_spec(value):
         head = {"_": f"{type(value).__module__}:{type(value).__qualname__}"}
-        return head | {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
+        named = (f.name for f in fields(value) if options or not f.metadata.get("option"))
+        return head | {name: to_dict(getattr(value, name), options=options) for name in named}
     if isinstance(value, Mapping):
-        return {str(k): to_dict(v) for k, v in value.items()}
+        return {str(k): to_dict(v, options=options) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return [to_dict(v) for v in value]
+        return [to_dict(v, options=options) for v in value]
     return value
 
 
@@ -121,6 +131,24 @@ def positive(what: str, value: Any, *names: str) -> None:
     for name in names:
         if getattr(value, name) < 1:
             raise SpecError(f"{what}.{name} must be at least 1, got {getattr(value, name)}")
+
+
+def bounded(
+    what: str,
+    value: float,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raises SpecError for a number that is not finite in float32 or out of its range; `what` is its dotted name."""
+    low = (above is None or value > above) and (least is None or value >= least)
+    high = (below is None or value < below) and abs(value) <= FLOAT32_MAX
+    if isfinite(value) and low and high:
+        return
+    limits = {"above": above, "at least": least, "below": below}
+    words = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
+    raise SpecError(f"{what} must be {words or 'a number'}, finite in float32, got {value:g}")
 
 
 def is_spec(value: Any) -> bool:

@@ -23,7 +23,7 @@ from bridgework.mixture import Mixture as Mixture
 from bridgework.mixture import Packing as Packing
 from bridgework.mixture import Source as Source
 from bridgework.mixture import unique
-from bridgework.spec import spec, to_dict
+from bridgework.spec import FLOAT32_TINY, bounded, option, spec, to_dict
 
 # --- what a model tells the data, and the data never asks otherwise --------------------------------------------------
 
@@ -76,6 +76,7 @@ class ModelSpec(Protocol):
     def square_tokens(self) -> int: ...  # vectors the vision tower makes of a square: what it costs beside the text
     @property
     def unpackable(self) -> str | None: ...  # why several samples cannot share a sequence; None where they can
+    def unshardable(self, wants: frozenset[str]) -> str | None: ...  # why ZeRO 3 cannot split it, for such outputs
     def build(self, *, pretrained: bool = True) -> Any: ...  # torch.nn.Module
     def tiny(self) -> Self: ...
 
@@ -137,7 +138,7 @@ class Budget:
 
     steps: int
     batch: int  # samples per optimizer step, summed over all workers
-    micro: int = 8  # samples per forward and worker; more are accumulated
+    micro: int = option(default=8)  # samples per forward and worker; more are accumulated
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "micro"):
@@ -162,8 +163,13 @@ class AdamW:
     clip: float = 1.0  # largest norm of the gradient; 0 turns clipping off
 
     def __post_init__(self) -> None:
-        if self.peak_lr <= 0:
-            raise SpecError(f"optim.peak_lr must be above 0, got {self.peak_lr:g}")
+        bounded("optim.peak_lr", self.peak_lr, above=0)
+        bounded("optim.final_lr", self.final_lr, least=0)
+        bounded("optim.weight_decay", self.weight_decay, least=0)
+        bounded("optim.eps", self.eps, least=FLOAT32_TINY)  # a gradient of 0 is divided by it
+        bounded("optim.clip", self.clip, least=0)
+        for number, beta in enumerate(self.betas):
+            bounded(f"optim.betas[{number}]", beta, least=0, below=1)
         if self.final_lr > self.peak_lr:
             raise SpecError(f"optim.final_lr {self.final_lr:g} is above peak_lr {self.peak_lr:g}; the rate only decays")
         if self.decay == "exponential" and self.final_lr <= 0:
@@ -195,7 +201,7 @@ class Stage:
     starts_from: str | None = None  # an earlier stage, or an artefact's folder
     inherits: tuple[str, ...] = ("*",)  # globs of the tensors taken from there: another wiring may need only some
     shard: ZeRO = ZeRO()
-    evals: tuple[EvalSpec, ...] = ()
+    evals: tuple[EvalSpec, ...] = option(default=())
     seed: int = 0
     curation: CurationSpec | None = None  # makes a dataset from earlier stages' models before this stage starts
 
@@ -204,6 +210,10 @@ class Stage:
             raise SpecError(
                 f"{self.name}.trains is empty: name at least one glob of parameters, e.g. {{'bridge.*': 1.0}}"
             )
+        for glob, multiplier in self.trains.items():
+            bounded(f"{self.name}.trains[{glob!r}]", multiplier, least=0)
+        for loss in self.losses:
+            bounded(f"{self.name}.losses.{type(loss).__name__.lower()}.weight", loss.weight)
         if not self.losses:
             raise SpecError(f"{self.name}.losses is empty: a stage needs at least one loss")
         if self.budget.batch % self.data.lanes:
@@ -252,7 +262,7 @@ class System:
     """Stages in the order in which they run."""
 
     name: str
-    paper: str
+    paper: str = option()
     stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
@@ -290,7 +300,16 @@ class System:
 
     def fingerprint(self) -> str:
         """12 hex digits that name the recipe: equal on every machine, different when any field differs."""
-        return hashlib.sha256(json.dumps(to_dict(self)).encode()).hexdigest()[:12]
+        return fingerprint(to_dict(self))
+
+    def identity(self) -> str:
+        """12 hex digits that name what is learned: options, such as `budget.micro`, do not change them."""
+        return fingerprint(to_dict(self, options=False))
+
+
+def fingerprint(recipe: Any) -> str:
+    """12 hex digits of a recipe that is JSON-ready."""
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

@@ -6,14 +6,25 @@ down neither stops nor slows a run and loses no point.
 """
 
 import json
+import logging
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 from uuid import uuid4
 
+from bridgework import storage
 from bridgework.errors import TrackingError, suggest
+
+GROWING = ".log.jsonl"  # files of a journal that are appended to; those of older versions are not
+FILE_BYTES = 8_000_000  # a writer opens the next file after one of this size
+PIECE = 10_000  # points that are read at a time
+MAX_PENDING = 10_000  # steps that wait in memory while the disk refuses them
+
+log = logging.getLogger(__name__)
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -56,7 +67,9 @@ class Tracker(Protocol):
     def start(self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None) -> str:
         """A new run's id; `parent` nests it. A run of the same name, parent and `run_key` tag is taken up again."""
 
-    def params(self, run_id: str, values: Mapping[str, Any]) -> None: ...
+    def params(self, run_id: str, values: Mapping[str, Any], *, resumed: bool = False) -> None:
+        """Parameters, which keep their first value: another one, of a `resumed` run, becomes the tag `now.NAME`."""
+
     def inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None: ...
     def points(self, run_id: str, points: Sequence[Point]) -> None: ...
     def file(self, run_id: str, path: Path, folder: str = "") -> None:
@@ -77,36 +90,139 @@ class Tracker(Protocol):
 
 
 class Journal:
-    """Points of one run as files of JSON lines, one file a flush, each complete or absent.
+    """Metric points of one run, in files that only grow: a JSON line for each step.
 
-    `append` is free of I/O. Parts are named so that each sorts after all before it, on whichever machine it was
-    written. A step that was redone after a failure stands twice; the relay hands each (key, step) on once.
+    `append` does no I/O. A writer lists the folder once, when it opens its first file, so that a
+    flush costs the same after a week as after a minute. Its files sort after all that were there
+    before, on whichever machine they were written. Files of older versions, with a line for each
+    point, are read as well. A step that was redone after a failure is there twice; the relay
+    forwards each (key, step) once.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._pending: list[Point] = []
+        self._pending: list[str] = []
+        self._lost = 0
+        self._trouble = False
+        self._file: Path | None = None
 
     def append(self, values: Mapping[str, float], step: int) -> None:
-        at = int(time.time() * 1000)
-        self._pending += [Point(k, float(v), step, at) for k, v in values.items()]
+        """Note the values of one step; the next `flush` writes them."""
+        at, numbers = int(time.time() * 1000), {k: float(v) for k, v in values.items()}
+        self._pending.append(json.dumps({"step": step, "at": at, "values": numbers}) + "\n")
+        if len(self._pending) > MAX_PENDING:
+            del self._pending[0]
+            self._lost += 1
 
     def flush(self) -> None:
+        """Write what is pending to the disk.
+
+        A disk that refuses never ends a run: up to MAX_PENDING steps wait for the next flush.
+        """
         if not self._pending:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        newest = max((int(p.name[:20]) for p in self.folder.glob("*.jsonl")), default=0)  # this clock may be behind
-        part = self.folder / f"{max(time.time_ns(), newest + 1):020d}-{uuid4().hex[:6]}.jsonl"
-        temporary = part.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(vars(p)) + "\n" for p in self._pending))
-        temporary.rename(part)
-        self._pending = []
+        try:
+            storage.append(self._open(), "".join(self._pending))
+        except OSError as error:
+            if not self._trouble:
+                log.warning("%s: metrics are kept in memory until they can be written: %s", self.folder, error)
+            self._trouble, self._file = True, None
+            return
+        if self._trouble:
+            log.warning("%s: metrics are written again; those of %d steps were lost", self.folder, self._lost)
+        self._trouble, self._lost, self._pending = False, 0, []
+
+    def close(self) -> None:
+        """The same as `flush`: whatever ends a run, its metrics are written."""
+        self.flush()
+
+    def _open(self) -> Path:
+        """The file to append to: a new one at first, after trouble, and after one of full size."""
+        if self._file is not None and self._file.exists() and self._file.stat().st_size < FILE_BYTES:
+            return self._file
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            newest = max((int(name[:20]) for name in self._names()), default=0)
+        else:
+            newest = int(self._file.name[:20])
+        order = max(time.time_ns(), newest + 1)  # this clock may be slower than another machine's
+        self._file = self.folder / f"{order:020d}-{uuid4().hex[:6]}{GROWING}"
+        return self._file
+
+    def _names(self) -> list[str]:
+        try:
+            return [name for name in os.listdir(self.folder) if name.endswith(".jsonl")]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def points(self, after: str = "") -> Iterator[tuple[str, list[Point]]]:
-        """(part, its points) for every part written after the one named."""
-        for part in sorted(self.folder.glob("*.jsonl")):
-            if part.name > after:
-                yield part.name, [Point(**json.loads(line)) for line in part.read_text().splitlines()]
+        """(position, points) of every file with new ones; a position, as `after`, continues there.
+
+        The name of a file as `after` continues with the next file.
+        """
+        known, _, at = after.partition("@")
+        for name in sorted(name for name in self._names() if name >= known):
+            start = 0 if name != known else int(at) if at else sys.maxsize
+            for end, points in self.read(name, start, PIECE):
+                yield f"{name}@{end}", points
+
+    def end(self) -> str:
+        """The position after all that is written now, for `points`."""
+        newest = max(self._names(), default="")
+        return f"{newest}@{(self.folder / newest).stat().st_size}" if newest else ""
+
+    def read(self, name: str, start: int = 0, most: int = sys.maxsize) -> Iterator[tuple[int, list[Point]]]:
+        """(end, points) of one file from byte `start` on, in pieces of at most `most` points or one line.
+
+        A last line without its end is being written, or was cut short: it is left. `start` inside a
+        line means that line's beginning. A line that is not JSON has no points.
+        """
+        with (self.folder / name).open("rb") as file:
+            end = _line_start(file, start)
+            found: list[Point] = []
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                more = _points(line)
+                if found and len(found) + len(more) > most:
+                    yield end, found
+                    found = []
+                found += more
+                end += len(line)
+        if found:
+            yield end, found
+
+    def unread(self, offsets: Mapping[str, int]) -> list[str]:
+        """The files that have bytes after the offset given for each, in the order of writing.
+
+        A file of an older version never grows: one that has an offset is not looked at again.
+        """
+        names = sorted(name for name in self._names() if name not in offsets or name.endswith(GROWING))
+        return [name for name in names if (self.folder / name).stat().st_size > offsets.get(name, 0)]
+
+
+def _points(line: bytes) -> list[Point]:
+    try:
+        said = json.loads(line)
+        if "values" in said:
+            return [Point(key, value, said["step"], said["at"]) for key, value in said["values"].items()]
+        return [Point(**said)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _line_start(file: BinaryIO, at: int) -> int:
+    """Move to the beginning of the line that byte `at` is in, or to the end of the file."""
+    at = min(at, file.seek(0, os.SEEK_END))
+    while at:
+        piece = max(0, at - 4_096)
+        file.seek(piece)
+        found = file.read(at - piece).rfind(b"\n")
+        if found >= 0:
+            at = piece + found + 1
+            break
+        at = piece
+    return file.seek(at)
 
 
 @dataclass
@@ -139,8 +255,13 @@ class MemoryTracker:
         self.runs[run_id] = MemoryRun(name, parent, dict(tags or {}))
         return run_id
 
-    def params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        self._run(run_id).params |= dict(values)
+    def params(self, run_id: str, values: Mapping[str, Any], *, resumed: bool = False) -> None:
+        run = self._run(run_id)
+        if not resumed:
+            run.params |= dict(values)
+            return
+        run.tags |= {f"now.{k}": str(v) for k, v in values.items() if run.params.get(k, v) != v}
+        run.params = dict(values) | run.params
 
     def inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None:
         run = self._run(run_id)

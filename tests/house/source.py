@@ -12,8 +12,8 @@ PACKAGE = ROOT / "platform" / "bridgework"
 
 # The layers of docs/design.md: a module imports from its own layer and from those below it.
 LAYERS = (
-    ("__init__", "errors", "mixture", "spec", "system", "tracking"),
-    ("models", "losses", "data", "cluster", "stores"),
+    ("__init__", "errors", "mixture", "spec", "storage", "system", "tracking"),
+    ("models", "losses", "data", "cluster", "rng", "stores"),
     ("training", "evaluation", "inference", "inputs", "generation", "relay", "curation"),
     ("recipes", "lineage", "interop"),
     ("tuning", "serving"),

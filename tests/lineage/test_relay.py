@@ -13,11 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from bridgework.errors import TrackingError
 from bridgework.lineage.store import MLflowTracker
-from bridgework.relay import LEDGER, Relay, unfinished
+from bridgework.relay import LEDGER, Relay, Steps, unfinished
 from bridgework.tracking import Journal, MemoryTracker, Point
 
 
@@ -127,6 +129,50 @@ def test_points_left_by_a_closed_relay_are_replayed_by_the_next(
     assert Relay(tracker, unfinished(tmp_path)).close() == 0
     assert unfinished(tmp_path) == {}
     assert [steps(tracker, run) for run in runs] == [[0, 1, 2, 3]] * 2
+
+
+def test_a_week_of_points_is_remembered_in_a_few_numbers() -> None:
+    seen, order = Steps(), list(range(1, 2_000, 2)) + list(range(0, 2_000, 2))
+    for step in order:
+        assert step not in seen
+        seen.add(step)
+        seen.add(step)
+    assert all(step in seen for step in range(2_000)) and 2_000 not in seen and -1 not in seen
+    assert len(seen._starts) == 1
+
+
+@given(st.lists(st.integers(0, 30)))
+def test_steps_are_a_set(added: list[int]) -> None:
+    seen = Steps()
+    for step in added:
+        seen.add(step)
+    assert [step for step in range(-1, 32) if step in seen] == sorted(set(added))
+
+
+def test_what_an_older_version_posted_is_not_posted_again(tmp_path: Path) -> None:
+    tracker = MemoryTracker()
+    run = tracker.start("align")
+    names = [f"{10**18 + step:020d}-abcdef.jsonl" for step in range(4)]
+    for step, name in enumerate(names):
+        (tmp_path / name).write_text(json.dumps(vars(Point("loss", 1.0, step, 1))) + "\n")
+    (tmp_path / LEDGER).write_text("\n".join([run, *names[:2]]))
+    write(tmp_path, range(2, 6))
+    assert Relay(tracker, {run: tmp_path}).close() == 0
+    assert steps(tracker, run) == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_ledger_cut_anywhere_loses_no_point(cut: int, tmp_path: Path) -> None:
+    tracker = MemoryTracker()
+    run = tracker.start("align")
+    write(tmp_path, range(4))
+    assert Relay(tracker, {run: tmp_path}).close() == 0
+    ledger = tmp_path / LEDGER
+    ledger.write_text(ledger.read_text()[:-cut])
+    write(tmp_path, range(4, 6))
+    assert Relay(tracker, {run: tmp_path}).close() == 0
+    assert set(steps(tracker, run)) == set(range(6))
+    assert unfinished(tmp_path) == {}
 
 
 def test_ledger_cut_short_by_a_crash_spoils_no_later_line(mlflow_tracker: MLflowTracker, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from mlflow import MlflowClient
 
 from bridgework.errors import TrackingError
 from bridgework.lineage.store import MLflowTracker
@@ -45,6 +46,20 @@ def test_runs_that_differ_in_name_parent_or_key_are_different(tracker: Tracker) 
 
 def test_runs_without_key_are_always_new(tracker: Tracker) -> None:
     assert tracker.start("align") != tracker.start("align")
+
+
+def test_a_parameter_keeps_its_first_value_and_another_one_is_a_tag(tracker: Tracker) -> None:
+    """An option, such as the size of a micro-batch, may change where a run resumes."""
+    run = tracker.start("align")
+    tracker.params(run, {"budget.micro": 8, "optim.peak_lr": 1e-3}, resumed=True)
+    tracker.params(run, {"budget.micro": 2, "optim.peak_lr": 1e-3, "seed": 0}, resumed=True)
+    if isinstance(tracker, MemoryTracker):
+        params, tags = {k: str(v) for k, v in tracker.runs[run].params.items()}, tracker.runs[run].tags
+    else:
+        data = MlflowClient(tracker.uri).get_run(run).data
+        params, tags = data.params, data.tags
+    assert params == {"budget.micro": "8", "optim.peak_lr": "0.001", "seed": "0"}
+    assert {k: v for k, v in tags.items() if k.startswith("now.")} == {"now.budget.micro": "2"}
 
 
 def test_a_resumed_stage_reports_everything_again_into_the_same_run(tracker: Tracker, tmp_path: Path) -> None:

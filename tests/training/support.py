@@ -1,6 +1,6 @@
 """A tiny LLaVA that learns fast enough to see it, and what a test wants to know of a run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bridgework.data import reader
 from bridgework.spec import override
 from bridgework.system import Stage, System, load
 from bridgework.tracking import Journal, Tracker
-from bridgework.training import artefact
+from bridgework.training import artefact, loop
 from bridgework.training.driver import train
 from bridgework.training.launch import How
 from bridgework.training.record import StageResult
@@ -40,9 +41,11 @@ def go(
     *,
     stages: Sequence[str] | None = ("align",),
     tracker: Tracker | None = None,
+    fork: str | None = None,
     **how: Any,
 ) -> dict[str, StageResult]:
-    return train(system, home=home, run=run, how=How(**{"workers": 0, **how}), stages=stages, tracker=tracker)
+    options = How(**{"workers": 0, **how})
+    return train(system, home=home, run=run, how=options, stages=stages, tracker=tracker, fork=fork)
 
 
 def stop_at(step: int) -> Callable[[dict[str, float], int], None]:
@@ -75,3 +78,22 @@ def fresh(stage: Stage) -> nn.Module:
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def job(made: System, home: Path, folder: Path, *, every: int = 0) -> loop.Job:
+    """The work of a system's only stage, under `folder`, with a checkpoint at `every` so many steps."""
+    (stage,) = made.stages
+    place = folder / stage.name
+    place.mkdir(parents=True, exist_ok=True)
+    return loop.Job(made, stage.name, reader.Feed.of(stage, home), place, home, checkpoint_every=every)
+
+
+def train_ranks(given: loop.Job, rank: int = 0, world: int = 1) -> dict[int, float]:
+    """The loss of every step of a stage, trained by the loop itself on this rank of `world`."""
+
+    def rows(start: int) -> Iterator[list[reader.Row]]:
+        return reader.local(given.feed, rank=rank, world=world, start=start)
+
+    loop.run(given, rows, lambda metrics, step: None, rank=rank, world=world)
+    parts = Journal(given.folder / "journal").points()
+    return {point.step: point.value for _, points in parts for point in points if point.key == "loss"}

@@ -1,15 +1,20 @@
 """A checkpoint is whole or it is not there: what is damaged is seen, and the one before is taken."""
 
+import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bridgework.errors import RunError
-from bridgework.training import checkpoint
-from bridgework.training.checkpoint import Checkpoint
+from bridgework.errors import ResourceError, RunError
+from bridgework.training import checkpoint, signing
+from bridgework.training.checkpoint import Checkpoint, Unusable
 
 FILES = {"state/rank_0.pt": bytes(range(256)) * 40, "state/rank_1.pt": bytes(range(255, -1, -1)) * 40}
 
@@ -141,3 +146,249 @@ def test_step_may_be_written_again_by_a_later_attempt(tmp_path: Path) -> None:
     found, _ = checkpoint.newest(tmp_path, "f")
     assert found is not None
     assert found.step == 5
+
+
+# --- what is not in the manifest is not read -------------------------------------------------------------------------
+
+EXTRA: dict[str, Callable[[Path], object]] = {
+    "a file": lambda f: (f / "state/rank_2.pt").write_bytes(b"x"),
+    "a hidden file": lambda f: (f / ".x").write_bytes(b"x"),
+    "a file in a folder of its own": lambda f: [(f / "state/more").mkdir(), (f / "state/more/x.pt").write_bytes(b"x")],
+    "a link to a file": lambda f: os.symlink(f / "state/rank_0.pt", f / "state/rank_2.pt"),
+    "a link to a folder": lambda f: os.symlink(f / "state", f / "more"),
+    "a link that leads nowhere": lambda f: os.symlink(f / "absent", f / "state/rank_2.pt"),
+}
+
+
+@pytest.mark.parametrize("what", EXTRA)
+def test_what_the_manifest_does_not_list_is_damage(tmp_path: Path, what: str) -> None:
+    """DeepSpeed and its converter load whatever files have a name that they know."""
+    write(tmp_path, 5)
+    EXTRA[what](write(tmp_path, 10).folder)
+    found, passed = checkpoint.newest(tmp_path, "f")
+    assert found is not None and found.step == 5
+    assert len(passed) == 1 and "is not in the manifest: nothing there is read" in passed[0]
+
+
+def test_a_listed_file_that_became_a_link_is_damage(tmp_path: Path) -> None:
+    file = write(tmp_path, 10).folder / "state/rank_0.pt"
+    elsewhere = file.rename(tmp_path / "elsewhere.pt")
+    file.symlink_to(elsewhere)
+    assert checkpoint.newest(tmp_path, "f")[1] == ["checkpoint of step 10 is damaged: state/rank_0.pt is a link"]
+
+
+def test_a_manifest_names_no_file_outside_of_its_folder(tmp_path: Path, home: Path) -> None:
+    made = write(tmp_path, 10)
+    outside = tmp_path / "checkpoints/outside.pt"
+    outside.write_bytes(b"x")
+    digest = hashlib.sha256(b"x").hexdigest()
+    rewrite(made.folder, home, files={"../outside.pt": [1, digest]})
+    assert "a file is outside of the folder" in checkpoint.newest(tmp_path, "f")[1][0]
+
+
+# --- who wrote it ----------------------------------------------------------------------------------------------------
+
+
+def rewrite(folder: Path, home: Path | None, *, sign: bool = True, **changed: Any) -> None:
+    """The manifest with other fields, under a correct sha256 and, with a home, a correct signature."""
+    manifest = folder / "manifest.json"
+    body = {**json.loads(manifest.read_text()), **changed}
+    body.pop("sha256")
+    if home is not None and sign:
+        body.pop("signature")
+        body["signature"] = signing.sign(signing.key(home), body)
+    manifest.write_text(json.dumps(body | {"sha256": checkpoint._digest(body)}))
+
+
+def unsigned(folder: Path) -> None:
+    """As an older version of bridgework wrote it."""
+    manifest = folder / "manifest.json"
+    body = json.loads(manifest.read_text())
+    for field in ("schema", "key", "signature", "sha256"):
+        body.pop(field)
+    manifest.write_text(json.dumps(body | {"sha256": checkpoint._digest(body)}))
+
+
+def test_the_key_is_its_owners_alone_and_stays(tmp_path: Path) -> None:
+    first = signing.key(tmp_path)
+    assert signing.key(tmp_path) == first
+    assert (tmp_path / "checkpoint.key").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "checkpoint.key").chmod(0o644)
+    assert signing.key(tmp_path) == first
+    assert (tmp_path / "checkpoint.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_processes_that_come_at_once_make_one_key(tmp_path: Path) -> None:
+    code = "import sys, pathlib; from bridgework.training import signing; print(signing.key(pathlib.Path(sys.argv[1])))"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    assert len({process.communicate()[0] for process in started}) == 1
+
+
+@pytest.mark.parametrize("content", ["", "not hex", "ab"])
+def test_a_broken_key_is_named_with_what_to_do(tmp_path: Path, content: str) -> None:
+    (tmp_path / "checkpoint.key").write_text(content)
+    with pytest.raises(RunError, match=r"the key that signs checkpoints cannot be read.*--trust-checkpoints"):
+        signing.key(tmp_path)
+
+
+FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no signature": (unsigned, "has no signature"),
+    "another world": (lambda f: rewrite(f, None, world=3), "has a wrong signature"),
+    "another signature": (lambda f: rewrite(f, None, signature="0" * 64), "has a wrong signature"),
+    "another key": (lambda f: rewrite(f, None, key="0" * 12), "is signed with the key 000000000000 and the key of"),
+}
+
+
+@pytest.mark.parametrize("how", FORGED)
+def test_a_checkpoint_that_this_home_did_not_sign_is_refused_until_it_is_trusted(tmp_path: Path, how: str) -> None:
+    write(tmp_path, 5)
+    folder = write(tmp_path, 10).folder
+    forge, said = FORGED[how]
+    forge(folder)
+    before = sorted(path.name for path in folder.parent.iterdir())
+    with pytest.raises(RunError, match=f"not trusted, because its manifest {said}.*add --trust-checkpoints"):
+        checkpoint.newest(tmp_path, "f")
+    with pytest.raises(RunError, match="not trusted"):
+        checkpoint.verify(folder)
+    assert sorted(path.name for path in folder.parent.iterdir()) == before
+    assert checkpoint.trust(tmp_path) == 1
+    found, _ = checkpoint.newest(tmp_path, "f")
+    assert found is not None and found.step == 10
+
+
+def test_a_damaged_checkpoint_is_not_trusted_at_a_word(tmp_path: Path) -> None:
+    folder = write(tmp_path, 10).folder
+    unsigned(folder)
+    (folder / "state/rank_2.pt").write_bytes(b"x")
+    assert checkpoint.trust(tmp_path) == 0
+    with pytest.raises(RunError, match="not trusted"):
+        checkpoint.newest(tmp_path, "f")
+
+
+def test_a_checkpoint_of_another_home_is_refused_until_it_is_trusted(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    folder = checkpoint.begin(tmp_path, 5, "a1")
+    (folder / "rank_0.pt").write_bytes(b"x")
+    checkpoint.complete(folder, step=5, world=1, attempt="a1", fingerprint="f", keep=2, home=tmp_path / "one")
+    assert checkpoint.newest(tmp_path, "f", home=tmp_path / "one")[0] is not None
+    with pytest.raises(RunError, match=r"is signed with the key \w{12} and the key of .*other is \w{12}"):
+        checkpoint.newest(tmp_path, "f", home=tmp_path / "other")
+    assert checkpoint.trust(tmp_path, home=tmp_path / "other") == 1
+    assert checkpoint.newest(tmp_path, "f", home=tmp_path / "other")[0] is not None
+
+
+def test_what_older_versions_left_in_a_home_is_signed_when_its_key_is_made(tmp_path: Path) -> None:
+    stage = tmp_path / "runs" / "monday" / "align"
+    unsigned(write(stage, 5).folder)
+    found, passed = checkpoint.newest(stage, "f", home=tmp_path)
+    assert found is not None and (found.step, passed) == (5, [])
+    unsigned(write(stage, 10).folder)  # one that comes later has no such excuse
+    with pytest.raises(RunError, match="has no signature"):
+        checkpoint.newest(stage, "f", home=tmp_path)
+
+
+# --- what is not understood is not touched ---------------------------------------------------------------------------
+
+
+def test_a_newer_versions_checkpoint_stops_the_run_and_nothing_is_removed(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    folder = write(tmp_path, 10).folder
+    rewrite(folder, None, schema=2, added="later")
+    for look in (checkpoint.newest, checkpoint.resume, checkpoint.cursor):
+        with pytest.raises(RunError, match=r"newer version of bridgework\. Got a manifest of schema 2; expected 1"):
+            look(tmp_path, "f")
+    assert folder.is_dir() and steps(tmp_path) == [5]
+    checkpoint.prune(tmp_path, 1)
+    assert folder.is_dir()
+
+
+MALFORMED = {
+    "no manifest": None, "empty": "", "a list": "[]", "no fields": "{}", "not JSON": "{", "deep": "[" * 100_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", MALFORMED)
+def test_a_manifest_that_cannot_be_read_is_reported_and_its_folder_kept(tmp_path: Path, content: str) -> None:
+    write(tmp_path, 5)
+    folder = write(tmp_path, 10).folder
+    (folder / "manifest.json").unlink()
+    if (text := MALFORMED[content]) is not None:
+        (folder / "manifest.json").write_text(text)
+    found, passed = checkpoint.resume(tmp_path, "f")
+    assert found is not None and found.step == 5
+    assert len(passed) == 1 and passed[0].startswith("checkpoint of step 10 is damaged: ")
+    checkpoint.sweep(tmp_path, "a2", 5)
+    moved = tmp_path / "checkpoints/damaged" / folder.name
+    assert (moved / "state/rank_0.pt").read_bytes() == FILES["state/rank_0.pt"]
+
+
+@pytest.mark.parametrize("field", [{"step": "10"}, {"world": 0}, {"attempt": 7}, {"files": []}, {"step": -10}])
+def test_a_signed_manifest_with_impossible_fields_is_damage(tmp_path: Path, home: Path, field: dict[str, Any]) -> None:
+    write(tmp_path, 5)
+    rewrite(write(tmp_path, 10).folder, home, **field)
+    found, passed = checkpoint.newest(tmp_path, "f")
+    assert found is not None and found.step == 5 and len(passed) == 1
+
+
+STRAY: dict[str, Callable[[Path], object]] = {
+    "0-backup": lambda p: p.mkdir(),
+    "12": lambda p: p.write_text("x"),
+    "notes.txt": lambda p: p.write_text("x"),
+    "00000012": lambda p: p.mkdir(),
+    "latest": lambda p: p.symlink_to(p.parent),
+    ".cache": lambda p: p.mkdir(),
+    "backup": lambda p: shutil.copytree(p.parent / "00000010-a1", p),
+}
+
+
+@pytest.mark.parametrize("name", STRAY)
+def test_stray_folders_and_files_end_no_resume_and_stay(tmp_path: Path, name: str) -> None:
+    for step in (5, 10):
+        write(tmp_path, step)
+    STRAY[name](tmp_path / "checkpoints" / name)
+    found, passed = checkpoint.resume(tmp_path, "f")
+    assert found is not None and (found.step, passed) == (10, [])
+    checkpoint.sweep(tmp_path, "a2", 10)
+    write(tmp_path, 15, keep=1)
+    assert os.path.lexists(tmp_path / "checkpoints" / name)
+    assert steps(tmp_path) == [15]
+
+
+def test_a_folder_under_another_name_is_no_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    write(tmp_path, 10).folder.rename(tmp_path / "checkpoints/00000099-a1")
+    found, passed = checkpoint.resume(tmp_path, "f")
+    assert found is not None and found.step == 5
+    assert passed == ["checkpoint of step 99 is damaged: the folder is not named for step 10, attempt a1"]
+
+
+# --- where none is left ----------------------------------------------------------------------------------------------
+
+
+def test_a_stage_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(tmp_path: Path) -> None:
+    for step in (5, 10):
+        flip(write(tmp_path, step).folder / "state/rank_0.pt", 3)
+    for look in (checkpoint.resume, checkpoint.cursor):
+        with pytest.raises(Unusable, match=r"no checkpoint can be used.*step 10.*step 5.*add --start-over"):
+            look(tmp_path, "f")
+    checkpoint.set_aside(tmp_path / "checkpoints/00000010-a1")
+    checkpoint.set_aside(tmp_path / "checkpoints/00000005-a1")
+    with pytest.raises(Unusable, match="damaged/00000005-a1 was found damaged before"):
+        checkpoint.resume(tmp_path, "f")
+    kept = checkpoint.start_over(tmp_path)
+    assert checkpoint.resume(tmp_path, "f") == (None, [])
+    assert len(list(kept.rglob("rank_0.pt"))) == 2
+
+
+def test_room_is_made_from_older_checkpoints_and_never_from_the_newest(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        write(tmp_path, step, keep=3)
+    checkpoint.make_room(tmp_path, 1)
+    assert steps(tmp_path) == [15, 10, 5]
+    with pytest.raises(ResourceError, match="the disk is full"):
+        checkpoint.make_room(tmp_path, 10**18)
+    assert steps(tmp_path) == [15]

@@ -7,13 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from bridgework.errors import DataError, ResourceError, RunError, SpecError, WeightsError
 from bridgework.evaluation import HeldOutLoss
 from bridgework.spec import override
 from bridgework.training import artefact, checkpoint
-from bridgework.training.launch import OursEndTheStage
+from bridgework.training.driver import train
+from bridgework.training.engine import Engine
+from bridgework.training.launch import How, OursEndTheStage
 from tests.training.support import Stop, go, llava, losses, same, stop_at, weights
+from tests.training.test_faults import in_optimizer, plant
 
 
 def folder(home: Path, run: str) -> Path:
@@ -193,6 +197,28 @@ def test_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(home: P
     steps = [step for step, _ in losses(home, run)]
     assert sorted(set(steps)) == list(range(60))
     assert len(steps) - len(set(steps)) <= every
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_what_workers_warn_of_reaches_the_console(home: Path, run: str) -> None:
+    """Files that are damaged, and a checkpoint whose files are sound and whose values are not finite."""
+    system, stage, console = llava(9), folder(home, run) / "align", Console(record=True, width=300)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Engine, "finite", lambda self: True)
+        plant(patch, 4, in_optimizer)
+        go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(4))
+    made = checkpoint.begin(stage, 5, "old")
+    (made / "state.pt").write_bytes(b"x")
+    done = checkpoint.complete(made, step=5, world=1, attempt="old", fingerprint=system.fingerprint(), keep=3)
+    (done.folder / "state.pt").write_bytes(b"y")
+    how = How(workers=1, checkpoint_every=2)
+    train(system, home=home, run=run, how=how, stages=["align"], console=console)
+    said = console.export_text()
+    assert "checkpoint of step 5 is damaged: state.pt has changed since it was written (sha256); resuming" in said
+    assert "checkpoint of step 4 is damaged: it holds values that are not finite; resuming from the one before" in said
+    assert sorted({step for step, _ in losses(home, run)}) == list(range(9))
+    assert sorted(place.name[:8] for place in (stage / "checkpoints/damaged").iterdir()) == ["00000004", "00000005"]
 
 
 @pytest.mark.slow

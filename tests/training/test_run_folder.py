@@ -1,5 +1,6 @@
 """A run's folder: one writer, one recipe, room."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from bridgework.errors import ResourceError, RunError
-from bridgework.spec import override
+from bridgework.spec import override, to_dict
+from bridgework.system import fingerprint
 from bridgework.training import run_folder
 from tests.training.support import llava
 
@@ -55,3 +57,36 @@ def test_a_full_disk_is_said_before_the_run(tmp_path: Path) -> None:
     run_folder.room(tmp_path, need=1)
     with pytest.raises(ResourceError, match=r"MB free, a run needs at least .* set BRIDGEWORK_HOME"):
         run_folder.room(tmp_path, need=10**18)
+
+
+def test_options_change_and_every_recipe_of_the_run_is_kept(tmp_path: Path) -> None:
+    changed = llava(stages__align__budget__micro=2)
+    assert run_folder.same_recipe(tmp_path, llava()) == (llava().fingerprint(),)
+    for _ in range(2):
+        known = run_folder.same_recipe(tmp_path, changed)
+        assert known == (llava().fingerprint(), changed.fingerprint())
+    history = json.loads((tmp_path / "recipes.json").read_text())
+    assert history[1]["changed"] == ["stages.align.budget.micro was 8, is 2"]
+    assert json.loads((tmp_path / "recipe.json").read_text()) == json.loads(json.dumps(to_dict(changed)))
+
+
+def test_a_field_that_an_older_version_did_not_have_counts_with_its_default(tmp_path: Path) -> None:
+    run_folder.same_recipe(tmp_path, llava())
+    file = tmp_path / "recipe.json"
+    older = json.loads(file.read_text())
+    for stage in older["stages"]:
+        del stage["optim"]["eps"]
+    file.write_text(json.dumps(older))
+    (tmp_path / "recipes.json").unlink()
+    known = run_folder.same_recipe(tmp_path, llava())
+    assert known == (fingerprint(older), llava().fingerprint())
+
+
+def test_a_recipe_that_this_version_cannot_read_is_compared_by_its_text(tmp_path: Path) -> None:
+    run_folder.same_recipe(tmp_path, llava())
+    file = tmp_path / "recipe.json"
+    older = json.loads(file.read_text())
+    older["stages"][0]["optim"]["momentum"] = 0.9
+    file.write_text(json.dumps(older))
+    with pytest.raises(RunError, match=r"stages\.align\.optim\.momentum was 0\.9, is None"):
+        run_folder.same_recipe(tmp_path, llava())

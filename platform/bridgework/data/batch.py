@@ -54,6 +54,8 @@ class Batch:
     instruction_attention_BI: Tensor | None = None  # bool; False on padding
     segments_BT: Tensor | None = None  # int64, the number of the sample in the batch, -1 on padding; None: a row each
     replaced: list[bool] = field(default_factory=list)  # samples that stand for a bad or skipped one
+    places_B: Tensor | None = None  # int64, of each sequence in the global batch; a worse answer has one of its own
+    owners_N: Tensor | None = None  # int64, the sequence that each image belongs to
     idle: bool = False  # keeps a rank busy that has no rows left: nothing in it counts
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -109,6 +111,8 @@ def collate(rows: Sequence[Row], *, pad_id: int, side: Literal["right", "left"] 
     layouts = [layout for row in shown for layout in row.layouts]
     pixels = images.dtype == torch.uint8
     asked = [row.instruction for row in shown]
+    owners = [number for number, same in enumerate(packed) for row in same for _ in row.images]
+    owners += [len(packed) + number for number, row in enumerate(shown[len(rows) :]) for _ in row.images]
     instruction_BI, instruction_attention_BI = padded(asked, 0, "right") if any(map(len, asked)) else (None, None)
     return Batch(
         ids_BT=ids_BT,
@@ -123,6 +127,10 @@ def collate(rows: Sequence[Row], *, pad_id: int, side: Literal["right", "left"] 
         instruction_attention_BI=instruction_attention_BI,
         segments_BT=_segments(packed, side) if shared else None,
         replaced=[bool(row.stands_for) for row in rows],
+        places_B=torch.tensor(
+            [2 * same[0].place for same in packed] + [2 * row.place + 1 for row in shown[len(rows) :]]
+        ),
+        owners_N=torch.tensor(owners, dtype=torch.int64),
     )
 
 

@@ -33,6 +33,9 @@ class Bare:
     square_tokens: ClassVar[int] = 256
     unpackable: ClassVar[None] = None
 
+    def unshardable(self, wants: frozenset[str]) -> None:
+        return None
+
     def places(self, layout: Layout) -> int:
         return self.image_tokens
 

@@ -75,6 +75,7 @@ class Plan:
         self._sizes = rows
         self._deal = Deal(rows, [source.group_rows for source in sources], keys, mixture.lanes)
         self._key = np.array([key_of(seed, "layout")], dtype=np.uint64)
+        self._order = (seed, tuple(sources), tuple(weights), mixture.lanes, self.step_rows, mixture.window)
 
     def lanes_of(self, rank: int, world: int) -> range:
         """The lanes of a rank. Raises SpecError where a rank would have none."""
@@ -108,6 +109,16 @@ class Plan:
             yield from ((source, int(e), int(r)) for e, r in zip(epochs, rows, strict=True) if r != bad)
         size, epoch = self._sizes[source], int(window.epoch[place])
         yield from ((source, epoch, (bad + further) % size) for further in range(1, size))
+
+    def shared(self, other: "Plan") -> int:
+        """Count the first steps that train on the same rows in both plans, which may differ in their steps.
+
+        The last period of a plan is laid out for its end: what comes after its beginning is not shared.
+        """
+        if self._order != other._order:
+            return 0
+        whole_windows = min(self._tail, other._tail) // self.window_rows
+        return whole_windows * (self.window_rows // self.step_rows)
 
     def realised(self, steps: int) -> dict[str, int]:
         """Rows of each source in the first `steps` global batches: arithmetic, but for a period that is cut short."""

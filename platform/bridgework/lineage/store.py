@@ -163,11 +163,19 @@ class MLflowTracker(MLflowReader):
             created = self._client.create_run(self._experiment, run_name=name, tags=own | _ui_tags(own, parent))
             return str(created.info.run_id)
 
-    def params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """Dotted paths. What MLflow cannot hold (a `*` in a name, a long value) stands whole in params.json."""
+    def params(self, run_id: str, values: Mapping[str, Any], *, resumed: bool = False) -> None:
+        """Dotted paths. What MLflow cannot hold (a `*` in a name, a long value) is complete in params.json.
+
+        MLflow refuses another value of a parameter; of a `resumed` run it becomes the tag `now.NAME`.
+        """
         texts = {_name(k): str(v) for k, v in values.items()}
-        batch = [entities.Param(k, v[:MAX_PARAM_VAL_LENGTH]) for k, v in texts.items()]
-        with self._asked(f"log {len(batch)} parameters of run {run_id}"):
+        with self._asked(f"log {len(texts)} parameters of run {run_id}"):
+            known = self._client.get_run(run_id).data.params if resumed else {}
+            short = {k: v[:MAX_PARAM_VAL_LENGTH] for k, v in texts.items()}
+            batch = [entities.Param(k, v) for k, v in short.items() if k not in known]
+            for k, v in short.items():
+                if known.get(k, v) != v:
+                    self._client.set_tag(run_id, f"now.{k}", v)
             for some in _batches(batch, MAX_PARAMS_TAGS_PER_BATCH):
                 self._client.log_batch(run_id, params=some)
             if any(len(v) > MAX_PARAM_VAL_LENGTH for v in texts.values()) or not texts.keys() >= values.keys():

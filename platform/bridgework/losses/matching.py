@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
+from bridgework import rng
 from bridgework.errors import DataError
 from bridgework.losses.gather import gather
 from bridgework.spec import spec
 
-_ODD = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # as signed int64
+_ODD = tuple(odd - 2**64 for odd in rng.ODD)  # as signed int64
 FLOOR = 1e-4  # added to every candidate's probability (BLIP's blip_pretrain.py), so that an easy one may come too
 
 
@@ -34,7 +35,8 @@ class Judged(Protocol):
 class Matching:
     """Cross-entropy of match (class 1) or no match (class 0) over a sample's pair and its two negatives."""
 
-    negatives: Literal["rank", "all"] = "rank"  # drawn among the samples of this rank, or of all ranks
+    # drawn among the samples of this rank, so that the loss goes by the number of workers, or of all ranks
+    negatives: Literal["rank", "all"] = "rank"
     weight: float = 1.0
     whole_batch: ClassVar[bool] = True
     packs: ClassVar[bool] = False
@@ -90,7 +92,7 @@ def judged_pairs(
     """
     offset, images_KPF = 0, images_bPF
     ids_KT, attention_KT, image_KQD, text_KD, identity_K = ids_bT, attention_bT, image_bQD, text_bD, identity_b
-    seed = torch.tensor([torch.initial_seed() % 2**31], device=ids_bT.device)
+    seed = torch.tensor([rng.step_seed() % 2**31], device=ids_bT.device)
     if everywhere:
         seed = gather(seed).rows_BD[:1]
         ids_KT, attention_KT = gather_texts(ids_bT, attention_bT)
@@ -142,11 +144,7 @@ def hard_negatives(similar_bK: Tensor, own_bK: Tensor, uniform_bK: Tensor) -> Te
 
 def chance(rows_b: Tensor, columns_K: Tensor, seed: Tensor) -> Tensor:
     """(b, K) float64 in (0, 1), from the keys of a row and a column: on whatever rank the two meet, the same."""
-    mixed_bK = rows_b[:, None] * _ODD[0] + columns_K * _ODD[1] + seed
-    for shift, odd in ((30, _ODD[1]), (27, _ODD[2])):  # SplitMix64 (Steele et al. 2014), its shifts and constants
-        mixed_bK = (mixed_bK ^ (mixed_bK >> shift & (1 << 64 - shift) - 1)) * odd
-    mixed_bK = mixed_bK ^ (mixed_bK >> 31 & (1 << 33) - 1)
-    return ((mixed_bK >> 11 & (1 << 53) - 1).double() + 0.5) / 2**53
+    return rng.unit(rng.mix(rows_b[:, None] * _ODD[0] + columns_K * _ODD[1] + seed))
 
 
 def _keys(ids_bT: Tensor) -> Tensor:

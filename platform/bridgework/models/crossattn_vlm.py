@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bridgework import rng
 from bridgework.errors import DataError, SpecError
 from bridgework.models import packing
 from bridgework.models.bridges.gated_xattn import Gates, insert
@@ -65,6 +66,9 @@ class CrossAttentionVLM:
 
     @property
     def instruction(self) -> None:
+        return None
+
+    def unshardable(self, wants: frozenset[str]) -> None:
         return None
 
     @property
@@ -215,6 +219,7 @@ class CrossAttentionModel(Freezable):
         most = max(1, int(count_B.max()))
         return _scattered(images_NQF, count_B, most), packing.last_seen(places_BT, segments_BT)
 
+    @rng.images()
     def images(self, pixels: Tensor | None, features: Tensor | None, layouts_N4: Tensor | None = None) -> Tensor:
         """(N, Q, F): the bridge's tokens; N may be 0, and the bridge is in the graph all the same."""
         patches = self._patches(pixels, features)

@@ -46,6 +46,9 @@ class MED(OfPairs):
                 f"text.width {self.text.width}"
             )
 
+    def unshardable(self, wants: frozenset[str]) -> str:
+        return "a MED's encoder, decoder and momentum twin share weights, which every worker needs complete"
+
     @property
     def tokenizer(self) -> str:
         return self.text.tokenizer

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import normalize
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
+from bridgework import rng
 from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.losses.matching import by_sample, judged_pairs
 from bridgework.models import encoder_decoder
@@ -183,7 +184,8 @@ class MEDModel(Freezable):
             identity_b=outputs.identity_B,
             everywhere=everywhere,
         )
-        hidden_MTH = self.read(*pairs)
+        with rng.repeated(3):
+            hidden_MTH = self.read(*pairs)
         logits_M2: Tensor = self.heads.match(at_first(hidden_MTH, pairs.attention_MT))
         return by_sample(logits_M2)
 

@@ -30,6 +30,9 @@ class OfPairs:
     def instruction(self) -> None:
         return None
 
+    def unshardable(self, wants: frozenset[str]) -> str | None:
+        return None
+
     @property
     def unpackable(self) -> str:
         return "the wiring reads pairs, each text beside its own image"

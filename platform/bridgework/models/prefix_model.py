@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from bridgework import rng
 from bridgework.errors import DataError
 from bridgework.models import encoder_decoder, packing, preference, tiling
 from bridgework.models.bridges.resampler import PerceiverResampler
@@ -148,6 +149,7 @@ class PrefixModel(Freezable):
         text_BTD = self.language.get_input_embeddings()(ids_BT.masked_fill(places_BT, 0))
         return cast(Tensor, text_BTD.masked_scatter(places_BT.unsqueeze(-1), tokens_KD.to(text_BTD.dtype)))
 
+    @rng.images()
     def images(
         self,
         pixels_N3SS: Tensor | None,

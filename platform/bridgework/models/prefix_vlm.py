@@ -51,6 +51,11 @@ class PrefixVLM:
     def pixels(self) -> Pixels:
         return replace(self.vision.pixels, grids=self.grids)
 
+    def unshardable(self, wants: frozenset[str]) -> str | None:
+        if self.reference == "frozen_copy" and "preference" in wants:
+            return 'model.reference="frozen_copy" holds what trains complete on every worker'
+        return None
+
     @property
     def tokenizer(self) -> str:
         return self.language.tokenizer

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from bridgework import rng
 from bridgework.errors import DataError, SpecError
 from bridgework.losses.matching import by_sample, judged_pairs
 from bridgework.models import pretrained as weights_of
@@ -95,6 +96,10 @@ class Heads(nn.Module):
         self.lm.bias = self.lm.decoder.bias
         self.lm.decoder.weight = bridge.embeddings.word_embeddings.weight
 
+    def forward(self, samples: int) -> Tensor:
+        """(samples,) float32: 1 / temperature, once for every sample."""
+        return (1 / self.temperature.float()).expand(samples)
+
     def begin_as_bert(self, weights: str) -> None:
         """The head over the words as BERT's; the bias of [DEC], which BERT has not, stays 0."""
         from transformers import BertForMaskedLM
@@ -139,7 +144,7 @@ class QFormerPretrainingModel(Freezable):
         if wants - LOGITS:
             outputs.image_BQD = self.heads.vision_projection(states[-1])
             outputs.text_BD = self._text(ids, attention)
-            outputs.logit_scale = (1 / self.heads.temperature.float()).expand(len(ids))
+            outputs.logit_scale = self.heads(len(ids))
             if wants & {"match", "match_all"}:
                 outputs.match_B3C = self._match(outputs, patches_bPF, ids, attention, everywhere="match_all" in wants)
         if "logits" in wants:
@@ -156,7 +161,7 @@ class QFormerPretrainingModel(Freezable):
                 f"the cached features are {tuple(patches_bPF.shape[1:])} an image and this tower's are {shape}: "
                 "they come from another tower; compute them again"
             )
-        return cast(Tensor, patches_bPF.to(self.bridge.queries.dtype))
+        return cast(Tensor, patches_bPF.to(next(self.bridge.parameters()).dtype))
 
     def _text(self, ids_bT: Tensor, attention_bT: Tensor) -> Tensor:
         """(b, E): the CLS token of a text that sees no image."""
@@ -181,10 +186,11 @@ class QFormerPretrainingModel(Freezable):
             patches_bPF,
             image_bQD=image_bQE,
             text_bD=text_bE,
-            scale=1 / self.heads.temperature.detach().float(),
+            scale=cast(Tensor, outputs.logit_scale)[0].detach(),
             everywhere=everywhere,
         )
-        return by_sample(self._judge(pairs.images_MPF, pairs.ids_MT, pairs.attention_MT))
+        with rng.repeated(3):
+            return by_sample(self._judge(pairs.images_MPF, pairs.ids_MT, pairs.attention_MT))
 
     def _judge(self, patches_NPF: Tensor, ids_NT: Tensor, attention_NT: Tensor) -> Tensor:
         """(N, 2): the mean over the queries of what each says."""

@@ -4,6 +4,9 @@ A run is a folder, `<home>/runs/<run>/`, with recipe.json and one folder a stage
 stopped: finished stages are taken as they are, an unfinished one resumes from its newest complete checkpoint.
 """
 
+import json
+import logging
+import operator
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -18,19 +21,24 @@ from rich.console import Console
 from bridgework.data import reader
 from bridgework.data.catalog import resolve
 from bridgework.data.shards import Dataset, open_dataset
-from bridgework.errors import RunError, SpecError
+from bridgework.errors import Interrupted, RunError, SpecError
 from bridgework.relay import Relay
 from bridgework.system import Stage, System
 from bridgework.tracking import DatasetInput, Tracker
-from bridgework.training import artefact, checkpoint, features, loop, run_folder
+from bridgework.training import artefact, checkpoint, features, loop, notices, run_folder
+from bridgework.training.fork import Fork, describe
+from bridgework.training.fork import fork as make_fork
 from bridgework.training.launch import How, fit
 from bridgework.training.progress import shown
 from bridgework.training.record import Record, StageResult
 from bridgework.training.replay import reads
+from bridgework.training.schedule import learning_rate
 from bridgework.training.skips import Skip, Skips
 from bridgework.training.step import check
 
 USUAL = How()
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -43,30 +51,38 @@ def train(
     tracker: Tracker | None = None,
     parent_run: str | None = None,
     console: Console | None = None,
+    fork: str | None = None,
 ) -> dict[str, StageResult]:
-    """Train `stages` (all, by default) of `system` one after the other, and tell the tracker.
+    """Train `stages` (all, by default) of `system` one after the other, and record it in the tracker.
 
-    Raises SpecError for a stage that is not there, DataError for data that is not, RunError when the run's name
-    belongs to another recipe, is in use, or its workers failed more often than `how.max_failures`.
+    fork: RUN, or RUN@STEP: `run` is a new run that starts from that run's checkpoint. Raises SpecError for a stage that
+    is not there, DataError for data that is not, RunError when the run's name belongs to another recipe, is in use, or
+    its workers failed more often than `how.max_failures`, Interrupted when a signal stopped it after a checkpoint.
     """
     chosen = [system[name] for name in stages] if stages is not None else list(system.stages)
     console = console or Console(stderr=True)
     folder = run_folder.place(home, run)
+    if fork is not None:
+        with run_folder.locked(folder):
+            made = make_fork(system, fork, home=home, run=run, stages=stages)
+            console.print(describe(made), markup=False, highlight=False, soft_wrap=True)
     for i, stage in enumerate(chosen):
         _checked(stage, [before.name for before in chosen[:i]], folder, home, how)
-    with run_folder.locked(folder):
-        run_folder.same_recipe(folder, system)
+    with run_folder.locked(folder), notices.shown(partial(console.print, markup=False, soft_wrap=True)):
+        known = run_folder.same_recipe(folder, system, partial(_may_extend, system, folder, home))
         unfinished = [stage.name for stage in chosen if not _finished(folder / stage.name)]
         if how.skip and not unfinished:
             raise RunError(f"every stage of run {run!r} is finished: there is no step left to skip samples of")
-        tracked = Record(tracker, system, run, parent_run, console.print)
+        forked = Fork.read(folder)
+        tracked = Record(tracker, system, run, parent_run, console.print, forked.tags() if forked else None)
         results: dict[str, StageResult] = {}
         try:
             for stage in chosen:
                 skipping = how if [stage.name] == unfinished[:1] else replace(how, skip=())
-                results[stage.name] = _stage(system, stage, folder, home, skipping, tracked, console)
+                results[stage.name] = _stage(system, stage, folder, home, skipping, tracked, console, known)
         except BaseException as error:
-            tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+            killed = isinstance(error, KeyboardInterrupt | SystemExit | Interrupted)
+            tracked.finish("KILLED" if killed else "FAILED")
             raise
         tracked.finish("FINISHED")
     return results
@@ -101,6 +117,7 @@ def _stage(
     how: How,
     tracked: Record,
     console: Console,
+    known: tuple[str, ...],
 ) -> StageResult:
     place = folder / stage.name
     finished = _finished(place)
@@ -111,10 +128,15 @@ def _stage(
     run_id = tracked.start(stage, inputs, parent)
     if finished:
         console.print(f"{stage.name}: finished before; its artefact is {place / 'artefact'}")
+        judged = json.loads((place / "metrics.json").read_text())
+        for spec in stage.evals:  # an option, which may have changed since
+            if not any(name.startswith(f"{spec.name}.") for name in judged):
+                console.print(f"{stage.name}: {spec.name} was not evaluated; `bridgework eval` does it", markup=False)
         with _relayed(tracked.tracker, run_id, place):
             return tracked.done(stage, place)
     cached = _cached(system, stage, datasets, home, how, console)
-    skips = _skips(system, stage, datasets, place, how, console)
+    _settle_checkpoints(stage, place, known, home, how, console)
+    skips = _skips(known, stage, datasets, place, home, how, console)
     job = loop.Job(
         system=system,
         stage=stage.name,
@@ -133,10 +155,11 @@ def _stage(
         evaluate_every=how.evaluate_every,
         midway=how.midway,
         passes=skips.steps,
+        fingerprints=known,
     )
     run_folder.room(home)
     place.mkdir(parents=True, exist_ok=True)
-    with _relayed(tracked.tracker, run_id, place), shown(place / "journal", stage.name, stage.budget.steps, console):
+    with _relayed(tracked.tracker, run_id, place), shown(place, stage.name, stage.budget.steps, console):
         if how.workers:
             fit(job, how)
         else:
@@ -152,7 +175,11 @@ def _finished(place: Path) -> bool:
 @contextmanager
 def _relayed(tracker: Tracker, run_id: str | None, place: Path) -> Iterator[None]:
     """The stage's journal goes to the tracker from a side thread, as it grows."""
-    relay = Relay(tracker, {run_id: place / "journal"}) if run_id else None
+    relay = None
+    try:
+        relay = Relay(tracker, {run_id: place / "journal"}) if run_id else None
+    except OSError as error:  # a disk that cannot take the ledger never ends a run
+        log.warning("%s: metrics are not tracked, the same command later does it: %s", place.name, error)
     try:
         yield
     finally:
@@ -174,10 +201,54 @@ def _curated(stage: Stage, folder: Path, home: Path, how: How, console: Console)
     return reads(stage, place)
 
 
-def _skips(system: System, stage: Stage, datasets: Sequence[Dataset], place: Path, how: How, console: Console) -> Skips:
-    """What the stage leaves out, with what is asked for now: from the checkpoint on that it goes on from."""
+def _may_extend(system: System, folder: Path, home: Path, before: System, name: str) -> bool:
+    """Allow a stage another number of steps than before where what it has learned would be the same.
+
+    That is so where the learning rates and the samples of all steps before its newest checkpoint are.
+    """
+    old, new, place = before[name], system[name], folder / name
+    if _finished(place):
+        return False
+    kept = checkpoint.checkpoints(place)
+    taken = kept[0].step if kept else 0
+    if new.budget.steps <= taken:
+        return False
+    rates = ([learning_rate(s.optim, step, s.budget.steps) for step in range(taken)] for s in (old, new))
+    if operator.ne(*rates):
+        return False
+    if taken == 0 or new.curation is not None:
+        return taken == 0
+    return reader.Feed.of(new, home).plan().shared(reader.Feed.of(old, home).plan()) >= taken
+
+
+def _settle_checkpoints(
+    stage: Stage, place: Path, known: tuple[str, ...], home: Path, how: How, console: Console
+) -> None:
+    """Do what a person allowed with the checkpoints; raise here, and not in a worker, where none can be used."""
+    if how.trust_checkpoints and (count := checkpoint.trust(place, home=home)):
+        console.print(f"{stage.name}: {count} checkpoints are trusted from now on", markup=False)
+    try:
+        checkpoint.resume(place, *known, home=home)
+    except checkpoint.Unusable:
+        if not how.start_over:
+            raise
+        console.print(f"{stage.name}: starts over; its checkpoints are in {checkpoint.start_over(place)}", markup=False)
+
+
+def _skips(
+    known: tuple[str, ...],
+    stage: Stage,
+    datasets: Sequence[Dataset],
+    place: Path,
+    home: Path,
+    how: How,
+    console: Console,
+) -> Skips:
+    """Return what the stage leaves out, with what is asked for now: from its newest checkpoint on."""
     skips = Skips.read(place)
-    order = skips.new(Skip.of(how.skip, checkpoint.cursor(place, system.fingerprint()), stage.budget.steps))
+    if not how.skip:
+        return skips
+    order = skips.new(Skip.of(how.skip, checkpoint.cursor(place, *known, home=home), stage.budget.steps))
     if not (order.keys or order.steps):
         return skips
     order.check(stage.budget.steps, dict(zip((source.name for source in stage.data.leaves), datasets, strict=True)))

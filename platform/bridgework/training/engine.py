@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bridgework import rng, storage
 from bridgework.data.batch import Batch
 from bridgework.errors import RunError
 from bridgework.system import AdamW, Stage
@@ -35,7 +36,12 @@ def _absent(module: str) -> Iterator[None]:
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 with _absent("mlflow"):  # an optional import of DeepSpeed's autotuner: four seconds in every worker, and not used here
     import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_local_fp32_param,
+        safe_set_full_fp32_param,
+        safe_set_local_fp32_param,
+    )
 
 # DeepSpeed 0.19 still calls what torch 2.13 has renamed, at every step.
 warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
@@ -54,10 +60,18 @@ class Taken(NamedTuple):
     replaced_S: Tensor  # ... and how many of them stand for a bad or skipped one
     sums_LR: Tensor  # what each of this rank's samples added to every loss, ...
     counts_LR: Tensor  # ... and to its divisor
+    stop: bool = False  # a rank was asked to stop after this step
 
 
 class Engine:
-    """One stage's Step under DeepSpeed, on one rank. All ranks call every method together."""
+    """One stage's Step under DeepSpeed, on one rank. All ranks call every method together.
+
+    draws: a number of (seed, step), the same on every rank; with the places of the samples it decides every dropout
+    mask and every other draw of the next `train_step`. stop: this rank was asked to stop after the next `train_step`.
+    """
+
+    draws: int = 0
+    stop: bool = False
 
     def __init__(
         self,
@@ -69,13 +83,14 @@ class Engine:
     ) -> None:
         """`multipliers`: what trains -> multiplier of the learning rate, by the names of the wiring's parameters.
 
-        `universal`: it will `load` what `reshaped` made.
+        `universal`: it will `load` what `reshaped` made, unless `load` is given another value.
         """
         # Without this, every start on a CPU compiles a C++ extension for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._step = step
         self._universal = universal
         self._optim = stage.optim
+        self._sharded = stage.shard.stage > 0  # every rank writes a part of the optimizer's state
         groups = _groups(step, multipliers, stage.optim)
         optim, fused = stage.optim, torch.cuda.is_available()
         optimizer = torch.optim.AdamW(groups, lr=optim.peak_lr, betas=optim.betas, eps=optim.eps, fused=fused)
@@ -98,8 +113,9 @@ class Engine:
             group["lr"] = lr * group["multiplier"]
         sources_R = torch.tensor([source for batch in batches if not batch.idle for source in batch.sources])
         counts_LR, census_3R = self._counted([batch for batch in batches if not batch.idle])
-        known_S = by_source(torch.cat([counts_LR, census_3R]), sources_R, len(self._weights_S)).to(self.device)
-        counts_LS, census_3S = _summed(known_S).split([len(counts_LR), len(census_3R)])
+        known_S = by_source(torch.cat([counts_LR, census_3R]), sources_R, len(self._weights_S))
+        known_S = torch.cat([known_S, torch.full_like(known_S[:1], float(self.stop))]).to(self.device)
+        counts_LS, census_3S, stop_1S = _summed(known_S).split([len(counts_LR), len(census_3R), 1])
         divisors_LS = (counts_LS if self._by_source else counts_LS.sum(1, keepdim=True)).clamp(min=1)
         own_LR, plain = self._learn(batches, sources_R, divisors_LS)
         self._clamp()
@@ -116,6 +132,7 @@ class Engine:
             replaced_S=census_3S[2],
             sums_LR=own_LR,
             counts_LR=counts_LR,
+            stop=bool(stop_1S.any()),
         )
 
     def _learn(self, batches: Sequence[Batch], sources_R: Tensor, divisors_LS: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,10 +142,10 @@ class Engine:
         """
         told: list[Tensor] = []
         self._engine.train()
-        for number, (batch, seed, beside) in enumerate(self._passes(batches), 1):
-            torch.manual_seed(seed)
+        for number, (batch, beside) in enumerate(self._passes(batches), 1):
             self._engine.set_gradient_accumulation_boundary(number == len(batches))
-            sums_LR = self._engine(batch.to(self.device), beside)
+            with placed(batch, self.draws, self.device):
+                sums_LR = self._engine(batch.to(self.device), beside)
             of_R = torch.tensor(batch.sources) if beside is None else sources_R
             sums_LS = by_source(sums_LR, of_R, len(self._weights_S))
             loss = (self._weights_L @ (self._weights_S * sums_LS / divisors_LS)).sum()
@@ -151,25 +168,25 @@ class Engine:
         """Keeps parameters within the wiring's limits, in the optimizer's copy too: it would bring them back."""
         for name, (low, high) in self._step.model.limits.items():
             parameter = self._step.model.get_parameter(name)
-            whole = safe_get_full_fp32_param(parameter)
-            if whole is None:
-                parameter.clamp_(low, high)
-            else:
+            parameter.data.clamp_(low, high)  # what the next forward reads
+            if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's part, which no other rank writes
+                parameter.ds_tensor.data.clamp_(low, high)
+                safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(low, high))
+            elif (whole := safe_get_full_fp32_param(parameter)) is not None:
                 safe_set_full_fp32_param(parameter, whole.clamp(low, high))
 
-    def _passes(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, int, Beside | None]]:
-        """Each micro-batch with the seed of its forward; where losses compare them, beside a first pass of all."""
-        seeds = torch.randint(2**62, (len(batches),)).tolist()
+    def _passes(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Beside | None]]:
+        """Each micro-batch; where losses compare them, with what a first pass gave of all."""
         if len(batches) == 1 or not self._step.spliced:
-            yield from ((batch, seed, None) for batch, seed in zip(batches, seeds, strict=True))
+            yield from ((batch, None) for batch in batches)
             return
         shares = []
-        for batch, seed in zip(batches, seeds, strict=True):
-            torch.manual_seed(seed)  # dropout falls alike in both passes
-            shares.append(self._step.share(batch.to(self.device)))
+        for batch in batches:
+            with placed(batch, self.draws, self.device):  # both passes draw the same
+                shares.append(self._step.share(batch.to(self.device)))
         samples = [0 if batch.idle else len(batch.keys) for batch in batches]
-        for own, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
-            yield batch, seed, Beside(shares, samples, own)
+        for own, batch in enumerate(batches):
+            yield batch, Beside(shares, samples, own)
 
     def _plain_norm(self) -> Tensor:
         """Of the gradients as they lie on the parameters: ZeRO 0 in float32 has them all, and no norm of its own."""
@@ -182,17 +199,60 @@ class Engine:
                 str(folder), tag=TAG, client_state=dict(client), save_latest=False, exclude_frozen_parameters=True
             )
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """What `save` was told. Raises RunError when there is no state, or DeepSpeed does not take it back."""
+    def load(self, folder: Path, *, universal: bool | None = None) -> dict[str, Any]:
+        """Load what `save` wrote and return its `client`; betas, eps and weight decay stay those of the stage.
+
+        Raises RunError when there is no state, or it does not fit this stage's model or what trains of it.
+        """
+        universal = self._universal if universal is None else universal
+        self._engine._config.load_universal_checkpoint = universal
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._engine.optimizer.param_groups]
         path, client = None, {}
         if (folder / TAG).is_dir():
-            with _quiet():
-                path, client = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+            try:
+                with _quiet():
+                    path, client = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, LookupError, AssertionError, AttributeError, TypeError) as error:
+                raise RunError(
+                    f"{folder}: DeepSpeed cannot load this checkpoint into the stage. Got {type(error).__name__}: "
+                    f"{_first_line(error)}; expected the model, what trains, and the shard settings that it was "
+                    "written with. Fix: bring these back, or start a run from an artifact (starts_from)"
+                ) from error
         if path is None:
-            raise RunError(f"DeepSpeed found no state in {folder}; remove that checkpoint to go on from the one before")
-        if self._universal:
+            raise RunError(
+                f"DeepSpeed found no state in {folder}; remove that checkpoint to resume from the one before"
+            )
+        for group, own in zip(self._engine.optimizer.param_groups, groups, strict=True):
+            group.update(own)  # a fork may change them; a state of DeepSpeed brings its own
+        if universal:
             self._load_beside(folder / TAG)
         return dict(client)
+
+    def finite(self) -> bool:
+        """Check all that a checkpoint holds, on every rank: no NaN or infinity in what trains or in its optimizer's
+        state, no NaN in a buffer. Every rank gets the same answer."""
+        numbers = [*self._learned(), *_tensors(self._engine.optimizer.state_dict())]
+        sound = all(bool(tensor.isfinite().all()) for tensor in numbers if tensor.is_floating_point())
+        sound = sound and not any(bool(b.isnan().any()) for b in self._step.buffers() if b.is_floating_point())
+        wrong = _summed(torch.tensor(float(not sound), device=self.device))
+        return not bool(wrong)
+
+    def checkpoint_bytes(self) -> int:
+        """Estimate the bytes of a checkpoint, over all ranks."""
+        own = 0
+        if self._sharded or dist.get_rank() == 0:
+            own += sum(t.nbytes for t in _tensors(self._engine.optimizer.state_dict()))
+        if dist.get_rank() == 0:
+            own += sum(t.nbytes for t in (*self._learned(), *self._step.buffers()))
+        return int(_summed(torch.tensor(own, dtype=torch.float64, device=self.device)))
+
+    def _learned(self) -> Iterator[Tensor]:
+        """Yield the parameters that train, as far as they are on this rank."""
+        for parameter in self._step.parameters():
+            if parameter.requires_grad:
+                yield getattr(parameter, "ds_tensor", parameter)
 
     def _load_beside(self, state: Path) -> None:
         """What the module has beside parameters, equal on all ranks: of a universal state DeepSpeed leaves it out."""
@@ -229,8 +289,26 @@ def reshaped(folder: Path, into: Path) -> None:
     places = ["--input_folder", str(folder / TAG), "--output_folder", str(into / TAG)]
     done = subprocess.run([*command, *places], capture_output=True, text=True)
     if done.returncode:
+        if any(word in done.stderr for word in storage.SAID):
+            raise storage.full(into)
         said = done.stderr.strip().splitlines() or ["no word"]
         raise RunError(f"{folder} cannot be read by another number of workers: {said[-1]}")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested mappings and sequences."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _tensors(inner)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:300]
 
 
 def config(stage: Stage) -> dict[str, Any]:
@@ -263,6 +341,16 @@ def _groups(step: Step, multipliers: Mapping[str, float], optim: AdamW) -> list[
             decay = optim.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((multipliers[name], decay), []).append(parameter)
     return [{"params": p, "multiplier": m, "weight_decay": d} for (m, d), p in groups.items()]
+
+
+@contextmanager
+def placed(batch: Batch, draws: int, device: torch.device) -> Iterator[None]:
+    """Inside, a forward of `batch` draws by the places of its samples; what `rng` does not know, by the first's."""
+    places_B = torch.arange(len(batch.ids_BT)) if batch.places_B is None else batch.places_B
+    owners_N = torch.zeros(0, dtype=torch.int64) if batch.owners_N is None else batch.owners_N
+    torch.manual_seed(rng.derive(draws, int(places_B[0])))
+    with rng.Placed(draws, places_B.to(device), owners_N.to(device)):
+        yield
 
 
 def _summed(tensor: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
 
+from bridgework import storage
 from bridgework.cluster import each
 from bridgework.data.shards import Dataset, open_dataset
 from bridgework.data.transforms import read_square
@@ -42,7 +42,8 @@ class Verdict:
 def prepare(tower: TowerSpec, datasets: Sequence[Dataset], *, draws: int, home: Path, workers: int) -> Verdict:
     """Cache the features of every image of `datasets` if that is cheaper than computing `draws` of them in training.
 
-    `workers` actors of Ray hold the tower; 0 computes in this process.
+    `workers` actors of Ray hold the tower, on a GPU each where the cluster has or can start some; 0 computes in this
+    process.
     """
     module = tower.build()
     folder = home / "features" / module.digest()
@@ -60,7 +61,7 @@ def prepare(tower: TowerSpec, datasets: Sequence[Dataset], *, draws: int, home: 
             None, f"features are computed in training: caching {cost} needs more than the {room / 1e6:.0f} MB to spare"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "features.json").write_text(json.dumps({"patches": shape[0], "width": shape[1]}))
+    storage.write_atomic(folder / "features.json", json.dumps({"patches": shape[0], "width": shape[1]}))
     for dataset in missing:
         final = folder / dataset.manifest.digest
         with FileLock(folder / f".{dataset.manifest.digest}.lock"):  # trials of a sweep come here at once
@@ -91,9 +92,10 @@ def _features(module: VisionTower, images: Sequence[bytes]) -> list[np.ndarray[A
     good = [s for s in squares if s is not None]
     if not good:
         return [np.zeros((0, 0), np.float16) for _ in squares]
+    device = next(module.parameters()).device
     with torch.inference_mode():
-        patches_NPD = module.eval()(torch.from_numpy(np.stack(good)))
-    computed = iter(patches_NPD.to(torch.float16).numpy())
+        patches_NPD = module.eval()(torch.from_numpy(np.stack(good)).to(device))
+    computed = iter(patches_NPD.to(torch.float16).cpu().numpy())
     return [np.zeros((0, patches_NPD.shape[-1]), np.float16) if s is None else next(computed) for s in squares]
 
 
@@ -103,7 +105,7 @@ class _Writer:
     def __init__(self, tower: TowerSpec, path: str, folder: Path) -> None:
         self._folder = folder
         self._dataset = open_dataset(path)
-        self._module = tower.build()
+        self._module = tower.build().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, shard: int) -> None:
         info = self._dataset.manifest.shards[shard]
@@ -116,11 +118,7 @@ class _Writer:
 
 
 def _cache(tower: TowerSpec, dataset: Dataset, final: Path, workers: int) -> None:
-    """Write to a temporary folder, then rename: the cache of a dataset is whole or absent."""
-    folder = final.with_name(f".{final.name}-{uuid4().hex[:8]}")
-    folder.mkdir(parents=True)
-    try:
-        each(partial(_Writer, tower, dataset.path, folder), range(len(dataset.manifest.shards)), workers)
-        folder.rename(final)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Write to a temporary folder, then rename: the cache of a dataset is complete or absent."""
+    with storage.publishing(final) as folder:
+        made = partial(_Writer, tower, dataset.path, folder)
+        each(made, range(len(dataset.manifest.shards)), workers, gpus=True, what="features of the vision tower")

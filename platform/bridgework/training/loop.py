@@ -9,23 +9,26 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from bridgework import storage
 from bridgework.data.batch import Batch, collate
 from bridgework.data.reader import Feed, Row
 from bridgework.data.tokens import load_tokenizer
-from bridgework.errors import ResourceError, RunError
+from bridgework.errors import BridgeworkError, ResourceError, RunError
 from bridgework.inference import Pipeline
 from bridgework.models import freezing, lora
+from bridgework.rng import derive
 from bridgework.system import EvalSpec, Stage, System
 from bridgework.tracking import DatasetInput, Journal
 from bridgework.training import artefact, checkpoint
@@ -34,6 +37,7 @@ from bridgework.training.meters import Clock, Metrics, Mixed, by_sample, named, 
 from bridgework.training.recorder import Recorder
 from bridgework.training.schedule import learning_rate
 from bridgework.training.step import Step, check
+from bridgework.training.stopping import interrupted, listening
 
 FLUSH_S = 1.0  # how long points may wait before the driver sees them
 T = TypeVar("T")
@@ -57,15 +61,26 @@ class Job:
     midway: str | None = None  # the one evaluation before the end; None: all
     passes: frozenset[int] = frozenset()  # steps that are passed without an update
     keep: int = 2  # checkpoints
+    fingerprints: tuple[str, ...] = ()  # of recipes with other options that this run was trained with before
 
 
 Report = Callable[[Metrics, int], None]
 
 
-def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *, rank: int, world: int) -> Metrics:
+def run(
+    job: Job,
+    rows: Callable[[int], Iterator[list[Row]]],
+    report: Report,
+    *,
+    rank: int,
+    world: int,
+    fixed_start: bool = False,
+) -> Metrics:
     """Train `job` to its end and return the metrics of its evaluations; every rank calls it together.
 
-    `rows(start)` gives this rank's samples of the steps from `start` on. Raises RunError when the loss is not finite.
+    `rows(start)` gives this rank's samples of the steps from `start` on; with `fixed_start` they begin at the newest
+    checkpoint of the moment and nowhere else. Raises RunError when the loss, the gradient or the weights are not
+    finite, Interrupted after a checkpoint when the run is asked to stop, ResourceError for what the machine lacks.
     """
     stage = job.system[job.stage]
     check(stage, accumulated(stage, world))
@@ -73,40 +88,42 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
     model, inherited = built(job, stage)
     multipliers = freezing.apply(model, stage.trains)
     attempt = _agreed(uuid4().hex[:8])  # so that an orphan of an older attempt cannot write into this one's files
-    found = _agreed(_newest(job, attempt) if rank == 0 else None)
-    engine, start, before = _engine(stage, model, multipliers, found, attempt)
+    engine, start, before = _engine(job, stage, model, multipliers, attempt, fixed_start)
     journal, mixed, clock = Journal(job.folder / "journal"), Mixed(stage, before), Clock()
     pad_id = load_tokenizer(stage.model.tokenizer).pad_token_id or 0
     metrics: Metrics = {}
 
     done = start
-    with Recorder(job.folder, attempt, rank, start) as recorder:
+    recorder = Recorder(job.folder, attempt, rank, start)
+    with listening(job.folder, log.warning) as stop, closing(journal), recorder:
         for step, batch_rows in enumerate(rows(start), start):
             clock.waited()
+            stopped = False
             if step not in job.passes:
-                torch.manual_seed(hash((stage.seed, step, rank)))
                 batches = _micro_batches(stage, batch_rows, world, pad_id, engine.device)
                 lr = learning_rate(stage.optim, step, stage.budget.steps)
-                with _room(stage):
+                engine.draws, engine.stop = derive(stage.seed, step), bool(stop.asked)
+                with _memory(stage, batches):
                     taken = engine.train_step(batches, lr)
                 losses, counts = by_sample(stage, taken)
                 recorder.step(step, batches, losses, counts)
                 metrics = named(stage, taken) | mixed.add(taken) | {"lr": lr} | clock.took(batches, taken)
                 if not (math.isfinite(metrics["loss"]) and math.isfinite(taken.norm)):
-                    journal.flush()  # how it came to this
-                    recorder.flush()
                     raise _not_finite(job, step, metrics, suspects([row.key for row in batch_rows], losses))
                 if rank == 0:
                     journal.append(metrics, step)
+                stopped = taken.stop
             done = step + 1
             if rank == 0 and clock.due(FLUSH_S):
                 journal.flush()
             if done == stage.budget.steps:
                 break
-            if job.checkpoint_every and done % job.checkpoint_every == 0:
+            if stopped or (job.checkpoint_every and done % job.checkpoint_every == 0):
                 journal.flush()  # steps before a checkpoint are never taken again
                 recorder.flush()
                 _save(job, engine, attempt, done, rank, world, mixed.state())
+            if stopped:
+                raise interrupted(job.stage, stop.asked, done)
             if job.evaluate_every and done % job.evaluate_every == 0:
                 judges = [spec for spec in stage.evals if job.midway in (None, spec.name)]
                 report(metrics | _evaluate(job, stage, model, judges), done)
@@ -114,6 +131,8 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
 
     if done != stage.budget.steps:
         raise RunError(f"{job.stage}: its rows ended after {done} of {stage.budget.steps} steps; run it again")
+    if not engine.finite():
+        raise _weights_not_finite(job, done)
     judged = _evaluate(job, stage, model, stage.evals, write=rank == 0)
     journal.append(judged, stage.budget.steps)
     state = engine.state(artefact.kept(stage, model.state_dict(), multipliers, inherited))
@@ -125,16 +144,41 @@ def run(job: Job, rows: Callable[[int], Iterator[list[Row]]], report: Report, *,
 
 
 def _not_finite(job: Job, step: int, metrics: Metrics, own: Sequence[str]) -> RunError:
-    """Names the samples of all ranks that may be to blame; every rank comes here at the same step."""
+    """Name the samples of all ranks that may be the cause; every rank comes here at the same step."""
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, list(own))
     keys = ", ".join(key for of_rank in everyone for key in of_rank)
-    run = job.folder.parent.name
     return RunError(
         f"{job.stage}: the loss of step {step} is {metrics['loss']}, the norm of its gradient {metrics['grad_norm']}; "
-        f"nothing was saved; look first at {keys}: `bridgework data preview --run {run}/{job.stage} --step {step}`, "
-        f"then lower stages.{job.stage}.optim.peak_lr, or leave samples out with `bridgework train .. --skip KEY`"
+        f"nothing was saved; look first at {keys}: `bridgework data preview --run {_run_name(job)}/{job.stage} "
+        f"--step {step}`, then leave samples out with `bridgework train .. --skip KEY`, or lower "
+        f"stages.{job.stage}.optim.peak_lr in {_other_run(job)}"
     )
+
+
+def _weights_not_finite(job: Job, step: int) -> RunError:
+    kept = checkpoint.checkpoints(job.folder)
+    resumes = f"the same command resumes at step {kept[0].step}" if kept else "the same command begins again"
+    return RunError(
+        f"{job.stage}: a weight or a state of the optimizer is NaN or infinite after step {step - 1}, and the loss was "
+        f"finite. Nothing was saved, and {resumes}. Fix: if it happens again at the same step, lower "
+        f"stages.{job.stage}.optim.peak_lr or raise stages.{job.stage}.optim.eps in {_other_run(job)}; if it does "
+        "not, look at the memory of the machine"
+    )
+
+
+def _other_run(job: Job) -> str:
+    """Name the way to a run with another learning rate."""
+    if checkpoint.checkpoints(job.folder):
+        return f"a new run from this one's newest checkpoint (--fork {_run_name(job)})"
+    return "a new run (another --run)"
+
+
+def _run_name(job: Job) -> str:
+    try:
+        return job.folder.parent.relative_to(job.home / "runs").as_posix()
+    except ValueError:
+        return job.folder.parent.name
 
 
 def accumulated(stage: Stage, world: int) -> int:
@@ -144,32 +188,44 @@ def accumulated(stage: Stage, world: int) -> int:
 
 
 @contextmanager
-def _room(stage: Stage) -> Iterator[None]:
-    """Raises ResourceError for a step that does not fit into memory."""
+def _memory(stage: Stage, batches: Sequence[Batch]) -> Iterator[None]:
+    """Raises ResourceError, naming this worker's longest samples, for a step that does not fit into memory."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU is one; on a CPU it has no name of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "allocat" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one; on a CPU it has no name of its own
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocat" not in str(error):
             raise
+        size = {
+            key: tokens
+            for batch in batches
+            for key, tokens in zip(batch.keys, batch.tokens_by_sample().tolist(), strict=True)
+        }
+        longest = sorted(size, key=lambda key: -size[key])[:4]
+        named = ", ".join(f"{key} ({size[key]} tokens)" for key in longest)
         raise ResourceError(
             f"{stage.name}: a step of {stage.budget.micro} samples a forward does not fit into memory "
-            f"({str(error).strip().partition(chr(10))[0]}); set stages.{stage.name}.budget.micro="
-            f"{max(1, stage.budget.micro // 2)}: the same batch is then taken in more pieces"
+            f"({str(error).strip().partition(chr(10))[0]}); the longest samples of this worker are {named}; set "
+            f"stages.{stage.name}.budget.micro={max(1, stage.budget.micro // 2)}: the same batch is then taken in "
+            "more pieces, and the same run resumes; or leave samples out with --skip KEY"
         ) from None
 
 
 def _finish(job: Job, metrics: Metrics, state: dict[str, torch.Tensor]) -> None:
     """The artefact comes last: where it is, the stage is finished and its metrics are there."""
-    (job.folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    artefact.save(
-        job.folder / "artefact",
-        state,
-        system=job.system,
-        stage=job.stage,
-        parent=artefact.describe(job.parent).digest if job.parent else None,
-        datasets=job.datasets,
-        steps=job.system[job.stage].budget.steps,
-    )
+    checkpoint.make_room(job.folder, sum(tensor.nbytes for tensor in state.values()), home=job.home)
+    storage.write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=1))
+    with storage.disk_errors(job.folder):
+        artefact.save(
+            job.folder / "artefact",
+            state,
+            system=job.system,
+            stage=job.stage,
+            parent=artefact.describe(job.parent).digest if job.parent else None,
+            datasets=job.datasets,
+            steps=job.system[job.stage].budget.steps,
+        )
+        storage.sync_tree(job.folder / "artefact")
+        storage.sync_folder(job.folder)
 
 
 def built(job: Job, stage: Stage) -> tuple[freezing.Freezable, list[str]]:
@@ -188,56 +244,99 @@ def _agreed(value: T) -> T:
     return values[0]
 
 
+def _by_rank_0(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and return its value on every rank; its errors are raised on every rank, so none waits."""
+    made: T | BridgeworkError | None = None
+    if dist.get_rank() == 0:
+        try:
+            made = work()
+        except BridgeworkError as error:
+            made = error
+    found = _agreed(made)
+    if isinstance(found, BridgeworkError):
+        raise found
+    return cast(T, found)
+
+
 def _engine(
+    job: Job,
     stage: Stage,
     model: freezing.Freezable,
     multipliers: Mapping[str, float],
-    found: checkpoint.Checkpoint | None,
     attempt: str,
+    fixed_start: bool,
 ) -> tuple[Engine, int, dict[str, float]]:
-    """The engine, with the state of the checkpoint if one was found, the step to go on with, and what was mixed."""
-    elastic = found is not None and found.world != dist.get_world_size() and stage.shard.stage > 0  # 0 shards nothing
-    engine = Engine(Step(model, stage.losses), stage, multipliers, universal=elastic)
-    if found is None:
-        return engine, 0, {}
-    client = _load_of_other_workers(found, engine, attempt) if elastic else engine.load(found.folder)
-    return engine, found.step, client["mixed"]
+    """The engine with the state of the newest usable checkpoint, the step to take next, and what was mixed.
+
+    Files may be complete and hold values that are not finite: an older version, or broken memory, wrote them.
+    """
+    engine: Engine | None = None
+    while True:
+        found = _by_rank_0(lambda: _newest(job, attempt))
+        elastic = found is not None and found.world != dist.get_world_size() and stage.shard.stage > 0  # 0: no shards
+        engine = engine or Engine(Step(model, stage.losses), stage, multipliers, universal=elastic)
+        if found is None:
+            return engine, 0, {}
+        if elastic:
+            client = _load_of_other_workers(job, found, engine, attempt)
+        else:
+            client = engine.load(found.folder, universal=False)
+        if engine.finite():
+            return engine, found.step, client["mixed"]
+        damage = f"{job.stage}: checkpoint of step {found.step} is damaged: it holds values that are not finite"
+        if dist.get_rank() == 0:
+            log.warning("%s; resuming from the one before", damage)
+        _by_rank_0(partial(checkpoint.set_aside, found.folder))
+        if fixed_start:
+            raise ResourceError(f"{damage}; the workers start again from the one before")
 
 
-def _load_of_other_workers(found: checkpoint.Checkpoint, engine: Engine, attempt: str) -> dict[str, Any]:
+def _load_of_other_workers(job: Job, found: checkpoint.Checkpoint, engine: Engine, attempt: str) -> dict[str, Any]:
     universal = found.folder.with_name(f".universal-{attempt}")
-    failed = ""
-    if dist.get_rank() == 0:
-        try:
-            reshaped(found.folder, universal)
-        except RunError as error:
-            failed = str(error)
-    if failed := _agreed(failed):  # every rank must know, or the others wait for ever
-        raise RunError(failed)
-    client = engine.load(universal)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(universal)
+    _by_rank_0(lambda: checkpoint.make_room(job.folder, found.size, home=job.home))
+    try:
+        _by_rank_0(lambda: reshaped(found.folder, universal))
+        client = engine.load(universal, universal=True)
+        dist.barrier()
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(universal, ignore_errors=True)
     return client
 
 
 def _newest(job: Job, attempt: str) -> checkpoint.Checkpoint | None:
-    found, passed = checkpoint.newest(job.folder, job.system.fingerprint())
+    found, passed = checkpoint.resume(job.folder, job.system.fingerprint(), *job.fingerprints, home=job.home)
     for damage in passed:
-        log.warning("%s: %s; going on from the one before", job.stage, damage)
+        log.warning("%s: %s; resuming from the one before", job.stage, damage)
     checkpoint.sweep(job.folder, attempt, found.step if found else 0)
     return found
 
 
 def _save(job: Job, engine: Engine, attempt: str, step: int, rank: int, world: int, mixed: Mapping[str, float]) -> None:
+    """A checkpoint of `step`, unless its weights are not finite or the disk has no room for it."""
+    if not engine.finite():
+        raise _weights_not_finite(job, step)
+    need = engine.checkpoint_bytes()
+    _by_rank_0(lambda: checkpoint.make_room(job.folder, need, home=job.home))
     folder = checkpoint.begin(job.folder, step, attempt)
-    engine.save(folder, {"step": step, "mixed": dict(mixed)})
-    dist.barrier()
-    if rank == 0:
-        checkpoint.complete(
-            folder, step=step, world=world, attempt=attempt, fingerprint=job.system.fingerprint(), keep=job.keep
-        )
-    dist.barrier()
+    try:
+        with storage.disk_errors(folder):
+            engine.save(folder, {"step": step, "mixed": dict(mixed)})
+            dist.barrier()
+            _by_rank_0(
+                lambda: checkpoint.complete(
+                    folder,
+                    step=step,
+                    world=world,
+                    attempt=attempt,
+                    fingerprint=job.system.fingerprint(),
+                    keep=job.keep,
+                    home=job.home,
+                )
+            )
+    except ResourceError:
+        shutil.rmtree(folder, ignore_errors=True)  # what is half-written would keep the disk full
+        raise
 
 
 def _micro_batches(stage: Stage, rows: Sequence[Row], world: int, pad_id: int, device: torch.device) -> list[Batch]:
@@ -267,6 +366,9 @@ def _evaluate(job: Job, stage: Stage, model: nn.Module, judges: Sequence[EvalSpe
         result = spec.run(pipeline, job.home)
         metrics |= result.metrics
         for name, picture in result.pictures.items() if write else ():
-            (job.folder / "evals").mkdir(exist_ok=True)
-            picture.save(job.folder / "evals" / f"{name}.png")
+            try:
+                (job.folder / "evals").mkdir(exist_ok=True)
+                picture.save(job.folder / "evals" / f"{name}.png")
+            except OSError as error:  # the figures are in the journal
+                log.warning("%s: the picture of %s is not kept: %s", job.stage, name, error)
     return metrics

@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bridgework.tracking import Journal, Point
+from bridgework.training.notices import Follower
 
 POLL_S = 0.5
 
 
 @contextmanager
-def shown(journal: Path, title: str, steps: int, console: Console) -> Iterator[None]:
-    """Follow a stage by its journal until the block ends."""
+def shown(folder: Path, title: str, steps: int, console: Console) -> Iterator[None]:
+    """Follow a stage, by the journal and the notices in its folder, until the block ends."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -25,14 +26,20 @@ def shown(journal: Path, title: str, steps: int, console: Console) -> Iterator[N
     bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
     task = bar.add_task(title, total=steps, figures="starting the workers")
     over = threading.Event()
+    journal, notices = Journal(folder / "journal"), Follower(folder)
+    before = journal.end()  # of a run that resumes
 
     def follow() -> None:
-        part, tenth = "", 0
+        part, tenth = before, 0
         while True:
             last = over.is_set()  # read once more after the end
-            for name, points in Journal(journal).points(part):
-                part, at = name, max(p.step for p in points)
-                figures, done = _figures(points, at), min(at + 1, steps)  # evaluations of the end stand behind the last
+            for text in notices.new():
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+            for name, points in journal.points(part):
+                part, at = name, max((p.step for p in points if p.key == "loss"), default=None)
+                if at is None:
+                    continue  # figures of an evaluation
+                figures, done = _figures(points, at), min(at + 1, steps)
                 bar.update(task, completed=done, figures=figures)
                 if not console.is_terminal and done * 10 // steps > tenth:
                     tenth = done * 10 // steps

@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,18 +38,26 @@ class Record:
     """
 
     def __init__(
-        self, tracker: Tracker | None, system: System, run: str, parent: str | None, say: Callable[[str], object]
+        self,
+        tracker: Tracker | None,
+        system: System,
+        run: str,
+        parent: str | None,
+        say: Callable[[str], object],
+        tags: Mapping[str, str] | None = None,
     ) -> None:
+        """`tags` go to the run and to every stage's."""
         self.tracker: Tracker = tracker or MemoryTracker()
         self._system, self._run, self._say = system, run, say
         self._tags = {"system": system.name, "fingerprint": system.fingerprint(), "git_commit": _commit(), "run": run}
+        self._tags |= tags or {}
         if (job := os.environ.get("RAY_JOB_SUBMISSION_ID")) is not None:
             self._tags["ray_job_id"] = job
         self._id: str | None = None
         self._open: str | None = None
         with self._asked() as asked:
             self._id = asked.start(run, parent=parent, tags={**self._tags, "run_key": run})
-            asked.params(self._id, flat(system))
+            asked.params(self._id, flat(system), resumed=True)
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "recipe.json"
                 file.write_text(json.dumps(to_dict(system), indent=1))
@@ -61,7 +69,7 @@ class Record:
         tags = {**self._tags, "stage": stage.name, "run_key": f"{self._run}/{stage.name}", "starts_from_digest": digest}
         with self._asked() as tracker:
             self._open = tracker.start(stage.name, parent=self._id, tags=tags)
-            tracker.params(self._open, flat(stage))
+            tracker.params(self._open, flat(stage), resumed=True)
             tracker.inputs(self._open, inputs)
         return self._open
 
@@ -95,7 +103,7 @@ class Record:
         """The tracker, or its twin in memory from the first time that it does not answer."""
         try:
             yield self.tracker
-        except TrackingError as error:
+        except (TrackingError, OSError) as error:  # OSError: a disk that cannot take a record never ends a run
             self.tracker, self._id, self._open = MemoryTracker(), None, None
             self._say(f"{error}; training goes on untracked: the same command later records it")
 

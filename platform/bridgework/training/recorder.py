@@ -4,11 +4,14 @@ One Arrow stream a worker and attempt, appended to as the run goes, so that what
 before. Steps that were taken twice (a worker died after its last checkpoint) count as they were taken last.
 """
 
+import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +21,10 @@ from bridgework.errors import RunError
 
 FOLDER = "flight"
 START = b"start"  # in the metadata of a stream: the attempt's first step
+MAX_WAITING = 10_000  # steps that wait in memory while the disk refuses them
 FLUSH_S = 2.0  # how long steps may wait in memory: what a crash can lose of the record, not of the run
+log = logging.getLogger(__name__)
+
 SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
@@ -44,26 +50,30 @@ class Flown:
 
 
 class Recorder:
-    """Writes what one worker trains on; a context manager."""
+    """Writes what one worker trains on; a context manager. A disk that refuses never ends a run."""
 
     def __init__(self, folder: Path, attempt: str, rank: int, start: int) -> None:
         """`start` is the attempt's first step: what it passes from there on was not taken, whatever others say."""
-        place = folder / FOLDER
-        place.mkdir(parents=True, exist_ok=True)
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
-        self._file = (place / f"{time.time_ns():020d}-{attempt}-{rank:05d}.arrows").open("wb")
-        schema = SCHEMA.with_metadata({START: str(start)})
-        self._out = pa.ipc.new_stream(self._file, schema, options=options)
+        self._place = folder / FOLDER
+        self._name = f"{attempt}-{rank:05d}"
+        self._schema = SCHEMA.with_metadata({START: str(start)})
+        self._attempt = attempt
         self._waiting: list[pa.RecordBatch] = []
+        self._lost = 0
+        self._trouble = False
         self._flushed = time.monotonic()
+        self._file: BinaryIO | None = None
+        self._out: Any = None
+        self._order = 0
+        with suppress(OSError):  # `flush` reports it
+            self._open()
 
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.flush()
-        self._out.close()
-        self._file.close()
+        self._close()
 
     def step(self, step: int, batches: Sequence[Batch], losses_R: Sequence[float], counts_R: Sequence[float]) -> None:
         """Note one step: the samples of `batches` in order, of which each has its loss and what it is a mean of."""
@@ -74,15 +84,50 @@ class Recorder:
         self._waiting.append(
             pa.record_batch([[step] * len(keys), keys, sources, losses_R, counts_R, tokens], schema=SCHEMA)
         )
+        if len(self._waiting) > MAX_WAITING:
+            del self._waiting[0]
+            self._lost += 1
         if time.monotonic() - self._flushed > FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
         """Hand what waits to the disk."""
-        if self._waiting:
+        self._flushed = time.monotonic()
+        if not self._waiting:
+            return
+        try:
+            file = self._open()
             self._out.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
-            self._file.flush()
-        self._waiting, self._flushed = [], time.monotonic()
+            file.flush()
+        except OSError as error:
+            if not self._trouble:
+                log.warning("%s: the record of steps is kept in memory until it can be written: %s", self._place, error)
+            self._trouble = True
+            self._close()  # what was half-written ends this file; a new one follows
+            return
+        if self._trouble:
+            log.warning("%s: steps are recorded again; %d of them were lost", self._place, self._lost)
+        self._trouble, self._lost, self._waiting = False, 0, []
+
+    def _open(self) -> BinaryIO:
+        """The file to write to. Files sort by attempt: one sorts after all those of other attempts that are there."""
+        if self._file is None:
+            self._place.mkdir(parents=True, exist_ok=True)
+            names = [file.name for file in self._place.glob("*.arrows") if f"-{self._attempt}-" not in file.name]
+            others = [int(name[:20]) for name in names if name[:20].isdecimal()]
+            # clocks differ between machines and may be set back: they order nothing alone
+            self._order = max(time.time_ns(), self._order + 1, max(others, default=0) + 1)
+            self._file = (self._place / f"{self._order:020d}-{self._name}.arrows").open("wb")
+            options = pa.ipc.IpcWriteOptions(compression="zstd")
+            self._out = pa.ipc.new_stream(self._file, self._schema, options=options)
+        return self._file
+
+    def _close(self) -> None:
+        file, out, self._file, self._out = self._file, self._out, None, None
+        for each in (out, file):
+            if each is not None:
+                with suppress(OSError):
+                    each.close()
 
 
 def flown(folder: Path, step: int) -> list[Flown]:

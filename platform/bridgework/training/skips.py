@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from bridgework import storage
 from bridgework.data.shards import Dataset
 from bridgework.errors import SpecError
 
@@ -97,9 +98,7 @@ class Skips:
         """With one more, which is on record from now on."""
         both = Skips((*self.orders, order))
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{FILE}.tmp"
-        temporary.write_text(json.dumps([asdict(o) for o in both.orders], indent=1))
-        temporary.rename(folder / FILE)
+        storage.write_atomic(folder / FILE, json.dumps([asdict(o) for o in both.orders], indent=1))
         return both
 
     @property

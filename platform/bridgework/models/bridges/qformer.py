@@ -13,9 +13,9 @@ bidirectional  matching      everything sees everything; so an instruction shape
 # L = Q + T  D width of the language model
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,8 @@ def bidirectional(attention_NT: Tensor, queries: int) -> Tensor:
 class QFormerModel(nn.Module):
     """`queries` and transformers' layers, under our masks.
 
-    `forward` is the bridge; `read`, `text`, `write` and `fuse` are the passes of the three objectives.
+    `forward` is the bridge; `read`, `text`, `write` and `fuse` are the passes of the three objectives. Each goes
+    through `__call__`, where the hooks of ZeRO-3 gather the parameters that it uses, and again for its backward.
     """
 
     def __init__(self, config: QFormer, in_width: int, out_width: int | None) -> None:
@@ -156,31 +157,54 @@ class QFormerModel(nn.Module):
     def layers(self) -> Any:
         return self.qformer.encoder.layer
 
-    def forward(
-        self, patches_NPF: Tensor, instruction_NT: Tensor | None = None, attention_NT: Tensor | None = None
-    ) -> Tensor:
-        """(N, P, F) -> (N, Q, D); an instruction, padded on either side, shapes the queries and is then left out."""
-        if instruction_NT is None:
-            queries_NQW = self.read(patches_NPF)[-1]
-        else:
-            attention_NT = torch.ones_like(instruction_NT) if attention_NT is None else attention_NT
-            seen_N1LL = bidirectional(attention_NT, self.config.queries)
-            queries_NQW = self.fuse(patches_NPF, instruction_NT, attention_NT, seen_N1LL)[:, : self.config.queries]
-        return queries_NQW if self.projection is None else cast(Tensor, self.projection(queries_NQW))
+    def forward(self, *given: Any, run: Literal["bridge", "read", "text", "write", "fuse"] = "bridge") -> Any:
+        """(N, P, F) -> (N, Q, D); an instruction, padded on either side, shapes the queries and is then left out.
+
+        given: patches_NPF, and with an instruction its instruction_NT and attention_NT; or what the pass `run` takes.
+        """
+        passes: dict[str, Callable[..., Any]] = {
+            "bridge": self._bridge, "read": self._read, "text": self._text, "write": self._write, "fuse": self._fuse,
+        }  # fmt: skip
+        return passes[run](*given)
 
     def read(self, patches_NPF: Tensor) -> list[Tensor]:
         """(N, Q, W) as each layer takes the queries in, and last what comes out: all that `write` needs of an image.
 
         No text is seen, so it is the query half of the unimodal and of the causal mask at once.
         """
+        return cast(list[Tensor], self(patches_NPF, run="read"))
+
+    def text(self, ids_NT: Tensor, attention_NT: Tensor) -> Tensor:
+        """(N, T, W): the text alone, the other half of the unimodal mask."""
+        return cast(Tensor, self(ids_NT, attention_NT, run="text"))
+
+    def write(self, ids_NT: Tensor, attention_NT: Tensor, states: list[Tensor]) -> Tensor:
+        """(N, T, W): the text half of the causal mask, after the queries that `read` gave for the same images."""
+        return cast(Tensor, self(ids_NT, attention_NT, states, run="write"))
+
+    def fuse(self, patches_NPF: Tensor, ids_NT: Tensor, attention_NT: Tensor, seen_N1LL: Tensor) -> Tensor:
+        """(N, L, W): queries and text in one pass, under any mask."""
+        return cast(Tensor, self(patches_NPF, ids_NT, attention_NT, seen_N1LL, run="fuse"))
+
+    def _bridge(
+        self, patches_NPF: Tensor, instruction_NT: Tensor | None = None, attention_NT: Tensor | None = None
+    ) -> Tensor:
+        if instruction_NT is None:
+            queries_NQW = self._read(patches_NPF)[-1]
+        else:
+            attention_NT = torch.ones_like(instruction_NT) if attention_NT is None else attention_NT
+            seen_N1LL = bidirectional(attention_NT, self.config.queries)
+            queries_NQW = self._fuse(patches_NPF, instruction_NT, attention_NT, seen_N1LL)[:, : self.config.queries]
+        return queries_NQW if self.projection is None else cast(Tensor, self.projection(queries_NQW))
+
+    def _read(self, patches_NPF: Tensor) -> list[Tensor]:
         image_NPF = self.ln_vision(patches_NPF)
         states = [self._enter(self.queries.expand(len(image_NPF), -1, -1))]
         for layer in self.layers:
             states.append(layer(states[-1], None, image_NPF, query_length=self.config.queries))
         return states
 
-    def text(self, ids_NT: Tensor, attention_NT: Tensor) -> Tensor:
-        """(N, T, W): the text alone, the other half of the unimodal mask."""
+    def _text(self, ids_NT: Tensor, attention_NT: Tensor) -> Tensor:
         queries = self.config.queries
         seen_N1TT = unimodal(attention_NT, queries)[:, :, queries:, queries:]
         hidden_NTW = self._enter(self._words(ids_NT, attention_NT))
@@ -188,8 +212,7 @@ class QFormerModel(nn.Module):
             hidden_NTW = layer(hidden_NTW, seen_N1TT, query_length=0)
         return hidden_NTW
 
-    def write(self, ids_NT: Tensor, attention_NT: Tensor, states: list[Tensor]) -> Tensor:
-        """(N, T, W): the text half of the causal mask, behind the queries that `read` gave for the same images."""
+    def _write(self, ids_NT: Tensor, attention_NT: Tensor, states: list[Tensor]) -> Tensor:
         seen_N1TL = causal(attention_NT, self.config.queries)[:, :, self.config.queries :]
         hidden_NTW = self._enter(self._words(ids_NT, attention_NT))
         for layer, queries_NQW in zip(self.layers, states, strict=False):  # the last state is no layer's input
@@ -199,8 +222,7 @@ class QFormerModel(nn.Module):
             hidden_NTW = layer.feed_forward_chunk(hidden_NTW)
         return hidden_NTW
 
-    def fuse(self, patches_NPF: Tensor, ids_NT: Tensor, attention_NT: Tensor, seen_N1LL: Tensor) -> Tensor:
-        """(N, L, W): queries and text in one pass, under any mask."""
+    def _fuse(self, patches_NPF: Tensor, ids_NT: Tensor, attention_NT: Tensor, seen_N1LL: Tensor) -> Tensor:
         image_NPF, words_NTW = self.ln_vision(patches_NPF), self._words(ids_NT, attention_NT)
         hidden_NLW = self._enter(torch.cat([self.queries.expand(len(image_NPF), -1, -1), words_NTW], dim=1))
         for layer in self.layers:

@@ -1,0 +1,147 @@
+"""Durable writes on a local disk: a file or a folder appears complete, and survives a power cut, or not at all.
+
+Write to a temporary name, flush to the disk (fsync), rename, flush the folder that holds the name: without the first
+flush a rename may outlive the bytes, without the second a crash may bring the old name back (Pillai et al. 2014, "All
+File Systems Are Not Created Equal", OSDI).
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from bridgework.errors import ResourceError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left on the device; the user's quota is used up
+SAID = (  # by torch.save, whose zip writer raises a RuntimeError, and by safetensors
+    "PytorchStreamWriter failed writing", "inline_container.cc", "No space left on device", "Disk quota exceeded",
+)  # fmt: skip
+
+
+def write_atomic(path: Path, content: str | bytes, *, mode: int | None = None) -> None:
+    """Replace the file at `path` by `content`; readers see the old file or the new one, never a part.
+
+    `mode` sets the permission bits before any byte is written. Raises ResourceError where the disk is full.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        with disk_errors(path):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with os.fdopen(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, content: str) -> None:
+    """Append `content` to the file at `path` and flush it to the disk; a failed write is cut off again.
+
+    Raises ResourceError where the disk is full.
+    """
+    data, new = content.encode(), not path.exists()
+    with disk_errors(path):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        before = os.fstat(file).st_size
+        try:
+            while data:
+                data = data[os.write(file, data) :]
+            os.fsync(file)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(file, before)
+            raise
+        finally:
+            os.close(file)
+        if new:
+            sync_folder(path.parent)
+
+
+@contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it becomes `folder`, complete, at the end of the block, and vanishes on an error.
+
+    A folder of that name is replaced. Raises ResourceError where the disk is full.
+    """
+    temporary = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
+    try:
+        with disk_errors(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Flush every file under `temporary` and rename it to `folder`, in place of an older folder of that name.
+
+    The older one is moved aside first and removed last, so that a crash leaves one of the two complete.
+    """
+    sync_tree(temporary)
+    old = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.old")
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder under `folder`, itself included, to the disk."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(place, name))
+        sync_folder(Path(place))
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in `folder`: what was created, renamed or removed there."""
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def disk_full(error: BaseException) -> bool:
+    """Recognize the error of a full disk or quota; libraries report it by other classes, in their words."""
+    chain: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in chain:
+        chain.append(at)
+        at = at.__cause__ or at.__context__
+    return any((isinstance(e, OSError) and e.errno in FULL) or any(word in str(e) for word in SAID) for e in chain)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raise ResourceError, naming the disk and what is free on it, where the block fails for want of space."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ResourceError) or not disk_full(error):
+            raise
+        raise full(path) from error
+
+
+def full(path: Path, need: int | None = None) -> ResourceError:
+    """The error of a full disk; `need` is what was to be written, in bytes."""
+    place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    wanted = "" if need is None else f"; {need / 1e6:,.1f} MB are needed"
+    return ResourceError(
+        f"{path}: the disk is full. Got {shutil.disk_usage(place).free / 1e6:,.1f} MB free on the disk of {place}"
+        f"{wanted}. Fix: free some space there, or set BRIDGEWORK_HOME to a larger disk; what was complete before "
+        "is untouched, and the same command resumes"
+    )

@@ -1,0 +1,134 @@
+"""What a stage needs is asked for: no cluster trains on CPUs because its pools begin at zero nodes."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridgework import cluster
+from bridgework.errors import ResourceError, SpecError
+from bridgework.training.launch import How, _needs
+
+FAKE = """
+import json, os, sys
+os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+import ray
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+from bridgework import cluster
+from bridgework.training.launch import How, _needs
+cluster.SAY_EVERY_S = 1.0
+said, told, folder = [], {}, sys.argv[1]
+
+def tell(name, value):
+    told[name] = value
+
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+ray.init(address=nodes.address, log_to_driver=False)
+tell("without", [cluster.gpus_each(), _needs(How())["GPU"], cluster.grows("GPU")])
+
+# what an autoscaler reports at its start
+group = autoscaler_pb2.NodeGroupConfig(name="train", resources={"GPU": 4, "CPU": 8}, max_count=2)
+config = autoscaler_pb2.ClusterConfig(node_group_configs=[group])
+ray._raylet.GcsClient(address=nodes.address).report_cluster_config(config.SerializeToString())
+tell("pools at zero", [cluster.gpus_each(), _needs(How()), cluster.grows("GPU"), cluster.potential()["GPU"]])
+tell("asked for none", _needs(How(gpus_per_worker=0))["GPU"])
+
+try:
+    cluster.wait_for("align", [{"CPU": 1, "GPU": 1}] * 4, timeout_s=2.5, say=said.append)
+except cluster.ResourceError as error:
+    tell("timed out", str(error))
+tell("said", said[:1])
+
+def stopped():
+    raise KeyboardInterrupt
+
+try:
+    cluster.wait_for("align", [{"GPU": 1}], timeout_s=60, say=said.append, stopped=stopped)
+except KeyboardInterrupt:
+    tell("stopped", True)
+
+joined = []
+
+def join(text):
+    if not joined:
+        joined.append(nodes.add_node(num_cpus=4, num_gpus=2))
+
+cluster.wait_for("align", [{"CPU": 1, "GPU": 1}] * 2, timeout_s=120, say=join)
+tell("joined", len(joined))
+
+class Work:
+    def __call__(self, item):
+        gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        open(os.path.join(folder, str(item)), "w").write(",".join(gpus))
+
+cluster.each(Work, range(3), 8, gpus=True, what="the judges")
+tell("actors", [open(os.path.join(folder, str(item))).read() for item in range(3)])
+print("TOLD" + json.dumps(told))
+ray.shutdown()
+nodes.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process on a cluster of its own, of fake GPUs, found."""
+    folder = tmp_path_factory.mktemp("seen")
+    env = {**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="bw-")}
+    done = subprocess.run(
+        [sys.executable, "-c", FAKE, str(folder)], capture_output=True, text=True, env=env, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3_000:]
+    found: dict[str, Any] = json.loads(done.stdout.split("TOLD")[1].splitlines()[0])
+    return found
+
+
+def test_a_cluster_without_gpus_is_asked_for_none(told: dict[str, Any]) -> None:
+    assert told["without"] == [0.0, 0.0, False]
+
+
+def test_a_gpu_is_asked_for_where_the_autoscaler_can_start_one(told: dict[str, Any]) -> None:
+    assert told["pools at zero"] == [1.0, {"CPU": 1.0, "GPU": 1.0}, True, 8.0]
+    assert told["asked for none"] == 0.0
+
+
+def test_waiting_is_reported_with_what_is_missing_and_has_an_end(told: dict[str, Any]) -> None:
+    (first,) = told["said"]
+    assert first.startswith("align: waiting for 4 x GPU: 0 of 4 in the cluster, 0 free; the autoscaler may start nodes")
+    assert "up to 8" in first
+    assert "did not have the resources within 2.5 s. Got 4 x GPU: 0 of 4" in told["timed out"]
+    assert "--gpus-per-worker" in told["timed out"] and "--resource-timeout" in told["timed out"]
+
+
+def test_waiting_can_be_stopped_and_ends_as_soon_as_nodes_join(told: dict[str, Any]) -> None:
+    assert told["stopped"] and told["joined"] == 1
+
+
+def test_actors_get_the_gpus_that_they_were_promised(told: dict[str, Any]) -> None:
+    """Eight actors are asked for, the cluster may have eight GPUs, two are there: the work begins with these."""
+    assert set(told["actors"]) <= {"0", "1"} and all(told["actors"])
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_ray_of_ones_own_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster._Own, "ray", True)
+    with pytest.raises(ResourceError, match=r"this machine cannot run it\. Got 2 x GPU: 0 of 2 in the cluster.*Fix: "):
+        cluster.wait_for("align", [{"CPU": 1.0, "GPU": 1.0}] * 2)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("gpus", [-1.0, 1.5, float("inf"), float("nan")])
+def test_a_number_of_gpus_that_ray_cannot_give_is_refused(gpus: float) -> None:
+    with pytest.raises(SpecError, match="--gpus-per-worker: Got"):
+        _needs(How(gpus_per_worker=gpus))
+
+
+def test_relative_paths_mean_what_they_say_in_actors(tmp_path: Path) -> None:
+    seen: list[int] = []
+    cluster.each(lambda: seen.append, [1, 2], 0)
+    assert seen == [1, 2]
