@@ -75,8 +75,8 @@ class PrefixVLM:
         return self.vision.tokens
 
     @property
-    def unpackable(self) -> None:
-        return None
+    def unpackable(self) -> str | None:
+        return self.language.unpackable
 
     @property
     def pretrained(self) -> tuple[str, ...]:

@@ -26,6 +26,10 @@ class Speaker(PreTrainedModel, GenerationMixin):
         self.model = model
         self.generation_config = deepcopy(model.language.generation_config)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the experts, if there are any, are the language model's
+
     def forward(
         self,
         input_ids: Tensor | None = None,
