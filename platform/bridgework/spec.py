@@ -25,7 +25,7 @@ ADDED = "added"  # in a field's metadata: `to_dict` leaves the field out at its 
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def added(default: T) -> T:
+def added(*, default: T) -> T:
     """Return a field that a spec gained after recipes and artifacts of it existed.
 
     At its default it is not written, so the fingerprints of recipes that do not set it stay the same.

@@ -17,6 +17,7 @@ from bridgework.errors import SpecError, WeightsError
 from bridgework.interop import blip2, instructblip, llava
 from bridgework.interop.convert import export_hf, import_hf
 from bridgework.models import MLP, EvaConfig, Linear, PrefixVLM, QFormer, ViTConfig
+from bridgework.models.origin import Origin
 from bridgework.models.prefix_vlm import PrefixModel
 from bridgework.models.qformer_pretrainer import QFormerPretrainingModel
 from bridgework.models.vision import normalise
@@ -28,7 +29,7 @@ from tests.models.examples import LLAMA_7B, pixels, stirred
 VOCAB = 120
 OPT = {"model_type": "opt", "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 48,
        "num_attention_heads": 4, "word_embed_proj_dim": 32, "max_position_embeddings": 64}  # fmt: skip
-SMALL_OPT = OPT | {"hidden_size": 24, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "num_hidden_layers": 1}
+SMALL_OPT = OPT | {"hidden_size": 24, "word_embed_proj_dim": 24, "do_layer_norm_before": False, "num_hidden_layers": 1}
 T5 = {"model_type": "t5", "vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
       "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}  # fmt: skip
 LLAMA = {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
@@ -126,7 +127,7 @@ def test_logits_and_greedy_ids_agree(shape: str) -> None:
     places_BT = ids_BT.masked_fill(ids_BT == IMAGE, PLACE)
     given = to_theirs(heard(shape)) | {"pixel_values": normalise(images, built.vision.config.pixels)}
     with torch.no_grad():
-        for found, expected in module.outputs(built, model).values():
+        for found, expected in module.outputs(built, model, Origin()).values():
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
         written = built.generate(ids_BT, attention_BT, images, **heard(shape), max_new_tokens=5, do_sample=False)
         begun = {"attention_mask": torch.ones_like(places_BT)}
@@ -222,7 +223,7 @@ def test_contrast_and_matching_agree_with_transformers_retrieval(sizes: Any) -> 
         found, judged = model(**given), model(**given, use_image_text_matching_head=True)
         image, text = built.embed_images(features), built.embed_texts(ids, attention.bool())
         own = built.match(ids, attention.bool(), features)
-        pairs = [*blip2.outputs(built, model).values()]
+        pairs = [*blip2.outputs(built, model, Origin()).values()]
     pairs += [
         (image, found.image_embeds),
         (text, found.text_embeds),

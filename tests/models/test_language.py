@@ -212,7 +212,12 @@ def test_an_extra_field_that_no_config_has_is_refused_with_a_suggestion() -> Non
 
 @pytest.mark.parametrize(
     ("arch", "extra", "said"),
-    [("zamba2", {}, "num_hidden_layers"), ("bamba", {}, "mamba_n_heads"), ("phi", {"num_key_value_heads": "x"}, "int")],
+    [
+        ("zamba2", {}, "num_hidden_layers"),
+        ("bamba", {}, "mamba_n_heads"),
+        ("phi", {"num_key_value_heads": "x"}, "int"),
+        ("gptj", {}, "size of tensor"),
+    ],
 )
 def test_numbers_that_transformers_cannot_build_are_one_line(arch: str, extra: dict[str, Any], said: str) -> None:
     with pytest.raises(

@@ -43,7 +43,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
 
 
 def language(arch: str, extra: dict[str, Any] | None = None) -> LanguageConfig:
-    ffn = 128 if arch == "mpt" else 48
+    ffn = 128 if arch in ("mpt", "openai-gpt") else 48
     return LanguageConfig(
         arch=arch, width=32, depth=2, heads=4, kv_heads=4, ffn=ffn, vocab=97, context=128, tokenizer="bytes",
         tied=arch in ("mpt", "falcon", "t5", "cohere2", "gemma2", "gemma3_text"), extra=extra or {},
@@ -113,6 +113,7 @@ def test_packing_of_a_recurrent_state_is_refused(arch: str) -> None:
     ("arch", "extra", "said"),
     [
         ("falcon", {"alibi": True}, "ALiBi"),
+        ("openai-gpt", {}, "masks of its own"),
         ("longt5", {"d_kv": 8}, "blocks of its own"),
         ("switch_transformers", {"d_kv": 8}, "fixed number of tokens"),
     ],
@@ -160,8 +161,12 @@ SCALED = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor
 @pytest.mark.parametrize(
     "config",
     [language(arch, extra) for arch, extra in RECURRENT.items()]
-    + [replace(language("llama", SCALED), context=16), language("mistral", WINDOWED["mistral"])],
-    ids=[*RECURRENT, "dynamic", "window"],
+    + [
+        replace(language("llama", SCALED), context=16),
+        language("mistral", WINDOWED["mistral"]),
+        language("openai-gpt"),
+    ],
+    ids=[*RECURRENT, "dynamic", "window", "no cache"],
 )
 @torch.no_grad()
 def test_continuations_have_the_logits_of_the_complete_text(config: LanguageConfig) -> None:

@@ -23,8 +23,9 @@ from bridgework.models.bridges.gated_xattn import Gates, insert
 from bridgework.models.bridges.resampler import Resampler
 from bridgework.models.freezing import Freezable
 from bridgework.models.language import LanguageConfig
+from bridgework.models.origin import Origin
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
-from bridgework.spec import spec
+from bridgework.spec import added, spec
 from bridgework.system import END, IMAGE, Layout, Pixels
 
 LOGITS = frozenset({"logits"})
@@ -39,6 +40,7 @@ class CrossAttentionVLM:
     bridge: Resampler
     gates: Gates
     language: LanguageConfig
+    origin: Origin | None = added(default=None)  # of an import: fields that an export writes again
 
     def __post_init__(self) -> None:
         if not self.gates.layers(self.language.depth):
@@ -100,6 +102,7 @@ class CrossAttentionVLM:
             bridge=self.bridge.tiny(),
             gates=self.gates.tiny(),
             language=self.language.tiny(),
+            origin=None,
         )
 
 

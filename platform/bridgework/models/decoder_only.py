@@ -36,16 +36,18 @@ def logits(language: Any, embeds_BTD: Tensor, attention_BT: Tensor, segments_BT:
 def continuations(language: Any, prompt_1TD: Tensor, rest_CR: Tensor) -> Tensor:
     """Return (C, R, V), the logits of every token of `rest` after one prompt, which is read once where it can be."""
     prompt, candidates = prompt_1TD.shape[1], len(rest_CR)
-    if not packing.caches(language, prompt + rest_CR.shape[1]):
+    cache, before_C1V = None, None
+    if packing.caches(language, prompt + rest_CR.shape[1]):
+        first = language(inputs_embeds=prompt_1TD, use_cache=True)
+        cache = getattr(first, "past_key_values", None)  # GPT-1 keeps nothing
+        before_C1V = first.logits[:, -1:].expand(candidates, 1, -1)
+    if cache is None or before_C1V is None:
         words_CRD = language.get_input_embeddings()(rest_CR)
         embeds_CTD = torch.cat([prompt_1TD.expand(candidates, -1, -1), words_CRD.to(prompt_1TD.dtype)], dim=1)
         real_CT = torch.ones(embeds_CTD.shape[:2], dtype=torch.bool, device=embeds_CTD.device)
         return logits(language, embeds_CTD, real_CT)[:, prompt - 1 : -1]
-    first = language(inputs_embeds=prompt_1TD, use_cache=True)
-    cache = first.past_key_values
     cache.batch_repeat_interleave(candidates)
     after_CRV = language(input_ids=rest_CR, past_key_values=cache, use_cache=True).logits
-    before_C1V = first.logits[:, -1:].expand(candidates, 1, -1)
     return torch.cat([before_C1V, after_CRV[:, :-1]], dim=1)
 
 

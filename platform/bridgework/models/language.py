@@ -31,7 +31,7 @@ MULTIPLE = "intermediate_multiple_size"  # of the width, where a config has it i
 APART = {  # of transformers' configs: what says nothing of the model, or is the tokenizer's to say
     "architectures", "dtype", "transformers_version", "_name_or_path", "use_cache", "bos_token_id", "eos_token_id",
 }  # fmt: skip
-UNBUILT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+UNBUILT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @spec
@@ -148,6 +148,7 @@ class LanguageConfig:
         self._check_kind(config)
         try:
             model: Any = _model_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
+            self._try(model)
         except (*UNBUILT, StrictDataclassError) as error:
             raise SpecError(self._unbuilt(error)) from None
         if "ffn" not in _names(config) and not self._has_matrix(model):
@@ -157,6 +158,18 @@ class LanguageConfig:
         elif not is_tied(model):
             raise SpecError(f"language.tied: {self.arch!r} has an output matrix of its own; set tied=false")
         return model
+
+    def _try(self, model: Any) -> None:
+        """Read two tokens, so that sizes that do not fit each other are found where the model is built."""
+        words = model.get_input_embeddings().weight
+        if words.is_meta:
+            return
+        embeds_12D = words.new_zeros(1, 2, words.shape[1])  # OPT-350M's are narrower than its layers
+        starts = {"decoder_input_ids": torch.zeros_like(embeds_12D[..., 0], dtype=torch.long)}
+        training = model.training
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()(inputs_embeds=embeds_12D, use_cache=False, **starts if model.config.is_encoder_decoder else {})
+        model.train(training)
 
     def _has_matrix(self, model: nn.Module) -> bool:
         """Whether a linear layer goes from the width to `ffn`, or back; GPT's are of a class of transformers."""

@@ -16,6 +16,11 @@ from torch import Tensor
 from bridgework.errors import SpecError
 
 BY_LENGTH = ("dynamic", "longrope")  # kinds of rotary positions whose angles depend on the length of the text
+KINDS = {  # transformers' masks for models whose layers are all alike, and the field that each needs
+    "create_sliding_window_causal_mask": "sliding_window",
+    "create_chunked_causal_mask": "attention_chunk_size",
+    "create_causal_mask": "vocab_size",
+}
 COUPLING = {  # fields of configs under which a token's result depends on tokens that no mask hides
     "expert_capacity": "its experts take a fixed number of tokens of a sequence",
     "local_radius": "its encoder reads a sequence in blocks of its own",
@@ -34,7 +39,10 @@ def refusal(config: Any, cls: Any) -> str | None:
         return f"{said} its recurrent layers carry a state from one to the next"
     if unknown := sorted(_layers(config) - set(KNOWN)):
         return f"{said} transformers has no mask for its {unknown[0]!r} layers"
-    if hasattr(sys.modules[cls.__module__], "build_alibi_tensor") and getattr(config, "alibi", True):
+    module = sys.modules[cls.__module__]
+    if not any(hasattr(module, kind) for kind in KINDS):
+        return f"{said} it builds masks of its own"
+    if hasattr(module, "build_alibi_tensor") and getattr(config, "alibi", True):
         return f"{said} its ALiBi counts positions by a padding mask, which has no blocks"
     return next((f"{said} {why}" for name, why in COUPLING.items() if hasattr(config, name)), None)
 
@@ -110,8 +118,6 @@ def decoding(language: Any, embeds_BTD: Tensor, attention_BT: Tensor, segments_B
     if segments_BT is None:
         places_BT = (attention_BT.long().cumsum(-1) - 1).clamp(min=0)  # padding on the left moves no token
         return {"attention_mask": attention_BT, "position_ids": places_BT}
-    from transformers.masking_utils import create_masks_for_generate
-
     check(language)
     positions_BT = positions(segments_BT)
     if (limit := _rotary_limit(language.config)) < inf and int(positions_BT.max()) >= limit:
@@ -120,9 +126,20 @@ def decoding(language: Any, embeds_BTD: Tensor, attention_BT: Tensor, segments_B
             f"of {int(positions_BT.max()) + 1} tokens; expected at most {limit}. Fix: set data.max_tokens={limit}, "
             "or data.packing=none"
         )
+    return {"attention_mask": _masks(language, embeds_BTD, positions_BT), "position_ids": positions_BT}
+
+
+def _masks(language: Any, embeds_BTD: Tensor, positions_BT: Tensor) -> Any:
+    """The mask of a model's layers in blocks, or a mapping with one for each kind of layer that it has."""
+    from transformers import masking_utils
+
+    config, module = language.config, sys.modules[type(language).__module__]
+    build = masking_utils.create_masks_for_generate
+    if not hasattr(config, "layer_types"):  # Moshi's config has a window, and its model none
+        uses = [kind for kind, field in KINDS.items() if hasattr(module, kind) and getattr(config, field, None)]
+        build = getattr(masking_utils, uses[0])
     # without a padding mask transformers takes positions that restart as the bounds of packed samples
-    masks = create_masks_for_generate(language.config, embeds_BTD, None, None, position_ids=positions_BT)
-    return {"attention_mask": masks, "position_ids": positions_BT}
+    return build(config, embeds_BTD, None, None, position_ids=positions_BT)
 
 
 def last_seen(places_BT: Tensor, segments_BT: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from bridgework.errors import DataError
+from bridgework.errors import DataError, SpecError
 from bridgework.models import decoder_only, encoder_decoder, preference, tiling
 from bridgework.models.bridges.resampler import PerceiverResampler
 from bridgework.models.freezing import Freezable
@@ -144,6 +144,12 @@ class PrefixModel(Freezable):
                 f"{images_NPD.shape[1]} tokens: every image needs exactly its places, in order"
             )
         text_BTD = self.language.get_input_embeddings()(ids_BT.masked_fill(places_BT, 0))
+        if text_BTD.shape[-1] != tokens_KD.shape[-1]:
+            raise SpecError(
+                "image tokens go between the words of the language model. Got tokens of "
+                f"{tokens_KD.shape[-1]} and words of {text_BTD.shape[-1]}; expected one width. Fix: take a language "
+                "model whose embeddings are as wide as its layers"
+            )
         return cast(Tensor, text_BTD.masked_scatter(places_BT.unsqueeze(-1), tokens_KD.to(text_BTD.dtype)))
 
     def images(

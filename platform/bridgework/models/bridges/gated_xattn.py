@@ -130,9 +130,14 @@ class _Before:
             looked.append(layer)
         if media_BMQF is None or self._block is None:
             return given, named
-        if given:
-            return (self._block(given[0], media_BMQF, seen_BT), *given[1:]), named
-        return given, named | {"hidden_states": self._block(named["hidden_states"], media_BMQF, seen_BT)}
+        hidden_BTD = given[0] if given else named["hidden_states"]
+        if hidden_BTD.ndim != 3:
+            raise SpecError(
+                "a block goes between layers with one state a token, and this language model's have several. "
+                f"Got {tuple(hidden_BTD.shape)}; expected (B, T, D). Fix: take llama, mistral, qwen2, phi3, opt, ..."
+            )
+        looked_BTD = self._block(hidden_BTD, media_BMQF, seen_BT)
+        return ((looked_BTD, *given[1:]), named) if given else (given, named | {"hidden_states": looked_BTD})
 
 
 def _norm(config: Gates, width: int) -> nn.Module:

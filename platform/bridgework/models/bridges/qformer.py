@@ -24,6 +24,7 @@ from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.models import pretrained as weights_of
 from bridgework.spec import positive, spec
 
+FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}  # of transformers' layers: never otherwise here
 WORDS, POSITIONS = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
 
 
@@ -245,6 +246,10 @@ def _in_bert(name: str) -> str:
 
 def _load(model: QFormerModel, weights: str) -> None:
     """The Q-Former of a whole BLIP-2 or InstructBLIP; a text stream that it lacks stays as it is."""
+    from transformers import AutoConfig
+
+    theirs = weights_of.load_config(AutoConfig, weights).qformer_config
+    weights_of.check(weights, FIXED, {name: getattr(theirs, name, None) for name in FIXED})
     found = weights_of.tensors(weights, ("query_tokens", "qformer.", "embeddings.", "vision_model.post_layernorm."))
     state = {
         name: next((found[theirs] for theirs in names_in_blip2(name) if theirs in found), None)
