@@ -32,8 +32,10 @@ OPT = {"model_type": "opt", "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_
 SMALL_OPT = OPT | {"hidden_size": 24, "word_embed_proj_dim": 24, "do_layer_norm_before": False, "num_hidden_layers": 1}
 T5 = {"model_type": "t5", "vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
       "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}  # fmt: skip
+FLAN = T5 | {"tie_word_embeddings": False}  # its output matrix is its own: see `untied`
 LLAMA = {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 20, "max_position_embeddings": 128}
 VIT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
        "patch_size": 8}  # fmt: skip
 WIDE = VIT | {"hidden_size": 48, "num_hidden_layers": 3, "patch_size": 16, "image_size": 48}
@@ -44,6 +46,9 @@ WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     "blip2-opt": ("Blip2", {"vision": VIT, "qformer": QFORMER, "text": OPT, "queries": 4}),
     "blip2-small-opt": ("Blip2", {"vision": WIDE, "qformer": LONG, "text": SMALL_OPT, "queries": 3}),
     "blip2-t5": ("Blip2", {"vision": VIT, "qformer": QFORMER, "text": T5, "queries": 4}),
+    "blip2-flan-t5": ("Blip2", {"vision": VIT, "qformer": QFORMER, "text": FLAN, "queries": 4}),
+    "instructblip-flan-t5": ("InstructBlip", {"vision": WIDE, "qformer": LONG, "text": FLAN, "queries": 5}),
+    "llava-window": ("Llava", {"vision": VIT | {"model_type": "clip_vision_model"}, "text": MISTRAL}),
     "instructblip-llama": ("InstructBlip", {"vision": VIT, "qformer": QFORMER, "text": LLAMA, "queries": 4}),
     "instructblip-t5": ("InstructBlip", {"vision": WIDE, "qformer": LONG, "text": T5, "queries": 5}),
     "llava": ("Llava", {"vision": VIT | {"model_type": "clip_vision_model"}, "text": LLAMA}),
@@ -74,7 +79,17 @@ def theirs(shape: str) -> Any:
     torch.manual_seed(0)
     model: Any = getattr(transformers, f"{family}ForConditionalGeneration")(config)
     model.config.architectures = [type(model).__name__]
+    if given["text"].get("tie_word_embeddings") is False:
+        untied(model)
     return stirred(model).eval()
+
+
+def untied(model: Any) -> None:
+    """Two matrices, as in all published T5s but the first: transformers 5 ties those it draws by force."""
+    language = model.language_model
+    language.lm_head.weight = torch.nn.Parameter(language.shared.weight.detach().flip(0))
+    for part, name in ((language, "lm_head.weight"), (model, "language_model.lm_head.weight")):
+        part.all_tied_weights_keys.pop(name)
 
 
 def module_of(shape: str) -> ModuleType:

@@ -55,7 +55,7 @@ def build(config: LanguageConfig) -> PrefixModel:
     torch.manual_seed(0)
     model = PrefixVLM(vision=VISION, bridge=Linear(), language=config).build(pretrained=False).eval()
     for parameter in model.language.parameters():
-        if parameter.ndim > 1:
+        if parameter.ndim > 1 and parameter.requires_grad:  # not the angles of sinusoids
             nn.init.normal_(parameter, std=0.15)
     return model
 

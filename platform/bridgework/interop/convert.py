@@ -166,7 +166,7 @@ def export_hf(path: Path, out: Path, architecture: str | None = None) -> Certifi
     overlay(config, said.config)
     kept, names = artefact.weights(path), family.names(spec)  # in the precision that they came in
     state = {hf: kept.get(own, model.get_parameter(own).detach()) for own, hf in names.items()}
-    if (word := said.config.get("image_token_index")) is not None and word == getattr(spec, "language", spec).vocab:
+    if hasattr(spec, "language") and (word := said.config.get("image_token_index")) == spec.language.vocab:
         state |= _longer(model.language, names, state)
         config.text_config.vocab_size = word + 1
     theirs = _empty(architecture, config, state)

@@ -15,7 +15,7 @@ from bridgework.interop.processors import processor_class
 from bridgework.losses import Captioning
 from bridgework.models import CrossAttentionVLM, Gates, LanguageConfig, Resampler, ViTConfig
 from bridgework.models.origin import Origin
-from bridgework.models.vision import normalise
+from bridgework.models.vision import VIT_FIELDS, normalise
 from bridgework.system import END, IMAGE, Stage
 
 ARCHITECTURES = ("IdeficsForVisionText2Text",)
@@ -93,7 +93,9 @@ def config(model: CrossAttentionVLM) -> Any:
     kind = isinstance(vision, ViTConfig) and (vision.kind, vision.select, vision.blocks == vision.depth)
     if kind != ("clip", "all", True):
         raise SpecError("transformers' Idefics has a CLIP ViT, read with its CLS token behind the last block")
-    numbers = {**cast(ViTConfig, vision).config().to_dict(), "embed_dim": vision.feature_width, "model_type": "idefics"}
+    tower = cast(ViTConfig, vision).config()
+    numbers = {name: getattr(tower, name) for name in (*VIT_FIELDS.values(), "hidden_act", "layer_norm_eps")}
+    numbers["embed_dim"] = numbers.pop("hidden_size")
     made = IdeficsConfig(
         vision_config=numbers, vocab_size=language.vocab, additional_vocab_size=2, use_resampler=True,
         hidden_size=language.width, intermediate_size=language.ffn, num_hidden_layers=language.depth,

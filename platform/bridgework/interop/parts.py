@@ -26,6 +26,12 @@ IDS = (  # settings of generation that name tokens
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
     "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
 )  # fmt: skip
+UNSAID = (
+    "transformers_version",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+)  # of a drawn model's settings
 SPECIAL = ("*_token_id", "*_token_index")  # fields of configs that name tokens
 VOLATILE = (
     "*architectures",
@@ -150,7 +156,7 @@ def language_ids(tokenizer: Any, endings: Sequence[int], model: Any, word: int |
     said = {
         name: value
         for name, value in model.language.generation_config.to_diff_dict().items()
-        if not name.startswith("_") and name != "transformers_version"
+        if not name.startswith("_") and name not in UNSAID
     }
     own = said.get("eos_token_id")
     ends = {*endings, *(own if isinstance(own, list | tuple) else () if own is None else (own,))}

@@ -83,10 +83,13 @@ def chat_template(template: str, tokenizer: Any, image: str) -> str | None:
 
     `image` is the word for an image in the text; empty where a processor puts images elsewhere.
     """
-    if template == "chat":
-        own = tokenizer.chat_template
-        return None if own is None else _named(FLAT, image, tokenizer) + str(own)
-    return _named(FLAT + (V1 if template == "v1" else BARE), image, tokenizer)
+    if template != "chat":
+        return _named(FLAT + (V1 if template == "v1" else BARE), image, tokenizer)
+    if (own := tokenizer.chat_template) is None:
+        return None
+    asked = str(tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False))
+    first = "" if asked.startswith(tokenizer.bos_token or "") else "{{- BOS -}}"  # which every row begins with here
+    return _named(FLAT, image, tokenizer) + first + str(own)
 
 
 def _named(text: str, image: str, tokenizer: Any) -> str:

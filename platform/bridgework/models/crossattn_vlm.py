@@ -294,7 +294,7 @@ class CrossAttentionModel(Freezable):
                 f"language.arch {self.language.config.model_type!r} gives its layers no images, or its output has a "
                 "head of its own: the blocks cannot go into it. Fix: take llama, mistral, qwen2, phi3, opt, ..."
             )
-        return read.logits[:, -1:] if last else read.logits, read.past_key_values
+        return read.logits[:, -1:] if last else read.logits, getattr(read, "past_key_values", None)
 
     def embed_images(self, features_NPF: Tensor) -> Tensor:
         """(N, F) float32 of length 1: the mean of what the frozen tower sees, by which RICES compares images."""

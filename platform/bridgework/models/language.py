@@ -31,6 +31,7 @@ MULTIPLE = "intermediate_multiple_size"  # of the width, where a config has it i
 APART = {  # of transformers' configs: what says nothing of the model, or is the tokenizer's to say
     "architectures", "dtype", "transformers_version", "_name_or_path", "use_cache", "bos_token_id", "eos_token_id",
 }  # fmt: skip
+SEEN = 1e-5  # of the largest logit: what a token that comes later may change
 UNBUILT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -145,10 +146,12 @@ class LanguageConfig:
 
     def _draw(self) -> Any:
         config = self.config()
-        self._check_kind(config)
+        self._check_ffn(config)
         try:
             model: Any = _model_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
             self._try(model)
+        except SpecError:
+            raise
         except (*UNBUILT, StrictDataclassError) as error:
             raise SpecError(self._unbuilt(error)) from None
         if "ffn" not in _names(config) and not self._has_matrix(model):
@@ -160,15 +163,30 @@ class LanguageConfig:
         return model
 
     def _try(self, model: Any) -> None:
-        """Read two tokens, so that sizes that do not fit each other are found where the model is built."""
+        """Read two tokens, so that sizes that do not fit each other are found where the model is built.
+
+        Raises SpecError for a model that reads in both directions, such as a BERT, and transformers' own errors.
+        """
         words = model.get_input_embeddings().weight
         if words.is_meta:
             return
-        embeds_12D = words.new_zeros(1, 2, words.shape[1])  # OPT-350M's are narrower than its layers
-        starts = {"decoder_input_ids": torch.zeros_like(embeds_12D[..., 0], dtype=torch.long)}
         training = model.training
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model.eval()(inputs_embeds=embeds_12D, use_cache=False, **starts if model.config.is_encoder_decoder else {})
+            first_12D = torch.randn(1, 2, words.shape[1], dtype=words.dtype, device=words.device)
+            second_12D = torch.cat([first_12D[:, :1], -first_12D[:, 1:]], dim=1)
+            if model.config.is_encoder_decoder:
+                start_12 = torch.zeros(1, 2, dtype=torch.long, device=words.device)
+                model.eval()(inputs_embeds=first_12D, decoder_input_ids=start_12, use_cache=False)
+            else:
+                (a_V, _), (b_V, _) = (
+                    model.eval()(inputs_embeds=embeds_12D, use_cache=False).logits[0]
+                    for embeds_12D in (first_12D, second_12D)
+                )
+                if float((a_V - b_V).abs().max()) > SEEN * float(a_V.abs().max()):
+                    raise SpecError(
+                        f"language.arch {self.arch!r} reads a text in both directions: every token would see the next "
+                        "one. Fix: set language.extra={'is_decoder': True}, or take another arch"
+                    )
         model.train(training)
 
     def _has_matrix(self, model: nn.Module) -> bool:
@@ -177,14 +195,8 @@ class LanguageConfig:
         shapes = [p.shape for m in layers for name, p in m.named_parameters(recurse=False) if name == "weight"]
         return any(set(shape) == {self.width, self.ffn} for shape in shapes)
 
-    def _check_kind(self, config: Any) -> None:
-        """Raises SpecError for a BERT and its kind, and for another `ffn` than a config without a field for it has."""
-        both = hasattr(config, "add_cross_attention") and not config.is_encoder_decoder
-        if both and getattr(config, "is_decoder", True) is False:
-            raise SpecError(
-                f"language.arch {self.arch!r} reads a text in both directions: every token would see the next one. "
-                "Fix: set language.extra={'is_decoder': True}, or take another arch"
-            )
+    def _check_ffn(self, config: Any) -> None:
+        """Raises SpecError for another `ffn` than that of a config without a field for it."""
         if "ffn" not in _names(config) and self.ffn != (ffn := _multiple(config) * self.width):
             raise SpecError(
                 f"language.ffn: {self.arch!r} has no field for it, it is {_multiple(config)} times the width. "
@@ -202,7 +214,7 @@ class LanguageConfig:
         from transformers import AutoConfig
 
         config = weights_of.load_config(AutoConfig, weights)
-        self._check_kind(config)
+        self._check_ffn(config)
         names = _names(config)
         found = {ours: getattr(config, theirs) for ours, theirs in names.items() if ours != "tied"}
         found["ffn"] = found.get("ffn") or _multiple(config) * found["width"]  # GPT-2 leaves it out
