@@ -17,6 +17,7 @@ from bridgework.errors import SpecError, WeightsError
 from bridgework.interop import blip2, instructblip, llava
 from bridgework.interop.convert import export_hf, import_hf
 from bridgework.models import MLP, EvaConfig, Linear, PrefixVLM, QFormer, ViTConfig
+from bridgework.models.language import is_tied
 from bridgework.models.origin import Origin
 from bridgework.models.prefix_vlm import PrefixModel
 from bridgework.models.qformer_pretrainer import QFormerPretrainingModel
@@ -97,7 +98,7 @@ def module_of(shape: str) -> ModuleType:
 
 
 def ours(model: Any, module: ModuleType) -> Any:
-    spec = module.spec(model.config)
+    spec = module.spec(model.config, tied=is_tied(model))
     names, state = module.names(spec), model.state_dict()
     built = spec.build()
     built.load_state_dict({own: state[name] for own, name in names.items()}, strict=False)
@@ -127,16 +128,18 @@ def to_theirs(given: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("shape", WRITERS)
 def test_names_are_a_bijection_on_all_parameters(shape: str) -> None:
     model, module = theirs(shape), module_of(shape)
-    names = module.names(module.spec(model.config))
+    names = module.names(module.spec(model.config, tied=is_tied(model)))
     assert set(names.values()) == {name for name, _ in model.named_parameters()}
     assert len(set(names.values())) == len(names)
-    assert names.keys() == {name for name, _ in module.spec(model.config).build().named_parameters()}
+    assert names.keys() == {
+        name for name, _ in module.spec(model.config, tied=is_tied(model)).build().named_parameters()
+    }
 
 
 @pytest.mark.parametrize("shape", WRITERS)
 def test_logits_and_greedy_ids_agree(shape: str) -> None:
     model, module = theirs(shape), module_of(shape)
-    built, tokens = ours(model, module), module.spec(model.config).image_tokens
+    built, tokens = ours(model, module), module.spec(model.config, tied=is_tied(model)).image_tokens
     images = pixels(2, size=built.vision.config.pixels.size)
     ids_BT, attention_BT = rows(tokens)
     places_BT = ids_BT.masked_fill(ids_BT == IMAGE, PLACE)
@@ -144,10 +147,17 @@ def test_logits_and_greedy_ids_agree(shape: str) -> None:
     with torch.no_grad():
         for found, expected in module.outputs(built, model, Origin()).values():
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-        written = built.generate(ids_BT, attention_BT, images, **heard(shape), max_new_tokens=5, do_sample=False)
+        own = getattr(getattr(model, "language_model", model), "generation_config", model.generation_config)
+        how = {
+            "max_new_tokens": 5,
+            "do_sample": False,
+            "eos_token_id": own.eos_token_id,
+            "pad_token_id": own.pad_token_id,
+        }
+        written = built.generate(ids_BT, attention_BT, images, **heard(shape), **how)
         begun = {"attention_mask": torch.ones_like(places_BT)}
         reference = model.generate(input_ids=places_BT, **given, **begun, max_new_tokens=5, do_sample=False)
-    assert torch.equal(written, reference[:, -5:])
+    assert torch.equal(written, reference[:, -written.shape[1] :])
 
 
 @pytest.mark.parametrize("shape", WRITERS)
@@ -189,8 +199,9 @@ def test_both_tokenizers_of_an_instructblip_travel_with_it(tmp_path: Path) -> No
 @pytest.mark.parametrize("shape", WRITERS)
 def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path) -> None:
     module = module_of(shape)
-    spec = module.spec(theirs(shape).config)
-    assert module.spec(module.config(spec)) == spec
+    given = theirs(shape)
+    spec = module.spec(given.config, tied=is_tied(given))
+    assert module.spec(module.config(spec), tied=is_tied(given)) == spec
     model: Any = getattr(transformers, module.ARCHITECTURES[0])(module.config(spec))
     names, state = module.names(spec), spec.build().state_dict()
     absent = model.load_state_dict({theirs: state[own] for own, theirs in names.items()}, strict=False)

@@ -19,7 +19,7 @@ from bridgework.errors import SpecError, WeightsError
 from bridgework.inference import Pipeline
 from bridgework.interop.convert import export_hf, import_hf
 from bridgework.interop.parts import fields, unequal
-from bridgework.models import LanguageConfig
+from bridgework.models import LanguageConfig, ViTConfig
 from bridgework.system import System, load
 from bridgework.training import artefact
 from tests.interop import test_blip, test_blip2, test_clip, test_idefics, test_llava_next
@@ -83,6 +83,23 @@ def test_exported_model_keeps_special_ids_and_settings(name: str, tokenizer: boo
         assert settings[0] == settings[1] and SETTINGS.items() <= settings[0].items()
     processor = AutoProcessor.from_pretrained(out)
     assert isinstance(processor, transformers.ProcessorMixin)
+
+
+def test_settings_that_transformers_finds_inconsistent_go_out_as_they_came(tmp_path: Path) -> None:
+    """A temperature without sampling, which Vicuna's folder has, and which `save_pretrained` refuses."""
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 13, "transformers_version": "4.31.0"}
+
+    def published(folder: Path) -> None:
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b", "2": "c"}}))
+
+    out = round_trip(MODELS["llava"](), tmp_path, published)
+    written = json.loads((out / "generation_config.json").read_text())
+    assert {name: value for name, value in written.items() if name != "transformers_version"} == {
+        name: value for name, value in settings.items() if name != "transformers_version"
+    }
+    assert AutoConfig.from_pretrained(out).id2label == {0: "a", 1: "b", 2: "c"}
 
 
 @pytest.mark.parametrize("name", ["llava", "blip2", "blip2-t5", "instructblip", "llava-next", "idefics", "blip"])
@@ -199,6 +216,21 @@ def png(picture: Any) -> bytes:
     return stream.getvalue()
 
 
+def test_an_idefics_that_was_trained_here_has_both_words_and_ends_with_a_chunk(tmp_path: Path) -> None:
+    spec = replace(test_idefics.idefics.spec(test_idefics.theirs("small").config), origin=None)
+    spec = replace(spec, language=replace(spec.language, vocab=300, tokenizer="bytes"))
+    stage = test_idefics.idefics.stage(spec)
+    torch.manual_seed(0)
+    model = stirred(spec.build())
+    system = System(name="s", paper="", stages=(stage,))
+    artefact.save(tmp_path / "a", dict(model.named_parameters()), system=system, stage=stage.name, steps=3)
+    assert export_hf(tmp_path / "a", tmp_path / "out").holds
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
+    assert tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"]) == [300, 301]
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert set(settings.eos_token_id) == {259, 300} and settings.suppress_tokens == [301]
+
+
 def test_a_vocabulary_without_a_free_row_gets_one_for_images(tmp_path: Path) -> None:
     """Its last word is a word: an image is none of them."""
 
@@ -284,6 +316,33 @@ def test_half_precision_comes_back_as_it_went(name: str, dtype: torch.dtype, tmp
 
 
 # --- fields that change outputs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_an_export_keeps_the_epsilon_and_the_activation_of_a_loaded_tower(kind: str, tmp_path: Path) -> None:
+    tower = ViTConfig(kind=kind, image_size=16, patch=8, width=32, depth=2, heads=2, ffn=48, layer=-1)  # type: ignore
+    config = tower.config()
+    config.layer_norm_eps, config.hidden_act = 1e-3, "relu"
+    torch.manual_seed(0)
+    stirred(type(tower.build().tower)(config)).save_pretrained(tmp_path / "tower")
+    vision = replace(tower, weights=str(tmp_path / "tower"))
+    path, _ = trained(
+        "llava/instruct", tmp_path, lambda stage: replace(stage, model=replace(stage.model, vision=vision))
+    )
+    export_hf(path, tmp_path / "out")
+    after = AutoConfig.from_pretrained(tmp_path / "out").vision_config
+    assert (after.layer_norm_eps, after.hidden_act) == (1e-3, "relu")
+
+
+def test_scaled_positions_of_a_loaded_language_model_have_no_place_in_an_idefics(tmp_path: Path) -> None:
+    spec = replace(test_idefics.idefics.spec(test_idefics.theirs("small").config), origin=None)
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    spec = replace(spec, language=replace(spec.language, vocab=300, tokenizer="bytes", extra={"rope_parameters": rope}))
+    stage = test_idefics.idefics.stage(spec)
+    system = System(name="s", paper="", stages=(stage,))
+    artefact.save(tmp_path / "a", dict(spec.build().named_parameters()), system=system, stage=stage.name)
+    with pytest.raises(SpecError, match=r"no place for this model's language\.rope_parameters"):
+        export_hf(tmp_path / "a", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

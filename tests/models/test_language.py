@@ -248,3 +248,9 @@ def test_an_untied_t5_comes_back_from_its_folder_with_both_matrices(tmp_path: Pa
     assert torch.equal(loaded.shared.weight, saved.shared.weight)
     with pytest.raises(WeightsError, match=r"tied False \(spec True\)"):
         replace(FLAN_XL.tiny(), weights=str(tmp_path), tied=True).build()
+
+
+def test_weights_of_another_kind_of_model_are_refused_in_one_line(tmp_path: Path) -> None:
+    AutoConfig.for_model("llava").save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="are of a llava, which is no language model by itself"):
+        replace(TINY, weights=str(tmp_path)).build()

@@ -73,7 +73,8 @@ def ids(model: Model, tokenizer: Any, endings: Sequence[int], built: Any) -> Ori
 
 def unread(model: Model) -> tuple[str, ...]:
     """Fields of the config that this architecture has and does not read."""
-    return ("text_config.*", "use_decoder_only_language_model") if isinstance(model, QFormerPretrainer) else ()
+    finds = isinstance(model, QFormerPretrainer)
+    return ("text_config.*", "use_decoder_only_language_model") if finds else ("image_text_hidden_size",)
 
 
 def words(model: Model, said: Origin) -> Mapping[int, str]:

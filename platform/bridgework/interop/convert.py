@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from logging import ERROR
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, get_type_hints
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -174,7 +174,7 @@ def export_hf(path: Path, out: Path, architecture: str | None = None) -> Certifi
         theirs.generation_config = _generation(said)
     certificate = certify(family, architecture, model, theirs, said)
     with _whole(out) as partial:
-        theirs.save_pretrained(partial)
+        _save(theirs, said, partial)
         trained = spec.origin is None or loaded.info.steps > 0
         _write_processor(family, spec, loaded.stage.data.template if trained else None, tokenizer, said, partial)
         _check_written(theirs, said, partial)
@@ -254,6 +254,22 @@ def _generation(said: Origin) -> Any:
 
 
 # --- the exported folder ---------------------------------------------------------------------------------------------
+
+
+def _save(theirs: Any, said: Origin, folder: Path) -> None:
+    """Write the weights, the config and the settings of generation.
+
+    transformers does not save settings that it finds inconsistent (a temperature without sampling), as some published
+    folders have: they are written as they came.
+    """
+    settings = theirs.generation_config if theirs.can_generate() else None
+    if settings is not None:
+        theirs.generation_config = type(settings)()
+    theirs.save_pretrained(folder)
+    if settings is not None:
+        theirs.generation_config = settings
+        written = listed(said.generation) | {"transformers_version": settings.transformers_version}
+        (folder / "generation_config.json").write_text(json.dumps(written, indent=2))
 
 
 def _write_processor(
@@ -365,9 +381,11 @@ def _fitting(spec: ModelSpec, architecture: str | None) -> tuple[str, Family, An
     fitting: dict[str, tuple[str, Family, Any]] = {}
     refusals = []
     for family in {id(module): module for module in families().values()}.values():
+        if not isinstance(spec, get_type_hints(family.config)["model"]):  # another wiring
+            continue
         try:
             config = family.config(spec)
-        except (SpecError, AttributeError) as error:  # a spec of another wiring has other fields
+        except SpecError as error:
             refusals.append(str(error))
             continue
         name = (getattr(config, "architectures", None) or family.ARCHITECTURES)[0]
@@ -375,7 +393,7 @@ def _fitting(spec: ModelSpec, architecture: str | None) -> tuple[str, Family, An
     if architecture is not None and architecture not in fitting:
         raise SpecError(f"the artefact is no {architecture}" + suggest(architecture, fitting))
     if not fitting:
-        said = max((text for text in refusals if "attribute" not in text), key=len, default="")
+        said = max(refusals, key=len, default="no family is of this wiring")
         raise SpecError(f"transformers has no model for a {type(spec).__name__} like this one: {said}")
     if architecture is None and len(fitting) > 1:
         raise SpecError(f"the artefact fits {', '.join(sorted(fitting))}; say which with --as")
@@ -385,8 +403,6 @@ def _fitting(spec: ModelSpec, architecture: str | None) -> tuple[str, Family, An
 def _load(architecture: str, folder: Path) -> Any:
     import transformers
 
-    if not any(folder.glob("*.safetensors")):
-        raise WeightsError(f"{folder} holds no *.safetensors, and weights in other files are not read: save it again")
     pretrained.check_files(folder, str(folder))
     cls = getattr(transformers, architecture)
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bridgework.errors import SpecError
-from bridgework.interop.parts import IMAGE_WORD, expect, holding, language_ids, parameters, renamed, texts, vit
+from bridgework.interop.parts import IMAGE_WORD, expect, holding, is_read, language_ids, parameters, renamed, texts, vit
 from bridgework.interop.processors import processor_class
 from bridgework.losses import Captioning
 from bridgework.models import CrossAttentionVLM, Gates, LanguageConfig, Resampler, ViTConfig
@@ -113,7 +113,7 @@ def config(model: CrossAttentionVLM) -> Any:
     back = spec(made)
     differ = [name for name in ("bridge", "gates") if getattr(back, name) != getattr(model, name)]
     differ += [name for name in ("arch", "kv_heads") if getattr(back.language, name) != getattr(language, name)]
-    differ += [f"language.{name}" for name in language.extra]  # Llama's own fields, such as scaled positions
+    differ += [f"language.{name}" for name in language.extra if is_read(name)]  # such as scaled positions
     differ += ["depth, which gates.every must divide"] * bool(language.depth % gates.every)
     if differ:
         raise SpecError(f"transformers' Idefics has no place for this model's {', '.join(differ)}")

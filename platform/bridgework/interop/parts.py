@@ -41,11 +41,11 @@ VOLATILE = (
     "*_attn_implementation*",
     "*auto_map",
 )
-UNREAD = (  # fields of configs that no forward at rest reads; those of transformers that a config does not declare too
-    *SPECIAL, "*initializer_*", "*_init_value", "*dropout*", "*projection_dim", "*output_attentions", "*use_cache",
+UNREAD = (  # fields of configs that no forward at rest reads; nor does any read one that its config does not declare
+    *SPECIAL, "*initializer*", "*_init_value", "*dropout*", "*projection_dim", "*output_attentions", "*use_cache",
     "*output_hidden_states", "*return_dict", "*id2label", "*label2id", "*problem_type", "*tie_word_embeddings",
     "*image_seq_length", "*chunk_size_feed_forward", "*label_smoothing", "*vision_config.vocab_size", "*pretraining_tp",
-    "*router_aux_loss_coef", "*layerdrop", "*model_type",
+    "*router_aux_loss_coef", "*layerdrop", "*model_type", "*freeze_*", "perceiver_config.use_resampler",
 )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def overlay(config: Any, values: Mapping[str, Any]) -> Any:
 def listed(value: Any) -> Any:
     """Return a value of JSON with lists where recipes hold tuples."""
     if isinstance(value, Mapping):
-        return {key: listed(item) for key, item in value.items()}
+        return {str(key): listed(item) for key, item in value.items()}
     return [listed(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from bridgework.errors import SpecError, suggest
+from bridgework.errors import SpecError, WeightsError, suggest
 from bridgework.models import packing
 from bridgework.models import pretrained as weights_of
 from bridgework.models.lora import LoRA
@@ -214,8 +214,13 @@ class LanguageConfig:
         from transformers import AutoConfig
 
         config = weights_of.load_config(AutoConfig, weights)
-        self._check_ffn(config)
         names = _names(config)
+        if missing := [ours for ours in FIELDS if ours not in names and ours not in (*ABSENT, "ffn")]:
+            raise WeightsError(
+                f"weights {weights!r} are of a {config.model_type}, which is no language model by itself: its config "
+                f"has no {', '.join(missing)}. Fix: name the folder of a language model"
+            )
+        self._check_ffn(config)
         found = {ours: getattr(config, theirs) for ours, theirs in names.items() if ours != "tied"}
         found["ffn"] = found.get("ffn") or _multiple(config) * found["width"]  # GPT-2 leaves it out
         found |= {"arch": config.model_type} | {name: getattr(config, name, None) for name in self.extra}

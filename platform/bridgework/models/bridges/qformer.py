@@ -228,7 +228,9 @@ def _begin_as_bert(model: QFormerModel, weights: str) -> None:
     """Self-attention, both feed-forwards, words and positions as in BERT; cross-attention stays as drawn (3.1)."""
     from transformers import BertForMaskedLM
 
-    bert = weights_of.load(BertForMaskedLM, weights).bert.state_dict()
+    theirs = weights_of.load(BertForMaskedLM, weights)
+    weights_of.check(weights, FIXED, {name: getattr(theirs.config, name, None) for name in FIXED})
+    bert = theirs.bert.state_dict()
     names = [n for n in model.qformer.state_dict() if "crossattention" not in n]
     _put(model, {f"qformer.{name}": bert.get(_in_bert(name)) for name in names}, weights)
     if model.config.text:
