@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bridgework import cluster
-from bridgework.errors import ResourceError, SpecError
+from bridgework.data.quarantine import BadSample
+from bridgework.errors import DataError, ResourceError, SpecError
+from bridgework.training.features import TooLarge
 from bridgework.training.launch import How, _needs
 
 FAKE = """
@@ -132,3 +135,22 @@ def test_relative_paths_mean_what_they_say_in_actors(tmp_path: Path) -> None:
     seen: list[int] = []
     cluster.each(lambda: seen.append, [1, 2], 0)
     assert seen == [1, 2]
+
+
+def too_large(item: int) -> None:
+    raise TooLarge(f"item {item} is too large")
+
+
+def unreadable(item: int) -> None:
+    raise BadSample("image", f"item {item} cannot be read")
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(("work", "raised"), [(too_large, TooLarge), (unreadable, DataError)])
+def test_an_error_of_ours_keeps_its_class_on_its_way_out_of_an_actor(
+    work: Callable[[int], None], raised: type[DataError]
+) -> None:
+    """`features.prepare` computes in training where a worker raises TooLarge; no other DataError means that."""
+    with pytest.raises(DataError, match="item 1") as caught:
+        cluster.each(lambda: work, [1], 1)
+    assert type(caught.value) is raised

@@ -183,6 +183,7 @@ def _show(certificate: "Certificate", into: Path) -> None:
         table.add_row(name, f"{difference:.1e}")
     for name, text in certificate.texts.items():
         table.add_row(name, f"{sum(map(len, text.ours))} ids, equal")
+    table.add_row("config", f"{certificate.fields} fields, equal")
     out.print(table)
     out.print(f"{into}, with its certificate in parity.json", soft_wrap=True, highlight=False)
 

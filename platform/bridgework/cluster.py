@@ -12,9 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import Any, ClassVar, TypeVar, cast
 
-from bridgework import errors
 from bridgework.errors import BridgeworkError, ResourceError
 
 T = TypeVar("T")
@@ -149,7 +149,8 @@ def each(
     )
     for row in done.iter_rows():
         if row["error"]:
-            raise getattr(errors, row["error"])(row["message"])
+            module, _, name = row["error"].partition(":")
+            raise getattr(import_module(module), name)(row["message"])
 
 
 class _Own:
@@ -169,12 +170,12 @@ class _Actor:
             sys.modules["torch"].set_num_threads(threads)  # Ray's own choice follows num_cpus, not the cores
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        """The name and the message of an error of ours: Ray would wrap what is raised, and leave the cause behind."""
+        """The class and the message of an error of ours: Ray would wrap what is raised, and drop its cause."""
         try:
             self._work(row["item"])
         except BridgeworkError as error:
-            leaf = next(cls.__name__ for cls in type(error).__mro__ if vars(errors).get(cls.__name__) is cls)
-            return {"error": leaf, "message": str(error)}
+            own = next(cls for cls in type(error).__mro__ if "__init__" not in vars(cls) or cls is BridgeworkError)
+            return {"error": f"{own.__module__}:{own.__qualname__}", "message": str(error)}
         return {"error": "", "message": ""}
 
 

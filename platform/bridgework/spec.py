@@ -22,6 +22,7 @@ Change = tuple[list[str], Any, str]  # what is left of the path, the new value, 
 TRUST = "BRIDGEWORK_TRUST"  # environment: packages besides bridgework whose specs a recipe may name, by commas
 _NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", re.ASCII)
 FLOAT32_MAX, FLOAT32_TINY = 3.4028234e38, 1.1754944e-38  # the largest number, and the smallest of full precision
+ADDED = "added"  # in a field's metadata: `to_dict` leaves the field out at its default
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -30,7 +31,15 @@ def option(*, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"option": True})
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, option))
+def added(*, default: T) -> T:
+    """Return a field that a spec gained after recipes and artifacts of it existed.
+
+    At its default it is not written, so the fingerprints of recipes that do not set it stay the same.
+    """
+    return field(default=default, metadata={ADDED: True})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, option, added))
 def spec(cls: type[T]) -> type[T]:
     """A frozen, keyword-only dataclass (a plain alias of `dataclass(...)` would blind mypy to the fields)."""
     return dataclass(frozen=True, kw_only=True)(cls)
@@ -43,8 +52,9 @@ def to_dict(value: Any, *, options: bool = True) -> Any:
     """
     if is_spec(value):
         head = {"_": f"{type(value).__module__}:{type(value).__qualname__}"}
-        named = (f.name for f in fields(value) if options or not f.metadata.get("option"))
-        return head | {name: to_dict(getattr(value, name), options=options) for name in named}
+        named = {f.name: getattr(value, f.name) for f in fields(value) if options or not f.metadata.get("option")}
+        quiet = {f.name for f in fields(value) if ADDED in f.metadata and getattr(value, f.name) == f.default}
+        return head | {n: to_dict(item, options=options) for n, item in named.items() if n not in quiet}
     if isinstance(value, Mapping):
         return {str(k): to_dict(v, options=options) for k, v in value.items()}
     if isinstance(value, tuple | list):

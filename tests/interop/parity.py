@@ -49,13 +49,18 @@ def main() -> None:
             certificate, equal = compared(make(), Path(folder))
         outputs = ", ".join(f"{name} {value:.0e}" for name, value in certificate.differences.items())
         texts = ", ".join(
-            f"{sum(map(len, t.ours))} {'equal' if t.equal else 'DIFFER'}" for t in certificate.texts.values()
+            f"{name} {sum(map(len, t.ours))} {'equal' if t.equal else 'DIFFER'}"
+            for name, t in certificate.texts.items()
         )
+        same = f"{certificate.fields} fields, {len(certificate.ids) + len(certificate.generation)} ids and settings"
         bits = "equal" if equal else "DIFFER"
         name = certificate.architecture
-        rows.append((name, f"| {name} | {shape} | {outputs} | {texts or 'writes nothing'} | {bits} |"))
-    print("| architecture | shape | largest difference, of the largest value | greedy ids | bits, in and out again |")
-    print("|---|---|---|---|---|")
+        rows.append((name, f"| {name} | {shape} | {outputs} | {texts or 'writes nothing'} | {same} | {bits} |"))
+    print(
+        "| architecture | shape | largest difference, of the largest value | written ids | config, equal "
+        "| bits, in and out again |"
+    )
+    print("|---|---|---|---|---|---|")
     print("\n".join(row for _, row in sorted(rows)))
 
 

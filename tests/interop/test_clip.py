@@ -116,6 +116,6 @@ def test_what_the_other_side_has_no_place_for_is_refused() -> None:
     with pytest.raises(SpecError, match="not a ModifiedResNetConfig"):
         clip.config(resnet)
     config = theirs("small").config
-    config.vision_config.layer_norm_eps = 1e-6
+    config.text_config.layer_norm_eps = 1e-6
     with pytest.raises(WeightsError, match="layer_norm_eps 1e-06"):
         clip.spec(config)

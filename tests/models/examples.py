@@ -30,7 +30,7 @@ OPT_2_7B = LanguageConfig(
 )  # fmt: skip
 FLAN_XL = LanguageConfig(
     arch="t5", width=2048, depth=24, heads=32, kv_heads=32, ffn=5120, vocab=32_128, context=512, tokenizer="bytes",
-    tied=True, norm_eps=1e-6, extra={"feed_forward_proj": "gated-gelu", "d_kv": 64, "scale_decoder_outputs": False},
+    tied=False, norm_eps=1e-6, extra={"feed_forward_proj": "gated-gelu", "d_kv": 64, "scale_decoder_outputs": False},
 )  # fmt: skip
 LLAVA = PrefixVLM(vision=ViTConfig(), bridge=MLP(), language=LLAMA_7B)  # LLaVA 1.5 7B
 PICTURE = "<image>"

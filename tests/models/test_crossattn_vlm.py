@@ -265,3 +265,63 @@ def test_what_does_not_fit_is_refused() -> None:
         logits(model, ids(IMAGE), pixels(2), layouts=torch.tensor([[2, 1, 9, 9]]))
     with pytest.raises(SpecError, match="lies behind the language model's 32 layers"):
         CrossAttentionVLM(vision=ViTConfig(), bridge=Resampler(), gates=Gates(first=32), language=LLAMA_7B)
+
+
+# --- the language model's own head and experts -----------------------------------------------------------------------
+
+SCALED: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 0.0625},
+    "cohere2": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "gemma2": {"final_logit_softcapping": 3.0, "head_dim": 8},
+    "gemma3_text": {"final_logit_softcapping": 3.0, "head_dim": 8},
+    "falcon_h1": {"lm_head_multiplier": 0.3},
+}
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
+
+
+def of_family(arch: str, **extra: Any) -> CrossAttentionModel:
+    torch.manual_seed(0)
+    tied = arch in ("cohere", "cohere2", "gemma2", "gemma3_text")
+    language = replace(SPEC.tiny().language, arch=arch, kv_heads=4, tied=tied, extra=extra)
+    model = replace(SPEC.tiny(), language=language).build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_((0.4 if "alpha" in name else 0.2) * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("arch", SCALED)
+@torch.no_grad()
+def test_logits_are_those_of_the_language_models_own_head(arch: str) -> None:
+    """Closed gates leave the bare model; END and IMAGE are scaled and capped like every other column."""
+    model = of_family(arch, **SCALED[arch])
+    for name, parameter in model.gates.named_parameters():
+        if "alpha" in name:
+            parameter.zero_()
+    words = ids(5, 6, 7, 8)
+    found, bare = logits(model, words, None), model.language(words, use_cache=False).logits
+    assert bare.shape[-1] == VOCAB and found.shape[-1] == VOCAB + 2
+    torch.testing.assert_close(found[..., :VOCAB], bare, atol=1e-6, rtol=1e-6)
+    model.extra.head.weight[0] = model.language.get_output_embeddings().weight[3]
+    torch.testing.assert_close(logits(model, words, None)[..., VOCAB], bare[..., 3], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("arch", [*EXPERTS, *SCALED])
+@torch.no_grad()
+def test_every_family_generates_what_its_own_logits_say(arch: str) -> None:
+    model, images = of_family(arch, **SCALED.get(arch, {})), pixels(2)
+    new = model.generate(DOCUMENT, ones(DOCUMENT), images, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    row = DOCUMENT
+    for _ in range(4):
+        last = logits(model, row, images)[0, -1, :-1]
+        row = torch.cat([row, last.argmax().view(1, 1)], dim=1)
+    assert new.tolist() == row[:, DOCUMENT.shape[1] :].tolist()
+
+
+def test_a_language_model_of_two_halves_is_refused() -> None:
+    language = replace(SPEC.tiny().language, arch="bart", kv_heads=4)
+    with pytest.raises(SpecError):
+        replace(SPEC.tiny(), language=language).build()
+    with pytest.raises(SpecError, match="between the layers of a causal language model, and 't5'"):
+        replace(SPEC.tiny(), language=replace(language, arch="t5", tied=True)).build()

@@ -1,6 +1,8 @@
 """Where weights lie, and GGUF files that become folders once."""
 
+import io
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import WeightsError
 from bridgework.models import LanguageConfig, ViTConfig
 from bridgework.models.pretrained import resolve, tensors
@@ -163,3 +166,59 @@ def test_a_checkpoint_without_such_tensors_is_a_weights_error(tmp_path: Path) ->
     save_file({"ear.w": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"hold no tensor named eye\. or nose\."):
         tensors(str(tmp_path), ("eye.", "nose."))
+
+
+# --- what a folder of weights must not do ----------------------------------------------------------------------------
+
+TINY = LanguageConfig(width=32, depth=1, heads=4, kv_heads=4, ffn=48, vocab=97, context=64, tokenizer="bytes")
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    model = TINY.build()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"no \*\.safetensors\. Got pytorch_model\.bin; .* Fix: save them again"):
+        replace(TINY, weights=str(tmp_path)).build()
+
+
+@pytest.mark.parametrize("outside", ["../stolen.safetensors", "/etc/stolen.safetensors", "a/../../stolen.safetensors"])
+def test_an_index_that_points_outside_its_folder_is_refused(tmp_path: Path, outside: str) -> None:
+    folder = tmp_path / "weights"
+    model = TINY.build()
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").rename(tmp_path / "stolen.safetensors")
+    save_file({"eye.w": torch.ones(1)}, folder / "other.safetensors")
+    listing = dict.fromkeys(model.state_dict(), outside)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listing}))
+    with pytest.raises(WeightsError, match=f"points outside of its folder. Got '{outside}'"):
+        replace(TINY, weights=str(folder)).build()
+    with pytest.raises(WeightsError, match="points outside of its folder"):
+        tensors(str(folder), ("model.",))
+
+
+def test_an_index_that_is_none_is_refused(tmp_path: Path) -> None:
+    TINY.build().save_pretrained(tmp_path)
+    for text in ("[]", "{}", "{", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(WeightsError, match="is not an index of shards"):
+            tensors(str(tmp_path), ("model.",))
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_code_that_comes_with_weights_is_neither_run_nor_asked_about(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks at the terminal whether to run it, unless it is forbidden."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    witness = tmp_path / "was_run"
+    folder = tmp_path / "weights"
+    TINY.build().save_pretrained(folder)
+    (folder / "code.py").write_text(f"open({str(witness)!r}, 'w')\nclass C: pass\n")
+    named = {f"Auto{kind}": "code.C" for kind in ("Config", "Model", "ModelForCausalLM")}
+    config = {"model_type": "unheard_of", "auto_map": named | {"AutoTokenizer": ["code.C", None]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "C", "auto_map": config["auto_map"]}))
+    with pytest.raises(WeightsError) as raised:
+        replace(TINY, weights=str(folder)).build() if part == "model" else load_tokenizer(str(folder))
+    assert "\n" not in str(raised.value) and not witness.exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bridgework.errors import WeightsError
@@ -173,3 +174,35 @@ def test_parent_is_named_by_its_digest(tmp_path: Path) -> None:
     child = artefact.save(tmp_path / "two", bridge(), system=SYSTEM, stage="instruct", parent=parent.digest)
     assert artefact.describe(tmp_path / "two").parent == parent.digest
     assert replace(child, datasets=()) == artefact.describe(tmp_path / "two")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(
+    tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    folder = saved(tmp_path / "sound", bridge())
+    state = {name: tensor.to(dtype) for name, tensor in bridge().items()}
+    name = sorted(state)[0]
+    state[name].view(-1)[0] = value
+    with pytest.raises(WeightsError, match=f"Got NaN or infinity in 1 of {len(state)} tensors: {name}"):
+        saved(tmp_path / "wrong", state)
+    assert not (tmp_path / "wrong").exists()
+    save_file(state, folder / "weights.safetensors")  # by another program, with the right digest
+    said = json.loads((folder / "artefact.json").read_text())
+    digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    (folder / "artefact.json").write_text(json.dumps(said | {"digest": digest}))
+    with pytest.raises(WeightsError, match=r"weights\.safetensors: not all numbers are finite"):
+        artefact.weights(folder)
+
+
+def test_the_largest_finite_numbers_are_weights(tmp_path: Path) -> None:
+    """The difference of the extremes of float16 is no float16."""
+    state = {"bridge.x": torch.tensor([65504.0, -65504.0], dtype=torch.float16), "bridge.y": torch.zeros(0)}
+    assert same(artefact.weights(saved(tmp_path, state)), state)
+
+
+def test_weights_are_as_readable_as_the_files_next_to_them(tmp_path: Path) -> None:
+    folder = saved(tmp_path, bridge())
+    modes = {file.name: file.stat().st_mode for file in folder.iterdir()}
+    assert len(set(modes.values())) == 1, modes

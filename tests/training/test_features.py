@@ -1,5 +1,6 @@
 """Features of a frozen tower, computed once: the same numbers as the tower gives, where that pays."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from bridgework.data.catalog import resolve
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import Dataset, open_dataset, write
 from bridgework.data.transforms import read_square
-from bridgework.models import EfficientNetConfig
+from bridgework.models import EfficientNetConfig, ViTConfig
 from bridgework.system import System
 from bridgework.training import features
 from tests.training.support import go, llava, losses
@@ -141,3 +142,22 @@ def test_a_tower_that_trains_is_never_replaced_by_its_features(
     run = f"{run}-{len(glob)}-{glob.count('*')}"
     go(system(1, stages__align__trains={"bridge.*": 1.0, glob: 1.0}), home, run)
     assert "features" not in capsys.readouterr().err
+
+
+def large(folder: Path) -> ViTConfig:
+    """A tower whose last block gives numbers beyond float16, as some trained ones do."""
+    tower = ViTConfig(kind="siglip", image_size=16, patch=8, width=16, depth=1, heads=2, ffn=32, layer=-1)
+    model = tower.build().tower
+    with torch.no_grad():
+        model.encoder.layers[0].mlp.fc2.bias.fill_(1e5)
+    model.save_pretrained(folder)
+    return replace(tower, weights=str(folder))
+
+
+def test_features_that_float16_cannot_hold_are_computed_in_training(dataset: Dataset, tmp_path: Path) -> None:
+    tower = large(tmp_path / "tower")
+    (tmp_path / "home").mkdir()
+    verdict = features.prepare(tower, [dataset], draws=10_000, home=tmp_path / "home", workers=0)
+    assert verdict.folder is None
+    assert "does not fit float16. Got 1" in verdict.why and "expected at most 65504" in verdict.why
+    assert not list((tmp_path / "home").rglob("*.parquet"))

@@ -141,7 +141,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return _bytes_tokenizer()
     folder = _from_package(name) if name.startswith("package:") else name
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise WeightsError(
@@ -183,7 +183,9 @@ def _from_package(name: str) -> str:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
             made = Path(scratch) / "made"
-            AutoTokenizer.from_pretrained(str(path.parent), gguf_file=file).save_pretrained(made)
+            AutoTokenizer.from_pretrained(str(path.parent), gguf_file=file, trust_remote_code=False).save_pretrained(
+                made
+            )
             try:
                 os.rename(made, kept)
             except OSError:

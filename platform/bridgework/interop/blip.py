@@ -4,21 +4,22 @@ What transformers has no class for is the whole of pre-training, where a caption
 transformers reads a question and a text to match with [CLS] in front; here [ENC] is, as in the release.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import SpecError, WeightsError
-from bridgework.interop.parts import greedy
+from bridgework.interop.parts import holding, parameters, renamed, texts
+from bridgework.interop.processors import image_processor, processor_class
 from bridgework.losses import Captioning, Contrastive, Matching
 from bridgework.models import MED, BlipViTConfig, MEDTextConfig
 from bridgework.models.med import Task
 from bridgework.models.med_text import FIELDS
+from bridgework.models.origin import Origin
 from bridgework.models.vision import VIT_FIELDS, normalise
-from bridgework.system import IGNORE, AdamW, Budget, LossSpec, Mixture, Source, Stage
+from bridgework.system import IGNORE, LossSpec, Stage
 
 TASKS: Mapping[str, tuple[Task, ...]] = {
     "BlipForConditionalGeneration": ("caption",),
@@ -40,15 +41,16 @@ FIXED = {"text_config": {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "tie_wor
          "vision_config": {"hidden_act": "gelu", "attention_dropout": 0.0}}  # fmt: skip
 
 
-def spec(config: Any) -> MED:
+def spec(config: Any, *, tied: bool | None = None) -> MED:
     """The wiring of a BlipConfig. Raises WeightsError for what it cannot be."""
-    text, vision = config.text_config, config.vision_config
+    text, vision, tasks = config.text_config, config.vision_config, TASKS[_architecture(config)]
     wanted = {f"{part}.{name}": value for part, fields in FIXED.items() for name, value in fields.items()}
     wanted |= {
         "text_config.encoder_hidden_size": vision.hidden_size,
-        "text_config.bos_token_id": text.vocab_size - 2,  # [DEC]; [ENC] is behind it
         "text_config.attention_probs_dropout_prob": text.hidden_dropout_prob,
     }
+    if {"caption", "answer"} & set(tasks):
+        wanted["text_config.bos_token_id"] = text.vocab_size - 2  # [DEC], which begins a text; [ENC] comes after it
     for name, value in wanted.items():
         part, _, field = name.partition(".")
         if (found := getattr(getattr(config, part), field)) != value:
@@ -63,7 +65,7 @@ def spec(config: Any) -> MED:
             dropout=text.hidden_dropout_prob,
             tokenizer=config.name_or_path or "bytes",
         ),
-        tasks=TASKS[_architecture(config)],
+        tasks=tasks,
         embed=config.image_text_hidden_size,
     )
 
@@ -79,22 +81,24 @@ def config(model: MED) -> Any:
             + (" and a momentum twin" if model.momentum else "")
             + "; take a stage that captions, answers, or finds and matches"
         )
-    tokenizer = load_tokenizer(model.text.tokenizer)
-    ending = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    special = {"bos_token_id": model.text.dec, "sep_token_id": ending, "pad_token_id": tokenizer.pad_token_id}
     return BlipConfig(
-        text_config=model.text.config(model.vision.width).to_dict() | special,
+        text_config={**model.text.config(model.vision.width).to_dict(), "bos_token_id": model.text.dec},
         vision_config=model.vision.config().to_dict(),
         image_text_hidden_size=model.embed,
         architectures=named,
     )
 
 
+def ids(model: MED, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
+    """The special ids of a model that was trained here; a text ends with `sep_token_id` over there."""
+    ending = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    given = {"sep_token_id": ending, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ending}
+    return Origin(config={f"text_config.{name}": value for name, value in given.items()})
+
+
 def names(model: MED) -> Mapping[str, str]:
     """Our parameters -> transformers', one to one."""
-    with torch.device("meta"):
-        ours = [name for name, _ in model.build(pretrained=False).named_parameters()]
-    return {name: _theirs(name) for name in ours}
+    return {name: renamed(name, PARTS) for name in parameters(model)}
 
 
 def stage(model: MED) -> Stage:
@@ -102,24 +106,16 @@ def stage(model: MED) -> Stage:
     writes = "contrast" not in model.tasks
     losses: tuple[LossSpec, ...] = (Captioning(label_smoothing=0.1),) if writes else (Contrastive(), Matching())
     template = "answer" if "answer" in model.tasks else "prompted" if writes else "caption"
-    return Stage(
-        name="-".join(model.tasks),
-        model=model,
-        trains={"*": 1.0},
-        losses=losses,
-        data=Mixture(
-            sources=(Source(name="shapes", dataset="synthetic:shapes"),),
-            template=template,
-            max_tokens=model.context,
-            lanes=1,
-        ),
-        budget=Budget(steps=1, batch=1),
-        optim=AdamW(peak_lr=1e-5),
-    )
+    return holding(model, "-".join(model.tasks), losses, template)
 
 
-def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' features, and logits with greedy ids or cosines with log-odds, for two random images and texts."""
+def processor(model: MED, tokenizer: Any, template: str | None) -> Any:
+    """transformers' processor of the pictures and texts of the wiring."""
+    return processor_class("BlipProcessor")(image_processor=image_processor(model.pixels), tokenizer=tokenizer)
+
+
+def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' features, and logits with texts or cosines with log-odds, for two random images and texts."""
     text, look, generator = ours.config.text, ours.config.pixels, torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, look.size, look.size), dtype=torch.uint8, generator=generator)
     ids = torch.randint(0, text.vocab, (2, min(8, text.context)), generator=generator)
@@ -132,7 +128,7 @@ def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
         # of a prompt transformers drops the last id, where its processor puts [SEP]
         return found | {
             "logits": (ours(ids, real, pixels=images).logits_BTV, expected),
-            "greedy": _greedy(ours, theirs, images, ids[:, :3], read[:, :4]),
+            **_texts(ours, theirs, images, ids[:, :3], read[:, :4], said),
         }
     if "answer" in ours.config.tasks:  # transformers' own forward gives no logits
         labels = torch.cat([torch.full_like(ids[:, :1], IGNORE), ids[:, 1:]], 1)  # [CLS] alone is the question
@@ -140,7 +136,7 @@ def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
         expected = theirs.text_decoder(input_ids=written, encoder_hidden_states=asked).logits
         return found | {
             "logits": (ours(ids, real, labels, images).logits_BTV[:, :-1], expected[:, :-1]),
-            "greedy": _greedy(ours, theirs, images, ids, read),
+            **_texts(ours, theirs, images, ids, read, said),
         }
     image, words = ours.embed_images(features), ours.embed_texts(ids, real)
     odds = theirs(input_ids=read, pixel_values=pixels).itm_score.diff(dim=1)[:, 0]
@@ -150,20 +146,26 @@ def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def _greedy(ours: Any, theirs: Any, images: Tensor, prompts: Tensor, their_prompts: Tensor) -> tuple[Tensor, Tensor]:
-    text, look, special = ours.config.text, ours.config.pixels, theirs.config.text_config
-    ends = {"eos_token_id": special.sep_token_id, "pad_token_id": special.pad_token_id}  # theirs takes its config's
-    real = torch.ones_like(prompts, dtype=torch.bool)
-    return greedy(
+def _texts(
+    ours: Any, theirs: Any, images: Tensor, prompts: Tensor, their_prompts: Tensor, said: Origin
+) -> dict[str, tuple[Tensor, Tensor]]:
+    text, look = ours.config.text, ours.config.pixels
+    ends = {"eos_token_id": said.config.get("text_config.sep_token_id"),
+            "pad_token_id": said.config.get("text_config.pad_token_id")}  # fmt: skip
+    captions = "caption" in ours.config.tasks
+    return texts(
         ours,
         theirs,
-        {"ids": prompts, "attention": real, "pixels": images, **ends},
+        {"ids": prompts, "attention": torch.ones_like(prompts, dtype=torch.bool), "pixels": images},
         {
             "input_ids": their_prompts,
             "attention_mask": torch.ones_like(their_prompts),
             "pixel_values": normalise(images, look),
-            "suppress_tokens": [text.dec, text.enc],  # here they are never written
         },
+        ends=ends,
+        skip=prompts.shape[1] if captions else 1,
+        never=(text.dec, text.enc),  # here they are never written
+        forced=True,
     )
 
 
@@ -172,8 +174,3 @@ def _architecture(config: Any) -> str:
     if not known:
         raise WeightsError(f"of BLIP, {', '.join(TASKS)} are read, not {config.architectures}")
     return str(known[0])
-
-
-def _theirs(name: str) -> str:
-    (part,) = (part for part in PARTS if name.startswith(part))
-    return PARTS[part] + name.removeprefix(part)

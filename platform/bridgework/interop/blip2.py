@@ -2,17 +2,29 @@
 `Blip2ForImageTextRetrieval`, which has neither a temperature nor a head over the words: these stay as they are drawn.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bridgework.errors import SpecError, WeightsError
-from bridgework.interop.parts import eva, expect, holding, image_word, parameters, renamed, written
+from bridgework.interop.parts import (
+    eva,
+    expect,
+    holding,
+    image_word,
+    image_words,
+    language_ids,
+    parameters,
+    renamed,
+    written,
+)
+from bridgework.interop.processors import chat_template, image_processor, processor_class
 from bridgework.losses import Captioning, Matching, QueryContrast
 from bridgework.models import EvaConfig, LanguageConfig, PrefixVLM, QFormer, QFormerPretrainer
-from bridgework.models.bridges.qformer import names_in_blip2
+from bridgework.models.bridges.qformer import FIXED, names_in_blip2
+from bridgework.models.origin import Origin
 from bridgework.models.vision import normalise
 from bridgework.system import Stage
 
@@ -25,12 +37,11 @@ QFORMER = {  # ours -> transformers'
     "cross_every": "cross_attention_frequency", "vocab": "vocab_size", "positions": "max_position_embeddings",
     "dropout": "hidden_dropout_prob",
 }  # fmt: skip
-FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
 
 Model = PrefixVLM | QFormerPretrainer
 
 
-def spec(config: Any) -> Model:
+def spec(config: Any, *, tied: bool | None = None) -> Model:
     """The wiring of a Blip2Config, by its architecture. Raises WeightsError for what it cannot be."""
     vision, folder = eva(config.vision_config), config.name_or_path or "bytes"
     finds = FINDER in (config.architectures or ())
@@ -39,7 +50,7 @@ def spec(config: Any) -> Model:
         raise WeightsError(f"this BLIP-2 is a {config.architectures} whose use_qformer_text_input is {not finds}")
     if finds:
         return QFormerPretrainer(vision=vision, bridge=bridge, embed=config.image_text_hidden_size)
-    return PrefixVLM(vision=vision, bridge=bridge, language=LanguageConfig.of(config.text_config, folder))
+    return PrefixVLM(vision=vision, bridge=bridge, language=LanguageConfig.of(config.text_config, folder, tied=tied))
 
 
 def config(model: Model) -> Any:
@@ -50,12 +61,25 @@ def config(model: Model) -> Any:
         return Blip2Config(**towers(model), image_text_hidden_size=model.embed, architectures=[FINDER])
     if model.instruction is not None:
         raise SpecError("a Q-Former that hears instructions is an InstructBLIP; export it as one")
-    return Blip2Config(
-        **towers(model),
-        text_config=model.language.config().to_dict(),
-        image_token_index=image_word(model.language),
-        architectures=[WRITER],
-    )
+    return Blip2Config(**towers(model), text_config=model.language.config().to_dict(), architectures=[WRITER])
+
+
+def ids(model: Model, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
+    """The special ids of a model that was trained here, and its settings of generation."""
+    if isinstance(model, QFormerPretrainer):
+        return Origin(config={"qformer_config.pad_token_id": tokenizer.pad_token_id})
+    return language_ids(tokenizer, endings, built, image_word(model.language, tokenizer))
+
+
+def unread(model: Model) -> tuple[str, ...]:
+    """Fields of the config that this architecture has and does not read."""
+    finds = isinstance(model, QFormerPretrainer)
+    return ("text_config.*", "use_decoder_only_language_model") if finds else ("image_text_hidden_size",)
+
+
+def words(model: Model, said: Origin) -> Mapping[int, str]:
+    """The word that the tokenizer must have for an image, by its id."""
+    return image_words(said)
 
 
 def names(model: Model) -> Mapping[str, str]:
@@ -63,14 +87,16 @@ def names(model: Model) -> Mapping[str, str]:
     return {name: _theirs(name) for name in parameters(model) if not name.startswith(ALONE)}
 
 
-def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' image tokens, logits and greedy ids, or vectors and log-odds, for two random images and texts."""
+def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' image tokens, logits and texts, or vectors and log-odds, for two random images and texts."""
     if hasattr(theirs, "language_model"):
-        return written(ours, theirs, theirs.config.num_query_tokens)
+        return written(ours, theirs, said, theirs.config.num_query_tokens, nested=True)
     look, generator = ours.vision.config.pixels, torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, look.size, look.size), dtype=torch.uint8, generator=generator)
     ids = torch.randint(0, theirs.config.qformer_config.vocab_size, (2, 8), generator=generator)
-    given = {"pixel_values": normalise(images, look), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    word, places = theirs.config.image_token_index, theirs.config.num_query_tokens
+    shown = ids if word is None else torch.cat([torch.full((2, places), word), ids], dim=1)  # cut off over there
+    given = {"pixel_values": normalise(images, look), "input_ids": shown, "attention_mask": torch.ones_like(shown)}
     features, real, found = ours.vision(images), torch.ones_like(ids, dtype=torch.bool), theirs(**given)
     judged = theirs(**given, use_image_text_matching_head=True).logits_per_image
     return {
@@ -88,10 +114,23 @@ def stage(model: Model) -> Stage:
     return holding(model, "generate", (Captioning(),), "answer")
 
 
+def processor(model: Model, tokenizer: Any, template: str | None) -> Any:
+    """transformers' processor of the pictures and texts of the wiring."""
+    writes = isinstance(model, PrefixVLM)
+    made = processor_class("Blip2Processor")(
+        image_processor=image_processor(model.pixels),
+        tokenizer=tokenizer,
+        num_query_tokens=model.bridge.tokens(0) if writes else None,
+    )
+    if writes and template is not None:
+        made.chat_template = chat_template(template, tokenizer, "")  # the processor puts images first
+    return made
+
+
 def qformer(config: Any, *, text: bool, tokenizer: str) -> QFormer:
     """The bridge of a BLIP-2 or an InstructBLIP. Raises WeightsError for what it cannot be."""
     theirs = config.qformer_config
-    expect(theirs, FIXED | {"attention_probs_dropout_prob": theirs.hidden_dropout_prob})
+    expect(theirs, {**FIXED, "attention_probs_dropout_prob": theirs.hidden_dropout_prob})
     numbers = {ours: getattr(theirs, name) for ours, name in QFORMER.items()}
     return QFormer(queries=config.num_query_tokens, text=text, tokenizer=tokenizer, **numbers)
 

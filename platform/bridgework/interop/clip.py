@@ -1,19 +1,22 @@
 """CLIP to and from transformers' `CLIPModel`. A ResNet has no place there."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bridgework.errors import SpecError, WeightsError
+from bridgework.interop.parts import holding, parameters, renamed, vit
+from bridgework.interop.processors import image_processor, processor_class
 from bridgework.losses import Contrastive
 from bridgework.models import text as text_tower
 from bridgework.models import vision as vision_tower
 from bridgework.models.dual_encoder import DualEncoder
+from bridgework.models.origin import Origin
 from bridgework.models.text import CLIPTextConfig
 from bridgework.models.vision import ViTConfig
-from bridgework.system import AdamW, Budget, Mixture, Source, Stage
+from bridgework.system import Stage
 
 ARCHITECTURES = ("CLIPModel",)
 PARTS = {  # ours -> transformers'
@@ -23,21 +26,17 @@ PARTS = {  # ours -> transformers'
     "heads.text.": "text_projection.",
     "heads.logit_scale": "logit_scale",
 }
-FIXED = {"layer_norm_eps": 1e-5, "attention_dropout": 0.0, "num_channels": 3}  # what our towers never are otherwise
+FIXED = {"layer_norm_eps": 1e-5, "attention_dropout": 0.0}  # what our text tower never is otherwise
 
 
-def spec(config: Any) -> DualEncoder:
+def spec(config: Any, *, tied: bool | None = None) -> DualEncoder:
     """The wiring of a CLIPConfig. Raises WeightsError for what it cannot be."""
-    for tower in (config.vision_config, config.text_config):
-        for name, value in FIXED.items():
-            if (found := getattr(tower, name, value)) != value:
-                raise WeightsError(f"this CLIP has {name} {found} in its {tower.model_type}, and only {value} is read")
-    vision = {ours: getattr(config.vision_config, theirs) for ours, theirs in vision_tower.VIT_FIELDS.items()}
+    for name, value in FIXED.items():
+        if (found := getattr(config.text_config, name, value)) != value:
+            raise WeightsError(f"this CLIP has {name} {found} in its clip_text_model, and only {value} is read")
     text = {ours: getattr(config.text_config, theirs) for ours, theirs in text_tower.FIELDS.items()}
     return DualEncoder(
-        vision=ViTConfig(
-            kind="clip", layer=-1, select="cls", act=config.vision_config.hidden_act, fit="crop", **vision
-        ),
+        vision=vit(config.vision_config, "clip", layer=-1, select="cls", fit="crop"),
         text=CLIPTextConfig(tokenizer=config.name_or_path or "bytes", **text),
         embed=config.projection_dim,
     )
@@ -50,40 +49,37 @@ def config(model: DualEncoder) -> Any:
     vision = model.vision
     if not isinstance(vision, ViTConfig) or vision.kind != "clip" or not model.project_image:
         raise SpecError(f"transformers' CLIPModel holds a projected CLIP ViT, not a {type(vision).__name__}")
-    numbers = {theirs: getattr(vision, ours) for ours, theirs in vision_tower.VIT_FIELDS.items()}
-    numbers |= {"hidden_act": vision.act or "quick_gelu", "projection_dim": model.embed}
-    words = {theirs: getattr(model.text, ours) for ours, theirs in text_tower.FIELDS.items()}
-    words |= {"projection_dim": model.embed, "bos_token_id": None, "pad_token_id": None}
-    return CLIPConfig(vision_config=numbers, text_config=words, projection_dim=model.embed)
+    projected: dict[str, Any] = {"projection_dim": model.embed}
+    return CLIPConfig(
+        vision_config=vision.config().to_dict() | projected,
+        text_config=model.text.config().to_dict() | projected,
+        **projected,
+    )
+
+
+def ids(model: DualEncoder, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
+    """The special ids of a model that was trained here."""
+    given = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return Origin(config={f"text_config.{name}": value for name, value in given.items()})
 
 
 def names(model: DualEncoder) -> Mapping[str, str]:
     """Our parameters -> transformers', one to one; no two are tied. `logit_scale` is (1,) here and () there."""
-    with torch.device("meta"):
-        ours = [name for name, _ in model.build(pretrained=False).named_parameters()]
-    return {name: _theirs(name) for name in ours}
+    return {name: renamed(name, PARTS) for name in parameters(model)}
 
 
 def stage(model: DualEncoder) -> Stage:
     """A stage that holds the weights: nothing is trained in it."""
-    return Stage(
-        name="contrast",
-        model=model,
-        trains={"*": 1.0},
-        losses=(Contrastive(temperature=None),),
-        data=Mixture(
-            sources=(Source(name="shapes", dataset="synthetic:shapes"),),
-            template="caption",
-            max_tokens=model.context,
-            lanes=1,
-        ),
-        budget=Budget(steps=1, batch=1),
-        optim=AdamW(peak_lr=1e-5),
-    )
+    return holding(model, "contrast", (Contrastive(temperature=None),), "caption")
+
+
+def processor(model: DualEncoder, tokenizer: Any, template: str | None) -> Any:
+    """transformers' processor of the pictures and texts of the wiring."""
+    return processor_class("CLIPProcessor")(image_processor=image_processor(model.pixels), tokenizer=tokenizer)
 
 
 @torch.no_grad()
-def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Tensor]]:
     """Both sides' features and logits for two random images and texts."""
     generator = torch.Generator().manual_seed(0)
     look, words = ours.vision.config.pixels, theirs.config.text_config
@@ -101,8 +97,3 @@ def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
         "text": (text, expected.text_embeds),
         "logits": (found.logit_scale[0] * image @ text.T, expected.logits_per_image),
     }
-
-
-def _theirs(name: str) -> str:
-    (part,) = (part for part in PARTS if name.startswith(part))
-    return PARTS[part] + name.removeprefix(part)

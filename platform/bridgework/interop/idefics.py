@@ -3,20 +3,23 @@
 Its two additional words are `<fake_token_around_image>`, which stands where our END does, and `<image>`.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from bridgework.errors import SpecError
-from bridgework.interop.parts import expect, greedy, holding, parameters, renamed
+from bridgework.interop.parts import IMAGE_WORD, expect, holding, is_read, language_ids, parameters, renamed, texts, vit
+from bridgework.interop.processors import processor_class
 from bridgework.losses import Captioning
 from bridgework.models import CrossAttentionVLM, Gates, LanguageConfig, Resampler, ViTConfig
+from bridgework.models.origin import Origin
 from bridgework.models.vision import VIT_FIELDS, normalise
 from bridgework.system import END, IMAGE, Stage
 
 ARCHITECTURES = ("IdeficsForVisionText2Text",)
+END_WORD = "<fake_token_around_image>"
 PARTS = {  # ours -> transformers'; the first that fits
     "vision.tower.": "model.vision_model.",
     "bridge.latents": "model.perceiver_resampler.latents",
@@ -56,13 +59,12 @@ BLOCK = {  # between the layers of the language model
 }
 
 
-def spec(config: Any) -> CrossAttentionVLM:
+def spec(config: Any, *, tied: bool | None = None) -> CrossAttentionVLM:
     """The wiring of an IdeficsConfig. Raises WeightsError for what it cannot be."""
     expect(config, {"use_resampler": True, "additional_vocab_size": 2, "hidden_act": "silu", "dropout": 0.0})
     perceiver, width = config.perceiver_config, config.hidden_size // config.num_attention_heads
-    vision = {ours: getattr(config.vision_config, theirs) for ours, theirs in VIT_FIELDS.items()}
     return CrossAttentionVLM(
-        vision=ViTConfig(layer=-1, select="all", act=config.vision_config.hidden_act, fit="crop", **vision),
+        vision=vit(config.vision_config, "clip", layer=-1, select="all", fit="crop"),
         bridge=Resampler(
             latents=perceiver.resampler_n_latents, depth=perceiver.resampler_depth, heads=perceiver.resampler_n_heads,
             head_width=perceiver.resampler_head_dim, qk_norm=perceiver.qk_layer_norms_perceiver, activation="relu",
@@ -76,8 +78,9 @@ def spec(config: Any) -> CrossAttentionVLM:
         language=LanguageConfig(
             arch="llama", width=config.hidden_size, depth=config.num_hidden_layers, heads=config.num_attention_heads,
             kv_heads=config.num_attention_heads, ffn=config.intermediate_size, vocab=config.vocab_size,
-            context=config.max_position_embeddings, tied=config.tie_word_embeddings, norm_eps=config.rms_norm_eps,
-            rope_theta=config.rope_parameters["rope_theta"], tokenizer=config.name_or_path or "bytes",
+            context=config.max_position_embeddings, tied=config.tie_word_embeddings if tied is None else tied,
+            norm_eps=config.rms_norm_eps, rope_theta=config.rope_parameters["rope_theta"],
+            tokenizer=config.name_or_path or "bytes",
         ),
     )  # fmt: skip
 
@@ -87,8 +90,14 @@ def config(model: CrossAttentionVLM) -> Any:
     from transformers import IdeficsConfig
 
     vision, bridge, gates, language = model.vision, model.bridge, model.gates, model.language
+    kind = isinstance(vision, ViTConfig) and (vision.kind, vision.select, vision.blocks == vision.depth)
+    if kind != ("clip", "all", True):
+        raise SpecError("transformers' Idefics has a CLIP ViT, read with its CLS token behind the last block")
+    tower = cast(ViTConfig, vision).config()
+    numbers = {name: getattr(tower, name) for name in (*VIT_FIELDS.values(), "hidden_act", "layer_norm_eps")}
+    numbers["embed_dim"] = numbers.pop("hidden_size")
     made = IdeficsConfig(
-        vision_config=_numbers(vision), vocab_size=language.vocab, additional_vocab_size=2, use_resampler=True,
+        vision_config=numbers, vocab_size=language.vocab, additional_vocab_size=2, use_resampler=True,
         hidden_size=language.width, intermediate_size=language.ffn, num_hidden_layers=language.depth,
         num_attention_heads=language.heads, max_position_embeddings=language.context,
         rms_norm_eps=language.norm_eps, tie_word_embeddings=language.tied,
@@ -104,18 +113,24 @@ def config(model: CrossAttentionVLM) -> Any:
     back = spec(made)
     differ = [name for name in ("bridge", "gates") if getattr(back, name) != getattr(model, name)]
     differ += [name for name in ("arch", "kv_heads") if getattr(back.language, name) != getattr(language, name)]
+    differ += [f"language.{name}" for name in language.extra if is_read(name)]  # such as scaled positions
     differ += ["depth, which gates.every must divide"] * bool(language.depth % gates.every)
     if differ:
         raise SpecError(f"transformers' Idefics has no place for this model's {', '.join(differ)}")
     return made
 
 
-def _numbers(vision: Any) -> dict[str, Any]:
-    kind = isinstance(vision, ViTConfig) and (vision.kind, vision.select, vision.blocks == vision.depth)
-    if kind != ("clip", "all", True):
-        raise SpecError("transformers' Idefics has a CLIP ViT, read with its CLS token behind the last block")
-    numbers = {theirs: getattr(vision, ours) for ours, theirs in VIT_FIELDS.items()}
-    return numbers | {"hidden_act": vision.act or "quick_gelu", "embed_dim": vision.width}
+def ids(model: CrossAttentionVLM, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
+    """The special ids of a model that was trained here, and its settings of generation: it writes no image."""
+    said = language_ids(tokenizer, endings, built)
+    own = {path.removeprefix("text_config."): value for path, value in said.config.items()}
+    return Origin(config=own, generation={**said.generation, "suppress_tokens": [model.language.vocab + 1]})
+
+
+def words(model: CrossAttentionVLM, said: Origin) -> Mapping[int, str]:
+    """The words that the tokenizer must have, by their ids: END's and that of an image."""
+    vocab = model.language.vocab
+    return {vocab: END_WORD, vocab + 1: IMAGE_WORD}
 
 
 def names(model: CrossAttentionVLM) -> Mapping[str, str]:
@@ -128,8 +143,17 @@ def stage(model: CrossAttentionVLM) -> Stage:
     return holding(model, "train", (Captioning(),), "interleaved")
 
 
-def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' image tokens, logits and greedy ids for a random document of two images."""
+def processor(model: CrossAttentionVLM, tokenizer: Any, template: str | None) -> Any:
+    """transformers' processor of the pictures and texts of the wiring; it squeezes pictures, where ours are cropped."""
+    look = model.pixels
+    pictures = processor_class("IdeficsImageProcessor")(
+        image_size=look.size, image_mean=list(look.mean), image_std=list(look.std)
+    )
+    return processor_class("IdeficsProcessor")(image_processor=pictures, tokenizer=tokenizer, image_size=look.size)
+
+
+def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' image tokens, logits and texts for a random document of two images."""
     generator = torch.Generator().manual_seed(0)
     look, vocab = ours.vision.config.pixels, theirs.config.vocab_size
     images = torch.randint(0, 256, (2, 3, look.size, look.size), dtype=torch.uint8, generator=generator)
@@ -144,10 +168,11 @@ def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
         "image_attention_mask": (places.cumsum(-1).unsqueeze(-1) == torch.arange(1, 3)).long(),
     }
     seen = theirs.model.vision_model(normalise(images, look)).last_hidden_state
+    never = (vocab + 1,)  # here <image> is never written
     return {
         "features": (ours.images(images, None), theirs.model.perceiver_resampler(seen)),
         "logits": (ours(**own).logits_BTV, theirs(**other).logits),
-        "greedy": greedy(ours, theirs, own, {**other, "suppress_tokens": [vocab + 1]}),  # here <image> is never written
+        **texts(ours, theirs, own, other, ends=said.generation, skip=ids.shape[1], never=never),
     }
 
 

@@ -1,29 +1,32 @@
 """The prefix wiring with an instruction-aware Q-Former to and from `InstructBlipForConditionalGeneration`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import SpecError
 from bridgework.interop import blip2
-from bridgework.interop.parts import eva, holding, image_word, parameters, renamed, written
+from bridgework.interop.parts import eva, holding, image_word, image_words, language_ids, parameters, renamed, written
+from bridgework.interop.processors import chat_template, image_processor, processor_class
 from bridgework.losses import Captioning
 from bridgework.models import LanguageConfig, PrefixVLM
 from bridgework.models.bridges.qformer import names_in_blip2
+from bridgework.models.origin import Origin
 from bridgework.system import Stage
 
 ARCHITECTURES = ("InstructBlipForConditionalGeneration",)
-QFORMER_TOKENIZER = "qformer_tokenizer"  # where transformers' processor keeps the Q-Former's, beside the other
+QFORMER_TOKENIZER = "qformer_tokenizer"  # where transformers' processor keeps the Q-Former's
 
 
-def spec(config: Any) -> PrefixVLM:
+def spec(config: Any, *, tied: bool | None = None) -> PrefixVLM:
     """The wiring of an InstructBlipConfig. Raises WeightsError for what it cannot be."""
     folder = config.name_or_path
     return PrefixVLM(
         vision=eva(config.vision_config),
         bridge=blip2.qformer(config, text=True, tokenizer=f"{folder}/{QFORMER_TOKENIZER}" if folder else "bytes"),
-        language=LanguageConfig.of(config.text_config, folder or "bytes"),
+        language=LanguageConfig.of(config.text_config, folder or "bytes", tied=tied),
     )
 
 
@@ -37,12 +40,17 @@ def config(model: PrefixVLM) -> Any:
     for part, kind in (("vision_config", "instructblip_vision_model"), ("qformer_config", "instructblip_qformer")):
         parts[part] = {**parts[part], "model_type": kind}
     del parts["qformer_config"]["use_qformer_text_input"]  # always
-    return InstructBlipConfig(
-        **parts,
-        text_config=model.language.config().to_dict(),
-        image_token_index=image_word(model.language),
-        architectures=list(ARCHITECTURES),
-    )
+    return InstructBlipConfig(**parts, text_config=model.language.config().to_dict(), architectures=list(ARCHITECTURES))
+
+
+def ids(model: PrefixVLM, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
+    """The special ids of a model that was trained here, and its settings of generation."""
+    return language_ids(tokenizer, endings, built, image_word(model.language, tokenizer))
+
+
+def words(model: PrefixVLM, said: Origin) -> Mapping[int, str]:
+    """The word that the tokenizer must have for an image, by its id."""
+    return image_words(said)
 
 
 def names(model: PrefixVLM) -> Mapping[str, str]:
@@ -50,14 +58,28 @@ def names(model: PrefixVLM) -> Mapping[str, str]:
     return {name: _theirs(name) for name in parameters(model)}
 
 
-def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' image tokens, logits and greedy ids for two random rows with an image and an instruction in each."""
-    return written(ours, theirs, theirs.config.num_query_tokens, theirs.config.qformer_config.vocab_size)
+def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' image tokens, logits and texts for two random rows with an image and an instruction in each."""
+    heard = theirs.config.qformer_config.vocab_size
+    return written(ours, theirs, said, theirs.config.num_query_tokens, heard=heard, nested=True)
 
 
 def stage(model: PrefixVLM) -> Stage:
     """A stage that holds the weights."""
     return holding(model, "instruct", (Captioning(),), "answer")
+
+
+def processor(model: PrefixVLM, tokenizer: Any, template: str | None) -> Any:
+    """transformers' processor of the pictures and texts of the wiring."""
+    made = processor_class("InstructBlipProcessor")(
+        image_processor=image_processor(model.pixels),
+        tokenizer=tokenizer,
+        qformer_tokenizer=load_tokenizer(str(model.instruction)),
+        num_query_tokens=model.bridge.tokens(0),
+    )
+    if template is not None:
+        made.chat_template = chat_template(template, tokenizer, "")  # the processor puts images first
+    return made
 
 
 def _theirs(name: str) -> str:

@@ -1,15 +1,27 @@
 """The prefix wiring with an MLP to and from transformers' `LlavaForConditionalGeneration` (LLaVA 1.5)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from torch import Tensor
 
 from bridgework.errors import SpecError, WeightsError
-from bridgework.interop.parts import expect, holding, image_word, parameters, renamed, written
+from bridgework.interop.parts import (
+    IMAGE_WORD,
+    expect,
+    holding,
+    image_word,
+    image_words,
+    language_ids,
+    parameters,
+    renamed,
+    vit,
+    written,
+)
+from bridgework.interop.processors import chat_template, image_processor, processor_class
 from bridgework.losses import Captioning
 from bridgework.models import MLP, LanguageConfig, PrefixVLM, ViTConfig
-from bridgework.models.vision import VIT_FIELDS
+from bridgework.models.origin import Origin
 from bridgework.system import Stage
 
 ARCHITECTURES = ("LlavaForConditionalGeneration",)
@@ -23,7 +35,7 @@ WANTED: dict[str, Any] = {"projector_hidden_act": "gelu", "multimodal_projector_
 KINDS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
 
-def spec(config: Any) -> PrefixVLM:
+def spec(config: Any, *, tied: bool | None = None) -> PrefixVLM:
     """The wiring of a LlavaConfig. Raises WeightsError for what it cannot be."""
     expect(config, WANTED)
     vision, layer = config.vision_config, config.vision_feature_layer
@@ -36,21 +48,15 @@ def spec(config: Any) -> PrefixVLM:
     if kind == "siglip" and config.vision_feature_select_strategy != "full":
         raise WeightsError("this LLaVA drops the first patch of a SigLIP as if it were a CLS token; that is not read")
     return PrefixVLM(
-        vision=ViTConfig(
-            kind=cast(Literal["clip", "siglip"], kind),
-            layer=layer,
-            select=cast(Literal["patch", "all"], select),
-            act=vision.hidden_act,
-            **{ours: getattr(vision, theirs) for ours, theirs in VIT_FIELDS.items()},
-        ),
+        vision=vit(vision, cast(Literal["clip", "siglip"], kind), layer=layer, select=select),
         bridge=MLP(depth=2),
-        language=LanguageConfig.of(config.text_config, config.name_or_path or "bytes"),
+        language=LanguageConfig.of(config.text_config, config.name_or_path or "bytes", tied=tied),
     )
 
 
 def config(model: PrefixVLM) -> Any:
     """The LlavaConfig of a wiring. Raises SpecError where transformers has none."""
-    from transformers import AutoConfig, LlavaConfig
+    from transformers import LlavaConfig
 
     vision = model.vision
     if (
@@ -60,23 +66,27 @@ def config(model: PrefixVLM) -> Any:
         or model.pixels.grids
     ):
         raise SpecError("transformers' LLaVA is a CLIP or SigLIP ViT, one square of it, and an MLP of two matrices")
-    numbers: dict[str, Any] = {theirs: getattr(vision, ours) for ours, theirs in VIT_FIELDS.items()}
-    if vision.act is not None:
-        numbers["hidden_act"] = vision.act
-    if vision.kind == "siglip":
-        numbers["vision_use_head"] = False
     whole = vision.select == "all" or vision.kind == "siglip"
     return LlavaConfig(
-        vision_config=AutoConfig.for_model(KINDS[vision.kind], **numbers).to_dict(),
+        vision_config=vision.config().to_dict(),
         text_config=model.language.config().to_dict(),
         vision_feature_layer=vision.layer,
         vision_feature_select_strategy="full" if whole else "default",
         image_seq_length=model.image_tokens,
-        image_token_index=image_word(model.language),
         tie_word_embeddings=model.language.tied,
         architectures=list(ARCHITECTURES),
         **WANTED,
     )
+
+
+def ids(model: PrefixVLM, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
+    """The special ids of a model that was trained here, and its settings of generation."""
+    return language_ids(tokenizer, endings, built, image_word(model.language, tokenizer))
+
+
+def words(model: PrefixVLM, said: Origin) -> Mapping[int, str]:
+    """The word that the tokenizer must have for an image, by its id."""
+    return image_words(said)
 
 
 def names(model: PrefixVLM) -> Mapping[str, str]:
@@ -84,11 +94,30 @@ def names(model: PrefixVLM) -> Mapping[str, str]:
     return {name: renamed(name, PARTS) for name in parameters(model)}
 
 
-def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' image tokens, logits and greedy ids for two random rows with an image in each."""
-    return written(ours, theirs, spec(theirs.config).image_tokens)
+def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' image tokens, logits and texts for random rows with an image in each."""
+    return written(ours, theirs, said, spec(theirs.config).image_tokens)
 
 
 def stage(model: PrefixVLM) -> Stage:
     """A stage that holds the weights."""
     return holding(model, "instruct", (Captioning(),), "v1")
+
+
+def processor(model: PrefixVLM, tokenizer: Any, template: str | None) -> Any:
+    """transformers' processor of the pictures and texts of the wiring."""
+    return llava_processor("LlavaProcessor", model, tokenizer, template)
+
+
+def llava_processor(name: str, model: PrefixVLM, tokenizer: Any, template: str | None) -> Any:
+    """The processor of a LLaVA: an image takes the places of its patches, where its word stands."""
+    vision = cast(ViTConfig, model.vision)
+    has_cls = vision.kind == "clip"
+    return processor_class(name)(
+        image_processor=image_processor(model.pixels),
+        tokenizer=tokenizer,
+        patch_size=vision.patch,
+        vision_feature_select_strategy="default" if has_cls and vision.select == "patch" else "full",
+        num_additional_image_tokens=int(has_cls),
+        chat_template=None if template is None else chat_template(template, tokenizer, IMAGE_WORD),
+    )

@@ -1,7 +1,7 @@
 """The prefix wiring with unpadded tiles to and from transformers' `LlavaNextForConditionalGeneration` (LLaVA 1.6)."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -9,10 +9,23 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bridgework.data.tiling import layout_of
 from bridgework.errors import SpecError, WeightsError
-from bridgework.interop.parts import expect, greedy, holding, image_word, parameters, renamed
+from bridgework.interop.llava import llava_processor
+from bridgework.interop.parts import (
+    expect,
+    holding,
+    image_word,
+    image_words,
+    language_ids,
+    parameters,
+    reach,
+    renamed,
+    texts,
+    vit,
+)
 from bridgework.losses import Captioning
 from bridgework.models import MLP, LanguageConfig, PrefixVLM, ViTConfig
-from bridgework.models.vision import VIT_FIELDS, normalise
+from bridgework.models.origin import Origin
+from bridgework.models.vision import normalise
 from bridgework.system import IMAGE, Stage
 
 ARCHITECTURES = ("LlavaNextForConditionalGeneration",)
@@ -30,7 +43,7 @@ WANTED: Mapping[str, Any] = {
 }
 
 
-def spec(config: Any) -> PrefixVLM:
+def spec(config: Any, *, tied: bool | None = None) -> PrefixVLM:
     """The wiring of a LlavaNextConfig. Raises WeightsError for what it cannot be."""
     expect(config, WANTED)
     vision = config.vision_config
@@ -39,12 +52,17 @@ def spec(config: Any) -> PrefixVLM:
             f"this LLaVA-NeXT reads layer {config.vision_feature_layer} of a {vision.model_type}, "
             "and only one layer of a clip_vision_model is read"
         )
-    numbers = {ours: getattr(vision, theirs) for ours, theirs in VIT_FIELDS.items()}
     side = vision.image_size
+    uneven = [list(size) for size in config.image_grid_pinpoints if any(length % side or not length for length in size)]
+    if uneven:
+        raise WeightsError(
+            f"this LLaVA-NeXT has image_grid_pinpoints that no tiles of {side} pixels fill. Got {uneven[0]}; "
+            f"expected multiples of {side}. Fix: take a model whose grids are made of whole tiles"
+        )
     return PrefixVLM(
-        vision=ViTConfig(kind="clip", layer=config.vision_feature_layer, act=vision.hidden_act, **numbers),
+        vision=vit(vision, "clip", layer=config.vision_feature_layer),
         bridge=MLP(depth=2),
-        language=LanguageConfig.of(config.text_config, config.name_or_path or "bytes"),
+        language=LanguageConfig.of(config.text_config, config.name_or_path or "bytes", tied=tied),
         grids=tuple((wide // side, high // side) for high, wide in config.image_grid_pinpoints),
         tiles="unpad",
     )
@@ -58,17 +76,26 @@ def config(model: PrefixVLM) -> Any:
     fits = isinstance(vision, ViTConfig) and (vision.kind, vision.select) == ("clip", "patch")
     if not fits or model.bridge != MLP(depth=2) or model.tiles != "unpad" or not model.grids:
         raise SpecError("transformers' LLaVA-NeXT is a CLIP ViT, an MLP of two matrices, grids, and tiles='unpad'")
-    numbers = {theirs: getattr(vision, ours) for ours, theirs in VIT_FIELDS.items()}
+    tower = cast(ViTConfig, vision)
     return LlavaNextConfig(
-        vision_config=numbers | {"hidden_act": getattr(vision, "act", None) or "quick_gelu"},
+        vision_config=tower.config().to_dict(),
         text_config=language.config().to_dict(),
-        vision_feature_layer=getattr(vision, "layer", -2),
+        vision_feature_layer=tower.layer,
         image_grid_pinpoints=[[rows * side, columns * side] for columns, rows in model.grids],
         image_seq_length=model.image_tokens,
-        image_token_index=image_word(language),
         tie_word_embeddings=language.tied,
         **WANTED,
     )
+
+
+def ids(model: PrefixVLM, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
+    """The special ids of a model that was trained here, and its settings of generation."""
+    return language_ids(tokenizer, endings, built, image_word(model.language, tokenizer))
+
+
+def words(model: PrefixVLM, said: Origin) -> Mapping[int, str]:
+    """The word that the tokenizer must have for an image, by its id."""
+    return image_words(said)
 
 
 def names(model: PrefixVLM) -> Mapping[str, str]:
@@ -81,16 +108,23 @@ def stage(model: PrefixVLM) -> Stage:
     return holding(model, "instruct", (Captioning(),), "v1")
 
 
-def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' image tokens, logits and greedy ids for a random text with a wide and a narrow image in it."""
+def processor(model: PrefixVLM, tokenizer: Any, template: str | None) -> Any:
+    """transformers' processor of the pictures and texts of the wiring."""
+    return llava_processor("LlavaNextProcessor", model, tokenizer, template)
+
+
+def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' image tokens, logits and texts for a random text with a wide and a narrow image in it."""
     model, generator = spec(theirs.config), torch.Generator().manual_seed(0)
     look, side = model.pixels, model.pixels.size
     cut = [layout_of(2 * side, side, look), layout_of(side // 2 + 1, side, look)]
     counts = [1 + layout.columns * layout.rows for layout in cut]
     tiles = torch.randint(0, 256, (sum(counts), 3, side, side), dtype=torch.uint8, generator=generator)
-    word = theirs.config.image_token_index
-    row = [1, *[IMAGE] * model.places(cut[0]), 2, *[IMAGE] * model.places(cut[1]), 3, 4]
-    ids = torch.tensor([[token + 1 if token == word else token for token in row]])
+    word, text = theirs.config.image_token_index, theirs.config.text_config
+    vocab, places = int(ours.language.get_input_embeddings().weight.shape[0]), [model.places(layout) for layout in cut]
+    more = torch.randint(5, vocab - 1, (reach(text, sum(places)),), generator=generator).tolist()
+    row = [1, *[IMAGE] * places[0], 2, *[IMAGE] * places[1], 3, 4, *more]
+    ids = torch.tensor([[vocab - 1 if token == word else token for token in row]])
     layouts = torch.tensor(cut)
     own = {"ids": ids, "attention": torch.ones_like(ids, dtype=torch.bool), "pixels": tiles, "layouts": layouts}
     shown = {
@@ -99,8 +133,9 @@ def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
     }
     other = {"input_ids": ids.masked_fill(ids == IMAGE, word), "attention_mask": torch.ones_like(ids), **shown}
     features = theirs.get_image_features(**shown).pooler_output
+    never = () if text.vocab_size == vocab else (word,)  # a row that only the other side has
     return {
         "features": (ours.tiles(ours.images(tiles, None), layouts), torch.cat([*features])),
-        "logits": (ours(**own).logits_BTV, theirs(**other).logits),
-        "greedy": greedy(ours, theirs, own, other),
+        "logits": (ours(**own).logits_BTV, theirs(**other).logits[..., :vocab]),
+        **texts(ours, theirs, own, other, ends=said.generation, skip=ids.shape[1], never=never),
     }

@@ -19,6 +19,7 @@ from bridgework.spec import positive, spec
 from bridgework.system import Pixels
 
 POSITIONS = "embeddings.position_embedding"
+FIXED = {"hidden_act": "gelu", "qkv_bias": True}  # of transformers' BlipVisionModel: never otherwise here
 FROM_VIT = {  # transformers' ViT -> its BlipVisionModel; the three of q, k and v become one
     "embeddings.cls_token": "embeddings.class_embedding",
     "embeddings.position_embeddings": POSITIONS,
@@ -88,7 +89,8 @@ class BlipViTConfig:
         config = weights_of.load_config(AutoConfig, weights)
         sizes = {own: hf for own, hf in VIT_FIELDS.items() if own != "image_size"}
         found = {own: getattr(config, hf, None) for own, hf in sizes.items()}
-        weights_of.check(weights, {own: getattr(self, own) for own in sizes}, found)
+        found |= {name: getattr(config, name, None) for name in FIXED}
+        weights_of.check(weights, {own: getattr(self, own) for own in sizes} | FIXED, found)
         return from_vit(weights_of.load(ViTModel, weights, add_pooling_layer=False).state_dict(), self.depth)
 
     def tiny(self) -> "BlipViTConfig":

@@ -9,6 +9,8 @@ has, get two learned rows behind it: column V of the logits is END, V + 1 is IMA
 # F width of the tower's features and of what the bridge gives  Q tokens of an image  D width of the language model
 # V vocabulary  C candidates  R tokens of a candidate
 
+import inspect
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,16 +19,18 @@ from torch import Tensor, nn
 
 from bridgework import rng
 from bridgework.errors import DataError, SpecError
-from bridgework.models import packing
+from bridgework.models import decoder_only, packing
 from bridgework.models.bridges.gated_xattn import Gates, insert
 from bridgework.models.bridges.resampler import Resampler
 from bridgework.models.freezing import Freezable
 from bridgework.models.language import LanguageConfig
+from bridgework.models.origin import Origin
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
-from bridgework.spec import spec
+from bridgework.spec import added, spec
 from bridgework.system import END, IMAGE, Layout, Pixels
 
 LOGITS = frozenset({"logits"})
+_wider: ContextVar[bool] = ContextVar("wider", default=False)  # of one thread: whether logits have V + 2 columns
 
 
 @spec
@@ -37,6 +41,7 @@ class CrossAttentionVLM:
     bridge: Resampler
     gates: Gates
     language: LanguageConfig
+    origin: Origin | None = added(default=None)  # of an import: fields that an export writes again
 
     def __post_init__(self) -> None:
         if not self.gates.layers(self.language.depth):
@@ -76,8 +81,8 @@ class CrossAttentionVLM:
         return self.vision.tokens
 
     @property
-    def unpackable(self) -> None:
-        return None
+    def unpackable(self) -> str | None:
+        return self.language.unpackable
 
     @property
     def pretrained(self) -> tuple[str, ...]:
@@ -101,6 +106,7 @@ class CrossAttentionVLM:
             bridge=self.bridge.tiny(),
             gates=self.gates.tiny(),
             language=self.language.tiny(),
+            origin=None,
         )
 
 
@@ -114,7 +120,7 @@ class Outputs:
 
 
 class Extra(nn.Module):
-    """Rows for END and IMAGE: `words` go in, `head` comes out; they begin as the mean of the language model's own.
+    """Rows for END and IMAGE: `words` of the input, `head` of the output; they begin as the mean of the model's own.
 
     Where the language model has one matrix for both, so has this.
     """
@@ -131,6 +137,25 @@ class Extra(nn.Module):
         if words is head:
             self.head.weight = self.words.weight
 
+    def add_to(self, head: nn.Module) -> None:
+        """Append this head's two columns to the output of `head`, inside of `_wider` alone.
+
+        So all that a language model does with its logits afterwards (a scale, a soft cap) is done with all columns.
+        """
+        head.register_forward_hook(_Columns(self.head))
+
+
+class _Columns:
+    """The hook of the language model's output matrix."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self._head = head
+
+    def __call__(self, own: nn.Module, given: tuple[Tensor, ...], logits_BTV: Tensor) -> Tensor | None:
+        if not _wider.get():
+            return None
+        return torch.cat([logits_BTV, self._head(given[0]).to(logits_BTV.dtype)], dim=-1)
+
 
 class CrossAttentionModel(Freezable):
     """`vision`, `bridge`, `gates` (by the number of the layer behind them), `language` and `extra`.
@@ -143,18 +168,20 @@ class CrossAttentionModel(Freezable):
 
     def __init__(self, vision: VisionTower, bridge: nn.Module, gates: nn.ModuleDict, language: Any) -> None:
         super().__init__()
+        if language.config.is_encoder_decoder or not hasattr(language.get_decoder(), "layers"):
+            raise SpecError(
+                f"the blocks go between the layers of a causal language model, and {language.config.model_type!r} "
+                "has no such list; take llama, mistral, qwen2, phi3, opt, ..."
+            )
         self.vision = vision
         self.bridge = bridge
         self.gates = gates
         self.language = language
         self.extra = Extra(language)
         self._vocab = int(language.get_output_embeddings().weight.shape[0])
-        if not hasattr(language.get_decoder(), "layers"):
-            raise SpecError(
-                f"the blocks go between the layers of a causal language model, and {language.config.model_type!r} "
-                "has no such list; take llama, mistral, qwen2, phi3, opt, ..."
-            )
         insert(language.get_decoder().layers, gates)
+        self.extra.add_to(language.get_output_embeddings())
+        self._keeps = "logits_to_keep" in inspect.signature(language.forward).parameters
 
     @property
     def endings(self) -> frozenset[int]:
@@ -183,7 +210,7 @@ class CrossAttentionModel(Freezable):
         self.check(wants)
         media_BMQF, seen_BT = self.media(ids, pixels, features, layouts, segments)
         embeds_BTD = self.embed(ids)
-        read = packing.decoding(attention, segments, embeds_BTD.dtype)
+        read = packing.decoding(self.language, embeds_BTD, attention, segments)
         logits_BTV, _ = self.read(embeds_BTD, media_BMQF, seen_BT, **read, use_cache=False)
         return Outputs(logits_BTV, None if labels is None else self.targets(labels), segments)
 
@@ -255,11 +282,24 @@ class CrossAttentionModel(Freezable):
     def read(
         self, embeds_BTD: Tensor, media_BMQF: Tensor, seen_BT: Tensor, *, last: bool = False, **decoding: Any
     ) -> tuple[Tensor, Any]:
-        """(B, T, V + 2) logits, of the last token alone with `last`, and the cache; `decoding` goes to the decoder."""
-        decoded = self.language.get_decoder()(inputs_embeds=embeds_BTD, media=media_BMQF, seen=seen_BT, **decoding)
-        hidden_BTD = decoded.last_hidden_state[:, -1:] if last else decoded.last_hidden_state
-        both = self.language.get_output_embeddings()(hidden_BTD), self.extra.head(hidden_BTD)
-        return torch.cat(both, dim=-1), decoded.past_key_values
+        """Return (B, T, V + 2) logits, of the last token alone with `last`, and the cache.
+
+        They are what the language model's own forward makes of V + 2 columns; `decoding` goes to it.
+        """
+        kept = {"logits_to_keep": 1} if last and self._keeps else {}
+        looked: list[nn.Module] = []
+        given = {"media": media_BMQF, "seen": seen_BT, "looked": looked}
+        wider = _wider.set(True)
+        try:
+            read = self.language(inputs_embeds=embeds_BTD, **given, **decoding, **kept)
+        finally:
+            _wider.reset(wider)
+        if not looked or read.logits.shape[-1] != self._vocab + 2:
+            raise SpecError(
+                f"language.arch {self.language.config.model_type!r} gives its layers no images, or its output has a "
+                "head of its own: the blocks cannot go into it. Fix: take llama, mistral, qwen2, phi3, opt, ..."
+            )
+        return read.logits[:, -1:] if last else read.logits, getattr(read, "past_key_values", None)
 
     def embed_images(self, features_NPF: Tensor) -> Tensor:
         """(N, F) float32 of length 1: the mean of what the frozen tower sees, by which RICES compares images."""
@@ -267,16 +307,21 @@ class CrossAttentionModel(Freezable):
 
     @torch.no_grad()
     def continuations(self, prompt: Tensor, rest: Tensor, features: Tensor, layouts: Tensor | None = None) -> Tensor:
-        """(C, R, V + 2): the logits of every token of `rest` (C, R) behind one `prompt` (1, T), padded on the right.
+        """Return (C, R, V + 2), the logits of each token of `rest` (C, R) after one prompt (1, T); padding is right.
 
-        The prompt and its images (features (N, P, F)) are read once, whatever C is.
+        The images (features (N, P, F)) are read once, and the prompt where the language model can cache it.
         """
         media_1MQF, seen_1T = self.media(prompt, None, features, layouts)
+        media_CMQF, seen_CR = media_1MQF.expand(len(rest), -1, -1, -1), seen_1T[:, -1:].expand(rest.shape)
+        if not packing.caches(self.language, prompt.shape[1] + rest.shape[1]):
+            embeds_CTD = torch.cat([self.embed(prompt).expand(len(rest), -1, -1), self.embed(rest)], dim=1)
+            seen_CT = torch.cat([seen_1T.expand(len(rest), -1), seen_CR], dim=1)
+            logits_CTV, _ = self.read(embeds_CTD, media_CMQF, seen_CT, use_cache=False)
+            return logits_CTV[:, prompt.shape[1] - 1 : -1]
         first_11V, cache = self.read(self.embed(prompt), media_1MQF, seen_1T, last=True, use_cache=True)
         cache.batch_repeat_interleave(len(rest))
-        media_CMQF, seen_CR = media_1MQF.expand(len(rest), -1, -1, -1), seen_1T[:, -1:].expand(rest.shape)
-        behind_CRV, _ = self.read(self.embed(rest), media_CMQF, seen_CR, past_key_values=cache, use_cache=True)
-        return torch.cat([first_11V.expand(len(rest), 1, -1), behind_CRV[:, :-1]], dim=1)
+        after_CRV, _ = self.read(self.embed(rest), media_CMQF, seen_CR, past_key_values=cache, use_cache=True)
+        return torch.cat([first_11V.expand(len(rest), 1, -1), after_CRV[:, :-1]], dim=1)
 
     @torch.no_grad()
     def generate(
@@ -297,7 +342,8 @@ class CrossAttentionModel(Freezable):
         media_BMQF, seen_BT = self.media(ids, pixels, features, layouts)
         given = {"inputs_embeds": self.embed(ids), "attention_mask": attention.long()}
         speaker: Any = Speaker(self)
-        return cast(Tensor, speaker.generate(**given, media=media_BMQF, seen=seen_BT, **generation))
+        with decoder_only.generating(self.language, attention):
+            return cast(Tensor, speaker.generate(**given, media=media_BMQF, seen=seen_BT, **generation))
 
 
 def _first(count_N: Tensor, most: int) -> Tensor:

@@ -13,10 +13,11 @@ from torch.nn.functional import normalize
 from bridgework.errors import DataError, SpecError
 from bridgework.models.freezing import Freezable
 from bridgework.models.modified_resnet import ModifiedResNetConfig
+from bridgework.models.origin import Origin
 from bridgework.models.pairs import OfPairs
 from bridgework.models.text import CLIPText, CLIPTextConfig
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
-from bridgework.spec import spec
+from bridgework.spec import added, spec
 
 POOLED = frozenset({"pooled"})
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of a cosine (2.5)
@@ -30,6 +31,7 @@ class DualEncoder(OfPairs):
     text: CLIPTextConfig
     embed: int = 512
     project_image: bool = True  # False where the tower's own pool projects, as ModifiedResNet's does
+    origin: Origin | None = added(default=None)  # of an import: fields that an export writes again
 
     def __post_init__(self) -> None:
         if self.vision.tokens != 1:
@@ -65,9 +67,8 @@ class DualEncoder(OfPairs):
 
     def tiny(self) -> "DualEncoder":
         vision = self.vision.tiny()
-        return replace(
-            self, vision=vision, text=self.text.tiny(), embed=32 if self.project_image else vision.feature_width
-        )
+        embed = 32 if self.project_image else vision.feature_width
+        return replace(self, vision=vision, text=self.text.tiny(), embed=embed, origin=None)
 
 
 @dataclass

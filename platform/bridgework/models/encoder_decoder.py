@@ -53,8 +53,9 @@ def packed_logits(language: Any, embeds_BTD: Tensor, ids_BT: Tensor, labels_BT: 
     """`logits` of rows that samples share: each half reads the whole row, and in it each sample its own prompt.
 
     The decoder's places are those of the row, so all that it does not write is computed for nothing: prompts are.
-    Raises DataError for an image behind a sample's first label.
+    Raises DataError for an image behind a sample's first label, SpecError for a model that cannot pack.
     """
+    packing.check(language)
     place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
     has_BT = labels_BT != IGNORE
     first_R = torch.full((int(segments_BT.max()) + 1,), len(place_T), device=ids_BT.device)

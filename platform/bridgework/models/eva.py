@@ -16,6 +16,8 @@ from bridgework.models.vision import CLIP_MEAN, CLIP_STD, VIT_FIELDS, Positions,
 from bridgework.spec import positive, spec
 from bridgework.system import Pixels
 
+FIXED = {"hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": 1e-6}  # of transformers' tower: never otherwise here
+
 
 @spec
 class EvaConfig:
@@ -73,7 +75,8 @@ class EvaConfig:
         theirs = weights_of.load_config(AutoConfig, weights).vision_config
         sizes = {own: hf for own, hf in VIT_FIELDS.items() if own != "image_size"}
         found = {own: getattr(theirs, hf, None) for own, hf in sizes.items()}
-        weights_of.check(weights, {own: getattr(self, own) for own in sizes}, found)
+        found |= {name: getattr(theirs, name, None) for name in FIXED}
+        weights_of.check(weights, {own: getattr(self, own) for own in sizes} | FIXED, found)
         state = weights_of.tensors(weights, ("vision_model.embeddings.", "vision_model.encoder."))
         state = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
         positions = "embeddings.position_embedding"

@@ -12,8 +12,9 @@ from bridgework.errors import SpecError
 from bridgework.models.blip_vit import BlipViTConfig
 from bridgework.models.med_text import MEDTextConfig
 from bridgework.models.momentum import MomentumConfig
+from bridgework.models.origin import Origin
 from bridgework.models.pairs import OfPairs
-from bridgework.spec import spec
+from bridgework.spec import added, spec
 
 if TYPE_CHECKING:
     from bridgework.models.med_model import MEDModel
@@ -34,6 +35,7 @@ class MED(OfPairs):
     tasks: tuple[Task, ...] = ("contrast", "match", "caption")
     embed: int = 256
     momentum: MomentumConfig | None = None  # the twin that momentum contrast needs
+    origin: Origin | None = added(default=None)  # of an import: fields that an export writes again
 
     def __post_init__(self) -> None:
         if not self.tasks or {"caption", "answer"} <= set(self.tasks):
@@ -82,5 +84,10 @@ class MED(OfPairs):
         if momentum is not None:
             momentum = replace(momentum, queue=min(momentum.queue, 64), ramp=min(momentum.ramp, 4))
         return replace(
-            self, vision=self.vision.tiny(), text=self.text.tiny(), embed=min(self.embed, 32), momentum=momentum
+            self,
+            vision=self.vision.tiny(),
+            text=self.text.tiny(),
+            embed=min(self.embed, 32),
+            momentum=momentum,
+            origin=None,
         )

@@ -22,6 +22,8 @@ FIELDS = {  # ours -> transformers'
     "context": "max_position_embeddings",
 }
 
+FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}  # of transformers' BLIP modules: never otherwise here
+
 
 class Texts(NamedTuple):
     """What a model may have of the text side."""
@@ -93,7 +95,8 @@ class MEDTextConfig:
 
         config = weights_of.load_config(AutoConfig, weights)
         found = {ours: getattr(config, theirs, None) for ours, theirs in FIELDS.items()}
-        weights_of.check(weights, {name: getattr(self, name) for name in found}, found)
+        given = {name: getattr(self, name) for name in found} | FIXED
+        weights_of.check(weights, given, found | {name: getattr(config, name, None) for name in FIXED})
         state: dict[str, Tensor] = weights_of.load(BertForMaskedLM, weights).state_dict()
         return state
 

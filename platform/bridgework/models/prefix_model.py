@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from bridgework import rng
-from bridgework.errors import DataError
-from bridgework.models import encoder_decoder, packing, preference, tiling
+from bridgework.errors import DataError, SpecError
+from bridgework.models import decoder_only, encoder_decoder, preference, tiling
 from bridgework.models.bridges.resampler import PerceiverResampler
 from bridgework.models.freezing import Freezable
 from bridgework.models.vision import VisionTower
@@ -122,9 +122,7 @@ class PrefixModel(Freezable):
             if segments_BT is not None:
                 return encoder_decoder.packed_logits(self.language, embeds_BTD, ids_BT, labels_BT, segments_BT)
             return encoder_decoder.logits(self.language, embeds_BTD, ids_BT, attention_BT, labels_BT)
-        seen = packing.decoding(attention_BT, segments_BT, embeds_BTD.dtype)
-        outputs = self.language(inputs_embeds=embeds_BTD, **seen, use_cache=False)
-        return cast(Tensor, outputs.logits)
+        return decoder_only.logits(self.language, embeds_BTD, attention_BT, segments_BT)
 
     def embed(
         self,
@@ -147,6 +145,12 @@ class PrefixModel(Freezable):
                 f"{images_NPD.shape[1]} tokens: every image needs exactly its places, in order"
             )
         text_BTD = self.language.get_input_embeddings()(ids_BT.masked_fill(places_BT, 0))
+        if text_BTD.shape[-1] != tokens_KD.shape[-1]:
+            raise SpecError(
+                "image tokens go between the words of the language model. Got tokens of "
+                f"{tokens_KD.shape[-1]} and words of {text_BTD.shape[-1]}; expected one width. Fix: take a language "
+                "model whose embeddings are as wide as its layers"
+            )
         return cast(Tensor, text_BTD.masked_scatter(places_BT.unsqueeze(-1), tokens_KD.to(text_BTD.dtype)))
 
     @rng.images()
@@ -225,12 +229,7 @@ class PrefixModel(Freezable):
         prompt_1TD = self.embed(prompt, None, features, instruction, instruction_attention, layouts)
         if encoder_decoder.is_one(self.language):
             return encoder_decoder.continuations(self.language, prompt_1TD, rest)
-        first = self.language(inputs_embeds=prompt_1TD, use_cache=True)
-        cache = first.past_key_values
-        cache.batch_repeat_interleave(len(rest))
-        behind_CRV = self.language(input_ids=rest, past_key_values=cache, use_cache=True).logits
-        before_C1V = first.logits[:, -1:].expand(len(rest), 1, -1)
-        return torch.cat([before_C1V, behind_CRV[:, :-1]], dim=1)
+        return decoder_only.continuations(self.language, prompt_1TD, rest)
 
     @torch.no_grad()
     def generate(
@@ -248,8 +247,7 @@ class PrefixModel(Freezable):
         embeds_BTD = self.embed(ids, pixels, features, instruction, instruction_attention, layouts)
         if encoder_decoder.is_one(self.language):
             return encoder_decoder.generate(self.language, embeds_BTD, attention, **generation)
-        new_BT = self.language.generate(inputs_embeds=embeds_BTD, attention_mask=attention.long(), **generation)
-        return cast(Tensor, new_BT)
+        return decoder_only.generate(self.language, embeds_BTD, attention, **generation)
 
 
 def _one_at_least(rows: Tensor) -> Tensor:

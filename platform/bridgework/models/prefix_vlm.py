@@ -13,9 +13,10 @@ from bridgework.models import preference, tiling
 from bridgework.models.bridges import MLP, Concat, Linear, QFormer, Resampler
 from bridgework.models.eva import EvaConfig
 from bridgework.models.language import LanguageConfig
+from bridgework.models.origin import Origin
 from bridgework.models.prefix_model import Outputs, PrefixModel
 from bridgework.models.vision import EfficientNetConfig, ViTConfig
-from bridgework.spec import spec
+from bridgework.spec import added, spec
 from bridgework.system import Layout, Pixels
 
 __all__ = ["Outputs", "PrefixModel", "PrefixVLM"]
@@ -31,6 +32,7 @@ class PrefixVLM:
     grids: tuple[tuple[int, int], ...] = ()  # (columns, rows) of tiles beside the base square, to choose from
     tiles: tiling.Tiles = "resample"  # how tiles become tokens, see bridgework.models.tiling
     reference: preference.Reference = "adapters_off"  # of preference learning; "frozen_copy" holds what trains twice
+    origin: Origin | None = added(default=None)  # of an import: fields that an export writes again
 
     def __post_init__(self) -> None:
         most = max(self.places(Layout(*grid, *grid)) for grid in [*self.grids, (0, 0)])
@@ -80,8 +82,8 @@ class PrefixVLM:
         return self.vision.tokens
 
     @property
-    def unpackable(self) -> None:
-        return None
+    def unpackable(self) -> str | None:
+        return self.language.unpackable
 
     @property
     def pretrained(self) -> tuple[str, ...]:
@@ -104,4 +106,6 @@ class PrefixVLM:
         )
 
     def tiny(self) -> "PrefixVLM":
-        return replace(self, vision=self.vision.tiny(), bridge=self.bridge.tiny(), language=self.language.tiny())
+        return replace(
+            self, vision=self.vision.tiny(), bridge=self.bridge.tiny(), language=self.language.tiny(), origin=None
+        )

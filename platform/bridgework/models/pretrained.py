@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from logging import ERROR
 from math import isclose
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from filelock import FileLock
 from safetensors import safe_open
 from torch import Tensor
 
-from bridgework.errors import WeightsError, suggest
+from bridgework.errors import BridgeworkError, WeightsError, suggest
 
 PACKAGE = "package:"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def resolve(weights: str) -> str:
@@ -69,7 +70,9 @@ def converted(gguf: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
     model.hf_quantizer = None  # save_pretrained refuses a quantized model, which this no longer is
     del model.config.quantization_config
     partial = folder.with_suffix(".partial")
@@ -79,16 +82,63 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def load(cls: Any, weights: str, **options: Any) -> Any:
-    """`cls.from_pretrained` in float32, which must find every parameter. Raises WeightsError."""
+    """Return `cls.from_pretrained` in float32, which must find every parameter.
+
+    No code that comes with the weights is run and nothing is unpickled. Raises WeightsError.
+    """
     source = resolve(weights)
+    check_files(Path(source), weights)
     with _readable(weights):
-        model, info = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+        model, info = cls.from_pretrained(
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
     if absent := sorted(info["missing_keys"]):
         raise WeightsError(
             f"weights {weights!r} lack {len(absent)} parameters of {cls.__name__}, e.g. {absent[0]}: "
             "they are of another kind of model"
         )
     return model
+
+
+def check_files(folder: Path, weights: str) -> None:
+    """Check the files of a local folder of weights; anything else, such as a hub name, passes.
+
+    Raises WeightsError for a folder without *.safetensors, or with an index that names a file outside of it.
+    """
+    if not folder.is_dir():
+        return
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+        raise WeightsError(
+            f"weights {weights!r} cannot be read: the folder holds no *.safetensors. Got {', '.join(pickled) or 'none'}"
+            "; expected safetensors, since nothing is unpickled. Fix: save them again with `save_pretrained`"
+        )
+    for index in folder.glob("*.safetensors.index.json"):
+        shards(index, weights)
+
+
+def shards(index: Path, weights: str) -> dict[str, str]:
+    """Return the file of each tensor that an index of shards names, relative to its folder.
+
+    Raises WeightsError for an index that is none, or that names a file outside of its folder.
+    """
+    try:
+        named = json.loads(index.read_text())["weight_map"]
+        files = {str(name): PurePosixPath(file) for name, file in named.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise WeightsError(f"weights {weights!r} cannot be read: {index.name} is not an index of shards") from None
+    for file in files.values():
+        if file.is_absolute() or ".." in file.parts or "\\" in str(file):
+            raise WeightsError(
+                f"weights {weights!r} cannot be read: {index.name} points outside of its folder. Got {str(file)!r}; "
+                "expected the name of a file in it. Fix: get the weights from a source that you trust"
+            )
+    return {name: str(file) for name, file in files.items()}
 
 
 def tensors(weights: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
@@ -101,8 +151,8 @@ def tensors(weights: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     source, index, found = resolve(weights), "model.safetensors.index.json", dict[str, Tensor]()
     with _readable(weights):
         listing = cached_file(source, index, _raise_exceptions_for_missing_entries=False)
-        shards = json.loads(Path(listing).read_text())["weight_map"] if listing else {}
-        wanted = {file for name, file in shards.items() if name.startswith(prefixes)}
+        files = shards(Path(listing), weights) if listing else {}
+        wanted = {file for name, file in files.items() if name.startswith(prefixes)}
         for shard in sorted(wanted) or ["model.safetensors"]:
             with safe_open(cached_file(source, shard), framework="pt") as file:
                 names = [n for n in file.offset_keys() if n.startswith(prefixes)]
@@ -115,10 +165,10 @@ def tensors(weights: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def load_config(cls: Any, weights: str) -> Any:
-    """`cls.from_pretrained` for a config. Raises WeightsError."""
+    """Return `cls.from_pretrained` for a config. Raises WeightsError."""
     source = resolve(weights)
     with _readable(weights):
-        return cls.from_pretrained(source)
+        return cls.from_pretrained(source, trust_remote_code=False)
 
 
 @contextmanager
@@ -132,6 +182,8 @@ def _readable(weights: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
+    except BridgeworkError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # not there, other shapes, an unknown kind
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise WeightsError(

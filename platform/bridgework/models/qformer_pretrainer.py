@@ -21,9 +21,10 @@ from bridgework.models import pretrained as weights_of
 from bridgework.models.bridges.qformer import QFormer, QFormerModel, bidirectional
 from bridgework.models.eva import EvaConfig
 from bridgework.models.freezing import Freezable
+from bridgework.models.origin import Origin
 from bridgework.models.pairs import OfPairs
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
-from bridgework.spec import spec
+from bridgework.spec import added, spec
 
 LOGITS = frozenset({"logits"})
 
@@ -36,6 +37,7 @@ class QFormerPretrainer(OfPairs):
     bridge: QFormer
     embed: int = 256  # width of the space that images and texts share (LAVIS, blip2_qformer.py)
     temperature: float = 0.07  # where the learned one begins
+    origin: Origin | None = added(default=None)  # of an import: fields that an export writes again
 
     def __post_init__(self) -> None:
         if not self.bridge.text:
@@ -63,7 +65,7 @@ class QFormerPretrainer(OfPairs):
         return QFormerPretrainingModel(self.vision.build(pretrained=pretrained), bridge, heads)
 
     def tiny(self) -> "QFormerPretrainer":
-        return replace(self, vision=self.vision.tiny(), bridge=self.bridge.tiny(), embed=16)
+        return replace(self, vision=self.vision.tiny(), bridge=self.bridge.tiny(), embed=16, origin=None)
 
 
 @dataclass

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from bridgework.errors import SpecError
+
 if TYPE_CHECKING:
     from bridgework.models.crossattn_vlm import CrossAttentionModel
 
@@ -25,6 +27,10 @@ class Speaker(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = model
         self.generation_config = deepcopy(model.language.generation_config)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the experts, if there are any, are the language model's
 
     def forward(
         self,
@@ -54,5 +60,10 @@ class Speaker(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=True,
         )
+        if cache is None:
+            raise SpecError(
+                f"generate: {self.config.model_type!r} gives no cache of a prompt to go on from. "
+                "Fix: take another language.arch"
+            )
         logits_B1V[..., -1] = torch.finfo(logits_B1V.dtype).min  # a model cannot show an image
         return CausalLMOutputWithPast(logits=logits_B1V, past_key_values=cache)

@@ -44,15 +44,20 @@ class CLIPTextConfig:
         if self.width % self.heads:
             raise SpecError(f"text.width {self.width} must be a multiple of text.heads {self.heads}")
 
+    def config(self) -> Any:
+        """Return transformers' config of the tower."""
+        from transformers import CLIPTextConfig as Config  # takes seconds: not before a model is built
+
+        numbers: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in FIELDS.items()}
+        return Config(**numbers, bos_token_id=None, pad_token_id=None)
+
     def build(self, *, pretrained: bool = True) -> "CLIPText":
         """The tower in float32. Raises WeightsError for weights that do not fit the numbers."""
-        from transformers import CLIPTextConfig as Config  # takes seconds: not before a model is built
         from transformers import CLIPTextModel
 
         if pretrained and self.weights is not None:
             return CLIPText(self, weights_of.load(CLIPTextModel, self.weights, config=self._checked(self.weights)))
-        numbers = {theirs: getattr(self, ours) for ours, theirs in FIELDS.items()}
-        tower: Any = CLIPTextModel(Config(**numbers, bos_token_id=None, pad_token_id=None))
+        tower: Any = CLIPTextModel(self.config())
         self._draw(tower)
         return CLIPText(self, tower)
 

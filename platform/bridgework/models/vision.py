@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.models import pretrained as weights_of
-from bridgework.spec import positive, spec, to_dict
+from bridgework.spec import added, positive, spec, to_dict
 from bridgework.system import Pixels
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP
@@ -32,6 +32,9 @@ VIT_FIELDS = {  # ours -> transformers'
     "heads": "num_attention_heads",
     "ffn": "intermediate_size",
 }
+
+
+KINDS = {"clip": "CLIPVision", "siglip": "SiglipVision", "vit": "ViT"}  # how names of transformers' classes begin
 
 
 class VisionSpec(Protocol):
@@ -65,6 +68,7 @@ class ViTConfig:
     act: str | None = None  # of the MLPs, by transformers' name; None: the kind's own, quick_gelu of clip
     fit: Literal["pad", "crop"] = "pad"
     weights: str | None = None  # folder or hub name
+    norm_eps: float | None = added(default=None)  # of the LayerNorms; None: the kind's own
 
     def __post_init__(self) -> None:
         positive("vision", self, "width", "depth", "heads", "ffn")
@@ -101,20 +105,34 @@ class ViTConfig:
     def feature_width(self) -> int:
         return self.width
 
+    @classmethod
+    def own_norm_eps(cls, config: Any) -> float | None:
+        """Return `norm_eps` of a config of transformers: None where it is that of its kind."""
+        eps: float = config.layer_norm_eps
+        return None if eps == type(config)().layer_norm_eps else eps
+
+    def config(self) -> Any:
+        """Return transformers' config of the tower, without the pooling head, which no bridge reads."""
+        import transformers  # takes seconds: not before a model is built
+
+        numbers = {hf: getattr(self, own) for own, hf in VIT_FIELDS.items()}
+        if self.act is not None:
+            numbers["hidden_act"] = self.act
+        if self.norm_eps is not None:
+            numbers["layer_norm_eps"] = self.norm_eps
+        return _without_head(getattr(transformers, f"{KINDS[self.kind]}Config")(**numbers))
+
     def build(self, *, pretrained: bool = True) -> "ViT":
         """The tower in float32. Raises WeightsError for weights that do not fit the numbers."""
         import transformers  # takes seconds: not before a model is built
 
-        prefix = {"clip": "CLIPVision", "siglip": "SiglipVision", "vit": "ViT"}[self.kind]
-        model_class = getattr(transformers, f"{prefix}Model")
+        model_class = getattr(transformers, f"{KINDS[self.kind]}Model")
         # the pooling heads, which no bridge reads, are left out
         headless = {"add_pooling_layer": False} if self.kind == "vit" else {}
         if pretrained and self.weights is not None:
             config = self._checked(self.weights)
             return ViT(self, weights_of.load(model_class, self.weights, config=_without_head(config), **headless))
-        numbers = {hf: getattr(self, own) for own, hf in VIT_FIELDS.items()}
-        config = getattr(transformers, f"{prefix}Config")(**numbers, **({"hidden_act": self.act} if self.act else {}))
-        return ViT(self, model_class(_without_head(config), **headless))
+        return ViT(self, model_class(self.config(), **headless))
 
     def _checked(self, weights: str) -> Any:
         from transformers import AutoConfig
@@ -125,6 +143,8 @@ class ViTConfig:
         found["kind"] = config.model_type.removesuffix("_vision_model")
         if self.act is not None:  # another activation would load without a word, and cost accuracy
             found["act"] = config.hidden_act
+        if self.norm_eps is not None:
+            found["norm_eps"] = config.layer_norm_eps
         weights_of.check(weights, {name: getattr(self, name) for name in found}, found)
         return config
 

@@ -11,7 +11,7 @@ OPT_2_7B = LanguageConfig(
 )  # fmt: skip
 OPT_6_7B = replace(OPT_2_7B, width=4096, ffn=16384, tokenizer="facebook/opt-6.7b", weights="facebook/opt-6.7b")
 FLAN_XL = LanguageConfig(
-    arch="t5", width=2048, depth=24, heads=32, kv_heads=32, ffn=5120, vocab=32128, context=512, tied=True,
+    arch="t5", width=2048, depth=24, heads=32, kv_heads=32, ffn=5120, vocab=32128, context=512, tied=False,
     norm_eps=1e-6, extra={"feed_forward_proj": "gated-gelu", "d_kv": 64, "scale_decoder_outputs": False},
     tokenizer="google/flan-t5-xl", weights="google/flan-t5-xl",
 )  # fmt: skip

@@ -72,7 +72,11 @@ def save(
     datasets: Sequence[DatasetInput] = (),
     steps: int = 0,
 ) -> Info:
-    """Write an artefact; `folder` appears whole or not at all, and replaces an older one of the same name."""
+    """Write an artefact; `folder` appears complete or not at all, and replaces an older one of the same name.
+
+    Raises WeightsError for a NaN or an infinity in a tensor, before anything is written.
+    """
+    check_finite(state, f"{folder}: the weights to save")
     temporary = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
     try:
@@ -92,6 +96,7 @@ def save(
             version=__version__,
         )
         (temporary / "recipe.json").write_text(json.dumps(to_dict(system), indent=1))
+        shutil.copymode(temporary / "recipe.json", temporary / "weights.safetensors")  # safetensors' own is 600
         (temporary / "artefact.json").write_text(json.dumps(asdict(info), indent=1))
         if folder.exists():
             shutil.rmtree(folder)
@@ -120,7 +125,8 @@ def recipe(path: str | Path) -> System:
 def weights(path: str | Path, globs: Sequence[str] = ("*",)) -> dict[str, Tensor]:
     """Its tensors whose names match, on the CPU.
 
-    Raises WeightsError when the file is not the one that was written, or a glob matches nothing in it.
+    Raises WeightsError when the file is not the one that was written, a glob matches nothing in it, or a tensor holds
+    a NaN or an infinity.
     """
     info, file = describe(path), Path(path) / "weights.safetensors"
     if not file.is_file() or _sha256(file) != info.digest:
@@ -136,7 +142,27 @@ def weights(path: str | Path, globs: Sequence[str] = ("*",)) -> dict[str, Tensor
             raise WeightsError(
                 f"{file} has no tensor {glob!r}" + suggest(glob, {n.split(".")[0] + ".*" for n in found})
             )
-    return {name: tensor for name, tensor in found.items() if any(fnmatchcase(name, glob) for glob in globs)}
+    wanted = {name: tensor for name, tensor in found.items() if any(fnmatchcase(name, glob) for glob in globs)}
+    check_finite(wanted, str(file))
+    return wanted
+
+
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raises WeightsError that names the tensors with a NaN or an infinity in them."""
+    wrong = [name for name, tensor in state.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    if wrong:
+        names = _few("", wrong)[0].strip()
+        raise WeightsError(
+            f"{where}: not all numbers are finite. Got NaN or infinity in {len(wrong)} of {len(state)} tensors: {names}"
+            "; expected finite weights. Fix: train the stage again, from a checkpoint before its loss diverged"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    wide = tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()  # float8 has no extremes in torch
+    return bool(torch.stack(wide.aminmax()).isfinite().all())  # a NaN is both extremes, and it takes no copy
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Loaded:

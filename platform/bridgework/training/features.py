@@ -39,12 +39,23 @@ class Verdict:
     why: str
 
 
+class TooLarge(DataError):
+    """A feature that float16 cannot hold."""
+
+
 def prepare(tower: TowerSpec, datasets: Sequence[Dataset], *, draws: int, home: Path, workers: int) -> Verdict:
     """Cache the features of every image of `datasets` if that is cheaper than computing `draws` of them in training.
 
-    `workers` actors of Ray hold the tower, on a GPU each where the cluster has or can start some; 0 computes in this
-    process.
+    Features that float16 cannot hold are computed in training. `workers` actors of Ray hold the tower, on a GPU each
+    where the cluster has or can start some; 0 computes in this process.
     """
+    try:
+        return _prepare(tower, datasets, draws, home, workers)
+    except TooLarge as error:
+        return Verdict(None, f"features are computed in training: {error}")
+
+
+def _prepare(tower: TowerSpec, datasets: Sequence[Dataset], draws: int, home: Path, workers: int) -> Verdict:
     module = tower.build()
     folder = home / "features" / module.digest()
     missing = [d for d in datasets if not (folder / d.manifest.digest).is_dir()]
@@ -82,7 +93,10 @@ def _measure(module: VisionTower, dataset: Dataset) -> tuple[float, tuple[int, i
 
 
 def _features(module: VisionTower, images: Sequence[bytes]) -> list[np.ndarray[Any, Any]]:
-    """float16 (P, D) for each image; one that does not decode gives (0, D): the reader will quarantine it."""
+    """float16 (P, D) for each image; one that does not decode gives (0, D): the reader will quarantine it.
+
+    Raises TooLarge for a feature that float16 cannot hold.
+    """
     squares: list[np.ndarray[Any, Any] | None] = []
     for image in images:
         try:
@@ -95,7 +109,13 @@ def _features(module: VisionTower, images: Sequence[bytes]) -> list[np.ndarray[A
     device = next(module.parameters()).device
     with torch.inference_mode():
         patches_NPD = module.eval()(torch.from_numpy(np.stack(good)).to(device))
-    computed = iter(patches_NPD.to(torch.float16).cpu().numpy())
+    half_NPD = patches_NPD.to(torch.float16)
+    if not bool(half_NPD.isfinite().all()) and bool(patches_NPD.isfinite().all()):
+        raise TooLarge(
+            f"a feature of the tower does not fit float16. Got {float(patches_NPD.abs().max()):g}; "
+            f"expected at most {torch.finfo(torch.float16).max:g}"
+        )
+    computed = iter(half_NPD.cpu().numpy())
     return [np.zeros((0, patches_NPD.shape[-1]), np.float16) if s is None else next(computed) for s in squares]
 
 

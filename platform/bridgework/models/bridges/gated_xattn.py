@@ -107,7 +107,8 @@ class GatedBlock(nn.Module):
 def insert(layers: nn.ModuleList, blocks: nn.ModuleDict) -> None:
     """Run each block before its layer, in every forward of the language model that is given `media` and `seen`.
 
-    They come as keyword arguments, which transformers hands down to every layer: no state lies between two calls, so
+    Each layer that they reach is appended to the list `looked`, which is given with them.
+    They are keyword arguments, which transformers passes down to every layer: there is no state between two calls, so
     threads may generate with one model, and a recomputed layer sees what it saw.
     """
     before = dict(blocks.items())
@@ -124,12 +125,19 @@ class _Before:
     def __call__(
         self, layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        media_BMQF, seen_BT = named.pop("media", None), named.pop("seen", None)
+        media_BMQF, seen_BT, looked = (named.pop(name, None) for name in ("media", "seen", "looked"))
+        if looked is not None:
+            looked.append(layer)
         if media_BMQF is None or self._block is None:
             return given, named
-        if given:
-            return (self._block(given[0], media_BMQF, seen_BT), *given[1:]), named
-        return given, named | {"hidden_states": self._block(named["hidden_states"], media_BMQF, seen_BT)}
+        hidden_BTD = given[0] if given else named["hidden_states"]
+        if hidden_BTD.ndim != 3:
+            raise SpecError(
+                "a block goes between layers with one state a token, and this language model's have several. "
+                f"Got {tuple(hidden_BTD.shape)}; expected (B, T, D). Fix: take llama, mistral, qwen2, phi3, opt, ..."
+            )
+        looked_BTD = self._block(hidden_BTD, media_BMQF, seen_BT)
+        return ((looked_BTD, *given[1:]), named) if given else (given, named | {"hidden_states": looked_BTD})
 
 
 def _norm(config: Gates, width: int) -> nn.Module:

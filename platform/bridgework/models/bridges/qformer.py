@@ -24,6 +24,7 @@ from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.models import pretrained as weights_of
 from bridgework.spec import positive, spec
 
+FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}  # of transformers' layers: never otherwise here
 WORDS, POSITIONS = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
 
 
@@ -249,7 +250,9 @@ def _begin_as_bert(model: QFormerModel, weights: str) -> None:
     """Self-attention, both feed-forwards, words and positions as in BERT; cross-attention stays as drawn (3.1)."""
     from transformers import BertForMaskedLM
 
-    bert = weights_of.load(BertForMaskedLM, weights).bert.state_dict()
+    theirs = weights_of.load(BertForMaskedLM, weights)
+    weights_of.check(weights, FIXED, {name: getattr(theirs.config, name, None) for name in FIXED})
+    bert = theirs.bert.state_dict()
     names = [n for n in model.qformer.state_dict() if "crossattention" not in n]
     _put(model, {f"qformer.{name}": bert.get(_in_bert(name)) for name in names}, weights)
     if model.config.text:
@@ -267,6 +270,10 @@ def _in_bert(name: str) -> str:
 
 def _load(model: QFormerModel, weights: str) -> None:
     """The Q-Former of a whole BLIP-2 or InstructBLIP; a text stream that it lacks stays as it is."""
+    from transformers import AutoConfig
+
+    theirs = weights_of.load_config(AutoConfig, weights).qformer_config
+    weights_of.check(weights, FIXED, {name: getattr(theirs, name, None) for name in FIXED})
     found = weights_of.tensors(weights, ("query_tokens", "qformer.", "embeddings.", "vision_model.post_layernorm."))
     state = {
         name: next((found[theirs] for theirs in names_in_blip2(name) if theirs in found), None)
