@@ -23,6 +23,7 @@ from bridgework.data.manifest import FILE, Manifest, Shard, read_manifest
 from bridgework.data.quarantine import BadSample, Quarantine
 from bridgework.data.samples import SCHEMA, Sample, from_row, to_row
 from bridgework.data.transforms import decode
+from bridgework.data.unpacking import check_dictionaries, check_group
 from bridgework.errors import DataError
 from bridgework.stores import find_store, unreachable
 
@@ -245,7 +246,10 @@ class Dataset:
         entry, group_rows = self.manifest.shards[shard], self.manifest.group_rows
         expected = min(group_rows, entry.rows - group * group_rows)
         with self._reading(f"{entry.file}, row group {group}"):
-            table = self._file(shard).read_row_group(group)
+            file = self._file(shard)
+            if doubtful := check_group(file.metadata, group, entry.bytes):
+                check_dictionaries(self._parquet(entry, doubtful), group, entry.bytes)
+            table = file.read_row_group(group)
             if table.num_rows != expected:
                 raise DataError(f"has {table.num_rows} rows where the manifest says {expected}")
             return [from_row(row) for row in table.to_pylist()]
@@ -254,7 +258,10 @@ class Dataset:
         """The keys of every shard, in order; nothing else of it is read."""
         for number, entry in enumerate(self.manifest.shards):
             with self._reading(entry.file):
-                keys = self._file(number).read(columns=["key"])["key"].to_pylist()
+                file = self._file(number)
+                for group in range(file.num_row_groups):
+                    check_group(file.metadata, group, entry.bytes, ("key",))
+                keys = file.read(columns=["key"])["key"].to_pylist()
             yield keys
 
     @contextmanager
@@ -292,12 +299,17 @@ class Dataset:
         size = fs.size(f"{root}/{shard.file}")
         if size != shard.bytes:
             raise DataError(f"{size} bytes where the manifest says {shard.bytes}")
-        file = pq.ParquetFile(f"{root}/{shard.file}", filesystem=fs, page_checksum_verification=True)
+        file = self._parquet(shard)
         if file.metadata.num_rows != shard.rows:
             raise DataError(f"{file.metadata.num_rows} rows where the manifest says {shard.rows}")
         if not file.schema_arrow.equals(SCHEMA):
             raise DataError("its columns are not those of a bridgework shard")
         return file
+
+    def _parquet(self, shard: Shard, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
+        fs, root = find_store(self.path)
+        how: Any = {"read_dictionary": list(dictionaries), "page_checksum_verification": True}
+        return pq.ParquetFile(f"{root}/{shard.file}", filesystem=fs, **how)
 
 
 def open_dataset(path: str) -> Dataset:
