@@ -438,7 +438,8 @@ def test_a_key_that_was_given_never_meets_one_that_was_made(llava: Callable[...,
 def test_a_list_of_captions_gives_a_row_for_each(table: str, pictures: Path, tmp_path: Path) -> None:
     rows = [
         {"image": "a.png", "caption": ["one", "two", "one"]},
-        {"image": "b.JPG", "caption": ["three", " ", 4]},
+        {"image": "b.JPG", "caption": ["three", " "]},
+        {"image": "b.JPG", "caption": ["four", 4]},
         {"image": "deep/c.webp", "caption": []},
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -452,7 +453,7 @@ def test_a_list_of_captions_gives_a_row_for_each(table: str, pictures: Path, tmp
     assert made.left_out == {"captions that their picture has already": 1}
     assert aside(tmp_path / "d") == {
         "b.JPG#2": Reason.EMPTY_TEXT,
-        "b.JPG#3": Reason.BAD_ROW,
+        "b.JPG#3": Reason.BAD_ROW,  # the list holds a number
         "deep/c.webp": Reason.EMPTY_TEXT,
     }
 

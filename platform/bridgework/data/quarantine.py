@@ -99,6 +99,10 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self._seen)
 
+    def __str__(self) -> str:
+        told = ", ".join(f"{rows} {reason}" for reason, rows in self.reasons.most_common())
+        return f"{len(self)} rows put aside ({told})"
+
     def share(self, rows: int) -> float:
         """Rows put aside, as a share of `rows`."""
         return len(self) / rows if rows else 0.0

@@ -196,8 +196,10 @@ def leave_out(what: str) -> Sample:
 
 
 def texts(value: Any) -> list[Any]:
-    """The captions of a row: those of a list, or the one; of an empty list, one that is empty."""
-    return value or [""] if isinstance(value, list) else [value]
+    """The captions of a row: those of a list of texts, or the one; an empty list is an empty one."""
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        return value or [""]
+    return [value]
 
 
 def caption(text: Any) -> str:
