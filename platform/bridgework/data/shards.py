@@ -6,6 +6,7 @@ and pages carry checksums, so that a flipped bit is an error and not a different
 
 import hashlib
 import io
+import re
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bridgework.data.manifest import FILE, Manifest, Shard, read_manifest
+from bridgework.data.names import check_place
 from bridgework.data.quarantine import BadSample, Quarantine
 from bridgework.data.samples import SCHEMA, Sample, from_row, to_row
 from bridgework.data.transforms import decode
@@ -43,7 +45,8 @@ __all__ = [
     "write_shard",
 ]
 
-NOTES = ("LICENSE", "NOTICE", "README")  # files that may lie beside the shards
+NOTES = ("LICENSE", "NOTICE", "README")  # files that may be next to the shards
+JUNK = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini|\.ipynb_checkpoints|__MACOSX")  # what systems leave
 DRAFT = f"{FILE}.part"  # stands in a folder whose shards are not all there yet
 SHARDS = "shard-[0-9][0-9][0-9][0-9][0-9].parquet"
 GROUP_ROWS = 32  # rows that are read at once: few, because rows are drawn at random
@@ -130,13 +133,16 @@ def publish(fs: fsspec.AbstractFileSystem, stage: str, dest: str, manifest: Mani
 
 def refuse_occupied(dest: str) -> None:
     """Raises DataError where no dataset can be written: over another, over somebody's files, in place of a file."""
+    check_place(dest)
     fs, root = find_store(dest)
     if not fs.exists(root):
         return
     if not fs.isdir(root):
         raise DataError(f"{dest} is a file, and a dataset is a folder; choose another place")
     found = {str(path).removeprefix(root).strip("/") for path in fs.ls(root, detail=False)}
-    names = sorted(found - {""})  # some stores list the folder itself
+    names = sorted(
+        name for name in found if name and not JUNK.fullmatch(name)
+    )  # "": some stores list the folder itself
     if FILE in names:
         raise DataError(f"{dest} already holds a dataset; delete it or choose another place")
     others = [name for name in names if name.partition(".")[0] not in NOTES]
@@ -357,7 +363,7 @@ def _unlisted(dataset: Dataset) -> list[Problem]:
     return [
         Problem(name, "is not in the manifest; delete it, or find out whose it is")
         for name in names
-        if name not in known and not name.startswith(NOTES)
+        if name not in known and not name.startswith(NOTES) and not any(map(JUNK.fullmatch, name.split("/")))
     ]
 
 

@@ -9,13 +9,12 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import chain, count, filterfalse, islice
+from itertools import chain, count, islice
 from typing import Any
-from unicodedata import category, normalize
+from unicodedata import normalize
 
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
@@ -25,6 +24,8 @@ from bridgework.data import formats as by_name
 from bridgework.data.chunks import CHUNK_ROWS, Chunk, ChunkStore, chunks
 from bridgework.data.chunks import Row as Row  # what an importer's rows are
 from bridgework.data.importing import Job, tidy
+from bridgework.data.names import address as address
+from bridgework.data.names import plain as plain
 from bridgework.data.quarantine import BadSample, LeftOut, Quarantine, Reason
 from bridgework.data.samples import Sample
 from bridgework.data.shards import Manifest, read_manifest
@@ -38,13 +39,6 @@ PLACEHOLDER = "<image>"  # where an image stands in a text; a caption has no bus
 WAVE = 256  # chunks that Ray is given at a time: a million rows to hold, and hours of work for its start of seconds
 
 Say = Callable[[str], object]
-
-_ADDRESS = re.compile(
-    r"\s*(?://|[a-z][a-z0-9+.-]*://|(?:about|blob|cid|data|file|ftp|https?|javascript|mailto):)",
-    re.IGNORECASE,
-)
-_DRIVE = re.compile(r"[A-Za-z]:/")  # of Windows
-_TURNED = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))  # of bidirectional text
 
 
 def formats() -> list[str]:
@@ -248,22 +242,6 @@ def _existing(fs: Any, root: str, name: str) -> str | None:
         if not path:
             return None
     return path if fs.isfile(path) else None
-
-
-def address(name: str) -> bool:
-    """Whether `name` is a URL rather than a path."""
-    return _ADDRESS.match(name) is not None
-
-
-def plain(name: str) -> bool:
-    """Whether `name` is a path that stays inside its folder, without control characters."""
-    outside = name.startswith("/") or ".." in name.split("/") or "\\" in name or _DRIVE.match(name)
-    return not outside and not any(map(_is_control, filterfalse(str.isprintable, name)))
-
-
-def _is_control(letter: str) -> bool:
-    """Whether a letter moves what follows it, or is none: line breaks, NUL, turned directions."""
-    return category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _TURNED
 
 
 def read_text(path: str) -> str:
