@@ -152,13 +152,18 @@ def test_every_source_is_within_a_row_of_its_share_and_even_over_the_lanes(
     before = ledger.counts(start * ledger.period)
     for n in range(1, 8):
         at = (start + n) * ledger.period
-        for after in (ledger.counts(at), ledger.end(at + min(cut, ledger.period - 1))):
+        rows_in_all = at - ledger.period + min(cut, ledger.period)
+        last = ledger.end(rows_in_all)
+        if rows_in_all - ledger.last(rows_in_all) > ledger.period:  # a short rest is no period
+            assert (last >= ledger.counts(ledger.last(rows_in_all))).all()
+        for after, most in ((ledger.counts(at), 1.1), (last, 1.0)):
             at = int(after[0].sum())
             assert (after.sum(1) == at).all()  # a lane has its rows, to the row
-            assert (after >= before).all()  # and none of them is taken back
+            if after is not last:
+                assert (after >= before).all()  # and none of them is taken back
             wanted = [share * at * lanes for share in shares]
             off = [abs(t - w) for t, w in zip(after.sum(0).tolist(), wanted, strict=True)]
-            assert max(off) <= 1 + Fraction(1, 100)  # weights are multiples of 2**-60, rows 1e13
+            assert max(off) <= most + 1e-3  # weights are multiples of 2**-60, rows 1e13
             assert int((after.max(0) - after.min(0)).max()) <= 4  # most often 1
         before = ledger.counts((start + n) * ledger.period)
 

@@ -73,6 +73,7 @@ class Plan:
         self.step_rows = batch // mixture.lanes
         self._ledger = Ledger(weights, mixture.lanes, self.window_rows)
         self._end = steps * self.step_rows
+        self._last = self._ledger.last(self._end)
         keys = [key_of(seed, source.name, source.digest) for source in sources]
         self._sizes = rows
         self._own = np.array([n >= OWN_ROWS * mixture.lanes for n in rows])
@@ -157,13 +158,15 @@ class Plan:
         return Rows(source_R[some].astype(np.int32), epoch_R[some], row_R[some])
 
     def _counts(self, rows: int) -> Counts:
-        """(V, S) at the begin or the end of a period, or at the end of the stage."""
-        return self._ledger.counts(rows) if rows % self._ledger.period == 0 else self._ledger.end(rows)
+        """(V, S) at the begin or the end of a period, the last of which ends with the stage."""
+        return self._ledger.end(rows) if rows == self._end else self._ledger.counts(rows)
 
     def _period_of(self, row: int) -> tuple[int, int]:
         """The rows of a lane, from and to, that are shuffled together with row `row`."""
+        if row >= self._last:
+            return self._last, self._end
         begin = row // self._ledger.period * self._ledger.period
-        return begin, min(begin + self._ledger.period, self._end)
+        return begin, begin + self._ledger.period
 
 
 def _numbers(before_VS: Counts, after_VS: Counts, lane: int, source_R: Counts, nth_R: Counts) -> Counts:
