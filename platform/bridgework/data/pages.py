@@ -31,6 +31,7 @@ _INLINE = re.compile(
 )
 _SPACE = re.compile(r"\s+")
 _IMAGES = ("img", "amp-img")
+_UNSCRIPTED = re.compile("noscript")  # what is shown where no script runs
 _LAZY = re.compile(  # attributes that scripts read, in place of which `src` is a placeholder or missing
     r"(?:data|lazy|ng)-(?:.*-)?(?:src|srcset|original|lazy|lazyload|echo|hires|image|img|url|full|large)(?:-.*)?"
     r"|(?:lazy|real|orig|original)[-_]?(?:src|srcset)"
@@ -101,7 +102,7 @@ def _sources(image: Tag) -> list[Tag]:
     if (picture := image.find_parent("picture")) is not None:
         found += picture.find_all("source")  # the parser puts each into the one before it
     for near in (image.find_next_sibling(), image.find_previous_sibling()):
-        if isinstance(near, Tag) and near.name == "noscript":
+        if isinstance(near, Tag) and _UNSCRIPTED.fullmatch(near.name):
             found += near.find_all(list(_IMAGES))
     return found
 
