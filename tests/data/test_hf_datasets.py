@@ -319,6 +319,14 @@ def test_files_of_several_datasets_stay_apart(names: tuple[str, str], tmp_path: 
         bring(tmp_path / "s", tmp_path / "d")
 
 
+def test_files_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    hub(tmp_path / "s", pairs(0, 3))
+    for name in ("more.csv", "more.jsonl", "images.zip", "README.md", "dataset_infos.json", "._x.csv"):
+        (tmp_path / "s" / name).write_text("x")
+    made = bring(tmp_path / "s", tmp_path / "d", max_bad=0)
+    assert made.left_out == {"files of .csv": 1, "files of .jsonl": 1, "files of .zip": 1}
+
+
 def test_a_file_may_be_named_where_it_is_one_of_a_series(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / "s").mkdir(exist_ok=True)

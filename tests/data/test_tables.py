@@ -152,6 +152,13 @@ def test_lines_may_end_with_a_carriage_return_as_on_old_systems(table: str, pict
     assert texts == ["a cat", "a dog"] and not bad  # the last row repeats the first
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_json_lines_may_end_as_on_any_system(end: str, pictures: Path) -> None:
+    rows = [{"image": "a.png", "caption": text} for text in ("a\u2028cat", "a\rdog")]
+    (pictures / "t.jsonl").write_bytes(end.join(map(json.dumps, rows)).encode())
+    assert read(pictures, "t.jsonl") == (["a\u2028cat", "a\rdog"], [])
+
+
 @pytest.mark.parametrize("table", ["t.csv", "t.tsv"])
 def test_two_columns_of_one_name_are_refused_if_one_is_read(table: str, pictures: Path) -> None:
     mark = "\t" if table == "t.tsv" else ","

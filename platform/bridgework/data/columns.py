@@ -80,7 +80,7 @@ class Columns:
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if start + rows > first:
-                doubtful = check_group(file.metadata, group, self.size, names)
+                doubtful = check_group(file.metadata, group, self.size, self._read, names)
                 reader, at = self._open_parquet(doubtful) if doubtful else file, start
                 how = {"row_groups": [group], "columns": list(names), "use_threads": False}
                 for batch in reader.iter_batches(BATCH_ROWS, **how):
@@ -121,6 +121,9 @@ class Columns:
 
     def _is_arrow_file(self) -> bool:
         return bool(self._fs.cat_file(self._root, 0, len(_ARROW_FILE)) == _ARROW_FILE)
+
+    def _read(self, begin: int, end: int) -> bytes:
+        return bytes(self._fs.cat_file(self._root, begin, min(end, self.size)))
 
     def _tail(self) -> bytes:
         return bytes(self._fs.cat_file(self._root, max(0, self.size - len(_ARROW_END)), self.size))

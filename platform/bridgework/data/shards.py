@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain, count, islice
 from typing import IO, Any
 from uuid import uuid4
@@ -253,7 +254,7 @@ class Dataset:
         expected = min(group_rows, entry.rows - group * group_rows)
         with self._reading(f"{entry.file}, row group {group}"):
             file = self._file(shard)
-            if doubtful := check_group(file.metadata, group, entry.bytes):
+            if doubtful := check_group(file.metadata, group, entry.bytes, self._peek(entry)):
                 check_dictionaries(self._parquet(entry, doubtful), group, entry.bytes)
             table = file.read_row_group(group)
             if table.num_rows != expected:
@@ -266,7 +267,7 @@ class Dataset:
             with self._reading(entry.file):
                 file = self._file(number)
                 for group in range(file.num_row_groups):
-                    check_group(file.metadata, group, entry.bytes, ("key",))
+                    check_group(file.metadata, group, entry.bytes, self._peek(entry), ("key",))
                 keys = file.read(columns=["key"])["key"].to_pylist()
             yield keys
 
@@ -311,6 +312,10 @@ class Dataset:
         if not file.schema_arrow.equals(SCHEMA):
             raise DataError("its columns are not those of a bridgework shard")
         return file
+
+    def _peek(self, shard: Shard) -> Callable[[int, int], bytes]:
+        fs, root = find_store(self.path)
+        return partial(fs.cat_file, f"{root}/{shard.file}")
 
     def _parquet(self, shard: Shard, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
         fs, root = find_store(self.path)

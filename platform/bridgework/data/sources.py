@@ -166,7 +166,8 @@ def entries(text: str, source: str) -> list[Any]:
 
 def lines(text: str) -> Iterator[Any]:
     """What each line of JSON lines says; for one that is no JSON or nested too deep, the BadSample that says why."""
-    return map(_line, filter(str.strip, text.split("\n")))  # splitlines would cut JSON's texts at U+2028
+    # splitlines would cut JSON's texts at U+2028; they hold no carriage return as it is
+    return map(_line, filter(str.strip, text.replace("\r", "\n").split("\n")))
 
 
 def _line(line: str) -> Any:

@@ -22,6 +22,7 @@ EDGE_BYTES = 64 << 10  # at a file's begin and end: there are the footers, which
 
 _ENDINGS = (".arrow", ".parquet")
 _UNREAD = ("_temporary", "_delta_log")  # folders of what a writer keeps for itself
+_OTHERS = (".csv", ".tsv", ".jsonl", ".feather", ".orc", ".avro", ".pq", ".parq", ".tar", ".zip", ".gz", ".zst")
 _PART = re.compile(r"(?P<split>.+?)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 _NO_SPLIT = re.compile(r"data|part[-_]?\d+.*|\d+")  # names of files that tell no split: their folder's does
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}", re.IGNORECASE)
@@ -66,6 +67,13 @@ def find(source: str, split: str | None = None) -> tuple[str, list[File]]:
     paths = [str(root) if alone else f"{str(root).rstrip('/')}/{name}" for name in splits[chosen]]
     urls = [str(fs.unstrip_protocol(path)) if "://" in source else path for path in paths]
     return chosen, [File(url, name) for url, name in zip(urls, splits[chosen], strict=True)]
+
+
+def others(source: str) -> list[str]:
+    """The files of a folder that may hold rows, and are neither Arrow nor Parquet: none of them is read."""
+    fs, root = find_store(source)
+    names = (name for name, _ in files(source)) if fs.isdir(root) else ()
+    return [name for name in names if name.lower().endswith(_OTHERS) and not hidden(name)]
 
 
 def _names(source: str) -> list[str]:

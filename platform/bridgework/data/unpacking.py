@@ -4,8 +4,9 @@ A few kilobytes may stand for gigabytes in two ways: compression, whose sizes th
 dictionaries, whose values are stored once and repeated by their numbers.
 """
 
+import re
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,14 +17,25 @@ from bridgework.data.quarantine import BadSample, Reason
 FREE_BYTES = 64 << 20  # unpacked: of less nothing is asked
 EXPANSION = 200  # times the stored size, at most, beyond that; texts compress by 3 to 20
 
+HEADER_BYTES = 32  # of a page, that hold its sizes
+MAX_PAGE = 2**31  # bytes
+_FIELD = re.compile(rb"\x15([\x80-\xff]{0,4}[\x00-\x7f])", re.DOTALL)
+
 _BATCHES = ("dictionary", "record batch")  # messages of Arrow's format that have buffers
 
 
-def check_group(metadata: pq.FileMetaData, group: int, size: int, names: Collection[str] | None = None) -> list[str]:
+def check_group(
+    metadata: pq.FileMetaData,
+    group: int,
+    size: int,
+    read: Callable[[int, int], bytes],
+    names: Collection[str] | None = None,
+) -> list[str]:
     """The columns of a row group that dictionaries may make far larger than the group declares.
 
-    `size` is that of the file in bytes, `names` are the columns that are read (None: all). Raises
-    BadSample where the group declares that it unpacks to far more than it is stored in.
+    `size` is that of the file in bytes, `read` gives its bytes between two places, `names` are the
+    columns that are wanted (None: all). Raises BadSample where the group declares that it unpacks to
+    far more than it is stored in.
     """
     stored, unpacked, doubtful = 0, 0, []
     row_group = metadata.row_group(group)
@@ -33,12 +45,40 @@ def check_group(metadata: pq.FileMetaData, group: int, size: int, names: Collect
             continue
         stored += min(column.total_compressed_size, size)
         unpacked += column.total_uncompressed_size
-        binary = column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
-        most = column.num_values * column.total_uncompressed_size
-        if binary and column.has_dictionary_page and most > _allowed(column.total_compressed_size):
+        if _repeats(column, read):
             doubtful.append(column.path_in_schema)
     check(unpacked, min(stored, size), f"row group {group}")
     return doubtful
+
+
+def _repeats(column: pq.ColumnChunkMetaData, read: Callable[[int, int], bytes]) -> bool:
+    """Whether the values of a column, each as large as its dictionary, are far more than is stored."""
+    if column.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY") or not column.has_dictionary_page:
+        return False
+    allowed = _allowed(column.total_compressed_size)
+    if column.num_values * column.total_uncompressed_size <= allowed:
+        return False
+    at = column.dictionary_page_offset
+    return bool(column.num_values * _dictionary_bytes(read(at, at + HEADER_BYTES)) > allowed)
+
+
+def _dictionary_bytes(header: bytes) -> int:
+    """Bytes of a dictionary, unpacked, by the header of its page (parquet.thrift, in the compact form).
+
+    Of a header of another form, the most that a page may have.
+    """
+    kind, at = _number(header, 0)  # the kind of the page, and then its size
+    size, _ = _number(header, at)
+    return MAX_PAGE if kind is None or size is None else size
+
+
+def _number(header: bytes, at: int) -> tuple[int | None, int]:
+    """(a field that is a number of 32 bits, or None; where the next field begins)."""
+    found = _FIELD.match(header, at)
+    if found is None:
+        return None, at
+    digits = [byte & 127 for byte in found[1]]
+    return sum(digit << 7 * place for place, digit in enumerate(digits)) >> 1, found.end()  # the sign is last
 
 
 def check_dictionaries(file: pq.ParquetFile, group: int, size: int) -> None:

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bridgework.data.columns import Columns, Cursor, is_list, value_type
-from bridgework.data.importers import Row, Say, caption, fingerprint, ingest
+from bridgework.data.importers import Row, Say, caption, fingerprint, ingest, leave_out
 from bridgework.data.importers.llava_json import asked, parts
 from bridgework.data.pictures import read_cell
 from bridgework.data.quarantine import SHARE, BadSample, LostFile, Reason
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import Manifest
-from bridgework.data.splits import File, edges, find
+from bridgework.data.splits import File, edges, find, others
 from bridgework.errors import DataError, suggest
 from bridgework.stores import find_store
 
@@ -60,7 +60,7 @@ def run(
     fs, root = find_store(source)
     folder = source if fs.isdir(root) else source.rpartition("/")[0] or "."
     return ingest(
-        partial(_rows, tables, folder, chosen or "row", content),
+        partial(_rows, tables, folder, chosen or "row", content, others(source)),
         source,
         dest,
         licence=licence,
@@ -156,7 +156,7 @@ def _is_talk(kind: pa.DataType) -> bool:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(tables: Sequence[Table], folder: str, split: str, content: str) -> Iterator[Row]:
+def _rows(tables: Sequence[Table], folder: str, split: str, content: str, unread: Sequence[str]) -> Iterator[Row]:
     number = 0
     for table in tables:
         try:
@@ -168,6 +168,8 @@ def _rows(tables: Sequence[Table], folder: str, split: str, content: str) -> Ite
                     yield name, partial(_sample, name, table, content, place, which, folder)
         except BadSample as error:
             yield table.name, partial(_lost, LostFile(error.reason, error.detail))
+    for name in unread:
+        yield name, partial(leave_out, f"files of .{name.lower().rpartition('.')[2]}")
 
 
 def _counts(table: Table) -> Iterator[tuple[int, int]]:
