@@ -6,7 +6,7 @@ from unicodedata import category
 
 from bridgework.errors import DataError
 
-MAX_BYTES = 200  # of a name of our own making: file systems allow 255, and endings are added to it
+MAX_BYTES = 240  # of a name of our own making: file systems allow 255, and endings are added to it
 
 _ADDRESS = re.compile(
     r"\s*(?://|[a-z][a-z0-9+.-]*://|(?:about|blob|cid|data|file|ftp|https?|javascript|mailto):)",
