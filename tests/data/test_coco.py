@@ -100,11 +100,11 @@ def test_boxes_are_shares_of_the_image_clamped_to_it_and_those_without_area_are_
 
 
 def test_captions_know_the_boxes_of_a_file_beside_them(source: Source) -> None:
-    beside = source.instances(boxed(1, [0, 0, 40, 10]), boxed(9, [0, 0, 1, 1]), images=[])
-    found = source.read(source.captions(said(1, "a dog"), said(1, "a pet"), said(2, "grass")), instances=beside)
+    boxes_file = source.instances(boxed(1, [0, 0, 40, 10]), boxed(9, [0, 0, 1, 1]), images=[])
+    found = source.read(source.captions(said(1, "a dog"), said(1, "a pet"), said(2, "grass")), instances=boxes_file)
     assert [len(found[key].boxes) for key in ("1", "1#2", "2")] == [1, 1, 0]
     assert found["1#2"].boxes[0].corners == (0, 0, 1, 0.5) and found["1#2"].labels == ("dog",)
-    assert found["1"].text == "a dog" and source.manifest.parameters["instances"] == beside
+    assert found["1"].text == "a dog" and source.manifest.parameters["instances"] == boxes_file
 
 
 def test_a_smaller_copy_keeps_its_boxes_and_a_turned_one_is_a_bad_row(source: Source) -> None:
@@ -149,9 +149,9 @@ def test_captions_with_categories_are_captions_as_cvat_writes_them(categories: A
 @pytest.mark.parametrize("crowd", [1, True, 1.0, "1"])
 def test_a_box_around_a_crowd_is_no_object_and_is_counted(crowd: Any, source: Source) -> None:
     group = boxed(1, [0, 10, 40, 10], 44) | {"iscrowd": crowd, "segmentation": {"counts": [0]}}
-    beside = source.instances(group, boxed(1, [10, 5, 20, 10]), boxed(2, [0, 0, 0, 0]))
+    boxes_file = source.instances(group, boxed(1, [10, 5, 20, 10]), boxed(2, [0, 0, 0, 0]))
     text = source.captions(said(1, "a dog"), said(2, "x"))
-    for given, how in ((beside, {}), (text, {"instances": beside})):
+    for given, how in ((boxes_file, {}), (text, {"instances": boxes_file})):
         found = source.read(given, **how)
         assert [box.label for box in found["1"].boxes] == ["dog"]
         assert found["1"].labels == ("bottle", "dog")
@@ -164,8 +164,8 @@ IDS = {
     "texts": ("im1", "im1", "im1"),
     "a number and its digits": (1, "1", "1"),
     "digits and their number": ("1", 1, "1"),
-    "a whole float": (1.0, 1, "1"),
-    "a number and a whole float": (1, 1.0, "1"),
+    "an integer as a float": (1.0, 1, "1"),
+    "a number and a float": (1, 1.0, "1"),
     "a path": ("train/0001.png", "train/0001.png", "train/0001.png"),
 }
 
@@ -177,9 +177,9 @@ def test_ids_are_numbers_or_texts_however_they_are_written(name: str, source: So
     category = "dog" if name == "texts" else 18
     pictures = [image(own, file_name="0001.png", license="4")]
     box = boxed(asked, [0, 0, 40, 10], category)
-    beside = source.write("instances.json", images=pictures, annotations=[box], categories=kinds)
+    boxes_file = source.write("instances.json", images=pictures, annotations=[box], categories=kinds)
     text = source.captions(said(asked, "a dog"), said(asked, "a pet"), images=pictures)
-    found = source.read(text, instances=beside)
+    found = source.read(text, instances=boxes_file)
     assert list(found) == [key, f"{key}#2"] and source.aside == {}
     assert found[key].boxes[0].label == "dog" and found[key].licence == "Attribution License"
 
@@ -208,8 +208,8 @@ def test_a_region_with_a_text_is_a_caption_and_a_box_of_that_label(source: Sourc
 
 
 def test_captions_of_a_file_of_instances_are_counted(source: Source) -> None:
-    beside = source.instances(boxed(1, [0, 0, 40, 10]), said(1, "lost"))
-    source.read(source.captions(said(1, "a dog")), instances=beside)
+    boxes_file = source.instances(boxed(1, [0, 0, 40, 10]), said(1, "lost"))
+    source.read(source.captions(said(1, "a dog")), instances=boxes_file)
     assert source.manifest.left_out == {"captions of the file of instances": 1}
 
 

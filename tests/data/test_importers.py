@@ -320,7 +320,7 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("given", ["beside", "table"])
+@pytest.mark.parametrize("given", ["text files", "table"])
 def test_pictures_come_in_under_any_name_that_a_system_gives(given: str, tmp_path: Path) -> None:
     for name in NAMES:
         file = tmp_path / "src" / name

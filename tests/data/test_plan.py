@@ -154,7 +154,7 @@ def test_every_source_is_within_a_row_of_its_share_and_even_over_the_lanes(
         at = (start + n) * ledger.period
         rows_in_all = at - ledger.period + min(cut, ledger.period)
         last = ledger.end(rows_in_all)
-        if rows_in_all - ledger.last(rows_in_all) > ledger.period:  # a short rest is no period
+        if rows_in_all - ledger.last(rows_in_all) > ledger.period:  # a short rest is not a period
             assert (last >= ledger.counts(ledger.last(rows_in_all))).all()
         for after, most in ((ledger.counts(at), 1.1), (last, 1.0)):
             at = int(after[0].sum())

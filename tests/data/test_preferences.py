@@ -166,8 +166,8 @@ def test_a_picture_under_another_name_is_put_aside_and_never_lost(given: dict[st
 
 
 def test_fields_about_a_picture_are_no_picture(tmp_path: Path) -> None:
-    told = {"image_width": 640, "image_source": "coco", "num_images": 0, "image_id": None}
-    assert read(tmp_path, row(image=...) | told)["k"].images == ()
+    others = {"image_width": 640, "image_source": "coco", "num_images": 0, "image_id": None}
+    assert read(tmp_path, row(image=...) | others)["k"].images == ()
 
 
 # --- as they are published -------------------------------------------------------------------------------------------

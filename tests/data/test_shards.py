@@ -258,7 +258,7 @@ def test_a_manifest_counts_in_whole_numbers_from_0(name: str, count: Any, tmp_pa
         change = {name: {"bad_row": count}}
     elif name.startswith("shard"):
         change = {"shards": [shard | {name.partition(" ")[2]: count}]}
-    with pytest.raises(DataError, match="a count in the manifest is no whole number, or below 0"):
+    with pytest.raises(DataError, match="a count in the manifest is not an integer, or is below 0"):
         changed = {**fields, **change}
         changed["shards"] = tuple(Shard(**entry) for entry in changed["shards"])
         Manifest(**{**changed, "parents": tuple(changed["parents"])})

@@ -221,7 +221,7 @@ PNG_TEXTS: dict[str, bytes] = {
     "plain": chunk(b"tEXt", b"Comment\0" + XMP * 10),
     "a profile": chunk(b"iCCP", b"CMYK\0\0" + zlib.compress(NOISE.bytes(2_500_000))),
     "many": chunk(b"zTXt", b"XML\0\0" + zlib.compress(bytes(900_000))) * 60,
-    "what is no text": chunk(b"caBX", bytes(20_000_000)),
+    "not a text": chunk(b"caBX", bytes(20_000_000)),
 }
 
 

@@ -136,9 +136,9 @@ def test_a_sample_without_one_image_and_a_text_is_put_aside(tmp_path: Path) -> N
 
 
 def test_a_list_of_captions_is_one_row_of_several_texts(tmp_path: Path) -> None:
-    told = {"caption": ["a cat", "a pet", "a cat"], "id": 4}
+    entry = {"caption": ["a cat", "a pet", "a cat"], "id": 4}
     blank = {"caption": ["a cat", " "]}
-    members = [("0.png", PNG), ("0.json", json.dumps(told).encode())]
+    members = [("0.png", PNG), ("0.json", json.dumps(entry).encode())]
     members += [("1.png", PNG), ("1.json", json.dumps(blank).encode())]
     (tmp_path / "a.tar").write_bytes(tar(*members))
     bring(tmp_path / "a.tar", tmp_path / "d")

@@ -36,7 +36,7 @@ class Place:
         return self.root / f"out{self.tries}"
 
     def run(self, name: str, source: Path | str, **options: Any) -> int:
-        """Rows out, put aside and repeated, which are all sound and all on record; or DataError."""
+        """Rows out, quarantined and repeated, which are all sound and all on record; or DataError."""
         self.tries += 1
         dest, before = self.dest, self._files()
         aside = f"{dest.name}.quarantine"

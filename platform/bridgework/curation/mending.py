@@ -21,7 +21,7 @@ _SCAFFOLD = re.compile(
 _MARKS = re.compile(  # more than three of one mark, and boxes for glyphs that are no emoji
     r"([^\w\s\u200d\ufe0f])\1{3,}|(?:[\u25a0-\u25fc\u25ff\ufffd\ufffc](?![\ufe0f\u200d]))+"
 )
-_JOINED = re.compile(  # invisible letters that are part of what stands around them
+_JOINED = re.compile(  # invisible letters that are part of the letters around them
     r"(?<=[\w\u0900-\u0dff\ufe0f\u20e3\u2190-\u2bff\U0001f000-\U0001faff\U000e0061-\U000e007f])"
     r"\u200d(?=[\w\u2190-\u2bff\U0001f000-\U0001faff])"
     r"|(?<=\w)\u200c(?=\w)|(?<=\U0001f3f4)[\U000e0020-\U000e007e]+\U000e007f"

@@ -36,7 +36,7 @@ def words(text: str) -> list[str]:
 
 
 def length(text: str) -> int:
-    """How long a text is, in words: what blanks separate, and in scripts without blanks about as much.
+    """The length of a text in words: what blanks separate, and in scripts without blanks about as much.
 
     Two signs of Chinese or Japanese count as a word, and four letters of Thai, Lao, Burmese or Khmer.
     """
@@ -56,7 +56,7 @@ def without_emoji(text: str) -> str:
 
 
 def is_joined(text: str, at: int) -> bool:
-    """Whether the letter at `at` is drawn as one with the one before it: an accent, a joined emoji."""
+    """True if the letter at `at` is drawn as one with the one before it: an accent, a joined emoji."""
     if not 0 < at < len(text):
         return False
     before, letter = text[at - 1], text[at]

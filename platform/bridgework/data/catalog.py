@@ -41,7 +41,7 @@ def resolve(dataset: str, home: Path) -> str:
 
 
 def destination(dest: str, home: Path) -> str:
-    """Where a dataset is written: a bare name is under <home>/datasets.
+    """The folder that a dataset is written to: a bare name is under <home>/datasets.
 
     Raises SpecError for no name at all, and DataError for one that no folder can have.
     """

@@ -22,7 +22,7 @@ _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # what every writer puts behind the la
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether a cell of this type is a list, of whatever layout."""
+    """True if a cell of this type is a list, in any layout."""
     return any(
         is_kind(kind)
         for is_kind in (
@@ -102,7 +102,7 @@ class Columns:
             start += len(batch)
 
     def _check_messages(self) -> None:
-        """What cannot be read here cannot be read later either, and is told then."""
+        """Refuse messages that unpack to too much. What cannot be read here fails later, with an error."""
         with suppress(pa.ArrowException, OSError, struct.error), self._open() as file:
             file.seek(len(_ARROW_FILE) + 2 if self._is_arrow_file() else 0)
             check_messages(file)

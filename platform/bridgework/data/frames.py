@@ -86,7 +86,7 @@ _BOXES = frozenset(  # of an MP4 or QuickTime file, on its first level
 
 
 def _mp4_end(data: bytes) -> int:
-    """Where the last of the boxes ends. What follows it, and is none, such as a tag, is no part."""
+    """The end of the last box. Bytes that follow and are not a box, such as a tag, are not counted."""
     at = 0
     while at + 8 <= len(data):
         size = int.from_bytes(data[at : at + 4])
@@ -99,7 +99,7 @@ def _mp4_end(data: bytes) -> int:
 
 
 def _gif_end(data: bytes) -> int:
-    """Where the trailer ends; one byte after the end where there is none."""
+    """The end of the trailer; one byte after the end of the data where there is no trailer."""
     at = 13 + _palette(data[10:11])
     while at < len(data):
         kind, at = data[at], at + 1

@@ -57,7 +57,7 @@ class Manifest:
         counts = (self.rows, self.group_rows, *(n for shard in self.shards for n in (shard.rows, shard.bytes)))
         counts += (*self.quarantined.values(), *self.left_out.values())
         if any(type(n) is not int or n < 0 for n in counts) or not self.group_rows:
-            raise DataError("a count in the manifest is no whole number, or below 0")
+            raise DataError("a count in the manifest is not an integer, or is below 0")
         if not all(isinstance(text, str) for text in (self.source, self.licence, self.made_by, *self.parents)):
             raise DataError("the source, licence, maker or a parent in the manifest is no text")
         if self.rows != sum(shard.rows for shard in self.shards):

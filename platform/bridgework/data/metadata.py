@@ -74,7 +74,7 @@ def _unpacked(kind: bytes, body: bytes) -> int:
 
 
 def _of_jpeg(data: bytes) -> Iterator[Span]:
-    """All segments of applications and comments, but for what tells colors and which side is up."""
+    """All segments of applications and comments, but for those of colors and orientation."""
     found, total, seen, at = list[Span](), 0, set[bytes](), 2
     for _ in range(MAX_PIECES):
         while data[at : at + 2] == b"\xff\xff":

@@ -1,6 +1,6 @@
 """How many rows each source gives: from sizes, alpha, factors and caps to exact counts of every lane.
 
-Weights become whole numbers of 2**-60 and are multiplied as Python's integers, so that counts are
+Weights become integers of 2**-60 and are multiplied as Python's integers, so that counts are
 the same at any length of training and on every machine.
 
 # V lanes  S sources
@@ -99,7 +99,7 @@ class Ledger:
     """Rows of every source that every lane has taken, at any length, in O(1) of that length.
 
     The counts at a far horizon are apportioned by the shares. Between two known counts, those
-    halfway are again the whole numbers nearest to the shares, among those that take back no row:
+    halfway are again the integers nearest to the shares, among those that take back no row:
     first of all lanes together, then of every second lane, of every fourth, down to each. A lane
     always has exactly its rows, and the counts never fall. All lanes together are within one row
     of the shares (of dozens of sources of very unlike size now and then within 1.1, but not at the
@@ -132,7 +132,7 @@ class Ledger:
         return self._at(rows // self.period)
 
     def last(self, rows: int) -> int:
-        """Rows of a lane before the last period of a stage, which has `rows`: it is no short one."""
+        """Rows of a lane before the last period of a stage, which has `rows`: that period is not a short one."""
         before = (rows - 1) // self.period * self.period
         return before - self.period if before and rows - before < self._enough else before
 
@@ -158,10 +158,10 @@ class Ledger:
     def _between(self, rows: int, low_VS: Counts, high_VS: Counts) -> Counts:
         """The counts at `rows` rows of a lane, which are none below `low` and none above `high`."""
         exact = [divmod(weight * rows * self._lanes, _UNIT) for weight in self._weights]
-        whole_S = np.array([whole for whole, _ in exact], np.int64)
+        floor_S = np.array([floor for floor, _ in exact], np.int64)
         rest_S = np.array([rest / _UNIT for _, rest in exact])
         low_S, high_S = low_VS.sum(0), high_VS.sum(0)
-        totals_S = apportion(rows * self._lanes, whole_S, rest_S, low_S, high_S)
+        totals_S = apportion(rows * self._lanes, floor_S, rest_S, low_S, high_S)
         return _deal(rows, totals_S, low_VS, high_VS)
 
 
@@ -197,20 +197,20 @@ def _deal(rows: int, totals_S: Counts, low_VS: Counts, high_VS: Counts) -> Count
 
 def apportion(
     total: int,
-    whole_S: Counts,
+    floor_S: Counts,
     rest_S: npt.NDArray[np.floating[Any]],
     low_S: Counts,
     high_S: Counts,
 ) -> Counts:
-    """The whole numbers between `low` and `high` that sum to `total`, nearest to `whole + rest`.
+    """The integers between `low` and `high` that sum to `total`, nearest to `floor + rest`.
 
     `rest` is in [0, 1). There must be such numbers: sum(low) <= total <= sum(high).
     """
-    counts_S = np.clip(whole_S, low_S, high_S)
+    counts_S = np.clip(floor_S, low_S, high_S)
     while missing := total - int(counts_S.sum()):
         sign = 1 if missing > 0 else -1
         open_ = np.flatnonzero(counts_S < high_S if missing > 0 else counts_S > low_S)
-        lag = sign * ((whole_S - counts_S)[open_] + rest_S[open_])
+        lag = sign * ((floor_S - counts_S)[open_] + rest_S[open_])
         chosen = open_[np.argsort(-lag, kind="stable")[: abs(missing)]]
         counts_S[chosen] += sign
     return counts_S

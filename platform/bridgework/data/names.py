@@ -17,18 +17,18 @@ _TURNED = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A)))) 
 
 
 def address(name: str) -> bool:
-    """Whether `name` is a URL rather than a path."""
+    """True if `name` is a URL rather than a path."""
     return _ADDRESS.match(name) is not None
 
 
 def plain(name: str) -> bool:
-    """Whether `name` is a path that stays inside its folder, without control characters."""
+    """True if `name` is a path that stays inside its folder, without control characters."""
     outside = name.startswith("/") or ".." in name.split("/") or "\\" in name or _DRIVE.match(name)
     return not outside and not has_control(name)
 
 
 def has_control(name: str) -> bool:
-    """Whether a letter of `name` moves what follows it or is none: line breaks, NUL, turned text."""
+    """True if a letter of `name` moves what follows it or is not printed: line breaks, NUL, turned text."""
     return any(map(_is_control, filterfalse(str.isprintable, name)))
 
 

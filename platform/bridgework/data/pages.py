@@ -85,7 +85,7 @@ def _read(soup: BeautifulSoup) -> Iterator[Piece]:
 
 
 def _names(image: Tag) -> list[str]:
-    """What an image may be named, best first: what scripts load later, its source, other sizes."""
+    """The addresses of an image, best first: what scripts load later, its source, other sizes."""
     around = [image, *_sources(image)]
     lazy = [(name, value) for tag in around for name, value in _attributes(tag) if _LAZY.fullmatch(name)]
     lazy.sort(key=lambda pair: _SMALL.search(pair[0]) is not None)
@@ -122,7 +122,7 @@ def _sized(value: str) -> list[str]:
 
 
 def _is_file(name: str, value: str) -> bool:
-    """Whether the value of a script's attribute names an image, as far as can be seen."""
+    """True if the value of a script's attribute names an image, as far as can be seen."""
     given = not _SPACE.search(value.strip()) and ("/" in value or "." in value)
     return given and ("src" in name or _FILE.search(value) is not None)
 

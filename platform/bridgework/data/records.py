@@ -87,7 +87,7 @@ def _lost(error: BadSample) -> Any:
     raise error
 
 
-@lru_cache(1)  # chunks are read in order; `content` tells a changed file from the old one
+@lru_cache(1)  # chunks are read in order; `content` differs for a changed file
 def _cursor(path: str, content: str) -> Cursor:
     return Cursor(path, Columns(path).schema.names)
 

@@ -50,7 +50,7 @@ def _found(fs: Any, root: str, inside: str, linked: set[str]) -> Iterator[tuple[
 
 
 def hidden(name: str) -> bool:
-    """Whether a path is hidden, or is what a system keeps of others: `._cat.jpg`, `__MACOSX/..`."""
+    """True if a path is hidden, or is what a system keeps of others: `._cat.jpg`, `__MACOSX/..`."""
     return any(part.startswith(".") or part in _SYSTEM for part in name.split("/"))
 
 
@@ -71,7 +71,7 @@ def document(text: str, source: str) -> Any:
 
 
 def parse(text: str | bytes) -> Any:
-    """What JSON says; in place of an object in which a name stands twice, the BadSample that says so.
+    """Parse JSON; an object that holds a name twice becomes the BadSample that says so.
 
     Raises ValueError and RecursionError as `json.loads` does.
     """
@@ -120,15 +120,15 @@ def rows(text: str, source: str, *, used: Collection[str] | None = None) -> Iter
     """The rows of a table by its ending: .csv and .tsv as dictionaries, .json a list, else JSON lines.
 
     A row that cannot be read comes as the BadSample that says why: `fields` raises it. Raises DataError for a file that
-    is broken as a whole, and for two columns of one name, if it is one of those that are `used` (None: all).
+    cannot be read, and for two columns of one name, if it is one of those that are `used` (None: all).
     """
     ending = PurePosixPath(source).suffix
     if ending == ".csv":
-        remedy = "a text that holds commas or line breaks stands in quotes"
+        remedy = "a text that holds commas or line breaks needs quotes"
         text, mark = _marked(text)
         yield from _named(_csv(text, source), mark, remedy, source, used)
     elif ending == ".tsv":
-        remedy = "a text that holds tabs or line breaks stands in quotes"
+        remedy = "a text that holds tabs or line breaks needs quotes"
         text, mark = _marked(text)
         yield from _named(_tsv(text), mark, remedy, source, used)
     elif ending == ".json":
@@ -230,7 +230,7 @@ def _named(
 
 
 def _split(record: list[str], mark: str) -> list[list[str]]:
-    """A record as several, each of which ends where a mark stands."""
+    """A record as several, each of which ends at a mark."""
     if not mark:
         return [record]
     found: list[list[str]] = [[]]
@@ -260,8 +260,8 @@ def _csv(text: str, source: str) -> Iterator[list[str]]:
 def _tsv(text: str) -> Iterator[list[str] | BadSample]:
     """The records of a TSV but for empty lines.
 
-    A field that stands in quotes as a whole, over several lines too, is read without them. Other
-    quotes stand for themselves: a quote never runs into a line that is a record of its own.
+    A field that begins and ends with a quote, over several lines too, is read without the quotes.
+    Other quotes are text: a quote never runs into a line that is a record of its own.
     """
     rest = text.split("\n") if "\n" in text else text.split("\r")
     width, at = 0, 0
@@ -286,12 +286,12 @@ def _tsv_fields(line: str) -> list[str]:
 def _tsv_quoted(
     line: str, record: list[str], rest: Sequence[str], at: int, width: int
 ) -> tuple[list[str] | BadSample, int]:
-    """A record whose quoted text goes on in the lines from `at` on, and the line after it."""
-    whole = len(record) == width
+    """A record whose quoted text continues in the lines from `at` on, and the line after it."""
+    complete = len(record) == width
     for end in range(at, min(at + QUOTED_LINES, len(rest))):
         following = rest[end].removesuffix("\r")
         line = f"{line}\n{following}"
-        unclear = whole and len(_tsv_fields(following)) == width
+        unclear = complete and len(_tsv_fields(following)) == width
         if '"' in following:
             found = [(field[1], field[2]) for field in _TSV_FIELD.finditer(f"{line}\t")]
             quoted = all(plain is None or "\n" not in plain for _, plain in found)

@@ -5,7 +5,7 @@ train/data-00000-of-00002.arrow     a dataset of splits
 data/train-00000-of-00005.parquet   the Hub
 default/train/0000.parquet          the Hub's own conversion
 0356AFpwqkWuS1bVOfu7Da_000000.parquet   Ray Data; part.0.parquet dask; data_0.parquet DuckDB
-year=2024/data_0.parquet            partitions, whose folders tell values of columns
+year=2024/data_0.parquet            partitions, whose folders hold values of columns
 """
 
 import os.path
@@ -24,13 +24,13 @@ _ENDINGS = (".arrow", ".parquet")
 _UNREAD = ("_temporary", "_delta_log")  # folders of what a writer keeps for itself
 _OTHERS = (".csv", ".tsv", ".jsonl", ".feather", ".orc", ".avro", ".pq", ".parq", ".tar", ".zip", ".gz", ".zst")
 _PART = re.compile(r"(?P<split>.+?)-(?P<number>\d{5})-of-(?P<count>\d{5})")
-_NO_SPLIT = re.compile(r"data|part[-_]?\d+.*|\d+")  # names of files that tell no split: their folder's does
+_NO_SPLIT = re.compile(r"data|part[-_]?\d+.*|\d+")  # names of files that name no split: their folder's does
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}", re.IGNORECASE)
 _HASH = re.compile(  # hexadecimal, or of all letters and digits, as Ray Data names what it writes
     r"(?=.*\d)(?:[0-9a-f]{4,}|[0-9A-F]{4,}|(?=.*[a-z])(?=.*[A-Z])[0-9A-Za-z]{16,})"
 )
 _DIGITS = re.compile(r"\d+$")
-_MADE = re.compile(  # words of writers, which tell no split
+_MADE = re.compile(  # words of writers, which name no split
     r"(?:batch|block|chunk|data|export|file|out|output|part|partition|result|shard|tid)s?\d*"
     r"|c\d+|brotli|gz|gzip|lz4|snappy|zstd",
     re.IGNORECASE,
@@ -45,7 +45,7 @@ class File(NamedTuple):
 
 
 def find(source: str, split: str | None = None) -> tuple[str, list[File]]:
-    """(name of the split, its files in order); the name is empty where the files tell none.
+    """(name of the split, its files in order); the name is empty where the files name none.
 
     Raises DataError where there is no file, where one is missing, and for a split that is unknown or left open.
     """
@@ -89,7 +89,7 @@ def _grouped(names: Sequence[str], splits: Mapping[str, str]) -> dict[str, list[
 
 
 def _split_of(name: str) -> str:
-    """The split that a file's own name tells, or its folder's."""
+    """The split that a file's own name holds, or its folder's."""
     stem = os.path.basename(name).rpartition(".")[0]
     numbered = _PART.match(stem)
     split = numbered["split"] if numbered else stem
@@ -97,7 +97,7 @@ def _split_of(name: str) -> str:
 
 
 def _folder_of(name: str) -> str:
-    """The name of the folder that a file is in, but for folders that tell a column's value."""
+    """The name of the folder that a file is in, but for folders that hold a column's value."""
     return next((part for part in reversed(name.split("/")[:-1]) if "=" not in part), "")
 
 
@@ -114,7 +114,7 @@ def _series(names: Sequence[str]) -> dict[str, str]:
 
 
 def _words(name: str) -> str:
-    """What a file's name tells beside numbers, hashes and the words of writers."""
+    """A file's name without numbers, hashes and the words of writers."""
     stem = os.path.basename(name).rpartition(".")[0]
     stem = numbered["split"] if (numbered := _PART.match(stem)) else _UUID.sub("", stem)
     kept = [word for word in re.split(r"([._-]+)", stem) if not _is_made(word)]
@@ -126,7 +126,7 @@ def _is_made(word: str) -> bool:
 
 
 def _numbered(names: Iterable[str]) -> bool:
-    """Whether numbers tell files of one set apart: with zeros in front, or counted from 0 or 1."""
+    """True if numbers distinguish the files of one set: with zeros in front, or counted from 0 or 1."""
     stems = [os.path.basename(name).rpartition(".")[0] for name in names]
     words = [[word for word in re.split(r"[._-]", stem) if _is_made(word)] for stem in stems]
     found = [[n for word in of_one for n in _DIGITS.findall(word)] for of_one in words]
@@ -137,7 +137,7 @@ def _numbered(names: Iterable[str]) -> bool:
 
 
 def _folders(names: Iterable[str]) -> list[str]:
-    """The folders of files, but for those that tell a column's value."""
+    """The folders of files, but for those that hold a column's value."""
     parts = (name.split("/")[:-1] for name in names)
     return sorted({"/".join(part for part in of_one if "=" not in part) for of_one in parts})
 

@@ -183,7 +183,7 @@ def groups(tar: Tar, note: Callable[[TarInfo], object] = lambda member: None) ->
 
 
 def _same(key: str, other: str) -> bool:
-    """Whether two keys are one, in whatever form their letters are composed."""
+    """True if two keys are one, in whatever form their letters are composed."""
     return key == other or (not key.isascii() and normalize("NFC", key) == normalize("NFC", other))
 
 

@@ -275,7 +275,7 @@ def chat_text(
     ask: bool,
     limit_s: float = CHAT_S,
 ) -> str:
-    """What the tokenizer's own chat template writes of the messages.
+    """The messages as the tokenizer's own chat template writes them.
 
     A template is a program that comes with the weights. Raises SpecError for one that runs for more
     than `limit_s` seconds, which is stopped, and BadSample where it fails or refuses the messages.
@@ -287,7 +287,7 @@ def chat_text(
     def write() -> None:
         try:
             done.set_result(tokenizer.apply_chat_template(given, **how))
-        except BaseException as error:  # _Stopped among them: whoever waits is told
+        except BaseException as error:  # _Stopped too: the waiting thread raises it
             done.set_exception(error)
 
     writer = Thread(target=write, daemon=True)

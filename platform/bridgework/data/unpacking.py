@@ -1,6 +1,6 @@
 """Bounds on what Arrow and Parquet files unpack to, asked before anything is read.
 
-A few kilobytes may stand for gigabytes in two ways: compression, whose sizes the files declare, and
+A few kilobytes may unpack to gigabytes in two ways: compression, whose sizes the files declare, and
 dictionaries, whose values are stored once and repeated by their numbers.
 """
 
@@ -52,7 +52,7 @@ def check_group(
 
 
 def _repeats(column: pq.ColumnChunkMetaData, read: Callable[[int, int], bytes]) -> bool:
-    """Whether the values of a column, each as large as its dictionary, are far more than is stored."""
+    """True if the values of a column, each as large as its dictionary, are far more than is stored."""
     if column.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY") or not column.has_dictionary_page:
         return False
     allowed = _allowed(column.total_compressed_size)
@@ -151,12 +151,12 @@ def _buffers(message: pa.ipc.Message) -> Iterator[int]:
 
 
 def _table(data: bytes, at: int, base: int) -> int:
-    """Where the table or vector is that a flatbuffer refers to at `at`."""
+    """The place of the table or vector that a flatbuffer refers to at `at`."""
     return base + int(struct.unpack_from("<I", data, at)[0])
 
 
 def _field(data: bytes, table: int, number: int) -> int:
-    """Where a field of a flatbuffer's table is; 0 for one that is not there."""
+    """The place of a field of a flatbuffer's table; 0 for one that is missing."""
     if not table:
         return 0
     vtable = table - int(struct.unpack_from("<i", data, table)[0])

@@ -33,7 +33,7 @@ from bridgework.errors import DataError
 
 
 class Mark(NamedTuple):
-    """What is marked in an image; nothing of it is checked yet."""
+    """A mark in an image; nothing of it is checked yet."""
 
     name: str | None  # of its category
     bbox: Any  # [left, top, width, height] in pixels
@@ -86,22 +86,22 @@ def run(
     )
 
 
-def _rows(text: str, source: str, beside: str, instances: str | None, folder: str) -> Iterator[Row]:
-    whole = document(text, source)
-    notes = listed(whole, "annotations", source)
-    boxed = "categories" in whole and not any(map(_is_caption, notes))
+def _rows(text: str, source: str, base: str, instances: str | None, folder: str) -> Iterator[Row]:
+    given = document(text, source)
+    notes = listed(given, "annotations", source)
+    boxed = "categories" in given and not any(map(_is_caption, notes))
     if boxed:
-        listed(whole, "categories", source)
-    own = _marks(whole, notes if boxed else list(filter(_is_mark, notes)))
+        listed(given, "categories", source)
+    own = _marks(given, notes if boxed else list(filter(_is_mark, notes)))
     if own and instances is not None:
         raise DataError(f"{source} holds instances itself; instances={instances} goes with a file of captions")
     others = dict[str | None, list[Mark]]()
     if instances is not None:
-        other = document(beside, instances)
+        other = document(base, instances)
         listed(other, "categories", instances)
         noted = listed(other, "annotations", instances)
         others = _marks(other, [note for note in noted if _is_mark(note) or not _is_caption(note)])
-    pictures = _pictures(whole, source, own | others)
+    pictures = _pictures(given, source, own | others)
     yield from _boxed(pictures, folder) if boxed else _captions(notes, own, pictures, folder)
     for image, found in (own | others).items():
         if image is None or (image in own and image not in pictures):
@@ -126,7 +126,7 @@ def _captions(
     folder: str,
 ) -> Iterator[Row]:
     """A row for each caption, and one for each image that has boxes alone in the file itself."""
-    captions, told = Captions(), set[str]()
+    captions, seen = Captions(), set[str]()
     for number, note in enumerate(notes):
         if not _is_caption(note) and _is_mark(note):
             continue
@@ -136,12 +136,12 @@ def _captions(
             why = note.detail if isinstance(note, BadSample) else why
             yield f"row-{number:08d}", partial(_refused, why)
             continue
-        told.add(image)
+        seen.add(image)
         for text in texts(note.get("caption")):
             make = partial(_captioned, pictures[image], text, folder)
             yield captions(pictures[image].key, text, make)
     for entry, picture in pictures.items():
-        if entry in own and entry not in told:
+        if entry in own and entry not in seen:
             yield captions(picture.key, None, partial(_pictured, picture, folder))
 
 
@@ -217,10 +217,10 @@ def _corners(bbox: Any, width: float, height: float) -> tuple[float, float, floa
     return left, top, right, bottom
 
 
-def _pictures(whole: Any, source: str, marks: Mapping[str | None, list[Mark]]) -> dict[str | int, Picture]:
+def _pictures(given: Any, source: str, marks: Mapping[str | None, list[Mark]]) -> dict[str | int, Picture]:
     """By id; an entry without one, or with that of another, by its number."""
-    licences, pictures = _names(whole.get("licenses")), dict[str | int, Picture]()
-    for number, entry in enumerate(listed(whole, "images", source)):
+    licences, pictures = _names(given.get("licenses")), dict[str | int, Picture]()
+    for number, entry in enumerate(listed(given, "images", source)):
         image = _id(entry, "id")
         fields = entry if isinstance(entry, dict) and image is not None else {}
         pictures[number if image is None or image in pictures else image] = Picture(
@@ -234,9 +234,9 @@ def _pictures(whole: Any, source: str, marks: Mapping[str | None, list[Mark]]) -
     return pictures
 
 
-def _marks(whole: Any, notes: list[Any]) -> dict[str | None, list[Mark]]:
+def _marks(given: Any, notes: list[Any]) -> dict[str | None, list[Mark]]:
     """What is marked in each image, by its id; under None, what belongs to none."""
-    names, marks = _names(whole.get("categories")), defaultdict[str | None, list[Mark]](list)
+    names, marks = _names(given.get("categories")), defaultdict[str | None, list[Mark]](list)
     for note in notes:
         fields = note if isinstance(note, dict) else {}
         name = names.get(_id(fields, "category_id") or "")
@@ -258,7 +258,7 @@ def _names(entries: Any) -> dict[str, str]:
 
 
 def _id(entry: Any, name: str) -> str | None:
-    """An id as a text: of a whole number its digits, however it is written. None for what is none."""
+    """An id as a text: of an integer its digits, in whatever form it is written. None where there is no id."""
     value = entry.get(name) if isinstance(entry, dict) else None
     if isinstance(value, float) and value.is_integer():
         value = int(value)

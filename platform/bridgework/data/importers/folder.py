@@ -52,7 +52,7 @@ def run(
     make = partial(_sample, source)
     if table is None:
         names = files(source)
-        content, listing = json.dumps(names), partial(beside, source, names, IMAGES, make)
+        content, listing = json.dumps(names), partial(described, source, names, IMAGES, make)
     else:
         content = read_text(f"{source.rstrip('/')}/{table}")
         rows = read_table(content, table, image=image, text=text)
@@ -77,7 +77,7 @@ def _sample(source: str, key: str, name: Any, text: Any) -> Sample:
 # --- what it shares with `video` ---------------------------------------------------------------------------
 
 
-def beside(source: str, names: Sequence[tuple[str, int]], endings: tuple[str, ...], make: Make) -> Iterator[Row]:
+def described(source: str, names: Sequence[tuple[str, int]], endings: tuple[str, ...], make: Make) -> Iterator[Row]:
     """The rows of files with these endings, each with the text file next to it.
 
     After them come all other files, as rows that are left out, by kind.

@@ -125,7 +125,7 @@ def _schema(files: Sequence[File], image: str, text: str | None) -> pa.Schema:
 
 
 def _is_null(kind: pa.DataType) -> bool:
-    """Whether nothing but nulls, or empty lists, was there to tell a type by."""
+    """True if there were only nulls or empty lists, which show no type."""
     return bool(pa.types.is_null(kind)) or (is_list(kind) and _is_null(value_type(kind)))
 
 
@@ -208,9 +208,9 @@ def _sample(key: str, table: Table, content: str, place: int, which: int, folder
     talk = _turns(text)
     if talk is not None:
         turns, dropped = asked(talk)
-        told = tuple(parts(turns))
+        shown = tuple(parts(turns))
         files = tuple(read_cell(folder, cell) for cell in cells)
-        return Sample(key, files, told, provenance=dropped)
+        return Sample(key, files, shown, provenance=dropped)
     if len(cells) != 1:
         raise BadSample(Reason.BAD_ROW if cells else Reason.MISSING_IMAGE, f"{len(cells)} images; one is wanted")
     words = (text[which] if text else "") if isinstance(text, list) else text

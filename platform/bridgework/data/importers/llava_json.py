@@ -66,9 +66,9 @@ def _sample(key: str, entry: Any, folder: str) -> Sample:
             Reason.BAD_ROW, "the row shows a video; llava-json reads images, `data import video` reads videos"
         )
     turns, dropped = asked(given["conversations"])
-    told = tuple(parts(turns))
+    content = tuple(parts(turns))
     files = tuple(read_cell(folder, cell) for cell in shown(given))
-    return Sample(key, files, told, provenance=dropped)
+    return Sample(key, files, content, provenance=dropped)
 
 
 def asked(turns: list[Any]) -> tuple[list[Any], dict[str, str]]:
@@ -76,8 +76,8 @@ def asked(turns: list[Any]) -> tuple[list[Any], dict[str, str]]:
     speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
     first = int(speakers[:1] == ["system"])
     greeting = len(list(takewhile(lambda speaker: speaker == "gpt", speakers[first:])))
-    told = {"dropped.turns": str(greeting)} if greeting else {}
-    return [*turns[:first], *turns[first + greeting :]], told
+    counts = {"dropped.turns": str(greeting)} if greeting else {}
+    return [*turns[:first], *turns[first + greeting :]], counts
 
 
 def parts(turns: list[Any]) -> Iterator[Part]:

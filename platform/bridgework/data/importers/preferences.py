@@ -36,7 +36,7 @@ def run(
     """Import the file `source`, or the Parquet files of a folder.
 
     Image paths are relative to `images`, by default the file's own folder; pictures in cells come
-    as they are. A question in which no `<image>` stands is asked below its images. Two equal answers
+    as they are. A question without `<image>` is asked below its images. Two equal answers
     are a bad row. `split` is needed where Parquet files are of several.
     """
     return imported(
@@ -92,9 +92,9 @@ def preference(key: str, entry: Any, folder: str) -> Sample:
     if not isinstance(turns, list):
         raise BadSample(Reason.BAD_ROW, f"`conversations` is {type(turns).__name__}, and a list of turns is wanted")
     turns, dropped = asked(turns)
-    told = tuple(parts([*turns, {"from": "gpt", "value": chosen}]))
+    content = tuple(parts([*turns, {"from": "gpt", "value": chosen}]))
     files = tuple(read_cell(folder, cell) for cell in cells)
-    return Sample(key, files, told, rejected=rejected, provenance=dropped)
+    return Sample(key, files, content, rejected=rejected, provenance=dropped)
 
 
 def _fields(entry: Any) -> dict[str, Any]:
@@ -102,8 +102,8 @@ def _fields(entry: Any) -> dict[str, Any]:
     given = fields(entry)
     inner: Any = {} if given.get("chosen") is not None else given.get("text")
     try:
-        told = shallow(parse(inner)) if isinstance(inner, str) else inner
-        return {**given, **told}
+        within = shallow(parse(inner)) if isinstance(inner, str) else inner
+        return {**given, **within}
     except (TypeError, ValueError, RecursionError):
         raise BadSample(
             Reason.BAD_ROW, f"the row is no object with `chosen` and `rejected`: {str(entry)[:80]}"

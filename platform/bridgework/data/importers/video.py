@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from bridgework.data.frames import shots
 from bridgework.data.importers import Say, caption, fingerprint, ingest, read_image, read_text
-from bridgework.data.importers.folder import beside, listed
+from bridgework.data.importers.folder import described, listed
 from bridgework.data.quarantine import SHARE
 from bridgework.data.samples import Part, Sample
 from bridgework.data.shards import Manifest
@@ -61,7 +61,7 @@ def run(
     make = partial(_sample, source, cut)
     if table is None:
         found = files(source)
-        content, rows = json.dumps(found), partial(beside, source, found, VIDEOS, make)
+        content, rows = json.dumps(found), partial(described, source, found, VIDEOS, make)
     else:
         content = read_text(f"{source.rstrip('/')}/{table}")
         entries = read_table(content, table, video=video, text=text)

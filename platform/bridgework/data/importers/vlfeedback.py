@@ -44,15 +44,15 @@ def run(
 
 
 def _sample(key: str, read: Callable[[], Any], folder: str) -> Sample:
-    told = fields(read())
-    answers = _rated(told.get("completions"))
+    row = fields(read())
+    answers = _rated(row.get("completions"))
     if not answers:
         raise BadSample(Reason.BAD_ROW, f"the row has no two answers rated for {', '.join(ASPECTS)}")
     (worst, rejected), (best, chosen) = answers[0], answers[-1]
     if worst == best:
         raise LeftOut("questions with equally rated answers")
-    asked = {name: value for name, value in told.items() if name not in ("text", "conversations")}
-    asked["question"] = told.get("prompt", told.get("question"))
+    asked = {name: value for name, value in row.items() if name not in ("text", "conversations")}
+    asked["question"] = row.get("prompt", row.get("question"))
     return preference(key, {**asked, "chosen": chosen, "rejected": rejected}, folder)
 
 

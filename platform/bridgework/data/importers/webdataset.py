@@ -50,10 +50,10 @@ def run(
     if scan.lost is not None and len(tars) == 1 and not scan.samples:
         raise DataError(scan.lost.detail)
     if scan.ignored:
-        told = ", ".join(
+        unread = ", ".join(
             f"{rows} of .{ending}" if ending else f"{rows} others" for ending, rows in scan.ignored.items()
         )
-        say(f"{source}: members that are not read: {told}")
+        say(f"{source}: members that are not read: {unread}")
     return ingest(
         partial(_rows, tars, text, scan.prefixed, packed(source)),
         source,
