@@ -166,3 +166,39 @@ def test_factors_and_caps_are_told_apart(blend: Path) -> None:
 def test_shares_are_told_before_the_data_is_here() -> None:
     found = told("instructblip/instruct")
     assert sum(each["by_cap"] for each in found) == pytest.approx(1.0) and not any(each["known"] for each in found)
+
+
+def _capped(folder: Path, names: tuple[str, ...], cap: float, lanes: int) -> Path:
+    sources = [{"name": n, "dataset": str(folder / n), "max_epochs": cap} for n in names]
+    file = folder / f"capped-{len(names)}-{cap}-{lanes}.json"
+    file.write_text(json.dumps({"sources": sources, "lanes": lanes, "window": 2}))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("names", "cap", "lanes"),
+    [
+        (("many", "few", "other"), 1, 8),
+        (("many",), 1, 64),
+        (("few",), 1, 16),
+        (("many", "other"), 0.5, 4),
+    ],
+)
+def test_a_mixture_of_capped_sources_has_as_many_steps_as_its_caps_allow(
+    names: tuple[str, ...], cap: float, lanes: int, blend: Path
+) -> None:
+    file = _capped(blend.parent, names, cap, lanes)
+    assert all(each["epochs"] <= cap for each in told(file))
+    keys = [key for line in order(file) for key in line["ranks"][0]]
+    assert len(keys) == len(set(keys)) and keys
+
+
+def test_a_batch_that_the_lanes_cannot_share_is_refused_without_a_count_of_steps(
+    blend: Path,
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        order(blend, "--batch", 9)
+    assert "batches of 9 over 8 lanes are not possible" in str(caught.value)
+    assert "1099511627776" not in str(caught.value)
+    with pytest.raises(SpecError, match=r"--start \d+ is too far"):
+        order(blend, "--batch", 16, "--start", 16 << 41)

@@ -92,6 +92,11 @@ def _ordered(feed: "Feed", start: int, steps: int, world: int) -> Iterator[tuple
     if start % feed.batch:
         raise SpecError(f"--start counts samples and must be a multiple of the batch {feed.batch}, got {start}")
     first, span = start // feed.batch, feed.mixture.window
+    if first + steps > ENDLESS:
+        raise SpecError(
+            f"--start {start} is too far: an order is given for {ENDLESS:,} steps of {feed.batch} samples. "
+            "Fix: give a smaller --start"
+        )
     if first + steps > feed.steps:
         raise SpecError(
             f"steps {first} to {first + steps - 1} are asked for, and the run has {feed.steps}: "
@@ -142,14 +147,14 @@ def _of(stage: Stage, batch: int | None) -> tuple[Mixture, int, int]:
 
 
 def _blend(what: str, batch: int | None, words: list[str] | None) -> tuple[Mixture, int, int]:
-    """A mixture, the samples of a step, and the steps of one epoch over all its rows."""
+    """A mixture, the samples of a step, and the steps of one epoch, or of what its caps allow."""
     from bridgework.data.manifest import read_manifest
-    from bridgework.data.mixtures import PER_LANE
     from bridgework.data.mixtures import load as load_mixture
+    from bridgework.data.mixtures import one_epoch
 
     blend = override(load_mixture(what), changes(words))
-    size = batch or PER_LANE * blend.lanes
-    return blend, size, -(-sum(read_manifest(resolve(s.dataset, home())).rows for s in blend.leaves) // size)
+    rows = [read_manifest(resolve(source.dataset, home())).rows for source in blend.leaves]
+    return blend, *one_epoch(blend, rows, batch)
 
 
 def _stage(what: str, tiny: bool, words: list[str] | None) -> Stage | None:

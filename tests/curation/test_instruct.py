@@ -1,5 +1,7 @@
 """Instructions from captions and boxes: asked of a writer, read as a talk, and never twice for what is known."""
 
+# ruff: noqa: RUF001 (talks in many scripts)
+
 import base64
 import threading
 from collections.abc import Callable
@@ -92,6 +94,89 @@ def test_what_is_no_such_talk_is_named(kind: str, raw: str, fault: str) -> None:
 def test_marks_around_the_speakers_and_lines_within_an_answer_are_read() -> None:
     raw = "**Question 1:** What is it?\n**Answer:** A flag.\nIt waves.\n\n## Question: Why?\nANSWER: Wind."
     assert talk.read(raw, "conversation") == [("What is it?", "A flag.\nIt waves."), ("Why?", "Wind.")]
+
+
+TALKS = {
+    "Chinese": ("这是什么？", "一栋房子。", "什么颜色？", "它是红色的。"),
+    "Chinese in quotes": ("牌子上写着什么？", "写着\u201c停\u201d。", "颜色？", "他说\u300c红色。\u300d"),
+    "Japanese": ("何ですか？", "家です。", "何色ですか？", "赤です！"),
+    "Hindi": ("यह क्या है?", "एक घर।", "रंग?", "यह लाल है।"),
+    "Bengali": ("এটা কী?", "একটি বাড়ি।", "রং?", "এটি লাল।"),
+    "Arabic": ("ما هذا؟", "إنه بيت.", "ما لونه؟", "هل هو أحمر؟"),
+    "Urdu": ("یہ کیا ہے؟", "ایک گھر۔", "رنگ؟", "یہ لال ہے۔"),
+    "Thai": ("นี่คืออะไร", "บ้าน", "สีอะไร", "สีแดงครับ"),
+    "Burmese": ("ဒါဘာလဲ။", "အိမ်။", "အရောင်?", "အနီ။"),
+    "Khmer": ("នេះជាអ្វី?", "ផ្ទះ។", "ពណ៌?", "ក្រហម។"),
+    "Armenian": ("Ի՞նչ է սա։", "Տուն։", "Գույնը՞", "Կարմիր է։"),
+    "Amharic": ("ይህ ምንድነው?", "ቤት ነው።", "ቀለሙ?", "ቀይ ነው።"),
+    "Korean": ("무엇입니까?", "집입니다.", "색은?", "빨간색입니다."),
+    "Hebrew": ("מה זה?", "בית.", "צבע?", "אדום."),
+    "English with an emoji": ("What?", "A house.", "Colour?", "It is red. \U0001f642"),
+}
+
+
+@pytest.mark.parametrize("language", TALKS)
+@pytest.mark.parametrize("labels", [("Question: ", "Answer: "), ("Question\uff1a", "Answer\uff1a")])
+def test_a_talk_is_whole_in_any_script(language: str, labels: tuple[str, str]) -> None:
+    said = TALKS[language]
+    raw = "\n".join(f"{labels[n % 2]}{text}" for n, text in enumerate(said))
+    assert talk.read(raw, "conversation") == [(said[0], said[1]), (said[2], said[3])]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [("问题：", "回答："), ("问：", "答："), ("質問: ", "回答: "), ("प्रश्न: ", "उत्तर: "), ("질문 1: ", "답변 1: ")],
+)
+def test_speakers_may_be_named_in_the_language_of_the_talk(question: str, answer: str) -> None:
+    raw = f"{question}什么？\n{answer}房子。\n{question}颜色？\n{answer}红色。"
+    assert talk.read(raw, "conversation") == [("什么？", "房子。"), ("颜色？", "红色。")]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("画面中央有一栋红色的房子。" * 12, None),
+        ("画面中央有一栋红色的房子。" * 12 + "房子的前面", "it breaks off"),
+        ("画面中央。", "too short or too long"),
+        ("画面中央有一栋红色的房子。" * 80, "too short or too long"),
+        ("ภาพนี้แสดงบ้านสีแดงหลังใหญ่ที่มีสวนอยู่ด้านหน้า " * 4, None),
+        ("इस चित्र में एक लाल घर है जिसके सामने एक बगीचा है। " * 4, None),
+        ("इस चित्र में एक लाल घर है जिसके सामने एक बगीचा " * 4, "it breaks off"),
+    ],
+)
+def test_a_description_is_as_long_in_any_script(text: str, fault: str | None) -> None:
+    if fault is None:
+        assert talk.read(text, "detail") == [("", text.strip())]
+    else:
+        with pytest.raises(DataError, match=fault):
+            talk.read(text, "detail")
+
+
+@pytest.mark.parametrize(
+    ("answer", "tells"),
+    [
+        ("The text says STOP in white letters.", False),
+        ("A caption in bold letters.", False),
+        ("There is a caption below the drawing.", False),
+        ("The GPS shows coordinates near Paris.", False),
+        ("The caption says a flag.", True),
+        ("The second caption mentions a flag.", True),
+        ("According to the captions it is a flag.", True),
+        ("Based on the given text, it is a flag.", True),
+        ("In the captions a flag is named.", True),
+        ("The captions provided name a flag.", True),
+        ("The description mentions a flag.", True),
+        ("The bounding box is wide.", True),
+        ("The coordinates place it on the left.", True),
+    ],
+)
+def test_texts_in_a_picture_are_no_source_and_captions_are(answer: str, tells: bool) -> None:
+    raw = f"Question: What is there?\nAnswer: {answer}\nQuestion: Why?\nAnswer: Wind."
+    if tells:
+        with pytest.raises(DataError, match="it tells on its source"):
+            talk.read(raw, "conversation")
+    else:
+        assert talk.read(raw, "conversation")[0][1] == answer
 
 
 # --- what is asked ---------------------------------------------------------------------------------------------------

@@ -99,6 +99,26 @@ def test_a_no_before_a_word_ends_a_sentence() -> None:
     assert mend("Is it red? No. It is blue.") == "Is it red? It is blue."
 
 
+EMOJI = (
+    *("\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f3f3\ufe0f\u200d\U0001f308"),
+    *("\u2764\ufe0f\u200d\U0001f525", "\U0001f469\U0001f3fd\u200d\u2695\ufe0f", "\U0001f44d\U0001f3fb"),
+    *("\U0001f1e9\U0001f1ea", "1\ufe0f\u20e3", "\u25b6\ufe0f", "\u25fe", "\U0001f415\u200d\U0001f9ba"),
+    *("\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", "\u2640\ufe0f"),
+)
+
+
+@pytest.mark.parametrize("emoji", EMOJI)
+def test_emoji_stay_as_they_are(emoji: str) -> None:
+    text = f"The family {emoji} stands on the lawn {emoji}{emoji} in front of the house."
+    assert mend(text) == text
+
+
+@pytest.mark.parametrize("hidden", ["\u200b", "\ufeff", "\u00ad", "\u202e", "\u200d", "\U000e0067", "\0", "\x07"])
+def test_what_is_not_seen_and_joins_nothing_is_removed(hidden: str) -> None:
+    given = f"The family {hidden} stands on the lawn, {hidden}in front of the house."
+    assert mend(given) == "The family stands on the lawn, in front of the house."
+
+
 @pytest.mark.parametrize("language", OTHERS)
 def test_sentences_of_another_language_are_removed(language: str) -> None:
     assert mend(f"A dog runs. {OTHERS[language]} It is brown.") == "A dog runs. It is brown."

@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from bridgework.curation.words import words
+from bridgework.curation.words import is_joined, length, without_emoji, words
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,43 @@ def test_case_width_and_punctuation_make_no_difference() -> None:
 
 def test_emoji_are_no_words() -> None:
     assert words("I \u2764\ufe0f it \U0001f469\u200d\U0001f680") == ["i", "it"] and words("1\ufe0f\u20e3") == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("It's a red-brick house, isn't it?", 6),
+        ("这是一栋红色的房子。", 4),
+        ("家です。", 2),
+        ("บ้านสีแดงหลังหนึ่ง", 3),
+        ("यह लाल है।", 3),
+        ("빨간 집이다.", 2),
+        ("标志上写着 STOP 。", 4),
+        ("", 0),
+    ],
+)
+def test_a_text_is_as_long_in_any_script(text: str, size: int) -> None:
+    assert length(text) == size
+    if text.isascii():
+        assert length(text) == len(text.split())
+
+
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
+CLUSTERS = (
+    *(FAMILY, "\u2764\ufe0f\u200d\U0001f525", "\U0001f44d\U0001f3fd", "1\ufe0f\u20e3", "e\u0301"),
+    *("\U0001f1e9\U0001f1ea", "\U0001f3f4\U000e0067\U000e0062\U000e007f", "क\u094d\u200d", "a", "家"),
+)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_letters_that_are_drawn_as_one_are_joined(cluster: str) -> None:
+    text = f"x{cluster}{cluster}y"
+    cuts = [at for at in range(len(text) + 1) if not is_joined(text, at)]
+    size = len(cluster)
+    assert cuts == [0, 1, 1 + size, 1 + 2 * size, 2 + 2 * size]
+
+
+def test_emoji_after_a_text_are_no_part_of_it() -> None:
+    for end in (" \U0001f642", f"{FAMILY}{FAMILY} ", " \u2764\ufe0f", ""):
+        assert without_emoji(f"It is red.{end}") == "It is red."
+    assert without_emoji("\U0001f642") == ""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bridgework.data.catalog import home, resolve
+from bridgework.data.catalog import destination, home, resolve
 from bridgework.data.shards import open_dataset, verify, write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError
@@ -64,3 +64,11 @@ def test_the_shipped_datasets_are_sound_and_their_test_sets_are_new() -> None:
         assert len(texts[name]) == len(set(texts[name])) == 300
     assert training.isdisjoint(texts["heldout_clipart"]) and training.isdisjoint(texts["heldout_concepts"])
     assert set(texts["heldout_style"]) <= set(texts["emoji"])
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\0b", "a\x1bb", "x" * 300, "/tmp/a\nb", "s3://lab/a\0b"])
+def test_a_dataset_is_named_by_a_line_that_can_be_a_folder(name: str, tmp_path: Path) -> None:
+    for ask in (destination, resolve):
+        with pytest.raises(DataError, match=r"control character|240 are allowed") as caught:
+            ask(name, tmp_path)
+        assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ LANES = st.sampled_from([1, 2, 3, 4, 8])
 
 def stream(deal: Deal, source: int, lane: int, rows: int) -> tuple[list[int], list[int]]:
     """(epoch, row) of the first `rows` rows that a lane takes of a source."""
-    epochs, places = deal.locate(np.full(rows, source), lane, np.arange(rows))
+    epochs, places = deal.locate(np.full(rows, source), np.full(rows, lane), np.arange(rows))
     return epochs.tolist(), places.tolist()
 
 

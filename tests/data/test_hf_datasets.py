@@ -252,6 +252,139 @@ def read_all(_: Manifest, dest: Path) -> list[Sample]:
     return list(read(dest).values())
 
 
+# --- as other tools write them ---------------------------------------------------------------------------------------
+
+UUID = "6d3b2c1a-1111-4abc-9def-abcdefabcdef"
+WRITERS = {
+    "Ray Data": [f"0356AFpwqkWuS1bVOfu7D{'abc'[n]}_{n:06}.parquet" for n in range(3)],
+    "Ray Data, before": [f"{'6b1c0f' * 5}ab_{n:06}.parquet" for n in range(3)],
+    "Ray Data, short": [f"6b1c0f_{n:06}.parquet" for n in range(3)],
+    "Ray Data, by blocks": [f"2_{n:06}_{n % 2:06}-0.parquet" for n in range(3)],
+    "dask": [f"part.{n}.parquet" for n in range(3)],
+    "DuckDB": [f"data_{n}.parquet" for n in range(3)],
+    "DuckDB, by year": [f"year={2020 + n}/data_0.parquet" for n in range(3)],
+    "Spark": [f"part-{n:05}-{UUID}-c000.snappy.parquet" for n in range(3)],
+    "pyarrow": [f"part-{n}.parquet" for n in range(3)],
+    "polars": [f"a=x/b={n}/{n:08}.parquet" for n in range(3)],
+    "numbered": [f"RLAIF-V-Dataset_{n:03}.parquet" for n in range(3)],
+    "chunks": [f"captions_chunk{n}.parquet" for n in range(3)],
+    "hashes": [f"{name}.parquet" for name in ("0f3a91", "1b2c77", "ab12cd")],
+    "BigQuery": [f"{n:012}.parquet" for n in range(3)],
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_files_that_one_writer_numbered_are_one_dataset(writer: str, tmp_path: Path) -> None:
+    for number, name in enumerate(WRITERS[writer]):
+        file = tmp_path / "s" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(parquet(pairs(3 * number, 3)))
+    for name in ("_SUCCESS", "_metadata", "_temporary/0/x.parquet", ".part.0.parquet.crc"):
+        (tmp_path / "s" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "s" / name).write_bytes(b"x")
+    for name in ("__MACOSX/._x.parquet", "._x.parquet", ".ipynb_checkpoints/x.parquet"):
+        (tmp_path / "s" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "s" / name).write_bytes(b"x")
+    bring(tmp_path / "s", tmp_path / "d")
+    assert sorted(sample.text for sample in read(tmp_path / "d").values()) == [f"caption {n}" for n in range(9)]
+
+
+def test_what_ray_data_writes_is_read(tmp_path: Path, ray_session: None) -> None:
+    import ray.data
+
+    for number in range(2):
+        table = pairs(3 * number, 3)
+        ray.data.from_arrow([table.slice(0, 2), table.slice(2)]).write_parquet(str(tmp_path / "s"))
+    assert len(list((tmp_path / "s").iterdir())) > 1
+    bring(tmp_path / "s", tmp_path / "d")
+    assert len(read(tmp_path / "d")) == 6
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "test"),
+        ("coco_2014", "coco_2017"),
+        ("v1", "v2"),
+        ("cifar10", "cifar100"),
+        ("train_0", "test_0"),
+        ("train/part.0", "test/part.0"),
+    ],
+)
+def test_files_of_several_datasets_stay_apart(names: tuple[str, str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / "s" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "s" / f"{name}.parquet").write_bytes(parquet(pairs(0, 3)))
+    with pytest.raises(DataError, match="holds the splits"):
+        bring(tmp_path / "s", tmp_path / "d")
+
+
+def test_files_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    hub(tmp_path / "s", pairs(0, 3))
+    for name in ("more.csv", "more.jsonl", "images.zip", "README.md", "dataset_infos.json", "._x.csv"):
+        (tmp_path / "s" / name).write_text("x")
+    made = bring(tmp_path / "s", tmp_path / "d", max_bad=0)
+    assert made.left_out == {"files of .csv": 1, "files of .jsonl": 1, "files of .zip": 1}
+
+
+def test_a_file_may_be_named_where_it_is_one_of_a_series(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / f"set_{number}.parquet").write_bytes(parquet(pairs(3 * number, 3)))
+    assert bring(tmp_path / "s", tmp_path / "d", split="set_1").rows == 3
+    assert bring(tmp_path / "s", tmp_path / "e").rows == 6
+
+
+COLUMNS: dict[str, pa.Array] = {
+    "a category": pa.array(["a cat", "a dog", "a cat"]).dictionary_encode(),
+    "categories in lists": pa.array([["a cat"], ["a dog"], ["a cat"]], pa.list_(pa.string())),
+    "a list of fixed size": pa.array([["a cat"], ["a dog"], ["a cat"]], pa.list_(pa.string(), 1)),
+    "large text": pa.array(["a cat", "a dog", "a cat"], pa.large_string()),
+}
+
+
+@pytest.mark.parametrize("write", [stream, file_format, parquet])
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_texts_come_in_whatever_layout_their_column_has(
+    kind: str, write: Callable[[pa.Table], bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / ("x.parquet" if write is parquet else "x.arrow")
+    column = COLUMNS[kind]
+    if kind == "categories in lists" and write is not parquet:
+        values = pa.array(["a cat", "a dog", "a cat"]).dictionary_encode()
+        column = pa.ListArray.from_arrays([0, 1, 2, 3], values)
+    path.write_bytes(write(pairs(0, 3).set_column(2, "caption", column)))
+    bring(path, tmp_path / "d")
+    assert [s.text for s in read(tmp_path / "d").values()] == ["a cat", "a dog", "a cat"]
+
+
+def test_images_in_lists_of_fixed_size_and_dictionaries_are_read(tmp_path: Path) -> None:
+    shown = [PICTURES[0], PICTURES[1], PICTURES[0]]
+    columns = {
+        "fixed": pa.array([[{"bytes": p, "path": None}] for p in shown], pa.list_(CELL, 1)),
+        "dictionary": pa.array(shown, pa.binary()).dictionary_encode(),
+    }
+    for name, column in columns.items():
+        (tmp_path / f"{name}.arrow").write_bytes(stream(pairs(0, 3).set_column(1, "image", column)))
+        bring(tmp_path / f"{name}.arrow", tmp_path / name)
+        assert [s.images[0] for s in read(tmp_path / name).values()] == shown
+
+
+@pytest.mark.parametrize("null", ["caption", "image"])
+def test_a_first_file_without_values_tells_no_type(null: str, tmp_path: Path) -> None:
+    talks = [[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]] * 2
+    empty: dict[str, Any] = {"image": pa.nulls(2), "conversations": talks}
+    if null == "caption":
+        empty = {"image": pairs(0, 2)["image"], "caption": pa.nulls(2)}
+    shown = [[{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "A shape."}]]
+    full = {"image": pairs(5, 1)["image"], "conversations": shown}
+    hub(tmp_path / "s", pa.table(empty), pairs(2, 3) if null == "caption" else pa.table(full))
+    bring(tmp_path / "s", tmp_path / "d")
+    assert len(read(tmp_path / "d")) == 3
+    bad = aside(tmp_path / "d")
+    assert list(bad.values()) == ([Reason.EMPTY_TEXT] * 2 if null == "caption" else [])
+
+
 # --- what is broken --------------------------------------------------------------------------------------------------
 
 

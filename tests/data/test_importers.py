@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import tarfile
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bridgework.data.importers import clipart, emoji, folder, formats, llava_json, load
-from bridgework.data.quarantine import Reason, records
+from bridgework.data.importers import (
+    clipart,
+    emoji,
+    folder,
+    formats,
+    llava_json,
+    load,
+    plain,
+    read_image,
+)
+from bridgework.data.quarantine import BadSample, Reason, records
 from bridgework.data.samples import Part, Sample
 from bridgework.data.shards import open_dataset, verify
 from bridgework.data.synthetic import shapes
@@ -118,7 +128,8 @@ BAD_ROWS: dict[str, tuple[Any, Reason]] = {
     "unknown role": ({"id": "k", "conversations": [{"from": "bot", "value": "x"}]}, Reason.BAD_ROW),
     "list role": ({"id": "k", "conversations": [{"from": "human", "value": ["x"]}]}, Reason.BAD_ROW),
     "no answer": ({"id": "k", "conversations": talk("a?")}, Reason.BAD_ROW),
-    "answer first": ({"id": "k", "conversations": talk("a", "b", "c", "d")[1:]}, Reason.BAD_ROW),
+    "answers alone": ({"id": "k", "conversations": talk("a", "b")[1:]}, Reason.BAD_ROW),
+    "two questions": ({"id": "k", "conversations": talk("a?") + talk("b?", "c")}, Reason.BAD_ROW),
     "blank answer": ({"id": "k", "conversations": talk("a?", " ")}, Reason.EMPTY_TEXT),
     "image in answer": ({"id": "k", "image": "a.png", "conversations": talk("?", "<image>")}, Reason.PLACEHOLDERS),
     "no placeholder": ({"id": "k", "image": "a.png", "conversations": talk("?", "!")}, Reason.PLACEHOLDERS),
@@ -263,14 +274,15 @@ def test_a_table_names_images_and_captions(table: str, pictures: Path, tmp_path:
             json.dump(entries, file)
         else:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
-    folder.run(str(pictures), str(tmp_path / "d"), table=table, image="file", text="text", max_bad=1, say=quiet)
+    options: Any = {"table": table, "image": "file", "text": "text", "max_bad": 1}
+    made = folder.run(str(pictures), str(tmp_path / "d"), **options, say=quiet)
+    assert made.left_out == {"captions that their picture has already": 1}
     assert {key: sample.text for key, sample in read(tmp_path / "d").items()} == {
         "a.png": 'a "cat", sitting',
         "a.png#2": "another caption of it",
         "b.JPG": rows[3][1],
     }
     assert list(aside(tmp_path / "d").values()) == [
-        Reason.DUPLICATE_KEY,
         Reason.PLACEHOLDERS,
         Reason.OUTSIDE,
         Reason.MISSING_IMAGE,
@@ -292,6 +304,158 @@ def test_broken_tables_are_errors_or_bad_rows(pictures: Path, tmp_path: Path) ->
     ):
         with pytest.raises(DataError, match=words):
             folder.run(str(source), str(tmp_path / "e"), table=table, say=quiet)
+
+
+NAMES = (
+    "Screenshot 2024-05-01 at 4.42.48\u202fPM.png",
+    "v\u00a013.05.05.png",
+    "12:30 lunch.png",
+    "deep/10:15:00/a.png",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467.png",
+    "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645.png",
+    "\U0001f3f4\U000e0067\U000e0062\U000e007f.png",
+    "\uf022.png",
+    "soft\u00ad.png",
+    "a'b\"c&d;e$f`g.png",
+)
+
+
+@pytest.mark.parametrize("given", ["text files", "table"])
+def test_pictures_come_in_under_any_name_that_a_system_gives(given: str, tmp_path: Path) -> None:
+    for name in NAMES:
+        file = tmp_path / "src" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(PNG)
+        file.with_suffix(".txt").write_text(f"caption of {name}")
+    rows = [{"image": name, "caption": f"caption of {name}"} for name in NAMES]
+    (tmp_path / "src" / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = "t.jsonl" if given == "table" else None
+    folder.run(str(tmp_path / "src"), str(tmp_path / "d"), table=table, say=quiet)
+    found = read(tmp_path / "d")
+    assert {key: s.text for key, s in found.items()} == {n: f"caption of {n}" for n in NAMES}
+
+
+DANGEROUS = (
+    *("../a.png", "a/../../a.png", "/etc/passwd", "..", "a\0.png", "a\n.png", "a\r.png", "a\t.png"),
+    *("a\x1b[31m.png", "a\x7f.png", "a\x85.png", "a\u2028.png", "a\u2029.png", "\u202egnp.a"),
+    *("\u2066a.png", "C:/a.png", "C:\\a.png", "..\\a.png", "\\\\host\\a.png", "a\ud800.png"),
+)
+
+
+@pytest.mark.parametrize("name", DANGEROUS)
+def test_a_name_that_leads_out_or_controls_a_terminal_is_outside(name: str) -> None:
+    assert not plain(name)
+    with pytest.raises(BadSample, match=r"outside: .* is not a plain path inside the image folder"):
+        read_image("/tmp", name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("http://a.org/b.png", "HTTPS://a.org/b.png", "//a.org/b.png", "s3://bucket/b.png"),
+        *("data:image/png;base64,AA", "file:///etc/passwd", " https://a.org/b.png"),
+    ],
+)
+def test_an_address_is_refused_as_one_and_nothing_is_fetched(name: str) -> None:
+    with pytest.raises(BadSample, match="is an address, and nothing is fetched"):
+        read_image("/tmp", name)
+
+
+def test_hidden_files_and_files_of_other_kinds_are_counted_and_no_rows(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    for name in ("cat.png", "photo.jfif", "old.jpe", "UP.PNG"):
+        (src / name).parent.mkdir(exist_ok=True)
+        (src / name).write_bytes(PNG)
+    for name in ("cat.txt", "photo.txt", "old.TXT", "UP.TXT"):
+        (src / name).write_text(f"text of {name}")
+    hidden = ("._cat.png", "._cat.txt", ".DS_Store", "__MACOSX/._cat.png", "__MACOSX/cat.png")
+    more = (".ipynb_checkpoints/cat-checkpoint.png", ".git/x.png", "@eaDir/cat.png")
+    for name in (*hidden, *more):
+        (src / name).parent.mkdir(exist_ok=True)
+        (src / name).write_bytes(b"x")
+    for name in ("a.avif", "b.heic", "c.tiff", "d.TIFF", "film.mov", "notes", "alone.txt"):
+        (src / name).write_bytes(b"x")
+    said = list[str]()
+    made = folder.run(str(src), str(tmp_path / "d"), say=said.append)
+    assert list(read(tmp_path / "d")) == ["UP.PNG", "cat.png", "old.jpe", "photo.jfif"]
+    assert made.left_out == {
+        "files of .avif": 1,
+        "files of .heic": 1,
+        "files of .mov": 1,
+        "files of .tiff": 2,
+        "files without an ending": 1,
+        "hidden files": len(hidden) + len(more),
+        "texts without a file that they describe": 1,
+    }
+    assert all(f"left out: {rows} {what}" in said[-1] for what, rows in made.left_out.items())
+
+
+def test_pictures_in_linked_folders_are_read_inside_and_put_aside_outside(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    for folder_ in (src / "own", tmp_path / "disk" / "deep"):
+        folder_.mkdir(parents=True)
+    for file in ("src/own/a", "disk/b", "disk/deep/c"):
+        (tmp_path / f"{file}.png").write_bytes(PNG)
+        (tmp_path / f"{file}.txt").write_text(file)
+    (src / "inside").symlink_to(src / "own")
+    (src / "coco").symlink_to(tmp_path / "disk")
+    (src / "own" / "up").symlink_to(src)
+    (tmp_path / "disk" / "deep" / "again").symlink_to(tmp_path / "disk")
+    made = folder.run(str(src), str(tmp_path / "d"), max_bad=1, say=quiet)
+    assert list(read(tmp_path / "d")) == ["inside/a.png", "own/a.png"]
+    assert aside(tmp_path / "d") == dict.fromkeys(("coco/b.png", "coco/deep/c.png"), Reason.OUTSIDE)
+    assert made.left_out == {"files without an ending": 3}  # links to folders that are above them
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_name_is_found_in_either_form_of_its_letters(form: str, tmp_path: Path) -> None:
+    src, name = tmp_path / "src", "caf\u00e9/\u00fcber.png"
+    other = "NFD" if form == "NFC" else "NFC"
+    file = src / unicodedata.normalize(form, name)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(PNG)
+    (file.parent / unicodedata.normalize(other, "\u00fcber.txt")).write_text("a cafe")
+    (src / "t.csv").write_text(f"image,caption\n{unicodedata.normalize(other, name)},a cafe\n")
+    for table in (None, "t.csv"):
+        made = folder.run(str(src), str(tmp_path / f"d{table}"), table=table, say=quiet)
+        assert made.rows == 1
+
+
+def test_a_key_that_was_given_never_meets_one_that_was_made(llava: Callable[..., Path], tmp_path: Path) -> None:
+    ids = ["a", "a", "a#2", "a", "row-00000005", None, "b#2", "b", "b", "a#2"]
+    rows = [
+        {"conversations": talk(f"question {n}", "yes")} | ({} if key is None else {"id": key})
+        for n, key in enumerate(ids)
+    ]
+    llava_json.run(str(llava(rows)), str(tmp_path / "d"), say=quiet)
+    found = read(tmp_path / "d")
+    assert len(found) == len(rows)
+    assert [sample.parts[0].text for sample in found.values()] == [f"question {n}" for n in range(len(rows))]
+    assert list(found)[:2] == ["a", "a#2"] and list(found)[4] == "row-00000005"
+
+
+@pytest.mark.parametrize("table", ["t.json", "t.jsonl"])
+def test_a_list_of_captions_gives_a_row_for_each(table: str, pictures: Path, tmp_path: Path) -> None:
+    rows = [
+        {"image": "a.png", "caption": ["one", "two", "one"]},
+        {"image": "b.JPG", "caption": ["three", " "]},
+        {"image": "b.JPG", "caption": ["four", 4]},
+        {"image": "deep/c.webp", "caption": []},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (pictures / table).write_text(json.dumps(rows) if table == "t.json" else lines)
+    made = folder.run(str(pictures), str(tmp_path / "d"), table=table, max_bad=1, say=quiet)
+    assert {key: sample.text for key, sample in read(tmp_path / "d").items()} == {
+        "a.png": "one",
+        "a.png#2": "two",
+        "b.JPG": "three",
+    }
+    assert made.left_out == {"captions that their picture has already": 1}
+    assert aside(tmp_path / "d") == {
+        "b.JPG#2": Reason.EMPTY_TEXT,
+        "b.JPG#3": Reason.BAD_ROW,  # the list holds a number
+        "deep/c.webp": Reason.EMPTY_TEXT,
+    }
 
 
 # --- emoji -----------------------------------------------------------------------------------------------------------

@@ -191,6 +191,72 @@ def test_a_bad_page_is_put_aside_and_a_hostile_one_harms_nothing(made: Import) -
     assert all("root" not in sample.text and "localhost" not in sample.text for sample in found.values())
 
 
+BLANK = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+LAZY = {
+    "data-src": f'<img src="{BLANK}" data-src="a.png">',
+    "no source": '<img data-src="a.png">',
+    "an empty source": '<img src="" data-src="a.png">',
+    "a small placeholder": '<img src="small.png" data-original="a.png">',
+    "a missing placeholder": '<img src="gone.png" data-lazy-src="a.png">',
+    "lazy sizes": f'<img src="{BLANK}" data-srcset="small.png 320w, a.png 640w" data-sizes="auto">',
+    "several": f'<img src="{BLANK}" data-thumb-src="small.png" data-full-src="a.png">',
+    "other data": f'<img src="{BLANK}" data-id="5" data-url="/x/5" data-image="a.png">',
+    "loaded when it was saved": '<img src="a.png" data-src="https://x.org/a.png">',
+    "a list of sizes": '<img srcset="small.png 1x, a.png 2x">',
+    "a source and a list": '<img src="a.png" srcset="https://x.org/b.png 640w">',
+    "a remote source and a list": '<img src="https://x.org/b.png" srcset="a.png 640w, x.png 9w">',
+    "a list with data": f'<img srcset="{BLANK} 1x, a.png 2x">',
+    "a picture": '<picture><source srcset="a.avif"><source srcset="a.png"><img src=""></picture>',
+    "a lazy picture": f'<picture><source data-srcset="a.png 2x"><img src="{BLANK}"></picture>',
+    "a page without scripts": f'<img src="{BLANK}"><noscript><img src="a.png"></noscript>',
+    "before it": f'<noscript><img src="a.png"></noscript><img src="{BLANK}">',
+    "AMP": '<amp-img src="a.png" width="70"></amp-img>',
+}
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_images_that_are_loaded_late_or_for_a_screen_are_found(name: str, made: Import) -> None:
+    found = made.pages(page=f"<article><p>Before.</p>{LAZY[name]}<p>After.</p></article>")
+    assert order(found["page.html"]) == ["Before.", FILES["a.png"], "After."]
+    assert found["page.html"].provenance == {}
+
+
+def test_a_source_that_can_be_used_stays_the_picture(made: Import) -> None:
+    page = 'x<img src="a.png" srcset="b.png 2x"><img src="sub/c.png" data-id="7" data-url="/b.png">'
+    assert order(made.pages(page=page)["page.html"])[1:] == [FILES["a.png"], FILES["sub/c.png"]]
+
+
+def test_an_image_none_of_whose_names_can_be_used_is_dropped_once(made: Import) -> None:
+    page = (
+        f'x<img src="a.png"><img src="{BLANK}" data-src="https://x.org/b.png">'
+        f'<img src="{BLANK}" data-src="gone.png"><img src="{BLANK}">'
+    )
+    found = made.pages(page=page)["page.html"]
+    assert found.provenance == {"dropped.remote": "2", "dropped.missing_image": "1"}
+
+
+def test_no_name_of_an_image_leads_out_of_the_folder(made: Import) -> None:
+    (made.folder.parent / "outside.png").write_bytes(picture())
+    names = ("../outside.png", "/etc/passwd", "..%2foutside.png", "file:///etc/passwd")
+    tags = [f'<img src="{BLANK}" data-src="{name}" srcset="{name} 2x">' for name in names]
+    found = made.pages(page='x<img src="a.png">' + "".join(tags))["page.html"]
+    assert found.images == (FILES["a.png"],)
+    assert found.provenance == {"dropped.outside": "3", "dropped.remote": "1"}
+
+
+def test_pages_that_are_not_read_are_counted(made: Import) -> None:
+    for name in ("a.mhtml", "b.MHT", "c.webarchive", "._page.html", ".ipynb_checkpoints/x.html"):
+        (made.folder / name).parent.mkdir(exist_ok=True)
+        (made.folder / name).write_text("x")
+    made.pages(page='x<img src="a.png">')
+    assert made.manifest.left_out == {
+        "hidden files": 2,
+        "pages of .mht": 1,
+        "pages of .mhtml": 1,
+        "pages of .webarchive": 1,
+    }
+
+
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 

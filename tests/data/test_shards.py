@@ -13,6 +13,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from bridgework.data.manifest import Shard
 from bridgework.data.quarantine import BadSample, Quarantine, Reason
 from bridgework.data.samples import Part, Sample, pair
 from bridgework.data.shards import Dataset, Manifest, Problem, open_dataset, verify, write
@@ -232,6 +233,43 @@ def test_verify_finds_what_was_written_wrong(tmp_path: Path) -> None:
     assert len(found) == 3
     assert "stood already" in found[0] and "'cut'" in found[1] and "not_an_image" in found[2]
     assert len(verify(str(tmp_path / "d"), images=False)) == 1
+
+
+def test_what_a_system_leaves_in_a_folder_is_no_part_of_a_dataset(tmp_path: Path) -> None:
+    dest = tmp_path / "d"
+    (dest / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in (".DS_Store", "._manifest.json", "Thumbs.db", ".ipynb_checkpoints/x.json"):
+        (dest / name).write_bytes(b"x")
+    make(str(dest))
+    assert verify(str(dest)) == [] and len(open_dataset(str(dest))) == ROWS
+    (dest / ".secret").write_bytes(b"x")
+    assert [problem.file for problem in verify(str(dest))] == [".secret"]
+
+
+@pytest.mark.parametrize("name", ["rows", "group_rows", "quarantined", "left_out", "shard rows", "shard bytes"])
+@pytest.mark.parametrize("count", [-1, 1.5, True, None, "3", []], ids=str)
+def test_a_manifest_counts_in_whole_numbers_from_0(name: str, count: Any, tmp_path: Path) -> None:
+    make(str(tmp_path / "d"))
+    fields = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    del fields["digest"]
+    shard = dict(fields["shards"][0])
+    change: dict[str, Any] = {name: count}
+    if name in ("quarantined", "left_out"):
+        change = {name: {"bad_row": count}}
+    elif name.startswith("shard"):
+        change = {"shards": [shard | {name.partition(" ")[2]: count}]}
+    with pytest.raises(DataError, match="a count in the manifest is not an integer, or is below 0"):
+        changed = {**fields, **change}
+        changed["shards"] = tuple(Shard(**entry) for entry in changed["shards"])
+        Manifest(**{**changed, "parents": tuple(changed["parents"])})
+
+
+@pytest.mark.parametrize("name", ["parameters", "quarantined", "left_out"])
+@pytest.mark.parametrize("table", [[], "x", 3, None])
+def test_a_manifests_tables_are_tables(name: str, table: Any) -> None:
+    made: dict[str, Any] = {"source": "x", "licence": "CC0", "made_by": "tests", name: table}
+    with pytest.raises(DataError, match="no table of names"):
+        Manifest(0, 1, (), **made)
 
 
 def test_licences_may_lie_beside_the_shards_and_progress_is_told(dataset: Path) -> None:

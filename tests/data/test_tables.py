@@ -94,11 +94,91 @@ def test_quotes_of_a_tsv_are_those_of_a_whole_field_or_text(pictures: Path) -> N
     assert read(pictures, "t.tsv") == (list(written.values()), [])
 
 
-def test_no_line_of_a_tsv_runs_into_the_next(pictures: Path) -> None:
-    (pictures / "t.tsv").write_text('image\tcaption\na.png\t"two\nlines"\n""\t""\nb.png\ta cat\n')
+def test_no_record_of_a_tsv_runs_into_the_next(pictures: Path) -> None:
+    lines = ['a.png\t"two', "b.png\ta cat", 'a.png\t"three" dogs', '""\t""', "b.png\ta dog"]
+    (pictures / "t.tsv").write_text("\n".join(["image\tcaption", *lines]))
     texts, bad = read(pictures, "t.tsv")
-    assert texts == ['"two', "a cat"]
-    assert [(record.row, record.reason) for record in bad] == [(1, Reason.BAD_ROW), (2, Reason.BAD_ROW)]
+    assert texts == ['"two', "a cat", '"three" dogs', "a dog"]
+    assert [(record.row, record.reason) for record in bad] == [(3, Reason.BAD_ROW)]
+
+
+def test_lines_of_a_tsv_that_may_be_one_row_or_two_are_put_aside_whole(pictures: Path) -> None:
+    lines = ["a cat\ta.png", '"a tab\tand', 'a line"\tb.png', "a dog\tb.png"]
+    (pictures / "t.tsv").write_text("\n".join(["caption\timage", *lines]))
+    texts, (bad,) = read(pictures, "t.tsv")
+    assert texts == ["a cat", "a dog"]
+    assert "two lines may be a row each, or one row with a line break in quotes" in bad.detail
+
+
+WHOLE = (
+    *("two\nlines", "three\n\nlines", 'a "big"\ncat', "a tab\tand one line", "a return\rin it"),
+    *("two\rreturns\rin it", "ends with one\r", "both\r\nkinds", "\rbegins with one"),
+)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("order", [("image", "caption"), ("caption", "image")])
+@pytest.mark.parametrize("table", ["t.csv", "t.tsv"])
+def test_a_caption_with_ends_of_lines_is_whole(table: str, order: tuple[str, str], end: str, pictures: Path) -> None:
+    rows = [{"image": "a.png", "caption": text} for text in (*WHOLE, "a cat")]
+    with (pictures / table).open("w", newline="") as file:
+        mark = "\t" if table == "t.tsv" else ","
+        writer = csv.DictWriter(file, order, delimiter=mark, lineterminator=end)
+        writer.writeheader()
+        writer.writerows(rows)
+    texts, bad = read(pictures, table)
+    as_it_is = [text.strip().replace("\r\n", "\n") for text in (*WHOLE, "a cat")]
+    assert [text.replace("\r\n", "\n") for text in texts] == as_it_is and not bad
+
+
+@pytest.mark.parametrize("order", [("image", "caption"), ("caption", "image")])
+@pytest.mark.parametrize("table", ["t.csv", "t.tsv"])
+def test_a_caption_with_a_bare_carriage_return_is_never_cut(table: str, order: tuple[str, str], pictures: Path) -> None:
+    mark = "\t" if table == "t.tsv" else ","
+    rows = [{"image": "a.png", "caption": f"number {n}" + "\rhalf" * (n % 4 == 0)} for n in range(9)]
+    lines = [mark.join(order), *(mark.join(row[name] for name in order) for row in rows)]
+    (pictures / table).write_bytes("\n".join(lines).encode())
+    assert read(pictures, table) == ([row["caption"] for row in rows], [])
+
+
+@pytest.mark.parametrize("table", ["t.csv", "t.tsv"])
+def test_lines_may_end_with_a_carriage_return_as_on_old_systems(table: str, pictures: Path) -> None:
+    mark = "\t" if table == "t.tsv" else ","
+    lines = [f"image{mark}caption", f"a.png{mark}a cat", f"b.png{mark}a dog"]
+    (pictures / table).write_bytes("\r".join(lines).encode())
+    assert read(pictures, table) == (["a cat", "a dog"], [])
+    (pictures / f"mixed-{table}").write_bytes(("\r".join(lines) + "\r\n" + lines[1]).encode())
+    texts, bad = read(pictures, f"mixed-{table}")
+    assert texts == ["a cat", "a dog"] and not bad  # the last row repeats the first
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_json_lines_may_end_as_on_any_system(end: str, pictures: Path) -> None:
+    rows = [{"image": "a.png", "caption": text} for text in ("a\u2028cat", "a\rdog")]
+    (pictures / "t.jsonl").write_bytes(end.join(map(json.dumps, rows)).encode())
+    assert read(pictures, "t.jsonl") == (["a\u2028cat", "a\rdog"], [])
+
+
+@pytest.mark.parametrize("table", ["t.csv", "t.tsv"])
+def test_two_columns_of_one_name_are_refused_if_one_is_read(table: str, pictures: Path) -> None:
+    mark = "\t" if table == "t.tsv" else ","
+    for head in (("image", "caption", "caption"), ("image", "image", "caption")):
+        name = head[1] if head[1] == head[0] else head[2]
+        (pictures / table).write_text("\n".join(map(mark.join, (head, ("a.png", "x", "y")))))
+        refused(pictures, table, f"{table} has two columns named {name!r}. Fix: rename one")
+    for head in (("image", "caption", "tag", "tag"), ("image", "caption", "", "")):
+        (pictures / f"ok-{head[2]}{table}").write_text("\n".join(map(mark.join, (head, ("a.png", "a cat", "x", "y")))))
+        assert read(pictures, f"ok-{head[2]}{table}") == (["a cat"], [])
+
+
+@pytest.mark.parametrize("table", ["t.json", "t.jsonl"])
+def test_a_row_with_two_fields_of_one_name_is_put_aside(table: str, pictures: Path) -> None:
+    good = '{"image": "a.png", "caption": "a cat"}'
+    rows = [good, '{"image": "b.png", "caption": "first", "caption": "second"}']
+    text = "\n".join(rows) if table == "t.jsonl" else f"[{','.join(rows)}]"
+    (pictures / table).write_text(text)
+    texts, (bad,) = read(pictures, table)
+    assert texts == ["a cat"] and "two fields 'caption'" in bad.detail
 
 
 @pytest.mark.parametrize("table", ["t.csv", "t.tsv", "t.json", "t.jsonl"])

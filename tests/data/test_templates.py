@@ -1,13 +1,14 @@
 """Templates against the strings that LLaVA and the tokenizers themselves write."""
 
 import re
+import threading
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.templates import TEMPLATES, Segment, conversation, prompt, render, stop
+from bridgework.data.templates import TEMPLATES, Segment, chat_text, conversation, prompt, render, stop
 from bridgework.data.tokens import load_tokenizer
 from bridgework.errors import SpecError
 
@@ -214,3 +215,31 @@ def test_images_come_first_where_a_model_was_trained_so(template: str, expected:
     for choice in range(2):  # which puts a LLaVA prompt behind its image, and before it
         parts = conversation(pair("k", b"", "A cat."), ("Describe it.",), choice)
         assert text(render(parts, template, load_tokenizer("bytes"))) == expected
+
+
+HANGING = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+}
+
+
+@pytest.mark.parametrize("name", HANGING)
+def test_a_chat_template_that_never_ends_is_stopped(name: str) -> None:
+    tokenizer, before = tokenizer_with(HANGING[name]), set(threading.enumerate())
+    with pytest.raises(SpecError, match=r"runs for more than 0.2 s.*another tokenizer"):
+        chat_text(tokenizer, MESSAGES, ask=True, limit_s=0.2)
+    for left in set(threading.enumerate()) - before:
+        left.join(30)
+        assert not left.is_alive()  # nothing runs on in the background
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("{{ 1 // 0 }}", "{{ messages['x'].y.z }}", "{{ raise_exception('no') }}"),
+        "{% for a in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}",
+    ],
+)
+def test_a_chat_template_that_fails_is_a_bad_sample(template: str) -> None:
+    with pytest.raises(BadSample, match="the chat template refuses the turns user, assistant"):
+        render(TALK, "chat", tokenizer_with(template))

@@ -4,15 +4,16 @@ import io
 import pickle
 import struct
 import zlib
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
+from bridgework.data.metadata import without_metadata
 from bridgework.data.quarantine import BadSample, Reason
-from bridgework.data.transforms import decode, read_square, to_square
+from bridgework.data.transforms import decode, read_square, size_of, to_square
 from bridgework.system import Pixels
 
 
@@ -184,3 +185,98 @@ def test_scaled_jpeg_decoding_stays_close_to_the_full_one() -> None:
 def test_a_bad_sample_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(BadSample(Reason.CORRUPT, "cut")))
     assert isinstance(error, BadSample) and (error.reason, error.detail) == (Reason.CORRUPT, "cut")
+
+
+# --- metadata --------------------------------------------------------------------------------------------------------
+
+NOISE = np.random.default_rng(0)
+XMP = b"<x:xmpmeta>" + b"<rdf:li>layer history entry</rdf:li>" * 60_000  # 2 MB, packed 6 kB
+RANDOM = NOISE.bytes(65_000)
+SEGMENTS = 320  # of 65 kB: 20 MB
+
+
+def shot(kind: str, **how: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.arange(64 * 96 * 3, dtype=np.uint8).reshape(64, 96, 3)).save(file, kind, **how)
+    return file.getvalue()
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def segments(marker: int, head: bytes = b"", count: int = SEGMENTS) -> bytes:
+    body = head + RANDOM
+    return (b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body) * count
+
+
+def blocks(data: bytes) -> bytes:
+    cut = (data[at : at + 255] for at in range(0, len(data), 255))
+    return b"".join(bytes([len(piece)]) + piece for piece in cut) + b"\0"
+
+
+PNG_TEXTS: dict[str, bytes] = {
+    "history": chunk(b"zTXt", b"XML:com.adobe.xmp\0\0" + zlib.compress(XMP)),
+    "international": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP)),
+    "plain": chunk(b"tEXt", b"Comment\0" + XMP * 10),
+    "a profile": chunk(b"iCCP", b"CMYK\0\0" + zlib.compress(NOISE.bytes(2_500_000))),
+    "many": chunk(b"zTXt", b"XML\0\0" + zlib.compress(bytes(900_000))) * 60,
+    "not a text": chunk(b"caBX", bytes(20_000_000)),
+}
+
+
+@pytest.mark.parametrize("name", PNG_TEXTS)
+@pytest.mark.parametrize("where", ["before the pixels", "after them"])
+def test_metadata_of_a_png_changes_no_pixel(name: str, where: str) -> None:
+    whole, at = shot("PNG"), 33 if where == "before the pixels" else -12
+    data = whole[:at] + PNG_TEXTS[name] + whole[at:]
+    assert decode(data).tobytes() == decode(whole).tobytes()
+    assert size_of(data) == (96, 64)
+
+
+JPEG_SEGMENTS: dict[str, bytes] = {
+    "extended XMP": segments(0xE1, b"http://ns.adobe.com/xmp/extension/\0"),
+    "a profile": segments(0xE2, b"ICC_PROFILE\0\1\2"),
+    "Photoshop": segments(0xED, b"Photoshop 3.0\0"),
+    "comments": segments(0xFE),
+    "a depth map": segments(0xE5),
+}
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("name", JPEG_SEGMENTS)
+def test_metadata_of_a_jpeg_changes_no_pixel(name: str, progressive: bool) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for how in ({}, {"exif": exif}):
+        whole = shot("JPEG", progressive=progressive, **how)
+        for at in (2, whole.index(b"\xff\xdb")):
+            data = whole[:at] + JPEG_SEGMENTS[name] + whole[at:]
+            assert decode(data).tobytes() == decode(whole).tobytes()
+            assert size_of(data) == size_of(whole)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_film_after_a_jpeg_is_no_part_of_it(progressive: bool) -> None:
+    whole = shot("JPEG", progressive=progressive)
+    film = (b"\xff\xda" + RANDOM) * 300
+    assert decode(whole + film).tobytes() == decode(whole).tobytes()
+
+
+@pytest.mark.parametrize("kind", [b"!\xfe", b"!\xff\x0bXMP DataXMP"])
+def test_metadata_of_a_gif_changes_no_pixel(kind: bytes) -> None:
+    whole = shot("GIF")
+    at = 13 + (3 << (whole[10] & 7) + 1)
+    data = whole[:at] + kind + blocks(RANDOM * 50) + whole[at:]
+    assert decode(data).tobytes() == decode(whole).tobytes()
+
+
+def test_a_little_metadata_stays_where_it_is() -> None:
+    text = chunk(b"zTXt", b"XML\0\0" + zlib.compress(XMP[:500_000]))
+    for whole, at, more in (
+        (shot("PNG"), 33, text),
+        (shot("JPEG"), 2, segments(0xED, count=3)),
+        (shot("GIF"), 13, b""),
+    ):
+        data = whole[:at] + more + whole[at:]
+        assert without_metadata(data) is data

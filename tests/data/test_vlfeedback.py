@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bridgework.data.importers import vlfeedback
@@ -77,3 +79,53 @@ def test_bad_rows_are_put_aside_with_their_reason(tmp_path: Path, row: Any, reas
     good = question("good", answer("a", 3, 3, 3), answer("b", 1, 1, 1))
     assert set(read(tmp_path, [good, row], max_bad=1)) == {"good"}
     assert [record.reason for record in records(f"{tmp_path}/kept.quarantine")] == [reason]
+
+
+def test_the_picture_is_found_where_the_published_rows_have_it(tmp_path: Path) -> None:
+    rated = [answer("best", 5, 5, 5), answer("worst", 1, 1, 1)]
+    rows = [
+        {"id": "path", "prompt": "What?", "completions": rated, "img_path": "a.png"},
+        {"id": "null", "prompt": "What?", "completions": rated, "image": None, "img_path": "a.png"},
+        {"id": "list", "prompt": "What?", "completions": rated, "image": [], "images": ["a.png"]},
+        {"id": "text", "prompt": "What?", "completions": rated},
+        {"id": "gone", "prompt": "What?", "completions": rated, "image_id": 4},
+    ]
+    found = read(tmp_path, rows, max_bad=1)
+    assert {key: len(s.images) for key, s in found.items()} == {
+        "path": 1,
+        "null": 1,
+        "list": 1,
+        "text": 0,
+    }
+
+
+def test_every_question_of_one_id_has_a_key(tmp_path: Path) -> None:
+    rated = [answer("best", 5, 5, 5), answer("worst", 1, 1, 1)]
+    keys = ["llava-1", "llava-1", 0, "", None, "llava-1", 7.5]
+    rows = [question("x", *rated) | {"id": key, "prompt": f"{n}?"} for n, key in enumerate(keys)]
+    assert list(read(tmp_path, rows)) == [
+        *("llava-1", "llava-1#2", "0", "row-00000003", "row-00000004", "llava-1#3"),
+        "row-00000006",
+    ]
+
+
+@pytest.mark.parametrize("form", ["list of objects", "object of lists"])
+def test_parquet_is_read_in_both_forms_of_its_answers(form: str, tmp_path: Path) -> None:
+    answers = [answer("best", 5, 5, 5), answer("no", "N/A", 5, 5), answer("worst", 1, 1, 1)]
+    given: Any = answers
+    if form == "object of lists":
+        notes = {
+            aspect: {"Rating": [a["annotations"][aspect]["Rating"] for a in answers]} for aspect in vlfeedback.ASPECTS
+        }
+        given = {"annotations": notes, "response": [a["response"] for a in answers]}
+    table = {
+        "id": ["a"],
+        "prompt": ["What is it?"],
+        "completions": [given],
+        "image": [{"bytes": PNG, "path": "a.png"}],
+    }
+    pq.write_table(pa.table(table), tmp_path / "train.parquet")
+    dest = str(tmp_path / "made")
+    vlfeedback.run(str(tmp_path / "train.parquet"), dest, say=lambda _: None)
+    (sample,) = open_dataset(dest).samples()
+    assert (sample.parts[-1].text, sample.rejected, sample.images) == ("best", "worst", (PNG,))

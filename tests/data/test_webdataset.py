@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 import tracemalloc
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,50 @@ def test_a_sample_without_one_image_and_a_text_is_put_aside(tmp_path: Path) -> N
     assert aside(tmp_path / "d") == {key: reason for key, (reason, _) in bad.items()}
     assert list(read(tmp_path / "d")) == ["0000"]
     assert manifest.rows + sum(manifest.quarantined.values()) == 1 + len(bad)
+
+
+def test_a_list_of_captions_is_one_row_of_several_texts(tmp_path: Path) -> None:
+    entry = {"caption": ["a cat", "a pet", "a cat"], "id": 4}
+    blank = {"caption": ["a cat", " "]}
+    members = [("0.png", PNG), ("0.json", json.dumps(entry).encode())]
+    members += [("1.png", PNG), ("1.json", json.dumps(blank).encode())]
+    (tmp_path / "a.tar").write_bytes(tar(*members))
+    bring(tmp_path / "a.tar", tmp_path / "d")
+    found = read(tmp_path / "d")
+    assert [part.text for part in found["0"].parts] == [None, "a cat", "a pet"]
+    assert found["0"].provenance == {"id": "4", "dropped.captions": "1"}
+    assert aside(tmp_path / "d") == {"1": Reason.EMPTY_TEXT}
+
+
+def test_names_of_any_system_are_keys_and_jpegs_have_all_their_endings(tmp_path: Path) -> None:
+    names = ("at 4\u202fPM", "12:30 x", "v\u00a01", "\U0001f468\u200d\U0001f469")
+    members = [(f"{n}.{e}", d) for n in names for e, d in (("jfif", PNG), ("txt", b"a cat"))]
+    members += [(unicodedata.normalize("NFD", "caf\u00e9.jpe"), PNG), ("caf\u00e9.txt", b"a cafe")]
+    (tmp_path / "a.tar").write_bytes(tar(*members, form=tarfile.PAX_FORMAT))
+    bring(tmp_path / "a.tar", tmp_path / "d")
+    assert [unicodedata.normalize("NFC", key) for key in read(tmp_path / "d")] == [
+        *names,
+        "caf\u00e9",
+    ]
+    assert aside(tmp_path / "d") == {}
+
+
+def test_tars_of_a_folder_that_are_hidden_or_compressed_are_no_rows(tmp_path: Path) -> None:
+    source, said = tmp_path / "s", list[str]()
+    for name in ("a.tar", "._a.tar", "__MACOSX/._a.tar", ".x/b.tar", "b.tar.gz", "c.tgz"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(tar(*samples(0, 2)) if name == "a.tar" else b"x")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "d.tar").write_bytes(tar(*samples(2, 2)))
+    (source / "linked").symlink_to(tmp_path / "disk")
+    made = bring(source, tmp_path / "d", max_bad=0.005, say=said.append)
+    assert len(read(tmp_path / "d")) == 4
+    assert made.left_out == {"compressed tars, which must be unpacked": 2}
+    assert "left out: 2 compressed tars" in said[-1]
+    (source / "a.tar").unlink()
+    (source / "linked").unlink()
+    with pytest.raises(DataError, match="there are 2 compressed tars, which must be unpacked"):
+        bring(source, tmp_path / "e")
 
 
 def test_pickles_and_other_members_are_never_read_and_counted(tmp_path: Path) -> None:

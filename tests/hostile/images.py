@@ -91,11 +91,11 @@ def segments(count: int, body: bytes) -> bytes:
     return data[:2] + (b"\xff\xe1" + struct.pack(">H", 2 + len(body)) + body) * count + data[2:]
 
 
-def scans(count: int) -> bytes:
+def scans(count: int, before: bytes = b"") -> bytes:
     """A progressive JPEG that refines its last coefficients over and over, with a few hundred bytes each time."""
     data = saved(Image.new("L", (200, 200), 128), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xc4")  # the table of the last scan, and the scan
-    return data[:-2] + data[last:-2] * count + data[-2:]
+    return data[:-2] + (before + data[last:-2]) * count + data[-2:]
 
 
 def exif(*entry: int, count: int = 1, after: int = 0) -> bytes:
@@ -162,6 +162,8 @@ REFUSED: Mapping[str, tuple[File, Reason]] = {
     "PNG of countless chunks at its end": (lambda: small_png(after=chunk(b"prVt", b"") * 200_000), CORRUPT),
     "JPEG of countless segments": (lambda: segments(200_000, b"Exif\0\0" + bytes(10)), CORRUPT),
     "JPEG of countless scans": (lambda: scans(500), CORRUPT),
+    "JPEG of countless scans after a mark without a length": (lambda: scans(500, b"\xff\x01\x7f\xff"), CORRUPT),
+    "JPEG of countless scans after an end in a comment": (lambda: scans(500, b"\xff\xfe\0\4\xff\xd9"), CORRUPT),
     "BMP by run lengths": (lambda: run_lengths(17_000, 10_000), CORRUPT),
     "HTML": (lambda: b"<!DOCTYPE html><html>404 Not Found</html>", FOREIGN),
     "SVG": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", FOREIGN),

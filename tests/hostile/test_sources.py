@@ -36,7 +36,7 @@ class Place:
         return self.root / f"out{self.tries}"
 
     def run(self, name: str, source: Path | str, **options: Any) -> int:
-        """Rows out and rows put aside, which are all sound and all on record; or DataError, in one line."""
+        """Rows out, quarantined and repeated, which are all sound and all on record; or DataError."""
         self.tries += 1
         dest, before = self.dest, self._files()
         aside = f"{dest.name}.quarantine"
@@ -52,7 +52,8 @@ class Place:
         assert sum(manifest.quarantined.values()) == len(bad)
         assert all(len(record.detail) <= 1_000 for record in bad)
         assert not any(self.secret in sample.images for sample in self.rows())
-        return manifest.rows + len(bad)
+        repeated = manifest.left_out.get("captions that their picture has already", 0)
+        return manifest.rows + len(bad) + repeated
 
     def rows(self) -> list[Sample]:
         """Of the last try."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bridgework.errors import ResourceError, RunError
+from bridgework.errors import ResourceError, RunError, SpecError
 from bridgework.spec import override, to_dict
 from bridgework.system import fingerprint
 from bridgework.training import run_folder
@@ -33,6 +33,26 @@ def test_two_processes_on_one_run_are_refused(tmp_path: Path) -> None:
         other.kill()  # which frees the lock
     with run_folder.locked(tmp_path / "monday"):
         pass
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        *("a\nb", "a\rb", "a\0b", "\x1b[31m", "a\tb", "a\u2028b", "\u202eb", "\ud800", "x" * 300, "", " "),
+        *("é" * 150, f"a/{'x' * 241}", "a/\n/b", "../up", "/abs", "..", "a/../../b"),
+    ],
+)
+def test_a_run_is_named_by_a_line_that_can_be_a_folder(run: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"^a run's name ") as caught:
+        run_folder.place(tmp_path, run)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "run", ["monday", "mine/align", "été 2026", "模型-1", "a.b_c@d#2", "x" * 240, "10:30 run", "v\u00a01"]
+)
+def test_a_run_may_have_any_other_name(run: str, tmp_path: Path) -> None:
+    assert run_folder.place(tmp_path, run) == tmp_path / "runs" / run
 
 
 def test_the_same_recipe_is_taken_and_another_is_refused_by_its_paths(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ class LocalLM:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from bridgework.data.templates import chat_text
         from bridgework.data.tokens import load_tokenizer
         from bridgework.models import pretrained
 
@@ -161,9 +162,8 @@ class LocalLM:
         drawn: Any = {"do_sample": True, "temperature": self._temperature} if self._temperature else {}
 
         def answer(messages: Sequence[Message], seed: int) -> str:
-            asked: Any = tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            text = chat_text(tokenizer, messages, ask=True)
+            asked: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt")
             with torch.random.fork_rng(), torch.inference_mode():
                 torch.manual_seed(seed)
                 ids_1T = model.generate(

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from bridgework.curation.flow import Fact, Judge, Model, Rows, Verdict, bad
 from bridgework.curation.rank import near
+from bridgework.curation.words import is_joined
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample
 from bridgework.errors import SpecError
@@ -126,14 +127,20 @@ class Unit:
     def between(self, first: int, last: int) -> Part | None:
         """The tokens from `first` up to `last`; None for an image that is not whole and for a text of no character.
 
-        A character of several tokens that the window cuts is left out.
+        A character of several tokens that the window cuts is left out, and so are letters that are
+        drawn as one, such as a joined emoji.
         """
         if self.part.image is not None:
             return self.part if (first, last) == (0, self.size) else None
         text, edges = self.part.text or "", [*self.starts, len(self.part.text or "")]
         if first and edges[first] == edges[first - 1]:
             first = bisect_right(self.starts, edges[first])
-        text = text[edges[first] if first else 0 : edges[last]]
+        begin, end = edges[first] if first else 0, edges[last]
+        while is_joined(text, begin):
+            begin += 1
+        while is_joined(text, end):
+            end -= 1
+        text = text[begin:end]
         return Part(self.part.role, text=text) if text else None
 
 

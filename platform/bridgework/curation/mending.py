@@ -18,9 +18,14 @@ _SCAFFOLD = re.compile(
     r"|<\|[^|<>]{1,40}\|>|</?s>|<unk>|<pad>",
     re.IGNORECASE,
 )
-_MARKS = re.compile(
-    r"([^\w\s])\1{3,}|[\u25a0-\u25ff\ufffd\ufffc]+"
-)  # more than three of one mark, and boxes for glyphs
+_MARKS = re.compile(  # more than three of one mark, and boxes for glyphs that are no emoji
+    r"([^\w\s\u200d\ufe0f])\1{3,}|(?:[\u25a0-\u25fc\u25ff\ufffd\ufffc](?![\ufe0f\u200d]))+"
+)
+_JOINED = re.compile(  # invisible letters that are part of the letters around them
+    r"(?<=[\w\u0900-\u0dff\ufe0f\u20e3\u2190-\u2bff\U0001f000-\U0001faff\U000e0061-\U000e007f])"
+    r"\u200d(?=[\w\u2190-\u2bff\U0001f000-\U0001faff])"
+    r"|(?<=\w)\u200c(?=\w)|(?<=\U0001f3f4)[\U000e0020-\U000e007e]+\U000e007f"
+)
 # with white space between, and no digits: 1,000,000 is a number, and "20 20" may be what a sign says
 _REPEATED = re.compile(r"\b([^\W\d]++(?:[^\w.!?]++[^\W\d]++){0,5}?)(?:(?:\s?,)?\s++\1\b)+", re.IGNORECASE)
 _ENDS = re.compile(  # the second kind: Chinese and Japanese put no space there
@@ -56,7 +61,7 @@ def wrong(text: str, min_words: int) -> str | None:
 
 
 def _once(text: str) -> str:
-    text = "".join(c for c in unicodedata.normalize("NFC", text) if c.isspace() or unicodedata.category(c)[0] != "C")
+    text = _visible(unicodedata.normalize("NFC", text))
     text = " ".join(_MARKS.sub(" ", _SCAFFOLD.sub(" ", text)).split())
     kept: dict[str, str] = {}
     for sentence in _ENDS.split(text):
@@ -65,6 +70,16 @@ def _once(text: str) -> str:
         if len(words) > 1 and _WHOLE.search(sentence) and not _LEFT_OVER.search(sentence) and _english(sentence):
             kept.setdefault(" ".join(words), sentence)
     return " ".join(kept.values())
+
+
+def _visible(text: str) -> str:
+    """The text without control letters and the like, but for those that join emoji and letters."""
+    joined = {at for found in _JOINED.finditer(text) for at in range(*found.span())}
+    return "".join(
+        letter
+        for at, letter in enumerate(text)
+        if letter.isspace() or unicodedata.category(letter)[0] != "C" or at in joined
+    )
 
 
 def _english(sentence: str) -> bool:

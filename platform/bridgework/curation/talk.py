@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from bridgework.curation.words import length, without_emoji
 from bridgework.errors import DataError
 
 Turn = tuple[str, str]  # a question and its answer
@@ -23,12 +24,35 @@ KINDS = {
 }
 QUESTION_WORDS = 60
 
-_SPEAKER = re.compile(r"^[\s*#]*(question|answer)(?:\s+\d+)?[\s*]*:[\s*]*", re.IGNORECASE | re.MULTILINE)
-_ENDING = re.compile(r"[.!?\u2026][\"'\u201d\u2019)*]*$")
+_QUESTION = (  # how a line begins that asks, in the languages that writers answer in most
+    "question|pregunta|pergunta|frage|вопрос|السؤال|سؤال|प्रश्न|सवाल|问题|問題|问|問|質問|질문"
+)
+_ANSWER = (
+    "answer|respuesta|resposta|réponse|antwort|ответ|الإجابة|إجابة|الجواب|جواب|उत्तर|जवाब|答案|回答|答え|答|답변|답"
+)
+_SPEAKER = re.compile(
+    rf"^[\s*#]*(?:({_QUESTION})|({_ANSWER}))(?:\s*\d+)?[\s*]*[:\uff1a][\s*]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+_STOPS = (  # that end a sentence, by script
+    ".!?\u2026\u203c\u2047\u2048\u2049\u203d"  # Latin, Cyrillic, Greek, Hebrew, Korean
+    "\u3002\uff01\uff1f\uff0e\uff61\ufe52\u22ef"  # Chinese and Japanese
+    "\u0964\u0965\u061f\u06d4\u061e\u0700\u0701\u0702"  # of India; Arabic, Urdu, Syriac
+    "\u0589\u055c\u055e\u1362\u1367\u1368\u104a\u104b\u17d4\u17d5\u17d6\u0f0d\u0f0e\u0f14"  # Armenian to Tibetan
+    "\u1803\u1809\u1c7e\u1c7f\ua4ff\ua9c8\ua9c9\uaa5d\uaa5e\uaa5f\uabeb"  # Mongolian to Meitei
+)
+_CLOSING = "\"')*_\\]}\u201d\u2019\u00bb\u203a\u300b\u300d\u300f\u3009\u3011\uff09\uff3d\u300f\u301f\ufe42\ufe44"
+_ENDING = re.compile(
+    rf"(?:[{_STOPS}]|[\u0e00-\u0eff])[\s{_CLOSING}]*$"  # Thai and Lao have no full stop
+)
 _TELLS = re.compile(  # that it was written from a text: the picture is all that a reader knows of
-    r"\bcaptions?\b|\b(?:given|provided|above) (?:text|descriptions?|information|context|sentences?)\b"
-    r"|\b(?:the|these|your|this) (?:sentences|descriptions?|text) (?:say|says|mentions?|states?|describes?|provided)\b"
-    r"|\bbounding box|\bcoordinates?\b|<image>|[\[(]\s*[01]?\.\d+\s*,",
+    r"\b(?:given|provided|above) (?:captions?|text|descriptions?|information|context|sentences?)\b"
+    r"|\b(?:according to|based on) (?:the|these|this|your|all|both) (?:\w+ )?(?:captions?|descriptions?|sentences)\b"
+    r"|\b(?:from|in) (?:the|these|your|all|both) (?:\w+ )?captions\b|\bcaptions? (?:above|given|provided)\b"
+    r"|\b(?:the|these|this|your|one|each|both|all|no) (?:\w+ )?"
+    r"(?:captions?|sentences|descriptions?) (?:say|says|said|tells?|mentions?|states?|describes?|provided|suggests?)\b"
+    r"|\b(?:the|this|your) text (?:describes|provided)\b"
+    r"|\bbounding box|\b(?:box|the|given|provided) coordinates?\b|<image>|[\[(]\s*[01]?\.\d+\s*,",
     re.IGNORECASE,
 )
 
@@ -44,18 +68,18 @@ def read(raw: str, kind: str) -> list[Turn]:
     for question, answer in turns:
         if _TELLS.search(question) or _TELLS.search(answer):
             raise DataError("it tells on its source")
-        if len(question.split()) > QUESTION_WORDS or not wanted.words[0] <= len(answer.split()) <= wanted.words[1]:
+        if length(question) > QUESTION_WORDS or not wanted.words[0] <= length(answer) <= wanted.words[1]:
             raise DataError("too short or too long")
     if _SPEAKER.search(turns[-1][1]):
         raise DataError("questions and answers do not alternate")
-    if not _ENDING.search(turns[-1][1]):
+    if not _ENDING.search(without_emoji(turns[-1][1])):
         raise DataError("it breaks off")
     return turns
 
 
 def _turns(raw: str) -> list[Turn]:
     before, *said = _SPEAKER.split(raw)
-    speakers, texts = [word.lower() for word in said[::2]], [text.strip() for text in said[1::2]]
-    if before.strip() or not said or speakers != ["question", "answer"] * (len(speakers) // 2) or not all(texts):
+    asks, texts = [word is not None for word in said[::3]], [text.strip() for text in said[2::3]]
+    if before.strip() or not said or asks != [True, False] * (len(asks) // 2) or not all(texts):
         raise DataError("questions and answers do not alternate")
     return list(zip(texts[::2], texts[1::2], strict=True))

@@ -21,6 +21,10 @@ _MARK, _LETTER = f"[{_marks()}]", rf"[^\W_{_SIGNS}{_MARKED}]"
 _WORD = re.compile(
     rf"{_LETTER}+(?:{_MARK}+{_LETTER}*|[\u200c\u200d]+{_LETTER}+)*|[{_SIGNS}]|(?=[{_MARKED}])[^\W_]{_MARK}*"
 )
+_SIGN, _MARKED_SIGN = re.compile(f"[{_SIGNS}]"), re.compile(rf"(?=[{_MARKED}])[^\W_]")
+_JOINING = "\u200d\ufe0e\ufe0f\u20e3"  # emoji into one, and how they are drawn
+_TONES = re.compile("[\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")  # of skin; and tags of a flag
+_FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
 _ASCII = re.compile(r"[a-z0-9]+")  # three times as fast, for most captions
 
 
@@ -29,3 +33,40 @@ def words(text: str) -> list[str]:
     if text.isascii():
         return _ASCII.findall(text.lower())
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def length(text: str) -> int:
+    """The length of a text in words: what blanks separate, and in scripts without blanks about as much.
+
+    Two signs of Chinese or Japanese count as a word, and four letters of Thai, Lao, Burmese or Khmer.
+    """
+    return sum(max(1, round(_weight(piece))) for piece in text.split())
+
+
+def _weight(piece: str) -> float:
+    return 0.0 if piece.isascii() else len(_SIGN.findall(piece)) / 2 + len(_MARKED_SIGN.findall(piece)) / 4
+
+
+def without_emoji(text: str) -> str:
+    """The text without emoji, and what joins them, after its last word or mark."""
+    end = len(text)
+    while end and (text[end - 1].isspace() or _is_emoji(text[end - 1])):
+        end -= 1
+    return text[:end]
+
+
+def is_joined(text: str, at: int) -> bool:
+    """True if the letter at `at` is drawn as one with the one before it: an accent, a joined emoji."""
+    if not 0 < at < len(text):
+        return False
+    before, letter = text[at - 1], text[at]
+    if unicodedata.category(letter) in ("Mn", "Mc", "Me") or letter in _JOINING or _TONES.match(letter):
+        return True
+    if letter in _FLAG_LETTERS:  # the letters of flags are read in twos
+        run = len(text[:at]) - len(text[:at].rstrip(_FLAG_LETTERS))
+        return run % 2 == 1
+    return before == "\u200d" and unicodedata.category(letter) == "So"
+
+
+def _is_emoji(letter: str) -> bool:
+    return unicodedata.category(letter) in ("So", "Sk") or letter in _JOINING

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from bridgework.data.names import check_place
 from bridgework.data.shards import read_manifest, write
 from bridgework.data.synthetic import ROWS, SIZE, preferences, shapes
 from bridgework.errors import DataError, SpecError, suggest
@@ -40,9 +41,13 @@ def resolve(dataset: str, home: Path) -> str:
 
 
 def destination(dest: str, home: Path) -> str:
-    """Where a dataset is written: a bare name stands under <home>/datasets. Raises SpecError for no name at all."""
+    """The folder that a dataset is written to: a bare name is under <home>/datasets.
+
+    Raises SpecError for no name at all, and DataError for one that no folder can have.
+    """
     if not dest.strip():
         raise SpecError("the dataset's name is empty; give a name, a folder or a URL")
+    check_place(dest)
     return str(home / "datasets" / dest) if _is_name(dest) else dest
 
 

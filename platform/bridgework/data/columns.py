@@ -1,6 +1,8 @@
 """Some columns of an Arrow or Parquet file, a batch at a time: read forward, wherever it lies, never all in memory."""
 
+import struct
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -8,6 +10,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from bridgework.data.quarantine import BadSample, Reason
+from bridgework.data.transforms import MAX_BYTES
+from bridgework.data.unpacking import check_group, check_messages, unpacked_bytes
 from bridgework.stores import find_store
 
 BATCH_ROWS = 64  # of Parquet; Arrow's batches are as they were written
@@ -15,6 +19,26 @@ BUFFER_BYTES = 1 << 20
 
 _PARQUET, _ARROW_FILE = b"PAR1", b"ARROW1"
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # what every writer puts behind the last batch of a stream
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """True if a cell of this type is a list, in any layout."""
+    return any(
+        is_kind(kind)
+        for is_kind in (
+            pa.types.is_list,
+            pa.types.is_large_list,
+            pa.types.is_fixed_size_list,
+            pa.types.is_list_view,
+            pa.types.is_large_list_view,
+        )
+    )
+
+
+def value_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the values of a list or a dictionary; of a dictionary in a list, its values'."""
+    found = kind.value_type
+    return value_type(found) if pa.types.is_dictionary(found) else found
 
 
 class Columns:
@@ -56,13 +80,16 @@ class Columns:
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if start + rows > first:
-                at = start
-                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(names), use_threads=False):
+                doubtful = check_group(file.metadata, group, self.size, self._read, names)
+                reader, at = self._open_parquet(doubtful) if doubtful else file, start
+                how = {"row_groups": [group], "columns": list(names), "use_threads": False}
+                for batch in reader.iter_batches(BATCH_ROWS, **how):
                     yield at, batch
                     at += len(batch)
             start += rows
 
     def _arrow_batches(self, names: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        self._check_messages()
         reader, start = self._open_arrow(), 0
         if isinstance(reader, pa.RecordBatchFileReader):
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
@@ -74,8 +101,15 @@ class Columns:
             yield start, chosen
             start += len(batch)
 
-    def _open_parquet(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self._open(), buffer_size=BUFFER_BYTES, pre_buffer=False)
+    def _check_messages(self) -> None:
+        """Refuse messages that unpack to too much. What cannot be read here fails later, with an error."""
+        with suppress(pa.ArrowException, OSError, struct.error), self._open() as file:
+            file.seek(len(_ARROW_FILE) + 2 if self._is_arrow_file() else 0)
+            check_messages(file)
+
+    def _open_parquet(self, doubtful: Sequence[str] = ()) -> pq.ParquetFile:
+        how = {"buffer_size": BUFFER_BYTES, "pre_buffer": False, "read_dictionary": list(doubtful)}
+        return pq.ParquetFile(self._open(), **how)
 
     def _open_arrow(self) -> pa.RecordBatchStreamReader | pa.RecordBatchFileReader:
         return pa.ipc.open_file(self._open()) if self._is_arrow_file() else pa.ipc.open_stream(self._open())
@@ -87,6 +121,9 @@ class Columns:
 
     def _is_arrow_file(self) -> bool:
         return bool(self._fs.cat_file(self._root, 0, len(_ARROW_FILE)) == _ARROW_FILE)
+
+    def _read(self, begin: int, end: int) -> bytes:
+        return bytes(self._fs.cat_file(self._root, begin, min(end, self.size)))
 
     def _tail(self) -> bytes:
         return bytes(self._fs.cat_file(self._root, max(0, self.size - len(_ARROW_END)), self.size))
@@ -110,7 +147,7 @@ def _decode_names(fields: Iterable[pa.Field]) -> None:
         str(field.name)
         if pa.types.is_struct(field.type):
             _decode_names(field.type)
-        elif pa.types.is_list(field.type) or pa.types.is_large_list(field.type):
+        elif is_list(field.type):
             _decode_names([field.type.value_field])
 
 
@@ -130,8 +167,11 @@ class Cursor:
             self._next()
         while number >= self._start + len(self._batch):
             self._next()
+        one = self._batch.slice(number - self._start, 1)
+        if (size := sum(map(unpacked_bytes, one.columns))) > MAX_BYTES:
+            raise BadSample(Reason.TOO_MANY_BYTES, f"the row has {size} bytes; at most {MAX_BYTES} are read")
         try:
-            row: dict[str, object] = self._batch.slice(number - self._start, 1).to_pylist()[0]
+            row: dict[str, object] = one.to_pylist()[0]
         except UnicodeDecodeError as error:
             raise BadSample(Reason.BAD_ROW, f"a text of it is not UTF-8: {error}") from None
         return row

@@ -1,11 +1,13 @@
-"""How the rows of a source are dealt to the lanes: the x-th row that a lane takes of a source, for any x, at once.
+"""Map (source, stream, index) to a row of the dataset, for any index, in O(1).
 
-All draws of a source have a number: the x-th of lane v is g = x V + (V - 1 - v), the order in which lanes come to have
-x + 1 rows (`mixing.Ledger`). Epoch e is the draws e N .. (e + 1) N - 1, so N rows in a row are every row once.
+A source is read in V streams, one for each lane. Its draws have a number: the x-th of stream v is
+g = x V + (V - 1 - v). Epoch e is the draws e N .. (e + 1) N - 1, so N draws in a row are every row
+once.
 
-In an epoch each lane has N / V of these numbers (rounded up or down), and reads as many rows on end of the epoch's own
-order, which begins at a drawn row: rows 0 .. N-1 are cut into P pieces of c neighbours (the last may be shorter), which
-stand in a drawn order, their rows permuted inside. A lane's end may cut a piece; then two lanes read of it.
+In an epoch each stream has N / V of these numbers (rounded up or down), and reads as many rows on
+end of the epoch's own order, which begins at a drawn row: rows 0 .. N-1 are cut into P pieces of c
+neighbors (the last may be shorter), in a drawn order, their rows permuted inside. The end of a
+stream may cut a piece; then two streams read of it.
 """
 
 from collections.abc import Sequence
@@ -49,7 +51,7 @@ def _cut(rows: int, group_rows: int, key: int, lanes: int) -> _Cut:
 
 
 class Deal:
-    """The rows of all sources as the lanes take them: O(1) memory per source, O(1) time per row.
+    """The rows of all sources as their streams take them: O(1) memory per source, O(1) time per row.
 
     `rows`, `group_rows` and `keys` hold one number per source: its size, how many neighbours are read together, and
     64 bits that name its order.
@@ -61,12 +63,15 @@ class Deal:
         self._table = np.array([astuple(cut) for cut in cuts], dtype=np.uint64).T.copy()  # (fields of _Cut, S)
 
     def locate(
-        self, source_R: npt.NDArray[np.int64], lane: int, index_R: npt.NDArray[np.int64]
+        self,
+        source_R: npt.NDArray[np.int64],
+        stream_R: npt.NDArray[np.int64],
+        index_R: npt.NDArray[np.int64],
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """(epoch_R, row_R) of the `index`-th row, counted from 0, that `lane` takes of each source."""
+        """(epoch_R, row_R) of the `index`-th row, counted from 0, of each stream of a source."""
         n, piece, pieces, full, short, full_side, piece_side, short_side, *keys = self._table[:, source_R]
         order_key, piece_key, begin_key = keys
-        turn = self._lanes - _ONE - np.uint64(lane)
+        turn = self._lanes - _ONE - stream_R.astype(np.uint64)
         epoch = (index_R.astype(np.uint64) * self._lanes + turn) // n
         place = self._place(index_R.astype(np.uint64), turn, epoch, n)
         place = (place + derive(begin_key, epoch) % n) % n
@@ -78,11 +83,11 @@ class Deal:
         row = which * piece + permute(within, size, side, derive(piece_key, epoch * pieces + which))
         return epoch.astype(np.int32), row.astype(np.int64)
 
-    def _place(self, index: U64, turn: np.uint64, epoch: U64, n: U64) -> U64:
-        """Where the lane's draw stands in the epoch's order: behind what the lanes before it have of the epoch."""
+    def _place(self, index: U64, turn: U64, epoch: U64, n: U64) -> U64:
+        """Place of a draw in the epoch's order: after what the streams before its own have of it."""
         first = epoch * n  # the epoch's first draw
         begun = np.where(first > turn, (first - np.minimum(turn, first) + self._lanes - _ONE) // self._lanes, 0)
-        before = (turn + self._lanes - first % self._lanes) % self._lanes  # lanes that draw before this one in it
+        before = (turn + self._lanes - first % self._lanes) % self._lanes  # streams that draw before this one in it
         each, rest = np.divmod(n, self._lanes)
         place: U64 = before * each + np.minimum(before, rest) + (index - begun)
         return place

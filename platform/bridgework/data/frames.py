@@ -23,7 +23,7 @@ QUALITY = 95  # of the JPEGs
 ROUNDING_S = 0.001  # Matroska counts in milliseconds
 
 _CONTAINERS = (
-    (b"ftyp", 4, "mp4"),
+    *((kind, 4, "mp4") for kind in (b"ftyp", b"moov", b"mdat", b"wide", b"skip", b"free", b"pnot")),  # and QuickTime
     (b"\x1aE\xdf\xa3", 0, "matroska"),  # and WebM
     (b"AVI ", 8, "avi"),
     (b"GIF8", 0, "gif"),
@@ -80,16 +80,46 @@ def _container(data: bytes) -> str:
     return kind
 
 
+_BOXES = frozenset(  # of an MP4 or QuickTime file, on its first level
+    b"ftyp moov mdat free skip wide uuid meta moof mfra sidx ssix styp pdin pnot udta emsg prft".split()
+)
+
+
 def _mp4_end(data: bytes) -> int:
-    """Where the last of the boxes ends."""
+    """The end of the last box. Bytes that follow and are not a box, such as a tag, are not counted."""
     at = 0
-    while at + 16 <= len(data):
+    while at + 8 <= len(data):
         size = int.from_bytes(data[at : at + 4])
         size = int.from_bytes(data[at + 8 : at + 16]) if size == 1 else size
-        if size < 8:  # 0: up to the end of the file
+        known = data[at + 4 : at + 8] in _BOXES
+        if size < 8 or (not known and at + size > len(data)):  # 0: up to the end of the file
             break
         at += size
     return at
+
+
+def _gif_end(data: bytes) -> int:
+    """The end of the trailer; one byte after the end of the data where there is no trailer."""
+    at = 13 + _palette(data[10:11])
+    while at < len(data):
+        kind, at = data[at], at + 1
+        if kind == 0x3B:
+            return at
+        if kind == 0x2C:  # an image: its place, its palette, the size of its codes
+            at += 10 + _palette(data[at + 8 : at + 9])
+        elif kind == 0x21:
+            at += 1  # the label of an extension
+        else:
+            break
+        while at < len(data) and data[at]:  # blocks of so many bytes
+            at += 1 + data[at]
+        at += 1
+    return len(data) + 1
+
+
+def _palette(flags: bytes) -> int:
+    """Bytes of a GIF's palette, by the byte that says whether there is one and how large."""
+    return 3 << ((flags[0] & 7) + 1) if flags and flags[0] & 0x80 else 0
 
 
 def _matroska_end(data: bytes) -> int:
@@ -111,7 +141,7 @@ _ENDS: dict[str, Callable[[bytes], int]] = {  # the least number of bytes that a
     "mp4": _mp4_end,
     "matroska": _matroska_end,
     "avi": lambda data: 8 + int.from_bytes(data[4:8], "little"),
-    "gif": lambda data: len(data) + (not data.rstrip(b"\0\r\n").endswith(b";")),  # its trailer
+    "gif": _gif_end,
 }
 
 

@@ -57,9 +57,11 @@ class Features:
         try:
             shape = json.loads(fs.cat_file(f"{root}/features.json"))
             self.shape: tuple[int, int] = (int(shape["patches"]), int(shape["width"]))
+            if min(self.shape) < 1:
+                raise ValueError(f"patches and width are at least 1, and here {self.shape}")
         except (ConnectionError, TimeoutError) as error:
             raise unreachable(f"{folder}/features.json", error) from None
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{folder} is no cache of features ({type(error).__name__}: {error}); make it again"
             ) from None

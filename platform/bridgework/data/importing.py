@@ -70,7 +70,9 @@ class Job:
             quarantine.check(sum(one.rows for one in done))
             self._check_files(done, quarantine, files)
             if not shards:
-                why = "".join(f"; left out: {number} {what}" for what, number in left_out.items())
+                counts = [f"left out: {number} {what}" for what, number in left_out.items()]
+                counts += [f"{quarantine}; read {quarantine.folder}"] if len(quarantine) else []
+                why = "".join(f"; {what}" for what in counts)
                 raise DataError(f"{self.source}: no samples came out of it, so {self.dest} is not written{why}")
         except DataError:
             self._forget(done)

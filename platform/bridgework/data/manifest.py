@@ -51,9 +51,13 @@ class Manifest:
             raise DataError(
                 f"the manifest is of schema {self.schema}, and this version reads {SCHEMA_VERSION}; import again"
             )
+        tables = (self.parameters, self.quarantined, self.left_out)
+        if not all(isinstance(table, Mapping) and all(isinstance(key, str) for key in table) for table in tables):
+            raise DataError("the parameters, quarantined or left_out rows in the manifest are no table of names")
         counts = (self.rows, self.group_rows, *(n for shard in self.shards for n in (shard.rows, shard.bytes)))
+        counts += (*self.quarantined.values(), *self.left_out.values())
         if any(type(n) is not int or n < 0 for n in counts) or not self.group_rows:
-            raise DataError("a count in the manifest is no whole number")
+            raise DataError("a count in the manifest is not an integer, or is below 0")
         if not all(isinstance(text, str) for text in (self.source, self.licence, self.made_by, *self.parents)):
             raise DataError("the source, licence, maker or a parent in the manifest is no text")
         if self.rows != sum(shard.rows for shard in self.shards):

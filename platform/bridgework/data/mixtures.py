@@ -1,7 +1,7 @@
 """A mixture by name or file, without a system; and what its alpha, factors and caps make of the sizes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from inspect import signature
@@ -119,6 +119,23 @@ class Explained:
     epochs: float
     capped: bool
     known: bool  # its dataset is here; else `rows` are those that the recipe names
+
+
+def one_epoch(mixture: Mixture, rows: Sequence[int], batch: int | None = None) -> tuple[int, int]:
+    """(samples of a step, steps) of one pass over all rows, or of fewer where caps allow no more.
+
+    `rows` holds the sizes of the sources. Without `batch`, a step has PER_LANE samples of each lane,
+    or fewer where the caps of all sources give no such batch.
+    """
+    most: float = sum(rows)
+    caps = [source.max_epochs for source in mixture.leaves]
+    given = [n * cap for n, cap in zip(rows, caps, strict=True) if cap is not None]
+    if len(given) == len(rows):
+        most = min(most, sum(given))
+        size = batch or mixture.lanes * max(1, min(PER_LANE, int(most) // mixture.lanes))
+        return size, max(1, int(most) // size)
+    size = batch or mixture.lanes * PER_LANE
+    return size, -(-sum(rows) // size)
 
 
 def explain(mixture: Mixture, home: Path, *, batch: int, steps: int) -> list[Explained]:

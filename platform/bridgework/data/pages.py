@@ -30,6 +30,18 @@ _INLINE = re.compile(
     "|sub|sup|time|tt|u|var"
 )
 _SPACE = re.compile(r"\s+")
+_IMAGES = ("img", "amp-img")
+_UNSCRIPTED = re.compile("noscript")  # what is shown where no script runs
+_LAZY = re.compile(  # attributes that scripts read, in place of which `src` is a placeholder or missing
+    r"(?:data|lazy|ng)-(?:.*-)?(?:src|srcset|original|lazy|lazyload|echo|hires|image|img|url|full|large)(?:-.*)?"
+    r"|(?:lazy|real|orig|original)[-_]?(?:src|srcset)"
+)
+_FILE = re.compile(r"\.(?:avif|bmp|gif|jfif|jpe?g|png|webp)(?:[?#].*)?\s*$", re.IGNORECASE)
+_SMALL = re.compile("thumb|small|tiny|low|placeholder|preview")
+_SIZE = re.compile(r"\s[\d.]+[wx]\s*(?:,|$)|,\s")  # a list of images for several sizes of a screen
+_LISTED = re.compile(r"\s*,*\s*(\S*[^\s,])(?:\s+(\d+(?:\.\d+)?)[wx])?\s*(?:,|$)")
+MAX_NAMES = 32  # of an image
+MAX_LIST = 20_000  # characters of a list of images
 
 
 def pieces(page: bytes) -> list[Piece]:
@@ -64,12 +76,55 @@ def _read(soup: BeautifulSoup) -> Iterator[Piece]:
             shown = around.shown and not _beside(node, article)
             places[id(node)] = _Place(shown, article, around.block if _INLINE.fullmatch(element) else node)
             block += element == "br"
-            if shown and element == "img" and node.get("src"):
-                yield Piece(image=str(node["src"]))
+            if shown and element in _IMAGES and (names := _names(node)):
+                yield Piece(image=names[0], others=tuple(names[1:]))
         elif around.shown and type(node) is NavigableString:  # comments and declarations are kinds of it
             block += around.block is not last
             last = around.block
             yield Piece(_SPACE.sub(" ", node), block=block)
+
+
+def _names(image: Tag) -> list[str]:
+    """The addresses of an image, best first: what scripts load later, its source, other sizes."""
+    around = [image, *_sources(image)]
+    lazy = [(name, value) for tag in around for name, value in _attributes(tag) if _LAZY.fullmatch(name)]
+    lazy.sort(key=lambda pair: _SMALL.search(pair[0]) is not None)
+    later = [one for name, value in lazy for one in _sized(value) if _is_file(name, one)]
+    own = [value for name, value in _attributes(image) if name == "src"]
+    sets = [one for tag in around for name, value in _attributes(tag) if name == "srcset" for one in _sized(value)]
+    unscripted = [value for tag in around[1:] for name, value in _attributes(tag) if name == "src"]
+    return list(dict.fromkeys((*later, *own, *unscripted, *sets)))[:MAX_NAMES]
+
+
+def _sources(image: Tag) -> list[Tag]:
+    """The sources of a `picture` around an image, and what a `noscript` next to it shows instead."""
+    found = list[Tag]()
+    if (picture := image.find_parent("picture")) is not None:
+        found += picture.find_all("source")  # the parser puts each into the one before it
+    for near in (image.find_next_sibling(), image.find_previous_sibling()):
+        if isinstance(near, Tag) and _UNSCRIPTED.fullmatch(near.name):
+            found += near.find_all(list(_IMAGES))
+    return found
+
+
+def _attributes(tag: Tag) -> Iterator[tuple[str, str]]:
+    for name, value in tag.attrs.items():
+        if isinstance(value, str) and value.strip():
+            yield name.lower(), value
+
+
+def _sized(value: str) -> list[str]:
+    """The names in a list such as `a.jpg 640w, b.jpg 2x`, the largest first; or the one name."""
+    if len(value) > MAX_LIST or not _SIZE.search(value):
+        return [value]
+    found = [(url, float(size or 1)) for url, size in _LISTED.findall(value)]
+    return [url for url, _ in sorted(found, key=lambda pair: -pair[1])]
+
+
+def _is_file(name: str, value: str) -> bool:
+    """True if the value of a script's attribute names an image, as far as can be seen."""
+    given = not _SPACE.search(value.strip()) and ("/" in value or "." in value)
+    return given and ("src" in name or _FILE.search(value) is not None)
 
 
 def _beside(tag: Tag, article: bool) -> bool:

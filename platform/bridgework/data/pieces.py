@@ -10,11 +10,12 @@ from bridgework.data.quarantine import BadSample, Reason
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text, or the place of an image, by its name. Neighbours of one `block` stand on one line."""
+    """A stretch of text, or the place of an image, by its name. Neighbors of one `block` are on one line."""
 
     text: str = ""
     image: str | None = None
     block: int = 0
+    others: tuple[str, ...] = ()  # names that the image may also have, best first
 
 
 def mmc4(fields: dict[str, Any]) -> Iterator[Piece]:

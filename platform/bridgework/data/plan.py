@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from bridgework.data.dealing import Deal
-from bridgework.data.mixing import Ledger, Share, divide, requested
+from bridgework.data.mixing import Counts, Ledger, Share, divide, requested
 from bridgework.data.permutation import derive, key_of, shuffle
 from bridgework.errors import DataError, SpecError
 from bridgework.mixture import Mixture, unique
 
 # S sources  R rows  V lanes  b rows of a lane and step  W rows of a lane and window
 
+OWN_ROWS = 64  # of an epoch for each lane; of a smaller source, lanes take turns at all streams
 _SPARE = 64  # substitutes looked up at a time
 
 
@@ -45,9 +46,11 @@ class Rows(NamedTuple):
 class Plan:
     """The order of one stage's rows. `sources` are those of the mixture, in its order.
 
-    An order is keyed by (seed, name and digest of the source), never by its place: another source in the mixture
-    changes how many rows a lane takes of this one, not which come next. In one epoch no row comes twice, and no row of
-    an epoch comes behind one of the next: of a source alone, N rows from a multiple of N are every row once.
+    An order is keyed by (seed, name and digest of the source), never by its place: another source
+    in the mixture changes how many rows are taken of this one, not which come next. In one epoch no
+    row comes twice, and no row of an epoch comes after one of the next: of a source alone, N rows
+    from a multiple of N are every row once. In a mixture the same holds to the window for a source
+    of fewer than OWN_ROWS rows for each lane, and to two rows of a lane for a larger one.
 
     Raises SpecError for a batch that is not a multiple of the lanes, for sources that are not the mixture's, and for
     caps that cannot fill the budget; DataError for an empty source.
@@ -68,11 +71,12 @@ class Plan:
         self.window_rows = batch // mixture.lanes * mixture.window
         self._lanes = mixture.lanes
         self.step_rows = batch // mixture.lanes
-        self._ledger = Ledger(weights, mixture.lanes)
-        self._period = self._ledger.period(self.window_rows)
-        self._tail, self._end = self._ledger.tail(steps * self.step_rows, self._period)
+        self._ledger = Ledger(weights, mixture.lanes, self.window_rows)
+        self._end = steps * self.step_rows
+        self._last = self._ledger.last(self._end)
         keys = [key_of(seed, source.name, source.digest) for source in sources]
         self._sizes = rows
+        self._own = np.array([n >= OWN_ROWS * mixture.lanes for n in rows])
         self._deal = Deal(rows, [source.group_rows for source in sources], keys, mixture.lanes)
         self._key = np.array([key_of(seed, "layout")], dtype=np.uint64)
         self._order = (seed, tuple(sources), tuple(weights), mixture.lanes, self.step_rows, mixture.window)
@@ -101,11 +105,13 @@ class Plan:
         for at in np.roll(same, -int(np.searchsorted(same, place))):
             if window.row[at] != bad:
                 yield source, int(window.epoch[at]), int(window.row[at])
-        first = self._ledger.taken(lane, self._period_of(t * self.window_rows)[1])[source]
+        after_VS = self._counts(self._period_of(t * self.window_rows)[1])
+        turns = int(after_VS[:, source].sum()) + lane
+        first = int(after_VS[lane, source]) if self._own[source] else turns // self._lanes
         last = first + self._sizes[source]
         for start in range(first, last, _SPARE):
             index = np.arange(start, min(start + _SPARE, last))
-            epochs, rows = self._deal.locate(np.full_like(index, source), lane, index)
+            epochs, rows = self._deal.locate(np.full_like(index, source), np.full_like(index, lane), index)
             yield from ((source, int(e), int(r)) for e, r in zip(epochs, rows, strict=True) if r != bad)
         size, epoch = self._sizes[source], int(window.epoch[place])
         yield from ((source, epoch, (bad + further) % size) for further in range(1, size))
@@ -125,7 +131,7 @@ class Plan:
         rows = steps * self.step_rows
         begin, end = self._period_of(max(rows - 1, 0))
         whole = rows in (begin, end)
-        counts = np.array(self._ledger.total(rows if whole else begin))
+        counts = self._counts(rows if whole else begin).sum(0)
         if not whole:
             for lane in range(self._lanes):
                 drawn = self._rows(lane, begin, rows - begin).source
@@ -135,9 +141,9 @@ class Plan:
     def _rows(self, lane: int, first: int, count: int) -> Rows:
         """Rows `first` .. of a lane, inside one period.
 
-        A period, nearly always one window, is what is shuffled (see `Ledger.period`): which place has a row of which
-        source, and the rows of a source in each epoch, but never two epochs. The last one ends with the stage where it
-        can (see `Ledger.tail`), so that shares and caps hold there to the row.
+        A period, nearly always one window, is shuffled as one (see `Ledger`): which place has a row
+        of which source, and the rows of a source in each epoch, but never two epochs. The last one
+        ends with the stage, so that shares and caps hold there to the row.
         """
         if not 0 <= lane < self._lanes or not 0 <= first < self._end:
             raise SpecError(
@@ -145,23 +151,44 @@ class Plan:
                 f"0 .. {self._end - 1}"
             )
         begin, end = self._period_of(first)
-        before, after = (np.array(self._ledger.taken(lane, rows)) for rows in (begin, end))
-        key = derive(self._key, np.array([begin // self._period * self._lanes + lane], dtype=np.uint64))
-        place_R = shuffle(end - begin, key)
-        ends_S = np.cumsum(after - before)
+        before_VS, after_VS = self._counts(begin), self._counts(end)
+        drawn_by = np.array([begin // self._ledger.period * self._lanes + lane], dtype=np.uint64)
+        place_R = shuffle(end - begin, derive(self._key, drawn_by))
+        ends_S = np.cumsum(after_VS[lane] - before_VS[lane])
         source_R = np.searchsorted(ends_S, place_R, side="right")
-        epoch_R, row_R = self._deal.locate(source_R, lane, place_R + (after - ends_S)[source_R])
+        nth_R = place_R - np.concatenate(([0], ends_S))[source_R]  # of the lane's rows of its source
+        stream_R, index_R = np.full_like(source_R, lane), before_VS[lane, source_R] + nth_R
+        shared = np.flatnonzero(~self._own[source_R])
+        number = _numbers(before_VS, after_VS, lane, source_R[shared], nth_R[shared])
+        stream_R[shared] = self._lanes - 1 - number % self._lanes
+        index_R[shared] = number // self._lanes
+        epoch_R, row_R = self._deal.locate(source_R, stream_R, index_R)
         order_R = np.empty_like(place_R)
         order_R[np.argsort(source_R, kind="stable")] = np.lexsort((epoch_R, source_R))
         some = order_R[first - begin :][:count]
         return Rows(source_R[some].astype(np.int32), epoch_R[some], row_R[some])
 
+    def _counts(self, rows: int) -> Counts:
+        """(V, S) at the begin or the end of a period, the last of which ends with the stage."""
+        return self._ledger.end(rows) if rows == self._end else self._ledger.counts(rows)
+
     def _period_of(self, row: int) -> tuple[int, int]:
         """The rows of a lane, from and to, that are shuffled together with row `row`."""
-        if row >= self._tail:
-            return self._tail, self._end
-        begin = row // self._period * self._period
-        return begin, begin + self._period
+        if row >= self._last:
+            return self._last, self._end
+        begin = row // self._ledger.period * self._ledger.period
+        return begin, begin + self._ledger.period
+
+
+def _numbers(before_VS: Counts, after_VS: Counts, lane: int, source_R: Counts, nth_R: Counts) -> Counts:
+    """The numbers (`dealing`) of a lane's draws among those of all lanes.
+
+    First come all first draws of the period, then all second ones, from the last lane to the first.
+    """
+    drawn_VR = (after_VS - before_VS)[:, source_R]
+    earlier_R = np.minimum(drawn_VR, nth_R).sum(0) + (drawn_VR[lane + 1 :] > nth_R).sum(0)
+    number_R: Counts = before_VS[:, source_R].sum(0) + earlier_R
+    return number_R
 
 
 def lanes_of(lanes: int, rank: int, world: int) -> range:
@@ -188,8 +215,10 @@ def _check(sources: Sequence[SourceRows], mixture: Mixture, batch: int, steps: i
                 f"sources.{source.name}: {source.rows} rows in row groups of {source.group_rows}; "
                 "a source needs at least one row: import its data again or drop it from the mixture"
             )
-    if steps < 1 or batch < 1 or batch % mixture.lanes:
+    if steps < 1:
+        raise SpecError(f"a plan has at least 1 step. Got {steps}. Fix: set a larger budget")
+    if batch < 1 or batch % mixture.lanes:
         raise SpecError(
-            f"a plan of {steps} steps with batches of {batch} over {mixture.lanes} lanes is not possible; "
-            "steps must be at least 1 and the batch a multiple of data.lanes, since every lane gives as many rows"
+            f"batches of {batch} over {mixture.lanes} lanes are not possible: every lane gives equally many "
+            "rows. Fix: make the batch a multiple of data.lanes, or change data.lanes"
         )

@@ -99,6 +99,10 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self._seen)
 
+    def __str__(self) -> str:
+        counts = ", ".join(f"{rows} {reason}" for reason, rows in self.reasons.most_common())
+        return f"{len(self)} rows quarantined ({counts})"
+
     def share(self, rows: int) -> float:
         """Rows put aside, as a share of `rows`."""
         return len(self) / rows if rows else 0.0
@@ -116,10 +120,10 @@ class Quarantine:
             raise self._too_many(Counter(found.values()), rows)
 
     def _too_many(self, reasons: Counter[Reason], rows: int) -> DataError:
-        told = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+        counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
         bad = reasons.total()
         return DataError(
-            f"{bad} of {rows} rows are bad ({told}): {bad / max(rows, 1):.2%}, and {self.limit:.2%} is allowed; "
+            f"{bad} of {rows} rows are bad ({counts}): {bad / max(rows, 1):.2%}, and {self.limit:.2%} is allowed; "
             f"read {self.folder}, then mend the source or allow a larger share (max_bad)"
         )
 

@@ -6,11 +6,13 @@ and pages carry checksums, so that a flipped bit is an error and not a different
 
 import hashlib
 import io
+import re
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain, count, islice
 from typing import IO, Any
 from uuid import uuid4
@@ -20,9 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bridgework.data.manifest import FILE, Manifest, Shard, read_manifest
+from bridgework.data.names import check_place
 from bridgework.data.quarantine import BadSample, Quarantine
 from bridgework.data.samples import SCHEMA, Sample, from_row, to_row
 from bridgework.data.transforms import decode
+from bridgework.data.unpacking import check_dictionaries, check_group
 from bridgework.errors import DataError
 from bridgework.stores import find_store, unreachable
 
@@ -42,7 +46,8 @@ __all__ = [
     "write_shard",
 ]
 
-NOTES = ("LICENSE", "NOTICE", "README")  # files that may lie beside the shards
+NOTES = ("LICENSE", "NOTICE", "README")  # files that may be next to the shards
+JUNK = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini|\.ipynb_checkpoints|__MACOSX")  # what systems leave
 DRAFT = f"{FILE}.part"  # stands in a folder whose shards are not all there yet
 SHARDS = "shard-[0-9][0-9][0-9][0-9][0-9].parquet"
 GROUP_ROWS = 32  # rows that are read at once: few, because rows are drawn at random
@@ -129,13 +134,16 @@ def publish(fs: fsspec.AbstractFileSystem, stage: str, dest: str, manifest: Mani
 
 def refuse_occupied(dest: str) -> None:
     """Raises DataError where no dataset can be written: over another, over somebody's files, in place of a file."""
+    check_place(dest)
     fs, root = find_store(dest)
     if not fs.exists(root):
         return
     if not fs.isdir(root):
         raise DataError(f"{dest} is a file, and a dataset is a folder; choose another place")
     found = {str(path).removeprefix(root).strip("/") for path in fs.ls(root, detail=False)}
-    names = sorted(found - {""})  # some stores list the folder itself
+    names = sorted(
+        name for name in found if name and not JUNK.fullmatch(name)
+    )  # "": some stores list the folder itself
     if FILE in names:
         raise DataError(f"{dest} already holds a dataset; delete it or choose another place")
     others = [name for name in names if name.partition(".")[0] not in NOTES]
@@ -245,7 +253,10 @@ class Dataset:
         entry, group_rows = self.manifest.shards[shard], self.manifest.group_rows
         expected = min(group_rows, entry.rows - group * group_rows)
         with self._reading(f"{entry.file}, row group {group}"):
-            table = self._file(shard).read_row_group(group)
+            file = self._file(shard)
+            if doubtful := check_group(file.metadata, group, entry.bytes, self._peek(entry)):
+                check_dictionaries(self._parquet(entry, doubtful), group, entry.bytes)
+            table = file.read_row_group(group)
             if table.num_rows != expected:
                 raise DataError(f"has {table.num_rows} rows where the manifest says {expected}")
             return [from_row(row) for row in table.to_pylist()]
@@ -254,7 +265,10 @@ class Dataset:
         """The keys of every shard, in order; nothing else of it is read."""
         for number, entry in enumerate(self.manifest.shards):
             with self._reading(entry.file):
-                keys = self._file(number).read(columns=["key"])["key"].to_pylist()
+                file = self._file(number)
+                for group in range(file.num_row_groups):
+                    check_group(file.metadata, group, entry.bytes, self._peek(entry), ("key",))
+                keys = file.read(columns=["key"])["key"].to_pylist()
             yield keys
 
     @contextmanager
@@ -292,12 +306,21 @@ class Dataset:
         size = fs.size(f"{root}/{shard.file}")
         if size != shard.bytes:
             raise DataError(f"{size} bytes where the manifest says {shard.bytes}")
-        file = pq.ParquetFile(f"{root}/{shard.file}", filesystem=fs, page_checksum_verification=True)
+        file = self._parquet(shard)
         if file.metadata.num_rows != shard.rows:
             raise DataError(f"{file.metadata.num_rows} rows where the manifest says {shard.rows}")
         if not file.schema_arrow.equals(SCHEMA):
             raise DataError("its columns are not those of a bridgework shard")
         return file
+
+    def _peek(self, shard: Shard) -> Callable[[int, int], bytes]:
+        fs, root = find_store(self.path)
+        return partial(fs.cat_file, f"{root}/{shard.file}")
+
+    def _parquet(self, shard: Shard, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
+        fs, root = find_store(self.path)
+        how: Any = {"read_dictionary": list(dictionaries), "page_checksum_verification": True}
+        return pq.ParquetFile(f"{root}/{shard.file}", filesystem=fs, **how)
 
 
 def open_dataset(path: str) -> Dataset:
@@ -345,7 +368,7 @@ def _unlisted(dataset: Dataset) -> list[Problem]:
     return [
         Problem(name, "is not in the manifest; delete it, or find out whose it is")
         for name in names
-        if name not in known and not name.startswith(NOTES)
+        if name not in known and not name.startswith(NOTES) and not any(map(JUNK.fullmatch, name.split("/")))
     ]
 
 

@@ -3,8 +3,11 @@
 import csv
 import io
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,18 +17,41 @@ from bridgework.stores import find_store
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl")
 MAX_DEPTH = 100  # lists and objects in each other in a row: to print what is deeper may overflow the stack
+QUOTED_LINES = 100  # of a text in a .tsv
 FIELD_CHARS = 2**31 - 1  # of a CSV: the text lies in memory anyway, and a row is held to a limit of its own
 
+_SYSTEM = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"))
+_RETURN = re.compile(r'(?<!")\r(?!\n)')
 _TSV_FIELD = re.compile(r'(?:"([^"]*+(?:""[^"]*+)*+)"|([^\t]*+))\t')  # a whole quoted field, or whatever stands there
 
 
 def files(folder: str) -> list[tuple[str, int]]:
-    """(path inside the folder, bytes) of every file below it, sorted. Raises DataError when there is no folder."""
+    """(path inside the folder, bytes) of every file below it, sorted; those in linked folders too.
+
+    A link to a folder above it, or to one that another link leads to, is listed as a file. Raises
+    DataError when there is no folder.
+    """
     fs, root = find_store(folder)
     if not fs.isdir(root):
         raise DataError(f"there is no folder {folder}")
-    found = fs.find(root, detail=True)
-    return sorted((str(path).removeprefix(root).lstrip("/"), int(info["size"])) for path, info in found.items())
+    return sorted(_found(fs, root, "", {os.path.realpath(root)}))
+
+
+def _found(fs: Any, root: str, inside: str, linked: set[str]) -> Iterator[tuple[str, int]]:
+    """The files below `root`, with `inside` before their paths; `linked` are folders seen so far."""
+    for path, info in sorted(fs.find(root, detail=True).items()):
+        name = inside + str(path).removeprefix(root).lstrip("/")
+        real = os.path.realpath(path) if info.get("islink") and fs.isdir(path) else None
+        if real is None or any(f"{seen}/".startswith(f"{real.rstrip('/')}/") for seen in linked):
+            yield name, int(info["size"])
+        else:
+            linked.add(real)
+            yield from _found(fs, str(path), f"{name}/", linked)
+
+
+def hidden(name: str) -> bool:
+    """True if a path is hidden, or is what a system keeps of others: `._cat.jpg`, `__MACOSX/..`."""
+    return any(part.startswith(".") or part in _SYSTEM for part in name.split("/"))
 
 
 def parent(path: str) -> str:
@@ -36,9 +62,32 @@ def parent(path: str) -> str:
 def document(text: str, source: str) -> Any:
     """What a JSON file says. Raises DataError, naming `source`, when it is no JSON."""
     try:
-        return json.loads(text)
+        found = parse(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source} is not JSON: {error}") from None
+    if isinstance(found, BadSample):
+        raise DataError(f"{source}: {found.detail}")
+    return found
+
+
+def parse(text: str | bytes) -> Any:
+    """Parse JSON; an object that holds a name twice becomes the BadSample that says so.
+
+    Raises ValueError and RecursionError as `json.loads` does.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | BadSample:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    name = _twice([name for name, _ in pairs])[0]
+    return BadSample(Reason.BAD_ROW, f"an object has two fields {name!r}: {str(pairs)[:80]}")
+
+
+def _twice(names: Sequence[str]) -> list[str]:
+    return [name for name, times in Counter(names).items() if times > 1]
 
 
 def listed(whole: Any, name: str, source: str) -> list[Any]:
@@ -59,7 +108,7 @@ def table(content: str, source: str, /, **columns: str) -> list[Any]:
     """
     if not source.endswith(TABLES):
         raise DataError(f"the table {source} is none of {', '.join(TABLES)}")
-    found = list(rows(content, source))
+    found = list(rows(content, source, used=columns.values()))
     known = {name for row in found if isinstance(row, dict) for name in row}
     for option, column in columns.items():
         if known and column not in known:
@@ -67,17 +116,21 @@ def table(content: str, source: str, /, **columns: str) -> list[Any]:
     return found
 
 
-def rows(text: str, source: str) -> Iterator[Any]:
+def rows(text: str, source: str, *, used: Collection[str] | None = None) -> Iterator[Any]:
     """The rows of a table by its ending: .csv and .tsv as dictionaries, .json a list, else JSON lines.
 
     A row that cannot be read comes as the BadSample that says why: `fields` raises it. Raises DataError for a file that
-    is broken as a whole.
+    cannot be read, and for two columns of one name, if it is one of those that are `used` (None: all).
     """
     ending = PurePosixPath(source).suffix
     if ending == ".csv":
-        yield from _named(_csv(text, source), "a text that holds commas or line breaks stands in quotes")
+        remedy = "a text that holds commas or line breaks needs quotes"
+        text, mark = _marked(text)
+        yield from _named(_csv(text, source), mark, remedy, source, used)
     elif ending == ".tsv":
-        yield from _named(_tsv(text), "a text that holds tabs stands in quotes, and none holds a line break")
+        remedy = "a text that holds tabs or line breaks needs quotes"
+        text, mark = _marked(text)
+        yield from _named(_tsv(text), mark, remedy, source, used)
     elif ending == ".json":
         yield from entries(text, source)
     else:
@@ -113,12 +166,13 @@ def entries(text: str, source: str) -> list[Any]:
 
 def lines(text: str) -> Iterator[Any]:
     """What each line of JSON lines says; for one that is no JSON or nested too deep, the BadSample that says why."""
-    return map(_line, filter(str.strip, text.split("\n")))  # splitlines would cut JSON's texts at U+2028
+    # splitlines would cut JSON's texts at U+2028; they hold no carriage return as it is
+    return map(_line, filter(str.strip, text.replace("\r", "\n").split("\n")))
 
 
 def _line(line: str) -> Any:
     try:
-        return shallow(json.loads(line))
+        return shallow(parse(line))
     except (ValueError, RecursionError) as error:
         return BadSample(Reason.BAD_ROW, f"the line is no JSON: {error}: {line[:80]}")
 
@@ -135,15 +189,56 @@ def shallow(row: Any) -> Any:
     return row
 
 
-def _named(records: Iterator[list[str]], remedy: str) -> Iterator[dict[str, str] | BadSample]:
-    """The records below the first one, which names the columns."""
-    names = next(records, [])
-    for record in records:
-        if len(record) == len(names):
-            yield dict(zip(names, record, strict=True))
-        else:
-            counts = f"the row has {len(record)} fields, and the header names {len(names)} columns"
-            yield BadSample(Reason.BAD_ROW, f"{counts}; {remedy}: {str(record)[:80]}")
+def _marked(text: str) -> tuple[str, str]:
+    """The text of a table with a mark in place of carriage returns that end no line, and that mark.
+
+    Whether such a one ends a row or is part of a text, the number of fields says: see `_named`.
+    """
+    if "\n" not in text or _RETURN.search(text) is None:
+        return text, ""
+    mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
+    return _RETURN.sub(mark, text), mark
+
+
+def _named(
+    records: Iterator[list[str] | BadSample],
+    mark: str,
+    remedy: str,
+    source: str,
+    used: Collection[str] | None,
+) -> Iterator[dict[str, str] | BadSample]:
+    """The records below the first one, which names the columns. Raises DataError where two are one."""
+    head = next(records, [])
+    names, *first = [[""]] if isinstance(head, BadSample) else _split(head, mark)
+    if twice := [name for name in _twice(names) if name and (used is None or name in used)]:
+        raise DataError(f"{source} has two columns named {twice[0]!r}. Fix: rename one of them")
+    for record in chain(first, records):
+        if isinstance(record, BadSample):
+            yield record
+            continue
+        parts = [record]
+        if mark and len(record) != len(names):
+            rows = _split(record, mark)
+            parts = rows if all(len(row) == len(names) for row in rows) else parts
+        for part in parts:
+            if len(part) == len(names):
+                texts = (text.replace(mark, "\r") if mark else text for text in part)
+                yield dict(zip(names, texts, strict=True))
+            else:
+                counts = f"the row has {len(part)} fields, and the header names {len(names)} columns"
+                yield BadSample(Reason.BAD_ROW, f"{counts}; {remedy}: {str(part)[:80]}")
+
+
+def _split(record: list[str], mark: str) -> list[list[str]]:
+    """A record as several, each of which ends at a mark."""
+    if not mark:
+        return [record]
+    found: list[list[str]] = [[]]
+    for text in record:
+        head, *rest = text.split(mark)
+        found[-1].append(head)
+        found += [[piece] for piece in rest]
+    return found
 
 
 def _csv(text: str, source: str) -> Iterator[list[str]]:
@@ -162,9 +257,48 @@ def _csv(text: str, source: str) -> Iterator[list[str]]:
         ) from None
 
 
-def _tsv(text: str) -> Iterator[list[str]]:
-    """The lines of a TSV but for empty ones. Quotes that are not those of a whole field stand for themselves."""
-    for line in io.StringIO(text, newline=None):
-        if line := line.removesuffix("\n"):
-            found = _TSV_FIELD.finditer(f"{line}\t")
-            yield [field[2] if field[1] is None else field[1].replace('""', '"') for field in found]
+def _tsv(text: str) -> Iterator[list[str] | BadSample]:
+    """The records of a TSV but for empty lines.
+
+    A field that begins and ends with a quote, over several lines too, is read without the quotes.
+    Other quotes are text: a quote never runs into a line that is a record of its own.
+    """
+    rest = text.split("\n") if "\n" in text else text.split("\r")
+    width, at = 0, 0
+    while at < len(rest):
+        line, at = rest[at].removesuffix("\r"), at + 1
+        if not line:
+            continue
+        record = _tsv_fields(line)
+        width = width or len(record)
+        if any(field.startswith('"') for field in record):
+            quoted, at = _tsv_quoted(line, record, rest, at, width)
+            yield quoted
+        else:
+            yield record
+
+
+def _tsv_fields(line: str) -> list[str]:
+    found = _TSV_FIELD.finditer(f"{line}\t")
+    return [field[2] if field[1] is None else field[1].replace('""', '"') for field in found]
+
+
+def _tsv_quoted(
+    line: str, record: list[str], rest: Sequence[str], at: int, width: int
+) -> tuple[list[str] | BadSample, int]:
+    """A record whose quoted text continues in the lines from `at` on, and the line after it."""
+    complete = len(record) == width
+    for end in range(at, min(at + QUOTED_LINES, len(rest))):
+        following = rest[end].removesuffix("\r")
+        line = f"{line}\n{following}"
+        unclear = complete and len(_tsv_fields(following)) == width
+        if '"' in following:
+            found = [(field[1], field[2]) for field in _TSV_FIELD.finditer(f"{line}\t")]
+            quoted = all(plain is None or "\n" not in plain for _, plain in found)
+            if quoted and len(found) == width:
+                why = "two lines may be a row each, or one row with a line break in quotes"
+                bad = BadSample(Reason.BAD_ROW, f"{why}: {line[:80]!r}")
+                return bad if unclear else _tsv_fields(line), end + 1
+        if unclear:
+            break
+    return record, at

@@ -14,17 +14,20 @@ from itertools import chain, islice
 from math import prod
 from tarfile import TarInfo
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 from braceexpand import braceexpand
 
 from bridgework.data.importers import plain
 from bridgework.data.quarantine import BadSample, LostFile, Reason
+from bridgework.data.sources import files, hidden
 from bridgework.data.tars import flaw, members
 from bridgework.errors import DataError
 from bridgework.stores import find_store
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp")
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
 READ = (*IMAGES, "txt", "json", "cls")
 MAX_MEMBERS = 1000  # of one sample
 MAX_TARS = 1_000_000  # of one import
@@ -59,9 +62,19 @@ def find(source: str) -> list[Tar]:
     patterns = _patterns(source)
     found = list(dict.fromkeys(chain.from_iterable(map(_expand, patterns))))
     if not found:
-        raise DataError(f"{source} names no .tar; give a tar, a folder of tars, or a pattern such as shards/*.tar")
+        count = len(packed(source))
+        there = f"; there are {count} compressed tars, which must be unpacked" if count else ""
+        raise DataError(
+            f"{source} names no .tar; give a tar, a folder of tars, or a pattern such as shards/*.tar{there}"
+        )
     common = os.path.commonpath([os.path.dirname(name) for _, name in found])
     return [Tar(path, os.path.relpath(name, common).removesuffix(".tar")) for path, name in found]
+
+
+def packed(source: str) -> list[str]:
+    """The compressed tars of a folder, which are not read: no member of them is found without unpacking."""
+    fs, root = find_store(source)
+    return [name for name, _ in files(source) if name.endswith(PACKED) and not hidden(name)] if fs.isdir(root) else []
 
 
 def _patterns(source: str) -> list[str]:
@@ -82,7 +95,8 @@ def _expand(pattern: str) -> list[tuple[str, str]]:
     if any(mark in root for mark in "*?["):
         names = sorted(map(str, fs.glob(root)))
     elif fs.isdir(root):
-        names = sorted(str(name) for name in fs.find(root) if str(name).endswith(".tar"))
+        found = (name for name, _ in files(pattern) if name.endswith(".tar") and not hidden(name))
+        names = [f"{str(root).rstrip('/')}/{name}" for name in found]
     elif fs.exists(root):
         names = [str(root)]
     else:
@@ -152,7 +166,7 @@ def groups(tar: Tar, note: Callable[[TarInfo], object] = lambda member: None) ->
                 key, ending = _split(member.name)
                 if not key or member.isdir():
                     continue
-                if group is None or group.key != key:
+                if group is None or not _same(group.key, key):
                     if group is not None:
                         yield group
                     group = Group(key)
@@ -166,6 +180,11 @@ def groups(tar: Tar, note: Callable[[TarInfo], object] = lambda member: None) ->
         group.flaw = LostFile(error.reason, f"{tar.path}: {(group.flaw or error).detail}")
     if group is not None:
         yield group
+
+
+def _same(key: str, other: str) -> bool:
+    """True if two keys are one, in whatever form their letters are composed."""
+    return key == other or (not key.isascii() and normalize("NFC", key) == normalize("NFC", other))
 
 
 def _split(name: str) -> tuple[str, str]:

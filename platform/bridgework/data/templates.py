@@ -13,13 +13,15 @@ A template is cut into segments *before* anything is tokenised, so what a person
 scaffold, and the loss mask never depends on how a tokenizer merges across a border.
 """
 
+import ctypes
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from itertools import groupby
+from threading import Thread
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from bridgework.data.quarantine import BadSample, Reason
@@ -31,6 +33,7 @@ V1_SYSTEM = (  # published with LLaVA v1 and v1.5: their weights expect it word 
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+CHAT_S = 5.0  # that a chat template may take to write one conversation; a sound one takes milliseconds
 Turn = tuple[str, list[Part]]  # system | user | assistant, and what it says
 
 
@@ -265,16 +268,61 @@ def _chat(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> I
         yield Segment(after[cut:], literal=False)
 
 
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    ask: bool,
+    limit_s: float = CHAT_S,
+) -> str:
+    """The messages as the tokenizer's own chat template writes them.
+
+    A template is a program that comes with the weights. Raises SpecError for one that runs for more
+    than `limit_s` seconds, which is stopped, and BadSample where it fails or refuses the messages.
+    """
+    given: Any = [dict(message) for message in messages]
+    how: Any = {"tokenize": False, "add_generation_prompt": ask}
+    done: Future[Any] = Future()
+
+    def write() -> None:
+        try:
+            done.set_result(tokenizer.apply_chat_template(given, **how))
+        except BaseException as error:  # _Stopped too: the waiting thread raises it
+            done.set_exception(error)
+
+    writer = Thread(target=write, daemon=True)
+    writer.start()
+    if wait([done], limit_s).not_done:
+        _stop(writer)
+        raise SpecError(
+            f"the tokenizer's chat template runs for more than {limit_s:g} s. Fix: take another tokenizer, "
+            "or a template of bridgework's own, such as template='v1'"
+        )
+    try:
+        return str(done.result())
+    except Exception as error:  # a template may raise anything
+        roles = ", ".join(str(message["role"]) for message in given)
+        raise BadSample(Reason.BAD_ROW, f"the chat template refuses the turns {roles}: {error}") from None
+
+
+class _Stopped(BaseException):
+    """Raised inside a chat template that runs for too long."""
+
+
+def _stop(thread: Thread) -> None:
+    """Raise _Stopped in a thread, between two steps of its program."""
+    if thread.ident is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Stopped))
+    thread.join(1)
+
+
 def _scaffold(roles: list[str], tokenizer: PreTrainedTokenizerBase, ask: bool) -> list[str]:
     """What the chat template writes before, between and after the contents: one string more than there are turns."""
     if tokenizer.chat_template is None:
         raise SpecError("template 'chat' needs a tokenizer with a chat template, and this one has none; use 'v1'")
     # Characters of the private use area stand for the contents: no template writes, strips or splits them.
     messages: list[dict[str, Any]] = [{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)]
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
-    except TemplateError as error:
-        raise BadSample(Reason.BAD_ROW, f"the chat template refuses the turns {', '.join(roles)}: {error}") from None
+    text = chat_text(tokenizer, messages, ask=ask)
     pieces = re.split("\ue000(\\d+)\ue001", text)
     if pieces[1::2] != [str(i) for i in range(len(roles))]:
         raise BadSample(Reason.BAD_ROW, f"the chat template does not write each of {', '.join(roles)} once, in order")

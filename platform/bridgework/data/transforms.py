@@ -22,12 +22,14 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from bridgework.data.metadata import without_metadata
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.system import Pixels
 
 MAX_BYTES = 64_000_000  # of one file: Parquet's row groups must stay small
 MAX_PIXELS = 178_000_000  # Pillow holds them in 0.7 GB, up to 1.6 while they are laid on white; it warns from half on
 MAX_SCANS = 100  # of a JPEG, which encoders give ten: each goes over all pixels again, in as little as ten bytes
+MAX_MARKERS = 20_000  # of a JPEG
 PIECE_BYTES = 128  # of a file behind its header, on average at least
 HEADER_WORK = 4_000_000_000  # bytes that Pillow may move while it joins the pieces of a header: about a second
 DRAFT_MARGIN = 2  # a JPEG is decoded at the smallest scale that is still twice the target: the last halving is bicubic
@@ -45,7 +47,8 @@ _BROKEN = (
     *(OSError, SyntaxError, ValueError, IndexError, TypeError, KeyError, EOFError, RuntimeError, struct.error),
     Image.DecompressionBombError,  # of a WebP, whose canvas is allocated while its header is read
 )
-_SCAN = re.compile(rb"\xff\xda")
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not a byte of the pixels, nor a restart among them
+_ALONE = (0x01, 0xD8)  # markers of a JPEG without a length; restarts and the end are looked for by themselves
 _RUN_LENGTHS = (1, 2)  # how a BMP may be compressed: Pillow decodes these in Python, pixel by pixel
 _TURNS = {  # what undoes each orientation of EXIF tag 274 other than 1
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -114,7 +117,7 @@ def header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
         allowed = "JPEG, PNG, WebP, GIF and BMP are allowed"
         raise BadSample(Reason.NOT_AN_IMAGE, f"the bytes begin with {data[:12]!r}; {allowed}")
     try:
-        file = _Metered(data)
+        file = _Metered(without_metadata(data))
         image = opener(file)
         file.opened()
         _check(image, file)
@@ -161,9 +164,7 @@ def _check(image: ImageFile.ImageFile, file: io.BytesIO) -> None:
     if isinstance(image, BmpImagePlugin.BmpImageFile) and image.info["compression"] in _RUN_LENGTHS:
         raise OSError("the BMP is compressed by run lengths")
     if isinstance(image, JpegImagePlugin.JpegImageFile) and _more_scans(image, file):
-        scans = len(_SCAN.findall(file.getbuffer()))
-        if scans > MAX_SCANS:
-            raise OSError(f"the JPEG has {scans} scans; at most {MAX_SCANS} are decoded")
+        _check_scans(file.getvalue())
     if isinstance(image, PngImagePlugin.PngImageFile):
         _check_sums(file)
 
@@ -177,6 +178,21 @@ def _check_sums(file: io.BytesIO) -> None:
         if len(given) == 4 and zlib.crc32(body, zlib.crc32(b"IDAT")) != int.from_bytes(given, "big"):
             raise OSError("the checksum of the pixels is wrong")
     file.seek(begin)
+
+
+def _check_scans(data: bytes) -> None:
+    """Raises OSError for more scans than are decoded; what follows the end of the picture is none."""
+    at, scans = 2, 0
+    for _ in range(MAX_MARKERS):
+        found = _MARKER.search(data, at)
+        if found is None or found[0] == b"\xff\xd9":
+            return
+        scans += found[0] == b"\xff\xda"
+        if scans > MAX_SCANS:
+            raise OSError(f"the JPEG has more than {MAX_SCANS} scans")
+        alone = found[0][1] in _ALONE
+        at = found.end() + (0 if alone else int.from_bytes(data[found.end() : found.end() + 2]))
+    raise OSError(f"the JPEG has more than {MAX_MARKERS} segments")
 
 
 def _more_scans(image: JpegImagePlugin.JpegImageFile, file: io.BytesIO) -> bool:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bridgework import storage
+from bridgework.data.names import MAX_BYTES as NAME_BYTES
+from bridgework.data.names import has_control
 from bridgework.errors import ResourceError, RunError, SpecError, suggest
 from bridgework.spec import from_dict, to_dict
 from bridgework.system import System, fingerprint
@@ -25,7 +27,16 @@ STEPS = re.compile(r"stages\.([^.]+)\.budget\.steps")
 
 
 def place(home: Path, run: str) -> Path:
-    """<home>/runs/<run>. Raises SpecError for a name that would lead out of it."""
+    """<home>/runs/<run>. Raises SpecError for a name that would lead out of it, or that no folder can have."""
+    if has_control(run) or not run.strip():
+        raise SpecError(
+            f"a run's name is a line of letters. Got {run[:80]!r}. "
+            "Fix: leave out line breaks and other control characters"
+        )
+    if (size := max(len(part.encode()) for part in run.split("/"))) > NAME_BYTES:
+        raise SpecError(
+            f"a run's name has at most {NAME_BYTES} bytes. Got {size}: {run[:40]!r}... Fix: give a shorter --run"
+        )
     root = (home / "runs").resolve()
     folder = (root / run).resolve()
     if folder == root or not folder.is_relative_to(root):

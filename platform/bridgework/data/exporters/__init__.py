@@ -15,6 +15,7 @@ import fsspec
 
 from bridgework.data import formats as by_name
 from bridgework.data.manifest import refuse_within
+from bridgework.data.names import check_place
 from bridgework.data.samples import Sample
 from bridgework.data.shards import open_dataset
 from bridgework.errors import DataError
@@ -68,6 +69,7 @@ def staged(dest: str, *, last: str) -> Iterator[tuple[fsspec.AbstractFileSystem,
 
     On any error nothing stays. Raises DataError where there is something at `dest` already, and inside a dataset.
     """
+    check_place(dest)
     refuse_within(dest)
     fs, root = find_store(dest.rstrip("/"))
     if fs.exists(root) and (not fs.isdir(root) or fs.ls(root, detail=False)):

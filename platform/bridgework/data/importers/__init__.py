@@ -12,8 +12,9 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Any
+from unicodedata import normalize
 
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
@@ -23,7 +24,10 @@ from bridgework.data import formats as by_name
 from bridgework.data.chunks import CHUNK_ROWS, Chunk, ChunkStore, chunks
 from bridgework.data.chunks import Row as Row  # what an importer's rows are
 from bridgework.data.importing import Job, tidy
-from bridgework.data.quarantine import BadSample, Quarantine, Reason
+from bridgework.data.names import address as address
+from bridgework.data.names import plain as plain
+from bridgework.data.quarantine import BadSample, LeftOut, Quarantine, Reason
+from bridgework.data.samples import Sample
 from bridgework.data.shards import Manifest, read_manifest
 from bridgework.data.transforms import MAX_BYTES, decode
 from bridgework.errors import DataError
@@ -79,16 +83,16 @@ def ingest(
         return done
     told = {"licence": licence, "made_by": made_by, "parameters": parameters, "chunk_rows": chunk_rows}
     job = Job.begin(source, dest, **told)
-    count = kept = 0
+    made = kept = 0
     rest = chunks(rows(), chunk_rows)
     while wave := list(islice(rest, WAVE if workers else 1)):
         new = [chunk for chunk in wave if not job.store.holds(chunk)]
         if len(new) < len(wave) and not kept:
             say(f"{dest}: goes on where it was cut off")
-        count, kept = count + len(wave), kept + len(wave) - len(new)
+        made, kept = made + len(wave), kept + len(wave) - len(new)
         each(partial(_maker, job.store), new, workers)
     quarantine = Quarantine(dest.rstrip("/") + ".quarantine", limit=max_bad)
-    manifest = job.finish(count, quarantine, files)
+    manifest = job.finish(made, quarantine, files)
     aside = f"; {len(quarantine)} put aside, see {quarantine.folder}" if len(quarantine) else ""
     aside += "".join(f"; left out: {number} {what}" for what, number in manifest.left_out.items())
     say(f"{dest}: {manifest.rows} rows in {len(manifest.shards)} shards{aside}")
@@ -130,18 +134,66 @@ def _made_before(source: str, dest: str, made_by: str, licence: str, parameters:
 
 
 class Keys:
-    """Tells rows apart that share a key: the second content of `cat.jpg` is `cat.jpg#2`, a repetition is not."""
+    """Keys that differ where rows do: the second content of `cat.jpg` is `cat.jpg#2`.
+
+    A key that was given never meets one that was made: where `cat.jpg#2` is the name of another
+    row, that row is `cat.jpg#2#2`. A row that repeats another one, name and content, gets its key.
+    """
 
     def __init__(self) -> None:
-        self._contents: defaultdict[str, list[bytes]] = defaultdict(list)
+        self._contents: defaultdict[str, dict[bytes, str]] = defaultdict(dict)
+        self._taken = set[str]()
 
-    def __call__(self, key: str, content: Any) -> str:
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()[:8]
-        known = self._contents[key]
-        if digest not in known:
-            known.append(digest)
-        place = known.index(digest)
-        return f"{key}#{place + 1}" if place else key
+    def __call__(self, name: str, content: Any) -> str:
+        """The key of a row by the name that it was given, or that its number makes."""
+        return self.find(name, content)[0]
+
+    def of(self, row: Any, number: int, *names: str, content: Any) -> str:
+        """The key of row `number` by the first of these fields that names it, or by its number."""
+        given = row if isinstance(row, dict) else {}
+        found = (given[name] for name in names if given.get(name) is not None)
+        name = next(found, None)
+        if isinstance(name, str | int) and str(name):
+            return self(str(name), content)
+        return self(f"row-{number:08d}", number)
+
+    def find(self, name: str, content: Any) -> tuple[str, bool]:
+        """(key, whether such a row was there before)."""
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
+        known = self._contents[name]
+        if (key := known.get(digest[:8])) is not None:
+            return key, True
+        numbered = (f"{name}#{n}" for n in count(max(2, len(known) + 1)))
+        wanted = numbered if known else chain([name], numbered)
+        key = known[digest[:8]] = next(key for key in wanted if key not in self._taken)
+        self._taken.add(key)
+        return key, False
+
+
+class Captions:
+    """Keys for captions of pictures; a caption that its picture has already is left out."""
+
+    def __init__(self) -> None:
+        self._keys = Keys()
+
+    def __call__(self, name: str, text: Any, make: Callable[[str], Sample]) -> Row:
+        """The row of a picture's caption; `make` gives its sample, with the key that it gets."""
+        key, repeated = self._keys.find(name, text)
+        if repeated and isinstance(text, str) and text.strip():
+            return key, partial(leave_out, "captions that their picture has already")
+        return key, partial(make, key)
+
+
+def leave_out(what: str) -> Sample:
+    """Raises LeftOut, with what is counted: what a row is that an importer has no use for."""
+    raise LeftOut(what)
+
+
+def texts(value: Any) -> list[Any]:
+    """The captions of a row: those of a list of texts, or the one; an empty list is an empty one."""
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        return value or [""]
+    return [value]
 
 
 def caption(text: Any) -> str:
@@ -159,11 +211,16 @@ def read_image(folder: str, name: Any) -> bytes:
     """The file `name` inside `folder`. Raises BadSample for a path that leaves it, for no file and for a huge one."""
     if not isinstance(name, str) or not name:
         raise BadSample(Reason.BAD_ROW, f"{name!r} is no path of an image")
+    if address(name):
+        raise BadSample(
+            Reason.OUTSIDE,
+            f"{name!r} is an address, and nothing is fetched. Fix: download it, and name its file",
+        )
     if not plain(name):
         raise BadSample(Reason.OUTSIDE, f"{name!r} is not a plain path inside the image folder")
     fs, root = find_store(folder)
-    path = f"{root}/{name}"
-    if not fs.isfile(path):
+    path = _existing(fs, root, name)
+    if path is None:
         raise BadSample(Reason.MISSING_IMAGE, f"there is no file {name!r} in {folder}")
     if isinstance(fs, LocalFileSystem) and not os.path.realpath(path).startswith(os.path.realpath(root) + os.sep):
         raise BadSample(Reason.OUTSIDE, f"{name!r} is a link out of the image folder")
@@ -172,11 +229,19 @@ def read_image(folder: str, name: Any) -> bytes:
     return bytes(fs.cat_file(path))
 
 
-def plain(name: str) -> bool:
-    """Whether `name` is a path that stays inside its folder and can be printed."""
-    parts = name.split("/")
-    inside = not name.startswith("/") and ".." not in parts and "\\" not in name and ":" not in parts[0]
-    return inside and name.isprintable()
+def _existing(fs: Any, root: str, name: str) -> str | None:
+    """The path of a file, whose letters may be composed (Linux) or decomposed (macOS) there."""
+    if fs.isfile(f"{root}/{name}"):
+        return f"{root}/{name}"
+    if name.isascii():
+        return None
+    path = root
+    for part in name.split("/"):
+        forms = dict.fromkeys((part, *(normalize(form, part) for form in ("NFC", "NFD"))))
+        path = next((p for form in forms if fs.exists(p := f"{path}/{form}")), "")
+        if not path:
+            return None
+    return path if fs.isfile(path) else None
 
 
 def read_text(path: str) -> str:

@@ -19,6 +19,7 @@ from bridgework.data.importers import Row, Say, caption, fingerprint, ingest, re
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import Manifest
+from bridgework.data.sources import hidden
 from bridgework.errors import DataError
 from bridgework.stores import find_store
 
@@ -61,7 +62,8 @@ def run(
         raise DataError(f"side={side}: a picture is shrunk to fit 1 to {MAX_SIDE} pixels a side; give such a number")
     fs, root = find_store(source)
     found = {str(path).removeprefix(f"{root}/png/"): int(info["size"]) for path, info in _find(fs, f"{root}/png")}
-    names = sorted(name for name in found if name.endswith(".png") and not any(fnmatchcase(name, s) for s in skip))
+    pictures = (name for name in found if name.endswith(".png") and not hidden(name))
+    names = sorted(name for name in pictures if not any(fnmatchcase(name, s) for s in skip))
     if not names:
         raise DataError(f"{source}/png holds no pictures; SOURCE is the folder with png/ and svg/, both of one release")
     listing = json.dumps([(name, found[name]) for name in names])

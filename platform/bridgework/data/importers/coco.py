@@ -2,6 +2,7 @@
 
 captions_*.json    a caption a row; with `instances`, each knows the boxes of its image
 instances_*.json   an image a row, with its boxes and no text
+both in one file   a caption a row, with the boxes of its image; an image without one as above
 """
 
 from collections import defaultdict
@@ -9,9 +10,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
-from bridgework.data.importers import Keys, Row, Say, caption, fingerprint, ingest, read_image, read_text
+from bridgework.data.importers import (
+    Captions,
+    Row,
+    Say,
+    caption,
+    fingerprint,
+    ingest,
+    leave_out,
+    read_image,
+    read_text,
+    texts,
+)
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Box, Part, Sample, pair
 from bridgework.data.shards import Manifest
@@ -19,7 +31,13 @@ from bridgework.data.sources import document, listed, parent
 from bridgework.data.transforms import size_of
 from bridgework.errors import DataError
 
-Mark = tuple[str | None, Any]  # the name of a category, and [left, top, width, height] in pixels
+
+class Mark(NamedTuple):
+    """A mark in an image; nothing of it is checked yet."""
+
+    name: str | None  # of its category
+    bbox: Any  # [left, top, width, height] in pixels
+    crowd: bool  # it is around a group, and no single object
 
 
 @dataclass(frozen=True)
@@ -45,10 +63,12 @@ def run(
     workers: int = 0,
     say: Say = print,
 ) -> Manifest:
-    """Import captions_*.json or instances_*.json; the images lie in the folder `images`, by default beside the file.
+    """Import captions_*.json or instances_*.json; the images are in the folder `images`, by default the file's own.
 
-    The second caption of an image gets the key `IMAGE_ID#2`. `instances`, a file beside one of captions, gives boxes
-    and labels to its rows. A row's licence is that of its image, where the file says it.
+    The second caption of an image gets the key `IMAGE_ID#2`; one that its image has already is left
+    out and counted. `instances`, a file next to one of captions, gives boxes and labels to its rows.
+    Boxes around a crowd are dropped and counted in the row's provenance. A row's licence is that of
+    its image, where the file says it.
     """
     text = read_text(source)
     beside = "" if instances is None else read_text(instances)
@@ -66,81 +86,124 @@ def run(
     )
 
 
-def _rows(text: str, source: str, beside: str, instances: str | None, folder: str) -> Iterator[Row]:
-    whole, marks = document(text, source), dict[int | None, list[Mark]]()
-    notes = listed(whole, "annotations", source)
-    boxed = "categories" in whole
-    if boxed and instances is not None:
-        raise DataError(f"{source} holds instances itself; instances={instances} goes with a file of captions")
+def _rows(text: str, source: str, base: str, instances: str | None, folder: str) -> Iterator[Row]:
+    given = document(text, source)
+    notes = listed(given, "annotations", source)
+    boxed = "categories" in given and not any(map(_is_caption, notes))
     if boxed:
-        marks = _marks(whole, source)
-    elif instances is not None:
-        marks = _marks(document(beside, instances), instances)
-    pictures = _pictures(whole, source, marks)
-    yield from _boxed(pictures, folder) if boxed else _captions(notes, pictures, folder)
-    for image in marks:
-        if image is None or (boxed and image not in pictures):
-            yield f"boxes-{image}", partial(_refused, f"{len(marks[image])} boxes of image {image}, which is not there")
+        listed(given, "categories", source)
+    own = _marks(given, notes if boxed else list(filter(_is_mark, notes)))
+    if own and instances is not None:
+        raise DataError(f"{source} holds instances itself; instances={instances} goes with a file of captions")
+    others = dict[str | None, list[Mark]]()
+    if instances is not None:
+        other = document(base, instances)
+        listed(other, "categories", instances)
+        noted = listed(other, "annotations", instances)
+        others = _marks(other, [note for note in noted if _is_mark(note) or not _is_caption(note)])
+    pictures = _pictures(given, source, own | others)
+    yield from _boxed(pictures, folder) if boxed else _captions(notes, own, pictures, folder)
+    for image, found in (own | others).items():
+        if image is None or (image in own and image not in pictures):
+            yield f"boxes-{image}", partial(_refused, f"{len(found)} boxes of image {image}, which is not there")
+    if instances is not None:
+        for _ in filter(_is_caption, noted):
+            yield "caption", partial(leave_out, "captions of the file of instances")
 
 
-def _captions(notes: list[Any], pictures: Mapping[int | str, Picture], folder: str) -> Iterator[Row]:
-    keys = Keys()
+def _is_caption(note: Any) -> bool:
+    return isinstance(note, dict) and note.get("caption") is not None
+
+
+def _is_mark(note: Any) -> bool:
+    return isinstance(note, dict) and any(note.get(name) for name in ("bbox", "segmentation"))
+
+
+def _captions(
+    notes: list[Any],
+    own: Mapping[str | None, list[Mark]],
+    pictures: Mapping[str | int, Picture],
+    folder: str,
+) -> Iterator[Row]:
+    """A row for each caption, and one for each image that has boxes alone in the file itself."""
+    captions, seen = Captions(), set[str]()
     for number, note in enumerate(notes):
-        picture = pictures.get(note["image_id"]) if _has_id(note, "image_id") else None
-        if picture is None:
-            yield f"row-{number:08d}", partial(_refused, f"a caption of no image of the file: {str(note)[:80]}")
-        else:
-            key = keys(picture.key, note.get("caption"))
-            yield key, partial(_captioned, key, picture, note.get("caption"), folder)
+        if not _is_caption(note) and _is_mark(note):
+            continue
+        image = _id(note, "image_id")
+        if image is None or image not in pictures:
+            why = f"a caption of no image of the file: {str(note)[:80]}"
+            why = note.detail if isinstance(note, BadSample) else why
+            yield f"row-{number:08d}", partial(_refused, why)
+            continue
+        seen.add(image)
+        for text in texts(note.get("caption")):
+            make = partial(_captioned, pictures[image], text, folder)
+            yield captions(pictures[image].key, text, make)
+    for entry, picture in pictures.items():
+        if entry in own and entry not in seen:
+            yield captions(picture.key, None, partial(_pictured, picture, folder))
 
 
-def _boxed(pictures: Mapping[int | str, Picture], folder: str) -> Iterator[Row]:
-    return ((picture.key, partial(_pictured, picture, folder)) for picture in pictures.values())
+def _boxed(pictures: Mapping[str | int, Picture], folder: str) -> Iterator[Row]:
+    return ((picture.key, partial(_pictured, picture, folder, picture.key)) for picture in pictures.values())
 
 
 def _refused(why: str) -> Sample:
     raise BadSample(Reason.BAD_ROW, why)
 
 
-def _captioned(key: str, picture: Picture, text: Any, folder: str) -> Sample:
+def _captioned(picture: Picture, text: Any, folder: str, key: str) -> Sample:
     data = read_image(folder, picture.file)
     return pair(key, data, caption(text), **_told(picture, data))
 
 
-def _pictured(picture: Picture, folder: str) -> Sample:
+def _pictured(picture: Picture, folder: str, key: str) -> Sample:
     data = read_image(folder, picture.file)
-    return Sample(picture.key, (data,), (Part("caption", image=0),), **_told(picture, data))
+    return Sample(key, (data,), (Part("caption", image=0),), **_told(picture, data))
 
 
 def _told(picture: Picture, data: bytes) -> dict[str, Any]:
-    """What a row knows beside image and text."""
-    boxes = _boxes(picture, data) if picture.marks else ()
-    lost = len(picture.marks) - len(boxes)
+    """What a row knows besides image and text."""
+    single = [mark for mark in picture.marks if not mark.crowd]
+    boxes = _boxes(picture, single, data) if picture.marks else ()
+    dropped = {"boxes": len(single) - len(boxes), "crowds": len(picture.marks) - len(single)}
+    counts = {f"dropped.{what}": str(count) for what, count in dropped.items() if count}
     return {
-        "labels": tuple(dict.fromkeys(str(name) for name, _ in picture.marks)),
+        "labels": tuple(dict.fromkeys(str(mark.name) for mark in picture.marks)),
         "boxes": boxes,
         "licence": picture.licence,
-        "provenance": {"file": picture.file} | ({"dropped.boxes": str(lost)} if lost else {}),
+        "provenance": {"file": picture.file} | counts,
     }
 
 
-def _boxes(picture: Picture, data: bytes) -> tuple[Box, ...]:
+def _boxes(picture: Picture, marks: list[Mark], data: bytes) -> tuple[Box, ...]:
     """The boxes clamped to the image, without those that have no area there."""
-    sides = picture.width, picture.height
-    if not all(isinstance(side, int) and side > 0 for side in sides):
-        raise BadSample(Reason.BAD_ROW, f"the image has boxes, and is {sides[0]!r} x {sides[1]!r} pixels")
+    sides = _side(picture.width), _side(picture.height)
+    if sides[0] is None or sides[1] is None:
+        raise BadSample(Reason.BAD_ROW, f"the image has boxes, and is {picture.width!r} x {picture.height!r} pixels")
+    wide, high = sides[0], sides[1]
     width, height = size_of(data)
-    if abs(width * sides[1] - height * sides[0]) > max(width, height, *sides):  # a smaller copy may be off by rounding
+    if abs(width * high - height * wide) > max(width, height, wide, high):  # a smaller copy may be off by rounding
         raise BadSample(
-            Reason.BAD_ROW, f"the boxes are for {sides[0]} x {sides[1]} pixels, and the file has {width} x {height}"
+            Reason.BAD_ROW, f"the boxes are for {wide:g} x {high:g} pixels, and the file has {width} x {height}"
         )
-    if any(name is None for name, _ in picture.marks):
+    if any(mark.name is None for mark in picture.marks):
         raise BadSample(Reason.BAD_ROW, "a box is of a category that the file does not name")
-    placed = [Box(0, _corners(bbox, *sides), str(name)) for name, bbox in picture.marks]
+    placed = [Box(0, _corners(mark.bbox, wide, high), str(mark.name)) for mark in marks]
     return tuple(box for box in placed if box.corners[0] < box.corners[2] and box.corners[1] < box.corners[3])
 
 
-def _corners(bbox: Any, width: int, height: int) -> tuple[float, float, float, float]:
+def _side(value: Any) -> float | None:
+    """Pixels of a side, which may be written as a number or as its digits; None for anything else."""
+    try:
+        side = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else 0.0
+    except (ValueError, OverflowError):
+        return None
+    return side if isfinite(side) and side > 0 else None
+
+
+def _corners(bbox: Any, width: float, height: float) -> tuple[float, float, float, float]:
     """Left, top, right, bottom as shares of the image, in [0, 1]."""
     numbers = bbox if isinstance(bbox, list) and all(isinstance(value, int | float) for value in bbox) else []
     try:
@@ -154,38 +217,49 @@ def _corners(bbox: Any, width: int, height: int) -> tuple[float, float, float, f
     return left, top, right, bottom
 
 
-def _pictures(whole: Any, source: str, marks: Mapping[int | None, list[Mark]]) -> dict[int | str, Picture]:
-    """By id; an entry without one, or with that of another, stands under the number of its row."""
-    licences, pictures = _names(whole.get("licenses")), dict[int | str, Picture]()
-    for number, entry in enumerate(listed(whole, "images", source)):
-        row, known = f"row-{number:08d}", _has_id(entry, "id")
-        fields, image = (entry, entry["id"]) if known else ({}, None)
-        pictures[row if image is None or image in pictures else image] = Picture(
-            key=row if image is None else str(image),
+def _pictures(given: Any, source: str, marks: Mapping[str | None, list[Mark]]) -> dict[str | int, Picture]:
+    """By id; an entry without one, or with that of another, by its number."""
+    licences, pictures = _names(given.get("licenses")), dict[str | int, Picture]()
+    for number, entry in enumerate(listed(given, "images", source)):
+        image = _id(entry, "id")
+        fields = entry if isinstance(entry, dict) and image is not None else {}
+        pictures[number if image is None or image in pictures else image] = Picture(
+            key=f"row-{number:08d}" if image is None else image,
             file=fields.get("file_name"),
             width=fields.get("width"),
             height=fields.get("height"),
-            licence=licences.get(fields["license"]) if _has_id(fields, "license") else None,
+            licence=licences.get(_id(fields, "license") or ""),
             marks=() if image is None else tuple(marks.get(image, ())),
         )
     return pictures
 
 
-def _marks(whole: Any, source: str) -> dict[int | None, list[Mark]]:
+def _marks(given: Any, notes: list[Any]) -> dict[str | None, list[Mark]]:
     """What is marked in each image, by its id; under None, what belongs to none."""
-    names, marks = _names(listed(whole, "categories", source)), defaultdict[int | None, list[Mark]](list)
-    for note in listed(whole, "annotations", source):
-        name = names.get(note["category_id"]) if _has_id(note, "category_id") else None
-        image = note["image_id"] if _has_id(note, "image_id") else None
-        marks[image].append((name, note.get("bbox") if isinstance(note, dict) else None))
+    names, marks = _names(given.get("categories")), defaultdict[str | None, list[Mark]](list)
+    for note in notes:
+        fields = note if isinstance(note, dict) else {}
+        name = names.get(_id(fields, "category_id") or "")
+        if name is None and isinstance(fields.get("caption"), str):  # a region that has a text of its own
+            name = fields["caption"].strip() or None
+        marks[_id(fields, "image_id")].append(Mark(name, fields.get("bbox"), _is_crowd(fields)))
     return dict(marks)
 
 
-def _names(entries: Any) -> dict[int, str]:
+def _is_crowd(note: Mapping[str, Any]) -> bool:
+    return note.get("iscrowd") in (1, "1", "true", "True")
+
+
+def _names(entries: Any) -> dict[str, str]:
     """The names of categories or licences, by their ids."""
     given = entries if isinstance(entries, list) else []
-    return {e["id"]: e["name"] for e in given if _has_id(e, "id") and isinstance(e.get("name"), str)}
+    found = {_id(e, "id"): e["name"] for e in given if isinstance(e, dict) and isinstance(e.get("name"), str)}
+    return {name: text for name, text in found.items() if name is not None}
 
 
-def _has_id(entry: Any, name: str) -> bool:
-    return isinstance(entry, dict) and type(entry.get(name)) is int  # True is an int, and no id
+def _id(entry: Any, name: str) -> str | None:
+    """An id as a text: of an integer its digits, in whatever form it is written. None where there is no id."""
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, int | str) and not isinstance(value, bool) and value != "" else None

@@ -1,19 +1,33 @@
-"""A folder of images with captions: in a table, or in a text file of the same name beside each image."""
+"""A folder of images with captions: in a table, or in a text file of the same name next to each."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
-from bridgework.data.importers import Keys, Row, Say, caption, fingerprint, ingest, read_image, read_text
+from bridgework.data.importers import (
+    Captions,
+    Row,
+    Say,
+    caption,
+    fingerprint,
+    ingest,
+    leave_out,
+    read_image,
+    read_text,
+    texts,
+)
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import Manifest
-from bridgework.data.sources import fields, files
+from bridgework.data.sources import fields, files, hidden
 from bridgework.data.sources import table as read_table
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
+
+Make = Callable[[str, Any, Any], Sample]  # of a key, the name of a file, and its caption
 
 
 def run(
@@ -31,15 +45,18 @@ def run(
     """Import the pairs under the folder `source`.
 
     `table` is a .csv, .tsv, .json (a list) or .jsonl file in it, whose columns `image` and `text` hold a path and a
-    caption; the second caption of one image gets the key `PATH#2`. Without a table, `cat.txt` describes `cat.jpg`.
-    Raises DataError for a table that is none of these, or has no such column.
+    caption, or a list of captions; the second caption of one image gets the key `PATH#2`. Without a table, `cat.txt`
+    describes `cat.jpg`, and all other files are left out and counted. Raises DataError for a table that is none of
+    these, or has no such column.
     """
+    make = partial(_sample, source)
     if table is None:
         names = files(source)
-        content, listing = json.dumps(names), partial(_beside, source, names)
+        content, listing = json.dumps(names), partial(described, source, names, IMAGES, make)
     else:
         content = read_text(f"{source.rstrip('/')}/{table}")
-        listing = partial(_listed, source, read_table(content, table, image=image, text=text), image, text)
+        rows = read_table(content, table, image=image, text=text)
+        listing = partial(listed, rows, image, text, make)
     return ingest(
         listing,
         source,
@@ -53,36 +70,66 @@ def run(
     )
 
 
-def _beside(source: str, names: list[tuple[str, int]]) -> Iterator[Row]:
+def _sample(source: str, key: str, name: Any, text: Any) -> Sample:
+    return pair(key, read_image(source, name), caption(text))
+
+
+# --- what it shares with `video` ---------------------------------------------------------------------------
+
+
+def described(source: str, names: Sequence[tuple[str, int]], endings: tuple[str, ...], make: Make) -> Iterator[Row]:
+    """The rows of files with these endings, each with the text file next to it.
+
+    After them come all other files, as rows that are left out, by kind.
+    """
     known = {name for name, _ in names}
-    for name in sorted(known):
-        if name.lower().endswith(IMAGES):
-            description = str(PurePosixPath(name).with_suffix(".txt"))
-            yield name, partial(_described, source, name, description, description in known)
+    near = {_stem(name): name for name in sorted(known) if name.lower().endswith(".txt")}
+    rest: dict[str | None, None] = dict.fromkeys(name for name, _ in names)
+    for name, _ in names:
+        if name.lower().endswith(endings) and not hidden(name):
+            text = str(PurePosixPath(name).with_suffix(".txt"))
+            found = text if text in known else near.get(_stem(name))
+            rest.pop(name)
+            rest.pop(found, None)
+            yield name, partial(_described, source, name, found, make)
+    for other in map(str, rest):
+        yield other, partial(leave_out, _kind(other))
 
 
-def _described(source: str, name: str, description: str, there: bool) -> Sample:
-    if not there:
-        raise BadSample(Reason.EMPTY_TEXT, f"there is no {description} to describe it")
+def _stem(name: str) -> str:
+    """The path without its ending, in the one form in which letters are composed."""
+    return normalize("NFC", str(PurePosixPath(name).with_suffix("")))
+
+
+def _kind(name: str) -> str:
+    if hidden(name):
+        return "hidden files"
+    ending = PurePosixPath(name).suffix.lower()
+    if ending == ".txt":
+        return "texts without a file that they describe"
+    return f"files of {ending}" if ending else "files without an ending"
+
+
+def _described(source: str, name: str, text: str | None, make: Make) -> Sample:
+    if text is None:
+        raise BadSample(Reason.EMPTY_TEXT, f"there is no {PurePosixPath(name).with_suffix('.txt')} to describe it")
     try:
-        text = read_image(source, description).decode("utf-8-sig")
+        said = read_image(source, text).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadSample(Reason.BAD_ROW, f"{description} is not UTF-8 text: {error}") from None
-    return pair(name, read_image(source, name), caption(text))
+        raise BadSample(Reason.BAD_ROW, f"{text} is not UTF-8 text: {error}") from None
+    return make(name, name, said)
 
 
-def _listed(source: str, table: Sequence[Any], image: str, text: str) -> Iterator[Row]:
-    return ((key, partial(_row, source, key, row, image, text)) for key, row in keyed(table, image, text))
-
-
-def keyed(table: Sequence[Any], path: str, text: str) -> Iterator[tuple[str, Any]]:
-    """(key, row) of a table whose columns `path` and `text` hold a file's path and its caption."""
-    keys = Keys()
+def listed(table: Sequence[Any], path: str, text: str, make: Make) -> Iterator[Row]:
+    """The rows of a table whose columns `path` and `text` hold a file's path and its captions."""
+    captions = Captions()
     for number, row in enumerate(table):
-        name = row.get(path) if isinstance(row, dict) else None
-        yield keys(name, row.get(text)) if isinstance(name, str) and name else f"row-{number:08d}", row
+        given = row if isinstance(row, dict) else {}
+        name = given.get(path)
+        key = name if isinstance(name, str) and name else f"row-{number:08d}"
+        for said in texts(given.get(text)):
+            yield captions(key, said, partial(_row, row, path, text, said, make))
 
 
-def _row(source: str, key: str, row: Any, image: str, text: str) -> Sample:
-    told = fields(row, image, text)
-    return pair(key, read_image(source, told[image]), caption(told[text]))
+def _row(row: Any, path: str, text: str, said: Any, make: Make, key: str) -> Sample:
+    return make(key, fields(row, path, text)[path], said)

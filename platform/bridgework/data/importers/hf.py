@@ -12,13 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bridgework.data.columns import Columns, Cursor
-from bridgework.data.importers import Row, Say, caption, fingerprint, ingest, read_image
-from bridgework.data.importers.llava_json import parts
+from bridgework.data.columns import Columns, Cursor, is_list, value_type
+from bridgework.data.importers import Row, Say, caption, fingerprint, ingest, leave_out
+from bridgework.data.importers.llava_json import asked, parts
+from bridgework.data.pictures import read_cell
 from bridgework.data.quarantine import SHARE, BadSample, LostFile, Reason
 from bridgework.data.samples import Sample, pair
 from bridgework.data.shards import Manifest
-from bridgework.data.splits import File, edges, find
+from bridgework.data.splits import File, edges, find, others
 from bridgework.errors import DataError, suggest
 from bridgework.stores import find_store
 
@@ -59,7 +60,7 @@ def run(
     fs, root = find_store(source)
     folder = source if fs.isdir(root) else source.rpartition("/")[0] or "."
     return ingest(
-        partial(_rows, tables, folder, chosen or "row", content),
+        partial(_rows, tables, folder, chosen or "row", content, others(source)),
         source,
         dest,
         licence=licence,
@@ -77,8 +78,8 @@ def run(
 
 def _choose(source: str, files: Sequence[File], image: str, text: str | None) -> str:
     """The column of text. Raises DataError for columns that are not there, or hold something else."""
-    schema = _schema(files)
-    name = text or next((name for name in TEXTS if name in schema.names), TEXTS[0])
+    schema = _schema(files, image, text)
+    name = text or _text_of(schema)
     for option, column in (("image", image), ("text", name)):
         if column not in schema.names:
             near = suggest(column, schema.names)
@@ -98,23 +99,39 @@ def _choose(source: str, files: Sequence[File], image: str, text: str | None) ->
     return name
 
 
-def _schema(files: Sequence[File]) -> pa.Schema:
-    """Of the first file that can be read. Raises DataError where there is none."""
-    flaws = []
+def _text_of(schema: pa.Schema) -> str:
+    return next((name for name in TEXTS if name in schema.names), TEXTS[0])
+
+
+def _schema(files: Sequence[File], image: str, text: str | None) -> pa.Schema:
+    """Of the first file that can be read, and whose columns are not all null.
+
+    Raises DataError where no file can be read.
+    """
+    flaws, first = [], None
     for file in files:
         try:
-            return Columns(file.path).schema
+            schema = Columns(file.path).schema
         except BadSample as error:
             flaws.append(error.detail)
-    raise DataError(flaws[0])
+            continue
+        names = [name for name in (image, text or _text_of(schema)) if name in schema.names]
+        if not any(_is_null(schema.field(name).type) for name in names):
+            return schema
+        first = schema if first is None else first
+    if first is None:
+        raise DataError(flaws[0])
+    return first
+
+
+def _is_null(kind: pa.DataType) -> bool:
+    """True if there were only nulls or empty lists, which show no type."""
+    return bool(pa.types.is_null(kind)) or (is_list(kind) and _is_null(value_type(kind)))
 
 
 def _is_string(kind: pa.DataType) -> bool:
+    kind = value_type(kind) if pa.types.is_dictionary(kind) else kind
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def _has(kind: pa.DataType, *names: str) -> bool:
@@ -122,24 +139,24 @@ def _has(kind: pa.DataType, *names: str) -> bool:
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    if _is_list(kind):
-        return _is_image(kind.value_type)
+    if is_list(kind) or pa.types.is_dictionary(kind):
+        return _is_image(value_type(kind))
     bytes_ = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
     return bool(bytes_) or _is_string(kind) or _has(kind, "bytes") or _has(kind, "path")
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return _is_string(kind.value_type if _is_list(kind) else kind)
+    return _is_string(value_type(kind) if is_list(kind) else kind)
 
 
 def _is_talk(kind: pa.DataType) -> bool:
-    return _has(kind.value_type if _is_list(kind) else kind, "from", "value")
+    return _has(value_type(kind) if is_list(kind) else kind, "from", "value")
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(tables: Sequence[Table], folder: str, split: str, content: str) -> Iterator[Row]:
+def _rows(tables: Sequence[Table], folder: str, split: str, content: str, unread: Sequence[str]) -> Iterator[Row]:
     number = 0
     for table in tables:
         try:
@@ -151,6 +168,8 @@ def _rows(tables: Sequence[Table], folder: str, split: str, content: str) -> Ite
                     yield name, partial(_sample, name, table, content, place, which, folder)
         except BadSample as error:
             yield table.name, partial(_lost, LostFile(error.reason, error.detail))
+    for name in unread:
+        yield name, partial(leave_out, f"files of .{name.lower().rpartition('.')[2]}")
 
 
 def _counts(table: Table) -> Iterator[tuple[int, int]]:
@@ -160,7 +179,7 @@ def _counts(table: Table) -> Iterator[tuple[int, int]]:
     if missing:
         raise BadSample(Reason.BAD_ROW, f"{table.path} has no column {min(missing)!r}, which the first file has")
     kind = columns.schema.field(table.text).type
-    lists, rows = _is_text(kind) and _is_list(kind), columns.rows()
+    lists, rows = _is_text(kind) and is_list(kind), columns.rows()
     if rows is not None and not lists:
         yield from ((place, 1) for place in range(rows))
         return
@@ -188,12 +207,14 @@ def _sample(key: str, table: Table, content: str, place: int, which: int, folder
     cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
     talk = _turns(text)
     if talk is not None:
-        told = tuple(parts(talk))
-        return Sample(key, tuple(_image(cell, folder) for cell in cells), told)
+        turns, dropped = asked(talk)
+        shown = tuple(parts(turns))
+        files = tuple(read_cell(folder, cell) for cell in cells)
+        return Sample(key, files, shown, provenance=dropped)
     if len(cells) != 1:
         raise BadSample(Reason.BAD_ROW if cells else Reason.MISSING_IMAGE, f"{len(cells)} images; one is wanted")
     words = (text[which] if text else "") if isinstance(text, list) else text
-    return pair(key, _image(cells[0], folder), caption(words or ""))
+    return pair(key, read_cell(folder, cells[0]), caption(words or ""))
 
 
 def _turns(text: Any) -> list[Any] | None:
@@ -204,13 +225,3 @@ def _turns(text: Any) -> list[Any] | None:
             return [{"from": who, "value": said} for who, said in zip(speakers, values, strict=True)]
         return [text]
     return text if isinstance(text, list) and any(isinstance(turn, dict) for turn in text) else None
-
-
-def _image(cell: Any, folder: str) -> bytes:
-    if isinstance(cell, dict):
-        cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
-    if isinstance(cell, bytes):
-        return cell
-    if cell is None:
-        raise BadSample(Reason.MISSING_IMAGE, "the cell of the image is empty")
-    return read_image(folder, cell)

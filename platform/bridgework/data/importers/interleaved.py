@@ -17,19 +17,20 @@ from posixpath import dirname, join, normpath
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
 
-from bridgework.data.importers import PLACEHOLDER, Say, fingerprint, ingest, read_image, read_text
+from bridgework.data.importers import PLACEHOLDER, Say, address, fingerprint, ingest, read_image, read_text
 from bridgework.data.pages import pieces
 from bridgework.data.pieces import Piece, mmc4, obelics
 from bridgework.data.quarantine import SHARE, BadSample, LeftOut, Reason
 from bridgework.data.samples import Part, Sample
 from bridgework.data.shards import Manifest
-from bridgework.data.sources import fields, files, parent, rows
+from bridgework.data.sources import fields, files, hidden, parent, rows
 from bridgework.data.transforms import decode, size_of
 from bridgework.errors import DataError
 
-PAGES = (".html", ".htm", ".xhtml")
+PAGES = (".html", ".htm", ".xhtml", ".xht")
+OTHER_PAGES = (".mhtml", ".mht", ".shtml", ".webarchive", ".maff", ".warc", ".php", ".asp", ".aspx", ".jsp", ".pdf")
 TABLES = (".jsonl", ".json")
-_REMOTE = re.compile(r"\s*([a-z][a-z0-9+.-]*:|//)", re.IGNORECASE)  # http:, data:, file:, and one without its scheme
+_REMOTE = "remote"  # of an image that is at an address, `data:` and `file:` among them
 _SPACES = re.compile(r"[^\S\n]+")
 
 
@@ -110,14 +111,13 @@ def _sample(key: str, read: Callable[[], Content], folder: str, rule: Rule) -> S
         if piece.image is None:
             texts.append(piece)
             continue
-        try:
-            data = _image(folder, piece.image, rule)
-        except _Unfit as why:
-            dropped[str(why)] += 1
+        data = _any_image(folder, (piece.image, *piece.others), rule)
+        if isinstance(data, _Unfit):
+            dropped[str(data)] += 1
             continue
-        except BadSample as error:
-            dropped[error.reason.value] += 1
-            broken.append(error)
+        if isinstance(data, BadSample):
+            dropped[data.reason.value] += 1
+            broken.append(data)
             continue
         parts += [*_joined(texts), Part("caption", image=len(images))]
         images.append(data)
@@ -144,10 +144,21 @@ class _Unfit(Exception):
     """What an image is that says nothing."""
 
 
+def _any_image(folder: str, names: Iterable[str], rule: Rule) -> "bytes | _Unfit | BadSample":
+    """The first of an image's names that can be used, or why there is none: a flaw before its being elsewhere."""
+    flaws = list[_Unfit | BadSample]()
+    for name in names:
+        try:
+            return _image(folder, name, rule)
+        except (_Unfit, BadSample) as why:
+            flaws.append(why)
+    return next((flaw for flaw in flaws if str(flaw) != _REMOTE), flaws[0])
+
+
 def _image(folder: str, name: str, rule: Rule) -> bytes:
     """Raises BadSample for an image that cannot be read, _Unfit for one that is not wanted."""
-    if _REMOTE.match(name):
-        raise _Unfit("remote")
+    if address(name):
+        raise _Unfit(_REMOTE)
     data = read_image(folder, name)
     short, long = sorted(size_of(data))
     if short < rule.min_side:
@@ -163,18 +174,33 @@ def _image(folder: str, name: str, rule: Rule) -> bytes:
 
 
 def _pages(source: str, names: list[str]) -> Iterator[Document]:
-    return ((name, partial(_page, source, name)) for name in names if name.lower().endswith(PAGES))
+    """The pages of a folder; after them those that are not read, to be counted."""
+    pages = [name for name in names if name.lower().endswith((*PAGES, *OTHER_PAGES))]
+    read = [name for name in pages if name.lower().endswith(PAGES) and not hidden(name)]
+    yield from ((name, partial(_page, source, name)) for name in read)
+    for name in sorted({*pages} - {*read}):
+        ending = name.lower().rpartition(".")[2]
+        yield name, partial(_unread, "hidden files" if hidden(name) else f"pages of .{ending}")
+
+
+def _unread(what: str) -> Content:
+    raise LeftOut(what)
 
 
 def _page(source: str, name: str) -> Content:
     found = pieces(read_image(source, name))
-    return Content([p if p.image is None else Piece(image=_inside(name, p.image)) for p in found], {})
+    return Content([p if p.image is None else _placed(name, p.image, *p.others) for p in found], {})
+
+
+def _placed(page: str, *names: str) -> Piece:
+    first, *others = (_inside(page, name) for name in names)
+    return Piece(image=first, others=tuple(others))
 
 
 def _inside(page: str, source: str) -> str:
     """The path, inside the folder of pages, of an image that a page names; what is no path is given back."""
     path = unquote(re.split(r"[?#]", source.strip())[0])
-    return source if _REMOTE.match(source.strip()) else normpath(join(dirname(page), path))
+    return source if address(source) else normpath(join(dirname(page), path))
 
 
 def _listed(text: str, source: str) -> Iterator[Document]:

@@ -1,14 +1,16 @@
 """LLaVA's JSON: a list of {"id", "image"?, "conversations": [{"from": "human" | "gpt" | "system", "value"}]}.
 
-`image`, or `images`, is a path, a list of paths, or absent; `<image>` in the texts says where each one stands. A .jsonl
-holds such an object a line.
+`image`, `images` or `image_path` is a path, a list of paths, or absent; `<image>` in the texts says
+where each one is. A .jsonl holds such an object a line.
 """
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import cycle, takewhile
 from typing import Any
 
-from bridgework.data.importers import PLACEHOLDER, Keys, Row, Say, fingerprint, ingest, read_image, read_text
+from bridgework.data.importers import PLACEHOLDER, Keys, Row, Say, fingerprint, ingest, read_text
+from bridgework.data.pictures import read_cell, shown
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Part, Role, Sample
 from bridgework.data.shards import Manifest
@@ -29,7 +31,8 @@ def run(
 ) -> Manifest:
     """Import the file `source`; its image paths are relative to `images`, by default the file's own folder.
 
-    LLaVA's mixes use an image's name as the id of many rows: the second conversation about it gets the key `ID#2`.
+    LLaVA's mixes use an image's name as the id of many rows: the second conversation about it gets the key `ID#2`. What
+    the assistant says before the first question is dropped and counted, as in LLaVA's own training.
     """
     text = read_text(source)
     folder = parent(source) if images is None else images
@@ -50,8 +53,7 @@ def run(
 def _rows(text: str, source: str, folder: str) -> Iterator[Row]:
     keys = Keys()
     for number, entry in enumerate(lines(text) if source.endswith(".jsonl") else entries(text, source)):
-        name = entry.get("id") if isinstance(entry, dict) else None
-        key = keys(str(name), entry) if isinstance(name, str | int) and str(name) else f"row-{number:08d}"
+        key = keys.of(entry, number, "id", content=entry)
         yield key, partial(_sample, key, entry, folder)
 
 
@@ -63,10 +65,19 @@ def _sample(key: str, entry: Any, folder: str) -> Sample:
         raise BadSample(
             Reason.BAD_ROW, "the row shows a video; llava-json reads images, `data import video` reads videos"
         )
-    names = given.get("image") or given.get("images") or []
-    told = tuple(parts(given["conversations"]))
-    files = tuple(read_image(folder, name) for name in (names if isinstance(names, list) else [names]))
-    return Sample(key, files, told)
+    turns, dropped = asked(given["conversations"])
+    content = tuple(parts(turns))
+    files = tuple(read_cell(folder, cell) for cell in shown(given))
+    return Sample(key, files, content, provenance=dropped)
+
+
+def asked(turns: list[Any]) -> tuple[list[Any], dict[str, str]]:
+    """The turns without those of the assistant before the first question, and how many they are."""
+    speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
+    first = int(speakers[:1] == ["system"])
+    greeting = len(list(takewhile(lambda speaker: speaker == "gpt", speakers[first:])))
+    counts = {"dropped.turns": str(greeting)} if greeting else {}
+    return [*turns[:first], *turns[first + greeting :]], counts
 
 
 def parts(turns: list[Any]) -> Iterator[Part]:
@@ -91,7 +102,15 @@ def _turns(turns: list[Any]) -> Iterator[tuple[Role, str]]:
         said.append((ROLES[speaker], text))
     talk = said[1:] if said and said[0][0] == "system" else said
     if not talk or [role for role, _ in talk] != ["user", "assistant"] * (len(talk) // 2):
-        raise BadSample(Reason.BAD_ROW, "the turns are not questions, each with its answer")
+        due = zip(cycle(("user", "assistant")), [role for role, _ in talk], strict=False)
+        at = next((n for n, (wanted, role) in enumerate(due) if role != wanted), len(talk))
+        found = f"is by the {talk[at][0]}" if at < len(talk) else "is missing"
+        wanted = "an answer" if at % 2 else "a question"
+        raise BadSample(
+            Reason.BAD_ROW,
+            f"the turns are not questions, each with its answer: turn {len(said) - len(talk) + at + 1} "
+            f"{found}, where {wanted} is due",
+        )
     for role, text in talk:
         if role == "assistant" and PLACEHOLDER in text:
             raise BadSample(Reason.PLACEHOLDERS, f"an answer holds {PLACEHOLDER!r}")

@@ -1,20 +1,25 @@
 """Preference pairs: {"image", "question" or "prompt" or "conversations", "chosen", "rejected"} a row.
 
-JSON lines, or a JSON list. RLHF-V's form (Yu et al. 2024, arXiv:2312.00849), where question and answers lie in a field
-`text`, is read too, as are answers and questions that are turns: {"value": ...}, {"content": ...} or a list with one.
+JSON lines, a JSON list, Parquet or Arrow. RLHF-V's form (Yu et al. 2024, arXiv:2312.00849), where
+question and answers are in a field `text`, and RLAIF-V's (arXiv:2405.17220) are read as they are
+published, as are questions and answers that are turns: {"value": ...}, {"content": ...}, or a list
+with one.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from bridgework.data.importers import PLACEHOLDER, Keys, Row, Say, fingerprint, ingest, read_image, read_text
-from bridgework.data.importers.llava_json import parts
+from bridgework.data.importers import PLACEHOLDER, Keys, Row, Say, ingest
+from bridgework.data.importers.llava_json import asked, parts
+from bridgework.data.pictures import FIRST, read_cell, shown
 from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.records import Records, open_records
 from bridgework.data.samples import Sample
 from bridgework.data.shards import Manifest
-from bridgework.data.sources import fields, parent, rows, shallow
+from bridgework.data.sources import fields, parse, shallow
+
+IDS = ("id", "idx")  # fields that name a row
 
 
 def run(
@@ -22,37 +27,56 @@ def run(
     dest: str,
     *,
     images: str | None = None,
+    split: str | None = None,
     licence: str = "unknown",
     max_bad: float = SHARE,
     workers: int = 0,
     say: Say = print,
 ) -> Manifest:
-    """Import the file `source`; its image paths are relative to `images`, by default the file's own folder.
+    """Import the file `source`, or the Parquet files of a folder.
 
-    A question in which no `<image>` stands is asked below its images. Two equal answers are a bad row.
+    Image paths are relative to `images`, by default the file's own folder; pictures in cells come
+    as they are. A question without `<image>` is asked below its images. Two equal answers
+    are a bad row. `split` is needed where Parquet files are of several.
     """
-    text = read_text(source)
-    folder = parent(source) if images is None else images
+    return imported(
+        source, dest, _sample, made_by=__name__, images=images, split=split, licence=licence,
+        max_bad=max_bad, workers=workers, say=say,
+    )  # fmt: skip
+
+
+def imported(
+    source: str,
+    dest: str,
+    make: Callable[[str, Callable[[], Any], str], Sample],
+    *,
+    images: str | None,
+    split: str | None,
+    **how: Any,
+) -> Manifest:
+    """Import rows that `make` reads: of a key, what reads the row, and the folder of images."""
+    found = open_records(source, split)
+    folder = found.folder if images is None else images
+    chosen = {} if found.split is None else {"split": found.split}
     return ingest(
-        partial(_rows, text, source, folder),
+        partial(_rows, found, make, folder),
         source,
         dest,
-        licence=licence,
-        made_by=__name__,
-        parameters={"images": folder, "sha256": fingerprint(text)},
-        max_bad=max_bad,
-        workers=workers,
-        say=say,
+        parameters={"images": folder, "sha256": found.sha256, **chosen},
+        files=found.files,
+        **how,
     )
 
 
-def _rows(text: str, source: str, folder: str) -> Iterator[Row]:
+def _rows(found: Records, make: Callable[[str, Callable[[], Any], str], Sample], folder: str) -> Iterator[Row]:
     keys = Keys()
-    for number, entry in enumerate(rows(text, source)):
-        given = entry if isinstance(entry, dict) else {}
-        name = given.get("id", given.get("idx"))
-        key = keys(str(name), entry) if isinstance(name, str | int) and str(name) else f"row-{number:08d}"
-        yield key, partial(preference, key, entry, folder)
+    for number, (row, read) in enumerate(found.rows(*IDS)):
+        key = keys.of(row, number, *IDS, content=row if found.split is None else number)
+        yield key, partial(make, key, read, folder)
+
+
+def _sample(key: str, read: Callable[[], Any], folder: str) -> Sample:
+    return preference(key, read(), folder)
 
 
 def preference(key: str, entry: Any, folder: str) -> Sample:
@@ -61,22 +85,25 @@ def preference(key: str, entry: Any, folder: str) -> Sample:
     chosen, rejected = (_answer(row, name) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise BadSample(Reason.BAD_ROW, "the chosen answer is the rejected one: the row prefers nothing")
-    shown: Any = next((row[name] for name in ("image", "images", "image_path") if row.get(name) is not None), [])
-    names = shown if isinstance(shown, list) else [shown]
-    turns = row["conversations"] if "conversations" in row else [_question(row, len(names))]
+    cells = shown(row)
+    if not cells and any(row.get(name) == "" for name in FIRST):
+        raise BadSample(Reason.BAD_ROW, "the path of the image is empty")
+    turns = row["conversations"] if row.get("conversations") is not None else [_question(row, len(cells))]
     if not isinstance(turns, list):
         raise BadSample(Reason.BAD_ROW, f"`conversations` is {type(turns).__name__}, and a list of turns is wanted")
-    told = tuple(parts([*turns, {"from": "gpt", "value": chosen}]))
-    return Sample(key, tuple(read_image(folder, name) for name in names), told, rejected=rejected)
+    turns, dropped = asked(turns)
+    content = tuple(parts([*turns, {"from": "gpt", "value": chosen}]))
+    files = tuple(read_cell(folder, cell) for cell in cells)
+    return Sample(key, files, content, rejected=rejected, provenance=dropped)
 
 
 def _fields(entry: Any) -> dict[str, Any]:
     """The row, with what lies in RLHF-V's `text`, which may be JSON inside JSON."""
     given = fields(entry)
-    inner: Any = {} if "chosen" in given else given.get("text")
+    inner: Any = {} if given.get("chosen") is not None else given.get("text")
     try:
-        told = shallow(json.loads(inner)) if isinstance(inner, str) else inner
-        return {**given, **told}
+        within = shallow(parse(inner)) if isinstance(inner, str) else inner
+        return {**given, **within}
     except (TypeError, ValueError, RecursionError):
         raise BadSample(
             Reason.BAD_ROW, f"the row is no object with `chosen` and `rejected`: {str(entry)[:80]}"
@@ -103,7 +130,10 @@ def _answer(row: dict[str, Any], name: str) -> str:
 
 
 def _said(value: Any) -> str | None:
-    """A text, or that of one turn."""
+    """A text, or that of one turn, whose content may be a list of texts and images."""
     turn = value[0] if isinstance(value, list) and len(value) == 1 else value
     text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else turn
+    if isinstance(text, list) and text and all(isinstance(part, dict) for part in text):
+        said = [f"{PLACEHOLDER}\n" if p.get("type") == "image" else p.get("text") for p in text]
+        text = "".join(said) if all(isinstance(piece, str) for piece in said) else None
     return text if isinstance(text, str) else None

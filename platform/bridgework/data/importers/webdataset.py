@@ -5,19 +5,18 @@ What `bridgework data export webdataset` wrote comes back whole. Members of othe
 are never read; the manifest's parameters count them.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
 from urllib.parse import unquote
 
-from bridgework.data.importers import PLACEHOLDER, Row, Say, caption, ingest, plain
+from bridgework.data.importers import PLACEHOLDER, Row, Say, caption, ingest, leave_out, plain, texts
 from bridgework.data.quarantine import SHARE, BadSample, Reason
-from bridgework.data.samples import Part, Role, Sample, from_row, pair
+from bridgework.data.samples import Part, Role, Sample, from_row
 from bridgework.data.shards import Manifest
-from bridgework.data.sources import shallow
-from bridgework.data.tar_samples import IMAGES, Group, Scan, Tar, find, groups
+from bridgework.data.sources import parse, shallow
+from bridgework.data.tar_samples import IMAGES, Group, Scan, Tar, find, groups, packed
 from bridgework.data.transforms import MAX_BYTES
 from bridgework.errors import DataError
 from bridgework.stores import find_store
@@ -41,8 +40,8 @@ def run(
 ) -> Manifest:
     """Import the tars of `source`: one tar, a folder of them, or a pattern such as `shards/{000..031}.tar` or `*.tar`.
 
-    `text` is the field of the JSON that holds the caption; without it that is the .txt, else `caption` or `text` of the
-    JSON. Where one key stands in two tars, every key gets its tar's name in front: `00001/0004`.
+    `text` is the field of the JSON that holds the caption, or a list of them; without it that is the .txt, else
+    `caption` or `text` of the JSON. Where two tars share a key, every key gets its tar's name in front: `00001/0004`.
     """
     tars = find(source)
     scan = Scan()
@@ -50,8 +49,13 @@ def run(
         scan.add(tar)
     if scan.lost is not None and len(tars) == 1 and not scan.samples:
         raise DataError(scan.lost.detail)
+    if scan.ignored:
+        unread = ", ".join(
+            f"{rows} of .{ending}" if ending else f"{rows} others" for ending, rows in scan.ignored.items()
+        )
+        say(f"{source}: members that are not read: {unread}")
     return ingest(
-        partial(_rows, tars, text, scan.prefixed),
+        partial(_rows, tars, text, scan.prefixed, packed(source)),
         source,
         dest,
         licence=licence,
@@ -64,12 +68,14 @@ def run(
     )
 
 
-def _rows(tars: Sequence[Tar], text: str | None, prefixed: bool) -> Iterator[Row]:
+def _rows(tars: Sequence[Tar], text: str | None, prefixed: bool, unread: Sequence[str]) -> Iterator[Row]:
     for tar in tars:
         prefix = f"{tar.name}/" if prefixed else ""
         for group in groups(tar):
             key = f"{prefix}{group.key}" if group.key else tar.name
             yield key, partial(_sample, tar.path, group, prefix, text)
+    for name in unread:
+        yield name, partial(leave_out, "compressed tars, which must be unpacked")
 
 
 def _sample(path: str, group: Group, prefix: str, text: str | None) -> Sample:
@@ -87,7 +93,12 @@ def _sample(path: str, group: Group, prefix: str, text: str | None) -> Sample:
     labels = (_decoded("cls", files["cls"]).strip(),) if "cls" in files else ()
     facts = {key: str(value) for key, value in entry.items() if key != name and isinstance(value, str | int | float)}
     provenance = {key: value for key, value in facts.items() if len(key) + len(value) <= SHORT}
-    return pair(f"{prefix}{group.key}", files[images[0]], caption(words), labels=labels, provenance=provenance)
+    said = [caption(each) for each in texts(words)]
+    distinct = list(dict.fromkeys(said))
+    if len(distinct) < len(said):
+        provenance["dropped.captions"] = str(len(said) - len(distinct))
+    parts = (Part("caption", image=0), *(Part("caption", text=each) for each in distinct))
+    return Sample(f"{prefix}{group.key}", (files[images[0]],), parts, labels=labels, provenance=provenance)
 
 
 def _fetch(path: str, wanted: Mapping[str, tuple[int, int]]) -> dict[str, bytes]:
@@ -102,7 +113,7 @@ def _fetch(path: str, wanted: Mapping[str, tuple[int, int]]) -> dict[str, bytes]
 
 def _entry(files: Mapping[str, bytes]) -> dict[str, Any]:
     try:
-        entry = shallow(json.loads(files.get("json", b"{}")))
+        entry = shallow(parse(files.get("json", b"{}")))
     except (ValueError, RecursionError) as error:
         raise BadSample(Reason.BAD_ROW, f"its .json is not JSON: {error}") from None
     if isinstance(entry, BadSample):
