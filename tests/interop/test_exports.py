@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -319,8 +319,10 @@ def test_half_precision_comes_back_as_it_went(name: str, dtype: torch.dtype, tmp
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_an_export_keeps_the_epsilon_and_the_activation_of_a_loaded_tower(kind: str, tmp_path: Path) -> None:
-    tower = ViTConfig(kind=kind, image_size=16, patch=8, width=32, depth=2, heads=2, ffn=48, layer=-1)  # type: ignore
+def test_an_export_keeps_the_epsilon_and_the_activation_of_a_loaded_tower(
+    kind: Literal["clip", "siglip"], tmp_path: Path
+) -> None:
+    tower = ViTConfig(kind=kind, image_size=16, patch=8, width=32, depth=2, heads=2, ffn=48, layer=-1)
     config = tower.config()
     config.layer_norm_eps, config.hidden_act = 1e-3, "relu"
     torch.manual_seed(0)

@@ -74,6 +74,6 @@ def generating(language: Any, attention_BT: Tensor) -> Iterator[None]:
         yield
     except BridgeworkError:
         raise
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         reason = str(error).strip().partition("\n")[0]
         raise SpecError(f"generate: transformers cannot generate with this {arch!r}: {reason}") from error
