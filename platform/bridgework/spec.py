@@ -21,10 +21,19 @@ T = TypeVar("T")
 Change = tuple[list[str], Any, str]  # what is left of the path, the new value, the whole path for messages
 TRUST = "BRIDGEWORK_TRUST"  # environment: packages besides bridgework whose specs a recipe may name, by commas
 _NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", re.ASCII)
+ADDED = "added"  # in a field's metadata: `to_dict` leaves the field out at its default
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def added(*, default: T) -> T:
+    """Return a field that a spec gained after recipes and artifacts of it existed.
+
+    At its default it is not written, so the fingerprints of recipes that do not set it stay the same.
+    """
+    return field(default=default, metadata={ADDED: True})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, added))
 def spec(cls: type[T]) -> type[T]:
     """A frozen, keyword-only dataclass (a plain alias of `dataclass(...)` would blind mypy to the fields)."""
     return dataclass(frozen=True, kw_only=True)(cls)
@@ -34,7 +43,9 @@ def to_dict(value: Any) -> Any:
     """JSON-ready; a spec becomes {"_": "module:Class", field: ...}. A mapping keeps its order (`trains` needs it)."""
     if is_spec(value):
         head = {"_": f"{type(value).__module__}:{type(value).__qualname__}"}
-        return head | {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
+        said = {f.name: getattr(value, f.name) for f in fields(value)}
+        quiet = {f.name for f in fields(value) if ADDED in f.metadata and said[f.name] == f.default}
+        return head | {name: to_dict(item) for name, item in said.items() if name not in quiet}
     if isinstance(value, Mapping):
         return {str(k): to_dict(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
