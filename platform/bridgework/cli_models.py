@@ -50,6 +50,12 @@ def ask(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="of the draws; left out, they differ every time")] = None,
     beams: Annotated[int, typer.Option(min=1, help="search this wide; 3 to 5 for captions")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="of --beams: below 0 prefers short answers, above 0 long ones")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0.01, help="above 1 avoids words that were written before")
+    ] = 1.0,
     like: Annotated[
         str | None, typer.Option(metavar="DATASET", help="first show pairs of it, those of the nearest images (RICES)")
     ] = None,
@@ -72,13 +78,16 @@ def ask(
         parts = pipeline.inputs.ask(pair("image", pictures[0], "caption"))[:-1]
     else:
         raise DataError("there is nothing to ask: give a question, or one --image to describe")
+    choice = choice or list(pipeline.classes)
     if choice:
         table = Table("choice", "score", box=None, pad_edge=False)
-        for ranked in pipeline.choose(parts, pictures, choice):
-            table.add_row(ranked.candidate, f"{ranked.score:+.2f}")
+        answers = choice if like is None else [f" {text}" for text in choice]  # as those of the examples
+        for ranked in pipeline.choose(parts, pictures, answers):
+            table.add_row(ranked.candidate.strip(), f"{ranked.score:+.2f}")
         out.print(table)
         return
-    how = Sampling(max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, beams=beams)
+    how = Sampling(max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, beams=beams,
+                   length_penalty=length_penalty, repetition_penalty=repetition_penalty)  # fmt: skip
     for piece in pipeline.stream(parts, pictures, **how):
         out.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
     out.print()
