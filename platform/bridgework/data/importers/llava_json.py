@@ -1,7 +1,7 @@
 """LLaVA's JSON: a list of {"id", "image"?, "conversations": [{"from": "human" | "gpt" | "system", "value"}]}.
 
-`image`, or `images`, is a path, a list of paths, or absent; `<image>` in the texts says where each one stands. A .jsonl
-holds such an object a line.
+`image`, or `images`, is a path, a list of paths, or absent; `<image>` in the texts is the place of one. Of a
+multiple-choice question, `candidates` are the answers to choose from. A .jsonl holds such an object a line.
 """
 
 from collections.abc import Iterator
@@ -64,9 +64,16 @@ def _sample(key: str, entry: Any, folder: str) -> Sample:
             Reason.BAD_ROW, "the row shows a video; llava-json reads images, `data import video` reads videos"
         )
     names = given.get("image") or given.get("images") or []
-    told = tuple(parts(given["conversations"]))
+    said = tuple(parts(given["conversations"]))
     files = tuple(read_image(folder, name) for name in (names if isinstance(names, list) else [names]))
-    return Sample(key, files, told)
+    return Sample(key, files, said, candidates=choices(given.get("candidates") or []))
+
+
+def choices(given: Any) -> tuple[str, ...]:
+    """The candidates of a multiple-choice question. Raises BadSample for what is no list of texts."""
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        raise BadSample(Reason.BAD_ROW, f"the candidates are no list of texts: {str(given)[:80]}")
+    return tuple(text.strip() for text in given)
 
 
 def parts(turns: list[Any]) -> Iterator[Part]:
