@@ -18,7 +18,7 @@ from bridgework.models import MED, BlipViTConfig, MEDTextConfig
 from bridgework.models.med import Task
 from bridgework.models.med_text import FIELDS
 from bridgework.models.vision import VIT_FIELDS, normalise
-from bridgework.system import IGNORE, AdamW, Budget, LossSpec, Mixture, Source, Stage
+from bridgework.system import IGNORE, AdamW, Budget, LossSpec, Mixture, Scoring, Source, Stage
 
 TASKS: Mapping[str, tuple[Task, ...]] = {
     "BlipForConditionalGeneration": ("caption",),
@@ -115,6 +115,7 @@ def stage(model: MED) -> Stage:
         ),
         budget=Budget(steps=1, batch=1),
         optim=AdamW(peak_lr=1e-5),
+        scoring=Scoring(prior="answer" not in model.tasks),  # answers by their log-likelihood (blip_vqa.py)
     )
 
 

@@ -4,6 +4,7 @@ Its two additional words are `<fake_token_around_image>`, which stands where our
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from bridgework.interop.parts import expect, greedy, holding, parameters, rename
 from bridgework.losses import Captioning
 from bridgework.models import CrossAttentionVLM, Gates, LanguageConfig, Resampler, ViTConfig
 from bridgework.models.vision import VIT_FIELDS, normalise
-from bridgework.system import END, IMAGE, Stage
+from bridgework.system import END, IMAGE, Scoring, Stage
 
 ARCHITECTURES = ("IdeficsForVisionText2Text",)
 PARTS = {  # ours -> transformers'; the first that fits
@@ -124,8 +125,8 @@ def names(model: CrossAttentionVLM) -> Mapping[str, str]:
 
 
 def stage(model: CrossAttentionVLM) -> Stage:
-    """A stage that holds the weights."""
-    return holding(model, "train", (Captioning(),), "interleaved")
+    """A stage that holds the weights; candidates are ranked by their log-likelihood (arXiv:2204.14198, A.2)."""
+    return replace(holding(model, "train", (Captioning(),), "interleaved"), scoring=Scoring(prior=False))
 
 
 def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,6 +1,7 @@
 """The prefix wiring with an instruction-aware Q-Former to and from `InstructBlipForConditionalGeneration`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from bridgework.interop.parts import eva, holding, image_word, parameters, renam
 from bridgework.losses import Captioning
 from bridgework.models import LanguageConfig, PrefixVLM
 from bridgework.models.bridges.qformer import names_in_blip2
-from bridgework.system import Stage
+from bridgework.system import Scoring, Stage
 
 ARCHITECTURES = ("InstructBlipForConditionalGeneration",)
 QFORMER_TOKENIZER = "qformer_tokenizer"  # where transformers' processor keeps the Q-Former's, beside the other
@@ -56,8 +57,8 @@ def outputs(ours: Any, theirs: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def stage(model: PrefixVLM) -> Stage:
-    """A stage that holds the weights."""
-    return holding(model, "instruct", (Captioning(),), "answer")
+    """A stage that holds the weights; candidates are ranked by their log-likelihood (arXiv:2305.06500, 2.5)."""
+    return replace(holding(model, "instruct", (Captioning(),), "answer"), scoring=Scoring(prior=False))
 
 
 def _theirs(name: str) -> str:
