@@ -62,7 +62,7 @@ def ask(
     shots: Annotated[int, typer.Option(min=1, help="how many pairs of --like")] = 4,
 ) -> None:
     """Ask a model about images, on this machine."""
-    from bridgework.data.samples import Part, pair
+    from bridgework.data.samples import Part
     from bridgework.generation import Sampling
     from bridgework.inference import Pipeline
     from bridgework.lineage.resolve import artefact_of
@@ -71,11 +71,11 @@ def ask(
     pipeline = Pipeline.load(artefact_of(model, home()))
     parts = [Part("user", image=i) for i in range(len(pictures))]
     if like is not None:
-        pipeline, parts, pictures = _behind_examples(pipeline, pictures, question, like, shots)
+        parts, pictures = _after_examples(pipeline, pictures, question, like, shots)
     elif question:
         parts.append(Part("user", text="\n" * bool(parts) + question))
     elif len(pictures) == 1:
-        parts = pipeline.inputs.ask(pair("image", pictures[0], "caption"))[:-1]
+        parts = pipeline.inputs.about()
     else:
         raise DataError("there is nothing to ask: give a question, or one --image to describe")
     choice = choice or list(pipeline.classes)
@@ -93,17 +93,17 @@ def ask(
     out.print()
 
 
-def _behind_examples(
+def _after_examples(
     pipeline: "Pipeline", pictures: list[bytes], question: str, dataset: str, shots: int
-) -> tuple["Pipeline", list["Part"], list[bytes]]:
-    """What is asked about the one picture, behind the nearest pairs of a dataset: the prompt of Flamingo."""
-    from bridgework.evaluation.few_shot import FewShot, roomy
+) -> tuple[list["Part"], list[bytes]]:
+    """Ask about the one picture after the nearest pairs of a dataset: the prompt of Flamingo."""
+    from bridgework.evaluation.few_shot import FewShot
 
     if len(pictures) != 1:
         raise DataError(f"--like shows examples for one --image, got {len(pictures)}")
     drawn = FewShot(name="like", dataset=dataset, shots=shots, rows=max(EXAMPLES, shots + 1))
     asked = replace(drawn, prompts=(question,)) if question else drawn
-    return (roomy(pipeline), *asked.demonstrate(pipeline, pictures[0], home()))
+    return asked.demonstrate(pipeline, pictures[0], home())
 
 
 def evaluate(

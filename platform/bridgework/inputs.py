@@ -126,11 +126,14 @@ class Inputs:
         return [picture.layout for picture in self.streams.pictures(sample) if picture.layout is not None]
 
     def encode(self, conversation: Sequence[Part], *, answer: bool, layouts: Sequence[Layout] = ()) -> Encoded:
-        """Ids and labels as in training, or (not `answer`) the prompt that ends where the assistant is to speak.
+        """Ids and labels, or (not `answer`) the prompt that ends where the assistant is to speak.
 
-        Raises BadSample for a conversation without an answer, DataError for a prompt that fills the whole context.
+        Both may fill the context, whatever the length of the rows in training. Raises BadSample for a conversation
+        without an answer, DataError for a prompt that fills all of the context.
         """
-        return self.streams.train(conversation, layouts) if answer else self.streams.ask(conversation, layouts)
+        if not answer:
+            return self.streams.ask(conversation, layouts)
+        return self.streams.train(conversation, layouts, limit=self._spec.context)
 
     def batch(self, conversations: Sequence[Sequence[Part]], images: Sequence[Shown], *, answer: bool) -> Batch:
         """What the model reads: with answers padded on the right, as prompts on the left.
@@ -180,9 +183,9 @@ class Inputs:
         return torch.cat([picture.features for picture in seen]) if seen else self._features([])
 
     def texts(self, texts: Sequence[str]) -> Batch:
-        """Captions, padded on the right, each with the places of an image that is not looked at."""
+        """Captions, padded on the right and as long as in training, with the places of an image that is not seen."""
         asked = [self.ask(pair("text", b"", text)) for text in texts]
-        return self.collate([Example(self.encode(c, answer=True), [], []) for c in asked], answer=True)
+        return self.collate([Example(self.streams.train(c), [], []) for c in asked], answer=True)
 
     def look(self, conversations: Sequence[Sequence[Part]], images: Sequence[Shown]) -> list[list[Seen]]:
         """The pictures of every conversation; those of all go through the vision tower together.

@@ -179,6 +179,18 @@ def test_a_candidate_that_does_not_fit_is_refused_and_never_cut() -> None:
         pipe.choose(conversation, [image], ["a", "b" * 300])
 
 
+def test_a_conversation_longer_than_the_rows_of_training_is_scored_to_its_end() -> None:
+    """Up to the context, by `scores` as by `choose`: a candidate that is cut would seem likelier than it is."""
+    pipe = pipe_of("blip/captioner")
+    long = "a red square on a blue field, and a small dog"
+    assert len(pipe.tokenizer(long).input_ids) > pipe.stage.data.max_tokens < pipe.stage.model.context
+    (score,) = pipe.scores([[*pipe.inputs.about(), Part("assistant", text=long)]], [[picture()]])
+    ((_, chosen),) = pipe.choose(pipe.inputs.about(), [picture()], [long], scoring=PLAIN)
+    assert score.loglik == pytest.approx(chosen, abs=1e-3)
+    (cut,) = pipe.scores([[*pipe.inputs.about(), Part("assistant", text=long[:30])]], [[picture()]])
+    assert cut.tokens < score.tokens
+
+
 def test_images_seen_once_may_be_shown_again() -> None:
     pipe = pipe_of("llava:next/instruct")
     runs: list[int] = []

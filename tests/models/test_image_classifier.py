@@ -120,9 +120,10 @@ def test_a_tiny_classifier_learns_eight_images_by_heart(variant: str, home: Path
     results = go(system, home, run, stages=None)
     metrics = results[name].metrics
     assert metrics["cifar10.top1"] == metrics["shifted.top1"] == 1.0 > metrics["cifar10.most_common"]
-    kept = weights(home, run, name)
-    parts = {"head"} if variant == "linear_probe" else {"head", "vision"}
-    assert {key.split(".")[0] for key in kept} == parts
+    kept, before = weights(home, run, name), weights(home, run, "contrast")
+    assert {key.split(".")[0] for key in kept} == {"head", "vision"}
+    moved = {key for key, tensor in kept.items() if key in before and not torch.equal(tensor, before[key])}
+    assert bool(moved) == (variant == "fine_tune") and all(key.startswith("vision.") for key in moved)
     pipe = Pipeline.load(str(results[name].artefact), "cpu")
     assert pipe.classes == SHAPE_LABELS
     assert [pipe.rank(row.images[0], SHAPE_LABELS)[0].candidate for row in rows] == list(SHAPE_LABELS[:8])

@@ -219,7 +219,7 @@ class FewShot:
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Raises DataError for a dataset with too few pairs."""
-        pipeline, shots = roomy(pipeline), self._shots
+        shots = self._shots
         items = draw_pairs(self, pipeline, home, at_least=max(self.candidates, shots.needed + 1))
         pool = items
         if self.support is not None:
@@ -238,7 +238,7 @@ class FewShot:
     def demonstrate(self, pipeline: "Pipeline", image: bytes, home: Path) -> tuple[list[Part], list[bytes]]:
         """The conversation about an image of the caller's after examples from `dataset`, and all images that it shows.
 
-        Raises DataError for a dataset with too few pairs. A `roomy` pipeline reads it.
+        Raises DataError for a dataset with too few pairs.
         """
         pool = draw_pairs(self, pipeline, home, at_least=self._shots.needed)
         pictures = [item.sample.images[0] for item in pool]
@@ -260,12 +260,6 @@ class FewShot:
             found = {one.candidate: one.score for one in ranked}
             scores.append(torch.tensor([found[f" {text}"] for text in texts]))
         return torch.stack(scores).mean(0)
-
-
-def roomy(pipeline: "Pipeline") -> "Pipeline":
-    """The same model with its whole context to read: many shots are longer than the rows that a stage trains on."""
-    stage = pipeline.stage
-    return type(pipeline)(pipeline.model, replace(stage, data=replace(stage.data, max_tokens=stage.model.context)))
 
 
 def prompt(shots: Sequence[Shot], question: str, *, shown: bool = True) -> list[Part]:
