@@ -11,7 +11,7 @@ from bridgework.data import importers
 from bridgework.data.exporters import llava_json, webdataset
 from bridgework.data.importers import multiple_choice, visdial
 from bridgework.data.quarantine import BadSample, Reason, records
-from bridgework.data.samples import Part, Sample, from_row, pair, to_row
+from bridgework.data.samples import CANDIDATES, Part, Sample, from_row, pair, to_row
 from bridgework.data.shards import open_dataset, verify, write
 from bridgework.data.synthetic import choices, shapes
 from bridgework.data.templates import conversation, letter, unanswered
@@ -59,6 +59,16 @@ def test_a_row_without_candidates_is_the_same_bytes_as_ever() -> None:
     assert to_row(pair("k", PNG, "a picture"))["provenance"] == []
     row = to_row(next(choices(1)))
     assert from_row(row | {"provenance": []}).candidates == ()
+
+
+@pytest.mark.parametrize("kept", ["{bad", '"abc"', "[1, 2]", '{"a": 1}', "5", '["one"]'])
+def test_kept_candidates_that_are_no_list_of_texts_are_a_bad_row(kept: str) -> None:
+    row = to_row(next(choices(1)))
+    with pytest.raises(BadSample, match="candidates") as caught:
+        from_row(row | {"provenance": [(CANDIDATES, kept)]})
+    assert caught.value.reason is Reason.BAD_ROW
+    with pytest.raises(BadSample, match="candidates"):
+        from_row(row | {"provenance": [], "candidates": "abc"})
 
 
 @pytest.mark.parametrize("candidates", [("one",), ("a", " "), ("", "b")])

@@ -134,7 +134,10 @@ def to_row(sample: Sample) -> dict[str, Any]:
 def from_row(row: Mapping[str, Any]) -> Sample:
     """The inverse of `to_row`, from a row of pyarrow's `to_pylist`. Raises BadSample for a row that is no sample."""
     provenance = dict(row["provenance"])
-    candidates = row.get("candidates") or json.loads(provenance.pop(CANDIDATES, "[]"))
+    kept = provenance.pop(CANDIDATES, None)
+    candidates = row.get("candidates") or (_list(kept) if kept is not None else [])
+    if not isinstance(candidates, list | tuple) or not all(isinstance(text, str) for text in candidates):
+        raise BadSample(Reason.BAD_ROW, f"the candidates are no list of texts: {str(candidates)[:80]}")
     return Sample(
         **{
             **row,
@@ -147,3 +150,11 @@ def from_row(row: Mapping[str, Any]) -> Sample:
             "candidates": tuple(candidates),
         }
     )
+
+
+def _list(kept: str) -> Any:
+    """What the provenance column holds. Raises BadSample for what is no JSON."""
+    try:
+        return json.loads(kept)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadSample(Reason.BAD_ROW, f"the candidates are no JSON: {error}") from None
