@@ -237,12 +237,20 @@ def test_a_model_is_asked_about_an_image(bridgework: Bridgework, trained: Path, 
     nucleus = ("--temperature", "1", "--top-p", "0.9", "--seed", "3", "--tokens", "8")
     drawn = [bridgework("ask", str(trained), "What is it?", "-i", str(image), *nucleus) for _ in range(2)]
     assert drawn[0] == drawn[1] and drawn[0].code == 0
+    searched = ("--beams", "2", "--length-penalty", "-1", "--repetition-penalty", "1.2", "--tokens", "4")
+    assert bridgework("ask", str(trained), "What is it?", "-i", str(image), *searched).code == 0
+    short = bridgework("ask", str(trained), "What is it?", "-i", str(image), "--length-penalty", "-1")
+    assert short.code == 1 and "length_penalty ranks the beams of a search. Got -1 with beams=1" in short.err
     shown = ("--like", "synthetic:shapes", "--shots", "2", "--tokens", "4")
     behind = bridgework("ask", str(trained), "What is it?", "-i", str(image), *shown)
     assert (behind.code, behind.err) == (0, "")
     assert "shows examples for one --image, got 0" in bridgework("ask", str(trained), "What is it?", *shown).err
     chosen = bridgework("ask", str(trained), "-i", str(image), "--choice", "a red circle", "--choice", "nothing")
     assert chosen.code == 0 and "a red circle" in chosen.out and "nothing" in chosen.out
+    behind = bridgework(
+        "ask", str(trained), "-i", str(image), *shown, "--choice", "a red circle", "--choice", "nothing"
+    )
+    assert behind.code == 0 and "a red circle" in behind.out and behind.out != chosen.out
     missing = bridgework("ask", str(trained), "What?", "-i", "nowhere.png")
     assert missing.code == 1 and "nowhere.png cannot be read" in missing.err
     assert "there is nothing to ask" in bridgework("ask", str(trained)).err

@@ -43,7 +43,7 @@ def test_fingerprint_differs_when_any_leaf_differs() -> None:
         "curation": Curation(),
     }  # fmt: skip
     seen = {system().fingerprint()}
-    leaves = {p: v for p, v in flat(system()).items() if p.rpartition(".")[2] != "name"}
+    leaves = {p: v for p, v in flat(system()).items() if p.rpartition(".")[2] not in ("name", "by_image")}
     for path, leaf in leaves.items():
         word = path.rpartition(".")[2]
         new = special[word] if word in special else other[type(leaf)](leaf)
@@ -84,6 +84,16 @@ def test_fingerprint_tells_the_order_of_the_globs_apart() -> None:
     stage = system().stages[1]
     turned = replace(stage, trains=dict(reversed(list(stage.trains.items()))))
     assert replace(system(), stages=(system().stages[0], turned)).fingerprint() != system().fingerprint()
+
+
+def test_rows_of_one_image_are_known_to_losses_that_compare_images_alone() -> None:
+    retrieval = load("blip2:retrieval")
+    other = override(retrieval, {"stages.retrieval.data.by_image": "false"})
+    assert other.fingerprint() != retrieval.fingerprint() and "by_image" not in to_dict(other["retrieval"].data)
+    with pytest.raises(
+        SpecError, match=r"align\.data\.by_image is for losses that compare images, and none of Captioning"
+    ):
+        override(load("llava"), {"stages.align.data.by_image": "true"})
 
 
 # --- what cannot be a system -----------------------------------------------------------------------------------------

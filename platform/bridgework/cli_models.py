@@ -50,13 +50,19 @@ def ask(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="of the draws; left out, they differ every time")] = None,
     beams: Annotated[int, typer.Option(min=1, help="search this wide; 3 to 5 for captions")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="of --beams: below 0 prefers short answers, above 0 long ones")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0.01, help="above 1 avoids words that were written before")
+    ] = 1.0,
     like: Annotated[
         str | None, typer.Option(metavar="DATASET", help="first show pairs of it, those of the nearest images (RICES)")
     ] = None,
     shots: Annotated[int, typer.Option(min=1, help="how many pairs of --like")] = 4,
 ) -> None:
     """Ask a model about images, on this machine."""
-    from bridgework.data.samples import Part, pair
+    from bridgework.data.samples import Part
     from bridgework.generation import Sampling
     from bridgework.inference import Pipeline
     from bridgework.lineage.resolve import artefact_of
@@ -65,36 +71,39 @@ def ask(
     pipeline = Pipeline.load(artefact_of(model, home()))
     parts = [Part("user", image=i) for i in range(len(pictures))]
     if like is not None:
-        pipeline, parts, pictures = _behind_examples(pipeline, pictures, question, like, shots)
+        parts, pictures = _after_examples(pipeline, pictures, question, like, shots)
     elif question:
         parts.append(Part("user", text="\n" * bool(parts) + question))
     elif len(pictures) == 1:
-        parts = pipeline.inputs.ask(pair("image", pictures[0], "caption"))[:-1]
+        parts = pipeline.inputs.about()
     else:
         raise DataError("there is nothing to ask: give a question, or one --image to describe")
+    choice = choice or list(pipeline.classes)
     if choice:
         table = Table("choice", "score", box=None, pad_edge=False)
-        for ranked in pipeline.choose(parts, pictures, choice):
-            table.add_row(ranked.candidate, f"{ranked.score:+.2f}")
+        answers = choice if like is None else [f" {text}" for text in choice]  # as those of the examples
+        for ranked in pipeline.choose(parts, pictures, answers):
+            table.add_row(ranked.candidate.strip(), f"{ranked.score:+.2f}")
         out.print(table)
         return
-    how = Sampling(max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, beams=beams)
+    how = Sampling(max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, beams=beams,
+                   length_penalty=length_penalty, repetition_penalty=repetition_penalty)  # fmt: skip
     for piece in pipeline.stream(parts, pictures, **how):
         out.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
     out.print()
 
 
-def _behind_examples(
+def _after_examples(
     pipeline: "Pipeline", pictures: list[bytes], question: str, dataset: str, shots: int
-) -> tuple["Pipeline", list["Part"], list[bytes]]:
-    """What is asked about the one picture, behind the nearest pairs of a dataset: the prompt of Flamingo."""
-    from bridgework.evaluation.few_shot import FewShot, roomy
+) -> tuple[list["Part"], list[bytes]]:
+    """Ask about the one picture after the nearest pairs of a dataset: the prompt of Flamingo."""
+    from bridgework.evaluation.few_shot import FewShot
 
     if len(pictures) != 1:
         raise DataError(f"--like shows examples for one --image, got {len(pictures)}")
     drawn = FewShot(name="like", dataset=dataset, shots=shots, rows=max(EXAMPLES, shots + 1))
     asked = replace(drawn, prompts=(question,)) if question else drawn
-    return (roomy(pipeline), *asked.demonstrate(pipeline, pictures[0], home()))
+    return asked.demonstrate(pipeline, pictures[0], home())
 
 
 def evaluate(

@@ -8,6 +8,7 @@ whenever its reader stops.
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -19,6 +20,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -45,6 +47,8 @@ class Sampling(TypedDict, total=False):
     stop: Sequence[str]  # the answer ends before any of these
     seed: int | None  # of the draws; None differs every time
     beams: int  # above 1: search this wide instead of drawing; the answer then comes in one piece
+    length_penalty: float  # exponent of the length that a beam's score is divided by; below 0: short answers
+    repetition_penalty: float  # above 1: what was written before gets less likely (CTRL, arXiv:1909.05858)
 
 
 class Endings(NamedTuple):
@@ -93,13 +97,19 @@ class Stream(Iterator[str]):
         stop: Sequence[str] = (),
         seed: int | None = None,
         beams: int = 1,
+        length_penalty: float = 1.0,
+        repetition_penalty: float = 1.0,
     ) -> None:
         """`inputs` hold one prompt, as `PrefixModel.generate` takes it; `room` tokens fit behind it."""
         if beams < 1 or (beams > 1 and temperature > 0):
             raise SpecError(f"beams is at least 1, and 1 where temperature draws; got {beams} and {temperature:g}")
+        _check_penalties(beams, length_penalty, repetition_penalty)
         lengths = (min_new_tokens, max_new_tokens, room)
         how = _generation(lengths, temperature, top_p, [seed], tokenizer, endings, inputs["ids"].device)
+        _repel(how["logits_processor"], repetition_penalty)
         how["generation_config"].num_beams = beams
+        if beams > 1:
+            how["generation_config"].length_penalty = length_penalty
         self.usage = Usage(prompt_tokens=inputs["ids"].shape[1])
         reader = _Reader(tokenizer, Endings(endings.ids, (*endings.strings, *(s for s in stop if s))), self.usage)
         self._pieces = (_pieces if beams == 1 else _searched)(model, {**inputs, **how}, reader)
@@ -126,12 +136,38 @@ def together(
     min_new_tokens: int = 0,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
 ) -> list[str]:
     """A whole answer to each of B prompts, written side by side; row i draws from a generator of its own."""
+    _check_penalties(1, 1.0, repetition_penalty)
     lengths = (min_new_tokens, max_new_tokens, room)
     how = _generation(lengths, temperature, top_p, seeds, tokenizer, endings, inputs["ids"].device)
+    _repel(how["logits_processor"], repetition_penalty)
     rows_BT = model.generate(**inputs, **how)
     return ["".join(_Reader(tokenizer, endings, Usage(0)).read(iter(row))) for row in rows_BT.tolist()]
+
+
+def _check_penalties(beams: int, length_penalty: float, repetition_penalty: float) -> None:
+    """Raises SpecError for penalties out of range, and for a length penalty that would do nothing."""
+    if not isfinite(length_penalty) or not 0 < repetition_penalty < inf:
+        raise SpecError(
+            "length_penalty is a finite number and repetition_penalty is above 0. "
+            f"Got {length_penalty:g} and {repetition_penalty:g}. Fix: leave out what is not meant, 1 is neutral"
+        )
+    if length_penalty != 1 and beams == 1:
+        raise SpecError(
+            f"length_penalty ranks the beams of a search. Got {length_penalty:g} with beams=1; expected beams above 1. "
+            "Fix: set beams=5, or leave out the length penalty"
+        )
+
+
+def _repel(processors: LogitsProcessorList, penalty: float) -> None:
+    """Apply the penalty before all others, to ids that were written and to those of a prompt that the decoder reads.
+
+    A processor of our own, because `generate` warns about the option where a prompt is embeddings.
+    """
+    if penalty != 1:
+        processors.insert(0, RepetitionPenaltyLogitsProcessor(float(penalty)))
 
 
 @dataclass

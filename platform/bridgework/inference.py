@@ -1,12 +1,14 @@
 """One interface to a trained model, for evaluation, for the command line and for serving.
 
-Answers are judged (`scores`, `loglik`, `rank`), written (`generate`, `stream`) and embedded.
+Answers are scored (`scores`, `score_answers`), ranked (`rank`, `choose`), written (`generate`, `stream`) and embedded.
+All of them read the same input: the pictures with their tiles or frames, the prompt, the second token stream.
 """
 
-# B batch  T tokens  N images  P patches  F width of the tower's features  C candidates  D width
+# B batch  T tokens  N images  P patches  F width of the tower's features  C candidates  R tokens of one  D width
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Unpack, cast
 
 import torch
@@ -14,26 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bridgework.data.batch import Batch, padded
-from bridgework.data.samples import Part, Sample, pair
-from bridgework.errors import DataError, SpecError
+from bridgework.data.samples import Part, Sample
+from bridgework.errors import DataError, SpecError, suggest
 from bridgework.generation import Endings, FinishReason, Sampling, Stream, together
-from bridgework.inputs import ROWS, Inputs, Picture, Shown, resting
-from bridgework.system import IGNORE, Stage
+from bridgework.inputs import ROWS, Example, Inputs, Picture, Raw, Seen, Shown, resting
+from bridgework.system import IGNORE, Scoring, Stage
 from bridgework.training import artefact
 
 
 class Score(NamedTuple):
-    """What a model thinks of one answer."""
+    """The log-likelihood of an answer."""
 
     loglik: float  # nats, summed over the tokens with loss
     tokens: int
 
 
 class Ranked(NamedTuple):
-    """A candidate, and by how many nats the image makes it likelier than it is anyway; or the cosine of their vectors.
-
-    The cosine is all there is of a model that writes nothing.
-    """
+    """A candidate and its score: nats as `Scoring` says; where nothing is written, a cosine or a class's logit."""
 
     candidate: str
     score: float
@@ -57,7 +56,11 @@ class Pipeline:
         self.stage = stage
         self.inputs = Inputs(model, stage)
         self.tokenizer = self.inputs.streams.tokenizer
-        self._endings = Endings.of(self.inputs.streams, getattr(model, "endings", frozenset()))
+
+    @cached_property
+    def _endings(self) -> Endings:
+        """The tokens and texts that end an answer, of a model that writes."""
+        return Endings.of(self.inputs.streams, getattr(self.model, "endings", frozenset()))
 
     @classmethod
     def load(cls, path: str, device: str | None = None) -> "Pipeline":
@@ -85,40 +88,34 @@ class Pipeline:
         conversations, shown = [self.inputs.ask(s) for s in samples], [self.inputs.pictures(s) for s in samples]
         return [s.loglik for s in self.scores(conversations, shown)]
 
+    def score_answers(self, conversation: Sequence[Part], images: Shown, candidates: Sequence[str]) -> list[Score]:
+        """Return the score of each candidate as the next answer of one conversation: of that answer alone.
+
+        The prompt goes through the model once where the wiring can continue it. Raises DataError where a candidate
+        does not fit into the context, BadSample for a blank one.
+        """
+        (seen,) = self.inputs.look([conversation], [images])
+        examples = self.inputs.answers(conversation, seen, candidates)
+        if hasattr(self.model, "continuations"):
+            return [
+                score
+                for i in range(0, len(examples), ROWS * 2)
+                for score in self._continued(examples[i : i + ROWS * 2])
+            ]
+        batches = [examples[i : i + ROWS] for i in range(0, len(examples), ROWS)]
+        return [score for some in batches for score in self._scores(self.inputs.collate(some, answer=True))]
+
     def likelihoods(self, image: Picture | Tensor, candidates: Sequence[str], question: str | None = None) -> Tensor:
-        """(C,) nats: each candidate as the answer about one image, given as a picture or as features (P, F)."""
-        seen: Shown = image.unsqueeze(0) if isinstance(image, Tensor) else [image]
-        prompts = None if question is None else (question,)
-        asked = [self.inputs.ask(pair("candidate", b"", candidate), prompts) for candidate in candidates]
-        if not hasattr(self.model, "continuations"):
-            return torch.tensor([score.loglik for score in self.scores(asked, [seen] * len(asked))])
-        (looked,) = self.inputs.see(asked[:1], [seen])
-        encoded = [self.inputs.encode(conversation, answer=True, layouts=looked.layouts) for conversation in asked]
-        start = min(next(i for i, label in enumerate(e.labels) if label != IGNORE) for e in encoded)
-        prompt_1T = torch.tensor([encoded[0].ids[:start]], device=self.inputs.device)
-        cut = {"layouts": torch.tensor(looked.layouts)} if looked.layouts else {}
-        if said := self.inputs.streams.instruction(asked[0]):
-            cut["instruction"] = torch.tensor([said], device=self.inputs.device)
-        columns = getattr(self.model, "targets", torch.Tensor.clone)  # END lies in a column of the wiring's own
-        nats = []
-        with resting(self.model):
-            for i in range(0, len(encoded), ROWS * 2):
-                some = encoded[i : i + ROWS * 2]  # padded on the right: no loss there, and nothing behind it to mislead
-                rest_CR, _ = padded([e.ids[start:] for e in some], 0)
-                labels_CR, _ = padded([e.labels[start:] for e in some], IGNORE)
-                logits_CRV = self.model.continuations(prompt_1T, rest_CR.to(self.inputs.device), looked.features, **cut)
-                loss_CR = F.cross_entropy(
-                    logits_CRV.float().transpose(1, 2), columns(labels_CR.to(self.inputs.device)), reduction="none"
-                )
-                nats.append(-loss_CR.sum(1))
-        return torch.cat(nats).cpu()
+        """Return (C,) nats: each candidate as the answer about one image, or about its features (P, F)."""
+        scores = self.score_answers(self.inputs.about(question), _one(image), candidates)
+        return torch.tensor([score.loglik for score in scores])
 
     def prior(
         self, candidates: Sequence[str], question: str | None = None, references: Sequence[Picture | Tensor] = ()
     ) -> Tensor:
-        """(C,) nats: how likely each candidate is whatever the image, as the mean over `references`.
+        """Return (C,) nats: each candidate's log-likelihood whatever the image, the mean over `references`.
 
-        Without references it is what a square of the tower's mean colour makes of them.
+        Without references it is the log-likelihood given one square of the tower's mean color.
         """
         given = references or [self.inputs.mean_square()]
         return torch.stack([self.likelihoods(r, candidates, question) for r in given]).mean(0)
@@ -129,29 +126,76 @@ class Pipeline:
         candidates: Sequence[str],
         question: str | None = None,
         references: Sequence[Picture | Tensor] = (),
+        scoring: Scoring | None = None,
     ) -> list[Ranked]:
-        """Best first. The prior is taken off, for else short and common answers win whatever the image shows."""
+        """Rank candidates as the answer about one image, best first: `choose` for what the stage's training asked.
+
+        With `references` the prior is the mean over these images; without, it is that of a blank image.
+        """
         if not candidates:
             raise DataError("there is nothing to rank; give at least one candidate")
-        if "logits" not in self.model.gives:
+        if "logits" not in self.model.gives and not self.classes:
             return self._nearest(image, candidates, question)
-        gain_C = self.likelihoods(image, candidates, question) - self.prior(candidates, question, references)
-        ranked = [Ranked(c, float(gain)) for c, gain in zip(candidates, gain_C, strict=True)]
-        return sorted(ranked, key=lambda r: r.score, reverse=True)
+        return self.choose(self.inputs.about(question), _one(image), candidates, scoring=scoring, references=references)
 
-    def choose(self, conversation: Sequence[Part], images: Sequence[Picture], choices: Sequence[str]) -> list[Ranked]:
-        """Which of `choices` answers the conversation, best first: `rank` for any conversation and several images."""
+    def choose(
+        self,
+        conversation: Sequence[Part],
+        images: Shown,
+        choices: Sequence[str],
+        *,
+        scoring: Scoring | None = None,
+        references: Sequence[Picture | Tensor] = (),
+    ) -> list[Ranked]:
+        """Rank `choices` as the next answer of a conversation, best first, by the stage's own `scoring` or another.
+
+        The conversation may show several images or videos, tiled as for `generate`. Where there is a prior, it is that
+        of blank images of the same layout. Raises DataError for no choice, a blank one, and one that does not fit.
+        """
         if not choices:
             raise DataError("there is nothing to choose from; give at least one answer")
         if "logits" not in self.model.gives:
             if len(images) != 1:
                 raise SpecError(f"stage {self.stage.name} compares texts with one image, got {len(images)}")
-            return self._nearest(images[0], choices, "".join(part.text or "" for part in conversation).strip() or None)
-        answered = [[*conversation, Part("assistant", text=choice)] for choice in choices]
-        seen, blank = self.inputs.features(images), self.inputs.features([self.inputs.mean_square()] * len(images))
-        nats = [self.scores(answered, [shown] * len(choices)) for shown in ((seen, blank) if images else (seen,))]
-        gains = [first.loglik - (nats[1][i].loglik if images else 0.0) for i, first in enumerate(nats[0])]
-        ranked = [Ranked(choice, gain) for choice, gain in zip(choices, gains, strict=True)]
+            said = "".join(part.text or "" for part in conversation).strip() or None
+            return (self._classified if self.classes else self._nearest)(images[0], choices, said)
+        how = self.stage.scoring if scoring is None else scoring
+        (seen,) = self.inputs.look([conversation], [images])
+        scores = self.score_answers(conversation, seen, choices)
+        priors = [0.0] * len(choices)
+        if how.prior and seen:
+            blanks = [_one(r) for r in references] or [self.inputs.blank(seen)]
+            nats_RC = [[s.loglik for s in self.score_answers(conversation, blank, choices)] for blank in blanks]
+            priors = torch.tensor(nats_RC).mean(0).tolist()
+        ranked = [
+            Ranked(c, how(s.loglik, prior, s.tokens)) for c, s, prior in zip(choices, scores, priors, strict=True)
+        ]
+        return sorted(ranked, key=lambda r: r.score, reverse=True)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes that the stage's head names; () where it has none."""
+        found: tuple[str, ...] = getattr(self.stage.model, "classes", ())
+        return found
+
+    def classify(self, images: Sequence[Raw] | Tensor) -> Tensor:
+        """Return (N, C) logits of `classes`, from pictures or features (N, P, F)."""
+        classify = self._able("classify", "name classes")
+        with resting(self.model):
+            return cast(Tensor, classify(images if isinstance(images, Tensor) else self.inputs.features(images)))
+
+    def _classified(self, image: Picture | Tensor, choices: Sequence[str], question: str | None) -> list[Ranked]:
+        if question is not None:
+            raise SpecError(
+                f"stage {self.stage.name} names the class of an image and reads no question, got {question!r}"
+            )
+        if unknown := [choice for choice in choices if choice not in self.classes]:
+            raise DataError(
+                f"stage {self.stage.name} names {len(self.classes)} classes, and {unknown[0]!r} is none of them"
+                + suggest(unknown[0], self.classes)
+            )
+        (logits_C,) = self.classify(_features(image)).tolist()
+        ranked = [Ranked(choice, logits_C[self.classes.index(choice)]) for choice in choices]
         return sorted(ranked, key=lambda r: r.score, reverse=True)
 
     def _nearest(self, image: Picture | Tensor, texts: Sequence[str], question: str | None) -> list[Ranked]:
@@ -160,12 +204,12 @@ class Pipeline:
                 f"stage {self.stage.name} compares an image with texts and reads no question, got {question!r}: "
                 "leave it out, and write whole captions as the candidates"
             )
-        seen_KD = self.embed_images(image.unsqueeze(0) if isinstance(image, Tensor) else [image]).flatten(0, -2)
+        seen_KD = self.embed_images(_features(image)).flatten(0, -2)
         cosines_N = (self.embed_texts(texts) @ seen_KD.T).amax(1)
         ranked = [Ranked(text, float(cosine)) for text, cosine in zip(texts, cosines_N, strict=True)]
         return sorted(ranked, key=lambda r: r.score, reverse=True)
 
-    def embed_images(self, images: Shown) -> Tensor:
+    def embed_images(self, images: Sequence[Raw] | Tensor) -> Tensor:
         """(N, D) float32 of length 1, or (N, Q, D), one for each query; from pictures or features (N, P, F)."""
         embed = self._able("embed_images", "embed images")
         seen_NPF = images if isinstance(images, Tensor) else self.inputs.features(images)
@@ -182,7 +226,7 @@ class Pipeline:
                 embedded.append(embed(batch.ids_BT, batch.attention_BT, batch.labels_BT))
         return torch.cat(embedded)
 
-    def match(self, images: Shown, texts: Sequence[str]) -> Tensor:
+    def match(self, images: Sequence[Raw] | Tensor, texts: Sequence[str]) -> Tensor:
         """(N,) logits that image i and text i belong together, where the wiring has a head for it."""
         match = self._able("match", "match images and texts")
         seen_NPF = images if isinstance(images, Tensor) else self.inputs.features(images)
@@ -240,6 +284,28 @@ class Pipeline:
         inputs = {name: tensor for name, tensor in batch.inputs().items() if name != "labels"}
         return inputs, self.stage.model.context - batch.ids_BT.shape[1]
 
+    def _continued(self, examples: Sequence[Example]) -> list[Score]:
+        """The scores of several answers to one conversation, whose prompt is read once."""
+        encoded, device = [example.encoded for example in examples], self.inputs.device
+        start = min(next(i for i, label in enumerate(e.labels) if label != IGNORE) for e in encoded)
+        prompt_1T = torch.tensor([encoded[0].ids[:start]], device=device)
+        layouts = [seen.layout for seen in examples[0].seen if seen.layout is not None]
+        cut = {"layouts": torch.tensor(layouts)} if layouts else {}
+        if examples[0].instruction:
+            cut["instruction"] = torch.tensor([examples[0].instruction], device=device)
+        columns = getattr(self.model, "targets", torch.Tensor.clone)  # END has a column of the wiring's own
+        # padded on the right: no loss there, and nothing after it to mislead
+        rest_CR, _ = padded([e.ids[start:] for e in encoded], 0)
+        labels_CR, _ = padded([e.labels[start:] for e in encoded], IGNORE)
+        with resting(self.model):
+            features_NPF = self.inputs.joined(examples[0].seen)
+            logits_CRV = self.model.continuations(prompt_1T, rest_CR.to(device), features_NPF, **cut)
+            loss_CR = F.cross_entropy(
+                logits_CRV.float().transpose(1, 2), columns(labels_CR.to(device)), reduction="none"
+            )
+        counts_C = (labels_CR != IGNORE).sum(1)
+        return [Score(-nats, n) for nats, n in zip(loss_CR.sum(1).tolist(), counts_C.tolist(), strict=True)]
+
     def _scores(self, batch: Batch) -> list[Score]:
         with resting(self.model):
             outputs = self.model(**batch.inputs())
@@ -259,3 +325,15 @@ class Pipeline:
                 "take a stage, or a system, that does"
             )
         return found
+
+
+def _one(image: Picture | Tensor) -> Shown:
+    """One image, or its features (P, F), as all that a conversation shows."""
+    return image.unsqueeze(0) if isinstance(image, Tensor) else [image]
+
+
+def _features(image: Picture | Tensor) -> Sequence[Raw] | Tensor:
+    """The same for what reads squares: of a picture that was seen, its base square."""
+    if isinstance(image, Seen):
+        return image.features[:1]
+    return image.unsqueeze(0) if isinstance(image, Tensor) else [image]

@@ -5,8 +5,11 @@ from dataclasses import replace
 from math import inf
 
 from bridgework.errors import SpecError
-from bridgework.spec import bounded, option, spec
+from bridgework.spec import added, bounded, option, spec
 
+SHAPE_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black")
+SHAPE_FORMS = ("circle", "square", "triangle", "diamond")
+SHAPE_LABELS = tuple(f"{color} {form}" for color in SHAPE_COLORS for form in SHAPE_FORMS)  # of synthetic:shapes
 MAX_BAD = 0.005  # more bad rows than this share of a dataset is a broken dataset, not an accident
 
 
@@ -89,6 +92,7 @@ class Mixture:
     lanes: int = 64  # fixed slices of every batch; ranks share them out, so any number of workers sees one order
     window: int = 16  # steps that one reader lays out at a time
     max_bad: float = option(default=MAX_BAD)  # share of the rows that may turn out bad before the run stops
+    by_image: bool = added(default=False)  # losses know which rows show one image, as the five captions of COCO's do
 
     def __post_init__(self) -> None:
         _shared("sources", self.sources, self.alpha)

@@ -23,7 +23,7 @@ from bridgework.mixture import Mixture as Mixture
 from bridgework.mixture import Packing as Packing
 from bridgework.mixture import Source as Source
 from bridgework.mixture import unique
-from bridgework.spec import FLOAT32_TINY, bounded, option, spec, to_dict
+from bridgework.spec import FLOAT32_TINY, added, bounded, option, spec, to_dict
 
 # --- what a model tells the data, and the data never asks otherwise --------------------------------------------------
 
@@ -94,6 +94,7 @@ class LossSpec(Protocol):
     def spliced(self) -> tuple[str, ...]: ...  # outputs by which it can all the same, in two passes over micro-batches
     @property
     def packs(self) -> bool: ...  # tells samples that share a sequence apart
+    # It may have `by_image` (reads which rows show one image) and `options` (arguments of the wiring's forward).
     def __call__(self, outputs: Any) -> Any: ...  # sums_B, float32: what each sample adds
     def count(self, labels_BT: Any) -> Any: ...  # counts_B, float32: what each adds to the divisor
 
@@ -112,6 +113,19 @@ class EvalSpec(Protocol):
     def dataset(self) -> str: ...  # must be there before training starts
     def tiny(self) -> Self: ...
     def run(self, pipeline: Any, home: Path) -> Any: ...  # inference.Pipeline -> evaluation.Result
+
+
+@spec
+class Scoring:
+    """How the candidate answers of a question are scored, by which they are ranked."""
+
+    prior: bool = True  # subtract the log-likelihood given blank images: pointwise mutual information
+    per_token: bool = False  # divide by the number of the answer's tokens: length normalization
+
+    def __call__(self, loglik: float, prior: float, tokens: int) -> float:
+        """Return the score from nats summed over an answer's tokens, and nats of the same answer without the image."""
+        nats = loglik - prior if self.prior else loglik
+        return nats / max(1, tokens) if self.per_token else nats
 
 
 class CurationSpec(Protocol):
@@ -204,6 +218,7 @@ class Stage:
     evals: tuple[EvalSpec, ...] = option(default=())
     seed: int = 0
     curation: CurationSpec | None = None  # makes a dataset from earlier stages' models before this stage starts
+    scoring: Scoring = added(default=Scoring())  # of candidate answers, for `Pipeline.choose` and `rank`
 
     def __post_init__(self) -> None:
         if not self.trains:
@@ -222,6 +237,11 @@ class Stage:
                 "every lane gives the same number of samples to a batch"
             )
         unique(f"{self.name}.evals", [e.name for e in self.evals])
+        if self.data.by_image and not any(getattr(loss, "by_image", False) for loss in self.losses):
+            raise SpecError(
+                f"{self.name}.data.by_image is for losses that compare images, and none of "
+                f"{', '.join(type(loss).__name__ for loss in self.losses)} does; leave it out"
+            )
         if self.data.packing is not None:
             self._check_packing()
         datasets = [source.dataset for source in self.data.leaves]

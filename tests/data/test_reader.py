@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from bridgework.data.batch import collate
 from bridgework.data.groups import Features, Group, Groups, Stored
 from bridgework.data.quarantine import Reason, records
 from bridgework.data.reader import Feed, Row, local
@@ -310,3 +311,26 @@ def test_a_feed_is_made_from_a_stage(home: Path) -> None:
     steps = list(local(Feed.of(stage, home), rank=1, world=2, start=1))
     assert [[row.place for row in rows] for rows in steps] == [[2, 3], [2, 3]]
     assert all(len(row.ids) == 32 and row.images.shape == (1, 3, 8, 8) for rows in steps for row in rows)
+
+
+def test_rows_know_their_lane_where_negatives_are_of_a_lane(feed: Feed) -> None:
+    rows = [row for step in local(replace(feed, lanes=True), rank=0, world=1, start=0) for row in step]
+    assert all(row.lane == row.place // 2 for row in rows)  # 8 samples of a step over 4 lanes
+    assert {row.lane for row in rows} == {0, 1, 2, 3}
+    batch = collate([row for row in rows if row.step == 0], pad_id=0)
+    assert batch.inputs()["lane"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert all(row.lane is None for row in next(local(feed, rank=0, world=1, start=0)))
+
+
+def test_rows_of_one_image_have_one_identity_and_others_another(feed: Feed, tmp_path: Path) -> None:
+    images = [sample.images[0] for sample in shapes(rows=4, size=16)]
+    said = [pair(f"{image}-{caption}", images[image], f"said {caption}") for image in range(4) for caption in range(3)]
+    one = single(feed, str(tmp_path / "captions"), said)
+    known = replace(one, mixture=replace(one.mixture, by_image=True))
+    rows = [row for step in local(known, rank=0, world=1, start=0) for row in step]
+    found = {(row.key.split("-")[0], row.identity) for row in rows}
+    assert len(found) == 4 == len({identity for _, identity in found})
+    assert all(identity is not None and 0 <= identity < 2**63 for _, identity in found)
+    assert all(row.identity is None for row in next(local(one, rank=0, world=1, start=0)))
+    batch = collate(next(local(known, rank=0, world=1, start=0)), pad_id=0)
+    assert batch.identity_B is not None and batch.inputs()["identity"] is batch.identity_B

@@ -12,13 +12,14 @@ from bridgework.data.samples import Part, Sample, pair
 from bridgework.data.shards import open_dataset, write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation import HeldOutLoss, Ranking, Retrieval
+from bridgework.evaluation import VQA, HeldOutLoss, Ranking, Retrieval
 from bridgework.evaluation.ranking import candidates, first
 from bridgework.evaluation.retrieval import recall
 from bridgework.evaluation.rows import Item, draw, draw_pairs
 from bridgework.inference import Pipeline
 from bridgework.spec import flat, from_dict, override, to_dict
-from tests.inference.tiny import pipeline
+from bridgework.system import Scoring
+from tests.inference.tiny import picture, pipe_of, pipeline
 
 DATASET = "synthetic:shapes"
 EVALS = (HeldOutLoss(dataset=DATASET), Ranking(dataset=DATASET), Retrieval(dataset=DATASET))
@@ -167,6 +168,86 @@ def test_a_bridge_that_was_taught_the_captions_finds_them(home: Path) -> None:
         optimizer.step()
     after = spec.run(pipe, home).metrics["retrieval.image_to_text_r1"]
     assert after > 0.8 > before
+
+
+# --- tiles and videos ------------------------------------------------------------------------------------------------
+
+TILED = ("xgen_mm/instruct", "llava:next/instruct")
+
+
+def wide(count: int) -> list[Sample]:
+    """Pairs of pictures in different shapes, which are cut into different tiles."""
+    sizes = [(64, 128), (128, 64), (64, 64), (96, 128)]
+    return [pair(f"w{i}", picture(i, sizes[i % 4]), f"a picture, {i}") for i in range(count)]
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_held_out_loss_reads_the_tiles_that_training_reads(name: str, home: Path, tmp_path: Path) -> None:
+    pipe = pipe_of(name)
+    spec = HeldOutLoss(dataset=keep(tmp_path, wide(6)), rows=6)
+    metrics = spec.run(pipe, home).metrics
+    items = draw(spec, pipe, home)
+    images = [item.sample.images[0] for item in items]
+    assert metrics["heldout.loss"] == pytest.approx(mean_loss(pipe, items, images, 0), abs=1e-4)
+    others = [mean_loss(pipe, items, images, shift) for shift in range(1, 6)]
+    assert any(metrics["heldout.loss_shuffled"] == pytest.approx(other, abs=1e-4) for other in others)
+    bases = [pipe.inputs.see([image])[0].features[:1] for image in images]
+    scores = [pipe.scores([item.conversation], [base])[0] for item, base in zip(items, bases, strict=True)]
+    untiled = -sum(score.loglik for score in scores) / sum(score.tokens for score in scores)
+    assert metrics["heldout.loss"] != pytest.approx(untiled, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_ranking_reads_the_tiles_that_training_reads(name: str, home: Path, tmp_path: Path) -> None:
+    pipe = pipe_of(name)
+    spec = Ranking(dataset=keep(tmp_path, wide(8)), rows=8, candidates=4)
+    metrics = spec.run(pipe, home).metrics
+    items = draw_pairs(spec, pipe, home, at_least=4)
+    with_prior = without = 0
+    for row, chosen in enumerate(candidates(8, 4, 0)):
+        captions = [items[c].sample.text for c in chosen]
+        image, asked = items[row].sample.images[0], pipe.inputs.about()
+        with_prior += pipe.choose(asked, [image], captions, scoring=Scoring(prior=True))[0].candidate == captions[0]
+        without += pipe.choose(asked, [image], captions, scoring=Scoring(prior=False))[0].candidate == captions[0]
+    assert metrics["ranking.accuracy"] == pytest.approx(with_prior / 8)
+    assert metrics["ranking.accuracy_without_prior"] == pytest.approx(without / 8)
+
+
+@pytest.mark.parametrize("spec", [HeldOutLoss(dataset="x"), Ranking(dataset="x", candidates=3), VQA(dataset="x")])
+def test_rows_that_show_a_video_are_judged_with_all_of_its_frames(
+    spec: HeldOutLoss | Ranking | VQA, home: Path, tmp_path: Path
+) -> None:
+    pipe = pipe_of("flamingo/train")
+    rows = []
+    for i in range(5):
+        frames = tuple(picture(10 * i + frame, (64, 64)) for frame in range(3))
+        shown = tuple(Part("caption", image=frame) for frame in range(3))
+        parts = (*shown, Part("caption", text=f"a film, {i}"))
+        rows.append(Sample(f"v{i}", frames, parts, times_s=(0.0, 1.0, 2.0)))
+    if isinstance(spec, Ranking):  # of pairs
+        rows = [pair(f"p{i}", row.images[0], f"a picture, {i}") for i, row in enumerate(rows)]
+    path = keep(tmp_path, rows)
+    metrics = override(spec, {"dataset": path, "rows": "5"}).run(pipe, home).metrics
+    assert all(np.isfinite(value) for value in metrics.values())
+    if isinstance(spec, HeldOutLoss):
+        items = draw(override(spec, {"dataset": path, "rows": "5"}), pipe, home)
+        nats = [pipe.scores([item.conversation], [[item.sample.images]])[0] for item in items]
+        assert metrics["heldout.loss"] == pytest.approx(
+            -sum(score.loglik for score in nats) / sum(score.tokens for score in nats), abs=1e-4
+        )
+
+
+def test_ranking_by_the_mean_over_tokens_is_that_of_a_loop(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+    rows = [pair(f"r{i}", s.images[0], "word " * (1 + i % 4) + str(i)) for i, s in enumerate(shapes(9))]
+    how = Scoring(prior=False, per_token=True)
+    spec = Ranking(dataset=keep(tmp_path, rows), rows=9, candidates=4, scoring=how)
+    items, right = draw_pairs(spec, pipe, home, at_least=4), 0
+    for row, chosen in enumerate(candidates(9, 4, 0)):
+        texts = [items[c].sample.text for c in chosen]
+        answers = pipe.score_answers(pipe.inputs.about(), list(items[row].sample.images), texts)
+        means = [answer.loglik / answer.tokens for answer in answers]
+        right += means.index(max(means)) == 0
+    assert spec.run(pipe, home).metrics["ranking.accuracy"] == pytest.approx(right / 9)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from bridgework.evaluation import VQA, Writing
 from bridgework.evaluation.vqa import agreement, normalise
 from bridgework.inference import Pipeline
 from bridgework.spec import from_dict, override, to_dict
+from bridgework.system import Scoring
 from tests.inference.tiny import PROMPT, pipeline
 
 
@@ -97,6 +98,25 @@ def test_with_a_vocabulary_the_likeliest_answer_of_it_is_given(pipe: Pipeline, h
         nats = {w: pipe.scores([[*said, Part("assistant", text=w)]], [sample.images])[0].loglik for w in words}
         right.append(agreement(max(nats, key=lambda w: nats[w]), own))
     assert metrics["vqa.accuracy"] == pytest.approx(fmean(right))
+
+
+def test_a_vocabulary_is_scored_as_the_evaluation_says(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+    words = ("red", "a blue thing that is very long", "7")
+    path = kept(tmp_path, [(word,) * 3 for word in words] * 2)
+    for scoring in (Scoring(prior=False), Scoring(prior=False, per_token=True), Scoring(prior=True)):
+        spec = VQA(dataset=path, rows=9, vocabulary=words, prompts=("{} Answer:",), scoring=scoring)
+        right = []
+        for i, sample in enumerate(shapes(6)):
+            said = [Part("user", image=0), Part("user", text=f"What is it, {i}? Answer:")]
+            scores = {}
+            for word in words:
+                answered = [*said, Part("assistant", text=word)]
+                [given] = pipe.scores([answered], [sample.images])
+                [blank] = pipe.scores([answered], [[pipe.inputs.mean_square()]])
+                nats = given.loglik - (blank.loglik if scoring.prior else 0.0)
+                scores[word] = nats / (given.tokens if scoring.per_token else 1)
+            right.append(max(scores, key=lambda word: scores[word]) == words[i % 3])
+        assert spec.run(pipe, home).metrics["vqa.accuracy"] == pytest.approx(fmean(right))
 
 
 def test_a_pair_is_asked_as_its_stage_asks_and_judged_by_its_labels(pipe: Pipeline, home: Path) -> None:

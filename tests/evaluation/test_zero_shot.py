@@ -86,6 +86,13 @@ def test_classes_may_be_given_and_rows_without_a_label_do_not_count(pipe: Pipeli
         ZeroShot(dataset=path).run(pipe, home)
 
 
+def test_labelled_images_that_nothing_is_said_of_are_classified_too(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+    said = [replace(sample, labels=(f"thing {i % 2}",)) for i, sample in enumerate(shapes(6))]
+    bare = [replace(sample, parts=(Part("caption", image=0),)) for sample in said]
+    told, silent = (ZeroShot(dataset=keep(tmp_path / name, rows)) for name, rows in (("told", said), ("bare", bare)))
+    assert told.run(pipe, home).metrics == silent.run(pipe, home).metrics
+
+
 def test_tiny_runs_and_specs_are_values(pipe: Pipeline, home: Path) -> None:
     spec = clip.system()["contrast"].evals[0]
     assert isinstance(spec, ZeroShot)

@@ -1,11 +1,15 @@
-"""A tiny pipeline whose random weights are large enough that images and words both matter."""
+"""Tiny pipelines whose random weights are large enough that images and words both matter."""
 
+import io
+
+import numpy as np
 import torch
+from PIL import Image
 
 from bridgework.inference import Pipeline
 from bridgework.losses import Captioning
 from bridgework.models import MLP, LanguageConfig, PrefixVLM, ViTConfig
-from bridgework.system import AdamW, Budget, Mixture, Source, Stage
+from bridgework.system import AdamW, Budget, Mixture, Source, Stage, load
 
 PROMPT = "What is shown?"
 
@@ -33,3 +37,25 @@ def pipeline(template: str = "chat", prompts: tuple[str, ...] = (PROMPT,), conte
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return Pipeline(model.eval(), spec)
+
+
+def pipe_of(name: str) -> Pipeline:
+    """A tiny model whose images, tiles and words all matter."""
+    system, _, stage = name.partition("/")
+    found = load(system).tiny()[stage]
+    torch.manual_seed(0)
+    model = found.model.build(pretrained=False).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "alpha" in parameter_name:
+                parameter.fill_(0.6)
+            elif parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    return Pipeline(model, found)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (64, 128)) -> bytes:
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

@@ -56,3 +56,18 @@ def test_outputs_without_logits_and_smoothing_out_of_range_are_refused() -> None
         Captioning()(Outputs())
     with pytest.raises(SpecError, match=r"\[0, 1\), got 1"):
         Captioning(label_smoothing=1.0)
+
+
+def test_a_mean_over_samples_is_that_of_each_ones_sum_with_its_gradient() -> None:
+    logits_BTV, labels_BT = example()
+    loss = Captioning(mean="samples")
+    ours = loss(Outputs(logits_BTV=logits_BTV, labels_BT=labels_BT)).sum() / loss.count(labels_BT).sum()
+    summed = [
+        cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="sum")
+        for logits, labels in zip(logits_BTV, labels_BT, strict=True)
+        if (labels[1:] != IGNORE).any()
+    ]
+    theirs = torch.stack(summed).mean()
+    assert len(summed) == 2 and loss.count(labels_BT).tolist() == [1.0, 1.0, 0.0]
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits_BTV)[0] for x in (ours, theirs)))

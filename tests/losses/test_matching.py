@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy, normalize
 
-from bridgework.errors import DataError
+from bridgework.errors import DataError, SpecError
 from bridgework.losses import Matching
 from bridgework.losses.matching import by_sample, chance, hard_negatives, judged_pairs, matching, nearest, own
+from bridgework.system import load
 
 SPLIT = (3, 1)  # samples of each rank: the second has a negative elsewhere only
 
@@ -59,6 +60,106 @@ def test_chances_are_the_softmax_with_its_floor() -> None:
     draws = uniform(20_000, 4, generator)
     drawn = hard_negatives(similar.expand(20_000, 4), own(1, 4).expand(20_000, 4), draws)
     torch.testing.assert_close(drawn.bincount(minlength=4) / 20_000, (chances / chances.sum())[0], atol=0.015, rtol=0.0)
+
+
+def shares_of(similar: Tensor, own_bK: Tensor, floor: float, draws: int = 40_000) -> Tensor:
+    """How often each candidate of one row is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    spread = uniform(draws, similar.shape[1], generator)
+    rows = similar.expand(draws, -1), own_bK.expand(draws, -1)
+    return hard_negatives(*rows, spread, floor).bincount(minlength=similar.shape[1]) / draws
+
+
+def test_without_a_floor_chances_are_the_softmax_over_the_others_alone() -> None:
+    """As LAVIS: the own pair is masked with -10,000 before the softmax."""
+    similar = torch.tensor([[14.0, 3.0, 0.0, 2.0, 2.5]])
+    masked = similar.clone()
+    masked[0, 0] = -10_000
+    found = shares_of(similar, own(1, 5), floor=0.0)
+    torch.testing.assert_close(found, masked.softmax(1)[0], atol=0.01, rtol=0.0)
+    assert found[0] == 0
+
+
+def test_a_pair_that_is_learned_takes_no_chance_from_hard_negatives() -> None:
+    """Of 1,680 candidates the hardest 1 %: with a floor that counts the own pair they are hardly ever drawn."""
+    generator = torch.Generator().manual_seed(0)
+    cosines = 0.2 + 0.1 * torch.randn(1, 1680, generator=generator)
+    cosines[0, 0] = 0.9  # its own
+    similar, hardest = cosines / 0.02, cosines[0, 1:].topk(17).indices + 1
+    lavis, floored = (float(shares_of(similar, own(1, 1680), floor)[hardest].sum()) for floor in (0.0, 1e-4))
+    others = (similar[0, 1:]).softmax(0).topk(17).values.sum()
+    assert lavis == pytest.approx(float(others), abs=0.02) and lavis > 0.6 and floored < 0.05
+
+
+def test_a_difference_that_float32_cannot_hold_still_orders_the_candidates() -> None:
+    similar = torch.tensor([[900.0, 100.0, 0.0, -100.0]])  # e^-800 is 0
+    assert shares_of(similar, own(1, 4), floor=0.0, draws=500)[1] == 1.0
+
+
+def test_negatives_of_a_lane_are_blips_of_one_worker() -> None:
+    """softmax over the local batch + 1e-4, the diagonal at 0 (blip_pretrain.py); other lanes play no part."""
+    similar = torch.tensor([[6.0, 4.0, 5.0, 9.0, 9.5, 9.9]])
+    lane = torch.tensor([3, 3, 3, 7, 7, 7])
+    other = lane != 3
+    expected = similar[0, :3].softmax(0) + 1e-4
+    expected[0] = 0
+    found = shares_of(similar.masked_fill(other, -torch.inf), own(1, 6) | other, floor=1e-4)
+    torch.testing.assert_close(found[:3], expected / expected.sum(), atol=0.01, rtol=0.0)
+    assert not found[3:].any()
+
+
+def lanes_example() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Twelve samples in four lanes of three: the rows of a lane follow each other."""
+    generator = torch.Generator().manual_seed(3)
+    ids_BT = 10 * torch.arange(12)[:, None] + torch.arange(1, 5)
+    images_BPF = torch.arange(12.0)[:, None, None].expand(12, 3, 2).clone()
+    image_BD, text_BD = normalize(torch.randn(2, 12, 6, generator=generator), dim=-1).unbind()
+    return ids_BT, torch.ones(12, 4, dtype=torch.bool), images_BPF, image_BD, text_BD, torch.arange(12) // 3
+
+
+def drawn_in(rows: Tensor) -> dict[int, tuple[int, int]]:
+    """{sample: (the image, the text of its negatives)} where a rank has the samples `rows`."""
+    ids, attention, images, image, text, lane = (given[rows] for given in lanes_example())
+    pairs = judged_pairs(ids, attention, images, image_bQD=image[:, None], text_bD=text, scale=2.0, lane_b=lane)
+    n = len(rows)
+    shown, said = pairs.images_MPF[n : 2 * n, 0, 0].long().tolist(), (pairs.ids_MT[2 * n :, 0] // 10).tolist()
+    return dict(zip(rows.tolist(), zip(shown, said, strict=True), strict=True))
+
+
+def test_negatives_of_a_lane_are_the_same_on_any_number_of_workers() -> None:
+    torch.manual_seed(11)
+    whole = drawn_in(torch.arange(12))
+    assert all(row // 3 == image // 3 == text // 3 for row, (image, text) in whole.items())
+    assert all(row not in found for row, found in whole.items())
+    for world in (2, 4):  # rank r has the lanes v with v % world == r
+        found: dict[int, tuple[int, int]] = {}
+        for index in range(world):
+            found |= drawn_in(torch.cat([torch.arange(3 * v, 3 * v + 3) for v in range(4) if v % world == index]))
+        assert found == whole
+
+
+def test_a_lane_of_one_sample_is_refused() -> None:
+    ids, attention, images, image, text, _ = lanes_example()
+    with pytest.raises(DataError, match="or in every lane where negatives are of a lane"):
+        judged_pairs(ids, attention, images, image_bQD=image[:, None], text_bD=text, scale=1.0, lane_b=torch.arange(12))
+
+
+def test_a_recipe_follows_its_release() -> None:
+    """BLIP pretrains with a worker's 90 samples and a floor; its retrieval and BLIP-2 with all, and none."""
+    pages = [("blip", "pretrain"), ("blip", "bootstrap"), ("blip", "filter"), ("blip:vit_l", "pretrain")]
+    pages += [("blip2", "represent"), ("blip2:retrieval", "retrieval"), ("instructblip", "represent")]
+    found = {
+        (system, stage): loss
+        for system, stage in pages
+        for loss in load(system)[stage].losses
+        if isinstance(loss, Matching)
+    }
+    local = {key for key, loss in found.items() if loss == Matching(negatives="lane", floor=1e-4)}
+    assert local == {("blip", "pretrain"), ("blip", "bootstrap"), ("blip:vit_l", "pretrain")}
+    assert {found[key] for key in found.keys() - local} == {Matching(negatives="all", floor=0.0)} and len(found) == 7
+    for system, samples in (("blip", 90), ("blip:vit_l", 75)):
+        stage = load(system)["pretrain"]
+        assert stage.budget.batch // stage.data.lanes == samples
 
 
 def test_chance_is_uniform_and_that_of_a_pair_wherever_it_stands() -> None:
@@ -132,6 +233,9 @@ def test_a_head_that_only_knows_the_prior_costs_0_6365() -> None:
 
 def test_where_negatives_come_from_is_an_output_of_its_own() -> None:
     assert Matching().needs == "match" and Matching(negatives="all").needs == "match_all"
+    assert Matching(negatives="lane").needs == "match_lane" and Matching(floor=0.0).options == {"floor": 0.0}
+    with pytest.raises(SpecError, match=r"probability in \[0, 1\), got 1"):
+        Matching(floor=1.0)
     assert Matching().whole_batch and not Matching().spliced
     with pytest.raises(DataError, match="ask the wiring for 'match_all'"):
         Matching(negatives="all")(Outputs())

@@ -111,3 +111,39 @@ def test_what_is_cached_between_two_passes_is_one_row_a_sample() -> None:
     assert {name: getattr(given, name).shape[0] for name in QueryContrast.spliced} == {
         "image_BQD": 6, "text_BD": 6, "logit_scale": 6,
     }  # fmt: skip
+
+
+IDENTITY = torch.tensor([7, 8, 7, -1, 8, -1])  # rows 0 and 2 show one image, 1 and 4 another; two are not known
+
+
+def test_all_texts_of_an_image_are_right_with_equal_shares() -> None:
+    """As LAVIS fine-tunes for retrieval: (1 - 0.1) / as many + 0.1 / all."""
+    image_BQD, text_BD, temperature = example()
+    given = outputs(image_BQD, text_BD, temperature)
+    given.identity_B = IDENTITY
+    same = (IDENTITY[:, None] == IDENTITY) & (IDENTITY[:, None] >= 0) | torch.eye(6, dtype=torch.bool)
+    shares = 0.9 * same / same.sum(1, keepdim=True) + 0.1 / 6
+    cosines = torch.einsum("iqd,kd->iqk", normalize(image_BQD, dim=-1), normalize(text_BD, dim=-1)).amax(1)
+    similar = cosines / temperature
+    expected = -((shares * similar.log_softmax(1)).sum(1) + (shares * similar.T.log_softmax(1)).sum(1)) / 2
+    torch.testing.assert_close(QueryContrast()(given), expected)
+
+
+def rank_with_identities(index: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    image_BQD, text_BD, temperature = example()
+    mine = slice(4) if index == 0 else slice(4, 6)
+    given = outputs(image_BQD[mine], text_BD[mine], temperature)
+    given.identity_B = IDENTITY[mine]
+    torch.save(QueryContrast()(given).detach(), f"{folder}/{index}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_an_image_is_known_on_every_rank(tmp_path: Path) -> None:
+    spawn(rank_with_identities, (str(tmp_path),), nprocs=2)
+    given = outputs(*example())
+    given.identity_B = IDENTITY
+    found = torch.cat([torch.load(tmp_path / f"{index}.pt") for index in range(2)])
+    torch.testing.assert_close(found, QueryContrast()(given).detach())

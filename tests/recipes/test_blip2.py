@@ -1,5 +1,6 @@
 """BLIP-2's page: what trains, what goes from stage to stage, and one step of the tiny program."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from bridgework.data.batch import collate
 from bridgework.data.reader import Feed, local
+from bridgework.data.synthetic import shapes
 from bridgework.data.tokens import load_tokenizer
+from bridgework.evaluation import VQA, Captions, Retrieval
 from bridgework.models import freezing
 from bridgework.models.bridges.qformer import is_text
 from bridgework.recipes._blip2_vqa import layerwise
@@ -17,7 +20,7 @@ from bridgework.training.schedule import learning_rate
 from bridgework.training.step import Step
 from tests.models.examples import pixels
 
-VARIANTS = ("blip2", "blip2:flan_t5", "blip2:vqa")
+VARIANTS = ("blip2", "blip2:flan_t5", "blip2:vqa", "blip2:caption", "blip2:retrieval")
 STAGES = [(variant, stage.name) for variant in VARIANTS for stage in load(variant).stages]
 
 
@@ -51,7 +54,10 @@ def test_the_papers_numbers_stand_on_the_page() -> None:
 @pytest.mark.parametrize(("variant", "name"), STAGES)
 def test_one_tiny_step_moves_what_the_stage_names(variant: str, name: str, home: Path) -> None:
     moved = one_step(load(variant).tiny()[name], home)
-    parts = {"represent": {"bridge", "heads"}, "generate": {"bridge"}, "vqa": {"bridge", "vision"}}[name]
+    parts = {
+        "represent": {"bridge", "heads"}, "generate": {"bridge"}, "vqa": {"bridge", "vision"},
+        "caption": {"bridge", "vision"}, "retrieval": {"bridge", "heads", "vision"},
+    }[name]  # fmt: skip
     assert {n.split(".")[0] for n in moved} == parts
 
 
@@ -94,3 +100,63 @@ def test_flan_t5_encodes_the_first_words_of_a_caption_and_writes_the_rest(home: 
     batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
     begins = (batch.labels_BT >= 0).int().argmax(-1) - stage.model.image_tokens
     assert bool((begins > 1).all()) and len(set(begins.tolist())) > 1
+
+
+def test_a_fine_tune_trains_the_bridge_and_the_vit_and_exactly_these() -> None:
+    for variant, name, others in (("caption", "caption", ()), ("retrieval", "retrieval", ("heads",))):
+        stage = load(f"blip2:{variant}").tiny()[name]
+        model = stage.model.build()
+        learning = freezing.apply(model, stage.trains)
+        parts = ("bridge", "vision", *others)
+        assert set(learning) == {n for n, _ in model.named_parameters() if n.split(".")[0] in parts}
+
+
+def test_fine_tunes_have_the_numbers_of_tables_7_and_9() -> None:
+    caption, retrieval = load("blip2:caption")["caption"], load("blip2:retrieval")["retrieval"]
+    for stage, batch in ((caption, 256), (retrieval, 224)):
+        epochs = stage.budget.steps * batch / 566_747  # pairs of COCO's Karpathy split
+        assert stage.budget.batch == batch and epochs == pytest.approx(5, abs=0.01)
+        assert stage.model.pixels.size == 364
+        rates = [learning_rate(stage.optim, step, stage.budget.steps) for step in (0, 999, 1_000, stage.budget.steps)]
+        assert rates[:3] == pytest.approx([1e-8, 1e-5, 1e-5], rel=0.01) and rates[3] == pytest.approx(0.0, abs=1e-9)
+        assert (stage.optim.weight_decay, stage.optim.betas) == (0.05, (0.9, 0.999))
+    assert caption.starts_from == "generate" and caption.data.sources[0].prompts == ("a photo of",)
+    assert retrieval.starts_from == "represent" and retrieval.data.by_image
+    assert retrieval.trains["vision.tower.encoder.layers.38.*"] == pytest.approx(0.95)
+    for judge, dataset in zip(caption.evals, ("coco-karpathy-test", "nocaps-val"), strict=True):
+        assert isinstance(judge, Captions) and judge.dataset == dataset
+        assert (judge.writing.beams, judge.writing.least, judge.writing.most) == (5, 8, 30)
+    assert {judge.rerank for judge in retrieval.evals if isinstance(judge, Retrieval)} == {128}
+
+
+def test_a_caption_is_written_behind_its_prompt_which_costs_nothing(home: Path) -> None:
+    stage = load("blip2:caption").tiny()["caption"]
+    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    tokenizer, captions = load_tokenizer("bytes"), {sample.key: sample.text for sample in shapes()}
+    for key, ids, labels in zip(batch.keys, batch.ids_BT, batch.labels_BT, strict=True):
+        assert tokenizer.decode([i for i in ids.tolist() if i >= 0]).count("a photo of") == 1
+        answer = tokenizer.decode(labels[labels >= 0].tolist())
+        assert "photo" not in answer and captions[key].strip() in answer
+
+
+def test_fine_tuned_retrieval_takes_all_captions_of_an_image_for_right(home: Path) -> None:
+    stage = load("blip2:retrieval").tiny()["retrieval"]
+    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    assert batch.identity_B is not None
+    torch.manual_seed(0)
+    model = stage.model.build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    step, first = Step(model, stage.losses[:1]), batch.identity_B[:1]
+    one_image = replace(batch, identity_B=torch.cat([first, first, batch.identity_B[2:]]))
+    with torch.no_grad():
+        unknown, known, shared = (step(b)[0] for b in (replace(batch, identity_B=None), batch, one_image))
+    torch.testing.assert_close(unknown, known)  # every synthetic image has one caption
+    assert not torch.allclose(known[:2], shared[:2]) and torch.allclose(known[2:], shared[2:])
+
+
+def test_questions_are_answered_shortly(home: Path) -> None:
+    for variant in ("blip2", "blip2:flan_t5"):
+        (judge,) = (e for e in load(variant)["generate"].evals if isinstance(e, VQA))
+        assert (judge.writing.beams, judge.writing.length_penalty) == (5, -1.0)  # 4.1

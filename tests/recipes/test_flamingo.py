@@ -1,5 +1,6 @@
 """Flamingo's page: sizes, what trains, and one step of the tiny program."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ from torch import Tensor, nn
 
 from bridgework.data.batch import Batch, collate
 from bridgework.data.reader import Feed, local
+from bridgework.evaluation import VQA, Captions
+from bridgework.inference import Pipeline
 from bridgework.models import freezing
 from bridgework.recipes import flamingo
 from bridgework.spec import override
-from bridgework.system import END, IMAGE, Stage
+from bridgework.system import END, IMAGE, Scoring, Stage
 from bridgework.training.engine import Engine, Taken
 from bridgework.training.step import Step, by_source
 
@@ -45,6 +48,27 @@ def test_one_tiny_step_moves_resampler_gates_and_two_rows_and_sees_every_source(
     assert moved == {name for name in learning if "alpha" in name or name.startswith("extra")}  # the gates are closed
 
 
+def test_it_is_judged_at_0_to_32_shots_by_cider_and_by_vqa_accuracy() -> None:
+    stage = flamingo.system()["train"]
+    judged_on = ((Captions, "coco-karpathy-val", "coco-karpathy-train"), (VQA, "vqav2-val", "vqav2-train"))
+    for kind, judged, support in judged_on:
+        shots = [judge.shots for judge in stage.evals if isinstance(judge, kind)]
+        assert [s.count for s in shots if s is not None] == [0, 4, 8, 16, 32]
+        assert {(s.support, s.select) for s in shots if s is not None} == {(support, "random")}
+        assert {judge.dataset for judge in stage.evals if isinstance(judge, kind)} == {judged}
+    assert stage.scoring == Scoring(prior=False)
+
+
+def test_every_tiny_judge_judges_the_tiny_model(home: Path) -> None:
+    stage = flamingo.system().tiny()["train"]
+    torch.manual_seed(0)
+    pipe = Pipeline(stage.model.build().eval(), stage)
+    for judge in stage.evals:
+        result = judge.run(pipe, home)
+        assert {name.partition(".")[2] for name in result.metrics} == set(judge.better)
+        assert all(math.isfinite(value) for value in result.metrics.values())
+
+
 # --- a weight for each source (B.1.2) --------------------------------------------------------------------------------
 
 LAMBDAS = {"m3w": 1.0, "align": 0.25, "ltip": 2.0, "vtp": 0.5}
@@ -73,7 +97,7 @@ def taken(lambdas: dict[str, float], batches: list[Batch], micro: int = 8) -> Ta
 
 
 def norm_in_plain_torch(lambdas: dict[str, float], batch: Batch) -> Tensor:
-    """Of the gradient of sum over sources of lambda times that source's mean cross-entropy."""
+    """Of the gradient of the sum over sources of lambda times the mean over samples of their sums over tokens (2.4)."""
     stage = weighed(lambdas)
     model = opened(stage)
     freezing.apply(model.train(), stage.trains)
@@ -85,7 +109,7 @@ def norm_in_plain_torch(lambdas: dict[str, float], batch: Batch) -> Tensor:
     total = torch.zeros(())
     for number, weight in enumerate(lambdas.values()):
         own = torch.tensor([source == number for source in batch.sources])
-        total = total + weight * nats_BT[own].sum() / real_BT[own].sum()
+        total = total + weight * nats_BT[own].sum() / real_BT[own].any(1).sum()
     total.backward()
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 

@@ -1,5 +1,6 @@
 """InstructBLIP's page: its 26 datasets, their prompts and shares, and one step of the tiny program."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -14,15 +15,17 @@ from bridgework.data.samples import Part
 from bridgework.data.streams import Streams
 from bridgework.data.templates import TEMPLATES
 from bridgework.data.tokens import load_tokenizer
+from bridgework.evaluation import VQA, Captions, MultipleChoice, YesNo
+from bridgework.inference import Pipeline
 from bridgework.models.bridges.qformer import is_text
 from bridgework.recipes import _instruction_prompts as asked
 from bridgework.recipes import _instructions as instructions
-from bridgework.system import Mixture, Source, load
+from bridgework.system import Mixture, Scoring, Source, load
 from tests.models.examples import pixels
 from tests.recipes.test_blip2 import one_step
 
 TASKS = {
-    "CAPTION": set(), "READ": {"{ocr}"}, "ANSWER": {"{}"}, "KNOW": {"{}"}, "CHOOSE": {"{}"}, "ASK": {"{}"},
+    "CAPTION": set(), "READ": {"{ocr}"}, "ANSWER": {"{}"}, "KNOW": {"{}"}, "CHOOSE": {"{}", "{options}"}, "ASK": {"{}"},
     "SIGNS": {"{}", "{ocr}"},
 }  # fmt: skip
 
@@ -35,13 +38,45 @@ def test_13_datasets_are_learned_from_and_13_others_tested_on() -> None:
     assert not datasets & {e.dataset for e in stage.evals} and {e.name for e in stage.evals} == tested
 
 
+def test_each_held_out_dataset_has_the_papers_metric_and_its_length_penalty() -> None:
+    stage = load("instructblip")["instruct"]
+    kinds = {
+        kind: {judge.name for judge in stage.evals if type(judge) is kind}
+        for kind in (Captions, VQA, MultipleChoice, YesNo)
+    }
+    assert kinds == {
+        Captions: {"nocaps", "flickr30k"},  # CIDEr
+        VQA: {"gqa", "vsr", "textvqa", "vizwiz", "msvd_qa", "msrvtt_qa", "ivqa"},
+        MultipleChoice: {"iconqa", "scienceqa", "visdial"},  # ranked: accuracy, and MRR
+        YesNo: {"hateful_memes"},  # AUC
+    }
+    for judge in stage.evals:
+        if isinstance(judge, VQA):
+            assert (judge.writing.beams, judge.writing.length_penalty) == (5, -1.0)
+        if isinstance(judge, Captions):
+            assert (judge.writing.least, judge.writing.most, judge.writing.length_penalty) == (10, 80, 1.0)
+        if isinstance(judge, MultipleChoice | YesNo):
+            assert judge.scoring is None  # the stage's own, the plain log-likelihood
+    assert stage.scoring == Scoring(prior=False)
+
+
+def test_every_tiny_judge_judges_the_tiny_model(home: Path) -> None:
+    stage = load("instructblip").tiny()["instruct"]
+    torch.manual_seed(0)
+    pipe = Pipeline(stage.model.build().eval(), stage)
+    for judge in {type(judge): judge for judge in stage.evals}.values():
+        result = judge.run(pipe, home)
+        assert all(math.isfinite(value) for value in result.metrics.values())
+        assert {name.partition(".")[2] for name in result.metrics} == set(judge.better)
+
+
 @pytest.mark.parametrize(("task", "places"), TASKS.items())
 def test_every_task_has_10_to_15_prompts_with_its_places_and_no_two_in_one(task: str, places: set[str]) -> None:
     prompts: tuple[str, ...] = getattr(asked, task)
     assert 10 <= len(prompts) <= 15 and len(set(prompts)) == len(prompts)
     for prompt in prompts:
-        assert {place for place in ("{}", "{ocr}") if place in prompt} == places, prompt
-        assert all(prompt.count(place) <= 1 for place in ("{}", "{ocr}")) and len(prompt) < 100, prompt
+        assert {place for place in ("{}", "{ocr}", "{options}") if place in prompt} == places, prompt
+        assert all(prompt.count(place) <= 1 for place in ("{}", "{ocr}", "{options}")) and len(prompt) < 100, prompt
         assert not re.search(r"[.:?!][A-Z]", prompt), f"a comma is missing in {prompt}"
 
 

@@ -1,5 +1,6 @@
 """MiniGPT-4's page: one matrix trains, in its published size, on pairs drawn 115 to 14."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from bridgework.data.reader import Feed, local
 from bridgework.data.samples import Part
 from bridgework.data.synthetic import shapes
 from bridgework.data.tokens import load_tokenizer
+from bridgework.evaluation import CHAIR, VQA, MultipleChoice
 from bridgework.inference import Pipeline
 from bridgework.models import freezing
 from bridgework.recipes import minigpt4
-from bridgework.system import IGNORE, IMAGE, load
+from bridgework.system import IGNORE, IMAGE, Scoring, load
 from bridgework.training import artefact
 from bridgework.training.schedule import learning_rate
 from tests.recipes.test_blip2 import one_step
@@ -119,3 +121,18 @@ def test_the_rate_is_the_releases() -> None:
     optim = load("minigpt4")["align"].optim
     rates = [learning_rate(optim, step, 20_000) for step in (0, 4_999, 5_000, 20_000)]
     assert rates == pytest.approx([1e-4 / 5_000, 1e-4, 1e-4, 8e-5])
+
+
+def test_it_is_judged_by_answers_choices_and_objects_that_are_not_there(home: Path) -> None:
+    stage = load("minigpt4")["polish"]
+    assert [(judge.name, type(judge)) for judge in stage.evals] == [
+        ("aokvqa", MultipleChoice), ("gqa", VQA), ("long", CHAIR), ("short", CHAIR)
+    ]  # fmt: skip
+    assert stage.scoring == Scoring(prior=False) and stage.evals[0].scoring is None
+    tiny = load("minigpt4").tiny()["polish"]
+    torch.manual_seed(0)
+    pipe = Pipeline(tiny.model.build().eval(), tiny)
+    for judge in tiny.evals:
+        result = judge.run(pipe, home)
+        assert {name.partition(".")[2] for name in result.metrics} == set(judge.better)
+        assert all(math.isfinite(value) for value in result.metrics.values())

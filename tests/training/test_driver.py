@@ -10,8 +10,10 @@ import pytest
 from rich.console import Console
 
 from bridgework.errors import DataError, ResourceError, RunError, SpecError, WeightsError
-from bridgework.evaluation import HeldOutLoss
+from bridgework.evaluation import VQA, FewShot, HeldOutLoss, LinearProbe
+from bridgework.evaluation.few_shot import Shots
 from bridgework.spec import override
+from bridgework.system import EvalSpec
 from bridgework.training import artefact, checkpoint
 from bridgework.training.driver import train
 from bridgework.training.engine import Engine
@@ -63,8 +65,19 @@ def test_missing_dataset_is_refused_before_anything_is_written(home: Path, run: 
     assert not folder(home, run).exists()
 
 
-def test_missing_dataset_of_an_evaluation_is_refused_before_anything_is_written(home: Path, run: str) -> None:
-    system = llava(stages__align__evals=(HeldOutLoss(name="heldout", dataset="not-here", rows=4),))
+@pytest.mark.parametrize(
+    "judge",
+    [
+        HeldOutLoss(name="heldout", dataset="not-here", rows=4),
+        FewShot(dataset="synthetic:shapes", support="not-here"),
+        VQA(dataset="synthetic:shapes", shots=Shots(support="not-here")),
+        LinearProbe(dataset="synthetic:shapes", train="not-here"),
+    ],
+)
+def test_missing_dataset_of_an_evaluation_is_refused_before_anything_is_written(
+    judge: EvalSpec, home: Path, run: str
+) -> None:
+    system = llava(stages__align__evals=(judge,))
     with pytest.raises(DataError, match="no dataset 'not-here'"):
         go(system, home, run)
     assert not folder(home, run).exists()

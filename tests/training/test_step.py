@@ -10,9 +10,9 @@ import torch
 from bridgework.data import reader
 from bridgework.data.batch import Batch, collate
 from bridgework.errors import SpecError
-from bridgework.losses import Captioning, Contrastive
+from bridgework.losses import Captioning, Contrastive, QueryContrast
 from bridgework.spec import spec
-from bridgework.system import Stage
+from bridgework.system import Stage, load
 from bridgework.training.step import Beside, Step, by_source, check
 from tests.training.support import fresh, llava
 
@@ -62,6 +62,32 @@ def test_contrast_in_two_passes_has_the_loss_and_the_gradient_of_the_whole_batch
     (whole, expected), (pieces, gradient) = found
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_contrast_in_two_passes_knows_which_rows_of_the_batch_show_one_image(home: Path) -> None:
+    """Loss and gradient are those of one pass; the first rows of the micro-batches show one image."""
+    stage = load("blip2:retrieval").tiny()["retrieval"]
+    losses, found = (QueryContrast(), Captioning()), []
+    rows = next(reader.local(reader.Feed.of(stage, home), rank=0, world=1, start=0))
+    rows = [replace(row, identity=7 if number % 3 == 0 else row.identity) for number, row in enumerate(rows)]
+    for size in (8, 3):
+        step = Step(fresh(stage), losses).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in step.model.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        parts = [collate(rows[i : i + size], pad_id=0) for i in range(0, len(rows), size)]
+        shares, samples = [step.share(b) for b in parts], [len(b.keys) for b in parts]
+        assert all("identity_B" in share for share in shares)
+        sums = [step(b, Beside(shares, samples, k) if len(parts) > 1 else None) for k, b in enumerate(parts)]
+        torch.stack([s.sum() for s in sums]).sum().backward()
+        found.append((torch.stack([s.sum(1) for s in sums]).sum(0).detach(), grads(step)))
+    (whole, expected), (pieces, gradient) = found
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
+    unknown = [collate([replace(row, identity=None) for row in rows], pad_id=0)]
+    with torch.no_grad():
+        assert not torch.allclose(step(unknown[0])[0].sum(), whole[0], rtol=1e-3)
 
 
 def test_contrast_of_each_micro_batch_alone_is_another_loss(home: Path) -> None:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from bridgework.curation.capfilt import readable
 from bridgework.curation.chat import drawn
@@ -158,9 +158,7 @@ class _Judge:
         spec, captioner = self._spec, self._captioner
         how = {"min_new_tokens": spec.min_tokens, "max_new_tokens": spec.max_tokens, "top_p": spec.top_p}
         asked = [captioner.inputs.ask(pair(sample.key, sample.images[0], "a caption")) for sample in samples]
-        pictures: Any = [[sample.images[0]] for sample in samples]
-        if not captioner.stage.model.pixels.grids:  # else where tiles lie is known from the picture alone
-            pictures = captioner.inputs.features([sample.images[0] for sample in samples]).split(1)
+        pictures = [[seen] for seen in captioner.inputs.see([sample.images[0] for sample in samples])]
         seeds = [[drawn(spec.seed, sample.key, n) for sample in samples] for n in range(spec.captions)]
         rounds = [captioner.write(asked, pictures, each, temperature=spec.temperature, **how) for each in seeds]
         return [list(texts) for texts in zip(*rounds, strict=True)]

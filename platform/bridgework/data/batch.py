@@ -32,6 +32,9 @@ class Row:
     rejected: tuple[list[int], list[int]] | None = None  # ids and labels of the worse answer
     shown: int = 0  # images, of which `images` may hold several tiles or frames
     stands_for: str = ""  # key of the bad or skipped sample in whose place it came
+    lane: int | None = None  # where the stage's losses compare the samples of a lane
+    identity: int | None = None  # of its image, 0 or more, where they know which rows show one image
+    answers: tuple[tuple[list[int], float], ...] = ()  # ids and weight of each answer, where all of them are learned
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Batch:
     keys: list[str]  # of the samples
     sources: list[int]
     layouts_N4: Tensor | None = None  # int64, of each image: columns, rows, width, height
+    lane_B: Tensor | None = None  # int64, of each sample
+    identity_B: Tensor | None = None  # int64, equal for samples of one image
+    answers_AN: Tensor | None = None  # int64, all answers of all samples, IGNORE on padding
+    answer_owner_A: Tensor | None = None  # int64, the sample of each
+    answer_weight_A: Tensor | None = None  # float32
     instruction_BI: Tensor | None = None  # int64, one row a sample
     instruction_attention_BI: Tensor | None = None  # bool; False on padding
     segments_BT: Tensor | None = None  # int64, the number of the sample in the batch, -1 on padding; None: a row each
@@ -73,6 +81,11 @@ class Batch:
             "pixels": self.pixels_N3HW,
             "features": self.features_NPD,
             "layouts": self.layouts_N4,
+            "lane": self.lane_B,
+            "identity": self.identity_B,
+            "answers": self.answers_AN,
+            "answer_owner": self.answer_owner_A,
+            "answer_weight": self.answer_weight_A,
             "instruction": self.instruction_BI,
             "instruction_attention": self.instruction_attention_BI,
             "segments": self.segments_BT,
@@ -110,6 +123,7 @@ def collate(rows: Sequence[Row], *, pad_id: int, side: Literal["right", "left"] 
     images = torch.from_numpy(np.concatenate([row.images for row in shown]))
     layouts = [layout for row in shown for layout in row.layouts]
     pixels = images.dtype == torch.uint8
+    answers = [(number, *answer) for number, row in enumerate(rows) for answer in row.answers]
     asked = [row.instruction for row in shown]
     owners = [number for number, same in enumerate(packed) for row in same for _ in row.images]
     owners += [len(packed) + number for number, row in enumerate(shown[len(rows) :]) for _ in row.images]
@@ -123,6 +137,11 @@ def collate(rows: Sequence[Row], *, pad_id: int, side: Literal["right", "left"] 
         keys=[row.key for row in rows],
         sources=[row.source for row in rows],
         layouts_N4=torch.tensor(layouts) if layouts else None,
+        lane_B=_numbers([row.lane for row in rows]),
+        identity_B=_numbers([row.identity for row in rows]),
+        answers_AN=padded([ids for _, ids, _ in answers], IGNORE)[0] if answers else None,
+        answer_owner_A=torch.tensor([owner for owner, _, _ in answers]) if answers else None,
+        answer_weight_A=torch.tensor([weight for _, _, weight in answers]) if answers else None,
         instruction_BI=instruction_BI,
         instruction_attention_BI=instruction_attention_BI,
         segments_BT=_segments(packed, side) if shared else None,
@@ -132,6 +151,12 @@ def collate(rows: Sequence[Row], *, pad_id: int, side: Literal["right", "left"] 
         ),
         owners_N=torch.tensor(owners, dtype=torch.int64),
     )
+
+
+def _numbers(values: Sequence[int | None]) -> Tensor | None:
+    """(R,) int64; None where the rows have none."""
+    known = [value for value in values if value is not None]
+    return torch.tensor(known) if known else None
 
 
 def _joined(rows: Sequence[Row]) -> tuple[list[int], list[int]]:

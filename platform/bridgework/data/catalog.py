@@ -5,12 +5,17 @@ from pathlib import Path
 
 from bridgework.data.names import check_place
 from bridgework.data.shards import read_manifest, write
-from bridgework.data.synthetic import ROWS, SIZE, preferences, shapes
+from bridgework.data.synthetic import ROWS, SIZE, choices, preferences, shapes, yes_no
 from bridgework.errors import DataError, SpecError, suggest
 from bridgework.stores import find_store
 
 # what tests and --tiny train on; made on first use
-SYNTHETIC = {"synthetic:shapes": shapes, "synthetic:preferences": preferences}
+SYNTHETIC = {
+    "synthetic:shapes": shapes,
+    "synthetic:preferences": preferences,
+    "synthetic:choices": choices,
+    "synthetic:yes-no": yes_no,
+}
 
 
 def home() -> Path:

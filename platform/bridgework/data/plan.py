@@ -123,7 +123,7 @@ class Plan:
         """
         if self._order != other._order:
             return 0
-        whole_windows = min(self._tail, other._tail) // self.window_rows
+        whole_windows = min(self._last, other._last) // self.window_rows
         return whole_windows * (self.window_rows // self.step_rows)
 
     def realised(self, steps: int) -> dict[str, int]:

@@ -146,7 +146,8 @@ def _thumbnail(data: bytes) -> NDArray[np.uint8]:
 def _read(sample: Sample, source: Source, choice: int, streams: Streams) -> Preview:
     try:
         parts, pictures = read_as(source, sample, choice, video=streams.model.pixels.video), streams.pictures(sample)
-        encoded = streams.train(parts, [p.layout for p in pictures if p.layout is not None], choice=choice)
+        layouts = [p.layout for p in pictures if p.layout is not None]
+        encoded = streams.read(sample, parts, layouts, choice=choice)
         files = [sample.images[file] for i in encoded.images for file in pictures[i].files]
         images = tuple(tile for file in files for tile in _tiles(file, streams.model.pixels))
     except BadSample as error:

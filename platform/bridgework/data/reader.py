@@ -6,7 +6,8 @@ packed and laid out on its steps by what they cost (`laying`), so ranks have lik
 # S side in pixels  P patches  D width
 """
 
-from collections import defaultdict
+import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
@@ -31,7 +32,7 @@ from bridgework.data.streams import Streams
 from bridgework.data.tiling import lay_out
 from bridgework.data.transforms import decode, read_square
 from bridgework.errors import DataError
-from bridgework.system import Mixture, ModelSpec, Stage
+from bridgework.system import IGNORE, Layout, Mixture, ModelSpec, Stage
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Feed:
     seed: int
     model: ModelSpec  # says what it reads; nothing is built of it here
     pairs: bool = False  # every sample comes with its rejected answer
+    lanes: bool = False  # every row knows its lane
+    alone: float | None = None  # weight of an answer that one person gave, where all answers are learned
     features: str | None = None  # folder of cached features, read instead of the images
     skipped: tuple[tuple[str, int], ...] = ()  # KEY or SOURCE/KEY of what gives way, each from a step on
     quarantine: str | None = None  # folder of the table of bad samples; without one the first bad sample is an error
@@ -71,6 +74,8 @@ class Feed:
             seed=stage.seed,
             model=stage.model,
             pairs=any(loss.needs == "preference" for loss in stage.losses),
+            lanes=any(loss.needs == "match_lane" for loss in stage.losses),
+            alone=next((getattr(loss, "alone", 1.0) for loss in stage.losses if loss.needs == "answers"), None),
             features=features,
             skipped=skipped,
             quarantine=quarantine,
@@ -213,7 +218,8 @@ class Reader:
                 others = [*placed, *(rows[other] for other in sequence[number + 1 :])]
                 row = self._stand_in(window, at, rows[at].key, step, others)
             if row is not None:
-                placed.append(replace(row, step=step, place=window.lane * self.plan.step_rows + k))
+                lane = window.lane if self.feed.lanes else None
+                placed.append(replace(row, step=step, place=window.lane * self.plan.step_rows + k, lane=lane))
         yield from placed
 
     def _left_out_from(self, row: Row) -> int:
@@ -302,7 +308,7 @@ class Reader:
         parts = read_as(spec, sample, choice, video=self._pixels.video)
         pictures = self._streams.pictures(sample)
         layouts = [picture.layout for picture in pictures if picture.layout is not None]
-        encoded = self._streams.train(parts, layouts, choice=choice)
+        encoded = self._streams.read(sample, parts, layouts, choice=choice)
         rejected = self._streams.train(_rejected(sample, parts), layouts, choice=choice) if self.feed.pairs else None
         return Row(
             step=-1,
@@ -316,7 +322,21 @@ class Reader:
             instruction=self._streams.instruction(parts),
             rejected=None if rejected is None else (rejected.ids, rejected.labels),
             shown=len(encoded.images),
+            identity=_identity(sample) if self.feed.mixture.by_image else None,
+            answers=() if self.feed.alone is None else self._answers(sample, parts, layouts, self.feed.alone),
         )
+
+    def _answers(
+        self, sample: Sample, parts: Sequence[Part], layouts: Sequence[Layout], alone: float
+    ) -> tuple[tuple[list[int], float], ...]:
+        """The answers that people gave, each once, with the share of those who gave it; else the row's own."""
+        people = Counter(text for text in sample.labels if text.strip())
+        total = sum(people.values())
+        shares = {text: n / total for text, n in people.items()} if people else {parts[-1].text or "": alone}
+        last = len(parts) - 1
+        said = {text: [*parts[:last], replace(parts[last], text=text)] for text in shares}
+        answers = {text: self._streams.answer(turns, layouts).labels for text, turns in said.items()}
+        return tuple(([i for i in labels if i != IGNORE], shares[text]) for text, labels in answers.items())
 
     def _choice(self, planned: _Planned) -> int:
         epoch, row = (np.array([number], dtype=np.uint64) for number in (planned.epoch, planned.row))
@@ -348,6 +368,14 @@ def _limits(feed: Feed, plan: Plan) -> Limits | None:
         return None
     samples = plan.step_rows if packing.samples is None else min(packing.samples, plan.step_rows)
     return Limits(packing.tokens or min(feed.mixture.max_tokens, feed.model.context), samples, packing.images)
+
+
+def _identity(sample: Sample) -> int:
+    """Of the sample's images, 0 or more: equal for equal files."""
+    digest = hashlib.blake2b(digest_size=8)
+    for image in sample.images:
+        digest.update(hashlib.blake2b(image).digest())
+    return int.from_bytes(digest.digest()) >> 1
 
 
 def _rejected(sample: Sample, parts: Sequence[Part]) -> list[Part]:

@@ -7,6 +7,7 @@ interleaved     parts = a document's texts and images, in order, all of role cap
 video           images = frames, and `times_s`, when each was shown
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -18,6 +19,8 @@ from bridgework.data.quarantine import BadSample, Reason
 Role = Literal["caption", "system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
 SCHEMA_VERSION = 1
+CANDIDATES = "bridgework:candidates"  # in the provenance column: where they are kept, as JSON, so that versions
+# without them read the same shards
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,15 @@ class Sample:
     language: str | None = None
     licence: str | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
+    candidates: tuple[str, ...] = ()  # of a multiple-choice question: the answers to choose from, in order
 
     def __post_init__(self) -> None:
         if not self.key:
             raise BadSample(Reason.BAD_ROW, "the sample has no key")
+        if self.candidates and (len(self.candidates) < 2 or not all(map(str.strip, self.candidates))):
+            raise BadSample(
+                Reason.BAD_ROW, f"a question has two or more candidates, none of them blank, and not {self.candidates}"
+            )
         places = [part.image for part in self.parts if part.image is not None]
         if sorted(set(places)) != list(range(len(self.images))):
             raise BadSample(
@@ -112,16 +120,24 @@ SCHEMA = pa.schema(
 
 def to_row(sample: Sample) -> dict[str, Any]:
     """A sample as a row of SCHEMA."""
-    return vars(sample) | {
+    row = vars(sample) | {
         "images": list(sample.images),
         "parts": [vars(part) for part in sample.parts],
         "boxes": [vars(box) for box in sample.boxes],
         "provenance": list(sample.provenance.items()),
     }
+    if candidates := row.pop("candidates"):
+        row["provenance"].append((CANDIDATES, json.dumps(candidates, ensure_ascii=False)))
+    return row
 
 
 def from_row(row: Mapping[str, Any]) -> Sample:
     """The inverse of `to_row`, from a row of pyarrow's `to_pylist`. Raises BadSample for a row that is no sample."""
+    provenance = dict(row["provenance"])
+    kept = provenance.pop(CANDIDATES, None)
+    candidates = row.get("candidates") or (_list(kept) if kept is not None else [])
+    if not isinstance(candidates, list | tuple) or not all(isinstance(text, str) for text in candidates):
+        raise BadSample(Reason.BAD_ROW, f"the candidates are no list of texts: {str(candidates)[:80]}")
     return Sample(
         **{
             **row,
@@ -130,6 +146,15 @@ def from_row(row: Mapping[str, Any]) -> Sample:
             "times_s": tuple(row["times_s"]),
             "labels": tuple(row["labels"]),
             "boxes": tuple(Box(**{**box, "corners": tuple(box["corners"])}) for box in row["boxes"]),
-            "provenance": dict(row["provenance"]),
+            "provenance": provenance,
+            "candidates": tuple(candidates),
         }
     )
+
+
+def _list(kept: str) -> Any:
+    """What the provenance column holds. Raises BadSample for what is no JSON."""
+    try:
+        return json.loads(kept)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadSample(Reason.BAD_ROW, f"the candidates are no JSON: {error}") from None

@@ -250,10 +250,10 @@ class _Fitting:
         rows, self._rows = self._rows, self._rows + 1
         parts = read_as(self._source, sample, rows, video=self.stage.model.pixels.video)
         layouts = [p.layout for p in self._streams.pictures(sample) if p.layout is not None]
-        whole = self._streams.train(parts, layouts, choice=rows, limit=EVERYTHING)
+        whole = self._streams.read(sample, parts, layouts, choice=rows, limit=EVERYTHING)
         if len(whole.ids) <= self._streams.limit:
             return whole, whole
-        return whole, self._streams.train(parts, layouts, choice=rows)
+        return whole, self._streams.read(sample, parts, layouts, choice=rows)
 
 
 def _header(data: bytes) -> Image.Image:

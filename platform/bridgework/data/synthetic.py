@@ -8,22 +8,24 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from bridgework.data.samples import Sample, pair
+from bridgework.data.samples import Part, Sample, pair
+from bridgework.mixture import SHAPE_COLORS, SHAPE_FORMS, SHAPE_LABELS
 
 ROWS = 256
 SIZE = 64  # pixels, both sides
 
-COLOURS = {
-    "red": (214, 40, 40),
-    "orange": (247, 127, 0),
-    "yellow": (252, 211, 3),
-    "green": (44, 145, 75),
-    "blue": (29, 78, 216),
-    "purple": (126, 34, 206),
-    "brown": (120, 72, 40),
-    "black": (20, 20, 20),
-}
-SHAPES = ("circle", "square", "triangle", "diamond")
+_RGB = (
+    (214, 40, 40),
+    (247, 127, 0),
+    (252, 211, 3),
+    (44, 145, 75),
+    (29, 78, 216),
+    (126, 34, 206),
+    (120, 72, 40),
+    (20, 20, 20),
+)
+COLOURS = dict(zip(SHAPE_COLORS, _RGB, strict=True))
+SHAPES = SHAPE_FORMS
 SIZES = {"small": 0.13, "large": 0.22}  # half the shape's width, as a share of the picture's
 PLACES = {"above": ((0.5, 0.26), (0.5, 0.74)), "left of": ((0.26, 0.5), (0.74, 0.5))}  # centres of the two
 
@@ -59,6 +61,29 @@ def preferences(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[S
     samples = list(shapes(rows, size, seed))
     for sample, other in zip(samples, [*samples[1:], *samples[:1]], strict=True):
         yield replace(sample, key=sample.key.replace("shapes", "preferences"), rejected=other.text)
+
+
+def choices(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
+    """`shapes` as multiple-choice questions of four candidates, of which one is in the picture."""
+    for row, sample in enumerate(shapes(rows, size, seed)):
+        draw = random.Random(f"{seed}/{row}/choices")
+        right = draw.choice(sample.labels)
+        wrong = draw.sample(sorted(set(SHAPE_LABELS) - set(sample.labels)), 3)
+        question = Part("user", text="\nWhich of these is in the picture?")
+        said = (Part("user", image=0), question, Part("assistant", text=right))
+        candidates = tuple(draw.sample([right, *wrong], 4))
+        yield replace(sample, key=sample.key.replace("shapes", "choices"), parts=said, candidates=candidates)
+
+
+def yes_no(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
+    """`shapes` as questions of yes or no about one thing, which is in the picture of every second row."""
+    for row, sample in enumerate(shapes(rows, size, seed)):
+        draw = random.Random(f"{seed}/{row}/yes-no")
+        absent = sorted(set(SHAPE_LABELS) - set(sample.labels))
+        thing, answer = (draw.choice(absent), "no") if row % 2 else (draw.choice(sample.labels), "yes")
+        question = Part("user", text=f"\nIs there a {thing} in the picture?")
+        said = (Part("user", image=0), question, Part("assistant", text=answer))
+        yield replace(sample, key=sample.key.replace("shapes", "yes-no"), parts=said)
 
 
 def _shape(draw: random.Random) -> Shape:

@@ -56,7 +56,8 @@ def conversation(sample: Sample, prompts: Sequence[str], choice: int, *, prefix:
     With `prefix` the caption's first words, up to a drawn one, are the question and the rest is the answer (BLIP-2's
     prefix language modelling, arXiv:2301.12597, 3.3). Around the only question of a conversation goes a prompt with {}
     in it (InstructBLIP, arXiv:2305.06500, 2.1). What else is a conversation, or has more than one text, stays as it is.
-    A prompt with {ocr} names the text in the image.
+    A prompt with {ocr} names the text in the image, one with {options} or {OPTIONS} the candidates of a multiple-choice
+    question: "(a) red (b) blue", or "(A) red (B) blue".
     """
     images = [p for p in sample.parts if p.image is not None]
     texts = [p for p in sample.parts if p.text is not None]
@@ -79,11 +80,23 @@ def conversation(sample: Sample, prompts: Sequence[str], choice: int, *, prefix:
 
 
 def _framed(prompt: str, sample: Sample, question: str | None = None) -> str:
-    """The prompt with what stands for {} and {ocr}; a question that the prompt has no place for stays as it is."""
+    """The prompt with what its places mean; a question that the prompt has no place for stays as it is."""
     if question is not None and "{}" not in prompt:
         return question
-    pieces = {"{}": (question or "").strip(), "{ocr}": sample.ocr or ""}
-    return re.sub(r"\{(?:ocr)?\}", lambda found: pieces[found[0]], prompt)
+    named = [(letter(place), text) for place, text in enumerate(sample.candidates)]
+    pieces = {
+        "{}": (question or "").strip(),
+        "{ocr}": sample.ocr or "",
+        "{options}": " ".join(f"({name}) {text}" for name, text in named),
+        "{OPTIONS}": " ".join(f"({name.upper()}) {text}" for name, text in named),
+    }
+    return re.sub(r"\{(?:ocr|options|OPTIONS)?\}", lambda found: pieces[found[0]], prompt)
+
+
+def letter(place: int) -> str:
+    """The name of a candidate: a, b, .. z, aa, ab, .."""
+    tens, ones = divmod(place, 26)
+    return (letter(tens - 1) if tens else "") + "abcdefghijklmnopqrstuvwxyz"[ones]
 
 
 def render(parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase, choice: int = 0) -> list[Segment]:
@@ -110,10 +123,15 @@ def prompt(parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerB
 
     A last answer, if there is one, is left out. Raises as `render` does, but needs no answer.
     """
+    return list(_segments(unanswered(parts), template, tokenizer, ask=True))
+
+
+def unanswered(parts: Sequence[Part]) -> list[Part]:
+    """Return the conversation without its last answer, if it ends with one."""
     kept = list(parts)
     while kept and kept[-1].text is not None and kept[-1].role in ("caption", "assistant"):
         kept.pop()
-    return list(_segments(kept, template, tokenizer, ask=True))
+    return kept
 
 
 def stop(template: str, tokenizer: PreTrainedTokenizerBase) -> str:

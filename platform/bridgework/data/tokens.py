@@ -5,6 +5,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+LABELS = "labels:"
 _lock = Lock()  # a tokenizer holds "parse special tokens" as state: two threads of a server must not swap theirs
 
 
@@ -135,10 +137,14 @@ def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """`bytes`, a folder, a hub name, or `package:NAME/FILE.gguf` in an installed package. It always has a pad token.
 
+    `labels:` and a JSON list is a vocabulary of names, each one token, in their order.
+
     Raises WeightsError where there is no such tokenizer.
     """
     if name == "bytes":
         return _bytes_tokenizer()
+    if name.startswith(LABELS):
+        return _label_tokenizer(json.loads(name.removeprefix(LABELS)))
     folder = _from_package(name) if name.startswith("package:") else name
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -164,6 +170,12 @@ def _bytes_tokenizer() -> PreTrainedTokenizerBase:
         tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|im_end|>", pad_token="<|pad|>"
     )
     wrapped.chat_template = CHATML
+    return wrapped
+
+
+def _label_tokenizer(names: Sequence[str]) -> PreTrainedTokenizerBase:
+    tokenizer = Tokenizer(models.WordLevel(vocab={name: i for i, name in enumerate(names)}))
+    wrapped: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>")
     return wrapped
 
 

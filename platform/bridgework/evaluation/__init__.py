@@ -5,14 +5,17 @@ needs one. Rows are drawn by a seed, so that two runs are judged on the same one
 """
 
 from bridgework.evaluation.captioning import Captions
+from bridgework.evaluation.classification import Classification, LinearProbe
 from bridgework.evaluation.few_shot import FewShot
 from bridgework.evaluation.hallucination import CHAIR, POPE
 from bridgework.evaluation.heldout import HeldOutLoss
+from bridgework.evaluation.multiple_choice import MultipleChoice, WrittenChoice
 from bridgework.evaluation.ranking import Ranking
 from bridgework.evaluation.result import Result
 from bridgework.evaluation.retrieval import Retrieval
 from bridgework.evaluation.vqa import VQA
 from bridgework.evaluation.writing import Writing
+from bridgework.evaluation.yes_no import YesNo
 from bridgework.evaluation.zero_shot import ZeroShot
 
 __all__ = [
@@ -20,11 +23,16 @@ __all__ = [
     "POPE",
     "VQA",
     "Captions",
+    "Classification",
     "FewShot",
     "HeldOutLoss",
+    "LinearProbe",
+    "MultipleChoice",
     "Ranking",
     "Result",
     "Retrieval",
     "Writing",
+    "WrittenChoice",
+    "YesNo",
     "ZeroShot",
 ]

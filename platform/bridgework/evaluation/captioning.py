@@ -16,10 +16,11 @@ from bridgework.data.catalog import resolve
 from bridgework.data.samples import Sample
 from bridgework.data.shards import open_dataset
 from bridgework.errors import DataError, SpecError
+from bridgework.evaluation.few_shot import Shots
 from bridgework.evaluation.result import Better, Result, named
 from bridgework.evaluation.rows import draw_images
 from bridgework.evaluation.writing import Writing, about_image
-from bridgework.spec import spec
+from bridgework.spec import added, spec
 
 if TYPE_CHECKING:
     from bridgework.inference import Pipeline
@@ -42,13 +43,19 @@ class Captions:
     writing: Writing = Writing(beams=3, least=5, most=20)
     prompts: tuple[str, ...] = ()  # what an image is asked with; empty: the stage's own
     seed: int = 0
+    shots: Shots | None = added(default=None)  # examples before every image, as Flamingo is asked
 
     def __post_init__(self) -> None:
         if self.rows < 2:
             raise SpecError(f"{self.name}.rows must be at least 2, got {self.rows}: CIDEr compares images")
 
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        return (self.dataset,) if self.shots is None else (self.dataset, *self.shots.datasets)
+
     def tiny(self) -> "Captions":
-        return replace(self, dataset="synthetic:shapes", rows=min(self.rows, 4), writing=self.writing.tiny())
+        return replace(self, dataset="synthetic:shapes", rows=min(self.rows, 4), writing=self.writing.tiny(),
+                       shots=None if self.shots is None else self.shots.tiny())  # fmt: skip
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Raises DataError for a dataset without two images that have a caption. Reads all of the dataset once."""
@@ -64,8 +71,12 @@ class Captions:
         items = draw_images(self, pipeline, home, is_new)
         if len(items) < 2:
             raise DataError(f"{self.name}: {self.dataset} has one image with a caption; CIDEr needs two to compare")
-        asked = about_image(pipeline, self.prompts or None)
-        said = self.writing.run(pipeline, [asked] * len(items), [item.sample.images for item in items], self.seed)
+        samples = [item.sample for item in items]
+        if self.shots is None:
+            asked = about_image(pipeline, self.prompts or None)
+            said = self.writing.run(pipeline, [asked] * len(items), [s.images for s in samples], self.seed)
+        else:
+            said = self.writing.run(pipeline, *self.shots.ask(pipeline, home, self, samples), self.seed)
         of_people = [told[_digest(item.sample)] for item in items]
         values = {
             "cider": cider(said, of_people),

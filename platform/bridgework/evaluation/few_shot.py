@@ -1,41 +1,170 @@
-"""Learning from examples in the prompt (Flamingo, arXiv:2204.14198, 2.5 and appendix A.2): which ones, in what order.
+"""Examples in the prompt (Flamingo, arXiv:2204.14198, 2.5 and appendix A.2): which ones, and in what order.
 
 RICES takes the support images that the frozen vision tower finds nearest to the query's, the nearest last. Without
-shots, two examples are told without their images. An ensemble takes the mean over several orders of the shots.
+shots, two examples are given as text, without their images. An ensemble takes the mean over several orders of the
+shots. `Shots` puts examples before the questions of any evaluation that writes; `FewShot` ranks candidate captions.
 """
 
-# R rows, each an image and its caption  K shots  C candidates, the right one first  F width of the tower's features
+# R rows or queries, each an image and its caption  S rows of the support  K shots  C candidates, the right one first
+# F width of the tower's features
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice, permutations
 from math import factorial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bridgework.data.samples import Part
-from bridgework.errors import SpecError
+from bridgework.data.samples import Part, Sample
+from bridgework.errors import DataError, SpecError
 from bridgework.evaluation.ranking import candidates, first
 from bridgework.evaluation.result import Better, Result, named
-from bridgework.evaluation.rows import Item, draw_pairs
-from bridgework.spec import spec
+from bridgework.evaluation.rows import Item, draw, draw_pairs
+from bridgework.evaluation.writing import question_of
+from bridgework.spec import added, spec
+from bridgework.system import Scoring
 
 if TYPE_CHECKING:
     from bridgework.inference import Pipeline
+    from bridgework.inputs import File, Seen
 
-TOLD = 2  # examples without an image where there are no shots (A.2)
+TEXT_ONLY = 2  # examples without an image where there are no shots (A.2)
+CHUNK = 64  # images whose features are in memory at once while they are compared
 
 
 class Shot(NamedTuple):
-    """What is asked about an image, and the answer."""
+    """One example: the question about its image, and the answer."""
 
     question: str
     answer: str
+
+
+class Asked(NamedTuple):
+    """Questions, each after its examples."""
+
+    conversations: list[list[Part]]
+    pictures: "list[list[File]]"  # of each: those of the examples, then the query's
+
+
+@dataclass(frozen=True)
+class Support:
+    """Rows that examples are taken from, each with one picture."""
+
+    shots: Sequence[Shot]
+    pictures: "Sequence[File]"
+
+
+class _Judge(Protocol):
+    """The evaluation that asks."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+    @property
+    def seed(self) -> int: ...
+
+
+@spec
+class Shots:
+    """Examples before every question of an evaluation, of other images than the question's."""
+
+    count: int = 4  # 0: two as text alone
+    support: str | None = None  # dataset of the examples; None: the evaluation's own
+    rows: int = 2_048  # of the support, drawn by the seed
+    select: Literal["rices", "random"] = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise SpecError(f"shots.count is 0 or more, got {self.count}")
+        if self.rows <= self.needed:
+            raise SpecError(f"shots.rows must be above the {self.needed} examples of a prompt, got {self.rows}")
+
+    @property
+    def needed(self) -> int:
+        """Examples of a prompt."""
+        return self.count or TEXT_ONLY
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        return () if self.support is None else (self.support,)
+
+    def tiny(self) -> "Shots":
+        support = None if self.support is None else "synthetic:shapes"
+        return replace(self, count=min(self.count, 2), support=support, rows=8)
+
+    def ask(self, pipeline: "Pipeline", home: Path, judge: _Judge, samples: Sequence[Sample]) -> Asked:
+        """Return each sample's question after its examples.
+
+        Raises DataError for a sample without exactly one picture, and for too few rows of support.
+        """
+        where = judge.dataset if self.support is None else self.support
+        wanted = _Wanted(judge.name, where, self.rows, judge.prompts, self.seed)
+        support = support_of(pipeline, draw(wanted, pipeline, home), judge.prompts)
+        queries = [_picture(pipeline, sample, judge.name) for sample in samples]
+        chosen = self.choose(pipeline, queries, support.pictures, judge.name)
+        asked = Asked([], [])
+        for sample, query, places in zip(samples, queries, chosen, strict=True):
+            question = _text(question_of(pipeline, sample, judge.prompts or None))
+            shots = [support.shots[i] for i in places]
+            asked.conversations.append(prompt(shots, question, shown=bool(self.count)))
+            asked.pictures.append([*(support.pictures[i] for i in places if self.count), query])
+        return asked
+
+    def choose(
+        self, pipeline: "Pipeline", queries: "Sequence[File]", pictures: "Sequence[File]", name: str
+    ) -> list[list[int]]:
+        """Return for every query the places of its examples among `pictures`, never one of the same picture."""
+        places: dict[File, list[int]] = {}
+        for place, picture in enumerate(pictures):
+            places.setdefault(picture, []).append(place)
+        own = [places.get(query, []) for query in queries]
+        if self.needed > len(pictures) - max(map(len, own), default=0):
+            raise DataError(
+                f"{name}: {len(pictures)} rows of support are too few for {self.needed} examples of other images"
+            )
+        if self.select == "rices" and self.count:
+            own_RS = torch.zeros(len(queries), len(pictures), dtype=torch.bool)
+            for row, same in enumerate(own):
+                own_RS[row, same] = True
+            return rices(compared(pipeline, queries), compared(pipeline, pictures), self.count, own_RS)
+        chosen = []
+        for row, same in enumerate(own):
+            free = [i for i in range(len(pictures)) if i not in same]
+            chosen.append(random.Random(f"{self.seed}:{row}").sample(free, self.needed))
+        return chosen
+
+
+class _Wanted(NamedTuple):
+    """The rows of a support, as `draw` reads them."""
+
+    name: str
+    dataset: str
+    rows: int
+    prompts: tuple[str, ...]
+    seed: int
+
+
+def support_of(pipeline: "Pipeline", items: Sequence[Item], prompts: Sequence[str]) -> Support:
+    """Return the rows with one picture and one answer, each asked as the evaluation asks."""
+    shots, pictures = list[Shot](), list["File"]()
+    for item in items:
+        shown, parts = pipeline.inputs.pictures(item.sample), pipeline.inputs.ask(item.sample, prompts or None)
+        answers = [part.text for part in parts if part.text is not None and part.role in ("caption", "assistant")]
+        if len(shown) == 1 and len(answers) == 1:
+            shots.append(Shot(_text(parts), answers[0]))
+            pictures.append(shown[0])
+    return Support(shots, pictures)
 
 
 @spec
@@ -56,18 +185,25 @@ class FewShot:
     candidates: int = 20
     prompts: tuple[str, ...] = ("Output:",)  # what stands before every answer (appendix A.2)
     seed: int = 0
+    scoring: Scoring = added(default=Scoring(prior=False))
 
     def __post_init__(self) -> None:
         if self.shots < 0 or self.orders < 1:
             raise SpecError(f"{self.name}: shots is 0 or more and orders 1 or more, got {self.shots} and {self.orders}")
         if not 2 <= self.candidates <= self.rows:
             raise SpecError(f"{self.name}.candidates must lie between 2 and rows ({self.rows}), got {self.candidates}")
-        if self.support is None and self.rows <= self._needed:
+        if self.support is None and self.rows <= (self.shots or TEXT_ONLY):
             raise SpecError(f"{self.name}: {self.rows} rows are too few to take {self.shots} other ones as examples")
 
     @property
-    def _needed(self) -> int:
-        return self.shots or TOLD
+    def datasets(self) -> tuple[str, ...]:
+        return (self.dataset,) if self.support is None else (self.dataset, self.support)
+
+    @property
+    def _shots(self) -> Shots:
+        needed = self.shots or TEXT_ONLY
+        return Shots(count=self.shots, support=self.support, rows=max(self.rows, needed + 1), select=self.select,
+                     seed=self.seed)  # fmt: skip
 
     def tiny(self) -> "FewShot":
         here = "synthetic:shapes"
@@ -83,63 +219,47 @@ class FewShot:
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Raises DataError for a dataset with too few pairs."""
-        pipeline = roomy(pipeline)
-        items = draw_pairs(self, pipeline, home, at_least=max(self.candidates, self._needed + 1))
+        shots = self._shots
+        items = draw_pairs(self, pipeline, home, at_least=max(self.candidates, shots.needed + 1))
         pool = items
         if self.support is not None:
             wanted = replace(self, dataset=self.support)
-            pool = draw_pairs(wanted, pipeline, home, at_least=self._needed)
-        seen_RPF, told_RPF = (pipeline.inputs.features([i.squares[0] for i in rows]) for rows in (items, pool))
-        chosen = self._choose(seen_RPF, told_RPF)
+            pool = draw_pairs(wanted, pipeline, home, at_least=shots.needed)
+        queries, pictures = ([item.sample.images[0] for item in rows] for rows in (items, pool))
+        chosen = shots.choose(pipeline, queries, pictures, self.name)
         captions_RC = candidates(len(items), self.candidates, self.seed).tolist()
         judged = []
         for row, own_C in enumerate(captions_RC):
-            told = {i: (pool[i], told_RPF[i]) for i in chosen[row]}
-            judged.append(self._judge(pipeline, seen_RPF[row], [items[c].sample.text for c in own_C], told))
+            *shown, query = pipeline.inputs.see([*(pictures[i] for i in chosen[row]), queries[row]])
+            examples = {i: (pool[i], seen) for i, seen in zip(chosen[row], shown, strict=True)}
+            judged.append(self._judge(pipeline, query, [items[c].sample.text for c in own_C], examples))
         return Result(named(self, {"accuracy": first(torch.stack(judged)), "chance": 1 / self.candidates}))
 
     def demonstrate(self, pipeline: "Pipeline", image: bytes, home: Path) -> tuple[list[Part], list[bytes]]:
-        """The conversation about an image of the caller's behind examples from `dataset`, and all images that it shows.
+        """The conversation about an image of the caller's after examples from `dataset`, and all images that it shows.
 
-        Raises DataError for a dataset with too few pairs. A `roomy` pipeline reads it.
+        Raises DataError for a dataset with too few pairs.
         """
-        pool = draw_pairs(self, pipeline, home, at_least=self._needed)
-        told_RPF = pipeline.inputs.features([item.squares[0] for item in pool])
-        (chosen,) = replace(self, support=self.dataset)._choose(pipeline.inputs.features([image]), told_RPF)
+        pool = draw_pairs(self, pipeline, home, at_least=self._shots.needed)
+        pictures = [item.sample.images[0] for item in pool]
+        (chosen,) = self._shots.choose(pipeline, [image], pictures, self.name)
         shots = [Shot(self.prompts[0], pool[i].sample.text) for i in chosen]
-        shown = [pool[i].sample.images[0] for i in chosen] if self.shots else []
+        shown = [pictures[i] for i in chosen] if self.shots else []
         return prompt(shots, self.prompts[0], shown=bool(self.shots)), [*shown, image]
 
-    def _choose(self, seen_RPF: Tensor, told_RPF: Tensor) -> list[list[int]]:
-        """For every row the places of its examples in the support, never its own."""
-        count, own = self._needed, range(len(seen_RPF)) if self.support is None else None
-        if self.select == "rices" and self.shots:
-            return rices(pooled(seen_RPF), pooled(told_RPF), count, own)
-        chosen = []
-        for row in range(len(seen_RPF)):
-            free = [i for i in range(len(told_RPF)) if own is None or i != row]
-            chosen.append(random.Random(f"{self.seed}:{row}").sample(free, count))
-        return chosen
-
     def _judge(
-        self, pipeline: "Pipeline", seen_PF: Tensor, texts: list[str], told: Mapping[int, tuple[Item, Tensor]]
+        self, pipeline: "Pipeline", query: "Seen", texts: list[str], examples: Mapping[int, "tuple[Item, Seen]"]
     ) -> Tensor:
-        """(C,) nats of each text about one image, as the mean over the orders of its examples."""
-        question, nats = self.prompts[0], []
-        for order in orders(list(told), self.orders, self.seed):
-            shots = [Shot(question, told[i][0].sample.text) for i in order]
-            shown = [told[i][1] for i in order] if self.shots else []
+        """(C,) scores of each text about one image, as the mean over the orders of its examples."""
+        question, scores = self.prompts[0], []
+        for order in orders(list(examples), self.orders, self.seed):
+            shots = [Shot(question, examples[i][0].sample.text) for i in order]
+            shown = [examples[i][1] for i in order] if self.shots else []
             asked = prompt(shots, question, shown=bool(self.shots))
-            said = [[*asked, Part("assistant", text=f" {text}")] for text in texts]
-            scores = pipeline.scores(said, [torch.stack([*shown, seen_PF])] * len(texts))
-            nats.append(torch.tensor([score.loglik for score in scores]))
-        return torch.stack(nats).mean(0)
-
-
-def roomy(pipeline: "Pipeline") -> "Pipeline":
-    """The same model with its whole context to read: many shots are longer than the rows that a stage trains on."""
-    stage = pipeline.stage
-    return type(pipeline)(pipeline.model, replace(stage, data=replace(stage.data, max_tokens=stage.model.context)))
+            ranked = pipeline.choose(asked, [*shown, query], [f" {text}" for text in texts], scoring=self.scoring)
+            found = {one.candidate: one.score for one in ranked}
+            scores.append(torch.tensor([found[f" {text}"] for text in texts]))
+        return torch.stack(scores).mean(0)
 
 
 def prompt(shots: Sequence[Shot], question: str, *, shown: bool = True) -> list[Part]:
@@ -147,8 +267,21 @@ def prompt(shots: Sequence[Shot], question: str, *, shown: bool = True) -> list[
     parts = []
     for image, shot in enumerate(shots):
         parts += [Part("user", image=image)] * shown
-        parts += [Part("user", text=shot.question), Part("assistant", text=f" {shot.answer}")]
-    return [*parts, Part("user", image=len(shots) if shown else 0), Part("user", text=question)]
+        parts += [Part("user", text=shot.question)] * bool(shot.question)
+        parts += [Part("assistant", text=f" {shot.answer}")]
+    asked = [Part("user", text=question)] * bool(question)
+    return [*parts, Part("user", image=len(shots) if shown else 0), *asked]
+
+
+def compared(pipeline: "Pipeline", pictures: "Sequence[File]") -> Tensor:
+    """(N, F) float32 of length 1, by which RICES compares: of a video, the mean over its frames."""
+    vectors = []
+    for start in range(0, len(pictures), CHUNK):
+        squares = [list(p) if isinstance(p, tuple) else [p] for p in pictures[start : start + CHUNK]]
+        features_NPF = pipeline.inputs.features([square for of_one in squares for square in of_one])
+        for seen_nPF in features_NPF.split([len(of_one) for of_one in squares]):
+            vectors.append(pooled(seen_nPF.flatten(0, 1).unsqueeze(0)).cpu())
+    return torch.cat(vectors)
 
 
 def pooled(features_RPF: Tensor) -> Tensor:
@@ -156,10 +289,17 @@ def pooled(features_RPF: Tensor) -> Tensor:
     return normalize(features_RPF.float().mean(1), dim=-1)
 
 
-def rices(queries_RF: Tensor, support_SF: Tensor, count: int, own: Sequence[int] | None = None) -> list[list[int]]:
-    """For each query the `count` nearest of the support, the nearest last; `own` is its own place there, if any."""
+def rices(
+    queries_RF: Tensor, support_SF: Tensor, count: int, own: Sequence[int] | Tensor | None = None
+) -> list[list[int]]:
+    """For each query the `count` nearest of the support, the nearest last.
+
+    own: its own place in the support, or (R, S) bool of all its own places, which are left out.
+    """
     alike_RS = queries_RF @ support_SF.T
-    if own is not None:
+    if isinstance(own, Tensor):
+        alike_RS = alike_RS.masked_fill(own, -torch.inf)
+    elif own is not None:
         alike_RS[torch.arange(len(own)), torch.tensor(own)] = -torch.inf
     nearest: list[list[int]] = alike_RS.topk(count, dim=1).indices.flip(1).tolist()
     return nearest
@@ -176,3 +316,17 @@ def orders(chosen: Sequence[int], count: int, seed: int = 0) -> list[list[int]]:
     while len(found) < count:
         found[tuple(draw.sample(known, len(known)))] = None
     return [list(order) for order in islice(found, count)]
+
+
+def _picture(pipeline: "Pipeline", sample: Sample, name: str) -> "File":
+    pictures = pipeline.inputs.pictures(sample)
+    if len(pictures) != 1:
+        raise DataError(
+            f"{name}: a question after examples is about one picture; row {sample.key} shows {len(pictures)}"
+        )
+    return pictures[0]
+
+
+def _text(parts: Sequence[Part]) -> str:
+    """The question alone, without the line break that sets it off from its image."""
+    return "".join(part.text for part in parts if part.text is not None and part.role == "user").strip("\n")

@@ -1,22 +1,22 @@
 """Does the language model use the image? Its loss with the true one, and with another row's."""
 
-# N images of all rows  P patches  F width of the tower's features
-
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
+from bridgework.data.quarantine import BadSample
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation.result import Better, Result, named
 from bridgework.evaluation.rows import draw
 from bridgework.spec import spec
 
 if TYPE_CHECKING:
+    from bridgework.data.samples import Part
     from bridgework.inference import Pipeline, Score
+    from bridgework.inputs import Seen
 
 
 @spec
@@ -43,18 +43,34 @@ class HeldOutLoss:
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Raises DataError for a dataset without two images."""
         items = draw(self, pipeline, home)
-        seen_NPF = pipeline.inputs.features([square for item in items for square in item.squares])
-        if len(seen_NPF) < 2:
-            raise DataError(
-                f"{self.name}: {self.dataset} has {len(seen_NPF)} images to swap between rows; it needs two"
-            )
-        shift = random.Random(self.seed).randrange(1, len(seen_NPF))
-        counts = [len(item.squares) for item in items]
-        conversations = [item.conversation for item in items]
-        true = pipeline.scores(conversations, torch.split(seen_NPF, counts))
-        other = pipeline.scores(conversations, torch.split(seen_NPF.roll(shift, 0), counts))
-        loss, shuffled = _mean(true), _mean(other)
+        shown = [pipeline.inputs.pictures(item.sample) for item in items]
+        seen = pipeline.inputs.see([picture for pictures in shown for picture in pictures])
+        if len(seen) < 2:
+            raise DataError(f"{self.name}: {self.dataset} has {len(seen)} images to swap between rows; it needs two")
+        shift = random.Random(self.seed).randrange(1, len(seen))
+        true, other = _dealt(seen, shown), _dealt([*seen[-shift:], *seen[:-shift]], shown)
+        # with tiles, an image of another row may be too long for this one
+        fit = [i for i, item in enumerate(items) if _fits(pipeline, item.conversation, other[i])]
+        if not fit:
+            raise DataError(f"{self.name}: no row of {self.dataset} has room for the image of another row")
+        conversations = [items[i].conversation for i in fit]
+        loss, shuffled = (_mean(pipeline.scores(conversations, [images[i] for i in fit])) for images in (true, other))
         return Result(named(self, {"loss": loss, "loss_shuffled": shuffled, "gap": shuffled - loss}))
+
+
+def _dealt(seen: "Sequence[Seen]", shown: Sequence[Sequence[object]]) -> "list[list[Seen]]":
+    """As many of `seen` to each row as it shows, in order."""
+    rest = iter(seen)
+    return [list(islice(rest, len(pictures))) for pictures in shown]
+
+
+def _fits(pipeline: "Pipeline", conversation: "Sequence[Part]", seen: "Sequence[Seen]") -> bool:
+    layouts = [picture.layout for picture in seen if picture.layout is not None]
+    try:
+        pipeline.inputs.encode(conversation, answer=True, layouts=layouts)
+    except BadSample:
+        return False
+    return True
 
 
 def _mean(scores: "Sequence[Score]") -> float:

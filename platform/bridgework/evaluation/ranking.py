@@ -1,4 +1,4 @@
-"""Does the language model tell the right caption from others? Its likelihood given the image, less its prior."""
+"""Rank the right caption of an image among those of others, by the language model's likelihood."""
 
 # R rows, each an image and its caption  C candidates, the right one first
 
@@ -15,7 +15,8 @@ from bridgework.errors import SpecError
 from bridgework.evaluation.picture import Choice, Tile, grid
 from bridgework.evaluation.result import Better, Result, named
 from bridgework.evaluation.rows import Item, draw_pairs
-from bridgework.spec import spec
+from bridgework.spec import added, spec
+from bridgework.system import Layout, Scoring
 
 if TYPE_CHECKING:
     from bridgework.inference import Pipeline
@@ -28,8 +29,9 @@ TOP = 3  # captions shown for each
 class Ranking:
     """Share of rows whose own caption comes first of `candidates`, the others drawn from the other rows.
 
-    `accuracy` takes the caption's prior off (as it is given with a square of the mean colour);
-    `accuracy_without_prior` does not, and favours short and common captions. The picture shows the best candidates.
+    `accuracy` scores a caption by `scoring`, by default less its prior (its log-likelihood given a blank image);
+    `accuracy_without_prior` is that of the plain log-likelihood, which favors short and common captions. The picture
+    shows the best candidates.
     """
 
     better: ClassVar[Better] = {
@@ -43,6 +45,7 @@ class Ranking:
     candidates: int = 20
     prompts: tuple[str, ...] = ()  # what pairs are asked with; empty: the stage's own
     seed: int = 0
+    scoring: Scoring = added(default=Scoring(prior=True))
 
     def __post_init__(self) -> None:
         if not 2 <= self.candidates <= self.rows:
@@ -60,15 +63,13 @@ class Ranking:
         items = draw_pairs(self, pipeline, home, at_least=self.candidates)
         captions_RC = candidates(len(items), self.candidates, self.seed)
         question = self.prompts[0] if self.prompts else None
-        loglik_RC = _likelihoods(pipeline, items, captions_RC, question)
-        prior_R = pipeline.prior([item.sample.text for item in items], question)
-        gain_RC = loglik_RC - prior_R[captions_RC]
+        score_RC, loglik_RC = _scores(pipeline, items, captions_RC, question, self.scoring)
         values = {
-            "accuracy": first(gain_RC),
+            "accuracy": first(score_RC),
             "accuracy_without_prior": first(loglik_RC),
             "chance": 1 / self.candidates,
         }
-        tiles = [_tile(items, row, captions_RC[row], gain_RC[row]) for row in range(min(SHOWN, len(items)))]
+        tiles = [_tile(items, row, captions_RC[row], score_RC[row]) for row in range(min(SHOWN, len(items)))]
         return Result(named(self, values), {self.name: grid(tiles)})
 
 
@@ -85,14 +86,25 @@ def first(values_RC: Tensor) -> float:
     return float((values_RC[:, :1] > values_RC[:, 1:]).all(1).double().mean())
 
 
-def _likelihoods(
-    pipeline: "Pipeline", items: list[Item], captions_RC: NDArray[np.int64], question: str | None
-) -> Tensor:
-    """(R, C) nats; every image goes through the vision tower and the prompt through the language model once."""
-    seen_RPF = pipeline.inputs.features([item.squares[0] for item in items])
+def _scores(
+    pipeline: "Pipeline", items: list[Item], captions_RC: NDArray[np.int64], question: str | None, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """Return (R, C) scores and (R, C) nats. Every image goes through the vision tower once, and so does a blank one."""
     texts = [item.sample.text for item in items]
-    rows = zip(seen_RPF, captions_RC, strict=True)
-    return torch.stack([pipeline.likelihoods(seen_PF, [texts[c] for c in own], question) for seen_PF, own in rows])
+    seen = pipeline.inputs.see([pipeline.inputs.pictures(item.sample)[0] for item in items])
+    priors = dict[Layout | None, Tensor]()  # of all captions, for every way in which the images are cut
+    if scoring.prior:
+        blanks = {picture.layout: picture for picture in seen}
+        nothing = pipeline.inputs.blank(list(blanks.values()))
+        priors = {blank.layout: pipeline.prior(texts, question, [blank]) for blank in nothing}
+    conversation = pipeline.inputs.about(question)
+    scores, nats = [], []
+    for picture, own_C in zip(seen, captions_RC, strict=True):
+        answers = pipeline.score_answers(conversation, [picture], [texts[c] for c in own_C])
+        prior_C = priors[picture.layout][own_C].tolist() if scoring.prior else [0.0] * len(own_C)
+        scores.append([scoring(a.loglik, prior, a.tokens) for a, prior in zip(answers, prior_C, strict=True)])
+        nats.append([answer.loglik for answer in answers])
+    return torch.tensor(scores), torch.tensor(nats)
 
 
 def _tile(items: list[Item], row: int, captions_C: NDArray[np.int64], gain_C: Tensor) -> Tile:

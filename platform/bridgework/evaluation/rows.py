@@ -51,13 +51,20 @@ class Item:
         return [part.text for part in self.sample.parts if part.text is not None]
 
 
-def draw(spec: Wanted, pipeline: "Pipeline", home: Path) -> list[Item]:
-    """Up to `spec.rows` rows, in an order given by its seed. Raises DataError when none can be read."""
-    items = list(islice(_items(spec, pipeline, home, lambda sample: True), spec.rows))
+def draw(
+    spec: Wanted,
+    pipeline: "Pipeline",
+    home: Path,
+    wanted: Callable[[Sample], bool] = lambda sample: True,
+    needed: str = "can be read by this model",
+) -> list[Item]:
+    """Up to `spec.rows` rows that are `wanted`, in an order given by its seed.
+
+    Raises DataError, which says what is `needed`, when none of them can be read.
+    """
+    items = list(islice(_items(spec, pipeline, home, wanted), spec.rows))
     if not items:
-        raise DataError(
-            f"{spec.name}: none of the rows of {spec.dataset} can be read by this model; see its quarantine"
-        )
+        raise DataError(f"{spec.name}: none of the rows of {spec.dataset} {needed}; see its quarantine")
     return items
 
 
@@ -111,7 +118,7 @@ def _items(spec: Wanted, pipeline: "Pipeline", home: Path, wanted: Callable[[Sam
     for sample in filter(wanted, _shuffled(resolve(spec.dataset, home), spec)):
         try:
             conversation = pipeline.inputs.ask(sample, spec.prompts or None)
-            pipeline.inputs.encode(conversation, answer=True)
+            pipeline.inputs.encode(conversation, answer=True, layouts=pipeline.inputs.layouts(sample))
             squares = [read_square(image, pipeline.stage.model.pixels) for image in sample.images]
         except BadSample:  # one bad row must not end a run in its evaluation
             continue

@@ -13,12 +13,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
 
-from bridgework.data.samples import Part, Sample
+from bridgework.data.samples import Sample
 from bridgework.errors import SpecError
+from bridgework.evaluation.few_shot import Shots
 from bridgework.evaluation.result import Better, Result, named
-from bridgework.evaluation.rows import Item, draw
+from bridgework.evaluation.rows import draw
 from bridgework.evaluation.writing import Writing, question_of
-from bridgework.spec import spec
+from bridgework.spec import added, spec
+from bridgework.system import Scoring
 
 if TYPE_CHECKING:
     from bridgework.inference import Pipeline
@@ -47,8 +49,8 @@ CONTRACTIONS = {word[: at.start()] + word[at.end() :]: word for word in WHOLE fo
 class VQA:
     """`accuracy` over `rows` questions, whose people's answers are the rows' `labels`; without any, the row's own.
 
-    The model writes, or with a `vocabulary` gives the likeliest answer of it (summed log-likelihood, as BLIP and
-    InstructBLIP rank). Beside it stands `most_common`: what the most frequent answer of all would get.
+    The model writes, or with a `vocabulary` chooses one of its answers by `scoring` (by default the summed
+    log-likelihood, as BLIP and InstructBLIP rank). `most_common` is what the most frequent answer of all would get.
     """
 
     better: ClassVar[Better] = {"accuracy": "higher", "most_common": None}
@@ -59,26 +61,36 @@ class VQA:
     writing: Writing = Writing(beams=3, most=10)  # BLIP's
     prompts: tuple[str, ...] = ()  # around each question, e.g. "Question: {} Short answer:"; empty: the stage's own
     seed: int = 0
+    scoring: Scoring = added(default=Scoring(prior=False))  # of the vocabulary
+    shots: Shots | None = added(default=None)  # examples before every question, as Flamingo is asked
 
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise SpecError(f"{self.name}.rows must be at least 1, got {self.rows}")
 
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        return (self.dataset,) if self.shots is None else (self.dataset, *self.shots.datasets)
+
     def tiny(self) -> "VQA":
-        few = self.vocabulary[:4]
+        few, shots = self.vocabulary[:4], None if self.shots is None else self.shots.tiny()
         return replace(self, dataset="synthetic:shapes", rows=min(self.rows, 4), vocabulary=few,
-                       writing=self.writing.tiny())  # fmt: skip
+                       writing=self.writing.tiny(), shots=shots)  # fmt: skip
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Raises DataError when no row can be read."""
         items = draw(self, pipeline, home)
-        asked = [question_of(pipeline, item.sample, self.prompts or None) for item in items]
-        if self.vocabulary:
-            said = [_likeliest(pipeline, *row, self.vocabulary) for row in zip(items, asked, strict=True)]
+        samples = [item.sample for item in items]
+        if self.shots is None:
+            asked = [question_of(pipeline, sample, self.prompts or None) for sample in samples]
+            shown = [pipeline.inputs.pictures(sample) for sample in samples]
         else:
-            said = self.writing.run(
-                pipeline, asked, [pipeline.inputs.pictures(item.sample) for item in items], self.seed
-            )
+            asked, shown = self.shots.ask(pipeline, home, self, samples)
+        if self.vocabulary:
+            rows = zip(asked, shown, strict=True)
+            said = [pipeline.choose(*row, self.vocabulary, scoring=self.scoring)[0].candidate for row in rows]
+        else:
+            said = self.writing.run(pipeline, asked, shown, self.seed)
         people = [_people(item.sample) for item in items]
         ((usual, _),) = Counter(normalise(answer) for told in people for answer in told).most_common(1)
         values = {
@@ -111,11 +123,3 @@ def normalise(answer: str) -> str:
 def _people(sample: Sample) -> tuple[str, ...]:
     own = [part.text for part in sample.parts if part.text is not None and part.role in ("caption", "assistant")]
     return sample.labels or (own[-1],)
-
-
-def _likeliest(pipeline: "Pipeline", item: Item, asked: Sequence[Part], vocabulary: Sequence[str]) -> str:
-    shown, pixels = pipeline.inputs.pictures(item.sample), pipeline.stage.model.pixels
-    seen = shown if pixels.grids or pixels.video else pipeline.inputs.features(shown)  # one square each: looked at once
-    answered = [[*asked, Part("assistant", text=answer)] for answer in vocabulary]
-    nats = [score.loglik for score in pipeline.scores(answered, [seen] * len(answered))]
-    return vocabulary[nats.index(max(nats))]

@@ -3,13 +3,15 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bridgework.data.samples import Part, Sample, pair
+from bridgework.data.samples import Part, Sample
+from bridgework.data.templates import unanswered
 from bridgework.errors import SpecError
-from bridgework.spec import spec
+from bridgework.spec import added, spec
 
 if TYPE_CHECKING:
     from bridgework.inference import Pipeline
@@ -25,6 +27,8 @@ class Writing:
     top_p: float | None = None  # nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751); beams are then none
     least: int = 1  # tokens
     most: int = 20
+    length_penalty: float = added(default=1.0)  # of beams: below 0 prefers short answers
+    repetition_penalty: float = added(default=1.0)  # above 1: what was written before gets less likely
 
     def __post_init__(self) -> None:
         if self.beams < 1 or not (self.top_p is None or 0 < self.top_p <= 1) or not 0 <= self.least <= self.most:
@@ -32,19 +36,29 @@ class Writing:
                 "writing: beams is at least 1, top_p in (0, 1] and least at most most; "
                 f"got {self.beams}, {self.top_p}, {self.least} and {self.most}"
             )
+        if not (isfinite(self.length_penalty) and 0 < self.repetition_penalty < inf):
+            raise SpecError(
+                "writing: length_penalty is a finite number and repetition_penalty is above 0; "
+                f"got {self.length_penalty:g} and {self.repetition_penalty:g}"
+            )
+        if self.length_penalty != 1 and (self.beams == 1 or self.top_p is not None):
+            raise SpecError(
+                f"writing.length_penalty {self.length_penalty:g} ranks the beams of a search; set writing.beams above 1"
+            )
 
     def tiny(self) -> "Writing":
         return replace(self, beams=min(self.beams, 2), least=min(self.least, 1), most=min(self.most, 4))
 
     def run(self, pipeline: "Pipeline", asked: Sequence[Sequence[Part]], shown: Any, seed: int = 0) -> list[str]:
         """An answer to each conversation about its images `shown[i]`; what is drawn depends on the row and `seed`."""
-        how: dict[str, Any] = {"min_new_tokens": self.least, "max_new_tokens": self.most}
+        how: dict[str, Any] = {"min_new_tokens": self.least, "max_new_tokens": self.most,
+                               "repetition_penalty": self.repetition_penalty}  # fmt: skip
         if self.top_p is not None:
             how |= {"temperature": 1.0, "top_p": self.top_p}
         texts: list[str] = []
         with _resting(pipeline.model):
             if self.top_p is None and self.beams > 1:  # a beam search holds one prompt at a time
-                how |= {"beams": self.beams}
+                how |= {"beams": self.beams, "length_penalty": self.length_penalty}
                 rows = zip(asked, shown, strict=True)
                 return [pipeline.generate(conversation, images, **how).text for conversation, images in rows]
             for start in range(0, len(asked), ROWS):
@@ -56,15 +70,12 @@ class Writing:
 
 def question_of(pipeline: "Pipeline", sample: Sample, prompts: Sequence[str] | None) -> list[Part]:
     """The sample as a conversation that ends where its last answer is due."""
-    parts = pipeline.inputs.ask(sample, prompts)
-    while parts and parts[-1].text is not None and parts[-1].role in ("caption", "assistant"):
-        parts.pop()
-    return parts
+    return unanswered(pipeline.inputs.ask(sample, prompts))
 
 
 def about_image(pipeline: "Pipeline", prompts: Sequence[str] | None) -> list[Part]:
     """A conversation that asks for a caption of one image, as the stage's training asked (or with `prompts`)."""
-    return question_of(pipeline, pair("image", b"", "a caption"), prompts)
+    return pipeline.inputs.about(prompts[0] if prompts else None)
 
 
 @contextmanager

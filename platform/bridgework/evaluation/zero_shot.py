@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation.result import Better, Result, named
 from bridgework.evaluation.retrieval import recall, similarity
-from bridgework.evaluation.rows import draw
+from bridgework.evaluation.rows import draw_images
 from bridgework.spec import spec
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ class ZeroShot:
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Raises DataError for a dataset whose rows have no image with a label, or fewer than two classes."""
-        items = [item for item in draw(self, pipeline, home) if len(item.squares) == 1 and item.sample.labels]
+        items = draw_images(self, pipeline, home, lambda sample: bool(sample.labels))
         classes = self.classes or sorted({label for item in items for label in item.sample.labels})
-        if len(classes) < 2 or not items:
+        if len(classes) < 2:
             raise DataError(
                 f"{self.name}: {len(items)} of the rows drawn from {self.dataset} have one image and a label, and "
                 f"there are {len(classes)} classes; it needs two, and samples with `labels`"

@@ -5,6 +5,7 @@ transformers reads a question and a text to match with [CLS] in front; here [ENC
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from bridgework.models.med import Task
 from bridgework.models.med_text import FIELDS
 from bridgework.models.origin import Origin
 from bridgework.models.vision import VIT_FIELDS, normalise
-from bridgework.system import IGNORE, LossSpec, Stage
+from bridgework.system import IGNORE, LossSpec, Scoring, Stage
 
 TASKS: Mapping[str, tuple[Task, ...]] = {
     "BlipForConditionalGeneration": ("caption",),
@@ -106,7 +107,9 @@ def stage(model: MED) -> Stage:
     writes = "contrast" not in model.tasks
     losses: tuple[LossSpec, ...] = (Captioning(label_smoothing=0.1),) if writes else (Contrastive(), Matching())
     template = "answer" if "answer" in model.tasks else "prompted" if writes else "caption"
-    return holding(model, "-".join(model.tasks), losses, template)
+    made = holding(model, "-".join(model.tasks), losses, template)
+    # answers are ranked by their log-likelihood (BLIP's blip_vqa.py)
+    return replace(made, scoring=Scoring(prior="answer" not in model.tasks))
 
 
 def processor(model: MED, tokenizer: Any, template: str | None) -> Any:

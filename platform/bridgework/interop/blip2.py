@@ -109,7 +109,7 @@ def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Ten
 def stage(model: Model) -> Stage:
     """A stage that holds the weights."""
     if isinstance(model, QFormerPretrainer):
-        losses = (QueryContrast(), Matching(negatives="all"), Captioning(label_smoothing=0.1))
+        losses = (QueryContrast(), Matching(negatives="all", floor=0.0), Captioning(label_smoothing=0.1))
         return holding(model, "represent", losses, "caption")
     return holding(model, "generate", (Captioning(),), "answer")
 

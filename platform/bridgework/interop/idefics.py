@@ -4,6 +4,7 @@ Its two additional words are `<fake_token_around_image>`, which stands where our
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from bridgework.losses import Captioning
 from bridgework.models import CrossAttentionVLM, Gates, LanguageConfig, Resampler, ViTConfig
 from bridgework.models.origin import Origin
 from bridgework.models.vision import VIT_FIELDS, normalise
-from bridgework.system import END, IMAGE, Stage
+from bridgework.system import END, IMAGE, Scoring, Stage
 
 ARCHITECTURES = ("IdeficsForVisionText2Text",)
 END_WORD = "<fake_token_around_image>"
@@ -139,8 +140,8 @@ def names(model: CrossAttentionVLM) -> Mapping[str, str]:
 
 
 def stage(model: CrossAttentionVLM) -> Stage:
-    """A stage that holds the weights."""
-    return holding(model, "train", (Captioning(),), "interleaved")
+    """A stage that holds the weights; candidates are ranked by their log-likelihood (arXiv:2204.14198, A.2)."""
+    return replace(holding(model, "train", (Captioning(),), "interleaved"), scoring=Scoring(prior=False))
 
 
 def processor(model: CrossAttentionVLM, tokenizer: Any, template: str | None) -> Any:

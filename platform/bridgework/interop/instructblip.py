@@ -1,6 +1,7 @@
 """The prefix wiring with an instruction-aware Q-Former to and from `InstructBlipForConditionalGeneration`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from bridgework.losses import Captioning
 from bridgework.models import LanguageConfig, PrefixVLM
 from bridgework.models.bridges.qformer import names_in_blip2
 from bridgework.models.origin import Origin
-from bridgework.system import Stage
+from bridgework.system import Scoring, Stage
 
 ARCHITECTURES = ("InstructBlipForConditionalGeneration",)
 QFORMER_TOKENIZER = "qformer_tokenizer"  # where transformers' processor keeps the Q-Former's
@@ -65,8 +66,8 @@ def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Ten
 
 
 def stage(model: PrefixVLM) -> Stage:
-    """A stage that holds the weights."""
-    return holding(model, "instruct", (Captioning(),), "answer")
+    """A stage that holds the weights; candidates are ranked by their log-likelihood (arXiv:2305.06500, 2.5)."""
+    return replace(holding(model, "instruct", (Captioning(),), "answer"), scoring=Scoring(prior=False))
 
 
 def processor(model: PrefixVLM, tokenizer: Any, template: str | None) -> Any:

@@ -5,11 +5,22 @@ adds up sums and counts over all ranks, divides once, and multiplies by `weight`
 mixture may have a mean and a weight of its own.
 """
 
+from bridgework.losses.answering import Answering
 from bridgework.losses.captioning import Captioning
+from bridgework.losses.classification import Classification
 from bridgework.losses.contrastive import Contrastive
 from bridgework.losses.matching import Matching
 from bridgework.losses.momentum import MomentumContrastive
 from bridgework.losses.preference import Preference
 from bridgework.losses.query_contrast import QueryContrast
 
-__all__ = ["Captioning", "Contrastive", "Matching", "MomentumContrastive", "Preference", "QueryContrast"]
+__all__ = [
+    "Answering",
+    "Captioning",
+    "Classification",
+    "Contrastive",
+    "Matching",
+    "MomentumContrastive",
+    "Preference",
+    "QueryContrast",
+]

@@ -2,13 +2,13 @@
 
 # B batch  T tokens  V vocabulary  L labelled tokens
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bridgework.errors import DataError, SpecError
-from bridgework.spec import spec
+from bridgework.spec import added, spec
 from bridgework.system import IGNORE
 
 
@@ -21,10 +21,14 @@ class Logits(Protocol):
 
 @spec
 class Captioning:
-    """Cross-entropy of the next token; the language modelling loss of every generative stage."""
+    """Cross-entropy of the next token; the language modelling loss of every generative stage.
+
+    A batch's loss is the mean over its labelled tokens, or the mean over its samples of each one's sum.
+    """
 
     label_smoothing: float = 0.0
     weight: float = 1.0
+    mean: Literal["tokens", "samples"] = added(default="tokens")
     needs: ClassVar[str] = "logits"
     whole_batch: ClassVar[bool] = False
     packs: ClassVar[bool] = True
@@ -45,8 +49,9 @@ class Captioning:
         return captioning(outputs.logits_BTV, outputs.labels_BT, self.label_smoothing, segments_BT)
 
     def count(self, labels_BT: Tensor) -> Tensor:
-        """(B,) float32: the tokens that each sum runs over; the first of a row is never predicted."""
-        return (labels_BT[:, 1:] != IGNORE).sum(1).float()
+        """(B,) float32: the tokens that each sum runs over, the first of a row excepted; or 1 for a row with any."""
+        labelled_BT = labels_BT[:, 1:] != IGNORE
+        return (labelled_BT.sum(1) if self.mean == "tokens" else labelled_BT.any(1)).float()
 
 
 def captioning(

@@ -8,6 +8,7 @@ own pair, its text with a negative image, its image with a negative text. A wiri
 # b samples of this rank  K candidates: this rank's samples, or all ranks'  T tokens  P patches  F their width
 # Q vectors of an image  D width  M = 3b pairs  B samples judged  C classes
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -16,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from bridgework import rng
-from bridgework.errors import DataError
+from bridgework.errors import DataError, SpecError
 from bridgework.losses.gather import gather
-from bridgework.spec import spec
+from bridgework.spec import added, spec
 
 _ODD = tuple(odd - 2**64 for odd in rng.ODD)  # as signed int64
-FLOOR = 1e-4  # added to every candidate's probability (BLIP's blip_pretrain.py), so that an easy one may come too
+FLOOR = 1e-4  # of BLIP's pretraining (blip_pretrain.py); its retrieval and BLIP-2 have none
 
 
 class Judged(Protocol):
@@ -33,19 +34,34 @@ class Judged(Protocol):
 
 @spec
 class Matching:
-    """Cross-entropy of match (class 1) or no match (class 0) over a sample's pair and its two negatives."""
+    """Cross-entropy of match (class 1) or no match (class 0) over a sample's pair and its two negatives.
 
-    # drawn among the samples of this rank, so that the loss goes by the number of workers, or of all ranks
-    negatives: Literal["rank", "all"] = "rank"
+    A negative is drawn with a probability that grows with its similarity, see `hard_negatives`. Candidates are the
+    samples of one lane (a fixed slice of the batch: what one worker of a release holds, on any number of workers), of
+    this rank, or of all ranks. The draws are the same for any number of workers, unless they are of a rank.
+    """
+
+    negatives: Literal["rank", "lane", "all"] = "rank"
     weight: float = 1.0
+    floor: float = added(default=FLOOR)  # added to every candidate's probability, so that an easy one may come too
     whole_batch: ClassVar[bool] = True
     packs: ClassVar[bool] = False
     spliced: ClassVar[tuple[str, ...]] = ()  # a negative brings its image tokens, gradient and all
+    by_image: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < 1:
+            raise SpecError(f"losses.matching.floor is a probability in [0, 1), got {self.floor:g}")
 
     @property
     def needs(self) -> str:
-        """`match`, or `match_all` for negatives of all ranks."""
-        return "match" if self.negatives == "rank" else "match_all"
+        """`match` for negatives of this rank, `match_lane` or `match_all`."""
+        return "match" if self.negatives == "rank" else f"match_{self.negatives}"
+
+    @property
+    def options(self) -> Mapping[str, float]:
+        """Arguments of the wiring's forward, which draws the negatives."""
+        return {"floor": self.floor}
 
     def __call__(self, outputs: Judged) -> Tensor:
         """(B,) float32: the unweighted sum over the three judgements of each sample."""
@@ -82,27 +98,36 @@ def judged_pairs(
     text_bD: Tensor,
     scale: Tensor | float,
     identity_b: Tensor | None = None,
+    lane_b: Tensor | None = None,
     everywhere: bool = False,
+    floor: float = FLOOR,
 ) -> Pairs:
-    """The pairs to judge, with hard negatives of this rank, or (`everywhere`) of all ranks.
+    """The pairs to judge, with hard negatives of this rank, of the same lane, or (`everywhere`) of all ranks.
 
     image_bQD (of several vectors the nearest counts) and text_bD are of unit length; `scale` is one over the
-    temperature; rows of one identity (0 or more) show one image and are no negatives of each other. The gradient of an
-    image's tokens comes from all ranks. Raises DataError where a sample has no negative.
+    temperature; rows of one identity (0 or more) show one image and are no negatives of each other; `lane_b` (int64)
+    keeps to rows of the same lane, all of which are on this rank. The gradient of an image's tokens comes from all
+    ranks. Raises DataError where a sample has no negative.
     """
     offset, images_KPF = 0, images_bPF
     ids_KT, attention_KT, image_KQD, text_KD, identity_K = ids_bT, attention_bT, image_bQD, text_bD, identity_b
     seed = torch.tensor([rng.step_seed() % 2**31], device=ids_bT.device)
-    if everywhere:
+    if everywhere or lane_b is not None:
         seed = gather(seed).rows_BD[:1]
+    if everywhere:
         ids_KT, attention_KT = gather_texts(ids_bT, attention_bT)
         images_KPF, offset = gather(images_bPF)
         image_KQD, text_KD = gather(image_bQD.detach()).rows_BD, gather(text_bD.detach()).rows_BD
         identity_K = None if identity_b is None else gather(identity_b).rows_BD
     own_bK = own(len(ids_bT), len(ids_KT), offset, identity_b, identity_K, device=ids_bT.device)
     keys_b, keys_K = _keys(ids_bT * attention_bT), _keys(ids_KT * attention_KT)
-    image_b = hard_negatives(nearest(text_bD, image_KQD) * scale, own_bK, chance(keys_b, keys_K, seed))
-    text_b = hard_negatives(nearest(text_KD, image_bQD).T * scale, own_bK, chance(keys_b, keys_K, seed + 1))
+    to_image_bK, to_text_bK = nearest(text_bD, image_KQD) * scale, nearest(text_KD, image_bQD).T * scale
+    if lane_b is not None:
+        other_bK = lane_b[:, None] != lane_b
+        own_bK = own_bK | other_bK
+        to_image_bK, to_text_bK = (to_bK.masked_fill(other_bK, -torch.inf) for to_bK in (to_image_bK, to_text_bK))
+    image_b = hard_negatives(to_image_bK, own_bK, chance(keys_b, keys_K, seed), floor)
+    text_b = hard_negatives(to_text_bK, own_bK, chance(keys_b, keys_K, seed + 1), floor)
     wider = (0, ids_KT.shape[1] - ids_bT.shape[1])
     own_ids_bT, own_attention_bT = pad(ids_bT, wider), pad(attention_bT, wider)
     return Pairs(
@@ -125,21 +150,24 @@ def nearest(text_XD: Tensor, image_YQD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def hard_negatives(similar_bK: Tensor, own_bK: Tensor, uniform_bK: Tensor) -> Tensor:
+def hard_negatives(similar_bK: Tensor, own_bK: Tensor, uniform_bK: Tensor, floor: float = FLOOR) -> Tensor:
     """(b,) int64: for every row a candidate that is not its own, the likelier the more similar.
 
     similar_bK are similarities over the temperature, own_bK (bool) is true where a candidate belongs to the row,
-    uniform_bK (float64, in (0, 1)) is the chance that decides. Raises DataError for a row to which every candidate
-    belongs.
+    uniform_bK (float64, in (0, 1)) is the chance that decides. With a floor, probabilities are the softmax over all
+    candidates, the row's own among them, plus the floor, and then its own are left out (BLIP, blip_pretrain.py);
+    without, they are the softmax over the others alone (LAVIS, blip2_qformer.py). Raises DataError for a row to which
+    every candidate belongs.
     """
     if bool(own_bK.all(1).any()):
         raise DataError(
             f"a sample has no negative among {own_bK.shape[1]} candidates: matching needs 2 samples of different "
-            "images on every rank; raise budget.batch or budget.micro, or take losses.matching.negatives=all"
+            "images on every rank, or in every lane where negatives are of a lane; raise budget.batch or budget.micro, "
+            "or take losses.matching.negatives=all"
         )
-    chances_bK = (similar_bK.float().softmax(1) + FLOOR).masked_fill(own_bK, 0.0)
+    nats_bK = similar_bK.double() if floor == 0 else (similar_bK.float().softmax(1).double() + floor).log()
     gumbel_bK = -(-uniform_bK.log()).log()  # the largest of log-chances with this noise is one draw from the chances
-    return (chances_bK.double().log() + gumbel_bK).argmax(1)
+    return (nats_bK.masked_fill(own_bK, -torch.inf) + gumbel_bK).argmax(1)
 
 
 def chance(rows_b: Tensor, columns_K: Tensor, seed: Tensor) -> Tensor:

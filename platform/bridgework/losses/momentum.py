@@ -47,6 +47,7 @@ class MomentumContrastive:
     spliced: ClassVar[tuple[str, ...]] = (
         "image_BD", "text_BD", "logit_scale", "image_key_BD", "text_key_BD", "identity_B",
     )  # fmt: skip
+    by_image: ClassVar[bool] = True
 
     def __call__(self, outputs: Momentum) -> Tensor:
         """(b,) float32, unweighted: the mean of both directions for each of this rank's samples."""

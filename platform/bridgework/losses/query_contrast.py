@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from bridgework.errors import DataError, SpecError
 from bridgework.losses.gather import gather
+from bridgework.losses.matching import own
 from bridgework.spec import spec
 
 
@@ -26,11 +27,17 @@ class Queried(Protocol):
     def text_BD(self) -> Tensor | None: ...
     @property
     def logit_scale(self) -> Tensor | None: ...  # (b,) what a cosine is times: learned, one number for all
+    @property
+    def identity_B(self) -> Tensor | None: ...  # int64: rows of one identity show one image; below 0 it is not known
 
 
 @spec
 class QueryContrast:
-    """Each image picks its text among the batch's, and each text its image, by the largest similarity of a query."""
+    """Each image picks its text among the batch's, and each text its image, by the largest similarity of a query.
+
+    Where rows are known to show one image, all texts of that image are right, with equal shares (LAVIS, of its
+    fine-tune for retrieval).
+    """
 
     label_smoothing: float = 0.1  # LAVIS, blip2_qformer.py
     weight: float = 1.0
@@ -38,6 +45,7 @@ class QueryContrast:
     whole_batch: ClassVar[bool] = True
     packs: ClassVar[bool] = False
     spliced: ClassVar[tuple[str, ...]] = ("image_BQD", "text_BD", "logit_scale")
+    by_image: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:
@@ -53,9 +61,12 @@ class QueryContrast:
         (image_BQD, offset), (text_BD, _) = gather(image_bQD), gather(text_bD)
         to_text_bB = torch.einsum("bqd,kd->bkq", image_bQD, text_BD).amax(-1)
         to_image_bB = torch.einsum("bd,kqd->bkq", text_bD, image_BQD).amax(-1)
-        own_b = torch.arange(offset, offset + len(text_bD), device=text_bD.device)
+        identity_b = outputs.identity_B
+        identity_B = None if identity_b is None else gather(identity_b).rows_BD
+        own_bB = own(len(text_bD), len(text_BD), offset, identity_b, identity_B, device=text_bD.device).float()
+        right_bB = own_bB / own_bB.sum(1, keepdim=True)
         to_text_b, to_image_b = (
-            cross_entropy(similar_bB, own_b, reduction="none", label_smoothing=self.label_smoothing)
+            cross_entropy(similar_bB, right_bB, reduction="none", label_smoothing=self.label_smoothing)
             for similar_bB in (to_text_bB, to_image_bB)
         )
         return (to_text_b + to_image_b) / 2

@@ -6,6 +6,7 @@ from bridgework.models.bridges.gated_xattn import Gates
 from bridgework.models.crossattn_vlm import CrossAttentionVLM
 from bridgework.models.dual_encoder import DualEncoder
 from bridgework.models.eva import EvaConfig
+from bridgework.models.image_classifier import ImageClassifier
 from bridgework.models.language import LanguageConfig
 from bridgework.models.lora import LoRA
 from bridgework.models.med import MED
@@ -28,6 +29,7 @@ __all__ = [
     "EfficientNetConfig",
     "EvaConfig",
     "Gates",
+    "ImageClassifier",
     "LanguageConfig",
     "Linear",
     "LoRA",

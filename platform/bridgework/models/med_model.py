@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from bridgework import rng
 from bridgework.errors import DataError, SpecError, WeightsError
-from bridgework.losses.matching import by_sample, judged_pairs
+from bridgework.losses.matching import FLOOR, by_sample, judged_pairs
 from bridgework.models import encoder_decoder
 from bridgework.models.blip_vit import BlipViT
 from bridgework.models.freezing import Freezable
@@ -23,6 +23,7 @@ from bridgework.models.med_parts import Behind, Halves, Heads, Outputs, at_first
 from bridgework.models.med_text import Texts
 from bridgework.models.momentum import Keys, Momentum
 from bridgework.models.vision import fitted
+from bridgework.system import IGNORE
 
 if TYPE_CHECKING:
     from bridgework.models.med import MED
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 LOGITS, POOLED = frozenset({"logits"}), frozenset({"pooled"})
 GIVES = {  # what a forward can give where the model has the task
     "contrast": {"pooled", "momentum"},
-    "match": {"match", "match_all"},
+    "match": {"match", "match_lane", "match_all"},
     "caption": {"logits"},
-    "answer": {"logits"},
+    "answer": {"logits", "answers"},
 }
 
 
@@ -64,14 +65,20 @@ class MEDModel(Freezable):
         pixels: Tensor | None = None,
         features: Tensor | None = None,
         identity: Tensor | None = None,
+        lane: Tensor | None = None,
+        floor: float = FLOOR,
+        answers: Tensor | None = None,
+        answer_owner: Tensor | None = None,
+        answer_weight: Tensor | None = None,
         wants: frozenset[str] = LOGITS,
     ) -> Outputs:
-        """What `wants` names: `logits`, `pooled`, `momentum`, `match` or `match_all`, as far as the tasks go.
+        """What `wants` names, as far as the tasks go, see GIVES.
 
         ids (B, T) int64 and attention (B, T) bool of [CLS] text [SEP], padded on either side; labels (B, T) int64,
         IGNORE where there is no loss; pixels (B, 3, S, S) uint8 or features (B, P, F); identity (B,) int64, equal for
-        rows that show one image. Raises SpecError for what the tasks do not give, DataError for another number of
-        images than rows.
+        rows that show one image; lane (B,) int64 and floor, for the negatives to match; answers (A, N) int64, IGNORE on
+        padding, with the row (A,) and the weight (A,) of each. Raises SpecError for what the tasks do not give,
+        DataError for another number of images than rows.
         """
         self.check(wants)
         images_BPF = self._see(pixels, features)
@@ -79,15 +86,20 @@ class MEDModel(Freezable):
             raise DataError(f"{len(ids)} texts and {len(images_BPF)} images: every sample needs exactly one image")
         identity = torch.full_like(ids[:, 0], -1) if identity is None else identity
         outputs = Outputs(labels_BT=labels, identity_B=identity)
-        if wants - LOGITS:
+        if wants & (GIVES["contrast"] | GIVES["match"]):
             outputs.image_BD, outputs.text_BD = self.embed_images(images_BPF), self.embed_texts(ids, attention)
             outputs.logit_scale = self.heads.scale(len(ids))
         if "momentum" in wants:
             self._recall(outputs, ids, attention, pixels=pixels, features=features)
-        if judging := wants & {"match", "match_all"}:
-            outputs.match_B3C = self._judge(outputs, ids, attention, images_BPF, everywhere="match_all" in judging)
+        if judging := wants & GIVES["match"]:
+            negatives = {"everywhere": "match_all" in judging, "floor": floor,
+                         "lane_b": lane if "match_lane" in judging else None}  # fmt: skip
+            outputs.match_B3C = self._judge(outputs, ids, attention, images_BPF, negatives)
         if "logits" in wants:
             outputs.logits_BTV = self._write(ids, attention, labels, images_BPF)
+        if "answers" in wants:
+            outputs.answers_AN, outputs.owner_A, outputs.weight_A = answers, answer_owner, answer_weight
+            outputs.answers_ANV = self._answer(ids, attention, labels, images_BPF, answers, answer_owner)
         return outputs
 
     # --- three modes -------------------------------------------------------------------------------------------------
@@ -122,6 +134,33 @@ class MEDModel(Freezable):
             use_cache=False,
         ).logits
         return logits_BTV
+
+    def _answer(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        labels: Tensor | None,
+        images_BPF: Tensor,
+        answers_AN: Tensor | None,
+        owner_A: Tensor | None,
+    ) -> Tensor:
+        """(A, N, V): every answer to its question, which is read once whatever the number of its answers."""
+        if labels is None or answers_AN is None or owner_A is None:
+            raise DataError("a model that learns all answers of a question needs labels, answers and their questions")
+        has_BT, length = labels != IGNORE, ids.shape[1]
+        first_B = torch.where(has_BT.any(-1), has_BT.int().argmax(-1), length).clamp(min=1)
+        read = int(first_B.max())
+        asked_BT = attention[:, :read].bool() & (torch.arange(read, device=ids.device) < first_B[:, None])
+        states_BTH = self.read(ids[:, :read], asked_BT, images_BPF)
+        real_AN, start_A1 = answers_AN != IGNORE, torch.full_like(answers_AN[:, :1], self.config.text.dec)
+        logits_ANV: Tensor = self.writer(
+            input_ids=torch.cat([start_A1, answers_AN[:, :-1].clamp(min=0)], dim=1),
+            attention_mask=real_AN.long(),
+            encoder_hidden_states=states_BTH[owner_A],
+            encoder_attention_mask=asked_BT[owner_A].long(),
+            use_cache=False,
+        ).logits
+        return logits_ANV
 
     @property
     def writer(self) -> Any:
@@ -171,7 +210,7 @@ class MEDModel(Freezable):
             twin.see(keys, outputs.labels_BT)
 
     def _judge(
-        self, outputs: Outputs, ids: Tensor, attention: Tensor, images_BPF: Tensor, *, everywhere: bool
+        self, outputs: Outputs, ids: Tensor, attention: Tensor, images_BPF: Tensor, negatives: Mapping[str, Any]
     ) -> Tensor:
         """(B, 3, 2): every sample with its own image and text, and with a hard negative of each."""
         pairs = judged_pairs(
@@ -182,7 +221,7 @@ class MEDModel(Freezable):
             text_bD=cast(Tensor, outputs.text_BD),
             scale=cast(Tensor, outputs.logit_scale)[0].detach(),
             identity_b=outputs.identity_B,
-            everywhere=everywhere,
+            **negatives,
         )
         with rng.repeated(3):
             hidden_MTH = self.read(*pairs)

@@ -33,6 +33,10 @@ class Outputs:
     identity_queue_Q: Tensor | None = None
     alpha: Tensor | None = None
     match_B3C: Tensor | None = None
+    answers_ANV: Tensor | None = None  # at every place of an answer the logits of its token
+    answers_AN: Tensor | None = None
+    owner_A: Tensor | None = None
+    weight_A: Tensor | None = None
 
 
 class Heads(nn.Module):

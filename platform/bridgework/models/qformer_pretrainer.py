@@ -7,6 +7,7 @@ The text has no places for images, and every sample has exactly one.
 # b samples of this rank  B samples of all ranks  T tokens  P patches  F their width  Q queries  W width of the Q-Former
 # E width of the shared space  V vocabulary  S pixels of a side
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from torch.nn.functional import normalize
 
 from bridgework import rng
 from bridgework.errors import DataError, SpecError
-from bridgework.losses.matching import by_sample, judged_pairs
+from bridgework.losses.matching import FLOOR, by_sample, judged_pairs
 from bridgework.models import pretrained as weights_of
 from bridgework.models.bridges.qformer import QFormer, QFormerModel, bidirectional
 from bridgework.models.eva import EvaConfig
@@ -26,7 +27,7 @@ from bridgework.models.pairs import OfPairs
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
 from bridgework.spec import added, spec
 
-LOGITS = frozenset({"logits"})
+LOGITS, JUDGED = frozenset({"logits"}), frozenset({"match", "match_lane", "match_all"})
 
 
 @spec
@@ -75,6 +76,7 @@ class Outputs:
     image_BQD: Tensor | None = None  # not of length 1 yet
     text_BD: Tensor | None = None
     logit_scale: Tensor | None = None  # (b,) 1 / temperature
+    identity_B: Tensor | None = None  # int64: rows of one identity show one image; below 0 it is not known
     match_B3C: Tensor | None = None  # own pair, own text with a negative image, own image with a negative text
     logits_BTV: Tensor | None = None
     labels_BT: Tensor | None = None
@@ -115,7 +117,7 @@ class Heads(nn.Module):
 class QFormerPretrainingModel(Freezable):
     """`vision`, `bridge` and `heads`. Takes pixels, or features that the same tower gave before."""
 
-    gives = frozenset({"pooled", "match", "match_all", "logits"})
+    gives = frozenset({"pooled"}) | JUDGED | LOGITS
 
     def __init__(self, vision: VisionTower, bridge: QFormerModel, heads: Heads) -> None:
         super().__init__()
@@ -130,25 +132,31 @@ class QFormerPretrainingModel(Freezable):
         labels: Tensor | None = None,
         pixels: Tensor | None = None,
         features: Tensor | None = None,
+        identity: Tensor | None = None,
+        lane: Tensor | None = None,
+        floor: float = FLOOR,
         wants: frozenset[str] = LOGITS,
     ) -> Outputs:
         """ids (b, T) int64: CLS, caption, SEP; attention (b, T) bool; pixels (b, 3, S, S) uint8 or features (b, P, F).
 
-        `wants` names `pooled` (queries and texts in the shared space), `match` and `match_all` (negatives of this rank,
-        or of all ranks), `logits` (the caption written behind the queries). Raises DataError unless every sample has
-        one image.
+        `wants` names `pooled` (queries and texts in the shared space), `match`, `match_lane` and `match_all` (negatives
+        of this rank, of the same lane (b,), or of all ranks, drawn with a floor), `logits` (the caption written after
+        the queries). identity (b,) int64 is equal for rows that show one image. Raises DataError unless every sample
+        has one image.
         """
         self.check(wants)
         patches_bPF = self._patches(pixels, features)
         if len(patches_bPF) != len(ids):
             raise DataError(f"{len(ids)} texts come with {len(patches_bPF)} images; every sample needs exactly one")
-        states, outputs = self.bridge.read(patches_bPF), Outputs(labels_BT=labels)
+        states, outputs = self.bridge.read(patches_bPF), Outputs(labels_BT=labels, identity_B=identity)
         if wants - LOGITS:
             outputs.image_BQD = self.heads.vision_projection(states[-1])
             outputs.text_BD = self._text(ids, attention)
             outputs.logit_scale = self.heads(len(ids))
-            if wants & {"match", "match_all"}:
-                outputs.match_B3C = self._match(outputs, patches_bPF, ids, attention, everywhere="match_all" in wants)
+            if wants & JUDGED:
+                negatives = {"everywhere": "match_all" in wants, "floor": floor,
+                             "lane_b": lane if "match_lane" in wants else None}  # fmt: skip
+                outputs.match_B3C = self._match(outputs, patches_bPF, ids, attention, negatives)
         if "logits" in wants:
             outputs.logits_BTV = self.heads.lm(self.bridge.write(self._written(ids, attention), attention, states))
         return outputs
@@ -176,7 +184,12 @@ class QFormerPretrainingModel(Freezable):
         return ids_bT.scatter(1, _first(attention_bT)[:, None], self.bridge.config.start)
 
     def _match(
-        self, outputs: Outputs, patches_bPF: Tensor, ids_bT: Tensor, attention_bT: Tensor, *, everywhere: bool
+        self,
+        outputs: Outputs,
+        patches_bPF: Tensor,
+        ids_bT: Tensor,
+        attention_bT: Tensor,
+        negatives: Mapping[str, Any],
     ) -> Tensor:
         """(b, 3, 2): each pair, its text with a negative image, its image with a negative text, in one pass."""
         image_bQE, text_bE = (
@@ -189,7 +202,8 @@ class QFormerPretrainingModel(Freezable):
             image_bQD=image_bQE,
             text_bD=text_bE,
             scale=cast(Tensor, outputs.logit_scale)[0].detach(),
-            everywhere=everywhere,
+            identity_b=outputs.identity_B,
+            **negatives,
         )
         with rng.repeated(3):
             return by_sample(self._judge(pairs.images_MPF, pairs.ids_MT, pairs.attention_MT))

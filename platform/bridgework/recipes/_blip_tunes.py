@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from bridgework.evaluation import VQA, Captions, Retrieval
-from bridgework.losses import Captioning, Matching, MomentumContrastive
+from bridgework.losses import Answering, Captioning, Matching, MomentumContrastive
 from bridgework.models import MED, BlipViTConfig, MEDTextConfig, MomentumConfig
-from bridgework.system import AdamW, Budget, Mixture, Source, Stage, ZeRO
+from bridgework.system import AdamW, Budget, Mixture, Scoring, Source, Stage, ZeRO
 
 BERT = MEDTextConfig(weights="google-bert/bert-base-uncased")
 VIT_B = BlipViTConfig(weights="facebook/deit-base-patch16-224")
@@ -34,16 +34,19 @@ def captioning(vit: BlipViTConfig) -> Stage:
 def finding(vit: BlipViTConfig) -> Stage:
     vision, momentum = replace(vit, image_size=384), MomentumConfig(ramp=2_214)  # 1 of 6 epochs
     model = MED(vision=vision, text=BERT, tasks=("contrast", "match"), momentum=momentum)
-    data = Mixture(sources=(COCO,), template="caption", max_tokens=35, lanes=8)
-    losses = (MomentumContrastive(), Matching(negatives="all"))
+    data = Mixture(sources=(COCO,), template="caption", max_tokens=35, lanes=8, by_image=True)  # five captions each
+    losses = (MomentumContrastive(), Matching(negatives="all", floor=0.0))  # blip_retrieval.py
     rate = 1e-5 if vit.depth == 12 else 5e-6
     return _tune(model, name="filter", losses=losses, data=data, steps=13_283, micro=32, peak_lr=rate, evals=FOUND)
 
 
 def answering(vit: BlipViTConfig) -> Stage:
+    """All ten answers count, each by its frequency; of Visual Genome the one, as 0.2 (vqa_dataset.py)."""
     model = MED(vision=replace(vit, image_size=480), text=BERT, tasks=("answer",))
     asked = Mixture(sources=QUESTIONS, template="answer", max_tokens=45)
-    return _tune(model, losses=(WRITING,), data=asked, steps=82_165, micro=16, peak_lr=2e-5, evals=ANSWERED)
+    losses = (Answering(label_smoothing=0.1, alone=0.2),)
+    return _tune(model, losses=losses, data=asked, steps=82_165, micro=16, peak_lr=2e-5, evals=ANSWERED,
+                 scoring=Scoring(prior=False))  # fmt: skip
 
 
 def _tune(model: MED, *, steps: int, micro: int, peak_lr: float, name: str = "tune", **fields: Any) -> Stage:

@@ -1,6 +1,7 @@
 """What asks for each of InstructBLIP's tasks: ours, 10 to 15 a task as in the paper; for short answers they say so.
 
-Dai et al. 2023, arXiv:2305.06500, 2.1. {} is what the dataset asks, {ocr} the text in the image.
+Dai et al. 2023, arXiv:2305.06500, 2.1. {} is what the dataset asks, {ocr} the text in the image, {options} the lettered
+candidates of a multiple-choice question.
 """
 
 CAPTION = (
@@ -32,10 +33,11 @@ KNOW = (
     "Question about the image: {} Short answer from general knowledge:",
 )  # fmt: skip
 CHOOSE = (
-    "{} Pick the right option.", "Question: {} Answer with one of the options:", "Which option is correct? {}",
-    "{} The correct option is", "Look at the image and choose: {}", "Choose the best of the options. {}",
-    "Given the picture, select one option. {}", "{} Choose.", "Read the options, then answer with one: {}",
-    "Only one of the options fits the image. {}",
+    "{} Options: {options}. Pick the right option.", "Question: {} Options: {options}. Answer with one of the options:",
+    "Which option is correct? {} {options}", "{} Options: {options}. The correct option is",
+    "Look at the image and choose: {} {options}", "Choose the best of the options. {} {options}",
+    "Given the picture, select one option. {} {options}", "{} {options} Choose.",
+    "Read the options, then answer with one: {} {options}", "Only one of the options fits the image. {} {options}",
 )  # fmt: skip
 SIGNS = tuple("OCR tokens: {ocr}. " + prompt for prompt in ANSWER[:10])
 ASK = (

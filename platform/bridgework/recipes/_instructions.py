@@ -3,7 +3,7 @@
 Dai et al. 2023, arXiv:2305.06500, 2.1 and figure 2.
 """
 
-from bridgework.evaluation import VQA, Captions, HeldOutLoss, Writing
+from bridgework.evaluation import VQA, Captions, MultipleChoice, Writing, YesNo
 from bridgework.recipes._instruction_prompts import ANSWER, ASK, CAPTION, CHOOSE, KNOW, READ, SIGNS, TALK
 from bridgework.system import EvalSpec, Source
 
@@ -23,16 +23,23 @@ HELD_IN = (  # rows as the paper counts them
     Source(name="llava_talk", dataset="llava-talk", rows=58_000, prompts=TALK),
 )
 SHORT, SIGN = "Question: {} Short answer:", "OCR tokens: {ocr}. Question: {} Short answer:"
-CAPTIONED = {"nocaps": "A short image description:", "flickr30k": "A short image description:"}
+CAPTION_EVALS = {"nocaps": 4_500, "flickr30k": 1_000}
 ANSWERED = {  # and what each is asked with (the first is the paper's; figure 2, appendix E)
-    "gqa": SHORT, "vsr": SHORT, "iconqa": SHORT, "textvqa": SIGN, "vizwiz": SHORT, "scienceqa": SHORT, "msvd_qa": SHORT,
-    "msrvtt_qa": SHORT, "ivqa": SHORT,
+    "gqa": SHORT, "vsr": SHORT, "textvqa": SIGN, "vizwiz": SHORT, "msvd_qa": SHORT, "msrvtt_qa": SHORT, "ivqa": SHORT,
 }  # fmt: skip
-RANKED = {"visdial": SHORT, "hateful_memes": SHORT}  # by MRR and AUC in the paper
+CHOSEN = {  # candidates of each question, ranked by their log-likelihood (2.5)
+    "iconqa": "Question: {} Options: {options}. Short answer:",
+    "scienceqa": "{} Options: {options}. Answer:",  # its rows give the context before the question
+    "visdial": "{} Short answer:",  # its rows give the dialog's history; by MRR
+}
+CAPTIONING = Writing(beams=5, least=10, most=80)  # as the release's configurations, here and below
+BRIEFLY = Writing(beams=5, most=10, length_penalty=-1.0)
 HELD_OUT: tuple[EvalSpec, ...] = (
-    *(Captions(name=n, dataset=n, prompts=(prompt,), writing=Writing(beams=5, most=30)) for n, prompt in
-      CAPTIONED.items()),
-    *(VQA(name=n, dataset=n.replace("_", "-"), prompts=(prompt,), writing=Writing(beams=5, most=10)) for n, prompt in
-      ANSWERED.items()),
-    *(HeldOutLoss(name=n, dataset=n.replace("_", "-"), rows=1_000, prompts=(prompt,)) for n, prompt in RANKED.items()),
+    *(Captions(name=name, dataset=name, rows=rows, prompts=("A short image description:",), writing=CAPTIONING)
+      for name, rows in CAPTION_EVALS.items()),
+    *(VQA(name=name, dataset=name.replace("_", "-"), prompts=(prompt,), writing=BRIEFLY)
+      for name, prompt in ANSWERED.items()),
+    *(MultipleChoice(name=name, dataset=name, prompts=(prompt,)) for name, prompt in CHOSEN.items()),
+    YesNo(name="hateful_memes", dataset="hateful-memes",  # by AUC
+          prompts=("{} Answer:",)),  # its rows ask: This is an image with: ".." written on it. Is it hateful?
 )  # fmt: skip

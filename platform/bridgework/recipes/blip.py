@@ -7,8 +7,9 @@ bootstrap   a new model, from ImageNet and BERT again, learns from what both mad
 
 bridgework train blip             ViT-B, 14M images: 32 GPUs (4.1), 3-4 days (the authors, salesforce/BLIP#2)
 bridgework train blip --tiny      a laptop: seconds; blip:caption, blip:retrieval and blip:vqa add a fine-tune
-Departs from the release: contrast sees the keys of the whole batch; a fine-tune's twin and queue begin anew; a centre
-crop, no flip, no RandAugment, no drop-path; captions keep their punctuation; the rate decays by the step.
+Departs from the release: contrast sees the keys of the whole batch; hard negatives of pretraining are drawn by the
+model's own vectors, not by its twin's; a fine-tune's twin and queue start again; a center crop, no flip, no
+RandAugment, no drop-path; captions keep their punctuation; the rate decays by the step.
 """
 
 from dataclasses import replace
@@ -54,7 +55,7 @@ def _blip(vit: BlipViTConfig, noisy: tuple[Source, ...], *, steps: int, batch: i
     pretrain = Stage(
         name="pretrain", trains={"*": 1.0}, shard=ZeRO(stage=1), evals=tunes.FOUND,
         model=MED(vision=vit, text=tunes.BERT, momentum=MomentumConfig(ramp=steps // 10)),  # 2 of 20 epochs
-        losses=(MomentumContrastive(), Matching(negatives="all"), tunes.WRITING),
+        losses=(MomentumContrastive(), Matching(negatives="lane"), tunes.WRITING),  # 90 samples, as of one GPU
         data=Mixture(sources=noisy, template="caption", max_tokens=30, lanes=32),
         budget=Budget(steps=steps, batch=batch, micro=batch // 32),
         optim=AdamW(peak_lr=peak_lr, final_lr=peak_lr * 0.85**20, decay="exponential", warmup=3_000 / steps,

@@ -4,19 +4,21 @@ represent   the Q-Former learns to read the ViT: contrast, matching, captions   
 generate    its queries, projected, become a soft prompt that the language model continues (3.3)
 
 bridgework train blip2             ViT-g, OPT-2.7B: 16 x A100-40G; with Flan-T5-XXL under 6 + 3 days (3.4)
-bridgework train blip2 --tiny      a laptop: seconds; blip2:vqa adds a fine-tune, of the ViT too (4.3)
+bridgework train blip2 --tiny      a laptop: seconds
+blip2:caption (4.2), blip2:vqa (4.3) and blip2:retrieval (4.4) add a fine-tune of Q-Former and ViT (tables 7 to 9).
 A web image has two captions: of ten that BLIP-large wrote and its own, those that CLIP likes most (3.4).
-Departs from LAVIS: gathered keys carry their gradient; BOS stands before the image; a Flan-T5 prompt ends without </s>;
-a centre crop, no flip.
+Departs from LAVIS: gathered keys carry their gradient; BOS is before the image; a Flan-T5 prompt ends without </s>;
+fine-tuned answers and captions end with </s>, not with a newline; a center crop, no flip.
 """
 
 from dataclasses import replace
 
+from bridgework.evaluation import Captions, Writing
 from bridgework.losses import Captioning, Matching, QueryContrast
 from bridgework.models import LanguageConfig, PrefixVLM, QFormer, QFormerPretrainer
 from bridgework.recipes._backbones import FLAN_XL, OPT_2_7B, OPT_6_7B, VICUNA_7B, VIT_G
 from bridgework.recipes._blip2_judges import FOUND, answered
-from bridgework.recipes._blip2_vqa import asking
+from bridgework.recipes._blip2_vqa import asking, layerwise
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
 BRIDGE = QFormer(bert="google-bert/bert-base-uncased")
@@ -27,6 +29,14 @@ QUERIES = (  # of the Q-Former, without its text (3.3)
     "bridge.qformer.encoder.layer.*_query.*",
 )  # fmt: skip
 ADAM = AdamW(peak_lr=1e-4, weight_decay=0.05, betas=(0.9, 0.98))  # 3.4
+OBJECTIVES = (QueryContrast(), Matching(negatives="all", floor=0.0), Captioning(label_smoothing=0.1))
+PHOTO = "a photo of"  # table 7
+COCO = Source(name="coco", dataset="coco-karpathy", rows=566_747)  # pairs: five captions an image
+LARGE = replace(VIT_G, image_size=364)  # tables 7 and 9
+WRITTEN = tuple(
+    Captions(name=name, dataset=dataset, rows=rows, prompts=(PHOTO,), writing=Writing(beams=5, least=8, most=30))
+    for name, dataset, rows in (("coco", "coco-karpathy-test", 5_000), ("nocaps", "nocaps-val", 4_500))
+)
 
 
 def system() -> System:
@@ -52,11 +62,39 @@ def vqa() -> System:
     return replace(system(), stages=(*system().stages, asking(BRIDGE)))
 
 
+def caption() -> System:
+    """OPT-2.7B writes COCO's captions, at 364 px for five epochs (4.2, table 7)."""
+    steps = 5 * 566_747 // 256
+    tune = Stage(
+        name="caption", model=PrefixVLM(vision=LARGE, bridge=BRIDGE, language=OPT_2_7B),
+        trains={"bridge.*": 1.0, **layerwise(LARGE.depth, 1.0)},  # of OPT-2.7B no block learns slower (table 7)
+        losses=(Captioning(),), starts_from="generate", evals=WRITTEN,
+        data=Mixture(sources=(replace(COCO, prompts=(PHOTO,)),), template="prompted", max_tokens=96, lanes=16),
+        budget=Budget(steps=steps, batch=256, micro=4),
+        optim=AdamW(peak_lr=1e-5, warmup=1_000 / steps, weight_decay=0.05),
+    )  # fmt: skip
+    return replace(system(), stages=(*system().stages, tune))
+
+
+def retrieval() -> System:
+    """The first stage's objectives on COCO, at 364 px for five epochs (4.4, table 9); its captions share images."""
+    steps = 5 * 566_747 // 224
+    tune = Stage(
+        name="retrieval", model=QFormerPretrainer(vision=LARGE, bridge=replace(BRIDGE, text=True)),
+        trains={"bridge.*": 1.0, "heads.*": 1.0, **layerwise(LARGE.depth, 0.95)}, shard=ZeRO(stage=1),
+        losses=OBJECTIVES, starts_from="represent", evals=FOUND,
+        data=Mixture(sources=(COCO,), template="caption", max_tokens=32, lanes=16, by_image=True),
+        budget=Budget(steps=steps, batch=224, micro=14),
+        optim=AdamW(peak_lr=1e-5, warmup=1_000 / steps, weight_decay=0.05),
+    )  # fmt: skip
+    return replace(system(), stages=(system()["represent"], tune))
+
+
 def _blip2(language: LanguageConfig, *, prefix: bool = False, batch: int = 1_920) -> System:
     represent = Stage(
         name="represent", model=QFormerPretrainer(vision=VIT_G, bridge=replace(BRIDGE, text=True)),
         trains={"bridge.*": 1.0, "heads.*": 1.0}, shard=ZeRO(stage=1), evals=FOUND,
-        losses=(QueryContrast(), Matching(negatives="all"), Captioning(label_smoothing=0.1)),
+        losses=OBJECTIVES,
         data=Mixture(sources=PAIRS, template="caption", max_tokens=32, lanes=16),
         budget=Budget(steps=250_000, batch=1_680, micro=105), optim=replace(ADAM, warmup=2_000 / 250_000),
     )  # fmt: skip

@@ -11,10 +11,11 @@ Departs from the paper: 384 px, not 320; weight decay on the resampler's matrice
 from their beginning (2.4: from anywhere); the batch size is ours.
 """
 
-from bridgework.evaluation import FewShot
+from bridgework.evaluation import VQA, Captions, FewShot, Writing
+from bridgework.evaluation.few_shot import Shots
 from bridgework.losses import Captioning
 from bridgework.models import CrossAttentionVLM, Gates, LanguageConfig, Resampler, ViTConfig
-from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
+from bridgework.system import AdamW, Budget, EvalSpec, Mixture, Scoring, Source, Stage, System, ZeRO
 
 SIGLIP = ViTConfig(
     kind="siglip", image_size=384, patch=14, width=1152, depth=27, heads=16, ffn=4304, layer=-1, fit="pad",
@@ -38,10 +39,14 @@ SOURCES = (  # rows: 2.4, lambda: B.1.2; every source gives the same share of a 
     Source(name="ltip", dataset="ltip", rows=312_000_000, loss_weight=0.2),
     Source(name="vtp", dataset="vtp", rows=27_000_000, loss_weight=0.03),
 )
-JUDGES = (
+JUDGES: tuple[EvalSpec, ...] = (  # closed-ended, by likelihood, and open-ended at 0 to 32 shots (3.1, A.2)
     FewShot(name="told", dataset="coco-karpathy-val", support="coco-karpathy-train", shots=0),
     FewShot(name="four", dataset="coco-karpathy-val", support="coco-karpathy-train", shots=4, orders=6),
-)
+    *(Captions(name=f"coco_{n}", dataset="coco-karpathy-val", prompts=("Output:",), writing=Writing(beams=3, most=20),
+               shots=Shots(count=n, support="coco-karpathy-train")) for n in (0, 4, 8, 16, 32)),
+    *(VQA(name=f"vqav2_{n}", dataset="vqav2-val", prompts=("Question: {} Answer:",), writing=Writing(beams=3, most=5),
+          shots=Shots(count=n, support="vqav2-train")) for n in (0, 4, 8, 16, 32)),
+)  # fmt: skip
 
 
 def system() -> System:
@@ -62,9 +67,11 @@ def b80() -> System:
 def _flamingo(size: str, gates: Gates, shard: ZeRO) -> System:
     train = Stage(
         name="train", model=CrossAttentionVLM(vision=SIGLIP, bridge=RESAMPLER, gates=gates, language=LMS[size]),
-        trains={"bridge.*": 1.0, "gates.*": 1.0, "extra.*": 1.0}, losses=(Captioning(),), shard=shard, evals=JUDGES,
+        trains={"bridge.*": 1.0, "gates.*": 1.0, "extra.*": 1.0}, shard=shard, evals=JUDGES,
+        losses=(Captioning(mean="samples"),),  # lambda weighs the expected sum over a sample's tokens (2.4)
         data=Mixture(sources=SOURCES, alpha=0.0, template="interleaved", max_tokens=256),  # windows of 256 (2.4)
         budget=Budget(steps=500_000, batch=2_048, micro=16),
         optim=AdamW(peak_lr=1e-4, warmup=5_000 / 500_000, decay="constant", weight_decay=0.1),  # B.1.2
+        scoring=Scoring(prior=False),  # A.2
     )  # fmt: skip
     return System(name="flamingo", paper="arXiv:2204.14198", stages=(train,))

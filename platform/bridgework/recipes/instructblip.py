@@ -7,7 +7,8 @@ bridgework train instructblip           Flan-T5-XL: after BLIP-2's cost, 16 x A1
 bridgework train instructblip --tiny    a laptop: seconds
 instructblip:without_instruction hides it from the Q-Former (table 2), instructblip:vicuna_7b swaps the language model.
 Departs from the paper: prompts and the two manual weights are ours (the weights are not published); of the 13 held-out
-datasets VisDial and Hateful Memes are judged by their loss; the last checkpoint is kept, not the best of every 3,000.
+datasets MSVD-QA and MSRVTT-QA are judged by written answers, not by ranking those of their training sets; the last
+checkpoint is kept, not the best of every 3,000.
 """
 
 from dataclasses import replace
@@ -17,7 +18,7 @@ from bridgework.models import LanguageConfig, PrefixVLM
 from bridgework.recipes import blip2
 from bridgework.recipes._backbones import FLAN_XL, VICUNA_7B, VIT_G
 from bridgework.recipes._instructions import HELD_IN, HELD_OUT
-from bridgework.system import AdamW, Budget, Mixture, Stage, System
+from bridgework.system import AdamW, Budget, Mixture, Scoring, Stage, System
 
 STEPS = 60_000  # 2.6: at most, chosen by validation
 
@@ -46,5 +47,6 @@ def _instructblip(start: System, language: LanguageConfig, *, batch: int, aware:
         optim=AdamW(peak_lr=1e-5, warmup=1_000 / STEPS, weight_decay=0.05),
         starts_from="generate",
         evals=HELD_OUT,
+        scoring=Scoring(prior=False),  # candidates are ranked by their log-likelihood (2.5)
     )
     return System(name="instructblip", paper="arXiv:2305.06500", stages=(*start.stages, instruct))

@@ -5,11 +5,13 @@ instruct   projector and LM learn to follow instructions about images           
 
 bridgework train llava           1.5-7B as published: 8 x A100-80G, 3.5 h + 10 h (the authors' README)
 bridgework train llava --tiny    a laptop: a minute
+llava:v1 is the first LLaVA, llava:science_qa its fine-tune for ScienceQA (2304.08485, 5.2).
 Departs from the release: the loss of a batch is the mean over all its answer tokens, whatever the number of workers.
 """
 
 from dataclasses import replace
 
+from bridgework.evaluation import Writing, WrittenChoice
 from bridgework.losses import Captioning
 from bridgework.models import MLP, Linear, PrefixVLM
 from bridgework.recipes._llava_next import next
@@ -17,7 +19,8 @@ from bridgework.recipes._llava_parts import CAPTIONS, CLIP_L, JUDGES, MIX_665K, 
 from bridgework.recipes._llava_quickstart import quickstart
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
-__all__ = ["next", "quickstart", "system", "v1"]
+__all__ = ["next", "quickstart", "science_qa", "system", "v1"]
+LETTERED = ("{}\nOptions: {OPTIONS}",)
 
 
 def system() -> System:
@@ -57,3 +60,18 @@ def v1() -> System:
         budget=Budget(steps=14_812, batch=32, micro=4), evals=(),
     )  # fmt: skip
     return System(name="llava", paper="arXiv:2304.08485", stages=(align, instruct))
+
+
+def science_qa() -> System:
+    """The first LLaVA, from its aligned projector: 12 epochs of reasons first and then the answer (5.2)."""
+    align, instruct = v1().stages
+    questions = Source(name="scienceqa", dataset="scienceqa-train", rows=12_726, prompts=LETTERED)  # solutions=true
+    judges = (
+        WrittenChoice(name="scienceqa", dataset="scienceqa-test", rows=4_241, prompts=LETTERED,
+                      writing=Writing(beams=1, most=512)),
+    )  # fmt: skip
+    tune = replace(
+        instruct, name="science_qa", data=replace(instruct.data, sources=(questions,), lanes=64), evals=judges,
+        budget=Budget(steps=12 * 12_726 // 128, batch=128, micro=16),  # 16 on each of 8 GPUs (finetune_sqa.sh)
+    )  # fmt: skip
+    return System(name="llava", paper="arXiv:2304.08485", stages=(align, tune))

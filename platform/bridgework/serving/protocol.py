@@ -223,7 +223,7 @@ class ClassifyRequest(Body):
 
 
 class RankRequest(Body):
-    """POST /v1/rank: candidates by log-likelihood given the image minus that given the mean image."""
+    """POST /v1/rank: candidates by their log-likelihood, as the `scoring` of the model's stage says."""
 
     image: str
     candidates: Annotated[list[Text], Field(min_length=1)]

@@ -45,8 +45,8 @@ class Model:
     async def choose(self, parts: Sequence[Part], images: Sequence[bytes], choices: Sequence[str]) -> Answer:
         """The one of `choices` that answers the conversation best."""
         best, *_ = await self._run(self._pipeline.choose, parts, images, choices)
-        prompt = await self._run(partial(self._pipeline.inputs.encode, answer=False), parts)
-        return Answer(best.candidate, len(prompt.ids), 0, "stop")  # nothing is written, all is read
+        tokens = await self._run(self._pipeline.inputs.prompt_tokens, parts, images)
+        return Answer(best.candidate, tokens, 0, "stop")  # nothing is written, all is read
 
     async def stream(
         self, parts: Sequence[Part], images: Sequence[bytes], draw: Sampling

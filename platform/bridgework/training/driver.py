@@ -92,7 +92,8 @@ def _checked(stage: Stage, before: Sequence[str], folder: Path, home: Path, how:
     """Raises here what would otherwise stop the stage in a worker, or hours later in an evaluation."""
     made = stage.curation and stage.curation.makes
     known = [source.dataset for source in stage.data.leaves if source.dataset != made]
-    for dataset in (*known, *(stage.curation.sources if stage.curation else ()), *(e.dataset for e in stage.evals)):
+    judged = [name for e in stage.evals for name in getattr(e, "datasets", (e.dataset,))]
+    for dataset in (*known, *(stage.curation.sources if stage.curation else ()), *judged):
         open_dataset(resolve(dataset, home))
     if how.workers > stage.data.lanes:
         raise SpecError(

@@ -38,6 +38,7 @@ class Step(nn.Module):
         self.losses = tuple(losses)
         self.wants = frozenset(loss.needs for loss in losses)
         self.spliced = sorted({name for loss in losses for name in loss.spliced})
+        self.options = {name: value for loss in losses for name, value in getattr(loss, "options", {}).items()}
 
     def forward(self, batch: Batch, beside: Beside | None = None) -> Tensor:
         """What every sample of the batch adds to the sum of every loss: sums_LR, float32.
@@ -46,7 +47,7 @@ class Step(nn.Module):
         of which this micro-batch alone has a gradient. Added up over the micro-batches, sums and gradients are those of
         the share at once (GradCache, Gao et al. 2021, arXiv:2101.06983).
         """
-        outputs = self.model(**batch.inputs(), wants=self.wants)
+        outputs = self.model(**batch.inputs(), **self.options, wants=self.wants)
         return torch.stack([self._sums(loss, outputs, batch, beside) for loss in self.losses])
 
     def _sums(self, loss: LossSpec, outputs: Any, batch: Batch, beside: Beside | None) -> Tensor:
@@ -58,7 +59,7 @@ class Step(nn.Module):
             if batch.idle:
                 return own_r.new_zeros(before + after) + own_r.sum()  # a zero, but the graph of the other ranks
             return torch.cat([own_r.new_zeros(before), own_r, own_r.new_zeros(after)])
-        parts = {name: [share[name] for share in beside.shares] for name in loss.spliced}
+        parts = {name: [share[name] for share in beside.shares] for name in _compared(loss, batch)}
         for name, shares in parts.items():
             shares[beside.own] = self._real(getattr(outputs, name), batch)
         whole_R: Tensor = loss(replace(outputs, **{name: torch.cat(shares) for name, shares in parts.items()}))
@@ -68,8 +69,9 @@ class Step(nn.Module):
     @torch.no_grad()
     def share(self, batch: Batch) -> dict[str, Tensor]:
         """What a micro-batch gives to the comparison of all."""
-        outputs = self.model(**batch.inputs(), wants=self.wants)
-        return {name: self._real(getattr(outputs, name), batch).detach() for name in self.spliced}
+        outputs = self.model(**batch.inputs(), **self.options, wants=self.wants)
+        names = {name for loss in self.losses for name in _compared(loss, batch)}
+        return {name: self._real(getattr(outputs, name), batch).detach() for name in names}
 
     def counts(self, batches: Sequence[Batch]) -> Tensor:
         """What every sample adds to the divisors of the losses: counts_LR, float32."""
@@ -80,6 +82,12 @@ class Step(nn.Module):
     def _real(rows: Tensor, batch: Batch) -> Tensor:
         """Of an idle batch none, but with the graph that the other ranks' have."""
         return rows[:0] if batch.idle else rows
+
+
+def _compared(loss: LossSpec, batch: Batch) -> set[str]:
+    """The outputs of a worker's share that a loss compares in two passes; which rows show one image is one of them."""
+    known = batch.identity_B is not None and getattr(loss, "by_image", False)
+    return {*loss.spliced, "identity_B"} if loss.spliced and known else set(loss.spliced)
 
 
 def by_source(values_LR: Tensor, sources_R: Tensor, sources: int) -> Tensor:

@@ -39,6 +39,7 @@ def run(source: str, dest: str, *, prompt: str | None = None) -> Exported:
             entry = _entry(sample, prompt)
             names = [_image(fs, folder, image) for image in _shown(sample)]
             entry |= {"image": names[0] if len(names) == 1 else names} if names else {}
+            entry |= {"candidates": list(sample.candidates)} if sample.candidates else {}
             file.write((",\n" if rows else "[\n") + json.dumps(entry, ensure_ascii=False))
             losses.note(sample, LOST)
             rows, images = rows + 1, images + len(sample.images)

@@ -1,7 +1,8 @@
 """LLaVA's JSON: a list of {"id", "image"?, "conversations": [{"from": "human" | "gpt" | "system", "value"}]}.
 
 `image`, `images` or `image_path` is a path, a list of paths, or absent; `<image>` in the texts says
-where each one is. A .jsonl holds such an object a line.
+where each one is. Of a multiple-choice question, `candidates` are the answers to choose from. A .jsonl
+holds such an object a line.
 """
 
 from collections.abc import Iterator
@@ -68,7 +69,15 @@ def _sample(key: str, entry: Any, folder: str) -> Sample:
     turns, dropped = asked(given["conversations"])
     content = tuple(parts(turns))
     files = tuple(read_cell(folder, cell) for cell in shown(given))
-    return Sample(key, files, content, provenance=dropped)
+    candidates = choices(given.get("candidates") or [])
+    return Sample(key, files, content, candidates=candidates, provenance=dropped)
+
+
+def choices(given: Any) -> tuple[str, ...]:
+    """The candidates of a multiple-choice question. Raises BadSample for what is not a list of texts."""
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        raise BadSample(Reason.BAD_ROW, f"the candidates are not a list of texts: {str(given)[:80]}")
+    return tuple(text.strip() for text in given)
 
 
 def asked(turns: list[Any]) -> tuple[list[Any], dict[str, str]]:

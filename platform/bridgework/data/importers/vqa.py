@@ -44,7 +44,7 @@ def run(
         raise DataError(
             f"{source} holds questions alone: give annotations=FILE with their answers; test splits have none"
         )
-    _try(pattern)
+    check_pattern(pattern)
     asked, answered = read_text(source), read_text(annotations)
     folder = parent(source) if images is None else images
     return ingest(
@@ -65,7 +65,7 @@ def run(
     )
 
 
-def _try(pattern: str) -> None:
+def check_pattern(pattern: str) -> None:
     """Raises DataError for a pattern that names no image, or by more characters than any file's name has."""
     try:
         width = _width(pattern)
@@ -130,7 +130,7 @@ def _sample(key: str, entry: Any, note: Any, folder: str, pattern: str) -> Sampl
         raise BadSample(Reason.EMPTY_TEXT, "the question or its answer is empty")
     shown, said = Part("user", image=0), Part("user", text="\n" + question.strip())
     told = {name: note[name] for name in ("question_type", "answer_type") if isinstance(note.get(name), str)}
-    image = read_image(folder, _file(pattern, entry.get("image_id")))
+    image = read_image(folder, file_of(pattern, entry.get("image_id")))
     return Sample(key, (image,), (shown, said, Part("assistant", text=answer)), labels=given, provenance=told)
 
 
@@ -147,7 +147,7 @@ def _answers(note: dict[str, Any]) -> tuple[tuple[str, ...], str]:
     return texts, chosen.strip()
 
 
-def _file(pattern: str, image: Any) -> str:
+def file_of(pattern: str, image: Any) -> str:
     name = int(image) if isinstance(image, float) and image.is_integer() else image
     try:
         if isinstance(name, int | str) and not isinstance(name, bool):

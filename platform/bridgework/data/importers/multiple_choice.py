@@ -1,0 +1,144 @@
+"""Multiple-choice questions: ScienceQA (Lu et al. 2022, arXiv:2209.09513), A-OKVQA (Schwenk et al. 2022,
+arXiv:2206.01718), IconQA (Lu et al. 2021, arXiv:2110.13214) and what has their form.
+
+A list of objects, or an object of them by their ids. In each, `question` and `choices` are texts, and `answer` (or
+`correct_choice_idx`) is the number of the right one. `image` is a path, `image_id` a number that goes into `pattern`.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from bridgework.data.importers import PLACEHOLDER, Row, Say, fingerprint, ingest, read_image, read_text
+from bridgework.data.importers.llava_json import choices
+from bridgework.data.importers.vqa import check_pattern, file_of
+from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.samples import Part, Sample
+from bridgework.data.shards import Manifest
+from bridgework.data.sources import document, fields, lines, parent, shallow
+from bridgework.data.templates import letter
+from bridgework.errors import DataError
+
+ANSWERS = ("answer", "correct_choice_idx")  # what the number of the right choice may be called
+
+
+def run(
+    source: str,
+    dest: str,
+    *,
+    images: str | None = None,
+    pattern: str = "{:012d}.jpg",
+    split: str | None = None,
+    solutions: bool = False,
+    licence: str = "unknown",
+    max_bad: float = SHARE,
+    workers: int = 0,
+    say: Say = print,
+) -> Manifest:
+    """Import the questions of `source` with their choices as candidates; the answer is the right choice.
+
+    The user shows the image, if there is one, gives the `hint` as context and asks. Images are paths in the folder
+    `images`, by default that of `source`: `image`, or `split`/`id`/`image` as ScienceQA keeps them, or `pattern` with
+    the image_id put in. `split` takes the rows of one split. With `solutions` the answer is ScienceQA's lecture and
+    solution, and then "The answer is B.", which LLaVA learns (arXiv:2304.08485, 5.2).
+    """
+    check_pattern(pattern)
+    text = read_text(source)
+    folder = parent(source) if images is None else images
+    return ingest(
+        partial(_rows, text, source, folder, pattern, split, solutions),
+        source,
+        dest,
+        licence=licence,
+        made_by=__name__,
+        parameters={
+            "images": folder,
+            "pattern": pattern,
+            "split": split,
+            "solutions": solutions,
+            "sha256": fingerprint(text),
+        },
+        max_bad=max_bad,
+        workers=workers,
+        say=say,
+    )
+
+
+def _rows(text: str, source: str, folder: str, pattern: str, split: str | None, solutions: bool) -> Iterator[Row]:
+    taken = 0
+    for number, (name, entry) in enumerate(_entries(text, source)):
+        if split is None or not isinstance(entry, dict) or entry.get("split") == split:
+            taken += 1
+            key = f"row-{number:08d}" if name is None else name
+            yield key, partial(_sample, key, entry, folder, pattern, solutions)
+    if not taken:
+        known = sorted({str(e.get("split")) for _, e in _entries(text, source) if isinstance(e, dict)})
+        raise DataError(f"{source} has no row of the split {split!r}; it has {', '.join(known) or 'no rows'}")
+
+
+def _entries(text: str, source: str) -> Iterator[tuple[str | None, Any]]:
+    """(id, row) of a list, of an object by ids, or of JSON lines."""
+    content = list(lines(text)) if source.endswith(".jsonl") else document(text, source)
+    if isinstance(content, dict):
+        yield from ((str(name), shallow(entry)) for name, entry in content.items())
+    elif isinstance(content, list):
+        for entry in map(shallow, content):
+            given = entry if isinstance(entry, dict) else {}
+            name = given.get("question_id", given.get("id"))
+            yield (str(name) if isinstance(name, str | int) and str(name) else None), entry
+    else:
+        raise DataError(
+            f"{source} is no list of questions. Got {type(content).__name__}; expected a list, or an object by ids. "
+            "Fix: give the file of the questions"
+        )
+
+
+def _sample(key: str, entry: Any, folder: str, pattern: str, solutions: bool) -> Sample:
+    given = fields(entry, "question", "choices")
+    question, candidates = given["question"], choices(given["choices"])
+    if not isinstance(question, str) or not question.strip():
+        raise BadSample(Reason.EMPTY_TEXT, "the question is empty, or no text")
+    right = _right(given, candidates)
+    answer = _solved(given, right) if solutions else candidates[right]
+    hint = given.get("hint") if isinstance(given.get("hint"), str) else ""
+    asked = "\n".join(text.strip() for text in (str(hint), question) if text.strip())
+    if any(PLACEHOLDER in text for text in (asked, answer, *candidates)):
+        raise BadSample(Reason.PLACEHOLDERS, f"a text holds {PLACEHOLDER!r}")
+    files = _images(key, given, folder, pattern)
+    shown = [Part("user", image=0)] * len(files)
+    facts = {n: str(given[n]) for n in ("subject", "topic", "grade", "split") if isinstance(given.get(n), str)}
+    said = (*shown, Part("user", text="\n" * bool(files) + asked), Part("assistant", text=answer))
+    return Sample(key, files, said, candidates=candidates, provenance=facts)
+
+
+def _right(given: Mapping[str, Any], candidates: tuple[str, ...]) -> int:
+    """The number of the right choice, given as such, as a letter, or as its text."""
+    answer = next((given[name] for name in ANSWERS if given.get(name) is not None), None)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(candidates):
+        return answer
+    if isinstance(answer, str) and answer.strip() in candidates:
+        return candidates.index(answer.strip())
+    letters = [letter(place).upper() for place in range(len(candidates))]
+    if isinstance(answer, str) and answer.strip() in letters:
+        return letters.index(answer.strip())
+    raise BadSample(
+        Reason.NO_TARGET,
+        f"no `{'` or `'.join(ANSWERS)}` says which of the {len(candidates)} choices is right: {answer!r}",
+    )
+
+
+def _solved(given: Mapping[str, Any], right: int) -> str:
+    """Reasons first, then the answer's letter (arXiv:2304.08485, 5.2)."""
+    reasons = [str(given[n]).strip() for n in ("lecture", "solution") if isinstance(given.get(n), str)]
+    return " ".join([*filter(None, reasons), f"The answer is {letter(right).upper()}."])
+
+
+def _images(key: str, given: Mapping[str, Any], folder: str, pattern: str) -> tuple[bytes, ...]:
+    image = given.get("image")
+    if image is None and given.get("image_id") is None:
+        return ()
+    if image is None:
+        return (read_image(folder, file_of(pattern, given["image_id"])),)
+    if isinstance(image, str) and "/" not in image and isinstance(given.get("split"), str):
+        return (read_image(folder, f"{given['split']}/{key}/{image}"),)
+    return (read_image(folder, image),)
