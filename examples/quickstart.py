@@ -20,7 +20,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import httpx
 from openai import OpenAI
-from ray import serve
 from rich.console import Console
 from rich.table import Table
 
@@ -214,8 +213,9 @@ def ask(home: Path) -> dict[str, Any]:
 def serving(app: str, home: Path) -> Iterator[str]:
     """An app on a free port of this machine; without a key, which is allowed on loopback alone."""
     args = {"model": "llava", "dev": "true", "home": str(home), "cpus": "0.5"}
-    yield launch.start(app, args, port=launch.free_port())
-    serve.shutdown()
+    endpoint = launch.start(app, args, launch.Where(port=launch.free_port()))
+    yield endpoint.address
+    endpoint.stop()
 
 
 def rank(address: str, sample: Sample, captions: list[str]) -> list[dict[str, Any]]:

@@ -246,14 +246,25 @@ def serve(
     words: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. model=llava replicas=2")] = None,
     host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 to 65535")] = 8000,
+    name: Annotated[str | None, typer.Option(help="of the app, where one Ray serves several [default: APP]")] = None,
+    route_prefix: Annotated[str, typer.Option(help="the path of the app")] = "/",
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write a config for `serve deploy` instead of serving")
+    ] = None,
 ) -> None:
-    """Serve a model over HTTP until Ctrl-C; `model=NAME` is its champion."""
+    """Serve a model over HTTP until Ctrl-C or SIGTERM; `model=NAME` is its champion."""
     from bridgework.serving import launch
 
     args = pairs(words, "model=llava")
-    address = launch.start(app_, args, host=host, port=port)
-    out.print(f"{app_} of {args['model']} answers at {address}", highlight=False)
-    launch.wait()
+    where = launch.Where(host=host, port=port, name=name, route_prefix=route_prefix)
+    if write:
+        launch.write(write, app_, args, where)
+        out.print(f"wrote {write}", highlight=False)
+        return
+    endpoint = launch.start(app_, args, where)
+    out.print(f"{app_} of {args['model']} answers at {endpoint.address}", highlight=False)
+    if left := launch.wait(endpoint):
+        err.print(f"{left} requests did not end in {endpoint.drain_s:g} s and were cut off", highlight=False)
 
 
 @app.command()

@@ -179,6 +179,30 @@ class _Actor:
         return {"error": "", "message": ""}
 
 
+def address() -> str | None:
+    """The Ray that RAY_ADDRESS names, None for one of this process's own."""
+    named = os.environ.get("RAY_ADDRESS", "")
+    return None if named in ("", "local") else named
+
+
+def connect(**logs: Any) -> bool:
+    """Connect this process to the Ray at `address`, or start one of its own; True for one of its own.
+
+    `logs` are the arguments of `ray.init` about logs. Raises ResourceError where the Ray cannot be joined.
+    """
+    import ray
+
+    named = address()
+    if named is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else can reach it
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nor does anybody take the machine away
+        cpus = max(2, os.cpu_count() or 1)  # one for the workers, one for Ray Data
+        ray.init("local", num_cpus=cpus, include_dashboard=False, **logs)
+        return True
+    ray.init(address=named, **logs)
+    return False
+
+
 @contextmanager
 def attached() -> Iterator[None]:
     """Ray for the length of the block, quiet: what a run has to say stands in its bar, its journal and its errors.
@@ -187,16 +211,8 @@ def attached() -> Iterator[None]:
     """
     import ray.data
 
-    address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else can reach it
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nor does anybody take the machine away
-        cpus = max(2, os.cpu_count() or 1)  # one for the workers, one for Ray Data
-        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        _Own.ray = True
+    _Own.ray = connect(log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield

@@ -112,13 +112,18 @@ class Stream(Iterator[str]):
             how["generation_config"].length_penalty = length_penalty
         self.usage = Usage(prompt_tokens=inputs["ids"].shape[1])
         reader = _Reader(tokenizer, Endings(endings.ids, (*endings.strings, *(s for s in stop if s))), self.usage)
-        self._pieces = (_pieces if beams == 1 else _searched)(model, {**inputs, **how}, reader)
+        self._relay = _Relay()
+        self._pieces = (_pieces if beams == 1 else _searched)(model, {**inputs, **how}, reader, self._relay)
 
     def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> str:
         return next(self._pieces)
+
+    def stop(self) -> None:
+        """End the work at its next token, from any thread; the reader then gets what was written so far."""
+        self._relay.enough.set()
 
     def close(self) -> None:
         self._pieces.close()
@@ -203,7 +208,8 @@ class _Reader:
 
     def _unsure(self, text: str) -> int:
         """How many characters at the end may still change or belong to a stop string."""
-        begun = max((n for s in self.endings.strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        longest = [(s, min(len(s), len(text) + 1)) for s in self.endings.strings]  # lengths that can match
+        begun = max((n for s, most in longest for n in range(1, most) if text.endswith(s[:n])), default=0)
         return max(begun, len(text) - len(text.rstrip(UNFINISHED)))
 
 
@@ -212,8 +218,9 @@ def _blanks(text: str) -> int:
     return len(text) - len(text.lstrip())
 
 
-def _pieces(model: PrefixModel, arguments: dict[str, Any], reader: _Reader) -> Generator[str, None, None]:
-    relay = _Relay()
+def _pieces(
+    model: PrefixModel, arguments: dict[str, Any], reader: _Reader, relay: "_Relay"
+) -> Generator[str, None, None]:
     thread = Thread(target=relay.run, args=(model, arguments), name="generate", daemon=True)
     thread.start()
     try:
@@ -223,9 +230,11 @@ def _pieces(model: PrefixModel, arguments: dict[str, Any], reader: _Reader) -> G
         thread.join()
 
 
-def _searched(model: PrefixModel, arguments: dict[str, Any], reader: _Reader) -> Generator[str, None, None]:
+def _searched(
+    model: PrefixModel, arguments: dict[str, Any], reader: _Reader, relay: "_Relay"
+) -> Generator[str, None, None]:
     """Beams are known when all are done."""
-    (row_T,) = model.generate(**arguments)
+    (row_T,) = model.generate(**arguments, stopping_criteria=StoppingCriteriaList([relay]))
     yield from reader.read(iter(row_T.tolist()))
 
 

@@ -15,7 +15,7 @@ from bridgework.serving import launch
 from bridgework.serving.auth import VARIABLE
 from bridgework.system import System, load
 from bridgework.training import artefact
-from tests.serving.support import KEY, Apps, embed_and_caption, free_port
+from tests.serving.support import KEY, ORIGIN, Apps, embed_and_caption
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +23,17 @@ def system() -> System:
     return load("llava").tiny()
 
 
-def tiny_artefact(folder: Path, system: System, seed: int) -> str:
+def tiny_artefact(folder: Path, system: System, seed: int, stage: str = "instruct") -> str:
     torch.manual_seed(seed)
-    model = system["instruct"].model.build()
-    artefact.save(folder, model.state_dict(), system=system, stage="instruct")
+    model = system[stage].model.build()
+    artefact.save(folder, model.state_dict(), system=system, stage=stage)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def pairs_only(home: Path, system: System) -> str:
+    """Weights of a stage whose template reads images and captions, and no question."""
+    return tiny_artefact(home / "align", system, 0, "align")
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +59,8 @@ def apps(ray_session: None, home: Path, registered: str, weights: str) -> Iterat
     common = {"cpus": 0.5, "ongoing": 4, "queued": 8, "max_new_tokens": 400, "home": str(home)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, KEY)
-        shared = {"model": registered, "challenger": "tiny@challenger", "share": 0.5}
-        address = launch.start("chat", shared | common, port=free_port())
+        shared = {"model": registered, "challenger": "tiny@challenger", "share": 0.5, "cors": ORIGIN}
+        address = launch.start("chat", shared | common, launch.Where(port=launch.free_port())).address
         both = apps_of.application("embed", {"model": weights} | common, embed_and_caption)
         serve.run(both, name="embed", route_prefix="/embed")
     headers = {"authorization": f"Bearer {KEY}"}

@@ -1,8 +1,7 @@
-"""Helpers of the tests of serving: pictures, ports, and where the apps under test are."""
+"""Helpers of the tests of serving: pictures, and the addresses of the apps under test."""
 
 import base64
 import io
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from bridgework.serving.options import Options
 from bridgework.serving.router import Router
 
 KEY = "the-key-of-the-tests"
+ORIGIN = "https://app.example"
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,6 @@ def picture(colour: str = "red", size: tuple[int, int] = (40, 30), kind: str = "
 
 def url(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def embed_and_caption(router: Router, options: Options) -> APIRouter:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +20,7 @@ from bridgework.inference import Pipeline
 from bridgework.serving.protocol import Answer
 from bridgework.serving.refusals import Refusal
 from bridgework.serving.router import Router, Served, place
-from tests.serving.support import Apps, picture, url
+from tests.serving.support import ORIGIN, Apps, picture, url
 
 CHAT = "/v1/chat/completions"
 Messages = list[dict[str, Any]]
@@ -125,12 +126,18 @@ def test_the_request_id_decides_between_champion_and_challenger(apps: Apps) -> N
 
 
 def test_models_are_listed(apps: Apps) -> None:
-    assert [m.id for m in apps.chat.models.list()] == ["tiny", "tiny:1", "tiny:2"]
+    names = [m.id for m in apps.chat.models.list()]
+    assert names == ["tiny", "tiny:1", "tiny:2"]
+    assert [apps.chat.models.retrieve(name).id for name in names] == names
+    with pytest.raises(openai.NotFoundError) as caught:
+        apps.chat.models.retrieve("tinny")
+    assert caught.value.code == "model_not_found" and "did you mean 'tiny'" in str(caught.value)
 
 
 def test_health_and_the_page_need_no_key_and_all_else_does(apps: Apps) -> None:
     for path in ("", "/embed"):
-        assert httpx.get(f"{apps.address}{path}/health", trust_env=False).json() == {"status": "ok"}
+        for health in ("/health", "/health/live"):
+            assert httpx.get(f"{apps.address}{path}{health}", trust_env=False).json() == {"status": "ok"}
         for method, route in (("GET", "/v1/models"), ("POST", "/v1/embeddings"), ("GET", "/openapi.json")):
             assert httpx.request(method, f"{apps.address}{path}{route}", trust_env=False).status_code == 401
     page = httpx.get(f"{apps.address}/", trust_env=False)
@@ -188,6 +195,36 @@ def test_classes_are_the_softmax_of_the_cosines(apps: Apps) -> None:
     assert rows["red"]["probability"] == pytest.approx(odds / (1 + odds), abs=1e-4)
 
 
+def test_the_templates_length_counts_for_every_label(apps: Apps) -> None:
+    body = {"model": "weights", "image": url(picture()), "labels": ["a"] * 100, "template": "{}" + "x" * 1000}
+    refused = apps.http.post("/embed/v1/classify", json=body)
+    assert refused.json()["error"]["code"] == "text_too_long"
+
+
+def test_an_embedding_has_the_models_own_dimensions_or_none(apps: Apps) -> None:
+    width = len(apps.embed.embeddings.create(model="weights", input="x").data[0].embedding)
+    assert apps.embed.embeddings.create(model="weights", input="x", dimensions=width).data
+    with pytest.raises(openai.BadRequestError, match=f"expected {width}"):
+        apps.embed.embeddings.create(model="weights", input="x", dimensions=width + 1)
+
+
+def test_pixels_are_bounded_over_all_images_of_a_request(apps: Apps) -> None:
+    for path, body in {
+        "/embed/v1/embeddings": {"input": [url(BIG)] * 3},
+        "/embed/v1/captions": {"image": [url(BIG)] * 3},
+    }.items():
+        refused = apps.http.post(path, json={"model": "weights"} | body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (413, "image_too_large")
+        assert refused.json()["error"]["param"].endswith(".2")
+
+
+def test_a_caption_reads_its_prompt(apps: Apps) -> None:
+    body = {"model": "weights", "image": url(picture()), "max_tokens": 2, "temperature": 0}
+    own = apps.http.post("/embed/v1/captions", json=body).json()["usage"]["prompt_tokens"]
+    longer = apps.http.post("/embed/v1/captions", json=body | {"prompt": "x" * 99}).json()["usage"]["prompt_tokens"]
+    assert longer > own
+
+
 def test_ranks_are_the_pipelines(apps: Apps, weights: str) -> None:
     candidates = ["a red square", "a blue circle", "nothing"]
     body = {"model": "weights", "image": url(picture()), "candidates": candidates}
@@ -212,7 +249,7 @@ def test_captions_are_searched_for_or_drawn(apps: Apps, weights: str) -> None:
     expected = pipe.generate(pipe.inputs.ask(pair("image", picture(), "x")), [picture()], max_new_tokens=8, beams=3)
     assert apps.http.post("/embed/v1/captions", json=body).json()["data"][0]["caption"] == expected.text
     refused = apps.http.post("/embed/v1/captions", json=body | {"temperature": 0.7})
-    assert refused.status_code == 400 and "beams search and temperature draws" in refused.json()["error"]["message"]
+    assert refused.status_code == 400 and "beams search and temperature samples" in refused.json()["error"]["message"]
 
 
 def chat(**changes: Any) -> dict[str, Any]:
@@ -227,6 +264,8 @@ def image(given: str) -> dict[str, Any]:
     return message([{"type": "image_url", "image_url": {"url": given}}])
 
 
+BIG = picture("red", (6200, 6300))  # 115 kB
+
 HOSTILE: dict[str, tuple[Any, int, str]] = {
     "no JSON": (b"{", 400, "invalid_json"),
     "deep JSON": (b"[" * 100_000, 400, "invalid_request"),
@@ -234,10 +273,17 @@ HOSTILE: dict[str, tuple[Any, int, str]] = {
     "a list": ([1, 2], 400, "invalid_value"),
     "no bytes": (b"", 400, "invalid_value"),
     "NaN": (b'{"model":"tiny","messages":[{"role":"user","content":"x"}],"temperature":NaN}', 400, "invalid_value"),
-    "unknown field": (chat(tools=[]), 400, "unknown"),
+    "unknown field": (chat(tolls=[1]), 400, "unknown"),
+    "tools": (chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "unsupported"),
+    "a name of a megabyte": (chat(**{"x" * 2**20: 1}), 400, "unknown"),
+    "a model of a megabyte": (chat(model="x" * 2**20), 400, "invalid_value"),
+    "a million values": (b'{"messages": [' + b"[]," * 10**6 + b"[]]}", 400, "too_many"),
+    "a stop of 300,000 letters": (chat(stop="x" * 300_000), 400, "text_too_long"),
+    "four long stops": (chat(stop=["x" * 300] * 4), 400, "text_too_long"),
+    "three pictures of 39 million pixels": (chat(messages=ask("x", *[BIG] * 3)), 413, "image_too_large"),
     "unknown model": (chat(model="tinny"), 404, "model_not_found"),
     "model as path": (chat(model="../../etc/passwd"), 404, "model_not_found"),
-    "two answers": (chat(n=2), 400, "invalid_value"),
+    "two answers": (chat(n=2), 400, "unsupported"),
     "hot": (chat(temperature=1e9), 400, "invalid_value"),
     "too many tokens": (chat(max_tokens=10**6), 400, "too_many_tokens"),
     "negative tokens": (chat(max_tokens=-1), 400, "invalid_value"),
@@ -287,10 +333,62 @@ def test_wrong_ways_in_are_refused_in_openais_shape(apps: Apps) -> None:
     asked: dict[str, Callable[[], httpx.Response]] = {
         "not_found": lambda: apps.http.get("/v1/files"),
         "method_not_allowed": lambda: apps.http.get(CHAT),
-        "invalid_value": lambda: apps.http.post(CHAT, content="{}", headers={"content-type": "text/plain"}),
+        "unsupported_media_type": lambda: apps.http.post(CHAT, content="{}", headers={"content-type": "text/plain"}),
     }
     for code, send in asked.items():
         assert send().json()["error"]["code"] == code
+
+
+def test_any_temperature_down_to_zero_is_answered(apps: Apps) -> None:
+    how: dict[str, Any] = {"model": "tiny:1", "messages": ask("x"), "max_tokens": 8}
+    greedy = apps.chat.chat.completions.create(**how, temperature=0).choices[0].message.content
+    for temperature in (1e-300, 5e-324, 1e-40, 1e-5):
+        cold = apps.chat.chat.completions.create(**how, temperature=temperature, seed=1)
+        assert cold.choices[0].message.content == greedy
+    for temperature in (1e-3, 0.01, 2):
+        apps.chat.chat.completions.create(**how, temperature=temperature, top_p=1e-300)
+
+
+def test_a_conversation_goes_on_with_the_answer_as_it_came(apps: Apps) -> None:
+    how: dict[str, Any] = {"model": "tiny:1", "max_tokens": 4, "temperature": 0}
+    first = apps.chat.chat.completions.create(**how, messages=ask("What?", picture())).choices[0].message
+    for message in (first, first.model_dump()):
+        messages: list[Any] = [*ask("What?", picture()), message, *ask("And?")]
+        assert apps.chat.chat.completions.create(**how, messages=messages, tools=[], n=1, logprobs=False).choices
+
+
+def test_a_web_page_of_a_named_origin_may_call_and_no_other(apps: Apps) -> None:
+    preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    for origin, allowed in ((ORIGIN, ORIGIN), ("https://evil.example", None)):
+        asked = httpx.options(f"{apps.address}{CHAT}", headers={"origin": origin} | preflight, trust_env=False)
+        assert asked.headers.get("access-control-allow-origin") == allowed
+        assert asked.status_code == (200 if allowed else 400)
+        refused = httpx.post(f"{apps.address}{CHAT}", json={}, headers={"origin": origin}, trust_env=False)
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert refused.headers.get("access-control-allow-origin") == allowed
+
+
+def test_what_serve_itself_answers_has_openais_shape_and_lists_no_apps(apps: Apps) -> None:
+    for path in ("/-/routes", "/embed/nothing"):
+        reply = apps.http.get(path)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
+    late = apps.http.post(CHAT, json=chat(max_tokens=400), headers={"x-request-timeout-seconds": "0.001"})
+    assert (late.status_code, late.json()["error"]["code"]) == (408, "timeout")
+
+
+def test_hundreds_of_connections_get_an_answer_or_429_in_openais_shape(apps: Apps) -> None:
+    async def flood_http() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=300)
+        headers = apps.http.headers
+        async with httpx.AsyncClient(headers=headers, timeout=300, limits=limits, trust_env=False) as http:
+            body = chat(model="tiny:1", max_tokens=100)
+            return await asyncio.gather(*(http.post(f"{apps.address}{CHAT}", json=body) for _ in range(300)))
+
+    replies = asyncio.run(flood_http())
+    assert {reply.status_code for reply in replies} == {200, 429}
+    refused = [reply for reply in replies if reply.status_code == 429]
+    assert all(reply.json()["error"]["type"] == "rate_limit_error" for reply in refused)
+    assert all(reply.headers["retry-after"] for reply in refused)
 
 
 def test_overload_is_429_with_a_time_to_come_back(apps: Apps) -> None:
@@ -346,3 +444,22 @@ def test_a_killed_replica_breaks_a_stream_with_an_error_and_fails_no_whole_answe
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "model_unavailable"
         assert not any("[DONE]" in event for event in events)
         assert [p.result().status_code for p in pending] == [200, 200]
+
+
+def test_an_app_without_a_replica_lives_and_is_not_ready(apps: Apps) -> None:
+    def health(path: str = "/health") -> httpx.Response:
+        return httpx.get(f"{apps.address}{path}", trust_env=False)
+
+    def until(status: int) -> httpx.Response:
+        deadline = time.monotonic() + 120
+        while (reply := health()).status_code != status:
+            assert time.monotonic() < deadline
+            assert health("/health/live").status_code == 200
+            time.sleep(0.1)
+        return reply
+
+    until(200)
+    kill_champion("chat")
+    error = until(503).json()["error"]
+    assert (error["code"], error["message"]) == ("not_ready", "no replica of champion is running")
+    until(200)

@@ -1,7 +1,9 @@
-"""The door: who is let in, and that a body is measured before it is parsed."""
+"""The entrance: who is let in, how a body is measured before it is parsed, and the end of abandoned work."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -10,9 +12,12 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from starlette.types import Message
 
+from bridgework.serving.admission import Admission
 from bridgework.serving.auth import Keys, digest
 from bridgework.serving.guard import Guard, request_id
+from bridgework.serving.images import Limits
 
 KEYS = Keys(frozenset({digest("key")}))
 BEARER = {"authorization": "Bearer key"}
@@ -23,6 +28,14 @@ async def echo(request: Request) -> PlainTextResponse:
     return PlainTextResponse(await request.body())
 
 
+def guard(
+    routes: list[Route], keys: Keys | None, places: int, *, body_s: float = 30.0, held_bytes: int = 2**20
+) -> Guard:
+    admission = Admission(places=places, per_key=places, held_bytes=held_bytes)
+    limits = replace(Limits(body_bytes=1000), body_s=body_s)
+    return Guard(Starlette(routes=routes), keys=keys, admission=admission, limits=limits)
+
+
 def ask(method: str, path: str, *, keys: Keys | None = KEYS, client: str = "127.0.0.1", **how: Any) -> httpx.Response:
     return asyncio.run(_ask(method, path, keys, client, **how))[0]
 
@@ -30,8 +43,8 @@ def ask(method: str, path: str, *, keys: Keys | None = KEYS, client: str = "127.
 async def _ask(
     method: str, path: str, keys: Keys | None, client: str, times: int = 1, places: int = 4, **how: Any
 ) -> list[httpx.Response]:
-    routes = [Route(p, echo, methods=["GET", "POST"]) for p in ("/", "/health", "/v1/models", "/v1/x")]
-    app = Guard(Starlette(routes=routes), keys=keys, body_bytes=1000, places=places)
+    paths = ("/", "/health", "/health/live", "/v1/models", "/v1/x")
+    app = guard([Route(path, echo, methods=["GET", "POST"]) for path in paths], keys, places)
     transport = httpx.ASGITransport(app, client=(client, 1))
     async with httpx.AsyncClient(transport=transport, base_url=how.pop("base", "http://localhost:8000")) as http:
         return list(await asyncio.gather(*(http.request(method, path, **how) for _ in range(times))))
@@ -47,8 +60,9 @@ def test_every_route_but_health_and_the_page_needs_a_key(value: str | None) -> N
         assert reply.status_code == 401, path
         assert reply.json()["error"]["code"] == "invalid_api_key"
         assert reply.headers["www-authenticate"] == "Bearer"
-    assert ask("GET", "/health", headers=headers).status_code == 200
-    assert ask("GET", "/", headers=headers).status_code == 200
+    for path in ("/", "/health", "/health/live"):
+        assert ask("GET", path, headers=headers).status_code == 200
+        assert ask("POST", path, headers=headers, content=b"x").status_code == 401, "a body needs a key everywhere"
 
 
 def test_a_key_opens_and_the_body_arrives_whole() -> None:
@@ -88,6 +102,7 @@ def test_a_development_server_answers_its_own_machine_only() -> None:
         {"client": "10.0.0.7"},
         {"base": "http://rebound.example:8000"},  # a page elsewhere whose name was made to point at 127.0.0.1
         {"headers": {"x-forwarded-for": "10.0.0.7"}},
+        {"headers": {"host": "["}},  # not a host at all
     ):
         assert ask("GET", "/v1/models", **local, **how).json()["error"]["code"] == "not_local", how
 
@@ -96,3 +111,184 @@ def test_a_request_id_is_honoured_if_it_is_well_formed() -> None:
     assert request_id({"x-request-id": "job-7:row_3.a"}) == "job-7:row_3.a"
     for odd in ("", "a b", "x" * 129, "a\nb", "\u00e9"):
         assert request_id({"x-request-id": odd}) not in ("", odd)
+
+
+class Call:
+    """One request to an ASGI app, whose client decides when the body comes and when it leaves."""
+
+    def __init__(self, app: Guard, key: str = "key", path: str = "/v1/x") -> None:
+        self._incoming: asyncio.Queue[Message] = asyncio.Queue()
+        self.sent: list[Message] = []
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "root_path": "",
+            "query_string": b"",
+            "client": ("127.0.0.1", 1),
+            "headers": [(b"host", b"localhost"), (b"authorization", f"Bearer {key}".encode())],
+        }
+        self.done = asyncio.ensure_future(app(scope, self._incoming.get, self._send))
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    def body(self, data: bytes, *, more: bool = False) -> None:
+        self._incoming.put_nowait({"type": "http.request", "body": data, "more_body": more})
+
+    def leave(self) -> None:
+        self._incoming.put_nowait({"type": "http.disconnect"})
+
+    async def status(self) -> int:
+        await self.done
+        status: int = self.sent[0]["status"]
+        return status
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return dict(self.sent[0]["headers"])
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+TWO = Keys(frozenset({digest("key"), digest("other")}))
+
+
+def test_unfinished_bodies_keep_nobody_out_and_end_with_their_time() -> None:
+    async def run() -> None:
+        app = guard([Route("/v1/x", echo, methods=["POST"])], KEYS, 4, body_s=0.2)
+        slow = [Call(app) for _ in range(4)]
+        for call in slow:
+            call.body(b"{", more=True)
+        await settle()
+        late = [Call(app) for _ in range(2)]  # while the slow ones are still young: no room for more bodies
+        assert [await call.status() for call in late] == [429, 429]
+        assert [await call.status() for call in slow] == [408] * 4
+        assert slow[0].headers[b"connection"] == b"close"
+        quick = Call(app)
+        quick.body(b"done")
+        assert await quick.status() == 200
+
+    asyncio.run(run())
+
+
+def test_the_key_with_most_unfinished_bodies_makes_room() -> None:
+    async def run() -> None:
+        app = guard([Route("/v1/x", echo, methods=["POST"])], TWO, 4)
+        slow = [Call(app) for _ in range(4)]
+        await settle()
+        other = Call(app, "other")
+        other.body(b"done")
+        assert await other.status() == 200
+        assert await slow[0].status() == 429  # the oldest made room
+        await settle()
+        assert not any(call.done.done() for call in slow[1:])
+        for call in slow[1:]:
+            call.body(b"done")
+        assert [await call.status() for call in slow[1:]] == [200] * 3
+
+    asyncio.run(run())
+
+
+def test_the_bytes_of_all_bodies_are_bounded_and_the_greediest_key_makes_room() -> None:
+    async def run() -> None:
+        app = guard([Route("/v1/x", echo, methods=["POST"])], TWO, 9, held_bytes=2000)
+        greedy = [Call(app) for _ in range(2)]
+        for call in greedy:
+            call.body(b"a" * 900, more=True)
+        await settle()
+        other = Call(app, "other")
+        other.body(b"b" * 500)
+        assert await other.status() == 200
+        assert await greedy[0].status() == 429
+        third = Call(app)
+        third.body(b"a" * 1000, more=True)
+        third.body(b"a" * 0)
+        assert await third.status() == 200
+        fourth = Call(app)
+        fourth.body(b"a" * 1000, more=True)
+        await settle()
+        fifth = Call(app)
+        fifth.body(b"a" * 200)
+        assert await fifth.status() == 429
+
+    asyncio.run(run())
+
+
+def test_one_of_several_keys_cannot_hold_every_place() -> None:
+    async def run() -> None:
+        hold = asyncio.Event()
+
+        async def wait(request: Request) -> PlainTextResponse:
+            await hold.wait()
+            return PlainTextResponse("")
+
+        admission = Admission(places=4, per_key=3, held_bytes=2**20)
+        app = Guard(
+            Starlette(routes=[Route("/v1/x", wait, methods=["POST"])]),
+            keys=TWO,
+            admission=admission,
+            limits=Limits(),
+        )
+        calls = [Call(app, key) for key in ("key", "key", "key", "key", "other", "other")]
+        for call in calls:
+            call.body(b"x")
+        await settle()
+        assert [call.done.done() for call in calls] == [False, False, False, True, False, True]
+        hold.set()
+        assert [await call.status() for call in calls] == [200, 200, 200, 429, 200, 429]
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_ends_the_work() -> None:
+    async def run() -> None:
+        ended = asyncio.Event()
+
+        async def work(request: Request) -> PlainTextResponse:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+            return PlainTextResponse("")
+
+        app = guard([Route("/v1/x", work, methods=["POST"])], KEYS, 1)
+        for part in (True, False):  # before the body is complete, and after
+            call = Call(app)
+            call.body(b"x", more=part)
+            await settle()
+            call.leave()
+            await call.done
+            assert ended.is_set() is not part
+            assert call.sent == []
+            assert app.admission.running == 0
+
+    asyncio.run(run())
+
+
+def test_draining_finishes_what_runs_and_refuses_what_is_new() -> None:
+    async def run() -> None:
+        hold = asyncio.Event()
+
+        async def wait(request: Request) -> PlainTextResponse:
+            await hold.wait()
+            return PlainTextResponse("")
+
+        app = guard([Route("/v1/x", wait, methods=["POST"])], KEYS, 4)
+        running = Call(app)
+        running.body(b"x")
+        await settle()
+        draining = asyncio.ensure_future(app.admission.drain(60))
+        await settle()
+        new = Call(app)
+        assert await new.status() == 503
+        assert json.loads(new.sent[1]["body"])["error"]["code"] == "shutting_down"
+        assert not draining.done()
+        hold.set()
+        assert (await running.status(), await draining) == (200, 0)
+        assert await app.admission.drain(0) == 0
+
+    asyncio.run(run())

@@ -1,11 +1,23 @@
 """Before an app runs: its arguments, its model, its port."""
 
 import json
+import os
+import signal
 import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import yaml
+from ray import serve
+from ray._common.utils import import_attr
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve.schema import ServeDeploySchema
 
 from bridgework.errors import BridgeworkError, ResourceError, SpecError, TrackingError, WeightsError
 from bridgework.serving import apps, launch
@@ -35,7 +47,11 @@ def test_words_of_a_command_line_become_options_in_any_order() -> None:
         ({"model": "a", "replics": 2}, "did you mean 'replicas'"),
         ({"model": "a", "limits.image": 2}, "did you mean 'images'"),
         ({"model": "a", "share": 0.1}, "without a challenger"),
-        ({"model": "a", "share": 1.1}, r"share lies in \[0, 1\]"),
+        ({"model": "a", "share": 1.1}, r"share must be in \[0, 1\]"),
+        ({"model": "a", "cors": "https://a.example/"}, "not an origin"),
+        ({"model": "a", "per_key": 0}, "per_key must be at least 1"),
+        ({"model": "a", "held_bytes": 2**20}, "below limits.body_bytes"),
+        ({"model": "a", "limits.messages": 5000}, "limits.messages must be at most 4096"),
         ({"model": "a", "replicas": 0}, "replicas must be at least 1"),
         ({"model": "a", "replicas": 4, "max_replicas": 2}, "max_replicas 2 is below replicas 4"),
     ],
@@ -84,16 +100,87 @@ def test_an_app_is_built_with_a_key_and_not_without(
         apps.APPS[name](args)
 
 
-def test_a_port_in_use_is_named_with_a_free_one() -> None:
+def test_a_port_in_use_is_named_with_a_free_one(registered: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=rf"port {port} of 127.0.0.1 cannot be used .*; port \d+ is free"):
-            launch.start("chat", {"model": "tiny"}, port=port)
+            launch.start("chat", {"model": registered, "dev": True}, launch.Where(port=port))
 
 
 def test_an_unknown_app_and_a_development_server_for_all_are_refused() -> None:
     with pytest.raises(SpecError, match="did you mean 'chat'"):
-        launch.start("chatt", {"model": "tiny"})
+        launch.start("chatt", {"model": "tiny"}, launch.Where())
     for word in (True, "true"):
         with pytest.raises(SpecError, match="loopback only"):
-            launch.start("chat", {"model": "tiny", "dev": word}, host="0.0.0.0")
+            launch.start("chat", {"model": "tiny", "dev": word}, launch.Where(host="0.0.0.0"))
+    with pytest.raises(SpecError, match="name the origins"):
+        read({"model": "tiny", "dev": True, "cors": "*"})
+
+
+def test_the_config_of_an_app_is_what_serve_takes(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "key")
+    file, args = tmp_path / "serve.yaml", {"model": weights, "home": str(tmp_path), "limits.images": "4"}
+    launch.write(file, "chat", args, launch.Where(port=8123, name="llava", route_prefix="/llava"))
+    config = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
+    (app,) = config.applications
+    assert (app.name, app.route_prefix, config.http_options.port) == ("llava", "/llava", 8123)
+    built = call_user_app_builder_with_args_if_necessary(import_attr(app.import_path), app.args)
+    assert isinstance(built, Application)
+    for wrong in ({"modle": weights}, {"model": weights, "replicas": "0"}):
+        with pytest.raises(SpecError):
+            launch.write(file, "chat", wrong, launch.Where())
+
+
+@pytest.fixture
+def clean(ray_session: None) -> Iterator[None]:
+    """A Ray without Serve, before and after."""
+    serve.shutdown()
+    yield
+    serve.shutdown()
+
+
+def ask(address: str, tokens: int) -> httpx.Response:
+    body = {"model": "weights", "max_tokens": tokens, "temperature": 2, "messages": [{"role": "user", "content": "x"}]}
+    return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300, trust_env=False)
+
+
+def test_apps_of_one_ray_start_and_end_apart_and_what_runs_is_finished(
+    clean: None, weights: str, tmp_path: Path
+) -> None:
+    args = {"model": weights, "dev": True, "home": str(tmp_path), "cpus": 0.5, "max_new_tokens": 400}
+    port = launch.free_port()
+    first = launch.start("chat", args, launch.Where(port=port))
+    with pytest.raises(SpecError, match=r"'chat' already runs on this Ray.*--name chat-2"):
+        launch.start("chat", args, launch.Where(port=port))
+    with pytest.raises(SpecError, match=r"the path / is taken"):
+        launch.start("chat", args, launch.Where(port=port, name="other"))
+    with pytest.raises(ResourceError, match="already serves, and not on port"):
+        launch.start("chat", args, launch.Where(port=launch.free_port(), name="other", route_prefix="/other"))
+    assert ask(first.address, 1).status_code == 200
+    second = launch.start("chat", args, launch.Where(port=port, name="other", route_prefix="/other"))
+    assert not second.own_serve
+    assert ask(second.address, 1).status_code == 200
+    assert second.stop() == 0
+    assert serve.status().applications.keys() == {"chat"}
+
+    def terminate() -> list[httpx.Response]:
+        with ThreadPoolExecutor(6) as pool:
+            replies = [pool.submit(ask, first.address, 400) for _ in range(6)]
+            while running() < 6:
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return [reply.result() for reply in replies]
+
+    with ThreadPoolExecutor(1) as pool:
+        replies = pool.submit(terminate)
+        assert launch.wait(first) == 0
+    assert [reply.status_code for reply in replies.result()] == [200] * 6
+    assert all(reply.json()["choices"][0]["finish_reason"] for reply in replies.result())
+    assert not serve.status().applications
+
+
+def running() -> int:
+    """Requests that the gateway of the app "chat" holds."""
+    return int(serve.get_app_handle("chat").running.remote().result())

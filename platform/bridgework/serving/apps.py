@@ -1,4 +1,4 @@
-"""The three apps as Serve builds them: a gateway in front of a model, and perhaps a challenger beside it.
+"""The three apps as Serve builds them: a gateway in front of a model, and perhaps of a challenger too.
 
 `serve run serve_apps.chat:app model=llava@champion`; the arguments are the fields of `serving.options.Options`.
 """
@@ -14,7 +14,6 @@ from bridgework.serving import caption as caption_app
 from bridgework.serving import chat as chat_app
 from bridgework.serving import embed as embed_app
 from bridgework.serving import options as options_of
-from bridgework.serving import refusals
 from bridgework.serving.auth import Keys
 from bridgework.serving.gateway import Gateway, Routes
 from bridgework.serving.options import Options
@@ -38,11 +37,12 @@ def caption(args: dict[str, Any]) -> Application:
 
 
 HEALTH_S = 2.0  # Serve's own 10 s would be the time that a dead replica is missed
+UNBOUNDED = 100_000  # Serve's own queue answers in plain text; admission.py bounds a gateway instead
 APPS = {"chat": chat, "embed": embed, "caption": caption}
 
 
 def application(app: str, args: dict[str, Any], routes: Routes) -> Application:
-    """The Serve application `app` for the words in `args` (see Options): resolves models, records deployments."""
+    """The Serve application `app` for `args` (see Options): resolves models, records deployments."""
     options = options_of.read(args)
     keys = None if options.dev else Keys.load(options.keys)
     home = Path(options.home) if options.home else catalog.home()
@@ -66,17 +66,16 @@ def _model(role: str, options: Options) -> serve.Deployment:
         max_ongoing_requests=options.ongoing,
         max_queued_requests=options.queued,
         health_check_period_s=HEALTH_S,
+        graceful_shutdown_timeout_s=options.timeout_s,  # an answer that has begun is finished
         **scale,
     )(Model)
 
 
 def _gateway(app: str, options: Options) -> serve.Deployment:
-    """Its own queue is the last resort, answered by Serve in plain text: Guard refuses at half of it."""
     return serve.deployment(
         name=app,
         ray_actor_options={"num_cpus": 0},  # it only waits
-        max_ongoing_requests=2 * options.places,
-        max_queued_requests=2 * options.places,
+        max_ongoing_requests=UNBOUNDED,
         health_check_period_s=HEALTH_S,
-        backpressure_config={"status_code": 429, "retry_after_s": refusals.RETRY_AFTER_S},
+        graceful_shutdown_timeout_s=options.timeout_s,
     )(serve.ingress()(Gateway))

@@ -31,10 +31,10 @@ class Keys:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def allow(self, key: str) -> bool:
-        """Whether it is one of the keys; every digest is compared, so the time tells nothing."""
+    def match(self, key: str) -> str | None:
+        """The digest of a known key, None of another; every digest is compared, so the time reveals nothing."""
         given = digest(key)
-        return any([compare_digest(given, known) for known in sorted(self._digests)])
+        return next(iter([known for known in sorted(self._digests) if compare_digest(given, known)]), None)
 
     @classmethod
     def load(cls, file: str | None) -> "Keys":

@@ -1,13 +1,15 @@
 """The chat app's routes: OpenAI's /v1/chat/completions with images and streaming, and a page to try it at /."""
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
+from bridgework.serving.bodies import JSONRoute
 from bridgework.serving.conversation import draw, read
 from bridgework.serving.guard import request_id
 from bridgework.serving.options import Options
@@ -24,7 +26,7 @@ DONE = "data: [DONE]\n\n"
 
 def routes(router: Router, options: Options) -> APIRouter:
     """GET / and POST /v1/chat/completions."""
-    api = APIRouter()
+    api = APIRouter(route_class=JSONRoute)
     page = files("bridgework.serving").joinpath("playground.html").read_text("utf-8")
 
     @api.get("/")
@@ -34,20 +36,19 @@ def routes(router: Router, options: Options) -> APIRouter:
     @api.post("/v1/chat/completions")
     async def complete(body: ChatRequest, request: Request) -> Response:
         served = router.choose(body.model, request_id(request.headers))
-        parts, images = read(body.messages, options.limits)
+        parts, images = await asyncio.to_thread(read, body, options.limits, tiled=served.tiled)
         how = draw(body, options)
         if not body.stream:
             head = Head.of("chatcmpl", "chat.completion", served.id, body.model)
-            if body.structured_outputs is not None:
-                choices = body.structured_outputs.choice
-                answer: Answer = await router.call(served, "choose", parts, images, choices)
+            if body.choices is not None:
+                answer: Answer = await router.call(served, "choose", parts, images, body.choices)
             else:
                 answer = await router.call(served, "generate", parts, images, how)
             return JSONResponse(completion(head, answer))
         head = Head.of("chatcmpl", "chat.completion.chunk", served.id, body.model)
         pieces = router.stream(served, "stream", parts, images, how)
         first = await anext(pieces)  # what fails before it is answered by a status, not by an event
-        usage = body.stream_options is not None and body.stream_options.include_usage
+        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         events = _events(head, first, pieces, usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
@@ -55,24 +56,25 @@ def routes(router: Router, options: Options) -> APIRouter:
 
 
 async def _events(
-    head: Head, first: str | Answer, rest: AsyncIterator[str | Answer], usage: bool
+    head: Head, first: str | Answer, rest: AsyncGenerator[str | Answer, None], usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events. A stream that breaks ends with an error and without [DONE]: never as if complete."""
-    yield _event(chunk(head, {"role": "assistant", "content": ""}))
     try:
+        yield _event(chunk(head, {"role": "assistant", "content": ""}))
         piece: str | Answer | None = first
         while isinstance(piece, str):
             yield _event(chunk(head, {"content": piece}))
             piece = await anext(rest, None)
         if piece is None:
             raise Refusal(500, "the model broke off its answer", code="broken_stream")
+        yield _event(chunk(head, {}, piece.finish_reason))
+        if usage:
+            yield _event(last_chunk(head, piece.usage))
+        yield DONE
     except Refusal as refusal:
         yield _event(refusal.body())
-        return
-    yield _event(chunk(head, {}, piece.finish_reason))
-    if usage:
-        yield _event(last_chunk(head, piece.usage))
-    yield DONE
+    finally:
+        await rest.aclose()
 
 
 def _event(value: dict[str, Any]) -> str:

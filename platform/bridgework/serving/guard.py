@@ -1,7 +1,12 @@
-"""The door of every app, before a byte of the body is read: who asks, how much at once, how large a body."""
+"""The entrance of every app, before a byte of the body is parsed: who asks, how much at once, how large, how slow.
 
+A request whose client leaves is cancelled.
+"""
+
+import asyncio
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -9,58 +14,113 @@ from uuid import uuid4
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bridgework.serving.admission import Admission
 from bridgework.serving.auth import Keys
-from bridgework.serving.refusals import Refusal, busy
+from bridgework.serving.images import Limits
+from bridgework.serving.refusals import Refusal
 
-OPEN = frozenset({"/", "/health"})  # a static page without any data in it, and the health check
+OPEN = frozenset({"/", "/health", "/health/live"})  # a static page without any data in it, and the health checks
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class Gone(Exception):
+    """The client left before its body was complete."""
 
 
 class Guard:
     """ASGI middleware. Without `keys` (development) only this machine itself is answered."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys | None, body_bytes: int, places: int) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys | None, admission: Admission, limits: Limits) -> None:
         self.app = app
         self.keys = keys
-        self.body_bytes = body_bytes
-        self.places = places
-        self.taken = 0
+        self.admission = admission
+        self.limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # no route speaks WebSocket, so what is left is the start and end of the app
             await self.app(scope, receive, send)
             return
-        self.taken += 1
-        try:
-            self._check(scope)
-            body = await _body(receive, self.body_bytes)
-        except Refusal as refusal:
-            await refusal.response()(scope, receive, send)
-        else:
-            await self.app(scope, _replay(body, receive), send)
-        finally:
-            self.taken -= 1
+        body = b""
+        with ExitStack() as held:
+            try:
+                headers = Headers(scope=scope)
+                key = self._caller(scope, headers)
+                if scope["method"] == "POST":  # the only method whose body any route reads
+                    self._check_length(headers)
+                    self.admission.check(key)
+                    body = await self._body(key, receive)
+                    held.enter_context(self.admission.place(key, len(body)))
+            except Gone:
+                return
+            except Refusal as refusal:
+                await refusal.response()(scope, receive, send)
+                return
+            await _until_gone(self.app, scope, body, receive, send)
 
-    def _check(self, scope: Scope) -> None:
-        headers = Headers(scope=scope)
-        self._check_caller(scope, headers)
-        if scope["method"] == "POST" and self.taken > self.places:
-            raise busy()
-        length = headers.get("content-length", "0")
-        if not length.isascii() or not length.isdigit() or int(length[:20]) > self.body_bytes:
-            raise _too_large(self.body_bytes)
-
-    def _check_caller(self, scope: Scope, headers: Headers) -> None:
+    def _caller(self, scope: Scope, headers: Headers) -> str:
+        """The digest of the caller's key, "" where none is needed. Raises Refusal."""
         if self.keys is None:
             if not _is_local(scope, headers):
                 message = "this is a development server: it answers its own machine only, by a loopback address"
                 raise Refusal(403, message, code="not_local")
-            return
-        if scope["path"].removeprefix(scope.get("root_path", "")) in OPEN:
-            return
+            return ""
+        if scope["method"] in ("GET", "HEAD") and scope["path"].removeprefix(scope.get("root_path", "")) in OPEN:
+            return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not self.keys.allow(key.strip()):
+        known = self.keys.match(key.strip()) if scheme.lower() == "bearer" else None
+        if known is None:
             raise Refusal(401, "no valid API key; send the header Authorization: Bearer KEY", code="invalid_api_key")
+        return known
+
+    def _check_length(self, headers: Headers) -> None:
+        length = headers.get("content-length", "0")
+        if not length.isascii() or not length.isdigit() or int(length[:20]) > self.limits.body_bytes:
+            raise _too_large(self.limits.body_bytes)
+
+    async def _body(self, key: str, receive: Receive) -> bytes:
+        """Raises Refusal for a body that is too large or too slow, and Gone."""
+        parts: list[bytes] = []
+        async with self.admission.arrival(key, self.limits.body_s) as arrival:
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Gone
+                parts.append(message.get("body", b""))
+                more = message.get("more_body", False)
+                if arrival.size + len(parts[-1]) > self.limits.body_bytes:
+                    raise _too_large(self.limits.body_bytes)
+                self.admission.grow(arrival, len(parts[-1]))
+        return b"".join(parts)
+
+
+async def _until_gone(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+    """Run the app; cancel it when the client leaves. The app sees the body as one message."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    gone = asyncio.Event()
+
+    async def replayed() -> Message:
+        if not pending:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+        return pending.pop()
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass  # what comes of a body that no route reads
+        gone.set()
+
+    work = asyncio.ensure_future(app(scope, replayed, send))
+    leaving = asyncio.ensure_future(watch())
+    try:
+        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        leaving.cancel()
+        if not work.done():
+            work.cancel()
+            await asyncio.wait((work,))
+    if not work.cancelled():
+        work.result()
 
 
 def request_id(headers: Mapping[str, str]) -> str:
@@ -72,41 +132,20 @@ def request_id(headers: Mapping[str, str]) -> str:
 def _is_local(scope: Scope, headers: Headers) -> bool:
     """Both ends are loopback. The Host header is judged too: a name that a web page made point here is not ours."""
     client: tuple[str, int] | None = scope.get("client")
-    host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    try:
+        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    except ValueError:  # a bracket without its pair
+        return False
     return client is not None and is_loopback(client[0]) and is_loopback(host) and "x-forwarded-for" not in headers
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
+    """Return True for an address that only this machine reaches."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-async def _body(receive: Receive, most: int) -> bytes:
-    parts: list[bytes] = []
-    size, more = 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            break
-        parts.append(message.get("body", b""))
-        size, more = size + len(parts[-1]), message.get("more_body", False)
-        if size > most:
-            raise _too_large(most)
-    return b"".join(parts)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """`receive` with the body as one message; what comes after it (the caller hangs up) passes through."""
-    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replayed() -> Message:
-        return pending.pop() if pending else await receive()
-
-    return replayed
-
-
 def _too_large(most: int) -> Refusal:
-    return Refusal(413, f"the body is larger than {most} bytes", code="body_too_large")
+    return Refusal(413, f"the body is larger than {most} bytes", code="body_too_large", close=True)

@@ -1,49 +1,82 @@
-"""Images in a request: `data:` URLs only, and every cheap check before a dear one.
+"""Images in a request: `data:` URLs only, and every cheap check before an expensive one.
 
-Header length, base64 length, bytes, magic, format, dimensions from the header, pixels, frames. Decoding comes last,
-in the model's replica.
+Header length, base64 length, bytes, magic, format, dimensions from the header, pixels, frames, and the pixels of all
+images of the request. Decoding comes last, in the model's replica.
 """
 
 import base64
 import binascii
 import re
 import struct
+from collections.abc import Iterable
 
 from bridgework.data.transforms import header
 from bridgework.errors import SpecError
+from bridgework.serving.protocol import MAX_LIST
 from bridgework.serving.refusals import Refusal
 from bridgework.spec import spec
 
-_HEADER = re.compile(r"data:image/[a-z0-9.+-]+;base64")
+SCANS = 16  # of a JPEG take as long to decode as the pixels of a PNG: more count as more pixels
+_SCAN = b"\xff\xda"
+_HEADER = re.compile(r"data:image/[a-z0-9.+-]+;base64", re.IGNORECASE)
 _BROKEN = (OSError, SyntaxError, ValueError, IndexError, TypeError, KeyError, EOFError, RuntimeError, struct.error)
 
 
 @spec
 class Limits:
-    """What one request may hold."""
+    """The bounds of one request."""
 
     body_bytes: int = 32 * 2**20
+    body_s: float = 30.0  # from the first byte of a body to its last
     text_chars: int = 65_536  # over all texts of the request
+    stop_chars: int = 1_024  # over its stop strings, which are searched for at every token
     messages: int = 256
-    items: int = 128  # inputs to embed, labels, candidates, images to caption
-    images: int = 16  # in one conversation
+    items: int = 128  # inputs to embed, labels, candidates
+    images: int = 16  # in one conversation, or to caption
     image_bytes: int = 8 * 2**20  # each, decoded from base64
     header_chars: int = 64  # of a data: URL, before the comma
     side: int = 16_384  # pixels
-    pixels: int = 40_000_000  # an 8k frame is 33 million
+    pixels: int = 40_000_000  # of one image; an 8k frame has 33 million
+    total_pixels: int = 100_000_000  # of all images of the request; decoding them takes about 1.5 s of a core
     frames: int = 1
 
     def __post_init__(self) -> None:
-        low = [name for name, value in vars(self).items() if value < 1]
+        if self.body_s <= 0:
+            raise SpecError(f"limits.body_s must be above 0, got {self.body_s:g}")
+        low = [name for name, value in vars(self).items() if name != "body_s" and value < 1]
         if low:
             raise SpecError(f"limits.{low[0]} must be at least 1, got {getattr(self, low[0])}")
+        high = [name for name in ("messages", "items", "images") if getattr(self, name) > MAX_LIST]
+        if high:
+            raise SpecError(f"limits.{high[0]} must be at most {MAX_LIST}, got {getattr(self, high[0])}")
+
+
+def read_all(urls: Iterable[tuple[str, str]], limits: Limits) -> list[bytes]:
+    """`read` for the (param, URL) pairs of one request, whose pixels are bounded together."""
+    images: list[bytes] = []
+    total = 0
+    for param, url in urls:
+        data, pixels = _read(url, limits, param)
+        total += pixels
+        if total > limits.total_pixels:
+            message = (
+                f"{param}: the images up to this one are too large together. Got {total} pixels; expected at most "
+                f"{limits.total_pixels} in one request. Fix: send fewer or smaller images"
+            )
+            raise Refusal(413, message, code="image_too_large", param=param)
+        images.append(data)
+    return images
 
 
 def read(url: str, limits: Limits, param: str) -> bytes:
     """The bytes of the image in a data: URL: complete, of an allowed format and size, not yet decoded.
 
-    Raises Refusal (400, or 413 for what is too large) that names `param`.
+    Raises Refusal (400, or 413 for an image that is too large) that names `param`.
     """
+    return _read(url, limits, param)[0]
+
+
+def _read(url: str, limits: Limits, param: str) -> tuple[bytes, int]:
     data = _payload(url, limits, param)
     kind = _format(data)
     if kind is None:
@@ -61,11 +94,11 @@ def read(url: str, limits: Limits, param: str) -> bytes:
         raise _bad(f"the {kind} header is broken; send the whole file", "invalid_image", param) from None
     if frames > limits.frames:
         raise _bad(f"the {kind} has {frames} frames; at most {limits.frames} allowed, send a still", "frames", param)
-    return data
+    return data, image.width * image.height * max(1, data.count(_SCAN) // SCANS)
 
 
 def _payload(url: str, limits: Limits, param: str) -> bytes:
-    if not url.startswith("data:"):
+    if url[:5].lower() != "data:":
         raise _bad("only data: URLs are read, never an address; send data:image/png;base64,...", "remote_image", param)
     comma = url.find(",", 0, limits.header_chars + 1)
     if comma < 0 or not _HEADER.fullmatch(url[:comma]):

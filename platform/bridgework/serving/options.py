@@ -1,5 +1,6 @@
-"""What an app is started with: `serve run serve_apps.chat:app model=llava replicas=2 limits.images=4`."""
+"""Arguments of an app: `serve run serve_apps.chat:app model=llava replicas=2 limits.images=4`."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,10 +8,12 @@ from bridgework.errors import SpecError
 from bridgework.serving.images import Limits
 from bridgework.spec import override, spec
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s*]+")
+
 
 @spec
 class Options:
-    """One app: which model, for whom, on how much of the cluster."""
+    """Arguments of one app: the model, the callers, the resources."""
 
     model: str  # NAME (its champion), NAME@alias, NAME:version, or the folder of an artefact
     challenger: str | None = None  # the same; loaded beside the model
@@ -19,13 +22,16 @@ class Options:
     tracking: str | None = None  # the MLflow server's URI; else the store under home
     keys: str | None = None  # a file of digests; else $BRIDGEWORK_API_KEYS
     dev: bool = False  # no key, and this machine only
+    cors: tuple[str, ...] = ()  # origins whose web pages may call, e.g. https://app.example; * for any
     device: str | None = None
     cpus: float = 1.0  # per replica of the model
     gpus: float = 0.0
     replicas: int = 1
     max_replicas: int | None = None  # given: Serve scales between `replicas` and it
     ongoing: int = 8  # requests that one replica holds at once
-    queued: int = 64  # requests that wait beside those; the next one is answered 429
+    queued: int = 64  # requests that wait for those; the next one is answered 429
+    per_key: int | None = None  # requests that one key may hold; default: 3/4 of all where there are several keys
+    held_bytes: int = 2**30  # of the bodies that a gateway holds at once
     batch: int = 16  # largest batch of embeddings
     batch_wait_s: float = 0.01
     max_new_tokens: int = 512  # the most that a request may ask for
@@ -33,16 +39,26 @@ class Options:
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
-        for field in ("replicas", "ongoing", "queued", "batch", "max_new_tokens"):
-            if getattr(self, field) < 1:
-                raise SpecError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("replicas", "ongoing", "queued", "per_key", "batch", "max_new_tokens"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise SpecError(f"{field} must be at least 1, got {value}")
         if not 0.0 <= self.share <= 1.0:
-            raise SpecError(f"share lies in [0, 1], got {self.share:g}")
+            raise SpecError(f"share must be in [0, 1], got {self.share:g}")
+        if self.timeout_s <= 0:
+            raise SpecError(f"timeout_s must be above 0, got {self.timeout_s:g}")
+        for origin in self.cors:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise SpecError(f"cors: not an origin. Got {origin!r}; expected SCHEME://HOST[:PORT], or *")
 
     @property
     def places(self) -> int:
         """Requests that one gateway holds at once, those that wait included."""
         return self.ongoing * (self.max_replicas or self.replicas) + self.queued
+
+    def places_of(self, keys: int) -> int:
+        """Places that one of `keys` keys may hold."""
+        return min(self.places, self.per_key or (self.places if keys < 2 else max(1, self.places * 3 // 4)))
 
 
 def read(args: Mapping[str, Any]) -> Options:
@@ -55,8 +71,12 @@ def read(args: Mapping[str, Any]) -> Options:
 
 
 def _check_together(options: Options) -> None:
-    """What bears on two fields, once all are set: `override` sets one after the other."""
+    """Check the fields that depend on each other."""
     if options.max_replicas is not None and options.max_replicas < options.replicas:
         raise SpecError(f"max_replicas {options.max_replicas} is below replicas {options.replicas}")
     if options.share and options.challenger is None:
         raise SpecError(f"share={options.share:g} without a challenger; give challenger=NAME@challenger")
+    if options.dev and "*" in options.cors:
+        raise SpecError("cors=* with dev=true lets any web page use this server without a key; name the origins")
+    if options.limits.body_bytes > options.held_bytes:
+        raise SpecError(f"held_bytes {options.held_bytes} is below limits.body_bytes {options.limits.body_bytes}")

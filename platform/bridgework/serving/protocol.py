@@ -1,127 +1,281 @@
-"""What goes over the wire: the subset of OpenAI's API that is served, and three routes of our own in its manner.
+"""Schemas of the HTTP API: the served subset of OpenAI's API, and three routes of our own in the same style.
 
-Unknown fields are refused: a parameter that would be ignored in silence is worse than an error.
+A request is read completely or refused. A field that holds nothing, or asks for what is done anyway
+(`frequency_penalty: 0`), is accepted; a field that would change the answer is an error.
 """
 
 import base64
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+
+from bridgework.errors import suggest
+from bridgework.serving.refusals import Refusal, shown
+
+MAX_LIST = 4_096  # items that are parsed at all; what one request may hold is a matter of Limits
+Neutral = Mapping[str, tuple[Any, ...]]  # field -> the values that change nothing
 
 
-def _whole(text: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("the text holds half a character (a lone surrogate)")
-    return text
-
-
-Free = Annotated[str, AfterValidator(_whole)]
-Text = Annotated[Free, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[Text, Field(max_length=512)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
-class Body(BaseModel):
-    """A request. Strict: "1" is no number, and NaN is none either."""
+def _kind(value: Any) -> str:
+    """The branch of a union of a string and a list that a value belongs to: errors then name that branch alone."""
+    return "string" if isinstance(value, str) else "list"
+
+
+class Strict(BaseModel):
+    """A JSON object without unread fields. "1" is not a number, and neither is NaN.
+
+    Of the fields in `neutral` these values alone are accepted, and of any field one of `empty`: they change nothing.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    neutral: ClassVar[Neutral] = {}
+    empty: ClassVar[tuple[Any, ...]] = (None, [], {})
 
-    model: Text
-    user: str | None = None  # OpenAI's clients may send it; nothing is done with it
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_changes_nothing(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        kept = {name: value for name, value in given.items() if name in cls.model_fields}
+        for name, value in given.items():
+            if name not in kept and not cls._changes_nothing(name, value):
+                raise cls._unread(name, value)
+        return kept
+
+    @classmethod
+    def _changes_nothing(cls, name: str, value: Any) -> bool:
+        hollow = isinstance(value, dict) and bool(value) and all(one in cls.empty for one in value.values())
+        return value in cls.empty or hollow or _among(value, cls.neutral.get(name, ()))
+
+    @classmethod
+    def _unread(cls, name: str, value: Any) -> Refusal:
+        if name in cls.neutral:
+            allowed = " or ".join(shown(v) for v in cls.neutral[name]) or "nothing"
+            message = f"{name}: not supported. Got {shown(value)}; expected {allowed}. Fix: leave it out"
+            return Refusal(400, message, code="unsupported", param=name)
+        near = suggest(name, [*cls.model_fields, *cls.neutral]) if len(name) < 64 else ""
+        hint = near if "did you mean" in near else ""
+        return Refusal(400, f"{name[:64]}: unknown field{hint}. Fix: leave it out", code="unknown", param=name)
+
+
+def _among(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """JSON equality: 0 equals 0.0, and not false."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
+
+
+class Body(Strict):
+    """A request. The labels are for the caller's own use: they never reach the model, in OpenAI's API neither."""
+
+    model: Name
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    metadata: dict[str, str] | None = None
 
 
 # --- chat ------------------------------------------------------------------------------------------------------------
 
 
-class _Piece(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class TextPart(Strict):
+    neutral = {"prompt_cache_breakpoint": ()}
 
-
-class TextPart(_Piece):
     type: Literal["text"]
-    text: Free
+    text: str
 
 
-class ImageURL(_Piece):
+class ImageURL(Strict):
     url: str  # data:image/png;base64,...
-    detail: Literal["auto", "low", "high"] = "auto"  # accepted; every image has the model's own resolution
+    detail: Literal["auto", "low", "high"] | None = None  # low is refused where an image is cut into tiles
 
 
-class ImagePart(_Piece):
+class ImagePart(Strict):
+    neutral = {"prompt_cache_breakpoint": ()}
+
     type: Literal["image_url"]
     image_url: ImageURL
 
 
-class Message(_Piece):
+Piece = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Pieces = Annotated[list[Piece], Field(min_length=1, max_length=MAX_LIST)]
+
+
+class Message(Strict):
+    """One message. The fields of an assistant message that a client sends back are accepted where they are empty."""
+
+    neutral = {name: () for name in ("name", "refusal", "audio", "annotations", "tool_calls", "function_call")}
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Free | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
-    name: Free | None = None  # accepted, as `user` is
+    content: Annotated[Annotated[str, Tag("string")] | Annotated[Pieces, Tag("list")], Discriminator(_kind)]
 
     @model_validator(mode="after")
     def _images_are_shown_by_users(self) -> "Message":
-        if self.role != "user" and any(isinstance(p, ImagePart) for p in self.pieces()):
-            raise ValueError(f"a message of role {self.role!r} cannot hold an image; put it into a user message")
-        if not self.pieces():
-            raise ValueError("the content is empty")
+        if self.role != "user" and any(isinstance(piece, ImagePart) for piece in self.pieces()):
+            raise ValueError(f"an image in a message of role {self.role!r}. Fix: move it into a user message")
         return self
 
     def pieces(self) -> Sequence[TextPart | ImagePart]:
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
-class Drawn(Body):
-    """How an answer is drawn."""
+class Sampled(Body):
+    """A request for text: how it is sampled, and where it ends."""
 
-    n: Literal[1] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0  # OpenAI's default; 0 is greedy
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    neutral = {
+        "n": (1,),
+        "stream": (False,),
+        "frequency_penalty": (0,),
+        "presence_penalty": (0,),
+        "logit_bias": (),
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        # of vLLM's API
+        "top_k": (-1, 0),
+        "min_p": (0,),
+        "repetition_penalty": (1,),
+        "length_penalty": (1,),
+        "min_tokens": (0,),
+        "ignore_eos": (False,),
+        "best_of": (1,),
+        "use_beam_search": (False,),
+        "skip_special_tokens": (True,),
+        "include_stop_str_in_output": (False,),
+    }
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None  # default: OpenAI's 1.0; 0 is greedy
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: (
+        Annotated[
+            Annotated[Text, Tag("string")] | Annotated[list[Text], Field(max_length=4), Tag("list")],
+            Discriminator(_kind),
+        ]
+        | None
+    ) = None
     seed: Seed | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "Sampled":
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            given = f"Got {self.max_tokens} and max_completion_tokens {self.max_completion_tokens}"
+            raise _conflict("max_tokens", f"two limits. {given}; expected one. Fix: leave one out")
+        return self
 
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-
-class StreamOptions(_Piece):
-    include_usage: bool = False
-
-
-class Structure(_Piece):
-    """What an answer must be, as vLLM's clients ask for it."""
-
-    choice: Annotated[list[Text], Field(min_length=1, max_length=256)]
+    @property
+    def tokens(self) -> int | None:
+        return self.max_tokens or self.max_completion_tokens
 
 
-class ChatRequest(Drawn):
+class StreamOptions(Strict):
+    neutral = {"include_obfuscation": (False,)}
+
+    include_usage: bool | None = None
+
+
+class Structure(Strict):
+    """The form of an answer, in vLLM's notation."""
+
+    neutral = {name: () for name in ("json", "regex", "grammar", "json_object", "structural_tag")}
+    empty = (None,)  # an empty JSON schema asks for any JSON
+
+    choice: Annotated[list[Text], Field(min_length=1, max_length=256)] | None = None
+
+
+class ChatRequest(Sampled):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    neutral = {
+        **Sampled.neutral,
+        "tools": (),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": (),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "moderation": (),
+        "prediction": (),
+        "prompt_cache_options": (),
+        "reasoning_effort": ("none",),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+        # of vLLM's API
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "chat_template": (),
+        "chat_template_kwargs": (),
+        "echo": (False,),
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: Structure | None = None
 
+    @property
+    def choices(self) -> list[str] | None:
+        return None if self.structured_outputs is None else self.structured_outputs.choice
+
     @model_validator(mode="after")
-    def _the_user_speaks_last(self) -> "ChatRequest":
-        if self.messages[-1].role != "user":
-            raise ValueError("the last message must be the user's")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
-        if self.structured_outputs is not None and self.stream:
-            raise ValueError("an answer that is chosen comes whole; leave out stream")
+    def _fields_fit_each_other(self) -> "ChatRequest":
+        last = self.messages[-1].role
+        if last != "user":
+            at = f"messages.{len(self.messages) - 1}.role"
+            raise _conflict(at, f"the last message is not the user's. Got {last!r}; expected 'user'")
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+            raise _conflict("stream_options", "it needs stream: true")
+        if self.choices is not None:
+            self._choice_is_not_sampled()
         return self
+
+    def _choice_is_not_sampled(self) -> None:
+        """The best of the choices is taken: what would say how to draw or cut it is refused."""
+        what = "an answer that is chosen"
+        if self.stream:
+            raise _conflict("stream", f"{what} comes in one piece; leave out stream")
+        if self.temperature not in (None, 0, 1):
+            raise _conflict("temperature", f"{what} is not sampled; leave out temperature, or send 0")
+        if self.top_p not in (None, 1) and self.temperature != 0:
+            raise _conflict("top_p", f"{what} is not sampled; leave out top_p")
+        if self.stops:
+            raise _conflict("stop", f"{what} is never cut; leave out stop")
+
+
+def _conflict(param: str, reason: str) -> Refusal:
+    return Refusal(400, f"{param}: {reason}", code="invalid_value", param=param)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a replica says: a whole text, or at the end of a stream what it took. Light: a gateway loads no torch."""
+    """A replica's answer: the complete text, or at the end of a stream its usage. A gateway loads no torch."""
 
     text: str
     prompt_tokens: int  # images included
@@ -134,7 +288,7 @@ class Answer:
 
 
 class Usage(BaseModel):
-    """What a request took, as OpenAI reports it."""
+    """Tokens of a request, as OpenAI reports them."""
 
     prompt_tokens: int
     completion_tokens: int = 0
@@ -146,7 +300,7 @@ class Usage(BaseModel):
 
 
 class Head(BaseModel):
-    """What every answer begins with. `id` holds the deployment: `bridgework trace` follows it back to the data."""
+    """The first fields of every answer. `id` holds the deployment: `bridgework trace` follows it back to the data."""
 
     id: str
     object: str
@@ -159,9 +313,14 @@ class Head(BaseModel):
         return cls(id=name, object=kind, created=int(time.time()), model=model)
 
 
+def model_card(name: str) -> dict[str, Any]:
+    """An entry of /v1/models."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "bridgework"}
+
+
 def completion(head: Head, answer: Answer) -> dict[str, Any]:
-    """A whole answer."""
-    message = {"role": "assistant", "content": answer.text}
+    """A complete chat answer."""
+    message = {"role": "assistant", "content": answer.text, "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
     return head.model_dump() | {"choices": [choice], "usage": answer.usage.model_dump()}
 
@@ -179,22 +338,45 @@ def last_chunk(head: Head, usage: Usage) -> dict[str, Any]:
 # --- embeddings, classes, ranks, captions ----------------------------------------------------------------------------
 
 
-class ImageInput(_Piece):
+class ImageInput(Strict):
     image: str  # a data: URL
 
 
-class TextInput(_Piece):
+class TextInput(Strict):
     text: Text
+
+
+def _input_kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return "text" if "text" in value else "image"
+    return "tokens" if isinstance(value, int | list) else "string"
+
+
+def _no_tokens(value: Any) -> Any:
+    raise ValueError("token ids of another tokenizer. Fix: send the text itself")
+
+
+Input = Annotated[
+    Annotated[Text, Tag("string")]
+    | Annotated[ImageInput, Tag("image")]
+    | Annotated[TextInput, Tag("text")]
+    | Annotated[Any, AfterValidator(_no_tokens), Tag("tokens")],
+    Discriminator(_input_kind),
+]
 
 
 class EmbeddingRequest(Body):
     """POST /v1/embeddings. A string that begins with `data:image/` is an image; {"text": ...} takes it literally."""
 
-    input: Text | Annotated[list[Text | ImageInput | TextInput], Field(min_length=1)]
-    encoding_format: Literal["float", "base64"] = "float"
+    input: Annotated[
+        Annotated[Text, Tag("string")] | Annotated[list[Input], Field(min_length=1, max_length=MAX_LIST), Tag("list")],
+        Discriminator(_kind),
+    ]
+    encoding_format: Literal["float", "base64"] | None = None  # default: float
+    dimensions: Annotated[int, Field(ge=1)] | None = None  # only the model's own number
 
     def inputs(self) -> list[ImageInput | TextInput]:
-        given = [self.input] if isinstance(self.input, str) else self.input
+        given: list[Any] = [self.input] if isinstance(self.input, str) else self.input
         return [_input(one) if isinstance(one, str) else one for one in given]
 
 
@@ -202,23 +384,25 @@ def _input(text: str) -> ImageInput | TextInput:
     return ImageInput(image=text) if text.startswith("data:image/") else TextInput(text=text)
 
 
-def vector(values: NDArray[np.float32], form: Literal["float", "base64"]) -> str | list[float]:
-    """One embedding: numbers, or base64 of little-endian float32, which the openai client asks for by itself."""
-    return base64.b64encode(values.astype("<f4").tobytes()).decode() if form == "base64" else values.tolist()
+def vector(values: NDArray[np.float32], form: Literal["float", "base64"] | None) -> str | list[float]:
+    """One embedding: numbers, or base64 of little-endian float32, the openai client's default."""
+    if form == "base64":
+        return base64.b64encode(values.astype("<f4").tobytes()).decode()
+    return cast(list[float], values.tolist())
 
 
 class ClassifyRequest(Body):
-    """POST /v1/classify: which label fits the image, by the cosine of their embeddings."""
+    """POST /v1/classify: the label that fits the image best, by the cosine of their embeddings."""
 
     image: str
-    labels: Annotated[list[Text], Field(min_length=1)]
-    template: Free = "a photo of a {}"  # CLIP's; {} stands for the label
+    labels: Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST)]
+    template: str = "a photo of a {}"  # CLIP's; {} is the place of the label
     scale: Annotated[float, Field(gt=0, le=1000)] = 100.0  # of the cosines before the softmax (CLIP's upper bound)
 
     @model_validator(mode="after")
     def _template_has_a_place(self) -> "ClassifyRequest":
         if self.template.count("{}") != 1:
-            raise ValueError("template must hold {} once, where the label goes")
+            raise _conflict("template", "expected {} once, in the place of the label")
         return self
 
 
@@ -226,23 +410,27 @@ class RankRequest(Body):
     """POST /v1/rank: candidates by their log-likelihood, as the `scoring` of the model's stage says."""
 
     image: str
-    candidates: Annotated[list[Text], Field(min_length=1)]
-    question: Text | None = None  # left out: what the model's training asked
+    candidates: Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST)]
+    question: Text | None = None  # default: the one of the model's training
 
 
-class CaptionRequest(Drawn):
+class CaptionRequest(Sampled):
     """POST /v1/captions: one caption for each image."""
 
-    image: str | Annotated[list[str], Field(min_length=1)]
-    prompt: Text | None = None  # left out: what the model's training asked
-    beams: Annotated[int, Field(ge=1, le=10)] = 1  # above 1: search this wide instead of drawing
+    image: Annotated[
+        Annotated[str, Tag("string")] | Annotated[list[str], Field(min_length=1, max_length=MAX_LIST), Tag("list")],
+        Discriminator(_kind),
+    ]
+    prompt: Text | None = None  # default: the one of the model's training
+    beams: Annotated[int, Field(ge=1, le=10)] = 1  # above 1: search this wide instead of sampling
 
     @model_validator(mode="after")
-    def _search_or_draw(self) -> "CaptionRequest":
-        if self.beams > 1 and "temperature" in self.model_fields_set and self.temperature:
-            raise ValueError(
-                f"beams search and temperature draws: leave one out (got {self.beams}, {self.temperature})"
-            )
+    def _search_or_sample(self) -> "CaptionRequest":
+        if self.beams > 1 and self.temperature:
+            reason = f"beams search and temperature samples: leave one out (got {self.beams}, {self.temperature})"
+            raise _conflict("temperature", reason)
+        if self.beams > 1 and self.top_p not in (None, 1):
+            raise _conflict("top_p", f"beams search and top_p samples: leave one out (got {self.beams}, {self.top_p})")
         return self
 
     @property

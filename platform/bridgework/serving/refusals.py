@@ -1,6 +1,7 @@
-"""How a request is refused: one exception, one JSON shape (OpenAI's), one table from what went wrong to a status."""
+"""Errors of the HTTP API: one exception, OpenAI's JSON, and the table from exceptions to statuses."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -8,68 +9,158 @@ from fastapi.responses import JSONResponse
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from bridgework.errors import BridgeworkError, DataError
+from bridgework.errors import BridgeworkError, DataError, SpecError
 
 RETRY_AFTER_S = 1
-_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+PARAM_CHARS = 200
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class Refusal(DataError):
-    """A request that is answered with an error: HTTP status, code and the field at fault beside the message."""
+    """A request that is answered with an error: the HTTP status, OpenAI's code, and the field that is wrong.
 
-    def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
+    With `close` the connection ends with the answer.
+    """
+
+    def __init__(self, status: int, message: str, *, code: str, param: str | None = None, close: bool = False) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
+        self.close = close
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (self.status, str(self), self.code, self.param, self.close)
 
     def body(self) -> dict[str, Any]:
         """{"error": {"message", "type", "param", "code"}}, as the OpenAI clients read it."""
-        kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        param = None if self.param is None else _encodable(self.param[:PARAM_CHARS])
+        return {"error": {"message": _encodable(str(self)), "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         headers = {"retry-after": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
+        if self.close:
+            headers["connection"] = "close"
         return JSONResponse(self.body(), self.status, headers)
 
 
-def busy() -> Refusal:
-    return Refusal(429, f"every place is taken; try again in {RETRY_AFTER_S} s", code="overloaded")
+def _rebuilt(status: int, message: str, code: str, param: str | None, close: bool) -> Refusal:
+    return Refusal(status, message, code=code, param=param, close=close)
+
+
+def _encodable(text: str) -> str:
+    """The text with half characters replaced: JSON input can hold them, and UTF-8 output cannot."""
+    return text.encode(errors="replace").decode()
+
+
+def shown(value: Any) -> str:
+    """A short form of a JSON value for a message."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        text = json.dumps(value) if len(value) == 1 and all(isinstance(v, str) for v in value.values()) else ""
+        return text if 0 < len(text) <= 60 else "an object"
+    if isinstance(value, str) and len(value) > 40:
+        return f"{json.dumps(value[:30])}.. of {len(value)} characters"
+    text = json.dumps(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    return text if len(text) <= 60 else f"{text[:40]}.."
+
+
+def busy(*, close: bool = False) -> Refusal:
+    message = f"every place is taken. Fix: try again in {RETRY_AFTER_S} s"
+    return Refusal(429, message, code="overloaded", close=close)
 
 
 def of(error: BaseException) -> Refusal:
-    """The refusal that an exception from a model replica becomes; what is not the client's doing tells no detail."""
+    """The refusal for an exception from a model replica. What the client did not cause is reported without details."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, Refusal):
         return cause
     if isinstance(cause, DataError):
         return Refusal(400, str(cause), code="invalid_request")
+    if isinstance(cause, SpecError):  # the model cannot do what the request asks for
+        return Refusal(400, str(cause), code="unsupported")
     if isinstance(cause, BackPressureError):
         return busy()
     if isinstance(cause, TimeoutError):
-        return Refusal(504, "the model did not answer in time; ask for fewer tokens or try again", code="timeout")
+        return Refusal(504, "the model did not answer in time. Fix: ask for fewer tokens, or try again", code="timeout")
     if isinstance(cause, RayActorError | DeploymentUnavailableError):
-        return Refusal(503, "the model is restarting; try again", code="model_unavailable")
+        return Refusal(503, "the model is restarting. Fix: try again", code="model_unavailable")
     if isinstance(cause, BridgeworkError):
         return Refusal(500, str(cause), code="model_error")
     return Refusal(500, f"the server failed ({type(cause).__name__}); its log has the reason", code="internal_error")
 
 
+# --- validation ------------------------------------------------------------------------------------------------------
+
+_EXPECTED = {  # by pydantic's error type; {} are of its context
+    "string_type": "a string",
+    "string_too_short": "at least {min_length} characters",
+    "string_too_long": "at most {max_length} characters",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number of 64 bits",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "{expected_tags}",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "too_short": "at least {min_length}",
+    "too_long": "at most {max_length}",
+}
+
+
 def of_validation(error: RequestValidationError) -> Refusal:
-    """The first thing that is wrong with a body, by its path: `messages.0.content.1.image_url.url`."""
+    """The first error in a body, with its path in the body: `messages.0.content.1.image_url.url`."""
     first = error.errors()[0]
-    param = _path(first["loc"])
     if first["type"] == "json_invalid":
         return Refusal(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
-    if first["type"] == "extra_forbidden":
-        return Refusal(
-            400, f"{param}: this server does not know or support it; leave it out", code="unknown", param=param
-        )
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return Refusal(400, f"{param}: {message}" if param else message, code="invalid_value", param=param or None)
+    where, context = first["loc"][1:], first.get("ctx", {})
+    missing = first["type"] == "missing"
+    path = _path(where, error.body, missing)
+    cause = context.get("error")
+    if isinstance(cause, Refusal):
+        param = ".".join(filter(None, (path, cause.param)))
+        message = f"{path}.{cause}" if path else str(cause)
+        return Refusal(cause.status, message, code=cause.code, param=param)
+    return Refusal(400, f"{path or 'the body'}: {_wrong(first, where)}", code="invalid_value", param=path or None)
 
 
-def _path(where: Sequence[str | int]) -> str:
-    return ".".join(str(step) for step in where[1:])
+def _wrong(first: Mapping[str, Any], where: Sequence[Any]) -> str:
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "missing":
+        return "missing. Fix: add it"
+    if kind == "union_tag_not_found":
+        return "the field 'type' is missing. Fix: add it"
+    if "error" in context:
+        return str(context["error"])
+    expected = _EXPECTED.get(kind, "another value").format_map(context)
+    if kind == "list_type" and where[-1:] == ("list",):  # the branch of what may be a string too
+        expected = "a string or a list"
+    given = repr(context["tag"]) if kind == "union_tag_invalid" else shown(first["input"])
+    return f"invalid value. Got {given}; expected {expected}"
+
+
+def _path(where: Sequence[str | int], body: Any, missing: bool) -> str:
+    """The steps of a location that lead through the body; pydantic writes its own branches between them."""
+    steps: list[str] = []
+    node = body
+    for i, step in enumerate(where):
+        within = isinstance(step, int) and step < len(node) if isinstance(node, list) else False
+        if within or (isinstance(node, dict) and step in node):
+            node = node[step]
+        elif not (missing and i == len(where) - 1):
+            continue
+        steps.append(str(step))
+    return ".".join(steps)

@@ -22,10 +22,12 @@ def resolve(app: str, model: str, options: Options, home: Path) -> Served:
         name, which = models.split(model)
         found = MLflowTracker(options.tracking, home, "Default").version(name, which)  # MLflow's own: none is made
         version, folder = found.version, found.artefact
-    digest = artefact.describe(folder).digest
+    info = artefact.describe(folder)
+    pixels = artefact.recipe(folder)[info.stage].model.pixels
     # By content: the same app over the same weights is the same deployment, however often Serve builds it anew.
-    words = "\n".join((app, name, version, folder, digest))
-    return Served(hashlib.sha256(words.encode()).hexdigest()[:12], app, name, version, folder, digest)
+    words = "\n".join((app, name, version, folder, info.digest))
+    deployment = hashlib.sha256(words.encode()).hexdigest()[:12]
+    return Served(deployment, app, name, version, folder, info.digest, tiled=bool(pixels.grids))
 
 
 def record(served: Served, home: Path) -> Path:
@@ -35,6 +37,7 @@ def record(served: Served, home: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         temporary = file.with_name(f".{served.id}.{uuid4().hex[:8]}")
-        temporary.write_text(json.dumps(asdict(served) | {"started": started}, indent=1))
+        identity = {name: value for name, value in asdict(served).items() if name != "tiled"}
+        temporary.write_text(json.dumps(identity | {"started": started}, indent=1))
         temporary.rename(file)
     return file

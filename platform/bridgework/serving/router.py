@@ -1,8 +1,8 @@
-"""Which model answers a request, and a second try when a replica dies before a byte was sent."""
+"""The choice of the model for a request, and a second try when a replica dies before a byte was sent."""
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ TRIES = 2
 
 @dataclass(frozen=True)
 class Served:
-    """One model of an app: `id` is the deployment's, and stands in the id of every answer."""
+    """One model of an app: `id` is the deployment's, and part of the id of every answer."""
 
     id: str
     app: str
@@ -26,6 +26,7 @@ class Served:
     version: str  # "" for a plain folder
     artefact: str
     digest: str
+    tiled: bool = False  # images are cut into tiles: their number depends on the size of an image
 
     @property
     def pinned(self) -> str:
@@ -66,6 +67,9 @@ class Router:
             try:
                 async with asyncio.timeout(self._timeout_s):
                     return await answer
+            except asyncio.CancelledError:  # the client left
+                answer.cancel()
+                raise
             except RayActorError as error:
                 if not left:
                     raise refusals.of(error) from error
@@ -75,21 +79,27 @@ class Router:
                 raise refusals.of(error) from error
         raise AssertionError("the last try returns or raises")
 
-    async def stream(self, served: Served, method: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        """A replica's pieces. Raises Refusal; a replica that dies after the first piece is not tried again."""
+    async def stream(self, served: Served, method: str, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        """A replica's pieces. Raises Refusal; a replica that dies after the first piece is not tried again.
+
+        Closing it ends the replica's work.
+        """
         for left in reversed(range(TRIES)):
-            begun = False
+            started = False
             pieces = getattr(self._handles[served.id].options(stream=True), method).remote(*args, **kwargs)
             try:
                 while True:
                     async with asyncio.timeout(self._timeout_s):
                         piece = await anext(pieces)
-                    begun = True
+                    started = True
                     yield piece
             except StopAsyncIteration:
                 return
+            except (asyncio.CancelledError, GeneratorExit):  # the client left
+                pieces.cancel()
+                raise
             except RayActorError as error:
-                if begun or not left:
+                if started or not left:
                     raise refusals.of(error) from error
             except Exception as error:
                 if isinstance(error, TimeoutError):

@@ -1,0 +1,98 @@
+"""A running Ray that asks for a token, as docs/cluster.md and docs/serving.md describe it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bridgework.serving.launch import free_port
+
+pytestmark = pytest.mark.slow
+RAY = str(Path(sys.executable).with_name("ray"))
+ALONE = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a person with a token of their own."""
+    kept = {name: value for name, value in os.environ.items() if name not in ALONE}
+    folder = tmp_path_factory.mktemp("user")
+    env = kept | {"HOME": str(folder), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    subprocess.run([RAY, "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
+    return env
+
+
+@pytest.fixture(scope="module")
+def head(environment: dict[str, str]) -> Iterator[str]:
+    """`ray start --head` on ports of its own; its address."""
+    folder = tempfile.mkdtemp(prefix="bw-head-")  # sockets need a short path
+    ports = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
+    chosen = {name: free_port() for name in ports}
+    words = [f"--{name}={port}" for name, port in chosen.items()]
+    command = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--temp-dir={folder}", *words]
+    log = Path(folder, "head.log")
+    with log.open("w") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as process:
+        try:
+            until(lambda: "Ray runtime started" in log.read_text(), process)
+            yield f"127.0.0.1:{chosen['port']}"
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def until(condition: object, process: subprocess.Popen[bytes]) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def command(weights: str, port: int) -> list[str]:
+    words = ["serve", "chat", f"model={weights}", "dev=true", "cpus=0.5", "--port", str(port)]
+    return [sys.executable, "-m", "bridgework.cli", *words]
+
+
+def healthy(port: int) -> bool:
+    with suppress(httpx.HTTPError):
+        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+    return False
+
+
+def test_serve_joins_a_ray_that_asks_for_a_token_and_leaves_it_running(
+    head: str, environment: dict[str, str], weights: str
+) -> None:
+    port, env = free_port(), environment | {"RAY_ADDRESS": head}
+    for _ in range(2):  # again after the first one ended: the Ray is still there
+        with subprocess.Popen(command(weights, port), env=env) as process:
+            until(lambda: healthy(port), process)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(120) == 0
+
+
+@pytest.mark.parametrize("change", ["no token", "another token", "no Ray"])
+def test_a_ray_that_cannot_be_joined_is_one_line(
+    head: str, environment: dict[str, str], weights: str, change: str
+) -> None:
+    env = environment | {"RAY_ADDRESS": head}
+    if change == "no token":
+        env["RAY_AUTH_MODE"] = "disabled"
+    elif change == "another token":
+        env["RAY_AUTH_TOKEN"] = "0" * 64
+    else:
+        env["RAY_ADDRESS"] = f"127.0.0.1:{free_port()}"
+    said = subprocess.run(command(weights, free_port()), env=env, capture_output=True, text=True, timeout=200)
+    assert said.returncode == 1
+    assert said.stderr.splitlines()[-1].startswith("error  ")
+    assert "RAY_ADDRESS" in said.stderr and "Traceback" not in said.stderr, said.stderr

@@ -1,0 +1,166 @@
+"""A replica's methods: text is read or refused, and work ends with its caller."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from torch.nn.modules.module import register_module_forward_hook
+
+from bridgework.data.samples import Part
+from bridgework.errors import DataError
+from bridgework.serving.options import Options
+from bridgework.serving.refusals import Refusal
+from bridgework.serving.replica import Model
+from tests.serving.support import picture
+
+IMAGE = picture("red")
+SHOWN = [Part("user", image=0)]
+ASKED = [*SHOWN, Part("user", text="\n"), Part("user", text="What is it?")]
+GREEDY: Any = {"max_new_tokens": 4, "temperature": 0.0}
+
+
+def model(artefact: str) -> Model:
+    return Model(artefact, Options(model=artefact, device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def chat(weights: str) -> Model:
+    return model(weights)
+
+
+@pytest.fixture(scope="module")
+def pairs(pairs_only: str) -> Model:
+    return model(pairs_only)
+
+
+def refused(call: Coroutine[Any, Any, Any]) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        asyncio.run(call)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def test_text_that_the_template_leaves_out_is_refused(pairs: Model) -> None:
+    calls = {
+        "messages": [
+            pairs.generate(ASKED, [IMAGE], GREEDY),
+            pairs.generate([Part("system", text="Be terse."), *SHOWN], [IMAGE], GREEDY),
+            pairs.choose(ASKED, [IMAGE], ["a", "b"]),
+        ],
+        "prompt": [pairs.caption(IMAGE, "a photo of", GREEDY)],
+        "question": [pairs.rank(IMAGE, ["a circle"], "What is it?")],
+    }
+    for param, some in calls.items():
+        for call in some:
+            refusal = refused(call)
+            assert (refusal.code, refusal.param) == ("unread_text", param)
+            assert "plain" in str(refusal) and "align" in str(refusal)
+
+
+def test_a_stream_refuses_unread_text_before_its_first_piece(pairs: Model) -> None:
+    async def first() -> Any:
+        return await anext(pairs.stream(ASKED, [IMAGE], GREEDY))
+
+    assert refused(first()).code == "unread_text"
+
+
+def test_a_model_that_reads_images_alone_is_asked_without_text(pairs: Model) -> None:
+    async def both() -> tuple[Any, Any]:
+        return await pairs.generate(SHOWN, [IMAGE], GREEDY), await pairs.caption(IMAGE, None, GREEDY)
+
+    asked, captioned = asyncio.run(both())
+    assert asked == captioned
+    assert asked.prompt_tokens > 0
+
+
+def test_every_character_of_a_prompt_is_read(chat: Model) -> None:
+    """Places of a recipe's prompt, {} and {ocr}, are text where a caller writes them."""
+
+    async def tokens(prompt: str) -> int:
+        return (await chat.caption(IMAGE, prompt, GREEDY)).prompt_tokens
+
+    for prompt in ("{}", "{ocr}", "a {} b {ocr} c"):
+        plain = "x" * len(prompt)
+        assert asyncio.run(tokens(prompt)) == asyncio.run(tokens(plain))  # bytes: one token a character
+
+
+def test_a_question_with_the_places_of_a_recipe_is_refused(chat: Model) -> None:
+    assert refused(chat.rank(IMAGE, ["a"], "what {}?")).code == "unread_text"
+
+
+def test_text_that_training_would_cut_is_refused(chat: Model) -> None:
+    long = "x" * 5000
+    for param, call in {
+        "structured_outputs.choice.1": chat.choose(ASKED, [IMAGE], ["a", long]),
+        "candidates.1": chat.rank(IMAGE, ["a", long], None),
+        "input": chat.embed([long]),
+    }.items():
+        refusal = refused(call)
+        assert (refusal.code, refusal.param) == ("text_too_long", param)
+    with pytest.raises(DataError, match="at most"):
+        asyncio.run(chat.generate([Part("user", text=long)], [], GREEDY))
+
+
+def writing() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "generate"]
+
+
+async def when(condition: Any) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def test_an_answer_that_is_abandoned_is_not_written_to_its_end(chat: Model) -> None:
+    endless: Any = {"max_new_tokens": 400, "min_new_tokens": 400, "temperature": 1.0}
+
+    async def run() -> None:
+        answer = asyncio.ensure_future(chat.generate(ASKED, [IMAGE], endless))
+        await when(writing)
+        answer.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answer
+        assert not writing()
+
+    asyncio.run(run())
+
+
+class Forwards:
+    """Counts the calls of all modules."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._hook = register_module_forward_hook(self._counted)
+
+    def _counted(self, *_: object) -> None:
+        self.count += 1
+
+    def remove(self) -> None:
+        self._hook.remove()
+
+
+@pytest.mark.parametrize("kind", ["beams", "choose", "rank"])
+def test_abandoned_work_in_one_piece_ends_early(chat: Model, kind: str) -> None:
+    many = [f"choice {i}" for i in range(256)]
+    beams: Any = {"max_new_tokens": 300, "min_new_tokens": 300, "temperature": 0.0, "beams": 3}
+
+    def call() -> Coroutine[Any, Any, Any]:
+        if kind == "beams":
+            return chat.generate(ASKED, [IMAGE], beams)
+        return chat.choose(ASKED, [IMAGE], many) if kind == "choose" else chat.rank(IMAGE, many, None)
+
+    async def run(leave: bool) -> int:
+        forwards = Forwards()
+        work = asyncio.ensure_future(call())
+        if leave:
+            await when(lambda: forwards.count)
+            work.cancel()
+        await asyncio.wait([work])
+        count = forwards.count
+        await chat._run(lambda: None)
+        assert forwards.count == count  # nothing goes on in a thread
+        forwards.remove()
+        return count
+
+    assert asyncio.run(run(leave=True)) < asyncio.run(run(leave=False)) / 2
