@@ -10,8 +10,8 @@ from statistics import mean
 
 import numpy as np
 
-from bridgework.data.laying import balance
-from bridgework.data.plan import Plan, SourceRows
+from bridgework.data.packing import balance
+from bridgework.data.plan.plan import Plan, SourceRows
 from bridgework.system import Mixture, Source
 
 LANES, BATCH, WINDOWS = 64, 256, 6
@@ -31,7 +31,9 @@ def costs(seed: int = 0) -> dict[str, "np.ndarray"]:
 
 def ratios(world: int, window: int) -> tuple[list[float], list[float]]:
     """max / mean over the ranks, of every step: (balanced, as rows come)."""
-    mixture = Mixture(sources=tuple(Source(name=n, dataset=n) for n in KINDS), lanes=LANES, window=window)
+    mixture = Mixture(
+        sources=tuple(Source(name=n, dataset=n) for n in KINDS), lanes=LANES, window=window
+    )
     sources = [SourceRows(name, name, rows, 32) for name, rows in KINDS.items()]
     plan, cost = Plan(sources, mixture, batch=BATCH, steps=10_000, seed=1), list(costs().values())
     balanced: list[float] = []
@@ -40,14 +42,21 @@ def ratios(world: int, window: int) -> tuple[list[float], list[float]]:
         lanes = []
         for lane in range(LANES):
             rows = plan.window(lane, t)
-            lanes.append([int(cost[source][row]) for source, row in zip(rows.source, rows.row, strict=True)])
+            lanes.append(
+                [int(cost[source][row]) for source, row in zip(rows.source, rows.row, strict=True)]
+            )
         laid = [balance(lane, window) for lane in lanes]
         each = plan.step_rows
         for step in range(window):
             balanced.append(
-                _ratio([sum(lane[i] for i in of[step]) for lane, of in zip(lanes, laid, strict=True)], world)
+                _ratio(
+                    [sum(lane[i] for i in of[step]) for lane, of in zip(lanes, laid, strict=True)],
+                    world,
+                )
             )
-            plain.append(_ratio([sum(lane[step * each : (step + 1) * each]) for lane in lanes], world))
+            plain.append(
+                _ratio([sum(lane[step * each : (step + 1) * each]) for lane in lanes], world)
+            )
     return balanced, plain
 
 
@@ -58,8 +67,12 @@ def _ratio(lanes: Sequence[int], world: int) -> float:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    print(f"{LANES} lanes, batches of {BATCH}; max / mean over ranks, mean of all steps and the worst of them\n")
-    print("| workers | window | balanced | worst | as rows come | worst |\n|---|---|---|---|---|---|")
+    print(
+        f"{LANES} lanes, batches of {BATCH}; max / mean over ranks, mean of all steps and the worst of them\n"
+    )
+    print(
+        "| workers | window | balanced | worst | as rows come | worst |\n|---|---|---|---|---|---|"
+    )
     for world in (2, 4, 8):
         for window in (16, 64):
             found = ratios(world, window)

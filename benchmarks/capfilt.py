@@ -19,14 +19,14 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from bridgework.config import override
 from bridgework.curation import CapFilt
+from bridgework.data.dataset import open_dataset, write
 from bridgework.data.samples import Sample, pair
-from bridgework.data.shards import open_dataset, write
 from bridgework.data.synthetic import COLOURS
-from bridgework.spec import override
 from bridgework.system import Source, System, load
 from bridgework.training.driver import train
-from bridgework.training.launch import How
+from bridgework.training.ray_train import RunOptions
 
 MISMATCHED = 0.3
 STEPS = 1_200
@@ -45,7 +45,10 @@ def flag(colours: Sequence[str]) -> Sample:
 def swapped(samples: Sequence[Sample]) -> tuple[list[Sample], set[str]]:
     """The samples with a share of the captions moved on to the next of them, and the keys of those."""
     wrong = random.Random(0).sample(samples, round(MISMATCHED * len(samples)))
-    moved = {s.key: pair(s.key, s.images[0], o.text) for s, o in zip(wrong, [*wrong[1:], wrong[0]], strict=True)}
+    moved = {
+        s.key: pair(s.key, s.images[0], o.text)
+        for s, o in zip(wrong, [*wrong[1:], wrong[0]], strict=True)
+    }
     return [moved.get(s.key, s) for s in samples], set(moved)
 
 
@@ -61,7 +64,7 @@ def trained(name: str, dataset: str, home: Path, steps: int) -> Path:
         "model.text.dropout": 0,
     }
     system = System(name="blip", paper="-", stages=(override(pairs, fast),))
-    return train(system, home=home, run=f"{name}-{steps}", how=How(workers=0))[name].artefact
+    return train(system, home=home, run=f"{name}-{steps}", how=RunOptions(workers=0))[name].artefact
 
 
 class Found(NamedTuple):
@@ -81,25 +84,40 @@ def found(home: Path, steps: int) -> Iterator[Found]:
     web, wrong = swapped(flags[half:])
     right, made = {s.key for s in web} - wrong, str(home / "made")
     for name, samples in (("true", flags[:half]), ("web", web)):
-        write(samples, str(home / name), source="flags", licence="CC0-1.0", made_by="benchmarks.capfilt")
-    models = {name: trained(name, str(home / "true"), home, n) for name, n in (("captioner", 2), ("filter", steps))}
+        write(
+            samples,
+            str(home / name),
+            source="flags",
+            licence="CC0-1.0",
+            made_by="benchmarks.capfilt",
+        )
+    models = {
+        name: trained(name, str(home / "true"), home, n)
+        for name, n in (("captioner", 2), ("filter", steps))
+    }
     for threshold in THRESHOLDS:
         spec = replace(SPEC, sources=(str(home / "web"),), threshold=threshold)
         spec.run(models, made, home=home, say=lambda text: None)
         rows = open_dataset(made).samples()
         kept = {s.provenance["capfilt.key"] for s in rows if s.provenance["capfilt.kept"] == "web"}
         shutil.rmtree(made)  # and not made.judged: the scores stay
-        yield Found(threshold, len(kept), len(kept & right) / len(kept), len(kept & right) / len(right))
+        yield Found(
+            threshold, len(kept), len(kept & right) / len(kept), len(kept & right) / len(right)
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="that the filter learns")
     steps = parser.parse_args().steps
     print("| threshold | kept | precision | recall |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for each in found(Path(folder), steps):
-            print(f"| {each.threshold:g} | {each.kept} | {each.precision:.2f} | {each.recall:.2f} |")
+            print(
+                f"| {each.threshold:g} | {each.kept} | {each.precision:.2f} | {each.recall:.2f} |"
+            )
 
 
 if __name__ == "__main__":

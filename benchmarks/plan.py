@@ -23,10 +23,10 @@ from rich.table import Table
 
 from benchmarks.ingest.feeding import start_ray
 from benchmarks.ingest.reading import manifest
-from bridgework.data.groups import Groups
+from bridgework.data.dataset import open_dataset
 from bridgework.data.manifest import FILE
-from bridgework.data.plan import Plan, SourceRows
-from bridgework.data.shards import open_dataset
+from bridgework.data.plan.plan import Plan, SourceRows
+from bridgework.data.row_groups import Groups
 from bridgework.system import Mixture, Source
 
 ROWS = (600_000_000, 250_000_000, 100_000_000, 50_000_000)
@@ -35,7 +35,11 @@ GROUP_ROWS = 32
 BATCHES = (256, 4_096)
 PLACES = (0.0, 0.1, 0.5, 0.9, 3.5)  # epochs of the rows of all sources
 WINDOWS = 200  # looked up at each place
-ITEMS = (10_000, 100_000, 6_250_000)  # windows handed to Ray Data; the last are CLIP's on 256 workers
+ITEMS = (
+    10_000,
+    100_000,
+    6_250_000,
+)  # windows handed to Ray Data; the last are CLIP's on 256 workers
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,11 @@ def peak_mb() -> float:
 
 
 def handed_over(items: int) -> float:
-    """Seconds that Ray Data takes to be handed `items` windows, as bridgework.data.ingest does it."""
-    from bridgework.data.ingest import counted
+    """Seconds that Ray Data takes to be handed `items` windows, as bridgework.data.ray_ingest does it."""
+    from bridgework.data.ray_ingest import range_dataset
 
     began = time.perf_counter()
-    counted(items)
+    range_dataset(items)
     return time.perf_counter() - began
 
 
@@ -130,7 +134,15 @@ def measured(console: Console) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         datasets, found["open_s"] = opened(Path(folder))
         groups = Groups(datasets, None)
-        shown = Table("batch", "at epoch", "a window, us", "a row, us", "its place, us", "a lookup, us", box=None)
+        shown = Table(
+            "batch",
+            "at epoch",
+            "a window, us",
+            "a row, us",
+            "its place, us",
+            "a lookup, us",
+            box=None,
+        )
         for batch in BATCHES:
             plan, found["plan_s"] = made(datasets, batch)
             for epoch in PLACES:
@@ -144,7 +156,9 @@ def measured(console: Console) -> dict[str, Any]:
     console.print(
         f"{shards:,} shards, {sum(ROWS):,} rows: opened in {found['open_s']:.1f} s, planned in {found['plan_s']:.3f} s"
     )
-    console.print(f"peak memory {found['peak_mb']:.0f} MB, of which {found['imports_mb']:.0f} MB before")
+    console.print(
+        f"peak memory {found['peak_mb']:.0f} MB, of which {found['imports_mb']:.0f} MB before"
+    )
     return found
 
 

@@ -18,11 +18,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bridgework.data.batch import Batch
+from bridgework.data.collate import Batch
 from bridgework.system import Stage, load
-from bridgework.training.engine import Taken
-from bridgework.training.meters import by_sample
-from bridgework.training.recorder import FLUSH_S, FOLDER, Recorder
+from bridgework.training.deepspeed_engine import StepResult
+from bridgework.training.flight_recorder import FLUSH_S, FOLDER, FlightRecorder
+from bridgework.training.metrics import per_sample
 
 SAMPLES = (256, 1_024)
 MICRO = 32  # samples of a micro-batch
@@ -31,18 +31,30 @@ STEP_S = 1.0  # what a step is said to take
 WARM = 4  # steps before the clock starts
 
 
-def steps(stage: Stage, samples: int, count: int) -> Iterator[tuple[list[Batch], Taken]]:
+def steps(stage: Stage, samples: int, count: int) -> Iterator[tuple[list[Batch], StepResult]]:
     """Batches of lengths, keys and losses that differ; their pixels play no part."""
     draw = np.random.default_rng(samples)
     for _ in range(count):
         lengths = torch.from_numpy(draw.integers(64, TOKENS, samples))
-        batches = [_batch(draw, lengths[first : first + MICRO]) for first in range(0, samples, MICRO)]
+        batches = [
+            _batch(draw, lengths[first : first + MICRO]) for first in range(0, samples, MICRO)
+        ]
         counts_LR = lengths.float().expand(len(stage.losses), -1)
         losses_LR = torch.from_numpy(draw.gamma(4.0, 0.5, (len(stage.losses), samples))).float()
         none = torch.zeros(len(stage.losses), 4)
         yield (
             batches,
-            Taken(none[:, 0], none, none, 1.0, none[0], none[0], none[0], losses_LR * counts_LR, counts_LR),
+            StepResult(
+                none[:, 0],
+                none,
+                none,
+                1.0,
+                none[0],
+                none[0],
+                none[0],
+                losses_LR * counts_LR,
+                counts_LR,
+            ),
         )
 
 
@@ -54,7 +66,10 @@ def _batch(draw: np.random.Generator, lengths: torch.Tensor) -> Batch:
         labels_BT=attention_BT.long(),
         pixels_N3HW=None,
         features_NPD=None,
-        keys=[f"coco/train2017/{number:012d}" for number in draw.integers(0, 600_000, len(lengths)).tolist()],
+        keys=[
+            f"coco/train2017/{number:012d}"
+            for number in draw.integers(0, 600_000, len(lengths)).tolist()
+        ],
         sources=draw.integers(0, 4, len(lengths)).tolist(),
     )
 
@@ -63,10 +78,10 @@ def measure(stage: Stage, samples: int, count: int) -> dict[str, float]:
     """Milliseconds a step, the writing shared out, and bytes a sample."""
     wall, cpu = [], []
     with tempfile.TemporaryDirectory() as folder:
-        with Recorder(Path(folder), "attempt0", 0, start=0) as recorder:
+        with FlightRecorder(Path(folder), "attempt0", 0, start=0) as recorder:
             for step, (batches, taken) in enumerate(steps(stage, samples, count + WARM)):
                 began, busy = time.perf_counter(), time.process_time()
-                losses, counts = by_sample(stage, taken)
+                losses, counts = per_sample(stage, taken)
                 recorder.step(step, batches, losses, counts)
                 if step % round(FLUSH_S / STEP_S):
                     recorder.flush()
@@ -83,13 +98,23 @@ def measure(stage: Stage, samples: int, count: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     stage = load("llava").tiny().stages[0]
-    shown = Table("samples a step", "wall ms", "worst", "CPU ms", "of a step of 1 s", "bytes a sample", box=None)
+    shown = Table(
+        "samples a step",
+        "wall ms",
+        "worst",
+        "CPU ms",
+        "of a step of 1 s",
+        "bytes a sample",
+        box=None,
+    )
     runs: list[dict[str, Any]] = []
     for samples in SAMPLES:
         found = measure(stage, samples, given.steps)

@@ -113,13 +113,21 @@ def _lost(came: list[str], store: Store) -> tuple[int, int]:
 def elastic(store: Store) -> int:
     """Steps of an epoch whose samples are one worker's, whoever reads them. Raises AssertionError where they differ."""
     described, epoch = feed(DECODE, store), store.rows // BATCH
-    alone = [Counter(row.key for row in rows) for rows in islice(local(described, rank=0, world=1, start=0), epoch)]
+    alone = [
+        Counter(row.key for row in rows)
+        for rows in islice(local(described, rank=0, world=1, start=0), epoch)
+    ]
     ends = [epoch * number // len(WORLDS) for number in range(len(WORLDS) + 1)]
     for world, (start, end) in zip(WORLDS, pairwise(ends), strict=True):
-        ranks = [islice(local(described, rank=rank, world=world, start=start), end - start) for rank in range(world)]
+        ranks = [
+            islice(local(described, rank=rank, world=world, start=start), end - start)
+            for rank in range(world)
+        ]
         for step, parts in enumerate(zip(*ranks, strict=True), start):
             together = Counter(row.key for rows in parts for row in rows)
-            assert together == alone[step], f"step {step} at world {world} has other samples than at world 1"
+            assert together == alone[step], (
+                f"step {step} at world {world} has other samples than at world 1"
+            )
     whole = sum(alone, Counter[str]())
     assert len(whole) == store.rows and set(whole.values()) == {1}, "an id is missing or came twice"
     return epoch
@@ -129,7 +137,9 @@ def manifest_bytes(step: int) -> int:
     """Of a checkpoint's manifest, which holds the cursor, where no file is beside it."""
     with tempfile.TemporaryDirectory() as folder:
         place = checkpoint.begin(Path(folder), step, "attempt0")
-        kept = checkpoint.complete(place, step=step, world=8, attempt="attempt0", fingerprint="f" * 16, keep=1)
+        kept = checkpoint.complete(
+            place, step=step, world=8, attempt="attempt0", fingerprint="f" * 16, keep=1
+        )
         return (kept.folder / "manifest.json").stat().st_size
 
 
@@ -166,7 +176,9 @@ def main() -> None:
     store = Store("clipart", 2_048) if given.quick else Store("photos", 2_048)
     rounds = given.rounds or (2 if given.quick else 7)
     epoch = elastic(Store("clipart", store.rows))
-    console.print(f"workers {' -> '.join(map(str, WORLDS))}: all {epoch} steps of an epoch as one worker reads them")
+    console.print(
+        f"workers {' -> '.join(map(str, WORLDS))}: all {epoch} steps of an epoch as one worker reads them"
+    )
     found = list(ours(store, "local", rounds))
     for name in (name for name, peer in PEERS.items() if installed(peer)):
         found += theirs(store, name, rounds)
@@ -175,10 +187,14 @@ def main() -> None:
         found += ours(store, "ray", rounds)
     console.print(table(found))
     manifest = manifest_bytes(epoch)
-    console.print(f"our cursor is the step in a checkpoint's manifest, which has {manifest} bytes without its files")
+    console.print(
+        f"our cursor is the step in a checkpoint's manifest, which has {manifest} bytes without its files"
+    )
     if given.json:
         runs = [asdict(each) for each in found]
-        given.json.write_text(json.dumps({"manifest_bytes": manifest, "runs": runs}, indent=1) + "\n")
+        given.json.write_text(
+            json.dumps({"manifest_bytes": manifest, "runs": runs}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

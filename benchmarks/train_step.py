@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bridgework.data.batch import collate
-from bridgework.data.reader import Feed, local
-from bridgework.models import freezing
-from bridgework.spec import override
+from bridgework.config import override
+from bridgework.data.collate import collate
+from bridgework.data.reader import ReaderConfig, local
+from bridgework.models import base
 from bridgework.system import Stage, System, load
-from bridgework.tracking import Journal
-from bridgework.training.schedule import learning_rate
+from bridgework.tracking.tracker import Journal
+from bridgework.training.deepspeed_engine import learning_rate
 
 STEPS, WARM = 40, 10  # steps of a run, of which the first are not counted
 THREADS = 1  # of torch, on both sides
@@ -46,8 +46,14 @@ def system() -> System:
         "stages.*.budget.micro": 16,
     }
     small = override(load("llava").tiny(), changes)
-    instruct = override(small, {"stages.instruct.starts_from": None, "stages.instruct.shard.stage": 0}).stages[1]
-    return System(name="bench", paper="", stages=(replace(instruct, data=replace(instruct.data, template="plain")),))
+    instruct = override(
+        small, {"stages.instruct.starts_from": None, "stages.instruct.shard.stage": 0}
+    ).stages[1]
+    return System(
+        name="bench",
+        paper="",
+        stages=(replace(instruct, data=replace(instruct.data, template="plain")),),
+    )
 
 
 def bare(stage: Stage, home: Path) -> list[float]:
@@ -55,10 +61,15 @@ def bare(stage: Stage, home: Path) -> list[float]:
     torch.set_num_threads(THREADS)
     torch.manual_seed(stage.seed)
     model = stage.model.build()
-    freezing.apply(model, stage.trains)
+    base.set_trainable(model, stage.trains)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=stage.optim.peak_lr, betas=stage.optim.betas, weight_decay=0.0)
-    batches = [collate(rows, pad_id=0) for rows in local(Feed.of(stage, home), rank=0, world=1, start=0)]
+    optimizer = torch.optim.AdamW(
+        trained, lr=stage.optim.peak_lr, betas=stage.optim.betas, weight_decay=0.0
+    )
+    batches = [
+        collate(rows, pad_id=0)
+        for rows in local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)
+    ]
     model.train()
     seconds = []
     for step, batch in enumerate(batches):
@@ -78,12 +89,12 @@ def bare(stage: Stage, home: Path) -> list[float]:
 
 def ours(built: System, home: Path, name: str) -> list[float]:
     """Seconds of every step of the loop on one Ray Train worker."""
-    from bridgework.cluster import attached
+    from bridgework.ray_utils import ray_session
     from bridgework.training.driver import train
-    from bridgework.training.launch import How
+    from bridgework.training.ray_train import RunOptions
 
-    how = How(checkpoint_every=STEPS, threads=THREADS)
-    with attached():
+    how = RunOptions(checkpoint_every=STEPS, threads=THREADS)
+    with ray_session():
         train(built, home=home, run=name, how=how, console=Console(quiet=True))
     journal = Journal(home / "runs" / name / built.stages[0].name / "journal")
     return [p.value for _, points in journal.points() for p in points if p.key == "step_s"]
@@ -99,7 +110,11 @@ def main() -> None:
         home = Path(os.environ["BRIDGEWORK_HOME"])
         built = system()
         name = f"bench-{time.time_ns()}"
-        print(json.dumps(bare(built.stages[0], home) if words.side == "bare" else ours(built, home, name)))
+        print(
+            json.dumps(
+                bare(built.stages[0], home) if words.side == "bare" else ours(built, home, name)
+            )
+        )
         return
     medians: dict[str, list[float]] = {"bare": [], "ours": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +122,11 @@ def main() -> None:
             for side, found in medians.items():
                 command = [sys.executable, "-m", "benchmarks.train_step", "--side", side]
                 done = subprocess.run(
-                    command, env={**os.environ, "BRIDGEWORK_HOME": folder}, capture_output=True, text=True, check=True
+                    command,
+                    env={**os.environ, "BRIDGEWORK_HOME": folder},
+                    capture_output=True,
+                    text=True,
+                    check=True,
                 )
                 found.append(statistics.median(json.loads(done.stdout.splitlines()[-1])[WARM:]))
     ratios = [b / o for b, o in zip(medians["bare"], medians["ours"], strict=True)]
@@ -120,8 +139,12 @@ def main() -> None:
     if words.json:
         print(json.dumps(result))
     else:
-        print(f"bare torch   {result['bare']:.3f} s a step\nbridgework   {result['ours']:.3f} s a step")
-        print(f"speed        {result['ratio']:.2f} of the bare loop ({result['least']:.2f} to {result['most']:.2f})")
+        print(
+            f"bare torch   {result['bare']:.3f} s a step\nbridgework   {result['ours']:.3f} s a step"
+        )
+        print(
+            f"speed        {result['ratio']:.2f} of the bare loop ({result['least']:.2f} to {result['most']:.2f})"
+        )
 
 
 if __name__ == "__main__":

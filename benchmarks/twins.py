@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from bridgework.curation.dedup import Dedup
-from bridgework.curation.twins import Nearest, codes, earlier, perceptual, repainted
-from bridgework.data.shards import open_dataset
-from bridgework.data.transforms import decode
+from bridgework.curation.near_duplicates import Nearest, codes, earlier, perceptual, repainted
+from bridgework.data.dataset import open_dataset
+from bridgework.data.images import decode
 
 DATASET = Path(__file__).parents[1] / "examples" / "data" / "clipart"
 COPIED = 400  # pictures
@@ -63,7 +63,9 @@ def main() -> None:
     print(
         f"{len(signed)} pictures; twins by at most {LIMITS.distance} of 64 bits, and colours {LIMITS.colour} of 255\n"
     )
-    print("| pairs | of | twins by the hash | and by colours | apart, median | most |\n|---|---|---|---|---|---|")
+    print(
+        "| pairs | of | twins by the hash | and by colours | apart, median | most |\n|---|---|---|---|---|---|"
+    )
     print(row("different files", len(pairs), len(signed) * (len(signed) - 1) // 2, pairs))
     for name, copied in COPIES.items():
         apart = []

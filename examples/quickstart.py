@@ -23,20 +23,21 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from bridgework.cluster import attached
+from bridgework.artifacts import StageResult
 from bridgework.data.catalog import home as home_folder
+from bridgework.data.dataset import open_dataset, verify
 from bridgework.data.samples import Sample
-from bridgework.data.shards import open_dataset, verify
 from bridgework.errors import BridgeworkError, DataError, TrackingError
 from bridgework.evaluation import HeldOutLoss, Ranking, Retrieval
-from bridgework.inference import Pipeline
-from bridgework.lineage import graph, models
-from bridgework.lineage.store import MLflowTracker
+from bridgework.inference.pipeline import Pipeline
+from bridgework.ray_utils import ray_session
 from bridgework.serving import launch
 from bridgework.system import load
-from bridgework.tracking import Version
+from bridgework.tracking import lineage as graph
+from bridgework.tracking import registry
+from bridgework.tracking.mlflow_store import MLflowTracker
+from bridgework.tracking.tracker import Version
 from bridgework.training.driver import train
-from bridgework.training.record import StageResult
 from bridgework.tuning.search import Outcome, sweep
 from bridgework.tuning.space import load as load_space
 
@@ -83,7 +84,7 @@ def main() -> None:
     with report.part("verify", "the shards that the repository ships"):
         check_shards()
     tracker = MLflowTracker(None, home, "quickstart")
-    with attached():
+    with ray_session():
         walk(tracker, home, report)
     response = report.values["response"]
     console.print(graph.trace(response, tracker, home), highlight=False)
@@ -94,15 +95,31 @@ def main() -> None:
 def walk(tracker: MLflowTracker, home: Path, report: Report) -> None:
     """Every part that needs Ray."""
     with report.part("train", "llava:quickstart: warm, align, instruct"):
-        results = train(load("llava:quickstart"), home=home, run="quickstart", tracker=tracker, console=console)
+        results = train(
+            load("llava:quickstart"), home=home, run="quickstart", tracker=tracker, console=console
+        )
         show_training(results)
     with report.part("sweep", "the bridge, its learning rate, and alpha of the mixture"):
-        outcome = sweep(load_space("llava_bridge"), home=home, run="quickstart-sweep", tracker=tracker, console=console)
+        outcome = sweep(
+            load_space("llava_bridge"),
+            home=home,
+            run="quickstart-sweep",
+            tracker=tracker,
+            console=console,
+        )
         show_sweep(outcome)
-    with report.part("promote", "the better of the two models, by its ranking of held-out captions"):
+    with report.part(
+        "promote", "the better of the two models, by its ranking of held-out captions"
+    ):
         champion = choose(tracker, results["instruct"], outcome)
-        report.values |= {"model": champion.name, "version": champion.version, "alias": models.CHAMPION}
-    with report.part("judge", "the champion, on drawings by another artist and on concepts that it never saw"):
+        report.values |= {
+            "model": champion.name,
+            "version": champion.version,
+            "alias": registry.CHAMPION,
+        }
+    with report.part(
+        "judge", "the champion, on drawings by another artist and on concepts that it never saw"
+    ):
         report.values |= judge(champion.artefact, home)
     with report.part("serve", "ask over HTTP with the openai client"):
         report.values |= ask(home)
@@ -115,7 +132,8 @@ def check_shards() -> None:
             raise DataError(f"{DATA / name}: {problems[0]}; check the files out again")
         manifest = open_dataset(str(DATA / name)).manifest
         console.print(
-            f"{name:18}{manifest.rows:6,} pairs  {manifest.licence:32}  {manifest.digest[:12]}", highlight=False
+            f"{name:18}{manifest.rows:6,} pairs  {manifest.licence:32}  {manifest.digest[:12]}",
+            highlight=False,
         )
 
 
@@ -129,34 +147,44 @@ def show_training(results: dict[str, StageResult]) -> None:
 
 
 def show_sweep(outcome: Outcome) -> None:
-    table = Table("trial", "score", "status", "bridge", "peak_lr", "alpha", box=None, pad_edge=False)
+    table = Table(
+        "trial", "score", "status", "bridge", "peak_lr", "alpha", box=None, pad_edge=False
+    )
     for row in outcome.rows:
         bridge, rate, alpha = row.changes.values()
-        table.add_row(row.trial, f"{row.score or 0:.3f}", row.status, str(bridge), f"{rate:.2g}", f"{alpha:g}")
+        table.add_row(
+            row.trial, f"{row.score or 0:.3f}", row.status, str(bridge), f"{rate:.2g}", f"{alpha:g}"
+        )
     console.print(table)
     console.print(f"again: {outcome.command}", soft_wrap=True, highlight=False)
 
 
 def choose(tracker: MLflowTracker, trained: StageResult, outcome: Outcome) -> Version:
     """The trained model becomes the first champion; the sweep's winner must rank better to take its place."""
-    first = models.register(tracker, "llava", trained, {"run": "quickstart"})
-    if not any(models.CHAMPION in v.aliases or models.PREVIOUS in v.aliases for v in tracker.versions("llava")):
-        models.promote(tracker, f"llava:{first.version}")
+    first = registry.register(tracker, "llava", trained, {"run": "quickstart"})
+    if not any(
+        registry.CHAMPION in v.aliases or registry.PREVIOUS in v.aliases
+        for v in tracker.versions("llava")
+    ):
+        registry.promote(tracker, f"llava:{first.version}")
     try:
-        done = models.promote(tracker, "llava@challenger", metric=GATE)
+        done = registry.promote(tracker, "llava@challenger", metric=GATE)
         figures = " against ".join(f"{figure:.3f}" for figure in done.compared or ())
         console.print(
-            f"champion: version {done.champion.version}, the sweep's winner ({GATE} {figures})", highlight=False
+            f"champion: version {done.champion.version}, the sweep's winner ({GATE} {figures})",
+            highlight=False,
         )
     except TrackingError as refused:
         console.print(f"{refused}", highlight=False, soft_wrap=True)
-    return tracker.version("llava", models.CHAMPION)
+    return tracker.version("llava", registry.CHAMPION)
 
 
 def judge(artefact: str, home: Path) -> dict[str, Any]:
     """The figures of the champion, beside chance."""
     pipeline = Pipeline.load(artefact)
-    figures = {key: value for spec in JUDGES for key, value in spec.run(pipeline, home).metrics.items()}
+    figures = {
+        key: value for spec in JUDGES for key, value in spec.run(pipeline, home).metrics.items()
+    }
     table = Table("", "another artist's style", "new concepts", "chance", box=None, pad_edge=False)
     for name, key, chance in (
         ("right caption nearest of 300", "retrieval.image_to_text_r1", "retrieval.chance_r1"),
@@ -166,7 +194,9 @@ def judge(artefact: str, home: Path) -> dict[str, Any]:
         table.add_row(name, *(f"{figures[k]:.1%}" for k in (key, f"concepts_{key}", chance)))
     console.print(table)
     loss, shuffled = figures["heldout.loss"], figures["heldout.loss_shuffled"]
-    console.print(f"held-out loss {loss:.2f} nats a token, {shuffled:.2f} with another image", highlight=False)
+    console.print(
+        f"held-out loss {loss:.2f} nats a token, {shuffled:.2f} with another image", highlight=False
+    )
     return {
         "heldout_loss": loss,
         "heldout_loss_shuffled": shuffled,
@@ -187,7 +217,9 @@ def ask(home: Path) -> dict[str, Any]:
     with serving("embed", home) as address:
         ranked = [rank(address, sample, captions) for sample in samples]
         nearest = [classify(address, sample, captions) for sample in samples]
-    table = Table("drawn", "likeliest of 20", "nats above", "nearest of 20", box=None, pad_edge=False)
+    table = Table(
+        "drawn", "likeliest of 20", "nats above", "nearest of 20", box=None, pad_edge=False
+    )
     sure: list[tuple[bool, float, Sample]] = []
     for sample, (first, second, *_), near in zip(samples, ranked, nearest, strict=True):
         margin = first["score"] - second["score"]
@@ -220,7 +252,12 @@ def serving(app: str, home: Path) -> Iterator[str]:
 
 def rank(address: str, sample: Sample, captions: list[str]) -> list[dict[str, Any]]:
     """The captions of `choices`, likeliest first."""
-    body = {"model": "llava", "image": url(sample), "candidates": choices(sample, captions), "question": QUESTION}
+    body = {
+        "model": "llava",
+        "image": url(sample),
+        "candidates": choices(sample, captions),
+        "question": QUESTION,
+    }
     answer = httpx.post(f"{address}/v1/rank", json=body, timeout=120)
     answer.raise_for_status()
     data: list[dict[str, Any]] = answer.json()["data"]
@@ -229,7 +266,12 @@ def rank(address: str, sample: Sample, captions: list[str]) -> list[dict[str, An
 
 def classify(address: str, sample: Sample, captions: list[str]) -> str:
     """The caption of `choices` whose embedding is nearest to the image's."""
-    body = {"model": "llava", "image": url(sample), "labels": choices(sample, captions), "template": "{}"}
+    body = {
+        "model": "llava",
+        "image": url(sample),
+        "labels": choices(sample, captions),
+        "template": "{}",
+    }
     answer = httpx.post(f"{address}/v1/classify", json=body, timeout=120)
     answer.raise_for_status()
     return str(answer.json()["data"][0]["label"])
@@ -237,12 +279,20 @@ def classify(address: str, sample: Sample, captions: list[str]) -> str:
 
 def choices(sample: Sample, captions: list[str]) -> list[str]:
     """The sample's own caption among CANDIDATES, the others taken at even distances."""
-    others = [c for c in captions[:: len(captions) // CANDIDATES] if c != sample.text][: CANDIDATES - 1]
+    others = [c for c in captions[:: len(captions) // CANDIDATES] if c != sample.text][
+        : CANDIDATES - 1
+    ]
     return [sample.text, *others]
 
 
 def url(sample: Sample) -> str:
-    kind = "webp" if sample.images[0][8:12] == b"WEBP" else "png" if sample.images[0][:4] == b"\x89PNG" else "jpeg"
+    kind = (
+        "webp"
+        if sample.images[0][8:12] == b"WEBP"
+        else "png"
+        if sample.images[0][:4] == b"\x89PNG"
+        else "jpeg"
+    )
     return f"data:image/{kind};base64,{base64.b64encode(sample.images[0]).decode()}"
 
 

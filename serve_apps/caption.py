@@ -1,5 +1,5 @@
 """`serve run serve_apps.caption:app model=NAME`: captions for images."""
 
-from bridgework.serving.apps import caption as app
+from bridgework.serving.app import caption as app
 
 __all__ = ["app"]

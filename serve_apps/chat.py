@@ -1,5 +1,5 @@
 """`serve run serve_apps.chat:app model=NAME`: OpenAI-compatible chat with images; a page to try it at /."""
 
-from bridgework.serving.apps import chat as app
+from bridgework.serving.app import chat as app
 
 __all__ = ["app"]

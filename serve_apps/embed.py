@@ -1,5 +1,5 @@
 """`serve run serve_apps.embed:app model=NAME`: embeddings of texts and images, zero-shot classes, ranking."""
 
-from bridgework.serving.apps import embed as app
+from bridgework.serving.app import embed as app
 
 __all__ = ["app"]

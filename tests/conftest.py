@@ -13,7 +13,7 @@ import ray
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from bridgework.data.tokens import load_tokenizer
+from bridgework.data.tokenization import load_tokenizer
 
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # else a local ray.init() writes a token into the user's own ~/.ray
@@ -37,7 +37,9 @@ def ray_session(home: Path) -> Iterator[None]:
     """A Ray of 4 CPUs, whatever the machine has; its sockets need a short path."""
     os.environ.update(RAY_ENVIRONMENT)
     folder = tempfile.mkdtemp(prefix="bw-ray-")
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=folder
+    )
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from bridgework.cli_data import data
-from bridgework.data.shards import open_dataset
+from bridgework.cli.data import data
+from bridgework.data.dataset import open_dataset
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
 
@@ -51,7 +51,11 @@ def test_a_bare_name_goes_home_and_is_found_there(pictures: Path, home: Path) ->
         (["folder", "max_bad=lots"], SpecError, "max_bad must be float, got 'lots'"),
         (["folder", "MIT"], SpecError, "KEY=VALUE, e.g. licence=CC-BY-4.0; got 'MIT'"),
         (["emoji", "--licence", "MIT"], SpecError, "no field 'licence'; known: max_bad"),
-        (["folder", "sayy=hello"], SpecError, "no field 'sayy'; known: image, licence, max_bad, table, text, workers"),
+        (
+            ["folder", "sayy=hello"],
+            SpecError,
+            "no field 'sayy'; known: image, licence, max_bad, table, text, workers",
+        ),
         (["folder", "workers=-1"], SpecError, "workers=-1: 0 or more actors are allowed"),
         (["./my_format.py"], DataError, "its module's path, e.g. my_lab.photos"),
         (["emoji", "--workers", "2"], SpecError, "no field 'workers'"),
@@ -66,23 +70,36 @@ def test_wrong_words_of_an_import_are_refused_with_advice(
     assert not (tmp_path / "made").exists()
 
 
-def test_an_import_that_was_cut_off_goes_on_with_the_same_command(pictures: Path, tmp_path: Path) -> None:
+def test_an_import_that_was_cut_off_goes_on_with_the_same_command(
+    pictures: Path, tmp_path: Path
+) -> None:
     (pictures / "bad.png").write_bytes(b"<html>")
     with pytest.raises(DataError, match="1 of 4 rows are bad"):
         run("import", "folder", pictures, tmp_path / "made")
     assert not (tmp_path / "made").exists()
     done = run("import", "folder", pictures, tmp_path / "made", "max_bad=0.3")
     assert done.stdout == f"{tmp_path / 'made'}{os.linesep}" and "1 put aside" in done.stderr
-    assert "nothing to do" in run("import", "folder", pictures, tmp_path / "made", "max_bad=0.3").stderr
+    assert (
+        "nothing to do"
+        in run("import", "folder", pictures, tmp_path / "made", "max_bad=0.3").stderr
+    )
 
 
-def test_export_writes_another_format_and_ends_with_what_was_lost(pictures: Path, tmp_path: Path) -> None:
+def test_export_writes_another_format_and_ends_with_what_was_lost(
+    pictures: Path, tmp_path: Path
+) -> None:
     done = run("export", "webdataset", SHAPES, tmp_path / "tars", "rows=100")
-    assert done.stdout.splitlines() == [str(tmp_path / "tars"), "256 rows, 256 images; lost: nothing"]
+    assert done.stdout.splitlines() == [
+        str(tmp_path / "tars"),
+        "256 rows, 256 images; lost: nothing",
+    ]
     assert run("import", "webdataset", f"{tmp_path}/tars/*.tar", tmp_path / "back").exit_code == 0
     assert len(open_dataset(str(tmp_path / "back"))) == 256
     done = run("export", "llava-json", SHAPES, tmp_path / "talks", "prompt=What is it?")
-    assert done.stdout.splitlines()[-1] == "256 rows, 256 images; lost: labels of 256 rows, licence of 256 rows"
+    assert (
+        done.stdout.splitlines()[-1]
+        == "256 rows, 256 images; lost: labels of 256 rows, licence of 256 rows"
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +144,9 @@ def test_verify_looks_at_every_dataset_whatever_the_others_are(tmp_path: Path) -
     done = run("verify", tmp_path / "torn", "synthetic:shape", SHAPES)
     assert done.exit_code == 1
     assert f"sound     {SHAPES}" in done.stdout
-    assert "not a manifest" in done.stdout and "did you mean 'synthetic:shapes'" in " ".join(done.stdout.split())
+    assert "not a manifest" in done.stdout and "did you mean 'synthetic:shapes'" in " ".join(
+        done.stdout.split()
+    )
 
 
 def test_a_missing_dataset_is_refused_with_the_names_that_are_there() -> None:
@@ -151,12 +170,17 @@ def test_preview_prints_or_writes_a_page(tmp_path: Path) -> None:
     done = run("preview", SHAPES, "--for", "llava", "--tiny", "-n", 2)
     assert done.stdout.count("with loss") == 2
     page = tmp_path / "new" / "page.html"
-    assert run("preview", "--for", "llava/align", "--tiny", "--html", page).stdout == f"{page}{os.linesep}"
+    assert (
+        run("preview", "--for", "llava/align", "--tiny", "--html", page).stdout
+        == f"{page}{os.linesep}"
+    )
     assert page.read_text(encoding="utf-8").count("<article>") == 4
 
 
 def test_a_page_goes_to_a_file_and_not_to_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"is a folder; give the name of a file, e\.g\. .*preview\.html"):
+    with pytest.raises(
+        SpecError, match=r"is a folder; give the name of a file, e\.g\. .*preview\.html"
+    ):
         run("preview", SHAPES, "--html", tmp_path)
 
 

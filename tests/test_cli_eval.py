@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bridgework import cli, evaluation
+from bridgework import artifacts, cli, evaluation
 from bridgework.errors import SpecError
 from bridgework.system import System
-from bridgework.training import artefact
 from tests.inference.tiny import pipeline
 
 Judge = Callable[..., str]
@@ -20,7 +19,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The artefact of a stage without evaluations."""
     pipe, folder = pipeline(), tmp_path_factory.mktemp("model") / "artefact"
     system = System(name="judged", paper="", stages=(pipe.stage,))
-    artefact.save(folder, pipe.model.state_dict(), system=system, stage=pipe.stage.name)
+    artifacts.save(folder, pipe.model.state_dict(), system=system, stage=pipe.stage.name)
     return str(folder)
 
 
@@ -35,11 +34,27 @@ def judge(model: str) -> Judge:
     return run
 
 
-def test_any_evaluation_may_be_named_with_its_dataset_and_changed_by_dotted_path(judge: Judge) -> None:
+def test_any_evaluation_may_be_named_with_its_dataset_and_changed_by_dotted_path(
+    judge: Judge,
+) -> None:
     few = ("--set", "vqa.rows=2", "--set", "vqa.writing.beams=1", "--set", "vqa.writing.most=2")
-    said = judge("--on", "vqa:synthetic:shapes", "--on", "heldout:synthetic:shapes", "--set", "heldout.rows=3", *few)
+    said = judge(
+        "--on",
+        "vqa:synthetic:shapes",
+        "--on",
+        "heldout:synthetic:shapes",
+        "--set",
+        "heldout.rows=3",
+        *few,
+    )
     figures = [line.split()[0] for line in said.splitlines()[1:]]
-    names = ["vqa.accuracy", "vqa.most_common", "heldout.loss", "heldout.loss_shuffled", "heldout.gap"]
+    names = [
+        "vqa.accuracy",
+        "vqa.most_common",
+        "heldout.loss",
+        "heldout.loss_shuffled",
+        "heldout.gap",
+    ]
     assert figures == names
 
 
@@ -47,7 +62,9 @@ def test_every_evaluation_has_a_word(judge: Judge) -> None:
     with pytest.raises(SpecError) as refused:
         judge()
     kinds = str(refused.value).partition("KIND is one of ")[2].split(", ")
-    assert len(kinds) == len([name for name in evaluation.__all__ if name not in ("Result", "Writing")])
+    assert len(kinds) == len(
+        [name for name in evaluation.__all__ if name not in ("Result", "Writing")]
+    )
     assert {"captions", "vqa", "pope", "chair", "retrieval"} <= set(kinds)
 
 

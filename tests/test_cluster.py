@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from bridgework import cluster
+from bridgework import ray_utils
 from bridgework.data.quarantine import BadSample
 from bridgework.errors import DataError, ResourceError, SpecError
-from bridgework.training.features import TooLarge
-from bridgework.training.launch import How, _needs
+from bridgework.training.feature_cache import TooLarge
+from bridgework.training.ray_train import RunOptions, _needs
 
 FAKE = """
 import json, os, sys
@@ -24,7 +24,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from bridgework import cluster
-from bridgework.training.launch import How, _needs
+from bridgework.training.ray_train import How, _needs
 cluster.SAY_EVERY_S = 1.0
 said, told, folder = [], {}, sys.argv[1]
 
@@ -84,7 +84,11 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("seen")
     env = {**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="bw-")}
     done = subprocess.run(
-        [sys.executable, "-c", FAKE, str(folder)], capture_output=True, text=True, env=env, timeout=500
+        [sys.executable, "-c", FAKE, str(folder)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3_000:]
     found: dict[str, Any] = json.loads(done.stdout.split("TOLD")[1].splitlines()[0])
@@ -102,7 +106,9 @@ def test_a_gpu_is_asked_for_where_the_autoscaler_can_start_one(told: dict[str, A
 
 def test_waiting_is_reported_with_what_is_missing_and_has_an_end(told: dict[str, Any]) -> None:
     (first,) = told["said"]
-    assert first.startswith("align: waiting for 4 x GPU: 0 of 4 in the cluster, 0 free; the autoscaler may start nodes")
+    assert first.startswith(
+        "align: waiting for 4 x GPU: 0 of 4 in the cluster, 0 free; the autoscaler may start nodes"
+    )
     assert "up to 8" in first
     assert "did not have the resources within 2.5 s. Got 4 x GPU: 0 of 4" in told["timed out"]
     assert "--gpus-per-worker" in told["timed out"] and "--resource-timeout" in told["timed out"]
@@ -119,21 +125,24 @@ def test_actors_get_the_gpus_that_they_were_promised(told: dict[str, Any]) -> No
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_ray_of_ones_own_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster._Own, "ray", True)
-    with pytest.raises(ResourceError, match=r"this machine cannot run it\. Got 2 x GPU: 0 of 2 in the cluster.*Fix: "):
-        cluster.wait_for("align", [{"CPU": 1.0, "GPU": 1.0}] * 2)
+    monkeypatch.setattr(ray_utils._Own, "ray", True)
+    with pytest.raises(
+        ResourceError,
+        match=r"this machine cannot run it\. Got 2 x GPU: 0 of 2 in the cluster.*Fix: ",
+    ):
+        ray_utils.wait_for("align", [{"CPU": 1.0, "GPU": 1.0}] * 2)
 
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("gpus", [-1.0, 1.5, float("inf"), float("nan")])
 def test_a_number_of_gpus_that_ray_cannot_give_is_refused(gpus: float) -> None:
     with pytest.raises(SpecError, match="--gpus-per-worker: Got"):
-        _needs(How(gpus_per_worker=gpus))
+        _needs(RunOptions(gpus_per_worker=gpus))
 
 
 def test_relative_paths_mean_what_they_say_in_actors(tmp_path: Path) -> None:
     seen: list[int] = []
-    cluster.each(lambda: seen.append, [1, 2], 0)
+    ray_utils.map_on_actors(lambda: seen.append, [1, 2], 0)
     assert seen == [1, 2]
 
 
@@ -152,5 +161,5 @@ def test_an_error_of_ours_keeps_its_class_on_its_way_out_of_an_actor(
 ) -> None:
     """`features.prepare` computes in training where a worker raises TooLarge; no other DataError means that."""
     with pytest.raises(DataError, match="item 1") as caught:
-        cluster.each(lambda: work, [1], 1)
+        ray_utils.map_on_actors(lambda: work, [1], 1)
     assert type(caught.value) is raised

@@ -7,14 +7,22 @@ import pytest
 from bridgework import errors
 from bridgework.errors import MESSAGE_CHARS, BridgeworkError, ResourceError
 
-LEAVES = [error for error in vars(errors).values() if isinstance(error, type) and issubclass(error, BridgeworkError)]
+LEAVES = [
+    error
+    for error in vars(errors).values()
+    if isinstance(error, type) and issubclass(error, BridgeworkError)
+]
 
 
 @pytest.mark.parametrize("error", LEAVES)
 def test_a_message_of_any_length_keeps_its_ends(error: type[BridgeworkError]) -> None:
     assert str(error("x" * MESSAGE_CHARS)) == "x" * MESSAGE_CHARS
     told = str(error("the name " + "y" * 1_000_000 + " is unknown"))
-    assert told.startswith("the name yyy") and told.endswith("yyy is unknown") and "[992,120 characters]" in told
+    assert (
+        told.startswith("the name yyy")
+        and told.endswith("yyy is unknown")
+        and "[992,120 characters]" in told
+    )
     assert len(told) <= MESSAGE_CHARS
 
 

@@ -16,7 +16,9 @@ OWNERS = torch.tensor([0, 0, 2, 3])  # the second sequence has no image, the fir
 
 def placed(places: Tensor = PLACES, owners: Tensor | None = None, step: int = 5) -> rng.Placed:
     owners = OWNERS if owners is None and len(places) == len(PLACES) else owners
-    return rng.Placed(rng.derive(0, step), places, torch.zeros(0, dtype=torch.int64) if owners is None else owners)
+    return rng.Placed(
+        rng.derive(0, step), places, torch.zeros(0, dtype=torch.int64) if owners is None else owners
+    )
 
 
 def masks(rows: Tensor, shape: tuple[int, ...], calls: int = 2) -> list[Tensor]:
@@ -110,10 +112,16 @@ def test_bfloat16_has_the_same_mask() -> None:
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["bool", "float", "causal", "none", "nothing seen", "grouped", "scaled"])
-def test_attention_is_torchs_own_but_for_the_mask_of_dropout(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "kind", ["bool", "float", "causal", "none", "nothing seen", "grouped", "scaled"]
+)
+def test_attention_is_torchs_own_but_for_the_mask_of_dropout(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(4, 2, 6, 8, generator=generator, requires_grad=True) for _ in range(3))
+    query, key, value = (
+        torch.randn(4, 2, 6, 8, generator=generator, requires_grad=True) for _ in range(3)
+    )
     seen = torch.rand(4, 1, 6, 6, generator=generator) > 0.4
     seen[..., 0] = kind != "nothing seen"
     if kind == "nothing seen":
@@ -131,7 +139,9 @@ def test_attention_is_torchs_own_but_for_the_mask_of_dropout(kind: str, monkeypa
     plain = F.scaled_dot_product_attention(query, key, value, **options)
     torch.testing.assert_close(own, plain)
     for of_own, of_plain in zip(
-        torch.autograd.grad(own.sum(), (query, value)), torch.autograd.grad(plain.sum(), (query, value)), strict=True
+        torch.autograd.grad(own.sum(), (query, value)),
+        torch.autograd.grad(plain.sum(), (query, value)),
+        strict=True,
     ):
         torch.testing.assert_close(of_own, of_plain)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from bridgework.config import flat, from_dict, override, to_dict
 from bridgework.errors import SpecError
-from bridgework.spec import flat, from_dict, override, to_dict
 from tests.toy import MLP, Linear, QFormerConfig, Wiring, system
 
 
@@ -67,7 +67,9 @@ def test_each_kind_of_value_reaches_its_field(path: str, given: Any, expected: A
 
 
 def test_star_stands_for_every_element() -> None:
-    changed = override(system(), {"stages.*.model.bridge": "linear", "stages.*.data.sources.*.factor": 2})
+    changed = override(
+        system(), {"stages.*.model.bridge": "linear", "stages.*.data.sources.*.factor": 2}
+    )
     assert [s.model for s in changed.stages] == [Wiring(bridge=Linear())] * 2
     assert [source.factor for s in changed.stages for source in s.data.sources] == [2.0] * 4
 
@@ -83,12 +85,16 @@ def test_keys_of_a_mapping_may_hold_dots_and_stars() -> None:
     )
     assert changed["align"].trains == {"bridge.*": 0.1, "language.layers.*": 1.0}
     assert all(type(v) is float for v in changed["align"].trains.values())
-    assert [s.shard.config for s in changed.stages] == [{"zero_optimization.overlap_comm": False}] * 2
+    assert [s.shard.config for s in changed.stages] == [
+        {"zero_optimization.overlap_comm": False}
+    ] * 2
 
 
 def test_a_whole_mapping_is_replaced() -> None:
     for given in ({"vision.*": 1}, "{'vision.*': 1}"):
-        assert override(system(), {"stages.align.trains": given})["align"].trains == {"vision.*": 1.0}
+        assert override(system(), {"stages.align.trains": given})["align"].trains == {
+            "vision.*": 1.0
+        }
 
 
 def test_override_leaves_the_original_alone() -> None:
@@ -132,7 +138,11 @@ def test_a_kind_goes_before_its_fields_and_keeps_them_when_it_is_the_same() -> N
         ("stages.align.shard.precision", "bf61", "did you mean 'bf16'"),
         ("stages.align.model.bridge", "qformer", "qformer needs queries"),
         ("stages.align.model.bridge", "mpl", "no kind 'mpl'; did you mean 'mlp'"),
-        ("stages.align.model.bridge", "mlp(deep=3)", "mlp has no field 'deep'; did you mean 'depth'"),
+        (
+            "stages.align.model.bridge",
+            "mlp(deep=3)",
+            "mlp has no field 'deep'; did you mean 'depth'",
+        ),
         ("stages.align.model.bridge", "mlp(3)", "cannot read 'mlp\\(3\\)'; write it like"),
         ("stages.align.model.bridge", "mlp(depth=3", "cannot read"),
         ("stages.align.model.bridge", "mlp(depth=3) + 1", "cannot read"),
@@ -158,13 +168,19 @@ def test_flat_gives_what_override_takes() -> None:
 
 
 def test_flat_of_a_variant_turns_the_system_into_it() -> None:
-    changes = {"stages.*.model.bridge": "linear", "stages.align.optim.clip": 0.5, "stages.align.trains.x": 2.0}
+    changes = {
+        "stages.*.model.bridge": "linear",
+        "stages.align.optim.clip": 0.5,
+        "stages.align.trains.x": 2.0,
+    }
     variant = override(system(), changes)
     assert override(system(), flat(variant)) == variant
 
 
 def test_flat_as_words_of_a_command_line_gives_the_same_system() -> None:
-    assert override(system(), {path: str(leaf) for path, leaf in flat(system()).items()}) == system()
+    assert (
+        override(system(), {path: str(leaf) for path, leaf in flat(system()).items()}) == system()
+    )
 
 
 def test_flat_names_kinds_and_leaves() -> None:

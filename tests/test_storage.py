@@ -55,7 +55,10 @@ def test_a_folder_appears_complete_and_replaces_the_older_one(tmp_path: Path) ->
 def test_a_folder_that_fails_leaves_the_older_one(tmp_path: Path) -> None:
     with storage.publishing(tmp_path / "made") as folder:
         (folder / "one").write_text("one")
-    with pytest.raises(ValueError, match="on the way"), storage.publishing(tmp_path / "made") as folder:
+    with (
+        pytest.raises(ValueError, match="on the way"),
+        storage.publishing(tmp_path / "made") as folder,
+    ):
         (folder / "two").write_text("two")
         raise ValueError("on the way")
     assert os.listdir(tmp_path / "made") == ["one"]
@@ -71,12 +74,17 @@ def test_appended_lines_follow_each_other(tmp_path: Path) -> None:
 def test_a_full_disk_is_named_and_nothing_half_written_stays(small_disk: Path) -> None:
     file = small_disk / "log"
     storage.append(file, "a line\n")
-    with pytest.raises(ResourceError, match=r"the disk is full\. Got 0\.\d MB free on the disk of .*Fix: free some"):
+    with pytest.raises(
+        ResourceError, match=r"the disk is full\. Got 0\.\d MB free on the disk of .*Fix: free some"
+    ):
         storage.append(file, "x" * 100_000)
     assert file.read_text() == "a line\n"
     with pytest.raises(ResourceError, match="the disk is full"):
         storage.write_atomic(small_disk / "log", "x" * 100_000)
-    with pytest.raises(ResourceError, match="the disk is full"), storage.publishing(small_disk / "made") as folder:
+    with (
+        pytest.raises(ResourceError, match="the disk is full"),
+        storage.publishing(small_disk / "made") as folder,
+    ):
         (folder / "file").write_bytes(b"x" * 100_000)
     assert os.listdir(small_disk) == ["log"] and file.read_text() == "a line\n"
 

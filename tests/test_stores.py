@@ -3,7 +3,7 @@
 import pytest
 
 from bridgework.errors import DataError, ResourceError
-from bridgework.stores import find_store
+from bridgework.storage import find_store
 
 
 def test_a_path_and_a_url_find_their_stores() -> None:
@@ -25,5 +25,7 @@ def test_a_near_miss_is_told() -> None:
 
 
 def test_a_protocol_whose_package_is_not_here_says_so() -> None:
-    with pytest.raises(ResourceError, match=r"oci://bucket.*needs a package that is not here.*ocifs"):
+    with pytest.raises(
+        ResourceError, match=r"oci://bucket.*needs a package that is not here.*ocifs"
+    ):
         find_store("oci://bucket/x")

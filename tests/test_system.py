@@ -12,9 +12,19 @@ from typing import Any
 
 import pytest
 
+from bridgework.config import flat, from_dict, override, to_dict
 from bridgework.errors import SpecError
-from bridgework.spec import flat, from_dict, override, to_dict
-from bridgework.system import AdamW, Budget, Mixture, Packing, Source, System, load, recipes, variants
+from bridgework.system import (
+    AdamW,
+    Budget,
+    Mixture,
+    Packing,
+    Source,
+    System,
+    load,
+    recipes,
+    variants,
+)
 from tests.toy import Curation, Eval, system
 
 # --- fingerprint -----------------------------------------------------------------------------------------------------
@@ -25,7 +35,13 @@ def test_fingerprint_is_the_same_in_a_fresh_interpreter() -> None:
     path = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path}
-        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert run.stdout.strip() == system().fingerprint()
 
 
@@ -43,13 +59,19 @@ def test_fingerprint_differs_when_any_leaf_differs() -> None:
         "curation": Curation(),
     }  # fmt: skip
     seen = {system().fingerprint()}
-    leaves = {p: v for p, v in flat(system()).items() if p.rpartition(".")[2] not in ("name", "by_image")}
+    leaves = {
+        p: v for p, v in flat(system()).items() if p.rpartition(".")[2] not in ("name", "by_image")
+    }
     for path, leaf in leaves.items():
         word = path.rpartition(".")[2]
         new = special[word] if word in special else other[type(leaf)](leaf)
         new = "/an/artefact" if path.endswith("starts_from") else new
         extra = {"stages.align.optim.peak_lr": 1.0} if path == "stages.align.optim.final_lr" else {}
-        extra = {"stages.instruct.optim.peak_lr": 1.0} if path == "stages.instruct.optim.final_lr" else extra
+        extra = (
+            {"stages.instruct.optim.peak_lr": 1.0}
+            if path == "stages.instruct.optim.final_lr"
+            else extra
+        )
         if word == "loss_weight":  # of all sources or of none
             extra = {f"{path.rpartition('.sources.')[0]}.sources.*.loss_weight": 1.0}
         seen.add(override(system(), extra | {path: new}).fingerprint())
@@ -83,15 +105,21 @@ def test_fingerprint_tells_the_order_of_the_globs_apart() -> None:
     """The last glob that matches wins, so the order is part of the recipe."""
     stage = system().stages[1]
     turned = replace(stage, trains=dict(reversed(list(stage.trains.items()))))
-    assert replace(system(), stages=(system().stages[0], turned)).fingerprint() != system().fingerprint()
+    assert (
+        replace(system(), stages=(system().stages[0], turned)).fingerprint()
+        != system().fingerprint()
+    )
 
 
 def test_rows_of_one_image_are_known_to_losses_that_compare_images_alone() -> None:
     retrieval = load("blip2:retrieval")
     other = override(retrieval, {"stages.retrieval.data.by_image": "false"})
-    assert other.fingerprint() != retrieval.fingerprint() and "by_image" not in to_dict(other["retrieval"].data)
+    assert other.fingerprint() != retrieval.fingerprint() and "by_image" not in to_dict(
+        other["retrieval"].data
+    )
     with pytest.raises(
-        SpecError, match=r"align\.data\.by_image is for losses that compare images, and none of Captioning"
+        SpecError,
+        match=r"align\.data\.by_image is for losses that compare images, and none of Captioning",
     ):
         override(load("llava"), {"stages.align.data.by_image": "true"})
 
@@ -116,7 +144,9 @@ def test_a_stage_that_cannot_run_is_refused(change: dict[str, Any], words: str) 
 
 def test_a_stage_starts_from_an_earlier_stage_or_a_path() -> None:
     align, instruct = system().stages
-    with pytest.raises(SpecError, match="neither an earlier stage nor a path; did you mean 'align'"):
+    with pytest.raises(
+        SpecError, match="neither an earlier stage nor a path; did you mean 'align'"
+    ):
         System(name="toy", paper="", stages=(align, replace(instruct, starts_from="allign")))
     with pytest.raises(SpecError, match="starts from 'align'"):
         System(name="toy", paper="", stages=(instruct, align))
@@ -125,13 +155,27 @@ def test_a_stage_starts_from_an_earlier_stage_or_a_path() -> None:
 
 def test_a_curation_uses_earlier_stages_and_makes_what_its_stage_reads() -> None:
     align, instruct = system().stages
-    with pytest.raises(SpecError, match="makes 'cc3', which none of the stage's sources reads; did you mean 'cc3m'"):
+    with pytest.raises(
+        SpecError, match="makes 'cc3', which none of the stage's sources reads; did you mean 'cc3m'"
+    ):
         replace(instruct, curation=Curation(makes="cc3"))
-    with pytest.raises(SpecError, match="uses 'allign', which is no earlier stage; did you mean 'align'"):
-        System(name="toy", paper="", stages=(align, replace(instruct, curation=Curation(stage="allign"))))
+    with pytest.raises(
+        SpecError, match="uses 'allign', which is no earlier stage; did you mean 'align'"
+    ):
+        System(
+            name="toy",
+            paper="",
+            stages=(align, replace(instruct, curation=Curation(stage="allign"))),
+        )
     with pytest.raises(SpecError, match="uses 'instruct', which is no earlier stage"):
-        System(name="toy", paper="", stages=(align, replace(instruct, curation=Curation(stage="instruct"))))
-    System(name="toy", paper="", stages=(align, replace(instruct, curation=Curation(stage="align"))))
+        System(
+            name="toy",
+            paper="",
+            stages=(align, replace(instruct, curation=Curation(stage="instruct"))),
+        )
+    System(
+        name="toy", paper="", stages=(align, replace(instruct, curation=Curation(stage="align")))
+    )
 
 
 def test_tiny_keeps_what_a_curation_makes_and_shrinks_what_it_reads() -> None:
@@ -142,8 +186,12 @@ def test_tiny_keeps_what_a_curation_makes_and_shrinks_what_it_reads() -> None:
 
 def test_a_curation_is_changed_and_written_as_any_other_part() -> None:
     align, instruct = system().stages
-    toy = System(name="toy", paper="", stages=(align, replace(instruct, curation=Curation(stage="align"))))
-    assert from_dict(to_dict(toy)) == toy and flat(toy)["stages.instruct.curation.sources"] == ["raw"]
+    toy = System(
+        name="toy", paper="", stages=(align, replace(instruct, curation=Curation(stage="align")))
+    )
+    assert from_dict(to_dict(toy)) == toy and flat(toy)["stages.instruct.curation.sources"] == [
+        "raw"
+    ]
     changed = override(toy, {"stages.instruct.curation.sources": "a,b"})
     assert changed["instruct"].curation == Curation(stage="align", sources=("a", "b"))
     assert override(toy, {"stages.instruct.curation": "none"})["instruct"].curation is None
@@ -161,13 +209,28 @@ def test_a_stage_is_found_by_name() -> None:
     ("make", "words"),
     [
         (lambda: Mixture(sources=()), "at least one source"),
-        (lambda: Mixture(sources=(Source(name="a", dataset="x"),), alpha=3.0), r"alpha must lie in \[0, 2\]"),
-        (lambda: Mixture(sources=(Source(name="a", dataset="x"),), lanes=0), "lanes must be at least 1"),
-        (lambda: Mixture(sources=(Source(name="a", dataset="x", factor=0.0),)), "drop the source instead"),
-        (lambda: Mixture(sources=(Source(name="a", dataset="x", max_epochs=0.0),)), "max_epochs must be above 0"),
+        (
+            lambda: Mixture(sources=(Source(name="a", dataset="x"),), alpha=3.0),
+            r"alpha must lie in \[0, 2\]",
+        ),
+        (
+            lambda: Mixture(sources=(Source(name="a", dataset="x"),), lanes=0),
+            "lanes must be at least 1",
+        ),
+        (
+            lambda: Mixture(sources=(Source(name="a", dataset="x", factor=0.0),)),
+            "drop the source instead",
+        ),
+        (
+            lambda: Mixture(sources=(Source(name="a", dataset="x", max_epochs=0.0),)),
+            "max_epochs must be above 0",
+        ),
         (lambda: Budget(steps=0, batch=1), "budget.steps must be at least 1"),
         *[
-            (lambda name=name, value=value: AdamW(**{"peak_lr": 1e-3, name: value}), rf"optim\.{name}\S* must be .*got")
+            (
+                lambda name=name, value=value: AdamW(**{"peak_lr": 1e-3, name: value}),
+                rf"optim\.{name}\S* must be .*got",
+            )
             for name, values in {
                 "peak_lr": (0.0, -1.0, 1e39, math.inf, math.nan),
                 "final_lr": (-1e-9, math.nan, -math.inf),
@@ -179,12 +242,27 @@ def test_a_stage_is_found_by_name() -> None:
             for value in values
         ],
         (lambda: AdamW(peak_lr=1e-3, warmup=math.nan), "warmup is a share"),
-        (lambda: Source(name="a", dataset="x", factor=math.inf), "factor must be above 0 and finite"),
-        (lambda: Source(name="a", dataset="x", factor=math.nan), "factor must be above 0 and finite"),
+        (
+            lambda: Source(name="a", dataset="x", factor=math.inf),
+            "factor must be above 0 and finite",
+        ),
+        (
+            lambda: Source(name="a", dataset="x", factor=math.nan),
+            "factor must be above 0 and finite",
+        ),
         (lambda: Source(name="a", dataset="x", max_epochs=math.nan), "max_epochs must be above 0"),
-        (lambda: Source(name="a", dataset="x", loss_weight=math.nan), "loss_weight must be at least 0"),
-        (lambda: replace(system()["align"], trains={"bridge.*": math.inf}), r"align\.trains\['bridge\.\*'\] must be"),
-        (lambda: replace(system()["align"], trains={"bridge.*": -1.0}), r"align\.trains\['bridge\.\*'\] must be"),
+        (
+            lambda: Source(name="a", dataset="x", loss_weight=math.nan),
+            "loss_weight must be at least 0",
+        ),
+        (
+            lambda: replace(system()["align"], trains={"bridge.*": math.inf}),
+            r"align\.trains\['bridge\.\*'\] must be",
+        ),
+        (
+            lambda: replace(system()["align"], trains={"bridge.*": -1.0}),
+            r"align\.trains\['bridge\.\*'\] must be",
+        ),
         (lambda: AdamW(peak_lr=0.0), "peak_lr must be above 0"),
         (lambda: AdamW(peak_lr=1e-3, final_lr=1e-2), "the rate only decays"),
         (lambda: AdamW(peak_lr=1e-3, warmup=1.0), "warmup is a share"),
@@ -199,7 +277,11 @@ def test_tiny_shrinks_budgets_and_keeps_choices() -> None:
     tiny = system().tiny()
     assert [s.name for s in tiny.stages] == ["align", "instruct"]
     for before, after in zip(system().stages, tiny.stages, strict=True):
-        assert (after.trains, after.losses, after.optim) == (before.trains, before.losses, before.optim)
+        assert (after.trains, after.losses, after.optim) == (
+            before.trains,
+            before.losses,
+            before.optim,
+        )
         assert {s.dataset for s in after.data.sources} == {"synthetic:shapes"}
         assert after.budget.steps < before.budget.steps
         assert after.evals == (Eval(rows=4),)
@@ -247,7 +329,9 @@ def test_a_misspelt_system_gets_a_suggestion() -> None:
     assert "llava" in recipes()
 
 
-def test_a_recipe_whose_import_fails_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_whose_import_fails_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "broken_lab"
     package.mkdir()
     (package / "recipe.py").write_text("import no_such_package\n")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bridgework import tracking
 from bridgework.errors import TrackingError
-from bridgework.tracking import DatasetInput, Journal, MemoryTracker, Point, Tracker
+from bridgework.mixture import DatasetInput
+from bridgework.tracking import tracker as tracking
+from bridgework.tracking.tracker import Journal, MemoryTracker, Point, Tracker
 
 SHAPES = DatasetInput(name="shapes", digest="ab" * 32, path="/data/shapes", rows=256)
 
@@ -65,7 +66,9 @@ def test_a_writer_whose_clock_is_behind_still_comes_last(tmp_path: Path) -> None
     assert read(journal, after=ahead.name) == [("loss", 1.0, 2), ("loss", 1.0, 3)]
 
 
-def test_a_line_that_was_cut_short_is_not_read_and_is_read_once_it_is_complete(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_short_is_not_read_and_is_read_once_it_is_complete(
+    tmp_path: Path,
+) -> None:
     journal = Journal(tmp_path)
     journal.append({"loss": 2.0}, 1)
     journal.flush()
@@ -81,7 +84,9 @@ def test_a_line_that_was_cut_short_is_not_read_and_is_read_once_it_is_complete(t
     assert read(journal, after=position) == [("loss", 1.0, 2)]
 
 
-def test_a_flush_lists_no_folder_and_opens_no_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flush_lists_no_folder_and_opens_no_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The work of a flush is bounded: a run of a week has as many files as one of a minute."""
     for number in range(50):
         (tmp_path / f"{10**18 + number:020d}-abcdef.jsonl").write_text("")
@@ -96,7 +101,9 @@ def test_a_flush_lists_no_folder_and_opens_no_file_of_its_own(tmp_path: Path, mo
     assert [step for _, _, step in read(journal)] == list(range(200))
 
 
-def test_a_file_of_full_size_is_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_full_size_is_followed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tracking, "FILE_BYTES", 200)
     journal = Journal(tmp_path)
     for step in range(20):
@@ -112,7 +119,9 @@ def test_points_of_an_older_version_are_read(tmp_path: Path) -> None:
     assert read(Journal(tmp_path)) == [("loss", 2.0, 1), ("lr", 2.0, 1)]
 
 
-def test_metrics_that_cannot_be_written_wait_and_never_raise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_that_cannot_be_written_wait_and_never_raise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "journal"
     folder.write_text("a file where the folder should be")
     journal = Journal(folder)

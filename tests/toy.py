@@ -4,28 +4,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from bridgework.spec import spec
+from bridgework.config import config_class
 from bridgework.system import AdamW, Budget, Layout, Mixture, Pixels, Source, Stage, System, ZeRO
 
 
-@spec
+@config_class
 class Linear:
     pass
 
 
-@spec
+@config_class
 class MLP:
     depth: int = 2
     act: Literal["gelu", "relu"] = "gelu"
 
 
-@spec
+@config_class
 class QFormerConfig:
     queries: int
     width: int = 768
 
 
-@spec
+@config_class
 class Wiring:
     bridge: Linear | MLP | QFormerConfig = MLP()
     name_of_lm: str = "toy"
@@ -53,7 +53,7 @@ class Wiring:
         return replace(self, name_of_lm="tiny")
 
 
-@spec
+@config_class
 class Eye:
     """What a model tells the data, and no model."""
 
@@ -74,7 +74,7 @@ class Eye:
         return self
 
 
-@spec
+@config_class
 class Captioning:
     weight: float = 1.0
     label_smoothing: float = 0.0
@@ -92,12 +92,12 @@ class Captioning:
         return 1
 
 
-@spec
+@config_class
 class Contrastive(Captioning):
     temperature: float = 0.07
 
 
-@spec
+@config_class
 class Eval:
     name: str = "heldout"
     rows: int = 100
@@ -109,7 +109,7 @@ class Eval:
         return None
 
 
-@spec
+@config_class
 class Curation:
     """Makes a dataset of what the first stage reads."""
 
@@ -135,7 +135,11 @@ def system() -> System:
         losses=(Captioning(), Contrastive(weight=0.5)),
         data=Mixture(
             sources=(
-                Source(name="cc", dataset="cc3m", prompts=("What is it?", "Describe it, briefly (please)")),
+                Source(
+                    name="cc",
+                    dataset="cc3m",
+                    prompts=("What is it?", "Describe it, briefly (please)"),
+                ),
                 Source(name="coco", dataset="s3://b/coco", max_epochs=3.0),
             ),
             lanes=8,

@@ -16,5 +16,7 @@ SPACE = {
     "stages.warm.optim.peak_lr": tune.loguniform(3e-4, 3e-3),
     "stages.*.data.alpha": tune.choice([0.0, 0.5, 1.0]),  # equal shares, square root, by size
 }
-METRIC = Metric(name="heldout.loss", mode="min")  # smoother over few rows than the accuracy of a ranking
+METRIC = Metric(
+    name="heldout.loss", mode="min"
+)  # smoother over few rows than the accuracy of a ranking
 BUDGET = SweepBudget(trials=4, concurrent=2, judgements=2)

@@ -32,12 +32,12 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from bridgework.data.batch import Batch
-from bridgework.models import freezing
-from bridgework.spec import override
+from bridgework.config import override
+from bridgework.data.collate import Batch
+from bridgework.models import base
 from bridgework.system import IGNORE, IMAGE, Stage, load
-from bridgework.training.engine import Engine
-from bridgework.training.step import Step
+from bridgework.training.deepspeed_engine import Engine
+from bridgework.training.step import TrainingModule
 
 WARM, TIMED = 4, 12  # steps
 TEXT = 128  # tokens behind each image
@@ -47,12 +47,20 @@ SMALL_LM = {"width": 2048, "depth": 24, "heads": 32, "kv_heads": 32, "ffn": 8192
 
 def stages() -> dict[str, Stage]:
     """One step a micro-batch, so that both loops do the same."""
-    changes: dict[str, Any] = {"stages.*.model.vision.weights": None, "stages.*.model.language.weights": None}
+    changes: dict[str, Any] = {
+        "stages.*.model.vision.weights": None,
+        "stages.*.model.language.weights": None,
+    }
     system = override(load("llava"), changes | {"stages.*.data.lanes": 1})
     lm = {f"stages.instruct.model.language.{name}": value for name, value in SMALL_LM.items()}
-    small = override(system, lm | {"stages.instruct.budget.batch": 8, "stages.instruct.budget.micro": 8})
+    small = override(
+        system, lm | {"stages.instruct.budget.batch": 8, "stages.instruct.budget.micro": 8}
+    )
     whole = override(system, {"stages.align.budget.batch": 8, "stages.align.budget.micro": 8})
-    return {"align": whole["align"], "instruct": override(small, {"stages.instruct.shard.stage": 1})["instruct"]}
+    return {
+        "align": whole["align"],
+        "instruct": override(small, {"stages.instruct.shard.stage": 1})["instruct"],
+    }
 
 
 def batch(stage: Stage, seed: int) -> Batch:
@@ -69,14 +77,14 @@ def batch(stage: Stage, seed: int) -> Batch:
     return Batch(ids_BT, attention_BT, labels_BT, pixels_N3SS, None, keys, sources)
 
 
-def built(stage: Stage) -> freezing.Freezable:
+def built(stage: Stage) -> base.VLMModule:
     """The model in bfloat16 on the GPU, built there: 7B parameters in float32 first would not be worth their memory."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            model: freezing.Freezable = stage.model.build(pretrained=False)
+            model: base.VLMModule = stage.model.build(pretrained=False)
     finally:
         torch.set_default_dtype(default)
     return model.bfloat16()
@@ -84,8 +92,8 @@ def built(stage: Stage) -> freezing.Freezable:
 
 def ours(stage: Stage) -> Callable[[Batch], float]:
     model = built(stage)
-    multipliers = freezing.apply(model, stage.trains)
-    engine = Engine(Step(model, stage.losses), stage, multipliers)
+    multipliers = base.set_trainable(model, stage.trains)
+    engine = Engine(TrainingModule(model, stage.losses), stage, multipliers)
 
     def step(one: Batch) -> float:
         return float(engine.train_step([one], stage.optim.peak_lr).losses_L[0])
@@ -95,7 +103,7 @@ def ours(stage: Stage) -> Callable[[Batch], float]:
 
 def bare(stage: Stage) -> Callable[[Batch], float]:
     model = built(stage)
-    names = freezing.apply(model, stage.trains)
+    names = base.set_trainable(model, stage.trains)
     learned = [p for name, p in model.named_parameters() if name in names]
     for parameter in learned:
         parameter.data = parameter.data.float()
@@ -164,8 +172,12 @@ def apart(stage: str, loop: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="each runs both loops, the next in reverse order")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="each runs both loops, the next in reverse order"
+    )
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)
@@ -174,8 +186,14 @@ def main() -> None:
         with alone():
             print(json.dumps(measure(LOOPS[given.loop], stages()[given.stage])))
         return
-    figures: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "stages": {}}
-    table = Table("stage", "loop", "s a step", "samples/s", "tokens/s", "peak GiB", "bare / ours", box=None)
+    figures: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "stages": {},
+    }
+    table = Table(
+        "stage", "loop", "s a step", "samples/s", "tokens/s", "peak GiB", "bare / ours", box=None
+    )
     for name in stages():
         runs: dict[str, list[dict[str, float]]] = {loop: [] for loop in LOOPS}
         for turn in range(given.rounds):
@@ -186,8 +204,18 @@ def main() -> None:
         figures["stages"][name] = {**runs, "bare_over_ours": ratio}
         for loop, found in runs.items():
             best = min(found, key=lambda run: run["step_s"])
-            numbers = (f"{best['step_s']:.3f}", f"{best['samples_per_s']:.1f}", f"{best['tokens_per_s']:,.0f}")
-            table.add_row(name, loop, *numbers, f"{best['peak_gib']:.1f}", f"{ratio:.2f}" if loop == "ours" else "")
+            numbers = (
+                f"{best['step_s']:.3f}",
+                f"{best['samples_per_s']:.1f}",
+                f"{best['tokens_per_s']:,.0f}",
+            )
+            table.add_row(
+                name,
+                loop,
+                *numbers,
+                f"{best['peak_gib']:.1f}",
+                f"{ratio:.2f}" if loop == "ours" else "",
+            )
     console = Console(width=120)
     console.print(f"{figures['device']}, torch {figures['torch']}")
     console.print(table)

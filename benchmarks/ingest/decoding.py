@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.ingest import work
 from benchmarks.ingest.store import photo
-from bridgework.data.transforms import decode
+from bridgework.data.images import decode
 
 SIZES = ((320, 240), (640, 480), (1_280, 960), (2_560, 1_920))
 FILES = 12  # of a size, each read `rounds` times

@@ -8,16 +8,18 @@ import numpy as np
 
 from benchmarks.ingest.store import Store
 from benchmarks.ingest.work import BATCH, MODEL, Case
-from bridgework.data.batch import Batch, Row, collate
-from bridgework.data.groups import Stored
-from bridgework.data.reader import Feed, Reader, local
-from bridgework.data.shards import open_dataset
-from bridgework.data.streams import Streams
+from bridgework.data.collate import Batch, Row, collate
+from bridgework.data.dataset import open_dataset
+from bridgework.data.reader import Reader, ReaderConfig, local
+from bridgework.data.row_groups import StoredRow
+from bridgework.data.tokenization import SampleEncoder
 
-EPOCHS = 10  # of a feed: no run gets near its end, so what is read ahead is the same before and after
+EPOCHS = (
+    10  # of a feed: no run gets near its end, so what is read ahead is the same before and after
+)
 
 
-class Bytes(Feed):
+class Bytes(ReaderConfig):
     """The feed of a case that only reads."""
 
     def open(self) -> Reader:
@@ -27,18 +29,26 @@ class Bytes(Feed):
 class BytesReader(Reader):
     """Gives the files as they are stored, as pixels of a picture of height 1."""
 
-    def _row(self, planned: Any, stored: Stored) -> Row:
+    def _row(self, planned: Any, stored: StoredRow) -> Row:
         file = np.frombuffer(stored.sample.images[0], np.uint8).reshape(1, 1, 1, -1)
         return Row(-1, -1, stored.sample.key, planned.source, [0], [0], file)
 
 
-def feed(case: Case, store: Store) -> Feed:
+def feed(case: Case, store: Store) -> ReaderConfig:
     """Makes the datasets where they are missing."""
     steps = EPOCHS * store.rows // BATCH
-    kind = Feed if case.decodes else Bytes
+    kind = ReaderConfig if case.decodes else Bytes
     paths = tuple(str(store.dataset(part)) for part in case.parts)
     digests = tuple(open_dataset(path).manifest.digest for path in paths)
-    return kind(mixture=case.mixture, datasets=paths, digests=digests, batch=BATCH, steps=steps, seed=0, model=MODEL)
+    return kind(
+        mixture=case.mixture,
+        datasets=paths,
+        digests=digests,
+        batch=BATCH,
+        steps=steps,
+        seed=0,
+        model=MODEL,
+    )
 
 
 def in_process(case: Case, store: Store, start: int = 0) -> Iterator[Batch | Sequence[Row]]:
@@ -47,14 +57,14 @@ def in_process(case: Case, store: Store, start: int = 0) -> Iterator[Batch | Seq
 
 def through_ray(case: Case, store: Store, start: int = 0) -> Iterator[Batch | Sequence[Row]]:
     """Ray runs already."""
-    from bridgework.data.ingest import PlanIngest, ahead, from_ray
+    from bridgework.data.ray_ingest import PlanIngest, from_ray, prefetch
 
     [split] = PlanIngest(feed(case, store), lambda: start).configure({}, 1)
-    yield from _batches(case, from_ray(ahead(split["train"]), rank=0, world=1, start=start))
+    yield from _batches(case, from_ray(prefetch(split["train"]), rank=0, world=1, start=start))
 
 
 def _batches(case: Case, steps: Iterator[list[Row]]) -> Iterator[Batch | Sequence[Row]]:
-    pad = Streams.of(MODEL, case.mixture).tokenizer.pad_token_id
+    pad = SampleEncoder.of(MODEL, case.mixture).tokenizer.pad_token_id
     for rows in steps:
         yield collate(rows, pad_id=pad) if case.decodes else rows
 
@@ -63,5 +73,11 @@ def start_ray() -> None:
     import ray
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False

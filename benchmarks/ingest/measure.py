@@ -33,7 +33,9 @@ class Side:
     name: str
     peer: str | None = None
     workers: int = 0  # of the DataLoader; 0 reads in the process that trains
-    own_decoder: bool = False  # Pillow's whole decode and resize, as users of the library write it; else ours
+    own_decoder: bool = (
+        False  # Pillow's whole decode and resize, as users of the library write it; else ours
+    )
     ray: bool = False
 
 
@@ -54,7 +56,9 @@ class Figures:
     first_s: float  # from the call that builds the pipeline to the first batch; imports and ray.init lie before it
     missing: int | None  # ids of the first epoch that did not come; None where sources are mixed
     twice: int | None  # times that one came again in it
-    off: float | None  # rows: the furthest that a mixed source is from its share of the first epoch's length
+    off: (
+        float | None
+    )  # rows: the furthest that a mixed source is from its share of the first epoch's length
     rss_mb: float = 0.0  # the most, all processes added up; what they share counts for each
     pss_mb: float = 0.0  # the most, what they share counted once
 
@@ -104,14 +108,20 @@ def _keys(batches: Iterator[Any], count: int) -> list[str]:
     return [key for batch in islice(batches, count) for key in work.keys(batch)]
 
 
-def _epoch(keys: Sequence[str], case: Case, store: Store) -> tuple[int | None, int | None, float | None]:
+def _epoch(
+    keys: Sequence[str], case: Case, store: Store
+) -> tuple[int | None, int | None, float | None]:
     """(missing, twice, off) of as many rows as there are."""
     if len(case.parts) == 1:
         return store.rows - len(set(keys)), len(keys) - len(set(keys)), None
     came = Counter(key.split("/")[0] for key in keys)
     roots = {part: store.size(part) ** 0.5 for part in case.parts}
     total = sum(roots.values())
-    return None, None, max(abs(came[part] - root / total * len(keys)) for part, root in roots.items())
+    return (
+        None,
+        None,
+        max(abs(came[part] - root / total * len(keys)) for part, root in roots.items()),
+    )
 
 
 def cpu_s() -> float:
@@ -132,7 +142,13 @@ def cpu_s() -> float:
 
 def run(side: Side, case: Case, store: Store, warm: int) -> Figures:
     """One run in a fresh process. Raises RuntimeError with what it said where it fails."""
-    told = {"side": side.name, "case": case.name, "pictures": store.pictures, "rows": store.rows, "warm": warm}
+    told = {
+        "side": side.name,
+        "case": case.name,
+        "pictures": store.pictures,
+        "rows": store.rows,
+        "warm": warm,
+    }
     command = [sys.executable, "-m", "benchmarks.ingest", "--one", json.dumps(told)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     with tempfile.TemporaryFile("w+") as out:
@@ -151,7 +167,10 @@ def one(told: str) -> None:
     words = json.loads(told)
     [side] = [each for each in SIDES if each.name == words["side"]]
     case, store = CASES[words["case"]], Store(words["pictures"], words["rows"])
-    print(SAID + json.dumps(asdict(measure(prepared(side, case, store), case, store, words["warm"]))), flush=True)
+    print(
+        SAID + json.dumps(asdict(measure(prepared(side, case, store), case, store, words["warm"]))),
+        flush=True,
+    )
 
 
 def _watched(process: subprocess.Popen[bytes]) -> tuple[float, float]:

@@ -38,7 +38,9 @@ class Peer(Protocol):
     def write(self, raws: Iterable[Raw], folder: Path) -> None:
         """Store samples in the form that the library reads."""
 
-    def stream(self, folders: Sequence[Path], sizes: Sequence[int], finish: Finish, workers: int) -> Iterator[Any]:
+    def stream(
+        self, folders: Sequence[Path], sizes: Sequence[int], finish: Finish, workers: int
+    ) -> Iterator[Any]:
         """Batches without end, from sources in proportion to the square root of their sizes."""
 
     def state(self, folder: Path, step: int) -> Any:
@@ -48,9 +50,16 @@ class Peer(Protocol):
         """The batches of the first epoch from there on."""
 
 
-def _loader(samples: Any, raw: Callable[[Any], Raw], finish: Finish, workers: int = 0) -> Iterator[Any]:
+def _loader(
+    samples: Any, raw: Callable[[Any], Raw], finish: Finish, workers: int = 0
+) -> Iterator[Any]:
     return iter(
-        DataLoader(samples, BATCH, num_workers=workers, collate_fn=lambda batch: finish([raw(each) for each in batch]))
+        DataLoader(
+            samples,
+            BATCH,
+            num_workers=workers,
+            collate_fn=lambda batch: finish([raw(each) for each in batch]),
+        )
     )
 
 
@@ -79,7 +88,9 @@ class WebDataset:
                         entry.size = len(content)
                         tar.addfile(entry, io.BytesIO(content))
 
-    def stream(self, folders: Sequence[Path], sizes: Sequence[int], finish: Finish, workers: int) -> Iterator[Any]:
+    def stream(
+        self, folders: Sequence[Path], sizes: Sequence[int], finish: Finish, workers: int
+    ) -> Iterator[Any]:
         sources = [self._epoch(folder).repeat() for folder in folders]
         mixed = sources[0] if len(sources) == 1 else self.load().RandomMix(sources, _shares(sizes))
         return _loader(mixed, self._raw, finish, workers)
@@ -111,7 +122,9 @@ class Datasets:
     def load(self) -> Any:
         os.environ["HF_HUB_OFFLINE"] = "1"
         library = importlib.import_module("datasets")
-        library.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 s at the end of an epoch: too much for one of seconds
+        library.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = (
+            0  # 5 s at the end of an epoch: too much for one of seconds
+        )
         return library
 
     def write(self, raws: Iterable[Raw], folder: Path) -> None:
@@ -119,9 +132,13 @@ class Datasets:
         stored = list(raws)
         for number, shard in in_shards(stored, -(-len(stored) // SHARDS)):
             table = pa.Table.from_pylist([raw._asdict() for raw in shard])
-            pq.write_table(table, folder / f"{number:03d}.parquet", row_group_size=100)  # as `push_to_hub` writes
+            pq.write_table(
+                table, folder / f"{number:03d}.parquet", row_group_size=100
+            )  # as `push_to_hub` writes
 
-    def stream(self, folders: Sequence[Path], sizes: Sequence[int], finish: Finish, workers: int) -> Iterator[Any]:
+    def stream(
+        self, folders: Sequence[Path], sizes: Sequence[int], finish: Finish, workers: int
+    ) -> Iterator[Any]:
         sources = [self._epoch(folder) for folder in folders]
         if len(sources) > 1:
             endless = [source.repeat(None) for source in sources]
@@ -173,7 +190,9 @@ class Streaming:
             for raw in raws:
                 out.write(raw._asdict())
 
-    def stream(self, folders: Sequence[Path], sizes: Sequence[int], finish: Finish, workers: int) -> Iterator[Any]:
+    def stream(
+        self, folders: Sequence[Path], sizes: Sequence[int], finish: Finish, workers: int
+    ) -> Iterator[Any]:
         samples = self._samples(folders, sizes)
         while True:
             yield from _loader(samples, self._raw, finish, workers)
@@ -191,7 +210,12 @@ class Streaming:
 
     def _samples(self, folders: Sequence[Path], sizes: Sequence[int]) -> Any:
         base = self.load()
-        how: dict[str, Any] = {"batch_size": BATCH, "shuffle": True, "shuffle_seed": 0, "num_canonical_nodes": 1}
+        how: dict[str, Any] = {
+            "batch_size": BATCH,
+            "shuffle": True,
+            "shuffle_seed": 0,
+            "num_canonical_nodes": 1,
+        }
         if len(folders) == 1:
             return base.StreamingDataset(local=str(folders[0]), **how)
         shares = zip(folders, _shares(sizes), strict=True)
@@ -203,7 +227,11 @@ class Streaming:
         return Raw(**sample)
 
 
-PEERS: dict[str, Peer] = {"webdataset": WebDataset(), "datasets": Datasets(), "streaming": Streaming()}
+PEERS: dict[str, Peer] = {
+    "webdataset": WebDataset(),
+    "datasets": Datasets(),
+    "streaming": Streaming(),
+}
 
 
 def installed(peer: Peer) -> bool:

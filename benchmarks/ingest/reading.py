@@ -20,9 +20,9 @@ from rich.table import Table
 
 from benchmarks.ingest.feeding import Bytes, BytesReader
 from benchmarks.ingest.work import MODEL
+from bridgework.data.dataset import Dataset
 from bridgework.data.manifest import FILE, Manifest, Shard
 from bridgework.data.samples import Sample, pair
-from bridgework.data.shards import Dataset
 from bridgework.system import Mixture, Source
 
 BATCH, GROUP_ROWS, SHARD_ROWS = 256, 32, 4_096
@@ -43,7 +43,10 @@ class Simulated(Dataset):
     def read_group(self, shard: int, group: int) -> list[Sample]:
         rows = min(GROUP_ROWS, self.manifest.shards[shard].rows - group * GROUP_ROWS)
         self.fetched += rows
-        return [pair(f"{self.path}/{shard}/{group}/{row}", self.file, "a picture") for row in range(rows)]
+        return [
+            pair(f"{self.path}/{shard}/{group}/{row}", self.file, "a picture")
+            for row in range(rows)
+        ]
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ class Found:
 def manifest(rows: int, shard_rows: int = SHARD_ROWS) -> Manifest:
     """Of a dataset that is nowhere."""
     sizes = [min(shard_rows, rows - first) for first in range(0, rows, shard_rows)]
-    shards = tuple(Shard(f"shard-{n:05d}.parquet", size, 0, f"{n:064x}") for n, size in enumerate(sizes))
+    shards = tuple(
+        Shard(f"shard-{n:05d}.parquet", size, 0, f"{n:064x}") for n, size in enumerate(sizes)
+    )
     return Manifest(rows, GROUP_ROWS, shards, "simulated", "none", "benchmarks.ingest.reading")
 
 
@@ -70,7 +75,9 @@ def simulated(folder: Path, rows: tuple[int, ...], file: bytes) -> Iterator[Simu
         yield Simulated(str(place), file)
 
 
-def read(folder: Path, rows: tuple[int, ...], file_bytes: int, window: int, world: int = 1) -> Found:
+def read(
+    folder: Path, rows: tuple[int, ...], file_bytes: int, window: int, world: int = 1
+) -> Found:
     """Some windows of the lanes of rank 0, through the reader."""
     datasets = list(simulated(folder, rows, bytes(file_bytes)))
     sources = tuple(Source(name=f"source-{n}", dataset="-") for n in range(len(rows)))
@@ -91,7 +98,9 @@ def read(folder: Path, rows: tuple[int, ...], file_bytes: int, window: int, worl
     steps = [step for t in range(WARM, WARM + COUNTED) for step in reader.window(lanes, t)]
     groups = [len({row.key.rsplit("/", 1)[0] for row in step}) for step in steps]
     used = sum(len(step) for step in steps)
-    return Found((sum(dataset.fetched for dataset in datasets) - before) / used, mean(groups), min(groups))
+    return Found(
+        (sum(dataset.fetched for dataset in datasets) - before) / used, mean(groups), min(groups)
+    )
 
 
 def main() -> None:
@@ -100,12 +109,19 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    heads = ("bytes read / used: all lanes", "a quarter", f"row groups a batch of {BATCH}", "fewest")
+    heads = (
+        "bytes read / used: all lanes",
+        "a quarter",
+        f"row groups a batch of {BATCH}",
+        "fewest",
+    )
     shown = Table("sources", "a file", "window", *heads, box=None)
     runs = []
     for told, file_bytes, window in product(SOURCES, FILE_BYTES, WINDOWS):
         with tempfile.TemporaryDirectory() as folder:
-            whole, quarter = (read(Path(folder), SOURCES[told], file_bytes, window, world) for world in (1, 4))
+            whole, quarter = (
+                read(Path(folder), SOURCES[told], file_bytes, window, world) for world in (1, 4)
+            )
         shown.add_row(
             told,
             f"{file_bytes / 1e3:.0f} kB",

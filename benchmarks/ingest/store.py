@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from bridgework.data.catalog import home
+from bridgework.data.dataset import open_dataset, write
 from bridgework.data.samples import pair
-from bridgework.data.shards import open_dataset, write
 
 CLIPART = "examples/data/clipart"  # 1,866 WebP files of 128 px, 2 kB each
 PHOTOS = {"photos": (640, 480), "large": (1_280, 960)}  # pixels
@@ -85,7 +85,9 @@ class Store:
         for row in range(self.size(part)):
             file, text = art[row % len(art)]
             size = PHOTOS.get(self.pictures)
-            yield Raw(f"{part}/{row:06d}", file if size is None else photo(row % DISTINCT, *size), text)
+            yield Raw(
+                f"{part}/{row:06d}", file if size is None else photo(row % DISTINCT, *size), text
+            )
 
 
 @cache
@@ -94,16 +96,23 @@ def photo(row: int, width: int, height: int) -> bytes:
     draw = np.random.default_rng(row)
     y, x = np.linspace(0, 1, height)[:, None, None], np.linspace(0, 1, width)[:, None]
     corner, right, down = draw.uniform(120, 255, (3, 3))
-    image = Image.fromarray((corner * (1 - x - y) + right * x + down * y).clip(60, 255).astype(np.uint8))
+    image = Image.fromarray(
+        (corner * (1 - x - y) + right * x + down * y).clip(60, 255).astype(np.uint8)
+    )
     art = _clipart()
     for _ in range(3):
         side = int(draw.integers(height // 3, 5 * height // 6))
         file, _ = art[int(draw.integers(len(art)))]
         layer = Image.new("RGB", (width, height), "white")
-        place = (int(draw.integers(width - side // 2)) - side // 4, int(draw.integers(height - side // 2)) - side // 4)
+        place = (
+            int(draw.integers(width - side // 2)) - side // 4,
+            int(draw.integers(height - side // 2)) - side // 4,
+        )
         layer.paste(Image.open(io.BytesIO(file)).convert("RGB").resize((side, side)), place)
         image = ImageChops.multiply(image, layer)
-    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(0.7))) + draw.normal(0, 4, (height, width, 1))
+    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(0.7))) + draw.normal(
+        0, 4, (height, width, 1)
+    )
     out = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
     return out.getvalue()

@@ -10,18 +10,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.ingest.store import MIX, WHOLE, Raw
-from bridgework.data.batch import Batch, Row, collate
+from bridgework.data.collate import Batch, Row, collate
+from bridgework.data.images import load_image
 from bridgework.data.samples import Part
-from bridgework.data.streams import Streams
-from bridgework.data.transforms import read_square
-from bridgework.models import EfficientNetConfig, LanguageConfig, Linear, PrefixVLM
+from bridgework.data.tokenization import SampleEncoder
+from bridgework.models import EfficientNetConfig, LanguageConfig, LinearConfig, PrefixVLMConfig
 from bridgework.system import Mixture, Packing, Source
 
 BATCH = 32
 WINDOW = 16  # steps: a reader of ours decodes 512 rows before it gives the first
 SIDE = 224
-LM = LanguageConfig(width=32, depth=1, heads=2, kv_heads=2, ffn=64, vocab=320, context=512, tokenizer="bytes")
-MODEL = PrefixVLM(vision=EfficientNetConfig(image_size=SIDE, grid=2, fit="crop"), bridge=Linear(), language=LM)
+LM = LanguageConfig(
+    width=32, depth=1, heads=2, kv_heads=2, ffn=64, vocab=320, context=512, tokenizer="bytes"
+)
+MODEL = PrefixVLMConfig(
+    vision=EfficientNetConfig(image_size=SIDE, grid=2, fit="crop"),
+    bridge=LinearConfig(),
+    language=LM,
+)
 
 Decode = Callable[[bytes], NDArray[np.uint8]]
 
@@ -40,7 +46,12 @@ class Case:
     def mixture(self) -> Mixture:
         sources = tuple(Source(name=part, dataset="-") for part in self.parts)
         return Mixture(
-            sources=sources, alpha=0.5, template="plain", packing=self.packing, lanes=self.lanes, window=WINDOW
+            sources=sources,
+            alpha=0.5,
+            template="plain",
+            packing=self.packing,
+            lanes=self.lanes,
+            window=WINDOW,
         )
 
 
@@ -54,7 +65,7 @@ class Work:
 
     def __init__(self, case: Case, decode: Decode) -> None:
         self._decodes = case.decodes
-        self._streams = Streams.of(MODEL, case.mixture)
+        self._streams = SampleEncoder.of(MODEL, case.mixture)
         self._decode = decode
 
     def __call__(self, raws: Sequence[Raw]) -> Batch | Sequence[Raw]:
@@ -69,7 +80,7 @@ class Work:
 
 
 def ours(file: bytes) -> NDArray[np.uint8]:
-    return read_square(file, MODEL.pixels)
+    return load_image(file, MODEL.pixels)
 
 
 def pillow(file: bytes) -> NDArray[np.uint8]:
@@ -78,7 +89,9 @@ def pillow(file: bytes) -> NDArray[np.uint8]:
     short = min(image.size)
     wide, high = (SIDE * side // short for side in image.size)
     left, top = (wide - SIDE) // 2, (high - SIDE) // 2
-    square = image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + SIDE, top + SIDE))
+    square = image.resize((wide, high), Image.Resampling.BICUBIC).crop(
+        (left, top, left + SIDE, top + SIDE)
+    )
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 

@@ -20,16 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from bridgework.data.dataset import open_dataset, write
+from bridgework.data.images import MAX_PIXELS, decode
 from bridgework.data.importers import clipart, emoji, shrink
 from bridgework.data.samples import Sample
-from bridgework.data.shards import open_dataset, write
-from bridgework.data.transforms import MAX_PIXELS, decode
 
 HERE = Path(__file__).parent
 HELD_OUT = 300  # rows of each test set: one in 300 is right by chance
 SIDE = 128  # pixels
 ALIKE = 5.0  # mean difference of two pictures, of 255, under which the second is taken for a copy of the first
-FAINT = 5.0  # standard deviation of a picture's pixels, of 255, under which there is nothing to be seen
+FAINT = (
+    5.0  # standard deviation of a picture's pixels, of 255, under which there is nothing to be seen
+)
 PER_CAPTION = 5  # pictures under one caption
 
 CLIPART = "Open Clip Art Library 0.18 (Debian openclipart-png and openclipart-svg 0.18+dfsg)"
@@ -46,9 +48,21 @@ SERIES = (  # icon themes, geometry, and series that only a number or a word tel
     "transportation/roadsigns/*",
 )
 FLAG = re.compile(r"signs_and_symbols/flags/")
-NATION = re.compile(r"signs_and_symbols/flags/(?:africa|america|asia|europe|oceania)/(?:\w+/)?([a-z_]*[a-z])\.png")
+NATION = re.compile(
+    r"signs_and_symbols/flags/(?:africa|america|asia|europe|oceania)/(?:\w+/)?([a-z_]*[a-z])\.png"
+)
 REGIONS = ("australia_", "canada_", "finland_", "france_", "germany_", "spain_", "uk_", "usa_")
-NO_PICTURES = {"alphanum", "arrow", "av-symbol", "family", "keycap", "math", "other-symbol", "punctuation", "skin-tone"}
+NO_PICTURES = {
+    "alphanum",
+    "arrow",
+    "av-symbol",
+    "family",
+    "keycap",
+    "math",
+    "other-symbol",
+    "punctuation",
+    "skin-tone",
+}
 IDLE = {"a", "an", "and", "in", "of", "on", "the", "with"} | {
     "big",
     "black",
@@ -59,11 +73,21 @@ IDLE = {"a", "an", "and", "in", "of", "on", "the", "with"} | {
     "white",
 }
 MANY_ALIKE = re.compile(r"^clock face|^family|facing right$")
-PEOPLE = {"1f468", "1f469", "1f9d1", "200d", "2640", "2642", "fe0f"}  # man, woman, person, and what joins them
+PEOPLE = {
+    "1f468",
+    "1f469",
+    "1f9d1",
+    "200d",
+    "2640",
+    "2642",
+    "fe0f",
+}  # man, woman, person, and what joins them
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("clipart", "twitter", "google"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--out", type=Path, default=HERE)
@@ -75,7 +99,9 @@ def main() -> None:
         pictures = distinct(captioned(open_dataset(f"{scratch}/clipart").samples()))
         twitter = concepts(open_dataset(f"{scratch}/twitter").samples())
         google = concepts(open_dataset(f"{scratch}/google").samples())
-    new_titles = unique_titles(pictures, {words(sample.text) for sample in twitter.values()})[:HELD_OUT]
+    new_titles = unique_titles(pictures, {words(sample.text) for sample in twitter.values()})[
+        :HELD_OUT
+    ]
     train = at_most(PER_CAPTION, (p for p in order(pictures) if p not in new_titles))
     new_concepts = unseen(twitter, {sample.text for sample in train})
     seen = {code: sample for code, sample in twitter.items() if code not in new_concepts}
@@ -84,7 +110,12 @@ def main() -> None:
         ("clipart", train, CLIPART, clipart.LICENCE),
         ("heldout_clipart", new_titles, CLIPART, clipart.LICENCE),
         ("emoji", order(seen.values()), EMOJI.format("twitter"), emoji.LICENCES["twitter"]),
-        ("heldout_concepts", order(new_concepts.values()), EMOJI.format("twitter"), emoji.LICENCES["twitter"]),
+        (
+            "heldout_concepts",
+            order(new_concepts.values()),
+            EMOJI.format("twitter"),
+            emoji.LICENCES["twitter"],
+        ),
         ("heldout_style", style, EMOJI.format("google"), emoji.LICENCES["google"]),
     ):
         put(given.out / folder, samples, source, licence)
@@ -93,11 +124,24 @@ def main() -> None:
 def put(folder: Path, samples: list[Sample], source: str, licence: str) -> None:
     for old in (*folder.glob("*.parquet"), *folder.glob("manifest.json")):
         old.unlink()
-    parameters = {"side": SIDE, "alike": ALIKE, "faint": FAINT, "per_caption": PER_CAPTION, "held_out": HELD_OUT}
+    parameters = {
+        "side": SIDE,
+        "alike": ALIKE,
+        "faint": FAINT,
+        "per_caption": PER_CAPTION,
+        "held_out": HELD_OUT,
+    }
     manifest = write(
-        samples, str(folder), source=source, licence=licence, made_by="examples/data/make.py", parameters=parameters
+        samples,
+        str(folder),
+        source=source,
+        licence=licence,
+        made_by="examples/data/make.py",
+        parameters=parameters,
     )
-    print(f"{folder}: {manifest.rows} rows, {sum(s.bytes for s in manifest.shards):,} bytes, {manifest.digest[:12]}")
+    print(
+        f"{folder}: {manifest.rows} rows, {sum(s.bytes for s in manifest.shards):,} bytes, {manifest.digest[:12]}"
+    )
 
 
 def order(samples: Iterable[Sample]) -> list[Sample]:
@@ -150,7 +194,9 @@ def small(image: bytes) -> NDArray[np.float32]:
     """float32 (3 * 24 * 24,): the picture on a white square, made small."""
     picture = decode(image)
     square = Image.new("RGB", (max(picture.size), max(picture.size)), "white")
-    square.paste(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
+    square.paste(
+        picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2)
+    )
     return np.asarray(square.resize((24, 24), Image.Resampling.BOX), dtype=np.float32).ravel()
 
 
@@ -162,7 +208,9 @@ def unique_titles(samples: list[Sample], known: set[frozenset[str]]) -> list[Sam
 
 def words(caption: str) -> frozenset[str]:
     """What a caption is about: its words in the singular, without those that only say how it is drawn."""
-    found = frozenset(word.removesuffix("s") for word in re.findall(r"\w+", caption) if word not in IDLE)
+    found = frozenset(
+        word.removesuffix("s") for word in re.findall(r"\w+", caption) if word not in IDLE
+    )
     return found or frozenset({caption})
 
 
@@ -189,7 +237,9 @@ def concepts(samples: Iterable[Sample]) -> dict[str, Sample]:
         picture = sample.labels[0] != "Flags" and sample.labels[1] not in NO_PICTURES
         if picture and caption and not MANY_ALIKE.search(name):
             image = shrink(sample.images[0], SIDE, max_pixels=MAX_PIXELS)
-            found[sample.provenance["unicode"].lower()] = retold(replace(sample, images=(image,)), caption)
+            found[sample.provenance["unicode"].lower()] = retold(
+                replace(sample, images=(image,)), caption
+            )
     return found
 
 
@@ -201,9 +251,13 @@ def unseen(drawn: dict[str, Sample], captions: set[str]) -> dict[str, Sample]:
     for code in drawn:
         kin[" ".join(part for part in code.split("-") if part not in PEOPLE) or code].append(code)
     held: dict[str, Sample] = {}
-    for family in sorted(kin.values(), key=lambda codes: hashlib.sha256(codes[0].encode()).digest()):
+    for family in sorted(
+        kin.values(), key=lambda codes: hashlib.sha256(codes[0].encode()).digest()
+    ):
         members = {code: drawn[code] for code in family}
-        topics = [words(sample.text) for sample in members.values() if sample.labels[0] != "Symbols"]
+        topics = [
+            words(sample.text) for sample in members.values() if sample.labels[0] != "Symbols"
+        ]
         fresh = [topic for topic in topics if topic not in known and namesakes[topic] == 1]
         if len(fresh) == len(members) <= HELD_OUT - len(held):
             held |= members

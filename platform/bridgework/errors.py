@@ -26,7 +26,9 @@ class BridgeworkError(Exception):
 
     def __init__(self, message: str) -> None:
         if len(message) > MESSAGE_CHARS:
-            kept = (MESSAGE_CHARS - 100) // 2  # with what is said of the rest, no longer than a message may be
+            kept = (
+                MESSAGE_CHARS - 100
+            ) // 2  # with what is said of the rest, no longer than a message may be
             left_out = len(message) - 2 * kept
             message = f"{message[:kept]} .. [{left_out:,} characters] .. {message[-kept:]}"
         super().__init__(message)

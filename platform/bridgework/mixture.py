@@ -1,15 +1,17 @@
 """What a stage trains on: sources in proportion, put together and packed. Values only; bridgework.data feeds them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 
+from bridgework.config import added, bounded, config_class, option
 from bridgework.errors import SpecError
-from bridgework.spec import added, bounded, option, spec
 
 SHAPE_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black")
 SHAPE_FORMS = ("circle", "square", "triangle", "diamond")
-SHAPE_LABELS = tuple(f"{color} {form}" for color in SHAPE_COLORS for form in SHAPE_FORMS)  # of synthetic:shapes
+SHAPE_LABELS = tuple(
+    f"{color} {form}" for color in SHAPE_COLORS for form in SHAPE_FORMS
+)  # of synthetic:shapes
 MAX_BAD = 0.005  # more bad rows than this share of a dataset is a broken dataset, not an accident
 
 
@@ -19,26 +21,38 @@ def check_max_bad(share: float) -> None:
         raise SpecError(f"max_bad is a share of the rows, from 0 to 1; got {share:g}")
 
 
-@spec
+@config_class
 class Source:
     """One dataset in a mixture. `dataset` is a path, a URL, or a name under <home>/datasets."""
 
     name: str
     dataset: str
-    rows: int | None = option(default=None)  # as the paper counts them, for `show` and `plan` before the data is here
+    rows: int | None = option(
+        default=None
+    )  # as the paper counts them, for `show` and `plan` before the data is here
     factor: float = 1.0  # manual multiplier of the weight
     max_epochs: float | None = None  # cap on how often the stage may repeat a row
-    prompts: tuple[str, ...] = ()  # turn a pair into a question and its caption: one is drawn per row
-    prefix: bool = False  # a caption's first words, up to a drawn one, become the question (prefix LM)
+    prompts: tuple[
+        str, ...
+    ] = ()  # turn a pair into a question and its caption: one is drawn per row
+    prefix: bool = (
+        False  # a caption's first words, up to a drawn one, become the question (prefix LM)
+    )
     images: int | None = None  # of a document at most: it ends before the first one too many
-    following: float = 0.0  # share of documents whose texts belong to the image behind them, not before (Flamingo)
-    loss_weight: float | None = None  # of this source's own mean loss (Flamingo's lambda); None: one mean over all
+    following: float = (
+        0.0  # share of documents whose texts belong to the image behind them, not before (Flamingo)
+    )
+    loss_weight: float | None = (
+        None  # of this source's own mean loss (Flamingo's lambda); None: one mean over all
+    )
 
     def __post_init__(self) -> None:
         if self.loss_weight is not None:
             bounded(f"sources.{self.name}.loss_weight", self.loss_weight, least=0)
         if not 0.0 <= self.following <= 1.0 or (self.images is not None and self.images < 1):
-            raise SpecError(f"sources.{self.name}: following lies in [0, 1] and images is at least 1")
+            raise SpecError(
+                f"sources.{self.name}: following lies in [0, 1] and images is at least 1"
+            )
         _positive(self.name, self.factor)
         if self.max_epochs is not None:
             bounded(f"sources.{self.name}.max_epochs", self.max_epochs, above=0)
@@ -47,7 +61,7 @@ class Source:
         return replace(self, dataset=f"synthetic:{kind}")
 
 
-@spec
+@config_class
 class Group:
     """Sources that a mixture takes as one: as large as they are together, and shared out by an alpha of their own."""
 
@@ -61,7 +75,7 @@ class Group:
         _positive(self.name, self.factor)
 
 
-@spec
+@config_class
 class Packing:
     """Several samples in one sequence, each blind to the others, with positions of its own.
 
@@ -80,7 +94,7 @@ class Packing:
                 raise SpecError(f"packing.{name} must be at least {low}, got {value}")
 
 
-@spec
+@config_class
 class Mixture:
     """Sources in proportion to size**alpha * factor (alpha = 1/2 is InstructBLIP's square root), and their order."""
 
@@ -91,8 +105,12 @@ class Mixture:
     packing: Packing | None = None  # None: a sequence is one sample, padded
     lanes: int = 64  # fixed slices of every batch; ranks share them out, so any number of workers sees one order
     window: int = 16  # steps that one reader lays out at a time
-    max_bad: float = option(default=MAX_BAD)  # share of the rows that may turn out bad before the run stops
-    by_image: bool = added(default=False)  # losses know which rows show one image, as the five captions of COCO's do
+    max_bad: float = option(
+        default=MAX_BAD
+    )  # share of the rows that may turn out bad before the run stops
+    by_image: bool = added(
+        default=False
+    )  # losses know which rows show one image, as the five captions of COCO's do
 
     def __post_init__(self) -> None:
         _shared("sources", self.sources, self.alpha)
@@ -102,7 +120,9 @@ class Mixture:
                 raise SpecError(f"{name} must be at least {low}, got {getattr(self, name)}")
         check_max_bad(self.max_bad)
         if len({source.loss_weight is None for source in self.leaves}) > 1:
-            raise SpecError("loss_weight is given for some sources and not for others; give it for all or for none")
+            raise SpecError(
+                "loss_weight is given for some sources and not for others; give it for all or for none"
+            )
 
     @property
     def leaves(self) -> tuple[Source, ...]:
@@ -155,9 +175,23 @@ def _shared(where: str, nodes: tuple[Source | Group, ...], alpha: float) -> None
         raise SpecError(f"{where} is empty: a mixture needs at least one source")
     unique(where, [node.name for node in nodes])
     if not 0.0 <= alpha <= 2.0:
-        raise SpecError(f"alpha must lie in [0, 2] (0 equal shares, 0.5 square root, 1 by size), got {alpha:g}")
+        raise SpecError(
+            f"alpha must lie in [0, 2] (0 equal shares, 0.5 square root, 1 by size), got {alpha:g}"
+        )
 
 
 def _positive(name: str, factor: float) -> None:
     if not 0 < factor < inf:
-        raise SpecError(f"sources.{name}.factor must be above 0 and finite, got {factor:g}; drop the source instead")
+        raise SpecError(
+            f"sources.{name}.factor must be above 0 and finite, got {factor:g}; drop the source instead"
+        )
+
+
+@dataclass(frozen=True)
+class DatasetInput:
+    """A dataset as a run saw it."""
+
+    name: str
+    digest: str  # of its manifest: names the dataset
+    path: str
+    rows: int

@@ -21,7 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-ODD = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # SplitMix64 (Steele et al. 2014)
+ODD = (
+    0x9E3779B97F4A7C15,
+    0xBF58476D1CE4E5B9,
+    0x94D049BB133111EB,
+)  # SplitMix64 (Steele et al. 2014)
 _MASK = 2**64 - 1
 _ACTIVE: ContextVar["Placed | None"] = ContextVar("placed", default=None)
 
@@ -110,7 +114,9 @@ class Placed(TorchFunctionMode):
     def __init__(self, step: int, places_B: Tensor, owners_N: Tensor) -> None:
         super().__init__()
         self.step = step
-        self._calls = 0  # of a forward: every rank and micro-batch makes the same, in the same order
+        self._calls = (
+            0  # of a forward: every rank and micro-batch makes the same, in the same order
+        )
         self.rows_R = mix(places_B.long() * _signed(ODD[0]) + step)
         first_N = torch.searchsorted(owners_N, owners_N) if len(owners_N) else owners_N
         within_N = torch.arange(len(owners_N), device=owners_N.device) - first_N
@@ -195,7 +201,12 @@ _reported: list[int] = []  # a process reports once what it cannot place
 
 
 def _dropout(
-    mode: Placed, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    mode: Placed,
+    func: Any,
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
 ) -> Tensor:
     if not training or p == 0.0:
         return input
@@ -218,20 +229,30 @@ def _attention(
     """`scaled_dot_product_attention` as its documentation spells it out, where it has dropout."""
     if dropout_p == 0.0:
         attended: Tensor = func(
-            query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
         )
         return attended
     if enable_gqa:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
         value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
-    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
+    scores = (
+        query @ key.transpose(-2, -1) * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
+    )
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    weights = torch.ops.aten._safe_softmax(scores.float(), -1).to(query.dtype)  # 0 for a row that sees nothing
+    weights = torch.ops.aten._safe_softmax(scores.float(), -1).to(
+        query.dtype
+    )  # 0 for a row that sees nothing
     return mode.dropout(weights, dropout_p) @ value
 
 
@@ -243,10 +264,14 @@ def _rand(mode: Placed, func: Any, *size: Any, **options: Any) -> Tensor:
     shape = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
     made = torch.empty(shape, **options)
     with torch.no_grad():
-        return made.copy_(mode.uniform(shape, made.device)).clamp_(max=1 - torch.finfo(made.dtype).eps)
+        return made.copy_(mode.uniform(shape, made.device)).clamp_(
+            max=1 - torch.finfo(made.dtype).eps
+        )
 
 
-def _bernoulli_(mode: Placed, func: Any, self: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
+def _bernoulli_(
+    mode: Placed, func: Any, self: Tensor, p: Any = 0.5, *, generator: Any = None
+) -> Tensor:
     if generator is not None:
         drawn: Tensor = func(self, p, generator=generator)
         return drawn

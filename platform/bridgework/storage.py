@@ -3,6 +3,8 @@
 Write to a temporary name, flush to the disk (fsync), rename, flush the folder that holds the name: without the first
 flush a rename may outlive the bytes, without the second a crash may bring the old name back (Pillai et al. 2014, "All
 File Systems Are Not Created Equal", OSDI).
+
+Where files lie: a path, or the URL of a store that fsspec knows.
 """
 
 import errno
@@ -11,9 +13,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-from bridgework.errors import ResourceError
+import fsspec
+
+from bridgework.errors import DataError, ResourceError, suggest
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left on the device; the user's quota is used up
 SAID = (  # by torch.save, whose zip writer raises a RuntimeError, and by safetensors
@@ -31,7 +36,9 @@ def write_atomic(path: Path, content: str | bytes, *, mode: int | None = None) -
     try:
         with disk_errors(path):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with os.fdopen(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
+            with os.fdopen(
+                os.open(temporary, flags, 0o666 if mode is None else mode), "wb"
+            ) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -122,7 +129,10 @@ def disk_full(error: BaseException) -> bool:
     while at is not None and at not in chain:
         chain.append(at)
         at = at.__cause__ or at.__context__
-    return any((isinstance(e, OSError) and e.errno in FULL) or any(word in str(e) for word in SAID) for e in chain)
+    return any(
+        (isinstance(e, OSError) and e.errno in FULL) or any(word in str(e) for word in SAID)
+        for e in chain
+    )
 
 
 @contextmanager
@@ -144,4 +154,28 @@ def full(path: Path, need: int | None = None) -> ResourceError:
         f"{path}: the disk is full. Got {shutil.disk_usage(place).free / 1e6:,.1f} MB free on the disk of {place}"
         f"{wanted}. Fix: free some space there, or set BRIDGEWORK_HOME to a larger disk; what was complete before "
         "is untouched, and the same command resumes"
+    )
+
+
+def find_store(url: str) -> tuple[Any, str]:
+    """The file system of `url`, and the path in it. Nothing is asked of the store.
+
+    Raises DataError for a protocol that nobody knows, ResourceError for one whose package is not installed.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except ValueError as error:
+        protocol = url.partition("://")[0]
+        raise DataError(
+            f"{url!r}: {error}{suggest(protocol, fsspec.available_protocols())}"
+        ) from None
+    except ImportError as error:
+        raise ResourceError(f"{url!r} needs a package that is not here: {error}") from None
+    return fs, path
+
+
+def unreachable(file: str, error: Exception) -> ResourceError:
+    """What to raise where a file's store does not answer, or refuses: it may be tried again."""
+    return ResourceError(
+        f"{file} cannot be reached ({type(error).__name__}: {error}); is its store up, and open to you?"
     )

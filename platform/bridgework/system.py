@@ -17,22 +17,24 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, cast
 
+from bridgework.config import FLOAT32_TINY, added, bounded, config_class, option, to_dict
 from bridgework.errors import SpecError, suggest
 from bridgework.mixture import Group as Group
 from bridgework.mixture import Mixture as Mixture
 from bridgework.mixture import Packing as Packing
 from bridgework.mixture import Source as Source
 from bridgework.mixture import unique
-from bridgework.spec import FLOAT32_TINY, added, bounded, option, spec, to_dict
 
 # --- what a model tells the data, and the data never asks otherwise --------------------------------------------------
 
-IMAGE = -200  # stands in a row of token ids wherever an image token goes (LLaVA's own number); never looked up
+IMAGE = (
+    -200
+)  # stands in a row of token ids wherever an image token goes (LLaVA's own number); never looked up
 END = -201  # ends a chunk of an interleaved document, Flamingo's <EOC>; a wiring that knows it has a row for it
 IGNORE = -100  # a label without loss (the default of torch's cross_entropy)
 
 
-@spec
+@config_class
 class Pixels:
     """How an image becomes the squares that a vision tower reads: part of the digest of cached features."""
 
@@ -40,8 +42,12 @@ class Pixels:
     fit: Literal["pad", "crop"] = "crop"  # pad to a square of the mean colour, or crop the centre
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    grids: tuple[tuple[int, int], ...] = ()  # (columns, rows) of tiles beside the base square; () gives that alone
-    video: bool = False  # the frames of a video are one image of many squares, and not images of their own
+    grids: tuple[
+        tuple[int, int], ...
+    ] = ()  # (columns, rows) of tiles beside the base square; () gives that alone
+    video: bool = (
+        False  # the frames of a video are one image of many squares, and not images of their own
+    )
 
 
 class Layout(NamedTuple):
@@ -66,17 +72,27 @@ class ModelSpec(Protocol):
     @property
     def context(self) -> int: ...  # tokens the language model takes, images included
     @property
-    def image_tokens(self) -> int: ...  # places that a square fills; 0: no places, and every sample has one image
+    def image_tokens(
+        self,
+    ) -> int: ...  # places that a square fills; 0: no places, and every sample has one image
     def places(self, layout: Layout) -> int: ...  # places in the token stream that an image fills
     @property
     def instruction(self) -> str | None: ...  # tokenizer of a second stream: what the user says
     @property
-    def pretrained(self) -> tuple[str, ...]: ...  # globs of the tensors that pretrained weights bring back
+    def pretrained(
+        self,
+    ) -> tuple[str, ...]: ...  # globs of the tensors that pretrained weights bring back
     @property
-    def square_tokens(self) -> int: ...  # vectors the vision tower makes of a square: what it costs beside the text
+    def square_tokens(
+        self,
+    ) -> int: ...  # vectors the vision tower makes of a square: what it costs beside the text
     @property
-    def unpackable(self) -> str | None: ...  # why several samples cannot share a sequence; None where they can
-    def unshardable(self, wants: frozenset[str]) -> str | None: ...  # why ZeRO 3 cannot split it, for such outputs
+    def unpackable(
+        self,
+    ) -> str | None: ...  # why several samples cannot share a sequence; None where they can
+    def unshardable(
+        self, wants: frozenset[str]
+    ) -> str | None: ...  # why ZeRO 3 cannot split it, for such outputs
     def build(self, *, pretrained: bool = True) -> Any: ...  # torch.nn.Module
     def tiny(self) -> Self: ...
 
@@ -89,9 +105,15 @@ class LossSpec(Protocol):
     @property
     def weight(self) -> float: ...
     @property
-    def whole_batch(self) -> bool: ...  # compares samples with each other: it must see a worker's share at once
+    def whole_batch(
+        self,
+    ) -> bool: ...  # compares samples with each other: it must see a worker's share at once
     @property
-    def spliced(self) -> tuple[str, ...]: ...  # outputs by which it can all the same, in two passes over micro-batches
+    def spliced(
+        self,
+    ) -> tuple[
+        str, ...
+    ]: ...  # outputs by which it can all the same, in two passes over micro-batches
     @property
     def packs(self) -> bool: ...  # tells samples that share a sequence apart
     # It may have `by_image` (reads which rows show one image) and `options` (arguments of the wiring's forward).
@@ -99,7 +121,9 @@ class LossSpec(Protocol):
     def count(self, labels_BT: Any) -> Any: ...  # counts_B, float32: what each adds to the divisor
 
 
-Better = Mapping[str, Literal["higher", "lower"] | None]  # figure -> its better direction; None: a baseline
+Better = Mapping[
+    str, Literal["higher", "lower"] | None
+]  # figure -> its better direction; None: a baseline
 
 
 class EvalSpec(Protocol):
@@ -115,11 +139,13 @@ class EvalSpec(Protocol):
     def run(self, pipeline: Any, home: Path) -> Any: ...  # inference.Pipeline -> evaluation.Result
 
 
-@spec
+@config_class
 class Scoring:
     """How the candidate answers of a question are scored, by which they are ranked."""
 
-    prior: bool = True  # subtract the log-likelihood given blank images: pointwise mutual information
+    prior: bool = (
+        True  # subtract the log-likelihood given blank images: pointwise mutual information
+    )
     per_token: bool = False  # divide by the number of the answer's tokens: length normalization
 
     def __call__(self, loglik: float, prior: float, tokens: int) -> float:
@@ -136,17 +162,27 @@ class CurationSpec(Protocol):
     @property
     def uses(self) -> tuple[str, ...]: ...  # the earlier stages whose artefacts it needs
     @property
-    def sources(self) -> tuple[str, ...]: ...  # datasets that it reads: they must be there before training starts
+    def sources(
+        self,
+    ) -> tuple[str, ...]: ...  # datasets that it reads: they must be there before training starts
     def tiny(self) -> Self: ...
     def run(
-        self, artefacts: Mapping[str, Path], dest: str, *, home: Path, workers: int, say: Callable[[str], object]
-    ) -> Any: ...  # -> data.manifest.Manifest of `dest`; run again it goes on, or takes what is there
+        self,
+        artefacts: Mapping[str, Path],
+        dest: str,
+        *,
+        home: Path,
+        workers: int,
+        say: Callable[[str], object],
+    ) -> (
+        Any
+    ): ...  # -> data.manifest.Manifest of `dest`; run again it goes on, or takes what is there
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-@spec
+@config_class
 class Budget:
     """How much a stage trains."""
 
@@ -163,14 +199,16 @@ class Budget:
         return Budget(steps=8, batch=8, micro=8)
 
 
-@spec
+@config_class
 class AdamW:
     """AdamW under a linear warm-up and a decay."""
 
     peak_lr: float
     final_lr: float = 0.0
     warmup: float = 0.03  # share of the steps
-    decay: Literal["cosine", "constant", "exponential"] = "cosine"  # from peak_lr to final_lr, or none at all
+    decay: Literal["cosine", "constant", "exponential"] = (
+        "cosine"  # from peak_lr to final_lr, or none at all
+    )
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -185,14 +223,16 @@ class AdamW:
         for number, beta in enumerate(self.betas):
             bounded(f"optim.betas[{number}]", beta, least=0, below=1)
         if self.final_lr > self.peak_lr:
-            raise SpecError(f"optim.final_lr {self.final_lr:g} is above peak_lr {self.peak_lr:g}; the rate only decays")
+            raise SpecError(
+                f"optim.final_lr {self.final_lr:g} is above peak_lr {self.peak_lr:g}; the rate only decays"
+            )
         if self.decay == "exponential" and self.final_lr <= 0:
             raise SpecError("optim.final_lr must be above 0: an exponential decay never reaches 0")
         if not 0.0 <= self.warmup < 1.0:
             raise SpecError(f"optim.warmup is a share of the steps in [0, 1), got {self.warmup:g}")
 
 
-@spec
+@config_class
 class ZeRO:
     """How DeepSpeed shards a stage; `config` overrides its JSON by dotted path."""
 
@@ -201,24 +241,32 @@ class ZeRO:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-@spec
+@config_class
 class Stage:
     """One model, what of it trains, on what, for how long, judged by what."""
 
     name: str
     model: ModelSpec
-    trains: Mapping[str, float]  # glob of parameter names -> multiplier of the learning rate; all else is frozen
+    trains: Mapping[
+        str, float
+    ]  # glob of parameter names -> multiplier of the learning rate; all else is frozen
     losses: tuple[LossSpec, ...]
     data: Mixture
     budget: Budget
     optim: AdamW
     starts_from: str | None = None  # an earlier stage, or an artefact's folder
-    inherits: tuple[str, ...] = ("*",)  # globs of the tensors taken from there: another wiring may need only some
+    inherits: tuple[str, ...] = (
+        "*",
+    )  # globs of the tensors taken from there: another wiring may need only some
     shard: ZeRO = ZeRO()
     evals: tuple[EvalSpec, ...] = option(default=())
     seed: int = 0
-    curation: CurationSpec | None = None  # makes a dataset from earlier stages' models before this stage starts
-    scoring: Scoring = added(default=Scoring())  # of candidate answers, for `Pipeline.choose` and `rank`
+    curation: CurationSpec | None = (
+        None  # makes a dataset from earlier stages' models before this stage starts
+    )
+    scoring: Scoring = added(
+        default=Scoring()
+    )  # of candidate answers, for `Pipeline.choose` and `rank`
 
     def __post_init__(self) -> None:
         if not self.trains:
@@ -253,9 +301,13 @@ class Stage:
 
     def _check_packing(self) -> None:
         alone = [type(loss).__name__ for loss in self.losses if not loss.packs]
-        why = self.model.unpackable or (f"{alone[0]} reads a sequence as one sample" if alone else None)
+        why = self.model.unpackable or (
+            f"{alone[0]} reads a sequence as one sample" if alone else None
+        )
         if why is not None:
-            raise SpecError(f"{self.name}.data.packing: {why}; set stages.{self.name}.data.packing=none")
+            raise SpecError(
+                f"{self.name}.data.packing: {why}; set stages.{self.name}.data.packing=none"
+            )
         packing = self.data.packing
         if packing is not None and (packing.tokens or 0) > self.model.context:
             raise SpecError(
@@ -264,7 +316,9 @@ class Stage:
             )
 
     def tiny(self) -> "Stage":
-        kind = "preferences" if any(loss.needs == "preference" for loss in self.losses) else "shapes"
+        kind = (
+            "preferences" if any(loss.needs == "preference" for loss in self.losses) else "shapes"
+        )
         curation = None if self.curation is None else self.curation.tiny()
         return replace(
             self,
@@ -277,7 +331,7 @@ class Stage:
         )
 
 
-@spec
+@config_class
 class System:
     """Stages in the order in which they run."""
 
@@ -338,7 +392,9 @@ def fingerprint(recipe: Any) -> str:
 def recipes() -> list[str]:
     """The systems that ship: the modules of bridgework.recipes."""
     package = import_module("bridgework.recipes")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return sorted(
+        m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
+    )
 
 
 def variants(name: str) -> list[str]:
@@ -352,7 +408,10 @@ def load(name: str) -> System:
     functions = dict(_recipe_functions(_recipe_module(path)))
     function = functions.get(variant or "system")
     if function is None:
-        raise SpecError(f"{path} has no variant {variant or 'system'!r}" + suggest(variant or "system", functions))
+        raise SpecError(
+            f"{path} has no variant {variant or 'system'!r}"
+            + suggest(variant or "system", functions)
+        )
     return function()
 
 
@@ -370,5 +429,9 @@ def _recipe_functions(module: types.ModuleType) -> Iterator[tuple[str, Callable[
     """What a recipe offers: its public functions that need no argument and say that they return a System."""
     for name, value in vars(module).items():
         offered = isinstance(value, types.FunctionType) and not inspect.signature(value).parameters
-        if offered and not name.startswith("_") and typing.get_type_hints(value).get("return") is System:
+        if (
+            offered
+            and not name.startswith("_")
+            and typing.get_type_hints(value).get("return") is System
+        ):
             yield name, cast(Callable[[], System], value)

@@ -14,7 +14,7 @@ from benchmarks.ingest.peers import PEERS, installed
 from benchmarks.ingest.reading import read
 from benchmarks.ingest.store import MIX, Store, photo
 from benchmarks.ingest.work import BATCH, DECODE, MIXED, READ, Work, keys
-from bridgework.data.batch import Batch
+from bridgework.data.collate import Batch
 
 ROWS = 256
 
@@ -28,12 +28,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 def test_an_epoch_of_ours_is_every_id_once(store: Store) -> None:
     steps = islice(in_process(READ, store), ROWS // BATCH)
-    assert sorted(key for step in steps for key in keys(step)) == [f"whole/{row:06d}" for row in range(ROWS)]
+    assert sorted(key for step in steps for key in keys(step)) == [
+        f"whole/{row:06d}" for row in range(ROWS)
+    ]
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset and datasets leave files open
 @pytest.mark.parametrize("name", PEERS)
-def test_an_epoch_of_a_library_is_every_id_once_with_the_same_bytes(store: Store, name: str) -> None:
+def test_an_epoch_of_a_library_is_every_id_once_with_the_same_bytes(
+    store: Store, name: str
+) -> None:
     peer = PEERS[name]
     if not installed(peer):
         pytest.skip(f"{peer.module} is not installed")
@@ -54,7 +58,11 @@ def test_both_ways_to_a_batch_make_the_same_batch(store: Store) -> None:
 
 
 def test_ours_mixes_the_four_sources(store: Store) -> None:
-    came = [key.split("/")[0] for step in islice(in_process(MIXED, store), ROWS // BATCH) for key in keys(step)]
+    came = [
+        key.split("/")[0]
+        for step in islice(in_process(MIXED, store), ROWS // BATCH)
+        for key in keys(step)
+    ]
     assert set(came) == set(MIX)
 
 

@@ -9,11 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from bridgework.curation.flow import Curation, Fact, Verdict
+from bridgework import artifacts
+from bridgework.config import override
+from bridgework.curation.runner import Curation, Decision, Fact
 from bridgework.data.samples import Sample
-from bridgework.spec import override
 from bridgework.system import Stage, System, load
-from bridgework.training import artefact
 from tests.curation.support import flags, written
 from tests.inference import tiny
 from tests.training.support import go
@@ -29,7 +29,12 @@ def clip(home: Path) -> str:
     learning: Stage = replace(load("clip").stages[0].tiny(), evals=())
     source = replace(learning.data.sources[0], name="pairs", dataset=str(place))
     stage = replace(learning, data=replace(learning.data, sources=(source,)))
-    fast = {"budget.steps": CLIP_STEPS, "budget.batch": 16, "budget.micro": 16, "optim.peak_lr": 2e-3}
+    fast = {
+        "budget.steps": CLIP_STEPS,
+        "budget.batch": 16,
+        "budget.micro": 16,
+        "optim.peak_lr": 2e-3,
+    }
     system = System(name="clip", paper="-", stages=(override(stage, fast),))
     return str(go(system, home, "clip-for-curation", stages=None)[stage.name].artefact)
 
@@ -40,7 +45,7 @@ def writer(home: Path) -> str:
     if not folder.exists():
         made = tiny.pipeline(template="plain")
         system = System(name="tiny", paper="-", stages=(made.stage,))
-        artefact.save(folder, made.model.state_dict(), system=system, stage=made.stage.name)
+        artifacts.save(folder, made.model.state_dict(), system=system, stage=made.stage.name)
     return str(folder)
 
 
@@ -50,9 +55,11 @@ def judged(curation: Curation, samples: Sequence[Sample], home: Path) -> list[Fa
     return facts
 
 
-def decided(curation: Curation, samples: Sequence[Sample], facts: Sequence[Fact]) -> list[Verdict]:
+def decided(curation: Curation, samples: Sequence[Sample], facts: Sequence[Fact]) -> list[Decision]:
     """A verdict for every row that is not bad."""
-    rows = [(sample, fact) for sample, fact in zip(samples, facts, strict=True) if "bad" not in fact]
+    rows = [
+        (sample, fact) for sample, fact in zip(samples, facts, strict=True) if "bad" not in fact
+    ]
     return list(curation.decide(lambda: iter(rows)))
 
 
@@ -71,7 +78,9 @@ class Scripted:
 def completion(content: Any) -> bytes:
     """The body of an answer that says this."""
     message = {"role": "assistant", "content": content}
-    return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}).encode()
+    return json.dumps(
+        {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+    ).encode()
 
 
 @contextmanager
@@ -94,9 +103,17 @@ def endpoint(answer: Callable[[dict[str, Any]], str | bytes | int]) -> Iterator[
 
         def _send(self, given: str | bytes | int) -> None:
             refused = json.dumps({"error": {"message": "no"}}).encode()
-            body = given if isinstance(given, bytes) else completion(given) if isinstance(given, str) else refused
+            body = (
+                given
+                if isinstance(given, bytes)
+                else completion(given)
+                if isinstance(given, str)
+                else refused
+            )
             self.send_response(given if isinstance(given, int) else 200)
-            self.send_header("Content-Type", "text/html" if body.startswith(b"<") else "application/json")
+            self.send_header(
+                "Content-Type", "text/html" if body.startswith(b"<") else "application/json"
+            )
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -104,7 +121,9 @@ def endpoint(answer: Callable[[dict[str, Any]], str | bytes | int]) -> Iterator[
         def log_message(self, format: str, *args: Any) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     told.url = f"http://127.0.0.1:{server.server_port}/v1"
     try:

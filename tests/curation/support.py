@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bridgework.config import override
+from bridgework.data.dataset import write
 from bridgework.data.samples import Sample, pair
-from bridgework.data.shards import write
 from bridgework.data.synthetic import COLOURS
-from bridgework.spec import override
 from bridgework.system import Source, Stage, System, load
 from tests.training.support import go
 
@@ -45,7 +45,9 @@ def trained(name: str, dataset: str, home: Path, steps: int, **changes: Any) -> 
     fast = {"budget.steps": steps, "optim.peak_lr": 2e-3, "model.text.dropout": 0.0}
     stage = override(stage, fast | {path.replace("__", "."): new for path, new in changes.items()})
     run = f"{name}-{steps}-for-curation"
-    return go(System(name="blip", paper="-", stages=(stage,)), home, run, stages=None)[name].artefact
+    return go(System(name="blip", paper="-", stages=(stage,)), home, run, stages=None)[
+        name
+    ].artefact
 
 
 def scenes(count: int, seed: int = 0) -> list[Image.Image]:
@@ -55,7 +57,11 @@ def scenes(count: int, seed: int = 0) -> list[Image.Image]:
     for _ in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((96, 72), Image.Resampling.BICUBIC), np.int16)
-        made.append(Image.fromarray(np.clip(smooth + rng.integers(-6, 7, smooth.shape), 0, 255).astype(np.uint8)))
+        made.append(
+            Image.fromarray(
+                np.clip(smooth + rng.integers(-6, 7, smooth.shape), 0, 255).astype(np.uint8)
+            )
+        )
     return made
 
 

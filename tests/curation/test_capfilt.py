@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from benchmarks import capfilt as benchmark
-from bridgework.curation import CapFilt, facts
+from bridgework import artifacts
+from bridgework.config import from_dict, to_dict
+from bridgework.curation import CapFilt, annotations
 from bridgework.curation.capfilt import KEEPS_ALL, CapFiltJudge, Scores, _seed
-from bridgework.curation.explain import sheet
-from bridgework.curation.flow import Making
+from bridgework.curation.contact_sheet import sheet
+from bridgework.curation.runner import CurationRun
+from bridgework.data.dataset import open_dataset, verify
 from bridgework.data.manifest import Manifest
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import open_dataset, verify
 from bridgework.errors import DataError, SpecError, WeightsError
-from bridgework.inference import Pipeline
-from bridgework.spec import from_dict, to_dict
-from bridgework.training import artefact
+from bridgework.inference.pipeline import Pipeline
 from tests.curation.support import flags, trained, written
 
 SPEC = CapFilt(captioner="captioner", filter="filter", sources=("web",), max_tokens=8, min_tokens=2)
@@ -36,7 +36,9 @@ def web(tmp_path: Path) -> str:
     return written(tmp_path / "web", list(flags()))
 
 
-def make(web: str, dest: Path, models: dict[str, Path], home: Path, workers: int = 0, **fields: Any) -> Manifest:
+def make(
+    web: str, dest: Path, models: dict[str, Path], home: Path, workers: int = 0, **fields: Any
+) -> Manifest:
     spec = replace(SPEC, sources=(web,), **{"threshold": KEEPS_ALL, **fields})
     return spec.run(models, str(dest), home=home, workers=workers, say=lambda text: None)
 
@@ -53,7 +55,9 @@ def named(spec: CapFilt, models: dict[str, Path], **fields: Any) -> CapFilt:
 def texts_of(manifest: Manifest, origin: str) -> int:
     """Rows that kept the text of this origin, by the manifest's counts."""
     counts = manifest.parameters["counts"]
-    return sum(rows for why, rows in counts.items() if why.startswith(("both texts", f"{origin} text")))
+    return sum(
+        rows for why, rows in counts.items() if why.startswith(("both texts", f"{origin} text"))
+    )
 
 
 def test_every_text_that_is_kept_is_a_pair_that_knows_where_it_comes_from(
@@ -64,20 +68,27 @@ def test_every_text_that_is_kept_is_a_pair_that_knows_where_it_comes_from(
     assert sum(manifest.parameters["counts"].values()) == 56 == texts_of(manifest, "web")
     assert manifest.rows == 56 + texts_of(manifest, "written") > 56
     assert manifest.parents == (source.manifest.digest,) and manifest.licence == "CC0-1.0"
-    assert manifest.parameters["captioner"] == artefact.describe(models["captioner"]).digest
+    assert manifest.parameters["captioner"] == artifacts.describe(models["captioner"]).digest
     own = {sample.key: sample for sample in source.samples()}
     for sample in made.samples():
         told = {name.removeprefix("capfilt."): value for name, value in sample.provenance.items()}
         parent = own[told["key"]]
         assert sample.images == parent.images and told["dataset"] == source.manifest.digest
-        assert told["filter"] == artefact.describe(models["filter"]).digest
-        assert (told["kept"] == "web") == (sample.text == parent.text) and float(told["web_score"]) > KEEPS_ALL
+        assert told["filter"] == artifacts.describe(models["filter"]).digest
+        assert (told["kept"] == "web") == (sample.text == parent.text) and float(
+            told["web_score"]
+        ) > KEEPS_ALL
     assert not verify(str(tmp_path / "made"))
 
 
-def test_only_what_the_filter_lets_pass_is_kept(web: str, models: dict[str, Path], home: Path, tmp_path: Path) -> None:
+def test_only_what_the_filter_lets_pass_is_kept(
+    web: str, models: dict[str, Path], home: Path, tmp_path: Path
+) -> None:
     make(web, tmp_path / "all", models, home)
-    scores = sorted(float(s.provenance["capfilt.web_score"]) for s in open_dataset(str(tmp_path / "all")).samples())
+    scores = sorted(
+        float(s.provenance["capfilt.web_score"])
+        for s in open_dataset(str(tmp_path / "all")).samples()
+    )
     middle = scores[len(scores) // 2]
     manifest = make(web, tmp_path / "some", models, home, threshold=middle)
     some = list(open_dataset(str(tmp_path / "some")).samples())
@@ -116,7 +127,10 @@ def test_what_is_written_depends_on_the_seed_and_the_key_alone(
     judge, other = held(models, home), held(models, home, seed=1)
 
     def told(judge: CapFiltJudge, samples: list[Sample]) -> dict[str, str]:
-        return {sample.key: fact["written"][0] for sample, fact in zip(samples, judge(samples), strict=True)}
+        return {
+            sample.key: fact["written"][0]
+            for sample, fact in zip(samples, judge(samples), strict=True)
+        }
 
     texts = told(judge, samples)
     assert told(judge, samples[::-1]) == texts
@@ -125,11 +139,20 @@ def test_what_is_written_depends_on_the_seed_and_the_key_alone(
     assert len(set(texts.values())) > 6
 
 
-def test_a_caption_is_what_the_pipeline_writes_for_its_image_alone(models: dict[str, Path], home: Path) -> None:
+def test_a_caption_is_what_the_pipeline_writes_for_its_image_alone(
+    models: dict[str, Path], home: Path
+) -> None:
     sample = next(flags())
     pipeline = Pipeline.load(str(models["captioner"]), "cpu")
-    drawn: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 2, "temperature": 1.0, "top_p": 0.9}
-    alone = pipeline.generate(pipeline.inputs.ask(sample), sample.images, seed=_seed(0, sample.key, 0), **drawn)
+    drawn: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "min_new_tokens": 2,
+        "temperature": 1.0,
+        "top_p": 0.9,
+    }
+    alone = pipeline.generate(
+        pipeline.inputs.ask(sample), sample.images, seed=_seed(0, sample.key, 0), **drawn
+    )
     judged = held(models, home)(list(flags())[:8])
     assert judged[0]["written"] == [alone.text]
 
@@ -147,7 +170,11 @@ def test_several_captions_an_image_are_written_apart_and_the_first_is_as_alone(
 def test_what_is_no_pair_or_no_picture_is_put_aside(models: dict[str, Path], home: Path) -> None:
     sample = next(flags())
     torn = pair("torn", sample.images[0][:40], "a torn flag")
-    talk = Sample("talk", sample.images, (Part("user", image=0), Part("user", text="?"), Part("assistant", text="!")))
+    talk = Sample(
+        "talk",
+        sample.images,
+        (Part("user", image=0), Part("user", text="?"), Part("assistant", text="!")),
+    )
     judged = held(models, home)([torn, sample, talk])
     assert [fact.get("bad", [None])[0] for fact in judged] == ["corrupt", None, "bad_row"]
     assert Scores(**judged[1]).web_score == Scores(**held(models, home)([sample])[0]).web_score
@@ -160,7 +187,7 @@ def test_a_sheet_shows_what_was_kept_beside_what_was_dropped(
     spec = named(SPEC, models, sources=(web,), threshold=KEEPS_ALL)
     dest, counts = str(tmp_path / "all"), whole.parameters["counts"]
     one_kind = sheet(spec, [web], dest, home, counts)
-    told = [Scores(**row.fact) for row in Making.of(spec, [web], dest, home).told()]
+    told = [Scores(**row.fact) for row in CurationRun.of(spec, [web], dest, home).told()]
     scores = sorted(max(one.web_score or 0, one.written_scores[0] or 0) for one in told)
     some = replace(spec, threshold=scores[len(scores) // 2])
     two_kinds = sheet(some, [web], dest, home, {"no text fits": 28, "web text": 1})
@@ -168,12 +195,17 @@ def test_a_sheet_shows_what_was_kept_beside_what_was_dropped(
     assert one_kind.crop((half, 60, one_kind.width, one_kind.height)).getcolors() == [
         ((one_kind.width - half) * (one_kind.height - 60), (255, 255, 255))
     ]
-    assert len(two_kinds.crop((half, 60, two_kinds.width, two_kinds.height)).getcolors(1 << 16) or []) > 2
+    assert (
+        len(two_kinds.crop((half, 60, two_kinds.width, two_kinds.height)).getcolors(1 << 16) or [])
+        > 2
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_actors_make_what_one_process_makes(web: str, models: dict[str, Path], home: Path, tmp_path: Path) -> None:
+def test_actors_make_what_one_process_makes(
+    web: str, models: dict[str, Path], home: Path, tmp_path: Path
+) -> None:
     alone = make(web, tmp_path / "alone", models, home)
     assert make(web, tmp_path / "actors", models, home, workers=1).digest == alone.digest
 
@@ -218,7 +250,8 @@ def test_a_filter_that_drops_everything_is_an_error_that_says_so(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        DataError, match=r"keeps nothing of 56 rows \(.*56 no text fits.*\), so .* is not written; loosen"
+        DataError,
+        match=r"keeps nothing of 56 rows \(.*56 no text fits.*\), so .* is not written; loosen",
     ):
         make(web, tmp_path / "made", models, home, threshold=1e4)
     assert not (tmp_path / "made").exists()
@@ -227,8 +260,16 @@ def test_a_filter_that_drops_everything_is_an_error_that_says_so(
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        (lambda m, f: {**m, "filter": m["captioner"]}, SpecError, "has the tasks caption, and this takes match"),
-        (lambda m, f: {**m, "captioner": m["filter"]}, SpecError, "and this takes caption or answer"),
+        (
+            lambda m, f: {**m, "filter": m["captioner"]},
+            SpecError,
+            "has the tasks caption, and this takes match",
+        ),
+        (
+            lambda m, f: {**m, "captioner": m["filter"]},
+            SpecError,
+            "and this takes caption or answer",
+        ),
         (lambda m, f: {**m, "filter": f}, WeightsError, "is not an artefact"),
     ],
 )
@@ -254,16 +295,16 @@ def _unwanted(self: CapFilt, home: Path) -> None:
 def _stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
     """The shards that are judged from now on; the process is interrupted once, in the middle of shard `after`."""
     judged: list[int] = []
-    own, interrupt = facts._Worker.__call__, [True]
+    own, interrupt = annotations._Worker.__call__, [True]
 
-    def write(worker: facts._Worker, task: facts.Task) -> None:
+    def write(worker: annotations._Worker, task: annotations.Task) -> None:
         if task.shard == after and interrupt:
             interrupt.clear()
             monkeypatch.setattr(worker, "_judge", _interrupted)
         own(worker, task)
         judged.append(task.shard)
 
-    monkeypatch.setattr(facts._Worker, "__call__", write)
+    monkeypatch.setattr(annotations._Worker, "__call__", write)
     return judged
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bridgework.curation import chat
+from bridgework.curation import llm
 from bridgework.errors import RunError
 from tests.curation.models import completion, endpoint
 
@@ -20,25 +20,33 @@ NO_COMPLETIONS = {  # bodies of answers of status 200, and what is shown of them
     b'["a", "list"]': '["a", "list"]',
     b'{"error": {"message": "the model is loading"}}': "the model is loading",
     b"so sorry": "so sorry",
-    b"<html>\n<body>Sign in</body>\n" + b"<br>" * 1000 + b"</html>": "<html> <body>Sign in</body> <br><br>",
+    b"<html>\n<body>Sign in</body>\n"
+    + b"<br>" * 1000
+    + b"</html>": "<html> <body>Sign in</body> <br><br>",
     b"[" * 200_000: "[[[",
     b"": "nothing at all",
 }
 
 
 @pytest.mark.parametrize(("body", "shown"), NO_COMPLETIONS.items(), ids=range(len(NO_COMPLETIONS)))
-def test_an_answer_that_is_no_chat_completion_is_an_error_that_shows_it(body: bytes, shown: str) -> None:
+def test_an_answer_that_is_no_chat_completion_is_an_error_that_shows_it(
+    body: bytes, shown: str
+) -> None:
     with endpoint(lambda request: body) as server, pytest.raises(RunError) as caught:
-        chat.Endpoint(server.url, "m", attempts=1)(HELLO, 0)
+        llm.ChatEndpoint(server.url, "m", attempts=1)(HELLO, 0)
     told = str(caught.value)
     assert told.startswith(f"{server.url} answers with no chat completion: ") and shown in told
-    assert "; see to the URL (up to /v1), the model's name" in told and "\n" not in told and len(told) < 500
+    assert (
+        "; see to the URL (up to /v1), the model's name" in told
+        and "\n" not in told
+        and len(told) < 500
+    )
 
 
 def test_an_answer_that_is_no_chat_completion_is_asked_for_again() -> None:
     bodies = iter([b"<html>busy</html>", b'{"choices": null}', completion("Yes.")])
     with endpoint(lambda request: next(bodies)) as server:
-        assert chat.Endpoint(server.url, "m", attempts=3)(HELLO, 0) == "Yes."
+        assert llm.ChatEndpoint(server.url, "m", attempts=3)(HELLO, 0) == "Yes."
     assert len(server.asked) == 3
 
 
@@ -48,23 +56,32 @@ def test_an_answer_that_is_no_chat_completion_is_asked_for_again() -> None:
         (None, ""),
         ([], ""),
         ([{"type": "thinking", "thinking": "hm"}, {"type": "refusal", "refusal": "no"}], ""),
-        ([{"type": "text", "text": "A "}, {"type": "thinking"}, {"type": "text", "text": "flag. "}], "A flag."),
+        (
+            [
+                {"type": "text", "text": "A "},
+                {"type": "thinking"},
+                {"type": "text", "text": "flag. "},
+            ],
+            "A flag.",
+        ),
         ("half a smile \ud83d", "half a smile ?"),
     ],
 )
 def test_a_message_may_have_parts_or_no_text(content: Any, text: str) -> None:
     with endpoint(lambda request: completion(content)) as server:
-        assert chat.Endpoint(server.url, "m", attempts=1)(HELLO, 0) == text
+        assert llm.ChatEndpoint(server.url, "m", attempts=1)(HELLO, 0) == text
     assert len(server.asked) == 1
-    assert chat.said('{"choices": [{"message": {"role": "assistant"}}]}') == ""
+    assert llm.said('{"choices": [{"message": {"role": "assistant"}}]}') == ""
 
 
 @pytest.mark.parametrize(("status", "asked"), [(401, 1), (404, 1), (503, 2)])
 def test_an_endpoint_that_does_not_let_us_in_ends_the_work(status: int, asked: int) -> None:
     with endpoint(lambda request: status) as server:
-        client = chat.Endpoint(server.url, "m", key="NO_KEY", attempts=2)
-        with pytest.raises(RunError, match=rf"{re.escape(server.url)} does not answer: .*key in \$NO_KEY"):
+        client = llm.ChatEndpoint(server.url, "m", key="NO_KEY", attempts=2)
+        with pytest.raises(
+            RunError, match=rf"{re.escape(server.url)} does not answer: .*key in \$NO_KEY"
+        ):
             client(HELLO, 0)
     assert len(server.asked) == asked
     with pytest.raises(RunError, match="does not answer: Connection error"):
-        chat.Endpoint(server.url, "m", attempts=1)(HELLO, 0)
+        llm.ChatEndpoint(server.url, "m", attempts=1)(HELLO, 0)

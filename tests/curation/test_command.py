@@ -9,8 +9,8 @@ from typer.testing import CliRunner, Result
 
 from bridgework.cli import app
 from bridgework.curation import known, load
+from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import pair
-from bridgework.data.shards import open_dataset
 from bridgework.errors import DataError, SpecError
 from tests.curation.support import embedder, file, flags, scenes, written
 
@@ -21,7 +21,10 @@ SCENES = scenes(20)
 def source(tmp_path: Path) -> str:
     """20 scenes, and 5 of them again."""
     rows = [pair(f"scene-{n}", file(scene), f"scene {n}") for n, scene in enumerate(SCENES)]
-    again = [pair(f"again-{n}", file(SCENES[n], "JPEG", quality=60), f"scene {n} again") for n in range(5)]
+    again = [
+        pair(f"again-{n}", file(SCENES[n], "JPEG", quality=60), f"scene {n} again")
+        for n in range(5)
+    ]
     return written(tmp_path / "source", [*rows, *again])
 
 
@@ -62,13 +65,20 @@ def test_fields_are_words_and_the_rest_is_places(source: str, tmp_path: Path) ->
 def test_the_same_command_does_nothing_and_another_is_refused(source: str, tmp_path: Path) -> None:
     words = ("dedup", source, str(tmp_path / "made"), "by=perceptual")
     first = curate(*words).stderr
-    assert "25 rows to judge" in first and "20 of 25 rows go on (20 kept; 5 duplicate of an earlier row)" in first
+    assert (
+        "25 rows to judge" in first
+        and "20 of 25 rows go on (20 kept; 5 duplicate of an earlier row)" in first
+    )
     assert "nothing to do" in curate(*words).stderr
-    with pytest.raises(DataError, match=r"`by=perceptual distance=4`, and asked for is `by=bytes distance=3`"):
+    with pytest.raises(
+        DataError, match=r"`by=perceptual distance=4`, and asked for is `by=bytes distance=3`"
+    ):
         curate(*words[:3], "distance=3")
 
 
-def test_every_curation_takes_the_share_of_rows_that_may_be_bad(source: str, tmp_path: Path) -> None:
+def test_every_curation_takes_the_share_of_rows_that_may_be_bad(
+    source: str, tmp_path: Path
+) -> None:
     torn = pair("torn", b"<html>", "no scene")
     spoilt = written(tmp_path / "spoilt", [*open_dataset(source).samples(), torn])
     with pytest.raises(DataError, match=r"1 of 26 rows are bad \(1 not_an_image\)"):
@@ -81,12 +91,22 @@ def test_every_curation_takes_the_share_of_rows_that_may_be_bad(source: str, tmp
 def test_a_bare_name_lies_under_the_home(source: str, home: Path) -> None:
     done = curate("dedup", source, "a-clean-set")
     assert done.stdout.strip() == str(home / "datasets" / "a-clean-set")
-    assert curate("filters", "a-clean-set", "a-cleaner-set", "min_side=10").stdout.strip().endswith("a-cleaner-set")
+    assert (
+        curate("filters", "a-clean-set", "a-cleaner-set", "min_side=10")
+        .stdout.strip()
+        .endswith("a-cleaner-set")
+    )
 
 
 def test_a_module_of_ones_own_is_a_curation(source: str, tmp_path: Path) -> None:
     (tmp_path / "desk").mkdir()
-    curate("tests.curation.vowels", source, str(tmp_path / "made"), f"desk={tmp_path / 'desk'}", "at_least=3")
+    curate(
+        "tests.curation.vowels",
+        source,
+        str(tmp_path / "made"),
+        f"desk={tmp_path / 'desk'}",
+        "at_least=3",
+    )
     assert open_dataset(str(tmp_path / "made")).manifest.made_by == "tests.curation.vowels"
 
 
@@ -101,34 +121,70 @@ def test_a_model_is_named_by_its_folder_wherever_the_command_runs(
     assert len(digests) == 1
 
 
-def test_explain_counts_the_reasons_and_draws_both_kinds(source: str, home: Path, tmp_path: Path) -> None:
-    printed = curate("dedup", source, str(tmp_path / "explained"), "by=perceptual", "--explain").stdout
+def test_explain_counts_the_reasons_and_draws_both_kinds(
+    source: str, home: Path, tmp_path: Path
+) -> None:
+    printed = curate(
+        "dedup", source, str(tmp_path / "explained"), "by=perceptual", "--explain"
+    ).stdout
     lines = [line.split() for line in printed.splitlines()]
-    assert ["kept", "20", "80.0%"] in lines and ["duplicate", "of", "an", "earlier", "row", "5", "20.0%"] in lines
+    assert ["kept", "20", "80.0%"] in lines and [
+        "duplicate",
+        "of",
+        "an",
+        "earlier",
+        "row",
+        "5",
+        "20.0%",
+    ] in lines
     (sheet,) = (home / "curated").glob("explained-*.png")
     assert str(sheet) in printed
     with Image.open(sheet) as page:
-        left, right = page.crop((0, 40, page.width // 2, page.height)), page.crop((page.width // 2, 40, *page.size))
+        left, right = (
+            page.crop((0, 40, page.width // 2, page.height)),
+            page.crop((page.width // 2, 40, *page.size)),
+        )
         first = [part.crop((12, 12, 156, 156)).resize((96, 72)) for part in (left, right)]
     for shown in first:  # scene 0 is the first that was kept and, again, the first that was dropped
         assert len(shown.convert("RGB").getcolors(1 << 16) or []) > 1000
-    assert curate("dedup", source, str(tmp_path / "explained"), "by=perceptual", "--explain").stdout == printed
+    assert (
+        curate("dedup", source, str(tmp_path / "explained"), "by=perceptual", "--explain").stdout
+        == printed
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("dedupe", "a", "b"), r"there is no curation 'dedupe'; did you mean 'dedup'\?"),
-        (("./my.py", "a", "b"), r"there is no curation './my.py'; known: .*its module's path, e.g. my_lab.sharp"),
+        (
+            ("./my.py", "a", "b"),
+            r"there is no curation './my.py'; known: .*its module's path, e.g. my_lab.sharp",
+        ),
         (("my/curation", "a", "b"), r"there is no curation 'my/curation'.*its module's path"),
-        (("bridgework.curation.flow", "a", "b"), "holds 0 public specs with judge and decide"),
-        (("dedup", "a", "b", "distence=3"), r"Dedup has no field 'distence'; did you mean 'distance'\?"),
-        (("dedup", "a", "b", "by=colour"), "by: 'colour' is not allowed; known: bytes, embedding, perceptual"),
+        (("bridgework.curation.runner", "a", "b"), "holds 0 public specs with judge and decide"),
+        (
+            ("dedup", "a", "b", "distence=3"),
+            r"Dedup has no field 'distence'; did you mean 'distance'\?",
+        ),
+        (
+            ("dedup", "a", "b", "by=colour"),
+            "by: 'colour' is not allowed; known: bytes, embedding, perceptual",
+        ),
         (("dedup", "a", "b", "distance=near"), "distance must be int, got 'near'"),
-        (("dedup", "a", "by=bytes"), "curate dedup takes SOURCE... DEST, and then KEY=VALUE; got a by=bytes"),
-        (("dedup", "a", "b", "by=bytes", "c"), "behind the places stand fields of dedup, KEY=VALUE; got 'c'"),
+        (
+            ("dedup", "a", "by=bytes"),
+            "curate dedup takes SOURCE... DEST, and then KEY=VALUE; got a by=bytes",
+        ),
+        (
+            ("dedup", "a", "b", "by=bytes", "c"),
+            "behind the places stand fields of dedup, KEY=VALUE; got 'c'",
+        ),
         (("dedup", "a", "b", "max_bad=2"), "max_bad is a share of the rows, from 0 to 1; got 2"),
-        (("dedup", "a", "b", "max_bed=0.1"), r"Dedup has no field 'max_bed'; did you mean 'max_bad'\?"),
+        (
+            ("dedup", "a", "b", "max_bed=0.1"),
+            r"Dedup has no field 'max_bed'; did you mean 'max_bad'\?",
+        ),
         (("capfilt", "a", "b", "filter=./f"), "curate capfilt needs captioner=VALUE"),
         (("capfilt", "a", "b", "makes=c"), "CapFilt has no field 'makes'"),
     ],

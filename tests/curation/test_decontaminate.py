@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image, ImageOps
 
-from bridgework.curation.decontaminate import Decontaminate, Found, Runs
-from bridgework.curation.flow import Verdict, make
+from bridgework.curation.decontaminate import Decontaminate, Match, NgramIndex
+from bridgework.curation.runner import Decision, make
+from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import open_dataset
 from bridgework.errors import DataError, SpecError
 from tests.curation.support import embedder, file, flags, scenes, written
 
@@ -26,7 +26,11 @@ def sentence(seed: int, length: int = 16) -> str:
 
 
 def asked(key: str, image: bytes, question: str, answer: str) -> Sample:
-    return Sample(key, (image,), (Part("user", image=0), Part("user", text=question), Part("assistant", text=answer)))
+    return Sample(
+        key,
+        (image,),
+        (Part("user", image=0), Part("user", text=question), Part("assistant", text=answer)),
+    )
 
 
 @pytest.fixture
@@ -34,12 +38,13 @@ def against(tmp_path: Path) -> tuple[str, str]:
     """Two evaluation datasets: 10 pairs, and 10 questions with their answers."""
     pairs = [pair(f"eval-{i}", file(SCENES[i]), sentence(i)) for i in range(10)]
     questions = [
-        asked(f"question-{i}", file(SCENES[i]), f"{sentence(i, 9)}?", sentence(-i - 1, 3)) for i in range(10, 20)
+        asked(f"question-{i}", file(SCENES[i]), f"{sentence(i, 9)}?", sentence(-i - 1, 3))
+        for i in range(10, 20)
     ]
     return written(tmp_path / "pairs-test", pairs), written(tmp_path / "vqa-test", questions)
 
 
-def decided(curation: Decontaminate, samples: Sequence[Sample], home: Path) -> list[Verdict]:
+def decided(curation: Decontaminate, samples: Sequence[Sample], home: Path) -> list[Decision]:
     facts = curation.judge(home)(samples)
     return list(curation.decide(lambda: iter(list(zip(samples, facts, strict=True)))))
 
@@ -51,7 +56,11 @@ def test_planted_contamination_is_found_and_its_dataset_named(
     shouted = sentence(4).upper().replace(" ", ",  ")
     dirty = [
         pair("encoded", file(SCENES[3], "JPEG", quality=50), "a caption of its own"),
-        pair("resized", file(SCENES[12].resize((64, 48), Image.Resampling.LANCZOS)), "a caption of its own"),
+        pair(
+            "resized",
+            file(SCENES[12].resize((64, 48), Image.Resampling.LANCZOS)),
+            "a caption of its own",
+        ),
         pair("quoted", file(SCENES[50]), f"As they say: {shouted}!"),
         asked("asked", file(SCENES[51]), f"{sentence(15, 9)}?", sentence(-16, 3)),
     ]
@@ -61,8 +70,12 @@ def test_planted_contamination_is_found_and_its_dataset_named(
     ]
     samples = random.Random(0).sample([*clean, *dirty, *innocent], 36)
     dest = str(tmp_path / "made")
-    made = make(Decontaminate(against=against), [written(tmp_path / "source", samples)], dest, home=home)
-    assert {s.key for s in samples} - {s.key for s in open_dataset(dest).samples()} == {s.key for s in dirty}
+    made = make(
+        Decontaminate(against=against), [written(tmp_path / "source", samples)], dest, home=home
+    )
+    assert {s.key for s in samples} - {s.key for s in open_dataset(dest).samples()} == {
+        s.key for s in dirty
+    }
     pairs_test, vqa_test = against
     assert made.parameters["counts"] == {
         "kept": 32,
@@ -82,7 +95,11 @@ def test_the_note_names_the_evaluation_row(against: tuple[str, str], home: Path)
         pair("quoted", file(SCENES[50]), sentence(4)),
     ]
     same, encoded, quoted = decided(Decontaminate(against=against), samples, home)
-    assert same.note == "eval-7: the same file" and encoded.note.startswith("eval-7: ") and "bits off" in encoded.note
+    assert (
+        same.note == "eval-7: the same file"
+        and encoded.note.startswith("eval-7: ")
+        and "bits off" in encoded.note
+    )
     assert quoted.note == "eval-4: 100% of its runs of 8 words"
 
 
@@ -108,11 +125,16 @@ def test_pictures_are_compared_as_asked(
 
 def test_a_model_finds_what_it_finds_alike(against: tuple[str, str], home: Path) -> None:
     """A model of two steps sees little difference: what the threshold does is what is held here."""
-    samples = [pair("encoded", file(SCENES[7], "JPEG", quality=60), "x"), pair("flag", next(flags()).images[0], "x")]
+    samples = [
+        pair("encoded", file(SCENES[7], "JPEG", quality=60), "x"),
+        pair("flag", next(flags()).images[0], "x"),
+    ]
     spec = Decontaminate(against=against, by="embedding", model=str(embedder(home)), similarity=0.5)
     facts = spec.judge(home)(samples)
-    (near, far) = (Found(*fact["image"]) for fact in facts)
-    assert near.key == "eval-7" and near.how is not None and far.how is not None and near.how > far.how
+    (near, far) = (Match(*fact["image"]) for fact in facts)
+    assert (
+        near.key == "eval-7" and near.how is not None and far.how is not None and near.how > far.how
+    )
 
     def dropped(similarity: float) -> list[bool]:
         curation = replace(spec, similarity=similarity)
@@ -124,12 +146,18 @@ def test_a_model_finds_what_it_finds_alike(against: tuple[str, str], home: Path)
 
 def test_one_image_of_a_document_is_enough(against: tuple[str, str], home: Path) -> None:
     images = (file(SCENES[50]), file(SCENES[5], "JPEG", quality=60))
-    document = Sample("d", images, (Part("caption", image=0), Part("caption", text="and"), Part("caption", image=1)))
+    document = Sample(
+        "d",
+        images,
+        (Part("caption", image=0), Part("caption", text="and"), Part("caption", image=1)),
+    )
     (verdict,) = decided(Decontaminate(against=against), [document], home)
     assert verdict.why == f"picture in {against[0]}" and verdict.note.startswith("eval-5")
 
 
-def test_overlap_decides_over_the_same_facts(against: tuple[str, str], home: Path, tmp_path: Path) -> None:
+def test_overlap_decides_over_the_same_facts(
+    against: tuple[str, str], home: Path, tmp_path: Path
+) -> None:
     half = pair("half", file(SCENES[50]), " ".join(sentence(4).split()[:12]))  # 5 of its 9 runs
     (strict,) = decided(Decontaminate(against=against, overlap=0.5), [half], home)
     (loose,) = decided(Decontaminate(against=against, overlap=0.6), [half], home)
@@ -141,7 +169,7 @@ def test_overlap_decides_over_the_same_facts(against: tuple[str, str], home: Pat
 
 def test_a_text_is_held_by_the_row_of_which_it_holds_most() -> None:
     rows = [sentence(i, 5 + i % 9) for i in range(40)]
-    runs = Runs(4, [(text, Found(0, str(i), None)) for i, text in enumerate(rows)])
+    runs = NgramIndex(4, [(text, Match(0, str(i), None)) for i, text in enumerate(rows)])
     for seed in range(200):
         draw = random.Random(seed)
         one, other = (draw.choice(rows).split() for _ in range(2))
@@ -167,15 +195,15 @@ def share(text: str, row: str, length: int) -> float:
 
 def test_a_prompt_that_stands_in_many_rows_tells_of_none() -> None:
     prompt = "answer the question with a single word or phrase please"
-    rows = [(f"{sentence(i, 12)} {prompt}", Found(0, str(i), None)) for i in range(30)]
-    runs = Runs(8, rows)
+    rows = [(f"{sentence(i, 12)} {prompt}", Match(0, str(i), None)) for i in range(30)]
+    runs = NgramIndex(8, rows)
     assert runs(prompt) is None
     found = runs(rows[3][0])
     assert found is not None and (found.key, found.how) == ("3", 1.0)
 
 
 def test_a_short_evaluation_text_tells_of_nothing() -> None:
-    assert Runs(8, [("a dog", Found(0, "k", None))])("look, a dog") is None
+    assert NgramIndex(8, [("a dog", Match(0, "k", None))])("look, a dog") is None
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

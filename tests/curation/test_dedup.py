@@ -11,14 +11,14 @@ import pytest
 from PIL import Image, ImageOps
 
 from bridgework.curation.dedup import Dedup, Signature
-from bridgework.curation.flow import Verdict, make
-from bridgework.curation.twins import By, Signer
+from bridgework.curation.near_duplicates import By, ImageHasher
+from bridgework.curation.runner import Decision, make
+from bridgework.data.dataset import open_dataset
 from bridgework.data.manifest import Manifest
 from bridgework.data.quarantine import BadSample
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import open_dataset
 from bridgework.errors import SpecError
-from bridgework.inference import Pipeline
+from bridgework.inference.pipeline import Pipeline
 from tests.curation.support import embedder, file, scenes, written
 
 SCENES = scenes(60)
@@ -30,16 +30,26 @@ def planted() -> tuple[list[Sample], dict[str, str]]:
     how: dict[str, Callable[[Image.Image], bytes]] = {
         "same": lambda image: file(image),
         "encoded": lambda image: file(image, "JPEG", quality=50),
-        "resized": lambda image: file(image.resize((64, 48), Image.Resampling.LANCZOS), "WEBP", quality=80),
+        "resized": lambda image: file(
+            image.resize((64, 48), Image.Resampling.LANCZOS), "WEBP", quality=80
+        ),
         "mirrored": lambda image: file(ImageOps.mirror(image)),
         "turned": lambda image: file(image.rotate(90, expand=True)),
         "repainted": lambda image: file(turned(image)),
     }
-    copies = [pair(f"{name}-{i}", made(SCENES[i]), f"copy {i}") for name, made in how.items() for i in range(0, 60, 6)]
-    return [*samples, *random.Random(0).sample(copies, len(copies))], {s.key: s.key.partition("-")[0] for s in copies}
+    copies = [
+        pair(f"{name}-{i}", made(SCENES[i]), f"copy {i}")
+        for name, made in how.items()
+        for i in range(0, 60, 6)
+    ]
+    return [*samples, *random.Random(0).sample(copies, len(copies))], {
+        s.key: s.key.partition("-")[0] for s in copies
+    }
 
 
-def run(samples: Sequence[Sample], folder: Path, home: Path, **fields: Any) -> tuple[Manifest, set[str]]:
+def run(
+    samples: Sequence[Sample], folder: Path, home: Path, **fields: Any
+) -> tuple[Manifest, set[str]]:
     """The manifest, and the keys of the rows that were dropped."""
     source, dest = written(folder / "source", list(samples)), str(folder / "made")
     made = make(Dedup(**fields), [source], dest, home=home, say=lambda text: None)
@@ -59,7 +69,10 @@ def turned(image: Image.Image) -> Image.Image:
     [
         ({}, {"same"}),
         ({"by": "perceptual"}, {"same", "encoded", "resized"}),
-        ({"by": "perceptual", "distance": 10, "colour": 255}, {"same", "encoded", "resized", "repainted"}),
+        (
+            {"by": "perceptual", "distance": 10, "colour": 255},
+            {"same", "encoded", "resized", "repainted"},
+        ),
     ],
     ids=["bytes", "perceptual", "any colour"],
 )
@@ -77,7 +90,12 @@ def test_planted_twins_are_found_and_no_others(
 
 def test_the_first_of_a_group_stays_and_the_others_name_it(home: Path) -> None:
     image, other = (file(scene) for scene in SCENES[:2])
-    samples = [pair("b", image, "x"), pair("a", image, "y"), pair("c", other, "z"), pair("d", image, "x")]
+    samples = [
+        pair("b", image, "x"),
+        pair("a", image, "y"),
+        pair("c", other, "z"),
+        pair("d", image, "x"),
+    ]
     told = decided(Dedup(), samples, home)
     assert [(v.why, v.note, v.samples) for v in told] == [
         ("kept", "", (samples[0],)),
@@ -97,17 +115,28 @@ def test_with_text_a_twin_says_the_same_too(home: Path) -> None:
     ]
     kept = [v.why == "kept" for v in decided(Dedup(by="perceptual", text=True), samples, home)]
     assert kept == [True, True, False, False]
-    assert [v.why == "kept" for v in decided(Dedup(by="perceptual"), samples, home)] == [True, False, False, False]
+    assert [v.why == "kept" for v in decided(Dedup(by="perceptual"), samples, home)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_a_picture_of_one_brightness_is_compared_by_its_bytes(home: Path) -> None:
     red, blue = (file(Image.new("RGB", (64, 64), colour)) for colour in ("#d00000", "#0000d0"))
     samples = [pair("red", red, "red"), pair("blue", blue, "blue"), pair("red again", red, "red")]
-    assert [v.why == "kept" for v in decided(Dedup(by="perceptual"), samples, home)] == [True, True, False]
+    assert [v.why == "kept" for v in decided(Dedup(by="perceptual"), samples, home)] == [
+        True,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("by", ["bytes", "perceptual"])
-def test_documents_are_compared_by_all_their_images_and_texts_without_images_by_their_words(by: By, home: Path) -> None:
+def test_documents_are_compared_by_all_their_images_and_texts_without_images_by_their_words(
+    by: By, home: Path
+) -> None:
     one, two = (file(scene) for scene in SCENES[:2])
 
     def document(key: str, *images: bytes) -> Sample:
@@ -120,15 +149,24 @@ def test_documents_are_compared_by_all_their_images_and_texts_without_images_by_
         document("d1", one, two), document("d2", two, one), document("d3", one, two), pair("p", one, "x"),
         talk("t1", "Is it?"), talk("t2", "Was it?"), talk("t3", "is  it"),
     ]  # fmt: skip
-    kept = [s.key for s, v in zip(samples, decided(Dedup(by=by), samples, home), strict=True) if v.samples]
+    kept = [
+        s.key
+        for s, v in zip(samples, decided(Dedup(by=by), samples, home), strict=True)
+        if v.samples
+    ]
     assert kept == ["d1", "d2", "p", "t1", "t2"]
 
 
-def test_the_same_rows_stay_however_the_source_is_cut_into_shards(home: Path, tmp_path: Path) -> None:
+def test_the_same_rows_stay_however_the_source_is_cut_into_shards(
+    home: Path, tmp_path: Path
+) -> None:
     samples, _ = planted()
     kept = []
     for number, cut in enumerate(((8, 16), (32, 4096), (1, 7))):
-        source, dest = written(tmp_path / f"{number}", samples, *cut), str(tmp_path / f"made-{number}")
+        source, dest = (
+            written(tmp_path / f"{number}", samples, *cut),
+            str(tmp_path / f"made-{number}"),
+        )
         make(Dedup(by="perceptual"), [source], dest, home=home, say=lambda text: None)
         kept.append([s.key for s in open_dataset(dest).samples()])
     assert kept[0] == kept[1] == kept[2]
@@ -136,7 +174,9 @@ def test_the_same_rows_stay_however_the_source_is_cut_into_shards(home: Path, tm
 
 def test_what_is_no_picture_is_put_aside_where_it_must_be_looked_at() -> None:
     sample = pair("torn", file(SCENES[0])[:200], "torn")
-    fact, sound = Dedup(by="perceptual").judge(Path())([sample, pair("sound", file(SCENES[0]), "sound")])
+    fact, sound = Dedup(by="perceptual").judge(Path())(
+        [sample, pair("sound", file(SCENES[0]), "sound")]
+    )
     assert fact["bad"][0] == "truncated" and Signature(**sound).code
     assert "bad" not in Dedup().judge(Path())([sample])[0]
 
@@ -154,24 +194,34 @@ def test_hashes_are_searched_as_if_every_two_were_compared(distance: int, text: 
         hashes.append(draw.choice(hashes) ^ sum(1 << bit for bit in bits))
     colours = [draw.choice((100, 115, 130)) for _ in hashes]
     facts = [
-        Signature(str(number // 2 if number % 50 == 1 else number), str(draw.randrange(2)), hashed(code, colour))
+        Signature(
+            str(number // 2 if number % 50 == 1 else number),
+            str(draw.randrange(2)),
+            hashed(code, colour),
+        )
         for number, (code, colour) in enumerate(zip(hashes, colours, strict=True))
     ]
-    facts = [f._replace(code=facts[int(f.images or 0)].code) for f in facts]  # the same bytes have the same hash
+    facts = [
+        f._replace(code=facts[int(f.images or 0)].code) for f in facts
+    ]  # the same bytes have the same hash
     codes = [base64.b64decode(f.code or "") for f in facts]
 
     def near(i: int, j: int) -> bool:
         bits = int.from_bytes(codes[i][:8]) ^ int.from_bytes(codes[j][:8])
         return bits.bit_count() <= distance and abs(codes[i][-1] - codes[j][-1]) <= 20
 
-    assert twins(Dedup(by="perceptual", distance=distance, text=text), facts) == slow(facts, near, text)
+    assert twins(Dedup(by="perceptual", distance=distance, text=text), facts) == slow(
+        facts, near, text
+    )
 
 
 @pytest.mark.parametrize("similarity", [0.5, 0.9, 0.99])
 def test_embeddings_are_searched_as_if_every_two_were_compared(similarity: float) -> None:
     rng = np.random.default_rng(0)
     centres_ND = rng.normal(size=(30, 16))
-    rows_ND = centres_ND[rng.integers(0, 30, 300)] + rng.normal(size=(300, 16)) * rng.choice([0.05, 0.2, 0.6], (300, 1))
+    rows_ND = centres_ND[rng.integers(0, 30, 300)] + rng.normal(size=(300, 16)) * rng.choice(
+        [0.05, 0.2, 0.6], (300, 1)
+    )
     half_ND = (rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True)).astype(np.float16)
     facts = [Signature(str(i), "", b64(row.tobytes())) for i, row in enumerate(half_ND)]
     wide_ND = half_ND.astype(np.float64)
@@ -181,7 +231,10 @@ def test_embeddings_are_searched_as_if_every_two_were_compared(similarity: float
     limit = similarity - 1e-3
     assert not np.any(np.abs(cosines_NN - limit) < 1e-6)  # none that rounding decides
     found = twins(Dedup(by="embedding", model="a/model", similarity=similarity), facts)
-    assert found == slow(facts, lambda i, j: bool(cosines_NN[i, j] > limit), False) and len(set(found)) < 300
+    assert (
+        found == slow(facts, lambda i, j: bool(cosines_NN[i, j] > limit), False)
+        and len(set(found)) < 300
+    )
 
 
 def test_a_chain_of_likes_does_not_collapse_into_its_first() -> None:
@@ -192,8 +245,12 @@ def test_a_chain_of_likes_does_not_collapse_into_its_first() -> None:
 def test_a_model_that_embeds_images_finds_what_it_finds_alike(home: Path, tmp_path: Path) -> None:
     folder = embedder(home)
     samples, _ = planted()
-    made, dropped = run(samples, tmp_path, home, by="embedding", model=str(folder), similarity=0.999)
-    embedded_ND = Pipeline.load(str(folder), "cpu").embed_images([s.images[0] for s in samples]).numpy()
+    made, dropped = run(
+        samples, tmp_path, home, by="embedding", model=str(folder), similarity=0.999
+    )
+    embedded_ND = (
+        Pipeline.load(str(folder), "cpu").embed_images([s.images[0] for s in samples]).numpy()
+    )
     cosines_NN = embedded_ND @ embedded_ND.T
     facts = [Signature(s.images[0].hex(), "", None) for s in samples]
     stays = slow(facts, lambda i, j: bool(cosines_NN[i, j] > 0.998), False)
@@ -203,7 +260,7 @@ def test_a_model_that_embeds_images_finds_what_it_finds_alike(home: Path, tmp_pa
 
 
 def test_an_unreadable_picture_does_not_take_its_neighbours_with_it(home: Path) -> None:
-    signer = Signer("embedding", Pipeline.load(str(embedder(home)), "cpu"))
+    signer = ImageHasher("embedding", Pipeline.load(str(embedder(home)), "cpu"))
     told = signer([file(SCENES[0]), b"no picture", file(SCENES[1])])
     assert isinstance(told[1], BadSample) and isinstance(told[0], bytes) and told[0] != told[2]
 
@@ -238,7 +295,7 @@ def b64(code: bytes) -> str:
     return base64.b64encode(code).decode()
 
 
-def decided(curation: Dedup, samples: Sequence[Sample], home: Path) -> list[Verdict]:
+def decided(curation: Dedup, samples: Sequence[Sample], home: Path) -> list[Decision]:
     facts = curation.judge(home)(samples)
     return list(curation.decide(lambda: iter(list(zip(samples, facts, strict=True)))))
 
@@ -250,7 +307,10 @@ def twins(curation: Dedup, facts: Sequence[Signature]) -> list[int]:
     def rows() -> Iterator[tuple[Sample, dict[str, Any]]]:
         yield from zip(samples, (f._asdict() for f in facts), strict=True)
 
-    return [n if v.samples else int(v.note.removeprefix("twin of ")) for n, v in enumerate(curation.decide(rows))]
+    return [
+        n if v.samples else int(v.note.removeprefix("twin of "))
+        for n, v in enumerate(curation.decide(rows))
+    ]
 
 
 def slow(facts: Sequence[Signature], near: Any, text: bool) -> list[int]:

@@ -5,8 +5,8 @@ import random
 import pytest
 from PIL import ImageFont
 
-from bridgework.curation.explain import fitted
-from bridgework.evaluation.picture import FONT, TEXT
+from bridgework.curation.contact_sheet import fitted
+from bridgework.evaluation.figures import FONT, TEXT
 
 
 class Ruler(ImageFont.FreeTypeFont):
@@ -38,12 +38,18 @@ def test_a_long_word_is_cut_where_it_no_longer_fits(ruler: Ruler) -> None:
 def test_what_fits_is_shown_whole(ruler: Ruler) -> None:
     text = " ".join(["a dog in the grass"] * 9)
     lines = fitted(text, ruler, 4)
-    assert " ".join(lines) == text and len(lines) > 1 and all(ruler.getlength(line) <= TEXT for line in lines)
+    assert (
+        " ".join(lines) == text
+        and len(lines) > 1
+        and all(ruler.getlength(line) <= TEXT for line in lines)
+    )
     assert fitted("one\n\ntwo", ruler, 4) == ["one", "", "two"] and fitted("", ruler, 4) == []
     assert fitted("one\ntwo\nthree", ruler, 2) == ["one", "two .."]
 
 
-@pytest.mark.parametrize("text", ["\u732b" * 6000, "\u732b" * 6000 + " cat" * 6000, "cat " * 6000, "cat\n" * 6000])
+@pytest.mark.parametrize(
+    "text", ["\u732b" * 6000, "\u732b" * 6000 + " cat" * 6000, "cat " * 6000, "cat\n" * 6000]
+)
 def test_a_long_text_is_measured_no_further_than_it_is_shown(text: str, ruler: Ruler) -> None:
     assert 1 <= len(fitted(text, ruler, 4)) <= 4
     assert ruler.calls < 200 and ruler.signs < 10_000

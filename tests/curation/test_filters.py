@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bridgework.curation.filters import Filters
-from bridgework.curation.flow import Verdict, make
+from bridgework.curation.runner import Decision, make
+from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import open_dataset
 from bridgework.errors import DataError, SpecError, WeightsError
-from bridgework.inference import Pipeline
+from bridgework.inference.pipeline import Pipeline
 from tests.curation.support import embedder, file, flags, scenes, written
 
 SCENE = scenes(1)[0]
@@ -34,7 +34,7 @@ def shown(*images: bytes, key: str = "k") -> Sample:
     return Sample(key, images, (*places, Part("caption", text="a sunny street in the old town")))
 
 
-def decided(curation: Filters, samples: Sequence[Sample], home: Path) -> list[Verdict]:
+def decided(curation: Filters, samples: Sequence[Sample], home: Path) -> list[Decision]:
     facts = curation.judge(home)(samples)
     return list(curation.decide(lambda: iter(list(zip(samples, facts, strict=True)))))
 
@@ -49,17 +49,32 @@ def dropped(home: Path, samples: Sequence[Sample], **limits: Any) -> dict[int, s
 
 
 def test_min_side_is_of_the_shorter_side_of_the_smallest_image(home: Path) -> None:
-    samples = [shown(picture(100, 60)), shown(picture(59, 100)), shown(picture(100, 100), picture(300, 59)), talk("x")]
+    samples = [
+        shown(picture(100, 60)),
+        shown(picture(59, 100)),
+        shown(picture(100, 100), picture(300, 59)),
+        talk("x"),
+    ]
     assert dropped(home, samples, min_side=60) == {1: "min_side", 2: "min_side"}
 
 
 def test_max_aspect_is_of_the_longest_image_lying_or_standing(home: Path) -> None:
-    samples = [shown(picture(90, 30)), shown(picture(30, 91)), shown(picture(50, 50), picture(160, 50)), talk("x")]
+    samples = [
+        shown(picture(90, 30)),
+        shown(picture(30, 91)),
+        shown(picture(50, 50), picture(160, 50)),
+        talk("x"),
+    ]
     assert dropped(home, samples, max_aspect=3) == {1: "max_aspect", 2: "max_aspect"}
 
 
 def test_max_pixels_is_of_the_largest_image(home: Path) -> None:
-    samples = [shown(picture(50, 40)), shown(picture(50, 41)), shown(picture(9, 9), picture(60, 40)), talk("x")]
+    samples = [
+        shown(picture(50, 40)),
+        shown(picture(50, 41)),
+        shown(picture(9, 9), picture(60, 40)),
+        talk("x"),
+    ]
     assert dropped(home, samples, max_pixels=2000) == {1: "max_pixels", 2: "max_pixels"}
 
 
@@ -79,10 +94,17 @@ def test_a_file_that_is_no_picture_is_put_aside(home: Path) -> None:
 
 
 def test_words_are_counted_without_punctuation(home: Path) -> None:
-    samples = [said("One, two - three!"), said("four"), said("one two three four five"), shown(picture(9, 9))]
+    samples = [
+        said("One, two - three!"),
+        said("four"),
+        said("one two three four five"),
+        shown(picture(9, 9)),
+    ]
     assert dropped(home, samples, min_words=3) == {1: "min_words"}
     assert dropped(home, samples, max_words=4) == {2: "max_words", 3: "max_words"}
-    assert dropped(home, [said("老街上的阳光")], max_words=5) == {0: "max_words"}  # each sign counts
+    assert dropped(home, [said("老街上的阳光")], max_words=5) == {
+        0: "max_words"
+    }  # each sign counts
 
 
 def test_a_word_that_stands_once_is_not_repeated_however_short_the_text(home: Path) -> None:
@@ -102,7 +124,9 @@ def test_listed_words_are_found_whole_and_in_any_case(home: Path, tmp_path: Path
     assert found == {0: "words", 2: "words", 4: "words", 5: "words"}
     told = decided(Filters(words=("blood red",)), samples, home)
     assert told[2].note == "'blood red'"
-    assert dropped(home, [said("a nude_girl_01.jpg picture"), said("a denuded hill")], words=("nude",)) == {0: "words"}
+    assert dropped(
+        home, [said("a nude_girl_01.jpg picture"), said("a denuded hill")], words=("nude",)
+    ) == {0: "words"}
 
 
 def test_languages_keep_what_is_surely_one_of_them(home: Path) -> None:
@@ -114,9 +138,13 @@ def test_languages_keep_what_is_surely_one_of_them(home: Path) -> None:
         Sample("mute", (picture(9, 9),), (Part("caption", image=0),)),
     ]
     assert dropped(home, samples, languages=("en",)) == {n: "languages" for n in (1, 2, 3)}
-    assert dropped(home, samples, languages=("en", "fr"), min_language=0.6) == {n: "languages" for n in (1, 3)}
+    assert dropped(home, samples, languages=("en", "fr"), min_language=0.6) == {
+        n: "languages" for n in (1, 3)
+    }
     kept, german, *_ = decided(Filters(languages=("en",)), samples, home)
-    assert german.note.startswith("de 0.9") and kept.samples[0].provenance == {"filters.language": "en"}
+    assert german.note.startswith("de 0.9") and kept.samples[0].provenance == {
+        "filters.language": "en"
+    }
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -124,7 +152,11 @@ def test_languages_keep_what_is_surely_one_of_them(home: Path) -> None:
 
 def test_similarity_is_the_models_own_cosine(home: Path) -> None:
     folder = embedder(home)
-    samples = [*list(flags())[:12], talk("no image"), Sample("mute", (picture(9, 9),), (Part("caption", image=0),))]
+    samples = [
+        *list(flags())[:12],
+        talk("no image"),
+        Sample("mute", (picture(9, 9),), (Part("caption", image=0),)),
+    ]
     pipeline = Pipeline.load(str(folder), "cpu")
     images_ND = pipeline.embed_images([s.images[0] for s in samples[:12]])
     cosines = (images_ND * pipeline.embed_texts([s.text for s in samples[:12]])).sum(1)
@@ -135,7 +167,9 @@ def test_similarity_is_the_models_own_cosine(home: Path) -> None:
     for verdict, cosine in zip(told, cosines.tolist(), strict=False):
         assert verdict.why == ("kept" if cosine >= limit else "min_similarity")
         if verdict.samples:
-            assert float(verdict.samples[0].provenance["filters.similarity"]) == pytest.approx(cosine, abs=1e-4)
+            assert float(verdict.samples[0].provenance["filters.similarity"]) == pytest.approx(
+                cosine, abs=1e-4
+            )
     assert {v.why for v in told} == {"kept", "min_similarity"}
 
 
@@ -153,14 +187,19 @@ def test_a_linear_probe_scores_the_worst_image(row: bool, home: Path, tmp_path: 
     facts = Filters(min_score=limit, model=str(folder), probe=probe).judge(home)(samples)
     assert [fact["score"] for fact in facts] == pytest.approx(wanted, abs=1e-4)
     told = dropped(home, samples, min_score=limit - 1e-3, model=str(folder), probe=probe)
-    assert told == {n: "min_score" for n, score in enumerate(wanted) if score < limit - 1e-3} and 3 <= len(told) <= 4
+    assert (
+        told == {n: "min_score" for n, score in enumerate(wanted) if score < limit - 1e-3}
+        and 3 <= len(told) <= 4
+    )
 
 
 def test_a_file_that_is_no_probe_for_the_model_is_refused(home: Path, tmp_path: Path) -> None:
     folder, probe = str(embedder(home)), tmp_path / "probe.safetensors"
     spec = Filters(min_score=0.0, model=folder, probe=str(probe))
     save_file({"weight": torch.ones(3)}, probe)
-    with pytest.raises(WeightsError, match="the probe weighs 3 numbers and the model embeds an image in"):
+    with pytest.raises(
+        WeightsError, match="the probe weighs 3 numbers and the model embeds an image in"
+    ):
         spec.judge(home)([said("x")])
     save_file({"weight": torch.ones(2, 3)}, probe)
     with pytest.raises(WeightsError, match=r"is no linear probe: .*has \{'weight': \(2, 3\)\}"):
@@ -173,9 +212,16 @@ def test_a_file_that_is_no_probe_for_the_model_is_refused(home: Path, tmp_path: 
 # --- together --------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_limit_in_the_order_of_the_fields_is_the_reason(home: Path, tmp_path: Path) -> None:
+def test_the_first_limit_in_the_order_of_the_fields_is_the_reason(
+    home: Path, tmp_path: Path
+) -> None:
     small = pair("small", picture(30, 100), "gore gore gore")
-    limits: dict[str, Any] = {"words": ("gore",), "max_repetition": 0.5, "max_aspect": 2, "min_side": 50}
+    limits: dict[str, Any] = {
+        "words": ("gore",),
+        "max_repetition": 0.5,
+        "max_aspect": 2,
+        "min_side": 50,
+    }
     order = [field.name for field in fields(Filters) if field.name in limits]
     assert order == ["min_side", "max_aspect", "max_repetition", "words"]
     for name in order:
@@ -188,10 +234,19 @@ def test_the_first_limit_in_the_order_of_the_fields_is_the_reason(home: Path, tm
 def test_every_row_is_counted_once(home: Path, tmp_path: Path) -> None:
     samples = [pair(f"{n}", picture(40 + n, 80), "red dog " * (n % 4 + 1)) for n in range(40)]
     limits: dict[str, Any] = {"min_side": 50, "max_words": 6}
-    made = make(Filters(**limits), [written(tmp_path / "source", samples)], str(tmp_path / "made"), home=home)
+    made = make(
+        Filters(**limits),
+        [written(tmp_path / "source", samples)],
+        str(tmp_path / "made"),
+        home=home,
+    )
     small = {n for n in range(40) if 40 + n < 50}
     long = {n for n in range(40) if 2 * (n % 4 + 1) > 6} - small
-    assert made.parameters["counts"] == {"kept": 40 - len(small | long), "min_side": len(small), "max_words": len(long)}
+    assert made.parameters["counts"] == {
+        "kept": 40 - len(small | long),
+        "min_side": len(small),
+        "max_words": len(long),
+    }
     assert [s.key for s in open_dataset(str(tmp_path / "made")).samples()] == [
         str(n) for n in range(40) if n not in small | long
     ]
@@ -211,9 +266,18 @@ def test_every_row_is_counted_once(home: Path, tmp_path: Path) -> None:
         ({"min_words": -1}, "min_words is a number of words, at least 0; got -1"),
         ({"max_words": -1}, "max_words is a number of words, at least 0; got -1"),
         ({"max_repetition": 7}, "max_repetition is a share of the words, from 0 to 1; got 7"),
-        ({"languages": ("en",), "min_language": 50}, "min_language is a probability, from 0 to 1; got 50"),
-        ({"min_similarity": 28.0, "model": "a/model"}, "min_similarity is a cosine, from -1 to 1; got 28"),
-        ({"languages": ("en", "zhx")}, r"languages are ISO 639 codes such as en, .* no 'zhx'; did you mean 'zh'\?"),
+        (
+            {"languages": ("en",), "min_language": 50},
+            "min_language is a probability, from 0 to 1; got 50",
+        ),
+        (
+            {"min_similarity": 28.0, "model": "a/model"},
+            "min_similarity is a cosine, from -1 to 1; got 28",
+        ),
+        (
+            {"languages": ("en", "zhx")},
+            r"languages are ISO 639 codes such as en, .* no 'zhx'; did you mean 'zh'\?",
+        ),
         ({"languages": ("english",)}, "py3langid finds no 'english'; known: .*, de, .*, en,"),
         ({"languages": ()}, "languages names none; give one or several, or leave it out"),
         ({"words": ()}, "words names none"),

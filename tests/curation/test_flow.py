@@ -15,22 +15,25 @@ from typing import Any
 import fsspec
 import pytest
 
-from bridgework.curation import facts
-from bridgework.curation.explain import examples
-from bridgework.curation.flow import LIMITS, Limits, Making, Rows, Say, Verdict, make
+from bridgework.config import config_class
+from bridgework.curation import annotations
+from bridgework.curation.contact_sheet import examples
+from bridgework.curation.runner import LIMITS, CurationRun, Decision, Limits, Rows, Say, make
+from bridgework.data.dataset import open_dataset, verify, write
 from bridgework.data.manifest import Manifest
 from bridgework.data.quarantine import records
 from bridgework.data.samples import Sample, pair
-from bridgework.data.shards import open_dataset, verify, write
 from bridgework.errors import DataError, SpecError
-from bridgework.spec import spec
 from tests.curation.support import flags, written
 from tests.curation.vowels import Vowels
 from tests.house.source import ROOT
 
 IMAGE = next(flags()).images[0]
 QUESTIONS = {150, 390}  # 0.5 %: what a quarantine allows
-ROWS = [pair(f"row-{i}", IMAGE, "?" if i in QUESTIONS else "banana bandana" if i % 3 else "rhythm") for i in range(400)]
+ROWS = [
+    pair(f"row-{i}", IMAGE, "?" if i in QUESTIONS else "banana bandana" if i % 3 else "rhythm")
+    for i in range(400)
+]
 
 
 @pytest.fixture
@@ -60,7 +63,9 @@ def judged(dest: Path) -> list[str]:
 
 def files(dest: Path) -> list[str]:
     """What lies in the folder of facts, without the digest of the source."""
-    return sorted(file.name.partition("-")[2] for file in Path(f"{dest}.judged").rglob("*") if file.is_file())
+    return sorted(
+        file.name.partition("-")[2] for file in Path(f"{dest}.judged").rglob("*") if file.is_file()
+    )
 
 
 def rows(path: Path) -> list[Sample]:
@@ -94,8 +99,14 @@ def test_a_row_knows_where_it_comes_from(source: str, home: Path, tmp_path: Path
 def test_the_manifest_says_how_it_was_made(source: str, home: Path, tmp_path: Path) -> None:
     made = run(source, tmp_path / "made", home, at_least=2)
     told = {name: made.parameters[name] for name in ("letters", "at_least", "copies")}
-    assert told == {"letters": "digest of aeiou", "at_least": 2, "copies": 1}  # a model's digest, not its place
-    assert made.made_by == "tests.curation.vowels" and made.parents == (open_dataset(source).manifest.digest,)
+    assert told == {
+        "letters": "digest of aeiou",
+        "at_least": 2,
+        "copies": 1,
+    }  # a model's digest, not its place
+    assert made.made_by == "tests.curation.vowels" and made.parents == (
+        open_dataset(source).manifest.digest,
+    )
 
 
 def test_a_run_that_was_cut_off_judges_only_what_was_left_and_ends_as_an_unbroken_one(
@@ -109,7 +120,9 @@ def test_a_run_that_was_cut_off_judges_only_what_was_left_and_ends_as_an_unbroke
     assert not dest.exists() and len(judged(dest)) == 170
     said = list[str]()
     broken = run(source, dest, home, say=said.append)
-    assert judged(dest) == [f"row-{i}" for i in range(168, 400)]  # but for the row group in which it stopped
+    assert judged(dest) == [
+        f"row-{i}" for i in range(168, 400)
+    ]  # but for the row group in which it stopped
     assert said[0] == (
         "vowels: 400 rows to judge; 10 of 25 shards were judged before; a shard that was cut off goes on where it was"
     )
@@ -117,7 +130,9 @@ def test_a_run_that_was_cut_off_judges_only_what_was_left_and_ends_as_an_unbroke
     assert broken.digest == run(source, tmp_path / "whole", home).digest
 
 
-def test_a_run_that_was_killed_loses_no_more_than_the_row_group_under_way(home: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_loses_no_more_than_the_row_group_under_way(
+    home: Path, tmp_path: Path
+) -> None:
     source, dest, desk = (
         written(tmp_path / "one-shard", ROWS[:100], shard_rows=4096),
         tmp_path / "made",
@@ -136,29 +151,35 @@ def test_a_run_that_was_killed_loses_no_more_than_the_row_group_under_way(home: 
 
 
 @pytest.mark.parametrize("scheme", ["", "memory:/"])
-def test_what_a_part_holds_counts_up_to_its_last_whole_row_group(scheme: str, tmp_path: Path) -> None:
+def test_what_a_part_holds_counts_up_to_its_last_whole_row_group(
+    scheme: str, tmp_path: Path
+) -> None:
     path = f"{scheme}{tmp_path}/facts/0.jsonl"
-    told = [facts.Told(f"row-{n}", {"n": n}) for n in range(7)]
+    told = [annotations.AnnotatedRow(f"row-{n}", {"n": n}) for n in range(7)]
     lines = [json.dumps(one._asdict()) for one in told]
     fs, root = fsspec.core.url_to_fs(f"{scheme}{tmp_path}/facts")
     fs.makedirs(root)
     fs.pipe_file(f"{root}/0.jsonl.11111111.part", "\n".join([*lines[:5], lines[5][:9]]).encode())
-    fs.pipe_file(f"{root}/0.jsonl.22222222.tmp", "\n".join(lines[:3]).encode())  # as they were called once
+    fs.pipe_file(
+        f"{root}/0.jsonl.22222222.tmp", "\n".join(lines[:3]).encode()
+    )  # as they were called once
     fs.pipe_file(f"{root}/1.jsonl.33333333.part", "\n".join(lines[:6]).encode())
     asked = list[int]()
 
-    def rest(known: int) -> Iterator[list[facts.Told]]:
+    def rest(known: int) -> Iterator[list[annotations.AnnotatedRow]]:
         asked.append(known)
         yield from (told[start : start + 2] for start in range(2 * known, 7, 2))
 
-    assert facts.cut_off(path.rpartition("/")[0])
-    facts.save(path, 2, rest)
-    assert asked == [2] and list(facts.read(path, 7)) == told
+    assert annotations.cut_off(path.rpartition("/")[0])
+    annotations.save(path, 2, rest)
+    assert asked == [2] and list(annotations.read(path, 7)) == told
     left = sorted(str(file).rpartition("/")[2] for file in fs.ls(root, detail=False))
     assert left == ["0.jsonl", "1.jsonl.33333333.part"]
 
 
-def test_a_file_of_facts_that_is_gone_is_judged_again_and_no_other(source: str, home: Path, tmp_path: Path) -> None:
+def test_a_file_of_facts_that_is_gone_is_judged_again_and_no_other(
+    source: str, home: Path, tmp_path: Path
+) -> None:
     dest = tmp_path / "made"
     first = run(source, dest, home)
     judged(dest)
@@ -178,7 +199,10 @@ def test_another_threshold_takes_the_same_facts_and_another_letter_does_not(
     shutil.rmtree(dest)
     assert run(source, dest, home, at_least=6).rows == 266 and not judged(dest)
     shutil.rmtree(dest)
-    assert run(source, dest, home, letters="y").parameters["counts"] == {"too few vowels": 266, "kept": 132}
+    assert run(source, dest, home, letters="y").parameters["counts"] == {
+        "too few vowels": 266,
+        "kept": 132,
+    }
     assert len(judged(dest)) == 400
 
 
@@ -186,7 +210,9 @@ def test_what_is_there_is_taken_as_it_is(source: str, home: Path, tmp_path: Path
     first = run(source, tmp_path / "made", home)
     judged(tmp_path / "made")
     shutil.rmtree(tmp_path / "made.judged")
-    assert run(source, tmp_path / "made", home).digest == first.digest and not judged(tmp_path / "made")
+    assert run(source, tmp_path / "made", home).digest == first.digest and not judged(
+        tmp_path / "made"
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,7 +221,11 @@ def test_what_is_there_is_taken_as_it_is(source: str, home: Path, tmp_path: Path
         ({"at_least": 2}, "at_least=1", "at_least=2"),
         ({"letters": "aei"}, "'letters=digest of aeiou'", "'letters=digest of aei'"),
         ({"letters": "a" * 300}, "'letters=digest of aeiou'", f"'letters=digest of {'a' * 90}..'"),
-        ({"copies": 2, "at_least": 3, "model": "m"}, "at_least=1 copies=1 model=none", "at_least=3 copies=2 model=m"),
+        (
+            {"copies": 2, "at_least": 3, "model": "m"},
+            "at_least=1 copies=1 model=none",
+            "at_least=3 copies=2 model=m",
+        ),
     ],
 )
 def test_a_place_that_holds_what_was_made_otherwise_is_refused_with_both_values(
@@ -217,17 +247,23 @@ def test_a_place_that_holds_other_sources_or_another_curations_work_is_refused(
     other = written(tmp_path / "other", ROWS[:20])
     one, two = (open_dataset(place).manifest.digest[:8] for place in (source, other))
     with pytest.raises(
-        DataError, match=rf"with `'sources={one} of /[^`]*`, and asked for is `'sources={one}, {two} of /"
+        DataError,
+        match=rf"with `'sources={one} of /[^`]*`, and asked for is `'sources={one}, {two} of /",
     ):
         run([source, other], tmp_path / "made", home)
-    with pytest.raises(DataError, match=r"made with `curation=tests`, and asked for is `curation=tests.curation.vow"):
+    with pytest.raises(
+        DataError,
+        match=r"made with `curation=tests`, and asked for is `curation=tests.curation.vow",
+    ):
         run(source, Path(other), home)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_rows_that_come_out_do_not_depend_on_how_the_source_is_cut_into_shards(home: Path, tmp_path: Path) -> None:
+def test_the_rows_that_come_out_do_not_depend_on_how_the_source_is_cut_into_shards(
+    home: Path, tmp_path: Path
+) -> None:
     made = []
     for number, (group_rows, shard_rows) in enumerate(((8, 16), (32, 4096), (1, 200))):
         place = written(tmp_path / f"source-{number}", ROWS, group_rows, shard_rows)
@@ -238,7 +274,9 @@ def test_the_rows_that_come_out_do_not_depend_on_how_the_source_is_cut_into_shar
 
 def test_rows_of_several_sources_that_share_a_key_stay_apart(home: Path, tmp_path: Path) -> None:
     one = written(tmp_path / "one", ROWS[1:3])
-    other = written(tmp_path / "other", [pair("row-1", IMAGE, "aloe"), pair("row-1#2", IMAGE, "anemone")])
+    other = written(
+        tmp_path / "other", [pair("row-1", IMAGE, "aloe"), pair("row-1#2", IMAGE, "anemone")]
+    )
     made = run([one, other], tmp_path / "made", home)
     told = {s.key: (s.text, s.provenance["vowels.key"]) for s in rows(tmp_path / "made")}
     assert told == {
@@ -256,7 +294,12 @@ def test_rows_of_sources_with_several_licences_know_their_own(home: Path, tmp_pa
     write(own, other, source="flags", licence="CC-BY-4.0", made_by="tests")
     made = run([one, other], tmp_path / "made", home)
     assert made.licence == "CC0-1.0, CC-BY-4.0"
-    assert [s.licence for s in rows(tmp_path / "made")] == ["CC0-1.0", "CC0-1.0", "MIT", "CC-BY-4.0"]
+    assert [s.licence for s in rows(tmp_path / "made")] == [
+        "CC0-1.0",
+        "CC0-1.0",
+        "MIT",
+        "CC-BY-4.0",
+    ]
     run(one, tmp_path / "alone", home)
     assert {s.licence for s in rows(tmp_path / "alone")} == {None}  # the manifest tells that of all
 
@@ -264,16 +307,21 @@ def test_rows_of_sources_with_several_licences_know_their_own(home: Path, tmp_pa
 def test_a_row_may_become_several(source: str, home: Path, tmp_path: Path) -> None:
     made = run(source, tmp_path / "made", home, copies=3)
     keys = [s.key for s in rows(tmp_path / "made")]
-    assert made.rows == 3 * made.parameters["counts"]["kept"] == len(set(keys)) and "row-1#3" in keys
+    assert (
+        made.rows == 3 * made.parameters["counts"]["kept"] == len(set(keys)) and "row-1#3" in keys
+    )
 
 
 def test_examples_show_some_rows_of_every_reason(source: str, home: Path, tmp_path: Path) -> None:
     made = run(source, tmp_path / "made", home)
     curation = Vowels(desk=str(tmp_path / "desk"))
-    making = Making.of(curation, [source], str(tmp_path / "made"), home)
+    making = CurationRun.of(curation, [source], str(tmp_path / "made"), home)
     shown = list(examples(making, made.parameters["counts"]))
     assert Counter(one.why for one in shown) == {"kept": 6, "too few vowels": 6}
-    assert all(one.note == f"{6 * one.kept} of at most 6" and one.kept == (one.text != "rhythm") for one in shown)
+    assert all(
+        one.note == f"{6 * one.kept} of at most 6" and one.kept == (one.text != "rhythm")
+        for one in shown
+    )
     shutil.rmtree(tmp_path / "made.judged")
     with pytest.raises(DataError, match="is gone; delete the dataset and curate it again"):
         list(examples(making, made.parameters["counts"]))
@@ -282,18 +330,20 @@ def test_examples_show_some_rows_of_every_reason(source: str, home: Path, tmp_pa
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-@spec
+@config_class
 class Short(Vowels):
     """Gives so many verdicts too few or too many."""
 
     off_by: int
 
-    def decide(self, rows: Rows) -> Iterator[Verdict]:
-        verdicts = [Verdict("kept", (sample,)) for sample, _ in rows()]
+    def decide(self, rows: Rows) -> Iterator[Decision]:
+        verdicts = [Decision("kept", (sample,)) for sample, _ in rows()]
         yield from [*verdicts, *verdicts][: len(verdicts) + self.off_by]
 
 
-@pytest.mark.parametrize(("off_by", "words"), [(-1, "fewer verdicts than rows; 'row-399' has none"), (1, "more")])
+@pytest.mark.parametrize(
+    ("off_by", "words"), [(-1, "fewer verdicts than rows; 'row-399' has none"), (1, "more")]
+)
 def test_a_curation_that_forgets_a_row_or_decides_twice_is_an_error(
     off_by: int, words: str, source: str, home: Path, tmp_path: Path
 ) -> None:
@@ -302,15 +352,24 @@ def test_a_curation_that_forgets_a_row_or_decides_twice_is_an_error(
     assert not (tmp_path / "made").exists()
 
 
-def test_too_many_rows_that_cannot_be_judged_are_an_error_that_names_their_table(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"1 of 199 rows are bad \(1 bad_row\).*read .*made\.quarantine"):
+def test_too_many_rows_that_cannot_be_judged_are_an_error_that_names_their_table(
+    home: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        DataError, match=r"1 of 199 rows are bad \(1 bad_row\).*read .*made\.quarantine"
+    ):
         run(written(tmp_path / "few", ROWS[:199]), tmp_path / "made", home)
-    assert len(list(records(str(tmp_path / "made.quarantine")))) == 1 and not (tmp_path / "made").exists()
+    assert (
+        len(list(records(str(tmp_path / "made.quarantine")))) == 1
+        and not (tmp_path / "made").exists()
+    )
     enough = written(tmp_path / "enough", ROWS[:200])
     assert run(enough, tmp_path / "right", home).quarantined == {"bad_row": 1}  # 0.5 % exactly
 
 
-def test_a_larger_share_of_bad_rows_may_be_allowed_and_judges_nothing_again(home: Path, tmp_path: Path) -> None:
+def test_a_larger_share_of_bad_rows_may_be_allowed_and_judges_nothing_again(
+    home: Path, tmp_path: Path
+) -> None:
     few, dest = written(tmp_path / "few", ROWS[:160]), tmp_path / "made"
     with pytest.raises(DataError, match="1 of 160 rows are bad"):
         run(few, dest, home)
@@ -319,7 +378,9 @@ def test_a_larger_share_of_bad_rows_may_be_allowed_and_judges_nothing_again(home
     assert made.quarantined == {"bad_row": 1} and not judged(dest)
     assert run(few, dest, home).digest == made.digest  # what is there is taken as it is
     for share in (-0.1, 1.5):
-        with pytest.raises(SpecError, match=rf"max_bad is a share of the rows, from 0 to 1; got {share}"):
+        with pytest.raises(
+            SpecError, match=rf"max_bad is a share of the rows, from 0 to 1; got {share}"
+        ):
             Limits(max_bad=share)
 
 
@@ -329,11 +390,16 @@ def test_what_is_said_of_the_rows_tells_those_that_came_in_from_those_that_come_
     said = list[str]()
     run(source, tmp_path / "one", home, say=said.append)
     run(source, tmp_path / "several", home, say=said.append, copies=3)
-    assert said[1] == "vowels: 266 of 400 rows go on (266 kept; 132 too few vowels; 2 put aside: bad_row)"
+    assert (
+        said[1]
+        == "vowels: 266 of 400 rows go on (266 kept; 132 too few vowels; 2 put aside: bad_row)"
+    )
     assert said[3] == said[1].replace("go on", "go on and become 798")
 
 
-def test_the_share_of_bad_rows_is_of_those_that_come_in(source: str, home: Path, tmp_path: Path) -> None:
+def test_the_share_of_bad_rows_is_of_those_that_come_in(
+    source: str, home: Path, tmp_path: Path
+) -> None:
     """Of 400 rows 2 are bad; that only one is kept makes them no more."""
     lone = [
         *ROWS[:1],
@@ -345,7 +411,8 @@ def test_the_share_of_bad_rows_is_of_those_that_come_in(source: str, home: Path,
 
 def test_a_curation_that_keeps_nothing_says_so(source: str, home: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"nothing of 400 rows \(398 too few vowels; 2 put aside: bad_row\), so .*made is not"
+        DataError,
+        match=r"nothing of 400 rows \(398 too few vowels; 2 put aside: bad_row\), so .*made is not",
     ):
         run(source, tmp_path / "made", home, at_least=9)
 
@@ -370,7 +437,9 @@ def test_facts_that_were_changed_by_hand_are_an_error(
 
 
 def test_nothing_is_made_inside_a_dataset(source: str, home: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"deep/made lies inside the dataset .*source, which is not to change"):
+    with pytest.raises(
+        DataError, match=r"deep/made lies inside the dataset .*source, which is not to change"
+    ):
         make(Vowels(desk=str(tmp_path)), [source], f"{source}/deep/made", home=home, say=str)
     assert verify(source) == []
 
@@ -386,7 +455,9 @@ def test_a_source_is_needed_and_stands_once(source: str, home: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_actors_make_what_one_process_makes_and_raise_what_it_raises(source: str, home: Path, tmp_path: Path) -> None:
+def test_actors_make_what_one_process_makes_and_raise_what_it_raises(
+    source: str, home: Path, tmp_path: Path
+) -> None:
     alone = run(source, tmp_path / "alone", home)
     assert run(source, tmp_path / "actors", home, workers=2).digest == alone.digest
     crash = written(tmp_path / "crash", [*ROWS[:20], pair("last", IMAGE, "crash")])

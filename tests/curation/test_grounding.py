@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgework.curation.flow import make
 from bridgework.curation.grounding import TEMPLATES, Grounding, corners, place, relation
+from bridgework.curation.runner import make
+from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Box, Part, Sample, pair
-from bridgework.data.shards import open_dataset
 from bridgework.errors import SpecError
 from tests.curation.models import decided, judged
 from tests.curation.support import flags, written
@@ -25,14 +25,19 @@ PETS = (Box(0, (0.02, 0.4, 0.31, 0.9), "dog"), Box(0, (0.4, 0.42, 0.6, 0.6), "ca
 BBOX = re.compile(r"<bbox>([\d.,]+)</bbox>")
 
 
-def row(key: str = "k", boxes: tuple[Box, ...] = (), ocr: str | None = None, caption: str = "a shop") -> Sample:
+def row(
+    key: str = "k", boxes: tuple[Box, ...] = (), ocr: str | None = None, caption: str = "a shop"
+) -> Sample:
     return pair(key, IMAGE, caption, boxes=boxes, ocr=ocr)
 
 
 def told(sample: Sample, **fields: Any) -> dict[str, str]:
     """{granularity: text} of what a row becomes."""
     (verdict,) = decided(Grounding(**fields), [sample], [{}])
-    return {made.provenance["grounding.granularity"]: made.parts[1].text or "" for made in verdict.samples}
+    return {
+        made.provenance["grounding.granularity"]: made.parts[1].text or ""
+        for made in verdict.samples
+    }
 
 
 def test_a_row_becomes_a_sample_of_each_granularity_that_it_allows() -> None:
@@ -68,23 +73,34 @@ def test_a_labels_words_stand_together_and_in_order_to_be_a_texts() -> None:
 def test_every_template_says_what_its_granularity_is_for() -> None:
     seen: dict[str, set[str]] = {name: set() for name in TEMPLATES}
     for number in range(60):
-        for name, text in told(row(f"k{number}", (*SIGN, *PETS), "SALE\n50 %"), caption=False).items():
+        for name, text in told(
+            row(f"k{number}", (*SIGN, *PETS), "SALE\n50 %"), caption=False
+        ).items():
             seen[name].add(text)
-    assert {name: len(texts) for name, texts in seen.items()} == {name: len(TEMPLATES[name]) for name in TEMPLATES}
+    assert {name: len(texts) for name, texts in seen.items()} == {
+        name: len(TEMPLATES[name]) for name in TEMPLATES
+    }
     for name, texts in seen.items():
         for text in texts:
             assert text.endswith(".") and text[0] in '"<' + text[0].upper()
             labels = ("SALE", "50 %") if name.startswith("text") else ("dog", "cat")
             assert all(label in text for label in labels)
             boxes = [BBOX.findall(text)] if name.endswith("box") else []
-            assert all(len(found) == 2 for found in boxes) and ("<bbox>" in text) == name.endswith("box")
+            assert all(len(found) == 2 for found in boxes) and ("<bbox>" in text) == name.endswith(
+                "box"
+            )
     assert all("in the upper left" in text.lower() for text in seen["text.place"])
     assert all("to the left of the cat" in text.lower() for text in seen["object.relative"])
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=2), st.lists(st.floats(0, 1), min_size=2, max_size=2))
-def test_coordinates_are_shares_with_two_decimals_and_never_a_line(x: list[float], y: list[float]) -> None:
+@given(
+    st.lists(st.floats(0, 1), min_size=2, max_size=2),
+    st.lists(st.floats(0, 1), min_size=2, max_size=2),
+)
+def test_coordinates_are_shares_with_two_decimals_and_never_a_line(
+    x: list[float], y: list[float]
+) -> None:
     box = Box(0, (min(x), min(y), max(x), max(y)), "dog")
     found = told(row(boxes=(box,)), caption=False)
     rounded = [round(share, 2) for share in box.corners]
@@ -110,7 +126,9 @@ def test_coordinates_are_shares_with_two_decimals_and_never_a_line(x: list[float
         ((1.0, 1.0, 1.0, 1.0), "in the lower right"),
     ],
 )
-def test_a_place_is_where_the_middle_lies(box: tuple[float, float, float, float], words: str) -> None:
+def test_a_place_is_where_the_middle_lies(
+    box: tuple[float, float, float, float], words: str
+) -> None:
     assert place(Box(0, box, "x")) == words
 
 
@@ -124,13 +142,20 @@ def test_a_place_is_where_the_middle_lies(box: tuple[float, float, float, float]
     ],
 )
 def test_a_relation_turns_round_with_its_boxes(one: Any, other: Any, words: str) -> None:
-    turned = {"to the left of": "to the right of", "above": "below", "below": "above", "inside": "around"}
+    turned = {
+        "to the left of": "to the right of",
+        "above": "below",
+        "below": "above",
+        "inside": "around",
+    }
     assert relation(Box(0, one), Box(0, other)) == words
     assert relation(Box(0, other), Box(0, one)) == turned[words]
 
 
 def test_things_are_told_in_reading_order_and_the_largest_of_too_many() -> None:
-    boxes = tuple(Box(0, (x / 10, 0.5, x / 10 + 0.01 * (x + 1), 0.6), f"thing{x}") for x in (7, 2, 5, 0))
+    boxes = tuple(
+        Box(0, (x / 10, 0.5, x / 10 + 0.01 * (x + 1), 0.6), f"thing{x}") for x in (7, 2, 5, 0)
+    )
     found = told(row(boxes=boxes), most=3)["object.box"]
     assert re.findall(r"thing\d", found) == ["thing2", "thing5", "thing7"]
 
@@ -146,7 +171,9 @@ def test_boxes_that_are_turned_or_have_no_label_are_left_out() -> None:
 def test_one_granularity_is_drawn_by_seed_and_key() -> None:
     each = [told(row(f"k{n}", PETS)) for n in range(90)]
     drawn = [told(row(f"k{n}", PETS), granularity="draw") for n in range(90)]
-    assert all(len(one) == 1 and one.items() <= all_.items() for one, all_ in zip(drawn, each, strict=True))
+    assert all(
+        len(one) == 1 and one.items() <= all_.items() for one, all_ in zip(drawn, each, strict=True)
+    )
     assert drawn == [told(row(f"k{n}", PETS), granularity="draw") for n in range(90)]
     assert drawn != [told(row(f"k{n}", PETS), granularity="draw", seed=1) for n in range(90)]
     counts = Counter(name for one in drawn for name in one)
@@ -163,7 +190,9 @@ def test_braces_in_a_label_stay_text() -> None:
     assert '"{0} {} {ocr}"' in found["text.alone"] and '"{0}"' in found["text.place"]
 
 
-def test_a_row_without_anything_to_tell_is_dropped_and_one_of_two_images_put_aside(home: Path) -> None:
+def test_a_row_without_anything_to_tell_is_dropped_and_one_of_two_images_put_aside(
+    home: Path,
+) -> None:
     two = Sample("two", (IMAGE, IMAGE), (Part("caption", image=0), Part("caption", image=1)))
     facts = judged(Grounding(), [row(), two], home)
     assert facts[0] == {} and facts[1]["bad"][0] == "bad_row"
@@ -172,7 +201,9 @@ def test_a_row_without_anything_to_tell_is_dropped_and_one_of_two_images_put_asi
 
 
 def test_a_grounded_dataset_keeps_pictures_and_boxes(home: Path, tmp_path: Path) -> None:
-    source = written(tmp_path / "source", [replace(row(f"k{n}", PETS), licence="CC0-1.0") for n in range(4)])
+    source = written(
+        tmp_path / "source", [replace(row(f"k{n}", PETS), licence="CC0-1.0") for n in range(4)]
+    )
     made = make(Grounding(), [source], str(tmp_path / "made"), home=home, say=lambda text: None)
     samples = list(open_dataset(str(tmp_path / "made")).samples())
     assert made.rows == 12 and len({sample.key for sample in samples}) == 12
@@ -191,6 +222,8 @@ def test_corners_are_written_as_the_paper_does() -> None:
         (lambda: Grounding(most=0), "at least 1; got 0"),
     ],
 )
-def test_a_grounding_that_cannot_be_is_refused(make_one: Callable[[], Grounding], words: str) -> None:
+def test_a_grounding_that_cannot_be_is_refused(
+    make_one: Callable[[], Grounding], words: str
+) -> None:
     with pytest.raises(SpecError, match=words):
         make_one()

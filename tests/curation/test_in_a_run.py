@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from bridgework import artifacts
 from bridgework.cli import app
-from bridgework.data.shards import open_dataset
+from bridgework.config import override
+from bridgework.data.dataset import open_dataset
 from bridgework.errors import DataError, RunError, SpecError
-from bridgework.spec import override
 from bridgework.system import System, load
-from bridgework.tracking import MemoryTracker
-from bridgework.training import artefact
+from bridgework.tracking.tracker import MemoryTracker
 from tests.curation.support import flags, written
 from tests.training.support import go, same, weights
 
@@ -35,9 +35,14 @@ def test_the_stage_reads_what_its_curation_made_of_the_stages_before(home: Path,
     go(blip(home), home, run, stages=None, tracker=tracker)
     made = open_dataset(str(folder / "bootstrap" / "curated" / "capfilt"))
     for name in ("captioner", "filter"):
-        assert made.manifest.parameters[name] == artefact.describe(folder / name / "artefact").digest
-    read = {d.name: d for d in artefact.describe(folder / "bootstrap" / "artefact").datasets}
-    assert read["capfilt"].digest == made.manifest.digest and read["capfilt"].rows == made.manifest.rows
+        assert (
+            made.manifest.parameters[name] == artifacts.describe(folder / name / "artefact").digest
+        )
+    read = {d.name: d for d in artifacts.describe(folder / "bootstrap" / "artefact").datasets}
+    assert (
+        read["capfilt"].digest == made.manifest.digest
+        and read["capfilt"].rows == made.manifest.rows
+    )
     told = [i for r in tracker.runs.values() for i in r.inputs if i.name == "capfilt"]
     assert [i.digest for i in told] == [made.manifest.digest]
 
@@ -51,8 +56,13 @@ def test_a_finished_stage_needs_its_curated_data_no_more(home: Path, run: str) -
     assert not (home / "runs" / run / "bootstrap" / "curated").exists()
 
 
-def test_what_a_curation_needs_is_asked_for_before_anything_is_written(home: Path, run: str) -> None:
-    with pytest.raises(RunError, match="its curation uses captioner, which this run has not trained; train it first"):
+def test_what_a_curation_needs_is_asked_for_before_anything_is_written(
+    home: Path, run: str
+) -> None:
+    with pytest.raises(
+        RunError,
+        match="its curation uses captioner, which this run has not trained; train it first",
+    ):
         go(blip(home), home, run, stages=["pretrain", "bootstrap"])
     lost = override(blip(home), {"stages.bootstrap.curation.sources": "not-here"})
     with pytest.raises(DataError, match="no dataset 'not-here'"):

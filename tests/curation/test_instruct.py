@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bridgework.curation import chat, talk
-from bridgework.curation.flow import make
+from bridgework.config import config_class as bridgework_spec
+from bridgework.curation import llm, talk
 from bridgework.curation.instruct import DESCRIBE, Instruct
+from bridgework.curation.runner import make
+from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Box, Part, Sample, pair
-from bridgework.data.shards import open_dataset
-from bridgework.data.tokens import load_tokenizer
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import DataError, RunError, SpecError, WeightsError
-from bridgework.spec import spec as bridgework_spec
 from tests.curation.models import Scripted, completion, decided, endpoint, judged, writer
 from tests.curation.support import flags, written
 
@@ -37,7 +37,13 @@ GOOD = {
 def kind_of(request: dict[str, Any]) -> str:
     """Which kind a request asks for, by what only its prompt says."""
     told = request["messages"][0]["content"]
-    return "conversation" if "three to six questions" in told else "reasoning" if "step by step" in told else "detail"
+    return (
+        "conversation"
+        if "three to six questions" in told
+        else "reasoning"
+        if "step by step" in told
+        else "detail"
+    )
 
 
 def good(request: dict[str, Any]) -> str:
@@ -49,7 +55,9 @@ def spec(server: Scripted, **fields: Any) -> Instruct:
 
 
 def turns(sample: Sample) -> list[str | int]:
-    return [part.text.strip("\n") if part.text is not None else part.image or 0 for part in sample.parts]
+    return [
+        part.text.strip("\n") if part.text is not None else part.image or 0 for part in sample.parts
+    ]
 
 
 # --- what a talk is --------------------------------------------------------------------------------------------------
@@ -61,9 +69,15 @@ def test_the_examples_that_a_writer_sees_are_what_it_is_asked_for(kind: str) -> 
     with endpoint(good) as server:
         judged(spec(server, kinds=(kind,)), FLAGS[:1], Path())
     (request,) = server.asked
-    shown = [message["content"] for message in request["messages"] if message["role"] == "assistant"]
+    shown = [
+        message["content"] for message in request["messages"] if message["role"] == "assistant"
+    ]
     assert 2 <= len(shown) <= 3 and all(talk.read(example, kind) for example in shown)
-    assert [m["role"] for m in request["messages"]] == ["system", *["user", "assistant"] * len(shown), "user"]
+    assert [m["role"] for m in request["messages"]] == [
+        "system",
+        *["user", "assistant"] * len(shown),
+        "user",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,19 +85,47 @@ def test_the_examples_that_a_writer_sees_are_what_it_is_asked_for(kind: str) -> 
     [
         ("conversation", " ", "it is empty"),
         ("detail", "", "it is empty"),
-        ("conversation", "Question: a?\nQuestion: b?\nAnswer: c.", "questions and answers do not alternate"),
-        ("conversation", "Sure!\n" + GOOD["conversation"], "questions and answers do not alternate"),
-        ("conversation", GOOD["conversation"] + "\nQuestion: More?", "questions and answers do not alternate"),
+        (
+            "conversation",
+            "Question: a?\nQuestion: b?\nAnswer: c.",
+            "questions and answers do not alternate",
+        ),
+        (
+            "conversation",
+            "Sure!\n" + GOOD["conversation"],
+            "questions and answers do not alternate",
+        ),
+        (
+            "conversation",
+            GOOD["conversation"] + "\nQuestion: More?",
+            "questions and answers do not alternate",
+        ),
         ("conversation", "Question: What?\nAnswer: A flag.", "too few or too many questions"),
-        ("conversation", GOOD["conversation"].replace("A flag.", "The caption says a flag."), "it tells on its source"),
+        (
+            "conversation",
+            GOOD["conversation"].replace("A flag.", "The caption says a flag."),
+            "it tells on its source",
+        ),
         ("conversation", GOOD["conversation"].replace("blue.", "blue, with"), "it breaks off"),
         ("detail", "A flag.", "too short or too long"),
         ("detail", "word " * 500 + ".", "too short or too long"),
         ("detail", GOOD["detail"] + "From the given text one knows it.", "it tells on its source"),
-        ("detail", GOOD["detail"] + "It lies at [0.10, 0.25, 0.30, 0.40].", "it tells on its source"),
+        (
+            "detail",
+            GOOD["detail"] + "It lies at [0.10, 0.25, 0.30, 0.40].",
+            "it tells on its source",
+        ),
         ("detail", GOOD["detail"] + "\nQuestion: What?", "questions and answers do not alternate"),
-        ("reasoning", GOOD["reasoning"] + "\n" + GOOD["reasoning"], "too few or too many questions"),
-        ("reasoning", "Question: " + "why " * 80 + "?\nAnswer: " + "So. " * 40, "too short or too long"),
+        (
+            "reasoning",
+            GOOD["reasoning"] + "\n" + GOOD["reasoning"],
+            "too few or too many questions",
+        ),
+        (
+            "reasoning",
+            "Question: " + "why " * 80 + "?\nAnswer: " + "So. " * 40,
+            "too short or too long",
+        ),
     ],
 )
 def test_what_is_no_such_talk_is_named(kind: str, raw: str, fault: str) -> None:
@@ -93,12 +135,20 @@ def test_what_is_no_such_talk_is_named(kind: str, raw: str, fault: str) -> None:
 
 def test_marks_around_the_speakers_and_lines_within_an_answer_are_read() -> None:
     raw = "**Question 1:** What is it?\n**Answer:** A flag.\nIt waves.\n\n## Question: Why?\nANSWER: Wind."
-    assert talk.read(raw, "conversation") == [("What is it?", "A flag.\nIt waves."), ("Why?", "Wind.")]
+    assert talk.read(raw, "conversation") == [
+        ("What is it?", "A flag.\nIt waves."),
+        ("Why?", "Wind."),
+    ]
 
 
 TALKS = {
     "Chinese": ("这是什么？", "一栋房子。", "什么颜色？", "它是红色的。"),
-    "Chinese in quotes": ("牌子上写着什么？", "写着\u201c停\u201d。", "颜色？", "他说\u300c红色。\u300d"),
+    "Chinese in quotes": (
+        "牌子上写着什么？",
+        "写着\u201c停\u201d。",
+        "颜色？",
+        "他说\u300c红色。\u300d",
+    ),
     "Japanese": ("何ですか？", "家です。", "何色ですか？", "赤です！"),
     "Hindi": ("यह क्या है?", "एक घर।", "रंग?", "यह लाल है।"),
     "Bengali": ("এটা কী?", "একটি বাড়ি।", "রং?", "এটি লাল।"),
@@ -125,7 +175,13 @@ def test_a_talk_is_whole_in_any_script(language: str, labels: tuple[str, str]) -
 
 @pytest.mark.parametrize(
     ("question", "answer"),
-    [("问题：", "回答："), ("问：", "答："), ("質問: ", "回答: "), ("प्रश्न: ", "उत्तर: "), ("질문 1: ", "답변 1: ")],
+    [
+        ("问题：", "回答："),
+        ("问：", "答："),
+        ("質問: ", "回答: "),
+        ("प्रश्न: ", "उत्तर: "),
+        ("질문 1: ", "답변 1: "),
+    ],
 )
 def test_speakers_may_be_named_in_the_language_of_the_talk(question: str, answer: str) -> None:
     raw = f"{question}什么？\n{answer}房子。\n{question}颜色？\n{answer}红色。"
@@ -182,29 +238,58 @@ def test_texts_in_a_picture_are_no_source_and_captions_are(answer: str, tells: b
 # --- what is asked ---------------------------------------------------------------------------------------------------
 
 
-def test_neighbours_with_the_same_picture_are_asked_about_once_with_all_their_captions(home: Path) -> None:
+def test_neighbours_with_the_same_picture_are_asked_about_once_with_all_their_captions(
+    home: Path,
+) -> None:
     image, box = FLAGS[0].images[0], Box(0, (0.0, 0.0, 0.5, 1.0), "stripe")
-    rows = [pair(f"a{n}", image, text, boxes=(box,)) for n, text in enumerate(("one", "two  words", "one"))]
+    rows = [
+        pair(f"a{n}", image, text, boxes=(box,))
+        for n, text in enumerate(("one", "two  words", "one"))
+    ]
     with endpoint(good) as server:
         facts = judged(spec(server), [*rows, FLAGS[1]], home)
-    assert [sorted(fact) for fact in facts] == [["answers", "captions", "image"], *[["image"]] * 2, [*sorted(facts[0])]]
-    assert facts[0]["captions"] == 2 and facts[0]["answers"] == {kind: [GOOD[kind].strip()] for kind in KINDS}
+    assert [sorted(fact) for fact in facts] == [
+        ["answers", "captions", "image"],
+        *[["image"]] * 2,
+        [*sorted(facts[0])],
+    ]
+    assert facts[0]["captions"] == 2 and facts[0]["answers"] == {
+        kind: [GOOD[kind].strip()] for kind in KINDS
+    }
     assert len(server.asked) == 6
-    known = {kind_of(r): r["messages"][-1]["content"] for r in server.asked if "words" in r["messages"][-1]["content"]}
+    known = {
+        kind_of(r): r["messages"][-1]["content"]
+        for r in server.asked
+        if "words" in r["messages"][-1]["content"]
+    }
     assert known["conversation"] == "one\ntwo words"
-    assert known["detail"] == known["reasoning"] == "one\ntwo words\nthings: stripe [0.00, 0.00, 0.50, 1.00]"
+    assert (
+        known["detail"]
+        == known["reasoning"]
+        == "one\ntwo words\nthings: stripe [0.00, 0.00, 0.50, 1.00]"
+    )
 
 
-def test_a_request_says_how_to_draw_and_carries_the_key(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_says_how_to_draw_and_carries_the_key(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WRITER_KEY", "sesame")
     with endpoint(good) as server:
-        judged(spec(server, key="WRITER_KEY", temperature=0.25, max_tokens=99, kinds=("detail",)), FLAGS[:2], home)
+        judged(
+            spec(server, key="WRITER_KEY", temperature=0.25, max_tokens=99, kinds=("detail",)),
+            FLAGS[:2],
+            home,
+        )
         judged(spec(server, seed=1, kinds=("detail",)), FLAGS[:1], home)
     first = server.asked[0]
     assert (first["model"], first["temperature"], first["max_tokens"]) == ("writer-1", 0.25, 99)
     assert len({request["seed"] for request in server.asked}) == 3
     assert server.keys[0] == "Bearer sesame" and server.keys[2] == "Bearer none"
-    assert all(isinstance(message["content"], str) for request in server.asked for message in request["messages"])
+    assert all(
+        isinstance(message["content"], str)
+        for request in server.asked
+        for message in request["messages"]
+    )
 
 
 def test_a_picture_is_sent_only_where_it_is_to_be_shown(home: Path) -> None:
@@ -238,12 +323,18 @@ def test_an_answer_that_is_no_talk_is_asked_for_once_more_and_then_dropped(home:
         known = request["messages"][-1]["content"]
         again = known in first
         first.add(known)
-        return good(request) if known == FLAGS[0].text or (again and known == FLAGS[1].text) else "The caption says so."
+        return (
+            good(request)
+            if known == FLAGS[0].text or (again and known == FLAGS[1].text)
+            else "The caption says so."
+        )
 
     with endpoint(answer) as server:
         curation = spec(server, kinds=("detail",), parallel=1)
         facts = judged(curation, FLAGS[:3], home)
-    assert [len(fact["answers"]["detail"]) for fact in facts] == [1, 2, 2] and len(server.asked) == 5
+    assert [len(fact["answers"]["detail"]) for fact in facts] == [1, 2, 2] and len(
+        server.asked
+    ) == 5
     assert len({request["seed"] for request in server.asked}) == 5
     verdicts = decided(curation, FLAGS[:3], facts)
     assert [v.why for v in verdicts] == ["kept", "kept", "no answer to use: it tells on its source"]
@@ -281,8 +372,8 @@ def test_an_answer_of_no_text_is_asked_for_once_more_and_then_dropped(home: Path
 class Impatient(Instruct):
     """Asks twice, and does not wait for half a minute."""
 
-    def _writer(self) -> chat.Writer:
-        return chat.Endpoint(self.endpoint or "", self.model or "", attempts=2, parallel=2)
+    def _writer(self) -> llm.ChatModel:
+        return llm.ChatEndpoint(self.endpoint or "", self.model or "", attempts=2, parallel=2)
 
 
 def test_what_is_no_completion_is_never_kept_and_the_work_goes_on_once_the_endpoint_is_mended(
@@ -292,7 +383,9 @@ def test_what_is_no_completion_is_never_kept_and_the_work_goes_on_once_the_endpo
     broken = FLAGS[9].text  # in the second row group of the first shard
 
     def answer(request: dict[str, Any]) -> str | bytes:
-        return b'{"choices": null}' if request["messages"][-1]["content"] == broken else good(request)
+        return (
+            b'{"choices": null}' if request["messages"][-1]["content"] == broken else good(request)
+        )
 
     with endpoint(answer) as server:
         curation = Impatient(endpoint=server.url, model="m", kinds=("detail",))
@@ -303,7 +396,9 @@ def test_what_is_no_completion_is_never_kept_and_the_work_goes_on_once_the_endpo
         made = make(curation, [source], dest, home=home, say=str)
     assert made.parameters["counts"] == {"kept": 24}
     again = [request["messages"][-1]["content"] for request in server.asked[first:]]
-    assert sorted(again) == sorted(flag.text for flag in FLAGS[8:24])  # the first row group was kept
+    assert sorted(again) == sorted(
+        flag.text for flag in FLAGS[8:24]
+    )  # the first row group was kept
 
 
 def test_what_is_no_picture_is_put_aside_and_what_has_no_caption_dropped(home: Path) -> None:
@@ -313,7 +408,9 @@ def test_what_is_no_picture_is_put_aside_and_what_has_no_caption_dropped(home: P
         curation = spec(server)
         facts = judged(curation, [torn, bare], home)
     assert facts[0]["bad"][0] == "corrupt" and not server.asked
-    assert [v.why for v in decided(curation, [torn, bare], facts)] == ["no answer to use: no caption to write from"]
+    assert [v.why for v in decided(curation, [torn, bare], facts)] == [
+        "no answer to use: no caption to write from"
+    ]
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
@@ -327,7 +424,10 @@ def test_every_kind_becomes_a_conversation_about_the_picture(home: Path) -> None
     assert list(made) == list(KINDS)
     said = [item for item in turns(made["conversation"]) if item != 0]
     assert said == ["What is it?", "A flag.", "Which colours?", "Red and blue."]
-    assert [part.role for part in made["conversation"].parts if part.text] == ["user", "assistant"] * 2
+    assert [part.role for part in made["conversation"].parts if part.text] == [
+        "user",
+        "assistant",
+    ] * 2
     question, answer = (item for item in turns(made["detail"]) if item != 0)
     assert question in DESCRIBE and answer == GOOD["detail"].strip()
     told = made["reasoning"].provenance
@@ -359,17 +459,29 @@ def test_deciding_again_asks_nobody(home: Path, tmp_path: Path) -> None:
         again = make(replace(curation, parallel=2), [source], dest, home=home, say=str)
     assert len(server.asked) == asked and again.rows == made.rows == 16
     # row groups of 8: the border parts four of the eight pictures, which are asked about in both
-    assert asked == 2 * 12 and made.parameters["counts"] == {"asked about with the row before it": 32, "kept": 8}
+    assert asked == 2 * 12 and made.parameters["counts"] == {
+        "asked about with the row before it": 32,
+        "kept": 8,
+    }
     images = [sample.images for sample in open_dataset(dest).samples()]
     assert len(images) == 2 * len(set(images))
 
 
-def test_another_writer_into_the_same_place_is_refused_with_both_writers(home: Path, tmp_path: Path) -> None:
+def test_another_writer_into_the_same_place_is_refused_with_both_writers(
+    home: Path, tmp_path: Path
+) -> None:
     source, dest = written(tmp_path / "source", FLAGS[:4]), str(tmp_path / "made")
     with endpoint(good) as server:
         make(spec(server, kinds=("detail",)), [source], dest, home=home, say=str)
-    with pytest.raises(DataError, match=r"with `endpoint=http://127.*/v1`, and asked for is `endpoint=http://x/v1`"):
-        make(Instruct(endpoint="http://x/v1", model="writer-1", kinds=("detail",)), [source], dest, home=home)
+    with pytest.raises(
+        DataError, match=r"with `endpoint=http://127.*/v1`, and asked for is `endpoint=http://x/v1`"
+    ):
+        make(
+            Instruct(endpoint="http://x/v1", model="writer-1", kinds=("detail",)),
+            [source],
+            dest,
+            home=home,
+        )
     both = "made with `endpoint=http.* lm=none model=writer-1`, and asked for is `endpoint=none lm=/nope model=none`"
     with pytest.raises(DataError, match=both):
         make(Instruct(lm="/nope", kinds=("detail",)), [source], dest, home=home)
@@ -401,13 +513,13 @@ def test_a_local_model_writes_what_transformers_writes(llama: str) -> None:
     for _ in range(12):  # greedy, by hand
         ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
     greedy = tokenizer.decode(ids[0, -12:], skip_special_tokens=True).strip()
-    assert chat.LocalLM(llama, max_tokens=12)(messages, 0) == greedy
-    drawn = chat.LocalLM(llama, max_tokens=12, temperature=1.0)
+    assert llm.LocalChatModel(llama, max_tokens=12)(messages, 0) == greedy
+    drawn = llm.LocalChatModel(llama, max_tokens=12, temperature=1.0)
     assert drawn(messages, 1) == drawn(messages, 1) != drawn(messages, 2)
 
 
 def test_a_trained_stage_writes_too(home: Path) -> None:
-    asked = chat.LocalLM(writer(home), max_tokens=6, temperature=1.0)
+    asked = llm.LocalChatModel(writer(home), max_tokens=6, temperature=1.0)
     messages = [{"role": "user", "content": "hello"}]
     assert asked(messages, 3) == asked(messages, 3) != asked(messages, 4)
 
@@ -419,7 +531,7 @@ def test_what_a_local_model_babbles_is_dropped(llama: str, home: Path) -> None:
     whys = {v.why for v in decided(curation, FLAGS[:2], facts)}
     assert whys == {"no answer to use: too short or too long"}
     digests = curation.models(home)
-    assert digests["lm"] == chat.digest(llama) and len(digests["prompts"]) == 64
+    assert digests["lm"] == llm.digest(llama) and len(digests["prompts"]) == 64
     assert Instruct(lm=llama, kinds=("reasoning",)).models(home)["prompts"] != digests["prompts"]
 
 
@@ -435,11 +547,16 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         (lambda: Instruct(endpoint="http://x"), "give endpoint=URL and model=NAME"),
         (lambda: Instruct(endpoint="http://x", model="m", lm="folder"), "or lm=FOLDER"),
         (lambda: Instruct(lm="folder", show=True), "an lm reads texts alone"),
-        (lambda: Instruct(lm="folder", kinds=("details",)), "no kind 'details'; did you mean 'detail'"),
+        (
+            lambda: Instruct(lm="folder", kinds=("details",)),
+            "no kind 'details'; did you mean 'detail'",
+        ),
         (lambda: Instruct(lm="folder", kinds=()), "at least one, and each once; got none"),
         (lambda: Instruct(lm="folder", parallel=0), "parallel 1"),
     ],
 )
-def test_a_writer_that_cannot_be_asked_is_refused(make_one: Callable[[], Instruct], words: str) -> None:
+def test_a_writer_that_cannot_be_asked_is_refused(
+    make_one: Callable[[], Instruct], words: str
+) -> None:
     with pytest.raises(SpecError, match=words):
         make_one()

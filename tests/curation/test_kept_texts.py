@@ -28,7 +28,9 @@ def origins(told: Scores, threshold: float) -> list[str]:
         (1.0, None, ["web"]),
     ],
 )
-def test_each_text_stays_by_its_own_score(web: float | None, written: float | None, kept: list[str]) -> None:
+def test_each_text_stays_by_its_own_score(
+    web: float | None, written: float | None, kept: list[str]
+) -> None:
     assert origins(scores(web, written), 0.0) == kept
 
 

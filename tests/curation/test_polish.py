@@ -11,15 +11,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bridgework.curation import chat
-from bridgework.curation.flow import make
-from bridgework.curation.mending import mend, wrong
+from bridgework.curation import llm
+from bridgework.curation.mending import clean, wrong
 from bridgework.curation.polish import CONTINUE, PROMPT, REWRITE, Polish
+from bridgework.curation.runner import make
+from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import open_dataset
-from bridgework.data.tokens import tokenise
+from bridgework.data.tokenization import tokenize
 from bridgework.errors import SpecError, WeightsError
-from bridgework.inference import Pipeline
+from bridgework.inference.pipeline import Pipeline
 from tests.curation.models import decided, endpoint, judged, writer
 from tests.curation.support import flags, written
 
@@ -75,7 +75,7 @@ def row(text: str, key: str = "k") -> Sample:
     ],
 )  # fmt: skip
 def test_what_such_models_leave_behind_is_removed(text: str, mended: str) -> None:
-    assert mend(text) == mended
+    assert clean(text) == mended
 
 
 @pytest.mark.parametrize(
@@ -92,17 +92,27 @@ def test_what_such_models_leave_behind_is_removed(text: str, mended: str) -> Non
     ],
 )
 def test_numbers_stay_as_they_are(text: str) -> None:
-    assert mend(text) == text
+    assert clean(text) == text
 
 
 def test_a_no_before_a_word_ends_a_sentence() -> None:
-    assert mend("Is it red? No. It is blue.") == "Is it red? It is blue."
+    assert clean("Is it red? No. It is blue.") == "Is it red? It is blue."
 
 
 EMOJI = (
     *("\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f3f3\ufe0f\u200d\U0001f308"),
-    *("\u2764\ufe0f\u200d\U0001f525", "\U0001f469\U0001f3fd\u200d\u2695\ufe0f", "\U0001f44d\U0001f3fb"),
-    *("\U0001f1e9\U0001f1ea", "1\ufe0f\u20e3", "\u25b6\ufe0f", "\u25fe", "\U0001f415\u200d\U0001f9ba"),
+    *(
+        "\u2764\ufe0f\u200d\U0001f525",
+        "\U0001f469\U0001f3fd\u200d\u2695\ufe0f",
+        "\U0001f44d\U0001f3fb",
+    ),
+    *(
+        "\U0001f1e9\U0001f1ea",
+        "1\ufe0f\u20e3",
+        "\u25b6\ufe0f",
+        "\u25fe",
+        "\U0001f415\u200d\U0001f9ba",
+    ),
     *("\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", "\u2640\ufe0f"),
 )
 
@@ -110,26 +120,28 @@ EMOJI = (
 @pytest.mark.parametrize("emoji", EMOJI)
 def test_emoji_stay_as_they_are(emoji: str) -> None:
     text = f"The family {emoji} stands on the lawn {emoji}{emoji} in front of the house."
-    assert mend(text) == text
+    assert clean(text) == text
 
 
-@pytest.mark.parametrize("hidden", ["\u200b", "\ufeff", "\u00ad", "\u202e", "\u200d", "\U000e0067", "\0", "\x07"])
+@pytest.mark.parametrize(
+    "hidden", ["\u200b", "\ufeff", "\u00ad", "\u202e", "\u200d", "\U000e0067", "\0", "\x07"]
+)
 def test_what_is_not_seen_and_joins_nothing_is_removed(hidden: str) -> None:
     given = f"The family {hidden} stands on the lawn, {hidden}in front of the house."
-    assert mend(given) == "The family stands on the lawn, in front of the house."
+    assert clean(given) == "The family stands on the lawn, in front of the house."
 
 
 @pytest.mark.parametrize("language", OTHERS)
 def test_sentences_of_another_language_are_removed(language: str) -> None:
-    assert mend(f"A dog runs. {OTHERS[language]} It is brown.") == "A dog runs. It is brown."
-    assert mend(f"{OTHERS[language]}{OTHERS[language]}") == ""
+    assert clean(f"A dog runs. {OTHERS[language]} It is brown.") == "A dog runs. It is brown."
+    assert clean(f"{OTHERS[language]}{OTHERS[language]}") == ""
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=8), st.sampled_from(("", " ", "\n")))
 def test_mended_twice_is_mended_once(pieces: list[str], joint: str) -> None:
-    mended = mend(joint.join(pieces))
-    assert mend(mended) == mended and "\n" not in mended
+    mended = clean(joint.join(pieces))
+    assert clean(mended) == mended and "\n" not in mended
 
 
 @settings(max_examples=200, deadline=None)
@@ -137,7 +149,7 @@ def test_mended_twice_is_mended_once(pieces: list[str], joint: str) -> None:
 @example("#a##Human:##")
 @example("<Im<Img>g>")
 def test_any_text_is_mended_once(text: str) -> None:
-    assert mend(mend(text)) == mend(text)
+    assert clean(clean(text)) == clean(text)
 
 
 def test_rules_remove_and_never_add() -> None:
@@ -145,7 +157,10 @@ def test_rules_remove_and_never_add() -> None:
     for _ in range(60):
         text = normalize("NFC", " ".join(draws.choices(PIECES, k=6)))
         words = text.casefold().split()
-        assert all(word in words or any(word in longer for longer in words) for word in mend(text).casefold().split())
+        assert all(
+            word in words or any(word in longer for longer in words)
+            for word in clean(text).casefold().split()
+        )
 
 
 @pytest.mark.parametrize(
@@ -175,15 +190,30 @@ def test_what_goes_on_is_a_part_of_what_came_in(home: Path, tmp_path: Path) -> N
     source = written(tmp_path / "source", samples)
     made = make(Polish(), [source], str(tmp_path / "made"), home=home, say=str)
     stay = list(open_dataset(str(tmp_path / "made")).samples())
-    assert [sample.key for sample in stay] == ["row-0", "row-1"] and [s.parts[1].text for s in stay] == [FINE, FINE]
+    assert [sample.key for sample in stay] == ["row-0", "row-1"] and [
+        s.parts[1].text for s in stay
+    ] == [FINE, FINE]
     assert {sample.images for sample in stay} <= {sample.images for sample in samples}
-    assert made.parameters["counts"] == {"kept": 1, "kept, mended": 1, "too short": 1, "nothing is left": 1}
+    assert made.parameters["counts"] == {
+        "kept": 1,
+        "kept, mended": 1,
+        "too short": 1,
+        "nothing is left": 1,
+    }
 
 
 def test_an_answer_is_mended_as_a_caption_is_and_two_texts_are_put_aside(home: Path) -> None:
     image = FLAGS[0].images
-    talk = Sample("t", image, (Part("user", image=0), Part("user", text="What is it?"), Part("assistant", text=FINE)))
-    two = Sample("two", image, (Part("caption", image=0), Part("caption", text="a"), Part("caption", text="b")))
+    talk = Sample(
+        "t",
+        image,
+        (Part("user", image=0), Part("user", text="What is it?"), Part("assistant", text=FINE)),
+    )
+    two = Sample(
+        "two",
+        image,
+        (Part("caption", image=0), Part("caption", text="a"), Part("caption", text="b")),
+    )
     facts = judged(Polish(), [talk, two], home)
     assert facts[1]["bad"][0] == "bad_row"
     (verdict,) = decided(Polish(), [talk, two], facts)
@@ -200,8 +230,11 @@ def test_another_length_needs_no_judge(home: Path) -> None:
 
 def test_a_short_description_is_continued_exactly_once(home: Path) -> None:
     model = Pipeline.load(writer(home))
-    firsts = [fact["written"] for fact in judged(Polish(model=writer(home), enough=0, **SHORT), FLAGS[:6], home)]
-    lengths = [len(tokenise(text, model.tokenizer, literal=True)) for text in firsts]
+    firsts = [
+        fact["written"]
+        for fact in judged(Polish(model=writer(home), enough=0, **SHORT), FLAGS[:6], home)
+    ]
+    lengths = [len(tokenize(text, model.tokenizer, literal=True)) for text in firsts]
     enough = sorted(lengths)[3]
     spec = Polish(model=writer(home), enough=enough, **SHORT)
     facts = judged(spec, FLAGS[:6], home)
@@ -215,10 +248,12 @@ def test_a_short_description_is_continued_exactly_once(home: Path) -> None:
 def _continued(sample: Sample, first: str, home: Path) -> str:
     """What the model says to "Continue" behind its description, asked alone in the human template."""
     loaded = Pipeline.load(writer(home))
-    model = Pipeline(loaded.model, replace(loaded.stage, data=replace(loaded.stage.data, template="human")))
+    model = Pipeline(
+        loaded.model, replace(loaded.stage, data=replace(loaded.stage.data, template="human"))
+    )
     asked = [Part("user", image=0), Part("user", text="\n" + PROMPT), Part("assistant", text=first)]
     how: Any = {"max_new_tokens": SHORT["max_tokens"], "temperature": 1.0, "top_p": 0.9}
-    seed = chat.drawn(0, sample.key, 1)
+    seed = llm.drawn(0, sample.key, 1)
     return model.write([[*asked, Part("user", text=CONTINUE)]], [sample.images], [seed], **how)[0]
 
 
@@ -227,7 +262,9 @@ def test_what_is_written_depends_on_seed_key_and_template(home: Path) -> None:
     texts = [fact["written"] for fact in judged(spec, FLAGS[:4], home)]
     assert [fact["written"] for fact in judged(spec, FLAGS[2:4], home)] == texts[2:]
     assert [fact["written"] for fact in judged(replace(spec, seed=1), FLAGS[:4], home)] != texts
-    assert [fact["written"] for fact in judged(replace(spec, template=None), FLAGS[:4], home)] != texts
+    assert [
+        fact["written"] for fact in judged(replace(spec, template=None), FLAGS[:4], home)
+    ] != texts
     assert spec.models(home).keys() == {"model"} and Polish().models(home) == {}
 
 
@@ -235,7 +272,9 @@ def test_rows_without_a_text_can_be_described_and_torn_ones_not(home: Path) -> N
     bare = Sample("bare", FLAGS[1].images, (Part("caption", image=0),))
     torn = pair("torn", FLAGS[0].images[0][:40], "a torn flag")
     facts = judged(Polish(model=writer(home), **SHORT), [bare, torn], home)
-    assert facts[0].keys() == {"written", "continued", "rewritten"} and facts[1]["bad"][0] == "corrupt"
+    assert (
+        facts[0].keys() == {"written", "continued", "rewritten"} and facts[1]["bad"][0] == "corrupt"
+    )
 
 
 # --- an endpoint rewrites --------------------------------------------------------------------------------------------
@@ -244,7 +283,11 @@ def test_rows_without_a_text_can_be_described_and_torn_ones_not(home: Path) -> N
 def test_an_endpoint_rewrites_what_was_mended_and_is_mended_itself(home: Path) -> None:
     def answer(request: dict[str, Any]) -> str | int:
         (message,) = request["messages"]
-        return 400 if "harbour" not in message["content"] else "Sure, with pleasure! " + FINE.replace("small", "quiet")
+        return (
+            400
+            if "harbour" not in message["content"]
+            else "Sure, with pleasure! " + FINE.replace("small", "quiet")
+        )
 
     other = (
         "A brown dog runs over a wide and green meadow. " * 2
@@ -255,9 +298,11 @@ def test_an_endpoint_rewrites_what_was_mended_and_is_mended_itself(home: Path) -
         spec = Polish(endpoint=server.url, rewriter="editor")
         facts = judged(spec, samples, home)
     asked = [request["messages"][0]["content"].removeprefix(REWRITE) for request in server.asked]
-    assert sorted(asked) == sorted([FINE, mend(other)])  # nothing is left of the third
-    texts = [v.samples[0].parts[1].text if v.samples else v.why for v in decided(spec, samples, facts)]
-    assert texts == [FINE.replace("small", "quiet"), mend(other), "nothing is left"]
+    assert sorted(asked) == sorted([FINE, clean(other)])  # nothing is left of the third
+    texts = [
+        v.samples[0].parts[1].text if v.samples else v.why for v in decided(spec, samples, facts)
+    ]
+    assert texts == [FINE.replace("small", "quiet"), clean(other), "nothing is left"]
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from bridgework.curation.flow import Fact, make
 from bridgework.curation.rank import Rank
+from bridgework.curation.runner import Fact, make
+from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import open_dataset
 from bridgework.errors import SpecError, WeightsError
-from bridgework.inference import Pipeline
+from bridgework.inference.pipeline import Pipeline
 from tests.curation.models import clip, decided, judged, writer
 from tests.curation.support import flags, written
 
@@ -35,17 +35,27 @@ def fact(image: str, *texts: tuple[str, str, float | None]) -> Fact:
 def kept(spec: Rank, *facts: Fact) -> list[tuple[str, list[str]]]:
     """(why, origins of what goes on), row by row."""
     samples = [row(f"row-{number}", 0, "web") for number in range(len(facts))]
-    return [(v.why, [s.key.partition("/")[2] for s in v.samples]) for v in decided(spec, samples, facts)]
+    return [
+        (v.why, [s.key.partition("/")[2] for s in v.samples]) for v in decided(spec, samples, facts)
+    ]
 
 
 # --- what stays ------------------------------------------------------------------------------------------------------
 
 
 def test_the_best_two_of_the_webs_text_and_the_written_ones_stay() -> None:
-    told = fact("a", ("web", "w", 0.3), ("written-1", "x", 0.1), ("written-2", "y", 0.4), ("written-3", "z", 0.2))
+    told = fact(
+        "a",
+        ("web", "w", 0.3),
+        ("written-1", "x", 0.1),
+        ("written-2", "y", 0.4),
+        ("written-3", "z", 0.2),
+    )
     assert kept(Rank(model="m"), told) == [("kept", ["written-2", "web"])]
     assert kept(Rank(model="m", keep=1), told) == [("kept", ["written-2"])]
-    assert kept(Rank(model="m", keep=9), told) == [("kept", ["written-2", "web", "written-3", "written-1"])]
+    assert kept(Rank(model="m", keep=9), told) == [
+        ("kept", ["written-2", "web", "written-3", "written-1"])
+    ]
 
 
 def test_of_equal_scores_the_earlier_stays() -> None:
@@ -55,7 +65,9 @@ def test_of_equal_scores_the_earlier_stays() -> None:
 
 
 def test_equal_texts_count_once() -> None:
-    told = fact("a", ("web", "a  dog", 0.3), ("written-1", " a dog\n", 0.3), ("written-2", "a cat", 0.1))
+    told = fact(
+        "a", ("web", "a  dog", 0.3), ("written-1", " a dog\n", 0.3), ("written-2", "a cat", 0.1)
+    )
     assert kept(Rank(model="m"), told) == [("kept", ["web", "written-2"])]
 
 
@@ -74,9 +86,14 @@ def test_what_stays_is_what_sorting_all_texts_of_a_picture_leaves() -> None:
     """Against every text of every picture, sorted: the rows keep no more than the best of each as they go."""
     draws = random.Random(0)
     for keep in (1, 2, 3):
-        scores = {(image, text): draws.choice((0.1, 0.2, 0.3)) for image in "ab" for text in "stuvwxyz"}
+        scores = {
+            (image, text): draws.choice((0.1, 0.2, 0.3)) for image in "ab" for text in "stuvwxyz"
+        }
         rows = [(draws.choice("ab"), draws.choices("stuvwxyz", k=3)) for _ in range(9)]
-        facts = [fact(i, *((f"web-{n}", text, scores[i, text]) for n, text in enumerate(ts))) for i, ts in rows]
+        facts = [
+            fact(i, *((f"web-{n}", text, scores[i, text]) for n, text in enumerate(ts)))
+            for i, ts in rows
+        ]
         found = Counter((r, origin) for r, (_, origins) in enumerate(kept(Rank(model="m", keep=keep), *facts))
                         for origin in origins)  # fmt: skip
         for image in "ab":
@@ -94,8 +111,18 @@ def test_a_kept_text_knows_its_score_its_rank_and_where_it_comes_from() -> None:
     told = fact("a", ("web", "w", 0.25), ("written-1", "x", 0.5))
     (verdict,) = decided(Rank(model="m"), [row("k", 0, "w")], [told])
     made, web = verdict.samples
-    assert (web.key, web.parts[1].text, web.language, web.licence) == ("k/web", "w", "en", "CC0-1.0")
-    assert (made.key, made.parts[1].text, made.language, made.images) == ("k/written-1", "x", None, FLAGS[0].images)
+    assert (web.key, web.parts[1].text, web.language, web.licence) == (
+        "k/web",
+        "w",
+        "en",
+        "CC0-1.0",
+    )
+    assert (made.key, made.parts[1].text, made.language, made.images) == (
+        "k/written-1",
+        "x",
+        None,
+        FLAGS[0].images,
+    )
     assert web.provenance == {"rank.origin": "web", "rank.score": "0.25", "rank.rank": "2"}
     assert made.provenance == {"rank.origin": "written-1", "rank.score": "0.5", "rank.rank": "1"}
     assert verdict.note == "1. x (0.5), 2. w (0.25)"
@@ -117,12 +144,18 @@ def test_a_score_is_the_cosine_of_image_and_text(home: Path) -> None:
 def test_a_clip_that_has_learned_prefers_what_is_true(home: Path, tmp_path: Path) -> None:
     """Every flag has its own name and those of four others; two stay."""
     samples = [
-        row(f"{n}-{m}", n, FLAGS[(n + 11 * m) % len(FLAGS)].text) for n in range(0, len(FLAGS), 4) for m in range(5)
+        row(f"{n}-{m}", n, FLAGS[(n + 11 * m) % len(FLAGS)].text)
+        for n in range(0, len(FLAGS), 4)
+        for m in range(5)
     ]
     source = written(tmp_path / "source", samples)
     made = make(Rank(model=clip(home)), [source], str(tmp_path / "made"), home=home, say=str)
-    stay = [sample.provenance["rank.key"] for sample in open_dataset(str(tmp_path / "made")).samples()]
-    assert made.rows == len(stay) == 2 * 14 and set(Counter(k.partition("-")[0] for k in stay).values()) == {2}
+    stay = [
+        sample.provenance["rank.key"] for sample in open_dataset(str(tmp_path / "made")).samples()
+    ]
+    assert made.rows == len(stay) == 2 * 14 and set(
+        Counter(k.partition("-")[0] for k in stay).values()
+    ) == {2}
     assert sum(key.endswith("-0") for key in stay) >= 12  # by chance, 5.6 of 14
 
 
@@ -130,7 +163,10 @@ def test_written_texts_are_what_the_pipeline_writes_for_each_image_alone(home: P
     samples = [row(f"row-{n}", n, FLAGS[n].text) for n in range(4)]
     spec = Rank(model=clip(home), captioner=writer(home), **WRITES)
     facts = judged(spec, samples, home)
-    texts = [[text for origin, text, _ in told["texts"] if origin.startswith("written")] for told in facts]
+    texts = [
+        [text for origin, text, _ in told["texts"] if origin.startswith("written")]
+        for told in facts
+    ]
     assert all(len(set(three)) == 3 for three in texts)
     alone = judged(spec, samples[2:3], home)
     assert [text for _, text, _ in alone[0]["texts"]] == [samples[2].text, *texts[2]]
@@ -138,15 +174,21 @@ def test_written_texts_are_what_the_pipeline_writes_for_each_image_alone(home: P
     assert [text for _, text, _ in other[0]["texts"]][1:] != texts[2]
 
 
-def test_a_ranked_dataset_names_both_models_and_ranks_again_without_them(home: Path, tmp_path: Path) -> None:
+def test_a_ranked_dataset_names_both_models_and_ranks_again_without_them(
+    home: Path, tmp_path: Path
+) -> None:
     source = written(tmp_path / "source", FLAGS[:6])
     spec = Rank(model=clip(home), captioner=writer(home), **WRITES)
     made = make(spec, [source], str(tmp_path / "made"), home=home, say=str)
     assert made.rows == 12 and made.parameters["model"] == spec.models(home)["model"]
-    assert made.parameters["captioner"] == spec.models(home)["captioner"] != made.parameters["model"]
+    assert (
+        made.parameters["captioner"] == spec.models(home)["captioner"] != made.parameters["model"]
+    )
     before = sorted((tmp_path / "made.judged").rglob("*.jsonl"))
     (tmp_path / "made").rename(tmp_path / "two")
-    assert make(replace(spec, keep=1), [source], str(tmp_path / "made"), home=home, say=str).rows == 6
+    assert (
+        make(replace(spec, keep=1), [source], str(tmp_path / "made"), home=home, say=str).rows == 6
+    )
     assert sorted((tmp_path / "made.judged").rglob("*.jsonl")) == before
 
 
@@ -163,7 +205,11 @@ def test_a_text_that_nothing_can_be_read_in_does_not_compete(home: Path) -> None
 
 def test_what_is_no_picture_with_captions_is_put_aside(home: Path) -> None:
     torn = pair("torn", FLAGS[0].images[0][:40], "a torn flag")
-    talk = Sample("talk", FLAGS[0].images, (Part("user", image=0), Part("user", text="?"), Part("assistant", text="!")))
+    talk = Sample(
+        "talk",
+        FLAGS[0].images,
+        (Part("user", image=0), Part("user", text="?"), Part("assistant", text="!")),
+    )
     facts = judged(Rank(model=clip(home)), [torn, FLAGS[0], talk], home)
     assert [told.get("bad", [None])[0] for told in facts] == ["corrupt", None, "bad_row"]
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from bridgework.curation.flow import Fact, Model, Rows, Verdict, bad
+from bridgework.config import config_class
+from bridgework.curation.runner import Decision, Fact, Model, Rows, bad
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError
-from bridgework.spec import spec
 
 
-@spec
+@config_class
 class Vowels:
     """`desk` is a folder in which `judged` grows by every row.
 
@@ -35,15 +35,15 @@ class Vowels:
     def judge(self, home: Path) -> "VowelJudge":
         return VowelJudge(self.letters, Path(self.desk))
 
-    def decide(self, rows: Rows) -> Iterator[Verdict]:
+    def decide(self, rows: Rows) -> Iterator[Decision]:
         most = max((fact["vowels"] for _, fact in rows()), default=0)
         for sample, fact in rows():
             note = f"{fact['vowels']} of at most {most}"
             if fact["vowels"] < self.at_least:
-                yield Verdict("too few vowels", note=note)
+                yield Decision("too few vowels", note=note)
             else:
                 told = replace(sample, provenance={"vowels.score": str(fact["vowels"])})
-                yield Verdict("kept", (told,) * self.copies, note)
+                yield Decision("kept", (told,) * self.copies, note)
 
 
 class VowelJudge:

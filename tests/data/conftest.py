@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bridgework.data.reader import Feed
+from bridgework.data.dataset import write
+from bridgework.data.reader import ReaderConfig
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import write
 from bridgework.data.synthetic import shapes
 from bridgework.system import Mixture, Source
 from tests.toy import Eye
@@ -21,12 +21,16 @@ def talks(rows: int) -> Iterator[Sample]:
     for row in range(rows):
         shown = tuple(images[2 * row : 2 * row + row % 3])
         asked = [Part("user", image=i) for i in range(len(shown))]
-        parts = (*asked, Part("user", text=f"\nNumber {row}?"), Part("assistant", text=f"It is {row}."))
+        parts = (
+            *asked,
+            Part("user", text=f"\nNumber {row}?"),
+            Part("assistant", text=f"It is {row}."),
+        )
         yield Sample(f"talk-{row}", shown, parts)
 
 
 @pytest.fixture(scope="session")
-def feed(tmp_path_factory: pytest.TempPathFactory) -> Feed:
+def feed(tmp_path_factory: pytest.TempPathFactory) -> ReaderConfig:
     """11 steps of 8 samples over 4 lanes in windows of 3: nothing divides anything."""
     folder: Path = tmp_path_factory.mktemp("datasets")
     paths = (str(folder / "pairs"), str(folder / "talks"))
@@ -44,7 +48,7 @@ def feed(tmp_path_factory: pytest.TempPathFactory) -> Feed:
         lanes=4,
         window=3,
     )
-    return Feed(
+    return ReaderConfig(
         mixture=mixture,
         datasets=paths,
         digests=tuple(manifest.digest for manifest in made),

@@ -26,7 +26,10 @@ def samples(first: int, rows: int) -> list[Member]:
     return [
         (f"{row:04d}.{ending}", data)
         for row in range(rows)
-        for ending, data in (("png", PICTURES[first + row]), ("txt", f"caption {first + row}".encode()))
+        for ending, data in (
+            ("png", PICTURES[first + row]),
+            ("txt", f"caption {first + row}".encode()),
+        )
     ]
 
 
@@ -53,15 +56,23 @@ HOSTILE: dict[str, tuple[Reason, list[Member]]] = {
         Reason.OUTSIDE,
         [special("hardlink.png", tarfile.LNKTYPE, linkname="good.png"), ("hardlink.txt", b"x")],
     ),
-    "device": (Reason.OUTSIDE, [special("device.png", tarfile.CHRTYPE, devmajor=1), ("device.txt", b"x")]),
+    "device": (
+        Reason.OUTSIDE,
+        [special("device.png", tarfile.CHRTYPE, devmajor=1), ("device.txt", b"x")],
+    ),
     "pipe": (Reason.OUTSIDE, [special("pipe.png", tarfile.FIFOTYPE), ("pipe.txt", b"x")]),
     "sparse": (
         Reason.BAD_ROW,
         [
-            special("sparse.png", tarfile.REGTYPE, pax_headers={"GNU.sparse.realsize": "1000000000000"}),
+            special(
+                "sparse.png", tarfile.REGTYPE, pax_headers={"GNU.sparse.realsize": "1000000000000"}
+            ),
             ("sparse.txt", b"x"),
         ],
     ),
-    "renamed": (Reason.OUTSIDE, [special("x.png", tarfile.REGTYPE, pax_headers={"path": "../renamed.png"})]),
+    "renamed": (
+        Reason.OUTSIDE,
+        [special("x.png", tarfile.REGTYPE, pax_headers={"path": "../renamed.png"})],
+    ),
     "many": (Reason.BAD_ROW, [(f"many.{number}.png", b"") for number in range(1001)]),
 }

@@ -7,20 +7,36 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from bridgework.data.batch import Row, collate
+from bridgework.data.collate import Row, collate
 from bridgework.system import IGNORE, IMAGE
 
 
 def row(place: int, ids: list[int], images: NDArray[Any]) -> Row:
     labels = [IGNORE if i == IMAGE else i for i in ids]
-    return Row(step=0, place=place, key=f"k{place}", source=place % 2, ids=ids, labels=labels, images=images)
+    return Row(
+        step=0,
+        place=place,
+        key=f"k{place}",
+        source=place % 2,
+        ids=ids,
+        labels=labels,
+        images=images,
+    )
 
 
 def squares(*values: int) -> NDArray[np.uint8]:
-    return np.stack([np.full((3, 4, 4), v, np.uint8) for v in values]) if values else np.zeros((0, 3, 4, 4), np.uint8)
+    return (
+        np.stack([np.full((3, 4, 4), v, np.uint8) for v in values])
+        if values
+        else np.zeros((0, 3, 4, 4), np.uint8)
+    )
 
 
-ROWS = [row(0, [IMAGE, 5, 6], squares(1)), row(1, [7], squares()), row(2, [IMAGE, IMAGE, 8, 9], squares(2, 3))]
+ROWS = [
+    row(0, [IMAGE, 5, 6], squares(1)),
+    row(1, [7], squares()),
+    row(2, [IMAGE, IMAGE, 8, 9], squares(2, 3)),
+]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -30,7 +46,9 @@ def test_taking_the_padding_away_gives_the_rows_back(side: Literal["right", "lef
         keep = batch.attention_BT[i]
         assert batch.ids_BT[i][keep].tolist() == one.ids
         assert batch.labels_BT[i][keep].tolist() == one.labels
-        assert set(batch.ids_BT[i][~keep].tolist()) <= {0} and set(batch.labels_BT[i][~keep].tolist()) <= {IGNORE}
+        assert set(batch.ids_BT[i][~keep].tolist()) <= {0} and set(
+            batch.labels_BT[i][~keep].tolist()
+        ) <= {IGNORE}
     edge = 0 if side == "right" else -1
     assert batch.attention_BT[:, edge].all()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bridgework.data.catalog import destination, home, resolve
-from bridgework.data.shards import open_dataset, verify, write
+from bridgework.data.dataset import open_dataset, verify, write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError
 
@@ -33,7 +33,9 @@ def test_synthetic_shapes_are_made_once_and_found_again(tmp_path: Path) -> None:
 
 def test_a_missing_dataset_is_named_with_a_suggestion_and_the_command(tmp_path: Path) -> None:
     put(str(tmp_path / "datasets" / "clipart"))
-    with pytest.raises(DataError, match=r"no dataset 'clip-art'.*did you mean 'clipart'.*bridgework data import"):
+    with pytest.raises(
+        DataError, match=r"no dataset 'clip-art'.*did you mean 'clipart'.*bridgework data import"
+    ):
         resolve("clip-art", tmp_path)
     with pytest.raises(DataError, match="no dataset here"):
         resolve(str(tmp_path / "nowhere"), tmp_path)
@@ -46,7 +48,9 @@ def test_a_broken_dataset_is_not_called_missing(tmp_path: Path) -> None:
     assert "data import" not in str(caught.value)
 
 
-def test_home_is_the_variable_or_a_folder_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_home_is_the_variable_or_a_folder_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("BRIDGEWORK_HOME", str(tmp_path))
     assert home() == tmp_path
     monkeypatch.delenv("BRIDGEWORK_HOME")
@@ -58,15 +62,21 @@ def test_the_shipped_datasets_are_sound_and_their_test_sets_are_new() -> None:
     texts = {}
     for path in sorted(shipped.glob("*/manifest.json")):
         assert verify(str(path.parent)) == [] and (path.parent / "LICENSE").is_file()
-        texts[path.parent.name] = [sample.text for sample in open_dataset(str(path.parent)).samples()]
+        texts[path.parent.name] = [
+            sample.text for sample in open_dataset(str(path.parent)).samples()
+        ]
     training = {*texts["clipart"], *texts["emoji"]}
     for name in ("heldout_clipart", "heldout_concepts", "heldout_style"):
         assert len(texts[name]) == len(set(texts[name])) == 300
-    assert training.isdisjoint(texts["heldout_clipart"]) and training.isdisjoint(texts["heldout_concepts"])
+    assert training.isdisjoint(texts["heldout_clipart"]) and training.isdisjoint(
+        texts["heldout_concepts"]
+    )
     assert set(texts["heldout_style"]) <= set(texts["emoji"])
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\0b", "a\x1bb", "x" * 300, "/tmp/a\nb", "s3://lab/a\0b"])
+@pytest.mark.parametrize(
+    "name", ["a\nb", "a\0b", "a\x1bb", "x" * 300, "/tmp/a\nb", "s3://lab/a\0b"]
+)
 def test_a_dataset_is_named_by_a_line_that_can_be_a_folder(name: str, tmp_path: Path) -> None:
     for ask in (destination, resolve):
         with pytest.raises(DataError, match=r"control character|240 are allowed") as caught:

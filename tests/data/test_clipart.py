@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from bridgework.data.dataset import open_dataset
 from bridgework.data.importers import clipart
 from bridgework.data.quarantine import Reason, records
-from bridgework.data.shards import open_dataset
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError
 
@@ -31,7 +31,9 @@ def test_an_svg_of_an_encoding_that_cannot_be_read_is_a_bad_row(art: Path) -> No
     dest = str(art.parent / "made")
     clipart.run(str(art), dest, max_bad=1, say=lambda _: None)
     assert [sample.key for sample in open_dataset(dest).samples()] == ["0.png"]
-    assert [record.reason for record in records(f"{dest}.quarantine")] == [Reason.LICENCE] * len(ENCODINGS)
+    assert [record.reason for record in records(f"{dest}.quarantine")] == [Reason.LICENCE] * len(
+        ENCODINGS
+    )
 
 
 @pytest.mark.parametrize("side", [0, -1, 16_384])

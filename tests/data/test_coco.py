@@ -9,14 +9,31 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from bridgework.data.dataset import open_dataset, verify
 from bridgework.data.importers import coco
 from bridgework.data.quarantine import Reason, records
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import open_dataset, verify
 from bridgework.errors import DataError
 
-LICENCES = [{"id": 4, "name": "Attribution License", "url": "http://creativecommons.org/licenses/by/2.0/"}]
-WRONG = [None, True, -1, 1.5, "", "x", [], [1], {}, {"a": 1}, float("nan"), 10**400, "\ud800", "../up.png"]
+LICENCES = [
+    {"id": 4, "name": "Attribution License", "url": "http://creativecommons.org/licenses/by/2.0/"}
+]
+WRONG = [
+    None,
+    True,
+    -1,
+    1.5,
+    "",
+    "x",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    float("nan"),
+    10**400,
+    "\ud800",
+    "../up.png",
+]
 
 
 def picture(width: int = 40, height: int = 20) -> bytes:
@@ -73,8 +90,14 @@ def source(tmp_path: Path) -> Source:
 
 
 def test_every_caption_is_a_pair_under_the_licence_of_its_image(source: Source) -> None:
-    found = source.read(source.captions(said(2, "a cat "), said(1, "a dog"), said(2, "two cats"), said(1, "a dog")))
-    assert {key: sample.text for key, sample in found.items()} == {"2": "a cat", "1": "a dog", "2#2": "two cats"}
+    found = source.read(
+        source.captions(said(2, "a cat "), said(1, "a dog"), said(2, "two cats"), said(1, "a dog"))
+    )
+    assert {key: sample.text for key, sample in found.items()} == {
+        "2": "a cat",
+        "1": "a dog",
+        "2#2": "two cats",
+    }
     assert found["1"].parts == (Part("caption", image=0), Part("caption", text="a dog"))
     assert found["1"].images == (picture(),) and found["1"].provenance == {"file": "0001.png"}
     assert found["1"].licence == "Attribution License" and not found["1"].boxes
@@ -82,7 +105,9 @@ def test_every_caption_is_a_pair_under_the_licence_of_its_image(source: Source) 
     assert source.manifest.left_out == {"captions that their picture has already": 1}
 
 
-def test_boxes_are_shares_of_the_image_clamped_to_it_and_those_without_area_are_counted(source: Source) -> None:
+def test_boxes_are_shares_of_the_image_clamped_to_it_and_those_without_area_are_counted(
+    source: Source,
+) -> None:
     marks = [
         boxed(1, [10, 5, 20, 10]),
         boxed(1, [-4, 10, 8, 100], 44),
@@ -101,7 +126,9 @@ def test_boxes_are_shares_of_the_image_clamped_to_it_and_those_without_area_are_
 
 def test_captions_know_the_boxes_of_a_file_beside_them(source: Source) -> None:
     boxes_file = source.instances(boxed(1, [0, 0, 40, 10]), boxed(9, [0, 0, 1, 1]), images=[])
-    found = source.read(source.captions(said(1, "a dog"), said(1, "a pet"), said(2, "grass")), instances=boxes_file)
+    found = source.read(
+        source.captions(said(1, "a dog"), said(1, "a pet"), said(2, "grass")), instances=boxes_file
+    )
     assert [len(found[key].boxes) for key in ("1", "1#2", "2")] == [1, 1, 0]
     assert found["1#2"].boxes[0].corners == (0, 0, 1, 0.5) and found["1#2"].labels == ("dog",)
     assert found["1"].text == "a dog" and source.manifest.parameters["instances"] == boxes_file
@@ -139,7 +166,9 @@ def test_a_list_of_captions_gives_a_row_for_each(source: Source) -> None:
 
 
 @pytest.mark.parametrize("categories", [[], [{"id": 0, "name": "text"}], None])
-def test_captions_with_categories_are_captions_as_cvat_writes_them(categories: Any, source: Source) -> None:
+def test_captions_with_categories_are_captions_as_cvat_writes_them(
+    categories: Any, source: Source
+) -> None:
     notes = [said(n, f"caption {n}") | {"category_id": 0, "attributes": {}} for n in (1, 2)]
     text = source.captions(*notes, categories=categories, info={})
     assert [s.text for s in source.read(text).values()] == ["caption 1", "caption 2"]
@@ -177,7 +206,9 @@ def test_ids_are_numbers_or_texts_however_they_are_written(name: str, source: So
     category = "dog" if name == "texts" else 18
     pictures = [image(own, file_name="0001.png", license="4")]
     box = boxed(asked, [0, 0, 40, 10], category)
-    boxes_file = source.write("instances.json", images=pictures, annotations=[box], categories=kinds)
+    boxes_file = source.write(
+        "instances.json", images=pictures, annotations=[box], categories=kinds
+    )
     text = source.captions(said(asked, "a dog"), said(asked, "a pet"), images=pictures)
     found = source.read(text, instances=boxes_file)
     assert list(found) == [key, f"{key}#2"] and source.aside == {}
@@ -249,7 +280,11 @@ def test_every_bad_caption_is_put_aside_with_its_reason(source: Source) -> None:
 
 
 def test_whatever_stands_in_a_field_every_row_goes_one_way_or_the_other(source: Source) -> None:
-    notes = [boxed(1, [1, 2, 3, 4]) | {name: value} for name in ("image_id", "bbox", "category_id") for value in WRONG]
+    notes = [
+        boxed(1, [1, 2, 3, 4]) | {name: value}
+        for name in ("image_id", "bbox", "category_id")
+        for value in WRONG
+    ]
     notes += [boxed(2, [1, 2, value, 4]) for value in WRONG]
     fields = ("id", "file_name", "width", "height", "license")
     images = [
@@ -257,17 +292,34 @@ def test_whatever_stands_in_a_field_every_row_goes_one_way_or_the_other(source: 
         for row, name in enumerate(fields)
         for value in WRONG
     ]
-    found = source.read(source.instances(*notes, *WRONG, images=[image(1), image(2), image(3), *images, *WRONG]))
-    assert {"3", "14"} <= set(found) and not {"1", "2"} & set(found)  # a wrong box makes the whole image a bad row
-    extra = sum(record.key.startswith("boxes-") for record in records(f"{source.folder}/made.quarantine"))
-    assert source.manifest.rows + sum(source.manifest.quarantined.values()) == 3 + len(images) + len(WRONG) + extra
+    found = source.read(
+        source.instances(*notes, *WRONG, images=[image(1), image(2), image(3), *images, *WRONG])
+    )
+    assert {"3", "14"} <= set(found) and not {"1", "2"} & set(
+        found
+    )  # a wrong box makes the whole image a bad row
+    extra = sum(
+        record.key.startswith("boxes-") for record in records(f"{source.folder}/made.quarantine")
+    )
+    assert (
+        source.manifest.rows + sum(source.manifest.quarantined.values())
+        == 3 + len(images) + len(WRONG) + extra
+    )
     texts = [said(1, value) for value in WRONG] + [said(value, "a cat") for value in WRONG]
     shutil.rmtree(source.folder / "made")
-    source.read(source.captions(said(2, "good"), *texts, *WRONG, licenses=WRONG), instances=source.instances(*WRONG))
-    assert source.manifest.rows + sum(source.manifest.quarantined.values()) == 1 + len(texts) + len(WRONG) + 1
+    source.read(
+        source.captions(said(2, "good"), *texts, *WRONG, licenses=WRONG),
+        instances=source.instances(*WRONG),
+    )
+    assert (
+        source.manifest.rows + sum(source.manifest.quarantined.values())
+        == 1 + len(texts) + len(WRONG) + 1
+    )
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"images": []}', '{"images": [], "annotations": {}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", '{"images": []}', '{"images": [], "annotations": {}}', "[" * 100_000]
+)
 def test_a_file_that_is_not_cocos_is_an_error(text: str, source: Source) -> None:
     (source.folder / "broken.json").write_text(text)
     with pytest.raises(DataError, match=r"broken\.json"):

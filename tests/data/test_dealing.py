@@ -6,37 +6,48 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgework.data.dealing import Deal
+from bridgework.data.plan.lane_order import LaneOrder
 
 bounded = settings(max_examples=40, deadline=None, derandomize=True)
 KEYS = st.integers(0, 2**64 - 1)
 LANES = st.sampled_from([1, 2, 3, 4, 8])
 
 
-def stream(deal: Deal, source: int, lane: int, rows: int) -> tuple[list[int], list[int]]:
+def stream(deal: LaneOrder, source: int, lane: int, rows: int) -> tuple[list[int], list[int]]:
     """(epoch, row) of the first `rows` rows that a lane takes of a source."""
     epochs, places = deal.locate(np.full(rows, source), np.full(rows, lane), np.arange(rows))
     return epochs.tolist(), places.tolist()
 
 
 @bounded
-@given(rows=st.integers(1, 700), group_rows=st.integers(1, 40), lanes=LANES, key=KEYS, laps=st.integers(1, 3))
+@given(
+    rows=st.integers(1, 700),
+    group_rows=st.integers(1, 40),
+    lanes=LANES,
+    key=KEYS,
+    laps=st.integers(1, 3),
+)
 def test_a_lap_of_epochs_holds_every_row_once_per_epoch_and_equally_many_per_lane(
     rows: int, group_rows: int, lanes: int, key: int, laps: int
 ) -> None:
-    deal = Deal([rows], [group_rows], [key], lanes)
+    deal = LaneOrder([rows], [group_rows], [key], lanes)
     seen = [stream(deal, 0, lane, laps * rows) for lane in range(lanes)]
     pairs = [pair for epochs, places in seen for pair in zip(epochs, places, strict=True)]
     assert sorted(pairs) == [(epoch, row) for epoch in range(laps * lanes) for row in range(rows)]
-    assert all(max(at) - min(at) <= 1 + lanes // rows for at in zip(*(epochs for epochs, _ in seen), strict=True))
+    assert all(
+        max(at) - min(at) <= 1 + lanes // rows
+        for at in zip(*(epochs for epochs, _ in seen), strict=True)
+    )
 
 
 @bounded
 @given(rows=st.integers(1, 700), group_rows=st.integers(1, 40), lanes=LANES, key=KEYS)
-def test_a_lane_reads_few_pieces_one_after_the_other(rows: int, group_rows: int, lanes: int, key: int) -> None:
+def test_a_lane_reads_few_pieces_one_after_the_other(
+    rows: int, group_rows: int, lanes: int, key: int
+) -> None:
     """It begins and ends inside a piece at most, and the short piece may lie between."""
     piece = max(1, min(group_rows, rows // (4 * lanes)))
-    deal = Deal([rows], [group_rows], [key], lanes)
+    deal = LaneOrder([rows], [group_rows], [key], lanes)
     for lane in range(lanes):
         epochs, places = stream(deal, 0, lane, 2 * rows)
         for epoch in range(epochs[-1]):
@@ -46,7 +57,7 @@ def test_a_lane_reads_few_pieces_one_after_the_other(rows: int, group_rows: int,
 
 
 def test_epochs_and_lanes_see_different_orders() -> None:
-    deal = Deal([4096], [16], [3], 4)
+    deal = LaneOrder([4096], [16], [3], 4)
     epochs, places = stream(deal, 0, 0, 4096)
     cuts = [i for i, (a, b) in enumerate(pairwise(epochs), 1) if a != b]
     orders = [tuple(places[a:b][:32]) for a, b in pairwise([0, *cuts])]

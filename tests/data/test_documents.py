@@ -2,8 +2,8 @@
 
 import pytest
 
-from bridgework.data.documents import arranged, turned, up_to
 from bridgework.data.samples import Part
+from bridgework.data.templates import arrange_document, images_before_text, truncate_images
 
 
 def page(text: str) -> list[Part]:
@@ -17,15 +17,24 @@ def read(parts: list[Part]) -> str:
 
 @pytest.mark.parametrize(
     ("document", "expected"),
-    [("a0b1c", "0a1bc"), ("0a1b", "01ab"), ("ab0c", "0abc"), ("a01b", "0a1b"), ("abc", "abc"), ("a0", "0a")],
+    [
+        ("a0b1c", "0a1bc"),
+        ("0a1b", "01ab"),
+        ("ab0c", "0abc"),
+        ("a01b", "0a1b"),
+        ("abc", "abc"),
+        ("a0", "0a"),
+    ],
 )
-def test_every_text_sees_the_image_behind_it_and_the_last_ones_the_last(document: str, expected: str) -> None:
-    assert read(turned(page(document))) == expected
+def test_every_text_sees_the_image_behind_it_and_the_last_ones_the_last(
+    document: str, expected: str
+) -> None:
+    assert read(images_before_text(page(document))) == expected
 
 
 @pytest.mark.parametrize("document", ["a0b1c", "0a1b2", "ab0c", "01a"])
 def test_nothing_is_lost_and_images_keep_their_order(document: str) -> None:
-    moved = read(turned(page(document)))
+    moved = read(images_before_text(page(document)))
     assert sorted(moved) == sorted(document)
     for keep in (str.isdigit, str.isalpha):
         assert list(filter(keep, moved)) == list(filter(keep, document))
@@ -33,12 +42,15 @@ def test_nothing_is_lost_and_images_keep_their_order(document: str) -> None:
 
 @pytest.mark.parametrize(("images", "expected"), [(0, "a"), (1, "a0b"), (2, "a0b1c"), (5, "a0b1c")])
 def test_a_document_ends_before_the_first_image_too_many(images: int, expected: str) -> None:
-    assert read(up_to(page("a0b1c"), images)) == expected
+    assert read(truncate_images(page("a0b1c"), images)) == expected
 
 
 def test_all_or_no_documents_are_turned_at_the_ends_and_half_of_them_at_a_half() -> None:
     def share(following: float) -> float:
-        made = [read(arranged(page("a0b"), choice, images=None, following=following)) for choice in range(400)]
+        made = [
+            read(arrange_document(page("a0b"), choice, images=None, following=following))
+            for choice in range(400)
+        ]
         assert set(made) <= {"a0b", "0ab"}
         return made.count("0ab") / len(made)
 
@@ -47,10 +59,10 @@ def test_all_or_no_documents_are_turned_at_the_ends_and_half_of_them_at_a_half()
 
 
 def test_one_draw_gives_one_document() -> None:
-    once, again = (arranged(page("a0b1c"), 7, images=1, following=0.5) for _ in range(2))
+    once, again = (arrange_document(page("a0b1c"), 7, images=1, following=0.5) for _ in range(2))
     assert once == again
 
 
 def test_a_conversation_stays_as_it_is() -> None:
     talk = [Part("user", image=0), Part("user", text="q"), Part("assistant", text="a")]
-    assert arranged(talk, 3, images=0, following=1.0) == talk
+    assert arrange_document(talk, 3, images=0, following=1.0) == talk

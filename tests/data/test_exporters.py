@@ -15,13 +15,25 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from bridgework.data import importers
+from bridgework.data.dataset import open_dataset, verify, write
 from bridgework.data.exporters import Exported, ending, formats, llava_json, load, webdataset
 from bridgework.data.samples import Box, Part, Sample, pair
-from bridgework.data.shards import open_dataset, verify, write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError
 
-KEYS = ("plain", "folder/cat.jpg", "a.b.c", "ünï côdé", "50%", "100%25", "#2", ".hidden", "__meta__", "x" * 300, "a\nb")
+KEYS = (
+    "plain",
+    "folder/cat.jpg",
+    "a.b.c",
+    "ünï côdé",
+    "50%",
+    "100%25",
+    "#2",
+    ".hidden",
+    "__meta__",
+    "x" * 300,
+    "a\nb",
+)
 
 
 def quiet(_: str) -> None:
@@ -40,8 +52,15 @@ ENDINGS = ("jpg", "png", "webp", "gif", "bmp")
 
 def talk(key: str, images: tuple[bytes, ...], **fields: Any) -> Sample:
     shown = [Part("user", image=place) for place in range(len(images))]
-    told = (Part("system", text="Be kind."), *shown, Part("user", text="\nWhat?"), Part("assistant", text="Shapes."))
-    return Sample(key, images, (*told, Part("user", text="Sure?"), Part("assistant", text="Yes.")), **fields)
+    told = (
+        Part("system", text="Be kind."),
+        *shown,
+        Part("user", text="\nWhat?"),
+        Part("assistant", text="Shapes."),
+    )
+    return Sample(
+        key, images, (*told, Part("user", text="Sure?"), Part("assistant", text="Yes.")), **fields
+    )
 
 
 def everything() -> Iterator[Sample]:
@@ -53,7 +72,11 @@ def everything() -> Iterator[Sample]:
     yield Sample(
         "video/1.mp4",
         IMAGES[1:4],
-        (*(Part("user", image=place) for place in range(3)), Part("user", text="?"), Part("assistant", text="better")),
+        (
+            *(Part("user", image=place) for place in range(3)),
+            Part("user", text="?"),
+            Part("assistant", text="better"),
+        ),
         rejected="worse",
         times_s=(0.0, 0.5, 1.25),
         boxes=(Box(1, (0.25, 0.5, 0.75, 1.0), "cat"), Box(2, (0.0, 0.0, 1.0, 1.0))),
@@ -152,7 +175,9 @@ def test_tars_hold_as_many_rows_as_asked_and_are_the_same_bytes_again(tmp_path: 
     ]
     with tarfile.open(tmp_path / "a" / "00000.tar") as archive:
         names = archive.getnames()
-    assert names[:3] == ["plain.jpg", "plain.txt", "plain.json"] and "folder%2Fcat%2Ejpg.png" in names
+    assert (
+        names[:3] == ["plain.jpg", "plain.txt", "plain.json"] and "folder%2Fcat%2Ejpg.png" in names
+    )
     with pytest.raises(DataError, match="at least 1"):
         webdataset.run(source, str(tmp_path / "c"), rows=0)
 
@@ -162,7 +187,9 @@ def test_tars_hold_as_many_rows_as_asked_and_are_the_same_bytes_again(tmp_path: 
 
 def talks() -> list[Sample]:
     """Conversations with none, one and many images; two share one."""
-    return [talk(key, IMAGES[:count]) for count, key in enumerate(("none", "one/1", "two.x", "three"))]
+    return [
+        talk(key, IMAGES[:count]) for count, key in enumerate(("none", "one/1", "two.x", "three"))
+    ]
 
 
 @pytest.mark.parametrize("place", ["local", "memory"])
@@ -171,11 +198,17 @@ def test_conversations_come_back_from_llavas_json(place: str, tmp_path: Path) ->
     out = str(tmp_path / "out") if place == "local" else f"memory://{tmp_path.name}/out"
     made = llava_json.run(source, out)
     assert str(made) == "4 rows, 6 images; lost: nothing"
-    importers.load("llava-json")(f"{out}/conversations.json", str(tmp_path / "back"), max_bad=0, say=quiet)
+    importers.load("llava-json")(
+        f"{out}/conversations.json", str(tmp_path / "back"), max_bad=0, say=quiet
+    )
     assert read(tmp_path / "back") == talks()
     fs, root = fsspec.core.url_to_fs(out)
     names = [str(path).removeprefix(root) for path in fs.find(f"{root}/images")]
-    assert len(names) == 3 and sorted(name.rpartition(".")[2] for name in names) == ["jpg", "png", "webp"]
+    assert len(names) == 3 and sorted(name.rpartition(".")[2] for name in names) == [
+        "jpg",
+        "png",
+        "webp",
+    ]
 
 
 def test_a_pair_needs_a_prompt_to_become_a_conversation(tmp_path: Path) -> None:
@@ -185,8 +218,13 @@ def test_a_pair_needs_a_prompt_to_become_a_conversation(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
     llava_json.run(source, str(tmp_path / "out"), prompt="Describe it.")
     rows = json.loads((tmp_path / "out" / "conversations.json").read_text())
-    assert [turn["value"] for turn in rows[0]["conversations"]] == ["<image>\nDescribe it.", "a cat"]
-    importers.load("llava-json")(str(tmp_path / "out/conversations.json"), str(tmp_path / "back"), say=quiet)
+    assert [turn["value"] for turn in rows[0]["conversations"]] == [
+        "<image>\nDescribe it.",
+        "a cat",
+    ]
+    importers.load("llava-json")(
+        str(tmp_path / "out/conversations.json"), str(tmp_path / "back"), say=quiet
+    )
     assert read(tmp_path / "back")[0].images == (IMAGES[0],)
 
 
@@ -199,8 +237,16 @@ def test_what_the_format_cannot_hold_is_counted_or_an_error(tmp_path: Path) -> N
     assert "boxes of 1 rows, labels of 1 rows" in str(made)
     bad = {
         "document": next(sample for sample in everything() if sample.key == "document").parts,
-        "says so": (Part("user", text="What is <image>?"), Part("user", image=0), Part("assistant", text="x")),
-        "shows": (Part("user", text="?"), Part("assistant", text="this:"), Part("assistant", image=0)),
+        "says so": (
+            Part("user", text="What is <image>?"),
+            Part("user", image=0),
+            Part("assistant", text="x"),
+        ),
+        "shows": (
+            Part("user", text="?"),
+            Part("assistant", text="this:"),
+            Part("assistant", image=0),
+        ),
         "asks": (Part("user", image=0), Part("user", text="?")),
         "mute": (Part("user", image=0), Part("user", text=""), Part("assistant", text="x")),
     }
@@ -218,10 +264,17 @@ def test_a_licence_of_the_whole_dataset_is_lost_with_every_row(tmp_path: Path) -
 
 
 def test_images_shown_in_another_order_or_twice_stay_where_they_are_shown(tmp_path: Path) -> None:
-    parts = [Part("user", image=1), Part("user", text="and"), Part("user", image=0), Part("user", image=1)]
+    parts = [
+        Part("user", image=1),
+        Part("user", text="and"),
+        Part("user", image=0),
+        Part("user", image=1),
+    ]
     source = store([Sample("k", IMAGES[:2], (*parts, Part("assistant", text="x")))], tmp_path / "d")
     llava_json.run(source, str(tmp_path / "out"))
-    importers.load("llava-json")(str(tmp_path / "out/conversations.json"), str(tmp_path / "back"), say=quiet)
+    importers.load("llava-json")(
+        str(tmp_path / "out/conversations.json"), str(tmp_path / "back"), say=quiet
+    )
     back = read(tmp_path / "back")[0]
     assert [back.images[part.image] for part in back.parts if part.image is not None] == [
         IMAGES[1],
@@ -252,5 +305,7 @@ def test_an_export_is_there_as_a_whole_or_not_at_all(run: Any, tmp_path: Path) -
 def test_synthetic_pairs_go_out_and_come_back_in_several_tars(tmp_path: Path) -> None:
     source = store(shapes(rows=25, size=12), tmp_path / "d")
     webdataset.run(source, str(tmp_path / "out"), rows=7)
-    importers.load("webdataset")(f"{tmp_path}/out/{{00000..00003}}.tar", str(tmp_path / "back"), say=quiet)
+    importers.load("webdataset")(
+        f"{tmp_path}/out/{{00000..00003}}.tar", str(tmp_path / "back"), say=quiet
+    )
     assert read(tmp_path / "back") == read(source)

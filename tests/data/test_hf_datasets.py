@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bridgework.data.dataset import open_dataset, verify
 from bridgework.data.importers import hf, llava_json
 from bridgework.data.manifest import Manifest
 from bridgework.data.quarantine import Reason, records
 from bridgework.data.samples import Sample
-from bridgework.data.shards import open_dataset, verify
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError
 
@@ -31,7 +31,9 @@ def pairs(first: int, rows: int) -> pa.Table:
     """Pictures as `datasets` stores them, with captions; the first picture and row are number `first`."""
     numbers = range(first, first + rows)
     cells = pa.array([{"bytes": PICTURES[n], "path": f"{n}.png"} for n in numbers], CELL)
-    return pa.table({"id": list(numbers), "image": cells, "caption": [f"caption {n}" for n in numbers]})
+    return pa.table(
+        {"id": list(numbers), "image": cells, "caption": [f"caption {n}" for n in numbers]}
+    )
 
 
 def stream(table: pa.Table, batch: int = 3) -> bytes:
@@ -61,7 +63,9 @@ def saved(folder: Path, *tables: pa.Table) -> Path:
     names = [f"data-{n:05d}-of-{len(tables):05d}.arrow" for n in range(len(tables))]
     for name, table in zip(names, tables, strict=True):
         (folder / name).write_bytes(stream(table))
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in names]})
+    )
     (folder / "dataset_info.json").write_text("{}")
     return folder
 
@@ -70,7 +74,9 @@ def hub(folder: Path, *tables: pa.Table, split: str = "train") -> Path:
     """The files of a dataset on the Hub."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for n, table in enumerate(tables):
-        (folder / "data" / f"{split}-{n:05d}-of-{len(tables):05d}.parquet").write_bytes(parquet(table))
+        (folder / "data" / f"{split}-{n:05d}-of-{len(tables):05d}.parquet").write_bytes(
+            parquet(table)
+        )
     return folder
 
 
@@ -91,13 +97,19 @@ def aside(dest: Path) -> dict[str, Reason]:
 
 
 @pytest.mark.parametrize("form", ["saved", "hub"])
-def test_rows_come_in_the_order_of_the_files_with_the_bytes_as_they_are(form: str, tmp_path: Path) -> None:
-    source = (saved if form == "saved" else hub)(tmp_path / "s", pairs(0, 7), pairs(7, 1), pairs(8, 6))
+def test_rows_come_in_the_order_of_the_files_with_the_bytes_as_they_are(
+    form: str, tmp_path: Path
+) -> None:
+    source = (saved if form == "saved" else hub)(
+        tmp_path / "s", pairs(0, 7), pairs(7, 1), pairs(8, 6)
+    )
     manifest = bring(source, tmp_path / "d", licence="MIT")
     name = "row" if form == "saved" else "train"
     found = read(tmp_path / "d")
     assert list(found) == [f"{name}-{n:08d}" for n in range(14)]
-    assert [(s.images, s.text) for s in found.values()] == [((PICTURES[n],), f"caption {n}") for n in range(14)]
+    assert [(s.images, s.text) for s in found.values()] == [
+        ((PICTURES[n],), f"caption {n}") for n in range(14)
+    ]
     assert manifest.licence == "MIT" and manifest.parameters["text"] == "caption"
 
 
@@ -117,14 +129,18 @@ def test_an_image_is_bytes_or_a_path_in_the_folder(kind: str, tmp_path: Path) ->
     for n in range(5):
         (tmp_path / "s" / "pictures" / f"{n}.png").write_bytes(PICTURES[n])
     cells, kinds = zip(*(CELLS[kind](n) for n in range(5)), strict=True)
-    table = pa.table({"photo": pa.array(cells, kinds[0]), "title": [f"caption {n}" for n in range(5)]})
+    table = pa.table(
+        {"photo": pa.array(cells, kinds[0]), "title": [f"caption {n}" for n in range(5)]}
+    )
     (tmp_path / "s" / "train.parquet").write_bytes(parquet(table, group=2))
     bring(tmp_path / "s", tmp_path / "d", image="photo", text="title")
     assert [sample.images[0] for sample in read(tmp_path / "d").values()] == PICTURES[:5]
 
 
 @pytest.mark.parametrize("write", [stream, file_format, parquet])
-def test_a_list_of_captions_gives_a_row_for_each(write: Callable[[pa.Table], bytes], tmp_path: Path) -> None:
+def test_a_list_of_captions_gives_a_row_for_each(
+    write: Callable[[pa.Table], bytes], tmp_path: Path
+) -> None:
     texts = [["one", "two"], ["three"], [], None, ["four", "", "six"]]
     table = pairs(0, 5).set_column(2, "caption", pa.array(texts, pa.list_(pa.string())))
     path = tmp_path / ("x.parquet" if write is parquet else "x.arrow")
@@ -138,7 +154,9 @@ def test_a_list_of_captions_gives_a_row_for_each(write: Callable[[pa.Table], byt
         "x-00000004": (PICTURES[4], "four"),
         "x-00000004#3": (PICTURES[4], "six"),
     }
-    assert aside(tmp_path / "d") == dict.fromkeys(("x-00000002", "x-00000003", "x-00000004#2"), Reason.EMPTY_TEXT)
+    assert aside(tmp_path / "d") == dict.fromkeys(
+        ("x-00000002", "x-00000003", "x-00000004#2"), Reason.EMPTY_TEXT
+    )
     assert manifest.rows == 5
 
 
@@ -157,21 +175,32 @@ def test_conversations_come_in_as_those_of_llavas_json(form: str, tmp_path: Path
         column = pa.array(cells, pa.struct([(name, pa.list_(pa.string())) for name in fields]))
     else:
         column = pa.array(talks)
-    images = pa.array([[{"bytes": image, "path": None} for image in of] for of in shown], pa.list_(CELL))
-    (tmp_path / "x.arrow").write_bytes(stream(pa.table({"image": images, "conversations": column}), batch=2))
+    images = pa.array(
+        [[{"bytes": image, "path": None} for image in of] for of in shown], pa.list_(CELL)
+    )
+    (tmp_path / "x.arrow").write_bytes(
+        stream(pa.table({"image": images, "conversations": column}), batch=2)
+    )
     bring(tmp_path / "x.arrow", tmp_path / "d")
     (tmp_path / "p").mkdir()
     for n, image in enumerate(PICTURES[:3]):
         (tmp_path / "p" / f"{n}.png").write_bytes(image)
     names = (["p/0.png"], [], [], ["p/1.png", "p/2.png"])
     rows = [
-        {"id": n, "image": of, "conversations": talk} for n, (of, talk) in enumerate(zip(names, talks, strict=True))
+        {"id": n, "image": of, "conversations": talk}
+        for n, (of, talk) in enumerate(zip(names, talks, strict=True))
     ]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     llava_json.run(str(tmp_path / "x.json"), str(tmp_path / "e"), max_bad=1, say=quiet)
     ours, theirs = (list(read(tmp_path / name).values()) for name in "de")
-    assert [(s.images, s.parts) for s in ours] == [(s.images, s.parts) for s in theirs] and len(ours) == 3
-    assert list(aside(tmp_path / "d").values()) == list(aside(tmp_path / "e").values()) == [Reason.BAD_ROW]
+    assert [(s.images, s.parts) for s in ours] == [(s.images, s.parts) for s in theirs] and len(
+        ours
+    ) == 3
+    assert (
+        list(aside(tmp_path / "d").values())
+        == list(aside(tmp_path / "e").values())
+        == [Reason.BAD_ROW]
+    )
 
 
 # --- which files -----------------------------------------------------------------------------------------------------
@@ -180,7 +209,9 @@ def test_conversations_come_in_as_those_of_llavas_json(form: str, tmp_path: Path
 def test_one_split_is_read_and_must_be_named_where_there_are_several(tmp_path: Path) -> None:
     hub(tmp_path / "s", pairs(0, 3), pairs(3, 2))
     hub(tmp_path / "s", pairs(10, 4), split="test")
-    with pytest.raises(DataError, match=r"holds the splits test, train; choose one, e\.g\. split=test"):
+    with pytest.raises(
+        DataError, match=r"holds the splits test, train; choose one, e\.g\. split=test"
+    ):
         bring(tmp_path / "s", tmp_path / "d")
     with pytest.raises(DataError, match="no split 'tset'; did you mean 'test'"):
         bring(tmp_path / "s", tmp_path / "d", split="tset")
@@ -197,7 +228,9 @@ def test_splits_may_be_folders_and_the_cache_of_a_dataset_is_no_part_of_it(tmp_p
     assert list(read(tmp_path / "d")) == [f"train-{n:08d}" for n in range(3)]
 
 
-def test_a_file_of_five_that_is_missing_and_two_datasets_in_one_folder_are_errors(tmp_path: Path) -> None:
+def test_a_file_of_five_that_is_missing_and_two_datasets_in_one_folder_are_errors(
+    tmp_path: Path,
+) -> None:
     hub(tmp_path / "s", pairs(0, 3), pairs(3, 2), pairs(5, 2))
     (tmp_path / "s" / "data" / "train-00001-of-00003.parquet").unlink()
     with pytest.raises(DataError, match="not whole: file 1 of 3, counted from 0, is missing"):
@@ -226,13 +259,20 @@ def test_a_dataset_may_lie_in_a_store(tmp_path: Path) -> None:
             {},
             r"has no column 'caption'; its columns are id, picture, captoin; did you mean 'captoin'\?; name one",
         ),
-        ({"text": "captoin", "image": "img"}, "has no column 'img'; its columns are .*; name one with image=COLUMN"),
+        (
+            {"text": "captoin", "image": "img"},
+            "has no column 'img'; its columns are .*; name one with image=COLUMN",
+        ),
         ({"text": "captoin", "image": "id"}, "column 'id' holds int64; an image is bytes"),
         ({"text": "id", "image": "picture"}, "column 'id' holds int64; a text, a list of texts"),
     ],
 )
-def test_columns_that_are_not_there_are_one_clear_error(options: dict[str, str], words: str, tmp_path: Path) -> None:
-    (tmp_path / "x.parquet").write_bytes(parquet(pairs(0, 3).rename_columns(["id", "picture", "captoin"])))
+def test_columns_that_are_not_there_are_one_clear_error(
+    options: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x.parquet").write_bytes(
+        parquet(pairs(0, 3).rename_columns(["id", "picture", "captoin"]))
+    )
     with pytest.raises(DataError, match=words):
         bring(tmp_path / "x.parquet", tmp_path / "d", **({"image": "picture"} | options))
     assert not (tmp_path / "d").exists()
@@ -245,7 +285,9 @@ def test_the_same_files_again_are_nothing_to_do_and_others_are_an_error(tmp_path
     (source / "data-00000-of-00001.arrow").write_bytes(stream(pairs(10, 6)))
     with pytest.raises(DataError, match="another dataset: its sha256"):
         bring(source, tmp_path / "d")
-    assert [sample.images[0] for sample in read_all(bring(source, tmp_path / "e"), tmp_path / "e")] == PICTURES[10:16]
+    assert [
+        sample.images[0] for sample in read_all(bring(source, tmp_path / "e"), tmp_path / "e")
+    ] == PICTURES[10:16]
 
 
 def read_all(_: Manifest, dest: Path) -> list[Sample]:
@@ -286,7 +328,9 @@ def test_files_that_one_writer_numbered_are_one_dataset(writer: str, tmp_path: P
         (tmp_path / "s" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "s" / name).write_bytes(b"x")
     bring(tmp_path / "s", tmp_path / "d")
-    assert sorted(sample.text for sample in read(tmp_path / "d").values()) == [f"caption {n}" for n in range(9)]
+    assert sorted(sample.text for sample in read(tmp_path / "d").values()) == [
+        f"caption {n}" for n in range(9)
+    ]
 
 
 def test_what_ray_data_writes_is_read(tmp_path: Path, ray_session: None) -> None:
@@ -321,7 +365,14 @@ def test_files_of_several_datasets_stay_apart(names: tuple[str, str], tmp_path: 
 
 def test_files_that_are_not_read_are_counted(tmp_path: Path) -> None:
     hub(tmp_path / "s", pairs(0, 3))
-    for name in ("more.csv", "more.jsonl", "images.zip", "README.md", "dataset_infos.json", "._x.csv"):
+    for name in (
+        "more.csv",
+        "more.jsonl",
+        "images.zip",
+        "README.md",
+        "dataset_infos.json",
+        "._x.csv",
+    ):
         (tmp_path / "s" / name).write_text("x")
     made = bring(tmp_path / "s", tmp_path / "d", max_bad=0)
     assert made.left_out == {"files of .csv": 1, "files of .jsonl": 1, "files of .zip": 1}
@@ -402,7 +453,12 @@ def test_bad_cells_are_put_aside_each_with_its_reason(tmp_path: Path) -> None:
         ({"bytes": PICTURES[0], "path": None}, None, Reason.EMPTY_TEXT),
         ({"bytes": PICTURES[0], "path": None}, "an <image>", Reason.PLACEHOLDERS),
     ]
-    table = pa.table({"image": pa.array([cell for cell, _, _ in bad], CELL), "text": [text for _, text, _ in bad]})
+    table = pa.table(
+        {
+            "image": pa.array([cell for cell, _, _ in bad], CELL),
+            "text": [text for _, text, _ in bad],
+        }
+    )
     good = pa.table({"image": pairs(0, 1)["image"], "text": ["good"]})
     (tmp_path / "x.arrow").write_bytes(stream(pa.concat_tables([table, good])))
     manifest = bring(tmp_path / "x.arrow", tmp_path / "d")
@@ -413,14 +469,20 @@ def test_bad_cells_are_put_aside_each_with_its_reason(tmp_path: Path) -> None:
 def test_a_text_that_is_not_utf_8_is_one_bad_row(tmp_path: Path) -> None:
     texts = pa.array([b"good", b"\xff\xfe", b"good"], pa.binary())
     images = pairs(0, 3)["image"]
-    raw = pa.table({"image": images, "caption": pa.Array.from_buffers(pa.string(), 3, texts.buffers())})
+    raw = pa.table(
+        {"image": images, "caption": pa.Array.from_buffers(pa.string(), 3, texts.buffers())}
+    )
     (tmp_path / "x.parquet").write_bytes(parquet(raw))
     bring(tmp_path / "x.parquet", tmp_path / "d")
-    assert aside(tmp_path / "d") == {"x-00000001": Reason.BAD_ROW} and len(read(tmp_path / "d")) == 2
+    assert (
+        aside(tmp_path / "d") == {"x-00000001": Reason.BAD_ROW} and len(read(tmp_path / "d")) == 2
+    )
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.6, 0.9, "mark"])
-def test_whole_batches_of_a_stream_that_was_cut_come_out_and_the_cut_is_one_row(cut: Any, tmp_path: Path) -> None:
+def test_whole_batches_of_a_stream_that_was_cut_come_out_and_the_cut_is_one_row(
+    cut: Any, tmp_path: Path
+) -> None:
     saved(tmp_path / "s", pairs(0, 9), pairs(9, 3))
     path = tmp_path / "s" / "data-00000-of-00002.arrow"
     data = path.read_bytes()
@@ -481,4 +543,6 @@ def test_every_flipped_byte_of_an_arrow_stream_is_survived(tmp_path: Path) -> No
 def test_columns_of_a_later_file_that_differ_cost_that_file_alone(tmp_path: Path) -> None:
     saved(tmp_path / "s", pairs(0, 3), pairs(3, 3).rename_columns(["id", "image", "title"]))
     bring(tmp_path / "s", tmp_path / "d")
-    assert len(read(tmp_path / "d")) == 3 and list(aside(tmp_path / "d").values()) == [Reason.BAD_ROW]
+    assert len(read(tmp_path / "d")) == 3 and list(aside(tmp_path / "d").values()) == [
+        Reason.BAD_ROW
+    ]

@@ -12,11 +12,11 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from bridgework.data.dataset import Dataset, open_dataset, verify, write
 from bridgework.data.importers import Row, ingest
 from bridgework.data.manifest import Manifest, read_manifest
-from bridgework.data.quarantine import LeftOut, LostFile, Reason, records
+from bridgework.data.quarantine import Reason, SkippedRow, UnreadableFile, records
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import Dataset, open_dataset, verify, write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
 
@@ -31,7 +31,9 @@ def quiet(_: str) -> None:
 class Source:
     """Rows with planned flaws, which counts how often each is read and can fail at any of them."""
 
-    def __init__(self, rows: int, *, bad: tuple[int, ...] = (), keys: dict[int, str] | None = None) -> None:
+    def __init__(
+        self, rows: int, *, bad: tuple[int, ...] = (), keys: dict[int, str] | None = None
+    ) -> None:
         self.keys = [(keys or {}).get(row, f"row-{row}") for row in range(rows)]
         self.bad = set(bad)
         self.reads: Counter[int] = Counter()
@@ -66,9 +68,13 @@ def test_rows_of_the_source_are_rows_written_plus_rows_put_aside(tmp_path: Path)
     manifest = source.ingest(tmp_path / "d", parameters={"sha256": "of the source"})
     assert manifest.rows + sum(manifest.quarantined.values()) == 23
     assert manifest.quarantined == {"duplicate_key": 2, "not_an_image": 4}
-    assert {(r.dataset, r.digest) for r in records(f"{tmp_path}/d.quarantine")} == {("source", "of the source")}
+    assert {(r.dataset, r.digest) for r in records(f"{tmp_path}/d.quarantine")} == {
+        ("source", "of the source")
+    }
     table = {record.row: record.reason for record in records(f"{tmp_path}/d.quarantine")}
-    assert table == {row: Reason.NOT_AN_IMAGE for row in (0, 7, 8, 22)} | {row: Reason.DUPLICATE_KEY for row in (3, 12)}
+    assert table == {row: Reason.NOT_AN_IMAGE for row in (0, 7, 8, 22)} | {
+        row: Reason.DUPLICATE_KEY for row in (3, 12)
+    }
     assert verify(str(tmp_path / "d")) == []
     kept = [f"caption {row}" for row in range(23) if row not in table]
     assert [sample.text for sample in open_dataset(str(tmp_path / "d")).samples()] == kept
@@ -83,36 +89,63 @@ def test_every_row_of_uneven_shards_is_found_by_number(tmp_path: Path) -> None:
         assert dataset.read_group(shard, group)[place] == sample
 
 
-def test_a_key_that_stood_in_another_chunk_is_put_aside_as_one_in_the_same_chunk_is(tmp_path: Path) -> None:
+def test_a_key_that_stood_in_another_chunk_is_put_aside_as_one_in_the_same_chunk_is(
+    tmp_path: Path,
+) -> None:
     keys = {6: "row-5", 13: "row-5", 14: "row-0"}
     whole, cut = (Source(15, bad=(5,), keys=keys) for _ in range(2))
     cut.ingest(tmp_path / "cut")
-    given: dict[str, Any] = {"licence": "", "made_by": "", "parameters": {}, "max_bad": 1, "say": quiet}
+    given: dict[str, Any] = {
+        "licence": "",
+        "made_by": "",
+        "parameters": {},
+        "max_bad": 1,
+        "say": quiet,
+    }
     ingest(whole.rows, "source", str(tmp_path / "whole"), **given)
     tables = [list(records(f"{tmp_path}/{name}.quarantine")) for name in ("cut", "whole")]
-    assert [(r.row, r.key, r.reason) for r in tables[0]] == [(r.row, r.key, r.reason) for r in tables[1]]
+    assert [(r.row, r.key, r.reason) for r in tables[0]] == [
+        (r.row, r.key, r.reason) for r in tables[1]
+    ]
     assert [r.row for r in tables[0]] == [5, 13, 14]
 
 
 def test_a_chunk_of_nothing_but_repetitions_or_bad_rows_leaves_no_shard(tmp_path: Path) -> None:
-    source = Source(20, bad=tuple(range(5, 10)), keys={row: f"row-{row % 5}" for row in range(10, 15)})
+    source = Source(
+        20, bad=tuple(range(5, 10)), keys={row: f"row-{row % 5}" for row in range(10, 15)}
+    )
     manifest = source.ingest(tmp_path / "d")
-    assert [shard.file for shard in manifest.shards] == ["shard-00000.parquet", "shard-00003.parquet"]
+    assert [shard.file for shard in manifest.shards] == [
+        "shard-00000.parquet",
+        "shard-00003.parquet",
+    ]
     assert manifest.rows == 10 and verify(str(tmp_path / "d")) == []
 
 
 def test_the_plan_deals_uneven_shards_in_whole_row_groups(tmp_path: Path) -> None:
     def rows() -> Iterator[Row]:
         for row in range(500):
-            yield f"row-{row}", partial(pair, f"row-{row}", b"" if row in (0, 101, 350) else PNG, f"caption {row}")
+            yield (
+                f"row-{row}",
+                partial(pair, f"row-{row}", b"" if row in (0, 101, 350) else PNG, f"caption {row}"),
+            )
 
-    given: dict[str, Any] = {"licence": "", "made_by": "", "parameters": {}, "max_bad": 1.0, "say": quiet}
+    given: dict[str, Any] = {
+        "licence": "",
+        "made_by": "",
+        "parameters": {},
+        "max_bad": 1.0,
+        "say": quiet,
+    }
     manifest = ingest(rows, "s", str(tmp_path / "d"), chunk_rows=100, **given)
     assert [shard.rows for shard in manifest.shards] == [99, 99, 100, 99, 100]
     dataset, size = Dataset(str(tmp_path / "d")), manifest.group_rows
     places = [dataset.locate_dealt(row) for row in range(len(dataset))]
     assert sorted(places) == [dataset.locate(row) for row in range(len(dataset))]
-    groups = [{place[:2] for place in places[first : first + size]} for first in range(0, len(dataset), size)]
+    groups = [
+        {place[:2] for place in places[first : first + size]}
+        for first in range(0, len(dataset), size)
+    ]
     assert [len(group) for group in groups[: 5 * (100 // size)]] == [1] * 15
     for row in (-1, len(dataset)):
         with pytest.raises(DataError, match="497 rows; row"):
@@ -122,11 +155,13 @@ def test_the_plan_deals_uneven_shards_in_whole_row_groups(tmp_path: Path) -> Non
 def test_rows_that_are_left_out_are_counted_and_hide_no_other(tmp_path: Path) -> None:
     source = Source(23, bad=(7,), keys={12: "row-1"})
     for row in (0, 6, 13):
-        source.fails[row] = partial(LeftOut, "questions without two answers")
+        source.fails[row] = partial(SkippedRow, "questions without two answers")
     said: list[str] = []
     manifest = source.ingest(tmp_path / "d", say=said.append)
     assert manifest.left_out == {"questions without two answers": 3}
-    assert manifest.rows + sum(manifest.quarantined.values()) + sum(manifest.left_out.values()) == 23
+    assert (
+        manifest.rows + sum(manifest.quarantined.values()) + sum(manifest.left_out.values()) == 23
+    )
     assert {record.row for record in records(f"{tmp_path}/d.quarantine")} == {7, 12}
     assert said[-1].endswith("; left out: 3 questions without two answers")
     assert read_manifest(str(tmp_path / "d")) == manifest
@@ -143,8 +178,10 @@ def test_a_manifest_without_left_out_rows_has_the_digest_that_it_always_had(tmp_
 
 def test_lost_files_are_held_to_the_share_of_files_and_not_of_rows(tmp_path: Path) -> None:
     source = Source(300)
-    source.fails[299] = partial(LostFile, Reason.TRUNCATED, "b.parquet ends early")
-    with pytest.raises(DataError, match=r"1 of 2 files cannot be read to their end.*b\.parquet ends early; 0\.50%"):
+    source.fails[299] = partial(UnreadableFile, Reason.TRUNCATED, "b.parquet ends early")
+    with pytest.raises(
+        DataError, match=r"1 of 2 files cannot be read to their end.*b\.parquet ends early; 0\.50%"
+    ):
         source.ingest(tmp_path / "d", files=2, max_bad=0.005)
     assert [record.reason for record in records(f"{tmp_path}/d.quarantine")] == [Reason.TRUNCATED]
     assert not (tmp_path / "d").exists()
@@ -155,7 +192,10 @@ def test_files_of_somebody_else_are_never_written_over(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "shard-00000.parquet").write_bytes(b"years of work")
     (tmp_path / "file").write_text("")
-    for dest, told in (("mine", "holds shard-00000.parquet, and is no dataset"), ("file", "is a file")):
+    for dest, told in (
+        ("mine", "holds shard-00000.parquet, and is no dataset"),
+        ("file", "is a file"),
+    ):
         with pytest.raises(DataError, match=told):
             Source(3).ingest(tmp_path / dest)
         with pytest.raises(DataError, match=told):
@@ -165,16 +205,30 @@ def test_files_of_somebody_else_are_never_written_over(tmp_path: Path) -> None:
 
 
 def test_a_destination_inside_the_source_is_refused(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"licence": "", "made_by": "", "parameters": {}, "max_bad": 1, "say": quiet}
+    given: dict[str, Any] = {
+        "licence": "",
+        "made_by": "",
+        "parameters": {},
+        "max_bad": 1,
+        "say": quiet,
+    }
     with pytest.raises(DataError, match="lies inside the source"):
         ingest(Source(3).rows, str(tmp_path / "photos"), str(tmp_path / "photos" / "d"), **given)
-    assert ingest(Source(3).rows, str(tmp_path / "photos"), str(tmp_path / "photos-2"), **given).rows == 3
+    assert (
+        ingest(Source(3).rows, str(tmp_path / "photos"), str(tmp_path / "photos-2"), **given).rows
+        == 3
+    )
 
 
-def test_a_source_is_the_same_in_every_spelling_and_another_licence_is_another_dataset(tmp_path: Path) -> None:
+def test_a_source_is_the_same_in_every_spelling_and_another_licence_is_another_dataset(
+    tmp_path: Path,
+) -> None:
     given: dict[str, Any] = {"made_by": "", "parameters": {}, "max_bad": 1, "say": quiet}
     for spelled in ("photos", "./photos/", "photos//"):
-        assert ingest(Source(3).rows, spelled, str(tmp_path / "d"), licence="CC0-1.0", **given).source == "photos"
+        assert (
+            ingest(Source(3).rows, spelled, str(tmp_path / "d"), licence="CC0-1.0", **given).source
+            == "photos"
+        )
     with pytest.raises(DataError, match=r"its licence is 'CC0-1\.0', and 'MIT' is wanted"):
         ingest(Source(3).rows, "photos", str(tmp_path / "d"), licence="MIT", **given)
 
@@ -189,7 +243,9 @@ def test_a_share_of_bad_rows_is_between_none_and_all(share: float, tmp_path: Pat
 
 
 @pytest.mark.parametrize("place", ["local", "memory"])
-def test_an_import_that_was_cut_off_goes_on_and_gives_the_same_dataset(place: str, tmp_path: Path) -> None:
+def test_an_import_that_was_cut_off_goes_on_and_gives_the_same_dataset(
+    place: str, tmp_path: Path
+) -> None:
     dest = str(tmp_path / "d") if place == "local" else f"memory://{tmp_path.name}/d"
     unbroken = Source(23, bad=(3, 18), keys={19: "row-1"}).ingest(tmp_path / "unbroken")
     source, said = Source(23, bad=(3, 18), keys={19: "row-1"}), list[str]()
@@ -202,7 +258,9 @@ def test_an_import_that_was_cut_off_goes_on_and_gives_the_same_dataset(place: st
         open_dataset(dest)
     source.breaks.clear()
     assert source.ingest(dest, say=said.append).digest == unbroken.digest
-    assert source.reads == Counter(range(23))  # the two whole chunks were not read again, the third had not been begun
+    assert source.reads == Counter(
+        range(23)
+    )  # the two whole chunks were not read again, the third had not been begun
     assert "goes on where it was cut off" in said[0]
     assert verify(dest) == [] and not fs.exists(f"{root}.part")
 
@@ -246,16 +304,23 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "half a record": lambda part: (part / "shard-00001.json").write_bytes(
         (part / "shard-00001.json").read_bytes()[:99]
     ),
-    "another record": lambda part: (part / "shard-00001.json").write_bytes((part / "shard-00000.json").read_bytes()),
+    "another record": lambda part: (part / "shard-00001.json").write_bytes(
+        (part / "shard-00000.json").read_bytes()
+    ),
     "no shard": lambda part: (part / "shard-00001.parquet").unlink(),
     "a flipped byte": lambda part: (part / "shard-00001.parquet").write_bytes(
-        bytes(byte ^ (place == 900) for place, byte in enumerate((part / "shard-00001.parquet").read_bytes()))
+        bytes(
+            byte ^ (place == 900)
+            for place, byte in enumerate((part / "shard-00001.parquet").read_bytes())
+        )
     ),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_chunk_whose_files_are_not_sound_is_done_again_and_no_other(name: str, tmp_path: Path) -> None:
+def test_a_chunk_whose_files_are_not_sound_is_done_again_and_no_other(
+    name: str, tmp_path: Path
+) -> None:
     unbroken = Source(23).ingest(tmp_path / "unbroken")
     source = Source(23)
     source.breaks[15] = KeyboardInterrupt
@@ -307,7 +372,9 @@ def test_another_source_or_option_beside_half_an_import_starts_afresh(tmp_path: 
 def test_an_import_again_does_nothing_and_reads_nothing(tmp_path: Path) -> None:
     source = Source(23)
     first = source.ingest(tmp_path / "d")
-    (tmp_path / "d.part" / "0123456789abcdef").mkdir(parents=True)  # as a kill behind the manifest leaves it
+    (tmp_path / "d.part" / "0123456789abcdef").mkdir(
+        parents=True
+    )  # as a kill behind the manifest leaves it
     source.reads.clear()
     assert source.ingest(tmp_path / "d") == first
     assert not source.reads and not (tmp_path / "d.part").exists()
@@ -316,9 +383,13 @@ def test_an_import_again_does_nothing_and_reads_nothing(tmp_path: Path) -> None:
 # --- too much is bad -------------------------------------------------------------------------------------------------
 
 
-def test_the_limit_counts_all_rows_and_a_mended_source_is_read_again_where_it_was_bad(tmp_path: Path) -> None:
+def test_the_limit_counts_all_rows_and_a_mended_source_is_read_again_where_it_was_bad(
+    tmp_path: Path,
+) -> None:
     source = Source(23, bad=(2, 11))
-    with pytest.raises(DataError, match=r"2 of 23 rows are bad \(2 not_an_image\): 8.70%, and 5.00% is allowed"):
+    with pytest.raises(
+        DataError, match=r"2 of 23 rows are bad \(2 not_an_image\): 8.70%, and 5.00% is allowed"
+    ):
         source.ingest(tmp_path / "d", max_bad=0.05)
     assert not (tmp_path / "d").exists()
     assert {record.row for record in records(f"{tmp_path}/d.quarantine")} == {2, 11}
@@ -330,7 +401,9 @@ def test_the_limit_counts_all_rows_and_a_mended_source_is_read_again_where_it_wa
 
 
 @pytest.mark.parametrize("rows", [0, 3])
-def test_a_source_without_a_good_row_is_an_error_and_leaves_nothing_half_done(rows: int, tmp_path: Path) -> None:
+def test_a_source_without_a_good_row_is_an_error_and_leaves_nothing_half_done(
+    rows: int, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="no samples came out"):
         Source(rows, bad=(0, 1, 2)).ingest(tmp_path / "d")
     assert not (tmp_path / "d").exists() and not (tmp_path / "d.part").exists()
@@ -345,14 +418,22 @@ def test_what_no_shard_can_hold_is_a_bad_row_and_no_crash(tmp_path: Path) -> Non
         "its key too": lambda: pair("\udcff", PNG, "caption"),
         "no text": lambda: Sample("b", (), (Part("user", text=3), Part("assistant", text="x"))),
         "a number": lambda: pair("c", PNG, "x", provenance={"x": 1}),
-        "too large": lambda: Sample("d", (b"\0" * 40_000_000,) * 2, (Part("user", image=0), Part("user", image=1))),
+        "too large": lambda: Sample(
+            "d", (b"\0" * 40_000_000,) * 2, (Part("user", image=0), Part("user", image=1))
+        ),
         "good": lambda: pair("good", PNG, "x"),
     }
 
     def rows() -> Iterator[Row]:
         return ((f"{key}\udcff", partial(give, make)) for key, make in odd.items())
 
-    given: dict[str, Any] = {"licence": "", "made_by": "", "parameters": {}, "max_bad": 1.0, "say": quiet}
+    given: dict[str, Any] = {
+        "licence": "",
+        "made_by": "",
+        "parameters": {},
+        "max_bad": 1.0,
+        "say": quiet,
+    }
     assert ingest(rows, "source", str(tmp_path / "d"), **given).rows == 1
     found = {record.row: record.reason for record in records(f"{tmp_path}/d.quarantine")}
     assert found == {
@@ -364,7 +445,9 @@ def test_what_no_shard_can_hold_is_a_bad_row_and_no_crash(tmp_path: Path) -> Non
     }
 
 
-def test_an_error_that_is_not_one_rows_own_stops_the_import_and_keeps_what_is_done(tmp_path: Path) -> None:
+def test_an_error_that_is_not_one_rows_own_stops_the_import_and_keeps_what_is_done(
+    tmp_path: Path,
+) -> None:
     source = Source(23)
     source.fails[13] = ConnectionError
     with pytest.raises(ConnectionError):
@@ -384,7 +467,18 @@ def test_workers_make_the_same_dataset(tmp_path: Path, monkeypatch: pytest.Monke
             yield key, partial(pair, key, b"<html>" if row == 4 else PNG, f"caption {row}")
 
     monkeypatch.chdir(tmp_path)  # relative paths mean the same to a worker
-    given: dict[str, Any] = {"licence": "", "made_by": "", "parameters": {}, "max_bad": 1.0, "say": quiet}
-    alone, shared = (ingest(rows, "s", f"by-{n}", chunk_rows=CHUNK, workers=n, **given) for n in (0, 2))
-    assert shared.digest == alone.digest and shared.quarantined == {"duplicate_key": 1, "not_an_image": 1}
+    given: dict[str, Any] = {
+        "licence": "",
+        "made_by": "",
+        "parameters": {},
+        "max_bad": 1.0,
+        "say": quiet,
+    }
+    alone, shared = (
+        ingest(rows, "s", f"by-{n}", chunk_rows=CHUNK, workers=n, **given) for n in (0, 2)
+    )
+    assert shared.digest == alone.digest and shared.quarantined == {
+        "duplicate_key": 1,
+        "not_an_image": 1,
+    }
     assert verify("by-2") == [] and len(shared.shards) == 4

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bridgework.data.dataset import open_dataset, verify
+from bridgework.data.images import decode
 from bridgework.data.importers import (
     clipart,
     emoji,
@@ -27,9 +29,7 @@ from bridgework.data.importers import (
 )
 from bridgework.data.quarantine import BadSample, Reason, records
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import open_dataset, verify
 from bridgework.data.synthetic import shapes
-from bridgework.data.transforms import decode
 from bridgework.errors import DataError
 
 PNG = next(shapes(1, size=16)).images[0]
@@ -49,16 +49,23 @@ def aside(dest: Path | str) -> dict[str, Reason]:
 
 
 def talk(*values: str) -> list[dict[str, str]]:
-    return [{"from": ("human", "gpt")[place % 2], "value": value} for place, value in enumerate(values)]
+    return [
+        {"from": ("human", "gpt")[place % 2], "value": value} for place, value in enumerate(values)
+    ]
 
 
 # --- finding them ----------------------------------------------------------------------------------------------------
 
 
 def test_importers_are_found_by_name() -> None:
-    assert {"clipart", "emoji", "folder", "hf", "llava-json", "vlfeedback", "webdataset"} <= set(formats())
+    assert {"clipart", "emoji", "folder", "hf", "llava-json", "vlfeedback", "webdataset"} <= set(
+        formats()
+    )
     assert all(callable(load(name)) for name in formats())
-    assert load("llava-json") is llava_json.run and load("bridgework.data.importers.folder") is folder.run
+    assert (
+        load("llava-json") is llava_json.run
+        and load("bridgework.data.importers.folder") is folder.run
+    )
     with pytest.raises(DataError, match="did you mean 'llava-json'"):
         load("lava-json")
     with pytest.raises(DataError, match="has no function run"):
@@ -66,7 +73,8 @@ def test_importers_are_found_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["./my_format.py", ".my_format", "my/format.py", "my/format", "/my/format", "..", ".", ""]
+    "name",
+    ["./my_format.py", ".my_format", "my/format.py", "my/format", "/my/format", "..", ".", ""],
 )
 def test_a_path_of_a_file_is_no_format(name: str) -> None:
     with pytest.raises(DataError, match=f"there is no format {name!r}"):
@@ -92,8 +100,16 @@ def test_conversations_keep_their_text_and_the_places_of_their_images(
     llava: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows = [
-        {"id": "one", "image": "a.png", "conversations": talk("<image>\nWhat?", "A shape.", "Sure?", "Yes.")},
-        {"id": "two", "image": ["a.png", "images/b.png"], "conversations": talk("Is <image> like <image>?", "Yes.")},
+        {
+            "id": "one",
+            "image": "a.png",
+            "conversations": talk("<image>\nWhat?", "A shape.", "Sure?", "Yes."),
+        },
+        {
+            "id": "two",
+            "image": ["a.png", "images/b.png"],
+            "conversations": talk("Is <image> like <image>?", "Yes."),
+        },
         {"id": 3, "conversations": [{"from": "system", "value": "Be kind."}, *talk("Hi", "Hello")]},
     ]
     manifest = llava_json.run(str(llava(rows)), str(tmp_path / "d"), licence="CC-BY-4.0", say=quiet)
@@ -108,7 +124,11 @@ def test_conversations_keep_their_text_and_the_places_of_their_images(
     assert found["two"].images == (PNG, PNG)
     assert [part.text for part in found["two"].parts] == ["Is ", None, " like ", None, "?", "Yes."]
     assert found["3"].images == () and found["3"].parts[0] == Part("system", text="Be kind.")
-    assert (manifest.rows, manifest.licence, manifest.source) == (3, "CC-BY-4.0", str(tmp_path / "rows.json"))
+    assert (manifest.rows, manifest.licence, manifest.source) == (
+        3,
+        "CC-BY-4.0",
+        str(tmp_path / "rows.json"),
+    )
     assert manifest.made_by == "bridgework.data.importers.llava_json" and manifest.quarantined == {}
 
 
@@ -126,37 +146,94 @@ BAD_ROWS: dict[str, tuple[Any, Reason]] = {
     "no turns": ({"id": "k"}, Reason.BAD_ROW),
     "empty turns": ({"id": "k", "conversations": []}, Reason.BAD_ROW),
     "unknown role": ({"id": "k", "conversations": [{"from": "bot", "value": "x"}]}, Reason.BAD_ROW),
-    "list role": ({"id": "k", "conversations": [{"from": "human", "value": ["x"]}]}, Reason.BAD_ROW),
+    "list role": (
+        {"id": "k", "conversations": [{"from": "human", "value": ["x"]}]},
+        Reason.BAD_ROW,
+    ),
     "no answer": ({"id": "k", "conversations": talk("a?")}, Reason.BAD_ROW),
     "answers alone": ({"id": "k", "conversations": talk("a", "b")[1:]}, Reason.BAD_ROW),
     "two questions": ({"id": "k", "conversations": talk("a?") + talk("b?", "c")}, Reason.BAD_ROW),
     "blank answer": ({"id": "k", "conversations": talk("a?", " ")}, Reason.EMPTY_TEXT),
-    "image in answer": ({"id": "k", "image": "a.png", "conversations": talk("?", "<image>")}, Reason.PLACEHOLDERS),
-    "no placeholder": ({"id": "k", "image": "a.png", "conversations": talk("?", "!")}, Reason.PLACEHOLDERS),
+    "image in answer": (
+        {"id": "k", "image": "a.png", "conversations": talk("?", "<image>")},
+        Reason.PLACEHOLDERS,
+    ),
+    "no placeholder": (
+        {"id": "k", "image": "a.png", "conversations": talk("?", "!")},
+        Reason.PLACEHOLDERS,
+    ),
     "no image": ({"id": "k", "conversations": talk("<image>?", "!")}, Reason.PLACEHOLDERS),
-    "gone": ({"id": "k", "image": "gone.png", "conversations": talk("<image>", "!")}, Reason.MISSING_IMAGE),
-    "folder": ({"id": "k", "image": "images", "conversations": talk("<image>", "!")}, Reason.MISSING_IMAGE),
+    "gone": (
+        {"id": "k", "image": "gone.png", "conversations": talk("<image>", "!")},
+        Reason.MISSING_IMAGE,
+    ),
+    "folder": (
+        {"id": "k", "image": "images", "conversations": talk("<image>", "!")},
+        Reason.MISSING_IMAGE,
+    ),
     "number": ({"id": "k", "image": [4], "conversations": talk("<image>", "!")}, Reason.BAD_ROW),
-    "absolute": ({"id": "k", "image": "/etc/passwd", "conversations": talk("<image>", "!")}, Reason.OUTSIDE),
-    "upwards": ({"id": "k", "image": "images/../../x", "conversations": talk("<image>", "!")}, Reason.OUTSIDE),
-    "backslash": ({"id": "k", "image": "..\\x.png", "conversations": talk("<image>", "!")}, Reason.OUTSIDE),
-    "URL": ({"id": "k", "image": "http://x/y.png", "conversations": talk("<image>", "!")}, Reason.OUTSIDE),
+    "absolute": (
+        {"id": "k", "image": "/etc/passwd", "conversations": talk("<image>", "!")},
+        Reason.OUTSIDE,
+    ),
+    "upwards": (
+        {"id": "k", "image": "images/../../x", "conversations": talk("<image>", "!")},
+        Reason.OUTSIDE,
+    ),
+    "backslash": (
+        {"id": "k", "image": "..\\x.png", "conversations": talk("<image>", "!")},
+        Reason.OUTSIDE,
+    ),
+    "URL": (
+        {"id": "k", "image": "http://x/y.png", "conversations": talk("<image>", "!")},
+        Reason.OUTSIDE,
+    ),
     "NUL": ({"id": "k", "image": "a.png\0", "conversations": talk("<image>", "!")}, Reason.OUTSIDE),
-    "link": ({"id": "k", "image": "link.png", "conversations": talk("<image>", "!")}, Reason.OUTSIDE),
-    "HTML": ({"id": "k", "image": "page.png", "conversations": talk("<image>", "!")}, Reason.NOT_AN_IMAGE),
-    "0 bytes": ({"id": "k", "image": "empty.png", "conversations": talk("<image>", "!")}, Reason.EMPTY_FILE),
-    "pickle": ({"id": "k", "image": "code.png", "conversations": talk("<image>", "!")}, Reason.NOT_AN_IMAGE),
-    "cut": ({"id": "k", "image": "cut.png", "conversations": talk("<image>", "!")}, Reason.TRUNCATED),
-    "images": ({"id": "k", "images": ["a.png"], "conversations": talk("?", "!")}, Reason.PLACEHOLDERS),
+    "link": (
+        {"id": "k", "image": "link.png", "conversations": talk("<image>", "!")},
+        Reason.OUTSIDE,
+    ),
+    "HTML": (
+        {"id": "k", "image": "page.png", "conversations": talk("<image>", "!")},
+        Reason.NOT_AN_IMAGE,
+    ),
+    "0 bytes": (
+        {"id": "k", "image": "empty.png", "conversations": talk("<image>", "!")},
+        Reason.EMPTY_FILE,
+    ),
+    "pickle": (
+        {"id": "k", "image": "code.png", "conversations": talk("<image>", "!")},
+        Reason.NOT_AN_IMAGE,
+    ),
+    "cut": (
+        {"id": "k", "image": "cut.png", "conversations": talk("<image>", "!")},
+        Reason.TRUNCATED,
+    ),
+    "images": (
+        {"id": "k", "images": ["a.png"], "conversations": talk("?", "!")},
+        Reason.PLACEHOLDERS,
+    ),
     "video": ({"id": "k", "video": "a.mp4", "conversations": talk("?", "!")}, Reason.BAD_ROW),
 }
 
 
-def test_every_bad_row_is_put_aside_with_its_reason(llava: Callable[..., Path], tmp_path: Path) -> None:
+def test_every_bad_row_is_put_aside_with_its_reason(
+    llava: Callable[..., Path], tmp_path: Path
+) -> None:
     outside = tmp_path.parent / "outside.png"
     outside.write_bytes(PNG)
-    source = llava([{"id": "good", "conversations": talk("Hi", "Hello")}, *(row for row, _ in BAD_ROWS.values())])
-    files = {"page": b"<html>", "empty": b"", "cut": PNG[: len(PNG) // 2], "code": pickle.dumps(print)}
+    source = llava(
+        [
+            {"id": "good", "conversations": talk("Hi", "Hello")},
+            *(row for row, _ in BAD_ROWS.values()),
+        ]
+    )
+    files = {
+        "page": b"<html>",
+        "empty": b"",
+        "cut": PNG[: len(PNG) // 2],
+        "code": pickle.dumps(print),
+    }
     for name, data in files.items():
         (tmp_path / f"{name}.png").write_bytes(data)
     (tmp_path / "link.png").symlink_to(outside)
@@ -180,7 +257,9 @@ def test_a_source_that_is_mostly_bad_leaves_no_dataset_but_the_table(
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1,", "[" * 100_000, "\xff", '"<html>"'])
-def test_a_source_that_is_no_list_is_an_error(text: str, llava: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_source_that_is_no_list_is_an_error(
+    text: str, llava: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=r"rows\.json"):
         llava_json.run(str(llava(text)), str(tmp_path / "d"), say=quiet)
     assert not (tmp_path / "d").exists()
@@ -190,36 +269,58 @@ def test_images_stand_under_either_name_and_a_video_is_refused_with_its_importer
     llava: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows = [
-        {"id": "list", "images": ["a.png", "images/b.png"], "conversations": talk("<image><image>", "!")},
+        {
+            "id": "list",
+            "images": ["a.png", "images/b.png"],
+            "conversations": talk("<image><image>", "!"),
+        },
         {"id": "one", "images": "a.png", "image": None, "conversations": talk("<image>", "!")},
         {"id": "text", "image": "", "images": [], "video": None, "conversations": talk("?", "!")},
         {"id": "film", "video": "a.mp4", "conversations": talk("?", "!")},
     ]
     llava_json.run(str(llava(rows)), str(tmp_path / "d"), max_bad=1, say=quiet)
-    assert {key: len(sample.images) for key, sample in read(tmp_path / "d").items()} == {"list": 2, "one": 1, "text": 0}
+    assert {key: len(sample.images) for key, sample in read(tmp_path / "d").items()} == {
+        "list": 2,
+        "one": 1,
+        "text": 0,
+    }
     (film,) = records(f"{tmp_path}/d.quarantine")
-    assert film.key == "film" and "llava-json reads images, `data import video` reads videos" in film.detail
+    assert (
+        film.key == "film"
+        and "llava-json reads images, `data import video` reads videos" in film.detail
+    )
 
 
 def test_conversations_are_a_list_or_json_lines(llava: Callable[..., Path], tmp_path: Path) -> None:
-    rows = [{"id": str(place), "conversations": talk("Who\u2028are you?", "!")} for place in range(3)]
+    rows = [
+        {"id": str(place), "conversations": talk("Who\u2028are you?", "!")} for place in range(3)
+    ]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    llava_json.run(str(llava(lines + "\n{\n", "rows.jsonl")), str(tmp_path / "lines"), max_bad=1, say=quiet)
+    llava_json.run(
+        str(llava(lines + "\n{\n", "rows.jsonl")), str(tmp_path / "lines"), max_bad=1, say=quiet
+    )
     llava_json.run(str(llava(rows)), str(tmp_path / "list"), say=quiet)
     assert read(tmp_path / "lines") == read(tmp_path / "list")
     assert aside(tmp_path / "lines") == {"row-00000003": Reason.BAD_ROW}
-    with pytest.raises(DataError, match=r"rows\.json is not JSON: Extra data.*a list of rows.*or JSON lines.*\.jsonl"):
+    with pytest.raises(
+        DataError,
+        match=r"rows\.json is not JSON: Extra data.*a list of rows.*or JSON lines.*\.jsonl",
+    ):
         llava_json.run(str(llava(lines)), str(tmp_path / "none"), say=quiet)
 
 
-def test_images_may_lie_elsewhere_and_everything_in_a_store(llava: Callable[..., Path], tmp_path: Path) -> None:
+def test_images_may_lie_elsewhere_and_everything_in_a_store(
+    llava: Callable[..., Path], tmp_path: Path
+) -> None:
     source = llava([{"id": "k", "image": "b.png", "conversations": talk("<image>", "!")}])
     dest = f"memory://{tmp_path.name}/d"
     llava_json.run(str(source), dest, images=str(tmp_path / "images"), say=quiet)
     assert read(dest)["k"].images == (PNG,)
 
 
-def test_the_same_import_again_does_nothing_and_says_so(llava: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_same_import_again_does_nothing_and_says_so(
+    llava: Callable[..., Path], tmp_path: Path
+) -> None:
     row, said = {"id": "k", "conversations": talk("a", "b")}, list[str]()
     source, dest = str(llava([row])), tmp_path / "d"
     first = llava_json.run(source, str(dest), say=said.append)
@@ -266,7 +367,9 @@ def test_a_table_names_images_and_captions(table: str, pictures: Path, tmp_path:
         ("", "x"),
     ]
     entries = [{"file": name, "text": text} for name, text in rows]
-    with (pictures / table).open("w", newline="", encoding="utf-8-sig" if table.endswith("sv") else "utf-8") as file:
+    with (pictures / table).open(
+        "w", newline="", encoding="utf-8-sig" if table.endswith("sv") else "utf-8"
+    ) as file:
         if table.endswith("sv"):
             delimiter = "\t" if table.endswith(".tsv") else ","
             csv.writer(file, delimiter=delimiter).writerows([("file", "text"), *rows])
@@ -291,7 +394,9 @@ def test_a_table_names_images_and_captions(table: str, pictures: Path, tmp_path:
 
 
 def test_broken_tables_are_errors_or_bad_rows(pictures: Path, tmp_path: Path) -> None:
-    (pictures / "t.jsonl").write_text('{"image": "a.png", "caption": "a cat"}\nnot json\n[1]\n\n{"image": "a.png"}\n')
+    (pictures / "t.jsonl").write_text(
+        '{"image": "a.png", "caption": "a cat"}\nnot json\n[1]\n\n{"image": "a.png"}\n'
+    )
     (pictures / "t.json").write_text('{"image": "a.png"}')
     (pictures / "t.xml").write_text("<image/>")
     folder.run(str(pictures), str(tmp_path / "d"), table="t.jsonl", max_bad=1, say=quiet)
@@ -421,7 +526,9 @@ def test_a_name_is_found_in_either_form_of_its_letters(form: str, tmp_path: Path
         assert made.rows == 1
 
 
-def test_a_key_that_was_given_never_meets_one_that_was_made(llava: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_key_that_was_given_never_meets_one_that_was_made(
+    llava: Callable[..., Path], tmp_path: Path
+) -> None:
     ids = ["a", "a", "a#2", "a", "row-00000005", None, "b#2", "b", "b", "a#2"]
     rows = [
         {"conversations": talk(f"question {n}", "yes")} | ({} if key is None else {"id": key})
@@ -430,12 +537,16 @@ def test_a_key_that_was_given_never_meets_one_that_was_made(llava: Callable[...,
     llava_json.run(str(llava(rows)), str(tmp_path / "d"), say=quiet)
     found = read(tmp_path / "d")
     assert len(found) == len(rows)
-    assert [sample.parts[0].text for sample in found.values()] == [f"question {n}" for n in range(len(rows))]
+    assert [sample.parts[0].text for sample in found.values()] == [
+        f"question {n}" for n in range(len(rows))
+    ]
     assert list(found)[:2] == ["a", "a#2"] and list(found)[4] == "row-00000005"
 
 
 @pytest.mark.parametrize("table", ["t.json", "t.jsonl"])
-def test_a_list_of_captions_gives_a_row_for_each(table: str, pictures: Path, tmp_path: Path) -> None:
+def test_a_list_of_captions_gives_a_row_for_each(
+    table: str, pictures: Path, tmp_path: Path
+) -> None:
     rows = [
         {"image": "a.png", "caption": ["one", "two", "one"]},
         {"image": "b.JPG", "caption": ["three", " "]},
@@ -476,18 +587,36 @@ def package(style: str, entries: list[dict[str, Any]], images: dict[str, bytes])
 
 
 def entry(code: str, style: str = "twitter", **changes: Any) -> dict[str, Any]:
-    given = {"name": "RED APPLE", "unified": code.upper(), "image": f"{code}.png", f"has_img_{style}": True}
+    given = {
+        "name": "RED APPLE",
+        "unified": code.upper(),
+        "image": f"{code}.png",
+        f"has_img_{style}": True,
+    }
     return given | {"category": "Food & Drink", "subcategory": "food-fruit"} | changes
 
 
 def test_emoji_are_read_from_the_archive_and_from_its_folder_alike(tmp_path: Path) -> None:
-    entries = [entry("1f34e"), entry("1f34f", name=""), entry("bad"), entry("1f350", has_img_twitter=False)]
-    (tmp_path / "t.tgz").write_bytes(package("twitter", entries, {"1f34e.png": PNG, "1f34f.png": PNG}))
+    entries = [
+        entry("1f34e"),
+        entry("1f34f", name=""),
+        entry("bad"),
+        entry("1f350", has_img_twitter=False),
+    ]
+    (tmp_path / "t.tgz").write_bytes(
+        package("twitter", entries, {"1f34e.png": PNG, "1f34f.png": PNG})
+    )
     manifest = emoji.run(str(tmp_path / "t.tgz"), str(tmp_path / "d"), max_bad=1, say=quiet)
     found = read(tmp_path / "d")
     assert list(found) == ["twitter-1f34e"] and found["twitter-1f34e"].text == "red apple"
-    assert found["twitter-1f34e"].labels == ("Food & Drink", "food-fruit") and manifest.licence == "CC-BY-4.0"
-    assert aside(tmp_path / "d") == {"twitter-1f34f": Reason.EMPTY_TEXT, "twitter-bad": Reason.MISSING_IMAGE}
+    assert (
+        found["twitter-1f34e"].labels == ("Food & Drink", "food-fruit")
+        and manifest.licence == "CC-BY-4.0"
+    )
+    assert aside(tmp_path / "d") == {
+        "twitter-1f34f": Reason.EMPTY_TEXT,
+        "twitter-bad": Reason.MISSING_IMAGE,
+    }
     (tmp_path / "p" / "img" / "twitter" / "64").mkdir(parents=True)
     (tmp_path / "p" / "emoji.json").write_text(json.dumps(entries))
     for code in ("1f34e", "1f34f"):
@@ -497,7 +626,9 @@ def test_emoji_are_read_from_the_archive_and_from_its_folder_alike(tmp_path: Pat
 
 
 def test_archives_that_are_cut_or_not_ours_to_copy_are_refused(tmp_path: Path) -> None:
-    whole = package("google", [entry("1f34e", "google")], {"1f34e.png": np.random.default_rng(0).bytes(9_000)})
+    whole = package(
+        "google", [entry("1f34e", "google")], {"1f34e.png": np.random.default_rng(0).bytes(9_000)}
+    )
     for data, words in (
         (whole[: len(whole) // 2], "neither a folder nor a whole"),
         (b"<html>not found</html>", "neither a folder nor a whole"),
@@ -523,13 +654,19 @@ SVG = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/
 <license rdf:resource="{licence}"/></Work></rdf:RDF></metadata>{body}</svg>"""
 
 
-def draw(root: Path, name: str, title: str, *, size: tuple[int, int] = (300, 200), **changes: str) -> None:
+def draw(
+    root: Path, name: str, title: str, *, size: tuple[int, int] = (300, 200), **changes: str
+) -> None:
     for part in ("png", "svg"):
         (root / part / name).parent.mkdir(parents=True, exist_ok=True)
     picture = Image.new("RGBA", size, (255, 0, 0, 255))
     picture.putpixel((0, 0), (0, 0, 0, 0))
     picture.save(root / "png" / f"{name}.png")
-    given = {"title": title, "licence": "http://web.resource.org/cc/PublicDomain", "body": ""} | changes
+    given = {
+        "title": title,
+        "licence": "http://web.resource.org/cc/PublicDomain",
+        "body": "",
+    } | changes
     (root / "svg" / f"{name}.svg").write_text(SVG.format(**given))
 
 
@@ -544,11 +681,19 @@ def test_clip_art_takes_its_caption_from_the_title_or_the_file_name(tmp_path: Pa
     draw(root, "other/lost", "a photo", body='<image xlink:href="file:///home/ann/photo.jpg"/>')
     draw(root, "other/torn", "a page")
     (root / "svg" / "other" / "torn.svg").write_text("<svg>")
-    manifest = clipart.run(str(root), str(tmp_path / "d"), side=64, skip=["icons/*"], max_bad=1, say=quiet)
+    manifest = clipart.run(
+        str(root), str(tmp_path / "d"), side=64, skip=["icons/*"], max_bad=1, say=quiet
+    )
     found = read(tmp_path / "d")
-    assert found["food/apple_ann_01.png"].text == "a red apple" and found["food/green_pear_02.png"].text == "green pear"
+    assert (
+        found["food/apple_ann_01.png"].text == "a red apple"
+        and found["food/green_pear_02.png"].text == "green pear"
+    )
     assert {sample.text for key, sample in found.items() if "plum" in key} == {"plum"}
-    assert found["food/apple_ann_01.png"].provenance == {"file": "food/apple_ann_01.png", "creator": "Ann"}
+    assert found["food/apple_ann_01.png"].provenance == {
+        "file": "food/apple_ann_01.png",
+        "creator": "Ann",
+    }
     assert decode(found["food/apple_ann_01.png"].images[0]).size == (64, 43)
     assert aside(tmp_path / "d") == {
         "other/gpl.png": Reason.LICENCE,

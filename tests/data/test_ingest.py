@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bridgework.data import ingest
-from bridgework.data.ingest import PlanIngest, ahead, from_ray, to_block
-from bridgework.data.reader import Feed, Row, local
+from bridgework.data import ray_ingest
+from bridgework.data.ray_ingest import PlanIngest, from_ray, prefetch, to_block
+from bridgework.data.reader import ReaderConfig, Row, local
 from bridgework.errors import RunError, SpecError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -17,7 +17,12 @@ def told(steps: Iterable[list[Row]]) -> list[list[tuple[object, ...]]]:
     """All that the rows hold, comparable."""
     return [
         [
-            (*(v for n, v in vars(r).items() if n != "images"), r.images.dtype, r.images.shape, r.images.tobytes())
+            (
+                *(v for n, v in vars(r).items() if n != "images"),
+                r.images.dtype,
+                r.images.shape,
+                r.images.tobytes(),
+            )
             for r in rows
         ]
         for rows in steps
@@ -29,31 +34,37 @@ def told(steps: Iterable[list[Row]]) -> list[list[tuple[object, ...]]]:
     [(1, 4, 1), (2, 0, 2), (3, 7, 1)],  # 3 ranks own 2, 1 and 1 of the 4 lanes
 )
 def test_the_pipeline_gives_what_one_process_gives(
-    feed: Feed, world: int, start: int, readers: int, monkeypatch: pytest.MonkeyPatch
+    feed: ReaderConfig, world: int, start: int, readers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest, "STRETCH", 3)  # items go into Ray in stretches, and come out one by one
+    monkeypatch.setattr(
+        ray_ingest, "STRETCH", 3
+    )  # items go into Ray in stretches, and come out one by one
     splits = PlanIngest(feed, lambda: start, readers).configure({}, world)
 
     def consume(rank: int) -> list[list[tuple[object, ...]]]:
-        return told(from_ray(ahead(splits[rank]["train"]), rank=rank, world=world, start=start))
+        return told(from_ray(prefetch(splits[rank]["train"]), rank=rank, world=world, start=start))
 
     with ThreadPoolExecutor(world) as pool:
         ranks = list(pool.map(consume, range(world)))
-    assert ranks == [told(local(feed, rank=rank, world=world, start=start)) for rank in range(world)]
+    assert ranks == [
+        told(local(feed, rank=rank, world=world, start=start)) for rank in range(world)
+    ]
     assert [len(rank) for rank in ranks] == [feed.steps - start] * world
 
 
-def test_more_workers_than_lanes_are_refused_before_anything_starts(feed: Feed) -> None:
+def test_more_workers_than_lanes_are_refused_before_anything_starts(feed: ReaderConfig) -> None:
     with pytest.raises(SpecError, match="at most as many workers as lanes"):
         PlanIngest(feed, lambda: 0).configure({}, 5)
 
 
-def test_rows_of_another_rank_world_or_step_stop_the_run(feed: Feed) -> None:
+def test_rows_of_another_rank_world_or_step_stop_the_run(feed: ReaderConfig) -> None:
     rows = next(local(feed, rank=1, world=2, start=4))
     shard = [to_block(rows, rank=1, world=2)]
     assert told(from_ray(shard, rank=1, world=2, start=4)) == told([rows])
     for rank, world in ((0, 2), (1, 3)):
-        with pytest.raises(RunError, match=r"was handed rows of \(rank, world\) \[\(1, 2\)\]: not its own"):
+        with pytest.raises(
+            RunError, match=r"was handed rows of \(rank, world\) \[\(1, 2\)\]: not its own"
+        ):
             next(from_ray(shard, rank=rank, world=world, start=4))
     with pytest.raises(RunError, match="was handed rows of step 4 where step 3 is next"):
         next(from_ray(shard, rank=1, world=2, start=3))

@@ -8,18 +8,39 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from bridgework.data.dataset import open_dataset, verify
 from bridgework.data.importers import interleaved
 from bridgework.data.quarantine import Reason, records
 from bridgework.data.samples import Sample
-from bridgework.data.shards import open_dataset, verify
 from bridgework.errors import DataError
 
-WRONG = [None, True, -1, 1.5, "", "x", [], [1], {}, {"a": 1}, float("nan"), 10**400, "\ud800", [None], [[]], [{}]]
+WRONG = [
+    None,
+    True,
+    -1,
+    1.5,
+    "",
+    "x",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    float("nan"),
+    10**400,
+    "\ud800",
+    [None],
+    [[]],
+    [{}],
+]
 
 
 def picture(width: int = 70, height: int = 64, *, flat: bool = False) -> bytes:
     file = io.BytesIO()
-    shown = Image.new("L", (width, height), 7) if flat else Image.linear_gradient("L").resize((width, height))
+    shown = (
+        Image.new("L", (width, height), 7)
+        if flat
+        else Image.linear_gradient("L").resize((width, height))
+    )
     shown.save(file, "PNG")
     return file.getvalue()
 
@@ -47,7 +68,9 @@ class Import:
         for name, data in FILES.items():
             (self.folder / name).write_bytes(data)
 
-    def pages(self, *, how: dict[str, Any] | None = None, **texts: str | bytes) -> dict[str, Sample]:
+    def pages(
+        self, *, how: dict[str, Any] | None = None, **texts: str | bytes
+    ) -> dict[str, Sample]:
         for name, text in texts.items():
             path = self.folder / f"{name.replace('__', '/')}.html"
             path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -73,7 +96,10 @@ def made(tmp_path: Path) -> Import:
 def order(sample: Sample) -> list[str | bytes]:
     """Texts and the bytes of images, as they are read."""
     assert {part.role for part in sample.parts} == {"caption"}
-    return [sample.images[part.image] if part.image is not None else part.text or "" for part in sample.parts]
+    return [
+        sample.images[part.image] if part.image is not None else part.text or ""
+        for part in sample.parts
+    ]
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------
@@ -88,7 +114,9 @@ PAGE = """<?xml version="1.0" encoding="UTF-8"?><!DOCTYPE html><html><head><titl
 <table><tr><td>1</td><td>2</td></tr></table><footer>Terms</footer></body></html>"""
 
 
-def test_a_page_is_read_in_the_order_of_its_elements_without_what_is_of_the_site(made: Import) -> None:
+def test_a_page_is_read_in_the_order_of_its_elements_without_what_is_of_the_site(
+    made: Import,
+) -> None:
     found = made.pages(cats=PAGE)["cats.html"]
     assert order(found) == [
         "Cats & dogs\nA catskin,\na dog.",
@@ -128,7 +156,9 @@ DROPPED = {
 
 
 @pytest.mark.parametrize("name", DROPPED)
-def test_an_image_that_says_nothing_or_is_not_there_is_dropped_and_counted(name: str, made: Import) -> None:
+def test_an_image_that_says_nothing_or_is_not_there_is_dropped_and_counted(
+    name: str, made: Import
+) -> None:
     (made.folder.parent / "outside.png").write_bytes(picture())
     (made.folder / "link.png").symlink_to(made.folder.parent / "outside.png")
     page = f'one <img src="{name}"> two <img src="a.png"><img src="{name}">'
@@ -137,12 +167,21 @@ def test_an_image_that_says_nothing_or_is_not_there_is_dropped_and_counted(name:
     assert found.provenance == {f"dropped.{DROPPED[name]}": "2"}
 
 
-def test_documents_without_an_image_or_a_text_left_are_left_out_and_are_not_bad(made: Import) -> None:
+def test_documents_without_an_image_or_a_text_left_are_left_out_and_are_not_bad(
+    made: Import,
+) -> None:
     icons, texts = 'x<img src="small.png"><img src="http://x/y.png">', "x"
-    found = made.pages(good='x<img src="a.png">', icons=icons, texts=texts, images='<img src="a.png"> ')
+    found = made.pages(
+        good='x<img src="a.png">', icons=icons, texts=texts, images='<img src="a.png"> '
+    )
     assert list(found) == ["good.html"] and made.aside == {} and made.manifest.quarantined == {}
-    assert made.manifest.left_out == {"documents without a text": 1, "documents without an image": 2}
-    assert made.said[-1].endswith("; left out: 1 documents without a text; left out: 2 documents without an image")
+    assert made.manifest.left_out == {
+        "documents without a text": 1,
+        "documents without an image": 2,
+    }
+    assert made.said[-1].endswith(
+        "; left out: 1 documents without a text; left out: 2 documents without an image"
+    )
 
 
 def test_a_document_none_of_whose_images_can_be_read_is_a_bad_row(made: Import) -> None:
@@ -156,7 +195,9 @@ def test_a_document_none_of_whose_images_can_be_read_is_a_bad_row(made: Import) 
 
 
 def test_when_nothing_is_left_it_is_said_why(made: Import) -> None:
-    with pytest.raises(DataError, match=r"no samples came out.*; left out: 1 documents without an image"):
+    with pytest.raises(
+        DataError, match=r"no samples came out.*; left out: 1 documents without an image"
+    ):
         made.pages(icons='x<img src="small.png">')
 
 
@@ -187,8 +228,12 @@ def test_a_bad_page_is_put_aside_and_a_hostile_one_harms_nothing(made: Import) -
         noise=bytes(range(256)) * 8,
         declared=b"<?xml version='1.0' encoding='bogus'?><!ENTITY x SYSTEM 'file:///etc/hostname'>&x;<img src=a.png>",
     )
-    assert {"good.html", "inline.html"} <= set(found) and made.aside == {"place.html": Reason.PLACEHOLDERS}
-    assert all("root" not in sample.text and "localhost" not in sample.text for sample in found.values())
+    assert {"good.html", "inline.html"} <= set(found) and made.aside == {
+        "place.html": Reason.PLACEHOLDERS
+    }
+    assert all(
+        "root" not in sample.text and "localhost" not in sample.text for sample in found.values()
+    )
 
 
 BLANK = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
@@ -261,19 +306,33 @@ def test_pages_that_are_not_read_are_counted(made: Import) -> None:
 
 
 def mmc4(*matched: tuple[Any, Any], texts: Any = ("One.", "Two.", "Three.")) -> dict[str, Any]:
-    shown = [{"image_name": name, "matched_text_index": at, "raw_url": "http://x/y.png"} for name, at in matched]
+    shown = [
+        {"image_name": name, "matched_text_index": at, "raw_url": "http://x/y.png"}
+        for name, at in matched
+    ]
     return {"url": "http://x/", "text_list": texts, "image_info": shown, "similarity_matrix": []}
 
 
-def test_mmc4s_images_stand_before_the_text_they_match_whatever_their_order_in_the_file(made: Import) -> None:
+def test_mmc4s_images_stand_before_the_text_they_match_whatever_their_order_in_the_file(
+    made: Import,
+) -> None:
     row = mmc4(("sub/c.png", 2), ("a.png", 0), ("b.png", 2), ("small.png", 1))
     found = made.rows(row)["row-00000000"]
-    assert order(found) == [FILES["a.png"], "One. Two.", FILES["sub/c.png"], FILES["b.png"], "Three."]
+    assert order(found) == [
+        FILES["a.png"],
+        "One. Two.",
+        FILES["sub/c.png"],
+        FILES["b.png"],
+        "Three.",
+    ]
     assert found.provenance == {"url": "http://x/", "dropped.small": "1"}
 
 
 def test_obelics_texts_and_images_share_one_order(made: Import, tmp_path: Path) -> None:
-    row = {"texts": ["One.\n\nTwo.", None, None, "Three."], "images": [None, "a.png", "http://x/y.png", None]}
+    row = {
+        "texts": ["One.\n\nTwo.", None, None, "Three."],
+        "images": [None, "a.png", "http://x/y.png", None],
+    }
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(picture(90, 90))
     found = made.rows(row, images=str(tmp_path / "pictures"))["row-00000000"]
@@ -298,15 +357,25 @@ BAD = {
 
 @pytest.mark.parametrize(
     "how",
-    [{"min_side": -1}, {"max_aspect": 0.0}, {"max_aspect": -1.0}, {"max_aspect": 0.99}, {"max_aspect": float("nan")}],
+    [
+        {"min_side": -1},
+        {"max_aspect": 0.0},
+        {"max_aspect": -1.0},
+        {"max_aspect": 0.99},
+        {"max_aspect": float("nan")},
+    ],
 )
 def test_a_rule_that_no_image_can_keep_is_refused(how: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{next(iter(how))}=.*0 pixels or more, and the long one at least 1 times"):
+    with pytest.raises(
+        DataError, match=f"{next(iter(how))}=.*0 pixels or more, and the long one at least 1 times"
+    ):
         interleaved.run(str(tmp_path), str(tmp_path / "made"), **how)
 
 
 def test_every_bad_document_is_put_aside_with_its_reason(made: Import) -> None:
-    assert list(made.rows(mmc4(("a.png", 0)), *(row for row, _ in BAD.values()))) == ["row-00000000"]
+    assert list(made.rows(mmc4(("a.png", 0)), *(row for row, _ in BAD.values()))) == [
+        "row-00000000"
+    ]
     assert list(made.aside.values()) == [reason for _, reason in BAD.values()]
 
 
@@ -314,7 +383,11 @@ def test_whatever_stands_in_a_field_every_document_goes_one_way_or_another(made:
     good = mmc4(("a.png", 0))
     rows = [good | {name: value} for name in good for value in WRONG]
     rows += [mmc4((name, at)) for value in WRONG for name, at in ((value, 0), ("a.png", value))]
-    rows += [{"texts": a, "images": b} for value in WRONG for a, b in ((value, ["a.png"]), (["x"], value))]
+    rows += [
+        {"texts": a, "images": b}
+        for value in WRONG
+        for a, b in ((value, ["a.png"]), (["x"], value))
+    ]
     rows += [{"texts": [value, "x"], "images": [None, "a.png"]} for value in WRONG]
     made.rows(good, *rows, *map(json.dumps, WRONG))
     counts = (*made.manifest.quarantined.values(), *made.manifest.left_out.values())

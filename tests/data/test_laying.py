@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.balance import ratios
-from bridgework.data.laying import Limits, balance, first_fit
+from bridgework.data.packing import Limits, balance, first_fit
 
 LENGTHS = st.lists(st.integers(1, 120), min_size=1, max_size=80)
 
@@ -40,8 +40,12 @@ def test_every_item_has_one_step_and_steps_have_equally_many(costs: list[int], s
     assert sums == sorted(sums, reverse=True)
 
 
-@pytest.mark.parametrize(("world", "mean_bound", "worst_bound"), [(2, 1.02, 1.06), (4, 1.04, 1.1), (8, 1.08, 1.26)])
-def test_ranks_cost_alike_at_every_step_of_a_skewed_mixture(world: int, mean_bound: float, worst_bound: float) -> None:
+@pytest.mark.parametrize(
+    ("world", "mean_bound", "worst_bound"), [(2, 1.02, 1.06), (4, 1.04, 1.1), (8, 1.08, 1.26)]
+)
+def test_ranks_cost_alike_at_every_step_of_a_skewed_mixture(
+    world: int, mean_bound: float, worst_bound: float
+) -> None:
     balanced, plain = ratios(world, window=16)
     assert mean(balanced) <= mean_bound and max(balanced) <= worst_bound
     assert mean(plain) - 1 > 3 * (mean(balanced) - 1)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from bridgework.data import importers
+from bridgework.data.dataset import open_dataset, verify, write
 from bridgework.data.exporters import llava_json, webdataset
 from bridgework.data.importers import multiple_choice, visdial
 from bridgework.data.quarantine import BadSample, Reason, records
 from bridgework.data.samples import CANDIDATES, Part, Sample, from_row, pair, to_row
-from bridgework.data.shards import open_dataset, verify, write
 from bridgework.data.synthetic import choices, shapes
 from bridgework.data.templates import conversation, letter, unanswered
 from bridgework.errors import DataError
@@ -40,19 +40,34 @@ def test_candidates_come_back_from_shards_and_every_export(tmp_path: Path) -> No
     rows = [
         *choices(3, size=16),
         pair("bare", PNG, "a picture"),
-        replace(next(choices(1, size=16)), key="known", provenance={"by": "me"}, candidates=("a", "b", "a", '"c", {')),
+        replace(
+            next(choices(1, size=16)),
+            key="known",
+            provenance={"by": "me"},
+            candidates=("a", "b", "a", '"c", {'),
+        ),
     ]
     write(rows, str(tmp_path / "d"), source="s", licence="CC0-1.0", made_by="t")
     assert list(read(tmp_path / "d").values()) == rows
     webdataset.run(str(tmp_path / "d"), str(tmp_path / "tars"))
-    importers.load("webdataset")(str(tmp_path / "tars"), str(tmp_path / "back"), max_bad=0, say=quiet)
-    assert [sample.candidates for sample in read(tmp_path / "back").values()] == [row.candidates for row in rows]
+    importers.load("webdataset")(
+        str(tmp_path / "tars"), str(tmp_path / "back"), max_bad=0, say=quiet
+    )
+    assert [sample.candidates for sample in read(tmp_path / "back").values()] == [
+        row.candidates for row in rows
+    ]
     made = llava_json.run(str(tmp_path / "d"), str(tmp_path / "json"), prompt="What is it?")
-    assert made.lost == {"licence": 5, "labels": 4, "provenance": 1}  # of all rows, of the questions, of one
+    assert made.lost == {
+        "licence": 5,
+        "labels": 4,
+        "provenance": 1,
+    }  # of all rows, of the questions, of one
     importers.load("llava-json")(
         str(tmp_path / "json/conversations.json"), str(tmp_path / "again"), max_bad=0, say=quiet
     )
-    assert [sample.candidates for sample in read(tmp_path / "again").values()] == [row.candidates for row in rows]
+    assert [sample.candidates for sample in read(tmp_path / "again").values()] == [
+        row.candidates for row in rows
+    ]
 
 
 def test_a_row_without_candidates_is_the_same_bytes_as_ever() -> None:
@@ -82,9 +97,15 @@ def test_one_candidate_or_a_blank_one_is_a_bad_row(candidates: tuple[str, ...]) 
 def test_candidates_that_are_no_list_of_texts_are_a_bad_row(given: Any, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a"}]
     good = {"id": "good", "conversations": turns, "candidates": ["a", " b "]}
-    (tmp_path / "c.json").write_text(json.dumps([good, {"id": "bad", "conversations": turns, "candidates": given}]))
-    importers.load("llava-json")(str(tmp_path / "c.json"), str(tmp_path / "d"), max_bad=1, say=quiet)
-    assert read(tmp_path / "d")["good"].candidates == ("a", "b") and reasons(tmp_path / "d") == {"bad": Reason.BAD_ROW}
+    (tmp_path / "c.json").write_text(
+        json.dumps([good, {"id": "bad", "conversations": turns, "candidates": given}])
+    )
+    importers.load("llava-json")(
+        str(tmp_path / "c.json"), str(tmp_path / "d"), max_bad=1, say=quiet
+    )
+    assert read(tmp_path / "d")["good"].candidates == ("a", "b") and reasons(tmp_path / "d") == {
+        "bad": Reason.BAD_ROW
+    }
 
 
 def test_a_prompt_shows_the_candidates_with_letters() -> None:
@@ -101,11 +122,24 @@ def test_a_prompt_shows_the_candidates_with_letters() -> None:
 
 
 def test_letters_go_on_after_z_with_two() -> None:
-    assert [letter(place) for place in (0, 25, 26, 51, 52, 701, 702)] == ["a", "z", "aa", "az", "ba", "zz", "aaa"]
+    assert [letter(place) for place in (0, 25, 26, 51, 52, 701, 702)] == [
+        "a",
+        "z",
+        "aa",
+        "az",
+        "ba",
+        "zz",
+        "aaa",
+    ]
 
 
 def test_a_conversation_ends_where_its_last_answer_is_due() -> None:
-    talk = [Part("user", text="a"), Part("assistant", text="b"), Part("user", text="c"), Part("assistant", text="d")]
+    talk = [
+        Part("user", text="a"),
+        Part("assistant", text="b"),
+        Part("user", text="c"),
+        Part("assistant", text="d"),
+    ]
     assert unanswered(talk) == talk[:3] == unanswered(talk[:3])
 
 
@@ -137,9 +171,14 @@ def test_scienceqa_is_read_as_it_is_published(tmp_path: Path) -> None:
     }  # fmt: skip
     found = ask(tmp_path, rows, split="train")
     assert set(found) == {"1", "2"}
-    assert found["1"].parts == (Part("user", text=science()["question"]), Part("assistant", text="Cheyenne"))
+    assert found["1"].parts == (
+        Part("user", text=science()["question"]),
+        Part("assistant", text="Cheyenne"),
+    )
     assert found["1"].candidates == ("Phoenix", "Cheyenne") and found["1"].images == ()
-    assert found["1"].provenance == {n: science()[n] for n in ("subject", "topic", "grade", "split")}
+    assert found["1"].provenance == {
+        n: science()[n] for n in ("subject", "topic", "grade", "split")
+    }
     assert found["2"].images == (PNG,) and found["2"].parts == (
         Part("user", image=0), Part("user", text="\nLook at the map.\nWhat is the capital of Wyoming?"),
         Part("assistant", text="Phoenix"),
@@ -164,7 +203,9 @@ def test_a_okvqa_names_its_images_by_number(tmp_path: Path) -> None:
     (tmp_path / "lines").mkdir()
     (tmp_path / "lines" / "9.png").write_bytes(PNG)
     text = json.dumps(row | {"image_id": 9}) + "\n"
-    assert set(ask(tmp_path / "lines", text, "rows.jsonl", pattern="{}.png")) == {"22MexNkBPpdZGX6sxbxVBH"}
+    assert set(ask(tmp_path / "lines", text, "rows.jsonl", pattern="{}.png")) == {
+        "22MexNkBPpdZGX6sxbxVBH"
+    }
 
 
 @pytest.mark.parametrize("answer", [2, "C", "ice", " ice "])
@@ -196,7 +237,9 @@ BAD_CHOICES = {
 
 
 def test_every_bad_choice_is_quarantined_with_its_reason(tmp_path: Path) -> None:
-    found = ask(tmp_path, {"good": science(), **{name: row for name, (row, _) in BAD_CHOICES.items()}})
+    found = ask(
+        tmp_path, {"good": science(), **{name: row for name, (row, _) in BAD_CHOICES.items()}}
+    )
     assert set(found) == {"good"}
     assert reasons(tmp_path / "made") == {name: reason for name, (_, reason) in BAD_CHOICES.items()}
 
@@ -235,7 +278,10 @@ def test_every_round_is_a_question_after_those_before_it(tmp_path: Path) -> None
     assert first.parts[1].text == "\nDialog history: a cup.\nQuestion: what color is it?"
     assert last.parts == (
         Part("user", image=0),
-        Part("user", text="\nDialog history: a cup. what color is it? red. is it big? no.\nQuestion: where is it?"),
+        Part(
+            "user",
+            text="\nDialog history: a cup. what color is it? red. is it big? no.\nQuestion: where is it?",
+        ),
         Part("assistant", text="on a table"),
     )
     assert first.candidates == ("red", "yes", "no") and last.candidates == ("red", "on a table")
@@ -258,7 +304,9 @@ BAD_ROUNDS = {
 def test_every_bad_round_is_quarantined_with_its_reason(name: str, tmp_path: Path) -> None:
     bad, reason = BAD_ROUNDS[name]
     found = talked(tmp_path, [{"image_id": 9, "caption": "a cup", "dialog": [turn(0, 0), bad]}])
-    assert list(found) == ["dialog-000000-00"] and reasons(tmp_path / "made") == {"dialog-000000-01": reason}
+    assert list(found) == ["dialog-000000-00"] and reasons(tmp_path / "made") == {
+        "dialog-000000-01": reason
+    }
 
 
 @pytest.mark.parametrize(
@@ -275,7 +323,9 @@ def test_every_bad_dialog_is_quarantined_with_its_reason(
 ) -> None:
     good = {"image_id": 9, "caption": "a cup", "dialog": [turn(0, 0)]}
     found = talked(tmp_path, [good, good | changes])
-    assert list(found) == ["dialog-000000-00"] and reasons(tmp_path / "made") == {"dialog-000001-00": reason}
+    assert list(found) == ["dialog-000000-00"] and reasons(tmp_path / "made") == {
+        "dialog-000001-00": reason
+    }
 
 
 def test_a_file_that_is_no_dialogs_is_an_error(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bridgework.data.mixing import Ledger, divide
-from bridgework.data.plan import OWN_ROWS, Plan, Rows, SourceRows
+from bridgework.data.plan.plan import OWN_ROWS, Plan, Rows, SourceRows
+from bridgework.data.plan.shares import ShareSchedule, divide
 from bridgework.errors import DataError, SpecError
 from bridgework.system import Mixture, Source
 
@@ -42,8 +42,14 @@ def make(
     seed: int = 0,
 ) -> Plan:
     names = [f"s{d}" for d in range(len(sizes))]
-    sources = [SourceRows(name, f"digest of {name}", n, group_rows) for name, n in zip(names, sizes, strict=True)]
-    mixed = tuple(Source(name=name, dataset=name, max_epochs=(caps or {}).get(d)) for d, name in enumerate(names))
+    sources = [
+        SourceRows(name, f"digest of {name}", n, group_rows)
+        for name, n in zip(names, sizes, strict=True)
+    ]
+    mixed = tuple(
+        Source(name=name, dataset=name, max_epochs=(caps or {}).get(d))
+        for d, name in enumerate(names)
+    )
     mixture = Mixture(sources=mixed, alpha=alpha, lanes=lanes, window=window)
     return Plan(sources, mixture, batch=lanes * step_rows, steps=steps, seed=seed)
 
@@ -70,16 +76,26 @@ def step(plan: Plan, s: int) -> list[tuple[int, int, int]]:
     """What step `s` takes before anything is balanced: lane after lane, its part of the window."""
     size = plan.step_rows
     t, k = divmod(s, plan.window_rows // size)
-    return [row for lane in plan.lanes_of(0, 1) for row in triples(plan.window(lane, t))[k * size : (k + 1) * size]]
+    return [
+        row
+        for lane in plan.lanes_of(0, 1)
+        for row in triples(plan.window(lane, t))[k * size : (k + 1) * size]
+    ]
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("alpha", "expected"), [(0.0, [1 / 3] * 3), (0.5, [10 / 13, 2 / 13, 1 / 13]), (1.0, None)])
-def test_alpha_goes_from_equal_shares_over_the_square_root_to_sizes(alpha: float, expected: list[float] | None) -> None:
+@pytest.mark.parametrize(
+    ("alpha", "expected"), [(0.0, [1 / 3] * 3), (0.5, [10 / 13, 2 / 13, 1 / 13]), (1.0, None)]
+)
+def test_alpha_goes_from_equal_shares_over_the_square_root_to_sizes(
+    alpha: float, expected: list[float] | None
+) -> None:
     plan = make([10_000, 400, 100], alpha=alpha)
-    assert [s.requested for s in plan.shares] == pytest.approx(expected or [100 / 105, 4 / 105, 1 / 105])
+    assert [s.requested for s in plan.shares] == pytest.approx(
+        expected or [100 / 105, 4 / 105, 1 / 105]
+    )
     assert [s.weight for s in plan.shares] == [s.requested for s in plan.shares]
     assert [s.epochs for s in plan.shares] == pytest.approx(
         [s.weight * 64 * 8 / n for s, n in zip(plan.shares, [10_000, 400, 100], strict=True)]
@@ -88,15 +104,22 @@ def test_alpha_goes_from_equal_shares_over_the_square_root_to_sizes(alpha: float
 
 def test_factor_multiplies_a_weight() -> None:
     sources = [SourceRows(name, "d", 100, 8) for name in "ab"]
-    mixture = Mixture(sources=(Source(name="a", dataset="a", factor=3.0), Source(name="b", dataset="b")), lanes=4)
-    assert [s.weight for s in Plan(sources, mixture, batch=4, steps=1, seed=0).shares] == [0.75, 0.25]
+    mixture = Mixture(
+        sources=(Source(name="a", dataset="a", factor=3.0), Source(name="b", dataset="b")), lanes=4
+    )
+    assert [s.weight for s in Plan(sources, mixture, batch=4, steps=1, seed=0).shares] == [
+        0.75,
+        0.25,
+    ]
 
 
 @bounded
 @given(data=st.data(), sizes=st.lists(st.integers(1, 10**6), min_size=2, max_size=6))
 def test_capped_shares_match_bisected_water_level(data: st.DataObject, sizes: list[int]) -> None:
     caps = [data.draw(st.floats(0.1, 4.0)) for _ in sizes[1:]]
-    mixed = tuple(Source(name=f"s{d}", dataset="x", max_epochs=cap) for d, cap in enumerate([None, *caps]))
+    mixed = tuple(
+        Source(name=f"s{d}", dataset="x", max_epochs=cap) for d, cap in enumerate([None, *caps])
+    )
     budget = sum(sizes) * data.draw(st.integers(1, 9))
     shares, capped = divide(Mixture(sources=mixed, alpha=0.5), sizes, steps=budget, batch=1)
 
@@ -107,8 +130,12 @@ def test_capped_shares_match_bisected_water_level(data: st.DataObject, sizes: li
         level = (low + high) / 2
         low, high = (level, high) if np.minimum(level * weights, most).sum() < 1 else (low, level)
     assert sum(shares) == 1
-    np.testing.assert_allclose([float(s) for s in shares], np.minimum(low * weights, most), rtol=1e-9)
-    assert capped == {d for d, cap in enumerate(caps, 1) if shares[d] * budget == Fraction(cap) * sizes[d]}
+    np.testing.assert_allclose(
+        [float(s) for s in shares], np.minimum(low * weights, most), rtol=1e-9
+    )
+    assert capped == {
+        d for d, cap in enumerate(caps, 1) if shares[d] * budget == Fraction(cap) * sizes[d]
+    }
 
 
 def test_caps_hold_in_the_rows_that_are_drawn() -> None:
@@ -123,7 +150,8 @@ def test_caps_hold_in_the_rows_that_are_drawn() -> None:
 
 def test_budget_above_all_caps_says_by_how_much_and_what_to_raise() -> None:
     with pytest.raises(
-        SpecError, match=r"give 300 rows, but 64 steps of 8 take 512: 212 too few; raise max_epochs.*37"
+        SpecError,
+        match=r"give 300 rows, but 64 steps of 8 take 512: 212 too few; raise max_epochs.*37",
     ):
         make([100, 100], caps={0: 1.0, 1: 2.0})
     assert make([256, 256], caps={0: 1.0, 1: 1.0}).realised(64) == {"s0": 256, "s1": 256}
@@ -147,7 +175,7 @@ def test_every_source_is_within_a_row_of_its_share_and_even_over_the_lanes(
     parts: list[int], lanes: int, rows: int, start: int, cut: int
 ) -> None:
     shares = [Fraction(p, sum(parts)) for p in parts]
-    ledger = Ledger(shares, lanes, rows)
+    ledger = ShareSchedule(shares, lanes, rows)
     assert ledger.period % rows == 0 and ledger.period < 4 * len(parts) + rows
     before = ledger.counts(start * ledger.period)
     for n in range(1, 8):
@@ -180,9 +208,14 @@ def test_shares_and_caps_hold_to_the_row_wherever_a_stage_ends(
     sizes: list[int], cap: float, steps: int, step_rows: int, window: int
 ) -> None:
     rest = steps * step_rows % (window * step_rows)
-    assume(window * step_rows >= (enough := len(sizes) * (len(sizes) - 1)) and (rest == 0 or rest >= enough))
+    assume(
+        window * step_rows >= (enough := len(sizes) * (len(sizes) - 1))
+        and (rest == 0 or rest >= enough)
+    )
     try:
-        plan = make(sizes, alpha=0.0, caps={1: cap}, step_rows=step_rows, window=window, steps=steps)
+        plan = make(
+            sizes, alpha=0.0, caps={1: cap}, step_rows=step_rows, window=window, steps=steps
+        )
     except SpecError:
         assume(False)
     windows = [plan.window(lane, t) for lane in range(4) for t in range(-(-steps // window))]
@@ -203,8 +236,14 @@ def test_realised_counts_are_the_rows_of_the_steps(plan: Plan, steps: int) -> No
 
 
 @bounded
-@given(sizes=st.lists(st.integers(1, 500), min_size=1, max_size=3), lanes=LANES, alpha=st.sampled_from([0.0, 0.5, 1.0]))
-def test_realised_share_is_within_one_row_at_every_window(sizes: list[int], lanes: int, alpha: float) -> None:
+@given(
+    sizes=st.lists(st.integers(1, 500), min_size=1, max_size=3),
+    lanes=LANES,
+    alpha=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_realised_share_is_within_one_row_at_every_window(
+    sizes: list[int], lanes: int, alpha: float
+) -> None:
     plan = make(sizes, alpha=alpha, lanes=lanes, window=6)
     drawn = np.zeros(len(sizes))
     for t in range(6):
@@ -235,18 +274,29 @@ def test_no_row_comes_twice_in_an_epoch_and_whole_epochs_hold_every_row(
     sizes: list[int], alpha: float, lanes: int, windows: int
 ) -> None:
     plan = make(sizes, alpha=alpha, lanes=lanes, steps=10**6)
-    taken = [[row for t in range(windows) for row in triples(plan.window(lane, t))] for lane in range(lanes)]
+    taken = [
+        [row for t in range(windows) for row in triples(plan.window(lane, t))]
+        for lane in range(lanes)
+    ]
     seen = [row for rows in taken for row in rows]
     assert len(set(seen)) == len(seen)
     held = Counter((source, epoch) for source, epoch, _ in seen)
     for source, size in enumerate(sizes):
         assert all(0 <= row < size for s, _, row in seen if s == source)
         passed = min(max((e for s, e, _ in rows if s == source), default=0) for rows in taken)
-        assert all(held[source, epoch] == size for epoch in range(passed))  # no lane will come back to these
+        assert all(
+            held[source, epoch] == size for epoch in range(passed)
+        )  # no lane will come back to these
 
 
 @bounded
-@given(rows=st.integers(1, 400), lanes=LANES, each=st.integers(1, 3), window=st.integers(1, 8), epoch=st.integers(0, 3))
+@given(
+    rows=st.integers(1, 400),
+    lanes=LANES,
+    each=st.integers(1, 3),
+    window=st.integers(1, 8),
+    epoch=st.integers(0, 3),
+)
 def test_of_one_source_as_many_rows_in_a_row_as_it_has_are_every_row_once(
     rows: int, lanes: int, each: int, window: int, epoch: int
 ) -> None:
@@ -254,14 +304,20 @@ def test_of_one_source_as_many_rows_in_a_row_as_it_has_are_every_row_once(
     batch = lanes * each
     rows *= batch
     plan = make([rows], lanes=lanes, step_rows=each, window=window, steps=10**6)
-    taken = [row for s in range(epoch * rows // batch, (epoch + 1) * rows // batch) for row in step(plan, s)]
+    taken = [
+        row
+        for s in range(epoch * rows // batch, (epoch + 1) * rows // batch)
+        for row in step(plan, s)
+    ]
     assert sorted(taken) == [(0, epoch, row) for row in range(rows)]
 
 
 @bounded
 @given(plan=plans(), lane=st.integers(0, 7), t=st.integers(0, 12))
 def test_a_lane_never_goes_back_to_an_earlier_epoch(plan: Plan, lane: int, t: int) -> None:
-    rows = [row for u in (t, t + 1) for row in triples(plan.window(lane % len(plan.lanes_of(0, 1)), u))]
+    rows = [
+        row for u in (t, t + 1) for row in triples(plan.window(lane % len(plan.lanes_of(0, 1)), u))
+    ]
     newest: dict[int, int] = {}
     for source, epoch, _ in rows:
         assert epoch >= newest.get(source, 0)
@@ -273,7 +329,12 @@ def test_small_sources_reach_every_lane(rows: int) -> None:
     lanes = 8
     plan = make([5000, rows], alpha=0.0, lanes=lanes, step_rows=4, steps=10**6)
     for lane in range(lanes):
-        seen = {row for t in range(40) for source, _, row in triples(plan.window(lane, t)) if source == 1}
+        seen = {
+            row
+            for t in range(40)
+            for source, _, row in triples(plan.window(lane, t))
+            if source == 1
+        }
         assert seen == set(range(rows))
 
 
@@ -283,7 +344,9 @@ def test_small_sources_reach_every_lane(rows: int) -> None:
     extra=st.sampled_from([0, 2000]),
     seed=st.integers(0, 99),
 )
-def test_another_source_leaves_the_order_of_the_others(sizes: list[int], extra: int, seed: int) -> None:
+def test_another_source_leaves_the_order_of_the_others(
+    sizes: list[int], extra: int, seed: int
+) -> None:
     """The rows of a source are a prefix of one sequence: fewer of them, but no others."""
     sizes = [size + extra for size in sizes]
     names = [f"s{d}" for d in range(len(sizes))]
@@ -312,7 +375,9 @@ def test_another_source_leaves_the_order_of_the_others(sizes: list[int], extra: 
     lanes=st.sampled_from([4, 8, 64]),
     windows=st.integers(1, 12),
 )
-def test_rows_of_a_small_source_come_equally_often(sizes: list[int], alpha: float, lanes: int, windows: int) -> None:
+def test_rows_of_a_small_source_come_equally_often(
+    sizes: list[int], alpha: float, lanes: int, windows: int
+) -> None:
     """Give or take one, where all windows so far are counted; so with N draws, none of N is left."""
     plan = make(sizes, alpha=alpha, lanes=lanes, window=32, steps=10**6)
     rows = [plan.window(lane, t) for lane in range(lanes) for t in range(windows)]
@@ -333,27 +398,45 @@ def test_fifty_draws_of_the_heaviest_source_show_each_of_its_rows() -> None:
 
 def test_the_heaviest_source_is_drawn_evenly_over_the_lanes() -> None:
     plan = make([6000, *[1000] * 7], lanes=64, step_rows=4, window=16, steps=160)
-    drawn = np.array([sum(int((plan.window(lane, t).source == 0).sum()) for t in range(10)) for lane in range(64)])
+    drawn = np.array(
+        [
+            sum(int((plan.window(lane, t).source == 0).sum()) for t in range(10))
+            for lane in range(64)
+        ]
+    )
     assert drawn.max() - drawn.min() <= 2
 
 
 def test_order_depends_on_seed_name_and_digest() -> None:
     def first(name: str, digest: str, seed: int) -> list[tuple[int, int, int]]:
         mixture = Mixture(sources=(Source(name=name, dataset="x"),), lanes=4)
-        return triples(Plan([SourceRows(name, digest, 999, 8)], mixture, batch=4, steps=9, seed=seed).window(0, 0))
+        return triples(
+            Plan([SourceRows(name, digest, 999, 8)], mixture, batch=4, steps=9, seed=seed).window(
+                0, 0
+            )
+        )
 
     orders = [first("a", "d", 0), first("b", "d", 0), first("a", "e", 0), first("a", "d", 1)]
     assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
 
 
-@pytest.mark.parametrize(("sources", "window", "steps"), [(20, 16, 1162), (20, 16, 3120), (8, 4, 1252), (12, 1, 2030)])
-def test_caps_hold_where_a_run_of_many_small_sources_ends(sources: int, window: int, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("sources", "window", "steps"), [(20, 16, 1162), (20, 16, 3120), (8, 4, 1252), (12, 1, 2030)]
+)
+def test_caps_hold_where_a_run_of_many_small_sources_ends(
+    sources: int, window: int, steps: int
+) -> None:
     for seed in range(12):
         draw = random.Random(seed)
         sizes = [10**6, *(draw.randint(300, 3000) for _ in range(sources - 1))]
-        capped = [Source(name=f"s{n}", dataset="x", max_epochs=1 if n else None) for n in range(sources)]
+        capped = [
+            Source(name=f"s{n}", dataset="x", max_epochs=1 if n else None) for n in range(sources)
+        ]
         mixture = Mixture(sources=tuple(capped), lanes=64, window=window, alpha=0.0)
-        rows = [SourceRows(source.name, "d", size, 32) for source, size in zip(capped, sizes, strict=True)]
+        rows = [
+            SourceRows(source.name, "d", size, 32)
+            for source, size in zip(capped, sizes, strict=True)
+        ]
         drawn = Plan(rows, mixture, batch=64, steps=steps + seed, seed=seed).realised(steps + seed)
         assert all(drawn[f"s{n}"] <= size for n, size in enumerate(sizes)), (seed, drawn)
 
@@ -389,12 +472,16 @@ def test_substitutes_after_the_window_are_the_next_rows_of_the_source() -> None:
 
 @bounded
 @given(plan=plans(), lane=st.integers(0, 7), t=st.integers(0, 5), data=st.data())
-def test_every_other_row_of_a_source_is_tried(plan: Plan, lane: int, t: int, data: st.DataObject) -> None:
+def test_every_other_row_of_a_source_is_tried(
+    plan: Plan, lane: int, t: int, data: st.DataObject
+) -> None:
     lane %= len(plan.lanes_of(0, 1))
     window = triples(plan.window(lane, t))
     place = data.draw(st.integers(0, len(window) - 1))
     source, _, bad = window[place]
-    assert {row for _, _, row in plan.substitutes(lane, t, place)} == set(range(plan._sizes[source])) - {bad}
+    assert {row for _, _, row in plan.substitutes(lane, t, place)} == set(
+        range(plan._sizes[source])
+    ) - {bad}
 
 
 def test_a_source_of_one_bad_row_has_no_substitute() -> None:
@@ -406,9 +493,19 @@ def test_a_source_of_one_bad_row_has_no_substitute() -> None:
 
 def test_a_billion_rows_need_no_large_array() -> None:
     tracemalloc.start()
-    plan = make([10**9, 3 * 10**8, 10**12], alpha=0.5, group_rows=32, lanes=64, step_rows=4, window=64, steps=10**7)
+    plan = make(
+        [10**9, 3 * 10**8, 10**12],
+        alpha=0.5,
+        group_rows=32,
+        lanes=64,
+        step_rows=4,
+        window=64,
+        steps=10**7,
+    )
     rows = plan.window(63, 10**5)
-    assert sum(plan.realised(10**7).values()) == 256 * 10**7 and next(plan.substitutes(63, 10**5, 0))
+    assert sum(plan.realised(10**7).values()) == 256 * 10**7 and next(
+        plan.substitutes(63, 10**5, 0)
+    )
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
@@ -420,7 +517,9 @@ def test_wrong_plans_are_refused_in_words() -> None:
     one = Mixture(sources=(Source(name="a", dataset="a"),), lanes=4)
     fine = SourceRows("a", "d", 10, 8)
     for batch in (0, 6):
-        with pytest.raises(SpecError, match=rf"batches of {batch} over 4 lanes.*multiple of data.lanes"):
+        with pytest.raises(
+            SpecError, match=rf"batches of {batch} over 4 lanes.*multiple of data.lanes"
+        ):
             Plan([fine], one, batch=batch, steps=1, seed=0)
     with pytest.raises(DataError, match=r"sources.a: 0 rows.*import its data again"):
         Plan([SourceRows("a", "d", 0, 8)], one, batch=4, steps=1, seed=0)

@@ -9,20 +9,42 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bridgework.data.dataset import open_dataset, verify
 from bridgework.data.importers import preferences
 from bridgework.data.quarantine import Reason, records
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import open_dataset, verify
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError
 
 PNG = next(shapes(1, size=16)).images[0]
-WRONG = [None, True, -1, 1.5, "", "x", [], [1], {}, {"a": 1}, float("nan"), 10**400, "\ud800", "../a.png", [{}]]
+WRONG = [
+    None,
+    True,
+    -1,
+    1.5,
+    "",
+    "x",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    float("nan"),
+    10**400,
+    "\ud800",
+    "../a.png",
+    [{}],
+]
 ASKED = Part("user", image=0), Part("user", text="\nWhat is it?"), Part("assistant", text="a cube")
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    given = {"id": "k", "image": "a.png", "question": "What is it?", "chosen": "a cube", "rejected": "a ball"}
+    given = {
+        "id": "k",
+        "image": "a.png",
+        "question": "What is it?",
+        "chosen": "a cube",
+        "rejected": "a ball",
+    }
     return {name: value for name, value in (given | changes).items() if value is not ...}
 
 
@@ -48,9 +70,14 @@ SAME = {
     "RLHF-V": row(question=..., chosen=..., rejected=..., image=..., image_path="a.png")
     | {"text": json.dumps({"question": "What is it?", "chosen": "a cube", "rejected": "a ball"})},
     "unpacked": row(question=..., chosen=..., rejected=...) | {"text": row(id=..., image=...)},
-    "turns": row(chosen=turn("gpt", "a cube"), rejected=turn("gpt", "a ball"), image=..., images=["a.png"]),
+    "turns": row(
+        chosen=turn("gpt", "a cube"), rejected=turn("gpt", "a ball"), image=..., images=["a.png"]
+    ),
     "messages": row(question=..., prompt=[{"role": "user", "content": "What is it?"}])
-    | {side: [{"role": "assistant", "content": said}] for side, said in (("chosen", "a cube"), ("rejected", "a ball"))},
+    | {
+        side: [{"role": "assistant", "content": said}]
+        for side, said in (("chosen", "a cube"), ("rejected", "a ball"))
+    },
 }
 
 
@@ -63,11 +90,20 @@ def test_the_forms_of_a_row_mean_the_same(form: str, name: str, tmp_path: Path) 
 
 def test_images_of_one_question_and_conversations_of_many_turns(tmp_path: Path) -> None:
     talk = [turn("human", "Hi"), turn("gpt", "Hello"), turn("human", "And <image>?")]
-    found = read(tmp_path, row(image=["a.png", "a.png"]), row(id="talk", question=..., conversations=talk))
+    found = read(
+        tmp_path, row(image=["a.png", "a.png"]), row(id="talk", question=..., conversations=talk)
+    )
     assert found["k"].parts[:4] == (
         Part("user", image=0), Part("user", text="\n"), Part("user", image=1), Part("user", text="\nWhat is it?"),
     )  # fmt: skip
-    assert [part.text for part in found["talk"].parts] == ["Hi", "Hello", "And ", None, "?", "a cube"]
+    assert [part.text for part in found["talk"].parts] == [
+        "Hi",
+        "Hello",
+        "And ",
+        None,
+        "?",
+        "a cube",
+    ]
 
 
 def test_a_question_without_an_image_stays_one(tmp_path: Path) -> None:
@@ -75,8 +111,14 @@ def test_a_question_without_an_image_stays_one(tmp_path: Path) -> None:
 
 
 def test_one_id_with_many_pairs_is_kept_and_a_repetition_is_not(tmp_path: Path) -> None:
-    assert list(read(tmp_path, row(), row(rejected="a cone"), row(), row(id=..., idx=4))) == ["k", "k#2", "4"]
-    assert [record.reason for record in records(f"{tmp_path}/made.quarantine")] == [Reason.DUPLICATE_KEY]
+    assert list(read(tmp_path, row(), row(rejected="a cone"), row(), row(id=..., idx=4))) == [
+        "k",
+        "k#2",
+        "4",
+    ]
+    assert [record.reason for record in records(f"{tmp_path}/made.quarantine")] == [
+        Reason.DUPLICATE_KEY
+    ]
 
 
 BAD = {
@@ -89,7 +131,10 @@ BAD = {
     "blank question": (row(question=" ", image=...), Reason.EMPTY_TEXT),
     "image in an answer": (row(rejected="<image>"), Reason.PLACEHOLDERS),
     "too many places": (row(question="<image> or <image>?"), Reason.PLACEHOLDERS),
-    "ends with an answer": (row(conversations=[turn("human", "<image>"), turn("gpt", "b")]), Reason.BAD_ROW),
+    "ends with an answer": (
+        row(conversations=[turn("human", "<image>"), turn("gpt", "b")]),
+        Reason.BAD_ROW,
+    ),
     "no list": (row(conversations="<image>"), Reason.BAD_ROW),
     "empty path": (row(image=""), Reason.BAD_ROW),
     "gone": (row(image="b.png"), Reason.MISSING_IMAGE),
@@ -107,13 +152,18 @@ def test_every_bad_row_is_put_aside_with_its_reason(tmp_path: Path) -> None:
 def test_a_row_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     read(tmp_path, row(id="good"), "{", "7")
     broken, number = records(f"{tmp_path}/made.quarantine")
-    assert "the line is no JSON" in broken.detail and "the row is int, and an object is wanted: 7" in number.detail
+    assert (
+        "the line is no JSON" in broken.detail
+        and "the row is int, and an object is wanted: 7" in number.detail
+    )
 
 
 def test_whatever_stands_in_a_field_every_row_goes_one_way_or_the_other(tmp_path: Path) -> None:
     names = (*row(), "prompt", "conversations", "images", "image_path", "text", "idx")
     rows = [row(**{name: value}) for name in names for value in WRONG]
-    rows += [row(conversations=[value]) for value in WRONG] + [row(chosen=..., text=value) for value in WRONG]
+    rows += [row(conversations=[value]) for value in WRONG] + [
+        row(chosen=..., text=value) for value in WRONG
+    ]
     rows += [{name: value for name in row()} for value in WRONG]
     read(tmp_path, row(id="good"), *rows, *map(json.dumps, WRONG))
     manifest = open_dataset(str(tmp_path / "made")).manifest
@@ -158,7 +208,9 @@ def test_an_empty_field_hides_no_picture_in_another(empty: Any, tmp_path: Path) 
         {"original_image": {"bytes": None, "path": "a.png"}},
     ],
 )
-def test_a_picture_under_another_name_is_put_aside_and_never_lost(given: dict[str, Any], tmp_path: Path) -> None:
+def test_a_picture_under_another_name_is_put_aside_and_never_lost(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
     found = read(tmp_path, row(id="text", image=...), row(image=...) | given)
     assert list(found) == ["text"]
     (bad,) = records(f"{tmp_path}/made.quarantine")

@@ -13,14 +13,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from bridgework.data.preview import Preview, Span, read, stored
-from bridgework.data.preview_page import page, terminal
-from bridgework.data.reader import Feed, Row, local
+from bridgework.data.dataset import write
+from bridgework.data.preview import Preview, Span, page, read, stored, terminal
+from bridgework.data.reader import ReaderConfig, Row, local
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import write
 from bridgework.data.synthetic import shapes
 from bridgework.data.templates import TEMPLATES
-from bridgework.data.tokens import load_tokenizer
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import DataError
 from bridgework.system import END, IGNORE, IMAGE, Source, Stage, load
 
@@ -34,7 +33,9 @@ HOSTILE = "<script>alert('x')</script> & [bold]no markup[/] \"quoted\""
 def made(folder: Path, samples: Iterable[Sample], template: str = "plain") -> Stage:
     """The align stage, reading `samples` under `template`."""
     write(samples, str(folder / "made"), **MADE, group_rows=4)
-    data = replace(TINY.data, sources=(Source(name="it", dataset=str(folder / "made")),), template=template)
+    data = replace(
+        TINY.data, sources=(Source(name="it", dataset=str(folder / "made")),), template=template
+    )
     return replace(TINY, data=data)
 
 
@@ -44,7 +45,12 @@ def told(shown: Preview, kind: str) -> str:
 
 def reads(stage: Stage, home: Path, n: int) -> dict[str, Row]:
     """The first `n` rows that training takes, by key."""
-    feed = replace(Feed.of(stage, home), batch=n, steps=1, mixture=replace(stage.data, lanes=1, window=1))
+    feed = replace(
+        ReaderConfig.of(stage, home),
+        batch=n,
+        steps=1,
+        mixture=replace(stage.data, lanes=1, window=1),
+    )
     [rows] = local(feed, rank=0, world=1, start=0)
     return {row.key: row for row in rows}
 
@@ -58,7 +64,11 @@ def test_a_preview_shows_what_the_reader_gives(tmp_path: Path, home: Path, templ
         np.testing.assert_array_equal(np.stack(shown.images), row.images)
         assert told(shown, "loss") == BYTES.decode([label for label in row.labels if label >= 0])
         assert told(shown, "text") == BYTES.decode(
-            [i for i, label in zip(row.ids, row.labels, strict=True) if i != IMAGE and label == IGNORE]
+            [
+                i
+                for i, label in zip(row.ids, row.labels, strict=True)
+                if i != IMAGE and label == IGNORE
+            ]
         )
         end = "\u2039end\u203a" * row.ids.count(END)
         assert told(shown, "image") == f"\u2039image: 16 tokens\u203a{end}"
@@ -76,9 +86,16 @@ def test_words_keep_their_spaces_between_stretches(tmp_path: Path, home: Path) -
 
 
 def test_two_images_side_by_side_are_two_places(tmp_path: Path, home: Path) -> None:
-    parts = (Part("user", image=0), Part("user", image=1), Part("user", text="Which?"), Part("assistant", text="Both."))
+    parts = (
+        Part("user", image=0),
+        Part("user", image=1),
+        Part("user", text="Which?"),
+        Part("assistant", text="Both."),
+    )
     [shown] = read(made(tmp_path, [Sample("two", (PICTURE, PICTURE), parts)], "chat"), home)
-    assert [span.text for span in shown.spans if span.kind == "image"] == ["\u2039image: 16 tokens\u203a"] * 2
+    assert [span.text for span in shown.spans if span.kind == "image"] == [
+        "\u2039image: 16 tokens\u203a"
+    ] * 2
     assert len(shown.images) == 2
 
 
@@ -110,7 +127,11 @@ def test_stored_samples_keep_their_shape(tmp_path: Path) -> None:
     stage = made(tmp_path, [pair("wide", file.getvalue(), "a sea")])
     [shown] = stored(stage.data.sources[0].dataset)
     assert shown.images[0].shape == (3, 64, 256)
-    assert shown.spans[:3] == (Span("caption: ", "role"), Span("\u2039image 0\u203a", "image"), Span("a sea", "loss"))
+    assert shown.spans[:3] == (
+        Span("caption: ", "role"),
+        Span("\u2039image 0\u203a", "image"),
+        Span("a sea", "loss"),
+    )
     assert shown.counts is None
 
 
@@ -130,13 +151,18 @@ def test_a_page_escapes_all_texts_and_asks_no_host(tmp_path: Path, home: Path) -
 def test_a_page_holds_the_exact_pixels(tmp_path: Path, home: Path) -> None:
     shown = read(made(tmp_path, shapes(rows=3, size=40)), home)
     uris = re.findall(r'src="data:image/png;base64,([^"]+)"', page(shown, "pixels"))
-    images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(uri)))).transpose(2, 0, 1) for uri in uris]
+    images = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(uri)))).transpose(2, 0, 1) for uri in uris
+    ]
     np.testing.assert_array_equal(np.stack(images), np.stack([one.images[0] for one in shown]))
 
 
 def printed(shown: list[Preview], *, colour: bool) -> str:
     console = Console(
-        file=io.StringIO(), force_terminal=colour, color_system="truecolor" if colour else None, width=200
+        file=io.StringIO(),
+        force_terminal=colour,
+        color_system="truecolor" if colour else None,
+        width=200,
     )
     console.print(terminal(shown, colour=colour))
     assert isinstance(console.file, io.StringIO)
@@ -148,7 +174,9 @@ def test_no_text_of_the_data_steers_the_terminal(tmp_path: Path) -> None:
     stage = made(tmp_path, [pair(key, PICTURE, text)])
     shown = printed(stored(stage.data.sources[0].dataset), colour=False)
     assert "k␛[2J" in shown and "a␛]0;title␇ \ufffd31m cat\ufffd and" in shown
-    assert not {chr(code) for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (9, 10)} & set(shown)
+    assert not {
+        chr(code) for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (9, 10)
+    } & set(shown)
 
 
 def test_a_terminal_colours_what_has_loss_and_draws_the_picture(tmp_path: Path, home: Path) -> None:

@@ -24,7 +24,11 @@ def test_the_table_holds_every_row_with_its_reason(folder: str) -> None:
     quarantine.flush()
     found = list(records(folder))
     assert [record.row for record in found] == list(range(FLUSH_ROWS + 2))
-    assert found[3].key == "key-3" and found[3].reason is Reason.TRUNCATED and found[3].detail == "ends at byte 7"
+    assert (
+        found[3].key == "key-3"
+        and found[3].reason is Reason.TRUNCATED
+        and found[3].detail == "ends at byte 7"
+    )
 
 
 def test_a_row_that_is_met_again_counts_once(folder: str) -> None:

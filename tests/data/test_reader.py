@@ -13,15 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from bridgework.data.batch import collate
-from bridgework.data.groups import Features, Group, Groups, Stored
+from bridgework.data.collate import collate
+from bridgework.data.dataset import Dataset, open_dataset, write
+from bridgework.data.images import load_image
 from bridgework.data.quarantine import Reason, records
-from bridgework.data.reader import Feed, Row, local
+from bridgework.data.reader import ReaderConfig, Row, local
+from bridgework.data.row_groups import Features, Group, Groups, StoredRow
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import Dataset, open_dataset, write
 from bridgework.data.synthetic import shapes
-from bridgework.data.tokens import load_tokenizer
-from bridgework.data.transforms import read_square
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import DataError, ResourceError, SpecError
 from bridgework.system import IGNORE, IMAGE, AdamW, Budget, Mixture, Source, Stage
 from tests.toy import Captioning, Eye
@@ -31,31 +31,46 @@ MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
 
 def told(rows: Iterable[Row]) -> list[tuple[object, ...]]:
     """All that a row holds, comparable."""
-    return [(*(v for n, v in vars(r).items() if n != "images"), r.images.shape, r.images.tobytes()) for r in rows]
+    return [
+        (*(v for n, v in vars(r).items() if n != "images"), r.images.shape, r.images.tobytes())
+        for r in rows
+    ]
 
 
-def batches(feed: Feed, world: int, start: int = 0) -> list[list[tuple[object, ...]]]:
+def batches(feed: ReaderConfig, world: int, start: int = 0) -> list[list[tuple[object, ...]]]:
     """The global batch of each step, put together from all ranks."""
     ranks = [local(feed, rank=rank, world=world, start=start) for rank in range(world)]
-    return [told(sorted(chain.from_iterable(step), key=lambda row: row.place)) for step in zip(*ranks, strict=True)]
+    return [
+        told(sorted(chain.from_iterable(step), key=lambda row: row.place))
+        for step in zip(*ranks, strict=True)
+    ]
 
 
-def single(feed: Feed, path: str, dataset: Sequence[Sample], **changes: object) -> Feed:
+def single(
+    feed: ReaderConfig, path: str, dataset: Sequence[Sample], **changes: object
+) -> ReaderConfig:
     """The same stage over one dataset of plain pairs."""
     manifest = write(dataset, path, **MADE, group_rows=8, shard_rows=64)
     mixture = replace(feed.mixture, sources=(Source(name="pairs", dataset=path),), template="plain")
     return replace(feed, mixture=mixture, datasets=(path,), digests=(manifest.digest,), **changes)
 
 
-def test_every_window_holds_the_rows_of_the_plan(feed: Feed) -> None:
+def test_every_window_holds_the_rows_of_the_plan(feed: ReaderConfig) -> None:
     keys = [[sample.key for sample in open_dataset(path).samples()] for path in feed.datasets]
     plan, steps = feed.plan(), list(local(feed, rank=0, world=1, start=0))
     for t in range(4):  # of 3 steps, the last of 2
         window = steps[3 * t : 3 * t + 3]
         for lane in range(4):
             rows = plan.window(lane, t)
-            planned = [(int(s), keys[s][r]) for s, r in zip(rows.source, rows.row, strict=True)][: 2 * len(window)]
-            read = [(row.source, row.key) for rows_of in window for row in rows_of if row.place // 2 == lane]
+            planned = [(int(s), keys[s][r]) for s, r in zip(rows.source, rows.row, strict=True)][
+                : 2 * len(window)
+            ]
+            read = [
+                (row.source, row.key)
+                for rows_of in window
+                for row in rows_of
+                if row.place // 2 == lane
+            ]
             assert sorted(read) == sorted(planned)
     assert [(row.step, row.place) for rows_of in steps for row in rows_of] == [
         (s, p) for s in range(11) for p in range(8)
@@ -63,18 +78,18 @@ def test_every_window_holds_the_rows_of_the_plan(feed: Feed) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_any_world_size_sees_the_same_batches(feed: Feed, world: int) -> None:
+def test_any_world_size_sees_the_same_batches(feed: ReaderConfig, world: int) -> None:
     assert batches(feed, world) == batches(feed, 1)
 
 
-def test_resuming_at_any_step_goes_on_with_the_same_batches(feed: Feed) -> None:
+def test_resuming_at_any_step_goes_on_with_the_same_batches(feed: ReaderConfig) -> None:
     whole = batches(feed, 1)
     assert len(whole) == feed.steps
     for start in range(feed.steps + 1):
         assert batches(feed, 1 + start % 3, start) == whole[start:]
 
 
-def test_it_does_not_matter_which_reader_reads_a_window_nor_when(feed: Feed) -> None:
+def test_it_does_not_matter_which_reader_reads_a_window_nor_when(feed: ReaderConfig) -> None:
     readers = [feed.open(), feed.open()]
     windows = {t: readers[t % 2].window([2, 0, 3], t) for t in (3, 0, 1, 2)}
     for t, steps in windows.items():
@@ -82,7 +97,7 @@ def test_it_does_not_matter_which_reader_reads_a_window_nor_when(feed: Feed) -> 
         assert [told(rows) for rows in steps] == [told(rows) for rows in fresh.window([2, 0, 3], t)]
 
 
-def test_a_row_is_its_sample_tokenised_and_squared(feed: Feed) -> None:
+def test_a_row_is_its_sample_tokenised_and_squared(feed: ReaderConfig) -> None:
     tokenizer = load_tokenizer("bytes")
     samples = {s.key: s for path in feed.datasets for s in open_dataset(path).samples()}
     for row in [row for rows in local(feed, rank=0, world=1, start=0) for row in rows]:
@@ -92,12 +107,14 @@ def test_a_row_is_its_sample_tokenised_and_squared(feed: Feed) -> None:
         assert row.ids.count(IMAGE) == feed.model.image_tokens * len(sample.images)
         assert row.images.shape == (len(sample.images), 3, 8, 8) and row.images.dtype == np.uint8
         for square, data in zip(row.images, sample.images, strict=True):
-            assert np.array_equal(square, read_square(data, feed.model.pixels))
+            assert np.array_equal(square, load_image(data, feed.model.pixels))
 
 
-def test_the_image_stands_first_in_half_of_the_questions(feed: Feed) -> None:
+def test_the_image_stands_first_in_half_of_the_questions(feed: ReaderConfig) -> None:
     mixture = replace(feed.mixture, sources=feed.mixture.sources[:1])
-    pairs = replace(feed, mixture=mixture, datasets=feed.datasets[:1], digests=feed.digests[:1], steps=100)
+    pairs = replace(
+        feed, mixture=mixture, datasets=feed.datasets[:1], digests=feed.digests[:1], steps=100
+    )
     tokenizer = load_tokenizer("bytes")
     rows = [row for rows in local(pairs, rank=0, world=1, start=0) for row in rows]
     first = [tokenizer.decode(row.ids[: row.ids.index(IMAGE)]).endswith("user\n") for row in rows]
@@ -106,9 +123,13 @@ def test_the_image_stands_first_in_half_of_the_questions(feed: Feed) -> None:
     assert [row.key for row in other] != [row.key for row in rows[:8]]
 
 
-def test_a_bad_sample_is_put_aside_and_the_next_of_the_plan_takes_its_place(feed: Feed, tmp_path: Path) -> None:
+def test_a_bad_sample_is_put_aside_and_the_next_of_the_plan_takes_its_place(
+    feed: ReaderConfig, tmp_path: Path
+) -> None:
     good = list(shapes(rows=400, size=16))
-    samples = [pair(s.key, s.images[0][:60], "broken") if n in (7, 200) else s for n, s in enumerate(good)]
+    samples = [
+        pair(s.key, s.images[0][:60], "broken") if n in (7, 200) else s for n, s in enumerate(good)
+    ]
     table = str(tmp_path / "quarantine")
     one = single(feed, str(tmp_path / "pairs"), samples, steps=48, quarantine=table)
     plan, steps = one.plan(), list(local(one, rank=0, world=1, start=0))
@@ -118,8 +139,12 @@ def test_a_bad_sample_is_put_aside_and_the_next_of_the_plan_takes_its_place(feed
         for at, number in enumerate(numbers):
             if number in (7, 200):
                 replaced += 1
-                numbers[at] = next(n for _, _, n in plan.substitutes(lane, t, at) if n not in (7, 200))
-        read = [row.key for rows in steps[3 * t : 3 * t + 3] for row in rows if row.place // 2 == lane]
+                numbers[at] = next(
+                    n for _, _, n in plan.substitutes(lane, t, at) if n not in (7, 200)
+                )
+        read = [
+            row.key for rows in steps[3 * t : 3 * t + 3] for row in rows if row.place // 2 == lane
+        ]
         assert sorted(read) == sorted(good[number].key for number in numbers)
     stand_ins = {row.stands_for for rows in steps for row in rows if row.stands_for}
     assert replaced == 2 and stand_ins == {good[7].key, good[200].key}
@@ -129,26 +154,31 @@ def test_a_bad_sample_is_put_aside_and_the_next_of_the_plan_takes_its_place(feed
     ]
 
 
-def test_too_many_bad_samples_stop_the_run(feed: Feed, tmp_path: Path) -> None:
-    samples = [pair(s.key, b"<html>", "broken") if n % 9 == 0 else s for n, s in enumerate(shapes(rows=80, size=16))]
+def test_too_many_bad_samples_stop_the_run(feed: ReaderConfig, tmp_path: Path) -> None:
+    samples = [
+        pair(s.key, b"<html>", "broken") if n % 9 == 0 else s
+        for n, s in enumerate(shapes(rows=80, size=16))
+    ]
     one = single(feed, str(tmp_path / "pairs"), samples, quarantine=str(tmp_path / "quarantine"))
     with pytest.raises(DataError, match=r"rows are bad .*not_an_image"):
         list(local(one, rank=0, world=1, start=0))
 
 
-def test_without_a_quarantine_the_first_bad_sample_is_an_error_that_names_it(feed: Feed, tmp_path: Path) -> None:
+def test_without_a_quarantine_the_first_bad_sample_is_an_error_that_names_it(
+    feed: ReaderConfig, tmp_path: Path
+) -> None:
     one = single(feed, str(tmp_path / "pairs"), [pair(f"k{n}", b"", "broken") for n in range(9)])
     with pytest.raises(DataError, match=r"sources\.pairs, row \d, 'k\d': empty_file"):
         next(local(one, rank=0, world=1, start=0))
 
 
-def test_a_dataset_that_changed_since_is_refused(feed: Feed, tmp_path: Path) -> None:
+def test_a_dataset_that_changed_since_is_refused(feed: ReaderConfig, tmp_path: Path) -> None:
     one = single(feed, str(tmp_path / "pairs"), list(shapes(rows=9, size=16)))
     with pytest.raises(DataError, match=r"sources\.pairs: .* is now .*, the run began with 000"):
         replace(one, digests=("0" * 64,)).open()
 
 
-def test_more_ranks_than_lanes_are_refused(feed: Feed) -> None:
+def test_more_ranks_than_lanes_are_refused(feed: ReaderConfig) -> None:
     with pytest.raises(SpecError, match="at most as many workers as lanes"):
         next(local(feed, rank=4, world=5, start=0))
 
@@ -175,39 +205,45 @@ def cache(folder: Path, dataset: Dataset, *, key: str = "{}") -> None:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
-def test_cached_features_are_read_instead_of_images(feed: Feed, tmp_path: Path) -> None:
+def test_cached_features_are_read_instead_of_images(feed: ReaderConfig, tmp_path: Path) -> None:
     for path in feed.datasets:
         cache(tmp_path, open_dataset(path))
-    numbers = [{s.key: n for n, s in enumerate(open_dataset(path).samples())} for path in feed.datasets]
+    numbers = [
+        {s.key: n for n, s in enumerate(open_dataset(path).samples())} for path in feed.datasets
+    ]
     pixels = local(feed, rank=0, world=1, start=0)
-    for seen, rows in zip(pixels, local(replace(feed, features=str(tmp_path)), rank=0, world=1, start=0), strict=True):
+    for seen, rows in zip(
+        pixels, local(replace(feed, features=str(tmp_path)), rank=0, world=1, start=0), strict=True
+    ):
         assert [(r.key, r.ids, r.labels) for r in rows] == [(r.key, r.ids, r.labels) for r in seen]
         for row, same in zip(rows, seen, strict=True):
             assert row.images.shape == (len(same.images), 2, 3) and row.images.dtype == np.float16
             assert set(row.images.ravel().tolist()) <= {numbers[row.source][row.key]}
 
 
-def test_features_of_other_rows_are_refused(feed: Feed, tmp_path: Path) -> None:
+def test_features_of_other_rows_are_refused(feed: ReaderConfig, tmp_path: Path) -> None:
     for path in feed.datasets:
         cache(tmp_path, open_dataset(path), key="not-{}")
     with pytest.raises(DataError, match="holds features of other images; make them again"):
         next(local(replace(feed, features=str(tmp_path)), rank=0, world=1, start=0))
 
 
-def test_a_missing_cache_of_features_is_refused(feed: Feed, tmp_path: Path) -> None:
+def test_a_missing_cache_of_features_is_refused(feed: ReaderConfig, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no cache of features"):
         replace(feed, features=str(tmp_path)).open()
 
 
 def test_a_cache_whose_store_does_not_answer_is_the_machines_error(
-    feed: Feed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    feed: ReaderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in feed.datasets:
         cache(tmp_path, open_dataset(path))
     dataset = open_dataset(feed.datasets[0])
     features, samples = Features(str(tmp_path), dataset), dataset.read_group(0, 0)
     monkeypatch.setattr(fsspec.core, "url_to_fs", gone)
-    with pytest.raises(ResourceError, match=r"\.parquet cannot be reached ..*: peer.; is its store up"):
+    with pytest.raises(
+        ResourceError, match=r"\.parquet cannot be reached ..*: peer.; is its store up"
+    ):
         features.read(dataset.manifest.shards[0].file, 0, samples)
     with pytest.raises(ResourceError, match=r"features\.json cannot be reached"):
         Features(str(tmp_path), dataset)
@@ -242,22 +278,26 @@ class Counted(Dataset):
         return super().read_group(shard, group)
 
 
-def counted(feed: Feed, kept_bytes: int | None = None) -> tuple[Counted, Groups]:
+def counted(feed: ReaderConfig, kept_bytes: int | None = None) -> tuple[Counted, Groups]:
     dataset = Counted(feed.datasets[0])
-    return dataset, Groups([dataset], None) if kept_bytes is None else Groups([dataset], None, kept_bytes)
+    return dataset, Groups([dataset], None) if kept_bytes is None else Groups(
+        [dataset], None, kept_bytes
+    )
 
 
-def test_a_row_group_is_read_once_for_all_its_rows(feed: Feed) -> None:
+def test_a_row_group_is_read_once_for_all_its_rows(feed: ReaderConfig) -> None:
     dataset, groups = counted(feed)
     assert groups.locate(0, 37) == (Group(0, 1, 0), 5)
     group, keys = Group(0, 1, 0), [sample.key for sample in dataset.read_group(1, 0)]
     dataset.fetched.clear()
-    found = groups.take(group, [5, 0]) | groups.take(group, [2, 3, 4, 1]) | groups.take(group, [6, 7])
+    found = (
+        groups.take(group, [5, 0]) | groups.take(group, [2, 3, 4, 1]) | groups.take(group, [6, 7])
+    )
     assert {place: stored.sample.key for place, stored in found.items()} == dict(enumerate(keys))
     assert dataset.fetched == [(1, 0)]
 
 
-def test_a_row_that_was_used_is_read_again(feed: Feed) -> None:
+def test_a_row_that_was_used_is_read_again(feed: ReaderConfig) -> None:
     dataset, groups = counted(feed)
     group = Group(0, 0, 0)
     assert groups.take(group, [3])[3] == groups.take(group, [3, 4])[3]
@@ -266,7 +306,7 @@ def test_a_row_that_was_used_is_read_again(feed: Feed) -> None:
     assert dataset.fetched == [(0, 0)] * 2
 
 
-def test_looking_at_a_row_uses_none(feed: Feed) -> None:
+def test_looking_at_a_row_uses_none(feed: ReaderConfig) -> None:
     dataset, groups = counted(feed)
     group = Group(0, 0, 0)
     groups.take(group, [0])
@@ -275,9 +315,9 @@ def test_looking_at_a_row_uses_none(feed: Feed) -> None:
     assert groups.look(group, 0).sample == dataset.read_group(0, 0)[0]
 
 
-def test_of_a_group_that_had_to_go_only_unused_rows_are_kept_again(feed: Feed) -> None:
+def test_of_a_group_that_had_to_go_only_unused_rows_are_kept_again(feed: ReaderConfig) -> None:
     first, second = (Counted(feed.datasets[0]).read_group(0, number) for number in (0, 1))
-    size = sum(Stored.of(sample, None).size for sample in (*first[5:], *second[1:]))
+    size = sum(StoredRow.of(sample, None).size for sample in (*first[5:], *second[1:]))
     dataset, groups = counted(feed, kept_bytes=size - 1)  # room for what is left of one of the two
     one, other = Group(0, 0, 0), Group(0, 0, 1)
     groups.take(one, range(5))
@@ -304,17 +344,26 @@ def test_a_feed_is_made_from_a_stage(home: Path) -> None:
         model=Eye(context=64, image_tokens=3),
         trains={"*": 1.0},
         losses=(Captioning(),),
-        data=Mixture(sources=(Source(name="shapes", dataset="synthetic:shapes"),), lanes=2, window=2, max_tokens=32),
+        data=Mixture(
+            sources=(Source(name="shapes", dataset="synthetic:shapes"),),
+            lanes=2,
+            window=2,
+            max_tokens=32,
+        ),
         budget=Budget(steps=3, batch=4),
         optim=AdamW(peak_lr=1e-3),
     )
-    steps = list(local(Feed.of(stage, home), rank=1, world=2, start=1))
+    steps = list(local(ReaderConfig.of(stage, home), rank=1, world=2, start=1))
     assert [[row.place for row in rows] for rows in steps] == [[2, 3], [2, 3]]
-    assert all(len(row.ids) == 32 and row.images.shape == (1, 3, 8, 8) for rows in steps for row in rows)
+    assert all(
+        len(row.ids) == 32 and row.images.shape == (1, 3, 8, 8) for rows in steps for row in rows
+    )
 
 
-def test_rows_know_their_lane_where_negatives_are_of_a_lane(feed: Feed) -> None:
-    rows = [row for step in local(replace(feed, lanes=True), rank=0, world=1, start=0) for row in step]
+def test_rows_know_their_lane_where_negatives_are_of_a_lane(feed: ReaderConfig) -> None:
+    rows = [
+        row for step in local(replace(feed, lanes=True), rank=0, world=1, start=0) for row in step
+    ]
     assert all(row.lane == row.place // 2 for row in rows)  # 8 samples of a step over 4 lanes
     assert {row.lane for row in rows} == {0, 1, 2, 3}
     batch = collate([row for row in rows if row.step == 0], pad_id=0)
@@ -322,9 +371,15 @@ def test_rows_know_their_lane_where_negatives_are_of_a_lane(feed: Feed) -> None:
     assert all(row.lane is None for row in next(local(feed, rank=0, world=1, start=0)))
 
 
-def test_rows_of_one_image_have_one_identity_and_others_another(feed: Feed, tmp_path: Path) -> None:
+def test_rows_of_one_image_have_one_identity_and_others_another(
+    feed: ReaderConfig, tmp_path: Path
+) -> None:
     images = [sample.images[0] for sample in shapes(rows=4, size=16)]
-    said = [pair(f"{image}-{caption}", images[image], f"said {caption}") for image in range(4) for caption in range(3)]
+    said = [
+        pair(f"{image}-{caption}", images[image], f"said {caption}")
+        for image in range(4)
+        for caption in range(3)
+    ]
     one = single(feed, str(tmp_path / "captions"), said)
     known = replace(one, mixture=replace(one.mixture, by_image=True))
     rows = [row for step in local(known, rank=0, world=1, start=0) for row in step]

@@ -67,7 +67,9 @@ def test_the_text_of_a_sample_is_its_texts_in_order() -> None:
         ((Part("user", image=0),), 0, Reason.PLACEHOLDERS),
     ],
 )
-def test_images_and_their_places_must_agree(parts: tuple[Part, ...], images: int, reason: Reason) -> None:
+def test_images_and_their_places_must_agree(
+    parts: tuple[Part, ...], images: int, reason: Reason
+) -> None:
     with pytest.raises(BadSample) as caught:
         Sample("k", (b"x",) * images, parts)
     assert caught.value.reason is reason
@@ -92,4 +94,7 @@ def test_malformed_samples_are_refused_with_a_reason() -> None:
 
 
 def test_the_text_of_a_sample_is_all_that_it_teaches() -> None:
-    assert Sample("preference", (b"jpeg",), TALK, rejected="A dog.").text == "Be brief.\n\nWhat?\nA cat.\nA dog."
+    assert (
+        Sample("preference", (b"jpeg",), TALK, rejected="A dog.").text
+        == "Be brief.\n\nWhat?\nA cat.\nA dog."
+    )

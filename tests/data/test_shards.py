@@ -13,10 +13,10 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from bridgework.data.dataset import Dataset, Manifest, Problem, open_dataset, verify, write
 from bridgework.data.manifest import Shard
 from bridgework.data.quarantine import BadSample, Quarantine, Reason
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import Dataset, Manifest, Problem, open_dataset, verify, write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, ResourceError
 
@@ -25,7 +25,13 @@ ROWS = 37
 
 def make(dest: str, samples: list[Sample] | None = None, **options: Any) -> Manifest:
     rows = list(shapes(ROWS, size=16)) if samples is None else samples
-    given: dict[str, Any] = {"source": "s", "licence": "CC0-1.0", "made_by": "test", "group_rows": 4, "shard_rows": 16}
+    given: dict[str, Any] = {
+        "source": "s",
+        "licence": "CC0-1.0",
+        "made_by": "test",
+        "group_rows": 4,
+        "shard_rows": 16,
+    }
     return write(rows, dest, **(given | options))
 
 
@@ -57,12 +63,20 @@ def test_locate_agrees_with_counting(dataset: Path) -> None:
             opened.locate(row)
 
 
-def test_row_groups_are_full_but_for_the_last_and_images_are_not_compressed_again(dataset: Path) -> None:
+def test_row_groups_are_full_but_for_the_last_and_images_are_not_compressed_again(
+    dataset: Path,
+) -> None:
     for name, groups in (("shard-00000.parquet", [4, 4, 4, 4]), ("shard-00002.parquet", [4, 1])):
         metadata = pq.ParquetFile(dataset / name).metadata
         assert [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)] == groups
-        columns = {c["path_in_schema"]: c["compression"] for c in metadata.row_group(0).to_dict()["columns"]}
-        assert columns["images.list.element"] == "UNCOMPRESSED" and columns["parts.list.element.text"] == "ZSTD"
+        columns = {
+            c["path_in_schema"]: c["compression"]
+            for c in metadata.row_group(0).to_dict()["columns"]
+        }
+        assert (
+            columns["images.list.element"] == "UNCOMPRESSED"
+            and columns["parts.list.element.text"] == "ZSTD"
+        )
 
 
 def test_the_digest_names_the_content_and_not_the_place(tmp_path: Path) -> None:
@@ -74,7 +88,10 @@ def test_the_digest_names_the_content_and_not_the_place(tmp_path: Path) -> None:
 def test_more_shards_than_are_kept_open_can_be_read_back_and_forth(tmp_path: Path) -> None:
     make(str(tmp_path / "d"), group_rows=1, shard_rows=2)
     opened = open_dataset(str(tmp_path / "d"))
-    keys = [opened.read_group(*opened.locate(row)[:2])[0].key for row in [*range(ROWS), *reversed(range(ROWS))]]
+    keys = [
+        opened.read_group(*opened.locate(row)[:2])[0].key
+        for row in [*range(ROWS), *reversed(range(ROWS))]
+    ]
     assert keys[:ROWS] == keys[ROWS:][::-1]
 
 
@@ -87,7 +104,15 @@ def test_an_error_on_the_way_leaves_nothing_behind(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(cut(), str(tmp_path / "d"), source="s", licence="l", made_by="t", group_rows=4, shard_rows=8)
+        write(
+            cut(),
+            str(tmp_path / "d"),
+            source="s",
+            licence="l",
+            made_by="t",
+            group_rows=4,
+            shard_rows=8,
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,7 +137,9 @@ def test_a_writer_that_was_cut_off_leaves_no_dataset_and_can_write_again(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LocalFileSystem, "mv", torn)
         make(str(dataset))
-    assert [path.name for path in dataset.iterdir() if path.suffix == ".parquet"] == ["shard-00000.parquet"]
+    assert [path.name for path in dataset.iterdir() if path.suffix == ".parquet"] == [
+        "shard-00000.parquet"
+    ]
     with pytest.raises(DataError, match="a writer was cut off"):
         open_dataset(str(dataset))
     (dataset / "shard-00099.parquet").write_bytes(b"of a writer that had more to write")
@@ -159,7 +186,11 @@ def rewrite_manifest(folder: Path, **changes: object) -> None:
 
 
 def swap(folder: Path) -> None:
-    one, two, spare = folder / "shard-00000.parquet", folder / "shard-00001.parquet", folder / "spare"
+    one, two, spare = (
+        folder / "shard-00000.parquet",
+        folder / "shard-00001.parquet",
+        folder / "spare",
+    )
     shutil.move(one, spare)
     shutil.move(two, one)
     shutil.move(spare, two)
@@ -172,7 +203,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (lambda d: flip(d / "shard-00002.parquet", 1_000), "sha256 does not match"),
     "missing": (lambda d: (d / "shard-00001.parquet").unlink(), "is missing"),
     "extra": (lambda d: (d / "shard-00009.parquet").write_bytes(b"x"), "is not in the manifest"),
-    "edited manifest": (lambda d: rewrite_manifest(d, licence="mine"), "changed after it was written"),
+    "edited manifest": (
+        lambda d: rewrite_manifest(d, licence="mine"),
+        "changed after it was written",
+    ),
     "wrong count": (lambda d: rewrite_manifest(d, rows=36), "counts 36 rows, its shards 37"),
     "other schema": (lambda d: rewrite_manifest(d, schema=9), "of schema 9"),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), "no manifest"),
@@ -192,9 +226,16 @@ def test_verify_finds(name: str, dataset: Path) -> None:
 
 def test_swapped_shards_of_one_size_are_named(tmp_path: Path) -> None:
     image = next(shapes(1, size=16)).images[0]
-    make(str(tmp_path / "d"), [pair("a", image, "cat"), pair("b", image, "dog")], group_rows=1, shard_rows=1)
+    make(
+        str(tmp_path / "d"),
+        [pair("a", image, "cat"), pair("b", image, "dog")],
+        group_rows=1,
+        shard_rows=1,
+    )
     swap(tmp_path / "d")
-    assert verify(str(tmp_path / "d"))[0] == Problem("shard-00000.parquet", "holds the bytes of shard-00001.parquet")
+    assert verify(str(tmp_path / "d"))[0] == Problem(
+        "shard-00000.parquet", "holds the bytes of shard-00001.parquet"
+    )
 
 
 def test_every_flipped_byte_is_found(dataset: Path) -> None:
@@ -209,7 +250,9 @@ def test_every_flipped_byte_is_found(dataset: Path) -> None:
 def test_a_flip_inside_an_image_never_reaches_a_reader_as_a_picture(dataset: Path) -> None:
     shard = dataset / "shard-00000.parquet"
     flip(shard, shard.read_bytes().index(b"IDAT") + 9)
-    with pytest.raises(DataError, match=r"shard-00000.parquet, row group 0.*bridgework data verify"):
+    with pytest.raises(
+        DataError, match=r"shard-00000.parquet, row group 0.*bridgework data verify"
+    ):
         open_dataset(str(dataset)).read_group(0, 0)
 
 
@@ -246,7 +289,9 @@ def test_what_a_system_leaves_in_a_folder_is_no_part_of_a_dataset(tmp_path: Path
     assert [problem.file for problem in verify(str(dest))] == [".secret"]
 
 
-@pytest.mark.parametrize("name", ["rows", "group_rows", "quarantined", "left_out", "shard rows", "shard bytes"])
+@pytest.mark.parametrize(
+    "name", ["rows", "group_rows", "quarantined", "left_out", "shard rows", "shard bytes"]
+)
 @pytest.mark.parametrize("count", [-1, 1.5, True, None, "3", []], ids=str)
 def test_a_manifest_counts_in_whole_numbers_from_0(name: str, count: Any, tmp_path: Path) -> None:
     make(str(tmp_path / "d"))
@@ -291,7 +336,9 @@ class NoCredentialsError(Exception):
     """What a package that speaks with a store may raise: none of Python's own."""
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError("peer"), TimeoutError("10 s"), NoCredentialsError("none")])
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError("peer"), TimeoutError("10 s"), NoCredentialsError("none")]
+)
 def test_a_store_that_does_not_answer_is_no_fault_of_the_data(
     dataset: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,5 +361,7 @@ def test_a_store_that_refuses_the_manifest_is_told_in_one_line(
         raise error
 
     monkeypatch.setattr(LocalFileSystem, "cat_file", refuse)
-    with pytest.raises(ResourceError, match=r"manifest\.json cannot be reached .*Error: no.*is its store up"):
+    with pytest.raises(
+        ResourceError, match=r"manifest\.json cannot be reached .*Error: no.*is its store up"
+    ):
         open_dataset(str(dataset))

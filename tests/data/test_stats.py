@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bridgework.data.reader import Feed, local
+from bridgework.data.dataset import write
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import write
 from bridgework.data.stats import Spread, Stats, kind, stats
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError
@@ -28,11 +28,16 @@ def made(folder: Path, samples: Iterable[Sample]) -> str:
 
 def on(path: str, **data: Any) -> Stage:
     """The align stage, reading the dataset at `path`."""
-    return replace(TINY, data=replace(TINY.data, sources=(Source(name="it", dataset=path),), **data))
+    return replace(
+        TINY, data=replace(TINY.data, sources=(Source(name="it", dataset=path),), **data)
+    )
 
 
 def test_every_row_and_image_is_counted(tmp_path: Path) -> None:
-    path = made(tmp_path, [*shapes(rows=9, size=16), pair("x", IMAGE, "a cat", language="en", licence="MIT")])
+    path = made(
+        tmp_path,
+        [*shapes(rows=9, size=16), pair("x", IMAGE, "a cat", language="en", licence="MIT")],
+    )
     found = stats(path)
     assert (found.rows, found.shards, found.images) == (10, 1, 10)
     assert found.bytes == (Path(path) / "shard-00000.parquet").stat().st_size
@@ -51,7 +56,12 @@ def test_quantiles_are_values_that_occur() -> None:
 
 
 def test_only_headers_are_read(tmp_path: Path) -> None:
-    found = stats(made(tmp_path, [pair("half", IMAGE[:60], "cut off after its header"), pair("no", b"<html>", "none")]))
+    found = stats(
+        made(
+            tmp_path,
+            [pair("half", IMAGE[:60], "cut off after its header"), pair("no", b"<html>", "none")],
+        )
+    )
     assert found.formats == {"PNG": 1}
     assert found.unreadable == {"not_an_image": 1}
 
@@ -74,7 +84,9 @@ def test_each_kind_of_sample_is_told_from_the_others(sample: Sample, name: str) 
 def test_tokens_are_those_that_the_reader_gives(tmp_path: Path, home: Path) -> None:
     stage = on(made(tmp_path, shapes(rows=16, size=16)))
     fit = stats(stage.data.sources[0].dataset, for_stage=stage).fit
-    feed = replace(Feed.of(stage, home), batch=16, steps=1, mixture=replace(stage.data, window=1))
+    feed = replace(
+        ReaderConfig.of(stage, home), batch=16, steps=1, mixture=replace(stage.data, window=1)
+    )
     [rows] = local(feed, rank=0, world=1, start=0)
     assert fit is not None
     assert fit.tokens == Spread.of([len(row.ids) for row in rows])

@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 
+from bridgework.data.images import decode
 from bridgework.data.synthetic import COLOURS, PLACES, shapes
-from bridgework.data.transforms import decode
 
 CAPTION = re.compile(r"a (small|large) (\w+) (\w+) (above|left of) a (small|large) (\w+) (\w+)")
 
@@ -15,7 +15,9 @@ def test_captions_are_true() -> None:
         found = CAPTION.fullmatch(sample.parts[1].text or "")
         assert found is not None
         pixels = np.asarray(decode(sample.images[0]))
-        for (x, y), colour, size in zip(PLACES[found[4]], (found[2], found[6]), (found[1], found[5]), strict=True):
+        for (x, y), colour, size in zip(
+            PLACES[found[4]], (found[2], found[6]), (found[1], found[5]), strict=True
+        ):
             near = pixels[int(y * 64) - 16 : int(y * 64) + 16, int(x * 64) - 16 : int(x * 64) + 16]
             painted = (near == COLOURS[colour]).all(axis=2)
             assert painted[16, 16]

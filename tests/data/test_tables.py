@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bridgework.data import sources
-from bridgework.data.importers import folder, llava_json
+from bridgework.data.dataset import open_dataset
+from bridgework.data.importers import folder, llava_json, tables
 from bridgework.data.quarantine import BadSample, Reason, Record, records
-from bridgework.data.shards import open_dataset
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError
 
@@ -28,23 +27,34 @@ def read(pictures: Path, table: str) -> tuple[list[str], list[Record]]:
     """The captions that came out, and what was put aside."""
     dest = str(pictures.parent / table)
     folder.run(str(pictures), dest, table=table, max_bad=1, say=lambda _: None)
-    return [sample.text for sample in open_dataset(dest).samples()], list(records(f"{dest}.quarantine"))
+    return [sample.text for sample in open_dataset(dest).samples()], list(
+        records(f"{dest}.quarantine")
+    )
 
 
 def refused(pictures: Path, table: str, words: str, **columns: str) -> None:
     with pytest.raises(DataError, match=words):
-        folder.run(str(pictures), str(pictures.parent / "none"), table=table, say=lambda _: None, **columns)
+        folder.run(
+            str(pictures), str(pictures.parent / "none"), table=table, say=lambda _: None, **columns
+        )
 
 
 def test_a_line_of_more_or_fewer_fields_than_the_header_is_put_aside(pictures: Path) -> None:
-    (pictures / "t.csv").write_text("image,caption\n\na.png,a cat, a dog, and a bird\nb.png\na.png,a cat\n")
-    (pictures / "t.tsv").write_text("image\tcaption\n\na.png\ta cat\ta dog\tand a bird\nb.png\na.png\ta cat\n")
+    (pictures / "t.csv").write_text(
+        "image,caption\n\na.png,a cat, a dog, and a bird\nb.png\na.png,a cat\n"
+    )
+    (pictures / "t.tsv").write_text(
+        "image\tcaption\n\na.png\ta cat\ta dog\tand a bird\nb.png\na.png\ta cat\n"
+    )
     for table, remedy in (("t.csv", "holds commas"), ("t.tsv", "holds tabs")):
         texts, (more, fewer) = read(pictures, table)
         assert texts == ["a cat"]
         assert (more.row, more.key, more.reason) == (0, "row-00000000", Reason.BAD_ROW)
         assert (fewer.row, fewer.key, fewer.reason) == (1, "row-00000001", Reason.BAD_ROW)
-        assert "4 fields, and the header names 2 columns" in more.detail and "stands in quotes" in more.detail
+        assert (
+            "4 fields, and the header names 2 columns" in more.detail
+            and "stands in quotes" in more.detail
+        )
         assert "1 fields, and the header names 2 columns" in fewer.detail
         assert all(remedy in record.detail for record in (more, fewer))
 
@@ -55,7 +65,9 @@ def test_a_caption_may_be_as_long_in_any_table(table: str, pictures: Path) -> No
     with (pictures / table).open("w", newline="") as file:
         if table.endswith("sv"):
             delimiter = "\t" if table.endswith(".tsv") else ","
-            csv.writer(file, delimiter=delimiter).writerows([("image", "caption"), ("a.png", long + '"')])
+            csv.writer(file, delimiter=delimiter).writerows(
+                [("image", "caption"), ("a.png", long + '"')]
+            )
         else:
             json.dump({"image": "a.png", "caption": long + '"'}, file)
     assert read(pictures, table) == ([long + '"'], [])
@@ -71,9 +83,15 @@ def test_a_caption_may_be_as_long_in_any_table(table: str, pictures: Path) -> No
     ],
     ids=["to the end", "into another", "inside", "for megabytes"],
 )
-def test_a_quote_that_is_not_closed_is_an_error_that_says_where_it_began(rest: str, pictures: Path) -> None:
+def test_a_quote_that_is_not_closed_is_an_error_that_says_where_it_began(
+    rest: str, pictures: Path
+) -> None:
     (pictures / "t.csv").write_text(f'image,caption\n\na.png,"a cat\non ""two"" lines"\n{rest}')
-    refused(pictures, "t.csv", r"t\.csv: the row that begins in line 5 opens a quote.*close it, and write a quote")
+    refused(
+        pictures,
+        "t.csv",
+        r"t\.csv: the row that begins in line 5 opens a quote.*close it, and write a quote",
+    )
 
 
 def test_quotes_of_a_tsv_are_those_of_a_whole_field_or_text(pictures: Path) -> None:
@@ -119,7 +137,9 @@ WHOLE = (
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("order", [("image", "caption"), ("caption", "image")])
 @pytest.mark.parametrize("table", ["t.csv", "t.tsv"])
-def test_a_caption_with_ends_of_lines_is_whole(table: str, order: tuple[str, str], end: str, pictures: Path) -> None:
+def test_a_caption_with_ends_of_lines_is_whole(
+    table: str, order: tuple[str, str], end: str, pictures: Path
+) -> None:
     rows = [{"image": "a.png", "caption": text} for text in (*WHOLE, "a cat")]
     with (pictures / table).open("w", newline="") as file:
         mark = "\t" if table == "t.tsv" else ","
@@ -133,9 +153,13 @@ def test_a_caption_with_ends_of_lines_is_whole(table: str, order: tuple[str, str
 
 @pytest.mark.parametrize("order", [("image", "caption"), ("caption", "image")])
 @pytest.mark.parametrize("table", ["t.csv", "t.tsv"])
-def test_a_caption_with_a_bare_carriage_return_is_never_cut(table: str, order: tuple[str, str], pictures: Path) -> None:
+def test_a_caption_with_a_bare_carriage_return_is_never_cut(
+    table: str, order: tuple[str, str], pictures: Path
+) -> None:
     mark = "\t" if table == "t.tsv" else ","
-    rows = [{"image": "a.png", "caption": f"number {n}" + "\rhalf" * (n % 4 == 0)} for n in range(9)]
+    rows = [
+        {"image": "a.png", "caption": f"number {n}" + "\rhalf" * (n % 4 == 0)} for n in range(9)
+    ]
     lines = [mark.join(order), *(mark.join(row[name] for name in order) for row in rows)]
     (pictures / table).write_bytes("\n".join(lines).encode())
     assert read(pictures, table) == ([row["caption"] for row in rows], [])
@@ -167,7 +191,9 @@ def test_two_columns_of_one_name_are_refused_if_one_is_read(table: str, pictures
         (pictures / table).write_text("\n".join(map(mark.join, (head, ("a.png", "x", "y")))))
         refused(pictures, table, f"{table} has two columns named {name!r}. Fix: rename one")
     for head in (("image", "caption", "tag", "tag"), ("image", "caption", "", "")):
-        (pictures / f"ok-{head[2]}{table}").write_text("\n".join(map(mark.join, (head, ("a.png", "a cat", "x", "y")))))
+        (pictures / f"ok-{head[2]}{table}").write_text(
+            "\n".join(map(mark.join, (head, ("a.png", "a cat", "x", "y"))))
+        )
         assert read(pictures, f"ok-{head[2]}{table}") == (["a cat"], [])
 
 
@@ -182,24 +208,45 @@ def test_a_row_with_two_fields_of_one_name_is_put_aside(table: str, pictures: Pa
 
 
 @pytest.mark.parametrize("table", ["t.csv", "t.tsv", "t.json", "t.jsonl"])
-def test_a_column_that_is_not_there_is_an_error_that_names_those_that_are(table: str, pictures: Path) -> None:
+def test_a_column_that_is_not_there_is_an_error_that_names_those_that_are(
+    table: str, pictures: Path
+) -> None:
     row, mark = {"photo": "a.png", "title": "a cat"}, "\t" if table.endswith(".tsv") else ","
     sheet = "".join(mark.join(line) + "\n" for line in (row, row.values()))
-    (pictures / table).write_text(sheet if table.endswith("sv") else json.dumps([row] if table == "t.json" else row))
-    refused(pictures, table, rf"image='foto' names no column of {table}; did you mean 'photo'\?", image="foto")
-    refused(pictures, table, rf"text='caption' names no column of {table}; known: photo, title", image="photo")
+    (pictures / table).write_text(
+        sheet if table.endswith("sv") else json.dumps([row] if table == "t.json" else row)
+    )
+    refused(
+        pictures,
+        table,
+        rf"image='foto' names no column of {table}; did you mean 'photo'\?",
+        image="foto",
+    )
+    refused(
+        pictures,
+        table,
+        rf"text='caption' names no column of {table}; known: photo, title",
+        image="photo",
+    )
 
 
 def nested(depth: int) -> str:
     return "[" * depth + "]" * depth
 
 
-DEPTHS = (100, 500, *range(800, 1_000, 7))  # at some of the last ones the parser may or may not reach its own limit
+DEPTHS = (
+    100,
+    500,
+    *range(800, 1_000, 7),
+)  # at some of the last ones the parser may or may not reach its own limit
 
 
 def test_a_line_nested_too_deep_is_put_aside_and_the_others_stay(pictures: Path) -> None:
     given = (("a cat", 99), *(("deep", depth) for depth in DEPTHS), ("a dog", 99))
-    rows = [f'{{"image": "a.png", "caption": "{text}", "more": {nested(depth)}}}' for text, depth in given]
+    rows = [
+        f'{{"image": "a.png", "caption": "{text}", "more": {nested(depth)}}}'
+        for text, depth in given
+    ]
     (pictures / "t.jsonl").write_text("\n".join([*rows, *map(nested, DEPTHS[1:])]))
     texts, bad = read(pictures, "t.jsonl")
     assert texts == ["a cat", "a dog"] and len(bad) == 2 * len(DEPTHS) - 1
@@ -209,7 +256,9 @@ def test_a_line_nested_too_deep_is_put_aside_and_the_others_stay(pictures: Path)
 
 @pytest.mark.parametrize("depth", [100, 500, 850])
 def test_an_item_of_a_list_nested_too_deep_is_put_aside(depth: int, pictures: Path) -> None:
-    rows = [{"image": "a.png", "caption": "a cat", "more": json.loads(nested(at))} for at in (99, depth)]
+    rows = [
+        {"image": "a.png", "caption": "a cat", "more": json.loads(nested(at))} for at in (99, depth)
+    ]
     (pictures / "t.json").write_text(json.dumps([*rows, json.loads(nested(depth + 1))]))
     texts, bad = read(pictures, "t.json")
     assert texts == ["a cat"] and [record.key for record in bad] == ["row-00000001", "row-00000002"]
@@ -225,10 +274,16 @@ def test_a_conversation_nested_too_deep_is_put_aside(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("\n".join(rows))
     llava_json.run(str(tmp_path / "t.jsonl"), str(tmp_path / "made"), max_bad=1, say=lambda _: None)
     assert [sample.key for sample in open_dataset(str(tmp_path / "made")).samples()] == ["a", "c"]
-    assert {record.reason for record in records(str(tmp_path / "made.quarantine"))} == {Reason.BAD_ROW}
+    assert {record.reason for record in records(str(tmp_path / "made.quarantine"))} == {
+        Reason.BAD_ROW
+    }
 
 
 def test_what_a_json_object_lists_is_put_aside_when_nested_too_deep() -> None:
-    whole = sources.document(f'{{"rows": [{{"a": {nested(100)}}}, {{"a": {nested(99)}}}]}}', "x.json")
-    deep, good = sources.listed(whole, "rows", "x.json")
-    assert isinstance(deep, BadSample) and deep.reason is Reason.BAD_ROW and good == whole["rows"][1]
+    whole = tables.document(
+        f'{{"rows": [{{"a": {nested(100)}}}, {{"a": {nested(99)}}}]}}', "x.json"
+    )
+    deep, good = tables.listed(whole, "rows", "x.json")
+    assert (
+        isinstance(deep, BadSample) and deep.reason is Reason.BAD_ROW and good == whole["rows"][1]
+    )

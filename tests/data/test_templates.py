@@ -8,8 +8,16 @@ from transformers import PreTrainedTokenizerBase
 
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.templates import TEMPLATES, Segment, chat_text, conversation, prompt, render, stop
-from bridgework.data.tokens import load_tokenizer
+from bridgework.data.templates import (
+    TEMPLATES,
+    Segment,
+    chat_text,
+    conversation,
+    prompt,
+    render,
+    stop,
+)
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import SpecError
 
 TALK = [
@@ -33,7 +41,9 @@ def text(segments: list[Segment]) -> str:
 
 def trained(segments: list[Segment]) -> list[str]:
     """Stretches with loss, joined where they touch."""
-    marked = "".join(f"\0{s.text}\0" if s.train else "-" + re.sub(".", "-", s.text, flags=re.S) for s in segments)
+    marked = "".join(
+        f"\0{s.text}\0" if s.train else "-" + re.sub(".", "-", s.text, flags=re.S) for s in segments
+    )
     return [stretch.replace("\0", "") for stretch in re.split("-+", marked) if stretch]
 
 
@@ -69,19 +79,27 @@ def test_v1_takes_a_system_part_instead_of_its_own_sentence() -> None:
     assert text(segments).startswith("Be brief. USER: Where? ASSISTANT:")
 
 
-def test_chat_is_what_the_tokenizers_own_template_writes(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_chat_is_what_the_tokenizers_own_template_writes(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     segments = render(TALK, "chat", tokenizer)
     assert text(segments) == tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     assert trained(segments) == ["A cat.<|im_end|>", "On a mat, asleep.<|im_end|>"]
 
 
-def test_chat_prompt_is_what_the_tokenizers_own_template_writes(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_chat_prompt_is_what_the_tokenizers_own_template_writes(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     segments = prompt(TALK, "chat", tokenizer)
-    assert text(segments) == tokenizer.apply_chat_template(MESSAGES[:3], tokenize=False, add_generation_prompt=True)
+    assert text(segments) == tokenizer.apply_chat_template(
+        MESSAGES[:3], tokenize=False, add_generation_prompt=True
+    )
     assert trained(segments) == ["A cat.<|im_end|>"]
 
 
-def test_a_default_system_prompt_gives_way_to_the_samples_own(smollm2: PreTrainedTokenizerBase) -> None:
+def test_a_default_system_prompt_gives_way_to_the_samples_own(
+    smollm2: PreTrainedTokenizerBase,
+) -> None:
     assert "SmolLM" in text(render(TALK, "chat", smollm2))
     segments = render([Part("system", text="Be brief."), *TALK], "chat", smollm2)
     assert "SmolLM" not in text(segments)
@@ -96,7 +114,9 @@ def test_a_template_that_moves_the_system_part_into_the_first_turn_works() -> No
         "{% else %} {{ m.content | trim }} <|im_end|><|bos|>{% endif %}{% endfor %}"
     )
     segments = render([Part("system", text="Be brief."), *TALK], "chat", tokenizer)
-    assert text(segments).startswith("[INST] <<SYS>>Be brief.<</SYS>> <image>\nWhat is it? [/INST] A cat. <|im_end|>")
+    assert text(segments).startswith(
+        "[INST] <<SYS>>Be brief.<</SYS>> <image>\nWhat is it? [/INST] A cat. <|im_end|>"
+    )
     assert trained(segments) == ["A cat. <|im_end|>", "On a mat, asleep. <|im_end|>"]
 
 
@@ -116,9 +136,14 @@ def test_a_chat_template_that_mangles_the_turns_is_refused(template: str) -> Non
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_prompt_is_the_start_of_what_is_trained_on(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_prompt_is_the_start_of_what_is_trained_on(
+    template: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     parts = pair("k", b"", "a red circle").parts if template in ("plain", "caption") else TALK
-    whole, start = text(render(parts, template, tokenizer)), text(prompt(parts, template, tokenizer))
+    whole, start = (
+        text(render(parts, template, tokenizer)),
+        text(prompt(parts, template, tokenizer)),
+    )
     assert whole.startswith(start)
     assert whole.removeprefix(start).strip() == parts[-1].text + stop(template, tokenizer).strip()
 
@@ -127,7 +152,9 @@ def test_a_prompt_is_the_start_of_what_is_trained_on(template: str, tokenizer: P
 def test_a_caption_is_the_answer_to_its_image(template: str) -> None:
     tokenizer = load_tokenizer("bytes")
     turns = [Part("user", image=0), Part("assistant", text="a cat")]
-    assert render(pair("k", b"", "a cat").parts, template, tokenizer) == render(turns, template, tokenizer)
+    assert render(pair("k", b"", "a cat").parts, template, tokenizer) == render(
+        turns, template, tokenizer
+    )
 
 
 def test_stop_names_what_ends_an_answer(smollm2: PreTrainedTokenizerBase) -> None:
@@ -141,19 +168,34 @@ def test_stop_names_what_ends_an_answer(smollm2: PreTrainedTokenizerBase) -> Non
 
 def test_the_first_words_of_a_caption_can_be_its_question() -> None:
     halves = {
-        tuple(p.text for p in conversation(pair("k", b"", "a red circle"), (), choice, prefix=True) if p.text)
+        tuple(
+            p.text
+            for p in conversation(pair("k", b"", "a red circle"), (), choice, prefix=True)
+            if p.text
+        )
         for choice in range(10)
     }
     assert halves == {("a", "red circle"), ("a red", "circle")}
-    assert conversation(pair("k", b"", "circle"), (), 3, prefix=True) == list(pair("k", b"", "circle").parts)
+    assert conversation(pair("k", b"", "circle"), (), 3, prefix=True) == list(
+        pair("k", b"", "circle").parts
+    )
 
 
 def test_prompts_turn_a_pair_into_a_question_with_the_image_first_or_last() -> None:
     sample = pair("k", b"", "a cat")
     made = [conversation(sample, ("Describe it.", "What is it?"), choice) for choice in range(4)]
-    assert [text(render(m, "plain", load_tokenizer("bytes"))) for m in made] == ["<image>a cat\n"] * 4
-    asked = ["".join("<image>" if p.image is not None else p.text or "" for p in m[:-1]) for m in made]
-    assert asked == ["<image>\nDescribe it.", "<image>\nWhat is it?", "Describe it.\n<image>", "What is it?\n<image>"]
+    assert [text(render(m, "plain", load_tokenizer("bytes"))) for m in made] == [
+        "<image>a cat\n"
+    ] * 4
+    asked = [
+        "".join("<image>" if p.image is not None else p.text or "" for p in m[:-1]) for m in made
+    ]
+    assert asked == [
+        "<image>\nDescribe it.",
+        "<image>\nWhat is it?",
+        "Describe it.\n<image>",
+        "What is it?\n<image>",
+    ]
 
 
 def test_a_conversation_and_a_pair_without_prompts_stay_as_they_are() -> None:

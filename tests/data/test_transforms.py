@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from bridgework.data.metadata import without_metadata
+from bridgework.data.image_metadata import without_metadata
+from bridgework.data.images import decode, load_image, size_of, to_square
 from bridgework.data.quarantine import BadSample, Reason
-from bridgework.data.transforms import decode, read_square, size_of, to_square
 from bridgework.system import Pixels
 
 
@@ -35,10 +35,17 @@ def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds almost nothing."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def reason(data: bytes, **options: int) -> Reason:
@@ -72,7 +79,9 @@ def test_allowed_formats_decode_to_rgb(form: str) -> None:
     ],
 )
 def test_what_is_no_image_is_named_by_a_reason(data: bytes, expected: Reason) -> None:
-    assert reason(data) in ({expected, Reason.CORRUPT} if expected is Reason.ZERO_PIXELS else {expected})
+    assert reason(data) in (
+        {expected, Reason.CORRUPT} if expected is Reason.ZERO_PIXELS else {expected}
+    )
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
@@ -83,12 +92,16 @@ def test_no_truncation_is_ever_taken_for_a_picture(form: str) -> None:
 
 
 def test_a_bomb_is_refused_by_its_header_and_at_once() -> None:
-    assert reason(png_header(60_000, 60_000)) is Reason.TOO_MANY_PIXELS  # decoded, it would need 10 GB
+    assert (
+        reason(png_header(60_000, 60_000)) is Reason.TOO_MANY_PIXELS
+    )  # decoded, it would need 10 GB
     assert reason(saved(smooth(20, 20), "PNG"), max_pixels=399) is Reason.TOO_MANY_PIXELS
 
 
 def test_a_size_that_pillow_warns_of_is_judged_by_our_limit_alone() -> None:
-    data = png_header(9_500, 9_500)  # Pillow's own opener warns of 90 million pixels, and warnings are errors here
+    data = png_header(
+        9_500, 9_500
+    )  # Pillow's own opener warns of 90 million pixels, and warnings are errors here
     assert reason(data) is Reason.TRUNCATED
     assert reason(data, max_pixels=90_000_000) is Reason.TOO_MANY_PIXELS
 
@@ -96,7 +109,9 @@ def test_a_size_that_pillow_warns_of_is_judged_by_our_limit_alone() -> None:
 def test_transparency_is_laid_on_white() -> None:
     half = np.dstack([np.zeros((4, 4, 3), np.uint8), np.full((4, 4), 128, np.uint8)])
     clear = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
-    assert np.asarray(decode(saved(Image.fromarray(half), "PNG"))).mean() == pytest.approx(127, abs=1)
+    assert np.asarray(decode(saved(Image.fromarray(half), "PNG"))).mean() == pytest.approx(
+        127, abs=1
+    )
     assert np.asarray(decode(saved(clear, "WEBP", lossless=True))).min() == 255
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([10, 20, 30, 40, 50, 60])
@@ -130,14 +145,21 @@ def test_a_picture_taken_sideways_comes_out_upright() -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_broken_exif_does_not_cost_the_picture() -> None:
-    assert decode(saved(smooth(16, 16), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")).size == (16, 16)
+    assert decode(saved(smooth(16, 16), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")).size == (
+        16,
+        16,
+    )
 
 
 def test_animations_give_their_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for form in ("GIF", "WEBP", "PNG"):
         data = saved(
-            frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {})
+            frames[0],
+            form,
+            save_all=True,
+            append_images=frames[1:],
+            **({"lossless": True} if form == "WEBP" else {}),
         )
         assert np.asarray(decode(data))[0, 0].tolist() == [255, 0, 0]
 
@@ -148,7 +170,9 @@ def test_crop_matches_resizing_the_whole_and_cutting_the_centre(width: int, heig
     short = min(width, height)
     wide, high = int(size * width / short), int(size * height / short)
     left, top = (wide - size) // 2, (high - size) // 2
-    whole = image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    whole = image.resize((wide, high), Image.Resampling.BICUBIC).crop(
+        (left, top, left + size, top + size)
+    )
     found = to_square(image, Pixels(size=size))
     assert found.shape == (3, size, size) and found.dtype == np.uint8 and found.flags.c_contiguous
     assert np.abs(found.astype(int) - np.asarray(whole, dtype=int).transpose(2, 0, 1)).max() <= 2
@@ -159,19 +183,28 @@ def test_pad_matches_padding_first_and_resizing_then() -> None:
     colour = (122, 117, 105)
     square = Image.new("RGB", (90, 90), colour)
     square.paste(image, (0, 15))
-    other = np.asarray(square.resize((48, 48), Image.Resampling.BICUBIC), dtype=int).transpose(2, 0, 1)
+    other = np.asarray(square.resize((48, 48), Image.Resampling.BICUBIC), dtype=int).transpose(
+        2, 0, 1
+    )
     found = to_square(image, pixels)
     assert found[:, 0, 0].tolist() == list(colour) and found[:, -1, -1].tolist() == list(colour)
-    assert np.abs(found.astype(int) - other)[:, 10:38].max() <= 2  # but for the edge, which is sharp here
+    assert (
+        np.abs(found.astype(int) - other)[:, 10:38].max() <= 2
+    )  # but for the edge, which is sharp here
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop"])
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 1)])
-def test_extreme_shapes_give_a_square_of_their_colour(fit: Literal["pad", "crop"], size: tuple[int, int]) -> None:
+def test_extreme_shapes_give_a_square_of_their_colour(
+    fit: Literal["pad", "crop"], size: tuple[int, int]
+) -> None:
     data = saved(Image.new("RGB", size, (10, 200, 30)), "PNG")
-    found = read_square(data, Pixels(size=224, fit=fit))
+    found = load_image(data, Pixels(size=224, fit=fit))
     assert found.shape == (3, 224, 224)
-    assert found[:, 112, 112 if size[0] >= size[1] else 111].tolist() in ([10, 200, 30], [128, 128, 128])
+    assert found[:, 112, 112 if size[0] >= size[1] else 111].tolist() in (
+        [10, 200, 30],
+        [128, 128, 128],
+    )
     assert (found.reshape(3, -1).T == (10, 200, 30)).all(axis=1).sum() >= 224
 
 
@@ -179,7 +212,7 @@ def test_scaled_jpeg_decoding_stays_close_to_the_full_one() -> None:
     data = saved(smooth(1_000, 800), "JPEG", quality=95)
     assert decode(data, size=64).size == (250, 200)  # an eighth would be under twice the target
     full = to_square(decode(data), Pixels(size=64)).astype(int)
-    assert np.abs(read_square(data, Pixels(size=64)) - full).mean() < 1
+    assert np.abs(load_image(data, Pixels(size=64)) - full).mean() < 1
 
 
 def test_a_bad_sample_survives_pickling() -> None:
@@ -197,7 +230,9 @@ SEGMENTS = 320  # of 65 kB: 20 MB
 
 def shot(kind: str, **how: Any) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.arange(64 * 96 * 3, dtype=np.uint8).reshape(64, 96, 3)).save(file, kind, **how)
+    Image.fromarray(np.arange(64 * 96 * 3, dtype=np.uint8).reshape(64, 96, 3)).save(
+        file, kind, **how
+    )
     return file.getvalue()
 
 

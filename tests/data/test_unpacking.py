@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bridgework.data.arrow_bounds import check_messages, unpacked_bytes
+from bridgework.data.dataset import open_dataset, verify
 from bridgework.data.importers import hf, preferences
 from bridgework.data.manifest import FILE, Manifest, Shard
 from bridgework.data.quarantine import BadSample, Reason, records
 from bridgework.data.samples import SCHEMA, to_row
-from bridgework.data.shards import open_dataset, verify
 from bridgework.data.synthetic import shapes
-from bridgework.data.unpacking import check_messages, unpacked_bytes
 from bridgework.errors import DataError
 
 ROWS = 4
@@ -48,14 +48,18 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_shard_that_unpacks_to_far_more_is_refused_before_it_is_read(name: str, tmp_path: Path) -> None:
+def test_a_shard_that_unpacks_to_far_more_is_refused_before_it_is_read(
+    name: str, tmp_path: Path
+) -> None:
     change, how = CHANGES[name]
     folder = shard(tmp_path / "d", change, **how)
     assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
     del change
     before = pa.total_allocated_bytes()
     tracemalloc.start()
-    with pytest.raises(DataError, match=r"row group 0 has .* bytes and unpacks to 80,.*data verify"):
+    with pytest.raises(
+        DataError, match=r"row group 0 has .* bytes and unpacks to 80,.*data verify"
+    ):
         open_dataset(str(folder)).read_group(0, 0)
     assert tracemalloc.get_traced_memory()[1] < 30_000_000
     tracemalloc.stop()

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridgework.data.batch import Batch, collate
-from bridgework.data.reader import Feed, local
+from bridgework.data.collate import Batch, collate
+from bridgework.data.dataset import write
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import write
 from bridgework.data.synthetic import shapes
-from bridgework.inference import Pipeline
+from bridgework.inference.pipeline import Pipeline
 from bridgework.system import IMAGE, Layout, Source, Stage, load
 
 MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
@@ -20,7 +20,10 @@ FRAMES = 3
 
 def video(number: int) -> Sample:
     frames = tuple(sample.images[0] for sample in shapes(rows=FRAMES, size=16, seed=number))
-    parts = (*(Part("caption", image=i) for i in range(FRAMES)), Part("caption", text=f"clip {number}"))
+    parts = (
+        *(Part("caption", image=i) for i in range(FRAMES)),
+        Part("caption", text=f"clip {number}"),
+    )
     return Sample(f"video-{number}", frames, parts, times_s=(0.0, 1.0, 2.0))
 
 
@@ -32,7 +35,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     write(shapes(rows=24, size=16), str(folder / "pairs"), **MADE, group_rows=4)
     tiny = load("flamingo").tiny()["train"]
     sources = (
-        Source(name="clips", dataset=str(folder / "clips"), images=2, loss_weight=1.0),  # of a document, not of a video
+        Source(
+            name="clips", dataset=str(folder / "clips"), images=2, loss_weight=1.0
+        ),  # of a document, not of a video
         Source(name="pairs", dataset=str(folder / "pairs"), loss_weight=1.0),
     )
     return replace(tiny, data=replace(tiny.data, sources=sources, alpha=0.0))
@@ -40,7 +45,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 @pytest.fixture(scope="module")
 def batch(stage: Stage, home: Path) -> Batch:
-    return collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    return collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
 
 
 def test_a_video_has_one_place_and_all_its_frames(stage: Stage, batch: Batch) -> None:
@@ -73,7 +78,9 @@ def test_every_frame_changes_what_the_model_says(stage: Stage, batch: Batch) -> 
 def test_a_video_is_judged_as_it_was_trained(stage: Stage, batch: Batch) -> None:
     torch.manual_seed(0)
     model = stage.model.build().eval()
-    samples = {sample.key: sample for sample in (*(video(n) for n in range(24)), *shapes(rows=24, size=16))}
+    samples = {
+        sample.key: sample for sample in (*(video(n) for n in range(24)), *shapes(rows=24, size=16))
+    }
     judged = Pipeline(model, stage).loglik([samples[key] for key in batch.keys])
     with torch.no_grad():
         (loss,) = stage.losses

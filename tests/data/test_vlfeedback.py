@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bridgework.data.dataset import open_dataset
 from bridgework.data.importers import vlfeedback
 from bridgework.data.quarantine import Reason, records
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import open_dataset
 from bridgework.data.synthetic import shapes
 
 PNG = next(shapes(1, size=16)).images[0]
@@ -40,7 +40,9 @@ def read(tmp_path: Path, rows: list[Any], **how: Any) -> dict[str, Sample]:
 
 
 def test_the_best_mean_is_chosen_and_the_worst_rejected(tmp_path: Path) -> None:
-    rows = [question("q", answer("middle", 3, 3, 3), answer("best", 5, 3, 5), answer("worst", 1, 5, 1))]
+    rows = [
+        question("q", answer("middle", 3, 3, 3), answer("best", 5, 3, 5), answer("worst", 1, 5, 1))
+    ]
     sample = read(tmp_path, rows)["q"]
     assert sample.parts == (
         Part("user", image=0), Part("user", text="\nWhat is it?"), Part("assistant", text="best"),
@@ -54,7 +56,9 @@ def test_a_line_ends_where_json_lines_do(tmp_path: Path) -> None:
     assert sample.parts[-1].text == said
 
 
-def test_ties_are_left_out_and_said_and_answers_without_a_rating_do_not_count(tmp_path: Path) -> None:
+def test_ties_are_left_out_and_said_and_answers_without_a_rating_do_not_count(
+    tmp_path: Path,
+) -> None:
     said = list[str]()
     rows = [
         question("tie", answer("a", 3, 3, 3), answer("b", 3, 3, 3)),
@@ -72,7 +76,10 @@ def test_ties_are_left_out_and_said_and_answers_without_a_rating_do_not_count(tm
         ([], Reason.BAD_ROW),
         (question("x", answer("alone", 3, 3, 3)), Reason.BAD_ROW),
         (question("x", answer("<image>", 3, 3, 3), answer("b", 1, 1, 1)), Reason.PLACEHOLDERS),
-        (question("x", answer("a", 3, 3, 3), answer("b", 1, 1, 1), image="no.png"), Reason.MISSING_IMAGE),
+        (
+            question("x", answer("a", 3, 3, 3), answer("b", 1, 1, 1), image="no.png"),
+            Reason.MISSING_IMAGE,
+        ),
     ],
 )
 def test_bad_rows_are_put_aside_with_their_reason(tmp_path: Path, row: Any, reason: Reason) -> None:
@@ -115,7 +122,8 @@ def test_parquet_is_read_in_both_forms_of_its_answers(form: str, tmp_path: Path)
     given: Any = answers
     if form == "object of lists":
         notes = {
-            aspect: {"Rating": [a["annotations"][aspect]["Rating"] for a in answers]} for aspect in vlfeedback.ASPECTS
+            aspect: {"Rating": [a["annotations"][aspect]["Rating"] for a in answers]}
+            for aspect in vlfeedback.ASPECTS
         }
         given = {"annotations": notes, "response": [a["response"] for a in answers]}
     table = {

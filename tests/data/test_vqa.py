@@ -7,15 +7,30 @@ from typing import Any
 
 import pytest
 
+from bridgework.data.dataset import open_dataset, verify
 from bridgework.data.importers import vqa
 from bridgework.data.quarantine import Reason, records
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import open_dataset, verify
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError
 
 PNG = next(shapes(1, size=16)).images[0]
-WRONG = [None, True, -1, 1.5, "", "x", [], [1], {}, {"a": 1}, float("nan"), 10**400, "\ud800", "../up.png"]
+WRONG = [
+    None,
+    True,
+    -1,
+    1.5,
+    "",
+    "x",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    float("nan"),
+    10**400,
+    "\ud800",
+    "../up.png",
+]
 
 
 def asked(number: Any, question: Any = "What is it?", image: Any = 9) -> dict[str, Any]:
@@ -23,17 +38,33 @@ def asked(number: Any, question: Any = "What is it?", image: Any = 9) -> dict[st
 
 
 def answered(number: Any, *answers: Any, image: Any = 9, **changes: Any) -> dict[str, Any]:
-    people = [{"answer": answer, "answer_confidence": "yes", "answer_id": i} for i, answer in enumerate(answers, 1)]
+    people = [
+        {"answer": answer, "answer_confidence": "yes", "answer_id": i}
+        for i, answer in enumerate(answers, 1)
+    ]
     given = {"question_id": number, "image_id": image, "answers": people, "answer_type": "other"}
-    return given | {"multiple_choice_answer": answers[0] if answers else None, "question_type": "what is"} | changes
+    return (
+        given
+        | {"multiple_choice_answer": answers[0] if answers else None, "question_type": "what is"}
+        | changes
+    )
 
 
 def read(folder: Path, questions: list[Any], answers: list[Any], **how: Any) -> dict[str, Sample]:
     (folder / "COCO_train2014_000000000009.jpg").write_bytes(PNG)
-    (folder / "q.json").write_text(json.dumps({"data_subtype": "train2014", "questions": questions}))
+    (folder / "q.json").write_text(
+        json.dumps({"data_subtype": "train2014", "questions": questions})
+    )
     (folder / "a.json").write_text(json.dumps({"annotations": answers}))
     beside = str(folder / "a.json")
-    vqa.run(str(folder / "q.json"), str(folder / "made"), annotations=beside, max_bad=1, say=lambda _: None, **how)
+    vqa.run(
+        str(folder / "q.json"),
+        str(folder / "made"),
+        annotations=beside,
+        max_bad=1,
+        say=lambda _: None,
+        **how,
+    )
     assert verify(str(folder / "made")) == []
     return {sample.key: sample for sample in open_dataset(str(folder / "made")).samples()}
 
@@ -52,7 +83,9 @@ def test_a_question_is_answered_by_the_majority_and_keeps_all_ten(tmp_path: Path
     assert found.provenance == {"question_type": "what is", "answer_type": "other"}
 
 
-def test_the_files_own_choice_stands_and_without_one_the_most_frequent_answer(tmp_path: Path) -> None:
+def test_the_files_own_choice_stands_and_without_one_the_most_frequent_answer(
+    tmp_path: Path,
+) -> None:
     own, none = answered(1, "a", "b", "b", multiple_choice_answer="c"), answered(2, "a", "b", "b")
     del none["multiple_choice_answer"]
     found = read(tmp_path, [asked(1), asked(2)], [none, own])
@@ -72,7 +105,10 @@ def test_the_pattern_names_the_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [
-        ("{:999999999d}.jpg", "more than 100 characters in a field, or 1000 in all; it is one like COCO_val2014_"),
+        (
+            "{:999999999d}.jpg",
+            "more than 100 characters in a field, or 1000 in all; it is one like COCO_val2014_",
+        ),
         ("{:.999999999f}.jpg", "more than 100 characters in a field"),
         ("{:0>101}.jpg", "more than 100 characters in a field"),
         ("{:\u0669\u0669\u0669}.jpg", "more than 100 characters in a field"),
@@ -82,7 +118,9 @@ def test_the_pattern_names_the_image(tmp_path: Path) -> None:
         ("{0.__doc__}{0}", "gives no file"),
     ],
 )
-def test_a_pattern_of_very_wide_names_is_refused_before_one_is_made(pattern: str, words: str, tmp_path: Path) -> None:
+def test_a_pattern_of_very_wide_names_is_refused_before_one_is_made(
+    pattern: str, words: str, tmp_path: Path
+) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match=words):
@@ -98,7 +136,13 @@ def test_a_pattern_may_pad_to_a_hundred_characters(tmp_path: Path) -> None:
 
 
 def test_questions_that_are_answered_twice_and_differently_are_put_aside(tmp_path: Path) -> None:
-    answers = [answered(1, "yes"), answered(2, "no"), answered(1, "yes"), answered(2, "yes"), answered(2, "no")]
+    answers = [
+        answered(1, "yes"),
+        answered(2, "no"),
+        answered(1, "yes"),
+        answered(2, "yes"),
+        answered(2, "no"),
+    ]
     assert list(read(tmp_path, [asked(1), asked(2)], answers)) == ["1"]
     (bad,) = records(f"{tmp_path}/made.quarantine")
     assert (bad.key, bad.reason) == ("2", Reason.BAD_ROW)
@@ -106,7 +150,9 @@ def test_questions_that_are_answered_twice_and_differently_are_put_aside(tmp_pat
 
 
 def test_true_is_no_question(tmp_path: Path) -> None:
-    assert read(tmp_path, [asked(1), asked(True)], [answered(1, "yes"), answered(True, "no")])["1"].text.endswith("yes")
+    assert read(tmp_path, [asked(1), asked(True)], [answered(1, "yes"), answered(True, "no")])[
+        "1"
+    ].text.endswith("yes")
     assert aside(tmp_path) == {"row-00000001": Reason.BAD_ROW}
 
 
@@ -141,7 +187,9 @@ def test_every_bad_question_is_put_aside_with_its_reason(tmp_path: Path) -> None
 def test_a_path_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     rows = [asked(1), asked(2, image="../9")], [answered(1, "yes"), answered(2, "a", image="../9")]
     (tmp_path / "9.jpg").write_bytes(PNG)
-    assert set(read(tmp_path, *rows, pattern="{}.jpg")) == {"1"} and aside(tmp_path) == {"2": Reason.OUTSIDE}
+    assert set(read(tmp_path, *rows, pattern="{}.jpg")) == {"1"} and aside(tmp_path) == {
+        "2": Reason.OUTSIDE
+    }
 
 
 def test_only_a_whole_number_names_an_image(tmp_path: Path) -> None:
@@ -154,8 +202,13 @@ def test_only_a_whole_number_names_an_image(tmp_path: Path) -> None:
 
 
 def test_whatever_stands_in_a_field_every_row_goes_one_way_or_the_other(tmp_path: Path) -> None:
-    questions = [asked(9 + i) | {name: value} for name in asked(1) for i, value in enumerate(WRONG)] + WRONG
-    wrong = [answered(100 + i) | {name: v} for i, (name, v) in enumerate((n, v) for n in answered(1) for v in WRONG)]
+    questions = [
+        asked(9 + i) | {name: value} for name in asked(1) for i, value in enumerate(WRONG)
+    ] + WRONG
+    wrong = [
+        answered(100 + i) | {name: v}
+        for i, (name, v) in enumerate((n, v) for n in answered(1) for v in WRONG)
+    ]
     wrong += [answered(300 + i, "a") | {"answers": [value]} for i, value in enumerate(WRONG)]
     answers = [*WRONG, *wrong, *(answered(9 + i, "yes") for i in range(len(WRONG)))]
     questions += [asked(note["question_id"]) for note in wrong]
@@ -170,4 +223,6 @@ def test_a_file_that_is_not_vqas_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "q.json").write_text('{"questions": [], "annotations": []}')
     for source, answers in (("q.json", "x.json"), ("x.json", "q.json")):
         with pytest.raises(DataError, match=r"x\.json"):
-            vqa.run(str(tmp_path / source), str(tmp_path / "made"), annotations=str(tmp_path / answers))
+            vqa.run(
+                str(tmp_path / source), str(tmp_path / "made"), annotations=str(tmp_path / answers)
+            )

@@ -13,12 +13,12 @@ import fsspec
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from bridgework.data import tars
+from bridgework.data.dataset import open_dataset, verify
 from bridgework.data.importers import webdataset
+from bridgework.data.importers import webdataset as tars
 from bridgework.data.manifest import Manifest
 from bridgework.data.quarantine import Reason, records
 from bridgework.data.samples import Sample
-from bridgework.data.shards import open_dataset, verify
 from bridgework.errors import DataError
 from tests.data.tars import HOSTILE, PICTURES, PNG, Member, samples, special, tar
 
@@ -44,7 +44,14 @@ def aside(dest: Path) -> dict[str, Reason]:
 
 
 def test_a_sample_is_an_image_with_its_text_label_and_facts(tmp_path: Path) -> None:
-    facts = {"url": "http://x/y", "width": 640, "nsfw": False, "exif": {"a": 1}, "long": "x" * 999, "none": None}
+    facts = {
+        "url": "http://x/y",
+        "width": 640,
+        "nsfw": False,
+        "exif": {"a": 1},
+        "long": "x" * 999,
+        "none": None,
+    }
     (tmp_path / "a.tar").write_bytes(
         tar(
             ("deep/0001.PNG", PNG),
@@ -72,14 +79,21 @@ def test_a_sample_is_an_image_with_its_text_label_and_facts(tmp_path: Path) -> N
         "caption": "an unused caption",
     }
     assert found["0002"].provenance == {"text": "x"}
-    assert (manifest.licence, manifest.made_by) == ("CC-BY-4.0", "bridgework.data.importers.webdataset")
+    assert (manifest.licence, manifest.made_by) == (
+        "CC-BY-4.0",
+        "bridgework.data.importers.webdataset",
+    )
 
 
 def test_an_option_names_the_field_of_the_caption(tmp_path: Path) -> None:
     entry = json.dumps({"caption": "a cat", "long": "a cat that sits"}).encode()
-    (tmp_path / "a.tar").write_bytes(tar(("1.png", PNG), ("1.txt", b"cat"), ("1.json", entry), *samples(0, 1)))
+    (tmp_path / "a.tar").write_bytes(
+        tar(("1.png", PNG), ("1.txt", b"cat"), ("1.json", entry), *samples(0, 1))
+    )
     bring(tmp_path / "a.tar", tmp_path / "d", text="long")
-    assert {key: sample.text for key, sample in read(tmp_path / "d").items()} == {"1": "a cat that sits"}
+    assert {key: sample.text for key, sample in read(tmp_path / "d").items()} == {
+        "1": "a cat that sits"
+    }
     assert aside(tmp_path / "d") == {"0000": Reason.EMPTY_TEXT}
 
 
@@ -89,22 +103,38 @@ def test_samples_are_those_that_webdataset_finds(form: int, tmp_path: Path) -> N
         f"{'folder' * 20}/" if form != tarfile.USTAR_FORMAT else "f/",
         ("a", "b_2", "c-3", "\u00e9t\u00e9", "x y"),
     )
-    members: list[Member] = [("__meta__", b"1"), ("README", b"x"), ("notes.md", b"x"), (".hidden", b"x")]
+    members: list[Member] = [
+        ("__meta__", b"1"),
+        ("README", b"x"),
+        ("notes.md", b"x"),
+        (".hidden", b"x"),
+    ]
     for place, name in enumerate(names):
         members += [
             (f"{folder}{name}.PNG", PICTURES[place]),
             (f"{folder}{name}.txt", b"words"),
             (f"{folder}{name}.t.pyd", b"x"),
         ]
-    members += [("__x__/1.png", PNG), ("d.e/f.png", PNG), ("d.e/f.txt", b"dots in a folder"), ("d.e/f.g.txt", b"")]
+    members += [
+        ("__x__/1.png", PNG),
+        ("d.e/f.png", PNG),
+        ("d.e/f.txt", b"dots in a folder"),
+        ("d.e/f.g.txt", b""),
+    ]
     (tmp_path / "a.tar").write_bytes(tar(*members, form=form))
     bring(tmp_path / "a.tar", tmp_path / "d")
     with (tmp_path / "a.tar").open("rb") as file:
         found = list(group_by_keys(tar_file_expander([{"url": "a.tar", "stream": file}])))
-    theirs = {sample["__key__"]: (sample["png"], sample["txt"]) for sample in found if "png" in sample}
-    assert {key: (s.images[0], s.text.encode()) for key, s in read(tmp_path / "d").items()} == theirs
+    theirs = {
+        sample["__key__"]: (sample["png"], sample["txt"]) for sample in found if "png" in sample
+    }
+    assert {
+        key: (s.images[0], s.text.encode()) for key, s in read(tmp_path / "d").items()
+    } == theirs
     assert len(theirs) == 6
-    assert aside(tmp_path / "d") == {"notes": Reason.MISSING_IMAGE}  # webdataset gives it as a sample too
+    assert aside(tmp_path / "d") == {
+        "notes": Reason.MISSING_IMAGE
+    }  # webdataset gives it as a sample too
 
 
 def test_a_sample_without_one_image_and_a_text_is_put_aside(tmp_path: Path) -> None:
@@ -121,11 +151,20 @@ def test_a_sample_without_one_image_and_a_text_is_put_aside(tmp_path: Path) -> N
         "list": (Reason.BAD_ROW, [("list.png", PNG), ("list.json", b'["a cat"]')]),
         "number": (Reason.BAD_ROW, [("number.png", PNG), ("number.json", b'{"caption": 3}')]),
         "half": (Reason.BAD_ROW, [("half.png", PNG), ("half.json", b'{"caption": "\\ud800"}')]),
-        "again": (Reason.DUPLICATE_KEY, [("again.png", PNG), ("again.png", PNG), ("again.txt", b"x")]),
+        "again": (
+            Reason.DUPLICATE_KEY,
+            [("again.png", PNG), ("again.png", PNG), ("again.txt", b"x")],
+        ),
         "page": (Reason.NOT_AN_IMAGE, [("page.png", b"<html>"), ("page.txt", b"x")]),
         "empty": (Reason.EMPTY_FILE, [("empty.png", b""), ("empty.txt", b"x")]),
-        "odd": (Reason.BAD_ROW, [("odd.png", PNG), ("odd.json", b'{"key": 1, "images": ["png"], "parts": [3]}')]),
-        "gone": (Reason.MISSING_IMAGE, [("gone.json", b'{"key": "a", "images": [[], "png"], "parts": []}')]),
+        "odd": (
+            Reason.BAD_ROW,
+            [("odd.png", PNG), ("odd.json", b'{"key": 1, "images": ["png"], "parts": [3]}')],
+        ),
+        "gone": (
+            Reason.MISSING_IMAGE,
+            [("gone.json", b'{"key": "a", "images": [[], "png"], "parts": []}')],
+        ),
     }
     members = [member for _, flawed in bad.values() for member in flawed]
     (tmp_path / "a.tar").write_bytes(tar(*members, *samples(0, 1)))
@@ -181,10 +220,20 @@ def test_tars_of_a_folder_that_are_hidden_or_compressed_are_no_rows(tmp_path: Pa
 
 def test_pickles_and_other_members_are_never_read_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(
-        tar(("0.pyd", b"x"), *samples(0, 2), ("0001.pkl", b"x"), ("0001.npy", b"x"), ("a.!", b""), (".png", PNG))
+        tar(
+            ("0.pyd", b"x"),
+            *samples(0, 2),
+            ("0001.pkl", b"x"),
+            ("0001.npy", b"x"),
+            ("a.!", b""),
+            (".png", PNG),
+        )
     )
     manifest = bring(tmp_path / "a.tar", tmp_path / "d")
-    assert manifest.parameters["ignored"] == {"": 2, "npy": 1, "pkl": 1, "pyd": 1} and manifest.rows == 2
+    assert (
+        manifest.parameters["ignored"] == {"": 2, "npy": 1, "pkl": 1, "pyd": 1}
+        and manifest.rows == 2
+    )
 
 
 # --- many tars -------------------------------------------------------------------------------------------------------
@@ -200,15 +249,21 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("source", ["shards", "shards/", "shards/*.tar", "shards/{000..002}.tar", "shards/00[0-2].tar"])
+@pytest.mark.parametrize(
+    "source", ["shards", "shards/", "shards/*.tar", "shards/{000..002}.tar", "shards/00[0-2].tar"]
+)
 def test_tars_are_given_as_a_folder_or_a_pattern(source: str, shards: Path, tmp_path: Path) -> None:
     manifest = bring(f"{tmp_path}/{source}", tmp_path / "d")
     keys = [f"{number:03d}/{row:04d}" for number in range(3) for row in range(4)]
     assert list(read(tmp_path / "d")) == keys and manifest.parameters["prefixed"] is True
-    assert [sample.text for sample in read(tmp_path / "d").values()] == [f"caption {row}" for row in range(12)]
+    assert [sample.text for sample in read(tmp_path / "d").values()] == [
+        f"caption {row}" for row in range(12)
+    ]
 
 
-def test_keys_that_differ_need_no_tar_in_front_and_the_order_is_the_one_given(shards: Path, tmp_path: Path) -> None:
+def test_keys_that_differ_need_no_tar_in_front_and_the_order_is_the_one_given(
+    shards: Path, tmp_path: Path
+) -> None:
     (shards / "b").mkdir()
     (shards / "b" / "x.tar").write_bytes(tar(("other.png", PNG), ("other.txt", b"x")))
     manifest = bring(f"{shards}/{{b/x,001}}.tar", tmp_path / "d")
@@ -240,17 +295,24 @@ def test_tars_may_lie_in_a_store(shards: Path, tmp_path: Path) -> None:
         ("shards/x*.tar", "names no .tar"),
         ("nowhere", "there is no tar .*nowhere"),
         ("shards/{000.tar", "write e.g."),
-        ("shards/{0..99999999999999999999}.tar", "names more than 1,000,000 tars; import them in parts"),
+        (
+            "shards/{0..99999999999999999999}.tar",
+            "names more than 1,000,000 tars; import them in parts",
+        ),
         ("shards/{0..9999}{0..9999..3}.tar", "names more than 1,000,000 tars"),
         ("shards/" + "{a,b}" * 40 + ".tar", "names more than 1,000,000 tars"),
     ],
 )
-def test_tars_that_are_not_there_are_an_error(source: str, words: str, shards: Path, tmp_path: Path) -> None:
+def test_tars_that_are_not_there_are_an_error(
+    source: str, words: str, shards: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=words):
         bring(f"{tmp_path}/{source}", tmp_path / "d")
 
 
-def test_the_same_tars_again_are_nothing_to_do_and_others_are_an_error(shards: Path, tmp_path: Path) -> None:
+def test_the_same_tars_again_are_nothing_to_do_and_others_are_an_error(
+    shards: Path, tmp_path: Path
+) -> None:
     first = bring(shards, tmp_path / "d")
     assert bring(shards, tmp_path / "d") == first
     later = tarfile.TarInfo("0000.png")
@@ -265,7 +327,9 @@ def test_the_same_tars_again_are_nothing_to_do_and_others_are_an_error(shards: P
 # --- what is broken --------------------------------------------------------------------------------------------------
 
 
-def test_wherever_a_tar_is_cut_every_whole_sample_comes_out_and_the_cut_is_one_row(tmp_path: Path) -> None:
+def test_wherever_a_tar_is_cut_every_whole_sample_comes_out_and_the_cut_is_one_row(
+    tmp_path: Path,
+) -> None:
     members = samples(0, 6)
     whole, end = tar(*members), len(tar(*members, end=False))
     (tmp_path / "b.tar").write_bytes(tar(("other.png", PNG), ("other.txt", b"x")))
@@ -285,7 +349,11 @@ def _behind(members: list[Member], row: int) -> int:
 @pytest.mark.parametrize(
     ("data", "reason", "words"),
     [
-        (b"<html><body>404</body></html>" * 99, Reason.CORRUPT, "no tar from byte 0 on, where b'<html><body>'"),
+        (
+            b"<html><body>404</body></html>" * 99,
+            Reason.CORRUPT,
+            "no tar from byte 0 on, where b'<html><body>'",
+        ),
         (b"", Reason.EMPTY_FILE, "0 bytes"),
         (gzip.compress(tar(*samples(0, 3))), Reason.CORRUPT, "compressed by gzip"),
         (PNG, Reason.CORRUPT, "no tar from byte 0"),
@@ -307,7 +375,10 @@ def test_what_is_no_tar_is_an_error_alone_and_one_row_among_others(
 def test_a_cut_behind_a_sample_that_is_bad_anyway_is_told_too(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(tar(*samples(0, 1), ("../x.png", PNG), end=False))
     bring(tmp_path / "a.tar", tmp_path / "d")
-    assert aside(tmp_path / "d") == {"../x": Reason.OUTSIDE, "a": Reason.TRUNCATED} and len(read(tmp_path / "d")) == 1
+    assert (
+        aside(tmp_path / "d") == {"../x": Reason.OUTSIDE, "a": Reason.TRUNCATED}
+        and len(read(tmp_path / "d")) == 1
+    )
 
 
 def test_a_header_that_was_changed_loses_no_sample_before_it_in_silence(tmp_path: Path) -> None:
@@ -316,7 +387,9 @@ def test_a_header_that_was_changed_loses_no_sample_before_it_in_silence(tmp_path
     data[len(tar(*members[:4], end=False)) + 100] ^= 1  # in the header of sample 2
     (tmp_path / "a.tar").write_bytes(data)
     bring(tmp_path / "a.tar", tmp_path / "d")
-    assert list(read(tmp_path / "d")) == ["0000", "0001"] and aside(tmp_path / "d") == {"a": Reason.CORRUPT}
+    assert list(read(tmp_path / "d")) == ["0000", "0001"] and aside(tmp_path / "d") == {
+        "a": Reason.CORRUPT
+    }
 
 
 def test_two_tars_in_one_file_are_told(tmp_path: Path) -> None:
@@ -328,16 +401,26 @@ def test_two_tars_in_one_file_are_told(tmp_path: Path) -> None:
 # --- what is made to harm --------------------------------------------------------------------------------------------
 
 
-def test_members_made_to_harm_are_rows_with_a_reason_and_nothing_is_written_beside_the_dataset(tmp_path: Path) -> None:
+def test_members_made_to_harm_are_rows_with_a_reason_and_nothing_is_written_beside_the_dataset(
+    tmp_path: Path,
+) -> None:
     work = tmp_path / "work"
     work.mkdir()
     hostile = [member for _, members in HOSTILE.values() for member in members]
     (work / "a.tar").write_bytes(
-        tar(("good.png", PNG), ("good.txt", b"good"), *hostile, *samples(0, 2), form=tarfile.PAX_FORMAT)
+        tar(
+            ("good.png", PNG),
+            ("good.txt", b"good"),
+            *hostile,
+            *samples(0, 2),
+            form=tarfile.PAX_FORMAT,
+        )
     )
     bring(work / "a.tar", work / "d")
     found = aside(work / "d")
-    assert found == {key if key != "renamed" else "../renamed": reason for key, (reason, _) in HOSTILE.items()}
+    assert found == {
+        key if key != "renamed" else "../renamed": reason for key, (reason, _) in HOSTILE.items()
+    }
     assert list(read(work / "d")) == ["good", "0000", "0001"]
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
         ["work", "a.tar", "d", "d.quarantine", "manifest.json", "shard-00000.parquet"]
@@ -354,12 +437,20 @@ def test_members_made_to_harm_are_rows_with_a_reason_and_nothing_is_written_besi
         {"size": -512},
         {"pax_headers": {"size": "-1024"}},
         {"pax_headers": {"size": str(2**70)}},
-        {"pax_headers": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "x.png"}},
+        {
+            "pax_headers": {
+                "GNU.sparse.major": "1",
+                "GNU.sparse.minor": "0",
+                "GNU.sparse.name": "x.png",
+            }
+        },
         {"pax_headers": {"GNU.sparse.map": "0,99999999999999,1", "GNU.sparse.size": "1"}},
     ],
     ids=str,
 )
-def test_a_size_that_is_a_lie_ends_the_tar_with_a_reason(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_a_size_that_is_a_lie_ends_the_tar_with_a_reason(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
     form = tarfile.PAX_FORMAT if "pax_headers" in fields else tarfile.GNU_FORMAT
     members = [*samples(0, 2), special("lie.png", tarfile.REGTYPE, **fields), *samples(2, 1)]
     (tmp_path / "a.tar").write_bytes(tar(*members, form=form))
@@ -371,7 +462,9 @@ def test_a_json_nested_too_deep_is_put_aside_and_the_others_stay(tmp_path: Path)
     deep = b'{"caption": "x", "more": ' + b"[" * 400 + b"]" * 400 + b"}"
     (tmp_path / "a.tar").write_bytes(tar(*samples(0, 2), ("deep.png", PNG), ("deep.json", deep)))
     bring(tmp_path / "a.tar", tmp_path / "d")
-    assert list(read(tmp_path / "d")) == ["0000", "0001"] and aside(tmp_path / "d") == {"deep": Reason.BAD_ROW}
+    assert list(read(tmp_path / "d")) == ["0000", "0001"] and aside(tmp_path / "d") == {
+        "deep": Reason.BAD_ROW
+    }
 
 
 def test_headers_without_end_take_no_memory(tmp_path: Path) -> None:

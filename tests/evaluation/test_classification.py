@@ -8,14 +8,14 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from bridgework.data.shards import write
+from bridgework.config import flat, from_dict, override, to_dict
+from bridgework.data.dataset import write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation import Classification, LinearProbe, ZeroShot
-from bridgework.evaluation.rows import draw_images
-from bridgework.inference import Pipeline
+from bridgework.evaluation.base import draw_images
+from bridgework.inference.pipeline import Pipeline
 from bridgework.mixture import SHAPE_LABELS
-from bridgework.spec import flat, from_dict, override, to_dict
 from bridgework.system import load
 from tests.inference import tiny
 
@@ -33,7 +33,9 @@ def pipe() -> Pipeline:
     return Pipeline(model.eval(), stage)
 
 
-def test_top_is_the_share_of_images_one_of_whose_labels_has_the_largest_logit(pipe: Pipeline, home: Path) -> None:
+def test_top_is_the_share_of_images_one_of_whose_labels_has_the_largest_logit(
+    pipe: Pipeline, home: Path
+) -> None:
     spec = Classification(dataset=DATASET, rows=70, seed=4)
     metrics = spec.run(pipe, home).metrics
     items = draw_images(spec, pipe, home, lambda sample: bool(sample.labels))
@@ -52,13 +54,20 @@ def test_top_is_the_share_of_images_one_of_whose_labels_has_the_largest_logit(pi
     }
 
 
-def test_rows_of_other_classes_are_counted_and_left_out(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
-    rows = [*shapes(6), *(replace(s, key=f"x-{i}", labels=("a zebra",)) for i, s in enumerate(shapes(2)))]
+def test_rows_of_other_classes_are_counted_and_left_out(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
+    rows = [
+        *shapes(6),
+        *(replace(s, key=f"x-{i}", labels=("a zebra",)) for i, s in enumerate(shapes(2))),
+    ]
     write(rows, str(tmp_path / "mixed"), source="test", licence="CC0-1.0", made_by="test")
     metrics = Classification(dataset=str(tmp_path / "mixed")).run(pipe, home).metrics
     assert metrics["classification.unknown"] == pytest.approx(2 / 8)
     write(rows[6:], str(tmp_path / "zebras"), source="test", licence="CC0-1.0", made_by="test")
-    with pytest.raises(DataError, match=r"no row of .* has a label that is one of the stage's classes"):
+    with pytest.raises(
+        DataError, match=r"no row of .* has a label that is one of the stage's classes"
+    ):
         Classification(dataset=str(tmp_path / "zebras")).run(pipe, home)
 
 
@@ -83,7 +92,9 @@ def test_a_probe_is_scikit_learns_of_the_towers_features(pipe: Pipeline, home: P
     labels = [item.sample.labels[0] for item in learned]
     probe = LogisticRegression(C=2.0, max_iter=1000).fit(seen[0], labels)
     said = probe.predict(seen[1])
-    expected = np.mean([name in item.sample.labels for name, item in zip(said, judged, strict=True)])
+    expected = np.mean(
+        [name in item.sample.labels for name, item in zip(said, judged, strict=True)]
+    )
     assert metrics["linear_probe.top1"] == pytest.approx(expected)
     assert metrics["linear_probe.strength"] == 0.5
 
@@ -92,7 +103,9 @@ def test_a_probes_penalty_is_half_the_squared_weights_beside_the_sum_of_losses()
     """The optimum of the documented objective, found by torch alone."""
     generator = torch.Generator().manual_seed(0)
     seen = torch.randn(60, 5, generator=generator, dtype=torch.float64)
-    truth = (seen[:, 0] + 0.5 * torch.randn(60, generator=generator, dtype=torch.float64) > 0).long()
+    truth = (
+        seen[:, 0] + 0.5 * torch.randn(60, generator=generator, dtype=torch.float64) > 0
+    ).long()
     third = (seen[:, 1] > 0.8).long() * 2
     truth = torch.where(third > 0, third, truth)
     labels = [f"class {int(i)}" for i in truth]
@@ -100,7 +113,9 @@ def test_a_probes_penalty_is_half_the_squared_weights_beside_the_sum_of_losses()
     probe = LinearProbe(dataset="x")._fit(seen.numpy(), labels, strength)
     weight = torch.zeros(3, 5, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -115,9 +130,17 @@ def test_a_probes_penalty_is_half_the_squared_weights_beside_the_sum_of_losses()
 
 
 def test_the_strength_that_does_best_on_held_out_rows_is_taken(pipe: Pipeline, home: Path) -> None:
-    strong = LinearProbe(dataset=DATASET, rows=20, train_rows=100, strengths=(1e6, 1e-2)).run(pipe, home).metrics
+    strong = (
+        LinearProbe(dataset=DATASET, rows=20, train_rows=100, strengths=(1e6, 1e-2))
+        .run(pipe, home)
+        .metrics
+    )
     assert strong["linear_probe.strength"] in (1e6, 1e-2)
-    flat_out = LinearProbe(dataset=DATASET, rows=20, train_rows=100, strengths=(1e9,)).run(pipe, home).metrics
+    flat_out = (
+        LinearProbe(dataset=DATASET, rows=20, train_rows=100, strengths=(1e9,))
+        .run(pipe, home)
+        .metrics
+    )
     assert flat_out["linear_probe.top1"] == pytest.approx(flat_out["linear_probe.most_common"])
 
 
@@ -137,7 +160,9 @@ def test_one_class_is_no_problem_to_learn(pipe: Pipeline, home: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("spec", [Classification(dataset=DATASET), LinearProbe(dataset=DATASET)])
-def test_specs_are_values_and_tiny_ones_run(spec: Classification | LinearProbe, pipe: Pipeline, home: Path) -> None:
+def test_specs_are_values_and_tiny_ones_run(
+    spec: Classification | LinearProbe, pipe: Pipeline, home: Path
+) -> None:
     assert from_dict(to_dict(spec)) == spec and override(spec, flat(spec)) == spec
     assert spec.tiny().run(pipe, home).metrics == spec.tiny().run(pipe, home).metrics
 
@@ -145,6 +170,11 @@ def test_specs_are_values_and_tiny_ones_run(spec: Classification | LinearProbe, 
 def test_numbers_that_make_no_sense_are_refused() -> None:
     with pytest.raises(SpecError, match="at least 1"):
         Classification(dataset="x", rows=0)
-    for fields in ({"validation": 1.0}, {"strengths": ()}, {"strengths": (0.0,)}, {"train_rows": 1}):
+    for fields in (
+        {"validation": 1.0},
+        {"strengths": ()},
+        {"strengths": (0.0,)},
+        {"train_rows": 1},
+    ):
         with pytest.raises(SpecError):
             LinearProbe(dataset="x", **fields)

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from bridgework.config import flat, from_dict, override, to_dict
+from bridgework.data.dataset import open_dataset, write
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import open_dataset, write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation import VQA, HeldOutLoss, Ranking, Retrieval
-from bridgework.evaluation.ranking import candidates, first
+from bridgework.evaluation.base import EvalExample, draw, draw_pairs
+from bridgework.evaluation.likelihood import candidates, first
 from bridgework.evaluation.retrieval import recall
-from bridgework.evaluation.rows import Item, draw, draw_pairs
-from bridgework.inference import Pipeline
-from bridgework.spec import flat, from_dict, override, to_dict
+from bridgework.inference.pipeline import Pipeline
 from bridgework.system import Scoring
 from tests.inference.tiny import picture, pipe_of, pipeline
 
@@ -45,14 +45,18 @@ def test_held_out_loss_is_the_mean_over_tokens(pipe: Pipeline, home: Path) -> No
     items = draw(spec, pipe, home)
     images = [item.sample.images[0] for item in items]
     shift = next(
-        s for s in range(1, 7) if mean_loss(pipe, items, images, s) == pytest.approx(metrics["heldout.loss_shuffled"])
+        s
+        for s in range(1, 7)
+        if mean_loss(pipe, items, images, s) == pytest.approx(metrics["heldout.loss_shuffled"])
     )
     assert shift > 0
     assert metrics["heldout.loss"] == pytest.approx(mean_loss(pipe, items, images, 0))
-    assert metrics["heldout.gap"] == pytest.approx(metrics["heldout.loss_shuffled"] - metrics["heldout.loss"])
+    assert metrics["heldout.gap"] == pytest.approx(
+        metrics["heldout.loss_shuffled"] - metrics["heldout.loss"]
+    )
 
 
-def mean_loss(pipe: Pipeline, items: list[Item], images: list[bytes], shift: int) -> float:
+def mean_loss(pipe: Pipeline, items: list[EvalExample], images: list[bytes], shift: int) -> float:
     nats, tokens = 0.0, 0
     for i, item in enumerate(items):
         [score] = pipe.scores([item.conversation], [[images[i - shift]]])
@@ -81,7 +85,9 @@ def test_conversations_without_images_take_part(pipe: Pipeline, home: Path, tmp_
 # --- ranking ---------------------------------------------------------------------------------------------------------
 
 
-def test_ranking_is_the_share_of_rows_whose_own_caption_is_first(pipe: Pipeline, home: Path) -> None:
+def test_ranking_is_the_share_of_rows_whose_own_caption_is_first(
+    pipe: Pipeline, home: Path
+) -> None:
     spec = Ranking(dataset=DATASET, rows=9, candidates=3, seed=5)
     result = spec.run(pipe, home)
     items = draw_pairs(spec, pipe, home, at_least=3)
@@ -113,7 +119,9 @@ def test_a_tie_is_not_a_win() -> None:
 
 def test_each_row_goes_through_the_vision_tower_once(home: Path) -> None:
     pipe, seen = pipeline(), [0]
-    pipe.model.vision.register_forward_hook(lambda module, args, output: seen.__setitem__(0, seen[0] + len(args[0])))
+    pipe.model.vision.register_forward_hook(
+        lambda module, args, output: seen.__setitem__(0, seen[0] + len(args[0]))
+    )
     Ranking(dataset=DATASET, rows=9, candidates=5).run(pipe, home)
     assert seen[0] == 9 + 1  # and the square of the mean colour
     seen[0] = 0
@@ -127,7 +135,10 @@ def test_each_row_goes_through_the_vision_tower_once(home: Path) -> None:
 def test_recall_is_that_of_a_loop() -> None:
     alike = torch.randn(20, 20, generator=torch.Generator().manual_seed(0)) + 2 * torch.eye(20)
     for cut in (1, 5):
-        hits = sum(sorted(row.tolist(), reverse=True).index(row[i].item()) < cut for i, row in enumerate(alike))
+        hits = sum(
+            sorted(row.tolist(), reverse=True).index(row[i].item()) < cut
+            for i, row in enumerate(alike)
+        )
         assert recall(alike, cut) == pytest.approx(hits / 20)
     assert recall(torch.eye(4), 1) == 1.0
     assert recall(torch.zeros(4, 4), 1) == 0.0
@@ -137,7 +148,10 @@ def test_retrieval_compares_pooled_vectors_both_ways(pipe: Pipeline, home: Path)
     spec = Retrieval(dataset=DATASET, rows=20)
     metrics = spec.run(pipe, home).metrics
     items = draw_pairs(spec, pipe, home, at_least=2)
-    alike = pipe.embed_images([i.sample.images[0] for i in items]) @ pipe.embed_texts([i.sample.text for i in items]).T
+    alike = (
+        pipe.embed_images([i.sample.images[0] for i in items])
+        @ pipe.embed_texts([i.sample.text for i in items]).T
+    )
     assert metrics == {
         "retrieval.image_to_text_r1": pytest.approx(recall(alike, 1)),
         "retrieval.image_to_text_r5": pytest.approx(recall(alike, 5)),
@@ -162,7 +176,9 @@ def test_a_bridge_that_was_taught_the_captions_finds_them(home: Path) -> None:
     before = spec.run(pipe, home).metrics["retrieval.image_to_text_r1"]
     for _ in range(60):
         images = torch.nn.functional.normalize(pipe.model.images(None, seen).mean(1), dim=-1)
-        loss = torch.nn.functional.cross_entropy((images - centre) @ (texts - centre).T / 0.01, torch.arange(16))
+        loss = torch.nn.functional.cross_entropy(
+            (images - centre) @ (texts - centre).T / 0.01, torch.arange(16)
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -182,7 +198,9 @@ def wide(count: int) -> list[Sample]:
 
 
 @pytest.mark.parametrize("name", TILED)
-def test_held_out_loss_reads_the_tiles_that_training_reads(name: str, home: Path, tmp_path: Path) -> None:
+def test_held_out_loss_reads_the_tiles_that_training_reads(
+    name: str, home: Path, tmp_path: Path
+) -> None:
     pipe = pipe_of(name)
     spec = HeldOutLoss(dataset=keep(tmp_path, wide(6)), rows=6)
     metrics = spec.run(pipe, home).metrics
@@ -190,9 +208,13 @@ def test_held_out_loss_reads_the_tiles_that_training_reads(name: str, home: Path
     images = [item.sample.images[0] for item in items]
     assert metrics["heldout.loss"] == pytest.approx(mean_loss(pipe, items, images, 0), abs=1e-4)
     others = [mean_loss(pipe, items, images, shift) for shift in range(1, 6)]
-    assert any(metrics["heldout.loss_shuffled"] == pytest.approx(other, abs=1e-4) for other in others)
+    assert any(
+        metrics["heldout.loss_shuffled"] == pytest.approx(other, abs=1e-4) for other in others
+    )
     bases = [pipe.inputs.see([image])[0].features[:1] for image in images]
-    scores = [pipe.scores([item.conversation], [base])[0] for item, base in zip(items, bases, strict=True)]
+    scores = [
+        pipe.scores([item.conversation], [base])[0] for item, base in zip(items, bases, strict=True)
+    ]
     untiled = -sum(score.loglik for score in scores) / sum(score.tokens for score in scores)
     assert metrics["heldout.loss"] != pytest.approx(untiled, abs=1e-4)
 
@@ -207,13 +229,21 @@ def test_ranking_reads_the_tiles_that_training_reads(name: str, home: Path, tmp_
     for row, chosen in enumerate(candidates(8, 4, 0)):
         captions = [items[c].sample.text for c in chosen]
         image, asked = items[row].sample.images[0], pipe.inputs.about()
-        with_prior += pipe.choose(asked, [image], captions, scoring=Scoring(prior=True))[0].candidate == captions[0]
-        without += pipe.choose(asked, [image], captions, scoring=Scoring(prior=False))[0].candidate == captions[0]
+        with_prior += (
+            pipe.choose(asked, [image], captions, scoring=Scoring(prior=True))[0].candidate
+            == captions[0]
+        )
+        without += (
+            pipe.choose(asked, [image], captions, scoring=Scoring(prior=False))[0].candidate
+            == captions[0]
+        )
     assert metrics["ranking.accuracy"] == pytest.approx(with_prior / 8)
     assert metrics["ranking.accuracy_without_prior"] == pytest.approx(without / 8)
 
 
-@pytest.mark.parametrize("spec", [HeldOutLoss(dataset="x"), Ranking(dataset="x", candidates=3), VQA(dataset="x")])
+@pytest.mark.parametrize(
+    "spec", [HeldOutLoss(dataset="x"), Ranking(dataset="x", candidates=3), VQA(dataset="x")]
+)
 def test_rows_that_show_a_video_are_judged_with_all_of_its_frames(
     spec: HeldOutLoss | Ranking | VQA, home: Path, tmp_path: Path
 ) -> None:
@@ -237,8 +267,12 @@ def test_rows_that_show_a_video_are_judged_with_all_of_its_frames(
         )
 
 
-def test_ranking_by_the_mean_over_tokens_is_that_of_a_loop(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
-    rows = [pair(f"r{i}", s.images[0], "word " * (1 + i % 4) + str(i)) for i, s in enumerate(shapes(9))]
+def test_ranking_by_the_mean_over_tokens_is_that_of_a_loop(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
+    rows = [
+        pair(f"r{i}", s.images[0], "word " * (1 + i % 4) + str(i)) for i, s in enumerate(shapes(9))
+    ]
     how = Scoring(prior=False, per_token=True)
     spec = Ranking(dataset=keep(tmp_path, rows), rows=9, candidates=4, scoring=how)
     items, right = draw_pairs(spec, pipe, home, at_least=4), 0
@@ -255,13 +289,17 @@ def test_ranking_by_the_mean_over_tokens_is_that_of_a_loop(pipe: Pipeline, home:
 
 def test_the_seed_draws_the_rows(pipe: Pipeline, home: Path) -> None:
     def keys(seed: int) -> list[str]:
-        return [i.sample.key for i in draw(HeldOutLoss(dataset=DATASET, rows=10, seed=seed), pipe, home)]
+        return [
+            i.sample.key for i in draw(HeldOutLoss(dataset=DATASET, rows=10, seed=seed), pipe, home)
+        ]
 
     expected = [f"shapes-{row:06d}" for row in random.Random(4).sample(range(256), 100)[:10]]
     assert keys(4) == keys(4) == expected != keys(5)
 
 
-def test_rows_that_cannot_be_read_are_passed_over(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_read_are_passed_over(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
     broken = [pair(f"broken-{i}", b"\x89PNG\r\n\x1a\n", "a caption") for i in range(20)]
     long = [Sample("long", (), (Part("user", text="x" * 600), Part("assistant", text="y")))]
     path = keep(tmp_path, [*broken, *long, *shapes(6)])
@@ -272,12 +310,19 @@ def test_rows_that_cannot_be_read_are_passed_over(pipe: Pipeline, home: Path, tm
         HeldOutLoss(dataset=only).run(pipe, home)
 
 
-def test_pairs_have_one_image_and_a_text_of_their_own(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+def test_pairs_have_one_image_and_a_text_of_their_own(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
     image = next(shapes(1)).images[0]
     said = (Part("user", image=0), Part("user", text="What?"), Part("assistant", text="A thing."))
     path = keep(
         tmp_path,
-        [pair("a", image, "one"), pair("b", image, "one"), pair("c", image, "two"), Sample("d", (image,), said)],
+        [
+            pair("a", image, "one"),
+            pair("b", image, "one"),
+            pair("c", image, "two"),
+            Sample("d", (image,), said),
+        ],
     )
     spec = Ranking(dataset=path, rows=4, candidates=2)
     assert sorted(i.sample.text for i in draw_pairs(spec, pipe, home, at_least=2)) == ["one", "two"]
@@ -290,7 +335,11 @@ def test_prompts_of_an_evaluation_go_before_the_stage_s_own(pipe: Pipeline, home
         [item] = draw(HeldOutLoss(dataset=DATASET, rows=2, prompts=prompts), pipe, home)[:1]
         assert asked in "".join(part.text or "" for part in item.conversation)
     own = Ranking(dataset=DATASET, rows=6, candidates=3).run(pipe, home).metrics
-    other = Ranking(dataset=DATASET, rows=6, candidates=3, prompts=("What is shown?",)).run(pipe, home).metrics
+    other = (
+        Ranking(dataset=DATASET, rows=6, candidates=3, prompts=("What is shown?",))
+        .run(pipe, home)
+        .metrics
+    )
     assert own == other
 
 
@@ -304,7 +353,9 @@ def test_every_tiny_evaluation_runs_under_every_template(
 ) -> None:
     tiny = spec.tiny()
     result = tiny.run(pipeline(template), home)
-    assert all(name.startswith(f"{spec.name}.") and np.isfinite(v) for name, v in result.metrics.items())
+    assert all(
+        name.startswith(f"{spec.name}.") and np.isfinite(v) for name, v in result.metrics.items()
+    )
     assert tiny.run(pipeline(template), home).metrics == result.metrics
     assert len(open_dataset(str(home / "datasets" / "synthetic-shapes"))) >= tiny.rows
 

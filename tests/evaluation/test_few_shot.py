@@ -7,24 +7,31 @@ from pathlib import Path
 import pytest
 import torch
 
+from bridgework.config import from_dict, to_dict
 from bridgework.data.catalog import resolve
+from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Part
-from bridgework.data.shards import open_dataset
 from bridgework.data.synthetic import shapes
 from bridgework.data.templates import prompt as written
-from bridgework.data.tokens import encode, load_tokenizer
+from bridgework.data.tokenization import encode, load_tokenizer
 from bridgework.errors import SpecError
-from bridgework.evaluation.few_shot import FewShot, Shot, orders, pooled, prompt, rices
-from bridgework.inference import Pipeline
+from bridgework.evaluation.few_shot import (
+    FewShot,
+    ShotExample,
+    example_orders,
+    pooled,
+    prompt,
+    rices,
+)
+from bridgework.inference.pipeline import Pipeline
 from bridgework.recipes import flamingo
-from bridgework.spec import from_dict, to_dict
 from bridgework.system import END, IMAGE
 
 DATASET = "synthetic:shapes"
-SHOTS = [Shot("Output:", "a disc."), Shot("Output:", "a square.")]
+SHOTS = [ShotExample("Output:", "a disc."), ShotExample("Output:", "a square.")]
 
 
-def read(shown: bool, shots: list[Shot] = SHOTS) -> str:
+def read(shown: bool, shots: list[ShotExample] = SHOTS) -> str:
     """A prompt as the model reads it: <image> and <EOC> for the two ids that no tokenizer knows."""
     tokenizer = load_tokenizer("bytes")
     segments = written(prompt(shots, "Output:", shown=shown), "interleaved", tokenizer)
@@ -58,16 +65,20 @@ def test_rices_over_another_support_may_take_any_of_it() -> None:
     assert [chosen[-1] for chosen in rices(all_SF, all_SF, 2)] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("shots", "count", "expected"), [(1, 6, 1), (2, 6, 2), (3, 6, 6), (4, 6, 6), (5, 1, 1)])
-def test_an_ensemble_takes_different_orders_of_the_same_shots(shots: int, count: int, expected: int) -> None:
-    found = orders(list(range(shots)), count)
+@pytest.mark.parametrize(
+    ("shots", "count", "expected"), [(1, 6, 1), (2, 6, 2), (3, 6, 6), (4, 6, 6), (5, 1, 1)]
+)
+def test_an_ensemble_takes_different_orders_of_the_same_shots(
+    shots: int, count: int, expected: int
+) -> None:
+    found = example_orders(list(range(shots)), count)
     assert len(found) == len({tuple(order) for order in found}) == expected
     assert all(sorted(order) == list(range(shots)) for order in found)
 
 
 def test_the_orders_of_an_ensemble_do_not_depend_on_the_order_given() -> None:
-    assert orders([3, 9, 1, 4], 6) == orders([9, 4, 3, 1], 6)
-    assert orders([9, 4], 1) == [[9, 4]]
+    assert example_orders([3, 9, 1, 4], 6) == example_orders([9, 4, 3, 1], 6)
+    assert example_orders([9, 4], 1) == [[9, 4]]
 
 
 def pipeline() -> Pipeline:
@@ -81,7 +92,9 @@ def pipeline() -> Pipeline:
 
 
 @pytest.mark.parametrize("shots", [0, 2])
-def test_the_evaluation_runs_and_its_ensemble_ignores_the_order_of_the_shots(shots: int, home: Path) -> None:
+def test_the_evaluation_runs_and_its_ensemble_ignores_the_order_of_the_shots(
+    shots: int, home: Path
+) -> None:
     pipe, spec = pipeline(), FewShot(dataset=DATASET, shots=shots, orders=2, rows=5, candidates=3)
     metrics = spec.run(pipe, home).metrics
     assert set(metrics) == {"few_shot.accuracy", "few_shot.chance"}
@@ -91,13 +104,17 @@ def test_the_evaluation_runs_and_its_ensemble_ignores_the_order_of_the_shots(sho
 
 def test_the_likelihood_of_a_candidate_depends_on_no_other_and_on_no_padding(home: Path) -> None:
     pipe = pipeline()
-    images = torch.stack(list(pipe.inputs.features([sample.images[0] for sample in islice(shapes(), 3)])))
+    images = torch.stack(
+        list(pipe.inputs.features([sample.images[0] for sample in islice(shapes(), 3)]))
+    )
     texts = ["a disc.", "a much longer answer about something else.", "x"]
     said = [[*prompt(SHOTS, "Output:"), Part("assistant", text=f" {text}")] for text in texts]
     together = [score.loglik for score in pipe.scores(said, [images] * 3)]
     turned = [score.loglik for score in pipe.scores(said[::-1], [images] * 3)][::-1]
     alone = [pipe.scores([one], [images])[0].loglik for one in said]
-    assert together == pytest.approx(turned, abs=1e-3) and together == pytest.approx(alone, abs=1e-3)
+    assert together == pytest.approx(turned, abs=1e-3) and together == pytest.approx(
+        alone, abs=1e-3
+    )
 
 
 def test_a_prompt_longer_than_the_rows_of_training_is_read_whole(home: Path) -> None:
@@ -115,9 +132,13 @@ def test_an_image_of_the_callers_stands_behind_the_nearest_pairs(home: Path) -> 
     pipe, rows = pipeline(), list(islice(shapes(), 40))
     spec = FewShot(dataset=DATASET, shots=3, rows=24)
     parts, shown = spec.demonstrate(pipe, rows[7].images[0], home)
-    said = {sample.images[0]: sample.text for sample in open_dataset(resolve(DATASET, home)).samples()}
+    said = {
+        sample.images[0]: sample.text for sample in open_dataset(resolve(DATASET, home)).samples()
+    }
     assert shown[-1] == rows[7].images[0] and len(shown) == 4
-    assert [part.text for part in parts if part.role == "assistant"] == [f" {said[image]}" for image in shown[:3]]
+    assert [part.text for part in parts if part.role == "assistant"] == [
+        f" {said[image]}" for image in shown[:3]
+    ]
     query, *others = pooled(pipe.inputs.features([shown[-1], *shown[:3]]))
     alike = [float(query @ other) for other in others]
     assert alike == sorted(alike)  # the nearest last

@@ -8,15 +8,15 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from bridgework.config import flat, from_dict, override, to_dict
+from bridgework.data.dataset import write
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import write
 from bridgework.data.synthetic import choices, shapes, yes_no
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation import MultipleChoice, Writing, WrittenChoice, YesNo
+from bridgework.evaluation.base import draw
 from bridgework.evaluation.multiple_choice import named_in, rank_of, right_of
-from bridgework.evaluation.rows import draw
-from bridgework.inference import Pipeline, Ranked
-from bridgework.spec import flat, from_dict, override, to_dict
+from bridgework.inference.pipeline import Pipeline, Ranked
 from bridgework.system import Scoring
 from tests.inference.tiny import pipeline
 
@@ -38,28 +38,40 @@ def test_the_right_candidate_is_ranked_among_its_own_questions_candidates(
     pipe: Pipeline, home: Path, tmp_path: Path
 ) -> None:
     rows = list(choices(12))
-    rows[3] = replace(rows[3], candidates=(*rows[3].candidates, "nothing at all", "a cat"))  # six here, four elsewhere
+    rows[3] = replace(
+        rows[3], candidates=(*rows[3].candidates, "nothing at all", "a cat")
+    )  # six here, four elsewhere
     path = kept(tmp_path, rows)
     for scoring in (PLAIN, Scoring(prior=False, per_token=True), None):
-        metrics = MultipleChoice(dataset=path, prompts=(PROMPT,), scoring=scoring).run(pipe, home).metrics
+        metrics = (
+            MultipleChoice(dataset=path, prompts=(PROMPT,), scoring=scoring).run(pipe, home).metrics
+        )
         ranks = []
         for sample in rows:
-            lettered = " ".join(f"({'abcdef'[i]}) {text}" for i, text in enumerate(sample.candidates))
+            lettered = " ".join(
+                f"({'abcdef'[i]}) {text}" for i, text in enumerate(sample.candidates)
+            )
             question = f"Q: Which of these is in the picture? Options: {lettered} A:"
             asked = [Part("user", image=0), Part("user", text=question)]
             scores = {}
             for text in sample.candidates:
                 [score] = pipe.scores([[*asked, Part("assistant", text=text)]], [sample.images])
-                [blank] = pipe.scores([[*asked, Part("assistant", text=text)]], [[pipe.inputs.mean_square()]])
+                [blank] = pipe.scores(
+                    [[*asked, Part("assistant", text=text)]], [[pipe.inputs.mean_square()]]
+                )
                 plain = score.loglik / (score.tokens if scoring and scoring.per_token else 1)
                 scores[text] = score.loglik - blank.loglik if scoring is None else plain
             right = sample.parts[-1].text
             order = sorted(scores, key=lambda text: -scores[text])
             ranks.append(1 + order.index(str(right)))
-        assert metrics["multiple_choice.accuracy"] == pytest.approx(fmean(rank == 1 for rank in ranks))
+        assert metrics["multiple_choice.accuracy"] == pytest.approx(
+            fmean(rank == 1 for rank in ranks)
+        )
         assert metrics["multiple_choice.mrr"] == pytest.approx(fmean(1 / rank for rank in ranks))
         assert metrics["multiple_choice.chance"] == pytest.approx((11 / 4 + 1 / 6) / 12)
-        thirds = fmean([(1 + 1 / 2 + 1 / 3 + 1 / 4) / 4] * 11 + [sum(1 / k for k in range(1, 7)) / 6])
+        thirds = fmean(
+            [(1 + 1 / 2 + 1 / 3 + 1 / 4) / 4] * 11 + [sum(1 / k for k in range(1, 7)) / 6]
+        )
         assert metrics["multiple_choice.chance_mrr"] == pytest.approx(thirds)
 
 
@@ -68,7 +80,9 @@ def test_a_tie_counts_against_the_right_one_and_a_repeated_candidate_is_one() ->
     assert [rank_of(ranked, name) for name in "abcd"] == [1, 3, 3, 4]
 
 
-def test_repeated_candidates_of_a_dialog_are_ranked_once(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+def test_repeated_candidates_of_a_dialog_are_ranked_once(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
     (sample,) = choices(1)
     twice = replace(sample, candidates=(*sample.candidates, *sample.candidates))
     once, again = (
@@ -118,9 +132,15 @@ def test_the_right_candidate_is_the_rows_answer_or_what_its_solution_ends_with()
     right = sample.candidates.index(str(sample.parts[-1].text))
     assert right_of(sample) == right
     solved = f"Look at the shapes. The answer is {'ABCD'[right]}."
-    assert right_of(replace(sample, parts=(*sample.parts[:2], Part("assistant", text=solved)))) == right
+    assert (
+        right_of(replace(sample, parts=(*sample.parts[:2], Part("assistant", text=solved))))
+        == right
+    )
     assert right_of(replace(sample, candidates=())) is None
-    assert right_of(replace(sample, parts=(*sample.parts[:2], Part("assistant", text="none of them")))) is None
+    assert (
+        right_of(replace(sample, parts=(*sample.parts[:2], Part("assistant", text="none of them"))))
+        is None
+    )
 
 
 def test_a_written_answer_is_right_where_it_names_the_right_candidate(
@@ -133,10 +153,14 @@ def test_a_written_answer_is_right_where_it_names_the_right_candidate(
         lettered = " ".join(f"({'abcd'[i]}) {text}" for i, text in enumerate(sample.candidates))
         question = f"Q: Which of these is in the picture? Options: {lettered} A:"
         asked = [Part("user", image=0), Part("user", text=question)]
-        written[sample.key] = pipe.generate(asked, sample.images, min_new_tokens=1, max_new_tokens=16).text
+        written[sample.key] = pipe.generate(
+            asked, sample.images, min_new_tokens=1, max_new_tokens=16
+        ).text
     told = [named_in(written[s.key], s.candidates) for s in rows]
     assert spec.run(pipe, home).metrics == {
-        "written_choice.accuracy": pytest.approx(fmean(t == right_of(s) for t, s in zip(told, rows, strict=True))),
+        "written_choice.accuracy": pytest.approx(
+            fmean(t == right_of(s) for t, s in zip(told, rows, strict=True))
+        ),
         "written_choice.unanswered": pytest.approx(fmean(t is None for t in told)),
         "written_choice.chance": 0.25,
     }
@@ -152,22 +176,36 @@ def test_a_model_that_writes_the_letter_is_right(home: Path, tmp_path: Path) -> 
     assert metrics["written_choice.accuracy"] == 1.0 and metrics["written_choice.unanswered"] == 0.0
 
 
-def test_questions_without_a_picture_are_asked_too(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+def test_questions_without_a_picture_are_asked_too(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
     said = (Part("user", text="Which is a color?"), Part("assistant", text="red"))
     rows = [Sample("text", (), said, candidates=("red", "dog")), *choices(2)]
-    assert MultipleChoice(dataset=kept(tmp_path, rows)).run(pipe, home).metrics["multiple_choice.accuracy"] >= 0
+    assert (
+        MultipleChoice(dataset=kept(tmp_path, rows))
+        .run(pipe, home)
+        .metrics["multiple_choice.accuracy"]
+        >= 0
+    )
 
 
 def test_rows_without_candidates_are_named(pipe: Pipeline, home: Path) -> None:
-    for spec in (MultipleChoice(dataset="synthetic:shapes"), WrittenChoice(dataset="synthetic:shapes")):
-        with pytest.raises(DataError, match="none of the rows of synthetic:shapes has candidates and an answer"):
+    for spec in (
+        MultipleChoice(dataset="synthetic:shapes"),
+        WrittenChoice(dataset="synthetic:shapes"),
+    ):
+        with pytest.raises(
+            DataError, match="none of the rows of synthetic:shapes has candidates and an answer"
+        ):
             spec.run(pipe, home)
 
 
 # --- yes or no -------------------------------------------------------------------------------------------------------
 
 
-def test_yes_against_no_is_the_area_under_the_curve_of_the_best_words(pipe: Pipeline, home: Path) -> None:
+def test_yes_against_no_is_the_area_under_the_curve_of_the_best_words(
+    pipe: Pipeline, home: Path
+) -> None:
     spec = YesNo(dataset="synthetic:yes-no", rows=24, scoring=PLAIN, prompts=("{} Answer:",))
     metrics = spec.run(pipe, home).metrics
     margins, truth = [], []
@@ -175,7 +213,9 @@ def test_yes_against_no_is_the_area_under_the_curve_of_the_best_words(pipe: Pipe
         question = str(item.sample.parts[1].text).strip()
         asked = [Part("user", image=0), Part("user", text=f"{question} Answer:")]
         nats = {
-            word: pipe.scores([[*asked, Part("assistant", text=word)]], [item.sample.images])[0].loglik
+            word: pipe.scores([[*asked, Part("assistant", text=word)]], [item.sample.images])[
+                0
+            ].loglik
             for word in ("yes", "true", "no", "false")
         }
         margins.append(max(nats["yes"], nats["true"]) - max(nats["no"], nats["false"]))
@@ -184,15 +224,21 @@ def test_yes_against_no_is_the_area_under_the_curve_of_the_best_words(pipe: Pipe
     pairs = [(p > n) + 0.5 * (p == n) for p, t in zip(margins, truth, strict=True) if t
              for n, u in zip(margins, truth, strict=True) if not u]  # fmt: skip
     assert metrics["yes_no.auc"] == pytest.approx(fmean(pairs))
-    assert metrics["yes_no.accuracy"] == pytest.approx(fmean((m > 0) == t for m, t in zip(margins, truth, strict=True)))
+    assert metrics["yes_no.accuracy"] == pytest.approx(
+        fmean((m > 0) == t for m, t in zip(margins, truth, strict=True))
+    )
     assert metrics["yes_no.most_common"] == pytest.approx(max(fmean(truth), 1 - fmean(truth)))
 
 
-def test_rows_that_are_all_answered_alike_have_no_curve(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+def test_rows_that_are_all_answered_alike_have_no_curve(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
     path = kept(tmp_path, [sample for i, sample in enumerate(yes_no(6)) if i % 2])
     with pytest.raises(DataError, match="all answered alike"):
         YesNo(dataset=path).run(pipe, home)
-    with pytest.raises(DataError, match=r"none of the rows .* is answered with one of yes, true, no, false"):
+    with pytest.raises(
+        DataError, match=r"none of the rows .* is answered with one of yes, true, no, false"
+    ):
         YesNo(dataset="synthetic:shapes").run(pipe, home)
 
 
@@ -206,7 +252,9 @@ def test_specs_are_values_and_tiny_ones_run(
     spec: MultipleChoice | WrittenChoice | YesNo, pipe: Pipeline, home: Path
 ) -> None:
     assert from_dict(to_dict(spec)) == spec and override(spec, flat(spec)) == spec
-    assert spec.tiny().run(pipe, home).metrics.keys() == {f"{spec.name}.{key}" for key in spec.better}
+    assert spec.tiny().run(pipe, home).metrics.keys() == {
+        f"{spec.name}.{key}" for key in spec.better
+    }
 
 
 def test_what_makes_no_sense_is_refused() -> None:
@@ -227,4 +275,6 @@ def test_synthetic_questions_have_one_right_answer() -> None:
         assert sample.parts[-1].text in shown
     for sample in yes_no(40):
         shown = pictures[sample.key.removeprefix("yes-no-")]
-        assert any(label in str(sample.parts[1].text) for label in shown) == (sample.parts[-1].text == "yes")
+        assert any(label in str(sample.parts[1].text) for label in shown) == (
+            sample.parts[-1].text == "yes"
+        )

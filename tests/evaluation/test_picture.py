@@ -3,15 +3,17 @@
 import numpy as np
 from PIL import Image
 
-from bridgework.evaluation.picture import IMAGE, PAD, RIGHT, TEXT, Choice, Tile, grid
+from bridgework.evaluation.figures import IMAGE, PAD, RIGHT, TEXT, Choice, FigureTile, grid
 
 SQUARE = np.full((3, 32, 32), 90, np.uint8)
 GREEN = tuple(int(RIGHT[i : i + 2], 16) for i in (1, 3, 5))
 COLUMN = IMAGE + TEXT + 3 * PAD
 
 
-def tile(*captions: str, right: int | None = None) -> Tile:
-    return Tile(SQUARE, [Choice(i + 1, c, 1.0 - i, right=i == right) for i, c in enumerate(captions)])
+def tile(*captions: str, right: int | None = None) -> FigureTile:
+    return FigureTile(
+        SQUARE, [Choice(i + 1, c, 1.0 - i, right=i == right) for i, c in enumerate(captions)]
+    )
 
 
 def has(sheet: Image.Image, colour: tuple[int, ...], box: tuple[int, int, int, int]) -> bool:

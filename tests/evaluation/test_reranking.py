@@ -19,7 +19,9 @@ def judge(row: int, candidates: Tensor) -> Tensor:
 def test_only_the_nearest_candidates_are_judged() -> None:
     scores = reranked(ALIKE, judge, 3)
     near = torch.zeros_like(ALIKE, dtype=torch.bool).scatter(1, ALIKE.topk(3).indices, True)
-    assert torch.equal(scores[near], (ALIKE + LOGITS)[near]) and torch.equal(scores[~near], (ALIKE - OUT)[~near])
+    assert torch.equal(scores[near], (ALIKE + LOGITS)[near]) and torch.equal(
+        scores[~near], (ALIKE - OUT)[~near]
+    )
     assert (scores.topk(3).indices.sort().values == ALIKE.topk(3).indices.sort().values).all()
 
 

@@ -7,18 +7,18 @@ from statistics import fmean
 import pytest
 import torch
 
+from bridgework.config import from_dict, override, to_dict
+from bridgework.data.dataset import write
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.shards import write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation import VQA, Captions, Writing
+from bridgework.evaluation.base import draw
 from bridgework.evaluation.captioning import bleu4, cider
 from bridgework.evaluation.few_shot import Shots, pooled
-from bridgework.evaluation.rows import draw
 from bridgework.evaluation.vqa import agreement
-from bridgework.inference import Pipeline
+from bridgework.inference.pipeline import Pipeline
 from bridgework.recipes import flamingo
-from bridgework.spec import from_dict, override, to_dict
 
 WRITING = Writing(beams=1, least=2, most=5)
 CAPTION = ("Output:",)
@@ -42,19 +42,29 @@ def kept(path: Path, rows: list[Sample]) -> str:
 
 
 def captioned(count: int) -> list[Sample]:
-    return [pair(f"c{i}", sample.images[0], f"a picture {i}") for i, sample in enumerate(shapes(count))]
+    return [
+        pair(f"c{i}", sample.images[0], f"a picture {i}") for i, sample in enumerate(shapes(count))
+    ]
 
 
 def asked(count: int, first: int = 0) -> list[Sample]:
     rows = []
     for i, sample in enumerate(list(shapes(first + count))[first:], start=first):
-        said = (Part("user", image=0), Part("user", text=f"\nHow many, {i}?"), Part("assistant", text=f"{i} things"))
+        said = (
+            Part("user", image=0),
+            Part("user", text=f"\nHow many, {i}?"),
+            Part("assistant", text=f"{i} things"),
+        )
         rows.append(Sample(f"q{i}", sample.images, said, labels=(f"{i} things",) * 3 + ("none",)))
     return rows
 
 
 def by_hand(
-    pipe: Pipeline, shots: list[tuple[bytes, str, str]], image: bytes, question: str, shown: bool = True
+    pipe: Pipeline,
+    shots: list[tuple[bytes, str, str]],
+    image: bytes,
+    question: str,
+    shown: bool = True,
 ) -> str:
     """The answer after the examples, each written out as the paper prints it (A.2)."""
     parts: list[Part] = []
@@ -86,7 +96,9 @@ def test_captions_after_examples_score_as_those_written_one_by_one(
     order = [item.sample.images[0] for item in draw(spec, pipe, home)]
     said = []
     for image in order:
-        shots = [(other, "Output:", told[other]) for other in nearest(pipe, image, list(told), count)]
+        shots = [
+            (other, "Output:", told[other]) for other in nearest(pipe, image, list(told), count)
+        ]
         said.append(by_hand(pipe, shots, image, "Output:"))
     people = [[told[image]] for image in order]
     assert len(order) == 6
@@ -101,14 +113,20 @@ def test_captions_after_examples_score_as_those_written_one_by_one(
 def test_answers_after_examples_of_another_dataset_are_judged_by_ten_people(
     pipe: Pipeline, home: Path, tmp_path: Path, count: int
 ) -> None:
-    judged, support = kept(tmp_path / "judged", asked(4)), kept(tmp_path / "support", asked(7, first=4))
+    judged, support = (
+        kept(tmp_path / "judged", asked(4)),
+        kept(tmp_path / "support", asked(7, first=4)),
+    )
     shots = Shots(count=count, support=support, rows=7, seed=5)
     spec = VQA(dataset=judged, rows=4, writing=WRITING, prompts=QUESTION, shots=shots)
     assert spec.datasets == (judged, support)
     metrics = spec.run(pipe, home).metrics
     samples = [item.sample for item in draw(spec, pipe, home)]
     conversations, pictures = shots.ask(pipe, home, spec, samples)
-    known = {f"Question: How many, {i}? Answer:": (row.images[0], f"{i} things") for i, row in enumerate(asked(11))}
+    known = {
+        f"Question: How many, {i}? Answer:": (row.images[0], f"{i} things")
+        for i, row in enumerate(asked(11))
+    }
     scores = []
     for sample, parts, files in zip(samples, conversations, pictures, strict=True):
         texts = [str(part.text) for part in parts if part.role == "user" and part.text]
@@ -122,13 +140,19 @@ def test_answers_after_examples_of_another_dataset_are_judged_by_ten_people(
     assert metrics["vqa.accuracy"] == pytest.approx(fmean(scores))
 
 
-def test_without_shots_two_examples_are_given_as_text_alone(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+def test_without_shots_two_examples_are_given_as_text_alone(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
     rows = captioned(5)
-    spec = Captions(dataset=kept(tmp_path / "c", rows), rows=5, prompts=CAPTION, shots=Shots(count=0, rows=5))
+    spec = Captions(
+        dataset=kept(tmp_path / "c", rows), rows=5, prompts=CAPTION, shots=Shots(count=0, rows=5)
+    )
     assert spec.shots is not None
     conversations, pictures = spec.shots.ask(pipe, home, spec, rows)
     for sample, parts, files in zip(rows, conversations, pictures, strict=True):
-        assert files == [sample.images[0]] and [part.image for part in parts if part.image is not None] == [0]
+        assert files == [sample.images[0]] and [
+            part.image for part in parts if part.image is not None
+        ] == [0]
         assert parts[-2:] == [Part("user", image=0), Part("user", text="Output:")]
         answers = [part.text for part in parts if part.role == "assistant"]
         assert len(set(answers)) == 2 and f" {sample.text}" not in answers
@@ -137,13 +161,21 @@ def test_without_shots_two_examples_are_given_as_text_alone(pipe: Pipeline, home
 @pytest.mark.parametrize("select", ["rices", "random"])
 def test_no_example_shows_the_picture_that_is_asked_about(pipe: Pipeline, select: str) -> None:
     images = [sample.images[0] for sample in shapes(4)]
-    support = [images[i] for i in (0, 1, 0, 2, 0, 3, 1)]  # three rows of one picture: its five captions in COCO
+    support = [
+        images[i] for i in (0, 1, 0, 2, 0, 3, 1)
+    ]  # three rows of one picture: its five captions in COCO
     shots = Shots(count=3, rows=7, seed=1)
     shots = replace(shots, select="rices") if select == "rices" else shots
     chosen = shots.choose(pipe, images, support, "test")
-    assert all(support[place] != image for image, places in zip(images, chosen, strict=True) for place in places)
+    assert all(
+        support[place] != image
+        for image, places in zip(images, chosen, strict=True)
+        for place in places
+    )
     assert all(len(set(places)) == 3 for places in chosen)
-    with pytest.raises(DataError, match="7 rows of support are too few for 5 examples of other images"):
+    with pytest.raises(
+        DataError, match="7 rows of support are too few for 5 examples of other images"
+    ):
         replace(shots, count=5).choose(pipe, images, support, "test")
 
 
@@ -159,7 +191,10 @@ def test_a_video_is_asked_about_after_videos(pipe: Pipeline, home: Path, tmp_pat
     files = [sample.images[0] for sample in shapes(24)]
     rows = []
     for i in range(6):
-        said = (*(Part("user", image=frame) for frame in range(3)), Part("user", text="\nWhat moves?"))
+        said = (
+            *(Part("user", image=frame) for frame in range(3)),
+            Part("user", text="\nWhat moves?"),
+        )
         frames = tuple(files[3 * i : 3 * i + 3])
         parts = (*said, Part("assistant", text=f"thing {i}"))
         rows.append(Sample(f"v{i}", frames, parts, times_s=(0.0, 1.0, 2.0)))
@@ -196,8 +231,15 @@ def test_shots_that_do_not_fit_are_refused(changes: dict[str, int], message: str
 
 def test_a_question_about_two_pictures_is_named(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
     one, two = captioned(2)
-    said = (Part("user", image=0), Part("user", image=1), Part("user", text="\nWhich?"), Part("assistant", text="that"))
+    said = (
+        Part("user", image=0),
+        Part("user", image=1),
+        Part("user", text="\nWhich?"),
+        Part("assistant", text="that"),
+    )
     rows = [*asked(4), Sample("pair", (one.images[0], two.images[0]), said)]
-    spec = VQA(dataset=kept(tmp_path / "two", rows), rows=5, prompts=QUESTION, shots=Shots(count=1, rows=5))
+    spec = VQA(
+        dataset=kept(tmp_path / "two", rows), rows=5, prompts=QUESTION, shots=Shots(count=1, rows=5)
+    )
     with pytest.raises(DataError, match="is about one picture; row pair shows 2"):
         spec.run(pipe, home)

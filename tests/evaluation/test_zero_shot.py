@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from bridgework.config import flat, from_dict, override, to_dict
+from bridgework.data.dataset import write
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation import Retrieval, ZeroShot
+from bridgework.evaluation.base import draw, draw_pairs
 from bridgework.evaluation.retrieval import recall, similarity
-from bridgework.evaluation.rows import draw, draw_pairs
 from bridgework.evaluation.zero_shot import TEMPLATES, chance, class_vectors
-from bridgework.inference import Pipeline
+from bridgework.inference.pipeline import Pipeline
 from bridgework.recipes import clip
-from bridgework.spec import flat, from_dict, override, to_dict
 
 DATASET = "synthetic:shapes"
 
@@ -60,7 +60,9 @@ def test_top_is_the_share_of_images_whose_class_is_near(pipe: Pipeline, home: Pa
     vectors = class_vectors(pipe, classes, TEMPLATES)
     hits = {1: 0, 5: 0}
     for item in items:
-        order = (pipe.embed_images([item.squares[0]]) @ vectors.T)[0].argsort(descending=True).tolist()
+        order = (
+            (pipe.embed_images([item.squares[0]]) @ vectors.T)[0].argsort(descending=True).tolist()
+        )
         for cut in hits:
             hits[cut] += bool({classes[c] for c in order[:cut]} & set(item.sample.labels))
     assert metrics["zero_shot.top1"] == pytest.approx(hits[1] / 30)
@@ -75,21 +77,33 @@ def test_chance_is_that_of_drawing_classes_blindly() -> None:
     assert chance(right, 9) == 1.0
 
 
-def test_classes_may_be_given_and_rows_without_a_label_do_not_count(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+def test_classes_may_be_given_and_rows_without_a_label_do_not_count(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
     labelled = [replace(sample, labels=("thing",)) for sample in shapes(4)]
     bare = [replace(sample, key=f"bare-{i}", labels=()) for i, sample in enumerate(shapes(3))]
     path = keep(tmp_path, [*labelled, *bare])
     metrics = ZeroShot(dataset=path, classes=("thing", "other", "third")).run(pipe, home).metrics
-    assert metrics["zero_shot.top5"] == 1.0 and metrics["zero_shot.chance_top1"] == pytest.approx(1 / 3)
-    assert ZeroShot(dataset=path, classes=("other", "third")).run(pipe, home).metrics["zero_shot.top5"] == 0.0
+    assert metrics["zero_shot.top5"] == 1.0 and metrics["zero_shot.chance_top1"] == pytest.approx(
+        1 / 3
+    )
+    assert (
+        ZeroShot(dataset=path, classes=("other", "third")).run(pipe, home).metrics["zero_shot.top5"]
+        == 0.0
+    )
     with pytest.raises(DataError, match=r"4 of the rows .* there are 1 classes"):
         ZeroShot(dataset=path).run(pipe, home)
 
 
-def test_labelled_images_that_nothing_is_said_of_are_classified_too(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+def test_labelled_images_that_nothing_is_said_of_are_classified_too(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
     said = [replace(sample, labels=(f"thing {i % 2}",)) for i, sample in enumerate(shapes(6))]
     bare = [replace(sample, parts=(Part("caption", image=0),)) for sample in said]
-    told, silent = (ZeroShot(dataset=keep(tmp_path / name, rows)) for name, rows in (("told", said), ("bare", bare)))
+    told, silent = (
+        ZeroShot(dataset=keep(tmp_path / name, rows))
+        for name, rows in (("told", said), ("bare", bare))
+    )
     assert told.run(pipe, home).metrics == silent.run(pipe, home).metrics
 
 
@@ -111,21 +125,34 @@ def test_tiny_runs_and_specs_are_values(pipe: Pipeline, home: Path) -> None:
 
 def test_any_own_column_will_do_and_more_columns_never_hurt() -> None:
     alike = torch.tensor([[0.9, 0.1, 0.8, 0.2], [0.3, 0.9, 0.5, 0.4], [0.7, 0.6, 0.5, 0.1]])
-    own = torch.tensor([[False, False, True, True], [True, True, False, False], [False, False, False, True]])
-    assert [recall(alike, cut, own) for cut in (1, 2, 3, 4)] == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1.0])
+    own = torch.tensor(
+        [[False, False, True, True], [True, True, False, False], [False, False, False, True]]
+    )
+    assert [recall(alike, cut, own) for cut in (1, 2, 3, 4)] == pytest.approx(
+        [1 / 3, 2 / 3, 2 / 3, 1.0]
+    )
     assert recall(alike, 4, torch.zeros(3, 4, dtype=torch.bool)) == 0.0
     random = torch.randn(9, 30, generator=torch.Generator().manual_seed(0))
     theirs = torch.arange(30) // 3 == torch.arange(9).unsqueeze(1)
     shares = [recall(random, cut, theirs) for cut in range(1, 31)]
     assert shares == sorted(shares) and shares[-1] == 1.0
-    loop = [any(c // 3 == row for c in random[row].argsort(descending=True)[:5].tolist()) for row in range(9)]
+    loop = [
+        any(c // 3 == row for c in random[row].argsort(descending=True)[:5].tolist())
+        for row in range(9)
+    ]
     assert recall(random, 5, theirs) == pytest.approx(sum(loop) / 9)
 
 
-def test_an_image_with_several_captions_has_found_one_if_any(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+def test_an_image_with_several_captions_has_found_one_if_any(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
     captions = [[f"{word} {i}" for word in ("one", "two", "three")] for i in range(6)]
     samples = [
-        Sample(f"s{i}", sample.images, (Part("caption", image=0), *(Part("caption", text=t) for t in texts)))
+        Sample(
+            f"s{i}",
+            sample.images,
+            (Part("caption", image=0), *(Part("caption", text=t) for t in texts)),
+        )
         for i, (sample, texts) in enumerate(zip(shapes(6), captions, strict=True))
     ]
     spec = Retrieval(dataset=keep(tmp_path, samples), rows=6)
@@ -137,12 +164,16 @@ def test_an_image_with_several_captions_has_found_one_if_any(pipe: Pipeline, hom
     own = torch.arange(18) // 3 == torch.arange(6).unsqueeze(1)
     for cut in (1, 5, 10):
         assert metrics[f"retrieval.image_to_text_r{cut}"] == pytest.approx(recall(alike, cut, own))
-        assert metrics[f"retrieval.text_to_image_r{cut}"] == pytest.approx(recall(alike.T, cut, own.T))
+        assert metrics[f"retrieval.text_to_image_r{cut}"] == pytest.approx(
+            recall(alike.T, cut, own.T)
+        )
     assert metrics["retrieval.chance_r1"] == pytest.approx(1 / 6)
 
 
 def test_the_nearest_of_an_images_vectors_counts() -> None:
     images, texts = torch.randn(3, 4, 8), torch.randn(5, 8)
-    expected = torch.stack([torch.stack([(image @ text).max() for text in texts]) for image in images])
+    expected = torch.stack(
+        [torch.stack([(image @ text).max() for text in texts]) for image in images]
+    )
     torch.testing.assert_close(similarity(images, texts), expected)
     torch.testing.assert_close(similarity(images[:, 0], texts), images[:, 0] @ texts.T)

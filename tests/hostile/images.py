@@ -27,7 +27,9 @@ def noise(width: int = 24, height: int = 20, channels: int = 3) -> NDArray[np.ui
 
 def saved(image: Image.Image | NDArray[Any], form: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, form, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
+        file, form, **options
+    )
     return file.getvalue()
 
 
@@ -41,7 +43,12 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(
-    size: tuple[int, int], rows: Sequence[bytes], *before: bytes, depth: int = 8, colour: int = RGB, after: bytes = b""
+    size: tuple[int, int],
+    rows: Sequence[bytes],
+    *before: bytes,
+    depth: int = 8,
+    colour: int = RGB,
+    after: bytes = b"",
 ) -> bytes:
     """A PNG of `rows` as they lie in the file; `before` and `after` are chunks around the pixels."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
@@ -79,7 +86,10 @@ def jpeg(**options: Any) -> bytes:
 def ycck(colour: Colour) -> bytes:
     """A JPEG whose ink is coded as luma and chroma of its complement, as Photoshop writes for print."""
     inks = Image.new("RGB", (16, 16), tuple(255 - v for v in colour)).convert("YCbCr")
-    planes = (*(Image.eval(band, lambda v: 255 - v) for band in inks.split()), Image.new("L", (16, 16)))
+    planes = (
+        *(Image.eval(band, lambda v: 255 - v) for band in inks.split()),
+        Image.new("L", (16, 16)),
+    )
     data = bytearray(saved(Image.merge("CMYK", planes), "JPEG", quality=100, subsampling=0))
     data[data.index(b"Adobe") + 11] = 2  # how the four planes are coded: before, as they are
     return bytes(data)
@@ -125,14 +135,21 @@ def canvas(width: int, height: int) -> bytes:
     """A WebP of two tiny frames on a huge canvas."""
     data = saved(noise(), "WEBP", save_all=True, append_images=[Image.new("RGB", (24, 20))])
     at = data.index(b"VP8X") + 12
-    return data[:at] + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little") + data[at + 6 :]
+    return (
+        data[:at]
+        + (width - 1).to_bytes(3, "little")
+        + (height - 1).to_bytes(3, "little")
+        + data[at + 6 :]
+    )
 
 
 def frames(form: str) -> bytes:
     """A thousand frames, of which the first is RED."""
     others = [Image.new("RGB", (8, 8), (i % 256, i // 256, 7)) for i in range(999)]
     options = {"lossless": True} if form == "WEBP" else {}
-    return saved(Image.new("RGB", (8, 8), RED), form, save_all=True, append_images=others, **options)
+    return saved(
+        Image.new("RGB", (8, 8), RED), form, save_all=True, append_images=others, **options
+    )
 
 
 def palette(colours: Sequence[int]) -> Image.Image:
@@ -148,7 +165,10 @@ REFUSED: Mapping[str, tuple[File, Reason]] = {
     "no bytes": (lambda: b"", Reason.EMPTY_FILE),
     "64 MB": (lambda: jpeg() + bytes(64_000_000), Reason.TOO_MANY_BYTES),
     "PNG of 60,000 x 60,000": (lambda: png((60_000, 60_000), [bytes(100)]), LARGE),
-    "JPEG of 65,500 x 65,500": (lambda: jpeg().replace(struct.pack(">HH", 20, 24), b"\xff\xdc\xff\xdc", 1), LARGE),
+    "JPEG of 65,500 x 65,500": (
+        lambda: jpeg().replace(struct.pack(">HH", 20, 24), b"\xff\xdc\xff\xdc", 1),
+        LARGE,
+    ),
     "GIF of 65,535 x 65,535": (lambda: b"GIF89a" + b"\xff" * 4 + saved(noise(), "GIF")[10:], LARGE),
     "WebP of 16,383 x 16,383": (lambda: canvas(16_383, 16_383), LARGE),
     "WebP of 60,000 x 60,000": (lambda: canvas(60_000, 60_000), LARGE),
@@ -159,20 +179,35 @@ REFUSED: Mapping[str, tuple[File, Reason]] = {
     "PNG with a bomb as text": (lambda: inflated(b"zTXt"), CORRUPT),
     "PNG with a bomb as profile": (lambda: inflated(b"iCCP"), CORRUPT),
     "PNG of countless chunks": (lambda: small_png(chunk(b"prVt", b"") * 200_000), CORRUPT),
-    "PNG of countless chunks at its end": (lambda: small_png(after=chunk(b"prVt", b"") * 200_000), CORRUPT),
+    "PNG of countless chunks at its end": (
+        lambda: small_png(after=chunk(b"prVt", b"") * 200_000),
+        CORRUPT,
+    ),
     "JPEG of countless segments": (lambda: segments(200_000, b"Exif\0\0" + bytes(10)), CORRUPT),
     "JPEG of countless scans": (lambda: scans(500), CORRUPT),
-    "JPEG of countless scans after a mark without a length": (lambda: scans(500, b"\xff\x01\x7f\xff"), CORRUPT),
-    "JPEG of countless scans after an end in a comment": (lambda: scans(500, b"\xff\xfe\0\4\xff\xd9"), CORRUPT),
+    "JPEG of countless scans after a mark without a length": (
+        lambda: scans(500, b"\xff\x01\x7f\xff"),
+        CORRUPT,
+    ),
+    "JPEG of countless scans after an end in a comment": (
+        lambda: scans(500, b"\xff\xfe\0\4\xff\xd9"),
+        CORRUPT,
+    ),
     "BMP by run lengths": (lambda: run_lengths(17_000, 10_000), CORRUPT),
     "HTML": (lambda: b"<!DOCTYPE html><html>404 Not Found</html>", FOREIGN),
-    "SVG": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", FOREIGN),
+    "SVG": (
+        lambda: b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>",
+        FOREIGN,
+    ),
     "tar": (lambda: b"evil.sh".ljust(100, b"\0") + b"0000644\0" + bytes(404), FOREIGN),
     "zip": (lambda: zipped()[len(jpeg()) :], FOREIGN),
     "pickle": (lambda: b"\x80\x04cos\nsystem\n(S'echo harm'\ntR.", FOREIGN),
     "PDF": (lambda: saved(noise(), "PDF"), FOREIGN),
     "EPS": (lambda: saved(noise(), "EPS"), FOREIGN),
-    "PSD": (lambda: b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 4, 4, 8, 3) + bytes(62), FOREIGN),
+    "PSD": (
+        lambda: b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 4, 4, 8, 3) + bytes(62),
+        FOREIGN,
+    ),
     "TIFF": (lambda: saved(noise(), "TIFF"), FOREIGN),
     "TIFF of floats": (lambda: saved(noise()[..., 0].astype(np.float32), "TIFF"), FOREIGN),
     "TIFF of 16 bits": (lambda: saved(noise()[..., 0].astype(np.uint16), "TIFF"), FOREIGN),
@@ -214,7 +249,9 @@ PICTURES: Mapping[str, tuple[File, tuple[int, int], Colour]] = {  # file, width 
     "a thousand frames, WebP": (lambda: frames("WEBP"), (8, 8), RED),
 }  # fmt: skip
 
-BESIDE: Mapping[str, File] = {  # what stands beside the pixels is odd; the picture is that of `jpeg()`
+BESIDE: Mapping[
+    str, File
+] = {  # what stands beside the pixels is odd; the picture is that of `jpeg()`
     "EXIF whose directory follows itself": lambda: jpeg(exif=exif(0x112, 3, 1, 1, after=8)),
     "EXIF of a number that is none": lambda: jpeg(exif=exif(0x112, 3, 1, 99)),
     "EXIF of a text for a number": lambda: jpeg(exif=exif(0x112, 2, 2, 0x36)),
@@ -246,7 +283,10 @@ def seeds() -> list[bytes]:
     image, turned = Image.fromarray(noise()), Image.Exif()
     turned[0x112] = 6
     modes = [saved(image.convert(mode), "PNG") for mode in ("L", "LA", "P", "1", "RGBA")]
-    moving = [partial(saved, image, form, save_all=True, append_images=[image.rotate(90)]) for form in ("GIF", "PNG")]
+    moving = [
+        partial(saved, image, form, save_all=True, append_images=[image.rotate(90)])
+        for form in ("GIF", "PNG")
+    ]
     return [
         *modes,
         *(make() for make in moving),
@@ -258,7 +298,10 @@ def seeds() -> list[bytes]:
         saved(image.convert("RGBA"), "WEBP", lossless=True, exif=turned),
         *(saved(image, form) for form in ("GIF", "BMP")),
         *(saved(image.convert(mode), "BMP") for mode in ("1", "P")),
-        *(png((24, 20), [bytes(12)] * 20, depth=4, colour=GREY), png((8, 8), [bytes(16)] * 8, depth=16, colour=GREY)),
+        *(
+            png((24, 20), [bytes(12)] * 20, depth=4, colour=GREY),
+            png((8, 8), [bytes(16)] * 8, depth=16, colour=GREY),
+        ),
     ]
 
 

@@ -43,13 +43,54 @@ ODD: tuple[str, ...] = (
         "1_000",
         "\u0967",
     ),
-    *("nan", "inf", "-inf", "1e999", "-1e999", "-1", "0", "99999999999999999999999999", "mlp(depth=1e999)"),
-    *("mlp(", "mlp()", "mlp(1)", "mlp(*[1])", "mlp(**{'depth': 1})", "mlp(depth=1, depth=2)", "mlp(depht=1)"),
-    *("x" * 100_000, "9" * 100_000, "(" * 100_000, "-" * 100_000 + "1", "[" * 5_000 + "]" * 5_000, "mlp(" * 5_000),
-    *("{'a':" * 2_000 + "1" + "}" * 2_000, "mlp(depth=" + "9" * 10_000 + ")", "not " * 50_000 + "1"),
+    *(
+        "nan",
+        "inf",
+        "-inf",
+        "1e999",
+        "-1e999",
+        "-1",
+        "0",
+        "99999999999999999999999999",
+        "mlp(depth=1e999)",
+    ),
+    *(
+        "mlp(",
+        "mlp()",
+        "mlp(1)",
+        "mlp(*[1])",
+        "mlp(**{'depth': 1})",
+        "mlp(depth=1, depth=2)",
+        "mlp(depht=1)",
+    ),
+    *(
+        "x" * 100_000,
+        "9" * 100_000,
+        "(" * 100_000,
+        "-" * 100_000 + "1",
+        "[" * 5_000 + "]" * 5_000,
+        "mlp(" * 5_000,
+    ),
+    *(
+        "{'a':" * 2_000 + "1" + "}" * 2_000,
+        "mlp(depth=" + "9" * 10_000 + ")",
+        "not " * 50_000 + "1",
+    ),
 )
 DEEP: tuple[str, ...] = (
-    *("", ".", "..", "stages", "stages.", ".stages", "stages..optim", "stages.*", "stages.*.*", "*.*.*", "stages.nope"),
+    *(
+        "",
+        ".",
+        "..",
+        "stages",
+        "stages.",
+        ".stages",
+        "stages..optim",
+        "stages.*",
+        "stages.*.*",
+        "*.*.*",
+        "stages.nope",
+    ),
     *(
         "stages.align.__class__",
         "stages.align.__init__.__globals__",
@@ -57,7 +98,11 @@ DEEP: tuple[str, ...] = (
         "__dict__",
         "stages.0",
     ),
-    *("stages.align.optim.peak_lr.real", "stages.align.optim.peak_lr.__class__.__mro__", "stages.align.budget.steps.x"),
+    *(
+        "stages.align.optim.peak_lr.real",
+        "stages.align.optim.peak_lr.__class__.__mro__",
+        "stages.align.budget.steps.x",
+    ),
     *(".".join(["stages"] * 10_000), "stages." + "x" * 100_000, "stages.align.\0"),
 )
 
@@ -72,7 +117,10 @@ NEARLY: Mapping[str, tuple[str, str, str]] = {  # what is misspelled -> path, va
     "a precision": ("stages.align.shard.precision", "bf61", "bf16"),
 }
 OUT_OF_RANGE: tuple[tuple[str, str], ...] = (
-    *(("stages.align.budget.steps", value) for value in ("0", "-1", "1.5", "nan", "inf", "1e3", "many")),
+    *(
+        ("stages.align.budget.steps", value)
+        for value in ("0", "-1", "1.5", "nan", "inf", "1e3", "many")
+    ),
     *(("stages.align.budget.batch", value) for value in ("0", "-16", "17")),
     *(("stages.align.budget.micro", value) for value in ("0", "-1")),
     *(("stages.align.optim.peak_lr", value) for value in ("0", "-1e-3", "nan", "inf", "fast")),
@@ -97,13 +145,47 @@ OUT_OF_RANGE: tuple[tuple[str, str], ...] = (
 
 # --- recipe.json -----------------------------------------------------------------------------------------------------
 
-NAMES: tuple[Any, ...] = (  # none of them is a spec, and most of them do something when they are called
-    *("os:mkdir", "os:system", "subprocess:Popen", "builtins:eval", "builtins:exec", "builtins:Exception", "io:open"),
-    *("builtins:KeyboardInterrupt", "builtins:SystemExit", "pathlib:Path", "types:FunctionType", "pickle:loads"),
-    *("bridgework.errors:SpecError", "bridgework.system:load", "bridgework.system:System.__init__", "bridgework:spec"),
-    *("bridgework.training.artefact:Info", "bridgework.training.artefact:load", "bridgework.training.loop:Job"),
-    *("bridgework.data.shards:Dataset", "bridgework.data.reader:Feed", "bridgework.recipes.llava:system"),
-    *("bridgework.nothing:X", "bridgework.system:Nothing", "bridgework..system:System", "bridgework.system"),
+NAMES: tuple[
+    Any, ...
+] = (  # none of them is a spec, and most of them do something when they are called
+    *(
+        "os:mkdir",
+        "os:system",
+        "subprocess:Popen",
+        "builtins:eval",
+        "builtins:exec",
+        "builtins:Exception",
+        "io:open",
+    ),
+    *(
+        "builtins:KeyboardInterrupt",
+        "builtins:SystemExit",
+        "pathlib:Path",
+        "types:FunctionType",
+        "pickle:loads",
+    ),
+    *(
+        "bridgework.errors:SpecError",
+        "bridgework.system:load",
+        "bridgework.system:System.__init__",
+        "bridgework:spec",
+    ),
+    *(
+        "bridgework.artifacts:Info",
+        "bridgework.artifacts:load",
+        "bridgework.training.loop:TrainJob",
+    ),
+    *(
+        "bridgework.data.dataset:Dataset",
+        "bridgework.data.reader:ReaderConfig",
+        "bridgework.recipes.llava:system",
+    ),
+    *(
+        "bridgework.nothing:X",
+        "bridgework.system:Nothing",
+        "bridgework..system:System",
+        "bridgework.system",
+    ),
     *(
         "",
         ":",
@@ -123,14 +205,36 @@ NAMES: tuple[Any, ...] = (  # none of them is a spec, and most of them do someth
     ),
 )
 VALUES: tuple[Any, ...] = (
-    *(None, True, -1, 0, 1.5, float("nan"), float("inf"), 10**30, "", "x" * 1_000, "../x", [], {}, [[]], [None]),
+    *(
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        float("nan"),
+        float("inf"),
+        10**30,
+        "",
+        "x" * 1_000,
+        "../x",
+        [],
+        {},
+        [[]],
+        [None],
+    ),
     *({"_": 1}, {"_": "os:mkdir"}, {"a": {"_": "builtins:exit"}}),
 )
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of everything in a nest of lists and mappings."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for step, below in inner:
         yield (*at, step)
         yield from places(below, (*at, step))
@@ -187,11 +291,17 @@ def weights(mark: Path) -> dict[str, bytes]:
         "HTML": b"<html>404</html>",
         "a header of 2^60 bytes": struct.pack("<Q", 2**60) + b"{}",
         "a header that is no JSON": struct.pack("<Q", 4) + b"<htm",
-        "a tensor of 2^60 numbers": safetensors({"bridge.x": tensor | {"shape": [2**60]}}, bytes(8)),
-        "a tensor behind the end": safetensors({"bridge.x": tensor | {"data_offsets": [8, 16]}}, bytes(8)),
+        "a tensor of 2^60 numbers": safetensors(
+            {"bridge.x": tensor | {"shape": [2**60]}}, bytes(8)
+        ),
+        "a tensor behind the end": safetensors(
+            {"bridge.x": tensor | {"data_offsets": [8, 16]}}, bytes(8)
+        ),
         "tensors on each other": safetensors({"a": tensor, "b": tensor}, bytes(8)),
         "a tensor below zero": safetensors({"bridge.x": tensor | {"shape": [-2]}}, bytes(8)),
-        "a tensor of an unknown kind": safetensors({"bridge.x": tensor | {"dtype": "PICKLE"}}, bytes(8)),
+        "a tensor of an unknown kind": safetensors(
+            {"bridge.x": tensor | {"dtype": "PICKLE"}}, bytes(8)
+        ),
         "a tensor of another model": safetensors({"harm.x": tensor}, bytes(8)),
         "cut": safetensors({"bridge.x": tensor}, bytes(4)),
     }

@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bridgework.data.dataset import write
 from bridgework.data.manifest import Manifest, Shard
 from bridgework.data.samples import SCHEMA, to_row
-from bridgework.data.shards import write
 from bridgework.data.synthetic import shapes
 
 ROWS, GROUP = 12, 4
@@ -61,12 +61,18 @@ DAMAGE: Mapping[str, Harm] = {
     "a shard cut at 1/4": lambda d: cut(d / FIRST, 0.25),
     "a shard cut at 1/2": lambda d: cut(d / FIRST, 0.5),
     "a shard cut in its footer": lambda d: cut(d / FIRST, 0.98),
-    "a shard without its last byte": lambda d: os.truncate(d / FIRST, (d / FIRST).stat().st_size - 1),
-    "a shard with a byte behind it": lambda d: (d / FIRST).write_bytes((d / FIRST).read_bytes() + b"\0"),
+    "a shard without its last byte": lambda d: os.truncate(
+        d / FIRST, (d / FIRST).stat().st_size - 1
+    ),
+    "a shard with a byte behind it": lambda d: (d / FIRST).write_bytes(
+        (d / FIRST).read_bytes() + b"\0"
+    ),
     "shards swapped": swapped,
     "a bit turned in a page": lambda d: turned(d / FIRST, (d / FIRST).read_bytes().index(b"IDAT")),
     "a bit turned in the footer": lambda d: turned(d / FIRST, (d / FIRST).stat().st_size - 40),
-    "a bit turned in the footer's length": lambda d: turned(d / FIRST, (d / FIRST).stat().st_size - 8),
+    "a bit turned in the footer's length": lambda d: turned(
+        d / FIRST, (d / FIRST).stat().st_size - 8
+    ),
     "a shard that is HTML": lambda d: (d / FIRST).write_text("<html>404</html>"),
     "a shard that is gone": lambda d: (d / FIRST).unlink(),
     "a manifest that counts 10^9 rows": lambda d: edited(d, rows=10**9),
@@ -82,7 +88,9 @@ DAMAGE: Mapping[str, Harm] = {
 # --- hostile: whoever made it knows how a digest is made -------------------------------------------------------------
 
 
-def dataset(folder: Path, shard: pa.Table | bytes, *, rows: int = ROWS, groups: int = GROUP, **options: Any) -> Path:
+def dataset(
+    folder: Path, shard: pa.Table | bytes, *, rows: int = ROWS, groups: int = GROUP, **options: Any
+) -> Path:
     """A dataset of one shard, whose manifest says what is in the file: `rows` rows in groups of GROUP."""
     folder.mkdir()
     file = folder / FIRST
@@ -105,7 +113,10 @@ def table(change: Mapping[str, Any] | None = None, schema: pa.Schema = SCHEMA) -
 def shown(image: int | None, text: str = "a red ring") -> dict[str, Any]:
     """Parts that show the image at this index."""
     return {
-        "parts": [{"role": "caption", "text": None, "image": image}, {"role": "caption", "text": text, "image": None}]
+        "parts": [
+            {"role": "caption", "text": None, "image": image},
+            {"role": "caption", "text": text, "image": None},
+        ]
     }
 
 
@@ -171,10 +182,14 @@ WRONG_SHARD: Mapping[str, Made] = {  # verify finds it; reading stops, with one 
     "a part of an unknown role": lambda d: dataset(
         d, table({"parts": [{"role": "root", "text": "harm", "image": None}]})
     ),
-    "a box without corners": lambda d: dataset(d, table({"boxes": [{"image": 0, "corners": None, "label": "ring"}]})),
+    "a box without corners": lambda d: dataset(
+        d, table({"boxes": [{"image": 0, "corners": None, "label": "ring"}]})
+    ),
     "a box of NaN": lambda d: dataset(d, table(boxed(0.1, float("nan"), 0.5, 0.5))),
     "a box outside its image": lambda d: dataset(d, table(boxed(0.1, 0.1, 7.0, 0.5))),
-    "a box in an image that is not there": lambda d: dataset(d, table(boxed(0.1, 0.1, 0.5, 0.5, image=3))),
+    "a box in an image that is not there": lambda d: dataset(
+        d, table(boxed(0.1, 0.1, 0.5, 0.5, image=3))
+    ),
     "smaller row groups": lambda d: dataset(d, table(), groups=2),
     "larger row groups": lambda d: dataset(d, table(), groups=5),
     "fewer rows than claimed": lambda d: dataset(d, table(), rows=10**9),
@@ -186,18 +201,24 @@ WRONG_SHARD: Mapping[str, Made] = {  # verify finds it; reading stops, with one 
     "a pickle": lambda d: dataset(d, pickle.dumps(list(range(100)))),
 }
 
-BAD_ROW: Mapping[str, Mapping[str, Any]] = {  # verify finds it; a reader puts this row aside, and reads the others
+BAD_ROW: Mapping[
+    str, Mapping[str, Any]
+] = {  # verify finds it; a reader puts this row aside, and reads the others
     "an image that is null": {"images": [None]},
     "an image of 0 bytes": {"images": [b""]},
     "an image that is HTML": {"images": [b"<html>404</html>"]},
 }
 
 HARMLESS: Mapping[str, Made] = {  # nothing to find, nothing happens, and all rows come
-    "a provenance of 10 MB": lambda d: dataset(d, table({"provenance": [("harm", "x" * 10_000_000)]})),
+    "a provenance of 10 MB": lambda d: dataset(
+        d, table({"provenance": [("harm", "x" * 10_000_000)]})
+    ),
     "text with NUL": lambda d: dataset(d, table(shown(0, "a\0red\0ring"))),
     "a type that pickles itself": lambda d: dataset(d, extended(d, b"arrow.py_extension_type")),
     "a type that nobody knows": lambda d: dataset(d, extended(d, b"my_lab.harm")),
-    "pandas objects": lambda d: dataset(d, table().replace_schema_metadata({b"pandas": pandas_objects()})),
+    "pandas objects": lambda d: dataset(
+        d, table().replace_schema_metadata({b"pandas": pandas_objects()})
+    ),
 }
 
 
@@ -219,14 +240,37 @@ def extended(folder: Path, name: bytes) -> pa.Table:
 
 
 def pandas_objects() -> bytes:
-    column = {"name": "key", "field_name": "key", "pandas_type": "object", "numpy_type": "object", "metadata": None}
-    return json.dumps({"index_columns": [], "columns": [column], "pandas_version": "3.1.1"}).encode()
+    column = {
+        "name": "key",
+        "field_name": "key",
+        "pandas_type": "object",
+        "numpy_type": "object",
+        "metadata": None,
+    }
+    return json.dumps(
+        {"index_columns": [], "columns": [column], "pandas_version": "3.1.1"}
+    ).encode()
 
 
 # --- mutations -------------------------------------------------------------------------------------------------------
 
 ODD: tuple[Any, ...] = (
-    *(None, True, -1, 0, 1.5, float("nan"), 10**9, 10**30, "", "..", ".", "a\0b", "x" * 1_000, "../../etc/passwd"),
+    *(
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        float("nan"),
+        10**9,
+        10**30,
+        "",
+        "..",
+        ".",
+        "a\0b",
+        "x" * 1_000,
+        "../../etc/passwd",
+    ),
     *("/etc/passwd", "C:\\x", "http://example.org/x", "manifest.json", [], {}, [[]], [None]),
 )
 
@@ -251,7 +295,13 @@ def manifest(fields: Mapping[str, Any], path: tuple[Any, ...], value: Any) -> st
 
 
 def _paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for step, below in inner:
         yield (*at, step)
         yield from _paths(below, (*at, step))
@@ -264,9 +314,15 @@ def mutated(count: int, seed: int) -> Iterator[bytes]:
     for _ in range(count):
         data = bytearray(whole)
         for _ in range(draw.choice((1, 1, 2, 4))):
-            at = draw.randrange(footer, len(data) - 8) if draw.random() < 0.6 else draw.randrange(len(data))
+            at = (
+                draw.randrange(footer, len(data) - 8)
+                if draw.random() < 0.6
+                else draw.randrange(len(data))
+            )
             if draw.random() < 0.3:
-                data[at : at + 5] = b"\xfe\xff\xff\xff\x0f"  # a length of 2^31 - 1, as Parquet's footer writes it
+                data[at : at + 5] = (
+                    b"\xfe\xff\xff\xff\x0f"  # a length of 2^31 - 1, as Parquet's footer writes it
+                )
             else:
                 data[at] = draw.randrange(256)
         yield bytes(data)

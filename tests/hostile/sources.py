@@ -19,9 +19,42 @@ from tests.hostile.recipes import places, put
 SECRET = "secret.png"  # lies beside the source, not in it: a picture that no dataset may hold
 DEEP: Any = [[[[[[[[[[[[[[[[[[[[["x"]]]]]]]]]]]]]]]]]]]]]
 WRONG: tuple[Any, ...] = (  # what may stand in place of any value
-    *(None, True, False, -1, 0, 1.5, float("nan"), float("inf"), 10**30, 10**400, "", " ", "x", "1", "\u200b"),
-    *("a\0b", "a\nb", "\ud800", "<image>", "<image>\n<image>", "x" * 20_000, "../" + SECRET, "a/../../" + SECRET),
-    *("/etc/passwd", "C:\\x", "file:///etc/passwd", "http://127.0.0.1:9/x.png", "data:,x", "~/.ssh", "{0.__class__}"),
+    *(
+        None,
+        True,
+        False,
+        -1,
+        0,
+        1.5,
+        float("nan"),
+        float("inf"),
+        10**30,
+        10**400,
+        "",
+        " ",
+        "x",
+        "1",
+        "\u200b",
+    ),
+    *(
+        "a\0b",
+        "a\nb",
+        "\ud800",
+        "<image>",
+        "<image>\n<image>",
+        "x" * 20_000,
+        "../" + SECRET,
+        "a/../../" + SECRET,
+    ),
+    *(
+        "/etc/passwd",
+        "C:\\x",
+        "file:///etc/passwd",
+        "http://127.0.0.1:9/x.png",
+        "data:,x",
+        "~/.ssh",
+        "{0.__class__}",
+    ),
     *([], {}, [[]], [{}], [None], ["x"], [1, 2, 3, 4, 5], {"a": 1}, {"from": "gpt"}, DEEP),
 )
 
@@ -61,25 +94,58 @@ def rated(text: str, rating: str) -> dict[str, Any]:
 
 TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A ring."}]
 ROWS: tuple[Rows, ...] = (
-    Rows("folder", {"image": "a.png", "caption": "a ring"}, "table.jsonl", lines, options={"table": "table.jsonl"}),
-    Rows("folder", {"image": "a.png", "caption": "a ring"}, "table.json", json.dumps, options={"table": "table.json"}),
-    Rows("llava-json", {"id": "a", "image": "a.png", "conversations": TALK}, "talks.json", json.dumps),
-    Rows("llava-json", {"id": 1, "image": ["a.png"], "conversations": TALK}, "talks.json", json.dumps),
+    Rows(
+        "folder",
+        {"image": "a.png", "caption": "a ring"},
+        "table.jsonl",
+        lines,
+        options={"table": "table.jsonl"},
+    ),
+    Rows(
+        "folder",
+        {"image": "a.png", "caption": "a ring"},
+        "table.json",
+        json.dumps,
+        options={"table": "table.json"},
+    ),
+    Rows(
+        "llava-json", {"id": "a", "image": "a.png", "conversations": TALK}, "talks.json", json.dumps
+    ),
+    Rows(
+        "llava-json", {"id": 1, "image": ["a.png"], "conversations": TALK}, "talks.json", json.dumps
+    ),
     Rows(
         "preferences",
-        {"id": "a", "image": "a.png", "question": "What is it?", "chosen": "A ring.", "rejected": "A cat."},
+        {
+            "id": "a",
+            "image": "a.png",
+            "question": "What is it?",
+            "chosen": "A ring.",
+            "rejected": "A cat.",
+        },
         "pairs.jsonl",
         lines,
     ),
     Rows(
         "preferences",
-        {"idx": 1, "images": ["a.png"], "conversations": TALK[:1], "chosen": TALK[1:], "rejected": {"value": "A cat."}},
+        {
+            "idx": 1,
+            "images": ["a.png"],
+            "conversations": TALK[:1],
+            "chosen": TALK[1:],
+            "rejected": {"value": "A cat."},
+        },
         "pairs.json",
         json.dumps,
     ),
     Rows(
         "vlfeedback",
-        {"id": "a", "prompt": "What?", "image": "a.png", "completions": [rated("A ring.", "5"), rated("A cat.", "1")]},
+        {
+            "id": "a",
+            "prompt": "What?",
+            "image": "a.png",
+            "completions": [rated("A ring.", "5"), rated("A cat.", "1")],
+        },
         "rated.jsonl",
         lines,
         whole=False,  # answers that are rated alike prefer nothing, and are left out
@@ -126,7 +192,13 @@ def mutants(row: Any) -> list[Any]:
 
 IMAGE: dict[str, Any] = {"id": 1, "file_name": "a.png", "width": 32, "height": 32, "license": 4}
 CAPTION: dict[str, Any] = {"id": 7, "image_id": 1, "caption": "a ring"}
-BOX: dict[str, Any] = {"id": 7, "image_id": 1, "category_id": 18, "bbox": [1.0, 2.0, 8.0, 8.0], "iscrowd": 0}
+BOX: dict[str, Any] = {
+    "id": 7,
+    "image_id": 1,
+    "category_id": 18,
+    "bbox": [1.0, 2.0, 8.0, 8.0],
+    "iscrowd": 0,
+}
 LICENCES = [{"id": 4, "name": "CC-BY"}]
 CATEGORIES = [{"id": 18, "name": "ring"}]
 QUESTION: dict[str, Any] = {"question_id": 1, "image_id": 1, "question": "What is it?"}
@@ -148,7 +220,9 @@ class Document:
     rows: int | None  # as many must come out or be put aside; None: at least one
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def lay(self, folder: Path, tables: Mapping[str, Any] | None = None) -> tuple[str, dict[str, str]]:
+    def lay(
+        self, folder: Path, tables: Mapping[str, Any] | None = None
+    ) -> tuple[str, dict[str, str]]:
         """Writes the source; what `run` is to be given."""
         (folder / "a.png").write_bytes(pictures(1)[0])
         (folder / "source.json").write_text(json.dumps(self.tables if tables is None else tables))
@@ -165,8 +239,14 @@ def documents() -> Iterator[tuple[str, Document]]:
     captions, boxes, images = ([row, *mutants(row)] for row in (CAPTION, BOX, IMAGE))
     asked, answered = [QUESTION, *mutants(QUESTION)], [ANSWER, *mutants(ANSWER)]
     each = [{**QUESTION, "question_id": number} for number in range(len(answered))]
-    own = [{**row, "question_id": n} if isinstance(row, dict) else row for n, row in enumerate(answered)]
-    shown, told = {"images": [IMAGE, {**IMAGE, "id": 2}], "licenses": LICENCES}, {"categories": CATEGORIES}
+    own = [
+        {**row, "question_id": n} if isinstance(row, dict) else row
+        for n, row in enumerate(answered)
+    ]
+    shown, told = (
+        {"images": [IMAGE, {**IMAGE, "id": 2}], "licenses": LICENCES},
+        {"categories": CATEGORIES},
+    )
     yield "captions", Document("coco", {**shown, "annotations": captions}, len(captions))
     yield "images of captions", Document("coco", {"images": images, "annotations": [CAPTION]}, 1)
     yield "images", Document("coco", {"images": images, "annotations": [BOX], **told}, len(images))
@@ -180,9 +260,20 @@ def documents() -> Iterator[tuple[str, Document]]:
             {"instances": {**shown, "annotations": boxes, **told}},
         ),
     )
-    yield "licences", Document("coco", {**shown, "licenses": mutants(LICENCES[0]), "annotations": [CAPTION]}, 1)
-    yield "questions", Document("vqa", {"questions": asked}, len(asked), {"annotations": {"annotations": [ANSWER]}})
-    yield "answers", Document("vqa", {"questions": each}, len(each), {"annotations": {"annotations": own}})
+    yield (
+        "licences",
+        Document("coco", {**shown, "licenses": mutants(LICENCES[0]), "annotations": [CAPTION]}, 1),
+    )
+    yield (
+        "questions",
+        Document(
+            "vqa", {"questions": asked}, len(asked), {"annotations": {"annotations": [ANSWER]}}
+        ),
+    )
+    yield (
+        "answers",
+        Document("vqa", {"questions": each}, len(each), {"annotations": {"annotations": own}}),
+    )
 
 
 # --- files that are not text -----------------------------------------------------------------------------------------
@@ -193,13 +284,23 @@ def tar(*members: tuple[str, bytes], kind: bytes = tarfile.REGTYPE, link: str = 
     with tarfile.open(fileobj=file, mode="w") as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
-            info.size, info.type, info.linkname = (len(data) if kind == tarfile.REGTYPE else 0), kind, link
+            info.size, info.type, info.linkname = (
+                (len(data) if kind == tarfile.REGTYPE else 0),
+                kind,
+                link,
+            )
             archive.addfile(info, io.BytesIO(data))
     return file.getvalue()
 
 
 def sound_tar(rows: int = 4) -> bytes:
-    return tar(*(m for i, p in enumerate(pictures(rows)) for m in ((f"{i}.png", p), (f"{i}.txt", b"a ring"))))
+    return tar(
+        *(
+            m
+            for i, p in enumerate(pictures(rows))
+            for m in ((f"{i}.png", p), (f"{i}.txt", b"a ring"))
+        )
+    )
 
 
 def sound_table(rows: int = 4) -> pa.Table:
@@ -246,7 +347,9 @@ def turned(data: bytes, count: int, seed: int) -> Iterator[bytes]:
             at = draw.randrange(len(changed))
             match draw.randrange(4):
                 case 0:
-                    changed[at : at + 4] = draw.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f"))
+                    changed[at : at + 4] = draw.choice(
+                        (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f")
+                    )
                 case 1 if at:
                     del changed[at:]
                 case _:
@@ -263,7 +366,9 @@ OTHERS: Mapping[str, bytes] = {  # in the place of any file
     "gzip": b"\x1f\x8b\x08\0\0\0\0\0\0\x03" + bytes(600),
 }
 
-PLAYLISTS: Mapping[str, str] = {  # what FFmpeg reads as the names of other files; {port} is somebody's
+PLAYLISTS: Mapping[
+    str, str
+] = {  # what FFmpeg reads as the names of other files; {port} is somebody's
     "HLS": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:{port}/x.ts\n#EXT-X-ENDLIST\n",
     "concat": "ffconcat version 1.0\nfile http://127.0.0.1:{port}/x.ts\n",
     "DASH": "<MPD><Period><AdaptationSet><Representation><BaseURL>http://127.0.0.1:{port}/x</BaseURL>"
@@ -271,7 +376,9 @@ PLAYLISTS: Mapping[str, str] = {  # what FFmpeg reads as the names of other file
     "RTSP": "v=0\nc=IN IP4 127.0.0.1\nm=video {port} RTP/AVP 96\n",
 }
 
-TABLES: Mapping[str, str] = {  # CSV files that begin with the sound row `a.png,a ring`, and how many rows follow it
+TABLES: Mapping[
+    str, str
+] = {  # CSV files that begin with the sound row `a.png,a ring`, and how many rows follow it
     "NUL": "b.png,a\0ring\n",
     "a quote that never ends": 'b.png,"a ring\n',
     "a quote inside": 'b.png,a "ring" x\n',
@@ -285,20 +392,33 @@ TABLES: Mapping[str, str] = {  # CSV files that begin with the sound row `a.png,
 }
 
 PICTURE_LISTS: Any = pa.schema([("image", pa.list_(pa.binary())), ("caption", pa.string())])
-COLUMNS: Mapping[str, Callable[[], pa.Table]] = {  # what a Parquet file holds in place of {bytes, path} and a text
-    "pickles for images": lambda: pa.table({"image": [b"\x80\x04cposix\nsystem\n."] * 4, "caption": ["a ring"] * 4}),
-    "paths elsewhere": lambda: pa.table(
-        {"image": ["../secret.png", "/etc/passwd", "link.png", "http://127.0.0.1:9/x"], "caption": ["a ring"] * 4}
+COLUMNS: Mapping[
+    str, Callable[[], pa.Table]
+] = {  # what a Parquet file holds in place of {bytes, path} and a text
+    "pickles for images": lambda: pa.table(
+        {"image": [b"\x80\x04cposix\nsystem\n."] * 4, "caption": ["a ring"] * 4}
     ),
-    "nothing": lambda: pa.table({"image": pa.nulls(4, pa.binary()), "caption": pa.nulls(4, pa.string())}),
+    "paths elsewhere": lambda: pa.table(
+        {
+            "image": ["../secret.png", "/etc/passwd", "link.png", "http://127.0.0.1:9/x"],
+            "caption": ["a ring"] * 4,
+        }
+    ),
+    "nothing": lambda: pa.table(
+        {"image": pa.nulls(4, pa.binary()), "caption": pa.nulls(4, pa.string())}
+    ),
     "empty lists": lambda: pa.table({"image": [[]] * 4, "caption": ["a ring"] * 4}, PICTURE_LISTS),
     "text that is not UTF-8": lambda: with_captions(not_text(4)),
     "texts as a dictionary": lambda: with_captions(pa.array(["a ring"] * 4).dictionary_encode()),
     "numbers for texts": lambda: with_captions(pa.array([1, 2, 3, 4])),
     "talks by nobody": lambda: with_captions(pa.array([[{"from": None, "value": "x"}]] * 4)),
     "a type that pickles itself": lambda: extended(sound_table()),
-    "pandas objects": lambda: sound_table().replace_schema_metadata({b"pandas": b'{"columns": [], "x": "object"}'}),
-    "two columns of one name": lambda: pa.table([*sound_table().columns, ["x"] * 4], ["image", "caption", "caption"]),
+    "pandas objects": lambda: sound_table().replace_schema_metadata(
+        {b"pandas": b'{"columns": [], "x": "object"}'}
+    ),
+    "two columns of one name": lambda: pa.table(
+        [*sound_table().columns, ["x"] * 4], ["image", "caption", "caption"]
+    ),
     "no rows": lambda: sound_table().slice(0, 0),
     "no columns": lambda: pa.table({}),
 }
@@ -315,12 +435,17 @@ def not_text(rows: int) -> pa.Array:
 
 def extended(table: pa.Table) -> pa.Table:
     """Its texts are of an extension type, as pyarrow before 14 unpickled it while it read the schema."""
-    told = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": OTHERS["a pickle"]}
+    told = {
+        b"ARROW:extension:name": b"arrow.py_extension_type",
+        b"ARROW:extension:metadata": OTHERS["a pickle"],
+    }
     fields = [table.schema.field(0), table.schema.field(1).with_metadata(told)]
     return pa.Table.from_arrays(table.columns, schema=pa.schema(fields))
 
 
-PAGES: Mapping[str, bytes] = {  # each shows the picture a.png and says "a ring", or no picture of the folder
+PAGES: Mapping[
+    str, bytes
+] = {  # each shows the picture a.png and says "a ring", or no picture of the folder
     "tags in tags": b"<div>" * 100_000 + b"<p>a ring</p><img src=a.png>",
     "a list in a list": b"<ul><li>" * 5_000 + b"a ring<img src=a.png>",
     "attributes": b"<p " + b"x=1 " * 100_000 + b">a ring</p><img src=a.png>",

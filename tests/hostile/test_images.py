@@ -8,9 +8,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from bridgework.data.images import decode, header, load_image, size_of
 from bridgework.data.quarantine import BadSample, Reason
-from bridgework.data.tiling import lay_out
-from bridgework.data.transforms import decode, header, read_square, size_of
+from bridgework.data.tiling import tile_image
 from bridgework.system import Pixels
 from tests.hostile import images
 
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:PIL\.")
 
 
 def tiled(data: bytes) -> NDArray[np.uint8]:
-    return lay_out(decode(data), TILES)[0]
+    return tile_image(decode(data), TILES)[0]
 
 
 def square(data: bytes) -> NDArray[np.uint8]:
-    return read_square(data, Pixels(size=16))
+    return load_image(data, Pixels(size=16))
 
 
 @pytest.mark.parametrize("name", images.REFUSED)
@@ -38,7 +38,9 @@ def test_every_hostile_image_is_refused_for_its_reason(name: str) -> None:
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("name", [name for name, (_, reason) in images.REFUSED.items() if reason is images.LARGE])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, reason) in images.REFUSED.items() if reason is images.LARGE]
+)
 def test_a_bomb_is_refused_by_its_header(name: str) -> None:
     data = images.REFUSED[name][0]()
     for read in (header, size_of):
@@ -47,7 +49,11 @@ def test_a_bomb_is_refused_by_its_header(name: str) -> None:
 
 
 def test_bombs_take_no_memory() -> None:
-    files = [make() for make, reason in images.REFUSED.values() if reason in (images.LARGE, images.CORRUPT)]
+    files = [
+        make()
+        for make, reason in images.REFUSED.values()
+        if reason in (images.LARGE, images.CORRUPT)
+    ]
     peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for data in files:
         for read in (decode, size_of):
@@ -95,7 +101,11 @@ def test_a_cut_file_is_never_taken_for_a_picture(data: bytes) -> None:
 
 
 def test_any_file_is_a_picture_or_a_bad_sample() -> None:
-    reads: list[Callable[[bytes], object]] = [lambda data: decode(data, max_pixels=10**6), square, size_of]
+    reads: list[Callable[[bytes], object]] = [
+        lambda data: decode(data, max_pixels=10**6),
+        square,
+        size_of,
+    ]
     outcomes = {"picture": 0, "bad": 0}
     for data in images.mutations(3_000, seed=0):
         for read in reads:
@@ -105,7 +115,9 @@ def test_any_file_is_a_picture_or_a_bad_sample() -> None:
             except BadSample as error:
                 assert "\n" not in str(error)
                 outcomes["bad"] += 1
-    assert min(outcomes.values()) > 1_000, outcomes  # the mutations are neither all harmless nor all plain
+    assert min(outcomes.values()) > 1_000, (
+        outcomes
+    )  # the mutations are neither all harmless nor all plain
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped() -> None:

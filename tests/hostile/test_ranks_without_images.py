@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from bridgework import artifacts
 from bridgework.data import reader
-from bridgework.data.batch import Row
+from bridgework.data.collate import Row
+from bridgework.data.dataset import write
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import write
 from bridgework.data.synthetic import shapes
 from bridgework.system import Budget, Mixture, Source, Stage, System, ZeRO, load
-from bridgework.training import artefact, loop
+from bridgework.training import loop
 from tests.training.support import losses
 
 WIRINGS = {
@@ -39,7 +40,11 @@ Case = tuple[str, Literal[0, 3]]  # a wiring under a stage of ZeRO
 QUICK: tuple[Case, ...] = (("mlp", 3), ("cross-attention", 3))
 EVERY: tuple[Case, ...] = tuple(product(WIRINGS, (0, 3)))
 HALF = 4  # rows of a rank
-STEPS = (("shown", "told"), ("told", "shown"), ("told", "told"))  # what the first and the second rank have
+STEPS = (
+    ("shown", "told"),
+    ("told", "shown"),
+    ("told", "told"),
+)  # what the first and the second rank have
 
 
 def stage_of(wiring: str, zero: Literal[0, 3], dataset: str) -> Stage:
@@ -52,7 +57,12 @@ def stage_of(wiring: str, zero: Literal[0, 3], dataset: str) -> Stage:
         starts_from=None,
         evals=(),
         curation=None,
-        data=Mixture(sources=(Source(name="talks", dataset=dataset),), template=whole.data.template, lanes=2, window=1),
+        data=Mixture(
+            sources=(Source(name="talks", dataset=dataset),),
+            template=whole.data.template,
+            lanes=2,
+            window=1,
+        ),
         budget=Budget(steps=len(STEPS), batch=2 * HALF, micro=2 * HALF),
         optim=replace(whole.optim, warmup=0.0, weight_decay=0.0),
         shard=ZeRO(stage=zero, precision="fp32"),
@@ -64,7 +74,10 @@ def talks(shown: bool) -> Iterator[Sample]:
     images = [sample.images[0] for sample in shapes(rows=4 * HALF, size=40, seed=1)]
     for row in range(2 * HALF):
         files = tuple(images[2 * row : 2 * row + 1 + row % 2]) if shown else ()
-        asked = (*(Part("user", image=place) for place in range(len(files))), Part("user", text=f"Number {row}?"))
+        asked = (
+            *(Part("user", image=place) for place in range(len(files))),
+            Part("user", text=f"Number {row}?"),
+        )
         yield Sample(f"{shown}-{row}", files, (*asked, Part("assistant", text=f"It is {row}.")))
 
 
@@ -75,7 +88,9 @@ def rows(stage: Stage, folder: Path, rank: int, world: int) -> Iterator[list[Row
         source = Source(name="talks", dataset=str(folder / kind))
         budget = Budget(steps=2 * len(STEPS), batch=HALF, micro=HALF)
         of_kind = replace(stage, data=replace(stage.data, sources=(source,)), budget=budget)
-        halves[kind] = reader.local(reader.Feed.of(of_kind, folder), rank=0, world=1, start=0)
+        halves[kind] = reader.local(
+            reader.ReaderConfig.of(of_kind, folder), rank=0, world=1, start=0
+        )
     for step, kinds in enumerate(STEPS):
         batch = [row for kind in kinds for row in next(halves[kind])]
         placed = [replace(row, step=step, place=place) for place, row in enumerate(batch)]
@@ -93,7 +108,9 @@ def train(folder: Path, cases: Iterable[Case], rank: int, world: int) -> None:
         place = folder / "runs" / f"{wiring}-{zero}-{world}" / stage.name
         place.mkdir(parents=True, exist_ok=True)
         system = System(name="alone", paper="none", stages=(stage,))
-        job = loop.Job(system, stage.name, reader.Feed.of(stage, folder), place, folder)
+        job = loop.TrainJob(
+            system, stage.name, reader.ReaderConfig.of(stage, folder), place, folder
+        )
         fed = rows(stage, folder, rank, world)
         loop.run(job, partial(_next, fed), lambda metrics, step: None, rank=rank, world=world)
         dist.barrier()
@@ -111,7 +128,13 @@ def one_of_two(rank: int, folder: Path, cases: tuple[Case, ...]) -> None:
 def run(folder: Path, cases: tuple[Case, ...]) -> Path:
     """The folder with the cases on two processes and, side by side with them, each wiring in this one."""
     for kind in ("shown", "told"):
-        write(talks(kind == "shown"), str(folder / kind), source="test", licence="CC0-1.0", made_by="tests")
+        write(
+            talks(kind == "shown"),
+            str(folder / kind),
+            source="test",
+            licence="CC0-1.0",
+            made_by="tests",
+        )
     two = spawn(one_of_two, (folder, cases), nprocs=2, join=False)
     alone: dict[str, Literal[0, 3]] = {wiring: 0 for wiring, _ in cases}
     train(folder, alone.items(), rank=0, world=1)
@@ -131,7 +154,9 @@ def every(process_group: None, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize(("wiring", "zero"), QUICK)
-def test_a_rank_without_images_does_not_change_what_is_learned(wiring: str, zero: int, quick: Path) -> None:
+def test_a_rank_without_images_does_not_change_what_is_learned(
+    wiring: str, zero: int, quick: Path
+) -> None:
     compare(quick, wiring, zero)
 
 
@@ -147,7 +172,8 @@ def compare(folder: Path, wiring: str, zero: int) -> None:
     assert [step for step, _ in two] == [0, 1, 2] and all(isfinite(loss) for _, loss in two)
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
     expected, found = (
-        artefact.weights(folder / "runs" / f"{wiring}-{each}" / "alone" / "artefact") for each in ("0-1", f"{zero}-2")
+        artifacts.weights(folder / "runs" / f"{wiring}-{each}" / "alone" / "artefact")
+        for each in ("0-1", f"{zero}-2")
     )
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -156,4 +182,6 @@ def compare(folder: Path, wiring: str, zero: int) -> None:
     torch.manual_seed(stage.seed)
     before = dict(stage.model.build().named_parameters())
     bridge = [name for name in found if name.startswith("bridge.") and name in before]
-    assert any(not torch.equal(found[name], before[name].detach()) for name in bridge)  # which only images reach
+    assert any(
+        not torch.equal(found[name], before[name].detach()) for name in bridge
+    )  # which only images reach

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from bridgework.data.formats import load as load_format
+from bridgework import artifacts
+from bridgework.config import flat, from_dict, override, to_dict
 from bridgework.errors import BridgeworkError, DataError, SpecError, WeightsError
-from bridgework.models import freezing
-from bridgework.spec import flat, from_dict, override, to_dict
+from bridgework.models import base
+from bridgework.plugins import load as load_format
 from bridgework.system import System, load
-from bridgework.training import artefact
 from tests import toy
 from tests.hostile import recipes
 from tests.training.support import fresh, llava
@@ -85,8 +85,14 @@ def test_a_number_out_of_range_is_refused(path: str, value: str) -> None:
 @pytest.mark.parametrize("value", ["0", "-1"])
 @pytest.mark.parametrize(
     "path",
-    [f"model.{part}" for part in ("vision.heads", "vision.width", "vision.depth", "vision.patch_size")]
-    + [f"model.language.{part}" for part in ("heads", "kv_heads", "width", "depth", "ffn", "vocab", "context")],
+    [
+        f"model.{part}"
+        for part in ("vision.heads", "vision.width", "vision.depth", "vision.patch_size")
+    ]
+    + [
+        f"model.language.{part}"
+        for part in ("heads", "kv_heads", "width", "depth", "ffn", "vocab", "context")
+    ],
 )
 def test_a_tower_of_no_size_is_refused(path: str, value: str, tiny: System) -> None:
     line(lambda: override(tiny, {f"stages.align.{path}": value}))
@@ -105,28 +111,47 @@ def test_unknown_names_are_answered_with_known_ones() -> None:
 
 
 def test_a_glob_that_matches_nothing_is_refused(tiny: System) -> None:
-    for globs in ({"brige.*": 1.0}, {"bridge": 1.0}, {"": 1.0}, {"[": 1.0}, {"bridge.*": 1.0, "x" * 10_000: 1.0}):
-        assert "matches no parameter" in line(partial(freezing.apply, fresh(tiny["align"]), globs))
-    line(lambda: freezing.apply(fresh(tiny["align"]), {"bridge.*": 0.0}))
-    line(lambda: freezing.apply(fresh(tiny["align"]), {"bridge.*": -1.0}))
+    for globs in (
+        {"brige.*": 1.0},
+        {"bridge": 1.0},
+        {"": 1.0},
+        {"[": 1.0},
+        {"bridge.*": 1.0, "x" * 10_000: 1.0},
+    ):
+        assert "matches no parameter" in line(
+            partial(base.set_trainable, fresh(tiny["align"]), globs)
+        )
+    line(lambda: base.set_trainable(fresh(tiny["align"]), {"bridge.*": 0.0}))
+    line(lambda: base.set_trainable(fresh(tiny["align"]), {"bridge.*": -1.0}))
 
 
 def test_groups_that_do_not_divide_the_patches_are_refused(tiny: System) -> None:
     patches = tiny["align"].model.image_tokens
-    assert str(patches) in line(lambda: override(tiny, {"stages.align.model.bridge": f"concat(group={patches - 1})"}))
+    assert str(patches) in line(
+        lambda: override(tiny, {"stages.align.model.bridge": f"concat(group={patches - 1})"})
+    )
 
 
 def test_tiles_on_a_bridge_that_keeps_no_grid_are_refused(tiny: System) -> None:
     tiled = {"bridge": "qformer(queries=7)", "grids": "((1, 2),)", "tiles": "unpad"}
-    line(lambda: override(tiny, {f"stages.align.model.{field}": value for field, value in tiled.items()}))
+    line(
+        lambda: override(
+            tiny, {f"stages.align.model.{field}": value for field, value in tiled.items()}
+        )
+    )
 
 
 def test_a_stage_does_not_start_from_another_shape(tiny: System, tmp_path: Path) -> None:
-    wider = override(tiny, {"stages.*.model.language.width": "128", "stages.*.model.language.heads": "4"})
+    wider = override(
+        tiny, {"stages.*.model.language.width": "128", "stages.*.model.language.heads": "4"}
+    )
     state = {n: t for n, t in fresh(tiny["align"]).state_dict().items() if n.startswith("bridge.")}
-    artefact.save(tmp_path / "artefact", state, system=tiny, stage="align")
+    artifacts.save(tmp_path / "artefact", state, system=tiny, stage="align")
     model = fresh(wider["instruct"])
-    said = line(lambda: artefact.put(model, artefact.weights(tmp_path / "artefact"), "artefact"), WeightsError)
+    said = line(
+        lambda: artifacts.load_into(model, artifacts.weights(tmp_path / "artefact"), "artefact"),
+        WeightsError,
+    )
     assert "bridge." in said and "shapes differ" in said
 
 
@@ -138,13 +163,17 @@ def test_a_recipe_names_specs_and_nothing_else(name: Any, tiny: System) -> None:
     whole = json.loads(json.dumps(to_dict(tiny)))
     for path in [(), ("stages", 0), ("stages", 0, "model"), ("stages", 0, "model", "bridge")]:
         line(partial(from_dict, recipes.put(whole, (*path, "_"), name)))
-        line(partial(from_dict, recipes.put({"a": whole}, ("a", *path), {"_": name, "path": "harm"})))
+        line(
+            partial(from_dict, recipes.put({"a": whole}, ("a", *path), {"_": name, "path": "harm"}))
+        )
 
 
-def test_a_recipe_imports_nothing_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_imports_nothing_from_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "harmful_module.py").write_text(
-        f"from bridgework.spec import spec\nopen({str(tmp_path / 'harm')!r}, 'w').close()\n@spec\nclass Spec: ...\n"
+        f"from bridgework.config import spec\nopen({str(tmp_path / 'harm')!r}, 'w').close()\n@spec\nclass Spec: ...\n"
     )
     assert "harmful_module" in line(lambda: from_dict({"_": "harmful_module:Spec"}))
     assert not (tmp_path / "harm").exists() and "harmful_module" not in sys.modules
@@ -175,23 +204,27 @@ def test_any_value_anywhere_in_a_recipe_is_taken_or_refused(tiny: System) -> Non
 @pytest.fixture
 def folder(tiny: System, tmp_path: Path) -> Path:
     state = {n: t for n, t in fresh(tiny["align"]).state_dict().items() if n.startswith("bridge.")}
-    artefact.save(tmp_path / "artefact", state, system=tiny, stage="align")
+    artifacts.save(tmp_path / "artefact", state, system=tiny, stage="align")
     return tmp_path / "artefact"
 
 
 @pytest.mark.parametrize("name", recipes.NOT_JSON)
 @pytest.mark.parametrize("file", ["artefact.json", "recipe.json"])
-def test_an_artefact_that_says_nothing_sensible_is_refused(file: str, name: str, folder: Path) -> None:
+def test_an_artefact_that_says_nothing_sensible_is_refused(
+    file: str, name: str, folder: Path
+) -> None:
     (folder / file).write_bytes(recipes.NOT_JSON[name])
-    line(lambda: artefact.load(folder), BridgeworkError)
+    line(lambda: artifacts.load(folder), BridgeworkError)
 
 
 def test_weights_that_mean_harm_are_refused_and_not_unpickled(folder: Path, tmp_path: Path) -> None:
     info, mark = json.loads((folder / "artefact.json").read_text()), tmp_path / "harm"
     for data in recipes.weights(mark).values():
         (folder / "weights.safetensors").write_bytes(data)
-        (folder / "artefact.json").write_text(json.dumps(info | {"digest": hashlib.sha256(data).hexdigest()}))
-        line(lambda: artefact.load(folder), WeightsError)
+        (folder / "artefact.json").write_text(
+            json.dumps(info | {"digest": hashlib.sha256(data).hexdigest()})
+        )
+        line(lambda: artifacts.load(folder), WeightsError)
     assert not mark.exists()
 
 
@@ -201,6 +234,6 @@ def test_an_artefact_with_odd_fields_is_read_or_refused(field: str, folder: Path
     for value in recipes.VALUES:
         (folder / "artefact.json").write_text(json.dumps(info | {field: value}))
         try:
-            assert isinstance(artefact.load(folder).model, torch.nn.Module)
+            assert isinstance(artifacts.load(folder).model, torch.nn.Module)
         except BridgeworkError as error:
             assert re.search(r"\S", str(error)) and "\n" not in str(error)

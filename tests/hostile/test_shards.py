@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from bridgework.data.dataset import Problem, open_dataset, verify
 from bridgework.data.manifest import Manifest, Shard
 from bridgework.data.quarantine import Reason, records
-from bridgework.data.reader import Feed, local
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.data.samples import Sample
-from bridgework.data.shards import Problem, open_dataset, verify
 from bridgework.errors import DataError
 from bridgework.system import Mixture, Source
 from tests.hostile import shards
@@ -60,7 +60,9 @@ def test_a_file_that_nobody_listed_is_found_and_not_read(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", shards.WRONG_SHARD)
-def test_a_shard_that_is_wrong_by_right_digests_is_found_and_stops_the_reader(name: str, tmp_path: Path) -> None:
+def test_a_shard_that_is_wrong_by_right_digests_is_found_and_stops_the_reader(
+    name: str, tmp_path: Path
+) -> None:
     folder = shards.WRONG_SHARD[name](tmp_path / "d")
     assert found(folder)
     assert shards.FIRST in stops(lambda: rows(folder))
@@ -80,9 +82,13 @@ def test_a_key_in_two_shards_is_found(tmp_path: Path) -> None:
     twice.write_bytes((folder / shards.FIRST).read_bytes())
     one = Manifest.from_json((folder / "manifest.json").read_text()).shards[0]
     both = (one, Shard(twice.name, one.rows, one.bytes, one.sha256))
-    (folder / "manifest.json").write_text(Manifest(2 * shards.ROWS, shards.GROUP, both, **shards.MADE).to_json())
+    (folder / "manifest.json").write_text(
+        Manifest(2 * shards.ROWS, shards.GROUP, both, **shards.MADE).to_json()
+    )
     problems = found(folder)
-    assert len(problems) == shards.ROWS and all("stood already in" in problem.what for problem in problems)
+    assert len(problems) == shards.ROWS and all(
+        "stood already in" in problem.what for problem in problems
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,11 +148,15 @@ def test_every_mutated_shard_is_read_whole_or_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", shards.BAD_ROW)
-def test_a_bad_row_is_found_and_put_aside_and_the_others_are_read(name: str, tmp_path: Path) -> None:
+def test_a_bad_row_is_found_and_put_aside_and_the_others_are_read(
+    name: str, tmp_path: Path
+) -> None:
     folder = shards.dataset(tmp_path / "d", shards.table(shards.BAD_ROW[name]))
     assert len(found(folder)) == 1
-    mixture = Mixture(sources=(Source(name="d", dataset=str(folder)),), lanes=2, window=2, max_bad=0.5)
-    feed = Feed(
+    mixture = Mixture(
+        sources=(Source(name="d", dataset=str(folder)),), lanes=2, window=2, max_bad=0.5
+    )
+    feed = ReaderConfig(
         mixture=mixture,
         datasets=(str(folder),),
         digests=(open_dataset(str(folder)).manifest.digest,),

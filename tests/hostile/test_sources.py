@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from bridgework.data.dataset import open_dataset, verify
 from bridgework.data.importers import load
 from bridgework.data.quarantine import records
 from bridgework.data.samples import Sample
-from bridgework.data.shards import open_dataset, verify
 from bridgework.errors import DataError
 from tests.hostile import sources
 
@@ -41,7 +41,9 @@ class Place:
         dest, before = self.dest, self._files()
         aside = f"{dest.name}.quarantine"
         try:
-            manifest = load(name)(str(source), str(dest), max_bad=1.0, say=lambda text: None, **options)
+            manifest = load(name)(
+                str(source), str(dest), max_bad=1.0, say=lambda text: None, **options
+            )
         except DataError as error:
             assert "\n" not in str(error) and len(str(error)) < 2_000, str(error)[:200]
             assert self._files() - before <= {aside}
@@ -73,8 +75,12 @@ def place(tmp_path: Path) -> Place:
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sources.ROWS, ids=lambda kind: f"{kind.format}-{kind.file}-{min(kind.row)}")
-def test_every_row_with_a_wrong_value_is_read_or_put_aside(kind: sources.Rows, place: Place) -> None:
+@pytest.mark.parametrize(
+    "kind", sources.ROWS, ids=lambda kind: f"{kind.format}-{kind.file}-{min(kind.row)}"
+)
+def test_every_row_with_a_wrong_value_is_read_or_put_aside(
+    kind: sources.Rows, place: Place
+) -> None:
     rows = [kind.row, *sources.mutants(kind.row)]
     (place.source / "a.gif").write_bytes(sources.animation())
     found = place.run(kind.format, kind.lay(place.source, rows), **kind.options)
@@ -82,17 +88,29 @@ def test_every_row_with_a_wrong_value_is_read_or_put_aside(kind: sources.Rows, p
     assert place.rows()
 
 
-@pytest.mark.parametrize("kind", sources.ROWS, ids=lambda kind: f"{kind.format}-{kind.file}-{min(kind.row)}")
+@pytest.mark.parametrize(
+    "kind", sources.ROWS, ids=lambda kind: f"{kind.format}-{kind.file}-{min(kind.row)}"
+)
 def test_a_file_that_is_no_list_of_rows_is_refused(kind: sources.Rows, place: Place) -> None:
     source = kind.lay(place.source, [])
-    for data in (*sources.OTHERS.values(), b"[" * 200_000, b'{"a":' * 50_000, b"[]", b"{}", b"7", b"\xff\xfe{"):
+    for data in (
+        *sources.OTHERS.values(),
+        b"[" * 200_000,
+        b'{"a":' * 50_000,
+        b"[]",
+        b"{}",
+        b"7",
+        b"\xff\xfe{",
+    ):
         (place.source / kind.file).write_bytes(data)
         with pytest.raises(DataError):
             place.run(kind.format, source, **kind.options)
 
 
 @pytest.mark.parametrize("document", [pytest.param(d, id=name) for name, d in sources.documents()])
-def test_every_table_with_wrong_rows_is_read_or_put_aside(document: sources.Document, place: Place) -> None:
+def test_every_table_with_wrong_rows_is_read_or_put_aside(
+    document: sources.Document, place: Place
+) -> None:
     source, options = document.lay(place.source)
     (place.source / "COCO_train2014_000000000001.jpg").write_bytes(sources.pictures(1)[0])
     found = place.run(document.format, source, **options)
@@ -100,7 +118,9 @@ def test_every_table_with_wrong_rows_is_read_or_put_aside(document: sources.Docu
 
 
 @pytest.mark.parametrize("document", [pytest.param(d, id=name) for name, d in sources.documents()])
-def test_an_object_without_its_tables_is_read_or_refused(document: sources.Document, place: Place) -> None:
+def test_an_object_without_its_tables_is_read_or_refused(
+    document: sources.Document, place: Place
+) -> None:
     outcomes = Outcomes()
     for name in document.tables:
         for value in sources.WRONG:
@@ -178,7 +198,9 @@ def test_columns_of_the_wrong_kind_are_read_or_refused(name: str, place: Place) 
         assert not place.dest.exists()
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+)
 def test_a_member_that_is_no_file_is_put_aside(kind: bytes, place: Place) -> None:
     link = sources.tar(("x.png", b""), ("x.txt", b""), kind=kind, link="../secret.png")
     (place.source / "a.tar").write_bytes(link[:1024] + sources.sound_tar())
@@ -186,7 +208,8 @@ def test_a_member_that_is_no_file_is_put_aside(kind: bytes, place: Place) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/x", "a/../../x", "C:/x", "\\\\host\\x", "a\nb", "~/x", "x" * 5_000, "\u202ex"]
+    "name",
+    ["../x", "/x", "a/../../x", "C:/x", "\\\\host\\x", "a\nb", "~/x", "x" * 5_000, "\u202ex"],
 )
 def test_a_member_is_never_written_where_its_name_says(name: str, place: Place) -> None:
     picture = sources.pictures(1)[0]
@@ -202,7 +225,11 @@ def test_pickles_in_a_tar_are_never_read(ending: str, place: Place) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return (place.root / "harm").mkdir, ()
 
-    members = [(f"0.{ending}", pickle.dumps(Harm())), ("0.png", sources.pictures(1)[0]), ("0.txt", b"a ring")]
+    members = [
+        (f"0.{ending}", pickle.dumps(Harm())),
+        ("0.png", sources.pictures(1)[0]),
+        ("0.txt", b"a ring"),
+    ]
     (place.source / "a.tar").write_bytes(sources.tar(*members))
     assert place.run("webdataset", place.source) == 1
     assert not (place.root / "harm").exists()

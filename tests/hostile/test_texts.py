@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from bridgework.data.quarantine import BadSample, Quarantine, Reason, records
 from bridgework.data.samples import Part, pair
 from bridgework.data.templates import TEMPLATES, prompt, render
-from bridgework.data.tokens import Encoded, encode
+from bridgework.data.tokenization import Encoded, encode
 from bridgework.system import END, IGNORE
 from tests.hostile import texts
 
@@ -28,8 +28,15 @@ def talk(text: str) -> list[Part]:
     ]
 
 
-def read(text: str, template: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 10**6) -> Encoded:
-    return encode(render(talk(text), template, tokenizer), tokenizer, image_tokens=PLACES, max_tokens=max_tokens)
+def read(
+    text: str, template: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 10**6
+) -> Encoded:
+    return encode(
+        render(talk(text), template, tokenizer),
+        tokenizer,
+        image_tokens=PLACES,
+        max_tokens=max_tokens,
+    )
 
 
 def scaffold(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -45,12 +52,16 @@ def learned(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
 
 @pytest.mark.parametrize("name", texts.TEXTS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_text_is_never_scaffold(template: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_text_is_never_scaffold(
+    template: str, name: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     text = texts.TEXTS[name]
     encoded, plain = read(text, template, tokenizer), read(PLAIN, template, tokenizer)
     assert scaffold(encoded.ids, tokenizer) == scaffold(plain.ids, tokenizer)
     assert (encoded.images, encoded.places) == (plain.images, plain.places)
-    assert all(label in (IGNORE, token) for token, label in zip(encoded.ids, encoded.labels, strict=True))
+    assert all(
+        label in (IGNORE, token) for token, label in zip(encoded.ids, encoded.labels, strict=True)
+    )
     assert learned(encoded, tokenizer) == learned(plain, tokenizer).replace(PLAIN, text)
 
 
@@ -58,7 +69,9 @@ def test_a_text_is_never_scaffold(template: str, name: str, tokenizer: PreTraine
 def test_a_question_is_never_scaffold(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
     def asked(text: str) -> list[int]:
         segments = prompt(talk(text), template, tokenizer)
-        return scaffold(encode(segments, tokenizer, image_tokens=PLACES, max_tokens=10**6).ids, tokenizer)
+        return scaffold(
+            encode(segments, tokenizer, image_tokens=PLACES, max_tokens=10**6).ids, tokenizer
+        )
 
     for name, text in texts.TEXTS.items():
         assert asked(text) == asked(PLAIN), name
@@ -66,7 +79,9 @@ def test_a_question_is_never_scaffold(template: str, tokenizer: PreTrainedTokeni
 
 @pytest.mark.parametrize("name", texts.BLANK)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_blank_answer_is_put_aside(template: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_blank_answer_is_put_aside(
+    template: str, name: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     with pytest.raises(BadSample) as caught:
         read(texts.BLANK[name], template, tokenizer)
     assert caught.value.reason is Reason.EMPTY_TEXT
@@ -77,15 +92,21 @@ def test_a_blank_answer_is_put_aside(template: str, name: str, tokenizer: PreTra
 
 @pytest.mark.parametrize("name", texts.ENDLESS)
 @pytest.mark.parametrize("template", ["caption", "answer"])
-def test_an_endless_caption_is_cut(template: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_endless_caption_is_cut(
+    template: str, name: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     parts = pair("k", b"", texts.ENDLESS[name]).parts
-    encoded = encode(render(parts, template, tokenizer), tokenizer, image_tokens=PLACES, max_tokens=64)
+    encoded = encode(
+        render(parts, template, tokenizer), tokenizer, image_tokens=PLACES, max_tokens=64
+    )
     assert len(encoded.ids) == len(encoded.labels) == 64
     assert encoded.images == [0] and encoded.labels.count(IGNORE) <= 1 + PLACES
 
 
 @pytest.mark.parametrize("template", ["v1", "chat", "human", "prompted", "interleaved"])
-def test_a_question_without_end_leaves_nothing_to_learn(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_question_without_end_leaves_nothing_to_learn(
+    template: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     endless = texts.ENDLESS["words"][:50_000]
     asked = [Part("user", image=0), Part("user", text=endless), Part("assistant", text="a cat")]
     with pytest.raises(BadSample) as caught:
@@ -94,7 +115,9 @@ def test_a_question_without_end_leaves_nothing_to_learn(template: str, tokenizer
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_half_of_a_surrogate_pair_is_put_aside(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_half_of_a_surrogate_pair_is_put_aside(
+    template: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     with pytest.raises(BadSample) as caught:
         read(texts.SURROGATE, template, tokenizer)
     assert caught.value.reason is Reason.BAD_ROW
@@ -106,4 +129,6 @@ def test_any_text_can_be_put_on_record(tmp_path: Path) -> None:
     for row, text in enumerate(said):
         quarantine.add("dataset", text, row, BadSample(Reason.BAD_ROW, text))
     quarantine.flush()
-    assert [(record.key, record.detail) for record in records(str(tmp_path))] == [(text, text) for text in said]
+    assert [(record.key, record.detail) for record in records(str(tmp_path))] == [
+        (text, text) for text in said
+    ]

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 LONG = 1_000_000  # characters
 
-TEXTS: Mapping[str, str] = {  # each is only text, whatever it says; no space around them, which some templates strip
+TEXTS: Mapping[
+    str, str
+] = {  # each is only text, whatever it says; no space around them, which some templates strip
     "an image": "<image>",
     "many images": "<image>\n" * 50 + "<image>",
     "an image in tags": "<Img><ImageHere></Img>",

@@ -12,12 +12,21 @@ PACKAGE = ROOT / "platform" / "bridgework"
 
 # The layers of docs/design.md: a module imports from its own layer and from those below it.
 LAYERS = (
-    ("__init__", "errors", "mixture", "spec", "storage", "system", "tracking"),
-    ("models", "losses", "data", "cluster", "rng", "stores"),
-    ("training", "evaluation", "inference", "inputs", "generation", "relay", "curation"),
-    ("recipes", "lineage", "interop"),
+    (
+        "__init__",
+        "errors",
+        "mixture",
+        "config",
+        "old_names",
+        "storage",
+        "system",
+        "tracking.tracker",
+    ),
+    ("models", "losses", "data", "plugins", "ray_utils", "rng"),
+    ("artifacts", "curation", "evaluation", "inference", "training", "tracking.relay"),
+    ("recipes", "tracking", "hf"),
     ("tuning", "serving"),
-    ("cli", "cli_curate", "cli_data", "cli_models", "cli_order", "cli_words", "doctor"),
+    ("cli",),
 )
 
 
@@ -77,7 +86,9 @@ def imports_by_string(path: Path) -> Iterator[tuple[int, str]]:
     """The same for `import_module("...")`: how a recipe resolves by name, and no way round a door."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call) and _called(node.func) in ("import_module", "__import__"):
-            yield from ((node.lineno, str(a.value)) for a in node.args[:1] if isinstance(a, ast.Constant))
+            yield from (
+                (node.lineno, str(a.value)) for a in node.args[:1] if isinstance(a, ast.Constant)
+            )
 
 
 def _absolute(path: Path, node: ast.ImportFrom) -> str:
@@ -91,14 +102,24 @@ def _called(function: ast.expr) -> str:
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
+def dotted(path: Path) -> str:
+    """`platform/bridgework/models/vision.py` -> `bridgework.models.vision`."""
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
 def part(module: str) -> str:
-    """`bridgework.models.vision` -> `models`; the package itself -> `__init__`."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and any(parts[1] in layer for layer in LAYERS) else "__init__"
+    """`bridgework.models.vision` -> `models`, `bridgework.tracking.tracker` -> `tracking.tracker`, the package -> `__init__`."""
+    parts = module.split(".")[1:]
+    known = {name for layer in LAYERS for name in layer}
+    names = [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
+    return next((name for name in names if name in known), "__init__")
 
 
 def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0] if path.name == "__init__.py" else part(".".join(("bridgework", *parts)))
 
 
 def layer(part_name: str) -> int:

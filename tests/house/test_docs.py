@@ -20,7 +20,9 @@ BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 JOB = "python -m "
 COMMAND_LINE = source.PACKAGE / "cli.py"
-needs_command_line = pytest.mark.skipif(not COMMAND_LINE.exists(), reason="there is no command line yet")
+needs_command_line = pytest.mark.skipif(
+    not COMMAND_LINE.exists(), reason="there is no command line yet"
+)
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
@@ -38,7 +40,9 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 def page_commands() -> Iterator[tuple[str, list[str]]]:
     """The same for the commands in the docstrings of the recipes and the thin programs, `command   what it does`."""
     for path in source.python():
-        if source.name(path).startswith(("platform/bridgework/recipes/", "jobs/", "serve_apps/", "tune_spaces/")):
+        if source.name(path).startswith(
+            ("platform/bridgework/recipes/", "jobs/", "serve_apps/", "tune_spaces/")
+        ):
             for line in path.read_text(encoding="utf-8").splitlines():
                 if re.match(r"(bridgework|python -m) \w", line):
                     command = re.split(r"\s{2,}", line)[0]
@@ -113,15 +117,23 @@ def test_json_on_a_command_line_is_json() -> None:
 
 
 def test_the_readme_tests_with_what_continuous_integration_runs() -> None:
-    runs = [line for line in (source.ROOT / ".ci/run").read_text(encoding="utf-8").splitlines() if "make" in line]
+    runs = [
+        line
+        for line in (source.ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+        if "make" in line
+    ]
     assert runs == ["exec make test"]
-    assert ["make", "test"] in [words for where, words in commands() if where.startswith("README.md")]
+    assert ["make", "test"] in [
+        words for where, words in commands() if where.startswith("README.md")
+    ]
 
 
 def anchors(path: Path) -> set[str]:
     """GitHub's names for the headings of a document."""
     headings = re.findall(r"^#+ +(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=source.name)
@@ -133,4 +145,6 @@ def test_every_link_resolves(path: Path) -> None:
         target = (path.parent / file).resolve() if file else path
         assert target.exists(), f"{source.name(path)} links to {link}"
         if anchor and target.suffix == ".md":
-            assert anchor in anchors(target), f"{source.name(path)} links to {link}: no such heading"
+            assert anchor in anchors(target), (
+                f"{source.name(path)} links to {link}: no such heading"
+            )

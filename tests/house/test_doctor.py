@@ -4,23 +4,25 @@ from pathlib import Path
 
 import pytest
 
-from bridgework import doctor
+from bridgework.cli import diagnostics
 
 
-def by_name(home: Path) -> dict[str, doctor.Check]:
-    return {check.name: check for check in doctor.checks(home)}
+def by_name(home: Path) -> dict[str, diagnostics.Check]:
+    return {check.name: check for check in diagnostics.checks(home)}
 
 
 def test_a_tested_environment_passes_every_floor(tmp_path: Path) -> None:
     found = by_name(tmp_path)
-    assert all(found[name].ok for name in ("python", "import platform", *doctor.FLOORS))
+    assert all(found[name].ok for name in ("python", "import platform", *diagnostics.FLOORS))
 
 
 def test_what_fails_comes_with_advice(tmp_path: Path) -> None:
-    assert all(check.advice for check in doctor.checks(tmp_path) if not check.ok)
+    assert all(check.advice for check in diagnostics.checks(tmp_path) if not check.ok)
 
 
-def test_a_home_that_is_not_there_yet_is_judged_by_the_folder_it_will_stand_in(tmp_path: Path) -> None:
+def test_a_home_that_is_not_there_yet_is_judged_by_the_folder_it_will_stand_in(
+    tmp_path: Path,
+) -> None:
     home = tmp_path / "not" / "yet"
     assert by_name(home)["home"].ok
     assert not home.exists()
@@ -31,6 +33,8 @@ def test_a_home_that_cannot_be_written_fails() -> None:
 
 
 @pytest.mark.parametrize(("mode", "ok"), [("token", True), ("TOKEN", True), ("disabled", False)])
-def test_ray_without_tokens_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, ok: bool) -> None:
+def test_ray_without_tokens_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, ok: bool
+) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     assert by_name(tmp_path)["RAY_AUTH_MODE"].ok is ok

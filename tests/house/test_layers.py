@@ -12,20 +12,20 @@ from tests.house import source
 
 DOORS = {
     "ray": (
-        "cluster.py",
-        "data/ingest.py",
-        "training/launch.py",
+        "ray_utils.py",
+        "data/ray_ingest.py",
+        "training/ray_train.py",
         "tuning/",
         "serving/",
     ),
-    "deepspeed": ("training/engine.py",),
-    "mlflow": ("lineage/",),
+    "deepspeed": ("training/deepspeed_engine.py",),
+    "mlflow": ("tracking/mlflow_store.py",),
 }
 STRANGERS = {  # of the same layer, and yet they may not know each other
     "models": ("data",),
     "data": ("models",),
     "losses": ("models", "data"),
-    "recipes": ("training", "lineage", "interop"),  # a recipe is specs
+    "recipes": ("training", "tracking", "hf"),  # a recipe is specs
 }
 
 
@@ -61,22 +61,25 @@ def test_siblings_stay_strangers() -> None:
     assert not met, "\n".join(met)
 
 
-def test_the_lowest_layer_needs_the_standard_library_alone() -> None:
+def test_the_lowest_layer_needs_the_standard_library_and_fsspec_alone() -> None:
     heavy = [
         f"{source.name(path)}:{line} imports {module}"
         for path in source.package()
         if source.layer(source.part_of(path)) == 0
         for line, module in source.imports(path)
-        if module.split(".")[0] not in sys.stdlib_module_names | {"bridgework"}
+        if module.split(".")[0] not in sys.stdlib_module_names | {"bridgework", "fsspec"}
     ]
     assert not heavy, "\n".join(heavy)
 
 
 def test_what_ray_opens_beside_readers_and_workers_brings_no_torch() -> None:
-    opened = "bridgework.data.ingest, bridgework.training.launch"
+    opened = "bridgework.data.ray_ingest, bridgework.training.ray_train"
     told = "sorted({'torch', 'transformers', 'deepspeed', 'mlflow'} & set(sys.modules))"
     found = subprocess.run(
-        [sys.executable, "-c", f"import sys, {opened}; print({told})"], check=True, capture_output=True, text=True
+        [sys.executable, "-c", f"import sys, {opened}; print({told})"],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert found.stdout.strip() == "[]"
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bridgework.spec import from_dict, to_dict
+from bridgework.config import from_dict, to_dict
 from bridgework.system import System, load, recipes, variants
 
 SHIPPED = [name for name in recipes() if not name.startswith("_")]

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bridgework.config import added, config_class, from_dict, override, to_dict
 from bridgework.data.samples import Part, pair
 from bridgework.errors import DataError
-from bridgework.inference import Pipeline
-from bridgework.inputs import Raw, Shown
-from bridgework.spec import added, from_dict, override, spec, to_dict
+from bridgework.inference.pipeline import Pipeline
+from bridgework.inference.preprocess import Raw, Shown
 from bridgework.system import IGNORE, IMAGE, Layout, Scoring, load
 from tests.inference.tiny import picture, pipe_of, pipeline
 
@@ -31,7 +31,9 @@ TILED = SYSTEMS[:2]
 
 def alone(pipe: Pipeline, conversation: list[Part], images: Shown, candidate: str) -> float:
     """Nats of the last answer, from one plain forward of one row without a cache or padding."""
-    batch = pipe.inputs.batch([[*conversation, Part("assistant", text=candidate)]], [images], answer=True)
+    batch = pipe.inputs.batch(
+        [[*conversation, Part("assistant", text=candidate)]], [images], answer=True
+    )
     prompt = pipe.inputs.batch([conversation], [images], answer=False).ids_BT.shape[1]
     with torch.no_grad():
         outputs = pipe.model(**batch.inputs())
@@ -55,8 +57,12 @@ def test_a_choice_is_scored_as_a_plain_forward_of_the_whole_input_scores_it(name
     assert dict(ranked) == pytest.approx(expected, abs=1e-3)
     assert [r.candidate for r in ranked] == sorted(CANDIDATES, key=lambda c: -expected[c])
     backwards = dict(pipe.choose(conversation, [image], CANDIDATES[::-1], scoring=PLAIN))
-    single = {c: pipe.choose(conversation, [image], [c], scoring=PLAIN)[0].score for c in CANDIDATES}
-    assert backwards == pytest.approx(expected, abs=1e-3) and single == pytest.approx(expected, abs=1e-3)
+    single = {
+        c: pipe.choose(conversation, [image], [c], scoring=PLAIN)[0].score for c in CANDIDATES
+    }
+    assert backwards == pytest.approx(expected, abs=1e-3) and single == pytest.approx(
+        expected, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", TILED)
@@ -67,9 +73,14 @@ def test_choose_and_rank_read_the_tiles_that_generate_reads(name: str) -> None:
     assert read > pipe.stage.model.image_tokens
     (base_square,) = pipe.inputs.see([image])
     base_alone = pipe.inputs.see([image])[0].features[:1]
-    whole, base = (dict(pipe.choose(conversation, shown, CANDIDATES, scoring=PLAIN)) for shown in ([image], base_alone))
+    whole, base = (
+        dict(pipe.choose(conversation, shown, CANDIDATES, scoring=PLAIN))
+        for shown in ([image], base_alone)
+    )
     assert whole != pytest.approx(base, abs=1e-3)
-    assert whole == pytest.approx(dict(pipe.choose(conversation, [base_square], CANDIDATES, scoring=PLAIN)), abs=1e-4)
+    assert whole == pytest.approx(
+        dict(pipe.choose(conversation, [base_square], CANDIDATES, scoring=PLAIN)), abs=1e-4
+    )
     for how in (PLAIN, LESS_PRIOR):
         chosen, ranked = (
             dict(answers)
@@ -89,7 +100,10 @@ def test_the_prior_is_that_of_blank_squares_in_the_places_of_the_images_own(name
     nothing = pipe.inputs.features([pipe.inputs.mean_square()] * len(seen.features))
     blank = replace(seen, features=nothing)
     scores = dict(pipe.choose(conversation, [image], CANDIDATES, scoring=LESS_PRIOR))
-    expected = {c: alone(pipe, conversation, [image], c) - alone(pipe, conversation, [blank], c) for c in CANDIDATES}
+    expected = {
+        c: alone(pipe, conversation, [image], c) - alone(pipe, conversation, [blank], c)
+        for c in CANDIDATES
+    }
     assert scores == pytest.approx(expected, abs=1e-3)
 
 
@@ -100,11 +114,15 @@ def test_a_video_can_be_chosen_about_as_it_can_be_written_about() -> None:
     for shown, conversation in (([video], asked(0)), ([video, still], asked(0, 1))):
         pictures: list[Raw] = list(shown)
         expected = {c: alone(pipe, conversation, pictures, c) for c in CANDIDATES}
-        assert dict(pipe.choose(conversation, pictures, CANDIDATES, scoring=PLAIN)) == pytest.approx(expected, abs=1e-3)
+        assert dict(
+            pipe.choose(conversation, pictures, CANDIDATES, scoring=PLAIN)
+        ) == pytest.approx(expected, abs=1e-3)
         assert len(pipe.choose(conversation, pictures, CANDIDATES)) == 3
         assert pipe.generate(conversation, pictures, max_new_tokens=2).completion_tokens >= 1
     frames = dict(pipe.choose(asked(0), [video], CANDIDATES, scoring=PLAIN))
-    assert frames != pytest.approx(dict(pipe.choose(asked(0), [video[:1]], CANDIDATES, scoring=PLAIN)), abs=1e-4)
+    assert frames != pytest.approx(
+        dict(pipe.choose(asked(0), [video[:1]], CANDIDATES, scoring=PLAIN)), abs=1e-4
+    )
     assert len(pipe.rank(video, CANDIDATES)) == 3
 
 
@@ -113,7 +131,9 @@ def test_squares_and_tiled_pictures_share_a_conversation() -> None:
     square = pipe.inputs.mean_square()
     mixed: list[Raw] = [square, picture()]
     expected = {c: alone(pipe, asked(0, 1), mixed, c) for c in CANDIDATES}
-    assert dict(pipe.choose(asked(0, 1), mixed, CANDIDATES, scoring=PLAIN)) == pytest.approx(expected, abs=1e-3)
+    assert dict(pipe.choose(asked(0, 1), mixed, CANDIDATES, scoring=PLAIN)) == pytest.approx(
+        expected, abs=1e-3
+    )
     layouts = [seen.layout for seen in pipe.inputs.see(mixed)]
     assert isinstance(layouts[0], Layout) and layouts[0].columns == 0 and layouts[1] is not None
 
@@ -124,24 +144,34 @@ def test_only_the_last_answer_of_a_conversation_counts() -> None:
     scores = pipe.score_answers(earlier, [picture()], CANDIDATES)
     for candidate, score in zip(CANDIDATES, scores, strict=True):
         assert score.loglik == pytest.approx(alone(pipe, earlier, [picture()], candidate), abs=1e-3)
-    counts = [len(pipe.tokenizer(f" {c}", add_special_tokens=False).input_ids) + 1 for c in CANDIDATES]
+    counts = [
+        len(pipe.tokenizer(f" {c}", add_special_tokens=False).input_ids) + 1 for c in CANDIDATES
+    ]
     assert [score.tokens for score in scores] == counts  # bytes, and what ends the answer
 
 
 def test_an_answer_that_the_conversation_ends_with_is_left_out_as_in_writing() -> None:
     pipe = pipe_of("llava/instruct")
     answered = [*asked(0), Part("assistant", text="Perhaps a cat.")]
-    assert pipe.choose(answered, [picture()], CANDIDATES) == pipe.choose(asked(0), [picture()], CANDIDATES)
+    assert pipe.choose(answered, [picture()], CANDIDATES) == pipe.choose(
+        asked(0), [picture()], CANDIDATES
+    )
 
 
 def test_a_mean_over_tokens_is_the_sum_over_their_number() -> None:
     pipe = pipe_of("llava/instruct")
     scores = pipe.score_answers(asked(0), [picture()], CANDIDATES)
-    means = dict(pipe.choose(asked(0), [picture()], CANDIDATES, scoring=Scoring(prior=False, per_token=True)))
-    assert means == pytest.approx({c: s.loglik / s.tokens for c, s in zip(CANDIDATES, scores, strict=True)}, abs=1e-4)
+    means = dict(
+        pipe.choose(asked(0), [picture()], CANDIDATES, scoring=Scoring(prior=False, per_token=True))
+    )
+    assert means == pytest.approx(
+        {c: s.loglik / s.tokens for c, s in zip(CANDIDATES, scores, strict=True)}, abs=1e-4
+    )
     sums = dict(pipe.choose(asked(0), [picture()], CANDIDATES))
     both = dict(pipe.choose(asked(0), [picture()], CANDIDATES, scoring=Scoring(per_token=True)))
-    assert both == pytest.approx({c: sums[c] / s.tokens for c, s in zip(CANDIDATES, scores, strict=True)}, abs=1e-4)
+    assert both == pytest.approx(
+        {c: sums[c] / s.tokens for c, s in zip(CANDIDATES, scores, strict=True)}, abs=1e-4
+    )
 
 
 PRIORS = {
@@ -166,7 +196,9 @@ def test_instructblip_ranks_by_the_plain_log_likelihood() -> None:
     pipe = pipe_of("instructblip/instruct")
     expected = {c: alone(pipe, pipe.inputs.about("What?"), [picture()], c) for c in CANDIDATES}
     assert dict(pipe.rank(picture(), CANDIDATES, "What?")) == pytest.approx(expected, abs=1e-3)
-    assert dict(pipe.choose(pipe.inputs.about("What?"), [picture()], CANDIDATES)) == pytest.approx(expected, abs=1e-3)
+    assert dict(pipe.choose(pipe.inputs.about("What?"), [picture()], CANDIDATES)) == pytest.approx(
+        expected, abs=1e-3
+    )
 
 
 def test_a_candidate_that_does_not_fit_is_refused_and_never_cut() -> None:
@@ -174,7 +206,9 @@ def test_a_candidate_that_does_not_fit_is_refused_and_never_cut() -> None:
     short = Pipeline(pipe.model, replace(pipe.stage, data=replace(pipe.stage.data, max_tokens=64)))
     conversation = [Part("user", image=0), Part("user", text="x" * 60)]
     image = picture(0, (32, 32))
-    assert short.score_answers(conversation, [image], ["a"]) == pipe.score_answers(conversation, [image], ["a"])
+    assert short.score_answers(conversation, [image], ["a"]) == pipe.score_answers(
+        conversation, [image], ["a"]
+    )
     with pytest.raises(DataError, match=r"take \d+ tokens, and the language model reads 256"):
         pipe.choose(conversation, [image], ["a", "b" * 300])
 
@@ -183,7 +217,9 @@ def test_a_conversation_longer_than_the_rows_of_training_is_scored_to_its_end() 
     """Up to the context, by `scores` as by `choose`: a candidate that is cut would seem likelier than it is."""
     pipe = pipe_of("blip/captioner")
     long = "a red square on a blue field, and a small dog"
-    assert len(pipe.tokenizer(long).input_ids) > pipe.stage.data.max_tokens < pipe.stage.model.context
+    assert (
+        len(pipe.tokenizer(long).input_ids) > pipe.stage.data.max_tokens < pipe.stage.model.context
+    )
     (score,) = pipe.scores([[*pipe.inputs.about(), Part("assistant", text=long)]], [[picture()]])
     ((_, chosen),) = pipe.choose(pipe.inputs.about(), [picture()], [long], scoring=PLAIN)
     assert score.loglik == pytest.approx(chosen, abs=1e-3)
@@ -207,7 +243,9 @@ def test_prompts_are_counted_with_their_tiles_and_without_the_tower() -> None:
         pipe = pipe_of(name)
         expected = pipe.generate(asked(0), [picture()], max_new_tokens=1).prompt_tokens
         runs: list[int] = []
-        pipe.model.vision.register_forward_hook(lambda module, args, output, runs=runs: runs.append(1))
+        pipe.model.vision.register_forward_hook(
+            lambda module, args, output, runs=runs: runs.append(1)
+        )
         assert pipe.inputs.prompt_tokens(asked(0), [picture()]) == expected and not runs
 
 
@@ -219,14 +257,18 @@ def test_the_scoring_of_a_stage_is_a_dotted_path_and_its_default_changes_no_fing
     assert "scoring" not in to_dict(system["instruct"]) and from_dict(to_dict(changed)) == changed
 
 
-@spec
+@config_class
 class _Grown:
     old: int = 1
     new: int = added(default=2)
 
 
 def test_a_field_that_a_spec_gained_is_written_only_where_it_is_set() -> None:
-    assert set(to_dict(_Grown())) == {"_", "old"} and set(to_dict(_Grown(new=3))) == {"_", "old", "new"}
+    assert set(to_dict(_Grown())) == {"_", "old"} and set(to_dict(_Grown(new=3))) == {
+        "_",
+        "old",
+        "new",
+    }
     for grown in (_Grown(), _Grown(old=4, new=3)):
         assert from_dict(to_dict(grown)) == grown
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from bridgework.data.samples import Part
 from bridgework.data.synthetic import shapes
-from bridgework.data.tokens import load_tokenizer
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import DataError, SpecError
-from bridgework.generation import Endings, Usage, _processors, _Reader
-from bridgework.inference import Pipeline
+from bridgework.inference.generation import StopConditions, Usage, _processors, _Reader
+from bridgework.inference.pipeline import Pipeline
 from tests.inference import tiny
 
 IMAGE = next(shapes(1)).images[0]
@@ -38,7 +38,9 @@ def greedy_by_hand(pipe: Pipeline, steps: int) -> str:
     for _ in range(steps):
         attention_1T = torch.ones_like(ids_1T).bool()
         with torch.no_grad():
-            logits_V = pipe.model(ids=ids_1T, attention=attention_1T, features=batch.features_NPD).logits_BTV[0, -1]
+            logits_V = pipe.model(
+                ids=ids_1T, attention=attention_1T, features=batch.features_NPD
+            ).logits_BTV[0, -1]
         new.append(int(logits_V.argmax()))
         ids_1T = torch.cat([ids_1T, torch.tensor([new[-1:]])], dim=1)
     return str(pipe.tokenizer.decode(new))
@@ -63,7 +65,9 @@ def test_greedy_is_the_likeliest_token_each_time(template: str) -> None:
     answer = pipe.generate(ASKED, [IMAGE], max_new_tokens=12)
     assert answer.text == greedy_by_hand(pipe, 12).lstrip()
     assert (answer.completion_tokens, answer.finish_reason) == (12, "length")
-    assert answer.prompt_tokens == pipe.inputs.batch([ASKED], [[IMAGE]], answer=False).ids_BT.shape[1]
+    assert (
+        answer.prompt_tokens == pipe.inputs.batch([ASKED], [[IMAGE]], answer=False).ids_BT.shape[1]
+    )
 
 
 def test_the_image_matters() -> None:
@@ -94,7 +98,9 @@ def test_one_seed_gives_one_answer_beside_others() -> None:
     pipe = pipeline()
 
     def answer(seed: int | None) -> str:
-        return pipe.generate(ASKED, [IMAGE], max_new_tokens=20, temperature=1.0, top_p=0.95, seed=seed).text
+        return pipe.generate(
+            ASKED, [IMAGE], max_new_tokens=20, temperature=1.0, top_p=0.95, seed=seed
+        ).text
 
     expected = answer(1)
     threads = [threading.Thread(target=answer, args=(None,)) for _ in range(2)]
@@ -117,16 +123,25 @@ def test_drawing_leaves_the_process_generator_alone() -> None:
 def test_a_small_nucleus_and_a_low_temperature_are_greedy() -> None:
     pipe = pipeline()
     greedy = pipe.generate(ASKED, [IMAGE], max_new_tokens=12)
-    assert pipe.generate(ASKED, [IMAGE], max_new_tokens=12, temperature=1.0, top_p=1e-6, seed=0) == greedy
+    assert (
+        pipe.generate(ASKED, [IMAGE], max_new_tokens=12, temperature=1.0, top_p=1e-6, seed=0)
+        == greedy
+    )
     assert pipe.generate(ASKED, [IMAGE], max_new_tokens=12, temperature=1e-4, seed=0) == greedy
 
 
 def test_draws_follow_the_distribution() -> None:
     logits_V = torch.tensor([2.0, 1.0, 0.0, -1.0, -5.0])
-    for top_p, kept in ((1.0, 5), (0.9, 2)):  # at temperature 0.5 the first has 0.86, the second 0.12
+    for top_p, kept in (
+        (1.0, 5),
+        (0.9, 2),
+    ):  # at temperature 0.5 the first has 0.86, the second 0.12
         expected_V = (logits_V[:kept] / 0.5).softmax(-1)
         draw = _processors(temperature=0.5, top_p=top_p, seeds=[0], device=torch.device("cpu"))
-        before_BT, logits_BV = torch.LongTensor(20_000, 1), cast(torch.FloatTensor, logits_V.expand(20_000, 5))
+        before_BT, logits_BV = (
+            torch.LongTensor(20_000, 1),
+            cast(torch.FloatTensor, logits_V.expand(20_000, 5)),
+        )
         drawn_B = draw(before_BT, logits_BV).argmax(-1)
         shares_V = torch.bincount(drawn_B, minlength=5) / 20_000
         torch.testing.assert_close(shares_V[:kept], expected_V, atol=0.01, rtol=0)
@@ -236,7 +251,9 @@ def test_an_error_of_the_model_reaches_the_reader() -> None:
 def read(text: str, stop: Sequence[str] = ()) -> tuple[list[str], Usage]:
     tokenizer, usage = load_tokenizer("bytes"), Usage(0)
     tokens = iter(tokenizer(text, add_special_tokens=False).input_ids)
-    return list(_Reader(tokenizer, Endings(frozenset(), tuple(stop)), usage).read(tokens)), usage
+    return list(
+        _Reader(tokenizer, StopConditions(frozenset(), tuple(stop)), usage).read(tokens)
+    ), usage
 
 
 def test_no_piece_holds_half_a_character() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from bridgework.data.samples import Part
 from bridgework.data.synthetic import shapes
-from bridgework.inference import Pipeline
+from bridgework.inference.pipeline import Pipeline
 from bridgework.recipes import flamingo
 
 SAMPLES = [sample for sample, _ in zip(shapes(), range(4), strict=False)]
@@ -30,7 +30,9 @@ def test_the_score_of_an_answer_counts_its_end_and_is_its_likelihood(pipe: Pipel
     document = [Part("caption", image=0), Part("caption", text=said)]
     [score] = pipe.scores([document], [[IMAGES[0]]])
     assert score.tokens == len(said) + 1
-    assert pipe.likelihoods(IMAGES[0], [said, "a square"])[0] == pytest.approx(score.loglik, abs=1e-4)
+    assert pipe.likelihoods(IMAGES[0], [said, "a square"])[0] == pytest.approx(
+        score.loglik, abs=1e-4
+    )
     assert pipe.loglik([SAMPLES[0]])[0] < 0
 
 
@@ -45,7 +47,9 @@ def test_an_end_stops_the_text(pipe: Pipeline) -> None:
     free = pipe.generate(document, [IMAGES[0]], max_new_tokens=4)
     assert (free.completion_tokens, free.finish_reason) == (4, "length")
     last: list[torch.Tensor] = []
-    hook = pipe.model.extra.head.register_forward_pre_hook(lambda _, given: last.append(given[0][0, -1]))
+    hook = pipe.model.extra.head.register_forward_pre_hook(
+        lambda _, given: last.append(given[0][0, -1])
+    )
     kept = pipe.model.extra.head.weight.detach().clone()
     pipe.generate(document, [IMAGES[0]], max_new_tokens=1)
     hook.remove()

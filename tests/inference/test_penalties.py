@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from bridgework.config import from_dict, override, to_dict
 from bridgework.data.samples import Part
 from bridgework.data.synthetic import shapes
 from bridgework.errors import SpecError
 from bridgework.evaluation import Captions, Writing
-from bridgework.generation import Sampling
-from bridgework.inference import Pipeline
-from bridgework.spec import from_dict, override, to_dict
+from bridgework.inference.generation import Sampling
+from bridgework.inference.pipeline import Pipeline
 from tests.inference import tiny
 
 IMAGE = next(shapes(1)).images[0]
@@ -47,16 +47,24 @@ def searched(pipe: Pipeline, penalty: float) -> str:
     with torch.no_grad():
         embeds_1TD = pipe.model.embed(batch.ids_BT, None, batch.features_NPD)
         ids = pipe.model.language.generate(
-            inputs_embeds=embeds_1TD, attention_mask=batch.attention_BT.long(), generation_config=config
+            inputs_embeds=embeds_1TD,
+            attention_mask=batch.attention_BT.long(),
+            generation_config=config,
         )[0].tolist()
-    kept = [token for token in ids if token not in pipe._endings.ids and token != pipe.tokenizer.pad_token_id]
+    kept = [
+        token
+        for token in ids
+        if token not in pipe._endings.ids and token != pipe.tokenizer.pad_token_id
+    ]
     return str(pipe.tokenizer.decode(kept)).lstrip()
 
 
 def test_a_length_penalty_ranks_beams_as_transformers_search_does(pipe: Pipeline) -> None:
     answers = {}
     for penalty in (-1.0, 1.0, 3.0):
-        answers[penalty] = pipe.generate(ASKED, [IMAGE], max_new_tokens=20, beams=5, length_penalty=penalty).text
+        answers[penalty] = pipe.generate(
+            ASKED, [IMAGE], max_new_tokens=20, beams=5, length_penalty=penalty
+        ).text
         assert answers[penalty] == searched(pipe, penalty)
     assert len(answers[-1.0]) < len(answers[3.0])
     assert pipe.generate(ASKED, [IMAGE], max_new_tokens=20, beams=5).text == answers[1.0]
@@ -68,10 +76,16 @@ def repelled(pipe: Pipeline, penalty: float, steps: int) -> str:
     ids_1T, new = batch.ids_BT, list[int]()
     for _ in range(steps):
         with torch.no_grad():
-            given = {"ids": ids_1T, "attention": torch.ones_like(ids_1T).bool(), "features": batch.features_NPD}
+            given = {
+                "ids": ids_1T,
+                "attention": torch.ones_like(ids_1T).bool(),
+                "features": batch.features_NPD,
+            }
             logits_V = pipe.model(**given).logits_BTV[0, -1]
         for token in set(new):
-            logits_V[token] = logits_V[token] / penalty if logits_V[token] > 0 else logits_V[token] * penalty
+            logits_V[token] = (
+                logits_V[token] / penalty if logits_V[token] > 0 else logits_V[token] * penalty
+            )
         new.append(int(logits_V.argmax()))
         if new[-1] in pipe._endings.ids:
             new.pop()
@@ -82,11 +96,14 @@ def repelled(pipe: Pipeline, penalty: float, steps: int) -> str:
 
 def test_a_repetition_penalty_is_that_of_ctrl_over_what_was_written(endless: Pipeline) -> None:
     plain, repelling = (
-        endless.generate(ASKED, [IMAGE], max_new_tokens=16, repetition_penalty=penalty).text for penalty in (1.0, 1.5)
+        endless.generate(ASKED, [IMAGE], max_new_tokens=16, repetition_penalty=penalty).text
+        for penalty in (1.0, 1.5)
     )
     assert plain == repelled(endless, 1.0, 16) and repelling == repelled(endless, 1.5, 16)
     assert len(plain) >= 12 and plain != repelling
-    written = endless.write([ASKED] * 2, [[IMAGE]] * 2, [0, 1], max_new_tokens=16, repetition_penalty=1.5)
+    written = endless.write(
+        [ASKED] * 2, [[IMAGE]] * 2, [0, 1], max_new_tokens=16, repetition_penalty=1.5
+    )
     assert written == [repelling] * 2
 
 
@@ -95,7 +112,9 @@ def test_an_evaluation_writes_with_its_penalties(pipe: Pipeline, endless: Pipeli
     assert short.run(pipe, [ASKED], [[IMAGE]]) == [searched(pipe, -1.0)]
     greedy = Writing(beams=1, least=0, most=16, repetition_penalty=1.5)
     assert greedy.run(endless, [ASKED], [[IMAGE]]) == [repelled(endless, 1.5, 16)]
-    spec = override(Captions(dataset="x"), {"writing.length_penalty": "-1", "writing.repetition_penalty": "1.2"})
+    spec = override(
+        Captions(dataset="x"), {"writing.length_penalty": "-1", "writing.repetition_penalty": "1.2"}
+    )
     assert from_dict(to_dict(spec)) == spec and spec.tiny().writing.length_penalty == -1.0
     assert "length_penalty" not in to_dict(Writing())
 
@@ -109,7 +128,9 @@ def test_an_evaluation_writes_with_its_penalties(pipe: Pipeline, endless: Pipeli
         (Sampling(repetition_penalty=float("inf")), "repetition_penalty is above 0"),
     ],
 )
-def test_a_penalty_that_would_do_nothing_or_harm_is_refused(pipe: Pipeline, sampling: Sampling, message: str) -> None:
+def test_a_penalty_that_would_do_nothing_or_harm_is_refused(
+    pipe: Pipeline, sampling: Sampling, message: str
+) -> None:
     with pytest.raises(SpecError, match=message):
         pipe.generate(ASKED, [IMAGE], **sampling)
 

@@ -11,26 +11,34 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from bridgework import artifacts
 from bridgework.data import templates
+from bridgework.data.images import decode, load_image, to_square
 from bridgework.data.samples import Part, Sample, pair
 from bridgework.data.synthetic import shapes
-from bridgework.data.tokens import encode
-from bridgework.data.transforms import decode, read_square, to_square
+from bridgework.data.tokenization import encode
 from bridgework.errors import DataError, SpecError
-from bridgework.generation import Sampling
-from bridgework.inference import Pipeline
+from bridgework.inference.generation import Sampling
+from bridgework.inference.pipeline import Pipeline
 from bridgework.losses import Contrastive
-from bridgework.models.prefix_vlm import PrefixModel
+from bridgework.models.prefix_vlm import PrefixVLM
 from bridgework.system import IGNORE, System, load
-from bridgework.training import artefact
 from tests.inference.tiny import PROMPT, pipeline
 
-CAPTIONS = ["a red circle", "a blue square", "a much longer caption than the others, to be padded around", "a dog"]
+CAPTIONS = [
+    "a red circle",
+    "a blue square",
+    "a much longer caption than the others, to be padded around",
+    "a dog",
+]
 
 
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
-    return [replace(s, parts=(*s.parts[:1], Part("caption", text=c))) for s, c in zip(shapes(4), CAPTIONS, strict=True)]
+    return [
+        replace(s, parts=(*s.parts[:1], Part("caption", text=c)))
+        for s, c in zip(shapes(4), CAPTIONS, strict=True)
+    ]
 
 
 def loglik_alone(pipeline: Pipeline, sample: Sample) -> float:
@@ -38,11 +46,15 @@ def loglik_alone(pipeline: Pipeline, sample: Sample) -> float:
     spec, data = pipeline.stage.model, pipeline.stage.data
     parts = templates.conversation(sample, [p for s in data.sources for p in s.prompts], 0)
     segments = templates.render(parts, data.template, pipeline.tokenizer)
-    encoded = encode(segments, pipeline.tokenizer, image_tokens=spec.image_tokens, max_tokens=data.max_tokens)
-    pixels = torch.from_numpy(np.stack([read_square(image, spec.pixels) for image in sample.images]))
+    encoded = encode(
+        segments, pipeline.tokenizer, image_tokens=spec.image_tokens, max_tokens=data.max_tokens
+    )
+    pixels = torch.from_numpy(np.stack([load_image(image, spec.pixels) for image in sample.images]))
     ids_1T = torch.tensor([encoded.ids])
     with torch.no_grad():
-        logits_TV = pipeline.model(ids=ids_1T, attention=torch.ones_like(ids_1T).bool(), pixels=pixels).logits_BTV[0]
+        logits_TV = pipeline.model(
+            ids=ids_1T, attention=torch.ones_like(ids_1T).bool(), pixels=pixels
+        ).logits_BTV[0]
     total = 0.0
     for t, label in enumerate(encoded.labels):
         if label != IGNORE:
@@ -54,7 +66,9 @@ def loglik_alone(pipeline: Pipeline, sample: Sample) -> float:
 
 
 @pytest.mark.parametrize("template", ["plain", "v1", "chat"])
-def test_loglik_of_a_batch_is_that_of_each_sample_alone(template: str, samples: list[Sample]) -> None:
+def test_loglik_of_a_batch_is_that_of_each_sample_alone(
+    template: str, samples: list[Sample]
+) -> None:
     pipe = pipeline(template)
     expected = [loglik_alone(pipe, s) for s in samples]
     assert pipe.loglik(samples) == pytest.approx(expected, rel=1e-5)
@@ -72,14 +86,21 @@ def test_a_text_and_two_images_can_be_judged_in_one_batch(samples: list[Sample])
     pipe = pipeline()
     first, second = samples[0].images[0], samples[1].images[0]
     text = Sample("text", (), (Part("user", text="Hello?"), Part("assistant", text="Hello.")))
-    shown = (Part("user", image=0), Part("user", text=" or "), Part("user", image=1), Part("assistant", text="Both."))
+    shown = (
+        Part("user", image=0),
+        Part("user", text=" or "),
+        Part("user", image=1),
+        Part("assistant", text="Both."),
+    )
     both = Sample("both", (first, second), shown)
     swapped = Sample("swapped", (second, first), shown)
     expected = [loglik_alone(pipe, s) for s in (both, swapped)]
     assert pipe.loglik([both, swapped]) == pytest.approx(expected, rel=1e-5)
     assert expected[0] != pytest.approx(expected[1], rel=1e-4)
     alone = pipe.scores([list(text.parts)], [()])[0]
-    assert pipe.scores([list(both.parts), list(text.parts)], [both.images, ()])[1].loglik == pytest.approx(alone.loglik)
+    assert pipe.scores([list(both.parts), list(text.parts)], [both.images, ()])[
+        1
+    ].loglik == pytest.approx(alone.loglik)
 
 
 def test_scores_count_the_stop_string(samples: list[Sample]) -> None:
@@ -102,7 +123,10 @@ def test_rank_is_likelihood_less_prior_computed_apart(samples: list[Sample]) -> 
     colour = tuple(round(255 * m) for m in pipe.stage.model.pixels.mean)
     blank = png(Image.new("RGB", (32, 32), colour))
     image = samples[0].images[0]
-    expected = {c: loglik_alone(pipe, pair("x", image, c)) - loglik_alone(pipe, pair("x", blank, c)) for c in CAPTIONS}
+    expected = {
+        c: loglik_alone(pipe, pair("x", image, c)) - loglik_alone(pipe, pair("x", blank, c))
+        for c in CAPTIONS
+    }
     ranked = pipe.rank(image, CAPTIONS)
     assert dict(ranked) == pytest.approx(expected, rel=1e-3, abs=1e-3)
     assert [r.candidate for r in ranked] == sorted(CAPTIONS, key=lambda c: -expected[c])
@@ -115,7 +139,9 @@ def test_prior_is_the_mean_over_the_references(samples: list[Sample]) -> None:
     mean = [np.mean([loglik_alone(pipe, pair("x", r, c)) for r in references]) for c in CAPTIONS]
     assert pipe.prior(CAPTIONS, references=references).tolist() == pytest.approx(mean, rel=1e-5)
     ranked = dict(pipe.rank(image, CAPTIONS, references=references))
-    expected = [loglik_alone(pipe, pair("x", image, c)) - m for c, m in zip(CAPTIONS, mean, strict=True)]
+    expected = [
+        loglik_alone(pipe, pair("x", image, c)) - m for c, m in zip(CAPTIONS, mean, strict=True)
+    ]
     assert [ranked[c] for c in CAPTIONS] == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
@@ -131,7 +157,9 @@ def test_the_question_is_part_of_what_is_judged(samples: list[Sample]) -> None:
     pipe = pipeline()
     image = samples[0].images[0]
     assert torch.equal(pipe.likelihoods(image, CAPTIONS), pipe.likelihoods(image, CAPTIONS, PROMPT))
-    assert not torch.allclose(pipe.likelihoods(image, CAPTIONS), pipe.likelihoods(image, CAPTIONS, "Why?"), rtol=1e-4)
+    assert not torch.allclose(
+        pipe.likelihoods(image, CAPTIONS), pipe.likelihoods(image, CAPTIONS, "Why?"), rtol=1e-4
+    )
 
 
 def test_nothing_to_rank_is_an_error(samples: list[Sample]) -> None:
@@ -161,7 +189,9 @@ def test_a_model_that_only_compares_ranks_by_nearness(samples: list[Sample]) -> 
     best_first = sorted(zip(texts, cosines, strict=True), key=lambda pair: -pair[1])
     for ranked in (pipe.rank(image, texts), pipe.choose([Part("user", image=0)], [image], texts)):
         assert [r.candidate for r in ranked] == [text for text, _ in best_first]
-        assert [r.score for r in ranked] == pytest.approx([cosine for _, cosine in best_first], abs=1e-6)
+        assert [r.score for r in ranked] == pytest.approx(
+            [cosine for _, cosine in best_first], abs=1e-6
+        )
 
 
 def test_a_model_that_only_compares_is_asked_nothing_else(samples: list[Sample]) -> None:
@@ -176,13 +206,23 @@ def test_a_model_that_only_compares_is_asked_nothing_else(samples: list[Sample])
 
 def test_a_choice_is_the_answer_that_the_images_make_likelier(samples: list[Sample]) -> None:
     pipe, images = pipeline(), [sample.images[0] for sample in samples[:2]]
-    asked = [Part("user", image=0), Part("user", text="\nor"), Part("user", image=1), Part("user", text="?")]
+    asked = [
+        Part("user", image=0),
+        Part("user", text="\nor"),
+        Part("user", image=1),
+        Part("user", text="?"),
+    ]
     choices = [sample.text for sample in samples]
     answered = [[*asked, Part("assistant", text=choice)] for choice in choices]
     blank = pipe.inputs.features([pipe.inputs.mean_square()] * 2)
-    gains = [pipe.scores([one], [images])[0].loglik - pipe.scores([one], [blank])[0].loglik for one in answered]
+    gains = [
+        pipe.scores([one], [images])[0].loglik - pipe.scores([one], [blank])[0].loglik
+        for one in answered
+    ]
     ranked = pipe.choose(asked, images, choices)
-    assert [r.candidate for r in ranked] == [c for _, c in sorted(zip(gains, choices, strict=True), reverse=True)]
+    assert [r.candidate for r in ranked] == [
+        c for _, c in sorted(zip(gains, choices, strict=True), reverse=True)
+    ]
     assert ranked[0].score == pytest.approx(max(gains), abs=1e-4)
     with pytest.raises(DataError, match="nothing to choose from"):
         pipe.choose(asked, images, [])
@@ -193,7 +233,9 @@ def test_a_choice_is_the_answer_that_the_images_make_likelier(samples: list[Samp
 
 def test_embeddings_are_what_the_contrastive_loss_pools(samples: list[Sample]) -> None:
     pipe = pipeline()
-    batch = pipe.inputs.batch([pipe.inputs.ask(s) for s in samples], [s.images for s in samples], answer=True)
+    batch = pipe.inputs.batch(
+        [pipe.inputs.ask(s) for s in samples], [s.images for s in samples], answer=True
+    )
     with torch.no_grad():
         outputs = pipe.model(**batch.inputs(), wants=frozenset({"pooled"}))
     images_ND = pipe.embed_images([s.images[0] for s in samples])
@@ -204,7 +246,9 @@ def test_embeddings_are_what_the_contrastive_loss_pools(samples: list[Sample]) -
     loss = Contrastive(temperature=0.07)(outputs).mean()
     logits = images_ND @ texts_ND.T / 0.07
     target = torch.arange(len(samples))
-    both_ways = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
+    both_ways = (
+        nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)
+    ) / 2
     torch.testing.assert_close(loss, both_ways, rtol=1e-3, atol=1e-4)
 
 
@@ -259,10 +303,15 @@ def test_prompts_are_padded_on_the_left_and_answers_on_the_right(
 
 
 @pytest.mark.parametrize("template", ["plain", "v1", "chat"])
-def test_a_prompt_is_the_beginning_of_what_was_trained_on(template: str, samples: list[Sample]) -> None:
+def test_a_prompt_is_the_beginning_of_what_was_trained_on(
+    template: str, samples: list[Sample]
+) -> None:
     pipe = pipeline(template)
     conversation = pipe.inputs.ask(samples[0])
-    prompt, whole = pipe.inputs.encode(conversation, answer=False), pipe.inputs.encode(conversation, answer=True)
+    prompt, whole = (
+        pipe.inputs.encode(conversation, answer=False),
+        pipe.inputs.encode(conversation, answer=True),
+    )
     shared = 0
     while shared < len(prompt.ids) and prompt.ids[shared] == whole.ids[shared]:
         shared += 1
@@ -277,16 +326,21 @@ def test_a_prompt_is_the_beginning_of_what_was_trained_on(template: str, samples
 def test_what_is_loaded_judges_like_what_was_saved(tmp_path: Path, samples: list[Sample]) -> None:
     pipe = pipeline()
     system = System(name="toy", paper="", stages=(pipe.stage,))
-    artefact.save(tmp_path / "artefact", pipe.model.state_dict(), system=system, stage="align")
+    artifacts.save(tmp_path / "artefact", pipe.model.state_dict(), system=system, stage="align")
     loaded = Pipeline.load(str(tmp_path / "artefact"), device="cpu")
-    assert isinstance(loaded.model, PrefixModel)
+    assert isinstance(loaded.model, PrefixVLM)
     assert loaded.loglik(samples) == pipe.loglik(samples)
     assert loaded.inputs.device == torch.device("cpu")
 
 
 def test_out_of_range_sampling_is_refused(samples: list[Sample]) -> None:
     pipe = pipeline()
-    wrong = (Sampling(temperature=-1.0), Sampling(top_p=0.0), Sampling(top_p=1.5), Sampling(max_new_tokens=0))
+    wrong = (
+        Sampling(temperature=-1.0),
+        Sampling(top_p=0.0),
+        Sampling(top_p=1.5),
+        Sampling(max_new_tokens=0),
+    )
     for sampling in wrong:
         with pytest.raises(SpecError, match="max_new_tokens is at least 1"):
             pipe.generate(pipe.inputs.ask(samples[0]), samples[0].images, **sampling)

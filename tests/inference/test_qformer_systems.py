@@ -6,13 +6,18 @@ import torch
 from PIL import Image
 
 from bridgework.data.samples import Part
-from bridgework.inference import Pipeline
+from bridgework.inference.pipeline import Pipeline
 from bridgework.system import load
 from tests.models.examples import stirred
 
 CANDIDATES = ["a red circle", "a dog", "two very small blue squares", "cat"]
 QUESTION = "What is in the picture?"
-SYSTEMS = {"instructblip": "instruct", "instructblip:vicuna_7b": "instruct", "blip2": "generate", "minigpt4": "polish"}
+SYSTEMS = {
+    "instructblip": "instruct",
+    "instructblip:vicuna_7b": "instruct",
+    "blip2": "generate",
+    "minigpt4": "polish",
+}
 
 
 def pipeline(system: str, stage: str) -> Pipeline:
@@ -22,18 +27,26 @@ def pipeline(system: str, stage: str) -> Pipeline:
 
 
 def picture(seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    )
 
 
 @pytest.mark.parametrize(("system", "stage"), SYSTEMS.items())
-def test_a_candidates_likelihood_is_its_score_in_training_whatever_stands_beside_it(system: str, stage: str) -> None:
+def test_a_candidates_likelihood_is_its_score_in_training_whatever_stands_beside_it(
+    system: str, stage: str
+) -> None:
     pipe = pipeline(system, stage)
     together = pipe.likelihoods(picture(), CANDIDATES, QUESTION)
     shuffled = pipe.likelihoods(picture(), CANDIDATES[::-1], QUESTION)
-    alone = torch.cat([pipe.likelihoods(picture(), [candidate], QUESTION) for candidate in CANDIDATES])
+    alone = torch.cat(
+        [pipe.likelihoods(picture(), [candidate], QUESTION) for candidate in CANDIDATES]
+    )
     shown = [Part("user", image=0), Part("user", text="\n" + QUESTION)]
     answered = [[*shown, Part("assistant", text=candidate)] for candidate in CANDIDATES]
-    scored = torch.tensor([score.loglik for score in pipe.scores(answered, [[picture()]] * len(CANDIDATES))])
+    scored = torch.tensor(
+        [score.loglik for score in pipe.scores(answered, [[picture()]] * len(CANDIDATES))]
+    )
     for other in (shuffled.flip(0), alone, scored):
         torch.testing.assert_close(together, other, atol=1e-3, rtol=1e-5)
 
@@ -43,12 +56,17 @@ def test_the_question_reaches_the_queries_only_where_they_hear_it(aware: bool) -
     pipe = pipeline("instructblip" if aware else "instructblip:without_instruction", "instruct")
     features = pipe.inputs.features([picture()])
     asked = [
-        pipe.inputs.batch([[Part("user", image=0), Part("user", text=text)]], [features], answer=False)
+        pipe.inputs.batch(
+            [[Part("user", image=0), Part("user", text=text)]], [features], answer=False
+        )
         for text in ("What is it?", "Where is this?")
     ]
     seen = [
         pipe.model.images(
-            None, features, batch.inputs().get("instruction"), batch.inputs().get("instruction_attention")
+            None,
+            features,
+            batch.inputs().get("instruction"),
+            batch.inputs().get("instruction_attention"),
         )
         for batch in asked
     ]
@@ -60,7 +78,8 @@ def test_an_answer_is_written_and_depends_on_the_image(system: str, stage: str) 
     pipe = pipeline(system, stage)
     conversation = [Part("user", image=0), Part("user", text=QUESTION)]
     first, again, other = (
-        pipe.generate(conversation, [picture(seed)], max_new_tokens=6, temperature=1.0, seed=3) for seed in (0, 0, 5)
+        pipe.generate(conversation, [picture(seed)], max_new_tokens=6, temperature=1.0, seed=3)
+        for seed in (0, 0, 5)
     )
     assert first == again and 1 <= first.completion_tokens <= 6
     likelihoods = [pipe.likelihoods(picture(seed), CANDIDATES, QUESTION) for seed in (0, 5)]

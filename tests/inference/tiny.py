@@ -6,30 +6,43 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bridgework.inference import Pipeline
-from bridgework.losses import Captioning
-from bridgework.models import MLP, LanguageConfig, PrefixVLM, ViTConfig
+from bridgework.inference.pipeline import Pipeline
+from bridgework.losses import LanguageModeling
+from bridgework.models import LanguageConfig, MLPConfig, PrefixVLMConfig, ViTConfig
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, load
 
 PROMPT = "What is shown?"
 
 
-def stage(template: str = "chat", prompts: tuple[str, ...] = (PROMPT,), context: int = 512) -> Stage:
+def stage(
+    template: str = "chat", prompts: tuple[str, ...] = (PROMPT,), context: int = 512
+) -> Stage:
     language = LanguageConfig(
-        width=32, depth=2, heads=4, kv_heads=4, ffn=64, vocab=320, context=context, tokenizer="bytes"
+        width=32,
+        depth=2,
+        heads=4,
+        kv_heads=4,
+        ffn=64,
+        vocab=320,
+        context=context,
+        tokenizer="bytes",
     )
     return Stage(
         name="align",
-        model=PrefixVLM(vision=ViTConfig().tiny(), bridge=MLP(), language=language),
+        model=PrefixVLMConfig(vision=ViTConfig().tiny(), bridge=MLPConfig(), language=language),
         trains={"bridge.*": 1.0},
-        losses=(Captioning(),),
-        data=Mixture(sources=(Source(name="s", dataset="s", prompts=prompts),), template=template, lanes=4),
+        losses=(LanguageModeling(),),
+        data=Mixture(
+            sources=(Source(name="s", dataset="s", prompts=prompts),), template=template, lanes=4
+        ),
         budget=Budget(steps=1, batch=8),
         optim=AdamW(peak_lr=1e-3),
     )
 
 
-def pipeline(template: str = "chat", prompts: tuple[str, ...] = (PROMPT,), context: int = 512) -> Pipeline:
+def pipeline(
+    template: str = "chat", prompts: tuple[str, ...] = (PROMPT,), context: int = 512
+) -> Pipeline:
     spec = stage(template, prompts, context)
     torch.manual_seed(0)
     model = spec.model.build()
@@ -55,7 +68,9 @@ def pipe_of(name: str) -> Pipeline:
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (64, 128)) -> bytes:
-    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+    image = Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    )
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bridgework.interop.convert import Certificate, export_hf, import_hf
+from bridgework.hf.convert import Certificate, export_hf, import_hf
 from tests.interop import test_blip, test_blip2, test_clip, test_idefics, test_llava_next
 
 
@@ -36,7 +36,9 @@ def compared(model: Any, folder: Path) -> tuple[Certificate, bool]:
     certificate = import_hf(folder / "in", folder / "artefact")
     export_hf(folder / "artefact", folder / "out", certificate.architecture)
     before, after = (load_file(folder / side / "model.safetensors") for side in ("in", "out"))
-    return certificate, before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
+    return certificate, before.keys() == after.keys() and all(
+        torch.equal(t, after[n]) for n, t in before.items()
+    )
 
 
 def main() -> None:
@@ -47,7 +49,9 @@ def main() -> None:
     for shape, make in models():
         with tempfile.TemporaryDirectory() as folder:
             certificate, equal = compared(make(), Path(folder))
-        outputs = ", ".join(f"{name} {value:.0e}" for name, value in certificate.differences.items())
+        outputs = ", ".join(
+            f"{name} {value:.0e}" for name, value in certificate.differences.items()
+        )
         texts = ", ".join(
             f"{name} {sum(map(len, t.ours))} {'equal' if t.equal else 'DIFFER'}"
             for name, t in certificate.texts.items()
@@ -55,7 +59,12 @@ def main() -> None:
         same = f"{certificate.fields} fields, {len(certificate.ids) + len(certificate.generation)} ids and settings"
         bits = "equal" if equal else "DIFFER"
         name = certificate.architecture
-        rows.append((name, f"| {name} | {shape} | {outputs} | {texts or 'writes nothing'} | {same} | {bits} |"))
+        rows.append(
+            (
+                name,
+                f"| {name} | {shape} | {outputs} | {texts or 'writes nothing'} | {same} | {bits} |",
+            )
+        )
     print(
         "| architecture | shape | largest difference, of the largest value | written ids | config, equal "
         "| bits, in and out again |"

@@ -7,15 +7,20 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+)
 
 from bridgework.errors import SpecError, WeightsError
-from bridgework.interop import blip
-from bridgework.interop.convert import export_hf, import_hf
-from bridgework.interop.parts import unequal
-from bridgework.losses.captioning import captioning
+from bridgework.hf import blip
+from bridgework.hf.common import unequal
+from bridgework.hf.convert import export_hf, import_hf
+from bridgework.losses.language_modeling import language_modeling
 from bridgework.models import MomentumConfig
-from bridgework.models.med_model import MEDModel
+from bridgework.models.blip_med import MED
 from bridgework.system import IGNORE
 from tests.models.med_examples import CLS, SEP, pairs, spec
 
@@ -39,7 +44,7 @@ def config(architecture: str) -> Any:
     )  # fmt: skip
 
 
-def both(architecture: str) -> tuple[MEDModel, Any]:
+def both(architecture: str) -> tuple[MED, Any]:
     """Our model with the weights of transformers', both in eval mode."""
     torch.manual_seed(0)
     theirs = getattr(transformers, architecture)(config(architecture)).eval()
@@ -54,9 +59,11 @@ def both(architecture: str) -> tuple[MEDModel, Any]:
     return ours, theirs
 
 
-def normal(model: MEDModel, pixels: Tensor) -> Tensor:
+def normal(model: MED, pixels: Tensor) -> Tensor:
     look = model.config.pixels
-    return (pixels / 255 - torch.tensor(look.mean).view(3, 1, 1)) / torch.tensor(look.std).view(3, 1, 1)
+    return (pixels / 255 - torch.tensor(look.mean).view(3, 1, 1)) / torch.tensor(look.std).view(
+        3, 1, 1
+    )
 
 
 @pytest.mark.parametrize("architecture", blip.ARCHITECTURES)
@@ -77,19 +84,26 @@ def test_a_config_comes_back_as_it_went(architecture: str) -> None:
     back = blip.config(blip.spec(theirs))
     assert back.architectures == [architecture] and back.image_text_hidden_size == 16
     differ = set(unequal(back, theirs))
-    assert differ == {"vision_config.initializer_range", "text_config.pad_token_id", "text_config.sep_token_id"}
+    assert differ == {
+        "vision_config.initializer_range",
+        "text_config.pad_token_id",
+        "text_config.sep_token_id",
+    }
 
 
 def test_a_caption_has_the_logits_loss_and_gradients_of_transformers() -> None:
     ours, theirs = both("BlipForConditionalGeneration")
     ids, attention, labels, pixels = pairs(asked=2)
     logits = ours(ids, attention, labels, pixels).logits_BTV
-    loss = captioning(logits, labels, 0.1).sum() / (labels[:, 1:] != IGNORE).sum()
+    loss = language_modeling(logits, labels, 0.1).sum() / (labels[:, 1:] != IGNORE).sum()
     theirs.text_decoder.label_smoothing = 0.1
     begun = ids.clone()
     begun[:, 0] = DEC
     expected = theirs(
-        pixel_values=normal(ours, pixels), input_ids=begun, attention_mask=attention.long(), labels=labels
+        pixel_values=normal(ours, pixels),
+        input_ids=begun,
+        attention_mask=attention.long(),
+        labels=labels,
     )
     torch.testing.assert_close(logits[attention], expected.logits[attention], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
@@ -97,7 +111,9 @@ def test_a_caption_has_the_logits_loss_and_gradients_of_transformers() -> None:
     expected.loss.backward()
     other = dict(theirs.named_parameters())
     for name, theirs_ in blip.names(ours.config).items():
-        torch.testing.assert_close(ours.get_parameter(name).grad, other[theirs_].grad, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            ours.get_parameter(name).grad, other[theirs_].grad, atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -107,10 +123,14 @@ def test_a_caption_is_written_as_transformers_writes_it(prompt: list[int], beams
     pixels = pairs().pixels
     ids = torch.tensor([prompt] * 4)
     how = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
-    text = ours.generate(ids, torch.ones_like(ids), pixels, eos_token_id=SEP, pad_token_id=257, **how)
+    text = ours.generate(
+        ids, torch.ones_like(ids), pixels, eos_token_id=SEP, pad_token_id=257, **how
+    )
     # transformers drops the last id of a prompt, where its processor puts [SEP]
     given = torch.cat([ids, torch.full((4, 1), SEP)], dim=1)
-    expected = theirs.generate(pixel_values=normal(ours, pixels), input_ids=given, suppress_tokens=[DEC, ENC], **how)
+    expected = theirs.generate(
+        pixel_values=normal(ours, pixels), input_ids=given, suppress_tokens=[DEC, ENC], **how
+    )
     assert torch.equal(text, expected[:, len(prompt) :])
 
 
@@ -163,12 +183,17 @@ def test_an_answer_is_written_as_transformers_writes_it() -> None:
 def test_a_stage_holds_what_was_read(architecture: str) -> None:
     stage = blip.stage(blip.spec(config(architecture)))
     with torch.device("meta"):
-        assert isinstance(stage.model.build(), MEDModel)
-    assert all(loss.needs in {"logits", "pooled", "match"} for loss in stage.losses) and not stage.evals
+        assert isinstance(stage.model.build(), MED)
+    assert (
+        all(loss.needs in {"logits", "pooled", "match"} for loss in stage.losses)
+        and not stage.evals
+    )
 
 
 @pytest.mark.parametrize("architecture", blip.ARCHITECTURES)
-def test_a_folder_of_transformers_comes_in_and_goes_out_as_it_was(architecture: str, tmp_path: Path) -> None:
+def test_a_folder_of_transformers_comes_in_and_goes_out_as_it_was(
+    architecture: str, tmp_path: Path
+) -> None:
     _, theirs = both(architecture)
     theirs.save_pretrained(tmp_path / "in")
     came = import_hf(tmp_path / "in", tmp_path / "artefact")

@@ -12,25 +12,37 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bridgework.data.tokens import load_tokenizer
+from bridgework import artifacts
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import SpecError, WeightsError
-from bridgework.interop import blip2, instructblip, llava
-from bridgework.interop.convert import export_hf, import_hf
-from bridgework.models import MLP, EvaConfig, Linear, PrefixVLM, QFormer, ViTConfig
+from bridgework.hf import blip2, instructblip, llava
+from bridgework.hf.convert import export_hf, import_hf
+from bridgework.models import (
+    EvaConfig,
+    LinearConfig,
+    MLPConfig,
+    PrefixVLMConfig,
+    QFormerConfig,
+    ViTConfig,
+)
 from bridgework.models.language import is_tied
 from bridgework.models.origin import Origin
-from bridgework.models.prefix_vlm import PrefixModel
-from bridgework.models.qformer_pretrainer import QFormerPretrainingModel
-from bridgework.models.vision import normalise
+from bridgework.models.prefix_vlm import PrefixVLM
+from bridgework.models.qformer_pretrainer import QFormerPretrainer
+from bridgework.models.vision import normalize
 from bridgework.system import IMAGE
-from bridgework.training import artefact
-from bridgework.training.step import Step
+from bridgework.training.step import TrainingModule
 from tests.models.examples import LLAMA_7B, pixels, stirred
 
 VOCAB = 120
 OPT = {"model_type": "opt", "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 48,
        "num_attention_heads": 4, "word_embed_proj_dim": 32, "max_position_embeddings": 64}  # fmt: skip
-SMALL_OPT = OPT | {"hidden_size": 24, "word_embed_proj_dim": 24, "do_layer_norm_before": False, "num_hidden_layers": 1}
+SMALL_OPT = OPT | {
+    "hidden_size": 24,
+    "word_embed_proj_dim": 24,
+    "do_layer_norm_before": False,
+    "num_hidden_layers": 1,
+}
 T5 = {"model_type": "t5", "vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
       "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}  # fmt: skip
 FLAN = T5 | {"tie_word_embeddings": False}  # its output matrix is its own: see `untied`
@@ -68,7 +80,11 @@ PLACE = VOCAB - 1
 
 def theirs(shape: str) -> Any:
     family, given = WRITERS[shape]
-    known = {"vision_config": given["vision"], "text_config": given["text"], "image_token_index": PLACE}
+    known = {
+        "vision_config": given["vision"],
+        "text_config": given["text"],
+        "image_token_index": PLACE,
+    }
     if family == "Llava":
         known |= {
             "vision_feature_layer": given.get("layer", -2),
@@ -117,7 +133,10 @@ def heard(shape: str) -> dict[str, Tensor]:
     if WRITERS[shape][0] != "InstructBlip":
         return {}
     attention = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    return {"instruction": torch.tensor([[5, 6, 7, 8, 9], [5, 9, 6, 0, 0]]), "instruction_attention": attention}
+    return {
+        "instruction": torch.tensor([[5, 6, 7, 8, 9], [5, 9, 6, 0, 0]]),
+        "instruction_attention": attention,
+    }
 
 
 def to_theirs(given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,7 +151,8 @@ def test_names_are_a_bijection_on_all_parameters(shape: str) -> None:
     assert set(names.values()) == {name for name, _ in model.named_parameters()}
     assert len(set(names.values())) == len(names)
     assert names.keys() == {
-        name for name, _ in module.spec(model.config, tied=is_tied(model)).build().named_parameters()
+        name
+        for name, _ in module.spec(model.config, tied=is_tied(model)).build().named_parameters()
     }
 
 
@@ -143,11 +163,15 @@ def test_logits_and_greedy_ids_agree(shape: str) -> None:
     images = pixels(2, size=built.vision.config.pixels.size)
     ids_BT, attention_BT = rows(tokens)
     places_BT = ids_BT.masked_fill(ids_BT == IMAGE, PLACE)
-    given = to_theirs(heard(shape)) | {"pixel_values": normalise(images, built.vision.config.pixels)}
+    given = to_theirs(heard(shape)) | {
+        "pixel_values": normalize(images, built.vision.config.pixels)
+    }
     with torch.no_grad():
         for found, expected in module.outputs(built, model, Origin()).values():
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-        own = getattr(getattr(model, "language_model", model), "generation_config", model.generation_config)
+        own = getattr(
+            getattr(model, "language_model", model), "generation_config", model.generation_config
+        )
         how = {
             "max_new_tokens": 5,
             "do_sample": False,
@@ -156,7 +180,9 @@ def test_logits_and_greedy_ids_agree(shape: str) -> None:
         }
         written = built.generate(ids_BT, attention_BT, images, **heard(shape), **how)
         begun = {"attention_mask": torch.ones_like(places_BT)}
-        reference = model.generate(input_ids=places_BT, **given, **begun, max_new_tokens=5, do_sample=False)
+        reference = model.generate(
+            input_ids=places_BT, **given, **begun, max_new_tokens=5, do_sample=False
+        )
     assert torch.equal(written, reference[:, -written.shape[1] :])
 
 
@@ -166,19 +192,25 @@ def test_in_and_out_again_gives_the_same_bits(shape: str, tmp_path: Path) -> Non
     assert import_hf(tmp_path / "in", tmp_path / "artefact").holds
     assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
-    assert before.keys() == after.keys() and all(torch.equal(t, after[name]) for name, t in before.items())
+    assert before.keys() == after.keys() and all(
+        torch.equal(t, after[name]) for name, t in before.items()
+    )
 
 
 @pytest.mark.parametrize("shape", [shape for shape in WRITERS if not shape.startswith("llava")])
 def test_features_and_bridge_tokens_agree(shape: str) -> None:
     model, module = theirs(shape), module_of(shape)
-    built: PrefixModel = ours(model, module)
+    built: PrefixVLM = ours(model, module)
     images = pixels(2, size=built.vision.config.pixels.size)
     with torch.no_grad():
-        found = model.get_image_features(normalise(images, built.vision.config.pixels), **to_theirs(heard(shape)))
+        found = model.get_image_features(
+            normalize(images, built.vision.config.pixels), **to_theirs(heard(shape))
+        )
         features = built.vision(images)
         tokens = built.images(None, features, *heard(shape).values())
-    torch.testing.assert_close(built.bridge.ln_vision(features), found.last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        built.bridge.ln_vision(features), found.last_hidden_state, atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(tokens, found.pooler_output, atol=1e-5, rtol=1e-4)
 
 
@@ -188,11 +220,14 @@ def test_both_tokenizers_of_an_instructblip_travel_with_it(tmp_path: Path) -> No
         load_tokenizer("bytes").save_pretrained(folder)
     import_hf(tmp_path / "in", tmp_path / "artefact")
     shutil.rmtree(tmp_path / "in")
-    model = artefact.load(tmp_path / "artefact").stage.model
+    model = artifacts.load(tmp_path / "artefact").stage.model
     assert model.tokenizer == str(tmp_path / "artefact" / "tokenizer")
     assert model.instruction == str(tmp_path / "artefact" / "tokenizer" / "qformer_tokenizer")
     export_hf(tmp_path / "artefact", tmp_path / "out")
-    said = [load_tokenizer(str(tmp_path / "out" / place))("a dog").input_ids for place in ("", "qformer_tokenizer")]
+    said = [
+        load_tokenizer(str(tmp_path / "out" / place))("a dog").input_ids
+        for place in ("", "qformer_tokenizer")
+    ]
     assert said[0] == said[1] == load_tokenizer("bytes")("a dog").input_ids
 
 
@@ -204,7 +239,9 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
     assert module.spec(module.config(spec), tied=is_tied(given)) == spec
     model: Any = getattr(transformers, module.ARCHITECTURES[0])(module.config(spec))
     names, state = module.names(spec), spec.build().state_dict()
-    absent = model.load_state_dict({theirs: state[own] for own, theirs in names.items()}, strict=False)
+    absent = model.load_state_dict(
+        {theirs: state[own] for own, theirs in names.items()}, strict=False
+    )
     assert not absent.unexpected_keys
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -217,7 +254,7 @@ def test_the_stage_holds_the_wiring_and_computes_its_loss(shape: str) -> None:
     module = module_of(shape)
     stage = module.stage(module.spec(theirs(shape).config))
     assert (stage.evals, stage.budget.steps, stage.data.max_tokens) == ((), 1, stage.model.context)
-    assert Step(stage.model.build(), stage.losses).wants == {"logits"}
+    assert TrainingModule(stage.model.build(), stage.losses).wants == {"logits"}
 
 
 # --- retrieval -------------------------------------------------------------------------------------------------------
@@ -238,11 +275,11 @@ def finder(vision: dict[str, Any], qformer: dict[str, Any], embed: int) -> Any:
 def test_contrast_and_matching_agree_with_transformers_retrieval(sizes: Any) -> None:
     """With padding, and each image with each text by its best query."""
     model = finder(*sizes)
-    built: QFormerPretrainingModel = ours(model, blip2)
+    built: QFormerPretrainer = ours(model, blip2)
     images = pixels(3, size=built.vision.config.pixels.size)
     ids = torch.randint(1, 90, (3, 6), generator=torch.Generator().manual_seed(3))
     attention = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
-    pixel_values = normalise(images, built.vision.config.pixels)
+    pixel_values = normalize(images, built.vision.config.pixels)
     given = {"pixel_values": pixel_values, "input_ids": ids, "attention_mask": attention}
     with torch.no_grad():
         features = built.vision(images)
@@ -265,7 +302,9 @@ def test_a_finder_goes_in_and_out_with_the_same_bits(tmp_path: Path) -> None:
     assert import_hf(tmp_path / "in", tmp_path / "artefact").holds
     assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
-    assert before.keys() == after.keys() and all(torch.equal(t, after[name]) for name, t in before.items())
+    assert before.keys() == after.keys() and all(
+        torch.equal(t, after[name]) for name, t in before.items()
+    )
 
 
 def test_a_finder_keeps_its_temperature_and_its_words_for_itself() -> None:
@@ -277,7 +316,7 @@ def test_a_finder_keeps_its_temperature_and_its_words_for_itself() -> None:
     assert rest and all(name.startswith(("heads.lm.", "heads.temperature")) for name in rest)
     assert blip2.spec(blip2.config(spec)) == spec
     stage = blip2.stage(spec)
-    assert stage.data.template == "caption" and Step(spec.build(), stage.losses).wants == {
+    assert stage.data.template == "caption" and TrainingModule(spec.build(), stage.losses).wants == {
         "pooled", "match_all", "logits",
     }  # fmt: skip
 
@@ -287,16 +326,16 @@ def test_a_finder_keeps_its_temperature_and_its_words_for_itself() -> None:
 
 def test_what_the_other_side_has_no_place_for_is_refused() -> None:
     spec = blip2.spec(theirs("blip2-opt").config)
-    assert isinstance(spec, PrefixVLM) and isinstance(spec.bridge, QFormer)
+    assert isinstance(spec, PrefixVLMConfig) and isinstance(spec.bridge, QFormerConfig)
     with pytest.raises(SpecError, match="not a ViTConfig and a QFormer"):
         blip2.config(replace(spec, vision=ViTConfig().tiny()))
     with pytest.raises(SpecError, match="is an InstructBLIP"):
         blip2.config(replace(spec, bridge=replace(spec.bridge, text=True)))
     with pytest.raises(SpecError, match="is a BLIP-2"):
         instructblip.config(spec)
-    for bridge, vision in ((Linear(), ViTConfig()), (MLP(), EvaConfig())):
+    for bridge, vision in ((LinearConfig(), ViTConfig()), (MLPConfig(), EvaConfig())):
         with pytest.raises(SpecError, match="an MLP of two matrices"):
-            llava.config(PrefixVLM(vision=vision, bridge=bridge, language=LLAMA_7B))
+            llava.config(PrefixVLMConfig(vision=vision, bridge=bridge, language=LLAMA_7B))
 
 
 @pytest.mark.parametrize(
@@ -304,13 +343,27 @@ def test_what_the_other_side_has_no_place_for_is_refused() -> None:
     [
         ("blip2-opt", "vision_config", "layer_norm_eps", 1e-5, "layer_norm_eps 1e-05"),
         ("blip2-opt", "qformer_config", "hidden_act", "relu", "hidden_act relu"),
-        ("blip2-opt", "qformer_config", "use_qformer_text_input", True, "use_qformer_text_input is True"),
+        (
+            "blip2-opt",
+            "qformer_config",
+            "use_qformer_text_input",
+            True,
+            "use_qformer_text_input is True",
+        ),
         ("llava", "", "projector_hidden_act", "relu", "projector_hidden_act relu"),
         ("llava", "", "vision_feature_layer", [-2, -1], "reads layer"),
-        ("llava-siglip-tied", "", "vision_feature_select_strategy", "default", "first patch of a SigLIP"),
+        (
+            "llava-siglip-tied",
+            "",
+            "vision_feature_select_strategy",
+            "default",
+            "first patch of a SigLIP",
+        ),
     ],
 )
-def test_what_is_not_read_is_refused(shape: str, part: str, field: str, value: Any, message: str) -> None:
+def test_what_is_not_read_is_refused(
+    shape: str, part: str, field: str, value: Any, message: str
+) -> None:
     config = theirs(shape).config
     setattr(getattr(config, part) if part else config, field, value)
     with pytest.raises(WeightsError, match=message):

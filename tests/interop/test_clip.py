@@ -10,30 +10,51 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bridgework.errors import SpecError, WeightsError
-from bridgework.interop import clip
-from bridgework.models import CLIPTextConfig, DualEncoder, ModifiedResNetConfig
-from bridgework.models.dual_encoder import DualModel
-from bridgework.training.step import Step
+from bridgework.hf import clip
+from bridgework.models import CLIPTextConfig, DualEncoderConfig, ModifiedResNetConfig
+from bridgework.models.dual_encoder import DualEncoder
+from bridgework.training.step import TrainingModule
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"vision": {}, "text": {}, "projection_dim": 24},
-    "gelu": {"vision": {"hidden_act": "gelu", "image_size": 48}, "text": {"hidden_act": "gelu"}, "projection_dim": 32},
+    "gelu": {
+        "vision": {"hidden_act": "gelu", "image_size": 48},
+        "text": {"hidden_act": "gelu"},
+        "projection_dim": 32,
+    },
     "uneven": {
         "vision": {"hidden_size": 48, "num_hidden_layers": 3, "patch_size": 16},
-        "text": {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 40, "eos_token_id": 2},
+        "text": {
+            "hidden_size": 64,
+            "num_attention_heads": 8,
+            "intermediate_size": 40,
+            "eos_token_id": 2,
+        },
         "projection_dim": 16,
     },
 }
-TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 56}
+TOWER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 56,
+}
 END = 99
 
 
 def theirs(shape: str) -> Any:
     given = SHAPES[shape]
     vision = TOWER | {"image_size": 32, "patch_size": 8} | given["vision"]
-    text = TOWER | {"vocab_size": 100, "max_position_embeddings": 12, "eos_token_id": END, "bos_token_id": 98}
+    text = TOWER | {
+        "vocab_size": 100,
+        "max_position_embeddings": 12,
+        "eos_token_id": END,
+        "bos_token_id": 98,
+    }
     config = transformers.CLIPConfig(
-        vision_config=vision, text_config=text | given["text"], projection_dim=given["projection_dim"]
+        vision_config=vision,
+        text_config=text | given["text"],
+        projection_dim=given["projection_dim"],
     )
     torch.manual_seed(0)
     model: Any = transformers.CLIPModel(config)
@@ -43,7 +64,7 @@ def theirs(shape: str) -> Any:
     return model.eval()
 
 
-def ours(model: Any) -> DualModel:
+def ours(model: Any) -> DualEncoder:
     spec = clip.spec(model.config)
     state, names = model.state_dict(), clip.names(spec)
     built = spec.build()
@@ -59,7 +80,11 @@ def examples(size: int) -> tuple[Tensor, Tensor, Tensor]:
     ids[0, 7], ids[1, 4:], ids[2, 6:] = END, END, END
     attention = torch.ones(3, 8, dtype=torch.bool)
     attention[1, 5:], attention[2, 7:] = False, False
-    return torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=generator), ids, attention
+    return (
+        torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=generator),
+        ids,
+        attention,
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -77,15 +102,21 @@ def test_features_logits_and_loss_agree(shape: str) -> None:
     built, spec = ours(model), clip.spec(model.config)
     images, ids, attention = examples(spec.pixels.size)
     look = spec.pixels
-    normal = (images / 255 - torch.tensor(look.mean).view(3, 1, 1)) / torch.tensor(look.std).view(3, 1, 1)
+    normal = (images / 255 - torch.tensor(look.mean).view(3, 1, 1)) / torch.tensor(look.std).view(
+        3, 1, 1
+    )
     with torch.no_grad():
-        expected = model(input_ids=ids, attention_mask=attention.long(), pixel_values=normal, return_loss=True)
+        expected = model(
+            input_ids=ids, attention_mask=attention.long(), pixel_values=normal, return_loss=True
+        )
         outputs = built(ids, attention, pixels=images)
         image, text = normalize(outputs.image_BD, dim=-1), normalize(outputs.text_BD, dim=-1)
         loss = clip.stage(spec).losses[0](outputs).mean()
     torch.testing.assert_close(image, expected.image_embeds, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(text, expected.text_embeds, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(outputs.logit_scale[0] * image @ text.T, expected.logits_per_image, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        outputs.logit_scale[0] * image @ text.T, expected.logits_per_image, atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
 
 
@@ -95,9 +126,15 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
     again = clip.spec(clip.config(spec))
     assert again == spec
     model: Any = transformers.CLIPModel(clip.config(spec))
-    names, shapes = clip.names(spec), {name: tensor.shape for name, tensor in model.state_dict().items()}
+    names, shapes = (
+        clip.names(spec),
+        {name: tensor.shape for name, tensor in model.state_dict().items()},
+    )
     model.load_state_dict(
-        {names[n]: tensor.reshape(shapes[names[n]]) for n, tensor in spec.build().state_dict().items()}
+        {
+            names[n]: tensor.reshape(shapes[names[n]])
+            for n, tensor in spec.build().state_dict().items()
+        }
     )
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -108,11 +145,13 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
 def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:
     stage = clip.stage(clip.spec(theirs("small").config))
     assert (stage.data.template, stage.evals, stage.budget.steps) == ("caption", (), 1)
-    assert Step(stage.model.build(), stage.losses).wants == {"pooled"}
+    assert TrainingModule(stage.model.build(), stage.losses).wants == {"pooled"}
 
 
 def test_what_the_other_side_has_no_place_for_is_refused() -> None:
-    resnet = DualEncoder(vision=ModifiedResNetConfig(), text=CLIPTextConfig(), embed=1024, project_image=False)
+    resnet = DualEncoderConfig(
+        vision=ModifiedResNetConfig(), text=CLIPTextConfig(), embed=1024, project_image=False
+    )
     with pytest.raises(SpecError, match="not a ModifiedResNetConfig"):
         clip.config(resnet)
     config = theirs("small").config

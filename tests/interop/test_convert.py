@@ -12,11 +12,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bridgework import artifacts
 from bridgework.errors import SpecError, WeightsError
-from bridgework.interop.convert import CERTIFICATE, certify, export_hf, families, import_hf
-from bridgework.interop.parts import WRITTEN
+from bridgework.hf.common import WRITTEN
+from bridgework.hf.convert import CERTIFICATE, certify, export_hf, families, import_hf
 from bridgework.models.origin import Origin
-from bridgework.training import artefact
 from tests.interop.parity import models
 from tests.interop.test_blip2 import theirs as blip2_theirs
 from tests.interop.test_clip import SHAPES, theirs
@@ -30,7 +30,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_in_and_out_again_gives_the_same_bits(tmp_path: Path, shape: str, dtype: torch.dtype) -> None:
+def test_in_and_out_again_gives_the_same_bits(
+    tmp_path: Path, shape: str, dtype: torch.dtype
+) -> None:
     model = theirs(shape).to(dtype)
     model.save_pretrained(tmp_path / "in")
     import_hf(tmp_path / "in", tmp_path / "artefact")
@@ -38,7 +40,8 @@ def test_in_and_out_again_gives_the_same_bits(tmp_path: Path, shape: str, dtype:
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
     assert before.keys() == after.keys()
     assert all(
-        torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items()
+        torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype
+        for name, tensor in before.items()
     )
     again = transformers.CLIPModel.from_pretrained(str(tmp_path / "out"), dtype="auto")
     assert again.dtype == dtype
@@ -51,7 +54,7 @@ def test_the_certificate_says_what_was_compared(folder: Path, tmp_path: Path) ->
     assert said["differences"].keys() == {"image", "text", "logits"}
     assert all(difference <= 1e-5 for difference in said["differences"].values())
     assert said["parameters"] == sum(p.numel() for p in theirs("small").parameters())
-    assert artefact.load(tmp_path / "artefact").stage.name == "contrast"
+    assert artifacts.load(tmp_path / "artefact").stage.name == "contrast"
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
@@ -62,15 +65,21 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_architecture_is_refused_with_a_suggestion(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["CLIPModle"]}))
-    with pytest.raises(WeightsError, match="'CLIPModle' is not known here; did you mean 'CLIPModel'"):
+    with pytest.raises(
+        WeightsError, match="'CLIPModle' is not known here; did you mean 'CLIPModel'"
+    ):
         import_hf(folder, tmp_path / "out")
 
 
-def test_a_config_without_an_architecture_is_refused_with_those_that_are_read(folder: Path, tmp_path: Path) -> None:
+def test_a_config_without_an_architecture_is_refused_with_those_that_are_read(
+    folder: Path, tmp_path: Path
+) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["architectures"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=r"names no architecture; known: Blip2For.*, CLIPModel, Idefics"):
+    with pytest.raises(
+        WeightsError, match=r"names no architecture; known: Blip2For.*, CLIPModel, Idefics"
+    ):
         import_hf(folder, tmp_path / "out")
 
 
@@ -90,7 +99,10 @@ def dropped(state: dict[str, Tensor]) -> None:
     [
         (lambda state: state.pop("text_projection.weight"), "missing text_projection.weight$"),
         (lambda state: state.update({"stray.weight": torch.zeros(2)}), "unexpected stray.weight$"),
-        (lambda state: state.update({"logit_scale": torch.zeros(2)}), r"of another shape logit_scale \[2\] against"),
+        (
+            lambda state: state.update({"logit_scale": torch.zeros(2)}),
+            r"of another shape logit_scale \[2\] against",
+        ),
         (dropped, r"missing logit_scale, text_model\.\S+, .* and 2 more$"),
     ],
     ids=["missing", "extra", "shape", "many"],
@@ -135,7 +147,10 @@ class Writes:
 
     def outputs(self, ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Tensor]]:
         one = torch.ones(1)
-        return {"logits": (one, one), "greedy": (torch.tensor(self.ours), torch.tensor(self.theirs))}
+        return {
+            "logits": (one, one),
+            "greedy": (torch.tensor(self.ours), torch.tensor(self.theirs)),
+        }
 
 
 def test_one_written_token_that_differs_is_no_certificate() -> None:
@@ -149,7 +164,9 @@ def test_one_written_token_that_differs_is_no_certificate() -> None:
 
 
 @pytest.mark.parametrize("architecture", sorted(families()))
-def test_what_an_architecture_writes_is_compared_as_it_would_be_written(architecture: str, tmp_path: Path) -> None:
+def test_what_an_architecture_writes_is_compared_as_it_would_be_written(
+    architecture: str, tmp_path: Path
+) -> None:
     """Features or vectors and logits for all; greedy text, the same when written again, for all that write."""
     make = {type(model()).__name__: model for _, model in models()}[architecture]
     make().save_pretrained(tmp_path / "in")
@@ -157,7 +174,9 @@ def test_what_an_architecture_writes_is_compared_as_it_would_be_written(architec
     said = json.loads((tmp_path / "artefact" / CERTIFICATE).read_text())
     assert certificate.differences.keys() & {"features", "image"}
     assert certificate.differences.keys() & {"logits", "match"}
-    writes = architecture.endswith(("ForConditionalGeneration", "ForQuestionAnswering", "ForVisionText2Text"))
+    writes = architecture.endswith(
+        ("ForConditionalGeneration", "ForQuestionAnswering", "ForVisionText2Text")
+    )
     assert set(certificate.texts) == ({"greedy", "until_end"} if writes else set())
     assert all(text["equal"] and text["ours"] == text["theirs"] for text in said["texts"].values())
     assert not writes or {len(row) for row in said["texts"]["greedy"]["ours"]} == {WRITTEN}
@@ -167,11 +186,19 @@ def test_no_generation_config_of_theirs_changes_what_is_compared(tmp_path: Path)
     """Beams, penalties and ends of text that a released folder brings change no greedy text, and are kept."""
     model = blip2_theirs("llava")
     model.save_pretrained(tmp_path / "plain")
-    model.generation_config.update(num_beams=3, do_sample=True, eos_token_id=list(range(60)), repetition_penalty=9.0)
+    model.generation_config.update(
+        num_beams=3, do_sample=True, eos_token_id=list(range(60)), repetition_penalty=9.0
+    )
     model.save_pretrained(tmp_path / "other")
-    plain, other = (import_hf(tmp_path / name, tmp_path / f"{name}-artefact") for name in ("plain", "other"))
+    plain, other = (
+        import_hf(tmp_path / name, tmp_path / f"{name}-artefact") for name in ("plain", "other")
+    )
     assert plain.texts["greedy"] == other.texts["greedy"]
-    assert {"num_beams": 3, "do_sample": True, "repetition_penalty": 9.0}.items() <= other.generation.items()
+    assert {
+        "num_beams": 3,
+        "do_sample": True,
+        "repetition_penalty": 9.0,
+    }.items() <= other.generation.items()
 
 
 def test_what_is_there_is_not_written_over(folder: Path, tmp_path: Path) -> None:

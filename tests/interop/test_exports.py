@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
+from bridgework import artifacts
 from bridgework.data.samples import Part
-from bridgework.data.tokens import load_tokenizer
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import SpecError, WeightsError
-from bridgework.inference import Pipeline
-from bridgework.interop.convert import export_hf, import_hf
-from bridgework.interop.parts import fields, unequal
+from bridgework.hf.common import fields, unequal
+from bridgework.hf.convert import export_hf, import_hf
+from bridgework.inference.pipeline import Pipeline
 from bridgework.models import LanguageConfig, ViTConfig
 from bridgework.system import System, load
-from bridgework.training import artefact
 from tests.interop import test_blip, test_blip2, test_clip, test_idefics, test_llava_next
 from tests.models.examples import stirred
 
@@ -41,23 +41,35 @@ MODELS: dict[str, Callable[[], Any]] = {
     "idefics": lambda: test_idefics.theirs("9b"),
 }
 IDS = {"bos_token_id": 11, "eos_token_id": 13, "pad_token_id": 17, "sep_token_id": 19}
-SETTINGS = {"temperature": 0.7, "top_p": 0.8, "do_sample": True, "repetition_penalty": 1.3, "max_length": 77}
+SETTINGS = {
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "do_sample": True,
+    "repetition_penalty": 1.3,
+    "max_length": 77,
+}
 
 
 def with_ids(model: Any) -> Any:
     """Special ids of its own in the config and its parts, and settings of generation."""
     for part in (model.config, getattr(model.config, "text_config", None)):
         for name, value in IDS.items():
-            marked = hasattr(part, name) and not (name == "bos_token_id" and "Blip" in type(part).__name__)
+            marked = hasattr(part, name) and not (
+                name == "bos_token_id" and "Blip" in type(part).__name__
+            )
             if marked and not (name == "eos_token_id" and "CLIP" in type(part).__name__):
                 setattr(part, name, value)
     if model.can_generate():
-        ids = {name: value for name, value in IDS.items() if name != "sep_token_id"} | {"eos_token_id": [13, 23]}
+        ids = {name: value for name, value in IDS.items() if name != "sep_token_id"} | {
+            "eos_token_id": [13, 23]
+        }
         model.generation_config = GenerationConfig(**ids, **SETTINGS)
     return model
 
 
-def round_trip(model: Any, folder: Path, prepare: Callable[[Path], object] = lambda folder: None) -> Path:
+def round_trip(
+    model: Any, folder: Path, prepare: Callable[[Path], object] = lambda folder: None
+) -> Path:
     model.save_pretrained(folder / "in")
     prepare(folder / "in")
     import_hf(folder / "in", folder / "artefact")
@@ -67,7 +79,9 @@ def round_trip(model: Any, folder: Path, prepare: Callable[[Path], object] = lam
 
 @pytest.mark.parametrize("tokenizer", [True, False], ids=["tokenizer", "no tokenizer"])
 @pytest.mark.parametrize("name", MODELS)
-def test_exported_model_keeps_special_ids_and_settings(name: str, tokenizer: bool, tmp_path: Path) -> None:
+def test_exported_model_keeps_special_ids_and_settings(
+    name: str, tokenizer: bool, tmp_path: Path
+) -> None:
     model = with_ids(MODELS[name]())
 
     def with_tokenizer(folder: Path) -> None:
@@ -79,7 +93,10 @@ def test_exported_model_keeps_special_ids_and_settings(name: str, tokenizer: boo
     assert unequal(before, after) == {}
     assert before.to_dict()["architectures"] == after.to_dict()["architectures"]
     if model.can_generate():
-        settings = [GenerationConfig.from_pretrained(tmp_path / side).to_diff_dict() for side in ("in", "out")]
+        settings = [
+            GenerationConfig.from_pretrained(tmp_path / side).to_diff_dict()
+            for side in ("in", "out")
+        ]
         assert settings[0] == settings[1] and SETTINGS.items() <= settings[0].items()
     processor = AutoProcessor.from_pretrained(out)
     assert isinstance(processor, transformers.ProcessorMixin)
@@ -87,12 +104,19 @@ def test_exported_model_keeps_special_ids_and_settings(name: str, tokenizer: boo
 
 def test_settings_that_transformers_finds_inconsistent_go_out_as_they_came(tmp_path: Path) -> None:
     """A temperature without sampling, which Vicuna's folder has, and which `save_pretrained` refuses."""
-    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 13, "transformers_version": "4.31.0"}
+    settings = {
+        "temperature": 0.9,
+        "top_p": 0.6,
+        "eos_token_id": 13,
+        "transformers_version": "4.31.0",
+    }
 
     def published(folder: Path) -> None:
         (folder / "generation_config.json").write_text(json.dumps(settings))
         config = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b", "2": "c"}}))
+        (folder / CONFIG).write_text(
+            json.dumps(config | {"id2label": {"0": "a", "1": "b", "2": "c"}})
+        )
 
     out = round_trip(MODELS["llava"](), tmp_path, published)
     written = json.loads((out / "generation_config.json").read_text())
@@ -102,7 +126,9 @@ def test_settings_that_transformers_finds_inconsistent_go_out_as_they_came(tmp_p
     assert AutoConfig.from_pretrained(out).id2label == {0: "a", 1: "b", 2: "c"}
 
 
-@pytest.mark.parametrize("name", ["llava", "blip2", "blip2-t5", "instructblip", "llava-next", "idefics", "blip"])
+@pytest.mark.parametrize(
+    "name", ["llava", "blip2", "blip2-t5", "instructblip", "llava-next", "idefics", "blip"]
+)
 def test_exported_model_stops_where_the_imported_one_does(name: str, tmp_path: Path) -> None:
     """`generate` with nothing but its own settings: a word that it writes is its end of text."""
     model = MODELS[name]()
@@ -116,13 +142,17 @@ def test_exported_model_stops_where_the_imported_one_does(name: str, tmp_path: P
         if hasattr(part, "sep_token_id"):
             part.sep_token_id = ending
     model.generation_config = GenerationConfig(
-        eos_token_id=ending, pad_token_id=0, decoder_start_token_id=model.generation_config.decoder_start_token_id
+        eos_token_id=ending,
+        pad_token_id=0,
+        decoder_start_token_id=model.generation_config.decoder_start_token_id,
     )
     if hasattr(model, "language_model") and hasattr(model.language_model, "generation_config"):
         model.language_model.generation_config = model.generation_config
     out = round_trip(model, tmp_path)
     text = json.loads((out / "parity.json").read_text())["texts"]["until_end"]
-    assert text["equal"] and text["ours"][0][: row.index(ending) + 1] == row[: row.index(ending) + 1]
+    assert (
+        text["equal"] and text["ours"][0][: row.index(ending) + 1] == row[: row.index(ending) + 1]
+    )
     assert len(text["ours"][0]) == row.index(ending) + 1 or len(text["ours"]) > 1
 
 
@@ -131,11 +161,17 @@ def import_hf_and_read(folder: Path, out: Path) -> str:
     return (out / "parity.json").read_text()
 
 
-@pytest.mark.parametrize("name", ["llava", "llava-next", "blip2", "instructblip", "idefics", "blip"])
+@pytest.mark.parametrize(
+    "name", ["llava", "llava-next", "blip2", "instructblip", "idefics", "blip"]
+)
 def test_transformers_serve_loads_an_exported_folder(name: str, tmp_path: Path) -> None:
     from transformers.cli.serving.model_manager import ModelManager
 
-    out = round_trip(with_ids(MODELS[name]()), tmp_path, lambda folder: load_tokenizer("bytes").save_pretrained(folder))
+    out = round_trip(
+        with_ids(MODELS[name]()),
+        tmp_path,
+        lambda folder: load_tokenizer("bytes").save_pretrained(folder),
+    )
     manager = ModelManager(device="cpu", model_timeout=-1)
     try:
         model, processor = manager.load_model_and_processor(f"{out}@main")
@@ -148,7 +184,9 @@ def test_transformers_serve_loads_an_exported_folder(name: str, tmp_path: Path) 
 # --- models that were trained here -----------------------------------------------------------------------------------
 
 
-def trained(name: str, folder: Path, change: Callable[[Any], Any] = lambda stage: stage) -> tuple[Path, Any]:
+def trained(
+    name: str, folder: Path, change: Callable[[Any], Any] = lambda stage: stage
+) -> tuple[Path, Any]:
     """An artifact of a tiny stage, as if it had learned for three steps, and its stage."""
     recipe, _, stage_name = name.partition("/")
     system = load(recipe).tiny()
@@ -156,17 +194,29 @@ def trained(name: str, folder: Path, change: Callable[[Any], Any] = lambda stage
     system = System(name=system.name, paper="", stages=(stage,))
     torch.manual_seed(0)
     model = stirred(stage.model.build(pretrained=False))
-    artefact.save(folder / "artefact", dict(model.named_parameters()), system=system, stage=stage.name, steps=3)
+    artifacts.save(
+        folder / "artefact",
+        dict(model.named_parameters()),
+        system=system,
+        stage=stage.name,
+        steps=3,
+    )
     return folder / "artefact", stage
 
 
-@pytest.mark.parametrize("name", ["llava/instruct", "llava:next/instruct", "blip2/generate", "instructblip/instruct"])
+@pytest.mark.parametrize(
+    "name", ["llava/instruct", "llava:next/instruct", "blip2/generate", "instructblip/instruct"]
+)
 def test_a_model_that_was_trained_here_ends_its_texts_over_there(name: str, tmp_path: Path) -> None:
     path, _ = trained(name, tmp_path)
     export_hf(path, tmp_path / "out")
     settings = GenerationConfig.from_pretrained(tmp_path / "out")
-    pipeline = Pipeline(artefact.load(path).model, artefact.load(path).stage)
-    ends = {settings.eos_token_id} if isinstance(settings.eos_token_id, int) else set(settings.eos_token_id)
+    pipeline = Pipeline(artifacts.load(path).model, artifacts.load(path).stage)
+    ends = (
+        {settings.eos_token_id}
+        if isinstance(settings.eos_token_id, int)
+        else set(settings.eos_token_id)
+    )
     assert pipeline._endings.ids <= ends
     assert settings.pad_token_id == pipeline.tokenizer.pad_token_id
     config = AutoConfig.from_pretrained(tmp_path / "out")
@@ -177,19 +227,32 @@ def test_a_model_that_was_trained_here_ends_its_texts_over_there(name: str, tmp_
 
 @pytest.mark.parametrize(
     ("name", "template"),
-    [("llava/instruct", "v1"), ("llava/instruct", "chat"), ("llava/align", "plain"), ("llava:next/instruct", "v1")],
+    [
+        ("llava/instruct", "v1"),
+        ("llava/instruct", "chat"),
+        ("llava/align", "plain"),
+        ("llava:next/instruct", "v1"),
+    ],
 )
 def test_the_chat_template_and_the_processor_give_the_ids_that_the_model_learned(
     name: str, template: str, tmp_path: Path
 ) -> None:
-    path, stage = trained(name, tmp_path, lambda stage: replace(stage, data=replace(stage.data, template=template)))
+    path, stage = trained(
+        name, tmp_path, lambda stage: replace(stage, data=replace(stage.data, template=template))
+    )
     export_hf(path, tmp_path / "out")
     processor: Any = AutoProcessor.from_pretrained(tmp_path / "out")
-    pipeline = Pipeline(artefact.load(path).model, stage)
+    pipeline = Pipeline(artifacts.load(path).model, stage)
     picture = transformers_picture()
-    conversation = [Part("user", image=0), Part("user", text="\n"), Part("user", text="What is it?")]
+    conversation = [
+        Part("user", image=0),
+        Part("user", text="\n"),
+        Part("user", text="What is it?"),
+    ]
     own = pipeline.inputs.batch([conversation], [[png(picture)]], answer=False).ids_BT[0]
-    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    asked = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    ]
     text = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     given = processor(images=picture, text=text, add_special_tokens=False, return_tensors="pt")
     word = AutoConfig.from_pretrained(tmp_path / "out").image_token_index
@@ -204,7 +267,9 @@ def test_the_chat_template_and_the_processor_give_the_ids_that_the_model_learned
 def transformers_picture() -> Any:
     from PIL import Image
 
-    pixels = torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (40, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     return Image.fromarray(pixels.numpy())
 
 
@@ -216,14 +281,18 @@ def png(picture: Any) -> bytes:
     return stream.getvalue()
 
 
-def test_an_idefics_that_was_trained_here_has_both_words_and_ends_with_a_chunk(tmp_path: Path) -> None:
+def test_an_idefics_that_was_trained_here_has_both_words_and_ends_with_a_chunk(
+    tmp_path: Path,
+) -> None:
     spec = replace(test_idefics.idefics.spec(test_idefics.theirs("small").config), origin=None)
     spec = replace(spec, language=replace(spec.language, vocab=300, tokenizer="bytes"))
     stage = test_idefics.idefics.stage(spec)
     torch.manual_seed(0)
     model = stirred(spec.build())
     system = System(name="s", paper="", stages=(stage,))
-    artefact.save(tmp_path / "a", dict(model.named_parameters()), system=system, stage=stage.name, steps=3)
+    artifacts.save(
+        tmp_path / "a", dict(model.named_parameters()), system=system, stage=stage.name, steps=3
+    )
     assert export_hf(tmp_path / "a", tmp_path / "out").holds
     tokenizer = AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
     assert tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"]) == [300, 301]
@@ -235,20 +304,25 @@ def test_a_vocabulary_without_a_free_row_gets_one_for_images(tmp_path: Path) -> 
     """Its last word is a word: an image is none of them."""
 
     def full(stage: Any) -> Any:
-        return replace(stage, model=replace(stage.model, language=replace(stage.model.language, vocab=260)))
+        return replace(
+            stage, model=replace(stage.model, language=replace(stage.model.language, vocab=260))
+        )
 
     path, _ = trained("llava/instruct", tmp_path, full)
     export_hf(path, tmp_path / "out")
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert (config.image_token_index, config.text_config.vocab_size) == (260, 261)
-    before, after = artefact.weights(path), load_file(tmp_path / "out" / FILE)
+    before, after = artifacts.weights(path), load_file(tmp_path / "out" / FILE)
     for own, name in (
         ("language.model.embed_tokens.weight", "embed_tokens.weight"),
         ("language.lm_head.weight", "lm_head.weight"),
     ):
         (longer,) = (tensor for key, tensor in after.items() if key.endswith(name))
         assert longer.shape[0] == 261 and torch.equal(longer[:260], before[own])
-    assert AutoProcessor.from_pretrained(tmp_path / "out").tokenizer.convert_tokens_to_ids("<image>") == 260
+    assert (
+        AutoProcessor.from_pretrained(tmp_path / "out").tokenizer.convert_tokens_to_ids("<image>")
+        == 260
+    )
 
 
 def test_an_import_that_was_trained_further_ends_by_both(tmp_path: Path) -> None:
@@ -256,9 +330,13 @@ def test_an_import_that_was_trained_further_ends_by_both(tmp_path: Path) -> None
     load_tokenizer("bytes").save_pretrained(tmp_path / "in")
     model_320(tmp_path / "in")
     import_hf(tmp_path / "in", tmp_path / "first")
-    loaded = artefact.load(tmp_path / "first")
-    artefact.save(
-        tmp_path / "more", dict(loaded.model.named_parameters()), system=loaded.system, stage=loaded.stage.name, steps=2
+    loaded = artifacts.load(tmp_path / "first")
+    artifacts.save(
+        tmp_path / "more",
+        dict(loaded.model.named_parameters()),
+        system=loaded.system,
+        stage=loaded.stage.name,
+        steps=2,
     )
     export_hf(tmp_path / "more", tmp_path / "out")
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [13, 23, 259]
@@ -283,7 +361,9 @@ def untied(folder: Path, prefix: str) -> None:
     """A T5 whose output matrix is its own, as all published ones but the first: transformers 5 ties those it draws."""
     state = load_file(folder / FILE)
     words = state[f"{prefix}shared.weight"]
-    state[f"{prefix}lm_head.weight"] = torch.randn(words.shape, generator=torch.Generator().manual_seed(5)) * 0.2
+    state[f"{prefix}lm_head.weight"] = (
+        torch.randn(words.shape, generator=torch.Generator().manual_seed(5)) * 0.2
+    )
     save_file(state, folder / FILE, metadata={"format": "pt"})
     config = json.loads((folder / CONFIG).read_text())
     config["text_config"] |= {"tie_word_embeddings": False, "scale_decoder_outputs": False}
@@ -292,23 +372,29 @@ def untied(folder: Path, prefix: str) -> None:
 
 @pytest.mark.parametrize("shape", ["blip2-t5", "instructblip-t5"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_t5_with_an_output_matrix_of_its_own_goes_in_and_out(shape: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_t5_with_an_output_matrix_of_its_own_goes_in_and_out(
+    shape: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     test_blip2.theirs(shape).to(dtype).save_pretrained(tmp_path / "in")
     untied(tmp_path / "in", "language_model.")
     state = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / "in" / FILE).items()}
     save_file(state, tmp_path / "in" / FILE, metadata={"format": "pt"})
     assert import_hf(tmp_path / "in", tmp_path / "artefact").holds
-    assert not artefact.load(tmp_path / "artefact").stage.model.language.tied
+    assert not artifacts.load(tmp_path / "artefact").stage.model.language.tied
     export_hf(tmp_path / "artefact", tmp_path / "out")
     before, after = (load_file(tmp_path / side / FILE) for side in ("in", "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(t, after[n]) and t.dtype == after[n].dtype for n, t in before.items())
-    assert not torch.equal(after["language_model.lm_head.weight"], after["language_model.shared.weight"])
+    assert not torch.equal(
+        after["language_model.lm_head.weight"], after["language_model.shared.weight"]
+    )
 
 
 @pytest.mark.parametrize("name", ["blip2", "blip2-finds", "instructblip", "blip2-t5"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_comes_back_as_it_went(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_half_precision_comes_back_as_it_went(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     """transformers loads a Q-Former of float16, and T5's `wo`, as float32."""
     round_trip(MODELS[name]().to(dtype), tmp_path)
     before, after = (load_file(tmp_path / side / FILE) for side in ("in", "out"))
@@ -322,27 +408,40 @@ def test_half_precision_comes_back_as_it_went(name: str, dtype: torch.dtype, tmp
 def test_an_export_keeps_the_epsilon_and_the_activation_of_a_loaded_tower(
     kind: Literal["clip", "siglip"], tmp_path: Path
 ) -> None:
-    tower = ViTConfig(kind=kind, image_size=16, patch=8, width=32, depth=2, heads=2, ffn=48, layer=-1)
+    tower = ViTConfig(
+        kind=kind, image_size=16, patch=8, width=32, depth=2, heads=2, ffn=48, layer=-1
+    )
     config = tower.config()
     config.layer_norm_eps, config.hidden_act = 1e-3, "relu"
     torch.manual_seed(0)
     stirred(type(tower.build().tower)(config)).save_pretrained(tmp_path / "tower")
     vision = replace(tower, weights=str(tmp_path / "tower"))
     path, _ = trained(
-        "llava/instruct", tmp_path, lambda stage: replace(stage, model=replace(stage.model, vision=vision))
+        "llava/instruct",
+        tmp_path,
+        lambda stage: replace(stage, model=replace(stage.model, vision=vision)),
     )
     export_hf(path, tmp_path / "out")
     after = AutoConfig.from_pretrained(tmp_path / "out").vision_config
     assert (after.layer_norm_eps, after.hidden_act) == (1e-3, "relu")
 
 
-def test_scaled_positions_of_a_loaded_language_model_have_no_place_in_an_idefics(tmp_path: Path) -> None:
+def test_scaled_positions_of_a_loaded_language_model_have_no_place_in_an_idefics(
+    tmp_path: Path,
+) -> None:
     spec = replace(test_idefics.idefics.spec(test_idefics.theirs("small").config), origin=None)
     rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-    spec = replace(spec, language=replace(spec.language, vocab=300, tokenizer="bytes", extra={"rope_parameters": rope}))
+    spec = replace(
+        spec,
+        language=replace(
+            spec.language, vocab=300, tokenizer="bytes", extra={"rope_parameters": rope}
+        ),
+    )
     stage = test_idefics.idefics.stage(spec)
     system = System(name="s", paper="", stages=(stage,))
-    artefact.save(tmp_path / "a", dict(spec.build().named_parameters()), system=system, stage=stage.name)
+    artifacts.save(
+        tmp_path / "a", dict(spec.build().named_parameters()), system=system, stage=stage.name
+    )
     with pytest.raises(SpecError, match=r"no place for this model's language\.rope_parameters"):
         export_hf(tmp_path / "a", tmp_path / "out")
 
@@ -352,10 +451,20 @@ def test_scaled_positions_of_a_loaded_language_model_have_no_place_in_an_idefics
     [
         ("mistral", {"sliding_window": 9}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-        ("qwen3", {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0, "head_dim": 8}),
+        (
+            "qwen3",
+            {
+                "sliding_window": 9,
+                "use_sliding_window": True,
+                "max_window_layers": 0,
+                "head_dim": 8,
+            },
+        ),
     ],
 )
-def test_an_export_keeps_what_the_loaded_language_model_says(arch: str, given: dict[str, Any], tmp_path: Path) -> None:
+def test_an_export_keeps_what_the_loaded_language_model_says(
+    arch: str, given: dict[str, Any], tmp_path: Path
+) -> None:
     """The spec names `weights` and no window: the text of the certificate is longer than that."""
     config: Any = AutoConfig.for_model(
         arch, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=320,
@@ -366,17 +475,28 @@ def test_an_export_keeps_what_the_loaded_language_model_says(arch: str, given: d
     language: Any = stirred(transformers.AutoModelForCausalLM.from_config(config))
     language.generation_config = GenerationConfig(eos_token_id=[7, 8], repetition_penalty=1.2)
     language.save_pretrained(tmp_path / "lm")
-    extra = {name: value for name, value in given.items() if name == "head_dim"}  # all that its spec names
+    extra = {
+        name: value for name, value in given.items() if name == "head_dim"
+    }  # all that its spec names
     spec = LanguageConfig(
         arch=arch, width=32, depth=2, heads=4, kv_heads=4, ffn=64, vocab=320, context=256, tokenizer="bytes",
         weights=str(tmp_path / "lm"), extra=extra,
     )  # fmt: skip
     path, _ = trained(
-        "llava/instruct", tmp_path, lambda stage: replace(stage, model=replace(stage.model, language=spec))
+        "llava/instruct",
+        tmp_path,
+        lambda stage: replace(stage, model=replace(stage.model, language=spec)),
     )
     export_hf(path, tmp_path / "out")
     after = AutoConfig.from_pretrained(tmp_path / "out").text_config
-    ids = {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "_name_or_path", "architectures"}
+    ids = {
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "dtype",
+        "_name_or_path",
+        "architectures",
+    }
     assert {k: v for k, v in config.to_dict().items() if k not in ids} == {
         k: v for k, v in after.to_dict().items() if k not in ids
     }
@@ -393,7 +513,9 @@ def test_a_language_model_whose_head_transformers_leaves_out_is_refused(tmp_path
         extra={"head_dim": 8, "final_logit_softcapping": 2.0},
     )  # fmt: skip
     path, _ = trained(
-        "llava/instruct", tmp_path, lambda stage: replace(stage, model=replace(stage.model, language=spec))
+        "llava/instruct",
+        tmp_path,
+        lambda stage: replace(stage, model=replace(stage.model, language=spec)),
     )
     with pytest.raises(WeightsError, match="the outputs of the two disagree: logits"):
         export_hf(path, tmp_path / "out")
@@ -409,11 +531,23 @@ def test_a_language_model_whose_head_transformers_leaves_out_is_refused(tmp_path
         ("llava-next", "text_config", "sliding_window", 6),
         ("clip", "vision_config", "layer_norm_eps", 1e-4),
         ("blip", "vision_config", "layer_norm_eps", 1e-4),
-        ("llava", "text_config", "rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
-        ("llava", "text_config", "rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        (
+            "llava",
+            "text_config",
+            "rope_parameters",
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        ),
+        (
+            "llava",
+            "text_config",
+            "rope_parameters",
+            {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        ),
     ],
 )
-def test_a_field_that_changes_outputs_is_kept(name: str, part: str, field: str, value: Any, tmp_path: Path) -> None:
+def test_a_field_that_changes_outputs_is_kept(
+    name: str, part: str, field: str, value: Any, tmp_path: Path
+) -> None:
     config = MODELS[name]().config
     setattr(getattr(config, part), field, value)
     torch.manual_seed(0)
@@ -449,23 +583,30 @@ def test_a_field_that_has_no_place_is_refused_by_name(
         assert field in str(error) or "another shape" in str(error)
         assert "\n" not in str(error)
     else:  # a field that transformers itself sets again, or that nothing reads
-        assert fields(AutoConfig.from_pretrained(tmp_path / "in").to_dict())[f"{part}.{field}"] != value or (
-            part == "perceiver_config"
-        )
+        assert fields(AutoConfig.from_pretrained(tmp_path / "in").to_dict())[
+            f"{part}.{field}"
+        ] != value or (part == "perceiver_config")
 
 
 def test_weights_of_a_q_former_with_another_epsilon_are_refused(tmp_path: Path) -> None:
     model = MODELS["blip2"]()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
-    for part, said in (("qformer_config", "layer_norm_eps 0.0001"), ("vision_config", "layer_norm_eps 0.0001")):
+    for part, said in (
+        ("qformer_config", "layer_norm_eps 0.0001"),
+        ("vision_config", "layer_norm_eps 0.0001"),
+    ):
         changed = config | {part: config[part] | {"layer_norm_eps": 1e-4}}
         (tmp_path / CONFIG).write_text(json.dumps(changed))
         spec = test_blip2.blip2.spec(model.config)
         spec = replace(
             spec,
-            bridge=replace(spec.bridge, weights=str(tmp_path)) if part == "qformer_config" else spec.bridge,
-            vision=replace(spec.vision, weights=str(tmp_path)) if part == "vision_config" else spec.vision,
+            bridge=replace(spec.bridge, weights=str(tmp_path))
+            if part == "qformer_config"
+            else spec.bridge,
+            vision=replace(spec.vision, weights=str(tmp_path))
+            if part == "vision_config"
+            else spec.vision,
         )
         with pytest.raises(WeightsError, match=said):
             spec.build()
@@ -474,7 +615,9 @@ def test_weights_of_a_q_former_with_another_epsilon_are_refused(tmp_path: Path) 
 # --- folders that used to end in a traceback -------------------------------------------------------------------------
 
 
-def test_a_blip2_config_without_an_image_word_comes_in_and_goes_out_with_one(tmp_path: Path) -> None:
+def test_a_blip2_config_without_an_image_word_comes_in_and_goes_out_with_one(
+    tmp_path: Path,
+) -> None:
     MODELS["blip2"]().save_pretrained(tmp_path / "in")
     config = json.loads((tmp_path / "in" / CONFIG).read_text())
     del config["image_token_index"]
@@ -518,7 +661,8 @@ def test_grids_that_no_tiles_fill_are_refused(tmp_path: Path) -> None:
     model.config.image_grid_pinpoints = [[side, 2 * side], [side + 1, side]]
     model.save_pretrained(tmp_path / "in")
     with pytest.raises(
-        WeightsError, match=f"no tiles of {side} pixels fill. Got .{side + 1}, {side}.; expected multiples"
+        WeightsError,
+        match=f"no tiles of {side} pixels fill. Got .{side + 1}, {side}.; expected multiples",
     ):
         import_hf(tmp_path / "in", tmp_path / "artefact")
 
@@ -526,7 +670,11 @@ def test_grids_that_no_tiles_fill_are_refused(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_are_not_imported(tmp_path: Path) -> None:
     MODELS["clip"]().save_pretrained(tmp_path / "in")
     state: dict[str, Tensor] = load_file(tmp_path / "in" / FILE)
-    save_file({n: torch.full_like(t, float("nan")) for n, t in state.items()}, tmp_path / "in" / FILE, {"format": "pt"})
+    save_file(
+        {n: torch.full_like(t, float("nan")) for n, t in state.items()},
+        tmp_path / "in" / FILE,
+        {"format": "pt"},
+    )
     with pytest.raises(WeightsError, match="Got NaN or infinity in"):
         import_hf(tmp_path / "in", tmp_path / "artefact")
 

@@ -11,22 +11,31 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bridgework.errors import SpecError, WeightsError
-from bridgework.interop import idefics
-from bridgework.interop.convert import export_hf, import_hf
-from bridgework.models import Gates, ViTConfig
-from bridgework.models.crossattn_vlm import CrossAttentionModel
+from bridgework.hf import idefics
+from bridgework.hf.convert import export_hf, import_hf
+from bridgework.models import GatesConfig, ViTConfig
+from bridgework.models.cross_attention_vlm import CrossAttentionVLM
 from bridgework.system import END, IGNORE, IMAGE
-from bridgework.training.step import Step
+from bridgework.training.step import TrainingModule
 
 VOCAB = 100
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"cross_layer_interval": 1},
-    "9b": {"qk_layer_norms": True, "cross_layer_interval": 2, "perceiver": {"qk_layer_norms_perceiver": True}},
+    "9b": {
+        "qk_layer_norms": True,
+        "cross_layer_interval": 2,
+        "perceiver": {"qk_layer_norms_perceiver": True},
+    },
     "vector": {"alpha_type": "vector", "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
 }
 TOWER = {"embed_dim": 24, "image_size": 32, "patch_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 40}  # fmt: skip
-PERCEIVER = {"resampler_n_latents": 5, "resampler_depth": 2, "resampler_n_heads": 2, "resampler_head_dim": 8}
+PERCEIVER = {
+    "resampler_n_latents": 5,
+    "resampler_depth": 2,
+    "resampler_n_heads": 2,
+    "resampler_head_dim": 8,
+}
 
 
 def theirs(shape: str) -> Any:
@@ -41,29 +50,43 @@ def theirs(shape: str) -> Any:
     model: Any = transformers.IdeficsForVisionText2Text(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(True).add_((0.5 if "alpha" in name else 0.1) * torch.randn_like(parameter))
+            parameter.requires_grad_(True).add_(
+                (0.5 if "alpha" in name else 0.1) * torch.randn_like(parameter)
+            )
     return model.eval()
 
 
-def ours(model: Any) -> CrossAttentionModel:
+def ours(model: Any) -> CrossAttentionVLM:
     spec = idefics.spec(model.config)
     state, built = model.state_dict(), spec.build()
-    built.load_state_dict({own: state[name] for own, name in idefics.names(spec).items()}, strict=False)
+    built.load_state_dict(
+        {own: state[name] for own, name in idefics.names(spec).items()}, strict=False
+    )
     return built.eval()
 
 
 def examples() -> tuple[Tensor, Tensor, Tensor]:
     """ids, attention and uint8 images: text before the first image, two images in a row, and padding."""
-    ids = torch.tensor([[5, 6, IMAGE, 7, 8, END, IMAGE, 9, 10], [IMAGE, 11, 12, 13, END, 0, 0, 0, 0]])
+    ids = torch.tensor(
+        [[5, 6, IMAGE, 7, 8, END, IMAGE, 9, 10], [IMAGE, 11, 12, 13, END, 0, 0, 0, 0]]
+    )
     attention = torch.ones(2, 9, dtype=torch.bool)
     attention[1, 5:] = False
     generator = torch.Generator().manual_seed(1)
-    return ids, attention, torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return (
+        ids,
+        attention,
+        torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=generator),
+    )
 
 
-def inputs_of_theirs(spec: Any, ids: Tensor, attention: Tensor, images: Tensor) -> dict[str, Tensor]:
+def inputs_of_theirs(
+    spec: Any, ids: Tensor, attention: Tensor, images: Tensor
+) -> dict[str, Tensor]:
     look, places = spec.pixels, ids == IMAGE
-    normal = (images / 255 - torch.tensor(look.mean).view(3, 1, 1)) / torch.tensor(look.std).view(3, 1, 1)
+    normal = (images / 255 - torch.tensor(look.mean).view(3, 1, 1)) / torch.tensor(look.std).view(
+        3, 1, 1
+    )
     rows = torch.zeros(2, 2, 3, 32, 32)
     rows[0, 0], rows[0, 1], rows[1, 0] = normal
     return {
@@ -93,22 +116,32 @@ def test_logits_loss_and_gradients_agree(shape: str) -> None:
     given = inputs_of_theirs(spec, ids, attention, images)
     expected = model(**given)
     targets = labels.masked_fill(labels == END, VOCAB)[:, 1:]
-    their_mean = torch.nn.functional.cross_entropy(expected.logits[:, :-1].flatten(0, 1), targets.flatten())
+    their_mean = torch.nn.functional.cross_entropy(
+        expected.logits[:, :-1].flatten(0, 1), targets.flatten()
+    )
     their_mean.backward()
-    torch.testing.assert_close(outputs.logits_BTV[attention], expected.logits[attention], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        outputs.logits_BTV[attention], expected.logits[attention], atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(mean, their_mean, atol=1e-5, rtol=1e-5)
     for own, name in idefics.names(spec).items():
         grads = built.get_parameter(own).grad, model.get_parameter(name).grad
         if grads[0] is not None or grads[1] is not None:  # CLIP's last norm is read by neither
-            torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-3, msg=lambda m, own=own: f"{own}: {m}")
+            torch.testing.assert_close(
+                *grads, atol=1e-4, rtol=1e-3, msg=lambda m, own=own: f"{own}: {m}"
+            )
 
 
 def test_greedy_text_agrees() -> None:
     model = theirs("9b")
     built, spec, (ids, attention, images) = ours(model), idefics.spec(model.config), examples()
     new = built.generate(ids[:1], attention[:1], images[:2], max_new_tokens=5, do_sample=False)
-    given = {name: value[:1] for name, value in inputs_of_theirs(spec, ids, attention, images).items()}
-    expected = model.generate(**given, max_new_tokens=5, do_sample=False, suppress_tokens=[VOCAB + 1])
+    given = {
+        name: value[:1] for name, value in inputs_of_theirs(spec, ids, attention, images).items()
+    }
+    expected = model.generate(
+        **given, max_new_tokens=5, do_sample=False, suppress_tokens=[VOCAB + 1]
+    )
     assert torch.equal(new, expected[:, ids.shape[1] :])
 
 
@@ -129,7 +162,9 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(shape: str, tmp_path: Path) -> None:
+def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(
+    shape: str, tmp_path: Path
+) -> None:
     theirs(shape).save_pretrained(tmp_path / "in")
     assert import_hf(tmp_path / "in", tmp_path / "artefact").differences["logits"] <= 1e-5
     assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
@@ -141,14 +176,14 @@ def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(sha
 def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:
     stage = idefics.stage(idefics.spec(theirs("small").config))
     assert (stage.data.template, stage.evals, stage.budget.steps) == ("interleaved", (), 1)
-    assert Step(stage.model.build(), stage.losses).wants == {"logits"}
+    assert TrainingModule(stage.model.build(), stage.losses).wants == {"logits"}
 
 
 def test_what_the_other_side_has_no_place_for_is_refused() -> None:
     config = theirs("small").config
     spec = idefics.spec(config)
     with pytest.raises(SpecError, match="no place for this model's gates"):
-        idefics.config(replace(spec, gates=Gates()))
+        idefics.config(replace(spec, gates=GatesConfig()))
     with pytest.raises(SpecError, match=r"which gates\.every must divide"):
         idefics.config(replace(spec, gates=replace(spec.gates, every=3)))
     with pytest.raises(SpecError, match="CLIP ViT"):

@@ -12,16 +12,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bridgework.data.tiling import lay_out
+from bridgework import artifacts
+from bridgework.data.tiling import tile_image
 from bridgework.errors import SpecError, WeightsError
-from bridgework.interop import llava_next
-from bridgework.interop.convert import export_hf, import_hf
-from bridgework.models import Linear, LoRA, PrefixVLM
+from bridgework.hf import llava_next
+from bridgework.hf.convert import export_hf, import_hf
+from bridgework.models import LinearConfig, LoRAConfig, PrefixVLMConfig
 from bridgework.models.origin import Origin
-from bridgework.models.prefix_vlm import PrefixModel
+from bridgework.models.prefix_vlm import PrefixVLM
 from bridgework.system import IGNORE, IMAGE, Layout, System
-from bridgework.training import artefact
-from bridgework.training.step import Step
+from bridgework.training.step import TrainingModule
 from tests.models.examples import stirred
 
 WORD = 99  # stands for an image in transformers' ids
@@ -31,18 +31,39 @@ SHAPES: dict[str, dict[str, Any]] = {
         "text": {"model_type": "mistral", "num_key_value_heads": 2},
         "image_grid_pinpoints": [[64, 32], [32, 64], [64, 64]],
     },
-    "deeper": {"vision": {"num_hidden_layers": 3, "hidden_act": "gelu"}, "vision_feature_layer": -1},
+    "deeper": {
+        "vision": {"num_hidden_layers": 3, "hidden_act": "gelu"},
+        "vision_feature_layer": -1,
+    },
 }
 PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]  # high, wide
-TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 56}
+TOWER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 56,
+}
 
 
 def theirs(shape: str) -> Any:
     given = {"image_grid_pinpoints": PINPOINTS, "vision_feature_layer": -2} | SHAPES[shape]
-    vision = TOWER | {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8} | given.pop("vision", {})
-    text = TOWER | {"model_type": "llama", "vocab_size": 100, "max_position_embeddings": 256, "num_key_value_heads": 4}
-    text |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | given.pop("text", {})
-    config = transformers.LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=WORD, **given)
+    vision = (
+        TOWER
+        | {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
+        | given.pop("vision", {})
+    )
+    text = TOWER | {
+        "model_type": "llama",
+        "vocab_size": 100,
+        "max_position_embeddings": 256,
+        "num_key_value_heads": 4,
+    }
+    text |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | given.pop(
+        "text", {}
+    )
+    config = transformers.LlavaNextConfig(
+        vision_config=vision, text_config=text, image_token_index=WORD, **given
+    )
     torch.manual_seed(0)
     model: Any = transformers.LlavaNextForConditionalGeneration(config)
     with torch.no_grad():
@@ -51,7 +72,7 @@ def theirs(shape: str) -> Any:
     return model.eval()
 
 
-def ours(model: Any) -> PrefixModel:
+def ours(model: Any) -> PrefixVLM:
     spec = llava_next.spec(model.config)
     state, names = model.state_dict(), llava_next.names(spec)
     built = spec.build()
@@ -60,25 +81,36 @@ def ours(model: Any) -> PrefixModel:
 
 
 def picture(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
-def examples(spec: PrefixVLM) -> tuple[Tensor, Tensor, list[Tensor], list[Layout]]:
+def examples(spec: PrefixVLMConfig) -> tuple[Tensor, Tensor, list[Tensor], list[Layout]]:
     """ids and attention of two rows, three images of other shapes in them, and how each is cut."""
-    cut = [lay_out(picture(*size), spec.pixels) for size in ((64, 64), (90, 33), (31, 80))]
+    cut = [tile_image(picture(*size), spec.pixels) for size in ((64, 64), (90, 33), (31, 80))]
     places = [[IMAGE] * spec.places(layout) for _, layout in cut]
     rows = [[5, *places[0], 6, *places[1], 7], [8, *places[2], 9, 10]]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     attention = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
-    return ids, attention, [torch.from_numpy(tiles) for tiles, _ in cut], [layout for _, layout in cut]
+    return (
+        ids,
+        attention,
+        [torch.from_numpy(tiles) for tiles, _ in cut],
+        [layout for _, layout in cut],
+    )
 
 
-def inputs_of_theirs(spec: PrefixVLM, ids: Tensor, tiles: list[Tensor], layouts: list[Layout]) -> dict[str, Tensor]:
+def inputs_of_theirs(
+    spec: PrefixVLMConfig, ids: Tensor, tiles: list[Tensor], layouts: list[Layout]
+) -> dict[str, Tensor]:
     look, most = spec.pixels, max(map(len, tiles))
     mean, std = torch.tensor(look.mean).view(3, 1, 1), torch.tensor(look.std).view(3, 1, 1)
     normal = [(t / 255 - mean) / std for t in tiles]
-    together = torch.stack([torch.cat([t, torch.zeros(most - len(t), *t.shape[1:])]) for t in normal])
+    together = torch.stack(
+        [torch.cat([t, torch.zeros(most - len(t), *t.shape[1:])]) for t in normal]
+    )
     return {
         "input_ids": ids.masked_fill(ids == IMAGE, WORD),
         "pixel_values": together,
@@ -104,9 +136,15 @@ def test_logits_loss_and_gradients_agree_over_images_of_any_shape(shape: str) ->
     loss = llava_next.stage(spec).losses[0]
     mean = loss(outputs).sum() / loss.count(labels).sum()
     mean.backward()
-    expected = model(**inputs_of_theirs(spec, ids, tiles, layouts), attention_mask=attention.long(), labels=labels)
+    expected = model(
+        **inputs_of_theirs(spec, ids, tiles, layouts),
+        attention_mask=attention.long(),
+        labels=labels,
+    )
     expected.loss.backward()
-    torch.testing.assert_close(outputs.logits_BTV[attention], expected.logits[attention], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        outputs.logits_BTV[attention], expected.logits[attention], atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(mean, expected.loss, atol=1e-5, rtol=1e-5)
     for own, name in llava_next.names(spec).items():
         if own.startswith(("tiles.", "bridge.")):
@@ -133,7 +171,9 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
     assert llava_next.spec(again) == spec
     model: Any = transformers.LlavaNextForConditionalGeneration(again)
     names = llava_next.names(spec)
-    model.load_state_dict({names[name]: tensor for name, tensor in spec.build().state_dict().items()})
+    model.load_state_dict(
+        {names[name]: tensor for name, tensor in spec.build().state_dict().items()}
+    )
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
     assert loaded.architectures == list(llava_next.ARCHITECTURES)
@@ -141,7 +181,9 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(shape: str, tmp_path: Path) -> None:
+def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(
+    shape: str, tmp_path: Path
+) -> None:
     theirs(shape).save_pretrained(tmp_path / "in")
     assert import_hf(tmp_path / "in", tmp_path / "artefact").differences["logits"] <= 1e-5
     assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
@@ -152,14 +194,16 @@ def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(sha
 
 def test_adapters_go_out_merged(tmp_path: Path) -> None:
     spec = llava_next.spec(theirs("small").config)
-    adapted = replace(spec, language=replace(spec.language, lora=LoRA(rank=2, alpha=8)))
+    adapted = replace(spec, language=replace(spec.language, lora=LoRAConfig(rank=2, alpha=8)))
     torch.manual_seed(0)
     model = stirred(adapted.build()).eval()
     stage = llava_next.stage(adapted)
     system = System(name="s", paper="", stages=(stage,))
-    artefact.save(tmp_path / "artefact", model.state_dict(), system=system, stage=stage.name)
+    artifacts.save(tmp_path / "artefact", model.state_dict(), system=system, stage=stage.name)
     assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
-    out: Any = transformers.LlavaNextForConditionalGeneration.from_pretrained(str(tmp_path / "out")).eval()
+    out: Any = transformers.LlavaNextForConditionalGeneration.from_pretrained(
+        str(tmp_path / "out")
+    ).eval()
     pair = llava_next.outputs(model, out, Origin())["logits"]
     torch.testing.assert_close(*pair, atol=1e-4, rtol=1e-4)
     assert not any("lora" in name for name in out.state_dict())
@@ -168,13 +212,17 @@ def test_adapters_go_out_merged(tmp_path: Path) -> None:
 def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:
     stage = llava_next.stage(llava_next.spec(theirs("small").config))
     assert (stage.data.template, stage.evals, stage.budget.steps) == ("v1", (), 1)
-    assert Step(stage.model.build(), stage.losses).wants == {"logits"}
+    assert TrainingModule(stage.model.build(), stage.losses).wants == {"logits"}
 
 
 def test_what_the_other_side_has_no_place_for_is_refused() -> None:
     config = theirs("small").config
     spec = llava_next.spec(config)
-    for changed in (replace(spec, bridge=Linear()), replace(spec, tiles="resample"), replace(spec, grids=())):
+    for changed in (
+        replace(spec, bridge=LinearConfig()),
+        replace(spec, tiles="resample"),
+        replace(spec, grids=()),
+    ):
         with pytest.raises(SpecError, match="is a CLIP ViT, an MLP of two matrices"):
             llava_next.config(changed)
     config.projector_hidden_act = "relu"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bridgework.lineage.store import MLflowTracker
-from bridgework.tracking import MemoryTracker, Tracker
+from bridgework.tracking.mlflow_store import MLflowTracker
+from bridgework.tracking.tracker import MemoryTracker, Tracker
 
 
 @pytest.fixture(scope="session")
@@ -23,4 +23,6 @@ def mlflow_tracker(store: Path, request: pytest.FixtureRequest) -> MLflowTracker
 
 @pytest.fixture(params=["memory", "mlflow"])
 def tracker(request: pytest.FixtureRequest) -> Iterator[Tracker]:
-    yield MemoryTracker() if request.param == "memory" else request.getfixturevalue("mlflow_tracker")
+    yield (
+        MemoryTracker() if request.param == "memory" else request.getfixturevalue("mlflow_tracker")
+    )

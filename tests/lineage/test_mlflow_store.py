@@ -9,9 +9,10 @@ import pytest
 from mlflow import MlflowClient
 
 from bridgework.errors import TrackingError
-from bridgework.lineage.graph import Reader
-from bridgework.lineage.store import MLflowReader, MLflowTracker
-from bridgework.tracking import DatasetInput, Point, Tracker
+from bridgework.mixture import DatasetInput
+from bridgework.tracking.lineage import Reader
+from bridgework.tracking.mlflow_store import MLflowReader, MLflowTracker
+from bridgework.tracking.tracker import Point, Tracker
 
 
 @pytest.fixture
@@ -45,7 +46,9 @@ def test_environment_names_the_store_where_the_caller_does_not(
     assert MLflowReader(None, store).uri == f"sqlite:///{store}/mlflow.db"
 
 
-def test_stage_is_nested_under_its_system(mlflow_tracker: MLflowTracker, client: MlflowClient) -> None:
+def test_stage_is_nested_under_its_system(
+    mlflow_tracker: MLflowTracker, client: MlflowClient
+) -> None:
     system = mlflow_tracker.start("llava", tags={"git_commit": "abc"})
     stage = mlflow_tracker.start("align", parent=system, tags={"stage": "align"})
     parent = client.get_parent_run(stage)
@@ -65,14 +68,19 @@ def test_run_taken_up_again_is_running(mlflow_tracker: MLflowTracker, client: Ml
 def test_parameters_beyond_mlflows_limits_are_kept_whole_in_a_file(
     mlflow_tracker: MLflowTracker, client: MlflowClient, tmp_path: Path
 ) -> None:
-    values = {f"stages.{i}.optim.peak_lr": i * 1e-5 for i in range(250)} | {"trains.bridge.*": 1.0, "long": "x" * 9_000}
+    values = {f"stages.{i}.optim.peak_lr": i * 1e-5 for i in range(250)} | {
+        "trains.bridge.*": 1.0,
+        "long": "x" * 9_000,
+    }
     run = mlflow_tracker.start("align")
     mlflow_tracker.params(run, values)
     kept = client.get_run(run).data.params
     assert len(kept) == 252
     assert kept["stages.7.optim.peak_lr"] == str(7 * 1e-5)
     assert len(kept["long"]) < 9_000
-    whole = json.loads(Path(client.download_artifacts(run, "params.json", str(tmp_path))).read_text())
+    whole = json.loads(
+        Path(client.download_artifacts(run, "params.json", str(tmp_path))).read_text()
+    )
     assert whole == {k: str(v) for k, v in values.items()}
 
 
@@ -92,8 +100,13 @@ def test_datasets_come_back_as_they_were_given(mlflow_tracker: MLflowTracker) ->
     assert set(mlflow_tracker.run(run).inputs) == set(given)
 
 
-def test_points_posted_twice_are_kept_once(mlflow_tracker: MLflowTracker, client: MlflowClient) -> None:
-    points = [Point("loss", float("nan") if s == 7 else 1 / s, s, 1_700_000_000_000 + s) for s in range(1, 2_501)]
+def test_points_posted_twice_are_kept_once(
+    mlflow_tracker: MLflowTracker, client: MlflowClient
+) -> None:
+    points = [
+        Point("loss", float("nan") if s == 7 else 1 / s, s, 1_700_000_000_000 + s)
+        for s in range(1, 2_501)
+    ]
     run = mlflow_tracker.start("align")
     mlflow_tracker.points(run, points)
     mlflow_tracker.points(run, points[:1_500])
@@ -113,10 +126,14 @@ def test_weights_are_referred_to_and_not_copied(
     assert [m.id for m in mlflow_tracker.makers("w" * 64)] == [run]
 
 
-def test_version_refers_to_its_logged_model(mlflow_tracker: MLflowTracker, client: MlflowClient) -> None:
+def test_version_refers_to_its_logged_model(
+    mlflow_tracker: MLflowTracker, client: MlflowClient
+) -> None:
     run = mlflow_tracker.start("align")
     model = mlflow_tracker.output(run, "llava-align", "/runs/align", {"digest": "w" * 64})
-    version = mlflow_tracker.register("store-llava", model, run, "/runs/align", {"digest": "w" * 64, "loss": "2.5"})
+    version = mlflow_tracker.register(
+        "store-llava", model, run, "/runs/align", {"digest": "w" * 64, "loss": "2.5"}
+    )
     kept = client.get_model_version("store-llava", version.version)
     assert '"store-llava"' in client.get_logged_model(model).tags["mlflow.modelVersions"]
     assert kept.source == client.get_logged_model(model).artifact_location
@@ -124,11 +141,14 @@ def test_version_refers_to_its_logged_model(mlflow_tracker: MLflowTracker, clien
     assert mlflow_tracker.registered(run) == [version]
 
 
-def test_mlflows_refusal_is_one_line_that_says_what_was_asked(mlflow_tracker: MLflowTracker) -> None:
+def test_mlflows_refusal_is_one_line_that_says_what_was_asked(
+    mlflow_tracker: MLflowTracker,
+) -> None:
     run = mlflow_tracker.start("align")
     mlflow_tracker.params(run, {"lr": 1})
     with pytest.raises(
-        TrackingError, match=rf"^cannot log 1 parameters of run {run}: MLflow at sqlite.* says: [^\n]*$"
+        TrackingError,
+        match=rf"^cannot log 1 parameters of run {run}: MLflow at sqlite.* says: [^\n]*$",
     ):
         mlflow_tracker.params(run, {"lr": 2})
     with pytest.raises(TrackingError, match="cannot finish run nope"):
@@ -139,9 +159,13 @@ def test_mlflows_refusal_is_one_line_that_says_what_was_asked(mlflow_tracker: ML
 
 def test_dead_server_is_told_in_time_and_without_its_password(tmp_path: Path) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused, and nobody else gets the port
+        taken.bind(
+            ("127.0.0.1", 0)
+        )  # bound, not listening: connections are refused, and nobody else gets the port
         uri = f"http://me:secret@127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(TrackingError, match=r"http://me:\*\*\*@127.* does not answer; start the server") as raised:
+        with pytest.raises(
+            TrackingError, match=r"http://me:\*\*\*@127.* does not answer; start the server"
+        ) as raised:
             MLflowTracker(uri, tmp_path, "p")
     assert "secret" not in str(raised.value)
 

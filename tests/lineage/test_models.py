@@ -7,12 +7,12 @@ from uuid import uuid4
 import pytest
 import torch
 
+from bridgework import artifacts
 from bridgework.errors import TrackingError
 from bridgework.evaluation import HeldOutLoss, Ranking
-from bridgework.lineage.models import CHALLENGER, challenge, is_folder, promote, rollback, split
 from bridgework.system import EvalSpec, System, load
-from bridgework.tracking import Tracker, Version
-from bridgework.training import artefact
+from bridgework.tracking.registry import CHALLENGER, challenge, is_folder, promote, rollback, split
+from bridgework.tracking.tracker import Tracker, Version
 
 METRIC = "ranking.accuracy"
 LOSS = "heldout.loss"
@@ -47,7 +47,9 @@ def register(
     versions = []
     for figure in figures:
         folder = weights / uuid4().hex
-        info = artefact.save(folder, {"w": torch.zeros(1)}, system=judged_by(*evals), stage="align")
+        info = artifacts.save(
+            folder, {"w": torch.zeros(1)}, system=judged_by(*evals), stage="align"
+        )
         run = tracker.start("align")
         model = tracker.output(run, name, str(folder), {"digest": info.digest})
         versions.append(tracker.register(name, model, run, str(folder), {metric: str(figure)}))
@@ -84,7 +86,9 @@ def test_the_first_version_needs_no_comparison(tracker: Tracker, name: str, weig
     assert champion(tracker, name) == "1"
 
 
-def test_a_better_one_takes_the_place_and_the_old_one_is_remembered(tracker: Tracker, name: str, weights: Path) -> None:
+def test_a_better_one_takes_the_place_and_the_old_one_is_remembered(
+    tracker: Tracker, name: str, weights: Path
+) -> None:
     register(tracker, name, weights, 0.5, 0.7)
     promote(tracker, f"{name}:1")
     tracker.alias(name, "challenger", "2")
@@ -94,7 +98,9 @@ def test_a_better_one_takes_the_place_and_the_old_one_is_remembered(tracker: Tra
     assert tracker.version(name, "previous").version == "1"
 
 
-@pytest.mark.parametrize(("new", "metric"), [(0.4, METRIC), (0.6, LOSS), ("nan", METRIC), ("nan", LOSS)])
+@pytest.mark.parametrize(
+    ("new", "metric"), [(0.4, METRIC), (0.6, LOSS), ("nan", METRIC), ("nan", LOSS)]
+)
 def test_a_worse_one_is_refused_and_nothing_moves(
     tracker: Tracker, name: str, weights: Path, new: float | str, metric: str
 ) -> None:
@@ -114,14 +120,18 @@ def test_an_equal_one_changes_nothing(tracker: Tracker, name: str, weights: Path
     assert champion(tracker, name) == "1"
 
 
-def test_a_figure_that_is_missing_is_named_with_those_there_are(tracker: Tracker, name: str, weights: Path) -> None:
+def test_a_figure_that_is_missing_is_named_with_those_there_are(
+    tracker: Tracker, name: str, weights: Path
+) -> None:
     register(tracker, name, weights, 0.5, 1.5e-05)
     promote(tracker, f"{name}:1")
     with pytest.raises(TrackingError, match=r"carries no figure 'loss'; known: ranking\.accuracy"):
         promote(tracker, f"{name}:2", metric="loss")
 
 
-def test_the_champion_promoted_again_stays_and_keeps_its_previous(tracker: Tracker, name: str, weights: Path) -> None:
+def test_the_champion_promoted_again_stays_and_keeps_its_previous(
+    tracker: Tracker, name: str, weights: Path
+) -> None:
     register(tracker, name, weights, 0.5, 0.7)
     promote(tracker, f"{name}:1")
     promote(tracker, f"{name}:2")
@@ -138,20 +148,26 @@ def test_rollback_swaps_the_two(tracker: Tracker, name: str, weights: Path) -> N
     assert rollback(tracker, name).champion.version == "2"
 
 
-def test_rollback_without_a_previous_one_says_so(tracker: Tracker, name: str, weights: Path) -> None:
+def test_rollback_without_a_previous_one_says_so(
+    tracker: Tracker, name: str, weights: Path
+) -> None:
     register(tracker, name, weights, 0.5)
     promote(tracker, f"{name}:1")
     with pytest.raises(TrackingError, match="no version or alias 'previous'"):
         rollback(tracker, name)
 
 
-def test_unknown_model_is_refused_with_a_suggestion(tracker: Tracker, name: str, weights: Path) -> None:
+def test_unknown_model_is_refused_with_a_suggestion(
+    tracker: Tracker, name: str, weights: Path
+) -> None:
     register(tracker, name, weights, 0.5)
     with pytest.raises(TrackingError, match=f"did you mean '{name}'"):
         promote(tracker, name[:-1])
 
 
-def test_a_lower_loss_is_promoted_and_a_higher_one_is_not(tracker: Tracker, name: str, weights: Path) -> None:
+def test_a_lower_loss_is_promoted_and_a_higher_one_is_not(
+    tracker: Tracker, name: str, weights: Path
+) -> None:
     register(tracker, name, weights, 2.0, 1.5, 1.8, metric=LOSS)
     promote(tracker, f"{name}:1")
     assert promote(tracker, f"{name}:2", metric=LOSS).compared == (1.5, 2.0)
@@ -159,14 +175,18 @@ def test_a_lower_loss_is_promoted_and_a_higher_one_is_not(tracker: Tracker, name
         promote(tracker, f"{name}:3", metric=LOSS)
 
 
-def test_a_direction_against_the_evaluation_is_refused(tracker: Tracker, name: str, weights: Path) -> None:
+def test_a_direction_against_the_evaluation_is_refused(
+    tracker: Tracker, name: str, weights: Path
+) -> None:
     register(tracker, name, weights, 2.0, 1.5, metric=LOSS)
     promote(tracker, f"{name}:1")
     with pytest.raises(TrackingError, match=r"heldout\.loss: lower is better\. Got --higher"):
         promote(tracker, f"{name}:2", metric=LOSS, lower=False)
 
 
-def test_a_figure_of_no_evaluation_needs_a_direction(tracker: Tracker, name: str, weights: Path) -> None:
+def test_a_figure_of_no_evaluation_needs_a_direction(
+    tracker: Tracker, name: str, weights: Path
+) -> None:
     register(tracker, name, weights, 20.0, 15.0, metric="latency_ms")
     promote(tracker, f"{name}:1")
     with pytest.raises(TrackingError, match="say --lower or --higher"):
@@ -193,7 +213,9 @@ def test_the_challenger_is_only_replaced_by_a_better_one(
     assert f"challenger stays {name}:2: its {metric} is {better:g}" in why
 
 
-def test_figures_of_other_evaluations_do_not_replace_the_challenger(tracker: Tracker, name: str, weights: Path) -> None:
+def test_figures_of_other_evaluations_do_not_replace_the_challenger(
+    tracker: Tracker, name: str, weights: Path
+) -> None:
     (first,) = register(tracker, name, weights, 0.5)
     (second,) = register(tracker, name, weights, 0.9, evals=(replace(RANKING, candidates=2),))
     challenge(tracker, first, METRIC)

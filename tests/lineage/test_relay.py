@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from bridgework.errors import TrackingError
-from bridgework.lineage.store import MLflowTracker
-from bridgework.relay import LEDGER, Relay, Steps, unfinished
-from bridgework.tracking import Journal, MemoryTracker, Point
+from bridgework.tracking.mlflow_store import MLflowTracker
+from bridgework.tracking.relay import LEDGER, MetricsForwarder, Steps, unfinished
+from bridgework.tracking.tracker import Journal, MemoryTracker, Point
 
 
 class Switched(MemoryTracker):
@@ -57,7 +57,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 def test_points_arrive_while_the_run_goes_on(tmp_path: Path) -> None:
     tracker = MemoryTracker()
     run = tracker.start("align")
-    with closing(Relay(tracker, {run: tmp_path}, every_s=0.01)):
+    with closing(MetricsForwarder(tracker, {run: tmp_path}, every_s=0.01)):
         write(tmp_path, range(5))
         wait_for(lambda: steps(tracker, run) == [0, 1, 2, 3, 4], "the first points")
         write(tmp_path, range(5, 7))
@@ -67,7 +67,7 @@ def test_points_arrive_while_the_run_goes_on(tmp_path: Path) -> None:
 def test_close_posts_what_the_last_round_missed(tmp_path: Path) -> None:
     tracker = MemoryTracker()
     run = tracker.start("align")
-    relay = Relay(tracker, {run: tmp_path}, every_s=60)
+    relay = MetricsForwarder(tracker, {run: tmp_path}, every_s=60)
     write(tmp_path, range(2_500), a_part=30)
     assert relay.close() == 0
     assert steps(tracker, run) == list(range(2_500))
@@ -77,9 +77,9 @@ def test_step_redone_after_a_failure_is_posted_once(tmp_path: Path) -> None:
     tracker = MemoryTracker()
     run = tracker.start("align")
     write(tmp_path, range(10), loss=1.0)
-    assert Relay(tracker, {run: tmp_path}).close() == 0
+    assert MetricsForwarder(tracker, {run: tmp_path}).close() == 0
     write(tmp_path, range(7, 15), loss=2.0)
-    assert Relay(tracker, {run: tmp_path}).close() == 0
+    assert MetricsForwarder(tracker, {run: tmp_path}).close() == 0
     assert steps(tracker, run) == list(range(15))
     assert [p.value for p in tracker.runs[run].points if p.key == "loss"] == [1.0] * 10 + [2.0] * 5
 
@@ -87,21 +87,23 @@ def test_step_redone_after_a_failure_is_posted_once(tmp_path: Path) -> None:
 def test_part_of_a_late_writer_is_posted_and_its_known_steps_are_not(tmp_path: Path) -> None:
     tracker = MemoryTracker()
     run = tracker.start("align")
-    relay = Relay(tracker, {run: tmp_path}, every_s=0.01)
+    relay = MetricsForwarder(tracker, {run: tmp_path}, every_s=0.01)
     write(tmp_path, range(3))
     wait_for(lambda: len(steps(tracker, run)) == 3, "the first points")
     late = [vars(Point("loss", 9.0, step, 1)) for step in (2, 3)]
     (tmp_path / f"{0:020d}-ffffff.jsonl").write_text("".join(json.dumps(p) + "\n" for p in late))
     assert relay.close() == 0
     assert sorted(steps(tracker, run)) == [0, 1, 2, 3]
-    assert Relay(tracker, {run: tmp_path}).close() == 0
+    assert MetricsForwarder(tracker, {run: tmp_path}).close() == 0
     assert sorted(steps(tracker, run)) == [0, 1, 2, 3]
 
 
-def test_points_of_an_outage_arrive_when_the_tracker_is_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_points_of_an_outage_arrive_when_the_tracker_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tracker = Switched()
     run = tracker.start("align")
-    with closing(Relay(tracker, {run: tmp_path}, every_s=0.01)):
+    with closing(MetricsForwarder(tracker, {run: tmp_path}, every_s=0.01)):
         write(tmp_path, range(3))
         wait_for(lambda: len(steps(tracker, run)) == 3, "the first points")
         tracker.up = False
@@ -118,15 +120,20 @@ def test_points_left_by_a_closed_relay_are_replayed_by_the_next(
 ) -> None:
     tracker = Switched()
     tracker.up = False
-    runs = {tracker.start(name): tmp_path / "runs" / name / "journal" for name in ("align", "instruct")}
-    relay = Relay(tracker, runs, every_s=0.01)
+    runs = {
+        tracker.start(name): tmp_path / "runs" / name / "journal" for name in ("align", "instruct")
+    }
+    relay = MetricsForwarder(tracker, runs, every_s=0.01)
     for folder in runs.values():
         write(folder, range(4))
     assert relay.close(timeout_s=0.2) == 16
-    assert "16 points are not tracked yet (the tracker does not answer); the next command replays them" in caplog.text
+    assert (
+        "16 points are not tracked yet (the tracker does not answer); the next command replays them"
+        in caplog.text
+    )
     assert unfinished(tmp_path) == runs
     tracker.up = True
-    assert Relay(tracker, unfinished(tmp_path)).close() == 0
+    assert MetricsForwarder(tracker, unfinished(tmp_path)).close() == 0
     assert unfinished(tmp_path) == {}
     assert [steps(tracker, run) for run in runs] == [[0, 1, 2, 3]] * 2
 
@@ -157,7 +164,7 @@ def test_what_an_older_version_posted_is_not_posted_again(tmp_path: Path) -> Non
         (tmp_path / name).write_text(json.dumps(vars(Point("loss", 1.0, step, 1))) + "\n")
     (tmp_path / LEDGER).write_text("\n".join([run, *names[:2]]))
     write(tmp_path, range(2, 6))
-    assert Relay(tracker, {run: tmp_path}).close() == 0
+    assert MetricsForwarder(tracker, {run: tmp_path}).close() == 0
     assert steps(tracker, run) == [2, 3, 4, 5]
 
 
@@ -166,23 +173,27 @@ def test_ledger_cut_anywhere_loses_no_point(cut: int, tmp_path: Path) -> None:
     tracker = MemoryTracker()
     run = tracker.start("align")
     write(tmp_path, range(4))
-    assert Relay(tracker, {run: tmp_path}).close() == 0
+    assert MetricsForwarder(tracker, {run: tmp_path}).close() == 0
     ledger = tmp_path / LEDGER
     ledger.write_text(ledger.read_text()[:-cut])
     write(tmp_path, range(4, 6))
-    assert Relay(tracker, {run: tmp_path}).close() == 0
+    assert MetricsForwarder(tracker, {run: tmp_path}).close() == 0
     assert set(steps(tracker, run)) == set(range(6))
     assert unfinished(tmp_path) == {}
 
 
-def test_ledger_cut_short_by_a_crash_spoils_no_later_line(mlflow_tracker: MLflowTracker, tmp_path: Path) -> None:
+def test_ledger_cut_short_by_a_crash_spoils_no_later_line(
+    mlflow_tracker: MLflowTracker, tmp_path: Path
+) -> None:
     run = mlflow_tracker.start("align")
     write(tmp_path, range(4))
-    assert Relay(mlflow_tracker, {run: tmp_path}).close() == 0
+    assert MetricsForwarder(mlflow_tracker, {run: tmp_path}).close() == 0
     ledger = tmp_path / LEDGER
-    ledger.write_text(ledger.read_text()[:-9])  # the last part was posted, and its line did not reach the disk whole
+    ledger.write_text(
+        ledger.read_text()[:-9]
+    )  # the last part was posted, and its line did not reach the disk whole
     write(tmp_path, range(4, 6))
-    assert Relay(mlflow_tracker, {run: tmp_path}).close() == 0
+    assert MetricsForwarder(mlflow_tracker, {run: tmp_path}).close() == 0
     history = MlflowClient(mlflow_tracker.uri).get_metric_history(run, "loss")
     assert sorted(m.step for m in history) == list(range(6))
     assert unfinished(tmp_path) == {}
@@ -192,7 +203,7 @@ def test_run_in_another_store_gets_every_point(tmp_path: Path) -> None:
     write(tmp_path, range(4))
     for tracker in (MemoryTracker(), MemoryTracker()):
         run = tracker.start("align")
-        assert Relay(tracker, {run: tmp_path}).close() == 0
+        assert MetricsForwarder(tracker, {run: tmp_path}).close() == 0
         assert steps(tracker, run) == [0, 1, 2, 3]
 
 
@@ -238,7 +249,7 @@ def test_dead_server_holds_nobody_longer_than_the_time_out(server_is: str, tmp_p
     tracker = MLflowTracker(f"http://127.0.0.1:{server.server_port}", tmp_path, "p")
     if server_is == "gone":
         server.server_close()
-    relay = Relay(tracker, {"0123abc": tmp_path}, every_s=0.01)
+    relay = MetricsForwarder(tracker, {"0123abc": tmp_path}, every_s=0.01)
     write(tmp_path, range(50))
     assert relay.close(timeout_s=0.5) == 100
     assert unfinished(tmp_path) == {"0123abc": tmp_path}
@@ -249,9 +260,28 @@ def test_dead_server_holds_nobody_longer_than_the_time_out(server_is: str, tmp_p
 
 @contextmanager
 def mlflow_server(home: Path, port: int) -> Iterator[str]:
-    words = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "artifacts")]
-    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    words = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--workers",
+        "1",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    words += [
+        "--backend-store-uri",
+        f"sqlite:///{home}/mlflow.db",
+        "--artifacts-destination",
+        str(home / "artifacts"),
+    ]
+    env = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
     process = subprocess.Popen(
         words, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -269,7 +299,9 @@ def mlflow_server(home: Path, port: int) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_server_stopped_in_the_middle_of_a_run_costs_no_point(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_server_stopped_in_the_middle_of_a_run_costs_no_point(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -277,16 +309,18 @@ def test_server_stopped_in_the_middle_of_a_run_costs_no_point(tmp_path: Path, ca
     with mlflow_server(tmp_path, port) as uri:
         tracker = MLflowTracker(uri, tmp_path, "p")
         run = tracker.start("align", tags={"run_key": "k"})
-        relay = Relay(tracker, {run: journal}, every_s=0.05)
+        relay = MetricsForwarder(tracker, {run: journal}, every_s=0.05)
         write(journal, range(100))
         client = MlflowClient(uri)
-        wait_for(lambda: len(client.get_metric_history(run, "loss")) >= 50, "points before the outage")
+        wait_for(
+            lambda: len(client.get_metric_history(run, "loss")) >= 50, "points before the outage"
+        )
     write(journal, range(100, 200))
     wait_for(lambda: "points wait in the journal" in caplog.text, "the relay to notice")
     with mlflow_server(tmp_path, port) as uri:
         write(journal, range(200, 300))
         assert relay.close(timeout_s=60) == 0
-        assert Relay(tracker, {run: journal}).close() == 0
+        assert MetricsForwarder(tracker, {run: journal}).close() == 0
         for key in ("loss", "lr"):
             assert [m.step for m in client.get_metric_history(run, key)] == list(range(300))
         (tmp_path / "recipe.json").write_text("{}")

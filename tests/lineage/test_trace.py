@@ -10,12 +10,13 @@ import pytest
 from rich.console import Console
 from rich.tree import Tree
 
-from bridgework.data.shards import write
+from bridgework.data.dataset import write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import TrackingError
-from bridgework.lineage.graph import trace, uses
-from bridgework.lineage.store import MLflowTracker
-from bridgework.tracking import DatasetInput, Point, Version
+from bridgework.mixture import DatasetInput
+from bridgework.tracking.lineage import trace, uses
+from bridgework.tracking.mlflow_store import MLflowTracker
+from bridgework.tracking.tracker import Point, Version
 
 
 @dataclass(frozen=True)
@@ -48,43 +49,81 @@ def assert_in_order(way: list[str], shown: str) -> None:
 
 def dataset(home: Path, name: str, seed: int, **about: object) -> DatasetInput:
     path = home / "datasets" / name
-    written = {"source": "https://example.org/cc3m", "licence": "CC-BY-4.0", "made_by": "import_pairs"} | about
+    written = {
+        "source": "https://example.org/cc3m",
+        "licence": "CC-BY-4.0",
+        "made_by": "import_pairs",
+    } | about
     manifest = write(shapes(rows=8, seed=seed), str(path), **written)
     return DatasetInput(name, manifest.digest, str(path), manifest.rows)
 
 
 @pytest.fixture
 def story(mlflow_tracker: MLflowTracker, tmp_path: Path) -> Story:
-    tracker, seed = mlflow_tracker, uuid4().int % 2**31  # digests are new in each test: all share one store
+    tracker, seed = (
+        mlflow_tracker,
+        uuid4().int % 2**31,
+    )  # digests are new in each test: all share one store
     raw = dataset(tmp_path, "raw", seed)
-    clean = dataset(tmp_path, "clean", seed + 1, made_by="capfilt", parameters={"keep": 0.5}, parents=[raw.digest])
+    clean = dataset(
+        tmp_path,
+        "clean",
+        seed + 1,
+        made_by="capfilt",
+        parameters={"keep": 0.5},
+        parents=[raw.digest],
+    )
     chats = dataset(tmp_path, "chats", seed + 2, licence="CC0-1.0")
     first, second = uuid4().hex * 2, uuid4().hex * 2
     about = {"system": "llava", "fingerprint": "f1f2f3f4f5f6", "git_commit": "0a1b2c3d4e5f"}
 
     system = tracker.start("monday", tags=about | {"run_key": "monday"})
-    align = tracker.start("align", parent=system, tags=about | {"stage": "align", "starts_from_digest": ""})
+    align = tracker.start(
+        "align", parent=system, tags=about | {"stage": "align", "starts_from_digest": ""}
+    )
     tracker.inputs(align, [clean])
     tracker.points(align, [Point("loss", 2.5, 10, 1_700_000_000_000)])
     tracker.output(align, "llava-align", "/runs/monday/align/artefact", {"digest": first})
-    instruct = tracker.start("instruct", parent=system, tags=about | {"stage": "instruct", "starts_from_digest": first})
+    instruct = tracker.start(
+        "instruct", parent=system, tags=about | {"stage": "instruct", "starts_from_digest": first}
+    )
     tracker.inputs(instruct, [chats])
-    model = tracker.output(instruct, "llava-instruct", "/runs/monday/instruct/artefact", {"digest": second})
+    model = tracker.output(
+        instruct, "llava-instruct", "/runs/monday/instruct/artefact", {"digest": second}
+    )
     for run in (align, instruct, system):
         tracker.finish(run)
     name = f"llava-{uuid4().hex[:6]}"
-    version = tracker.register(name, model, instruct, "/runs/monday/instruct/artefact", {"digest": second})
+    version = tracker.register(
+        name, model, instruct, "/runs/monday/instruct/artefact", {"digest": second}
+    )
     tracker.alias(name, "champion", version.version)
 
     deployment = uuid4().hex[:12]
     serve(tmp_path, deployment, name, version.version, version.artefact, second)
     return Story(
-        tmp_path, tracker, raw, clean, system, align, instruct, version, f"chatcmpl-{deployment}-{uuid4().hex[:12]}"
+        tmp_path,
+        tracker,
+        raw,
+        clean,
+        system,
+        align,
+        instruct,
+        version,
+        f"chatcmpl-{deployment}-{uuid4().hex[:12]}",
     )
 
 
-def serve(home: Path, deployment: str, model: str, version: str, artefact: str, digest: str) -> None:
-    words = {"id": deployment, "app": "chat", "model": model, "version": version, "artefact": artefact}
+def serve(
+    home: Path, deployment: str, model: str, version: str, artefact: str, digest: str
+) -> None:
+    words = {
+        "id": deployment,
+        "app": "chat",
+        "model": model,
+        "version": version,
+        "artefact": artefact,
+    }
     words |= {"digest": digest, "started": "2026-11-22T10:00:00+00:00"}
     (home / "deployments").mkdir(exist_ok=True)
     (home / "deployments" / f"{deployment}.json").write_text(json.dumps(words))
@@ -161,13 +200,17 @@ def test_weights_without_a_version_are_traced_by_their_digest(story: Story) -> N
     shown = text(trace("byfolder", story.tracker, story.home))
     assert f"weights {digest[:12]}  /elsewhere/artefact" in shown
     assert f"stage instruct of llava {story.instruct}" in shown
-    assert "no run of this store made these weights" in text(trace("unknown", story.tracker, story.home))
+    assert "no run of this store made these weights" in text(
+        trace("unknown", story.tracker, story.home)
+    )
     shown = text(trace("gone", story.tracker, story.home))
     assert "has no version or alias '7'" in shown
     assert f"stage instruct of llava {story.instruct}" in shown
 
 
-def test_stage_whose_weights_did_not_change_is_traced_once(mlflow_tracker: MLflowTracker, tmp_path: Path) -> None:
+def test_stage_whose_weights_did_not_change_is_traced_once(
+    mlflow_tracker: MLflowTracker, tmp_path: Path
+) -> None:
     digest = uuid4().hex * 2
     run = mlflow_tracker.start("align", tags={"stage": "align", "starts_from_digest": digest})
     mlflow_tracker.output(run, "llava-align", "/runs/align", {"digest": digest})
@@ -185,12 +228,18 @@ def test_unknown_names_are_refused_with_a_suggestion(story: Story) -> None:
         trace("0" * 32, story.tracker, story.home)
 
 
-def test_names_from_outside_are_not_read_as_markup(mlflow_tracker: MLflowTracker, tmp_path: Path) -> None:
-    run = mlflow_tracker.start("[bold]align[/nope]", tags={"stage": "align", "system": "[red]llava"})
+def test_names_from_outside_are_not_read_as_markup(
+    mlflow_tracker: MLflowTracker, tmp_path: Path
+) -> None:
+    run = mlflow_tracker.start(
+        "[bold]align[/nope]", tags={"stage": "align", "system": "[red]llava"}
+    )
     assert "[bold]align[/nope] of [red]llava" in text(trace(run, mlflow_tracker, tmp_path))
 
 
-def test_broken_record_of_a_deployment_is_named(mlflow_tracker: MLflowTracker, tmp_path: Path) -> None:
+def test_broken_record_of_a_deployment_is_named(
+    mlflow_tracker: MLflowTracker, tmp_path: Path
+) -> None:
     (tmp_path / "deployments").mkdir()
     (tmp_path / "deployments" / "x.json").write_text("{}")
     with pytest.raises(TrackingError, match=r"x\.json is not a deployment"):

@@ -9,8 +9,9 @@ import pytest
 from mlflow import MlflowClient
 
 from bridgework.errors import TrackingError
-from bridgework.lineage.store import MLflowTracker
-from bridgework.tracking import DatasetInput, MemoryTracker, Point, Tracker, Version
+from bridgework.mixture import DatasetInput
+from bridgework.tracking.mlflow_store import MLflowTracker
+from bridgework.tracking.tracker import MemoryTracker, Point, Tracker, Version
 
 
 def registered(tracker: Tracker, name: str, artefact: str, **tags: str) -> Version:
@@ -54,7 +55,10 @@ def test_a_parameter_keeps_its_first_value_and_another_one_is_a_tag(tracker: Tra
     tracker.params(run, {"budget.micro": 8, "optim.peak_lr": 1e-3}, resumed=True)
     tracker.params(run, {"budget.micro": 2, "optim.peak_lr": 1e-3, "seed": 0}, resumed=True)
     if isinstance(tracker, MemoryTracker):
-        params, tags = {k: str(v) for k, v in tracker.runs[run].params.items()}, tracker.runs[run].tags
+        params, tags = (
+            {k: str(v) for k, v in tracker.runs[run].params.items()},
+            tracker.runs[run].tags,
+        )
     else:
         data = MlflowClient(tracker.uri).get_run(run).data
         params, tags = data.params, data.tags
@@ -62,7 +66,9 @@ def test_a_parameter_keeps_its_first_value_and_another_one_is_a_tag(tracker: Tra
     assert {k: v for k, v in tags.items() if k.startswith("now.")} == {"now.budget.micro": "2"}
 
 
-def test_a_resumed_stage_reports_everything_again_into_the_same_run(tracker: Tracker, tmp_path: Path) -> None:
+def test_a_resumed_stage_reports_everything_again_into_the_same_run(
+    tracker: Tracker, tmp_path: Path
+) -> None:
     recipe = tmp_path / "recipe.json"
     recipe.write_text("{}")
     run = tracker.start("align", tags={"stage": "align", "starts_from_digest": ""})
@@ -70,7 +76,11 @@ def test_a_resumed_stage_reports_everything_again_into_the_same_run(tracker: Tra
         tracker.params(run, {"optim.peak_lr": 1e-3, "losses": ["captioning"], "starts_from": None})
         tracker.inputs(run, [DatasetInput("blip558k", "d" * 64, "/data/blip558k", 558_128)])
         tracker.points(
-            run, [Point("loss", 2.5, 1, 1_700_000_000_000), Point("loss", float("nan"), 2, 1_700_000_000_001)]
+            run,
+            [
+                Point("loss", 2.5, 1, 1_700_000_000_000),
+                Point("loss", float("nan"), 2, 1_700_000_000_001),
+            ],
         )
         tracker.file(run, recipe, "evals")
         tracker.output(run, "llava-align", "/runs/align", {"digest": "w" * 64})
@@ -99,7 +109,9 @@ def look(tracker: Tracker, run: str) -> Seen:
         kept = tracker.runs[run]
         folders = {folder for of_run, _, folder, _ in tracker.models.values() if of_run == run}
         last = {point.key: point.value for point in kept.points}
-        return Seen(kept.status, kept.inputs, last, {k: str(v) for k, v in kept.params.items()}, folders)
+        return Seen(
+            kept.status, kept.inputs, last, {k: str(v) for k, v in kept.params.items()}, folders
+        )
     assert isinstance(tracker, MLflowTracker)
     view = tracker.run(run)
     params = tracker._client.get_run(run).data.params

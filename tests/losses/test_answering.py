@@ -8,27 +8,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bridgework.data.batch import Batch, collate
-from bridgework.data.reader import Feed, local
+from bridgework.data.collate import Batch, collate
+from bridgework.data.dataset import write
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import write
 from bridgework.data.synthetic import shapes
-from bridgework.data.tokens import load_tokenizer
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import DataError, SpecError
 from bridgework.losses import Answering
-from bridgework.models import freezing
-from bridgework.models.med_model import MEDModel
-from bridgework.models.med_parts import Outputs
+from bridgework.models import base
+from bridgework.models.blip_med import MED, Outputs
 from bridgework.system import IGNORE, Stage, load
-from bridgework.training.engine import Engine
-from bridgework.training.step import Step
+from bridgework.training.deepspeed_engine import Engine
+from bridgework.training.step import TrainingModule
 
 ANSWERS = (("red",) * 6 + ("dark red",) * 3 + ("rose",), ("two",) * 10, (), ("7", "", "7", " "))
 LOSS = Answering(label_smoothing=0.1, alone=0.2)
 
 
 def asked(key: str, image: bytes, answers: tuple[str, ...]) -> Sample:
-    said = (Part("user", image=0), Part("user", text=f"\nWhat is it, {key}?"), Part("assistant", text="mine"))
+    said = (
+        Part("user", image=0),
+        Part("user", text=f"\nWhat is it, {key}?"),
+        Part("assistant", text="mine"),
+    )
     return Sample(key, (image,), said, labels=answers)
 
 
@@ -36,31 +39,42 @@ def asked(key: str, image: bytes, answers: tuple[str, ...]) -> Sample:
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """BLIP's fine-tune at a tiny size, over four questions with ten, ten, no and four answers."""
     path = str(tmp_path_factory.mktemp("vqa") / "questions")
-    rows = [asked(f"q{i}", s.images[0], own) for (i, s), own in zip(enumerate(shapes(4)), ANSWERS, strict=True)]
+    rows = [
+        asked(f"q{i}", s.images[0], own)
+        for (i, s), own in zip(enumerate(shapes(4)), ANSWERS, strict=True)
+    ]
     write(rows, path, source="test", licence="CC0-1.0", made_by="test", group_rows=4, shard_rows=4)
     tiny = load("blip:vqa").tiny()["vqa"]
     sources = (replace(tiny.data.sources[0], dataset=path),)
     model = replace(tiny.model, text=replace(tiny.model.text, dropout=0.0))
-    return replace(tiny, model=model, data=replace(tiny.data, sources=sources), evals=(), losses=(LOSS,))
+    return replace(
+        tiny, model=model, data=replace(tiny.data, sources=sources), evals=(), losses=(LOSS,)
+    )
 
 
 @pytest.fixture(scope="module")
 def batch(stage: Stage, home: Path) -> Batch:
-    rows = next(local(Feed.of(stage, home), rank=0, world=1, start=0))
+    rows = next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0))
     return collate(rows, pad_id=257)
 
 
-def model_of(stage: Stage) -> MEDModel:
+def model_of(stage: Stage) -> MED:
     torch.manual_seed(0)
-    model: MEDModel = stage.model.build()
+    model: MED = stage.model.build()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
 
-def test_a_row_carries_every_answer_once_with_the_share_of_those_who_gave_it(stage: Stage, batch: Batch) -> None:
-    assert batch.answers_AN is not None and batch.answer_owner_A is not None and batch.answer_weight_A is not None
+def test_a_row_carries_every_answer_once_with_the_share_of_those_who_gave_it(
+    stage: Stage, batch: Batch
+) -> None:
+    assert (
+        batch.answers_AN is not None
+        and batch.answer_owner_A is not None
+        and batch.answer_weight_A is not None
+    )
     expected = {
         "q0": {"red": 0.6, "dark red": 0.3, "rose": 0.1},
         "q1": {"two": 1.0},
@@ -80,7 +94,9 @@ def bytes_of(ids: Tensor) -> str:
     return text.removesuffix("<|im_end|>").strip()
 
 
-def test_the_loss_is_the_weighted_sum_of_a_plain_forward_for_each_answer(stage: Stage, batch: Batch) -> None:
+def test_the_loss_is_the_weighted_sum_of_a_plain_forward_for_each_answer(
+    stage: Stage, batch: Batch
+) -> None:
     """Sum over answers of weight times the sum of its tokens' losses, over the questions (blip_vqa.py)."""
     model = model_of(stage)
     with torch.no_grad():
@@ -88,8 +104,14 @@ def test_the_loss_is_the_weighted_sum_of_a_plain_forward_for_each_answer(stage: 
         sums_B = LOSS(outputs)
     assert LOSS.count(batch.labels_BT).tolist() == [1.0] * len(batch.keys)
     expected_B = torch.zeros(len(batch.keys))
-    assert batch.answers_AN is not None and batch.answer_owner_A is not None and batch.answer_weight_A is not None
-    rows = zip(batch.answers_AN, batch.answer_owner_A.tolist(), batch.answer_weight_A.tolist(), strict=True)
+    assert (
+        batch.answers_AN is not None
+        and batch.answer_owner_A is not None
+        and batch.answer_weight_A is not None
+    )
+    rows = zip(
+        batch.answers_AN, batch.answer_owner_A.tolist(), batch.answer_weight_A.tolist(), strict=True
+    )
     for answer_N, owner, weight in rows:
         ids, labels = batch.ids_BT[owner], batch.labels_BT[owner]
         question = ids[: int((labels != IGNORE).int().argmax())]
@@ -101,7 +123,11 @@ def test_the_loss_is_the_weighted_sum_of_a_plain_forward_for_each_answer(stage: 
             pixels = batch.pixels_N3HW[owner : owner + 1]
             logits_1TV = model(row_1T, torch.ones_like(row_1T).bool(), target_1T, pixels).logits_BTV
         nats = cross_entropy(
-            logits_1TV[0, :-1].float(), target_1T[0, 1:], reduction="sum", ignore_index=IGNORE, label_smoothing=0.1
+            logits_1TV[0, :-1].float(),
+            target_1T[0, 1:],
+            reduction="sum",
+            ignore_index=IGNORE,
+            label_smoothing=0.1,
         )
         expected_B[owner] += weight * nats
     torch.testing.assert_close(sums_B, expected_B, rtol=1e-4, atol=1e-4)
@@ -112,21 +138,27 @@ def test_an_answer_that_nobody_gave_changes_nothing_and_more_answers_do_not_read
 ) -> None:
     model = model_of(stage)
     read: list[int] = []
-    model.text.register_forward_hook(lambda module, args, output: read.append(len(output.last_hidden_state)))
+    model.text.register_forward_hook(
+        lambda module, args, output: read.append(len(output.last_hidden_state))
+    )
     with torch.no_grad():
         model(**batch.inputs(), wants=frozenset({"answers"}))
     assert read == [len(batch.keys)]
 
 
 @pytest.mark.usefixtures("process_group")
-def test_a_step_is_the_mean_over_questions_however_the_batch_is_cut(stage: Stage, home: Path) -> None:
-    rows = next(local(Feed.of(stage, home), rank=0, world=1, start=0))
+def test_a_step_is_the_mean_over_questions_however_the_batch_is_cut(
+    stage: Stage, home: Path
+) -> None:
+    rows = next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0))
     taken = []
     for micro in (8, 3):
         torch.manual_seed(stage.seed)
         model = stage.model.build()
         cut = replace(stage, budget=replace(stage.budget, micro=micro))
-        engine = Engine(Step(model, stage.losses), cut, freezing.apply(model, stage.trains))
+        engine = Engine(
+            TrainingModule(model, stage.losses), cut, base.set_trainable(model, stage.trains)
+        )
         batches = [collate(rows[i : i + micro], pad_id=257) for i in range(0, len(rows), micro)]
         taken.append(engine.train_step(batches, 0.0))
     torch.testing.assert_close(taken[0].losses_L, taken[1].losses_L, rtol=1e-5, atol=1e-5)
@@ -138,7 +170,7 @@ def test_a_step_is_the_mean_over_questions_however_the_batch_is_cut(stage: Stage
 def test_the_recipe_weighs_answers_as_its_release() -> None:
     stage = load("blip:vqa")["vqa"]
     assert stage.losses == (Answering(label_smoothing=0.1, alone=0.2),)
-    learning = freezing.apply(stage.tiny().model.build(), stage.trains)
+    learning = base.set_trainable(stage.tiny().model.build(), stage.trains)
     assert {name.split(".")[0] for name in learning} == {"vision", "text", "decoder", "heads"}
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bridgework.errors import DataError, SpecError
-from bridgework.losses import Captioning
-from bridgework.losses.captioning import captioning
+from bridgework.losses import LanguageModeling
+from bridgework.losses.language_modeling import language_modeling
 from bridgework.models.prefix_vlm import Outputs
 from bridgework.system import IGNORE
 
@@ -22,10 +22,16 @@ def example() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_sum_over_count_is_the_mean_cross_entropy_with_its_gradient(smoothing: float) -> None:
     logits_BTV, labels_BT = example()
-    loss = Captioning(label_smoothing=smoothing)
-    ours = loss(Outputs(logits_BTV=logits_BTV, labels_BT=labels_BT)).sum() / loss.count(labels_BT).sum()
+    loss = LanguageModeling(label_smoothing=smoothing)
+    ours = (
+        loss(Outputs(logits_BTV=logits_BTV, labels_BT=labels_BT)).sum()
+        / loss.count(labels_BT).sum()
+    )
     theirs = cross_entropy(
-        logits_BTV[:, :-1].reshape(-1, 7), labels_BT[:, 1:].reshape(-1), ignore_index=IGNORE, label_smoothing=smoothing
+        logits_BTV[:, :-1].reshape(-1, 7),
+        labels_BT[:, 1:].reshape(-1),
+        ignore_index=IGNORE,
+        label_smoothing=smoothing,
     )
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(x, logits_BTV)[0] for x in (ours, theirs)))
@@ -33,35 +39,43 @@ def test_sum_over_count_is_the_mean_cross_entropy_with_its_gradient(smoothing: f
 
 def test_every_sample_has_its_own_sum_and_count() -> None:
     logits_BTV, labels_BT = example()
-    parts = [captioning(logits, labels) for logits, labels in zip(logits_BTV.split(1), labels_BT.split(1), strict=True)]
-    torch.testing.assert_close(torch.cat(parts), captioning(logits_BTV, labels_BT))
-    assert Captioning().count(labels_BT).tolist() == [float((row[1:] != IGNORE).sum()) for row in labels_BT]
+    parts = [
+        language_modeling(logits, labels)
+        for logits, labels in zip(logits_BTV.split(1), labels_BT.split(1), strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(parts), language_modeling(logits_BTV, labels_BT))
+    assert LanguageModeling().count(labels_BT).tolist() == [
+        float((row[1:] != IGNORE).sum()) for row in labels_BT
+    ]
 
 
 def test_a_batch_without_labels_is_zero_and_keeps_its_graph() -> None:
     logits_BTV, labels_BT = example()
-    loss = captioning(logits_BTV, torch.full_like(labels_BT, IGNORE))
+    loss = language_modeling(logits_BTV, torch.full_like(labels_BT, IGNORE))
     assert not loss.any() and not torch.autograd.grad(loss.sum(), logits_BTV)[0].any()
 
 
 def test_bfloat16_logits_are_summed_in_float32() -> None:
     logits_BTV, labels_BT = example()
-    loss = captioning(logits_BTV.bfloat16(), labels_BT)
+    loss = language_modeling(logits_BTV.bfloat16(), labels_BT)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, captioning(logits_BTV.bfloat16().float(), labels_BT))
+    torch.testing.assert_close(loss, language_modeling(logits_BTV.bfloat16().float(), labels_BT))
 
 
 def test_outputs_without_logits_and_smoothing_out_of_range_are_refused() -> None:
     with pytest.raises(DataError, match="reads logits and labels"):
-        Captioning()(Outputs())
+        LanguageModeling()(Outputs())
     with pytest.raises(SpecError, match=r"\[0, 1\), got 1"):
-        Captioning(label_smoothing=1.0)
+        LanguageModeling(label_smoothing=1.0)
 
 
 def test_a_mean_over_samples_is_that_of_each_ones_sum_with_its_gradient() -> None:
     logits_BTV, labels_BT = example()
-    loss = Captioning(mean="samples")
-    ours = loss(Outputs(logits_BTV=logits_BTV, labels_BT=labels_BT)).sum() / loss.count(labels_BT).sum()
+    loss = LanguageModeling(mean="samples")
+    ours = (
+        loss(Outputs(logits_BTV=logits_BTV, labels_BT=labels_BT)).sum()
+        / loss.count(labels_BT).sum()
+    )
     summed = [
         cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="sum")
         for logits, labels in zip(logits_BTV, labels_BT, strict=True)

@@ -36,36 +36,53 @@ def whole_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     image_BE, text_BE = (normalize((rows @ weight).float(), dim=-1) for rows in (image_BD, text_BD))
     logits_BB = log_scale.exp() * image_BE @ text_BE.T
     own_B = torch.arange(8)
-    loss = (cross_entropy(logits_BB, own_B, reduction="sum") + cross_entropy(logits_BB.T, own_B, reduction="sum")) / 2
+    loss = (
+        cross_entropy(logits_BB, own_B, reduction="sum")
+        + cross_entropy(logits_BB.T, own_B, reduction="sum")
+    ) / 2
     return loss.detach(), *torch.autograd.grad(loss, (weight, log_scale, image_BD))
 
 
 def without_gradient(rows_bD: Tensor) -> Tensor:
     """What a plain all-gather gives: the other ranks' rows are constants, its own have their gradient."""
     gathered = gather(rows_bD.detach())
-    before, _, after = gathered.rows_BD.tensor_split([gathered.offset, gathered.offset + len(rows_bD)])
+    before, _, after = gathered.rows_BD.tensor_split(
+        [gathered.offset, gathered.offset + len(rows_bD)]
+    )
     return torch.cat([before, rows_bD, after])
 
 
 def rank(index: int, world: int, folder: str) -> None:
     """One process: for every split its loss and gradients, and those of a gather that stops them."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=world
+    )
     results = []
     for split in SPLITS[world]:
         image_BD, text_BD, weight, log_scale = example()
         own = slice(sum(split[:index]), sum(split[: index + 1]))
         image_bD = image_BD[own].clone().requires_grad_()
-        loss_b = info_nce(image_bD @ weight, text_BD[own] @ weight, log_scale.exp().expand(len(image_bD)))
+        loss_b = info_nce(
+            image_bD @ weight, text_BD[own] @ weight, log_scale.exp().expand(len(image_bD))
+        )
         exact = torch.autograd.grad(loss_b.sum(), (weight, log_scale, image_bD))
-        image_bE, text_bE = (normalize((r @ weight).float(), dim=-1) for r in (image_bD, text_BD[own]))
+        image_bE, text_bE = (
+            normalize((r @ weight).float(), dim=-1) for r in (image_bD, text_BD[own])
+        )
         own_b = torch.arange(own.start, own.stop)
         cut = (
-            cross_entropy(log_scale.exp() * image_bE @ without_gradient(text_bE).T, own_b, reduction="sum")
-            + cross_entropy(log_scale.exp() * text_bE @ without_gradient(image_bE).T, own_b, reduction="sum")
+            cross_entropy(
+                log_scale.exp() * image_bE @ without_gradient(text_bE).T, own_b, reduction="sum"
+            )
+            + cross_entropy(
+                log_scale.exp() * text_bE @ without_gradient(image_bE).T, own_b, reduction="sum"
+            )
         ) / 2
         (stopped,) = torch.autograd.grad(cut, weight)
-        results.append((loss_b.detach(), *exact, gather(text_BD[own]).offset, cut.detach(), stopped))
+        results.append(
+            (loss_b.detach(), *exact, gather(text_BD[own]).offset, cut.detach(), stopped)
+        )
     torch.save(results, f"{folder}/{index}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -108,13 +125,16 @@ def test_a_learned_temperature_is_that_of_the_outputs() -> None:
     image_BD, text_BD, _, log_scale = example()
     outputs = dual_encoder.Outputs(image_BD, text_BD, log_scale.exp().expand(8))
     torch.testing.assert_close(
-        Contrastive(temperature=None)(outputs), Contrastive(temperature=math.exp(-LOG_SCALE))(outputs)
+        Contrastive(temperature=None)(outputs),
+        Contrastive(temperature=math.exp(-LOG_SCALE))(outputs),
     )
     with pytest.raises(SpecError, match="this wiring learns none"):
         Contrastive(temperature=None)(Outputs(image_BD=image_BD, text_BD=text_BD))
 
 
-def test_two_passes_over_micro_batches_have_the_gradients_of_the_batch_and_naive_ones_do_not() -> None:
+def test_two_passes_over_micro_batches_have_the_gradients_of_the_batch_and_naive_ones_do_not() -> (
+    None
+):
     """Of the towers and of the scale, which every pass touches: GradCache (arXiv:2101.06983)."""
     _, weight, scale, _ = whole_batch()
     image_BD, text_BD, own_weight, log_scale = example()
@@ -124,7 +144,11 @@ def test_two_passes_over_micro_batches_have_the_gradients_of_the_batch_and_naive
 
     def outputs(rows: slice) -> list[Tensor]:
         size = len(image_BD[rows])
-        return [image_BD[rows] @ own_weight, text_BD[rows] @ own_weight, log_scale.exp().expand(size)]
+        return [
+            image_BD[rows] @ own_weight,
+            text_BD[rows] @ own_weight,
+            log_scale.exp().expand(size),
+        ]
 
     micro = [slice(0, 3), slice(3, 6), slice(6, 8)]
     cached = [[t.detach() for t in outputs(rows)] for rows in micro]
@@ -134,7 +158,9 @@ def test_two_passes_over_micro_batches_have_the_gradients_of_the_batch_and_naive
         spliced = dual_encoder.Outputs(*(torch.cat(field) for field in zip(*parts, strict=True)))
         grads = torch.autograd.grad(loss(spliced).sum(), (own_weight, log_scale))
         totals = [total + grad for total, grad in zip(totals, grads, strict=True)]
-        naive += torch.autograd.grad(loss(dual_encoder.Outputs(*outputs(rows))).sum(), own_weight)[0]
+        naive += torch.autograd.grad(loss(dual_encoder.Outputs(*outputs(rows))).sum(), own_weight)[
+            0
+        ]
     torch.testing.assert_close(totals[0], weight, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(totals[1], scale, atol=1e-6, rtol=1e-5)
     assert not torch.allclose(naive, weight, rtol=1e-2, atol=1e-3)
@@ -142,17 +168,25 @@ def test_two_passes_over_micro_batches_have_the_gradients_of_the_batch_and_naive
 
 def test_the_length_of_a_vector_does_not_matter() -> None:
     image_BD, text_BD, *_ = example()
-    torch.testing.assert_close(info_nce(3 * image_BD, text_BD / 7, 14.0), info_nce(image_BD, text_BD, 14.0))
+    torch.testing.assert_close(
+        info_nce(3 * image_BD, text_BD / 7, 14.0), info_nce(image_BD, text_BD, 14.0)
+    )
 
 
 def test_pairs_that_match_cost_less_than_shuffled_ones() -> None:
     image_BD, *_ = example()
-    assert info_nce(image_BD, image_BD, 14.0).sum() < info_nce(image_BD, image_BD.roll(1, 0), 14.0).sum()
+    assert (
+        info_nce(image_BD, image_BD, 14.0).sum()
+        < info_nce(image_BD, image_BD.roll(1, 0), 14.0).sum()
+    )
 
 
 def test_swapped_towers_and_permuted_pairs_cost_the_same() -> None:
     image_BD, text_BD, *_ = example()
-    loss_B, order = info_nce(image_BD, text_BD, 5.0), torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    loss_B, order = (
+        info_nce(image_BD, text_BD, 5.0),
+        torch.randperm(8, generator=torch.Generator().manual_seed(1)),
+    )
     torch.testing.assert_close(info_nce(text_BD, image_BD, 5.0), loss_B)
     torch.testing.assert_close(info_nce(image_BD[order], text_BD[order], 5.0), loss_B[order])
 
@@ -160,7 +194,9 @@ def test_swapped_towers_and_permuted_pairs_cost_the_same() -> None:
 def test_the_loss_is_known_for_orthonormal_pairs_and_for_a_scale_of_nearly_nothing() -> None:
     image_BD, text_BD, *_ = example()
     expected = math.log(1 + 7 * math.exp(-3.0))
-    torch.testing.assert_close(info_nce(torch.eye(8), torch.eye(8), 3.0), torch.full((8,), expected))
+    torch.testing.assert_close(
+        info_nce(torch.eye(8), torch.eye(8), 3.0), torch.full((8,), expected)
+    )
     torch.testing.assert_close(info_nce(image_BD, text_BD, 1e-6), torch.full((8,), math.log(8)))
 
 

@@ -12,8 +12,7 @@ from torch.nn.functional import normalize
 
 from bridgework.errors import DataError
 from bridgework.losses import MomentumContrastive
-from bridgework.losses.contrastive import info_nce
-from bridgework.losses.momentum import targets
+from bridgework.losses.contrastive import info_nce, targets
 
 SPLITS = ([2, 2], [3, 1], [4, 0])
 
@@ -70,13 +69,17 @@ def test_the_loss_is_its_definition_with_its_gradient(alpha: float) -> None:
     ours, expected = MomentumContrastive()(outputs), by_hand(outputs)
     torch.testing.assert_close(ours, expected)
     given = (outputs.image_BD, outputs.text_BD)
-    for mine, theirs in zip(*(torch.autograd.grad(x.sum(), given) for x in (ours, expected)), strict=True):
+    for mine, theirs in zip(
+        *(torch.autograd.grad(x.sum(), given) for x in (ours, expected)), strict=True
+    ):
         torch.testing.assert_close(mine, theirs)
 
 
 def test_captions_of_one_image_share_the_target() -> None:
     outputs = replace(
-        example(), identity_B=torch.tensor([3, 9, 3, -1]), identity_queue_Q=torch.tensor([-1, 9, 1, 3, -1, -1])
+        example(),
+        identity_B=torch.tensor([3, 9, 3, -1]),
+        identity_queue_Q=torch.tensor([-1, 9, 1, 3, -1, -1]),
     )
     same = [[0, 2, 7], [1, 5], [0, 2, 7], [3]]
     torch.testing.assert_close(MomentumContrastive()(outputs), by_hand(outputs, same))
@@ -85,7 +88,9 @@ def test_captions_of_one_image_share_the_target() -> None:
 def test_without_queue_and_twin_it_is_plain_contrast() -> None:
     outputs = example(queue=0, alpha=0.0)
     assert outputs.image_BD is not None and outputs.text_BD is not None
-    same = replace(outputs, image_key_BD=outputs.image_BD.detach(), text_key_BD=outputs.text_BD.detach())
+    same = replace(
+        outputs, image_key_BD=outputs.image_BD.detach(), text_key_BD=outputs.text_BD.detach()
+    )
     plain = info_nce(outputs.image_BD, outputs.text_BD, 1 / 0.2)
     torch.testing.assert_close(MomentumContrastive()(same), plain)
 
@@ -119,7 +124,9 @@ def test_in_two_passes_over_micro_batches_gradients_are_those_of_the_whole() -> 
             given = getattr(whole, name)
             parts[name] = torch.cat([given[i : i + 1] if live.start <= i < live.stop else given[i : i + 1].detach()
                                      for i in range(4)])  # fmt: skip
-        grads = torch.autograd.grad(loss(replace(whole, **parts)).sum(), (whole.image_BD, raw), retain_graph=True)
+        grads = torch.autograd.grad(
+            loss(replace(whole, **parts)).sum(), (whole.image_BD, raw), retain_graph=True
+        )
         totals = [total + grad for total, grad in zip(totals, grads, strict=True)]
     for total, grad in zip(totals, expected, strict=True):
         torch.testing.assert_close(total, grad)
@@ -135,7 +142,9 @@ def test_outputs_without_a_twin_are_refused() -> None:
 
 def rank(index: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2
+    )
     results = []
     for split in SPLITS:
         whole = replace(example(), identity_B=torch.tensor([5, 6, 5, -1]))
@@ -143,7 +152,9 @@ def rank(index: int, folder: str) -> None:
         raw = torch.tensor(0.2, requires_grad=True)
         shared = {"image_queue_QD", "text_queue_QD", "identity_queue_Q", "alpha"}
         own = {f.name: getattr(whole, f.name)[mine] for f in fields(whole) if f.name not in shared}
-        losses = MomentumContrastive()(replace(whole, **own | {"logit_scale": (1 / raw).expand(split[index])}))
+        losses = MomentumContrastive()(
+            replace(whole, **own | {"logit_scale": (1 / raw).expand(split[index])})
+        )
         grads = torch.autograd.grad(losses.sum(), (whole.image_BD, raw))
         results.append((losses.detach(), *grads))
     torch.save(results, f"{folder}/{index}.pt")
@@ -154,10 +165,14 @@ def rank(index: int, folder: str) -> None:
 def test_two_ranks_have_the_losses_and_gradients_of_one_process(tmp_path: Path) -> None:
     spawn(rank, (str(tmp_path),), nprocs=2)
     raw = torch.tensor(0.2, requires_grad=True)
-    whole = replace(example(), identity_B=torch.tensor([5, 6, 5, -1]), logit_scale=(1 / raw).expand(4))
+    whole = replace(
+        example(), identity_B=torch.tensor([5, 6, 5, -1]), logit_scale=(1 / raw).expand(4)
+    )
     losses = MomentumContrastive()(whole)
     image_grad, scale_grad = torch.autograd.grad(losses.sum(), (whole.image_BD, raw))
-    for first, second in zip(*(torch.load(tmp_path / f"{index}.pt") for index in range(2)), strict=True):
+    for first, second in zip(
+        *(torch.load(tmp_path / f"{index}.pt") for index in range(2)), strict=True
+    ):
         torch.testing.assert_close(torch.cat([first[0], second[0]]), losses.detach())
         torch.testing.assert_close(first[1] + second[1], image_grad)
         torch.testing.assert_close(first[2] + second[2], scale_grad)

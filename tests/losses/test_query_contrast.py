@@ -19,17 +19,24 @@ SPLITS = ([3, 3], [5, 1])  # samples of each rank
 def example() -> tuple[Tensor, Tensor, Tensor]:
     """(6, 4, 5) image queries, (6, 5) texts and a learned temperature."""
     generator = torch.Generator().manual_seed(0)
-    images, texts = torch.randn(6, 4, 5, generator=generator), torch.randn(6, 5, generator=generator)
+    images, texts = (
+        torch.randn(6, 4, 5, generator=generator),
+        torch.randn(6, 5, generator=generator),
+    )
     return images.requires_grad_(), texts.requires_grad_(), torch.tensor(0.2).requires_grad_()
 
 
 def outputs(image_BQD: Tensor, text_BD: Tensor, temperature: Tensor) -> Outputs:
-    return Outputs(image_BQD=image_BQD, text_BD=text_BD, logit_scale=(1 / temperature).expand(len(text_BD)))
+    return Outputs(
+        image_BQD=image_BQD, text_BD=text_BD, logit_scale=(1 / temperature).expand(len(text_BD))
+    )
 
 
 def rank(index: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2
+    )
     results = []
     for split in SPLITS:
         image_BQD, text_BD, temperature = example()
@@ -58,17 +65,22 @@ def test_two_ranks_have_the_losses_and_the_gradients_of_one_process(tmp_path: Pa
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_it_is_the_formula_of_the_best_query(smoothing: float) -> None:
     image_BQD, text_BD, temperature = example()
-    cosine_BBQ = torch.einsum("iqd,td->itq", normalize(image_BQD, dim=-1), normalize(text_BD, dim=-1))
+    cosine_BBQ = torch.einsum(
+        "iqd,td->itq", normalize(image_BQD, dim=-1), normalize(text_BD, dim=-1)
+    )
     similar_BB, own_B = cosine_BBQ.max(-1).values / temperature, torch.arange(6)
     log_image, log_text = similar_BB.log_softmax(1), similar_BB.T.log_softmax(1)
     expected = sum(
-        -(1 - smoothing) * log[own_B, own_B] - smoothing * log.mean(1) for log in (log_image, log_text)
+        -(1 - smoothing) * log[own_B, own_B] - smoothing * log.mean(1)
+        for log in (log_image, log_text)
     ) / torch.tensor(2.0)
     loss = QueryContrast(label_smoothing=smoothing)
     torch.testing.assert_close(loss(outputs(image_BQD, text_BD, temperature)), expected)
     torch.testing.assert_close(loss.count(torch.zeros(6, 3)), torch.ones(6))
     by_torch = cross_entropy(similar_BB, own_B, reduction="none", label_smoothing=smoothing)
-    torch.testing.assert_close(by_torch, -(1 - smoothing) * log_image[own_B, own_B] - smoothing * log_image.mean(1))
+    torch.testing.assert_close(
+        by_torch, -(1 - smoothing) * log_image[own_B, own_B] - smoothing * log_image.mean(1)
+    )
 
 
 def test_neither_the_order_of_queries_nor_a_worse_one_matters() -> None:
@@ -93,7 +105,9 @@ def test_only_the_query_that_speaks_gets_a_gradient() -> None:
         outputs(two_images, two_texts.detach() + torch.tensor([[0.0], [0.05]]), temperature)
     ).sum().backward()
     assert two_images.grad is not None
-    best_2 = torch.einsum("iqd,d->iq", normalize(two_images.detach(), dim=-1), text_1D[0].detach()).argmax(-1)
+    best_2 = torch.einsum(
+        "iqd,d->iq", normalize(two_images.detach(), dim=-1), text_1D[0].detach()
+    ).argmax(-1)
     touched = two_images.grad.abs().sum(-1) > 0
     assert touched.sum(-1).tolist() == [1, 1]
     assert touched[torch.arange(2), best_2].all()
@@ -113,7 +127,9 @@ def test_what_is_cached_between_two_passes_is_one_row_a_sample() -> None:
     }  # fmt: skip
 
 
-IDENTITY = torch.tensor([7, 8, 7, -1, 8, -1])  # rows 0 and 2 show one image, 1 and 4 another; two are not known
+IDENTITY = torch.tensor(
+    [7, 8, 7, -1, 8, -1]
+)  # rows 0 and 2 show one image, 1 and 4 another; two are not known
 
 
 def test_all_texts_of_an_image_are_right_with_equal_shares() -> None:
@@ -121,17 +137,25 @@ def test_all_texts_of_an_image_are_right_with_equal_shares() -> None:
     image_BQD, text_BD, temperature = example()
     given = outputs(image_BQD, text_BD, temperature)
     given.identity_B = IDENTITY
-    same = (IDENTITY[:, None] == IDENTITY) & (IDENTITY[:, None] >= 0) | torch.eye(6, dtype=torch.bool)
+    same = (IDENTITY[:, None] == IDENTITY) & (IDENTITY[:, None] >= 0) | torch.eye(
+        6, dtype=torch.bool
+    )
     shares = 0.9 * same / same.sum(1, keepdim=True) + 0.1 / 6
-    cosines = torch.einsum("iqd,kd->iqk", normalize(image_BQD, dim=-1), normalize(text_BD, dim=-1)).amax(1)
+    cosines = torch.einsum(
+        "iqd,kd->iqk", normalize(image_BQD, dim=-1), normalize(text_BD, dim=-1)
+    ).amax(1)
     similar = cosines / temperature
-    expected = -((shares * similar.log_softmax(1)).sum(1) + (shares * similar.T.log_softmax(1)).sum(1)) / 2
+    expected = (
+        -((shares * similar.log_softmax(1)).sum(1) + (shares * similar.T.log_softmax(1)).sum(1)) / 2
+    )
     torch.testing.assert_close(QueryContrast()(given), expected)
 
 
 def rank_with_identities(index: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2
+    )
     image_BQD, text_BD, temperature = example()
     mine = slice(4) if index == 0 else slice(4, 6)
     given = outputs(image_BQD[mine], text_BD[mine], temperature)

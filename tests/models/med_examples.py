@@ -6,12 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bridgework.models import MED, BlipViTConfig, MEDTextConfig, MomentumConfig
-from bridgework.models.med import Task
-from bridgework.models.med_model import MEDModel
+from bridgework.models import BlipViTConfig, MEDConfig, MEDTextConfig, MomentumConfig
+from bridgework.models.blip_med import MED, Task
 from bridgework.system import IGNORE
 
-TINY = MED(vision=BlipViTConfig(), text=MEDTextConfig(dropout=0.0)).tiny()
+TINY = MEDConfig(vision=BlipViTConfig(), text=MEDTextConfig(dropout=0.0)).tiny()
 ALL: tuple[Task, ...] = ("contrast", "match", "caption")
 CLS, SEP, PAD = 256, 259, 257
 
@@ -23,11 +22,11 @@ class Pairs(NamedTuple):
     pixels: Tensor
 
 
-def spec(*tasks: Task, momentum: MomentumConfig | None = None) -> MED:
+def spec(*tasks: Task, momentum: MomentumConfig | None = None) -> MEDConfig:
     return replace(TINY, tasks=tasks or ALL, momentum=momentum)
 
 
-def build(*tasks: Task, momentum: MomentumConfig | None = None, seed: int = 0) -> MEDModel:
+def build(*tasks: Task, momentum: MomentumConfig | None = None, seed: int = 0) -> MED:
     """In eval mode; every parameter shaken, for as drawn many are zero or one and an error could hide."""
     torch.manual_seed(seed)
     model = spec(*tasks, momentum=momentum).build()

@@ -9,22 +9,25 @@ import torch
 from torch import Tensor
 
 from bridgework.errors import DataError, SpecError
-from bridgework.losses.captioning import captioning
-from bridgework.models import ViTConfig, freezing
-from bridgework.models.bridges.gated_xattn import Gates
-from bridgework.models.bridges.resampler import Resampler
-from bridgework.models.crossattn_vlm import CrossAttentionModel, CrossAttentionVLM
+from bridgework.losses.language_modeling import language_modeling
+from bridgework.models import ViTConfig, base
+from bridgework.models.cross_attention_vlm import CrossAttentionVLM, CrossAttentionVLMConfig
+from bridgework.models.gated_cross_attention import GatesConfig
+from bridgework.models.resampler import ResamplerConfig
 from bridgework.system import END, IGNORE, IMAGE
 from tests.models.examples import LLAMA_7B, padded, pixels
 
-SPEC = CrossAttentionVLM(
-    vision=ViTConfig(), bridge=Resampler(project=False, frames=4), gates=Gates(), language=LLAMA_7B
+SPEC = CrossAttentionVLMConfig(
+    vision=ViTConfig(),
+    bridge=ResamplerConfig(project=False, frames=4),
+    gates=GatesConfig(),
+    language=LLAMA_7B,
 )
 VOCAB = 320
 TRAINS = {"bridge.*": 1.0, "gates.*": 1.0, "extra.*": 1.0}
 
 
-def build(*, opened: bool = True) -> CrossAttentionModel:
+def build(*, opened: bool = True) -> CrossAttentionVLM:
     torch.manual_seed(0)
     model = SPEC.tiny().build()
     with torch.no_grad():
@@ -42,7 +45,9 @@ def ones(ids_BT: Tensor) -> Tensor:
     return torch.ones_like(ids_BT, dtype=torch.bool)
 
 
-def logits(model: CrossAttentionModel, ids_BT: Tensor, pixels_N3SS: Tensor | None, **given: Any) -> Tensor:
+def logits(
+    model: CrossAttentionVLM, ids_BT: Tensor, pixels_N3SS: Tensor | None, **given: Any
+) -> Tensor:
     out: Tensor = model(ids_BT, ones(ids_BT), pixels=pixels_N3SS, **given).logits_BTV
     return out
 
@@ -56,11 +61,11 @@ DOCUMENT = ids(5, 6, IMAGE, 7, 8, END, IMAGE, 9, 10)
 
 def test_closed_gates_leave_the_language_model_bitwise_as_it_was_and_learn_first() -> None:
     model = build(opened=False)
-    freezing.apply(model, TRAINS)
+    base.set_trainable(model, TRAINS)
     out_BTV = logits(model, DOCUMENT, pixels(2))
     bare = model.language(inputs_embeds=model.embed(DOCUMENT), attention_mask=ones(DOCUMENT)).logits
     assert torch.equal(out_BTV[..., :VOCAB], bare)
-    captioning(out_BTV, model.targets(labels(DOCUMENT))).sum().backward()
+    language_modeling(out_BTV, model.targets(labels(DOCUMENT))).sum().backward()
     for name, parameter in model.gates.named_parameters():
         assert parameter.grad is not None
         assert bool(parameter.grad.any()) == ("alpha" in name), name
@@ -68,7 +73,7 @@ def test_closed_gates_leave_the_language_model_bitwise_as_it_was_and_learn_first
 
 def test_a_document_without_images_is_the_bare_language_model_and_leaves_zero_gradients() -> None:
     model, ids_BT = build(opened=False), ids(5, 6, 7, 8)
-    freezing.apply(model, TRAINS)
+    base.set_trainable(model, TRAINS)
     out_BTV = logits(model, ids_BT, None)
     assert torch.equal(out_BTV[..., :VOCAB], model.language(ids_BT).logits)
     out_BTV.sum().backward()
@@ -87,7 +92,9 @@ def test_tokens_before_an_image_do_not_depend_on_it() -> None:
 
 def test_the_order_of_images_matters_to_the_answer() -> None:
     model, pixels_N3SS = build(), pixels(2)
-    assert not torch.allclose(logits(model, DOCUMENT, pixels_N3SS), logits(model, DOCUMENT, pixels_N3SS.flip(0)))
+    assert not torch.allclose(
+        logits(model, DOCUMENT, pixels_N3SS), logits(model, DOCUMENT, pixels_N3SS.flip(0))
+    )
 
 
 def test_image_and_end_have_rows_of_their_own_and_begin_as_the_mean_word() -> None:
@@ -98,14 +105,16 @@ def test_image_and_end_have_rows_of_their_own_and_begin_as_the_mean_word() -> No
     assert torch.equal(embeds_BTD[1:3], embeds_BTD[3:])
     out_BTV = logits(model, DOCUMENT, pixels(2))
     assert out_BTV.shape == (1, 9, VOCAB + 2)
-    torch.testing.assert_close(out_BTV[..., VOCAB + 1], out_BTV[..., :VOCAB].mean(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        out_BTV[..., VOCAB + 1], out_BTV[..., :VOCAB].mean(-1), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_label_of_an_end_is_the_column_behind_the_vocabulary() -> None:
     model = build()
     outputs = model(DOCUMENT, ones(DOCUMENT), labels(DOCUMENT), pixels(2))
     assert outputs.labels_BT.tolist() == [[5, 6, IGNORE, 7, 8, VOCAB, IGNORE, 9, 10]]
-    assert captioning(outputs.logits_BTV, outputs.labels_BT).isfinite().all()
+    assert language_modeling(outputs.logits_BTV, outputs.labels_BT).isfinite().all()
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -115,7 +124,9 @@ def test_padded_batch_matches_single_samples(side: str) -> None:
     attention_BT = padded([ones(r) for r in rows], side, False)
     batch_BTV = model(padded(rows, side, 0), attention_BT, pixels=pixels_N3SS).logits_BTV
     for row, image, together, real in zip(rows, images, batch_BTV, attention_BT, strict=True):
-        torch.testing.assert_close(together[real], logits(model, row, image)[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            together[real], logits(model, row, image)[0], atol=1e-5, rtol=1e-5
+        )
 
 
 def test_a_video_takes_one_place_and_the_order_of_its_frames_matters() -> None:
@@ -123,7 +134,9 @@ def test_a_video_takes_one_place_and_the_order_of_its_frames_matters() -> None:
     layouts_N4 = torch.tensor([[1, 2, 32, 32], [0, 0, 32, 32]])  # three frames, then an image
     out_BTV = logits(model, DOCUMENT, frames, layouts=layouts_N4)
     other_BTV = logits(model, DOCUMENT, frames[[2, 1, 0, 3]], layouts=layouts_N4)
-    assert torch.equal(out_BTV[:, :2], other_BTV[:, :2]) and not torch.allclose(out_BTV[:, 2:], other_BTV[:, 2:])
+    assert torch.equal(out_BTV[:, :2], other_BTV[:, :2]) and not torch.allclose(
+        out_BTV[:, 2:], other_BTV[:, 2:]
+    )
     alone_BTV = logits(model, ids(5, 6, IMAGE, 7, 8, END), frames[:3], layouts=layouts_N4[:1])
     torch.testing.assert_close(out_BTV[:, :6], alone_BTV, atol=1e-5, rtol=1e-5)
 
@@ -145,17 +158,21 @@ def test_every_batch_runs_the_same_modules_in_the_same_order(images: int) -> Non
         called.clear()
         logits(model, ids(5, *[IMAGE] * count, 6), pixels(count) if count else None)
         traces.append(list(called))
-    assert traces[0] == traces[1] and "gates.0.key" in traces[0] and "vision.tower.embeddings" in traces[0]
+    assert (
+        traces[0] == traces[1]
+        and "gates.0.key" in traces[0]
+        and "vision.tower.embeddings" in traces[0]
+    )
 
 
 def test_only_resampler_gates_and_the_two_rows_move() -> None:
     model = build()
-    learning = freezing.apply(model.train(), TRAINS)
+    learning = base.set_trainable(model.train(), TRAINS)
     assert {name.split(".")[0] for name in learning} == {"bridge", "gates", "extra"}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     outputs = model(DOCUMENT, ones(DOCUMENT), labels(DOCUMENT), pixels(2))
-    captioning(outputs.logits_BTV, outputs.labels_BT).sum().backward()
+    language_modeling(outputs.logits_BTV, outputs.labels_BT).sum().backward()
     optimizer.step()
     still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
     assert still == set(before) - set(learning)
@@ -165,17 +182,24 @@ def test_generation_with_cached_images_is_greedy_decoding_from_scratch() -> None
     model, pixels_N3SS = build(), pixels(3)
     rows, images = [DOCUMENT, ids(1, 2, IMAGE, 6)], [pixels_N3SS[:2], pixels_N3SS[2:]]
     attention_BT = padded([ones(r) for r in rows], "left", False)
-    new_BT = model.generate(padded(rows, "left", 0), attention_BT, pixels_N3SS, max_new_tokens=5, do_sample=False)
+    new_BT = model.generate(
+        padded(rows, "left", 0), attention_BT, pixels_N3SS, max_new_tokens=5, do_sample=False
+    )
     for row, image, new in zip(rows, images, new_BT, strict=True):
         for token in new:
-            last_V = logits(model, row, image)[0, -1].index_fill(0, torch.tensor(VOCAB + 1), float("-inf"))
+            last_V = logits(model, row, image)[0, -1].index_fill(
+                0, torch.tensor(VOCAB + 1), float("-inf")
+            )
             assert token == last_V.argmax()
             row = torch.cat([row, token.view(1, 1)], dim=1)
 
 
 def test_a_batch_of_beams_is_each_prompts_own_beams() -> None:
     model, pixels_N3SS = build(), pixels(2)
-    rows, how = [ids(5, IMAGE, 6), ids(IMAGE, 7, 8)], {"num_beams": 3, "max_new_tokens": 4, "do_sample": False}
+    rows, how = (
+        [ids(5, IMAGE, 6), ids(IMAGE, 7, 8)],
+        {"num_beams": 3, "max_new_tokens": 4, "do_sample": False},
+    )
     together = model.generate(torch.cat(rows), ones(torch.cat(rows)), pixels_N3SS, **how)
     for row, image, new in zip(rows, pixels_N3SS, together, strict=True):
         assert torch.equal(model.generate(row, ones(row), image.unsqueeze(0), **how)[0], new)
@@ -185,8 +209,14 @@ def test_an_end_is_written_and_ends_the_text_and_an_image_never_is() -> None:
     model, last = build(), list[Tensor]()
     model.extra.head.register_forward_pre_hook(lambda _, given: last.append(given[0][0, -1]))
     logits(model, DOCUMENT, pixels(2))
-    how: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": list(model.endings)}
-    model.extra.head.weight.data = torch.stack([1e2 * last[0], 1e3 * last[0]])  # both likelier than any word
+    how: dict[str, Any] = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "eos_token_id": list(model.endings),
+    }
+    model.extra.head.weight.data = torch.stack(
+        [1e2 * last[0], 1e3 * last[0]]
+    )  # both likelier than any word
     (new,) = model.generate(DOCUMENT, ones(DOCUMENT), pixels(2), **how)
     assert new.tolist() == [VOCAB]
 
@@ -206,7 +236,9 @@ def test_bfloat16_towers_run_and_stay_close() -> None:
     rounded = logits(model.bfloat16(), DOCUMENT, pixels_N3SS)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, atol=0.2, rtol=0.2)
-    assert model.generate(DOCUMENT, ones(DOCUMENT), pixels_N3SS, max_new_tokens=2, do_sample=False).shape == (1, 2)
+    assert model.generate(
+        DOCUMENT, ones(DOCUMENT), pixels_N3SS, max_new_tokens=2, do_sample=False
+    ).shape == (1, 2)
 
 
 def test_threads_that_write_at_once_see_their_own_images() -> None:
@@ -218,7 +250,11 @@ def test_threads_that_write_at_once_see_their_own_images() -> None:
         block.get_submodule("out").weight.data.mul_(20.0)
     alone = [model.generate(prompt, ones(prompt), image, **how).tolist() for image in seen]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda image: model.generate(prompt, ones(prompt), image, **how).tolist(), seen))
+        together = list(
+            pool.map(
+                lambda image: model.generate(prompt, ones(prompt), image, **how).tolist(), seen
+            )
+        )
     assert together == alone and len({str(new) for new in alone}) > 1
 
 
@@ -236,7 +272,9 @@ def test_other_kinds_of_language_models_take_the_blocks(arch: str) -> None:
     new_BT = model.generate(DOCUMENT, ones(DOCUMENT), pixels(2), max_new_tokens=3, do_sample=False)
     row = DOCUMENT
     for token in new_BT[0]:
-        last_V = logits(model, row, pixels(2))[0, -1].index_fill(0, torch.tensor(VOCAB + 1), float("-inf"))
+        last_V = logits(model, row, pixels(2))[0, -1].index_fill(
+            0, torch.tensor(VOCAB + 1), float("-inf")
+        )
         assert token == last_V.argmax()
         row = torch.cat([row, token.view(1, 1)], dim=1)
 
@@ -264,7 +302,12 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(DataError, match="layouts are of 3 squares, and 2 are given"):
         logits(model, ids(IMAGE), pixels(2), layouts=torch.tensor([[2, 1, 9, 9]]))
     with pytest.raises(SpecError, match="lies behind the language model's 32 layers"):
-        CrossAttentionVLM(vision=ViTConfig(), bridge=Resampler(), gates=Gates(first=32), language=LLAMA_7B)
+        CrossAttentionVLMConfig(
+            vision=ViTConfig(),
+            bridge=ResamplerConfig(),
+            gates=GatesConfig(first=32),
+            language=LLAMA_7B,
+        )
 
 
 # --- the language model's own head and experts -----------------------------------------------------------------------
@@ -280,7 +323,7 @@ SCALED: dict[str, dict[str, Any]] = {
 EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 
 
-def of_family(arch: str, **extra: Any) -> CrossAttentionModel:
+def of_family(arch: str, **extra: Any) -> CrossAttentionVLM:
     torch.manual_seed(0)
     tied = arch in ("cohere", "cohere2", "gemma2", "gemma3_text")
     language = replace(SPEC.tiny().language, arch=arch, kv_heads=4, tied=tied, extra=extra)
@@ -304,14 +347,18 @@ def test_logits_are_those_of_the_language_models_own_head(arch: str) -> None:
     assert bare.shape[-1] == VOCAB and found.shape[-1] == VOCAB + 2
     torch.testing.assert_close(found[..., :VOCAB], bare, atol=1e-6, rtol=1e-6)
     model.extra.head.weight[0] = model.language.get_output_embeddings().weight[3]
-    torch.testing.assert_close(logits(model, words, None)[..., VOCAB], bare[..., 3], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        logits(model, words, None)[..., VOCAB], bare[..., 3], atol=1e-6, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("arch", [*EXPERTS, *SCALED])
 @torch.no_grad()
 def test_every_family_generates_what_its_own_logits_say(arch: str) -> None:
     model, images = of_family(arch, **SCALED.get(arch, {})), pixels(2)
-    new = model.generate(DOCUMENT, ones(DOCUMENT), images, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    new = model.generate(
+        DOCUMENT, ones(DOCUMENT), images, max_new_tokens=4, do_sample=False, eos_token_id=None
+    )
     row = DOCUMENT
     for _ in range(4):
         last = logits(model, row, images)[0, -1, :-1]

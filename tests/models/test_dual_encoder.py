@@ -9,29 +9,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from bridgework.data.batch import Batch, Row, collate
+from bridgework.data.collate import Batch, Row, collate
 from bridgework.errors import DataError, SpecError
 from bridgework.losses import Contrastive
 from bridgework.models import (
     CLIPTextConfig,
-    DualEncoder,
+    DualEncoderConfig,
     EfficientNetConfig,
     ModifiedResNetConfig,
     ViTConfig,
-    freezing,
+    base,
 )
-from bridgework.models.dual_encoder import DualModel
+from bridgework.models.dual_encoder import DualEncoder
 from bridgework.system import Layout
-from bridgework.training.step import Beside, Step
+from bridgework.training.step import GradCacheBatch, TrainingModule
 from tests.models.examples import pixels
 
-VIT = DualEncoder(vision=ViTConfig(layer=-1, select="cls"), text=CLIPTextConfig()).tiny()
-RESNET = DualEncoder(vision=ModifiedResNetConfig(), text=CLIPTextConfig(), embed=1024, project_image=False).tiny()
+VIT = DualEncoderConfig(vision=ViTConfig(layer=-1, select="cls"), text=CLIPTextConfig()).tiny()
+RESNET = DualEncoderConfig(
+    vision=ModifiedResNetConfig(), text=CLIPTextConfig(), embed=1024, project_image=False
+).tiny()
 WIRINGS = pytest.mark.parametrize("spec", [VIT, RESNET], ids=["vit", "resnet"])
 END = 259
 
 
-def build(spec: DualEncoder = VIT) -> DualModel:
+def build(spec: DualEncoderConfig = VIT) -> DualEncoder:
     torch.manual_seed(0)
     model = spec.build()
     with torch.no_grad():
@@ -41,7 +43,7 @@ def build(spec: DualEncoder = VIT) -> DualModel:
     return model.eval()
 
 
-def inputs(samples: int, spec: DualEncoder = VIT) -> dict[str, Tensor]:
+def inputs(samples: int, spec: DualEncoderConfig = VIT) -> dict[str, Tensor]:
     """Texts of 4 to 9 tokens, each with an image."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, 256, (samples, 9), generator=generator)
@@ -55,17 +57,25 @@ def batches(samples: int, micro: int) -> list[Batch]:
     given = inputs(samples)
     rows = [
         Row(0, i, str(i), 0, ids[real].tolist(), ids[real].tolist(), image[None].numpy())
-        for i, (ids, real, image) in enumerate(zip(given["ids"], given["attention"], given["pixels"], strict=True))
+        for i, (ids, real, image) in enumerate(
+            zip(given["ids"], given["attention"], given["pixels"], strict=True)
+        )
     ]
     return [collate(rows[i : i + micro], pad_id=END) for i in range(0, samples, micro)]
 
 
 @WIRINGS
-def test_outputs_are_projected_towers_and_embeddings_have_length_one(spec: DualEncoder) -> None:
+def test_outputs_are_projected_towers_and_embeddings_have_length_one(
+    spec: DualEncoderConfig,
+) -> None:
     model, given = build(spec), inputs(3, spec)
     outputs = model(**given)
     features = model.vision(given["pixels"])
-    image = features[:, 0] if spec is RESNET else features[:, 0] @ model.heads.get_parameter("image.weight").T
+    image = (
+        features[:, 0]
+        if spec is RESNET
+        else features[:, 0] @ model.heads.get_parameter("image.weight").T
+    )
     text = model.text(given["ids"], given["attention"]) @ model.heads.text.weight.T
     torch.testing.assert_close((outputs.image_BD, outputs.text_BD), (image, text))
     embedded = model.embed_images(features), model.embed_texts(given["ids"], given["attention"])
@@ -75,11 +85,13 @@ def test_outputs_are_projected_towers_and_embeddings_have_length_one(spec: DualE
 
 
 @WIRINGS
-def test_globs_name_the_towers_and_the_heads(spec: DualEncoder) -> None:
+def test_globs_name_the_towers_and_the_heads(spec: DualEncoderConfig) -> None:
     names = {name for name, _ in build(spec).named_parameters()}
     assert {name.split(".")[0] for name in names} == {"vision", "text", "heads"}
     heads = {name for name in names if name.startswith("heads.")}
-    assert heads == {"heads.logit_scale", "heads.text.weight"} | ({"heads.image.weight"} if spec is VIT else set())
+    assert heads == {"heads.logit_scale", "heads.text.weight"} | (
+        {"heads.image.weight"} if spec is VIT else set()
+    )
     assert (spec.image_tokens, spec.places(Layout(0, 0, 9, 9)), spec.instruction) == (0, 0, None)
     assert (spec.context, spec.tokenizer, spec.pretrained) == (77, "bytes", ())
 
@@ -95,13 +107,17 @@ def test_the_scale_begins_at_one_over_007_and_is_never_above_100() -> None:
     model, given = VIT.build(), inputs(4)
     scale = model.heads.logit_scale
     torch.testing.assert_close(model(**given).logit_scale, torch.full((4,), 1 / 0.07))
-    alike = torch.ones(4, 4) + 0.3 * torch.eye(4)  # pairs that match, all near each other: more scale, less loss
+    alike = torch.ones(4, 4) + 0.3 * torch.eye(
+        4
+    )  # pairs that match, all near each other: more scale, less loss
     optimizer = torch.optim.SGD([scale], lr=1e3)
     for _ in range(3):
         optimizer.zero_grad()
         outputs = replace(model(**given), image_BD=alike, text_BD=alike)
         Contrastive(temperature=None)(outputs).sum().backward()
-        assert scale.grad is not None and scale.grad < 0  # at the limit too: it is not cut off from learning
+        assert (
+            scale.grad is not None and scale.grad < 0
+        )  # at the limit too: it is not cut off from learning
         optimizer.step()
         assert scale.detach().exp() > 100
         with torch.no_grad():
@@ -112,7 +128,7 @@ def test_the_scale_begins_at_one_over_007_and_is_never_above_100() -> None:
 def test_micro_batches_in_two_passes_are_the_batch() -> None:
     """Sums and gradients of towers, heads and scale, by training's own step; naive micro-batches differ."""
     model = build()
-    step = Step(model, (Contrastive(temperature=None),))
+    step = TrainingModule(model, (Contrastive(temperature=None),))
     (whole,), parts = batches(8, 8), batches(8, 3)
 
     def gradient(sums: list[Tensor]) -> dict[str, Tensor]:
@@ -124,18 +140,23 @@ def test_micro_batches_in_two_passes_are_the_batch() -> None:
     expected_sum = step(whole)
     expected = gradient([expected_sum])
     shares = [step.share(part) for part in parts]
-    sums = [step(part, Beside(shares, [len(part.keys) for part in parts], own)) for own, part in enumerate(parts)]
+    sums = [
+        step(part, GradCacheBatch(shares, [len(part.keys) for part in parts], own))
+        for own, part in enumerate(parts)
+    ]
     torch.testing.assert_close(torch.stack(sums).sum(0), expected_sum)
     found = gradient(sums)
     assert found.keys() == expected.keys() and "heads.logit_scale" in found
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     naive = gradient([step(part) for part in parts])
-    assert not torch.allclose(naive["heads.text.weight"], expected["heads.text.weight"], rtol=1e-2, atol=1e-3)
+    assert not torch.allclose(
+        naive["heads.text.weight"], expected["heads.text.weight"], rtol=1e-2, atol=1e-3
+    )
 
 
 def test_a_batch_of_pairs_is_learned_by_heart() -> None:
     model, given = VIT.build(), inputs(8)
-    freezing.apply(model, {"*": 1.0})
+    base.set_trainable(model, {"*": 1.0})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), eps=1e-6)
     losses = []
     for _ in range(25):
@@ -146,14 +167,21 @@ def test_a_batch_of_pairs_is_learned_by_heart() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
     model.eval()
-    alike = model.embed_images(model.vision(given["pixels"])) @ model.embed_texts(given["ids"], given["attention"]).T
+    alike = (
+        model.embed_images(model.vision(given["pixels"]))
+        @ model.embed_texts(given["ids"], given["attention"]).T
+    )
     assert alike.argmax(1).tolist() == list(range(8))
 
 
 def test_the_loss_is_that_of_transformers() -> None:
     """(CE + CE of the transpose) / 2 over logits with the model's own scale."""
     outputs = build()(**inputs(6))
-    logits = outputs.logit_scale[0] * normalize(outputs.image_BD, dim=-1) @ normalize(outputs.text_BD, dim=-1).T
+    logits = (
+        outputs.logit_scale[0]
+        * normalize(outputs.image_BD, dim=-1)
+        @ normalize(outputs.text_BD, dim=-1).T
+    )
     own = torch.arange(6)
     expected = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
     torch.testing.assert_close(Contrastive(temperature=None)(outputs).mean(), expected)
@@ -167,7 +195,9 @@ def test_the_loss_is_that_of_transformers() -> None:
         ({"project_image": False, "embed": 64}, "embed 64 must be the 32"),
     ],
 )
-def test_towers_that_give_no_single_vector_of_the_width_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_towers_that_give_no_single_vector_of_the_width_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(SpecError, match=message):
         replace(VIT, **changes)
 
@@ -186,6 +216,6 @@ def test_images_and_texts_that_do_not_pair_up_are_refused() -> None:
 
 
 @WIRINGS
-def test_tiny_keeps_what_bears_on_a_shape(spec: DualEncoder) -> None:
+def test_tiny_keeps_what_bears_on_a_shape(spec: DualEncoderConfig) -> None:
     assert (spec.vision.tokens, spec.project_image) == (1, spec is VIT)
     assert spec.tiny().build()(**inputs(2, spec)).image_BD.shape == (2, 32)

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from bridgework.errors import SpecError
-from bridgework.models import freezing
+from bridgework.models import base
 from tests.models.examples import LLAVA, build
 
 
-class Net(freezing.Freezable):
+class Net(base.VLMModule):
     """A body with dropout and batch statistics, and a head whose weight is tied to the embedding."""
 
     def __init__(self) -> None:
@@ -22,13 +22,16 @@ class Net(freezing.Freezable):
 
 def test_only_named_parameters_train() -> None:
     net = Net()
-    assert freezing.apply(net, {"body.0.*": 1.0}) == {"body.0.weight": 1.0, "body.0.bias": 1.0}
-    assert {n for n, p in net.named_parameters() if p.requires_grad} == {"body.0.weight", "body.0.bias"}
+    assert base.set_trainable(net, {"body.0.*": 1.0}) == {"body.0.weight": 1.0, "body.0.bias": 1.0}
+    assert {n for n, p in net.named_parameters() if p.requires_grad} == {
+        "body.0.weight",
+        "body.0.bias",
+    }
 
 
 def test_the_last_glob_that_matches_wins_and_zero_freezes() -> None:
     net = Net()
-    assert freezing.apply(net, {"*": 1.0, "body.*": 0.1, "body.1.*": 0.0}) == {
+    assert base.set_trainable(net, {"*": 1.0, "body.*": 0.1, "body.1.*": 0.0}) == {
         "embed.weight": 1.0,
         "body.0.weight": 0.1,
         "body.0.bias": 0.1,
@@ -38,29 +41,31 @@ def test_the_last_glob_that_matches_wins_and_zero_freezes() -> None:
 
 
 def test_a_tied_parameter_answers_to_both_names_and_stands_once() -> None:
-    assert freezing.apply(Net(), {"head.weight": 0.5}) == {"embed.weight": 0.5}
+    assert base.set_trainable(Net(), {"head.weight": 0.5}) == {"embed.weight": 0.5}
 
 
 def test_a_glob_that_matches_nothing_is_an_error_with_a_suggestion() -> None:
-    with pytest.raises(SpecError, match=r"'bodi.\*'.* matches no parameter; did you mean 'body.\*'"):
-        freezing.apply(Net(), {"bodi.*": 1.0})
+    with pytest.raises(
+        SpecError, match=r"'bodi.\*'.* matches no parameter; did you mean 'body.\*'"
+    ):
+        base.set_trainable(Net(), {"bodi.*": 1.0})
 
 
 @pytest.mark.parametrize("trains", [{"*": 0.0}, {"*": -1.0}])
 def test_a_stage_in_which_nothing_trains_is_refused(trains: dict[str, float]) -> None:
     with pytest.raises(SpecError):
-        freezing.apply(Net(), trains)
+        base.set_trainable(Net(), trains)
 
 
 def test_matching_is_by_case() -> None:
     with pytest.raises(SpecError):
-        freezing.apply(Net(), {"BODY.*": 1.0})
+        base.set_trainable(Net(), {"BODY.*": 1.0})
 
 
 def test_frozen_parts_stay_in_eval_mode_whoever_calls_train() -> None:
     net = Net()
     holder = nn.ModuleList([net])
-    freezing.apply(net, {"head.*": 1.0})
+    base.set_trainable(net, {"head.*": 1.0})
     holder.train()
     assert net.training and net.head.training
     assert not net.body.training and not net.body[1].training and not net.body[2].training
@@ -71,29 +76,29 @@ def test_frozen_parts_stay_in_eval_mode_whoever_calls_train() -> None:
 
 def test_a_part_that_trains_again_leaves_eval_mode() -> None:
     net = Net()
-    freezing.apply(net, {"head.*": 1.0})
-    freezing.apply(net, {"body.*": 1.0})
+    base.set_trainable(net, {"head.*": 1.0})
+    base.set_trainable(net, {"body.*": 1.0})
     assert net.train().body[2].training
     assert not net.eval().body[2].training
 
 
 def test_counts_take_a_tied_parameter_once() -> None:
     net = Net()
-    freezing.apply(net, {"body.0.*": 1.0})
-    assert freezing.count(net) == (20, 20 + 8 + 5)
+    base.set_trainable(net, {"body.0.*": 1.0})
+    assert base.count(net) == (20, 20 + 8 + 5)
 
 
 def test_the_stages_of_llava_train_what_the_paper_trains() -> None:
     with torch.device("meta"):
         model = LLAVA.build(pretrained=False)
-    freezing.apply(model, {"bridge.*": 1.0})
-    assert freezing.count(model) == (20_979_712, 303_507_456 + 6_738_415_616)
-    freezing.apply(model, {"bridge.*": 1.0, "language.*": 1.0})
-    assert freezing.count(model).frozen == 303_507_456
+    base.set_trainable(model, {"bridge.*": 1.0})
+    assert base.count(model) == (20_979_712, 303_507_456 + 6_738_415_616)
+    base.set_trainable(model, {"bridge.*": 1.0, "language.*": 1.0})
+    assert base.count(model).frozen == 303_507_456
 
 
 def test_aligning_keeps_both_towers_in_eval_mode() -> None:
     model = build()
-    freezing.apply(model, {"bridge.*": 1.0})
+    base.set_trainable(model, {"bridge.*": 1.0})
     model.train()
     assert model.bridge.training and not model.vision.training and not model.language.training

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from bridgework.errors import SpecError
-from bridgework.models.bridges.gated_xattn import GatedBlock, Gates
+from bridgework.models.gated_cross_attention import GatedCrossAttentionBlock, GatesConfig
 
 B, T, M, Q, F, D = 2, 6, 3, 4, 10, 16
 
 
-def block(**changes: Any) -> GatedBlock:
+def block(**changes: Any) -> GatedCrossAttentionBlock:
     torch.manual_seed(0)
-    made = GatedBlock(Gates(heads=2, head_width=8, **changes), D, F)
+    made = GatedCrossAttentionBlock(GatesConfig(heads=2, head_width=8, **changes), D, F)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -23,7 +23,9 @@ def block(**changes: Any) -> GatedBlock:
 
 def example() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    hidden_BTD, media_BMQF = (torch.randn(*s, generator=generator) for s in ((B, T, D), (B, M, Q, F)))
+    hidden_BTD, media_BMQF = (
+        torch.randn(*s, generator=generator) for s in ((B, T, D), (B, M, Q, F))
+    )
     return hidden_BTD, media_BMQF, torch.tensor([[0, 0, 1, 1, 2, 3], [1, 1, 1, 2, 2, 2]])
 
 
@@ -32,16 +34,22 @@ def test_the_block_is_the_papers_formula() -> None:
     given_BTD = hidden_BTD.clone()
     attention = nn.MultiheadAttention(D, 2, bias=False, kdim=F, vdim=F, batch_first=True)
     weights = zip("qkv", (made.query, made.key, made.value), strict=True)
-    attention.load_state_dict({f"{n}_proj_weight": m.weight for n, m in weights} | {"out_proj.weight": made.out.weight})
+    attention.load_state_dict(
+        {f"{n}_proj_weight": m.weight for n, m in weights} | {"out_proj.weight": made.out.weight}
+    )
     for row in range(B):
         for t in range(T):
             token_11D = made.norm(given_BTD[row : row + 1, t : t + 1])
             if image := int(seen_BT[row, t]):
                 media_1QF = media_BMQF[row : row + 1, image - 1]
-                given_BTD[row, t] += made.alpha.tanh() * attention(token_11D, media_1QF, media_1QF)[0][0, 0]
+                given_BTD[row, t] += (
+                    made.alpha.tanh() * attention(token_11D, media_1QF, media_1QF)[0][0, 0]
+                )
     hidden = torch.relu(made.up(made.ffn_norm(given_BTD))).square()
     expected_BTD = given_BTD + made.ffn_alpha.tanh() * made.down(hidden)
-    torch.testing.assert_close(made(hidden_BTD, media_BMQF, seen_BT), expected_BTD, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        made(hidden_BTD, media_BMQF, seen_BT), expected_BTD, atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("alpha", ["scalar", "vector"])
@@ -85,18 +93,18 @@ def test_an_image_is_seen_by_its_own_tokens_alone() -> None:
 def test_the_paper_has_ceil_and_openflamingo_floor_of_the_layers(
     depth: int, every: int, first: int, layers: int
 ) -> None:
-    assert len(Gates(every=every, first=first).layers(depth)) == layers
+    assert len(GatesConfig(every=every, first=first).layers(depth)) == layers
 
 
 def test_flamingo_3b_adds_its_published_parameters() -> None:
     """1.2B in 24 blocks (table 5); the keys and values read the 1536 numbers of the resampler's tokens."""
     with torch.device("meta"):
-        blocks = Gates(every=1, heads=16).build(24, 2048, 1536)
+        blocks = GatesConfig(every=1, heads=16).build(24, 2048, 1536)
     assert round(sum(p.numel() for p in blocks.parameters()) / 1e9, 1) == 1.2
 
 
 def test_numbers_out_of_range_are_refused() -> None:
     with pytest.raises(SpecError, match=r"gates\.every"):
-        Gates(every=0)
+        GatesConfig(every=0)
     with pytest.raises(SpecError, match=r"gates\.first"):
-        Gates(first=-1)
+        GatesConfig(first=-1)

@@ -21,7 +21,11 @@ def test_every_arch_of_llamas_shape_builds_with_the_numbers_given(arch: str) -> 
     config = replace(TINY, arch=arch, kv_heads=2, norm_eps=1e-6, rope_theta=5e5)
     model: Any = config.build()
     assert model.config.model_type == arch
-    assert (model.config.hidden_size, model.config.num_key_value_heads, model.config.vocab_size) == (32, 2, 320)
+    assert (
+        model.config.hidden_size,
+        model.config.num_key_value_heads,
+        model.config.vocab_size,
+    ) == (32, 2, 320)
     assert (model.config.rms_norm_eps, model.config.rope_parameters["rope_theta"]) == (1e-6, 5e5)
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 320)
 
@@ -41,18 +45,27 @@ def test_other_decoders_take_the_same_numbers_under_their_own_names(
 ) -> None:
     config = replace(TINY, arch=arch, kv_heads=4, extra=extra)
     model: Any = config.build()
-    assert (getattr(model.config, width), getattr(model.config, depth), model.config.vocab_size) == (32, 2, 320)
+    assert (
+        getattr(model.config, width),
+        getattr(model.config, depth),
+        model.config.vocab_size,
+    ) == (32, 2, 320)
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 320)
     assert all(getattr(model.config, name) == value for name, value in extra.items())
     model.save_pretrained(tmp_path)
-    assert torch.equal(next(replace(config, weights=str(tmp_path)).build().parameters()), next(model.parameters()))
+    assert torch.equal(
+        next(replace(config, weights=str(tmp_path)).build().parameters()), next(model.parameters())
+    )
     with pytest.raises(WeightsError, match=r"depth 2 \(spec 3\)"):
         replace(config, weights=str(tmp_path), depth=3).build()
 
 
 def test_opt_2_7b_and_flan_t5_xl_have_the_sizes_of_their_numbers() -> None:
     with torch.device("meta"):
-        sizes = [sum(p.numel() for p in config.build(pretrained=False).parameters()) for config in (OPT_2_7B, FLAN_XL)]
+        sizes = [
+            sum(p.numel() for p in config.build(pretrained=False).parameters())
+            for config in (OPT_2_7B, FLAN_XL)
+        ]
     assert sizes == [2_651_596_800, 2_849_757_184]  # Flan-T5's output matrix is its own
 
 
@@ -84,7 +97,15 @@ def test_an_unknown_arch_and_one_of_another_shape_are_refused() -> None:
 
 def test_smollm2_135m_has_its_published_size() -> None:
     config = LanguageConfig(
-        width=576, depth=30, heads=9, kv_heads=3, ffn=1536, vocab=49_152, context=8192, tokenizer="bytes", tied=True
+        width=576,
+        depth=30,
+        heads=9,
+        kv_heads=3,
+        ffn=1536,
+        vocab=49_152,
+        context=8192,
+        tokenizer="bytes",
+        tied=True,
     )
     with torch.device("meta"):
         assert sum(p.numel() for p in config.build().parameters()) == 134_515_008
@@ -94,7 +115,9 @@ def test_saved_weights_come_back_and_a_shorter_context_may_be_taken(tmp_path: Pa
     saved = TINY.build()
     saved.save_pretrained(tmp_path)
     loaded = replace(TINY, weights=str(tmp_path), context=64).build()
-    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), loaded.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(saved.parameters(), loaded.parameters(), strict=True)
+    )
     assert next(loaded.parameters()).dtype == torch.float32
 
 
@@ -108,7 +131,9 @@ def test_saved_weights_come_back_and_a_shorter_context_may_be_taken(tmp_path: Pa
         ({"arch": "qwen2"}, r"arch llama \(spec qwen2\)"),
     ],
 )
-def test_weights_that_differ_from_the_spec_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_weights_that_differ_from_the_spec_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     TINY.build().save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match=message):
         replace(TINY, weights=str(tmp_path), **changes).build()
@@ -139,18 +164,31 @@ def test_heads_that_do_not_divide_are_refused() -> None:
 @pytest.mark.parametrize(
     ("arch", "fields"),
     [
-        ("llama", {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        (
+            "llama",
+            {
+                "num_key_value_heads": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        ),
         ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
         ("gpt2", {"n_inner": None, "eos_token_id": 7}),
         ("t5", {"d_kv": 16, "feed_forward_proj": "gated-gelu", "num_decoder_layers": 1}),
     ],
 )
 def test_the_spec_of_a_config_builds_the_same_model(arch: str, fields: dict[str, Any]) -> None:
-    numbers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
+    numbers = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 320,
+    }
     config: Any = AutoConfig.for_model(arch, **numbers | fields)
     spec = LanguageConfig.of(config, "bytes")
     ours, theirs = spec.build(), type(spec.build())(config)
-    assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
+    assert {n: p.shape for n, p in ours.named_parameters()} == {
+        n: p.shape for n, p in theirs.named_parameters()
+    }
     ours.load_state_dict(theirs.state_dict())
     ids_BT = torch.tensor([[1, 2, 3]])
     given = {"decoder_input_ids": ids_BT} if arch == "t5" else {}
@@ -162,7 +200,9 @@ def test_the_spec_of_a_config_builds_the_same_model(arch: str, fields: dict[str,
     ("arch", "field"),
     [("bloom", None), ("mpt", None), ("gpt_neox_japanese", "intermediate_multiple_size")],
 )
-def test_a_feed_forward_without_a_field_is_a_multiple_of_the_width(arch: str, field: str | None) -> None:
+def test_a_feed_forward_without_a_field_is_a_multiple_of_the_width(
+    arch: str, field: str | None
+) -> None:
     with pytest.raises(SpecError, match=f"language.ffn: {arch!r} has no field for it.*set ffn=128"):
         replace(TINY, arch=arch, kv_heads=4).build()
     model: Any = replace(TINY, arch=arch, kv_heads=4, ffn=128, tied=True).build()
@@ -176,7 +216,9 @@ def test_a_feed_forward_without_a_field_is_a_multiple_of_the_width(arch: str, fi
 @pytest.mark.parametrize("arch", ["gemma3_text", "olmo3", "lfm3"])
 def test_rotary_positions_per_kind_of_layer_keep_the_local_theta(arch: str) -> None:
     extra = {"head_dim": 8} if arch == "gemma3_text" else {}
-    model: Any = replace(TINY, arch=arch, kv_heads=4, tied=arch == "gemma3_text", rope_theta=7e5, extra=extra).build()
+    model: Any = replace(
+        TINY, arch=arch, kv_heads=4, tied=arch == "gemma3_text", rope_theta=7e5, extra=extra
+    ).build()
     own = model.config.rope_parameters
     known: Any = AutoConfig.for_model(arch)
     assert own["full_attention"]["rope_theta"] == 7e5
@@ -195,17 +237,29 @@ def test_rotary_positions_per_kind_of_layer_keep_the_local_theta(arch: str) -> N
         ("gpt_oss", {"head_dim": 8}),
     ],
 )
-def test_the_spec_of_a_config_keeps_windows_and_scaled_positions(arch: str, fields: dict[str, Any]) -> None:
-    numbers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
-    config: Any = AutoConfig.for_model(arch, **numbers, intermediate_size=48, vocab_size=320, **fields)
+def test_the_spec_of_a_config_keeps_windows_and_scaled_positions(
+    arch: str, fields: dict[str, Any]
+) -> None:
+    numbers = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    config: Any = AutoConfig.for_model(
+        arch, **numbers, intermediate_size=48, vocab_size=320, **fields
+    )
     before, after = config.to_dict(), LanguageConfig.of(config, "bytes").config().to_dict()
     ids = {"bos_token_id", "eos_token_id", "pad_token_id"}
-    assert {k: v for k, v in before.items() if k not in ids} == {k: v for k, v in after.items() if k not in ids}
+    assert {k: v for k, v in before.items() if k not in ids} == {
+        k: v for k, v in after.items() if k not in ids
+    }
 
 
 def test_an_extra_field_that_no_config_has_is_refused_with_a_suggestion() -> None:
     with pytest.raises(
-        SpecError, match="the config of 'mistral' has no field 'sliding_windw'; did you mean 'sliding_w"
+        SpecError,
+        match="the config of 'mistral' has no field 'sliding_windw'; did you mean 'sliding_w",
     ):
         replace(TINY, arch="mistral", extra={"sliding_windw": 4}).build()
 
@@ -219,7 +273,9 @@ def test_an_extra_field_that_no_config_has_is_refused_with_a_suggestion() -> Non
         ("gptj", {}, "size of tensor"),
     ],
 )
-def test_numbers_that_transformers_cannot_build_are_one_line(arch: str, extra: dict[str, Any], said: str) -> None:
+def test_numbers_that_transformers_cannot_build_are_one_line(
+    arch: str, extra: dict[str, Any], said: str
+) -> None:
     with pytest.raises(
         SpecError, match=f"{arch!r}: transformers cannot build it with these numbers: .*{said}"
     ) as raised:

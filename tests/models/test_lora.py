@@ -7,12 +7,18 @@ import pytest
 import torch
 
 from bridgework.errors import SpecError
-from bridgework.models import freezing
-from bridgework.models.lora import LoRA, adapted, fitted, merge, off
+from bridgework.models import base as freezing
+from bridgework.models.lora import (
+    LoRAConfig,
+    adapter_layers,
+    disable_adapters,
+    merge,
+    remap_adapters,
+)
 from tests.models.examples import LLAMA_7B
 
 IDS = torch.tensor([[5, 6, 7, 8]])
-SPEC = LoRA(rank=4, alpha=16)
+SPEC = LoRAConfig(rank=4, alpha=16)
 
 
 def base() -> Any:
@@ -34,12 +40,12 @@ def test_new_adapters_change_nothing() -> None:
 
 
 def test_every_linear_layer_but_the_output_has_adapters() -> None:
-    names = {name.rpartition(".")[2] for name, _ in adapted(with_adapters(trained=False))}
+    names = {name.rpartition(".")[2] for name, _ in adapter_layers(with_adapters(trained=False))}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def test_the_adapted_layer_is_the_papers_formula() -> None:
-    _, layer = adapted(with_adapters(trained=True))[0]
+    _, layer = adapter_layers(with_adapters(trained=True))[0]
     given = torch.randn(3, layer.in_features)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     expected = given @ (layer.base_layer.weight + SPEC.alpha / SPEC.rank * b @ a).T
@@ -59,7 +65,7 @@ def test_with_its_adapters_off_a_model_is_bitwise_its_base_and_on_again_behind_i
     model = with_adapters(trained=True)
     before = model(IDS).logits
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
-    with off(model):
+    with disable_adapters(model):
         assert torch.equal(model(IDS).logits, base()(IDS).logits)
         assert trains == {name: p.requires_grad for name, p in model.named_parameters()}
     assert torch.equal(model(IDS).logits, before)
@@ -67,42 +73,47 @@ def test_with_its_adapters_off_a_model_is_bitwise_its_base_and_on_again_behind_i
 
 def test_one_glob_trains_the_adapters_and_nothing_else_moves() -> None:
     model = torch.nn.ModuleDict({"language": with_adapters(trained=True)})
-    learning = freezing.apply(model, {"language.*lora_*": 1.0})
+    learning = freezing.set_trainable(model, {"language.*lora_*": 1.0})
     assert learning and all("lora_" in name for name in learning)
     before = copy.deepcopy(model.state_dict())
     model["language"](IDS, labels=IDS).loss.backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    moved = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
     assert moved == set(learning)
 
 
 def test_weights_from_before_the_adapters_fit_and_give_the_same_model() -> None:
     model, state = with_adapters(trained=False), base().state_dict()
-    names = fitted(model, state)
+    names = remap_adapters(model, state)
     assert len(names) == len(state)
     missing, unexpected = model.load_state_dict(names, strict=False)
     assert not unexpected and all("lora_" in name for name in missing)
-    assert fitted(base(), state).keys() == state.keys()
+    assert remap_adapters(base(), state).keys() == state.keys()
 
 
 def test_adapters_go_on_where_the_ones_before_stopped() -> None:
     trained, fresh = with_adapters(trained=True), with_adapters(trained=False)
-    fresh.load_state_dict(fitted(fresh, trained.state_dict()))
+    fresh.load_state_dict(remap_adapters(fresh, trained.state_dict()))
     assert torch.equal(fresh(IDS).logits, trained(IDS).logits)
 
 
 def test_a_model_without_adapters_has_no_reference() -> None:
-    with pytest.raises(SpecError, match=r"give the stage's model a language\.lora"), off(base()):
+    with (
+        pytest.raises(SpecError, match=r"give the stage's model a language\.lora"),
+        disable_adapters(base()),
+    ):
         pass
 
 
 def test_numbers_and_targets_that_do_not_fit_are_refused() -> None:
     with pytest.raises(SpecError, match="rank"):
-        LoRA(rank=0)
+        LoRAConfig(rank=0)
     with pytest.raises(SpecError, match="dropout"):
-        LoRA(dropout=1.0)
+        LoRAConfig(dropout=1.0)
     with pytest.raises(SpecError, match="targets"):
-        LoRA(targets=("no_such_layer",)).add(base())
+        LoRAConfig(targets=("no_such_layer",)).add(base())
 
 
 def test_adapters_cost_no_memory_before_they_are_needed() -> None:

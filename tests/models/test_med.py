@@ -10,9 +10,9 @@ from torch.nn.functional import log_softmax, normalize
 from transformers.generation.streamers import BaseStreamer
 
 from bridgework.errors import DataError, SpecError, WeightsError
-from bridgework.losses import Captioning, Contrastive, Matching
-from bridgework.models import MED, BlipViTConfig, MEDTextConfig, MomentumConfig, freezing
-from bridgework.models.med_model import MEDModel
+from bridgework.losses import Contrastive, LanguageModeling, Matching
+from bridgework.models import BlipViTConfig, MEDConfig, MEDTextConfig, MomentumConfig, base
+from bridgework.models.blip_med import MED
 from bridgework.system import IGNORE
 from tests.models.med_examples import CLS, PAD, SEP, TINY, build, left, pairs, spec
 
@@ -30,7 +30,9 @@ def test_a_text_alone_does_not_depend_on_the_image() -> None:
     model = build()
     ids, attention, _, pixels = pairs()
     one, other = (model(ids, attention, pixels=p, wants=POOLED) for p in (pixels, pixels.flip(0)))
-    assert torch.equal(one.text_BD, other.text_BD) and not torch.allclose(one.image_BD, other.image_BD)
+    assert torch.equal(one.text_BD, other.text_BD) and not torch.allclose(
+        one.image_BD, other.image_BD
+    )
 
 
 def test_what_is_read_with_an_image_depends_on_it_and_on_every_token() -> None:
@@ -42,7 +44,9 @@ def test_what_is_read_with_an_image_depends_on_it_and_on_every_token() -> None:
     for place in range(1, 6):  # the first is [ENC], whatever the data put there
         changed = ids.clone()
         changed[:, place] = (changed[:, place] + 1) % 250
-        assert not torch.isclose(model.match(changed, attention, seen), odds, atol=1e-6).any(), place
+        assert not torch.isclose(model.match(changed, attention, seen), odds, atol=1e-6).any(), (
+            place
+        )
     changed = ids.clone()
     changed[:, 0] = 5
     assert torch.equal(model.match(changed, attention, seen), odds)
@@ -64,9 +68,13 @@ def test_the_three_modes_begin_with_rows_of_their_own() -> None:
     model = build()
     ids, attention, labels, pixels = pairs()
     outputs = model(ids, attention, labels, pixels, wants=POOLED | MATCH | {"logits"})
-    sum(o.float().sum() for o in (outputs.text_BD, outputs.match_B3C, outputs.logits_BTV)).backward()
+    sum(
+        o.float().sum() for o in (outputs.text_BD, outputs.match_B3C, outputs.logits_BTV)
+    ).backward()
     rows = model.text.embeddings.word_embeddings.weight.grad
-    assert rows[CLS].any() and rows[model.config.text.dec].any() and rows[model.config.text.enc].any()
+    assert (
+        rows[CLS].any() and rows[model.config.text.dec].any() and rows[model.config.text.enc].any()
+    )
     model.zero_grad()
     model(ids, attention, pixels=pixels, wants=POOLED).text_BD.sum().backward()
     assert not model.text.embeddings.word_embeddings.weight.grad[260:].any()
@@ -75,14 +83,28 @@ def test_the_three_modes_begin_with_rows_of_their_own() -> None:
 def test_padding_on_either_side_changes_nothing() -> None:
     model = build()
     ids, attention, labels, pixels = pairs()
-    moved = (left(ids, attention, PAD), left(attention, attention, False), left(labels, attention, IGNORE))
+    moved = (
+        left(ids, attention, PAD),
+        left(attention, attention, False),
+        left(labels, attention, IGNORE),
+    )
     wants = POOLED | {"logits"}
-    right, other = model(ids, attention, labels, pixels, wants=wants), model(*moved, pixels, wants=wants)
+    right, other = (
+        model(ids, attention, labels, pixels, wants=wants),
+        model(*moved, pixels, wants=wants),
+    )
     torch.testing.assert_close(other.text_BD, right.text_BD)
     torch.testing.assert_close(other.logits_BTV[moved[1]], right.logits_BTV[attention])
     for row, length in enumerate((5, 7, 4, 6)):
-        alone = model(ids[row : row + 1, :length], attention[row : row + 1, :length], None, pixels[row : row + 1])
-        torch.testing.assert_close(alone.logits_BTV[0], right.logits_BTV[row, :length], atol=1e-5, rtol=1e-5)
+        alone = model(
+            ids[row : row + 1, :length],
+            attention[row : row + 1, :length],
+            None,
+            pixels[row : row + 1],
+        )
+        torch.testing.assert_close(
+            alone.logits_BTV[0], right.logits_BTV[row, :length], atol=1e-5, rtol=1e-5
+        )
     seen = model.vision(pixels)
     torch.testing.assert_close(model.match(*moved[:2], seen), model.match(ids, attention, seen))
 
@@ -113,7 +135,7 @@ def test_its_parameters_are_those_of_the_encoder_and_one_more_self_attention() -
 
 def test_each_part_is_named_by_its_glob() -> None:
     model = build("contrast", "match", "caption", momentum=MomentumConfig(queue=0))
-    learning = freezing.apply(model, {"decoder.*": 1.0, "heads.*": 0.5})
+    learning = base.set_trainable(model, {"decoder.*": 1.0, "heads.*": 0.5})
     own = {name for name in learning if name.startswith("decoder.")}
     assert own and all(".attention." in name for name in own)
     assert {name.split(".")[1] for name in set(learning) - own} == {
@@ -130,12 +152,12 @@ def test_what_is_shared_learns_from_reading_and_from_writing() -> None:
         model.zero_grad()
         torch.manual_seed(0)
         outputs = model(ids, attention, labels, pixels, wants=frozenset({want}))
-        (Matching()(outputs) if want == "match" else Captioning()(outputs)).sum().backward()
+        (Matching()(outputs) if want == "match" else LanguageModeling()(outputs)).sum().backward()
         parts.append(shared.grad.clone())
     model.zero_grad()
     torch.manual_seed(0)
     outputs = model(ids, attention, labels, pixels, wants=frozenset({"match", "logits"}))
-    (Matching()(outputs) + Captioning()(outputs)).sum().backward()
+    (Matching()(outputs) + LanguageModeling()(outputs)).sum().backward()
     torch.testing.assert_close(shared.grad, parts[0] + parts[1])
 
 
@@ -152,9 +174,13 @@ def test_a_model_has_the_parts_of_its_tasks() -> None:
 
 def test_blip_base_has_the_size_of_the_release_without_a_byte_of_memory() -> None:
     with torch.device("meta"):
-        captioner = MED(vision=BlipViTConfig(image_size=384), text=MEDTextConfig(), tasks=("caption",)).build()
+        captioner = MEDConfig(
+            vision=BlipViTConfig(image_size=384), text=MEDTextConfig(), tasks=("caption",)
+        ).build()
     tied = 30_524 * 768
-    assert count(captioner) + tied == 247_414_076  # the hub's number for Salesforce/blip-image-captioning-base
+    assert (
+        count(captioner) + tied == 247_414_076
+    )  # the hub's number for Salesforce/blip-image-captioning-base
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -168,13 +194,15 @@ def test_smoothed_labels_cost_nine_tenths_of_the_true_one_and_a_tenth_of_the_mea
     targets = labels[:, 1:]
     true = logp.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     expected = -(0.9 * true + 0.1 * logp.mean(-1)).masked_fill(targets == IGNORE, 0).sum(1)
-    torch.testing.assert_close(Captioning(label_smoothing=0.1)(outputs), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        LanguageModeling(label_smoothing=0.1)(outputs), expected, atol=1e-4, rtol=1e-5
+    )
 
 
 def test_prompt_tokens_cost_nothing() -> None:
     model = build("caption")
     ids, attention, labels, pixels = pairs((7, 7), asked=3)
-    loss = Captioning()
+    loss = LanguageModeling()
     assert loss.count(labels).tolist() == [3, 3]
     outputs = model(ids, attention, labels, pixels)
     outputs.logits_BTV.retain_grad()
@@ -190,7 +218,9 @@ def test_matching_judges_each_sample_with_its_own_and_two_negatives() -> None:
     odds = outputs.match_B3C[..., 1] - outputs.match_B3C[..., 0]
     seen = model.vision(pixels)
     torch.testing.assert_close(odds[:, 0], model.match(ids, attention, seen), atol=1e-5, rtol=1e-5)
-    every = torch.stack([model.match(ids, attention, seen[[i] * 4]) for i in range(4)], dim=1)  # text by image
+    every = torch.stack(
+        [model.match(ids, attention, seen[[i] * 4]) for i in range(4)], dim=1
+    )  # text by image
     for row in range(4):
         others = [i for i in range(4) if i != row]
         assert torch.isclose(every[row, others], odds[row, 1], atol=1e-5).any()
@@ -203,8 +233,12 @@ def test_pooled_vectors_are_of_length_one_and_fit_plain_contrast() -> None:
     outputs = model(ids, attention, labels, pixels, wants=POOLED)
     states = model.text(input_ids=ids, attention_mask=attention.long()).last_hidden_state
     torch.testing.assert_close(outputs.text_BD, normalize(model.heads.text(states[:, 0]), dim=-1))
-    torch.testing.assert_close(outputs.image_BD, normalize(model.heads.vision(model.vision(pixels)[:, 0]), dim=-1))
-    torch.testing.assert_close(Contrastive(temperature=None)(outputs), Contrastive(temperature=0.07)(outputs))
+    torch.testing.assert_close(
+        outputs.image_BD, normalize(model.heads.vision(model.vision(pixels)[:, 0]), dim=-1)
+    )
+    torch.testing.assert_close(
+        Contrastive(temperature=None)(outputs), Contrastive(temperature=0.07)(outputs)
+    )
 
 
 # --- writing and ranking ---------------------------------------------------------------------------------------------
@@ -246,9 +280,18 @@ def test_of_all_candidates_the_likeliest_is_what_beams_write() -> None:
     model = build("answer")
     ids, attention, _, pixels = pairs((4,))
     seen = model.vision(pixels)
-    how: dict[str, Any] = {"num_beams": 60, "length_penalty": 0.0, "early_stopping": False, "do_sample": False}
-    written = model.generate(ids, attention, pixels, max_new_tokens=3, eos_token_id=SEP, pad_token_id=PAD, **how)
-    others = torch.randint(0, 250, (40, written.shape[1]), generator=torch.Generator().manual_seed(0))
+    how: dict[str, Any] = {
+        "num_beams": 60,
+        "length_penalty": 0.0,
+        "early_stopping": False,
+        "do_sample": False,
+    }
+    written = model.generate(
+        ids, attention, pixels, max_new_tokens=3, eos_token_id=SEP, pad_token_id=PAD, **how
+    )
+    others = torch.randint(
+        0, 250, (40, written.shape[1]), generator=torch.Generator().manual_seed(0)
+    )
     rest = torch.cat([others, written])
     labels = rest.masked_fill(rest == PAD, IGNORE)
     logp = model.continuations(ids, rest, seen).log_softmax(-1)
@@ -287,14 +330,24 @@ def test_a_streamer_gets_what_is_new_and_not_the_prompt() -> None:
 
     model, listener = build("caption"), Listener()
     ids, attention, _, pixels = pairs((3,))
-    new = model.generate(ids, attention, pixels, streamer=listener, max_new_tokens=4, do_sample=False, pad_token_id=PAD)
+    new = model.generate(
+        ids,
+        attention,
+        pixels,
+        streamer=listener,
+        max_new_tokens=4,
+        do_sample=False,
+        pad_token_id=PAD,
+    )
     assert listener.heard == [*new[0].tolist(), -1]
 
 
 # --- from one MED to another -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tasks", [("caption",), ("answer",), ("contrast", "match"), ("contrast", "match", "caption")])
+@pytest.mark.parametrize(
+    "tasks", [("caption",), ("answer",), ("contrast", "match"), ("contrast", "match", "caption")]
+)
 def test_weights_of_pretraining_are_adopted_by_every_other_model(tasks: Any) -> None:
     source = build("contrast", "match", "caption", momentum=MomentumConfig(queue=8))
     model = build(*tasks, seed=3)
@@ -302,8 +355,12 @@ def test_weights_of_pretraining_are_adopted_by_every_other_model(tasks: Any) -> 
     ids, attention, labels, pixels = pairs()
     if "contrast" in tasks:
         seen = source.vision(pixels)
-        torch.testing.assert_close(model.embed_texts(ids, attention), source.embed_texts(ids, attention))
-        torch.testing.assert_close(model.match(ids, attention, seen), source.match(ids, attention, seen))
+        torch.testing.assert_close(
+            model.embed_texts(ids, attention), source.embed_texts(ids, attention)
+        )
+        torch.testing.assert_close(
+            model.match(ids, attention, seen), source.match(ids, attention, seen)
+        )
     if "caption" in tasks:
         expected = source(ids, attention, labels, pixels).logits_BTV
         torch.testing.assert_close(model(ids, attention, labels, pixels).logits_BTV, expected)
@@ -321,21 +378,29 @@ def test_weights_of_another_image_size_keep_their_cls_position() -> None:
     before = source.state_dict()[name]
     assert state[name].shape == (1, 65, 32) and torch.equal(state[name][:, 0], before[:, 0])
     grid = before[:, 1:].transpose(1, 2).reshape(1, 32, 4, 4)
-    resized = torch.nn.functional.interpolate(grid, size=(8, 8), mode="bicubic", align_corners=False)
+    resized = torch.nn.functional.interpolate(
+        grid, size=(8, 8), mode="bicubic", align_corners=False
+    )
     torch.testing.assert_close(state[name][:, 1:], resized.flatten(2).transpose(1, 2))
     larger.load_state_dict(state)
 
 
 def test_weights_of_another_wiring_are_not_adopted() -> None:
     with pytest.raises(WeightsError, match=r"lack decoder\.embeddings"):
-        build("caption").adopt({k: v for k, v in build().state_dict().items() if k.startswith("vision.")})
+        build("caption").adopt(
+            {k: v for k, v in build().state_dict().items() if k.startswith("vision.")}
+        )
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_tasks_that_do_not_go_together_are_refused() -> None:
-    for tasks, message in (((), "one or more"), (("caption", "answer"), "either"), (("match",), "need the vectors")):
+    for tasks, message in (
+        ((), "one or more"),
+        (("caption", "answer"), "either"),
+        (("match",), "need the vectors"),
+    ):
         with pytest.raises(SpecError, match=message):
             replace(TINY, tasks=tasks)
     with pytest.raises(SpecError, match=r"vision\.width 64 must be text\.width 32"):
@@ -346,7 +411,9 @@ def test_an_output_that_no_task_gives_is_refused() -> None:
     ids, attention, labels, pixels = pairs()
     with pytest.raises(SpecError, match=r"gives 'logits', not \['pooled'\]: change model\.tasks"):
         build("caption")(ids, attention, labels, pixels, wants=POOLED)
-    with pytest.raises(SpecError, match=r"not \['momentum'\]: change model\.tasks, or give it a twin"):
+    with pytest.raises(
+        SpecError, match=r"not \['momentum'\]: change model\.tasks, or give it a twin"
+    ):
         build()(ids, attention, labels, pixels, wants=frozenset({"momentum"}))
 
 
@@ -362,7 +429,7 @@ def test_images_that_are_not_one_a_row_are_refused() -> None:
 
 
 def test_tiny_keeps_every_choice() -> None:
-    full = MED(
+    full = MEDConfig(
         vision=BlipViTConfig(image_size=384, norm_eps=1e-5), text=MEDTextConfig(), tasks=("contrast",),
         momentum=MomentumConfig(decay=0.9, alpha=0.3, ramp=100),
     )  # fmt: skip
@@ -370,4 +437,4 @@ def test_tiny_keeps_every_choice() -> None:
     assert tiny.tasks == ("contrast",) and tiny.vision.norm_eps == 1e-5
     assert tiny.text.dropout == 0.0  # a draw of dropout would differ with the number of workers
     assert tiny.momentum == MomentumConfig(decay=0.9, alpha=0.3, ramp=4, queue=64)
-    assert isinstance(tiny.build(), MEDModel) and tiny.image_tokens == 0 and tiny.context == 512
+    assert isinstance(tiny.build(), MED) and tiny.image_tokens == 0 and tiny.context == 512

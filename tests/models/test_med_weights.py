@@ -48,24 +48,38 @@ def test_a_text_alone_is_read_as_bert_reads_it(bert: BertForMaskedLM) -> None:
     model = replace(spec(), text=replace(TINY.text, weights=bert.name_or_path)).build().eval()
     ids, attention, _, _ = pairs()
     expected = bert.bert(input_ids=ids, attention_mask=attention.long()).last_hidden_state
-    torch.testing.assert_close(model.read(ids, attention)[attention], expected[attention], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model.read(ids, attention)[attention], expected[attention], atol=1e-5, rtol=1e-5
+    )
 
 
-def test_words_are_spoken_with_berts_head_and_the_decoder_begins_with_its_attention(bert: BertForMaskedLM) -> None:
+def test_words_are_spoken_with_berts_head_and_the_decoder_begins_with_its_attention(
+    bert: BertForMaskedLM,
+) -> None:
     model = replace(spec(), text=replace(TINY.text, weights=bert.name_or_path)).build().eval()
     states = torch.randn(3, 32)
     torch.testing.assert_close(model.writer.cls(states)[:, :260], bert.cls(states))
     own = model.decoder.state_dict()
-    assert all(torch.equal(own[name], tensor) for name, tensor in bert.bert.state_dict().items() if name in own)
+    assert all(
+        torch.equal(own[name], tensor)
+        for name, tensor in bert.bert.state_dict().items()
+        if name in own
+    )
     assert not model.text.embeddings.word_embeddings.weight[260:].eq(0).all()
 
 
 @pytest.mark.parametrize("tasks", [("caption",), ("answer",)])
-def test_a_decoder_of_its_own_begins_with_bert_too(bert: BertForMaskedLM, tasks: tuple[str, ...]) -> None:
+def test_a_decoder_of_its_own_begins_with_bert_too(
+    bert: BertForMaskedLM, tasks: tuple[str, ...]
+) -> None:
     model = replace(TINY, tasks=tasks, text=replace(TINY.text, weights=bert.name_or_path)).build()
     own = model.decoder.state_dict()
     theirs = bert.bert.state_dict()
-    assert all(torch.equal(tensor[:260], theirs[n][:260]) for n, tensor in own.items() if "crossattention" not in n)
+    assert all(
+        torch.equal(tensor[:260], theirs[n][:260])
+        for n, tensor in own.items()
+        if "crossattention" not in n
+    )
 
 
 def test_a_bert_of_other_numbers_is_refused(bert: BertForMaskedLM) -> None:
@@ -76,7 +90,9 @@ def test_a_bert_of_other_numbers_is_refused(bert: BertForMaskedLM) -> None:
 def test_the_tower_sees_what_the_vit_sees(vit: ViTModel) -> None:
     tower = replace(TINY.vision, weights=vit.name_or_path).build().eval()
     normal = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(tower.patches(normal), vit(normal).last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        tower.patches(normal), vit(normal).last_hidden_state, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_vit_of_another_size_gets_its_positions_interpolated(vit: ViTModel) -> None:
@@ -88,7 +104,9 @@ def test_a_vit_of_another_size_gets_its_positions_interpolated(vit: ViTModel) ->
 
 def test_a_vit_of_other_numbers_is_refused(vit: ViTModel) -> None:
     with pytest.raises(WeightsError, match=r"patch 8 \(spec 16"):
-        BlipViTConfig(image_size=32, width=32, depth=2, heads=2, ffn=64, weights=vit.name_or_path).build()
+        BlipViTConfig(
+            image_size=32, width=32, depth=2, heads=2, ffn=64, weights=vit.name_or_path
+        ).build()
 
 
 def test_without_weights_a_tower_is_drawn_large_enough_to_learn() -> None:

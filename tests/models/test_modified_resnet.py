@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import multi_head_attention_forward
 
 from bridgework.errors import SpecError, WeightsError
-from bridgework.models import ModifiedResNetConfig, freezing
-from bridgework.models.modified_resnet import AttentionPool, Bottleneck, Network
-from bridgework.models.vision import normalise
+from bridgework.models import ModifiedResNetConfig, base
+from bridgework.models.clip_resnet import AttentionPool, Bottleneck, Network
+from bridgework.models.vision import normalize
 from tests.models.examples import pixels
 
 TINY = ModifiedResNetConfig().tiny()
@@ -26,7 +26,9 @@ TINY = ModifiedResNetConfig().tiny()
     ],
     ids=["RN50", "RN101"],
 )
-def test_the_published_towers_have_their_sizes(config: ModifiedResNetConfig, parameters: int) -> None:
+def test_the_published_towers_have_their_sizes(
+    config: ModifiedResNetConfig, parameters: int
+) -> None:
     with torch.device("meta"):
         tower = config.build()
     assert sum(p.numel() for p in tower.parameters()) == parameters
@@ -66,7 +68,9 @@ def test_tokens_and_width_are_what_the_tower_gives(select: str) -> None:
     config = replace(TINY, select=select)
     features = config.build().eval()(pixels(2, size=64))
     assert (
-        features.shape == (2, config.tokens, config.feature_width) == (2, *((1, 32) if select == "pool" else (4, 256)))
+        features.shape
+        == (2, config.tokens, config.feature_width)
+        == (2, *((1, 32) if select == "pool" else (4, 256)))
     )
 
 
@@ -75,16 +79,23 @@ def test_a_shifted_cell_is_seen_at_its_place() -> None:
     tower, images = replace(TINY, select="patch").build().eval(), pixels(1, size=64)
     network = tower.tower
     assert isinstance(network, Network)
-    maps = network.map(normalise(images, tower.config.pixels))
-    torch.testing.assert_close(tower(images)[0], torch.stack([maps[0, :, i, j] for i in (0, 1) for j in (0, 1)]))
+    maps = network.map(normalize(images, tower.config.pixels))
+    torch.testing.assert_close(
+        tower(images)[0], torch.stack([maps[0, :, i, j] for i in (0, 1) for j in (0, 1)])
+    )
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
 @pytest.mark.parametrize("prefix", ["", "visual."], ids=["tower", "whole model"])
-def test_weights_come_back_by_the_names_of_the_release(kind: str, prefix: str, tmp_path: Path) -> None:
+def test_weights_come_back_by_the_names_of_the_release(
+    kind: str, prefix: str, tmp_path: Path
+) -> None:
     saved = TINY.build()
     state = {prefix + name: tensor for name, tensor in saved.tower.state_dict().items()}
-    assert prefix + "layer1.0.downsample.0.weight" in state and prefix + "attnpool.positional_embedding" in state
+    assert (
+        prefix + "layer1.0.downsample.0.weight" in state
+        and prefix + "attnpool.positional_embedding" in state
+    )
     state |= {"logit_scale": torch.zeros(())} if prefix else {}
     file = tmp_path / f"rn.{kind}"
     save_file(state, file) if kind == "safetensors" else torch.save(state, file)
@@ -97,14 +108,16 @@ def test_weights_come_back_by_the_names_of_the_release(kind: str, prefix: str, t
 
 def test_batch_statistics_rest_while_the_tower_is_frozen() -> None:
     tower = nn.ModuleDict({"vision": TINY.build(), "head": nn.Linear(2, 2)})
-    freezing.apply(tower, {"head.*": 1.0})
+    base.set_trainable(tower, {"head.*": 1.0})
     before = {name: buffer.clone() for name, buffer in tower.named_buffers()}
-    freezing.rest(tower.train())
+    base.set_eval(tower.train())
     tower["vision"](pixels(2, size=64))
     assert all(torch.equal(buffer, before[name]) for name, buffer in tower.named_buffers())
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"image_size": 230}, "multiple of 32"), ({"width": 7}, "even")])
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"image_size": 230}, "multiple of 32"), ({"width": 7}, "even")]
+)
 def test_numbers_that_make_no_tower_are_refused(changes: dict[str, int], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         replace(TINY, **changes)

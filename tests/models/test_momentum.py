@@ -10,17 +10,17 @@ from torch.multiprocessing.spawn import spawn
 
 from bridgework.errors import SpecError
 from bridgework.models import MomentumConfig
-from bridgework.models.momentum import Keys, Momentum
+from bridgework.models.momentum_encoder import Keys, MomentumEncoder
 from bridgework.system import IGNORE
 from tests.models.med_examples import build, pairs, spec
 
 WANTS = frozenset({"momentum"})
 
 
-def made(queue: int = 6, **fields: float) -> tuple[Momentum, dict[str, Tensor]]:
+def made(queue: int = 6, **fields: float) -> tuple[MomentumEncoder, dict[str, Tensor]]:
     torch.manual_seed(0)
     parameters = {"a.weight": torch.randn(3, 2), "b": torch.randn(2)}
-    return Momentum(MomentumConfig(queue=queue, **fields), parameters, width=2), parameters
+    return MomentumEncoder(MomentumConfig(queue=queue, **fields), parameters, width=2), parameters
 
 
 def keys(*values: float) -> Keys:
@@ -34,7 +34,9 @@ def test_the_twin_moves_exactly_by_its_decay(decay: float) -> None:
     now = {name: torch.randn_like(tensor) for name, tensor in begun.items()}
     momentum.after_step(now)
     for name, twin in momentum.parameters_of_twin(torch.float32).items():
-        torch.testing.assert_close(twin, decay * begun[name] + (1 - decay) * now[name], atol=1e-7, rtol=0)
+        torch.testing.assert_close(
+            twin, decay * begun[name] + (1 - decay) * now[name], atol=1e-7, rtol=0
+        )
         if decay in (0.0, 1.0):
             assert torch.equal(twin, now[name] if decay == 0 else begun[name])
 
@@ -104,7 +106,8 @@ def test_all_of_it_is_buffers_that_a_checkpoint_keeps() -> None:
     names = [name for name in model.state_dict() if name.startswith("momentum.")]
     assert not any(name.startswith("momentum.") for name, _ in model.named_parameters())
     assert {n for n in names if ".twin." not in n} == {
-        f"momentum.{n}" for n in ("image_queue_QD", "text_queue_QD", "identity_queue_Q", "pointer", "steps")
+        f"momentum.{n}"
+        for n in ("image_queue_QD", "text_queue_QD", "identity_queue_Q", "pointer", "steps")
     }
     other = build(momentum=MomentumConfig(queue=8), seed=5)
     other.load_state_dict(model.state_dict())
@@ -186,11 +189,16 @@ def test_a_spec_out_of_range_is_refused() -> None:
 
 def rank(index: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2
+    )
     momentum, parameters = made(queue=8)
     momentum.see(keys(1.0, 2.0, 3.0) if index == 0 else keys(4.0))
     momentum.after_step(parameters)
-    torch.save((momentum.image_queue_QD, momentum.identity_queue_Q, momentum.pointer), f"{folder}/{index}.pt")
+    torch.save(
+        (momentum.image_queue_QD, momentum.identity_queue_Q, momentum.pointer),
+        f"{folder}/{index}.pt",
+    )
     dist.barrier()
     dist.destroy_process_group()
 

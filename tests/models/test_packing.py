@@ -11,8 +11,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bridgework.errors import BridgeworkError, SpecError
 from bridgework.mixture import Packing
-from bridgework.models import LanguageConfig, Linear, PrefixVLM, ViTConfig
-from bridgework.models.prefix_model import PrefixModel
+from bridgework.models import LanguageConfig, LinearConfig, PrefixVLMConfig, ViTConfig
+from bridgework.models.prefix_vlm import PrefixVLM
 from bridgework.system import IGNORE, IMAGE, load
 from tests.models.examples import pixels
 
@@ -31,7 +31,12 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "llama4_text": {"attention_chunk_size": WINDOW},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
 }
-MASKED: dict[str, dict[str, Any]] = {"opt": {"word_embed_proj_dim": 32}, "biogpt": {}, "falcon": {}, "mpt": {}}
+MASKED: dict[str, dict[str, Any]] = {
+    "opt": {"word_embed_proj_dim": 32},
+    "biogpt": {},
+    "falcon": {},
+    "mpt": {},
+}
 RECURRENT: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
@@ -50,10 +55,14 @@ def language(arch: str, extra: dict[str, Any] | None = None) -> LanguageConfig:
     )  # fmt: skip
 
 
-def build(config: LanguageConfig) -> PrefixModel:
+def build(config: LanguageConfig) -> PrefixVLM:
     """With weights large enough that any attention to another sample shows."""
     torch.manual_seed(0)
-    model = PrefixVLM(vision=VISION, bridge=Linear(), language=config).build(pretrained=False).eval()
+    model = (
+        PrefixVLMConfig(vision=VISION, bridge=LinearConfig(), language=config)
+        .build(pretrained=False)
+        .eval()
+    )
     for parameter in model.language.parameters():
         if parameter.ndim > 1 and parameter.requires_grad:  # not the angles of sinusoids
             nn.init.normal_(parameter, std=0.15)
@@ -63,11 +72,15 @@ def build(config: LanguageConfig) -> PrefixModel:
 def rows() -> list[list[int]]:
     """Samples of LENGTHS tokens with an image of 4 tokens in each."""
     generator = torch.Generator().manual_seed(1)
-    texts = [torch.randint(3, 96, (length - 4,), generator=generator).tolist() for length in LENGTHS]
+    texts = [
+        torch.randint(3, 96, (length - 4,), generator=generator).tolist() for length in LENGTHS
+    ]
     return [text[:1] + [IMAGE] * 4 + text[1:] for text in texts]
 
 
-def read(model: PrefixModel, ids_BT: Tensor, images: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+def read(
+    model: PrefixVLM, ids_BT: Tensor, images: Tensor, segments_BT: Tensor | None = None
+) -> Tensor:
     real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if segments_BT is None else segments_BT >= 0
     logits: Tensor = model(
         ids_BT, real_BT, ids_BT.masked_fill(ids_BT == IMAGE, IGNORE), images, segments=segments_BT
@@ -76,7 +89,7 @@ def read(model: PrefixModel, ids_BT: Tensor, images: Tensor, segments_BT: Tensor
 
 
 @torch.no_grad()
-def packed(model: PrefixModel) -> tuple[Tensor, ...]:
+def packed(model: PrefixVLM) -> tuple[Tensor, ...]:
     """The logits of each sample, of one sequence that all share; there is padding in it."""
     ids = torch.tensor([[token for row in rows() for token in row] + [0, 0]])
     numbers = [number for number, row in enumerate(rows()) for _ in row]
@@ -85,7 +98,7 @@ def packed(model: PrefixModel) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def farthest(model: PrefixModel) -> float:
+def farthest(model: PrefixVLM) -> float:
     """The largest difference between a packed sample's logits and its own alone, as a share of the largest logit."""
     images = pixels(3, size=16)
     alone = [read(model, torch.tensor([row]), images[i : i + 1])[0] for i, row in enumerate(rows())]
@@ -105,7 +118,9 @@ def test_families_that_ignore_positions_in_their_mask_are_isolated(arch: str) ->
 
 @pytest.mark.parametrize("arch", RECURRENT)
 def test_packing_of_a_recurrent_state_is_refused(arch: str) -> None:
-    with pytest.raises(SpecError, match=f"{arch!r} cannot keep .* its recurrent layers carry a state"):
+    with pytest.raises(
+        SpecError, match=f"{arch!r} cannot keep .* its recurrent layers carry a state"
+    ):
         packed(build(language(arch, RECURRENT[arch])))
 
 
@@ -118,7 +133,9 @@ def test_packing_of_a_recurrent_state_is_refused(arch: str) -> None:
         ("switch_transformers", {"d_kv": 8}, "fixed number of tokens"),
     ],
 )
-def test_packing_that_no_mask_can_isolate_is_refused(arch: str, extra: dict[str, Any], said: str) -> None:
+def test_packing_that_no_mask_can_isolate_is_refused(
+    arch: str, extra: dict[str, Any], said: str
+) -> None:
     with pytest.raises(SpecError, match=said):
         packed(build(replace(language(arch, extra), tied=True)))
 
@@ -127,7 +144,8 @@ def test_packing_is_refused_before_a_stage_starts() -> None:
     stage = load("llava")["align"].tiny()
     model = replace(stage.model, language=language("jamba", RECURRENT["jamba"]))
     with pytest.raises(
-        SpecError, match=r"align\.data\.packing: 'jamba' cannot keep .*; set stages\.align\.data\.packing"
+        SpecError,
+        match=r"align\.data\.packing: 'jamba' cannot keep .*; set stages\.align\.data\.packing",
     ):
         replace(stage, model=model, data=replace(stage.data, packing=Packing()))
 
@@ -136,7 +154,8 @@ def test_angles_by_the_length_of_the_text_are_refused_where_samples_would_share_
     scaled = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
     assert farthest(build(replace(language("llama", scaled), context=18))) < 1e-5
     with pytest.raises(
-        SpecError, match=r"rotates all samples of a sequence by the longest\. Got a sample of 18 tokens"
+        SpecError,
+        match=r"rotates all samples of a sequence by the longest\. Got a sample of 18 tokens",
     ):
         farthest(build(replace(language("llama", scaled), context=17)))
 
@@ -174,14 +193,18 @@ def test_continuations_have_the_logits_of_the_complete_text(config: LanguageConf
     prompt, rest = torch.tensor(rows()[:1]), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
     found = model.continuations(prompt, rest, model.vision(images))
     for own, text in zip(found, rest, strict=True):
-        complete = read(model, torch.cat([prompt, text[None]], dim=1), images)[0, prompt.shape[1] - 1 : -1]
+        complete = read(model, torch.cat([prompt, text[None]], dim=1), images)[
+            0, prompt.shape[1] - 1 : -1
+        ]
         torch.testing.assert_close(own, complete, atol=1e-4, rtol=1e-4)
 
 
 def test_generation_that_transformers_has_not_is_refused_in_one_line() -> None:
     ids, images = torch.tensor(rows()[:1]), pixels(1, size=16)
     real = torch.ones_like(ids, dtype=torch.bool)
-    with pytest.raises(SpecError, match="generate: transformers cannot generate with this 'falcon_h1'"):
+    with pytest.raises(
+        SpecError, match="generate: transformers cannot generate with this 'falcon_h1'"
+    ):
         build(language("falcon_h1")).generate(ids, real, images, max_new_tokens=2)
 
 
@@ -204,7 +227,11 @@ def test_every_causal_family_isolates_packed_samples_or_is_refused(arch: str) ->
         try:
             with torch.device("meta"):
                 parameters = (
-                    PrefixVLM(vision=VISION, bridge=Linear(), language=replace(language(arch), **changes))
+                    PrefixVLMConfig(
+                        vision=VISION,
+                        bridge=LinearConfig(),
+                        language=replace(language(arch), **changes),
+                    )
                     .build(pretrained=False)
                     .parameters()
                 )

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from bridgework.errors import SpecError
-from bridgework.losses import Preference
-from bridgework.models import MLP, LanguageConfig, LoRA, PrefixVLM, ViTConfig, freezing
-from bridgework.models.prefix_vlm import PrefixModel
+from bridgework.losses import DPO
+from bridgework.models import (
+    LanguageConfig,
+    LoRAConfig,
+    MLPConfig,
+    PrefixVLMConfig,
+    ViTConfig,
+    base,
+)
+from bridgework.models.prefix_vlm import PrefixVLM
 from bridgework.system import IGNORE
 from tests.models.examples import LLAMA_7B, OPT_2_7B, PICTURE, ids, pixels, stirred
 
@@ -20,20 +27,32 @@ WANTS = frozenset({"preference"})
 ALL = {"bridge.*": 1.0, "language.*": 1.0}
 
 
-def wiring(language: LanguageConfig = LLAMA_7B, **fields: Any) -> PrefixModel:
+def wiring(language: LanguageConfig = LLAMA_7B, **fields: Any) -> PrefixVLM:
     torch.manual_seed(0)
-    spec = PrefixVLM(vision=ViTConfig(), bridge=MLP(), language=language, **{"reference": "frozen_copy"} | fields)
+    spec = PrefixVLMConfig(
+        vision=ViTConfig(),
+        bridge=MLPConfig(),
+        language=language,
+        **{"reference": "frozen_copy"} | fields,
+    )
     return stirred(spec.tiny().build())
 
 
 def pairs() -> dict[str, Any]:
     """Two questions about an image each, with two better answers, then two worse."""
-    rows = torch.cat([ids(PICTURE, 5, 6, *answer) for answer in ((7, 8), (9, 4), (10, 11), (3, 12))])
+    rows = torch.cat(
+        [ids(PICTURE, 5, 6, *answer) for answer in ((7, 8), (9, 4), (10, 11), (3, 12))]
+    )
     labels_BT = rows.clone()
     labels_BT[:, :-2] = IGNORE
     shown = pixels(2)
     attention = torch.ones_like(rows, dtype=torch.bool)
-    return {"ids": rows, "attention": attention, "labels": labels_BT, "pixels": torch.cat([shown, shown])}
+    return {
+        "ids": rows,
+        "attention": attention,
+        "labels": labels_BT,
+        "pixels": torch.cat([shown, shown]),
+    }
 
 
 def answer_nats(model: nn.Module, given: dict[str, Any]) -> Tensor:
@@ -56,12 +75,15 @@ def learner(model: nn.Module) -> torch.optim.SGD:
 
 def test_losses_gradients_and_steps_are_those_of_two_models() -> None:
     ours, given = wiring(), pairs()
-    freezing.apply(ours.train(), ALL)
+    base.set_trainable(ours.train(), ALL)
     plain = copy.deepcopy(ours)
     reference = copy.deepcopy(ours).eval()
     optimizers = learner(ours), learner(plain)
     for step in range(3):
-        loss_B, expected_B = Preference(beta=BETA)(ours(**given, wants=WANTS)), two_models(plain, reference, given)
+        loss_B, expected_B = (
+            DPO(beta=BETA)(ours(**given, wants=WANTS)),
+            two_models(plain, reference, given),
+        )
         torch.testing.assert_close(loss_B.double(), expected_B, atol=1e-5, rtol=1e-5)
         assert (loss_B.detach().sub(torch.tensor(2.0).log()).abs().max() < 1e-6) == (step == 0)
         for optimizer, loss in zip(optimizers, (loss_B, expected_B), strict=True):
@@ -77,7 +99,7 @@ def test_losses_gradients_and_steps_are_those_of_two_models() -> None:
 
 def test_the_reference_stays_what_the_stage_started_from() -> None:
     model, given = wiring(), pairs()
-    freezing.apply(model.train(), ALL)
+    base.set_trainable(model.train(), ALL)
     expected_B = answer_nats(copy.deepcopy(model).eval(), given).float()
     optimizer = learner(model)
     for _ in range(3):
@@ -85,7 +107,7 @@ def test_the_reference_stays_what_the_stage_started_from() -> None:
         references_B = torch.cat([outputs.chosen_reference_B, outputs.rejected_reference_B])
         torch.testing.assert_close(references_B, expected_B, atol=1e-5, rtol=1e-5)
         assert not references_B.requires_grad
-        Preference(beta=BETA)(outputs).mean().backward()
+        DPO(beta=BETA)(outputs).mean().backward()
         optimizer.step()
     moved_B = torch.cat([outputs.chosen_B, outputs.rejected_B])
     assert not torch.allclose(moved_B, expected_B, atol=1e-2)
@@ -93,31 +115,44 @@ def test_the_reference_stays_what_the_stage_started_from() -> None:
 
 def test_the_reference_has_no_dropout_and_the_model_keeps_its_modes() -> None:
     model, given = wiring(OPT_2_7B), pairs()  # OPT drops a tenth
-    freezing.apply(model.train(), ALL)
+    base.set_trainable(model.train(), ALL)
     expected_B = answer_nats(copy.deepcopy(model).eval(), given).float()
     modes = [module.training for module in model.modules()]
     outputs = model(**given, wants=WANTS)
     torch.testing.assert_close(
-        torch.cat([outputs.chosen_reference_B, outputs.rejected_reference_B]), expected_B, atol=1e-5, rtol=1e-5
+        torch.cat([outputs.chosen_reference_B, outputs.rejected_reference_B]),
+        expected_B,
+        atol=1e-5,
+        rtol=1e-5,
     )
-    assert not torch.allclose(torch.cat([outputs.chosen_B, outputs.rejected_B]), expected_B, atol=1e-3)
-    assert [module.training for module in model.modules()] == modes and True in modes and False in modes
+    assert not torch.allclose(
+        torch.cat([outputs.chosen_B, outputs.rejected_B]), expected_B, atol=1e-3
+    )
+    assert (
+        [module.training for module in model.modules()] == modes
+        and True in modes
+        and False in modes
+    )
 
 
 def test_the_copy_is_of_what_trains_and_is_neither_parameter_nor_buffer() -> None:
     model = wiring()
-    learning = freezing.apply(model.train(), {"language.lm_head.*": 1.0})
-    names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    learning = base.set_trainable(model.train(), {"language.lm_head.*": 1.0})
+    names = {name for name, _ in model.named_parameters()} | {
+        name for name, _ in model.named_buffers()
+    }
     model(**pairs(), wants=WANTS)
     assert model.reference is not None
     assert model.reference.state_dict().keys() == learning.keys()
-    assert {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()} == names
+    assert {name for name, _ in model.named_parameters()} | {
+        name for name, _ in model.named_buffers()
+    } == names
 
 
 def test_adapters_may_have_a_frozen_copy_too() -> None:
     """Of a second round the reference is what the first one learned, not the model before both."""
-    model, given = wiring(replace(LLAMA_7B, lora=LoRA(dropout=0.0))), pairs()
-    freezing.apply(model.train(), {"language.*lora_*": 1.0})
+    model, given = wiring(replace(LLAMA_7B, lora=LoRAConfig(dropout=0.0))), pairs()
+    base.set_trainable(model.train(), {"language.*lora_*": 1.0})
     expected_B = answer_nats(copy.deepcopy(model).eval(), given).float()
     outputs = model(**given, wants=WANTS)
     assert torch.equal(outputs.chosen_B, outputs.chosen_reference_B)
@@ -125,9 +160,11 @@ def test_adapters_may_have_a_frozen_copy_too() -> None:
 
 
 def test_adapters_off_are_no_reference_while_anything_else_trains() -> None:
-    model = wiring(replace(LLAMA_7B, lora=LoRA()), reference="adapters_off")
-    freezing.apply(model.train(), {"bridge.*": 1.0, "language.*lora_*": 1.0})
-    with pytest.raises(SpecError, match=r'bridge\.\S+ does, with 3 more.*model\.reference="frozen_copy"'):
+    model = wiring(replace(LLAMA_7B, lora=LoRAConfig()), reference="adapters_off")
+    base.set_trainable(model.train(), {"bridge.*": 1.0, "language.*lora_*": 1.0})
+    with pytest.raises(
+        SpecError, match=r'bridge\.\S+ does, with 3 more.*model\.reference="frozen_copy"'
+    ):
         model(**pairs(), wants=WANTS)
 
 

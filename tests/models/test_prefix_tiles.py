@@ -8,23 +8,37 @@ import torch
 from torch import Tensor
 
 from bridgework.errors import DataError, SpecError
-from bridgework.models import MLP, Concat, LanguageConfig, LoRA, PrefixVLM, Resampler, ViTConfig, freezing, tiling
-from bridgework.models.prefix_vlm import PrefixModel
+from bridgework.models import (
+    ConcatConfig,
+    LanguageConfig,
+    LoRAConfig,
+    MLPConfig,
+    PrefixVLMConfig,
+    ResamplerConfig,
+    ViTConfig,
+)
+from bridgework.models import base as freezing
+from bridgework.models import tiles as tiling
+from bridgework.models.prefix_vlm import PrefixVLM
 from bridgework.system import IGNORE, IMAGE, Layout
 from tests.models.examples import LLAVA, pixels, stirred
 
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 TINY = LLAVA.tiny()
 KINDS = {
-    "resample": replace(TINY, bridge=Resampler().tiny(), grids=GRIDS),
+    "resample": replace(TINY, bridge=ResamplerConfig().tiny(), grids=GRIDS),
     "patches": replace(TINY, grids=GRIDS),
     "unpad": replace(TINY, grids=GRIDS, tiles="unpad"),
 }
-LAYOUTS = [Layout(2, 1, 64, 20), Layout(0, 0, 32, 32), Layout(1, 2, 17, 64)]  # the first and last have padding
+LAYOUTS = [
+    Layout(2, 1, 64, 20),
+    Layout(0, 0, 32, 32),
+    Layout(1, 2, 17, 64),
+]  # the first and last have padding
 SQUARES = [1 + layout.columns * layout.rows for layout in LAYOUTS]
 
 
-def build(kind: str, **language: Any) -> PrefixModel:
+def build(kind: str, **language: Any) -> PrefixVLM:
     torch.manual_seed(0)
     spec = KINDS[kind]
     spec = replace(spec, language=replace(cast(LanguageConfig, spec.language), **language))
@@ -44,7 +58,7 @@ def squares() -> list[Tensor]:
     return list(pixels(sum(SQUARES)).split(SQUARES))
 
 
-def logits(model: PrefixModel, ids_BT: Tensor, images: list[int], **given: Any) -> Tensor:
+def logits(model: PrefixVLM, ids_BT: Tensor, images: list[int], **given: Any) -> Tensor:
     shown = torch.cat([squares()[image] for image in images])
     layouts_N4 = torch.tensor([LAYOUTS[image] for image in images])
     out: Tensor = model(ids_BT, ones(ids_BT), pixels=shown, layouts=layouts_N4, **given).logits_BTV
@@ -55,7 +69,9 @@ def logits(model: PrefixModel, ids_BT: Tensor, images: list[int], **given: Any) 
 def test_padded_batch_of_images_of_other_shapes_matches_single_samples(kind: str) -> None:
     model, rows = build(kind), [row(kind, [5], [0, 1], [6]), row(kind, [7, 8], [2], [9, 10])]
     longest = max(r.shape[1] for r in rows)
-    ids_BT = torch.cat([torch.cat([r, torch.zeros(1, longest - r.shape[1], dtype=torch.int64)], 1) for r in rows])
+    ids_BT = torch.cat(
+        [torch.cat([r, torch.zeros(1, longest - r.shape[1], dtype=torch.int64)], 1) for r in rows]
+    )
     attention_BT = torch.stack([torch.arange(longest) < r.shape[1] for r in rows])
     cut = {"pixels": torch.cat(squares()), "layouts": torch.tensor(LAYOUTS)}
     together_BTV = model(ids_BT, attention_BT, **cut).logits_BTV
@@ -63,8 +79,12 @@ def test_padded_batch_of_images_of_other_shapes_matches_single_samples(kind: str
         torch.testing.assert_close(out[real], logits(model, own, images)[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "sees"), [("resample", False), ("unpad", False), ("patches", True)])
-def test_padding_is_looked_at_only_where_it_is_neither_masked_nor_cut(kind: str, sees: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "sees"), [("resample", False), ("unpad", False), ("patches", True)]
+)
+def test_padding_is_looked_at_only_where_it_is_neither_masked_nor_cut(
+    kind: str, sees: bool
+) -> None:
     """The features of padded patches are noise in one of the two; tokens must not tell."""
     model, ids_BT = build(kind), row(kind, [5], [0], [6])
     layouts_N4 = torch.tensor(LAYOUTS[:1])
@@ -72,7 +92,8 @@ def test_padding_is_looked_at_only_where_it_is_neither_masked_nor_cut(kind: str,
     noise_SPF = seen_SPF.masked_fill(~tiling.real(layouts_N4, 16).unsqueeze(-1), 9.0)
     assert not torch.equal(seen_SPF, noise_SPF)
     one, other = (
-        model(ids_BT, ones(ids_BT), features=given, layouts=layouts_N4).logits_BTV for given in (seen_SPF, noise_SPF)
+        model(ids_BT, ones(ids_BT), features=given, layouts=layouts_N4).logits_BTV
+        for given in (seen_SPF, noise_SPF)
     )
     assert torch.equal(one, other) != sees
 
@@ -80,20 +101,25 @@ def test_padding_is_looked_at_only_where_it_is_neither_masked_nor_cut(kind: str,
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_and_what_is_judged_see_the_tiles(kind: str) -> None:
     model, ids_BT = build(kind), row(kind, [5], [0, 2], [6])
-    shown, layouts_N4 = torch.cat([squares()[0], squares()[2]]), torch.tensor([LAYOUTS[0], LAYOUTS[2]])
+    shown, layouts_N4 = (
+        torch.cat([squares()[0], squares()[2]]),
+        torch.tensor([LAYOUTS[0], LAYOUTS[2]]),
+    )
     rest_CR = torch.tensor([[3, 4], [7, 8]])
     behind_CRV = model.continuations(ids_BT, rest_CR, model.vision(shown), layouts=layouts_N4)
     for rest, behind in zip(rest_CR, behind_CRV, strict=True):
         whole_BTV = logits(model, torch.cat([ids_BT, rest.unsqueeze(0)], dim=1), [0, 2])
         torch.testing.assert_close(behind, whole_BTV[0, -3:-1], atol=1e-5, rtol=1e-5)
-    (new,) = model.generate(ids_BT, ones(ids_BT), shown, layouts=layouts_N4, max_new_tokens=1, do_sample=False)
+    (new,) = model.generate(
+        ids_BT, ones(ids_BT), shown, layouts=layouts_N4, max_new_tokens=1, do_sample=False
+    )
     assert new.item() == logits(model, ids_BT, [0, 2])[0, -1].argmax()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_only_batch_runs_the_same_modules_and_leaves_zero_gradients(kind: str) -> None:
     model, called = build(kind), list[str]()
-    freezing.apply(model, {"bridge.*": 1.0} | ({"tiles.*": 1.0} if kind == "unpad" else {}))
+    freezing.set_trainable(model, {"bridge.*": 1.0} | ({"tiles.*": 1.0} if kind == "unpad" else {}))
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
     logits(model, row(kind, [5], [1], [6]), [1])
@@ -114,13 +140,16 @@ def test_places_are_those_of_the_largest_grid_in_the_check_of_the_context() -> N
 
 @pytest.mark.parametrize(
     "changes",
-    [{"vision": replace(ViTConfig(), select="all")}, {"bridge": Concat(), "tiles": "unpad"}],
+    [{"vision": replace(ViTConfig(), select="all")}, {"bridge": ConcatConfig(), "tiles": "unpad"}],
     ids=["cls", "fewer"],
 )
 def test_vectors_that_lie_in_no_grid_are_refused(changes: dict[str, Any]) -> None:
     language = replace(cast(LanguageConfig, LLAVA.language), context=4096)
     with pytest.raises(SpecError, match="tiles lie in a grid of patches"):
-        PrefixVLM(**{"vision": ViTConfig(), "bridge": MLP(), "language": language, "grids": GRIDS} | changes)
+        PrefixVLMConfig(
+            **{"vision": ViTConfig(), "bridge": MLPConfig(), "language": language, "grids": GRIDS}
+            | changes
+        )
 
 
 def test_places_and_tiles_that_differ_are_refused() -> None:
@@ -135,7 +164,7 @@ ANSWERS = frozenset({"preference"})
 
 
 def test_likelihoods_are_summed_over_answers_and_the_reference_has_no_adapters() -> None:
-    model = build("resample", lora=LoRA(rank=2, alpha=8))
+    model = build("resample", lora=LoRAConfig(rank=2, alpha=8))
     rows = [row("resample", [5], [0], last) for last in ([6, 7, 8], [6, 9, 10])]
     ids_BT = torch.cat(rows)
     labels_BT = ids_BT.masked_fill(ids_BT == IMAGE, IGNORE)
@@ -150,7 +179,9 @@ def test_likelihoods_are_summed_over_answers_and_the_reference_has_no_adapters()
         if "lora_B" in name:
             parameter.data.zero_()
     base = model(ids_BT, ones(ids_BT), labels_BT, **cut, wants=ANSWERS)
-    assert torch.equal(base.chosen_B, out.chosen_reference_B) and torch.equal(base.rejected_B, out.rejected_reference_B)
+    assert torch.equal(base.chosen_B, out.chosen_reference_B) and torch.equal(
+        base.rejected_B, out.rejected_reference_B
+    )
 
 
 def test_preferences_want_adapters_labels_and_pairs() -> None:

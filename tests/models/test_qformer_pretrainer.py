@@ -12,21 +12,21 @@ from torch.multiprocessing.spawn import spawn
 from transformers import BertConfig, BertForMaskedLM
 
 from bridgework.errors import DataError, SpecError
-from bridgework.losses import Captioning, QueryContrast
+from bridgework.losses import LanguageModeling, QueryContrast
 from bridgework.losses.matching import Matching
-from bridgework.models import EvaConfig, QFormer, QFormerPretrainer, freezing
-from bridgework.models.qformer_pretrainer import QFormerPretrainingModel
+from bridgework.models import EvaConfig, QFormerConfig, QFormerPretrainerConfig, base
+from bridgework.models.qformer_pretrainer import QFormerPretrainer
 from bridgework.system import IGNORE, Layout
 from tests.models.examples import pixels, stirred
 
-SPEC = QFormerPretrainer(vision=EvaConfig(), bridge=QFormer(text=True))
-LOSSES = (QueryContrast(), Matching(negatives="all"), Captioning(label_smoothing=0.1))
+SPEC = QFormerPretrainerConfig(vision=EvaConfig(), bridge=QFormerConfig(text=True))
+LOSSES = (QueryContrast(), Matching(negatives="all"), LanguageModeling(label_smoothing=0.1))
 ALL = frozenset(loss.needs for loss in LOSSES)
 ATTENTION = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).bool()
 LABELS = torch.tensor([[9]]).expand(3, 6).masked_fill(~ATTENTION, IGNORE)
 
 
-def build(dropout: float = 0.1) -> QFormerPretrainingModel:
+def build(dropout: float = 0.1) -> QFormerPretrainer:
     torch.manual_seed(0)
     spec = replace(SPEC, bridge=replace(SPEC.bridge, dropout=dropout)).tiny()
     return stirred(spec.build()).eval()
@@ -42,8 +42,12 @@ def test_no_text_changes_the_queries_and_no_image_the_text() -> None:
         model(i, ATTENTION, pixels=p, wants=ALL)
         for i, p in ((ids(), pixels(3)), (ids(9), pixels(3)), (ids(), pixels(3, seed=9)))
     )
-    assert torch.equal(first.image_BQD, other_text.image_BQD) and not torch.equal(first.text_BD, other_text.text_BD)
-    assert torch.equal(first.text_BD, other_image.text_BD) and not torch.equal(first.image_BQD, other_image.image_BQD)
+    assert torch.equal(first.image_BQD, other_text.image_BQD) and not torch.equal(
+        first.text_BD, other_text.text_BD
+    )
+    assert torch.equal(first.text_BD, other_image.text_BD) and not torch.equal(
+        first.image_BQD, other_image.image_BQD
+    )
     assert not torch.equal(first.logits_BTV, other_image.logits_BTV)
 
 
@@ -86,7 +90,7 @@ def test_matching_is_the_mean_over_the_queries_and_its_own_pair_comes_first() ->
 
 def test_all_losses_train_every_parameter_of_bridge_and_heads_and_nothing_else() -> None:
     model = build()
-    learning = freezing.apply(model.train(), {"bridge.*": 1.0, "heads.*": 1.0})
+    learning = base.set_trainable(model.train(), {"bridge.*": 1.0, "heads.*": 1.0})
     assert not model.vision.training
     before = {name: p.detach().clone() for name, p in model.vision.named_parameters()}
     outputs = model(ids(), ATTENTION, LABELS, pixels(3), wants=ALL)
@@ -100,9 +104,9 @@ def test_all_losses_train_every_parameter_of_bridge_and_heads_and_nothing_else()
 def test_stage_one_has_its_published_size_without_a_byte_of_memory() -> None:
     with torch.device("meta"):
         model = SPEC.build(pretrained=False)
-    freezing.apply(model, {"bridge.*": 1.0, "heads.*": 1.0})
+    base.set_trainable(model, {"bridge.*": 1.0, "heads.*": 1.0})
     # the paper says 188M for the Q-Former (3.1); LAVIS's modules, counted one by one, are these
-    assert freezing.count(model) == (186_705_470, 985_949_440)
+    assert base.count(model) == (186_705_470, 985_949_440)
 
 
 def test_cached_features_stand_in_for_pixels() -> None:
@@ -119,7 +123,8 @@ def test_bfloat16_runs_and_its_losses_stay_close() -> None:
     model = build(dropout=0.0)
     wants = ALL - {"match_all"}  # its negatives are drawn
     exact, rounded = (
-        m(ids(), ATTENTION, LABELS, pixels(3), wants=wants) for m in (model, copy.deepcopy(model).bfloat16())
+        m(ids(), ATTENTION, LABELS, pixels(3), wants=wants)
+        for m in (model, copy.deepcopy(model).bfloat16())
     )
     for loss in (LOSSES[0], LOSSES[2]):
         assert loss(rounded).dtype == torch.float32
@@ -129,11 +134,17 @@ def test_bfloat16_runs_and_its_losses_stay_close() -> None:
 def test_padding_on_either_side_changes_nothing() -> None:
     model = build()
     right = model(ids(), ATTENTION, pixels=pixels(3), wants=frozenset({"pooled", "logits"}))
-    rows = [(row[real], len(row) - int(real.sum())) for row, real in zip(ids(), ATTENTION, strict=True)]
+    rows = [
+        (row[real], len(row) - int(real.sum())) for row, real in zip(ids(), ATTENTION, strict=True)
+    ]
     left = torch.stack([torch.nn.functional.pad(row, (pads, 0)) for row, pads in rows])
-    outputs = model(left, ATTENTION.flip(1), pixels=pixels(3), wants=frozenset({"pooled", "logits"}))
+    outputs = model(
+        left, ATTENTION.flip(1), pixels=pixels(3), wants=frozenset({"pooled", "logits"})
+    )
     torch.testing.assert_close(outputs.text_BD, right.text_BD, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(outputs.logits_BTV[ATTENTION.flip(1)], right.logits_BTV[ATTENTION], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        outputs.logits_BTV[ATTENTION.flip(1)], right.logits_BTV[ATTENTION], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_embeddings_for_search_are_the_outputs_made_unit_length() -> None:
@@ -146,7 +157,11 @@ def test_embeddings_for_search_are_the_outputs_made_unit_length() -> None:
 
 def test_the_head_over_the_words_begins_as_berts(tmp_path: Path) -> None:
     config = BertConfig(
-        vocab_size=319, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64
+        vocab_size=319,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
     )
     bert = stirred(BertForMaskedLM(config)).eval()
     with torch.no_grad():
@@ -162,11 +177,18 @@ def test_the_head_over_the_words_begins_as_berts(tmp_path: Path) -> None:
 def rank(index: int, folder: str) -> None:
     """One sample a rank: only the other rank has a negative, and its gradient must come back."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2
+    )
     model = build(dropout=0.0)
     own = slice(index, index + 1)
     widths = (4, 6)  # texts of another width on every rank
-    outputs = model(ids()[own, : widths[index]], ATTENTION[own, : widths[index]], pixels=pixels(3)[own], wants=ALL)
+    outputs = model(
+        ids()[own, : widths[index]],
+        ATTENTION[own, : widths[index]],
+        pixels=pixels(3)[own],
+        wants=ALL,
+    )
     torch.save(outputs.match_B3C.detach(), f"{folder}/{index}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -178,10 +200,15 @@ def test_negatives_come_from_the_other_rank(tmp_path: Path) -> None:
     model = build()
     features = model.vision(pixels(3))
     for own, other in ((0, 1), (1, 0)):
-        own_text, other_text = (ids()[[own]], ATTENTION[[own]]), (ids()[[other]], ATTENTION[[other]])
+        own_text, other_text = (
+            (ids()[[own]], ATTENTION[[own]]),
+            (ids()[[other]], ATTENTION[[other]]),
+        )
         pairs = ((own_text, own), (own_text, other), (other_text, own))
         expected = torch.cat([model.match(*text, features[[image]]) for text, image in pairs])
-        torch.testing.assert_close(judged[own][0].diff(dim=-1)[:, 0], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            judged[own][0].diff(dim=-1)[:, 0], expected, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_one_sample_alone_has_no_negative() -> None:
@@ -192,7 +219,7 @@ def test_one_sample_alone_has_no_negative() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     model = build()
     with pytest.raises(SpecError, match=r"set bridge\.text=true"):
-        QFormerPretrainer(vision=EvaConfig(), bridge=QFormer())
+        QFormerPretrainerConfig(vision=EvaConfig(), bridge=QFormerConfig())
     with pytest.raises(DataError, match="3 texts come with 2 images"):
         model(ids(), ATTENTION, pixels=pixels(2))
     with pytest.raises(DataError, match="exactly one of them"):
@@ -204,5 +231,11 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_its_text_has_no_places_for_images() -> None:
-    assert SPEC.image_tokens == 0 and SPEC.places(Layout(0, 0, 4, 3)) == 0 and SPEC.instruction is None
-    assert (SPEC.tokenizer, SPEC.tiny().tokenizer, SPEC.context) == ("google-bert/bert-base-uncased", "bytes", 512)
+    assert (
+        SPEC.image_tokens == 0 and SPEC.places(Layout(0, 0, 4, 3)) == 0 and SPEC.instruction is None
+    )
+    assert (SPEC.tokenizer, SPEC.tiny().tokenizer, SPEC.context) == (
+        "google-bert/bert-base-uncased",
+        "bytes",
+        512,
+    )

@@ -9,7 +9,7 @@ from transformers import IdeficsConfig
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from bridgework.errors import DataError, SpecError
-from bridgework.models.bridges.resampler import PerceiverResampler, Resampler, at, frame_positions
+from bridgework.models.resampler import Resampler, ResamplerConfig, at, frame_positions
 
 IDEFICS = {  # ours -> theirs, of one layer
     "media_norm": "0.context_layer_norm",
@@ -24,9 +24,11 @@ IDEFICS = {  # ours -> theirs, of one layer
 }
 
 
-def build(frames: int = 0, seed: int = 0, **changes: Any) -> PerceiverResampler:
+def build(frames: int = 0, seed: int = 0, **changes: Any) -> Resampler:
     torch.manual_seed(seed)
-    spec = Resampler(**{"latents": 4, "depth": 2, "heads": 2, "head_width": 8, "frames": frames} | changes)
+    spec = ResamplerConfig(
+        **{"latents": 4, "depth": 2, "heads": 2, "head_width": 8, "frames": frames} | changes
+    )
     return spec.build(16, 24)
 
 
@@ -34,7 +36,7 @@ def patches(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def theirs_of(ours: PerceiverResampler) -> IdeficsPerceiverResampler:
+def theirs_of(ours: Resampler) -> IdeficsPerceiverResampler:
     norms = {"qk_layer_norms_perceiver": ours.config.qk_norm}
     config = IdeficsConfig(vision_config={"embed_dim": 16}, perceiver_config=norms)
     theirs = IdeficsPerceiverResampler(config, 16, 2, 2, 8, 4)
@@ -42,7 +44,9 @@ def theirs_of(ours: PerceiverResampler) -> IdeficsPerceiverResampler:
     theirs.layer_norm.load_state_dict(ours.norm.state_dict())
     for i, layer in enumerate(ours.layers):
         for own, other in IDEFICS.items():
-            theirs.get_submodule(f"blocks.{i}.{other}").load_state_dict(layer.get_submodule(own).state_dict())
+            theirs.get_submodule(f"blocks.{i}.{other}").load_state_dict(
+                layer.get_submodule(own).state_dict()
+            )
     return theirs
 
 
@@ -76,7 +80,9 @@ def test_relu2_is_the_square_of_a_relu() -> None:
 
 def test_patches_of_a_frame_are_a_set() -> None:
     model, given = build(frames=3), patches(2, 3, 5)
-    torch.testing.assert_close(model(given[:, :, torch.randperm(5)]), model(given), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(given[:, :, torch.randperm(5)]), model(given), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("frames", [0, 3])
@@ -91,8 +97,12 @@ def test_masked_patches_change_nothing_and_a_full_mask_is_no_mask() -> None:
     real = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
     other = given.masked_fill(~real.unsqueeze(-1), 7.0)
     torch.testing.assert_close(model(other, real), model(given, real), atol=0, rtol=0)
-    torch.testing.assert_close(model(given[:1], real[:1]), model(given[:1, :4]), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model(given, torch.ones_like(real)), model(given), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        model(given[:1], real[:1]), model(given[:1, :4]), atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        model(given, torch.ones_like(real)), model(given), atol=1e-6, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("frames", [0, 2, 5])
@@ -109,11 +119,14 @@ def test_thirty_frames_spread_over_eight_positions_and_eight_or_fewer_keep_their
     learned = torch.randn(8, 3)
     thirty = at(learned, frame_positions(torch.tensor([30]), torch.arange(30), 8))[0]
     torch.testing.assert_close(thirty[[0, -1]], learned[[0, -1]])
-    expected = torch.nn.functional.interpolate(learned.T[None], 30, mode="linear", align_corners=True)[0].T
+    expected = torch.nn.functional.interpolate(
+        learned.T[None], 30, mode="linear", align_corners=True
+    )[0].T
     torch.testing.assert_close(thirty, expected, atol=1e-5, rtol=1e-5)
     for count in (1, 5, 8):
         assert torch.equal(
-            at(learned, frame_positions(torch.tensor([count]), torch.arange(count), 8))[0], learned[:count]
+            at(learned, frame_positions(torch.tensor([count]), torch.arange(count), 8))[0],
+            learned[:count],
         )
 
 
@@ -122,7 +135,9 @@ def test_a_mask_of_another_shape_is_refused() -> None:
         build()(patches(2, 6), torch.ones(2, 5, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"latents": 0}, "latents must be"), ({"frames": -1}, "frames must")])
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"latents": 0}, "latents must be"), ({"frames": -1}, "frames must")]
+)
 def test_numbers_out_of_range_are_refused(changes: dict[str, int], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         build(**changes)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.models import CLIPTextConfig
-from bridgework.models.text import CLIPText
+from bridgework.models.clip_text import CLIPText
 
 TINY = replace(CLIPTextConfig().tiny(), context=12)
 EOS = 259
@@ -40,7 +40,9 @@ def texts() -> tuple[Tensor, Tensor]:
 def test_a_text_is_the_pooled_output_of_transformers(eos: int) -> None:
     tower, (ids, attention) = build(replace(TINY, eos=eos)), texts()
     theirs: Any = tower.tower
-    torch.testing.assert_close(tower(ids, attention), theirs(ids, attention_mask=attention.long()).pooler_output)
+    torch.testing.assert_close(
+        tower(ids, attention), theirs(ids, attention_mask=attention.long()).pooler_output
+    )
 
 
 def test_ids_behind_the_end_do_not_matter_and_every_id_before_it_does() -> None:
@@ -92,11 +94,18 @@ def test_new_weights_have_the_spreads_of_the_release() -> None:
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["tower", "whole model"])
-def test_saved_weights_come_back_from_a_tower_and_from_the_model_around_it(whole: bool, tmp_path: Path) -> None:
+def test_saved_weights_come_back_from_a_tower_and_from_the_model_around_it(
+    whole: bool, tmp_path: Path
+) -> None:
     saved = build()
     around: Any = saved.tower
     if whole:
-        vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        vision = {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+        }
         config = transformers.CLIPConfig(text_config=around.config.to_dict(), vision_config=vision)
         model: Any = transformers.CLIPModel(config)
         model.text_model, around = around, model

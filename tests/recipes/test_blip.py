@@ -13,41 +13,41 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from bridgework.data.batch import Batch, collate
-from bridgework.data.reader import Feed, local
+from bridgework import artifacts
+from bridgework.config import override
+from bridgework.data.collate import Batch, collate
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.data.samples import pair
-from bridgework.data.streams import Streams
 from bridgework.data.templates import conversation
+from bridgework.data.tokenization import SampleEncoder
 from bridgework.errors import SpecError
 from bridgework.evaluation import Retrieval
-from bridgework.inference import Pipeline
+from bridgework.inference.pipeline import Pipeline
 from bridgework.losses import MomentumContrastive
-from bridgework.models import freezing
-from bridgework.models.med_model import MEDModel
+from bridgework.models import base as freezing
+from bridgework.models.blip_med import MED
 from bridgework.recipes import blip
-from bridgework.spec import override
 from bridgework.system import IGNORE, Stage, System, load, variants
-from bridgework.training import artefact
-from bridgework.training.step import Step
+from bridgework.training.step import TrainingModule
 from tests.training.support import Stop, go, losses, same, stop_at, uncurated, weights
 
 ORDER = ["pretrain", "captioner", "filter", "bootstrap"]
 
 
 def batch(stage: Stage, home: Path) -> Batch:
-    rows = next(local(Feed.of(stage, home), rank=0, world=1, start=0))
+    rows = next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0))
     return collate(rows, pad_id=257)
 
 
-def stepped(stage: Stage, home: Path, parent: dict[str, Tensor] | None) -> MEDModel:
+def stepped(stage: Stage, home: Path, parent: dict[str, Tensor] | None) -> MED:
     """The stage's model, after one step on what the one before left."""
     torch.manual_seed(0)
-    model: MEDModel = stage.model.build()
+    model: MED = stage.model.build()
     if parent is not None:
         model.load_state_dict(model.adopt(parent), strict=False)
-    learning = freezing.apply(model, stage.trains)
+    learning = freezing.set_trainable(model, stage.trains)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    step = Step(model, stage.losses).train()
+    step = TrainingModule(model, stage.losses).train()
     given = batch(stage, home)
     (step(given) / step.counts([given]).clamp(min=1)).sum().backward()
     assert all(model.get_parameter(name).grad is not None for name in learning), stage.name
@@ -56,9 +56,13 @@ def stepped(stage: Stage, home: Path, parent: dict[str, Tensor] | None) -> MEDMo
     return model
 
 
-def kept(model: MEDModel) -> dict[str, Tensor]:
+def kept(model: MED) -> dict[str, Tensor]:
     """What an artefact holds of it."""
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("momentum.")}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("momentum.")
+    }
 
 
 @pytest.mark.parametrize("variant", variants("blip"))
@@ -81,7 +85,7 @@ def test_each_stage_trains_all_of_a_model_with_the_parts_of_its_tasks() -> None:
     for stage in load("blip").stages:
         with torch.device("meta"):
             model = stage.model.build(pretrained=False)
-        learning = freezing.apply(model, stage.trains)
+        learning = freezing.set_trainable(model, stage.trains)
         assert set(learning) == {name for name, _ in model.named_parameters()}
         assert {name.split(".")[0] for name in learning} == parts[stage.name]
 
@@ -91,7 +95,11 @@ def test_the_numbers_are_the_papers() -> None:
     for system, batch_size, rate in ((base, 2_880, 3e-4), (large, 2_400, 2e-4)):
         for name in ("pretrain", "bootstrap"):
             stage = system[name]
-            assert (stage.budget.batch, stage.optim.peak_lr, stage.optim.weight_decay) == (batch_size, rate, 0.05)
+            assert (stage.budget.batch, stage.optim.peak_lr, stage.optim.weight_decay) == (
+                batch_size,
+                rate,
+                0.05,
+            )
             assert stage.model.pixels.size == 224 and stage.starts_from is None
             assert stage.model.momentum.queue == 57_600 and 57_600 % batch_size == 0
             epochs = stage.optim.final_lr / stage.optim.peak_lr
@@ -106,14 +114,21 @@ def test_the_numbers_are_the_papers() -> None:
 
 
 def test_the_second_model_learns_from_the_bootstrapped_captions_and_the_human_ones() -> None:
-    noisy, clean = ({s.dataset for s in load("blip")[name].data.sources} for name in ("pretrain", "bootstrap"))
-    assert clean == {"coco-karpathy", "vg", "capfilt"} and noisy == {"coco-karpathy", "vg", *blip.WEB}
+    noisy, clean = (
+        {s.dataset for s in load("blip")[name].data.sources} for name in ("pretrain", "bootstrap")
+    )
+    assert clean == {"coco-karpathy", "vg", "capfilt"} and noisy == {
+        "coco-karpathy",
+        "vg",
+        *blip.WEB,
+    }
 
 
 def test_tiny_keeps_the_tasks_the_losses_and_the_templates() -> None:
     def choices(system: System) -> list[object]:
         return [
-            (s.name, s.model.tasks, s.losses, s.data.template, dict(s.trains), s.starts_from) for s in system.stages
+            (s.name, s.model.tasks, s.losses, s.data.template, dict(s.trains), s.starts_from)
+            for s in system.stages
         ]
 
     for variant in variants("blip"):
@@ -123,7 +138,7 @@ def test_tiny_keeps_the_tasks_the_losses_and_the_templates() -> None:
 
 def test_a_captioner_writes_behind_its_prompt_which_costs_nothing() -> None:
     stage = load("blip")["captioner"].tiny()
-    streams = Streams.of(stage.model, stage.data)
+    streams = SampleEncoder.of(stage.model, stage.data)
     parts = conversation(pair("k", b"", "two cats"), ("a picture of",), 0)
     encoded = streams.train(parts)
     told = [i for i, label in zip(encoded.ids, encoded.labels, strict=True) if label != IGNORE]
@@ -134,10 +149,28 @@ def test_a_captioner_writes_behind_its_prompt_which_costs_nothing() -> None:
 @pytest.fixture
 def bert() -> PreTrainedTokenizerFast:
     """A tokenizer like BERT's, of words: [CLS] and [SEP], neither bos nor eos."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "picture", "of", "two", "cats", "how", "many", "?"]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "a",
+        "picture",
+        "of",
+        "two",
+        "cats",
+        "how",
+        "many",
+        "?",
+    ]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
-    special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    special = {
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+    }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
@@ -145,17 +178,28 @@ def bert() -> PreTrainedTokenizerFast:
     ("variant", "stage", "prompt", "row", "costs"),
     [
         ("system", "pretrain", None, "[CLS] two cats [SEP]", "two cats [SEP]"),
-        ("system", "captioner", "a picture of", "[CLS] a picture of two cats [SEP]", "two cats [SEP]"),
+        (
+            "system",
+            "captioner",
+            "a picture of",
+            "[CLS] a picture of two cats [SEP]",
+            "two cats [SEP]",
+        ),
         ("vqa", "vqa", "how many cats?", "[CLS] how many cats? [SEP] two [SEP]", "two [SEP]"),
     ],
 )
 def test_rows_are_laid_out_as_bert_reads_them(
-    bert: PreTrainedTokenizerFast, variant: str, stage: str, prompt: str | None, row: str, costs: str
+    bert: PreTrainedTokenizerFast,
+    variant: str,
+    stage: str,
+    prompt: str | None,
+    row: str,
+    costs: str,
 ) -> None:
     told = load(f"blip:{variant}")[stage]
     text = costs.removesuffix(" [SEP]")
     parts = conversation(pair("k", b"", text), (prompt,) if prompt else (), 0)
-    streams = Streams(told.model, told.data.template, 40, bert, None)
+    streams = SampleEncoder(told.model, told.data.template, 40, bert, None)
     encoded = streams.train(parts)
 
     def words(text: str) -> list[int]:
@@ -179,16 +223,20 @@ def test_a_finder_embeds_matches_and_finds(finder: Pipeline, home: Path) -> None
         metrics[rerank] = spec.run(finder, home).metrics
         assert all(0 <= value <= 1 for value in metrics[rerank].values())
     assert metrics[0].keys() == metrics[4].keys()
-    assert isinstance(finder.model, MEDModel)
+    assert isinstance(finder.model, MED)
 
 
 def test_a_captioner_writes_a_caption_about_an_image(home: Path) -> None:
     stage = load("blip")["captioner"].tiny()
     pipeline = Pipeline(stepped(stage, home, None).eval(), stage)
-    image = next(local(Feed.of(stage, home), rank=0, world=1, start=0))[0].images[0]
+    image = next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0))[0].images[0]
     conversation_of_it = pipeline.inputs.ask(pair("k", b"", "unknown"))[:-1]
-    written = pipeline.generate(conversation_of_it, [image], max_new_tokens=5, top_p=0.9, temperature=1.0, seed=0)
-    again = pipeline.generate(conversation_of_it, [image], max_new_tokens=5, top_p=0.9, temperature=1.0, seed=0)
+    written = pipeline.generate(
+        conversation_of_it, [image], max_new_tokens=5, top_p=0.9, temperature=1.0, seed=0
+    )
+    again = pipeline.generate(
+        conversation_of_it, [image], max_new_tokens=5, top_p=0.9, temperature=1.0, seed=0
+    )
     assert written == again and written.completion_tokens == 5
     ranked = pipeline.rank(image, ["a red circle", "a blue square", "three dogs"])
     assert len(ranked) == 3 and ranked[0].score >= ranked[2].score
@@ -220,7 +268,15 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not_twin_and_queue_too(home
     system = pretraining(5)
     go(system, home, "blip-whole", stages=None)
     with pytest.raises(Stop):
-        go(system, home, "blip-broken", stages=None, checkpoint_every=2, evaluate_every=1, report=stop_at(3))
+        go(
+            system,
+            home,
+            "blip-broken",
+            stages=None,
+            checkpoint_every=2,
+            evaluate_every=1,
+            report=stop_at(3),
+        )
     go(system, home, "blip-broken", stages=None, checkpoint_every=2)
     whole, broken = (losses(home, name, "pretrain") for name in ("blip-whole", "blip-broken"))
     assert dict(broken) == dict(whole) and [step for step, _ in broken][-3:] == [2, 3, 4]
@@ -230,9 +286,9 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not_twin_and_queue_too(home
 def test_an_artefact_holds_no_twin_and_opens(home: Path) -> None:
     go(pretraining(1), home, "blip-artefact", stages=None)
     folder = home / "runs/blip-artefact/pretrain/artefact"
-    held = artefact.weights(folder)
+    held = artifacts.weights(folder)
     assert not any(name.startswith("momentum.") for name in held)
-    model = artefact.load(folder).model
+    model = artifacts.load(folder).model
     twin = model.momentum.parameters_of_twin(torch.float32)
     assert all(torch.equal(tensor, held[name]) for name, tensor in twin.items())
 
@@ -242,19 +298,25 @@ def test_fine_tunes_start_from_a_model_with_other_parts(home: Path) -> None:
     system = override(System(name="blip", paper="-", stages=stages), {"stages.*.budget.steps": 1})
     go(system, home, "blip-tuned", stages=None)
     folder = home / "runs/blip-tuned"
-    left = {stage.name: set(artefact.weights(folder / stage.name / "artefact")) for stage in stages}
+    left = {
+        stage.name: set(artifacts.weights(folder / stage.name / "artefact")) for stage in stages
+    }
     assert {name.split(".")[0] for name in left["captioner"]} == {"vision", "decoder", "heads"}
     assert {name.split(".")[0] for name in left["filter"]} == {"vision", "text", "heads"}
-    assert left["bootstrap"] == left["pretrain"] and "decoder.embeddings.LayerNorm.bias" in left["vqa"]
+    assert (
+        left["bootstrap"] == left["pretrain"] and "decoder.embeddings.LayerNorm.bias" in left["vqa"]
+    )
     for stage in stages:
-        artefact.load(folder / stage.name / "artefact")
+        artifacts.load(folder / stage.name / "artefact")
 
 
 def test_contrast_in_micro_batches_is_contrast_at_once_queue_and_all(home: Path) -> None:
     taken = []
     for micro in (8, 3):
         run = f"blip-micro-{micro}"
-        system = pretraining(3, losses=(MomentumContrastive(),), budget__micro=micro, model__text__dropout=0.0)
+        system = pretraining(
+            3, losses=(MomentumContrastive(),), budget__micro=micro, model__text__dropout=0.0
+        )
         go(system, home, run, stages=None)
         taken.append([loss for _, loss in losses(home, run, "pretrain")])
     assert taken[0] == pytest.approx(taken[1], rel=1e-4)

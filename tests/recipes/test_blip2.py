@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridgework.data.batch import collate
-from bridgework.data.reader import Feed, local
+from bridgework import artifacts
+from bridgework.data.collate import collate
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.data.synthetic import shapes
-from bridgework.data.tokens import load_tokenizer
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.evaluation import VQA, Captions, Retrieval
-from bridgework.models import freezing
-from bridgework.models.bridges.qformer import is_text
+from bridgework.models import base
+from bridgework.models.qformer import is_text
 from bridgework.recipes._blip2_vqa import layerwise
 from bridgework.system import IMAGE, Stage, load
-from bridgework.training import artefact
-from bridgework.training.schedule import learning_rate
-from bridgework.training.step import Step
+from bridgework.training.deepspeed_engine import learning_rate
+from bridgework.training.step import TrainingModule
 from tests.models.examples import pixels
 
 VARIANTS = ("blip2", "blip2:flan_t5", "blip2:vqa", "blip2:caption", "blip2:retrieval")
@@ -28,12 +28,12 @@ def one_step(stage: Stage, home: Path) -> set[str]:
     """The names that a step of the tiny stage gives a gradient, after it went through the real data path."""
     torch.manual_seed(0)
     model = stage.model.build()
-    learning = freezing.apply(model.train(), stage.trains)
+    learning = base.set_trainable(model.train(), stage.trains)
     batch = collate(
-        next(local(Feed.of(stage, home), rank=0, world=1, start=0)),
+        next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)),
         pad_id=load_tokenizer(stage.model.tokenizer).pad_token_id,
     )
-    step = Step(model, stage.losses)
+    step = TrainingModule(model, stage.losses)
     sums_LS, counts_LS = step(batch), step.counts([batch])
     assert bool(torch.isfinite(sums_LS).all()) and bool((counts_LS.sum(1) > 0).all())
     assert bool((batch.ids_BT == IMAGE).any()) == bool(stage.model.image_tokens)
@@ -45,7 +45,9 @@ def one_step(stage: Stage, home: Path) -> set[str]:
 
 def test_the_papers_numbers_stand_on_the_page() -> None:
     represent, generate = load("blip2").stages
-    assert sum(source.rows or 0 for source in represent.data.sources) == pytest.approx(129e6, rel=0.01)
+    assert sum(source.rows or 0 for source in represent.data.sources) == pytest.approx(
+        129e6, rel=0.01
+    )
     assert (represent.budget.steps, represent.budget.batch) == (250_000, 1_680)
     assert (generate.budget.steps, generate.budget.batch) == (80_000, 1_920)
     assert load("blip2:flan_t5")["generate"].budget.batch == 1_520
@@ -64,28 +66,36 @@ def test_one_tiny_step_moves_what_the_stage_names(variant: str, name: str, home:
 def test_generate_begins_with_the_queries_that_represent_taught(tmp_path: Path) -> None:
     system = load("blip2").tiny()
     taught = system["represent"].model.build().eval()
-    artefact.save(tmp_path / "represent", dict(taught.named_parameters()), system=system, stage="represent")
+    artifacts.save(
+        tmp_path / "represent", dict(taught.named_parameters()), system=system, stage="represent"
+    )
     generate = system["generate"]
-    given = artefact.weights(tmp_path / "represent", generate.inherits)
+    given = artifacts.weights(tmp_path / "represent", generate.inherits)
     model = generate.model.build().eval()
-    artefact.put(model, given, "represent")
+    artifacts.load_into(model, given, "represent")
     patches = taught.vision(pixels(2))
     assert torch.equal(model.bridge.read(patches)[-1], taught.bridge.read(patches)[-1])
-    left = {n.removeprefix("bridge.") for n in dict(taught.named_parameters()) if n.startswith("bridge.")} - {
-        n.removeprefix("bridge.") for n in given
-    }
+    left = {
+        n.removeprefix("bridge.")
+        for n in dict(taught.named_parameters())
+        if n.startswith("bridge.")
+    } - {n.removeprefix("bridge.") for n in given}
     assert left == {n for n, _ in taught.bridge.named_parameters() if is_text(n)}
 
 
 def test_the_rate_falls_from_block_to_block() -> None:
     trains = layerwise(39, 0.95)
     stage = load("blip2:vqa").tiny()["vqa"]
-    learning = freezing.apply(stage.model.build(), stage.trains)
+    learning = base.set_trainable(stage.model.build(), stage.trains)
     for i in range(39):
         assert trains[f"vision.tower.encoder.layers.{i}.*"] == pytest.approx(0.95 ** (39 - i))
-        assert learning[f"vision.tower.encoder.layers.{i}.mlp.fc1.weight"] == pytest.approx(0.95 ** (39 - i))
+        assert learning[f"vision.tower.encoder.layers.{i}.mlp.fc1.weight"] == pytest.approx(
+            0.95 ** (39 - i)
+        )
     assert learning["vision.tower.embeddings.class_embedding"] == pytest.approx(0.95**40)
-    assert {n.split(".")[0] for n in learning} == {"vision", "bridge"} and learning["bridge.queries"] == 1.0
+    assert {n.split(".")[0] for n in learning} == {"vision", "bridge"} and learning[
+        "bridge.queries"
+    ] == 1.0
 
 
 def test_the_rate_warms_up_for_2000_steps_and_ends_where_the_paper_says() -> None:
@@ -97,16 +107,19 @@ def test_the_rate_warms_up_for_2000_steps_and_ends_where_the_paper_says() -> Non
 def test_flan_t5_encodes_the_first_words_of_a_caption_and_writes_the_rest(home: Path) -> None:
     """The division is drawn: the same caption is cut at other words in other epochs."""
     stage = load("blip2:flan_t5").tiny()["generate"]
-    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    batch = collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
     begins = (batch.labels_BT >= 0).int().argmax(-1) - stage.model.image_tokens
     assert bool((begins > 1).all()) and len(set(begins.tolist())) > 1
 
 
 def test_a_fine_tune_trains_the_bridge_and_the_vit_and_exactly_these() -> None:
-    for variant, name, others in (("caption", "caption", ()), ("retrieval", "retrieval", ("heads",))):
+    for variant, name, others in (
+        ("caption", "caption", ()),
+        ("retrieval", "retrieval", ("heads",)),
+    ):
         stage = load(f"blip2:{variant}").tiny()[name]
         model = stage.model.build()
-        learning = freezing.apply(model, stage.trains)
+        learning = base.set_trainable(model, stage.trains)
         parts = ("bridge", "vision", *others)
         assert set(learning) == {n for n, _ in model.named_parameters() if n.split(".")[0] in parts}
 
@@ -117,8 +130,13 @@ def test_fine_tunes_have_the_numbers_of_tables_7_and_9() -> None:
         epochs = stage.budget.steps * batch / 566_747  # pairs of COCO's Karpathy split
         assert stage.budget.batch == batch and epochs == pytest.approx(5, abs=0.01)
         assert stage.model.pixels.size == 364
-        rates = [learning_rate(stage.optim, step, stage.budget.steps) for step in (0, 999, 1_000, stage.budget.steps)]
-        assert rates[:3] == pytest.approx([1e-8, 1e-5, 1e-5], rel=0.01) and rates[3] == pytest.approx(0.0, abs=1e-9)
+        rates = [
+            learning_rate(stage.optim, step, stage.budget.steps)
+            for step in (0, 999, 1_000, stage.budget.steps)
+        ]
+        assert rates[:3] == pytest.approx([1e-8, 1e-5, 1e-5], rel=0.01) and rates[
+            3
+        ] == pytest.approx(0.0, abs=1e-9)
         assert (stage.optim.weight_decay, stage.optim.betas) == (0.05, (0.9, 0.999))
     assert caption.starts_from == "generate" and caption.data.sources[0].prompts == ("a photo of",)
     assert retrieval.starts_from == "represent" and retrieval.data.by_image
@@ -131,7 +149,7 @@ def test_fine_tunes_have_the_numbers_of_tables_7_and_9() -> None:
 
 def test_a_caption_is_written_behind_its_prompt_which_costs_nothing(home: Path) -> None:
     stage = load("blip2:caption").tiny()["caption"]
-    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    batch = collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
     tokenizer, captions = load_tokenizer("bytes"), {sample.key: sample.text for sample in shapes()}
     for key, ids, labels in zip(batch.keys, batch.ids_BT, batch.labels_BT, strict=True):
         assert tokenizer.decode([i for i in ids.tolist() if i >= 0]).count("a photo of") == 1
@@ -141,17 +159,19 @@ def test_a_caption_is_written_behind_its_prompt_which_costs_nothing(home: Path) 
 
 def test_fine_tuned_retrieval_takes_all_captions_of_an_image_for_right(home: Path) -> None:
     stage = load("blip2:retrieval").tiny()["retrieval"]
-    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    batch = collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
     assert batch.identity_B is not None
     torch.manual_seed(0)
     model = stage.model.build().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    step, first = Step(model, stage.losses[:1]), batch.identity_B[:1]
+    step, first = TrainingModule(model, stage.losses[:1]), batch.identity_B[:1]
     one_image = replace(batch, identity_B=torch.cat([first, first, batch.identity_B[2:]]))
     with torch.no_grad():
-        unknown, known, shared = (step(b)[0] for b in (replace(batch, identity_B=None), batch, one_image))
+        unknown, known, shared = (
+            step(b)[0] for b in (replace(batch, identity_B=None), batch, one_image)
+        )
     torch.testing.assert_close(unknown, known)  # every synthetic image has one caption
     assert not torch.allclose(known[:2], shared[:2]) and torch.allclose(known[2:], shared[2:])
 

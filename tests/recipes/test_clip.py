@@ -5,15 +5,14 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
+from bridgework.config import override
 from bridgework.data.samples import Part
-from bridgework.data.streams import Streams
-from bridgework.models import freezing
+from bridgework.data.tokenization import SampleEncoder
+from bridgework.models import base
 from bridgework.recipes import clip
-from bridgework.spec import override
 from bridgework.system import Stage, System
-from bridgework.training.engine import _groups
-from bridgework.training.schedule import learning_rate
-from bridgework.training.step import Step
+from bridgework.training.deepspeed_engine import _groups, learning_rate
+from bridgework.training.step import TrainingModule
 
 
 @pytest.mark.parametrize(
@@ -34,10 +33,13 @@ def test_the_models_have_the_sizes_of_the_release(system: System, parameters: in
 def test_all_trains_and_what_decays_are_matrices(system: System) -> None:
     stage = system.tiny()["contrast"]
     model = stage.model.build()
-    multipliers = freezing.apply(model, stage.trains)
+    multipliers = base.set_trainable(model, stage.trains)
     assert multipliers.keys() == {name for name, _ in model.named_parameters()}
-    groups = _groups(Step(model, stage.losses), multipliers, stage.optim)
-    sides = {decay: [p for g in groups if g["weight_decay"] == decay for p in g["params"]] for decay in (0.0, 0.2)}
+    groups = _groups(TrainingModule(model, stage.losses), multipliers, stage.optim)
+    sides = {
+        decay: [p for g in groups if g["weight_decay"] == decay for p in g["params"]]
+        for decay in (0.0, 0.2)
+    }
     assert all(p.ndim > 1 for p in sides[0.2]) and all(p.ndim < 2 for p in sides[0.0])
     assert any(p is model.heads.logit_scale for p in sides[0.0])
     assert {id(p) for side in sides.values() for p in side} == {id(p) for p in model.parameters()}
@@ -48,7 +50,9 @@ def test_the_rate_climbs_for_2000_steps_and_falls_to_nothing() -> None:
     stage = clip.system()["contrast"]
     steps, peak = stage.budget.steps, stage.optim.peak_lr
     assert steps * stage.budget.batch == 32 * 400_000_000
-    warmup = next(step for step in range(steps) if learning_rate(stage.optim, step, steps) == peak) + 1
+    warmup = (
+        next(step for step in range(steps) if learning_rate(stage.optim, step, steps) == peak) + 1
+    )
     assert warmup == pytest.approx(2_000, abs=1)
     assert learning_rate(stage.optim, 0, steps) == pytest.approx(peak / warmup)
     assert learning_rate(stage.optim, steps // 2, steps) == pytest.approx(peak / 2, rel=0.02)
@@ -66,19 +70,25 @@ def test_336_px_is_one_more_epoch_from_224() -> None:
 
 
 @pytest.fixture(scope="module")
-def streams(tmp_path_factory: pytest.TempPathFactory) -> Streams:
+def streams(tmp_path_factory: pytest.TempPathFactory) -> SampleEncoder:
     """Those of the recipe, with a vocabulary of bytes, bytes that end a word, four merges, start and end."""
     folder = tmp_path_factory.mktemp("tokenizer")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("c", "a"), ("ca", "t</w>"), ("o", "n</w>"), ("a", "n")]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    words = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(merge) for merge in merges),
+    ]
     words += ["<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges).save_pretrained(folder)
+    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges).save_pretrained(
+        folder
+    )
     stage: Stage = override(clip.system()["contrast"], {"model.text.tokenizer": str(folder)})
-    return Streams.of(stage.model, stage.data)
+    return SampleEncoder.of(stage.model, stage.data)
 
 
-def encode(streams: Streams, caption: str) -> list[int]:
+def encode(streams: SampleEncoder, caption: str) -> list[int]:
     return streams.train([Part("caption", image=0), Part("caption", text=caption)]).ids
 
 
@@ -90,18 +100,20 @@ def encode(streams: Streams, caption: str) -> list[int]:
         ("\u732b \U0001f408 can", "\u732b \U0001f408 can"),
     ],
 )
-def test_decoding_gives_back_the_caption_in_lower_case(streams: Streams, caption: str, cleaned: str) -> None:
+def test_decoding_gives_back_the_caption_in_lower_case(
+    streams: SampleEncoder, caption: str, cleaned: str
+) -> None:
     ids = encode(streams, caption)
     assert streams.tokenizer.decode(ids, skip_special_tokens=True) == cleaned
     assert ids == streams.tokenizer(caption).input_ids
     assert (ids[0], ids[-1]) == (streams.tokenizer.bos_token_id, streams.tokenizer.eos_token_id)
 
 
-def test_a_long_caption_is_cut_to_77_tokens_and_keeps_its_end(streams: Streams) -> None:
+def test_a_long_caption_is_cut_to_77_tokens_and_keeps_its_end(streams: SampleEncoder) -> None:
     ids = encode(streams, "cat on " * 60)
     assert len(ids) == 77 and ids[-1] == streams.tokenizer.eos_token_id
     assert ids == streams.tokenizer("cat on " * 60, truncation=True, max_length=77).input_ids
 
 
-def test_an_end_that_a_caption_names_is_none(streams: Streams) -> None:
+def test_an_end_that_a_caption_names_is_none(streams: SampleEncoder) -> None:
     assert encode(streams, "a <|endoftext|> cat").count(streams.tokenizer.eos_token_id) == 1

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bridgework.data.batch import Batch, collate
-from bridgework.data.reader import Feed, local
+from bridgework.config import override
+from bridgework.data.collate import Batch, collate
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.evaluation import VQA, Captions
-from bridgework.inference import Pipeline
-from bridgework.models import freezing
+from bridgework.inference.pipeline import Pipeline
+from bridgework.models import base
 from bridgework.recipes import flamingo
-from bridgework.spec import override
 from bridgework.system import END, IMAGE, Scoring, Stage
-from bridgework.training.engine import Engine, Taken
-from bridgework.training.step import Step, by_source
+from bridgework.training.deepspeed_engine import Engine, StepResult
+from bridgework.training.step import TrainingModule, by_source
 
 NEW = {"system": 1.2, "b9": 1.6, "b80": 10.0}  # billions of parameters in the blocks (table 5)
 
@@ -34,23 +34,32 @@ def test_one_tiny_step_moves_resampler_gates_and_two_rows_and_sees_every_source(
     stage = flamingo.system().tiny()["train"]
     torch.manual_seed(0)
     model = stage.model.build()
-    learning = freezing.apply(model, stage.trains)
+    learning = base.set_trainable(model, stage.trains)
     assert {name.split(".")[0] for name in learning} == {"bridge", "gates", "extra"}
-    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
-    assert int((batch.ids_BT == IMAGE).sum()) == len(batch.ids_BT) and bool((batch.labels_BT == END).any())
-    step = Step(model, stage.losses)
+    batch = collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    assert int((batch.ids_BT == IMAGE).sum()) == len(batch.ids_BT) and bool(
+        (batch.labels_BT == END).any()
+    )
+    step = TrainingModule(model, stage.losses)
     lambdas_S = torch.tensor([source.loss_weight for source in stage.data.leaves])
     own_R = torch.tensor(batch.sources)
-    sums_LS, counts_LS = (by_source(x, own_R, len(lambdas_S)) for x in (step(batch), step.counts([batch])))
+    sums_LS, counts_LS = (
+        by_source(x, own_R, len(lambdas_S)) for x in (step(batch), step.counts([batch]))
+    )
     assert bool((counts_LS > 0).all())
     (lambdas_S * sums_LS / counts_LS).sum().backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert moved == {name for name in learning if "alpha" in name or name.startswith("extra")}  # the gates are closed
+    assert moved == {
+        name for name in learning if "alpha" in name or name.startswith("extra")
+    }  # the gates are closed
 
 
 def test_it_is_judged_at_0_to_32_shots_by_cider_and_by_vqa_accuracy() -> None:
     stage = flamingo.system()["train"]
-    judged_on = ((Captions, "coco-karpathy-val", "coco-karpathy-train"), (VQA, "vqav2-val", "vqav2-train"))
+    judged_on = (
+        (Captions, "coco-karpathy-val", "coco-karpathy-train"),
+        (VQA, "vqav2-val", "vqav2-train"),
+    )
     for kind, judged, support in judged_on:
         shots = [judge.shots for judge in stage.evals if isinstance(judge, kind)]
         assert [s.count for s in shots if s is not None] == [0, 4, 8, 16, 32]
@@ -75,32 +84,37 @@ LAMBDAS = {"m3w": 1.0, "align": 0.25, "ltip": 2.0, "vtp": 0.5}
 
 
 def weighed(lambdas: dict[str, float], micro: int = 8) -> Stage:
-    stage = override(flamingo.system().tiny()["train"], {"shard.stage": 0, "optim.clip": 0.0, "budget.micro": micro})
-    return override(stage, {f"data.sources.{name}.loss_weight": weight for name, weight in lambdas.items()})
+    stage = override(
+        flamingo.system().tiny()["train"],
+        {"shard.stage": 0, "optim.clip": 0.0, "budget.micro": micro},
+    )
+    return override(
+        stage, {f"data.sources.{name}.loss_weight": weight for name, weight in lambdas.items()}
+    )
 
 
-def opened(stage: Stage) -> freezing.Freezable:
+def opened(stage: Stage) -> base.VLMModule:
     """The stage's model with its gates half open, so that the resampler learns at once."""
     torch.manual_seed(0)
-    model: freezing.Freezable = stage.model.build()
+    model: base.VLMModule = stage.model.build()
     for name, parameter in model.named_parameters():
         if "alpha" in name:
             nn.init.constant_(parameter, 0.5)
     return model
 
 
-def taken(lambdas: dict[str, float], batches: list[Batch], micro: int = 8) -> Taken:
+def taken(lambdas: dict[str, float], batches: list[Batch], micro: int = 8) -> StepResult:
     stage = weighed(lambdas, micro)
     model = opened(stage)
-    learning = freezing.apply(model, stage.trains)
-    return Engine(Step(model, stage.losses), stage, learning).train_step(batches, 0.0)
+    learning = base.set_trainable(model, stage.trains)
+    return Engine(TrainingModule(model, stage.losses), stage, learning).train_step(batches, 0.0)
 
 
 def norm_in_plain_torch(lambdas: dict[str, float], batch: Batch) -> Tensor:
     """Of the gradient of the sum over sources of lambda times the mean over samples of their sums over tokens (2.4)."""
     stage = weighed(lambdas)
     model = opened(stage)
-    freezing.apply(model.train(), stage.trains)
+    base.set_trainable(model.train(), stage.trains)
     outputs = model(**batch.inputs())
     nats_BT = nn.functional.cross_entropy(
         outputs.logits_BTV[:, :-1].transpose(1, 2), outputs.labels_BT[:, 1:], reduction="none"
@@ -116,8 +130,11 @@ def norm_in_plain_torch(lambdas: dict[str, float], batch: Batch) -> Tensor:
 
 @pytest.mark.usefixtures("process_group")
 def test_a_step_is_the_weighted_sum_of_the_means_of_its_sources(home: Path) -> None:
-    rows = next(local(Feed.of(weighed(LAMBDAS), home), rank=0, world=1, start=0))
-    whole, parts = collate(rows, pad_id=0), [collate(rows[i : i + 2], pad_id=0) for i in range(0, 8, 2)]
+    rows = next(local(ReaderConfig.of(weighed(LAMBDAS), home), rank=0, world=1, start=0))
+    whole, parts = (
+        collate(rows, pad_id=0),
+        [collate(rows[i : i + 2], pad_id=0) for i in range(0, 8, 2)],
+    )
     assert sorted(set(whole.sources)) == [0, 1, 2, 3]
     one, other = taken(LAMBDAS, [whole]), {name: 3 * weight for name, weight in LAMBDAS.items()}
     weights_S = torch.tensor([*LAMBDAS.values()])
@@ -134,10 +151,13 @@ def test_a_step_is_the_weighted_sum_of_the_means_of_its_sources(home: Path) -> N
 
 @pytest.mark.usefixtures("process_group")
 def test_a_source_of_weight_0_is_as_if_it_were_not_there(home: Path) -> None:
-    rows = next(local(Feed.of(weighed(LAMBDAS), home), rank=0, world=1, start=0))
+    rows = next(local(ReaderConfig.of(weighed(LAMBDAS), home), rank=0, world=1, start=0))
     without = {**LAMBDAS, "m3w": 0.0}
     left = [row for row in rows if row.source != 0]
-    full, less = taken(without, [collate(rows, pad_id=0)]), taken(without, [collate(left, pad_id=0)])
+    full, less = (
+        taken(without, [collate(rows, pad_id=0)]),
+        taken(without, [collate(left, pad_id=0)]),
+    )
     torch.testing.assert_close(full.losses_L, less.losses_L, rtol=1e-5, atol=1e-6)
     assert full.norm == pytest.approx(less.norm, rel=1e-3) and full.norm != pytest.approx(
         taken(LAMBDAS, [collate(rows, pad_id=0)]).norm, rel=1e-2

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridgework.data.batch import collate
-from bridgework.data.reader import Feed, local
-from bridgework.data.tokens import load_tokenizer
-from bridgework.models import freezing
+from bridgework.data.collate import collate
+from bridgework.data.reader import ReaderConfig, local
+from bridgework.data.tokenization import load_tokenizer
+from bridgework.models import base
 from bridgework.system import load
-from bridgework.training.step import Step
+from bridgework.training.step import TrainingModule
 
 FROZEN = {  # stage -> the parts of which nothing trains
     ("blip2", "represent"): {"vision"},
@@ -31,20 +31,30 @@ FROZEN = {  # stage -> the parts of which nothing trains
 }
 
 
-@pytest.mark.parametrize(("system", "name"), FROZEN, ids=[f"{system}/{name}" for system, name in FROZEN])
-def test_frozen_parts_are_bitwise_the_same_after_a_step_and_at_rest(system: str, name: str, home: Path) -> None:
+@pytest.mark.parametrize(
+    ("system", "name"), FROZEN, ids=[f"{system}/{name}" for system, name in FROZEN]
+)
+def test_frozen_parts_are_bitwise_the_same_after_a_step_and_at_rest(
+    system: str, name: str, home: Path
+) -> None:
     stage = load(system).tiny()[name]
     torch.manual_seed(0)
     model = stage.model.build()
-    learning = freezing.apply(model, stage.trains)
+    learning = base.set_trainable(model, stage.trains)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     pad_id = load_tokenizer(stage.model.tokenizer).pad_token_id
-    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=pad_id)
-    Step(model.train(), stage.losses)(batch).sum().backward()
+    batch = collate(
+        next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=pad_id
+    )
+    TrainingModule(model.train(), stage.losses)(batch).sum().backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
-    moved = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    moved = {
+        key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])
+    }
     tied = {key for key, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     assert moved and moved <= set(learning) | tied
     for part in FROZEN[system, name]:
         assert not {key for key in moved if key.startswith(f"{part}.")}
-        assert not [key for key, child in model.get_submodule(part).named_modules() if child.training], part
+        assert not [
+            key for key, child in model.get_submodule(part).named_modules() if child.training
+        ], part

@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridgework.data.mixing import requested
-from bridgework.data.reader import Feed, local
+from bridgework.data.plan.shares import requested
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.data.samples import Part
-from bridgework.data.streams import Streams
 from bridgework.data.templates import TEMPLATES
-from bridgework.data.tokens import load_tokenizer
+from bridgework.data.tokenization import SampleEncoder, load_tokenizer
 from bridgework.evaluation import VQA, Captions, MultipleChoice, YesNo
-from bridgework.inference import Pipeline
-from bridgework.models.bridges.qformer import is_text
+from bridgework.inference.pipeline import Pipeline
+from bridgework.models.qformer import is_text
 from bridgework.recipes import _instruction_prompts as asked
 from bridgework.recipes import _instructions as instructions
 from bridgework.system import Mixture, Scoring, Source, load
@@ -31,11 +30,16 @@ TASKS = {
 
 
 def test_13_datasets_are_learned_from_and_13_others_tested_on() -> None:
-    learned, tested = {source.name for source in instructions.HELD_IN}, {judge.name for judge in instructions.HELD_OUT}
+    learned, tested = (
+        {source.name for source in instructions.HELD_IN},
+        {judge.name for judge in instructions.HELD_OUT},
+    )
     assert (len(learned), len(tested)) == (13, 13) and not learned & tested
     stage = load("instructblip")["instruct"]
     datasets = {source.dataset for source in stage.data.sources}
-    assert not datasets & {e.dataset for e in stage.evals} and {e.name for e in stage.evals} == tested
+    assert (
+        not datasets & {e.dataset for e in stage.evals} and {e.name for e in stage.evals} == tested
+    )
 
 
 def test_each_held_out_dataset_has_the_papers_metric_and_its_length_penalty() -> None:
@@ -54,7 +58,11 @@ def test_each_held_out_dataset_has_the_papers_metric_and_its_length_penalty() ->
         if isinstance(judge, VQA):
             assert (judge.writing.beams, judge.writing.length_penalty) == (5, -1.0)
         if isinstance(judge, Captions):
-            assert (judge.writing.least, judge.writing.most, judge.writing.length_penalty) == (10, 80, 1.0)
+            assert (judge.writing.least, judge.writing.most, judge.writing.length_penalty) == (
+                10,
+                80,
+                1.0,
+            )
         if isinstance(judge, MultipleChoice | YesNo):
             assert judge.scoring is None  # the stage's own, the plain log-likelihood
     assert stage.scoring == Scoring(prior=False)
@@ -71,12 +79,19 @@ def test_every_tiny_judge_judges_the_tiny_model(home: Path) -> None:
 
 
 @pytest.mark.parametrize(("task", "places"), TASKS.items())
-def test_every_task_has_10_to_15_prompts_with_its_places_and_no_two_in_one(task: str, places: set[str]) -> None:
+def test_every_task_has_10_to_15_prompts_with_its_places_and_no_two_in_one(
+    task: str, places: set[str]
+) -> None:
     prompts: tuple[str, ...] = getattr(asked, task)
     assert 10 <= len(prompts) <= 15 and len(set(prompts)) == len(prompts)
     for prompt in prompts:
-        assert {place for place in ("{}", "{ocr}", "{options}") if place in prompt} == places, prompt
-        assert all(prompt.count(place) <= 1 for place in ("{}", "{ocr}", "{options}")) and len(prompt) < 100, prompt
+        assert {place for place in ("{}", "{ocr}", "{options}") if place in prompt} == places, (
+            prompt
+        )
+        assert (
+            all(prompt.count(place) <= 1 for place in ("{}", "{ocr}", "{options}"))
+            and len(prompt) < 100
+        ), prompt
         assert not re.search(r"[.:?!][A-Z]", prompt), f"a comma is missing in {prompt}"
 
 
@@ -94,7 +109,9 @@ def test_two_sets_have_a_weight_of_their_own() -> None:
     assert data.template in TEMPLATES
 
 
-def test_one_tiny_step_moves_the_text_of_the_bridge_where_it_hears_the_instruction(home: Path) -> None:
+def test_one_tiny_step_moves_the_text_of_the_bridge_where_it_hears_the_instruction(
+    home: Path,
+) -> None:
     aware = one_step(load("instructblip").tiny()["instruct"], home)
     deaf = one_step(load("instructblip:without_instruction").tiny()["instruct"], home)
     assert {n.split(".")[0] for n in aware} == {"bridge"}
@@ -112,7 +129,7 @@ def test_it_goes_on_where_blip2_ends() -> None:
 
 def test_a_long_instruction_keeps_its_end_and_an_empty_one_is_two_tokens() -> None:
     stage = load("instructblip").tiny()["instruct"]
-    streams = Streams.of(stage.model, stage.data)
+    streams = SampleEncoder.of(stage.model, stage.data)
     ids = streams.instruction([Part("user", image=0), Part("user", text="word " * 100 + "the end")])
     tokenizer = load_tokenizer("bytes")
     assert len(ids) == 128 and tokenizer.decode(ids, skip_special_tokens=True).endswith("the end")
@@ -121,23 +138,35 @@ def test_a_long_instruction_keeps_its_end_and_an_empty_one_is_two_tokens() -> No
 
 def test_an_empty_instruction_is_heard_too_and_only_32_vectors_reach_the_language_model() -> None:
     stage = load("instructblip").tiny()["instruct"]
-    model, streams = stage.model.build().eval(), Streams.of(stage.model, stage.data)
+    model, streams = stage.model.build().eval(), SampleEncoder.of(stage.model, stage.data)
     seen = []
     for text in ("", "What is it?", "word " * 60):
-        heard = torch.tensor([streams.instruction([Part("user", image=0), Part("user", text=text)])])
+        heard = torch.tensor(
+            [streams.instruction([Part("user", image=0), Part("user", text=text)])]
+        )
         with torch.no_grad():
             seen.append(model.images(pixels(1), None, heard))
-    assert {tuple(vectors.shape) for vectors in seen} == {(1, stage.model.image_tokens, stage.model.language.width)}
-    assert all(bool(vectors.isfinite().all()) for vectors in seen) and not torch.equal(seen[0], seen[1])
+    assert {tuple(vectors.shape) for vectors in seen} == {
+        (1, stage.model.image_tokens, stage.model.language.width)
+    }
+    assert all(bool(vectors.isfinite().all()) for vectors in seen) and not torch.equal(
+        seen[0], seen[1]
+    )
     assert load("instructblip")["instruct"].model.image_tokens == 32
 
 
 def test_each_prompt_of_a_task_is_drawn_equally_often(home: Path) -> None:
     stage = load("instructblip").tiny()["instruct"]
     source = replace(stage.data.sources[0], prompts=asked.CAPTION)
-    stage = replace(stage, data=replace(stage.data, sources=(source,)), budget=replace(stage.budget, steps=150))
+    stage = replace(
+        stage, data=replace(stage.data, sources=(source,)), budget=replace(stage.budget, steps=150)
+    )
     tokenizer = load_tokenizer("bytes")
-    rows = [row for rows in local(Feed.of(stage, home), rank=0, world=1, start=0) for row in rows]
+    rows = [
+        row
+        for rows in local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)
+        for row in rows
+    ]
     said = [tokenizer.decode([i for i in row.ids if i >= 0]) for row in rows]
     counts = Counter(prompt for text in said for prompt in asked.CAPTION if prompt in text)
     assert sum(counts.values()) == len(rows) == 1_200 and len(counts) == len(asked.CAPTION)

@@ -8,16 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from bridgework.data.reader import Feed, local
+from bridgework.data.dataset import write
+from bridgework.data.images import to_square
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.data.samples import Part
-from bridgework.data.shards import write
 from bridgework.data.synthetic import choices
-from bridgework.data.tokens import load_tokenizer
-from bridgework.data.transforms import to_square
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.evaluation import WrittenChoice
-from bridgework.inference import Pipeline
-from bridgework.models import freezing
-from bridgework.models.vision import normalise
+from bridgework.inference.pipeline import Pipeline
+from bridgework.models import base
+from bridgework.models.vision import normalize
 from bridgework.system import IGNORE, load
 from tests.recipes.test_blip2 import one_step
 
@@ -30,47 +30,74 @@ def test_a_padded_square_is_as_large_as_the_longer_side_centred_in_what_the_towe
     white = Image.new("RGB", size, "white")
     square = to_square(white, pixels)
     assert square.shape == (3, pixels.size, pixels.size)
-    whole = np.flatnonzero((square == 255).all(0).any(1)), np.flatnonzero((square == 255).all(0).any(0))
+    whole = (
+        np.flatnonzero((square == 255).all(0).any(1)),
+        np.flatnonzero((square == 255).all(0).any(0)),
+    )
     for side, kept in zip(size[::-1], whole, strict=True):
         share = (kept[-1] - kept[0] + 1) / pixels.size
         assert abs(share - side / max(size)) <= 2 / pixels.size
         assert abs((kept[0] + kept[-1] + 1) / 2 - pixels.size / 2) <= 1  # centred
     border = (
-        torch.from_numpy(square[:, :1, :1].copy()) if size[0] > size[1] else torch.from_numpy(square[:, :, :1].copy())
+        torch.from_numpy(square[:, :1, :1].copy())
+        if size[0] > size[1]
+        else torch.from_numpy(square[:, :, :1].copy())
     )
-    seen = normalise(border.unsqueeze(0), pixels)
+    seen = normalize(border.unsqueeze(0), pixels)
     limit = torch.tensor([1 / 255 / std for std in pixels.std]).view(1, 3, 1, 1)
     assert bool((seen.abs() <= limit).all())
 
 
-def test_science_qa_starts_from_the_aligned_projector_and_ends_with_the_letter(home: Path, tmp_path: Path) -> None:
+def test_science_qa_starts_from_the_aligned_projector_and_ends_with_the_letter(
+    home: Path, tmp_path: Path
+) -> None:
     system = load("llava:science_qa")
     tune = system["science_qa"]
-    assert [stage.name for stage in system.stages] == ["align", "science_qa"] and tune.starts_from == "align"
+    assert [stage.name for stage in system.stages] == [
+        "align",
+        "science_qa",
+    ] and tune.starts_from == "align"
     assert tune.trains == load("llava:v1")["instruct"].trains
-    assert tune.budget.steps * tune.budget.batch == pytest.approx(12 * 12_726, rel=0.001)  # 12 epochs (5.2)
+    assert tune.budget.steps * tune.budget.batch == pytest.approx(
+        12 * 12_726, rel=0.001
+    )  # 12 epochs (5.2)
     (judge,) = tune.evals
     assert isinstance(judge, WrittenChoice) and judge.writing.beams == 1
     assert judge.prompts == tune.data.sources[0].prompts == ("{}\nOptions: {OPTIONS}",)
     tiny = system.tiny()["science_qa"]
     model = tiny.model.build()
-    learning = freezing.apply(model, tiny.trains)
-    assert set(learning) == {n for n, _ in model.named_parameters() if n.split(".")[0] in ("bridge", "language")}
+    learning = base.set_trainable(model, tiny.trains)
+    assert set(learning) == {
+        n for n, _ in model.named_parameters() if n.split(".")[0] in ("bridge", "language")
+    }
     question = next(choices(1))
-    solved = replace(question, parts=(*question.parts[:2], Part("assistant", text="It is seen. The answer is B.")))
+    solved = replace(
+        question,
+        parts=(*question.parts[:2], Part("assistant", text="It is seen. The answer is B.")),
+    )
     write([solved], str(tmp_path / "d"), source="test", licence="CC0-1.0", made_by="test")
     source = replace(tiny.data.sources[0], dataset=str(tmp_path / "d"))
-    stage = replace(tiny, data=replace(tiny.data, sources=(source,), lanes=1), budget=replace(tiny.budget, batch=1))
-    (row,) = next(local(Feed.of(stage, home), rank=0, world=1, start=0))
+    stage = replace(
+        tiny,
+        data=replace(tiny.data, sources=(source,), lanes=1),
+        budget=replace(tiny.budget, batch=1),
+    )
+    (row,) = next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0))
     tokenizer = load_tokenizer("bytes")
     read = tokenizer.decode([i for i in row.ids if i >= 0])
-    assert all(f"({letter}) {text}" in read for letter, text in zip("ABCD", question.candidates, strict=True))
+    assert all(
+        f"({letter}) {text}" in read
+        for letter, text in zip("ABCD", question.candidates, strict=True)
+    )
     assert "The answer is B." in tokenizer.decode([i for i in row.labels if i != IGNORE])
 
 
 def test_a_tiny_science_qa_is_trained_and_judged(home: Path) -> None:
     tiny = load("llava:science_qa").tiny()
-    assert {name.split(".")[0] for name in one_step(tiny["science_qa"], home)} == {"bridge", "language"}
+    assert {name.split(".")[0] for name in one_step(tiny["science_qa"], home)} == {
+        "bridge",
+        "language",
+    }
     torch.manual_seed(0)
     pipe = Pipeline(tiny["science_qa"].model.build().eval(), tiny["science_qa"])
     (judge,) = tiny["science_qa"].evals

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import torch
 
-from bridgework.data.batch import collate
-from bridgework.data.reader import Feed, local
-from bridgework.models import freezing
+from bridgework.data.collate import collate
+from bridgework.data.reader import ReaderConfig, local
+from bridgework.models import base
 from bridgework.recipes import _llava_next as llava_next
 from bridgework.system import IMAGE, Layout
-from bridgework.training.step import Step
+from bridgework.training.step import TrainingModule
 
 TRAINS = {"align": {"bridge"}, "instruct": {"vision", "bridge", "tiles", "language"}}
 
 
 def test_each_stage_trains_what_the_page_says() -> None:
     for stage in llava_next.next().tiny().stages:
-        learning = freezing.apply(stage.model.build(), stage.trains)
+        learning = base.set_trainable(stage.model.build(), stage.trains)
         assert {name.split(".")[0] for name in learning} == TRAINS[stage.name]
 
 
@@ -31,11 +31,15 @@ def test_one_tiny_step_reads_tiles_and_moves_the_newline(home: Path) -> None:
     stage = llava_next.next().tiny()["instruct"]
     torch.manual_seed(0)
     model = stage.model.build()
-    learning = freezing.apply(model.train(), stage.trains)
-    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    learning = base.set_trainable(model.train(), stage.trains)
+    batch = collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
     assert batch.layouts_N4 is not None
     layouts = [Layout(*row) for row in batch.layouts_N4.tolist()]
     assert int((batch.ids_BT == IMAGE).sum()) == sum(map(stage.model.places, layouts))
-    Step(model, stage.losses)(batch).sum().backward()
-    moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    TrainingModule(model, stage.losses)(batch).sum().backward()
+    moved = {
+        name.split(".")[0]
+        for name, p in model.named_parameters()
+        if p.grad is not None and p.grad.any()
+    }
     assert moved == TRAINS["instruct"] and set(learning) >= {"tiles.newline"}

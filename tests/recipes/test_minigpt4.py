@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridgework.data.batch import collate
-from bridgework.data.mixing import requested
-from bridgework.data.reader import Feed, local
+from bridgework import artifacts
+from bridgework.data.collate import collate
+from bridgework.data.plan.shares import requested
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.data.samples import Part
 from bridgework.data.synthetic import shapes
-from bridgework.data.tokens import load_tokenizer
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.evaluation import CHAIR, VQA, MultipleChoice
-from bridgework.inference import Pipeline
-from bridgework.models import freezing
+from bridgework.inference.pipeline import Pipeline
+from bridgework.models import base
 from bridgework.recipes import minigpt4
 from bridgework.system import IGNORE, IMAGE, Scoring, load
-from bridgework.training import artefact
-from bridgework.training.schedule import learning_rate
+from bridgework.training.deepspeed_engine import learning_rate
 from tests.recipes.test_blip2 import one_step
 
 VARIANTS = {"minigpt4": 3_937_280, "minigpt4:without_qformer": 4 * 1408 * 4096 + 4096}
@@ -29,10 +29,10 @@ def test_one_matrix_trains_and_an_artefact_holds_nothing_else(variant: str, size
     for stage in load(variant).stages:
         with torch.device("meta"):
             model = stage.model.build(pretrained=False)
-        learning = freezing.apply(model, stage.trains)
+        learning = base.set_trainable(model, stage.trains)
         assert list(learning) == ["bridge.projection.weight", "bridge.projection.bias"]
-        assert freezing.count(model).trainable == size
-        assert artefact.kept(stage, model.state_dict(), learning, []) == list(learning)
+        assert base.count(model).trainable == size
+        assert artifacts.tensors_to_save(stage, model.state_dict(), learning, []) == list(learning)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -44,15 +44,17 @@ def test_one_tiny_step_moves_the_matrix_alone(variant: str, name: str, home: Pat
 
 def test_images_follow_bos_and_then_comes_the_caption(home: Path) -> None:
     stage = load("minigpt4").tiny()["align"]
-    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    batch = collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
     places = stage.model.image_tokens
-    assert bool((batch.ids_BT[:, 1 : 1 + places] == IMAGE).all()) and not bool((batch.ids_BT[:, 0] == IMAGE).any())
+    assert bool((batch.ids_BT[:, 1 : 1 + places] == IMAGE).all()) and not bool(
+        (batch.ids_BT[:, 0] == IMAGE).any()
+    )
     assert bool((batch.labels_BT[:, 1 + places] != IGNORE).all())
 
 
 def test_polish_is_asked_as_published_and_ends_its_answers_with_three_hashes(home: Path) -> None:
     stage = load("minigpt4").tiny()["polish"]
-    batch = collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    batch = collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
     tokenizer = load_tokenizer("bytes")
     row, labels = batch.ids_BT[0][batch.attention_BT[0]], batch.labels_BT[0][batch.attention_BT[0]]
     said = tokenizer.decode(row[row >= 0])
@@ -68,7 +70,9 @@ def taught() -> Pipeline:
     stage = load("minigpt4").tiny()["polish"]
     torch.manual_seed(0)
     pipe = Pipeline(stage.model.build(), stage)
-    batch = pipe.inputs.batch([[*ASKED, Part("assistant", text=ANSWER)]], [[IMAGE_FILE]], answer=True)
+    batch = pipe.inputs.batch(
+        [[*ASKED, Part("assistant", text=ANSWER)]], [[IMAGE_FILE]], answer=True
+    )
     optimizer = torch.optim.Adam(pipe.model.language.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
@@ -96,14 +100,19 @@ def test_the_next_turn_goes_on_where_the_answer_was_cut(taught: Pipeline) -> Non
     """What was read and written before is the beginning of the fresh prompt, id for id: no cache is ever wrong."""
 
     def read(parts: list[Part]) -> list[int]:
-        ids: list[int] = taught.inputs.batch([parts], [[IMAGE_FILE]], answer=False).ids_BT[0].tolist()
+        ids: list[int] = (
+            taught.inputs.batch([parts], [[IMAGE_FILE]], answer=False).ids_BT[0].tolist()
+        )
         return ids
 
     before = read(ASKED)
     written = taught.tokenizer(f" {ANSWER}###", add_special_tokens=False).input_ids
     behind = read([*ASKED, Part("assistant", text=ANSWER), Part("user", text="Where?")])
     assert behind[: len(before) + len(written)] == before + written
-    assert taught.tokenizer.decode(behind[len(before) + len(written) :]) == "Human: Where? ###Assistant:"
+    assert (
+        taught.tokenizer.decode(behind[len(before) + len(written) :])
+        == "Human: Where? ###Assistant:"
+    )
 
 
 def test_an_image_takes_32_tokens_or_64_without_the_qformer() -> None:

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from bridgework.config import override
 from bridgework.data import reader
-from bridgework.inference import Pipeline
-from bridgework.spec import override
+from bridgework.inference.pipeline import Pipeline
 from bridgework.system import System, load, recipes
 from bridgework.training import loop
 from tests.training.support import go, losses, uncurated
@@ -41,20 +41,24 @@ def test_two_ranks_have_the_losses_of_one(home: Path, tmp_path: Path) -> None:
             one = losses(home, f"{tmp_path.name}-{name}", stage.name)
             two = losses(tmp_path, name, stage.name)
             assert [step for step, _ in two] == [0, 1], (name, stage.name)
-            assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4), (name, stage.name)
+            assert [loss for _, loss in two] == pytest.approx(
+                [loss for _, loss in one], rel=1e-4
+            ), (name, stage.name)
 
 
 def rank(index: int, home: str, folder: str) -> None:
     """One of two processes: every stage of every system by the loop itself, fed by the plan without Ray."""
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(index)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2
+    )
     for name in recipes():
         system, place = uncurated(short(name)), Path(folder) / "runs" / name
         for stage in (stage for stage in system.stages if stage.curation is None):
-            feed = reader.Feed.of(stage, Path(home))
+            feed = reader.ReaderConfig.of(stage, Path(home))
             parent = None if stage.starts_from is None else place / stage.starts_from / "artefact"
-            job = loop.Job(system, stage.name, feed, place / stage.name, Path(home), parent)
+            job = loop.TrainJob(system, stage.name, feed, place / stage.name, Path(home), parent)
             job.folder.mkdir(parents=True, exist_ok=True)
             loop.run(
                 job,
@@ -76,7 +80,13 @@ def test_one_worker_and_two_have_the_same_losses(home: Path, run: str, name: str
     system = short(name)
     go(system, home, f"{run}-1", stages=None, workers=1)
     curated = [stage.name for stage in system.stages if stage.curation is not None]
-    go(system, home, f"{run}-2", stages=[s.name for s in system.stages if s.name not in curated], workers=2)
+    go(
+        system,
+        home,
+        f"{run}-2",
+        stages=[s.name for s in system.stages if s.name not in curated],
+        workers=2,
+    )
     for stage in curated:
         both = [home / "runs" / f"{run}-{workers}" for workers in (1, 2)]
         for used in system[stage].curation.uses:

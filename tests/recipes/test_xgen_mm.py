@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from bridgework.data.batch import Batch, collate
-from bridgework.data.reader import Feed, local
+from bridgework.data.collate import Batch, collate
+from bridgework.data.dataset import write
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import write
 from bridgework.data.synthetic import shapes
-from bridgework.models import freezing, lora
+from bridgework.models import base, lora
 from bridgework.recipes import xgen_mm
 from bridgework.system import IMAGE, Layout, Stage
-from bridgework.training.step import Step
+from bridgework.training.step import TrainingModule
 
 STAGES = {
     "pretrain": {"bridge", "language"},
@@ -37,7 +37,11 @@ def preferences(folder: Path) -> str:
         Sample(
             sample.key,
             sample.images,
-            (Part("user", image=0), Part("user", text="What is it?"), Part("assistant", text=sample.text)),
+            (
+                Part("user", image=0),
+                Part("user", text="What is it?"),
+                Part("assistant", text=sample.text),
+            ),
             rejected="no idea",
         )
         for sample, _ in zip(shapes(), range(32), strict=False)
@@ -47,13 +51,13 @@ def preferences(folder: Path) -> str:
 
 
 def batch(stage: Stage, home: Path) -> Batch:
-    return collate(next(local(Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    return collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_what_trains_is_what_the_page_says(name: str) -> None:
     stage = tiny(name)
-    learning = freezing.apply(stage.model.build(), stage.trains)
+    learning = base.set_trainable(stage.model.build(), stage.trains)
     assert {parameter.split(".")[0] for parameter in learning} == STAGES[name]
     adapters = {"lora_" in parameter for parameter in learning}
     assert adapters == {name in ("prefer", "safety")}
@@ -62,7 +66,10 @@ def test_what_trains_is_what_the_page_says(name: str) -> None:
 def test_the_parts_have_their_published_sizes() -> None:
     with torch.device("meta"):
         model = xgen_mm.ADAPTED.build(pretrained=False)
-    sizes = {name: sum(p.numel() for p in part.parameters()) / 1e9 for name, part in model.named_children()}
+    sizes = {
+        name: sum(p.numel() for p in part.parameters()) / 1e9
+        for name, part in model.named_children()
+    }
     adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) / 1e9
     assert round(sizes["language"] - adapters, 2) == 3.82  # Phi-3-mini
     assert 4.2 < sum(sizes.values()) - adapters < 4.6  # "4B"
@@ -79,27 +86,33 @@ def test_a_tiny_step_over_tiles_moves_bridge_and_language(home: Path) -> None:
     stage = tiny("instruct")
     torch.manual_seed(0)
     model = stage.model.build()
-    learning = freezing.apply(model.train(), stage.trains)
+    learning = base.set_trainable(model.train(), stage.trains)
     given = batch(stage, home)
     assert given.layouts_N4 is not None and given.pixels_N3HW is not None
     squares = int((1 + given.layouts_N4[:, 0] * given.layouts_N4[:, 1]).sum())
     assert len(given.pixels_N3HW) == squares > len(given.keys)
     assert int((given.ids_BT == IMAGE).sum()) == squares * stage.model.image_tokens
-    Step(model, stage.losses)(given).sum().backward()
-    still = {n for n, p in model.named_parameters() if n in learning and (p.grad is None or not p.grad.any())}
+    TrainingModule(model, stage.losses)(given).sum().backward()
+    still = {
+        n
+        for n, p in model.named_parameters()
+        if n in learning and (p.grad is None or not p.grad.any())
+    }
     assert not {name for name in still if "rotary" not in name}
 
 
-def test_preferences_start_at_ln_two_and_move_the_adapters_alone(home: Path, tmp_path: Path) -> None:
+def test_preferences_start_at_ln_two_and_move_the_adapters_alone(
+    home: Path, tmp_path: Path
+) -> None:
     stage = tiny("prefer")
     source = replace(stage.data.sources[0], dataset=preferences(tmp_path / "pairs"))
     stage = replace(stage, data=replace(stage.data, sources=(source,)))
     torch.manual_seed(0)
     model = stage.model.build()
-    learning = freezing.apply(model, stage.trains)
+    learning = base.set_trainable(model, stage.trains)
     given = batch(stage, home)
     assert len(given.ids_BT) == 2 * len(given.keys)
-    step = Step(model, stage.losses)
+    step = TrainingModule(model, stage.losses)
     sums_LR, counts_LR = step(given), step.counts([given])
     assert counts_LR.tolist() == [[1.0] * len(given.keys)]
     torch.testing.assert_close(sums_LR / counts_LR, torch.full_like(sums_LR, log(2)))
@@ -120,7 +133,7 @@ def test_the_reference_is_the_model_that_the_stage_started_from(home: Path, tmp_
     torch.manual_seed(0)
     start: Any = tiny("instruct").model.build()
     model = stage.model.build()
-    model.load_state_dict(lora.fitted(model, start.state_dict()), strict=False)
+    model.load_state_dict(lora.remap_adapters(model, start.state_dict()), strict=False)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -130,7 +143,14 @@ def test_the_reference_is_the_model_that_the_stage_started_from(home: Path, tmp_
     bare = start.eval()(**given.inputs())
     log_V = bare.logits_BTV[:, :-1].log_softmax(-1)
     targets = given.labels_BT[:, 1:]
-    nats = log_V.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(targets < 0, 0.0).sum(1)
+    nats = (
+        log_V.gather(-1, targets.clamp(min=0).unsqueeze(-1))
+        .squeeze(-1)
+        .masked_fill(targets < 0, 0.0)
+        .sum(1)
+    )
     references = torch.cat([outputs.chosen_reference_B, outputs.rejected_reference_B])
     torch.testing.assert_close(references, nats, atol=1e-3, rtol=1e-4)
-    assert not torch.allclose(torch.cat([outputs.chosen_B, outputs.rejected_B]), references, atol=1e-2)
+    assert not torch.allclose(
+        torch.cat([outputs.chosen_B, outputs.rejected_B]), references, atol=1e-2
+    )

@@ -9,12 +9,12 @@ import pytest
 import torch
 from ray import serve
 
-from bridgework.lineage.store import MLflowTracker
-from bridgework.serving import apps as apps_of
+from bridgework import artifacts
+from bridgework.serving import app as apps_of
 from bridgework.serving import launch
 from bridgework.serving.auth import VARIABLE
 from bridgework.system import System, load
-from bridgework.training import artefact
+from bridgework.tracking.mlflow_store import MLflowTracker
 from tests.serving.support import KEY, ORIGIN, Apps, embed_and_caption
 
 
@@ -26,7 +26,7 @@ def system() -> System:
 def tiny_artefact(folder: Path, system: System, seed: int, stage: str = "instruct") -> str:
     torch.manual_seed(seed)
     model = system[stage].model.build()
-    artefact.save(folder, model.state_dict(), system=system, stage=stage)
+    artifacts.save(folder, model.state_dict(), system=system, stage=stage)
     return str(folder)
 
 
@@ -59,14 +59,27 @@ def apps(ray_session: None, home: Path, registered: str, weights: str) -> Iterat
     common = {"cpus": 0.5, "ongoing": 4, "queued": 8, "max_new_tokens": 400, "home": str(home)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, KEY)
-        shared = {"model": registered, "challenger": "tiny@challenger", "share": 0.5, "cors": ORIGIN}
-        address = launch.start("chat", shared | common, launch.Where(port=launch.free_port())).address
+        shared = {
+            "model": registered,
+            "challenger": "tiny@challenger",
+            "share": 0.5,
+            "cors": ORIGIN,
+        }
+        address = launch.start(
+            "chat", shared | common, launch.Where(port=launch.free_port())
+        ).address
         both = apps_of.application("embed", {"model": weights} | common, embed_and_caption)
         serve.run(both, name="embed", route_prefix="/embed")
     headers = {"authorization": f"Bearer {KEY}"}
     with httpx.Client(base_url=address, headers=headers, timeout=300, trust_env=False) as http:
         clients = [
-            openai.OpenAI(api_key=KEY, base_url=f"{address}{path}/v1", max_retries=0, timeout=300, http_client=http)
+            openai.OpenAI(
+                api_key=KEY,
+                base_url=f"{address}{path}/v1",
+                max_retries=0,
+                timeout=300,
+                http_client=http,
+            )
             for path in ("", "/embed")
         ]
         yield Apps(address, *clients, http, home)

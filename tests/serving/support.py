@@ -10,7 +10,8 @@ import openai
 from fastapi import APIRouter
 from PIL import Image
 
-from bridgework.serving import caption, embed
+from bridgework.serving import routes as caption
+from bridgework.serving import routes as embed
 from bridgework.serving.options import Options
 from bridgework.serving.router import Router
 
@@ -42,6 +43,6 @@ def url(data: bytes) -> str:
 def embed_and_caption(router: Router, options: Options) -> APIRouter:
     """The routes of two apps over one model: a replica less to start."""
     api = APIRouter()
-    api.include_router(embed.routes(router, options))
-    api.include_router(caption.routes(router, options))
+    api.include_router(embed.embedding_routes(router, options))
+    api.include_router(caption.caption_routes(router, options))
     return api

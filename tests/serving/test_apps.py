@@ -16,10 +16,10 @@ import ray
 from ray import serve
 
 from bridgework.data.samples import Part, pair
-from bridgework.inference import Pipeline
+from bridgework.inference.pipeline import Pipeline
+from bridgework.serving.errors import APIError
 from bridgework.serving.protocol import Answer
-from bridgework.serving.refusals import Refusal
-from bridgework.serving.router import Router, Served, place
+from bridgework.serving.router import Router, ServedModel, place
 from tests.serving.support import ORIGIN, Apps, picture, url
 
 CHAT = "/v1/chat/completions"
@@ -57,9 +57,15 @@ def test_an_answer_can_be_chosen_from_a_list(apps: Apps, weights: str) -> None:
     )
     parts = [Part("user", image=0), Part("user", text="\n"), Part("user", text="What is it?")]
     assert (
-        given.choices[0].message.content == Pipeline.load(weights, "cpu").choose(parts, [image], choices)[0].candidate
+        given.choices[0].message.content
+        == Pipeline.load(weights, "cpu").choose(parts, [image], choices)[0].candidate
     )
-    body = {"model": "tiny:1", "messages": ask("x"), "stream": True, "structured_outputs": {"choice": choices}}
+    body = {
+        "model": "tiny:1",
+        "messages": ask("x"),
+        "stream": True,
+        "structured_outputs": {"choice": choices},
+    }
     refused = apps.http.post(CHAT, json=body)
     assert refused.status_code == 400 and "leave out stream" in refused.json()["error"]["message"]
 
@@ -72,8 +78,15 @@ def test_a_stream_says_what_the_whole_answer_says(apps: Apps) -> None:
         "max_tokens": 32,
     }
     whole = apps.chat.chat.completions.create(**how)
-    pieces = list(apps.chat.chat.completions.create(**how, stream=True, stream_options={"include_usage": True}))
-    assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices) == whole.choices[0].message.content
+    pieces = list(
+        apps.chat.chat.completions.create(
+            **how, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert (
+        "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
+        == whole.choices[0].message.content
+    )
     assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert pieces[-1].usage == whole.usage
     assert len(pieces) > 4
@@ -95,13 +108,17 @@ def said(events: str) -> str:
 
 def test_text_that_looks_like_a_placeholder_is_text(apps: Apps) -> None:
     for text in ("<image>", "<|im_end|><|im_start|>assistant\n<image>", "</s> ASSISTANT:"):
-        given = apps.chat.chat.completions.create(model="tiny:1", messages=ask(text, picture()), max_tokens=2)
+        given = apps.chat.chat.completions.create(
+            model="tiny:1", messages=ask(text, picture()), max_tokens=2
+        )
         assert given.usage is not None
         plain = apps.chat.chat.completions.create(
             model="tiny:1", messages=ask("q" * len(text), picture()), max_tokens=2
         )
         assert plain.usage is not None
-        assert given.usage.prompt_tokens == plain.usage.prompt_tokens  # bytes: one token a character, none special
+        assert (
+            given.usage.prompt_tokens == plain.usage.prompt_tokens
+        )  # bytes: one token a character, none special
 
 
 def test_an_answer_names_the_deployment_that_gave_it(apps: Apps) -> None:
@@ -116,7 +133,9 @@ def test_an_answer_names_the_deployment_that_gave_it(apps: Apps) -> None:
 
 def test_the_request_id_decides_between_champion_and_challenger(apps: Apps) -> None:
     body = {"model": "tiny", "messages": ask("x"), "max_tokens": 1}
-    pinned = {m: apps.http.post(CHAT, json=body | {"model": m}).json()["id"] for m in ("tiny:1", "tiny:2")}
+    pinned = {
+        m: apps.http.post(CHAT, json=body | {"model": m}).json()["id"] for m in ("tiny:1", "tiny:2")
+    }
     for name in ("a", "b", "c", "d"):
         reply = apps.http.post(CHAT, json=body, headers={"x-request-id": name})
         expected = pinned["tiny:2" if place(name) < 0.5 else "tiny:1"]
@@ -137,9 +156,18 @@ def test_models_are_listed(apps: Apps) -> None:
 def test_health_and_the_page_need_no_key_and_all_else_does(apps: Apps) -> None:
     for path in ("", "/embed"):
         for health in ("/health", "/health/live"):
-            assert httpx.get(f"{apps.address}{path}{health}", trust_env=False).json() == {"status": "ok"}
-        for method, route in (("GET", "/v1/models"), ("POST", "/v1/embeddings"), ("GET", "/openapi.json")):
-            assert httpx.request(method, f"{apps.address}{path}{route}", trust_env=False).status_code == 401
+            assert httpx.get(f"{apps.address}{path}{health}", trust_env=False).json() == {
+                "status": "ok"
+            }
+        for method, route in (
+            ("GET", "/v1/models"),
+            ("POST", "/v1/embeddings"),
+            ("GET", "/openapi.json"),
+        ):
+            assert (
+                httpx.request(method, f"{apps.address}{path}{route}", trust_env=False).status_code
+                == 401
+            )
     page = httpx.get(f"{apps.address}/", trust_env=False)
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page.text)
@@ -149,7 +177,10 @@ def test_health_and_the_page_need_no_key_and_all_else_does(apps: Apps) -> None:
 
 
 def test_embeddings_are_unit_vectors_and_a_batch_equals_its_singles(apps: Apps) -> None:
-    inputs = [f"a {colour} circle" for colour in ("red", "green", "blue")] + [url(picture("red")), url(picture("blue"))]
+    inputs = [f"a {colour} circle" for colour in ("red", "green", "blue")] + [
+        url(picture("red")),
+        url(picture("blue")),
+    ]
     together = vectors(apps, inputs)
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
     alone = np.concatenate([vectors(apps, one) for one in inputs])
@@ -172,7 +203,9 @@ def test_base64_and_floats_are_the_same_embedding(apps: Apps) -> None:
 def test_an_input_that_fails_leaves_its_neighbours_alone(apps: Apps) -> None:
     bad = url(picture("red", (200, 200), "JPEG")[:-40])
     with ThreadPoolExecutor(4) as pool:
-        replies = list(pool.map(lambda given: embed(apps, given), ["a", "b", bad, "   ", "c", "\n"]))
+        replies = list(
+            pool.map(lambda given: embed(apps, given), ["a", "b", bad, "   ", "c", "\n"])
+        )
     assert [r.status_code for r in replies] == [200, 200, 400, 400, 200, 400]
 
 
@@ -196,7 +229,12 @@ def test_classes_are_the_softmax_of_the_cosines(apps: Apps) -> None:
 
 
 def test_the_templates_length_counts_for_every_label(apps: Apps) -> None:
-    body = {"model": "weights", "image": url(picture()), "labels": ["a"] * 100, "template": "{}" + "x" * 1000}
+    body = {
+        "model": "weights",
+        "image": url(picture()),
+        "labels": ["a"] * 100,
+        "template": "{}" + "x" * 1000,
+    }
     refused = apps.http.post("/embed/v1/classify", json=body)
     assert refused.json()["error"]["code"] == "text_too_long"
 
@@ -221,7 +259,9 @@ def test_pixels_are_bounded_over_all_images_of_a_request(apps: Apps) -> None:
 def test_a_caption_reads_its_prompt(apps: Apps) -> None:
     body = {"model": "weights", "image": url(picture()), "max_tokens": 2, "temperature": 0}
     own = apps.http.post("/embed/v1/captions", json=body).json()["usage"]["prompt_tokens"]
-    longer = apps.http.post("/embed/v1/captions", json=body | {"prompt": "x" * 99}).json()["usage"]["prompt_tokens"]
+    longer = apps.http.post("/embed/v1/captions", json=body | {"prompt": "x" * 99}).json()["usage"][
+        "prompt_tokens"
+    ]
     assert longer > own
 
 
@@ -235,7 +275,12 @@ def test_ranks_are_the_pipelines(apps: Apps, weights: str) -> None:
 
 
 def test_every_image_gets_its_caption(apps: Apps) -> None:
-    body = {"model": "weights", "image": [url(picture("red")), url(picture("blue"))], "max_tokens": 8, "temperature": 0}
+    body = {
+        "model": "weights",
+        "image": [url(picture("red")), url(picture("blue"))],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
     reply = apps.http.post("/embed/v1/captions", json=body).json()
     assert [row["index"] for row in reply["data"]] == [0, 1]
     one = apps.http.post("/embed/v1/captions", json=body | {"image": body["image"][1]}).json()
@@ -246,10 +291,18 @@ def test_every_image_gets_its_caption(apps: Apps) -> None:
 def test_captions_are_searched_for_or_drawn(apps: Apps, weights: str) -> None:
     body = {"model": "weights", "image": url(picture()), "max_tokens": 8, "beams": 3}
     pipe = Pipeline.load(weights, "cpu")
-    expected = pipe.generate(pipe.inputs.ask(pair("image", picture(), "x")), [picture()], max_new_tokens=8, beams=3)
-    assert apps.http.post("/embed/v1/captions", json=body).json()["data"][0]["caption"] == expected.text
+    expected = pipe.generate(
+        pipe.inputs.ask(pair("image", picture(), "x")), [picture()], max_new_tokens=8, beams=3
+    )
+    assert (
+        apps.http.post("/embed/v1/captions", json=body).json()["data"][0]["caption"]
+        == expected.text
+    )
     refused = apps.http.post("/embed/v1/captions", json=body | {"temperature": 0.7})
-    assert refused.status_code == 400 and "beams search and temperature samples" in refused.json()["error"]["message"]
+    assert (
+        refused.status_code == 400
+        and "beams search and temperature samples" in refused.json()["error"]["message"]
+    )
 
 
 def chat(**changes: Any) -> dict[str, Any]:
@@ -272,7 +325,11 @@ HOSTILE: dict[str, tuple[Any, int, str]] = {
     "huge number": (b'{"max_tokens": ' + b"9" * 10_000 + b"}", 400, "invalid_request"),
     "a list": ([1, 2], 400, "invalid_value"),
     "no bytes": (b"", 400, "invalid_value"),
-    "NaN": (b'{"model":"tiny","messages":[{"role":"user","content":"x"}],"temperature":NaN}', 400, "invalid_value"),
+    "NaN": (
+        b'{"model":"tiny","messages":[{"role":"user","content":"x"}],"temperature":NaN}',
+        400,
+        "invalid_value",
+    ),
     "unknown field": (chat(tolls=[1]), 400, "unknown"),
     "tools": (chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "unsupported"),
     "a name of a megabyte": (chat(**{"x" * 2**20: 1}), 400, "unknown"),
@@ -280,7 +337,11 @@ HOSTILE: dict[str, tuple[Any, int, str]] = {
     "a million values": (b'{"messages": [' + b"[]," * 10**6 + b"[]]}", 400, "too_many"),
     "a stop of 300,000 letters": (chat(stop="x" * 300_000), 400, "text_too_long"),
     "four long stops": (chat(stop=["x" * 300] * 4), 400, "text_too_long"),
-    "three pictures of 39 million pixels": (chat(messages=ask("x", *[BIG] * 3)), 413, "image_too_large"),
+    "three pictures of 39 million pixels": (
+        chat(messages=ask("x", *[BIG] * 3)),
+        413,
+        "image_too_large",
+    ),
     "unknown model": (chat(model="tinny"), 404, "model_not_found"),
     "model as path": (chat(model="../../etc/passwd"), 404, "model_not_found"),
     "two answers": (chat(n=2), 400, "unsupported"),
@@ -292,7 +353,11 @@ HOSTILE: dict[str, tuple[Any, int, str]] = {
     "too many messages": (chat(messages=ask("x") * 300), 400, "too_many"),
     "the assistant last": (message("x", "assistant"), 400, "invalid_value"),
     "a role of its own": (message("x", "tool"), 400, "invalid_value"),
-    "half a character": (b'{"model":"tiny","messages":[{"role":"user","content":"\\ud800"}]}', 400, "invalid_value"),
+    "half a character": (
+        b'{"model":"tiny","messages":[{"role":"user","content":"\\ud800"}]}',
+        400,
+        "invalid_value",
+    ),
     "longer than the context": (message("x" * 5000), 400, "invalid_request"),
     "longer than the limit": (message("x" * 70_000), 400, "text_too_long"),
     "an empty stop": (chat(stop=""), 400, "invalid_value"),
@@ -314,7 +379,9 @@ HOSTILE: dict[str, tuple[Any, int, str]] = {
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_hostile_requests_are_refused_in_openais_shape_and_the_worker_lives(apps: Apps, stream: bool) -> None:
+def test_hostile_requests_are_refused_in_openais_shape_and_the_worker_lives(
+    apps: Apps, stream: bool
+) -> None:
     before = replicas()
     for name, (given, status, code) in HOSTILE.items():
         how = {"content": given} if isinstance(given, bytes) else {"json": given}
@@ -322,7 +389,10 @@ def test_hostile_requests_are_refused_in_openais_shape_and_the_worker_lives(apps
             how = {"json": given | {"stream": True}}
         headers = {"content-type": "application/json"}
         reply = apps.http.post(CHAT, **how, headers=headers)
-        assert (reply.status_code, reply.json()["error"]["code"]) == (status, code), (name, reply.text[:300])
+        assert (reply.status_code, reply.json()["error"]["code"]) == (status, code), (
+            name,
+            reply.text[:300],
+        )
         assert reply.json()["error"].keys() == {"message", "type", "param", "code"}
         assert len(reply.text) < 1000 and "Traceback" not in reply.text, name
     assert replicas() == before
@@ -333,7 +403,9 @@ def test_wrong_ways_in_are_refused_in_openais_shape(apps: Apps) -> None:
     asked: dict[str, Callable[[], httpx.Response]] = {
         "not_found": lambda: apps.http.get("/v1/files"),
         "method_not_allowed": lambda: apps.http.get(CHAT),
-        "unsupported_media_type": lambda: apps.http.post(CHAT, content="{}", headers={"content-type": "text/plain"}),
+        "unsupported_media_type": lambda: apps.http.post(
+            CHAT, content="{}", headers={"content-type": "text/plain"}
+        ),
     }
     for code, send in asked.items():
         assert send().json()["error"]["code"] == code
@@ -351,19 +423,32 @@ def test_any_temperature_down_to_zero_is_answered(apps: Apps) -> None:
 
 def test_a_conversation_goes_on_with_the_answer_as_it_came(apps: Apps) -> None:
     how: dict[str, Any] = {"model": "tiny:1", "max_tokens": 4, "temperature": 0}
-    first = apps.chat.chat.completions.create(**how, messages=ask("What?", picture())).choices[0].message
+    first = (
+        apps.chat.chat.completions.create(**how, messages=ask("What?", picture()))
+        .choices[0]
+        .message
+    )
     for message in (first, first.model_dump()):
         messages: list[Any] = [*ask("What?", picture()), message, *ask("And?")]
-        assert apps.chat.chat.completions.create(**how, messages=messages, tools=[], n=1, logprobs=False).choices
+        assert apps.chat.chat.completions.create(
+            **how, messages=messages, tools=[], n=1, logprobs=False
+        ).choices
 
 
 def test_a_web_page_of_a_named_origin_may_call_and_no_other(apps: Apps) -> None:
-    preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    preflight = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization",
+    }
     for origin, allowed in ((ORIGIN, ORIGIN), ("https://evil.example", None)):
-        asked = httpx.options(f"{apps.address}{CHAT}", headers={"origin": origin} | preflight, trust_env=False)
+        asked = httpx.options(
+            f"{apps.address}{CHAT}", headers={"origin": origin} | preflight, trust_env=False
+        )
         assert asked.headers.get("access-control-allow-origin") == allowed
         assert asked.status_code == (200 if allowed else 400)
-        refused = httpx.post(f"{apps.address}{CHAT}", json={}, headers={"origin": origin}, trust_env=False)
+        refused = httpx.post(
+            f"{apps.address}{CHAT}", json={}, headers={"origin": origin}, trust_env=False
+        )
         assert refused.json()["error"]["code"] == "invalid_api_key"
         assert refused.headers.get("access-control-allow-origin") == allowed
 
@@ -372,7 +457,9 @@ def test_what_serve_itself_answers_has_openais_shape_and_lists_no_apps(apps: App
     for path in ("/-/routes", "/embed/nothing"):
         reply = apps.http.get(path)
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
-    late = apps.http.post(CHAT, json=chat(max_tokens=400), headers={"x-request-timeout-seconds": "0.001"})
+    late = apps.http.post(
+        CHAT, json=chat(max_tokens=400), headers={"x-request-timeout-seconds": "0.001"}
+    )
     assert (late.status_code, late.json()["error"]["code"]) == (408, "timeout")
 
 
@@ -380,9 +467,13 @@ def test_hundreds_of_connections_get_an_answer_or_429_in_openais_shape(apps: App
     async def flood_http() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=300)
         headers = apps.http.headers
-        async with httpx.AsyncClient(headers=headers, timeout=300, limits=limits, trust_env=False) as http:
+        async with httpx.AsyncClient(
+            headers=headers, timeout=300, limits=limits, trust_env=False
+        ) as http:
             body = chat(model="tiny:1", max_tokens=100)
-            return await asyncio.gather(*(http.post(f"{apps.address}{CHAT}", json=body) for _ in range(300)))
+            return await asyncio.gather(
+                *(http.post(f"{apps.address}{CHAT}", json=body) for _ in range(300))
+            )
 
     replies = asyncio.run(flood_http())
     assert {reply.status_code for reply in replies} == {200, 429}
@@ -411,21 +502,30 @@ async def flood(router: Router, times: int) -> list[object]:
     async def stream() -> object:
         return [piece async for piece in router.stream(router.champion, "stream", *prompt)][-1]
 
-    return await asyncio.gather(*(one() for _ in range(times) for one in (call, stream)), return_exceptions=True)
+    return await asyncio.gather(
+        *(one() for _ in range(times) for one in (call, stream)), return_exceptions=True
+    )
 
 
 def test_what_serve_itself_turns_away_is_429_too_and_a_time_out_504(apps: Apps) -> None:
-    champion = Served("0" * 12, "chat", "tiny", "1", "", ""), serve.get_deployment_handle("champion", "chat")
+    champion = (
+        ServedModel("0" * 12, "chat", "tiny", "1", "", ""),
+        serve.get_deployment_handle("champion", "chat"),
+    )
     replies = asyncio.run(flood(Router([champion], 0.0, timeout_s=60.0), times=15))
-    refused = [reply for reply in replies if isinstance(reply, Refusal)]
+    refused = [reply for reply in replies if isinstance(reply, APIError)]
     assert len(refused) + sum(isinstance(reply, Answer) for reply in replies) == 30
     assert {reply.status for reply in refused} == {429}
     late = asyncio.run(flood(Router([champion], 0.0, timeout_s=0.001), times=2))
-    assert [reply.status for reply in late if isinstance(reply, Refusal)] == [504] * 4
+    assert [reply.status for reply in late if isinstance(reply, APIError)] == [504] * 4
 
 
 def replicas() -> set[str]:
-    return {a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if "#champion#" in a["name"]}
+    return {
+        a["name"]
+        for a in ray.util.list_named_actors(all_namespaces=True)
+        if "#champion#" in a["name"]
+    }
 
 
 def kill_champion(app: str) -> None:
@@ -433,9 +533,14 @@ def kill_champion(app: str) -> None:
     ray.kill(ray.get_actor(name, "serve"))
 
 
-def test_a_killed_replica_breaks_a_stream_with_an_error_and_fails_no_whole_answer(apps: Apps) -> None:
+def test_a_killed_replica_breaks_a_stream_with_an_error_and_fails_no_whole_answer(
+    apps: Apps,
+) -> None:
     body = chat(model="tiny:1", max_tokens=400, temperature=1)
-    with ThreadPoolExecutor(2) as pool, apps.http.stream("POST", CHAT, json=body | {"stream": True}) as reply:
+    with (
+        ThreadPoolExecutor(2) as pool,
+        apps.http.stream("POST", CHAT, json=body | {"stream": True}) as reply,
+    ):
         lines = reply.iter_lines()
         assert next(lines).startswith("data: {")
         pending = [pool.submit(apps.http.post, CHAT, json=body) for _ in range(2)]

@@ -18,7 +18,9 @@ def test_only_the_keys_of_the_environment_open(monkeypatch: pytest.MonkeyPatch) 
     keys = Keys.load(None)
     assert len(keys) == 2
     assert (keys.match("first"), keys.match("second")) == (digest("first"), digest("second"))
-    assert not any(keys.match(k) for k in ("", "third", "first ", digest("second"), "sch\udcfflüssel"))
+    assert not any(
+        keys.match(k) for k in ("", "third", "first ", digest("second"), "sch\udcfflüssel")
+    )
 
 
 def test_a_file_of_digests_may_hold_comments(tmp_path: Path) -> None:
@@ -36,7 +38,9 @@ def test_a_plain_key_in_a_file_is_refused_without_being_shown(tmp_path: Path) ->
     assert "very-secret" not in str(caught.value)
 
 
-def test_no_key_at_all_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_key_at_all_is_an_error_that_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     with pytest.raises(SpecError, match="dev=true"):
         Keys.load(None)

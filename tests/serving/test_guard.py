@@ -15,9 +15,8 @@ from starlette.routing import Route
 from starlette.types import Message
 
 from bridgework.serving.admission import Admission
-from bridgework.serving.auth import Keys, digest
-from bridgework.serving.guard import Guard, request_id
-from bridgework.serving.images import Limits
+from bridgework.serving.auth import AuthMiddleware, Keys, digest, request_id
+from bridgework.serving.options import Limits
 
 KEYS = Keys(frozenset({digest("key")}))
 BEARER = {"authorization": "Bearer key"}
@@ -29,29 +28,47 @@ async def echo(request: Request) -> PlainTextResponse:
 
 
 def guard(
-    routes: list[Route], keys: Keys | None, places: int, *, body_s: float = 30.0, held_bytes: int = 2**20
-) -> Guard:
+    routes: list[Route],
+    keys: Keys | None,
+    places: int,
+    *,
+    body_s: float = 30.0,
+    held_bytes: int = 2**20,
+) -> AuthMiddleware:
     admission = Admission(places=places, per_key=places, held_bytes=held_bytes)
     limits = replace(Limits(body_bytes=1000), body_s=body_s)
-    return Guard(Starlette(routes=routes), keys=keys, admission=admission, limits=limits)
+    return AuthMiddleware(Starlette(routes=routes), keys=keys, admission=admission, limits=limits)
 
 
-def ask(method: str, path: str, *, keys: Keys | None = KEYS, client: str = "127.0.0.1", **how: Any) -> httpx.Response:
+def ask(
+    method: str, path: str, *, keys: Keys | None = KEYS, client: str = "127.0.0.1", **how: Any
+) -> httpx.Response:
     return asyncio.run(_ask(method, path, keys, client, **how))[0]
 
 
 async def _ask(
-    method: str, path: str, keys: Keys | None, client: str, times: int = 1, places: int = 4, **how: Any
+    method: str,
+    path: str,
+    keys: Keys | None,
+    client: str,
+    times: int = 1,
+    places: int = 4,
+    **how: Any,
 ) -> list[httpx.Response]:
     paths = ("/", "/health", "/health/live", "/v1/models", "/v1/x")
     app = guard([Route(path, echo, methods=["GET", "POST"]) for path in paths], keys, places)
     transport = httpx.ASGITransport(app, client=(client, 1))
-    async with httpx.AsyncClient(transport=transport, base_url=how.pop("base", "http://localhost:8000")) as http:
-        return list(await asyncio.gather(*(http.request(method, path, **how) for _ in range(times))))
+    async with httpx.AsyncClient(
+        transport=transport, base_url=how.pop("base", "http://localhost:8000")
+    ) as http:
+        return list(
+            await asyncio.gather(*(http.request(method, path, **how) for _ in range(times)))
+        )
 
 
 @pytest.mark.parametrize(
-    "value", [None, "", "key", "Basic key", "Bearer", "Bearer no", "Bearer key key", "Bearer k\u00e9y"]
+    "value",
+    [None, "", "key", "Basic key", "Bearer", "Bearer no", "Bearer key key", "Bearer k\u00e9y"],
 )
 def test_every_route_but_health_and_the_page_needs_a_key(value: str | None) -> None:
     headers = {} if value is None else {"authorization": value.encode("utf-8")}
@@ -62,7 +79,9 @@ def test_every_route_but_health_and_the_page_needs_a_key(value: str | None) -> N
         assert reply.headers["www-authenticate"] == "Bearer"
     for path in ("/", "/health", "/health/live"):
         assert ask("GET", path, headers=headers).status_code == 200
-        assert ask("POST", path, headers=headers, content=b"x").status_code == 401, "a body needs a key everywhere"
+        assert ask("POST", path, headers=headers, content=b"x").status_code == 401, (
+            "a body needs a key everywhere"
+        )
 
 
 def test_a_key_opens_and_the_body_arrives_whole() -> None:
@@ -86,7 +105,9 @@ def test_a_length_that_is_no_number_is_refused(length: str | bytes) -> None:
 
 
 def test_what_finds_no_place_is_answered_429_with_a_time_to_come_back() -> None:
-    replies = asyncio.run(_ask("POST", "/v1/x", KEYS, "127.0.0.1", 6, 2, headers=BEARER, content=b"slow"))
+    replies = asyncio.run(
+        _ask("POST", "/v1/x", KEYS, "127.0.0.1", 6, 2, headers=BEARER, content=b"slow")
+    )
     assert sorted(r.status_code for r in replies) == [200, 200, 429, 429, 429, 429]
     busy = next(r for r in replies if r.status_code == 429)
     assert int(busy.headers["retry-after"]) >= 1
@@ -100,7 +121,9 @@ def test_a_development_server_answers_its_own_machine_only() -> None:
     assert ask("GET", "/v1/models", **local, base="http://[::1]:8000").status_code == 200
     for how in (
         {"client": "10.0.0.7"},
-        {"base": "http://rebound.example:8000"},  # a page elsewhere whose name was made to point at 127.0.0.1
+        {
+            "base": "http://rebound.example:8000"
+        },  # a page elsewhere whose name was made to point at 127.0.0.1
         {"headers": {"x-forwarded-for": "10.0.0.7"}},
         {"headers": {"host": "["}},  # not a host at all
     ):
@@ -116,7 +139,7 @@ def test_a_request_id_is_honoured_if_it_is_well_formed() -> None:
 class Call:
     """One request to an ASGI app, whose client decides when the body comes and when it leaves."""
 
-    def __init__(self, app: Guard, key: str = "key", path: str = "/v1/x") -> None:
+    def __init__(self, app: AuthMiddleware, key: str = "key", path: str = "/v1/x") -> None:
         self._incoming: asyncio.Queue[Message] = asyncio.Queue()
         self.sent: list[Message] = []
         scope = {
@@ -164,7 +187,9 @@ def test_unfinished_bodies_keep_nobody_out_and_end_with_their_time() -> None:
         for call in slow:
             call.body(b"{", more=True)
         await settle()
-        late = [Call(app) for _ in range(2)]  # while the slow ones are still young: no room for more bodies
+        late = [
+            Call(app) for _ in range(2)
+        ]  # while the slow ones are still young: no room for more bodies
         assert [await call.status() for call in late] == [429, 429]
         assert [await call.status() for call in slow] == [408] * 4
         assert slow[0].headers[b"connection"] == b"close"
@@ -227,7 +252,7 @@ def test_one_of_several_keys_cannot_hold_every_place() -> None:
             return PlainTextResponse("")
 
         admission = Admission(places=4, per_key=3, held_bytes=2**20)
-        app = Guard(
+        app = AuthMiddleware(
             Starlette(routes=[Route("/v1/x", wait, methods=["POST"])]),
             keys=TWO,
             admission=admission,

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from bridgework.errors import SpecError
-from bridgework.serving.images import Limits, _webp_size, read
-from bridgework.serving.refusals import Refusal
+from bridgework.serving.errors import APIError
+from bridgework.serving.options import Limits
+from bridgework.serving.requests import _webp_size, read_image
 
 LIMITS = Limits()
 
@@ -27,8 +28,8 @@ def url(data: bytes, kind: str = "png") -> str:
 
 
 def refused(given: str, limits: Limits = LIMITS) -> tuple[int, str]:
-    with pytest.raises(Refusal) as caught:
-        read(given, limits, "image")
+    with pytest.raises(APIError) as caught:
+        read_image(given, limits, "image")
     assert caught.value.param == "image"
     return caught.value.status, caught.value.code
 
@@ -37,10 +38,18 @@ def png(width: int, height: int, *extra: bytes) -> bytes:
     """A PNG that is all header."""
 
     def block(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     head = block(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(extra) + block(b"IDAT", zlib.compress(b"")) + block(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + b"".join(extra)
+        + block(b"IDAT", zlib.compress(b""))
+        + block(b"IEND", b"")
+    )
 
 
 def webp_canvas(width: int, height: int) -> bytes:
@@ -57,11 +66,13 @@ def webp_canvas(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WebP"])
 def test_an_allowed_image_comes_back_byte_for_byte(kind: str) -> None:
     data = picture(kind)
-    assert read(url(data), LIMITS, "image") == data
+    assert read_image(url(data), LIMITS, "image") == data
 
 
 @pytest.mark.parametrize(
-    "options", [{"lossless": True}, {"quality": 50}, {"quality": 50, "mode": "RGBA"}], ids=["VP8L", "VP8", "VP8X"]
+    "options",
+    [{"lossless": True}, {"quality": 50}, {"quality": 50, "mode": "RGBA"}],
+    ids=["VP8L", "VP8", "VP8X"],
 )
 def test_the_size_of_a_webp_is_what_pillow_says(options: dict[str, object]) -> None:
     data = picture("WebP", (301, 177), **options)
@@ -72,9 +83,17 @@ HOSTILE = {
     "remote": ("https://example.org/cat.png", 400, "remote_image"),
     "file": ("file:///etc/passwd", 400, "remote_image"),
     "no comma": ("data:image/png;base64" + "A" * 100, 400, "invalid_image_url"),
-    "endless header": ("data:image/png;" + "x=y;" * 10_000 + "base64,AAAA", 400, "invalid_image_url"),
+    "endless header": (
+        "data:image/png;" + "x=y;" * 10_000 + "base64,AAAA",
+        400,
+        "invalid_image_url",
+    ),
     "not base64 at all": ("data:image/png,raw", 400, "invalid_image_url"),
-    "html by its type": (url(b"<html>", "png").replace("image/png", "text/html"), 400, "invalid_image_url"),
+    "html by its type": (
+        url(b"<html>", "png").replace("image/png", "text/html"),
+        400,
+        "invalid_image_url",
+    ),
     "html by its bytes": (url(b"<!doctype html><html></html>"), 400, "unsupported_image"),
     "bad base64": ("data:image/png;base64,@@@@", 400, "invalid_base64"),
     "url-safe base64": ("data:image/png;base64,__--", 400, "invalid_base64"),
@@ -104,7 +123,7 @@ def test_an_animation_is_refused() -> None:
         stream = io.BytesIO()
         frames[0].save(stream, kind, save_all=True, append_images=frames[1:])
         assert refused(url(stream.getvalue())) == (400, "frames")
-        assert read(url(stream.getvalue()), Limits(frames=3), "image") == stream.getvalue()
+        assert read_image(url(stream.getvalue()), Limits(frames=3), "image") == stream.getvalue()
 
 
 def test_length_is_judged_before_base64_and_base64_before_magic() -> None:

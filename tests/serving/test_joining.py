@@ -35,12 +35,21 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def head(environment: dict[str, str]) -> Iterator[str]:
     """`ray start --head` on ports of its own; its address."""
     folder = tempfile.mkdtemp(prefix="bw-head-")  # sockets need a short path
-    ports = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
+    ports = (
+        "port",
+        "dashboard-port",
+        "ray-client-server-port",
+        "dashboard-agent-listen-port",
+        "metrics-export-port",
+    )
     chosen = {name: free_port() for name in ports}
     words = [f"--{name}={port}" for name, port in chosen.items()]
     command = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--temp-dir={folder}", *words]
     log = Path(folder, "head.log")
-    with log.open("w") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as process:
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, env=environment, stdout=file, stderr=file) as process,
+    ):
         try:
             until(lambda: "Ray runtime started" in log.read_text(), process)
             yield f"127.0.0.1:{chosen['port']}"
@@ -92,7 +101,9 @@ def test_a_ray_that_cannot_be_joined_is_one_line(
         env["RAY_AUTH_TOKEN"] = "0" * 64
     else:
         env["RAY_ADDRESS"] = f"127.0.0.1:{free_port()}"
-    said = subprocess.run(command(weights, free_port()), env=env, capture_output=True, text=True, timeout=200)
+    said = subprocess.run(
+        command(weights, free_port()), env=env, capture_output=True, text=True, timeout=200
+    )
     assert said.returncode == 1
     assert said.stderr.splitlines()[-1].startswith("error  ")
     assert "RAY_ADDRESS" in said.stderr and "Traceback" not in said.stderr, said.stderr

@@ -17,13 +17,24 @@ from bridgework.serving.protocol import (
     ChatRequest,
     ClassifyRequest,
     EmbeddingRequest,
-    Head,
     RankRequest,
+    ResponseHeader,
     completion,
 )
 
 USER = {"role": "user", "content": "x"}
-INSIDES = ("function-", "union", "Input should", "pydantic", "Tag", "validator", "[str", "list[", "dict[", "Model")
+INSIDES = (
+    "function-",
+    "union",
+    "Input should",
+    "pydantic",
+    "Tag",
+    "validator",
+    "[str",
+    "list[",
+    "dict[",
+    "Model",
+)
 
 
 def api() -> FastAPI:
@@ -56,7 +67,9 @@ def api() -> FastAPI:
 
 def post(path: str, body: Any) -> httpx.Response:
     async def send() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(api()), base_url="http://test") as http:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(api()), base_url="http://test"
+        ) as http:
             how = {"content": body} if isinstance(body, bytes) else {"json": body}
             return await http.post(path, headers={"content-type": "application/json"}, **how)
 
@@ -103,11 +116,49 @@ NEUTRAL: list[dict[str, Any]] = [
     {"max_tokens": 5, "max_completion_tokens": 5},
     dict.fromkeys(
         (
-            *("audio", "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs", "max_tokens"),
-            *("max_completion_tokens", "metadata", "modalities", "n", "parallel_tool_calls", "prediction", "seed"),
-            *("presence_penalty", "prompt_cache_key", "reasoning_effort", "response_format", "safety_identifier"),
-            *("service_tier", "stop", "store", "stream", "stream_options", "temperature", "tool_choice", "tools"),
-            *("top_logprobs", "top_p", "user", "verbosity", "web_search_options", "structured_outputs"),
+            *(
+                "audio",
+                "frequency_penalty",
+                "function_call",
+                "functions",
+                "logit_bias",
+                "logprobs",
+                "max_tokens",
+            ),
+            *(
+                "max_completion_tokens",
+                "metadata",
+                "modalities",
+                "n",
+                "parallel_tool_calls",
+                "prediction",
+                "seed",
+            ),
+            *(
+                "presence_penalty",
+                "prompt_cache_key",
+                "reasoning_effort",
+                "response_format",
+                "safety_identifier",
+            ),
+            *(
+                "service_tier",
+                "stop",
+                "store",
+                "stream",
+                "stream_options",
+                "temperature",
+                "tool_choice",
+                "tools",
+            ),
+            *(
+                "top_logprobs",
+                "top_p",
+                "user",
+                "verbosity",
+                "web_search_options",
+                "structured_outputs",
+            ),
         )
     ),
 ]
@@ -132,7 +183,10 @@ CHANGING: list[tuple[str, dict[str, Any]]] = [
     ("tool_choice", {"tool_choice": "required"}),
     ("functions", {"functions": [{"name": "f"}]}),
     ("response_format", {"response_format": {"type": "json_object"}}),
-    ("response_format", {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}}),
+    (
+        "response_format",
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+    ),
     ("modalities", {"modalities": ["text", "audio"]}),
     ("service_tier", {"service_tier": "flex"}),
     ("store", {"store": True}),
@@ -142,16 +196,29 @@ CHANGING: list[tuple[str, dict[str, Any]]] = [
     ("web_search_options", {"web_search_options": {"search_context_size": "low"}}),
     ("top_k", {"top_k": 5}),
     ("repetition_penalty", {"repetition_penalty": 1.2}),
-    ("stream_options.include_obfuscation", {"stream": True, "stream_options": {"include_obfuscation": True}}),
+    (
+        "stream_options.include_obfuscation",
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+    ),
     ("structured_outputs.json", {"structured_outputs": {"json": {}}}),
     ("messages.0.name", {"messages": [USER | {"name": "Bob"}]}),
-    ("messages.1.refusal", {"messages": [USER, {"role": "assistant", "content": "", "refusal": "no"}, USER]}),
-    ("messages.1.tool_calls", {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{}]}, USER]}),
+    (
+        "messages.1.refusal",
+        {"messages": [USER, {"role": "assistant", "content": "", "refusal": "no"}, USER]},
+    ),
+    (
+        "messages.1.tool_calls",
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{}]}, USER]},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("param", "fields"), CHANGING, ids=lambda value: value if isinstance(value, str) else "")
-def test_fields_that_would_change_the_answer_are_refused_by_name(param: str, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("param", "fields"), CHANGING, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_fields_that_would_change_the_answer_are_refused_by_name(
+    param: str, fields: dict[str, Any]
+) -> None:
     found = error("/chat", chat(**fields))
     assert (found["param"], found["code"]) == (param, "unsupported")
     assert found["message"].startswith(f"{param}: not supported. Got ")
@@ -159,12 +226,13 @@ def test_fields_that_would_change_the_answer_are_refused_by_name(param: str, fie
 
 
 def test_an_answer_sent_back_as_a_message_is_read() -> None:
-    head = Head.of("chatcmpl", "chat.completion", "0" * 12, "m")
+    head = ResponseHeader.of("chatcmpl", "chat.completion", "0" * 12, "m")
     answer = ChatCompletion.model_validate(completion(head, Answer("red", 3, 2, "stop")))
     for message in (
         answer.choices[0].message.model_dump(),
         answer.choices[0].message.model_dump(exclude_none=True),
-        ChatCompletionMessage(role="assistant", content="red").model_dump() | {"tool_calls": [], "annotations": []},
+        ChatCompletionMessage(role="assistant", content="red").model_dump()
+        | {"tool_calls": [], "annotations": []},
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
         {"role": "assistant", "content": "red", "provider_specific_fields": {"refusal": None}},
     ):
@@ -193,10 +261,25 @@ WRONG: list[tuple[str, Any, str | None, str]] = [
     ("/chat", chat(messages=None), "messages", "expected a list"),
     ("/chat", chat(messages=[]), "messages", "expected at least 1"),
     ("/chat", chat(messages=["x"]), "messages.0", "expected an object"),
-    ("/chat", chat(messages=[{"role": "tool", "content": "x"}]), "messages.0.role", "Got \"tool\"; expected 'system'"),
+    (
+        "/chat",
+        chat(messages=[{"role": "tool", "content": "x"}]),
+        "messages.0.role",
+        "Got \"tool\"; expected 'system'",
+    ),
     ("/chat", chat(messages=[{"role": "user"}]), "messages.0.content", "missing"),
-    ("/chat", chat(messages=[USER | {"content": None}]), "messages.0.content", "expected a string or a list"),
-    ("/chat", chat(messages=[USER | {"content": 3}]), "messages.0.content", "expected a string or a list"),
+    (
+        "/chat",
+        chat(messages=[USER | {"content": None}]),
+        "messages.0.content",
+        "expected a string or a list",
+    ),
+    (
+        "/chat",
+        chat(messages=[USER | {"content": 3}]),
+        "messages.0.content",
+        "expected a string or a list",
+    ),
     ("/chat", content(), "messages.0.content", "expected at least 1"),
     ("/chat", content("x"), "messages.0.content.0", "expected an object"),
     ("/chat", content({"text": "x"}), "messages.0.content.0", "the field 'type' is missing"),
@@ -208,7 +291,12 @@ WRONG: list[tuple[str, Any, str | None, str]] = [
     ),
     ("/chat", content(text(None)), "messages.0.content.0.text", "expected a string"),
     ("/chat", content(shown()), "messages.0.content.0.image_url", "missing"),
-    ("/chat", content(shown(image_url="data:")), "messages.0.content.0.image_url", "expected an object"),
+    (
+        "/chat",
+        content(shown(image_url="data:")),
+        "messages.0.content.0.image_url",
+        "expected an object",
+    ),
     ("/chat", content(shown(image_url={})), "messages.0.content.0.image_url.url", "missing"),
     (
         "/chat",
@@ -232,32 +320,84 @@ WRONG: list[tuple[str, Any, str | None, str]] = [
     ("/chat", chat(stream_options={"include_usage": True}), "stream_options", "needs stream: true"),
     ("/chat", chat(temprature=1), "temprature", "unknown field; did you mean 'temperature'?"),
     ("/chat", chat(**{"x" * 100_000: 1}), "x" * 200, "unknown field"),
-    ("/chat", chat(messages=[USER, {"role": "assistant", "content": "x"}]), "messages.1.role", "expected 'user'"),
-    ("/chat", chat(structured_outputs={"choice": []}), "structured_outputs.choice", "expected at least 1"),
-    ("/chat", chat(structured_outputs={"choice": ["a"]}, stream=True), "stream", "leave out stream"),
-    ("/chat", chat(structured_outputs={"choice": ["a"]}, temperature=0.5), "temperature", "not sampled"),
+    (
+        "/chat",
+        chat(messages=[USER, {"role": "assistant", "content": "x"}]),
+        "messages.1.role",
+        "expected 'user'",
+    ),
+    (
+        "/chat",
+        chat(structured_outputs={"choice": []}),
+        "structured_outputs.choice",
+        "expected at least 1",
+    ),
+    (
+        "/chat",
+        chat(structured_outputs={"choice": ["a"]}, stream=True),
+        "stream",
+        "leave out stream",
+    ),
+    (
+        "/chat",
+        chat(structured_outputs={"choice": ["a"]}, temperature=0.5),
+        "temperature",
+        "not sampled",
+    ),
     ("/chat", chat(structured_outputs={"choice": ["a"]}, top_p=0.5), "top_p", "not sampled"),
     ("/chat", chat(structured_outputs={"choice": ["a"]}, stop="x"), "stop", "never cut"),
-    ("/embeddings", {"model": "m", "input": [[1, 2], [3]]}, "input.0", "token ids of another tokenizer"),
+    (
+        "/embeddings",
+        {"model": "m", "input": [[1, 2], [3]]},
+        "input.0",
+        "token ids of another tokenizer",
+    ),
     ("/embeddings", {"model": "m", "input": [1, 2]}, "input.0", "token ids of another tokenizer"),
     ("/embeddings", {"model": "m", "input": []}, "input", "expected at least 1"),
     ("/embeddings", {"model": "m", "input": None}, "input", "expected a string or a list"),
-    ("/embeddings", {"model": "m", "input": ["a", ""]}, "input.1", "expected at least 1 characters"),
+    (
+        "/embeddings",
+        {"model": "m", "input": ["a", ""]},
+        "input.1",
+        "expected at least 1 characters",
+    ),
     ("/embeddings", {"model": "m", "input": [{"image": 3}]}, "input.0.image", "expected a string"),
-    ("/embeddings", {"model": "m", "input": "x", "encoding_format": "int8"}, "encoding_format", "'float' or 'base64'"),
-    ("/classify", {"model": "m", "image": "x", "labels": ["a"], "template": "a photo"}, "template", "{} once"),
+    (
+        "/embeddings",
+        {"model": "m", "input": "x", "encoding_format": "int8"},
+        "encoding_format",
+        "'float' or 'base64'",
+    ),
+    (
+        "/classify",
+        {"model": "m", "image": "x", "labels": ["a"], "template": "a photo"},
+        "template",
+        "{} once",
+    ),
     ("/classify", {"model": "m", "image": "x", "labels": []}, "labels", "expected at least 1"),
     ("/rank", {"model": "m", "image": "x", "candidates": [3]}, "candidates.0", "expected a string"),
     ("/captions", {"model": "m", "image": []}, "image", "expected at least 1"),
     ("/captions", {"model": "m", "image": 3}, "image", "expected a string or a list"),
     ("/captions", {"model": "m", "image": "x", "beams": 11}, "beams", "expected at most 10"),
-    ("/captions", {"model": "m", "image": "x", "beams": 2, "temperature": 0.5}, "temperature", "leave one out"),
+    (
+        "/captions",
+        {"model": "m", "image": "x", "beams": 2, "temperature": 0.5},
+        "temperature",
+        "leave one out",
+    ),
     ("/captions", {"model": "m", "image": "x", "beams": 2, "top_p": 0.5}, "top_p", "leave one out"),
-    ("/captions", {"model": "m", "image": "x", "frequency_penalty": 1}, "frequency_penalty", "not supported"),
+    (
+        "/captions",
+        {"model": "m", "image": "x", "frequency_penalty": 1},
+        "frequency_penalty",
+        "not supported",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "param", "message"), WRONG, ids=[str(i) for i in range(len(WRONG))])
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"), WRONG, ids=[str(i) for i in range(len(WRONG))]
+)
 def test_a_wrong_value_is_one_line_without_the_validators_insides(
     path: str, body: Any, param: str | None, message: str
 ) -> None:
@@ -281,7 +421,10 @@ def test_half_characters_are_answered_wherever_they_are() -> None:
 def test_a_name_that_is_given_twice_is_refused() -> None:
     body = b'{"model": "m", "messages": [{"role": "user", "content": "a", "content": "b"}]}'
     found = error("/chat", body)
-    assert (found["param"], found["message"]) == ("content", "content: given twice. Fix: leave one out")
+    assert (found["param"], found["message"]) == (
+        "content",
+        "content: given twice. Fix: leave one out",
+    )
 
 
 def test_a_body_is_bounded_before_it_is_parsed() -> None:
@@ -294,8 +437,12 @@ def test_a_body_is_bounded_before_it_is_parsed() -> None:
 
 def test_a_body_that_is_not_json_by_its_type_is_415() -> None:
     async def send() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(api()), base_url="http://test") as http:
-            return await http.post("/chat", content=json.dumps(chat()), headers={"content-type": "text/plain"})
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(api()), base_url="http://test"
+        ) as http:
+            return await http.post(
+                "/chat", content=json.dumps(chat()), headers={"content-type": "text/plain"}
+            )
 
     reply = asyncio.run(send())
     assert (reply.status_code, reply.json()["error"]["code"]) == (415, "unsupported_media_type")
@@ -303,4 +450,6 @@ def test_a_body_that_is_not_json_by_its_type_is_415() -> None:
 
 def test_schemas_are_documented() -> None:
     schemas = api().openapi()["components"]["schemas"]
-    assert {m.__name__ for m in (ChatRequest, EmbeddingRequest, RankRequest, CaptionRequest)} <= schemas.keys()
+    assert {
+        m.__name__ for m in (ChatRequest, EmbeddingRequest, RankRequest, CaptionRequest)
+    } <= schemas.keys()

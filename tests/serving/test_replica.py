@@ -10,8 +10,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from bridgework.data.samples import Part
 from bridgework.errors import DataError
+from bridgework.serving.errors import APIError
 from bridgework.serving.options import Options
-from bridgework.serving.refusals import Refusal
 from bridgework.serving.replica import Model
 from tests.serving.support import picture
 
@@ -35,8 +35,8 @@ def pairs(pairs_only: str) -> Model:
     return model(pairs_only)
 
 
-def refused(call: Coroutine[Any, Any, Any]) -> Refusal:
-    with pytest.raises(Refusal) as caught:
+def refused(call: Coroutine[Any, Any, Any]) -> APIError:
+    with pytest.raises(APIError) as caught:
         asyncio.run(call)
     assert caught.value.status == 400
     return caught.value
@@ -68,7 +68,9 @@ def test_a_stream_refuses_unread_text_before_its_first_piece(pairs: Model) -> No
 
 def test_a_model_that_reads_images_alone_is_asked_without_text(pairs: Model) -> None:
     async def both() -> tuple[Any, Any]:
-        return await pairs.generate(SHOWN, [IMAGE], GREEDY), await pairs.caption(IMAGE, None, GREEDY)
+        return await pairs.generate(SHOWN, [IMAGE], GREEDY), await pairs.caption(
+            IMAGE, None, GREEDY
+        )
 
     asked, captioned = asyncio.run(both())
     assert asked == captioned
@@ -83,7 +85,9 @@ def test_every_character_of_a_prompt_is_read(chat: Model) -> None:
 
     for prompt in ("{}", "{ocr}", "a {} b {ocr} c"):
         plain = "x" * len(prompt)
-        assert asyncio.run(tokens(prompt)) == asyncio.run(tokens(plain))  # bytes: one token a character
+        assert asyncio.run(tokens(prompt)) == asyncio.run(
+            tokens(plain)
+        )  # bytes: one token a character
 
 
 def test_a_question_with_the_places_of_a_recipe_is_refused(chat: Model) -> None:
@@ -148,7 +152,9 @@ def test_abandoned_work_in_one_piece_ends_early(chat: Model, kind: str) -> None:
     def call() -> Coroutine[Any, Any, Any]:
         if kind == "beams":
             return chat.generate(ASKED, [IMAGE], beams)
-        return chat.choose(ASKED, [IMAGE], many) if kind == "choose" else chat.rank(IMAGE, many, None)
+        return (
+            chat.choose(ASKED, [IMAGE], many) if kind == "choose" else chat.rank(IMAGE, many, None)
+        )
 
     async def run(leave: bool) -> int:
         forwards = Forwards()

@@ -20,10 +20,11 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from bridgework.errors import BridgeworkError, ResourceError, SpecError, TrackingError, WeightsError
-from bridgework.serving import apps, launch
+from bridgework.serving import app as apps
+from bridgework.serving import launch
+from bridgework.serving.app import record, resolve
 from bridgework.serving.auth import VARIABLE
 from bridgework.serving.options import Options, read
-from bridgework.serving.resolve import record, resolve
 
 
 def test_words_of_a_command_line_become_options_in_any_order() -> None:
@@ -62,12 +63,21 @@ def test_wrong_words_are_refused(words: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("word", ["tiny", "tiny@champion", "tiny:1"])
-def test_a_model_is_found_by_name_alias_and_version(word: str, registered: str, weights: str, home: Path) -> None:
+def test_a_model_is_found_by_name_alias_and_version(
+    word: str, registered: str, weights: str, home: Path
+) -> None:
     served = resolve("chat", word, Options(model=word), home)
-    assert (served.model, served.version, served.artefact, served.pinned) == ("tiny", "1", weights, "tiny:1")
+    assert (served.model, served.version, served.artefact, served.pinned) == (
+        "tiny",
+        "1",
+        weights,
+        "tiny:1",
+    )
 
 
-def test_an_unknown_model_or_folder_is_an_error_that_says_so(registered: str, home: Path, tmp_path: Path) -> None:
+def test_an_unknown_model_or_folder_is_an_error_that_says_so(
+    registered: str, home: Path, tmp_path: Path
+) -> None:
     wrong: list[tuple[str, type[BridgeworkError], str]] = [
         ("tinny", TrackingError, "did you mean 'tiny'"),
         ("tiny@challenge", TrackingError, "did you mean 'challenger'"),
@@ -78,11 +88,16 @@ def test_an_unknown_model_or_folder_is_an_error_that_says_so(registered: str, ho
             resolve("chat", word, Options(model=word), home)
 
 
-def test_the_same_weights_are_the_same_deployment_and_keep_their_first_start(weights: str, tmp_path: Path) -> None:
+def test_the_same_weights_are_the_same_deployment_and_keep_their_first_start(
+    weights: str, tmp_path: Path
+) -> None:
     served = resolve("chat", weights, Options(model=weights), tmp_path)
     file = record(served, tmp_path)
     before = file.read_text()
-    assert record(resolve("chat", weights, Options(model=weights), tmp_path), tmp_path).read_text() == before
+    assert (
+        record(resolve("chat", weights, Options(model=weights), tmp_path), tmp_path).read_text()
+        == before
+    )
     assert json.loads(before)["digest"] == served.digest
     assert resolve("embed", weights, Options(model=weights), tmp_path).id != served.id
 
@@ -94,7 +109,9 @@ def test_an_app_is_built_with_a_key_and_not_without(
     args = {"model": weights, "home": str(tmp_path)}
     monkeypatch.setenv(VARIABLE, "key")
     apps.APPS[name](args)
-    assert [json.loads(f.read_text())["app"] for f in (tmp_path / "deployments").iterdir()] == [name]
+    assert [json.loads(f.read_text())["app"] for f in (tmp_path / "deployments").iterdir()] == [
+        name
+    ]
     monkeypatch.delenv(VARIABLE)
     with pytest.raises(SpecError, match="no API key"):
         apps.APPS[name](args)
@@ -103,7 +120,9 @@ def test_an_app_is_built_with_a_key_and_not_without(
 def test_a_port_in_use_is_named_with_a_free_one(registered: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ResourceError, match=rf"port {port} of 127.0.0.1 cannot be used .*; port \d+ is free"):
+        with pytest.raises(
+            ResourceError, match=rf"port {port} of 127.0.0.1 cannot be used .*; port \d+ is free"
+        ):
             launch.start("chat", {"model": registered, "dev": True}, launch.Where(port=port))
 
 
@@ -121,7 +140,10 @@ def test_the_config_of_an_app_is_what_serve_takes(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, "key")
-    file, args = tmp_path / "serve.yaml", {"model": weights, "home": str(tmp_path), "limits.images": "4"}
+    file, args = (
+        tmp_path / "serve.yaml",
+        {"model": weights, "home": str(tmp_path), "limits.images": "4"},
+    )
     launch.write(file, "chat", args, launch.Where(port=8123, name="llava", route_prefix="/llava"))
     config = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
     (app,) = config.applications
@@ -142,14 +164,25 @@ def clean(ray_session: None) -> Iterator[None]:
 
 
 def ask(address: str, tokens: int) -> httpx.Response:
-    body = {"model": "weights", "max_tokens": tokens, "temperature": 2, "messages": [{"role": "user", "content": "x"}]}
+    body = {
+        "model": "weights",
+        "max_tokens": tokens,
+        "temperature": 2,
+        "messages": [{"role": "user", "content": "x"}],
+    }
     return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300, trust_env=False)
 
 
 def test_apps_of_one_ray_start_and_end_apart_and_what_runs_is_finished(
     clean: None, weights: str, tmp_path: Path
 ) -> None:
-    args = {"model": weights, "dev": True, "home": str(tmp_path), "cpus": 0.5, "max_new_tokens": 400}
+    args = {
+        "model": weights,
+        "dev": True,
+        "home": str(tmp_path),
+        "cpus": 0.5,
+        "max_new_tokens": 400,
+    }
     port = launch.free_port()
     first = launch.start("chat", args, launch.Where(port=port))
     with pytest.raises(SpecError, match=r"'chat' already runs on this Ray.*--name chat-2"):
@@ -157,9 +190,13 @@ def test_apps_of_one_ray_start_and_end_apart_and_what_runs_is_finished(
     with pytest.raises(SpecError, match=r"the path / is taken"):
         launch.start("chat", args, launch.Where(port=port, name="other"))
     with pytest.raises(ResourceError, match="already serves, and not on port"):
-        launch.start("chat", args, launch.Where(port=launch.free_port(), name="other", route_prefix="/other"))
+        launch.start(
+            "chat", args, launch.Where(port=launch.free_port(), name="other", route_prefix="/other")
+        )
     assert ask(first.address, 1).status_code == 200
-    second = launch.start("chat", args, launch.Where(port=port, name="other", route_prefix="/other"))
+    second = launch.start(
+        "chat", args, launch.Where(port=port, name="other", route_prefix="/other")
+    )
     assert not second.own_serve
     assert ask(second.address, 1).status_code == 200
     assert second.stop() == 0

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bridgework import artifacts
+from bridgework.artifacts import StageResult
+from bridgework.config import override
 from bridgework.data import reader
-from bridgework.spec import override
 from bridgework.system import Stage, System, load
-from bridgework.tracking import Journal, Tracker
-from bridgework.training import artefact, loop
+from bridgework.tracking.tracker import Journal, Tracker
+from bridgework.training import loop
 from bridgework.training.driver import train
-from bridgework.training.launch import How
-from bridgework.training.record import StageResult
+from bridgework.training.ray_train import RunOptions
 
 
 class Stop(Exception):
@@ -25,7 +26,9 @@ class Stop(Exception):
 def llava(steps: int = 4, **changes: Any) -> System:
     """`steps` steps a stage; `changes` are dotted paths with `__` for the dot."""
     fast = {"stages.*.optim.peak_lr": 3e-3, "stages.*.budget.steps": steps}
-    return override(load("llava").tiny(), fast | {path.replace("__", "."): new for path, new in changes.items()})
+    return override(
+        load("llava").tiny(), fast | {path.replace("__", "."): new for path, new in changes.items()}
+    )
 
 
 def uncurated(system: System) -> System:
@@ -44,7 +47,7 @@ def go(
     fork: str | None = None,
     **how: Any,
 ) -> dict[str, StageResult]:
-    options = How(**{"workers": 0, **how})
+    options = RunOptions(**{"workers": 0, **how})
     return train(system, home=home, run=run, how=options, stages=stages, tracker=tracker, fork=fork)
 
 
@@ -58,14 +61,16 @@ def stop_at(step: int) -> Callable[[dict[str, float], int], None]:
     return report
 
 
-def losses(home: Path, run: str, stage: str = "align", key: str = "loss") -> list[tuple[int, float]]:
+def losses(
+    home: Path, run: str, stage: str = "align", key: str = "loss"
+) -> list[tuple[int, float]]:
     """(step, loss) in the order of writing; a step that was redone stands twice."""
     parts = Journal(home / "runs" / run / stage / "journal").points()
     return [(p.step, p.value) for _, points in parts for p in points if p.key == key]
 
 
 def weights(home: Path, run: str, stage: str = "align") -> dict[str, Tensor]:
-    return artefact.weights(home / "runs" / run / stage / "artefact")
+    return artifacts.weights(home / "runs" / run / stage / "artefact")
 
 
 def fresh(stage: Stage) -> nn.Module:
@@ -77,18 +82,22 @@ def fresh(stage: Stage) -> nn.Module:
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Bit for bit."""
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(tensor, other[name]) for name, tensor in one.items()
+    )
 
 
-def job(made: System, home: Path, folder: Path, *, every: int = 0) -> loop.Job:
+def job(made: System, home: Path, folder: Path, *, every: int = 0) -> loop.TrainJob:
     """The work of a system's only stage, under `folder`, with a checkpoint at `every` so many steps."""
     (stage,) = made.stages
     place = folder / stage.name
     place.mkdir(parents=True, exist_ok=True)
-    return loop.Job(made, stage.name, reader.Feed.of(stage, home), place, home, checkpoint_every=every)
+    return loop.TrainJob(
+        made, stage.name, reader.ReaderConfig.of(stage, home), place, home, checkpoint_every=every
+    )
 
 
-def train_ranks(given: loop.Job, rank: int = 0, world: int = 1) -> dict[int, float]:
+def train_ranks(given: loop.TrainJob, rank: int = 0, world: int = 1) -> dict[int, float]:
     """The loss of every step of a stage, trained by the loop itself on this rank of `world`."""
 
     def rows(start: int) -> Iterator[list[reader.Row]]:
@@ -96,4 +105,6 @@ def train_ranks(given: loop.Job, rank: int = 0, world: int = 1) -> dict[int, flo
 
     loop.run(given, rows, lambda metrics, step: None, rank=rank, world=world)
     parts = Journal(given.folder / "journal").points()
-    return {point.step: point.value for _, points in parts for point in points if point.key == "loss"}
+    return {
+        point.step: point.value for _, points in parts for point in points if point.key == "loss"
+    }

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bridgework.models import freezing, lora
+from bridgework import artifacts
+from bridgework.models import base, lora
 from bridgework.recipes import xgen_mm
 from bridgework.system import System
-from bridgework.training import artefact
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -21,30 +21,32 @@ def logits(model: nn.Module) -> Tensor:
 
 def save(system: System, name: str, model: nn.Module, folder: Path, inherited: list[str]) -> Path:
     stage = system[name]
-    multipliers = freezing.apply(model, stage.trains)
+    multipliers = base.set_trainable(model, stage.trains)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    kept = artefact.kept(stage, model.state_dict(), multipliers, inherited)
-    artefact.save(folder, {n: tensors[n] for n in kept if n in tensors}, system=system, stage=name)
+    kept = artifacts.tensors_to_save(stage, model.state_dict(), multipliers, inherited)
+    artifacts.save(folder, {n: tensors[n] for n in kept if n in tensors}, system=system, stage=name)
     return folder
 
 
-def test_a_stage_with_adapters_starts_from_one_without_and_its_artefact_comes_back(tmp_path: Path) -> None:
+def test_a_stage_with_adapters_starts_from_one_without_and_its_artefact_comes_back(
+    tmp_path: Path,
+) -> None:
     system = xgen_mm.system().tiny()
     torch.manual_seed(0)
     before = system["instruct"].model.build()
     first = save(system, "instruct", before, tmp_path / "instruct", [])
 
     model = system["prefer"].model.build()
-    inherited = lora.fitted(model, artefact.weights(first))
-    artefact.put(model, inherited, str(first))
+    inherited = lora.remap_adapters(model, artifacts.weights(first))
+    artifacts.load_into(model, inherited, str(first))
     torch.testing.assert_close(logits(model), logits(before))
 
     for parameter in (p for name, p in model.named_parameters() if "lora_B" in name):
         nn.init.normal_(parameter, std=0.2)
     second = save(system, "prefer", model, tmp_path / "prefer", list(inherited))
-    torch.testing.assert_close(logits(artefact.load(second).model), logits(model))
+    torch.testing.assert_close(logits(artifacts.load(second).model), logits(model))
 
-    merged = artefact.load(second).model
+    merged = artifacts.load(second).model
     lora.merge(merged)
     plain = replace(system["prefer"].model, language=system["instruct"].model.language).build()
     plain.load_state_dict(merged.state_dict())

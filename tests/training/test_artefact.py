@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bridgework import artifacts
+from bridgework.config import override
 from bridgework.errors import WeightsError
-from bridgework.models import EfficientNetConfig, freezing
-from bridgework.spec import override
+from bridgework.mixture import DatasetInput
+from bridgework.models import EfficientNetConfig, base
 from bridgework.system import System
-from bridgework.tracking import DatasetInput
-from bridgework.training import artefact
 from tests.training.support import fresh, llava, same
 
 SYSTEM = llava()
@@ -25,11 +25,17 @@ DATA = (DatasetInput("shapes", "d" * 64, "/data/shapes", 256),)
 
 def bridge() -> dict[str, Tensor]:
     torch.manual_seed(1)
-    return {n: torch.randn_like(t) for n, t in fresh(SYSTEM["align"]).state_dict().items() if n.startswith("bridge.")}
+    return {
+        n: torch.randn_like(t)
+        for n, t in fresh(SYSTEM["align"]).state_dict().items()
+        if n.startswith("bridge.")
+    }
 
 
 def saved(tmp_path: Path, state: Mapping[str, Tensor], system: System = SYSTEM) -> Path:
-    artefact.save(tmp_path / "artefact", state, system=system, stage="align", datasets=DATA, steps=4)
+    artifacts.save(
+        tmp_path / "artefact", state, system=system, stage="align", datasets=DATA, steps=4
+    )
     return tmp_path / "artefact"
 
 
@@ -40,27 +46,40 @@ def whole(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
 
 def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
     folder, state = whole(tmp_path)
-    state_back = artefact.load(folder).model.state_dict()
-    assert same(artefact.weights(folder), state)
+    state_back = artifacts.load(folder).model.state_dict()
+    assert same(artifacts.weights(folder), state)
     assert same(dict(state_back), state)
 
 
 def test_a_loaded_model_is_at_rest(tmp_path: Path) -> None:
-    loaded = artefact.load(whole(tmp_path)[0])
+    loaded = artifacts.load(whole(tmp_path)[0])
     assert not any(module.training for module in loaded.model.modules())
     assert loaded.stage == SYSTEM["align"]
 
 
 def test_recipe_survives(tmp_path: Path) -> None:
     folder = saved(tmp_path, bridge())
-    assert artefact.recipe(folder) == SYSTEM
-    assert artefact.recipe(folder).fingerprint() == artefact.describe(folder).fingerprint == SYSTEM.fingerprint()
+    assert artifacts.recipe(folder) == SYSTEM
+    assert (
+        artifacts.recipe(folder).fingerprint()
+        == artifacts.describe(folder).fingerprint
+        == SYSTEM.fingerprint()
+    )
 
 
 def test_an_artefact_says_where_it_comes_from(tmp_path: Path) -> None:
-    info = artefact.describe(saved(tmp_path, bridge()))
-    assert (info.system, info.stage, info.steps, info.datasets, info.parent) == (SYSTEM.name, "align", 4, DATA, None)
-    assert (info.tensors, info.parameters) == (len(bridge()), sum(t.numel() for t in bridge().values()))
+    info = artifacts.describe(saved(tmp_path, bridge()))
+    assert (info.system, info.stage, info.steps, info.datasets, info.parent) == (
+        SYSTEM.name,
+        "align",
+        4,
+        DATA,
+        None,
+    )
+    assert (info.tensors, info.parameters) == (
+        len(bridge()),
+        sum(t.numel() for t in bridge().values()),
+    )
 
 
 @pytest.mark.parametrize("at", [0, 200, -1])
@@ -70,7 +89,7 @@ def test_edited_weights_are_refused(tmp_path: Path, at: int) -> None:
     content[at] ^= 1
     (folder / "weights.safetensors").write_bytes(content)
     with pytest.raises(WeightsError, match=r"weights\.safetensors .*sha256 differs"):
-        artefact.load(folder)
+        artifacts.load(folder)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "recipe.json", "artefact.json"])
@@ -78,7 +97,7 @@ def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
     folder, _ = whole(tmp_path)
     (folder / name).unlink()
     with pytest.raises(WeightsError, match=name):
-        artefact.load(folder)
+        artifacts.load(folder)
 
 
 def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
@@ -88,43 +107,47 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"no weights").hexdigest()
     (folder / "artefact.json").write_text(json.dumps(about | {"digest": digest}))
     with pytest.raises(WeightsError, match="cannot be read"):
-        artefact.load(folder)
+        artifacts.load(folder)
 
 
 def test_fields_of_another_version_are_refused(tmp_path: Path) -> None:
     folder, _ = whole(tmp_path)
     (folder / "artefact.json").write_text("{}")
     with pytest.raises(WeightsError, match="does not have the fields of this version"):
-        artefact.describe(folder)
+        artifacts.describe(folder)
 
 
 def test_other_shapes_are_named(tmp_path: Path) -> None:
     state = fresh(SYSTEM["align"]).state_dict() | {"bridge.linear_1.bias": torch.zeros(3)}
-    with pytest.raises(WeightsError, match=r"shapes differ: bridge\.linear_1\.bias \[3\] against \[32\]"):
-        artefact.load(saved(tmp_path, state))
+    with pytest.raises(
+        WeightsError, match=r"shapes differ: bridge\.linear_1\.bias \[3\] against \[32\]"
+    ):
+        artifacts.load(saved(tmp_path, state))
 
 
 def test_extra_tensors_are_named(tmp_path: Path) -> None:
     state = fresh(SYSTEM["align"]).state_dict() | {f"extra.{i}": torch.zeros(1) for i in range(5)}
-    with pytest.raises(WeightsError, match=r"the model has no extra\.0, extra\.1, extra\.2 and 2 more"):
-        artefact.load(saved(tmp_path, state))
+    with pytest.raises(
+        WeightsError, match=r"the model has no extra\.0, extra\.1, extra\.2 and 2 more"
+    ):
+        artifacts.load(saved(tmp_path, state))
 
 
 def test_missing_tensors_are_named(tmp_path: Path) -> None:
     state = fresh(SYSTEM["align"]).state_dict()
     del state["bridge.linear_2.bias"]
     with pytest.raises(WeightsError, match=r"lacks bridge\.linear_2\.bias"):
-        artefact.load(saved(tmp_path, state))
+        artifacts.load(saved(tmp_path, state))
 
 
 def test_tied_weights_are_kept_once_and_come_back(tmp_path: Path) -> None:
     system = override(SYSTEM, {"stages.*.model.language.tied": True})
     model = fresh(system["align"])
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    names = artefact.kept(system["align"], model.state_dict(), [], [])
+    names = artifacts.tensors_to_save(system["align"], model.state_dict(), [], [])
     folder = saved(tmp_path, {n: own[n].detach() for n in names if n in own}, system)
-    assert "language.lm_head.weight" not in artefact.weights(folder)
-    assert same(dict(artefact.load(folder).model.state_dict()), dict(model.state_dict()))
+    assert "language.lm_head.weight" not in artifacts.weights(folder)
+    assert same(dict(artifacts.load(folder).model.state_dict()), dict(model.state_dict()))
 
 
 def test_an_artefact_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -138,42 +161,52 @@ def test_a_failed_save_leaves_the_older_one(tmp_path: Path) -> None:
     folder, one = saved(tmp_path, bridge()), torch.zeros(4)
     with pytest.raises(RuntimeError):
         saved(tmp_path, {"a": one, "b": one})
-    assert same(artefact.weights(folder), bridge())
+    assert same(artifacts.weights(folder), bridge())
     assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_newer_one_takes_the_place(tmp_path: Path) -> None:
     saved(tmp_path, {"old": torch.zeros(1)})
-    assert same(artefact.weights(saved(tmp_path, bridge())), bridge())
+    assert same(artifacts.weights(saved(tmp_path, bridge())), bridge())
     assert [path.name for path in tmp_path.iterdir()] == ["artefact"]
 
 
 def test_frozen_pretrained_tensors_are_not_in_it() -> None:
     stage = override(SYSTEM, {"stages.*.model.vision": EfficientNetConfig(image_size=64)})["align"]
     model = stage.model.build(pretrained=False)
-    kept = artefact.kept(stage, model.state_dict(), freezing.apply(model, stage.trains), [])
+    kept = artifacts.tensors_to_save(
+        stage, model.state_dict(), base.set_trainable(model, stage.trains), []
+    )
     assert {name.split(".")[0] for name in kept} == {"bridge", "language"}
 
 
 def test_pretrained_tensors_that_were_trained_or_inherited_are_in_it() -> None:
     stage = override(SYSTEM, {"stages.*.model.vision": EfficientNetConfig(image_size=64)})["align"]
     names = ["vision.a", "vision.b", "vision.c", "bridge.d"]
-    assert artefact.kept(stage, names, ["vision.a"], ["vision.b"]) == ["vision.a", "vision.b", "bridge.d"]
+    assert artifacts.tensors_to_save(stage, names, ["vision.a"], ["vision.b"]) == [
+        "vision.a",
+        "vision.b",
+        "bridge.d",
+    ]
 
 
 def test_a_folder_that_is_no_artefact_is_refused_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"is not an artefact .* give the folder that a finished stage wrote"):
-        artefact.describe(tmp_path)
+    with pytest.raises(
+        WeightsError, match=r"is not an artefact .* give the folder that a finished stage wrote"
+    ):
+        artifacts.describe(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(WeightsError, match="cannot be read"):
-        artefact.describe(tmp_path / "file")
+        artifacts.describe(tmp_path / "file")
 
 
 def test_parent_is_named_by_its_digest(tmp_path: Path) -> None:
-    parent = artefact.save(tmp_path / "one", bridge(), system=SYSTEM, stage="align")
-    child = artefact.save(tmp_path / "two", bridge(), system=SYSTEM, stage="instruct", parent=parent.digest)
-    assert artefact.describe(tmp_path / "two").parent == parent.digest
-    assert replace(child, datasets=()) == artefact.describe(tmp_path / "two")
+    parent = artifacts.save(tmp_path / "one", bridge(), system=SYSTEM, stage="align")
+    child = artifacts.save(
+        tmp_path / "two", bridge(), system=SYSTEM, stage="instruct", parent=parent.digest
+    )
+    assert artifacts.describe(tmp_path / "two").parent == parent.digest
+    assert replace(child, datasets=()) == artifacts.describe(tmp_path / "two")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -185,7 +218,9 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(
     state = {name: tensor.to(dtype) for name, tensor in bridge().items()}
     name = sorted(state)[0]
     state[name].view(-1)[0] = value
-    with pytest.raises(WeightsError, match=f"Got NaN or infinity in 1 of {len(state)} tensors: {name}"):
+    with pytest.raises(
+        WeightsError, match=f"Got NaN or infinity in 1 of {len(state)} tensors: {name}"
+    ):
         saved(tmp_path / "wrong", state)
     assert not (tmp_path / "wrong").exists()
     save_file(state, folder / "weights.safetensors")  # by another program, with the right digest
@@ -193,13 +228,16 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(
     digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
     (folder / "artefact.json").write_text(json.dumps(said | {"digest": digest}))
     with pytest.raises(WeightsError, match=r"weights\.safetensors: not all numbers are finite"):
-        artefact.weights(folder)
+        artifacts.weights(folder)
 
 
 def test_the_largest_finite_numbers_are_weights(tmp_path: Path) -> None:
     """The difference of the extremes of float16 is no float16."""
-    state = {"bridge.x": torch.tensor([65504.0, -65504.0], dtype=torch.float16), "bridge.y": torch.zeros(0)}
-    assert same(artefact.weights(saved(tmp_path, state)), state)
+    state = {
+        "bridge.x": torch.tensor([65504.0, -65504.0], dtype=torch.float16),
+        "bridge.y": torch.zeros(0),
+    }
+    assert same(artifacts.weights(saved(tmp_path, state)), state)
 
 
 def test_weights_are_as_readable_as_the_files_next_to_them(tmp_path: Path) -> None:

@@ -16,15 +16,22 @@ from bridgework.errors import ResourceError, RunError
 from bridgework.training import checkpoint, signing
 from bridgework.training.checkpoint import Checkpoint, Unusable
 
-FILES = {"state/rank_0.pt": bytes(range(256)) * 40, "state/rank_1.pt": bytes(range(255, -1, -1)) * 40}
+FILES = {
+    "state/rank_0.pt": bytes(range(256)) * 40,
+    "state/rank_1.pt": bytes(range(255, -1, -1)) * 40,
+}
 
 
-def write(stage: Path, step: int, attempt: str = "a1", *, keep: int = 2, fingerprint: str = "f") -> Checkpoint:
+def write(
+    stage: Path, step: int, attempt: str = "a1", *, keep: int = 2, fingerprint: str = "f"
+) -> Checkpoint:
     folder = checkpoint.begin(stage, step, attempt)
     for name, content in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    return checkpoint.complete(folder, step=step, world=2, attempt=attempt, fingerprint=fingerprint, keep=keep)
+    return checkpoint.complete(
+        folder, step=step, world=2, attempt=attempt, fingerprint=fingerprint, keep=keep
+    )
 
 
 def flip(file: Path, at: int) -> None:
@@ -39,7 +46,7 @@ def steps(stage: Path) -> list[int]:
 
 def test_what_was_written_is_found_as_it_was(tmp_path: Path) -> None:
     made = write(tmp_path, 10)
-    found, passed = checkpoint.newest(tmp_path, "f")
+    found, passed = checkpoint.latest(tmp_path, "f")
     assert found == made
     assert (found.step, found.world, found.damage(), passed) == (10, 2, None, [])
     assert set(found.files) == set(FILES)
@@ -48,7 +55,7 @@ def test_what_was_written_is_found_as_it_was(tmp_path: Path) -> None:
 def test_manifest_is_last(tmp_path: Path) -> None:
     folder = checkpoint.begin(tmp_path, 10, "a1")
     (folder / "rank_0.pt").write_bytes(b"half")
-    assert checkpoint.newest(tmp_path, "f") == (None, [])
+    assert checkpoint.latest(tmp_path, "f") == (None, [])
     write(tmp_path, 5)
     shutil.copytree(tmp_path / "checkpoints/00000005-a1", tmp_path / "checkpoints/00000015-a2")
     (tmp_path / "checkpoints/00000015-a2/manifest.json").unlink()
@@ -56,7 +63,10 @@ def test_manifest_is_last(tmp_path: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    **{f"bit {at} of a file": lambda f, at=at: flip(f / "state/rank_1.pt", at) for at in (0, 5_000, -1)},
+    **{
+        f"bit {at} of a file": lambda f, at=at: flip(f / "state/rank_1.pt", at)
+        for at in (0, 5_000, -1)
+    },
     "truncated": lambda f: (f / "state/rank_0.pt").write_bytes(FILES["state/rank_0.pt"][:-7]),
     "empty": lambda f: (f / "state/rank_0.pt").write_bytes(b""),
     "longer": lambda f: (f / "state/rank_0.pt").write_bytes(FILES["state/rank_0.pt"] + b"\0"),
@@ -73,7 +83,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_damaged_checkpoint_is_seen_and_the_one_before_is_taken(tmp_path: Path, how: str) -> None:
     write(tmp_path, 5)
     DAMAGE[how](write(tmp_path, 10).folder)
-    found, passed = checkpoint.newest(tmp_path, "f")
+    found, passed = checkpoint.latest(tmp_path, "f")
     assert found is not None
     assert found.step == 5
     assert len(passed) == 1
@@ -94,7 +104,9 @@ def test_no_flipped_bit_of_a_manifest_goes_unseen(tmp_path: Path) -> None:
     for at in range(len(whole)):
         flip(manifest, at)
         try:
-            unchanged = json.loads(manifest.read_bytes()) == body  # a space that became a tab says the same
+            unchanged = (
+                json.loads(manifest.read_bytes()) == body
+            )  # a space that became a tab says the same
         except ValueError:
             unchanged = False
         assert steps(tmp_path) == ([10, 5] if unchanged else [5]), at
@@ -104,15 +116,17 @@ def test_no_flipped_bit_of_a_manifest_goes_unseen(tmp_path: Path) -> None:
 def test_nothing_is_taken_where_all_are_damaged(tmp_path: Path) -> None:
     for step in (5, 10):
         flip(write(tmp_path, step).folder / "state/rank_0.pt", 3)
-    found, passed = checkpoint.newest(tmp_path, "f")
+    found, passed = checkpoint.latest(tmp_path, "f")
     assert found is None
     assert len(passed) == 2
 
 
 def test_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 5, fingerprint="other")
-    with pytest.raises(RunError, match="written by recipe other, this is f; give the run another name"):
-        checkpoint.newest(tmp_path, "f")
+    with pytest.raises(
+        RunError, match="written by recipe other, this is f; give the run another name"
+    ):
+        checkpoint.latest(tmp_path, "f")
 
 
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
@@ -124,7 +138,7 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
 def test_sweep_removes_what_other_attempts_left_half_written(tmp_path: Path) -> None:
     write(tmp_path, 5, "a1")
     own, other = checkpoint.begin(tmp_path, 10, "a2"), checkpoint.begin(tmp_path, 10, "a1")
-    checkpoint.sweep(tmp_path, "a2", 5)
+    checkpoint.remove_stale(tmp_path, "a2", 5)
     assert own.is_dir()
     assert not other.exists()
     assert steps(tmp_path) == [5]
@@ -133,9 +147,9 @@ def test_sweep_removes_what_other_attempts_left_half_written(tmp_path: Path) -> 
 def test_damaged_newest_does_not_push_out_good_ones(tmp_path: Path) -> None:
     for step in (15, 20):
         flip(write(tmp_path, step).folder / "state/rank_0.pt", 3)
-    checkpoint.sweep(tmp_path, "a2", 0)
+    checkpoint.remove_stale(tmp_path, "a2", 0)
     write(tmp_path, 5, "a2")
-    found, passed = checkpoint.newest(tmp_path, "f")
+    found, passed = checkpoint.latest(tmp_path, "f")
     assert found is not None
     assert (found.step, passed) == (5, [])
 
@@ -143,7 +157,7 @@ def test_damaged_newest_does_not_push_out_good_ones(tmp_path: Path) -> None:
 def test_step_may_be_written_again_by_a_later_attempt(tmp_path: Path) -> None:
     write(tmp_path, 5, "a1")
     write(tmp_path, 5, "a2")
-    found, _ = checkpoint.newest(tmp_path, "f")
+    found, _ = checkpoint.latest(tmp_path, "f")
     assert found is not None
     assert found.step == 5
 
@@ -153,7 +167,10 @@ def test_step_may_be_written_again_by_a_later_attempt(tmp_path: Path) -> None:
 EXTRA: dict[str, Callable[[Path], object]] = {
     "a file": lambda f: (f / "state/rank_2.pt").write_bytes(b"x"),
     "a hidden file": lambda f: (f / ".x").write_bytes(b"x"),
-    "a file in a folder of its own": lambda f: [(f / "state/more").mkdir(), (f / "state/more/x.pt").write_bytes(b"x")],
+    "a file in a folder of its own": lambda f: [
+        (f / "state/more").mkdir(),
+        (f / "state/more/x.pt").write_bytes(b"x"),
+    ],
     "a link to a file": lambda f: os.symlink(f / "state/rank_0.pt", f / "state/rank_2.pt"),
     "a link to a folder": lambda f: os.symlink(f / "state", f / "more"),
     "a link that leads nowhere": lambda f: os.symlink(f / "absent", f / "state/rank_2.pt"),
@@ -165,7 +182,7 @@ def test_what_the_manifest_does_not_list_is_damage(tmp_path: Path, what: str) ->
     """DeepSpeed and its converter load whatever files have a name that they know."""
     write(tmp_path, 5)
     EXTRA[what](write(tmp_path, 10).folder)
-    found, passed = checkpoint.newest(tmp_path, "f")
+    found, passed = checkpoint.latest(tmp_path, "f")
     assert found is not None and found.step == 5
     assert len(passed) == 1 and "is not in the manifest: nothing there is read" in passed[0]
 
@@ -174,7 +191,9 @@ def test_a_listed_file_that_became_a_link_is_damage(tmp_path: Path) -> None:
     file = write(tmp_path, 10).folder / "state/rank_0.pt"
     elsewhere = file.rename(tmp_path / "elsewhere.pt")
     file.symlink_to(elsewhere)
-    assert checkpoint.newest(tmp_path, "f")[1] == ["checkpoint of step 10 is damaged: state/rank_0.pt is a link"]
+    assert checkpoint.latest(tmp_path, "f")[1] == [
+        "checkpoint of step 10 is damaged: state/rank_0.pt is a link"
+    ]
 
 
 def test_a_manifest_names_no_file_outside_of_its_folder(tmp_path: Path, home: Path) -> None:
@@ -183,7 +202,7 @@ def test_a_manifest_names_no_file_outside_of_its_folder(tmp_path: Path, home: Pa
     outside.write_bytes(b"x")
     digest = hashlib.sha256(b"x").hexdigest()
     rewrite(made.folder, home, files={"../outside.pt": [1, digest]})
-    assert "a file is outside of the folder" in checkpoint.newest(tmp_path, "f")[1][0]
+    assert "a file is outside of the folder" in checkpoint.latest(tmp_path, "f")[1][0]
 
 
 # --- who wrote it ----------------------------------------------------------------------------------------------------
@@ -221,7 +240,9 @@ def test_the_key_is_its_owners_alone_and_stays(tmp_path: Path) -> None:
 def test_processes_that_come_at_once_make_one_key(tmp_path: Path) -> None:
     code = "import sys, pathlib; from bridgework.training import signing; print(signing.key(pathlib.Path(sys.argv[1])))"
     started = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
         for _ in range(4)
     ]
     assert len({process.communicate()[0] for process in started}) == 1
@@ -230,7 +251,9 @@ def test_processes_that_come_at_once_make_one_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "not hex", "ab"])
 def test_a_broken_key_is_named_with_what_to_do(tmp_path: Path, content: str) -> None:
     (tmp_path / "checkpoint.key").write_text(content)
-    with pytest.raises(RunError, match=r"the key that signs checkpoints cannot be read.*--trust-checkpoints"):
+    with pytest.raises(
+        RunError, match=r"the key that signs checkpoints cannot be read.*--trust-checkpoints"
+    ):
         signing.key(tmp_path)
 
 
@@ -238,24 +261,31 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no signature": (unsigned, "has no signature"),
     "another world": (lambda f: rewrite(f, None, world=3), "has a wrong signature"),
     "another signature": (lambda f: rewrite(f, None, signature="0" * 64), "has a wrong signature"),
-    "another key": (lambda f: rewrite(f, None, key="0" * 12), "is signed with the key 000000000000 and the key of"),
+    "another key": (
+        lambda f: rewrite(f, None, key="0" * 12),
+        "is signed with the key 000000000000 and the key of",
+    ),
 }
 
 
 @pytest.mark.parametrize("how", FORGED)
-def test_a_checkpoint_that_this_home_did_not_sign_is_refused_until_it_is_trusted(tmp_path: Path, how: str) -> None:
+def test_a_checkpoint_that_this_home_did_not_sign_is_refused_until_it_is_trusted(
+    tmp_path: Path, how: str
+) -> None:
     write(tmp_path, 5)
     folder = write(tmp_path, 10).folder
     forge, said = FORGED[how]
     forge(folder)
     before = sorted(path.name for path in folder.parent.iterdir())
-    with pytest.raises(RunError, match=f"not trusted, because its manifest {said}.*add --trust-checkpoints"):
-        checkpoint.newest(tmp_path, "f")
+    with pytest.raises(
+        RunError, match=f"not trusted, because its manifest {said}.*add --trust-checkpoints"
+    ):
+        checkpoint.latest(tmp_path, "f")
     with pytest.raises(RunError, match="not trusted"):
         checkpoint.verify(folder)
     assert sorted(path.name for path in folder.parent.iterdir()) == before
     assert checkpoint.trust(tmp_path) == 1
-    found, _ = checkpoint.newest(tmp_path, "f")
+    found, _ = checkpoint.latest(tmp_path, "f")
     assert found is not None and found.step == 10
 
 
@@ -265,7 +295,7 @@ def test_a_damaged_checkpoint_is_not_trusted_at_a_word(tmp_path: Path) -> None:
     (folder / "state/rank_2.pt").write_bytes(b"x")
     assert checkpoint.trust(tmp_path) == 0
     with pytest.raises(RunError, match="not trusted"):
-        checkpoint.newest(tmp_path, "f")
+        checkpoint.latest(tmp_path, "f")
 
 
 def test_a_checkpoint_of_another_home_is_refused_until_it_is_trusted(tmp_path: Path) -> None:
@@ -273,22 +303,26 @@ def test_a_checkpoint_of_another_home_is_refused_until_it_is_trusted(tmp_path: P
         (tmp_path / name).mkdir()
     folder = checkpoint.begin(tmp_path, 5, "a1")
     (folder / "rank_0.pt").write_bytes(b"x")
-    checkpoint.complete(folder, step=5, world=1, attempt="a1", fingerprint="f", keep=2, home=tmp_path / "one")
-    assert checkpoint.newest(tmp_path, "f", home=tmp_path / "one")[0] is not None
-    with pytest.raises(RunError, match=r"is signed with the key \w{12} and the key of .*other is \w{12}"):
-        checkpoint.newest(tmp_path, "f", home=tmp_path / "other")
+    checkpoint.complete(
+        folder, step=5, world=1, attempt="a1", fingerprint="f", keep=2, home=tmp_path / "one"
+    )
+    assert checkpoint.latest(tmp_path, "f", home=tmp_path / "one")[0] is not None
+    with pytest.raises(
+        RunError, match=r"is signed with the key \w{12} and the key of .*other is \w{12}"
+    ):
+        checkpoint.latest(tmp_path, "f", home=tmp_path / "other")
     assert checkpoint.trust(tmp_path, home=tmp_path / "other") == 1
-    assert checkpoint.newest(tmp_path, "f", home=tmp_path / "other")[0] is not None
+    assert checkpoint.latest(tmp_path, "f", home=tmp_path / "other")[0] is not None
 
 
 def test_what_older_versions_left_in_a_home_is_signed_when_its_key_is_made(tmp_path: Path) -> None:
     stage = tmp_path / "runs" / "monday" / "align"
     unsigned(write(stage, 5).folder)
-    found, passed = checkpoint.newest(stage, "f", home=tmp_path)
+    found, passed = checkpoint.latest(stage, "f", home=tmp_path)
     assert found is not None and (found.step, passed) == (5, [])
     unsigned(write(stage, 10).folder)  # one that comes later has no such excuse
     with pytest.raises(RunError, match="has no signature"):
-        checkpoint.newest(stage, "f", home=tmp_path)
+        checkpoint.latest(stage, "f", home=tmp_path)
 
 
 # --- what is not understood is not touched ---------------------------------------------------------------------------
@@ -298,8 +332,10 @@ def test_a_newer_versions_checkpoint_stops_the_run_and_nothing_is_removed(tmp_pa
     write(tmp_path, 5)
     folder = write(tmp_path, 10).folder
     rewrite(folder, None, schema=2, added="later")
-    for look in (checkpoint.newest, checkpoint.resume, checkpoint.cursor):
-        with pytest.raises(RunError, match=r"newer version of bridgework\. Got a manifest of schema 2; expected 1"):
+    for look in (checkpoint.latest, checkpoint.resume, checkpoint.cursor):
+        with pytest.raises(
+            RunError, match=r"newer version of bridgework\. Got a manifest of schema 2; expected 1"
+        ):
             look(tmp_path, "f")
     assert folder.is_dir() and steps(tmp_path) == [5]
     checkpoint.prune(tmp_path, 1)
@@ -312,7 +348,9 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("content", MALFORMED)
-def test_a_manifest_that_cannot_be_read_is_reported_and_its_folder_kept(tmp_path: Path, content: str) -> None:
+def test_a_manifest_that_cannot_be_read_is_reported_and_its_folder_kept(
+    tmp_path: Path, content: str
+) -> None:
     write(tmp_path, 5)
     folder = write(tmp_path, 10).folder
     (folder / "manifest.json").unlink()
@@ -321,16 +359,20 @@ def test_a_manifest_that_cannot_be_read_is_reported_and_its_folder_kept(tmp_path
     found, passed = checkpoint.resume(tmp_path, "f")
     assert found is not None and found.step == 5
     assert len(passed) == 1 and passed[0].startswith("checkpoint of step 10 is damaged: ")
-    checkpoint.sweep(tmp_path, "a2", 5)
+    checkpoint.remove_stale(tmp_path, "a2", 5)
     moved = tmp_path / "checkpoints/damaged" / folder.name
     assert (moved / "state/rank_0.pt").read_bytes() == FILES["state/rank_0.pt"]
 
 
-@pytest.mark.parametrize("field", [{"step": "10"}, {"world": 0}, {"attempt": 7}, {"files": []}, {"step": -10}])
-def test_a_signed_manifest_with_impossible_fields_is_damage(tmp_path: Path, home: Path, field: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "field", [{"step": "10"}, {"world": 0}, {"attempt": 7}, {"files": []}, {"step": -10}]
+)
+def test_a_signed_manifest_with_impossible_fields_is_damage(
+    tmp_path: Path, home: Path, field: dict[str, Any]
+) -> None:
     write(tmp_path, 5)
     rewrite(write(tmp_path, 10).folder, home, **field)
-    found, passed = checkpoint.newest(tmp_path, "f")
+    found, passed = checkpoint.latest(tmp_path, "f")
     assert found is not None and found.step == 5 and len(passed) == 1
 
 
@@ -352,7 +394,7 @@ def test_stray_folders_and_files_end_no_resume_and_stay(tmp_path: Path, name: st
     STRAY[name](tmp_path / "checkpoints" / name)
     found, passed = checkpoint.resume(tmp_path, "f")
     assert found is not None and (found.step, passed) == (10, [])
-    checkpoint.sweep(tmp_path, "a2", 10)
+    checkpoint.remove_stale(tmp_path, "a2", 10)
     write(tmp_path, 15, keep=1)
     assert os.path.lexists(tmp_path / "checkpoints" / name)
     assert steps(tmp_path) == [15]
@@ -363,17 +405,23 @@ def test_a_folder_under_another_name_is_no_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 10).folder.rename(tmp_path / "checkpoints/00000099-a1")
     found, passed = checkpoint.resume(tmp_path, "f")
     assert found is not None and found.step == 5
-    assert passed == ["checkpoint of step 99 is damaged: the folder is not named for step 10, attempt a1"]
+    assert passed == [
+        "checkpoint of step 99 is damaged: the folder is not named for step 10, attempt a1"
+    ]
 
 
 # --- where none is left ----------------------------------------------------------------------------------------------
 
 
-def test_a_stage_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(tmp_path: Path) -> None:
+def test_a_stage_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(
+    tmp_path: Path,
+) -> None:
     for step in (5, 10):
         flip(write(tmp_path, step).folder / "state/rank_0.pt", 3)
     for look in (checkpoint.resume, checkpoint.cursor):
-        with pytest.raises(Unusable, match=r"no checkpoint can be used.*step 10.*step 5.*add --start-over"):
+        with pytest.raises(
+            Unusable, match=r"no checkpoint can be used.*step 10.*step 5.*add --start-over"
+        ):
             look(tmp_path, "f")
     checkpoint.set_aside(tmp_path / "checkpoints/00000010-a1")
     checkpoint.set_aside(tmp_path / "checkpoints/00000005-a1")

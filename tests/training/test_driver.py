@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from bridgework import artifacts
+from bridgework.config import override
 from bridgework.errors import DataError, ResourceError, RunError, SpecError, WeightsError
 from bridgework.evaluation import VQA, FewShot, HeldOutLoss, LinearProbe
 from bridgework.evaluation.few_shot import Shots
-from bridgework.spec import override
 from bridgework.system import EvalSpec
-from bridgework.training import artefact, checkpoint
+from bridgework.training import checkpoint
+from bridgework.training.deepspeed_engine import Engine
 from bridgework.training.driver import train
-from bridgework.training.engine import Engine
-from bridgework.training.launch import How, OursEndTheStage
+from bridgework.training.ray_train import FailFastCallback, RunOptions
 from tests.training.support import Stop, go, llava, losses, same, stop_at, weights
 from tests.training.test_faults import in_optimizer, plant
 
@@ -83,19 +84,27 @@ def test_missing_dataset_of_an_evaluation_is_refused_before_anything_is_written(
     assert not folder(home, run).exists()
 
 
-def test_more_workers_than_lanes_are_refused_before_anything_is_written(home: Path, run: str) -> None:
+def test_more_workers_than_lanes_are_refused_before_anything_is_written(
+    home: Path, run: str
+) -> None:
     with pytest.raises(SpecError, match="4 lanes for 5 workers"):
         go(llava(), home, run, workers=5)
     assert not folder(home, run).exists()
 
 
-def test_stage_before_its_parent_is_refused_before_anything_is_written(home: Path, run: str) -> None:
-    with pytest.raises(RunError, match="starts from align, which this run has not trained; train it first"):
+def test_stage_before_its_parent_is_refused_before_anything_is_written(
+    home: Path, run: str
+) -> None:
+    with pytest.raises(
+        RunError, match="starts from align, which this run has not trained; train it first"
+    ):
         go(llava(), home, run, stages=["instruct"])
     assert not folder(home, run).exists()
 
 
-def test_parent_that_is_no_artefact_is_refused_before_anything_is_written(home: Path, run: str, tmp_path: Path) -> None:
+def test_parent_that_is_no_artefact_is_refused_before_anything_is_written(
+    home: Path, run: str, tmp_path: Path
+) -> None:
     with pytest.raises(WeightsError, match="is not an artefact"):
         go(llava(stages__align__starts_from=str(tmp_path)), home, run)
     assert not folder(home, run).exists()
@@ -105,7 +114,7 @@ def test_a_stage_may_start_from_the_artefact_of_another_run(home: Path, run: str
     parent = go(llava(2), home, f"{run}-parent")["align"].artefact
     system = llava(2, stages__instruct__starts_from=str(parent))
     child = go(system, home, run, stages=["instruct"])["instruct"].artefact
-    assert artefact.describe(child).parent == artefact.describe(parent).digest
+    assert artifacts.describe(child).parent == artifacts.describe(parent).digest
 
 
 def test_edited_parent_is_refused(home: Path, run: str) -> None:
@@ -120,7 +129,9 @@ def test_edited_parent_is_refused(home: Path, run: str) -> None:
 def test_a_checkpoint_of_other_workers_without_their_state_is_refused(home: Path, run: str) -> None:
     system = llava(4)
     made = checkpoint.begin(folder(home, run) / "align", 2, "old")
-    checkpoint.complete(made, step=2, world=3, attempt="old", fingerprint=system.fingerprint(), keep=2)
+    checkpoint.complete(
+        made, step=2, world=3, attempt="old", fingerprint=system.fingerprint(), keep=2
+    )
     with pytest.raises(RunError, match="cannot be read by another number of workers"):
         go(system, home, run)
 
@@ -157,11 +168,13 @@ def test_what_a_person_must_mend_is_not_tried_again(home: Path, run: str) -> Non
 
 
 def test_what_the_machine_does_may_pass() -> None:
-    ends = OursEndTheStage()
+    ends = FailFastCallback()
     for passing in (ResourceError("the store is gone"), RuntimeError("gloo: connection closed")):
         ends.after_exception(None, {0: passing})
     with pytest.raises(DataError, match="another dataset"):
-        ends.after_exception(None, {0: RuntimeError("a rank was left alone"), 1: DataError("another dataset")})
+        ends.after_exception(
+            None, {0: RuntimeError("a rank was left alone"), 1: DataError("another dataset")}
+        )
 
 
 def workers() -> list[int]:
@@ -197,7 +210,9 @@ def kill_one(stage: Path, after: int, done: list[int]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(home: Path, run: str) -> None:
+def test_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
+    home: Path, run: str
+) -> None:
     every, killed = 5, list[int]()
     system = llava(60, stages__align__budget__micro=4)
     go(system, home, f"{run}-whole", workers=2, checkpoint_every=every)
@@ -223,15 +238,26 @@ def test_what_workers_warn_of_reaches_the_console(home: Path, run: str) -> None:
         go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(4))
     made = checkpoint.begin(stage, 5, "old")
     (made / "state.pt").write_bytes(b"x")
-    done = checkpoint.complete(made, step=5, world=1, attempt="old", fingerprint=system.fingerprint(), keep=3)
+    done = checkpoint.complete(
+        made, step=5, world=1, attempt="old", fingerprint=system.fingerprint(), keep=3
+    )
     (done.folder / "state.pt").write_bytes(b"y")
-    how = How(workers=1, checkpoint_every=2)
+    how = RunOptions(workers=1, checkpoint_every=2)
     train(system, home=home, run=run, how=how, stages=["align"], console=console)
     said = console.export_text()
-    assert "checkpoint of step 5 is damaged: state.pt has changed since it was written (sha256); resuming" in said
-    assert "checkpoint of step 4 is damaged: it holds values that are not finite; resuming from the one before" in said
+    assert (
+        "checkpoint of step 5 is damaged: state.pt has changed since it was written (sha256); resuming"
+        in said
+    )
+    assert (
+        "checkpoint of step 4 is damaged: it holds values that are not finite; resuming from the one before"
+        in said
+    )
     assert sorted({step for step, _ in losses(home, run)}) == list(range(9))
-    assert sorted(place.name[:8] for place in (stage / "checkpoints/damaged").iterdir()) == ["00000004", "00000005"]
+    assert sorted(place.name[:8] for place in (stage / "checkpoints/damaged").iterdir()) == [
+        "00000004",
+        "00000005",
+    ]
 
 
 @pytest.mark.slow
@@ -239,7 +265,9 @@ def test_what_workers_warn_of_reaches_the_console(home: Path, run: str) -> None:
 def test_run_with_workers_goes_on_with_the_same_command(home: Path, run: str) -> None:
     go(llava(6), home, run, workers=2, checkpoint_every=2)
     unbroken = weights(home, run)
-    (folder(home, run) / "align/artefact/artefact.json").unlink()  # as if the driver had died at the very end
+    (
+        folder(home, run) / "align/artefact/artefact.json"
+    ).unlink()  # as if the driver had died at the very end
     go(llava(6), home, run, workers=2, checkpoint_every=2)
     assert same(weights(home, run), unbroken)
     assert [step for step, _ in losses(home, run)] == [0, 1, 2, 3, 4, 5, 4, 5]
@@ -256,7 +284,9 @@ def test_a_run_goes_on_with_another_number_of_workers(home: Path, run: str, zero
         go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(4))
     go(system, home, run, workers=2)  # from one process to two workers
     assert dict(losses(home, run)) == pytest.approx(whole, rel=1e-4)
-    (folder(home, f"{run}-whole") / "align/artefact/artefact.json").unlink()  # as if its driver had died
+    (
+        folder(home, f"{run}-whole") / "align/artefact/artefact.json"
+    ).unlink()  # as if its driver had died
     go(system, home, f"{run}-whole")  # from two workers to one process
     again = losses(home, f"{run}-whole")
     assert [step for step, _ in again] == [0, 1, 2, 3, 4, 5, 4, 5]

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from bridgework.data import reader
-from bridgework.data.batch import collate
-from bridgework.models import freezing
+from bridgework.data.collate import collate
+from bridgework.models import base
 from bridgework.system import Stage
-from bridgework.training.engine import Engine, reshaped
-from bridgework.training.step import Step
+from bridgework.training.deepspeed_engine import Engine, convert_to_universal
+from bridgework.training.step import TrainingModule
 from tests.training.support import fresh, llava
 from tests.training.test_frozen_copy import PREFER, batch, prefer
 
@@ -19,25 +19,29 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def engine(stage: Stage, *, seen: float = 0.0, universal: bool = False) -> Engine:
-    model: freezing.Freezable = fresh(stage)
+    model: base.VLMModule = fresh(stage)
     model.register_buffer("seen", torch.tensor([seen]))
-    learning = freezing.apply(model, stage.trains)
-    return Engine(Step(model, stage.losses), stage, learning, universal=universal)
+    learning = base.set_trainable(model, stage.trains)
+    return Engine(TrainingModule(model, stage.losses), stage, learning, universal=universal)
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_buffers_come_back(home: Path, tmp_path: Path, zero: int) -> None:
     """A momentum twin and its queues are buffers."""
     stage = llava(stages__align__shard__stage=zero)["align"]
-    given = collate(next(reader.local(reader.Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    given = collate(
+        next(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0
+    )
     before = engine(stage, seen=7.0)
     before.train_step([given], 1e-2)
     before.save(tmp_path / "own", {"step": 1})
-    reshaped(tmp_path / "own", tmp_path / "any")
+    convert_to_universal(tmp_path / "own", tmp_path / "any")
     after = engine(stage, universal=True)
     after.load(tmp_path / "any")
     assert after.state(["seen"])["seen"].tolist() == [7.0]
-    assert torch.equal(after.train_step([given], 0.0).losses_L, before.train_step([given], 0.0).losses_L)
+    assert torch.equal(
+        after.train_step([given], 0.0).losses_L, before.train_step([given], 0.0).losses_L
+    )
 
 
 def test_the_start_of_preference_learning_comes_back(home: Path, tmp_path: Path) -> None:
@@ -47,7 +51,9 @@ def test_the_start_of_preference_learning_comes_back(home: Path, tmp_path: Path)
     before = engine(stage)
     before.train_step([given], 1e-2)
     before.save(tmp_path / "own", {"step": 1})
-    reshaped(tmp_path / "own", tmp_path / "any")
+    convert_to_universal(tmp_path / "own", tmp_path / "any")
     after = engine(stage, universal=True)
     after.load(tmp_path / "any")
-    assert torch.equal(before.train_step([given], 0.0).losses_L, after.train_step([given], 0.0).losses_L)
+    assert torch.equal(
+        before.train_step([given], 0.0).losses_L, after.train_step([given], 0.0).losses_L
+    )

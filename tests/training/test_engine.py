@@ -7,19 +7,21 @@ import torch
 from torch import nn
 
 from bridgework.data import reader
-from bridgework.data.batch import collate
+from bridgework.data.collate import collate
 from bridgework.errors import RunError
-from bridgework.models import freezing
+from bridgework.models import base
 from bridgework.system import Stage
-from bridgework.training.engine import Engine, config
-from bridgework.training.step import Step
+from bridgework.training.deepspeed_engine import Engine, config
+from bridgework.training.step import TrainingModule
 from tests.training.support import fresh, llava
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-def engine(stage: Stage, model: freezing.Freezable) -> Engine:
-    return Engine(Step(model, stage.losses), stage, freezing.apply(model, stage.trains))
+def engine(stage: Stage, model: base.VLMModule) -> Engine:
+    return Engine(
+        TrainingModule(model, stage.losses), stage, base.set_trainable(model, stage.trains)
+    )
 
 
 def test_config_is_laid_over_by_dotted_path() -> None:
@@ -32,11 +34,15 @@ def test_config_is_laid_over_by_dotted_path() -> None:
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_norm_of_the_gradient_is_that_of_plain_torch(home: Path, zero: int) -> None:
     stage = llava(stages__align__shard__stage=zero)["align"]
-    batch = collate(next(reader.local(reader.Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    batch = collate(
+        next(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0
+    )
     model = fresh(stage)
-    freezing.apply(model, stage.trains)
+    base.set_trainable(model, stage.trains)
     logits_BTV, labels_BT = model(**batch.inputs()).logits_BTV, batch.labels_BT
-    nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()).backward()
+    nn.functional.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
+    ).backward()
     grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     norm = engine(stage, fresh(stage)).train_step([batch], 0.0).norm
     assert norm == pytest.approx(float(grads.norm()), rel=1e-4)
@@ -45,7 +51,9 @@ def test_norm_of_the_gradient_is_that_of_plain_torch(home: Path, zero: int) -> N
 @pytest.mark.parametrize("zero", [0, 3])
 def test_state_is_whole_named_and_in_float32(zero: int) -> None:
     stage = llava(stages__align__shard__stage=zero, stages__align__shard__precision="bf16")["align"]
-    expected = {n: p.detach().clone() for n, p in fresh(stage).bridge.named_parameters(prefix="bridge")}
+    expected = {
+        n: p.detach().clone() for n, p in fresh(stage).bridge.named_parameters(prefix="bridge")
+    }
     found = engine(stage, fresh(stage)).state(expected)
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
@@ -53,11 +61,15 @@ def test_state_is_whole_named_and_in_float32(zero: int) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
+@pytest.mark.parametrize(
+    ("zero", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
+)
 def test_a_limit_holds_in_the_optimizer_too(home: Path, zero: int, precision: str) -> None:
     changes = {"stages__align__shard__stage": zero, "stages__align__shard__precision": precision}
     stage = llava(**changes)["align"]
-    batch = collate(next(reader.local(reader.Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    batch = collate(
+        next(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0
+    )
     model = fresh(stage)
     model.limits = {"bridge.linear_1.bias": (-1e-3, 1e-3)}
     with torch.no_grad():

@@ -10,15 +10,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from bridgework.data.batch import collate
-from bridgework.data.reader import Feed, local
+from bridgework import artifacts
+from bridgework.config import override
+from bridgework.data.collate import collate
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.errors import ResourceError, RunError
-from bridgework.spec import override
 from bridgework.system import System
-from bridgework.training import artefact, checkpoint, loop, notices
-from bridgework.training.engine import Engine
-from bridgework.training.progress import shown
-from bridgework.training.recorder import Recorder, flown
+from bridgework.training import checkpoint, loop, notices
+from bridgework.training.deepspeed_engine import Engine
+from bridgework.training.flight_recorder import FlightRecorder, read_step
+from bridgework.training.metrics import progress_bar
 from tests.training.support import Stop, go, llava, losses, same, stop_at, weights
 
 
@@ -59,7 +60,14 @@ def plant(monkeypatch: pytest.MonkeyPatch, step: int, fault: Callable[[Any], Non
 
 @pytest.mark.parametrize(
     ("fault", "zero"),
-    [(in_weights, 0), (in_weights, 2), (in_optimizer, 0), (in_optimizer, 1), (in_optimizer, 3), (in_a_buffer, 2)],
+    [
+        (in_weights, 0),
+        (in_weights, 2),
+        (in_optimizer, 0),
+        (in_optimizer, 1),
+        (in_optimizer, 3),
+        (in_a_buffer, 2),
+    ],
 )
 def test_what_is_not_finite_is_not_saved_and_the_run_recovers(
     home: Path, run: str, fault: Callable[[Any], None], zero: int
@@ -68,16 +76,22 @@ def test_what_is_not_finite_is_not_saved_and_the_run_recovers(
     go(system, home, f"{run}-whole")
     with pytest.MonkeyPatch.context() as patch:
         plant(patch, 4, fault)
-        with pytest.raises(RunError, match=r"NaN or infinite after step 3.*the same command resumes at step 2"):
+        with pytest.raises(
+            RunError, match=r"NaN or infinite after step 3.*the same command resumes at step 2"
+        ):
             go(system, home, run, checkpoint_every=2)
     assert [found.step for found in checkpoint.checkpoints(stage)] == [2]
     go(system, home, run, checkpoint_every=2)
     assert same(weights(home, run), weights(home, f"{run}-whole"))
 
 
-def test_what_is_not_finite_at_the_end_is_no_artifact(home: Path, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_finite_at_the_end_is_no_artifact(
+    home: Path, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plant(monkeypatch, 3, in_weights)
-    with pytest.raises(RunError, match=r"NaN or infinite after step 2.*the same command begins again"):
+    with pytest.raises(
+        RunError, match=r"NaN or infinite after step 2.*the same command begins again"
+    ):
         go(both(3, 0), home, run)
     assert not (home / "runs" / run / "align" / "artefact").exists()
 
@@ -92,14 +106,26 @@ def test_a_checkpoint_of_an_older_version_that_is_not_finite_is_damage(
         patch.setattr(Engine, "finite", lambda self: True)
         plant(patch, 4, in_optimizer)
         go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(4))
-    go(system, home, run, checkpoint_every=2, evaluate_every=1, report=lambda metrics, done: taken.append(done))
+    go(
+        system,
+        home,
+        run,
+        checkpoint_every=2,
+        evaluate_every=1,
+        report=lambda metrics, done: taken.append(done),
+    )
     assert taken == [3, 4, 5, 6, 7]
-    assert "checkpoint of step 4 is damaged: it holds values that are not finite; resuming from the one" in caplog.text
+    assert (
+        "checkpoint of step 4 is damaged: it holds values that are not finite; resuming from the one"
+        in caplog.text
+    )
     assert [place.name[:8] for place in (stage / "checkpoints/damaged").iterdir()] == ["00000004"]
     assert same(weights(home, run), weights(home, f"{run}-whole"))
 
 
-def test_a_stage_whose_only_checkpoint_is_not_finite_starts_over_by_order_alone(home: Path, run: str) -> None:
+def test_a_stage_whose_only_checkpoint_is_not_finite_starts_over_by_order_alone(
+    home: Path, run: str
+) -> None:
     system = both(7, 0)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Engine, "finite", lambda self: True)
@@ -117,7 +143,14 @@ def test_a_stage_that_has_a_good_checkpoint_never_starts_over(home: Path, run: s
     taken: list[int] = []
     with pytest.raises(Stop):
         go(llava(7), home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(5))
-    go(llava(7), home, run, evaluate_every=1, report=lambda metrics, done: taken.append(done), start_over=True)
+    go(
+        llava(7),
+        home,
+        run,
+        evaluate_every=1,
+        report=lambda metrics, done: taken.append(done),
+        start_over=True,
+    )
     assert taken[0] == 5
 
 
@@ -126,15 +159,20 @@ def test_a_stage_that_has_a_good_checkpoint_never_starts_over(home: Path, run: s
 
 def test_a_step_that_does_not_fit_names_its_longest_samples(home: Path) -> None:
     stage = llava()["align"]
-    rows = next(local(Feed.of(stage, home), rank=0, world=1, start=0))
+    rows = next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0))
     batches = [collate(rows[i : i + 4], pad_id=0) for i in (0, 4)]
     longest = max(rows, key=lambda row: len(row.ids))
     with (
-        pytest.raises(ResourceError, match=rf"longest samples of this worker are .*{longest.key} \(\d+ tokens\)") as no,
+        pytest.raises(
+            ResourceError,
+            match=rf"longest samples of this worker are .*{longest.key} \(\d+ tokens\)",
+        ) as no,
         loop._memory(stage, batches),
     ):
         torch.empty(2**60)
-    assert "set stages.align.budget.micro=4" in str(no.value) and "the same run resumes" in str(no.value)
+    assert "set stages.align.budget.micro=4" in str(no.value) and "the same run resumes" in str(
+        no.value
+    )
     with pytest.raises(ResourceError, match="longest samples"), loop._memory(stage, batches):
         raise MemoryError
     with pytest.raises(RuntimeError, match="a rank was left alone"), loop._memory(stage, batches):
@@ -144,7 +182,9 @@ def test_a_step_that_does_not_fit_names_its_longest_samples(home: Path) -> None:
 # --- a disk that refuses ---------------------------------------------------------------------------------------------
 
 
-def test_records_that_cannot_be_written_never_end_a_run(home: Path, run: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_records_that_cannot_be_written_never_end_a_run(
+    home: Path, run: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Metrics, the flight recorder, and the ledger of what was sent to the tracker."""
     stage = home / "runs" / run / "align"
     stage.mkdir(parents=True)
@@ -158,8 +198,10 @@ def test_records_that_cannot_be_written_never_end_a_run(home: Path, run: str, ca
 
 
 def test_steps_that_could_not_be_recorded_are_recorded_later(home: Path, tmp_path: Path) -> None:
-    batch = collate(next(local(Feed.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0)
-    with Recorder(tmp_path, "attempt", 0, start=0) as written:
+    batch = collate(
+        next(local(ReaderConfig.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0
+    )
+    with FlightRecorder(tmp_path, "attempt", 0, start=0) as written:
         for step in range(4):
             written.step(step, [batch], [float(step)] * 8, [1.0] * 8)
             if step == 1:
@@ -172,20 +214,25 @@ def test_steps_that_could_not_be_recorded_are_recorded_later(home: Path, tmp_pat
                 (tmp_path / "flight").unlink()
                 shutil.move(tmp_path / "aside", tmp_path / "flight")
     for step in range(4):
-        assert [each.loss for each in flown(tmp_path, step)] == [float(step)] * 8
+        assert [each.loss for each in read_step(tmp_path, step)] == [float(step)] * 8
 
 
 def test_attempts_are_in_order_whatever_the_clocks_say(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = collate(next(local(Feed.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0)
+    batch = collate(
+        next(local(ReaderConfig.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0
+    )
     for number, attempt in enumerate(("cc", "bb", "aa")):
-        monkeypatch.setattr("bridgework.training.recorder.time.time_ns", lambda number=number: 10**18 - number * 10**15)
+        monkeypatch.setattr(
+            "bridgework.training.flight_recorder.time.time_ns",
+            lambda number=number: 10**18 - number * 10**15,
+        )
         for rank in (1, 0):
-            with Recorder(tmp_path, attempt, rank, start=0) as written:
+            with FlightRecorder(tmp_path, attempt, rank, start=0) as written:
                 written.step(0, [batch], [float(number)] * 8, [1.0] * 8)
-        assert {each.loss for each in flown(tmp_path, 0)} == {float(number)}
-        assert len(flown(tmp_path, 0)) == 16
+        assert {each.loss for each in read_step(tmp_path, 0)} == {float(number)}
+        assert len(read_step(tmp_path, 0)) == 16
     files = sorted(file.stem.split("-")[1] for file in (tmp_path / "flight").iterdir())
     assert files == ["aa", "aa", "bb", "bb", "cc", "cc"]
 
@@ -195,11 +242,11 @@ def test_attempts_are_in_order_whatever_the_clocks_say(
 
 def test_a_warning_of_a_worker_reaches_the_console(tmp_path: Path) -> None:
     console = Console(record=True, width=300)
-    with shown(tmp_path, "align", 10, console), notices.shared(tmp_path):
+    with progress_bar(tmp_path, "align", 10, console), notices.shared(tmp_path):
         for _ in range(2):  # of two workers
             loop.log.warning("checkpoint of step %d is damaged", 4)
     assert console.export_text().count("checkpoint of step 4 is damaged") == 1
-    with shown(tmp_path, "align", 10, console):
+    with progress_bar(tmp_path, "align", 10, console):
         pass
     assert "damaged" not in console.export_text()
 
@@ -214,5 +261,8 @@ def test_a_warning_of_the_driver_is_printed_once(capsys: pytest.CaptureFixture[s
 
 def test_an_artifact_of_a_run_is_finite(home: Path, run: str) -> None:
     go(llava(2), home, run)
-    assert all(tensor.isfinite().all() for tensor in artefact.weights(home / "runs" / run / "align/artefact").values())
+    assert all(
+        tensor.isfinite().all()
+        for tensor in artifacts.weights(home / "runs" / run / "align/artefact").values()
+    )
     assert len(losses(home, run)) == 2

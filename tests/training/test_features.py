@@ -11,12 +11,12 @@ import torch
 
 from bridgework.data import synthetic
 from bridgework.data.catalog import resolve
+from bridgework.data.dataset import Dataset, open_dataset, write
+from bridgework.data.images import load_image
 from bridgework.data.samples import Sample, pair
-from bridgework.data.shards import Dataset, open_dataset, write
-from bridgework.data.transforms import read_square
 from bridgework.models import EfficientNetConfig, ViTConfig
 from bridgework.system import System
-from bridgework.training import features
+from bridgework.training import feature_cache
 from tests.training.support import go, llava, losses
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="the tower's network comes in a package")
@@ -37,12 +37,14 @@ def written(folder: Path, rows: list[Sample]) -> Dataset:
     return open_dataset(str(folder))
 
 
-def prepare(dataset: Dataset, home: Path, draws: int = 10_000, workers: int = 0) -> features.Verdict:
+def prepare(
+    dataset: Dataset, home: Path, draws: int = 10_000, workers: int = 0
+) -> feature_cache.CacheDecision:
     home.mkdir(exist_ok=True)
-    return features.prepare(TOWER, [dataset], draws=draws, home=home, workers=workers)
+    return feature_cache.prepare(TOWER, [dataset], draws=draws, home=home, workers=workers)
 
 
-def stored(verdict: features.Verdict, dataset: Dataset) -> list[dict[str, Any]]:
+def stored(verdict: feature_cache.CacheDecision, dataset: Dataset) -> list[dict[str, Any]]:
     assert verdict.folder is not None
     files = sorted((verdict.folder / dataset.manifest.digest).glob("*.parquet"))
     assert [f.name for f in files] == [s.file for s in dataset.manifest.shards]
@@ -55,7 +57,7 @@ def test_cached_features_are_those_of_the_tower(dataset: Dataset, tmp_path: Path
     assert [row["key"] for row in rows] == [s.key for s in samples]
     good = [s for i, s in enumerate(samples) if i != 5]
     with torch.inference_mode():
-        squares = np.stack([read_square(s.images[0], TOWER.pixels) for s in good])
+        squares = np.stack([load_image(s.images[0], TOWER.pixels) for s in good])
         expected = TOWER.build().eval()(torch.from_numpy(squares))
     found = [np.frombuffer(row["features"][0], np.float16) for i, row in enumerate(rows) if i != 5]
     torch.testing.assert_close(
@@ -74,7 +76,10 @@ def test_row_groups_are_those_of_the_dataset(dataset: Dataset, tmp_path: Path) -
     for shard in dataset.manifest.shards:
         ours = pq.ParquetFile(verdict.folder / dataset.manifest.digest / shard.file)
         theirs = pq.ParquetFile(Path(dataset.path) / shard.file)
-        sizes = [[f.metadata.row_group(g).num_rows for g in range(f.num_row_groups)] for f in (ours, theirs)]
+        sizes = [
+            [f.metadata.row_group(g).num_rows for g in range(f.num_row_groups)]
+            for f in (ours, theirs)
+        ]
         assert sizes[0] == sizes[1]
         ours.close()
         theirs.close()
@@ -103,7 +108,11 @@ def test_a_cache_that_failed_leaves_nothing(dataset: Dataset, tmp_path: Path) ->
     (Path(dataset.path) / dataset.manifest.shards[2].file).write_bytes(b"torn")
     with pytest.raises(Exception, match="shard"):
         prepare(dataset, tmp_path / "home")
-    assert not [f for f in (tmp_path / "home").rglob("*") if dataset.manifest.digest in f.name and f.is_dir()]
+    assert not [
+        f
+        for f in (tmp_path / "home").rglob("*")
+        if dataset.manifest.digest in f.name and f.is_dir()
+    ]
 
 
 @pytest.mark.slow
@@ -112,7 +121,9 @@ def test_actors_write_what_one_process_writes(dataset: Dataset, tmp_path: Path) 
     alone = stored(prepare(dataset, tmp_path / "alone"), dataset)
     spread = stored(prepare(dataset, tmp_path / "actors", workers=2), dataset)
     assert [row["key"] for row in spread] == [row["key"] for row in alone]
-    for one, other in zip(spread, alone, strict=True):  # another number of threads sums in another order
+    for one, other in zip(
+        spread, alone, strict=True
+    ):  # another number of threads sums in another order
         ours, theirs = (np.frombuffer(row["features"][0], np.float16) for row in (one, other))
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
 
@@ -146,7 +157,9 @@ def test_a_tower_that_trains_is_never_replaced_by_its_features(
 
 def large(folder: Path) -> ViTConfig:
     """A tower whose last block gives numbers beyond float16, as some trained ones do."""
-    tower = ViTConfig(kind="siglip", image_size=16, patch=8, width=16, depth=1, heads=2, ffn=32, layer=-1)
+    tower = ViTConfig(
+        kind="siglip", image_size=16, patch=8, width=16, depth=1, heads=2, ffn=32, layer=-1
+    )
     model = tower.build().tower
     with torch.no_grad():
         model.encoder.layers[0].mlp.fc2.bias.fill_(1e5)
@@ -154,10 +167,14 @@ def large(folder: Path) -> ViTConfig:
     return replace(tower, weights=str(folder))
 
 
-def test_features_that_float16_cannot_hold_are_computed_in_training(dataset: Dataset, tmp_path: Path) -> None:
+def test_features_that_float16_cannot_hold_are_computed_in_training(
+    dataset: Dataset, tmp_path: Path
+) -> None:
     tower = large(tmp_path / "tower")
     (tmp_path / "home").mkdir()
-    verdict = features.prepare(tower, [dataset], draws=10_000, home=tmp_path / "home", workers=0)
+    verdict = feature_cache.prepare(
+        tower, [dataset], draws=10_000, home=tmp_path / "home", workers=0
+    )
     assert verdict.folder is None
     assert "does not fit float16. Got 1" in verdict.why and "expected at most 65504" in verdict.why
     assert not list((tmp_path / "home").rglob("*.parquet"))

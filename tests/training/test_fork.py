@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bridgework.data.shards import write
+from bridgework import artifacts
+from bridgework.config import override
+from bridgework.data.dataset import write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, RunError
 from bridgework.evaluation import HeldOutLoss
-from bridgework.spec import override
 from bridgework.system import System
-from bridgework.tracking import MemoryTracker
-from bridgework.training import artefact, checkpoint, run_folder
+from bridgework.tracking.tracker import MemoryTracker
+from bridgework.training import checkpoint, run_dir
 from bridgework.training.driver import train
 from bridgework.training.fork import Fork
-from bridgework.training.launch import How
+from bridgework.training.ray_train import RunOptions
 from tests.training.support import Stop, go, llava, losses, same, stop_at, weights
 from tests.training.test_checkpoint import unsigned
 from tests.training.test_elastic import engine
@@ -43,7 +44,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "micro": {"stages__align__budget__micro": 2},
     "max_bad": {"stages__align__data__max_bad": 0.5},
     "rows of the paper": {"stages__align__data__sources__blip558k__rows": 7},
-    "evaluations": {"stages__align__evals": (HeldOutLoss(name="later", dataset="synthetic:shapes", rows=4),)},
+    "evaluations": {
+        "stages__align__evals": (HeldOutLoss(name="later", dataset="synthetic:shapes", rows=4),)
+    },
 }
 
 
@@ -53,13 +56,19 @@ def test_an_option_may_change_between_attempts(home: Path, run: str, option: str
     go(llava(7), home, f"{run}-whole")
     stopped(llava(7), home, run, tracker=tracker)
     changed = llava(7, **OPTIONS[option])
-    assert changed.fingerprint() != llava(7).fingerprint() and changed.identity() == llava(7).identity()
+    assert (
+        changed.fingerprint() != llava(7).fingerprint()
+        and changed.identity() == llava(7).identity()
+    )
     found = go(changed, home, run, tracker=tracker)["align"]
     assert steps(home, run) == [0, 1, 2, 3, 4, 4, 5, 6]
     assert dict(losses(home, run)) == pytest.approx(dict(losses(home, f"{run}-whole")), rel=1e-5)
-    assert run_folder.recipe(home, run) == changed
+    assert run_dir.recipe(home, run) == changed
     history = json.loads((home / "runs" / run / "recipes.json").read_text())
-    assert [entry["fingerprint"] for entry in history] == [llava(7).fingerprint(), changed.fingerprint()]
+    assert [entry["fingerprint"] for entry in history] == [
+        llava(7).fingerprint(),
+        changed.fingerprint(),
+    ]
     assert len(history[1]["changed"]) == 1
     if option == "evaluations":
         assert "later.loss" in found.metrics
@@ -68,9 +77,21 @@ def test_an_option_may_change_between_attempts(home: Path, run: str, option: str
         assert (stage.params["budget.micro"], stage.tags["now.budget.micro"]) == (8, "2")
 
 
-def test_the_advice_at_too_many_bad_samples_can_be_taken(home: Path, run: str, tmp_path: Path) -> None:
-    samples = [replace(each, images=(b"no image",)) if i % 4 == 3 else each for i, each in enumerate(shapes(32, 16))]
-    write(samples, str(tmp_path / "data"), source="test", licence="CC0-1.0", made_by="tests", group_rows=8)
+def test_the_advice_at_too_many_bad_samples_can_be_taken(
+    home: Path, run: str, tmp_path: Path
+) -> None:
+    samples = [
+        replace(each, images=(b"no image",)) if i % 4 == 3 else each
+        for i, each in enumerate(shapes(32, 16))
+    ]
+    write(
+        samples,
+        str(tmp_path / "data"),
+        source="test",
+        licence="CC0-1.0",
+        made_by="tests",
+        group_rows=8,
+    )
     system = llava(4, stages__align__data__sources__blip558k__dataset=str(tmp_path / "data"))
     with pytest.raises(DataError, match=r"are bad .*allow a larger share"):
         go(system, home, run)
@@ -94,7 +115,9 @@ CONSTANT = {"stages__align__optim__decay": "constant", "stages__align__optim__wa
 
 
 @pytest.mark.parametrize("more", [5, 24])
-def test_steps_may_change_where_what_was_learned_stays_what_it_was(home: Path, run: str, more: int) -> None:
+def test_steps_may_change_where_what_was_learned_stays_what_it_was(
+    home: Path, run: str, more: int
+) -> None:
     """A constant rate, and windows of the order that both lengths have."""
     stopped(llava(12, **CONSTANT), home, run)
     go(llava(more, **CONSTANT), home, run, checkpoint_every=2)
@@ -104,35 +127,49 @@ def test_steps_may_change_where_what_was_learned_stays_what_it_was(home: Path, r
 
 
 @pytest.mark.parametrize(
-    ("changes", "before", "now"), [({}, 12, 24), (CONSTANT, 4, 24), (CONSTANT, 12, 4), (CONSTANT, 12, 3)]
+    ("changes", "before", "now"),
+    [({}, 12, 24), (CONSTANT, 4, 24), (CONSTANT, 12, 4), (CONSTANT, 12, 3)],
 )
 def test_steps_may_not_change_where_rates_or_order_would(
     home: Path, run: str, changes: dict[str, Any], before: int, now: int
 ) -> None:
     """A cosine's rates go by its end, the last window of the order is laid out for it, and steps are not taken back."""
     stopped(llava(before, **changes), home, run, at=min(5, before - 1))
-    with pytest.raises(RunError, match=rf"stages\.align\.budget\.steps was {before}, is {now}.*--fork {run}"):
+    with pytest.raises(
+        RunError, match=rf"stages\.align\.budget\.steps was {before}, is {now}.*--fork {run}"
+    ):
         go(llava(now, **changes), home, run, checkpoint_every=2)
 
 
 # --- forks -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_changed_identity_is_refused_by_its_path_and_forked_with_the_word_that_it_names(home: Path, run: str) -> None:
+def test_a_changed_identity_is_refused_by_its_path_and_forked_with_the_word_that_it_names(
+    home: Path, run: str
+) -> None:
     tracker = MemoryTracker()
     stopped(llava(7), home, run, tracker=tracker)
     before = checkpoint.checkpoints(home / "runs" / run / "align")
-    with pytest.raises(RunError, match=rf"stages\.align\.optim\.peak_lr was 0\.003, is 0\.001.*--fork {run}"):
+    with pytest.raises(
+        RunError, match=rf"stages\.align\.optim\.peak_lr was 0\.003, is 0\.001.*--fork {run}"
+    ):
         go(llava(7, **LR), home, run)
     found = go(llava(7, **LR), home, f"{run}-2", tracker=tracker, fork=run, checkpoint_every=2)
     assert steps(home, f"{run}-2") == [4, 5, 6]
     assert dict(losses(home, f"{run}-2"))[4] == dict(losses(home, run))[4]  # of the same weights
-    assert losses(home, f"{run}-2", key="lr")[0][1] == pytest.approx(losses(home, run, key="lr")[4][1] / 3)
+    assert losses(home, f"{run}-2", key="lr")[0][1] == pytest.approx(
+        losses(home, run, key="lr")[4][1] / 3
+    )
     assert checkpoint.checkpoints(home / "runs" / run / "align") == before
-    assert artefact.describe(found["align"].artefact).fingerprint == llava(7, **LR).fingerprint()
+    assert artifacts.describe(found["align"].artefact).fingerprint == llava(7, **LR).fingerprint()
     made = Fork.read(home / "runs" / f"{run}-2")
     assert made is not None
-    assert (made.run, made.stage, made.step, made.fingerprint) == (run, "align", 4, llava(7).fingerprint())
+    assert (made.run, made.stage, made.step, made.fingerprint) == (
+        run,
+        "align",
+        4,
+        llava(7).fingerprint(),
+    )
     assert made.changed == ("stages.align.optim.peak_lr was 0.003, is 0.001",)
     forked = [each for each in tracker.runs.values() if "forked_from" in each.tags]
     assert {each.name for each in forked} == {f"{run}-2", "align"}
@@ -199,13 +236,21 @@ def test_an_evaluation_that_came_after_the_end_is_reported(home: Path, run: str)
     go(llava(2), home, run)
     console = Console(record=True, width=300)
     later = llava(2, **OPTIONS["evaluations"])
-    train(later, home=home, run=run, how=How(workers=0), stages=["align"], console=console)
+    train(later, home=home, run=run, how=RunOptions(workers=0), stages=["align"], console=console)
     assert "align: later was not evaluated; `bridgework eval` does it" in console.export_text()
 
 
 REFUSED: dict[str, tuple[Callable[[str], dict[str, Any]], str, str]] = {
-    "nothing": (lambda run: {}, "{run}", r"the recipe is that of run '.*'\. Fix: resume it with --run"),
-    "an option": (lambda run: {"stages__align__budget__micro": 2}, "{run}", "the recipe is that of run"),
+    "nothing": (
+        lambda run: {},
+        "{run}",
+        r"the recipe is that of run '.*'\. Fix: resume it with --run",
+    ),
+    "an option": (
+        lambda run: {"stages__align__budget__micro": 2},
+        "{run}",
+        "the recipe is that of run",
+    ),
     "what trains": (
         lambda run: {"stages__align__trains": {"language.*": 1.0}},
         "{run}",
@@ -216,10 +261,26 @@ REFUSED: dict[str, tuple[Callable[[str], dict[str, Any]], str, str]] = {
         "{run}",
         r"weight_decay was 0\.0, is 0\.1.*a weight decay that is 0 in both or in neither",
     ),
-    "the model": (lambda run: {"stages__align__model__bridge": "linear"}, "{run}", r"stages\.align\.model\.bridge"),
-    "ZeRO": (lambda run: {"stages__align__shard__stage": 3}, "{run}", r"stages\.align\.shard\.stage was 2, is 3"),
-    "too few steps": (lambda run: {"stages__align__budget__steps": 4}, "{run}", "is of step 4; expected more"),
-    "a step": (lambda run: LR, "{run}@3", r"has no checkpoint of step 3 of stage 'align'\. Got: 4, 2"),
+    "the model": (
+        lambda run: {"stages__align__model__bridge": "linear"},
+        "{run}",
+        r"stages\.align\.model\.bridge",
+    ),
+    "ZeRO": (
+        lambda run: {"stages__align__shard__stage": 3},
+        "{run}",
+        r"stages\.align\.shard\.stage was 2, is 3",
+    ),
+    "too few steps": (
+        lambda run: {"stages__align__budget__steps": 4},
+        "{run}",
+        "is of step 4; expected more",
+    ),
+    "a step": (
+        lambda run: LR,
+        "{run}@3",
+        r"has no checkpoint of step 3 of stage 'align'\. Got: 4, 2",
+    ),
     "another run": (lambda run: LR, "{run}x", "there is no run '.*did you mean"),
     "no name": (lambda run: LR, "", "--fork: Got ''; expected the name of a run"),
 }
@@ -257,7 +318,9 @@ def test_a_damaged_checkpoint_is_not_forked(home: Path, run: str) -> None:
 def test_a_stage_that_is_new_in_the_recipe_has_nothing_to_start_from(home: Path, run: str) -> None:
     stopped(llava(7), home, run)
     align, instruct = llava(7).stages
-    renamed = replace(llava(7), stages=(replace(align, name="adapt"), replace(instruct, starts_from="adapt")))
+    renamed = replace(
+        llava(7), stages=(replace(align, name="adapt"), replace(instruct, starts_from="adapt"))
+    )
     with pytest.raises(RunError, match="no checkpoint of stage 'adapt'"):
         go(renamed, home, f"{run}-2", stages=["adapt"], fork=run)
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from bridgework import artifacts
 from bridgework.data import reader
-from bridgework.data.batch import Batch, collate
+from bridgework.data.collate import Batch, collate
 from bridgework.errors import SpecError
-from bridgework.losses import Captioning, Preference
-from bridgework.models import PrefixVLM, freezing
+from bridgework.losses import DPO, LanguageModeling
+from bridgework.models import PrefixVLMConfig, base
 from bridgework.system import Stage, System
-from bridgework.training import artefact
-from bridgework.training.engine import Engine
-from bridgework.training.step import Step
+from bridgework.training.deepspeed_engine import Engine
+from bridgework.training.step import TrainingModule
 from tests.training.support import Stop, fresh, go, llava, losses, same, stop_at, weights
 
 PREFER = "instruct"  # LLaVA's stage that trains bridge and language model, with another loss
@@ -29,8 +29,8 @@ def prefer(steps: int = 4, **shard: Any) -> System:
     first, second = system["align"], system[PREFER]
     second = replace(
         second,
-        model=replace(cast(PrefixVLM, second.model), reference="frozen_copy"),
-        losses=(Preference(beta=0.5),),
+        model=replace(cast(PrefixVLMConfig, second.model), reference="frozen_copy"),
+        losses=(DPO(beta=0.5),),
         data=second.data.tiny("preferences"),
         shard=replace(second.shard, **shard),
         evals=(),
@@ -39,13 +39,15 @@ def prefer(steps: int = 4, **shard: Any) -> System:
 
 
 def batch(stage: Stage, home: Path) -> Batch:
-    return collate(next(reader.local(reader.Feed.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
+    return collate(
+        next(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0
+    )
 
 
 def engine(stage: Stage) -> tuple[Engine, Any]:
     model: Any = fresh(stage)
-    learning = freezing.apply(model, stage.trains)
-    return Engine(Step(model, stage.losses), stage, learning), model
+    learning = base.set_trainable(model, stage.trains)
+    return Engine(TrainingModule(model, stage.losses), stage, learning), model
 
 
 def held(model: Any) -> dict[str, Tensor]:
@@ -54,7 +56,9 @@ def held(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
-def test_a_resumed_comparison_with_the_start_matches_an_unbroken_one(home: Path, run: str, zero: int) -> None:
+def test_a_resumed_comparison_with_the_start_matches_an_unbroken_one(
+    home: Path, run: str, zero: int
+) -> None:
     system = prefer(6, stage=zero)
     go(system, home, f"{run}-whole", stages=None)
     with pytest.raises(Stop):
@@ -71,13 +75,15 @@ def test_the_artefact_is_that_of_any_other_stage(home: Path, run: str) -> None:
     system = prefer(2, stage=2)
     go(system, home, run, stages=None)
     assert weights(home, run, PREFER).keys() == weights(home, run, "align").keys()
-    loaded = artefact.load(home / "runs" / run / PREFER / "artefact")
+    loaded = artifacts.load(home / "runs" / run / PREFER / "artefact")
     assert loaded.stage == system[PREFER] and not held(loaded.model)
 
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "bf16"), (2, "bf16")])
-def test_a_checkpoint_brings_the_start_back_bit_for_bit(home: Path, tmp_path: Path, zero: int, precision: str) -> None:
+def test_a_checkpoint_brings_the_start_back_bit_for_bit(
+    home: Path, tmp_path: Path, zero: int, precision: str
+) -> None:
     stage = prefer(stage=zero, precision=precision)[PREFER]
     given = batch(stage, home)
     before, model = engine(stage)
@@ -85,7 +91,9 @@ def test_a_checkpoint_brings_the_start_back_bit_for_bit(home: Path, tmp_path: Pa
     assert float(first.losses_L[0]) == pytest.approx(log(2), abs=1e-6)
     before.save(tmp_path, {"step": 1})
     start = held(model)
-    assert any(not torch.equal(p, start[name]) for name, p in model.named_parameters() if name in start)
+    assert any(
+        not torch.equal(p, start[name]) for name, p in model.named_parameters() if name in start
+    )
     after, again = engine(stage)
     after.load(tmp_path)
     assert same(held(again), start)
@@ -101,8 +109,12 @@ def test_zero_3_is_refused_with_the_ways_out(home: Path) -> None:
 
 
 def test_a_stage_that_compares_nothing_copies_nothing(home: Path, run: str) -> None:
-    stage = replace(prefer(2)[PREFER], losses=(Captioning(),), data=llava()[PREFER].data, starts_from=None)
+    stage = replace(
+        prefer(2)[PREFER], losses=(LanguageModeling(),), data=llava()[PREFER].data, starts_from=None
+    )
     go(replace(prefer(2), stages=(stage,)), home, run, stages=None, checkpoint_every=1)
-    (checkpoint,) = (home / "runs" / run / PREFER / "checkpoints").glob("00000001-*/state/*model_states.pt")
+    (checkpoint,) = (home / "runs" / run / PREFER / "checkpoints").glob(
+        "00000001-*/state/*model_states.pt"
+    )
     saved = torch.load(checkpoint, weights_only=True)["module"]
     assert saved and not [name for name in saved if "reference" in name]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from bridgework.data import reader
-from bridgework.data.batch import collate
+from bridgework.data.collate import collate
 from bridgework.errors import RunError
 from bridgework.losses import Contrastive
 from bridgework.system import System
 from bridgework.training import loop
-from bridgework.training.schedule import learning_rate
+from bridgework.training.deepspeed_engine import learning_rate
 from tests.training.support import Stop, fresh, go, llava, losses, same, stop_at, weights
 
 BOTH = {"bridge.*": 1.0, "language.*": 0.1}  # two learning rates
@@ -31,7 +31,9 @@ def test_stage_1_trains_the_bridge_alone(home: Path, run: str) -> None:
         assert torch.equal(tensor, before[name]) is not name.startswith("bridge."), name
 
 
-def test_stage_2_trains_bridge_and_language_model_and_leaves_the_tower(home: Path, run: str) -> None:
+def test_stage_2_trains_bridge_and_language_model_and_leaves_the_tower(
+    home: Path, run: str
+) -> None:
     go(llava(), home, run, stages=None)
     before, after = weights(home, run), weights(home, run, "instruct")
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
@@ -49,10 +51,14 @@ def plainly(system: System, home: Path) -> tuple[list[float], dict[str, Tensor]]
         decay = stage.optim.weight_decay if parameter.ndim > 1 else 0.0
         groups += [{"params": [parameter], "rate": rate, "weight_decay": decay} for rate in rates]
     optimizer = torch.optim.AdamW(groups, betas=stage.optim.betas)
-    for step, rows in enumerate(reader.local(reader.Feed.of(stage, home), rank=0, world=1, start=0)):
+    for step, rows in enumerate(
+        reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0)
+    ):
         batch = collate(rows, pad_id=0)
         logits_BTV = model(**batch.inputs()).logits_BTV
-        loss = nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), batch.labels_BT[:, 1:].flatten())
+        loss = nn.functional.cross_entropy(
+            logits_BTV[:, :-1].flatten(0, 1), batch.labels_BT[:, 1:].flatten()
+        )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), stage.optim.clip)
@@ -80,7 +86,9 @@ def test_micro_batches_change_nothing(home: Path, run: str, zero: int) -> None:
         go(llava(3, **changes, **DECAY), home, f"{run}-{micro}")
     whole = weights(home, f"{run}-8")
     for micro in (2, 3):
-        assert dict(losses(home, f"{run}-{micro}")) == pytest.approx(dict(losses(home, f"{run}-8")), rel=1e-5)
+        assert dict(losses(home, f"{run}-{micro}")) == pytest.approx(
+            dict(losses(home, f"{run}-8")), rel=1e-5
+        )
         for name, tensor in weights(home, f"{run}-{micro}").items():
             torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-5, msg=name)
 
@@ -98,10 +106,12 @@ def test_resumed_run_matches_unbroken_run(home: Path, run: str, zero: int) -> No
     assert [step for step, _ in seen][-3:] == [4, 5, 6]
 
 
-def test_rows_that_end_too_early_do_not_end_the_stage(process_group: None, home: Path, tmp_path: Path) -> None:
+def test_rows_that_end_too_early_do_not_end_the_stage(
+    process_group: None, home: Path, tmp_path: Path
+) -> None:
     system = llava(6)
-    feed = reader.Feed.of(system["align"], home)
-    job = loop.Job(system, "align", feed, tmp_path / "align", home)
+    feed = reader.ReaderConfig.of(system["align"], home)
+    job = loop.TrainJob(system, "align", feed, tmp_path / "align", home)
     job.folder.mkdir()
     with pytest.raises(RunError, match="align: its rows ended after 3 of 6 steps; run it again"):
         rows = islice(reader.local(feed, rank=0, world=1, start=0), 3)
@@ -124,24 +134,37 @@ def test_a_stop_costs_no_more_than_the_steps_since_the_checkpoint(home: Path, ru
     assert taken == [1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9]
 
 
-def test_damaged_checkpoint_costs_one_more_and_is_said(home: Path, run: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_checkpoint_costs_one_more_and_is_said(
+    home: Path, run: str, caplog: pytest.LogCaptureFixture
+) -> None:
     system, taken = llava(7), []
     with pytest.raises(Stop):
         go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(5))
     (newest,) = (home / "runs" / run / "align/checkpoints").glob("00000004-*")
     file = next((newest / "state").glob("*optim_states.pt"))
     file.write_bytes(file.read_bytes()[:-1])
-    go(system, home, run, checkpoint_every=2, evaluate_every=1, report=lambda metrics, done: taken.append(done))
+    go(
+        system,
+        home,
+        run,
+        checkpoint_every=2,
+        evaluate_every=1,
+        report=lambda metrics, done: taken.append(done),
+    )
     assert taken == [3, 4, 5, 6, 7]
     assert "checkpoint of step 4 is damaged" in caplog.text
     assert not newest.exists()
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_samples_and_saves_nothing(home: Path, run: str) -> None:
+def test_a_loss_that_is_not_finite_stops_with_its_samples_and_saves_nothing(
+    home: Path, run: str
+) -> None:
     stage = llava(6)["align"]
-    rows = list(reader.local(reader.Feed.of(stage, home), rank=0, world=1, start=0))
+    rows = list(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0))
     system = llava(6, stages__align__optim__peak_lr=1e30, stages__align__optim__clip=0.0)
-    with pytest.raises(RunError, match=r"the loss of step \d is (nan|inf).*nothing was saved") as stopped:
+    with pytest.raises(
+        RunError, match=r"the loss of step \d is (nan|inf).*nothing was saved"
+    ) as stopped:
         go(system, home, run, checkpoint_every=1)
     step = int(str(stopped.value).split("of step ")[1][0])
     named = str(stopped.value).split("look first at ")[1].split(":")[0].split(", ")
@@ -155,7 +178,11 @@ def test_a_loss_that_is_not_finite_stops_with_its_samples_and_saves_nothing(home
 
 def test_contrast_in_micro_batches_trains_as_at_once(home: Path, run: str) -> None:
     for name, micro in ((f"{run}-whole", 8), (f"{run}-parts", 3)):
-        go(llava(3, stages__align__losses=(Contrastive(),), stages__align__budget__micro=micro), home, name)
+        go(
+            llava(3, stages__align__losses=(Contrastive(),), stages__align__budget__micro=micro),
+            home,
+            name,
+        )
     whole, parts = (losses(home, f"{run}-{kind}") for kind in ("whole", "parts"))
     assert [loss for _, loss in parts] == pytest.approx([loss for _, loss in whole], rel=1e-4)
 
@@ -163,6 +190,8 @@ def test_contrast_in_micro_batches_trains_as_at_once(home: Path, run: str) -> No
 def test_every_loss_is_reported_with_its_weight(home: Path, run: str) -> None:
     captioning = llava()["align"].losses
     go(llava(2, stages__align__losses=(*captioning, Contrastive(weight=0.5))), home, run)
-    total, words, contrast = (losses(home, run, key=k) for k in ("loss", "loss.captioning", "loss.contrastive"))
+    total, words, contrast = (
+        losses(home, run, key=k) for k in ("loss", "loss.captioning", "loss.contrastive")
+    )
     for (_, a), (_, b), (_, c) in zip(total, words, contrast, strict=True):
         assert a == pytest.approx(b + 0.5 * c)

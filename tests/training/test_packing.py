@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridgework.data.batch import Row, collate
-from bridgework.data.reader import Feed, local
+from bridgework.data.collate import Row, collate
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.errors import SpecError
-from bridgework.models import freezing
+from bridgework.models import base
 from bridgework.system import Packing, Stage, load
-from bridgework.training.step import Step
+from bridgework.training.step import TrainingModule
 
 PACKED = (
     "llava/instruct",
@@ -31,25 +31,31 @@ def stage_of(name: str, packing: Packing | None, batch: int = 16) -> Stage:
     system, _, stage = name.partition("/")
     tiny = load(system)[stage].tiny()
     budget = replace(tiny.budget, batch=batch, steps=4)
-    data = replace(tiny.data, packing=packing, lanes=2, window=2, max_tokens=min(512, tiny.model.context))
+    data = replace(
+        tiny.data, packing=packing, lanes=2, window=2, max_tokens=min(512, tiny.model.context)
+    )
     return replace(tiny, budget=budget, data=data)
 
 
 def first_window(stage: Stage, home: Path) -> list[list[Row]]:
-    return list(local(Feed.of(stage, home), rank=0, world=1, start=0))[: stage.data.window]
+    return list(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0))[: stage.data.window]
 
 
-def taken(stage: Stage, steps: Sequence[Sequence[Row]]) -> tuple[dict[tuple[int, str], float], torch.Tensor]:
+def taken(
+    stage: Stage, steps: Sequence[Sequence[Row]]
+) -> tuple[dict[tuple[int, str], float], torch.Tensor]:
     """The summed loss of each sample, by source and key, and the gradient of all."""
     torch.manual_seed(0)
     model = stage.model.build()
-    freezing.apply(model, stage.trains)
-    step, told = Step(model, stage.losses).train(), {}
+    base.set_trainable(model, stage.trains)
+    step, told = TrainingModule(model, stage.losses).train(), {}
     for rows in steps:
         batch = collate(rows, pad_id=0)
         sums_LR = step(batch)
         sums_LR.sum().backward()
-        told |= dict(zip(zip(batch.sources, batch.keys, strict=True), sums_LR[0].tolist(), strict=True))
+        told |= dict(
+            zip(zip(batch.sources, batch.keys, strict=True), sums_LR[0].tolist(), strict=True)
+        )
     return told, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -71,7 +77,11 @@ def test_a_window_packs_the_rows_that_it_pads(home: Path) -> None:
     padded, packed = (
         [sorted((r.source, r.key) for rows in steps[t : t + 2] for r in rows) for t in (0, 2)]
         for steps in (
-            list(local(Feed.of(stage_of("llava/instruct", p), home), rank=0, world=1, start=0))
+            list(
+                local(
+                    ReaderConfig.of(stage_of("llava/instruct", p), home), rank=0, world=1, start=0
+                )
+            )
             for p in (None, Packing(samples=3))
         )
     )
@@ -79,8 +89,10 @@ def test_a_window_packs_the_rows_that_it_pads(home: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_packed_batches_are_the_same_at_any_world_size_and_after_any_resume(home: Path, world: int) -> None:
-    feed = Feed.of(stage_of("llava/instruct", Packing(tokens=400, images=3)), home)
+def test_packed_batches_are_the_same_at_any_world_size_and_after_any_resume(
+    home: Path, world: int
+) -> None:
+    feed = ReaderConfig.of(stage_of("llava/instruct", Packing(tokens=400, images=3)), home)
     whole = list(local(feed, rank=0, world=1, start=0))
     for start in range(4):
         ranks = [list(local(feed, rank=rank, world=world, start=start)) for rank in range(world)]
@@ -89,7 +101,9 @@ def test_packed_batches_are_the_same_at_any_world_size_and_after_any_resume(home
             assert found == sorted((r.place, r.key) for r in expected)
 
 
-@pytest.mark.parametrize("name", ["clip/contrast", "blip/captioner", "blip2/represent", "xgen_mm/prefer"])
+@pytest.mark.parametrize(
+    "name", ["clip/contrast", "blip/captioner", "blip2/represent", "xgen_mm/prefer"]
+)
 def test_packing_is_refused_where_samples_cannot_share_a_sequence(name: str) -> None:
     with pytest.raises(SpecError, match=r"data\.packing: .*; set stages\.\w+\.data\.packing=none"):
         stage_of(name, Packing())

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from bridgework import artifacts
 from bridgework.errors import TrackingError
-from bridgework.tracking import MemoryRun, MemoryTracker
-from bridgework.training import artefact
+from bridgework.tracking.tracker import MemoryRun, MemoryTracker
 from tests.training.support import Stop, go, llava, stop_at
 
 CALLS = ("start", "params", "inputs", "points", "file", "output", "finish")
@@ -51,20 +51,22 @@ def test_a_run_is_recorded_whole(home: Path, run: str) -> None:
     results = go(llava(STEPS), home, run, tracker=tracker)
     assert_all_recorded(tracker, run)
     runs, system = by_name(tracker), llava(STEPS)
-    assert runs["align"].tags["fingerprint"] == runs[run].tags["fingerprint"] == system.fingerprint()
+    assert (
+        runs["align"].tags["fingerprint"] == runs[run].tags["fingerprint"] == system.fingerprint()
+    )
     assert runs[run].params["stages.align.optim.peak_lr"] == 3e-3
     assert tracker.runs[str(runs["align"].parent)] is runs[run]
     model = tracker.models[str(results["align"].model_id)]
     assert model[2] == str(results["align"].artefact)
-    assert model[3]["digest"] == artefact.describe(results["align"].artefact).digest
+    assert model[3]["digest"] == artifacts.describe(results["align"].artefact).digest
 
 
 def test_a_stage_names_the_weights_that_it_starts_from(home: Path, run: str) -> None:
     tracker = MemoryTracker()
     results = go(llava(2), home, run, stages=None, tracker=tracker)
-    digest = artefact.describe(results["align"].artefact).digest
+    digest = artifacts.describe(results["align"].artefact).digest
     assert by_name(tracker)["instruct"].tags["starts_from_digest"] == digest
-    assert artefact.describe(results["instruct"].artefact).parent == digest
+    assert artifacts.describe(results["instruct"].artefact).parent == digest
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -74,17 +76,21 @@ def test_a_silent_tracker_stops_nothing_and_the_same_command_records_all(
 ) -> None:
     tracker = Silent(call, after)
     first = go(llava(STEPS), home, run, tracker=tracker)["align"]
-    digest = artefact.describe(first.artefact).digest
+    digest = artifacts.describe(first.artefact).digest
     tracker.down = False
     again = go(llava(STEPS), home, run, tracker=tracker)["align"]
-    assert artefact.describe(again.artefact).digest == digest
+    assert artifacts.describe(again.artefact).digest == digest
     assert again.run_id is not None
-    assert {name: r.status for name, r in by_name(tracker).items()} == dict.fromkeys((run, "align"), "FINISHED")
+    assert {name: r.status for name, r in by_name(tracker).items()} == dict.fromkeys(
+        (run, "align"), "FINISHED"
+    )
     assert_recorded_once(tracker, run)
 
 
 def assert_recorded_once(tracker: MemoryTracker, run: str) -> None:
-    tracker.models = dict(list(tracker.models.items())[-1:])  # told twice, the twin in memory keeps two
+    tracker.models = dict(
+        list(tracker.models.items())[-1:]
+    )  # told twice, the twin in memory keeps two
     assert_all_recorded(tracker, run)
 
 

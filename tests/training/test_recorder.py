@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from bridgework.data.batch import collate
-from bridgework.data.reader import Feed, local
+from bridgework.data.collate import collate
+from bridgework.data.dataset import write
+from bridgework.data.reader import ReaderConfig, local
 from bridgework.data.samples import Part
-from bridgework.data.shards import write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import RunError, SpecError
 from bridgework.system import Budget, Packing, Source
-from bridgework.training import recorder
-from bridgework.training.recorder import Recorder, flown
-from bridgework.training.replay import replay
+from bridgework.training import flight_recorder
+from bridgework.training.flight_recorder import FlightRecorder, read_step, replay
 from bridgework.training.skips import Skips
 from tests.training.support import Stop, go, llava, losses, stop_at
 
@@ -26,10 +25,12 @@ def test_every_step_names_its_samples_and_their_losses_make_its_loss(home: Path,
     system = llava(5)
     go(system, home, run)
     folder = home / "runs" / run / "align"
-    read = list(local(Feed.of(system["align"], home), rank=0, world=1, start=0))
-    assert [step for step, _ in losses(home, run)] == list(range(5))  # one number for a step, in MLflow as here
+    read = list(local(ReaderConfig.of(system["align"], home), rank=0, world=1, start=0))
+    assert [step for step, _ in losses(home, run)] == list(
+        range(5)
+    )  # one number for a step, in MLflow as here
     for step, loss in losses(home, run):
-        noted = flown(folder, step)
+        noted = read_step(folder, step)
         assert sorted(each.key for each in noted) == sorted(row.key for row in read[step])
         assert [each.loss for each in noted] == sorted((each.loss for each in noted), reverse=True)
         mean = sum(e.loss * e.counted for e in noted) / sum(e.counted for e in noted)
@@ -45,70 +46,92 @@ def test_a_step_that_was_redone_is_told_as_it_was_taken_last(home: Path, run: st
     go(system, home, run, checkpoint_every=2, evaluate_every=1)
     folder = home / "runs" / run / "align"
     assert len(list((folder / "flight").glob("*.arrows"))) == 2
-    assert all(len(flown(folder, step)) == 8 for step in range(6))
+    assert all(len(read_step(folder, step)) == 8 for step in range(6))
 
 
 def test_what_stands_before_a_checkpoint_is_on_record_with_it(
     home: Path, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However a run ends: steps before a checkpoint are never taken again."""
-    monkeypatch.setattr(recorder, "FLUSH_S", math.inf)
+    monkeypatch.setattr(flight_recorder, "FLUSH_S", math.inf)
     seen: list[int] = []
 
     def look(metrics: object, done: int) -> None:
-        seen.extend(len(flown(home / "runs" / run / "align", step)) for step in range(done))
+        seen.extend(len(read_step(home / "runs" / run / "align", step)) for step in range(done))
 
     go(llava(4), home, run, checkpoint_every=2, evaluate_every=2, report=look)
     assert seen[:2] == [8, 8]
 
 
 def test_a_torn_record_gives_what_was_written_whole(home: Path, tmp_path: Path) -> None:
-    batch = collate(next(local(Feed.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0)
-    with Recorder(tmp_path, "attempt", 0, start=0) as written:
+    batch = collate(
+        next(local(ReaderConfig.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0
+    )
+    with FlightRecorder(tmp_path, "attempt", 0, start=0) as written:
         for step in range(3):
             written.step(step, [batch], [float(step)] * 8, [1.0] * 8)
             written.flush()
     (file,) = (tmp_path / "flight").glob("*.arrows")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) - 40])
-    assert [each.loss for each in flown(tmp_path, 1)] == [1.0] * 8
+    assert [each.loss for each in read_step(tmp_path, 1)] == [1.0] * 8
     with pytest.raises(RunError, match="has no step 2; it has steps 0 to 1"):
-        flown(tmp_path, 2)
+        read_step(tmp_path, 2)
 
 
 def test_a_sample_whose_loss_is_no_number_comes_first(home: Path, tmp_path: Path) -> None:
-    batch = collate(next(local(Feed.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0)
-    with Recorder(tmp_path, "attempt", 0, start=0) as written:
+    batch = collate(
+        next(local(ReaderConfig.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0
+    )
+    with FlightRecorder(tmp_path, "attempt", 0, start=0) as written:
         written.step(0, [batch], [1.0, 3.0, 2.0, math.nan, 5.0, 4.0, math.inf, 0.0], [1.0] * 8)
-    told = [each.loss for each in flown(tmp_path, 0)]
+    told = [each.loss for each in read_step(tmp_path, 0)]
     assert not any(map(math.isfinite, told[:2])) and told[2:] == [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
 
 
-def test_a_step_that_a_later_attempt_passed_is_not_told_as_an_earlier_one_took_it(home: Path, tmp_path: Path) -> None:
-    batch = collate(next(local(Feed.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0)
-    for attempt, start, taken in (("first", 0, range(6)), ("second", 4, (5, 6)), ("third", 6, (6,))):
-        with Recorder(tmp_path, attempt, 0, start=start) as written:
+def test_a_step_that_a_later_attempt_passed_is_not_told_as_an_earlier_one_took_it(
+    home: Path, tmp_path: Path
+) -> None:
+    batch = collate(
+        next(local(ReaderConfig.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0
+    )
+    for attempt, start, taken in (
+        ("first", 0, range(6)),
+        ("second", 4, (5, 6)),
+        ("third", 6, (6,)),
+    ):
+        with FlightRecorder(tmp_path, attempt, 0, start=start) as written:
             for step in taken:
                 written.step(step, [batch], [float(start)] * 8, [1.0] * 8)
-    assert [{each.loss for each in flown(tmp_path, step)} for step in (3, 5, 6)] == [{0.0}, {4.0}, {6.0}]
+    assert [{each.loss for each in read_step(tmp_path, step)} for step in (3, 5, 6)] == [
+        {0.0},
+        {4.0},
+        {6.0},
+    ]
     with pytest.raises(RunError, match="step 4 was passed"):
-        flown(tmp_path, 4)
+        read_step(tmp_path, 4)
     with pytest.raises(RunError, match="has no step 7; it has steps 0 to 6"):
-        flown(tmp_path, 7)
+        read_step(tmp_path, 7)
 
 
 @pytest.mark.parametrize("packing", [None, Packing()])
-def test_a_step_is_shown_again_as_the_model_saw_it(home: Path, run: str, packing: Packing | None) -> None:
+def test_a_step_is_shown_again_as_the_model_saw_it(
+    home: Path, run: str, packing: Packing | None
+) -> None:
     system = llava(4, stages__align__data__packing=packing, stages__align__data__lanes=2)
     go(system, home, run)
     again = replay(f"{run}/align", 2, home)
-    read = next(local(Feed.of(system["align"], home), rank=0, world=1, start=2))
-    assert sorted((r.key, tuple(r.ids)) for r in again.rows) == sorted((r.key, tuple(r.ids)) for r in read)
+    read = next(local(ReaderConfig.of(system["align"], home), rank=0, world=1, start=2))
+    assert sorted((r.key, tuple(r.ids)) for r in again.rows) == sorted(
+        (r.key, tuple(r.ids)) for r in read
+    )
     assert [row.key for row in again.rows] == [each.key for each in again.noted]
     assert replay(run, 2, home).noted == again.noted
 
 
-def test_the_dearest_sample_of_a_step_is_the_one_that_was_planted(home: Path, run: str, tmp_path: Path) -> None:
+def test_the_dearest_sample_of_a_step_is_the_one_that_was_planted(
+    home: Path, run: str, tmp_path: Path
+) -> None:
     """A caption of another language among captions that were learned."""
     samples = list(shapes(rows=64, size=16))
     parts = (Part("caption", image=0), Part("caption", text="\u4e00\u4e01\u4e03" * 20))
@@ -116,18 +139,26 @@ def test_the_dearest_sample_of_a_step_is_the_one_that_was_planted(home: Path, ru
     write(samples, str(tmp_path / "data"), **MADE, group_rows=8)
     system = llava(16)
     stage = system["instruct"]
-    data = replace(stage.data, sources=(Source(name="one", dataset=str(tmp_path / "data")),), template="plain")
-    planted = replace(stage, data=data, starts_from=None, evals=(), budget=Budget(steps=16, batch=8, micro=4))
+    data = replace(
+        stage.data, sources=(Source(name="one", dataset=str(tmp_path / "data")),), template="plain"
+    )
+    planted = replace(
+        stage, data=data, starts_from=None, evals=(), budget=Budget(steps=16, batch=8, micro=4)
+    )
     go(replace(system, stages=(planted,)), home, run, stages=None)
     folder = home / "runs" / run / "instruct"
-    met = [step for step in range(8, 16) if any(e.key == "planted" for e in flown(folder, step))]
-    assert met and all(flown(folder, step)[0].key == "planted" for step in met)
+    met = [
+        step for step in range(8, 16) if any(e.key == "planted" for e in read_step(folder, step))
+    ]
+    assert met and all(read_step(folder, step)[0].key == "planted" for step in met)
 
 
 @pytest.mark.parametrize("by_source", [False, True])
-def test_skipped_samples_give_way_and_all_others_stay(by_source: bool, home: Path, run: str) -> None:
+def test_skipped_samples_give_way_and_all_others_stay(
+    by_source: bool, home: Path, run: str
+) -> None:
     system = llava(8)
-    feed = Feed.of(system["align"], home)
+    feed = ReaderConfig.of(system["align"], home)
     before = list(local(feed, rank=0, world=1, start=0))
     with pytest.raises(Stop):
         go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(4))
@@ -144,7 +175,7 @@ def test_skipped_samples_give_way_and_all_others_stay(by_source: bool, home: Pat
     folder = home / "runs" / run / "align"
     for step, rows in enumerate(before):
         kept = sorted(row.key for row in rows if step < 4 or row.key != victim.key)
-        trained = sorted(each.key for each in flown(folder, step))
+        trained = sorted(each.key for each in read_step(folder, step))
         assert len(trained) == 8 and (step < 4 or victim.key not in trained)
         assert all(key in trained for key in kept)
     assert (folder / "skips.json").is_file()
@@ -157,11 +188,11 @@ def test_skipped_steps_change_nothing_and_are_not_on_record(home: Path, run: str
         go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(3))
     go(system, home, run, checkpoint_every=2, evaluate_every=1, skip=("step:3-4",))
     folder = home / "runs" / run / "align"
-    assert all(flown(folder, step) for step in (0, 1, 2, 5))
+    assert all(read_step(folder, step) for step in (0, 1, 2, 5))
     assert {step for step, _ in losses(home, run)} == {0, 1, 2, 5}
     for step in (3, 4):
         with pytest.raises(RunError, match=f"step {step} was passed without an update"):
-            flown(folder, step)
+            read_step(folder, step)
     assert all(math.isfinite(loss) for _, loss in losses(home, run))
 
 
@@ -171,7 +202,10 @@ def test_skipped_steps_change_nothing_and_are_not_on_record(home: Path, run: str
         ("nobody", r"--skip 'nobody': no source has a row of this key \(blip558k\)"),
         ("blip558k/nobody", "no source has a row of this key"),
         ("5", "a step is written step:N"),
-        ("step:900", r"--skip step:900 changes nothing: the stage goes on from step 2, and its last is 5"),
+        (
+            "step:900",
+            r"--skip step:900 changes nothing: the stage goes on from step 2, and its last is 5",
+        ),
         ("step:0-1", "--skip step:0 changes nothing"),
         ("step:4-9999999999", "--skip step:9999999999 changes nothing"),
         ("step:3-", "'step:3-' names no steps"),
@@ -189,7 +223,15 @@ def test_what_would_skip_nothing_is_refused(word: str, told: str, home: Path, ru
 def test_the_same_command_again_skips_what_it_did(home: Path, run: str) -> None:
     for stop in (2, 5):
         with pytest.raises(Stop):
-            go(llava(6), home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(stop), skip=("step:3",))
+            go(
+                llava(6),
+                home,
+                run,
+                checkpoint_every=2,
+                evaluate_every=1,
+                report=stop_at(stop),
+                skip=("step:3",),
+            )
     go(llava(6), home, run, checkpoint_every=2, evaluate_every=1, skip=("step:3",))
     assert [order.steps for order in Skips.read(home / "runs" / run / "align").orders] == [(3,)]
 

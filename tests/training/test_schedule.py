@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 from bridgework.system import AdamW
-from bridgework.training.schedule import learning_rate
+from bridgework.training.deepspeed_engine import learning_rate
 
 
 def rates(scheduler: LRScheduler, steps: int) -> list[float]:
@@ -29,7 +29,9 @@ def sgd(lr: float) -> torch.optim.Optimizer:
 def test_rate_is_torchs_linear_warmup_and_cosine(steps: int, warmup: int) -> None:
     optim = AdamW(peak_lr=1e-3, final_lr=1e-5, warmup=(warmup - 0.5) / steps)
     rising = rates(LinearLR(sgd(1e-3), start_factor=1 / warmup, total_iters=warmup - 1), warmup)
-    falling = rates(CosineAnnealingLR(sgd(1e-3), T_max=steps - warmup, eta_min=1e-5), steps - warmup)
+    falling = rates(
+        CosineAnnealingLR(sgd(1e-3), T_max=steps - warmup, eta_min=1e-5), steps - warmup
+    )
     assert [learning_rate(optim, s, steps) for s in range(steps)] == pytest.approx(rising + falling)
 
 

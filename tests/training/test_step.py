@@ -7,25 +7,25 @@ from typing import ClassVar
 import pytest
 import torch
 
+from bridgework.config import config_class
 from bridgework.data import reader
-from bridgework.data.batch import Batch, collate
+from bridgework.data.collate import Batch, collate
 from bridgework.errors import SpecError
-from bridgework.losses import Captioning, Contrastive, QueryContrast
-from bridgework.spec import spec
+from bridgework.losses import Contrastive, LanguageModeling, QueryContrast
 from bridgework.system import Stage, load
-from bridgework.training.step import Beside, Step, by_source, check
+from bridgework.training.step import GradCacheBatch, TrainingModule, by_source, check
 from tests.training.support import fresh, llava
 
 STAGE = llava()["align"]
 
 
 def batches(home: Path, size: int, stage: Stage = STAGE) -> list[Batch]:
-    rows = next(reader.local(reader.Feed.of(stage, home), rank=0, world=1, start=0))
+    rows = next(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0))
     return [collate(rows[i : i + size], pad_id=0) for i in range(0, len(rows), size)]
 
 
 def test_micro_batches_sum_to_the_whole_batch(home: Path) -> None:
-    step = Step(fresh(STAGE), STAGE.losses).eval()
+    step = TrainingModule(fresh(STAGE), STAGE.losses).eval()
     with torch.no_grad():
         (whole,) = (step(b) for b in batches(home, 8))
         parts = torch.cat([step(b) for b in batches(home, 3)], dim=1)
@@ -35,28 +35,33 @@ def test_micro_batches_sum_to_the_whole_batch(home: Path) -> None:
 
 def test_one_forward_feeds_every_loss(home: Path) -> None:
     model, (batch,) = fresh(STAGE), batches(home, 8)
-    both = Step(model, (Captioning(), Contrastive(weight=0.1))).eval()
+    both = TrainingModule(model, (LanguageModeling(), Contrastive(weight=0.1))).eval()
     assert both.wants == {"logits", "pooled"}
     with torch.no_grad():
-        each = torch.cat([Step(model, (loss,)).eval()(batch) for loss in both.losses])
+        each = torch.cat([TrainingModule(model, (loss,)).eval()(batch) for loss in both.losses])
         torch.testing.assert_close(both(batch), each)
 
 
 def test_counts_are_labelled_tokens_and_samples(home: Path) -> None:
     (batch,) = batches(home, 8)
-    counts_LR = Step(fresh(STAGE), (Captioning(), Contrastive())).counts([batch])
+    counts_LR = TrainingModule(fresh(STAGE), (LanguageModeling(), Contrastive())).counts([batch])
     assert counts_LR[0].tolist() == (batch.labels_BT[:, 1:] != -100).sum(1).tolist()
     assert counts_LR[1].tolist() == [1.0] * 8
 
 
-def test_contrast_in_two_passes_has_the_loss_and_the_gradient_of_the_whole_batch(home: Path) -> None:
-    losses = (Captioning(), Contrastive(weight=0.5))
+def test_contrast_in_two_passes_has_the_loss_and_the_gradient_of_the_whole_batch(
+    home: Path,
+) -> None:
+    losses = (LanguageModeling(), Contrastive(weight=0.5))
     found = []
     for size in (8, 3):
-        step, parts = Step(fresh(STAGE), losses), batches(home, size)
+        step, parts = TrainingModule(fresh(STAGE), losses), batches(home, size)
         shares = [step.share(b) for b in parts]
         samples = [len(b.keys) for b in parts]
-        sums = [step(b, Beside(shares, samples, k) if len(parts) > 1 else None) for k, b in enumerate(parts)]
+        sums = [
+            step(b, GradCacheBatch(shares, samples, k) if len(parts) > 1 else None)
+            for k, b in enumerate(parts)
+        ]
         torch.stack(sums).sum().backward()
         found.append((torch.stack(sums).sum(0).detach(), grads(step)))
     (whole, expected), (pieces, gradient) = found
@@ -67,11 +72,14 @@ def test_contrast_in_two_passes_has_the_loss_and_the_gradient_of_the_whole_batch
 def test_contrast_in_two_passes_knows_which_rows_of_the_batch_show_one_image(home: Path) -> None:
     """Loss and gradient are those of one pass; the first rows of the micro-batches show one image."""
     stage = load("blip2:retrieval").tiny()["retrieval"]
-    losses, found = (QueryContrast(), Captioning()), []
-    rows = next(reader.local(reader.Feed.of(stage, home), rank=0, world=1, start=0))
-    rows = [replace(row, identity=7 if number % 3 == 0 else row.identity) for number, row in enumerate(rows)]
+    losses, found = (QueryContrast(), LanguageModeling()), []
+    rows = next(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0))
+    rows = [
+        replace(row, identity=7 if number % 3 == 0 else row.identity)
+        for number, row in enumerate(rows)
+    ]
     for size in (8, 3):
-        step = Step(fresh(stage), losses).eval()
+        step = TrainingModule(fresh(stage), losses).eval()
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in step.model.parameters():
@@ -79,7 +87,10 @@ def test_contrast_in_two_passes_knows_which_rows_of_the_batch_show_one_image(hom
         parts = [collate(rows[i : i + size], pad_id=0) for i in range(0, len(rows), size)]
         shares, samples = [step.share(b) for b in parts], [len(b.keys) for b in parts]
         assert all("identity_B" in share for share in shares)
-        sums = [step(b, Beside(shares, samples, k) if len(parts) > 1 else None) for k, b in enumerate(parts)]
+        sums = [
+            step(b, GradCacheBatch(shares, samples, k) if len(parts) > 1 else None)
+            for k, b in enumerate(parts)
+        ]
         torch.stack([s.sum() for s in sums]).sum().backward()
         found.append((torch.stack([s.sum(1) for s in sums]).sum(0).detach(), grads(step)))
     (whole, expected), (pieces, gradient) = found
@@ -91,27 +102,32 @@ def test_contrast_in_two_passes_knows_which_rows_of_the_batch_show_one_image(hom
 
 
 def test_contrast_of_each_micro_batch_alone_is_another_loss(home: Path) -> None:
-    step = Step(fresh(STAGE), (Contrastive(),))
+    step = TrainingModule(fresh(STAGE), (Contrastive(),))
     with torch.no_grad():
         whole, pieces = (sum(float(step(b).sum()) for b in batches(home, size)) for size in (8, 4))
     assert abs(whole - pieces) > 1.0
 
 
 def test_an_idle_micro_batch_adds_nothing_but_its_graph(home: Path) -> None:
-    step, parts = Step(fresh(STAGE), (Contrastive(), Captioning())), batches(home, 4)
+    step, parts = (
+        TrainingModule(fresh(STAGE), (Contrastive(), LanguageModeling())),
+        batches(home, 4),
+    )
     idle = replace(parts[0], idle=True)
     alone = [step.share(b) for b in parts]
     busy = [*alone, {name: rows[:0] for name, rows in alone[0].items()}]
-    with_idle = step(idle, Beside(busy, [4, 4, 0], 2))
+    with_idle = step(idle, GradCacheBatch(busy, [4, 4, 0], 2))
     contrast, captioning = with_idle.detach()
     assert not captioning.any()
-    torch.testing.assert_close(contrast, step(parts[0], Beside(alone, [4, 4], 0))[0].detach() * 2 / 3)
+    torch.testing.assert_close(
+        contrast, step(parts[0], GradCacheBatch(alone, [4, 4], 0))[0].detach() * 2 / 3
+    )
     with_idle.sum().backward()
     assert float(grads(step).abs().max()) == 0.0
 
 
 def test_every_sample_adds_what_it_would_add_alone(home: Path) -> None:
-    step = Step(fresh(STAGE), STAGE.losses).eval()
+    step = TrainingModule(fresh(STAGE), STAGE.losses).eval()
     with torch.no_grad():
         together = step(*batches(home, 8))
         alone = torch.cat([step(b) for b in batches(home, 1)], dim=1)
@@ -120,12 +136,15 @@ def test_every_sample_adds_what_it_would_add_alone(home: Path) -> None:
 
 def test_values_are_added_up_by_source() -> None:
     values_LR = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
-    assert by_source(values_LR, torch.tensor([1, 0, 1]), 3).tolist() == [[2.0, 5.0, 0.0], [16.0, 40.0, 0.0]]
+    assert by_source(values_LR, torch.tensor([1, 0, 1]), 3).tolist() == [
+        [2.0, 5.0, 0.0],
+        [16.0, 40.0, 0.0],
+    ]
 
 
 def test_a_loss_that_needs_its_batch_whole_is_refused_in_micro_batches() -> None:
-    @spec
-    class Whole(Captioning):
+    @config_class
+    class Whole(LanguageModeling):
         whole_batch: ClassVar[bool] = True
 
     with pytest.raises(SpecError, match=r"Whole .* set stages\.align\.budget\.micro=8"):
@@ -133,5 +152,5 @@ def test_a_loss_that_needs_its_batch_whole_is_refused_in_micro_batches() -> None
     check(llava(stages__align__losses=(Contrastive(),))["align"], 4)
 
 
-def grads(step: Step) -> torch.Tensor:
+def grads(step: TrainingModule) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in step.model.parameters() if p.grad is not None])

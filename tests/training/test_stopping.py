@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bridgework.errors import Interrupted
-from bridgework.tracking import MemoryTracker
+from bridgework.tracking.tracker import MemoryTracker
 from bridgework.training import checkpoint
 from bridgework.training.stopping import FILE, Stop
 from tests.training.support import go, llava, losses, same, weights
@@ -33,8 +33,19 @@ def test_a_signal_saves_a_checkpoint_and_the_run_resumes(home: Path, run: str, n
     system, tracker = llava(7), MemoryTracker()
     go(system, home, f"{run}-whole")
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(Interrupted, match=r"align: stopped by SIG\w+; a checkpoint of step 4 is saved. The same comm"):
-        go(system, home, run, tracker=tracker, checkpoint_every=6, evaluate_every=1, report=signal_at(3, number))
+    with pytest.raises(
+        Interrupted,
+        match=r"align: stopped by SIG\w+; a checkpoint of step 4 is saved. The same comm",
+    ):
+        go(
+            system,
+            home,
+            run,
+            tracker=tracker,
+            checkpoint_every=6,
+            evaluate_every=1,
+            report=signal_at(3, number),
+        )
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     assert [found.step for found in checkpoint.checkpoints(home / "runs" / run / "align")] == [4]
     assert {each.status for each in tracker.runs.values()} == {"KILLED"}
@@ -47,7 +58,14 @@ def test_a_signal_saves_a_checkpoint_and_the_run_resumes(home: Path, run: str, n
 def test_a_second_signal_stops_at_once(home: Path, run: str) -> None:
     tracker = MemoryTracker()
     with pytest.raises(KeyboardInterrupt):
-        go(llava(7), home, run, tracker=tracker, evaluate_every=1, report=signal_at(3, signal.SIGINT, signal.SIGINT))
+        go(
+            llava(7),
+            home,
+            run,
+            tracker=tracker,
+            evaluate_every=1,
+            report=signal_at(3, signal.SIGINT, signal.SIGINT),
+        )
     assert checkpoint.checkpoints(home / "runs" / run / "align") == []
     assert {each.status for each in tracker.runs.values()} == {"KILLED"}
 
@@ -61,13 +79,17 @@ def test_a_request_to_stop_is_seen_by_another_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_of_a_driver_that_is_asked_to_stop_save_a_checkpoint_first(home: Path, run: str) -> None:
+def test_workers_of_a_driver_that_is_asked_to_stop_save_a_checkpoint_first(
+    home: Path, run: str
+) -> None:
     """With Ray the signal reaches the driver alone."""
     words = ["train", "llava", "--tiny", "--stage", "align", "--workers", "2", "--run", run]
     words += ["--set", "stages.align.budget.steps=100000", "--set", "stages.*.evals=()"]
     command = [sys.executable, "-m", "bridgework.cli", *words]
     stage = home / "runs" / run / "align"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "300"}) as driver:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "300"}
+    ) as driver:
         deadline = time.monotonic() + 300
         while not losses(home, run) and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -6,16 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridgework.spec import override
+from bridgework import artifacts
+from bridgework.config import override
 from bridgework.system import System, load
-from bridgework.training import artefact
 from tests.recipes.test_xgen_mm import preferences
 from tests.training.support import go, losses, weights
 
 
 def short(name: str, *, zero: int, steps: int = 2) -> System:
-    system = override(load(name).tiny(), {"stages.*.shard.stage": zero, "stages.*.budget.steps": steps})
-    return replace(system, stages=tuple(replace(stage, evals=stage.evals[:1]) for stage in system.stages))
+    system = override(
+        load(name).tiny(), {"stages.*.shard.stage": zero, "stages.*.budget.steps": steps}
+    )
+    return replace(
+        system, stages=tuple(replace(stage, evals=stage.evals[:1]) for stage in system.stages)
+    )
 
 
 @pytest.mark.parametrize("zero", [1, 3])
@@ -25,7 +29,7 @@ def test_flamingo_trains_blocks_between_frozen_layers(zero: int, home: Path, run
     kept = weights(home, run, "train")
     opened = [name for name in kept if name.endswith("alpha")]
     assert opened and all(bool(kept[name].any()) for name in opened)
-    loaded = artefact.load(home / "runs" / run / "train" / "artefact")
+    loaded = artifacts.load(home / "runs" / run / "train" / "artefact")
     assert isinstance(loaded.model, torch.nn.Module) and len(losses(home, run, "train")) == 2
 
 
@@ -42,12 +46,17 @@ def test_adapters_learn_preferences_from_where_instructions_ended(
     before, after = weights(home, run, "instruct"), weights(home, run, "prefer")
     assert losses(home, run, "prefer")[0][1] == pytest.approx(0.6931, abs=1e-3)
     adapters = {name for name in after if "lora_" in name}
-    assert adapters and {name.replace(".base_layer.", ".") for name in after.keys() - adapters} == before.keys()
+    assert (
+        adapters
+        and {name.replace(".base_layer.", ".") for name in after.keys() - adapters} == before.keys()
+    )
     for name, tensor in after.items():
         if name not in adapters:
-            torch.testing.assert_close(tensor, before[name.replace(".base_layer.", ".")], atol=0, rtol=0)
+            torch.testing.assert_close(
+                tensor, before[name.replace(".base_layer.", ".")], atol=0, rtol=0
+            )
     assert any(bool(after[name].any()) for name in adapters if "lora_B" in name)
-    artefact.load(home / "runs" / run / "prefer" / "artefact")
+    artifacts.load(home / "runs" / run / "prefer" / "artefact")
 
 
 def test_llava_next_trains_everything_over_tiles(home: Path, run: str) -> None:

@@ -8,12 +8,12 @@ import pytest
 import typer
 from ray import tune
 
+from bridgework import artifacts
 from bridgework.cli import app
+from bridgework.config import override
 from bridgework.errors import RunError, SpecError
-from bridgework.spec import override
 from bridgework.system import load
-from bridgework.tracking import MemoryTracker
-from bridgework.training import artefact
+from bridgework.tracking.tracker import MemoryTracker
 from bridgework.tuning import search
 from bridgework.tuning.space import Metric, Space
 from bridgework.tuning.space import load as load_space
@@ -51,7 +51,10 @@ def test_every_trial_finishes_all_its_stages_and_the_best_comes_first(swept: Swe
     assert len(scores) == 2
     assert scores == sorted(scores)
     for row in rows:
-        assert artefact.describe(swept.home / "runs/sweep" / row.trial / "instruct/artefact").steps == 4
+        assert (
+            artifacts.describe(swept.home / "runs/sweep" / row.trial / "instruct/artefact").steps
+            == 4
+        )
 
 
 def test_the_winner_is_the_last_stage_of_the_best_trial(swept: Swept) -> None:
@@ -66,7 +69,7 @@ def test_the_command_makes_the_winners_recipe_again(swept: Swept) -> None:
     assert told(words, "--stage") == ["align", "instruct"]
     changes = dict(pair.split("=", 1) for pair in told(words, "--set"))
     again = override(load(words[2]), changes)
-    assert again.fingerprint() == artefact.describe(swept.outcome.artefact).fingerprint
+    assert again.fingerprint() == artifacts.describe(swept.outcome.artefact).fingerprint
 
 
 def test_the_command_parses(swept: Swept) -> None:
@@ -82,7 +85,9 @@ def test_the_winner_is_registered_as_challenger(swept: Swept) -> None:
     assert version == swept.outcome.version
     assert version.artefact == str(swept.outcome.artefact)
     assert version.tags["command"] == swept.outcome.command
-    assert float(version.tags["heldout.loss"]) == pytest.approx(swept.outcome.metrics["heldout.loss"], rel=1e-5)
+    assert float(version.tags["heldout.loss"]) == pytest.approx(
+        swept.outcome.metrics["heldout.loss"], rel=1e-5
+    )
 
 
 def test_trials_are_children_of_the_sweep_with_their_figures(swept: Swept) -> None:
@@ -92,7 +97,10 @@ def test_trials_are_children_of_the_sweep_with_their_figures(swept: Swept) -> No
         assert swept.tracker.runs[str(trial.parent)] is runs["sweep"]
         assert (trial.status, trial.tags["sweep"]) == ("FINISHED", SPACE.name)
         assert dict(row.changes).items() <= trial.params.items()
-        assert [p.step for p in trial.points if p.key == "heldout.loss"] == [2, 4]  # of the last stage alone
+        assert [p.step for p in trial.points if p.key == "heldout.loss"] == [
+            2,
+            4,
+        ]  # of the last stage alone
 
 
 def test_the_same_sweep_is_not_run_again(swept: Swept) -> None:
@@ -107,7 +115,7 @@ RATE = "stages.*.optim.peak_lr"
 @pytest.mark.parametrize(
     ("space", "differs"),
     [
-        (search.limited(SPACE, trials=3), "budget"),
+        (search.cap_concurrency(SPACE, trials=3), "budget"),
         (replace(SPACE, metric=Metric(name="heldout.gap", mode="max")), "metric"),
         (replace(SPACE, space={**SPACE.space, RATE: tune.uniform(1e-3, 1e-2)}), "space"),
         (replace(SPACE, space={**SPACE.space, RATE: tune.quniform(1e-3, 1e-2, 1e-3)}), "space"),
@@ -134,9 +142,9 @@ def test_a_sweep_that_raises_leaves_no_run_open(swept: Swept) -> None:
 
 def test_a_trial_without_a_score_never_wins() -> None:
     rows = [
-        search.Row("a", {}, None, "finished", 1.0),
-        search.Row("b", {}, 2.0, "stopped", 1.0),
-        search.Row("c", {}, 3.0, "finished", 1.0),
+        search.TrialRow("a", {}, None, "finished", 1.0),
+        search.TrialRow("b", {}, 2.0, "stopped", 1.0),
+        search.TrialRow("c", {}, 3.0, "finished", 1.0),
     ]
     assert search.best_first(rows, SPACE)[0].trial == "c"
 
@@ -161,7 +169,9 @@ def test_a_path_a_stage_or_a_metric_that_is_not_there_is_refused_at_once(home: P
         ),
         r"peak_lr must be above 0, got 0": replace(SPACE, space={RATE: tune.uniform(0.0, 1.0)}),
         "write a grid as tune.choice": replace(SPACE, space={RATE: tune.grid_search([1e-3, 1e-2])}),
-        r"Expected tune.choice, uniform": replace(SPACE, space={RATE: tune.sample_from(lambda _: 1e-3)}),
+        r"Expected tune.choice, uniform": replace(
+            SPACE, space={RATE: tune.sample_from(lambda _: 1e-3)}
+        ),
         r"write .* a constant into FIXED": replace(SPACE, space={RATE: 1e-3}),
         r"is .*Float.*Expected tune\.choice": replace(SPACE, space={RATE: tune.randn(0, 1)}),
     }

@@ -4,7 +4,7 @@ import pytest
 
 from bridgework.errors import SpecError
 from bridgework.system import load as load_system
-from bridgework.tuning.search import limited
+from bridgework.tuning.search import cap_concurrency
 from bridgework.tuning.space import Metric, SweepBudget, load, spaces
 
 
@@ -28,7 +28,9 @@ def test_unknown_module_of_ones_own_is_refused() -> None:
 
 
 def test_missing_names_are_said_with_an_example() -> None:
-    with pytest.raises(SpecError, match=r"does not say SPACE, METRIC, BUDGET; see tune_spaces/llava_bridge\.py"):
+    with pytest.raises(
+        SpecError, match=r"does not say SPACE, METRIC, BUDGET; see tune_spaces/llava_bridge\.py"
+    ):
         load("tests.tuning.bare")
 
 
@@ -40,6 +42,10 @@ def test_a_budget_of_nothing_is_refused(field: str) -> None:
 
 def test_a_limited_space_differs_in_its_trials_alone() -> None:
     space = load("tests.tuning.tiny")
-    assert limited(space, trials=None) is space
-    assert limited(space, trials=7).budget.trials == 7
-    assert limited(space, trials=7).metric == space.metric == Metric(name="heldout.loss", mode="min")
+    assert cap_concurrency(space, trials=None) is space
+    assert cap_concurrency(space, trials=7).budget.trials == 7
+    assert (
+        cap_concurrency(space, trials=7).metric
+        == space.metric
+        == Metric(name="heldout.loss", mode="min")
+    )

@@ -18,7 +18,10 @@ def system() -> System:
 
 SYSTEM = "tests.tuning.tiny"
 STAGES = ("align", "instruct")
-FIXED = {"stages.align.budget.steps": 3, "stages.instruct.budget.steps": 4}  # 4 is no multiple of 3 judgements
+FIXED = {
+    "stages.align.budget.steps": 3,
+    "stages.instruct.budget.steps": 4,
+}  # 4 is no multiple of 3 judgements
 SPACE = {
     "stages.*.model.bridge": tune.choice(["linear", "mlp(depth=3)"]),
     "stages.*.optim.peak_lr": tune.loguniform(1e-3, 1e-2),

@@ -15,7 +15,10 @@ from bridgework.errors import SpecError, suggest
 
 def known() -> dict[str, ModuleType]:
     """The curations that ship, by the name on the command line."""
-    modules = {m.name.replace("_", "-"): import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)}
+    modules = {
+        m.name.replace("_", "-"): import_module(f"{__name__}.{m.name}")
+        for m in pkgutil.iter_modules(__path__)
+    }
     return {name: module for name, module in sorted(modules.items()) if _specs(module)}
 
 
@@ -29,7 +32,11 @@ def load(name: str) -> type[Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
             raise  # the curation exists; something that it imports does not
-        hint = "; one of your own is given by its module's path, e.g. my_lab.sharp" if {".", "/"} & set(name) else ""
+        hint = (
+            "; one of your own is given by its module's path, e.g. my_lab.sharp"
+            if {".", "/"} & set(name)
+            else ""
+        )
         raise SpecError(f"there is no curation {name!r}" + suggest(name, known()) + hint) from None
     specs = _specs(module)
     if len(specs) != 1:

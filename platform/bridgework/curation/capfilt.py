@@ -12,18 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from bridgework.curation.flow import Fact, Model, Rows, Verdict, bad, make
+from bridgework.config import config_class
+from bridgework.curation.runner import Decision, Fact, Model, Rows, bad, make
+from bridgework.data.images import decode
 from bridgework.data.manifest import Manifest
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.transforms import decode
 from bridgework.errors import SpecError
-from bridgework.spec import spec
 
 if TYPE_CHECKING:  # a recipe does without the models
     from torch import Tensor
 
-    from bridgework.inference import Pipeline
+    from bridgework.inference.pipeline import Pipeline
 
 KEEPS_ALL = -1e4  # below every logit
 DIGITS = 4  # of a score
@@ -31,29 +31,42 @@ DIGITS = 4  # of a score
 Origin = Literal["web", "written"]
 
 
-@spec
+@config_class
 class CapFilt:
     """Which models write and judge, what they read, and how texts are drawn; a system.CurationSpec as well."""
 
     captioner: Model  # it is asked as it was trained; in a recipe, an earlier stage
     filter: Model  # likewise, with a matching head
-    sources: tuple[str, ...]  # datasets of images and what the web says of them, not of human captions
+    sources: tuple[
+        str, ...
+    ]  # datasets of images and what the web says of them, not of human captions
     makes: str = "capfilt"
     captions: int = 1  # written for every image, each with a seed of its own
     top_p: float = 0.9  # 4.3
     temperature: float = 1.0
     min_tokens: int = 5  # the authors' release, models/blip.py: 5 to 20 tokens
     max_tokens: int = 20
-    threshold: float = 0.0  # of the filter's logit: 0 is where match and mismatch are equally likely
+    threshold: float = (
+        0.0  # of the filter's logit: 0 is where match and mismatch are equally likely
+    )
     seed: int = 0
 
-    drawn: ClassVar[tuple[str, ...]] = ("captions", "top_p", "temperature", "min_tokens", "max_tokens", "seed")
+    drawn: ClassVar[tuple[str, ...]] = (
+        "captions",
+        "top_p",
+        "temperature",
+        "min_tokens",
+        "max_tokens",
+        "seed",
+    )
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise SpecError("capfilt needs at least one source to caption and to filter")
         if self.captions < 1:
-            raise SpecError(f"capfilt writes at least one caption an image; got captions {self.captions}")
+            raise SpecError(
+                f"capfilt writes at least one caption an image; got captions {self.captions}"
+            )
         if not 0 < self.top_p <= 1 or self.temperature < 0:
             raise SpecError(
                 f"capfilt: top_p lies in (0, 1] and temperature is at least 0; got {self.top_p:g} and "
@@ -73,7 +86,9 @@ class CapFilt:
 
     def tiny(self) -> "CapFilt":
         """Everything is kept: a filter of a few steps judges by chance, and may leave nothing to learn from."""
-        return replace(self, sources=("synthetic:shapes",), min_tokens=2, max_tokens=8, threshold=KEEPS_ALL)
+        return replace(
+            self, sources=("synthetic:shapes",), min_tokens=2, max_tokens=8, threshold=KEEPS_ALL
+        )
 
     def run(
         self,
@@ -87,23 +102,30 @@ class CapFilt:
         """See flow.make. `artefacts` are the folders of those of the stages that it `uses`."""
         captioner, filter_ = (str(artefacts[name]) for name in self.uses)
         return make(
-            replace(self, captioner=captioner, filter=filter_), self.sources, dest, home=home, workers=workers, say=say
+            replace(self, captioner=captioner, filter=filter_),
+            self.sources,
+            dest,
+            home=home,
+            workers=workers,
+            say=say,
         )
 
     # --- as a curation -----------------------------------------------------------------------------------------------
 
     def models(self, home: Path) -> dict[str, str]:
         """Digests of the weights of the two. Raises WeightsError for what is no artefact."""
-        from bridgework.training import artefact
+        from bridgework import artifacts
 
-        return {name: artefact.describe(getattr(self, name)).digest for name in ("captioner", "filter")}
+        return {
+            name: artifacts.describe(getattr(self, name)).digest for name in ("captioner", "filter")
+        }
 
     def judge(self, home: Path) -> "CapFiltJudge":
-        from bridgework.inference import Pipeline
+        from bridgework.inference.pipeline import Pipeline
 
         return CapFiltJudge(self, Pipeline.load(self.captioner), Pipeline.load(self.filter))
 
-    def decide(self, rows: Rows) -> Iterator[Verdict]:
+    def decide(self, rows: Rows) -> Iterator[Decision]:
         """A pair for every text that the filter finds matched: the web's, the written ones, and one text once (3.3)."""
         for sample, fact in rows():
             scores = Scores(**fact)
@@ -112,8 +134,10 @@ class CapFilt:
                 f"written {_told(score)}: {text}"
                 for text, score in zip(scores.written, scores.written_scores, strict=True)
             )
-            yield Verdict(
-                why, tuple(_pair(sample, each, scores) for each in kept), f"web {_told(scores.web_score)}, {written}"
+            yield Decision(
+                why,
+                tuple(_pair(sample, each, scores) for each in kept),
+                f"web {_told(scores.web_score)}, {written}",
             )
 
 
@@ -171,9 +195,15 @@ class CapFiltJudge:
     def __call__(self, samples: Sequence[Sample]) -> list[Fact]:
         """A fact for each sample; what is no pair with an image says so."""
         texts = [_checked(sample) for sample in samples]
-        good = [(sample, text) for sample, text in zip(samples, texts, strict=True) if isinstance(text, str)]
+        good = [
+            (sample, text)
+            for sample, text in zip(samples, texts, strict=True)
+            if isinstance(text, str)
+        ]
         judged = iter(self._judge([s for s, _ in good], [text for _, text in good]) if good else [])
-        return [bad(text) if isinstance(text, BadSample) else next(judged)._asdict() for text in texts]
+        return [
+            bad(text) if isinstance(text, BadSample) else next(judged)._asdict() for text in texts
+        ]
 
     def _judge(self, samples: Sequence[Sample], web: Sequence[str]) -> list[Scores]:
         spec, pictures = self._spec, [sample.images[0] for sample in samples]
@@ -250,5 +280,8 @@ def _pair(sample: Sample, kept: Kept, scores: Scores) -> Sample:
         parts=(Part("caption", image=0), Part("caption", text=kept.text)),
         language=sample.language if kept.origin == "web" else None,
         licence=sample.licence,
-        provenance={**sample.provenance, **{f"capfilt.{name}": value for name, value in told.items()}},
+        provenance={
+            **sample.provenance,
+            **{f"capfilt.{name}": value for name, value in told.items()},
+        },
     )

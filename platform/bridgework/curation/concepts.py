@@ -16,15 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, cast
 
-from bridgework.curation.flow import Fact, Judge, Rows, Verdict
+from bridgework.config import config_class
+from bridgework.curation.runner import Annotator, Decision, Fact, Rows
 from bridgework.data.samples import Sample
 from bridgework.errors import SpecError
-from bridgework.spec import spec
 
 DRAW_BYTES = 7  # of a hash: as exact as a float, and small in memory
 
 
-@spec
+@config_class
 class Concepts:
     """How rare a noun phrase may be, and how many rows it brings."""
 
@@ -41,12 +41,14 @@ class Concepts:
             )
 
     def models(self, home: Path) -> Mapping[str, str]:
-        return {"tagger": f"textblob {version('textblob')}"}  # its lexicon and its rules lie in the package
+        return {
+            "tagger": f"textblob {version('textblob')}"
+        }  # its lexicon and its rules lie in the package
 
-    def judge(self, home: Path) -> Judge:
+    def judge(self, home: Path) -> Annotator:
         return _phrases
 
-    def decide(self, rows: Rows) -> Iterator[Verdict]:
+    def decide(self, rows: Rows) -> Iterator[Decision]:
         """Two passes: what each phrase would add, then the rows that were added."""
         tally = Tally(self.most, self.seed)
         for sample, fact in rows():
@@ -54,17 +56,19 @@ class Concepts:
         for sample, fact in rows():
             yield self._verdict(sample, fact["phrases"], tally)
 
-    def _verdict(self, sample: Sample, found: Sequence[str], tally: "Tally") -> Verdict:
+    def _verdict(self, sample: Sample, found: Sequence[str], tally: "Tally") -> Decision:
         common = [phrase for phrase in found if tally.rows[phrase] >= self.rarest]
         if not common:
-            return Verdict("only rare phrases" if found else "no noun phrase", note=", ".join(found))
+            return Decision(
+                "only rare phrases" if found else "no noun phrase", note=", ".join(found)
+            )
         adding = [phrase for phrase in common if tally.adds(phrase, sample.key)]
         rarest = min(adding or common, key=lambda phrase: (tally.rows[phrase], phrase))
         note = f"{rarest} ({tally.rows[rarest]} rows)"
         if not adding:
-            return Verdict("enough rows of its phrases", note=note)
+            return Decision("enough rows of its phrases", note=note)
         told = {"concepts.phrase": rarest, "concepts.rows": str(tally.rows[rarest])}
-        return Verdict("kept", (replace(sample, provenance={**sample.provenance, **told}),), note)
+        return Decision("kept", (replace(sample, provenance={**sample.provenance, **told}),), note)
 
 
 class Tally:
@@ -77,7 +81,9 @@ class Tally:
     def __init__(self, most: int, seed: int) -> None:
         self.rows: Counter[str] = Counter()
         self._most, self._seed = most, seed
-        self._smallest: defaultdict[str, list[int]] = defaultdict(list)  # negative: the largest is popped first
+        self._smallest: defaultdict[str, list[int]] = defaultdict(
+            list
+        )  # negative: the largest is popped first
 
     def add(self, key: str, phrases: Iterable[str]) -> None:
         """One row and its phrases, each named once."""
@@ -94,7 +100,9 @@ class Tally:
         return self._draw(phrase, key) <= -self._smallest[phrase][0]
 
     def _draw(self, phrase: str, key: str) -> int:
-        return int.from_bytes(hashlib.sha256(f"{self._seed}/{phrase}/{key}".encode()).digest()[:DRAW_BYTES])
+        return int.from_bytes(
+            hashlib.sha256(f"{self._seed}/{phrase}/{key}".encode()).digest()[:DRAW_BYTES]
+        )
 
 
 def phrases(text: str) -> list[str]:
@@ -103,12 +111,16 @@ def phrases(text: str) -> list[str]:
     "A young boy near the New York skyline" has `young boy` and `new york skyline`; articles and numbers are no part.
     """
     found: dict[str, None] = {}
-    words: list[tuple[str, bool]] = []  # of the phrase that is being read: a word, and whether it is a noun
+    words: list[
+        tuple[str, bool]
+    ] = []  # of the phrase that is being read: a word, and whether it is a noun
     tagged = [
         pair for line in text.splitlines() for pair in [*_tagger()(line), ("", "")]
     ]  # no phrase goes over its line
     for word, part_of_speech in tagged:
-        if part_of_speech[:2] in ("NN", "JJ") and sum(map(str.isalnum, word)) > 1:  # not the `t` of `isn't`
+        if (
+            part_of_speech[:2] in ("NN", "JJ") and sum(map(str.isalnum, word)) > 1
+        ):  # not the `t` of `isn't`
             words.append((word.lower(), part_of_speech[:2] == "NN"))
             continue
         while words and not words[-1][1]:
@@ -125,7 +137,9 @@ def _tagger() -> Callable[[str], list[tuple[str, str]]]:
     from textblob.en import tag  # brings NLTK, seconds
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # it leaves the closing of its files to the collector
+        warnings.simplefilter(
+            "ignore", ResourceWarning
+        )  # it leaves the closing of its files to the collector
         tag("Ada Lovelace saw an unheardof dog")  # reads them all
     return cast(Callable[[str], list[tuple[str, str]]], tag)
 

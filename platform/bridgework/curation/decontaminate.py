@@ -13,15 +13,15 @@ from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from bridgework.curation.flow import Fact, Model, Rows, Verdict, bad
-from bridgework.curation.twins import By, Nearest, Signer, checked, digest
-from bridgework.curation.words import words
+from bridgework.config import config_class
+from bridgework.curation.near_duplicates import By, ImageHasher, Nearest, checked, digest
+from bridgework.curation.runner import Decision, Fact, Model, Rows, bad
+from bridgework.curation.text import tokenize_words
 from bridgework.data.catalog import resolve
+from bridgework.data.dataset import open_dataset
 from bridgework.data.quarantine import BadSample
 from bridgework.data.samples import Sample
-from bridgework.data.shards import open_dataset
 from bridgework.errors import SpecError
-from bridgework.spec import spec
 
 Code = bytes | BadSample | None  # what a Signer tells of a picture
 
@@ -30,7 +30,7 @@ DIGITS = 4  # of a cosine and of a share
 GROUP = 32  # evaluation rows that are looked at together
 
 
-@spec
+@config_class
 class Decontaminate:
     """Against which datasets, and what it takes to stand in one."""
 
@@ -47,7 +47,9 @@ class Decontaminate:
     def __post_init__(self) -> None:
         checked(self.by, self.model, self.distance, self.similarity)
         if not self.against:
-            raise SpecError("decontaminate needs at least one evaluation dataset: against=vqa-test,coco-test")
+            raise SpecError(
+                "decontaminate needs at least one evaluation dataset: against=vqa-test,coco-test"
+            )
         if self.run < 1 or not 0 < self.overlap <= 1:
             raise SpecError(
                 f"decontaminate: run is at least 1 and overlap lies in (0, 1]; got {self.run} and {self.overlap:g}"
@@ -58,39 +60,44 @@ class Decontaminate:
         sets = [open_dataset(resolve(name, home)).manifest.digest[:16] for name in self.against]
         if self.model is None:
             return {"against": " ".join(sets)}
-        from bridgework.training import artefact  # brings torch
+        from bridgework import artifacts
 
-        return {"against": " ".join(sets), "model": artefact.describe(self.model).digest}
+        return {"against": " ".join(sets), "model": artifacts.describe(self.model).digest}
 
-    def judge(self, home: Path) -> "Stood":
+    def judge(self, home: Path) -> "ContaminationIndex":
         """Reads all evaluation datasets once."""
         sets = [open_dataset(resolve(name, home)).samples() for name in self.against]
-        return Stood(sets, Signer.of(self.by, self.model), self.by, self.run)
+        return ContaminationIndex(sets, ImageHasher.of(self.by, self.model), self.by, self.run)
 
-    def decide(self, rows: Rows) -> Iterator[Verdict]:
+    def decide(self, rows: Rows) -> Iterator[Decision]:
         """One pass. Of several evaluation rows the nearest is named."""
         for sample, fact in rows():
-            image, text = (None if fact[kind] is None else Found(*fact[kind]) for kind in ("image", "text"))
+            image, text = (
+                None if fact[kind] is None else Match(*fact[kind]) for kind in ("image", "text")
+            )
             if image is not None and self._near(image.how):
-                yield Verdict(f"picture in {self.against[image.where]}", note=f"{image.key}: {self._told(image)}")
+                yield Decision(
+                    f"picture in {self.against[image.where]}",
+                    note=f"{image.key}: {self._told(image)}",
+                )
             elif text is not None and (text.how or 0.0) >= self.overlap:
                 share = f"{text.how:.0%} of its runs of {self.run} words"
-                yield Verdict(f"text in {self.against[text.where]}", note=f"{text.key}: {share}")
+                yield Decision(f"text in {self.against[text.where]}", note=f"{text.key}: {share}")
             else:
-                yield Verdict("kept", (sample,))
+                yield Decision("kept", (sample,))
 
     def _near(self, how: float | None) -> bool:
         if how is None:
             return True
         return how <= self.distance if self.by == "perceptual" else how >= self.similarity
 
-    def _told(self, found: "Found") -> str:
+    def _told(self, found: "Match") -> str:
         if found.how is None:
             return "the same file"
         return f"{found.how:.0f} bits off" if self.by == "perceptual" else f"cosine {found.how:.3f}"
 
 
-class Found(NamedTuple):
+class Match(NamedTuple):
     """The evaluation row that a picture or a text is nearest to."""
 
     where: int  # which of the evaluation datasets
@@ -98,17 +105,19 @@ class Found(NamedTuple):
     how: float | None  # bits of distance, or a cosine, or a share of runs; None: the same file
 
 
-class Stood:
+class ContaminationIndex:
     """Holds the evaluation datasets' pictures and runs of words; tells of every row what it is nearest to."""
 
-    def __init__(self, sets: Sequence[Iterable[Sample]], signer: Signer, by: By, run: int) -> None:
+    def __init__(
+        self, sets: Sequence[Iterable[Sample]], signer: ImageHasher, by: By, run: int
+    ) -> None:
         self._signer, self._nearer = signer, min if by == "perceptual" else max
-        self._files: dict[str, Found] = {}
-        self._owners: list[Found] = []
-        texts: list[tuple[str, Found]] = []
+        self._files: dict[str, Match] = {}
+        self._owners: list[Match] = []
+        texts: list[tuple[str, Match]] = []
         near: list[bytes] = []
         for where, sample, codes in self._read(sets):
-            owner = Found(where, sample.key, None)
+            owner = Match(where, sample.key, None)
             texts.append((sample.text, owner))
             for image, code in zip(sample.images, codes, strict=True):
                 self._files.setdefault(digest(image), owner)
@@ -116,7 +125,7 @@ class Stood:
                     near.append(code)
                     self._owners.append(owner)
         self._nearest = Nearest(by, near) if near else None
-        self._runs = Runs(run, texts)
+        self._runs = NgramIndex(run, texts)
 
     def __call__(self, samples: Sequence[Sample]) -> list[Fact]:
         """A fact for each sample; one with an image that cannot be decoded, where it must be, is bad."""
@@ -126,7 +135,9 @@ class Stood:
         found = [[next(near, None) for code in row if isinstance(code, bytes)] for row in signed]
         return [self._fact(*row) for row in zip(samples, signed, found, strict=True)]
 
-    def _fact(self, sample: Sample, codes: Sequence[Code], near: Sequence[tuple[float, int] | None]) -> Fact:
+    def _fact(
+        self, sample: Sample, codes: Sequence[Code], near: Sequence[tuple[float, int] | None]
+    ) -> Fact:
         if wrong := next((code for code in codes if isinstance(code, BadSample)), None):
             return bad(wrong)
         image = next((self._files[d] for d in map(digest, sample.images) if d in self._files), None)
@@ -143,18 +154,18 @@ class Stood:
                     yield where, sample, codes
 
 
-def _signed(signer: Signer, samples: Sequence[Sample]) -> list[list[Code]]:
+def _signed(signer: ImageHasher, samples: Sequence[Sample]) -> list[list[Code]]:
     """The signatures of every sample's images."""
     codes = iter(signer([image for sample in samples for image in sample.images]))
     return [[next(codes) for _ in sample.images] for sample in samples]
 
 
-class Runs:
+class NgramIndex:
     """Runs of words of evaluation rows, and which row a text holds most of."""
 
-    def __init__(self, length: int, texts: Iterable[tuple[str, Found]]) -> None:
+    def __init__(self, length: int, texts: Iterable[tuple[str, Match]]) -> None:
         self._length = length
-        self._owners: list[Found] = []
+        self._owners: list[Match] = []
         self._sizes: list[int] = []  # runs that tell, of each row
         self._holders: defaultdict[str, list[int]] = defaultdict(list)  # run -> rows
         for number, (text, owner) in enumerate(texts):
@@ -167,7 +178,7 @@ class Runs:
             for number in self._holders.pop(run):
                 self._sizes[number] -= 1
 
-    def __call__(self, text: str) -> Found | None:
+    def __call__(self, text: str) -> Match | None:
         """The row of whose runs the text holds the largest share; None where it holds none."""
         held = Counter(number for run in self._cut(text) for number in self._holders.get(run, ()))
         if not held:
@@ -176,5 +187,5 @@ class Runs:
         return self._owners[number]._replace(how=round(held[number] / self._sizes[number], DIGITS))
 
     def _cut(self, text: str) -> set[str]:
-        told = words(text)
+        told = tokenize_words(text)
         return {" ".join(told[i : i + self._length]) for i in range(len(told) - self._length + 1)}

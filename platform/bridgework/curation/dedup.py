@@ -11,16 +11,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from bridgework.curation.flow import Fact, Model, Rows, Verdict, bad
-from bridgework.curation.twins import By, Signer, checked, codes, digest, earlier, repainted
-from bridgework.curation.words import words
+from bridgework.config import config_class
+from bridgework.curation.near_duplicates import (
+    By,
+    ImageHasher,
+    checked,
+    codes,
+    digest,
+    earlier,
+    repainted,
+)
+from bridgework.curation.runner import Decision, Fact, Model, Rows, bad
+from bridgework.curation.text import tokenize_words
 from bridgework.data.quarantine import BadSample
 from bridgework.data.samples import Sample
 from bridgework.errors import SpecError
-from bridgework.spec import spec
 
 
-@spec
+@config_class
 class Dedup:
     """What makes two rows twins."""
 
@@ -42,14 +50,14 @@ class Dedup:
         """The embedding model's weights."""
         if self.model is None:
             return {}
-        from bridgework.training import artefact  # brings torch
+        from bridgework import artifacts
 
-        return {"model": artefact.describe(self.model).digest}
+        return {"model": artifacts.describe(self.model).digest}
 
     def judge(self, home: Path) -> "DedupJudge":
-        return DedupJudge(Signer.of(self.by, self.model))
+        return DedupJudge(ImageHasher.of(self.by, self.model))
 
-    def decide(self, rows: Rows) -> Iterator[Verdict]:
+    def decide(self, rows: Rows) -> Iterator[Decision]:
         """Two passes: what every row is like, then which stay. Memory: keys and signatures of all rows."""
         keys = list[str]()
         signatures = list[Signature]()
@@ -60,15 +68,17 @@ class Dedup:
         for number, (sample, _) in enumerate(rows()):
             twin = next(twins)
             if twin == number:
-                yield Verdict("kept", (sample,))
+                yield Decision("kept", (sample,))
             else:
-                yield Verdict("duplicate of an earlier row", note=f"twin of {keys[twin]}")
+                yield Decision("duplicate of an earlier row", note=f"twin of {keys[twin]}")
 
     def _twins(self, signatures: Sequence["Signature"]) -> Iterator[int]:
         """For each row the row that stays for it: itself, or an earlier one."""
         identities = [signature.identity(self.text) for signature in signatures]
         firsts = {identity: number for number, identity in reversed(list(enumerate(identities)))}
-        looked = [n for n, s in enumerate(signatures) if s.code is not None and firsts[identities[n]] == n]
+        looked = [
+            n for n, s in enumerate(signatures) if s.code is not None and firsts[identities[n]] == n
+        ]
         near = self._near([signatures[number] for number in looked])
         stays = list[int]()
         for number, signature in enumerate(signatures):
@@ -76,7 +86,10 @@ class Dedup:
             twin = stays[first] if first < number else number
             if first == number and signature.code is not None:
                 found = (looked[place] for place in next(near))
-                twin = next((n for n in found if stays[n] == n and self._alike(signature, signatures[n])), number)
+                twin = next(
+                    (n for n in found if stays[n] == n and self._alike(signature, signatures[n])),
+                    number,
+                )
             stays.append(twin)
             yield twin
 
@@ -111,14 +124,16 @@ class Signature(NamedTuple):
 class DedupJudge:
     """Tells the signature of every row."""
 
-    def __init__(self, signer: Signer) -> None:
+    def __init__(self, signer: ImageHasher) -> None:
         self._signer = signer
 
     def __call__(self, samples: Sequence[Sample]) -> list[Fact]:
         """A fact for each sample; a lone image that cannot be decoded, where it must be, is bad."""
         lone = [sample.images[0] for sample in samples if len(sample.images) == 1]
         told = iter(self._signer(lone))
-        return [_fact(sample, next(told) if len(sample.images) == 1 else None) for sample in samples]
+        return [
+            _fact(sample, next(told) if len(sample.images) == 1 else None) for sample in samples
+        ]
 
 
 def _decoded(signature: Signature) -> bytes:
@@ -129,5 +144,7 @@ def _fact(sample: Sample, code: bytes | BadSample | None) -> Fact:
     if isinstance(code, BadSample):
         return bad(code)
     images = digest(*sample.images) if sample.images else None
-    text = digest(" ".join(words(sample.text)).encode())
-    return Signature(images, text, None if code is None else base64.b64encode(code).decode())._asdict()
+    text = digest(" ".join(tokenize_words(sample.text)).encode())
+    return Signature(
+        images, text, None if code is None else base64.b64encode(code).decode()
+    )._asdict()

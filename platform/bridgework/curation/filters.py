@@ -12,11 +12,17 @@ from math import inf
 from pathlib import Path
 from typing import ClassVar
 
-from bridgework.curation.flow import Model, Rows, Verdict
-from bridgework.curation.language import codes
-from bridgework.curation.measuring import Eye, Measured, Measures, content, lines
+from bridgework.config import config_class
+from bridgework.curation.row_metrics import (
+    EmbeddingScorer,
+    RowMetrics,
+    RowMetricValues,
+    content,
+    lines,
+)
+from bridgework.curation.runner import Decision, Model, Rows
+from bridgework.curation.text import codes
 from bridgework.errors import SpecError, suggest
-from bridgework.spec import spec
 
 RANGES = {  # of a limit: what it is of, the least and the most that makes sense
     "min_side": ("a number of pixels", 1, inf),
@@ -30,7 +36,7 @@ RANGES = {  # of a limit: what it is of, the least and the most that makes sense
 }
 
 
-@spec
+@config_class
 class Filters:
     """The limits, in the order in which they are tried."""
 
@@ -40,27 +46,39 @@ class Filters:
     min_words: int | None = None
     max_words: int | None = None
     max_repetition: float | None = None  # share of the words that the most repeated one has
-    words: tuple[str, ...] | None = None  # words and phrases that must not stand in the text, as whole words
+    words: tuple[str, ...] | None = (
+        None  # words and phrases that must not stand in the text, as whole words
+    )
     words_file: str | None = None  # more of them, one a line
     languages: tuple[str, ...] | None = None  # ISO 639 codes, as py3langid finds them
     min_language: float = 0.5  # probability of the language that was found
     min_similarity: float | None = None  # cosine of image and text, by `model`
     min_score: float | None = None  # of the worst image, by `probe`
     model: Model | None = None  # embeds images, and texts for min_similarity
-    probe: str | None = None  # safetensors: `weight` (D,) or (1, D) and `bias` over the model's image embeddings
+    probe: str | None = (
+        None  # safetensors: `weight` (D,) or (1, D) and `bias` over the model's image embeddings
+    )
 
     drawn: ClassVar[tuple[str, ...]] = ("words", "asked")
 
     def __post_init__(self) -> None:
         off = {"min_language", "model", "probe"}
         if all(value is None for name, value in vars(self).items() if name not in off):
-            raise SpecError("filters needs a limit, e.g. min_side=200 or languages=en; without one all rows stay")
+            raise SpecError(
+                "filters needs a limit, e.g. min_side=200 or languages=en; without one all rows stay"
+            )
         if (self.model is not None) != bool({"similarity", "score"} & set(self.asked)):
-            raise SpecError("min_similarity and min_score need model=ARTEFACT, and nothing else does")
+            raise SpecError(
+                "min_similarity and min_score need model=ARTEFACT, and nothing else does"
+            )
         if (self.probe is None) != (self.min_score is None):
             raise SpecError("min_score needs probe=FILE.safetensors, and nothing else does")
-        if None not in (self.min_words, self.max_words) and (self.min_words or 0) > (self.max_words or 0):
-            raise SpecError(f"no text has {self.min_words} words or more and {self.max_words} or less")
+        if None not in (self.min_words, self.max_words) and (self.min_words or 0) > (
+            self.max_words or 0
+        ):
+            raise SpecError(
+                f"no text has {self.min_words} words or more and {self.max_words} or less"
+            )
         self._check_ranges()
         self._check_lists()
 
@@ -78,44 +96,63 @@ class Filters:
         for code in self.languages or ():
             if code not in codes():
                 raise SpecError(
-                    f"languages are ISO 639 codes such as en, and py3langid finds no {code!r}" + suggest(code, codes())
+                    f"languages are ISO 639 codes such as en, and py3langid finds no {code!r}"
+                    + suggest(code, codes())
                 )
 
     @property
     def asked(self) -> tuple[str, ...]:
         """What is measured beside that which costs nothing."""
-        limits = {"language": self.languages, "similarity": self.min_similarity, "score": self.min_score}
+        limits = {
+            "language": self.languages,
+            "similarity": self.min_similarity,
+            "score": self.min_score,
+        }
         return tuple(name for name, limit in limits.items() if limit is not None)
 
     def models(self, home: Path) -> Mapping[str, str]:
         """The weights of the model and of the probe, and the list of words."""
         files = {"probe": self.probe, "words_file": self.words_file}
-        told = {name: hashlib.sha256(content(path)).hexdigest() for name, path in files.items() if path is not None}
+        told = {
+            name: hashlib.sha256(content(path)).hexdigest()
+            for name, path in files.items()
+            if path is not None
+        }
         if self.model is None:
             return told
-        from bridgework.training import artefact  # brings torch
+        from bridgework import artifacts
 
-        return {"model": artefact.describe(self.model).digest, **told}
+        return {"model": artifacts.describe(self.model).digest, **told}
 
-    def judge(self, home: Path) -> Measures:
+    def judge(self, home: Path) -> RowMetrics:
         listed = [*(self.words or ()), *(lines(self.words_file) if self.words_file else ())]
-        eye = None if self.model is None else Eye.of(self.model, self.probe, texts="similarity" in self.asked)
-        return Measures(listed, languages="language" in self.asked, eye=eye)
+        eye = (
+            None
+            if self.model is None
+            else EmbeddingScorer.of(self.model, self.probe, texts="similarity" in self.asked)
+        )
+        return RowMetrics(listed, languages="language" in self.asked, eye=eye)
 
-    def decide(self, rows: Rows) -> Iterator[Verdict]:
+    def decide(self, rows: Rows) -> Iterator[Decision]:
         """One pass. What was measured at a price goes on with the row."""
         for sample, fact in rows():
-            told = Measured(**fact)
+            told = RowMetricValues(**fact)
             broken = next(((limit, note) for limit, note in self._broken(told) if note), None)
             if broken is not None:
-                yield Verdict(broken[0], note=broken[1])
+                yield Decision(broken[0], note=broken[1])
                 continue
-            figures = {name: str(getattr(told, name)) for name in self.asked if getattr(told, name) is not None}
+            figures = {
+                name: str(getattr(told, name))
+                for name in self.asked
+                if getattr(told, name) is not None
+            }
             stamp = {f"filters.{name}": figure for name, figure in figures.items()}
             note = ", ".join(f"{name} {figure}" for name, figure in figures.items())
-            yield Verdict("kept", (replace(sample, provenance={**sample.provenance, **stamp}),), note)
+            yield Decision(
+                "kept", (replace(sample, provenance={**sample.provenance, **stamp}),), note
+            )
 
-    def _broken(self, told: Measured) -> Iterator[tuple[str, str | None]]:
+    def _broken(self, told: RowMetricValues) -> Iterator[tuple[str, str | None]]:
         """Every limit, with the figure that breaks it, if it does."""
         yield "min_side", _under(told.side, self.min_side)
         yield "max_aspect", _over(told.aspect, self.max_aspect)
@@ -128,18 +165,28 @@ class Filters:
         yield "min_similarity", _under(told.similarity, self.min_similarity)
         yield "min_score", _under(told.score, self.min_score)
 
-    def _foreign(self, told: Measured) -> str | None:
+    def _foreign(self, told: RowMetricValues) -> str | None:
         if self.languages is None or told.language is None:
             return None
         sure = (told.probability or 0.0) >= self.min_language
-        return None if sure and told.language in self.languages else f"{told.language} {told.probability:g}"
+        return (
+            None
+            if sure and told.language in self.languages
+            else f"{told.language} {told.probability:g}"
+        )
 
 
 def _under(figure: float | None, limit: float | None) -> str | None:
     return (
-        None if figure is None or limit is None or figure >= limit else f"{figure:,}, and at least {limit:,} is asked"
+        None
+        if figure is None or limit is None or figure >= limit
+        else f"{figure:,}, and at least {limit:,} is asked"
     )
 
 
 def _over(figure: float | None, limit: float | None) -> str | None:
-    return None if figure is None or limit is None or figure <= limit else f"{figure:,}, and at most {limit:,} is asked"
+    return (
+        None
+        if figure is None or limit is None or figure <= limit
+        else f"{figure:,}, and at most {limit:,} is asked"
+    )

@@ -20,12 +20,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from bridgework.curation.flow import Fact, Judge, Rows, Verdict, bad
-from bridgework.curation.words import words
+from bridgework.config import config_class
+from bridgework.curation.runner import Annotator, Decision, Fact, Rows, bad
+from bridgework.curation.text import tokenize_words
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Box, Part, Sample
 from bridgework.errors import SpecError
-from bridgework.spec import spec
 
 BAND = 0.1  # of the height: boxes whose tops lie in one band are read from left to right
 PLACES = (
@@ -68,11 +68,13 @@ TEMPLATES: Mapping[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-@spec
+@config_class
 class Grounding:
     """Which granularities a row becomes, and how much of it is told."""
 
-    granularity: Literal["each", "draw"] = "each"  # a sample of each that the row allows, or of one that is drawn
+    granularity: Literal["each", "draw"] = (
+        "each"  # a sample of each that the row allows, or of one that is drawn
+    )
     caption: bool = True  # the row's own captions stand before
     most: int = 12  # texts, or boxes, that are told of one picture: the largest
     seed: int = 0
@@ -83,15 +85,17 @@ class Grounding:
         if self.granularity not in ("each", "draw"):
             raise SpecError(f"grounding: granularity is 'each' or 'draw'; got {self.granularity!r}")
         if self.most < 1:
-            raise SpecError(f"grounding: most counts texts and boxes and is at least 1; got {self.most}")
+            raise SpecError(
+                f"grounding: most counts texts and boxes and is at least 1; got {self.most}"
+            )
 
     def models(self, home: Path) -> Mapping[str, str]:
         return {}
 
-    def judge(self, home: Path) -> Judge:
+    def judge(self, home: Path) -> Annotator:
         return _one_picture
 
-    def decide(self, rows: Rows) -> Iterator[Verdict]:
+    def decide(self, rows: Rows) -> Iterator[Decision]:
         """A pair for each granularity, or for the one that (seed, key) draws."""
         for sample, _ in rows():
             told = self._told(sample)
@@ -99,19 +103,25 @@ class Grounding:
                 told = [self._random(sample, "granularity").choice(told)]
             made = tuple(self._pair(sample, name, sentence) for name, sentence in told)
             why = "kept" if made else "no text and no box that can be told"
-            yield Verdict(why, made, note=", ".join(name for name, _ in told))
+            yield Decision(why, made, note=", ".join(name for name, _ in told))
 
     def _told(self, sample: Sample) -> list[tuple[str, str]]:
         """(granularity, sentence), of all that the row allows."""
         texts, objects = _parted(sample, self.most)
-        lines = [line.strip() for line in (sample.ocr or "").splitlines() if line.strip()][: self.most]
+        lines = [line.strip() for line in (sample.ocr or "").splitlines() if line.strip()][
+            : self.most
+        ]
         things: Mapping[str, list[tuple[str, ...]]] = {
             "text.alone": [(line,) for line in lines],
             "text.place": [(box.label, place(box)) for box in texts],
             "text.box": [(box.label, "", corners(box)) for box in texts],
             "object.place": [(box.label, place(box)) for box in objects],
             "object.box": [(box.label, "", corners(box)) for box in objects],
-            "object.relative": [(a.label, relation(a, b), b.label) for a, b in pairwise(objects) if a.label != b.label],
+            "object.relative": [
+                (a.label, relation(a, b), b.label)
+                for a, b in pairwise(objects)
+                if a.label != b.label
+            ],
         }
         return [(name, self._sentence(sample, name, told)) for name, told in things.items() if told]
 
@@ -125,7 +135,11 @@ class Grounding:
         return random.Random(f"{self.seed}/{what}/{sample.key}")
 
     def _pair(self, sample: Sample, name: str, sentence: str) -> Sample:
-        own = [part.text.strip() for part in sample.parts if part.role == "caption" and part.text is not None]
+        own = [
+            part.text.strip()
+            for part in sample.parts
+            if part.role == "caption" and part.text is not None
+        ]
         text = " ".join([*own, sentence] if self.caption else [sentence])
         return replace(
             sample,
@@ -154,7 +168,8 @@ def relation(box: Box, other: Box) -> str:
     if _holds(box, other):
         return "around"
     across, down = (
-        box.corners[i] + box.corners[i + 2] - other.corners[i] - other.corners[i + 2] for i in (0, 1)
+        box.corners[i] + box.corners[i + 2] - other.corners[i] - other.corners[i + 2]
+        for i in (0, 1)
     )  # twice the way between the middles
     if abs(across) >= abs(down):
         return "to the left of" if across < 0 else "to the right of"
@@ -171,11 +186,13 @@ def _parted(sample: Sample, most: int) -> tuple[list[Box], list[Box]]:
     """The boxes of texts and those of objects, the largest `most` of either, in reading order."""
     labelled = [replace(box, label=" ".join(box.label.split())) for box in sample.boxes]
     sound = [box for box in labelled if box.label and _area(box) > 0]
-    written = {cut: _apart(cut(sample.ocr or "")) for cut in (words, str.split)}
+    written = {cut: _apart(cut(sample.ocr or "")) for cut in (tokenize_words, str.split)}
     texts: list[Box] = []
     objects: list[Box] = []
     for box in sound:
-        cut = words if words(box.label) else str.split  # a label without words, such as %, stands there as it is
+        cut = (
+            tokenize_words if tokenize_words(box.label) else str.split
+        )  # a label without words, such as %, stands there as it is
         (texts if _apart(cut(box.label)) in written[cut] else objects).append(box)
     return _in_order(texts, most), _in_order(objects, most)
 

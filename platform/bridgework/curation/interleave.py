@@ -13,18 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from bridgework.curation.flow import Fact, Judge, Model, Rows, Verdict, bad
+from bridgework.config import config_class
 from bridgework.curation.rank import near
-from bridgework.curation.words import is_joined
+from bridgework.curation.runner import Annotator, Decision, Fact, Model, Rows, bad
+from bridgework.curation.text import is_joined
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample
 from bridgework.errors import SpecError
-from bridgework.spec import spec
 
 UNREAD = -1.0  # the similarity of a text in which there is nothing to read: no cosine is less
 
 
-@spec
+@config_class
 class Interleave:
     """How long windows are, how many a document gives, and which images stay."""
 
@@ -34,7 +34,9 @@ class Interleave:
     image_tokens: int = 2  # of a window: an image's own, and the one that ends the chunk before it
     windows: int = 1  # drawn from a document; equal ones count once
     seed: int = 0
-    model: Model | None = None  # embeds images and texts; without one, every image stays where the document has it
+    model: Model | None = (
+        None  # embeds images and texts; without one, every image stays where the document has it
+    )
     min_similarity: float = 0.24  # of an image and its text (OpenFlamingo)
     min_bytes: int = 10_000  # of an image's file, with a model: less is an icon (OpenFlamingo)
     move: bool = True  # with a model, an image goes before its text; else it stays in its place
@@ -46,28 +48,32 @@ class Interleave:
             if getattr(self, name) < 1:
                 raise SpecError(f"interleave: {name} is at least 1; got {getattr(self, name)}")
         if self.image_tokens >= self.length:
-            raise SpecError(f"interleave: length {self.length} leaves no room beside an image of {self.image_tokens}")
+            raise SpecError(
+                f"interleave: length {self.length} leaves no room beside an image of {self.image_tokens}"
+            )
         if not -1 <= self.min_similarity <= 1 or self.min_bytes < 0:
             given = f"{self.min_similarity:g} and {self.min_bytes}"
-            raise SpecError(f"interleave: min_similarity lies in [-1, 1] and min_bytes is at least 0; got {given}")
+            raise SpecError(
+                f"interleave: min_similarity lies in [-1, 1] and min_bytes is at least 0; got {given}"
+            )
 
     def models(self, home: Path) -> Mapping[str, str]:
         if self.model is None:
             return {}
-        from bridgework.training import artefact  # brings torch, which windows alone do without
+        from bridgework import artifacts
 
-        return {"model": artefact.describe(self.model).digest}
+        return {"model": artifacts.describe(self.model).digest}
 
-    def judge(self, home: Path) -> Judge:
+    def judge(self, home: Path) -> Annotator:
         """Tells where the tokens of every text begin and, with a model, how near every image is to every text."""
         return _Judge(self.tokenizer, self.model)
 
-    def decide(self, rows: Rows) -> Iterator[Verdict]:
+    def decide(self, rows: Rows) -> Iterator[Decision]:
         """The windows that have an image and a text; where they begin depends on (seed, key) alone."""
         for sample, fact in rows():
             order = self._order(sample, fact.get("similarities"))
             shows = any(sample.parts[at].image is not None for at in order)
-            without = Verdict("no image that fits a text" if sample.images else "no image")
+            without = Decision("no image that fits a text" if sample.images else "no image")
             yield self._windows(sample, order, fact["tokens"]) if shows else without
 
     def _order(self, sample: Sample, similarities: list[list[float]] | None) -> list[int]:
@@ -77,23 +83,33 @@ class Interleave:
         large = [at for at, image in enumerate(sample.images) if len(image) >= self.min_bytes]
         found = assigned([similarities[at] for at in large], self.min_similarity)
         texts = [at for at, part in enumerate(sample.parts) if part.image is None]
-        places = {part.image: at for at, part in reversed(list(enumerate(sample.parts))) if part.image is not None}
+        places = {
+            part.image: at
+            for at, part in reversed(list(enumerate(sample.parts)))
+            if part.image is not None
+        }
         before = {texts[text]: places[large[image]] for image, text in found.items()}
         if not self.move:
             return sorted([*texts, *before.values()])
         return [at for text in texts for at in (before.get(text), text) if at is not None]
 
-    def _windows(self, sample: Sample, order: Sequence[int], tokens: Sequence[Sequence[int]]) -> Verdict:
+    def _windows(
+        self, sample: Sample, order: Sequence[int], tokens: Sequence[Sequence[int]]
+    ) -> Decision:
         units = [Unit(sample.parts[at], tokens[at], self.image_tokens) for at in order]
         total = sum(unit.size for unit in units)
         made: list[Sample] = []
         for number, begin in enumerate(self._begins(sample.key, total)):
             parts = up_to(window(units, begin, begin + self.length), self.images)
-            if any(p.image is not None for p in parts) and any((p.text or "").strip() for p in parts):
+            if any(p.image is not None for p in parts) and any(
+                (p.text or "").strip() for p in parts
+            ):
                 told = f"tokens {begin} to {min(begin + self.length, total)} of {total}"
                 made.append(_document(sample, f"window-{number}", parts, told))
         why = "kept" if made else "no window with an image and a text"
-        return Verdict(why, tuple(made), ", ".join(one.provenance["interleave.window"] for one in made))
+        return Decision(
+            why, tuple(made), ", ".join(one.provenance["interleave.window"] for one in made)
+        )
 
     def _begins(self, key: str, total: int) -> list[int]:
         """Where windows begin, each number once, in the order of drawing."""
@@ -167,7 +183,10 @@ def _document(sample: Sample, name: str, parts: Sequence[Part], told: str) -> Sa
     return Sample(
         key=f"{sample.key}/{name}",
         images=tuple(sample.images[image] for image in shown),
-        parts=tuple(part if part.image is None else replace(part, image=shown.index(part.image)) for part in parts),
+        parts=tuple(
+            part if part.image is None else replace(part, image=shown.index(part.image))
+            for part in parts
+        ),
         language=sample.language,
         licence=sample.licence,
         provenance={**sample.provenance, "interleave.window": told},
@@ -178,12 +197,14 @@ class _Judge:
     """Holds the tokenizer and the model."""
 
     def __init__(self, tokenizer: str, model: str | None) -> None:
-        from bridgework.data.tokens import load_tokenizer
-        from bridgework.inference import Pipeline
+        from bridgework.data.tokenization import load_tokenizer
+        from bridgework.inference.pipeline import Pipeline
 
         self._tokenizer = load_tokenizer(tokenizer)
         if not self._tokenizer.is_fast:
-            raise SpecError(f"interleave: {tokenizer!r} does not tell where its tokens begin; take a fast tokenizer")
+            raise SpecError(
+                f"interleave: {tokenizer!r} does not tell where its tokens begin; take a fast tokenizer"
+            )
         self._model = None if model is None else Pipeline.load(model)
 
     def __call__(self, samples: Sequence[Sample]) -> list[Fact]:
@@ -191,7 +212,11 @@ class _Judge:
 
     def _fact(self, sample: Sample) -> Fact:
         if sample.times_s or any(part.role != "caption" for part in sample.parts):
-            return bad(BadSample(Reason.BAD_ROW, "interleave reads documents: images and texts of role caption"))
+            return bad(
+                BadSample(
+                    Reason.BAD_ROW, "interleave reads documents: images and texts of role caption"
+                )
+            )
         fact: Fact = {"tokens": [self._starts(part.text or "") for part in sample.parts]}
         if self._model is None or not sample.images:
             return fact
@@ -199,9 +224,17 @@ class _Judge:
             images_ND = self._model.embed_images(sample.images)
         except BadSample as error:
             return bad(error)
-        alike = near(self._model, images_ND, [part.text for part in sample.parts if part.text is not None])
-        return fact | {"similarities": [[UNREAD if one is None else one for one in row] for row in alike]}
+        alike = near(
+            self._model, images_ND, [part.text for part in sample.parts if part.text is not None]
+        )
+        return fact | {
+            "similarities": [[UNREAD if one is None else one for one in row] for row in alike]
+        }
 
     def _starts(self, text: str) -> list[int]:
-        how = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+        how = {
+            "add_special_tokens": False,
+            "split_special_tokens": True,
+            "return_offsets_mapping": True,
+        }
         return [begin for begin, _ in self._tokenizer(text, **how)["offset_mapping"]]

@@ -7,7 +7,7 @@ that stood before, break off, are in another language or speak of the model inst
 import re
 import unicodedata
 
-from bridgework.curation.language import language
+from bridgework.curation.text import language
 
 LETTERS = 0.8  # of a sentence's letters are Latin ones, at least
 TELLING_WORDS = 8  # a sentence of fewer says too little of its language
@@ -27,7 +27,9 @@ _JOINED = re.compile(  # invisible letters that are part of the letters around t
     r"|(?<=\w)\u200c(?=\w)|(?<=\U0001f3f4)[\U000e0020-\U000e007e]+\U000e007f"
 )
 # with white space between, and no digits: 1,000,000 is a number, and "20 20" may be what a sign says
-_REPEATED = re.compile(r"\b([^\W\d]++(?:[^\w.!?]++[^\W\d]++){0,5}?)(?:(?:\s?,)?\s++\1\b)+", re.IGNORECASE)
+_REPEATED = re.compile(
+    r"\b([^\W\d]++(?:[^\w.!?]++[^\W\d]++){0,5}?)(?:(?:\s?,)?\s++\1\b)+", re.IGNORECASE
+)
 _ENDS = re.compile(  # the second kind: Chinese and Japanese put no space there
     r"(?!(?<=\b[Nn][Oo]\.)\s+\d)"
     r"(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bvs\.)(?<!e\.g\.)(?<!i\.e\.)(?<=[.!?])\s+"
@@ -42,7 +44,7 @@ _LEFT_OVER = re.compile(
 )
 
 
-def mend(text: str) -> str:
+def clean(text: str) -> str:
     """The text by all rules, as often as they find something: mended twice is mended once. May be empty."""
     mended = _once(text)
     while mended != text:
@@ -67,7 +69,12 @@ def _once(text: str) -> str:
     for sentence in _ENDS.split(text):
         sentence = _REPEATED.sub(r"\1", sentence)
         words = re.findall(r"\w+", sentence.casefold())
-        if len(words) > 1 and _WHOLE.search(sentence) and not _LEFT_OVER.search(sentence) and _english(sentence):
+        if (
+            len(words) > 1
+            and _WHOLE.search(sentence)
+            and not _LEFT_OVER.search(sentence)
+            and _english(sentence)
+        ):
             kept.setdefault(" ".join(words), sentence)
     return " ".join(kept.values())
 
@@ -84,7 +91,9 @@ def _visible(text: str) -> str:
 
 def _english(sentence: str) -> bool:
     letters = [c for c in sentence if c.isalpha()]
-    if not letters or sum(c < "\u0250" for c in letters) < LETTERS * len(letters):  # Basic Latin to Extended-B
+    if not letters or sum(c < "\u0250" for c in letters) < LETTERS * len(
+        letters
+    ):  # Basic Latin to Extended-B
         return False
     if len(sentence.split()) < TELLING_WORDS:
         return True

@@ -13,25 +13,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from bridgework.config import config_class
 from bridgework.curation.capfilt import readable
-from bridgework.curation.chat import drawn
-from bridgework.curation.flow import Fact, Judge, Model, Rows, Verdict, bad
+from bridgework.curation.llm import drawn
+from bridgework.curation.runner import Annotator, Decision, Fact, Model, Rows, bad
+from bridgework.data.images import decode
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample, pair
-from bridgework.data.transforms import decode
 from bridgework.errors import SpecError
-from bridgework.spec import spec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bridgework.inference import Pipeline
+    from bridgework.inference.pipeline import Pipeline
 
 # N images  T texts  D width, of a Q-Former after its queries
 DIGITS = 4  # of a cosine, so that a file and memory agree on it
 
 
-@spec
+@config_class
 class Rank:
     """Who writes, who judges, and how many texts of an image stay."""
 
@@ -45,29 +45,46 @@ class Rank:
     max_tokens: int = 20
     seed: int = 0
 
-    drawn: ClassVar[tuple[str, ...]] = ("captions", "top_p", "temperature", "min_tokens", "max_tokens", "seed")
+    drawn: ClassVar[tuple[str, ...]] = (
+        "captions",
+        "top_p",
+        "temperature",
+        "min_tokens",
+        "max_tokens",
+        "seed",
+    )
 
     def __post_init__(self) -> None:
         if self.captions < 1 or self.keep < 1:
-            raise SpecError(f"rank: captions and keep are at least 1; got {self.captions} and {self.keep}")
+            raise SpecError(
+                f"rank: captions and keep are at least 1; got {self.captions} and {self.keep}"
+            )
         if not 0 < self.top_p <= 1 or self.temperature < 0:
             given = f"{self.top_p:g} and {self.temperature:g}"
-            raise SpecError(f"rank: top_p lies in (0, 1] and temperature is at least 0; got {given}")
+            raise SpecError(
+                f"rank: top_p lies in (0, 1] and temperature is at least 0; got {given}"
+            )
         if not 0 <= self.min_tokens <= self.max_tokens or self.max_tokens < 1:
             lengths = f"{self.min_tokens} to max_tokens {self.max_tokens}"
-            raise SpecError(f"rank: a caption has min_tokens {lengths}; give 0 <= min_tokens <= max_tokens")
+            raise SpecError(
+                f"rank: a caption has min_tokens {lengths}; give 0 <= min_tokens <= max_tokens"
+            )
 
     def models(self, home: Path) -> Mapping[str, str]:
-        from bridgework.training import artefact  # brings torch, which a spec does without
+        from bridgework import artifacts
 
         given = {"model": self.model, "captioner": self.captioner}
-        return {role: artefact.describe(folder).digest for role, folder in given.items() if folder is not None}
+        return {
+            role: artifacts.describe(folder).digest
+            for role, folder in given.items()
+            if folder is not None
+        }
 
-    def judge(self, home: Path) -> Judge:
+    def judge(self, home: Path) -> Annotator:
         """Tells the picture's digest and the row's texts, own and written, each with its cosine."""
         return _Judge(self)
 
-    def decide(self, rows: Rows) -> Iterator[Verdict]:
+    def decide(self, rows: Rows) -> Iterator[Decision]:
         """Two passes: the best texts of every picture, then for every row those of them that it was first to bring."""
         best = _best((fact for _, fact in rows()), self.keep)
         for number, (sample, fact) in enumerate(rows()):
@@ -97,7 +114,9 @@ def _best(facts: Iterable[Fact], keep: int) -> dict[str, list[_Text]]:
     return best
 
 
-def _verdict(sample: Sample, row: int, own: Sequence[tuple[str, str, float | None]], best: Sequence[_Text]) -> Verdict:
+def _verdict(
+    sample: Sample, row: int, own: Sequence[tuple[str, str, float | None]], best: Sequence[_Text]
+) -> Decision:
     made, notes = list[Sample](), list[str]()
     for rank, text in enumerate(best, 1):
         if text.row == row:
@@ -106,13 +125,17 @@ def _verdict(sample: Sample, row: int, own: Sequence[tuple[str, str, float | Non
             made.append(_pair(sample, origin, words, told))
             notes.append(f"{rank}. {words} ({text.score:g})")
     if made:
-        return Verdict("kept", tuple(made), ", ".join(notes))
+        return Decision("kept", tuple(made), ", ".join(notes))
     read = [(score, words) for _, words, score in own if score is not None]
     if not read:
-        return Verdict("no text that the model reads")
+        return Decision("no text that the model reads")
     again = {text.digest for text in best} & {_same(words) for _, words in read}
-    why = "a text of an earlier row of its picture" if again else "other texts of its picture fit better"
-    return Verdict(why, note="{1} ({0:g})".format(*max(read)))
+    why = (
+        "a text of an earlier row of its picture"
+        if again
+        else "other texts of its picture fit better"
+    )
+    return Decision(why, note="{1} ({0:g})".format(*max(read)))
 
 
 def _pair(sample: Sample, origin: str, words: str, told: Mapping[str, str]) -> Sample:
@@ -129,7 +152,7 @@ class _Judge:
     """Holds the models."""
 
     def __init__(self, spec: Rank) -> None:
-        from bridgework.inference import Pipeline
+        from bridgework.inference.pipeline import Pipeline
 
         self._spec = spec
         self._model = Pipeline.load(spec.model)
@@ -137,8 +160,16 @@ class _Judge:
 
     def __call__(self, samples: Sequence[Sample]) -> list[Fact]:
         own = [_own(sample) for sample in samples]
-        good = [sample for sample, texts in zip(samples, own, strict=True) if not isinstance(texts, BadSample)]
-        told = iter(self._told(good, [texts for texts in own if not isinstance(texts, BadSample)]) if good else ())
+        good = [
+            sample
+            for sample, texts in zip(samples, own, strict=True)
+            if not isinstance(texts, BadSample)
+        ]
+        told = iter(
+            self._told(good, [texts for texts in own if not isinstance(texts, BadSample)])
+            if good
+            else ()
+        )
         return [bad(texts) if isinstance(texts, BadSample) else next(told) for texts in own]
 
     def _told(self, samples: Sequence[Sample], own: Sequence[Sequence[str]]) -> Iterator[Fact]:
@@ -148,7 +179,10 @@ class _Judge:
             named = {f"web-{n}" if n > 1 else "web": text for n, text in enumerate(own[at], 1)}
             named |= {f"written-{n}": text for n, text in enumerate(written[at], 1)}
             (scores,) = near(self._model, images_ND[at : at + 1], list(named.values()))
-            texts = [[origin, text, score] for (origin, text), score in zip(named.items(), scores, strict=True)]
+            texts = [
+                [origin, text, score]
+                for (origin, text), score in zip(named.items(), scores, strict=True)
+            ]
             yield {"image": _digest(sample.images[0]), "texts": texts}
 
     def _written(self, samples: Sequence[Sample]) -> list[list[str]]:
@@ -156,11 +190,25 @@ class _Judge:
         if self._captioner is None:
             return [[] for _ in samples]
         spec, captioner = self._spec, self._captioner
-        how = {"min_new_tokens": spec.min_tokens, "max_new_tokens": spec.max_tokens, "top_p": spec.top_p}
-        asked = [captioner.inputs.ask(pair(sample.key, sample.images[0], "a caption")) for sample in samples]
-        pictures = [[seen] for seen in captioner.inputs.see([sample.images[0] for sample in samples])]
-        seeds = [[drawn(spec.seed, sample.key, n) for sample in samples] for n in range(spec.captions)]
-        rounds = [captioner.write(asked, pictures, each, temperature=spec.temperature, **how) for each in seeds]
+        how = {
+            "min_new_tokens": spec.min_tokens,
+            "max_new_tokens": spec.max_tokens,
+            "top_p": spec.top_p,
+        }
+        asked = [
+            captioner.inputs.ask(pair(sample.key, sample.images[0], "a caption"))
+            for sample in samples
+        ]
+        pictures = [
+            [seen] for seen in captioner.inputs.see([sample.images[0] for sample in samples])
+        ]
+        seeds = [
+            [drawn(spec.seed, sample.key, n) for sample in samples] for n in range(spec.captions)
+        ]
+        rounds = [
+            captioner.write(asked, pictures, each, temperature=spec.temperature, **how)
+            for each in seeds
+        ]
         return [list(texts) for texts in zip(*rounds, strict=True)]
 
 

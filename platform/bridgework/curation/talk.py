@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from bridgework.curation.words import length, without_emoji
+from bridgework.curation.text import length, without_emoji
 from bridgework.errors import DataError
 
 Turn = tuple[str, str]  # a question and its answer
@@ -13,7 +13,9 @@ Turn = tuple[str, str]  # a question and its answer
 class Kind:
     """How many turns a talk has, and how many words."""
 
-    turns: tuple[int, int]  # at least and at most; (0, 0) is an answer alone, whose question is ours
+    turns: tuple[
+        int, int
+    ]  # at least and at most; (0, 0) is an answer alone, whose question is ours
     words: tuple[int, int]  # of an answer
 
 
@@ -27,9 +29,7 @@ QUESTION_WORDS = 60
 _QUESTION = (  # how a line begins that asks, in the languages that writers answer in most
     "question|pregunta|pergunta|frage|вопрос|السؤال|سؤال|प्रश्न|सवाल|问题|問題|问|問|質問|질문"
 )
-_ANSWER = (
-    "answer|respuesta|resposta|réponse|antwort|ответ|الإجابة|إجابة|الجواب|جواب|उत्तर|जवाब|答案|回答|答え|答|답변|답"
-)
+_ANSWER = "answer|respuesta|resposta|réponse|antwort|ответ|الإجابة|إجابة|الجواب|جواب|उत्तर|जवाब|答案|回答|答え|答|답변|답"
 _SPEAKER = re.compile(
     rf"^[\s*#]*(?:({_QUESTION})|({_ANSWER}))(?:\s*\d+)?[\s*]*[:\uff1a][\s*]*",
     re.IGNORECASE | re.MULTILINE,
@@ -68,7 +68,10 @@ def read(raw: str, kind: str) -> list[Turn]:
     for question, answer in turns:
         if _TELLS.search(question) or _TELLS.search(answer):
             raise DataError("it tells on its source")
-        if length(question) > QUESTION_WORDS or not wanted.words[0] <= length(answer) <= wanted.words[1]:
+        if (
+            length(question) > QUESTION_WORDS
+            or not wanted.words[0] <= length(answer) <= wanted.words[1]
+        ):
             raise DataError("too short or too long")
     if _SPEAKER.search(turns[-1][1]):
         raise DataError("questions and answers do not alternate")

@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
+from bridgework.data.dataset import read_manifest, write
 from bridgework.data.names import check_place
-from bridgework.data.shards import read_manifest, write
 from bridgework.data.synthetic import ROWS, SIZE, choices, preferences, shapes, yes_no
 from bridgework.errors import DataError, SpecError, suggest
-from bridgework.stores import find_store
+from bridgework.storage import find_store
 
 # what tests and --tiny train on; made on first use
 SYNTHETIC = {
@@ -31,7 +31,9 @@ def resolve(dataset: str, home: Path) -> str:
     if dataset in SYNTHETIC:
         return _synthetic(dataset, home)
     named, place = _is_name(dataset), destination(dataset, home)
-    path = place if "://" in place else os.path.abspath(place)  # workers run in folders of their own
+    path = (
+        place if "://" in place else os.path.abspath(place)
+    )  # workers run in folders of their own
     try:
         read_manifest(path)
     except DataError as error:

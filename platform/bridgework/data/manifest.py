@@ -14,10 +14,12 @@ from typing import Any
 
 from bridgework.data.samples import SCHEMA_VERSION
 from bridgework.errors import DataError
-from bridgework.stores import find_store, unreachable
+from bridgework.storage import find_store, unreachable
 
 FILE = "manifest.json"
-_PLAIN = re.compile(r"[\w-][\w.-]{0,199}\.parquet", re.ASCII)  # a shard's name: a file of the manifest's own folder
+_PLAIN = re.compile(
+    r"[\w-][\w.-]{0,199}\.parquet", re.ASCII
+)  # a shard's name: a file of the manifest's own folder
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,12 @@ class Manifest:
     made_by: str  # importer or curation
     parameters: Mapping[str, Any] = field(default_factory=dict)
     parents: tuple[str, ...] = ()  # digests of the datasets that this one was made from
-    quarantined: Mapping[str, int] = field(default_factory=dict)  # reason -> rows that the source had and this has not
-    left_out: Mapping[str, int] = field(default_factory=dict)  # sound rows that the importer had no use for, by kind
+    quarantined: Mapping[str, int] = field(
+        default_factory=dict
+    )  # reason -> rows that the source had and this has not
+    left_out: Mapping[str, int] = field(
+        default_factory=dict
+    )  # sound rows that the importer had no use for, by kind
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -52,18 +58,36 @@ class Manifest:
                 f"the manifest is of schema {self.schema}, and this version reads {SCHEMA_VERSION}; import again"
             )
         tables = (self.parameters, self.quarantined, self.left_out)
-        if not all(isinstance(table, Mapping) and all(isinstance(key, str) for key in table) for table in tables):
-            raise DataError("the parameters, quarantined or left_out rows in the manifest are no table of names")
-        counts = (self.rows, self.group_rows, *(n for shard in self.shards for n in (shard.rows, shard.bytes)))
+        if not all(
+            isinstance(table, Mapping) and all(isinstance(key, str) for key in table)
+            for table in tables
+        ):
+            raise DataError(
+                "the parameters, quarantined or left_out rows in the manifest are no table of names"
+            )
+        counts = (
+            self.rows,
+            self.group_rows,
+            *(n for shard in self.shards for n in (shard.rows, shard.bytes)),
+        )
         counts += (*self.quarantined.values(), *self.left_out.values())
         if any(type(n) is not int or n < 0 for n in counts) or not self.group_rows:
             raise DataError("a count in the manifest is not an integer, or is below 0")
-        if not all(isinstance(text, str) for text in (self.source, self.licence, self.made_by, *self.parents)):
+        if not all(
+            isinstance(text, str)
+            for text in (self.source, self.licence, self.made_by, *self.parents)
+        ):
             raise DataError("the source, licence, maker or a parent in the manifest is no text")
         if self.rows != sum(shard.rows for shard in self.shards):
-            raise DataError(f"the manifest counts {self.rows} rows, its shards {sum(s.rows for s in self.shards)}")
-        if not all(isinstance(shard.file, str) and _PLAIN.fullmatch(shard.file) for shard in self.shards):
-            raise DataError("the manifest names a shard outside its own folder, or by no plain name NAME.parquet")
+            raise DataError(
+                f"the manifest counts {self.rows} rows, its shards {sum(s.rows for s in self.shards)}"
+            )
+        if not all(
+            isinstance(shard.file, str) and _PLAIN.fullmatch(shard.file) for shard in self.shards
+        ):
+            raise DataError(
+                "the manifest names a shard outside its own folder, or by no plain name NAME.parquet"
+            )
 
     @cached_property
     def digest(self) -> str:
@@ -76,7 +100,9 @@ class Manifest:
 
     def _fields(self) -> dict[str, Any]:
         fields = asdict(self)
-        if not self.left_out:  # digests of datasets that were made before it was counted stay what they were
+        if (
+            not self.left_out
+        ):  # digests of datasets that were made before it was counted stay what they were
             del fields["left_out"]
         return fields
 
@@ -91,7 +117,9 @@ class Manifest:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"not a manifest: {error}") from None
         if manifest.digest != digest:
-            raise DataError("the manifest was changed after it was written: its digest does not match")
+            raise DataError(
+                "the manifest was changed after it was written: its digest does not match"
+            )
         return manifest
 
 
@@ -104,8 +132,14 @@ def read_manifest(path: str) -> Manifest:
     try:
         data = fs.cat_file(f"{root}/{FILE}")
     except (FileNotFoundError, NotADirectoryError):
-        torn = fs.exists(root) and any(str(name).endswith(".parquet") for name in fs.ls(root, detail=False))
-        why = "shards but no manifest: a writer was cut off; write it again" if torn else "no dataset here"
+        torn = fs.exists(root) and any(
+            str(name).endswith(".parquet") for name in fs.ls(root, detail=False)
+        )
+        why = (
+            "shards but no manifest: a writer was cut off; write it again"
+            if torn
+            else "no dataset here"
+        )
         raise DataError(f"{path}: {why} (looked for {FILE})") from None
     except Exception as error:  # of the package that speaks with the store
         raise unreachable(f"{path}/{FILE}", error) from None
@@ -127,4 +161,6 @@ def refuse_within(dest: str) -> None:
                 break
         folder = folder.rpartition("/")[0]
     if folder:
-        raise DataError(f"{dest} lies inside the dataset {folder}, which is not to change; choose another place")
+        raise DataError(
+            f"{dest} lies inside the dataset {folder}, which is not to change; choose another place"
+        )

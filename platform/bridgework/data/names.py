@@ -13,7 +13,9 @@ _ADDRESS = re.compile(
     re.IGNORECASE,
 )
 _DRIVE = re.compile(r"[A-Za-z]:/")  # of Windows
-_TURNED = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))  # of bidirectional text
+_TURNED = frozenset(
+    map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A)))
+)  # of bidirectional text
 
 
 def address(name: str) -> bool:
@@ -35,7 +37,9 @@ def has_control(name: str) -> bool:
 def check_place(dest: str) -> None:
     """Raises DataError for a path or URL that no folder of ours can be made at."""
     if has_control(dest):
-        raise DataError(f"{dest!r} holds a line break or another control character. Fix: leave it out")
+        raise DataError(
+            f"{dest!r} holds a line break or another control character. Fix: leave it out"
+        )
     if (size := max(len(part.encode(errors="replace")) for part in dest.split("/"))) > MAX_BYTES:
         raise DataError(
             f"{dest[:80]!r}.. holds a name of {size} bytes. At most {MAX_BYTES} are allowed. Fix: give a shorter one"

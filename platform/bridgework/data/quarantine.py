@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from bridgework.errors import DataError
 from bridgework.mixture import MAX_BAD
-from bridgework.stores import find_store
+from bridgework.storage import find_store
 
 SHARE = MAX_BAD
 FLUSH_ROWS = 1_000
@@ -27,7 +27,9 @@ class Reason(StrEnum):
     """Why a sample was put aside."""
 
     EMPTY_FILE = "empty_file"  # 0 bytes
-    NOT_AN_IMAGE = "not_an_image"  # no JPEG, PNG, WebP, GIF or BMP by its first bytes: HTML, a tar, a TIFF
+    NOT_AN_IMAGE = (
+        "not_an_image"  # no JPEG, PNG, WebP, GIF or BMP by its first bytes: HTML, a tar, a TIFF
+    )
     TRUNCATED = "truncated"
     CORRUPT = "corrupt"
     TOO_MANY_BYTES = "too_many_bytes"
@@ -36,7 +38,9 @@ class Reason(StrEnum):
     MISSING_IMAGE = "missing_image"
     OUTSIDE = "outside"  # the path of an image is absolute or leaves the folder
     EMPTY_TEXT = "empty_text"
-    PLACEHOLDERS = "placeholders"  # `<image>` stands in the text more or less often than there are images
+    PLACEHOLDERS = (
+        "placeholders"  # `<image>` stands in the text more or less often than there are images
+    )
     BAD_ROW = "bad_row"  # the row is not what the format says
     DUPLICATE_KEY = "duplicate_key"
     LICENCE = "licence"  # the row is not under the licence of its dataset
@@ -52,14 +56,17 @@ class BadSample(DataError):
         self.detail = detail
 
     def __reduce__(self) -> tuple[type["BadSample"], tuple[Reason, str]]:
-        return type(self), (self.reason, self.detail)  # the default would hand the message to __init__
+        return type(self), (
+            self.reason,
+            self.detail,
+        )  # the default would hand the message to __init__
 
 
-class LostFile(BadSample):
+class UnreadableFile(BadSample):
     """A file that cannot be read, or not to its end: one row of the table, and nobody knows how many it held."""
 
 
-class LeftOut(Exception):
+class SkippedRow(Exception):
     """A row is sound, and its importer has no use for it: `LeftOut("documents without an image")` is counted."""
 
 
@@ -85,14 +92,18 @@ class Quarantine:
         self._seen: set[tuple[str, int]] = set()
         self._pending: list[Record] = []
 
-    def add(self, dataset: str, key: str, row: int, error: BadSample, *, digest: str | None = None) -> None:
+    def add(
+        self, dataset: str, key: str, row: int, error: BadSample, *, digest: str | None = None
+    ) -> None:
         """Put aside row `row` of `dataset` for what `error` says; without `digest`, `dataset` is one."""
         if (dataset, row) in self._seen:
             return
         self._seen.add((dataset, row))
         self.reasons[error.reason] += 1
         detail = error.detail[:DETAIL_CHARS]
-        self._pending.append(Record(dataset, key, row, error.reason, detail, dataset if digest is None else digest))
+        self._pending.append(
+            Record(dataset, key, row, error.reason, detail, dataset if digest is None else digest)
+        )
         if len(self._pending) >= FLUSH_ROWS:
             self.flush()
 
@@ -137,8 +148,12 @@ class Quarantine:
         fs, folder = find_store(self.folder)
         fs.makedirs(folder, exist_ok=True)
         part = f"{folder}/part-{time.time_ns():020d}-{uuid4().hex[:6]}.jsonl"
-        with fs.open(part + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair
-            file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in self._pending)
+        with fs.open(
+            part + ".tmp", "w", encoding="utf-8", errors="backslashreplace"
+        ) as file:  # half a surrogate pair
+            file.writelines(
+                json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in self._pending
+            )
         fs.mv(part + ".tmp", part)
         self._pending = []
         return True
@@ -154,7 +169,7 @@ def records(folder: str) -> Iterator[Record]:
                 yield Record(**{**row, "reason": Reason(row["reason"])})
 
 
-def aside(home: Path, what: str) -> str:
+def scratch_quarantine(home: Path, what: str) -> str:
     """An empty table for who only looks, and must not write to a run's: under <home>/cache, named by what is read."""
     folder = str(home / "cache" / "looked" / hashlib.sha256(what.encode()).hexdigest()[:12])
     clear(folder)

@@ -33,9 +33,13 @@ class Part:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise BadSample(Reason.BAD_ROW, f"a part has the role {self.role!r}; allowed: {', '.join(ROLES)}")
+            raise BadSample(
+                Reason.BAD_ROW, f"a part has the role {self.role!r}; allowed: {', '.join(ROLES)}"
+            )
         if (self.text is None) == (self.image is None):
-            raise BadSample(Reason.BAD_ROW, f"a part of role {self.role} needs a text or an image, and not both")
+            raise BadSample(
+                Reason.BAD_ROW, f"a part of role {self.role} needs a text or an image, and not both"
+            )
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class Box:
 
     def __post_init__(self) -> None:
         if not all(0 <= corner <= 1 for corner in self.corners):  # nor is NaN
-            raise BadSample(Reason.BAD_ROW, f"the box {self.corners} does not lie in its image, in [0, 1]")
+            raise BadSample(
+                Reason.BAD_ROW, f"the box {self.corners} does not lie in its image, in [0, 1]"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,24 +72,34 @@ class Sample:
     language: str | None = None
     licence: str | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
-    candidates: tuple[str, ...] = ()  # of a multiple-choice question: the answers to choose from, in order
+    candidates: tuple[
+        str, ...
+    ] = ()  # of a multiple-choice question: the answers to choose from, in order
 
     def __post_init__(self) -> None:
         if not self.key:
             raise BadSample(Reason.BAD_ROW, "the sample has no key")
-        if self.candidates and (len(self.candidates) < 2 or not all(map(str.strip, self.candidates))):
+        if self.candidates and (
+            len(self.candidates) < 2 or not all(map(str.strip, self.candidates))
+        ):
             raise BadSample(
-                Reason.BAD_ROW, f"a question has two or more candidates, none of them blank, and not {self.candidates}"
+                Reason.BAD_ROW,
+                f"a question has two or more candidates, none of them blank, and not {self.candidates}",
             )
         places = [part.image for part in self.parts if part.image is not None]
         if sorted(set(places)) != list(range(len(self.images))):
             raise BadSample(
-                Reason.PLACEHOLDERS, f"the parts show images {places}, and the sample has {len(self.images)}, from 0 on"
+                Reason.PLACEHOLDERS,
+                f"the parts show images {places}, and the sample has {len(self.images)}, from 0 on",
             )
         if any(not 0 <= box.image < len(self.images) for box in self.boxes):
-            raise BadSample(Reason.BAD_ROW, f"a box lies in an image that is none of the {len(self.images)}")
+            raise BadSample(
+                Reason.BAD_ROW, f"a box lies in an image that is none of the {len(self.images)}"
+            )
         if self.times_s and len(self.times_s) != len(self.images):
-            raise BadSample(Reason.BAD_ROW, f"{len(self.times_s)} times for {len(self.images)} frames")
+            raise BadSample(
+                Reason.BAD_ROW, f"{len(self.times_s)} times for {len(self.images)} frames"
+            )
 
     @property
     def text(self) -> str:
@@ -96,11 +112,15 @@ def pair(key: str, image: bytes, caption: str, **optional: Any) -> Sample:
     """An image and its caption; `optional` are further fields of `Sample`. Raises BadSample for a blank caption."""
     if not caption.strip():
         raise BadSample(Reason.EMPTY_TEXT, "the caption is empty")
-    return Sample(key, (image,), (Part("caption", image=0), Part("caption", text=caption)), **optional)
+    return Sample(
+        key, (image,), (Part("caption", image=0), Part("caption", text=caption)), **optional
+    )
 
 
 _PART = pa.struct([("role", pa.string()), ("text", pa.string()), ("image", pa.int32())])
-_BOX = pa.struct([("image", pa.int32()), ("corners", pa.list_(pa.float32(), 4)), ("label", pa.string())])
+_BOX = pa.struct(
+    [("image", pa.int32()), ("corners", pa.list_(pa.float32(), 4)), ("label", pa.string())]
+)
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -136,8 +156,12 @@ def from_row(row: Mapping[str, Any]) -> Sample:
     provenance = dict(row["provenance"])
     kept = provenance.pop(CANDIDATES, None)
     candidates = row.get("candidates") or (_list(kept) if kept is not None else [])
-    if not isinstance(candidates, list | tuple) or not all(isinstance(text, str) for text in candidates):
-        raise BadSample(Reason.BAD_ROW, f"the candidates are no list of texts: {str(candidates)[:80]}")
+    if not isinstance(candidates, list | tuple) or not all(
+        isinstance(text, str) for text in candidates
+    ):
+        raise BadSample(
+            Reason.BAD_ROW, f"the candidates are no list of texts: {str(candidates)[:80]}"
+        )
     return Sample(
         **{
             **row,
@@ -145,7 +169,9 @@ def from_row(row: Mapping[str, Any]) -> Sample:
             "parts": tuple(Part(**part) for part in row["parts"]),
             "times_s": tuple(row["times_s"]),
             "labels": tuple(row["labels"]),
-            "boxes": tuple(Box(**{**box, "corners": tuple(box["corners"])}) for box in row["boxes"]),
+            "boxes": tuple(
+                Box(**{**box, "corners": tuple(box["corners"])}) for box in row["boxes"]
+            ),
             "provenance": provenance,
             "candidates": tuple(candidates),
         }

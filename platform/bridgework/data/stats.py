@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from bridgework.data.documents import read_as
+from bridgework.data.dataset import open_dataset
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Sample
-from bridgework.data.shards import open_dataset
-from bridgework.data.streams import Streams
-from bridgework.data.tokens import Encoded
+from bridgework.data.templates import read_as
+from bridgework.data.tokenization import Encoded, SampleEncoder
 from bridgework.system import IGNORE, IMAGE, Source, Stage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what `transforms.decode` reads
@@ -40,7 +39,9 @@ class Spread:
         """None where there is nothing to count."""
         if not values:
             return None
-        return cls(*np.quantile(values, (0.0, 0.05, 0.5, 0.95, 1.0), method="inverted_cdf").tolist())
+        return cls(
+            *np.quantile(values, (0.0, 0.05, 0.5, 0.95, 1.0), method="inverted_cdf").tolist()
+        )
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,12 @@ class Stats:
         if self.unreadable:
             facts["unreadable images"] = _counts(self.unreadable)
         if self.fit is not None:
-            facts[f"for {self.fit.stage}"] = f"template {self.fit.template}, at most {self.fit.limit:,} tokens"
-            facts["truncated rows"] = f"{self.fit.truncated:,} ({self.fit.truncated / self.rows:.2%})"
+            facts[f"for {self.fit.stage}"] = (
+                f"template {self.fit.template}, at most {self.fit.limit:,} tokens"
+            )
+            facts["truncated rows"] = (
+                f"{self.fit.truncated:,} ({self.fit.truncated / self.rows:.2%})"
+            )
             facts["quarantined rows"] = _counts(self.fit.quarantined) or "0"
         return facts
 
@@ -115,7 +120,9 @@ class Stats:
         return {name: spread for name, spread in found.items() if spread is not None}
 
 
-def stats(path: str, *, for_stage: Stage | None = None, progress: Callable[[int, int], None] | None = None) -> Stats:
+def stats(
+    path: str, *, for_stage: Stage | None = None, progress: Callable[[int, int], None] | None = None
+) -> Stats:
     """Read every row of the dataset at `path`, and count; `progress` is told (rows done, rows in all).
 
     `for_stage` reads pairs with the prompts of its source at `path`, or of its first if none is there. Raises DataError
@@ -165,7 +172,11 @@ def kind(sample: Sample) -> str:
         return "conversation"
     if not sample.images:
         return "text"
-    return "pair" if [part.image is None for part in sample.parts] in ([False, True], [True, False]) else "interleaved"
+    return (
+        "pair"
+        if [part.image is None for part in sample.parts] in ([False, True], [True, False])
+        else "interleaved"
+    )
 
 
 # --- counting --------------------------------------------------------------------------------------------------------
@@ -191,7 +202,11 @@ class _Tally:
         self.images_per_row[len(sample.images)] += 1
         self.languages[sample.language or NONE] += 1
         self.licences[sample.licence or self.licence] += 1
-        self.answers += [len(p.text) for p in sample.parts if p.text is not None and p.role in ("caption", "assistant")]
+        self.answers += [
+            len(p.text)
+            for p in sample.parts
+            if p.text is not None and p.role in ("caption", "assistant")
+        ]
         unreadable = {}
         for index, data in enumerate(sample.images):
             try:
@@ -210,8 +225,10 @@ class _Fitting:
 
     def __init__(self, stage: Stage, path: str) -> None:
         self.stage = stage
-        self._source: Source = next((s for s in stage.data.leaves if s.dataset == path), stage.data.leaves[0])
-        self._streams = Streams.of(stage.model, stage.data)
+        self._source: Source = next(
+            (s for s in stage.data.leaves if s.dataset == path), stage.data.leaves[0]
+        )
+        self._streams = SampleEncoder.of(stage.model, stage.data)
         self._tokens: list[int] = []
         self._image_tokens: list[int] = []
         self._trained: list[int] = []

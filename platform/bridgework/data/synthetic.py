@@ -27,7 +27,10 @@ _RGB = (
 COLOURS = dict(zip(SHAPE_COLORS, _RGB, strict=True))
 SHAPES = SHAPE_FORMS
 SIZES = {"small": 0.13, "large": 0.22}  # half the shape's width, as a share of the picture's
-PLACES = {"above": ((0.5, 0.26), (0.5, 0.74)), "left of": ((0.26, 0.5), (0.74, 0.5))}  # centres of the two
+PLACES = {
+    "above": ((0.5, 0.26), (0.5, 0.74)),
+    "left of": ((0.26, 0.5), (0.74, 0.5)),
+}  # centres of the two
 
 
 class Shape(NamedTuple):
@@ -72,7 +75,9 @@ def choices(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sampl
         question = Part("user", text="\nWhich of these is in the picture?")
         said = (Part("user", image=0), question, Part("assistant", text=right))
         candidates = tuple(draw.sample([right, *wrong], 4))
-        yield replace(sample, key=sample.key.replace("shapes", "choices"), parts=said, candidates=candidates)
+        yield replace(
+            sample, key=sample.key.replace("shapes", "choices"), parts=said, candidates=candidates
+        )
 
 
 def yes_no(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
@@ -80,7 +85,9 @@ def yes_no(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample
     for row, sample in enumerate(shapes(rows, size, seed)):
         draw = random.Random(f"{seed}/{row}/yes-no")
         absent = sorted(set(SHAPE_LABELS) - set(sample.labels))
-        thing, answer = (draw.choice(absent), "no") if row % 2 else (draw.choice(sample.labels), "yes")
+        thing, answer = (
+            (draw.choice(absent), "no") if row % 2 else (draw.choice(sample.labels), "yes")
+        )
         question = Part("user", text=f"\nIs there a {thing} in the picture?")
         said = (Part("user", image=0), question, Part("assistant", text=answer))
         yield replace(sample, key=sample.key.replace("shapes", "yes-no"), parts=said)
@@ -102,7 +109,10 @@ def _picture(size: int, things: list[tuple[Shape, tuple[float, float]]]) -> byte
             case "square":
                 pen.rectangle(box, fill=COLOURS[shape.colour])
             case "triangle":
-                pen.polygon([(x, y - half), (x + half, y + half), (x - half, y + half)], fill=COLOURS[shape.colour])
+                pen.polygon(
+                    [(x, y - half), (x + half, y + half), (x - half, y + half)],
+                    fill=COLOURS[shape.colour],
+                )
             case _:
                 corners = [(x, y - half), (x + half, y), (x, y + half), (x - half, y)]
                 pen.polygon(corners, fill=COLOURS[shape.colour])

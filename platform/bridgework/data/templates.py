@@ -11,9 +11,14 @@ interleaved   images and texts in order, END behind every chunk       Flamingo (
 
 A template is cut into segments *before* anything is tokenised, so what a person or a dataset wrote can never turn into
 scaffold, and the loss mask never depends on how a tokenizer merges across a border.
+
+A sample as a source wants it read: asked with its prompts; a document with so many images, before or behind texts.
+
+The latter from Alayrac et al. 2022 (arXiv:2204.14198), 2.4 and A.3.2.
 """
 
 import ctypes
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -27,13 +32,15 @@ from transformers import PreTrainedTokenizerBase
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample
 from bridgework.errors import SpecError, suggest
-from bridgework.system import END
+from bridgework.system import END, Source
 
 V1_SYSTEM = (  # published with LLaVA v1 and v1.5: their weights expect it word for word
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-CHAT_S = 5.0  # that a chat template may take to write one conversation; a sound one takes milliseconds
+CHAT_S = (
+    5.0  # that a chat template may take to write one conversation; a sound one takes milliseconds
+)
 Turn = tuple[str, list[Part]]  # system | user | assistant, and what it says
 
 
@@ -49,7 +56,9 @@ class Segment:
     closing: bool = False  # stays when the text before it is cut
 
 
-def conversation(sample: Sample, prompts: Sequence[str], choice: int, *, prefix: bool = False) -> list[Part]:
+def conversation(
+    sample: Sample, prompts: Sequence[str], choice: int, *, prefix: bool = False
+) -> list[Part]:
     """The sample's parts; a pair with `prompts` becomes one question and its caption as the answer.
 
     `choice`, any non-negative draw, picks the prompt and whether the image stands before or after it (LLaVA eq. 2).
@@ -62,7 +71,9 @@ def conversation(sample: Sample, prompts: Sequence[str], choice: int, *, prefix:
     images = [p for p in sample.parts if p.image is not None]
     texts = [p for p in sample.parts if p.text is not None]
     if prompts and [p.role for p in texts] == ["user", "assistant"]:
-        framed = replace(texts[0], text=_framed(prompts[choice % len(prompts)], sample, texts[0].text or ""))
+        framed = replace(
+            texts[0], text=_framed(prompts[choice % len(prompts)], sample, texts[0].text or "")
+        )
         return [framed if p is texts[0] else p for p in sample.parts]
     if not (prompts or prefix) or len(texts) != 1 or any(p.role != "caption" for p in sample.parts):
         return list(sample.parts)
@@ -71,11 +82,18 @@ def conversation(sample: Sample, prompts: Sequence[str], choice: int, *, prefix:
         if len(words) < 2:
             return list(sample.parts)
         at = 1 + choice % (len(words) - 1)
-        halves = Part("user", text=" ".join(words[:at])), Part("assistant", text=" ".join(words[at:]))
+        halves = (
+            Part("user", text=" ".join(words[:at])),
+            Part("assistant", text=" ".join(words[at:])),
+        )
         return [*(Part("user", image=p.image) for p in images), *halves]
     prompt, last = _framed(prompts[choice % len(prompts)], sample), choice // len(prompts) % 2
     shown = [Part("user", image=p.image) for p in images]
-    asked = [*shown, Part("user", text="\n" + prompt)] if not last else [Part("user", text=prompt + "\n"), *shown]
+    asked = (
+        [*shown, Part("user", text="\n" + prompt)]
+        if not last
+        else [Part("user", text=prompt + "\n"), *shown]
+    )
     return [*asked, Part("assistant", text=texts[0].text)]
 
 
@@ -99,7 +117,9 @@ def letter(place: int) -> str:
     return (letter(tens - 1) if tens else "") + "abcdefghijklmnopqrstuvwxyz"[ones]
 
 
-def render(parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase, choice: int = 0) -> list[Segment]:
+def render(
+    parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase, choice: int = 0
+) -> list[Segment]:
     """The segments to train on: loss on every answer and on the stop string that ends it.
 
     Neighbouring parts of one role are one turn. Under `plain` and `caption` only images, captions and answers are read
@@ -118,7 +138,9 @@ def render(parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerB
     return list(_segments(parts, template, tokenizer, ask=False))
 
 
-def prompt(parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+def prompt(
+    parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase
+) -> list[Segment]:
     """The segments that end where the assistant is to speak: a prefix of what `render` gives, up to the last answer.
 
     A last answer, if there is one, is left out. Raises as `render` does, but needs no answer.
@@ -137,7 +159,9 @@ def unanswered(parts: Sequence[Part]) -> list[Part]:
 def stop(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that ends an answer, e.g. `<|im_end|>`; empty where a chat template has none."""
     exchange = [Part("user", text="q"), Part("assistant", text="a")]
-    return "".join(s.text for s in render(exchange, template, tokenizer) if s.train and not s.literal)
+    return "".join(
+        s.text for s in render(exchange, template, tokenizer) if s.train and not s.literal
+    )
 
 
 def _segments(
@@ -152,7 +176,13 @@ def _segments(
 
 def _turns(parts: Sequence[Part]) -> list[Turn]:
     def role(part: Part) -> str:
-        return part.role if part.role != "caption" else "user" if part.image is not None else "assistant"
+        return (
+            part.role
+            if part.role != "caption"
+            else "user"
+            if part.image is not None
+            else "assistant"
+        )
 
     return [(name, list(said)) for name, said in groupby(parts, key=role)]
 
@@ -170,7 +200,9 @@ def _images_first(turn: Turn) -> Iterator[Segment]:
     """What a turn shows, then what it says, without the line breaks that set a prompt off from its image."""
     said = list(_said(turn))
     yield from (s for s in said if s.image is not None)
-    yield from (replace(s, text=s.text if s.train else s.text.strip("\n")) for s in said if s.image is None)
+    yield from (
+        replace(s, text=s.text if s.train else s.text.strip("\n")) for s in said if s.image is None
+    )
 
 
 def _plain(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
@@ -202,10 +234,14 @@ def _answer(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) ->
         if turn[0] == "assistant":
             yield Segment(ending, train=True, literal=False, closing=True)
         elif asked and tokenizer.bos_token is None and tokenizer.sep_token is not None:
-            yield Segment(ending, literal=False)  # BERT's own way to put two texts beside each other
+            yield Segment(
+                ending, literal=False
+            )  # BERT's own way to put two texts beside each other
 
 
-def _prompted(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
+def _prompted(
+    turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool
+) -> Iterator[Segment]:
     return (said for said in _answer(turns, tokenizer, ask) if said.literal or said.train)
 
 
@@ -218,7 +254,11 @@ def _human(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> 
         yield Segment(" ###Assistant:" if role == "assistant" else lead, literal=False)
         for said in _images_first((role, parts)):
             if said.image is not None:
-                yield from (Segment(" <Img>", literal=False), said, Segment("</Img>", literal=False))
+                yield from (
+                    Segment(" <Img>", literal=False),
+                    said,
+                    Segment("</Img>", literal=False),
+                )
             else:
                 yield replace(said, text=" " + said.text.strip())
         if role == "assistant":
@@ -228,11 +268,17 @@ def _human(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> 
         yield Segment(" ###Assistant:", literal=False)
 
 
-def _interleaved(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
-    before: str | None = None  # who spoke last: an answer ends too where text alone goes on (a shot without its image)
+def _interleaved(
+    turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool
+) -> Iterator[Segment]:
+    before: str | None = (
+        None  # who spoke last: an answer ends too where text alone goes on (a shot without its image)
+    )
     for turn in turns:
         for said in _said(turn):
-            if before is not None and (said.image is not None or (before, turn[0]) == ("assistant", "user")):
+            if before is not None and (
+                said.image is not None or (before, turn[0]) == ("assistant", "user")
+            ):
                 yield Segment(token=END, train=True)
             before = turn[0]
             yield said
@@ -244,23 +290,31 @@ def _ending(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """The token that ends a text: eos, or BERT's SEP."""
     ending = tokenizer.eos_token or tokenizer.sep_token
     if ending is None:
-        raise SpecError(f"template {template!r} ends texts with the tokenizer's eos or sep token, and it has neither")
+        raise SpecError(
+            f"template {template!r} ends texts with the tokenizer's eos or sep token, and it has neither"
+        )
     return str(ending)
 
 
 def _v1(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
     eos = tokenizer.eos_token
     if eos is None:
-        raise SpecError("template 'v1' ends answers with the tokenizer's eos token, and this tokenizer has none")
+        raise SpecError(
+            "template 'v1' ends answers with the tokenizer's eos token, and this tokenizer has none"
+        )
     own = bool(turns) and turns[0][0] == "system"
     yield from _said(turns[0]) if own else [Segment(V1_SYSTEM, literal=False)]
     gap = " "  # between the system sentence and the first turn; later turns follow the eos token directly
     for turn in turns[own:]:
         role, (first, *rest) = turn[0], list(_said(turn))
         if role == "system":
-            raise BadSample(Reason.BAD_ROW, "template 'v1' takes a system part only before the first turn")
+            raise BadSample(
+                Reason.BAD_ROW, "template 'v1' takes a system part only before the first turn"
+            )
         lead = " ASSISTANT:" if role == "assistant" else f"{gap}USER:"
-        if first.image is None:  # the space belongs to the word after it: so all byte-pair tokenizers were trained
+        if (
+            first.image is None
+        ):  # the space belongs to the word after it: so all byte-pair tokenizers were trained
             first = replace(first, text=" " + first.text)
         else:
             lead += " "
@@ -320,7 +374,9 @@ def chat_text(
         return str(done.result())
     except Exception as error:  # a template may raise anything
         roles = ", ".join(str(message["role"]) for message in given)
-        raise BadSample(Reason.BAD_ROW, f"the chat template refuses the turns {roles}: {error}") from None
+        raise BadSample(
+            Reason.BAD_ROW, f"the chat template refuses the turns {roles}: {error}"
+        ) from None
 
 
 class _Stopped(BaseException):
@@ -330,25 +386,36 @@ class _Stopped(BaseException):
 def _stop(thread: Thread) -> None:
     """Raise _Stopped in a thread, between two steps of its program."""
     if thread.ident is not None:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Stopped))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident), ctypes.py_object(_Stopped)
+        )
     thread.join(1)
 
 
 def _scaffold(roles: list[str], tokenizer: PreTrainedTokenizerBase, ask: bool) -> list[str]:
     """What the chat template writes before, between and after the contents: one string more than there are turns."""
     if tokenizer.chat_template is None:
-        raise SpecError("template 'chat' needs a tokenizer with a chat template, and this one has none; use 'v1'")
+        raise SpecError(
+            "template 'chat' needs a tokenizer with a chat template, and this one has none; use 'v1'"
+        )
     # Characters of the private use area stand for the contents: no template writes, strips or splits them.
-    messages: list[dict[str, Any]] = [{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)]
+    messages: list[dict[str, Any]] = [
+        {"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)
+    ]
     text = chat_text(tokenizer, messages, ask=ask)
     pieces = re.split("\ue000(\\d+)\ue001", text)
     if pieces[1::2] != [str(i) for i in range(len(roles))]:
-        raise BadSample(Reason.BAD_ROW, f"the chat template does not write each of {', '.join(roles)} once, in order")
+        raise BadSample(
+            Reason.BAD_ROW,
+            f"the chat template does not write each of {', '.join(roles)} once, in order",
+        )
     return pieces[::2]
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    names = sorted((t.content for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    names = sorted(
+        (t.content for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True
+    )
     return re.compile("|".join(map(re.escape, names)) or r"\Z.")
 
 
@@ -363,3 +430,51 @@ TEMPLATES: Mapping[str, Writer] = {
     "human": _human,
     "interleaved": _interleaved,
 }
+
+
+def read_as(source: Source, sample: Sample, choice: int, *, video: bool = False) -> list[Part]:
+    """The parts of a sample as the stage reads it, of which `choice`, any non-negative draw, decides what is drawn.
+
+    With `video` the frames of a video are one picture, which stands where the first of them stood.
+    """
+    parts = conversation(sample, source.prompts, choice, prefix=source.prefix)
+    if video and sample.times_s:
+        parts = collapse_videos(parts)
+    return arrange_document(parts, choice, images=source.images, following=source.following)
+
+
+def collapse_videos(parts: Sequence[Part]) -> list[Part]:
+    """The parts of a video with one place for all its frames: where the first of them stood."""
+    return [part for part in parts if not part.image]
+
+
+def arrange_document(
+    parts: Sequence[Part], choice: int, *, images: int | None, following: float
+) -> list[Part]:
+    """The document with at most `images` images; with a chance of `following`, texts belong to the image behind them.
+
+    `choice`, any non-negative draw, decides. What is not a document (a conversation) stays as it is.
+    """
+    if any(part.role != "caption" for part in parts):
+        return list(parts)
+    kept = truncate_images(parts, images) if images is not None else list(parts)
+    return images_before_text(kept) if random.Random(choice).random() < following else kept
+
+
+def truncate_images(parts: Sequence[Part], images: int) -> list[Part]:
+    """The document up to its image number `images` + 1."""
+    places = [at for at, part in enumerate(parts) if part.image is not None]
+    return list(parts[: places[images]] if len(places) > images else parts)
+
+
+def images_before_text(parts: Sequence[Part]) -> list[Part]:
+    """Every image goes before the texts that lead to it: each of them then sees the image that came behind it."""
+    made: list[Part] = []
+    texts: list[Part] = []
+    for part in parts:
+        if part.image is None:
+            texts.append(part)
+        else:
+            made += [part, *texts]
+            texts = []
+    return [*made, *texts]

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bridgework.data.transforms import to_square
+from bridgework.data.images import to_square
 from bridgework.system import Layout, Pixels
 
 
-def layout_of(width: int, height: int, pixels: Pixels) -> Layout:
+def choose_grid(width: int, height: int, pixels: Pixels) -> Layout:
     """How an image of this size is cut: the grid that keeps most of its pixels; of equals the one that wastes least.
 
     Without `pixels.grids` there is the base square alone. Ties keep the first grid of the list.
@@ -34,18 +34,26 @@ def _merit(width: int, height: int, grid: tuple[int, int], size: int) -> tuple[i
     return kept, kept - room[0] * room[1]
 
 
-def lay_out(image: Image.Image, pixels: Pixels) -> tuple[NDArray[np.uint8], Layout]:
+def tile_image(image: Image.Image, pixels: Pixels) -> tuple[NDArray[np.uint8], Layout]:
     """(tiles (n, 3, S, S) uint8, how they lie): the base square, then the grid row by row, black where it pads.
 
     Beside a grid the base square is the whole image, squeezed. Without one it is what `to_square` makes of it.
     """
-    layout, size = layout_of(*image.size, pixels), pixels.size
+    layout, size = choose_grid(*image.size, pixels), pixels.size
     if not layout.columns:
         return to_square(image, pixels)[None], layout
     upright = image.convert("RGB")
-    base_1HWC = np.asarray(upright.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)[None]
-    canvas_HWC = np.asarray(_fitted(upright, layout.columns * size, layout.rows * size), dtype=np.uint8)
-    tiles = canvas_HWC.reshape(layout.rows, size, layout.columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+    base_1HWC = np.asarray(upright.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)[
+        None
+    ]
+    canvas_HWC = np.asarray(
+        _fitted(upright, layout.columns * size, layout.rows * size), dtype=np.uint8
+    )
+    tiles = (
+        canvas_HWC.reshape(layout.rows, size, layout.columns, size, 3)
+        .swapaxes(1, 2)
+        .reshape(-1, size, size, 3)
+    )
     return np.ascontiguousarray(np.concatenate([base_1HWC, tiles]).transpose(0, 3, 1, 2)), layout
 
 

@@ -4,17 +4,15 @@ Each gives metrics under its own name (`ranking.accuracy`) beside what chance wo
 needs one. Rows are drawn by a seed, so that two runs are judged on the same ones.
 """
 
+from bridgework.evaluation.base import Result, Writing
 from bridgework.evaluation.captioning import Captions
 from bridgework.evaluation.classification import Classification, LinearProbe
 from bridgework.evaluation.few_shot import FewShot
 from bridgework.evaluation.hallucination import CHAIR, POPE
-from bridgework.evaluation.heldout import HeldOutLoss
+from bridgework.evaluation.likelihood import HeldOutLoss, Ranking
 from bridgework.evaluation.multiple_choice import MultipleChoice, WrittenChoice
-from bridgework.evaluation.ranking import Ranking
-from bridgework.evaluation.result import Result
 from bridgework.evaluation.retrieval import Retrieval
 from bridgework.evaluation.vqa import VQA
-from bridgework.evaluation.writing import Writing
 from bridgework.evaluation.yes_no import YesNo
 from bridgework.evaluation.zero_shot import ZeroShot
 

@@ -12,23 +12,21 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from bridgework.config import added, config_class
 from bridgework.data.catalog import resolve
+from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Sample
-from bridgework.data.shards import open_dataset
 from bridgework.errors import DataError, SpecError
+from bridgework.evaluation.base import Better, Result, Writing, about_image, draw_images, named
 from bridgework.evaluation.few_shot import Shots
-from bridgework.evaluation.result import Better, Result, named
-from bridgework.evaluation.rows import draw_images
-from bridgework.evaluation.writing import Writing, about_image
-from bridgework.spec import added, spec
 
 if TYPE_CHECKING:
-    from bridgework.inference import Pipeline
+    from bridgework.inference.pipeline import Pipeline
 
 TOKEN = re.compile(r"n't\b|'(?:s|m|d|re|ve|ll)\b|\w+?(?=n't\b)|\w+(?:[-.]\w+)*")
 
 
-@spec
+@config_class
 class Captions:
     """`cider` (1.33 is what papers print as 133) and `bleu4` in [0, 1], over `rows` images.
 
@@ -47,7 +45,9 @@ class Captions:
 
     def __post_init__(self) -> None:
         if self.rows < 2:
-            raise SpecError(f"{self.name}.rows must be at least 2, got {self.rows}: CIDEr compares images")
+            raise SpecError(
+                f"{self.name}.rows must be at least 2, got {self.rows}: CIDEr compares images"
+            )
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -70,13 +70,19 @@ class Captions:
 
         items = draw_images(self, pipeline, home, is_new)
         if len(items) < 2:
-            raise DataError(f"{self.name}: {self.dataset} has one image with a caption; CIDEr needs two to compare")
+            raise DataError(
+                f"{self.name}: {self.dataset} has one image with a caption; CIDEr needs two to compare"
+            )
         samples = [item.sample for item in items]
         if self.shots is None:
             asked = about_image(pipeline, self.prompts or None)
-            said = self.writing.run(pipeline, [asked] * len(items), [s.images for s in samples], self.seed)
+            said = self.writing.run(
+                pipeline, [asked] * len(items), [s.images for s in samples], self.seed
+            )
         else:
-            said = self.writing.run(pipeline, *self.shots.ask(pipeline, home, self, samples), self.seed)
+            said = self.writing.run(
+                pipeline, *self.shots.ask(pipeline, home, self, samples), self.seed
+            )
         of_people = [told[_digest(item.sample)] for item in items]
         values = {
             "cider": cider(said, of_people),
@@ -90,7 +96,11 @@ def references(samples: Iterable[Sample]) -> dict[str, list[str]]:
     """All captions of each image, by the sha256 of its file, in order."""
     told: dict[str, list[str]] = {}
     for sample in samples:
-        texts = [part.text for part in sample.parts if part.text and part.role in ("caption", "assistant")]
+        texts = [
+            part.text
+            for part in sample.parts
+            if part.text and part.role in ("caption", "assistant")
+        ]
         if len(sample.images) == 1 and texts:
             told.setdefault(_digest(sample), []).extend(texts)
     return told
@@ -109,9 +119,18 @@ def bleu4(said: Sequence[str], of_people: Sequence[Sequence[str]]) -> float:
     """Of the whole set, in [0, 1], without smoothing; the closest of an image's captions gives the length."""
     from sacrebleu.metrics.bleu import BLEU
 
-    told = zip_longest(*([_tokens(text) for text in texts] for texts in of_people))  # None: an image has fewer
+    told = zip_longest(
+        *([_tokens(text) for text in texts] for texts in of_people)
+    )  # None: an image has fewer
     scorer = BLEU(tokenize="none", smooth_method="none", force=True)
-    return float(scorer.corpus_score([_tokens(text) for text in said], [list(column) for column in told]).score) / 100
+    return (
+        float(
+            scorer.corpus_score(
+                [_tokens(text) for text in said], [list(column) for column in told]
+            ).score
+        )
+        / 100
+    )
 
 
 def _tokens(text: str) -> str:

@@ -18,23 +18,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bridgework.config import config_class
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.result import Better, Result, named
+from bridgework.evaluation.base import Better, EvalExample, Result, draw_images, named
 from bridgework.evaluation.retrieval import recall
-from bridgework.evaluation.rows import Item, draw_images
-from bridgework.spec import spec
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
-    from bridgework.inference import Pipeline
+    from bridgework.inference.pipeline import Pipeline
 
 CUTS = (1, 5)
 CHUNK = 64  # images at a time
 
 
-@spec
+@config_class
 class Classification:
     """Share of images one of whose labels is the class of the largest logit (`top1`), or of the largest five (`top5`).
 
@@ -75,14 +74,16 @@ class Classification:
                 for start in range(0, len(known), CHUNK)
             ]
         ).cpu()
-        right_RC = torch.tensor([[name in item.sample.labels for name in classes] for item in known])
+        right_RC = torch.tensor(
+            [[name in item.sample.labels for name in classes] for item in known]
+        )
         values = {f"top{cut}": recall(logits_RC, cut, right_RC) for cut in CUTS}
         values["most_common"] = float(right_RC.double().mean(0).max())
         values["unknown"] = 1 - len(known) / len(items)
         return Result(named(self, values))
 
 
-@spec
+@config_class
 class LinearProbe:
     """Accuracy (`top1`) of a logistic regression on the vision tower's features, learned from rows of `train`.
 
@@ -98,20 +99,32 @@ class LinearProbe:
     rows: int = 1_000
     train_rows: int = 4_000
     validation: float = 0.2  # share of the training rows
-    strengths: tuple[float, ...] = (1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6)  # where the paper's search begins (A.3)
+    strengths: tuple[float, ...] = (
+        1e-6,
+        1e-4,
+        1e-2,
+        1.0,
+        1e2,
+        1e4,
+        1e6,
+    )  # where the paper's search begins (A.3)
     iterations: int = 1_000
     prompts: tuple[str, ...] = ()  # of the stage; nothing is asked
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.train_rows < 2 or self.iterations < 1:
-            raise SpecError(f"{self.name}: rows and iterations are at least 1, and train_rows at least 2")
+            raise SpecError(
+                f"{self.name}: rows and iterations are at least 1, and train_rows at least 2"
+            )
         if not 0 < self.validation < 1:
             raise SpecError(
                 f"{self.name}.validation is a share of the training rows in (0, 1), got {self.validation:g}"
             )
         if not self.strengths or min(self.strengths) <= 0:
-            raise SpecError(f"{self.name}.strengths are one or more numbers above 0, got {self.strengths}")
+            raise SpecError(
+                f"{self.name}.strengths are one or more numbers above 0, got {self.strengths}"
+            )
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -127,7 +140,9 @@ class LinearProbe:
         judged, learned = self._items(pipeline, home)
         labels = [_label(item.sample) for item in learned]
         if len(set(labels)) < 2:
-            raise DataError(f"{self.name}: the training rows have one class, {labels[0]!r}; a probe needs two")
+            raise DataError(
+                f"{self.name}: the training rows have one class, {labels[0]!r}; a probe needs two"
+            )
         seen_RF, seen_judged_RF = (_features(pipeline, rows) for rows in (learned, judged))
         order = random.Random(self.seed).sample(range(len(learned)), len(learned))
         held = max(1, round(self.validation * len(learned)))
@@ -137,16 +152,24 @@ class LinearProbe:
             if len({labels[i] for i in rest}) > 1:
                 probe = self._fit(seen_RF[rest], [labels[i] for i in rest], strength)
                 found = probe.predict(seen_RF[held_out])
-                scores[strength] = fmean(name == labels[i] for name, i in zip(found, held_out, strict=True))
+                scores[strength] = fmean(
+                    name == labels[i] for name, i in zip(found, held_out, strict=True)
+                )
         best = max(self.strengths, key=lambda strength: scores.get(strength, 0.0))
         said = self._fit(seen_RF, labels, best).predict(seen_judged_RF)
         ((usual, _),) = Counter(labels).most_common(1)
         right = [name in item.sample.labels for name, item in zip(said, judged, strict=True)]
         common = [usual in item.sample.labels for item in judged]
-        values = {"top1": sum(right) / len(right), "most_common": sum(common) / len(common), "strength": best}
+        values = {
+            "top1": sum(right) / len(right),
+            "most_common": sum(common) / len(common),
+            "strength": best,
+        }
         return Result(named(self, values))
 
-    def _items(self, pipeline: "Pipeline", home: Path) -> tuple[list[Item], list[Item]]:
+    def _items(
+        self, pipeline: "Pipeline", home: Path
+    ) -> tuple[list[EvalExample], list[EvalExample]]:
         """Rows to judge, and others to learn from."""
         if self.train is not None:
             wanted = replace(self, dataset=self.train, rows=self.train_rows)
@@ -159,19 +182,25 @@ class LinearProbe:
             )
         return items[:judged], items[judged:]
 
-    def _fit(self, seen_RF: NDArray[np.float64], labels: Sequence[str], strength: float) -> "LogisticRegression":
+    def _fit(
+        self, seen_RF: NDArray[np.float64], labels: Sequence[str], strength: float
+    ) -> "LogisticRegression":
         """sklearn's objective is C times the sum of the losses plus |w|^2 / 2; `strength` is 1 / C."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
         probe = LogisticRegression(C=1 / strength, max_iter=self.iterations)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a bound on the iterations is the paper's protocol
-            warnings.filterwarnings("ignore", "The number of unique classes")  # names of classes are no numbers
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # a bound on the iterations is the paper's protocol
+            warnings.filterwarnings(
+                "ignore", "The number of unique classes"
+            )  # names of classes are no numbers
             return probe.fit(seen_RF, labels)
 
 
-def _labelled(spec: LinearProbe, pipeline: "Pipeline", home: Path) -> list[Item]:
+def _labelled(spec: LinearProbe, pipeline: "Pipeline", home: Path) -> list[EvalExample]:
     return draw_images(spec, pipeline, home, lambda sample: bool(sample.labels))
 
 
@@ -179,10 +208,13 @@ def _label(sample: Sample) -> str:
     return sample.labels[0]
 
 
-def _features(pipeline: "Pipeline", items: Sequence[Item]) -> NDArray[np.float64]:
+def _features(pipeline: "Pipeline", items: Sequence[EvalExample]) -> NDArray[np.float64]:
     """(R, F) float64: the mean over the tokens of each image."""
     parts = [
-        pipeline.inputs.features([item.squares[0] for item in items[start : start + CHUNK]]).double().mean(1).cpu()
+        pipeline.inputs.features([item.squares[0] for item in items[start : start + CHUNK]])
+        .double()
+        .mean(1)
+        .cpu()
         for start in range(0, len(items), CHUNK)
     ]
     return np.asarray(torch.cat(parts))

@@ -20,31 +20,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from bridgework.config import added, config_class
 from bridgework.data.samples import Part, Sample
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.ranking import candidates, first
-from bridgework.evaluation.result import Better, Result, named
-from bridgework.evaluation.rows import Item, draw, draw_pairs
-from bridgework.evaluation.writing import question_of
-from bridgework.spec import added, spec
+from bridgework.evaluation.base import (
+    Better,
+    EvalExample,
+    Result,
+    draw,
+    draw_pairs,
+    named,
+    question_of,
+)
+from bridgework.evaluation.likelihood import candidates, first
 from bridgework.system import Scoring
 
 if TYPE_CHECKING:
-    from bridgework.inference import Pipeline
-    from bridgework.inputs import File, Seen
+    from bridgework.inference.pipeline import Pipeline
+    from bridgework.inference.preprocess import File, Seen
 
 TEXT_ONLY = 2  # examples without an image where there are no shots (A.2)
 CHUNK = 64  # images whose features are in memory at once while they are compared
 
 
-class Shot(NamedTuple):
+class ShotExample(NamedTuple):
     """One example: the question about its image, and the answer."""
 
     question: str
     answer: str
 
 
-class Asked(NamedTuple):
+class FewShotQuestion(NamedTuple):
     """Questions, each after its examples."""
 
     conversations: list[list[Part]]
@@ -55,7 +61,7 @@ class Asked(NamedTuple):
 class Support:
     """Rows that examples are taken from, each with one picture."""
 
-    shots: Sequence[Shot]
+    shots: Sequence[ShotExample]
     pictures: "Sequence[File]"
 
 
@@ -74,7 +80,7 @@ class _Judge(Protocol):
     def seed(self) -> int: ...
 
 
-@spec
+@config_class
 class Shots:
     """Examples before every question of an evaluation, of other images than the question's."""
 
@@ -88,7 +94,9 @@ class Shots:
         if self.count < 0:
             raise SpecError(f"shots.count is 0 or more, got {self.count}")
         if self.rows <= self.needed:
-            raise SpecError(f"shots.rows must be above the {self.needed} examples of a prompt, got {self.rows}")
+            raise SpecError(
+                f"shots.rows must be above the {self.needed} examples of a prompt, got {self.rows}"
+            )
 
     @property
     def needed(self) -> int:
@@ -103,7 +111,9 @@ class Shots:
         support = None if self.support is None else "synthetic:shapes"
         return replace(self, count=min(self.count, 2), support=support, rows=8)
 
-    def ask(self, pipeline: "Pipeline", home: Path, judge: _Judge, samples: Sequence[Sample]) -> Asked:
+    def ask(
+        self, pipeline: "Pipeline", home: Path, judge: _Judge, samples: Sequence[Sample]
+    ) -> FewShotQuestion:
         """Return each sample's question after its examples.
 
         Raises DataError for a sample without exactly one picture, and for too few rows of support.
@@ -113,7 +123,7 @@ class Shots:
         support = support_of(pipeline, draw(wanted, pipeline, home), judge.prompts)
         queries = [_picture(pipeline, sample, judge.name) for sample in samples]
         chosen = self.choose(pipeline, queries, support.pictures, judge.name)
-        asked = Asked([], [])
+        asked = FewShotQuestion([], [])
         for sample, query, places in zip(samples, queries, chosen, strict=True):
             question = _text(question_of(pipeline, sample, judge.prompts or None))
             shots = [support.shots[i] for i in places]
@@ -137,7 +147,9 @@ class Shots:
             own_RS = torch.zeros(len(queries), len(pictures), dtype=torch.bool)
             for row, same in enumerate(own):
                 own_RS[row, same] = True
-            return rices(compared(pipeline, queries), compared(pipeline, pictures), self.count, own_RS)
+            return rices(
+                compared(pipeline, queries), compared(pipeline, pictures), self.count, own_RS
+            )
         chosen = []
         for row, same in enumerate(own):
             free = [i for i in range(len(pictures)) if i not in same]
@@ -155,19 +167,28 @@ class _Wanted(NamedTuple):
     seed: int
 
 
-def support_of(pipeline: "Pipeline", items: Sequence[Item], prompts: Sequence[str]) -> Support:
+def support_of(
+    pipeline: "Pipeline", items: Sequence[EvalExample], prompts: Sequence[str]
+) -> Support:
     """Return the rows with one picture and one answer, each asked as the evaluation asks."""
-    shots, pictures = list[Shot](), list["File"]()
+    shots, pictures = list[ShotExample](), list["File"]()
     for item in items:
-        shown, parts = pipeline.inputs.pictures(item.sample), pipeline.inputs.ask(item.sample, prompts or None)
-        answers = [part.text for part in parts if part.text is not None and part.role in ("caption", "assistant")]
+        shown, parts = (
+            pipeline.inputs.pictures(item.sample),
+            pipeline.inputs.ask(item.sample, prompts or None),
+        )
+        answers = [
+            part.text
+            for part in parts
+            if part.text is not None and part.role in ("caption", "assistant")
+        ]
         if len(shown) == 1 and len(answers) == 1:
-            shots.append(Shot(_text(parts), answers[0]))
+            shots.append(ShotExample(_text(parts), answers[0]))
             pictures.append(shown[0])
     return Support(shots, pictures)
 
 
-@spec
+@config_class
 class FewShot:
     """Share of rows whose own caption is the likeliest of `candidates` behind `shots` examples: `accuracy`.
 
@@ -189,11 +210,17 @@ class FewShot:
 
     def __post_init__(self) -> None:
         if self.shots < 0 or self.orders < 1:
-            raise SpecError(f"{self.name}: shots is 0 or more and orders 1 or more, got {self.shots} and {self.orders}")
+            raise SpecError(
+                f"{self.name}: shots is 0 or more and orders 1 or more, got {self.shots} and {self.orders}"
+            )
         if not 2 <= self.candidates <= self.rows:
-            raise SpecError(f"{self.name}.candidates must lie between 2 and rows ({self.rows}), got {self.candidates}")
+            raise SpecError(
+                f"{self.name}.candidates must lie between 2 and rows ({self.rows}), got {self.candidates}"
+            )
         if self.support is None and self.rows <= (self.shots or TEXT_ONLY):
-            raise SpecError(f"{self.name}: {self.rows} rows are too few to take {self.shots} other ones as examples")
+            raise SpecError(
+                f"{self.name}: {self.rows} rows are too few to take {self.shots} other ones as examples"
+            )
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -232,10 +259,16 @@ class FewShot:
         for row, own_C in enumerate(captions_RC):
             *shown, query = pipeline.inputs.see([*(pictures[i] for i in chosen[row]), queries[row]])
             examples = {i: (pool[i], seen) for i, seen in zip(chosen[row], shown, strict=True)}
-            judged.append(self._judge(pipeline, query, [items[c].sample.text for c in own_C], examples))
-        return Result(named(self, {"accuracy": first(torch.stack(judged)), "chance": 1 / self.candidates}))
+            judged.append(
+                self._judge(pipeline, query, [items[c].sample.text for c in own_C], examples)
+            )
+        return Result(
+            named(self, {"accuracy": first(torch.stack(judged)), "chance": 1 / self.candidates})
+        )
 
-    def demonstrate(self, pipeline: "Pipeline", image: bytes, home: Path) -> tuple[list[Part], list[bytes]]:
+    def demonstrate(
+        self, pipeline: "Pipeline", image: bytes, home: Path
+    ) -> tuple[list[Part], list[bytes]]:
         """The conversation about an image of the caller's after examples from `dataset`, and all images that it shows.
 
         Raises DataError for a dataset with too few pairs.
@@ -243,26 +276,32 @@ class FewShot:
         pool = draw_pairs(self, pipeline, home, at_least=self._shots.needed)
         pictures = [item.sample.images[0] for item in pool]
         (chosen,) = self._shots.choose(pipeline, [image], pictures, self.name)
-        shots = [Shot(self.prompts[0], pool[i].sample.text) for i in chosen]
+        shots = [ShotExample(self.prompts[0], pool[i].sample.text) for i in chosen]
         shown = [pictures[i] for i in chosen] if self.shots else []
         return prompt(shots, self.prompts[0], shown=bool(self.shots)), [*shown, image]
 
     def _judge(
-        self, pipeline: "Pipeline", query: "Seen", texts: list[str], examples: Mapping[int, "tuple[Item, Seen]"]
+        self,
+        pipeline: "Pipeline",
+        query: "Seen",
+        texts: list[str],
+        examples: Mapping[int, "tuple[EvalExample, Seen]"],
     ) -> Tensor:
         """(C,) scores of each text about one image, as the mean over the orders of its examples."""
         question, scores = self.prompts[0], []
-        for order in orders(list(examples), self.orders, self.seed):
-            shots = [Shot(question, examples[i][0].sample.text) for i in order]
+        for order in example_orders(list(examples), self.orders, self.seed):
+            shots = [ShotExample(question, examples[i][0].sample.text) for i in order]
             shown = [examples[i][1] for i in order] if self.shots else []
             asked = prompt(shots, question, shown=bool(self.shots))
-            ranked = pipeline.choose(asked, [*shown, query], [f" {text}" for text in texts], scoring=self.scoring)
+            ranked = pipeline.choose(
+                asked, [*shown, query], [f" {text}" for text in texts], scoring=self.scoring
+            )
             found = {one.candidate: one.score for one in ranked}
             scores.append(torch.tensor([found[f" {text}"] for text in texts]))
         return torch.stack(scores).mean(0)
 
 
-def prompt(shots: Sequence[Shot], question: str, *, shown: bool = True) -> list[Part]:
+def prompt(shots: Sequence[ShotExample], question: str, *, shown: bool = True) -> list[Part]:
     """A conversation that ends where the answer about the last image is due; without `shown`, shots have no image."""
     parts = []
     for image, shot in enumerate(shots):
@@ -277,7 +316,9 @@ def compared(pipeline: "Pipeline", pictures: "Sequence[File]") -> Tensor:
     """(N, F) float32 of length 1, by which RICES compares: of a video, the mean over its frames."""
     vectors = []
     for start in range(0, len(pictures), CHUNK):
-        squares = [list(p) if isinstance(p, tuple) else [p] for p in pictures[start : start + CHUNK]]
+        squares = [
+            list(p) if isinstance(p, tuple) else [p] for p in pictures[start : start + CHUNK]
+        ]
         features_NPF = pipeline.inputs.features([square for of_one in squares for square in of_one])
         for seen_nPF in features_NPF.split([len(of_one) for of_one in squares]):
             vectors.append(pooled(seen_nPF.flatten(0, 1).unsqueeze(0)).cpu())
@@ -305,7 +346,7 @@ def rices(
     return nearest
 
 
-def orders(chosen: Sequence[int], count: int, seed: int = 0) -> list[list[int]]:
+def example_orders(chosen: Sequence[int], count: int, seed: int = 0) -> list[list[int]]:
     """The given order alone, or `count` different ones: the same, whatever order the shots come in."""
     if count == 1:
         return [list(chosen)]
@@ -329,4 +370,6 @@ def _picture(pipeline: "Pipeline", sample: Sample, name: str) -> "File":
 
 def _text(parts: Sequence[Part]) -> str:
     """The question alone, without the line break that sets it off from its image."""
-    return "".join(part.text for part in parts if part.text is not None and part.role == "user").strip("\n")
+    return "".join(
+        part.text for part in parts if part.text is not None and part.role == "user"
+    ).strip("\n")

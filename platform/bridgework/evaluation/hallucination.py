@@ -13,20 +13,26 @@ from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
+from bridgework.config import config_class
 from bridgework.data.samples import Part, Sample
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.result import Better, Result, named
-from bridgework.evaluation.rows import draw_images
-from bridgework.evaluation.writing import Writing, about_image, question_of
-from bridgework.spec import spec
+from bridgework.evaluation.base import (
+    Better,
+    Result,
+    Writing,
+    about_image,
+    draw_images,
+    named,
+    question_of,
+)
 
 if TYPE_CHECKING:
-    from bridgework.inference import Pipeline
+    from bridgework.inference.pipeline import Pipeline
 
 NO = {"no", "not", "n't"}
 
 
-class Asked(NamedTuple):
+class YesNoQuestion(NamedTuple):
     """A question of yes or no about one image."""
 
     sample: Sample
@@ -34,7 +40,7 @@ class Asked(NamedTuple):
     truth: bool
 
 
-@spec
+@config_class
 class POPE:
     """`accuracy`, `precision`, `recall` and `f1` of yes, and `yes`, the share of questions answered so.
 
@@ -54,45 +60,60 @@ class POPE:
     negatives: Literal["random", "popular", "adversarial"] = "random"
     question: str = "Is there a {} in the image?"
     writing: Writing = Writing(beams=1, most=10)
-    prompts: tuple[str, ...] = ()  # around the question, e.g. "{} Short answer:"; empty: the question alone
+    prompts: tuple[
+        str, ...
+    ] = ()  # around the question, e.g. "{} Short answer:"; empty: the question alone
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.objects < 1 or self.question.count("{}") != 1:
-            raise SpecError(f"{self.name}: rows and objects are at least 1, and the question holds {{}} once")
+            raise SpecError(
+                f"{self.name}: rows and objects are at least 1, and the question holds {{}} once"
+            )
 
     def tiny(self) -> "POPE":
-        return replace(self, dataset="synthetic:shapes", rows=min(self.rows, 4), writing=self.writing.tiny())
+        return replace(
+            self, dataset="synthetic:shapes", rows=min(self.rows, 4), writing=self.writing.tiny()
+        )
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Raises DataError for a dataset without such questions, labels or boxes."""
-        items = draw_images(self, pipeline, home, lambda s: truth_of(s) is not None or bool(objects_in(s)))
+        items = draw_images(
+            self, pipeline, home, lambda s: truth_of(s) is not None or bool(objects_in(s))
+        )
         asked = list(self._questions(pipeline, [item.sample for item in items]))
         if len({question.truth for question in asked}) < 2:
-            raise DataError(f"{self.name}: the rows of {self.dataset} give no questions of both yes and no")
+            raise DataError(
+                f"{self.name}: the rows of {self.dataset} give no questions of both yes and no"
+            )
         conversations, images = [a.conversation for a in asked], [a.sample.images for a in asked]
-        said = [says_yes(text) for text in self.writing.run(pipeline, conversations, images, self.seed)]
-        return Result(named(self, judged(said, [a.truth for a in asked])))
+        said = [
+            parse_yes_no(text)
+            for text in self.writing.run(pipeline, conversations, images, self.seed)
+        ]
+        return Result(named(self, binary_metrics(said, [a.truth for a in asked])))
 
-    def _questions(self, pipeline: "Pipeline", samples: Sequence[Sample]) -> Iterator[Asked]:
+    def _questions(
+        self, pipeline: "Pipeline", samples: Sequence[Sample]
+    ) -> Iterator[YesNoQuestion]:
         known = [objects_in(sample) for sample in samples]
         for row, sample in enumerate(samples):
             if (truth := truth_of(sample)) is not None:
-                yield Asked(sample, question_of(pipeline, sample, self.prompts), truth)
+                yield YesNoQuestion(sample, question_of(pipeline, sample, self.prompts), truth)
                 continue
             draw = random.Random(f"{self.seed}:{row}")
             here = draw.sample(known[row], min(self.objects, len(known[row])))
             for thing in here:
-                yield Asked(sample, self._ask(thing), True)
+                yield YesNoQuestion(sample, self._ask(thing), True)
             for thing in absent(known, row, self.negatives, draw)[: len(here)]:
-                yield Asked(sample, self._ask(thing), False)
+                yield YesNoQuestion(sample, self._ask(thing), False)
 
     def _ask(self, thing: str) -> list[Part]:
         text, framed = self.question.replace("{}", thing), self.prompts[:1] or ("{}",)
         return [Part("user", image=0), Part("user", text="\n" + framed[0].replace("{}", text))]
 
 
-@spec
+@config_class
 class CHAIR:
     """`instances`: the share of objects named in captions that are not in the image; `captions`: of captions with one.
 
@@ -105,7 +126,9 @@ class CHAIR:
     dataset: str
     rows: int = 500
     writing: Writing = Writing(beams=3, least=5, most=64)
-    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # label -> other words for it
+    synonyms: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # label -> other words for it
     prompts: tuple[str, ...] = ()  # what an image is asked with; empty: the stage's own
     seed: int = 0
 
@@ -114,19 +137,23 @@ class CHAIR:
             raise SpecError(f"{self.name}.rows must be at least 1, got {self.rows}")
 
     def tiny(self) -> "CHAIR":
-        return replace(self, dataset="synthetic:shapes", rows=min(self.rows, 4), writing=self.writing.tiny())
+        return replace(
+            self, dataset="synthetic:shapes", rows=min(self.rows, 4), writing=self.writing.tiny()
+        )
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Raises DataError for a dataset whose rows have neither labels nor boxes."""
         items = draw_images(self, pipeline, home, lambda sample: bool(objects_in(sample)))
         here = [set(objects_in(item.sample)) for item in items]
         asked = about_image(pipeline, self.prompts or None)
-        texts = self.writing.run(pipeline, [asked] * len(items), [item.sample.images for item in items], self.seed)
+        texts = self.writing.run(
+            pipeline, [asked] * len(items), [item.sample.images for item in items], self.seed
+        )
         words = {name: (name, *self.synonyms.get(name, ())) for name in set[str]().union(*here)}
-        return Result(named(self, imagined([mentioned(text, words) for text in texts], here)))
+        return Result(named(self, chair_metrics([mentioned(text, words) for text in texts], here)))
 
 
-def imagined(said: Sequence[set[str]], here: Sequence[set[str]]) -> dict[str, float]:
+def chair_metrics(said: Sequence[set[str]], here: Sequence[set[str]]) -> dict[str, float]:
     """CHAIR of the objects that captions name, given those that the images have."""
     wrong = [names - own for names, own in zip(said, here, strict=True)]
     found = sum(len(names & own) for names, own in zip(said, here, strict=True))
@@ -137,7 +164,7 @@ def imagined(said: Sequence[set[str]], here: Sequence[set[str]]) -> dict[str, fl
     }
 
 
-def judged(said: Sequence[bool], truth: Sequence[bool]) -> dict[str, float]:
+def binary_metrics(said: Sequence[bool], truth: Sequence[bool]) -> dict[str, float]:
     """What answers of yes (True) and no are worth."""
     both = sum(s and t for s, t in zip(said, truth, strict=True))
     precision, recall = both / max(1, sum(said)), both / max(1, sum(truth))
@@ -151,7 +178,7 @@ def judged(said: Sequence[bool], truth: Sequence[bool]) -> dict[str, float]:
     }
 
 
-def says_yes(text: str) -> bool:
+def parse_yes_no(text: str) -> bool:
     """Whatever does not say no in its first sentence, as POPE reads it."""
     words = re.findall(r"n't|\w+?(?=n't)|\w+", text.partition(".")[0].lower())
     return not NO & set(words)

@@ -11,22 +11,29 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
 
+from bridgework.config import config_class
 from bridgework.data.samples import Sample
 from bridgework.data.templates import letter
 from bridgework.errors import SpecError
-from bridgework.evaluation.result import Better, Result, named
-from bridgework.evaluation.rows import Item, Wanted, draw
-from bridgework.evaluation.writing import Writing, question_of
-from bridgework.spec import spec
+from bridgework.evaluation.base import (
+    Better,
+    EvalExample,
+    EvalRows,
+    Result,
+    Writing,
+    draw,
+    named,
+    question_of,
+)
 from bridgework.system import Scoring
 
 if TYPE_CHECKING:
-    from bridgework.inference import Pipeline, Ranked
+    from bridgework.inference.pipeline import Pipeline, Ranked
 
 NEEDED = "has candidates and an answer that is one of them, and can be read by this model"
 
 
-@spec
+@config_class
 class MultipleChoice:
     """Share of questions whose right candidate scores best (`accuracy`), and the mean of 1 / its rank (`mrr`).
 
@@ -34,12 +41,19 @@ class MultipleChoice:
     random order.
     """
 
-    better: ClassVar[Better] = {"accuracy": "higher", "mrr": "higher", "chance": None, "chance_mrr": None}
+    better: ClassVar[Better] = {
+        "accuracy": "higher",
+        "mrr": "higher",
+        "chance": None,
+        "chance_mrr": None,
+    }
     name: str = "multiple_choice"
     dataset: str
     rows: int = 1_000
     scoring: Scoring | None = None  # None: the stage's own
-    prompts: tuple[str, ...] = ()  # around each question, e.g. "Question: {} Options: {options} Short answer:"
+    prompts: tuple[
+        str, ...
+    ] = ()  # around each question, e.g. "Question: {} Options: {options} Short answer:"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,13 +76,16 @@ class MultipleChoice:
         return Result(named(self, values))
 
     def _rank(self, pipeline: "Pipeline", sample: Sample) -> int:
-        asked, shown = question_of(pipeline, sample, self.prompts or None), pipeline.inputs.pictures(sample)
+        asked, shown = (
+            question_of(pipeline, sample, self.prompts or None),
+            pipeline.inputs.pictures(sample),
+        )
         candidates = list(dict.fromkeys(sample.candidates))
         ranked = pipeline.choose(asked, shown, candidates, scoring=self.scoring)
         return rank_of(ranked, sample.candidates[right_of(sample) or 0])
 
 
-@spec
+@config_class
 class WrittenChoice:
     """Share of questions whose right candidate the written answer names: `accuracy`.
 
@@ -81,14 +98,18 @@ class WrittenChoice:
     dataset: str
     rows: int = 1_000
     writing: Writing = Writing(beams=1, most=16)
-    prompts: tuple[str, ...] = ()  # around each question, e.g. "{}\nOptions: {options}"; empty: the stage's own
+    prompts: tuple[
+        str, ...
+    ] = ()  # around each question, e.g. "{}\nOptions: {options}"; empty: the stage's own
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
 
     def tiny(self) -> "WrittenChoice":
-        return replace(self, dataset="synthetic:choices", rows=min(self.rows, 4), writing=self.writing.tiny())
+        return replace(
+            self, dataset="synthetic:choices", rows=min(self.rows, 4), writing=self.writing.tiny()
+        )
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Raises DataError when no row has candidates and can be read."""
@@ -96,9 +117,13 @@ class WrittenChoice:
         asked = [question_of(pipeline, sample, self.prompts or None) for sample in samples]
         shown = [pipeline.inputs.pictures(sample) for sample in samples]
         said = self.writing.run(pipeline, asked, shown, self.seed)
-        found = [named_in(text, sample.candidates) for text, sample in zip(said, samples, strict=True)]
+        found = [
+            named_in(text, sample.candidates) for text, sample in zip(said, samples, strict=True)
+        ]
         values = {
-            "accuracy": fmean(place == right_of(sample) for place, sample in zip(found, samples, strict=True)),
+            "accuracy": fmean(
+                place == right_of(sample) for place, sample in zip(found, samples, strict=True)
+            ),
             "unanswered": fmean(place is None for place in found),
             "chance": fmean(1 / len(set(sample.candidates)) for sample in samples),
         }
@@ -113,7 +138,9 @@ def rank_of(ranked: "Sequence[Ranked]", right: str) -> int:
 
 def right_of(sample: Sample) -> int | None:
     """The place of the row's own answer among its candidates; None where it is none of them."""
-    answers = [part.text for part in sample.parts if part.text is not None and part.role == "assistant"]
+    answers = [
+        part.text for part in sample.parts if part.text is not None and part.role == "assistant"
+    ]
     return named_in(answers[-1], sample.candidates) if answers else None
 
 
@@ -135,10 +162,10 @@ def named_in(answer: str, candidates: Sequence[str]) -> int | None:
     return None if found is None else letters[found.lower()]
 
 
-def _drawn(spec: Wanted, pipeline: "Pipeline", home: Path) -> list[Item]:
+def _drawn(spec: EvalRows, pipeline: "Pipeline", home: Path) -> list[EvalExample]:
     return draw(spec, pipeline, home, lambda sample: right_of(sample) is not None, NEEDED)
 
 
-def _check(spec: Wanted) -> None:
+def _check(spec: EvalRows) -> None:
     if spec.rows < 1:
         raise SpecError(f"{spec.name}.rows must be at least 1, got {spec.rows}")

@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from bridgework.config import config_class
 from bridgework.errors import SpecError
-from bridgework.evaluation.result import Better, Result, named
-from bridgework.evaluation.rows import draw_pairs
-from bridgework.spec import spec
+from bridgework.evaluation.base import Better, Result, draw_pairs, named
 
 if TYPE_CHECKING:
-    from bridgework.inference import Pipeline
+    from bridgework.inference.pipeline import Pipeline
 
 CUTS = (1, 5, 10)
 OUT = 100.0  # taken off what is no candidate: no logit reaches so far
 Judge = Callable[[int, Tensor], Tensor]  # a row and its candidates (K,): their logits (K,)
 
 
-@spec
+@config_class
 class Retrieval:
     """R@1, R@5 and R@10 in [0, 1] among all rows: `image_to_text_r1` and so on, beside `chance_r1` of a text.
 
@@ -45,12 +44,16 @@ class Retrieval:
 
     def __post_init__(self) -> None:
         if self.rows < 2:
-            raise SpecError(f"{self.name}.rows must be at least 2, got {self.rows}: one row is always right")
+            raise SpecError(
+                f"{self.name}.rows must be at least 2, got {self.rows}: one row is always right"
+            )
         if self.rerank < 0:
             raise SpecError(f"{self.name}.rerank is 0 or more, got {self.rerank}")
 
     def tiny(self) -> "Retrieval":
-        return replace(self, dataset="synthetic:shapes", rows=min(self.rows, 16), rerank=min(self.rerank, 4))
+        return replace(
+            self, dataset="synthetic:shapes", rows=min(self.rows, 16), rerank=min(self.rerank, 4)
+        )
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Raises DataError for a dataset with fewer than two pairs."""

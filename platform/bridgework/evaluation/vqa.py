@@ -13,17 +13,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
 
+from bridgework.config import added, config_class
 from bridgework.data.samples import Sample
 from bridgework.errors import SpecError
+from bridgework.evaluation.base import Better, Result, Writing, draw, named, question_of
 from bridgework.evaluation.few_shot import Shots
-from bridgework.evaluation.result import Better, Result, named
-from bridgework.evaluation.rows import draw
-from bridgework.evaluation.writing import Writing, question_of
-from bridgework.spec import added, spec
 from bridgework.system import Scoring
 
 if TYPE_CHECKING:
-    from bridgework.inference import Pipeline
+    from bridgework.inference.pipeline import Pipeline
 
 ENOUGH = 3  # people who agree
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
@@ -42,10 +40,12 @@ ENDINGS = {  # of contractions; to write one without an apostrophe is to say the
 }
 WHOLE = [f"{word}{ending}" for ending, words in ENDINGS.items() for word in words.split()]
 WHOLE += ["ma'am", "o'clock", "'twas", "y'all", "y'all'll", "y'all'd've", "'ow's'at"]
-CONTRACTIONS = {word[: at.start()] + word[at.end() :]: word for word in WHOLE for at in re.finditer("'", word)}
+CONTRACTIONS = {
+    word[: at.start()] + word[at.end() :]: word for word in WHOLE for at in re.finditer("'", word)
+}
 
 
-@spec
+@config_class
 class VQA:
     """`accuracy` over `rows` questions, whose people's answers are the rows' `labels`; without any, the row's own.
 
@@ -59,10 +59,14 @@ class VQA:
     rows: int = 1_000
     vocabulary: tuple[str, ...] = ()
     writing: Writing = Writing(beams=3, most=10)  # BLIP's
-    prompts: tuple[str, ...] = ()  # around each question, e.g. "Question: {} Short answer:"; empty: the stage's own
+    prompts: tuple[
+        str, ...
+    ] = ()  # around each question, e.g. "Question: {} Short answer:"; empty: the stage's own
     seed: int = 0
     scoring: Scoring = added(default=Scoring(prior=False))  # of the vocabulary
-    shots: Shots | None = added(default=None)  # examples before every question, as Flamingo is asked
+    shots: Shots | None = added(
+        default=None
+    )  # examples before every question, as Flamingo is asked
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -88,13 +92,20 @@ class VQA:
             asked, shown = self.shots.ask(pipeline, home, self, samples)
         if self.vocabulary:
             rows = zip(asked, shown, strict=True)
-            said = [pipeline.choose(*row, self.vocabulary, scoring=self.scoring)[0].candidate for row in rows]
+            said = [
+                pipeline.choose(*row, self.vocabulary, scoring=self.scoring)[0].candidate
+                for row in rows
+            ]
         else:
             said = self.writing.run(pipeline, asked, shown, self.seed)
         people = [_people(item.sample) for item in items]
-        ((usual, _),) = Counter(normalise(answer) for told in people for answer in told).most_common(1)
+        ((usual, _),) = Counter(
+            normalize(answer) for told in people for answer in told
+        ).most_common(1)
         values = {
-            "accuracy": fmean(agreement(answer, told) for answer, told in zip(said, people, strict=True)),
+            "accuracy": fmean(
+                agreement(answer, told) for answer, told in zip(said, people, strict=True)
+            ),
             "most_common": fmean(agreement(usual, told) for told in people),
         }
         return Result(named(self, values))
@@ -102,14 +113,14 @@ class VQA:
 
 def agreement(answer: str, people: Sequence[str]) -> float:
     """min(people who say the same / 3, 1), the mean over leaving each of them out; of one, whether he says it."""
-    said, told = normalise(answer), [normalise(person) for person in people]
+    said, told = normalize(answer), [normalize(person) for person in people]
     if len(told) == 1:
         return float(said == told[0])
     same = told.count(said)
     return fmean(min((same - (own == said)) / ENOUGH, 1.0) for own in told)
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     """An answer as the official evaluation compares it; what is normal stays."""
     text = " ".join(answer.split())
     written = text
@@ -121,5 +132,9 @@ def normalise(answer: str) -> str:
 
 
 def _people(sample: Sample) -> tuple[str, ...]:
-    own = [part.text for part in sample.parts if part.text is not None and part.role in ("caption", "assistant")]
+    own = [
+        part.text
+        for part in sample.parts
+        if part.text is not None and part.role in ("caption", "assistant")
+    ]
     return sample.labels or (own[-1],)

@@ -8,19 +8,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
 
+from bridgework.config import config_class
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.result import Better, Result, named
-from bridgework.evaluation.rows import draw
-from bridgework.evaluation.writing import question_of
-from bridgework.spec import spec
+from bridgework.evaluation.base import Better, Result, draw, named, question_of
 from bridgework.system import Scoring
 
 if TYPE_CHECKING:
-    from bridgework.inference import Pipeline
+    from bridgework.inference.pipeline import Pipeline
 
 
-@spec
+@config_class
 class YesNo:
     """`auc` of yes against no, and `accuracy` of the likelier, over `rows` questions that the dataset answers so.
 
@@ -41,7 +39,9 @@ class YesNo:
         if self.rows < 2:
             raise SpecError(f"{self.name}.rows must be at least 2, got {self.rows}")
         if not self.yes or not self.no or set(self.yes) & set(self.no):
-            raise SpecError(f"{self.name}: yes and no are one or more words each, and no word is in both")
+            raise SpecError(
+                f"{self.name}: yes and no are one or more words each, and no word is in both"
+            )
 
     def tiny(self) -> "YesNo":
         return replace(self, dataset="synthetic:yes-no", rows=min(self.rows, 8))
@@ -51,27 +51,42 @@ class YesNo:
         from sklearn.metrics import roc_auc_score  # takes a second
 
         needed = f"is answered with one of {', '.join((*self.yes, *self.no))}, and can be read by this model"
-        samples = [item.sample for item in draw(self, pipeline, home, lambda s: self._truth(s) is not None, needed)]
+        samples = [
+            item.sample
+            for item in draw(self, pipeline, home, lambda s: self._truth(s) is not None, needed)
+        ]
         truth = [bool(self._truth(sample)) for sample in samples]
         if len(set(truth)) < 2:
-            raise DataError(f"{self.name}: the rows of {self.dataset} are all answered alike; it needs yes and no")
+            raise DataError(
+                f"{self.name}: the rows of {self.dataset} are all answered alike; it needs yes and no"
+            )
         margins = [self._margin(pipeline, sample) for sample in samples]
         values = {
             "auc": float(roc_auc_score(truth, margins)),
-            "accuracy": fmean((margin > 0) == right for margin, right in zip(margins, truth, strict=True)),
+            "accuracy": fmean(
+                (margin > 0) == right for margin, right in zip(margins, truth, strict=True)
+            ),
             "most_common": max(fmean(truth), 1 - fmean(truth)),
         }
         return Result(named(self, values))
 
     def _truth(self, sample: Sample) -> bool | None:
         """Whether the row's answer is a yes; None where it is neither."""
-        answers = [part.text for part in sample.parts if part.text is not None and part.role == "assistant"]
+        answers = [
+            part.text for part in sample.parts if part.text is not None and part.role == "assistant"
+        ]
         said = answers[-1].strip().rstrip(".").casefold() if answers else ""
         return None if said not in (*self.yes, *self.no) else said in self.yes
 
     def _margin(self, pipeline: "Pipeline", sample: Sample) -> float:
         """By how much the best yes scores above the best no."""
-        asked, shown = question_of(pipeline, sample, self.prompts or None), pipeline.inputs.pictures(sample)
+        asked, shown = (
+            question_of(pipeline, sample, self.prompts or None),
+            pipeline.inputs.pictures(sample),
+        )
         ranked = pipeline.choose(asked, shown, (*self.yes, *self.no), scoring=self.scoring)
-        yes, no = (max(one.score for one in ranked if one.candidate in words) for words in (self.yes, self.no))
+        yes, no = (
+            max(one.score for one in ranked if one.candidate in words)
+            for words in (self.yes, self.no)
+        )
         return yes - no

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from bridgework.config import config_class
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.result import Better, Result, named
+from bridgework.evaluation.base import Better, Result, draw_images, named
 from bridgework.evaluation.retrieval import recall, similarity
-from bridgework.evaluation.rows import draw_images
-from bridgework.spec import spec
 
 if TYPE_CHECKING:
-    from bridgework.inference import Pipeline
+    from bridgework.inference.pipeline import Pipeline
 
 CUTS = (1, 5)
 TEMPLATES = (  # the first is the paper's default (3.1.4); the others vary what is common in photographs of one thing
@@ -36,7 +35,7 @@ TEMPLATES = (  # the first is the paper's default (3.1.4); the others vary what 
 )
 
 
-@spec
+@config_class
 class ZeroShot:
     """Share of images one of whose labels is the nearest class (`top1`), or among the nearest five (`top5`).
 
@@ -59,7 +58,9 @@ class ZeroShot:
         if self.rows < 1:
             raise SpecError(f"{self.name}.rows must be at least 1, got {self.rows}")
         if bad := [template for template in self.templates if template.count("{}") != 1]:
-            raise SpecError(f"{self.name}.templates: {bad[0]!r} must hold {{}} once, where the class goes")
+            raise SpecError(
+                f"{self.name}.templates: {bad[0]!r} must hold {{}} once, where the class goes"
+            )
         if not self.templates:
             raise SpecError(f"{self.name}.templates is empty; the plainest is '{{}}'")
 
@@ -77,7 +78,9 @@ class ZeroShot:
             )
         images = pipeline.embed_images([item.squares[0] for item in items])
         alike_RC = similarity(images, class_vectors(pipeline, classes, self.templates)).cpu()
-        right_RC = torch.tensor([[name in item.sample.labels for name in classes] for item in items])
+        right_RC = torch.tensor(
+            [[name in item.sample.labels for name in classes] for item in items]
+        )
         values: dict[str, float] = {}
         for cut in CUTS:
             values[f"top{cut}"] = recall(alike_RC, cut, right_RC)
@@ -87,7 +90,9 @@ class ZeroShot:
 
 def class_vectors(pipeline: "Pipeline", classes: Sequence[str], templates: Sequence[str]) -> Tensor:
     """(C, D) of length 1: the mean over the templates of each class's vectors, which are of length 1 themselves."""
-    texts_ND = pipeline.embed_texts([template.replace("{}", name) for name in classes for template in templates])
+    texts_ND = pipeline.embed_texts(
+        [template.replace("{}", name) for name in classes for template in templates]
+    )
     return normalize(texts_ND.unflatten(0, (len(classes), len(templates))).mean(1), dim=-1)
 
 
@@ -95,5 +100,7 @@ def chance(right_RC: Tensor, cut: int) -> float:
     """How often one of a row's right classes is among `cut` drawn without looking."""
     classes = right_RC.shape[1]
     drawn = min(cut, classes)
-    misses = [comb(classes - right, drawn) / comb(classes, drawn) for right in right_RC.sum(1).tolist()]
+    misses = [
+        comb(classes - right, drawn) / comb(classes, drawn) for right in right_RC.sum(1).tolist()
+    ]
     return 1 - sum(misses) / len(misses)

@@ -6,21 +6,19 @@ mixture may have a mean and a weight of its own.
 """
 
 from bridgework.losses.answering import Answering
-from bridgework.losses.captioning import Captioning
 from bridgework.losses.classification import Classification
-from bridgework.losses.contrastive import Contrastive
+from bridgework.losses.contrastive import Contrastive, MomentumContrastive, QueryContrast
+from bridgework.losses.dpo import DPO
+from bridgework.losses.language_modeling import LanguageModeling
 from bridgework.losses.matching import Matching
-from bridgework.losses.momentum import MomentumContrastive
-from bridgework.losses.preference import Preference
-from bridgework.losses.query_contrast import QueryContrast
 
 __all__ = [
+    "DPO",
     "Answering",
-    "Captioning",
     "Classification",
     "Contrastive",
+    "LanguageModeling",
     "Matching",
     "MomentumContrastive",
-    "Preference",
     "QueryContrast",
 ]

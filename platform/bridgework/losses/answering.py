@@ -10,8 +10,8 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from bridgework.config import config_class
 from bridgework.errors import DataError, SpecError
-from bridgework.spec import spec
 from bridgework.system import IGNORE
 
 
@@ -25,12 +25,14 @@ class Answered(Protocol):
     labels_BT: Tensor | None
 
 
-@spec
+@config_class
 class Answering:
     """Weighted cross-entropy of answers: the mean over questions of the sum over their answers and tokens."""
 
     label_smoothing: float = 0.0
-    alone: float = 1.0  # weight of an answer where one person was asked; BLIP's for Visual Genome is 0.2
+    alone: float = (
+        1.0  # weight of an answer where one person was asked; BLIP's for Visual Genome is 0.2
+    )
     weight: float = 1.0
     needs: ClassVar[str] = "answers"
     whole_batch: ClassVar[bool] = False
@@ -66,5 +68,7 @@ class Answering:
 
 def _given(tensor: Tensor | None) -> Tensor:
     if tensor is None:
-        raise DataError("the answering loss reads all answers of a question; ask the wiring for 'answers', with labels")
+        raise DataError(
+            "the answering loss reads all answers of a question; ask the wiring for 'answers', with labels"
+        )
     return tensor

@@ -7,8 +7,8 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from bridgework.config import config_class
 from bridgework.errors import DataError, SpecError
-from bridgework.spec import spec
 from bridgework.system import IGNORE
 
 
@@ -19,7 +19,7 @@ class Classified(Protocol):
     labels_BT: Tensor | None  # int64, of which the first is the class
 
 
-@spec
+@config_class
 class Classification:
     """Cross-entropy of a sample's class under the logits of the classification head."""
 

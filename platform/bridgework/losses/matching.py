@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from bridgework import rng
+from bridgework.config import added, config_class
 from bridgework.errors import DataError, SpecError
 from bridgework.losses.gather import gather
-from bridgework.spec import added, spec
 
 _ODD = tuple(odd - 2**64 for odd in rng.ODD)  # as signed int64
 FLOOR = 1e-4  # of BLIP's pretraining (blip_pretrain.py); its retrieval and BLIP-2 have none
@@ -32,7 +32,7 @@ class Judged(Protocol):
     def match_B3C(self) -> Tensor | None: ...
 
 
-@spec
+@config_class
 class Matching:
     """Cross-entropy of match (class 1) or no match (class 0) over a sample's pair and its two negatives.
 
@@ -43,7 +43,9 @@ class Matching:
 
     negatives: Literal["rank", "lane", "all"] = "rank"
     weight: float = 1.0
-    floor: float = added(default=FLOOR)  # added to every candidate's probability, so that an easy one may come too
+    floor: float = added(
+        default=FLOOR
+    )  # added to every candidate's probability, so that an easy one may come too
     whole_batch: ClassVar[bool] = True
     packs: ClassVar[bool] = False
     spliced: ClassVar[tuple[str, ...]] = ()  # a negative brings its image tokens, gradient and all
@@ -66,7 +68,9 @@ class Matching:
     def __call__(self, outputs: Judged) -> Tensor:
         """(B,) float32: the unweighted sum over the three judgements of each sample."""
         if outputs.match_B3C is None:
-            raise DataError(f"the matching loss reads judged pairs; ask the wiring for {self.needs!r}")
+            raise DataError(
+                f"the matching loss reads judged pairs; ask the wiring for {self.needs!r}"
+            )
         return matching(outputs.match_B3C)
 
     def count(self, labels_BT: Tensor) -> Tensor:
@@ -77,7 +81,9 @@ class Matching:
 def matching(match_B3C: Tensor) -> Tensor:
     """(B,) summed cross-entropy; of the three, the first is a match and the others are not."""
     truth_B3 = torch.tensor([1, 0, 0], device=match_B3C.device).expand(len(match_B3C), 3)
-    nats_B3 = cross_entropy(match_B3C.float().flatten(0, 1), truth_B3.flatten(), reduction="none").view(-1, 3)
+    nats_B3 = cross_entropy(
+        match_B3C.float().flatten(0, 1), truth_B3.flatten(), reduction="none"
+    ).view(-1, 3)
     return nats_B3.sum(1)
 
 
@@ -89,7 +95,7 @@ class Pairs(NamedTuple):
     images_MPF: Tensor
 
 
-def judged_pairs(
+def matching_pairs(
     ids_bT: Tensor,
     attention_bT: Tensor,
     images_bPF: Tensor,
@@ -110,7 +116,13 @@ def judged_pairs(
     ranks. Raises DataError where a sample has no negative.
     """
     offset, images_KPF = 0, images_bPF
-    ids_KT, attention_KT, image_KQD, text_KD, identity_K = ids_bT, attention_bT, image_bQD, text_bD, identity_b
+    ids_KT, attention_KT, image_KQD, text_KD, identity_K = (
+        ids_bT,
+        attention_bT,
+        image_bQD,
+        text_bD,
+        identity_b,
+    )
     seed = torch.tensor([rng.step_seed() % 2**31], device=ids_bT.device)
     if everywhere or lane_b is not None:
         seed = gather(seed).rows_BD[:1]
@@ -119,15 +131,22 @@ def judged_pairs(
         images_KPF, offset = gather(images_bPF)
         image_KQD, text_KD = gather(image_bQD.detach()).rows_BD, gather(text_bD.detach()).rows_BD
         identity_K = None if identity_b is None else gather(identity_b).rows_BD
-    own_bK = own(len(ids_bT), len(ids_KT), offset, identity_b, identity_K, device=ids_bT.device)
+    own_bK = positive_mask(
+        len(ids_bT), len(ids_KT), offset, identity_b, identity_K, device=ids_bT.device
+    )
     keys_b, keys_K = _keys(ids_bT * attention_bT), _keys(ids_KT * attention_KT)
-    to_image_bK, to_text_bK = nearest(text_bD, image_KQD) * scale, nearest(text_KD, image_bQD).T * scale
+    to_image_bK, to_text_bK = (
+        nearest(text_bD, image_KQD) * scale,
+        nearest(text_KD, image_bQD).T * scale,
+    )
     if lane_b is not None:
         other_bK = lane_b[:, None] != lane_b
         own_bK = own_bK | other_bK
-        to_image_bK, to_text_bK = (to_bK.masked_fill(other_bK, -torch.inf) for to_bK in (to_image_bK, to_text_bK))
-    image_b = hard_negatives(to_image_bK, own_bK, chance(keys_b, keys_K, seed), floor)
-    text_b = hard_negatives(to_text_bK, own_bK, chance(keys_b, keys_K, seed + 1), floor)
+        to_image_bK, to_text_bK = (
+            to_bK.masked_fill(other_bK, -torch.inf) for to_bK in (to_image_bK, to_text_bK)
+        )
+    image_b = hard_negatives(to_image_bK, own_bK, hash_uniform(keys_b, keys_K, seed), floor)
+    text_b = hard_negatives(to_text_bK, own_bK, hash_uniform(keys_b, keys_K, seed + 1), floor)
     wider = (0, ids_KT.shape[1] - ids_bT.shape[1])
     own_ids_bT, own_attention_bT = pad(ids_bT, wider), pad(attention_bT, wider)
     return Pairs(
@@ -137,7 +156,7 @@ def judged_pairs(
     )
 
 
-def by_sample(logits_MC: Tensor) -> Tensor:
+def group_by_sample(logits_MC: Tensor) -> Tensor:
     """(b, 3, C): the three judgements of each sample, of logits in the order of `judged_pairs`."""
     return logits_MC.view(3, -1, logits_MC.shape[-1]).transpose(0, 1)
 
@@ -150,7 +169,9 @@ def nearest(text_XD: Tensor, image_YQD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def hard_negatives(similar_bK: Tensor, own_bK: Tensor, uniform_bK: Tensor, floor: float = FLOOR) -> Tensor:
+def hard_negatives(
+    similar_bK: Tensor, own_bK: Tensor, uniform_bK: Tensor, floor: float = FLOOR
+) -> Tensor:
     """(b,) int64: for every row a candidate that is not its own, the likelier the more similar.
 
     similar_bK are similarities over the temperature, own_bK (bool) is true where a candidate belongs to the row,
@@ -165,12 +186,18 @@ def hard_negatives(similar_bK: Tensor, own_bK: Tensor, uniform_bK: Tensor, floor
             "images on every rank, or in every lane where negatives are of a lane; raise budget.batch or budget.micro, "
             "or take losses.matching.negatives=all"
         )
-    nats_bK = similar_bK.double() if floor == 0 else (similar_bK.float().softmax(1).double() + floor).log()
-    gumbel_bK = -(-uniform_bK.log()).log()  # the largest of log-chances with this noise is one draw from the chances
+    nats_bK = (
+        similar_bK.double()
+        if floor == 0
+        else (similar_bK.float().softmax(1).double() + floor).log()
+    )
+    gumbel_bK = -(
+        -uniform_bK.log()
+    ).log()  # the largest of log-chances with this noise is one draw from the chances
     return (nats_bK.masked_fill(own_bK, -torch.inf) + gumbel_bK).argmax(1)
 
 
-def chance(rows_b: Tensor, columns_K: Tensor, seed: Tensor) -> Tensor:
+def hash_uniform(rows_b: Tensor, columns_K: Tensor, seed: Tensor) -> Tensor:
     """(b, K) float64 in (0, 1), from the keys of a row and a column: on whatever rank the two meet, the same."""
     return rng.unit(rng.mix(rows_b[:, None] * _ODD[0] + columns_K * _ODD[1] + seed))
 
@@ -181,7 +208,7 @@ def _keys(ids_bT: Tensor) -> Tensor:
     return ((ids_bT + 1) * (ids_bT != 0) * places_T).sum(1)
 
 
-def own(
+def positive_mask(
     rows: int,
     columns: int,
     offset: int = 0,
@@ -207,5 +234,7 @@ def gather_texts(ids_bT: Tensor, attention_bT: Tensor) -> tuple[Tensor, Tensor]:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(width, dist.ReduceOp.MAX)
     both_b2T = torch.stack([ids_bT, attention_bT.to(ids_bT.dtype)], dim=1)
-    ids_BT, attention_BT = gather(pad(both_b2T, (0, int(width) - ids_bT.shape[1]))).rows_BD.unbind(1)
+    ids_BT, attention_BT = gather(pad(both_b2T, (0, int(width) - ids_bT.shape[1]))).rows_BD.unbind(
+        1
+    )
     return ids_BT, attention_BT.bool()

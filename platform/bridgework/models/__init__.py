@@ -1,44 +1,45 @@
 """Models: towers, bridges, and the wirings that put them together. The specs are the public face."""
 
-from bridgework.models.blip_vit import BlipViTConfig
-from bridgework.models.bridges import MLP, Concat, Linear, QFormer, Resampler
-from bridgework.models.bridges.gated_xattn import Gates
-from bridgework.models.crossattn_vlm import CrossAttentionVLM
-from bridgework.models.dual_encoder import DualEncoder
-from bridgework.models.eva import EvaConfig
-from bridgework.models.image_classifier import ImageClassifier
+from bridgework.models.blip_med import MEDConfig
+from bridgework.models.blip_text import MEDTextConfig
+from bridgework.models.blip_vit import BlipViTConfig, EvaConfig
+from bridgework.models.clip_resnet import ModifiedResNetConfig
+from bridgework.models.clip_text import CLIPTextConfig
+from bridgework.models.cross_attention_vlm import CrossAttentionVLMConfig
+from bridgework.models.dual_encoder import DualEncoderConfig
+from bridgework.models.gated_cross_attention import GatesConfig
+from bridgework.models.image_classifier import ImageClassifierConfig
 from bridgework.models.language import LanguageConfig
-from bridgework.models.lora import LoRA
-from bridgework.models.med import MED
-from bridgework.models.med_text import MEDTextConfig
-from bridgework.models.modified_resnet import ModifiedResNetConfig
-from bridgework.models.momentum import MomentumConfig
-from bridgework.models.prefix_vlm import PrefixVLM
-from bridgework.models.qformer_pretrainer import QFormerPretrainer
-from bridgework.models.text import CLIPTextConfig
+from bridgework.models.lora import LoRAConfig
+from bridgework.models.momentum_encoder import MomentumConfig
+from bridgework.models.prefix_vlm import PrefixVLMConfig
+from bridgework.models.projectors import ConcatConfig, LinearConfig, MLPConfig
+from bridgework.models.qformer import QFormerConfig
+from bridgework.models.qformer_pretrainer import QFormerPretrainerConfig
+from bridgework.models.resampler import ResamplerConfig
 from bridgework.models.vision import EfficientNetConfig, ViTConfig
 
 __all__ = [
-    "MED",
-    "MLP",
     "BlipViTConfig",
     "CLIPTextConfig",
-    "Concat",
-    "CrossAttentionVLM",
-    "DualEncoder",
+    "ConcatConfig",
+    "CrossAttentionVLMConfig",
+    "DualEncoderConfig",
     "EfficientNetConfig",
     "EvaConfig",
-    "Gates",
-    "ImageClassifier",
+    "GatesConfig",
+    "ImageClassifierConfig",
     "LanguageConfig",
-    "Linear",
-    "LoRA",
+    "LinearConfig",
+    "LoRAConfig",
+    "MEDConfig",
     "MEDTextConfig",
+    "MLPConfig",
     "ModifiedResNetConfig",
     "MomentumConfig",
-    "PrefixVLM",
-    "QFormer",
-    "QFormerPretrainer",
-    "Resampler",
+    "PrefixVLMConfig",
+    "QFormerConfig",
+    "QFormerPretrainerConfig",
+    "ResamplerConfig",
     "ViTConfig",
 ]

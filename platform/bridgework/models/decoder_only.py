@@ -14,21 +14,25 @@ import torch
 from torch import Tensor
 
 from bridgework.errors import BridgeworkError, SpecError
-from bridgework.models import packing
+from bridgework.models import attention_masks
 
 
-def logits(language: Any, embeds_BTD: Tensor, attention_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+def logits(
+    language: Any, embeds_BTD: Tensor, attention_BT: Tensor, segments_BT: Tensor | None = None
+) -> Tensor:
     """Return (B, T, V), at every token the logits of its successor; padding is on either side.
 
     Raises SpecError for `segments` that the language model cannot keep apart.
     """
-    if segments_BT is not None or not packing.reads_padding(language):
-        read = packing.decoding(language, embeds_BTD, attention_BT, segments_BT)
+    if segments_BT is not None or not attention_masks.reads_padding(language):
+        read = attention_masks.decoding(language, embeds_BTD, attention_BT, segments_BT)
         return cast(Tensor, language(inputs_embeds=embeds_BTD, **read, use_cache=False).logits)
-    order_BT = (~attention_BT.bool()).int().argsort(dim=-1, stable=True)  # padding goes to the right
+    order_BT = (
+        (~attention_BT.bool()).int().argsort(dim=-1, stable=True)
+    )  # padding goes to the right
     rows_B1 = torch.arange(len(order_BT), device=order_BT.device).unsqueeze(-1)
     embeds_BTD, attention_BT = embeds_BTD[rows_B1, order_BT], attention_BT[rows_B1, order_BT]
-    read = packing.decoding(language, embeds_BTD, attention_BT, None)
+    read = attention_masks.decoding(language, embeds_BTD, attention_BT, None)
     logits_BTV: Tensor = language(inputs_embeds=embeds_BTD, **read, use_cache=False).logits
     return logits_BTV[rows_B1, order_BT.argsort(dim=-1)]
 
@@ -37,13 +41,15 @@ def continuations(language: Any, prompt_1TD: Tensor, rest_CR: Tensor) -> Tensor:
     """Return (C, R, V), the logits of every token of `rest` after one prompt, which is read once where it can be."""
     prompt, candidates = prompt_1TD.shape[1], len(rest_CR)
     cache, before_C1V = None, None
-    if packing.caches(language, prompt + rest_CR.shape[1]):
+    if attention_masks.caches(language, prompt + rest_CR.shape[1]):
         first = language(inputs_embeds=prompt_1TD, use_cache=True)
         cache = getattr(first, "past_key_values", None)  # GPT-1 keeps nothing
         before_C1V = first.logits[:, -1:].expand(candidates, 1, -1)
     if cache is None or before_C1V is None:
         words_CRD = language.get_input_embeddings()(rest_CR)
-        embeds_CTD = torch.cat([prompt_1TD.expand(candidates, -1, -1), words_CRD.to(prompt_1TD.dtype)], dim=1)
+        embeds_CTD = torch.cat(
+            [prompt_1TD.expand(candidates, -1, -1), words_CRD.to(prompt_1TD.dtype)], dim=1
+        )
         real_CT = torch.ones(embeds_CTD.shape[:2], dtype=torch.bool, device=embeds_CTD.device)
         return logits(language, embeds_CTD, real_CT)[:, prompt - 1 : -1]
     cache.batch_repeat_interleave(candidates)
@@ -54,7 +60,9 @@ def continuations(language: Any, prompt_1TD: Tensor, rest_CR: Tensor) -> Tensor:
 def generate(language: Any, embeds_BTD: Tensor, attention_BT: Tensor, **generation: Any) -> Tensor:
     """Return (B, new) ids after prompts padded on the left. Raises SpecError where transformers cannot."""
     with generating(language, attention_BT):
-        new_BT = language.generate(inputs_embeds=embeds_BTD, attention_mask=attention_BT.long(), **generation)
+        new_BT = language.generate(
+            inputs_embeds=embeds_BTD, attention_mask=attention_BT.long(), **generation
+        )
     return cast(Tensor, new_BT)
 
 
@@ -65,7 +73,7 @@ def generating(language: Any, attention_BT: Tensor) -> Iterator[None]:
     Raises SpecError, also for padded prompts of a model whose recurrent state reads padding.
     """
     arch = language.config.model_type
-    if packing.reads_padding(language) and not bool(attention_BT.all()):
+    if attention_masks.reads_padding(language) and not bool(attention_BT.all()):
         raise SpecError(
             f"generate: {arch!r} reads padding into its recurrent state. Got prompts of unequal lengths; "
             "expected one. Fix: generate for one prompt at a time, or take another language.arch"
@@ -76,4 +84,6 @@ def generating(language: Any, attention_BT: Tensor) -> Iterator[None]:
         raise
     except ValueError as error:
         reason = str(error).strip().partition("\n")[0]
-        raise SpecError(f"generate: transformers cannot generate with this {arch!r}: {reason}") from error
+        raise SpecError(
+            f"generate: transformers cannot generate with this {arch!r}: {reason}"
+        ) from error

@@ -10,27 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from bridgework.config import added, config_class
 from bridgework.errors import DataError, SpecError
-from bridgework.models.freezing import Freezable
-from bridgework.models.modified_resnet import ModifiedResNetConfig
+from bridgework.models.base import PairModelConfig, VLMModule
+from bridgework.models.clip_resnet import ModifiedResNetConfig
+from bridgework.models.clip_text import CLIPText, CLIPTextConfig
 from bridgework.models.origin import Origin
-from bridgework.models.pairs import OfPairs
-from bridgework.models.text import CLIPText, CLIPTextConfig
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
-from bridgework.spec import added, spec
 
 POOLED = frozenset({"pooled"})
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of a cosine (2.5)
 
 
-@spec
-class DualEncoder(OfPairs):
+@config_class
+class DualEncoderConfig(PairModelConfig):
     """Both towers, and the width of the space in which an image is near its text."""
 
     vision: ViTConfig | ModifiedResNetConfig | EfficientNetConfig
     text: CLIPTextConfig
     embed: int = 512
-    project_image: bool = True  # False where the tower's own pool projects, as ModifiedResNet's does
+    project_image: bool = (
+        True  # False where the tower's own pool projects, as ModifiedResNet's does
+    )
     origin: Origin | None = added(default=None)  # of an import: fields that an export writes again
 
     def __post_init__(self) -> None:
@@ -57,15 +58,20 @@ class DualEncoder(OfPairs):
         towers = {"vision.*": self.vision.weights, "text.*": self.text.weights}
         return tuple(glob for glob, weights in towers.items() if weights is not None)
 
-    def build(self, *, pretrained: bool = True) -> "DualModel":
+    def build(self, *, pretrained: bool = True) -> "DualEncoder":
         """The model in float32; without weights (or with `pretrained=False`) drawn from torch's generator."""
-        return DualModel(
+        return DualEncoder(
             self.vision.build(pretrained=pretrained),
             self.text.build(pretrained=pretrained),
-            Heads(self.vision.feature_width, self.text.width, self.embed, project_image=self.project_image),
+            Heads(
+                self.vision.feature_width,
+                self.text.width,
+                self.embed,
+                project_image=self.project_image,
+            ),
         )
 
-    def tiny(self) -> "DualEncoder":
+    def tiny(self) -> "DualEncoderConfig":
         vision = self.vision.tiny()
         embed = 32 if self.project_image else vision.feature_width
         return replace(self, vision=vision, text=self.text.tiny(), embed=embed, origin=None)
@@ -83,7 +89,9 @@ class Outputs:
 class Heads(nn.Module):
     """Two matrices without bias, `image` and `text`, and `logit_scale`, the logarithm of what a cosine is times."""
 
-    def __init__(self, image_width: int, text_width: int, embed: int, *, project_image: bool) -> None:
+    def __init__(
+        self, image_width: int, text_width: int, embed: int, *, project_image: bool
+    ) -> None:
         super().__init__()
         self.image = nn.Linear(image_width, embed, bias=False) if project_image else nn.Identity()
         self.text = nn.Linear(text_width, embed, bias=False)
@@ -99,7 +107,7 @@ class Heads(nn.Module):
         return self.image(image_BF), self.text(text_BF), scale_B
 
 
-class DualModel(Freezable):
+class DualEncoder(VLMModule):
     """`vision`, `text` and `heads`. Takes pixels, or features that the same tower gave before."""
 
     gives = POOLED
@@ -128,7 +136,9 @@ class DualModel(Freezable):
         self.check(wants)
         image_BF = self._see(pixels, features)
         if len(image_BF) != len(ids):
-            raise DataError(f"{len(ids)} texts and {len(image_BF)} images: every sample needs exactly one image")
+            raise DataError(
+                f"{len(ids)} texts and {len(image_BF)} images: every sample needs exactly one image"
+            )
         return Outputs(*self.heads(image_BF, self.text(ids, attention)))
 
     def embed_images(self, features: Tensor) -> Tensor:

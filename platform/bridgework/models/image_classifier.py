@@ -12,20 +12,19 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from bridgework.config import config_class
 from bridgework.errors import DataError, SpecError
 from bridgework.mixture import SHAPE_LABELS
-from bridgework.models.freezing import Freezable
-from bridgework.models.modified_resnet import ModifiedResNetConfig
-from bridgework.models.pairs import OfPairs
+from bridgework.models.base import PairModelConfig, VLMModule
+from bridgework.models.clip_resnet import ModifiedResNetConfig
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
-from bridgework.spec import spec
 
 CLASSES = frozenset({"classes"})
 FIRST_STD = 0.01  # of the layer's weights: all classes are about equally likely
 
 
-@spec
-class ImageClassifier(OfPairs):
+@config_class
+class ImageClassifierConfig(PairModelConfig):
     """An image tower that gives one vector an image, and the names of the classes, as the rows' labels spell them."""
 
     vision: ViTConfig | ModifiedResNetConfig | EfficientNetConfig
@@ -37,7 +36,9 @@ class ImageClassifier(OfPairs):
                 f"a classifier reads one vector an image, and vision gives {self.vision.tokens}: "
                 "set vision.select=cls (pool of a ModifiedResNet, grid=1 of an EfficientNet)"
             )
-        if len(set(self.classes)) < max(2, len(self.classes)) or not all(map(str.strip, self.classes)):
+        if len(set(self.classes)) < max(2, len(self.classes)) or not all(
+            map(str.strip, self.classes)
+        ):
             raise SpecError(
                 f"model.classes are two or more different names. Got {list(self.classes[:6])}; "
                 "Fix: name the labels of the dataset, e.g. model.classes=cat,dog"
@@ -55,12 +56,12 @@ class ImageClassifier(OfPairs):
     def pretrained(self) -> tuple[str, ...]:
         return () if self.vision.weights is None else ("vision.*",)
 
-    def build(self, *, pretrained: bool = True) -> "ClassifierModel":
+    def build(self, *, pretrained: bool = True) -> "ImageClassifier":
         """The model in float32; without weights (or with `pretrained=False`) drawn from torch's generator."""
         vision = self.vision.build(pretrained=pretrained)
-        return ClassifierModel(vision, nn.Linear(self.vision.feature_width, len(self.classes)))
+        return ImageClassifier(vision, nn.Linear(self.vision.feature_width, len(self.classes)))
 
-    def tiny(self) -> "ImageClassifier":
+    def tiny(self) -> "ImageClassifierConfig":
         """The classes are those of the synthetic pictures."""
         return replace(self, vision=self.vision.tiny(), classes=SHAPE_LABELS)
 
@@ -73,7 +74,7 @@ class Outputs:
     labels_BT: Tensor | None = None
 
 
-class ClassifierModel(Freezable):
+class ImageClassifier(VLMModule):
     """`vision` and `head`. Takes pixels, or features that the same tower gave before."""
 
     gives = CLASSES
@@ -104,7 +105,9 @@ class ClassifierModel(Freezable):
             raise DataError("a classifier reads either pixels or cached features of every image")
         logits_BC = self.classify(self.vision(pixels) if features is None else features)
         if len(logits_BC) != len(ids):
-            raise DataError(f"{len(ids)} samples and {len(logits_BC)} images: every sample needs exactly one image")
+            raise DataError(
+                f"{len(ids)} samples and {len(logits_BC)} images: every sample needs exactly one image"
+            )
         return Outputs(logits_BC, labels)
 
     def classify(self, features: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from bridgework.config import config_class, positive
 from bridgework.errors import SpecError, WeightsError, suggest
-from bridgework.models import packing
+from bridgework.models import attention_masks
 from bridgework.models import pretrained as weights_of
-from bridgework.models.lora import LoRA
-from bridgework.spec import positive, spec
+from bridgework.models.lora import LoRAConfig
 
 FIELDS = {  # ours -> what configs of transformers call it; the first that a config has
     "width": ("hidden_size",),
@@ -32,10 +32,18 @@ APART = {  # of transformers' configs: what says nothing of the model, or is the
     "architectures", "dtype", "transformers_version", "_name_or_path", "use_cache", "bos_token_id", "eos_token_id",
 }  # fmt: skip
 SEEN = 1e-5  # of the largest logit: what a token that comes later may change
-UNBUILT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+UNBUILT = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
-@spec
+@config_class
 class LanguageConfig:
     """A language model of transformers, causal or of two halves: `arch` is transformers' `model_type`.
 
@@ -57,8 +65,10 @@ class LanguageConfig:
     tied: bool = False  # one matrix for the input and the output embeddings
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    extra: Mapping[str, Any] = field(default_factory=dict)  # fields of transformers' config, by its names
-    lora: LoRA | None = None  # adapters on its linear layers
+    extra: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # fields of transformers' config, by its names
+    lora: LoRAConfig | None = None  # adapters on its linear layers
 
     def __post_init__(self) -> None:
         positive("language", self, "width", "depth", "heads", "kv_heads", "ffn", "vocab", "context")
@@ -72,14 +82,18 @@ class LanguageConfig:
     def unpackable(self) -> str | None:
         """Why samples of this language model cannot share a sequence; None where they can."""
         config = self.config()
-        return packing.refusal(config, _model_class(config)._model_mapping.get(type(config), None))
+        return attention_masks.refusal(
+            config, _model_class(config)._model_mapping.get(type(config), None)
+        )
 
     def build(self, *, pretrained: bool = True) -> Any:
         """Return a transformers language model in float32.
 
         Raises SpecError for numbers that transformers cannot build, WeightsError for weights.
         """
-        model = self._load(self.weights) if pretrained and self.weights is not None else self._draw()
+        model = (
+            self._load(self.weights) if pretrained and self.weights is not None else self._draw()
+        )
         return model if self.lora is None else self.lora.add(model)
 
     @classmethod
@@ -91,7 +105,10 @@ class LanguageConfig:
         """
         names = _names(config)
         numbers = {ours: getattr(config, theirs) for ours, theirs in names.items()}
-        numbers = {"kv_heads": numbers["heads"], "context": 512} | numbers  # T5 was trained on 512 tokens
+        numbers = {
+            "kv_heads": numbers["heads"],
+            "context": 512,
+        } | numbers  # T5 was trained on 512 tokens
         numbers["ffn"] = numbers.get("ffn") or _multiple(config) * numbers["width"]
         if (theta := _rope_theta(config)) is not None:
             numbers["rope_theta"] = theta
@@ -101,7 +118,11 @@ class LanguageConfig:
         made, apart = bare.config().to_dict(), APART | set(names.values())
         if not config.is_encoder_decoder:
             apart |= {"pad_token_id"}
-        extra = {k: v for k, v in config.to_dict().items() if k not in apart and k in made and made[k] != v}
+        extra = {
+            k: v
+            for k, v in config.to_dict().items()
+            if k not in apart and k in made and made[k] != v
+        }
         return replace(bare, extra=extra)
 
     def config(self) -> Any:
@@ -109,7 +130,9 @@ class LanguageConfig:
         from transformers import CONFIG_MAPPING, AutoConfig
 
         if self.arch not in CONFIG_MAPPING:
-            raise SpecError(f"language.arch: transformers has no model type {self.arch!r}; try 'llama'")
+            raise SpecError(
+                f"language.arch: transformers has no model type {self.arch!r}; try 'llama'"
+            )
         try:
             return self._config(AutoConfig.for_model(self.arch))
         except SpecError:
@@ -123,9 +146,13 @@ class LanguageConfig:
         names = _names(known)
         missing = [ours for ours in FIELDS if ours not in names and ours not in (*ABSENT, "ffn")]
         if missing:
-            raise SpecError(f"language.arch {self.arch!r} is of another shape: it has no {', '.join(missing)}")
+            raise SpecError(
+                f"language.arch {self.arch!r} is of another shape: it has no {', '.join(missing)}"
+            )
         if "kv_heads" not in names and self.kv_heads != self.heads:
-            raise SpecError(f"language.arch {self.arch!r} does not group heads; set kv_heads={self.heads}")
+            raise SpecError(
+                f"language.arch {self.arch!r} does not group heads; set kv_heads={self.heads}"
+            )
         numbers = {theirs: getattr(self, ours) for ours, theirs in names.items()}
         if hasattr(known, "rope_parameters"):
             numbers["rope_parameters"] = _rope(known.rope_parameters, self.rope_theta)
@@ -148,7 +175,9 @@ class LanguageConfig:
         config = self.config()
         self._check_ffn(config)
         try:
-            model: Any = _model_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model: Any = _model_class(config).from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
             self._try(model)
         except SpecError:
             raise
@@ -159,7 +188,9 @@ class LanguageConfig:
         if not self.tied:
             untie(model)
         elif not is_tied(model):
-            raise SpecError(f"language.tied: {self.arch!r} has an output matrix of its own; set tied=false")
+            raise SpecError(
+                f"language.tied: {self.arch!r} has an output matrix of its own; set tied=false"
+            )
         return model
 
     def _try(self, model: Any) -> None:
@@ -192,7 +223,12 @@ class LanguageConfig:
     def _has_matrix(self, model: nn.Module) -> bool:
         """Whether a linear layer goes from the width to `ffn`, or back; GPT's are of a class of transformers."""
         layers = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
-        shapes = [p.shape for m in layers for name, p in m.named_parameters(recurse=False) if name == "weight"]
+        shapes = [
+            p.shape
+            for m in layers
+            for name, p in m.named_parameters(recurse=False)
+            if name == "weight"
+        ]
         return any(set(shape) == {self.width, self.ffn} for shape in shapes)
 
     def _check_ffn(self, config: Any) -> None:
@@ -215,7 +251,9 @@ class LanguageConfig:
 
         config = weights_of.load_config(AutoConfig, weights)
         names = _names(config)
-        if missing := [ours for ours in FIELDS if ours not in names and ours not in (*ABSENT, "ffn")]:
+        if missing := [
+            ours for ours in FIELDS if ours not in names and ours not in (*ABSENT, "ffn")
+        ]:
             raise WeightsError(
                 f"weights {weights!r} are of a {config.model_type}, which is no language model by itself: its config "
                 f"has no {', '.join(missing)}. Fix: name the folder of a language model"
@@ -223,12 +261,18 @@ class LanguageConfig:
         self._check_ffn(config)
         found = {ours: getattr(config, theirs) for ours, theirs in names.items() if ours != "tied"}
         found["ffn"] = found.get("ffn") or _multiple(config) * found["width"]  # GPT-2 leaves it out
-        found |= {"arch": config.model_type} | {name: getattr(config, name, None) for name in self.extra}
+        found |= {"arch": config.model_type} | {
+            name: getattr(config, name, None) for name in self.extra
+        }
         if hasattr(config, "rope_parameters"):
             found["rope_theta"] = _rope_theta(config)
         if "context" in found:
             found["context"] = min(self.context, found["context"])
-        weights_of.check(weights, {name: self.extra.get(name, getattr(self, name, None)) for name in found}, found)
+        weights_of.check(
+            weights,
+            {name: self.extra.get(name, getattr(self, name, None)) for name in found},
+            found,
+        )
         model = weights_of.load(_model_class(config), weights)
         weights_of.check(weights, {"tied": self.tied}, {"tied": is_tied(model)})
         return model
@@ -277,12 +321,21 @@ def _model_class(config: Any) -> Any:
 
 def _names(config: Any) -> dict[str, str]:
     """Our fields, and what this config calls them by its own names; those that it has no place for are left out."""
-    has = {ours: next((name for name in names if hasattr(config, name)), None) for ours, names in FIELDS.items()}
-    return {ours: type(config).attribute_map.get(name, name) for ours, name in has.items() if name is not None}
+    has = {
+        ours: next((name for name in names if hasattr(config, name)), None)
+        for ours, names in FIELDS.items()
+    }
+    return {
+        ours: type(config).attribute_map.get(name, name)
+        for ours, name in has.items()
+        if name is not None
+    }
 
 
 def _multiple(config: Any) -> int:
-    return int(getattr(config, MULTIPLE, 4))  # BLOOM and MPT, whose configs say nothing, are built with 4
+    return int(
+        getattr(config, MULTIPLE, 4)
+    )  # BLOOM and MPT, whose configs say nothing, are built with 4
 
 
 def _rope(known: Mapping[str, Any] | None, theta: float) -> dict[str, Any]:

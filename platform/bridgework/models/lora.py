@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bridgework.config import config_class
 from bridgework.errors import SpecError
-from bridgework.spec import spec
 
 OFF = 0.0
 BASE = ".base_layer."
 
 
-@spec
-class LoRA:
+@config_class
+class LoRAConfig:
     """Adapters on every linear layer but the output's, or on those named; the defaults are LLaVA 1.5's."""
 
     rank: int = 128
@@ -35,7 +35,10 @@ class LoRA:
 
     def add(self, language: nn.Module) -> nn.Module:
         """The same model with adapters in it. Raises SpecError for a target that it does not have."""
-        from peft import LoraConfig, inject_adapter_in_model  # takes seconds: not before a model is built
+        from peft import (
+            LoraConfig,
+            inject_adapter_in_model,
+        )  # takes seconds: not before a model is built
 
         config = LoraConfig(
             r=self.rank,
@@ -46,9 +49,11 @@ class LoRA:
         try:
             return inject_adapter_in_model(config, language)
         except ValueError as error:
-            raise SpecError(f"language.lora.targets {self.targets}: {str(error).splitlines()[0]}") from None
+            raise SpecError(
+                f"language.lora.targets {self.targets}: {str(error).splitlines()[0]}"
+            ) from None
 
-    def tiny(self) -> "LoRA":
+    def tiny(self) -> "LoRAConfig":
         return replace(self, rank=min(self.rank, 4), dropout=0.0)
 
 
@@ -57,18 +62,18 @@ def is_adapter(parameter: str) -> bool:
     return ".lora_" in parameter
 
 
-def adapted(module: nn.Module) -> list[tuple[str, Any]]:
+def adapter_layers(module: nn.Module) -> list[tuple[str, Any]]:
     """(name, layer) of every layer with adapters."""
     return [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "lora_A")]
 
 
 @contextmanager
-def off(module: nn.Module) -> Iterator[None]:
+def disable_adapters(module: nn.Module) -> Iterator[None]:
     """The model as it was before its adapters: the reference of preference learning. Raises SpecError without any.
 
     By their scale: peft's own switch also freezes and thaws, which is the stage's to say.
     """
-    layers = [layer for _, layer in adapted(module)]
+    layers = [layer for _, layer in adapter_layers(module)]
     if not layers:
         raise SpecError(
             "the reference of preference learning is the model with its adapters off, and this one has none; "
@@ -86,21 +91,21 @@ def off(module: nn.Module) -> Iterator[None]:
 
 def merge(module: nn.Module) -> None:
     """Add every adapter to its matrix and take it away, in place: names are those of a model without adapters."""
-    for name, layer in adapted(module):
+    for name, layer in adapter_layers(module):
         layer.merge()
         parent, _, own = name.rpartition(".")
         setattr(module.get_submodule(parent), own, layer.get_base_layer())
 
 
-def merged(spec: Any, model: nn.Module) -> Any:
+def merge_adapters(spec: Any, model: nn.Module) -> Any:
     """Merge the adapters of a wiring, in place, and give the spec of what it is then."""
-    if not adapted(model):
+    if not adapter_layers(model):
         return spec
     merge(model)
     return replace(spec, language=replace(spec.language, lora=None))
 
 
-def fitted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def remap_adapters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` of a model without adapters under the names of `model`, where that has some."""
     names = {name.replace(BASE, "."): name for name in model.state_dict() if BASE in name}
     return {names.get(name, name): tensor for name, tensor in state.items()}

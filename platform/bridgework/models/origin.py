@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
-from bridgework.spec import spec
+from bridgework.config import config_class
 
 
-@spec
+@config_class
 class Origin:
     """Special ids and other fields of the config, and the settings of generation, of an imported model.
 

@@ -32,9 +32,16 @@ def resolve(weights: str) -> str:
     path = _in_package(weights) if weights.startswith(PACKAGE) else Path(weights).expanduser()
     if path.exists():
         return str(converted(path) if path.suffix == ".gguf" else path)
-    if weights.startswith(PACKAGE) or path.is_absolute() or weights.startswith((".", "~")) or path.suffix:
+    if (
+        weights.startswith(PACKAGE)
+        or path.is_absolute()
+        or weights.startswith((".", "~"))
+        or path.suffix
+    ):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise WeightsError(f"weights {weights!r}: there is no {path}" + suggest(path.name, siblings))
+        raise WeightsError(
+            f"weights {weights!r}: there is no {path}" + suggest(path.name, siblings)
+        )
     return weights
 
 
@@ -57,7 +64,12 @@ def converted(gguf: Path) -> Path:
     """
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    folder = Path(os.environ.get("BRIDGEWORK_HOME", ".bridgework")) / "cache" / "gguf" / f"{gguf.stem}-{digest}"
+    folder = (
+        Path(os.environ.get("BRIDGEWORK_HOME", ".bridgework"))
+        / "cache"
+        / "gguf"
+        / f"{gguf.stem}-{digest}"
+    )
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +143,9 @@ def shards(index: Path, weights: str) -> dict[str, str]:
         named = json.loads(index.read_text())["weight_map"]
         files = {str(name): PurePosixPath(file) for name, file in named.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise WeightsError(f"weights {weights!r} cannot be read: {index.name} is not an index of shards") from None
+        raise WeightsError(
+            f"weights {weights!r} cannot be read: {index.name} is not an index of shards"
+        ) from None
     for file in files.values():
         if file.is_absolute() or ".." in file.parts or "\\" in str(file):
             raise WeightsError(
@@ -197,9 +211,15 @@ def _readable(weights: str) -> Iterator[None]:
 
 def check(weights: str, given: Mapping[str, object], found: Mapping[str, object]) -> None:
     """Raises WeightsError that lists each field in which the spec and the weights differ."""
-    differ = [f"{name} {found[name]} (spec {value})" for name, value in given.items() if not _same(value, found[name])]
+    differ = [
+        f"{name} {found[name]} (spec {value})"
+        for name, value in given.items()
+        if not _same(value, found[name])
+    ]
     if differ:
-        raise WeightsError(f"weights {weights!r} do not fit the spec: {', '.join(differ)}; change the spec's fields")
+        raise WeightsError(
+            f"weights {weights!r} do not fit the spec: {', '.join(differ)}; change the spec's fields"
+        )
 
 
 def _same(given: object, found: object) -> bool:

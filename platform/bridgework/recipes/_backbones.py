@@ -4,12 +4,16 @@ from dataclasses import replace
 
 from bridgework.models import EvaConfig, LanguageConfig
 
-VIT_G = EvaConfig(weights="Salesforce/blip2-itm-vit-g")  # whose ViT is EVA's own: BLIP-2 never trains it
+VIT_G = EvaConfig(
+    weights="Salesforce/blip2-itm-vit-g"
+)  # whose ViT is EVA's own: BLIP-2 never trains it
 OPT_2_7B = LanguageConfig(
     arch="opt", width=2560, depth=32, heads=32, kv_heads=32, ffn=10240, vocab=50272, context=2048, tied=True,
     tokenizer="facebook/opt-2.7b", weights="facebook/opt-2.7b",
 )  # fmt: skip
-OPT_6_7B = replace(OPT_2_7B, width=4096, ffn=16384, tokenizer="facebook/opt-6.7b", weights="facebook/opt-6.7b")
+OPT_6_7B = replace(
+    OPT_2_7B, width=4096, ffn=16384, tokenizer="facebook/opt-6.7b", weights="facebook/opt-6.7b"
+)
 FLAN_XL = LanguageConfig(
     arch="t5", width=2048, depth=24, heads=32, kv_heads=32, ffn=5120, vocab=32128, context=512, tied=False,
     norm_eps=1e-6, extra={"feed_forward_proj": "gated-gelu", "d_kv": 64, "scale_decoder_outputs": False},

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from bridgework.losses import Captioning
-from bridgework.models import PrefixVLM, QFormer
+from bridgework.losses import LanguageModeling
+from bridgework.models import PrefixVLMConfig, QFormerConfig
 from bridgework.recipes._backbones import OPT_2_7B, VIT_G
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage
 
@@ -13,11 +13,11 @@ QUESTIONS = tuple(
 )
 
 
-def asking(bridge: QFormer) -> Stage:
+def asking(bridge: QFormerConfig) -> Stage:
     vision = replace(VIT_G, image_size=490)
     return Stage(
-        name="vqa", model=PrefixVLM(vision=vision, bridge=replace(bridge, text=True), language=OPT_2_7B),
-        trains={"bridge.*": 1.0, **layerwise(vision.depth, 0.95)}, losses=(Captioning(),),
+        name="vqa", model=PrefixVLMConfig(vision=vision, bridge=replace(bridge, text=True), language=OPT_2_7B),
+        trains={"bridge.*": 1.0, **layerwise(vision.depth, 0.95)}, losses=(LanguageModeling(),),
         data=Mixture(sources=QUESTIONS, template="answer", max_tokens=96, lanes=16),
         budget=Budget(steps=82_165, batch=128, micro=4),
         optim=AdamW(peak_lr=1e-5, warmup=1_000 / 82_165, weight_decay=0.05), starts_from="generate",

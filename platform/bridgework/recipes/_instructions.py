@@ -4,7 +4,16 @@ Dai et al. 2023, arXiv:2305.06500, 2.1 and figure 2.
 """
 
 from bridgework.evaluation import VQA, Captions, MultipleChoice, Writing, YesNo
-from bridgework.recipes._instruction_prompts import ANSWER, ASK, CAPTION, CHOOSE, KNOW, READ, SIGNS, TALK
+from bridgework.recipes._instruction_prompts import (
+    ANSWER,
+    ASK,
+    CAPTION,
+    CHOOSE,
+    KNOW,
+    READ,
+    SIGNS,
+    TALK,
+)
 from bridgework.system import EvalSpec, Source
 
 HELD_IN = (  # rows as the paper counts them
@@ -12,8 +21,12 @@ HELD_IN = (  # rows as the paper counts them
     Source(name="capfilt", dataset="blip2-capfilt-14m", rows=14_000_000, prompts=CAPTION),
     Source(name="textcaps", dataset="textcaps", rows=21_000, prompts=READ),
     Source(name="vqav2", dataset="vqav2", rows=82_000, prompts=ANSWER),
-    Source(name="okvqa", dataset="okvqa", rows=9_000, prompts=KNOW, factor=2.0),  # raised, and the next one lowered:
-    Source(name="aokvqa", dataset="aokvqa", rows=17_000, prompts=CHOOSE, factor=0.5),  # 2.4; by how much is not said
+    Source(
+        name="okvqa", dataset="okvqa", rows=9_000, prompts=KNOW, factor=2.0
+    ),  # raised, and the next one lowered:
+    Source(
+        name="aokvqa", dataset="aokvqa", rows=17_000, prompts=CHOOSE, factor=0.5
+    ),  # 2.4; by how much is not said
     Source(name="ocrvqa", dataset="ocrvqa", rows=800_000, prompts=SIGNS),
     Source(name="vqav2_ask", dataset="vqav2-ask", rows=82_000, prompts=ASK),
     Source(name="okvqa_ask", dataset="okvqa-ask", rows=9_000, prompts=ASK),

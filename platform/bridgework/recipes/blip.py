@@ -16,14 +16,19 @@ from dataclasses import replace
 
 from bridgework.curation import CapFilt
 from bridgework.losses import Matching, MomentumContrastive
-from bridgework.models import MED, BlipViTConfig, MomentumConfig
+from bridgework.models import BlipViTConfig, MEDConfig, MomentumConfig
 from bridgework.recipes import _blip_tunes as tunes
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
 HUMAN = (tunes.COCO, Source(name="vg", dataset="vg", rows=769_000))
 WEB = {"cc3m": 3_000_000, "cc12m": 10_000_000, "sbu": 860_000}
-NOISY = (*HUMAN, *(Source(name=name, dataset=name, rows=rows) for name, rows in WEB.items()))  # 14M images (4.1)
-LAION = Source(name="laion", dataset="laion-115m", rows=115_000_000, max_epochs=4.0)  # a fifth of it an epoch (4.1)
+NOISY = (
+    *HUMAN,
+    *(Source(name=name, dataset=name, rows=rows) for name, rows in WEB.items()),
+)  # 14M images (4.1)
+LAION = Source(
+    name="laion", dataset="laion-115m", rows=115_000_000, max_epochs=4.0
+)  # a fifth of it an epoch (4.1)
 CLEAN = (*HUMAN, Source(name="capfilt", dataset="capfilt"))
 
 
@@ -51,18 +56,26 @@ def vqa() -> System:
     return _with("vqa", tunes.answering(tunes.VIT_B))
 
 
-def _blip(vit: BlipViTConfig, noisy: tuple[Source, ...], *, steps: int, batch: int, peak_lr: float) -> System:
+def _blip(
+    vit: BlipViTConfig, noisy: tuple[Source, ...], *, steps: int, batch: int, peak_lr: float
+) -> System:
     pretrain = Stage(
         name="pretrain", trains={"*": 1.0}, shard=ZeRO(stage=1), evals=tunes.FOUND,
-        model=MED(vision=vit, text=tunes.BERT, momentum=MomentumConfig(ramp=steps // 10)),  # 2 of 20 epochs
+        model=MEDConfig(vision=vit, text=tunes.BERT, momentum=MomentumConfig(ramp=steps // 10)),  # 2 of 20 epochs
         losses=(MomentumContrastive(), Matching(negatives="lane"), tunes.WRITING),  # 90 samples, as of one GPU
         data=Mixture(sources=noisy, template="caption", max_tokens=30, lanes=32),
         budget=Budget(steps=steps, batch=batch, micro=batch // 32),
         optim=AdamW(peak_lr=peak_lr, final_lr=peak_lr * 0.85**20, decay="exponential", warmup=3_000 / steps,
                     weight_decay=0.05, clip=0.0),
     )  # fmt: skip
-    clean = CapFilt(captioner="captioner", filter="filter", sources=tuple(s.dataset for s in noisy if s not in HUMAN))
-    bootstrap = replace(pretrain, name="bootstrap", data=replace(pretrain.data, sources=CLEAN), curation=clean)
+    clean = CapFilt(
+        captioner="captioner",
+        filter="filter",
+        sources=tuple(s.dataset for s in noisy if s not in HUMAN),
+    )
+    bootstrap = replace(
+        pretrain, name="bootstrap", data=replace(pretrain.data, sources=CLEAN), curation=clean
+    )
     tuned = tunes.captioning(vit), tunes.finding(vit)
     return System(name="blip", paper="arXiv:2201.12086", stages=(pretrain, *tuned, bootstrap))
 

@@ -13,15 +13,23 @@ from their beginning (2.4: from anywhere); the batch size is ours.
 
 from bridgework.evaluation import VQA, Captions, FewShot, Writing
 from bridgework.evaluation.few_shot import Shots
-from bridgework.losses import Captioning
-from bridgework.models import CrossAttentionVLM, Gates, LanguageConfig, Resampler, ViTConfig
+from bridgework.losses import LanguageModeling
+from bridgework.models import (
+    CrossAttentionVLMConfig,
+    GatesConfig,
+    LanguageConfig,
+    ResamplerConfig,
+    ViTConfig,
+)
 from bridgework.system import AdamW, Budget, EvalSpec, Mixture, Scoring, Source, Stage, System, ZeRO
 
 SIGLIP = ViTConfig(
     kind="siglip", image_size=384, patch=14, width=1152, depth=27, heads=16, ffn=4304, layer=-1, fit="pad",
     weights="google/siglip-so400m-patch14-384",
 )  # fmt: skip
-RESAMPLER = Resampler(latents=64, depth=6, heads=16, head_width=96, frames=8, project=False)  # A.1.1, table 4
+RESAMPLER = ResamplerConfig(
+    latents=64, depth=6, heads=16, head_width=96, frames=8, project=False
+)  # A.1.1, table 4
 LMS = {  # for Chinchilla 1.4B, 7B and 70B, of 24, 40 and 80 layers (table 5)
     "3b": LanguageConfig(
         width=2048, depth=24, heads=32, kv_heads=32, ffn=8192, vocab=49_152, context=2048, tied=True,
@@ -51,24 +59,24 @@ JUDGES: tuple[EvalSpec, ...] = (  # closed-ended, by likelihood, and open-ended 
 
 def system() -> System:
     """3B: a block before every layer."""
-    return _flamingo("3b", Gates(every=1, heads=16, head_width=128), ZeRO(stage=1))
+    return _flamingo("3b", GatesConfig(every=1, heads=16, head_width=128), ZeRO(stage=1))
 
 
 def b9() -> System:
     """9B: a block before every fourth layer."""
-    return _flamingo("9b", Gates(every=4, heads=32, head_width=128), ZeRO(stage=2))
+    return _flamingo("9b", GatesConfig(every=4, heads=32, head_width=128), ZeRO(stage=2))
 
 
 def b80() -> System:
     """80B: a block before every seventh layer; the paper splits the LM over 16 chips, here ZeRO-3 does."""
-    return _flamingo("80b", Gates(every=7, heads=64, head_width=128), ZeRO(stage=3))
+    return _flamingo("80b", GatesConfig(every=7, heads=64, head_width=128), ZeRO(stage=3))
 
 
-def _flamingo(size: str, gates: Gates, shard: ZeRO) -> System:
+def _flamingo(size: str, gates: GatesConfig, shard: ZeRO) -> System:
     train = Stage(
-        name="train", model=CrossAttentionVLM(vision=SIGLIP, bridge=RESAMPLER, gates=gates, language=LMS[size]),
+        name="train", model=CrossAttentionVLMConfig(vision=SIGLIP, bridge=RESAMPLER, gates=gates, language=LMS[size]),
         trains={"bridge.*": 1.0, "gates.*": 1.0, "extra.*": 1.0}, shard=shard, evals=JUDGES,
-        losses=(Captioning(mean="samples"),),  # lambda weighs the expected sum over a sample's tokens (2.4)
+        losses=(LanguageModeling(mean="samples"),),  # lambda weighs the expected sum over a sample's tokens (2.4)
         data=Mixture(sources=SOURCES, alpha=0.0, template="interleaved", max_tokens=256),  # windows of 256 (2.4)
         budget=Budget(steps=500_000, batch=2_048, micro=16),
         optim=AdamW(peak_lr=1e-4, warmup=5_000 / 500_000, decay="constant", weight_decay=0.1),  # B.1.2

@@ -13,8 +13,8 @@ checkpoint is kept, not the best of every 3,000.
 
 from dataclasses import replace
 
-from bridgework.losses import Captioning
-from bridgework.models import LanguageConfig, PrefixVLM
+from bridgework.losses import LanguageModeling
+from bridgework.models import LanguageConfig, PrefixVLMConfig
 from bridgework.recipes import blip2
 from bridgework.recipes._backbones import FLAN_XL, VICUNA_7B, VIT_G
 from bridgework.recipes._instructions import HELD_IN, HELD_OUT
@@ -36,13 +36,19 @@ def without_instruction() -> System:
     return _instructblip(blip2.flan_t5(), FLAN_XL, batch=192, aware=False)
 
 
-def _instructblip(start: System, language: LanguageConfig, *, batch: int, aware: bool = True) -> System:
+def _instructblip(
+    start: System, language: LanguageConfig, *, batch: int, aware: bool = True
+) -> System:
     instruct = Stage(
         name="instruct",
-        model=PrefixVLM(vision=VIT_G, bridge=replace(blip2.BRIDGE, text=aware), language=language),
+        model=PrefixVLMConfig(
+            vision=VIT_G, bridge=replace(blip2.BRIDGE, text=aware), language=language
+        ),
         trains={"bridge.*": 1.0},
-        losses=(Captioning(),),
-        data=Mixture(sources=HELD_IN, alpha=0.5, template="answer", max_tokens=32 + 128 + 256, lanes=16),
+        losses=(LanguageModeling(),),
+        data=Mixture(
+            sources=HELD_IN, alpha=0.5, template="answer", max_tokens=32 + 128 + 256, lanes=16
+        ),
         budget=Budget(steps=STEPS, batch=batch, micro=batch // 16),
         optim=AdamW(peak_lr=1e-5, warmup=1_000 / STEPS, weight_decay=0.05),
         starts_from="generate",

@@ -12,8 +12,8 @@ Departs from the release: the loss of a batch is the mean over all its answer to
 from dataclasses import replace
 
 from bridgework.evaluation import Writing, WrittenChoice
-from bridgework.losses import Captioning
-from bridgework.models import MLP, Linear, PrefixVLM
+from bridgework.losses import LanguageModeling
+from bridgework.models import LinearConfig, MLPConfig, PrefixVLMConfig
 from bridgework.recipes._llava_next import next
 from bridgework.recipes._llava_parts import CAPTIONS, CLIP_L, JUDGES, MIX_665K, VICUNA_7B
 from bridgework.recipes._llava_quickstart import quickstart
@@ -25,15 +25,17 @@ LETTERED = ("{}\nOptions: {OPTIONS}",)
 
 def system() -> System:
     """LLaVA-1.5 7B: 336 px, a two-layer MLP."""
-    model = PrefixVLM(vision=CLIP_L, bridge=MLP(depth=2), language=VICUNA_7B)
+    model = PrefixVLMConfig(vision=CLIP_L, bridge=MLPConfig(depth=2), language=VICUNA_7B)
     align = Stage(
-        name="align", model=model, trains={"bridge.*": 1.0}, losses=(Captioning(),),
+        name="align", model=model, trains={"bridge.*": 1.0}, losses=(LanguageModeling(),),
         data=Mixture(sources=(CAPTIONS,), template="plain"),
         budget=Budget(steps=2_180, batch=256, micro=32), optim=AdamW(peak_lr=1e-3), shard=ZeRO(stage=2),
     )  # fmt: skip
-    conversations = tuple(Source(name=n, dataset=f"llava-{n}", rows=rows) for n, rows in MIX_665K.items())
+    conversations = tuple(
+        Source(name=n, dataset=f"llava-{n}", rows=rows) for n, rows in MIX_665K.items()
+    )
     instruct = Stage(
-        name="instruct", model=model, trains={"bridge.*": 1.0, "language.*": 1.0}, losses=(Captioning(),),
+        name="instruct", model=model, trains={"bridge.*": 1.0, "language.*": 1.0}, losses=(LanguageModeling(),),
         data=Mixture(sources=conversations, template="v1"),
         budget=Budget(steps=5_197, batch=128, micro=16), optim=AdamW(peak_lr=2e-5), shard=ZeRO(stage=3),
         starts_from="align", evals=JUDGES,
@@ -43,10 +45,15 @@ def system() -> System:
 
 def v1() -> System:
     """The first LLaVA: 224 px, one linear layer, 595K captions, 158K conversations for three epochs."""
-    model = PrefixVLM(
+    model = PrefixVLMConfig(
         vision=replace(CLIP_L, image_size=224, fit="crop", weights="openai/clip-vit-large-patch14"),
-        bridge=Linear(),
-        language=replace(VICUNA_7B, context=2048, tokenizer="lmsys/vicuna-7b-v1.1", weights="lmsys/vicuna-7b-v1.1"),
+        bridge=LinearConfig(),
+        language=replace(
+            VICUNA_7B,
+            context=2048,
+            tokenizer="lmsys/vicuna-7b-v1.1",
+            weights="lmsys/vicuna-7b-v1.1",
+        ),
     )
     align, instruct = system().stages
     captions = Source(name="cc595k", dataset="llava-cc595k", rows=595_375)
@@ -65,7 +72,9 @@ def v1() -> System:
 def science_qa() -> System:
     """The first LLaVA, from its aligned projector: 12 epochs of reasons first and then the answer (5.2)."""
     align, instruct = v1().stages
-    questions = Source(name="scienceqa", dataset="scienceqa-train", rows=12_726, prompts=LETTERED)  # solutions=true
+    questions = Source(
+        name="scienceqa", dataset="scienceqa-train", rows=12_726, prompts=LETTERED
+    )  # solutions=true
     judges = (
         WrittenChoice(name="scienceqa", dataset="scienceqa-test", rows=4_241, prompts=LETTERED,
                       writing=Writing(beams=1, most=512)),

@@ -14,13 +14,19 @@ of memes, recipes, advertisements and poems are judged by people, and are not am
 from dataclasses import replace
 
 from bridgework.evaluation import CHAIR, VQA, HeldOutLoss, MultipleChoice, Writing
-from bridgework.losses import Captioning
-from bridgework.models import Concat, EvaConfig, LanguageConfig, PrefixVLM, QFormer
+from bridgework.losses import LanguageModeling
+from bridgework.models import (
+    ConcatConfig,
+    EvaConfig,
+    LanguageConfig,
+    PrefixVLMConfig,
+    QFormerConfig,
+)
 from bridgework.recipes._backbones import VICUNA_13B
 from bridgework.system import AdamW, Budget, Mixture, Scoring, Source, Stage, System
 
 BLIP2 = "Salesforce/blip2-flan-t5-xxl"  # its ViT, its LayerNorm and its Q-Former
-QFORMER = QFormer(weights=BLIP2)
+QFORMER = QFormerConfig(weights=BLIP2)
 LLAMA_2 = LanguageConfig(
     arch="llama", width=4096, depth=32, heads=32, kv_heads=32, ffn=11008, vocab=32000, context=4096,
     tokenizer="meta-llama/Llama-2-7b-chat-hf", weights="meta-llama/Llama-2-7b-chat-hf",
@@ -47,25 +53,31 @@ JUDGES = (  # AOK-VQA and GQA; hallucinated objects of long and of short descrip
 
 
 def system() -> System:
-    return _minigpt4(PrefixVLM(vision=EvaConfig(weights=BLIP2), bridge=QFORMER, language=VICUNA_13B))
+    return _minigpt4(
+        PrefixVLMConfig(vision=EvaConfig(weights=BLIP2), bridge=QFORMER, language=VICUNA_13B)
+    )
 
 
 def without_qformer() -> System:
     patches = EvaConfig(weights=BLIP2, select="patch")
-    return _minigpt4(PrefixVLM(vision=patches, bridge=Concat(weights=BLIP2), language=LLAMA_2))
+    return _minigpt4(
+        PrefixVLMConfig(vision=patches, bridge=ConcatConfig(weights=BLIP2), language=LLAMA_2)
+    )
 
 
-def _minigpt4(model: PrefixVLM) -> System:
+def _minigpt4(model: PrefixVLMConfig) -> System:
     align = Stage(
-        name="align", model=model, trains={"bridge.projection.*": 1.0}, losses=(Captioning(),),
+        name="align", model=model, trains={"bridge.projection.*": 1.0}, losses=(LanguageModeling(),),
         data=Mixture(sources=PAIRS, template="plain", max_tokens=model.image_tokens + 34, lanes=64),
         budget=Budget(steps=20_000, batch=256, micro=64),
         optim=AdamW(peak_lr=1e-4, final_lr=8e-5, warmup=5_000 / 20_000, weight_decay=0.05),
         evals=(HeldOutLoss(name="coco", dataset="coco-karpathy-test", rows=1_000),),
     )  # fmt: skip
-    described = Source(name="cc_sbu_align", dataset="minigpt4-align", rows=3_500, prompts=INSTRUCTIONS)
+    described = Source(
+        name="cc_sbu_align", dataset="minigpt4-align", rows=3_500, prompts=INSTRUCTIONS
+    )
     polish = Stage(
-        name="polish", model=model, trains={"bridge.projection.*": 1.0}, losses=(Captioning(),),
+        name="polish", model=model, trains={"bridge.projection.*": 1.0}, losses=(LanguageModeling(),),
         data=Mixture(sources=(described,), template="human", max_tokens=model.image_tokens + 224, lanes=12),
         budget=Budget(steps=400, batch=12, micro=12), starts_from="align",
         optim=AdamW(peak_lr=3e-5, final_lr=1e-5, warmup=0.2, weight_decay=0.05),  # the release's, over its 1,000 steps

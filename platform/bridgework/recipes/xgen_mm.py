@@ -15,28 +15,40 @@ resampled as tiles (the code cuts wide grids into strips); DPO has no answers ma
 
 from dataclasses import replace
 
-from bridgework.losses import Captioning, Preference
-from bridgework.models import LanguageConfig, LoRA, PrefixVLM, Resampler, ViTConfig
+from bridgework.losses import DPO, LanguageModeling
+from bridgework.models import (
+    LanguageConfig,
+    LoRAConfig,
+    PrefixVLMConfig,
+    ResamplerConfig,
+    ViTConfig,
+)
 from bridgework.system import AdamW, Budget, Mixture, Source, Stage, System, ZeRO
 
 PHI_3 = LanguageConfig(
     arch="phi3", width=3072, depth=32, heads=32, kv_heads=32, ffn=8192, vocab=32_064, context=4096,
     tokenizer="microsoft/Phi-3-mini-4k-instruct", weights="microsoft/Phi-3-mini-4k-instruct",
 )  # fmt: skip
-BASE = PrefixVLM(
+BASE = PrefixVLMConfig(
     vision=ViTConfig(kind="siglip", image_size=384, patch=14, width=1152, depth=27, heads=16, ffn=4304, layer=-1,
                      fit="pad", weights="google/siglip-so400m-patch14-384"),
-    bridge=Resampler(latents=128, depth=6, heads=16, head_width=96, activation="gelu"), language=PHI_3,
+    bridge=ResamplerConfig(latents=128, depth=6, heads=16, head_width=96, activation="gelu"), language=PHI_3,
 )  # fmt: skip
-TILED = replace(BASE, grids=((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)))  # columns and rows of 384 px, as released
-ADAPTED = replace(TILED, language=replace(PHI_3, lora=LoRA(rank=64, alpha=128)))  # 2.6 % of the LM
+TILED = replace(
+    BASE, grids=((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+)  # columns and rows of 384 px, as released
+ADAPTED = replace(
+    TILED, language=replace(PHI_3, lora=LoRAConfig(rank=64, alpha=128))
+)  # 2.6 % of the LM
 WEB = {  # rows, and the share that each has; MINT's three parts are 7:5:1
     "mint_html": (1_054_000_000, 0.7), "mint_pdf": (24_000_000, 0.5), "mint_arxiv": (870_000, 0.1),
     "obelics": (141_000_000, 1.3), "kale": (218_000_000, 1.0), "ocr": (200_000_000, 0.5),
     "grounding": (50_000_000, 0.5), "datacomp": (1_400_000_000, 0.5), "cc12m": (12_400_000, 0.1),
     "cc3m": (3_300_000, 0.1), "vg": (108_000, 0.02), "sbu": (1_000_000, 0.08),
 }  # fmt: skip
-PAGES = tuple(Source(name=name, dataset=name, rows=rows, factor=share) for name, (rows, share) in WEB.items())
+PAGES = tuple(
+    Source(name=name, dataset=name, rows=rows, factor=share) for name, (rows, share) in WEB.items()
+)
 SINGLE = Source(name="single", dataset="xgen-sft", rows=1_000_000)
 MIXED = (Source(name="mantis", dataset="mantis-instruct", rows=721_000),
          Source(name="mmdu", dataset="mmdu", rows=45_000), replace(SINGLE, factor=0.5))  # fmt: skip
@@ -47,7 +59,7 @@ REFUSALS = (Source(name="vlguard", dataset="vlguard", rows=2_000),  # and what k
 def system() -> System:
     """xGen-MM (Phi-3-mini): 128 tokens a tile, base square and up to four tiles an image."""
     pretrain = Stage(
-        name="pretrain", model=BASE, trains={"bridge.*": 1.0, "language.*": 1.0}, losses=(Captioning(),),
+        name="pretrain", model=BASE, trains={"bridge.*": 1.0, "language.*": 1.0}, losses=(LanguageModeling(),),
         data=Mixture(sources=PAGES, alpha=0.0, template="plain"),  # by share, whatever their size
         budget=Budget(steps=48_000, batch=1_024, micro=8), optim=AdamW(peak_lr=4e-5, warmup=0.04), shard=ZeRO(stage=2),
     )  # fmt: skip
@@ -57,16 +69,23 @@ def system() -> System:
         starts_from="pretrain", shard=ZeRO(stage=3),
     )  # fmt: skip
     several = replace(
-        instruct, name="multi_image", data=Mixture(sources=MIXED, template="chat"), starts_from="instruct"
+        instruct,
+        name="multi_image",
+        data=Mixture(sources=MIXED, template="chat"),
+        starts_from="instruct",
     )
     prefer = Stage(
-        name="prefer", model=ADAPTED, trains={"language.*lora_*": 1.0}, losses=(Preference(beta=0.1),),
+        name="prefer", model=ADAPTED, trains={"language.*lora_*": 1.0}, losses=(DPO(beta=0.1),),
         data=Mixture(sources=(Source(name="vlfeedback", dataset="vlfeedback", rows=62_600),), template="chat"),
         budget=Budget(steps=978, batch=64, micro=4), optim=AdamW(peak_lr=1e-5), shard=ZeRO(stage=2),
         starts_from="instruct",
     )  # fmt: skip
     safety = replace(
-        prefer, name="safety", losses=(Captioning(),), data=Mixture(sources=REFUSALS, template="chat"),
+        prefer, name="safety", losses=(LanguageModeling(),), data=Mixture(sources=REFUSALS, template="chat"),
         budget=Budget(steps=328, batch=64, micro=8), starts_from="prefer",  # three epochs
     )  # fmt: skip
-    return System(name="xgen_mm", paper="arXiv:2408.08872", stages=(pretrain, instruct, several, prefer, safety))
+    return System(
+        name="xgen_mm",
+        paper="arXiv:2408.08872",
+        stages=(pretrain, instruct, several, prefer, safety),
+    )

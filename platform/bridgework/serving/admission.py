@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
-from bridgework.serving.refusals import Refusal, busy
+from bridgework.serving.errors import APIError, busy
 
 GRACE_S = 1.0  # a body that takes no longer is not put out by another one of the same key
 
@@ -43,7 +43,9 @@ class Admission:
     def check(self, key: str) -> None:
         """Raises Refusal where no place is free for this key: 503 while draining, else 429."""
         if self.draining:
-            raise Refusal(503, "the server is shutting down. Fix: try again", code="shutting_down", close=True)
+            raise APIError(
+                503, "the server is shutting down. Fix: try again", code="shutting_down", close=True
+            )
         if self.running >= self._places or self._running[key] >= self._per_key:
             raise busy()
 
@@ -82,8 +84,10 @@ class Admission:
         except TimeoutError:
             if put_out:
                 raise busy(close=True) from None
-            message = f"the body: not complete after {limit_s:g} s. Fix: send it faster, or send less"
-            raise Refusal(408, message, code="body_timeout", close=True) from None
+            message = (
+                f"the body: not complete after {limit_s:g} s. Fix: send it faster, or send less"
+            )
+            raise APIError(408, message, code="body_timeout", close=True) from None
 
     def grow(self, arrival: Arrival, size: int) -> None:
         """Report `size` more bytes of a body. Raises Refusal (429) where all bodies together are too large."""

@@ -16,15 +16,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from bridgework.errors import suggest
-from bridgework.serving import refusals
+from bridgework.serving import errors as refusals
 from bridgework.serving.admission import Admission
-from bridgework.serving.auth import Keys
-from bridgework.serving.guard import Guard
+from bridgework.serving.auth import AuthMiddleware, Keys
+from bridgework.serving.errors import APIError
 from bridgework.serving.options import Options
 from bridgework.serving.protocol import model_card
 from bridgework.serving.readiness import Readiness
-from bridgework.serving.refusals import Refusal
-from bridgework.serving.router import Router, Served
+from bridgework.serving.router import Router, ServedModel
 
 Routes = Callable[[Router, Options], APIRouter]
 _CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -38,11 +37,13 @@ class Gateway:
         routes: Routes,
         options: Options,
         keys: Keys | None,
-        served: Sequence[Served],
+        served: Sequence[ServedModel],
         *handles: DeploymentHandle[Any],
     ) -> None:
         self._options, self._keys, self._routes = options, keys, routes
-        self._router = Router(list(zip(served, handles, strict=True)), options.share, options.timeout_s)
+        self._router = Router(
+            list(zip(served, handles, strict=True)), options.share, options.timeout_s
+        )
         self._readiness = Readiness(
             serve.get_replica_context().app_name, [handle.deployment_name for handle in handles]
         )
@@ -84,12 +85,16 @@ def build(
 
     `missing` gives the deployments without a running replica.
     """
-    api = FastAPI(title="bridgework", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
+    api = FastAPI(
+        title="bridgework", docs_url=None, redoc_url=None
+    )  # those pages load scripts from elsewhere
     api.include_router(_common(router, admission, missing))
     api.include_router(routes)
     answer_errors(api)
-    api.add_middleware(Guard, keys=keys, admission=admission, limits=options.limits)
-    if options.cors:  # outside the guard: a preflight has no key, and a page may read why it was refused
+    api.add_middleware(AuthMiddleware, keys=keys, admission=admission, limits=options.limits)
+    if (
+        options.cors
+    ):  # outside the guard: a preflight has no key, and a page may read why it was refused
         api.add_middleware(
             CORSMiddleware,
             allow_origins=options.cors,
@@ -102,11 +107,13 @@ def build(
 
 def answer_errors(api: FastAPI) -> None:
     """Answer every exception in OpenAI's form."""
-    for kind in (Refusal, RequestValidationError, HTTPException, Exception):
+    for kind in (APIError, RequestValidationError, HTTPException, Exception):
         api.add_exception_handler(kind, _refused)
 
 
-def _common(router: Router, admission: Admission, missing: Callable[[], Awaitable[Sequence[str]]]) -> APIRouter:
+def _common(
+    router: Router, admission: Admission, missing: Callable[[], Awaitable[Sequence[str]]]
+) -> APIRouter:
     api = APIRouter()
 
     @api.get("/health/live")
@@ -116,9 +123,9 @@ def _common(router: Router, admission: Admission, missing: Callable[[], Awaitabl
     @api.get("/health")
     async def ready() -> dict[str, str]:
         if admission.draining:
-            raise Refusal(503, "the server is shutting down", code="shutting_down")
+            raise APIError(503, "the server is shutting down", code="shutting_down")
         if absent := await missing():
-            raise Refusal(503, f"no replica of {', '.join(absent)} is running", code="not_ready")
+            raise APIError(503, f"no replica of {', '.join(absent)} is running", code="not_ready")
         return {"status": "ok"}
 
     @api.get("/v1/models")
@@ -129,18 +136,27 @@ def _common(router: Router, admission: Admission, missing: Callable[[], Awaitabl
     async def model(name: str) -> dict[str, Any]:
         if name not in router.names():
             hint = suggest(name[:64], router.names())
-            raise Refusal(404, f"there is no model {name[:64]!r} here{hint}", code="model_not_found", param="model")
+            raise APIError(
+                404,
+                f"there is no model {name[:64]!r} here{hint}",
+                code="model_not_found",
+                param="model",
+            )
         return model_card(name)
 
     return api
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, HTTPException) and isinstance(error.__cause__, Refusal):  # FastAPI's wrapping of JSONRoute's
+    if isinstance(error, HTTPException) and isinstance(
+        error.__cause__, APIError
+    ):  # FastAPI's wrapping of JSONRoute's
         error = error.__cause__
     if isinstance(error, RequestValidationError):
         return refusals.of_validation(error).response()
     if isinstance(error, HTTPException):
         code, where = _CODES.get(error.status_code, "invalid_request"), request.url.path[:200]
-        return Refusal(error.status_code, f"{request.method} {where}: {error.detail}", code=code).response()
+        return APIError(
+            error.status_code, f"{request.method} {where}: {error.detail}", code=code
+        ).response()
     return refusals.of(error).response()

@@ -18,17 +18,17 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
-from bridgework import cluster
+from bridgework import ray_utils
+from bridgework.config import config_class
 from bridgework.errors import ResourceError, SpecError, suggest
 from bridgework.serving import options as options_of
 from bridgework.serving import proxy
-from bridgework.serving.apps import APPS
-from bridgework.serving.guard import is_loopback
+from bridgework.serving.app import APPS
+from bridgework.serving.auth import is_loopback
 from bridgework.serving.options import Options
-from bridgework.spec import spec
 
 
-@spec
+@config_class
 class Where:
     """The place of an app: the address of Serve, and the app's name and path there."""
 
@@ -39,7 +39,9 @@ class Where:
 
     def __post_init__(self) -> None:
         if not self.route_prefix.startswith("/"):
-            raise SpecError(f"route_prefix: not a path. Got {self.route_prefix!r}; expected it to begin with /")
+            raise SpecError(
+                f"route_prefix: not a path. Got {self.route_prefix!r}; expected it to begin with /"
+            )
 
     @property
     def url(self) -> str:
@@ -75,7 +77,11 @@ class Endpoint:
         try:
             gateway = serve.get_app_handle(self.name)
             return int(gateway.drain.remote(self.drain_s).result(timeout_s=self.drain_s + 10))
-        except (RayError, RayServeException, TimeoutError):  # a gateway that is dead has nothing to finish
+        except (
+            RayError,
+            RayServeException,
+            TimeoutError,
+        ):  # a gateway that is dead has nothing to finish
             return 0
 
 
@@ -88,10 +94,10 @@ def start(app: str, args: Mapping[str, Any], where: Where) -> Endpoint:
     model.
     """
     options, name = _checked(app, args, where), where.name or app
-    if not ray.is_initialized() and cluster.address() is None:
+    if not ray.is_initialized() and ray_utils.address() is None:
         _check_port(where)  # what is wrong is found before a Ray of its own starts
     application = APPS[app](dict(args))
-    own_ray = not ray.is_initialized() and cluster.connect(log_to_driver=True)
+    own_ray = not ray.is_initialized() and ray_utils.connect(log_to_driver=True)
     running = serve.status()
     endpoint = Endpoint(name, where.url, options.timeout_s, own_ray, own_serve=not running.proxies)
     if name in running.applications:
@@ -126,7 +132,7 @@ def write(file: Path, app: str, args: Mapping[str, Any], where: Where) -> None:
             {
                 "name": where.name or app,
                 "route_prefix": where.route_prefix,
-                "import_path": f"bridgework.serving.apps:{app}",
+                "import_path": f"bridgework.serving.app:{app}",
                 "args": dict(args),
             }
         ],
@@ -134,7 +140,9 @@ def write(file: Path, app: str, args: Mapping[str, Any], where: Where) -> None:
     try:
         ServeDeploySchema.model_validate(config)
     except ValueError as error:
-        raise SpecError(f"Serve refuses the config: {str(error).splitlines()[-1].strip()}") from None
+        raise SpecError(
+            f"Serve refuses the config: {str(error).splitlines()[-1].strip()}"
+        ) from None
     file.write_text(json.dumps(config, indent=2) + "\n")  # JSON is YAML
 
 
@@ -175,7 +183,9 @@ def _checked(app: str, args: Mapping[str, Any], where: Where) -> Options:
         raise SpecError(f"there is no app {app!r}" + suggest(app, APPS))
     options = options_of.read(args)
     if options.dev and not is_loopback(where.host):
-        raise SpecError(f"dev=true needs no key, so it is for loopback only; {where.host} is reached by others")
+        raise SpecError(
+            f"dev=true needs no key, so it is for loopback only; {where.host} is reached by others"
+        )
     return options
 
 
@@ -208,5 +218,7 @@ def _check_listens(where: Where) -> None:
 
 
 def _bind(host: str, port: int) -> int:
-    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+    with socket.create_server(
+        (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+    ) as listener:
         return int(listener.getsockname()[1])

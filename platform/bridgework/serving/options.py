@@ -4,14 +4,47 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from bridgework.config import config_class, override
 from bridgework.errors import SpecError
-from bridgework.serving.images import Limits
-from bridgework.spec import override, spec
+from bridgework.serving.protocol import MAX_LIST
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s*]+")
 
 
-@spec
+@config_class
+class Limits:
+    """The bounds of one request."""
+
+    body_bytes: int = 32 * 2**20
+    body_s: float = 30.0  # from the first byte of a body to its last
+    text_chars: int = 65_536  # over all texts of the request
+    stop_chars: int = 1_024  # over its stop strings, which are searched for at every token
+    messages: int = 256
+    items: int = 128  # inputs to embed, labels, candidates
+    images: int = 16  # in one conversation, or to caption
+    image_bytes: int = 8 * 2**20  # each, decoded from base64
+    header_chars: int = 64  # of a data: URL, before the comma
+    side: int = 16_384  # pixels
+    pixels: int = 40_000_000  # of one image; an 8k frame has 33 million
+    total_pixels: int = (
+        100_000_000  # of all images of the request; decoding them takes about 1.5 s of a core
+    )
+    frames: int = 1
+
+    def __post_init__(self) -> None:
+        if self.body_s <= 0:
+            raise SpecError(f"limits.body_s must be above 0, got {self.body_s:g}")
+        low = [name for name, value in vars(self).items() if name != "body_s" and value < 1]
+        if low:
+            raise SpecError(f"limits.{low[0]} must be at least 1, got {getattr(self, low[0])}")
+        high = [name for name in ("messages", "items", "images") if getattr(self, name) > MAX_LIST]
+        if high:
+            raise SpecError(
+                f"limits.{high[0]} must be at most {MAX_LIST}, got {getattr(self, high[0])}"
+            )
+
+
+@config_class
 class Options:
     """Arguments of one app: the model, the callers, the resources."""
 
@@ -22,7 +55,9 @@ class Options:
     tracking: str | None = None  # the MLflow server's URI; else the store under home
     keys: str | None = None  # a file of digests; else $BRIDGEWORK_API_KEYS
     dev: bool = False  # no key, and this machine only
-    cors: tuple[str, ...] = ()  # origins whose web pages may call, e.g. https://app.example; * for any
+    cors: tuple[
+        str, ...
+    ] = ()  # origins whose web pages may call, e.g. https://app.example; * for any
     device: str | None = None
     cpus: float = 1.0  # per replica of the model
     gpus: float = 0.0
@@ -30,12 +65,16 @@ class Options:
     max_replicas: int | None = None  # given: Serve scales between `replicas` and it
     ongoing: int = 8  # requests that one replica holds at once
     queued: int = 64  # requests that wait for those; the next one is answered 429
-    per_key: int | None = None  # requests that one key may hold; default: 3/4 of all where there are several keys
+    per_key: int | None = (
+        None  # requests that one key may hold; default: 3/4 of all where there are several keys
+    )
     held_bytes: int = 2**30  # of the bodies that a gateway holds at once
     batch: int = 16  # largest batch of embeddings
     batch_wait_s: float = 0.01
     max_new_tokens: int = 512  # the most that a request may ask for
-    timeout_s: float = 120.0  # to the whole answer, or to the first piece of a stream and from piece to piece
+    timeout_s: float = (
+        120.0  # to the whole answer, or to the first piece of a stream and from piece to piece
+    )
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
@@ -49,7 +88,9 @@ class Options:
             raise SpecError(f"timeout_s must be above 0, got {self.timeout_s:g}")
         for origin in self.cors:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise SpecError(f"cors: not an origin. Got {origin!r}; expected SCHEME://HOST[:PORT], or *")
+                raise SpecError(
+                    f"cors: not an origin. Got {origin!r}; expected SCHEME://HOST[:PORT], or *"
+                )
 
     @property
     def places(self) -> int:
@@ -58,14 +99,20 @@ class Options:
 
     def places_of(self, keys: int) -> int:
         """Places that one of `keys` keys may hold."""
-        return min(self.places, self.per_key or (self.places if keys < 2 else max(1, self.places * 3 // 4)))
+        return min(
+            self.places, self.per_key or (self.places if keys < 2 else max(1, self.places * 3 // 4))
+        )
 
 
 def read(args: Mapping[str, Any]) -> Options:
     """The words of `serve run`, or the `args` of a Serve config. Raises SpecError for what it does not know."""
-    options = override(Options(model=str(args.get("model") or "")), {k: v for k, v in args.items() if k != "model"})
+    options = override(
+        Options(model=str(args.get("model") or "")), {k: v for k, v in args.items() if k != "model"}
+    )
     if not options.model:
-        raise SpecError("model= is missing: NAME, NAME@alias, NAME:version, or the folder of an artefact")
+        raise SpecError(
+            "model= is missing: NAME, NAME@alias, NAME:version, or the folder of an artefact"
+        )
     _check_together(options)
     return options
 
@@ -75,8 +122,14 @@ def _check_together(options: Options) -> None:
     if options.max_replicas is not None and options.max_replicas < options.replicas:
         raise SpecError(f"max_replicas {options.max_replicas} is below replicas {options.replicas}")
     if options.share and options.challenger is None:
-        raise SpecError(f"share={options.share:g} without a challenger; give challenger=NAME@challenger")
+        raise SpecError(
+            f"share={options.share:g} without a challenger; give challenger=NAME@challenger"
+        )
     if options.dev and "*" in options.cors:
-        raise SpecError("cors=* with dev=true lets any web page use this server without a key; name the origins")
+        raise SpecError(
+            "cors=* with dev=true lets any web page use this server without a key; name the origins"
+        )
     if options.limits.body_bytes > options.held_bytes:
-        raise SpecError(f"held_bytes {options.held_bytes} is below limits.body_bytes {options.limits.body_bytes}")
+        raise SpecError(
+            f"held_bytes {options.held_bytes} is below limits.body_bytes {options.limits.body_bytes}"
+        )

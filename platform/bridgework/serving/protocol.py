@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from bridgework.errors import suggest
-from bridgework.serving.refusals import Refusal, shown
+from bridgework.serving.errors import APIError, shown
 
 MAX_LIST = 4_096  # items that are parsed at all; what one request may hold is a matter of Limits
 Neutral = Mapping[str, tuple[Any, ...]]  # field -> the values that change nothing
@@ -63,18 +63,26 @@ class Strict(BaseModel):
 
     @classmethod
     def _changes_nothing(cls, name: str, value: Any) -> bool:
-        hollow = isinstance(value, dict) and bool(value) and all(one in cls.empty for one in value.values())
+        hollow = (
+            isinstance(value, dict)
+            and bool(value)
+            and all(one in cls.empty for one in value.values())
+        )
         return value in cls.empty or hollow or _among(value, cls.neutral.get(name, ()))
 
     @classmethod
-    def _unread(cls, name: str, value: Any) -> Refusal:
+    def _unread(cls, name: str, value: Any) -> APIError:
         if name in cls.neutral:
             allowed = " or ".join(shown(v) for v in cls.neutral[name]) or "nothing"
-            message = f"{name}: not supported. Got {shown(value)}; expected {allowed}. Fix: leave it out"
-            return Refusal(400, message, code="unsupported", param=name)
+            message = (
+                f"{name}: not supported. Got {shown(value)}; expected {allowed}. Fix: leave it out"
+            )
+            return APIError(400, message, code="unsupported", param=name)
         near = suggest(name, [*cls.model_fields, *cls.neutral]) if len(name) < 64 else ""
         hint = near if "did you mean" in near else ""
-        return Refusal(400, f"{name[:64]}: unknown field{hint}. Fix: leave it out", code="unknown", param=name)
+        return APIError(
+            400, f"{name[:64]}: unknown field{hint}. Fix: leave it out", code="unknown", param=name
+        )
 
 
 def _among(value: Any, neutral: tuple[Any, ...]) -> bool:
@@ -105,7 +113,9 @@ class TextPart(Strict):
 
 class ImageURL(Strict):
     url: str  # data:image/png;base64,...
-    detail: Literal["auto", "low", "high"] | None = None  # low is refused where an image is cut into tiles
+    detail: Literal["auto", "low", "high"] | None = (
+        None  # low is refused where an image is cut into tiles
+    )
 
 
 class ImagePart(Strict):
@@ -122,22 +132,33 @@ Pieces = Annotated[list[Piece], Field(min_length=1, max_length=MAX_LIST)]
 class Message(Strict):
     """One message. The fields of an assistant message that a client sends back are accepted where they are empty."""
 
-    neutral = {name: () for name in ("name", "refusal", "audio", "annotations", "tool_calls", "function_call")}
+    neutral = {
+        name: ()
+        for name in ("name", "refusal", "audio", "annotations", "tool_calls", "function_call")
+    }
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Annotated[str, Tag("string")] | Annotated[Pieces, Tag("list")], Discriminator(_kind)]
+    content: Annotated[
+        Annotated[str, Tag("string")] | Annotated[Pieces, Tag("list")], Discriminator(_kind)
+    ]
 
     @model_validator(mode="after")
     def _images_are_shown_by_users(self) -> "Message":
         if self.role != "user" and any(isinstance(piece, ImagePart) for piece in self.pieces()):
-            raise ValueError(f"an image in a message of role {self.role!r}. Fix: move it into a user message")
+            raise ValueError(
+                f"an image in a message of role {self.role!r}. Fix: move it into a user message"
+            )
         return self
 
     def pieces(self) -> Sequence[TextPart | ImagePart]:
-        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+        return (
+            [TextPart(type="text", text=self.content)]
+            if isinstance(self.content, str)
+            else self.content
+        )
 
 
-class Sampled(Body):
+class SamplingParams(Body):
     """A request for text: how it is sampled, and where it ends."""
 
     neutral = {
@@ -161,13 +182,16 @@ class Sampled(Body):
         "include_stop_str_in_output": (False,),
     }
 
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None  # default: OpenAI's 1.0; 0 is greedy
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = (
+        None  # default: OpenAI's 1.0; 0 is greedy
+    )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: (
         Annotated[
-            Annotated[Text, Tag("string")] | Annotated[list[Text], Field(max_length=4), Tag("list")],
+            Annotated[Text, Tag("string")]
+            | Annotated[list[Text], Field(max_length=4), Tag("list")],
             Discriminator(_kind),
         ]
         | None
@@ -175,7 +199,7 @@ class Sampled(Body):
     seed: Seed | None = None
 
     @model_validator(mode="after")
-    def _one_limit(self) -> "Sampled":
+    def _one_limit(self) -> "SamplingParams":
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             given = f"Got {self.max_tokens} and max_completion_tokens {self.max_completion_tokens}"
@@ -206,11 +230,11 @@ class Structure(Strict):
     choice: Annotated[list[Text], Field(min_length=1, max_length=256)] | None = None
 
 
-class ChatRequest(Sampled):
+class ChatRequest(SamplingParams):
     """POST /v1/chat/completions."""
 
     neutral = {
-        **Sampled.neutral,
+        **SamplingParams.neutral,
         "tools": (),
         "tool_choice": ("none", "auto"),
         "parallel_tool_calls": (True, False),
@@ -249,8 +273,14 @@ class ChatRequest(Sampled):
         last = self.messages[-1].role
         if last != "user":
             at = f"messages.{len(self.messages) - 1}.role"
-            raise _conflict(at, f"the last message is not the user's. Got {last!r}; expected 'user'")
-        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+            raise _conflict(
+                at, f"the last message is not the user's. Got {last!r}; expected 'user'"
+            )
+        if (
+            self.stream_options is not None
+            and self.stream_options.include_usage
+            and not self.stream
+        ):
             raise _conflict("stream_options", "it needs stream: true")
         if self.choices is not None:
             self._choice_is_not_sampled()
@@ -262,15 +292,17 @@ class ChatRequest(Sampled):
         if self.stream:
             raise _conflict("stream", f"{what} comes in one piece; leave out stream")
         if self.temperature not in (None, 0, 1):
-            raise _conflict("temperature", f"{what} is not sampled; leave out temperature, or send 0")
+            raise _conflict(
+                "temperature", f"{what} is not sampled; leave out temperature, or send 0"
+            )
         if self.top_p not in (None, 1) and self.temperature != 0:
             raise _conflict("top_p", f"{what} is not sampled; leave out top_p")
         if self.stops:
             raise _conflict("stop", f"{what} is never cut; leave out stop")
 
 
-def _conflict(param: str, reason: str) -> Refusal:
-    return Refusal(400, f"{param}: {reason}", code="invalid_value", param=param)
+def _conflict(param: str, reason: str) -> APIError:
+    return APIError(400, f"{param}: {reason}", code="invalid_value", param=param)
 
 
 @dataclass(frozen=True)
@@ -296,10 +328,12 @@ class Usage(BaseModel):
 
     @classmethod
     def of(cls, prompt: int, completion: int = 0) -> "Usage":
-        return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+        return cls(
+            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+        )
 
 
-class Head(BaseModel):
+class ResponseHeader(BaseModel):
     """The first fields of every answer. `id` holds the deployment: `bridgework trace` follows it back to the data."""
 
     id: str
@@ -308,7 +342,7 @@ class Head(BaseModel):
     model: str
 
     @classmethod
-    def of(cls, prefix: str, kind: str, deployment: str, model: str) -> "Head":
+    def of(cls, prefix: str, kind: str, deployment: str, model: str) -> "ResponseHeader":
         name = f"{prefix}-{deployment}-{secrets.token_hex(6)}"
         return cls(id=name, object=kind, created=int(time.time()), model=model)
 
@@ -318,19 +352,26 @@ def model_card(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "bridgework"}
 
 
-def completion(head: Head, answer: Answer) -> dict[str, Any]:
+def completion(head: ResponseHeader, answer: Answer) -> dict[str, Any]:
     """A complete chat answer."""
     message = {"role": "assistant", "content": answer.text, "refusal": None}
-    choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
+    choice = {
+        "index": 0,
+        "message": message,
+        "finish_reason": answer.finish_reason,
+        "logprobs": None,
+    }
     return head.model_dump() | {"choices": [choice], "usage": answer.usage.model_dump()}
 
 
-def chunk(head: Head, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
+def chunk(head: ResponseHeader, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
     """A piece of a streamed answer."""
-    return head.model_dump() | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]}
+    return head.model_dump() | {
+        "choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]
+    }
 
 
-def last_chunk(head: Head, usage: Usage) -> dict[str, Any]:
+def last_chunk(head: ResponseHeader, usage: Usage) -> dict[str, Any]:
     """The piece that `stream_options.include_usage` asks for."""
     return head.model_dump() | {"choices": [], "usage": usage.model_dump()}
 
@@ -369,7 +410,8 @@ class EmbeddingRequest(Body):
     """POST /v1/embeddings. A string that begins with `data:image/` is an image; {"text": ...} takes it literally."""
 
     input: Annotated[
-        Annotated[Text, Tag("string")] | Annotated[list[Input], Field(min_length=1, max_length=MAX_LIST), Tag("list")],
+        Annotated[Text, Tag("string")]
+        | Annotated[list[Input], Field(min_length=1, max_length=MAX_LIST), Tag("list")],
         Discriminator(_kind),
     ]
     encoding_format: Literal["float", "base64"] | None = None  # default: float
@@ -384,7 +426,9 @@ def _input(text: str) -> ImageInput | TextInput:
     return ImageInput(image=text) if text.startswith("data:image/") else TextInput(text=text)
 
 
-def vector(values: NDArray[np.float32], form: Literal["float", "base64"] | None) -> str | list[float]:
+def vector(
+    values: NDArray[np.float32], form: Literal["float", "base64"] | None
+) -> str | list[float]:
     """One embedding: numbers, or base64 of little-endian float32, the openai client's default."""
     if form == "base64":
         return base64.b64encode(values.astype("<f4").tobytes()).decode()
@@ -397,7 +441,9 @@ class ClassifyRequest(Body):
     image: str
     labels: Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST)]
     template: str = "a photo of a {}"  # CLIP's; {} is the place of the label
-    scale: Annotated[float, Field(gt=0, le=1000)] = 100.0  # of the cosines before the softmax (CLIP's upper bound)
+    scale: Annotated[float, Field(gt=0, le=1000)] = (
+        100.0  # of the cosines before the softmax (CLIP's upper bound)
+    )
 
     @model_validator(mode="after")
     def _template_has_a_place(self) -> "ClassifyRequest":
@@ -414,11 +460,12 @@ class RankRequest(Body):
     question: Text | None = None  # default: the one of the model's training
 
 
-class CaptionRequest(Sampled):
+class CaptionRequest(SamplingParams):
     """POST /v1/captions: one caption for each image."""
 
     image: Annotated[
-        Annotated[str, Tag("string")] | Annotated[list[str], Field(min_length=1, max_length=MAX_LIST), Tag("list")],
+        Annotated[str, Tag("string")]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_LIST), Tag("list")],
         Discriminator(_kind),
     ]
     prompt: Text | None = None  # default: the one of the model's training
@@ -430,7 +477,10 @@ class CaptionRequest(Sampled):
             reason = f"beams search and temperature samples: leave one out (got {self.beams}, {self.temperature})"
             raise _conflict("temperature", reason)
         if self.beams > 1 and self.top_p not in (None, 1):
-            raise _conflict("top_p", f"beams search and top_p samples: leave one out (got {self.beams}, {self.top_p})")
+            raise _conflict(
+                "top_p",
+                f"beams search and top_p samples: leave one out (got {self.beams}, {self.top_p})",
+            )
         return self
 
     @property

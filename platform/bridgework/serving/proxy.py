@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bridgework.serving.refusals import Refusal
+from bridgework.serving.errors import APIError
 
 VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 IMPORT_PATH = f"{__name__}:middlewares"
@@ -64,6 +64,8 @@ class OpenAIErrors:
             await _error(plain or 500).response()(scope, receive, send)
 
 
-def _error(status: int) -> Refusal:
-    code, message = _REASONS.get(status, ("internal_error", "the server failed; its log has the reason"))
-    return Refusal(status, message, code=code)
+def _error(status: int) -> APIError:
+    code, message = _REASONS.get(
+        status, ("internal_error", "the server failed; its log has the reason")
+    )
+    return APIError(status, message, code=code)

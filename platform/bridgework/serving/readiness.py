@@ -9,7 +9,9 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-KEEP_S = 1.0  # an answer is kept this long: health checks need no key, and must not load the controller
+KEEP_S = (
+    1.0  # an answer is kept this long: health checks need no key, and must not load the controller
+)
 WAIT_S = 5.0
 
 
@@ -37,5 +39,7 @@ class Readiness:
             states = serve.status().applications[self._app].deployments
         except (KeyError, RayError, RayServeException):
             return self._deployments
-        counts = {name: cast(Mapping[str, int], state.replica_states) for name, state in states.items()}
+        counts = {
+            name: cast(Mapping[str, int], state.replica_states) for name, state in states.items()
+        }
         return [name for name in self._deployments if not counts.get(name, {}).get("RUNNING")]

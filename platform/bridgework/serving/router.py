@@ -10,14 +10,14 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from bridgework.errors import suggest
-from bridgework.serving import refusals
-from bridgework.serving.refusals import Refusal
+from bridgework.serving import errors as refusals
+from bridgework.serving.errors import APIError
 
 TRIES = 2
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """One model of an app: `id` is the deployment's, and part of the id of every answer."""
 
     id: str
@@ -37,10 +37,17 @@ class Served:
 class Router:
     """The models of one app: the champion, and perhaps a challenger that takes a share of its requests."""
 
-    def __init__(self, handles: Sequence[tuple[Served, DeploymentHandle[Any]]], share: float, timeout_s: float) -> None:
+    def __init__(
+        self,
+        handles: Sequence[tuple[ServedModel, DeploymentHandle[Any]]],
+        share: float,
+        timeout_s: float,
+    ) -> None:
         self.champion = handles[0][0]
         self.challenger = handles[1][0] if len(handles) > 1 else None
-        self._handles: Mapping[str, DeploymentHandle[Any]] = {served.id: handle for served, handle in handles}
+        self._handles: Mapping[str, DeploymentHandle[Any]] = {
+            served.id: handle for served, handle in handles
+        }
         self._share = share
         self._timeout_s = timeout_s
 
@@ -49,7 +56,7 @@ class Router:
         served = [m for m in (self.champion, self.challenger) if m is not None]
         return list(dict.fromkeys([self.champion.model, *(m.pinned for m in served)]))
 
-    def choose(self, model: str, request_id: str) -> Served:
+    def choose(self, model: str, request_id: str) -> ServedModel:
         """The same model for the same request id, always. Raises Refusal (404) for an unknown name."""
         if model == self.champion.model:
             taken = self.challenger is not None and place(request_id) < self._share
@@ -58,9 +65,9 @@ class Router:
             if served is not None and model == served.pinned:
                 return served
         message = f"there is no model {model!r} here" + suggest(model, self.names())
-        raise Refusal(404, message, code="model_not_found", param="model")
+        raise APIError(404, message, code="model_not_found", param="model")
 
-    async def call(self, served: Served, method: str, *args: Any, **kwargs: Any) -> Any:
+    async def call(self, served: ServedModel, method: str, *args: Any, **kwargs: Any) -> Any:
         """A replica's answer. Raises Refusal."""
         for left in reversed(range(TRIES)):
             answer = getattr(self._handles[served.id], method).remote(*args, **kwargs)
@@ -79,14 +86,18 @@ class Router:
                 raise refusals.of(error) from error
         raise AssertionError("the last try returns or raises")
 
-    async def stream(self, served: Served, method: str, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    async def stream(
+        self, served: ServedModel, method: str, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
         """A replica's pieces. Raises Refusal; a replica that dies after the first piece is not tried again.
 
         Closing it ends the replica's work.
         """
         for left in reversed(range(TRIES)):
             started = False
-            pieces = getattr(self._handles[served.id].options(stream=True), method).remote(*args, **kwargs)
+            pieces = getattr(self._handles[served.id].options(stream=True), method).remote(
+                *args, **kwargs
+            )
             try:
                 while True:
                     async with asyncio.timeout(self._timeout_s):

@@ -128,7 +128,10 @@ def complete(
 ) -> Checkpoint:
     """Write the manifest, rename the folder, remove all but the `keep` newest (rank 0, after a barrier)."""
     home = home or home_folder()
-    files = {name: ((folder / name).stat().st_size, _sha256(folder / name)) for name in sorted(_files(folder))}
+    files = {
+        name: ((folder / name).stat().st_size, _sha256(folder / name))
+        for name in sorted(_files(folder))
+    }
     final = folder.with_name(folder.name.removeprefix("."))
     made = Checkpoint(final, step, world, attempt, fingerprint, files)
     _write_manifest(folder, made, home)
@@ -140,7 +143,11 @@ def complete(
 def prune(stage_folder: Path, keep: int, *, home: Path | None = None) -> None:
     """Remove all but the `keep` newest checkpoints that this home signed."""
     home = home or home_folder()
-    own = [found.folder for found in _found(stage_folder) if found.checkpoint and not found.distrust(home)]
+    own = [
+        found.folder
+        for found in _found(stage_folder)
+        if found.checkpoint and not found.distrust(home)
+    ]
     for folder in own[keep:]:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -164,7 +171,7 @@ def checkpoints(stage_folder: Path) -> list[Checkpoint]:
     return [found.checkpoint for found in _found(stage_folder) if found.checkpoint is not None]
 
 
-def newest(
+def latest(
     stage_folder: Path, fingerprint: str, *others: str, home: Path | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are complete, and what was wrong with those passed over.
@@ -203,7 +210,10 @@ def verify(folder: Path, *, home: Path | None = None) -> None:
     """Raises RunError for a checkpoint that this home does not trust, or that is damaged."""
     name = _NAME.fullmatch(folder.name)
     found = _read(folder, int(name[1]) if name else 0)
-    if found.checkpoint is not None and (reason := found.distrust(home or home_folder())) is not None:
+    if (
+        found.checkpoint is not None
+        and (reason := found.distrust(home or home_folder())) is not None
+    ):
         raise _untrusted(folder, reason)
     damage = found.damage if found.checkpoint is None else found.checkpoint.damage()
     if damage:
@@ -225,8 +235,14 @@ def resume(
 
     Raises Unusable when all of them are damaged.
     """
-    found, passed = newest(stage_folder, fingerprint, *others, home=home)
-    lost = [*passed, *(f"{DAMAGED}/{place.name} was found damaged before" for place in _listed(_damaged(stage_folder)))]
+    found, passed = latest(stage_folder, fingerprint, *others, home=home)
+    lost = [
+        *passed,
+        *(
+            f"{DAMAGED}/{place.name} was found damaged before"
+            for place in _listed(_damaged(stage_folder))
+        ),
+    ]
     if found is None and lost:
         raise Unusable(
             f"{root(stage_folder)}: no checkpoint can be used ({'; '.join(lost[:4])}). Fix: restore one from a backup; "
@@ -238,7 +254,9 @@ def resume(
 def start_over(stage_folder: Path) -> Path:
     """Rename the folder of a stage's checkpoints, so that the stage begins at step 0; returns its new name."""
     place = root(stage_folder)
-    there = place.with_name(f"{place.name}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid4().hex[:4]}")
+    there = place.with_name(
+        f"{place.name}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid4().hex[:4]}"
+    )
     place.rename(there)
     return there
 
@@ -249,7 +267,7 @@ def cursor(stage_folder: Path, fingerprint: str, *others: str, home: Path | None
     return found.step if found else 0
 
 
-def sweep(stage_folder: Path, attempt: str, start: int) -> None:
+def remove_stale(stage_folder: Path, attempt: str, start: int) -> None:
     """Remove what other attempts left half-written; move checkpoints after `start` to `damaged/`.
 
     For rank 0, before the first step. The latter cannot be used, or `start` would be theirs.
@@ -279,7 +297,12 @@ def trust(stage_folder: Path, *, home: Path | None = None) -> int:
     """Sign a stage's complete checkpoints with the key of `home`; returns how many were not trusted before."""
     home, count = home or home_folder(), 0
     for found in _found(stage_folder):
-        if found.checkpoint and found.schema <= SCHEMA and found.distrust(home) and not found.checkpoint.damage():
+        if (
+            found.checkpoint
+            and found.schema <= SCHEMA
+            and found.distrust(home)
+            and not found.checkpoint.damage()
+        ):
             _write_manifest(found.folder, found.checkpoint, home)
             count += 1
     return count
@@ -322,10 +345,16 @@ def _read(folder: Path, step: int) -> _Found:
         if isinstance(schema, int) and schema > SCHEMA:
             return _Found(folder, step, schema=schema)
         if body.pop("sha256") != _digest(body):
-            return _Found(folder, step, damage=f"{MANIFEST} has changed since it was written (sha256)")
+            return _Found(
+                folder, step, damage=f"{MANIFEST} has changed since it was written (sha256)"
+            )
         signature, key = body.pop("signature", ""), body.get("key", "")
         given = {name: body[name] for name in FIELDS}
-        typed = zip((*given.values(), schema, key, signature), (*FIELDS.values(), int, str, str), strict=True)
+        typed = zip(
+            (*given.values(), schema, key, signature),
+            (*FIELDS.values(), int, str, str),
+            strict=True,
+        )
         if not all(type(value) is kind for value, kind in typed) or given["world"] < 1:
             raise TypeError("a field is of another type")
         files = {name: (size, digest) for name, (size, digest) in given.pop("files").items()}
@@ -334,10 +363,16 @@ def _read(folder: Path, step: int) -> _Found:
     except FileNotFoundError:
         return _Found(folder, step, damage=f"it has no {MANIFEST}")
     except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        return _Found(folder, step, damage=f"{MANIFEST} cannot be read ({type(error).__name__}: {error})")
+        return _Found(
+            folder, step, damage=f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+        )
     made = Checkpoint(folder=folder, files=files, **given)
     if folder.name != f"{made.step:08d}-{made.attempt}":
-        return _Found(folder, step, damage=f"the folder is not named for step {made.step}, attempt {made.attempt}")
+        return _Found(
+            folder,
+            step,
+            damage=f"the folder is not named for step {made.step}, attempt {made.attempt}",
+        )
     return _Found(folder, step, made, schema=schema, key=key, signature=signature, signed=body)
 
 

@@ -18,25 +18,28 @@ from pathlib import Path
 import torch.distributed as dist
 from rich.console import Console
 
+from bridgework import artifacts
+from bridgework.artifacts import StageResult
 from bridgework.data import reader
 from bridgework.data.catalog import resolve
-from bridgework.data.shards import Dataset, open_dataset
+from bridgework.data.dataset import Dataset, open_dataset
 from bridgework.errors import Interrupted, RunError, SpecError
-from bridgework.relay import Relay
+from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
-from bridgework.tracking import DatasetInput, Tracker
-from bridgework.training import artefact, checkpoint, features, loop, notices, run_folder
+from bridgework.tracking.relay import MetricsForwarder
+from bridgework.tracking.tracker import Tracker
+from bridgework.training import checkpoint, feature_cache, loop, notices, run_dir
+from bridgework.training.deepspeed_engine import learning_rate
+from bridgework.training.flight_recorder import reads
 from bridgework.training.fork import Fork, describe
 from bridgework.training.fork import fork as make_fork
-from bridgework.training.launch import How, fit
-from bridgework.training.progress import shown
-from bridgework.training.record import Record, StageResult
-from bridgework.training.replay import reads
-from bridgework.training.schedule import learning_rate
+from bridgework.training.metrics import progress_bar
+from bridgework.training.ray_train import RunOptions, fit
+from bridgework.training.run_tracking import RunRecord
 from bridgework.training.skips import Skip, Skips
 from bridgework.training.step import check
 
-USUAL = How()
+USUAL = RunOptions()
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ def train(
     *,
     home: Path,
     run: str,
-    how: How = USUAL,
+    how: RunOptions = USUAL,
     stages: Sequence[str] | None = None,
     tracker: Tracker | None = None,
     parent_run: str | None = None,
@@ -61,25 +64,34 @@ def train(
     """
     chosen = [system[name] for name in stages] if stages is not None else list(system.stages)
     console = console or Console(stderr=True)
-    folder = run_folder.place(home, run)
+    folder = run_dir.run_dir(home, run)
     if fork is not None:
-        with run_folder.locked(folder):
+        with run_dir.locked(folder):
             made = make_fork(system, fork, home=home, run=run, stages=stages)
             console.print(describe(made), markup=False, highlight=False, soft_wrap=True)
     for i, stage in enumerate(chosen):
         _checked(stage, [before.name for before in chosen[:i]], folder, home, how)
-    with run_folder.locked(folder), notices.shown(partial(console.print, markup=False, soft_wrap=True)):
-        known = run_folder.same_recipe(folder, system, partial(_may_extend, system, folder, home))
+    with (
+        run_dir.locked(folder),
+        notices.shown(partial(console.print, markup=False, soft_wrap=True)),
+    ):
+        known = run_dir.same_recipe(folder, system, partial(_may_extend, system, folder, home))
         unfinished = [stage.name for stage in chosen if not _finished(folder / stage.name)]
         if how.skip and not unfinished:
-            raise RunError(f"every stage of run {run!r} is finished: there is no step left to skip samples of")
+            raise RunError(
+                f"every stage of run {run!r} is finished: there is no step left to skip samples of"
+            )
         forked = Fork.read(folder)
-        tracked = Record(tracker, system, run, parent_run, console.print, forked.tags() if forked else None)
+        tracked = RunRecord(
+            tracker, system, run, parent_run, console.print, forked.tags() if forked else None
+        )
         results: dict[str, StageResult] = {}
         try:
             for stage in chosen:
                 skipping = how if [stage.name] == unfinished[:1] else replace(how, skip=())
-                results[stage.name] = _stage(system, stage, folder, home, skipping, tracked, console, known)
+                results[stage.name] = _stage(
+                    system, stage, folder, home, skipping, tracked, console, known
+                )
         except BaseException as error:
             killed = isinstance(error, KeyboardInterrupt | SystemExit | Interrupted)
             tracked.finish("KILLED" if killed else "FAILED")
@@ -88,7 +100,9 @@ def train(
     return results
 
 
-def _checked(stage: Stage, before: Sequence[str], folder: Path, home: Path, how: How) -> None:
+def _checked(
+    stage: Stage, before: Sequence[str], folder: Path, home: Path, how: RunOptions
+) -> None:
     """Raises here what would otherwise stop the stage in a worker, or hours later in an evaluation."""
     made = stage.curation and stage.curation.makes
     known = [source.dataset for source in stage.data.leaves if source.dataset != made]
@@ -100,9 +114,9 @@ def _checked(stage: Stage, before: Sequence[str], folder: Path, home: Path, how:
             f"{stage.name} has {stage.data.lanes} lanes for {how.workers} workers; "
             f"raise stages.{stage.name}.data.lanes, or give fewer --workers"
         )
-    check(stage, loop.accumulated(stage, max(1, how.workers)))
+    check(stage, loop.num_micro_batches(stage, max(1, how.workers)))
     if stage.curation is None:
-        reader.Feed.of(stage, home).plan()
+        reader.ReaderConfig.of(stage, home).plan()
     if stage.starts_from not in before:
         _parent(stage, folder)
     for name in stage.curation.uses if stage.curation else ():
@@ -115,16 +129,22 @@ def _stage(
     stage: Stage,
     folder: Path,
     home: Path,
-    how: How,
-    tracked: Record,
+    how: RunOptions,
+    tracked: RunRecord,
     console: Console,
     known: tuple[str, ...],
 ) -> StageResult:
     place = folder / stage.name
     finished = _finished(place)
     reading = stage if finished else _curated(stage, folder, home, how, console)
-    datasets = [] if finished else [open_dataset(resolve(source.dataset, home)) for source in reading.data.leaves]
-    inputs = artefact.describe(place / "artefact").datasets if finished else _inputs(reading, datasets)
+    datasets = (
+        []
+        if finished
+        else [open_dataset(resolve(source.dataset, home)) for source in reading.data.leaves]
+    )
+    inputs = (
+        artifacts.describe(place / "artefact").datasets if finished else _inputs(reading, datasets)
+    )
     parent = _parent(stage, folder)
     run_id = tracked.start(stage, inputs, parent)
     if finished:
@@ -132,16 +152,19 @@ def _stage(
         judged = json.loads((place / "metrics.json").read_text())
         for spec in stage.evals:  # an option, which may have changed since
             if not any(name.startswith(f"{spec.name}.") for name in judged):
-                console.print(f"{stage.name}: {spec.name} was not evaluated; `bridgework eval` does it", markup=False)
+                console.print(
+                    f"{stage.name}: {spec.name} was not evaluated; `bridgework eval` does it",
+                    markup=False,
+                )
         with _relayed(tracked.tracker, run_id, place):
             return tracked.done(stage, place)
     cached = _cached(system, stage, datasets, home, how, console)
     _settle_checkpoints(stage, place, known, home, how, console)
     skips = _skips(known, stage, datasets, place, home, how, console)
-    job = loop.Job(
+    job = loop.TrainJob(
         system=system,
         stage=stage.name,
-        feed=reader.Feed.of(
+        feed=reader.ReaderConfig.of(
             reading,
             home,
             features=str(cached) if cached else None,
@@ -158,9 +181,12 @@ def _stage(
         passes=skips.steps,
         fingerprints=known,
     )
-    run_folder.room(home)
+    run_dir.room(home)
     place.mkdir(parents=True, exist_ok=True)
-    with _relayed(tracked.tracker, run_id, place), shown(place, stage.name, stage.budget.steps, console):
+    with (
+        _relayed(tracked.tracker, run_id, place),
+        progress_bar(place, stage.name, stage.budget.steps, console),
+    ):
         if how.workers:
             fit(job, how)
         else:
@@ -178,9 +204,11 @@ def _relayed(tracker: Tracker, run_id: str | None, place: Path) -> Iterator[None
     """The stage's journal goes to the tracker from a side thread, as it grows."""
     relay = None
     try:
-        relay = Relay(tracker, {run_id: place / "journal"}) if run_id else None
+        relay = MetricsForwarder(tracker, {run_id: place / "journal"}) if run_id else None
     except OSError as error:  # a disk that cannot take the ledger never ends a run
-        log.warning("%s: metrics are not tracked, the same command later does it: %s", place.name, error)
+        log.warning(
+            "%s: metrics are not tracked, the same command later does it: %s", place.name, error
+        )
     try:
         yield
     finally:
@@ -188,17 +216,21 @@ def _relayed(tracker: Tracker, run_id: str | None, place: Path) -> Iterator[None
             relay.close()
 
 
-def _curated(stage: Stage, folder: Path, home: Path, how: How, console: Console) -> Stage:
+def _curated(stage: Stage, folder: Path, home: Path, how: RunOptions, console: Console) -> Stage:
     """The stage as it reads: the dataset that its curation makes is made now, in this run, and stands by its path."""
     curation, place = stage.curation, folder / stage.name
     if curation is None:
         return stage
-    artefacts = {name: _left(stage.name, "its curation uses", name, folder) for name in curation.uses}
+    artefacts = {
+        name: _left(stage.name, "its curation uses", name, folder) for name in curation.uses
+    }
 
     def say(text: str) -> None:
         console.print(f"{stage.name}: {text}", markup=False)
 
-    curation.run(artefacts, str(place / "curated" / curation.makes), home=home, workers=how.workers, say=say)
+    curation.run(
+        artefacts, str(place / "curated" / curation.makes), home=home, workers=how.workers, say=say
+    )
     return reads(stage, place)
 
 
@@ -214,16 +246,21 @@ def _may_extend(system: System, folder: Path, home: Path, before: System, name: 
     taken = kept[0].step if kept else 0
     if new.budget.steps <= taken:
         return False
-    rates = ([learning_rate(s.optim, step, s.budget.steps) for step in range(taken)] for s in (old, new))
+    rates = (
+        [learning_rate(s.optim, step, s.budget.steps) for step in range(taken)] for s in (old, new)
+    )
     if operator.ne(*rates):
         return False
     if taken == 0 or new.curation is not None:
         return taken == 0
-    return reader.Feed.of(new, home).plan().shared(reader.Feed.of(old, home).plan()) >= taken
+    return (
+        reader.ReaderConfig.of(new, home).plan().shared(reader.ReaderConfig.of(old, home).plan())
+        >= taken
+    )
 
 
 def _settle_checkpoints(
-    stage: Stage, place: Path, known: tuple[str, ...], home: Path, how: How, console: Console
+    stage: Stage, place: Path, known: tuple[str, ...], home: Path, how: RunOptions, console: Console
 ) -> None:
     """Do what a person allowed with the checkpoints; raise here, and not in a worker, where none can be used."""
     if how.trust_checkpoints and (count := checkpoint.trust(place, home=home)):
@@ -233,7 +270,10 @@ def _settle_checkpoints(
     except checkpoint.Unusable:
         if not how.start_over:
             raise
-        console.print(f"{stage.name}: starts over; its checkpoints are in {checkpoint.start_over(place)}", markup=False)
+        console.print(
+            f"{stage.name}: starts over; its checkpoints are in {checkpoint.start_over(place)}",
+            markup=False,
+        )
 
 
 def _skips(
@@ -242,18 +282,25 @@ def _skips(
     datasets: Sequence[Dataset],
     place: Path,
     home: Path,
-    how: How,
+    how: RunOptions,
     console: Console,
 ) -> Skips:
     """Return what the stage leaves out, with what is asked for now: from its newest checkpoint on."""
     skips = Skips.read(place)
     if not how.skip:
         return skips
-    order = skips.new(Skip.of(how.skip, checkpoint.cursor(place, *known, home=home), stage.budget.steps))
+    order = skips.new(
+        Skip.of(how.skip, checkpoint.cursor(place, *known, home=home), stage.budget.steps)
+    )
     if not (order.keys or order.steps):
         return skips
-    order.check(stage.budget.steps, dict(zip((source.name for source in stage.data.leaves), datasets, strict=True)))
-    console.print(f"{stage.name}: leaves out {', '.join(how.skip)} from step {order.since} on", markup=False)
+    order.check(
+        stage.budget.steps,
+        dict(zip((source.name for source in stage.data.leaves), datasets, strict=True)),
+    )
+    console.print(
+        f"{stage.name}: leaves out {', '.join(how.skip)} from step {order.since} on", markup=False
+    )
     return skips.add(place, order)
 
 
@@ -269,9 +316,15 @@ def _parent(stage: Stage, folder: Path) -> Path | None:
     if stage.starts_from is None:
         return None
     if "/" in stage.starts_from:
-        artefact.describe(stage.starts_from)
+        artifacts.describe(stage.starts_from)
         return Path(stage.starts_from)
-    return _left(stage.name, "starts from", stage.starts_from, folder, "starts_from to the folder of an artefact")
+    return _left(
+        stage.name,
+        "starts from",
+        stage.starts_from,
+        folder,
+        "starts_from to the folder of an artefact",
+    )
 
 
 def _left(stage: str, why: str, earlier: str, folder: Path, instead: str = "curation=none") -> Path:
@@ -282,21 +335,30 @@ def _left(stage: str, why: str, earlier: str, folder: Path, instead: str = "cura
             f"{stage} {why} {earlier}, which this run has not trained; train it first (--stage {earlier}), "
             f"or set stages.{stage}.{instead}"
         )
-    artefact.describe(path)
+    artifacts.describe(path)
     return path
 
 
 def _cached(
-    system: System, stage: Stage, datasets: Sequence[Dataset], home: Path, how: How, console: Console
+    system: System,
+    stage: Stage,
+    datasets: Sequence[Dataset],
+    home: Path,
+    how: RunOptions,
+    console: Console,
 ) -> Path | None:
     """The folder of cached features, for a wiring whose vision tower comes with its weights and stays frozen."""
     tower = getattr(stage.model, "vision", None)
     frozen = not any(_may_match(glob, "vision.") for glob in stage.trains)
-    if tower is None or not (how.cache_features and frozen and "vision.*" in stage.model.pretrained):
+    if tower is None or not (
+        how.cache_features and frozen and "vision.*" in stage.model.pretrained
+    ):
         return None
     sharing = [s for s in system.stages if getattr(s.model, "vision", None) == tower]
     draws = sum(s.budget.steps * s.budget.batch for s in sharing)
-    verdict = features.prepare(tower, datasets, draws=draws, home=home, workers=how.readers if how.workers else 0)
+    verdict = feature_cache.prepare(
+        tower, datasets, draws=draws, home=home, workers=how.readers if how.workers else 0
+    )
     console.print(f"{stage.name}: {verdict.why}")
     return verdict.folder
 
@@ -307,7 +369,7 @@ def _may_match(glob: str, prefix: str) -> bool:
     return literal.startswith(prefix) or prefix.startswith(literal)
 
 
-def _local_rows(job: loop.Job, start: int) -> Iterator[list[reader.Row]]:
+def _local_rows(job: loop.TrainJob, start: int) -> Iterator[list[reader.Row]]:
     return reader.local(job.feed, rank=0, world=1, start=start)
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Self
 
 from bridgework import storage
+from bridgework.config import to_dict
 from bridgework.errors import RunError, SpecError
-from bridgework.spec import to_dict
 from bridgework.system import Stage, System
-from bridgework.training import checkpoint, run_folder
+from bridgework.training import checkpoint, run_dir
 from bridgework.training.skips import FILE as SKIPS
 
 FILE = "fork.json"
@@ -50,10 +50,15 @@ class Fork:
 
     def tags(self) -> dict[str, str]:
         """For the tracker."""
-        return {"forked_from": f"{self.run}/{self.stage}@{self.step}", "forked_from_fingerprint": self.fingerprint}
+        return {
+            "forked_from": f"{self.run}/{self.stage}@{self.step}",
+            "forked_from_fingerprint": self.fingerprint,
+        }
 
 
-def fork(system: System, source: str, *, home: Path, run: str, stages: Sequence[str] | None = None) -> Fork:
+def fork(
+    system: System, source: str, *, home: Path, run: str, stages: Sequence[str] | None = None
+) -> Fork:
     """Make `run` a fork of `source`, RUN or RUN@STEP; a fork that was made before stays as it is.
 
     stages: those that `run` will train; None: all. The caller holds the lock of `run`. Raises RunError where there is
@@ -62,16 +67,20 @@ def fork(system: System, source: str, *, home: Path, run: str, stages: Sequence[
     """
     named = _SOURCE.fullmatch(source)
     if named is None:
-        raise SpecError(f"--fork: Got {source!r}; expected the name of a run, or RUN@STEP for an older checkpoint")
+        raise SpecError(
+            f"--fork: Got {source!r}; expected the name of a run, or RUN@STEP for an older checkpoint"
+        )
     other, at = named["run"], named["step"]
-    folder, theirs = run_folder.place(home, run), run_folder.place(home, other)
+    folder, theirs = run_dir.run_dir(home, run), run_dir.run_dir(home, other)
     done = Fork.read(folder)
     if done is not None and done.run == other and at in (None, str(done.step)):
         return done
     if folder.resolve() == theirs.resolve() or (folder / "recipe.json").exists():
-        raise RunError(f"--fork: run {run!r} exists already. Fix: give the new run another name with --run")
-    before = run_folder.recipe(home, other)
-    changed = run_folder.changes(before, system)
+        raise RunError(
+            f"--fork: run {run!r} exists already. Fix: give the new run another name with --run"
+        )
+    before = run_dir.recipe(home, other)
+    changed = run_dir.changes(before, system)
     if not changed:
         raise RunError(
             f"--fork: the recipe is that of run {other!r}. Fix: resume it with --run {other}, or change something"
@@ -95,7 +104,9 @@ def fork(system: System, source: str, *, home: Path, run: str, stages: Sequence[
     return made
 
 
-def _taken(before: System, system: System, theirs: Path, stages: Sequence[str] | None) -> tuple[list[str], Stage]:
+def _taken(
+    before: System, system: System, theirs: Path, stages: Sequence[str] | None
+) -> tuple[list[str], Stage]:
     """The finished stages that the new recipe leaves as they are, and the first stage that must train."""
     known = {stage.name: stage for stage in before.stages}
     finished: list[str] = []
@@ -104,12 +115,18 @@ def _taken(before: System, system: System, theirs: Path, stages: Sequence[str] |
         old = known.get(stage.name)
         same = old is not None and to_dict(old, options=False) == to_dict(stage, options=False)
         needs = {stage.starts_from, *(stage.curation.uses if stage.curation else ())} & known.keys()
-        if same and needs <= set(finished) and (theirs / stage.name / "artefact" / "artefact.json").is_file():
+        if (
+            same
+            and needs <= set(finished)
+            and (theirs / stage.name / "artefact" / "artefact.json").is_file()
+        ):
             finished.append(stage.name)
         elif stages is None or stage.name in stages:
             first = first or stage
     if first is None:
-        raise RunError("--fork: every stage is finished and none is changed, so there is nothing to train")
+        raise RunError(
+            "--fork: every stage is finished and none is changed, so there is nothing to train"
+        )
     return finished, first
 
 
@@ -124,23 +141,33 @@ def _checkpoint(
             f"--fork: run {other!r} has no checkpoint of stage {stage.name!r}, the first that must train. Fix: start a "
             f"run without --fork; from another run's artifact, set stages.{stage.name}.starts_from to its folder"
         )
-    had, has = ({name: to_dict(getattr(s, name), options=False) for name in SHAPES} for s in (old, stage))
-    shapes = run_folder.differences(had, has, f"stages.{stage.name}")
-    if (old.optim.weight_decay == 0) != (stage.optim.weight_decay == 0):  # else vectors are a group of their own
-        shapes += run_folder.differences(
-            old.optim.weight_decay, stage.optim.weight_decay, f"stages.{stage.name}.optim.weight_decay"
+    had, has = (
+        {name: to_dict(getattr(s, name), options=False) for name in SHAPES} for s in (old, stage)
+    )
+    shapes = run_dir.differences(had, has, f"stages.{stage.name}")
+    if (old.optim.weight_decay == 0) != (
+        stage.optim.weight_decay == 0
+    ):  # else vectors are a group of their own
+        shapes += run_dir.differences(
+            old.optim.weight_decay,
+            stage.optim.weight_decay,
+            f"stages.{stage.name}.optim.weight_decay",
         )
     if shapes:
         raise RunError(
-            f"--fork: {run_folder.summarize(shapes)}; expected the same {', '.join(SHAPES)} as in run {other!r}, and a "
+            f"--fork: {run_dir.summarize(shapes)}; expected the same {', '.join(SHAPES)} as in run {other!r}, and a "
             "weight decay that is 0 in both or in neither, since its checkpoint holds exactly those tensors. Fix: undo "
             f"this change, or start a run from an artifact (stages.{stage.name}.starts_from)"
         )
     if step is not None and step not in [each.step for each in kept]:
         steps = ", ".join(str(each.step) for each in kept)
-        raise RunError(f"--fork: run {other!r} has no checkpoint of step {step} of stage {stage.name!r}. Got: {steps}")
+        raise RunError(
+            f"--fork: run {other!r} has no checkpoint of step {step} of stage {stage.name!r}. Got: {steps}"
+        )
     if step is None:
-        found, _ = checkpoint.resume(theirs / stage.name, kept[0].fingerprint, *_all(kept), home=home)
+        found, _ = checkpoint.resume(
+            theirs / stage.name, kept[0].fingerprint, *_all(kept), home=home
+        )
     else:
         found = next(each for each in kept if each.step == step)
         checkpoint.verify(found.folder, home=home)
@@ -156,7 +183,9 @@ def _all(kept: list[checkpoint.Checkpoint]) -> list[str]:
     return [each.fingerprint for each in kept]
 
 
-def _start(found: checkpoint.Checkpoint, system: System, theirs: Path, place: Path, home: Path) -> None:
+def _start(
+    found: checkpoint.Checkpoint, system: System, theirs: Path, place: Path, home: Path
+) -> None:
     """The checkpoint as the first of the new run's stage, and what the stage has read and left out so far."""
     _copy(theirs, place, ("curated", "quarantine", SKIPS))
     attempt = f"fork{os.urandom(3).hex()}"
@@ -197,4 +226,4 @@ def _link(source: str, dest: str) -> None:
 
 def describe(made: Fork) -> str:
     """One line for a person."""
-    return f"forked from step {made.step} of {made.run}/{made.stage}: {run_folder.summarize(list(made.changed))}"
+    return f"forked from step {made.step} of {made.run}/{made.stage}: {run_dir.summarize(list(made.changed))}"

@@ -21,22 +21,29 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bridgework import storage
-from bridgework.data.batch import Batch, collate
-from bridgework.data.reader import Feed, Row
-from bridgework.data.tokens import load_tokenizer
+from bridgework import artifacts, storage
+from bridgework.data.collate import Batch, collate
+from bridgework.data.reader import ReaderConfig, Row
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import BridgeworkError, ResourceError, RunError
-from bridgework.inference import Pipeline
-from bridgework.models import freezing, lora
+from bridgework.inference.pipeline import Pipeline
+from bridgework.mixture import DatasetInput
+from bridgework.models import base, lora
 from bridgework.rng import derive
 from bridgework.system import EvalSpec, Stage, System
-from bridgework.tracking import DatasetInput, Journal
-from bridgework.training import artefact, checkpoint
-from bridgework.training.engine import Engine, reshaped
-from bridgework.training.meters import Clock, Metrics, Mixed, by_sample, named, suspects
-from bridgework.training.recorder import Recorder
-from bridgework.training.schedule import learning_rate
-from bridgework.training.step import Step, check
+from bridgework.tracking.tracker import Journal
+from bridgework.training import checkpoint
+from bridgework.training.deepspeed_engine import Engine, convert_to_universal, learning_rate
+from bridgework.training.flight_recorder import FlightRecorder
+from bridgework.training.metrics import (
+    Clock,
+    Metrics,
+    MixtureCounter,
+    metric_names,
+    per_sample,
+    suspects,
+)
+from bridgework.training.step import TrainingModule, check
 from bridgework.training.stopping import interrupted, listening
 
 FLUSH_S = 1.0  # how long points may wait before the driver sees them
@@ -46,12 +53,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """Everything that a worker needs to train one stage; picklable."""
 
     system: System
     stage: str
-    feed: Feed
+    feed: ReaderConfig
     folder: Path  # of this stage in the run: checkpoints, journal, evals, artefact; seen by every worker
     home: Path
     parent: Path | None = None  # the artefact to start from
@@ -61,14 +68,16 @@ class Job:
     midway: str | None = None  # the one evaluation before the end; None: all
     passes: frozenset[int] = frozenset()  # steps that are passed without an update
     keep: int = 2  # checkpoints
-    fingerprints: tuple[str, ...] = ()  # of recipes with other options that this run was trained with before
+    fingerprints: tuple[
+        str, ...
+    ] = ()  # of recipes with other options that this run was trained with before
 
 
 Report = Callable[[Metrics, int], None]
 
 
 def run(
-    job: Job,
+    job: TrainJob,
     rows: Callable[[int], Iterator[list[Row]]],
     report: Report,
     *,
@@ -83,18 +92,20 @@ def run(
     finite, Interrupted after a checkpoint when the run is asked to stop, ResourceError for what the machine lacks.
     """
     stage = job.system[job.stage]
-    check(stage, accumulated(stage, world))
+    check(stage, num_micro_batches(stage, world))
 
-    model, inherited = built(job, stage)
-    multipliers = freezing.apply(model, stage.trains)
-    attempt = _agreed(uuid4().hex[:8])  # so that an orphan of an older attempt cannot write into this one's files
+    model, inherited = build_model(job, stage)
+    multipliers = base.set_trainable(model, stage.trains)
+    attempt = _agreed(
+        uuid4().hex[:8]
+    )  # so that an orphan of an older attempt cannot write into this one's files
     engine, start, before = _engine(job, stage, model, multipliers, attempt, fixed_start)
-    journal, mixed, clock = Journal(job.folder / "journal"), Mixed(stage, before), Clock()
+    journal, mixed, clock = Journal(job.folder / "journal"), MixtureCounter(stage, before), Clock()
     pad_id = load_tokenizer(stage.model.tokenizer).pad_token_id or 0
     metrics: Metrics = {}
 
     done = start
-    recorder = Recorder(job.folder, attempt, rank, start)
+    recorder = FlightRecorder(job.folder, attempt, rank, start)
     with listening(job.folder, log.warning) as stop, closing(journal), recorder:
         for step, batch_rows in enumerate(rows(start), start):
             clock.waited()
@@ -105,11 +116,18 @@ def run(
                 engine.draws, engine.stop = derive(stage.seed, step), bool(stop.asked)
                 with _memory(stage, batches):
                     taken = engine.train_step(batches, lr)
-                losses, counts = by_sample(stage, taken)
+                losses, counts = per_sample(stage, taken)
                 recorder.step(step, batches, losses, counts)
-                metrics = named(stage, taken) | mixed.add(taken) | {"lr": lr} | clock.took(batches, taken)
+                metrics = (
+                    metric_names(stage, taken)
+                    | mixed.add(taken)
+                    | {"lr": lr}
+                    | clock.took(batches, taken)
+                )
                 if not (math.isfinite(metrics["loss"]) and math.isfinite(taken.norm)):
-                    raise _not_finite(job, step, metrics, suspects([row.key for row in batch_rows], losses))
+                    raise _not_finite(
+                        job, step, metrics, suspects([row.key for row in batch_rows], losses)
+                    )
                 if rank == 0:
                     journal.append(metrics, step)
                 stopped = taken.stop
@@ -130,12 +148,16 @@ def run(
             clock.waits()
 
     if done != stage.budget.steps:
-        raise RunError(f"{job.stage}: its rows ended after {done} of {stage.budget.steps} steps; run it again")
+        raise RunError(
+            f"{job.stage}: its rows ended after {done} of {stage.budget.steps} steps; run it again"
+        )
     if not engine.finite():
         raise _weights_not_finite(job, done)
     judged = _evaluate(job, stage, model, stage.evals, write=rank == 0)
     journal.append(judged, stage.budget.steps)
-    state = engine.state(artefact.kept(stage, model.state_dict(), multipliers, inherited))
+    state = engine.state(
+        artifacts.tensors_to_save(stage, model.state_dict(), multipliers, inherited)
+    )
     if rank == 0:
         journal.flush()
         _finish(job, metrics | judged, state)
@@ -143,7 +165,7 @@ def run(
     return metrics | judged
 
 
-def _not_finite(job: Job, step: int, metrics: Metrics, own: Sequence[str]) -> RunError:
+def _not_finite(job: TrainJob, step: int, metrics: Metrics, own: Sequence[str]) -> RunError:
     """Name the samples of all ranks that may be the cause; every rank comes here at the same step."""
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, list(own))
@@ -156,9 +178,13 @@ def _not_finite(job: Job, step: int, metrics: Metrics, own: Sequence[str]) -> Ru
     )
 
 
-def _weights_not_finite(job: Job, step: int) -> RunError:
+def _weights_not_finite(job: TrainJob, step: int) -> RunError:
     kept = checkpoint.checkpoints(job.folder)
-    resumes = f"the same command resumes at step {kept[0].step}" if kept else "the same command begins again"
+    resumes = (
+        f"the same command resumes at step {kept[0].step}"
+        if kept
+        else "the same command begins again"
+    )
     return RunError(
         f"{job.stage}: a weight or a state of the optimizer is NaN or infinite after step {step - 1}, and the loss was "
         f"finite. Nothing was saved, and {resumes}. Fix: if it happens again at the same step, lower "
@@ -167,21 +193,21 @@ def _weights_not_finite(job: Job, step: int) -> RunError:
     )
 
 
-def _other_run(job: Job) -> str:
+def _other_run(job: TrainJob) -> str:
     """Name the way to a run with another learning rate."""
     if checkpoint.checkpoints(job.folder):
         return f"a new run from this one's newest checkpoint (--fork {_run_name(job)})"
     return "a new run (another --run)"
 
 
-def _run_name(job: Job) -> str:
+def _run_name(job: TrainJob) -> str:
     try:
         return job.folder.parent.relative_to(job.home / "runs").as_posix()
     except ValueError:
         return job.folder.parent.name
 
 
-def accumulated(stage: Stage, world: int) -> int:
+def num_micro_batches(stage: Stage, world: int) -> int:
     """Micro-batches of a step: those of the rank with the most lanes, so that all run the same collectives."""
     samples = math.ceil(stage.data.lanes / world) * (stage.budget.batch // stage.data.lanes)
     return math.ceil(samples / stage.budget.micro)
@@ -192,8 +218,13 @@ def _memory(stage: Stage, batches: Sequence[Batch]) -> Iterator[None]:
     """Raises ResourceError, naming this worker's longest samples, for a step that does not fit into memory."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one; on a CPU it has no name of its own
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocat" not in str(error):
+    except (
+        RuntimeError,
+        MemoryError,
+    ) as error:  # torch.OutOfMemoryError is one; on a CPU it has no name of its own
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocat" not in str(
+            error
+        ):
             raise
         size = {
             key: tokens
@@ -210,17 +241,17 @@ def _memory(stage: Stage, batches: Sequence[Batch]) -> Iterator[None]:
         ) from None
 
 
-def _finish(job: Job, metrics: Metrics, state: dict[str, torch.Tensor]) -> None:
+def _finish(job: TrainJob, metrics: Metrics, state: dict[str, torch.Tensor]) -> None:
     """The artefact comes last: where it is, the stage is finished and its metrics are there."""
     checkpoint.make_room(job.folder, sum(tensor.nbytes for tensor in state.values()), home=job.home)
     storage.write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=1))
     with storage.disk_errors(job.folder):
-        artefact.save(
+        artifacts.save(
             job.folder / "artefact",
             state,
             system=job.system,
             stage=job.stage,
-            parent=artefact.describe(job.parent).digest if job.parent else None,
+            parent=artifacts.describe(job.parent).digest if job.parent else None,
             datasets=job.datasets,
             steps=job.system[job.stage].budget.steps,
         )
@@ -228,12 +259,16 @@ def _finish(job: Job, metrics: Metrics, state: dict[str, torch.Tensor]) -> None:
         storage.sync_folder(job.folder)
 
 
-def built(job: Job, stage: Stage) -> tuple[freezing.Freezable, list[str]]:
+def build_model(job: TrainJob, stage: Stage) -> tuple[base.VLMModule, list[str]]:
     """The stage's model with what it inherits, and the names of that; on every rank the same."""
     torch.manual_seed(stage.seed)  # every rank draws the same new weights
-    model: freezing.Freezable = stage.model.build()
-    inherited = lora.fitted(model, artefact.weights(job.parent, stage.inherits)) if job.parent else {}
-    artefact.put(model, inherited, str(job.parent))
+    model: base.VLMModule = stage.model.build()
+    inherited = (
+        lora.remap_adapters(model, artifacts.weights(job.parent, stage.inherits))
+        if job.parent
+        else {}
+    )
+    artifacts.load_into(model, inherited, str(job.parent))
     return model, list(inherited)
 
 
@@ -259,9 +294,9 @@ def _by_rank_0(work: Callable[[], T]) -> T:
 
 
 def _engine(
-    job: Job,
+    job: TrainJob,
     stage: Stage,
-    model: freezing.Freezable,
+    model: base.VLMModule,
     multipliers: Mapping[str, float],
     attempt: str,
     fixed_start: bool,
@@ -273,8 +308,12 @@ def _engine(
     engine: Engine | None = None
     while True:
         found = _by_rank_0(lambda: _newest(job, attempt))
-        elastic = found is not None and found.world != dist.get_world_size() and stage.shard.stage > 0  # 0: no shards
-        engine = engine or Engine(Step(model, stage.losses), stage, multipliers, universal=elastic)
+        elastic = (
+            found is not None and found.world != dist.get_world_size() and stage.shard.stage > 0
+        )  # 0: no shards
+        engine = engine or Engine(
+            TrainingModule(model, stage.losses), stage, multipliers, universal=elastic
+        )
         if found is None:
             return engine, 0, {}
         if elastic:
@@ -291,11 +330,13 @@ def _engine(
             raise ResourceError(f"{damage}; the workers start again from the one before")
 
 
-def _load_of_other_workers(job: Job, found: checkpoint.Checkpoint, engine: Engine, attempt: str) -> dict[str, Any]:
+def _load_of_other_workers(
+    job: TrainJob, found: checkpoint.Checkpoint, engine: Engine, attempt: str
+) -> dict[str, Any]:
     universal = found.folder.with_name(f".universal-{attempt}")
     _by_rank_0(lambda: checkpoint.make_room(job.folder, found.size, home=job.home))
     try:
-        _by_rank_0(lambda: reshaped(found.folder, universal))
+        _by_rank_0(lambda: convert_to_universal(found.folder, universal))
         client = engine.load(universal, universal=True)
         dist.barrier()
     finally:
@@ -304,15 +345,25 @@ def _load_of_other_workers(job: Job, found: checkpoint.Checkpoint, engine: Engin
     return client
 
 
-def _newest(job: Job, attempt: str) -> checkpoint.Checkpoint | None:
-    found, passed = checkpoint.resume(job.folder, job.system.fingerprint(), *job.fingerprints, home=job.home)
+def _newest(job: TrainJob, attempt: str) -> checkpoint.Checkpoint | None:
+    found, passed = checkpoint.resume(
+        job.folder, job.system.fingerprint(), *job.fingerprints, home=job.home
+    )
     for damage in passed:
         log.warning("%s: %s; resuming from the one before", job.stage, damage)
-    checkpoint.sweep(job.folder, attempt, found.step if found else 0)
+    checkpoint.remove_stale(job.folder, attempt, found.step if found else 0)
     return found
 
 
-def _save(job: Job, engine: Engine, attempt: str, step: int, rank: int, world: int, mixed: Mapping[str, float]) -> None:
+def _save(
+    job: TrainJob,
+    engine: Engine,
+    attempt: str,
+    step: int,
+    rank: int,
+    world: int,
+    mixed: Mapping[str, float],
+) -> None:
     """A checkpoint of `step`, unless its weights are not finite or the disk has no room for it."""
     if not engine.finite():
         raise _weights_not_finite(job, step)
@@ -339,14 +390,16 @@ def _save(job: Job, engine: Engine, attempt: str, step: int, rank: int, world: i
         raise
 
 
-def _micro_batches(stage: Stage, rows: Sequence[Row], world: int, pad_id: int, device: torch.device) -> list[Batch]:
+def _micro_batches(
+    stage: Stage, rows: Sequence[Row], world: int, pad_id: int, device: torch.device
+) -> list[Batch]:
     """Batches of at most `budget.micro` sequences, on every rank as many; one that is over repeats a row without loss.
 
     Without packing the number is arithmetic. With it, only the rank that has packed knows how many sequences it has.
     """
     size = stage.budget.micro
     sequences = [list(same) for _, same in groupby(rows, key=lambda row: row.place)]
-    number = accumulated(stage, world)
+    number = num_micro_batches(stage, world)
     if stage.data.packing is not None:
         most = torch.tensor(math.ceil(len(sequences) / size), device=device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -358,7 +411,14 @@ def _micro_batches(stage: Stage, rows: Sequence[Row], world: int, pad_id: int, d
     return batches
 
 
-def _evaluate(job: Job, stage: Stage, model: nn.Module, judges: Sequence[EvalSpec], *, write: bool = False) -> Metrics:
+def _evaluate(
+    job: TrainJob,
+    stage: Stage,
+    model: nn.Module,
+    judges: Sequence[EvalSpec],
+    *,
+    write: bool = False,
+) -> Metrics:
     """Every rank evaluates the same rows, so that sharded weights are gathered by all."""
     pipeline = Pipeline(model, stage)
     metrics: Metrics = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from bridgework import storage
-from bridgework.data.shards import Dataset
+from bridgework.data.dataset import Dataset
 from bridgework.errors import SpecError
 
 FILE = "skips.json"
@@ -86,13 +86,17 @@ class Skips:
         if not file.exists():
             return cls()
         orders = json.loads(file.read_text())
-        return cls(tuple(Skip(tuple(o["keys"]), tuple(o["steps"]), o["since"], o["asked"]) for o in orders))
+        return cls(
+            tuple(Skip(tuple(o["keys"]), tuple(o["steps"]), o["since"], o["asked"]) for o in orders)
+        )
 
     def new(self, order: Skip) -> Skip:
         """What of an order is not on record yet."""
         known = {key for key, _ in self.keys}
         keys = tuple(key for key in order.keys if key not in known)
-        return replace(order, keys=keys, steps=tuple(step for step in order.steps if step not in self.steps))
+        return replace(
+            order, keys=keys, steps=tuple(step for step in order.steps if step not in self.steps)
+        )
 
     def add(self, folder: Path, order: Skip) -> "Skips":
         """With one more, which is on record from now on."""
@@ -119,5 +123,7 @@ def _range(word: str) -> range:
     first, dash, last = word.removeprefix("step:").partition("-")
     ends = [first, last] if dash else [first]
     if not all(re.fullmatch("[0-9]{1,15}", end) for end in ends) or int(ends[-1]) < int(first):
-        raise SpecError(f"--skip {word!r} names no steps; write step:120 or step:120-125, or the key of a sample")
+        raise SpecError(
+            f"--skip {word!r} names no steps; write step:120 or step:120-125, or the key of a sample"
+        )
     return range(int(first), int(ends[-1]) + 1)

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bridgework.data.batch import Batch
+from bridgework.data.collate import Batch
 from bridgework.errors import SpecError
-from bridgework.models.freezing import Freezable
+from bridgework.models.base import VLMModule
 from bridgework.system import LossSpec, Stage
 
 
-class Beside(NamedTuple):
+class GradCacheBatch(NamedTuple):
     """What a micro-batch is compared with: a worker's whole share without gradient, and its own place in it."""
 
     shares: Sequence[dict[str, Tensor]]  # of each micro-batch: name of the output -> (r, ...)
@@ -29,18 +29,20 @@ class Beside(NamedTuple):
     own: int
 
 
-class Step(nn.Module):
+class TrainingModule(nn.Module):
     """Runs the wiring once and every loss on what it gave."""
 
-    def __init__(self, model: Freezable, losses: Sequence[LossSpec]) -> None:
+    def __init__(self, model: VLMModule, losses: Sequence[LossSpec]) -> None:
         super().__init__()
         self.model = model
         self.losses = tuple(losses)
         self.wants = frozenset(loss.needs for loss in losses)
         self.spliced = sorted({name for loss in losses for name in loss.spliced})
-        self.options = {name: value for loss in losses for name, value in getattr(loss, "options", {}).items()}
+        self.options = {
+            name: value for loss in losses for name, value in getattr(loss, "options", {}).items()
+        }
 
-    def forward(self, batch: Batch, beside: Beside | None = None) -> Tensor:
+    def forward(self, batch: Batch, beside: GradCacheBatch | None = None) -> Tensor:
         """What every sample of the batch adds to the sum of every loss: sums_LR, float32.
 
         With `beside`, the samples are those of the worker's share, and a loss that compares samples sees all of them,
@@ -50,19 +52,25 @@ class Step(nn.Module):
         outputs = self.model(**batch.inputs(), **self.options, wants=self.wants)
         return torch.stack([self._sums(loss, outputs, batch, beside) for loss in self.losses])
 
-    def _sums(self, loss: LossSpec, outputs: Any, batch: Batch, beside: Beside | None) -> Tensor:
+    def _sums(
+        self, loss: LossSpec, outputs: Any, batch: Batch, beside: GradCacheBatch | None
+    ) -> Tensor:
         if beside is None or not loss.spliced:
             own_r: Tensor = loss(outputs) * (not batch.idle)
             if beside is None:
                 return own_r
             before, after = sum(beside.samples[: beside.own]), sum(beside.samples[beside.own + 1 :])
             if batch.idle:
-                return own_r.new_zeros(before + after) + own_r.sum()  # a zero, but the graph of the other ranks
+                return (
+                    own_r.new_zeros(before + after) + own_r.sum()
+                )  # a zero, but the graph of the other ranks
             return torch.cat([own_r.new_zeros(before), own_r, own_r.new_zeros(after)])
         parts = {name: [share[name] for share in beside.shares] for name in _compared(loss, batch)}
         for name, shares in parts.items():
             shares[beside.own] = self._real(getattr(outputs, name), batch)
-        whole_R: Tensor = loss(replace(outputs, **{name: torch.cat(shares) for name, shares in parts.items()}))
+        whole_R: Tensor = loss(
+            replace(outputs, **{name: torch.cat(shares) for name, shares in parts.items()})
+        )
         # every micro-batch sees the sums of the share, and each gives their gradient through its own outputs
         return whole_R - whole_R.detach() * (1 - 1 / len(beside.shares))
 
@@ -76,7 +84,12 @@ class Step(nn.Module):
     def counts(self, batches: Sequence[Batch]) -> Tensor:
         """What every sample adds to the divisors of the losses: counts_LR, float32."""
         labels = [batch.labels_by_sample() for batch in batches]
-        return torch.stack([torch.cat([loss.count(labels_RT).float() for labels_RT in labels]) for loss in self.losses])
+        return torch.stack(
+            [
+                torch.cat([loss.count(labels_RT).float() for labels_RT in labels])
+                for loss in self.losses
+            ]
+        )
 
     @staticmethod
     def _real(rows: Tensor, batch: Batch) -> Tensor:
@@ -93,7 +106,9 @@ def _compared(loss: LossSpec, batch: Batch) -> set[str]:
 def by_source(values_LR: Tensor, sources_R: Tensor, sources: int) -> Tensor:
     """(L, S) float32: the values of the samples added up by the source that each came from."""
     values_LR = values_LR.float()
-    return values_LR.new_zeros(len(values_LR), sources).index_add(1, sources_R.to(values_LR.device), values_LR)
+    return values_LR.new_zeros(len(values_LR), sources).index_add(
+        1, sources_R.to(values_LR.device), values_LR
+    )
 
 
 def check(stage: Stage, micro_batches: int) -> None:

@@ -34,7 +34,9 @@ class Stop:
         self._asked = reason
         try:
             self._file.write_text(reason)
-        except OSError:  # the disk is full: this process knows, and the others learn it in its next step
+        except (
+            OSError
+        ):  # the disk is full: this process knows, and the others learn it in its next step
             return
 
     def clear(self) -> None:
@@ -87,4 +89,6 @@ def listening(folder: Path, say: Callable[[str], Any]) -> Iterator[Stop]:
 def interrupted(stage: str, reason: str, step: int | None) -> Interrupted:
     """The error of a run that was asked to stop; `step` is that of the checkpoint, None without one."""
     kept = "no step was taken yet" if step is None else f"a checkpoint of step {step} is saved"
-    return Interrupted(f"{stage}: stopped by {reason or 'a request'}; {kept}. The same command resumes")
+    return Interrupted(
+        f"{stage}: stopped by {reason or 'a request'}; {kept}. The same command resumes"
+    )

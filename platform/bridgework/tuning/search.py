@@ -23,13 +23,13 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
+from bridgework.config import override, to_dict
 from bridgework.errors import RunError, SpecError, TrackingError, suggest
-from bridgework.lineage import models
-from bridgework.spec import override, to_dict
 from bridgework.system import System, load
-from bridgework.tracking import Point, Status, Tracker, Version
+from bridgework.tracking import registry
+from bridgework.tracking.tracker import Point, Status, Tracker, Version
 from bridgework.training.driver import train
-from bridgework.training.launch import How
+from bridgework.training.ray_train import RunOptions
 from bridgework.tuning.space import Space, bounds, described
 
 # Both announce what the table of the sweep says better.
@@ -38,7 +38,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialRow:
     """One trial of a sweep as its table shows it."""
 
     trial: str
@@ -52,7 +52,7 @@ class Row:
 class Outcome:
     """A sweep's rows, best first; the winner's command, weights and registered version."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TrialRow, ...]
     command: str
     artefact: Path
     metrics: dict[str, float]
@@ -80,11 +80,17 @@ def sweep(
     base = override(load(space.system), fixed)
     _check(space, base)
     rows = _kept(home / "runs" / run, space, base)
-    parent = tracker.start(run, tags={"run_key": run, "system": base.name, "sweep": space.name}) if tracker else None
+    parent = (
+        tracker.start(run, tags={"run_key": run, "system": base.name, "sweep": space.name})
+        if tracker
+        else None
+    )
     recorder = _Recorder(space, run, tracker, parent, console)
     with recorder.closed():
         if rows is None:
-            rows = _scored(_search(space, base, home, run, recorder), space, run, home / "runs" / run)
+            rows = _scored(
+                _search(space, base, home, run, recorder), space, run, home / "runs" / run
+            )
             _keep(home / "runs" / run, space, base, rows)
         return _registered(space, base, fixed, rows, home, run, tracker, parent, console)
 
@@ -93,7 +99,7 @@ def _registered(
     space: Space,
     base: System,
     fixed: Mapping[str, Any],
-    rows: list[Row],
+    rows: list[TrialRow],
     home: Path,
     run: str,
     tracker: Tracker | None,
@@ -107,7 +113,7 @@ def _registered(
         override(base, best.changes),
         home=home,
         run=f"{run}/{best.trial}",
-        how=How(workers=0),
+        how=RunOptions(workers=0),
         stages=space.stages,
         tracker=tracker,
         parent_run=parent,
@@ -117,8 +123,10 @@ def _registered(
     version, why = None, ""
     try:
         if tracker is not None and winner.run_id is not None:
-            version = models.register(tracker, base.name, winner, {"command": command, "sweep": run})
-            _, why = models.challenge(tracker, version, space.metric.name)
+            version = registry.register(
+                tracker, base.name, winner, {"command": command, "sweep": run}
+            )
+            _, why = registry.challenge(tracker, version, space.metric.name)
             version = tracker.version(base.name, version.version)
     except TrackingError as error:
         console.print(f"{error}; the winner is not registered yet: the same command later does it")
@@ -126,7 +134,9 @@ def _registered(
 
 
 def _search(space: Space, base: System, home: Path, run: str, recorder: "_Recorder") -> ResultGrid:
-    trial = tune.with_parameters(_trial, space=space, base=base, home=home, run=run, cwd=os.getcwd())
+    trial = tune.with_parameters(
+        _trial, space=space, base=base, home=home, run=run, cwd=os.getcwd()
+    )
     tuner = Tuner(
         tune.with_resources(trial, {"CPU": space.budget.cpus}),
         param_space=dict(space.space),
@@ -136,10 +146,14 @@ def _search(space: Space, base: System, home: Path, run: str, recorder: "_Record
             num_samples=space.budget.trials,
             max_concurrent_trials=space.budget.concurrent,
             search_alg=OptunaSearch(seed=space.budget.seed),
-            scheduler=ASHAScheduler(time_attr="training_iteration", max_t=space.budget.judgements, grace_period=1),
+            scheduler=ASHAScheduler(
+                time_attr="training_iteration", max_t=space.budget.judgements, grace_period=1
+            ),
             reuse_actors=True,
         ),
-        run_config=RunConfig(name="tune", storage_path=str(home / "runs" / run), verbose=0, callbacks=[recorder]),
+        run_config=RunConfig(
+            name="tune", storage_path=str(home / "runs" / run), verbose=0, callbacks=[recorder]
+        ),
     )
     return tuner.fit()
 
@@ -155,7 +169,7 @@ def _identity(space: Space, base: System) -> dict[str, Any]:
     }
 
 
-def _kept(folder: Path, space: Space, base: System) -> list[Row] | None:
+def _kept(folder: Path, space: Space, base: System) -> list[TrialRow] | None:
     """The rows of this sweep, if it was run before."""
     file = folder / "sweep.json"
     if not file.exists():
@@ -163,13 +177,17 @@ def _kept(folder: Path, space: Space, base: System) -> list[Row] | None:
     kept = json.loads(file.read_text())
     identity = _identity(space, base)
     if differs := [name for name in identity if kept["identity"].get(name) != identity[name]]:
-        raise RunError(f"{folder} holds another sweep: its {', '.join(differs)} differ. Fix: give another --run")
-    return [Row(**row) for row in kept["rows"]]
+        raise RunError(
+            f"{folder} holds another sweep: its {', '.join(differs)} differ. Fix: give another --run"
+        )
+    return [TrialRow(**row) for row in kept["rows"]]
 
 
-def _keep(folder: Path, space: Space, base: System, rows: list[Row]) -> None:
+def _keep(folder: Path, space: Space, base: System, rows: list[TrialRow]) -> None:
     temporary = folder / "sweep.json.tmp"
-    temporary.write_text(json.dumps({"identity": _identity(space, base), "rows": [vars(r) for r in rows]}, indent=1))
+    temporary.write_text(
+        json.dumps({"identity": _identity(space, base), "rows": [vars(r) for r in rows]}, indent=1)
+    )
     temporary.rename(folder / "sweep.json")
 
 
@@ -183,10 +201,17 @@ def _check(space: Space, base: System) -> None:
     ways = {f"{spec.name}.{key}": way for spec in last.evals for key, way in spec.better.items()}
     decisive = [name for name, way in ways.items() if way is not None]
     if space.metric.name not in decisive:
-        baseline = "is a baseline, which decides nothing" if space.metric.name in ways else "is given by no evaluation"
+        baseline = (
+            "is a baseline, which decides nothing"
+            if space.metric.name in ways
+            else "is given by no evaluation"
+        )
         raise SpecError(
             f"sweep {space.name}: METRIC {space.metric.name!r} {baseline} of stage {last.name}"
-            + (suggest(space.metric.name, decisive) or "; the stage has no evaluations: add some to its recipe's evals")
+            + (
+                suggest(space.metric.name, decisive)
+                or "; the stage has no evaluations: add some to its recipe's evals"
+            )
         )
     if space.metric.mode != {"higher": "max", "lower": "min"}[str(ways[space.metric.name])]:
         raise SpecError(
@@ -195,23 +220,39 @@ def _check(space: Space, base: System) -> None:
         )
 
 
-def _trial(config: dict[str, Any], *, space: Space, base: System, home: Path, run: str, cwd: str) -> None:
+def _trial(
+    config: dict[str, Any], *, space: Space, base: System, home: Path, run: str, cwd: str
+) -> None:
     """Runs in a Tune actor: the stages of one trial, in that process."""
     import torch
 
-    os.chdir(cwd)  # Tune starts in a folder of its own; paths in a recipe begin where the command ran
+    os.chdir(
+        cwd
+    )  # Tune starts in a folder of its own; paths in a recipe begin where the command ran
     torch.set_num_threads(max(1, round(space.budget.cpus)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name = tune.get_context().get_trial_id()
     system = override(base, config)
     *first, last = space.stages
-    every = math.ceil(system[last].budget.steps / space.budget.judgements)  # a report more, and ASHA ends the trial
+    every = math.ceil(
+        system[last].budget.steps / space.budget.judgements
+    )  # a report more, and ASHA ends the trial
     judge = space.metric.name.split(".")[0]
     for stages, how in (
-        (first, How(workers=0)),
-        ([last], How(workers=0, evaluate_every=every, midway=judge, report=_reporter(space))),
+        (first, RunOptions(workers=0)),
+        (
+            [last],
+            RunOptions(workers=0, evaluate_every=every, midway=judge, report=_reporter(space)),
+        ),
     ):
-        train(system, home=home, run=f"{run}/{name}", how=how, stages=stages, console=Console(quiet=True))
+        train(
+            system,
+            home=home,
+            run=f"{run}/{name}",
+            how=how,
+            stages=stages,
+            console=Console(quiet=True),
+        )
 
 
 def _reporter(space: Space) -> Any:
@@ -225,8 +266,16 @@ def _reporter(space: Space) -> Any:
 class _Recorder(Callback):
     """Tells the tracker, in the driver, of every trial as it goes: a trial that ASHA stops says nothing itself."""
 
-    def __init__(self, space: Space, run: str, tracker: Tracker | None, parent: str | None, console: Console) -> None:
-        self._run, self._space, self._tracker, self._parent, self._console = run, space, tracker, parent, console
+    def __init__(
+        self, space: Space, run: str, tracker: Tracker | None, parent: str | None, console: Console
+    ) -> None:
+        self._run, self._space, self._tracker, self._parent, self._console = (
+            run,
+            space,
+            tracker,
+            parent,
+            console,
+        )
         self.runs: dict[str, str] = {}
         self._running: set[str] = set()
 
@@ -249,22 +298,38 @@ class _Recorder(Callback):
         """Nothing: Tune pickles a Tuner to restore it, which is never done, and a console has a lock."""
         return {}
 
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_start(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
         if trial.trial_id not in self.runs:
             self._tell(lambda tracker: self._open(tracker, trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        name, step, at = self._space.metric.name, int(result["step"]), int(result["timestamp"] * 1000)
-        self._console.print(f"trial {trial.trial_id}: {name} {result[name]:.3f} at step {step}", highlight=False)
-        points = [Point(k, v, step, at) for k, v in result.items() if isinstance(v, float) and "/" not in k]
+        name, step, at = (
+            self._space.metric.name,
+            int(result["step"]),
+            int(result["timestamp"] * 1000),
+        )
+        self._console.print(
+            f"trial {trial.trial_id}: {name} {result[name]:.3f} at step {step}", highlight=False
+        )
+        points = [
+            Point(k, v, step, at)
+            for k, v in result.items()
+            if isinstance(v, float) and "/" not in k
+        ]
         self._tell(lambda tracker: tracker.points(self.runs[trial.trial_id], points))
 
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
         self._finish_trial(trial, "FINISHED")
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
         self._finish_trial(trial, "FAILED")
 
     def _finish_trial(self, trial: Trial, status: Status) -> None:
@@ -293,7 +358,7 @@ def _finish(run_id: str, status: Status, tracker: Tracker) -> None:
     tracker.finish(run_id, status)
 
 
-def _scored(results: ResultGrid, space: Space, run: str, folder: Path) -> list[Row]:
+def _scored(results: ResultGrid, space: Space, run: str, folder: Path) -> list[TrialRow]:
     """The rows of all trials, the best first. Raises RunError where no trial finished with a score."""
     rows = _rows(results, space, folder)
     if not _may_win(rows[0]):
@@ -304,11 +369,11 @@ def _scored(results: ResultGrid, space: Space, run: str, folder: Path) -> list[R
     return rows
 
 
-def _may_win(row: Row) -> bool:
+def _may_win(row: TrialRow) -> bool:
     return row.status == "finished" and row.score is not None
 
 
-def _rows(results: ResultGrid, space: Space, folder: Path) -> list[Row]:
+def _rows(results: ResultGrid, space: Space, folder: Path) -> list[TrialRow]:
     rows = []
     for result in (results[i] for i in range(len(results))):
         metrics = result.metrics or {}
@@ -317,28 +382,41 @@ def _rows(results: ResultGrid, space: Space, folder: Path) -> list[Row]:
         status = "failed" if result.error else "finished" if whole else "stopped"
         score = metrics.get(space.metric.name)
         score = score if score is not None and math.isfinite(score) else None
-        rows.append(Row(trial, dict(result.config or {}), score, status, float(metrics.get("time_total_s", 0.0))))
+        rows.append(
+            TrialRow(
+                trial,
+                dict(result.config or {}),
+                score,
+                status,
+                float(metrics.get("time_total_s", 0.0)),
+            )
+        )
     return best_first(rows, space)
 
 
-def best_first(rows: Sequence[Row], space: Space) -> list[Row]:
+def best_first(rows: Sequence[TrialRow], space: Space) -> list[TrialRow]:
     """Finished trials with a score first, the best of them at the top."""
     return sorted(rows, key=lambda row: (not _may_win(row), *_order(row, space)))
 
 
-def _order(row: Row, space: Space) -> tuple[bool, float]:
+def _order(row: TrialRow, space: Space) -> tuple[bool, float]:
     score = row.score if row.score is not None else 0.0
     return row.score is None, -score if space.metric.mode == "max" else score
 
 
 def _command(space: Space, fixed: Mapping[str, Any], changes: Mapping[str, Any]) -> str:
     """The words that train the winner again."""
-    words = ["bridgework", "train", space.system, *(w for s in space.stages for w in ("--stage", s))]
+    words = [
+        "bridgework",
+        "train",
+        space.system,
+        *(w for s in space.stages for w in ("--stage", s)),
+    ]
     for path, value in {**fixed, **changes}.items():
         words += ["--set", f"{path}={value}"]
     return shlex.join(words)
 
 
-def limited(space: Space, *, trials: int | None) -> Space:
+def cap_concurrency(space: Space, *, trials: int | None) -> Space:
     """The same space with another number of trials."""
     return space if trials is None else replace(space, budget=replace(space.budget, trials=trials))

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, Normal, Quantized
 
+from bridgework.config import config_class
 from bridgework.errors import SpecError, suggest
-from bridgework.spec import spec
 
 
-@spec
+@config_class
 class Metric:
     """The figure of an evaluation that decides, as `bridgework eval` names it."""
 
@@ -23,7 +23,7 @@ class Metric:
     mode: Literal["max", "min"]
 
 
-@spec
+@config_class
 class SweepBudget:
     """How much a sweep may try. A trial is judged `judgements` times; ASHA stops the worse half early."""
 
@@ -59,7 +59,13 @@ def described(distribution: Domain) -> dict[str, Any]:
     numeric, sampler, step = _numeric(distribution)
     scale = type(sampler).__name__.strip("_") + str(getattr(sampler, "base", ""))
     kind = type(distribution).__name__
-    return {"kind": kind, "lower": numeric.lower, "upper": numeric.upper, "scale": scale, "step": step}
+    return {
+        "kind": kind,
+        "lower": numeric.lower,
+        "upper": numeric.upper,
+        "scale": scale,
+        "step": step,
+    }
 
 
 def bounds(path: str, distribution: Any) -> list[Any]:
@@ -106,11 +112,16 @@ def load(name: str) -> Space:
         if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
             raise
         raise SpecError(
-            f"there is no sweep {name!r} (run this where tune_spaces/ lies)" + suggest(name, spaces())
+            f"there is no sweep {name!r} (run this where tune_spaces/ lies)"
+            + suggest(name, spaces())
         ) from None
-    missing = [n for n in ("SYSTEM", "STAGES", "SPACE", "METRIC", "BUDGET") if not hasattr(module, n)]
+    missing = [
+        n for n in ("SYSTEM", "STAGES", "SPACE", "METRIC", "BUDGET") if not hasattr(module, n)
+    ]
     if missing:
-        raise SpecError(f"{path} does not say {', '.join(missing)}; see tune_spaces/llava_bridge.py for the five names")
+        raise SpecError(
+            f"{path} does not say {', '.join(missing)}; see tune_spaces/llava_bridge.py for the five names"
+        )
     return Space(
         name=name,
         system=module.SYSTEM,

@@ -13,13 +13,13 @@ from uuid import uuid4
 
 import fsspec
 
-from bridgework.data import formats as by_name
+from bridgework import plugins as by_name
+from bridgework.data.dataset import open_dataset
 from bridgework.data.manifest import refuse_within
 from bridgework.data.names import check_place
 from bridgework.data.samples import Sample
-from bridgework.data.shards import open_dataset
 from bridgework.errors import DataError
-from bridgework.stores import find_store
+from bridgework.storage import find_store
 
 UNKNOWN = "unknown"  # the licence in the manifest of an import that was given none
 
@@ -94,7 +94,10 @@ def licensed(source: str) -> Iterator[Sample]:
     """
     dataset = open_dataset(source)
     of_all = None if dataset.manifest.licence == UNKNOWN else dataset.manifest.licence
-    return (sample if sample.licence else replace(sample, licence=of_all) for sample in dataset.samples())
+    return (
+        sample if sample.licence else replace(sample, licence=of_all)
+        for sample in dataset.samples()
+    )
 
 
 def ending(image: bytes) -> str:
@@ -102,11 +105,24 @@ def ending(image: bytes) -> str:
     for magic, offset, name in _MAGIC:
         if image.startswith(magic, offset):
             return name
-    raise DataError(f"an image begins with {image[:12]!r}, which is no image; run `bridgework data verify`")
+    raise DataError(
+        f"an image begins with {image[:12]!r}, which is no image; run `bridgework data verify`"
+    )
 
 
 def filled(sample: Sample) -> dict[str, Any]:
     """The fields of a sample that hold something, but for its key and its images, ready for JSON."""
-    fields = {name: value for name, value in vars(sample).items() if value and name not in ("key", "images", "parts")}
-    parts = [{name: value for name, value in vars(part).items() if value is not None} for part in sample.parts]
-    return {"parts": parts} | fields | ({"boxes": [vars(box) for box in sample.boxes]} if sample.boxes else {})
+    fields = {
+        name: value
+        for name, value in vars(sample).items()
+        if value and name not in ("key", "images", "parts")
+    }
+    parts = [
+        {name: value for name, value in vars(part).items() if value is not None}
+        for part in sample.parts
+    ]
+    return (
+        {"parts": parts}
+        | fields
+        | ({"boxes": [vars(box) for box in sample.boxes]} if sample.boxes else {})
+    )

@@ -33,7 +33,10 @@ def run(source: str, dest: str, *, prompt: str | None = None) -> Exported:
     DataError for a row that is no conversation, and where there is something at `dest`; then nothing is left there.
     """
     losses, rows, images = Losses(), 0, 0
-    with staged(dest, last=FILE) as (fs, folder), fs.open(f"{folder}/{FILE}", "w", encoding="utf-8") as file:
+    with (
+        staged(dest, last=FILE) as (fs, folder),
+        fs.open(f"{folder}/{FILE}", "w", encoding="utf-8") as file,
+    ):
         fs.makedirs(f"{folder}/images")
         for sample in licensed(source):
             entry = _entry(sample, prompt)
@@ -65,16 +68,25 @@ def _entry(sample: Sample, prompt: str | None) -> dict[str, Any]:
     """Raises DataError for a sample that would not come back as it is."""
     said = _numbered(sample.parts if prompt is None else _asked(sample.parts, prompt))
     turns = [
-        {"from": _SPEAKERS.get(role), "value": "".join(PLACEHOLDER if p.text is None else p.text for p in of_role)}
+        {
+            "from": _SPEAKERS.get(role),
+            "value": "".join(PLACEHOLDER if p.text is None else p.text for p in of_role),
+        }
         for role, of_role in groupby(said, key=lambda part: part.role)
     ]
     try:
         same = list(parts(turns)) == said
     except BadSample as error:
-        hint = "; prompt=TEXT makes one of a pair" if prompt is None and _is_pair(sample.parts) else ""
-        raise DataError(f"{sample.key!r} is no conversation of questions and answers: {error.detail}{hint}") from None
+        hint = (
+            "; prompt=TEXT makes one of a pair" if prompt is None and _is_pair(sample.parts) else ""
+        )
+        raise DataError(
+            f"{sample.key!r} is no conversation of questions and answers: {error.detail}{hint}"
+        ) from None
     if not same:
-        raise DataError(f"{sample.key!r}: a text holds {PLACEHOLDER!r} or is empty; LLaVA's JSON cannot tell it apart")
+        raise DataError(
+            f"{sample.key!r}: a text holds {PLACEHOLDER!r} or is empty; LLaVA's JSON cannot tell it apart"
+        )
     return {"id": sample.key, "conversations": turns}
 
 
@@ -92,11 +104,18 @@ def _numbered(given: Iterable[Part]) -> list[Part]:
 
 
 def _is_pair(given: Sequence[Part]) -> bool:
-    return [(part.role, part.text is None) for part in given] == [("caption", True), ("caption", False)]
+    return [(part.role, part.text is None) for part in given] == [
+        ("caption", True),
+        ("caption", False),
+    ]
 
 
 def _asked(given: Sequence[Part], prompt: str) -> Sequence[Part]:
     """A pair as a question about its image, and the answer; anything else as it is."""
     if not _is_pair(given):
         return given
-    return Part("user", image=0), Part("user", text=f"\n{prompt}"), replace(given[1], role="assistant")
+    return (
+        Part("user", image=0),
+        Part("user", text=f"\n{prompt}"),
+        replace(given[1], role="assistant"),
+    )

@@ -66,7 +66,10 @@ def _stem(key: str) -> str:
 def _members(sample: Sample) -> Iterator[tuple[str, bytes]]:
     """(ending, content): one image has no number."""
     many = len(sample.images) > 1
-    names = [f"{place}.{ending(image)}" if many else ending(image) for place, image in enumerate(sample.images)]
+    names = [
+        f"{place}.{ending(image)}" if many else ending(image)
+        for place, image in enumerate(sample.images)
+    ]
     yield from zip(names, sample.images, strict=True)
     texts = [part for part in sample.parts if part.text is not None]
     if len(sample.images) == 1 and [part.role for part in texts] == ["caption"]:

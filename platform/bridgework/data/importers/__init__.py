@@ -19,20 +19,26 @@ from unicodedata import normalize
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from bridgework.cluster import each
-from bridgework.data import formats as by_name
-from bridgework.data.chunks import CHUNK_ROWS, Chunk, ChunkStore, chunks
-from bridgework.data.chunks import Row as Row  # what an importer's rows are
-from bridgework.data.importing import Job, tidy
+from bridgework import plugins as by_name
+from bridgework.data.dataset import Manifest, read_manifest
+from bridgework.data.images import MAX_BYTES, decode
+from bridgework.data.importers.engine import (
+    CHUNK_ROWS,
+    Chunk,
+    ChunkStore,
+    ImportJob,
+    chunks,
+    remove_stale,
+)
+from bridgework.data.importers.engine import Row as Row
 from bridgework.data.names import address as address
 from bridgework.data.names import plain as plain
-from bridgework.data.quarantine import BadSample, LeftOut, Quarantine, Reason
+from bridgework.data.quarantine import BadSample, Quarantine, Reason, SkippedRow
 from bridgework.data.samples import Sample
-from bridgework.data.shards import Manifest, read_manifest
-from bridgework.data.transforms import MAX_BYTES, decode
 from bridgework.errors import DataError
 from bridgework.mixture import check_max_bad
-from bridgework.stores import find_store
+from bridgework.ray_utils import map_on_actors
+from bridgework.storage import find_store
 
 PLACEHOLDER = "<image>"  # where an image stands in a text; a caption has no business to hold one
 
@@ -78,11 +84,16 @@ def ingest(
     _apart(source, dest)
     done = _made_before(source, dest, made_by, licence, parameters)
     if done is not None:
-        tidy(dest)
+        remove_stale(dest)
         say(f"{dest}: nothing to do, it holds these {done.rows} rows already")
         return done
-    told = {"licence": licence, "made_by": made_by, "parameters": parameters, "chunk_rows": chunk_rows}
-    job = Job.begin(source, dest, **told)
+    told = {
+        "licence": licence,
+        "made_by": made_by,
+        "parameters": parameters,
+        "chunk_rows": chunk_rows,
+    }
+    job = ImportJob.begin(source, dest, **told)
     made = kept = 0
     rest = chunks(rows(), chunk_rows)
     while wave := list(islice(rest, WAVE if workers else 1)):
@@ -90,7 +101,7 @@ def ingest(
         if len(new) < len(wave) and not kept:
             say(f"{dest}: goes on where it was cut off")
         made, kept = made + len(wave), kept + len(wave) - len(new)
-        each(partial(_maker, job.store), new, workers)
+        map_on_actors(partial(_maker, job.store), new, workers)
     quarantine = Quarantine(dest.rstrip("/") + ".quarantine", limit=max_bad)
     manifest = job.finish(made, quarantine, files)
     aside = f"; {len(quarantine)} put aside, see {quarantine.folder}" if len(quarantine) else ""
@@ -117,13 +128,22 @@ def _apart(source: str, dest: str) -> None:
         )
 
 
-def _made_before(source: str, dest: str, made_by: str, licence: str, parameters: Mapping[str, Any]) -> Manifest | None:
+def _made_before(
+    source: str, dest: str, made_by: str, licence: str, parameters: Mapping[str, Any]
+) -> Manifest | None:
     fs, root = find_store(dest)
     if not fs.exists(f"{root}/manifest.json"):
         return None
     old = read_manifest(dest)
-    wanted = json.loads(json.dumps({"source": source, "made_by": made_by, "licence": licence, **parameters}))
-    found = {"source": _spelled(old.source), "made_by": old.made_by, "licence": old.licence, **old.parameters}
+    wanted = json.loads(
+        json.dumps({"source": source, "made_by": made_by, "licence": licence, **parameters})
+    )
+    found = {
+        "source": _spelled(old.source),
+        "made_by": old.made_by,
+        "licence": old.licence,
+        **old.parameters,
+    }
     if found == wanted:
         return old
     name = next(k for k in sorted(found.keys() | wanted.keys()) if found.get(k) != wanted.get(k))
@@ -186,7 +206,7 @@ class Captions:
 
 def leave_out(what: str) -> Sample:
     """Raises LeftOut, with what is counted: what a row is that an importer has no use for."""
-    raise LeftOut(what)
+    raise SkippedRow(what)
 
 
 def texts(value: Any) -> list[Any]:
@@ -201,7 +221,9 @@ def caption(text: Any) -> str:
     if not isinstance(text, str):
         raise BadSample(Reason.BAD_ROW, f"the caption is {type(text).__name__}, and text is wanted")
     if PLACEHOLDER in text:
-        raise BadSample(Reason.PLACEHOLDERS, f"the caption holds {PLACEHOLDER!r}, which stands for an image")
+        raise BadSample(
+            Reason.PLACEHOLDERS, f"the caption holds {PLACEHOLDER!r}, which stands for an image"
+        )
     if not text.strip():
         raise BadSample(Reason.EMPTY_TEXT, "the caption is empty")
     return text.strip()
@@ -222,10 +244,15 @@ def read_image(folder: str, name: Any) -> bytes:
     path = _existing(fs, root, name)
     if path is None:
         raise BadSample(Reason.MISSING_IMAGE, f"there is no file {name!r} in {folder}")
-    if isinstance(fs, LocalFileSystem) and not os.path.realpath(path).startswith(os.path.realpath(root) + os.sep):
+    if isinstance(fs, LocalFileSystem) and not os.path.realpath(path).startswith(
+        os.path.realpath(root) + os.sep
+    ):
         raise BadSample(Reason.OUTSIDE, f"{name!r} is a link out of the image folder")
     if fs.size(path) > MAX_BYTES:
-        raise BadSample(Reason.TOO_MANY_BYTES, f"{name!r} has {fs.size(path)} bytes; at most {MAX_BYTES} are read")
+        raise BadSample(
+            Reason.TOO_MANY_BYTES,
+            f"{name!r} has {fs.size(path)} bytes; at most {MAX_BYTES} are read",
+        )
     return bytes(fs.cat_file(path))
 
 

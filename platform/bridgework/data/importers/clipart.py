@@ -15,13 +15,13 @@ from xml.etree import ElementTree
 
 import fsspec
 
+from bridgework.data.dataset import Manifest
 from bridgework.data.importers import Row, Say, caption, fingerprint, ingest, read_image, shrink
+from bridgework.data.importers.tables import hidden
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Sample, pair
-from bridgework.data.shards import Manifest
-from bridgework.data.sources import hidden
 from bridgework.errors import DataError
-from bridgework.stores import find_store
+from bridgework.storage import find_store
 
 LICENCE = "public domain"
 MAX_PIXELS = 41_000_000  # a handful have 100 to 600 million pixels, for a drawing
@@ -59,13 +59,20 @@ def run(
     it is in the public domain is put aside.
     """
     if not 1 <= side <= MAX_SIDE:
-        raise DataError(f"side={side}: a picture is shrunk to fit 1 to {MAX_SIDE} pixels a side; give such a number")
+        raise DataError(
+            f"side={side}: a picture is shrunk to fit 1 to {MAX_SIDE} pixels a side; give such a number"
+        )
     fs, root = find_store(source)
-    found = {str(path).removeprefix(f"{root}/png/"): int(info["size"]) for path, info in _find(fs, f"{root}/png")}
+    found = {
+        str(path).removeprefix(f"{root}/png/"): int(info["size"])
+        for path, info in _find(fs, f"{root}/png")
+    }
     pictures = (name for name in found if name.endswith(".png") and not hidden(name))
     names = sorted(name for name in pictures if not any(fnmatchcase(name, s) for s in skip))
     if not names:
-        raise DataError(f"{source}/png holds no pictures; SOURCE is the folder with png/ and svg/, both of one release")
+        raise DataError(
+            f"{source}/png holds no pictures; SOURCE is the folder with png/ and svg/, both of one release"
+        )
     listing = json.dumps([(name, found[name]) for name in names])
     return ingest(
         partial(_rows, source, names, side),
@@ -87,23 +94,45 @@ def _rows(source: str, names: list[str], side: int) -> Iterator[Row]:
     cards = {name: _card(source, name) for name in names}
     counts = Counter(card.title.lower() for card in cards.values() if card is not None)
     for name, card in cards.items():
-        series = card is not None and (counts[card.title.lower()] >= SERIES_ROWS or _NO_TITLE.search(card.title))
+        series = card is not None and (
+            counts[card.title.lower()] >= SERIES_ROWS or _NO_TITLE.search(card.title)
+        )
         yield name, partial(_sample, source, name, card, bool(series), side)
 
 
 def _card(source: str, name: str) -> Card | None:
     """None without a readable SVG."""
     try:
-        tree = ElementTree.fromstring(read_image(f"{source}/svg", name.removesuffix(".png") + ".svg"))
-    except (BadSample, ElementTree.ParseError, LookupError, ValueError):  # the last two: an encoding it cannot read
+        tree = ElementTree.fromstring(
+            read_image(f"{source}/svg", name.removesuffix(".png") + ".svg")
+        )
+    except (
+        BadSample,
+        ElementTree.ParseError,
+        LookupError,
+        ValueError,
+    ):  # the last two: an encoding it cannot read
         return None
     work = tree.find(".//{*}Work")
     if work is None:
         return None
     licence = work.find("{*}license")
-    resource = "" if licence is None else next((v for k, v in licence.attrib.items() if k.endswith("resource")), "")
-    title, creator = work.findtext("{*}title") or "", work.findtext("{*}creator/{*}Agent/{*}title") or ""
-    shown = [value for image in tree.iter() if _is(image, "image") for k, value in image.items() if k.endswith("href")]
+    resource = (
+        ""
+        if licence is None
+        else next((v for k, v in licence.attrib.items() if k.endswith("resource")), "")
+    )
+    title, creator = (
+        work.findtext("{*}title") or "",
+        work.findtext("{*}creator/{*}Agent/{*}title") or "",
+    )
+    shown = [
+        value
+        for image in tree.iter()
+        if _is(image, "image")
+        for k, value in image.items()
+        if k.endswith("href")
+    ]
     whole = all(value.startswith("data:") for value in shown)
     return Card(" ".join(unescape(unescape(title)).split()), creator.strip(), resource, whole)
 
@@ -114,13 +143,23 @@ def _is(element: ElementTree.Element, name: str) -> bool:
 
 def _sample(source: str, name: str, card: Card | None, series: bool, side: int) -> Sample:
     if card is None or "publicdomain" not in card.licence.lower():
-        raise BadSample(Reason.LICENCE, f"its SVG gives {card.licence if card else None!r}, not the public domain")
+        raise BadSample(
+            Reason.LICENCE,
+            f"its SVG gives {card.licence if card else None!r}, not the public domain",
+        )
     if not card.whole:
         raise BadSample(Reason.MISSING_IMAGE, "the drawing shows an image that was never packaged")
     title = name.rpartition("/")[2].removesuffix(".png") if series else card.title
     image = shrink(read_image(f"{source}/png", name), side, max_pixels=MAX_PIXELS)
     origin = {"file": name} | ({"creator": card.creator} if card.creator else {})
-    return pair(name, image, caption(plain(title)), licence=LICENCE, labels=(name.split("/")[0],), provenance=origin)
+    return pair(
+        name,
+        image,
+        caption(plain(title)),
+        licence=LICENCE,
+        labels=(name.split("/")[0],),
+        provenance=origin,
+    )
 
 
 def plain(title: str) -> str:

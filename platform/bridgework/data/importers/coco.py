@@ -12,6 +12,8 @@ from functools import partial
 from math import isfinite
 from typing import Any, NamedTuple
 
+from bridgework.data.dataset import Manifest
+from bridgework.data.images import size_of
 from bridgework.data.importers import (
     Captions,
     Row,
@@ -24,11 +26,9 @@ from bridgework.data.importers import (
     read_text,
     texts,
 )
+from bridgework.data.importers.tables import document, listed, parent
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Box, Part, Sample, pair
-from bridgework.data.shards import Manifest
-from bridgework.data.sources import document, listed, parent
-from bridgework.data.transforms import size_of
 from bridgework.errors import DataError
 
 
@@ -94,7 +94,9 @@ def _rows(text: str, source: str, base: str, instances: str | None, folder: str)
         listed(given, "categories", source)
     own = _marks(given, notes if boxed else list(filter(_is_mark, notes)))
     if own and instances is not None:
-        raise DataError(f"{source} holds instances itself; instances={instances} goes with a file of captions")
+        raise DataError(
+            f"{source} holds instances itself; instances={instances} goes with a file of captions"
+        )
     others = dict[str | None, list[Mark]]()
     if instances is not None:
         other = document(base, instances)
@@ -105,7 +107,10 @@ def _rows(text: str, source: str, base: str, instances: str | None, folder: str)
     yield from _boxed(pictures, folder) if boxed else _captions(notes, own, pictures, folder)
     for image, found in (own | others).items():
         if image is None or (image in own and image not in pictures):
-            yield f"boxes-{image}", partial(_refused, f"{len(found)} boxes of image {image}, which is not there")
+            yield (
+                f"boxes-{image}",
+                partial(_refused, f"{len(found)} boxes of image {image}, which is not there"),
+            )
     if instances is not None:
         for _ in filter(_is_caption, noted):
             yield "caption", partial(leave_out, "captions of the file of instances")
@@ -146,7 +151,10 @@ def _captions(
 
 
 def _boxed(pictures: Mapping[str | int, Picture], folder: str) -> Iterator[Row]:
-    return ((picture.key, partial(_pictured, picture, folder, picture.key)) for picture in pictures.values())
+    return (
+        (picture.key, partial(_pictured, picture, folder, picture.key))
+        for picture in pictures.values()
+    )
 
 
 def _refused(why: str) -> Sample:
@@ -181,23 +189,35 @@ def _boxes(picture: Picture, marks: list[Mark], data: bytes) -> tuple[Box, ...]:
     """The boxes clamped to the image, without those that have no area there."""
     sides = _side(picture.width), _side(picture.height)
     if sides[0] is None or sides[1] is None:
-        raise BadSample(Reason.BAD_ROW, f"the image has boxes, and is {picture.width!r} x {picture.height!r} pixels")
+        raise BadSample(
+            Reason.BAD_ROW,
+            f"the image has boxes, and is {picture.width!r} x {picture.height!r} pixels",
+        )
     wide, high = sides[0], sides[1]
     width, height = size_of(data)
-    if abs(width * high - height * wide) > max(width, height, wide, high):  # a smaller copy may be off by rounding
+    if abs(width * high - height * wide) > max(
+        width, height, wide, high
+    ):  # a smaller copy may be off by rounding
         raise BadSample(
-            Reason.BAD_ROW, f"the boxes are for {wide:g} x {high:g} pixels, and the file has {width} x {height}"
+            Reason.BAD_ROW,
+            f"the boxes are for {wide:g} x {high:g} pixels, and the file has {width} x {height}",
         )
     if any(mark.name is None for mark in picture.marks):
         raise BadSample(Reason.BAD_ROW, "a box is of a category that the file does not name")
     placed = [Box(0, _corners(mark.bbox, wide, high), str(mark.name)) for mark in marks]
-    return tuple(box for box in placed if box.corners[0] < box.corners[2] and box.corners[1] < box.corners[3])
+    return tuple(
+        box for box in placed if box.corners[0] < box.corners[2] and box.corners[1] < box.corners[3]
+    )
 
 
 def _side(value: Any) -> float | None:
     """Pixels of a side, which may be written as a number or as its digits; None for anything else."""
     try:
-        side = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else 0.0
+        side = (
+            float(value)
+            if isinstance(value, int | float | str) and not isinstance(value, bool)
+            else 0.0
+        )
     except (ValueError, OverflowError):
         return None
     return side if isfinite(side) and side > 0 else None
@@ -205,11 +225,17 @@ def _side(value: Any) -> float | None:
 
 def _corners(bbox: Any, width: float, height: float) -> tuple[float, float, float, float]:
     """Left, top, right, bottom as shares of the image, in [0, 1]."""
-    numbers = bbox if isinstance(bbox, list) and all(isinstance(value, int | float) for value in bbox) else []
+    numbers = (
+        bbox
+        if isinstance(bbox, list) and all(isinstance(value, int | float) for value in bbox)
+        else []
+    )
     try:
         left, top, wide, high = map(float, numbers)
     except (ValueError, OverflowError):
-        raise BadSample(Reason.BAD_ROW, f"a box is {str(bbox)[:80]}; four numbers are wanted") from None
+        raise BadSample(
+            Reason.BAD_ROW, f"a box is {str(bbox)[:80]}; four numbers are wanted"
+        ) from None
     if not all(map(isfinite, (left, top, wide, high))):
         raise BadSample(Reason.BAD_ROW, f"a box is {bbox}; its numbers must be finite")
     shares = left / width, top / height, (left + wide) / width, (top + high) / height
@@ -217,7 +243,9 @@ def _corners(bbox: Any, width: float, height: float) -> tuple[float, float, floa
     return left, top, right, bottom
 
 
-def _pictures(given: Any, source: str, marks: Mapping[str | None, list[Mark]]) -> dict[str | int, Picture]:
+def _pictures(
+    given: Any, source: str, marks: Mapping[str | None, list[Mark]]
+) -> dict[str | int, Picture]:
     """By id; an entry without one, or with that of another, by its number."""
     licences, pictures = _names(given.get("licenses")), dict[str | int, Picture]()
     for number, entry in enumerate(listed(given, "images", source)):
@@ -240,7 +268,9 @@ def _marks(given: Any, notes: list[Any]) -> dict[str | None, list[Mark]]:
     for note in notes:
         fields = note if isinstance(note, dict) else {}
         name = names.get(_id(fields, "category_id") or "")
-        if name is None and isinstance(fields.get("caption"), str):  # a region that has a text of its own
+        if name is None and isinstance(
+            fields.get("caption"), str
+        ):  # a region that has a text of its own
             name = fields["caption"].strip() or None
         marks[_id(fields, "image_id")].append(Mark(name, fields.get("bbox"), _is_crowd(fields)))
     return dict(marks)
@@ -253,7 +283,11 @@ def _is_crowd(note: Mapping[str, Any]) -> bool:
 def _names(entries: Any) -> dict[str, str]:
     """The names of categories or licences, by their ids."""
     given = entries if isinstance(entries, list) else []
-    found = {_id(e, "id"): e["name"] for e in given if isinstance(e, dict) and isinstance(e.get("name"), str)}
+    found = {
+        _id(e, "id"): e["name"]
+        for e in given
+        if isinstance(e, dict) and isinstance(e.get("name"), str)
+    }
     return {name: text for name, text in found.items() if name is not None}
 
 
@@ -262,4 +296,8 @@ def _id(entry: Any, name: str) -> str | None:
     value = entry.get(name) if isinstance(entry, dict) else None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value) if isinstance(value, int | str) and not isinstance(value, bool) and value != "" else None
+    return (
+        str(value)
+        if isinstance(value, int | str) and not isinstance(value, bool) and value != ""
+        else None
+    )

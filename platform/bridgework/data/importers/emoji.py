@@ -11,18 +11,22 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+from bridgework.data.dataset import Manifest
 from bridgework.data.importers import Row, Say, caption, fingerprint, ingest
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Sample, pair
-from bridgework.data.shards import Manifest
 from bridgework.errors import DataError, suggest
-from bridgework.stores import find_store
+from bridgework.storage import find_store
 
 LICENCES = {"twitter": "CC-BY-4.0", "google": "Apache-2.0"}
 
 # The members that are read; all others, links among them, are passed over, and nothing is unpacked to disk.
 _MEMBER = re.compile(r"(?:^|/)(emoji\.json|img/([a-z]+)/64/[0-9a-f-]+\.png)$")
-MAX_DRAWING, MAX_TABLE, MAX_PACKAGE = 1 << 20, 16 << 20, 256 << 20  # bytes; all drawings are held in memory
+MAX_DRAWING, MAX_TABLE, MAX_PACKAGE = (
+    1 << 20,
+    16 << 20,
+    256 << 20,
+)  # bytes; all drawings are held in memory
 
 
 def run(source: str, dest: str, *, max_bad: float = SHARE, say: Say = print) -> Manifest:
@@ -52,12 +56,18 @@ def _files(source: str) -> dict[str, bytes]:
     fs, root = find_store(source)
     if fs.isdir(root):
         sizes = {str(path): int(info["size"]) for path, info in fs.find(root, detail=True).items()}
-        return _held(source, ((path, size, partial(fs.cat_file, path)) for path, size in sizes.items()))
+        return _held(
+            source, ((path, size, partial(fs.cat_file, path)) for path, size in sizes.items())
+        )
     try:
         with fs.open(root, "rb") as file, tarfile.open(fileobj=file, mode="r|gz") as archive:
-            return _held(source, ((m.name, m.size, partial(_read, archive, m)) for m in archive if m.isreg()))
+            return _held(
+                source, ((m.name, m.size, partial(_read, archive, m)) for m in archive if m.isreg())
+            )
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise DataError(f"{source} is neither a folder nor a whole .tgz of an emoji package: {error}") from None
+        raise DataError(
+            f"{source} is neither a folder nor a whole .tgz of an emoji package: {error}"
+        ) from None
 
 
 def _held(source: str, found: Iterable[tuple[str, int, Callable[[], bytes]]]) -> dict[str, bytes]:
@@ -105,9 +115,20 @@ def _rows(source: str, files: dict[str, bytes], style: str) -> Iterator[Row]:
 def _sample(key: str, entry: dict[str, Any], files: dict[str, bytes], style: str) -> Sample:
     try:
         image = files.get(f"img/{style}/64/{entry['image']}")
-        name, labels, code = entry["name"], (entry["category"], entry["subcategory"]), entry["unified"]
+        name, labels, code = (
+            entry["name"],
+            (entry["category"], entry["subcategory"]),
+            entry["unified"],
+        )
     except KeyError as error:
         raise BadSample(Reason.BAD_ROW, f"the emoji has no {error}") from None
     if image is None:
         raise BadSample(Reason.MISSING_IMAGE, f"there is no drawing {entry['image']}")
-    return pair(key, image, caption(name).lower(), labels=labels, licence=LICENCES[style], provenance={"unicode": code})
+    return pair(
+        key,
+        image,
+        caption(name).lower(),
+        labels=labels,
+        licence=LICENCES[style],
+        provenance={"unicode": code},
+    )

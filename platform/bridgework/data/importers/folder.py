@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from unicodedata import normalize
 
+from bridgework.data.dataset import Manifest
 from bridgework.data.importers import (
     Captions,
     Row,
@@ -19,11 +20,10 @@ from bridgework.data.importers import (
     read_text,
     texts,
 )
+from bridgework.data.importers.tables import fields, files, hidden
+from bridgework.data.importers.tables import table as read_table
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Sample, pair
-from bridgework.data.shards import Manifest
-from bridgework.data.sources import fields, files, hidden
-from bridgework.data.sources import table as read_table
 
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
 
@@ -77,7 +77,9 @@ def _sample(source: str, key: str, name: Any, text: Any) -> Sample:
 # --- what it shares with `video` ---------------------------------------------------------------------------
 
 
-def described(source: str, names: Sequence[tuple[str, int]], endings: tuple[str, ...], make: Make) -> Iterator[Row]:
+def described(
+    source: str, names: Sequence[tuple[str, int]], endings: tuple[str, ...], make: Make
+) -> Iterator[Row]:
     """The rows of files with these endings, each with the text file next to it.
 
     After them come all other files, as rows that are left out, by kind.
@@ -112,7 +114,10 @@ def _kind(name: str) -> str:
 
 def _described(source: str, name: str, text: str | None, make: Make) -> Sample:
     if text is None:
-        raise BadSample(Reason.EMPTY_TEXT, f"there is no {PurePosixPath(name).with_suffix('.txt')} to describe it")
+        raise BadSample(
+            Reason.EMPTY_TEXT,
+            f"there is no {PurePosixPath(name).with_suffix('.txt')} to describe it",
+        )
     try:
         said = read_image(source, text).decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -10,12 +10,12 @@ from functools import partial
 from itertools import cycle, takewhile
 from typing import Any
 
+from bridgework.data.dataset import Manifest
 from bridgework.data.importers import PLACEHOLDER, Keys, Row, Say, fingerprint, ingest, read_text
-from bridgework.data.pictures import read_cell, shown
+from bridgework.data.importers.image_fields import read_cell, shown
+from bridgework.data.importers.tables import entries, fields, lines, parent
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Part, Role, Sample
-from bridgework.data.shards import Manifest
-from bridgework.data.sources import entries, fields, lines, parent
 
 ROLES: dict[Any, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -53,7 +53,9 @@ def run(
 
 def _rows(text: str, source: str, folder: str) -> Iterator[Row]:
     keys = Keys()
-    for number, entry in enumerate(lines(text) if source.endswith(".jsonl") else entries(text, source)):
+    for number, entry in enumerate(
+        lines(text) if source.endswith(".jsonl") else entries(text, source)
+    ):
         key = keys.of(entry, number, "id", content=entry)
         yield key, partial(_sample, key, entry, folder)
 
@@ -61,10 +63,14 @@ def _rows(text: str, source: str, folder: str) -> Iterator[Row]:
 def _sample(key: str, entry: Any, folder: str) -> Sample:
     given = fields(entry, "conversations")
     if not isinstance(given["conversations"], list):
-        raise BadSample(Reason.BAD_ROW, f"`conversations` is {type(given['conversations']).__name__}, and no list")
+        raise BadSample(
+            Reason.BAD_ROW,
+            f"`conversations` is {type(given['conversations']).__name__}, and no list",
+        )
     if given.get("video") or given.get("videos"):
         raise BadSample(
-            Reason.BAD_ROW, "the row shows a video; llava-json reads images, `data import video` reads videos"
+            Reason.BAD_ROW,
+            "the row shows a video; llava-json reads images, `data import video` reads videos",
         )
     turns, dropped = asked(given["conversations"])
     content = tuple(parts(turns))
@@ -76,7 +82,9 @@ def _sample(key: str, entry: Any, folder: str) -> Sample:
 def choices(given: Any) -> tuple[str, ...]:
     """The candidates of a multiple-choice question. Raises BadSample for what is not a list of texts."""
     if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
-        raise BadSample(Reason.BAD_ROW, f"the candidates are not a list of texts: {str(given)[:80]}")
+        raise BadSample(
+            Reason.BAD_ROW, f"the candidates are not a list of texts: {str(given)[:80]}"
+        )
     return tuple(text.strip() for text in given)
 
 
@@ -105,9 +113,13 @@ def _turns(turns: list[Any]) -> Iterator[tuple[Role, str]]:
     """(role, text): perhaps a system's, then questions and answers by turns, an answer last."""
     said: list[tuple[Role, str]] = []
     for turn in turns:
-        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        speaker, text = (
+            (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        )
         if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(text, str):
-            raise BadSample(Reason.BAD_ROW, f"a turn by {speaker!r}; {', '.join(ROLES)} may speak, and in text")
+            raise BadSample(
+                Reason.BAD_ROW, f"a turn by {speaker!r}; {', '.join(ROLES)} may speak, and in text"
+            )
         said.append((ROLES[speaker], text))
     talk = said[1:] if said and said[0][0] == "system" else said
     if not talk or [role for role, _ in talk] != ["user", "assistant"] * (len(talk) // 2):

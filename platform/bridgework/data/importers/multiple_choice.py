@@ -9,13 +9,21 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from bridgework.data.importers import PLACEHOLDER, Row, Say, fingerprint, ingest, read_image, read_text
+from bridgework.data.dataset import Manifest
+from bridgework.data.importers import (
+    PLACEHOLDER,
+    Row,
+    Say,
+    fingerprint,
+    ingest,
+    read_image,
+    read_text,
+)
 from bridgework.data.importers.llava_json import choices
+from bridgework.data.importers.tables import document, fields, lines, parent, shallow
 from bridgework.data.importers.vqa import check_pattern, file_of
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import Manifest
-from bridgework.data.sources import document, fields, lines, parent, shallow
 from bridgework.data.templates import letter
 from bridgework.errors import DataError
 
@@ -64,7 +72,9 @@ def run(
     )
 
 
-def _rows(text: str, source: str, folder: str, pattern: str, split: str | None, solutions: bool) -> Iterator[Row]:
+def _rows(
+    text: str, source: str, folder: str, pattern: str, split: str | None, solutions: bool
+) -> Iterator[Row]:
     taken = 0
     for number, (name, entry) in enumerate(_entries(text, source)):
         if split is None or not isinstance(entry, dict) or entry.get("split") == split:
@@ -72,8 +82,12 @@ def _rows(text: str, source: str, folder: str, pattern: str, split: str | None, 
             key = f"row-{number:08d}" if name is None else name
             yield key, partial(_sample, key, entry, folder, pattern, solutions)
     if not taken:
-        known = sorted({str(e.get("split")) for _, e in _entries(text, source) if isinstance(e, dict)})
-        raise DataError(f"{source} has no row of the split {split!r}; it has {', '.join(known) or 'no rows'}")
+        known = sorted(
+            {str(e.get("split")) for _, e in _entries(text, source) if isinstance(e, dict)}
+        )
+        raise DataError(
+            f"{source} has no row of the split {split!r}; it has {', '.join(known) or 'no rows'}"
+        )
 
 
 def _entries(text: str, source: str) -> Iterator[tuple[str | None, Any]]:
@@ -106,7 +120,11 @@ def _sample(key: str, entry: Any, folder: str, pattern: str, solutions: bool) ->
         raise BadSample(Reason.PLACEHOLDERS, f"a text holds {PLACEHOLDER!r}")
     files = _images(key, given, folder, pattern)
     shown = [Part("user", image=0)] * len(files)
-    facts = {n: str(given[n]) for n in ("subject", "topic", "grade", "split") if isinstance(given.get(n), str)}
+    facts = {
+        n: str(given[n])
+        for n in ("subject", "topic", "grade", "split")
+        if isinstance(given.get(n), str)
+    }
     said = (*shown, Part("user", text="\n" * bool(files) + asked), Part("assistant", text=answer))
     return Sample(key, files, said, candidates=candidates, provenance=facts)
 
@@ -129,7 +147,9 @@ def _right(given: Mapping[str, Any], candidates: tuple[str, ...]) -> int:
 
 def _solved(given: Mapping[str, Any], right: int) -> str:
     """Reasons first, then the answer's letter (arXiv:2304.08485, 5.2)."""
-    reasons = [str(given[n]).strip() for n in ("lecture", "solution") if isinstance(given.get(n), str)]
+    reasons = [
+        str(given[n]).strip() for n in ("lecture", "solution") if isinstance(given.get(n), str)
+    ]
     return " ".join([*filter(None, reasons), f"The answer is {letter(right).upper()}."])
 
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from bridgework.data.dataset import Manifest
 from bridgework.data.importers import PLACEHOLDER, Keys, Row, Say, ingest
+from bridgework.data.importers.image_fields import FIRST, read_cell, shown
 from bridgework.data.importers.llava_json import asked, parts
-from bridgework.data.pictures import FIRST, read_cell, shown
+from bridgework.data.importers.records import Records, open_records
+from bridgework.data.importers.tables import fields, parse, shallow
 from bridgework.data.quarantine import SHARE, BadSample, Reason
-from bridgework.data.records import Records, open_records
 from bridgework.data.samples import Sample
-from bridgework.data.shards import Manifest
-from bridgework.data.sources import fields, parse, shallow
 
 IDS = ("id", "idx")  # fields that name a row
 
@@ -68,7 +68,9 @@ def imported(
     )
 
 
-def _rows(found: Records, make: Callable[[str, Callable[[], Any], str], Sample], folder: str) -> Iterator[Row]:
+def _rows(
+    found: Records, make: Callable[[str, Callable[[], Any], str], Sample], folder: str
+) -> Iterator[Row]:
     keys = Keys()
     for number, (row, read) in enumerate(found.rows(*IDS)):
         key = keys.of(row, number, *IDS, content=row if found.split is None else number)
@@ -84,13 +86,22 @@ def preference(key: str, entry: Any, folder: str) -> Sample:
     row = _fields(entry)
     chosen, rejected = (_answer(row, name) for name in ("chosen", "rejected"))
     if chosen == rejected:
-        raise BadSample(Reason.BAD_ROW, "the chosen answer is the rejected one: the row prefers nothing")
+        raise BadSample(
+            Reason.BAD_ROW, "the chosen answer is the rejected one: the row prefers nothing"
+        )
     cells = shown(row)
     if not cells and any(row.get(name) == "" for name in FIRST):
         raise BadSample(Reason.BAD_ROW, "the path of the image is empty")
-    turns = row["conversations"] if row.get("conversations") is not None else [_question(row, len(cells))]
+    turns = (
+        row["conversations"]
+        if row.get("conversations") is not None
+        else [_question(row, len(cells))]
+    )
     if not isinstance(turns, list):
-        raise BadSample(Reason.BAD_ROW, f"`conversations` is {type(turns).__name__}, and a list of turns is wanted")
+        raise BadSample(
+            Reason.BAD_ROW,
+            f"`conversations` is {type(turns).__name__}, and a list of turns is wanted",
+        )
     turns, dropped = asked(turns)
     content = tuple(parts([*turns, {"from": "gpt", "value": chosen}]))
     files = tuple(read_cell(folder, cell) for cell in cells)
@@ -114,8 +125,13 @@ def _question(row: dict[str, Any], images: int) -> dict[str, Any]:
     """As a turn of LLaVA's: below its images, where it does not say itself where they stand."""
     text = _said(row.get("question", row.get("prompt")))
     if text is None:
-        raise BadSample(Reason.BAD_ROW, f"the row has no text `question` or `prompt`: {str(row)[:80]}")
-    return {"from": "human", "value": text if PLACEHOLDER in text else f"{PLACEHOLDER}\n" * images + text.strip()}
+        raise BadSample(
+            Reason.BAD_ROW, f"the row has no text `question` or `prompt`: {str(row)[:80]}"
+        )
+    return {
+        "from": "human",
+        "value": text if PLACEHOLDER in text else f"{PLACEHOLDER}\n" * images + text.strip(),
+    }
 
 
 def _answer(row: dict[str, Any], name: str) -> str:

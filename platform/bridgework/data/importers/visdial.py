@@ -8,12 +8,20 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from bridgework.data.importers import PLACEHOLDER, Row, Say, fingerprint, ingest, read_image, read_text
+from bridgework.data.dataset import Manifest
+from bridgework.data.importers import (
+    PLACEHOLDER,
+    Row,
+    Say,
+    fingerprint,
+    ingest,
+    read_image,
+    read_text,
+)
+from bridgework.data.importers.tables import document, fields, listed, parent
 from bridgework.data.importers.vqa import check_pattern, file_of
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import Manifest
-from bridgework.data.sources import document, fields, listed, parent
 
 ROUND = ("question", "answer_options", "gt_index")
 
@@ -54,7 +62,9 @@ def run(
 def _rows(text: str, source: str, folder: str, pattern: str) -> Iterator[Row]:
     content = document(text, source)
     data = content.get("data") if isinstance(content, dict) else None
-    questions, answers, dialogs = (listed(data, name, source) for name in ("questions", "answers", "dialogs"))
+    questions, answers, dialogs = (
+        listed(data, name, source) for name in ("questions", "answers", "dialogs")
+    )
     for number, dialog in enumerate(dialogs):
         rounds = dialog.get("dialog") if isinstance(dialog, dict) else None
         for turn in range(len(rounds) if isinstance(rounds, list) else 1):
@@ -63,20 +73,32 @@ def _rows(text: str, source: str, folder: str, pattern: str) -> Iterator[Row]:
 
 
 def _sample(
-    key: str, dialog: Any, turn: int, questions: Sequence[Any], answers: Sequence[Any], folder: str, pattern: str
+    key: str,
+    dialog: Any,
+    turn: int,
+    questions: Sequence[Any],
+    answers: Sequence[Any],
+    folder: str,
+    pattern: str,
 ) -> Sample:
     given = fields(dialog, "image_id", "caption", "dialog")
     if not isinstance(given["dialog"], list):
-        raise BadSample(Reason.BAD_ROW, f"`dialog` is {type(given['dialog']).__name__}, and no list")
+        raise BadSample(
+            Reason.BAD_ROW, f"`dialog` is {type(given['dialog']).__name__}, and no list"
+        )
     *before, now = [fields(one, "question") for one in given["dialog"][: turn + 1]]
     asked = fields(now, *ROUND)
     options = asked["answer_options"]
     if not isinstance(options, list):
-        raise BadSample(Reason.BAD_ROW, f"`answer_options` is {type(options).__name__}, and no list")
+        raise BadSample(
+            Reason.BAD_ROW, f"`answer_options` is {type(options).__name__}, and no list"
+        )
     candidates = tuple(_text(answers, option, "answer") for option in options)
     right = asked["gt_index"]
     if not isinstance(right, int) or isinstance(right, bool) or not 0 <= right < len(candidates):
-        raise BadSample(Reason.NO_TARGET, f"`gt_index` is {right!r}, and there are {len(candidates)} candidates")
+        raise BadSample(
+            Reason.NO_TARGET, f"`gt_index` is {right!r}, and there are {len(candidates)} candidates"
+        )
     history = [f"{_text(questions, fields(one, 'answer')['question'], 'question')}? "
             f"{_text(answers, one['answer'], 'answer')}." for one in before]  # fmt: skip
     if not isinstance(given["caption"], str):
@@ -87,7 +109,11 @@ def _sample(
     if any(PLACEHOLDER in part for part in (text, *candidates)):
         raise BadSample(Reason.PLACEHOLDERS, f"a text holds {PLACEHOLDER!r}")
     image = read_image(folder, file_of(pattern, given["image_id"]))
-    said = (Part("user", image=0), Part("user", text="\n" + text), Part("assistant", text=candidates[right]))
+    said = (
+        Part("user", image=0),
+        Part("user", text="\n" + text),
+        Part("assistant", text=candidates[right]),
+    )
     return Sample(key, (image,), said, candidates=candidates)
 
 

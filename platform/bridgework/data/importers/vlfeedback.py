@@ -10,12 +10,12 @@ from math import isfinite
 from statistics import fmean
 from typing import Any
 
+from bridgework.data.dataset import Manifest
 from bridgework.data.importers import Say
 from bridgework.data.importers.preferences import imported, preference
-from bridgework.data.quarantine import SHARE, BadSample, LeftOut, Reason
+from bridgework.data.importers.tables import fields
+from bridgework.data.quarantine import SHARE, BadSample, Reason, SkippedRow
 from bridgework.data.samples import Sample
-from bridgework.data.shards import Manifest
-from bridgework.data.sources import fields
 
 ASPECTS = ("Helpfulness", "Visual Faithfulness", "Ethical Considerations")
 
@@ -47,10 +47,12 @@ def _sample(key: str, read: Callable[[], Any], folder: str) -> Sample:
     row = fields(read())
     answers = _rated(row.get("completions"))
     if not answers:
-        raise BadSample(Reason.BAD_ROW, f"the row has no two answers rated for {', '.join(ASPECTS)}")
+        raise BadSample(
+            Reason.BAD_ROW, f"the row has no two answers rated for {', '.join(ASPECTS)}"
+        )
     (worst, rejected), (best, chosen) = answers[0], answers[-1]
     if worst == best:
-        raise LeftOut("questions with equally rated answers")
+        raise SkippedRow("questions with equally rated answers")
     asked = {name: value for name, value in row.items() if name not in ("text", "conversations")}
     asked["question"] = row.get("prompt", row.get("question"))
     return preference(key, {**asked, "chosen": chosen, "rejected": rejected}, folder)
@@ -63,7 +65,13 @@ def _rated(given: Any) -> list[tuple[float, str]]:
         try:
             text = answer["response"].strip()
             rating = fmean(float(answer["annotations"][aspect]["Rating"]) for aspect in ASPECTS)
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # what was not rated is "N/A"
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            OverflowError,
+        ):  # what was not rated is "N/A"
             continue
         if text and isfinite(rating):
             rated.append((rating, text))

@@ -11,11 +11,19 @@ from functools import partial
 from string import Formatter
 from typing import Any
 
-from bridgework.data.importers import PLACEHOLDER, Row, Say, fingerprint, ingest, read_image, read_text
+from bridgework.data.dataset import Manifest
+from bridgework.data.importers import (
+    PLACEHOLDER,
+    Row,
+    Say,
+    fingerprint,
+    ingest,
+    read_image,
+    read_text,
+)
+from bridgework.data.importers.tables import document, listed, parent
 from bridgework.data.quarantine import SHARE, BadSample, Reason
 from bridgework.data.samples import Part, Sample
-from bridgework.data.shards import Manifest
-from bridgework.data.sources import document, listed, parent
 from bridgework.errors import DataError
 
 MAX_WIDTH = 100  # characters that a field of a pattern may ask for
@@ -83,18 +91,31 @@ def check_pattern(pattern: str) -> None:
 
 def _width(pattern: str) -> int:
     """The most characters that a field asks for. Raises ValueError for a field that is not the image_id itself."""
-    fields = [(name, spec or "") for _, name, spec, _ in Formatter().parse(pattern) if name is not None]
-    if any(name not in ("", "0") or "{" in spec for name, spec in fields):  # {0:{0}d} is as wide as an image_id says
+    fields = [
+        (name, spec or "") for _, name, spec, _ in Formatter().parse(pattern) if name is not None
+    ]
+    if any(
+        name not in ("", "0") or "{" in spec for name, spec in fields
+    ):  # {0:{0}d} is as wide as an image_id says
         raise ValueError(pattern)
-    return max((int(number) for _, spec in fields for number in re.findall(r"\d+", spec)), default=0)
+    return max(
+        (int(number) for _, spec in fields for number in re.findall(r"\d+", spec)), default=0
+    )
 
 
-def _rows(asked: str, source: str, answered: str, annotations: str, folder: str, pattern: str) -> Iterator[Row]:
+def _rows(
+    asked: str, source: str, answered: str, annotations: str, folder: str, pattern: str
+) -> Iterator[Row]:
     answers = _notes(listed(document(answered, annotations), "annotations", annotations))
     for number, entry in enumerate(listed(document(asked, source), "questions", source)):
         name = _question_id(entry)
         key = f"row-{number:08d}" if name is None else str(name)
-        yield key, partial(_sample, key, entry, None if name is None else answers.get(name), folder, pattern)
+        yield (
+            key,
+            partial(
+                _sample, key, entry, None if name is None else answers.get(name), folder, pattern
+            ),
+        )
 
 
 def _notes(given: list[Any]) -> dict[int | str, Any]:
@@ -112,7 +133,9 @@ def _notes(given: list[Any]) -> dict[int | str, Any]:
 
 def _question_id(entry: Any) -> int | str | None:
     name = entry.get("question_id") if isinstance(entry, dict) else None
-    return name if isinstance(name, int | str) and not isinstance(name, bool) and name != "" else None
+    return (
+        name if isinstance(name, int | str) and not isinstance(name, bool) and name != "" else None
+    )
 
 
 def _sample(key: str, entry: Any, note: Any, folder: str, pattern: str) -> Sample:
@@ -120,30 +143,51 @@ def _sample(key: str, entry: Any, note: Any, folder: str, pattern: str) -> Sampl
         raise note
     question = entry.get("question") if isinstance(entry, dict) else None
     if not isinstance(question, str) or note is None:
-        raise BadSample(Reason.BAD_ROW, f"no `question`, or no answers for its question_id: {str(entry)[:80]}")
+        raise BadSample(
+            Reason.BAD_ROW, f"no `question`, or no answers for its question_id: {str(entry)[:80]}"
+        )
     if note.get("image_id", entry.get("image_id")) != entry.get("image_id"):
-        raise BadSample(Reason.BAD_ROW, f"asked of image {entry.get('image_id')!r}, answered of {note['image_id']!r}")
+        raise BadSample(
+            Reason.BAD_ROW,
+            f"asked of image {entry.get('image_id')!r}, answered of {note['image_id']!r}",
+        )
     given, answer = _answers(note)
     if any(PLACEHOLDER in text for text in (question, answer)):
         raise BadSample(Reason.PLACEHOLDERS, f"a text holds {PLACEHOLDER!r}")
     if not question.strip() or not answer:
         raise BadSample(Reason.EMPTY_TEXT, "the question or its answer is empty")
     shown, said = Part("user", image=0), Part("user", text="\n" + question.strip())
-    told = {name: note[name] for name in ("question_type", "answer_type") if isinstance(note.get(name), str)}
+    told = {
+        name: note[name]
+        for name in ("question_type", "answer_type")
+        if isinstance(note.get(name), str)
+    }
     image = read_image(folder, file_of(pattern, entry.get("image_id")))
-    return Sample(key, (image,), (shown, said, Part("assistant", text=answer)), labels=given, provenance=told)
+    return Sample(
+        key, (image,), (shown, said, Part("assistant", text=answer)), labels=given, provenance=told
+    )
 
 
 def _answers(note: dict[str, Any]) -> tuple[tuple[str, ...], str]:
     """All answers, and the one that stands for them: the file's own choice, else the most frequent."""
     given = note.get("answers")
     people = given if isinstance(given, list) else []
-    texts = tuple(str(one["answer"]) for one in people if isinstance(one, dict) and isinstance(one.get("answer"), str))
+    texts = tuple(
+        str(one["answer"])
+        for one in people
+        if isinstance(one, dict) and isinstance(one.get("answer"), str)
+    )
     if not texts or len(texts) < len(people):
-        raise BadSample(Reason.BAD_ROW, f"`answers` is no list of objects with a text `answer`: {str(given)[:80]}")
+        raise BadSample(
+            Reason.BAD_ROW,
+            f"`answers` is no list of objects with a text `answer`: {str(given)[:80]}",
+        )
     chosen = note.get("multiple_choice_answer", Counter(texts).most_common(1)[0][0])
     if not isinstance(chosen, str):
-        raise BadSample(Reason.BAD_ROW, f"`multiple_choice_answer` is {type(chosen).__name__}, and text is wanted")
+        raise BadSample(
+            Reason.BAD_ROW,
+            f"`multiple_choice_answer` is {type(chosen).__name__}, and text is wanted",
+        )
     return texts, chosen.strip()
 
 
@@ -154,4 +198,7 @@ def file_of(pattern: str, image: Any) -> str:
             return pattern.format(name)
     except (ValueError, TypeError):
         pass
-    raise BadSample(Reason.BAD_ROW, f"image_id {str(image)[:80]!r} does not go into {pattern!r}; a whole number does")
+    raise BadSample(
+        Reason.BAD_ROW,
+        f"image_id {str(image)[:80]!r} does not go into {pattern!r}; a whole number does",
+    )

@@ -1,0 +1,163 @@
+"""The prefix wiring with unpadded tiles to and from transformers' `LlavaNextForConditionalGeneration` (LLaVA 1.6)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from bridgework.data.tiling import choose_grid
+from bridgework.errors import SpecError, WeightsError
+from bridgework.hf.common import (
+    expect,
+    holding,
+    image_word,
+    image_words,
+    language_ids,
+    parameters,
+    renamed,
+    resolve_attribute,
+    texts,
+    vit,
+)
+from bridgework.hf.llava import llava_processor
+from bridgework.losses import LanguageModeling
+from bridgework.models import LanguageConfig, MLPConfig, PrefixVLMConfig, ViTConfig
+from bridgework.models.origin import Origin
+from bridgework.models.vision import normalize
+from bridgework.system import IMAGE, Stage
+
+ARCHITECTURES = ("LlavaNextForConditionalGeneration",)
+PARTS = {  # ours -> transformers'
+    "vision.tower.": "model.vision_tower.",
+    "bridge.": "model.multi_modal_projector.",
+    "tiles.newline": "model.image_newline",
+    "language.model.": "model.language_model.",
+    "language.lm_head.": "lm_head.",
+}
+WANTED: Mapping[str, Any] = {
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+    "vision_feature_select_strategy": "default",
+}
+
+
+def spec(config: Any, *, tied: bool | None = None) -> PrefixVLMConfig:
+    """The wiring of a LlavaNextConfig. Raises WeightsError for what it cannot be."""
+    expect(config, WANTED)
+    vision = config.vision_config
+    if vision.model_type != "clip_vision_model" or not isinstance(config.vision_feature_layer, int):
+        raise WeightsError(
+            f"this LLaVA-NeXT reads layer {config.vision_feature_layer} of a {vision.model_type}, "
+            "and only one layer of a clip_vision_model is read"
+        )
+    side = vision.image_size
+    uneven = [
+        list(size)
+        for size in config.image_grid_pinpoints
+        if any(length % side or not length for length in size)
+    ]
+    if uneven:
+        raise WeightsError(
+            f"this LLaVA-NeXT has image_grid_pinpoints that no tiles of {side} pixels fill. Got {uneven[0]}; "
+            f"expected multiples of {side}. Fix: take a model whose grids are made of whole tiles"
+        )
+    return PrefixVLMConfig(
+        vision=vit(vision, "clip", layer=config.vision_feature_layer),
+        bridge=MLPConfig(depth=2),
+        language=LanguageConfig.of(config.text_config, config.name_or_path or "bytes", tied=tied),
+        grids=tuple((wide // side, high // side) for high, wide in config.image_grid_pinpoints),
+        tiles="unpad",
+    )
+
+
+def config(model: PrefixVLMConfig) -> Any:
+    """The LlavaNextConfig of a wiring. Raises SpecError where transformers has none."""
+    from transformers import LlavaNextConfig
+
+    vision, language, side = model.vision, model.language, model.pixels.size
+    fits = isinstance(vision, ViTConfig) and (vision.kind, vision.select) == ("clip", "patch")
+    if not fits or model.bridge != MLPConfig(depth=2) or model.tiles != "unpad" or not model.grids:
+        raise SpecError(
+            "transformers' LLaVA-NeXT is a CLIP ViT, an MLP of two matrices, grids, and tiles='unpad'"
+        )
+    tower = cast(ViTConfig, vision)
+    return LlavaNextConfig(
+        vision_config=tower.config().to_dict(),
+        text_config=language.config().to_dict(),
+        vision_feature_layer=tower.layer,
+        image_grid_pinpoints=[[rows * side, columns * side] for columns, rows in model.grids],
+        image_seq_length=model.image_tokens,
+        tie_word_embeddings=language.tied,
+        **WANTED,
+    )
+
+
+def ids(model: PrefixVLMConfig, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
+    """The special ids of a model that was trained here, and its settings of generation."""
+    return language_ids(tokenizer, endings, built, image_word(model.language, tokenizer))
+
+
+def words(model: PrefixVLMConfig, said: Origin) -> Mapping[int, str]:
+    """The word that the tokenizer must have for an image, by its id."""
+    return image_words(said)
+
+
+def names(model: PrefixVLMConfig) -> Mapping[str, str]:
+    """Our parameters -> transformers', one to one."""
+    return {name: renamed(name, PARTS) for name in parameters(model)}
+
+
+def stage(model: PrefixVLMConfig) -> Stage:
+    """A stage that holds the weights."""
+    return holding(model, "instruct", (LanguageModeling(),), "v1")
+
+
+def processor(model: PrefixVLMConfig, tokenizer: Any, template: str | None) -> Any:
+    """transformers' processor of the pictures and texts of the wiring."""
+    return llava_processor("LlavaNextProcessor", model, tokenizer, template)
+
+
+def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both sides' image tokens, logits and texts for a random text with a wide and a narrow image in it."""
+    model, generator = spec(theirs.config), torch.Generator().manual_seed(0)
+    look, side = model.pixels, model.pixels.size
+    cut = [choose_grid(2 * side, side, look), choose_grid(side // 2 + 1, side, look)]
+    counts = [1 + layout.columns * layout.rows for layout in cut]
+    tiles = torch.randint(
+        0, 256, (sum(counts), 3, side, side), dtype=torch.uint8, generator=generator
+    )
+    word, text = theirs.config.image_token_index, theirs.config.text_config
+    vocab, places = (
+        int(ours.language.get_input_embeddings().weight.shape[0]),
+        [model.places(layout) for layout in cut],
+    )
+    more = torch.randint(
+        5, vocab - 1, (resolve_attribute(text, sum(places)),), generator=generator
+    ).tolist()
+    row = [1, *[IMAGE] * places[0], 2, *[IMAGE] * places[1], 3, 4, *more]
+    ids = torch.tensor([[vocab - 1 if token == word else token for token in row]])
+    layouts = torch.tensor(cut)
+    own = {
+        "ids": ids,
+        "attention": torch.ones_like(ids, dtype=torch.bool),
+        "pixels": tiles,
+        "layouts": layouts,
+    }
+    shown = {
+        "pixel_values": pad_sequence(normalize(tiles, look).split(counts), batch_first=True),
+        "image_sizes": torch.tensor([[layout.height, layout.width] for layout in cut]),
+    }
+    other = {
+        "input_ids": ids.masked_fill(ids == IMAGE, word),
+        "attention_mask": torch.ones_like(ids),
+        **shown,
+    }
+    features = theirs.get_image_features(**shown).pooler_output
+    never = () if text.vocab_size == vocab else (word,)  # a row that only the other side has
+    return {
+        "features": (ours.tiles(ours.images(tiles, None), layouts), torch.cat([*features])),
+        "logits": (ours(**own).logits_BTV, theirs(**other).logits[..., :vocab]),
+        **texts(ours, theirs, own, other, ends=said.generation, skip=ids.shape[1], never=never),
+    }

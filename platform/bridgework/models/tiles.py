@@ -1,0 +1,107 @@
+"""Tiles of one image inside a model: which of their patches are padding, and LLaVA-NeXT's rows with a newline.
+
+`resample`: every square goes through the bridge by itself, and patches of padding are masked (xGen-MM).
+`unpad`: every patch is a token; the tiles' lie in one grid, the padding is cut off and every row ends with a learned
+newline; the base square comes first (LLaVA-NeXT's `spatial_unpad`).
+"""
+
+# N images  S squares of all images: of each the base, then its tiles  P patches or tokens of a square, G x G
+# D width of the language model  R, C rows and columns of patches in the grid of an image's tiles
+
+from math import isqrt
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bridgework.errors import DataError
+from bridgework.system import Layout
+
+Tiles = Literal["resample", "unpad"]
+
+
+def places(layout: Layout, tokens: int, tiles: Tiles) -> int:
+    """Tokens of an image whose base square has `tokens`."""
+    if tiles == "resample" or not layout.columns:
+        return tokens * (1 + layout.columns * layout.rows)
+    rows, columns = kept(layout, isqrt(tokens))
+    return tokens + len(rows) * (len(columns) + 1)
+
+
+def kept(layout: Layout, side: int) -> tuple[range, range]:
+    """(rows, columns) of the grid of patches, `side` a tile, that show the image and not the padding around it.
+
+    Rounded as transformers does; LLaVA's own code is one row short where a float falls just below a whole number.
+    """
+    high, wide = layout.rows * side, layout.columns * side
+    if layout.width / layout.height > wide / high:
+        pad = (high - int(round(layout.height * (wide / layout.width), 7))) // 2
+        return range(pad, high - pad), range(wide)
+    pad = (wide - int(round(layout.width * (high / layout.height), 7))) // 2
+    return range(high), range(pad, wide - pad)
+
+
+def layouts(layouts_N4: Tensor) -> list[Layout]:
+    return [Layout(*row) for row in layouts_N4.tolist()]
+
+
+def merge(tiles_SPD: Tensor, rows: int, columns: int) -> Tensor:
+    """(rows * columns, G * G, D), row by row -> (R, C, D)."""
+    side = isqrt(tiles_SPD.shape[1])
+    tiles: Tensor = tiles_SPD.unflatten(1, (side, side)).unflatten(0, (rows, columns))
+    return tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def split(grid_RCD: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `merge`."""
+    tiles: Tensor = grid_RCD.unflatten(1, (columns, -1)).unflatten(0, (rows, -1))
+    return tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def real(layouts_N4: Tensor, patches: int) -> Tensor:
+    """(S, P) bool on the CPU: False on the patches of padding; the base squares have none."""
+    side, masks = isqrt(patches), [torch.ones(0, patches, dtype=torch.bool)]
+    for layout in layouts(layouts_N4):
+        masks.append(torch.ones(1, patches, dtype=torch.bool))
+        if layout.columns:
+            rows, columns = kept(layout, side)
+            grid_RC1 = torch.zeros(layout.rows * side, layout.columns * side, 1, dtype=torch.bool)
+            grid_RC1[rows.start : rows.stop, columns.start : columns.stop] = True
+            masks.append(split(grid_RC1, layout.rows, layout.columns).squeeze(-1))
+    return torch.cat(masks)
+
+
+class Unpad(nn.Module):
+    """`newline`, the embedding behind every row of patches."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.newline = nn.Parameter(torch.randn(width) * width**-0.5)  # as LLaVA-NeXT begins
+
+    def forward(self, tokens_SPD: Tensor, layouts_N4: Tensor | None) -> Tensor:
+        """(S, P, D) of all squares -> (tokens, D) of all images, in order; without layouts each square is an image.
+
+        Raises DataError when squares and layouts do not match.
+        """
+        shown = (
+            [Layout(0, 0, 1, 1)] * len(tokens_SPD) if layouts_N4 is None else layouts(layouts_N4)
+        )
+        counts = [1 + layout.columns * layout.rows for layout in shown]
+        if sum(counts) != len(tokens_SPD):
+            raise DataError(
+                f"the layouts are of {sum(counts)} squares, and {len(tokens_SPD)} are given"
+            )
+        # no token of either, so that both are in the graph of a batch without images or tiles
+        parts = [tokens_SPD.flatten(0, 1)[:0], self.newline.to(tokens_SPD.dtype).expand(0, -1)]
+        for layout, squares in zip(shown, tokens_SPD.split(counts), strict=True):
+            parts.append(squares[0])
+            if layout.columns:
+                parts.append(self._rows(squares[1:], layout))
+        return torch.cat(parts)
+
+    def _rows(self, tiles_SPD: Tensor, layout: Layout) -> Tensor:
+        rows, columns = kept(layout, isqrt(tiles_SPD.shape[1]))
+        grid_RCD = merge(tiles_SPD, layout.rows, layout.columns)
+        shown_RCD = grid_RCD[rows.start : rows.stop, columns.start : columns.stop]
+        newline_R1D = self.newline.to(shown_RCD.dtype).expand(len(rows), 1, -1)
+        return torch.cat([shown_RCD, newline_R1D], dim=1).flatten(0, 1)

@@ -1,0 +1,341 @@
+"""The lineage as a tree, both ways: from an answer back to the shards, from a dataset on to every deployment.
+
+response -> deployment -> model version -> run of the stage -> the stages before it -> datasets -> their parents
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol
+
+from rich.text import Text
+from rich.tree import Tree
+
+from bridgework.data.manifest import Manifest, read_manifest
+from bridgework.errors import DataError, TrackingError, suggest
+from bridgework.mixture import DatasetInput
+from bridgework.tracking import registry
+from bridgework.tracking.tracker import Version
+
+RESPONSE = re.compile(r"(?:chatcmpl|embd|clas|rank|capt)-(?P<deployment>.+)-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a run put out."""
+
+    name: str
+    artefact: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as it is kept; `parent` is the run of the system for a stage's run."""
+
+    id: str
+    name: str
+    status: str
+    parent: str | None
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]  # the last of each
+    inputs: tuple[DatasetInput, ...]
+    outputs: tuple[Weights, ...]
+
+
+class Reader(Protocol):
+    """What of the lineage can be asked. Lists are oldest first and empty when there is nothing."""
+
+    def run(self, run_id: str) -> RunView: ...
+    def children(self, run_id: str) -> list[RunView]: ...
+    def heirs(self, digest: str) -> list[RunView]:
+        """Runs that started from the weights of this digest."""
+
+    def makers(self, digest: str) -> list[RunView]:
+        """Runs that put out the weights of this digest."""
+
+    def readers(self, dataset: str) -> list[RunView]:
+        """Runs that read a dataset: by name, digest or the digest's beginning."""
+
+    def version(self, name: str, which: str) -> Version: ...
+    def versions(self, name: str) -> list[Version]: ...
+    def registered(self, run_id: str) -> list[Version]:
+        """Versions of the run's weights."""
+
+    def models(self) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What serving writes to <home>/deployments/<id>.json when an app starts."""
+
+    id: str
+    app: str
+    model: str
+    version: str  # "" for weights that are served from a plain folder
+    artefact: str
+    digest: str
+    started: str
+
+
+def trace(what: str, reader: Reader, home: Path) -> Tree:
+    """Where `what` comes from: a response id, a deployment id, `model`, `model@alias`, `model:version` or a run id.
+
+    Raises TrackingError, with a suggestion, when it is none of these.
+    """
+    return _Upstream(reader, home).of(what)
+
+
+def uses(dataset: str, reader: Reader, home: Path) -> Tree:
+    """Where a dataset went: runs, the weights and versions of these, what started from them, deployments.
+
+    dataset: a name, a digest or its beginning. Datasets made from it count as it does. Raises TrackingError, with a
+    suggestion, when neither the store nor <home>/datasets knows it.
+    """
+    return _Downstream(reader, home).of(dataset)
+
+
+class _Graph:
+    """What both directions share: the datasets and deployments under `home`, and how a node reads."""
+
+    def __init__(self, reader: Reader, home: Path) -> None:
+        self._reader = reader
+        self._stored = dict(_datasets(home))
+        self._deployments = {d.id: d for d in _deployments(home)}
+        self._seen: set[str] = (
+            set()
+        )  # runs that already have a node: their weights may equal those they started from
+
+    def _run(self, at: Tree, run: RunView) -> Tree | None:
+        """The run's node, with what describes it; None where it only points at the run's first node."""
+        stage = run.tags.get("stage")
+        kind = f"stage {run.name} of {run.tags.get('system', '?')}" if stage else f"run {run.name}"
+        if run.id in self._seen:
+            at.add(_label(kind, run.id, "see above"))
+            return None
+        self._seen.add(run.id)
+        node = at.add(_label(kind, run.id, run.status.lower()))
+        for title, tag in (
+            ("recipe", "fingerprint"),
+            ("git commit", "git_commit"),
+            ("ray job", "ray_job_id"),
+        ):
+            if run.tags.get(tag):
+                node.add(_label(title, run.tags[tag]))
+        if run.metrics:
+            node.add(
+                _label("metrics", ", ".join(f"{k} {v:.4g}" for k, v in sorted(run.metrics.items())))
+            )
+        return node
+
+    def _version(self, at: Tree, version: Version) -> Tree:
+        node = at.add(
+            _label(f"model {version.name}", f"version {version.version}", *version.aliases)
+        )
+        node.add(_weights(version.tags.get("digest", ""), version.artefact))
+        return node
+
+    def _dataset(self, at: Tree, dataset: DatasetInput) -> tuple[Tree, Manifest | None]:
+        """The dataset's node, with what its manifest says where that is still to be had."""
+        node = at.add(
+            _label(f"dataset {dataset.name}", dataset.digest[:12], f"{dataset.rows:,} rows")
+        )
+        manifest = self._manifest(dataset)
+        if manifest is None:
+            node.add(_label("manifest", f"no longer at {dataset.path}"))
+            return node, None
+        shards = (
+            f"{len(manifest.shards)} with {sum(s.bytes for s in manifest.shards) / 1e6:,.1f} MB"
+        )
+        parameters = ", ".join(f"{k}={v}" for k, v in manifest.parameters.items())
+        node.add(_label("source", manifest.source))
+        node.add(_label("licence", manifest.licence))
+        node.add(_label("made by", f"{manifest.made_by}({parameters})"))
+        node.add(_label("shards", f"{shards}, in {dataset.path}"))
+        return node, manifest
+
+    def _manifest(self, dataset: DatasetInput) -> Manifest | None:
+        if dataset.digest in self._stored:
+            return self._stored[dataset.digest][1]
+        try:
+            manifest = read_manifest(dataset.path)
+        except (DataError, OSError):
+            return None
+        return manifest if manifest.digest == dataset.digest else None
+
+    def _known(self, digest: str) -> DatasetInput | None:
+        """A dataset under <home>/datasets as a run would have named it."""
+        if digest not in self._stored:
+            return None
+        path, manifest = self._stored[digest]
+        return DatasetInput(path.name, digest, str(path), manifest.rows)
+
+
+class _Upstream(_Graph):
+    def of(self, what: str) -> Tree:
+        root = Tree("", hide_root=True)
+        answer = RESPONSE.fullmatch(what)
+        if answer:
+            self._deployment(root.add(_label("response", what)), self._find(answer["deployment"]))
+        elif what in self._deployments:
+            self._deployment(root, self._deployments[what])
+        elif re.fullmatch(r"[0-9a-f]{32}", what):
+            self._made(root, self._reader.run(what))
+        else:
+            self._made_version(root, self._named(what))
+        return root
+
+    def _find(self, deployment: str) -> Deployment:
+        if deployment not in self._deployments:
+            raise TrackingError(
+                f"there is no deployment {deployment!r}" + suggest(deployment, self._deployments)
+            )
+        return self._deployments[deployment]
+
+    def _named(self, what: str) -> Version:
+        """`model@alias`, `model:version`, or `model`: its champion, else its newest."""
+        name, which = registry.split(what)
+        if name != what:
+            return self._reader.version(name, which)
+        known = self._reader.versions(what)
+        if not known:
+            raise TrackingError(
+                f"{what!r} is no response, deployment, model or run"
+                + suggest(what, [*self._reader.models(), *self._deployments])
+            )
+        return next((v for v in known if which in v.aliases), known[-1])
+
+    def _deployment(self, at: Tree, deployment: Deployment) -> None:
+        node = at.add(
+            _label("deployment", deployment.id, deployment.app, f"since {deployment.started}")
+        )
+        if deployment.version:
+            try:
+                return self._made_version(
+                    node, self._reader.version(deployment.model, deployment.version)
+                )
+            except (
+                TrackingError
+            ) as error:  # the version is gone from the registry; its weights may still be known
+                node.add(_label("model", deployment.model, str(error)))
+        self._made_weights(node, deployment.digest, deployment.artefact)
+
+    def _made_version(self, at: Tree, version: Version) -> None:
+        self._made(self._version(at, version), self._reader.run(version.run_id))
+
+    def _made_weights(self, at: Tree, digest: str, artefact: str = "") -> None:
+        makers = self._reader.makers(digest)[
+            -1:
+        ]  # equal digests are equal weights: any of their runs explains them
+        kept = [w.artefact for run in makers for w in run.outputs if w.digest == digest]
+        node = at.add(_weights(digest, artefact or "".join(kept[:1])))
+        for run in makers:
+            self._made(node, run)
+        if not makers:
+            node.add(_label("origin", "no run of this store made these weights"))
+
+    def _made(self, at: Tree, run: RunView) -> None:
+        node = self._run(at, run)
+        if node is None:
+            return
+        for dataset in run.inputs:
+            self._made_dataset(node, dataset)
+        for stage in self._reader.children(run.id):
+            self._made(node, stage)
+        start = run.tags.get("starts_from_digest")
+        if start:
+            self._made_weights(node, start)
+
+    def _made_dataset(self, at: Tree, dataset: DatasetInput) -> None:
+        node, manifest = self._dataset(at, dataset)
+        for digest in manifest.parents if manifest else ():
+            parent = self._known(digest)
+            if parent:
+                self._made_dataset(node, parent)
+            else:
+                node.add(
+                    _label("dataset", digest[:12], "made elsewhere, not under <home>/datasets")
+                )
+
+
+class _Downstream(_Graph):
+    def of(self, what: str) -> Tree:
+        known = (self._known(d) for d in self._stored)
+        found = {d.digest: d for d in known if d and (d.name == what or d.digest.startswith(what))}
+        for run in self._reader.readers(what):
+            found |= {
+                d.digest: d for d in run.inputs if d.name == what or d.digest.startswith(what)
+            }
+        if not found:
+            names = [path.name for path, _ in self._stored.values()]
+            raise TrackingError(
+                f"no run has read a dataset {what!r}, and none is stored" + suggest(what, names)
+            )
+        root = Tree("", hide_root=True)
+        for dataset in found.values():
+            self._read(root, dataset)
+        return root
+
+    def _read(self, at: Tree, dataset: DatasetInput) -> None:
+        node, _ = self._dataset(at, dataset)
+        for run in self._reader.readers(dataset.digest):
+            self._became(node, run)
+        for digest, (_, manifest) in self._stored.items():
+            child = self._known(digest)
+            if child and dataset.digest in manifest.parents:
+                self._read(node, child)
+
+    def _became(self, at: Tree, run: RunView) -> None:
+        node = self._run(at, run)
+        if node is None:
+            return
+        versions = self._reader.registered(run.id)
+        for weights in run.outputs:
+            branch = node.add(_weights(weights.digest, weights.artefact))
+            for version in versions:
+                if version.tags.get("digest") == weights.digest:
+                    self._version(branch, version)
+            for deployment in self._deployments.values():
+                if deployment.digest == weights.digest:
+                    branch.add(
+                        _label(
+                            "deployment",
+                            deployment.id,
+                            deployment.app,
+                            f"since {deployment.started}",
+                        )
+                    )
+            for heir in self._reader.heirs(weights.digest):
+                self._became(branch, heir)
+
+
+def _label(kind: str, name: str, *about: str) -> Text:
+    """A node's line, as plain text: names from outside must not be read as markup."""
+    return Text.assemble((f"{kind} ", "bold"), name, *[(f"  {a}", "dim") for a in about])
+
+
+def _weights(digest: str, artefact: str) -> Text:
+    return _label("weights", digest[:12] or "without a digest", artefact)
+
+
+def _datasets(home: Path) -> Iterator[tuple[str, tuple[Path, Manifest]]]:
+    """(digest, (folder, manifest)) of the sound datasets under `home`."""
+    for folder in sorted((home / "datasets").glob("*")):
+        try:
+            manifest = read_manifest(str(folder))
+        except DataError:
+            continue  # being written, or broken: `bridgework data verify` says which
+        yield manifest.digest, (folder, manifest)
+
+
+def _deployments(home: Path) -> Iterator[Deployment]:
+    for file in sorted((home / "deployments").glob("*.json")):
+        try:
+            data = json.loads(file.read_text())
+            yield Deployment(**{f.name: data[f.name] for f in fields(Deployment)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrackingError(
+                f"{file} is not a deployment: {error!r}; delete it, or deploy again"
+            ) from None

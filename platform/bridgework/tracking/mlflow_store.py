@@ -1,0 +1,396 @@
+"""The tracker on MLflow, and the only door to it.
+
+An experiment is a project, a parent run a system's run, a child run a stage or a trial. Datasets are inputs, weights
+are logged models whose folder stays where it is (the tag `artefact`), a registered version is one that may be served.
+
+From the words that name a model to the folder of its artefact.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import requests
+from filelock import FileLock
+from mlflow import MlflowClient, entities
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.store.entities import PagedList
+from mlflow.utils import mlflow_tags
+from mlflow.utils.validation import (
+    MAX_METRICS_PER_BATCH,
+    MAX_PARAM_VAL_LENGTH,
+    MAX_PARAMS_TAGS_PER_BATCH,
+)
+from sqlalchemy.exc import SQLAlchemyError
+
+from bridgework.errors import TrackingError, suggest
+from bridgework.mixture import DatasetInput
+from bridgework.tracking.lineage import RunView, Weights
+from bridgework.tracking.registry import is_folder, split
+from bridgework.tracking.tracker import Point, Status, Version
+
+# MLflow reads these at import or at each request; a value that the user has set wins.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves the machine unasked
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it announces every table that it creates
+os.environ.setdefault(
+    "MLFLOW_HTTP_REQUEST_TIMEOUT", "10"
+)  # seconds; by default a dead server holds a call for 246
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+
+T = TypeVar("T")
+SHORT = 12  # hex digits of a digest in MLflow's own field, which takes 36 at most and stands in every table of the UI
+
+
+class MLflowReader:
+    """`graph.Reader` on an MLflow store, of all its projects.
+
+    uri: a server (`http://...`) or a database; None takes MLFLOW_TRACKING_URI, else sqlite:///<home>/mlflow.db.
+    Opened before any worker starts, since a fresh database gets its tables here, under a lock.
+    """
+
+    def __init__(self, uri: str | None, home: Path) -> None:
+        self.uri = (
+            uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve()}/mlflow.db"
+        )
+        with self._asked("open the store"), _sole(self.uri):
+            self._client = MlflowClient(self.uri, registry_uri=self.uri)
+            self._client.search_experiments(max_results=1)
+            self._client.search_registered_models(
+                max_results=1
+            )  # the registry makes its own part of the tables
+
+    def run(self, run_id: str) -> RunView:
+        with self._asked(f"read run {run_id}"):
+            return self._view(self._client.get_run(run_id))
+
+    def children(self, run_id: str) -> list[RunView]:
+        with self._asked(f"read the stages of run {run_id}"):
+            return self._runs(f"tags.`{mlflow_tags.MLFLOW_PARENT_RUN_ID}` = '{run_id}'")[::-1]
+
+    def heirs(self, digest: str) -> list[RunView]:
+        with self._asked(f"find the runs that start from weights {digest}"):
+            return self._runs(f"tags.starts_from_digest = '{digest}'")[::-1]
+
+    def makers(self, digest: str) -> list[RunView]:
+        with self._asked(f"find the run that made weights {digest}"):
+            return [
+                self.run(m.source_run_id)
+                for m in self._logged(f"tags.digest = '{digest}'")
+                if m.source_run_id
+            ]
+
+    def readers(self, dataset: str) -> list[RunView]:
+        with self._asked(f"find the runs that read {dataset}"):
+            named = self._runs(f"dataset.name = '{dataset}'") + self._runs(
+                f"dataset.digest LIKE '{dataset[:SHORT]}%'"
+            )
+            hits = {
+                r.id: r
+                for r in named
+                if any(d.name == dataset or d.digest.startswith(dataset) for d in r.inputs)
+            }
+            return list(hits.values())[::-1]
+
+    def versions(self, name: str) -> list[Version]:
+        with self._asked(f"read the versions of {name!r}"):
+            if name not in self.models():
+                return []
+            aliases = self._client.get_registered_model(name).aliases
+            found = _pages(self._client.search_model_versions, f"name = '{name}'")
+            return [_version(v, aliases) for v in sorted(found, key=lambda v: int(v.version))]
+
+    def registered(self, run_id: str) -> list[Version]:
+        with self._asked(f"find the versions of run {run_id}"):
+            names = {
+                v.name for v in _pages(self._client.search_model_versions, f"run_id = '{run_id}'")
+            }
+            return [v for name in sorted(names) for v in self.versions(name) if v.run_id == run_id]
+
+    def models(self) -> list[str]:
+        with self._asked("list the registered models"):
+            return [m.name for m in _pages(self._client.search_registered_models)]
+
+    def version(self, name: str, which: str) -> Version:
+        known = self.versions(name)
+        if not known:
+            raise TrackingError(f"no model {name!r} is registered" + suggest(name, self.models()))
+        for version in known:
+            if which == version.version or which in version.aliases:
+                return version
+        words = [w for v in known for w in (v.version, *v.aliases)]
+        raise TrackingError(
+            f"model {name!r} has no version or alias {which!r}" + suggest(which, words)
+        )
+
+    def _everywhere(self) -> list[str]:
+        return [e.experiment_id for e in _pages(self._client.search_experiments)]
+
+    def _runs(self, condition: str, *experiments: str) -> list[RunView]:
+        """Newest first; of all projects where none is named."""
+        where = list(experiments) or self._everywhere()
+        return [self._view(r) for r in _pages(self._client.search_runs, where, condition)]
+
+    def _logged(self, condition: str) -> list[entities.LoggedModel]:
+        return _pages(self._client.search_logged_models, self._everywhere(), condition)
+
+    def _view(self, run: entities.Run) -> RunView:
+        made = run.outputs is not None and run.outputs.model_outputs
+        outputs = self._logged(f"source_run_id = '{run.info.run_id}'") if made else []
+        return RunView(
+            id=run.info.run_id,
+            name=run.info.run_name,
+            status=run.info.status,
+            parent=run.data.tags.get(mlflow_tags.MLFLOW_PARENT_RUN_ID),
+            tags={k: v for k, v in run.data.tags.items() if not k.startswith("mlflow.")},
+            metrics=dict(run.data.metrics),
+            inputs=tuple(_read_input(d) for d in (run.inputs.dataset_inputs if run.inputs else ())),
+            outputs=tuple(
+                Weights(m.name, m.tags.get("artefact", ""), m.tags.get("digest", ""))
+                for m in outputs[::-1]
+            ),
+        )
+
+    @contextmanager
+    def _asked(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            where = _shown(self.uri)
+            if isinstance(error, requests.RequestException) or isinstance(
+                error.__context__, requests.RequestException
+            ):
+                todo = "start the server again, or unset MLFLOW_TRACKING_URI to track under $BRIDGEWORK_HOME"
+                raise TrackingError(
+                    f"cannot {what}: MLflow at {where} does not answer; {todo}"
+                ) from error
+            reason = " ".join(str(error).replace(self.uri, where).split())[:300].rstrip(".")
+            raise TrackingError(f"cannot {what}: MLflow at {where} says: {reason}") from error
+
+
+class MLflowTracker(MLflowReader):
+    """`tracking.Tracker` on an MLflow store: `experiment` is the project. For the driver; workers keep journals."""
+
+    def __init__(self, uri: str | None, home: Path, experiment: str) -> None:
+        super().__init__(uri, home)
+        with self._asked(f"open the experiment {experiment!r}"):
+            self._experiment = self._open(experiment, home.resolve() / "mlartifacts")
+
+    def start(
+        self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None
+    ) -> str:
+        """A new run's id; a run of the same name, parent and `run_key` tag is taken up again, newest first."""
+        own = dict(tags or {})
+        key = own.get("run_key")
+        with self._asked(f"start the run {name!r}"):
+            for run in self._runs(f"tags.run_key = '{key}'", self._experiment) if key else []:
+                if (run.name, run.parent) == (name, parent):
+                    self._client.update_run(run.id, status="RUNNING")
+                    return run.id
+            created = self._client.create_run(
+                self._experiment, run_name=name, tags=own | _ui_tags(own, parent)
+            )
+            return str(created.info.run_id)
+
+    def params(self, run_id: str, values: Mapping[str, Any], *, resumed: bool = False) -> None:
+        """Dotted paths. What MLflow cannot hold (a `*` in a name, a long value) is complete in params.json.
+
+        MLflow refuses another value of a parameter; of a `resumed` run it becomes the tag `now.NAME`.
+        """
+        texts = {_name(k): str(v) for k, v in values.items()}
+        with self._asked(f"log {len(texts)} parameters of run {run_id}"):
+            known = self._client.get_run(run_id).data.params if resumed else {}
+            short = {k: v[:MAX_PARAM_VAL_LENGTH] for k, v in texts.items()}
+            batch = [entities.Param(k, v) for k, v in short.items() if k not in known]
+            for k, v in short.items():
+                if known.get(k, v) != v:
+                    self._client.set_tag(run_id, f"now.{k}", v)
+            for some in _batches(batch, MAX_PARAMS_TAGS_PER_BATCH):
+                self._client.log_batch(run_id, params=some)
+            if (
+                any(len(v) > MAX_PARAM_VAL_LENGTH for v in texts.values())
+                or not texts.keys() >= values.keys()
+            ):
+                self._client.log_dict(run_id, {k: str(v) for k, v in values.items()}, "params.json")
+
+    def inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None:
+        with self._asked(f"log {len(datasets)} datasets of run {run_id}"):
+            self._client.log_inputs(run_id, [_input(d) for d in datasets])
+
+    def points(self, run_id: str, points: Sequence[Point]) -> None:
+        """At most 1000 a call. Posting the same points again changes nothing: MLflow keeps equal rows once."""
+        metrics = [entities.Metric(_name(p.key), p.value, p.at, p.step) for p in points]
+        with self._asked(f"log {len(points)} points of run {run_id}"):
+            for some in _batches(metrics, MAX_METRICS_PER_BATCH):
+                self._client.log_batch(run_id, metrics=some)
+
+    def file(self, run_id: str, path: Path, folder: str = "") -> None:
+        with self._asked(f"keep the file {path} with run {run_id}"):
+            self._client.log_artifact(run_id, str(path), folder or None)
+
+    def output(self, run_id: str, name: str, artefact: str, tags: Mapping[str, str]) -> str:
+        """A logged model that refers to the folder `artefact`: weights are not copied. Returns its id.
+
+        Told again, as a finished stage is when its run goes on, the same weights stay one model.
+        """
+        about = {**tags, "artefact": artefact}
+        with self._asked(f"log the weights {artefact} of run {run_id}"):
+            for model in self._logged(f"source_run_id = '{run_id}'"):
+                if about.items() <= model.tags.items():
+                    return str(model.model_id)
+            model = self._client.create_logged_model(
+                self._client.get_run(run_id).info.experiment_id,
+                name=re.sub(r"[/:.%\"']", "-", name),  # MLflow's rule for these names
+                source_run_id=run_id,
+                tags=about,
+                params={
+                    k: about[k] for k in ("artefact", "digest") if k in about
+                },  # the UI compares models by params
+            )
+            self._client.finalize_logged_model(model.model_id, "READY")
+            self._client.log_outputs(
+                run_id, [entities.LoggedModelOutput(model.model_id, int(about.get("steps", 0)))]
+            )
+            return str(model.model_id)
+
+    def finish(self, run_id: str, status: Status = "FINISHED") -> None:
+        with self._asked(f"finish run {run_id}"):
+            self._client.set_terminated(run_id, status)
+
+    def register(
+        self, name: str, model_id: str, run_id: str, artefact: str, tags: Mapping[str, str]
+    ) -> Version:
+        with self._asked(f"register {artefact} as {name!r}"):
+            if name not in self.models():
+                self._client.create_registered_model(name)
+            # A source of models:/<id> would be looked up at MLflow's global uri, not at this client's.
+            model = self._client.get_logged_model(model_id)
+            about = {**tags, "artefact": artefact}
+            made = self._client.create_model_version(
+                name,
+                model.artifact_location,
+                run_id,
+                about,
+                model_id=model_id,
+                await_creation_for=0,
+            )
+            # The UI knows a logged model's versions by this tag, which only MLflow's own register_model writes.
+            known = json.loads(model.tags.get(mlflow_tags.MLFLOW_MODEL_VERSIONS, "[]"))
+            versions = json.dumps([*known, {"name": name, "version": made.version}])
+            self._client.set_logged_model_tags(
+                model_id, {mlflow_tags.MLFLOW_MODEL_VERSIONS: versions}
+            )
+            return _version(made, {})
+
+    def alias(self, name: str, alias: str, version: str) -> None:
+        known = self.version(name, version)
+        with self._asked(f"set the alias {alias!r} of {name!r}"):
+            self._client.set_registered_model_alias(name, alias, known.version)
+
+    def _open(self, name: str, artifacts: Path) -> str:
+        known = self._client.get_experiment_by_name(name)
+        if known is None:
+            remote = self.uri.startswith(
+                ("http://", "https://")
+            )  # a server has its own place for artifacts
+            folder = None if remote else (artifacts / re.sub(r"[^\w.-]", "-", name)).as_uri()
+            try:
+                return str(self._client.create_experiment(name, folder))
+            except MlflowException:
+                known = self._client.get_experiment_by_name(name)  # another driver was faster
+                if known is None:
+                    raise
+        return str(known.experiment_id)
+
+
+@contextmanager
+def _sole(uri: str) -> Iterator[None]:
+    """One process at a time: two that create the tables of one sqlite file at once ruin it for good."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{database}.lock"):
+        yield
+
+
+def _shown(uri: str) -> str:
+    """Without a password."""
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+
+
+def _ui_tags(tags: Mapping[str, str], parent: str | None) -> dict[str, str]:
+    """What the UI nests runs by, and shows as user and version."""
+    known = {
+        mlflow_tags.MLFLOW_PARENT_RUN_ID: parent,
+        mlflow_tags.MLFLOW_SOURCE_NAME: "bridgework",
+        mlflow_tags.MLFLOW_SOURCE_TYPE: "LOCAL",
+        mlflow_tags.MLFLOW_USER: os.environ.get("USER"),
+        mlflow_tags.MLFLOW_GIT_COMMIT: tags.get("git_commit"),
+    }
+    return {k: v for k, v in known.items() if v}
+
+
+def _name(key: str) -> str:
+    return re.sub(r"[^\w./ :-]", "_", key)  # MLflow's rule for parameters and metrics
+
+
+def _input(dataset: DatasetInput) -> entities.DatasetInput:
+    return entities.DatasetInput(
+        entities.Dataset(
+            name=dataset.name,
+            digest=dataset.digest[:SHORT],
+            source_type="s3"
+            if dataset.path.startswith("s3://")
+            else "local",  # the kinds that the UI can show
+            source=json.dumps({"uri": dataset.path}),
+            profile=json.dumps({"rows": dataset.rows, "digest": dataset.digest}),
+        ),
+        [entities.InputTag(mlflow_tags.MLFLOW_DATASET_CONTEXT, "training")],
+    )
+
+
+def _read_input(seen: entities.DatasetInput) -> DatasetInput:
+    about = json.loads(seen.dataset.profile or "{}")
+    path = json.loads(seen.dataset.source).get("uri", "")
+    return DatasetInput(
+        seen.dataset.name, about.get("digest", seen.dataset.digest), path, about.get("rows", 0)
+    )
+
+
+def _version(found: ModelVersion, aliases: Mapping[str, Any]) -> Version:
+    """`aliases`: alias -> version of the whole model, since a search leaves a version's own out."""
+    tags, number = dict(found.tags), str(found.version)
+    held = tuple(a for a, v in aliases.items() if str(v) == number)
+    return Version(found.name, number, tags.get("artefact", ""), found.run_id or "", held, tags)
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _pages(search: Callable[..., PagedList[T]], *where: Any) -> list[T]:
+    found: list[T] = []
+    token = None
+    while True:
+        page = search(*where, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def artifact_of(model: str, home: Path) -> str:
+    """The artefact's folder that the words mean. Raises TrackingError where no such version is registered."""
+    if is_folder(model):
+        return model
+    return MLflowReader(None, home).version(*split(model)).artefact

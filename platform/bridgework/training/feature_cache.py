@@ -1,0 +1,173 @@
+"""Features of a frozen vision tower, computed once and shared by every stage and every trial.
+
+`<home>/features/<digest of the tower>/<dataset digest>/` mirrors the dataset: the same shard names, row groups and
+order, with a column of float16 features instead of image bytes. `prepare` says why it pays, or why it does not.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from filelock import FileLock
+
+from bridgework import storage
+from bridgework.data.dataset import Dataset, open_dataset
+from bridgework.data.images import load_image
+from bridgework.errors import DataError
+from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
+from bridgework.ray_utils import map_on_actors
+
+TowerSpec = ViTConfig | EfficientNetConfig
+SCHEMA = pa.schema([("key", pa.string()), ("features", pa.list_(pa.binary()))])
+FREE_SHARE = 0.2  # of the disk's free space that cached features may take
+
+
+@dataclass(frozen=True)
+class CacheDecision:
+    """Whether the features of these datasets are cached under `folder`, and why."""
+
+    folder: Path | None
+    why: str
+
+
+class TooLarge(DataError):
+    """A feature that float16 cannot hold."""
+
+
+def prepare(
+    tower: TowerSpec, datasets: Sequence[Dataset], *, draws: int, home: Path, workers: int
+) -> CacheDecision:
+    """Cache the features of every image of `datasets` if that is cheaper than computing `draws` of them in training.
+
+    Features that float16 cannot hold are computed in training. `workers` actors of Ray hold the tower, on a GPU each
+    where the cluster has or can start some; 0 computes in this process.
+    """
+    try:
+        return _prepare(tower, datasets, draws, home, workers)
+    except TooLarge as error:
+        return CacheDecision(None, f"features are computed in training: {error}")
+
+
+def _prepare(
+    tower: TowerSpec, datasets: Sequence[Dataset], draws: int, home: Path, workers: int
+) -> CacheDecision:
+    module = tower.build()
+    folder = home / "features" / module.digest()
+    missing = [d for d in datasets if not (folder / d.manifest.digest).is_dir()]
+    if not missing:
+        return CacheDecision(folder, f"features of {len(datasets)} datasets are in {folder}")
+    rows = sum(d.manifest.rows for d in missing)
+    each_s, shape = _measure(module, missing[0])
+    size, room = rows * shape[0] * shape[1] * 2, FREE_SHARE * shutil.disk_usage(home).free
+    cost = f"{rows:,} images once ({rows * each_s:.0f} CPU-s, {size / 1e6:.0f} MB)"
+    if draws <= rows:
+        return CacheDecision(
+            None,
+            f"features are computed in training: it draws {draws:,} images, caching would take {cost}",
+        )
+    if size > room:
+        return CacheDecision(
+            None,
+            f"features are computed in training: caching {cost} needs more than the {room / 1e6:.0f} MB to spare",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.write_atomic(
+        folder / "features.json", json.dumps({"patches": shape[0], "width": shape[1]})
+    )
+    for dataset in missing:
+        final = folder / dataset.manifest.digest
+        with FileLock(
+            folder / f".{dataset.manifest.digest}.lock"
+        ):  # trials of a sweep come here at once
+            if not final.is_dir():
+                _cache(tower, dataset, final, workers)
+    return CacheDecision(
+        folder,
+        f"features are cached: {cost} instead of {draws:,} times ({draws * each_s:.0f} CPU-s)",
+    )
+
+
+def _measure(module: VisionTower, dataset: Dataset) -> tuple[float, tuple[int, int]]:
+    """CPU-seconds an image, and its (patches, width), from the dataset's first images."""
+    images = [image for sample in dataset.read_group(0, 0) for image in sample.images][:8]
+    if not images:
+        raise DataError(
+            f"{dataset.path} has no images in its first row group; features cannot be cached"
+        )
+    _features(module, images[:1])
+    began = time.process_time()
+    features = _features(module, images)
+    return (time.process_time() - began) / len(images), (features[0].shape[0], features[0].shape[1])
+
+
+def _features(module: VisionTower, images: Sequence[bytes]) -> list[np.ndarray[Any, Any]]:
+    """float16 (P, D) for each image; one that does not decode gives (0, D): the reader will quarantine it.
+
+    Raises TooLarge for a feature that float16 cannot hold.
+    """
+    squares: list[np.ndarray[Any, Any] | None] = []
+    for image in images:
+        try:
+            squares.append(load_image(image, module.config.pixels))
+        except DataError:
+            squares.append(None)
+    good = [s for s in squares if s is not None]
+    if not good:
+        return [np.zeros((0, 0), np.float16) for _ in squares]
+    device = next(module.parameters()).device
+    with torch.inference_mode():
+        patches_NPD = module.eval()(torch.from_numpy(np.stack(good)).to(device))
+    half_NPD = patches_NPD.to(torch.float16)
+    if not bool(half_NPD.isfinite().all()) and bool(patches_NPD.isfinite().all()):
+        raise TooLarge(
+            f"a feature of the tower does not fit float16. Got {float(patches_NPD.abs().max()):g}; "
+            f"expected at most {torch.finfo(torch.float16).max:g}"
+        )
+    computed = iter(half_NPD.cpu().numpy())
+    return [
+        np.zeros((0, patches_NPD.shape[-1]), np.float16) if s is None else next(computed)
+        for s in squares
+    ]
+
+
+class _Writer:
+    """Holds the tower; writes the features of one shard a call."""
+
+    def __init__(self, tower: TowerSpec, path: str, folder: Path) -> None:
+        self._folder = folder
+        self._dataset = open_dataset(path)
+        self._module = tower.build().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def __call__(self, shard: int) -> None:
+        info = self._dataset.manifest.shards[shard]
+        with pq.ParquetWriter(self._folder / info.file, SCHEMA, compression="none") as out:
+            for group in range(-(-info.rows // self._dataset.manifest.group_rows)):
+                samples = self._dataset.read_group(shard, group)
+                flat = iter(_features(self._module, [i for s in samples for i in s.images]))
+                rows = [
+                    {"key": s.key, "features": [next(flat).tobytes() for _ in s.images]}
+                    for s in samples
+                ]
+                out.write_table(pa.Table.from_pylist(rows, SCHEMA), row_group_size=len(rows))
+
+
+def _cache(tower: TowerSpec, dataset: Dataset, final: Path, workers: int) -> None:
+    """Write to a temporary folder, then rename: the cache of a dataset is complete or absent."""
+    with storage.publishing(final) as folder:
+        made = partial(_Writer, tower, dataset.path, folder)
+        map_on_actors(
+            made,
+            range(len(dataset.manifest.shards)),
+            workers,
+            gpus=True,
+            what="features of the vision tower",
+        )

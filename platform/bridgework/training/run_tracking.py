@@ -1,0 +1,154 @@
+"""What the tracker hears of a run: the run of the system, a child for each stage, what went in and what came out."""
+
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from bridgework import artifacts
+from bridgework.artifacts import StageResult
+from bridgework.config import flat, to_dict
+from bridgework.data import quarantine
+from bridgework.errors import TrackingError
+from bridgework.mixture import DatasetInput
+from bridgework.system import Stage, System
+from bridgework.tracking.tracker import MemoryTracker, Point, Status, Tracker
+from bridgework.training.skips import FILE
+
+
+class RunRecord:
+    """One run of a system and its stages, as the tracker sees them.
+
+    A tracker that does not answer never stops a run: the rest of it goes untracked, and the same command later tells
+    the tracker everything, since finished stages are taken as they are.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker | None,
+        system: System,
+        run: str,
+        parent: str | None,
+        say: Callable[[str], object],
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """`tags` go to the run and to every stage's."""
+        self.tracker: Tracker = tracker or MemoryTracker()
+        self._system, self._run, self._say = system, run, say
+        self._tags = {
+            "system": system.name,
+            "fingerprint": system.fingerprint(),
+            "git_commit": _commit(),
+            "run": run,
+        }
+        self._tags |= tags or {}
+        if (job := os.environ.get("RAY_JOB_SUBMISSION_ID")) is not None:
+            self._tags["ray_job_id"] = job
+        self._id: str | None = None
+        self._open: str | None = None
+        with self._asked() as asked:
+            self._id = asked.start(run, parent=parent, tags={**self._tags, "run_key": run})
+            asked.params(self._id, flat(system), resumed=True)
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "recipe.json"
+                file.write_text(json.dumps(to_dict(system), indent=1))
+                asked.file(self._id, file)
+
+    def start(
+        self, stage: Stage, inputs: Sequence[DatasetInput], parent: Path | None
+    ) -> str | None:
+        """The stage's run, open, with its parameters and datasets; None when nobody listens."""
+        digest = artifacts.describe(parent).digest if parent else ""
+        tags = {
+            **self._tags,
+            "stage": stage.name,
+            "run_key": f"{self._run}/{stage.name}",
+            "starts_from_digest": digest,
+        }
+        with self._asked() as tracker:
+            self._open = tracker.start(stage.name, parent=self._id, tags=tags)
+            tracker.params(self._open, flat(stage), resumed=True)
+            tracker.inputs(self._open, inputs)
+        return self._open
+
+    def done(self, stage: Stage, place: Path) -> StageResult:
+        """The stage's result; its pictures and weights are handed to the tracker."""
+        metrics: dict[str, float] = json.loads((place / "metrics.json").read_text())
+        result = StageResult(place / "artefact", metrics)
+        info = artifacts.describe(result.artefact)
+        tags = {
+            "digest": info.digest,
+            "fingerprint": info.fingerprint,
+            "stage": stage.name,
+            "run": self._run,
+        }
+        with self._asked() as tracker:
+            if self._open is not None:
+                for picture in sorted((place / "evals").glob("*.png")):
+                    tracker.file(self._open, picture, "evals")
+                if (place / FILE).exists():
+                    tracker.file(self._open, place / FILE)
+                tracker.points(self._open, _put_aside(place / "quarantine", stage.budget.steps))
+                model_id = tracker.output(
+                    self._open, f"{self._system.name}-{stage.name}", str(result.artefact), tags
+                )
+                tracker.finish(self._open)
+                result = replace(result, run_id=self._open, model_id=model_id)
+                self._open = None
+        return result
+
+    def finish(self, status: Status) -> None:
+        with self._asked() as tracker:
+            for run_id in (self._open, self._id):
+                if run_id is not None:
+                    tracker.finish(run_id, status)
+
+    @contextmanager
+    def _asked(self) -> Iterator[Tracker]:
+        """The tracker, or its twin in memory from the first time that it does not answer."""
+        try:
+            yield self.tracker
+        except (
+            TrackingError,
+            OSError,
+        ) as error:  # OSError: a disk that cannot take a record never ends a run
+            self.tracker, self._id, self._open = MemoryTracker(), None, None
+            self._say(f"{error}; training goes on untracked: the same command later records it")
+
+
+def _put_aside(table: Path, step: int) -> list[Point]:
+    """How many rows the stage put aside, in all and for each reason."""
+    reasons = Counter(
+        {(r.dataset, r.row): r.reason for r in quarantine.records(str(table))}.values()
+    )
+    now = int(time.time() * 1000)
+    counts = {
+        "quarantine.rows": reasons.total(),
+        **{f"quarantine.{reason}": n for reason, n in reasons.items()},
+    }
+    return [Point(name, float(n), step, now) for name, n in counts.items()]
+
+
+def _commit() -> str:
+    """The git commit of the code, `-dirty` with changes; empty outside a repository."""
+    try:
+        words = [
+            "git",
+            "-C",
+            str(Path(__file__).parent),
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=12",
+        ]
+        return subprocess.run(
+            words, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
