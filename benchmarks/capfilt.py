@@ -34,12 +34,12 @@ THRESHOLDS = (-2.0, 0.0, 2.0)  # logits of the matching head; 0 is a probability
 SPEC = CapFilt(captioner="captioner", filter="filter", sources=("web",), max_tokens=8, min_tokens=2)
 
 
-def flag(colours: Sequence[str]) -> Sample:
+def flag(colors: Sequence[str]) -> Sample:
     image, file = Image.new("RGB", (48, 32)), io.BytesIO()
-    for place, colour in enumerate(colours):
-        image.paste(COLOURS[colour], (16 * place, 0, 16 * place + 16, 32))
+    for place, color in enumerate(colors):
+        image.paste(COLOURS[color], (16 * place, 0, 16 * place + 16, 32))
     image.save(file, "PNG")
-    return pair("-".join(colours), file.getvalue(), " ".join(colours))
+    return pair("-".join(colors), file.getvalue(), " ".join(colors))
 
 
 def swapped(samples: Sequence[Sample]) -> tuple[list[Sample], set[str]]:
@@ -53,7 +53,7 @@ def swapped(samples: Sequence[Sample]) -> tuple[list[Sample], set[str]]:
 
 
 def trained(name: str, dataset: str, home: Path, steps: int) -> Path:
-    """The artefact of a stage of blip, of a laptop's size, taught on a dataset."""
+    """The artifact of a stage of blip, of a laptop's size, taught on a dataset."""
     tiny = replace(load("blip")[name].tiny(), starts_from=None, evals=())
     pairs = replace(tiny, data=replace(tiny.data, sources=(Source(name="pairs", dataset=dataset),)))
     fast = {
@@ -64,7 +64,7 @@ def trained(name: str, dataset: str, home: Path, steps: int) -> Path:
         "model.text.dropout": 0,
     }
     system = System(name="blip", paper="-", stages=(override(pairs, fast),))
-    return train(system, home=home, run=f"{name}-{steps}", how=RunOptions(workers=0))[name].artefact
+    return train(system, home=home, run=f"{name}-{steps}", how=RunOptions(workers=0))[name].artifact
 
 
 class Found(NamedTuple):
@@ -78,7 +78,7 @@ class Found(NamedTuple):
 
 def found(home: Path, steps: int) -> Iterator[Found]:
     """At every threshold, by a filter of `steps` steps; all files go under `home`."""
-    flags = [flag(colours) for colours in permutations(COLOURS, 3)]
+    flags = [flag(colors) for colors in permutations(COLOURS, 3)]
     random.Random(1).shuffle(flags)
     half = len(flags) // 2
     web, wrong = swapped(flags[half:])
@@ -88,7 +88,7 @@ def found(home: Path, steps: int) -> Iterator[Found]:
             samples,
             str(home / name),
             source="flags",
-            licence="CC0-1.0",
+            license="CC0-1.0",
             made_by="benchmarks.capfilt",
         )
     models = {

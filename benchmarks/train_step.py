@@ -4,7 +4,7 @@
 .venv/bin/python -m benchmarks.train_step --json     one JSON line
 
 The bare loop is what one would write by hand: the batches lie ready in memory, forward, backward, clip, AdamW. Ours
-reads, decodes and tokenises by Ray Data meanwhile, steps through DeepSpeed, counts, journals and can be resumed.
+reads, decodes and tokenizes by Ray Data meanwhile, steps through DeepSpeed, counts, journals and can be resumed.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def system() -> System:
     }
     small = override(load("llava").tiny(), changes)
     instruct = override(
-        small, {"stages.instruct.starts_from": None, "stages.instruct.shard.stage": 0}
+        small, {"stages.instruct.starts_from": None, "stages.instruct.zero.stage": 0}
     ).stages[1]
     return System(
         name="bench",

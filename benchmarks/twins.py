@@ -1,7 +1,7 @@
-"""What a perceptual hash takes for one picture, with and without colours: `python -m benchmarks.twins`, half a minute.
+"""What a perceptual hash takes for one picture, with and without colors: `python -m benchmarks.twins`, half a minute.
 
 The clip art of examples/data, none of it there twice, and copies of it in other encodings, sizes and brightness. Twins
-are near by the hash, and by the colours of a thumbnail where these are asked too.
+are near by the hash, and by the colors of a thumbnail where these are asked too.
 """
 
 import argparse
@@ -44,8 +44,8 @@ COPIES: dict[str, Callable[[Image.Image], bytes]] = {
 
 
 def row(name: str, near: int, of: int, apart: list[int]) -> str:
-    """A line of the table; `apart` holds how far apart the colours of those that are near by the hash are."""
-    kept = sum(colours <= LIMITS.colour for colours in apart)
+    """A line of the table; `apart` holds how far apart the colors of those that are near by the hash are."""
+    kept = sum(colors <= LIMITS.color for colors in apart)
     middle, most = (f"{np.percentile(apart, share):.0f}" for share in (50, 100))
     return f"| {name} | {of} | {near} | {kept} | {middle} | {most} |"
 
@@ -61,10 +61,10 @@ def main() -> None:
         for there in others
     ]
     print(
-        f"{len(signed)} pictures; twins by at most {LIMITS.distance} of 64 bits, and colours {LIMITS.colour} of 255\n"
+        f"{len(signed)} pictures; twins by at most {LIMITS.distance} of 64 bits, and colors {LIMITS.color} of 255\n"
     )
     print(
-        "| pairs | of | twins by the hash | and by colours | apart, median | most |\n|---|---|---|---|---|---|"
+        "| pairs | of | twins by the hash | and by colors | apart, median | most |\n|---|---|---|---|---|---|"
     )
     print(row("different files", len(pairs), len(signed) * (len(signed) - 1) // 2, pairs))
     for name, copied in COPIES.items():

@@ -120,7 +120,7 @@ def walk(tracker: MLflowTracker, home: Path, report: Report) -> None:
     with report.part(
         "judge", "the champion, on drawings by another artist and on concepts that it never saw"
     ):
-        report.values |= judge(champion.artefact, home)
+        report.values |= judge(champion.artifact, home)
     with report.part("serve", "ask over HTTP with the openai client"):
         report.values |= ask(home)
 
@@ -132,7 +132,7 @@ def check_shards() -> None:
             raise DataError(f"{DATA / name}: {problems[0]}; check the files out again")
         manifest = open_dataset(str(DATA / name)).manifest
         console.print(
-            f"{name:18}{manifest.rows:6,} pairs  {manifest.licence:32}  {manifest.digest[:12]}",
+            f"{name:18}{manifest.rows:6,} pairs  {manifest.license:32}  {manifest.digest[:12]}",
             highlight=False,
         )
 
@@ -179,9 +179,9 @@ def choose(tracker: MLflowTracker, trained: StageResult, outcome: Outcome) -> Ve
     return tracker.version("llava", registry.CHAMPION)
 
 
-def judge(artefact: str, home: Path) -> dict[str, Any]:
+def judge(artifact: str, home: Path) -> dict[str, Any]:
     """The figures of the champion, beside chance."""
-    pipeline = Pipeline.load(artefact)
+    pipeline = Pipeline.load(artifact)
     figures = {
         key: value for spec in JUDGES for key, value in spec.run(pipeline, home).metrics.items()
     }

@@ -51,7 +51,7 @@ def bridgework(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 @pytest.fixture(scope="module")
 def trained(home: Path) -> Path:
-    """The artefact of a stage that the command line trained, with a version of it registered."""
+    """The artifact of a stage that the command line trained, with a version of it registered."""
     words = [
         "bridgework",
         "train",
@@ -70,7 +70,7 @@ def trained(home: Path) -> Path:
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert not ended.value.code
-    return home / "runs/cli/align/artefact"
+    return home / "runs/cli/align/artifact"
 
 
 def process(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -132,7 +132,7 @@ def test_show_takes_changes_by_dotted_path(bridgework: Bridgework) -> None:
             "did you mean 'align'?",
         ),
         (["sweep", "llava_bridg"], "did you mean 'llava_bridge'?"),
-        (["eval", "not/an/artefact"], "not/an/artefact is not an artefact"),
+        (["eval", "not/an/artifact"], "not/an/artifact is not an artifact"),
         (["promote", "unknown-model"], "no model 'unknown-model' is registered"),
         (["rollback", "unknown-model"], "no model 'unknown-model' is registered"),
     ],
@@ -193,13 +193,13 @@ def test_modules_of_ones_own_are_found_where_the_command_is_given(tmp_path: Path
     assert load("llava").tiny().fingerprint() in said.stdout
 
 
-def test_train_leaves_an_artefact_and_a_version(
+def test_train_leaves_an_artifact_and_a_version(
     bridgework: Bridgework, trained: Path, home: Path
 ) -> None:
     info = artifacts.describe(trained)
     assert (info.system, info.stage, info.steps) == ("llava-tiny", "align", 2)
     tracker = MLflowTracker(None, home, "bridgework")
-    assert tracker.version("llava-tiny", "1").artefact == str(trained)
+    assert tracker.version("llava-tiny", "1").artifact == str(trained)
 
 
 def test_the_same_command_again_makes_no_second_version(
@@ -254,7 +254,7 @@ def test_a_run_that_was_given_no_name_is_found_with_other_options(
         said = bridgework(*words, *more)
         assert said.code == 0, said.err
     assert "finished before" in said.err
-    assert (home / "runs" / f"llava-tiny-{system.identity()[:6]}" / "align" / "artefact").is_dir()
+    assert (home / "runs" / f"llava-tiny-{system.identity()[:6]}" / "align" / "artifact").is_dir()
     older = home / "runs" / f"llava-tiny-{system.fingerprint()[:6]}"  # as an older version named it
     (home / "runs" / f"llava-tiny-{system.identity()[:6]}").rename(older)
     assert "finished before" in bridgework(*words).err
@@ -294,8 +294,8 @@ def test_promote_and_rollback_move_the_champion(
     first = tracker.version("llava-tiny", "1")
     run = tracker.start("again")
     model = tracker.output(run, "llava-align", str(trained), {"digest": "d"})
-    tracker.register("champions", model, run, first.artefact, {"heldout.loss": "2.0"})
-    tracker.register("champions", model, run, first.artefact, {"heldout.loss": "2.5"})
+    tracker.register("champions", model, run, first.artifact, {"heldout.loss": "2.0"})
+    tracker.register("champions", model, run, first.artifact, {"heldout.loss": "2.5"})
     assert bridgework("promote", "champions:1").out == "champion champions:1"
     worse = bridgework("promote", "champions:2", "--metric", "heldout.loss", "--lower")
     assert worse.code == 1
@@ -307,7 +307,7 @@ def test_promote_and_rollback_move_the_champion(
     assert bridgework("rollback", "champions").out == "champion champions:1"
 
 
-def test_eval_judges_an_artefact_by_its_stage(bridgework: Bridgework, home: Path) -> None:
+def test_eval_judges_an_artifact_by_its_stage(bridgework: Bridgework, home: Path) -> None:
     words = (
         "train",
         "tests.tuning.tiny",
@@ -321,7 +321,7 @@ def test_eval_judges_an_artefact_by_its_stage(bridgework: Bridgework, home: Path
     )
     trained = bridgework(*words)
     assert trained.code == 0, trained.err
-    said = bridgework("eval", str(home / "runs/judged/align/artefact"))
+    said = bridgework("eval", str(home / "runs/judged/align/artifact"))
     assert said.code == 0
     figures = dict(zip(said.out.split()[2::2], said.out.split()[3::2], strict=True))
     assert set(figures) == {"heldout.loss", "heldout.loss_shuffled", "heldout.gap"}
@@ -397,17 +397,17 @@ def test_a_model_is_asked_about_an_image(
 
 def test_a_folder_of_hugging_face_goes_in_and_out(bridgework: Bridgework, tmp_path: Path) -> None:
     clip("small").save_pretrained(tmp_path / "in")
-    taken = bridgework("import", "hf", str(tmp_path / "in"), str(tmp_path / "artefact"))
+    taken = bridgework("import", "hf", str(tmp_path / "in"), str(tmp_path / "artifact"))
     assert taken.code == 0 and "CLIPModel" in taken.out and "parity.json" in taken.out
-    given = bridgework("export", str(tmp_path / "artefact"), str(tmp_path / "out"))
+    given = bridgework("export", str(tmp_path / "artifact"), str(tmp_path / "out"))
     assert given.code == 0 and (tmp_path / "out" / "model.safetensors").is_file()
     assert (
         "exists; remove it first"
-        in bridgework("export", str(tmp_path / "artefact"), str(tmp_path / "out")).err
+        in bridgework("export", str(tmp_path / "artifact"), str(tmp_path / "out")).err
     )
     assert (
         "is no Idefics"
         in bridgework(
-            "export", str(tmp_path / "artefact"), str(tmp_path / "x"), "--as", "Idefics"
+            "export", str(tmp_path / "artifact"), str(tmp_path / "x"), "--as", "Idefics"
         ).err
     )

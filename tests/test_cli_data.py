@@ -30,10 +30,10 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_import_writes_a_dataset_with_its_options(pictures: Path, tmp_path: Path) -> None:
-    done = run("import", "folder", pictures, tmp_path / "made", "max_bad=0.5", "--licence", "MIT")
+    done = run("import", "folder", pictures, tmp_path / "made", "max_bad=0.5", "--license", "MIT")
     assert done.exit_code == 0, done.output
     made = open_dataset(str(tmp_path / "made"))
-    assert (len(made), made.manifest.licence) == (3, "MIT")
+    assert (len(made), made.manifest.license) == (3, "MIT")
 
 
 def test_a_bare_name_goes_home_and_is_found_there(pictures: Path, home: Path) -> None:
@@ -49,12 +49,12 @@ def test_a_bare_name_goes_home_and_is_found_there(pictures: Path, home: Path) ->
         (["folder", "tabel=x.csv"], SpecError, "no field 'tabel'; did you mean 'table'?"),
         (["folder", "max_bad=2"], SpecError, "max_bad is a share of the rows, from 0 to 1; got 2"),
         (["folder", "max_bad=lots"], SpecError, "max_bad must be float, got 'lots'"),
-        (["folder", "MIT"], SpecError, "KEY=VALUE, e.g. licence=CC-BY-4.0; got 'MIT'"),
-        (["emoji", "--licence", "MIT"], SpecError, "no field 'licence'; known: max_bad"),
+        (["folder", "MIT"], SpecError, "KEY=VALUE, e.g. license=CC-BY-4.0; got 'MIT'"),
+        (["emoji", "--license", "MIT"], SpecError, "no field 'license'; known: max_bad"),
         (
             ["folder", "sayy=hello"],
             SpecError,
-            "no field 'sayy'; known: image, licence, max_bad, table, text, workers",
+            "no field 'sayy'; known: image, license, max_bad, table, text, workers",
         ),
         (["folder", "workers=-1"], SpecError, "workers=-1: 0 or more actors are allowed"),
         (["./my_format.py"], DataError, "its module's path, e.g. my_lab.photos"),
@@ -98,7 +98,7 @@ def test_export_writes_another_format_and_ends_with_what_was_lost(
     done = run("export", "llava-json", SHAPES, tmp_path / "talks", "prompt=What is it?")
     assert (
         done.stdout.splitlines()[-1]
-        == "256 rows, 256 images; lost: labels of 256 rows, licence of 256 rows"
+        == "256 rows, 256 images; lost: labels of 256 rows, license of 256 rows"
     )
 
 

@@ -16,8 +16,8 @@ Judge = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The artefact of a stage without evaluations."""
-    pipe, folder = pipeline(), tmp_path_factory.mktemp("model") / "artefact"
+    """The artifact of a stage without evaluations."""
+    pipe, folder = pipeline(), tmp_path_factory.mktemp("model") / "artifact"
     system = System(name="judged", paper="", stages=(pipe.stage,))
     artifacts.save(folder, pipe.model.state_dict(), system=system, stage=pipe.stage.name)
     return str(folder)

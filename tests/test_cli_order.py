@@ -14,7 +14,7 @@ from bridgework.data.synthetic import shapes
 from bridgework.errors import SpecError
 from bridgework.system import Mixture, Source, load
 
-MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
+MADE = {"source": "test", "license": "CC0-1.0", "made_by": "tests"}
 
 
 def order(*words: str | int | Path) -> list[dict[str, object]]:
@@ -112,7 +112,7 @@ def test_the_rows_of_a_capped_source_are_those_that_mixture_tells(steps: int, bl
     few = told(blend, *changes, "--steps", steps)[1]
     lines = order(blend, *changes, "--budget", steps, "--steps", steps)
     drawn = [key for line in lines for key in line["ranks"][0] if key.startswith("few/")]
-    assert len(drawn) == round(few["realised"] * 16 * steps) <= 6 and len(set(drawn)) == len(drawn)
+    assert len(drawn) == round(few["realized"] * 16 * steps) <= 6 and len(set(drawn)) == len(drawn)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_group_is_as_large_as_its_sources_and_shares_by_its_own_alpha(blend: P
     assert many["by_alpha"] == pytest.approx(root * 120 / 160) and few["by_alpha"] == pytest.approx(
         (1 - root) * 0.75
     )
-    assert many["realised"] + few["realised"] + other["realised"] == pytest.approx(1.0)
+    assert many["realized"] + few["realized"] + other["realized"] == pytest.approx(1.0)
 
 
 def test_factors_and_caps_are_told_apart(blend: Path) -> None:

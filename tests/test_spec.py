@@ -49,9 +49,9 @@ def at(value: Any, path: str) -> Any:
         ("stages.align.model.bridge", "qformer(queries=32)", QFormerConfig(queries=32)),
         ("stages.align.model.bridge", QFormerConfig(queries=8), QFormerConfig(queries=8)),
         ("stages.align.model.bridge.depth", "4", MLP(depth=4)),
-        ("stages.align.shard.stage", "3", 3),
-        ("stages.align.shard.stage", 0, 0),
-        ("stages.align.shard.precision", "fp32", "fp32"),
+        ("stages.align.zero.stage", "3", 3),
+        ("stages.align.zero.stage", 0, 0),
+        ("stages.align.zero.precision", "fp32", "fp32"),
         ("stages.align.data.sources.cc.prompts", "What?", ("What?",)),
         ("stages.align.data.sources.cc.prompts", "'Who, me?','Why?'", ("Who, me?", "Why?")),
         ("stages.align.data.sources.cc.prompts", "[]", ()),
@@ -80,12 +80,12 @@ def test_keys_of_a_mapping_may_hold_dots_and_stars() -> None:
         {
             "stages.align.trains.bridge.*": "0.1",
             "stages.align.trains.language.layers.*": 1,
-            "stages.*.shard.config.zero_optimization.overlap_comm": "False",
+            "stages.*.zero.config.zero_optimization.overlap_comm": "False",
         },
     )
     assert changed["align"].trains == {"bridge.*": 0.1, "language.layers.*": 1.0}
     assert all(type(v) is float for v in changed["align"].trains.values())
-    assert [s.shard.config for s in changed.stages] == [
+    assert [s.zero.config for s in changed.stages] == [
         {"zero_optimization.overlap_comm": False}
     ] * 2
 
@@ -135,7 +135,7 @@ def test_a_kind_goes_before_its_fields_and_keeps_them_when_it_is_the_same() -> N
         ("stages.align.model.name_of_lm", 3, "name_of_lm must be str, got 3"),
         ("stages.align.optim.betas", "0.9", "betas takes 2 values"),
         ("stages.align.optim.betas", 0.9, "betas takes a list of values"),
-        ("stages.align.shard.precision", "bf61", "did you mean 'bf16'"),
+        ("stages.align.zero.precision", "bf61", "did you mean 'bf16'"),
         ("stages.align.model.bridge", "qformer", "qformer needs queries"),
         ("stages.align.model.bridge", "mpl", "no kind 'mpl'; did you mean 'mlp'"),
         (

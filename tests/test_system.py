@@ -55,7 +55,7 @@ def test_fingerprint_differs_when_any_leaf_differs() -> None:
     special: dict[str, Any] = {
         "bridge": "linear", "act": "relu", "cut": 3, "layer": 3, "grid": [3, 3], "rows": 9, "max_epochs": 2.0,
         "fit": "pad", "betas": [0.5, 0.5], "stage": 1, "precision": "fp32", "prompts": ["x"], "starts_from": None,
-        "warmup": 0.5, "decay": "constant", "inherits": ["x"], "loss_weight": 0.5, "images": 5, "packing": Packing(),
+        "warmup": 0.5, "decay": "constant", "init_params": ["x"], "loss_weight": 0.5, "images": 5, "packing": Packing(),
         "curation": Curation(),
     }  # fmt: skip
     seen = {system().fingerprint()}
@@ -65,7 +65,7 @@ def test_fingerprint_differs_when_any_leaf_differs() -> None:
     for path, leaf in leaves.items():
         word = path.rpartition(".")[2]
         new = special[word] if word in special else other[type(leaf)](leaf)
-        new = "/an/artefact" if path.endswith("starts_from") else new
+        new = "/an/artifact" if path.endswith("starts_from") else new
         extra = {"stages.align.optim.peak_lr": 1.0} if path == "stages.align.optim.final_lr" else {}
         extra = (
             {"stages.instruct.optim.peak_lr": 1.0}
@@ -119,7 +119,7 @@ def test_rows_of_one_image_are_known_to_losses_that_compare_images_alone() -> No
     )
     with pytest.raises(
         SpecError,
-        match=r"align\.data\.by_image is for losses that compare images, and none of Captioning",
+        match=r"align\.data\.by_image is for losses that compare images, and none of LanguageModeling",
     ):
         override(load("llava"), {"stages.align.data.by_image": "true"})
 
@@ -150,7 +150,7 @@ def test_a_stage_starts_from_an_earlier_stage_or_a_path() -> None:
         System(name="toy", paper="", stages=(align, replace(instruct, starts_from="allign")))
     with pytest.raises(SpecError, match="starts from 'align'"):
         System(name="toy", paper="", stages=(instruct, align))
-    System(name="toy", paper="", stages=(replace(instruct, starts_from="runs/a/align/artefact"),))
+    System(name="toy", paper="", stages=(replace(instruct, starts_from="runs/a/align/artifact"),))
 
 
 def test_a_curation_uses_earlier_stages_and_makes_what_its_stage_reads() -> None:

@@ -191,15 +191,15 @@ def test_a_run_keeps_what_it_is_told(tmp_path: Path) -> None:
 def test_an_alias_points_at_one_version() -> None:
     tracker = MemoryTracker()
     run_id = tracker.start("align")
-    for artefact in ("/a", "/b"):
-        model_id = tracker.output(run_id, "align", artefact, {})
-        tracker.register("llava", model_id, run_id, artefact, {"fingerprint": "f"})
+    for artifact in ("/a", "/b"):
+        model_id = tracker.output(run_id, "align", artifact, {})
+        tracker.register("llava", model_id, run_id, artifact, {"fingerprint": "f"})
     tracker.alias("llava", "champion", "1")
     tracker.alias("llava", "challenger", "2")
     tracker.alias("llava", "champion", "2")
     assert tracker.version("llava", "1").aliases == ()
     champion = tracker.version("llava", "champion")
-    assert (champion.version, champion.artefact, champion.run_id) == ("2", "/b", run_id)
+    assert (champion.version, champion.artifact, champion.run_id) == ("2", "/b", run_id)
     assert champion.aliases == ("challenger", "champion")
 
 

@@ -124,7 +124,7 @@ class Curation:
     def tiny(self) -> "Curation":
         return replace(self, sources=("synthetic:shapes",))
 
-    def run(self, artefacts: Any, dest: str, **how: Any) -> None: ...
+    def run(self, artifacts: Any, dest: str, **how: Any) -> None: ...
 
 
 def system() -> System:
@@ -153,6 +153,6 @@ def system() -> System:
         name="instruct",
         starts_from="align",
         trains={"language.*": 1.0, "language.layers.0.*": 0.0},
-        shard=ZeRO(stage=3, config={"zero_optimization.overlap_comm": True}),
+        zero=ZeRO(stage=3, config={"zero_optimization.overlap_comm": True}),
     )
     return System(name="toy", paper="none", stages=(align, instruct))

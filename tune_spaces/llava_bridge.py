@@ -19,4 +19,4 @@ SPACE = {
 METRIC = Metric(
     name="heldout.loss", mode="min"
 )  # smoother over few rows than the accuracy of a ranking
-BUDGET = SweepBudget(trials=4, concurrent=2, judgements=2)
+BUDGET = SweepBudget(trials=4, concurrent=2, judgments=2)

@@ -63,7 +63,7 @@ def on_cpu(job: loop.TrainJob, stage: Stage) -> float:
 
 def job_of(name: str, stage: Stage, home: Path) -> loop.TrainJob:
     folder = home / "runs" / name
-    parent = None if stage.starts_from is None else folder / stage.starts_from / "artefact"
+    parent = None if stage.starts_from is None else folder / stage.starts_from / "artifact"
     system = System(name=name, paper="", stages=(replace(stage, starts_from=None),))
     return loop.TrainJob(
         system, stage.name, reader.ReaderConfig.of(stage, home), folder / stage.name, home, parent

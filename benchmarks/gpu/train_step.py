@@ -59,7 +59,7 @@ def stages() -> dict[str, Stage]:
     whole = override(system, {"stages.align.budget.batch": 8, "stages.align.budget.micro": 8})
     return {
         "align": whole["align"],
-        "instruct": override(small, {"stages.instruct.shard.stage": 1})["instruct"],
+        "instruct": override(small, {"stages.instruct.zero.stage": 1})["instruct"],
     }
 
 

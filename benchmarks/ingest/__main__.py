@@ -7,7 +7,7 @@ python -m benchmarks.ingest --quick            a look, in less than a minute: no
 python -m benchmarks.ingest --json FILE        every run's figures as well
 python -m benchmarks.ingest --cases decode --pictures photos --sides local webdataset-0
 
-cases        read: files and texts; decode: + decode, tokenise, collate; mix: + 4 sources by the square root of their
+cases        read: files and texts; decode: + decode, tokenize, collate; mix: + 4 sources by the square root of their
              sizes; pack: + samples that share a sequence, which no other library has
 pictures     clipart: WebP of 128 px, 2 kB; photos: JPEG of 640 x 480, 70 kB; large: of 1,280 x 960, 220 kB (1.5 GB
              are made once under the home); all decoded to 224, at which ours decodes the large at half their scale

@@ -61,7 +61,7 @@ class Store:
                 samples,
                 str(folder),
                 source=self.pictures,
-                licence="public domain",
+                license="public domain",
                 made_by="benchmarks.ingest",
                 shard_rows=max(32, self.size(part) // SHARDS // 32 * 32),
             )

@@ -38,7 +38,7 @@ class Case:
 
     name: str
     parts: tuple[str, ...]  # of the store; several are mixed by the square root of their sizes
-    decodes: bool = True  # and tokenises, and collates
+    decodes: bool = True  # and tokenizes, and collates
     packing: Packing | None = None
     lanes: int = 16
 

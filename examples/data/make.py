@@ -106,22 +106,22 @@ def main() -> None:
     new_concepts = unseen(twitter, {sample.text for sample in train})
     seen = {code: sample for code, sample in twitter.items() if code not in new_concepts}
     style = order(google[code] for code in seen.keys() & google.keys())[:HELD_OUT]
-    for folder, samples, source, licence in (
-        ("clipart", train, CLIPART, clipart.LICENCE),
-        ("heldout_clipart", new_titles, CLIPART, clipart.LICENCE),
-        ("emoji", order(seen.values()), EMOJI.format("twitter"), emoji.LICENCES["twitter"]),
+    for folder, samples, source, license in (
+        ("clipart", train, CLIPART, clipart.LICENSE),
+        ("heldout_clipart", new_titles, CLIPART, clipart.LICENSE),
+        ("emoji", order(seen.values()), EMOJI.format("twitter"), emoji.LICENSES["twitter"]),
         (
             "heldout_concepts",
             order(new_concepts.values()),
             EMOJI.format("twitter"),
-            emoji.LICENCES["twitter"],
+            emoji.LICENSES["twitter"],
         ),
-        ("heldout_style", style, EMOJI.format("google"), emoji.LICENCES["google"]),
+        ("heldout_style", style, EMOJI.format("google"), emoji.LICENSES["google"]),
     ):
-        put(given.out / folder, samples, source, licence)
+        put(given.out / folder, samples, source, license)
 
 
-def put(folder: Path, samples: list[Sample], source: str, licence: str) -> None:
+def put(folder: Path, samples: list[Sample], source: str, license: str) -> None:
     for old in (*folder.glob("*.parquet"), *folder.glob("manifest.json")):
         old.unlink()
     parameters = {
@@ -135,7 +135,7 @@ def put(folder: Path, samples: list[Sample], source: str, licence: str) -> None:
         samples,
         str(folder),
         source=source,
-        licence=licence,
+        license=license,
         made_by="examples/data/make.py",
         parameters=parameters,
     )

@@ -1,8 +1,8 @@
-"""Weights artefacts: what goes from stage to stage, into the tracker, to export and to serving.
+"""Weights artifacts: what goes from stage to stage, into the tracker, to export and to serving.
 
 A folder of three files: `weights.safetensors` (every tensor that pretrained weights do not bring back: what was
 trained here or in the stages before, and what had no pretrained weights), `recipe.json` (the system as resolved) and
-`artefact.json` (written last: a folder without it is not an artefact). Nothing in it is unpickled.
+`artifact.json` (written last: a folder without it is not an artifact). Nothing in it is unpickled.
 """
 
 import hashlib
@@ -21,23 +21,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bridgework import __version__
+from bridgework import __version__, old_names
 from bridgework.config import from_dict, to_dict
 from bridgework.errors import WeightsError, suggest
 from bridgework.mixture import DatasetInput
 from bridgework.models.vision import remap_state_dict
 from bridgework.system import Stage, System
 
+FILE = "artifact.json"
+
 
 @dataclass(frozen=True)
 class Info:
-    """What an artefact says of itself."""
+    """What an artifact says of itself."""
 
     system: str
     stage: str
     fingerprint: str  # of the whole recipe
     digest: str  # sha256 of weights.safetensors
-    parent: str | None  # digest of the artefact that the stage started from
+    parent: str | None  # digest of the artifact that the stage started from
     datasets: tuple[DatasetInput, ...]
     steps: int
     tensors: int
@@ -48,7 +50,7 @@ class Info:
 
 @dataclass(frozen=True)
 class Loaded:
-    """An artefact, open: the stage that made it, the module in eval mode, and what is known of it."""
+    """An artifact, open: the stage that made it, the module in eval mode, and what is known of it."""
 
     stage: Stage
     system: System
@@ -59,7 +61,7 @@ class Loaded:
 def tensors_to_save(
     stage: Stage, names: Iterable[str], trained: Iterable[str], inherited: Iterable[str]
 ) -> list[str]:
-    """The tensors that an artefact must hold, of all tensors of a model."""
+    """The tensors that an artifact must hold, of all tensors of a model."""
     always = {*trained, *inherited}
     return [
         n
@@ -78,7 +80,7 @@ def save(
     datasets: Sequence[DatasetInput] = (),
     steps: int = 0,
 ) -> Info:
-    """Write an artefact; `folder` appears complete or not at all, and replaces an older one of the same name.
+    """Write an artifact; `folder` appears complete or not at all, and replaces an older one of the same name.
 
     Raises WeightsError for a NaN or an infinity in a tensor, before anything is written.
     """
@@ -105,7 +107,7 @@ def save(
         shutil.copymode(
             temporary / "recipe.json", temporary / "weights.safetensors"
         )  # safetensors' own is 600
-        (temporary / "artefact.json").write_text(json.dumps(asdict(info), indent=1))
+        (temporary / FILE).write_text(json.dumps(asdict(info), indent=1))
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
@@ -114,13 +116,19 @@ def save(
     return info
 
 
+def info_file(folder: Path) -> Path:
+    """Return the file that is written last, by its name today or before."""
+    before = folder / old_names.ARTIFACT_FILE
+    return before if before.is_file() else folder / FILE
+
+
 def describe(path: str | Path) -> Info:
-    """What the artefact under `path` says of itself. Raises WeightsError when there is none."""
-    return _info(_json(Path(path), "artefact.json"))
+    """What the artifact under `path` says of itself. Raises WeightsError when there is none."""
+    return _info(_json(Path(path), info_file(Path(path)).name))
 
 
 def recipe(path: str | Path) -> System:
-    """The system as resolved when the artefact was made."""
+    """The system as resolved when the artifact was made."""
     try:
         system = from_dict(_json(Path(path), "recipe.json"))
     except RecursionError:
@@ -187,7 +195,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
-    """Build the artefact's model and put its weights in. Raises WeightsError when they do not fit."""
+    """Build the artifact's model and put its weights in. Raises WeightsError when they do not fit."""
     info, system = describe(path), recipe(path)
     stage = system[info.stage]
     model = stage.model.build()
@@ -246,8 +254,8 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
         return value
     except FileNotFoundError:
         raise WeightsError(
-            f"{folder} is not an artefact (no {name}); give the folder that a finished stage wrote, "
-            "e.g. <home>/runs/RUN/STAGE/artefact"
+            f"{folder} is not an artifact (no {name}); give the folder that a finished stage wrote, "
+            "e.g. <home>/runs/RUN/STAGE/artifact"
         ) from None
     except (
         NotADirectoryError,
@@ -268,7 +276,7 @@ def _info(value: dict[str, Any]) -> Info:
         return info
     except (TypeError, KeyError, AttributeError) as error:
         raise WeightsError(
-            f"artefact.json does not have the fields of this version of bridgework: {error}"
+            f"artifact.json does not have the fields of this version of bridgework: {error}"
         ) from None
 
 
@@ -281,7 +289,7 @@ def _sha256(file: Path) -> str:
 class StageResult:
     """A trained stage: its weights, its evaluations, its run and logged model in the tracker."""
 
-    artefact: Path
+    artifact: Path
     metrics: dict[str, float]
     run_id: str | None = None
     model_id: str | None = None

@@ -102,7 +102,11 @@ def from_dict(value: Any) -> Any:
     if "_" not in value:
         return {k: from_dict(v) for k, v in value.items()}
     cls = _named(value["_"])
-    given = {k: from_dict(v) for k, v in value.items() if k != "_"}
+    own = {f.name for f in fields(cls)}
+    given: dict[str, Any] = {}
+    for name, item in value.items():
+        if name != "_":
+            given[name if name in own else old_names.FIELDS.get(name, name)] = from_dict(item)
     try:
         return cls(**given)
     except (TypeError, AttributeError, ArithmeticError) as error:

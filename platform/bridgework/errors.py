@@ -3,7 +3,7 @@
 BridgeworkError
 ├── SpecError      (ValueError)    a recipe, a dotted path or a value on the command line
 ├── DataError      (ValueError)    a dataset, a manifest, a shard or a sample
-├── WeightsError   (ValueError)    pretrained weights, an artefact, a parameter's shape
+├── WeightsError   (ValueError)    pretrained weights, an artifact, a parameter's shape
 ├── RunError       (RuntimeError)  a run, a checkpoint, a worker
 │   └── Interrupted                a run that a signal stopped, after a checkpoint
 ├── TrackingError  (RuntimeError)  the tracker's answer: no such run, model, alias
@@ -43,7 +43,7 @@ class DataError(BridgeworkError, ValueError):
 
 
 class WeightsError(BridgeworkError, ValueError):
-    """Pretrained weights or an artefact do not fit the model."""
+    """Pretrained weights or an artifact do not fit the model."""
 
 
 class RunError(BridgeworkError, RuntimeError):

@@ -36,6 +36,10 @@ CLASSES = {  # "module:Class" as written before -> today's, without `bridgework.
     "serving.images:Limits": "serving.options:Limits",
 }
 
+FIELDS = {"inherits": "init_params", "shard": "zero"}  # of a Stage, as recipes were written before
+ARTIFACT_DIR, ARTIFACT_FILE = "artefact", "artefact.json"  # of a stage's folder
+ARTIFACT_TAG = "artefact"  # of versions and logged models in MLflow
+
 
 def current_class(name: str) -> str:
     """Return the name today of a config class: `bridgework.models.med:MED` is in models.blip_med."""

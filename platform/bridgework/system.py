@@ -39,7 +39,7 @@ class Pixels:
     """How an image becomes the squares that a vision tower reads: part of the digest of cached features."""
 
     size: int  # pixels, both sides
-    fit: Literal["pad", "crop"] = "crop"  # pad to a square of the mean colour, or crop the centre
+    fit: Literal["pad", "crop"] = "crop"  # pad to a square of the mean color, or crop the centre
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     grids: tuple[
@@ -160,7 +160,7 @@ class CurationSpec(Protocol):
     @property
     def makes(self) -> str: ...  # the dataset, as the stage's sources name it
     @property
-    def uses(self) -> tuple[str, ...]: ...  # the earlier stages whose artefacts it needs
+    def uses(self) -> tuple[str, ...]: ...  # the earlier stages whose artifacts it needs
     @property
     def sources(
         self,
@@ -168,7 +168,7 @@ class CurationSpec(Protocol):
     def tiny(self) -> Self: ...
     def run(
         self,
-        artefacts: Mapping[str, Path],
+        artifacts: Mapping[str, Path],
         dest: str,
         *,
         home: Path,
@@ -254,11 +254,11 @@ class Stage:
     data: Mixture
     budget: Budget
     optim: AdamW
-    starts_from: str | None = None  # an earlier stage, or an artefact's folder
-    inherits: tuple[str, ...] = (
+    starts_from: str | None = None  # an earlier stage, or an artifact's folder
+    init_params: tuple[str, ...] = (
         "*",
     )  # globs of the tensors taken from there: another wiring may need only some
-    shard: ZeRO = ZeRO()
+    zero: ZeRO = ZeRO()
     evals: tuple[EvalSpec, ...] = option(default=())
     seed: int = 0
     curation: CurationSpec | None = (
@@ -326,7 +326,7 @@ class Stage:
             data=self.data.tiny(kind, made=None if curation is None else curation.makes),
             curation=curation,
             budget=self.budget.tiny(),
-            shard=replace(self.shard, precision="fp32"),
+            zero=replace(self.zero, precision="fp32"),
             evals=tuple(e.tiny() for e in self.evals),
         )
 

@@ -22,7 +22,7 @@ CLIP_STEPS = 120  # until it tells flags apart
 
 
 def clip(home: Path) -> str:
-    """The artefact of a CLIP that has learned which flag is "red blue"; trained once a session."""
+    """The artifact of a CLIP that has learned which flag is "red blue"; trained once a session."""
     place = home / "flags-for-clip"
     if not place.exists():
         written(place, list(flags()))
@@ -36,11 +36,11 @@ def clip(home: Path) -> str:
         "optim.peak_lr": 2e-3,
     }
     system = System(name="clip", paper="-", stages=(override(stage, fast),))
-    return str(go(system, home, "clip-for-curation", stages=None)[stage.name].artefact)
+    return str(go(system, home, "clip-for-curation", stages=None)[stage.name].artifact)
 
 
 def writer(home: Path) -> str:
-    """The artefact of a model of random weights that writes bytes about images, the same ones for the same seed."""
+    """The artifact of a model of random weights that writes bytes about images, the same ones for the same seed."""
     folder = home / "writer-for-curation"
     if not folder.exists():
         made = tiny.pipeline(template="plain")

@@ -1,4 +1,4 @@
-"""Flags of two colours and what they are called; a captioner and a filter that were trained for a moment."""
+"""Flags of two colors and what they are called; a captioner and a filter that were trained for a moment."""
 
 import io
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ from tests.training.support import go
 
 
 def flags() -> Iterator[Sample]:
-    """56 pairs: a flag of two colours, left and right, and "red blue"."""
+    """56 pairs: a flag of two colors, left and right, and "red blue"."""
     for left in COLOURS:
-        for right in (colour for colour in COLOURS if colour != left):
+        for right in (color for color in COLOURS if color != left):
             image, file = Image.new("RGB", (32, 32), COLOURS[left]), io.BytesIO()
             image.paste(COLOURS[right], (16, 0, 32, 32))
             image.save(file, "PNG")
@@ -30,13 +30,13 @@ def flags() -> Iterator[Sample]:
 def written(folder: Path, samples: list[Sample], group_rows: int = 8, shard_rows: int = 16) -> str:
     """A dataset, of several shards unless it is smaller."""
     place = str(folder)
-    write(samples, place, source="flags", licence="CC0-1.0", made_by="tests", group_rows=group_rows,
+    write(samples, place, source="flags", license="CC0-1.0", made_by="tests", group_rows=group_rows,
           shard_rows=shard_rows)  # fmt: skip
     return place
 
 
 def trained(name: str, dataset: str, home: Path, steps: int, **changes: Any) -> Path:
-    """The artefact of one of blip's stages at a laptop's size, taught on a dataset."""
+    """The artifact of one of blip's stages at a laptop's size, taught on a dataset."""
     tiny: Stage = replace(load("blip")[name].tiny(), starts_from=None, evals=())
     first = tiny.data.sources[0]
     assert isinstance(first, Source)
@@ -47,7 +47,7 @@ def trained(name: str, dataset: str, home: Path, steps: int, **changes: Any) -> 
     run = f"{name}-{steps}-for-curation"
     return go(System(name="blip", paper="-", stages=(stage,)), home, run, stages=None)[
         name
-    ].artefact
+    ].artifact
 
 
 def scenes(count: int, seed: int = 0) -> list[Image.Image]:
@@ -73,8 +73,8 @@ def file(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
 
 
 def embedder(home: Path) -> Path:
-    """The artefact of a CLIP at a laptop's size, taught for a moment."""
+    """The artifact of a CLIP at a laptop's size, taught for a moment."""
     tiny = replace(load("clip").tiny().stages[0], evals=())
     stage = override(tiny, {"budget.steps": 2})
     system = System(name="clip", paper="-", stages=(stage,))
-    return go(system, home, "embedder-for-curation", stages=None)[stage.name].artefact
+    return go(system, home, "embedder-for-curation", stages=None)[stage.name].artifact

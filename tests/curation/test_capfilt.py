@@ -67,7 +67,7 @@ def test_every_text_that_is_kept_is_a_pair_that_knows_where_it_comes_from(
     made, source = open_dataset(str(tmp_path / "made")), open_dataset(web)
     assert sum(manifest.parameters["counts"].values()) == 56 == texts_of(manifest, "web")
     assert manifest.rows == 56 + texts_of(manifest, "written") > 56
-    assert manifest.parents == (source.manifest.digest,) and manifest.licence == "CC0-1.0"
+    assert manifest.parents == (source.manifest.digest,) and manifest.license == "CC0-1.0"
     assert manifest.parameters["captioner"] == artifacts.describe(models["captioner"]).digest
     own = {sample.key: sample for sample in source.samples()}
     for sample in made.samples():
@@ -270,7 +270,7 @@ def test_a_filter_that_drops_everything_is_an_error_that_says_so(
             SpecError,
             "and this takes caption or answer",
         ),
-        (lambda m, f: {**m, "filter": f}, WeightsError, "is not an artefact"),
+        (lambda m, f: {**m, "filter": f}, WeightsError, "is not an artifact"),
     ],
 )
 def test_models_that_cannot_write_or_judge_are_refused(

@@ -168,8 +168,8 @@ def test_explain_counts_the_reasons_and_draws_both_kinds(
             r"Dedup has no field 'distence'; did you mean 'distance'\?",
         ),
         (
-            ("dedup", "a", "b", "by=colour"),
-            "by: 'colour' is not allowed; known: bytes, embedding, perceptual",
+            ("dedup", "a", "b", "by=color"),
+            "by: 'color' is not allowed; known: bytes, embedding, perceptual",
         ),
         (("dedup", "a", "b", "distance=near"), "distance must be int, got 'near'"),
         (

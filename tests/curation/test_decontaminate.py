@@ -215,7 +215,7 @@ def test_a_short_evaluation_text_tells_of_nothing() -> None:
         ({"against": ()}, "at least one evaluation dataset"),
         ({"run": 0}, "run is at least 1"),
         ({"overlap": 1.5}, r"overlap lies in \(0, 1\]; got 8 and 1.5"),
-        ({"by": "embedding"}, "needs model=ARTEFACT"),
+        ({"by": "embedding"}, "needs model=ARTIFACT"),
     ],
 )
 def test_fields_that_do_not_go_together_are_refused(fields: dict[str, Any], words: str) -> None:

@@ -59,7 +59,7 @@ def run(
 
 
 def turned(image: Image.Image) -> Image.Image:
-    """The same brightness everywhere, and other colours."""
+    """The same brightness everywhere, and other colors."""
     brightness, blue, red = image.convert("YCbCr").split()
     return Image.merge("YCbCr", (brightness, red, blue)).convert("RGB")
 
@@ -70,11 +70,11 @@ def turned(image: Image.Image) -> Image.Image:
         ({}, {"same"}),
         ({"by": "perceptual"}, {"same", "encoded", "resized"}),
         (
-            {"by": "perceptual", "distance": 10, "colour": 255},
+            {"by": "perceptual", "distance": 10, "color": 255},
             {"same", "encoded", "resized", "repainted"},
         ),
     ],
-    ids=["bytes", "perceptual", "any colour"],
+    ids=["bytes", "perceptual", "any color"],
 )
 def test_planted_twins_are_found_and_no_others(
     fields: dict[str, Any], found: set[str], home: Path, tmp_path: Path
@@ -124,7 +124,7 @@ def test_with_text_a_twin_says_the_same_too(home: Path) -> None:
 
 
 def test_a_picture_of_one_brightness_is_compared_by_its_bytes(home: Path) -> None:
-    red, blue = (file(Image.new("RGB", (64, 64), colour)) for colour in ("#d00000", "#0000d0"))
+    red, blue = (file(Image.new("RGB", (64, 64), color)) for color in ("#d00000", "#0000d0"))
     samples = [pair("red", red, "red"), pair("blue", blue, "blue"), pair("red again", red, "red")]
     assert [v.why == "kept" for v in decided(Dedup(by="perceptual"), samples, home)] == [
         True,
@@ -192,14 +192,14 @@ def test_hashes_are_searched_as_if_every_two_were_compared(distance: int, text: 
     for _ in range(360):  # near ones, and chains of them
         bits = draw.sample(range(64), draw.randrange(0, 20))
         hashes.append(draw.choice(hashes) ^ sum(1 << bit for bit in bits))
-    colours = [draw.choice((100, 115, 130)) for _ in hashes]
+    colors = [draw.choice((100, 115, 130)) for _ in hashes]
     facts = [
         Signature(
             str(number // 2 if number % 50 == 1 else number),
             str(draw.randrange(2)),
-            hashed(code, colour),
+            hashed(code, color),
         )
-        for number, (code, colour) in enumerate(zip(hashes, colours, strict=True))
+        for number, (code, color) in enumerate(zip(hashes, colors, strict=True))
     ]
     facts = [
         f._replace(code=facts[int(f.images or 0)].code) for f in facts
@@ -259,7 +259,7 @@ def test_a_model_that_embeds_images_finds_what_it_finds_alike(home: Path, tmp_pa
     assert made.parameters["model"] != str(folder) and len(made.parameters["model"]) == 64
 
 
-def test_an_unreadable_picture_does_not_take_its_neighbours_with_it(home: Path) -> None:
+def test_an_unreadable_picture_does_not_take_its_neighbors_with_it(home: Path) -> None:
     signer = ImageHasher("embedding", Pipeline.load(str(embedder(home)), "cpu"))
     told = signer([file(SCENES[0]), b"no picture", file(SCENES[1])])
     assert isinstance(told[1], BadSample) and isinstance(told[0], bytes) and told[0] != told[2]
@@ -271,10 +271,10 @@ def test_an_unreadable_picture_does_not_take_its_neighbours_with_it(home: Path) 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"by": "embedding"}, "needs model=ARTEFACT"),
+        ({"by": "embedding"}, "needs model=ARTIFACT"),
         ({"model": "a/model"}, "by=bytes asks no model"),
         ({"distance": 17}, "0 to 16 bits of 64; got 17"),
-        ({"colour": 256}, "0 to 255; got 256"),
+        ({"color": 256}, "0 to 255; got 256"),
         ({"similarity": 0.0}, r"cosine in \(0, 1\]; got 0"),
     ],
 )
@@ -286,9 +286,9 @@ def test_fields_that_do_not_go_together_are_refused(fields: dict[str, Any], word
 # --- what tests share ------------------------------------------------------------------------------------------------
 
 
-def hashed(code: int, colour: int = 128) -> str:
-    """A perceptual signature with one colour all over."""
-    return b64(code.to_bytes(8) + bytes([colour]) * 32)
+def hashed(code: int, color: int = 128) -> str:
+    """A perceptual signature with one color all over."""
+    return b64(code.to_bytes(8) + bytes([color]) * 32)
 
 
 def b64(code: bytes) -> str:

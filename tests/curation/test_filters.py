@@ -256,8 +256,8 @@ def test_every_row_is_counted_once(home: Path, tmp_path: Path) -> None:
     ("limits", "words"),
     [
         ({}, "needs a limit, e.g. min_side=200"),
-        ({"min_similarity": 0.2}, "need model=ARTEFACT"),
-        ({"min_side": 9, "model": "a/model"}, "need model=ARTEFACT, and nothing else does"),
+        ({"min_similarity": 0.2}, "need model=ARTIFACT"),
+        ({"min_side": 9, "model": "a/model"}, "need model=ARTIFACT, and nothing else does"),
         ({"min_score": 5.0, "model": "a/model"}, "needs probe=FILE"),
         ({"min_words": 5, "max_words": 4}, "no text has 5 words or more and 4 or less"),
         ({"max_aspect": 0.5}, "max_aspect is the longer side by the shorter, at least 1; got 0.5"),

@@ -288,20 +288,20 @@ def test_rows_of_several_sources_that_share_a_key_stay_apart(home: Path, tmp_pat
     assert made.parents == tuple(open_dataset(place).manifest.digest for place in (one, other))
 
 
-def test_rows_of_sources_with_several_licences_know_their_own(home: Path, tmp_path: Path) -> None:
+def test_rows_of_sources_with_several_licenses_know_their_own(home: Path, tmp_path: Path) -> None:
     one, other = written(tmp_path / "one", ROWS[1:3]), str(tmp_path / "other")
-    own = [pair("own", IMAGE, "aloe", licence="MIT"), pair("none", IMAGE, "anemone")]
-    write(own, other, source="flags", licence="CC-BY-4.0", made_by="tests")
+    own = [pair("own", IMAGE, "aloe", license="MIT"), pair("none", IMAGE, "anemone")]
+    write(own, other, source="flags", license="CC-BY-4.0", made_by="tests")
     made = run([one, other], tmp_path / "made", home)
-    assert made.licence == "CC0-1.0, CC-BY-4.0"
-    assert [s.licence for s in rows(tmp_path / "made")] == [
+    assert made.license == "CC0-1.0, CC-BY-4.0"
+    assert [s.license for s in rows(tmp_path / "made")] == [
         "CC0-1.0",
         "CC0-1.0",
         "MIT",
         "CC-BY-4.0",
     ]
     run(one, tmp_path / "alone", home)
-    assert {s.licence for s in rows(tmp_path / "alone")} == {None}  # the manifest tells that of all
+    assert {s.license for s in rows(tmp_path / "alone")} == {None}  # the manifest tells that of all
 
 
 def test_a_row_may_become_several(source: str, home: Path, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_a_row_without_anything_to_tell_is_dropped_and_one_of_two_images_put_asi
 
 def test_a_grounded_dataset_keeps_pictures_and_boxes(home: Path, tmp_path: Path) -> None:
     source = written(
-        tmp_path / "source", [replace(row(f"k{n}", PETS), licence="CC0-1.0") for n in range(4)]
+        tmp_path / "source", [replace(row(f"k{n}", PETS), license="CC0-1.0") for n in range(4)]
     )
     made = make(Grounding(), [source], str(tmp_path / "made"), home=home, say=lambda text: None)
     samples = list(open_dataset(str(tmp_path / "made")).samples())

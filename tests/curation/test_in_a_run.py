@@ -36,9 +36,9 @@ def test_the_stage_reads_what_its_curation_made_of_the_stages_before(home: Path,
     made = open_dataset(str(folder / "bootstrap" / "curated" / "capfilt"))
     for name in ("captioner", "filter"):
         assert (
-            made.manifest.parameters[name] == artifacts.describe(folder / name / "artefact").digest
+            made.manifest.parameters[name] == artifacts.describe(folder / name / "artifact").digest
         )
-    read = {d.name: d for d in artifacts.describe(folder / "bootstrap" / "artefact").datasets}
+    read = {d.name: d for d in artifacts.describe(folder / "bootstrap" / "artifact").datasets}
     assert (
         read["capfilt"].digest == made.manifest.digest
         and read["capfilt"].rows == made.manifest.rows
@@ -74,7 +74,7 @@ def test_the_command_tells_what_it_kept_and_draws_it(home: Path, run: str, tmp_p
     system = blip(home)
     go(system, home, run, stages=["pretrain", "captioner", "filter"])
     folder, web = home / "runs" / run, written(tmp_path / "web", list(flags())[:16])
-    models = [f"{name}={folder / name / 'artefact'}" for name in ("captioner", "filter")]
+    models = [f"{name}={folder / name / 'artifact'}" for name in ("captioner", "filter")]
     words = ["curate", "capfilt", web, str(tmp_path / "made"), *models]
     kept = ["threshold=-10000", "max_tokens=6"]
     done = CliRunner().invoke(app, [*words, *kept, "--explain"], catch_exceptions=False)

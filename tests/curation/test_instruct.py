@@ -27,8 +27,8 @@ from tests.curation.support import flags, written
 FLAGS = list(flags())
 KINDS = tuple(talk.KINDS)
 GOOD = {
-    "conversation": "Question: What is it?\nAnswer: A flag.\nQuestion: Which colours?\nAnswer: Red and blue.",
-    "detail": "The picture shows a flag of two colours. " * 6,
+    "conversation": "Question: What is it?\nAnswer: A flag.\nQuestion: Which colors?\nAnswer: Red and blue.",
+    "detail": "The picture shows a flag of two colors. " * 6,
     "reasoning": "Question: Where does it belong?\nAnswer: "
     + "It may belong to a ship, as flags of this kind do. " * 3,
 }
@@ -161,7 +161,7 @@ TALKS = {
     "Amharic": ("ይህ ምንድነው?", "ቤት ነው።", "ቀለሙ?", "ቀይ ነው።"),
     "Korean": ("무엇입니까?", "집입니다.", "색은?", "빨간색입니다."),
     "Hebrew": ("מה זה?", "בית.", "צבע?", "אדום."),
-    "English with an emoji": ("What?", "A house.", "Colour?", "It is red. \U0001f642"),
+    "English with an emoji": ("What?", "A house.", "Color?", "It is red. \U0001f642"),
 }
 
 
@@ -238,7 +238,7 @@ def test_texts_in_a_picture_are_no_source_and_captions_are(answer: str, tells: b
 # --- what is asked ---------------------------------------------------------------------------------------------------
 
 
-def test_neighbours_with_the_same_picture_are_asked_about_once_with_all_their_captions(
+def test_neighbors_with_the_same_picture_are_asked_about_once_with_all_their_captions(
     home: Path,
 ) -> None:
     image, box = FLAGS[0].images[0], Box(0, (0.0, 0.0, 0.5, 1.0), "stripe")
@@ -423,7 +423,7 @@ def test_every_kind_becomes_a_conversation_about_the_picture(home: Path) -> None
     made = {sample.key.rpartition("/")[2]: sample for sample in verdict.samples}
     assert list(made) == list(KINDS)
     said = [item for item in turns(made["conversation"]) if item != 0]
-    assert said == ["What is it?", "A flag.", "Which colours?", "Red and blue."]
+    assert said == ["What is it?", "A flag.", "Which colors?", "Red and blue."]
     assert [part.role for part in made["conversation"].parts if part.text] == [
         "user",
         "assistant",

@@ -320,5 +320,5 @@ def test_a_polish_that_cannot_run_is_refused(make_one: Callable[[], Polish], wor
 
 
 def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="is not an artefact"):
+    with pytest.raises(WeightsError, match="is not an artifact"):
         Polish(model=str(tmp_path)).models(tmp_path)

@@ -25,7 +25,7 @@ WRITES: dict[str, Any] = {"captions": 3, "min_tokens": 2, "max_tokens": 8}
 
 def row(key: str, flag: int, *texts: str) -> Sample:
     parts = (Part("caption", image=0), *(Part("caption", text=text) for text in texts))
-    return Sample(key, FLAGS[flag].images, parts, language="en", licence="CC0-1.0")
+    return Sample(key, FLAGS[flag].images, parts, language="en", license="CC0-1.0")
 
 
 def fact(image: str, *texts: tuple[str, str, float | None]) -> Fact:
@@ -111,7 +111,7 @@ def test_a_kept_text_knows_its_score_its_rank_and_where_it_comes_from() -> None:
     told = fact("a", ("web", "w", 0.25), ("written-1", "x", 0.5))
     (verdict,) = decided(Rank(model="m"), [row("k", 0, "w")], [told])
     made, web = verdict.samples
-    assert (web.key, web.parts[1].text, web.language, web.licence) == (
+    assert (web.key, web.parts[1].text, web.language, web.license) == (
         "k/web",
         "w",
         "en",
@@ -228,7 +228,7 @@ def test_a_ranking_that_cannot_run_is_refused(make_one: Callable[[], Rank], word
 
 
 def test_models_that_cannot_write_or_are_none_are_refused(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="is not an artefact"):
+    with pytest.raises(WeightsError, match="is not an artifact"):
         Rank(model=str(tmp_path)).models(home)
     with pytest.raises(SpecError, match="cannot write: its wiring is a DualEncoder"):
         judged(Rank(model=clip(home), captioner=clip(home)), FLAGS[:1], home)

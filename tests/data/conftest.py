@@ -12,7 +12,7 @@ from bridgework.data.synthetic import shapes
 from bridgework.system import Mixture, Source
 from tests.toy import Eye
 
-MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
+MADE = {"source": "test", "license": "CC0-1.0", "made_by": "tests"}
 
 
 def talks(rows: int) -> Iterator[Sample]:

@@ -11,7 +11,7 @@ from bridgework.errors import DataError
 
 
 def put(path: str) -> str:
-    write(shapes(3, size=16), path, source="s", licence="l", made_by="t")
+    write(shapes(3, size=16), path, source="s", license="l", made_by="t")
     return path
 
 

@@ -31,7 +31,7 @@ def test_an_svg_of_an_encoding_that_cannot_be_read_is_a_bad_row(art: Path) -> No
     dest = str(art.parent / "made")
     clipart.run(str(art), dest, max_bad=1, say=lambda _: None)
     assert [sample.key for sample in open_dataset(dest).samples()] == ["0.png"]
-    assert [record.reason for record in records(f"{dest}.quarantine")] == [Reason.LICENCE] * len(
+    assert [record.reason for record in records(f"{dest}.quarantine")] == [Reason.LICENSE] * len(
         ENCODINGS
     )
 

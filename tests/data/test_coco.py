@@ -15,7 +15,7 @@ from bridgework.data.quarantine import Reason, records
 from bridgework.data.samples import Part, Sample
 from bridgework.errors import DataError
 
-LICENCES = [
+LICENSES = [
     {"id": 4, "name": "Attribution License", "url": "http://creativecommons.org/licenses/by/2.0/"}
 ]
 WRONG = [
@@ -65,7 +65,7 @@ class Source:
             (folder / f"{number:04d}.png").write_bytes(picture())
 
     def write(self, name: str, **fields: Any) -> str:
-        given = {"images": [image(1), image(2), image(3)], "licenses": LICENCES} | fields
+        given = {"images": [image(1), image(2), image(3)], "licenses": LICENSES} | fields
         (self.folder / name).write_text(json.dumps(given))
         return str(self.folder / name)
 
@@ -89,7 +89,7 @@ def source(tmp_path: Path) -> Source:
     return Source(tmp_path)
 
 
-def test_every_caption_is_a_pair_under_the_licence_of_its_image(source: Source) -> None:
+def test_every_caption_is_a_pair_under_the_license_of_its_image(source: Source) -> None:
     found = source.read(
         source.captions(said(2, "a cat "), said(1, "a dog"), said(2, "two cats"), said(1, "a dog"))
     )
@@ -100,7 +100,7 @@ def test_every_caption_is_a_pair_under_the_licence_of_its_image(source: Source) 
     }
     assert found["1"].parts == (Part("caption", image=0), Part("caption", text="a dog"))
     assert found["1"].images == (picture(),) and found["1"].provenance == {"file": "0001.png"}
-    assert found["1"].licence == "Attribution License" and not found["1"].boxes
+    assert found["1"].license == "Attribution License" and not found["1"].boxes
     assert source.aside == {}
     assert source.manifest.left_out == {"captions that their picture has already": 1}
 
@@ -212,7 +212,7 @@ def test_ids_are_numbers_or_texts_however_they_are_written(name: str, source: So
     text = source.captions(said(asked, "a dog"), said(asked, "a pet"), images=pictures)
     found = source.read(text, instances=boxes_file)
     assert list(found) == [key, f"{key}#2"] and source.aside == {}
-    assert found[key].boxes[0].label == "dog" and found[key].licence == "Attribution License"
+    assert found[key].boxes[0].label == "dog" and found[key].license == "Attribution License"
 
 
 @pytest.mark.parametrize("sides", [(40.0, 20.0), (40, 20.0), ("40", "20"), (39.6, 20.2)])

@@ -67,7 +67,7 @@ def everything() -> Iterator[Sample]:
     """Every kind of sample and every field, with keys that no file system likes."""
     for place, key in enumerate(KEYS):
         yield pair(key, IMAGES[place % len(IMAGES)], f"caption {place} <é>")
-    yield talk("talk", IMAGES[:3], licence="MIT", labels=("a", "b"), provenance={"url": "x"})
+    yield talk("talk", IMAGES[:3], license="MIT", labels=("a", "b"), provenance={"url": "x"})
     yield talk("text only", ())
     yield Sample(
         "video/1.mp4",
@@ -92,8 +92,8 @@ def everything() -> Iterator[Sample]:
     yield Sample("document", IMAGES[:2], document)
 
 
-def store(samples: Iterator[Sample] | list[Sample], dest: Path, licence: str = "unknown") -> str:
-    write(samples, str(dest), source="s", licence=licence, made_by="t", group_rows=4)
+def store(samples: Iterator[Sample] | list[Sample], dest: Path, license: str = "unknown") -> str:
+    write(samples, str(dest), source="s", license=license, made_by="t", group_rows=4)
     return str(dest)
 
 
@@ -130,17 +130,17 @@ def test_all_that_a_dataset_holds_comes_back_from_its_tars(place: str, tmp_path:
 
 def test_an_export_is_not_written_into_a_dataset(tmp_path: Path) -> None:
     source = str(tmp_path / "d")
-    write(shapes(4, size=16), source, source="test", licence="CC0-1.0", made_by="tests")
+    write(shapes(4, size=16), source, source="test", license="CC0-1.0", made_by="tests")
     with pytest.raises(DataError, match="lies inside the dataset"):
         webdataset.run(source, f"{source}/tars")
     assert verify(source) == []
 
 
-def test_the_licence_of_a_dataset_comes_back_with_each_row_of_its_tars(tmp_path: Path) -> None:
-    samples = [pair("a", IMAGES[0], "a cat"), pair("b", IMAGES[0], "a dog", licence="MIT")]
+def test_the_license_of_a_dataset_comes_back_with_each_row_of_its_tars(tmp_path: Path) -> None:
+    samples = [pair("a", IMAGES[0], "a cat"), pair("b", IMAGES[0], "a dog", license="MIT")]
     webdataset.run(store(samples, tmp_path / "d", "CC-BY-4.0"), str(tmp_path / "out"))
     importers.load("webdataset")(str(tmp_path / "out"), str(tmp_path / "back"), say=quiet)
-    assert read(tmp_path / "back") == [replace(samples[0], licence="CC-BY-4.0"), samples[1]]
+    assert read(tmp_path / "back") == [replace(samples[0], license="CC-BY-4.0"), samples[1]]
 
 
 def test_webdataset_reads_the_tars_and_finds_the_keys(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_what_the_format_cannot_hold_is_counted_or_an_error(tmp_path: Path) -> N
     rich = [sample for sample in everything() if sample.key in ("talk", "text only", "video/1.mp4")]
     made = llava_json.run(store(rich, tmp_path / "d"), str(tmp_path / "out"))
     assert made.lost == dict.fromkeys(
-        ("licence", "labels", "provenance", "rejected", "times_s", "boxes", "ocr", "language"), 1
+        ("license", "labels", "provenance", "rejected", "times_s", "boxes", "ocr", "language"), 1
     )
     assert "boxes of 1 rows, labels of 1 rows" in str(made)
     bad = {
@@ -258,9 +258,9 @@ def test_what_the_format_cannot_hold_is_counted_or_an_error(tmp_path: Path) -> N
     assert not list(tmp_path.glob("none*"))
 
 
-def test_a_licence_of_the_whole_dataset_is_lost_with_every_row(tmp_path: Path) -> None:
+def test_a_license_of_the_whole_dataset_is_lost_with_every_row(tmp_path: Path) -> None:
     made = llava_json.run(store(talks(), tmp_path / "d", "CC-BY-4.0"), str(tmp_path / "out"))
-    assert made.lost == {"licence": 4}
+    assert made.lost == {"license": 4}
 
 
 def test_images_shown_in_another_order_or_twice_stay_where_they_are_shown(tmp_path: Path) -> None:

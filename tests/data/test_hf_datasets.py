@@ -103,14 +103,14 @@ def test_rows_come_in_the_order_of_the_files_with_the_bytes_as_they_are(
     source = (saved if form == "saved" else hub)(
         tmp_path / "s", pairs(0, 7), pairs(7, 1), pairs(8, 6)
     )
-    manifest = bring(source, tmp_path / "d", licence="MIT")
+    manifest = bring(source, tmp_path / "d", license="MIT")
     name = "row" if form == "saved" else "train"
     found = read(tmp_path / "d")
     assert list(found) == [f"{name}-{n:08d}" for n in range(14)]
     assert [(s.images, s.text) for s in found.values()] == [
         ((PICTURES[n],), f"caption {n}") for n in range(14)
     ]
-    assert manifest.licence == "MIT" and manifest.parameters["text"] == "caption"
+    assert manifest.license == "MIT" and manifest.parameters["text"] == "caption"
 
 
 CELLS: dict[str, Callable[[int], tuple[Any, pa.DataType]]] = {

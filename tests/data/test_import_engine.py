@@ -54,7 +54,7 @@ class Source:
 
     def ingest(self, dest: Path | str, **changes: Any) -> Manifest:
         given: dict[str, Any] = {
-            "licence": "CC0-1.0",
+            "license": "CC0-1.0",
             "made_by": "test",
             "parameters": {},
             "max_bad": 1.0,
@@ -96,7 +96,7 @@ def test_a_key_that_stood_in_another_chunk_is_put_aside_as_one_in_the_same_chunk
     whole, cut = (Source(15, bad=(5,), keys=keys) for _ in range(2))
     cut.ingest(tmp_path / "cut")
     given: dict[str, Any] = {
-        "licence": "",
+        "license": "",
         "made_by": "",
         "parameters": {},
         "max_bad": 1,
@@ -131,7 +131,7 @@ def test_the_plan_deals_uneven_shards_in_whole_row_groups(tmp_path: Path) -> Non
             )
 
     given: dict[str, Any] = {
-        "licence": "",
+        "license": "",
         "made_by": "",
         "parameters": {},
         "max_bad": 1.0,
@@ -199,14 +199,14 @@ def test_files_of_somebody_else_are_never_written_over(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=told):
             Source(3).ingest(tmp_path / dest)
         with pytest.raises(DataError, match=told):
-            write(shapes(2), str(tmp_path / dest), source="s", licence="", made_by="test")
+            write(shapes(2), str(tmp_path / dest), source="s", license="", made_by="test")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["shard-00000.parquet"]
     assert (tmp_path / "mine" / "shard-00000.parquet").read_bytes() == b"years of work"
 
 
 def test_a_destination_inside_the_source_is_refused(tmp_path: Path) -> None:
     given: dict[str, Any] = {
-        "licence": "",
+        "license": "",
         "made_by": "",
         "parameters": {},
         "max_bad": 1,
@@ -220,17 +220,17 @@ def test_a_destination_inside_the_source_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_source_is_the_same_in_every_spelling_and_another_licence_is_another_dataset(
+def test_a_source_is_the_same_in_every_spelling_and_another_license_is_another_dataset(
     tmp_path: Path,
 ) -> None:
     given: dict[str, Any] = {"made_by": "", "parameters": {}, "max_bad": 1, "say": quiet}
     for spelled in ("photos", "./photos/", "photos//"):
         assert (
-            ingest(Source(3).rows, spelled, str(tmp_path / "d"), licence="CC0-1.0", **given).source
+            ingest(Source(3).rows, spelled, str(tmp_path / "d"), license="CC0-1.0", **given).source
             == "photos"
         )
-    with pytest.raises(DataError, match=r"its licence is 'CC0-1\.0', and 'MIT' is wanted"):
-        ingest(Source(3).rows, "photos", str(tmp_path / "d"), licence="MIT", **given)
+    with pytest.raises(DataError, match=r"its license is 'CC0-1\.0', and 'MIT' is wanted"):
+        ingest(Source(3).rows, "photos", str(tmp_path / "d"), license="MIT", **given)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
@@ -428,7 +428,7 @@ def test_what_no_shard_can_hold_is_a_bad_row_and_no_crash(tmp_path: Path) -> Non
         return ((f"{key}\udcff", partial(give, make)) for key, make in odd.items())
 
     given: dict[str, Any] = {
-        "licence": "",
+        "license": "",
         "made_by": "",
         "parameters": {},
         "max_bad": 1.0,
@@ -468,7 +468,7 @@ def test_workers_make_the_same_dataset(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.chdir(tmp_path)  # relative paths mean the same to a worker
     given: dict[str, Any] = {
-        "licence": "",
+        "license": "",
         "made_by": "",
         "parameters": {},
         "max_bad": 1.0,

@@ -112,7 +112,7 @@ def test_conversations_keep_their_text_and_the_places_of_their_images(
         },
         {"id": 3, "conversations": [{"from": "system", "value": "Be kind."}, *talk("Hi", "Hello")]},
     ]
-    manifest = llava_json.run(str(llava(rows)), str(tmp_path / "d"), licence="CC-BY-4.0", say=quiet)
+    manifest = llava_json.run(str(llava(rows)), str(tmp_path / "d"), license="CC-BY-4.0", say=quiet)
     found = read(tmp_path / "d")
     assert found["one"].parts == (
         Part("user", image=0),
@@ -124,7 +124,7 @@ def test_conversations_keep_their_text_and_the_places_of_their_images(
     assert found["two"].images == (PNG, PNG)
     assert [part.text for part in found["two"].parts] == ["Is ", None, " like ", None, "?", "Yes."]
     assert found["3"].images == () and found["3"].parts[0] == Part("system", text="Be kind.")
-    assert (manifest.rows, manifest.licence, manifest.source) == (
+    assert (manifest.rows, manifest.license, manifest.source) == (
         3,
         "CC-BY-4.0",
         str(tmp_path / "rows.json"),
@@ -611,7 +611,7 @@ def test_emoji_are_read_from_the_archive_and_from_its_folder_alike(tmp_path: Pat
     assert list(found) == ["twitter-1f34e"] and found["twitter-1f34e"].text == "red apple"
     assert (
         found["twitter-1f34e"].labels == ("Food & Drink", "food-fruit")
-        and manifest.licence == "CC-BY-4.0"
+        and manifest.license == "CC-BY-4.0"
     )
     assert aside(tmp_path / "d") == {
         "twitter-1f34f": Reason.EMPTY_TEXT,
@@ -651,7 +651,7 @@ SVG = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/
 <rdf:RDF xmlns="http://web.resource.org/cc/" xmlns:dc="http://purl.org/dc/elements/1.1/"
  xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <Work rdf:about=""><dc:title>{title}</dc:title><dc:creator><Agent><dc:title>Ann</dc:title></Agent></dc:creator>
-<license rdf:resource="{licence}"/></Work></rdf:RDF></metadata>{body}</svg>"""
+<license rdf:resource="{license}"/></Work></rdf:RDF></metadata>{body}</svg>"""
 
 
 def draw(
@@ -664,7 +664,7 @@ def draw(
     picture.save(root / "png" / f"{name}.png")
     given = {
         "title": title,
-        "licence": "http://web.resource.org/cc/PublicDomain",
+        "license": "http://web.resource.org/cc/PublicDomain",
         "body": "",
     } | changes
     (root / "svg" / f"{name}.svg").write_text(SVG.format(**given))
@@ -677,7 +677,7 @@ def test_clip_art_takes_its_caption_from_the_title_or_the_file_name(tmp_path: Pa
     for number in range(clipart.SERIES_ROWS):
         draw(root, f"food/plum-{number}", "fruit series")
     draw(root, "icons/x", "an icon")
-    draw(root, "other/gpl", "a gnu", licence="http://creativecommons.org/licenses/GPL/2.0/")
+    draw(root, "other/gpl", "a gnu", license="http://creativecommons.org/licenses/GPL/2.0/")
     draw(root, "other/lost", "a photo", body='<image xlink:href="file:///home/ann/photo.jpg"/>')
     draw(root, "other/torn", "a page")
     (root / "svg" / "other" / "torn.svg").write_text("<svg>")
@@ -696,11 +696,11 @@ def test_clip_art_takes_its_caption_from_the_title_or_the_file_name(tmp_path: Pa
     }
     assert decode(found["food/apple_ann_01.png"].images[0]).size == (64, 43)
     assert aside(tmp_path / "d") == {
-        "other/gpl.png": Reason.LICENCE,
+        "other/gpl.png": Reason.LICENSE,
         "other/lost.png": Reason.MISSING_IMAGE,
-        "other/torn.png": Reason.LICENCE,
+        "other/torn.png": Reason.LICENSE,
     }
-    assert manifest.licence == "public domain" and manifest.parameters["skip"] == ["icons/*"]
+    assert manifest.license == "public domain" and manifest.parameters["skip"] == ["icons/*"]
 
 
 def test_a_folder_without_pictures_is_no_clip_art(tmp_path: Path) -> None:

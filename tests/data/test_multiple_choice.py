@@ -47,7 +47,7 @@ def test_candidates_come_back_from_shards_and_every_export(tmp_path: Path) -> No
             candidates=("a", "b", "a", '"c", {'),
         ),
     ]
-    write(rows, str(tmp_path / "d"), source="s", licence="CC0-1.0", made_by="t")
+    write(rows, str(tmp_path / "d"), source="s", license="CC0-1.0", made_by="t")
     assert list(read(tmp_path / "d").values()) == rows
     webdataset.run(str(tmp_path / "d"), str(tmp_path / "tars"))
     importers.load("webdataset")(
@@ -58,7 +58,7 @@ def test_candidates_come_back_from_shards_and_every_export(tmp_path: Path) -> No
     ]
     made = llava_json.run(str(tmp_path / "d"), str(tmp_path / "json"), prompt="What is it?")
     assert made.lost == {
-        "licence": 5,
+        "license": 5,
         "labels": 4,
         "provenance": 1,
     }  # of all rows, of the questions, of one

@@ -1,4 +1,4 @@
-"""A keyed permutation is one, keeps large domains apart, and favours no place."""
+"""A keyed permutation is one, keeps large domains apart, and favors no place."""
 
 import numpy as np
 import pytest

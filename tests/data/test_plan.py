@@ -143,7 +143,7 @@ def test_caps_hold_in_the_rows_that_are_drawn() -> None:
     plan = make([100, 64, 4000], alpha=0.0, caps={0: 2.0, 1: 1.5}, steps=steps)
     assert [s.capped for s in plan.shares] == [True, True, False]
     assert [s.epochs for s in plan.shares][:2] == [2.0, 1.5]
-    taken = plan.realised(steps)
+    taken = plan.realized(steps)
     assert taken["s0"] <= 2.0 * 100 + 1 and taken["s1"] <= 1.5 * 64 + 1
     assert sum(taken.values()) == steps * 8
 
@@ -154,7 +154,7 @@ def test_budget_above_all_caps_says_by_how_much_and_what_to_raise() -> None:
         match=r"give 300 rows, but 64 steps of 8 take 512: 212 too few; raise max_epochs.*37",
     ):
         make([100, 100], caps={0: 1.0, 1: 2.0})
-    assert make([256, 256], caps={0: 1.0, 1: 1.0}).realised(64) == {"s0": 256, "s1": 256}
+    assert make([256, 256], caps={0: 1.0, 1: 1.0}).realized(64) == {"s0": 256, "s1": 256}
 
 
 PARTS = st.lists(st.integers(1, 10**6), min_size=1, max_size=40)
@@ -221,7 +221,7 @@ def test_shares_and_caps_hold_to_the_row_wherever_a_stage_ends(
     windows = [plan.window(lane, t) for lane in range(4) for t in range(-(-steps // window))]
     assert sum(len(rows.row) for rows in windows) == steps * 4 * step_rows
     drawn = sum(np.bincount(rows.source, minlength=len(sizes)) for rows in windows)
-    assert plan.realised(steps) == {f"s{d}": int(count) for d, count in enumerate(drawn)}
+    assert plan.realized(steps) == {f"s{d}": int(count) for d, count in enumerate(drawn)}
     wanted = np.array([share.weight for share in plan.shares]) * steps * 4 * step_rows
     assert np.abs(drawn - wanted).max() <= 1 + 1e-9
     if plan.shares[1].capped and plan.shares[1].weight < max(share.weight for share in plan.shares):
@@ -230,9 +230,9 @@ def test_shares_and_caps_hold_to_the_row_wherever_a_stage_ends(
 
 @bounded
 @given(plan=plans(), steps=st.integers(0, 40))
-def test_realised_counts_are_the_rows_of_the_steps(plan: Plan, steps: int) -> None:
+def test_realized_counts_are_the_rows_of_the_steps(plan: Plan, steps: int) -> None:
     drawn = Counter(int(d) for s in range(steps) for d, _, _ in step(plan, s))
-    assert plan.realised(steps) == {share.name: drawn[d] for d, share in enumerate(plan.shares)}
+    assert plan.realized(steps) == {share.name: drawn[d] for d, share in enumerate(plan.shares)}
 
 
 @bounded
@@ -241,7 +241,7 @@ def test_realised_counts_are_the_rows_of_the_steps(plan: Plan, steps: int) -> No
     lanes=LANES,
     alpha=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_realised_share_is_within_one_row_at_every_window(
+def test_realized_share_is_within_one_row_at_every_window(
     sizes: list[int], lanes: int, alpha: float
 ) -> None:
     plan = make(sizes, alpha=alpha, lanes=lanes, window=6)
@@ -437,7 +437,7 @@ def test_caps_hold_where_a_run_of_many_small_sources_ends(
             SourceRows(source.name, "d", size, 32)
             for source, size in zip(capped, sizes, strict=True)
         ]
-        drawn = Plan(rows, mixture, batch=64, steps=steps + seed, seed=seed).realised(steps + seed)
+        drawn = Plan(rows, mixture, batch=64, steps=steps + seed, seed=seed).realized(steps + seed)
         assert all(drawn[f"s{n}"] <= size for n, size in enumerate(sizes)), (seed, drawn)
 
 
@@ -503,7 +503,7 @@ def test_a_billion_rows_need_no_large_array() -> None:
         steps=10**7,
     )
     rows = plan.window(63, 10**5)
-    assert sum(plan.realised(10**7).values()) == 256 * 10**7 and next(
+    assert sum(plan.realized(10**7).values()) == 256 * 10**7 and next(
         plan.substitutes(63, 10**5, 0)
     )
     _, peak = tracemalloc.get_traced_memory()

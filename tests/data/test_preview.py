@@ -23,7 +23,7 @@ from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import DataError
 from bridgework.system import END, IGNORE, IMAGE, Source, Stage, load
 
-MADE: dict[str, Any] = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
+MADE: dict[str, Any] = {"source": "test", "license": "CC0-1.0", "made_by": "tests"}
 BYTES = load_tokenizer("bytes")
 TINY = load("llava").tiny()["align"]
 PICTURE = next(shapes(rows=1, size=24)).images[0]
@@ -157,14 +157,14 @@ def test_a_page_holds_the_exact_pixels(tmp_path: Path, home: Path) -> None:
     np.testing.assert_array_equal(np.stack(images), np.stack([one.images[0] for one in shown]))
 
 
-def printed(shown: list[Preview], *, colour: bool) -> str:
+def printed(shown: list[Preview], *, color: bool) -> str:
     console = Console(
         file=io.StringIO(),
-        force_terminal=colour,
-        color_system="truecolor" if colour else None,
+        force_terminal=color,
+        color_system="truecolor" if color else None,
         width=200,
     )
-    console.print(terminal(shown, colour=colour))
+    console.print(terminal(shown, color=color))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -172,20 +172,20 @@ def printed(shown: list[Preview], *, colour: bool) -> str:
 def test_no_text_of_the_data_steers_the_terminal(tmp_path: Path) -> None:
     key, text = "k\x1b[2J", "a\x1b]0;title\x07 \x9b31m cat\u202e and\ta\ndog"
     stage = made(tmp_path, [pair(key, PICTURE, text)])
-    shown = printed(stored(stage.data.sources[0].dataset), colour=False)
+    shown = printed(stored(stage.data.sources[0].dataset), color=False)
     assert "k␛[2J" in shown and "a␛]0;title␇ \ufffd31m cat\ufffd and" in shown
     assert not {
         chr(code) for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (9, 10)
     } & set(shown)
 
 
-def test_a_terminal_colours_what_has_loss_and_draws_the_picture(tmp_path: Path, home: Path) -> None:
-    text = printed(read(made(tmp_path, [pair("k", PICTURE, HOSTILE)]), home), colour=True)
+def test_a_terminal_colors_what_has_loss_and_draws_the_picture(tmp_path: Path, home: Path) -> None:
+    text = printed(read(made(tmp_path, [pair("k", PICTURE, HOSTILE)]), home), color=True)
     assert f"\x1b[1;32m{HOSTILE}↵" in text
     assert text.count("▀") == 24 * 12
 
 
-def test_without_colour_brackets_stand_around_what_has_loss(tmp_path: Path, home: Path) -> None:
-    text = printed(read(made(tmp_path, [pair("k", PICTURE, HOSTILE)]), home), colour=False)
+def test_without_color_brackets_stand_around_what_has_loss(tmp_path: Path, home: Path) -> None:
+    text = printed(read(made(tmp_path, [pair("k", PICTURE, HOSTILE)]), home), color=False)
     assert f"⟦{HOSTILE}↵" in text
     assert "\x1b" not in text and "▀" not in text

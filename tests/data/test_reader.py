@@ -26,7 +26,7 @@ from bridgework.errors import DataError, ResourceError, SpecError
 from bridgework.system import IGNORE, IMAGE, AdamW, Budget, Mixture, Source, Stage
 from tests.toy import Captioning, Eye
 
-MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
+MADE = {"source": "test", "license": "CC0-1.0", "made_by": "tests"}
 
 
 def told(rows: Iterable[Row]) -> list[tuple[object, ...]]:
@@ -97,7 +97,7 @@ def test_it_does_not_matter_which_reader_reads_a_window_nor_when(feed: ReaderCon
         assert [told(rows) for rows in steps] == [told(rows) for rows in fresh.window([2, 0, 3], t)]
 
 
-def test_a_row_is_its_sample_tokenised_and_squared(feed: ReaderConfig) -> None:
+def test_a_row_is_its_sample_tokenized_and_squared(feed: ReaderConfig) -> None:
     tokenizer = load_tokenizer("bytes")
     samples = {s.key: s for path in feed.datasets for s in open_dataset(path).samples()}
     for row in [row for rows in local(feed, rank=0, world=1, start=0) for row in rows]:

@@ -17,7 +17,7 @@ TALK = (
 )
 EVERY_KIND = [
     pair("pair", b"jpeg", "a cat"),
-    Sample("conversation", (b"jpeg",), TALK, language="en", licence="CC0-1.0", ocr="EXIT"),
+    Sample("conversation", (b"jpeg",), TALK, language="en", license="CC0-1.0", ocr="EXIT"),
     Sample("text only", (), (Part("user", text="Hi"), Part("assistant", text="Hello"))),
     Sample("preference", (b"jpeg",), TALK, rejected="A dog."),
     Sample(

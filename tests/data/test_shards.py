@@ -27,7 +27,7 @@ def make(dest: str, samples: list[Sample] | None = None, **options: Any) -> Mani
     rows = list(shapes(ROWS, size=16)) if samples is None else samples
     given: dict[str, Any] = {
         "source": "s",
-        "licence": "CC0-1.0",
+        "license": "CC0-1.0",
         "made_by": "test",
         "group_rows": 4,
         "shard_rows": 16,
@@ -108,7 +108,7 @@ def test_an_error_on_the_way_leaves_nothing_behind(tmp_path: Path) -> None:
             cut(),
             str(tmp_path / "d"),
             source="s",
-            licence="l",
+            license="l",
             made_by="t",
             group_rows=4,
             shard_rows=8,
@@ -204,7 +204,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda d: (d / "shard-00001.parquet").unlink(), "is missing"),
     "extra": (lambda d: (d / "shard-00009.parquet").write_bytes(b"x"), "is not in the manifest"),
     "edited manifest": (
-        lambda d: rewrite_manifest(d, licence="mine"),
+        lambda d: rewrite_manifest(d, license="mine"),
         "changed after it was written",
     ),
     "wrong count": (lambda d: rewrite_manifest(d, rows=36), "counts 36 rows, its shards 37"),
@@ -312,12 +312,12 @@ def test_a_manifest_counts_in_whole_numbers_from_0(name: str, count: Any, tmp_pa
 @pytest.mark.parametrize("name", ["parameters", "quarantined", "left_out"])
 @pytest.mark.parametrize("table", [[], "x", 3, None])
 def test_a_manifests_tables_are_tables(name: str, table: Any) -> None:
-    made: dict[str, Any] = {"source": "x", "licence": "CC0", "made_by": "tests", name: table}
+    made: dict[str, Any] = {"source": "x", "license": "CC0", "made_by": "tests", name: table}
     with pytest.raises(DataError, match="no table of names"):
         Manifest(0, 1, (), **made)
 
 
-def test_licences_may_lie_beside_the_shards_and_progress_is_told(dataset: Path) -> None:
+def test_licenses_may_lie_beside_the_shards_and_progress_is_told(dataset: Path) -> None:
     (dataset / "LICENSE").write_text("public domain")
     told: list[tuple[int, int]] = []
     assert verify(str(dataset), progress=lambda done, rows: told.append((done, rows))) == []

@@ -16,7 +16,7 @@ from bridgework.errors import DataError
 from bridgework.system import Mixture, Packing, Source
 from tests.toy import Eye
 
-MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
+MADE = {"source": "test", "license": "CC0-1.0", "made_by": "tests"}
 BAD = (5, 77, 130)
 
 

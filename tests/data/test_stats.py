@@ -16,7 +16,7 @@ from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError
 from bridgework.system import IGNORE, Source, Stage, load
 
-MADE: dict[str, Any] = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
+MADE: dict[str, Any] = {"source": "test", "license": "CC0-1.0", "made_by": "tests"}
 IMAGE = next(shapes(rows=1, size=24)).images[0]
 TINY = load("llava").tiny()["align"]
 
@@ -36,7 +36,7 @@ def on(path: str, **data: Any) -> Stage:
 def test_every_row_and_image_is_counted(tmp_path: Path) -> None:
     path = made(
         tmp_path,
-        [*shapes(rows=9, size=16), pair("x", IMAGE, "a cat", language="en", licence="MIT")],
+        [*shapes(rows=9, size=16), pair("x", IMAGE, "a cat", language="en", license="MIT")],
     )
     found = stats(path)
     assert (found.rows, found.shards, found.images) == (10, 1, 10)
@@ -44,7 +44,7 @@ def test_every_row_and_image_is_counted(tmp_path: Path) -> None:
     assert found.formats == {"PNG": 10}
     assert found.images_per_row == {1: 10}
     assert found.languages == {"not said": 9, "en": 1}
-    assert found.licences == {"CC0-1.0": 9, "MIT": 1}
+    assert found.licenses == {"CC0-1.0": 9, "MIT": 1}
     assert found.widths == Spread(16, 16, 16, 24, 24)
     assert found.answers is not None and found.answers.least == len("a cat")
 

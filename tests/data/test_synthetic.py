@@ -15,11 +15,11 @@ def test_captions_are_true() -> None:
         found = CAPTION.fullmatch(sample.parts[1].text or "")
         assert found is not None
         pixels = np.asarray(decode(sample.images[0]))
-        for (x, y), colour, size in zip(
+        for (x, y), color, size in zip(
             PLACES[found[4]], (found[2], found[6]), (found[1], found[5]), strict=True
         ):
             near = pixels[int(y * 64) - 16 : int(y * 64) + 16, int(x * 64) - 16 : int(x * 64) + 16]
-            painted = (near == COLOURS[colour]).all(axis=2)
+            painted = (near == COLOURS[color]).all(axis=2)
             assert painted[16, 16]
             assert (painted.any(axis=0).sum() > 22) == (size == "large")  # its width tells its size
 

@@ -1,4 +1,4 @@
-"""Ids, labels and image places: per segment, against whole-string tokenising where the two must agree."""
+"""Ids, labels and image places: per segment, against whole-string tokenizing where the two must agree."""
 
 import re
 from pathlib import Path
@@ -185,7 +185,7 @@ def test_bos_comes_first_and_only_once(tokenizer: PreTrainedTokenizerBase) -> No
 
 
 def test_v1_ids_are_those_of_llava_on_a_llama_tokenizer() -> None:
-    """LLaVA tokenises the whole string in chunks around <image>; LLaMA's tokenizer writes a space before each chunk."""
+    """LLaVA tokenizes the whole string in chunks around <image>; LLaMA's tokenizer writes a space before each chunk."""
     model = Tokenizer(models.BPE(unk_token="<unk>"))
     model.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]

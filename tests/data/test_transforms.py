@@ -152,7 +152,7 @@ def test_broken_exif_does_not_cost_the_picture() -> None:
 
 
 def test_animations_give_their_first_frame() -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for form in ("GIF", "WEBP", "PNG"):
         data = saved(
             frames[0],
@@ -180,14 +180,14 @@ def test_crop_matches_resizing_the_whole_and_cutting_the_centre(width: int, heig
 
 def test_pad_matches_padding_first_and_resizing_then() -> None:
     image, pixels = smooth(90, 60), Pixels(size=48, fit="pad", mean=(0.48, 0.46, 0.41))
-    colour = (122, 117, 105)
-    square = Image.new("RGB", (90, 90), colour)
+    color = (122, 117, 105)
+    square = Image.new("RGB", (90, 90), color)
     square.paste(image, (0, 15))
     other = np.asarray(square.resize((48, 48), Image.Resampling.BICUBIC), dtype=int).transpose(
         2, 0, 1
     )
     found = to_square(image, pixels)
-    assert found[:, 0, 0].tolist() == list(colour) and found[:, -1, -1].tolist() == list(colour)
+    assert found[:, 0, 0].tolist() == list(color) and found[:, -1, -1].tolist() == list(color)
     assert (
         np.abs(found.astype(int) - other)[:, 10:38].max() <= 2
     )  # but for the edge, which is sharp here
@@ -195,7 +195,7 @@ def test_pad_matches_padding_first_and_resizing_then() -> None:
 
 @pytest.mark.parametrize("fit", ["pad", "crop"])
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 1)])
-def test_extreme_shapes_give_a_square_of_their_colour(
+def test_extreme_shapes_give_a_square_of_their_color(
     fit: Literal["pad", "crop"], size: tuple[int, int]
 ) -> None:
     data = saved(Image.new("RGB", size, (10, 200, 30)), "PNG")

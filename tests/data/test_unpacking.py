@@ -34,7 +34,7 @@ def shard(folder: Path, change: dict[str, Any], **how: Any) -> Path:
     pq.write_table(table, file, compression="zstd", write_page_checksum=True, **how)
     data = file.read_bytes()
     entry = Shard(file.name, ROWS, len(data), hashlib.sha256(data).hexdigest())
-    made: dict[str, Any] = {"source": "x", "licence": "CC0", "made_by": "tests"}
+    made: dict[str, Any] = {"source": "x", "license": "CC0", "made_by": "tests"}
     (folder / FILE).write_text(Manifest(ROWS, ROWS, (entry,), **made).to_json())
     return folder
 

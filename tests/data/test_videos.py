@@ -14,7 +14,7 @@ from bridgework.data.synthetic import shapes
 from bridgework.inference.pipeline import Pipeline
 from bridgework.system import IMAGE, Layout, Source, Stage, load
 
-MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
+MADE = {"source": "test", "license": "CC0-1.0", "made_by": "tests"}
 FRAMES = 3
 
 

@@ -64,7 +64,7 @@ def test_a_sample_is_an_image_with_its_text_label_and_facts(tmp_path: Path) -> N
             ("0003.json", b'{"text": "a bird"}'),
         )
     )
-    manifest = bring(tmp_path / "a.tar", tmp_path / "d", licence="CC-BY-4.0")
+    manifest = bring(tmp_path / "a.tar", tmp_path / "d", license="CC-BY-4.0")
     found = read(tmp_path / "d")
     assert {key: sample.text for key, sample in found.items()} == {
         "deep/0001": "a cat",
@@ -79,7 +79,7 @@ def test_a_sample_is_an_image_with_its_text_label_and_facts(tmp_path: Path) -> N
         "caption": "an unused caption",
     }
     assert found["0002"].provenance == {"text": "x"}
-    assert (manifest.licence, manifest.made_by) == (
+    assert (manifest.license, manifest.made_by) == (
         "CC-BY-4.0",
         "bridgework.data.importers.webdataset",
     )

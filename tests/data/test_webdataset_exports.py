@@ -93,6 +93,6 @@ def test_blank_texts_and_odd_keys_that_other_formats_let_in_come_back_from_an_ex
             for key in ("../../x", "/etc/x", "http://x.org/a.png", "a\nb", "C:\\x")
         ),
     ]
-    write(kept, str(tmp_path / "d"), source="s", licence="unknown", made_by="t")
+    write(kept, str(tmp_path / "d"), source="s", license="unknown", made_by="t")
     exporter.run(str(tmp_path / "d"), str(tmp_path / "out"))
     assert bring(tmp_path / "out", tmp_path / "back", max_bad=0) == kept

@@ -128,7 +128,7 @@ def test_the_captions_of_an_image_are_those_of_all_rows_that_show_it(tmp_path: P
 
 
 def keep(tmp_path: Path, samples: list[Sample]) -> str:
-    write(samples, str(tmp_path / "kept"), source="test", licence="CC0-1.0", made_by="test")
+    write(samples, str(tmp_path / "kept"), source="test", license="CC0-1.0", made_by="test")
     return str(tmp_path / "kept")
 
 

@@ -61,10 +61,10 @@ def test_rows_of_other_classes_are_counted_and_left_out(
         *shapes(6),
         *(replace(s, key=f"x-{i}", labels=("a zebra",)) for i, s in enumerate(shapes(2))),
     ]
-    write(rows, str(tmp_path / "mixed"), source="test", licence="CC0-1.0", made_by="test")
+    write(rows, str(tmp_path / "mixed"), source="test", license="CC0-1.0", made_by="test")
     metrics = Classification(dataset=str(tmp_path / "mixed")).run(pipe, home).metrics
     assert metrics["classification.unknown"] == pytest.approx(2 / 8)
-    write(rows[6:], str(tmp_path / "zebras"), source="test", licence="CC0-1.0", made_by="test")
+    write(rows[6:], str(tmp_path / "zebras"), source="test", license="CC0-1.0", made_by="test")
     with pytest.raises(
         DataError, match=r"no row of .* has a label that is one of the stage's classes"
     ):
@@ -74,7 +74,7 @@ def test_rows_of_other_classes_are_counted_and_left_out(
 def test_images_with_labels_alone_are_classified_too(home: Path, tmp_path: Path) -> None:
     """ImageNet's rows have no caption: zero-shot classification reads them like a trained head does."""
     bare = [replace(sample, parts=sample.parts[:1]) for sample in shapes(8)]
-    write(bare, str(tmp_path / "bare"), source="test", licence="CC0-1.0", made_by="test")
+    write(bare, str(tmp_path / "bare"), source="test", license="CC0-1.0", made_by="test")
     stage = load("clip").tiny()["contrast"]
     clip = Pipeline(stage.model.build().eval(), stage)
     assert ZeroShot(dataset=str(tmp_path / "bare")).run(clip, home).metrics["zero_shot.top5"] >= 0
@@ -154,7 +154,7 @@ def test_any_tower_can_be_probed_and_other_data_learned_from(home: Path) -> None
 
 def test_one_class_is_no_problem_to_learn(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
     rows = [replace(sample, labels=("thing",)) for sample in shapes(8)]
-    write(rows, str(tmp_path / "one"), source="test", licence="CC0-1.0", made_by="test")
+    write(rows, str(tmp_path / "one"), source="test", license="CC0-1.0", made_by="test")
     with pytest.raises(DataError, match="have one class, 'thing'"):
         LinearProbe(dataset=str(tmp_path / "one")).run(pipe, home)
 

@@ -32,7 +32,7 @@ def pipe() -> Pipeline:
 
 def keep(tmp_path: Path, samples: Iterator[Sample] | list[Sample]) -> str:
     path = str(tmp_path / "kept")
-    write(samples, path, source="test", licence="CC0-1.0", made_by="test")
+    write(samples, path, source="test", license="CC0-1.0", made_by="test")
     return path
 
 
@@ -123,7 +123,7 @@ def test_each_row_goes_through_the_vision_tower_once(home: Path) -> None:
         lambda module, args, output: seen.__setitem__(0, seen[0] + len(args[0]))
     )
     Ranking(dataset=DATASET, rows=9, candidates=5).run(pipe, home)
-    assert seen[0] == 9 + 1  # and the square of the mean colour
+    assert seen[0] == 9 + 1  # and the square of the mean color
     seen[0] = 0
     HeldOutLoss(dataset=DATASET, rows=9).run(pipe, home)
     assert seen[0] == 9

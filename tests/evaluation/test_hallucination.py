@@ -70,7 +70,7 @@ def asked(key: str, image: bytes, question: str, answer: str) -> Sample:
 
 
 def kept(tmp_path: Path, samples: list[Sample]) -> str:
-    write(samples, str(tmp_path / "kept"), source="test", licence="CC0-1.0", made_by="test")
+    write(samples, str(tmp_path / "kept"), source="test", license="CC0-1.0", made_by="test")
     return str(tmp_path / "kept")
 
 

@@ -30,7 +30,7 @@ def pipe() -> Pipeline:
 
 
 def kept(tmp_path: Path, rows: list[Sample]) -> str:
-    write(rows, str(tmp_path / "kept"), source="test", licence="CC0-1.0", made_by="test")
+    write(rows, str(tmp_path / "kept"), source="test", license="CC0-1.0", made_by="test")
     return str(tmp_path / "kept")
 
 

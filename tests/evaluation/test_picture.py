@@ -16,8 +16,8 @@ def tile(*captions: str, right: int | None = None) -> FigureTile:
     )
 
 
-def has(sheet: Image.Image, colour: tuple[int, ...], box: tuple[int, int, int, int]) -> bool:
-    return bool((np.asarray(sheet.crop(box)) == colour).all(-1).any())
+def has(sheet: Image.Image, color: tuple[int, ...], box: tuple[int, int, int, int]) -> bool:
+    return bool((np.asarray(sheet.crop(box)) == color).all(-1).any())
 
 
 def test_two_tiles_stand_in_a_row() -> None:
@@ -26,7 +26,7 @@ def test_two_tiles_stand_in_a_row() -> None:
     assert three.size == (2 * COLUMN, 2 * (IMAGE + 2 * PAD))
 
 
-def test_images_and_only_the_right_caption_are_in_their_colours() -> None:
+def test_images_and_only_the_right_caption_are_in_their_colors() -> None:
     sheet = grid([tile("a", "b", right=1), tile("a", "b")])
     left, right = (0, 0, COLUMN, sheet.height), (COLUMN, 0, 2 * COLUMN, sheet.height)
     assert has(sheet, (90, 90, 90), left) and has(sheet, (90, 90, 90), right)

@@ -37,7 +37,7 @@ def pipe() -> Pipeline:
 
 
 def kept(path: Path, rows: list[Sample]) -> str:
-    write(rows, str(path), source="test", licence="CC0-1.0", made_by="test")
+    write(rows, str(path), source="test", license="CC0-1.0", made_by="test")
     return str(path)
 
 

@@ -86,7 +86,7 @@ def kept(tmp_path: Path, answers: list[tuple[str, ...]]) -> str:
         asked(f"q{i}", sample.images[0], f"What is it, {i}?", own, own[0])
         for i, (sample, own) in enumerate(zip(shapes(len(answers)), answers, strict=True))
     ]
-    write(rows, str(tmp_path / "vqa"), source="test", licence="CC0-1.0", made_by="test")
+    write(rows, str(tmp_path / "vqa"), source="test", license="CC0-1.0", made_by="test")
     return str(tmp_path / "vqa")
 
 

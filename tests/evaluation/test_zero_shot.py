@@ -34,7 +34,7 @@ def pipe() -> Pipeline:
 
 
 def keep(tmp_path: Path, samples: list[Sample]) -> str:
-    write(samples, str(tmp_path / "kept"), source="test", licence="CC0-1.0", made_by="test")
+    write(samples, str(tmp_path / "kept"), source="test", license="CC0-1.0", made_by="test")
     return str(tmp_path / "kept")
 
 
@@ -80,9 +80,9 @@ def test_chance_is_that_of_drawing_classes_blindly() -> None:
 def test_classes_may_be_given_and_rows_without_a_label_do_not_count(
     pipe: Pipeline, home: Path, tmp_path: Path
 ) -> None:
-    labelled = [replace(sample, labels=("thing",)) for sample in shapes(4)]
+    labeled = [replace(sample, labels=("thing",)) for sample in shapes(4)]
     bare = [replace(sample, key=f"bare-{i}", labels=()) for i, sample in enumerate(shapes(3))]
-    path = keep(tmp_path, [*labelled, *bare])
+    path = keep(tmp_path, [*labeled, *bare])
     metrics = ZeroShot(dataset=path, classes=("thing", "other", "third")).run(pipe, home).metrics
     assert metrics["zero_shot.top5"] == 1.0 and metrics["zero_shot.chance_top1"] == pytest.approx(
         1 / 3
@@ -95,7 +95,7 @@ def test_classes_may_be_given_and_rows_without_a_label_do_not_count(
         ZeroShot(dataset=path).run(pipe, home)
 
 
-def test_labelled_images_that_nothing_is_said_of_are_classified_too(
+def test_labeled_images_that_nothing_is_said_of_are_classified_too(
     pipe: Pipeline, home: Path, tmp_path: Path
 ) -> None:
     said = [replace(sample, labels=(f"thing {i % 2}",)) for i, sample in enumerate(shapes(6))]

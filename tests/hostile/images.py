@@ -16,9 +16,9 @@ from PIL import Image
 from bridgework.data.quarantine import Reason
 
 File = Callable[[], bytes]
-Colour = tuple[int, int, int]
-WHITE: Colour = (255, 255, 255)
-RED: Colour = (200, 30, 30)
+Color = tuple[int, int, int]
+WHITE: Color = (255, 255, 255)
+RED: Color = (200, 30, 30)
 
 
 def noise(width: int = 24, height: int = 20, channels: int = 3) -> NDArray[np.uint8]:
@@ -35,7 +35,7 @@ def saved(image: Image.Image | NDArray[Any], form: str, **options: Any) -> bytes
 
 # --- PNG, chunk by chunk ---------------------------------------------------------------------------------------------
 
-GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # PNG's colour types
+GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # PNG's color types
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -47,11 +47,11 @@ def png(
     rows: Sequence[bytes],
     *before: bytes,
     depth: int = 8,
-    colour: int = RGB,
+    color: int = RGB,
     after: bytes = b"",
 ) -> bytes:
     """A PNG of `rows` as they lie in the file; `before` and `after` are chunks around the pixels."""
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, color, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows), 9))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(before) + body + after + chunk(b"IEND", b"")
 
@@ -83,9 +83,9 @@ def jpeg(**options: Any) -> bytes:
     return saved(noise(), "JPEG", quality=95, **options)
 
 
-def ycck(colour: Colour) -> bytes:
+def ycck(color: Color) -> bytes:
     """A JPEG whose ink is coded as luma and chroma of its complement, as Photoshop writes for print."""
-    inks = Image.new("RGB", (16, 16), tuple(255 - v for v in colour)).convert("YCbCr")
+    inks = Image.new("RGB", (16, 16), tuple(255 - v for v in color)).convert("YCbCr")
     planes = (
         *(Image.eval(band, lambda v: 255 - v) for band in inks.split()),
         Image.new("L", (16, 16)),
@@ -152,9 +152,9 @@ def frames(form: str) -> bytes:
     )
 
 
-def palette(colours: Sequence[int]) -> Image.Image:
+def palette(colors: Sequence[int]) -> Image.Image:
     image = Image.new("P", (8, 8), 1)
-    image.putpalette(bytes(colours))
+    image.putpalette(bytes(colors))
     return image
 
 
@@ -175,7 +175,7 @@ REFUSED: Mapping[str, tuple[File, Reason]] = {
     "PNG of 0 x 5": (lambda: png((0, 5), [b""] * 5), CORRUPT),
     "PNG of 5 x 0": (lambda: png((5, 0), []), CORRUPT),
     "PNG with a byte turned": (wrong_checksum, CORRUPT),
-    "PNG without its palette": (lambda: png((3, 1), [b"\0\1\2"], colour=PALETTE), CORRUPT),
+    "PNG without its palette": (lambda: png((3, 1), [b"\0\1\2"], color=PALETTE), CORRUPT),
     "PNG with a bomb as text": (lambda: inflated(b"zTXt"), CORRUPT),
     "PNG with a bomb as profile": (lambda: inflated(b"iCCP"), CORRUPT),
     "PNG of countless chunks": (lambda: small_png(chunk(b"prVt", b"") * 200_000), CORRUPT),
@@ -217,7 +217,7 @@ REFUSED: Mapping[str, tuple[File, Reason]] = {
     "polyglot that begins as HTML": (lambda: b"<!--" + jpeg() + b"-->", FOREIGN),
 }
 
-PICTURES: Mapping[str, tuple[File, tuple[int, int], Colour]] = {  # file, width and height, the colour of every pixel
+PICTURES: Mapping[str, tuple[File, tuple[int, int], Color]] = {  # file, width and height, the color of every pixel
     "1 x 1": (lambda: png((1, 1), [bytes(RED)]), (1, 1), RED),
     "1 x 10,000": (lambda: png((1, 10_000), [bytes(RED)] * 10_000), (1, 10_000), RED),
     "10,000 x 1": (lambda: png((10_000, 1), [bytes(RED) * 10_000]), (10_000, 1), RED),
@@ -229,20 +229,20 @@ PICTURES: Mapping[str, tuple[File, tuple[int, int], Colour]] = {  # file, width 
     "YCCK white": (lambda: ycck(WHITE), (16, 16), WHITE),
     "YCCK red": (lambda: ycck(RED), (16, 16), RED),
     "16 bits RGB": (lambda: png((1, 1), [struct.pack(">3H", *(257 * v for v in RED))], depth=16), (1, 1), RED),
-    "16 bits grey": (lambda: png((1, 1), [b"\x64\xff"], depth=16, colour=GREY), (1, 1), (100, 100, 100)),
+    "16 bits grey": (lambda: png((1, 1), [b"\x64\xff"], depth=16, color=GREY), (1, 1), (100, 100, 100)),
     "16 bits grey, clear": (
-        lambda: png((1, 1), [b"\x64\xff"], chunk(b"tRNS", b"\x64\xff"), depth=16, colour=GREY), (1, 1), WHITE,
+        lambda: png((1, 1), [b"\x64\xff"], chunk(b"tRNS", b"\x64\xff"), depth=16, color=GREY), (1, 1), WHITE,
     ),
     "16 bits, a little clear": (
-        lambda: png((1, 1), [struct.pack(">4H", 0, 0, 0, 0x7FFF)], depth=16, colour=RGBA), (1, 1), (128, 128, 128),
+        lambda: png((1, 1), [struct.pack(">4H", 0, 0, 0, 0x7FFF)], depth=16, color=RGBA), (1, 1), (128, 128, 128),
     ),
-    "1 bit white": (lambda: png((8, 1), [b"\xff"], depth=1, colour=GREY), (8, 1), WHITE),
-    "1 bit black": (lambda: png((8, 1), [b"\0"], depth=1, colour=GREY), (8, 1), (0, 0, 0)),
-    "4 bits grey": (lambda: png((2, 1), [b"\x77"], depth=4, colour=GREY), (2, 1), (119, 119, 119)),
+    "1 bit white": (lambda: png((8, 1), [b"\xff"], depth=1, color=GREY), (8, 1), WHITE),
+    "1 bit black": (lambda: png((8, 1), [b"\0"], depth=1, color=GREY), (8, 1), (0, 0, 0)),
+    "4 bits grey": (lambda: png((2, 1), [b"\x77"], depth=4, color=GREY), (2, 1), (119, 119, 119)),
     "palette": (lambda: saved(palette([9, 9, 9, *RED]), "PNG"), (8, 8), RED),
     "palette, clear": (lambda: saved(palette([9, 9, 9, *RED]), "PNG", transparency=1), (8, 8), WHITE),
     "palette, clear, GIF": (lambda: saved(palette([9, 9, 9, *RED]), "GIF", transparency=1), (8, 8), WHITE),
-    "a colour clear": (lambda: small_png(chunk(b"tRNS", struct.pack(">3H", *RED))), (20, 4), WHITE),
+    "a color clear": (lambda: small_png(chunk(b"tRNS", struct.pack(">3H", *RED))), (20, 4), WHITE),
     "grey and alpha": (lambda: saved(Image.new("LA", (8, 8), (0, 51)), "PNG"), (8, 8), (204, 204, 204)),
     "a thousand frames, GIF": (lambda: frames("GIF"), (8, 8), RED),
     "a thousand frames, PNG": (lambda: frames("PNG"), (8, 8), RED),
@@ -299,8 +299,8 @@ def seeds() -> list[bytes]:
         *(saved(image, form) for form in ("GIF", "BMP")),
         *(saved(image.convert(mode), "BMP") for mode in ("1", "P")),
         *(
-            png((24, 20), [bytes(12)] * 20, depth=4, colour=GREY),
-            png((8, 8), [bytes(16)] * 8, depth=16, colour=GREY),
+            png((24, 20), [bytes(12)] * 20, depth=4, color=GREY),
+            png((8, 8), [bytes(16)] * 8, depth=16, color=GREY),
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""Words of a command line and recipes of an artefact that are wrong, odd, or written to run something."""
+"""Words of a command line and recipes of an artifact that are wrong, odd, or written to run something."""
 
 import json
 import pickle
@@ -114,7 +114,7 @@ NEARLY: Mapping[str, tuple[str, str, str]] = {  # what is misspelled -> path, va
     "a kind of bridge": ("stages.align.model.bridge", "lineer", "linear"),
     "a word of a kind": ("stages.align.model.bridge", "mlp(dept=2)", "depth"),
     "a choice": ("stages.align.optim.decay", "cosin", "cosine"),
-    "a precision": ("stages.align.shard.precision", "bf61", "bf16"),
+    "a precision": ("stages.align.zero.precision", "bf61", "bf16"),
 }
 OUT_OF_RANGE: tuple[tuple[str, str], ...] = (
     *(
@@ -134,7 +134,7 @@ OUT_OF_RANGE: tuple[tuple[str, str], ...] = (
     *(("stages.align.data.sources.cc.max_epochs", value) for value in ("0", "-1", "nan")),
     *(("stages.align.data.sources.cc.following", value) for value in ("-0.1", "1.1", "nan")),
     ("stages.align.data.sources.cc.images", "0"),
-    ("stages.align.shard.stage", "4"),
+    ("stages.align.zero.stage", "4"),
     ("stages.align.name", "instruct"),
     ("stages.align.name", ""),
     ("stages.align.name", "../../align"),
@@ -250,7 +250,7 @@ def put(whole: Any, path: tuple[Any, ...], value: Any) -> Any:
     return copy
 
 
-# --- the files of an artefact ----------------------------------------------------------------------------------------
+# --- the files of an artifact ----------------------------------------------------------------------------------------
 
 NOT_JSON: Mapping[str, bytes] = {
     "no bytes": b"",

@@ -199,7 +199,7 @@ BOX: dict[str, Any] = {
     "bbox": [1.0, 2.0, 8.0, 8.0],
     "iscrowd": 0,
 }
-LICENCES = [{"id": 4, "name": "CC-BY"}]
+LICENSES = [{"id": 4, "name": "CC-BY"}]
 CATEGORIES = [{"id": 18, "name": "ring"}]
 QUESTION: dict[str, Any] = {"question_id": 1, "image_id": 1, "question": "What is it?"}
 ANSWER: dict[str, Any] = {
@@ -244,7 +244,7 @@ def documents() -> Iterator[tuple[str, Document]]:
         for n, row in enumerate(answered)
     ]
     shown, told = (
-        {"images": [IMAGE, {**IMAGE, "id": 2}], "licenses": LICENCES},
+        {"images": [IMAGE, {**IMAGE, "id": 2}], "licenses": LICENSES},
         {"categories": CATEGORIES},
     )
     yield "captions", Document("coco", {**shown, "annotations": captions}, len(captions))
@@ -261,8 +261,8 @@ def documents() -> Iterator[tuple[str, Document]]:
         ),
     )
     yield (
-        "licences",
-        Document("coco", {**shown, "licenses": mutants(LICENCES[0]), "annotations": [CAPTION]}, 1),
+        "licenses",
+        Document("coco", {**shown, "licenses": mutants(LICENSES[0]), "annotations": [CAPTION]}, 1),
     )
     yield (
         "questions",

@@ -66,14 +66,14 @@ def test_bombs_take_no_memory() -> None:
 
 @pytest.mark.parametrize("name", images.PICTURES)
 def test_every_odd_image_is_the_picture_that_it_is(name: str) -> None:
-    make, size, colour = images.PICTURES[name]
+    make, size, color = images.PICTURES[name]
     data = make()
     found = decode(data)
     assert (found.mode, found.size, size_of(data)) == ("RGB", size, size)
-    assert np.abs(np.asarray(found, dtype=int) - colour).max() <= 1
+    assert np.abs(np.asarray(found, dtype=int) - color).max() <= 1
     for squares in (square(data)[None], tiled(data)[:1]):
         assert squares.shape == (1, 3, 16, 16)
-        assert np.abs(squares.transpose(0, 2, 3, 1).astype(int) - colour).max() <= 1
+        assert np.abs(squares.transpose(0, 2, 3, 1).astype(int) - color).max() <= 1
 
 
 @pytest.mark.parametrize("name", images.BESIDE)
@@ -122,5 +122,5 @@ def test_any_file_is_a_picture_or_a_bad_sample() -> None:
 
 def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     ramp = np.linspace(0, 65_535, 256, dtype=">u2")
-    found = np.asarray(decode(images.png((256, 1), [ramp.tobytes()], depth=16, colour=images.GREY)))
+    found = np.asarray(decode(images.png((256, 1), [ramp.tobytes()], depth=16, color=images.GREY)))
     assert np.array_equal(found[0, :, 0], ramp.astype(int) >> 8)

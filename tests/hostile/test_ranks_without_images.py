@@ -65,7 +65,7 @@ def stage_of(wiring: str, zero: Literal[0, 3], dataset: str) -> Stage:
         ),
         budget=Budget(steps=len(STEPS), batch=2 * HALF, micro=2 * HALF),
         optim=replace(whole.optim, warmup=0.0, weight_decay=0.0),
-        shard=ZeRO(stage=zero, precision="fp32"),
+        zero=ZeRO(stage=zero, precision="fp32"),
     )
 
 
@@ -132,7 +132,7 @@ def run(folder: Path, cases: tuple[Case, ...]) -> Path:
             talks(kind == "shown"),
             str(folder / kind),
             source="test",
-            licence="CC0-1.0",
+            license="CC0-1.0",
             made_by="tests",
         )
     two = spawn(one_of_two, (folder, cases), nprocs=2, join=False)
@@ -172,7 +172,7 @@ def compare(folder: Path, wiring: str, zero: int) -> None:
     assert [step for step, _ in two] == [0, 1, 2] and all(isfinite(loss) for _, loss in two)
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
     expected, found = (
-        artifacts.weights(folder / "runs" / f"{wiring}-{each}" / "alone" / "artefact")
+        artifacts.weights(folder / "runs" / f"{wiring}-{each}" / "alone" / "artifact")
         for each in ("0-1", f"{zero}-2")
     )
     assert found.keys() == expected.keys()

@@ -146,10 +146,10 @@ def test_a_stage_does_not_start_from_another_shape(tiny: System, tmp_path: Path)
         tiny, {"stages.*.model.language.width": "128", "stages.*.model.language.heads": "4"}
     )
     state = {n: t for n, t in fresh(tiny["align"]).state_dict().items() if n.startswith("bridge.")}
-    artifacts.save(tmp_path / "artefact", state, system=tiny, stage="align")
+    artifacts.save(tmp_path / "artifact", state, system=tiny, stage="align")
     model = fresh(wider["instruct"])
     said = line(
-        lambda: artifacts.load_into(model, artifacts.weights(tmp_path / "artefact"), "artefact"),
+        lambda: artifacts.load_into(model, artifacts.weights(tmp_path / "artifact"), "artifact"),
         WeightsError,
     )
     assert "bridge." in said and "shapes differ" in said
@@ -198,19 +198,19 @@ def test_any_value_anywhere_in_a_recipe_is_taken_or_refused(tiny: System) -> Non
     assert min(outcomes.values()) > 100, outcomes
 
 
-# --- an artefact's folder --------------------------------------------------------------------------------------------
+# --- an artifact's folder --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def folder(tiny: System, tmp_path: Path) -> Path:
     state = {n: t for n, t in fresh(tiny["align"]).state_dict().items() if n.startswith("bridge.")}
-    artifacts.save(tmp_path / "artefact", state, system=tiny, stage="align")
-    return tmp_path / "artefact"
+    artifacts.save(tmp_path / "artifact", state, system=tiny, stage="align")
+    return tmp_path / "artifact"
 
 
 @pytest.mark.parametrize("name", recipes.NOT_JSON)
-@pytest.mark.parametrize("file", ["artefact.json", "recipe.json"])
-def test_an_artefact_that_says_nothing_sensible_is_refused(
+@pytest.mark.parametrize("file", ["artifact.json", "recipe.json"])
+def test_an_artifact_that_says_nothing_sensible_is_refused(
     file: str, name: str, folder: Path
 ) -> None:
     (folder / file).write_bytes(recipes.NOT_JSON[name])
@@ -218,10 +218,10 @@ def test_an_artefact_that_says_nothing_sensible_is_refused(
 
 
 def test_weights_that_mean_harm_are_refused_and_not_unpickled(folder: Path, tmp_path: Path) -> None:
-    info, mark = json.loads((folder / "artefact.json").read_text()), tmp_path / "harm"
+    info, mark = json.loads((folder / "artifact.json").read_text()), tmp_path / "harm"
     for data in recipes.weights(mark).values():
         (folder / "weights.safetensors").write_bytes(data)
-        (folder / "artefact.json").write_text(
+        (folder / "artifact.json").write_text(
             json.dumps(info | {"digest": hashlib.sha256(data).hexdigest()})
         )
         line(lambda: artifacts.load(folder), WeightsError)
@@ -229,10 +229,10 @@ def test_weights_that_mean_harm_are_refused_and_not_unpickled(folder: Path, tmp_
 
 
 @pytest.mark.parametrize("field", ["stage", "digest", "datasets", "parameters", "fingerprint"])
-def test_an_artefact_with_odd_fields_is_read_or_refused(field: str, folder: Path) -> None:
-    info = json.loads((folder / "artefact.json").read_text())
+def test_an_artifact_with_odd_fields_is_read_or_refused(field: str, folder: Path) -> None:
+    info = json.loads((folder / "artifact.json").read_text())
     for value in recipes.VALUES:
-        (folder / "artefact.json").write_text(json.dumps(info | {field: value}))
+        (folder / "artifact.json").write_text(json.dumps(info | {field: value}))
         try:
             assert isinstance(artifacts.load(folder).model, torch.nn.Module)
         except BridgeworkError as error:

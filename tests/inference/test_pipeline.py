@@ -120,8 +120,8 @@ def test_cached_features_count_as_their_images(samples: list[Sample]) -> None:
 
 def test_rank_is_likelihood_less_prior_computed_apart(samples: list[Sample]) -> None:
     pipe = pipeline()
-    colour = tuple(round(255 * m) for m in pipe.stage.model.pixels.mean)
-    blank = png(Image.new("RGB", (32, 32), colour))
+    color = tuple(round(255 * m) for m in pipe.stage.model.pixels.mean)
+    blank = png(Image.new("RGB", (32, 32), color))
     image = samples[0].images[0]
     expected = {
         c: loglik_alone(pipe, pair("x", image, c)) - loglik_alone(pipe, pair("x", blank, c))
@@ -320,14 +320,14 @@ def test_a_prompt_is_the_beginning_of_what_was_trained_on(
     assert whole.ids[shared:first_with_loss] in ([], pipe.tokenizer(" ").input_ids)
 
 
-# --- artefacts -------------------------------------------------------------------------------------------------------
+# --- artifacts -------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_loaded_judges_like_what_was_saved(tmp_path: Path, samples: list[Sample]) -> None:
     pipe = pipeline()
     system = System(name="toy", paper="", stages=(pipe.stage,))
-    artifacts.save(tmp_path / "artefact", pipe.model.state_dict(), system=system, stage="align")
-    loaded = Pipeline.load(str(tmp_path / "artefact"), device="cpu")
+    artifacts.save(tmp_path / "artifact", pipe.model.state_dict(), system=system, stage="align")
+    loaded = Pipeline.load(str(tmp_path / "artifact"), device="cpu")
     assert isinstance(loaded.model, PrefixVLM)
     assert loaded.loglik(samples) == pipe.loglik(samples)
     assert loaded.inputs.device == torch.device("cpu")

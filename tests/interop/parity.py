@@ -33,8 +33,8 @@ def models() -> Iterator[tuple[str, Callable[[], Any]]]:
 def compared(model: Any, folder: Path) -> tuple[Certificate, bool]:
     """In and out again: the certificate of the way in, and whether every tensor came back with its bits."""
     model.save_pretrained(folder / "in")
-    certificate = import_hf(folder / "in", folder / "artefact")
-    export_hf(folder / "artefact", folder / "out", certificate.architecture)
+    certificate = import_hf(folder / "in", folder / "artifact")
+    export_hf(folder / "artifact", folder / "out", certificate.architecture)
     before, after = (load_file(folder / side / "model.safetensors") for side in ("in", "out"))
     return certificate, before.keys() == after.keys() and all(
         torch.equal(t, after[n]) for n, t in before.items()

@@ -196,9 +196,9 @@ def test_a_folder_of_transformers_comes_in_and_goes_out_as_it_was(
 ) -> None:
     _, theirs = both(architecture)
     theirs.save_pretrained(tmp_path / "in")
-    came = import_hf(tmp_path / "in", tmp_path / "artefact")
+    came = import_hf(tmp_path / "in", tmp_path / "artifact")
     assert came.holds and came.architecture == architecture
-    went = export_hf(tmp_path / "artefact", tmp_path / "out")
+    went = export_hf(tmp_path / "artifact", tmp_path / "out")
     assert went.holds and went.digest == came.digest
     back = type(theirs).from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(tensor, back[name]) for name, tensor in theirs.state_dict().items())

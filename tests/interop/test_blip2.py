@@ -189,8 +189,8 @@ def test_logits_and_greedy_ids_agree(shape: str) -> None:
 @pytest.mark.parametrize("shape", WRITERS)
 def test_in_and_out_again_gives_the_same_bits(shape: str, tmp_path: Path) -> None:
     theirs(shape).save_pretrained(tmp_path / "in")
-    assert import_hf(tmp_path / "in", tmp_path / "artefact").holds
-    assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
+    assert import_hf(tmp_path / "in", tmp_path / "artifact").holds
+    assert export_hf(tmp_path / "artifact", tmp_path / "out").holds
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
     assert before.keys() == after.keys() and all(
         torch.equal(t, after[name]) for name, t in before.items()
@@ -218,12 +218,12 @@ def test_both_tokenizers_of_an_instructblip_travel_with_it(tmp_path: Path) -> No
     theirs("instructblip-llama").save_pretrained(tmp_path / "in")
     for folder in (tmp_path / "in", tmp_path / "in" / "qformer_tokenizer"):
         load_tokenizer("bytes").save_pretrained(folder)
-    import_hf(tmp_path / "in", tmp_path / "artefact")
+    import_hf(tmp_path / "in", tmp_path / "artifact")
     shutil.rmtree(tmp_path / "in")
-    model = artifacts.load(tmp_path / "artefact").stage.model
-    assert model.tokenizer == str(tmp_path / "artefact" / "tokenizer")
-    assert model.instruction == str(tmp_path / "artefact" / "tokenizer" / "qformer_tokenizer")
-    export_hf(tmp_path / "artefact", tmp_path / "out")
+    model = artifacts.load(tmp_path / "artifact").stage.model
+    assert model.tokenizer == str(tmp_path / "artifact" / "tokenizer")
+    assert model.instruction == str(tmp_path / "artifact" / "tokenizer" / "qformer_tokenizer")
+    export_hf(tmp_path / "artifact", tmp_path / "out")
     said = [
         load_tokenizer(str(tmp_path / "out" / place))("a dog").input_ids
         for place in ("", "qformer_tokenizer")
@@ -299,8 +299,8 @@ def test_contrast_and_matching_agree_with_transformers_retrieval(sizes: Any) -> 
 
 def test_a_finder_goes_in_and_out_with_the_same_bits(tmp_path: Path) -> None:
     finder(VIT, QFORMER, 16).save_pretrained(tmp_path / "in")
-    assert import_hf(tmp_path / "in", tmp_path / "artefact").holds
-    assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
+    assert import_hf(tmp_path / "in", tmp_path / "artifact").holds
+    assert export_hf(tmp_path / "artifact", tmp_path / "out").holds
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
     assert before.keys() == after.keys() and all(
         torch.equal(t, after[name]) for name, t in before.items()

@@ -35,8 +35,8 @@ def test_in_and_out_again_gives_the_same_bits(
 ) -> None:
     model = theirs(shape).to(dtype)
     model.save_pretrained(tmp_path / "in")
-    import_hf(tmp_path / "in", tmp_path / "artefact")
-    export_hf(tmp_path / "artefact", tmp_path / "out")
+    import_hf(tmp_path / "in", tmp_path / "artifact")
+    export_hf(tmp_path / "artifact", tmp_path / "out")
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
     assert before.keys() == after.keys()
     assert all(
@@ -48,13 +48,13 @@ def test_in_and_out_again_gives_the_same_bits(
 
 
 def test_the_certificate_says_what_was_compared(folder: Path, tmp_path: Path) -> None:
-    import_hf(folder, tmp_path / "artefact")
-    said = json.loads((tmp_path / "artefact" / CERTIFICATE).read_text())
+    import_hf(folder, tmp_path / "artifact")
+    said = json.loads((tmp_path / "artifact" / CERTIFICATE).read_text())
     assert said["architecture"] == "CLIPModel"
     assert said["differences"].keys() == {"image", "text", "logits"}
     assert all(difference <= 1e-5 for difference in said["differences"].values())
     assert said["parameters"] == sum(p.numel() for p in theirs("small").parameters())
-    assert artifacts.load(tmp_path / "artefact").stage.name == "contrast"
+    assert artifacts.load(tmp_path / "artifact").stage.name == "contrast"
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_what_an_architecture_writes_is_compared_as_it_would_be_written(
     """Features or vectors and logits for all; greedy text, the same when written again, for all that write."""
     make = {type(model()).__name__: model for _, model in models()}[architecture]
     make().save_pretrained(tmp_path / "in")
-    certificate = import_hf(tmp_path / "in", tmp_path / "artefact")
-    said = json.loads((tmp_path / "artefact" / CERTIFICATE).read_text())
+    certificate = import_hf(tmp_path / "in", tmp_path / "artifact")
+    said = json.loads((tmp_path / "artifact" / CERTIFICATE).read_text())
     assert certificate.differences.keys() & {"features", "image"}
     assert certificate.differences.keys() & {"logits", "match"}
     writes = architecture.endswith(
@@ -191,7 +191,7 @@ def test_no_generation_config_of_theirs_changes_what_is_compared(tmp_path: Path)
     )
     model.save_pretrained(tmp_path / "other")
     plain, other = (
-        import_hf(tmp_path / name, tmp_path / f"{name}-artefact") for name in ("plain", "other")
+        import_hf(tmp_path / name, tmp_path / f"{name}-artifact") for name in ("plain", "other")
     )
     assert plain.texts["greedy"] == other.texts["greedy"]
     assert {
@@ -207,10 +207,10 @@ def test_what_is_there_is_not_written_over(folder: Path, tmp_path: Path) -> None
         import_hf(folder, tmp_path / "out")
 
 
-def test_an_artefact_is_not_exported_as_another_architecture(folder: Path, tmp_path: Path) -> None:
-    import_hf(folder, tmp_path / "artefact")
+def test_an_artifact_is_not_exported_as_another_architecture(folder: Path, tmp_path: Path) -> None:
+    import_hf(folder, tmp_path / "artifact")
     with pytest.raises(SpecError, match="is no BlipModel"):
-        export_hf(tmp_path / "artefact", tmp_path / "out", "BlipModel")
+        export_hf(tmp_path / "artifact", tmp_path / "out", "BlipModel")
 
 
 def test_every_architecture_names_a_class_of_transformers() -> None:

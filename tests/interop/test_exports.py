@@ -72,8 +72,8 @@ def round_trip(
 ) -> Path:
     model.save_pretrained(folder / "in")
     prepare(folder / "in")
-    import_hf(folder / "in", folder / "artefact")
-    export_hf(folder / "artefact", folder / "out", type(model).__name__)
+    import_hf(folder / "in", folder / "artifact")
+    export_hf(folder / "artifact", folder / "out", type(model).__name__)
     return folder / "out"
 
 
@@ -133,7 +133,7 @@ def test_exported_model_stops_where_the_imported_one_does(name: str, tmp_path: P
     """`generate` with nothing but its own settings: a word that it writes is its end of text."""
     model = MODELS[name]()
     model.save_pretrained(tmp_path / "plain")
-    plain = json.loads(import_hf_and_read(tmp_path / "plain", tmp_path / "plain-artefact"))
+    plain = json.loads(import_hf_and_read(tmp_path / "plain", tmp_path / "plain-artifact"))
     (row, *_) = plain["texts"]["until_end"]["ours"]
     ending = row[3]
     for part in (model.config, getattr(model.config, "text_config", None)):
@@ -190,18 +190,18 @@ def trained(
     """An artifact of a tiny stage, as if it had learned for three steps, and its stage."""
     recipe, _, stage_name = name.partition("/")
     system = load(recipe).tiny()
-    stage = change(replace(system[stage_name], starts_from=None, inherits=()))
+    stage = change(replace(system[stage_name], starts_from=None, init_params=()))
     system = System(name=system.name, paper="", stages=(stage,))
     torch.manual_seed(0)
     model = stirred(stage.model.build(pretrained=False))
     artifacts.save(
-        folder / "artefact",
+        folder / "artifact",
         dict(model.named_parameters()),
         system=system,
         stage=stage.name,
         steps=3,
     )
-    return folder / "artefact", stage
+    return folder / "artifact", stage
 
 
 @pytest.mark.parametrize(
@@ -379,9 +379,9 @@ def test_a_t5_with_an_output_matrix_of_its_own_goes_in_and_out(
     untied(tmp_path / "in", "language_model.")
     state = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / "in" / FILE).items()}
     save_file(state, tmp_path / "in" / FILE, metadata={"format": "pt"})
-    assert import_hf(tmp_path / "in", tmp_path / "artefact").holds
-    assert not artifacts.load(tmp_path / "artefact").stage.model.language.tied
-    export_hf(tmp_path / "artefact", tmp_path / "out")
+    assert import_hf(tmp_path / "in", tmp_path / "artifact").holds
+    assert not artifacts.load(tmp_path / "artifact").stage.model.language.tied
+    export_hf(tmp_path / "artifact", tmp_path / "out")
     before, after = (load_file(tmp_path / side / FILE) for side in ("in", "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(t, after[n]) and t.dtype == after[n].dtype for n, t in before.items())
@@ -578,7 +578,7 @@ def test_a_field_that_has_no_place_is_refused_by_name(
     config[part][field] = value
     (tmp_path / "in" / CONFIG).write_text(json.dumps(config))
     try:
-        import_hf(tmp_path / "in", tmp_path / "artefact")
+        import_hf(tmp_path / "in", tmp_path / "artifact")
     except WeightsError as error:
         assert field in str(error) or "another shape" in str(error)
         assert "\n" not in str(error)
@@ -622,8 +622,8 @@ def test_a_blip2_config_without_an_image_word_comes_in_and_goes_out_with_one(
     config = json.loads((tmp_path / "in" / CONFIG).read_text())
     del config["image_token_index"]
     (tmp_path / "in" / CONFIG).write_text(json.dumps(config))
-    assert import_hf(tmp_path / "in", tmp_path / "artefact").holds
-    assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
+    assert import_hf(tmp_path / "in", tmp_path / "artifact").holds
+    assert export_hf(tmp_path / "artifact", tmp_path / "out").holds
     word = AutoConfig.from_pretrained(tmp_path / "out").image_token_index
     assert isinstance(word, int)
 
@@ -664,7 +664,7 @@ def test_grids_that_no_tiles_fill_are_refused(tmp_path: Path) -> None:
         WeightsError,
         match=f"no tiles of {side} pixels fill. Got .{side + 1}, {side}.; expected multiples",
     ):
-        import_hf(tmp_path / "in", tmp_path / "artefact")
+        import_hf(tmp_path / "in", tmp_path / "artifact")
 
 
 def test_weights_that_are_not_finite_are_not_imported(tmp_path: Path) -> None:
@@ -676,7 +676,7 @@ def test_weights_that_are_not_finite_are_not_imported(tmp_path: Path) -> None:
         {"format": "pt"},
     )
     with pytest.raises(WeightsError, match="Got NaN or infinity in"):
-        import_hf(tmp_path / "in", tmp_path / "artefact")
+        import_hf(tmp_path / "in", tmp_path / "artifact")
 
 
 def test_exported_files_are_as_readable_as_each_other(tmp_path: Path) -> None:

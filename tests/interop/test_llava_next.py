@@ -185,8 +185,8 @@ def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(
     shape: str, tmp_path: Path
 ) -> None:
     theirs(shape).save_pretrained(tmp_path / "in")
-    assert import_hf(tmp_path / "in", tmp_path / "artefact").differences["logits"] <= 1e-5
-    assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
+    assert import_hf(tmp_path / "in", tmp_path / "artifact").differences["logits"] <= 1e-5
+    assert export_hf(tmp_path / "artifact", tmp_path / "out").holds
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -199,8 +199,8 @@ def test_adapters_go_out_merged(tmp_path: Path) -> None:
     model = stirred(adapted.build()).eval()
     stage = llava_next.stage(adapted)
     system = System(name="s", paper="", stages=(stage,))
-    artifacts.save(tmp_path / "artefact", model.state_dict(), system=system, stage=stage.name)
-    assert export_hf(tmp_path / "artefact", tmp_path / "out").holds
+    artifacts.save(tmp_path / "artifact", model.state_dict(), system=system, stage=stage.name)
+    assert export_hf(tmp_path / "artifact", tmp_path / "out").holds
     out: Any = transformers.LlavaNextForConditionalGeneration.from_pretrained(
         str(tmp_path / "out")
     ).eval()

@@ -120,7 +120,7 @@ def test_weights_are_referred_to_and_not_copied(
     run = mlflow_tracker.start("align")
     model = mlflow_tracker.output(run, "llava/align", str(tmp_path), {"digest": "w" * 64})
     assert client.get_logged_model(model).status == "READY"
-    assert client.get_logged_model(model).tags == {"artefact": str(tmp_path), "digest": "w" * 64}
+    assert client.get_logged_model(model).tags == {"artifact": str(tmp_path), "digest": "w" * 64}
     assert not list(store.rglob("weights.safetensors"))
     assert mlflow_tracker.output(run, "llava/align", str(tmp_path), {"digest": "w" * 64}) == model
     assert [m.id for m in mlflow_tracker.makers("w" * 64)] == [run]
@@ -137,7 +137,7 @@ def test_version_refers_to_its_logged_model(
     kept = client.get_model_version("store-llava", version.version)
     assert '"store-llava"' in client.get_logged_model(model).tags["mlflow.modelVersions"]
     assert kept.source == client.get_logged_model(model).artifact_location
-    assert kept.tags == {"artefact": "/runs/align", "digest": "w" * 64, "loss": "2.5"}
+    assert kept.tags == {"artifact": "/runs/align", "digest": "w" * 64, "loss": "2.5"}
     assert mlflow_tracker.registered(run) == [version]
 
 

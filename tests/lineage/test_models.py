@@ -73,7 +73,7 @@ def test_a_model_is_named_as_people_say_it(said: str, meant: tuple[str, str]) ->
 
 
 def test_what_has_a_slash_is_a_folder(tmp_path: Path) -> None:
-    assert is_folder("runs/monday/align/artefact")
+    assert is_folder("runs/monday/align/artifact")
     assert is_folder(str(tmp_path))
     assert not is_folder("runs")  # a folder of that name here must not hide the model
     assert not is_folder("llava@challenger")

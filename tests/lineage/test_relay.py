@@ -328,5 +328,5 @@ def test_server_stopped_in_the_middle_of_a_run_costs_no_point(
         model = tracker.output(run, "llava-align", "/runs/align", {"digest": "w" * 64})
         version = tracker.register("llava", model, run, "/runs/align", {"digest": "w" * 64})
         tracker.alias("llava", "champion", version.version)
-        assert tracker.version("llava", "champion").artefact == "/runs/align"
+        assert tracker.version("llava", "champion").artifact == "/runs/align"
         assert tracker.start("align", tags={"run_key": "k"}) == run

@@ -51,7 +51,7 @@ def dataset(home: Path, name: str, seed: int, **about: object) -> DatasetInput:
     path = home / "datasets" / name
     written = {
         "source": "https://example.org/cc3m",
-        "licence": "CC-BY-4.0",
+        "license": "CC-BY-4.0",
         "made_by": "import_pairs",
     } | about
     manifest = write(shapes(rows=8, seed=seed), str(path), **written)
@@ -73,7 +73,7 @@ def story(mlflow_tracker: MLflowTracker, tmp_path: Path) -> Story:
         parameters={"keep": 0.5},
         parents=[raw.digest],
     )
-    chats = dataset(tmp_path, "chats", seed + 2, licence="CC0-1.0")
+    chats = dataset(tmp_path, "chats", seed + 2, license="CC0-1.0")
     first, second = uuid4().hex * 2, uuid4().hex * 2
     about = {"system": "llava", "fingerprint": "f1f2f3f4f5f6", "git_commit": "0a1b2c3d4e5f"}
 
@@ -83,24 +83,24 @@ def story(mlflow_tracker: MLflowTracker, tmp_path: Path) -> Story:
     )
     tracker.inputs(align, [clean])
     tracker.points(align, [Point("loss", 2.5, 10, 1_700_000_000_000)])
-    tracker.output(align, "llava-align", "/runs/monday/align/artefact", {"digest": first})
+    tracker.output(align, "llava-align", "/runs/monday/align/artifact", {"digest": first})
     instruct = tracker.start(
         "instruct", parent=system, tags=about | {"stage": "instruct", "starts_from_digest": first}
     )
     tracker.inputs(instruct, [chats])
     model = tracker.output(
-        instruct, "llava-instruct", "/runs/monday/instruct/artefact", {"digest": second}
+        instruct, "llava-instruct", "/runs/monday/instruct/artifact", {"digest": second}
     )
     for run in (align, instruct, system):
         tracker.finish(run)
     name = f"llava-{uuid4().hex[:6]}"
     version = tracker.register(
-        name, model, instruct, "/runs/monday/instruct/artefact", {"digest": second}
+        name, model, instruct, "/runs/monday/instruct/artifact", {"digest": second}
     )
     tracker.alias(name, "champion", version.version)
 
     deployment = uuid4().hex[:12]
-    serve(tmp_path, deployment, name, version.version, version.artefact, second)
+    serve(tmp_path, deployment, name, version.version, version.artifact, second)
     return Story(
         tmp_path,
         tracker,
@@ -115,14 +115,14 @@ def story(mlflow_tracker: MLflowTracker, tmp_path: Path) -> Story:
 
 
 def serve(
-    home: Path, deployment: str, model: str, version: str, artefact: str, digest: str
+    home: Path, deployment: str, model: str, version: str, artifact: str, digest: str
 ) -> None:
     words = {
         "id": deployment,
         "app": "chat",
         "model": model,
         "version": version,
-        "artefact": artefact,
+        "artifact": artifact,
     }
     words |= {"digest": digest, "started": "2026-11-22T10:00:00+00:00"}
     (home / "deployments").mkdir(exist_ok=True)
@@ -135,12 +135,12 @@ def test_answer_leads_back_to_the_shards(story: Story) -> None:
         f"response {story.answer}",
         "deployment ",
         f"model {story.version.name} version 1  champion",
-        f"weights {story.version.tags['digest'][:12]}  /runs/monday/instruct/artefact",
+        f"weights {story.version.tags['digest'][:12]}  /runs/monday/instruct/artifact",
         f"stage instruct of llava {story.instruct}  finished",
         "recipe f1f2f3f4f5f6",
         "git commit 0a1b2c3d4e5f",
         "dataset chats",
-        "licence CC0-1.0",
+        "license CC0-1.0",
         f"stage align of llava {story.align}",
         "metrics loss 2.5",
         f"dataset clean {story.clean.digest[:12]}  8 rows",
@@ -174,7 +174,7 @@ def test_dataset_leads_on_to_the_deployment_that_saw_it(story: Story) -> None:
             f"dataset raw {story.raw.digest[:12]}",
             f"dataset clean {story.clean.digest[:12]}",
             f"stage align of llava {story.align}",
-            "/runs/monday/align/artefact",
+            "/runs/monday/align/artifact",
             f"stage instruct of llava {story.instruct}",
             f"model {story.version.name} version 1  champion",
             f"deployment {story.answer.split('-')[1]}  chat",
@@ -194,11 +194,11 @@ def test_dataset_that_was_deleted_is_still_traced(story: Story) -> None:
 
 def test_weights_without_a_version_are_traced_by_their_digest(story: Story) -> None:
     digest = story.version.tags["digest"]
-    serve(story.home, "byfolder", "artefact", "", "/elsewhere/artefact", digest)
-    serve(story.home, "unknown", "artefact", "", "/elsewhere/other", "0" * 64)
-    serve(story.home, "gone", story.version.name, "7", "/elsewhere/artefact", digest)
+    serve(story.home, "byfolder", "artifact", "", "/elsewhere/artifact", digest)
+    serve(story.home, "unknown", "artifact", "", "/elsewhere/other", "0" * 64)
+    serve(story.home, "gone", story.version.name, "7", "/elsewhere/artifact", digest)
     shown = text(trace("byfolder", story.tracker, story.home))
-    assert f"weights {digest[:12]}  /elsewhere/artefact" in shown
+    assert f"weights {digest[:12]}  /elsewhere/artifact" in shown
     assert f"stage instruct of llava {story.instruct}" in shown
     assert "no run of this store made these weights" in text(
         trace("unknown", story.tracker, story.home)

@@ -14,10 +14,10 @@ from bridgework.tracking.mlflow_store import MLflowTracker
 from bridgework.tracking.tracker import MemoryTracker, Point, Tracker, Version
 
 
-def registered(tracker: Tracker, name: str, artefact: str, **tags: str) -> Version:
+def registered(tracker: Tracker, name: str, artifact: str, **tags: str) -> Version:
     run = tracker.start("train")
-    model = tracker.output(run, "llava-align", artefact, {"digest": uuid4().hex})
-    return tracker.register(name, model, run, artefact, tags)
+    model = tracker.output(run, "llava-align", artifact, {"digest": uuid4().hex})
+    return tracker.register(name, model, run, artifact, tags)
 
 
 @pytest.fixture
@@ -115,13 +115,13 @@ def look(tracker: Tracker, run: str) -> Seen:
     assert isinstance(tracker, MLflowTracker)
     view = tracker.run(run)
     params = tracker._client.get_run(run).data.params
-    return Seen(view.status, view.inputs, view.metrics, params, {w.artefact for w in view.outputs})
+    return Seen(view.status, view.inputs, view.metrics, params, {w.artifact for w in view.outputs})
 
 
 def test_versions_count_from_one(tracker: Tracker, name: str) -> None:
     versions = [registered(tracker, name, f"/runs/{i}", loss="2.5") for i in range(2)]
     assert [v.version for v in versions] == ["1", "2"]
-    assert tracker.version(name, "2").artefact == "/runs/1"
+    assert tracker.version(name, "2").artifact == "/runs/1"
     assert tracker.version(name, "2").tags["loss"] == "2.5"
     assert tracker.version(name, "2").run_id == versions[1].run_id
 

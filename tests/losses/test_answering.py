@@ -43,7 +43,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
         asked(f"q{i}", s.images[0], own)
         for (i, s), own in zip(enumerate(shapes(4)), ANSWERS, strict=True)
     ]
-    write(rows, path, source="test", licence="CC0-1.0", made_by="test", group_rows=4, shard_rows=4)
+    write(rows, path, source="test", license="CC0-1.0", made_by="test", group_rows=4, shard_rows=4)
     tiny = load("blip:vqa").tiny()["vqa"]
     sources = (replace(tiny.data.sources[0], dataset=path),)
     model = replace(tiny.model, text=replace(tiny.model.text, dropout=0.0))

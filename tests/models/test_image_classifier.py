@@ -112,7 +112,7 @@ def test_a_classifier_starts_from_the_contrast_stages_image_tower(
         tmp_path / "contrast", dict(contrast.named_parameters()), system=system, stage="contrast"
     )
     stage = system["probe"]
-    given = artifacts.weights(tmp_path / "contrast", stage.inherits)
+    given = artifacts.weights(tmp_path / "contrast", stage.init_params)
     assert {name.split(".")[0] for name in given} == {"vision"}
     model = stage.model.build()
     artifacts.load_into(model, given, "contrast")
@@ -127,7 +127,7 @@ def test_a_tiny_classifier_learns_eight_images_by_heart(
     """The complete program through the loop, from the contrastive stage to the artifact and its evaluations."""
     name, path = STAGES[variant], str(tmp_path / "eight")
     rows = [replace(sample, labels=SHAPE_LABELS[i : i + 1]) for i, sample in enumerate(shapes(8))]
-    write(rows, path, source="test", licence="CC0-1.0", made_by="test")
+    write(rows, path, source="test", license="CC0-1.0", made_by="test")
     tiny_system = load(f"clip:{variant}").tiny()
     faster = {f"stages.{name}.optim.peak_lr": 3e-2 if variant == "linear_probe" else 3e-3,
               "stages.contrast.budget.steps": 2, f"stages.{name}.budget.steps": 100,
@@ -152,7 +152,7 @@ def test_a_tiny_classifier_learns_eight_images_by_heart(
     assert bool(moved) == (variant == "fine_tune") and all(
         key.startswith("vision.") for key in moved
     )
-    pipe = Pipeline.load(str(results[name].artefact), "cpu")
+    pipe = Pipeline.load(str(results[name].artifact), "cpu")
     assert pipe.classes == SHAPE_LABELS
     assert [pipe.rank(row.images[0], SHAPE_LABELS)[0].candidate for row in rows] == list(
         SHAPE_LABELS[:8]
@@ -215,8 +215,8 @@ def test_labels_that_are_no_class_are_bad_rows_with_a_reason(home: Path, tmp_pat
             labels=("red circle",),
         ),
     ]
-    path = str(tmp_path / "labelled")
-    write(rows, path, source="test", licence="CC0-1.0", made_by="test")
+    path = str(tmp_path / "labeled")
+    write(rows, path, source="test", license="CC0-1.0", made_by="test")
     stage = tiny("linear_probe")
     stage = replace(
         stage, data=replace(stage.data, sources=(replace(stage.data.sources[0], dataset=path),))

@@ -159,7 +159,7 @@ def test_only_what_is_trained_on_goes_into_the_queue() -> None:
 
 
 def test_weights_without_a_twin_bring_a_copy_of_themselves() -> None:
-    """What a fine-tune does: it starts from an artefact, which holds no twin."""
+    """What a fine-tune does: it starts from an artifact, which holds no twin."""
     model, weights = build(momentum=MomentumConfig(queue=8)), build(seed=7)
     model.load_state_dict(model.adopt(weights.state_dict()), strict=False)
     assert model.momentum is not None and model.config.pretrained == ("momentum.*",)

@@ -227,7 +227,7 @@ def test_the_queries_of_a_whole_blip2_come_without_the_rest_of_it(
         replace(spec, queries=5, weights=str(tmp_path)).build(WIDTH, 24)
 
 
-def test_four_neighbouring_patches_side_by_side_become_one_token() -> None:
+def test_four_neighboring_patches_side_by_side_become_one_token() -> None:
     torch.manual_seed(0)
     bridge = stirred(ConcatConfig().build(6, 10)).eval()
     patches_NPF = torch.randn(2, 16, 6)

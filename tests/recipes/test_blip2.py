@@ -70,7 +70,7 @@ def test_generate_begins_with_the_queries_that_represent_taught(tmp_path: Path) 
         tmp_path / "represent", dict(taught.named_parameters()), system=system, stage="represent"
     )
     generate = system["generate"]
-    given = artifacts.weights(tmp_path / "represent", generate.inherits)
+    given = artifacts.weights(tmp_path / "represent", generate.init_params)
     model = generate.model.build().eval()
     artifacts.load_into(model, given, "represent")
     patches = taught.vision(pixels(2))

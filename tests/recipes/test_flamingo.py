@@ -86,7 +86,7 @@ LAMBDAS = {"m3w": 1.0, "align": 0.25, "ltip": 2.0, "vtp": 0.5}
 def weighed(lambdas: dict[str, float], micro: int = 8) -> Stage:
     stage = override(
         flamingo.system().tiny()["train"],
-        {"shard.stage": 0, "optim.clip": 0.0, "budget.micro": micro},
+        {"zero.stage": 0, "optim.clip": 0.0, "budget.micro": micro},
     )
     return override(
         stage, {f"data.sources.{name}.loss_weight": weight for name, weight in lambdas.items()}

@@ -75,7 +75,7 @@ def test_science_qa_starts_from_the_aligned_projector_and_ends_with_the_letter(
         question,
         parts=(*question.parts[:2], Part("assistant", text="It is seen. The answer is B.")),
     )
-    write([solved], str(tmp_path / "d"), source="test", licence="CC0-1.0", made_by="test")
+    write([solved], str(tmp_path / "d"), source="test", license="CC0-1.0", made_by="test")
     source = replace(tiny.data.sources[0], dataset=str(tmp_path / "d"))
     stage = replace(
         tiny,

@@ -25,7 +25,7 @@ VARIANTS = {"minigpt4": 3_937_280, "minigpt4:without_qformer": 4 * 1408 * 4096 +
 
 
 @pytest.mark.parametrize(("variant", "size"), VARIANTS.items())
-def test_one_matrix_trains_and_an_artefact_holds_nothing_else(variant: str, size: int) -> None:
+def test_one_matrix_trains_and_an_artifact_holds_nothing_else(variant: str, size: int) -> None:
     for stage in load(variant).stages:
         with torch.device("meta"):
             model = stage.model.build(pretrained=False)

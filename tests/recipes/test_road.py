@@ -29,7 +29,7 @@ def test_every_stage_trains_and_leaves_a_model(home: Path, run: str, name: str) 
     assert list(results) == [stage.name for stage in system.stages]
     for stage, result in results.items():
         assert isfinite(result.metrics["loss"])
-        assert Pipeline.load(str(result.artefact), "cpu").stage.name == stage
+        assert Pipeline.load(str(result.artifact), "cpu").stage.name == stage
 
 
 def test_two_ranks_have_the_losses_of_one(home: Path, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def rank(index: int, home: str, folder: str) -> None:
         system, place = uncurated(short(name)), Path(folder) / "runs" / name
         for stage in (stage for stage in system.stages if stage.curation is None):
             feed = reader.ReaderConfig.of(stage, Path(home))
-            parent = None if stage.starts_from is None else place / stage.starts_from / "artefact"
+            parent = None if stage.starts_from is None else place / stage.starts_from / "artifact"
             job = loop.TrainJob(system, stage.name, feed, place / stage.name, Path(home), parent)
             job.folder.mkdir(parents=True, exist_ok=True)
             loop.run(

@@ -46,7 +46,7 @@ def preferences(folder: Path) -> str:
         )
         for sample, _ in zip(shapes(), range(32), strict=False)
     )
-    write(samples, str(folder), source="test", licence="CC0-1.0", made_by="test")
+    write(samples, str(folder), source="test", license="CC0-1.0", made_by="test")
     return str(folder)
 
 

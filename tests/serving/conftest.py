@@ -23,7 +23,7 @@ def system() -> System:
     return load("llava").tiny()
 
 
-def tiny_artefact(folder: Path, system: System, seed: int, stage: str = "instruct") -> str:
+def tiny_artifact(folder: Path, system: System, seed: int, stage: str = "instruct") -> str:
     torch.manual_seed(seed)
     model = system[stage].model.build()
     artifacts.save(folder, model.state_dict(), system=system, stage=stage)
@@ -33,12 +33,12 @@ def tiny_artefact(folder: Path, system: System, seed: int, stage: str = "instruc
 @pytest.fixture(scope="session")
 def pairs_only(home: Path, system: System) -> str:
     """Weights of a stage whose template reads images and captions, and no question."""
-    return tiny_artefact(home / "align", system, 0, "align")
+    return tiny_artifact(home / "align", system, 0, "align")
 
 
 @pytest.fixture(scope="session")
 def weights(home: Path, system: System) -> str:
-    return tiny_artefact(home / "weights", system, 0)
+    return tiny_artifact(home / "weights", system, 0)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def registered(home: Path, system: System, weights: str) -> str:
     """`tiny`, with a champion (version 1) and a challenger (version 2)."""
     tracker = MLflowTracker(None, home, "serving")
     run = tracker.start("train")
-    for number, folder in enumerate((weights, tiny_artefact(home / "others", system, 1)), 1):
+    for number, folder in enumerate((weights, tiny_artifact(home / "others", system, 1)), 1):
         logged = tracker.output(run, "tiny", folder, {})
         version = tracker.register("tiny", logged, run, folder, {})
         tracker.alias("tiny", ("champion", "challenger")[number - 1], version.version)

@@ -30,9 +30,9 @@ class Apps:
     home: Path
 
 
-def picture(colour: str = "red", size: tuple[int, int] = (40, 30), kind: str = "PNG") -> bytes:
+def picture(color: str = "red", size: tuple[int, int] = (40, 30), kind: str = "PNG") -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", size, colour).save(stream, kind)
+    Image.new("RGB", size, color).save(stream, kind)
     return stream.getvalue()
 
 

@@ -128,7 +128,7 @@ def test_an_answer_names_the_deployment_that_gave_it(apps: Apps) -> None:
         assert found
         record = json.loads((apps.home / "deployments" / f"{found[1]}.json").read_text())
         assert (record["app"], record["model"], record["version"]) == ("chat", "tiny", version)
-        assert record.keys() == {"id", "app", "model", "version", "artefact", "digest", "started"}
+        assert record.keys() == {"id", "app", "model", "version", "artifact", "digest", "started"}
 
 
 def test_the_request_id_decides_between_champion_and_challenger(apps: Apps) -> None:
@@ -177,7 +177,7 @@ def test_health_and_the_page_need_no_key_and_all_else_does(apps: Apps) -> None:
 
 
 def test_embeddings_are_unit_vectors_and_a_batch_equals_its_singles(apps: Apps) -> None:
-    inputs = [f"a {colour} circle" for colour in ("red", "green", "blue")] + [
+    inputs = [f"a {color} circle" for color in ("red", "green", "blue")] + [
         url(picture("red")),
         url(picture("blue")),
     ]
@@ -200,7 +200,7 @@ def test_base64_and_floats_are_the_same_embedding(apps: Apps) -> None:
     assert np.allclose(vectors(apps, "x")[0], floats.data[0].embedding)
 
 
-def test_an_input_that_fails_leaves_its_neighbours_alone(apps: Apps) -> None:
+def test_an_input_that_fails_leaves_its_neighbors_alone(apps: Apps) -> None:
     bad = url(picture("red", (200, 200), "JPEG")[:-40])
     with ThreadPoolExecutor(4) as pool:
         replies = list(

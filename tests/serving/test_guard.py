@@ -130,7 +130,7 @@ def test_a_development_server_answers_its_own_machine_only() -> None:
         assert ask("GET", "/v1/models", **local, **how).json()["error"]["code"] == "not_local", how
 
 
-def test_a_request_id_is_honoured_if_it_is_well_formed() -> None:
+def test_a_request_id_is_honored_if_it_is_well_formed() -> None:
     assert request_id({"x-request-id": "job-7:row_3.a"}) == "job-7:row_3.a"
     for odd in ("", "a b", "x" * 129, "a\nb", "\u00e9"):
         assert request_id({"x-request-id": odd}) not in ("", odd)

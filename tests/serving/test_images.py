@@ -118,7 +118,7 @@ def test_a_hostile_image_is_refused_with_a_reason(name: str) -> None:
 
 
 def test_an_animation_is_refused() -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
     for kind in ("PNG", "WebP"):
         stream = io.BytesIO()
         frames[0].save(stream, kind, save_all=True, append_images=frames[1:])

@@ -21,8 +21,8 @@ ASKED = [*SHOWN, Part("user", text="\n"), Part("user", text="What is it?")]
 GREEDY: Any = {"max_new_tokens": 4, "temperature": 0.0}
 
 
-def model(artefact: str) -> Model:
-    return Model(artefact, Options(model=artefact, device="cpu"))
+def model(artifact: str) -> Model:
+    return Model(artifact, Options(model=artifact, device="cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_a_model_is_found_by_name_alias_and_version(
     word: str, registered: str, weights: str, home: Path
 ) -> None:
     served = resolve("chat", word, Options(model=word), home)
-    assert (served.model, served.version, served.artefact, served.pinned) == (
+    assert (served.model, served.version, served.artifact, served.pinned) == (
         "tiny",
         "1",
         weights,
@@ -81,7 +81,7 @@ def test_an_unknown_model_or_folder_is_an_error_that_says_so(
     wrong: list[tuple[str, type[BridgeworkError], str]] = [
         ("tinny", TrackingError, "did you mean 'tiny'"),
         ("tiny@challenge", TrackingError, "did you mean 'challenger'"),
-        (str(tmp_path), WeightsError, "not an artefact"),
+        (str(tmp_path), WeightsError, "not an artifact"),
     ]
     for word, kind, message in wrong:
         with pytest.raises(kind, match=message):

@@ -70,7 +70,7 @@ def losses(
 
 
 def weights(home: Path, run: str, stage: str = "align") -> dict[str, Tensor]:
-    return artifacts.weights(home / "runs" / run / stage / "artefact")
+    return artifacts.weights(home / "runs" / run / stage / "artifact")
 
 
 def fresh(stage: Stage) -> nn.Module:

@@ -34,9 +34,9 @@ def bridge() -> dict[str, Tensor]:
 
 def saved(tmp_path: Path, state: Mapping[str, Tensor], system: System = SYSTEM) -> Path:
     artifacts.save(
-        tmp_path / "artefact", state, system=system, stage="align", datasets=DATA, steps=4
+        tmp_path / "artifact", state, system=system, stage="align", datasets=DATA, steps=4
     )
-    return tmp_path / "artefact"
+    return tmp_path / "artifact"
 
 
 def whole(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -67,7 +67,7 @@ def test_recipe_survives(tmp_path: Path) -> None:
     )
 
 
-def test_an_artefact_says_where_it_comes_from(tmp_path: Path) -> None:
+def test_an_artifact_says_where_it_comes_from(tmp_path: Path) -> None:
     info = artifacts.describe(saved(tmp_path, bridge()))
     assert (info.system, info.stage, info.steps, info.datasets, info.parent) == (
         SYSTEM.name,
@@ -92,7 +92,7 @@ def test_edited_weights_are_refused(tmp_path: Path, at: int) -> None:
         artifacts.load(folder)
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "recipe.json", "artefact.json"])
+@pytest.mark.parametrize("name", ["weights.safetensors", "recipe.json", "artifact.json"])
 def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
     folder, _ = whole(tmp_path)
     (folder / name).unlink()
@@ -103,16 +103,16 @@ def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
 def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
     folder, _ = whole(tmp_path)
     (folder / "weights.safetensors").write_bytes(b"no weights")
-    about = json.loads((folder / "artefact.json").read_text())
+    about = json.loads((folder / "artifact.json").read_text())
     digest = hashlib.sha256(b"no weights").hexdigest()
-    (folder / "artefact.json").write_text(json.dumps(about | {"digest": digest}))
+    (folder / "artifact.json").write_text(json.dumps(about | {"digest": digest}))
     with pytest.raises(WeightsError, match="cannot be read"):
         artifacts.load(folder)
 
 
 def test_fields_of_another_version_are_refused(tmp_path: Path) -> None:
     folder, _ = whole(tmp_path)
-    (folder / "artefact.json").write_text("{}")
+    (folder / "artifact.json").write_text("{}")
     with pytest.raises(WeightsError, match="does not have the fields of this version"):
         artifacts.describe(folder)
 
@@ -150,7 +150,7 @@ def test_tied_weights_are_kept_once_and_come_back(tmp_path: Path) -> None:
     assert same(dict(artifacts.load(folder).model.state_dict()), dict(model.state_dict()))
 
 
-def test_an_artefact_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_an_artifact_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     one = torch.zeros(4)
     with pytest.raises(RuntimeError):  # safetensors refuses two names for one memory
         saved(tmp_path, {"a": one, "b": one})
@@ -168,7 +168,7 @@ def test_a_failed_save_leaves_the_older_one(tmp_path: Path) -> None:
 def test_a_newer_one_takes_the_place(tmp_path: Path) -> None:
     saved(tmp_path, {"old": torch.zeros(1)})
     assert same(artifacts.weights(saved(tmp_path, bridge())), bridge())
-    assert [path.name for path in tmp_path.iterdir()] == ["artefact"]
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
 def test_frozen_pretrained_tensors_are_not_in_it() -> None:
@@ -190,9 +190,9 @@ def test_pretrained_tensors_that_were_trained_or_inherited_are_in_it() -> None:
     ]
 
 
-def test_a_folder_that_is_no_artefact_is_refused_with_advice(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_artifact_is_refused_with_advice(tmp_path: Path) -> None:
     with pytest.raises(
-        WeightsError, match=r"is not an artefact .* give the folder that a finished stage wrote"
+        WeightsError, match=r"is not an artifact .* give the folder that a finished stage wrote"
     ):
         artifacts.describe(tmp_path)
     (tmp_path / "file").write_text("")
@@ -224,9 +224,9 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(
         saved(tmp_path / "wrong", state)
     assert not (tmp_path / "wrong").exists()
     save_file(state, folder / "weights.safetensors")  # by another program, with the right digest
-    said = json.loads((folder / "artefact.json").read_text())
+    said = json.loads((folder / "artifact.json").read_text())
     digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
-    (folder / "artefact.json").write_text(json.dumps(said | {"digest": digest}))
+    (folder / "artifact.json").write_text(json.dumps(said | {"digest": digest}))
     with pytest.raises(WeightsError, match=r"weights\.safetensors: not all numbers are finite"):
         artifacts.weights(folder)
 

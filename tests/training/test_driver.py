@@ -1,4 +1,4 @@
-"""A run from its command to its artefacts: what is refused, what is taken as it is, and two workers like none."""
+"""A run from its command to its artifacts: what is refused, what is taken as it is, and two workers like none."""
 
 import os
 import signal
@@ -38,9 +38,9 @@ def test_stage_2_holds_the_bridge_of_stage_1(home: Path, run: str) -> None:
 
 def test_finished_stage_is_taken_as_it_is(home: Path, run: str) -> None:
     first = go(llava(2), home, run)["align"]
-    written = (first.artefact / "artefact.json").stat()
+    written = (first.artifact / "artifact.json").stat()
     both = go(llava(2), home, run, stages=None)
-    assert (first.artefact / "artefact.json").stat().st_mtime_ns == written.st_mtime_ns
+    assert (first.artifact / "artifact.json").stat().st_mtime_ns == written.st_mtime_ns
     assert both["align"].metrics == first.metrics
     assert len(losses(home, run)) == 2
 
@@ -102,28 +102,28 @@ def test_stage_before_its_parent_is_refused_before_anything_is_written(
     assert not folder(home, run).exists()
 
 
-def test_parent_that_is_no_artefact_is_refused_before_anything_is_written(
+def test_parent_that_is_no_artifact_is_refused_before_anything_is_written(
     home: Path, run: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(WeightsError, match="is not an artefact"):
+    with pytest.raises(WeightsError, match="is not an artifact"):
         go(llava(stages__align__starts_from=str(tmp_path)), home, run)
     assert not folder(home, run).exists()
 
 
-def test_a_stage_may_start_from_the_artefact_of_another_run(home: Path, run: str) -> None:
-    parent = go(llava(2), home, f"{run}-parent")["align"].artefact
+def test_a_stage_may_start_from_the_artifact_of_another_run(home: Path, run: str) -> None:
+    parent = go(llava(2), home, f"{run}-parent")["align"].artifact
     system = llava(2, stages__instruct__starts_from=str(parent))
-    child = go(system, home, run, stages=["instruct"])["instruct"].artefact
+    child = go(system, home, run, stages=["instruct"])["instruct"].artifact
     assert artifacts.describe(child).parent == artifacts.describe(parent).digest
 
 
 def test_edited_parent_is_refused(home: Path, run: str) -> None:
-    parent = go(llava(2), home, run)["align"].artefact
+    parent = go(llava(2), home, run)["align"].artifact
     file = parent / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(WeightsError, match="sha256 differs"):
         go(llava(2), home, run, stages=["instruct"])
-    assert not (folder(home, run) / "instruct" / "artefact").exists()
+    assert not (folder(home, run) / "instruct" / "artifact").exists()
 
 
 def test_a_checkpoint_of_other_workers_without_their_state_is_refused(home: Path, run: str) -> None:
@@ -266,7 +266,7 @@ def test_run_with_workers_goes_on_with_the_same_command(home: Path, run: str) ->
     go(llava(6), home, run, workers=2, checkpoint_every=2)
     unbroken = weights(home, run)
     (
-        folder(home, run) / "align/artefact/artefact.json"
+        folder(home, run) / "align/artifact/artifact.json"
     ).unlink()  # as if the driver had died at the very end
     go(llava(6), home, run, workers=2, checkpoint_every=2)
     assert same(weights(home, run), unbroken)
@@ -285,7 +285,7 @@ def test_a_run_goes_on_with_another_number_of_workers(home: Path, run: str, zero
     go(system, home, run, workers=2)  # from one process to two workers
     assert dict(losses(home, run)) == pytest.approx(whole, rel=1e-4)
     (
-        folder(home, f"{run}-whole") / "align/artefact/artefact.json"
+        folder(home, f"{run}-whole") / "align/artifact/artifact.json"
     ).unlink()  # as if its driver had died
     go(system, home, f"{run}-whole")  # from two workers to one process
     again = losses(home, f"{run}-whole")

@@ -55,7 +55,7 @@ def system(case: str, micro: int = 8, *, dropout: bool = True) -> System:
     own = changes if dropout else {path: without(value) for path, value in changes.items()}
     fast = {"optim.peak_lr": 0.02, "optim.warmup": 0.0}  # adapters begin as nothing
     made = override(
-        plain, {"budget.steps": 3, "budget.micro": micro, "shard.stage": 0, **fast, **own}
+        plain, {"budget.steps": 3, "budget.micro": micro, "zero.stage": 0, **fast, **own}
     )
     return System(name="dropout", paper="", stages=(made,))
 

@@ -93,7 +93,7 @@ def test_what_is_not_finite_at_the_end_is_no_artifact(
         RunError, match=r"NaN or infinite after step 2.*the same command begins again"
     ):
         go(both(3, 0), home, run)
-    assert not (home / "runs" / run / "align" / "artefact").exists()
+    assert not (home / "runs" / run / "align" / "artifact").exists()
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
@@ -135,7 +135,7 @@ def test_a_stage_whose_only_checkpoint_is_not_finite_starts_over_by_order_alone(
         with pytest.raises(RunError, match=r"no checkpoint can be used.*--start-over"):
             go(system, home, run, checkpoint_every=2)
     go(system, home, run, checkpoint_every=2, start_over=True)
-    assert (home / "runs" / run / "align" / "artefact").exists()
+    assert (home / "runs" / run / "align" / "artifact").exists()
     assert len(list((home / "runs" / run / "align").glob("checkpoints-*"))) == 1
 
 
@@ -191,7 +191,7 @@ def test_records_that_cannot_be_written_never_end_a_run(
     for name in ("journal", "flight"):
         (stage / name).write_text("a file where a folder should be")
     go(llava(3), home, run)
-    assert (stage / "artefact").exists()
+    assert (stage / "artifact").exists()
     assert "metrics are kept in memory" in caplog.text
     assert "the record of steps is kept in memory" in caplog.text
     assert "metrics are not tracked" in caplog.text
@@ -263,6 +263,6 @@ def test_an_artifact_of_a_run_is_finite(home: Path, run: str) -> None:
     go(llava(2), home, run)
     assert all(
         tensor.isfinite().all()
-        for tensor in artifacts.weights(home / "runs" / run / "align/artefact").values()
+        for tensor in artifacts.weights(home / "runs" / run / "align/artifact").values()
     )
     assert len(losses(home, run)) == 2

@@ -32,7 +32,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def written(folder: Path, rows: list[Sample]) -> Dataset:
-    about = {"source": "s", "licence": "CC0-1.0", "made_by": "test"}
+    about = {"source": "s", "license": "CC0-1.0", "made_by": "test"}
     write(rows, str(folder), group_rows=8, shard_rows=16, **about)
     return open_dataset(str(folder))
 

@@ -88,7 +88,7 @@ def test_the_advice_at_too_many_bad_samples_can_be_taken(
         samples,
         str(tmp_path / "data"),
         source="test",
-        licence="CC0-1.0",
+        license="CC0-1.0",
         made_by="tests",
         group_rows=8,
     )
@@ -161,7 +161,7 @@ def test_a_changed_identity_is_refused_by_its_path_and_forked_with_the_word_that
         losses(home, run, key="lr")[4][1] / 3
     )
     assert checkpoint.checkpoints(home / "runs" / run / "align") == before
-    assert artifacts.describe(found["align"].artefact).fingerprint == llava(7, **LR).fingerprint()
+    assert artifacts.describe(found["align"].artifact).fingerprint == llava(7, **LR).fingerprint()
     made = Fork.read(home / "runs" / f"{run}-2")
     assert made is not None
     assert (made.run, made.stage, made.step, made.fingerprint) == (
@@ -224,7 +224,7 @@ def test_what_is_finished_and_stays_is_taken_over(home: Path, run: str) -> None:
 
 def test_a_fork_of_one_stage_needs_no_other(home: Path, run: str) -> None:
     """The second stage of a run that started from another run's artifact."""
-    parent = go(llava(2), home, f"{run}-parent")["align"].artefact
+    parent = go(llava(2), home, f"{run}-parent")["align"].artifact
     system = llava(6, stages__instruct__starts_from=str(parent))
     stopped(system, home, run, stages=["instruct"])
     changed = override(system, {"stages.instruct.seed": 5})
@@ -269,7 +269,7 @@ REFUSED: dict[str, tuple[Callable[[str], dict[str, Any]], str, str]] = {
     "ZeRO": (
         lambda run: {"stages__align__shard__stage": 3},
         "{run}",
-        r"stages\.align\.shard\.stage was 2, is 3",
+        r"stages\.align\.zero\.stage was 2, is 3",
     ),
     "too few steps": (
         lambda run: {"stages__align__budget__steps": 4},

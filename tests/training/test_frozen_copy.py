@@ -1,4 +1,4 @@
-"""The frozen copy of preference learning in a run: through a stop, through ZeRO, and not in the artefact."""
+"""The frozen copy of preference learning in a run: through a stop, through ZeRO, and not in the artifact."""
 
 from dataclasses import replace
 from math import log
@@ -32,7 +32,7 @@ def prefer(steps: int = 4, **shard: Any) -> System:
         model=replace(cast(PrefixVLMConfig, second.model), reference="frozen_copy"),
         losses=(DPO(beta=0.5),),
         data=second.data.tiny("preferences"),
-        shard=replace(second.shard, **shard),
+        zero=replace(second.zero, **shard),
         evals=(),
     )
     return replace(system, stages=(replace(first, evals=()), second))
@@ -71,11 +71,11 @@ def test_a_resumed_comparison_with_the_start_matches_an_unbroken_one(
     assert [step for step, _ in seen][-2:] == [4, 5]
 
 
-def test_the_artefact_is_that_of_any_other_stage(home: Path, run: str) -> None:
+def test_the_artifact_is_that_of_any_other_stage(home: Path, run: str) -> None:
     system = prefer(2, stage=2)
     go(system, home, run, stages=None)
     assert weights(home, run, PREFER).keys() == weights(home, run, "align").keys()
-    loaded = artifacts.load(home / "runs" / run / PREFER / "artefact")
+    loaded = artifacts.load(home / "runs" / run / PREFER / "artifact")
     assert loaded.stage == system[PREFER] and not held(loaded.model)
 
 

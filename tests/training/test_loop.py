@@ -116,7 +116,7 @@ def test_rows_that_end_too_early_do_not_end_the_stage(
     with pytest.raises(RunError, match="align: its rows ended after 3 of 6 steps; run it again"):
         rows = islice(reader.local(feed, rank=0, world=1, start=0), 3)
         loop.run(job, lambda start: rows, lambda metrics, step: None, rank=0, world=1)
-    assert not (job.folder / "artefact").exists()
+    assert not (job.folder / "artifact").exists()
 
 
 def test_a_stop_costs_no_more_than_the_steps_since_the_checkpoint(home: Path, run: str) -> None:
@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_samples_and_saves_nothing(
     assert len(named) == 4 and set(named) <= {row.key for row in rows[step]}
     assert f"--run {run}/align --step {step}" in str(stopped.value)
     folder = home / "runs" / run / "align"
-    assert not (folder / "artefact").exists()
+    assert not (folder / "artifact").exists()
     assert not list((folder / "checkpoints").glob(f"{step + 1:08d}-*"))
     assert [taken for taken, _ in losses(home, run)] == list(range(step))  # how it came to this
 

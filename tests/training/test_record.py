@@ -57,16 +57,16 @@ def test_a_run_is_recorded_whole(home: Path, run: str) -> None:
     assert runs[run].params["stages.align.optim.peak_lr"] == 3e-3
     assert tracker.runs[str(runs["align"].parent)] is runs[run]
     model = tracker.models[str(results["align"].model_id)]
-    assert model[2] == str(results["align"].artefact)
-    assert model[3]["digest"] == artifacts.describe(results["align"].artefact).digest
+    assert model[2] == str(results["align"].artifact)
+    assert model[3]["digest"] == artifacts.describe(results["align"].artifact).digest
 
 
 def test_a_stage_names_the_weights_that_it_starts_from(home: Path, run: str) -> None:
     tracker = MemoryTracker()
     results = go(llava(2), home, run, stages=None, tracker=tracker)
-    digest = artifacts.describe(results["align"].artefact).digest
+    digest = artifacts.describe(results["align"].artifact).digest
     assert by_name(tracker)["instruct"].tags["starts_from_digest"] == digest
-    assert artifacts.describe(results["instruct"].artefact).parent == digest
+    assert artifacts.describe(results["instruct"].artifact).parent == digest
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -76,10 +76,10 @@ def test_a_silent_tracker_stops_nothing_and_the_same_command_records_all(
 ) -> None:
     tracker = Silent(call, after)
     first = go(llava(STEPS), home, run, tracker=tracker)["align"]
-    digest = artifacts.describe(first.artefact).digest
+    digest = artifacts.describe(first.artifact).digest
     tracker.down = False
     again = go(llava(STEPS), home, run, tracker=tracker)["align"]
-    assert artifacts.describe(again.artefact).digest == digest
+    assert artifacts.describe(again.artifact).digest == digest
     assert again.run_id is not None
     assert {name: r.status for name, r in by_name(tracker).items()} == dict.fromkeys(
         (run, "align"), "FINISHED"

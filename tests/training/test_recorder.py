@@ -18,7 +18,7 @@ from bridgework.training.flight_recorder import FlightRecorder, read_step, repla
 from bridgework.training.skips import Skips
 from tests.training.support import Stop, go, llava, losses, stop_at
 
-MADE = {"source": "test", "licence": "CC0-1.0", "made_by": "tests"}
+MADE = {"source": "test", "license": "CC0-1.0", "made_by": "tests"}
 
 
 def test_every_step_names_its_samples_and_their_losses_make_its_loss(home: Path, run: str) -> None:

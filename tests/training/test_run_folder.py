@@ -56,7 +56,7 @@ def test_two_processes_on_one_run_are_refused(tmp_path: Path) -> None:
 )
 def test_a_run_is_named_by_a_line_that_can_be_a_folder(run: str, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"^a run's name ") as caught:
-        run_dir.run_dir(tmp_path, run)
+        run_dir.path_of(tmp_path, run)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
@@ -65,7 +65,7 @@ def test_a_run_is_named_by_a_line_that_can_be_a_folder(run: str, tmp_path: Path)
     ["monday", "mine/align", "été 2026", "模型-1", "a.b_c@d#2", "x" * 240, "10:30 run", "v\u00a01"],
 )
 def test_a_run_may_have_any_other_name(run: str, tmp_path: Path) -> None:
-    assert run_dir.run_dir(tmp_path, run) == tmp_path / "runs" / run
+    assert run_dir.path_of(tmp_path, run) == tmp_path / "runs" / run
 
 
 def test_the_same_recipe_is_taken_and_another_is_refused_by_its_paths(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_one_forward_feeds_every_loss(home: Path) -> None:
         torch.testing.assert_close(both(batch), each)
 
 
-def test_counts_are_labelled_tokens_and_samples(home: Path) -> None:
+def test_counts_are_labeled_tokens_and_samples(home: Path) -> None:
     (batch,) = batches(home, 8)
     counts_LR = TrainingModule(fresh(STAGE), (LanguageModeling(), Contrastive())).counts([batch])
     assert counts_LR[0].tolist() == (batch.labels_BT[:, 1:] != -100).sum(1).tolist()

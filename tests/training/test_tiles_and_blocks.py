@@ -1,4 +1,4 @@
-"""The tiny twins of the systems with blocks, tiles, adapters and preferences, through the engine to their artefacts."""
+"""The tiny twins of the systems with blocks, tiles, adapters and preferences, through the engine to their artifacts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.training.support import go, losses, weights
 
 def short(name: str, *, zero: int, steps: int = 2) -> System:
     system = override(
-        load(name).tiny(), {"stages.*.shard.stage": zero, "stages.*.budget.steps": steps}
+        load(name).tiny(), {"stages.*.zero.stage": zero, "stages.*.budget.steps": steps}
     )
     return replace(
         system, stages=tuple(replace(stage, evals=stage.evals[:1]) for stage in system.stages)
@@ -29,7 +29,7 @@ def test_flamingo_trains_blocks_between_frozen_layers(zero: int, home: Path, run
     kept = weights(home, run, "train")
     opened = [name for name in kept if name.endswith("alpha")]
     assert opened and all(bool(kept[name].any()) for name in opened)
-    loaded = artifacts.load(home / "runs" / run / "train" / "artefact")
+    loaded = artifacts.load(home / "runs" / run / "train" / "artifact")
     assert isinstance(loaded.model, torch.nn.Module) and len(losses(home, run, "train")) == 2
 
 
@@ -56,7 +56,7 @@ def test_adapters_learn_preferences_from_where_instructions_ended(
                 tensor, before[name.replace(".base_layer.", ".")], atol=0, rtol=0
             )
     assert any(bool(after[name].any()) for name in adapters if "lora_B" in name)
-    artifacts.load(home / "runs" / run / "prefer" / "artefact")
+    artifacts.load(home / "runs" / run / "prefer" / "artifact")
 
 
 def test_llava_next_trains_everything_over_tiles(home: Path, run: str) -> None:

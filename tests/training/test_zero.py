@@ -46,7 +46,7 @@ def system(case: str, zero: int) -> System:
         stage, evals=(), starts_from=None, curation=None, data=stage.data.tiny("shapes")
     )
     made = override(
-        plain, {"budget.steps": STEPS, "shard.stage": zero, "shard.config": SPLIT, **changes}
+        plain, {"budget.steps": STEPS, "zero.stage": zero, "zero.config": SPLIT, **changes}
     )
     return System(name="zero", paper="", stages=(made,))
 
@@ -91,7 +91,7 @@ def test_split_parameters_train_as_complete_ones_and_resume_on_another_number_of
             found = {int(k): v for k, v in json.loads((place / "losses.json").read_text()).items()}
             assert found == pytest.approx(expected[case], rel=1e-5), (case, zero)
             given = job(system(case, zero), home, place, every=EVERY)
-            shutil.rmtree(given.folder / "artefact")
+            shutil.rmtree(given.folder / "artifact")
             shutil.rmtree(given.folder / "journal")
             assert train_ranks(given) == {3: pytest.approx(expected[case][3], rel=1e-5)}, (
                 case,
@@ -110,7 +110,7 @@ def test_a_wiring_that_cannot_be_split_is_refused_before_anything_is_written(
     home: Path, run: str, what: str
 ) -> None:
     if what == "blip":
-        made, stage = override(load("blip").tiny(), {"stages.*.shard.stage": 3}), "pretrain"
+        made, stage = override(load("blip").tiny(), {"stages.*.zero.stage": 3}), "pretrain"
     else:
         made, stage = prefer(stage=3), PREFER
         made = replace(made, stages=tuple(replace(each, starts_from=None) for each in made.stages))

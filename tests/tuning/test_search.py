@@ -52,14 +52,14 @@ def test_every_trial_finishes_all_its_stages_and_the_best_comes_first(swept: Swe
     assert scores == sorted(scores)
     for row in rows:
         assert (
-            artifacts.describe(swept.home / "runs/sweep" / row.trial / "instruct/artefact").steps
+            artifacts.describe(swept.home / "runs/sweep" / row.trial / "instruct/artifact").steps
             == 4
         )
 
 
 def test_the_winner_is_the_last_stage_of_the_best_trial(swept: Swept) -> None:
     best = swept.outcome.rows[0]
-    assert swept.outcome.artefact == swept.home / "runs/sweep" / best.trial / "instruct/artefact"
+    assert swept.outcome.artifact == swept.home / "runs/sweep" / best.trial / "instruct/artifact"
     assert swept.outcome.metrics["heldout.loss"] == pytest.approx(best.score)
 
 
@@ -69,7 +69,7 @@ def test_the_command_makes_the_winners_recipe_again(swept: Swept) -> None:
     assert told(words, "--stage") == ["align", "instruct"]
     changes = dict(pair.split("=", 1) for pair in told(words, "--set"))
     again = override(load(words[2]), changes)
-    assert again.fingerprint() == artifacts.describe(swept.outcome.artefact).fingerprint
+    assert again.fingerprint() == artifacts.describe(swept.outcome.artifact).fingerprint
 
 
 def test_the_command_parses(swept: Swept) -> None:
@@ -83,7 +83,7 @@ def test_the_command_parses(swept: Swept) -> None:
 def test_the_winner_is_registered_as_challenger(swept: Swept) -> None:
     version = swept.tracker.version("llava-tiny", "challenger")
     assert version == swept.outcome.version
-    assert version.artefact == str(swept.outcome.artefact)
+    assert version.artifact == str(swept.outcome.artifact)
     assert version.tags["command"] == swept.outcome.command
     assert float(version.tags["heldout.loss"]) == pytest.approx(
         swept.outcome.metrics["heldout.loss"], rel=1e-5

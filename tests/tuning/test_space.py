@@ -34,7 +34,7 @@ def test_missing_names_are_said_with_an_example() -> None:
         load("tests.tuning.bare")
 
 
-@pytest.mark.parametrize("field", ["trials", "concurrent", "judgements"])
+@pytest.mark.parametrize("field", ["trials", "concurrent", "judgments"])
 def test_a_budget_of_nothing_is_refused(field: str) -> None:
     with pytest.raises(SpecError, match=f"{field} of at least 1, got 0"):
         SweepBudget(**{field: 0})

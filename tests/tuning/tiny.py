@@ -21,10 +21,10 @@ STAGES = ("align", "instruct")
 FIXED = {
     "stages.align.budget.steps": 3,
     "stages.instruct.budget.steps": 4,
-}  # 4 is no multiple of 3 judgements
+}  # 4 is no multiple of 3 judgments
 SPACE = {
     "stages.*.model.bridge": tune.choice(["linear", "mlp(depth=3)"]),
     "stages.*.optim.peak_lr": tune.loguniform(1e-3, 1e-2),
 }
 METRIC = Metric(name="heldout.loss", mode="min")
-BUDGET = SweepBudget(trials=2, concurrent=1, cpus=0.5, judgements=3)
+BUDGET = SweepBudget(trials=2, concurrent=1, cpus=0.5, judgments=3)

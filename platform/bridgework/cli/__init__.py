@@ -58,7 +58,7 @@ Tiny = Annotated[
 ]
 Project = Annotated[str, typer.Option(help="the MLflow experiment")]
 Model = Annotated[
-    str, typer.Argument(help="llava, llava@challenger, llava:3, or an artefact's folder")
+    str, typer.Argument(help="llava, llava@challenger, llava:3, or an artifact's folder")
 ]
 
 
@@ -210,7 +210,7 @@ def train(
             name = ""
     out.print(table)
     last = results[list(results)[-1]]
-    out.print(f"artefact  {last.artefact}", soft_wrap=True, highlight=False)
+    out.print(f"artifact  {last.artifact}", soft_wrap=True, highlight=False)
     if tracker and last.run_id and last.model_id:
         version = registry.register(tracker, resolved.name, last, {"run": run})
         out.print(f"model     {version.name}:{version.version}", highlight=False)
@@ -250,7 +250,7 @@ def sweep(
         table.add_row(row.trial, score, row.status, f"{row.seconds:.0f}", *values)
     out.print(table)
     out.print(f"again     {outcome.command}", soft_wrap=True, highlight=False)
-    out.print(f"artefact  {outcome.artefact}", soft_wrap=True, highlight=False)
+    out.print(f"artifact  {outcome.artifact}", soft_wrap=True, highlight=False)
     if outcome.version:
         held = f" ({', '.join(outcome.version.aliases)})" if outcome.version.aliases else ""
         out.print(

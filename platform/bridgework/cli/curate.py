@@ -156,7 +156,7 @@ def _names_a_model(hint: Any) -> bool:
 
 
 def _folders(model: Any) -> Any:
-    """The artefacts' folders that words mean, as paths that hold in every folder."""
+    """The artifacts' folders that words mean, as paths that hold in every folder."""
     from bridgework.hf.convert import imported
     from bridgework.tracking.mlflow_store import artifact_of
 

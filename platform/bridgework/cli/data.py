@@ -57,7 +57,7 @@ def import_(
         str, typer.Argument(help="a folder or a URL; a bare name goes to <home>/datasets")
     ],
     options: Options = None,
-    licence: Annotated[
+    license: Annotated[
         str | None, typer.Option(help="of the whole dataset, e.g. CC-BY-4.0")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="actors of Ray; 0 works in this process")] = 0,
@@ -66,7 +66,7 @@ def import_(
     from bridgework.data.importers import load as load_importer
 
     run = load_importer(format_)
-    words = [*(options or []), *([f"licence={licence}"] if licence is not None else [])]
+    words = [*(options or []), *([f"license={license}"] if license is not None else [])]
     given = _options(run, format_, words + ([f"workers={workers}"] if workers else []))
     if isinstance(actors := given.get("workers", 0), int) and actors < 0:
         raise SpecError(f"workers={actors}: 0 or more actors are allowed; 0 works in this process")
@@ -179,7 +179,7 @@ def preview(
     else:
         raise SpecError("preview needs a PATH, or --for SYSTEM[/STAGE], or --run RUN and --step N")
     if html is None:
-        out.print(terminal(shown, colour=out.is_terminal and not out.no_color))
+        out.print(terminal(shown, color=out.is_terminal and not out.no_color))
         return
     html.parent.mkdir(parents=True, exist_ok=True)
     html.write_text(page(shown, title), encoding="utf-8")
@@ -215,7 +215,7 @@ def _options(run: Callable[..., object], name: str, words: list[str]) -> dict[st
         key, equals, value = word.partition("=")
         if not equals:
             raise SpecError(
-                f"an option of a format is KEY=VALUE, e.g. licence=CC-BY-4.0; got {word!r}"
+                f"an option of a format is KEY=VALUE, e.g. license=CC-BY-4.0; got {word!r}"
             )
         changes[key] = value
     given = override(own(), changes)
@@ -360,7 +360,7 @@ def mixture(
         "by alpha",
         "by factor",
         "by cap",
-        "realised",
+        "realized",
         "epochs",
         "",
     )
@@ -368,7 +368,7 @@ def mixture(
     for column in table.columns[1:-1]:
         column.justify = "right"
     for each in found:
-        shares = (each.by_size, each.by_alpha, each.by_factor, each.by_cap, each.realised)
+        shares = (each.by_size, each.by_alpha, each.by_factor, each.by_cap, each.realized)
         rows = f"{each.rows:,}{'' if each.known else '*'}"
         told = "capped" if each.capped else ""
         table.add_row(

@@ -23,7 +23,7 @@ out, err = Console(), Console(stderr=True)
 EXAMPLES = 256  # rows of a dataset among which the nearest are looked for
 
 Model = Annotated[
-    str, typer.Argument(help="llava, llava@challenger, llava:3, or an artefact's folder")
+    str, typer.Argument(help="llava, llava@challenger, llava:3, or an artifact's folder")
 ]
 Image = Annotated[
     list[Path] | None,
@@ -194,18 +194,18 @@ def _changed(judges: Evaluations, words: list[str] | None) -> Evaluations:
 def import_hf(
     folder: Annotated[Path, typer.Argument(help="what `save_pretrained` wrote")],
     into: Annotated[
-        Path, typer.Argument(metavar="OUT", help="the artefact's folder, which must not exist yet")
+        Path, typer.Argument(metavar="OUT", help="the artifact's folder, which must not exist yet")
     ],
 ) -> None:
-    """Make an artefact of a model in Hugging Face's form, and prove that both give the same outputs."""
+    """Make an artifact of a model in Hugging Face's form, and prove that both give the same outputs."""
     from bridgework.hf import convert
 
     _show(convert.import_hf(folder, into), into)
 
 
 def export(
-    artefact: Annotated[
-        Path, typer.Argument(metavar="ARTEFACT", help="the folder that a stage or an import wrote")
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="the folder that a stage or an import wrote")
     ],
     into: Annotated[Path, typer.Argument(metavar="DIR", help="where transformers shall find it")],
     as_: Annotated[
@@ -215,7 +215,7 @@ def export(
     """Write a folder that transformers loads, and prove that both give the same outputs."""
     from bridgework.hf import convert
 
-    _show(convert.export_hf(artefact, into, as_), into)
+    _show(convert.export_hf(artifact, into, as_), into)
 
 
 def _show(certificate: "Certificate", into: Path) -> None:

@@ -92,15 +92,15 @@ class CapFilt:
 
     def run(
         self,
-        artefacts: Mapping[str, Path],
+        artifacts: Mapping[str, Path],
         dest: str,
         *,
         home: Path,
         workers: int = 0,
         say: Callable[[str], object] = print,
     ) -> Manifest:
-        """See flow.make. `artefacts` are the folders of those of the stages that it `uses`."""
-        captioner, filter_ = (str(artefacts[name]) for name in self.uses)
+        """See flow.make. `artifacts` are the folders of those of the stages that it `uses`."""
+        captioner, filter_ = (str(artifacts[name]) for name in self.uses)
         return make(
             replace(self, captioner=captioner, filter=filter_),
             self.sources,
@@ -113,7 +113,7 @@ class CapFilt:
     # --- as a curation -----------------------------------------------------------------------------------------------
 
     def models(self, home: Path) -> dict[str, str]:
-        """Digests of the weights of the two. Raises WeightsError for what is no artefact."""
+        """Digests of the weights of the two. Raises WeightsError for what is no artifact."""
         from bridgework import artifacts
 
         return {
@@ -279,7 +279,7 @@ def _pair(sample: Sample, kept: Kept, scores: Scores) -> Sample:
         images=sample.images,
         parts=(Part("caption", image=0), Part("caption", text=kept.text)),
         language=sample.language if kept.origin == "web" else None,
-        licence=sample.licence,
+        license=sample.license,
         provenance={
             **sample.provenance,
             **{f"capfilt.{name}": value for name, value in told.items()},

@@ -35,7 +35,7 @@ class Dedup:
     by: By = "bytes"
     model: Model | None = None  # embeds images
     distance: int = 4  # bits of 64 in which two perceptual hashes may differ
-    colour: int = 20  # of 255, how far apart the colours of their sixteenths may be; 255: a repainted copy is a twin
+    color: int = 20  # of 255, how far apart the colors of their sixteenths may be; 255: a repainted copy is a twin
     similarity: float = 0.95  # cosine of two embeddings from which on they are twins
     text: bool = False  # their texts must be the same as well, but for case and punctuation
 
@@ -43,8 +43,8 @@ class Dedup:
 
     def __post_init__(self) -> None:
         checked(self.by, self.model, self.distance, self.similarity)
-        if not 0 <= self.colour <= 255:
-            raise SpecError(f"colour is a difference of 0 to 255; got {self.colour}")
+        if not 0 <= self.color <= 255:
+            raise SpecError(f"color is a difference of 0 to 255; got {self.color}")
 
     def models(self, home: Path) -> Mapping[str, str]:
         """The embedding model's weights."""
@@ -101,10 +101,10 @@ class Dedup:
         return earlier(codes(self.by, list(map(_decoded, signatures))), limit)
 
     def _alike(self, one: "Signature", other: "Signature") -> bool:
-        """Of two that are near: whether words and colours agree, where they are asked to."""
+        """Of two that are near: whether words and colors agree, where they are asked to."""
         if self.text and one.text != other.text:
             return False
-        return self.by != "perceptual" or repainted(*map(_decoded, (one, other))) <= self.colour
+        return self.by != "perceptual" or repainted(*map(_decoded, (one, other))) <= self.color
 
 
 class Signature(NamedTuple):

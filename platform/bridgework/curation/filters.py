@@ -69,7 +69,7 @@ class Filters:
             )
         if (self.model is not None) != bool({"similarity", "score"} & set(self.asked)):
             raise SpecError(
-                "min_similarity and min_score need model=ARTEFACT, and nothing else does"
+                "min_similarity and min_score need model=ARTIFACT, and nothing else does"
             )
         if (self.probe is None) != (self.min_score is None):
             raise SpecError("min_score needs probe=FILE.safetensors, and nothing else does")

@@ -184,8 +184,8 @@ def _holds(outer: Box, inner: Box) -> bool:
 
 def _parted(sample: Sample, most: int) -> tuple[list[Box], list[Box]]:
     """The boxes of texts and those of objects, the largest `most` of either, in reading order."""
-    labelled = [replace(box, label=" ".join(box.label.split())) for box in sample.boxes]
-    sound = [box for box in labelled if box.label and _area(box) > 0]
+    labeled = [replace(box, label=" ".join(box.label.split())) for box in sample.boxes]
+    sound = [box for box in labeled if box.label and _area(box) > 0]
     written = {cut: _apart(cut(sample.ocr or "")) for cut in (tokenize_words, str.split)}
     texts: list[Box] = []
     objects: list[Box] = []

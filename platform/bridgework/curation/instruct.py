@@ -5,7 +5,7 @@ OpenAI-compatible endpoint (`endpoint`, `model`), or one on this machine (`lm`).
 tells on its source, is asked for once more and then dropped. Facts hold the answers as they came: deciding again costs
 no call.
 
-Rows of one image are asked about together where they are neighbours in a row group with the same bytes, as COCO's five
+Rows of one image are asked about together where they are neighbors in a row group with the same bytes, as COCO's five
 captions are. A picture that the border of two row groups parts is asked about twice; the first answers go on.
 """
 
@@ -47,7 +47,7 @@ class Instruct:
     endpoint: str | None = None  # its base URL, up to /v1
     model: str | None = None  # as the endpoint calls it
     key: str = "OPENAI_API_KEY"  # the environment variable that holds the endpoint's key
-    lm: str | None = None  # instead: a folder of transformers' form, or an artefact's
+    lm: str | None = None  # instead: a folder of transformers' form, or an artifact's
     kinds: tuple[str, ...] = ("conversation", "detail", "reasoning")
     show: bool = False  # the endpoint sees the picture as well, which LLaVA's did not
     temperature: float = 0.7

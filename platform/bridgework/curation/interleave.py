@@ -188,7 +188,7 @@ def _document(sample: Sample, name: str, parts: Sequence[Part], told: str) -> Sa
             for part in parts
         ),
         language=sample.language,
-        licence=sample.licence,
+        license=sample.license,
         provenance={**sample.provenance, "interleave.window": told},
     )
 

@@ -135,19 +135,19 @@ def _text(content: Any) -> str:
 
 
 class LocalChatModel:
-    """A language model in a folder: an artefact of a stage that answers, or a causal model of transformers."""
+    """A language model in a folder: an artifact of a stage that answers, or a causal model of transformers."""
 
     parallel = 1  # a model holds one stream of draws
 
     def __init__(self, folder: str, *, temperature: float = 0.0, max_tokens: int = 1024) -> None:
         """Raises WeightsError for what is no model, SpecError for one without a chat template."""
         self._temperature, self._max_tokens = temperature, max_tokens
-        self._answer = self._artefact(folder) if _is_artefact(folder) else self._transformer(folder)
+        self._answer = self._artifact(folder) if _is_artifact(folder) else self._transformer(folder)
 
     def __call__(self, messages: Sequence[Message], seed: int) -> str:
         return self._answer(messages, seed).strip()
 
-    def _artefact(self, folder: str) -> Callable[[Sequence[Message], int], str]:
+    def _artifact(self, folder: str) -> Callable[[Sequence[Message], int], str]:
         from bridgework.inference.pipeline import Pipeline
 
         pipeline = Pipeline.load(folder)
@@ -203,8 +203,8 @@ def side_by_side(
 
 
 def digest(folder: str) -> str:
-    """Of a language model: an artefact's own, a folder's sha256 over its weights; a name on the hub as it is."""
-    if _is_artefact(folder):
+    """Of a language model: an artifact's own, a folder's sha256 over its weights; a name on the hub as it is."""
+    if _is_artifact(folder):
         from bridgework import artifacts
 
         return artifacts.describe(folder).digest
@@ -233,5 +233,5 @@ def drawn(*words: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, words)).encode()).digest()[:4]) >> 1
 
 
-def _is_artefact(folder: str) -> bool:
-    return (Path(folder) / "artefact.json").is_file()
+def _is_artifact(folder: str) -> bool:
+    return (Path(folder) / "artifact.json").is_file()

@@ -2,9 +2,9 @@
 
 The perceptual hash is pHash's (64 signs of a cosine transform of the brightness, in ImageHash): it stands up to
 another encoding, size or quality, and not to mirroring, cutting or turning. A picture of a single brightness has none,
-and is then like others by its bytes alone. Of colour the hash knows nothing, so the two colour channels (YCbCr) of a
+and is then like others by its bytes alone. Of color the hash knows nothing, so the two color channels (YCbCr) of a
 4 x 4 thumbnail stand beside it: of 80 pairs of clip art that are near by the hash, 77 are flags, fruit, balloons and
-the like of different colours (benchmarks/twins.py).
+the like of different colors (benchmarks/twins.py).
 """
 
 # N rows  D dimensions of an embedding
@@ -46,7 +46,7 @@ def checked(by: By, model: str | None, distance: int, similarity: float) -> None
         raise SpecError(
             f"by={by} "
             + (
-                "needs model=ARTEFACT, which embeds images"
+                "needs model=ARTIFACT, which embeds images"
                 if model is None
                 else "asks no model; leave it out"
             )
@@ -65,7 +65,7 @@ class ImageHasher:
 
     @classmethod
     def of(cls, by: By, model: str | None) -> "ImageHasher":
-        """`model` is an artefact's folder; only an embedding has one."""
+        """`model` is an artifact's folder; only an embedding has one."""
         if model is None:
             return cls(by)
         from bridgework.inference.pipeline import Pipeline
@@ -73,7 +73,7 @@ class ImageHasher:
         return cls(by, Pipeline.load(model))
 
     def __call__(self, images: Sequence[bytes]) -> list[bytes | BadSample | None]:
-        """For each file a hash with its colours or D float16, None where its bytes alone can tell, or why it is bad."""
+        """For each file a hash with its colors or D float16, None where its bytes alone can tell, or why it is bad."""
         seen = [self._look(image) for image in images]
         made = iter(self._embed([one for one in seen if isinstance(one, np.ndarray)]))
         return [next(made) if isinstance(one, np.ndarray) else one for one in seen]
@@ -115,15 +115,15 @@ def perceptual(image: bytes) -> bytes | None:
 
 
 def repainted(one: bytes, other: bytes) -> int:
-    """How far apart the colours of two perceptual signatures are where they differ most, of 255.
+    """How far apart the colors of two perceptual signatures are where they differ most, of 255.
 
     Of 400 drawings, those as JPEG at quality 20, WebP at 30 or of half the size are 10 apart at most, 15 % brighter or
     darker ones 19 (benchmarks/twins.py).
     """
-    colours, others = (
+    colors, others = (
         np.frombuffer(code, np.uint8, offset=HASH_BYTES).astype(np.int16) for code in (one, other)
     )
-    return int(np.abs(colours - others).max())
+    return int(np.abs(colors - others).max())
 
 
 def digest(*parts: bytes) -> str:
@@ -135,7 +135,7 @@ def digest(*parts: bytes) -> str:
 
 
 def codes(by: By, signatures: Sequence[bytes]) -> Codes:
-    """What `Signer` gave as one array, hashes without their colours; of one row at least."""
+    """What `Signer` gave as one array, hashes without their colors; of one row at least."""
     if by == "perceptual":
         return np.frombuffer(b"".join(code[:HASH_BYTES] for code in signatures), np.uint8).reshape(
             -1, HASH_BYTES

@@ -112,7 +112,7 @@ class EmbeddingScorer:
 
     @classmethod
     def of(cls, model: str, probe: str | None, *, texts: bool) -> "EmbeddingScorer":
-        """Raises WeightsError for what is no artefact, or no probe for it."""
+        """Raises WeightsError for what is no artifact, or no probe for it."""
         from bridgework.inference.pipeline import Pipeline
 
         return cls(Pipeline.load(model), None if probe is None else _probe(probe), texts=texts)

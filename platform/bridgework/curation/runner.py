@@ -73,7 +73,7 @@ PLACE = (
 
 Say = Callable[[str], object]
 Rows = Callable[[], Iterator[tuple[Sample, Fact]]]  # every row that could be judged, in order
-Model = Annotated[str, "an artefact's folder; on the command line, a registered model as well"]
+Model = Annotated[str, "an artifact's folder; on the command line, a registered model as well"]
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,8 @@ class CurationRun:
         return ", ".join(dataset.path for dataset in self.datasets)
 
     @property
-    def licences(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(dataset.manifest.licence for dataset in self.datasets))
+    def licenses(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(dataset.manifest.license for dataset in self.datasets))
 
     @property
     def rows_in(self) -> int:
@@ -336,7 +336,7 @@ class CurationRun:
             self._samples(tally, parameters),
             self.dest,
             source=self.source,
-            licence=", ".join(self.licences),
+            license=", ".join(self.licenses),
             made_by=self.module,
             parameters=parameters,  # with the counts, as soon as the last sample is written
             parents=self.parents,
@@ -378,14 +378,14 @@ class CurationRun:
         parameters["counts"] = dict(tally.counts)
 
     def _stamped(self, sample: Sample, key: str, row: Row) -> Sample:
-        """The sample under its key, with where it comes from, and its licence where the sources have several."""
+        """The sample under its key, with where it comes from, and its license where the sources have several."""
         told = {"dataset": row.dataset.manifest.digest, "key": row.key, **self.models}
         stamp = {f"{self.command}.{name}": value for name, value in told.items()}
-        licence = row.dataset.manifest.licence if len(self.licences) > 1 else None
+        license = row.dataset.manifest.license if len(self.licenses) > 1 else None
         return replace(
             sample,
             key=key,
-            licence=sample.licence or licence,
+            license=sample.license or license,
             provenance={**sample.provenance, **stamp},
         )
 

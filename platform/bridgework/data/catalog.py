@@ -76,7 +76,7 @@ def _synthetic(name: str, home: Path) -> str:
                 SYNTHETIC[name](),
                 path,
                 source=name,
-                licence="CC0-1.0",
+                license="CC0-1.0",
                 made_by="bridgework.data.synthetic",
                 parameters={"rows": ROWS, "size": SIZE, "seed": 0},
             )

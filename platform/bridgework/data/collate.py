@@ -126,7 +126,7 @@ class Batch:
 def collate(rows: Sequence[Row], *, pad_id: int, side: Literal["right", "left"] = "right") -> Batch:
     """A batch as wide as its longest sequence: padded on the right to train, on the left to generate.
 
-    Neighbours of one place share a sequence. Images of all rows follow each other in the order of their places; a
+    Neighbors of one place share a sequence. Images of all rows follow each other in the order of their places; a
     batch without images has N = 0.
     """
     packed = [list(same) for _, same in groupby(rows, key=lambda row: row.place)]

@@ -26,7 +26,7 @@ from bridgework.data.images import decode
 from bridgework.data.manifest import FILE, Manifest, Shard, read_manifest
 from bridgework.data.names import check_place
 from bridgework.data.quarantine import BadSample, Quarantine
-from bridgework.data.samples import SCHEMA, Sample, from_row, to_row
+from bridgework.data.samples import LICENSE, SCHEMA, Sample, from_row, to_row
 from bridgework.errors import DataError
 from bridgework.storage import find_store, unreachable
 
@@ -59,7 +59,7 @@ OPEN_SHARDS = (
 )
 
 _TEXTS = ("key", "parts.list.element.text", "rejected", "ocr", "provenance.key_value.value")
-_NAMES = ("parts.list.element.role", "language", "licence", "provenance.key_value.key")
+_NAMES = ("parts.list.element.role", "language", LICENSE, "provenance.key_value.key")
 _PARQUET: dict[str, Any] = {
     "compression": dict.fromkeys(_TEXTS, "ZSTD"),
     "use_dictionary": list(_NAMES),
@@ -73,7 +73,7 @@ def write(
     dest: str,
     *,
     source: str,
-    licence: str,
+    license: str,
     made_by: str,
     parameters: Mapping[str, Any] | None = None,
     parents: Sequence[str] = (),
@@ -100,7 +100,7 @@ def write(
         if not rows:
             raise DataError(f"{source}: no samples came out of it, so {dest} is not written")
         manifest = Manifest(
-            rows, group_rows, shards, source, licence, made_by, dict(parameters or {}), tuple(parents),
+            rows, group_rows, shards, source, license, made_by, dict(parameters or {}), tuple(parents),
             count_quarantined(quarantine),
         )  # fmt: skip
         publish(fs, stage, dest, manifest)
@@ -245,7 +245,7 @@ class Dataset:
     def locate_dealt(self, row: int) -> tuple[int, int, int]:
         """The same for another order, in which the rows of short row groups come last: the plan deals by this one.
 
-        Row groups then begin at multiples of `group_rows`, and neighbours that are dealt together are read together,
+        Row groups then begin at multiples of `group_rows`, and neighbors that are dealt together are read together,
         however many rows the shards have. Where only the last row group is short, both orders are one.
         """
         self._check(row)

@@ -113,7 +113,7 @@ def to_square(image: Image.Image, pixels: Pixels) -> NDArray[np.uint8]:
     """uint8 (3, size, size), bicubic.
 
     `crop`: the short side becomes size, then the centre is cut out (CLIP). `pad`: the long side becomes size, the rest
-    is the mean colour (LLaVA 1.5 pads first and resizes then: the same, but for a blurred edge at the padding).
+    is the mean color (LLaVA 1.5 pads first and resizes then: the same, but for a blurred edge at the padding).
     Only the pixels that are kept are ever resized, so a 1 x 10,000 strip costs no more than a square.
     """
     square = _pad(_rgb(image), pixels) if pixels.fit == "pad" else _crop(_rgb(image), pixels.size)
@@ -251,7 +251,7 @@ def _rgb(image: Image.Image) -> Image.Image:
             "RGB"
         )
     if image.mode == "P" and image.palette is None:
-        raise OSError("its colours have no palette")
+        raise OSError("its colors have no palette")
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     if image.mode == "LA":

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from bridgework.data.samples import SCHEMA_VERSION
+from bridgework.data.samples import LICENSE, SCHEMA_VERSION
 from bridgework.errors import DataError
 from bridgework.storage import find_store, unreachable
 
@@ -40,7 +40,7 @@ class Manifest:
     group_rows: int
     shards: tuple[Shard, ...]
     source: str
-    licence: str
+    license: str
     made_by: str  # importer or curation
     parameters: Mapping[str, Any] = field(default_factory=dict)
     parents: tuple[str, ...] = ()  # digests of the datasets that this one was made from
@@ -75,9 +75,9 @@ class Manifest:
             raise DataError("a count in the manifest is not an integer, or is below 0")
         if not all(
             isinstance(text, str)
-            for text in (self.source, self.licence, self.made_by, *self.parents)
+            for text in (self.source, self.license, self.made_by, *self.parents)
         ):
-            raise DataError("the source, licence, maker or a parent in the manifest is no text")
+            raise DataError("the source, license, maker or a parent in the manifest is no text")
         if self.rows != sum(shard.rows for shard in self.shards):
             raise DataError(
                 f"the manifest counts {self.rows} rows, its shards {sum(s.rows for s in self.shards)}"
@@ -100,6 +100,7 @@ class Manifest:
 
     def _fields(self) -> dict[str, Any]:
         fields = asdict(self)
+        fields[LICENSE] = fields.pop("license")
         if (
             not self.left_out
         ):  # digests of datasets that were made before it was counted stay what they were
@@ -112,6 +113,7 @@ class Manifest:
         try:
             fields = json.loads(text)
             digest = fields.pop("digest")
+            fields["license"] = fields.pop(LICENSE)
             fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
             manifest = cls(**{**fields, "parents": tuple(fields["parents"])})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -127,7 +127,7 @@ class Explained:
     by_alpha: float  # size**alpha, in its group and of its group
     by_factor: float  # ... times the manual factors: what is asked for
     by_cap: float  # ... within max_epochs: what is planned
-    realised: float  # of the samples that the budget draws
+    realized: float  # of the samples that the budget draws
     epochs: float
     capped: bool
     known: bool  # its dataset is here; else `rows` are those that the recipe names
@@ -156,7 +156,7 @@ def explain(mixture: Mixture, home: Path, *, batch: int, steps: int) -> list[Exp
     rows = [rows for rows, _ in sizes]
     sources = [SourceRows(s.name, s.name, n, 1) for s, n in zip(mixture.leaves, rows, strict=True)]
     plan = Plan(sources, mixture, batch=batch, steps=steps, seed=0)
-    drawn = plan.realised(steps)
+    drawn = plan.realized(steps)
     plain = requested(_without_factors(mixture), rows)
     return [
         Explained(
@@ -166,7 +166,7 @@ def explain(mixture: Mixture, home: Path, *, batch: int, steps: int) -> list[Exp
             by_alpha=float(alpha),
             by_factor=share.requested,
             by_cap=share.weight,
-            realised=drawn[share.name] / (batch * steps),
+            realized=drawn[share.name] / (batch * steps),
             epochs=drawn[share.name] / n,
             capped=share.capped,
             known=known,

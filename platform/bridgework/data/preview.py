@@ -252,24 +252,24 @@ _PICTURES |= dict.fromkeys(
 )  # C1; bidi
 
 
-def terminal(shown: Sequence[Preview], *, colour: bool = True) -> RenderableType:
-    """All previews, for rich. Without `colour` there are no pictures, and ⟦ ⟧ stand around what has loss."""
-    return Group(*(part for preview in shown for part in _entry(preview, colour)))
+def terminal(shown: Sequence[Preview], *, color: bool = True) -> RenderableType:
+    """All previews, for rich. Without `color` there are no pictures, and ⟦ ⟧ stand around what has loss."""
+    return Group(*(part for preview in shown for part in _entry(preview, color)))
 
 
-def _entry(shown: Preview, colour: bool) -> list[RenderableType]:
+def _entry(shown: Preview, color: bool) -> list[RenderableType]:
     head = Text.assemble((printable(shown.key), "bold"), "  ", (printable(facts(shown)), "dim"))
     body = Text()
     for span in shown.spans:
         text = printable(_visible(span))
-        body.append(text if colour or span.kind != "loss" else f"⟦{text}⟧", STYLES[span.kind])
+        body.append(text if color or span.kind != "loss" else f"⟦{text}⟧", STYLES[span.kind])
     body.rstrip()
     parts: list[RenderableType] = [head]
     if shown.problem is not None:
         parts.append(
             Padding(Text(f"put aside: {printable(shown.problem)}", "bold red"), (0, 0, 0, 2))
         )
-    if colour:
+    if color:
         parts += [Padding(_blocks(image), (0, 0, 0, 2)) for image in shown.images]
     return [*parts, Padding(body, (0, 0, 1, 2))]
 
@@ -285,7 +285,7 @@ def _visible(span: Span) -> str:
 
 
 def _blocks(pixels: NDArray[np.uint8]) -> Text:
-    """Two rows of pixels a line: the upper one is the colour of a half block, the lower one what lies behind it."""
+    """Two rows of pixels a line: the upper one is the color of a half block, the lower one what lies behind it."""
     image = Image.fromarray(pixels.transpose(1, 2, 0))
     image.thumbnail((CELLS, CELLS))
     rows = np.asarray(image)

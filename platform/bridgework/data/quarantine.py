@@ -43,8 +43,12 @@ class Reason(StrEnum):
     )
     BAD_ROW = "bad_row"  # the row is not what the format says
     DUPLICATE_KEY = "duplicate_key"
-    LICENCE = "licence"  # the row is not under the licence of its dataset
-    NO_TARGET = "no_target"  # after tokenising and cutting to length, nothing is left to learn from
+    LICENSE = "license"  # the row is not under the license of its dataset
+    NO_TARGET = "no_target"  # after tokenizing and cutting to length, nothing is left to learn from
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Reason | None":
+        return cls.LICENSE if value == "licence" else None  # as tables were written before
 
 
 class BadSample(DataError):

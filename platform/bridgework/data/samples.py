@@ -19,6 +19,7 @@ from bridgework.data.quarantine import BadSample, Reason
 Role = Literal["caption", "system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
 SCHEMA_VERSION = 1
+LICENSE = "licence"  # the column and the manifest's key in schema 1: another spelling would change every digest
 CANDIDATES = "bridgework:candidates"  # in the provenance column: where they are kept, as JSON, so that versions
 # without them read the same shards
 
@@ -44,7 +45,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Box:
-    """A labelled rectangle in an image: left, top, right, bottom as shares of its width and height, in [0, 1]."""
+    """A labeled rectangle in an image: left, top, right, bottom as shares of its width and height, in [0, 1]."""
 
     image: int
     corners: tuple[float, float, float, float]
@@ -70,7 +71,7 @@ class Sample:
     boxes: tuple[Box, ...] = ()
     ocr: str | None = None
     language: str | None = None
-    licence: str | None = None
+    license: str | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
     candidates: tuple[
         str, ...
@@ -132,7 +133,7 @@ SCHEMA = pa.schema(
         pa.field("boxes", pa.list_(_BOX), nullable=False),
         pa.field("ocr", pa.string()),
         pa.field("language", pa.string()),
-        pa.field("licence", pa.string()),
+        pa.field(LICENSE, pa.string()),
         pa.field("provenance", pa.map_(pa.string(), pa.string()), nullable=False),
     ]
 )
@@ -146,6 +147,7 @@ def to_row(sample: Sample) -> dict[str, Any]:
         "boxes": [vars(box) for box in sample.boxes],
         "provenance": list(sample.provenance.items()),
     }
+    row[LICENSE] = row.pop("license")
     if candidates := row.pop("candidates"):
         row["provenance"].append((CANDIDATES, json.dumps(candidates, ensure_ascii=False)))
     return row
@@ -153,6 +155,8 @@ def to_row(sample: Sample) -> dict[str, Any]:
 
 def from_row(row: Mapping[str, Any]) -> Sample:
     """The inverse of `to_row`, from a row of pyarrow's `to_pylist`. Raises BadSample for a row that is no sample."""
+    row = dict(row)
+    row["license"] = row.pop(LICENSE)
     provenance = dict(row["provenance"])
     kept = provenance.pop(CANDIDATES, None)
     candidates = row.get("candidates") or (_list(kept) if kept is not None else [])

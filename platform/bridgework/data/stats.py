@@ -75,7 +75,7 @@ class Stats:
     formats: Mapping[str, int]
     unreadable: Mapping[str, int]  # reason -> pictures without a readable header
     languages: Mapping[str, int]
-    licences: Mapping[str, int]  # the row's own, else the dataset's
+    licenses: Mapping[str, int]  # the row's own, else the dataset's
     left_out: Mapping[str, int]  # reason -> rows that the source had and the dataset has not
     widths: Spread | None
     heights: Spread | None
@@ -93,7 +93,7 @@ class Stats:
             "images": _counts(self.formats) or "0",
             "images per row": _counts(self.images_per_row),
             "languages": _counts(self.languages),
-            "licences": _counts(self.licences),
+            "licenses": _counts(self.licenses),
         }
         if self.left_out:
             facts["left out when made"] = _counts(self.left_out)
@@ -129,7 +129,7 @@ def stats(
     for a missing or corrupt dataset, WeightsError where the stage's tokenizer is not to be had.
     """
     dataset = open_dataset(path)
-    tally = _Tally(dataset.manifest.licence)
+    tally = _Tally(dataset.manifest.license)
     fitting = None if for_stage is None else _Fitting(for_stage, path)
     for done, sample in enumerate(dataset.samples(), 1):
         unreadable = tally.add(sample)
@@ -152,7 +152,7 @@ def stats(
         formats=_by_count(tally.formats),
         unreadable=_by_count(tally.unreadable),
         languages=_by_count(tally.languages),
-        licences=_by_count(tally.licences),
+        licenses=_by_count(tally.licenses),
         left_out={**manifest.quarantined, **manifest.left_out},
         widths=Spread.of([width for width, _ in tally.sizes]),
         heights=Spread.of([height for _, height in tally.sizes]),
@@ -185,14 +185,14 @@ def kind(sample: Sample) -> str:
 class _Tally:
     """What is counted in any dataset."""
 
-    def __init__(self, licence: str) -> None:
-        self.licence = licence  # of rows that name none
+    def __init__(self, license: str) -> None:
+        self.license = license  # of rows that name none
         self.kinds: Counter[str] = Counter()
         self.images_per_row: Counter[int] = Counter()
         self.formats: Counter[str] = Counter()
         self.unreadable: Counter[str] = Counter()
         self.languages: Counter[str] = Counter()
-        self.licences: Counter[str] = Counter()
+        self.licenses: Counter[str] = Counter()
         self.sizes: list[tuple[int, int]] = []
         self.answers: list[int] = []
 
@@ -201,7 +201,7 @@ class _Tally:
         self.kinds[kind(sample)] += 1
         self.images_per_row[len(sample.images)] += 1
         self.languages[sample.language or NONE] += 1
-        self.licences[sample.licence or self.licence] += 1
+        self.licenses[sample.license or self.license] += 1
         self.answers += [
             len(p.text)
             for p in sample.parts

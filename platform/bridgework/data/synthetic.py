@@ -1,4 +1,4 @@
-"""Coloured shapes with true captions: data for tests, `--tiny` and first steps, made in milliseconds from a seed."""
+"""Colored shapes with true captions: data for tests, `--tiny` and first steps, made in milliseconds from a seed."""
 
 import io
 import random
@@ -37,11 +37,11 @@ class Shape(NamedTuple):
     """A thing in a picture, as the caption names it."""
 
     size: str
-    colour: str
+    color: str
     form: str
 
     def __str__(self) -> str:
-        return f"a {self.size} {self.colour} {self.form}"
+        return f"a {self.size} {self.color} {self.form}"
 
 
 def shapes(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
@@ -55,7 +55,7 @@ def shapes(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample
         first, second = _shape(draw), _shape(draw)
         place = draw.choice(list(PLACES))
         image = _picture(size, [(first, PLACES[place][0]), (second, PLACES[place][1])])
-        labels = tuple(f"{shape.colour} {shape.form}" for shape in (first, second))
+        labels = tuple(f"{shape.color} {shape.form}" for shape in (first, second))
         yield pair(f"shapes-{row:06d}", image, f"{first} {place} {second}", labels=labels)
 
 
@@ -105,17 +105,17 @@ def _picture(size: int, things: list[tuple[Shape, tuple[float, float]]]) -> byte
         box = (x - half, y - half, x + half, y + half)
         match shape.form:
             case "circle":
-                pen.ellipse(box, fill=COLOURS[shape.colour])
+                pen.ellipse(box, fill=COLOURS[shape.color])
             case "square":
-                pen.rectangle(box, fill=COLOURS[shape.colour])
+                pen.rectangle(box, fill=COLOURS[shape.color])
             case "triangle":
                 pen.polygon(
                     [(x, y - half), (x + half, y + half), (x - half, y + half)],
-                    fill=COLOURS[shape.colour],
+                    fill=COLOURS[shape.color],
                 )
             case _:
                 corners = [(x, y - half), (x + half, y), (x, y + half), (x - half, y)]
-                pen.polygon(corners, fill=COLOURS[shape.colour])
+                pen.polygon(corners, fill=COLOURS[shape.color])
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()

@@ -9,7 +9,7 @@ prompted      the same, with nothing between question and answer      BLIP's cap
 human         "###Human: <Img>..</Img> question ###Assistant: a###"   MiniGPT-4 (Zhu et al. 2023, arXiv:2304.10592)
 interleaved   images and texts in order, END behind every chunk       Flamingo (Alayrac et al. 2022, arXiv:2204.14198)
 
-A template is cut into segments *before* anything is tokenised, so what a person or a dataset wrote can never turn into
+A template is cut into segments *before* anything is tokenized, so what a person or a dataset wrote can never turn into
 scaffold, and the loss mask never depends on how a tokenizer merges across a border.
 
 A sample as a source wants it read: asked with its prompts; a document with so many images, before or behind texts.
@@ -46,7 +46,7 @@ Turn = tuple[str, list[Part]]  # system | user | assistant, and what it says
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the stream that is tokenised on its own: text, or the place of one image."""
+    """A stretch of the stream that is tokenized on its own: text, or the place of one image."""
 
     text: str = ""
     image: int | None = None  # index into the sample's images
@@ -63,7 +63,7 @@ def conversation(
 
     `choice`, any non-negative draw, picks the prompt and whether the image stands before or after it (LLaVA eq. 2).
     With `prefix` the caption's first words, up to a drawn one, are the question and the rest is the answer (BLIP-2's
-    prefix language modelling, arXiv:2301.12597, 3.3). Around the only question of a conversation goes a prompt with {}
+    prefix language modeling, arXiv:2301.12597, 3.3). Around the only question of a conversation goes a prompt with {}
     in it (InstructBLIP, arXiv:2305.06500, 2.1). What else is a conversation, or has more than one text, stays as it is.
     A prompt with {ocr} names the text in the image, one with {options} or {OPTIONS} the candidates of a multiple-choice
     question: "(a) red (b) blue", or "(A) red (B) blue".
@@ -122,7 +122,7 @@ def render(
 ) -> list[Segment]:
     """The segments to train on: loss on every answer and on the stop string that ends it.
 
-    Neighbouring parts of one role are one turn. Under `plain` and `caption` only images, captions and answers are read
+    Neighboring parts of one role are one turn. Under `plain` and `caption` only images, captions and answers are read
     (as LLaVA's stage 1 does; of several, `caption` takes the one that `choice` draws); under the others a caption is
     the answer to its image. Raises BadSample for a sample without an
     answer, with a blank one, or with turns that the template refuses; SpecError for an unknown template.

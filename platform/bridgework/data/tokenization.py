@@ -69,7 +69,7 @@ def encode(
     image_tokens: int | Sequence[int],
     max_tokens: int,
 ) -> Encoded:
-    """Tokenise segment by segment; BOS, or BERT's CLS, goes first unless the scaffold begins with it.
+    """Tokenize segment by segment; BOS, or BERT's CLS, goes first unless the scaffold begins with it.
 
     `image_tokens` are the places of every image, or of each. What is too long loses whole turns from its end; a first
     turn that is too long alone is cut, never inside an image, and keeps its closing. Raises BadSample where nothing

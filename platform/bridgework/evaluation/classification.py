@@ -173,8 +173,8 @@ class LinearProbe:
         """Rows to judge, and others to learn from."""
         if self.train is not None:
             wanted = replace(self, dataset=self.train, rows=self.train_rows)
-            return _labelled(self, pipeline, home), _labelled(wanted, pipeline, home)
-        items = _labelled(replace(self, rows=self.rows + self.train_rows), pipeline, home)
+            return _labeled(self, pipeline, home), _labeled(wanted, pipeline, home)
+        items = _labeled(replace(self, rows=self.rows + self.train_rows), pipeline, home)
         judged = min(self.rows, len(items) // 2)
         if judged < 1:
             raise DataError(
@@ -200,7 +200,7 @@ class LinearProbe:
             return probe.fit(seen_RF, labels)
 
 
-def _labelled(spec: LinearProbe, pipeline: "Pipeline", home: Path) -> list[EvalExample]:
+def _labeled(spec: LinearProbe, pipeline: "Pipeline", home: Path) -> list[EvalExample]:
     return draw_images(spec, pipeline, home, lambda sample: bool(sample.labels))
 
 

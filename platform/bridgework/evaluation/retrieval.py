@@ -1,4 +1,4 @@
-"""Do the bridge's tokens say what the caption says? Nearest neighbours of pooled vectors, both ways."""
+"""Do the bridge's tokens say what the caption says? Nearest neighbors of pooled vectors, both ways."""
 
 # R rows, each an image and its texts  C texts of all rows  Q vectors of an image  D width
 # X by Y: R by C, or the other way round  K candidates

@@ -116,7 +116,7 @@ def families() -> dict[str, Family]:
 
 
 def imported(folder: Path, home: Path) -> Path:
-    """The artefact of a model that `save_pretrained` wrote, kept under <home>/cache. Raises what `import_hf` does."""
+    """The artifact of a model that `save_pretrained` wrote, kept under <home>/cache. Raises what `import_hf` does."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         state = file.stat()
@@ -159,10 +159,10 @@ def import_hf(folder: Path, out: Path) -> Certificate:
         drawn = {
             name: p for name, p in ours.named_parameters() if name not in state
         }  # no place for it over there
-        artifacts.save(partial / "artefact", drawn | state, system=system, stage=stage.name)
-        for file in (partial / "artefact").iterdir():
+        artifacts.save(partial / "artifact", drawn | state, system=system, stage=stage.name)
+        for file in (partial / "artifact").iterdir():
             file.rename(partial / file.name)
-        (partial / "artefact").rmdir()
+        (partial / "artifact").rmdir()
         _write(certificate, partial)
     return certificate
 
@@ -461,14 +461,14 @@ def _fitting(spec: ModelSpec, architecture: str | None) -> tuple[str, Family, An
         name = (getattr(config, "architectures", None) or family.ARCHITECTURES)[0]
         fitting[name] = (name, family, config)
     if architecture is not None and architecture not in fitting:
-        raise SpecError(f"the artefact is no {architecture}" + suggest(architecture, fitting))
+        raise SpecError(f"the artifact is no {architecture}" + suggest(architecture, fitting))
     if not fitting:
         said = max(refusals, key=len, default="no family is of this wiring")
         raise SpecError(
             f"transformers has no model for a {type(spec).__name__} like this one: {said}"
         )
     if architecture is None and len(fitting) > 1:
-        raise SpecError(f"the artefact fits {', '.join(sorted(fitting))}; say which with --as")
+        raise SpecError(f"the artifact fits {', '.join(sorted(fitting))}; say which with --as")
     return fitting[architecture or next(iter(fitting))]
 
 
@@ -524,7 +524,7 @@ def _empty(architecture: str, config: Any, state: Mapping[str, Tensor]) -> Any:
         missing_keys=missing, recompute_mapping=False
     )  # what `state` has not, to what it has
     wrong = {"missing": sorted(missing), "extra": sorted(set(state) - set(shapes))}
-    _check_keys(f"{architecture} and the artefact differ", wrong)
+    _check_keys(f"{architecture} and the artifact differ", wrong)
     return model.eval()
 
 

@@ -79,10 +79,10 @@ class Pipeline:
 
     @classmethod
     def load(cls, path: str, device: str | None = None) -> "Pipeline":
-        """The weights artefact under `path`, on a GPU if there is one; there in the precision of its training."""
+        """The weights artifact under `path`, on a GPU if there is one; there in the precision of its training."""
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         loaded = artifacts.load(path, place)
-        half = place.type == "cuda" and loaded.stage.shard.precision == "bf16"
+        half = place.type == "cuda" and loaded.stage.zero.precision == "bf16"
         return cls(loaded.model.to(torch.bfloat16) if half else loaded.model, loaded.stage)
 
     # --- judging -----------------------------------------------------------------------------------------------------

@@ -236,10 +236,10 @@ class Inputs:
         return [list(islice(seen, len(pictures))) for pictures in given]
 
     def mean_square(self) -> NDArray[np.uint8]:
-        """uint8 (3, S, S) of the tower's mean colour: an image that shows nothing."""
+        """uint8 (3, S, S) of the tower's mean color: an image that shows nothing."""
         pixels = self._spec.pixels
-        colour_3 = np.array([round(255 * mean) for mean in pixels.mean], np.uint8)
-        return np.broadcast_to(colour_3[:, None, None], (3, pixels.size, pixels.size))
+        color_3 = np.array([round(255 * mean) for mean in pixels.mean], np.uint8)
+        return np.broadcast_to(color_3[:, None, None], (3, pixels.size, pixels.size))
 
     def _square(self, image: Raw) -> NDArray[np.uint8]:
         """uint8 (3, S, S) as the tower reads it. Raises BadSample for what is no image."""

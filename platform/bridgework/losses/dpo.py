@@ -1,4 +1,4 @@
-"""Direct preference optimisation: of two answers the better one gains on the worse (Rafailov et al., 2305.18290)."""
+"""Direct preference optimization: of two answers the better one gains on the worse (Rafailov et al., 2305.18290)."""
 
 # B samples, each with a better and a worse answer  T tokens
 

@@ -1,6 +1,6 @@
 """Next-token prediction on the tokens that carry a label."""
 
-# B batch  T tokens  V vocabulary  L labelled tokens
+# B batch  T tokens  V vocabulary  L labeled tokens
 
 from typing import ClassVar, Literal, Protocol
 
@@ -21,9 +21,9 @@ class Logits(Protocol):
 
 @config_class
 class LanguageModeling:
-    """Cross-entropy of the next token; the language modelling loss of every generative stage.
+    """Cross-entropy of the next token; the language modeling loss of every generative stage.
 
-    A batch's loss is the mean over its labelled tokens, or the mean over its samples of each one's sum.
+    A batch's loss is the mean over its labeled tokens, or the mean over its samples of each one's sum.
     """
 
     label_smoothing: float = 0.0
@@ -41,7 +41,7 @@ class LanguageModeling:
             )
 
     def __call__(self, outputs: Logits) -> Tensor:
-        """(B,) float32: the unweighted sum over the labelled tokens of each sample.
+        """(B,) float32: the unweighted sum over the labeled tokens of each sample.
 
         With `segments_BT` among the outputs, samples that share a row are told apart by their numbers in it.
         """
@@ -56,8 +56,8 @@ class LanguageModeling:
 
     def count(self, labels_BT: Tensor) -> Tensor:
         """(B,) float32: the tokens that each sum runs over, the first of a row excepted; or 1 for a row with any."""
-        labelled_BT = labels_BT[:, 1:] != IGNORE
-        return (labelled_BT.sum(1) if self.mean == "tokens" else labelled_BT.any(1)).float()
+        labeled_BT = labels_BT[:, 1:] != IGNORE
+        return (labeled_BT.sum(1) if self.mean == "tokens" else labeled_BT.any(1)).float()
 
 
 def language_modeling(

@@ -66,7 +66,7 @@ class Matching:
         return {"floor": self.floor}
 
     def __call__(self, outputs: Judged) -> Tensor:
-        """(B,) float32: the unweighted sum over the three judgements of each sample."""
+        """(B,) float32: the unweighted sum over the three judgments of each sample."""
         if outputs.match_B3C is None:
             raise DataError(
                 f"the matching loss reads judged pairs; ask the wiring for {self.needs!r}"
@@ -74,7 +74,7 @@ class Matching:
         return matching(outputs.match_B3C)
 
     def count(self, labels_BT: Tensor) -> Tensor:
-        """(B,) float32: three judgements a sample."""
+        """(B,) float32: three judgments a sample."""
         return torch.full((len(labels_BT),), 3.0, device=labels_BT.device)
 
 
@@ -157,7 +157,7 @@ def matching_pairs(
 
 
 def group_by_sample(logits_MC: Tensor) -> Tensor:
-    """(b, 3, C): the three judgements of each sample, of logits in the order of `judged_pairs`."""
+    """(b, 3, C): the three judgments of each sample, of logits in the order of `judged_pairs`."""
     return logits_MC.view(3, -1, logits_MC.shape[-1]).transpose(0, 1)
 
 

@@ -25,7 +25,7 @@ LOGITS = frozenset({"logits"})
 class FrozenCopy(nn.Module):
     """What trains of a wiring, as it was before the first step: without gradient, without optimizer state.
 
-    A resume checkpoint holds it, for by then what trains has moved; an artefact, of parameters and buffers, does not.
+    A resume checkpoint holds it, for by then what trains has moved; an artifact, of parameters and buffers, does not.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Rows of one token stream, read by a language model of two halves: the prompt is encoded, the answer decoded.
 
 What has loss says where the answer begins, so data and losses need not know which kind of language model there is
-(prefix language modelling; Li et al. 2023, arXiv:2301.12597, 3.3).
+(prefix language modeling; Li et al. 2023, arXiv:2301.12597, 3.3).
 """
 
 # B batch  T tokens of the row  N tokens of the longest answer  D width  V vocabulary  C candidates  R tokens of one

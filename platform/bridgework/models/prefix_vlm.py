@@ -233,7 +233,7 @@ class PrefixVLM(VLMModule):
             if labels is None:
                 raise DataError("pooled text needs labels: they say which tokens are the caption")
             outputs.image_BD = _mean(embeds_BTD, ids == IMAGE, "image")
-            outputs.text_BD = _mean(embeds_BTD, labels != IGNORE, "labelled token")
+            outputs.text_BD = _mean(embeds_BTD, labels != IGNORE, "labeled token")
         if "logits" in wants:
             outputs.logits_BTV = self._logits(embeds_BTD, ids, attention, labels, segments)
         return outputs
@@ -356,9 +356,9 @@ class PrefixVLM(VLMModule):
 
     @torch.no_grad()
     def embed_texts(self, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
-        """(B, D) float32 of length 1: the mean embedding of each row's labelled tokens; images are not looked at."""
+        """(B, D) float32 of length 1: the mean embedding of each row's labeled tokens; images are not looked at."""
         embeds_BTD = self.language.get_input_embeddings()(ids.masked_fill(ids == IMAGE, 0))
-        return normalize(_mean(embeds_BTD, labels != IGNORE, "labelled token"), dim=-1)
+        return normalize(_mean(embeds_BTD, labels != IGNORE, "labeled token"), dim=-1)
 
     @torch.no_grad()
     def continuations(

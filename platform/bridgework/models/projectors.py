@@ -53,9 +53,9 @@ class MLPConfig:
 
 @config_class
 class ConcatConfig:
-    """`group` neighbouring patches become one token, side by side (MiniGPT-4 on LLaMA-2: without a Q-Former).
+    """`group` neighboring patches become one token, side by side (MiniGPT-4 on LLaMA-2: without a Q-Former).
 
-    Neighbours in the sequence, row by row, and not 2 x 2.
+    Neighbors in the sequence, row by row, and not 2 x 2.
     """
 
     group: int = 4

@@ -1,6 +1,6 @@
 """Vision towers: square uint8 images in, one vector per patch out.
 
-Towers normalise inside, so that data, features and serving agree on uint8 pixels. A tower whose parameters are all
+Towers normalize inside, so that data, features and serving agree on uint8 pixels. A tower whose parameters are all
 frozen runs without a graph.
 """
 
@@ -285,7 +285,7 @@ class VisionTower(nn.Module, ABC):
 
     @abstractmethod
     def patches(self, normal_N3SS: Tensor) -> Tensor:
-        """(N, 3, S, S) normalised -> (N, P, D)."""
+        """(N, 3, S, S) normalized -> (N, P, D)."""
 
     def digest(self) -> str:
         """16 hex digits that name the features: of the spec (layer, grid, sizes) and of every weight."""

@@ -80,7 +80,7 @@ def _tune(
     model: MEDConfig, *, steps: int, micro: int, peak_lr: float, name: str = "tune", **fields: Any
 ) -> Stage:
     return Stage(
-        name=name, model=model, trains={"*": 1.0}, starts_from="pretrain", shard=ZeRO(stage=1),
+        name=name, model=model, trains={"*": 1.0}, starts_from="pretrain", zero=ZeRO(stage=1),
         budget=Budget(steps=steps, batch=256, micro=micro),
         optim=AdamW(peak_lr=peak_lr, warmup=0.0, weight_decay=0.05, clip=0.0), **fields,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def next() -> System:
         data=Mixture(sources=(CAPTIONS,), template="plain"),
         budget=Budget(steps=2_180, batch=256, micro=32),
         optim=AdamW(peak_lr=1e-3),
-        shard=ZeRO(stage=2),
+        zero=ZeRO(stage=2),
     )
     known = tuple(  # TextCaps left: its images are those of TextVQA's test
         Source(name=n, dataset=f"llava-{n}", rows=rows)
@@ -68,6 +68,6 @@ def next() -> System:
         budget=Budget(steps=5_820, batch=128, micro=2),
         optim=AdamW(peak_lr=2e-5),
         starts_from="align",
-        shard=ZeRO(stage=3),
+        zero=ZeRO(stage=3),
     )
     return System(name="llava", paper=BLOG, stages=(align, instruct))

@@ -49,7 +49,7 @@ def quickstart() -> System:
         ),
         budget=Budget(steps=300, batch=128, micro=128),
         optim=AdamW(peak_lr=1e-3, weight_decay=0.05),
-        shard=CPU,
+        zero=CPU,
         evals=(Retrieval(name="retrieval", dataset="examples/data/heldout_style"),),
     )
     align = Stage(
@@ -63,7 +63,7 @@ def quickstart() -> System:
         budget=Budget(steps=60, batch=16, micro=16),
         optim=AdamW(peak_lr=2e-4),
         starts_from="warm",
-        shard=CPU,
+        zero=CPU,
         evals=(
             HeldOutLoss(name="heldout", dataset="examples/data/heldout_concepts", rows=64),
             Ranking(name="ranking", dataset="examples/data/heldout_style", candidates=20, rows=40),
@@ -78,7 +78,7 @@ def quickstart() -> System:
         budget=Budget(steps=20, batch=16, micro=16),
         optim=AdamW(peak_lr=1e-4),
         starts_from="align",
-        shard=CPU,
+        zero=CPU,
         evals=(
             HeldOutLoss(name="heldout", dataset="examples/data/heldout_concepts", rows=64),
             Ranking(name="ranking", dataset="examples/data/heldout_style", candidates=20, rows=40),

@@ -60,7 +60,7 @@ def _blip(
     vit: BlipViTConfig, noisy: tuple[Source, ...], *, steps: int, batch: int, peak_lr: float
 ) -> System:
     pretrain = Stage(
-        name="pretrain", trains={"*": 1.0}, shard=ZeRO(stage=1), evals=tunes.FOUND,
+        name="pretrain", trains={"*": 1.0}, zero=ZeRO(stage=1), evals=tunes.FOUND,
         model=MEDConfig(vision=vit, text=tunes.BERT, momentum=MomentumConfig(ramp=steps // 10)),  # 2 of 20 epochs
         losses=(MomentumContrastive(), Matching(negatives="lane"), tunes.WRITING),  # 90 samples, as of one GPU
         data=Mixture(sources=noisy, template="caption", max_tokens=30, lanes=32),

@@ -108,7 +108,7 @@ def retrieval() -> System:
     steps = 5 * 566_747 // 224
     tune = Stage(
         name="retrieval", model=QFormerPretrainerConfig(vision=LARGE, bridge=replace(BRIDGE, text=True)),
-        trains={"bridge.*": 1.0, "heads.*": 1.0, **layerwise(LARGE.depth, 0.95)}, shard=ZeRO(stage=1),
+        trains={"bridge.*": 1.0, "heads.*": 1.0, **layerwise(LARGE.depth, 0.95)}, zero=ZeRO(stage=1),
         losses=OBJECTIVES, starts_from="represent", evals=FOUND,
         data=Mixture(sources=(COCO,), template="caption", max_tokens=32, lanes=16, by_image=True),
         budget=Budget(steps=steps, batch=224, micro=14),
@@ -120,7 +120,7 @@ def retrieval() -> System:
 def _blip2(language: LanguageConfig, *, prefix: bool = False, batch: int = 1_920) -> System:
     represent = Stage(
         name="represent", model=QFormerPretrainerConfig(vision=VIT_G, bridge=replace(BRIDGE, text=True)),
-        trains={"bridge.*": 1.0, "heads.*": 1.0}, shard=ZeRO(stage=1), evals=FOUND,
+        trains={"bridge.*": 1.0, "heads.*": 1.0}, zero=ZeRO(stage=1), evals=FOUND,
         losses=OBJECTIVES,
         data=Mixture(sources=PAIRS, template="caption", max_tokens=32, lanes=16),
         budget=Budget(steps=250_000, batch=1_680, micro=105), optim=replace(ADAM, warmup=2_000 / 250_000),
@@ -129,7 +129,7 @@ def _blip2(language: LanguageConfig, *, prefix: bool = False, batch: int = 1_920
     generate = Stage(
         name="generate", model=PrefixVLMConfig(vision=VIT_G, bridge=BRIDGE, language=language),
         trains={"bridge.*": 1.0},
-        losses=(LanguageModeling(),), starts_from="represent", inherits=QUERIES, evals=answered(short=prefix),
+        losses=(LanguageModeling(),), starts_from="represent", init_params=QUERIES, evals=answered(short=prefix),
         data=Mixture(sources=pairs, template="answer" if prefix else "plain", max_tokens=66, lanes=16),
         budget=Budget(steps=80_000, batch=batch, micro=batch // 16),
         optim=replace(ADAM, final_lr=5e-5, warmup=2_000 / 80_000),

@@ -124,7 +124,7 @@ def _classifier(
         name=name, model=ImageClassifierConfig(vision=VIT_B32, classes=CIFAR_10), trains=trains, losses=(ClassLoss(),),
         data=Mixture(sources=(IMAGES,), template="caption", lanes=64),
         budget=Budget(steps=epochs * 50_000 // 512, batch=512, micro=128), optim=optim,
-        starts_from="contrast", inherits=("vision.*",),
+        starts_from="contrast", init_params=("vision.*",),
         evals=(Classification(name="cifar10", dataset="cifar10-test", rows=10_000),
                Classification(name="shifted", dataset="cifar10.1", rows=2_000), *judges),
     )  # fmt: skip

@@ -75,7 +75,7 @@ def b80() -> System:
 def _flamingo(size: str, gates: GatesConfig, shard: ZeRO) -> System:
     train = Stage(
         name="train", model=CrossAttentionVLMConfig(vision=SIGLIP, bridge=RESAMPLER, gates=gates, language=LMS[size]),
-        trains={"bridge.*": 1.0, "gates.*": 1.0, "extra.*": 1.0}, shard=shard, evals=JUDGES,
+        trains={"bridge.*": 1.0, "gates.*": 1.0, "extra.*": 1.0}, zero=shard, evals=JUDGES,
         losses=(LanguageModeling(mean="samples"),),  # lambda weighs the expected sum over a sample's tokens (2.4)
         data=Mixture(sources=SOURCES, alpha=0.0, template="interleaved", max_tokens=256),  # windows of 256 (2.4)
         budget=Budget(steps=500_000, batch=2_048, micro=16),

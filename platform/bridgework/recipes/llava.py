@@ -29,7 +29,7 @@ def system() -> System:
     align = Stage(
         name="align", model=model, trains={"bridge.*": 1.0}, losses=(LanguageModeling(),),
         data=Mixture(sources=(CAPTIONS,), template="plain"),
-        budget=Budget(steps=2_180, batch=256, micro=32), optim=AdamW(peak_lr=1e-3), shard=ZeRO(stage=2),
+        budget=Budget(steps=2_180, batch=256, micro=32), optim=AdamW(peak_lr=1e-3), zero=ZeRO(stage=2),
     )  # fmt: skip
     conversations = tuple(
         Source(name=n, dataset=f"llava-{n}", rows=rows) for n, rows in MIX_665K.items()
@@ -37,7 +37,7 @@ def system() -> System:
     instruct = Stage(
         name="instruct", model=model, trains={"bridge.*": 1.0, "language.*": 1.0}, losses=(LanguageModeling(),),
         data=Mixture(sources=conversations, template="v1"),
-        budget=Budget(steps=5_197, batch=128, micro=16), optim=AdamW(peak_lr=2e-5), shard=ZeRO(stage=3),
+        budget=Budget(steps=5_197, batch=128, micro=16), optim=AdamW(peak_lr=2e-5), zero=ZeRO(stage=3),
         starts_from="align", evals=JUDGES,
     )  # fmt: skip
     return System(name="llava", paper="arXiv:2310.03744", stages=(align, instruct))

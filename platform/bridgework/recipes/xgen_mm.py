@@ -61,12 +61,12 @@ def system() -> System:
     pretrain = Stage(
         name="pretrain", model=BASE, trains={"bridge.*": 1.0, "language.*": 1.0}, losses=(LanguageModeling(),),
         data=Mixture(sources=PAGES, alpha=0.0, template="plain"),  # by share, whatever their size
-        budget=Budget(steps=48_000, batch=1_024, micro=8), optim=AdamW(peak_lr=4e-5, warmup=0.04), shard=ZeRO(stage=2),
+        budget=Budget(steps=48_000, batch=1_024, micro=8), optim=AdamW(peak_lr=4e-5, warmup=0.04), zero=ZeRO(stage=2),
     )  # fmt: skip
     instruct = replace(
         pretrain, name="instruct", model=TILED, data=Mixture(sources=(SINGLE,), template="chat"),
         budget=Budget(steps=15_625, batch=64, micro=8), optim=AdamW(peak_lr=2e-5, warmup=2_000 / 15_625),
-        starts_from="pretrain", shard=ZeRO(stage=3),
+        starts_from="pretrain", zero=ZeRO(stage=3),
     )  # fmt: skip
     several = replace(
         instruct,
@@ -77,7 +77,7 @@ def system() -> System:
     prefer = Stage(
         name="prefer", model=ADAPTED, trains={"language.*lora_*": 1.0}, losses=(DPO(beta=0.1),),
         data=Mixture(sources=(Source(name="vlfeedback", dataset="vlfeedback", rows=62_600),), template="chat"),
-        budget=Budget(steps=978, batch=64, micro=4), optim=AdamW(peak_lr=1e-5), shard=ZeRO(stage=2),
+        budget=Budget(steps=978, batch=64, micro=4), optim=AdamW(peak_lr=1e-5), zero=ZeRO(stage=2),
         starts_from="instruct",
     )  # fmt: skip
     safety = replace(

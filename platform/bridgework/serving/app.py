@@ -64,7 +64,7 @@ def application(app: str, args: dict[str, Any], routes: Routes) -> Application:
         record(model, home)
     roles = ("champion", "challenger")
     models = [
-        _model(role, options).bind(m.artefact, options)
+        _model(role, options).bind(m.artifact, options)
         for role, m in zip(roles, served, strict=False)
     ]
     return _gateway(app, options).bind(routes, options, keys, served, *models)
@@ -99,7 +99,7 @@ def _gateway(app: str, options: Options) -> serve.Deployment:
 
 
 def resolve(app: str, model: str, options: Options, home: Path) -> ServedModel:
-    """Raises TrackingError for an unknown model, version or alias, WeightsError for a folder without an artefact."""
+    """Raises TrackingError for an unknown model, version or alias, WeightsError for a folder without an artifact."""
     if registry.is_folder(model):
         name, version, folder = Path(model).resolve().name, "", str(Path(model).resolve())
     else:
@@ -107,7 +107,7 @@ def resolve(app: str, model: str, options: Options, home: Path) -> ServedModel:
         found = MLflowTracker(options.tracking, home, "Default").version(
             name, which
         )  # MLflow's own: none is made
-        version, folder = found.version, found.artefact
+        version, folder = found.version, found.artifact
     info = artifacts.describe(folder)
     pixels = artifacts.recipe(folder)[info.stage].model.pixels
     # By content: the same app over the same weights is the same deployment, however often Serve builds it anew.

@@ -48,7 +48,7 @@ class Limits:
 class Options:
     """Arguments of one app: the model, the callers, the resources."""
 
-    model: str  # NAME (its champion), NAME@alias, NAME:version, or the folder of an artefact
+    model: str  # NAME (its champion), NAME@alias, NAME:version, or the folder of an artifact
     challenger: str | None = None  # the same; loaded beside the model
     share: float = 0.0  # of the requests that the challenger answers
     home: str | None = None  # where deployments are recorded; $BRIDGEWORK_HOME or ./.bridgework
@@ -111,7 +111,7 @@ def read(args: Mapping[str, Any]) -> Options:
     )
     if not options.model:
         raise SpecError(
-            "model= is missing: NAME, NAME@alias, NAME:version, or the folder of an artefact"
+            "model= is missing: NAME, NAME@alias, NAME:version, or the folder of an artifact"
         )
     _check_together(options)
     return options

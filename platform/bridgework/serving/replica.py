@@ -35,14 +35,14 @@ PORTION = 2 * ROWS  # texts that are scored between two chances to cancel
 
 
 class Model:
-    """The deployment that holds the weights of one artefact; a thread for each request that it may hold at once.
+    """The deployment that holds the weights of one artifact; a thread for each request that it may hold at once.
 
     Every method raises DataError for what the caller sent: an image that cannot be decoded, a prompt that does not fit,
     a text that the stage's template leaves out. A method that is cancelled ends its work before it raises.
     """
 
-    def __init__(self, artefact: str, options: Options) -> None:
-        self._pipeline = Pipeline.load(artefact, options.device)
+    def __init__(self, artifact: str, options: Options) -> None:
+        self._pipeline = Pipeline.load(artifact, options.device)
         self._threads = ThreadPoolExecutor(options.ongoing, "model")
         self._embed_text = self._batched(self._pipeline.embed_texts, options)
         self._embed_square = self._batched(self._pipeline.embed_images, options)

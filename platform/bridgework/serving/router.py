@@ -24,7 +24,7 @@ class ServedModel:
     app: str
     model: str  # as clients name it
     version: str  # "" for a plain folder
-    artefact: str
+    artifact: str
     digest: str
     tiled: bool = False  # images are cut into tiles: their number depends on the size of an image
 

@@ -27,7 +27,7 @@ class Weights:
     """What a run put out."""
 
     name: str
-    artefact: str
+    artifact: str
     digest: str
 
 
@@ -75,7 +75,7 @@ class Deployment:
     app: str
     model: str
     version: str  # "" for weights that are served from a plain folder
-    artefact: str
+    artifact: str
     digest: str
     started: str
 
@@ -134,7 +134,7 @@ class _Graph:
         node = at.add(
             _label(f"model {version.name}", f"version {version.version}", *version.aliases)
         )
-        node.add(_weights(version.tags.get("digest", ""), version.artefact))
+        node.add(_weights(version.tags.get("digest", ""), version.artifact))
         return node
 
     def _dataset(self, at: Tree, dataset: DatasetInput) -> tuple[Tree, Manifest | None]:
@@ -151,7 +151,7 @@ class _Graph:
         )
         parameters = ", ".join(f"{k}={v}" for k, v in manifest.parameters.items())
         node.add(_label("source", manifest.source))
-        node.add(_label("licence", manifest.licence))
+        node.add(_label("license", manifest.license))
         node.add(_label("made by", f"{manifest.made_by}({parameters})"))
         node.add(_label("shards", f"{shards}, in {dataset.path}"))
         return node, manifest
@@ -220,17 +220,17 @@ class _Upstream(_Graph):
                 TrackingError
             ) as error:  # the version is gone from the registry; its weights may still be known
                 node.add(_label("model", deployment.model, str(error)))
-        self._made_weights(node, deployment.digest, deployment.artefact)
+        self._made_weights(node, deployment.digest, deployment.artifact)
 
     def _made_version(self, at: Tree, version: Version) -> None:
         self._made(self._version(at, version), self._reader.run(version.run_id))
 
-    def _made_weights(self, at: Tree, digest: str, artefact: str = "") -> None:
+    def _made_weights(self, at: Tree, digest: str, artifact: str = "") -> None:
         makers = self._reader.makers(digest)[
             -1:
         ]  # equal digests are equal weights: any of their runs explains them
-        kept = [w.artefact for run in makers for w in run.outputs if w.digest == digest]
-        node = at.add(_weights(digest, artefact or "".join(kept[:1])))
+        kept = [w.artifact for run in makers for w in run.outputs if w.digest == digest]
+        node = at.add(_weights(digest, artifact or "".join(kept[:1])))
         for run in makers:
             self._made(node, run)
         if not makers:
@@ -293,7 +293,7 @@ class _Downstream(_Graph):
             return
         versions = self._reader.registered(run.id)
         for weights in run.outputs:
-            branch = node.add(_weights(weights.digest, weights.artefact))
+            branch = node.add(_weights(weights.digest, weights.artifact))
             for version in versions:
                 if version.tags.get("digest") == weights.digest:
                     self._version(branch, version)
@@ -316,8 +316,8 @@ def _label(kind: str, name: str, *about: str) -> Text:
     return Text.assemble((f"{kind} ", "bold"), name, *[(f"  {a}", "dim") for a in about])
 
 
-def _weights(digest: str, artefact: str) -> Text:
-    return _label("weights", digest[:12] or "without a digest", artefact)
+def _weights(digest: str, artifact: str) -> Text:
+    return _label("weights", digest[:12] or "without a digest", artifact)
 
 
 def _datasets(home: Path) -> Iterator[tuple[str, tuple[Path, Manifest]]]:

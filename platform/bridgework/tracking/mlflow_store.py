@@ -1,9 +1,9 @@
 """The tracker on MLflow, and the only door to it.
 
 An experiment is a project, a parent run a system's run, a child run a stage or a trial. Datasets are inputs, weights
-are logged models whose folder stays where it is (the tag `artefact`), a registered version is one that may be served.
+are logged models whose folder stays where it is (the tag `artifact`), a registered version is one that may be served.
 
-From the words that name a model to the folder of its artefact.
+From the words that name a model to the folder of its artifact.
 """
 
 import json
@@ -29,6 +29,7 @@ from mlflow.utils.validation import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
+from bridgework import old_names
 from bridgework.errors import TrackingError, suggest
 from bridgework.mixture import DatasetInput
 from bridgework.tracking.lineage import RunView, Weights
@@ -152,8 +153,7 @@ class MLflowReader:
             metrics=dict(run.data.metrics),
             inputs=tuple(_read_input(d) for d in (run.inputs.dataset_inputs if run.inputs else ())),
             outputs=tuple(
-                Weights(m.name, m.tags.get("artefact", ""), m.tags.get("digest", ""))
-                for m in outputs[::-1]
+                Weights(m.name, _artifact(m.tags), m.tags.get("digest", "")) for m in outputs[::-1]
             ),
         )
 
@@ -234,13 +234,13 @@ class MLflowTracker(MLflowReader):
         with self._asked(f"keep the file {path} with run {run_id}"):
             self._client.log_artifact(run_id, str(path), folder or None)
 
-    def output(self, run_id: str, name: str, artefact: str, tags: Mapping[str, str]) -> str:
-        """A logged model that refers to the folder `artefact`: weights are not copied. Returns its id.
+    def output(self, run_id: str, name: str, artifact: str, tags: Mapping[str, str]) -> str:
+        """A logged model that refers to the folder `artifact`: weights are not copied. Returns its id.
 
         Told again, as a finished stage is when its run goes on, the same weights stay one model.
         """
-        about = {**tags, "artefact": artefact}
-        with self._asked(f"log the weights {artefact} of run {run_id}"):
+        about = {**tags, "artifact": artifact}
+        with self._asked(f"log the weights {artifact} of run {run_id}"):
             for model in self._logged(f"source_run_id = '{run_id}'"):
                 if about.items() <= model.tags.items():
                     return str(model.model_id)
@@ -250,7 +250,7 @@ class MLflowTracker(MLflowReader):
                 source_run_id=run_id,
                 tags=about,
                 params={
-                    k: about[k] for k in ("artefact", "digest") if k in about
+                    k: about[k] for k in ("artifact", "digest") if k in about
                 },  # the UI compares models by params
             )
             self._client.finalize_logged_model(model.model_id, "READY")
@@ -264,14 +264,14 @@ class MLflowTracker(MLflowReader):
             self._client.set_terminated(run_id, status)
 
     def register(
-        self, name: str, model_id: str, run_id: str, artefact: str, tags: Mapping[str, str]
+        self, name: str, model_id: str, run_id: str, artifact: str, tags: Mapping[str, str]
     ) -> Version:
-        with self._asked(f"register {artefact} as {name!r}"):
+        with self._asked(f"register {artifact} as {name!r}"):
             if name not in self.models():
                 self._client.create_registered_model(name)
             # A source of models:/<id> would be looked up at MLflow's global uri, not at this client's.
             model = self._client.get_logged_model(model_id)
-            about = {**tags, "artefact": artefact}
+            about = {**tags, "artifact": artifact}
             made = self._client.create_model_version(
                 name,
                 model.artifact_location,
@@ -370,7 +370,7 @@ def _version(found: ModelVersion, aliases: Mapping[str, Any]) -> Version:
     """`aliases`: alias -> version of the whole model, since a search leaves a version's own out."""
     tags, number = dict(found.tags), str(found.version)
     held = tuple(a for a, v in aliases.items() if str(v) == number)
-    return Version(found.name, number, tags.get("artefact", ""), found.run_id or "", held, tags)
+    return Version(found.name, number, _artifact(tags), found.run_id or "", held, tags)
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -390,7 +390,12 @@ def _pages(search: Callable[..., PagedList[T]], *where: Any) -> list[T]:
 
 
 def artifact_of(model: str, home: Path) -> str:
-    """The artefact's folder that the words mean. Raises TrackingError where no such version is registered."""
+    """The artifact's folder that the words mean. Raises TrackingError where no such version is registered."""
     if is_folder(model):
         return model
-    return MLflowReader(None, home).version(*split(model)).artefact
+    return MLflowReader(None, home).version(*split(model)).artifact
+
+
+def _artifact(tags: Mapping[str, str]) -> str:
+    """The folder that a version's or logged model's tags name, by the tag's name today or before."""
+    return tags.get("artifact") or tags.get(old_names.ARTIFACT_TAG, "")

@@ -1,6 +1,6 @@
 """Models by the words that people use, and who is champion.
 
-`llava` is the champion, `llava@challenger` an alias, `llava:3` a version; what has a slash is an artefact's folder.
+`llava` is the champion, `llava@challenger` an alias, `llava:3` a version; what has a slash is an artifact's folder.
 Promotion is gated: a version takes the alias `champion` only if its figure is better than the champion's. Which way is
 better is declared by the evaluation that gave the figure, in the recipe that lies with the weights.
 """
@@ -40,9 +40,9 @@ def register(tracker: Tracker, name: str, result: StageResult, tags: Mapping[str
     """
     if result.run_id is None or result.model_id is None:
         raise TrackingError(
-            f"{result.artefact} was trained untracked; run its command again while the tracker answers"
+            f"{result.artifact} was trained untracked; run its command again while the tracker answers"
         )
-    digest = artifacts.describe(result.artefact).digest
+    digest = artifacts.describe(result.artifact).digest
     for version in tracker.registered(result.run_id):
         if version.tags.get("digest") == digest:
             return version
@@ -51,7 +51,7 @@ def register(tracker: Tracker, name: str, result: StageResult, tags: Mapping[str
         name,
         result.model_id,
         result.run_id,
-        str(result.artefact),
+        str(result.artifact),
         {**figures, **tags, "digest": digest},
     )
 
@@ -150,7 +150,7 @@ def direction(version: Version, metric: str, lower: bool | None) -> Direction:
 def _evaluation(version: Version, metric: str) -> EvalSpec | None:
     """The evaluation that gave the figure, of the recipe next to the weights; None without one."""
     try:
-        stage = artifacts.recipe(version.artefact)[artifacts.describe(version.artefact).stage]
+        stage = artifacts.recipe(version.artifact)[artifacts.describe(version.artifact).stage]
     except WeightsError:
         return None
     return next((e for e in stage.evals if metric in {f"{e.name}.{key}" for key in e.better}), None)

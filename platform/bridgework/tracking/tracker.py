@@ -42,11 +42,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version of a model: `artefact` is the folder of its weights."""
+    """A registered version of a model: `artifact` is the folder of its weights."""
 
     name: str
     version: str
-    artefact: str
+    artifact: str
     run_id: str
     aliases: tuple[str, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -68,13 +68,13 @@ class Tracker(Protocol):
     def file(self, run_id: str, path: Path, folder: str = "") -> None:
         """Keep a file (a picture, the resolved recipe) with the run."""
 
-    def output(self, run_id: str, name: str, artefact: str, tags: Mapping[str, str]) -> str:
-        """A logged model for the weights under `artefact`; returns its id."""
+    def output(self, run_id: str, name: str, artifact: str, tags: Mapping[str, str]) -> str:
+        """A logged model for the weights under `artifact`; returns its id."""
 
     def finish(self, run_id: str, status: Status = "FINISHED") -> None: ...
 
     def register(
-        self, name: str, model_id: str, run_id: str, artefact: str, tags: Mapping[str, str]
+        self, name: str, model_id: str, run_id: str, artifact: str, tags: Mapping[str, str]
     ) -> Version: ...
     def registered(self, run_id: str) -> list[Version]:
         """Versions of a run's weights, oldest first."""
@@ -294,20 +294,20 @@ class MemoryTracker:
     def file(self, run_id: str, path: Path, folder: str = "") -> None:
         self._run(run_id).files.append(f"{folder}/{path.name}".lstrip("/"))
 
-    def output(self, run_id: str, name: str, artefact: str, tags: Mapping[str, str]) -> str:
+    def output(self, run_id: str, name: str, artifact: str, tags: Mapping[str, str]) -> str:
         model_id = f"m-{uuid4().hex}"
         self._run(run_id)
-        self.models[model_id] = (run_id, name, artefact, dict(tags))
+        self.models[model_id] = (run_id, name, artifact, dict(tags))
         return model_id
 
     def finish(self, run_id: str, status: Status = "FINISHED") -> None:
         self._run(run_id).status = status
 
     def register(
-        self, name: str, model_id: str, run_id: str, artefact: str, tags: Mapping[str, str]
+        self, name: str, model_id: str, run_id: str, artifact: str, tags: Mapping[str, str]
     ) -> Version:
         known = self.versions.setdefault(name, [])
-        known.append(Version(name, str(len(known) + 1), artefact, run_id, (), dict(tags)))
+        known.append(Version(name, str(len(known) + 1), artifact, run_id, (), dict(tags)))
         return known[-1]
 
     def registered(self, run_id: str) -> list[Version]:
@@ -316,7 +316,7 @@ class MemoryTracker:
     def alias(self, name: str, alias: str, version: str) -> None:
         self.version(name, version)
         self.versions[name] = [
-            Version(v.name, v.version, v.artefact, v.run_id, _aliases(v, alias, version), v.tags)
+            Version(v.name, v.version, v.artifact, v.run_id, _aliases(v, alias, version), v.tags)
             for v in self.versions[name]
         ]
 

@@ -98,7 +98,7 @@ class Engine:
         self._step = step
         self._universal = universal
         self._optim = stage.optim
-        self._sharded = stage.shard.stage > 0  # every rank writes a part of the optimizer's state
+        self._sharded = stage.zero.stage > 0  # every rank writes a part of the optimizer's state
         groups = _groups(step, multipliers, stage.optim)
         optim, fused = stage.optim, torch.cuda.is_available()
         optimizer = torch.optim.AdamW(
@@ -381,12 +381,12 @@ def config(stage: Stage) -> dict[str, Any]:
     made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": stage.budget.micro,
         "gradient_clipping": stage.optim.clip,
-        "zero_optimization": {"stage": stage.shard.stage},
+        "zero_optimization": {"stage": stage.zero.stage},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": stage.shard.precision == "bf16"},
+        "bf16": {"enabled": stage.zero.precision == "bf16"},
         "steps_per_print": 10**9,
     }
-    for path, value in stage.shard.config.items():
+    for path, value in stage.zero.config.items():
         at = made
         *heads, last = path.split(".")
         for head in heads:

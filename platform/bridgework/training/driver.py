@@ -1,4 +1,4 @@
-"""From a System to trained artefacts: the driver. Ray Train runs the loop; the tracker hears of everything.
+"""From a System to trained artifacts: the driver. Ray Train runs the loop; the tracker hears of everything.
 
 A run is a folder, `<home>/runs/<run>/`, with recipe.json and one folder a stage. The same run again goes on where it
 stopped: finished stages are taken as they are, an unfinished one resumes from its newest complete checkpoint.
@@ -64,7 +64,7 @@ def train(
     """
     chosen = [system[name] for name in stages] if stages is not None else list(system.stages)
     console = console or Console(stderr=True)
-    folder = run_dir.run_dir(home, run)
+    folder = run_dir.path_of(home, run)
     if fork is not None:
         with run_dir.locked(folder):
             made = make_fork(system, fork, home=home, run=run, stages=stages)
@@ -143,12 +143,16 @@ def _stage(
         else [open_dataset(resolve(source.dataset, home)) for source in reading.data.leaves]
     )
     inputs = (
-        artifacts.describe(place / "artefact").datasets if finished else _inputs(reading, datasets)
+        artifacts.describe(run_dir.artifact_dir(place)).datasets
+        if finished
+        else _inputs(reading, datasets)
     )
     parent = _parent(stage, folder)
     run_id = tracked.start(stage, inputs, parent)
     if finished:
-        console.print(f"{stage.name}: finished before; its artefact is {place / 'artefact'}")
+        console.print(
+            f"{stage.name}: finished before; its artifact is {run_dir.artifact_dir(place)}"
+        )
         judged = json.loads((place / "metrics.json").read_text())
         for spec in stage.evals:  # an option, which may have changed since
             if not any(name.startswith(f"{spec.name}.") for name in judged):
@@ -196,7 +200,7 @@ def _stage(
 
 
 def _finished(place: Path) -> bool:
-    return (place / "artefact" / "artefact.json").is_file()
+    return run_dir.is_finished(place)
 
 
 @contextmanager
@@ -221,7 +225,7 @@ def _curated(stage: Stage, folder: Path, home: Path, how: RunOptions, console: C
     curation, place = stage.curation, folder / stage.name
     if curation is None:
         return stage
-    artefacts = {
+    artifacts = {
         name: _left(stage.name, "its curation uses", name, folder) for name in curation.uses
     }
 
@@ -229,7 +233,7 @@ def _curated(stage: Stage, folder: Path, home: Path, how: RunOptions, console: C
         console.print(f"{stage.name}: {text}", markup=False)
 
     curation.run(
-        artefacts, str(place / "curated" / curation.makes), home=home, workers=how.workers, say=say
+        artifacts, str(place / "curated" / curation.makes), home=home, workers=how.workers, say=say
     )
     return reads(stage, place)
 
@@ -312,7 +316,7 @@ def _inputs(stage: Stage, datasets: Sequence[Dataset]) -> tuple[DatasetInput, ..
 
 
 def _parent(stage: Stage, folder: Path) -> Path | None:
-    """The artefact that a stage starts from: of this run, or the folder that the recipe names."""
+    """The artifact that a stage starts from: of this run, or the folder that the recipe names."""
     if stage.starts_from is None:
         return None
     if "/" in stage.starts_from:
@@ -323,13 +327,13 @@ def _parent(stage: Stage, folder: Path) -> Path | None:
         "starts from",
         stage.starts_from,
         folder,
-        "starts_from to the folder of an artefact",
+        "starts_from to the folder of an artifact",
     )
 
 
 def _left(stage: str, why: str, earlier: str, folder: Path, instead: str = "curation=none") -> Path:
-    """The artefact that an earlier stage left in this run."""
-    path = folder / earlier / "artefact"
+    """The artifact that an earlier stage left in this run."""
+    path = run_dir.artifact_dir(folder / earlier)
     if not path.exists():
         raise RunError(
             f"{stage} {why} {earlier}, which this run has not trained; train it first (--stage {earlier}), "

@@ -261,7 +261,7 @@ def _stage(run: str, home: Path) -> tuple[Path, Stage]:
         if not above:
             raise
         system, run = run_dir.recipe(home, above), above
-    folder = run_dir.run_dir(home, run)
+    folder = run_dir.path_of(home, run)
     if name is not None:
         return folder / name, system[name]
     begun = [

@@ -23,7 +23,7 @@ from bridgework.training import checkpoint, run_dir
 from bridgework.training.skips import FILE as SKIPS
 
 FILE = "fork.json"
-SHAPES = ("model", "trains", "shard")  # of a stage: what decides which tensors a checkpoint holds
+SHAPES = ("model", "trains", "zero")  # of a stage: what decides which tensors a checkpoint holds
 _SOURCE = re.compile(r"(?P<run>.+?)(?:@(?P<step>\d+))?")
 
 
@@ -71,7 +71,7 @@ def fork(
             f"--fork: Got {source!r}; expected the name of a run, or RUN@STEP for an older checkpoint"
         )
     other, at = named["run"], named["step"]
-    folder, theirs = run_dir.run_dir(home, run), run_dir.run_dir(home, other)
+    folder, theirs = run_dir.path_of(home, run), run_dir.path_of(home, other)
     done = Fork.read(folder)
     if done is not None and done.run == other and at in (None, str(done.step)):
         return done
@@ -88,7 +88,11 @@ def fork(
     finished, stage = _taken(before, system, theirs, stages)
     found = _checkpoint(before, stage, theirs, other, int(at) if at else None, home)
     for name in finished:
-        _copy(theirs / name, folder / name, ("artefact", "metrics.json", "evals", SKIPS))
+        _copy(
+            theirs / name,
+            folder / name,
+            (run_dir.artifact_dir(theirs / name).name, "metrics.json", "evals", SKIPS),
+        )
     _start(found, system, theirs / stage.name, folder / stage.name, home)
     made = Fork(
         run=other,
@@ -115,11 +119,7 @@ def _taken(
         old = known.get(stage.name)
         same = old is not None and to_dict(old, options=False) == to_dict(stage, options=False)
         needs = {stage.starts_from, *(stage.curation.uses if stage.curation else ())} & known.keys()
-        if (
-            same
-            and needs <= set(finished)
-            and (theirs / stage.name / "artefact" / "artefact.json").is_file()
-        ):
+        if same and needs <= set(finished) and run_dir.is_finished(theirs / stage.name):
             finished.append(stage.name)
         elif stages is None or stage.name in stages:
             first = first or stage

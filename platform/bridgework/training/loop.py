@@ -1,7 +1,7 @@
 """The training loop: one function for every stage of every system.
 
 It builds the stage's model, goes on from the newest complete checkpoint, takes the planned batches one after the other,
-writes its journal, and leaves a weights artefact. What differs between systems lives in the Step.
+writes its journal, and leaves a weights artifact. What differs between systems lives in the Step.
 """
 
 import json
@@ -59,11 +59,11 @@ class TrainJob:
     system: System
     stage: str
     feed: ReaderConfig
-    folder: Path  # of this stage in the run: checkpoints, journal, evals, artefact; seen by every worker
+    folder: Path  # of this stage in the run: checkpoints, journal, evals, artifact; seen by every worker
     home: Path
-    parent: Path | None = None  # the artefact to start from
+    parent: Path | None = None  # the artifact to start from
     datasets: tuple[DatasetInput, ...] = ()
-    checkpoint_every: int = 0  # steps; 0: only the artefact at the end
+    checkpoint_every: int = 0  # steps; 0: only the artifact at the end
     evaluate_every: int = 0  # steps; 0: only at the end
     midway: str | None = None  # the one evaluation before the end; None: all
     passes: frozenset[int] = frozenset()  # steps that are passed without an update
@@ -242,12 +242,12 @@ def _memory(stage: Stage, batches: Sequence[Batch]) -> Iterator[None]:
 
 
 def _finish(job: TrainJob, metrics: Metrics, state: dict[str, torch.Tensor]) -> None:
-    """The artefact comes last: where it is, the stage is finished and its metrics are there."""
+    """The artifact comes last: where it is, the stage is finished and its metrics are there."""
     checkpoint.make_room(job.folder, sum(tensor.nbytes for tensor in state.values()), home=job.home)
     storage.write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=1))
     with storage.disk_errors(job.folder):
         artifacts.save(
-            job.folder / "artefact",
+            job.folder / "artifact",
             state,
             system=job.system,
             stage=job.stage,
@@ -255,16 +255,16 @@ def _finish(job: TrainJob, metrics: Metrics, state: dict[str, torch.Tensor]) -> 
             datasets=job.datasets,
             steps=job.system[job.stage].budget.steps,
         )
-        storage.sync_tree(job.folder / "artefact")
+        storage.sync_tree(job.folder / "artifact")
         storage.sync_folder(job.folder)
 
 
 def build_model(job: TrainJob, stage: Stage) -> tuple[base.VLMModule, list[str]]:
-    """The stage's model with what it inherits, and the names of that; on every rank the same."""
+    """The stage's model with what it init_params, and the names of that; on every rank the same."""
     torch.manual_seed(stage.seed)  # every rank draws the same new weights
     model: base.VLMModule = stage.model.build()
     inherited = (
-        lora.remap_adapters(model, artifacts.weights(job.parent, stage.inherits))
+        lora.remap_adapters(model, artifacts.weights(job.parent, stage.init_params))
         if job.parent
         else {}
     )
@@ -309,7 +309,7 @@ def _engine(
     while True:
         found = _by_rank_0(lambda: _newest(job, attempt))
         elastic = (
-            found is not None and found.world != dist.get_world_size() and stage.shard.stage > 0
+            found is not None and found.world != dist.get_world_size() and stage.zero.stage > 0
         )  # 0: no shards
         engine = engine or Engine(
             TrainingModule(model, stage.losses), stage, multipliers, universal=elastic

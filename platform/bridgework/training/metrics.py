@@ -70,7 +70,7 @@ class MixtureCounter:
         self.replaced = before.get("replaced.", 0.0)  # a name that no source can have
 
     def add(self, taken: StepResult) -> Metrics:
-        """The realised share of every source, where there are several, and how many samples stood in for others."""
+        """The realized share of every source, where there are several, and how many samples stood in for others."""
         self.replaced += float(taken.replaced_S.sum())
         for name, samples in zip(self._sources, taken.samples_S.tolist(), strict=True):
             self.seen[name] += samples

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bridgework import storage
+from bridgework import old_names, storage
 from bridgework.config import from_dict, to_dict
 from bridgework.data.names import MAX_BYTES as NAME_BYTES
 from bridgework.data.names import has_control
@@ -26,7 +26,7 @@ HISTORY = "recipes.json"
 STEPS = re.compile(r"stages\.([^.]+)\.budget\.steps")
 
 
-def run_dir(home: Path, run: str) -> Path:
+def path_of(home: Path, run: str) -> Path:
     """<home>/runs/<run>. Raises SpecError for a name that would lead out of it, or that no folder can have."""
     if has_control(run) or not run.strip():
         raise SpecError(
@@ -46,6 +46,20 @@ def run_dir(home: Path, run: str) -> Path:
     return root / run
 
 
+def artifact_dir(stage: Path) -> Path:
+    """Return the folder of the artifact in a stage's folder, by its name today or before."""
+    before = stage / old_names.ARTIFACT_DIR
+    return before if before.is_dir() else stage / "artifact"
+
+
+def is_finished(stage: Path) -> bool:
+    """True if the folder of a stage holds a complete artifact."""
+    return any(
+        (artifact_dir(stage) / name).is_file()
+        for name in ("artifact.json", old_names.ARTIFACT_FILE)
+    )
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,10 +75,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 def recipe(home: Path, run: str) -> System:
     """The recipe of a run, as it is trained now. Raises RunError for a run that does not exist."""
-    folder = run_dir(home, run)
+    folder = path_of(home, run)
     file = folder / "recipe.json"
     if not file.is_file():
-        locks = (home / "runs").rglob("lock")  # an artefact has a recipe, too
+        locks = (home / "runs").rglob("lock")  # an artifact has a recipe, too
         known = [path.parent.relative_to(home / "runs").as_posix() for path in locks]
         raise RunError(f"there is no run {run!r} under {home / 'runs'}" + suggest(run, known))
     system = from_dict(json.loads(file.read_text()))

@@ -19,6 +19,7 @@ from bridgework.errors import TrackingError
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
 from bridgework.tracking.tracker import MemoryTracker, Point, Status, Tracker
+from bridgework.training import run_dir
 from bridgework.training.skips import FILE
 
 
@@ -80,8 +81,8 @@ class RunRecord:
     def done(self, stage: Stage, place: Path) -> StageResult:
         """The stage's result; its pictures and weights are handed to the tracker."""
         metrics: dict[str, float] = json.loads((place / "metrics.json").read_text())
-        result = StageResult(place / "artefact", metrics)
-        info = artifacts.describe(result.artefact)
+        result = StageResult(run_dir.artifact_dir(place), metrics)
+        info = artifacts.describe(result.artifact)
         tags = {
             "digest": info.digest,
             "fingerprint": info.fingerprint,
@@ -96,7 +97,7 @@ class RunRecord:
                     tracker.file(self._open, place / FILE)
                 tracker.points(self._open, _put_aside(place / "quarantine", stage.budget.steps))
                 model_id = tracker.output(
-                    self._open, f"{self._system.name}-{stage.name}", str(result.artefact), tags
+                    self._open, f"{self._system.name}-{stage.name}", str(result.artifact), tags
                 )
                 tracker.finish(self._open)
                 result = replace(result, run_id=self._open, model_id=model_id)

@@ -117,12 +117,12 @@ def check(stage: Stage, micro_batches: int) -> None:
     That is so where a loss compares all samples of a batch with each other but sees them in pieces, and where ZeRO 3
     would split parameters that the wiring needs complete.
     """
-    if stage.shard.stage == 3:
+    if stage.zero.stage == 3:
         why = stage.model.unshardable(frozenset(loss.needs for loss in stage.losses))
         if why is not None:
             raise SpecError(
-                f"stages.{stage.name}.shard.stage: ZeRO 3 splits every parameter over the workers, and {why}. "
-                f"Got 3; expected 0, 1 or 2. Fix: set stages.{stage.name}.shard.stage=2"
+                f"stages.{stage.name}.zero.stage: ZeRO 3 splits every parameter over the workers, and {why}. "
+                f"Got 3; expected 0, 1 or 2. Fix: set stages.{stage.name}.zero.stage=2"
             )
     whole = [type(loss).__name__ for loss in stage.losses if loss.whole_batch and not loss.spliced]
     if whole and micro_batches > 1:

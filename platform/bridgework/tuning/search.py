@@ -28,6 +28,7 @@ from bridgework.errors import RunError, SpecError, TrackingError, suggest
 from bridgework.system import System, load
 from bridgework.tracking import registry
 from bridgework.tracking.tracker import Point, Status, Tracker, Version
+from bridgework.training import run_dir
 from bridgework.training.driver import train
 from bridgework.training.ray_train import RunOptions
 from bridgework.tuning.space import Space, bounds, described
@@ -54,7 +55,7 @@ class Outcome:
 
     rows: tuple[TrialRow, ...]
     command: str
-    artefact: Path
+    artifact: Path
     metrics: dict[str, float]
     version: Version | None
     not_challenger: str = ""  # the reason why the alias `challenger` did not move to `version`
@@ -130,7 +131,7 @@ def _registered(
             version = tracker.version(base.name, version.version)
     except TrackingError as error:
         console.print(f"{error}; the winner is not registered yet: the same command later does it")
-    return Outcome(tuple(rows), command, winner.artefact, winner.metrics, version, why)
+    return Outcome(tuple(rows), command, winner.artifact, winner.metrics, version, why)
 
 
 def _search(space: Space, base: System, home: Path, run: str, recorder: "_Recorder") -> ResultGrid:
@@ -147,7 +148,7 @@ def _search(space: Space, base: System, home: Path, run: str, recorder: "_Record
             max_concurrent_trials=space.budget.concurrent,
             search_alg=OptunaSearch(seed=space.budget.seed),
             scheduler=ASHAScheduler(
-                time_attr="training_iteration", max_t=space.budget.judgements, grace_period=1
+                time_attr="training_iteration", max_t=space.budget.judgments, grace_period=1
             ),
             reuse_actors=True,
         ),
@@ -235,7 +236,7 @@ def _trial(
     system = override(base, config)
     *first, last = space.stages
     every = math.ceil(
-        system[last].budget.steps / space.budget.judgements
+        system[last].budget.steps / space.budget.judgments
     )  # a report more, and ASHA ends the trial
     judge = space.metric.name.split(".")[0]
     for stages, how in (
@@ -378,7 +379,7 @@ def _rows(results: ResultGrid, space: Space, folder: Path) -> list[TrialRow]:
     for result in (results[i] for i in range(len(results))):
         metrics = result.metrics or {}
         trial = str(metrics.get("trial_id", "?"))
-        whole = (folder / trial / space.stages[-1] / "artefact" / "artefact.json").is_file()
+        whole = run_dir.is_finished(folder / trial / space.stages[-1])
         status = "failed" if result.error else "finished" if whole else "stopped"
         score = metrics.get(space.metric.name)
         score = score if score is not None and math.isfinite(score) else None

@@ -25,16 +25,16 @@ class Metric:
 
 @config_class
 class SweepBudget:
-    """How much a sweep may try. A trial is judged `judgements` times; ASHA stops the worse half early."""
+    """How much a sweep may try. A trial is judged `judgments` times; ASHA stops the worse half early."""
 
     trials: int = 8
     concurrent: int = 2
     cpus: float = 1.0  # of each trial
-    judgements: int = 3
+    judgments: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("trials", "concurrent", "judgements"):
+        for name in ("trials", "concurrent", "judgments"):
             if getattr(self, name) < 1:
                 raise SpecError(f"a sweep needs {name} of at least 1, got {getattr(self, name)}")
 

@@ -21,7 +21,7 @@ from bridgework.data.samples import Sample
 from bridgework.errors import DataError
 from bridgework.storage import find_store
 
-UNKNOWN = "unknown"  # the licence in the manifest of an import that was given none
+UNKNOWN = "unknown"  # the license in the manifest of an import that was given none
 
 _MAGIC = (
     (b"\xff\xd8\xff", 0, "jpg"),
@@ -88,14 +88,14 @@ def staged(dest: str, *, last: str) -> Iterator[tuple[fsspec.AbstractFileSystem,
 
 
 def licensed(source: str) -> Iterator[Sample]:
-    """The samples of the dataset at `source`, each with its licence: its own, else the dataset's, where one is known.
+    """The samples of the dataset at `source`, each with its license: its own, else the dataset's, where one is known.
 
     An export has no manifest, so what stands there alone would be lost.
     """
     dataset = open_dataset(source)
-    of_all = None if dataset.manifest.licence == UNKNOWN else dataset.manifest.licence
+    of_all = None if dataset.manifest.license == UNKNOWN else dataset.manifest.license
     return (
-        sample if sample.licence else replace(sample, licence=of_all)
+        sample if sample.license else replace(sample, license=of_all)
         for sample in dataset.samples()
     )
 

@@ -21,7 +21,7 @@ from bridgework.data.samples import Part, Sample
 from bridgework.errors import DataError
 
 FILE = "conversations.json"
-LOST = ("rejected", "times_s", "labels", "boxes", "ocr", "language", "licence", "provenance")
+LOST = ("rejected", "times_s", "labels", "boxes", "ocr", "language", "license", "provenance")
 
 _SPEAKERS = {role: speaker for speaker, role in ROLES.items()}
 

@@ -22,7 +22,7 @@ INDEX = "shardindex.json"  # which tars there are and how many rows each holds, 
 def run(source: str, dest: str, *, rows: int = 1000) -> Exported:
     """Write the dataset at `source` as tars of `rows` rows each, in order, to the folder `dest`. Nothing is lost.
 
-    The licence of the whole dataset becomes that of each row without one of its own, because tars have no manifest.
+    The license of the whole dataset becomes that of each row without one of its own, because tars have no manifest.
     Raises DataError where there is something at `dest`; on any error nothing is left there.
     """
     if rows < 1:

@@ -62,7 +62,7 @@ def ingest(
     source: str,
     dest: str,
     *,
-    licence: str,
+    license: str,
     made_by: str,
     parameters: Mapping[str, Any],
     max_bad: float,
@@ -82,13 +82,13 @@ def ingest(
     source = _spelled(source)
     check_max_bad(max_bad)
     _apart(source, dest)
-    done = _made_before(source, dest, made_by, licence, parameters)
+    done = _made_before(source, dest, made_by, license, parameters)
     if done is not None:
         remove_stale(dest)
         say(f"{dest}: nothing to do, it holds these {done.rows} rows already")
         return done
     told = {
-        "licence": licence,
+        "license": license,
         "made_by": made_by,
         "parameters": parameters,
         "chunk_rows": chunk_rows,
@@ -129,19 +129,19 @@ def _apart(source: str, dest: str) -> None:
 
 
 def _made_before(
-    source: str, dest: str, made_by: str, licence: str, parameters: Mapping[str, Any]
+    source: str, dest: str, made_by: str, license: str, parameters: Mapping[str, Any]
 ) -> Manifest | None:
     fs, root = find_store(dest)
     if not fs.exists(f"{root}/manifest.json"):
         return None
     old = read_manifest(dest)
     wanted = json.loads(
-        json.dumps({"source": source, "made_by": made_by, "licence": licence, **parameters})
+        json.dumps({"source": source, "made_by": made_by, "license": license, **parameters})
     )
     found = {
         "source": _spelled(old.source),
         "made_by": old.made_by,
-        "licence": old.licence,
+        "license": old.license,
         **old.parameters,
     }
     if found == wanted:

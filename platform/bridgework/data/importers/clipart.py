@@ -23,7 +23,7 @@ from bridgework.data.samples import Sample, pair
 from bridgework.errors import DataError
 from bridgework.storage import find_store
 
-LICENCE = "public domain"
+LICENSE = "public domain"
 MAX_PIXELS = 41_000_000  # a handful have 100 to 600 million pixels, for a drawing
 MAX_SIDE = 16_383  # a WebP has no more pixels a side
 SERIES_ROWS = 7  # a title that stands on so many pictures names their series
@@ -40,7 +40,7 @@ class Card(NamedTuple):
 
     title: str
     creator: str
-    licence: str
+    license: str
     whole: bool  # False when the drawing shows an image file that was never packaged
 
 
@@ -78,7 +78,7 @@ def run(
         partial(_rows, source, names, side),
         source,
         dest,
-        licence=LICENCE,
+        license=LICENSE,
         made_by=__name__,
         parameters={"side": side, "skip": sorted(skip), "sha256": fingerprint(listing)},
         max_bad=max_bad,
@@ -116,11 +116,11 @@ def _card(source: str, name: str) -> Card | None:
     work = tree.find(".//{*}Work")
     if work is None:
         return None
-    licence = work.find("{*}license")
+    license = work.find("{*}license")
     resource = (
         ""
-        if licence is None
-        else next((v for k, v in licence.attrib.items() if k.endswith("resource")), "")
+        if license is None
+        else next((v for k, v in license.attrib.items() if k.endswith("resource")), "")
     )
     title, creator = (
         work.findtext("{*}title") or "",
@@ -142,10 +142,10 @@ def _is(element: ElementTree.Element, name: str) -> bool:
 
 
 def _sample(source: str, name: str, card: Card | None, series: bool, side: int) -> Sample:
-    if card is None or "publicdomain" not in card.licence.lower():
+    if card is None or "publicdomain" not in card.license.lower():
         raise BadSample(
-            Reason.LICENCE,
-            f"its SVG gives {card.licence if card else None!r}, not the public domain",
+            Reason.LICENSE,
+            f"its SVG gives {card.license if card else None!r}, not the public domain",
         )
     if not card.whole:
         raise BadSample(Reason.MISSING_IMAGE, "the drawing shows an image that was never packaged")
@@ -156,14 +156,14 @@ def _sample(source: str, name: str, card: Card | None, series: bool, side: int) 
         name,
         image,
         caption(plain(title)),
-        licence=LICENCE,
+        license=LICENSE,
         labels=(name.split("/")[0],),
         provenance=origin,
     )
 
 
 def plain(title: str) -> str:
-    """A title or a file's name as words: lower case, without numbers, marks of colour and punctuation around it."""
+    """A title or a file's name as words: lower case, without numbers, marks of color and punctuation around it."""
     text = re.sub(r"[_-]", " ", title.lower())
     text = re.sub(r"\(b and w\)|\bb w\b|^contour |[0-9]+", " ", text)
     return " ".join(text.split()).strip(" .,!#?()")

@@ -48,7 +48,7 @@ class Picture:
     file: Any
     width: Any
     height: Any
-    licence: str | None = None
+    license: str | None = None
     marks: tuple[Mark, ...] = ()
 
 
@@ -58,7 +58,7 @@ def run(
     *,
     images: str | None = None,
     instances: str | None = None,
-    licence: str = "unknown",
+    license: str = "unknown",
     max_bad: float = SHARE,
     workers: int = 0,
     say: Say = print,
@@ -67,7 +67,7 @@ def run(
 
     The second caption of an image gets the key `IMAGE_ID#2`; one that its image has already is left
     out and counted. `instances`, a file next to one of captions, gives boxes and labels to its rows.
-    Boxes around a crowd are dropped and counted in the row's provenance. A row's licence is that of
+    Boxes around a crowd are dropped and counted in the row's provenance. A row's license is that of
     its image, where the file says it.
     """
     text = read_text(source)
@@ -77,7 +77,7 @@ def run(
         partial(_rows, text, source, beside, instances, folder),
         source,
         dest,
-        licence=licence,
+        license=license,
         made_by=__name__,
         parameters={"images": folder, "instances": instances, "sha256": fingerprint(text, beside)},
         max_bad=max_bad,
@@ -180,7 +180,7 @@ def _told(picture: Picture, data: bytes) -> dict[str, Any]:
     return {
         "labels": tuple(dict.fromkeys(str(mark.name) for mark in picture.marks)),
         "boxes": boxes,
-        "licence": picture.licence,
+        "license": picture.license,
         "provenance": {"file": picture.file} | counts,
     }
 
@@ -247,7 +247,7 @@ def _pictures(
     given: Any, source: str, marks: Mapping[str | None, list[Mark]]
 ) -> dict[str | int, Picture]:
     """By id; an entry without one, or with that of another, by its number."""
-    licences, pictures = _names(given.get("licenses")), dict[str | int, Picture]()
+    licenses, pictures = _names(given.get("licenses")), dict[str | int, Picture]()
     for number, entry in enumerate(listed(given, "images", source)):
         image = _id(entry, "id")
         fields = entry if isinstance(entry, dict) and image is not None else {}
@@ -256,7 +256,7 @@ def _pictures(
             file=fields.get("file_name"),
             width=fields.get("width"),
             height=fields.get("height"),
-            licence=licences.get(_id(fields, "license") or ""),
+            license=licenses.get(_id(fields, "license") or ""),
             marks=() if image is None else tuple(marks.get(image, ())),
         )
     return pictures
@@ -281,7 +281,7 @@ def _is_crowd(note: Mapping[str, Any]) -> bool:
 
 
 def _names(entries: Any) -> dict[str, str]:
-    """The names of categories or licences, by their ids."""
+    """The names of categories or licenses, by their ids."""
     given = entries if isinstance(entries, list) else []
     found = {
         _id(e, "id"): e["name"]

@@ -1,6 +1,6 @@
 """Emoji drawings: the npm packages emoji-datasource-twitter and emoji-datasource-google, as a .tgz or a folder.
 
-The same concept in two artists' styles, with names and categories; Apple's and Facebook's have no licence to copy.
+The same concept in two artists' styles, with names and categories; Apple's and Facebook's have no license to copy.
 """
 
 import json
@@ -18,7 +18,7 @@ from bridgework.data.samples import Sample, pair
 from bridgework.errors import DataError, suggest
 from bridgework.storage import find_store
 
-LICENCES = {"twitter": "CC-BY-4.0", "google": "Apache-2.0"}
+LICENSES = {"twitter": "CC-BY-4.0", "google": "Apache-2.0"}
 
 # The members that are read; all others, links among them, are passed over, and nothing is unpacked to disk.
 _MEMBER = re.compile(r"(?:^|/)(emoji\.json|img/([a-z]+)/64/[0-9a-f-]+\.png)$")
@@ -40,7 +40,7 @@ def run(source: str, dest: str, *, max_bad: float = SHARE, say: Say = print) -> 
         lambda: _rows(source, files, style),
         source,
         dest,
-        licence=LICENCES[style],
+        license=LICENSES[style],
         made_by=__name__,
         parameters={
             "style": style,
@@ -97,8 +97,8 @@ def _style(source: str, files: dict[str, bytes]) -> str:
     if "emoji.json" not in files or len(styles) != 1:
         raise DataError(f"{source} holds no emoji.json with one folder img/STYLE/64 of drawings")
     style = styles.pop()
-    if style not in LICENCES:
-        raise DataError(f"the drawings of {style!r} must not be copied" + suggest(style, LICENCES))
+    if style not in LICENSES:
+        raise DataError(f"the drawings of {style!r} must not be copied" + suggest(style, LICENSES))
     return style
 
 
@@ -129,6 +129,6 @@ def _sample(key: str, entry: dict[str, Any], files: dict[str, bytes], style: str
         image,
         caption(name).lower(),
         labels=labels,
-        licence=LICENCES[style],
+        license=LICENSES[style],
         provenance={"unicode": code},
     )

@@ -56,7 +56,7 @@ Row = tuple[
 
 
 class Chunk(NamedTuple):
-    """Neighbours in the source, from its row `first` on."""
+    """Neighbors in the source, from its row `first` on."""
 
     number: int
     first: int
@@ -292,7 +292,7 @@ class ImportJob:
 
     source: str
     dest: str
-    licence: str
+    license: str
     made_by: str
     parameters: Mapping[str, Any]
     chunk_rows: int
@@ -353,7 +353,7 @@ class ImportJob:
             group_rows=GROUP_ROWS,
             shards=shards,
             source=self.source,
-            licence=self.licence,
+            license=self.license,
             made_by=self.made_by,
             parameters=dict(self.parameters),
             quarantined=count_quarantined(quarantine),

@@ -280,7 +280,7 @@ def run(
     images: str | None = None,
     min_side: int = 64,
     max_aspect: float = 3.0,
-    licence: str = "unknown",
+    license: str = "unknown",
     max_bad: float = SHARE,
     workers: int = 0,
     say: Say = print,
@@ -289,7 +289,7 @@ def run(
 
     Pages name their images by paths inside the folder, JSON inside the folder `images`, by default the file's own; what
     lies elsewhere is never fetched. An image with a side of less than `min_side` pixels, longer than `max_aspect` times
-    its width or the other way round, of a single colour, or not to be read, is dropped: `dropped.small` and so on in a
+    its width or the other way round, of a single color, or not to be read, is dropped: `dropped.small` and so on in a
     row's provenance count them. A document without a text is left out and counted, and so is one without an image left;
     if what it lacks are images that cannot be read, it is a bad row.
     """
@@ -313,7 +313,7 @@ def run(
         lambda: ((key, partial(_sample, key, read, folder, rule)) for key, read in documents()),
         source,
         dest,
-        licence=licence,
+        license=license,
         made_by=__name__,
         parameters={"images": images, "sha256": fingerprint(content), **rule._asdict()},
         max_bad=max_bad,

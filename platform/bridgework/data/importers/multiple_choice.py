@@ -38,7 +38,7 @@ def run(
     pattern: str = "{:012d}.jpg",
     split: str | None = None,
     solutions: bool = False,
-    licence: str = "unknown",
+    license: str = "unknown",
     max_bad: float = SHARE,
     workers: int = 0,
     say: Say = print,
@@ -57,7 +57,7 @@ def run(
         partial(_rows, text, source, folder, pattern, split, solutions),
         source,
         dest,
-        licence=licence,
+        license=license,
         made_by=__name__,
         parameters={
             "images": folder,

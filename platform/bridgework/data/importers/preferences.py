@@ -28,7 +28,7 @@ def run(
     *,
     images: str | None = None,
     split: str | None = None,
-    licence: str = "unknown",
+    license: str = "unknown",
     max_bad: float = SHARE,
     workers: int = 0,
     say: Say = print,
@@ -40,7 +40,7 @@ def run(
     are a bad row. `split` is needed where Parquet files are of several.
     """
     return imported(
-        source, dest, _sample, made_by=__name__, images=images, split=split, licence=licence,
+        source, dest, _sample, made_by=__name__, images=images, split=split, license=license,
         max_bad=max_bad, workers=workers, say=say,
     )  # fmt: skip
 

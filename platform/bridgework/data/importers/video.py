@@ -296,7 +296,7 @@ def run(
     frames: int = 8,
     fps: float | None = None,
     max_s: float = 600.0,
-    licence: str = "unknown",
+    license: str = "unknown",
     max_bad: float = SHARE,
     workers: int = 0,
     say: Say = print,
@@ -330,7 +330,7 @@ def run(
         rows,
         source,
         dest,
-        licence=licence,
+        license=license,
         made_by=__name__,
         parameters={
             "table": table,

@@ -37,7 +37,7 @@ def run(
     annotations: str | None = None,
     images: str | None = None,
     pattern: str = "COCO_train2014_{:012d}.jpg",
-    licence: str = "unknown",
+    license: str = "unknown",
     max_bad: float = SHARE,
     workers: int = 0,
     say: Say = print,
@@ -59,7 +59,7 @@ def run(
         partial(_rows, asked, source, answered, annotations, folder, pattern),
         source,
         dest,
-        licence=licence,
+        license=license,
         made_by=__name__,
         parameters={
             "annotations": annotations,

@@ -2,11 +2,11 @@
 
 Python's own reader stops without a word at a header that is not whole, or that is no header. Here that is an error.
 
-Tars as webdataset reads them: neighbours whose names agree up to the first dot are one sample.
+Tars as webdataset reads them: neighbors whose names agree up to the first dot are one sample.
 
 Samples are found by the headers alone; who wants their bytes knows where they lie.
 
-webdataset's tars: neighbours in a tar whose names agree up to the first dot are one sample.
+webdataset's tars: neighbors in a tar whose names agree up to the first dot are one sample.
 
 `0001.jpg`, `0001.txt`, `0001.json`, `0001.cls` are its image, its caption, what else is known of it, and its label.
 What `bridgework data export webdataset` wrote comes back whole. Members of other endings, pickles (`.pyd`) among them,
@@ -46,7 +46,7 @@ from bridgework.data.importers import (
 )
 from bridgework.data.importers.tables import files, hidden, parse, shallow
 from bridgework.data.quarantine import SHARE, BadSample, Reason, UnreadableFile
-from bridgework.data.samples import Part, Role, Sample, from_row
+from bridgework.data.samples import LICENSE, Part, Role, Sample, from_row
 from bridgework.errors import DataError
 from bridgework.storage import find_store
 
@@ -386,7 +386,7 @@ _OWN = {
     "boxes": (),
     "ocr": None,
     "language": None,
-    "licence": None,
+    LICENSE: None,
 }
 
 
@@ -395,7 +395,7 @@ def run(
     dest: str,
     *,
     text: str | None = None,
-    licence: str = "unknown",
+    license: str = "unknown",
     max_bad: float = SHARE,
     workers: int = 0,
     say: Say = print,
@@ -421,7 +421,7 @@ def run(
         partial(_rows, tars, text, scan.prefixed, packed(source)),
         source,
         dest,
-        licence=licence,
+        license=license,
         made_by=__name__,
         parameters={
             "text": text,
@@ -542,6 +542,7 @@ def _exported(
         ) from None
     try:
         key = f"{prefix}{_key(entry['key'], member)}"
+        entry = {LICENSE if name == "license" else name: value for name, value in entry.items()}
         sample = from_row({**_OWN, "provenance": {}, **entry, "key": key, "images": images})
         _check(sample)
     except BadSample:

@@ -53,7 +53,7 @@ def _cut(rows: int, group_rows: int, key: int, lanes: int) -> _SourceLayout:
 class LaneOrder:
     """The rows of all sources as their streams take them: O(1) memory per source, O(1) time per row.
 
-    `rows`, `group_rows` and `keys` hold one number per source: its size, how many neighbours are read together, and
+    `rows`, `group_rows` and `keys` hold one number per source: its size, how many neighbors are read together, and
     64 bits that name its order.
     """
 

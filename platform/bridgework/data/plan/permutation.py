@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 U64 = npt.NDArray[np.uint64]
 
-# The finaliser of SplitMix64 (Steele et al. 2014) in the constants of Stafford's "Mix13", and its odd increment.
+# The finalizer of SplitMix64 (Steele et al. 2014) in the constants of Stafford's "Mix13", and its odd increment.
 _MULTIPLY = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SHIFT = (np.uint64(30), np.uint64(27), np.uint64(31))
 _STEP = np.uint64(0x9E3779B97F4A7C15)

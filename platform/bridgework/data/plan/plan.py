@@ -147,7 +147,7 @@ class Plan:
         whole_windows = min(self._last, other._last) // self.window_rows
         return whole_windows * (self.window_rows // self.step_rows)
 
-    def realised(self, steps: int) -> dict[str, int]:
+    def realized(self, steps: int) -> dict[str, int]:
         """Rows of each source in the first `steps` global batches: arithmetic, but for a period that is cut short."""
         rows = steps * self.step_rows
         begin, end = self._period_of(max(rows - 1, 0))
