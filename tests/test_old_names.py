@@ -41,12 +41,12 @@ def test_every_old_class_has_a_class_today(now: str) -> None:
 
 
 def test_an_old_reason_of_quarantine_is_read() -> None:
-    assert Reason("licence") is Reason.LICENSE
+    assert Reason("license") is Reason.LICENSE
 
 
 def test_the_folder_of_an_old_artifact_is_found(tmp_path: Path) -> None:
     assert run_dir.artifact_dir(tmp_path) == tmp_path / "artifact"
-    (tmp_path / "artefact").mkdir()
-    (tmp_path / "artefact" / "artefact.json").write_text("{}")
-    assert run_dir.artifact_dir(tmp_path) == tmp_path / "artefact"
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "artifact.json").write_text("{}")
+    assert run_dir.artifact_dir(tmp_path) == tmp_path / "artifact"
     assert run_dir.is_finished(tmp_path)

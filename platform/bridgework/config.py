@@ -106,7 +106,9 @@ def from_dict(value: Any) -> Any:
     given: dict[str, Any] = {}
     for name, item in value.items():
         if name != "_":
-            given[name if name in own else old_names.FIELDS.get(name, name)] = from_dict(item)
+            given[str(name) if name in own else old_names.FIELDS.get(str(name), str(name))] = (
+                from_dict(item)
+            )
     try:
         return cls(**given)
     except (TypeError, AttributeError, ArithmeticError) as error:

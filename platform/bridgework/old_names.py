@@ -37,8 +37,8 @@ CLASSES = {  # "module:Class" as written before -> today's, without `bridgework.
 }
 
 FIELDS = {"inherits": "init_params", "shard": "zero"}  # of a Stage, as recipes were written before
-ARTIFACT_DIR, ARTIFACT_FILE = "artefact", "artefact.json"  # of a stage's folder
-ARTIFACT_TAG = "artefact"  # of versions and logged models in MLflow
+ARTIFACT_DIR, ARTIFACT_FILE = "artifact", "artifact.json"  # of a stage's folder
+ARTIFACT_TAG = "artifact"  # of versions and logged models in MLflow
 
 
 def current_class(name: str) -> str:
