@@ -40,8 +40,8 @@ class Wiring:
     image_tokens: ClassVar[int] = 4
     instruction: ClassVar[str | None] = None
     pretrained: ClassVar[tuple[str, ...]] = ()
-    square_tokens: ClassVar[int] = 4
-    unpackable: ClassVar[str | None] = None
+    vision_tokens: ClassVar[int] = 4
+    packing_refusal: ClassVar[str | None] = None
 
     def places(self, layout: Layout) -> int:
         return self.image_tokens
@@ -63,8 +63,8 @@ class Eye:
     image_tokens: int = 2
     instruction: str | None = None
     pretrained: tuple[str, ...] = ()
-    square_tokens: int = 4
-    unpackable: str | None = None
+    vision_tokens: int = 4
+    packing_refusal: str | None = None
 
     def places(self, layout: Layout) -> int:
         return self.image_tokens
@@ -79,11 +79,11 @@ class Captioning:
     weight: float = 1.0
     label_smoothing: float = 0.0
 
-    needs: ClassVar[str] = "logits"
+    requires: ClassVar[str] = "logits"
     whole_batch: ClassVar[bool] = False
-    packs: ClassVar[bool] = True
+    supports_packing: ClassVar[bool] = True
 
-    spliced: ClassVar[tuple[str, ...]] = ()
+    cached_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, outputs: Any) -> Any:
         return 0.0

@@ -83,15 +83,15 @@ class ModelSpec(Protocol):
         self,
     ) -> tuple[str, ...]: ...  # globs of the tensors that pretrained weights bring back
     @property
-    def square_tokens(
+    def vision_tokens(
         self,
     ) -> int: ...  # vectors the vision tower makes of a square: what it costs beside the text
     @property
-    def unpackable(
+    def packing_refusal(
         self,
     ) -> str | None: ...  # why several samples cannot share a sequence; None where they can
     def unshardable(
-        self, wants: frozenset[str]
+        self, requested: frozenset[str]
     ) -> str | None: ...  # why ZeRO 3 cannot split it, for such outputs
     def build(self, *, pretrained: bool = True) -> Any: ...  # torch.nn.Module
     def tiny(self) -> Self: ...
@@ -101,7 +101,7 @@ class LossSpec(Protocol):
     """A loss: what each sample adds to a sum, and to what the sum is divided by (see bridgework.losses)."""
 
     @property
-    def needs(self) -> str: ...  # the output of the wiring that it reads
+    def requires(self) -> str: ...  # the output of the wiring that it reads
     @property
     def weight(self) -> float: ...
     @property
@@ -109,13 +109,13 @@ class LossSpec(Protocol):
         self,
     ) -> bool: ...  # compares samples with each other: it must see a worker's share at once
     @property
-    def spliced(
+    def cached_outputs(
         self,
     ) -> tuple[
         str, ...
     ]: ...  # outputs by which it can all the same, in two passes over micro-batches
     @property
-    def packs(self) -> bool: ...  # tells samples that share a sequence apart
+    def supports_packing(self) -> bool: ...  # tells samples that share a sequence apart
     # It may have `by_image` (reads which rows show one image) and `options` (arguments of the wiring's forward).
     def __call__(self, outputs: Any) -> Any: ...  # sums_B, float32: what each sample adds
     def count(self, labels_BT: Any) -> Any: ...  # counts_B, float32: what each adds to the divisor
@@ -300,8 +300,8 @@ class Stage:
             )
 
     def _check_packing(self) -> None:
-        alone = [type(loss).__name__ for loss in self.losses if not loss.packs]
-        why = self.model.unpackable or (
+        alone = [type(loss).__name__ for loss in self.losses if not loss.supports_packing]
+        why = self.model.packing_refusal or (
             f"{alone[0]} reads a sequence as one sample" if alone else None
         )
         if why is not None:
@@ -317,7 +317,9 @@ class Stage:
 
     def tiny(self) -> "Stage":
         kind = (
-            "preferences" if any(loss.needs == "preference" for loss in self.losses) else "shapes"
+            "preferences"
+            if any(loss.requires == "preference" for loss in self.losses)
+            else "shapes"
         )
         curation = None if self.curation is None else self.curation.tiny()
         return replace(

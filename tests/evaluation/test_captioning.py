@@ -189,7 +189,7 @@ def test_while_a_model_trains_it_writes_without_dropout_and_goes_on_training(hom
     assert writing.run(pipe, [about_image(pipe, None)] * 3, images) == expected
     assert pipe.model.training and pipe.model.language.training
     torch.manual_seed(0)
-    loud = pipe.write(
+    loud = pipe.generate_batch(
         [about_image(pipe, None)] * 3, images, [0] * 3, min_new_tokens=6, max_new_tokens=6
     )
     assert loud != expected  # or the test could not tell

@@ -96,7 +96,7 @@ def test_ranking_is_the_share_of_rows_whose_own_caption_is_first(
         captions = [items[c].sample.text for c in chosen]
         ranked = pipe.rank(items[row].sample.images[0], captions)
         with_prior += ranked[0].candidate == captions[0]
-        without += int(pipe.likelihoods(items[row].sample.images[0], captions).argmax()) == 0
+        without += int(pipe.log_likelihoods(items[row].sample.images[0], captions).argmax()) == 0
     assert result.metrics == {
         "ranking.accuracy": pytest.approx(with_prior / 9),
         "ranking.accuracy_without_prior": pytest.approx(without / 9),
@@ -230,11 +230,11 @@ def test_ranking_reads_the_tiles_that_training_reads(name: str, home: Path, tmp_
         captions = [items[c].sample.text for c in chosen]
         image, asked = items[row].sample.images[0], pipe.inputs.about()
         with_prior += (
-            pipe.choose(asked, [image], captions, scoring=Scoring(prior=True))[0].candidate
+            pipe.rank_answers(asked, [image], captions, scoring=Scoring(prior=True))[0].candidate
             == captions[0]
         )
         without += (
-            pipe.choose(asked, [image], captions, scoring=Scoring(prior=False))[0].candidate
+            pipe.rank_answers(asked, [image], captions, scoring=Scoring(prior=False))[0].candidate
             == captions[0]
         )
     assert metrics["ranking.accuracy"] == pytest.approx(with_prior / 8)

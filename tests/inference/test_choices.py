@@ -53,12 +53,12 @@ def test_a_choice_is_scored_as_a_plain_forward_of_the_whole_input_scores_it(name
     pipe = pipe_of(name)
     conversation, image = asked(0), picture()
     expected = {c: alone(pipe, conversation, [image], c) for c in CANDIDATES}
-    ranked = pipe.choose(conversation, [image], CANDIDATES, scoring=PLAIN)
+    ranked = pipe.rank_answers(conversation, [image], CANDIDATES, scoring=PLAIN)
     assert dict(ranked) == pytest.approx(expected, abs=1e-3)
     assert [r.candidate for r in ranked] == sorted(CANDIDATES, key=lambda c: -expected[c])
-    backwards = dict(pipe.choose(conversation, [image], CANDIDATES[::-1], scoring=PLAIN))
+    backwards = dict(pipe.rank_answers(conversation, [image], CANDIDATES[::-1], scoring=PLAIN))
     single = {
-        c: pipe.choose(conversation, [image], [c], scoring=PLAIN)[0].score for c in CANDIDATES
+        c: pipe.rank_answers(conversation, [image], [c], scoring=PLAIN)[0].score for c in CANDIDATES
     }
     assert backwards == pytest.approx(expected, abs=1e-3) and single == pytest.approx(
         expected, abs=1e-3
@@ -74,18 +74,18 @@ def test_choose_and_rank_read_the_tiles_that_generate_reads(name: str) -> None:
     (base_square,) = pipe.inputs.see([image])
     base_alone = pipe.inputs.see([image])[0].features[:1]
     whole, base = (
-        dict(pipe.choose(conversation, shown, CANDIDATES, scoring=PLAIN))
+        dict(pipe.rank_answers(conversation, shown, CANDIDATES, scoring=PLAIN))
         for shown in ([image], base_alone)
     )
     assert whole != pytest.approx(base, abs=1e-3)
     assert whole == pytest.approx(
-        dict(pipe.choose(conversation, [base_square], CANDIDATES, scoring=PLAIN)), abs=1e-4
+        dict(pipe.rank_answers(conversation, [base_square], CANDIDATES, scoring=PLAIN)), abs=1e-4
     )
     for how in (PLAIN, LESS_PRIOR):
         chosen, ranked = (
             dict(answers)
             for answers in (
-                pipe.choose(conversation, [image], CANDIDATES, scoring=how),
+                pipe.rank_answers(conversation, [image], CANDIDATES, scoring=how),
                 pipe.rank(image, CANDIDATES, "What?", scoring=how),
             )
         )
@@ -99,7 +99,7 @@ def test_the_prior_is_that_of_blank_squares_in_the_places_of_the_images_own(name
     (seen,) = pipe.inputs.see([image])
     nothing = pipe.inputs.features([pipe.inputs.mean_square()] * len(seen.features))
     blank = replace(seen, features=nothing)
-    scores = dict(pipe.choose(conversation, [image], CANDIDATES, scoring=LESS_PRIOR))
+    scores = dict(pipe.rank_answers(conversation, [image], CANDIDATES, scoring=LESS_PRIOR))
     expected = {
         c: alone(pipe, conversation, [image], c) - alone(pipe, conversation, [blank], c)
         for c in CANDIDATES
@@ -115,13 +115,13 @@ def test_a_video_can_be_chosen_about_as_it_can_be_written_about() -> None:
         pictures: list[Raw] = list(shown)
         expected = {c: alone(pipe, conversation, pictures, c) for c in CANDIDATES}
         assert dict(
-            pipe.choose(conversation, pictures, CANDIDATES, scoring=PLAIN)
+            pipe.rank_answers(conversation, pictures, CANDIDATES, scoring=PLAIN)
         ) == pytest.approx(expected, abs=1e-3)
-        assert len(pipe.choose(conversation, pictures, CANDIDATES)) == 3
+        assert len(pipe.rank_answers(conversation, pictures, CANDIDATES)) == 3
         assert pipe.generate(conversation, pictures, max_new_tokens=2).completion_tokens >= 1
-    frames = dict(pipe.choose(asked(0), [video], CANDIDATES, scoring=PLAIN))
+    frames = dict(pipe.rank_answers(asked(0), [video], CANDIDATES, scoring=PLAIN))
     assert frames != pytest.approx(
-        dict(pipe.choose(asked(0), [video[:1]], CANDIDATES, scoring=PLAIN)), abs=1e-4
+        dict(pipe.rank_answers(asked(0), [video[:1]], CANDIDATES, scoring=PLAIN)), abs=1e-4
     )
     assert len(pipe.rank(video, CANDIDATES)) == 3
 
@@ -131,7 +131,7 @@ def test_squares_and_tiled_pictures_share_a_conversation() -> None:
     square = pipe.inputs.mean_square()
     mixed: list[Raw] = [square, picture()]
     expected = {c: alone(pipe, asked(0, 1), mixed, c) for c in CANDIDATES}
-    assert dict(pipe.choose(asked(0, 1), mixed, CANDIDATES, scoring=PLAIN)) == pytest.approx(
+    assert dict(pipe.rank_answers(asked(0, 1), mixed, CANDIDATES, scoring=PLAIN)) == pytest.approx(
         expected, abs=1e-3
     )
     layouts = [seen.layout for seen in pipe.inputs.see(mixed)]
@@ -153,7 +153,7 @@ def test_only_the_last_answer_of_a_conversation_counts() -> None:
 def test_an_answer_that_the_conversation_ends_with_is_left_out_as_in_writing() -> None:
     pipe = pipe_of("llava/instruct")
     answered = [*asked(0), Part("assistant", text="Perhaps a cat.")]
-    assert pipe.choose(answered, [picture()], CANDIDATES) == pipe.choose(
+    assert pipe.rank_answers(answered, [picture()], CANDIDATES) == pipe.rank_answers(
         asked(0), [picture()], CANDIDATES
     )
 
@@ -162,13 +162,17 @@ def test_a_mean_over_tokens_is_the_sum_over_their_number() -> None:
     pipe = pipe_of("llava/instruct")
     scores = pipe.score_answers(asked(0), [picture()], CANDIDATES)
     means = dict(
-        pipe.choose(asked(0), [picture()], CANDIDATES, scoring=Scoring(prior=False, per_token=True))
+        pipe.rank_answers(
+            asked(0), [picture()], CANDIDATES, scoring=Scoring(prior=False, per_token=True)
+        )
     )
     assert means == pytest.approx(
         {c: s.loglik / s.tokens for c, s in zip(CANDIDATES, scores, strict=True)}, abs=1e-4
     )
-    sums = dict(pipe.choose(asked(0), [picture()], CANDIDATES))
-    both = dict(pipe.choose(asked(0), [picture()], CANDIDATES, scoring=Scoring(per_token=True)))
+    sums = dict(pipe.rank_answers(asked(0), [picture()], CANDIDATES))
+    both = dict(
+        pipe.rank_answers(asked(0), [picture()], CANDIDATES, scoring=Scoring(per_token=True))
+    )
     assert both == pytest.approx(
         {c: sums[c] / s.tokens for c, s in zip(CANDIDATES, scores, strict=True)}, abs=1e-4
     )
@@ -196,9 +200,9 @@ def test_instructblip_ranks_by_the_plain_log_likelihood() -> None:
     pipe = pipe_of("instructblip/instruct")
     expected = {c: alone(pipe, pipe.inputs.about("What?"), [picture()], c) for c in CANDIDATES}
     assert dict(pipe.rank(picture(), CANDIDATES, "What?")) == pytest.approx(expected, abs=1e-3)
-    assert dict(pipe.choose(pipe.inputs.about("What?"), [picture()], CANDIDATES)) == pytest.approx(
-        expected, abs=1e-3
-    )
+    assert dict(
+        pipe.rank_answers(pipe.inputs.about("What?"), [picture()], CANDIDATES)
+    ) == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_candidate_that_does_not_fit_is_refused_and_never_cut() -> None:
@@ -210,7 +214,7 @@ def test_a_candidate_that_does_not_fit_is_refused_and_never_cut() -> None:
         conversation, [image], ["a"]
     )
     with pytest.raises(DataError, match=r"take \d+ tokens, and the language model reads 256"):
-        pipe.choose(conversation, [image], ["a", "b" * 300])
+        pipe.rank_answers(conversation, [image], ["a", "b" * 300])
 
 
 def test_a_conversation_longer_than_the_rows_of_training_is_scored_to_its_end() -> None:
@@ -221,7 +225,7 @@ def test_a_conversation_longer_than_the_rows_of_training_is_scored_to_its_end() 
         len(pipe.tokenizer(long).input_ids) > pipe.stage.data.max_tokens < pipe.stage.model.context
     )
     (score,) = pipe.scores([[*pipe.inputs.about(), Part("assistant", text=long)]], [[picture()]])
-    ((_, chosen),) = pipe.choose(pipe.inputs.about(), [picture()], [long], scoring=PLAIN)
+    ((_, chosen),) = pipe.rank_answers(pipe.inputs.about(), [picture()], [long], scoring=PLAIN)
     assert score.loglik == pytest.approx(chosen, abs=1e-3)
     (cut,) = pipe.scores([[*pipe.inputs.about(), Part("assistant", text=long[:30])]], [[picture()]])
     assert cut.tokens < score.tokens

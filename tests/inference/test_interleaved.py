@@ -30,7 +30,7 @@ def test_the_score_of_an_answer_counts_its_end_and_is_its_likelihood(pipe: Pipel
     document = [Part("caption", image=0), Part("caption", text=said)]
     [score] = pipe.scores([document], [[IMAGES[0]]])
     assert score.tokens == len(said) + 1
-    assert pipe.likelihoods(IMAGES[0], [said, "a square"])[0] == pytest.approx(
+    assert pipe.log_likelihoods(IMAGES[0], [said, "a square"])[0] == pytest.approx(
         score.loglik, abs=1e-4
     )
     assert pipe.loglik([SAMPLES[0]])[0] < 0

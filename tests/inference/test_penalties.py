@@ -101,7 +101,7 @@ def test_a_repetition_penalty_is_that_of_ctrl_over_what_was_written(endless: Pip
     )
     assert plain == repelled(endless, 1.0, 16) and repelling == repelled(endless, 1.5, 16)
     assert len(plain) >= 12 and plain != repelling
-    written = endless.write(
+    written = endless.generate_batch(
         [ASKED] * 2, [[IMAGE]] * 2, [0, 1], max_new_tokens=16, repetition_penalty=1.5
     )
     assert written == [repelling] * 2

@@ -149,16 +149,20 @@ def test_an_image_is_seen_once_however_many_candidates_it_has(samples: list[Samp
     pipe = pipeline()
     seen: list[int] = []
     pipe.model.vision.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    pipe.likelihoods(samples[0].images[0], CAPTIONS * 10)
+    pipe.log_likelihoods(samples[0].images[0], CAPTIONS * 10)
     assert seen == [1]
 
 
 def test_the_question_is_part_of_what_is_judged(samples: list[Sample]) -> None:
     pipe = pipeline()
     image = samples[0].images[0]
-    assert torch.equal(pipe.likelihoods(image, CAPTIONS), pipe.likelihoods(image, CAPTIONS, PROMPT))
+    assert torch.equal(
+        pipe.log_likelihoods(image, CAPTIONS), pipe.log_likelihoods(image, CAPTIONS, PROMPT)
+    )
     assert not torch.allclose(
-        pipe.likelihoods(image, CAPTIONS), pipe.likelihoods(image, CAPTIONS, "Why?"), rtol=1e-4
+        pipe.log_likelihoods(image, CAPTIONS),
+        pipe.log_likelihoods(image, CAPTIONS, "Why?"),
+        rtol=1e-4,
     )
 
 
@@ -187,7 +191,10 @@ def test_a_model_that_only_compares_ranks_by_nearness(samples: list[Sample]) -> 
     pipe, image, texts = comparing(), samples[0].images[0], [sample.text for sample in samples]
     cosines = (pipe.embed_texts(texts) @ pipe.embed_images([image])[0]).tolist()
     best_first = sorted(zip(texts, cosines, strict=True), key=lambda pair: -pair[1])
-    for ranked in (pipe.rank(image, texts), pipe.choose([Part("user", image=0)], [image], texts)):
+    for ranked in (
+        pipe.rank(image, texts),
+        pipe.rank_answers([Part("user", image=0)], [image], texts),
+    ):
         assert [r.candidate for r in ranked] == [text for text, _ in best_first]
         assert [r.score for r in ranked] == pytest.approx(
             [cosine for _, cosine in best_first], abs=1e-6
@@ -199,9 +206,11 @@ def test_a_model_that_only_compares_is_asked_nothing_else(samples: list[Sample])
     with pytest.raises(SpecError, match=r"reads no question, got 'What\?'.*whole captions"):
         pipe.rank(image, ["a", "b"], "What?")
     with pytest.raises(SpecError, match="reads no question"):
-        pipe.choose([Part("user", image=0), Part("user", text="What?")], [image], ["a", "b"])
+        pipe.rank_answers([Part("user", image=0), Part("user", text="What?")], [image], ["a", "b"])
     with pytest.raises(SpecError, match="compares texts with one image, got 2"):
-        pipe.choose([Part("user", image=0), Part("user", image=1)], [image, image], ["a", "b"])
+        pipe.rank_answers(
+            [Part("user", image=0), Part("user", image=1)], [image, image], ["a", "b"]
+        )
 
 
 def test_a_choice_is_the_answer_that_the_images_make_likelier(samples: list[Sample]) -> None:
@@ -219,13 +228,13 @@ def test_a_choice_is_the_answer_that_the_images_make_likelier(samples: list[Samp
         pipe.scores([one], [images])[0].loglik - pipe.scores([one], [blank])[0].loglik
         for one in answered
     ]
-    ranked = pipe.choose(asked, images, choices)
+    ranked = pipe.rank_answers(asked, images, choices)
     assert [r.candidate for r in ranked] == [
         c for _, c in sorted(zip(gains, choices, strict=True), reverse=True)
     ]
     assert ranked[0].score == pytest.approx(max(gains), abs=1e-4)
     with pytest.raises(DataError, match="nothing to choose from"):
-        pipe.choose(asked, images, [])
+        pipe.rank_answers(asked, images, [])
 
 
 # --- embedding -------------------------------------------------------------------------------------------------------
@@ -237,7 +246,7 @@ def test_embeddings_are_what_the_contrastive_loss_pools(samples: list[Sample]) -
         [pipe.inputs.ask(s) for s in samples], [s.images for s in samples], answer=True
     )
     with torch.no_grad():
-        outputs = pipe.model(**batch.inputs(), wants=frozenset({"pooled"}))
+        outputs = pipe.model(**batch.inputs(), requested=frozenset({"pooled"}))
     images_ND = pipe.embed_images([s.images[0] for s in samples])
     texts_ND = pipe.embed_texts([s.text for s in samples])
     torch.testing.assert_close(images_ND, unit(outputs.image_BD), rtol=1e-4, atol=1e-5)

@@ -37,10 +37,10 @@ def test_a_candidates_likelihood_is_its_score_in_training_whatever_stands_beside
     system: str, stage: str
 ) -> None:
     pipe = pipeline(system, stage)
-    together = pipe.likelihoods(picture(), CANDIDATES, QUESTION)
-    shuffled = pipe.likelihoods(picture(), CANDIDATES[::-1], QUESTION)
+    together = pipe.log_likelihoods(picture(), CANDIDATES, QUESTION)
+    shuffled = pipe.log_likelihoods(picture(), CANDIDATES[::-1], QUESTION)
     alone = torch.cat(
-        [pipe.likelihoods(picture(), [candidate], QUESTION) for candidate in CANDIDATES]
+        [pipe.log_likelihoods(picture(), [candidate], QUESTION) for candidate in CANDIDATES]
     )
     shown = [Part("user", image=0), Part("user", text="\n" + QUESTION)]
     answered = [[*shown, Part("assistant", text=candidate)] for candidate in CANDIDATES]
@@ -82,8 +82,8 @@ def test_an_answer_is_written_and_depends_on_the_image(system: str, stage: str) 
         for seed in (0, 0, 5)
     )
     assert first == again and 1 <= first.completion_tokens <= 6
-    likelihoods = [pipe.likelihoods(picture(seed), CANDIDATES, QUESTION) for seed in (0, 5)]
-    assert not torch.allclose(*likelihoods) and other.completion_tokens >= 1
+    log_likelihoods = [pipe.log_likelihoods(picture(seed), CANDIDATES, QUESTION) for seed in (0, 5)]
+    assert not torch.allclose(*log_likelihoods) and other.completion_tokens >= 1
 
 
 def test_the_first_stage_finds_and_judges_pairs() -> None:

@@ -185,7 +185,7 @@ def test_a_stage_holds_what_was_read(architecture: str) -> None:
     with torch.device("meta"):
         assert isinstance(stage.model.build(), MED)
     assert (
-        all(loss.needs in {"logits", "pooled", "match"} for loss in stage.losses)
+        all(loss.requires in {"logits", "pooled", "match"} for loss in stage.losses)
         and not stage.evals
     )
 

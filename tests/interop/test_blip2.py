@@ -254,7 +254,7 @@ def test_the_stage_holds_the_wiring_and_computes_its_loss(shape: str) -> None:
     module = module_of(shape)
     stage = module.stage(module.spec(theirs(shape).config))
     assert (stage.evals, stage.budget.steps, stage.data.max_tokens) == ((), 1, stage.model.context)
-    assert TrainingModule(stage.model.build(), stage.losses).wants == {"logits"}
+    assert TrainingModule(stage.model.build(), stage.losses).requested == {"logits"}
 
 
 # --- retrieval -------------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_a_finder_keeps_its_temperature_and_its_words_for_itself() -> None:
     assert rest and all(name.startswith(("heads.lm.", "heads.temperature")) for name in rest)
     assert blip2.spec(blip2.config(spec)) == spec
     stage = blip2.stage(spec)
-    assert stage.data.template == "caption" and TrainingModule(spec.build(), stage.losses).wants == {
+    assert stage.data.template == "caption" and TrainingModule(spec.build(), stage.losses).requested == {
         "pooled", "match_all", "logits",
     }  # fmt: skip
 

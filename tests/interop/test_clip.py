@@ -145,7 +145,7 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
 def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:
     stage = clip.stage(clip.spec(theirs("small").config))
     assert (stage.data.template, stage.evals, stage.budget.steps) == ("caption", (), 1)
-    assert TrainingModule(stage.model.build(), stage.losses).wants == {"pooled"}
+    assert TrainingModule(stage.model.build(), stage.losses).requested == {"pooled"}
 
 
 def test_what_the_other_side_has_no_place_for_is_refused() -> None:

@@ -176,7 +176,7 @@ def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(
 def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:
     stage = idefics.stage(idefics.spec(theirs("small").config))
     assert (stage.data.template, stage.evals, stage.budget.steps) == ("interleaved", (), 1)
-    assert TrainingModule(stage.model.build(), stage.losses).wants == {"logits"}
+    assert TrainingModule(stage.model.build(), stage.losses).requested == {"logits"}
 
 
 def test_what_the_other_side_has_no_place_for_is_refused() -> None:

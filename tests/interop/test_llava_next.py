@@ -212,7 +212,7 @@ def test_adapters_go_out_merged(tmp_path: Path) -> None:
 def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:
     stage = llava_next.stage(llava_next.spec(theirs("small").config))
     assert (stage.data.template, stage.evals, stage.budget.steps) == ("v1", (), 1)
-    assert TrainingModule(stage.model.build(), stage.losses).wants == {"logits"}
+    assert TrainingModule(stage.model.build(), stage.losses).requested == {"logits"}
 
 
 def test_what_the_other_side_has_no_place_for_is_refused() -> None:

@@ -100,7 +100,7 @@ def test_the_loss_is_the_weighted_sum_of_a_plain_forward_for_each_answer(
     """Sum over answers of weight times the sum of its tokens' losses, over the questions (blip_vqa.py)."""
     model = model_of(stage)
     with torch.no_grad():
-        outputs = model(**batch.inputs(), wants=frozenset({"answers"}))
+        outputs = model(**batch.inputs(), requested=frozenset({"answers"}))
         sums_B = LOSS(outputs)
     assert LOSS.count(batch.labels_BT).tolist() == [1.0] * len(batch.keys)
     expected_B = torch.zeros(len(batch.keys))
@@ -142,7 +142,7 @@ def test_an_answer_that_nobody_gave_changes_nothing_and_more_answers_do_not_read
         lambda module, args, output: read.append(len(output.last_hidden_state))
     )
     with torch.no_grad():
-        model(**batch.inputs(), wants=frozenset({"answers"}))
+        model(**batch.inputs(), requested=frozenset({"answers"}))
     assert read == [len(batch.keys)]
 
 

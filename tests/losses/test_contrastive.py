@@ -139,8 +139,8 @@ def test_two_passes_over_micro_batches_have_the_gradients_of_the_batch_and_naive
     _, weight, scale, _ = whole_batch()
     image_BD, text_BD, own_weight, log_scale = example()
     loss = Contrastive(temperature=None)
-    assert loss.spliced == ("image_BD", "text_BD", "logit_scale")
-    assert Contrastive().spliced == ("image_BD", "text_BD")
+    assert loss.cached_outputs == ("image_BD", "text_BD", "logit_scale")
+    assert Contrastive().cached_outputs == ("image_BD", "text_BD")
 
     def outputs(rows: slice) -> list[Tensor]:
         size = len(image_BD[rows])
@@ -155,8 +155,10 @@ def test_two_passes_over_micro_batches_have_the_gradients_of_the_batch_and_naive
     totals, naive = [torch.zeros_like(own_weight), torch.zeros(())], torch.zeros_like(own_weight)
     for live, rows in enumerate(micro):
         parts = [outputs(rows) if m == live else cached[m] for m in range(len(micro))]
-        spliced = dual_encoder.Outputs(*(torch.cat(field) for field in zip(*parts, strict=True)))
-        grads = torch.autograd.grad(loss(spliced).sum(), (own_weight, log_scale))
+        cached_outputs = dual_encoder.Outputs(
+            *(torch.cat(field) for field in zip(*parts, strict=True))
+        )
+        grads = torch.autograd.grad(loss(cached_outputs).sum(), (own_weight, log_scale))
         totals = [total + grad for total, grad in zip(totals, grads, strict=True)]
         naive += torch.autograd.grad(loss(dual_encoder.Outputs(*outputs(rows))).sum(), own_weight)[
             0
@@ -213,4 +215,8 @@ def test_outputs_that_were_not_pooled_and_a_temperature_of_zero_are_refused() ->
 
 
 def test_contrast_compares_a_whole_batch_and_can_do_so_in_two_passes() -> None:
-    assert Contrastive().whole_batch and Contrastive().needs == "pooled" and Contrastive().spliced
+    assert (
+        Contrastive().whole_batch
+        and Contrastive().requires == "pooled"
+        and Contrastive().cached_outputs
+    )

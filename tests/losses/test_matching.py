@@ -302,13 +302,13 @@ def test_a_head_that_only_knows_the_prior_costs_0_6365() -> None:
 
 
 def test_where_negatives_come_from_is_an_output_of_its_own() -> None:
-    assert Matching().needs == "match" and Matching(negatives="all").needs == "match_all"
-    assert Matching(negatives="lane").needs == "match_lane" and Matching(floor=0.0).options == {
+    assert Matching().requires == "match" and Matching(negatives="all").requires == "match_all"
+    assert Matching(negatives="lane").requires == "match_lane" and Matching(floor=0.0).options == {
         "floor": 0.0
     }
     with pytest.raises(SpecError, match=r"probability in \[0, 1\), got 1"):
         Matching(floor=1.0)
-    assert Matching().whole_batch and not Matching().spliced
+    assert Matching().whole_batch and not Matching().cached_outputs
     with pytest.raises(DataError, match="ask the wiring for 'match_all'"):
         Matching(negatives="all")(Outputs())
 

@@ -120,7 +120,7 @@ def test_in_two_passes_over_micro_batches_gradients_are_those_of_the_whole() -> 
     totals = [torch.zeros(4, 5), torch.zeros(())]
     for live in (slice(0, 3), slice(3, 4)):
         parts = {}
-        for name in loss.spliced:
+        for name in loss.cached_outputs:
             given = getattr(whole, name)
             parts[name] = torch.cat([given[i : i + 1] if live.start <= i < live.stop else given[i : i + 1].detach()
                                      for i in range(4)])  # fmt: skip

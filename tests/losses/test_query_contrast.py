@@ -122,7 +122,7 @@ def test_outputs_that_were_not_pooled_and_smoothing_out_of_range_are_refused() -
 
 def test_what_is_cached_between_two_passes_is_one_row_a_sample() -> None:
     given = outputs(*example())
-    assert {name: getattr(given, name).shape[0] for name in QueryContrast.spliced} == {
+    assert {name: getattr(given, name).shape[0] for name in QueryContrast.cached_outputs} == {
         "image_BQD": 6, "text_BD": 6, "logit_scale": 6,
     }  # fmt: skip
 

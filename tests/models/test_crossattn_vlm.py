@@ -294,7 +294,7 @@ def test_a_language_model_without_a_list_of_layers_is_refused() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     model = build()
     with pytest.raises(SpecError, match="not \\['pooled'\\]"):
-        model(DOCUMENT, ones(DOCUMENT), wants=frozenset({"pooled"}))
+        model(DOCUMENT, ones(DOCUMENT), requested=frozenset({"pooled"}))
     with pytest.raises(DataError, match="both pixels and cached features"):
         model(DOCUMENT, ones(DOCUMENT), pixels=pixels(2), features=torch.zeros(2, 16, 32))
     with pytest.raises(DataError, match=r"\(4, 7\) an image"):

@@ -212,7 +212,7 @@ def test_images_and_texts_that_do_not_pair_up_are_refused() -> None:
     with pytest.raises(DataError, match="come from another tower"):
         model(**texts, features=torch.zeros(3, 1, 64))
     with pytest.raises(SpecError, match=r"gives 'pooled', not \['logits'\]"):
-        model(**given, wants=frozenset({"logits"}))
+        model(**given, requested=frozenset({"logits"}))
 
 
 @WIRINGS

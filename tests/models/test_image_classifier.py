@@ -169,7 +169,7 @@ def test_classes_are_ranked_and_named(home: Path) -> None:
     assert [r.candidate for r in ranked] == [
         SHAPE_LABELS[i] for i in logits_C.argsort(descending=True)
     ]
-    few = pipe.choose(pipe.inputs.about(), [image], ["red circle", "blue square"])
+    few = pipe.rank_answers(pipe.inputs.about(), [image], ["red circle", "blue square"])
     assert {r.candidate: r.score for r in few} == pytest.approx(
         {name: float(logits_C[SHAPE_LABELS.index(name)]) for name in ("red circle", "blue square")}
     )

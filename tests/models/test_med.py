@@ -29,7 +29,9 @@ def count(module: Any) -> int:
 def test_a_text_alone_does_not_depend_on_the_image() -> None:
     model = build()
     ids, attention, _, pixels = pairs()
-    one, other = (model(ids, attention, pixels=p, wants=POOLED) for p in (pixels, pixels.flip(0)))
+    one, other = (
+        model(ids, attention, pixels=p, requested=POOLED) for p in (pixels, pixels.flip(0))
+    )
     assert torch.equal(one.text_BD, other.text_BD) and not torch.allclose(
         one.image_BD, other.image_BD
     )
@@ -67,7 +69,7 @@ def test_what_is_written_does_not_depend_on_what_comes_behind_it() -> None:
 def test_the_three_modes_begin_with_rows_of_their_own() -> None:
     model = build()
     ids, attention, labels, pixels = pairs()
-    outputs = model(ids, attention, labels, pixels, wants=POOLED | MATCH | {"logits"})
+    outputs = model(ids, attention, labels, pixels, requested=POOLED | MATCH | {"logits"})
     sum(
         o.float().sum() for o in (outputs.text_BD, outputs.match_B3C, outputs.logits_BTV)
     ).backward()
@@ -76,7 +78,7 @@ def test_the_three_modes_begin_with_rows_of_their_own() -> None:
         rows[CLS].any() and rows[model.config.text.dec].any() and rows[model.config.text.enc].any()
     )
     model.zero_grad()
-    model(ids, attention, pixels=pixels, wants=POOLED).text_BD.sum().backward()
+    model(ids, attention, pixels=pixels, requested=POOLED).text_BD.sum().backward()
     assert not model.text.embeddings.word_embeddings.weight.grad[260:].any()
 
 
@@ -88,10 +90,10 @@ def test_padding_on_either_side_changes_nothing() -> None:
         left(attention, attention, False),
         left(labels, attention, IGNORE),
     )
-    wants = POOLED | {"logits"}
+    requested = POOLED | {"logits"}
     right, other = (
-        model(ids, attention, labels, pixels, wants=wants),
-        model(*moved, pixels, wants=wants),
+        model(ids, attention, labels, pixels, requested=requested),
+        model(*moved, pixels, requested=requested),
     )
     torch.testing.assert_close(other.text_BD, right.text_BD)
     torch.testing.assert_close(other.logits_BTV[moved[1]], right.logits_BTV[attention])
@@ -151,12 +153,12 @@ def test_what_is_shared_learns_from_reading_and_from_writing() -> None:
     for want in ("match", "logits"):
         model.zero_grad()
         torch.manual_seed(0)
-        outputs = model(ids, attention, labels, pixels, wants=frozenset({want}))
+        outputs = model(ids, attention, labels, pixels, requested=frozenset({want}))
         (Matching()(outputs) if want == "match" else LanguageModeling()(outputs)).sum().backward()
         parts.append(shared.grad.clone())
     model.zero_grad()
     torch.manual_seed(0)
-    outputs = model(ids, attention, labels, pixels, wants=frozenset({"match", "logits"}))
+    outputs = model(ids, attention, labels, pixels, requested=frozenset({"match", "logits"}))
     (Matching()(outputs) + LanguageModeling()(outputs)).sum().backward()
     torch.testing.assert_close(shared.grad, parts[0] + parts[1])
 
@@ -214,7 +216,7 @@ def test_prompt_tokens_cost_nothing() -> None:
 def test_matching_judges_each_sample_with_its_own_and_two_negatives() -> None:
     model = build()
     ids, attention, labels, pixels = pairs()
-    outputs = model(ids, attention, labels, pixels, wants=MATCH)
+    outputs = model(ids, attention, labels, pixels, requested=MATCH)
     odds = outputs.match_B3C[..., 1] - outputs.match_B3C[..., 0]
     seen = model.vision(pixels)
     torch.testing.assert_close(odds[:, 0], model.match(ids, attention, seen), atol=1e-5, rtol=1e-5)
@@ -230,7 +232,7 @@ def test_matching_judges_each_sample_with_its_own_and_two_negatives() -> None:
 def test_pooled_vectors_are_of_length_one_and_fit_plain_contrast() -> None:
     model = build()
     ids, attention, labels, pixels = pairs()
-    outputs = model(ids, attention, labels, pixels, wants=POOLED)
+    outputs = model(ids, attention, labels, pixels, requested=POOLED)
     states = model.text(input_ids=ids, attention_mask=attention.long()).last_hidden_state
     torch.testing.assert_close(outputs.text_BD, normalize(model.heads.text(states[:, 0]), dim=-1))
     torch.testing.assert_close(
@@ -410,11 +412,11 @@ def test_tasks_that_do_not_go_together_are_refused() -> None:
 def test_an_output_that_no_task_gives_is_refused() -> None:
     ids, attention, labels, pixels = pairs()
     with pytest.raises(SpecError, match=r"gives 'logits', not \['pooled'\]: change model\.tasks"):
-        build("caption")(ids, attention, labels, pixels, wants=POOLED)
+        build("caption")(ids, attention, labels, pixels, requested=POOLED)
     with pytest.raises(
         SpecError, match=r"not \['momentum'\]: change model\.tasks, or give it a twin"
     ):
-        build()(ids, attention, labels, pixels, wants=frozenset({"momentum"}))
+        build()(ids, attention, labels, pixels, requested=frozenset({"momentum"}))
 
 
 def test_images_that_are_not_one_a_row_are_refused() -> None:

@@ -98,7 +98,7 @@ def test_a_cast_to_bfloat16_leaves_twin_and_queue_exact() -> None:
     expected = 0.995 * before + 0.005 * model.heads.vision.weight.float()
     torch.testing.assert_close(after, expected)
     ids, attention, _, pixels = pairs()
-    assert model(ids, attention, pixels=pixels, wants=WANTS).image_key_BD.isfinite().all()
+    assert model(ids, attention, pixels=pixels, requested=WANTS).image_key_BD.isfinite().all()
 
 
 def test_all_of_it_is_buffers_that_a_checkpoint_keeps() -> None:
@@ -119,7 +119,7 @@ def test_the_twin_is_of_all_that_makes_the_vectors_and_of_nothing_else() -> None
     assert model.momentum is not None
     twin = set(model.momentum.parameters_of_twin(torch.float32))
     ids, attention, _, pixels = pairs()
-    pooled = model(ids, attention, pixels=pixels, wants=frozenset({"pooled"}))
+    pooled = model(ids, attention, pixels=pixels, requested=frozenset({"pooled"}))
     (pooled.image_BD.sum() + pooled.text_BD.sum()).backward()
     assert twin == {name for name, p in model.named_parameters() if p.grad is not None}
 
@@ -128,14 +128,14 @@ def test_keys_are_what_the_twin_makes_of_the_samples_without_gradient() -> None:
     model = build(momentum=MomentumConfig(queue=8))
     assert model.momentum is not None
     ids, attention, labels, pixels = pairs()
-    first = model(ids, attention, labels, pixels, wants=WANTS)
+    first = model(ids, attention, labels, pixels, requested=WANTS)
     torch.testing.assert_close(first.image_key_BD, first.image_BD)
     torch.testing.assert_close(first.text_key_BD, first.text_BD)
     assert not first.image_key_BD.requires_grad and not first.text_key_BD.requires_grad
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    second = model(ids, attention, labels, pixels, wants=WANTS)
+    second = model(ids, attention, labels, pixels, requested=WANTS)
     torch.testing.assert_close(second.image_key_BD, first.image_key_BD)
     assert not torch.allclose(second.image_BD, first.image_BD)
 
@@ -145,13 +145,13 @@ def test_only_what_is_trained_on_goes_into_the_queue() -> None:
     assert model.momentum is not None
     before = model.momentum.image_queue_QD.clone()
     ids, attention, labels, pixels = pairs()
-    model(ids, attention, labels, pixels, wants=WANTS)  # evaluation
+    model(ids, attention, labels, pixels, requested=WANTS)  # evaluation
     model.train()
     with torch.no_grad():
-        model(ids, attention, labels, pixels, wants=WANTS)  # the first of two passes
-    model(ids, attention, torch.full_like(labels, IGNORE), pixels, wants=WANTS)  # an idle rank
+        model(ids, attention, labels, pixels, requested=WANTS)  # the first of two passes
+    model(ids, attention, torch.full_like(labels, IGNORE), pixels, requested=WANTS)  # an idle rank
     labels[1:3] = IGNORE
-    seen = model(ids, attention, labels, pixels, identity=torch.arange(4), wants=WANTS)
+    seen = model(ids, attention, labels, pixels, identity=torch.arange(4), requested=WANTS)
     model.after_step()
     assert torch.equal(model.momentum.image_queue_QD[:2], seen.image_key_BD[[0, 3]])
     assert torch.equal(model.momentum.image_queue_QD[2:], before[2:])

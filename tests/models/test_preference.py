@@ -81,7 +81,7 @@ def test_losses_gradients_and_steps_are_those_of_two_models() -> None:
     optimizers = learner(ours), learner(plain)
     for step in range(3):
         loss_B, expected_B = (
-            DPO(beta=BETA)(ours(**given, wants=WANTS)),
+            DPO(beta=BETA)(ours(**given, requested=WANTS)),
             two_models(plain, reference, given),
         )
         torch.testing.assert_close(loss_B.double(), expected_B, atol=1e-5, rtol=1e-5)
@@ -103,7 +103,7 @@ def test_the_reference_stays_what_the_stage_started_from() -> None:
     expected_B = answer_nats(copy.deepcopy(model).eval(), given).float()
     optimizer = learner(model)
     for _ in range(3):
-        outputs = model(**given, wants=WANTS)
+        outputs = model(**given, requested=WANTS)
         references_B = torch.cat([outputs.chosen_reference_B, outputs.rejected_reference_B])
         torch.testing.assert_close(references_B, expected_B, atol=1e-5, rtol=1e-5)
         assert not references_B.requires_grad
@@ -118,7 +118,7 @@ def test_the_reference_has_no_dropout_and_the_model_keeps_its_modes() -> None:
     base.set_trainable(model.train(), ALL)
     expected_B = answer_nats(copy.deepcopy(model).eval(), given).float()
     modes = [module.training for module in model.modules()]
-    outputs = model(**given, wants=WANTS)
+    outputs = model(**given, requested=WANTS)
     torch.testing.assert_close(
         torch.cat([outputs.chosen_reference_B, outputs.rejected_reference_B]),
         expected_B,
@@ -141,7 +141,7 @@ def test_the_copy_is_of_what_trains_and_is_neither_parameter_nor_buffer() -> Non
     names = {name for name, _ in model.named_parameters()} | {
         name for name, _ in model.named_buffers()
     }
-    model(**pairs(), wants=WANTS)
+    model(**pairs(), requested=WANTS)
     assert model.reference is not None
     assert model.reference.state_dict().keys() == learning.keys()
     assert {name for name, _ in model.named_parameters()} | {
@@ -154,7 +154,7 @@ def test_adapters_may_have_a_frozen_copy_too() -> None:
     model, given = wiring(replace(LLAMA_7B, lora=LoRAConfig(dropout=0.0))), pairs()
     base.set_trainable(model.train(), {"language.*lora_*": 1.0})
     expected_B = answer_nats(copy.deepcopy(model).eval(), given).float()
-    outputs = model(**given, wants=WANTS)
+    outputs = model(**given, requested=WANTS)
     assert torch.equal(outputs.chosen_B, outputs.chosen_reference_B)
     torch.testing.assert_close(outputs.chosen_reference_B, expected_B[:2], atol=1e-5, rtol=1e-5)
 
@@ -165,15 +165,15 @@ def test_adapters_off_are_no_reference_while_anything_else_trains() -> None:
     with pytest.raises(
         SpecError, match=r'bridge\.\S+ does, with 3 more.*model\.reference="frozen_copy"'
     ):
-        model(**pairs(), wants=WANTS)
+        model(**pairs(), requested=WANTS)
 
 
 def test_without_adapters_the_error_names_both_ways_out() -> None:
     model = wiring(reference="adapters_off")
     with pytest.raises(SpecError, match=r'language\.lora, or set model\.reference="frozen_copy"'):
-        model(**pairs(), wants=WANTS)
+        model(**pairs(), requested=WANTS)
 
 
 def test_a_model_that_is_not_training_has_no_start_to_be_compared_with() -> None:
     with pytest.raises(SpecError, match="in training alone"):
-        wiring().eval()(**pairs(), wants=WANTS)
+        wiring().eval()(**pairs(), requested=WANTS)

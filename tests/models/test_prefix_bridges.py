@@ -336,13 +336,13 @@ def test_what_an_encoder_decoder_cannot_read_is_refused() -> None:
     with pytest.raises(DataError, match="needs labels"):
         model(row, ones(row), pixels=pixels(1))
     with pytest.raises(SpecError, match="not \\['match'\\]"):
-        model(row, ones(row), pixels=pixels(1), wants=frozenset({"match"}))
+        model(row, ones(row), pixels=pixels(1), requested=frozenset({"match"}))
 
 
 def test_embeddings_for_search_are_the_pooled_vectors_made_unit_length() -> None:
     model, row = build(EvaConfig(), QFormerConfig()), ids(PICTURE, 5, 6)
     labels_BT = answer(row, 4)
-    outputs = model(row, ones(row), labels_BT, pixels(1), wants=frozenset({"pooled"}))
+    outputs = model(row, ones(row), labels_BT, pixels(1), requested=frozenset({"pooled"}))
     normal = torch.nn.functional.normalize
     features = model.vision(pixels(1))
     torch.testing.assert_close(model.embed_images(features), normal(outputs.image_BD, dim=-1))

@@ -170,7 +170,7 @@ def test_likelihoods_are_summed_over_answers_and_the_reference_has_no_adapters()
     labels_BT = ids_BT.masked_fill(ids_BT == IMAGE, IGNORE)
     labels_BT[:, 0] = IGNORE
     cut = {"pixels": torch.cat([squares()[0]] * 2), "layouts": torch.tensor([LAYOUTS[0]] * 2)}
-    out = model(ids_BT, ones(ids_BT), labels_BT, **cut, wants=ANSWERS)
+    out = model(ids_BT, ones(ids_BT), labels_BT, **cut, requested=ANSWERS)
     nats_BT = model(ids_BT, ones(ids_BT), **cut).logits_BTV[:, :-1].log_softmax(-1)
     spoken_B = nats_BT[:, -3:].gather(-1, ids_BT[:, -3:].unsqueeze(-1)).squeeze(-1).sum(1)
     torch.testing.assert_close(torch.cat([out.chosen_B, out.rejected_B]), spoken_B)
@@ -178,7 +178,7 @@ def test_likelihoods_are_summed_over_answers_and_the_reference_has_no_adapters()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()
-    base = model(ids_BT, ones(ids_BT), labels_BT, **cut, wants=ANSWERS)
+    base = model(ids_BT, ones(ids_BT), labels_BT, **cut, requested=ANSWERS)
     assert torch.equal(base.chosen_B, out.chosen_reference_B) and torch.equal(
         base.rejected_B, out.rejected_reference_B
     )
@@ -187,8 +187,8 @@ def test_likelihoods_are_summed_over_answers_and_the_reference_has_no_adapters()
 def test_preferences_want_adapters_labels_and_pairs() -> None:
     ids_BT = torch.tensor([[5, 6], [5, 7]])
     with pytest.raises(SpecError, match="adapters"):
-        build("resample")(ids_BT, ones(ids_BT), ids_BT, wants=ANSWERS)
+        build("resample")(ids_BT, ones(ids_BT), ids_BT, requested=ANSWERS)
     with pytest.raises(DataError, match="no labels"):
-        build("resample")(ids_BT, ones(ids_BT), wants=ANSWERS)
+        build("resample")(ids_BT, ones(ids_BT), requested=ANSWERS)
     with pytest.raises(DataError, match="got 1 rows"):
-        build("resample")(ids_BT[:1], ones(ids_BT[:1]), ids_BT[:1], wants=ANSWERS)
+        build("resample")(ids_BT[:1], ones(ids_BT[:1]), ids_BT[:1], requested=ANSWERS)

@@ -255,7 +255,9 @@ def test_pooled_vectors_are_means_of_bridge_tokens_and_of_caption_embeddings() -
     rows = [ids(PICTURE, 5, 6, PICTURE), ids(PICTURE, 7, 8)]
     labels_BT = padded([labels(r) for r in rows], "right", IGNORE)
     attention_BT = padded([ones(r) for r in rows], "right", False)
-    outputs = model(padded(rows, "right", 0), attention_BT, labels_BT, pixels_N3SS, wants=POOLED)
+    outputs = model(
+        padded(rows, "right", 0), attention_BT, labels_BT, pixels_N3SS, requested=POOLED
+    )
     tokens_NPD, embed = model.images(pixels_N3SS, None), model.language.get_input_embeddings()
     assert outputs.logits_BTV is None
     torch.testing.assert_close(outputs.image_BD[0], tokens_NPD[:2].flatten(0, 1).mean(0))
@@ -266,13 +268,13 @@ def test_pooled_vectors_are_means_of_bridge_tokens_and_of_caption_embeddings() -
 def test_pooling_a_sample_without_an_image_names_its_row() -> None:
     ids_BT = torch.cat([ids(PICTURE, 5), ids(*range(1, 18))])
     with pytest.raises(DataError, match="row 1 of the batch has no image"):
-        build()(ids_BT, ones(ids_BT), labels(ids_BT), pixels(1), wants=POOLED)
+        build()(ids_BT, ones(ids_BT), labels(ids_BT), pixels(1), requested=POOLED)
 
 
 def test_an_output_that_the_wiring_does_not_give_is_refused() -> None:
     ids_BT = ids(5)
     with pytest.raises(SpecError, match="not \\['match'\\]"):
-        build()(ids_BT, ones(ids_BT), wants=frozenset({"match"}))
+        build()(ids_BT, ones(ids_BT), requested=frozenset({"match"}))
 
 
 def test_bfloat16_towers_run_and_stay_close() -> None:

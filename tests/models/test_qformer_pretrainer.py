@@ -21,7 +21,7 @@ from tests.models.examples import pixels, stirred
 
 SPEC = QFormerPretrainerConfig(vision=EvaConfig(), bridge=QFormerConfig(text=True))
 LOSSES = (QueryContrast(), Matching(negatives="all"), LanguageModeling(label_smoothing=0.1))
-ALL = frozenset(loss.needs for loss in LOSSES)
+ALL = frozenset(loss.requires for loss in LOSSES)
 ATTENTION = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).bool()
 LABELS = torch.tensor([[9]]).expand(3, 6).masked_fill(~ATTENTION, IGNORE)
 
@@ -39,7 +39,7 @@ def ids(seed: int = 2) -> Tensor:
 def test_no_text_changes_the_queries_and_no_image_the_text() -> None:
     model = build()
     first, other_text, other_image = (
-        model(i, ATTENTION, pixels=p, wants=ALL)
+        model(i, ATTENTION, pixels=p, requested=ALL)
         for i, p in ((ids(), pixels(3)), (ids(9), pixels(3)), (ids(), pixels(3, seed=9)))
     )
     assert torch.equal(first.image_BQD, other_text.image_BQD) and not torch.equal(
@@ -70,7 +70,7 @@ def test_the_head_over_the_words_is_the_words_own_matrix() -> None:
 
 def test_matching_is_the_mean_over_the_queries_and_its_own_pair_comes_first() -> None:
     model = build()
-    outputs = model(ids(), ATTENTION, pixels=pixels(3), wants=ALL)
+    outputs = model(ids(), ATTENTION, pixels=pixels(3), requested=ALL)
     features = model.vision(pixels(3))
     own = model.match(ids(), ATTENTION, features)
     assert outputs.match_B3C.shape == (3, 3, 2)
@@ -93,7 +93,7 @@ def test_all_losses_train_every_parameter_of_bridge_and_heads_and_nothing_else()
     learning = base.set_trainable(model.train(), {"bridge.*": 1.0, "heads.*": 1.0})
     assert not model.vision.training
     before = {name: p.detach().clone() for name, p in model.vision.named_parameters()}
-    outputs = model(ids(), ATTENTION, LABELS, pixels(3), wants=ALL)
+    outputs = model(ids(), ATTENTION, LABELS, pixels(3), requested=ALL)
     torch.stack([loss(outputs).sum() for loss in LOSSES]).sum().backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     for name, parameter in model.named_parameters():
@@ -112,7 +112,7 @@ def test_stage_one_has_its_published_size_without_a_byte_of_memory() -> None:
 def test_cached_features_stand_in_for_pixels() -> None:
     model = build()
     from_pixels, from_features = (
-        model(ids(), ATTENTION, wants=frozenset({"pooled", "logits"}), **given)
+        model(ids(), ATTENTION, requested=frozenset({"pooled", "logits"}), **given)
         for given in ({"pixels": pixels(3)}, {"features": model.vision(pixels(3))})
     )
     assert torch.equal(from_pixels.image_BQD, from_features.image_BQD)
@@ -121,9 +121,9 @@ def test_cached_features_stand_in_for_pixels() -> None:
 
 def test_bfloat16_runs_and_its_losses_stay_close() -> None:
     model = build(dropout=0.0)
-    wants = ALL - {"match_all"}  # its negatives are drawn
+    requested = ALL - {"match_all"}  # its negatives are drawn
     exact, rounded = (
-        m(ids(), ATTENTION, LABELS, pixels(3), wants=wants)
+        m(ids(), ATTENTION, LABELS, pixels(3), requested=requested)
         for m in (model, copy.deepcopy(model).bfloat16())
     )
     for loss in (LOSSES[0], LOSSES[2]):
@@ -133,13 +133,13 @@ def test_bfloat16_runs_and_its_losses_stay_close() -> None:
 
 def test_padding_on_either_side_changes_nothing() -> None:
     model = build()
-    right = model(ids(), ATTENTION, pixels=pixels(3), wants=frozenset({"pooled", "logits"}))
+    right = model(ids(), ATTENTION, pixels=pixels(3), requested=frozenset({"pooled", "logits"}))
     rows = [
         (row[real], len(row) - int(real.sum())) for row, real in zip(ids(), ATTENTION, strict=True)
     ]
     left = torch.stack([torch.nn.functional.pad(row, (pads, 0)) for row, pads in rows])
     outputs = model(
-        left, ATTENTION.flip(1), pixels=pixels(3), wants=frozenset({"pooled", "logits"})
+        left, ATTENTION.flip(1), pixels=pixels(3), requested=frozenset({"pooled", "logits"})
     )
     torch.testing.assert_close(outputs.text_BD, right.text_BD, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
@@ -149,7 +149,7 @@ def test_padding_on_either_side_changes_nothing() -> None:
 
 def test_embeddings_for_search_are_the_outputs_made_unit_length() -> None:
     model = build()
-    outputs = model(ids(), ATTENTION, pixels=pixels(3), wants=ALL)
+    outputs = model(ids(), ATTENTION, pixels=pixels(3), requested=ALL)
     features, normal = model.vision(pixels(3)), torch.nn.functional.normalize
     torch.testing.assert_close(model.embed_images(features), normal(outputs.image_BQD, dim=-1))
     torch.testing.assert_close(model.embed_texts(ids(), ATTENTION), normal(outputs.text_BD, dim=-1))
@@ -187,7 +187,7 @@ def rank(index: int, folder: str) -> None:
         ids()[own, : widths[index]],
         ATTENTION[own, : widths[index]],
         pixels=pixels(3)[own],
-        wants=ALL,
+        requested=ALL,
     )
     torch.save(outputs.match_B3C.detach(), f"{folder}/{index}.pt")
     dist.barrier()
@@ -213,7 +213,7 @@ def test_negatives_come_from_the_other_rank(tmp_path: Path) -> None:
 
 def test_one_sample_alone_has_no_negative() -> None:
     with pytest.raises(DataError, match="a sample has no negative among 1 candidates"):
-        build()(ids()[:1], ATTENTION[:1], pixels=pixels(1), wants=ALL)
+        build()(ids()[:1], ATTENTION[:1], pixels=pixels(1), requested=ALL)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(DataError, match=r"\(4, 1280\) an image and this tower's are \(17, 32\)"):
         model(ids(), ATTENTION, features=torch.zeros(3, 4, 1280))
     with pytest.raises(SpecError, match="not \\['answers'\\]"):
-        model(ids(), ATTENTION, pixels=pixels(3), wants=frozenset({"answers"}))
+        model(ids(), ATTENTION, pixels=pixels(3), requested=frozenset({"answers"}))
 
 
 def test_its_text_has_no_places_for_images() -> None:

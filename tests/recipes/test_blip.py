@@ -251,7 +251,7 @@ def test_only_a_finder_finds_and_only_a_writer_writes(finder: Pipeline) -> None:
     with pytest.raises(SpecError, match="has the tasks caption, and this takes contrast"):
         writer.embed_images([square])
     with pytest.raises(SpecError, match="and this takes caption or answer"):
-        finder.likelihoods(square, ["a cat"])
+        finder.log_likelihoods(square, ["a cat"])
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def test_the_reference_is_the_model_that_the_stage_started_from(home: Path, tmp_
             torch.nn.init.normal_(parameter, std=0.2)
     source = replace(stage.data.sources[0], dataset=preferences(tmp_path / "pairs"))
     given = batch(replace(stage, data=replace(stage.data, sources=(source,))), home)
-    outputs = model.eval()(**given.inputs(), wants=frozenset({"preference"}))
+    outputs = model.eval()(**given.inputs(), requested=frozenset({"preference"}))
     bare = start.eval()(**given.inputs())
     log_V = bare.logits_BTV[:, :-1].log_softmax(-1)
     targets = given.labels_BT[:, 1:]

@@ -58,7 +58,7 @@ def test_an_answer_can_be_chosen_from_a_list(apps: Apps, weights: str) -> None:
     parts = [Part("user", image=0), Part("user", text="\n"), Part("user", text="What is it?")]
     assert (
         given.choices[0].message.content
-        == Pipeline.load(weights, "cpu").choose(parts, [image], choices)[0].candidate
+        == Pipeline.load(weights, "cpu").rank_answers(parts, [image], choices)[0].candidate
     )
     body = {
         "model": "tiny:1",

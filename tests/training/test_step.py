@@ -36,7 +36,7 @@ def test_micro_batches_sum_to_the_whole_batch(home: Path) -> None:
 def test_one_forward_feeds_every_loss(home: Path) -> None:
     model, (batch,) = fresh(STAGE), batches(home, 8)
     both = TrainingModule(model, (LanguageModeling(), Contrastive(weight=0.1))).eval()
-    assert both.wants == {"logits", "pooled"}
+    assert both.requested == {"logits", "pooled"}
     with torch.no_grad():
         each = torch.cat([TrainingModule(model, (loss,)).eval()(batch) for loss in both.losses])
         torch.testing.assert_close(both(batch), each)

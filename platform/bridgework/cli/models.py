@@ -99,7 +99,7 @@ def ask(
         answers = (
             choice if like is None else [f" {text}" for text in choice]
         )  # as those of the examples
-        for ranked in pipeline.choose(parts, pictures, answers):
+        for ranked in pipeline.rank_answers(parts, pictures, answers):
             table.add_row(ranked.candidate.strip(), f"{ranked.score:+.2f}")
         out.print(table)
         return

@@ -218,7 +218,7 @@ class CapFiltJudge:
     def _write(self, samples: Sequence[Sample], number: int) -> list[str]:
         """The text of that number for each sample."""
         spec = self._spec
-        return self._captioner.write(
+        return self._captioner.generate_batch(
             [self._captioner.inputs.ask(sample) for sample in samples],
             [[sample.images[0]] for sample in samples],
             [_seed(spec.seed, sample.key, number) for sample in samples],

@@ -155,7 +155,7 @@ class LocalChatModel:
         def answer(messages: Sequence[Message], seed: int) -> str:
             parts = [Part(message["role"], text=message["content"]) for message in messages]
             how: Any = {"temperature": self._temperature, "max_new_tokens": self._max_tokens}
-            return pipeline.write([parts], [[]], [seed], **how)[0]
+            return pipeline.generate_batch([parts], [[]], [seed], **how)[0]
 
         return answer
 

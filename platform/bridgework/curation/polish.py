@@ -174,7 +174,7 @@ class _Judge:
             "top_p": spec.top_p,
         }
         seeds = [llm.drawn(spec.seed, sample.key, number) for sample in samples]
-        return model.write(asked, [[sample.images[0]] for sample in samples], seeds, **how)
+        return model.generate_batch(asked, [[sample.images[0]] for sample in samples], seeds, **how)
 
     def _rewrite(self, asked: tuple[str, str]) -> str:
         key, text = asked

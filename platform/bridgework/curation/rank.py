@@ -206,7 +206,7 @@ class _Judge:
             [drawn(spec.seed, sample.key, n) for sample in samples] for n in range(spec.captions)
         ]
         rounds = [
-            captioner.write(asked, pictures, each, temperature=spec.temperature, **how)
+            captioner.generate_batch(asked, pictures, each, temperature=spec.temperature, **how)
             for each in seeds
         ]
         return [list(texts) for texts in zip(*rounds, strict=True)]

@@ -30,10 +30,10 @@ class ByteModelConfig:
     image_tokens: ClassVar[int] = 1
     instruction: ClassVar[None] = None
     pretrained: ClassVar[tuple[str, ...]] = ()
-    square_tokens: ClassVar[int] = 256
-    unpackable: ClassVar[None] = None
+    vision_tokens: ClassVar[int] = 256
+    packing_refusal: ClassVar[None] = None
 
-    def unshardable(self, wants: frozenset[str]) -> None:
+    def unshardable(self, requested: frozenset[str]) -> None:
         return None
 
     def places(self, layout: Layout) -> int:

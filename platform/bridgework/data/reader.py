@@ -79,10 +79,10 @@ class ReaderConfig:
             steps=stage.budget.steps,
             seed=stage.seed,
             model=stage.model,
-            pairs=any(loss.needs == "preference" for loss in stage.losses),
-            lanes=any(loss.needs == "match_lane" for loss in stage.losses),
+            pairs=any(loss.requires == "preference" for loss in stage.losses),
+            lanes=any(loss.requires == "match_lane" for loss in stage.losses),
             alone=next(
-                (getattr(loss, "alone", 1.0) for loss in stage.losses if loss.needs == "answers"),
+                (getattr(loss, "alone", 1.0) for loss in stage.losses if loss.requires == "answers"),
                 None,
             ),
             features=features,
@@ -245,7 +245,7 @@ class Reader:
             len(row.ids)
             + worse
             + len(row.instruction)
-            + len(row.images) * self.feed.model.square_tokens
+            + len(row.images) * self.feed.model.vision_tokens
         )
 
     def _placed(

@@ -249,7 +249,7 @@ class Writing:
             for start in range(0, len(asked), ROWS):
                 part = slice(start, start + ROWS)
                 seeds = [seed * 1_000_003 + row for row in range(len(asked))[part]]
-                texts += pipeline.write(asked[part], shown[part], seeds, **how)
+                texts += pipeline.generate_batch(asked[part], shown[part], seeds, **how)
         return texts
 
 

@@ -293,7 +293,7 @@ class FewShot:
             shots = [ShotExample(question, examples[i][0].sample.text) for i in order]
             shown = [examples[i][1] for i in order] if self.shots else []
             asked = prompt(shots, question, shown=bool(self.shots))
-            ranked = pipeline.choose(
+            ranked = pipeline.rank_answers(
                 asked, [*shown, query], [f" {text}" for text in texts], scoring=self.scoring
             )
             found = {one.candidate: one.score for one in ranked}

@@ -81,7 +81,7 @@ class MultipleChoice:
             pipeline.inputs.pictures(sample),
         )
         candidates = list(dict.fromkeys(sample.candidates))
-        ranked = pipeline.choose(asked, shown, candidates, scoring=self.scoring)
+        ranked = pipeline.rank_answers(asked, shown, candidates, scoring=self.scoring)
         return rank_of(ranked, sample.candidates[right_of(sample) or 0])
 
 

@@ -93,7 +93,7 @@ class VQA:
         if self.vocabulary:
             rows = zip(asked, shown, strict=True)
             said = [
-                pipeline.choose(*row, self.vocabulary, scoring=self.scoring)[0].candidate
+                pipeline.rank_answers(*row, self.vocabulary, scoring=self.scoring)[0].candidate
                 for row in rows
             ]
         else:

@@ -84,7 +84,7 @@ class YesNo:
             question_of(pipeline, sample, self.prompts or None),
             pipeline.inputs.pictures(sample),
         )
-        ranked = pipeline.choose(asked, shown, (*self.yes, *self.no), scoring=self.scoring)
+        ranked = pipeline.rank_answers(asked, shown, (*self.yes, *self.no), scoring=self.scoring)
         yes, no = (
             max(one.score for one in ranked if one.candidate in words)
             for words in (self.yes, self.no)

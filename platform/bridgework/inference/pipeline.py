@@ -133,7 +133,7 @@ class Pipeline:
             for score in self._scores(self.inputs.collate(some, answer=True))
         ]
 
-    def likelihoods(
+    def log_likelihoods(
         self, image: Picture | Tensor, candidates: Sequence[str], question: str | None = None
     ) -> Tensor:
         """Return (C,) nats: each candidate as the answer about one image, or about its features (P, F)."""
@@ -151,7 +151,7 @@ class Pipeline:
         Without references it is the log-likelihood given one square of the tower's mean color.
         """
         given = references or [self.inputs.mean_square()]
-        return torch.stack([self.likelihoods(r, candidates, question) for r in given]).mean(0)
+        return torch.stack([self.log_likelihoods(r, candidates, question) for r in given]).mean(0)
 
     def rank(
         self,
@@ -167,9 +167,9 @@ class Pipeline:
         """
         if not candidates:
             raise DataError("there is nothing to rank; give at least one candidate")
-        if "logits" not in self.model.gives and not self.classes:
+        if "logits" not in self.model.provides and not self.classes:
             return self._nearest(image, candidates, question)
-        return self.choose(
+        return self.rank_answers(
             self.inputs.about(question),
             _one(image),
             candidates,
@@ -177,7 +177,7 @@ class Pipeline:
             references=references,
         )
 
-    def choose(
+    def rank_answers(
         self,
         conversation: Sequence[Part],
         images: Shown,
@@ -193,7 +193,7 @@ class Pipeline:
         """
         if not choices:
             raise DataError("there is nothing to choose from; give at least one answer")
-        if "logits" not in self.model.gives:
+        if "logits" not in self.model.provides:
             if len(images) != 1:
                 raise SpecError(
                     f"stage {self.stage.name} compares texts with one image, got {len(images)}"
@@ -320,7 +320,7 @@ class Pipeline:
             text, usage.prompt_tokens, usage.completion_tokens, usage.finish_reason or "length"
         )
 
-    def write(
+    def generate_batch(
         self,
         conversations: Sequence[Sequence[Part]],
         images: Sequence[Shown],

@@ -34,10 +34,10 @@ class Answering:
         1.0  # weight of an answer where one person was asked; BLIP's for Visual Genome is 0.2
     )
     weight: float = 1.0
-    needs: ClassVar[str] = "answers"
+    requires: ClassVar[str] = "answers"
     whole_batch: ClassVar[bool] = False
-    packs: ClassVar[bool] = False
-    spliced: ClassVar[tuple[str, ...]] = ()
+    supports_packing: ClassVar[bool] = False
+    cached_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:

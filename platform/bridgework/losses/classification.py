@@ -25,10 +25,10 @@ class Classification:
 
     label_smoothing: float = 0.0
     weight: float = 1.0
-    needs: ClassVar[str] = "classes"
+    requires: ClassVar[str] = "classes"
     whole_batch: ClassVar[bool] = False
-    packs: ClassVar[bool] = False
-    spliced: ClassVar[tuple[str, ...]] = ()
+    supports_packing: ClassVar[bool] = False
+    cached_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:

@@ -42,9 +42,9 @@ class Contrastive:
         0.07  # None: the wiring learns it, and gives its inverse as `logit_scale`
     )
     weight: float = 1.0
-    needs: ClassVar[str] = "pooled"
+    requires: ClassVar[str] = "pooled"
     whole_batch: ClassVar[bool] = True
-    packs: ClassVar[bool] = False
+    supports_packing: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.temperature is not None and self.temperature <= 0:
@@ -53,7 +53,7 @@ class Contrastive:
             )
 
     @property
-    def spliced(self) -> tuple[str, ...]:
+    def cached_outputs(self) -> tuple[str, ...]:
         """A learned scale among them, one a sample: else every pass would add the whole batch's gradient to it."""
         return ("image_BD", "text_BD", *(["logit_scale"] if self.temperature is None else []))
 
@@ -123,10 +123,10 @@ class QueryContrast:
 
     label_smoothing: float = 0.1  # LAVIS, blip2_qformer.py
     weight: float = 1.0
-    needs: ClassVar[str] = "pooled"
+    requires: ClassVar[str] = "pooled"
     whole_batch: ClassVar[bool] = True
-    packs: ClassVar[bool] = False
-    spliced: ClassVar[tuple[str, ...]] = ("image_BQD", "text_BD", "logit_scale")
+    supports_packing: ClassVar[bool] = False
+    cached_outputs: ClassVar[tuple[str, ...]] = ("image_BQD", "text_BD", "logit_scale")
     by_image: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -196,10 +196,10 @@ class MomentumContrastive:
     """
 
     weight: float = 1.0
-    needs: ClassVar[str] = "momentum"
+    requires: ClassVar[str] = "momentum"
     whole_batch: ClassVar[bool] = True
-    packs: ClassVar[bool] = False
-    spliced: ClassVar[tuple[str, ...]] = (
+    supports_packing: ClassVar[bool] = False
+    cached_outputs: ClassVar[tuple[str, ...]] = (
         "image_BD", "text_BD", "logit_scale", "image_key_BD", "text_key_BD", "identity_B",
     )  # fmt: skip
     by_image: ClassVar[bool] = True

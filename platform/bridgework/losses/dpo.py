@@ -28,10 +28,10 @@ class DPO:
 
     beta: float = 0.1
     weight: float = 1.0
-    needs: ClassVar[str] = "preference"
+    requires: ClassVar[str] = "preference"
     whole_batch: ClassVar[bool] = False
-    packs: ClassVar[bool] = False
-    spliced: ClassVar[tuple[str, ...]] = ()
+    supports_packing: ClassVar[bool] = False
+    cached_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.beta <= 0:

@@ -29,10 +29,10 @@ class LanguageModeling:
     label_smoothing: float = 0.0
     weight: float = 1.0
     mean: Literal["tokens", "samples"] = added(default="tokens")
-    needs: ClassVar[str] = "logits"
+    requires: ClassVar[str] = "logits"
     whole_batch: ClassVar[bool] = False
-    packs: ClassVar[bool] = True
-    spliced: ClassVar[tuple[str, ...]] = ()
+    supports_packing: ClassVar[bool] = True
+    cached_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:

@@ -47,8 +47,10 @@ class Matching:
         default=FLOOR
     )  # added to every candidate's probability, so that an easy one may come too
     whole_batch: ClassVar[bool] = True
-    packs: ClassVar[bool] = False
-    spliced: ClassVar[tuple[str, ...]] = ()  # a negative brings its image tokens, gradient and all
+    supports_packing: ClassVar[bool] = False
+    cached_outputs: ClassVar[
+        tuple[str, ...]
+    ] = ()  # a negative brings its image tokens, gradient and all
     by_image: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -56,7 +58,7 @@ class Matching:
             raise SpecError(f"losses.matching.floor is a probability in [0, 1), got {self.floor:g}")
 
     @property
-    def needs(self) -> str:
+    def requires(self) -> str:
         """`match` for negatives of this rank, `match_lane` or `match_all`."""
         return "match" if self.negatives == "rank" else f"match_{self.negatives}"
 
@@ -69,7 +71,7 @@ class Matching:
         """(B,) float32: the unweighted sum over the three judgments of each sample."""
         if outputs.match_B3C is None:
             raise DataError(
-                f"the matching loss reads judged pairs; ask the wiring for {self.needs!r}"
+                f"the matching loss reads judged pairs; ask the wiring for {self.requires!r}"
             )
         return matching(outputs.match_B3C)
 

@@ -16,7 +16,7 @@ from bridgework.system import Layout, Pixels
 class VLMModule(nn.Module):
     """A wiring: its frozen parts stay in eval mode, whoever calls `train()` on it or on what holds it."""
 
-    gives: frozenset[str]  # what a forward can be asked for
+    provides: frozenset[str]  # what a forward can be asked for
     remedy: ClassVar = "take another loss"  # where it is asked for something else
     limits: ClassVar[
         Mapping[str, tuple[float, float]]
@@ -27,10 +27,10 @@ class VLMModule(nn.Module):
         set_eval(self)
         return self
 
-    def check(self, wants: frozenset[str]) -> None:
+    def check(self, requested: frozenset[str]) -> None:
         """Raises SpecError where a forward is asked for what it does not give."""
-        if unknown := wants - self.gives:
-            given = ", ".join(map(repr, sorted(self.gives)))
+        if unknown := requested - self.provides:
+            given = ", ".join(map(repr, sorted(self.provides)))
             raise SpecError(
                 f"this {type(self).__name__} gives {given}, not {sorted(unknown)}: {self.remedy}"
             )
@@ -109,7 +109,7 @@ class PairModelConfig:
         return pixels
 
     @property
-    def square_tokens(self) -> int:
+    def vision_tokens(self) -> int:
         return int(self.vision.tokens)
 
     @property
@@ -123,9 +123,9 @@ class PairModelConfig:
     def instruction(self) -> None:
         return None
 
-    def unshardable(self, wants: frozenset[str]) -> str | None:
+    def unshardable(self, requested: frozenset[str]) -> str | None:
         return None
 
     @property
-    def unpackable(self) -> str:
+    def packing_refusal(self) -> str:
         return "the wiring reads pairs, each text beside its own image"

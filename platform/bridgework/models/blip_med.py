@@ -68,7 +68,7 @@ class MEDConfig(PairModelConfig):
                 f"text.width {self.text.width}"
             )
 
-    def unshardable(self, wants: frozenset[str]) -> str:
+    def unshardable(self, requested: frozenset[str]) -> str:
         return "a MED's encoder, decoder and momentum twin share weights, which every worker needs complete"
 
     @property
@@ -273,7 +273,7 @@ class MED(VLMModule):
             texts.writer,
         )  # not a submodule: of what it shares, each parameter has one name
         given = frozenset[str]().union(*(GIVES[task] for task in spec.tasks))
-        self.gives = given if spec.momentum is not None else given - {"momentum"}
+        self.provides = given if spec.momentum is not None else given - {"momentum"}
         self.momentum = (
             None
             if spec.momentum is None
@@ -294,7 +294,7 @@ class MED(VLMModule):
         answers: Tensor | None = None,
         answer_owner: Tensor | None = None,
         answer_weight: Tensor | None = None,
-        wants: frozenset[str] = LOGITS,
+        requested: frozenset[str] = LOGITS,
     ) -> Outputs:
         """What `wants` names, as far as the tasks go, see GIVES.
 
@@ -304,7 +304,7 @@ class MED(VLMModule):
         padding, with the row (A,) and the weight (A,) of each. Raises SpecError for what the tasks do not give,
         DataError for another number of images than rows.
         """
-        self.check(wants)
+        self.check(requested)
         images_BPF = self._see(pixels, features)
         if len(images_BPF) != len(ids):
             raise DataError(
@@ -312,21 +312,21 @@ class MED(VLMModule):
             )
         identity = torch.full_like(ids[:, 0], -1) if identity is None else identity
         outputs = Outputs(labels_BT=labels, identity_B=identity)
-        if wants & (GIVES["contrast"] | GIVES["match"]):
+        if requested & (GIVES["contrast"] | GIVES["match"]):
             outputs.image_BD, outputs.text_BD = (
                 self.embed_images(images_BPF),
                 self.embed_texts(ids, attention),
             )
             outputs.logit_scale = self.heads.scale(len(ids))
-        if "momentum" in wants:
+        if "momentum" in requested:
             self._recall(outputs, ids, attention, pixels=pixels, features=features)
-        if judging := wants & GIVES["match"]:
+        if judging := requested & GIVES["match"]:
             negatives = {"everywhere": "match_all" in judging, "floor": floor,
                          "lane_b": lane if "match_lane" in judging else None}  # fmt: skip
             outputs.match_B3C = self._judge(outputs, ids, attention, images_BPF, negatives)
-        if "logits" in wants:
+        if "logits" in requested:
             outputs.logits_BTV = self._write(ids, attention, labels, images_BPF)
-        if "answers" in wants:
+        if "answers" in requested:
             outputs.answers_AN, outputs.owner_A, outputs.weight_A = (
                 answers,
                 answer_owner,

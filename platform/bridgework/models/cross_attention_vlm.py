@@ -81,16 +81,16 @@ class CrossAttentionVLMConfig:
     def instruction(self) -> None:
         return None
 
-    def unshardable(self, wants: frozenset[str]) -> None:
+    def unshardable(self, requested: frozenset[str]) -> None:
         return None
 
     @property
-    def square_tokens(self) -> int:
+    def vision_tokens(self) -> int:
         return self.vision.tokens
 
     @property
-    def unpackable(self) -> str | None:
-        return self.language.unpackable
+    def packing_refusal(self) -> str | None:
+        return self.language.packing_refusal
 
     @property
     def pretrained(self) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ class CrossAttentionVLM(VLMModule):
     batch without images sends one blank image through, which no token sees.
     """
 
-    gives = LOGITS
+    provides = LOGITS
 
     def __init__(
         self, vision: VisionTower, bridge: nn.Module, gates: nn.ModuleDict, language: Any
@@ -212,7 +212,7 @@ class CrossAttentionVLM(VLMModule):
         features: Tensor | None = None,
         layouts: Tensor | None = None,
         segments: Tensor | None = None,
-        wants: frozenset[str] = LOGITS,
+        requested: frozenset[str] = LOGITS,
     ) -> Outputs:
         """Logits (B, T, V + 2) for every token.
 
@@ -222,7 +222,7 @@ class CrossAttentionVLM(VLMModule):
         token's sample, -1 on padding, where samples share rows. Raises DataError when images and places do
         not match.
         """
-        self.check(wants)
+        self.check(requested)
         media_BMQF, seen_BT = self.media(ids, pixels, features, layouts, segments)
         embeds_BTD = self.embed(ids)
         read = attention_masks.decoding(self.language, embeds_BTD, attention, segments)

@@ -110,7 +110,7 @@ class Heads(nn.Module):
 class DualEncoder(VLMModule):
     """`vision`, `text` and `heads`. Takes pixels, or features that the same tower gave before."""
 
-    gives = POOLED
+    provides = POOLED
     limits: ClassVar = {"heads.logit_scale": (-math.inf, math.log(LARGEST_SCALE))}  # 2.5
 
     def __init__(self, vision: VisionTower, text: CLIPText, heads: Heads) -> None:
@@ -126,14 +126,14 @@ class DualEncoder(VLMModule):
         labels: Tensor | None = None,
         pixels: Tensor | None = None,
         features: Tensor | None = None,
-        wants: frozenset[str] = POOLED,
+        requested: frozenset[str] = POOLED,
     ) -> Outputs:
         """One projected vector for every image and every text, not yet of length 1.
 
         ids (B, T) int64 and attention (B, T) bool, of texts with their end; pixels (B, 3, S, S) uint8 or features
         (B, 1, F): sample i has image i. `labels` are not read. Raises DataError where images and texts do not match.
         """
-        self.check(wants)
+        self.check(requested)
         image_BF = self._see(pixels, features)
         if len(image_BF) != len(ids):
             raise DataError(

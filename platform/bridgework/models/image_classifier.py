@@ -77,7 +77,7 @@ class Outputs:
 class ImageClassifier(VLMModule):
     """`vision` and `head`. Takes pixels, or features that the same tower gave before."""
 
-    gives = CLASSES
+    provides = CLASSES
 
     def __init__(self, vision: VisionTower, head: nn.Linear) -> None:
         super().__init__()
@@ -93,14 +93,14 @@ class ImageClassifier(VLMModule):
         labels: Tensor | None = None,
         pixels: Tensor | None = None,
         features: Tensor | None = None,
-        wants: frozenset[str] = CLASSES,
+        requested: frozenset[str] = CLASSES,
     ) -> Outputs:
         """Return logits (B, C). Sample i has image i: pixels (B, 3, S, S) uint8 or features (B, 1, F).
 
         labels (B, 1) int64 hold the class; ids (B, 1) say how many samples there are. Raises DataError where images
         and samples do not match.
         """
-        self.check(wants)
+        self.check(requested)
         if (pixels is None) == (features is None):
             raise DataError("a classifier reads either pixels or cached features of every image")
         logits_BC = self.classify(self.vision(pixels) if features is None else features)

@@ -79,7 +79,7 @@ class LanguageConfig:
             )
 
     @property
-    def unpackable(self) -> str | None:
+    def packing_refusal(self) -> str | None:
         """Why samples of this language model cannot share a sequence; None where they can."""
         config = self.config()
         return attention_masks.refusal(

@@ -68,8 +68,8 @@ class PrefixVLMConfig:
     def pixels(self) -> Pixels:
         return replace(self.vision.pixels, grids=self.grids)
 
-    def unshardable(self, wants: frozenset[str]) -> str | None:
-        if self.reference == "frozen_copy" and "preference" in wants:
+    def unshardable(self, requested: frozenset[str]) -> str | None:
+        if self.reference == "frozen_copy" and "preference" in requested:
             return 'model.reference="frozen_copy" holds what trains complete on every worker'
         return None
 
@@ -93,12 +93,12 @@ class PrefixVLMConfig:
         return self.bridge.instruction if isinstance(self.bridge, QFormerConfig) else None
 
     @property
-    def square_tokens(self) -> int:
+    def vision_tokens(self) -> int:
         return self.vision.tokens
 
     @property
-    def unpackable(self) -> str | None:
-        return self.language.unpackable
+    def packing_refusal(self) -> str | None:
+        return self.language.packing_refusal
 
     @property
     def pretrained(self) -> tuple[str, ...]:
@@ -172,7 +172,7 @@ class PrefixVLM(VLMModule):
     pixels.
     """
 
-    gives = frozenset({"logits", "pooled", "preference"})
+    provides = frozenset({"logits", "pooled", "preference"})
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class PrefixVLM(VLMModule):
         instruction: Tensor | None = None,
         instruction_attention: Tensor | None = None,
         segments: Tensor | None = None,
-        wants: frozenset[str] = LOGITS,
+        requested: frozenset[str] = LOGITS,
     ) -> Outputs:
         """Logits for every token, and/or one pooled vector per sample for image and text.
 
@@ -212,12 +212,12 @@ class PrefixVLM(VLMModule):
         `preference`: then the second half of the rows are the worse answers of the first. Raises DataError when
         places and image tokens do not match, and for a language model of two halves that is given no labels.
         """
-        self.check(wants)
+        self.check(requested)
         embeds_BTD = self.embed(
             ids, pixels, features, instruction, instruction_attention, layouts, segments
         )
         outputs = Outputs(labels_BT=labels, segments_BT=segments)
-        if "preference" in wants:
+        if "preference" in requested:
             given = {
                 "ids": ids, "attention": attention, "labels": labels, "pixels": pixels, "features": features,
                 "layouts": layouts, "instruction": instruction, "instruction_attention": instruction_attention,
@@ -229,12 +229,12 @@ class PrefixVLM(VLMModule):
                 self.reference,
             )
             outputs = replace(outputs, **compared)
-        if "pooled" in wants:
+        if "pooled" in requested:
             if labels is None:
                 raise DataError("pooled text needs labels: they say which tokens are the caption")
             outputs.image_BD = _mean(embeds_BTD, ids == IMAGE, "image")
             outputs.text_BD = _mean(embeds_BTD, labels != IGNORE, "labeled token")
-        if "logits" in wants:
+        if "logits" in requested:
             outputs.logits_BTV = self._logits(embeds_BTD, ids, attention, labels, segments)
         return outputs
 

@@ -126,7 +126,7 @@ class Heads(nn.Module):
 class QFormerPretrainer(VLMModule):
     """`vision`, `bridge` and `heads`. Takes pixels, or features that the same tower gave before."""
 
-    gives = frozenset({"pooled"}) | JUDGED | LOGITS
+    provides = frozenset({"pooled"}) | JUDGED | LOGITS
 
     def __init__(self, vision: VisionTower, bridge: QFormer, heads: Heads) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class QFormerPretrainer(VLMModule):
         identity: Tensor | None = None,
         lane: Tensor | None = None,
         floor: float = FLOOR,
-        wants: frozenset[str] = LOGITS,
+        requested: frozenset[str] = LOGITS,
     ) -> Outputs:
         """ids (b, T) int64: CLS, caption, SEP; attention (b, T) bool; pixels (b, 3, S, S) uint8 or features (b, P, F).
 
@@ -153,7 +153,7 @@ class QFormerPretrainer(VLMModule):
         the queries). identity (b,) int64 is equal for rows that show one image. Raises DataError unless every sample
         has one image.
         """
-        self.check(wants)
+        self.check(requested)
         patches_bPF = self._patches(pixels, features)
         if len(patches_bPF) != len(ids):
             raise DataError(
@@ -163,15 +163,15 @@ class QFormerPretrainer(VLMModule):
             self.bridge.read(patches_bPF),
             Outputs(labels_BT=labels, identity_B=identity),
         )
-        if wants - LOGITS:
+        if requested - LOGITS:
             outputs.image_BQD = self.heads.vision_projection(states[-1])
             outputs.text_BD = self._text(ids, attention)
             outputs.logit_scale = self.heads(len(ids))
-            if wants & JUDGED:
-                negatives = {"everywhere": "match_all" in wants, "floor": floor,
-                             "lane_b": lane if "match_lane" in wants else None}  # fmt: skip
+            if requested & JUDGED:
+                negatives = {"everywhere": "match_all" in requested, "floor": floor,
+                             "lane_b": lane if "match_lane" in requested else None}  # fmt: skip
                 outputs.match_B3C = self._match(outputs, patches_bPF, ids, attention, negatives)
-        if "logits" in wants:
+        if "logits" in requested:
             outputs.logits_BTV = self.heads.lm(
                 self.bridge.write(self._written(ids, attention), attention, states)
             )

@@ -71,7 +71,7 @@ class Model:
         prompt_tokens = await self._run(self._check_choices, parts, images, choices)
         ranked: list[Ranked] = []
         for some in _portions(choices):
-            ranked += await self._run(self._pipeline.choose, parts, images, some)
+            ranked += await self._run(self._pipeline.rank_answers, parts, images, some)
         best = max(ranked, key=lambda one: one.score)
         return Answer(best.candidate, prompt_tokens, 0, "stop")  # nothing is written, all is read
 

@@ -205,7 +205,7 @@ class Engine:
 
     def _passes(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, GradCacheBatch | None]]:
         """Each micro-batch; where losses compare them, with what a first pass gave of all."""
-        if len(batches) == 1 or not self._step.spliced:
+        if len(batches) == 1 or not self._step.cached_outputs:
             yield from ((batch, None) for batch in batches)
             return
         shares = []

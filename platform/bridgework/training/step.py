@@ -36,8 +36,8 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.model = model
         self.losses = tuple(losses)
-        self.wants = frozenset(loss.needs for loss in losses)
-        self.spliced = sorted({name for loss in losses for name in loss.spliced})
+        self.requested = frozenset(loss.requires for loss in losses)
+        self.cached_outputs = sorted({name for loss in losses for name in loss.cached_outputs})
         self.options = {
             name: value for loss in losses for name, value in getattr(loss, "options", {}).items()
         }
@@ -49,13 +49,13 @@ class TrainingModule(nn.Module):
         of which this micro-batch alone has a gradient. Added up over the micro-batches, sums and gradients are those of
         the share at once (GradCache, Gao et al. 2021, arXiv:2101.06983).
         """
-        outputs = self.model(**batch.inputs(), **self.options, wants=self.wants)
+        outputs = self.model(**batch.inputs(), **self.options, requested=self.requested)
         return torch.stack([self._sums(loss, outputs, batch, beside) for loss in self.losses])
 
     def _sums(
         self, loss: LossSpec, outputs: Any, batch: Batch, beside: GradCacheBatch | None
     ) -> Tensor:
-        if beside is None or not loss.spliced:
+        if beside is None or not loss.cached_outputs:
             own_r: Tensor = loss(outputs) * (not batch.idle)
             if beside is None:
                 return own_r
@@ -77,7 +77,7 @@ class TrainingModule(nn.Module):
     @torch.no_grad()
     def share(self, batch: Batch) -> dict[str, Tensor]:
         """What a micro-batch gives to the comparison of all."""
-        outputs = self.model(**batch.inputs(), **self.options, wants=self.wants)
+        outputs = self.model(**batch.inputs(), **self.options, requested=self.requested)
         names = {name for loss in self.losses for name in _compared(loss, batch)}
         return {name: self._real(getattr(outputs, name), batch).detach() for name in names}
 
@@ -100,7 +100,11 @@ class TrainingModule(nn.Module):
 def _compared(loss: LossSpec, batch: Batch) -> set[str]:
     """The outputs of a worker's share that a loss compares in two passes; which rows show one image is one of them."""
     known = batch.identity_B is not None and getattr(loss, "by_image", False)
-    return {*loss.spliced, "identity_B"} if loss.spliced and known else set(loss.spliced)
+    return (
+        {*loss.cached_outputs, "identity_B"}
+        if loss.cached_outputs and known
+        else set(loss.cached_outputs)
+    )
 
 
 def by_source(values_LR: Tensor, sources_R: Tensor, sources: int) -> Tensor:
@@ -118,13 +122,15 @@ def check(stage: Stage, micro_batches: int) -> None:
     would split parameters that the wiring needs complete.
     """
     if stage.zero.stage == 3:
-        why = stage.model.unshardable(frozenset(loss.needs for loss in stage.losses))
+        why = stage.model.unshardable(frozenset(loss.requires for loss in stage.losses))
         if why is not None:
             raise SpecError(
                 f"stages.{stage.name}.zero.stage: ZeRO 3 splits every parameter over the workers, and {why}. "
                 f"Got 3; expected 0, 1 or 2. Fix: set stages.{stage.name}.zero.stage=2"
             )
-    whole = [type(loss).__name__ for loss in stage.losses if loss.whole_batch and not loss.spliced]
+    whole = [
+        type(loss).__name__ for loss in stage.losses if loss.whole_batch and not loss.cached_outputs
+    ]
     if whole and micro_batches > 1:
         raise SpecError(
             f"{stage.name}: {whole[0]} compares the samples of a batch with each other and must see a worker's share "
