@@ -53,7 +53,7 @@ def test_a_line_of_more_or_fewer_fields_than_the_header_is_put_aside(pictures: P
         assert (fewer.row, fewer.key, fewer.reason) == (1, "row-00000001", Reason.BAD_ROW)
         assert (
             "4 fields, and the header names 2 columns" in more.detail
-            and "stands in quotes" in more.detail
+            and "needs quotes" in more.detail
         )
         assert "1 fields, and the header names 2 columns" in fewer.detail
         assert all(remedy in record.detail for record in (more, fewer))

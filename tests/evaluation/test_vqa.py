@@ -139,7 +139,7 @@ def test_a_vocabulary_is_scored_as_the_evaluation_says(
     pipe: Pipeline, home: Path, tmp_path: Path
 ) -> None:
     words = ("red", "a blue thing that is very long", "7")
-    path = kept(tmp_path, [(word,) * 3 for word in words] * 2)
+    path = kept(tmp_path, [(word,) * 10 for word in words] * 2)
     for scoring in (
         Scoring(prior=False),
         Scoring(prior=False, per_token=True),

@@ -112,8 +112,8 @@ class ShareSchedule:
     halfway are again the integers nearest to the shares, among those that take back no row:
     first of all lanes together, then of every second lane, of every fourth, down to each. A lane
     always has exactly its rows, and the counts never fall. All lanes together are within one row
-    of the shares (of dozens of sources of very unlike size now and then within 1.1, but not at the
-    end of a stage), and a lane is within about two rows of its part.
+    of the shares (of sources of very unlike size now and then within 1.1), and a lane is within
+    about two rows of its part.
     """
 
     def __init__(self, shares: Sequence[Fraction], lanes: int, window_rows: int) -> None:
