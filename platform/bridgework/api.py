@@ -1,0 +1,295 @@
+"""The public API: `import bridgework as bw`, and everything here is `bw.NAME`.
+
+Nothing heavy is imported with this module: torch, transformers, Ray, DeepSpeed and MLflow load in the
+function that needs them. The command line calls the same functions.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridgework.data.catalog import home as default_home
+from bridgework.data.catalog import resolve
+from bridgework.errors import SpecError, TrackingError
+from bridgework.system import System, load
+from bridgework.training.options import RunOptions
+from bridgework.training.run_dir import default_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bridgework.artifacts import StageResult
+    from bridgework.data.dataset import Dataset
+    from bridgework.data.manifest import Manifest
+    from bridgework.serving.launch import Endpoint
+    from bridgework.tracking.mlflow_store import MLflowTracker
+    from bridgework.tracking.registry import Promotion
+    from bridgework.tuning.search import Outcome
+    from bridgework.tuning.space import Space
+
+
+def train(
+    system: System | str,
+    *,
+    stages: Sequence[str] | None = None,
+    workers: int = 0,
+    run: str | None = None,
+    home: Path | None = None,
+    options: RunOptions | None = None,
+    fork: str | None = None,
+    track: bool = True,
+    project: str = "bridgework",
+    console: "Console | None" = None,
+) -> dict[str, "StageResult"]:
+    """Train the stages of a system one after the other; the same call again resumes.
+
+    Args:
+        system: A System, or the name of a recipe such as "llava" or "llava:v1".
+        stages: Names of the stages to train. Default: all.
+        workers: Ray Train workers. 0 trains in this process, without Ray.
+        run: Name of the run's folder, `<home>/runs/<run>`. Default: the system's name and six digits
+            of its identity, so that an equal system resumes.
+        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        options: Everything else about the execution; `workers` above replaces its field.
+        fork: RUN or RUN@STEP: start from a checkpoint of another run.
+        track: Record the run in MLflow. A server that does not answer never stops a run.
+        project: Name of the MLflow experiment.
+        console: Where progress is printed. Default: stderr.
+
+    Returns:
+        For each stage its artifact (a folder), final metrics, and ids in MLflow.
+
+    Raises:
+        SpecError: A stage does not exist.
+        DataError: A dataset does not exist, or has too many bad rows.
+        RunError: The run belongs to another recipe, is in use, or failed more often than allowed.
+        Interrupted: A signal stopped the run, after a checkpoint.
+
+    Example:
+        >>> import bridgework as bw
+        >>> system = bw.override(bw.load("llava").tiny(), {"stages.align.budget.steps": 2})
+        >>> result = bw.train(system, stages=["align"], track=False)
+        >>> sorted(result)
+        ['align']
+    """
+    from bridgework.training.driver import train as train_stages
+
+    resolved = load(system) if isinstance(system, str) else system
+    for name in stages or ():
+        resolved[name]  # a wrong name is reported before anything is opened
+    place = home or default_home()
+    tracker = open_tracker(project, place, console) if track else None
+    with _ray(workers):
+        return train_stages(
+            resolved,
+            home=place,
+            run=run or default_name(resolved.name.replace(":", "-"), resolved, place),
+            how=replace(options or RunOptions(), workers=workers),
+            stages=stages,
+            tracker=tracker,
+            console=console,
+            fork=fork,
+        )
+
+
+def sweep(
+    space: "Space | str",
+    *,
+    changes: Mapping[str, Any] | None = None,
+    trials: int | None = None,
+    run: str | None = None,
+    home: Path | None = None,
+    track: bool = True,
+    project: str = "bridgework",
+    console: "Console | None" = None,
+) -> "Outcome":
+    """Search a space with Ray Tune, and register the best trial if it beats the challenger.
+
+    Args:
+        space: A Space, or the name of a module of tune_spaces/ such as "llava_bridge".
+        changes: Overrides by dotted path that every trial shares.
+        trials: Number of trials. Default: the space's own.
+        run: Name of the sweep's folder. Default: "sweep-SPACE". The same sweep again is not run again.
+        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        track: Record the trials in MLflow and register the winner.
+        project: Name of the MLflow experiment.
+        console: Where progress is printed. Default: stderr.
+
+    Returns:
+        The trials, best first; the command that trains the best one again; its artifact.
+
+    Raises:
+        SpecError: A path, a stage or a metric of the space does not exist.
+        RunError: No trial finished with a score, or `run` holds another sweep.
+    """
+    from bridgework.tuning import search
+    from bridgework.tuning.space import load as load_space
+
+    given = load_space(space) if isinstance(space, str) else space
+    place = home or default_home()
+    tracker = open_tracker(project, place, console) if track else None
+    with _ray(1):
+        return search.sweep(
+            search.cap_concurrency(given, trials=trials),
+            home=place,
+            run=run or f"sweep-{given.name}",
+            changes=changes,
+            tracker=tracker,
+            console=console,
+        )
+
+
+def evaluate(
+    model: str | Path, evaluations: Sequence[Any] | None = None, *, home: Path | None = None
+) -> dict[str, float]:
+    """Evaluate a model.
+
+    Args:
+        model: An artifact's folder, or a registered model: "llava", "llava@challenger", "llava:3".
+        evaluations: Configs from bridgework.evaluation. Default: those of the model's stage.
+        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+
+    Returns:
+        The figures by name, e.g. {"ranking.accuracy": 0.4}.
+
+    Raises:
+        SpecError: There is no evaluation to run.
+        TrackingError: No such model is registered.
+        DataError: The dataset of an evaluation does not exist.
+
+    Example:
+        >>> import bridgework as bw
+        >>> from bridgework.evaluation import Ranking
+        >>> figures = bw.evaluate(ARTIFACT, [Ranking(dataset="synthetic:shapes", rows=4)])
+        >>> sorted(figures)
+        ['ranking.accuracy', 'ranking.chance']
+    """
+    from bridgework.inference.pipeline import Pipeline
+    from bridgework.tracking.mlflow_store import artifact_of
+
+    place = home or default_home()
+    pipeline = Pipeline.load(artifact_of(str(model), place))
+    chosen = pipeline.stage.evals if evaluations is None else evaluations
+    if not chosen:
+        raise SpecError(
+            f"stage {pipeline.stage.name} of {model} has no evaluations. Fix: give some, e.g. "
+            "evaluations=[bridgework.evaluation.HeldOutLoss(dataset=...)]"
+        )
+    figures: dict[str, float] = {}
+    for evaluation in chosen:
+        figures |= evaluation.run(pipeline, place).metrics
+    return figures
+
+
+def open_dataset(name: str, *, home: Path | None = None) -> "Dataset":
+    """Open a dataset of shards.
+
+    Args:
+        name: A folder, a URL, or a name under <home>/datasets. "synthetic:shapes" is written on first use.
+        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+
+    Returns:
+        The dataset: its manifest, and its rows by index.
+
+    Raises:
+        DataError: There is no such dataset; a similar name is suggested.
+
+    Example:
+        >>> import bridgework as bw
+        >>> dataset = bw.open_dataset("synthetic:shapes")
+        >>> dataset.manifest.license
+        'CC0-1.0'
+    """
+    from bridgework.data.dataset import open_dataset as open_shards
+
+    return open_shards(resolve(name, home or default_home()))
+
+
+def promote(
+    model: str,
+    *,
+    metric: str | None = None,
+    lower: bool | None = None,
+    home: Path | None = None,
+    project: str = "bridgework",
+) -> "Promotion":
+    """Make a registered version the champion; the champion before it keeps the alias `previous`.
+
+    Args:
+        model: "llava:3" or "llava@challenger".
+        metric: A figure that must be better than the champion's, e.g. "ranking.accuracy".
+        lower: Direction of a figure that no evaluation declares.
+        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        project: Name of the MLflow experiment.
+
+    Returns:
+        The champion, the one before it, and the two figures that were compared.
+
+    Raises:
+        TrackingError: No such version, or it is no better.
+    """
+    from bridgework.tracking import registry
+    from bridgework.tracking.mlflow_store import MLflowTracker
+
+    tracker = MLflowTracker(None, home or default_home(), project)
+    return registry.promote(tracker, model, metric=metric, lower=lower)
+
+
+@contextmanager
+def serve(
+    app: str = "chat", *, host: str = "127.0.0.1", port: int = 8000, **options: Any
+) -> Iterator["Endpoint"]:
+    """Serve a model over HTTP for the length of a `with` block.
+
+    Args:
+        app: "chat", "embed" or "caption".
+        host: Address to listen on.
+        port: 0 to 65535.
+        options: Fields of bridgework.serving.options.Options, e.g. model="llava", replicas=2, dev=True.
+
+    Yields:
+        The endpoint, once it answers; `endpoint.address` is its URL.
+
+    Raises:
+        SpecError: An unknown app or option.
+        ResourceError: The port is in use, or Ray cannot be joined.
+        TrackingError: No such model is registered.
+    """
+    from bridgework.serving import launch
+
+    endpoint = launch.start(app, options, launch.Where(host=host, port=port))
+    try:
+        yield endpoint
+    finally:
+        endpoint.stop()
+
+
+def open_tracker(
+    project: str, home: Path, console: "Console | None" = None
+) -> "MLflowTracker | None":
+    """Return the MLflow tracker, or None if its server does not answer, which is printed."""
+    from bridgework.tracking.mlflow_store import MLflowTracker
+
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        return MLflowTracker(None, home, project)
+    except TrackingError as error:
+        if console is not None:
+            console.print(
+                f"{error}. The run is not tracked; the same command later records it",
+                soft_wrap=True,
+            )
+        return None
+
+
+def _ray(workers: int) -> Any:
+    """Return a Ray session for the block, or nothing where none is needed or one is open already."""
+    if not workers:
+        return nullcontext()
+    import ray
+
+    from bridgework.ray_utils import ray_session
+
+    return nullcontext() if ray.is_initialized() else ray_session()

@@ -1,0 +1,50 @@
+"""The public API: its names, its laziness, its reference, and the examples in its docstrings."""
+
+import doctest
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bridgework
+from bridgework import api
+from tests.house import api_reference
+
+HEAVY = "{'torch', 'transformers', 'ray', 'deepspeed', 'mlflow', 'pyarrow'}"
+
+
+def imported(code: str) -> set[str]:
+    """The heavy libraries that a fresh process has imported after `code`."""
+    program = f"import sys\n{code}\nprint(' '.join(sorted({HEAVY} & set(sys.modules))))"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return set(done.stdout.split("\n")[-2].split())
+
+
+def test_the_import_alone_loads_nothing_heavy() -> None:
+    assert imported("import bridgework as bw; dir(bw)") == set()
+
+
+def test_recipes_and_overrides_load_neither_ray_nor_transformers() -> None:
+    code = "import bridgework as bw; bw.override(bw.load('llava'), {'stages.*.model.bridge': 'linear'})"
+    assert imported(code) <= {"torch", "pyarrow"}
+
+
+def test_every_public_name_is_there_and_another_one_is_suggested() -> None:
+    for name in bridgework.__all__:
+        assert getattr(bridgework, name).__doc__, name
+    with pytest.raises(AttributeError, match="did you mean 'override'"):
+        bridgework.overide  # noqa: B018
+
+
+def test_the_reference_is_what_the_docstrings_say() -> None:
+    written = api_reference.FILE.read_text(encoding="utf-8")
+    assert written == api_reference.reference(), "run `python -m tests.house.api_reference`"
+
+
+def test_examples_in_docstrings_run(tmp_path: Path, home: Path) -> None:
+    system = bridgework.override(bridgework.load("llava").tiny(), {"stages.align.budget.steps": 1})
+    result = bridgework.train(system, stages=["align"], home=home, run="doctest", track=False)
+    names = {"ARTIFACT": result["align"].artifact}
+    failed = doctest.testmod(api, globs=vars(api) | names, optionflags=doctest.ELLIPSIS)
+    assert failed.attempted >= 8 and failed.failed == 0
