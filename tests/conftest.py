@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from bridgework.data.tokenization import load_tokenizer
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a process for each core: more threads would only wait for each other
 
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # else a local ray.init() writes a token into the user's own ~/.ray
@@ -21,6 +25,13 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread the tests over processes by file, except that all tests that need Ray share one process."""
+    for item in items:
+        needs_ray = "ray_session" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else item.path.as_posix()))
 
 
 @pytest.fixture(scope="session", autouse=True)
