@@ -48,7 +48,7 @@ class Reason(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> "Reason | None":
-        return cls.LICENSE if value == "license" else None  # as tables were written before
+        return cls.LICENSE if value == "licence" else None  # as tables were written before
 
 
 class BadSample(DataError):

@@ -19,7 +19,7 @@ from bridgework.data.quarantine import BadSample, Reason
 Role = Literal["caption", "system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
 SCHEMA_VERSION = 1
-LICENSE = "license"  # the column and the manifest's key in schema 1: another spelling would change every digest
+LICENSE = "licence"  # the column and the manifest's key in schema 1: another spelling would change every digest
 CANDIDATES = "bridgework:candidates"  # in the provenance column: where they are kept, as JSON, so that versions
 # without them read the same shards
 
