@@ -140,7 +140,7 @@ def test_the_plan_deals_uneven_shards_in_whole_row_groups(tmp_path: Path) -> Non
     manifest = ingest(rows, "s", str(tmp_path / "d"), chunk_rows=100, **given)
     assert [shard.rows for shard in manifest.shards] == [99, 99, 100, 99, 100]
     dataset, size = Dataset(str(tmp_path / "d")), manifest.group_rows
-    places = [dataset.locate_dealt(row) for row in range(len(dataset))]
+    places = [dataset.locate_planned(row) for row in range(len(dataset))]
     assert sorted(places) == [dataset.locate(row) for row in range(len(dataset))]
     groups = [
         {place[:2] for place in places[first : first + size]}
@@ -149,7 +149,7 @@ def test_the_plan_deals_uneven_shards_in_whole_row_groups(tmp_path: Path) -> Non
     assert [len(group) for group in groups[: 5 * (100 // size)]] == [1] * 15
     for row in (-1, len(dataset)):
         with pytest.raises(DataError, match="497 rows; row"):
-            dataset.locate_dealt(row)
+            dataset.locate_planned(row)
 
 
 def test_rows_that_are_left_out_are_counted_and_hide_no_other(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_files_of_somebody_else_are_never_written_over(tmp_path: Path) -> None:
     (tmp_path / "mine" / "shard-00000.parquet").write_bytes(b"years of work")
     (tmp_path / "file").write_text("")
     for dest, told in (
-        ("mine", "holds shard-00000.parquet, and is no dataset"),
+        ("mine", "holds shard-00000.parquet; expected an empty folder"),
         ("file", "is a file"),
     ):
         with pytest.raises(DataError, match=told):
