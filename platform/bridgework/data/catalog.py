@@ -40,8 +40,8 @@ def resolve(dataset: str, home: Path) -> str:
             raise
         known = [*names(home), *SYNTHETIC]
         raise DataError(
-            f"dataset {dataset!r} not found ({error}){suggest(dataset, known)}. "
-            f"Fix: import it with `bridgework data import FORMAT SOURCE {path}`"
+            f"dataset {dataset!r} not found ({error}). Fix: import it with "
+            f"`bridgework data import FORMAT SOURCE {path}`{suggest(dataset, known)}"
         ) from None
     return path
 
