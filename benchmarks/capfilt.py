@@ -23,7 +23,7 @@ from bridgework.config import override
 from bridgework.curation import CapFilt
 from bridgework.data.dataset import open_dataset, write
 from bridgework.data.samples import Sample, pair
-from bridgework.data.synthetic import COLOURS
+from bridgework.data.synthetic import COLORS
 from bridgework.system import Source, System, load
 from bridgework.training.driver import train
 from bridgework.training.ray_train import RunOptions
@@ -37,7 +37,7 @@ SPEC = CapFilt(captioner="captioner", filter="filter", sources=("web",), max_tok
 def flag(colors: Sequence[str]) -> Sample:
     image, file = Image.new("RGB", (48, 32)), io.BytesIO()
     for place, color in enumerate(colors):
-        image.paste(COLOURS[color], (16 * place, 0, 16 * place + 16, 32))
+        image.paste(COLORS[color], (16 * place, 0, 16 * place + 16, 32))
     image.save(file, "PNG")
     return pair("-".join(colors), file.getvalue(), " ".join(colors))
 
@@ -78,7 +78,7 @@ class Found(NamedTuple):
 
 def found(home: Path, steps: int) -> Iterator[Found]:
     """At every threshold, by a filter of `steps` steps; all files go under `home`."""
-    flags = [flag(colors) for colors in permutations(COLOURS, 3)]
+    flags = [flag(colors) for colors in permutations(COLORS, 3)]
     random.Random(1).shuffle(flags)
     half = len(flags) // 2
     web, wrong = swapped(flags[half:])

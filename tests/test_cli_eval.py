@@ -84,5 +84,5 @@ def test_what_it_cannot_read_is_said(judge: Judge, words: tuple[str, ...], said:
 
 
 def test_a_dataset_that_is_not_there_is_said(judge: Judge, home: Path) -> None:
-    with pytest.raises(Exception, match="there is no dataset 'nonesuch'"):
+    with pytest.raises(Exception, match="dataset 'nonesuch' not found"):
         judge("--on", "pope:nonesuch")

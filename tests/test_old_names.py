@@ -41,7 +41,7 @@ def test_every_old_class_has_a_class_today(now: str) -> None:
 
 
 def test_an_old_reason_of_quarantine_is_read() -> None:
-    assert Reason("license") is Reason.LICENSE
+    assert Reason("licence") is Reason.LICENSE
 
 
 def test_the_folder_of_an_old_artifact_is_found(tmp_path: Path) -> None:

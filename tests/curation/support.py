@@ -12,17 +12,17 @@ from PIL import Image
 from bridgework.config import override
 from bridgework.data.dataset import write
 from bridgework.data.samples import Sample, pair
-from bridgework.data.synthetic import COLOURS
+from bridgework.data.synthetic import COLORS
 from bridgework.system import Source, Stage, System, load
 from tests.training.support import go
 
 
 def flags() -> Iterator[Sample]:
     """56 pairs: a flag of two colors, left and right, and "red blue"."""
-    for left in COLOURS:
-        for right in (color for color in COLOURS if color != left):
-            image, file = Image.new("RGB", (32, 32), COLOURS[left]), io.BytesIO()
-            image.paste(COLOURS[right], (16, 0, 32, 32))
+    for left in COLORS:
+        for right in (color for color in COLORS if color != left):
+            image, file = Image.new("RGB", (32, 32), COLORS[left]), io.BytesIO()
+            image.paste(COLORS[right], (16, 0, 32, 32))
             image.save(file, "PNG")
             yield pair(f"flag-{left}-{right}", file.getvalue(), f"{left} {right}")
 

@@ -227,6 +227,6 @@ def test_an_evaluation_dataset_that_is_not_there_is_an_error_before_anything_is_
     home: Path, tmp_path: Path
 ) -> None:
     source = written(tmp_path / "source", [pair("k", file(SCENES[0]), "x")])
-    with pytest.raises(DataError, match="there is no dataset 'vqa-tset'"):
+    with pytest.raises(DataError, match="dataset 'vqa-tset' not found"):
         make(Decontaminate(against=("vqa-tset",)), [source], str(tmp_path / "made"), home=home)
     assert not (tmp_path / "made.judged").exists()

@@ -438,7 +438,7 @@ def test_facts_that_were_changed_by_hand_are_an_error(
 
 def test_nothing_is_made_inside_a_dataset(source: str, home: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"deep/made lies inside the dataset .*source, which is not to change"
+        DataError, match=r"deep/made is inside the dataset .*source, which must not change"
     ):
         make(Vowels(desk=str(tmp_path)), [source], f"{source}/deep/made", home=home, say=str)
     assert verify(source) == []

@@ -140,7 +140,7 @@ def test_the_plan_deals_uneven_shards_in_whole_row_groups(tmp_path: Path) -> Non
     manifest = ingest(rows, "s", str(tmp_path / "d"), chunk_rows=100, **given)
     assert [shard.rows for shard in manifest.shards] == [99, 99, 100, 99, 100]
     dataset, size = Dataset(str(tmp_path / "d")), manifest.group_rows
-    places = [dataset.locate_dealt(row) for row in range(len(dataset))]
+    places = [dataset.locate_planned(row) for row in range(len(dataset))]
     assert sorted(places) == [dataset.locate(row) for row in range(len(dataset))]
     groups = [
         {place[:2] for place in places[first : first + size]}
@@ -149,7 +149,7 @@ def test_the_plan_deals_uneven_shards_in_whole_row_groups(tmp_path: Path) -> Non
     assert [len(group) for group in groups[: 5 * (100 // size)]] == [1] * 15
     for row in (-1, len(dataset)):
         with pytest.raises(DataError, match="497 rows; row"):
-            dataset.locate_dealt(row)
+            dataset.locate_planned(row)
 
 
 def test_rows_that_are_left_out_are_counted_and_hide_no_other(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_files_of_somebody_else_are_never_written_over(tmp_path: Path) -> None:
     (tmp_path / "mine" / "shard-00000.parquet").write_bytes(b"years of work")
     (tmp_path / "file").write_text("")
     for dest, told in (
-        ("mine", "holds shard-00000.parquet, and is no dataset"),
+        ("mine", "holds shard-00000.parquet; expected an empty folder"),
         ("file", "is a file"),
     ):
         with pytest.raises(DataError, match=told):
@@ -348,7 +348,7 @@ def test_shards_that_were_moved_before_the_cut_are_not_made_again(tmp_path: Path
         (part / name).rename(tmp_path / "d" / name)
     (tmp_path / "d" / "shard-00099.parquet").write_bytes(b"of an import that was larger")
     (tmp_path / "d" / "manifest.json.part").write_text("of the import that was cut off")
-    with pytest.raises(DataError, match="a writer was cut off"):
+    with pytest.raises(DataError, match="a write was interrupted"):
         open_dataset(str(tmp_path / "d"))
     source.breaks.clear()
     assert source.ingest(tmp_path / "d").digest == whole.digest
@@ -388,7 +388,7 @@ def test_the_limit_counts_all_rows_and_a_mended_source_is_read_again_where_it_wa
 ) -> None:
     source = Source(23, bad=(2, 11))
     with pytest.raises(
-        DataError, match=r"2 of 23 rows are bad \(2 not_an_image\): 8.70%, and 5.00% is allowed"
+        DataError, match=r"2 of 23 rows are bad \(2 not_an_image\)\. Got 8.70%; at most 5.00% is"
     ):
         source.ingest(tmp_path / "d", max_bad=0.05)
     assert not (tmp_path / "d").exists()

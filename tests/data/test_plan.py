@@ -151,7 +151,7 @@ def test_caps_hold_in_the_rows_that_are_drawn() -> None:
 def test_budget_above_all_caps_says_by_how_much_and_what_to_raise() -> None:
     with pytest.raises(
         SpecError,
-        match=r"give 300 rows, but 64 steps of 8 take 512: 212 too few; raise max_epochs.*37",
+        match=r"Got 300; 64 steps of 8 need 512, 212 more. Fix: raise max_epochs.*37",
     ):
         make([100, 100], caps={0: 1.0, 1: 2.0})
     assert make([256, 256], caps={0: 1.0, 1: 1.0}).realized(64) == {"s0": 256, "s1": 256}
@@ -525,14 +525,14 @@ def test_wrong_plans_are_refused_in_words() -> None:
         Plan([SourceRows("a", "d", 0, 8)], one, batch=4, steps=1, seed=0)
     with pytest.raises(SpecError, match="'a' stands twice"):
         Plan([fine, fine], one, batch=4, steps=1, seed=0)
-    with pytest.raises(SpecError, match="got sources b, the mixture names a"):
+    with pytest.raises(SpecError, match="Got b; expected a"):
         Plan([SourceRows("b", "d", 10, 8)], one, batch=4, steps=1, seed=0)
 
 
 def test_lanes_are_shared_out_and_a_rank_without_one_is_refused() -> None:
     plan = make([50])
     assert [list(plan.lanes_of(rank, 3)) for rank in range(3)] == [[0, 3], [1], [2]]
-    with pytest.raises(SpecError, match=r"rank 4 of 5 has no lane: data.lanes is 4"):
+    with pytest.raises(SpecError, match=r"rank 4 of 5 has no lane. Got 4 lanes"):
         plan.lanes_of(4, 5)
     with pytest.raises(SpecError, match="lane 4, row 0 is not in the plan"):
         plan.window(4, 0)

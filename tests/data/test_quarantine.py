@@ -54,7 +54,8 @@ def test_more_than_the_stated_share_is_an_error_that_names_the_table(folder: str
     quarantine.check(1_000)  # exactly the share of 0.5 % is still allowed
     quarantine.add("d", "5", 5, BadSample(Reason.CORRUPT, "x"))
     with pytest.raises(
-        DataError, match=r"6 of 1000 rows are bad \(5 truncated, 1 corrupt\): 0.60%, and 0.50%"
+        DataError,
+        match=r"6 of 1000 rows are bad \(5 truncated, 1 corrupt\)\. Got 0.60%; at most 0.50%",
     ) as caught:
         quarantine.check(1_000)
     assert folder in str(caught.value) and len(list(records(folder))) == 6

@@ -146,7 +146,7 @@ def test_a_bad_sample_is_put_aside_and_the_next_of_the_plan_takes_its_place(
             row.key for rows in steps[3 * t : 3 * t + 3] for row in rows if row.place // 2 == lane
         ]
         assert sorted(read) == sorted(good[number].key for number in numbers)
-    stand_ins = {row.stands_for for rows in steps for row in rows if row.stands_for}
+    stand_ins = {row.replaces for rows in steps for row in rows if row.replaces}
     assert replaced == 2 and stand_ins == {good[7].key, good[200].key}
     assert sorted((r.key, r.row, r.reason) for r in records(table)) == [
         (good[7].key, 7, Reason.TRUNCATED),
@@ -174,7 +174,9 @@ def test_without_a_quarantine_the_first_bad_sample_is_an_error_that_names_it(
 
 def test_a_dataset_that_changed_since_is_refused(feed: ReaderConfig, tmp_path: Path) -> None:
     one = single(feed, str(tmp_path / "pairs"), list(shapes(rows=9, size=16)))
-    with pytest.raises(DataError, match=r"sources\.pairs: .* is now .*, the run began with 000"):
+    with pytest.raises(
+        DataError, match=r"sources\.pairs: .* was changed. Got digest .*; the run began with 000"
+    ):
         replace(one, digests=("0" * 64,)).open()
 
 
@@ -224,12 +226,12 @@ def test_cached_features_are_read_instead_of_images(feed: ReaderConfig, tmp_path
 def test_features_of_other_rows_are_refused(feed: ReaderConfig, tmp_path: Path) -> None:
     for path in feed.datasets:
         cache(tmp_path, open_dataset(path), key="not-{}")
-    with pytest.raises(DataError, match="holds features of other images; make them again"):
+    with pytest.raises(DataError, match="holds features of other images"):
         next(local(replace(feed, features=str(tmp_path)), rank=0, world=1, start=0))
 
 
 def test_a_missing_cache_of_features_is_refused(feed: ReaderConfig, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no cache of features"):
+    with pytest.raises(DataError, match="not a feature cache"):
         replace(feed, features=str(tmp_path)).open()
 
 
@@ -310,9 +312,9 @@ def test_looking_at_a_row_uses_none(feed: ReaderConfig) -> None:
     dataset, groups = counted(feed)
     group = Group(0, 0, 0)
     groups.take(group, [0])
-    assert groups.look(group, 1) == groups.take(group, [1])[1]
+    assert groups.peek(group, 1) == groups.take(group, [1])[1]
     assert dataset.fetched == [(0, 0)]
-    assert groups.look(group, 0).sample == dataset.read_group(0, 0)[0]
+    assert groups.peek(group, 0).sample == dataset.read_group(0, 0)[0]
 
 
 def test_of_a_group_that_had_to_go_only_unused_rows_are_kept_again(feed: ReaderConfig) -> None:
@@ -335,7 +337,7 @@ def test_rows_without_images_take_room_too(tmp_path: Path) -> None:
     groups = Groups([open_dataset(path)], None, kept_bytes=100_000)
     for number in range(100):  # of every group one row is used, here; the others may be, elsewhere
         groups.take(groups.locate(0, 8 * number)[0], [0])
-    assert 50 < sum(len(kept) for kept in groups._kept.values()) * 1_000 < 100_000
+    assert 50 < sum(len(kept) for kept in groups._unused.values()) * 1_000 < 100_000
 
 
 def test_a_feed_is_made_from_a_stage(home: Path) -> None:

@@ -59,14 +59,14 @@ def test_a_small_source_goes_on_as_long_as_one_of_its_rows_is_good(tmp_path: Pat
             for row in step
         ]
         assert {row.key for row in rows if row.source == 1} == {"k1"}
-        assert {row.stands_for for row in rows if row.source == 1} == {"k0", ""}
+        assert {row.replaces for row in rows if row.source == 1} == {"k0", ""}
 
 
 def test_where_no_good_row_is_left_the_table_that_is_named_is_there(tmp_path: Path) -> None:
     feed = fed(tmp_path, told(400), told(2, bad=(0, 1)))
     with pytest.raises(
         DataError,
-        match=r"sources\.s1: no good sample is left to replace 'k[01]'; read .*quarantine",
+        match=r"sources\.s1: no good sample is left to replace 'k[01]'. Fix: read .*quarantine",
     ):
         list(local(feed, rank=0, world=1, start=0))
     assert {record.key for record in records(str(tmp_path / "quarantine"))} >= {"k0", "k1"}
@@ -86,8 +86,8 @@ def test_two_sources_of_one_dataset_are_allowed_the_bad_rows_of_one(tmp_path: Pa
 def test_a_skipped_stand_in_changes_no_other_place_and_no_earlier_step(tmp_path: Path) -> None:
     feed = fed(tmp_path, told(256, BAD))
     rows = [row for step in local(feed, rank=0, world=1, start=0) for row in step]
-    plain, stand_ins = steps(feed), [row for row in rows if row.stands_for]
-    assert sorted(row.stands_for for row in stand_ins) == sorted(f"k{n}" for n in BAD)
+    plain, stand_ins = steps(feed), [row for row in rows if row.replaces]
+    assert sorted(row.replaces for row in stand_ins) == sorted(f"k{n}" for n in BAD)
     for stand_in in stand_ins:
         since = stand_in.step // 8 * 8 + 4  # in the middle of its window
         skipping = steps(replace(feed, skipped=((stand_in.key, since),)))
@@ -123,7 +123,7 @@ def test_what_stands_in_fits_beside_the_others_of_its_sequence(
     assert len(found) == len(plain)
     for rows in found:
         assert len(rows) == 1 or sum(len(row.ids) for row in rows) <= limits.get("tokens", 400)
-        assert len(rows) == 1 or sum(row.shown for row in rows) <= limits.get("images", 99)
+        assert len(rows) == 1 or sum(row.num_images for row in rows) <= limits.get("images", 99)
     trained = Counter(row.key for rows in found for row in rows)
     assert not trained.keys() & {key for key, _ in gone}
 

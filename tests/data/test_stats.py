@@ -128,8 +128,8 @@ def test_facts_and_spreads_are_ready_to_print(tmp_path: Path) -> None:
     path = stage.data.sources[0].dataset
     found: Stats = stats(path, for_stage=stage, progress=lambda *at: seen.append(at))
     assert seen == [(n, 5) for n in range(1, 6)]
-    assert found.facts()["kinds"] == "pair: 5"
-    assert found.facts()["truncated rows"] == "0 (0.00%)"
+    assert found.summary()["kinds"] == "pair: 5"
+    assert found.summary()["truncated rows"] == "0 (0.00%)"
     assert found.fit is not None and found.spreads()["tokens per row"] == found.fit.tokens
 
 

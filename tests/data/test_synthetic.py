@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from bridgework.data.images import decode
-from bridgework.data.synthetic import COLOURS, PLACES, shapes
+from bridgework.data.synthetic import COLORS, PLACES, shapes
 
 CAPTION = re.compile(r"a (small|large) (\w+) (\w+) (above|left of) a (small|large) (\w+) (\w+)")
 
@@ -19,7 +19,7 @@ def test_captions_are_true() -> None:
             PLACES[found[4]], (found[2], found[6]), (found[1], found[5]), strict=True
         ):
             near = pixels[int(y * 64) - 16 : int(y * 64) + 16, int(x * 64) - 16 : int(x * 64) + 16]
-            painted = (near == COLOURS[color]).all(axis=2)
+            painted = (near == COLORS[color]).all(axis=2)
             assert painted[16, 16]
             assert (painted.any(axis=0).sum() > 22) == (size == "large")  # its width tells its size
 

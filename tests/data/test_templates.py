@@ -223,7 +223,7 @@ def test_an_unknown_template_is_refused_with_a_suggestion() -> None:
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
-    with pytest.raises(SpecError, match="has none; use 'v1'"):
+    with pytest.raises(SpecError, match="Fix: use template 'v1'"):
         render(TALK, "chat", tokenizer_with(None))
 
 
@@ -283,5 +283,5 @@ def test_a_chat_template_that_never_ends_is_stopped(name: str) -> None:
     ],
 )
 def test_a_chat_template_that_fails_is_a_bad_sample(template: str) -> None:
-    with pytest.raises(BadSample, match="the chat template refuses the turns user, assistant"):
+    with pytest.raises(BadSample, match="the chat template rejects the turns user, assistant"):
         render(TALK, "chat", tokenizer_with(template))

@@ -247,7 +247,7 @@ def test_a_prompt_is_a_prefix_of_what_is_trained_on_and_is_never_cut(
         )
         assert whole(TALK[:3], template, tokenizer).ids[: len(asked.ids)] == asked.ids
         assert set(asked.labels) == {IGNORE}
-        with pytest.raises(DataError, match=r"the prompt takes \d+ tokens, at most 20 fit"):
+        with pytest.raises(DataError, match=r"Got \d+ tokens; at most 20 fit"):
             encode(prompt(TALK[:3], template, tokenizer), tokenizer, image_tokens=3, max_tokens=20)
 
 

@@ -76,7 +76,7 @@ DAMAGE: Mapping[str, Harm] = {
     "a shard that is HTML": lambda d: (d / FIRST).write_text("<html>404</html>"),
     "a shard that is gone": lambda d: (d / FIRST).unlink(),
     "a manifest that counts 10^9 rows": lambda d: edited(d, rows=10**9),
-    "a manifest of another license": lambda d: edited(d, license="mine"),
+    "a manifest of another license": lambda d: edited(d, licence="mine"),
     "a manifest without shards": lambda d: edited(d, shards=[]),
     "a manifest that is gone": lambda d: (d / "manifest.json").unlink(),
     "a manifest that is HTML": lambda d: (d / "manifest.json").write_text("<html>"),
@@ -160,7 +160,7 @@ Made = Callable[[Path], Path]
 WRONG_SHARD: Mapping[str, Made] = {  # verify finds it; reading stops, with one line
     "a column renamed": lambda d: dataset(d, table().rename_columns(["id", *SCHEMA.names[1:]])),
     "a column more": lambda d: dataset(d, table().append_column("run", pa.array(["harm"] * ROWS))),
-    "a column less": lambda d: dataset(d, table().drop_columns(["license"])),
+    "a column less": lambda d: dataset(d, table().drop_columns(["licence"])),
     "a column of numbers": lambda d: dataset(d, with_column(3, pa.array([1] * ROWS), "rejected")),
     "a column as a dictionary": lambda d: dataset(
         d,

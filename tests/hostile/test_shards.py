@@ -87,7 +87,7 @@ def test_a_key_in_two_shards_is_found(tmp_path: Path) -> None:
     )
     problems = found(folder)
     assert len(problems) == shards.ROWS and all(
-        "stood already in" in problem.what for problem in problems
+        "duplicate key" in problem.what for problem in problems
     )
 
 

@@ -213,7 +213,7 @@ def test_a_candidate_that_does_not_fit_is_refused_and_never_cut() -> None:
     assert short.score_answers(conversation, [image], ["a"]) == pipe.score_answers(
         conversation, [image], ["a"]
     )
-    with pytest.raises(DataError, match=r"take \d+ tokens, and the language model reads 256"):
+    with pytest.raises(DataError, match=r"Got \d+ tokens; the language model reads at most 256"):
         pipe.rank_answers(conversation, [image], ["a", "b" * 300])
 
 

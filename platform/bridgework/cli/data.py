@@ -274,7 +274,7 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
 
 def _show(found: "Stats") -> None:
     facts = Table(box=None, pad_edge=False, show_header=False)
-    for name, value in found.facts().items():
+    for name, value in found.summary().items():
         facts.add_row(name, value)
     spreads = Table("", *("least", "5%", "median", "95%", "most"), box=None, pad_edge=False)
     for column in spreads.columns[1:]:

@@ -1,7 +1,7 @@
-"""Bounds on what Arrow and Parquet files unpack to, asked before anything is read.
+"""Limits on the unpacked size of Arrow and Parquet data, checked before the data is read.
 
-A few kilobytes may unpack to gigabytes in two ways: compression, whose sizes the files declare, and
-dictionaries, whose values are stored once and repeated by their numbers.
+A few kilobytes can unpack to gigabytes in two ways: by compression, whose sizes the files declare, and
+by dictionaries, whose values are stored once and repeated by index.
 """
 
 import re
@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from bridgework.data.quarantine import BadSample, Reason
 
-FREE_BYTES = 64 << 20  # unpacked: of less nothing is asked
-EXPANSION = 200  # times the stored size, at most, beyond that; texts compress by 3 to 20
+FREE_BYTES = 64 << 20  # unpacked size that is always allowed
+EXPANSION = 200  # maximum factor of expansion beyond that; texts compress by 3 to 20
 
-HEADER_BYTES = 32  # of a page, that hold its sizes
+HEADER_BYTES = 32  # first bytes of a page, which contain its sizes
 MAX_PAGE = 2**31  # bytes
 _FIELD = re.compile(rb"\x15([\x80-\xff]{0,4}[\x00-\x7f])", re.DOTALL)
 
@@ -31,13 +31,12 @@ def check_group(
     read: Callable[[int, int], bytes],
     names: Collection[str] | None = None,
 ) -> list[str]:
-    """The columns of a row group that dictionaries may make far larger than the group declares.
+    """Return the columns of a row group that dictionaries could make far larger than it declares.
 
-    `size` is that of the file in bytes, `read` gives its bytes between two places, `names` are the
-    columns that are wanted (None: all). Raises BadSample where the group declares that it unpacks to
-    far more than it is stored in.
+    `size` is the size of the file in bytes, `read` returns its bytes between two offsets, `names` are the
+    requested columns (None: all). Raises BadSample if the declared unpacked size exceeds the limit.
     """
-    stored, unpacked, doubtful = 0, 0, []
+    stored, unpacked, suspects = 0, 0, []
     row_group = metadata.row_group(group)
     for number in range(row_group.num_columns):
         column = row_group.column(number)
@@ -45,14 +44,14 @@ def check_group(
             continue
         stored += min(column.total_compressed_size, size)
         unpacked += column.total_uncompressed_size
-        if _repeats(column, read):
-            doubtful.append(column.path_in_schema)
+        if _could_expand(column, read):
+            suspects.append(column.path_in_schema)
     check(unpacked, min(stored, size), f"row group {group}")
-    return doubtful
+    return suspects
 
 
-def _repeats(column: pq.ColumnChunkMetaData, read: Callable[[int, int], bytes]) -> bool:
-    """True if the values of a column, each as large as its dictionary, are far more than is stored."""
+def _could_expand(column: pq.ColumnChunkMetaData, read: Callable[[int, int], bytes]) -> bool:
+    """Return True if a column would exceed the limit with every value as large as its dictionary."""
     if (
         column.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
         or not column.has_dictionary_page
@@ -66,28 +65,27 @@ def _repeats(column: pq.ColumnChunkMetaData, read: Callable[[int, int], bytes]) 
 
 
 def _dictionary_bytes(header: bytes) -> int:
-    """Bytes of a dictionary, unpacked, by the header of its page (parquet.thrift, in the compact form).
+    """Return the unpacked bytes of a dictionary from the header of its page (parquet.thrift, compact protocol).
 
-    Of a header of another form, the most that a page may have.
+    For a header of another form, the maximum of a page.
     """
-    kind, at = _number(header, 0)  # the kind of the page, and then its size
+    kind, at = _number(header, 0)  # type of the page, followed by its size
     size, _ = _number(header, at)
     return MAX_PAGE if kind is None or size is None else size
 
 
 def _number(header: bytes, at: int) -> tuple[int | None, int]:
-    """(a field that is a number of 32 bits, or None; where the next field begins)."""
-    found = _FIELD.match(header, at)
-    if found is None:
+    """Return (a 32-bit integer field or None, offset of the next field)."""
+    match = _FIELD.match(header, at)
+    if match is None:
         return None, at
-    digits = [byte & 127 for byte in found[1]]
-    return sum(
-        digit << 7 * place for place, digit in enumerate(digits)
-    ) >> 1, found.end()  # the sign is last
+    digits = [byte & 127 for byte in match[1]]
+    value = sum(digit << 7 * place for place, digit in enumerate(digits))
+    return value >> 1, match.end()  # zigzag: the sign is the last bit
 
 
 def check_dictionaries(file: pq.ParquetFile, group: int, size: int) -> None:
-    """`check` of a row group by its values, in a file that keeps doubtful columns as dictionaries."""
+    """Check the values of a row group, in a file opened with the suspect columns as dictionaries."""
     row_group = file.metadata.row_group(group)
     columns = [row_group.column(number) for number in range(row_group.num_columns)]
     stored = sum(min(column.total_compressed_size, size) for column in columns)
@@ -96,13 +94,14 @@ def check_dictionaries(file: pq.ParquetFile, group: int, size: int) -> None:
     check(unpacked, min(stored, size), f"row group {group}")
 
 
-def check(unpacked: int, stored: int, what: str) -> None:
-    """Raises BadSample for what unpacks to far more bytes than it is stored in."""
+def check(unpacked: int, stored: int, name: str) -> None:
+    """Raise BadSample if `unpacked` bytes are too many for `stored` bytes."""
     if unpacked > _allowed(stored):
         raise BadSample(
             Reason.TOO_MANY_BYTES,
-            f"{what} has {stored:,} bytes and unpacks to {unpacked:,}: at most {FREE_BYTES:,}, or "
-            f"{EXPANSION} times as many, are read. Fix: write it with smaller row groups",
+            f"{name} has {stored:,} bytes and unpacks to {unpacked:,}; expected at most "
+            f"{FREE_BYTES:,}, or {EXPANSION} times the stored size. "
+            "Fix: write it with smaller row groups",
         )
 
 
@@ -111,7 +110,7 @@ def _allowed(stored: int) -> int:
 
 
 def unpacked_bytes(array: pa.Array) -> int:
-    """Bytes of all texts and binaries in an array, those of dictionaries as often as they occur."""
+    """Return the bytes of all strings and binaries in an array, with dictionary values counted per occurrence."""
     kind = array.type
     if pa.types.is_dictionary(kind):
         lengths = pc.fill_null(pc.binary_length(array.dictionary), 0)
@@ -128,14 +127,14 @@ def unpacked_bytes(array: pa.Array) -> int:
 
 
 def check_messages(stream: pa.NativeFile) -> None:
-    """Raises BadSample for a batch of an Arrow stream that unpacks to far more than it is stored in."""
+    """Raise BadSample if a batch of an Arrow stream unpacks to more than the limit."""
     for message in pa.ipc.MessageReader.open_stream(stream):
         if message.type in _BATCHES and message.body is not None:
             check(sum(_buffers(message)), message.body.size, "a batch")
 
 
 def _buffers(message: pa.ipc.Message) -> Iterator[int]:
-    """Bytes that each compressed buffer declares to unpack to (Arrow's Message.fbs)."""
+    """Yield the declared unpacked bytes of each compressed buffer (Arrow's Message.fbs)."""
     data = message.metadata.to_pybytes()
     batch = _table(data, 0, 0)
     header = _field(data, batch, 2)
@@ -144,7 +143,7 @@ def _buffers(message: pa.ipc.Message) -> Iterator[int]:
         header = _field(data, batch, 1)
         batch = _table(data, header, header) if header else 0
     buffers = _field(data, batch, 2)
-    if not (batch and buffers and _field(data, batch, 3)):  # 3: how they are compressed
+    if not (batch and buffers and _field(data, batch, 3)):  # 3: compression
         return
     start = _table(data, buffers, buffers)
     (count,) = struct.unpack_from("<I", data, start)
@@ -152,16 +151,16 @@ def _buffers(message: pa.ipc.Message) -> Iterator[int]:
         offset, length = struct.unpack_from("<qq", data, start + 4 + 16 * number)
         if length >= 8:
             (size,) = struct.unpack("<q", message.body.slice(offset, 8).to_pybytes())
-            yield size if size >= 0 else length  # -1: stored as it is
+            yield size if size >= 0 else length  # -1: not compressed
 
 
 def _table(data: bytes, at: int, base: int) -> int:
-    """The place of the table or vector that a flatbuffer refers to at `at`."""
+    """Return the offset of the table or vector that a flatbuffer refers to at `at`."""
     return base + int(struct.unpack_from("<I", data, at)[0])
 
 
 def _field(data: bytes, table: int, number: int) -> int:
-    """The place of a field of a flatbuffer's table; 0 for one that is missing."""
+    """Return the offset of a field of a flatbuffer's table; 0 for a missing one."""
     if not table:
         return 0
     vtable = table - int(struct.unpack_from("<i", data, table)[0])

@@ -1,4 +1,4 @@
-"""From the name in a recipe to the place of a dataset: a path, a URL, or a name under <home>/datasets."""
+"""Resolve a recipe's dataset name to a location: a path, a URL, or a name under <home>/datasets."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from bridgework.data.synthetic import ROWS, SIZE, choices, preferences, shapes, 
 from bridgework.errors import DataError, SpecError, suggest
 from bridgework.storage import find_store
 
-# what tests and --tiny train on; made on first use
+# data of tests and --tiny, written on first use
 SYNTHETIC = {
     "synthetic:shapes": shapes,
     "synthetic:preferences": preferences,
@@ -19,21 +19,20 @@ SYNTHETIC = {
 
 
 def home() -> Path:
-    """$BRIDGEWORK_HOME, or ./.bridgework: datasets, caches, runs."""
+    """Return the folder of datasets, caches and runs: $BRIDGEWORK_HOME, by default ./.bridgework."""
     return Path(os.environ.get("BRIDGEWORK_HOME") or ".bridgework").expanduser().absolute()
 
 
 def resolve(dataset: str, home: Path) -> str:
-    """The path or URL of a dataset that exists.
+    """Return the absolute path or URL of an existing dataset.
 
-    Raises DataError, with a suggestion, when there is none, SpecError for an empty name.
+    Raises DataError, with a suggestion, if there is none; SpecError for an empty name.
     """
     if dataset in SYNTHETIC:
         return _synthetic(dataset, home)
     named, place = _is_name(dataset), destination(dataset, home)
-    path = (
-        place if "://" in place else os.path.abspath(place)
-    )  # workers run in folders of their own
+    # absolute, because workers run in other folders
+    path = place if "://" in place else os.path.abspath(place)
     try:
         read_manifest(path)
     except DataError as error:
@@ -41,19 +40,19 @@ def resolve(dataset: str, home: Path) -> str:
             raise
         known = [*names(home), *SYNTHETIC]
         raise DataError(
-            f"there is no dataset {dataset!r} ({error}){suggest(dataset, known)}; "
-            f"bring it in with `bridgework data import FORMAT SOURCE {path}`"
+            f"dataset {dataset!r} not found ({error}). Fix: import it with "
+            f"`bridgework data import FORMAT SOURCE {path}`{suggest(dataset, known)}"
         ) from None
     return path
 
 
 def destination(dest: str, home: Path) -> str:
-    """The folder that a dataset is written to: a bare name is under <home>/datasets.
+    """Return the folder or URL to write a dataset to: a bare name is under <home>/datasets.
 
-    Raises SpecError for no name at all, and DataError for one that no folder can have.
+    Raises SpecError for an empty name, and DataError for one that a folder cannot have.
     """
     if not dest.strip():
-        raise SpecError("the dataset's name is empty; give a name, a folder or a URL")
+        raise SpecError("the dataset's name is empty; expected a name, a folder or a URL")
     check_place(dest)
     return str(home / "datasets" / dest) if _is_name(dest) else dest
 
@@ -63,7 +62,7 @@ def _is_name(dataset: str) -> bool:
 
 
 def names(home: Path) -> list[str]:
-    """The datasets under <home>/datasets."""
+    """Return the names of the datasets under <home>/datasets, sorted."""
     return sorted(path.parent.name for path in (home / "datasets").glob("*/manifest.json"))
 
 
@@ -81,5 +80,5 @@ def _synthetic(name: str, home: Path) -> str:
                 parameters={"rows": ROWS, "size": SIZE, "seed": 0},
             )
         except DataError:
-            read_manifest(path)  # another process was faster, and wrote the same
+            read_manifest(path)  # another process was faster and wrote the same data
     return path

@@ -1,7 +1,7 @@
-"""Datasets on disk: a folder of Parquet shards with a manifest; written whole or not at all, read by row group.
+"""Datasets on disk: a folder of Parquet shards with a manifest, written atomically and read by row group.
 
-Row groups are small (what a reader fetches at random), images lie uncompressed (they are JPEG, PNG or WebP already),
-and pages carry checksums, so that a flipped bit is an error and not a different picture. All paths go through fsspec.
+Row groups are small because rows are read at random. Images are stored uncompressed because they are JPEG, PNG or WebP
+already. Pages carry checksums, so a flipped bit is an error, not a different image. All paths go through fsspec.
 """
 
 import hashlib
@@ -47,16 +47,13 @@ __all__ = [
 ]
 
 NOTES = ("LICENSE", "NOTICE", "README")  # files that may be next to the shards
-JUNK = re.compile(
-    r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini|\.ipynb_checkpoints|__MACOSX"
-)  # what systems leave
-DRAFT = f"{FILE}.part"  # stands in a folder whose shards are not all there yet
+# files that operating systems and notebooks leave in a folder
+JUNK = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini|\.ipynb_checkpoints|__MACOSX")
+DRAFT = f"{FILE}.part"  # manifest of a folder whose shards are not all moved yet
 SHARDS = "shard-[0-9][0-9][0-9][0-9][0-9].parquet"
-GROUP_ROWS = 32  # rows that are read at once: few, because rows are drawn at random
+GROUP_ROWS = 32  # rows that are read together: few, because rows are drawn at random
 CHUNK_BYTES = 1 << 20
-OPEN_SHARDS = (
-    8  # footers and handles that a Dataset keeps: lanes read side by side from different shards
-)
+OPEN_SHARDS = 8  # open files per Dataset: lanes read from different shards at the same time
 
 _TEXTS = ("key", "parts.list.element.text", "rejected", "ocr", "provenance.key_value.value")
 _NAMES = ("parts.list.element.role", "language", LICENSE, "provenance.key_value.key")
@@ -81,13 +78,16 @@ def write(
     shard_rows: int = 4096,
     quarantine: Quarantine | None = None,
 ) -> Manifest:
-    """Write `samples` as a new dataset at `dest` (a folder or a URL): all of it, or on any error nothing.
+    """Write `samples` as a new dataset at `dest` (a folder or a URL); on any error nothing is written.
 
-    `quarantine` holds what the samples' maker left out: its counts go into the manifest, and its limit is checked
-    before anything appears. Raises DataError for a `dest` that holds anything, for no samples and too many bad ones.
+    `quarantine` holds the rows that the caller rejected: its counts go into the manifest, and its limit is checked
+    before the dataset is published. Raises DataError for an occupied `dest`, no samples, or too many bad rows.
     """
     if group_rows < 1 or shard_rows % group_rows:
-        raise DataError(f"shard_rows {shard_rows} is no multiple of group_rows {group_rows}")
+        raise DataError(
+            f"{dest}: shard_rows is not a multiple of group_rows. "
+            f"Got shard_rows={shard_rows}, group_rows={group_rows}. Fix: change one of them"
+        )
     fs, root = find_store(dest)
     refuse_occupied(dest)
     stage = f"{root}.part-{uuid4().hex[:8]}"
@@ -98,7 +98,10 @@ def write(
             quarantine.flush()
             quarantine.check(rows + len(quarantine))
         if not rows:
-            raise DataError(f"{source}: no samples came out of it, so {dest} is not written")
+            raise DataError(
+                f"{dest}: not written, because {source} has no usable samples. "
+                "Fix: check the source and the quarantined rows"
+            )
         manifest = Manifest(
             rows, group_rows, shards, source, license, made_by, dict(parameters or {}), tuple(parents),
             count_quarantined(quarantine),
@@ -111,16 +114,16 @@ def write(
 
 
 def count_quarantined(quarantine: Quarantine | None) -> dict[str, int]:
-    """How many rows were put aside, by reason, as a manifest counts them."""
+    """Return the number of quarantined rows per reason, as the manifest stores it."""
     reasons = {} if quarantine is None else quarantine.reasons
     return dict(sorted((reason.value, rows) for reason, rows in reasons.items()))
 
 
 def publish(fs: fsspec.AbstractFileSystem, stage: str, dest: str, manifest: Manifest) -> None:
-    """Move the shards from the folder `stage` to `dest`, between the manifest's draft and the manifest itself.
+    """Move the shards from the folder `stage` to `dest`: first a draft of the manifest, the manifest last.
 
-    A shard that an earlier try moved already is left where it is, and what such a try left of others is dropped.
-    Raises DataError for a `dest` that holds anything else.
+    Shards that an earlier attempt already moved stay, and its other shards are deleted.
+    Raises DataError if `dest` holds anything else.
     """
     refuse_occupied(dest)
     root = find_store(dest)[1]
@@ -137,24 +140,23 @@ def publish(fs: fsspec.AbstractFileSystem, stage: str, dest: str, manifest: Mani
 
 
 def refuse_occupied(dest: str) -> None:
-    """Raises DataError where no dataset can be written: over another, over somebody's files, in place of a file."""
+    """Raise DataError if `dest` is a dataset, a file, or a folder with other files in it."""
     check_place(dest)
     fs, root = find_store(dest)
     if not fs.exists(root):
         return
     if not fs.isdir(root):
-        raise DataError(f"{dest} is a file, and a dataset is a folder; choose another place")
-    found = {str(path).removeprefix(root).strip("/") for path in fs.ls(root, detail=False)}
-    names = sorted(
-        name for name in found if name and not JUNK.fullmatch(name)
-    )  # "": some stores list the folder itself
+        raise DataError(f"{dest} is a file; expected a folder. Fix: choose another destination")
+    # some stores list the folder itself, as ""
+    entries = {str(path).removeprefix(root).strip("/") for path in fs.ls(root, detail=False)}
+    names = sorted(name for name in entries if name and not JUNK.fullmatch(name))
     if FILE in names:
-        raise DataError(f"{dest} already holds a dataset; delete it or choose another place")
-    others = [name for name in names if name.partition(".")[0] not in NOTES]
-    if others and DRAFT not in names:  # where there is a draft, a writer of ours was cut off
         raise DataError(
-            f"{dest} holds {others[0]}, and is no dataset; choose a folder where nothing is yet"
+            f"{dest} already holds a dataset. Fix: delete it or choose another destination"
         )
+    others = [name for name in names if name.partition(".")[0] not in NOTES]
+    if others and DRAFT not in names:  # a draft is from an interrupted `publish`
+        raise DataError(f"{dest} holds {others[0]}; expected an empty folder. Fix: choose another")
 
 
 def _write_shards(
@@ -176,7 +178,7 @@ def _write_shards(
 def write_shard(
     fs: fsspec.AbstractFileSystem, path: str, samples: Iterable[Sample], group_rows: int
 ) -> Shard:
-    """Write one shard, row group by row group; no more than one group is in memory."""
+    """Write one shard, row group by row group; at most one group is in memory."""
     rows, samples = 0, iter(samples)
     with fs.open(path, "wb") as file:
         sink = _Hashed(file)
@@ -188,7 +190,7 @@ def write_shard(
 
 
 def read_shard(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[Sample]:
-    """The samples of one shard, in order, without a manifest to check them by."""
+    """Yield the samples of one shard, in order, without checking them against a manifest."""
     with (
         fs.open(path, "rb") as file,
         pq.ParquetFile(file, page_checksum_verification=True) as shard,
@@ -198,7 +200,7 @@ def read_shard(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[Sample]:
 
 
 class _Hashed(io.RawIOBase):
-    """Writes through to `file`, and knows size and sha256 of what passed."""
+    """Write through to `file`, and count the size and sha256 of the bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -218,68 +220,69 @@ class _Hashed(io.RawIOBase):
 
 
 class Dataset:
-    """A dataset that is open for reading, row group by row group. Not for sharing between threads."""
+    """A dataset that is open for reading, row group by row group. It is not thread-safe."""
 
     def __init__(self, path: str) -> None:
-        """Raises DataError when there is no sound manifest at `path`."""
+        """Raises DataError if there is no valid manifest at `path`."""
         self.path = path.rstrip("/")
         self.manifest = read_manifest(self.path)
         sizes = [divmod(shard.rows, self.manifest.group_rows) for shard in self.manifest.shards]
         self._ends = list(accumulate(shard.rows for shard in self.manifest.shards))
-        self._whole_ends = list(
-            accumulate(whole for whole, _ in sizes)
-        )  # row groups that are not short
-        self._short_ends = list(accumulate(short for _, short in sizes))  # rows of those that are
+        self._full_ends = list(accumulate(full for full, _ in sizes))  # full row groups
+        self._short_ends = list(accumulate(short for _, short in sizes))  # rows of short groups
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
 
     def __len__(self) -> int:
         return self.manifest.rows
 
     def locate(self, row: int) -> tuple[int, int, int]:
-        """(shard, row group in it, place in that) of a row, in O(log shards). Raises DataError out of range."""
+        """Return (shard, row group, offset in the group) of a row, in O(log shards).
+
+        Raises DataError for a row out of range.
+        """
         self._check(row)
         shard = bisect_right(self._ends, row)
         first = self._ends[shard] - self.manifest.shards[shard].rows
         return shard, *divmod(row - first, self.manifest.group_rows)
 
-    def locate_dealt(self, row: int) -> tuple[int, int, int]:
-        """The same for another order, in which the rows of short row groups come last: the plan deals by this one.
+    def locate_planned(self, row: int) -> tuple[int, int, int]:
+        """Return the same for the plan's numbering, in which the rows of short row groups come last.
 
-        Row groups then begin at multiples of `group_rows`, and neighbors that are dealt together are read together,
-        however many rows the shards have. Where only the last row group is short, both orders are one.
+        In it, row groups begin at multiples of `group_rows`, so neighbors in the plan are read together, however many
+        rows the shards have. If only the last row group is short, both numberings are equal.
         """
         self._check(row)
         group, place = divmod(row, self.manifest.group_rows)
-        if group < self._whole_ends[-1]:
-            shard = bisect_right(self._whole_ends, group)
-            return shard, group - (self._whole_ends[shard - 1] if shard else 0), place
-        row -= self._whole_ends[-1] * self.manifest.group_rows
+        if group < self._full_ends[-1]:
+            shard = bisect_right(self._full_ends, group)
+            return shard, group - (self._full_ends[shard - 1] if shard else 0), place
+        row -= self._full_ends[-1] * self.manifest.group_rows
         shard = bisect_right(self._short_ends, row)
         group = self.manifest.shards[shard].rows // self.manifest.group_rows
         return shard, group, row - (self._short_ends[shard - 1] if shard else 0)
 
     def _check(self, row: int) -> None:
         if not 0 <= row < len(self):
-            raise DataError(f"{self.path} has {len(self)} rows; row {row} is not one of them")
+            raise DataError(f"{self.path} has {len(self)} rows; row {row} is out of range")
 
     def read_group(self, shard: int, group: int) -> list[Sample]:
-        """The samples of one row group.
+        """Return the samples of one row group.
 
-        Raises DataError, naming the file, when it is not what the manifest says, ResourceError where its store is gone.
+        Raises DataError, with the file, if it differs from the manifest; ResourceError if its store is unreachable.
         """
         entry, group_rows = self.manifest.shards[shard], self.manifest.group_rows
         expected = min(group_rows, entry.rows - group * group_rows)
         with self._reading(f"{entry.file}, row group {group}"):
             file = self._file(shard)
-            if doubtful := check_group(file.metadata, group, entry.bytes, self._peek(entry)):
-                check_dictionaries(self._parquet(entry, doubtful), group, entry.bytes)
+            if suspects := check_group(file.metadata, group, entry.bytes, self._peek(entry)):
+                check_dictionaries(self._parquet(entry, suspects), group, entry.bytes)
             table = file.read_row_group(group)
             if table.num_rows != expected:
-                raise DataError(f"has {table.num_rows} rows where the manifest says {expected}")
+                raise DataError(f"Got {table.num_rows} rows; the manifest says {expected}")
             return [from_row(row) for row in table.to_pylist()]
 
     def keys(self) -> Iterator[list[str]]:
-        """The keys of every shard, in order; nothing else of it is read."""
+        """Yield the keys of every shard, in order, without reading the other columns."""
         for number, entry in enumerate(self.manifest.shards):
             with self._reading(entry.file):
                 file = self._file(number)
@@ -289,28 +292,23 @@ class Dataset:
             yield keys
 
     @contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
-        """What a file says wrong is the data's error, all else its store's."""
+    def _reading(self, file: str) -> Iterator[None]:
+        """Convert errors of the file's content to DataError and all others to ResourceError."""
         try:
             yield
         except (ConnectionError, TimeoutError) as error:
-            raise unreachable(f"{self.path}/{what}", error) from None
-        except (
-            pa.ArrowException,
-            OSError,
-            ValueError,
-            IndexError,
-            TypeError,
-        ) as error:  # ValueError: not UTF-8
+            raise unreachable(f"{self.path}/{file}", error) from None
+        # ValueError: not UTF-8
+        except (pa.ArrowException, OSError, ValueError, IndexError, TypeError) as error:
             raise DataError(
-                f"{self.path}/{what}: {' '.join(str(error).split())}; "
-                f"run `bridgework data verify {self.path}`, then fetch or write the dataset again"
+                f"{self.path}/{file}: {' '.join(str(error).split())}. Fix: run "
+                f"`bridgework data verify {self.path}`, then fetch or write the dataset again"
             ) from None
-        except Exception as error:  # of the package that speaks with the store
-            raise unreachable(f"{self.path}/{what}", error) from None
+        except Exception as error:  # from the client library of the store
+            raise unreachable(f"{self.path}/{file}", error) from None
 
     def samples(self) -> Iterator[Sample]:
-        """All samples, in order."""
+        """Yield all samples, in order."""
         for shard, entry in enumerate(self.manifest.shards):
             for group in range(-(-entry.rows // self.manifest.group_rows)):
                 yield from self.read_group(shard, group)
@@ -324,16 +322,16 @@ class Dataset:
         return self._files[shard]
 
     def _open(self, shard: Shard) -> pq.ParquetFile:
-        """Size, rows and schema are cheap to check here; `verify` reads every byte."""
+        """Open a shard and check its size, row count and schema, which is cheap; `verify` reads every byte."""
         fs, root = find_store(self.path)
         size = fs.size(f"{root}/{shard.file}")
         if size != shard.bytes:
-            raise DataError(f"{size} bytes where the manifest says {shard.bytes}")
+            raise DataError(f"Got {size} bytes; the manifest says {shard.bytes}")
         file = self._parquet(shard)
         if file.metadata.num_rows != shard.rows:
-            raise DataError(f"{file.metadata.num_rows} rows where the manifest says {shard.rows}")
+            raise DataError(f"Got {file.metadata.num_rows} rows; the manifest says {shard.rows}")
         if not file.schema_arrow.equals(SCHEMA):
-            raise DataError("its columns are not those of a bridgework shard")
+            raise DataError("the columns are not those of a bridgework shard")
         return file
 
     def _peek(self, shard: Shard) -> Callable[[int, int], bytes]:
@@ -342,21 +340,21 @@ class Dataset:
 
     def _parquet(self, shard: Shard, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
         fs, root = find_store(self.path)
-        how: Any = {"read_dictionary": list(dictionaries), "page_checksum_verification": True}
-        return pq.ParquetFile(f"{root}/{shard.file}", filesystem=fs, **how)
+        options: Any = {"read_dictionary": list(dictionaries), "page_checksum_verification": True}
+        return pq.ParquetFile(f"{root}/{shard.file}", filesystem=fs, **options)
 
 
 def open_dataset(path: str) -> Dataset:
-    """The dataset at `path` (a folder or a URL), for reading. Raises DataError when there is none."""
+    """Open the dataset at `path` (a folder or a URL) for reading. Raises DataError if there is none."""
     return Dataset(path)
 
 
-# --- is it what the manifest says? -----------------------------------------------------------------------------------
+# --- verification ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and the file it is wrong in."""
+    """A defect that `verify` found, and its file."""
 
     file: str
     what: str
@@ -365,11 +363,11 @@ class Problem:
 def verify(
     path: str, *, images: bool = True, progress: Callable[[int, int], None] | None = None
 ) -> list[Problem]:
-    """Every problem of the dataset at `path`; none means that it is sound.
+    """Return every problem of the dataset at `path`; an empty list means that it is valid.
 
-    Finds missing and unlisted files, truncated, changed and swapped shards, wrong counts and row groups, keys that
-    stand twice and, unless `images` is off (decoding is most of the time), images that cannot be decoded.
-    `progress` is told (rows done, rows in all).
+    Finds missing and unlisted files, truncated, changed and swapped shards, wrong counts and row groups, duplicate
+    keys and images that cannot be decoded. `images=False` skips decoding, which takes most of the time.
+    `progress` is called with (rows done, total rows).
     """
     try:
         dataset = Dataset(path)
@@ -391,7 +389,7 @@ def _unlisted(dataset: Dataset) -> list[Problem]:
     known = {FILE, *(shard.file for shard in dataset.manifest.shards)}
     names = sorted(str(name).removeprefix(root).lstrip("/") for name in fs.find(root))
     return [
-        Problem(name, "is not in the manifest; delete it, or find out whose it is")
+        Problem(name, "is not in the manifest. Fix: delete it or move it out of the dataset")
         for name in names
         if name not in known
         and not name.startswith(NOTES)
@@ -400,14 +398,14 @@ def _unlisted(dataset: Dataset) -> list[Problem]:
 
 
 def _changed(dataset: Dataset, shard: Shard) -> list[Problem]:
-    """What the file's bytes alone tell."""
+    """Return the problems that the size and sha256 of a shard show."""
     fs, root = find_store(dataset.path)
     path = f"{root}/{shard.file}"
     if not fs.exists(path):
         return [Problem(shard.file, "is missing")]
     size = fs.size(path)
     if size != shard.bytes:
-        return [Problem(shard.file, f"has {size} bytes where the manifest says {shard.bytes}")]
+        return [Problem(shard.file, f"has {size} bytes; the manifest says {shard.bytes}")]
     sha256 = hashlib.sha256()
     with fs.open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -427,12 +425,9 @@ def _changed(dataset: Dataset, shard: Shard) -> list[Problem]:
 
 
 def _wrong_rows(dataset: Dataset, number: int, keys: dict[str, str], images: bool) -> list[Problem]:
-    """What the rows tell, in a file whose bytes are as they were written. `keys`: key -> the file it was seen in."""
-    shard, group_rows, problems = (
-        dataset.manifest.shards[number],
-        dataset.manifest.group_rows,
-        list[Problem](),
-    )
+    """Return the problems in the rows of an unchanged shard. `keys` maps every key seen so far to its file."""
+    shard, group_rows = dataset.manifest.shards[number], dataset.manifest.group_rows
+    problems: list[Problem] = []
     for group, first in enumerate(range(0, shard.rows, group_rows)):
         try:
             rows = dataset.read_group(number, group)
@@ -442,11 +437,8 @@ def _wrong_rows(dataset: Dataset, number: int, keys: dict[str, str], images: boo
             problems.append(Problem(shard.file, f"row group {group} has {len(rows)} rows"))
         for sample in rows:
             if sample.key in keys:
-                problems.append(
-                    Problem(
-                        shard.file, f"the key {sample.key!r} stood already in {keys[sample.key]}"
-                    )
-                )
+                duplicate = f"duplicate key {sample.key!r}, also in {keys[sample.key]}"
+                problems.append(Problem(shard.file, duplicate))
             keys[sample.key] = shard.file
             problems += _undecodable(shard.file, sample) if images else []
     return problems

@@ -1,6 +1,6 @@
-"""What a dataset says of itself: manifest.json beside its shards. Its digest is the dataset's name everywhere.
+"""Manifests: manifest.json, next to the shards of a dataset. Its digest identifies the dataset everywhere.
 
-The digest covers every shard's sha256, so two folders with one digest hold the same bytes.
+The digest covers every shard's sha256, so two folders with the same digest hold the same bytes.
 """
 
 import hashlib
@@ -17,9 +17,8 @@ from bridgework.errors import DataError
 from bridgework.storage import find_store, unreachable
 
 FILE = "manifest.json"
-_PLAIN = re.compile(
-    r"[\w-][\w.-]{0,199}\.parquet", re.ASCII
-)  # a shard's name: a file of the manifest's own folder
+# name of a shard: a file in the manifest's own folder
+_SHARD_NAME = re.compile(r"[\w-][\w.-]{0,199}\.parquet", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Rows, shards, and where they came from. Every row group but a shard's last has `group_rows` rows."""
+    """Rows, shards and origin of a dataset. Every row group except a shard's last has `group_rows` rows."""
 
     rows: int
     group_rows: int
@@ -43,19 +42,15 @@ class Manifest:
     license: str
     made_by: str  # importer or curation
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    parents: tuple[str, ...] = ()  # digests of the datasets that this one was made from
-    quarantined: Mapping[str, int] = field(
-        default_factory=dict
-    )  # reason -> rows that the source had and this has not
-    left_out: Mapping[str, int] = field(
-        default_factory=dict
-    )  # sound rows that the importer had no use for, by kind
+    parents: tuple[str, ...] = ()  # digests of the datasets that this one was derived from
+    quarantined: Mapping[str, int] = field(default_factory=dict)  # reason -> rejected rows
+    left_out: Mapping[str, int] = field(default_factory=dict)  # kind -> valid rows, skipped
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA_VERSION:
             raise DataError(
-                f"the manifest is of schema {self.schema}, and this version reads {SCHEMA_VERSION}; import again"
+                f"unknown schema of the manifest. Got {self.schema}; expected {SCHEMA_VERSION}"
             )
         tables = (self.parameters, self.quarantined, self.left_out)
         if not all(
@@ -63,7 +58,7 @@ class Manifest:
             for table in tables
         ):
             raise DataError(
-                "the parameters, quarantined or left_out rows in the manifest are no table of names"
+                "parameters, quarantined or left_out in the manifest is not a mapping of strings"
             )
         counts = (
             self.rows,
@@ -77,39 +72,39 @@ class Manifest:
             isinstance(text, str)
             for text in (self.source, self.license, self.made_by, *self.parents)
         ):
-            raise DataError("the source, license, maker or a parent in the manifest is no text")
+            raise DataError("source, license, made_by or a parent in the manifest is not a string")
         if self.rows != sum(shard.rows for shard in self.shards):
             raise DataError(
                 f"the manifest counts {self.rows} rows, its shards {sum(s.rows for s in self.shards)}"
             )
         if not all(
-            isinstance(shard.file, str) and _PLAIN.fullmatch(shard.file) for shard in self.shards
+            isinstance(shard.file, str) and _SHARD_NAME.fullmatch(shard.file)
+            for shard in self.shards
         ):
             raise DataError(
-                "the manifest names a shard outside its own folder, or by no plain name NAME.parquet"
+                "the manifest names a shard outside its own folder; expected names NAME.parquet"
             )
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) of the canonical JSON of all fields."""
+        """SHA-256 (hex) of the canonical JSON of all fields."""
         return hashlib.sha256(json.dumps(self._fields(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        told = self._fields() | {"digest": self.digest}
-        return json.dumps(told, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        """Return the content of manifest.json: all fields and the digest."""
+        fields = self._fields() | {"digest": self.digest}
+        return json.dumps(fields, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     def _fields(self) -> dict[str, Any]:
         fields = asdict(self)
         fields[LICENSE] = fields.pop("license")
-        if (
-            not self.left_out
-        ):  # digests of datasets that were made before it was counted stay what they were
+        if not self.left_out:  # keeps the digests of datasets from before this field existed
             del fields["left_out"]
         return fields
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Raises DataError for what is no manifest, or one that no longer matches the digest inside it."""
+        """Parse manifest.json. Raises DataError if it is not a manifest or does not match its own digest."""
         try:
             fields = json.loads(text)
             digest = fields.pop("digest")
@@ -126,43 +121,46 @@ class Manifest:
 
 
 def read_manifest(path: str) -> Manifest:
-    """The manifest of the dataset at `path` (a folder or a URL).
+    """Read the manifest of the dataset at `path` (a folder or a URL).
 
-    Raises DataError when it is missing or broken, ResourceError where its store does not answer.
+    Raises DataError if it is missing or corrupt, ResourceError if its store is unreachable.
     """
     fs, root = find_store(path)
     try:
         data = fs.cat_file(f"{root}/{FILE}")
     except (FileNotFoundError, NotADirectoryError):
-        torn = fs.exists(root) and any(
+        has_shards = fs.exists(root) and any(
             str(name).endswith(".parquet") for name in fs.ls(root, detail=False)
         )
-        why = (
-            "shards but no manifest: a writer was cut off; write it again"
-            if torn
+        problem = (
+            "shards but no manifest, because a write was interrupted. Fix: write it again"
+            if has_shards
             else "no dataset here"
         )
-        raise DataError(f"{path}: {why} (looked for {FILE})") from None
-    except Exception as error:  # of the package that speaks with the store
+        raise DataError(f"{path}: {problem} (expected {FILE})") from None
+    except Exception as error:  # from the client library of the store
         raise unreachable(f"{path}/{FILE}", error) from None
     try:
         return Manifest.from_json(data.decode())
     except UnicodeDecodeError as error:
         raise DataError(f"{path}/{FILE}: not a manifest: {error}") from None
     except DataError as error:
-        raise DataError(f"{path}/{FILE}: {error}; restore it, or write the dataset again") from None
+        raise DataError(
+            f"{path}/{FILE}: {error}. Fix: restore it, or write the dataset again"
+        ) from None
 
 
 def refuse_within(dest: str) -> None:
-    """Raises DataError for a place inside a dataset, where `verify` would find files that are not its own."""
+    """Raise DataError if `dest` is inside a dataset, because `verify` would report its files."""
     fs, root = find_store(dest)
     folder = root.rstrip("/").rpartition("/")[0]
     while folder:
-        with suppress(DataError, OSError):  # no manifest of ours, or a folder that is closed to us
+        with suppress(DataError, OSError):  # another manifest.json, or no permission
             if fs.exists(f"{folder}/{FILE}") and read_manifest(fs.unstrip_protocol(folder)):
                 break
         folder = folder.rpartition("/")[0]
     if folder:
         raise DataError(
-            f"{dest} lies inside the dataset {folder}, which is not to change; choose another place"
+            f"{dest} is inside the dataset {folder}, which must not change. "
+            "Fix: choose another destination"
         )

@@ -1,4 +1,4 @@
-"""A mixture by name or file, without a system; and what its alpha, factors and caps make of the sizes."""
+"""Load a mixture without a system, and report the share of each source after alpha, factors and caps."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from bridgework.errors import DataError, SpecError
 from bridgework.mixture import Group, Mixture, Source
 from bridgework.system import Layout, Pixels
 
-PER_LANE = 4  # samples of a lane and step, where nobody says how large a batch is
+PER_LANE = 4  # default samples of a lane and step, without a batch size
 
 
 @config_class
 class ByteModelConfig:
-    """Reads anything, for a mixture that no model stands behind: bytes as tokens, small squares, no limit of length."""
+    """Input format for a mixture without a model: bytes as tokens, small images, no length limit."""
 
     pixels: ClassVar[Pixels] = Pixels(size=32)
     tokenizer: ClassVar[str] = "bytes"
@@ -40,37 +40,37 @@ class ByteModelConfig:
         return self.image_tokens
 
     def build(self, *, pretrained: bool = True) -> Any:
-        """Raises SpecError: there is nothing to build."""
-        raise SpecError("a mixture alone has no model; name a system")
+        """Raise SpecError, because a mixture has no model."""
+        raise SpecError("a mixture has no model to build. Fix: give a system instead")
 
     def tiny(self) -> Self:
         return self
 
 
-def load(words: str) -> Mixture:
-    """The mixture in a JSON file, that a function gives (`my_lab.mixtures:web`), or of one dataset.
+def load(name: str) -> Mixture:
+    """Load a mixture from a JSON file, a function (`my_lab.mixtures:web`), or the name of one dataset.
 
-    The JSON has the fields of `Mixture`; a source with `sources` of its own is a group. Raises SpecError for what is
-    none of these.
+    The JSON has the fields of `Mixture`; a source with its own `sources` is a group. Raises SpecError if it is not a
+    mixture.
     """
-    if words.endswith(".json"):
-        return _read(Path(words))
-    module, colon, function = words.partition(":")
-    if colon and "/" not in words:
+    if name.endswith(".json"):
+        return _read(Path(name))
+    module, colon, function = name.partition(":")
+    if colon and "/" not in name:
         return _call(module, function)
-    return Mixture(
-        sources=(Source(name=Path(words).name.replace(".", "-") or "dataset", dataset=words),)
-    )
+    source = Source(name=Path(name).name.replace(".", "-") or "dataset", dataset=name)
+    return Mixture(sources=(source,))
 
 
 def _read(file: Path) -> Mixture:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{file} is no mixture in JSON: {error}") from None
+        raise SpecError(f"{file}: not a mixture in JSON: {error}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("sources"), list):
         raise SpecError(
-            f'{file} is no mixture: write {{"sources": [{{"name": "web", "dataset": "PATH"}}, ..], "alpha": 0.5}}'
+            f'{file}: not a mixture. Expected {{"sources": [{{"name": "web", "dataset": "PATH"}}, '
+            '..], "alpha": 0.5}'
         )
     try:
         sources = tuple(
@@ -78,7 +78,7 @@ def _read(file: Path) -> Mixture:
         )
         return override(Mixture(sources=sources), fields)
     except RecursionError:
-        raise SpecError(f"{file}: its groups lie too deep in one another") from None
+        raise SpecError(f"{file}: its groups are nested too deeply") from None
 
 
 def _node(fields: Any, where: str) -> Source | Group:
@@ -90,7 +90,8 @@ def _node(fields: Any, where: str) -> Source | Group:
         or not isinstance(fields[given[0]], kinds[given[0]])
     ):
         raise SpecError(
-            f"{where}: a source has a name and a dataset, a group a name and a list of sources; got {fields!r}"
+            f"{where}: Got {fields!r}; expected a source (name and dataset) or a group (name and "
+            "list of sources)"
         )
     rest = {
         key: value for key, value in fields.items() if key not in ("name", "dataset", "sources")
@@ -103,63 +104,64 @@ def _node(fields: Any, where: str) -> Source | Group:
 
 def _call(module: str, function: str) -> Mixture:
     try:
-        give = getattr(import_module(module), function)
-        signature(give).bind()
+        build = getattr(import_module(module), function)
+        signature(build).bind()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise SpecError(
-            f"there is no mixture {module}:{function} ({error}); give a function without arguments"
+            f"mixture {module}:{function} not found ({error}). Fix: give a function without arguments"
         ) from None
-    made = give()  # what it raises is its own
-    if not isinstance(made, Mixture):
-        raise SpecError(
-            f"{module}:{function} gives a {type(made).__name__}, and a Mixture is wanted"
-        )
-    return made
+    mixture = build()  # its own errors are not converted
+    if not isinstance(mixture, Mixture):
+        raise SpecError(f"{module}:{function}: Got a {type(mixture).__name__}; expected a Mixture")
+    return mixture
 
 
 @dataclass(frozen=True)
-class Explained:
-    """One source: its share of the samples as one rule after the other is applied, in [0, 1]."""
+class SourceReport:
+    """Share of one source in the samples, in [0, 1], after each rule of the mixture."""
 
     name: str
     rows: int
     by_size: float
-    by_alpha: float  # size**alpha, in its group and of its group
-    by_factor: float  # ... times the manual factors: what is asked for
-    by_cap: float  # ... within max_epochs: what is planned
-    realized: float  # of the samples that the budget draws
+    by_alpha: float  # size**alpha, within its group and of its group
+    by_factor: float  # ... times the manual factors: requested
+    by_cap: float  # ... within max_epochs: planned
+    realized: float  # share of the samples in the budget
     epochs: float
     capped: bool
-    known: bool  # its dataset is here; else `rows` are those that the recipe names
+    known: bool  # False if the dataset is missing and `rows` is the number in the recipe
 
 
 def one_epoch(mixture: Mixture, rows: Sequence[int], batch: int | None = None) -> tuple[int, int]:
-    """(samples of a step, steps) of one pass over all rows, or of fewer where caps allow no more.
+    """Return (samples per step, steps) of one pass over all rows, or over fewer if the caps require it.
 
-    `rows` holds the sizes of the sources. Without `batch`, a step has PER_LANE samples of each lane,
-    or fewer where the caps of all sources give no such batch.
+    `rows` holds the sizes of the sources. By default, a step has PER_LANE samples per lane, or fewer
+    if the caps of all sources allow no such batch.
     """
-    most: float = sum(rows)
-    caps = [source.max_epochs for source in mixture.leaves]
-    given = [n * cap for n, cap in zip(rows, caps, strict=True) if cap is not None]
-    if len(given) == len(rows):
-        most = min(most, sum(given))
-        size = batch or mixture.lanes * max(1, min(PER_LANE, int(most) // mixture.lanes))
-        return size, max(1, int(most) // size)
+    total: float = sum(rows)
+    max_epochs = [source.max_epochs for source in mixture.leaves]
+    caps = [n * epochs for n, epochs in zip(rows, max_epochs, strict=True) if epochs is not None]
+    if len(caps) == len(rows):
+        total = min(total, sum(caps))
+        size = batch or mixture.lanes * max(1, min(PER_LANE, int(total) // mixture.lanes))
+        return size, max(1, int(total) // size)
     size = batch or mixture.lanes * PER_LANE
     return size, -(-sum(rows) // size)
 
 
-def explain(mixture: Mixture, home: Path, *, batch: int, steps: int) -> list[Explained]:
-    """What every source gives to `steps` batches, and why. Raises DataError for a source of unknown size."""
+def explain(mixture: Mixture, home: Path, *, batch: int, steps: int) -> list[SourceReport]:
+    """Return the share of every source in `steps` batches, rule by rule.
+
+    Raises DataError for a source of unknown size.
+    """
     sizes = [_size(source, home) for source in mixture.leaves]
     rows = [rows for rows, _ in sizes]
     sources = [SourceRows(s.name, s.name, n, 1) for s, n in zip(mixture.leaves, rows, strict=True)]
     plan = Plan(sources, mixture, batch=batch, steps=steps, seed=0)
     drawn = plan.realized(steps)
-    plain = requested(_without_factors(mixture), rows)
+    alphas = requested(_without_factors(mixture), rows)
     return [
-        Explained(
+        SourceReport(
             name=share.name,
             rows=n,
             by_size=n / sum(rows),
@@ -171,20 +173,23 @@ def explain(mixture: Mixture, home: Path, *, batch: int, steps: int) -> list[Exp
             capped=share.capped,
             known=known,
         )
-        for share, (n, known), alpha in zip(plan.shares, sizes, plain, strict=True)
+        for share, (n, known), alpha in zip(plan.shares, sizes, alphas, strict=True)
     ]
 
 
 def _without_factors(mixture: Mixture) -> Mixture:
-    def plain(node: Source | Group) -> Source | Group:
+    """Return the mixture with all factors set to 1."""
+
+    def reset(node: Source | Group) -> Source | Group:
         if isinstance(node, Group):
-            return replace(node, factor=1.0, sources=tuple(plain(inner) for inner in node.sources))
+            return replace(node, factor=1.0, sources=tuple(reset(inner) for inner in node.sources))
         return replace(node, factor=1.0)
 
-    return replace(mixture, sources=tuple(plain(node) for node in mixture.sources))
+    return replace(mixture, sources=tuple(reset(node) for node in mixture.sources))
 
 
 def _size(source: Source, home: Path) -> tuple[int, bool]:
+    """Return (rows, True) of a source's dataset, or (rows of the recipe, False) if it is missing."""
     try:
         return read_manifest(resolve(source.dataset, home)).rows, True
     except DataError:

@@ -1,4 +1,4 @@
-"""Names of files, runs and datasets: which are plain paths, which are addresses, which harm."""
+"""Checks of the names of files, runs and datasets: plain paths, URLs, unsafe characters."""
 
 import re
 from itertools import filterfalse
@@ -6,45 +6,44 @@ from unicodedata import category
 
 from bridgework.errors import DataError
 
-MAX_BYTES = 240  # of a name of our own making: file systems allow 255, and endings are added to it
+MAX_BYTES = 240  # of a name that we write: file systems allow 255, and suffixes are added
 
 _ADDRESS = re.compile(
     r"\s*(?://|[a-z][a-z0-9+.-]*://|(?:about|blob|cid|data|file|ftp|https?|javascript|mailto):)",
     re.IGNORECASE,
 )
 _DRIVE = re.compile(r"[A-Za-z]:/")  # of Windows
-_TURNED = frozenset(
-    map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A)))
-)  # of bidirectional text
+_BIDI_CONTROLS = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
 
 
 def address(name: str) -> bool:
-    """True if `name` is a URL rather than a path."""
+    """Return True if `name` is a URL rather than a path."""
     return _ADDRESS.match(name) is not None
 
 
 def plain(name: str) -> bool:
-    """True if `name` is a path that stays inside its folder, without control characters."""
+    """Return True if `name` is a path that stays inside its folder, without control characters."""
     outside = name.startswith("/") or ".." in name.split("/") or "\\" in name or _DRIVE.match(name)
     return not outside and not has_control(name)
 
 
 def has_control(name: str) -> bool:
-    """True if a letter of `name` moves what follows it or is not printed: line breaks, NUL, turned text."""
+    """Return True if `name` has a control character, e.g. a line break, NUL, or a bidirectional override."""
     return any(map(_is_control, filterfalse(str.isprintable, name)))
 
 
 def check_place(dest: str) -> None:
-    """Raises DataError for a path or URL that no folder of ours can be made at."""
+    """Raise DataError if `dest` (a path or URL) cannot be the name of a new folder."""
     if has_control(dest):
         raise DataError(
-            f"{dest!r} holds a line break or another control character. Fix: leave it out"
+            f"{dest!r} contains a line break or another control character. Fix: remove it"
         )
     if (size := max(len(part.encode(errors="replace")) for part in dest.split("/"))) > MAX_BYTES:
         raise DataError(
-            f"{dest[:80]!r}.. holds a name of {size} bytes. At most {MAX_BYTES} are allowed. Fix: give a shorter one"
+            f"{dest[:80]!r}.. contains a name that is too long. Got {size} bytes; "
+            f"expected at most {MAX_BYTES}. Fix: use a shorter name"
         )
 
 
 def _is_control(letter: str) -> bool:
-    return category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _TURNED
+    return category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _BIDI_CONTROLS

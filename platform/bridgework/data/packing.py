@@ -1,7 +1,7 @@
-"""How a lane's window becomes steps: rows are packed into sequences, sequences laid out so that steps cost alike.
+"""Pack the rows of a lane's window into sequences and balance the cost of its steps.
 
-Both are functions of the rows and their order alone. Every lane puts its dearest step at the same place of the window,
-so what is left of the differences falls on all ranks at once.
+Both depend on the rows and their order only. Every lane has its most expensive step at the same position of the
+window, so the remaining differences occur on all ranks at once.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What a sequence holds at most."""
+    """Maximum content of a packed sequence."""
 
     tokens: int
     samples: int
@@ -25,41 +25,43 @@ class _Bin:
 
 
 def first_fit(tokens: Sequence[int], images: Sequence[int], limits: Limits) -> list[list[int]]:
-    """The rows of every sequence, as places in `tokens`: longest first, each into the first sequence with room.
+    """Return the rows of every sequence, as indices into `tokens`: first-fit decreasing bin packing by length.
 
-    A row that is over a limit by itself has a sequence of its own.
+    A row that exceeds a limit by itself has a sequence of its own.
     """
     bins: list[_Bin] = []
     for row in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
-        found = next((b for b in bins if _fits(b, tokens[row], images[row], limits)), None)
-        if found is None:
+        bin_ = next((b for b in bins if _fits(b, tokens[row], images[row], limits)), None)
+        if bin_ is None:
             bins.append(_Bin([row], tokens[row], images[row]))
         else:
-            found.rows.append(row)
-            found.tokens += tokens[row]
-            found.images += images[row]
+            bin_.rows.append(row)
+            bin_.tokens += tokens[row]
+            bin_.images += images[row]
     return [sorted(b.rows) for b in bins]
 
 
-def _fits(found: _Bin, tokens: int, images: int, limits: Limits) -> bool:
+def _fits(bin_: _Bin, tokens: int, images: int, limits: Limits) -> bool:
     return (
-        found.tokens + tokens <= limits.tokens
-        and len(found.rows) < limits.samples
-        and (limits.images is None or found.images + images <= limits.images)
+        bin_.tokens + tokens <= limits.tokens
+        and len(bin_.rows) < limits.samples
+        and (limits.images is None or bin_.images + images <= limits.images)
     )
 
 
 def balance(costs: Sequence[int], steps: int) -> list[list[int]]:
-    """The places in `costs` of every step, dearest step first: equally many each (one less in some), of like cost.
+    """Return the indices into `costs` for each of `steps`, most expensive step first.
 
-    Round by round, dearest first, every step takes one: the step that cost least so far takes the dearest.
+    All steps have the same number of items, or one fewer, and similar sums. In each round every step takes one item:
+    the step with the lowest sum so far takes the most expensive item.
     """
-    dearest = sorted(range(len(costs)), key=lambda i: -costs[i])
-    laid: list[list[int]] = [[] for _ in range(steps)]
+    expensive_first = sorted(range(len(costs)), key=lambda i: -costs[i])
+    items: list[list[int]] = [[] for _ in range(steps)]
     sums = [0] * steps
-    for first in range(0, len(dearest), steps):
-        cheapest = sorted(range(steps), key=sums.__getitem__)
-        for step, item in zip(cheapest, dearest[first : first + steps], strict=False):
-            laid[step].append(item)
+    for first in range(0, len(costs), steps):
+        cheapest_first = sorted(range(steps), key=sums.__getitem__)
+        batch = expensive_first[first : first + steps]
+        for step, item in zip(cheapest_first, batch, strict=False):
+            items[step].append(item)
             sums[step] += costs[item]
-    return [laid[step] for step in sorted(range(steps), key=lambda step: -sums[step])]
+    return [items[step] for step in sorted(range(steps), key=lambda step: -sums[step])]

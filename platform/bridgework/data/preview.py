@@ -1,11 +1,9 @@
-"""A few samples, the way they are stored or the way a stage's model reads them; `preview_page` shows them.
+"""Preview samples as stored or as a stage's model reads them, in a terminal or as one self-contained HTML file.
 
-A stage's text is decoded back from the token ids, so what stands here is what the model gets: cut where it is cut, with
-loss where the labels have it.
+The text of a stage is decoded from the token ids, so it is exactly the input of the model, with its truncation and the
+loss of its labels.
 
 # T tokens  S side in pixels
-
-Shows previews: in a terminal, or as one HTML file that needs nothing beside it.
 """
 
 import base64
@@ -39,12 +37,14 @@ from bridgework.data.tokenization import Encoded, SampleEncoder, load_tokenizer
 from bridgework.system import END, IGNORE, IMAGE, Pixels, Source, Stage
 
 Kind = Literal["text", "loss", "image", "role"]
-SIDE = 256  # pixels: a picture as it is stored is shown no larger
+SIDE = 256  # pixels: maximum side of the preview of a stored image
+CELLS = 24  # maximum side of an image in a terminal, in columns; a line holds two rows of pixels
+STYLES = {"text": "", "loss": "bold green", "image": "cyan", "role": "dim"}
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of the text: read, read with loss, the place of an image, or the name of who speaks."""
+    """A piece of the text: without loss, with loss, the place of an image, or the name of a role."""
 
     text: str
     kind: Kind
@@ -52,85 +52,87 @@ class Span:
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens of one row."""
+    """Token counts of one row."""
 
     tokens: int
-    images: int  # places that images fill
-    loss: int
+    images: int  # tokens of images
+    loss: int  # tokens with loss
 
 
 @dataclass(frozen=True)
 class Preview:
-    """One sample, ready to show."""
+    """Preview of one sample."""
 
     key: str
     source: str  # its name in the mixture, or the dataset's path
-    images: tuple[NDArray[np.uint8], ...]  # (3, height, width); (3, S, S) where a stage reads them
+    images: tuple[NDArray[np.uint8], ...]  # (3, height, width); (3, S, S) as read by a stage
     spans: tuple[Span, ...]
-    counts: Counts | None = None  # where a stage reads it
-    problem: str | None = None  # why it is, or would be, put aside
-    note: str | None = None  # what a run has on record of it
+    counts: Counts | None = None  # only as read by a stage
+    problem: str | None = None  # reason why it is, or would be, quarantined
+    note: str | None = None  # e.g. its recorded loss in a run
 
 
 def stored(path: str, n: int = 4, *, seed: int = 0) -> list[Preview]:
-    """`n` rows of the dataset at `path`, drawn by `seed`: whole pictures, texts by role, captions and answers as loss.
+    """Return previews of `n` random rows of the dataset at `path`, as stored.
 
+    They have complete images and texts by role; captions and answers are marked as loss.
     Raises DataError for a missing or corrupt dataset.
     """
     return [_stored(sample, path) for _, sample in _draw(path, n, [seed])]
 
 
 def read(stage: Stage, home: Path, n: int = 4, *, seed: int = 0) -> list[Preview]:
-    """`n` rows of each source of `stage`, drawn by `seed`, through its template, tokenizer and transform.
+    """Return previews of `n` random rows of each source of `stage`, with its template, tokenizer and image size.
 
-    Raises DataError for a missing or corrupt dataset, WeightsError where the stage's tokenizer is not to be had.
+    Raises DataError for a missing or corrupt dataset, WeightsError if the stage's tokenizer cannot be loaded.
     """
-    streams = SampleEncoder.of(stage.model, stage.data)
+    encoder = SampleEncoder.of(stage.model, stage.data)
     return [
-        _read(sample, source, choice, streams)
+        _read(sample, source, choice, encoder)
         for number, source in enumerate(stage.data.leaves)
         for choice, sample in _draw(resolve(source.dataset, home), n, [seed, number])
     ]
 
 
 def trained(rows: Sequence[Row], stage: Stage, notes: Sequence[str]) -> list[Preview]:
-    """The rows of a step as the model got them, each with its note.
+    """Return previews of the rows of a step as the model read them, each with its note.
 
-    Raises WeightsError where the stage's tokenizer is not to be had.
+    Raises WeightsError if the stage's tokenizer cannot be loaded.
     """
     model, tokenizer = stage.model, load_tokenizer(stage.model.tokenizer)
     names = [source.name for source in stage.data.leaves]
-    shown = []
+    previews = []
     for row, note in zip(rows, notes, strict=True):
-        places = [model.places(layout) for layout in row.layouts] or [
-            model.image_tokens
-        ] * row.shown
-        spans = _spans(Encoded(row.ids, row.labels, list(range(row.shown)), places), tokenizer)
-        counts = Counts(
-            len(row.ids), row.ids.count(IMAGE), len(row.labels) - row.labels.count(IGNORE)
+        places = [model.places(layout) for layout in row.layouts]
+        places = places or [model.image_tokens] * row.num_images
+        encoded = Encoded(row.ids, row.labels, list(range(row.num_images)), places)
+        spans, counts = tuple(_spans(encoded, tokenizer)), _token_counts(encoded)
+        previews.append(
+            Preview(row.key, names[row.source], tuple(row.images), spans, counts, note=note)
         )
-        shown.append(
-            Preview(row.key, names[row.source], tuple(row.images), tuple(spans), counts, note=note)
-        )
-    return shown
+    return previews
+
+
+def _token_counts(encoded: Encoded) -> Counts:
+    loss = len(encoded.labels) - encoded.labels.count(IGNORE)
+    return Counts(len(encoded.ids), encoded.ids.count(IMAGE), loss)
 
 
 def _draw(path: str, n: int, seed: Sequence[int]) -> Iterator[tuple[int, Sample]]:
-    """(a draw for its prompt, the sample) of `n` different rows, or of all if there are fewer."""
-    dataset, draw = open_dataset(path), np.random.default_rng(seed)
-    rows = np.sort(draw.choice(len(dataset), min(n, len(dataset)), replace=False))
-    for row, choice in zip(
-        rows.tolist(), draw.integers(2**32, size=len(rows)).tolist(), strict=True
-    ):
+    """Yield (random integer for its prompt, sample) of `n` different rows, or of all if there are fewer."""
+    dataset, rng = open_dataset(path), np.random.default_rng(seed)
+    rows = np.sort(rng.choice(len(dataset), min(n, len(dataset)), replace=False))
+    choices = rng.integers(2**32, size=len(rows))
+    for row, choice in zip(rows.tolist(), choices.tolist(), strict=True):
         shard, group, place = dataset.locate(row)
         yield choice, dataset.read_group(shard, group)[place]
 
 
-# --- as it is stored -------------------------------------------------------------------------------------------------
+# --- as stored -------------------------------------------------------------------------------------------------------
 
 
 def _stored(sample: Sample, path: str) -> Preview:
-    spans = tuple(_spoken(sample))
+    spans = tuple(_stored_spans(sample))
     try:
         images = tuple(_thumbnail(data) for data in sample.images)
     except BadSample as error:
@@ -138,7 +140,7 @@ def _stored(sample: Sample, path: str) -> Preview:
     return Preview(sample.key, path, images, spans)
 
 
-def _spoken(sample: Sample) -> Iterator[Span]:
+def _stored_spans(sample: Sample) -> Iterator[Span]:
     for role, parts in groupby(sample.parts, key=lambda part: part.role):
         yield Span(f"{role}: ", "role")
         for part in parts:
@@ -158,33 +160,32 @@ def _thumbnail(data: bytes) -> NDArray[np.uint8]:
     return np.asarray(image, np.uint8).transpose(2, 0, 1)
 
 
-# --- as a stage reads it ---------------------------------------------------------------------------------------------
+# --- as read by a stage ----------------------------------------------------------------------------------------------
 
 
-def _read(sample: Sample, source: Source, choice: int, streams: SampleEncoder) -> Preview:
+def _read(sample: Sample, source: Source, choice: int, encoder: SampleEncoder) -> Preview:
+    pixels = encoder.model.pixels
     try:
-        parts, pictures = (
-            read_as(source, sample, choice, video=streams.model.pixels.video),
-            streams.pictures(sample),
-        )
+        parts = read_as(source, sample, choice, video=pixels.video)
+        pictures = encoder.pictures(sample)
         layouts = [p.layout for p in pictures if p.layout is not None]
-        encoded = streams.read(sample, parts, layouts, choice=choice)
+        encoded = encoder.read(sample, parts, layouts, choice=choice)
         files = [sample.images[file] for i in encoded.images for file in pictures[i].files]
-        images = tuple(tile for file in files for tile in _tiles(file, streams.model.pixels))
+        images = tuple(tile for file in files for tile in _tiles(file, pixels))
     except BadSample as error:
-        return Preview(sample.key, source.name, (), tuple(_spoken(sample)), problem=str(error))
-    loss = len(encoded.labels) - encoded.labels.count(IGNORE)
-    counts = Counts(len(encoded.ids), encoded.ids.count(IMAGE), loss)
-    return Preview(
-        sample.key, source.name, images, tuple(_spans(encoded, streams.tokenizer)), counts
-    )
+        spans = tuple(_stored_spans(sample))
+        return Preview(sample.key, source.name, (), spans, problem=str(error))
+    spans = tuple(_spans(encoded, encoder.tokenizer))
+    return Preview(sample.key, source.name, images, spans, _token_counts(encoded))
 
 
 def _tiles(image: bytes, pixels: Pixels) -> NDArray[np.uint8]:
+    """Return the tiles of an image, (n, 3, S, S)."""
     return tile_image(decode(image), pixels)[0] if pixels.grids else load_image(image, pixels)[None]
 
 
 def _spans(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:
+    """Yield the text of an encoded row, decoded from its ids, with the places of its images."""
     sizes = iter(encoded.places)
     for special, run in groupby(
         zip(encoded.ids, encoded.labels, strict=True), key=lambda pair: min(pair[0], 0)
@@ -193,10 +194,10 @@ def _spans(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Iterator[Spa
         if special == END:
             yield from [_place("end")] * len(pairs)
         elif special == IMAGE:
-            shown = 0
-            while shown < len(pairs):
+            done = 0
+            while done < len(pairs):
                 size = next(sizes)
-                shown += size
+                done += size
                 yield _place(f"image: {size} token{'s' * (size > 1)}")
         else:
             yield from _decoded(pairs, tokenizer)
@@ -205,8 +206,11 @@ def _spans(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Iterator[Spa
 def _decoded(
     pairs: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Span]:
-    """Text of a stretch without images; each span is what its tokens add, as some tokenizers join words by context."""
-    ids, said = [token for token, _ in pairs], ""
+    """Yield the text of ids without images; each span is the text that its tokens add to those before.
+
+    Spans are not decoded separately, because some tokenizers join words by context.
+    """
+    ids, before = [token for token, _ in pairs], ""
     end = 0
     for loss, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
         end += len(list(run))
@@ -215,77 +219,72 @@ def _decoded(
                 ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
         )
-        yield Span(text[len(said) :], "loss" if loss else "text")
-        said = text
+        yield Span(text[len(before) :], "loss" if loss else "text")
+        before = text
 
 
-def _place(what: str) -> Span:
-    return Span(f"\u2039{what}\u203a", "image")
+def _place(name: str) -> Span:
+    return Span(f"\u2039{name}\u203a", "image")
 
 
-CELLS = 24  # side of a picture in a terminal, in columns; a line holds two rows of pixels
-STYLES = {"text": "", "loss": "bold green", "image": "cyan", "role": "dim"}
-
-
-def facts(shown: Preview) -> str:
-    """Where it is from and what it holds, in one line."""
-    said = [shown.source]
-    if shown.images:
-        _, height, width = shown.images[0].shape
-        more = f"{len(shown.images)} images, the first " if len(shown.images) > 1 else ""
-        said.append(f"{more}{width} x {height} px")
-    if shown.counts is not None:
-        counts = shown.counts
-        said.append(f"{counts.tokens} tokens: {counts.images} of images, {counts.loss} with loss")
-    if shown.note is not None:
-        said.append(shown.note)
-    return " · ".join(said)
+def _summary(preview: Preview) -> str:
+    """Return the source, image size, token counts and note of a preview in one line."""
+    items = [preview.source]
+    if preview.images:
+        _, height, width = preview.images[0].shape
+        more = f"{len(preview.images)} images, the first " if len(preview.images) > 1 else ""
+        items.append(f"{more}{width} x {height} px")
+    if (counts := preview.counts) is not None:
+        items.append(f"{counts.tokens} tokens: {counts.images} of images, {counts.loss} with loss")
+    if preview.note is not None:
+        items.append(preview.note)
+    return " · ".join(items)
 
 
 # --- in a terminal ---------------------------------------------------------------------------------------------------
 
-_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {
-    0x7F: 0x2421
-}
-_PICTURES |= dict.fromkeys(
+# control code -> Unicode's symbol for it; C1 and bidirectional controls -> replacement character
+_SYMBOLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
+_SYMBOLS |= {0x7F: 0x2421}
+_SYMBOLS |= dict.fromkeys(
     (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD
-)  # C1; bidi
+)
 
 
-def terminal(shown: Sequence[Preview], *, color: bool = True) -> RenderableType:
-    """All previews, for rich. Without `color` there are no pictures, and ⟦ ⟧ stand around what has loss."""
-    return Group(*(part for preview in shown for part in _entry(preview, color)))
+def terminal(previews: Sequence[Preview], *, color: bool = True) -> RenderableType:
+    """Return all previews, for rich. Without `color`, images are omitted and text with loss is in ⟦ ⟧."""
+    return Group(*(part for preview in previews for part in _entry(preview, color)))
 
 
-def _entry(shown: Preview, color: bool) -> list[RenderableType]:
-    head = Text.assemble((printable(shown.key), "bold"), "  ", (printable(facts(shown)), "dim"))
+def _entry(preview: Preview, color: bool) -> list[RenderableType]:
+    summary = printable(_summary(preview))
+    head = Text.assemble((printable(preview.key), "bold"), "  ", (summary, "dim"))
     body = Text()
-    for span in shown.spans:
+    for span in preview.spans:
         text = printable(_visible(span))
         body.append(text if color or span.kind != "loss" else f"⟦{text}⟧", STYLES[span.kind])
     body.rstrip()
     parts: list[RenderableType] = [head]
-    if shown.problem is not None:
-        parts.append(
-            Padding(Text(f"put aside: {printable(shown.problem)}", "bold red"), (0, 0, 0, 2))
-        )
+    if preview.problem is not None:
+        problem = Text(f"quarantined: {printable(preview.problem)}", "bold red")
+        parts.append(Padding(problem, (0, 0, 0, 2)))
     if color:
-        parts += [Padding(_blocks(image), (0, 0, 0, 2)) for image in shown.images]
+        parts += [Padding(_blocks(image), (0, 0, 0, 2)) for image in preview.images]
     return [*parts, Padding(body, (0, 0, 1, 2))]
 
 
 def printable(text: str) -> str:
-    """A text that cannot move the cursor, set a title or hide what follows: control codes become their pictures."""
-    return text.translate(_PICTURES)
+    """Replace control codes by visible symbols, so that a text cannot move the cursor, set a title or hide text."""
+    return text.translate(_SYMBOLS)
 
 
 def _visible(span: Span) -> str:
-    """A newline that has loss is easy to miss, and it is what ends a caption."""
+    """Mark newlines with loss, because they end a caption and are easy to miss."""
     return span.text.replace("\n", "↵\n") if span.kind == "loss" else span.text
 
 
 def _blocks(pixels: NDArray[np.uint8]) -> Text:
-    """Two rows of pixels a line: the upper one is the color of a half block, the lower one what lies behind it."""
+    """Draw two rows of pixels per line: the upper as the color of a half block, the lower as its background."""
     image = Image.fromarray(pixels.transpose(1, 2, 0))
     image.thumbnail((CELLS, CELLS))
     rows = np.asarray(image)
@@ -304,29 +303,26 @@ def _blocks(pixels: NDArray[np.uint8]) -> Text:
 # --- in a browser ----------------------------------------------------------------------------------------------------
 
 
-def page(shown: Sequence[Preview], title: str) -> str:
-    """One HTML document; pictures are PNG in data: URIs, every text is escaped, no host is asked for anything."""
-    template = Template(
-        files("bridgework.data").joinpath("preview.html").read_text(encoding="utf-8")
-    )
-    return template.substitute(title=escape(title), samples="\n".join(map(_article, shown)))
+def page(previews: Sequence[Preview], title: str) -> str:
+    """Return one HTML document, without external requests: images are data: URIs (PNG), all texts are escaped."""
+    html = files("bridgework.data").joinpath("preview.html").read_text(encoding="utf-8")
+    samples = "\n".join(map(_article, previews))
+    return Template(html).substitute(title=escape(title), samples=samples)
 
 
-def _article(shown: Preview) -> str:
+def _article(preview: Preview) -> str:
     images = "".join(
-        f'<img src="{_uri(image)}" alt="image {i}">' for i, image in enumerate(shown.images)
+        f'<img src="{_uri(image)}" alt="image {i}">' for i, image in enumerate(preview.images)
     )
     spans = "".join(
-        f'<span class="{span.kind}">{escape(_visible(span))}</span>' for span in shown.spans
+        f'<span class="{span.kind}">{escape(_visible(span))}</span>' for span in preview.spans
     )
-    problem = (
-        ""
-        if shown.problem is None
-        else f'<p class="problem">put aside: {escape(shown.problem)}</p>'
-    )
+    problem = preview.problem
+    problem = "" if problem is None else f'<p class="problem">quarantined: {escape(problem)}</p>'
     return (
-        f"<article><div class=images>{images}</div><div><h2>{escape(shown.key)}</h2>"
-        f"<p class=facts>{escape(facts(shown))}</p>{problem}<p class=text>{spans}</p></div></article>"
+        f"<article><div class=images>{images}</div><div><h2>{escape(preview.key)}</h2>"
+        f"<p class=facts>{escape(_summary(preview))}</p>{problem}<p class=text>{spans}</p>"
+        "</div></article>"
     )
 
 

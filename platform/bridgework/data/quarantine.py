@@ -1,7 +1,7 @@
-"""Where bad samples go: a reason code each, a table on disk, and a limit on their share.
+"""Quarantine of bad samples: a reason code for each, a table on disk, and a limit on their share.
 
-A folder of JSON-lines parts, each complete or absent, so that many readers may write to one table:
-{"dataset", "key", "row", "reason", "detail", "digest"} a line. What is read is what was planned minus what stands here.
+The table is a folder of JSON-lines parts, each complete or absent, so that many readers can write to it. Each line is
+{"dataset", "key", "row", "reason", "detail", "digest"}. A run reads the planned rows except those in its table.
 """
 
 import hashlib
@@ -20,16 +20,15 @@ from bridgework.storage import find_store
 
 SHARE = MAX_BAD
 FLUSH_ROWS = 1_000
-DETAIL_CHARS = 1_000  # of a record: a bad row may name a file by a million letters
+DETAIL_CHARS = 1_000  # of a record: a bad row may contain a file name of a million characters
 
 
 class Reason(StrEnum):
-    """Why a sample was put aside."""
+    """Reason codes of quarantined samples."""
 
     EMPTY_FILE = "empty_file"  # 0 bytes
-    NOT_AN_IMAGE = (
-        "not_an_image"  # no JPEG, PNG, WebP, GIF or BMP by its first bytes: HTML, a tar, a TIFF
-    )
+    # no JPEG, PNG, WebP, GIF or BMP by its first bytes, e.g. HTML, a tar, a TIFF
+    NOT_AN_IMAGE = "not_an_image"
     TRUNCATED = "truncated"
     CORRUPT = "corrupt"
     TOO_MANY_BYTES = "too_many_bytes"
@@ -38,21 +37,19 @@ class Reason(StrEnum):
     MISSING_IMAGE = "missing_image"
     OUTSIDE = "outside"  # the path of an image is absolute or leaves the folder
     EMPTY_TEXT = "empty_text"
-    PLACEHOLDERS = (
-        "placeholders"  # `<image>` stands in the text more or less often than there are images
-    )
-    BAD_ROW = "bad_row"  # the row is not what the format says
+    PLACEHOLDERS = "placeholders"  # number of `<image>` in the text differs from that of images
+    BAD_ROW = "bad_row"  # the row does not follow its format
     DUPLICATE_KEY = "duplicate_key"
-    LICENSE = "license"  # the row is not under the license of its dataset
-    NO_TARGET = "no_target"  # after tokenizing and cutting to length, nothing is left to learn from
+    LICENSE = "license"  # the row has another license than its dataset
+    NO_TARGET = "no_target"  # no token with loss after tokenizing and truncation
 
     @classmethod
     def _missing_(cls, value: object) -> "Reason | None":
-        return cls.LICENSE if value == "license" else None  # as tables were written before
+        return cls.LICENSE if value == "licence" else None  # spelling of older tables
 
 
 class BadSample(DataError):
-    """One sample is wrong; the rest of the dataset is not. `reason` is its code in the quarantine."""
+    """Error of a single sample that does not affect the others. `reason` is its code in the quarantine."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -60,34 +57,32 @@ class BadSample(DataError):
         self.detail = detail
 
     def __reduce__(self) -> tuple[type["BadSample"], tuple[Reason, str]]:
-        return type(self), (
-            self.reason,
-            self.detail,
-        )  # the default would hand the message to __init__
+        # the default would pass the message to __init__
+        return type(self), (self.reason, self.detail)
 
 
 class UnreadableFile(BadSample):
-    """A file that cannot be read, or not to its end: one row of the table, and nobody knows how many it held."""
+    """File that cannot be read to its end: one row of the table, although its number of rows is unknown."""
 
 
 class SkippedRow(Exception):
-    """A row is sound, and its importer has no use for it: `LeftOut("documents without an image")` is counted."""
+    """Valid row that the importer does not use, e.g. `SkippedRow("documents without an image")`; it is counted."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One bad row: of a dataset, by its manifest's digest, or of a source that is being imported, by its path."""
+    """One bad row, of a dataset (digest of its manifest) or of the source of an import (its path)."""
 
     dataset: str
     key: str
     row: int
     reason: Reason
     detail: str
-    digest: str = ""  # sha256 of the manifest, or of what the importer knew of the source
+    digest: str = ""  # sha256 of the manifest, or of the import's description of the source
 
 
 class Quarantine:
-    """Appends records to the table under `folder` (a path or a URL); a row that was added before is not added again."""
+    """Appends records to the table under `folder` (a path or a URL); a row is added only once."""
 
     def __init__(self, folder: str, *, limit: float = SHARE) -> None:
         self.folder = folder.rstrip("/")
@@ -99,7 +94,7 @@ class Quarantine:
     def add(
         self, dataset: str, key: str, row: int, error: BadSample, *, digest: str | None = None
     ) -> None:
-        """Put aside row `row` of `dataset` for what `error` says; without `digest`, `dataset` is one."""
+        """Add row `row` of `dataset` with the reason of `error`. `digest` defaults to `dataset`."""
         if (dataset, row) in self._seen:
             return
         self._seen.add((dataset, row))
@@ -119,42 +114,42 @@ class Quarantine:
         return f"{len(self)} rows quarantined ({counts})"
 
     def share(self, rows: int) -> float:
-        """Rows put aside, as a share of `rows`."""
+        """Return the quarantined rows as a share of `rows`."""
         return len(self) / rows if rows else 0.0
 
     def check(self, rows: int) -> None:
-        """Raises DataError, naming the table, if more than the limit's share of `rows` was put aside."""
+        """Raise DataError, with the path of the table, if the quarantined share of `rows` exceeds the limit."""
         if self.share(rows) > self.limit:
             self.flush()
             raise self._too_many(self.reasons, rows)
 
     def check_table(self, rows: int) -> None:
-        """`check` of the whole table: what all that write to it put aside."""
-        found = {(record.dataset, record.row): record.reason for record in records(self.folder)}
-        if len(found) > self.limit * rows:
-            raise self._too_many(Counter(found.values()), rows)
+        """Raise DataError as `check` does, for the rows of all writers of the table."""
+        reasons = {(record.dataset, record.row): record.reason for record in records(self.folder)}
+        if len(reasons) > self.limit * rows:
+            raise self._too_many(Counter(reasons.values()), rows)
 
     def _too_many(self, reasons: Counter[Reason], rows: int) -> DataError:
         counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
         bad = reasons.total()
         return DataError(
-            f"{bad} of {rows} rows are bad ({counts}): {bad / max(rows, 1):.2%}, and {self.limit:.2%} is allowed; "
-            f"read {self.folder}, then mend the source or allow a larger share (max_bad)"
+            f"{bad} of {rows} rows are bad ({counts}). Got {bad / max(rows, 1):.2%}; at most "
+            f"{self.limit:.2%} is allowed. "
+            f"Fix: read {self.folder}, then fix the source or raise max_bad"
         )
 
     def flush(self) -> bool:
-        """Write what is pending as one part: under a temporary name first, so no reader sees half of it.
+        """Write the pending records as one part, under a temporary name first, so readers see complete parts only.
 
-        False when nothing was.
+        Returns False if there were none.
         """
         if not self._pending:
             return False
         fs, folder = find_store(self.folder)
         fs.makedirs(folder, exist_ok=True)
         part = f"{folder}/part-{time.time_ns():020d}-{uuid4().hex[:6]}.jsonl"
-        with fs.open(
-            part + ".tmp", "w", encoding="utf-8", errors="backslashreplace"
-        ) as file:  # half a surrogate pair
+        # backslashreplace: for half of a surrogate pair
+        with fs.open(part + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(
                 json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in self._pending
             )
@@ -164,7 +159,7 @@ class Quarantine:
 
 
 def records(folder: str) -> Iterator[Record]:
-    """The table under `folder`, in the order of writing."""
+    """Yield the records of the table under `folder`, in the order of writing."""
     fs, root = find_store(folder)
     for part in sorted(fs.glob(f"{root.rstrip('/')}/part-*.jsonl")):
         with fs.open(part, encoding="utf-8") as file:
@@ -174,14 +169,17 @@ def records(folder: str) -> Iterator[Record]:
 
 
 def scratch_quarantine(home: Path, what: str) -> str:
-    """An empty table for who only looks, and must not write to a run's: under <home>/cache, named by what is read."""
+    """Clear and return a quarantine folder for read-only commands (preview, order), under <home>/cache.
+
+    Such commands must not write to the table of a run. `what` describes the data and determines the folder's name.
+    """
     folder = str(home / "cache" / "looked" / hashlib.sha256(what.encode()).hexdigest()[:12])
     clear(folder)
     return folder
 
 
 def clear(folder: str) -> None:
-    """Drop the table that an earlier, failed try left under `folder`."""
+    """Delete the table that an earlier, failed attempt left under `folder`."""
     fs, root = find_store(folder)
     for part in fs.glob(f"{root.rstrip('/')}/part-*.jsonl*"):
         fs.rm(part)

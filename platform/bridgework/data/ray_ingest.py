@@ -1,11 +1,11 @@
-"""The plan through Ray Data: one item (rank, window) goes to a reader actor and comes back as one row, its own block.
+"""Read the plan with Ray Data: a reader actor turns each item (rank, window) into a block of one row.
 
 Ray Train calls `PlanIngest.configure` at every start of a worker group, with the world size of that moment. The blocks
-of rank 0, 1, .., 0, 1, .. come in order and hold a row each, so the split, which hands the next block to the rank with
-the fewest rows, hands each rank its own. Every block says whose it is, and `from_ray` believes nothing else.
+of rank 0, 1, .., 0, 1, .. arrive in order and hold one row each. The split gives the next block to the rank with the
+fewest rows, so each rank gets its own blocks. Every block contains its rank and world size, and `from_ray` checks them.
 
-Ray unpickles what is here in a handful of processes at every stage; only readers and workers bring torch, which takes
-seconds to import: for all others the feed is sealed.
+Ray unpickles this module's objects in several processes per stage. Only readers and workers need torch, which takes
+seconds to import, so the config stays pickled bytes in all others.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from bridgework.data.collate import Row
     from bridgework.data.reader import Reader, ReaderConfig
 
-READER_CPUS = 0.25  # `readers` is the knob: on a small machine a whole CPU each would not fit beside the workers
+# `readers` sets the number: on a small machine, one CPU per reader would not fit next to the workers
+READER_CPUS = 0.25
 COUNTER_CPUS = 0.01
-STRETCH = 1_024  # items that enter Ray together: CLIP on 256 GPUs has 6 million
-FIELDS = pa.struct(  # of a Row, as they are
+ITEMS_PER_BLOCK = 1_024  # items that enter Ray together: CLIP on 256 GPUs has 6 million
+FIELDS = pa.struct(  # fields of a Row, unchanged
     [
         ("step", pa.int64()),
         ("place", pa.int64()),
@@ -41,17 +42,15 @@ FIELDS = pa.struct(  # of a Row, as they are
         ("layouts", pa.list_(pa.list_(pa.int32()))),
         ("instruction", pa.list_(pa.int32())),
         ("rejected", pa.list_(pa.list_(pa.int32()))),  # ids and labels, or null
-        ("shown", pa.int32()),
-        ("stands_for", pa.string()),
+        ("num_images", pa.int32()),
+        ("replaces", pa.string()),
     ]
 )
 IMAGES = pa.struct(
     [
-        ("shape", pa.list_(pa.int32())),  # four sizes are uint8 pixels, three are float16 features
-        (
-            "images",
-            pa.large_list(pa.uint8()),
-        ),  # bytes of the array, C order; a window can exceed the 2 GB of `list`
+        ("shape", pa.list_(pa.int32())),  # four sizes: uint8 pixels; three: float16 features
+        # bytes of the array, C order; large, because a window can exceed the 2 GB of `list`
+        ("images", pa.large_list(pa.uint8())),
     ]
 )
 ROW = pa.struct([*FIELDS, *IMAGES])
@@ -59,9 +58,9 @@ BLOCK = pa.schema([("rank", pa.int32()), ("world", pa.int32()), ("rows", pa.larg
 
 
 class PlanIngest(DataConfig):
-    """Feeds the workers of one stage; the `datasets` that a trainer was given only name the split ("train").
+    """Feeds the workers of one stage; the `datasets` of the trainer only name the split ("train").
 
-    `start` is asked at every start of a worker group for the next step: that of the newest complete checkpoint.
+    `start` is called at every start of a worker group and returns the next step, from the newest complete checkpoint.
     """
 
     def __init__(self, feed: "ReaderConfig", start: Callable[[], int], readers: int = 1) -> None:
@@ -79,7 +78,7 @@ class PlanIngest(DataConfig):
         worker_node_ids: list[str] | None = None,
         **kwargs: Any,
     ) -> list[dict[str, ray.data.DataIterator]]:
-        """One iterator per rank, for `ahead`. Raises SpecError where there are more ranks than lanes."""
+        """Return one iterator per rank, for `prefetch`. Raises SpecError if there are more ranks than lanes."""
         start = self.start()
         lanes_of(self.lanes, world_size - 1, world_size)
         items = max((-(-self.steps // self.span) - start // self.span) * world_size, 0)
@@ -92,25 +91,26 @@ class PlanIngest(DataConfig):
             num_cpus=READER_CPUS,
         )
         blocks.context.execution_options.preserve_order = True
-        blocks.context.target_max_block_size = (
-            1  # byte: each row is handed on at once, as a block of its own
-        )
+        # 1 byte, so that each row is passed on at once as a block of its own
+        blocks.context.target_max_block_size = 1
         return [{"train": split} for split in blocks.streaming_split(world_size, equal=False)]
 
 
 def range_dataset(items: int) -> ray.data.Dataset:
-    """The numbers from 0 on in a column `item`; they leave one by one where the context's blocks are of a byte.
+    """Return a dataset of the numbers 0 .. items - 1 in a column `item`.
 
-    They enter by the stretch: what enters alone costs a millisecond before the first is read.
+    They enter in blocks of ITEMS_PER_BLOCK, because a block of one item costs a millisecond before the first read.
+    They leave one by one if the context's maximum block size is 1 byte.
     """
-    first = range(0, max(items, 1), STRETCH)
-    stretches = [
-        pa.table({"item": np.arange(start, min(start + STRETCH, items))}) for start in first
+    starts = range(0, max(items, 1), ITEMS_PER_BLOCK)
+    blocks = [
+        pa.table({"item": np.arange(start, min(start + ITEMS_PER_BLOCK, items))})
+        for start in starts
     ]
-    # not `ray.data.range`, which would read each number in a task that asks for a whole CPU
-    entered: ray.data.Dataset = ray.data.from_blocks(stretches)
-    # one task at a time, or thousands of them would wait side by side, each in a process of its own
-    return entered.map_batches(
+    # not `ray.data.range`, which would read each number in a task that requests a CPU
+    numbers: ray.data.Dataset = ray.data.from_blocks(blocks)
+    # one task at a time; otherwise thousands would wait at once, each in its own process
+    return numbers.map_batches(
         _identity,
         batch_size=1,
         batch_format="pyarrow",
@@ -120,12 +120,12 @@ def range_dataset(items: int) -> ray.data.Dataset:
 
 
 def _identity(item: pa.Table) -> pa.Table:
-    """Ray breaks up what a task gives, and holds the task back where the readers are behind: nothing else is to do."""
+    """Return the item unchanged: Ray splits the output of the task and applies backpressure from the readers."""
     return item
 
 
 class _Windows:
-    """The actor: item i is window start // span + i // world of rank i % world."""
+    """Actor that reads item i: window start // span + i // world of rank i % world."""
 
     def __init__(self, feed: bytes, world: int, start: int) -> None:
         self.reader: Reader = cloudpickle.loads(feed).open()
@@ -141,7 +141,7 @@ class _Windows:
 
 
 def to_block(rows: "list[Row]", *, rank: int, world: int) -> pa.Table:
-    """`rows` as a table of one row, BLOCK."""
+    """Return `rows` as a table of one row, with the schema BLOCK."""
     ends = np.cumsum([0] + [row.images.nbytes for row in rows])
     pixels = np.concatenate([np.frombuffer(row.images, np.uint8) for row in rows])
     columns = {
@@ -163,12 +163,12 @@ def to_block(rows: "list[Row]", *, rank: int, world: int) -> pa.Table:
 
 
 def prefetch(shard: ray.data.DataIterator) -> Iterator[pa.Table]:
-    """The blocks of one rank. The first is asked for now, in a thread: only then does Ray start the readers."""
-    whole: Any = None  # a block at a time; Ray's annotation knows numbers alone
-    blocks = iter(shard.iter_batches(batch_size=whole, batch_format="pyarrow"))
-    asking = ThreadPoolExecutor(1)
-    first = asking.submit(next, blocks, None)
-    asking.shutdown(wait=False)
+    """Return the blocks of one rank. A thread requests the first one now, because Ray then starts the readers."""
+    batch_size: Any = None  # one block at a time; Ray's annotation only allows numbers
+    blocks = iter(shard.iter_batches(batch_size=batch_size, batch_format="pyarrow"))
+    executor = ThreadPoolExecutor(1)
+    first = executor.submit(next, blocks, None)
+    executor.shutdown(wait=False)
 
     def all_blocks() -> Iterator[pa.Table]:
         block = first.result()
@@ -182,9 +182,9 @@ def prefetch(shard: ray.data.DataIterator) -> Iterator[pa.Table]:
 def from_ray(
     blocks: Iterable[pa.Table], *, rank: int, world: int, start: int
 ) -> "Iterator[list[Row]]":
-    """The rows of one rank for each step from `start` on, from its blocks: what `local` gives.
+    """Yield the rows of one rank for each step from `start` on, from its blocks: the same as `reader.local`.
 
-    Raises RunError for a block of another rank, world or step: the run must stop rather than train on other data.
+    Raises RunError for a block of another rank, world size or step, so that the run never trains on other data.
     """
     step = start
     for block in blocks:
@@ -193,19 +193,21 @@ def from_ray(
         ]
         if set(owners) != {(rank, world)}:
             raise RunError(
-                f"rank {rank} of {world} was handed rows of (rank, world) {sorted(set(owners))}: not its own"
+                f"rank {rank} of {world}: received rows of another rank. Got (rank, world) "
+                f"{sorted(set(owners))}; expected {(rank, world)}. Fix: resume the run"
             )
-        for found, rows in groupby(_rows(block), key=lambda row: row.step):
-            if found != step:
+        for number, rows in groupby(_rows(block), key=lambda row: row.step):
+            if number != step:
                 raise RunError(
-                    f"rank {rank} was handed rows of step {found} where step {step} is next"
+                    f"rank {rank} of {world}: received rows out of order. Got step {number}; "
+                    f"expected step {step}. Fix: resume the run"
                 )
             yield list(rows)
             step += 1
 
 
 def _rows(block: pa.Table) -> "Iterator[Row]":
-    """The rows of a block; their images are read-only views that keep the block's memory."""
+    """Yield the rows of a block; their images are read-only views that keep the block in memory."""
     from bridgework.data.collate import Row
 
     for part in block["rows"].chunks:

@@ -1,7 +1,7 @@
-"""From the plan to rows: each row group is read once a window, each sample decoded on its own, a bad one replaced.
+"""Read the rows of the plan: read each row group once per window, decode each sample, replace bad ones.
 
-A window is a function of (feed, lane, t): who reads it, when, and what was read before play no part. Its rows are
-packed and laid out on its steps by what they cost (`laying`), so ranks have like work at every step.
+A window is a pure function of (feed, lane, t), independent of the reader, of time and of earlier reads. Its rows are
+packed and distributed over its steps by cost (`packing`), so that all ranks have similar work in every step.
 
 # S side in pixels  P patches  D width
 """
@@ -37,27 +37,22 @@ from bridgework.system import IGNORE, Layout, Mixture, ModelSpec, Stage
 
 @dataclass(frozen=True)
 class ReaderConfig:
-    """All that a reader on any machine must know to give the rows of one stage."""
+    """Complete description of the rows of one stage, for a reader on any machine."""
 
     mixture: Mixture
     datasets: tuple[str, ...]  # path or URL of each source's dataset
     digests: tuple[str, ...]  # of their manifests: a dataset that changed since is an error
-    batch: int  # samples of a step, over all ranks
+    batch: int  # samples per step, over all ranks
     steps: int
     seed: int
-    model: ModelSpec  # says what it reads; nothing is built of it here
-    pairs: bool = False  # every sample comes with its rejected answer
-    lanes: bool = False  # every row knows its lane
-    alone: float | None = (
-        None  # weight of an answer that one person gave, where all answers are learned
-    )
+    model: ModelSpec  # read for its input format only; the reader does not build it
+    pairs: bool = False  # rows contain the rejected answer too
+    lanes: bool = False  # rows contain the number of their lane
+    # weight of the answer of a sample without `labels`; None unless the loss reads all answers
+    single_answer_weight: float | None = None
     features: str | None = None  # folder of cached features, read instead of the images
-    skipped: tuple[
-        tuple[str, int], ...
-    ] = ()  # KEY or SOURCE/KEY of what gives way, each from a step on
-    quarantine: str | None = (
-        None  # folder of the table of bad samples; without one the first bad sample is an error
-    )
+    skipped: tuple[tuple[str, int], ...] = ()  # (KEY or SOURCE/KEY, first step without it)
+    quarantine: str | None = None  # folder of the table of bad samples; None: the first one raises
 
     @classmethod
     def of(
@@ -69,7 +64,7 @@ class ReaderConfig:
         quarantine: str | None = None,
         skipped: tuple[tuple[str, int], ...] = (),
     ) -> Self:
-        """The feed of a stage, from its datasets as they are now. Raises DataError where one is missing."""
+        """Return the config of a stage, with its datasets as they are now. Raises DataError if one is missing."""
         paths = tuple(resolve(source.dataset, home) for source in stage.data.leaves)
         return cls(
             mixture=stage.data,
@@ -81,7 +76,7 @@ class ReaderConfig:
             model=stage.model,
             pairs=any(loss.requires == "preference" for loss in stage.losses),
             lanes=any(loss.requires == "match_lane" for loss in stage.losses),
-            alone=next(
+            single_answer_weight=next(
                 (
                     getattr(loss, "alone", 1.0)
                     for loss in stage.losses
@@ -95,11 +90,11 @@ class ReaderConfig:
         )
 
     def plan(self) -> Plan:
-        """Raises DataError if a dataset is not the one that was described."""
+        """Return the plan. Raises DataError if a dataset has another digest than the config."""
         return self._plan(self._open())
 
     def open(self) -> "Reader":
-        """Raises DataError if a dataset, or the cache of its features, is not the one that was described."""
+        """Return a reader. Raises DataError if a dataset or its feature cache does not match the config."""
         datasets = self._open()
         return Reader(self, self._plan(datasets), datasets)
 
@@ -122,14 +117,15 @@ class ReaderConfig:
         ):
             if dataset.manifest.digest != digest:
                 raise DataError(
-                    f"sources.{source.name}: {dataset.path} is now {dataset.manifest.digest[:12]}, "
-                    f"the run began with {digest[:12]}; bring that dataset back, or start a new run"
+                    f"sources.{source.name}: {dataset.path} was changed. Got digest "
+                    f"{dataset.manifest.digest[:12]}; the run began with {digest[:12]}. "
+                    "Fix: restore that dataset, or start a new run"
                 )
         return datasets
 
 
 class _Planned(NamedTuple):
-    """One row of the plan: the `row`-th of a source, in its pass number `epoch`."""
+    """A row of the plan: row `row` of a source, in pass number `epoch` over it."""
 
     source: int
     epoch: int
@@ -137,7 +133,7 @@ class _Planned(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """What the plan gives a lane in window `t`."""
+    """The planned rows of a lane in window `t`, read."""
 
     lane: int
     t: int
@@ -147,13 +143,13 @@ class _Window(NamedTuple):
 
 
 class Reader:
-    """Made by `Feed.open`; one per process, not for sharing between threads."""
+    """Reads the windows of a plan. Created by `ReaderConfig.open`, one per process; it is not thread-safe."""
 
     def __init__(self, feed: ReaderConfig, plan: Plan, datasets: Sequence[Dataset]) -> None:
         self.feed = feed
         self.plan = plan
         self._datasets = datasets
-        self._streams = SampleEncoder.of(feed.model, feed.mixture)
+        self._encoder = SampleEncoder.of(feed.model, feed.mixture)
         features = (
             None
             if feed.features is None
@@ -177,54 +173,53 @@ class Reader:
         self._window_key = np.array([key_of(feed.seed, "window")], dtype=np.uint64)
 
     def window(self, lanes: Sequence[int], t: int, first_step: int = 0) -> list[list[Row]]:
-        """The rows of `lanes` for each step of window `t` that is neither before `first_step` nor past the last.
+        """Return the rows of `lanes` for each step of window `t` from `first_step` to the last step of the run.
 
-        One list a step, in the order of lanes and places; rows of one place share a sequence. Raises DataError for a
-        corrupt shard, for more bad samples than the quarantine allows, and where no good one is left to stand in.
+        One list per step, in the order of lanes and places; rows of one place share a sequence. Raises DataError for a
+        corrupt shard, for more bad samples than the quarantine allows, and if no good sample is left as a replacement.
         """
         span = self.feed.mixture.window
         steps = range(t * span, min((t + 1) * span, self.feed.steps))
-        read = [self._lane(lane, t, steps) for lane in lanes]
+        by_lane = [self._lane(lane, t, steps) for lane in lanes]
         if self._quarantine is not None and self._quarantine.flush():
-            self._quarantine.check_table(self._rows_in_all())
+            self._quarantine.check_table(self._total_rows())
         return [
-            [row for laid in read for row in laid[step - steps.start]]
+            [row for by_step in by_lane for row in by_step[step - steps.start]]
             for step in steps
             if step >= first_step
         ]
 
     def _lane(self, lane: int, t: int, steps: range) -> list[list[Row]]:
-        """The rows of one lane for each of `steps`, all of window `t`.
+        """Return the rows of one lane for each of `steps`, which are all steps of window `t`.
 
-        All rows of the window are read whatever steps are wanted: what they cost says where each of them goes.
+        All rows of the window are read, because the costs of all rows decide the step of each.
         """
         window = self._window(lane, t, self.plan.step_rows * len(steps))
         rows = self._rows(window)
-        laid = []
-        for stretch in self._stretches(window.planned, len(steps)):
-            at = range(stretch.start * self.plan.step_rows, stretch.stop * self.plan.step_rows)
+        sequences_by_step = []
+        for segment in self._epoch_segments(window.planned, len(steps)):
+            at = range(segment.start * self.plan.step_rows, segment.stop * self.plan.step_rows)
             sequences = [
                 [at[i] for i in sequence] for sequence in self._sequences([rows[i] for i in at])
             ]
-            dear = balance(
-                [sum(self._cost(rows[i]) for i in sequence) for sequence in sequences], len(stretch)
-            )
-            number = np.array([steps.start + stretch.start], dtype=np.uint64)
-            turn = shuffle(len(stretch), derive(self._window_key, number)).tolist()
-            laid += [[sequences[i] for i in dear[turned]] for turned in turn]
+            costs = [sum(self._cost(rows[i]) for i in sequence) for sequence in sequences]
+            balanced = balance(costs, len(segment))
+            number = np.array([steps.start + segment.start], dtype=np.uint64)
+            order = shuffle(len(segment), derive(self._window_key, number)).tolist()
+            sequences_by_step += [[sequences[i] for i in balanced[step]] for step in order]
         return [
             [
                 row
-                for k, sequence in enumerate(given)
+                for k, sequence in enumerate(sequences)
                 for row in self._placed(window, step, k, sequence, rows)
             ]
-            for step, given in zip(steps, laid, strict=True)
+            for step, sequences in zip(steps, sequences_by_step, strict=True)
         ]
 
-    def _stretches(self, planned: Sequence[_Planned], steps: int) -> list[range]:
-        """The window's steps in runs inside which no source begins an epoch: a row stays in its run.
+    def _epoch_segments(self, planned: Sequence[_Planned], steps: int) -> list[range]:
+        """Split the steps of a window into ranges in which no source begins an epoch.
 
-        The step in which one does is a run of its own.
+        A row stays in its range. A step in which a source begins an epoch is a range of its own.
         """
         newest: dict[int, int] = {}
         cuts = {0, steps}
@@ -237,34 +232,31 @@ class Reader:
         return [range(first, last) for first, last in pairwise(ends)]
 
     def _sequences(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Places in `rows` that share a sequence."""
+        """Pack `rows`; return the indices of the rows of each sequence."""
         if self._limits is None:
             return [[at] for at in range(len(rows))]
-        return first_fit([len(row.ids) for row in rows], [row.shown for row in rows], self._limits)
+        tokens, images = [len(row.ids) for row in rows], [row.num_images for row in rows]
+        return first_fit(tokens, images, self._limits)
 
     def _cost(self, row: Row) -> int:
-        """Tokens of text and vision that a row brings through the model; cached features change no order."""
-        worse = 0 if row.rejected is None else len(row.rejected[0])
-        return (
-            len(row.ids)
-            + worse
-            + len(row.instruction)
-            + len(row.images) * self.feed.model.vision_tokens
-        )
+        """Return the text and vision tokens of a row; the same with cached features, so the order is too."""
+        rejected = 0 if row.rejected is None else len(row.rejected[0])
+        vision = len(row.images) * self.feed.model.vision_tokens
+        return len(row.ids) + rejected + len(row.instruction) + vision
 
     def _placed(
         self, window: _Window, step: int, k: int, sequence: list[int], rows: list[Row]
     ) -> Iterator[Row]:
-        """The rows of the `k`-th sequence that a lane gives to `step`; one that is skipped has given way.
+        """Yield the rows of the `k`-th sequence of a lane in `step`, with skipped rows replaced.
 
-        Where nothing that the window holds fits beside the others of the sequence, these stay by themselves.
+        If no row of the window fits into the sequence, a skipped row is dropped without a replacement.
         """
         placed: list[Row] = []
         for number, at in enumerate(sequence):
             row: Row | None = rows[at]
-            if self._left_out_from(rows[at]) <= step:
+            if self._skipped_from(rows[at]) <= step:
                 others = [*placed, *(rows[other] for other in sequence[number + 1 :])]
-                row = self._stand_in(window, at, rows[at].key, step, others)
+                row = self._replacement(window, at, rows[at].key, step, others)
             if row is not None:
                 lane = window.lane if self.feed.lanes else None
                 placed.append(
@@ -272,31 +264,29 @@ class Reader:
                 )
         yield from placed
 
-    def _left_out_from(self, row: Row) -> int:
-        """The first step at which a row gives way; one behind the last for a row that stays."""
-        names = (
-            (row.key, f"{self.feed.mixture.leaves[row.source].name}/{row.key}")
-            if self._skipped
-            else ()
-        )
+    def _skipped_from(self, row: Row) -> int:
+        """Return the first step that skips a row; steps + 1 for a row that no step skips."""
+        if not self._skipped:
+            return self.feed.steps + 1
+        names = (row.key, f"{self.feed.mixture.leaves[row.source].name}/{row.key}")
         return min(
             (self._skipped[name] for name in names if name in self._skipped),
             default=self.feed.steps + 1,
         )
 
     def _window(self, lane: int, t: int, count: int) -> _Window:
-        """The first `count` rows that a lane has in window `t`, read group by group."""
+        """Read the first `count` rows of a lane in window `t`, group by group."""
         planned = [
             _Planned(*map(int, each)) for each in zip(*self.plan.window(lane, t), strict=True)
         ][:count]
-        wanted = defaultdict(list)
+        by_group = defaultdict(list)
         for each in planned:
             group, place = self._groups.locate(each.source, each.row)
-            wanted[group].append((each, place))
+            by_group[group].append((each, place))
         window = _Window(lane, t, planned, {}, {})
-        for group in sorted(wanted):
-            stored = self._groups.take(group, [place for _, place in wanted[group]])
-            for each, place in wanted[group]:
+        for group in sorted(by_group):
+            stored = self._groups.take(group, [place for _, place in by_group[group]])
+            for each, place in by_group[group]:
                 row = self._try(each, stored[place])
                 if row is None:
                     window.bad[each] = stored[place].sample.key
@@ -305,57 +295,58 @@ class Reader:
         return window
 
     def _rows(self, window: _Window) -> list[Row]:
-        """The rows of a window in the order of the plan, bad ones replaced."""
+        """Return the rows of a window in the order of the plan, bad ones replaced."""
         return [
             window.good.get(each) or self._substitute(window, at, window.bad[each], step=-1)
             for at, each in enumerate(window.planned)
         ]
 
-    def _stand_in(
+    def _replacement(
         self, window: _Window, at: int, skipped: str, step: int, others: Sequence[Row]
     ) -> Row | None:
-        """What stands in for the row at place `at`, beside the `others` of its sequence; None where nothing fits."""
+        """Return a replacement for the row at `at` that fits in a sequence with `others`, or None."""
         if not others:
             return self._substitute(window, at, skipped, step)
         near = islice(self._substitutes(window, at, skipped, step), len(window.planned))
         return next((row for row in near if len(self._sequences([row, *others])) == 1), None)
 
     def _substitute(self, window: _Window, at: int, bad: str, step: int) -> Row:
-        """What the plan gives instead of the row at place `at` of a window."""
+        """Return the plan's first good substitute of the row at index `at` of a window."""
         for row in self._substitutes(window, at, bad, step):
             return row
-        name, told = self.feed.mixture.leaves[window.planned[at].source].name, ""
+        name, look = self.feed.mixture.leaves[window.planned[at].source].name, ""
         if self._quarantine is not None and len(self._quarantine):
             self._quarantine.flush()
-            told = f"read {self._quarantine.folder}, then "
+            look = f"read {self._quarantine.folder}, then "
         raise DataError(
-            f"sources.{name}: no good sample is left to replace {bad!r}; {told}mend the dataset or skip fewer samples"
+            f"sources.{name}: no good sample is left to replace {bad!r}. "
+            f"Fix: {look}repair the dataset or skip fewer samples"
         )
 
     def _substitutes(self, window: _Window, at: int, bad: str, step: int) -> Iterator[Row]:
-        """Good rows in the plan's order, but for those that `step` leaves out.
+        """Yield good rows in the plan's order, without those that `step` skips.
 
-        For a bad row `step` is -1, and nothing is left out: a later skip must not lay the window out anew.
+        For a bad row `step` is -1, so nothing is skipped: a later skip must not change the layout of the window.
         """
         for each in map(_Planned._make, self.plan.substitutes(window.lane, window.t, at)):
-            row = None if each in window.bad else window.good.get(each) or self._look(each)
-            if row is not None and self._left_out_from(row) > step:
-                yield replace(row, stands_for=bad)
+            row = None if each in window.bad else window.good.get(each) or self._peek(each)
+            if row is not None and self._skipped_from(row) > step:
+                yield replace(row, replaces=bad)
 
-    def _look(self, planned: _Planned) -> Row | None:
-        """A row that nobody's plan uses now; None if it is bad."""
+    def _peek(self, planned: _Planned) -> Row | None:
+        """Read a row without using it up in its group; None if it is bad."""
         return self._try(
-            planned, self._groups.look(*self._groups.locate(planned.source, planned.row))
+            planned, self._groups.peek(*self._groups.locate(planned.source, planned.row))
         )
 
-    def _rows_in_all(self) -> int:
-        """Of every dataset once: two sources may read one."""
+    def _total_rows(self) -> int:
+        """Return the rows of all datasets, each counted once: two sources may read the same one."""
         return sum(
             {dataset.manifest.digest: dataset.manifest.rows for dataset in self._datasets}.values()
         )
 
     def _try(self, planned: _Planned, stored: StoredRow) -> Row | None:
-        """A row of a source; None if it is bad, and then it is on record."""
+        """Return a row of a source, or None if it is bad; a bad one is added to the quarantine."""
         try:
             return self._row(planned, stored)
         except BadSample as error:
@@ -367,22 +358,24 @@ class Reader:
             self._quarantine.add(
                 self.feed.digests[planned.source], stored.sample.key, planned.row, error
             )
-            self._quarantine.check(self._rows_in_all())
+            self._quarantine.check(self._total_rows())
             return None
 
     def _row(self, planned: _Planned, stored: StoredRow) -> Row:
-        """The row as the stage reads it, not yet in its place. Draws are of (seed, source, epoch, row) alone."""
+        """Return the row as the stage reads it, without step and place.
+
+        Random choices depend on (seed, source, epoch, row) only.
+        """
         sample, spec = stored.sample, self.feed.mixture.leaves[planned.source]
         choice = self._choice(planned)
         parts = read_as(spec, sample, choice, video=self._pixels.video)
-        pictures = self._streams.pictures(sample)
+        pictures = self._encoder.pictures(sample)
         layouts = [picture.layout for picture in pictures if picture.layout is not None]
-        encoded = self._streams.read(sample, parts, layouts, choice=choice)
-        rejected = (
-            self._streams.train(_rejected(sample, parts), layouts, choice=choice)
-            if self.feed.pairs
-            else None
-        )
+        encoded = self._encoder.read(sample, parts, layouts, choice=choice)
+        rejected, weight = None, self.feed.single_answer_weight
+        if self.feed.pairs:
+            rejected = self._encoder.train(_rejected(sample, parts), layouts, choice=choice)
+        images = [file for i in encoded.images for file in pictures[i].files]
         return Row(
             step=-1,
             place=-1,
@@ -390,37 +383,33 @@ class Reader:
             source=planned.source,
             ids=encoded.ids,
             labels=encoded.labels,
-            images=self._images(
-                stored, [file for i in encoded.images for file in pictures[i].files]
-            ),
+            images=self._images(stored, images),
             layouts=tuple(layouts[i] for i in encoded.images) if layouts else (),
-            instruction=self._streams.instruction(parts),
+            instruction=self._encoder.instruction(parts),
             rejected=None if rejected is None else (rejected.ids, rejected.labels),
-            shown=len(encoded.images),
+            num_images=len(encoded.images),
             identity=_identity(sample) if self.feed.mixture.by_image else None,
-            answers=()
-            if self.feed.alone is None
-            else self._answers(sample, parts, layouts, self.feed.alone),
+            answers=() if weight is None else self._answers(sample, parts, layouts, weight),
         )
 
     def _answers(
-        self, sample: Sample, parts: Sequence[Part], layouts: Sequence[Layout], alone: float
+        self, sample: Sample, parts: Sequence[Part], layouts: Sequence[Layout], single: float
     ) -> tuple[tuple[list[int], float], ...]:
-        """The answers that people gave, each once, with the share of those who gave it; else the row's own."""
-        people = Counter(text for text in sample.labels if text.strip())
-        total = sum(people.values())
-        shares = (
-            {text: n / total for text, n in people.items()}
-            if people
-            else {parts[-1].text or "": alone}
-        )
-        last = len(parts) - 1
-        said = {text: [*parts[:last], replace(parts[last], text=text)] for text in shares}
+        """Return (ids, weight) of each distinct answer in `labels`, weighted by its share of them.
+
+        A sample without labels has its own answer, with the weight `single`.
+        """
+        counts = Counter(text for text in sample.labels if text.strip())
+        total = sum(counts.values())
+        weights = {text: n / total for text, n in counts.items()}
+        weights = weights or {parts[-1].text or "": single}
+        *question, answer = parts
         answers = {
-            text: self._streams.answer(turns, layouts).labels for text, turns in said.items()
+            text: self._encoder.answer([*question, replace(answer, text=text)], layouts).labels
+            for text in weights
         }
         return tuple(
-            ([i for i in labels if i != IGNORE], shares[text]) for text, labels in answers.items()
+            ([i for i in labels if i != IGNORE], weights[text]) for text, labels in answers.items()
         )
 
     def _choice(self, planned: _Planned) -> int:
@@ -430,7 +419,10 @@ class Reader:
         return int(derive(derive(self._draws[planned.source], epoch), row)[0] >> np.uint64(32))
 
     def _images(self, stored: StoredRow, used: Sequence[int]) -> NDArray[Any]:
-        """(n, 3, S, S) uint8 or (n, P, D) float16 of the images at the indices `used`, all their tiles in order."""
+        """Return the images at the indices `used`, with all their tiles in order.
+
+        Shape (n, 3, S, S) uint8 pixels, or (n, P, D) float16 cached features.
+        """
         images: NDArray[Any]
         if stored.features is None and self._pixels.grids:
             tiles = [
@@ -446,14 +438,14 @@ class Reader:
         for place, index in enumerate(used):
             if not stored.features[index]:
                 raise BadSample(
-                    Reason.CORRUPT, f"image {index} had no features to cache: it cannot be decoded"
+                    Reason.CORRUPT, f"image {index} has no cached features: it cannot be decoded"
                 )
             images[place] = np.frombuffer(stored.features[index], np.float16).reshape(self._shape)
         return images
 
 
 def _limits(feed: ReaderConfig, plan: Plan) -> Limits | None:
-    """What a sequence holds; None where each has one sample."""
+    """Return the limits of a packed sequence, or None if each sequence holds one sample."""
     packing = feed.mixture.packing
     if packing is None:
         return None
@@ -464,7 +456,7 @@ def _limits(feed: ReaderConfig, plan: Plan) -> Limits | None:
 
 
 def _identity(sample: Sample) -> int:
-    """Of the sample's images, 0 or more: equal for equal files."""
+    """Return a hash of the sample's images, 0 or more: equal for equal files."""
     digest = hashlib.blake2b(digest_size=8)
     for image in sample.images:
         digest.update(hashlib.blake2b(image).digest())
@@ -472,19 +464,19 @@ def _identity(sample: Sample) -> int:
 
 
 def _rejected(sample: Sample, parts: Sequence[Part]) -> list[Part]:
-    """The same conversation with the worse last answer. Raises BadSample for a sample that has none."""
+    """Return the conversation with the rejected answer as the last one. Raises BadSample if there is none."""
     if sample.rejected is None:
         raise BadSample(
             Reason.NO_TARGET,
-            "the stage learns from preferences, and the sample has no rejected answer",
+            "the stage trains on preferences, and the sample has no rejected answer",
         )
     return [*parts[:-1], replace(parts[-1], text=sample.rejected)]
 
 
 def local(feed: ReaderConfig, *, rank: int, world: int, start: int) -> Iterator[list[Row]]:
-    """The rows of one rank for each step from `start` on, read in this process.
+    """Yield the rows of one rank for each step from `start` on, read in this process.
 
-    Raises what `Feed.open` and `Reader.window` raise, and SpecError for a rank without a lane.
+    Raises the errors of `ReaderConfig.open` and `Reader.window`, and SpecError for a rank without a lane.
     """
     reader = feed.open()
     lanes = reader.plan.lanes_of(rank, world)

@@ -1,4 +1,4 @@
-"""Row groups as a reader sees them: found by row, joined with cached features, kept until their rows are used.
+"""Row groups of the sources, joined with cached features and kept in memory until their rows are used.
 
 # P patches  D width
 """
@@ -17,13 +17,13 @@ from bridgework.data.samples import Sample
 from bridgework.errors import DataError
 from bridgework.storage import find_store, unreachable
 
-KEPT_BYTES = 1 << 30  # of rows
-ROW_BYTES = 4096  # of a row, beside its images, features and letters
-REMEMBERED = 1 << 16  # groups that had to go: some 10 MB
+KEPT_BYTES = 1 << 30  # of rows in memory
+ROW_BYTES = 4096  # overhead of a row, in addition to its images, features and text
+REMEMBERED = 1 << 16  # evicted groups of which the unused rows are known: about 10 MB
 
 
 class Group(NamedTuple):
-    """Where rows are stored together. Groups sort in the order of storage."""
+    """A row group of a source. Groups sort in the order of storage."""
 
     source: int
     shard: int
@@ -31,11 +31,11 @@ class Group(NamedTuple):
 
 
 class StoredRow(NamedTuple):
-    """One row as it is stored; `features` are those of its images, float16 in C order, empty for a bad image."""
+    """One stored row; `features` holds bytes per image, float16 in C order, empty for a bad image."""
 
     sample: Sample
     features: tuple[bytes, ...] | None
-    size: int  # in memory, bytes or so
+    size: int  # approximate bytes in memory
 
     @classmethod
     def of(cls, sample: Sample, features: tuple[bytes, ...] | None) -> "StoredRow":
@@ -51,26 +51,27 @@ class Features:
     """
 
     def __init__(self, folder: str, dataset: Dataset) -> None:
-        """Raises DataError where there is no such cache, ResourceError where its store is gone."""
+        """Raises DataError if there is no such cache, ResourceError if its store is unreachable."""
         fs, root = find_store(folder)
         self.path = f"{folder.rstrip('/')}/{dataset.manifest.digest}"
         try:
             shape = json.loads(fs.cat_file(f"{root}/features.json"))
             self.shape: tuple[int, int] = (int(shape["patches"]), int(shape["width"]))
             if min(self.shape) < 1:
-                raise ValueError(f"patches and width are at least 1, and here {self.shape}")
+                raise ValueError(f"got patches, width {self.shape}; expected at least 1")
         except (ConnectionError, TimeoutError) as error:
             raise unreachable(f"{folder}/features.json", error) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{folder} is no cache of features ({type(error).__name__}: {error}); make it again"
+                f"{folder}: not a feature cache ({type(error).__name__}: {error}). "
+                "Fix: compute the features again"
             ) from None
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
 
     def read(self, shard: str, number: int, samples: Sequence[Sample]) -> list[tuple[bytes, ...]]:
-        """The features of each of `samples`, the rows of one row group.
+        """Return the features of each of `samples`, the rows of one row group.
 
-        Raises DataError if they are of other rows, ResourceError where the cache's store is gone.
+        Raises DataError if they belong to other rows, ResourceError if the cache's store is unreachable.
         """
         try:
             table = self._open(shard).read_row_group(number, columns=["key", "features"])
@@ -78,17 +79,18 @@ class Features:
             raise unreachable(f"{self.path}/{shard}", error) from None
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{self.path}/{shard}: {error}; make the cached features again"
+                f"{self.path}/{shard}: {error}. Fix: compute the features again"
             ) from None
-        features = [tuple(of_row) for of_row in table["features"].to_pylist()]
-        sizes = {0, 2 * self.shape[0] * self.shape[1]}
+        features = [tuple(row) for row in table["features"].to_pylist()]
+        sizes = {0, 2 * self.shape[0] * self.shape[1]}  # bytes
         if (
             table["key"].to_pylist() != [sample.key for sample in samples]
-            or [len(of_row) for of_row in features] != [len(sample.images) for sample in samples]
-            or any(len(data) not in sizes for of_row in features for data in of_row)
+            or [len(row) for row in features] != [len(sample.images) for sample in samples]
+            or any(len(data) not in sizes for row in features for data in row)
         ):
             raise DataError(
-                f"{self.path}/{shard}: group {number} holds features of other images; make them again"
+                f"{self.path}/{shard}: row group {number} holds features of other images. "
+                "Fix: compute the features again"
             )
         return features
 
@@ -98,11 +100,11 @@ class Features:
 
 
 class Groups:
-    """The row groups of all sources. A row that is read stays in memory until it is used, or newer ones fill
-    `kept_bytes`: a lane goes on in its next window where it left a group, and small sources are read once an epoch.
+    """Cache of the row groups of all sources. A row stays in memory until it is used or evicted.
 
-    Which rows of a group were not yet used when it had to go is remembered; else it would come back with all of them,
-    and stay for some that nobody wants.
+    The oldest group is evicted when newer ones fill `kept_bytes`. A lane continues in the group that its last window
+    ended in, and small sources are read once per epoch. On eviction the unused rows of the group are remembered, so
+    that a second read keeps only those rows.
     """
 
     def __init__(
@@ -113,53 +115,47 @@ class Groups:
     ) -> None:
         self._datasets = datasets
         self._features = features
-        self._kept: OrderedDict[Group, dict[int, StoredRow]] = (
-            OrderedDict()
-        )  # the unused rows of each, by their places
-        self._gone: OrderedDict[Group, int] = (
-            OrderedDict()
-        )  # bit p: the row at place p was not used
+        self._unused: OrderedDict[Group, dict[int, StoredRow]] = OrderedDict()  # rows by place
+        self._evicted: OrderedDict[Group, int] = OrderedDict()  # bit p: row p was not used
         self._kept_bytes = kept_bytes
         self._bytes = 0
 
     def locate(self, source: int, row: int) -> tuple[Group, int]:
-        """The group of a row of a source, and the row's place in it."""
-        shard, number, place = self._datasets[source].locate_dealt(row)
+        """Return the group of a row of a source, and the row's place in it."""
+        shard, number, place = self._datasets[source].locate_planned(row)
         return Group(source, shard, number), place
 
     def take(self, group: Group, places: Collection[int]) -> dict[int, StoredRow]:
-        """The rows of a group at `places`, which are used now: to have one again is to read the group again.
+        """Return the rows of a group at `places` and drop them: a row that is taken again is read again.
 
         Raises DataError for a corrupt shard.
         """
-        rest = self._kept.pop(group, {})
+        rest = self._unused.pop(group, {})
         self._bytes -= _size(rest)
         if not rest.keys() >= set(places):
             rows = dict(enumerate(self._fetch(group)))
-            unused = {
-                place: row for place, row in rows.items() if self._gone.get(group, 0) >> place & 1
-            }
-            self._gone.pop(group, None)
+            bits = self._evicted.pop(group, 0)
+            unused = {place: row for place, row in rows.items() if bits >> place & 1}
             rest = unused if unused.keys() >= set(places) else rows
         taken = {place: rest.pop(place) for place in set(places)}
         if rest:
             self._keep(group, rest)
         return taken
 
-    def look(self, group: Group, place: int) -> StoredRow:
-        """One row of a group, which counts as used no more than before. Raises DataError for a corrupt shard."""
-        row = self._kept.get(group, {}).get(place)
+    def peek(self, group: Group, place: int) -> StoredRow:
+        """Return one row of a group without marking it as used. Raises DataError for a corrupt shard."""
+        row = self._unused.get(group, {}).get(place)
         return self._fetch(group)[place] if row is None else row
 
     def _keep(self, group: Group, rest: dict[int, StoredRow]) -> None:
-        self._kept[group] = rest
+        self._unused[group] = rest
         self._bytes += _size(rest)
         while self._bytes > self._kept_bytes:
-            oldest, rows = self._kept.popitem(last=False)
+            oldest, rows = self._unused.popitem(last=False)
             self._bytes -= _size(rows)
-            self._gone[oldest] = sum(1 << place for place in rows)
-        if len(self._gone) > REMEMBERED:
-            self._gone.popitem(last=False)
+            self._evicted[oldest] = sum(1 << place for place in rows)
+        if len(self._evicted) > REMEMBERED:
+            self._evicted.popitem(last=False)
 
     def _fetch(self, group: Group) -> list[StoredRow]:
         dataset = self._datasets[group.source]

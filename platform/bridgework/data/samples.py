@@ -1,10 +1,10 @@
-"""What a sample is: images, and parts of text and image places in reading order. One Arrow schema holds every kind.
+"""Samples: images, and parts of text and image places in reading order. One Arrow schema for every kind.
 
-pair            parts = a caption's image, a caption's text
-conversation    parts = turns of system, user and assistant; an image stands where it was shown
-preference      a conversation whose last answer is the better one, and `rejected`, the worse
-interleaved     parts = a document's texts and images, in order, all of role caption
-video           images = frames, and `times_s`, when each was shown
+pair            parts = image and text, both of role caption
+conversation    parts = turns of system, user and assistant; an image is at its position in the turn
+preference      a conversation whose last answer is the chosen one, and `rejected`, the other
+interleaved     parts = texts and images of a document, in order, all of role caption
+video           images = frames, and `times_s`, the time of each
 """
 
 import json
@@ -19,9 +19,10 @@ from bridgework.data.quarantine import BadSample, Reason
 Role = Literal["caption", "system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
 SCHEMA_VERSION = 1
-LICENSE = "license"  # the column and the manifest's key in schema 1: another spelling would change every digest
-CANDIDATES = "bridgework:candidates"  # in the provenance column: where they are kept, as JSON, so that versions
-# without them read the same shards
+# column and manifest key of the license in schema 1: another spelling would change every digest
+LICENSE = "licence"
+# key in the provenance column of the candidates, as JSON, so that older versions read the shards
+CANDIDATES = "bridgework:candidates"
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,12 @@ class Part:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise BadSample(
-                Reason.BAD_ROW, f"a part has the role {self.role!r}; allowed: {', '.join(ROLES)}"
+                Reason.BAD_ROW,
+                f"unknown role of a part. Got {self.role!r}; expected {', '.join(ROLES)}",
             )
         if (self.text is None) == (self.image is None):
             raise BadSample(
-                Reason.BAD_ROW, f"a part of role {self.role} needs a text or an image, and not both"
+                Reason.BAD_ROW, f"a part of role {self.role} needs a text or an image, but not both"
             )
 
 
@@ -52,15 +54,16 @@ class Box:
     label: str = ""
 
     def __post_init__(self) -> None:
-        if not all(0 <= corner <= 1 for corner in self.corners):  # nor is NaN
+        if not all(0 <= corner <= 1 for corner in self.corners):  # rejects NaN too
             raise BadSample(
-                Reason.BAD_ROW, f"the box {self.corners} does not lie in its image, in [0, 1]"
+                Reason.BAD_ROW,
+                f"a box is outside its image. Got {self.corners}; expected corners in [0, 1]",
             )
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sample. `images` are files as they came (JPEG, PNG, ...), never pixels."""
+    """One training sample. `images` are the original files (JPEG, PNG, ...), never pixels."""
 
     key: str
     images: tuple[bytes, ...]
@@ -73,9 +76,7 @@ class Sample:
     language: str | None = None
     license: str | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
-    candidates: tuple[
-        str, ...
-    ] = ()  # of a multiple-choice question: the answers to choose from, in order
+    candidates: tuple[str, ...] = ()  # answers of a multiple-choice question, in order
 
     def __post_init__(self) -> None:
         if not self.key:
@@ -85,17 +86,19 @@ class Sample:
         ):
             raise BadSample(
                 Reason.BAD_ROW,
-                f"a question has two or more candidates, none of them blank, and not {self.candidates}",
+                f"invalid candidates. Got {self.candidates}; expected two or more, none blank",
             )
         places = [part.image for part in self.parts if part.image is not None]
         if sorted(set(places)) != list(range(len(self.images))):
             raise BadSample(
                 Reason.PLACEHOLDERS,
-                f"the parts show images {places}, and the sample has {len(self.images)}, from 0 on",
+                f"the parts do not match the images. Got parts with images {places}; "
+                f"expected each of {len(self.images)} images, from 0 on",
             )
         if any(not 0 <= box.image < len(self.images) for box in self.boxes):
             raise BadSample(
-                Reason.BAD_ROW, f"a box lies in an image that is none of the {len(self.images)}"
+                Reason.BAD_ROW,
+                f"a box has an image index out of range; the sample has {len(self.images)} images",
             )
         if self.times_s and len(self.times_s) != len(self.images):
             raise BadSample(
@@ -104,13 +107,16 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """All texts in order, one a line, the rejected answer last: for people and curations, not for training."""
+        """All texts in order, one per line, the rejected answer last. For display and curations, not for training."""
         texts = (*(part.text for part in self.parts), self.rejected)
         return "\n".join(text for text in texts if text is not None)
 
 
 def pair(key: str, image: bytes, caption: str, **optional: Any) -> Sample:
-    """An image and its caption; `optional` are further fields of `Sample`. Raises BadSample for a blank caption."""
+    """Return a sample of one image and its caption; `optional` sets further fields of `Sample`.
+
+    Raises BadSample for a blank caption.
+    """
     if not caption.strip():
         raise BadSample(Reason.EMPTY_TEXT, "the caption is empty")
     return Sample(
@@ -140,7 +146,7 @@ SCHEMA = pa.schema(
 
 
 def to_row(sample: Sample) -> dict[str, Any]:
-    """A sample as a row of SCHEMA."""
+    """Return a sample as a row of SCHEMA."""
     row = vars(sample) | {
         "images": list(sample.images),
         "parts": [vars(part) for part in sample.parts],
@@ -154,22 +160,26 @@ def to_row(sample: Sample) -> dict[str, Any]:
 
 
 def from_row(row: Mapping[str, Any]) -> Sample:
-    """The inverse of `to_row`, from a row of pyarrow's `to_pylist`. Raises BadSample for a row that is no sample."""
+    """Return the sample of a row from pyarrow's `to_pylist`: the inverse of `to_row`.
+
+    Raises BadSample for a row that is not a valid sample.
+    """
     row = dict(row)
     row["license"] = row.pop(LICENSE)
     provenance = dict(row["provenance"])
-    kept = provenance.pop(CANDIDATES, None)
-    candidates = row.get("candidates") or (_list(kept) if kept is not None else [])
+    stored = provenance.pop(CANDIDATES, None)
+    candidates = row.get("candidates") or (_from_json(stored) if stored is not None else [])
     if not isinstance(candidates, list | tuple) or not all(
         isinstance(text, str) for text in candidates
     ):
         raise BadSample(
-            Reason.BAD_ROW, f"the candidates are no list of texts: {str(candidates)[:80]}"
+            Reason.BAD_ROW,
+            f"invalid candidates. Got {str(candidates)[:80]}; expected a list of strings",
         )
     return Sample(
         **{
             **row,
-            "images": tuple(image or b"" for image in row["images"]),  # a null is a file of 0 bytes
+            "images": tuple(image or b"" for image in row["images"]),  # null: a file of 0 bytes
             "parts": tuple(Part(**part) for part in row["parts"]),
             "times_s": tuple(row["times_s"]),
             "labels": tuple(row["labels"]),
@@ -182,9 +192,9 @@ def from_row(row: Mapping[str, Any]) -> Sample:
     )
 
 
-def _list(kept: str) -> Any:
-    """What the provenance column holds. Raises BadSample for what is no JSON."""
+def _from_json(stored: str) -> Any:
+    """Parse the candidates of the provenance column. Raises BadSample for invalid JSON."""
     try:
-        return json.loads(kept)
+        return json.loads(stored)
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadSample(Reason.BAD_ROW, f"the candidates are no JSON: {error}") from None
+        raise BadSample(Reason.BAD_ROW, f"the candidates are not valid JSON: {error}") from None

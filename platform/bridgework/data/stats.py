@@ -1,6 +1,6 @@
-"""What is in a dataset, counted over every row; pictures are judged by their headers, nothing is decoded.
+"""Statistics of a dataset, over all rows; images are read by their headers only and never decoded.
 
-With a stage, also what its template and tokenizer make of the rows: how many tokens, what is cut, what is put aside.
+With a stage, also the result of its template and tokenizer: token counts, truncated and quarantined rows.
 """
 
 import io
@@ -19,14 +19,14 @@ from bridgework.data.templates import read_as
 from bridgework.data.tokenization import Encoded, SampleEncoder
 from bridgework.system import IGNORE, IMAGE, Source, Stage
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what `transforms.decode` reads
-NONE = "not said"  # how a row without a language is counted
-EVERYTHING = 1 << 40  # tokens: no row is longer
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # formats that `images.decode` reads
+NONE = "not said"  # name in the counts for rows without a language
+NO_LIMIT = 1 << 40  # tokens: no row is longer
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Quantiles of what was counted; each is a value that occurs."""
+    """Quantiles of a quantity; each is a value that occurs."""
 
     least: float
     low: float  # 5%
@@ -36,7 +36,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread | None":
-        """None where there is nothing to count."""
+        """Return the quantiles of `values`, or None if there are none."""
         if not values:
             return None
         return cls(
@@ -46,21 +46,21 @@ class Spread:
 
 @dataclass(frozen=True)
 class Fit:
-    """What one stage makes of the rows."""
+    """Statistics of the rows as one stage reads them."""
 
     stage: str
     template: str
-    limit: int  # tokens that a row may have
-    tokens: Spread | None  # per row, images included, before anything is cut
-    image_tokens: Spread | None  # per row, likewise
-    trained: Spread | None  # tokens with loss per row, after the cut
-    truncated: int  # rows that are longer than the limit and lose what is behind it
-    quarantined: Mapping[str, int]  # reason -> rows that the stage would put aside and replace
+    limit: int  # maximum tokens of a row
+    tokens: Spread | None  # per row, images included, before truncation
+    image_tokens: Spread | None  # per row, before truncation
+    trained: Spread | None  # tokens with loss per row, after truncation
+    truncated: int  # rows over the limit, which lose their end
+    quarantined: Mapping[str, int]  # reason -> rows that the stage would quarantine and replace
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What is in a dataset. Sizes of pictures are in pixels as stored, before EXIF turns them."""
+    """Statistics of a dataset. Image sizes are in pixels as stored, before EXIF rotation."""
 
     path: str
     digest: str
@@ -73,19 +73,19 @@ class Stats:
     kinds: Mapping[str, int]  # pair | conversation | preference | interleaved | video | text
     images_per_row: Mapping[int, int]
     formats: Mapping[str, int]
-    unreadable: Mapping[str, int]  # reason -> pictures without a readable header
+    unreadable: Mapping[str, int]  # reason -> images without a readable header
     languages: Mapping[str, int]
-    licenses: Mapping[str, int]  # the row's own, else the dataset's
-    left_out: Mapping[str, int]  # reason -> rows that the source had and the dataset has not
+    licenses: Mapping[str, int]  # of the row, or of its dataset if it has none
+    left_out: Mapping[str, int]  # reason -> rows of the source that are not in the dataset
     widths: Spread | None
     heights: Spread | None
     aspects: Spread | None  # width / height
     answers: Spread | None  # characters of each caption or answer
     fit: Fit | None = None
 
-    def facts(self) -> dict[str, str]:
-        """Counts and names, ready to print."""
-        facts = {
+    def summary(self) -> dict[str, str]:
+        """Return counts and names, formatted for display."""
+        summary = {
             "dataset": f"{self.path} ({self.digest[:12]})",
             "made by": f"{self.made_by} from {self.source}",
             "rows": f"{self.rows:,} in {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB",
@@ -96,45 +96,43 @@ class Stats:
             "licenses": _counts(self.licenses),
         }
         if self.left_out:
-            facts["left out when made"] = _counts(self.left_out)
+            summary["skipped when written"] = _counts(self.left_out)
         if self.unreadable:
-            facts["unreadable images"] = _counts(self.unreadable)
-        if self.fit is not None:
-            facts[f"for {self.fit.stage}"] = (
-                f"template {self.fit.template}, at most {self.fit.limit:,} tokens"
-            )
-            facts["truncated rows"] = (
-                f"{self.fit.truncated:,} ({self.fit.truncated / self.rows:.2%})"
-            )
-            facts["quarantined rows"] = _counts(self.fit.quarantined) or "0"
-        return facts
+            summary["unreadable images"] = _counts(self.unreadable)
+        if (fit := self.fit) is not None:
+            share = f"{fit.truncated / self.rows:.2%}"
+            summary[f"for {fit.stage}"] = f"template {fit.template}, at most {fit.limit:,} tokens"
+            summary["truncated rows"] = f"{fit.truncated:,} ({share})"
+            summary["quarantined rows"] = _counts(fit.quarantined) or "0"
+        return summary
 
     def spreads(self) -> dict[str, Spread]:
-        """The quantiles by name; what does not occur is left out."""
-        found = {"width": self.widths, "height": self.heights, "width / height": self.aspects}
-        found["characters per answer"] = self.answers
+        """Return the quantiles by name, without those that have no values."""
+        spreads = {"width": self.widths, "height": self.heights, "width / height": self.aspects}
+        spreads["characters per answer"] = self.answers
         if self.fit is not None:
-            found["tokens per row"] = self.fit.tokens
-            found["image tokens per row"] = self.fit.image_tokens
-            found["trained tokens per row"] = self.fit.trained
-        return {name: spread for name, spread in found.items() if spread is not None}
+            spreads["tokens per row"] = self.fit.tokens
+            spreads["image tokens per row"] = self.fit.image_tokens
+            spreads["trained tokens per row"] = self.fit.trained
+        return {name: spread for name, spread in spreads.items() if spread is not None}
 
 
 def stats(
     path: str, *, for_stage: Stage | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Stats:
-    """Read every row of the dataset at `path`, and count; `progress` is told (rows done, rows in all).
+    """Read all rows of the dataset at `path` and return their statistics.
 
-    `for_stage` reads pairs with the prompts of its source at `path`, or of its first if none is there. Raises DataError
-    for a missing or corrupt dataset, WeightsError where the stage's tokenizer is not to be had.
+    `progress` is called with (rows done, total rows). `for_stage` reads pairs with the prompts of its source at `path`,
+    or of its first source if none has that path. Raises DataError for a missing or corrupt dataset, WeightsError if
+    the stage's tokenizer cannot be loaded.
     """
     dataset = open_dataset(path)
-    tally = _Tally(dataset.manifest.license)
-    fitting = None if for_stage is None else _Fitting(for_stage, path)
+    counter = _DatasetCounter(dataset.manifest.license)
+    stage_counter = None if for_stage is None else _StageCounter(for_stage, path)
     for done, sample in enumerate(dataset.samples(), 1):
-        unreadable = tally.add(sample)
-        if fitting is not None:
-            fitting.add(sample, unreadable)
+        unreadable = counter.add(sample)
+        if stage_counter is not None:
+            stage_counter.add(sample, unreadable)
         if progress is not None:
             progress(done, len(dataset))
     manifest = dataset.manifest
@@ -146,24 +144,24 @@ def stats(
         rows=manifest.rows,
         shards=len(manifest.shards),
         bytes=sum(shard.bytes for shard in manifest.shards),
-        images=sum(n * rows for n, rows in tally.images_per_row.items()),
-        kinds=_by_count(tally.kinds),
-        images_per_row=dict(sorted(tally.images_per_row.items())),
-        formats=_by_count(tally.formats),
-        unreadable=_by_count(tally.unreadable),
-        languages=_by_count(tally.languages),
-        licenses=_by_count(tally.licenses),
+        images=sum(n * rows for n, rows in counter.images_per_row.items()),
+        kinds=_by_count(counter.kinds),
+        images_per_row=dict(sorted(counter.images_per_row.items())),
+        formats=_by_count(counter.formats),
+        unreadable=_by_count(counter.unreadable),
+        languages=_by_count(counter.languages),
+        licenses=_by_count(counter.licenses),
         left_out={**manifest.quarantined, **manifest.left_out},
-        widths=Spread.of([width for width, _ in tally.sizes]),
-        heights=Spread.of([height for _, height in tally.sizes]),
-        aspects=Spread.of([width / height for width, height in tally.sizes]),
-        answers=Spread.of(tally.answers),
-        fit=None if fitting is None else fitting.result(),
+        widths=Spread.of([width for width, _ in counter.sizes]),
+        heights=Spread.of([height for _, height in counter.sizes]),
+        aspects=Spread.of([width / height for width, height in counter.sizes]),
+        answers=Spread.of(counter.answers),
+        fit=None if stage_counter is None else stage_counter.result(),
     )
 
 
 def kind(sample: Sample) -> str:
-    """pair | conversation | preference | interleaved | video | text."""
+    """Return the kind of a sample: pair | conversation | preference | interleaved | video | text."""
     if sample.rejected is not None:
         return "preference"
     if sample.times_s:
@@ -182,11 +180,11 @@ def kind(sample: Sample) -> str:
 # --- counting --------------------------------------------------------------------------------------------------------
 
 
-class _Tally:
-    """What is counted in any dataset."""
+class _DatasetCounter:
+    """Counts that do not depend on a stage."""
 
     def __init__(self, license: str) -> None:
-        self.license = license  # of rows that name none
+        self.license = license  # of rows without their own
         self.kinds: Counter[str] = Counter()
         self.images_per_row: Counter[int] = Counter()
         self.formats: Counter[str] = Counter()
@@ -197,7 +195,7 @@ class _Tally:
         self.answers: list[int] = []
 
     def add(self, sample: Sample) -> dict[int, Reason]:
-        """Count a row; which of its images have no readable header, and why."""
+        """Count a row. Returns the indices of its images without a readable header, with the reasons."""
         self.kinds[kind(sample)] += 1
         self.images_per_row[len(sample.images)] += 1
         self.languages[sample.language or NONE] += 1
@@ -220,15 +218,15 @@ class _Tally:
         return unreadable
 
 
-class _Fitting:
-    """What is counted for a stage: the rows go through its template and its tokenizer, as in training."""
+class _StageCounter:
+    """Counts for a stage: the rows are encoded with its template and tokenizer, as in training."""
 
     def __init__(self, stage: Stage, path: str) -> None:
         self.stage = stage
         self._source: Source = next(
             (s for s in stage.data.leaves if s.dataset == path), stage.data.leaves[0]
         )
-        self._streams = SampleEncoder.of(stage.model, stage.data)
+        self._encoder = SampleEncoder.of(stage.model, stage.data)
         self._tokens: list[int] = []
         self._image_tokens: list[int] = []
         self._trained: list[int] = []
@@ -237,24 +235,26 @@ class _Fitting:
         self._rows = 0
 
     def add(self, sample: Sample, unreadable: Mapping[int, Reason]) -> None:
+        """Count a row; `unreadable` holds its images without a readable header."""
         try:
-            whole, cut = self._encode(sample)
-            for index in cut.images:
+            full, truncated = self._encode(sample)
+            for index in truncated.images:
                 if index in unreadable:
                     raise BadSample(unreadable[index], f"image {index}")
         except BadSample as error:
             self._quarantined[error.reason] += 1
             return
-        self._tokens.append(len(whole.ids))
-        self._image_tokens.append(whole.ids.count(IMAGE))
-        self._trained.append(len(cut.labels) - cut.labels.count(IGNORE))
-        self._truncated += len(whole.ids) > self._streams.limit
+        self._tokens.append(len(full.ids))
+        self._image_tokens.append(full.ids.count(IMAGE))
+        self._trained.append(len(truncated.labels) - truncated.labels.count(IGNORE))
+        self._truncated += len(full.ids) > self._encoder.limit
 
     def result(self) -> Fit:
+        """Return the statistics of all rows that were added."""
         return Fit(
             stage=self.stage.name,
             template=self.stage.data.template,
-            limit=self._streams.limit,
+            limit=self._encoder.limit,
             tokens=Spread.of(self._tokens),
             image_tokens=Spread.of(self._image_tokens),
             trained=Spread.of(self._trained),
@@ -263,18 +263,18 @@ class _Fitting:
         )
 
     def _encode(self, sample: Sample) -> tuple[Encoded, Encoded]:
-        """The whole row, and what the limit leaves of it; the prompts take turns."""
-        rows, self._rows = self._rows, self._rows + 1
-        parts = read_as(self._source, sample, rows, video=self.stage.model.pixels.video)
-        layouts = [p.layout for p in self._streams.pictures(sample) if p.layout is not None]
-        whole = self._streams.read(sample, parts, layouts, choice=rows, limit=EVERYTHING)
-        if len(whole.ids) <= self._streams.limit:
-            return whole, whole
-        return whole, self._streams.read(sample, parts, layouts, choice=rows)
+        """Return the row without and with truncation to the limit; successive rows use the prompts in turn."""
+        row, self._rows = self._rows, self._rows + 1
+        parts = read_as(self._source, sample, row, video=self.stage.model.pixels.video)
+        layouts = [p.layout for p in self._encoder.pictures(sample) if p.layout is not None]
+        full = self._encoder.read(sample, parts, layouts, choice=row, limit=NO_LIMIT)
+        if len(full.ids) <= self._encoder.limit:
+            return full, full
+        return full, self._encoder.read(sample, parts, layouts, choice=row)
 
 
 def _header(data: bytes) -> Image.Image:
-    """A picture of which only the header was read. Raises BadSample, with the reason that decoding would give."""
+    """Open an image and read its header only. Raises BadSample with the reason that decoding would give."""
     if not data:
         raise BadSample(Reason.EMPTY_FILE, "the image has 0 bytes")
     try:

@@ -1,4 +1,7 @@
-"""Colored shapes with true captions: data for tests, `--tiny` and first steps, made in milliseconds from a seed."""
+"""Synthetic samples of colored shapes with true captions, for tests, `--tiny` and first steps.
+
+They are generated in milliseconds from a seed.
+"""
 
 import io
 import random
@@ -24,17 +27,17 @@ _RGB = (
     (120, 72, 40),
     (20, 20, 20),
 )
-COLOURS = dict(zip(SHAPE_COLORS, _RGB, strict=True))
+COLORS = dict(zip(SHAPE_COLORS, _RGB, strict=True))
 SHAPES = SHAPE_FORMS
 SIZES = {"small": 0.13, "large": 0.22}  # half the shape's width, as a share of the picture's
-PLACES = {
+PLACES = {  # centers of the two shapes, as shares of the image
     "above": ((0.5, 0.26), (0.5, 0.74)),
     "left of": ((0.26, 0.5), (0.74, 0.5)),
-}  # centres of the two
+}
 
 
 class Shape(NamedTuple):
-    """A thing in a picture, as the caption names it."""
+    """A shape in an image; as a string, its name in the caption."""
 
     size: str
     color: str
@@ -45,10 +48,10 @@ class Shape(NamedTuple):
 
 
 def shapes(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
-    """`rows` pairs of a PNG (size x size) and a caption such as "a large red circle above a small blue square".
+    """Yield `rows` pairs of a PNG (size x size) and a caption, e.g. "a large red circle above a small blue square".
 
-    The labels are what is in it: "red circle", "blue square".
-    A row depends on (seed, its number) alone: fewer rows are a prefix of more.
+    The labels are the two shapes: "red circle", "blue square".
+    A row depends on (seed, its number) only, so fewer rows are a prefix of more.
     """
     for row in range(rows):
         draw = random.Random(f"{seed}/{row}")
@@ -60,28 +63,28 @@ def shapes(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample
 
 
 def preferences(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
-    """`shapes`, each with a worse caption beside its own: one that is true of another picture."""
+    """Yield `shapes` with a rejected caption each: the caption of another image."""
     samples = list(shapes(rows, size, seed))
     for sample, other in zip(samples, [*samples[1:], *samples[:1]], strict=True):
         yield replace(sample, key=sample.key.replace("shapes", "preferences"), rejected=other.text)
 
 
 def choices(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
-    """`shapes` as multiple-choice questions of four candidates, of which one is in the picture."""
+    """Yield `shapes` as multiple-choice questions with four candidates, one of which is in the image."""
     for row, sample in enumerate(shapes(rows, size, seed)):
         draw = random.Random(f"{seed}/{row}/choices")
         right = draw.choice(sample.labels)
         wrong = draw.sample(sorted(set(SHAPE_LABELS) - set(sample.labels)), 3)
         question = Part("user", text="\nWhich of these is in the picture?")
-        said = (Part("user", image=0), question, Part("assistant", text=right))
+        parts = (Part("user", image=0), question, Part("assistant", text=right))
         candidates = tuple(draw.sample([right, *wrong], 4))
         yield replace(
-            sample, key=sample.key.replace("shapes", "choices"), parts=said, candidates=candidates
+            sample, key=sample.key.replace("shapes", "choices"), parts=parts, candidates=candidates
         )
 
 
 def yes_no(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
-    """`shapes` as questions of yes or no about one thing, which is in the picture of every second row."""
+    """Yield `shapes` as yes/no questions about one shape, which is in the image of every second row."""
     for row, sample in enumerate(shapes(rows, size, seed)):
         draw = random.Random(f"{seed}/{row}/yes-no")
         absent = sorted(set(SHAPE_LABELS) - set(sample.labels))
@@ -89,12 +92,12 @@ def yes_no(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample
             (draw.choice(absent), "no") if row % 2 else (draw.choice(sample.labels), "yes")
         )
         question = Part("user", text=f"\nIs there a {thing} in the picture?")
-        said = (Part("user", image=0), question, Part("assistant", text=answer))
-        yield replace(sample, key=sample.key.replace("shapes", "yes-no"), parts=said)
+        parts = (Part("user", image=0), question, Part("assistant", text=answer))
+        yield replace(sample, key=sample.key.replace("shapes", "yes-no"), parts=parts)
 
 
 def _shape(draw: random.Random) -> Shape:
-    return Shape(draw.choice(list(SIZES)), draw.choice(list(COLOURS)), draw.choice(SHAPES))
+    return Shape(draw.choice(list(SIZES)), draw.choice(list(COLORS)), draw.choice(SHAPES))
 
 
 def _picture(size: int, things: list[tuple[Shape, tuple[float, float]]]) -> bytes:
@@ -105,17 +108,17 @@ def _picture(size: int, things: list[tuple[Shape, tuple[float, float]]]) -> byte
         box = (x - half, y - half, x + half, y + half)
         match shape.form:
             case "circle":
-                pen.ellipse(box, fill=COLOURS[shape.color])
+                pen.ellipse(box, fill=COLORS[shape.color])
             case "square":
-                pen.rectangle(box, fill=COLOURS[shape.color])
+                pen.rectangle(box, fill=COLORS[shape.color])
             case "triangle":
                 pen.polygon(
                     [(x, y - half), (x + half, y + half), (x - half, y + half)],
-                    fill=COLOURS[shape.color],
+                    fill=COLORS[shape.color],
                 )
             case _:
                 corners = [(x, y - half), (x + half, y), (x, y + half), (x - half, y)]
-                pen.polygon(corners, fill=COLOURS[shape.color])
+                pen.polygon(corners, fill=COLORS[shape.color])
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()

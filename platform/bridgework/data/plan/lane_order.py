@@ -1,13 +1,15 @@
 """Map (source, stream, index) to a row of the dataset, for any index, in O(1).
 
-A source is read in V streams, one for each lane. Its draws have a number: the x-th of stream v is
-g = x V + (V - 1 - v). Epoch e is the draws e N .. (e + 1) N - 1, so N draws in a row are every row
-once.
+A source is read in V streams, one per lane. Its draws are numbered: draw x of stream v has the number
+g = x V + (V - 1 - v). Epoch e consists of the draws e N .. (e + 1) N - 1, so N consecutive draws
+contain every row once.
 
-In an epoch each stream has N / V of these numbers (rounded up or down), and reads as many rows on
-end of the epoch's own order, which begins at a drawn row: rows 0 .. N-1 are cut into P pieces of c
-neighbors (the last may be shorter), in a drawn order, their rows permuted inside. The end of a
-stream may cut a piece; then two streams read of it.
+In an epoch each stream has N / V of these numbers (rounded up or down). It reads the same number of
+consecutive rows of the epoch's order, which begins at a random row. In this order, rows 0 .. N-1 are
+cut into P pieces of c neighbors (the last may be shorter); the pieces are shuffled, and so are the
+rows in each piece. The end of a stream may cut a piece, which two streams then share.
+
+# S sources  R requested rows  N rows of a source  P its pieces  V lanes
 """
 
 from collections.abc import Sequence
@@ -18,20 +20,18 @@ import numpy.typing as npt
 
 from bridgework.data.plan.permutation import U64, derive, key_of, permute, side_of
 
-# S sources  R rows asked for  N rows of a source  P its pieces  V lanes
-
 _ONE = np.uint64(1)
 
 
 @dataclass(frozen=True)
 class _SourceLayout:
-    """One source as `Deal` needs it: all sixty-four bit, one row of a table."""
+    """Parameters of one source in `LaneOrder`: a column of its table, all 64-bit."""
 
     rows: int
-    piece: int  # rows of a piece
+    piece: int  # rows per piece
     pieces: int
-    full: int  # pieces that are not short
-    short: int  # rows of the last piece, `piece` if none is short
+    full: int  # number of full pieces
+    short: int  # rows of the last piece; `piece` if it is full
     full_side: int
     piece_side: int
     short_side: int
@@ -40,8 +40,8 @@ class _SourceLayout:
     begin_key: int
 
 
-def _cut(rows: int, group_rows: int, key: int, lanes: int) -> _SourceLayout:
-    # at least four pieces for every lane where the source has them: else a lane sees few places of it in an epoch
+def _layout(rows: int, group_rows: int, key: int, lanes: int) -> _SourceLayout:
+    # at least four pieces per lane if the source is large enough, so that a lane reads many regions of it per epoch
     piece = max(1, min(group_rows, rows // (4 * lanes)))
     full, rest = divmod(rows, piece)
     short = rest or piece
@@ -51,20 +51,19 @@ def _cut(rows: int, group_rows: int, key: int, lanes: int) -> _SourceLayout:
 
 
 class LaneOrder:
-    """The rows of all sources as their streams take them: O(1) memory per source, O(1) time per row.
+    """Order of the rows in the streams of all sources: O(1) memory per source, O(1) time per row.
 
-    `rows`, `group_rows` and `keys` hold one number per source: its size, how many neighbors are read together, and
-    64 bits that name its order.
+    `rows`, `group_rows` and `keys` hold one number per source: its size, the number of neighbors that are read
+    together, and a 64-bit key of its order.
     """
 
     def __init__(
         self, rows: Sequence[int], group_rows: Sequence[int], keys: Sequence[int], lanes: int
     ) -> None:
-        cuts = [_cut(n, g, key, lanes) for n, g, key in zip(rows, group_rows, keys, strict=True)]
+        sources = zip(rows, group_rows, keys, strict=True)
+        layouts = [astuple(_layout(n, group, key, lanes)) for n, group, key in sources]
         self._lanes = np.uint64(lanes)
-        self._table = np.array(
-            [astuple(cut) for cut in cuts], dtype=np.uint64
-        ).T.copy()  # (fields of _Cut, S)
+        self._table = np.array(layouts, dtype=np.uint64).T.copy()  # (fields of _SourceLayout, S)
 
     def locate(
         self,
@@ -72,10 +71,9 @@ class LaneOrder:
         stream_R: npt.NDArray[np.int64],
         index_R: npt.NDArray[np.int64],
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """(epoch_R, row_R) of the `index`-th row, counted from 0, of each stream of a source."""
-        n, piece, pieces, full, short, full_side, piece_side, short_side, *keys = self._table[
-            :, source_R
-        ]
+        """Return (epoch_R, row_R) of row number `index_R`, counted from 0, in stream `stream_R` of `source_R`."""
+        columns = self._table[:, source_R]
+        n, piece, pieces, full, short, full_side, piece_side, short_side, *keys = columns
         order_key, piece_key, begin_key = keys
         turn = self._lanes - _ONE - stream_R.astype(np.uint64)
         epoch = (index_R.astype(np.uint64) * self._lanes + turn) // n
@@ -90,14 +88,13 @@ class LaneOrder:
         return epoch.astype(np.int32), row.astype(np.int64)
 
     def _place(self, index: U64, turn: U64, epoch: U64, n: U64) -> U64:
-        """Place of a draw in the epoch's order: after what the streams before its own have of it."""
-        first = epoch * n  # the epoch's first draw
-        begun = np.where(
+        """Return the place of a draw in the epoch's order, after the rows of all streams before its own."""
+        first = epoch * n  # number of the first draw of the epoch
+        start = np.where(  # of the stream's rows in this epoch
             first > turn, (first - np.minimum(turn, first) + self._lanes - _ONE) // self._lanes, 0
         )
-        before = (
-            turn + self._lanes - first % self._lanes
-        ) % self._lanes  # streams that draw before this one in it
+        # number of streams that draw before this one in the epoch
+        before = (turn + self._lanes - first % self._lanes) % self._lanes
         each, rest = np.divmod(n, self._lanes)
-        place: U64 = before * each + np.minimum(before, rest) + (index - begun)
+        place: U64 = before * each + np.minimum(before, rest) + (index - start)
         return place

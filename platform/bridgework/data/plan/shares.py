@@ -1,7 +1,7 @@
-"""How many rows each source gives: from sizes, alpha, factors and caps to exact counts of every lane.
+"""Compute the rows that each lane takes of each source, from sizes, alpha, factors and caps.
 
-Weights become integers of 2**-60 and are multiplied as Python's integers, so that counts are
-the same at any length of training and on every machine.
+Weights are converted to integer multiples of 2**-60 and multiplied as Python integers, so the counts are
+exact at any length of training and equal on every machine.
 
 # V lanes  S sources
 """
@@ -21,32 +21,31 @@ from bridgework.mixture import Group, Mixture
 
 Counts = npt.NDArray[np.int64]
 
-_UNIT = 1 << 60  # weights are whole numbers of 1 / _UNIT
-_COUNT_BITS = 61  # of all rows up to the horizon: their sums fit into 64 bits
-_KEPT = 256  # counts that stay in memory: a lookup takes about 40, its neighbor one or two more
-_POWER = Context(
-    prec=50
-)  # done in software: the last bit of float's `**` depends on the machine's maths library
+_UNIT = 1 << 60  # weights are integer multiples of 1 / _UNIT
+_COUNT_BITS = 61  # of all rows up to the horizon, so that their sums fit into 64 bits
+_CACHE_SIZE = 256  # counts in memory: a lookup needs about 40, its neighbor one or two more
+# in software, because the last bit of a float's `**` depends on the machine's math library
+_POWER = Context(prec=50)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Why a source has the share that it has."""
+    """Share of one source in a plan, and its origin."""
 
     name: str
     requested: float  # share of the rows by size**alpha * factor
     weight: float  # the same after the caps
-    epochs: float  # how often the run passes over the source
-    capped: bool  # held back by max_epochs; the others share what it leaves
+    epochs: float  # passes over the source in the run
+    capped: bool  # limited by max_epochs; the remainder is distributed over the others
 
 
 def divide(
     mixture: Mixture, rows: Sequence[int], *, steps: int, batch: int
 ) -> tuple[list[Fraction], frozenset[int]]:
-    """The share of each source after the caps, and which are capped; `rows` holds the sizes of the sources.
+    """Return the share of each source after the caps, and the indices of the capped sources.
 
-    Water-filling: a source above its cap gets max_epochs * rows, and what it leaves is shared again by weight among
-    the others. Raises SpecError if all are capped and the stage takes more.
+    `rows` holds the sizes of the sources. Water-filling: a source above its cap gets max_epochs * rows, and the
+    remaining budget is redistributed by weight. Raises SpecError if the caps of all sources give too few rows.
     """
     weights = requested(mixture, rows)
     budget = steps * batch
@@ -69,8 +68,8 @@ def divide(
     if missing:
         fewer = (budget - missing) // batch
         raise SpecError(
-            f"max_epochs lets the sources give {budget - missing} rows, but {steps} steps of {batch} take {budget}: "
-            f"{missing} too few; raise max_epochs, add a source, or take "
+            f"max_epochs: the sources have too few rows. Got {budget - missing}; {steps} steps "
+            f"of {batch} need {budget}, {missing} more. Fix: raise max_epochs, add a source, or use "
             + (f"{fewer} steps" if fewer else "smaller batches")
         )
     both = held | level
@@ -78,14 +77,18 @@ def divide(
 
 
 def requested(mixture: Mixture, rows: Sequence[int]) -> list[Fraction]:
-    """size**alpha * factor of each source, as shares that sum to one; a group's share is shared out inside it."""
+    """Return size**alpha * factor of each source, as shares that sum to one.
+
+    The share of a group is divided inside it in the same way.
+    """
     return _shares(mixture, iter(rows))[0]
 
 
 def _shares(node: Mixture | Group, rows: Iterator[int]) -> tuple[list[Fraction], int]:
-    """The share of every source below `node`, which sum to one, and the rows of all; takes its sizes from `rows`."""
+    """Return the shares of the sources below `node`, which sum to one, and their total rows, read from `rows`."""
     below = [
-        _shares(n, rows) if isinstance(n, Group) else _sole_source(next(rows)) for n in node.sources
+        _shares(n, rows) if isinstance(n, Group) else ([Fraction(1)], next(rows))
+        for n in node.sources
     ]
     alpha = Decimal(node.alpha)
     weights = [
@@ -101,53 +104,48 @@ def _shares(node: Mixture | Group, rows: Iterator[int]) -> tuple[list[Fraction],
     return shares, sum(size for _, size in below)
 
 
-def _sole_source(rows: int) -> tuple[list[Fraction], int]:
-    return [Fraction(1)], rows
-
-
 class ShareSchedule:
-    """Rows of every source that every lane has taken, at any length, in O(1) of that length.
+    """Cumulative rows of every source in every lane, at any length of training, in O(1) time.
 
-    The counts at a far horizon are apportioned by the shares. Between two known counts, those
-    halfway are again the integers nearest to the shares, among those that take back no row:
-    first of all lanes together, then of every second lane, of every fourth, down to each. A lane
-    always has exactly its rows, and the counts never fall. All lanes together are within one row
-    of the shares (of sources of very unlike size now and then within 1.1), and a lane is within
-    about two rows of its part.
+    The counts at a far horizon are apportioned by the shares. Between two known counts, the counts
+    halfway are again the integers nearest to the shares that never decrease a count: first for
+    all lanes together, then for every second lane, every fourth, down to each lane. A lane
+    always has exactly its number of rows. All lanes together are within one row of the shares
+    (with sources of very different sizes occasionally within 1.1), and a lane is within about two
+    rows of its part.
     """
 
     def __init__(self, shares: Sequence[Fraction], lanes: int, window_rows: int) -> None:
-        """`window_rows` is the number of rows of a lane and window."""
+        """Compute the weights and the period; `window_rows` is the number of rows of a lane and window."""
         self._lanes = lanes
         self._weights = [int(share * _UNIT) for share in shares]
         heaviest = max(range(len(shares)), key=lambda d: shares[d])
         self._weights[heaviest] += _UNIT - sum(self._weights)
-        # with fewer rows of a lane, counts cannot be even over sources, lanes and time at once
-        self._enough = 4 * (len(shares) - 1)
-        self.period = max(1, -(-self._enough // window_rows)) * window_rows  # rows of a lane
+        # with fewer rows per lane, counts cannot be even over sources, lanes and time at once
+        self._min_rows = 4 * (len(shares) - 1)
+        self.period = max(1, -(-self._min_rows // window_rows)) * window_rows  # rows of a lane
         self._horizon = 1 << (_COUNT_BITS - (self.period * lanes).bit_length())  # in periods
-        self._at = lru_cache(_KEPT)(self._count)
+        self._at = lru_cache(_CACHE_SIZE)(self._count)
 
     def counts(self, rows: int) -> Counts:
-        """(V, S): rows of each source among the first `rows` of each lane, a multiple of `period`.
+        """Return the rows of each source among the first `rows` of each lane, (V, S).
 
-        Raises SpecError beyond the horizon.
+        `rows` is a multiple of `period`. Raises SpecError beyond the horizon.
         """
         if rows // self.period > self._horizon:
             raise SpecError(
-                f"a plan of {rows * self._lanes:,} rows is too long. At most "
-                f"{self._horizon * self.period * self._lanes:,} can be counted. "
-                "Fix: take fewer steps"
+                f"the plan is too long. Got {rows * self._lanes:,} rows; expected at most "
+                f"{self._horizon * self.period * self._lanes:,}. Fix: use fewer steps"
             )
         return self._at(rows // self.period)
 
     def last(self, rows: int) -> int:
-        """Rows of a lane before the last period of a stage, which has `rows`: that period is not a short one."""
+        """Return the rows of a lane before the last period of a stage of `rows` rows; that period is never short."""
         before = (rows - 1) // self.period * self.period
-        return before - self.period if before and rows - before < self._enough else before
+        return before - self.period if before and rows - before < self._min_rows else before
 
     def end(self, rows: int) -> Counts:
-        """(V, S): the same at the end of a stage, at any number of rows: no later count limits it."""
+        """Return the counts (V, S) at the end of a stage of any number of rows: no later count limits them."""
         before = self.last(rows)
         low = self.counts(before)
         return self._between(rows, low, low + (rows - before))
@@ -166,20 +164,20 @@ class ShareSchedule:
         return counts
 
     def _between(self, rows: int, low_VS: Counts, high_VS: Counts) -> Counts:
-        """The counts at `rows` rows of a lane, which are none below `low` and none above `high`."""
+        """Return the counts at `rows` rows of a lane, all between `low` and `high`."""
         exact = [divmod(weight * rows * self._lanes, _UNIT) for weight in self._weights]
         floor_S = np.array([floor for floor, _ in exact], np.int64)
         rest_S = np.array([rest / _UNIT for _, rest in exact])
         low_S, high_S = low_VS.sum(0), high_VS.sum(0)
         totals_S = apportion(rows * self._lanes, floor_S, rest_S, low_S, high_S)
-        return _deal(rows, totals_S, low_VS, high_VS)
+        return _split(rows, totals_S, low_VS, high_VS)
 
 
-def _deal(rows: int, totals_S: Counts, low_VS: Counts, high_VS: Counts) -> Counts:
-    """The totals of some lanes as counts of each: `rows` rows a lane, between `low` and `high`.
+def _split(rows: int, totals_S: Counts, low_VS: Counts, high_VS: Counts) -> Counts:
+    """Split the totals of several lanes into counts per lane: `rows` rows per lane, between `low` and `high`.
 
-    Every second lane is a half, so that ranks, which own lanes in turn, have like counts. Where the
-    limits of single lanes allow no such counts, the totals give way by a row.
+    Each half consists of every second lane, so that ranks, which own lanes in turn, have similar counts. If the
+    limits of single lanes allow no such counts, the totals change by a row.
     """
     lanes = len(low_VS)
     if lanes == 1:
@@ -200,8 +198,8 @@ def _deal(rows: int, totals_S: Counts, low_VS: Counts, high_VS: Counts) -> Count
         none_S = np.zeros_like(over_S)
         second_S = apportion(rows * (lanes - half), second_S, none_S, rest_low_S, rest_high_S)
     counts_VS = np.empty_like(low_VS)
-    counts_VS[::2] = _deal(rows, first_S, low_VS[::2], high_VS[::2])
-    counts_VS[1::2] = _deal(rows, second_S, low_VS[1::2], high_VS[1::2])
+    counts_VS[::2] = _split(rows, first_S, low_VS[::2], high_VS[::2])
+    counts_VS[1::2] = _split(rows, second_S, low_VS[1::2], high_VS[1::2])
     return counts_VS
 
 
@@ -212,9 +210,9 @@ def apportion(
     low_S: Counts,
     high_S: Counts,
 ) -> Counts:
-    """The integers between `low` and `high` that sum to `total`, nearest to `floor + rest`.
+    """Return the integers between `low` and `high` that sum to `total`, nearest to `floor + rest`.
 
-    `rest` is in [0, 1). There must be such numbers: sum(low) <= total <= sum(high).
+    `rest` is in [0, 1). Requires sum(low) <= total <= sum(high).
     """
     counts_S = np.clip(floor_S, low_S, high_S)
     while missing := total - int(counts_S.sum()):
