@@ -245,7 +245,7 @@ def ask(home: Path) -> dict[str, Any]:
 def serving(app: str, home: Path) -> Iterator[str]:
     """An app on a free port of this machine; without a key, which is allowed on loopback alone."""
     args = {"model": "llava", "dev": "true", "home": str(home), "cpus": "0.5"}
-    endpoint = launch.start(app, args, launch.Where(port=launch.free_port()))
+    endpoint = launch.start(app, args, launch.AppAddress(port=launch.free_port()))
     yield endpoint.address
     endpoint.stop()
 

@@ -331,7 +331,7 @@ def test_eval_judges_an_artifact_by_its_stage(bridgework: Bridgework, home: Path
 def test_eval_of_a_stage_without_evaluations_says_so(bridgework: Bridgework, trained: Path) -> None:
     said = bridgework("eval", str(trained))
     assert said.code == 1
-    assert "has no evaluations; add some to its recipe's `evals`" in said.err
+    assert "has no evaluations. Fix: add some to its recipe's `evals`" in said.err
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ def test_a_model_is_asked_about_an_image(
     behind = bridgework("ask", str(trained), "What is it?", "-i", str(image), *shown)
     assert (behind.code, behind.err) == (0, "")
     assert (
-        "shows examples for one --image, got 0"
+        "shows examples for one --image. Got 0"
         in bridgework("ask", str(trained), "What is it?", *shown).err
     )
     chosen = bridgework(

@@ -66,7 +66,7 @@ def apps(ray_session: None, home: Path, registered: str, weights: str) -> Iterat
             "cors": ORIGIN,
         }
         address = launch.start(
-            "chat", shared | common, launch.Where(port=launch.free_port())
+            "chat", shared | common, launch.AppAddress(port=launch.free_port())
         ).address
         both = apps_of.application("embed", {"model": weights} | common, embed_and_caption)
         serve.run(both, name="embed", route_prefix="/embed")

@@ -19,7 +19,7 @@ from bridgework.data.samples import Part, pair
 from bridgework.inference.pipeline import Pipeline
 from bridgework.serving.errors import APIError
 from bridgework.serving.protocol import Answer
-from bridgework.serving.router import Router, ServedModel, place
+from bridgework.serving.router import Router, ServedModel, hash_uniform
 from tests.serving.support import ORIGIN, Apps, picture, url
 
 CHAT = "/v1/chat/completions"
@@ -138,10 +138,10 @@ def test_the_request_id_decides_between_champion_and_challenger(apps: Apps) -> N
     }
     for name in ("a", "b", "c", "d"):
         reply = apps.http.post(CHAT, json=body, headers={"x-request-id": name})
-        expected = pinned["tiny:2" if place(name) < 0.5 else "tiny:1"]
+        expected = pinned["tiny:2" if hash_uniform(name) < 0.5 else "tiny:1"]
         assert reply.json()["id"].split("-")[1] == expected.split("-")[1]
         assert reply.headers["x-request-id"] == name
-    assert {place(n) < 0.5 for n in ("a", "b", "c", "d")} == {True, False}
+    assert {hash_uniform(n) < 0.5 for n in ("a", "b", "c", "d")} == {True, False}
 
 
 def test_models_are_listed(apps: Apps) -> None:
@@ -566,5 +566,8 @@ def test_an_app_without_a_replica_lives_and_is_not_ready(apps: Apps) -> None:
     until(200)
     kill_champion("chat")
     error = until(503).json()["error"]
-    assert (error["code"], error["message"]) == ("not_ready", "no replica of champion is running")
+    assert (error["code"], error["message"]) == (
+        "not_ready",
+        "no replica of champion is running. Fix: try again",
+    )
     until(200)

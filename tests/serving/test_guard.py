@@ -35,7 +35,7 @@ def guard(
     body_s: float = 30.0,
     held_bytes: int = 2**20,
 ) -> AuthMiddleware:
-    admission = Admission(places=places, per_key=places, held_bytes=held_bytes)
+    admission = Admission(slots=places, per_key=places, held_bytes=held_bytes)
     limits = replace(Limits(body_bytes=1000), body_s=body_s)
     return AuthMiddleware(Starlette(routes=routes), keys=keys, admission=admission, limits=limits)
 
@@ -251,7 +251,7 @@ def test_one_of_several_keys_cannot_hold_every_place() -> None:
             await hold.wait()
             return PlainTextResponse("")
 
-        admission = Admission(places=4, per_key=3, held_bytes=2**20)
+        admission = Admission(slots=4, per_key=3, held_bytes=2**20)
         app = AuthMiddleware(
             Starlette(routes=[Route("/v1/x", wait, methods=["POST"])]),
             keys=TWO,

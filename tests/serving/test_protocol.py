@@ -309,7 +309,7 @@ WRONG: list[tuple[str, Any, str | None, str]] = [
     ("/chat", chat(temperature=-1), "temperature", "expected at least 0"),
     ("/chat", chat(top_p=0), "top_p", "expected more than 0"),
     ("/chat", chat(max_tokens=0), "max_tokens", "expected at least 1"),
-    ("/chat", chat(max_tokens=1.5), "max_tokens", "expected a whole number"),
+    ("/chat", chat(max_tokens=1.5), "max_tokens", "expected an integer"),
     ("/chat", chat(max_tokens=2, max_completion_tokens=3), "max_tokens", "two limits"),
     ("/chat", chat(seed=2**64), "seed", "expected"),
     ("/chat", chat(stop=""), "stop", "expected at least 1 characters"),

@@ -22,9 +22,9 @@ from ray.serve.schema import ServeDeploySchema
 from bridgework.errors import BridgeworkError, ResourceError, SpecError, TrackingError, WeightsError
 from bridgework.serving import app as apps
 from bridgework.serving import launch
-from bridgework.serving.app import record, resolve
+from bridgework.serving.app import record_deployment, resolve_model
 from bridgework.serving.auth import VARIABLE
-from bridgework.serving.options import Options, read
+from bridgework.serving.options import Options, parse_options
 
 
 def test_words_of_a_command_line_become_options_in_any_order() -> None:
@@ -36,9 +36,9 @@ def test_words_of_a_command_line_become_options_in_any_order() -> None:
         "replicas": "2",
         "model": "a",
     }
-    options = read(words)
+    options = parse_options(words)
     assert (options.share, options.challenger, options.limits.images) == (0.25, "b", 2)
-    assert options.places == 3 * options.ongoing + options.queued
+    assert options.slots == 3 * options.ongoing + options.queued
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_words_of_a_command_line_become_options_in_any_order() -> None:
 )
 def test_wrong_words_are_refused(words: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        read(words)
+        parse_options(words)
 
 
 @pytest.mark.parametrize("word", ["tiny", "tiny@champion", "tiny:1"])
 def test_a_model_is_found_by_name_alias_and_version(
     word: str, registered: str, weights: str, home: Path
 ) -> None:
-    served = resolve("chat", word, Options(model=word), home)
+    served = resolve_model("chat", word, Options(model=word), home)
     assert (served.model, served.version, served.artifact, served.pinned) == (
         "tiny",
         "1",
@@ -85,21 +85,23 @@ def test_an_unknown_model_or_folder_is_an_error_that_says_so(
     ]
     for word, kind, message in wrong:
         with pytest.raises(kind, match=message):
-            resolve("chat", word, Options(model=word), home)
+            resolve_model("chat", word, Options(model=word), home)
 
 
 def test_the_same_weights_are_the_same_deployment_and_keep_their_first_start(
     weights: str, tmp_path: Path
 ) -> None:
-    served = resolve("chat", weights, Options(model=weights), tmp_path)
-    file = record(served, tmp_path)
+    served = resolve_model("chat", weights, Options(model=weights), tmp_path)
+    file = record_deployment(served, tmp_path)
     before = file.read_text()
     assert (
-        record(resolve("chat", weights, Options(model=weights), tmp_path), tmp_path).read_text()
+        record_deployment(
+            resolve_model("chat", weights, Options(model=weights), tmp_path), tmp_path
+        ).read_text()
         == before
     )
     assert json.loads(before)["digest"] == served.digest
-    assert resolve("embed", weights, Options(model=weights), tmp_path).id != served.id
+    assert resolve_model("embed", weights, Options(model=weights), tmp_path).id != served.id
 
 
 @pytest.mark.parametrize("name", apps.APPS)
@@ -121,19 +123,19 @@ def test_a_port_in_use_is_named_with_a_free_one(registered: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(
-            ResourceError, match=rf"port {port} of 127.0.0.1 cannot be used .*; port \d+ is free"
+            ResourceError, match=rf"port {port} of 127.0.0.1 cannot be used .*port \d+ is free"
         ):
-            launch.start("chat", {"model": registered, "dev": True}, launch.Where(port=port))
+            launch.start("chat", {"model": registered, "dev": True}, launch.AppAddress(port=port))
 
 
 def test_an_unknown_app_and_a_development_server_for_all_are_refused() -> None:
     with pytest.raises(SpecError, match="did you mean 'chat'"):
-        launch.start("chatt", {"model": "tiny"}, launch.Where())
+        launch.start("chatt", {"model": "tiny"}, launch.AppAddress())
     for word in (True, "true"):
         with pytest.raises(SpecError, match="loopback only"):
-            launch.start("chat", {"model": "tiny", "dev": word}, launch.Where(host="0.0.0.0"))
+            launch.start("chat", {"model": "tiny", "dev": word}, launch.AppAddress(host="0.0.0.0"))
     with pytest.raises(SpecError, match="name the origins"):
-        read({"model": "tiny", "dev": True, "cors": "*"})
+        parse_options({"model": "tiny", "dev": True, "cors": "*"})
 
 
 def test_the_config_of_an_app_is_what_serve_takes(
@@ -144,7 +146,9 @@ def test_the_config_of_an_app_is_what_serve_takes(
         tmp_path / "serve.yaml",
         {"model": weights, "home": str(tmp_path), "limits.images": "4"},
     )
-    launch.write(file, "chat", args, launch.Where(port=8123, name="llava", route_prefix="/llava"))
+    launch.write_config(
+        file, "chat", args, launch.AppAddress(port=8123, name="llava", route_prefix="/llava")
+    )
     config = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
     (app,) = config.applications
     assert (app.name, app.route_prefix, config.http_options.port) == ("llava", "/llava", 8123)
@@ -152,7 +156,7 @@ def test_the_config_of_an_app_is_what_serve_takes(
     assert isinstance(built, Application)
     for wrong in ({"modle": weights}, {"model": weights, "replicas": "0"}):
         with pytest.raises(SpecError):
-            launch.write(file, "chat", wrong, launch.Where())
+            launch.write_config(file, "chat", wrong, launch.AppAddress())
 
 
 @pytest.fixture
@@ -184,18 +188,20 @@ def test_apps_of_one_ray_start_and_end_apart_and_what_runs_is_finished(
         "max_new_tokens": 400,
     }
     port = launch.free_port()
-    first = launch.start("chat", args, launch.Where(port=port))
+    first = launch.start("chat", args, launch.AppAddress(port=port))
     with pytest.raises(SpecError, match=r"'chat' already runs on this Ray.*--name chat-2"):
-        launch.start("chat", args, launch.Where(port=port))
+        launch.start("chat", args, launch.AppAddress(port=port))
     with pytest.raises(SpecError, match=r"the path / is taken"):
-        launch.start("chat", args, launch.Where(port=port, name="other"))
+        launch.start("chat", args, launch.AppAddress(port=port, name="other"))
     with pytest.raises(ResourceError, match="already serves, and not on port"):
         launch.start(
-            "chat", args, launch.Where(port=launch.free_port(), name="other", route_prefix="/other")
+            "chat",
+            args,
+            launch.AppAddress(port=launch.free_port(), name="other", route_prefix="/other"),
         )
     assert ask(first.address, 1).status_code == 200
     second = launch.start(
-        "chat", args, launch.Where(port=port, name="other", route_prefix="/other")
+        "chat", args, launch.AppAddress(port=port, name="other", route_prefix="/other")
     )
     assert not second.own_serve
     assert ask(second.address, 1).status_code == 200

@@ -82,7 +82,11 @@ class ReaderConfig:
             pairs=any(loss.requires == "preference" for loss in stage.losses),
             lanes=any(loss.requires == "match_lane" for loss in stage.losses),
             alone=next(
-                (getattr(loss, "alone", 1.0) for loss in stage.losses if loss.requires == "answers"),
+                (
+                    getattr(loss, "alone", 1.0)
+                    for loss in stage.losses
+                    if loss.requires == "answers"
+                ),
                 None,
             ),
             features=features,
