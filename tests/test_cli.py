@@ -402,11 +402,11 @@ def test_a_folder_of_hugging_face_goes_in_and_out(bridgework: Bridgework, tmp_pa
     given = bridgework("export", str(tmp_path / "artifact"), str(tmp_path / "out"))
     assert given.code == 0 and (tmp_path / "out" / "model.safetensors").is_file()
     assert (
-        "exists; remove it first"
+        "exists. Fix: remove it first"
         in bridgework("export", str(tmp_path / "artifact"), str(tmp_path / "out")).err
     )
     assert (
-        "is no Idefics"
+        "is not a Idefics"
         in bridgework(
             "export", str(tmp_path / "artifact"), str(tmp_path / "x"), "--as", "Idefics"
         ).err

@@ -16,7 +16,7 @@ from transformers import (
 
 from bridgework.errors import SpecError, WeightsError
 from bridgework.hf import blip
-from bridgework.hf.common import unequal
+from bridgework.hf.common import config_diff
 from bridgework.hf.convert import export_hf, import_hf
 from bridgework.losses.language_modeling import language_modeling
 from bridgework.models import MomentumConfig
@@ -51,10 +51,10 @@ def both(architecture: str) -> tuple[MED, Any]:
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    wiring = blip.spec(theirs.config)
+    wiring = blip.model_config(theirs.config)
     ours = wiring.build().eval()
     parameters = dict(theirs.named_parameters())
-    names = blip.names(wiring)
+    names = blip.tensor_names(wiring)
     ours.load_state_dict({own: parameters[other].detach() for own, other in names.items()})
     return ours, theirs
 
@@ -68,9 +68,9 @@ def normal(model: MED, pixels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("architecture", blip.ARCHITECTURES)
 def test_names_are_one_to_one_and_shapes_agree(architecture: str) -> None:
-    wiring = blip.spec(config(architecture))
+    wiring = blip.model_config(config(architecture))
     theirs = getattr(transformers, architecture)(config(architecture))
-    ours, names = wiring.build(), blip.names(wiring)
+    ours, names = wiring.build(), blip.tensor_names(wiring)
     own, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
     assert set(names) == set(own) and sorted(names.values()) == sorted(other)
     assert all(own[name].shape == other[theirs_].shape for name, theirs_ in names.items())
@@ -81,9 +81,9 @@ def test_names_are_one_to_one_and_shapes_agree(architecture: str) -> None:
 def test_a_config_comes_back_as_it_went(architecture: str) -> None:
     """But for what the model does not decide: special ids, which an import keeps, and how weights are drawn."""
     theirs = config(architecture)
-    back = blip.config(blip.spec(theirs))
+    back = blip.hf_config(blip.model_config(theirs))
     assert back.architectures == [architecture] and back.image_text_hidden_size == 16
-    differ = set(unequal(back, theirs))
+    differ = set(config_diff(back, theirs))
     assert differ == {
         "vision_config.initializer_range",
         "text_config.pad_token_id",
@@ -110,7 +110,7 @@ def test_a_caption_has_the_logits_loss_and_gradients_of_transformers() -> None:
     loss.backward()
     expected.loss.backward()
     other = dict(theirs.named_parameters())
-    for name, theirs_ in blip.names(ours.config).items():
+    for name, theirs_ in blip.tensor_names(ours.config).items():
         torch.testing.assert_close(
             ours.get_parameter(name).grad, other[theirs_].grad, atol=1e-5, rtol=1e-4
         )
@@ -181,7 +181,7 @@ def test_an_answer_is_written_as_transformers_writes_it() -> None:
 
 @pytest.mark.parametrize("architecture", blip.ARCHITECTURES)
 def test_a_stage_holds_what_was_read(architecture: str) -> None:
-    stage = blip.stage(blip.spec(config(architecture)))
+    stage = blip.stage(blip.model_config(config(architecture)))
     with torch.device("meta"):
         assert isinstance(stage.model.build(), MED)
     assert (
@@ -206,18 +206,18 @@ def test_a_folder_of_transformers_comes_in_and_goes_out_as_it_was(
 
 def test_what_transformers_has_no_class_for_is_refused() -> None:
     with pytest.raises(SpecError, match="no BLIP with the tasks contrast, match, caption"):
-        blip.config(spec())
-    with pytest.raises(SpecError, match="and a momentum twin"):
-        blip.config(spec("contrast", "match", momentum=MomentumConfig(queue=0)))
+        blip.hf_config(spec())
+    with pytest.raises(SpecError, match="and a momentum encoder"):
+        blip.hf_config(spec("contrast", "match", momentum=MomentumConfig(queue=0)))
     with pytest.raises(WeightsError, match="are read, not \\['BlipModel'\\]"):
-        blip.spec(config("BlipModel"))
+        blip.model_config(config("BlipModel"))
 
 
 def test_a_blip_of_other_numbers_is_refused() -> None:
     other = config("BlipForConditionalGeneration")
     other.text_config.bos_token_id = 5
-    with pytest.raises(WeightsError, match="bos_token_id 5, and only 260 is read"):
-        blip.spec(other)
+    with pytest.raises(WeightsError, match=r"bos_token_id is not supported\. Got 5; expected 260"):
+        blip.model_config(other)
 
 
 def test_the_classes_are_those_of_transformers() -> None:

@@ -17,7 +17,7 @@ from bridgework import artifacts
 from bridgework.data.samples import Part
 from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import SpecError, WeightsError
-from bridgework.hf.common import fields, unequal
+from bridgework.hf.common import config_diff, flatten_config
 from bridgework.hf.convert import export_hf, import_hf
 from bridgework.inference.pipeline import Pipeline
 from bridgework.models import LanguageConfig, ViTConfig
@@ -90,7 +90,7 @@ def test_exported_model_keeps_special_ids_and_settings(
 
     out = round_trip(model, tmp_path, with_tokenizer)
     before, after = (AutoConfig.from_pretrained(tmp_path / side) for side in ("in", "out"))
-    assert unequal(before, after) == {}
+    assert config_diff(before, after) == {}
     assert before.to_dict()["architectures"] == after.to_dict()["architectures"]
     if model.can_generate():
         settings = [
@@ -284,7 +284,9 @@ def png(picture: Any) -> bytes:
 def test_an_idefics_that_was_trained_here_has_both_words_and_ends_with_a_chunk(
     tmp_path: Path,
 ) -> None:
-    spec = replace(test_idefics.idefics.spec(test_idefics.theirs("small").config), origin=None)
+    spec = replace(
+        test_idefics.idefics.model_config(test_idefics.theirs("small").config), origin=None
+    )
     spec = replace(spec, language=replace(spec.language, vocab=300, tokenizer="bytes"))
     stage = test_idefics.idefics.stage(spec)
     torch.manual_seed(0)
@@ -429,7 +431,9 @@ def test_an_export_keeps_the_epsilon_and_the_activation_of_a_loaded_tower(
 def test_scaled_positions_of_a_loaded_language_model_have_no_place_in_an_idefics(
     tmp_path: Path,
 ) -> None:
-    spec = replace(test_idefics.idefics.spec(test_idefics.theirs("small").config), origin=None)
+    spec = replace(
+        test_idefics.idefics.model_config(test_idefics.theirs("small").config), origin=None
+    )
     rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     spec = replace(
         spec,
@@ -442,7 +446,7 @@ def test_scaled_positions_of_a_loaded_language_model_have_no_place_in_an_idefics
     artifacts.save(
         tmp_path / "a", dict(spec.build().named_parameters()), system=system, stage=stage.name
     )
-    with pytest.raises(SpecError, match=r"no place for this model's language\.rope_parameters"):
+    with pytest.raises(SpecError, match=r"Got language\.rope_parameters"):
         export_hf(tmp_path / "a", tmp_path / "out")
 
 
@@ -517,7 +521,9 @@ def test_a_language_model_whose_head_transformers_leaves_out_is_refused(tmp_path
         tmp_path,
         lambda stage: replace(stage, model=replace(stage.model, language=spec)),
     )
-    with pytest.raises(WeightsError, match="the outputs of the two disagree: logits"):
+    with pytest.raises(
+        WeightsError, match=r"the outputs disagree, so nothing was written\. Got logits"
+    ):
         export_hf(path, tmp_path / "out")
 
 
@@ -583,7 +589,7 @@ def test_a_field_that_has_no_place_is_refused_by_name(
         assert field in str(error) or "another shape" in str(error)
         assert "\n" not in str(error)
     else:  # a field that transformers itself sets again, or that nothing reads
-        assert fields(AutoConfig.from_pretrained(tmp_path / "in").to_dict())[
+        assert flatten_config(AutoConfig.from_pretrained(tmp_path / "in").to_dict())[
             f"{part}.{field}"
         ] != value or (part == "perceiver_config")
 
@@ -598,7 +604,7 @@ def test_weights_of_a_q_former_with_another_epsilon_are_refused(tmp_path: Path) 
     ):
         changed = config | {part: config[part] | {"layer_norm_eps": 1e-4}}
         (tmp_path / CONFIG).write_text(json.dumps(changed))
-        spec = test_blip2.blip2.spec(model.config)
+        spec = test_blip2.blip2.model_config(model.config)
         spec = replace(
             spec,
             bridge=replace(spec.bridge, weights=str(tmp_path))
@@ -662,7 +668,7 @@ def test_grids_that_no_tiles_fill_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "in")
     with pytest.raises(
         WeightsError,
-        match=f"no tiles of {side} pixels fill. Got .{side + 1}, {side}.; expected multiples",
+        match=f"do not fit tiles of {side} pixels. Got .{side + 1}, {side}.; expected multiples",
     ):
         import_hf(tmp_path / "in", tmp_path / "artifact")
 
@@ -686,5 +692,5 @@ def test_exported_files_are_as_readable_as_each_other(tmp_path: Path) -> None:
 
 def test_a_part_of_a_system_that_no_folder_can_hold_is_refused(tmp_path: Path) -> None:
     path, _ = trained("xgen_mm/instruct", tmp_path)
-    with pytest.raises(SpecError, match="transformers has no model for a PrefixVLM"):
+    with pytest.raises(SpecError, match="transformers has no model for this PrefixVLM"):
         export_hf(path, tmp_path / "out")

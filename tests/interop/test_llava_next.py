@@ -73,8 +73,8 @@ def theirs(shape: str) -> Any:
 
 
 def ours(model: Any) -> PrefixVLM:
-    spec = llava_next.spec(model.config)
-    state, names = model.state_dict(), llava_next.names(spec)
+    spec = llava_next.model_config(model.config)
+    state, names = model.state_dict(), llava_next.tensor_names(spec)
     built = spec.build()
     built.load_state_dict({own: state[name] for own, name in names.items()})
     return built.eval()
@@ -121,7 +121,7 @@ def inputs_of_theirs(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_names_are_a_bijection_on_all_keys(shape: str) -> None:
     model = theirs(shape)
-    names = llava_next.names(llava_next.spec(model.config))
+    names = llava_next.tensor_names(llava_next.model_config(model.config))
     assert set(names.values()) == model.state_dict().keys()
     assert len(set(names.values())) == len(names)
 
@@ -129,7 +129,7 @@ def test_names_are_a_bijection_on_all_keys(shape: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_loss_and_gradients_agree_over_images_of_any_shape(shape: str) -> None:
     model = theirs(shape)
-    built, spec = ours(model), llava_next.spec(model.config)
+    built, spec = ours(model), llava_next.model_config(model.config)
     ids, attention, tiles, layouts = examples(spec)
     labels = ids.masked_fill(~attention | (ids == IMAGE), IGNORE)
     outputs = built(ids, attention, labels, torch.cat(tiles), layouts=torch.tensor(layouts))
@@ -146,7 +146,7 @@ def test_logits_loss_and_gradients_agree_over_images_of_any_shape(shape: str) ->
         outputs.logits_BTV[attention], expected.logits[attention], atol=1e-4, rtol=1e-4
     )
     torch.testing.assert_close(mean, expected.loss, atol=1e-5, rtol=1e-5)
-    for own, name in llava_next.names(spec).items():
+    for own, name in llava_next.tensor_names(spec).items():
         if own.startswith(("tiles.", "bridge.")):
             grads = built.get_parameter(own).grad, model.get_parameter(name).grad
             torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-3)
@@ -154,7 +154,7 @@ def test_logits_loss_and_gradients_agree_over_images_of_any_shape(shape: str) ->
 
 def test_greedy_text_agrees() -> None:
     model = theirs("small")
-    built, spec = ours(model), llava_next.spec(model.config)
+    built, spec = ours(model), llava_next.model_config(model.config)
     ids, attention, tiles, layouts = examples(spec)
     given = inputs_of_theirs(spec, ids[:1], tiles[:2], layouts[:2])
     how: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
@@ -166,18 +166,18 @@ def test_greedy_text_agrees() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path) -> None:
-    spec = llava_next.spec(theirs(shape).config)
-    again = llava_next.config(spec)
-    assert llava_next.spec(again) == spec
+    spec = llava_next.model_config(theirs(shape).config)
+    again = llava_next.hf_config(spec)
+    assert llava_next.model_config(again) == spec
     model: Any = transformers.LlavaNextForConditionalGeneration(again)
-    names = llava_next.names(spec)
+    names = llava_next.tensor_names(spec)
     model.load_state_dict(
         {names[name]: tensor for name, tensor in spec.build().state_dict().items()}
     )
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
     assert loaded.architectures == list(llava_next.ARCHITECTURES)
-    assert llava_next.spec(loaded).language.tokenizer == str(tmp_path)
+    assert llava_next.model_config(loaded).language.tokenizer == str(tmp_path)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -193,7 +193,7 @@ def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(
 
 
 def test_adapters_go_out_merged(tmp_path: Path) -> None:
-    spec = llava_next.spec(theirs("small").config)
+    spec = llava_next.model_config(theirs("small").config)
     adapted = replace(spec, language=replace(spec.language, lora=LoRAConfig(rank=2, alpha=8)))
     torch.manual_seed(0)
     model = stirred(adapted.build()).eval()
@@ -210,21 +210,21 @@ def test_adapters_go_out_merged(tmp_path: Path) -> None:
 
 
 def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:
-    stage = llava_next.stage(llava_next.spec(theirs("small").config))
+    stage = llava_next.stage(llava_next.model_config(theirs("small").config))
     assert (stage.data.template, stage.evals, stage.budget.steps) == ("v1", (), 1)
     assert TrainingModule(stage.model.build(), stage.losses).requested == {"logits"}
 
 
 def test_what_the_other_side_has_no_place_for_is_refused() -> None:
     config = theirs("small").config
-    spec = llava_next.spec(config)
+    spec = llava_next.model_config(config)
     for changed in (
         replace(spec, bridge=LinearConfig()),
         replace(spec, tiles="resample"),
         replace(spec, grids=()),
     ):
-        with pytest.raises(SpecError, match="is a CLIP ViT, an MLP of two matrices"):
-            llava_next.config(changed)
+        with pytest.raises(SpecError, match="Expected a CLIP ViT, an MLP of two matrices"):
+            llava_next.hf_config(changed)
     config.projector_hidden_act = "relu"
-    with pytest.raises(WeightsError, match="projector_hidden_act relu"):
-        llava_next.spec(config)
+    with pytest.raises(WeightsError, match=r"projector_hidden_act is not supported\. Got relu"):
+        llava_next.model_config(config)

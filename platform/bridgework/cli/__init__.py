@@ -251,7 +251,7 @@ def sweep(
     ] = None,
     run: Annotated[
         str | None,
-        typer.Option(help="Name of the sweep; the same name resumes it. [default: sweep-SPACE]"),
+        typer.Option(help="Name of the sweep. [default: sweep-SPACE]"),
     ] = None,
     project: Project = "bridgework",
 ) -> None:

@@ -249,9 +249,7 @@ def import_hf(
 def export(
     artifact: Annotated[
         Path,
-        typer.Argument(
-            metavar="ARTIFACT", help="Folder of an artifact (a stage or an import)."
-        ),
+        typer.Argument(metavar="ARTIFACT", help="Folder of an artifact (a stage or an import)."),
     ],
     into: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder for transformers; must not exist.")
