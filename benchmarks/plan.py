@@ -1,7 +1,7 @@
 """Cost of the plan for 10^9 rows in 10^5 shards, four sources by the square root of their sizes.
 
 python -m benchmarks.plan              lookups of windows and row positions, memory: half a minute
-python -m benchmarks.plan --ray        time to create a Ray Data dataset of the windows: half a minute
+python -m benchmarks.plan --ray        time to create a Ray Data dataset: half a minute
 python -m benchmarks.plan --json FILE
 
 Only the manifests exist: they are written, opened and checked as real ones, without shards. A

@@ -1,6 +1,6 @@
 """Our reader against the loaders of other libraries, in paired runs.
 
-All sides have the same images, decoder, tokenizer and collation.
+All sides have the same images, decoder, tokenizer and collation. mosaicml-streaming is optional.
 
 pip install -e '.[bench]'
 pip install --no-deps mosaicml-streaming && pip install Brotli catalogue python-snappy zstd
