@@ -1,4 +1,4 @@
-"""BLIP-2, InstructBLIP and LLaVA between here and transformers: names, features, logits, written ids, both ways."""
+"""BLIP-2, InstructBLIP and LLaVA against transformers: names, features, logits, generated ids."""
 
 import shutil
 from dataclasses import replace
@@ -102,7 +102,7 @@ def theirs(shape: str) -> Any:
 
 
 def untied(model: Any) -> None:
-    """Two matrices, as in all published T5s but the first: transformers 5 ties those it draws by force."""
+    """Untie the embeddings, as in all published T5s but the first; transformers 5 ties new models."""
     language = model.language_model
     language.lm_head.weight = torch.nn.Parameter(language.shared.weight.detach().flip(0))
     for part, name in ((language, "lm_head.weight"), (model, "language_model.lm_head.weight")):
@@ -122,7 +122,7 @@ def ours(model: Any, module: ModuleType) -> Any:
 
 
 def rows(tokens: int) -> tuple[Tensor, Tensor]:
-    """Two prompts with an image each: ids, attention; no padding."""
+    """Return ids and attention of two prompts with one image each, without padding."""
     generator = torch.Generator().manual_seed(3)
     text = torch.randint(3, VOCAB - 2, (2, 7), generator=generator)
     ids_BT = torch.cat([text[:, :1], torch.full((2, tokens), IMAGE), text[:, 1:]], dim=1)
@@ -192,7 +192,7 @@ def test_logits_and_greedy_ids_agree(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", WRITERS)
-def test_in_and_out_again_gives_the_same_bits(shape: str, tmp_path: Path) -> None:
+def test_round_trip_is_bit_equal(shape: str, tmp_path: Path) -> None:
     theirs(shape).save_pretrained(tmp_path / "in")
     assert import_hf(tmp_path / "in", tmp_path / "artifact").holds
     assert export_hf(tmp_path / "artifact", tmp_path / "out").holds
@@ -219,7 +219,7 @@ def test_features_and_bridge_tokens_agree(shape: str) -> None:
     torch.testing.assert_close(tokens, found.pooler_output, atol=1e-5, rtol=1e-4)
 
 
-def test_both_tokenizers_of_an_instructblip_travel_with_it(tmp_path: Path) -> None:
+def test_instructblip_keeps_both_tokenizers(tmp_path: Path) -> None:
     theirs("instructblip-llama").save_pretrained(tmp_path / "in")
     for folder in (tmp_path / "in", tmp_path / "in" / "qformer_tokenizer"):
         load_tokenizer("bytes").save_pretrained(folder)
@@ -237,7 +237,7 @@ def test_both_tokenizers_of_an_instructblip_travel_with_it(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("shape", WRITERS)
-def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path) -> None:
+def test_config_round_trip_is_equal(shape: str, tmp_path: Path) -> None:
     module = module_of(shape)
     given = theirs(shape)
     spec = module.model_config(given.config, tied=is_tied(given))
@@ -255,7 +255,7 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("shape", WRITERS)
-def test_the_stage_holds_the_wiring_and_computes_its_loss(shape: str) -> None:
+def test_stage_has_the_config_and_computes_its_loss(shape: str) -> None:
     module = module_of(shape)
     stage = module.stage(module.model_config(theirs(shape).config))
     assert (stage.evals, stage.budget.steps, stage.data.max_tokens) == ((), 1, stage.model.context)
@@ -278,7 +278,7 @@ def finder(vision: dict[str, Any], qformer: dict[str, Any], embed: int) -> Any:
 
 @pytest.mark.parametrize("sizes", [(VIT, QFORMER, 16), (WIDE, LONG, 24)], ids=["small", "wide"])
 def test_contrast_and_matching_agree_with_transformers_retrieval(sizes: Any) -> None:
-    """With padding, and each image with each text by its best query."""
+    """With padding; each image and text are compared by the best query."""
     model = finder(*sizes)
     built: QFormerPretrainer = ours(model, blip2)
     images = pixels(3, size=built.vision.config.pixels.size)
@@ -302,7 +302,7 @@ def test_contrast_and_matching_agree_with_transformers_retrieval(sizes: Any) -> 
         torch.testing.assert_close(ours_found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_finder_goes_in_and_out_with_the_same_bits(tmp_path: Path) -> None:
+def test_retrieval_model_round_trip_is_bit_equal(tmp_path: Path) -> None:
     finder(VIT, QFORMER, 16).save_pretrained(tmp_path / "in")
     assert import_hf(tmp_path / "in", tmp_path / "artifact").holds
     assert export_hf(tmp_path / "artifact", tmp_path / "out").holds
@@ -312,7 +312,7 @@ def test_a_finder_goes_in_and_out_with_the_same_bits(tmp_path: Path) -> None:
     )
 
 
-def test_a_finder_keeps_its_temperature_and_its_words_for_itself() -> None:
+def test_temperature_and_lm_head_are_not_exported() -> None:
     model = finder(VIT, QFORMER, 16)
     spec = blip2.model_config(model.config)
     names = blip2.tensor_names(spec)
@@ -329,7 +329,7 @@ def test_a_finder_keeps_its_temperature_and_its_words_for_itself() -> None:
 # --- what does not fit -----------------------------------------------------------------------------------------------
 
 
-def test_what_the_other_side_has_no_place_for_is_refused() -> None:
+def test_models_that_transformers_lacks_are_rejected() -> None:
     spec = blip2.model_config(theirs("blip2-opt").config)
     assert isinstance(spec, PrefixVLMConfig) and isinstance(spec.bridge, QFormerConfig)
     with pytest.raises(SpecError, match="Got ViTConfig and QFormer"):
@@ -384,7 +384,7 @@ def test_what_the_other_side_has_no_place_for_is_refused() -> None:
         ),
     ],
 )
-def test_what_is_not_read_is_refused(
+def test_unsupported_fields_are_rejected(
     shape: str, part: str, field: str, value: Any, message: str
 ) -> None:
     config = theirs(shape).config

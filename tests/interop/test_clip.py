@@ -1,4 +1,4 @@
-"""CLIP between here and transformers: names, features, logits, both ways."""
+"""CLIP against transformers: names, features, logits, round trips."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def ours(model: Any) -> DualEncoder:
 
 
 def examples(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 images, ids padded with the end, attention."""
+    """Return uint8 images, ids padded with the end token, attention."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 98, (3, 8), generator=generator)
     ids[0, 7], ids[1, 4:], ids[2, 6:] = END, END, END
@@ -121,7 +121,7 @@ def test_features_logits_and_loss_agree(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path) -> None:
+def test_config_round_trip_is_equal(shape: str, tmp_path: Path) -> None:
     spec = clip.model_config(theirs(shape).config)
     again = clip.model_config(clip.hf_config(spec))
     assert again == spec
@@ -142,13 +142,13 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
     assert clip.model_config(loaded).tokenizer == str(tmp_path)
 
 
-def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:
+def test_stage_has_the_config_and_computes_its_loss() -> None:
     stage = clip.stage(clip.model_config(theirs("small").config))
     assert (stage.data.template, stage.evals, stage.budget.steps) == ("caption", (), 1)
     assert TrainingModule(stage.model.build(), stage.losses).requested == {"pooled"}
 
 
-def test_what_the_other_side_has_no_place_for_is_refused() -> None:
+def test_models_that_transformers_lacks_are_rejected() -> None:
     resnet = DualEncoderConfig(
         vision=ModifiedResNetConfig(), text=CLIPTextConfig(), embed=1024, project_image=False
     )

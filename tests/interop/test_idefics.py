@@ -1,4 +1,4 @@
-"""Idefics between here and transformers: names, logits, loss, gradients, generation, both ways."""
+"""Idefics against transformers: names, logits, loss, gradients, generation, round trips."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +66,7 @@ def ours(model: Any) -> CrossAttentionVLM:
 
 
 def examples() -> tuple[Tensor, Tensor, Tensor]:
-    """ids, attention and uint8 images: text before the first image, two images in a row, and padding."""
+    """Return ids, attention and uint8 images: text before the first image, two images in a row, and padding."""
     ids = torch.tensor(
         [[5, 6, IMAGE, 7, 8, END, IMAGE, 9, 10], [IMAGE, 11, 12, 13, END, 0, 0, 0, 0]]
     )
@@ -154,7 +154,7 @@ def test_greedy_text_agrees() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path) -> None:
+def test_config_round_trip_is_equal(shape: str, tmp_path: Path) -> None:
     spec = idefics.model_config(theirs(shape).config)
     again = idefics.hf_config(spec)
     assert idefics.model_config(again) == spec
@@ -170,9 +170,7 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(
-    shape: str, tmp_path: Path
-) -> None:
+def test_round_trip_is_bit_equal_with_a_certificate(shape: str, tmp_path: Path) -> None:
     theirs(shape).save_pretrained(tmp_path / "in")
     assert import_hf(tmp_path / "in", tmp_path / "artifact").differences["logits"] <= 1e-5
     assert export_hf(tmp_path / "artifact", tmp_path / "out").holds
@@ -181,13 +179,13 @@ def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:
+def test_stage_has_the_config_and_computes_its_loss() -> None:
     stage = idefics.stage(idefics.model_config(theirs("small").config))
     assert (stage.data.template, stage.evals, stage.budget.steps) == ("interleaved", (), 1)
     assert TrainingModule(stage.model.build(), stage.losses).requested == {"logits"}
 
 
-def test_what_the_other_side_has_no_place_for_is_refused() -> None:
+def test_models_that_transformers_lacks_are_rejected() -> None:
     config = theirs("small").config
     spec = idefics.model_config(config)
     with pytest.raises(SpecError, match="Got gates"):

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT between here and transformers: names, logits, loss, gradients over tiles, both ways."""
+"""LLaVA-NeXT against transformers: names, logits, loss, gradients over tiles, round trips."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +87,7 @@ def picture(width: int, height: int) -> Image.Image:
 
 
 def examples(spec: PrefixVLMConfig) -> tuple[Tensor, Tensor, list[Tensor], list[Layout]]:
-    """ids and attention of two rows, three images of other shapes in them, and how each is cut."""
+    """Return ids and attention of two rows with three images of different shapes, and their layouts."""
     cut = [tile_image(picture(*size), spec.pixels) for size in ((64, 64), (90, 33), (31, 80))]
     places = [[IMAGE] * spec.places(layout) for _, layout in cut]
     rows = [[5, *places[0], 6, *places[1], 7], [8, *places[2], 9, 10]]
@@ -165,7 +165,7 @@ def test_greedy_text_agrees() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path) -> None:
+def test_config_round_trip_is_equal(shape: str, tmp_path: Path) -> None:
     spec = llava_next.model_config(theirs(shape).config)
     again = llava_next.hf_config(spec)
     assert llava_next.model_config(again) == spec
@@ -181,9 +181,7 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(
-    shape: str, tmp_path: Path
-) -> None:
+def test_round_trip_is_bit_equal_with_a_certificate(shape: str, tmp_path: Path) -> None:
     theirs(shape).save_pretrained(tmp_path / "in")
     assert import_hf(tmp_path / "in", tmp_path / "artifact").differences["logits"] <= 1e-5
     assert export_hf(tmp_path / "artifact", tmp_path / "out").holds
@@ -192,7 +190,7 @@ def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_adapters_go_out_merged(tmp_path: Path) -> None:
+def test_adapters_are_exported_merged(tmp_path: Path) -> None:
     spec = llava_next.model_config(theirs("small").config)
     adapted = replace(spec, language=replace(spec.language, lora=LoRAConfig(rank=2, alpha=8)))
     torch.manual_seed(0)
@@ -209,13 +207,13 @@ def test_adapters_go_out_merged(tmp_path: Path) -> None:
     assert not any("lora" in name for name in out.state_dict())
 
 
-def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:
+def test_stage_has_the_config_and_computes_its_loss() -> None:
     stage = llava_next.stage(llava_next.model_config(theirs("small").config))
     assert (stage.data.template, stage.evals, stage.budget.steps) == ("v1", (), 1)
     assert TrainingModule(stage.model.build(), stage.losses).requested == {"logits"}
 
 
-def test_what_the_other_side_has_no_place_for_is_refused() -> None:
+def test_models_that_transformers_lacks_are_rejected() -> None:
     config = theirs("small").config
     spec = llava_next.model_config(config)
     for changed in (

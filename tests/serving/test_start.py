@@ -1,4 +1,4 @@
-"""Before an app runs: its arguments, its model, its port."""
+"""Start of an app: arguments, model, port, config and shutdown."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from bridgework.serving.auth import VARIABLE
 from bridgework.serving.options import Options, parse_options
 
 
-def test_words_of_a_command_line_become_options_in_any_order() -> None:
+def test_command_line_arguments_become_options_in_any_order() -> None:
     words = {
         "share": "0.25",
         "max_replicas": "3",
@@ -57,13 +57,13 @@ def test_words_of_a_command_line_become_options_in_any_order() -> None:
         ({"model": "a", "replicas": 4, "max_replicas": 2}, "max_replicas 2 is below replicas 4"),
     ],
 )
-def test_wrong_words_are_refused(words: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_rejected(words: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         parse_options(words)
 
 
 @pytest.mark.parametrize("word", ["tiny", "tiny@champion", "tiny:1"])
-def test_a_model_is_found_by_name_alias_and_version(
+def test_model_is_resolved_by_name_alias_and_version(
     word: str, registered: str, weights: str, home: Path
 ) -> None:
     served = resolve_model("chat", word, Options(model=word), home)
@@ -75,9 +75,7 @@ def test_a_model_is_found_by_name_alias_and_version(
     )
 
 
-def test_an_unknown_model_or_folder_is_an_error_that_says_so(
-    registered: str, home: Path, tmp_path: Path
-) -> None:
+def test_unknown_model_or_folder_is_an_error(registered: str, home: Path, tmp_path: Path) -> None:
     wrong: list[tuple[str, type[BridgeworkError], str]] = [
         ("tinny", TrackingError, "did you mean 'tiny'"),
         ("tiny@challenge", TrackingError, "did you mean 'challenger'"),
@@ -88,7 +86,7 @@ def test_an_unknown_model_or_folder_is_an_error_that_says_so(
             resolve_model("chat", word, Options(model=word), home)
 
 
-def test_the_same_weights_are_the_same_deployment_and_keep_their_first_start(
+def test_same_weights_are_the_same_deployment_with_the_first_start_time(
     weights: str, tmp_path: Path
 ) -> None:
     served = resolve_model("chat", weights, Options(model=weights), tmp_path)
@@ -105,7 +103,7 @@ def test_the_same_weights_are_the_same_deployment_and_keep_their_first_start(
 
 
 @pytest.mark.parametrize("name", apps.APPS)
-def test_an_app_is_built_with_a_key_and_not_without(
+def test_app_needs_a_key(
     name: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = {"model": weights, "home": str(tmp_path)}
@@ -119,7 +117,7 @@ def test_an_app_is_built_with_a_key_and_not_without(
         apps.APPS[name](args)
 
 
-def test_a_port_in_use_is_named_with_a_free_one(registered: str) -> None:
+def test_port_in_use_is_an_error_with_a_free_port(registered: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(
@@ -128,7 +126,7 @@ def test_a_port_in_use_is_named_with_a_free_one(registered: str) -> None:
             launch.start("chat", {"model": registered, "dev": True}, launch.AppAddress(port=port))
 
 
-def test_an_unknown_app_and_a_development_server_for_all_are_refused() -> None:
+def test_unknown_app_and_public_development_server_are_rejected() -> None:
     with pytest.raises(SpecError, match="did you mean 'chat'"):
         launch.start("chatt", {"model": "tiny"}, launch.AppAddress())
     for word in (True, "true"):
@@ -138,7 +136,7 @@ def test_an_unknown_app_and_a_development_server_for_all_are_refused() -> None:
         parse_options({"model": "tiny", "dev": True, "cors": "*"})
 
 
-def test_the_config_of_an_app_is_what_serve_takes(
+def test_written_config_is_valid_for_serve(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, "key")
@@ -161,7 +159,7 @@ def test_the_config_of_an_app_is_what_serve_takes(
 
 @pytest.fixture
 def clean(ray_session: None) -> Iterator[None]:
-    """A Ray without Serve, before and after."""
+    """Ray without Serve, before and after the test."""
     serve.shutdown()
     yield
     serve.shutdown()
@@ -177,7 +175,7 @@ def ask(address: str, tokens: int) -> httpx.Response:
     return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300, trust_env=False)
 
 
-def test_apps_of_one_ray_start_and_end_apart_and_what_runs_is_finished(
+def test_apps_of_one_ray_are_independent_and_complete_running_requests(
     clean: None, weights: str, tmp_path: Path
 ) -> None:
     args = {
@@ -225,5 +223,5 @@ def test_apps_of_one_ray_start_and_end_apart_and_what_runs_is_finished(
 
 
 def running() -> int:
-    """Requests that the gateway of the app "chat" holds."""
+    """Return the number of requests that the gateway of the app "chat" holds."""
     return int(serve.get_app_handle("chat").running.remote().result())
