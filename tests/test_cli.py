@@ -116,7 +116,10 @@ def test_show_takes_changes_by_dotted_path(bridgework: Bridgework) -> None:
     ("words", "message"),
     [
         (["show", "lava"], "there is no system 'lava'; did you mean 'llava'?"),
-        (["show", "llava:v2"], "llava has no variant 'v2'; known: next, quickstart, system, v1"),
+        (
+            ["show", "llava:v2"],
+            "llava has no variant 'v2'; known: next, quickstart, science_qa, system, v1",
+        ),
         (["show", "llava", "--set", "stages.align.optim.peek_lr=1"], "did you mean 'peak_lr'?"),
         (["show", "llava", "--set", "stages.alig.seed=1"], "did you mean 'align'?"),
         (

@@ -480,7 +480,3 @@ def main() -> None:
             highlight=False,
         )
         sys.exit(INTERRUPTED if isinstance(error, Interrupted) else 1)
-
-
-if __name__ == "__main__":
-    main()
