@@ -84,7 +84,7 @@ def found(home: Path, steps: int) -> Iterator[Found]:
     random.Random(1).shuffle(flags)
     half = len(flags) // 2
     web, wrong = swapped(flags[half:])
-    right, made = {s.key for s in web} - wrong, str(home / "made")
+    right, dest = {s.key for s in web} - wrong, str(home / "made")
     for name, samples in (("true", flags[:half]), ("web", web)):
         write(
             samples,
@@ -99,10 +99,10 @@ def found(home: Path, steps: int) -> Iterator[Found]:
     }
     for threshold in THRESHOLDS:
         spec = replace(SPEC, sources=(str(home / "web"),), threshold=threshold)
-        spec.run(models, made, home=home, say=lambda text: None)
-        rows = open_dataset(made).samples()
+        spec.run(models, dest, home=home, say=lambda text: None)
+        rows = open_dataset(dest).samples()
         kept = {s.provenance["capfilt.key"] for s in rows if s.provenance["capfilt.kept"] == "web"}
-        shutil.rmtree(made)  # the scores, in a folder next to it, are reused
+        shutil.rmtree(dest)  # the scores, in a folder next to it, are reused
         yield Found(
             threshold, len(kept), len(kept & right) / len(kept), len(kept & right) / len(right)
         )

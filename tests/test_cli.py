@@ -367,8 +367,8 @@ def test_ask_answers_about_an_image(bridgework: Bridgework, trained: Path, tmp_p
         and "length_penalty ranks the beams of a search. Got -1 with beams=1" in short.err
     )
     shown = ("--like", "synthetic:shapes", "--shots", "2", "--tokens", "4")
-    behind = bridgework("ask", str(trained), "What is it?", "-i", str(image), *shown)
-    assert (behind.code, behind.err) == (0, "")
+    few_shot = bridgework("ask", str(trained), "What is it?", "-i", str(image), *shown)
+    assert (few_shot.code, few_shot.err) == (0, "")
     assert (
         "shows examples for one --image. Got 0"
         in bridgework("ask", str(trained), "What is it?", *shown).err
@@ -377,7 +377,7 @@ def test_ask_answers_about_an_image(bridgework: Bridgework, trained: Path, tmp_p
         "ask", str(trained), "-i", str(image), "--choice", "a red circle", "--choice", "nothing"
     )
     assert chosen.code == 0 and "a red circle" in chosen.out and "nothing" in chosen.out
-    behind = bridgework(
+    few_shot = bridgework(
         "ask",
         str(trained),
         "-i",
@@ -388,7 +388,7 @@ def test_ask_answers_about_an_image(bridgework: Bridgework, trained: Path, tmp_p
         "--choice",
         "nothing",
     )
-    assert behind.code == 0 and "a red circle" in behind.out and behind.out != chosen.out
+    assert few_shot.code == 0 and "a red circle" in few_shot.out and few_shot.out != chosen.out
     missing = bridgework("ask", str(trained), "What?", "-i", "nowhere.png")
     assert missing.code == 1 and "nowhere.png cannot be read" in missing.err
     assert "there is nothing to ask" in bridgework("ask", str(trained)).err

@@ -24,7 +24,7 @@ def order(*words: str | int | Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def told(*words: str | int | Path) -> list[dict[str, float]]:
+def report(*words: str | int | Path) -> list[dict[str, float]]:
     done = CliRunner().invoke(
         app, ["data", "mixture", *map(str, words), "--json"], catch_exceptions=False
     )
@@ -74,11 +74,11 @@ def test_batches_are_equal_at_any_world_size(blend: Path, world: int) -> None:
 
 
 def test_batches_are_equal_from_any_start(blend: Path) -> None:
-    whole = order(blend, "--batch", 16, "--steps", 10)
+    complete = order(blend, "--batch", 16, "--steps", 10)
     for start in range(10):
         assert (
             order(blend, "--batch", 16, "--start", 16 * start, "--steps", 10 - start)
-            == whole[start:]
+            == complete[start:]
         )
 
 
@@ -109,7 +109,7 @@ def test_rows_of_a_capped_source_equal_the_mixture_report(steps: int, blend: Pat
         "--set",
         "window=4",
     ]
-    few = told(blend, *changes, "--steps", steps)[1]
+    few = report(blend, *changes, "--steps", steps)[1]
     lines = order(blend, *changes, "--budget", steps, "--steps", steps)
     drawn = [key for line in lines for key in line["ranks"][0] if key.startswith("few/")]
     assert len(drawn) == round(few["realized"] * 16 * steps) <= 6 and len(set(drawn)) == len(drawn)
@@ -179,7 +179,7 @@ def test_errors_inside_a_mixture_function_are_not_changed() -> None:
 
 
 def test_a_group_is_as_large_as_its_sources_and_shares_by_its_own_alpha(blend: Path) -> None:
-    many, few, other = told(blend, "--batch", 16)
+    many, few, other = report(blend, "--batch", 16)
     assert other["by_alpha"] == pytest.approx(40 / 160)
     root = 96**0.5 / (96**0.5 + 24**0.5)
     assert many["by_alpha"] == pytest.approx(root * 120 / 160) and few["by_alpha"] == pytest.approx(
@@ -195,7 +195,7 @@ def test_factors_and_caps_are_reported_separately(blend: Path) -> None:
         "--set",
         "sources.pair.sources.few.max_epochs=0.5",
     ]
-    many, few, other = told(blend, "--batch", 16, *changes)
+    many, few, other = report(blend, "--batch", 16, *changes)
     assert other["by_factor"] == pytest.approx(3 * 0.25 / 1.5) and other[
         "by_alpha"
     ] == pytest.approx(0.25)
@@ -204,7 +204,7 @@ def test_factors_and_caps_are_reported_separately(blend: Path) -> None:
 
 
 def test_shares_are_reported_without_the_data() -> None:
-    found = told("instructblip/instruct")
+    found = report("instructblip/instruct")
     assert sum(each["by_cap"] for each in found) == pytest.approx(1.0) and not any(
         each["known"] for each in found
     )
@@ -230,7 +230,7 @@ def test_a_mixture_of_capped_sources_has_as_many_steps_as_its_caps_allow(
     names: tuple[str, ...], cap: float, lanes: int, blend: Path
 ) -> None:
     file = _capped(blend.parent, names, cap, lanes)
-    assert all(each["epochs"] <= cap for each in told(file))
+    assert all(each["epochs"] <= cap for each in report(file))
     keys = [key for line in order(file) for key in line["ranks"][0]]
     assert len(keys) == len(set(keys)) and keys
 

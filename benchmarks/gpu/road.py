@@ -2,7 +2,7 @@
 
 python -m benchmarks.gpu.road       one line per stage: the first loss on the GPU and on the CPU
 
-The models are tiny, so the times are no measure of speed. Needs torch, transformers, peft,
+The models are tiny, so the times do not show speed. Needs torch, transformers, peft,
 deepspeed and pyarrow, not Ray; stages that train on curated data of another stage are skipped.
 """
 

@@ -24,7 +24,7 @@ from bridgework.system import IGNORE, IMAGE, Layout, System
 from bridgework.training.step import TrainingModule
 from tests.models.examples import stirred
 
-WORD = 99  # stands for an image in transformers' ids
+WORD = 99  # the image token of transformers
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {},
     "mistral": {

@@ -77,7 +77,7 @@ def test_stream_equals_complete_answer(apps: Apps) -> None:
         "temperature": 0,
         "max_tokens": 32,
     }
-    whole = apps.chat.chat.completions.create(**how)
+    complete = apps.chat.chat.completions.create(**how)
     pieces = list(
         apps.chat.chat.completions.create(
             **how, stream=True, stream_options={"include_usage": True}
@@ -85,10 +85,10 @@ def test_stream_equals_complete_answer(apps: Apps) -> None:
     )
     assert (
         "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
-        == whole.choices[0].message.content
+        == complete.choices[0].message.content
     )
-    assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
-    assert pieces[-1].usage == whole.usage
+    assert pieces[-2].choices[0].finish_reason == complete.choices[0].finish_reason
+    assert pieces[-1].usage == complete.usage
     assert len(pieces) > 4
     assert len({p.id for p in pieces}) == 1
 
@@ -378,7 +378,7 @@ HOSTILE: dict[str, tuple[Any, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
 def test_hostile_requests_get_openai_errors_and_replica_survives(apps: Apps, stream: bool) -> None:
     before = replicas()
     for name, (given, status, code) in HOSTILE.items():

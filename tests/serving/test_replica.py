@@ -165,7 +165,7 @@ def test_cancelled_beam_search_and_scoring_end_early(chat: Model, kind: str) -> 
         await asyncio.wait([work])
         count = forwards.count
         await chat._run(lambda: None)
-        assert forwards.count == count  # nothing goes on in a thread
+        assert forwards.count == count  # no thread is still running
         forwards.remove()
         return count
 

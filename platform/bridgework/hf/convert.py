@@ -271,11 +271,11 @@ def _origin(family: Family, spec: Any, config: Any, theirs: Any) -> Origin:
         for path, value in given.items()
         if any(fnmatchcase(path, glob) for glob in TOKEN_FIELDS)
     }
-    kept = ids | {path: other for path, (_, other) in differ.items() if path in given}
-    if kept.get("image_token_index", 0) is None:  # of configs before transformers 4.45
-        del kept["image_token_index"]
+    unread = ids | {path: other for path, (_, other) in differ.items() if path in given}
+    if unread.get("image_token_index", 0) is None:  # of configs before transformers 4.45
+        del unread["image_token_index"]
     settings = theirs.generation_config.to_diff_dict() if theirs.can_generate() else {}
-    return Origin(config=kept, generation=_settings(settings))
+    return Origin(config=unread, generation=_settings(settings))
 
 
 def _settings(generation: Mapping[str, Any]) -> dict[str, Any]:

@@ -155,16 +155,16 @@ def outputs(ours: Any, theirs: Any, origin: Origin) -> dict[str, tuple[Tensor, T
         "pixels": tiles,
         "layouts": layouts,
     }
-    shown = {
+    their_images = {
         "pixel_values": pad_sequence(normalize(tiles, look).split(counts), batch_first=True),
         "image_sizes": torch.tensor([[layout.height, layout.width] for layout in cut]),
     }
     other = {
         "input_ids": ids.masked_fill(ids == IMAGE, word),
         "attention_mask": torch.ones_like(ids),
-        **shown,
+        **their_images,
     }
-    features = theirs.get_image_features(**shown).pooler_output
+    features = theirs.get_image_features(**their_images).pooler_output
     never = () if text.vocab_size == vocab else (word,)  # only their model has the row
     return {
         "features": (ours.tiles(ours.images(tiles, None), layouts), torch.cat([*features])),

@@ -12,18 +12,18 @@ BICUBIC = 3  # Pillow's number, as transformers writes it
 FLAT = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
-  {%- set said = namespace(text='', first=true) -%}
+  {%- set result = namespace(text='', first=true) -%}
   {%- if message['content'] is string -%}
-    {%- set said.text = message['content'] -%}
+    {%- set result.text = message['content'] -%}
   {%- else -%}
     {%- for part in message['content'] -%}
       {%- set word = IMAGE if part['type'] == 'image' else part['text'] -%}
-      {%- if not said.first and IMAGE -%}{%- set said.text = said.text + '\\n' -%}{%- endif -%}
-      {%- set said.text = said.text + word -%}
-      {%- set said.first = false -%}
+      {%- if not result.first and IMAGE -%}{%- set result.text = result.text + '\\n' -%}{%- endif -%}
+      {%- set result.text = result.text + word -%}
+      {%- set result.first = false -%}
     {%- endfor -%}
   {%- endif -%}
-  {%- set flat.messages = flat.messages + [{'role': message['role'], 'content': said.text}] -%}
+  {%- set flat.messages = flat.messages + [{'role': message['role'], 'content': result.text}] -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """

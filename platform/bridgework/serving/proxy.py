@@ -21,7 +21,7 @@ _HIDDEN = "/-/routes"
 _NO_CANCEL = b"x-request-disconnect-disabled"  # keeps a request running without its client
 _REASONS: Mapping[int, tuple[str, str]] = {  # status -> code, message
     400: ("invalid_request", "the request is not valid HTTP, or not allowed"),
-    404: ("not_found", "there is no app at this path"),
+    404: ("not_found", "no app is served at this path"),
     408: ("timeout", "the server did not answer in time. Fix: try again"),
     429: ("overloaded", "every slot is taken. Fix: try again"),
     503: ("model_unavailable", "the server is starting or restarting. Fix: try again"),
