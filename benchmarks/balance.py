@@ -1,7 +1,8 @@
-"""How alike ranks cost at every step, balanced and as rows come: `python -m benchmarks.balance`, seconds.
+"""Load balance of the ranks, with and without balancing: `python -m benchmarks.balance`, seconds.
 
-A skewed mixture, drawn by the plan itself: captions of some 30 tokens, conversations of some 400, documents of some
-1,500 (at most 2,048), each beside images of 64 tokens. A figure is max / mean over the ranks of a step.
+A skewed mixture in the order of the plan: captions of about 30 tokens, conversations of about 400,
+documents of about 1,500 (at most 2,048), each with images of 64 tokens. A value is max / mean of
+the cost over the ranks of a step.
 """
 
 import argparse
@@ -19,7 +20,7 @@ KINDS = {"captions": 200_000, "conversations": 60_000, "documents": 12_000}
 
 
 def costs(seed: int = 0) -> dict[str, "np.ndarray"]:
-    """Tokens of every row."""
+    """Return the number of tokens of every row, by source."""
     draw = np.random.default_rng(seed)
     captions, conversations, documents = KINDS.values()
     return {
@@ -30,7 +31,7 @@ def costs(seed: int = 0) -> dict[str, "np.ndarray"]:
 
 
 def ratios(world: int, window: int) -> tuple[list[float], list[float]]:
-    """max / mean over the ranks, of every step: (balanced, as rows come)."""
+    """Return max / mean over the ranks of every step, as (balanced, unbalanced)."""
     mixture = Mixture(
         sources=tuple(Source(name=n, dataset=n) for n in KINDS), lanes=LANES, window=window
     )
@@ -45,12 +46,15 @@ def ratios(world: int, window: int) -> tuple[list[float], list[float]]:
             lanes.append(
                 [int(cost[source][row]) for source, row in zip(rows.source, rows.row, strict=True)]
             )
-        laid = [balance(lane, window) for lane in lanes]
+        balanced_lanes = [balance(lane, window) for lane in lanes]
         each = plan.step_rows
         for step in range(window):
             balanced.append(
                 _ratio(
-                    [sum(lane[i] for i in of[step]) for lane, of in zip(lanes, laid, strict=True)],
+                    [
+                        sum(lane[i] for i in of[step])
+                        for lane, of in zip(lanes, balanced_lanes, strict=True)
+                    ],
                     world,
                 )
             )
@@ -68,16 +72,15 @@ def _ratio(lanes: Sequence[int], world: int) -> float:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     print(
-        f"{LANES} lanes, batches of {BATCH}; max / mean over ranks, mean of all steps and the worst of them\n"
+        f"{LANES} lanes, batches of {BATCH}; max / mean over ranks, mean and worst of all steps\n"
     )
-    print(
-        "| workers | window | balanced | worst | as rows come | worst |\n|---|---|---|---|---|---|"
-    )
+    print("| workers | window | balanced | worst | unbalanced | worst |\n|---|---|---|---|---|---|")
     for world in (2, 4, 8):
         for window in (16, 64):
-            found = ratios(world, window)
-            told = " | ".join(f"{mean(each):.3f} | {max(each):.3f}" for each in found)
-            print(f"| {world} | {window} steps | {told} |")
+            values = " | ".join(
+                f"{mean(each):.3f} | {max(each):.3f}" for each in ratios(world, window)
+            )
+            print(f"| {world} | {window} steps | {values} |")
 
 
 if __name__ == "__main__":

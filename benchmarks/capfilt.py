@@ -1,9 +1,11 @@
-"""What CapFilt's filter finds of planted mismatches: `python -m benchmarks.capfilt`, a minute.
+"""Precision and recall of CapFilt's filter on planted mismatches.
 
-Flags of three stripes and what they are called ("red blue white"). A filter of a laptop's size learns from true pairs
-of one half of the flags, as BLIP's does from COCO; of the other half, which it never saw, 30 % of the captions were
-moved to another flag. Precision: kept captions that are right; recall: right captions that are kept. Other thresholds
-decide over the same scores.
+python -m benchmarks.capfilt       a minute
+
+Flags of three stripes with captions such as "red blue white". A tiny filter is trained on true
+pairs of one half of the flags, as BLIP's is on COCO. In the other half, which it never saw, 30 % of
+the captions are moved to another flag. Precision: correct share of the kept captions; recall: kept
+share of the correct captions. All thresholds use the same scores.
 """
 
 import argparse
@@ -43,7 +45,7 @@ def flag(colors: Sequence[str]) -> Sample:
 
 
 def swapped(samples: Sequence[Sample]) -> tuple[list[Sample], set[str]]:
-    """The samples with a share of the captions moved on to the next of them, and the keys of those."""
+    """Return the samples with some captions swapped, and the keys of these samples."""
     wrong = random.Random(0).sample(samples, round(MISMATCHED * len(samples)))
     moved = {
         s.key: pair(s.key, s.images[0], o.text)
@@ -53,7 +55,7 @@ def swapped(samples: Sequence[Sample]) -> tuple[list[Sample], set[str]]:
 
 
 def trained(name: str, dataset: str, home: Path, steps: int) -> Path:
-    """The artifact of a stage of blip, of a laptop's size, taught on a dataset."""
+    """Return the artifact of a tiny stage of blip, trained on a dataset."""
     tiny = replace(load("blip")[name].tiny(), starts_from=None, evals=())
     pairs = replace(tiny, data=replace(tiny.data, sources=(Source(name="pairs", dataset=dataset),)))
     fast = {
@@ -68,7 +70,7 @@ def trained(name: str, dataset: str, home: Path, steps: int) -> Path:
 
 
 class Found(NamedTuple):
-    """What the filter kept at one threshold."""
+    """Result of the filter at one threshold."""
 
     threshold: float
     kept: int
@@ -77,12 +79,12 @@ class Found(NamedTuple):
 
 
 def found(home: Path, steps: int) -> Iterator[Found]:
-    """At every threshold, by a filter of `steps` steps; all files go under `home`."""
+    """Yield the results of all thresholds, for a filter trained for `steps` steps."""
     flags = [flag(colors) for colors in permutations(COLORS, 3)]
     random.Random(1).shuffle(flags)
     half = len(flags) // 2
     web, wrong = swapped(flags[half:])
-    right, made = {s.key for s in web} - wrong, str(home / "made")
+    right, dest = {s.key for s in web} - wrong, str(home / "made")
     for name, samples in (("true", flags[:half]), ("web", web)):
         write(
             samples,
@@ -97,10 +99,10 @@ def found(home: Path, steps: int) -> Iterator[Found]:
     }
     for threshold in THRESHOLDS:
         spec = replace(SPEC, sources=(str(home / "web"),), threshold=threshold)
-        spec.run(models, made, home=home, say=lambda text: None)
-        rows = open_dataset(made).samples()
+        spec.run(models, dest, home=home, say=lambda text: None)
+        rows = open_dataset(dest).samples()
         kept = {s.provenance["capfilt.key"] for s in rows if s.provenance["capfilt.kept"] == "web"}
-        shutil.rmtree(made)  # and not made.judged: the scores stay
+        shutil.rmtree(dest)  # the scores, in a folder next to it, are reused
         yield Found(
             threshold, len(kept), len(kept & right) / len(kept), len(kept & right) / len(right)
         )
@@ -110,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=STEPS, help="that the filter learns")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps of the filter")
     steps = parser.parse_args().steps
     print("| threshold | kept | precision | recall |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

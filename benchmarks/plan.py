@@ -1,11 +1,12 @@
-"""What the plan costs at a size that no disk here holds: 10^9 rows in 10^5 shards, four sources by the square root.
+"""Cost of the plan for 10^9 rows in 10^5 shards, four sources by the square root of their sizes.
 
-python -m benchmarks.plan              the plan's windows, where their rows lie, memory: half a minute
-python -m benchmarks.plan --ray        how long Ray Data takes to be handed the windows of a run: half a minute
+python -m benchmarks.plan              lookups of windows and row positions, memory: half a minute
+python -m benchmarks.plan --ray        time to create a Ray Data dataset: half a minute
 python -m benchmarks.plan --json FILE
 
-The manifests are simulated, and real in all that the plan and the reader ask of them: written, opened, checked. A
-lookup is one row: which it is, and its shard, row group and place. Peak memory is that of the process (ru_maxrss).
+Only the manifests exist: they are written, opened and checked as real ones, without shards. A
+lookup is one row: its index, and its shard, row group and position. Peak memory is that of the
+process (ru_maxrss).
 """
 
 import argparse
@@ -30,30 +31,26 @@ from bridgework.data.row_groups import Groups
 from bridgework.system import Mixture, Source
 
 ROWS = (600_000_000, 250_000_000, 100_000_000, 50_000_000)
-SHARD_ROWS = 10_000  # 10^5 shards in all, each with a short row group at its end
+SHARD_ROWS = 10_000  # 10^5 shards in all, each with a short last row group
 GROUP_ROWS = 32
 BATCHES = (256, 4_096)
 PLACES = (0.0, 0.1, 0.5, 0.9, 3.5)  # epochs of the rows of all sources
-WINDOWS = 200  # looked up at each place
-ITEMS = (
-    10_000,
-    100_000,
-    6_250_000,
-)  # windows handed to Ray Data; the last are CLIP's on 256 workers
+WINDOWS = 200  # lookups at each of PLACES
+ITEMS = (10_000, 100_000, 6_250_000)  # windows for Ray Data; the last is CLIP on 256 workers
 
 
 @dataclass(frozen=True)
 class Lookups:
     """Microseconds, medians over windows."""
 
-    window_us: float  # a whole window of the plan
+    window_us: float  # a window of the plan
     row_us: float  # the same per row
-    place_us: float  # per row: where it lies
-    rows: int  # of a window
+    place_us: float  # per row: its shard, row group and position
+    rows: int  # per window
 
 
-def opened(folder: Path) -> tuple[list[Any], float]:
-    """The datasets, and the seconds that opening them took."""
+def open_datasets(folder: Path) -> tuple[list[Any], float]:
+    """Write the manifests. Returns the datasets and the seconds that opening them took."""
     for number, rows in enumerate(ROWS):
         (folder / str(number)).mkdir()
         (folder / str(number) / FILE).write_text(manifest(rows, SHARD_ROWS).to_json())
@@ -62,8 +59,8 @@ def opened(folder: Path) -> tuple[list[Any], float]:
     return datasets, time.perf_counter() - began
 
 
-def made(datasets: list[Any], batch: int) -> tuple[Plan, float]:
-    """A plan of five epochs, and the seconds that making it took."""
+def make_plan(datasets: list[Any], batch: int) -> tuple[Plan, float]:
+    """Return a plan of five epochs and the seconds that it took to build."""
     names = [f"source-{number}" for number in range(len(datasets))]
     mixture = Mixture(sources=tuple(Source(name=name, dataset="-") for name in names), alpha=0.5)
     sources = [
@@ -75,8 +72,8 @@ def made(datasets: list[Any], batch: int) -> tuple[Plan, float]:
     return plan, time.perf_counter() - began
 
 
-def looked_up(plan: Plan, groups: Groups, epoch: float) -> Lookups:
-    """Windows of several lanes in a row, from a place in the run on."""
+def measure_lookups(plan: Plan, groups: Groups, epoch: float) -> Lookups:
+    """Measure lookups of consecutive windows of several lanes, from `epoch` on."""
     first = int(epoch * sum(ROWS)) // (plan.window_rows * 64)
     windows, places = [], []
     for number in range(WINDOWS):
@@ -95,8 +92,8 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def handed_over(items: int) -> float:
-    """Seconds that Ray Data takes to be handed `items` windows, as bridgework.data.ray_ingest does it."""
+def create_dataset(items: int) -> float:
+    """Return the seconds to create a Ray Data dataset of windows, as data.ray_ingest does."""
     from bridgework.data.ray_ingest import range_dataset
 
     began = time.perf_counter()
@@ -106,8 +103,8 @@ def handed_over(items: int) -> float:
 
 def by_ray() -> dict[str, float]:
     start_ray()
-    handed_over(10)  # imports, and the first task of a cluster
-    return {str(items): handed_over(items) for items in ITEMS}
+    create_dataset(10)  # imports, and the first task of a cluster
+    return {str(items): create_dataset(items) for items in ITEMS}
 
 
 def main() -> None:
@@ -121,7 +118,7 @@ def main() -> None:
     if given.ray:
         found: dict[str, Any] = by_ray()
         for items, seconds in found.items():
-            console.print(f"{int(items):,} windows are handed to Ray Data in {seconds:.2f} s")
+            console.print(f"{int(items):,} windows: Ray Data dataset created in {seconds:.2f} s")
     else:
         found = measured(console)
     if given.json:
@@ -129,32 +126,33 @@ def main() -> None:
 
 
 def measured(console: Console) -> dict[str, Any]:
-    """Every lookup, printed and as values."""
+    """Print all lookups and return them."""
     found: dict[str, Any] = {"imports_mb": peak_mb(), "lookups": []}
     with tempfile.TemporaryDirectory() as folder:
-        datasets, found["open_s"] = opened(Path(folder))
+        datasets, found["open_s"] = open_datasets(Path(folder))
         groups = Groups(datasets, None)
-        shown = Table(
+        table = Table(
             "batch",
             "at epoch",
             "a window, us",
             "a row, us",
-            "its place, us",
+            "its position, us",
             "a lookup, us",
             box=None,
         )
         for batch in BATCHES:
-            plan, found["plan_s"] = made(datasets, batch)
+            plan, found["plan_s"] = make_plan(datasets, batch)
             for epoch in PLACES:
-                cost = looked_up(plan, groups, epoch)
+                cost = measure_lookups(plan, groups, epoch)
                 figures = (cost.window_us, cost.row_us, cost.place_us, cost.row_us + cost.place_us)
-                shown.add_row(f"{batch:,}", f"{epoch:g}", *(f"{figure:.1f}" for figure in figures))
+                table.add_row(f"{batch:,}", f"{epoch:g}", *(f"{figure:.1f}" for figure in figures))
                 found["lookups"].append({"batch": batch, "epoch": epoch, **vars(cost)})
     shards = sum(len(dataset.manifest.shards) for dataset in datasets)
     found["peak_mb"] = peak_mb()
-    console.print(shown)
+    console.print(table)
     console.print(
-        f"{shards:,} shards, {sum(ROWS):,} rows: opened in {found['open_s']:.1f} s, planned in {found['plan_s']:.3f} s"
+        f"{shards:,} shards, {sum(ROWS):,} rows: opened in {found['open_s']:.1f} s, "
+        f"planned in {found['plan_s']:.3f} s"
     )
     console.print(
         f"peak memory {found['peak_mb']:.0f} MB, of which {found['imports_mb']:.0f} MB before"

@@ -1,7 +1,8 @@
-"""What the flight recorder costs: `python -m benchmarks.recorder`, half a minute. The goal: below 1 % of a step of 1 s.
+"""Cost of the flight recorder: `python -m benchmarks.recorder`, half a minute.
 
-A step hands over a worker's micro-batches and what `by_sample` makes of their losses, and every second step is written
-to the disk, as the recorder does when steps take a second. CPU and wall time of both, and bytes a sample on disk.
+The goal: below 1 % of a step of 1 s. Each step records the micro-batches of a worker and their
+per-sample losses; every second step is written to disk, as the recorder does when steps take a
+second. Measures CPU and wall time of both, and bytes per sample on disk.
 """
 
 import argparse
@@ -27,12 +28,12 @@ from bridgework.training.metrics import per_sample
 SAMPLES = (256, 1_024)
 MICRO = 32  # samples of a micro-batch
 TOKENS = 512
-STEP_S = 1.0  # what a step is said to take
+STEP_S = 1.0  # assumed time of a step
 WARM = 4  # steps before the clock starts
 
 
 def steps(stage: Stage, samples: int, count: int) -> Iterator[tuple[list[Batch], StepResult]]:
-    """Batches of lengths, keys and losses that differ; their pixels play no part."""
+    """Yield batches with random lengths, keys and losses, without pixels."""
     draw = np.random.default_rng(samples)
     for _ in range(count):
         lengths = torch.from_numpy(draw.integers(64, TOKENS, samples))
@@ -75,7 +76,7 @@ def _batch(draw: np.random.Generator, lengths: torch.Tensor) -> Batch:
 
 
 def measure(stage: Stage, samples: int, count: int) -> dict[str, float]:
-    """Milliseconds a step, the writing shared out, and bytes a sample."""
+    """Return milliseconds per step, including a share of the writes, and bytes per sample."""
     wall, cpu = [], []
     with tempfile.TemporaryDirectory() as folder:
         with FlightRecorder(Path(folder), "attempt0", 0, start=0) as recorder:
@@ -106,7 +107,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     stage = load("llava").tiny().stages[0]
-    shown = Table(
+    table = Table(
         "samples a step",
         "wall ms",
         "worst",
@@ -118,14 +119,14 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     for samples in SAMPLES:
         found = measure(stage, samples, given.steps)
-        shown.add_row(
+        table.add_row(
             f"{samples:,}",
             *(f"{found[name]:.2f}" for name in ("wall_ms", "worst_ms", "cpu_ms")),
             f"{found['wall_ms'] / 1e3 / STEP_S:.2%}",
             f"{found['bytes_a_sample']:.1f}",
         )
         runs.append(found)
-    Console().print(shown)
+    Console().print(table)
     if given.json:
         given.json.write_text(json.dumps(runs, indent=1) + "\n")
 

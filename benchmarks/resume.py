@@ -1,12 +1,13 @@
-"""How long it takes to go on in the middle of an epoch, and whether anything is lost or comes twice.
+"""Time to resume in the middle of an epoch, and the missing and repeated samples.
 
-python -m benchmarks.resume              five minutes; --quick: half a minute, no figures to quote
+python -m benchmarks.resume              five minutes; --quick: half a minute, not for publication
 python -m benchmarks.resume --ray        through Ray Data as well
 python -m benchmarks.resume --json FILE
 
-Time is from the call that goes on at a step to its batch, decoded; positions take turns. Ours decodes a whole window
-(16 steps) before it gives the first. Then the epoch is read to its end, and its ids are counted, with those before.
-Ours is also read by 1, 2, 3, 4 workers and 1 again, handed over in the middle of windows, and compared batch by batch.
+Time is from the call that resumes at a step to its decoded batch; the positions take turns. Ours
+decodes a complete window (16 steps) before its first batch. Then the epoch is read to its end, and
+all its ids are counted. Ours is also read by 1, 2, 3, 4 and 1 workers in turn, switched in the
+middle of windows, and compared batch by batch.
 """
 
 import argparse
@@ -42,18 +43,18 @@ Resume = Callable[[int], Iterator[Any]]  # from a step on
 
 @dataclass(frozen=True)
 class Resumed:
-    """One side at one place of the epoch."""
+    """One library at one position of the epoch."""
 
     side: str
     step: int
-    first_s: list[float | None]  # to the first batch, in each round; None where none came
-    missing: int  # ids of the epoch that came neither before nor behind
+    first_s: list[float | None]  # to the first batch, in each round; None if there was none
+    missing: int  # ids of the epoch that were read neither before nor after resuming
     twice: int
-    state_bytes: int  # of what a checkpoint keeps, as JSON
+    state_bytes: int  # of the state in a checkpoint, as JSON
 
 
 def timed(resume: Resume, step: int) -> float | None:
-    """Seconds to the first batch; None if there is none."""
+    """Return the seconds to the first batch; None if there is none."""
     gc.collect()
     began = time.perf_counter()
     batches = resume(step)
@@ -65,15 +66,17 @@ def timed(resume: Resume, step: int) -> float | None:
 
 
 def ours(store: Store, name: str, rounds: int) -> Iterator[Resumed]:
-    """In process, or through Ray, which runs already."""
+    """Measure our reader in process, or through a running Ray."""
     feeding = {"local": in_process, "ray": through_ray}[name]
     epoch = store.rows // BATCH
     places = [int(place * epoch) for place in PLACES]
     times = _in_turn(lambda step: feeding(DECODE, store, step), places, rounds)
     for step in places:
-        before, behind = feeding(READ, store, 0), feeding(READ, store, step)
-        came = _keys(islice(before, step)) + _keys(islice(behind, epoch - step))
-        yield Resumed(name, step, times[step], *_lost(came, store), len(json.dumps({"step": step})))
+        before, after = feeding(READ, store, 0), feeding(READ, store, step)
+        read = _keys(islice(before, step)) + _keys(islice(after, epoch - step))
+        yield Resumed(
+            name, step, times[step], *_count(read, store), len(json.dumps({"step": step}))
+        )
 
 
 def theirs(store: Store, name: str, rounds: int) -> Iterator[Resumed]:
@@ -85,8 +88,8 @@ def theirs(store: Store, name: str, rounds: int) -> Iterator[Resumed]:
     for step in places:
         before = _keys(islice(peer.stream([folder], [store.rows], list, 0), step))
         gc.collect()
-        came = before + _keys(peer.resumed(folder, states[step], list))
-        yield Resumed(name, step, times[step], *_lost(came, store), len(json.dumps(states[step])))
+        read = before + _keys(peer.resumed(folder, states[step], list))
+        yield Resumed(name, step, times[step], *_count(read, store), len(json.dumps(states[step])))
 
 
 def _decoded(peer: Peer, folder: Path, state: Any) -> Iterator[Any]:
@@ -106,51 +109,57 @@ def _keys(batches: Iterator[Any]) -> list[str]:
     return [key for batch in batches for key in keys(batch)]
 
 
-def _lost(came: list[str], store: Store) -> tuple[int, int]:
-    return store.rows - len(set(came)), len(came) - len(set(came))
+def _count(ids: list[str], store: Store) -> tuple[int, int]:
+    """Return (missing, repeated) ids of an epoch."""
+    return store.rows - len(set(ids)), len(ids) - len(set(ids))
 
 
 def elastic(store: Store) -> int:
-    """Steps of an epoch whose samples are one worker's, whoever reads them. Raises AssertionError where they differ."""
-    described, epoch = feed(DECODE, store), store.rows // BATCH
-    alone = [
+    """Return the number of steps with the same samples for any number of workers.
+
+    Raises AssertionError if a step differs.
+    """
+    config, epoch = feed(DECODE, store), store.rows // BATCH
+    one_worker = [
         Counter(row.key for row in rows)
-        for rows in islice(local(described, rank=0, world=1, start=0), epoch)
+        for rows in islice(local(config, rank=0, world=1, start=0), epoch)
     ]
     ends = [epoch * number // len(WORLDS) for number in range(len(WORLDS) + 1)]
     for world, (start, end) in zip(WORLDS, pairwise(ends), strict=True):
         ranks = [
-            islice(local(described, rank=rank, world=world, start=start), end - start)
+            islice(local(config, rank=rank, world=world, start=start), end - start)
             for rank in range(world)
         ]
         for step, parts in enumerate(zip(*ranks, strict=True), start):
-            together = Counter(row.key for rows in parts for row in rows)
-            assert together == alone[step], (
+            samples = Counter(row.key for rows in parts for row in rows)
+            assert samples == one_worker[step], (
                 f"step {step} at world {world} has other samples than at world 1"
             )
-    whole = sum(alone, Counter[str]())
-    assert len(whole) == store.rows and set(whole.values()) == {1}, "an id is missing or came twice"
+    ids = sum(one_worker, Counter[str]())
+    assert len(ids) == store.rows and set(ids.values()) == {1}, "an id is missing or repeated"
     return epoch
 
 
 def manifest_bytes(step: int) -> int:
-    """Of a checkpoint's manifest, which holds the cursor, where no file is beside it."""
+    """Return the size of a checkpoint's manifest, which contains the cursor, without files."""
     with tempfile.TemporaryDirectory() as folder:
-        place = checkpoint.begin(Path(folder), step, "attempt0")
-        kept = checkpoint.complete(
-            place, step=step, world=8, attempt="attempt0", fingerprint="f" * 16, keep=1
+        started = checkpoint.begin(Path(folder), step, "attempt0")
+        done = checkpoint.complete(
+            started, step=step, world=8, attempt="attempt0", fingerprint="f" * 16, keep=1
         )
-        return (kept.folder / "manifest.json").stat().st_size
+        return (done.folder / "manifest.json").stat().st_size
 
 
 def table(found: list[Resumed]) -> Table:
     places = [f"at {place:.0%}, s" for place in PLACES]
-    shown = Table("", *places, "most / least", "missing", "twice", "state, bytes", "how", box=None)
+    result = Table(
+        "", *places, "most / least", "missing", "repeated", "state, bytes", "method", box=None
+    )
     for name in dict.fromkeys(each.side for each in found):
         own = [each for each in found if each.side == name]
         times = [[seconds for seconds in each.first_s if seconds is not None] for each in own]
         medians = [statistics.median(seconds) if seconds else None for seconds in times]
-        shown.add_row(
+        result.add_row(
             name,
             *("nothing left" if median is None else f"{median:.3f}" for median in medians),
             f"{max(filter(None, medians)) / min(filter(None, medians)):.2f}",
@@ -159,7 +168,7 @@ def table(found: list[Resumed]) -> Table:
             str(max(each.state_bytes for each in own)),
             PEERS[name].how_to_resume if name in PEERS else "the plan",
         )
-    return shown
+    return result
 
 
 def main() -> None:
@@ -177,7 +186,8 @@ def main() -> None:
     rounds = given.rounds or (2 if given.quick else 7)
     epoch = elastic(Store("clipart", store.rows))
     console.print(
-        f"workers {' -> '.join(map(str, WORLDS))}: all {epoch} steps of an epoch as one worker reads them"
+        f"workers {' -> '.join(map(str, WORLDS))}: "
+        f"all {epoch} steps of an epoch have the same samples as with one worker"
     )
     found = list(ours(store, "local", rounds))
     for name in (name for name, peer in PEERS.items() if installed(peer)):
@@ -188,7 +198,7 @@ def main() -> None:
     console.print(table(found))
     manifest = manifest_bytes(epoch)
     console.print(
-        f"our cursor is the step in a checkpoint's manifest, which has {manifest} bytes without its files"
+        f"our cursor is the step in a checkpoint's manifest of {manifest} bytes (without files)"
     )
     if given.json:
         runs = [asdict(each) for each in found]

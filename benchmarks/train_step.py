@@ -1,10 +1,11 @@
-"""Our loop on one Ray Train worker against a bare torch loop on the same model, batches and threads.
+"""Our loop on one Ray Train worker against a bare torch loop, same model, batches and threads.
 
-.venv/bin/python -m benchmarks.train_step            prints both medians and their ratio (1.0: no overhead)
+.venv/bin/python -m benchmarks.train_step            both medians and their ratio (1.0: no overhead)
 .venv/bin/python -m benchmarks.train_step --json     one JSON line
 
-The bare loop is what one would write by hand: the batches lie ready in memory, forward, backward, clip, AdamW. Ours
-reads, decodes and tokenizes by Ray Data meanwhile, steps through DeepSpeed, counts, journals and can be resumed.
+The bare loop is plain torch with all batches in memory: forward, backward, clip, AdamW. Ours
+meanwhile reads, decodes and tokenizes with Ray Data, steps through DeepSpeed, records metrics and
+can be resumed.
 """
 
 import argparse
@@ -29,12 +30,12 @@ from bridgework.system import Stage, System, load
 from bridgework.tracking.tracker import Journal
 from bridgework.training.deepspeed_engine import learning_rate
 
-STEPS, WARM = 40, 10  # steps of a run, of which the first are not counted
+STEPS, WARM = 40, 10  # steps of a run; the first WARM are not counted
 THREADS = 1  # of torch, on both sides
 
 
 def system() -> System:
-    """LLaVA's shape at a size whose step takes a good part of a second on one core."""
+    """Return a small LLaVA whose step takes a large part of a second on one core."""
     changes = {
         "stages.*.model.vision.image_size": 64,
         "stages.*.model.vision.width": 192,
@@ -57,7 +58,7 @@ def system() -> System:
 
 
 def bare(stage: Stage, home: Path) -> list[float]:
-    """Seconds of every step of a loop in plain torch."""
+    """Return the seconds of every step of a loop in plain torch."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(stage.seed)
     model = stage.model.build()
@@ -88,7 +89,7 @@ def bare(stage: Stage, home: Path) -> list[float]:
 
 
 def ours(built: System, home: Path, name: str) -> list[float]:
-    """Seconds of every step of the loop on one Ray Train worker."""
+    """Return the seconds of every step of our loop on one Ray Train worker."""
     from bridgework.ray_utils import ray_session
     from bridgework.training.driver import train
     from bridgework.training.ray_train import RunOptions
@@ -105,20 +106,20 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--side", choices=("bare", "ours"), help=argparse.SUPPRESS)
-    words = parser.parse_args()
-    if words.side:
+    args = parser.parse_args()
+    if args.side:
         home = Path(os.environ["BRIDGEWORK_HOME"])
         built = system()
         name = f"bench-{time.time_ns()}"
         print(
             json.dumps(
-                bare(built.stages[0], home) if words.side == "bare" else ours(built, home, name)
+                bare(built.stages[0], home) if args.side == "bare" else ours(built, home, name)
             )
         )
         return
     medians: dict[str, list[float]] = {"bare": [], "ours": []}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(words.pairs):
+        for _ in range(args.pairs):
             for side, found in medians.items():
                 command = [sys.executable, "-m", "benchmarks.train_step", "--side", side]
                 done = subprocess.run(
@@ -136,14 +137,16 @@ def main() -> None:
         "least": round(min(ratios), 3),
         "most": round(max(ratios), 3),
     }
-    if words.json:
+    if args.json:
         print(json.dumps(result))
     else:
         print(
-            f"bare torch   {result['bare']:.3f} s a step\nbridgework   {result['ours']:.3f} s a step"
+            f"bare torch   {result['bare']:.3f} s a step\n"
+            f"bridgework   {result['ours']:.3f} s a step"
         )
         print(
-            f"speed        {result['ratio']:.2f} of the bare loop ({result['least']:.2f} to {result['most']:.2f})"
+            f"speed        {result['ratio']:.2f} of the bare loop "
+            f"({result['least']:.2f} to {result['most']:.2f})"
         )
 
 

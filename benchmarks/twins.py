@@ -1,7 +1,10 @@
-"""What a perceptual hash takes for one picture, with and without colors: `python -m benchmarks.twins`, half a minute.
+"""Precision of the perceptual hash, with and without colors.
 
-The clip art of examples/data, none of it there twice, and copies of it in other encodings, sizes and brightness. Twins
-are near by the hash, and by the colors of a thumbnail where these are asked too.
+python -m benchmarks.twins         half a minute
+
+Compares the clip art of examples/data, which has no duplicates, with copies in other encodings,
+sizes and brightness. Near duplicates are close by the hash, and optionally by the colors of a
+thumbnail.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from bridgework.data.dataset import open_dataset
 from bridgework.data.images import decode
 
 DATASET = Path(__file__).parents[1] / "examples" / "data" / "clipart"
-COPIED = 400  # pictures
+COPIED = 400  # images
 LIMITS = Dedup(by="perceptual")
 
 
@@ -44,35 +47,37 @@ COPIES: dict[str, Callable[[Image.Image], bytes]] = {
 
 
 def row(name: str, near: int, of: int, apart: list[int]) -> str:
-    """A line of the table; `apart` holds how far apart the colors of those that are near by the hash are."""
-    kept = sum(colors <= LIMITS.color for colors in apart)
-    middle, most = (f"{np.percentile(apart, share):.0f}" for share in (50, 100))
-    return f"| {name} | {of} | {near} | {kept} | {middle} | {most} |"
+    """Return a line of the table; `apart` are the color distances of the pairs near by the hash."""
+    by_color = sum(colors <= LIMITS.color for colors in apart)
+    median, largest = (f"{np.percentile(apart, share):.0f}" for share in (50, 100))
+    return f"| {name} | {of} | {near} | {by_color} | {median} | {largest} |"
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    pictures = [sample.images[0] for sample in open_dataset(str(DATASET)).samples()]
-    told = {image: code for image in pictures if (code := perceptual(image))}
-    signed = list(told.values())
+    images = [sample.images[0] for sample in open_dataset(str(DATASET)).samples()]
+    by_image = {image: code for image in images if (code := perceptual(image))}
+    hashes = list(by_image.values())
     pairs = [
-        repainted(signed[here], signed[there])
-        for here, others in enumerate(earlier(codes("perceptual", signed), LIMITS.distance))
+        repainted(hashes[here], hashes[there])
+        for here, others in enumerate(earlier(codes("perceptual", hashes), LIMITS.distance))
         for there in others
     ]
     print(
-        f"{len(signed)} pictures; twins by at most {LIMITS.distance} of 64 bits, and colors {LIMITS.color} of 255\n"
+        f"{len(hashes)} images; near duplicates: at most {LIMITS.distance} of 64 bits, "
+        f"and colors {LIMITS.color} of 255\n"
     )
     print(
-        "| pairs | of | twins by the hash | and by colors | apart, median | most |\n|---|---|---|---|---|---|"
+        "| pairs | of | near by the hash | and by colors | distance, median | largest |\n"
+        "|---|---|---|---|---|---|"
     )
-    print(row("different files", len(pairs), len(signed) * (len(signed) - 1) // 2, pairs))
+    print(row("different files", len(pairs), len(hashes) * (len(hashes) - 1) // 2, pairs))
     for name, copied in COPIES.items():
         apart = []
-        for image in list(told)[:COPIED]:
+        for image in list(by_image)[:COPIED]:
             code = perceptual(copied(decode(image)))
-            if code and Nearest("perceptual", [told[image]])([code])[0][0] <= LIMITS.distance:
-                apart.append(repainted(told[image], code))
+            if code and Nearest("perceptual", [by_image[image]])([code])[0][0] <= LIMITS.distance:
+                apart.append(repainted(by_image[image], code))
         print(row(name, len(apart), COPIED, apart))
 
 

@@ -1,8 +1,9 @@
-"""The whole road on a laptop, with real weights and real pairs: `make quickstart`, or `python -m examples.quickstart`.
+"""From data to a served model on a laptop, with pretrained weights: `make quickstart`.
 
-verify shards -> train llava:quickstart -> sweep the bridge and the mixture -> promote the better model -> serve it ->
-ask about an image that it never saw, rank candidate captions for it -> trace the answer back to the shards.
-What came out is printed and written to <home>/quickstart.json. A second run takes up what is done.
+verify shards -> train llava:quickstart -> sweep the bridge and the mixture -> promote the better
+model -> serve it -> rank candidate captions for held-out images, ask about one of them -> trace the
+answer back to the shards. The results are printed and written to <home>/quickstart.json. Running it
+again (also as `python -m examples.quickstart`) reuses finished parts.
 """
 
 import base64
@@ -33,8 +34,7 @@ from bridgework.inference.pipeline import Pipeline
 from bridgework.ray_utils import ray_session
 from bridgework.serving import launch
 from bridgework.system import load
-from bridgework.tracking import lineage as graph
-from bridgework.tracking import registry
+from bridgework.tracking import lineage, registry
 from bridgework.tracking.mlflow_store import MLflowTracker
 from bridgework.tracking.tracker import Version
 from bridgework.training.driver import train
@@ -46,28 +46,28 @@ SETS = ("clipart", "emoji", "heldout_clipart", "heldout_style", "heldout_concept
 QUESTION = "What is in the picture?"
 GATE = "ranking.accuracy"
 STYLE, CONCEPTS = f"{DATA}/heldout_style", f"{DATA}/heldout_concepts"
-JUDGES = (
+EVALUATIONS = (
     HeldOutLoss(dataset=CONCEPTS, rows=128),
     Ranking(dataset=STYLE, rows=60),
     Ranking(name="concepts_ranking", dataset=CONCEPTS, rows=60),
     Retrieval(dataset=STYLE),
     Retrieval(name="concepts_retrieval", dataset=CONCEPTS),
 )
-SHOWN, CANDIDATES = 10, 20  # held-out images that are ranked over HTTP, captions to choose from
+IMAGES, CANDIDATES = 10, 20  # held-out images that are ranked over HTTP, captions of each
 console = Console()
 
 
 @dataclass
 class Report:
-    """What goes into quickstart.json."""
+    """Results and times of the parts, for quickstart.json."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
-    def part(self, name: str, what: str) -> Iterator[None]:
-        """One part of the road: its title before, its seconds after."""
-        console.rule(f"[bold]{name}[/]  {what}", align="left")
+    def part(self, name: str, title: str) -> Iterator[None]:
+        """Print the title of a part and record its seconds."""
+        console.rule(f"[bold]{name}[/]  {title}", align="left")
         began = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 1)
@@ -81,19 +81,19 @@ class Report:
 def main() -> None:
     home, report = home_folder(), Report()
     home.mkdir(parents=True, exist_ok=True)
-    with report.part("verify", "the shards that the repository ships"):
+    with report.part("verify", "the shards in examples/data"):
         check_shards()
     tracker = MLflowTracker(None, home, "quickstart")
     with ray_session():
-        walk(tracker, home, report)
+        run_on_ray(tracker, home, report)
     response = report.values["response"]
-    console.print(graph.trace(response, tracker, home), highlight=False)
+    console.print(lineage.trace(response, tracker, home), highlight=False)
     report.values["trace"] = f"bridgework trace {response}"
     conclude(report, home)
 
 
-def walk(tracker: MLflowTracker, home: Path, report: Report) -> None:
-    """Every part that needs Ray."""
+def run_on_ray(tracker: MLflowTracker, home: Path, report: Report) -> None:
+    """Run the parts that need Ray: train, sweep, promote, evaluate, serve."""
     with report.part("train", "llava:quickstart: warm, align, instruct"):
         results = train(
             load("llava:quickstart"), home=home, run="quickstart", tracker=tracker, console=console
@@ -108,19 +108,15 @@ def walk(tracker: MLflowTracker, home: Path, report: Report) -> None:
             console=console,
         )
         show_sweep(outcome)
-    with report.part(
-        "promote", "the better of the two models, by its ranking of held-out captions"
-    ):
-        champion = choose(tracker, results["instruct"], outcome)
+    with report.part("promote", "the model that ranks held-out captions better"):
+        champion = promote(tracker, results["instruct"], outcome)
         report.values |= {
             "model": champion.name,
             "version": champion.version,
             "alias": registry.CHAMPION,
         }
-    with report.part(
-        "judge", "the champion, on drawings by another artist and on concepts that it never saw"
-    ):
-        report.values |= judge(champion.artifact, home)
+    with report.part("judge", "the champion, on drawings by another artist and on new concepts"):
+        report.values |= evaluate(champion.artifact, home)
     with report.part("serve", "ask over HTTP with the openai client"):
         report.values |= ask(home)
 
@@ -129,7 +125,7 @@ def check_shards() -> None:
     for name in SETS:
         problems = verify(str(DATA / name))
         if problems:
-            raise DataError(f"{DATA / name}: {problems[0]}; check the files out again")
+            raise DataError(f"{DATA / name}: {problems[0]}. Fix: check the files out again")
         manifest = open_dataset(str(DATA / name)).manifest
         console.print(
             f"{name:18}{manifest.rows:6,} pairs  {manifest.license:32}  {manifest.digest[:12]}",
@@ -138,7 +134,7 @@ def check_shards() -> None:
 
 
 def show_training(results: dict[str, StageResult]) -> None:
-    table = Table("stage", "figure", "value", box=None, pad_edge=False)
+    table = Table("stage", "metric", "value", box=None, pad_edge=False)
     for stage, result in results.items():
         for key, value in result.metrics.items():
             if "." in key and not key.startswith("loss."):
@@ -159,8 +155,8 @@ def show_sweep(outcome: Outcome) -> None:
     console.print(f"again: {outcome.command}", soft_wrap=True, highlight=False)
 
 
-def choose(tracker: MLflowTracker, trained: StageResult, outcome: Outcome) -> Version:
-    """The trained model becomes the first champion; the sweep's winner must rank better to take its place."""
+def promote(tracker: MLflowTracker, trained: StageResult, outcome: Outcome) -> Version:
+    """Promote the trained model, then the sweep's best if it ranks better. Returns the champion."""
     first = registry.register(tracker, "llava", trained, {"run": "quickstart"})
     if not any(
         registry.CHAMPION in v.aliases or registry.PREVIOUS in v.aliases
@@ -171,19 +167,21 @@ def choose(tracker: MLflowTracker, trained: StageResult, outcome: Outcome) -> Ve
         done = registry.promote(tracker, "llava@challenger", metric=GATE)
         figures = " against ".join(f"{figure:.3f}" for figure in done.compared or ())
         console.print(
-            f"champion: version {done.champion.version}, the sweep's winner ({GATE} {figures})",
+            f"champion: version {done.champion.version}, the sweep's best ({GATE} {figures})",
             highlight=False,
         )
-    except TrackingError as refused:
-        console.print(f"{refused}", highlight=False, soft_wrap=True)
+    except TrackingError as error:
+        console.print(f"{error}", highlight=False, soft_wrap=True)
     return tracker.version("llava", registry.CHAMPION)
 
 
-def judge(artifact: str, home: Path) -> dict[str, Any]:
-    """The figures of the champion, beside chance."""
+def evaluate(artifact: str, home: Path) -> dict[str, Any]:
+    """Evaluate the champion and print its metrics next to chance."""
     pipeline = Pipeline.load(artifact)
     figures = {
-        key: value for spec in JUDGES for key, value in spec.run(pipeline, home).metrics.items()
+        key: value
+        for spec in EVALUATIONS
+        for key, value in spec.run(pipeline, home).metrics.items()
     }
     table = Table("", "another artist's style", "new concepts", "chance", box=None, pad_edge=False)
     for name, key, chance in (
@@ -207,51 +205,55 @@ def judge(artifact: str, home: Path) -> dict[str, Any]:
 
 
 def ask(home: Path) -> dict[str, Any]:
-    """Rank captions for held-out images, then ask about the one of which the model is surest.
+    """Rank captions for held-out images, then ask about the one with the most certain caption.
 
-    That is one for which the language model's likelihood and the nearest embedding name the same caption. The answer is
-    one of the captions: after minutes of training the model tells them apart, and writes none of its own.
+    For that image, the likelihood of the language model and the nearest embedding select the same
+    caption, if possible. The answer is one of the captions, because after minutes of training the
+    model can rank captions but not write them.
     """
     held_out = list(open_dataset(str(DATA / "heldout_style")).samples())
-    samples, captions = held_out[:: len(held_out) // SHOWN][:SHOWN], [s.text for s in held_out]
+    samples, captions = held_out[:: len(held_out) // IMAGES][:IMAGES], [s.text for s in held_out]
     with serving("embed", home) as address:
         ranked = [rank(address, sample, captions) for sample in samples]
         nearest = [classify(address, sample, captions) for sample in samples]
     table = Table(
-        "drawn", "likeliest of 20", "nats above", "nearest of 20", box=None, pad_edge=False
+        "true caption", "likeliest of 20", "nats above", "nearest of 20", box=None, pad_edge=False
     )
-    sure: list[tuple[bool, float, Sample]] = []
+    certainty: list[tuple[bool, float, Sample]] = []
     for sample, (first, second, *_), near in zip(samples, ranked, nearest, strict=True):
         margin = first["score"] - second["score"]
         table.add_row(sample.text, first["candidate"], f"{margin:.1f}", near)
-        sure.append((first["candidate"] == near, margin, sample))
+        certainty.append((first["candidate"] == near, margin, sample))
     console.print(table)
-    surest = max(sure, key=lambda one: one[:2])[2]
+    best = max(certainty, key=lambda one: one[:2])[2]
     with serving("chat", home) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="local")
-        image: Any = {"type": "image_url", "image_url": {"url": url(surest)}}
+        image: Any = {"type": "image_url", "image_url": {"url": url(best)}}
         content: Any = [image, {"type": "text", "text": QUESTION}]
         answer = client.chat.completions.create(
             model="llava",
             messages=[{"role": "user", "content": content}],
-            extra_body={"structured_outputs": {"choice": choices(surest, captions)}},
+            extra_body={"structured_outputs": {"choice": choices(best, captions)}},
         )
     text = answer.choices[0].message.content or ""
-    console.print(f"{QUESTION}  [bold]{text}[/]  (drawn: {surest.text})", highlight=False)
-    return {"answer": text, "drawn": surest.text, "response": answer.id}
+    console.print(f"{QUESTION}  [bold]{text}[/]  (true caption: {best.text})", highlight=False)
+    return {"answer": text, "drawn": best.text, "response": answer.id}
 
 
 @contextmanager
 def serving(app: str, home: Path) -> Iterator[str]:
-    """An app on a free port of this machine; without a key, which is allowed on loopback alone."""
+    """Serve an app on a free port, without a key, which is allowed on loopback only.
+
+    Yields its URL.
+    """
     args = {"model": "llava", "dev": "true", "home": str(home), "cpus": "0.5"}
-    endpoint = launch.start(app, args, launch.Where(port=launch.free_port()))
+    endpoint = launch.start(app, args, launch.AppAddress(port=launch.free_port()))
     yield endpoint.address
     endpoint.stop()
 
 
 def rank(address: str, sample: Sample, captions: list[str]) -> list[dict[str, Any]]:
-    """The captions of `choices`, likeliest first."""
+    """Return the captions of `choices` with their scores, likeliest first."""
     body = {
         "model": "llava",
         "image": url(sample),
@@ -265,7 +267,7 @@ def rank(address: str, sample: Sample, captions: list[str]) -> list[dict[str, An
 
 
 def classify(address: str, sample: Sample, captions: list[str]) -> str:
-    """The caption of `choices` whose embedding is nearest to the image's."""
+    """Return the caption of `choices` whose embedding is nearest to the image's."""
     body = {
         "model": "llava",
         "image": url(sample),
@@ -278,7 +280,7 @@ def classify(address: str, sample: Sample, captions: list[str]) -> str:
 
 
 def choices(sample: Sample, captions: list[str]) -> list[str]:
-    """The sample's own caption among CANDIDATES, the others taken at even distances."""
+    """Return CANDIDATES captions: the sample's own, and others at equal distances."""
     others = [c for c in captions[:: len(captions) // CANDIDATES] if c != sample.text][
         : CANDIDATES - 1
     ]
@@ -286,6 +288,7 @@ def choices(sample: Sample, captions: list[str]) -> list[str]:
 
 
 def url(sample: Sample) -> str:
+    """Return the image of a sample as a data: URL."""
     kind = (
         "webp"
         if sample.images[0][8:12] == b"WEBP"
@@ -297,14 +300,17 @@ def url(sample: Sample) -> str:
 
 
 def conclude(report: Report, home: Path) -> None:
+    """Write quickstart.json and print the summary."""
     values = report.values
     file = report.write(home)
-    console.rule("[bold]learned[/]", align="left")
+    console.rule("[bold]summary[/]", align="left")
     lines = {
-        "held-out loss": f"{values['heldout_loss']:.2f}, with another image {values['heldout_loss_shuffled']:.2f}",
-        "right caption of 20": f"{values['score']:.0%} in another artist's style, chance {values['chance']:.0%}",
-        "the whole road": f"{sum(report.seconds.values()):.0f} s",
-        "figures": str(file),
+        "held-out loss": f"{values['heldout_loss']:.2f}, "
+        f"with another image {values['heldout_loss_shuffled']:.2f}",
+        "right caption of 20": f"{values['score']:.0%} in another artist's style, "
+        f"chance {values['chance']:.0%}",
+        "total time": f"{sum(report.seconds.values()):.0f} s",
+        "results": str(file),
         "MLflow": f".venv/bin/mlflow ui --backend-store-uri sqlite:///{home}/mlflow.db",
     }
     for name, line in lines.items():

@@ -1,4 +1,7 @@
-"""What the jobs share: `ray job submit` unpacks the working directory, where the package may not be installed."""
+"""Entry point of all jobs.
+
+`ray job submit` unpacks the working directory; the package may not be installed on the cluster.
+"""
 
 import os
 import sys
@@ -8,7 +11,10 @@ SOURCE = str(Path(__file__).parents[1] / "platform")
 
 
 def main(command: str) -> None:
-    """`bridgework COMMAND` with the words of this job; workers of the job find the package by PYTHONPATH."""
+    """Run `bridgework COMMAND` with the arguments of this job.
+
+    The workers of the job import the package from PYTHONPATH.
+    """
     sys.path.insert(0, SOURCE)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (SOURCE, os.environ.get("PYTHONPATH"))))
     from bridgework.cli import main as bridgework

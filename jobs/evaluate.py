@@ -1,4 +1,7 @@
-"""`bridgework eval` as a job: ray job submit --working-dir . -- python -m jobs.evaluate ...; the same words."""
+"""`bridgework eval` as a Ray job, with the same arguments.
+
+ray job submit --working-dir . -- python -m jobs.evaluate ...
+"""
 
 from jobs._run import main
 

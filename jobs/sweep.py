@@ -1,4 +1,7 @@
-"""`bridgework sweep` as a job: ray job submit --working-dir . -- python -m jobs.sweep ...; the same words."""
+"""`bridgework sweep` as a Ray job, with the same arguments.
+
+ray job submit --working-dir . -- python -m jobs.sweep ...
+"""
 
 from jobs._run import main
 

@@ -1,4 +1,7 @@
-"""`bridgework train` as a job: ray job submit --working-dir . -- python -m jobs.train ...; the same words."""
+"""`bridgework train` as a Ray job, with the same arguments.
+
+ray job submit --working-dir . -- python -m jobs.train ...
+"""
 
 from jobs._run import main
 

@@ -1,4 +1,4 @@
-"""`serve run serve_apps.caption:app model=NAME`: captions for images."""
+"""`serve run serve_apps.caption:app model=NAME`: captions of images."""
 
 from bridgework.serving.app import caption as app
 

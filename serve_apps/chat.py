@@ -1,4 +1,4 @@
-"""`serve run serve_apps.chat:app model=NAME`: OpenAI-compatible chat with images; a page to try it at /."""
+"""`serve run serve_apps.chat:app model=NAME`: OpenAI-compatible chat; a page to try it at /."""
 
 from bridgework.serving.app import chat as app
 

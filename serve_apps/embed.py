@@ -1,4 +1,4 @@
-"""`serve run serve_apps.embed:app model=NAME`: embeddings of texts and images, zero-shot classes, ranking."""
+"""`serve run serve_apps.embed:app model=NAME`: embeddings, zero-shot classes and ranking."""
 
 from bridgework.serving.app import embed as app
 

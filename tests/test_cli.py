@@ -1,4 +1,4 @@
-"""The program as a person meets it: what it prints, and one line where something is wrong."""
+"""The command line: its output, and one-line errors."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ SHORT = ("--set", "stages.*.budget.steps=2", "--set", "stages.*.optim.peak_lr=3e
 
 @dataclass(frozen=True)
 class Said:
-    """What a command printed, in one line, and how it ended."""
+    """Output of a command, joined to one line, and its exit code."""
 
     out: str
     err: str
@@ -51,7 +51,7 @@ def bridgework(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 @pytest.fixture(scope="module")
 def trained(home: Path) -> Path:
-    """The artifact of a stage that the command line trained, with a version of it registered."""
+    """The artifact of a stage that was trained and registered by the command line."""
     words = [
         "bridgework",
         "train",
@@ -74,14 +74,14 @@ def trained(home: Path) -> Path:
 
 
 def process(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The same in a process of its own, where a traceback would be seen."""
+    """Run the console script in a new process, where a traceback would be printed."""
     command = [sys.executable, "-m", "bridgework.cli", *words]
     return subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "300", **environment}
     )
 
 
-def test_systems_lists_variants_stages_and_what_trains(bridgework: Bridgework) -> None:
+def test_systems_lists_variants_stages_and_trained_parameters(bridgework: Bridgework) -> None:
     said = bridgework("systems")
     assert said.code == 0
     for word in (
@@ -140,7 +140,7 @@ def test_show_takes_changes_by_dotted_path(bridgework: Bridgework) -> None:
         (["rollback", "unknown-model"], "no model 'unknown-model' is registered"),
     ],
 )
-def test_a_wrong_word_is_one_line_with_advice(
+def test_wrong_argument_is_a_one_line_error_with_a_hint(
     bridgework: Bridgework, words: list[str], message: str
 ) -> None:
     said = bridgework(*words)
@@ -150,7 +150,7 @@ def test_a_wrong_word_is_one_line_with_advice(
     assert "Traceback" not in said.err
 
 
-def test_an_error_is_one_line_and_a_traceback_only_with_debug() -> None:
+def test_error_is_one_line_without_debug() -> None:
     quiet = process("show", "lava")
     assert (quiet.returncode, quiet.stdout) == (1, "")
     assert quiet.stderr == "error  there is no system 'lava'; did you mean 'llava'?\n"
@@ -160,7 +160,7 @@ def test_an_error_is_one_line_and_a_traceback_only_with_debug() -> None:
     assert "SpecError" in loud.stderr
 
 
-def test_what_a_store_or_a_disk_refuses_is_one_line(tmp_path: Path) -> None:
+def test_storage_error_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for words, message in (
         (("data", "stats", "foo://x"), "Protocol not known: foo"),
@@ -178,7 +178,7 @@ def test_what_a_store_or_a_disk_refuses_is_one_line(tmp_path: Path) -> None:
         assert message in said.stderr and "Traceback" not in said.stderr
 
 
-def test_modules_of_ones_own_are_found_where_the_command_is_given(tmp_path: Path) -> None:
+def test_modules_in_the_working_directory_are_imported(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "mine.py").write_text(
         "from bridgework.system import System, load\n\ndef system() -> System:\n    return load('llava').tiny()\n"
@@ -196,7 +196,7 @@ def test_modules_of_ones_own_are_found_where_the_command_is_given(tmp_path: Path
     assert load("llava").tiny().fingerprint() in said.stdout
 
 
-def test_train_leaves_an_artifact_and_a_version(
+def test_train_writes_an_artifact_and_registers_a_version(
     bridgework: Bridgework, trained: Path, home: Path
 ) -> None:
     info = artifacts.describe(trained)
@@ -205,7 +205,7 @@ def test_train_leaves_an_artifact_and_a_version(
     assert tracker.version("llava-tiny", "1").artifact == str(trained)
 
 
-def test_the_same_command_again_makes_no_second_version(
+def test_repeated_train_registers_no_second_version(
     bridgework: Bridgework, trained: Path, home: Path
 ) -> None:
     said = bridgework(
@@ -219,7 +219,7 @@ def test_the_same_command_again_makes_no_second_version(
     ]
 
 
-def test_a_changed_recipe_is_refused_by_its_path(bridgework: Bridgework, trained: Path) -> None:
+def test_changed_recipe_is_rejected_by_path(bridgework: Bridgework, trained: Path) -> None:
     said = bridgework(
         "train",
         "llava",
@@ -236,9 +236,7 @@ def test_a_changed_recipe_is_refused_by_its_path(bridgework: Bridgework, trained
     assert "stages.align.seed was 0, is 7" in said.err
 
 
-def test_a_run_that_was_given_no_name_is_found_with_other_options(
-    bridgework: Bridgework, home: Path
-) -> None:
+def test_default_run_name_does_not_depend_on_options(bridgework: Bridgework, home: Path) -> None:
     words = (
         "train",
         "llava",
@@ -263,7 +261,7 @@ def test_a_run_that_was_given_no_name_is_found_with_other_options(
     assert "finished before" in bridgework(*words).err
 
 
-def test_a_refused_change_names_the_word_that_forks(bridgework: Bridgework, trained: Path) -> None:
+def test_rejected_change_suggests_fork(bridgework: Bridgework, trained: Path) -> None:
     words = (
         "train",
         "llava",
@@ -310,7 +308,7 @@ def test_promote_and_rollback_move_the_champion(
     assert bridgework("rollback", "champions").out == "champion champions:1"
 
 
-def test_eval_judges_an_artifact_by_its_stage(bridgework: Bridgework, home: Path) -> None:
+def test_eval_runs_the_evaluations_of_the_stage(bridgework: Bridgework, home: Path) -> None:
     words = (
         "train",
         "tests.tuning.tiny",
@@ -331,18 +329,16 @@ def test_eval_judges_an_artifact_by_its_stage(bridgework: Bridgework, home: Path
     assert f"heldout.loss {figures['heldout.loss']}" in trained.out
 
 
-def test_eval_of_a_stage_without_evaluations_says_so(bridgework: Bridgework, trained: Path) -> None:
+def test_eval_without_evaluations_is_an_error(bridgework: Bridgework, trained: Path) -> None:
     said = bridgework("eval", str(trained))
     assert said.code == 1
-    assert "has no evaluations; add some to its recipe's `evals`" in said.err
+    assert "has no evaluations. Fix: add some to its recipe's `evals`" in said.err
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_is_asked_about_an_image(
-    bridgework: Bridgework, trained: Path, tmp_path: Path
-) -> None:
+def test_ask_answers_about_an_image(bridgework: Bridgework, trained: Path, tmp_path: Path) -> None:
     image = tmp_path / "shape.png"
     image.write_bytes(next(shapes(rows=1, size=32)).images[0])
     written = bridgework("ask", str(trained), "What is it?", "-i", str(image), "--tokens", "4")
@@ -371,17 +367,17 @@ def test_a_model_is_asked_about_an_image(
         and "length_penalty ranks the beams of a search. Got -1 with beams=1" in short.err
     )
     shown = ("--like", "synthetic:shapes", "--shots", "2", "--tokens", "4")
-    behind = bridgework("ask", str(trained), "What is it?", "-i", str(image), *shown)
-    assert (behind.code, behind.err) == (0, "")
+    few_shot = bridgework("ask", str(trained), "What is it?", "-i", str(image), *shown)
+    assert (few_shot.code, few_shot.err) == (0, "")
     assert (
-        "shows examples for one --image, got 0"
+        "shows examples for one --image. Got 0"
         in bridgework("ask", str(trained), "What is it?", *shown).err
     )
     chosen = bridgework(
         "ask", str(trained), "-i", str(image), "--choice", "a red circle", "--choice", "nothing"
     )
     assert chosen.code == 0 and "a red circle" in chosen.out and "nothing" in chosen.out
-    behind = bridgework(
+    few_shot = bridgework(
         "ask",
         str(trained),
         "-i",
@@ -392,24 +388,24 @@ def test_a_model_is_asked_about_an_image(
         "--choice",
         "nothing",
     )
-    assert behind.code == 0 and "a red circle" in behind.out and behind.out != chosen.out
+    assert few_shot.code == 0 and "a red circle" in few_shot.out and few_shot.out != chosen.out
     missing = bridgework("ask", str(trained), "What?", "-i", "nowhere.png")
     assert missing.code == 1 and "nowhere.png cannot be read" in missing.err
     assert "there is nothing to ask" in bridgework("ask", str(trained)).err
 
 
-def test_a_folder_of_hugging_face_goes_in_and_out(bridgework: Bridgework, tmp_path: Path) -> None:
+def test_import_and_export_of_a_hugging_face_folder(bridgework: Bridgework, tmp_path: Path) -> None:
     clip("small").save_pretrained(tmp_path / "in")
     taken = bridgework("import", "hf", str(tmp_path / "in"), str(tmp_path / "artifact"))
     assert taken.code == 0 and "CLIPModel" in taken.out and "parity.json" in taken.out
     given = bridgework("export", str(tmp_path / "artifact"), str(tmp_path / "out"))
     assert given.code == 0 and (tmp_path / "out" / "model.safetensors").is_file()
     assert (
-        "exists; remove it first"
+        "exists. Fix: remove it first"
         in bridgework("export", str(tmp_path / "artifact"), str(tmp_path / "out")).err
     )
     assert (
-        "is no Idefics"
+        "is not a Idefics"
         in bridgework(
             "export", str(tmp_path / "artifact"), str(tmp_path / "x"), "--as", "Idefics"
         ).err

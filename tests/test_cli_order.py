@@ -1,4 +1,4 @@
-"""`bridgework data order` and `data mixture`: the order is that of training, at any world size, from any start."""
+"""`bridgework data order` and `data mixture`: the training order, at any world size and start."""
 
 import json
 from itertools import chain
@@ -24,7 +24,7 @@ def order(*words: str | int | Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def told(*words: str | int | Path) -> list[dict[str, float]]:
+def report(*words: str | int | Path) -> list[dict[str, float]]:
     done = CliRunner().invoke(
         app, ["data", "mixture", *map(str, words), "--json"], catch_exceptions=False
     )
@@ -33,7 +33,7 @@ def told(*words: str | int | Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def blend(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sources of 96 and 24 rows in a group, and one of 40 beside it, over 8 lanes."""
+    """A group with sources of 96 and 24 rows, and a source of 40 rows, over 8 lanes."""
     folder = tmp_path_factory.mktemp("blend")
     for name, rows in (("many", 96), ("few", 24), ("other", 40)):
         write(
@@ -51,7 +51,7 @@ def blend(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_the_order_is_what_training_reads(home: Path) -> None:
+def test_order_equals_training_order(home: Path) -> None:
     stage = load("llava").tiny()["instruct"]
     read = list(local(ReaderConfig.of(stage, home), rank=0, world=1, start=3))
     names = [source.name for source in stage.data.leaves]
@@ -63,7 +63,7 @@ def test_the_order_is_what_training_reads(home: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
-def test_any_world_size_shares_the_same_batches(blend: Path, world: int) -> None:
+def test_batches_are_equal_at_any_world_size(blend: Path, world: int) -> None:
     for alone, shared in zip(
         order(blend, "--batch", 16, "--steps", 5),
         order(blend, "--batch", 16, "--steps", 5, "--world", world),
@@ -73,22 +73,22 @@ def test_any_world_size_shares_the_same_batches(blend: Path, world: int) -> None
         assert sorted(chain(*shared["ranks"])) == sorted(alone["ranks"][0])
 
 
-def test_any_start_goes_on_with_the_same_batches(blend: Path) -> None:
-    whole = order(blend, "--batch", 16, "--steps", 10)
+def test_batches_are_equal_from_any_start(blend: Path) -> None:
+    complete = order(blend, "--batch", 16, "--steps", 10)
     for start in range(10):
         assert (
             order(blend, "--batch", 16, "--start", 16 * start, "--steps", 10 - start)
-            == whole[start:]
+            == complete[start:]
         )
 
 
-def test_one_epoch_of_a_dataset_holds_every_row_once(blend: Path) -> None:
+def test_epoch_has_every_row_once(blend: Path) -> None:
     lines = order(blend.parent / "many", "--batch", 32, "--set", "lanes=8", "--steps", 3)
     keys = [key for line in lines for key in line["ranks"][0]]
     assert len(keys) == 96 == len(set(keys))
 
 
-def test_a_mixture_has_no_end_and_every_epoch_is_another_order(blend: Path) -> None:
+def test_mixture_is_endless_with_a_new_order_every_epoch(blend: Path) -> None:
     lines = order(
         blend.parent / "many", "--batch", 32, "--set", "lanes=8", "--start", 96 * 5, "--steps", 6
     )
@@ -99,8 +99,8 @@ def test_a_mixture_has_no_end_and_every_epoch_is_another_order(blend: Path) -> N
 
 
 @pytest.mark.parametrize("steps", [3, 7, 10])
-def test_the_rows_of_a_capped_source_are_those_that_mixture_tells(steps: int, blend: Path) -> None:
-    """However the run's end lies in a window."""
+def test_rows_of_a_capped_source_equal_the_mixture_report(steps: int, blend: Path) -> None:
+    """For every position of the end of the run in its window."""
     changes = [
         "--batch",
         16,
@@ -109,7 +109,7 @@ def test_the_rows_of_a_capped_source_are_those_that_mixture_tells(steps: int, bl
         "--set",
         "window=4",
     ]
-    few = told(blend, *changes, "--steps", steps)[1]
+    few = report(blend, *changes, "--steps", steps)[1]
     lines = order(blend, *changes, "--budget", steps, "--steps", steps)
     drawn = [key for line in lines for key in line["ranks"][0] if key.startswith("few/")]
     assert len(drawn) == round(few["realized"] * 16 * steps) <= 6 and len(set(drawn)) == len(drawn)
@@ -131,7 +131,7 @@ def test_the_rows_of_a_capped_source_are_those_that_mixture_tells(steps: int, bl
         (["no.json"], "no mixture in JSON"),
     ],
 )
-def test_wrong_words_are_refused_with_advice(words: list[str], said: str) -> None:
+def test_wrong_arguments_are_rejected_with_a_hint(words: list[str], said: str) -> None:
     with pytest.raises(SpecError) as caught:
         order(*words)
     assert said in str(caught.value)
@@ -156,7 +156,7 @@ def test_a_source_is_a_dataset_or_a_group_and_never_both(node: str, tmp_path: Pa
         order(str(tmp_path / "m.json"))
 
 
-def test_groups_without_end_are_refused(tmp_path: Path) -> None:
+def test_recursive_groups_are_rejected(tmp_path: Path) -> None:
     nested = '{"name": "a", "sources": [' * 3000 + "7" + "]}" * 3000
     (tmp_path / "m.json").write_text(f'{{"sources": [{nested}]}}')
     with pytest.raises(SpecError, match=r"no mixture in JSON|too deep"):
@@ -164,7 +164,7 @@ def test_groups_without_end_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [":f", ".x:y", "os.path:join", "no_module:f", "json:nothing"])
-def test_what_is_no_function_that_gives_a_mixture_is_refused(words: str) -> None:
+def test_argument_must_be_a_function_that_returns_a_mixture(words: str) -> None:
     with pytest.raises(SpecError, match="give a function without arguments"):
         order(words)
 
@@ -173,13 +173,13 @@ def wrong() -> Mixture:
     return Mixture(sources=(Source(name="a", dataset="x"),), window=0)
 
 
-def test_what_is_wrong_inside_a_mixtures_function_is_told_as_it_is() -> None:
+def test_errors_inside_a_mixture_function_are_not_changed() -> None:
     with pytest.raises(SpecError, match=r"^window must be at least 1, got 0$"):
         order(f"{__name__}:wrong")
 
 
 def test_a_group_is_as_large_as_its_sources_and_shares_by_its_own_alpha(blend: Path) -> None:
-    many, few, other = told(blend, "--batch", 16)
+    many, few, other = report(blend, "--batch", 16)
     assert other["by_alpha"] == pytest.approx(40 / 160)
     root = 96**0.5 / (96**0.5 + 24**0.5)
     assert many["by_alpha"] == pytest.approx(root * 120 / 160) and few["by_alpha"] == pytest.approx(
@@ -188,14 +188,14 @@ def test_a_group_is_as_large_as_its_sources_and_shares_by_its_own_alpha(blend: P
     assert many["realized"] + few["realized"] + other["realized"] == pytest.approx(1.0)
 
 
-def test_factors_and_caps_are_told_apart(blend: Path) -> None:
+def test_factors_and_caps_are_reported_separately(blend: Path) -> None:
     changes = [
         "--set",
         "sources.other.factor=3",
         "--set",
         "sources.pair.sources.few.max_epochs=0.5",
     ]
-    many, few, other = told(blend, "--batch", 16, *changes)
+    many, few, other = report(blend, "--batch", 16, *changes)
     assert other["by_factor"] == pytest.approx(3 * 0.25 / 1.5) and other[
         "by_alpha"
     ] == pytest.approx(0.25)
@@ -203,8 +203,8 @@ def test_factors_and_caps_are_told_apart(blend: Path) -> None:
     assert many["by_cap"] > many["by_factor"] and not many["capped"]
 
 
-def test_shares_are_told_before_the_data_is_here() -> None:
-    found = told("instructblip/instruct")
+def test_shares_are_reported_without_the_data() -> None:
+    found = report("instructblip/instruct")
     assert sum(each["by_cap"] for each in found) == pytest.approx(1.0) and not any(
         each["known"] for each in found
     )
@@ -230,12 +230,12 @@ def test_a_mixture_of_capped_sources_has_as_many_steps_as_its_caps_allow(
     names: tuple[str, ...], cap: float, lanes: int, blend: Path
 ) -> None:
     file = _capped(blend.parent, names, cap, lanes)
-    assert all(each["epochs"] <= cap for each in told(file))
+    assert all(each["epochs"] <= cap for each in report(file))
     keys = [key for line in order(file) for key in line["ranks"][0]]
     assert len(keys) == len(set(keys)) and keys
 
 
-def test_a_batch_that_the_lanes_cannot_share_is_refused_without_a_count_of_steps(
+def test_batch_not_divisible_by_lanes_is_rejected(
     blend: Path,
 ) -> None:
     with pytest.raises(SpecError) as caught:

@@ -1,7 +1,7 @@
-"""Which bridge, how fast it learns and how the sources are mixed: LLaVA's first stages on a laptop.
+"""Search space for LLaVA's first stages on a laptop: bridge, learning rate and mixture.
 
 bridgework sweep llava_bridge                       a few minutes on 2 cores
-bridgework sweep llava_bridge --trials 32           more of the space
+bridgework sweep llava_bridge --trials 32           more trials
 """
 
 from ray import tune
@@ -16,7 +16,5 @@ SPACE = {
     "stages.warm.optim.peak_lr": tune.loguniform(3e-4, 3e-3),
     "stages.*.data.alpha": tune.choice([0.0, 0.5, 1.0]),  # equal shares, square root, by size
 }
-METRIC = Metric(
-    name="heldout.loss", mode="min"
-)  # smoother over few rows than the accuracy of a ranking
+METRIC = Metric(name="heldout.loss", mode="min")  # less noisy on few rows than ranking accuracy
 BUDGET = SweepBudget(trials=4, concurrent=2, judgments=2)

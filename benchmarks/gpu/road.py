@@ -1,9 +1,9 @@
-"""Every stage of every system on one GPU, at a laptop's size: does it train there, in bfloat16, as it does on a CPU?
+"""Every tiny stage of every system on one GPU in bfloat16, compared with float32 on a CPU.
 
-python -m benchmarks.gpu.road       a line a stage: its first loss on the GPU in bfloat16 and on the CPU in float32
+python -m benchmarks.gpu.road       one line per stage: the first loss on the GPU and on the CPU
 
-Not a speed: the models are tiny. Needs torch, transformers, peft, deepspeed and pyarrow, not Ray; a stage whose data
-another makes is left out.
+The models are tiny, so the times do not show speed. Needs torch, transformers, peft,
+deepspeed and pyarrow, not Ray; stages that train on curated data of another stage are skipped.
 """
 
 import os
@@ -29,7 +29,7 @@ from bridgework.training.step import TrainingModule
 
 
 def on_gpu(job: loop.TrainJob) -> tuple[float, float]:
-    """(loss of the first step, seconds of the last) of the loop that `bridgework train` runs."""
+    """Run the loop of `bridgework train`; return (loss of the first step, seconds of the last)."""
     job.folder.mkdir(parents=True)
     loop.run(
         job,
@@ -44,7 +44,7 @@ def on_gpu(job: loop.TrainJob) -> tuple[float, float]:
 
 
 def on_cpu(job: loop.TrainJob, stage: Stage) -> float:
-    """The loss of the first step in float32, by the step module alone."""
+    """Return the loss of the first step in float32, without an engine."""
     model, _ = loop.build_model(job, stage)
     base.set_trainable(model, stage.trains)
     step = TrainingModule(model, stage.losses).train()
@@ -78,8 +78,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["BRIDGEWORK_HOME"] = scratch
         for name in recipes():
-            for made in (stage for stage in load(name).tiny().stages if stage.curation is None):
-                stage = replace(made, evals=(), shard=replace(made.shard, precision="bf16"))
+            for tiny in (stage for stage in load(name).tiny().stages if stage.curation is None):
+                stage = replace(tiny, evals=(), zero=replace(tiny.zero, precision="bf16"))
                 job = job_of(name, stage, Path(scratch))
                 loss, seconds = on_gpu(job)
                 table.add_row(

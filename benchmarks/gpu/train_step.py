@@ -1,15 +1,16 @@
-"""A training step of LLaVA at full size on one GPU: our engine against a bare torch loop, the same model and batches.
+"""A training step of LLaVA at full size on one GPU: our engine against a bare torch loop.
 
 python -m benchmarks.gpu.train_step                 a table; about four minutes on an H100
 python -m benchmarks.gpu.train_step --json FILE     the same as JSON
 
-align      LLaVA-1.5 7B as published, the projector alone learns (2310.03744, table 9), random weights
-instruct   the same tower and projector before a language model of 1.7B, which learns with them
+align      LLaVA-1.5 7B as published, only the projector is trained (2310.03744, table 9)
+instruct   the same tower and projector with a language model of 1.7B, which is trained too
 
-Random weights and random pixels: neither changes the arithmetic of a step. The bare loop is what one would write by
-hand: forward, backward, clip, fused AdamW; bfloat16 where the weights are frozen, float32 under autocast where they
-learn. Ours is the Engine that `bridgework train` runs, with DeepSpeed's bfloat16 and float32 masters. Needs torch,
-transformers and deepspeed, not Ray.
+Both loops have the same model and batches. Random weights and random pixels do not change the
+arithmetic of a step. The bare loop is plain torch: forward, backward, clip, fused AdamW; frozen
+weights in bfloat16, trained ones in float32 under autocast. Ours is the Engine of `bridgework
+train`, with DeepSpeed's bfloat16 and float32 master weights. Needs torch, transformers and
+deepspeed, not Ray.
 """
 
 import argparse
@@ -40,13 +41,13 @@ from bridgework.training.deepspeed_engine import Engine
 from bridgework.training.step import TrainingModule
 
 WARM, TIMED = 4, 12  # steps
-TEXT = 128  # tokens behind each image
+TEXT = 128  # tokens after each image
 ANSWER = 96  # of them with loss
 SMALL_LM = {"width": 2048, "depth": 24, "heads": 32, "kv_heads": 32, "ffn": 8192, "vocab": 49152}
 
 
 def stages() -> dict[str, Stage]:
-    """One step a micro-batch, so that both loops do the same."""
+    """Return the stages with one micro-batch per step, so that both loops do the same."""
     changes: dict[str, Any] = {
         "stages.*.model.vision.weights": None,
         "stages.*.model.language.weights": None,
@@ -56,29 +57,29 @@ def stages() -> dict[str, Stage]:
     small = override(
         system, lm | {"stages.instruct.budget.batch": 8, "stages.instruct.budget.micro": 8}
     )
-    whole = override(system, {"stages.align.budget.batch": 8, "stages.align.budget.micro": 8})
+    full = override(system, {"stages.align.budget.batch": 8, "stages.align.budget.micro": 8})
     return {
-        "align": whole["align"],
+        "align": full["align"],
         "instruct": override(small, {"stages.instruct.zero.stage": 1})["instruct"],
     }
 
 
 def batch(stage: Stage, seed: int) -> Batch:
-    """One image and TEXT tokens a row."""
+    """Return a micro-batch with one image and TEXT tokens per row."""
     draw = torch.Generator().manual_seed(seed)
-    rows, places, size = stage.budget.micro, stage.model.image_tokens, stage.model.pixels.size
+    rows, image_tokens, size = stage.budget.micro, stage.model.image_tokens, stage.model.pixels.size
     text_BT = torch.randint(0, 30_000, (rows, TEXT), generator=draw)
-    ids_BT = torch.cat([torch.full((rows, places), IMAGE), text_BT], dim=1)
+    ids_BT = torch.cat([torch.full((rows, image_tokens), IMAGE), text_BT], dim=1)
     labels_BT = ids_BT.clone()
-    labels_BT[:, : places + TEXT - ANSWER] = IGNORE
+    labels_BT[:, : image_tokens + TEXT - ANSWER] = IGNORE
     pixels_N3SS = torch.randint(0, 256, (rows, 3, size, size), generator=draw, dtype=torch.uint8)
     attention_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     keys, sources = [str(i) for i in range(rows)], [0] * rows
     return Batch(ids_BT, attention_BT, labels_BT, pixels_N3SS, None, keys, sources)
 
 
-def built(stage: Stage) -> base.VLMModule:
-    """The model in bfloat16 on the GPU, built there: 7B parameters in float32 first would not be worth their memory."""
+def build_on_gpu(stage: Stage) -> base.VLMModule:
+    """Build the model on the GPU in bfloat16: 7B parameters in float32 take too much memory."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -91,7 +92,7 @@ def built(stage: Stage) -> base.VLMModule:
 
 
 def ours(stage: Stage) -> Callable[[Batch], float]:
-    model = built(stage)
+    model = build_on_gpu(stage)
     multipliers = base.set_trainable(model, stage.trains)
     engine = Engine(TrainingModule(model, stage.losses), stage, multipliers)
 
@@ -102,7 +103,7 @@ def ours(stage: Stage) -> Callable[[Batch], float]:
 
 
 def bare(stage: Stage) -> Callable[[Batch], float]:
-    model = built(stage)
+    model = build_on_gpu(stage)
     names = base.set_trainable(model, stage.trains)
     learned = [p for name, p in model.named_parameters() if name in names]
     for parameter in learned:
@@ -127,7 +128,7 @@ def bare(stage: Stage) -> Callable[[Batch], float]:
 
 
 def measure(make: Callable[[Stage], Callable[[Batch], float]], stage: Stage) -> dict[str, float]:
-    """Seconds of the median step, samples and tokens a second, GiB at the peak, the last loss."""
+    """Return seconds of the median step, samples and tokens per second, peak GiB, the last loss."""
     torch.cuda.reset_peak_memory_stats()
     step = make(stage)
     batches = [batch(stage, seed) for seed in range(4)]
@@ -151,8 +152,8 @@ def measure(make: Callable[[Stage], Callable[[Batch], float]], stage: Stage) -> 
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """A process group of one, which DeepSpeed asks for."""
+def process_group() -> Iterator[None]:
+    """Open a process group of one rank, which DeepSpeed requires."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -163,8 +164,8 @@ def alone() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def apart(stage: str, loop: str) -> dict[str, float]:
-    """The measurement in a process of its own: DeepSpeed keeps its engine's memory to the end of one."""
+def measure_in_subprocess(stage: str, loop: str) -> dict[str, float]:
+    """Measure in a new process, because DeepSpeed frees its memory only at the end of a process."""
     command = [sys.executable, "-m", "benchmarks.gpu.train_step", "--stage", stage, "--loop", loop]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -176,14 +177,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--rounds", type=int, default=2, help="each runs both loops, the next in reverse order"
+        "--rounds",
+        type=int,
+        default=2,
+        help="number of rounds; each runs both loops, every second one in reverse order",
     )
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.loop:
-        with alone():
+        with process_group():
             print(json.dumps(measure(LOOPS[given.loop], stages()[given.stage])))
         return
     figures: dict[str, Any] = {
@@ -198,7 +202,7 @@ def main() -> None:
         runs: dict[str, list[dict[str, float]]] = {loop: [] for loop in LOOPS}
         for turn in range(given.rounds):
             for loop in list(LOOPS)[:: -1 if turn % 2 else 1]:
-                runs[loop].append(apart(name, loop))
+                runs[loop].append(measure_in_subprocess(name, loop))
         pairs = zip(runs["ours"], runs["bare"], strict=True)
         ratio = statistics.median(bare["step_s"] / ours["step_s"] for ours, bare in pairs)
         figures["stages"][name] = {**runs, "bare_over_ours": ratio}

@@ -1,25 +1,28 @@
-"""Our reader against other libraries' loaders: the same pictures, decoder, tokenizer and collation, in paired runs.
+"""Our reader against the loaders of other libraries, in paired runs.
+
+All sides have the same images, decoder, tokenizer and collation. mosaicml-streaming is optional.
 
 pip install -e '.[bench]'
-pip install --no-deps mosaicml-streaming && pip install Brotli catalogue python-snappy zstd      optional
-python -m benchmarks.ingest                    all comparisons: about fifty minutes on two idle cores
-python -m benchmarks.ingest --quick            a look, in less than a minute: no figures to quote
-python -m benchmarks.ingest --json FILE        every run's figures as well
+pip install --no-deps mosaicml-streaming && pip install Brotli catalogue python-snappy zstd
+python -m benchmarks.ingest                    all: about fifty minutes on two idle cores
+python -m benchmarks.ingest --quick            less than a minute, not for publication
+python -m benchmarks.ingest --json FILE        also write the results of every run
 python -m benchmarks.ingest --cases decode --pictures photos --sides local webdataset-0
 
-cases        read: files and texts; decode: + decode, tokenize, collate; mix: + 4 sources by the square root of their
-             sizes; pack: + samples that share a sequence, which no other library has
-pictures     clipart: WebP of 128 px, 2 kB; photos: JPEG of 640 x 480, 70 kB; large: of 1,280 x 960, 220 kB (1.5 GB
-             are made once under the home); all decoded to 224, at which ours decodes the large at half their scale
-local        bridgework.data.reader.local, in the process that trains
-ray          the same plan through Ray Data with one reader actor (ray.init is not in its times)
-LIBRARY-N    under a torch DataLoader with num_workers=N; 0 is in the process that trains
-...-pillow   decodes whole and resizes, as its users write it, and not by bridgework.data.images
+cases        read: files and texts; decode: + decode, tokenize, collate; mix: + 4 sources by the
+             square root of their sizes; pack: + packed sequences, which no other library has
+pictures     clipart: WebP of 128 px, 2 kB; photos: JPEG of 640 x 480, 70 kB; large: of 1,280 x 960,
+             220 kB (1.5 GB are created once under the home); all decoded to 224, for which ours
+             decodes the large at half scale
+local        bridgework.data.reader.local, in the training process
+ray          the same plan through Ray Data with one reader actor (times exclude ray.init)
+LIBRARY-N    with a torch DataLoader with num_workers=N; 0 is in the training process
+...-pillow   full decode and resize with Pillow, as is common, instead of bridgework.data.images
 
-Each run is a process of its own; a round runs every side once, the next in reverse order; ratios are taken inside a
-round. The clock runs for one epoch's length, from the end of the warm-up on. Ours shuffles the whole dataset and
-resumes anywhere; webdataset and datasets shuffle shards and a buffer of 1,000 samples. The pause of 5 s that datasets
-makes at the end of an epoch is off: it would weigh on epochs as short as these.
+Each run is a new process. A round runs every side once, every second round in reverse order; ratios
+are within a round. The time is measured for one epoch after the warm-up. Ours shuffles the complete
+dataset and resumes anywhere; webdataset and datasets shuffle shards and a buffer of 1,000 samples.
+The pause of 5 s of datasets at the end of an epoch is disabled, because these epochs are short.
 """
 
 import argparse
@@ -33,7 +36,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ingest.measure import SIDES, Figures, Side, one, run, stored
+from benchmarks.ingest.measure import SIDES, Figures, Side, prepare_data, run, run_one
 from benchmarks.ingest.peers import PEERS, installed
 from benchmarks.ingest.store import PHOTOS, Store
 from benchmarks.ingest.work import CASES, Case
@@ -46,31 +49,29 @@ PLAN = {
     "photos": ("read", "decode"),
     "large": ("decode",),
 }
-WARM = 32  # batches before the clock starts; like an epoch whole windows of ours, which reads by the window
+WARM = 32  # batches before the measurement; complete windows, because our reader reads by window
 QUICK = {"clipart": ("decode", "pack")}
-WIDTH = 180  # of the tables in a file
+WIDTH = 180  # of tables that are not printed to a terminal
 QUICK_ROWS, QUICK_WARM = 512, 16
 
 
 def sides(pictures: str, case: Case, names: list[str] | None) -> list[Side]:
-    """Those that can do the case, of `names` where any are given."""
+    """Return the sides that support the case; with `names`, only these."""
     able = [
         side
         for side in SIDES
         if side.peer is None or (not case.packing and installed(PEERS[side.peer]))
     ]
-    whole = (
-        case.name == "decode" and pictures in PHOTOS
-    )  # elsewhere the two decoders do the same work
+    decoders_differ = case.name == "decode" and pictures in PHOTOS
     return [
         side
         for side in able
-        if (whole or not side.own_decoder) and (names is None or side.name in names)
+        if (decoders_differ or not side.own_decoder) and (names is None or side.name in names)
     ]
 
 
 def best(figures: Round, *, own_decoder: bool) -> float | None:
-    """The least CPU of a library that reads in the process that trains."""
+    """Return the lowest CPU time of a library that reads in the training process."""
     inside = [
         side for side in SIDES if side.peer and not side.workers and side.own_decoder == own_decoder
     ]
@@ -92,7 +93,7 @@ def ratios(rounds: list[Round], name: str, *, own_decoder: bool) -> str:
 
 
 def table(title: str, rounds: list[Round]) -> Table:
-    """Median and range over the rounds; ratios are those of the pairs."""
+    """Return a table with median and range over the rounds; ratios are within a round."""
     heads = (
         "CPU-ms / image",
         "/ best in process",
@@ -100,20 +101,20 @@ def table(title: str, rounds: list[Round]) -> Table:
         "images / s",
         "first batch, s",
     )
-    shown = Table(
+    result = Table(
         "",
         *heads,
         "peak MB: RSS",
         "PSS",
         "missing",
-        "twice",
+        "repeated",
         "off share, rows",
         box=None,
         title=title,
     )
     for name in rounds[0]:
         runs = [figures[name] for figures in rounds]
-        shown.add_row(
+        result.add_row(
             name,
             spread([r.cpu_ms for r in runs], 3),
             ratios(rounds, name, own_decoder=False),
@@ -124,7 +125,7 @@ def table(title: str, rounds: list[Round]) -> Table:
             f"{statistics.median(r.pss_mb for r in runs):.0f}",
             *("-" if worst is None else f"{worst:.3g}" for worst in _worst(runs)),
         )
-    return shown
+    return result
 
 
 def _worst(runs: list[Figures]) -> list[float | None]:
@@ -135,19 +136,19 @@ def _worst(runs: list[Figures]) -> list[float | None]:
     ]
 
 
-def compared(
+def compare(
     pictures: str, case: Case, names: list[str] | None, *, quick: bool, count: int | None
 ) -> list[Round]:
-    """Every side of a case in turn, `count` times."""
+    """Run every side of a case in turn, `count` times."""
     store = Store(pictures, QUICK_ROWS if quick else ROWS[pictures])
-    turns = sides(pictures, case, names)
-    for side in turns:
-        stored(side, case, store)
+    selected = sides(pictures, case, names)
+    for side in selected:
+        prepare_data(side, case, store)
     rounds = []
     for number in range(count or (1 if quick else 3)):
-        order = turns if number % 2 == 0 else turns[::-1]
+        order = selected if number % 2 == 0 else selected[::-1]
         done = {side.name: run(side, case, store, QUICK_WARM if quick else WARM) for side in order}
-        rounds.append({side.name: done[side.name] for side in turns})
+        rounds.append({side.name: done[side.name] for side in selected})
     return rounds
 
 
@@ -156,17 +157,17 @@ def main() -> None:
         description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--quick", action="store_true", help="few rows, one round, sides that read in process"
+        "--quick", action="store_true", help="few rows, one round, only sides that read in process"
     )
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES))
     parser.add_argument("--pictures", nargs="+", choices=tuple(ROWS))
     parser.add_argument("--sides", nargs="+", choices=tuple(side.name for side in SIDES))
-    parser.add_argument("--json", type=Path, help="a file for the figures of every run")
+    parser.add_argument("--json", type=Path, help="write the results of every run to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        one(given.one)
+        run_one(given.one)
         return
     console = Console()
     if not console.is_terminal:
@@ -174,7 +175,7 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     absent = [peer.module for peer in PEERS.values() if not installed(peer)]
     if absent:
-        console.print(f"not installed, so left out: {', '.join(absent)}")
+        console.print(f"not installed, skipped: {', '.join(absent)}")
     names = given.sides or (
         [s.name for s in SIDES if not s.ray and not s.workers] if given.quick else None
     )
@@ -182,7 +183,7 @@ def main() -> None:
         (p, c) for p, cases in (QUICK if given.quick else PLAN).items() for c in cases
     ]:
         if pictures in (given.pictures or ROWS) and case in (given.cases or CASES):
-            rounds = compared(pictures, CASES[case], names, quick=given.quick, count=given.rounds)
+            rounds = compare(pictures, CASES[case], names, quick=given.quick, count=given.rounds)
             runs += [
                 {
                     "pictures": pictures,

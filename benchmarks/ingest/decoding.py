@@ -1,10 +1,10 @@
-"""What decoding costs: our read_square, which lets libjpeg scale down, against Pillow's whole decode and resize.
+"""Cost of decoding: our load_image, where libjpeg downscales, against Pillow's full decode.
 
-python -m benchmarks.ingest.decoding           a minute; --json FILE for the figures
+python -m benchmarks.ingest.decoding           a minute; --json FILE writes the results
 
-JPEGs of quality 90 go to 224 pixels, bicubic. A JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that leaves both
-sides at least twice the target, so one of 640 x 480 is decoded whole. CPU-ms an image, of the process; the two take
-turns file by file.
+JPEGs of quality 90 are resized to 224 pixels, bicubic. A JPEG is decoded at the smallest scale
+(1/2, 1/4, 1/8) that leaves both sides at least twice the target, so one of 640 x 480 is decoded at
+full scale. CPU-ms per image of the process; the two take turns file by file.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from benchmarks.ingest.store import photo
 from bridgework.data.images import decode
 
 SIZES = ((320, 240), (640, 480), (1_280, 960), (2_560, 1_920))
-FILES = 12  # of a size, each read `rounds` times
+FILES = 12  # per size, each read `rounds` times
 DECODERS = {"ours": work.ours, "pillow": work.pillow}
 
 
-def compared(size: tuple[int, int], rounds: int) -> dict[str, list[float]]:
-    """CPU-ms an image of each round, by decoder."""
+def compare(size: tuple[int, int], rounds: int) -> dict[str, list[float]]:
+    """Return CPU-ms per image of each round, by decoder."""
     files = [photo(row, *size) for row in range(FILES)]
     found: dict[str, list[float]] = {name: [] for name in DECODERS}
     for number in range(rounds + 1):  # the first warms up
@@ -50,20 +50,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    shown = Table("file", "decoded at", "ours, CPU-ms", "Pillow, CPU-ms", "ours / Pillow", box=None)
+    table = Table("file", "decoded at", "ours, CPU-ms", "Pillow, CPU-ms", "ours / Pillow", box=None)
     runs = {}
     for size in SIZES:
-        found = compared(size, given.rounds)
+        found = compare(size, given.rounds)
         ratios = [ours / other for ours, other in zip(found["ours"], found["pillow"], strict=True)]
         scaled = decode(photo(0, *size), size=work.SIDE).size
-        shown.add_row(
+        table.add_row(
             "{} x {}".format(*size),
             "{} x {}".format(*scaled),
             *(f"{statistics.median(each):.2f}" for each in found.values()),
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})",
         )
         runs["{}x{}".format(*size)] = found
-    Console().print(shown)
+    Console().print(table)
     if given.json:
         turbo = features.version_feature("libjpeg_turbo")
         given.json.write_text(json.dumps({"libjpeg-turbo": turbo, "runs": runs}, indent=1) + "\n")

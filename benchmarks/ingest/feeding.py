@@ -1,4 +1,4 @@
-"""Our two ways to feed a step: the reader in the process that trains, and the same plan through Ray Data."""
+"""Our two readers: in the training process, and the same plan through Ray Data."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -14,20 +14,18 @@ from bridgework.data.reader import Reader, ReaderConfig, local
 from bridgework.data.row_groups import StoredRow
 from bridgework.data.tokenization import SampleEncoder
 
-EPOCHS = (
-    10  # of a feed: no run gets near its end, so what is read ahead is the same before and after
-)
+EPOCHS = 10  # no run gets near the end, so the read-ahead is the same throughout
 
 
 class Bytes(ReaderConfig):
-    """The feed of a case that only reads."""
+    """Reader config of a case that only reads."""
 
     def open(self) -> Reader:
         return BytesReader(self, self.plan(), [open_dataset(path) for path in self.datasets])
 
 
 class BytesReader(Reader):
-    """Gives the files as they are stored, as pixels of a picture of height 1."""
+    """Returns the stored files undecoded, as pixels of an image of height 1."""
 
     def _row(self, planned: Any, stored: StoredRow) -> Row:
         file = np.frombuffer(stored.sample.images[0], np.uint8).reshape(1, 1, 1, -1)
@@ -35,7 +33,7 @@ class BytesReader(Reader):
 
 
 def feed(case: Case, store: Store) -> ReaderConfig:
-    """Makes the datasets where they are missing."""
+    """Return the reader config of a case; creates missing datasets."""
     steps = EPOCHS * store.rows // BATCH
     kind = ReaderConfig if case.decodes else Bytes
     paths = tuple(str(store.dataset(part)) for part in case.parts)
@@ -56,7 +54,7 @@ def in_process(case: Case, store: Store, start: int = 0) -> Iterator[Batch | Seq
 
 
 def through_ray(case: Case, store: Store, start: int = 0) -> Iterator[Batch | Sequence[Row]]:
-    """Ray runs already."""
+    """Yield the batches of a running Ray."""
     from bridgework.data.ray_ingest import PlanIngest, from_ray, prefetch
 
     [split] = PlanIngest(feed(case, store), lambda: start).configure({}, 1)

@@ -1,4 +1,4 @@
-"""One run of one side in a process of its own: time, CPU and memory of all its processes, and which ids came."""
+"""One run of one side in a new process: time, CPU and memory of its processes, and the read ids."""
 
 import json
 import os
@@ -22,20 +22,18 @@ from benchmarks.ingest.peers import PEERS
 from benchmarks.ingest.store import Store
 from benchmarks.ingest.work import BATCH, CASES, Case, Work
 
-WATCH_S = 0.2  # between two looks at the memory
-SAID = "FIGURES "  # what the line with the figures begins with; Ray has its say on the same stream
+WATCH_S = 0.2  # interval of memory samples
+PREFIX = "FIGURES "  # of the line with the results, because Ray logs to the same stream
 
 
 @dataclass(frozen=True)
 class Side:
-    """Who feeds: ours in process or through Ray, or a library under a torch DataLoader."""
+    """A compared loader: ours in process or through Ray, or a library with a torch DataLoader."""
 
     name: str
     peer: str | None = None
-    workers: int = 0  # of the DataLoader; 0 reads in the process that trains
-    own_decoder: bool = (
-        False  # Pillow's whole decode and resize, as users of the library write it; else ours
-    )
+    workers: int = 0  # of the DataLoader; 0 reads in the training process
+    own_decoder: bool = False  # Pillow's full decode and resize, as is common; else ours
     ray: bool = False
 
 
@@ -49,33 +47,31 @@ SIDES = (
 
 @dataclass(frozen=True)
 class Figures:
-    """One run."""
+    """Results of one run."""
 
-    cpu_ms: float  # per image, user + system, of all processes, from the warm-up on
+    cpu_ms: float  # per image, user + system, of all processes, after the warm-up
     images_per_s: float  # likewise
-    first_s: float  # from the call that builds the pipeline to the first batch; imports and ray.init lie before it
-    missing: int | None  # ids of the first epoch that did not come; None where sources are mixed
-    twice: int | None  # times that one came again in it
-    off: (
-        float | None
-    )  # rows: the furthest that a mixed source is from its share of the first epoch's length
-    rss_mb: float = 0.0  # the most, all processes added up; what they share counts for each
-    pss_mb: float = 0.0  # the most, what they share counted once
+    first_s: float  # from building the pipeline to the first batch, without imports and ray.init
+    missing: int | None  # ids that were not read in the first epoch; None for mixed sources
+    twice: int | None  # repetitions of an id in it
+    off: float | None  # largest deviation of a mixed source from its share of an epoch, rows
+    rss_mb: float = 0.0  # peak, sum of all processes; shared memory counts for each
+    pss_mb: float = 0.0  # peak; shared memory counts once
 
 
-# --- in the process of the run ---------------------------------------------------------------------------------------
+# --- in the process of the run
 
 
-def stored(side: Side, case: Case, store: Store) -> list[Path]:
-    """The folders that a side reads, one a part of the case; made where they are missing."""
+def prepare_data(side: Side, case: Case, store: Store) -> list[Path]:
+    """Return the folders that a side reads, one per part of the case; creates missing ones."""
     if side.peer is None:
         return [store.dataset(part) for part in case.parts]
     return [store.folder(part, side.peer, PEERS[side.peer].write) for part in case.parts]
 
 
-def prepared(side: Side, case: Case, store: Store) -> Callable[[], Iterator[Any]]:
-    """What builds the pipeline; what it may take for granted, such as Ray, runs when this returns."""
-    folders = stored(side, case, store)
+def prepare(side: Side, case: Case, store: Store) -> Callable[[], Iterator[Any]]:
+    """Return the function that builds the pipeline; prerequisites such as Ray are started here."""
+    folders = prepare_data(side, case, store)
     if side.peer is None:
         if side.ray:
             start_ray()
@@ -89,7 +85,7 @@ def prepared(side: Side, case: Case, store: Store) -> Callable[[], Iterator[Any]
 
 
 def measure(build: Callable[[], Iterator[Any]], case: Case, store: Store, warm: int) -> Figures:
-    """`warm` batches, then as many as an epoch has, so that the clock starts and stops at one place of an epoch."""
+    """Read `warm` batches, then measure one epoch, which starts and ends at the same position."""
     torch.set_num_threads(1)
     steps = store.rows // BATCH
     began = time.perf_counter()
@@ -111,21 +107,21 @@ def _keys(batches: Iterator[Any], count: int) -> list[str]:
 def _epoch(
     keys: Sequence[str], case: Case, store: Store
 ) -> tuple[int | None, int | None, float | None]:
-    """(missing, twice, off) of as many rows as there are."""
+    """Return (missing, twice, off) for one epoch of rows."""
     if len(case.parts) == 1:
         return store.rows - len(set(keys)), len(keys) - len(set(keys)), None
-    came = Counter(key.split("/")[0] for key in keys)
+    counts = Counter(key.split("/")[0] for key in keys)
     roots = {part: store.size(part) ** 0.5 for part in case.parts}
     total = sum(roots.values())
     return (
         None,
         None,
-        max(abs(came[part] - root / total * len(keys)) for part, root in roots.items()),
+        max(abs(counts[part] - root / total * len(keys)) for part, root in roots.items()),
     )
 
 
 def cpu_s() -> float:
-    """User and system time of this process, its descendants that live, and those that were waited for."""
+    """Return user and system time of this process and its live and finished descendants."""
     total = 0.0
     me = psutil.Process()
     for process in (me, *me.children(recursive=True)):
@@ -137,44 +133,45 @@ def cpu_s() -> float:
     return total
 
 
-# --- from outside ----------------------------------------------------------------------------------------------------
+# --- in the parent process
 
 
 def run(side: Side, case: Case, store: Store, warm: int) -> Figures:
-    """One run in a fresh process. Raises RuntimeError with what it said where it fails."""
-    told = {
+    """Run one side in a new process. Raises RuntimeError with its output if it fails."""
+    arguments = {
         "side": side.name,
         "case": case.name,
         "pictures": store.pictures,
         "rows": store.rows,
         "warm": warm,
     }
-    command = [sys.executable, "-m", "benchmarks.ingest", "--one", json.dumps(told)]
+    command = [sys.executable, "-m", "benchmarks.ingest", "--one", json.dumps(arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
-        rss, pss = _watched(process)
+        rss, pss = _peak_memory(process)
         out.seek(0)
-        said = out.read()
-    found = [line.removeprefix(SAID) for line in said.splitlines() if line.startswith(SAID)]
+        output = out.read()
+    found = [line.removeprefix(PREFIX) for line in output.splitlines() if line.startswith(PREFIX)]
     if process.returncode or not found:
-        raise RuntimeError(f"{told} ended with {process.returncode}:\n{said[-3_000:]}")
+        raise RuntimeError(f"{arguments} ended with {process.returncode}:\n{output[-3_000:]}")
     return Figures(**json.loads(found[0]) | {"rss_mb": rss, "pss_mb": pss})
 
 
-def one(told: str) -> None:
-    """What the fresh process does."""
-    words = json.loads(told)
+def run_one(arguments: str) -> None:
+    """Measure in the new process and print the results."""
+    words = json.loads(arguments)
     [side] = [each for each in SIDES if each.name == words["side"]]
     case, store = CASES[words["case"]], Store(words["pictures"], words["rows"])
     print(
-        SAID + json.dumps(asdict(measure(prepared(side, case, store), case, store, words["warm"]))),
+        PREFIX
+        + json.dumps(asdict(measure(prepare(side, case, store), case, store, words["warm"]))),
         flush=True,
     )
 
 
-def _watched(process: subprocess.Popen[bytes]) -> tuple[float, float]:
-    """The most megabytes (RSS, PSS) that a process and its descendants had together until it ended."""
+def _peak_memory(process: subprocess.Popen[bytes]) -> tuple[float, float]:
+    """Return the peak (RSS, PSS) in MB of a process and its descendants together."""
     most = (0.0, 0.0)
     root = psutil.Process(process.pid)
     while process.poll() is None:

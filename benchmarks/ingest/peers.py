@@ -1,7 +1,8 @@
-"""The other libraries, as their users would write it: an endless stream of shuffled epochs, one source or several.
+"""The other libraries in typical use: an endless stream of shuffled epochs, mixed from sources.
 
-Each shuffles as it does by default: webdataset and datasets the order of shards and a buffer of 1,000 samples,
-mosaicml-streaming whole shards. Each decodes where its DataLoader collates, in the worker if there is one.
+Each shuffles by its default: webdataset and datasets the order of shards and a buffer of 1,000
+samples, mosaicml-streaming complete shards. Each decodes in the collate function of its DataLoader,
+in the worker if any.
 """
 
 import importlib.util
@@ -23,31 +24,31 @@ from benchmarks.ingest.work import BATCH
 
 BUFFER = 1_000  # samples
 
-Finish = Callable[[list[Raw]], Any]  # what becomes of the samples of a batch
+Finish = Callable[[list[Raw]], Any]  # makes a batch of samples
 
 
 class Peer(Protocol):
     """A library."""
 
-    module: str  # what must be installed
+    module: str  # required import
     how_to_resume: str
 
     def load(self) -> Any:
         """Import the library."""
 
     def write(self, raws: Iterable[Raw], folder: Path) -> None:
-        """Store samples in the form that the library reads."""
+        """Write samples in the format of the library."""
 
     def stream(
         self, folders: Sequence[Path], sizes: Sequence[int], finish: Finish, workers: int
     ) -> Iterator[Any]:
-        """Batches without end, from sources in proportion to the square root of their sizes."""
+        """Yield batches endlessly, from sources in proportion to the square root of their sizes."""
 
     def state(self, folder: Path, step: int) -> Any:
-        """What a checkpoint would keep behind `step` batches of the first epoch."""
+        """Return the state for a checkpoint after `step` batches of the first epoch."""
 
     def resumed(self, folder: Path, state: Any, finish: Finish) -> Iterator[Any]:
-        """The batches of the first epoch from there on."""
+        """Yield the remaining batches of the first epoch."""
 
 
 def _loader(
@@ -69,7 +70,7 @@ def _shares(sizes: Sequence[int]) -> list[float]:
 
 
 class WebDataset:
-    """webdataset: tar shards. Two sources are mixed by its RandomMix."""
+    """webdataset: tar shards. Sources are mixed by its RandomMix."""
 
     module = "webdataset"
     how_to_resume = "reads and drops"
@@ -114,7 +115,7 @@ class WebDataset:
 
 
 class Datasets:
-    """Hugging Face datasets: Parquet files, streamed. Two sources are mixed by interleave_datasets."""
+    """Hugging Face datasets: Parquet files, streamed. Sources are mixed by interleave_datasets."""
 
     module = "datasets"
     how_to_resume = "state_dict"
@@ -122,9 +123,8 @@ class Datasets:
     def load(self) -> Any:
         os.environ["HF_HUB_OFFLINE"] = "1"
         library = importlib.import_module("datasets")
-        library.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = (
-            0  # 5 s at the end of an epoch: too much for one of seconds
-        )
+        # the default is 5 s at the end of an epoch; these epochs take seconds
+        library.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
         return library
 
     def write(self, raws: Iterable[Raw], folder: Path) -> None:
@@ -132,9 +132,8 @@ class Datasets:
         stored = list(raws)
         for number, shard in in_shards(stored, -(-len(stored) // SHARDS)):
             table = pa.Table.from_pylist([raw._asdict() for raw in shard])
-            pq.write_table(
-                table, folder / f"{number:03d}.parquet", row_group_size=100
-            )  # as `push_to_hub` writes
+            # the row group size of `push_to_hub`
+            pq.write_table(table, folder / f"{number:03d}.parquet", row_group_size=100)
 
     def stream(
         self, folders: Sequence[Path], sizes: Sequence[int], finish: Finish, workers: int
@@ -171,13 +170,13 @@ class Datasets:
 
 
 class Streaming:
-    """mosaicml-streaming: MDS shards, read where they lie. Sources are mixed by the proportions of its streams."""
+    """mosaicml-streaming: local MDS shards. Sources are mixed by the proportions of its streams."""
 
     module = "streaming"
     how_to_resume = "state_dict"
 
     def load(self) -> Any:
-        """Its `streaming.base`: the package's own __init__ would import torchvision, for datasets that come with it."""
+        """Import `streaming.base` alone, because the package's __init__ imports torchvision."""
         if "streaming" not in sys.modules:
             found = importlib.util.find_spec("streaming")
             assert found is not None
@@ -210,17 +209,17 @@ class Streaming:
 
     def _samples(self, folders: Sequence[Path], sizes: Sequence[int]) -> Any:
         base = self.load()
-        how: dict[str, Any] = {
+        options: dict[str, Any] = {
             "batch_size": BATCH,
             "shuffle": True,
             "shuffle_seed": 0,
             "num_canonical_nodes": 1,
         }
         if len(folders) == 1:
-            return base.StreamingDataset(local=str(folders[0]), **how)
+            return base.StreamingDataset(local=str(folders[0]), **options)
         shares = zip(folders, _shares(sizes), strict=True)
         streams = [base.Stream(local=str(folder), proportion=share) for folder, share in shares]
-        return base.StreamingDataset(streams=streams, epoch_size=sum(sizes), **how)
+        return base.StreamingDataset(streams=streams, epoch_size=sum(sizes), **options)
 
     @staticmethod
     def _raw(sample: dict[str, Any]) -> Raw:

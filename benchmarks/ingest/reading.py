@@ -1,9 +1,12 @@
-"""What our reader reads for what it gives, and from how many places: `python -m benchmarks.ingest.reading`, 2 minutes.
+"""Read amplification of our reader, and row groups per batch.
 
-A simulated dataset (a manifest, and files of one size that are never written) goes through the real plan and reader;
-only the fetching of a row group is counted instead of done. Bytes read for every byte used are those of a run's middle,
-behind the first windows, for a reader of all lanes (one worker, or Ray's one reader) and for one of a quarter of them
-(one of four workers that read in process); row groups are those that the rows of one batch lie in.
+python -m benchmarks.ingest.reading      2 minutes
+
+The real plan and reader run on a simulated dataset (a manifest, and files of one size that are
+never written); a fetch of a row group is counted instead of done. Bytes read per byte used are
+measured in the middle of a run, after the first windows. They are given for a reader of all lanes
+(one worker, or Ray's one reader) and of a quarter of them (one of four workers that read in
+process). Row groups are those of the rows of one batch.
 """
 
 import argparse
@@ -33,7 +36,7 @@ WINDOWS = (16, 64)  # steps
 
 
 class Simulated(Dataset):
-    """A dataset of which only the manifest is there; it notes every row group that is asked for."""
+    """A dataset that consists of a manifest; it counts the rows of all requested row groups."""
 
     def __init__(self, path: str, file: bytes) -> None:
         super().__init__(path)
@@ -51,15 +54,15 @@ class Simulated(Dataset):
 
 @dataclass(frozen=True)
 class Found:
-    """How one mixture was read, by the reader of one rank."""
+    """Result for one mixture and the reader of one rank."""
 
     read_per_used: float
-    groups: float  # that the rank's part of a batch draws on, on average
+    groups: float  # of the rank's part of a batch, on average
     fewest: int
 
 
 def manifest(rows: int, shard_rows: int = SHARD_ROWS) -> Manifest:
-    """Of a dataset that is nowhere."""
+    """Return the manifest of a simulated dataset."""
     sizes = [min(shard_rows, rows - first) for first in range(0, rows, shard_rows)]
     shards = tuple(
         Shard(f"shard-{n:05d}.parquet", size, 0, f"{n:064x}") for n, size in enumerate(sizes)
@@ -69,16 +72,16 @@ def manifest(rows: int, shard_rows: int = SHARD_ROWS) -> Manifest:
 
 def simulated(folder: Path, rows: tuple[int, ...], file: bytes) -> Iterator[Simulated]:
     for number, size in enumerate(rows):
-        place = folder / f"{number}-{size}"
-        place.mkdir(parents=True, exist_ok=True)
-        (place / FILE).write_text(manifest(size).to_json())
-        yield Simulated(str(place), file)
+        path = folder / f"{number}-{size}"
+        path.mkdir(parents=True, exist_ok=True)
+        (path / FILE).write_text(manifest(size).to_json())
+        yield Simulated(str(path), file)
 
 
 def read(
     folder: Path, rows: tuple[int, ...], file_bytes: int, window: int, world: int = 1
 ) -> Found:
-    """Some windows of the lanes of rank 0, through the reader."""
+    """Read some windows of the lanes of rank 0."""
     datasets = list(simulated(folder, rows, bytes(file_bytes)))
     sources = tuple(Source(name=f"source-{n}", dataset="-") for n in range(len(rows)))
     feed = Bytes(
@@ -115,25 +118,25 @@ def main() -> None:
         f"row groups a batch of {BATCH}",
         "fewest",
     )
-    shown = Table("sources", "a file", "window", *heads, box=None)
+    table = Table("sources", "a file", "window", *heads, box=None)
     runs = []
-    for told, file_bytes, window in product(SOURCES, FILE_BYTES, WINDOWS):
+    for sources, file_bytes, window in product(SOURCES, FILE_BYTES, WINDOWS):
         with tempfile.TemporaryDirectory() as folder:
-            whole, quarter = (
-                read(Path(folder), SOURCES[told], file_bytes, window, world) for world in (1, 4)
+            full, quarter = (
+                read(Path(folder), SOURCES[sources], file_bytes, window, world) for world in (1, 4)
             )
-        shown.add_row(
-            told,
+        table.add_row(
+            sources,
             f"{file_bytes / 1e3:.0f} kB",
             f"{window} steps",
-            f"{whole.read_per_used:.3f}",
+            f"{full.read_per_used:.3f}",
             f"{quarter.read_per_used:.3f}",
-            f"{whole.groups:.0f}",
-            str(whole.fewest),
+            f"{full.groups:.0f}",
+            str(full.fewest),
         )
-        told_of = {"sources": told, "file_bytes": file_bytes, "window": window}
-        runs += [{**told_of, "world": 1, **vars(whole)}, {**told_of, "world": 4, **vars(quarter)}]
-    Console().print(shown)
+        case = {"sources": sources, "file_bytes": file_bytes, "window": window}
+        runs += [{**case, "world": 1, **vars(full)}, {**case, "world": 4, **vars(quarter)}]
+    Console().print(table)
     if given.json:
         given.json.write_text(json.dumps(runs, indent=1) + "\n")
 

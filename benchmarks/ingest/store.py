@@ -1,7 +1,7 @@
-"""The pictures of the benchmarks, made once under the home, and the same bytes in the form that each library reads.
+"""Data of the benchmarks, created once under the home: the same bytes in every library's format.
 
-<home>/benchmarks/<pictures>-<rows>-v1/<part>/bridgework     a dataset of ours
-<home>/benchmarks/<pictures>-<rows>-v1/<part>/<library>      the same keys, files and texts in the same order
+<home>/benchmarks/<pictures>-<rows>-v1/<part>/bridgework     our dataset
+<home>/benchmarks/<pictures>-<rows>-v1/<part>/<library>      the same rows in the same order
 """
 
 import io
@@ -23,9 +23,9 @@ from bridgework.data.samples import pair
 
 CLIPART = "examples/data/clipart"  # 1,866 WebP files of 128 px, 2 kB each
 PHOTOS = {"photos": (640, 480), "large": (1_280, 960)}  # pixels
-DISTINCT = 512  # of each; the rows repeat them, under keys of their own
-VERSION = 1  # of what is made here: another number, and it is made again
-SHARDS = 4  # of a part, where a library's writer does not count bytes
+DISTINCT = 512  # images of each kind; the rows repeat them, with different keys
+VERSION = 1  # of the data; another number creates it again
+SHARDS = 4  # per part, if a library's writer does not limit bytes
 WHOLE = ("whole",)
 MIX = ("mix-0", "mix-1", "mix-2", "mix-3")  # a half, a quarter, an eighth and an eighth of the rows
 SIZES = {"whole": 1, "mix-0": 2, "mix-1": 4, "mix-2": 8, "mix-3": 8}  # part -> all rows / its rows
@@ -44,7 +44,7 @@ Write = Callable[[Iterable[Raw], Path], None]
 
 @dataclass(frozen=True)
 class Store:
-    """`rows` rows of one kind of picture."""
+    """`rows` rows with one kind of image."""
 
     pictures: str  # clipart | photos | large
     rows: int
@@ -53,7 +53,7 @@ class Store:
         return self.rows // SIZES[part]
 
     def dataset(self, part: str) -> Path:
-        """Our dataset of a part; made where it is missing."""
+        """Return our dataset of a part; creates it if missing."""
 
         def make(folder: Path) -> None:
             samples = (pair(*raw) for raw in self._make(part))
@@ -69,11 +69,11 @@ class Store:
         return _once(self._folder(part) / "bridgework", make)
 
     def folder(self, part: str, library: str, write: Write) -> Path:
-        """The part as a library reads it, written from our dataset; made where it is missing."""
+        """Return the part in the format of a library, written from our dataset if missing."""
         return _once(self._folder(part) / library, lambda folder: write(self.raws(part), folder))
 
     def raws(self, part: str) -> Iterator[Raw]:
-        """The samples of a part, from our dataset."""
+        """Yield the samples of a part, from our dataset."""
         for sample in open_dataset(str(self.dataset(part))).samples():
             yield Raw(sample.key, sample.images[0], sample.text)
 
@@ -92,7 +92,10 @@ class Store:
 
 @cache
 def photo(row: int, width: int, height: int) -> bytes:
-    """A JPEG of quality 90, 70 kB at 640 x 480: clip art over a gradient under fine grain; a function of its words."""
+    """Return a JPEG of quality 90, 70 kB at 640 x 480: clip art on a gradient with fine grain.
+
+    Deterministic in its arguments.
+    """
     draw = np.random.default_rng(row)
     y, x = np.linspace(0, 1, height)[:, None, None], np.linspace(0, 1, width)[:, None]
     corner, right, down = draw.uniform(120, 255, (3, 3))
@@ -124,7 +127,7 @@ def _clipart() -> list[tuple[bytes, str]]:
 
 
 def in_shards(raws: Iterable[Raw], rows: int) -> Iterator[tuple[int, list[Raw]]]:
-    """(number, samples) of every shard."""
+    """Yield (number, samples) of every shard."""
     left, number = iter(raws), 0
     while shard := list(islice(left, rows)):
         yield number, shard
@@ -132,7 +135,7 @@ def in_shards(raws: Iterable[Raw], rows: int) -> Iterator[tuple[int, list[Raw]]]
 
 
 def _once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, whole: made beside its place and moved there."""
+    """Create `folder` atomically, with `make` in a temporary folder; an existing one is kept."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = folder.with_name(f".{folder.name}-{uuid4().hex[:8]}")

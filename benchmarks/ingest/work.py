@@ -1,4 +1,4 @@
-"""What is done with the samples: the cases, and a batch of what a library gives, by the same functions as ours."""
+"""The cases, and the work per batch: our functions make a batch of any library's samples."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from bridgework.models import EfficientNetConfig, LanguageConfig, LinearConfig, 
 from bridgework.system import Mixture, Packing, Source
 
 BATCH = 32
-WINDOW = 16  # steps: a reader of ours decodes 512 rows before it gives the first
+WINDOW = 16  # steps: our reader decodes 512 rows before its first batch
 SIDE = 224
 LM = LanguageConfig(
     width=32, depth=1, heads=2, kv_heads=2, ffn=64, vocab=320, context=512, tokenizer="bytes"
@@ -34,7 +34,7 @@ Decode = Callable[[bytes], NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Case:
-    """What the sides of a comparison all do."""
+    """Task of a comparison, the same for all sides."""
 
     name: str
     parts: tuple[str, ...]  # of the store; several are mixed by the square root of their sizes
@@ -61,7 +61,7 @@ CASES = {each.name: each for each in (READ, DECODE, MIXED, PACKED)}
 
 
 class Work:
-    """From the samples of a batch to the batch, or where the case only reads, nothing."""
+    """Makes a batch of samples; if the case only reads, returns the samples."""
 
     def __init__(self, case: Case, decode: Decode) -> None:
         self._decodes = case.decodes
@@ -84,7 +84,7 @@ def ours(file: bytes) -> NDArray[np.uint8]:
 
 
 def pillow(file: bytes) -> NDArray[np.uint8]:
-    """What users of the other libraries write, as torchvision's Resize and CenterCrop: decode whole, resize, cut."""
+    """Decode at full scale, resize and crop, as torchvision's Resize and CenterCrop do."""
     image = Image.open(io.BytesIO(file)).convert("RGB")
     short = min(image.size)
     wide, high = (SIDE * side // short for side in image.size)
@@ -96,5 +96,5 @@ def pillow(file: bytes) -> NDArray[np.uint8]:
 
 
 def keys(batch: Any) -> list[str]:
-    """Of what any side gives for a step: a Batch, rows or samples."""
+    """Return the keys of a step of any side: a Batch, rows or samples."""
     return list(batch.keys) if isinstance(batch, Batch) else [each.key for each in batch]

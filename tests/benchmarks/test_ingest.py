@@ -1,4 +1,4 @@
-"""The benchmarks of the data plane read what they say: every side gives an epoch whole, on the same bytes."""
+"""Benchmarks of the data plane: every side reads a complete epoch of the same bytes."""
 
 import gc
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         yield Store("clipart", ROWS)
 
 
-def test_an_epoch_of_ours_is_every_id_once(store: Store) -> None:
+def test_epoch_of_our_reader_has_every_id_once(store: Store) -> None:
     steps = islice(in_process(READ, store), ROWS // BATCH)
     assert sorted(key for step in steps for key in keys(step)) == [
         f"whole/{row:06d}" for row in range(ROWS)
@@ -35,9 +35,7 @@ def test_an_epoch_of_ours_is_every_id_once(store: Store) -> None:
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset and datasets leave files open
 @pytest.mark.parametrize("name", PEERS)
-def test_an_epoch_of_a_library_is_every_id_once_with_the_same_bytes(
-    store: Store, name: str
-) -> None:
+def test_epoch_of_a_library_has_every_id_once_with_equal_bytes(store: Store, name: str) -> None:
     peer = PEERS[name]
     if not installed(peer):
         pytest.skip(f"{peer.module} is not installed")
@@ -47,7 +45,7 @@ def test_an_epoch_of_a_library_is_every_id_once_with_the_same_bytes(
     assert sorted(raw for step in steps for raw in step) == sorted(store.raws("whole"))
 
 
-def test_both_ways_to_a_batch_make_the_same_batch(store: Store) -> None:
+def test_both_pipelines_make_equal_batches(store: Store) -> None:
     ours = next(in_process(DECODE, store))
     assert isinstance(ours, Batch) and ours.pixels_N3HW is not None
     raws = {raw.key: raw for raw in store.raws("whole")}
@@ -57,7 +55,7 @@ def test_both_ways_to_a_batch_make_the_same_batch(store: Store) -> None:
     assert (ours.pixels_N3HW == theirs.pixels_N3HW).all()
 
 
-def test_ours_mixes_the_four_sources(store: Store) -> None:
+def test_our_reader_mixes_the_four_sources(store: Store) -> None:
     came = [
         key.split("/")[0]
         for step in islice(in_process(MIXED, store), ROWS // BATCH)
@@ -66,12 +64,12 @@ def test_ours_mixes_the_four_sources(store: Store) -> None:
     assert set(came) == set(MIX)
 
 
-def test_the_two_decoders_agree_where_nothing_is_scaled_down() -> None:
+def test_decoders_agree_without_downscaling() -> None:
     file = photo(0, 320, 240)
     difference = np.abs(work.ours(file).astype(int) - work.pillow(file).astype(int))
     assert difference.mean() < 1
 
 
-def test_a_file_too_small_to_fill_the_memory_is_read_once(tmp_path: Path) -> None:
+def test_dataset_that_fits_in_memory_is_read_once(tmp_path: Path) -> None:
     found = read(tmp_path, (50_000,), 100, 4)
     assert found.read_per_used == pytest.approx(1, abs=0.05) and found.fewest > 1

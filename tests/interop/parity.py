@@ -1,6 +1,7 @@
 """The table of docs/parity.md: `python -m tests.interop.parity`, a minute.
 
-Every architecture, as small random models of several shapes: written by transformers, imported, exported, compared.
+Small random models of every architecture, in several shapes: saved by transformers, imported,
+exported, compared.
 """
 
 import tempfile
@@ -18,7 +19,7 @@ from tests.interop import test_blip, test_blip2, test_clip, test_idefics, test_l
 
 
 def models() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(shape, what makes the model of transformers)."""
+    """Yield (shape, function that builds the transformers model)."""
     for module in (test_clip, test_idefics, test_llava_next):
         for shape in module.SHAPES:
             yield shape, lambda make=module.theirs, shape=shape: make(shape)
@@ -31,7 +32,7 @@ def models() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def compared(model: Any, folder: Path) -> tuple[Certificate, bool]:
-    """In and out again: the certificate of the way in, and whether every tensor came back with its bits."""
+    """Import and export a model; return the certificate, and True if all tensors are bit-equal."""
     model.save_pretrained(folder / "in")
     certificate = import_hf(folder / "in", folder / "artifact")
     export_hf(folder / "artifact", folder / "out", certificate.architecture)

@@ -1,4 +1,4 @@
-"""MED against transformers' BLIP classes, which were checked against the release: names, features, logits, texts."""
+"""MED against transformers' BLIP, which was checked against the release: names, logits, texts."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import (
 
 from bridgework.errors import SpecError, WeightsError
 from bridgework.hf import blip
-from bridgework.hf.common import unequal
+from bridgework.hf.common import config_diff
 from bridgework.hf.convert import export_hf, import_hf
 from bridgework.losses.language_modeling import language_modeling
 from bridgework.models import MomentumConfig
@@ -28,7 +28,7 @@ DEC, ENC = 260, 261
 
 
 def config(architecture: str) -> Any:
-    """Another tiny BLIP than ours: every number differs from the defaults."""
+    """Return a tiny BlipConfig in which every number differs from the defaults."""
     return BlipConfig(
         text_config={
             "vocab_size": 262, "hidden_size": 24, "encoder_hidden_size": 24, "intermediate_size": 48,
@@ -45,16 +45,16 @@ def config(architecture: str) -> Any:
 
 
 def both(architecture: str) -> tuple[MED, Any]:
-    """Our model with the weights of transformers', both in eval mode."""
+    """Return our model with the weights of transformers', and the latter, in eval mode."""
     torch.manual_seed(0)
     theirs = getattr(transformers, architecture)(config(architecture)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    wiring = blip.spec(theirs.config)
+    wiring = blip.model_config(theirs.config)
     ours = wiring.build().eval()
     parameters = dict(theirs.named_parameters())
-    names = blip.names(wiring)
+    names = blip.tensor_names(wiring)
     ours.load_state_dict({own: parameters[other].detach() for own, other in names.items()})
     return ours, theirs
 
@@ -68,9 +68,9 @@ def normal(model: MED, pixels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("architecture", blip.ARCHITECTURES)
 def test_names_are_one_to_one_and_shapes_agree(architecture: str) -> None:
-    wiring = blip.spec(config(architecture))
+    wiring = blip.model_config(config(architecture))
     theirs = getattr(transformers, architecture)(config(architecture))
-    ours, names = wiring.build(), blip.names(wiring)
+    ours, names = wiring.build(), blip.tensor_names(wiring)
     own, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
     assert set(names) == set(own) and sorted(names.values()) == sorted(other)
     assert all(own[name].shape == other[theirs_].shape for name, theirs_ in names.items())
@@ -78,12 +78,12 @@ def test_names_are_one_to_one_and_shapes_agree(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", blip.ARCHITECTURES)
-def test_a_config_comes_back_as_it_went(architecture: str) -> None:
-    """But for what the model does not decide: special ids, which an import keeps, and how weights are drawn."""
+def test_config_round_trip_is_equal(architecture: str) -> None:
+    """Except for special ids, which an import keeps, and the initialization."""
     theirs = config(architecture)
-    back = blip.config(blip.spec(theirs))
+    back = blip.hf_config(blip.model_config(theirs))
     assert back.architectures == [architecture] and back.image_text_hidden_size == 16
-    differ = set(unequal(back, theirs))
+    differ = set(config_diff(back, theirs))
     assert differ == {
         "vision_config.initializer_range",
         "text_config.pad_token_id",
@@ -91,7 +91,7 @@ def test_a_config_comes_back_as_it_went(architecture: str) -> None:
     }
 
 
-def test_a_caption_has_the_logits_loss_and_gradients_of_transformers() -> None:
+def test_caption_logits_loss_and_gradients_match_transformers() -> None:
     ours, theirs = both("BlipForConditionalGeneration")
     ids, attention, labels, pixels = pairs(asked=2)
     logits = ours(ids, attention, labels, pixels).logits_BTV
@@ -110,7 +110,7 @@ def test_a_caption_has_the_logits_loss_and_gradients_of_transformers() -> None:
     loss.backward()
     expected.loss.backward()
     other = dict(theirs.named_parameters())
-    for name, theirs_ in blip.names(ours.config).items():
+    for name, theirs_ in blip.tensor_names(ours.config).items():
         torch.testing.assert_close(
             ours.get_parameter(name).grad, other[theirs_].grad, atol=1e-5, rtol=1e-4
         )
@@ -118,7 +118,7 @@ def test_a_caption_has_the_logits_loss_and_gradients_of_transformers() -> None:
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("prompt", [[CLS], [CLS, 97, 98]], ids=["bare", "prompted"])
-def test_a_caption_is_written_as_transformers_writes_it(prompt: list[int], beams: int) -> None:
+def test_generated_caption_matches_transformers(prompt: list[int], beams: int) -> None:
     ours, theirs = both("BlipForConditionalGeneration")
     pixels = pairs().pixels
     ids = torch.tensor([prompt] * 4)
@@ -134,7 +134,7 @@ def test_a_caption_is_written_as_transformers_writes_it(prompt: list[int], beams
     assert torch.equal(text, expected[:, len(prompt) :])
 
 
-def test_matching_and_contrast_are_those_of_transformers() -> None:
+def test_matching_and_contrast_match_transformers() -> None:
     ours, theirs = both("BlipForImageTextRetrieval")
     ids, attention, _, pixels = pairs()
     image, text = ours.embed_images(ours.vision(pixels)), ours.embed_texts(ids, attention)
@@ -148,8 +148,8 @@ def test_matching_and_contrast_are_those_of_transformers() -> None:
     torch.testing.assert_close(odds, logits[:, 1] - logits[:, 0], atol=1e-5, rtol=1e-5)
 
 
-def test_an_answer_has_the_logits_of_transformers() -> None:
-    """Its labels path shifts twice in old versions (transformers#23000), so logits are compared, not the loss."""
+def test_answer_logits_match_transformers() -> None:
+    """Old versions shift the labels twice (transformers#23000), so logits are compared, not the loss."""
     ours, theirs = both("BlipForQuestionAnswering")
     ids, attention, labels, pixels = pairs((7, 7), asked=3)
     logits = ours(ids, attention, labels, pixels).logits_BTV
@@ -162,7 +162,7 @@ def test_an_answer_has_the_logits_of_transformers() -> None:
     torch.testing.assert_close(logits[:, 3:-1], expected[:, :-1], atol=1e-5, rtol=1e-5)
 
 
-def test_an_answer_is_written_as_transformers_writes_it() -> None:
+def test_generated_answer_matches_transformers() -> None:
     ours, theirs = both("BlipForQuestionAnswering")
     ids, attention, _, pixels = pairs((5, 5, 5))
     how = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
@@ -180,8 +180,8 @@ def test_an_answer_is_written_as_transformers_writes_it() -> None:
 
 
 @pytest.mark.parametrize("architecture", blip.ARCHITECTURES)
-def test_a_stage_holds_what_was_read(architecture: str) -> None:
-    stage = blip.stage(blip.spec(config(architecture)))
+def test_stage_has_the_imported_config(architecture: str) -> None:
+    stage = blip.stage(blip.model_config(config(architecture)))
     with torch.device("meta"):
         assert isinstance(stage.model.build(), MED)
     assert (
@@ -191,9 +191,7 @@ def test_a_stage_holds_what_was_read(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", blip.ARCHITECTURES)
-def test_a_folder_of_transformers_comes_in_and_goes_out_as_it_was(
-    architecture: str, tmp_path: Path
-) -> None:
+def test_checkpoint_round_trip_is_bit_equal(architecture: str, tmp_path: Path) -> None:
     _, theirs = both(architecture)
     theirs.save_pretrained(tmp_path / "in")
     came = import_hf(tmp_path / "in", tmp_path / "artifact")
@@ -204,22 +202,22 @@ def test_a_folder_of_transformers_comes_in_and_goes_out_as_it_was(
     assert all(torch.equal(tensor, back[name]) for name, tensor in theirs.state_dict().items())
 
 
-def test_what_transformers_has_no_class_for_is_refused() -> None:
+def test_models_without_a_transformers_class_are_rejected() -> None:
     with pytest.raises(SpecError, match="no BLIP with the tasks contrast, match, caption"):
-        blip.config(spec())
-    with pytest.raises(SpecError, match="and a momentum twin"):
-        blip.config(spec("contrast", "match", momentum=MomentumConfig(queue=0)))
+        blip.hf_config(spec())
+    with pytest.raises(SpecError, match="and a momentum encoder"):
+        blip.hf_config(spec("contrast", "match", momentum=MomentumConfig(queue=0)))
     with pytest.raises(WeightsError, match="are read, not \\['BlipModel'\\]"):
-        blip.spec(config("BlipModel"))
+        blip.model_config(config("BlipModel"))
 
 
-def test_a_blip_of_other_numbers_is_refused() -> None:
+def test_unsupported_blip_config_is_rejected() -> None:
     other = config("BlipForConditionalGeneration")
     other.text_config.bos_token_id = 5
-    with pytest.raises(WeightsError, match="bos_token_id 5, and only 260 is read"):
-        blip.spec(other)
+    with pytest.raises(WeightsError, match=r"bos_token_id is not supported\. Got 5; expected 260"):
+        blip.model_config(other)
 
 
-def test_the_classes_are_those_of_transformers() -> None:
+def test_architectures_are_classes_of_transformers() -> None:
     known = (BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval)
     assert tuple(cls.__name__ for cls in known) == blip.ARCHITECTURES

@@ -1,4 +1,4 @@
-"""BLIP-2, InstructBLIP and LLaVA between here and transformers: names, features, logits, written ids, both ways."""
+"""BLIP-2, InstructBLIP and LLaVA against transformers: names, features, logits, generated ids."""
 
 import shutil
 from dataclasses import replace
@@ -102,7 +102,7 @@ def theirs(shape: str) -> Any:
 
 
 def untied(model: Any) -> None:
-    """Two matrices, as in all published T5s but the first: transformers 5 ties those it draws by force."""
+    """Untie the embeddings, as in all published T5s but the first; transformers 5 ties new models."""
     language = model.language_model
     language.lm_head.weight = torch.nn.Parameter(language.shared.weight.detach().flip(0))
     for part, name in ((language, "lm_head.weight"), (model, "language_model.lm_head.weight")):
@@ -114,15 +114,15 @@ def module_of(shape: str) -> ModuleType:
 
 
 def ours(model: Any, module: ModuleType) -> Any:
-    spec = module.spec(model.config, tied=is_tied(model))
-    names, state = module.names(spec), model.state_dict()
+    spec = module.model_config(model.config, tied=is_tied(model))
+    names, state = module.tensor_names(spec), model.state_dict()
     built = spec.build()
     built.load_state_dict({own: state[name] for own, name in names.items()}, strict=False)
     return built.eval()
 
 
 def rows(tokens: int) -> tuple[Tensor, Tensor]:
-    """Two prompts with an image each: ids, attention; no padding."""
+    """Return ids and attention of two prompts with one image each, without padding."""
     generator = torch.Generator().manual_seed(3)
     text = torch.randint(3, VOCAB - 2, (2, 7), generator=generator)
     ids_BT = torch.cat([text[:, :1], torch.full((2, tokens), IMAGE), text[:, 1:]], dim=1)
@@ -147,19 +147,24 @@ def to_theirs(given: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("shape", WRITERS)
 def test_names_are_a_bijection_on_all_parameters(shape: str) -> None:
     model, module = theirs(shape), module_of(shape)
-    names = module.names(module.spec(model.config, tied=is_tied(model)))
+    names = module.tensor_names(module.model_config(model.config, tied=is_tied(model)))
     assert set(names.values()) == {name for name, _ in model.named_parameters()}
     assert len(set(names.values())) == len(names)
     assert names.keys() == {
         name
-        for name, _ in module.spec(model.config, tied=is_tied(model)).build().named_parameters()
+        for name, _ in module.model_config(model.config, tied=is_tied(model))
+        .build()
+        .named_parameters()
     }
 
 
 @pytest.mark.parametrize("shape", WRITERS)
 def test_logits_and_greedy_ids_agree(shape: str) -> None:
     model, module = theirs(shape), module_of(shape)
-    built, tokens = ours(model, module), module.spec(model.config, tied=is_tied(model)).image_tokens
+    built, tokens = (
+        ours(model, module),
+        module.model_config(model.config, tied=is_tied(model)).image_tokens,
+    )
     images = pixels(2, size=built.vision.config.pixels.size)
     ids_BT, attention_BT = rows(tokens)
     places_BT = ids_BT.masked_fill(ids_BT == IMAGE, PLACE)
@@ -187,7 +192,7 @@ def test_logits_and_greedy_ids_agree(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", WRITERS)
-def test_in_and_out_again_gives_the_same_bits(shape: str, tmp_path: Path) -> None:
+def test_round_trip_is_bit_equal(shape: str, tmp_path: Path) -> None:
     theirs(shape).save_pretrained(tmp_path / "in")
     assert import_hf(tmp_path / "in", tmp_path / "artifact").holds
     assert export_hf(tmp_path / "artifact", tmp_path / "out").holds
@@ -214,7 +219,7 @@ def test_features_and_bridge_tokens_agree(shape: str) -> None:
     torch.testing.assert_close(tokens, found.pooler_output, atol=1e-5, rtol=1e-4)
 
 
-def test_both_tokenizers_of_an_instructblip_travel_with_it(tmp_path: Path) -> None:
+def test_instructblip_keeps_both_tokenizers(tmp_path: Path) -> None:
     theirs("instructblip-llama").save_pretrained(tmp_path / "in")
     for folder in (tmp_path / "in", tmp_path / "in" / "qformer_tokenizer"):
         load_tokenizer("bytes").save_pretrained(folder)
@@ -232,13 +237,13 @@ def test_both_tokenizers_of_an_instructblip_travel_with_it(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("shape", WRITERS)
-def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path) -> None:
+def test_config_round_trip_is_equal(shape: str, tmp_path: Path) -> None:
     module = module_of(shape)
     given = theirs(shape)
-    spec = module.spec(given.config, tied=is_tied(given))
-    assert module.spec(module.config(spec), tied=is_tied(given)) == spec
-    model: Any = getattr(transformers, module.ARCHITECTURES[0])(module.config(spec))
-    names, state = module.names(spec), spec.build().state_dict()
+    spec = module.model_config(given.config, tied=is_tied(given))
+    assert module.model_config(module.hf_config(spec), tied=is_tied(given)) == spec
+    model: Any = getattr(transformers, module.ARCHITECTURES[0])(module.hf_config(spec))
+    names, state = module.tensor_names(spec), spec.build().state_dict()
     absent = model.load_state_dict(
         {theirs: state[own] for own, theirs in names.items()}, strict=False
     )
@@ -246,13 +251,13 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
     assert loaded.architectures == [module.ARCHITECTURES[0]]
-    assert module.spec(loaded).tokenizer == str(tmp_path)
+    assert module.model_config(loaded).tokenizer == str(tmp_path)
 
 
 @pytest.mark.parametrize("shape", WRITERS)
-def test_the_stage_holds_the_wiring_and_computes_its_loss(shape: str) -> None:
+def test_stage_has_the_config_and_computes_its_loss(shape: str) -> None:
     module = module_of(shape)
-    stage = module.stage(module.spec(theirs(shape).config))
+    stage = module.stage(module.model_config(theirs(shape).config))
     assert (stage.evals, stage.budget.steps, stage.data.max_tokens) == ((), 1, stage.model.context)
     assert TrainingModule(stage.model.build(), stage.losses).requested == {"logits"}
 
@@ -273,7 +278,7 @@ def finder(vision: dict[str, Any], qformer: dict[str, Any], embed: int) -> Any:
 
 @pytest.mark.parametrize("sizes", [(VIT, QFORMER, 16), (WIDE, LONG, 24)], ids=["small", "wide"])
 def test_contrast_and_matching_agree_with_transformers_retrieval(sizes: Any) -> None:
-    """With padding, and each image with each text by its best query."""
+    """With padding; each image and text are compared by the best query."""
     model = finder(*sizes)
     built: QFormerPretrainer = ours(model, blip2)
     images = pixels(3, size=built.vision.config.pixels.size)
@@ -297,7 +302,7 @@ def test_contrast_and_matching_agree_with_transformers_retrieval(sizes: Any) -> 
         torch.testing.assert_close(ours_found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_finder_goes_in_and_out_with_the_same_bits(tmp_path: Path) -> None:
+def test_retrieval_model_round_trip_is_bit_equal(tmp_path: Path) -> None:
     finder(VIT, QFORMER, 16).save_pretrained(tmp_path / "in")
     assert import_hf(tmp_path / "in", tmp_path / "artifact").holds
     assert export_hf(tmp_path / "artifact", tmp_path / "out").holds
@@ -307,14 +312,14 @@ def test_a_finder_goes_in_and_out_with_the_same_bits(tmp_path: Path) -> None:
     )
 
 
-def test_a_finder_keeps_its_temperature_and_its_words_for_itself() -> None:
+def test_temperature_and_lm_head_are_not_exported() -> None:
     model = finder(VIT, QFORMER, 16)
-    spec = blip2.spec(model.config)
-    names = blip2.names(spec)
+    spec = blip2.model_config(model.config)
+    names = blip2.tensor_names(spec)
     assert set(names.values()) == {name for name, _ in model.named_parameters()}
     rest = {name for name, _ in spec.build().named_parameters()} - names.keys()
     assert rest and all(name.startswith(("heads.lm.", "heads.temperature")) for name in rest)
-    assert blip2.spec(blip2.config(spec)) == spec
+    assert blip2.model_config(blip2.hf_config(spec)) == spec
     stage = blip2.stage(spec)
     assert stage.data.template == "caption" and TrainingModule(spec.build(), stage.losses).requested == {
         "pooled", "match_all", "logits",
@@ -324,34 +329,52 @@ def test_a_finder_keeps_its_temperature_and_its_words_for_itself() -> None:
 # --- what does not fit -----------------------------------------------------------------------------------------------
 
 
-def test_what_the_other_side_has_no_place_for_is_refused() -> None:
-    spec = blip2.spec(theirs("blip2-opt").config)
+def test_models_that_transformers_lacks_are_rejected() -> None:
+    spec = blip2.model_config(theirs("blip2-opt").config)
     assert isinstance(spec, PrefixVLMConfig) and isinstance(spec.bridge, QFormerConfig)
-    with pytest.raises(SpecError, match="not a ViTConfig and a QFormer"):
-        blip2.config(replace(spec, vision=ViTConfig().tiny()))
-    with pytest.raises(SpecError, match="is an InstructBLIP"):
-        blip2.config(replace(spec, bridge=replace(spec.bridge, text=True)))
-    with pytest.raises(SpecError, match="is a BLIP-2"):
-        instructblip.config(spec)
+    with pytest.raises(SpecError, match="Got ViTConfig and QFormer"):
+        blip2.hf_config(replace(spec, vision=ViTConfig().tiny()))
+    with pytest.raises(SpecError, match="export the model as InstructBLIP"):
+        blip2.hf_config(replace(spec, bridge=replace(spec.bridge, text=True)))
+    with pytest.raises(SpecError, match="export the model as BLIP-2"):
+        instructblip.hf_config(spec)
     for bridge, vision in ((LinearConfig(), ViTConfig()), (MLPConfig(), EvaConfig())):
         with pytest.raises(SpecError, match="an MLP of two matrices"):
-            llava.config(PrefixVLMConfig(vision=vision, bridge=bridge, language=LLAMA_7B))
+            llava.hf_config(PrefixVLMConfig(vision=vision, bridge=bridge, language=LLAMA_7B))
 
 
 @pytest.mark.parametrize(
     ("shape", "part", "field", "value", "message"),
     [
-        ("blip2-opt", "vision_config", "layer_norm_eps", 1e-5, "layer_norm_eps 1e-05"),
-        ("blip2-opt", "qformer_config", "hidden_act", "relu", "hidden_act relu"),
+        (
+            "blip2-opt",
+            "vision_config",
+            "layer_norm_eps",
+            1e-5,
+            r"layer_norm_eps is not supported\. Got 1e-05",
+        ),
+        (
+            "blip2-opt",
+            "qformer_config",
+            "hidden_act",
+            "relu",
+            r"hidden_act is not supported\. Got relu",
+        ),
         (
             "blip2-opt",
             "qformer_config",
             "use_qformer_text_input",
             True,
-            "use_qformer_text_input is True",
+            "use_qformer_text_input does not fit",
         ),
-        ("llava", "", "projector_hidden_act", "relu", "projector_hidden_act relu"),
-        ("llava", "", "vision_feature_layer", [-2, -1], "reads layer"),
+        (
+            "llava",
+            "",
+            "projector_hidden_act",
+            "relu",
+            r"projector_hidden_act is not supported\. Got relu",
+        ),
+        ("llava", "", "vision_feature_layer", [-2, -1], "Got layer"),
         (
             "llava-siglip-tied",
             "",
@@ -361,10 +384,10 @@ def test_what_the_other_side_has_no_place_for_is_refused() -> None:
         ),
     ],
 )
-def test_what_is_not_read_is_refused(
+def test_unsupported_fields_are_rejected(
     shape: str, part: str, field: str, value: Any, message: str
 ) -> None:
     config = theirs(shape).config
     setattr(getattr(config, part) if part else config, field, value)
     with pytest.raises(WeightsError, match=message):
-        module_of(shape).spec(config)
+        module_of(shape).model_config(config)

@@ -1,4 +1,4 @@
-"""CLIP between here and transformers: names, features, logits, both ways."""
+"""CLIP against transformers: names, features, logits, round trips."""
 
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ def theirs(shape: str) -> Any:
 
 
 def ours(model: Any) -> DualEncoder:
-    spec = clip.spec(model.config)
-    state, names = model.state_dict(), clip.names(spec)
+    spec = clip.model_config(model.config)
+    state, names = model.state_dict(), clip.tensor_names(spec)
     built = spec.build()
     shapes = {name: tensor.shape for name, tensor in built.state_dict().items()}
     built.load_state_dict({own: state[name].reshape(shapes[own]) for own, name in names.items()})
@@ -74,7 +74,7 @@ def ours(model: Any) -> DualEncoder:
 
 
 def examples(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 images, ids padded with the end, attention."""
+    """Return uint8 images, ids padded with the end token, attention."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 98, (3, 8), generator=generator)
     ids[0, 7], ids[1, 4:], ids[2, 6:] = END, END, END
@@ -90,7 +90,7 @@ def examples(size: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_names_are_a_bijection_on_all_keys(shape: str) -> None:
     model = theirs(shape)
-    names = clip.names(clip.spec(model.config))
+    names = clip.tensor_names(clip.model_config(model.config))
     assert set(names.values()) == model.state_dict().keys()
     assert len(set(names.values())) == len(names)
     assert names.keys() == ours(model).state_dict().keys()
@@ -99,7 +99,7 @@ def test_names_are_a_bijection_on_all_keys(shape: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_features_logits_and_loss_agree(shape: str) -> None:
     model = theirs(shape)
-    built, spec = ours(model), clip.spec(model.config)
+    built, spec = ours(model), clip.model_config(model.config)
     images, ids, attention = examples(spec.pixels.size)
     look = spec.pixels
     normal = (images / 255 - torch.tensor(look.mean).view(3, 1, 1)) / torch.tensor(look.std).view(
@@ -121,13 +121,13 @@ def test_features_logits_and_loss_agree(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path) -> None:
-    spec = clip.spec(theirs(shape).config)
-    again = clip.spec(clip.config(spec))
+def test_config_round_trip_is_equal(shape: str, tmp_path: Path) -> None:
+    spec = clip.model_config(theirs(shape).config)
+    again = clip.model_config(clip.hf_config(spec))
     assert again == spec
-    model: Any = transformers.CLIPModel(clip.config(spec))
+    model: Any = transformers.CLIPModel(clip.hf_config(spec))
     names, shapes = (
-        clip.names(spec),
+        clip.tensor_names(spec),
         {name: tensor.shape for name, tensor in model.state_dict().items()},
     )
     model.load_state_dict(
@@ -139,22 +139,22 @@ def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path)
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
     assert loaded.architectures == list(clip.ARCHITECTURES)
-    assert clip.spec(loaded).tokenizer == str(tmp_path)
+    assert clip.model_config(loaded).tokenizer == str(tmp_path)
 
 
-def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:
-    stage = clip.stage(clip.spec(theirs("small").config))
+def test_stage_has_the_config_and_computes_its_loss() -> None:
+    stage = clip.stage(clip.model_config(theirs("small").config))
     assert (stage.data.template, stage.evals, stage.budget.steps) == ("caption", (), 1)
     assert TrainingModule(stage.model.build(), stage.losses).requested == {"pooled"}
 
 
-def test_what_the_other_side_has_no_place_for_is_refused() -> None:
+def test_models_that_transformers_lacks_are_rejected() -> None:
     resnet = DualEncoderConfig(
         vision=ModifiedResNetConfig(), text=CLIPTextConfig(), embed=1024, project_image=False
     )
-    with pytest.raises(SpecError, match="not a ModifiedResNetConfig"):
-        clip.config(resnet)
+    with pytest.raises(SpecError, match="Got ModifiedResNetConfig"):
+        clip.hf_config(resnet)
     config = theirs("small").config
     config.text_config.layer_norm_eps = 1e-6
-    with pytest.raises(WeightsError, match="layer_norm_eps 1e-06"):
-        clip.spec(config)
+    with pytest.raises(WeightsError, match=r"layer_norm_eps is not supported\. Got 1e-06"):
+        clip.model_config(config)

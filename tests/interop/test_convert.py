@@ -1,4 +1,4 @@
-"""Folders of transformers in and out: bit-equal tensors, a certificate, and one line for what is wrong."""
+"""Import and export of transformers checkpoints: bit-equal tensors, certificate, one-line errors."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bridgework import artifacts
 from bridgework.errors import SpecError, WeightsError
-from bridgework.hf.common import WRITTEN
+from bridgework.hf.common import GREEDY_TOKENS
 from bridgework.hf.convert import CERTIFICATE, certify, export_hf, families, import_hf
 from bridgework.models.origin import Origin
 from tests.interop.parity import models
@@ -30,9 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_in_and_out_again_gives_the_same_bits(
-    tmp_path: Path, shape: str, dtype: torch.dtype
-) -> None:
+def test_round_trip_is_bit_equal(tmp_path: Path, shape: str, dtype: torch.dtype) -> None:
     model = theirs(shape).to(dtype)
     model.save_pretrained(tmp_path / "in")
     import_hf(tmp_path / "in", tmp_path / "artifact")
@@ -47,7 +45,7 @@ def test_in_and_out_again_gives_the_same_bits(
     assert again.dtype == dtype
 
 
-def test_the_certificate_says_what_was_compared(folder: Path, tmp_path: Path) -> None:
+def test_certificate_lists_the_compared_outputs(folder: Path, tmp_path: Path) -> None:
     import_hf(folder, tmp_path / "artifact")
     said = json.loads((tmp_path / "artifact" / CERTIFICATE).read_text())
     assert said["architecture"] == "CLIPModel"
@@ -57,28 +55,28 @@ def test_the_certificate_says_what_was_compared(folder: Path, tmp_path: Path) ->
     assert artifacts.load(tmp_path / "artifact").stage.name == "contrast"
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"holds no config\.json"):
+def test_folder_without_a_model_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"no config\.json"):
         import_hf(tmp_path, tmp_path / "out")
 
 
-def test_an_unknown_architecture_is_refused_with_a_suggestion(folder: Path, tmp_path: Path) -> None:
+def test_unknown_architecture_is_rejected_with_a_suggestion(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["CLIPModle"]}))
     with pytest.raises(
-        WeightsError, match="'CLIPModle' is not known here; did you mean 'CLIPModel'"
+        WeightsError, match="'CLIPModle' is not supported; did you mean 'CLIPModel'"
     ):
         import_hf(folder, tmp_path / "out")
 
 
-def test_a_config_without_an_architecture_is_refused_with_those_that_are_read(
+def test_config_without_architecture_is_rejected_with_the_supported_ones(
     folder: Path, tmp_path: Path
 ) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["architectures"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        WeightsError, match=r"names no architecture; known: Blip2For.*, CLIPModel, Idefics"
+        WeightsError, match=r"no architecture. Expected one of Blip2For.*, CLIPModel, Idefics"
     ):
         import_hf(folder, tmp_path / "out")
 
@@ -107,40 +105,40 @@ def dropped(state: dict[str, Tensor]) -> None:
     ],
     ids=["missing", "extra", "shape", "many"],
 )
-def test_keys_that_do_not_fit_are_listed(
+def test_mismatched_tensors_are_listed(
     folder: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], said: str
 ) -> None:
     rewritten(folder, change)
-    with pytest.raises(WeightsError, match=f"is not a whole CLIPModel: {said}"):
+    with pytest.raises(WeightsError, match=f"is not a complete CLIPModel: {said}"):
         import_hf(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_a_file_that_was_cut_short_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_truncated_file_is_rejected(folder: Path, tmp_path: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(WeightsError, match="cannot be read"):
         import_hf(folder, tmp_path / "out")
 
 
-def test_pickled_weights_are_not_read(folder: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_rejected(folder: Path, tmp_path: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"holds no \*\.safetensors\. Got pytorch_model\.bin"):
         import_hf(folder, tmp_path / "out")
 
 
-def test_outputs_that_disagree_are_no_certificate() -> None:
+def test_different_outputs_are_an_error() -> None:
     family, model = families()["CLIPModel"], theirs("small")
-    other: Any = family.spec(model.config).build()
+    other: Any = family.model_config(model.config).build()
     with pytest.raises(WeightsError, match="disagree"):
         certify(family, "CLIPModel", other, model, Origin())
 
 
 @dataclass
 class Writes:
-    """A family whose two sides write `ours` and `theirs`, whatever they are."""
+    """A fake family whose models generate `ours` and `theirs`."""
 
     ours: list[list[int]]
     theirs: list[list[int]]
@@ -153,21 +151,21 @@ class Writes:
         }
 
 
-def test_one_written_token_that_differs_is_no_certificate() -> None:
+def test_one_different_token_is_an_error() -> None:
     model = theirs("small")
     same: Any = Writes([[1, 2, 3]], [[1, 2, 3]])
     assert certify(same, "CLIPModel", model, model, Origin()).texts["greedy"].equal
     for other in ([[1, 2, 4]], [[1, 2]]):
         differs: Any = Writes([[1, 2, 3]], other)
-        with pytest.raises(WeightsError, match=r"disagree: greedy \[\[1, 2, 3\]\] against"):
+        with pytest.raises(WeightsError, match=r"Got greedy \[\[1, 2, 3\]\] against"):
             certify(differs, "CLIPModel", model, model, Origin())
 
 
 @pytest.mark.parametrize("architecture", sorted(families()))
-def test_what_an_architecture_writes_is_compared_as_it_would_be_written(
+def test_generated_texts_are_compared_for_every_architecture(
     architecture: str, tmp_path: Path
 ) -> None:
-    """Features or vectors and logits for all; greedy text, the same when written again, for all that write."""
+    """Compare features or vectors and logits for all, and texts for all that generate."""
     make = {type(model()).__name__: model for _, model in models()}[architecture]
     make().save_pretrained(tmp_path / "in")
     certificate = import_hf(tmp_path / "in", tmp_path / "artifact")
@@ -179,11 +177,11 @@ def test_what_an_architecture_writes_is_compared_as_it_would_be_written(
     )
     assert set(certificate.texts) == ({"greedy", "until_end"} if writes else set())
     assert all(text["equal"] and text["ours"] == text["theirs"] for text in said["texts"].values())
-    assert not writes or {len(row) for row in said["texts"]["greedy"]["ours"]} == {WRITTEN}
+    assert not writes or {len(row) for row in said["texts"]["greedy"]["ours"]} == {GREEDY_TOKENS}
 
 
-def test_no_generation_config_of_theirs_changes_what_is_compared(tmp_path: Path) -> None:
-    """Beams, penalties and ends of text that a released folder brings change no greedy text, and are kept."""
+def test_generation_settings_do_not_change_the_comparison(tmp_path: Path) -> None:
+    """Beams, penalties and end tokens of a released folder do not change the greedy text, and are kept."""
     model = blip2_theirs("llava")
     model.save_pretrained(tmp_path / "plain")
     model.generation_config.update(
@@ -201,15 +199,15 @@ def test_no_generation_config_of_theirs_changes_what_is_compared(tmp_path: Path)
     }.items() <= other.generation.items()
 
 
-def test_what_is_there_is_not_written_over(folder: Path, tmp_path: Path) -> None:
+def test_existing_folder_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(WeightsError, match="exists; remove it first"):
+    with pytest.raises(WeightsError, match=r"exists\. Fix: remove it first"):
         import_hf(folder, tmp_path / "out")
 
 
-def test_an_artifact_is_not_exported_as_another_architecture(folder: Path, tmp_path: Path) -> None:
+def test_export_as_another_architecture_is_rejected(folder: Path, tmp_path: Path) -> None:
     import_hf(folder, tmp_path / "artifact")
-    with pytest.raises(SpecError, match="is no BlipModel"):
+    with pytest.raises(SpecError, match="is not a BlipModel"):
         export_hf(tmp_path / "artifact", tmp_path / "out", "BlipModel")
 
 

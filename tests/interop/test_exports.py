@@ -1,4 +1,4 @@
-"""Exported folders: every special id, setting and field of the config, a processor, and what cannot go out, by name."""
+"""Exported folders: special ids, settings, config fields, processor, and errors that name a field."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from bridgework import artifacts
 from bridgework.data.samples import Part
 from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import SpecError, WeightsError
-from bridgework.hf.common import fields, unequal
+from bridgework.hf.common import config_diff, flatten_config
 from bridgework.hf.convert import export_hf, import_hf
 from bridgework.inference.pipeline import Pipeline
 from bridgework.models import LanguageConfig, ViTConfig
@@ -51,7 +51,7 @@ SETTINGS = {
 
 
 def with_ids(model: Any) -> Any:
-    """Special ids of its own in the config and its parts, and settings of generation."""
+    """Set distinct special ids in the config and its parts, and generation settings."""
     for part in (model.config, getattr(model.config, "text_config", None)):
         for name, value in IDS.items():
             marked = hasattr(part, name) and not (
@@ -90,7 +90,7 @@ def test_exported_model_keeps_special_ids_and_settings(
 
     out = round_trip(model, tmp_path, with_tokenizer)
     before, after = (AutoConfig.from_pretrained(tmp_path / side) for side in ("in", "out"))
-    assert unequal(before, after) == {}
+    assert config_diff(before, after) == {}
     assert before.to_dict()["architectures"] == after.to_dict()["architectures"]
     if model.can_generate():
         settings = [
@@ -102,8 +102,8 @@ def test_exported_model_keeps_special_ids_and_settings(
     assert isinstance(processor, transformers.ProcessorMixin)
 
 
-def test_settings_that_transformers_finds_inconsistent_go_out_as_they_came(tmp_path: Path) -> None:
-    """A temperature without sampling, which Vicuna's folder has, and which `save_pretrained` refuses."""
+def test_inconsistent_settings_are_exported_unchanged(tmp_path: Path) -> None:
+    """For example a temperature without sampling, as in Vicuna's folder; `save_pretrained` refuses it."""
     settings = {
         "temperature": 0.9,
         "top_p": 0.6,
@@ -130,7 +130,7 @@ def test_settings_that_transformers_finds_inconsistent_go_out_as_they_came(tmp_p
     "name", ["llava", "blip2", "blip2-t5", "instructblip", "llava-next", "idefics", "blip"]
 )
 def test_exported_model_stops_where_the_imported_one_does(name: str, tmp_path: Path) -> None:
-    """`generate` with nothing but its own settings: a word that it writes is its end of text."""
+    """Calls `generate` with the exported settings; a token of the text is set as the end token."""
     model = MODELS[name]()
     model.save_pretrained(tmp_path / "plain")
     plain = json.loads(import_hf_and_read(tmp_path / "plain", tmp_path / "plain-artifact"))
@@ -187,7 +187,7 @@ def test_transformers_serve_loads_an_exported_folder(name: str, tmp_path: Path) 
 def trained(
     name: str, folder: Path, change: Callable[[Any], Any] = lambda stage: stage
 ) -> tuple[Path, Any]:
-    """An artifact of a tiny stage, as if it had learned for three steps, and its stage."""
+    """Return an artifact of a tiny stage, recorded with three steps, and the stage."""
     recipe, _, stage_name = name.partition("/")
     system = load(recipe).tiny()
     stage = change(replace(system[stage_name], starts_from=None, init_params=()))
@@ -207,7 +207,7 @@ def trained(
 @pytest.mark.parametrize(
     "name", ["llava/instruct", "llava:next/instruct", "blip2/generate", "instructblip/instruct"]
 )
-def test_a_model_that_was_trained_here_ends_its_texts_over_there(name: str, tmp_path: Path) -> None:
+def test_exported_settings_contain_trained_end_tokens(name: str, tmp_path: Path) -> None:
     path, _ = trained(name, tmp_path)
     export_hf(path, tmp_path / "out")
     settings = GenerationConfig.from_pretrained(tmp_path / "out")
@@ -234,7 +234,7 @@ def test_a_model_that_was_trained_here_ends_its_texts_over_there(name: str, tmp_
         ("llava:next/instruct", "v1"),
     ],
 )
-def test_the_chat_template_and_the_processor_give_the_ids_that_the_model_learned(
+def test_chat_template_and_processor_give_the_training_ids(
     name: str, template: str, tmp_path: Path
 ) -> None:
     path, stage = trained(
@@ -281,10 +281,12 @@ def png(picture: Any) -> bytes:
     return stream.getvalue()
 
 
-def test_an_idefics_that_was_trained_here_has_both_words_and_ends_with_a_chunk(
+def test_trained_idefics_has_both_tokens_and_ends_with_a_chunk(
     tmp_path: Path,
 ) -> None:
-    spec = replace(test_idefics.idefics.spec(test_idefics.theirs("small").config), origin=None)
+    spec = replace(
+        test_idefics.idefics.model_config(test_idefics.theirs("small").config), origin=None
+    )
     spec = replace(spec, language=replace(spec.language, vocab=300, tokenizer="bytes"))
     stage = test_idefics.idefics.stage(spec)
     torch.manual_seed(0)
@@ -300,8 +302,8 @@ def test_an_idefics_that_was_trained_here_has_both_words_and_ends_with_a_chunk(
     assert set(settings.eos_token_id) == {259, 300} and settings.suppress_tokens == [301]
 
 
-def test_a_vocabulary_without_a_free_row_gets_one_for_images(tmp_path: Path) -> None:
-    """Its last word is a word: an image is none of them."""
+def test_full_vocabulary_gets_a_row_for_images(tmp_path: Path) -> None:
+    """Every id has a token, so the image token gets a new row."""
 
     def full(stage: Any) -> Any:
         return replace(
@@ -325,7 +327,7 @@ def test_a_vocabulary_without_a_free_row_gets_one_for_images(tmp_path: Path) -> 
     )
 
 
-def test_an_import_that_was_trained_further_ends_by_both(tmp_path: Path) -> None:
+def test_import_trained_further_has_both_end_tokens(tmp_path: Path) -> None:
     with_ids(MODELS["llava"]()).save_pretrained(tmp_path / "in")
     load_tokenizer("bytes").save_pretrained(tmp_path / "in")
     model_320(tmp_path / "in")
@@ -344,7 +346,7 @@ def test_an_import_that_was_trained_further_ends_by_both(tmp_path: Path) -> None
 
 
 def model_320(folder: Path) -> None:
-    """The byte tokenizer needs 260 words: the model is saved again with as many."""
+    """Save the model with a larger vocabulary, because the byte tokenizer needs 260 ids."""
     config = transformers.LlavaConfig.from_pretrained(folder)
     config.text_config.vocab_size = 320
     settings = GenerationConfig.from_pretrained(folder)
@@ -358,7 +360,7 @@ def model_320(folder: Path) -> None:
 
 
 def untied(folder: Path, prefix: str) -> None:
-    """A T5 whose output matrix is its own, as all published ones but the first: transformers 5 ties those it draws."""
+    """Untie the output matrix of a T5, as in all published ones but the first."""
     state = load_file(folder / FILE)
     words = state[f"{prefix}shared.weight"]
     state[f"{prefix}lm_head.weight"] = (
@@ -372,9 +374,7 @@ def untied(folder: Path, prefix: str) -> None:
 
 @pytest.mark.parametrize("shape", ["blip2-t5", "instructblip-t5"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_t5_with_an_output_matrix_of_its_own_goes_in_and_out(
-    shape: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_untied_t5_round_trip_is_bit_equal(shape: str, dtype: torch.dtype, tmp_path: Path) -> None:
     test_blip2.theirs(shape).to(dtype).save_pretrained(tmp_path / "in")
     untied(tmp_path / "in", "language_model.")
     state = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / "in" / FILE).items()}
@@ -392,10 +392,10 @@ def test_a_t5_with_an_output_matrix_of_its_own_goes_in_and_out(
 
 @pytest.mark.parametrize("name", ["blip2", "blip2-finds", "instructblip", "blip2-t5"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_comes_back_as_it_went(
+def test_half_precision_round_trip_is_bit_equal(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """transformers loads a Q-Former of float16, and T5's `wo`, as float32."""
+    """transformers loads the float16 weights of a Q-Former and of T5's `wo` as float32."""
     round_trip(MODELS[name]().to(dtype), tmp_path)
     before, after = (load_file(tmp_path / side / FILE) for side in ("in", "out"))
     assert all(torch.equal(t, after[n]) and t.dtype == after[n].dtype for n, t in before.items())
@@ -426,10 +426,12 @@ def test_an_export_keeps_the_epsilon_and_the_activation_of_a_loaded_tower(
     assert (after.layer_norm_eps, after.hidden_act) == (1e-3, "relu")
 
 
-def test_scaled_positions_of_a_loaded_language_model_have_no_place_in_an_idefics(
+def test_scaled_rope_is_rejected_for_idefics(
     tmp_path: Path,
 ) -> None:
-    spec = replace(test_idefics.idefics.spec(test_idefics.theirs("small").config), origin=None)
+    spec = replace(
+        test_idefics.idefics.model_config(test_idefics.theirs("small").config), origin=None
+    )
     rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     spec = replace(
         spec,
@@ -442,7 +444,7 @@ def test_scaled_positions_of_a_loaded_language_model_have_no_place_in_an_idefics
     artifacts.save(
         tmp_path / "a", dict(spec.build().named_parameters()), system=system, stage=stage.name
     )
-    with pytest.raises(SpecError, match=r"no place for this model's language\.rope_parameters"):
+    with pytest.raises(SpecError, match=r"Got language\.rope_parameters"):
         export_hf(tmp_path / "a", tmp_path / "out")
 
 
@@ -462,10 +464,10 @@ def test_scaled_positions_of_a_loaded_language_model_have_no_place_in_an_idefics
         ),
     ],
 )
-def test_an_export_keeps_what_the_loaded_language_model_says(
+def test_export_keeps_the_config_of_a_loaded_language_model(
     arch: str, given: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The spec names `weights` and no window: the text of the certificate is longer than that."""
+    """The config has `weights` and no window; the compared text is longer than the window."""
     config: Any = AutoConfig.for_model(
         arch, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=320,
         intermediate_size=64, max_position_embeddings=512, pad_token_id=0, eos_token_id=7, bos_token_id=1,
@@ -506,8 +508,8 @@ def test_an_export_keeps_what_the_loaded_language_model_says(
     assert said["texts"]["until_end"]["equal"]
 
 
-def test_a_language_model_whose_head_transformers_leaves_out_is_refused(tmp_path: Path) -> None:
-    """`LlavaForConditionalGeneration` has an output matrix, and Gemma-2 caps what comes out of it."""
+def test_unsupported_output_head_is_rejected(tmp_path: Path) -> None:
+    """Gemma-2 caps its logits, which `LlavaForConditionalGeneration` does not."""
     spec = LanguageConfig(
         arch="gemma2", width=32, depth=2, heads=4, kv_heads=4, ffn=64, vocab=320, context=256, tokenizer="bytes",
         extra={"head_dim": 8, "final_logit_softcapping": 2.0},
@@ -517,7 +519,9 @@ def test_a_language_model_whose_head_transformers_leaves_out_is_refused(tmp_path
         tmp_path,
         lambda stage: replace(stage, model=replace(stage.model, language=spec)),
     )
-    with pytest.raises(WeightsError, match="the outputs of the two disagree: logits"):
+    with pytest.raises(
+        WeightsError, match=r"the outputs disagree, so nothing was written\. Got logits"
+    ):
         export_hf(path, tmp_path / "out")
 
 
@@ -570,7 +574,7 @@ def test_a_field_that_changes_outputs_is_kept(
         ("idefics", "perceiver_config", "use_resampler", True),
     ],
 )
-def test_a_field_that_has_no_place_is_refused_by_name(
+def test_unsupported_field_is_rejected_by_name(
     name: str, part: str, field: str, value: Any, tmp_path: Path
 ) -> None:
     MODELS[name]().save_pretrained(tmp_path / "in")
@@ -583,12 +587,12 @@ def test_a_field_that_has_no_place_is_refused_by_name(
         assert field in str(error) or "another shape" in str(error)
         assert "\n" not in str(error)
     else:  # a field that transformers itself sets again, or that nothing reads
-        assert fields(AutoConfig.from_pretrained(tmp_path / "in").to_dict())[
+        assert flatten_config(AutoConfig.from_pretrained(tmp_path / "in").to_dict())[
             f"{part}.{field}"
         ] != value or (part == "perceiver_config")
 
 
-def test_weights_of_a_q_former_with_another_epsilon_are_refused(tmp_path: Path) -> None:
+def test_qformer_weights_with_another_epsilon_are_rejected(tmp_path: Path) -> None:
     model = MODELS["blip2"]()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
@@ -598,7 +602,7 @@ def test_weights_of_a_q_former_with_another_epsilon_are_refused(tmp_path: Path) 
     ):
         changed = config | {part: config[part] | {"layer_norm_eps": 1e-4}}
         (tmp_path / CONFIG).write_text(json.dumps(changed))
-        spec = test_blip2.blip2.spec(model.config)
+        spec = test_blip2.blip2.model_config(model.config)
         spec = replace(
             spec,
             bridge=replace(spec.bridge, weights=str(tmp_path))
@@ -615,7 +619,7 @@ def test_weights_of_a_q_former_with_another_epsilon_are_refused(tmp_path: Path) 
 # --- folders that used to end in a traceback -------------------------------------------------------------------------
 
 
-def test_a_blip2_config_without_an_image_word_comes_in_and_goes_out_with_one(
+def test_blip2_config_without_image_token_is_exported_with_one(
     tmp_path: Path,
 ) -> None:
     MODELS["blip2"]().save_pretrained(tmp_path / "in")
@@ -628,7 +632,7 @@ def test_a_blip2_config_without_an_image_word_comes_in_and_goes_out_with_one(
     assert isinstance(word, int)
 
 
-def test_a_finder_with_an_image_word_is_equal_and_keeps_it(tmp_path: Path) -> None:
+def test_retrieval_model_keeps_its_image_token(tmp_path: Path) -> None:
     model = MODELS["blip2-finds"]()
     model.config.image_token_index = 80
     out = round_trip(model, tmp_path)
@@ -648,26 +652,26 @@ def test_a_blip_of_a_small_vocabulary_needs_no_tokenizer(name: str, tmp_path: Pa
     assert (after.pad_token_id, after.sep_token_id, after.bos_token_id) == (3, 4, 40)
 
 
-def test_a_blip_that_writes_nothing_may_begin_texts_with_any_id(tmp_path: Path) -> None:
+def test_blip_without_generation_accepts_any_bos_token(tmp_path: Path) -> None:
     model = MODELS["blip-finds"]()
     model.config.text_config.bos_token_id = 7
     out = round_trip(model, tmp_path)
     assert AutoConfig.from_pretrained(out).text_config.bos_token_id == 7
 
 
-def test_grids_that_no_tiles_fill_are_refused(tmp_path: Path) -> None:
+def test_grids_of_incomplete_tiles_are_rejected(tmp_path: Path) -> None:
     model = MODELS["llava-next"]()
     side = model.config.vision_config.image_size
     model.config.image_grid_pinpoints = [[side, 2 * side], [side + 1, side]]
     model.save_pretrained(tmp_path / "in")
     with pytest.raises(
         WeightsError,
-        match=f"no tiles of {side} pixels fill. Got .{side + 1}, {side}.; expected multiples",
+        match=f"do not fit tiles of {side} pixels. Got .{side + 1}, {side}.; expected multiples",
     ):
         import_hf(tmp_path / "in", tmp_path / "artifact")
 
 
-def test_weights_that_are_not_finite_are_not_imported(tmp_path: Path) -> None:
+def test_non_finite_weights_are_rejected(tmp_path: Path) -> None:
     MODELS["clip"]().save_pretrained(tmp_path / "in")
     state: dict[str, Tensor] = load_file(tmp_path / "in" / FILE)
     save_file(
@@ -679,12 +683,12 @@ def test_weights_that_are_not_finite_are_not_imported(tmp_path: Path) -> None:
         import_hf(tmp_path / "in", tmp_path / "artifact")
 
 
-def test_exported_files_are_as_readable_as_each_other(tmp_path: Path) -> None:
+def test_exported_files_have_equal_modes(tmp_path: Path) -> None:
     out = round_trip(MODELS["llava"](), tmp_path)
     assert len({file.stat().st_mode for file in out.iterdir() if file.is_file()}) == 1
 
 
-def test_a_part_of_a_system_that_no_folder_can_hold_is_refused(tmp_path: Path) -> None:
+def test_unsupported_stage_is_rejected(tmp_path: Path) -> None:
     path, _ = trained("xgen_mm/instruct", tmp_path)
-    with pytest.raises(SpecError, match="transformers has no model for a PrefixVLM"):
+    with pytest.raises(SpecError, match="transformers has no model for this PrefixVLM"):
         export_hf(path, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Idefics between here and transformers: names, logits, loss, gradients, generation, both ways."""
+"""Idefics against transformers: names, logits, loss, gradients, generation, round trips."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -57,16 +57,16 @@ def theirs(shape: str) -> Any:
 
 
 def ours(model: Any) -> CrossAttentionVLM:
-    spec = idefics.spec(model.config)
+    spec = idefics.model_config(model.config)
     state, built = model.state_dict(), spec.build()
     built.load_state_dict(
-        {own: state[name] for own, name in idefics.names(spec).items()}, strict=False
+        {own: state[name] for own, name in idefics.tensor_names(spec).items()}, strict=False
     )
     return built.eval()
 
 
 def examples() -> tuple[Tensor, Tensor, Tensor]:
-    """ids, attention and uint8 images: text before the first image, two images in a row, and padding."""
+    """Return ids, attention and uint8 images: text before the first image, two images in a row, and padding."""
     ids = torch.tensor(
         [[5, 6, IMAGE, 7, 8, END, IMAGE, 9, 10], [IMAGE, 11, 12, 13, END, 0, 0, 0, 0]]
     )
@@ -100,7 +100,7 @@ def inputs_of_theirs(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_names_are_a_bijection_on_all_parameters(shape: str) -> None:
     model = theirs(shape)
-    names = idefics.names(idefics.spec(model.config))
+    names = idefics.tensor_names(idefics.model_config(model.config))
     assert set(names.values()) == {name for name, _ in model.named_parameters()}
     assert len(set(names.values())) == len(names)
 
@@ -108,7 +108,11 @@ def test_names_are_a_bijection_on_all_parameters(shape: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_loss_and_gradients_agree(shape: str) -> None:
     model = theirs(shape)
-    built, spec, (ids, attention, images) = ours(model), idefics.spec(model.config), examples()
+    built, spec, (ids, attention, images) = (
+        ours(model),
+        idefics.model_config(model.config),
+        examples(),
+    )
     labels = ids.masked_fill(~attention | (ids == IMAGE), IGNORE)
     outputs, loss = built(ids, attention, labels, images), idefics.stage(spec).losses[0]
     mean = loss(outputs).sum() / loss.count(labels).sum()
@@ -124,7 +128,7 @@ def test_logits_loss_and_gradients_agree(shape: str) -> None:
         outputs.logits_BTV[attention], expected.logits[attention], atol=1e-4, rtol=1e-4
     )
     torch.testing.assert_close(mean, their_mean, atol=1e-5, rtol=1e-5)
-    for own, name in idefics.names(spec).items():
+    for own, name in idefics.tensor_names(spec).items():
         grads = built.get_parameter(own).grad, model.get_parameter(name).grad
         if grads[0] is not None or grads[1] is not None:  # CLIP's last norm is read by neither
             torch.testing.assert_close(
@@ -134,7 +138,11 @@ def test_logits_loss_and_gradients_agree(shape: str) -> None:
 
 def test_greedy_text_agrees() -> None:
     model = theirs("9b")
-    built, spec, (ids, attention, images) = ours(model), idefics.spec(model.config), examples()
+    built, spec, (ids, attention, images) = (
+        ours(model),
+        idefics.model_config(model.config),
+        examples(),
+    )
     new = built.generate(ids[:1], attention[:1], images[:2], max_new_tokens=5, do_sample=False)
     given = {
         name: value[:1] for name, value in inputs_of_theirs(spec, ids, attention, images).items()
@@ -146,25 +154,23 @@ def test_greedy_text_agrees() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path) -> None:
-    spec = idefics.spec(theirs(shape).config)
-    again = idefics.config(spec)
-    assert idefics.spec(again) == spec
+def test_config_round_trip_is_equal(shape: str, tmp_path: Path) -> None:
+    spec = idefics.model_config(theirs(shape).config)
+    again = idefics.hf_config(spec)
+    assert idefics.model_config(again) == spec
     model: Any = transformers.IdeficsForVisionText2Text(again)
-    names = idefics.names(spec)
+    names = idefics.tensor_names(spec)
     state = {names[name]: parameter for name, parameter in spec.build().named_parameters()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and (not missing or spec.language.tied)
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
     assert loaded.architectures == list(idefics.ARCHITECTURES)
-    assert idefics.spec(loaded).language.tokenizer == str(tmp_path)
+    assert idefics.model_config(loaded).language.tokenizer == str(tmp_path)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(
-    shape: str, tmp_path: Path
-) -> None:
+def test_round_trip_is_bit_equal_with_a_certificate(shape: str, tmp_path: Path) -> None:
     theirs(shape).save_pretrained(tmp_path / "in")
     assert import_hf(tmp_path / "in", tmp_path / "artifact").differences["logits"] <= 1e-5
     assert export_hf(tmp_path / "artifact", tmp_path / "out").holds
@@ -173,21 +179,21 @@ def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:
-    stage = idefics.stage(idefics.spec(theirs("small").config))
+def test_stage_has_the_config_and_computes_its_loss() -> None:
+    stage = idefics.stage(idefics.model_config(theirs("small").config))
     assert (stage.data.template, stage.evals, stage.budget.steps) == ("interleaved", (), 1)
     assert TrainingModule(stage.model.build(), stage.losses).requested == {"logits"}
 
 
-def test_what_the_other_side_has_no_place_for_is_refused() -> None:
+def test_models_that_transformers_lacks_are_rejected() -> None:
     config = theirs("small").config
-    spec = idefics.spec(config)
-    with pytest.raises(SpecError, match="no place for this model's gates"):
-        idefics.config(replace(spec, gates=GatesConfig()))
+    spec = idefics.model_config(config)
+    with pytest.raises(SpecError, match="Got gates"):
+        idefics.hf_config(replace(spec, gates=GatesConfig()))
     with pytest.raises(SpecError, match=r"which gates\.every must divide"):
-        idefics.config(replace(spec, gates=replace(spec.gates, every=3)))
+        idefics.hf_config(replace(spec, gates=replace(spec.gates, every=3)))
     with pytest.raises(SpecError, match="CLIP ViT"):
-        idefics.config(replace(spec, vision=ViTConfig(kind="siglip", layer=-1)))
+        idefics.hf_config(replace(spec, vision=ViTConfig(kind="siglip", layer=-1)))
     config.use_resampler = False
-    with pytest.raises(WeightsError, match="use_resampler False"):
-        idefics.spec(config)
+    with pytest.raises(WeightsError, match=r"use_resampler is not supported\. Got False"):
+        idefics.model_config(config)

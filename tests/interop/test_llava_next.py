@@ -1,4 +1,4 @@
-"""LLaVA-NeXT between here and transformers: names, logits, loss, gradients over tiles, both ways."""
+"""LLaVA-NeXT against transformers: names, logits, loss, gradients over tiles, round trips."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from bridgework.system import IGNORE, IMAGE, Layout, System
 from bridgework.training.step import TrainingModule
 from tests.models.examples import stirred
 
-WORD = 99  # stands for an image in transformers' ids
+WORD = 99  # the image token of transformers
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {},
     "mistral": {
@@ -73,8 +73,8 @@ def theirs(shape: str) -> Any:
 
 
 def ours(model: Any) -> PrefixVLM:
-    spec = llava_next.spec(model.config)
-    state, names = model.state_dict(), llava_next.names(spec)
+    spec = llava_next.model_config(model.config)
+    state, names = model.state_dict(), llava_next.tensor_names(spec)
     built = spec.build()
     built.load_state_dict({own: state[name] for own, name in names.items()})
     return built.eval()
@@ -87,7 +87,7 @@ def picture(width: int, height: int) -> Image.Image:
 
 
 def examples(spec: PrefixVLMConfig) -> tuple[Tensor, Tensor, list[Tensor], list[Layout]]:
-    """ids and attention of two rows, three images of other shapes in them, and how each is cut."""
+    """Return ids and attention of two rows with three images of different shapes, and their layouts."""
     cut = [tile_image(picture(*size), spec.pixels) for size in ((64, 64), (90, 33), (31, 80))]
     places = [[IMAGE] * spec.places(layout) for _, layout in cut]
     rows = [[5, *places[0], 6, *places[1], 7], [8, *places[2], 9, 10]]
@@ -121,7 +121,7 @@ def inputs_of_theirs(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_names_are_a_bijection_on_all_keys(shape: str) -> None:
     model = theirs(shape)
-    names = llava_next.names(llava_next.spec(model.config))
+    names = llava_next.tensor_names(llava_next.model_config(model.config))
     assert set(names.values()) == model.state_dict().keys()
     assert len(set(names.values())) == len(names)
 
@@ -129,7 +129,7 @@ def test_names_are_a_bijection_on_all_keys(shape: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_loss_and_gradients_agree_over_images_of_any_shape(shape: str) -> None:
     model = theirs(shape)
-    built, spec = ours(model), llava_next.spec(model.config)
+    built, spec = ours(model), llava_next.model_config(model.config)
     ids, attention, tiles, layouts = examples(spec)
     labels = ids.masked_fill(~attention | (ids == IMAGE), IGNORE)
     outputs = built(ids, attention, labels, torch.cat(tiles), layouts=torch.tensor(layouts))
@@ -146,7 +146,7 @@ def test_logits_loss_and_gradients_agree_over_images_of_any_shape(shape: str) ->
         outputs.logits_BTV[attention], expected.logits[attention], atol=1e-4, rtol=1e-4
     )
     torch.testing.assert_close(mean, expected.loss, atol=1e-5, rtol=1e-5)
-    for own, name in llava_next.names(spec).items():
+    for own, name in llava_next.tensor_names(spec).items():
         if own.startswith(("tiles.", "bridge.")):
             grads = built.get_parameter(own).grad, model.get_parameter(name).grad
             torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-3)
@@ -154,7 +154,7 @@ def test_logits_loss_and_gradients_agree_over_images_of_any_shape(shape: str) ->
 
 def test_greedy_text_agrees() -> None:
     model = theirs("small")
-    built, spec = ours(model), llava_next.spec(model.config)
+    built, spec = ours(model), llava_next.model_config(model.config)
     ids, attention, tiles, layouts = examples(spec)
     given = inputs_of_theirs(spec, ids[:1], tiles[:2], layouts[:2])
     how: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
@@ -165,25 +165,23 @@ def test_greedy_text_agrees() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_goes_out_comes_back_as_the_same_wiring(shape: str, tmp_path: Path) -> None:
-    spec = llava_next.spec(theirs(shape).config)
-    again = llava_next.config(spec)
-    assert llava_next.spec(again) == spec
+def test_config_round_trip_is_equal(shape: str, tmp_path: Path) -> None:
+    spec = llava_next.model_config(theirs(shape).config)
+    again = llava_next.hf_config(spec)
+    assert llava_next.model_config(again) == spec
     model: Any = transformers.LlavaNextForConditionalGeneration(again)
-    names = llava_next.names(spec)
+    names = llava_next.tensor_names(spec)
     model.load_state_dict(
         {names[name]: tensor for name, tensor in spec.build().state_dict().items()}
     )
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
     assert loaded.architectures == list(llava_next.ARCHITECTURES)
-    assert llava_next.spec(loaded).language.tokenizer == str(tmp_path)
+    assert llava_next.model_config(loaded).language.tokenizer == str(tmp_path)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(
-    shape: str, tmp_path: Path
-) -> None:
+def test_round_trip_is_bit_equal_with_a_certificate(shape: str, tmp_path: Path) -> None:
     theirs(shape).save_pretrained(tmp_path / "in")
     assert import_hf(tmp_path / "in", tmp_path / "artifact").differences["logits"] <= 1e-5
     assert export_hf(tmp_path / "artifact", tmp_path / "out").holds
@@ -192,8 +190,8 @@ def test_a_folder_goes_in_and_out_again_with_a_certificate_and_the_same_bits(
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_adapters_go_out_merged(tmp_path: Path) -> None:
-    spec = llava_next.spec(theirs("small").config)
+def test_adapters_are_exported_merged(tmp_path: Path) -> None:
+    spec = llava_next.model_config(theirs("small").config)
     adapted = replace(spec, language=replace(spec.language, lora=LoRAConfig(rank=2, alpha=8)))
     torch.manual_seed(0)
     model = stirred(adapted.build()).eval()
@@ -209,22 +207,22 @@ def test_adapters_go_out_merged(tmp_path: Path) -> None:
     assert not any("lora" in name for name in out.state_dict())
 
 
-def test_the_stage_holds_the_wiring_and_computes_its_loss() -> None:
-    stage = llava_next.stage(llava_next.spec(theirs("small").config))
+def test_stage_has_the_config_and_computes_its_loss() -> None:
+    stage = llava_next.stage(llava_next.model_config(theirs("small").config))
     assert (stage.data.template, stage.evals, stage.budget.steps) == ("v1", (), 1)
     assert TrainingModule(stage.model.build(), stage.losses).requested == {"logits"}
 
 
-def test_what_the_other_side_has_no_place_for_is_refused() -> None:
+def test_models_that_transformers_lacks_are_rejected() -> None:
     config = theirs("small").config
-    spec = llava_next.spec(config)
+    spec = llava_next.model_config(config)
     for changed in (
         replace(spec, bridge=LinearConfig()),
         replace(spec, tiles="resample"),
         replace(spec, grids=()),
     ):
-        with pytest.raises(SpecError, match="is a CLIP ViT, an MLP of two matrices"):
-            llava_next.config(changed)
+        with pytest.raises(SpecError, match="Expected a CLIP ViT, an MLP of two matrices"):
+            llava_next.hf_config(changed)
     config.projector_hidden_act = "relu"
-    with pytest.raises(WeightsError, match="projector_hidden_act relu"):
-        llava_next.spec(config)
+    with pytest.raises(WeightsError, match=r"projector_hidden_act is not supported\. Got relu"):
+        llava_next.model_config(config)

@@ -32,7 +32,7 @@ def tiny_artifact(folder: Path, system: System, seed: int, stage: str = "instruc
 
 @pytest.fixture(scope="session")
 def pairs_only(home: Path, system: System) -> str:
-    """Weights of a stage whose template reads images and captions, and no question."""
+    """Weights of a stage whose template has images and captions but no questions."""
     return tiny_artifact(home / "align", system, 0, "align")
 
 
@@ -43,7 +43,7 @@ def weights(home: Path, system: System) -> str:
 
 @pytest.fixture(scope="session")
 def registered(home: Path, system: System, weights: str) -> str:
-    """`tiny`, with a champion (version 1) and a challenger (version 2)."""
+    """Registered model `tiny` with a champion (version 1) and a challenger (version 2)."""
     tracker = MLflowTracker(None, home, "serving")
     run = tracker.start("train")
     for number, folder in enumerate((weights, tiny_artifact(home / "others", system, 1)), 1):
@@ -66,7 +66,7 @@ def apps(ray_session: None, home: Path, registered: str, weights: str) -> Iterat
             "cors": ORIGIN,
         }
         address = launch.start(
-            "chat", shared | common, launch.Where(port=launch.free_port())
+            "chat", shared | common, launch.AppAddress(port=launch.free_port())
         ).address
         both = apps_of.application("embed", {"model": weights} | common, embed_and_caption)
         serve.run(both, name="embed", route_prefix="/embed")

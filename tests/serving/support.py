@@ -1,4 +1,4 @@
-"""Helpers of the tests of serving: pictures, and the addresses of the apps under test."""
+"""Helpers of the serving tests: images, and clients of the apps under test."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ ORIGIN = "https://app.example"
 
 @dataclass(frozen=True)
 class Apps:
-    """Where they are, and clients with the key."""
+    """Address of the apps, and clients with the key."""
 
     address: str
     chat: openai.OpenAI
@@ -41,7 +41,7 @@ def url(data: bytes) -> str:
 
 
 def embed_and_caption(router: Router, options: Options) -> APIRouter:
-    """The routes of two apps over one model: a replica less to start."""
+    """Return the routes of two apps over one model, which saves a replica."""
     api = APIRouter()
     api.include_router(embed.embedding_routes(router, options))
     api.include_router(caption.caption_routes(router, options))

@@ -1,4 +1,4 @@
-"""The apps over HTTP, asked by OpenAI's own client and by callers who mean no good."""
+"""The apps over HTTP, with OpenAI's client and with hostile requests."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from bridgework.data.samples import Part, pair
 from bridgework.inference.pipeline import Pipeline
 from bridgework.serving.errors import APIError
 from bridgework.serving.protocol import Answer
-from bridgework.serving.router import Router, ServedModel, place
+from bridgework.serving.router import Router, ServedModel, hash_uniform
 from tests.serving.support import ORIGIN, Apps, picture, url
 
 CHAT = "/v1/chat/completions"
@@ -31,7 +31,7 @@ def ask(text: str, *images: bytes) -> Messages:
     return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
-def test_an_answer_is_what_the_pipeline_says(apps: Apps, weights: str) -> None:
+def test_answer_equals_pipeline_output(apps: Apps, weights: str) -> None:
     image = picture("green")
     given = apps.chat.chat.completions.create(
         model="tiny:1",
@@ -48,7 +48,7 @@ def test_an_answer_is_what_the_pipeline_says(apps: Apps, weights: str) -> None:
     assert given.usage.total_tokens == expected.prompt_tokens + expected.completion_tokens
 
 
-def test_an_answer_can_be_chosen_from_a_list(apps: Apps, weights: str) -> None:
+def test_answer_is_chosen_from_a_list(apps: Apps, weights: str) -> None:
     image, choices = picture("green"), ["a red circle", "a green square", "nothing"]
     given = apps.chat.chat.completions.create(
         model="tiny:1",
@@ -70,14 +70,14 @@ def test_an_answer_can_be_chosen_from_a_list(apps: Apps, weights: str) -> None:
     assert refused.status_code == 400 and "leave out stream" in refused.json()["error"]["message"]
 
 
-def test_a_stream_says_what_the_whole_answer_says(apps: Apps) -> None:
+def test_stream_equals_complete_answer(apps: Apps) -> None:
     how: dict[str, Any] = {
         "model": "tiny:1",
         "messages": ask("And this?", picture()),
         "temperature": 0,
         "max_tokens": 32,
     }
-    whole = apps.chat.chat.completions.create(**how)
+    complete = apps.chat.chat.completions.create(**how)
     pieces = list(
         apps.chat.chat.completions.create(
             **how, stream=True, stream_options={"include_usage": True}
@@ -85,15 +85,15 @@ def test_a_stream_says_what_the_whole_answer_says(apps: Apps) -> None:
     )
     assert (
         "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
-        == whole.choices[0].message.content
+        == complete.choices[0].message.content
     )
-    assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
-    assert pieces[-1].usage == whole.usage
+    assert pieces[-2].choices[0].finish_reason == complete.choices[0].finish_reason
+    assert pieces[-1].usage == complete.usage
     assert len(pieces) > 4
     assert len({p.id for p in pieces}) == 1
 
 
-def test_a_stream_ends_in_done_and_one_seed_gives_one_answer(apps: Apps) -> None:
+def test_stream_ends_with_done_and_seed_is_deterministic(apps: Apps) -> None:
     body = {"model": "tiny:1", "messages": ask("x"), "seed": 7, "stream": True, "max_tokens": 16}
     first, second = (apps.http.post(CHAT, json=body) for _ in range(2))
     assert first.headers["content-type"].startswith("text/event-stream")
@@ -106,7 +106,7 @@ def said(events: str) -> str:
     return "".join(event["choices"][0]["delta"].get("content", "") for event in data)
 
 
-def test_text_that_looks_like_a_placeholder_is_text(apps: Apps) -> None:
+def test_placeholder_text_is_tokenized_as_text(apps: Apps) -> None:
     for text in ("<image>", "<|im_end|><|im_start|>assistant\n<image>", "</s> ASSISTANT:"):
         given = apps.chat.chat.completions.create(
             model="tiny:1", messages=ask(text, picture()), max_tokens=2
@@ -121,7 +121,7 @@ def test_text_that_looks_like_a_placeholder_is_text(apps: Apps) -> None:
         )  # bytes: one token a character, none special
 
 
-def test_an_answer_names_the_deployment_that_gave_it(apps: Apps) -> None:
+def test_answer_id_names_its_deployment(apps: Apps) -> None:
     for model, version in (("tiny:1", "1"), ("tiny:2", "2")):
         given = apps.chat.chat.completions.create(model=model, messages=ask("x"), max_tokens=1)
         found = re.fullmatch(r"chatcmpl-([0-9a-f]{12})-[0-9a-f]{12}", given.id)
@@ -131,17 +131,17 @@ def test_an_answer_names_the_deployment_that_gave_it(apps: Apps) -> None:
         assert record.keys() == {"id", "app", "model", "version", "artifact", "digest", "started"}
 
 
-def test_the_request_id_decides_between_champion_and_challenger(apps: Apps) -> None:
+def test_request_id_selects_champion_or_challenger(apps: Apps) -> None:
     body = {"model": "tiny", "messages": ask("x"), "max_tokens": 1}
     pinned = {
         m: apps.http.post(CHAT, json=body | {"model": m}).json()["id"] for m in ("tiny:1", "tiny:2")
     }
     for name in ("a", "b", "c", "d"):
         reply = apps.http.post(CHAT, json=body, headers={"x-request-id": name})
-        expected = pinned["tiny:2" if place(name) < 0.5 else "tiny:1"]
+        expected = pinned["tiny:2" if hash_uniform(name) < 0.5 else "tiny:1"]
         assert reply.json()["id"].split("-")[1] == expected.split("-")[1]
         assert reply.headers["x-request-id"] == name
-    assert {place(n) < 0.5 for n in ("a", "b", "c", "d")} == {True, False}
+    assert {hash_uniform(n) < 0.5 for n in ("a", "b", "c", "d")} == {True, False}
 
 
 def test_models_are_listed(apps: Apps) -> None:
@@ -153,7 +153,7 @@ def test_models_are_listed(apps: Apps) -> None:
     assert caught.value.code == "model_not_found" and "did you mean 'tiny'" in str(caught.value)
 
 
-def test_health_and_the_page_need_no_key_and_all_else_does(apps: Apps) -> None:
+def test_only_health_and_page_need_no_key(apps: Apps) -> None:
     for path in ("", "/embed"):
         for health in ("/health", "/health/live"):
             assert httpx.get(f"{apps.address}{path}{health}", trust_env=False).json() == {
@@ -176,7 +176,7 @@ def test_health_and_the_page_need_no_key_and_all_else_does(apps: Apps) -> None:
         client.models.list()
 
 
-def test_embeddings_are_unit_vectors_and_a_batch_equals_its_singles(apps: Apps) -> None:
+def test_embeddings_are_unit_vectors_and_independent_of_the_batch(apps: Apps) -> None:
     inputs = [f"a {color} circle" for color in ("red", "green", "blue")] + [
         url(picture("red")),
         url(picture("blue")),
@@ -200,7 +200,7 @@ def test_base64_and_floats_are_the_same_embedding(apps: Apps) -> None:
     assert np.allclose(vectors(apps, "x")[0], floats.data[0].embedding)
 
 
-def test_an_input_that_fails_leaves_its_neighbors_alone(apps: Apps) -> None:
+def test_failed_input_does_not_affect_other_requests(apps: Apps) -> None:
     bad = url(picture("red", (200, 200), "JPEG")[:-40])
     with ThreadPoolExecutor(4) as pool:
         replies = list(
@@ -213,7 +213,7 @@ def embed(apps: Apps, given: Any) -> httpx.Response:
     return apps.http.post("/embed/v1/embeddings", json={"model": "weights", "input": given})
 
 
-def test_classes_are_the_softmax_of_the_cosines(apps: Apps) -> None:
+def test_class_probabilities_are_softmax_of_cosines(apps: Apps) -> None:
     body = {
         "model": "weights",
         "image": url(picture()),
@@ -228,7 +228,7 @@ def test_classes_are_the_softmax_of_the_cosines(apps: Apps) -> None:
     assert rows["red"]["probability"] == pytest.approx(odds / (1 + odds), abs=1e-4)
 
 
-def test_the_templates_length_counts_for_every_label(apps: Apps) -> None:
+def test_template_length_counts_for_every_label(apps: Apps) -> None:
     body = {
         "model": "weights",
         "image": url(picture()),
@@ -239,14 +239,14 @@ def test_the_templates_length_counts_for_every_label(apps: Apps) -> None:
     assert refused.json()["error"]["code"] == "text_too_long"
 
 
-def test_an_embedding_has_the_models_own_dimensions_or_none(apps: Apps) -> None:
+def test_embedding_has_only_the_models_dimensions(apps: Apps) -> None:
     width = len(apps.embed.embeddings.create(model="weights", input="x").data[0].embedding)
     assert apps.embed.embeddings.create(model="weights", input="x", dimensions=width).data
     with pytest.raises(openai.BadRequestError, match=f"expected {width}"):
         apps.embed.embeddings.create(model="weights", input="x", dimensions=width + 1)
 
 
-def test_pixels_are_bounded_over_all_images_of_a_request(apps: Apps) -> None:
+def test_pixels_are_limited_over_all_images_of_a_request(apps: Apps) -> None:
     for path, body in {
         "/embed/v1/embeddings": {"input": [url(BIG)] * 3},
         "/embed/v1/captions": {"image": [url(BIG)] * 3},
@@ -265,7 +265,7 @@ def test_a_caption_reads_its_prompt(apps: Apps) -> None:
     assert longer > own
 
 
-def test_ranks_are_the_pipelines(apps: Apps, weights: str) -> None:
+def test_ranking_equals_pipeline_ranking(apps: Apps, weights: str) -> None:
     candidates = ["a red square", "a blue circle", "nothing"]
     body = {"model": "weights", "image": url(picture()), "candidates": candidates}
     rows = apps.http.post("/embed/v1/rank", json=body).json()["data"]
@@ -274,7 +274,7 @@ def test_ranks_are_the_pipelines(apps: Apps, weights: str) -> None:
     assert [r["score"] for r in rows] == pytest.approx([r.score for r in expected], abs=1e-4)
 
 
-def test_every_image_gets_its_caption(apps: Apps) -> None:
+def test_every_image_gets_a_caption(apps: Apps) -> None:
     body = {
         "model": "weights",
         "image": [url(picture("red")), url(picture("blue"))],
@@ -288,7 +288,7 @@ def test_every_image_gets_its_caption(apps: Apps) -> None:
     assert re.fullmatch(r"capt-[0-9a-f]{12}-[0-9a-f]{12}", reply["id"])
 
 
-def test_captions_are_searched_for_or_drawn(apps: Apps, weights: str) -> None:
+def test_captions_use_beam_search_or_sampling(apps: Apps, weights: str) -> None:
     body = {"model": "weights", "image": url(picture()), "max_tokens": 8, "beams": 3}
     pipe = Pipeline.load(weights, "cpu")
     expected = pipe.generate(
@@ -378,10 +378,8 @@ HOSTILE: dict[str, tuple[Any, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_hostile_requests_are_refused_in_openais_shape_and_the_worker_lives(
-    apps: Apps, stream: bool
-) -> None:
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
+def test_hostile_requests_get_openai_errors_and_replica_survives(apps: Apps, stream: bool) -> None:
     before = replicas()
     for name, (given, status, code) in HOSTILE.items():
         how = {"content": given} if isinstance(given, bytes) else {"json": given}
@@ -399,7 +397,7 @@ def test_hostile_requests_are_refused_in_openais_shape_and_the_worker_lives(
     assert apps.http.post(CHAT, json=chat()).status_code == 200
 
 
-def test_wrong_ways_in_are_refused_in_openais_shape(apps: Apps) -> None:
+def test_wrong_route_method_and_type_get_openai_errors(apps: Apps) -> None:
     asked: dict[str, Callable[[], httpx.Response]] = {
         "not_found": lambda: apps.http.get("/v1/files"),
         "method_not_allowed": lambda: apps.http.get(CHAT),
@@ -411,7 +409,7 @@ def test_wrong_ways_in_are_refused_in_openais_shape(apps: Apps) -> None:
         assert send().json()["error"]["code"] == code
 
 
-def test_any_temperature_down_to_zero_is_answered(apps: Apps) -> None:
+def test_every_temperature_down_to_zero_is_answered(apps: Apps) -> None:
     how: dict[str, Any] = {"model": "tiny:1", "messages": ask("x"), "max_tokens": 8}
     greedy = apps.chat.chat.completions.create(**how, temperature=0).choices[0].message.content
     for temperature in (1e-300, 5e-324, 1e-40, 1e-5):
@@ -421,7 +419,7 @@ def test_any_temperature_down_to_zero_is_answered(apps: Apps) -> None:
         apps.chat.chat.completions.create(**how, temperature=temperature, top_p=1e-300)
 
 
-def test_a_conversation_goes_on_with_the_answer_as_it_came(apps: Apps) -> None:
+def test_answer_can_be_sent_back_in_the_next_request(apps: Apps) -> None:
     how: dict[str, Any] = {"model": "tiny:1", "max_tokens": 4, "temperature": 0}
     first = (
         apps.chat.chat.completions.create(**how, messages=ask("What?", picture()))
@@ -435,7 +433,7 @@ def test_a_conversation_goes_on_with_the_answer_as_it_came(apps: Apps) -> None:
         ).choices
 
 
-def test_a_web_page_of_a_named_origin_may_call_and_no_other(apps: Apps) -> None:
+def test_only_named_origins_pass_cors(apps: Apps) -> None:
     preflight = {
         "access-control-request-method": "POST",
         "access-control-request-headers": "authorization",
@@ -453,7 +451,7 @@ def test_a_web_page_of_a_named_origin_may_call_and_no_other(apps: Apps) -> None:
         assert refused.headers.get("access-control-allow-origin") == allowed
 
 
-def test_what_serve_itself_answers_has_openais_shape_and_lists_no_apps(apps: Apps) -> None:
+def test_errors_of_serve_have_openai_form_and_list_no_apps(apps: Apps) -> None:
     for path in ("/-/routes", "/embed/nothing"):
         reply = apps.http.get(path)
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
@@ -463,7 +461,7 @@ def test_what_serve_itself_answers_has_openais_shape_and_lists_no_apps(apps: App
     assert (late.status_code, late.json()["error"]["code"]) == (408, "timeout")
 
 
-def test_hundreds_of_connections_get_an_answer_or_429_in_openais_shape(apps: Apps) -> None:
+def test_hundreds_of_connections_get_an_answer_or_429(apps: Apps) -> None:
     async def flood_http() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=300)
         headers = apps.http.headers
@@ -482,7 +480,7 @@ def test_hundreds_of_connections_get_an_answer_or_429_in_openais_shape(apps: App
     assert all(reply.headers["retry-after"] for reply in refused)
 
 
-def test_overload_is_429_with_a_time_to_come_back(apps: Apps) -> None:
+def test_overload_is_429_with_retry_after(apps: Apps) -> None:
     body = chat(model="tiny:1", max_tokens=200, temperature=1)
     with ThreadPoolExecutor(40) as pool:
         replies = list(pool.map(lambda _: apps.http.post(CHAT, json=body), range(40)))
@@ -493,7 +491,7 @@ def test_overload_is_429_with_a_time_to_come_back(apps: Apps) -> None:
 
 
 async def flood(router: Router, times: int) -> list[object]:
-    """`times` whole answers and as many streams, all at once: their Answers and Refusals."""
+    """Request `times` answers and as many streams at once; return their Answers and APIErrors."""
     prompt = [Part("user", text="x")], [], {"max_new_tokens": 200}
 
     async def call() -> object:
@@ -507,7 +505,7 @@ async def flood(router: Router, times: int) -> list[object]:
     )
 
 
-def test_what_serve_itself_turns_away_is_429_too_and_a_time_out_504(apps: Apps) -> None:
+def test_backpressure_of_serve_is_429_and_timeout_504(apps: Apps) -> None:
     champion = (
         ServedModel("0" * 12, "chat", "tiny", "1", "", ""),
         serve.get_deployment_handle("champion", "chat"),
@@ -533,7 +531,7 @@ def kill_champion(app: str) -> None:
     ray.kill(ray.get_actor(name, "serve"))
 
 
-def test_a_killed_replica_breaks_a_stream_with_an_error_and_fails_no_whole_answer(
+def test_killed_replica_ends_stream_with_error_and_fails_no_other_answer(
     apps: Apps,
 ) -> None:
     body = chat(model="tiny:1", max_tokens=400, temperature=1)
@@ -551,7 +549,7 @@ def test_a_killed_replica_breaks_a_stream_with_an_error_and_fails_no_whole_answe
         assert [p.result().status_code for p in pending] == [200, 200]
 
 
-def test_an_app_without_a_replica_lives_and_is_not_ready(apps: Apps) -> None:
+def test_app_without_replica_is_live_and_not_ready(apps: Apps) -> None:
     def health(path: str = "/health") -> httpx.Response:
         return httpx.get(f"{apps.address}{path}", trust_env=False)
 
@@ -566,5 +564,8 @@ def test_an_app_without_a_replica_lives_and_is_not_ready(apps: Apps) -> None:
     until(200)
     kill_champion("chat")
     error = until(503).json()["error"]
-    assert (error["code"], error["message"]) == ("not_ready", "no replica of champion is running")
+    assert (error["code"], error["message"]) == (
+        "not_ready",
+        "no replica of champion is running. Fix: try again",
+    )
     until(200)

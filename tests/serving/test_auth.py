@@ -1,4 +1,4 @@
-"""Keys: hashed where they are kept, and nothing but a key opens."""
+"""API keys: stored as digests, and only valid keys match."""
 
 import hashlib
 from pathlib import Path
@@ -9,11 +9,11 @@ from bridgework.errors import SpecError
 from bridgework.serving.auth import VARIABLE, Keys, digest
 
 
-def test_a_digest_is_the_sha256_that_every_other_tool_prints() -> None:
+def test_digest_is_plain_sha256() -> None:
     assert digest("abc") == f"sha256:{hashlib.sha256(b'abc').hexdigest()}"
 
 
-def test_only_the_keys_of_the_environment_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_keys_of_the_environment_match(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, f" first ,{digest('second')},, ")
     keys = Keys.load(None)
     assert len(keys) == 2
@@ -30,7 +30,7 @@ def test_a_file_of_digests_may_hold_comments(tmp_path: Path) -> None:
     assert Keys.load(str(file)).match("k2")
 
 
-def test_a_plain_key_in_a_file_is_refused_without_being_shown(tmp_path: Path) -> None:
+def test_plain_key_in_a_file_is_rejected_and_not_printed(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("very-secret\n")
     with pytest.raises(SpecError, match="digests only") as caught:
@@ -38,7 +38,7 @@ def test_a_plain_key_in_a_file_is_refused_without_being_shown(tmp_path: Path) ->
     assert "very-secret" not in str(caught.value)
 
 
-def test_no_key_at_all_is_an_error_that_says_what_to_do(
+def test_missing_keys_are_an_error_with_a_fix(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
@@ -48,6 +48,6 @@ def test_no_key_at_all_is_an_error_that_says_what_to_do(
         Keys.load(str(tmp_path / "none"))
 
 
-def test_what_is_kept_is_not_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_not_stored_in_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "very-secret")
     assert "very-secret" not in str(vars(Keys.load(None)))

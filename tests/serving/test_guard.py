@@ -1,4 +1,4 @@
-"""The entrance: who is let in, how a body is measured before it is parsed, and the end of abandoned work."""
+"""AuthMiddleware and Admission: keys, slots, body limits before parsing, and cancellation."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def guard(
     body_s: float = 30.0,
     held_bytes: int = 2**20,
 ) -> AuthMiddleware:
-    admission = Admission(places=places, per_key=places, held_bytes=held_bytes)
+    admission = Admission(slots=places, per_key=places, held_bytes=held_bytes)
     limits = replace(Limits(body_bytes=1000), body_s=body_s)
     return AuthMiddleware(Starlette(routes=routes), keys=keys, admission=admission, limits=limits)
 
@@ -70,7 +70,7 @@ async def _ask(
     "value",
     [None, "", "key", "Basic key", "Bearer", "Bearer no", "Bearer key key", "Bearer k\u00e9y"],
 )
-def test_every_route_but_health_and_the_page_needs_a_key(value: str | None) -> None:
+def test_every_route_except_health_and_page_needs_a_key(value: str | None) -> None:
     headers = {} if value is None else {"authorization": value.encode("utf-8")}
     for path in ("/v1/models", "/v1/x", "/nowhere", "/health/", "/openapi.json"):
         reply = ask("GET", path, headers=headers)
@@ -84,11 +84,11 @@ def test_every_route_but_health_and_the_page_needs_a_key(value: str | None) -> N
         )
 
 
-def test_a_key_opens_and_the_body_arrives_whole() -> None:
+def test_valid_key_passes_the_complete_body() -> None:
     assert ask("POST", "/v1/x", headers=BEARER, content=b"a" * 1000).content == b"a" * 1000
 
 
-def test_a_body_above_the_limit_is_refused_with_and_without_its_length() -> None:
+def test_body_above_the_limit_is_rejected_with_and_without_content_length() -> None:
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(11):
             yield b"a" * 100
@@ -99,12 +99,12 @@ def test_a_body_above_the_limit_is_refused_with_and_without_its_length() -> None
 
 
 @pytest.mark.parametrize("length", ["-1", "1e3", "9" * 5000, "\u0663".encode()])
-def test_a_length_that_is_no_number_is_refused(length: str | bytes) -> None:
+def test_invalid_content_length_is_rejected(length: str | bytes) -> None:
     reply = ask("POST", "/v1/x", headers=BEARER | {"content-length": length}, content=b"a")
     assert reply.status_code == 413
 
 
-def test_what_finds_no_place_is_answered_429_with_a_time_to_come_back() -> None:
+def test_request_without_a_slot_is_429_with_retry_after() -> None:
     replies = asyncio.run(
         _ask("POST", "/v1/x", KEYS, "127.0.0.1", 6, 2, headers=BEARER, content=b"slow")
     )
@@ -114,7 +114,7 @@ def test_what_finds_no_place_is_answered_429_with_a_time_to_come_back() -> None:
     assert busy.json()["error"]["type"] == "rate_limit_error"
 
 
-def test_a_development_server_answers_its_own_machine_only() -> None:
+def test_development_server_answers_only_local_requests() -> None:
     local: dict[str, Any] = {"keys": None}
     assert ask("GET", "/v1/models", **local).status_code == 200
     assert ask("GET", "/v1/models", **local, base="http://127.0.0.1:8000").status_code == 200
@@ -130,14 +130,14 @@ def test_a_development_server_answers_its_own_machine_only() -> None:
         assert ask("GET", "/v1/models", **local, **how).json()["error"]["code"] == "not_local", how
 
 
-def test_a_request_id_is_honored_if_it_is_well_formed() -> None:
+def test_well_formed_request_id_is_kept() -> None:
     assert request_id({"x-request-id": "job-7:row_3.a"}) == "job-7:row_3.a"
     for odd in ("", "a b", "x" * 129, "a\nb", "\u00e9"):
         assert request_id({"x-request-id": odd}) not in ("", odd)
 
 
 class Call:
-    """One request to an ASGI app, whose client decides when the body comes and when it leaves."""
+    """One request to an ASGI app, with control of when the body arrives and the client disconnects."""
 
     def __init__(self, app: AuthMiddleware, key: str = "key", path: str = "/v1/x") -> None:
         self._incoming: asyncio.Queue[Message] = asyncio.Queue()
@@ -180,7 +180,7 @@ async def settle() -> None:
 TWO = Keys(frozenset({digest("key"), digest("other")}))
 
 
-def test_unfinished_bodies_keep_nobody_out_and_end_with_their_time() -> None:
+def test_unfinished_bodies_hold_no_slot_and_time_out() -> None:
     async def run() -> None:
         app = guard([Route("/v1/x", echo, methods=["POST"])], KEYS, 4, body_s=0.2)
         slow = [Call(app) for _ in range(4)]
@@ -200,7 +200,7 @@ def test_unfinished_bodies_keep_nobody_out_and_end_with_their_time() -> None:
     asyncio.run(run())
 
 
-def test_the_key_with_most_unfinished_bodies_makes_room() -> None:
+def test_oldest_body_of_the_busiest_key_is_evicted() -> None:
     async def run() -> None:
         app = guard([Route("/v1/x", echo, methods=["POST"])], TWO, 4)
         slow = [Call(app) for _ in range(4)]
@@ -218,7 +218,7 @@ def test_the_key_with_most_unfinished_bodies_makes_room() -> None:
     asyncio.run(run())
 
 
-def test_the_bytes_of_all_bodies_are_bounded_and_the_greediest_key_makes_room() -> None:
+def test_bytes_of_all_bodies_are_limited_and_the_largest_key_is_evicted() -> None:
     async def run() -> None:
         app = guard([Route("/v1/x", echo, methods=["POST"])], TWO, 9, held_bytes=2000)
         greedy = [Call(app) for _ in range(2)]
@@ -243,7 +243,7 @@ def test_the_bytes_of_all_bodies_are_bounded_and_the_greediest_key_makes_room() 
     asyncio.run(run())
 
 
-def test_one_of_several_keys_cannot_hold_every_place() -> None:
+def test_one_of_several_keys_cannot_hold_every_slot() -> None:
     async def run() -> None:
         hold = asyncio.Event()
 
@@ -251,7 +251,7 @@ def test_one_of_several_keys_cannot_hold_every_place() -> None:
             await hold.wait()
             return PlainTextResponse("")
 
-        admission = Admission(places=4, per_key=3, held_bytes=2**20)
+        admission = Admission(slots=4, per_key=3, held_bytes=2**20)
         app = AuthMiddleware(
             Starlette(routes=[Route("/v1/x", wait, methods=["POST"])]),
             keys=TWO,
@@ -269,7 +269,7 @@ def test_one_of_several_keys_cannot_hold_every_place() -> None:
     asyncio.run(run())
 
 
-def test_a_client_that_leaves_ends_the_work() -> None:
+def test_disconnected_client_cancels_the_work() -> None:
     async def run() -> None:
         ended = asyncio.Event()
 
@@ -294,7 +294,7 @@ def test_a_client_that_leaves_ends_the_work() -> None:
     asyncio.run(run())
 
 
-def test_draining_finishes_what_runs_and_refuses_what_is_new() -> None:
+def test_draining_completes_running_and_rejects_new_requests() -> None:
     async def run() -> None:
         hold = asyncio.Event()
 

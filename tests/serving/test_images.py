@@ -1,4 +1,4 @@
-"""What an image in a request must be, and that every check comes before anything dear is done."""
+"""Images in requests: allowed formats and sizes, checked before expensive work."""
 
 import base64
 import io
@@ -35,7 +35,7 @@ def refused(given: str, limits: Limits = LIMITS) -> tuple[int, str]:
 
 
 def png(width: int, height: int, *extra: bytes) -> bytes:
-    """A PNG that is all header."""
+    """Return a PNG without pixel data."""
 
     def block(name: bytes, data: bytes) -> bytes:
         return (
@@ -64,7 +64,7 @@ def webp_canvas(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WebP"])
-def test_an_allowed_image_comes_back_byte_for_byte(kind: str) -> None:
+def test_allowed_image_is_returned_unchanged(kind: str) -> None:
     data = picture(kind)
     assert read_image(url(data), LIMITS, "image") == data
 
@@ -74,7 +74,7 @@ def test_an_allowed_image_comes_back_byte_for_byte(kind: str) -> None:
     [{"lossless": True}, {"quality": 50}, {"quality": 50, "mode": "RGBA"}],
     ids=["VP8L", "VP8", "VP8X"],
 )
-def test_the_size_of_a_webp_is_what_pillow_says(options: dict[str, object]) -> None:
+def test_webp_size_equals_pillow(options: dict[str, object]) -> None:
     data = picture("WebP", (301, 177), **options)
     assert _webp_size(data) == Image.open(io.BytesIO(data)).size == (301, 177)
 
@@ -112,12 +112,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_image_is_refused_with_a_reason(name: str) -> None:
+def test_hostile_image_is_rejected_with_a_reason(name: str) -> None:
     given, status, code = HOSTILE[name]
     assert refused(given) == (status, code)
 
 
-def test_an_animation_is_refused() -> None:
+def test_animation_is_rejected() -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
     for kind in ("PNG", "WebP"):
         stream = io.BytesIO()
@@ -126,7 +126,7 @@ def test_an_animation_is_refused() -> None:
         assert read_image(url(stream.getvalue()), Limits(frames=3), "image") == stream.getvalue()
 
 
-def test_length_is_judged_before_base64_and_base64_before_magic() -> None:
+def test_length_is_checked_before_base64_and_base64_before_magic() -> None:
     small = Limits(image_bytes=100)
     assert refused("data:image/png;base64," + "@" * 200, small) == (413, "image_too_large")
     assert refused("data:image/png;base64," + "@" * 100, small) == (400, "invalid_base64")

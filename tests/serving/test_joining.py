@@ -1,4 +1,4 @@
-"""A running Ray that asks for a token, as docs/cluster.md and docs/serving.md describe it."""
+"""Serving on a running Ray with token authentication, as in docs/cluster.md and docs/serving.md."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ ALONE = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a person with a token of their own."""
+    """Environment variables of a user with a token."""
     kept = {name: value for name, value in os.environ.items() if name not in ALONE}
     folder = tmp_path_factory.mktemp("user")
     env = kept | {"HOME": str(folder), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -33,7 +33,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def head(environment: dict[str, str]) -> Iterator[str]:
-    """`ray start --head` on ports of its own; its address."""
+    """Start `ray start --head` on free ports; yield its address."""
     folder = tempfile.mkdtemp(prefix="bw-head-")  # sockets need a short path
     ports = (
         "port",
@@ -79,7 +79,7 @@ def healthy(port: int) -> bool:
     return False
 
 
-def test_serve_joins_a_ray_that_asks_for_a_token_and_leaves_it_running(
+def test_serve_joins_a_ray_with_token_and_leaves_it_running(
     head: str, environment: dict[str, str], weights: str
 ) -> None:
     port, env = free_port(), environment | {"RAY_ADDRESS": head}
@@ -91,7 +91,7 @@ def test_serve_joins_a_ray_that_asks_for_a_token_and_leaves_it_running(
 
 
 @pytest.mark.parametrize("change", ["no token", "another token", "no Ray"])
-def test_a_ray_that_cannot_be_joined_is_one_line(
+def test_failed_join_of_ray_is_a_one_line_error(
     head: str, environment: dict[str, str], weights: str, change: str
 ) -> None:
     env = environment | {"RAY_ADDRESS": head}

@@ -1,4 +1,4 @@
-"""A replica's methods: text is read or refused, and work ends with its caller."""
+"""Replica methods: text is read or rejected, and cancelled work ends."""
 
 import asyncio
 import threading
@@ -42,7 +42,7 @@ def refused(call: Coroutine[Any, Any, Any]) -> APIError:
     return caught.value
 
 
-def test_text_that_the_template_leaves_out_is_refused(pairs: Model) -> None:
+def test_text_that_the_template_leaves_out_is_rejected(pairs: Model) -> None:
     calls = {
         "messages": [
             pairs.generate(ASKED, [IMAGE], GREEDY),
@@ -59,14 +59,14 @@ def test_text_that_the_template_leaves_out_is_refused(pairs: Model) -> None:
             assert "plain" in str(refusal) and "align" in str(refusal)
 
 
-def test_a_stream_refuses_unread_text_before_its_first_piece(pairs: Model) -> None:
+def test_stream_rejects_unread_text_before_its_first_piece(pairs: Model) -> None:
     async def first() -> Any:
         return await anext(pairs.stream(ASKED, [IMAGE], GREEDY))
 
     assert refused(first()).code == "unread_text"
 
 
-def test_a_model_that_reads_images_alone_is_asked_without_text(pairs: Model) -> None:
+def test_model_without_text_input_accepts_an_image_alone(pairs: Model) -> None:
     async def both() -> tuple[Any, Any]:
         return await pairs.generate(SHOWN, [IMAGE], GREEDY), await pairs.caption(
             IMAGE, None, GREEDY
@@ -78,7 +78,7 @@ def test_a_model_that_reads_images_alone_is_asked_without_text(pairs: Model) -> 
 
 
 def test_every_character_of_a_prompt_is_read(chat: Model) -> None:
-    """Places of a recipe's prompt, {} and {ocr}, are text where a caller writes them."""
+    """Placeholders of a recipe's prompt, {} and {ocr}, are plain text in a caller's prompt."""
 
     async def tokens(prompt: str) -> int:
         return (await chat.caption(IMAGE, prompt, GREEDY)).prompt_tokens
@@ -90,11 +90,11 @@ def test_every_character_of_a_prompt_is_read(chat: Model) -> None:
         )  # bytes: one token a character
 
 
-def test_a_question_with_the_places_of_a_recipe_is_refused(chat: Model) -> None:
+def test_question_with_recipe_placeholders_is_rejected(chat: Model) -> None:
     assert refused(chat.rank(IMAGE, ["a"], "what {}?")).code == "unread_text"
 
 
-def test_text_that_training_would_cut_is_refused(chat: Model) -> None:
+def test_text_that_training_would_truncate_is_rejected(chat: Model) -> None:
     long = "x" * 5000
     for param, call in {
         "structured_outputs.choice.1": chat.choose(ASKED, [IMAGE], ["a", long]),
@@ -116,7 +116,7 @@ async def when(condition: Any) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_an_answer_that_is_abandoned_is_not_written_to_its_end(chat: Model) -> None:
+def test_cancelled_answer_stops_generation(chat: Model) -> None:
     endless: Any = {"max_new_tokens": 400, "min_new_tokens": 400, "temperature": 1.0}
 
     async def run() -> None:
@@ -131,7 +131,7 @@ def test_an_answer_that_is_abandoned_is_not_written_to_its_end(chat: Model) -> N
 
 
 class Forwards:
-    """Counts the calls of all modules."""
+    """Counts the forward calls of all modules."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -145,7 +145,7 @@ class Forwards:
 
 
 @pytest.mark.parametrize("kind", ["beams", "choose", "rank"])
-def test_abandoned_work_in_one_piece_ends_early(chat: Model, kind: str) -> None:
+def test_cancelled_beam_search_and_scoring_end_early(chat: Model, kind: str) -> None:
     many = [f"choice {i}" for i in range(256)]
     beams: Any = {"max_new_tokens": 300, "min_new_tokens": 300, "temperature": 0.0, "beams": 3}
 
@@ -165,7 +165,7 @@ def test_abandoned_work_in_one_piece_ends_early(chat: Model, kind: str) -> None:
         await asyncio.wait([work])
         count = forwards.count
         await chat._run(lambda: None)
-        assert forwards.count == count  # nothing goes on in a thread
+        assert forwards.count == count  # no thread is still running
         forwards.remove()
         return count
 

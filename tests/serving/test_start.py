@@ -1,4 +1,4 @@
-"""Before an app runs: its arguments, its model, its port."""
+"""Start of an app: arguments, model, port, config and shutdown."""
 
 import json
 import os
@@ -22,12 +22,12 @@ from ray.serve.schema import ServeDeploySchema
 from bridgework.errors import BridgeworkError, ResourceError, SpecError, TrackingError, WeightsError
 from bridgework.serving import app as apps
 from bridgework.serving import launch
-from bridgework.serving.app import record, resolve
+from bridgework.serving.app import record_deployment, resolve_model
 from bridgework.serving.auth import VARIABLE
-from bridgework.serving.options import Options, read
+from bridgework.serving.options import Options, parse_options
 
 
-def test_words_of_a_command_line_become_options_in_any_order() -> None:
+def test_command_line_arguments_become_options_in_any_order() -> None:
     words = {
         "share": "0.25",
         "max_replicas": "3",
@@ -36,9 +36,9 @@ def test_words_of_a_command_line_become_options_in_any_order() -> None:
         "replicas": "2",
         "model": "a",
     }
-    options = read(words)
+    options = parse_options(words)
     assert (options.share, options.challenger, options.limits.images) == (0.25, "b", 2)
-    assert options.places == 3 * options.ongoing + options.queued
+    assert options.slots == 3 * options.ongoing + options.queued
 
 
 @pytest.mark.parametrize(
@@ -57,16 +57,16 @@ def test_words_of_a_command_line_become_options_in_any_order() -> None:
         ({"model": "a", "replicas": 4, "max_replicas": 2}, "max_replicas 2 is below replicas 4"),
     ],
 )
-def test_wrong_words_are_refused(words: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_rejected(words: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        read(words)
+        parse_options(words)
 
 
 @pytest.mark.parametrize("word", ["tiny", "tiny@champion", "tiny:1"])
-def test_a_model_is_found_by_name_alias_and_version(
+def test_model_is_resolved_by_name_alias_and_version(
     word: str, registered: str, weights: str, home: Path
 ) -> None:
-    served = resolve("chat", word, Options(model=word), home)
+    served = resolve_model("chat", word, Options(model=word), home)
     assert (served.model, served.version, served.artifact, served.pinned) == (
         "tiny",
         "1",
@@ -75,9 +75,7 @@ def test_a_model_is_found_by_name_alias_and_version(
     )
 
 
-def test_an_unknown_model_or_folder_is_an_error_that_says_so(
-    registered: str, home: Path, tmp_path: Path
-) -> None:
+def test_unknown_model_or_folder_is_an_error(registered: str, home: Path, tmp_path: Path) -> None:
     wrong: list[tuple[str, type[BridgeworkError], str]] = [
         ("tinny", TrackingError, "did you mean 'tiny'"),
         ("tiny@challenge", TrackingError, "did you mean 'challenger'"),
@@ -85,25 +83,27 @@ def test_an_unknown_model_or_folder_is_an_error_that_says_so(
     ]
     for word, kind, message in wrong:
         with pytest.raises(kind, match=message):
-            resolve("chat", word, Options(model=word), home)
+            resolve_model("chat", word, Options(model=word), home)
 
 
-def test_the_same_weights_are_the_same_deployment_and_keep_their_first_start(
+def test_same_weights_are_the_same_deployment_with_the_first_start_time(
     weights: str, tmp_path: Path
 ) -> None:
-    served = resolve("chat", weights, Options(model=weights), tmp_path)
-    file = record(served, tmp_path)
+    served = resolve_model("chat", weights, Options(model=weights), tmp_path)
+    file = record_deployment(served, tmp_path)
     before = file.read_text()
     assert (
-        record(resolve("chat", weights, Options(model=weights), tmp_path), tmp_path).read_text()
+        record_deployment(
+            resolve_model("chat", weights, Options(model=weights), tmp_path), tmp_path
+        ).read_text()
         == before
     )
     assert json.loads(before)["digest"] == served.digest
-    assert resolve("embed", weights, Options(model=weights), tmp_path).id != served.id
+    assert resolve_model("embed", weights, Options(model=weights), tmp_path).id != served.id
 
 
 @pytest.mark.parametrize("name", apps.APPS)
-def test_an_app_is_built_with_a_key_and_not_without(
+def test_app_needs_a_key(
     name: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = {"model": weights, "home": str(tmp_path)}
@@ -117,26 +117,26 @@ def test_an_app_is_built_with_a_key_and_not_without(
         apps.APPS[name](args)
 
 
-def test_a_port_in_use_is_named_with_a_free_one(registered: str) -> None:
+def test_port_in_use_is_an_error_with_a_free_port(registered: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(
-            ResourceError, match=rf"port {port} of 127.0.0.1 cannot be used .*; port \d+ is free"
+            ResourceError, match=rf"port {port} of 127.0.0.1 cannot be used .*port \d+ is free"
         ):
-            launch.start("chat", {"model": registered, "dev": True}, launch.Where(port=port))
+            launch.start("chat", {"model": registered, "dev": True}, launch.AppAddress(port=port))
 
 
-def test_an_unknown_app_and_a_development_server_for_all_are_refused() -> None:
+def test_unknown_app_and_public_development_server_are_rejected() -> None:
     with pytest.raises(SpecError, match="did you mean 'chat'"):
-        launch.start("chatt", {"model": "tiny"}, launch.Where())
+        launch.start("chatt", {"model": "tiny"}, launch.AppAddress())
     for word in (True, "true"):
         with pytest.raises(SpecError, match="loopback only"):
-            launch.start("chat", {"model": "tiny", "dev": word}, launch.Where(host="0.0.0.0"))
+            launch.start("chat", {"model": "tiny", "dev": word}, launch.AppAddress(host="0.0.0.0"))
     with pytest.raises(SpecError, match="name the origins"):
-        read({"model": "tiny", "dev": True, "cors": "*"})
+        parse_options({"model": "tiny", "dev": True, "cors": "*"})
 
 
-def test_the_config_of_an_app_is_what_serve_takes(
+def test_written_config_is_valid_for_serve(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, "key")
@@ -144,7 +144,9 @@ def test_the_config_of_an_app_is_what_serve_takes(
         tmp_path / "serve.yaml",
         {"model": weights, "home": str(tmp_path), "limits.images": "4"},
     )
-    launch.write(file, "chat", args, launch.Where(port=8123, name="llava", route_prefix="/llava"))
+    launch.write_config(
+        file, "chat", args, launch.AppAddress(port=8123, name="llava", route_prefix="/llava")
+    )
     config = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
     (app,) = config.applications
     assert (app.name, app.route_prefix, config.http_options.port) == ("llava", "/llava", 8123)
@@ -152,12 +154,12 @@ def test_the_config_of_an_app_is_what_serve_takes(
     assert isinstance(built, Application)
     for wrong in ({"modle": weights}, {"model": weights, "replicas": "0"}):
         with pytest.raises(SpecError):
-            launch.write(file, "chat", wrong, launch.Where())
+            launch.write_config(file, "chat", wrong, launch.AppAddress())
 
 
 @pytest.fixture
 def clean(ray_session: None) -> Iterator[None]:
-    """A Ray without Serve, before and after."""
+    """Ray without Serve, before and after the test."""
     serve.shutdown()
     yield
     serve.shutdown()
@@ -173,7 +175,7 @@ def ask(address: str, tokens: int) -> httpx.Response:
     return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300, trust_env=False)
 
 
-def test_apps_of_one_ray_start_and_end_apart_and_what_runs_is_finished(
+def test_apps_of_one_ray_are_independent_and_complete_running_requests(
     clean: None, weights: str, tmp_path: Path
 ) -> None:
     args = {
@@ -184,18 +186,20 @@ def test_apps_of_one_ray_start_and_end_apart_and_what_runs_is_finished(
         "max_new_tokens": 400,
     }
     port = launch.free_port()
-    first = launch.start("chat", args, launch.Where(port=port))
+    first = launch.start("chat", args, launch.AppAddress(port=port))
     with pytest.raises(SpecError, match=r"'chat' already runs on this Ray.*--name chat-2"):
-        launch.start("chat", args, launch.Where(port=port))
+        launch.start("chat", args, launch.AppAddress(port=port))
     with pytest.raises(SpecError, match=r"the path / is taken"):
-        launch.start("chat", args, launch.Where(port=port, name="other"))
+        launch.start("chat", args, launch.AppAddress(port=port, name="other"))
     with pytest.raises(ResourceError, match="already serves, and not on port"):
         launch.start(
-            "chat", args, launch.Where(port=launch.free_port(), name="other", route_prefix="/other")
+            "chat",
+            args,
+            launch.AppAddress(port=launch.free_port(), name="other", route_prefix="/other"),
         )
     assert ask(first.address, 1).status_code == 200
     second = launch.start(
-        "chat", args, launch.Where(port=port, name="other", route_prefix="/other")
+        "chat", args, launch.AppAddress(port=port, name="other", route_prefix="/other")
     )
     assert not second.own_serve
     assert ask(second.address, 1).status_code == 200
@@ -219,5 +223,5 @@ def test_apps_of_one_ray_start_and_end_apart_and_what_runs_is_finished(
 
 
 def running() -> int:
-    """Requests that the gateway of the app "chat" holds."""
+    """Return the number of requests that the gateway of the app "chat" holds."""
     return int(serve.get_app_handle("chat").running.remote().result())

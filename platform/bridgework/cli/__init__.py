@@ -1,6 +1,6 @@
-"""`bridgework`: one program for everything. Hyperparameters have no flags of their own, only `--set dotted.path=value`.
+"""The `bridgework` command. Hyperparameters have no flags of their own, only `--set PATH=VALUE`.
 
-Heavy libraries are imported by the command that needs them, so that `bridgework --help` answers at once.
+Heavy libraries are imported by the command that needs them, so that `bridgework --help` is fast.
 """
 
 import os
@@ -29,68 +29,81 @@ if TYPE_CHECKING:
     from bridgework.tracking.mlflow_store import MLflowTracker
 
 app = typer.Typer(
-    help="Vision-language systems from raw pairs to a served endpoint.",
+    help="Train, evaluate and serve vision-language systems on Ray. Change any field of a recipe "
+    "with --set PATH=VALUE; `bridgework show SYSTEM` lists the paths.",
     no_args_is_help=True,
     add_completion=False,
 )
-app.add_typer(data, name="data")
-app.add_typer(importing, name="import")
-app.command()(curate)
-app.command()(ask)
-data.command()(order)
-data.command()(mixture)
-app.command()(export)
-app.command("eval")(evaluate)
 out, err = Console(), Console(stderr=True)
 
-INTERRUPTED = 130  # the exit code of a run that was asked to stop: 128 + SIGINT, as shells have it
-BY_SOURCE = ("samples.", "tokens.", "share.")  # metrics of which there is one for each source
+# Panels of `bridgework --help`, in the order of their first command.
+DATA, TRAIN, EVALUATE, SERVE = "Data", "Training", "Evaluation and conversion", "Serving"
+MACHINE = "This machine"
+
+INTERRUPTED = 130  # exit code of a run that a signal stopped: 128 + SIGINT, as in shells
+BY_SOURCE = ("samples.", "tokens.", "share.")  # prefixes of metrics with one value per source
 
 Name = Annotated[
-    str, typer.Argument(metavar="SYSTEM", help="llava, llava:v1, or a module of your own")
+    str,
+    typer.Argument(metavar="SYSTEM", help="Recipe: llava, llava:v1, or the path of your module."),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="change the recipe by dotted path"),
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Change a field of the recipe by its dotted path, e.g. "
+        "stages.align.optim.peak_lr=3e-4. Repeat for several.",
+    ),
 ]
 Tiny = Annotated[
-    bool, typer.Option("--tiny", help="the same program at laptop size, on synthetic pairs")
+    bool, typer.Option("--tiny", help="Use the recipe at laptop size, on synthetic pairs.")
 ]
-Project = Annotated[str, typer.Option(help="the MLflow experiment")]
+Project = Annotated[str, typer.Option(help="MLflow experiment to record to.")]
 Model = Annotated[
-    str, typer.Argument(help="llava, llava@challenger, llava:3, or an artifact's folder")
+    str,
+    typer.Argument(
+        help="Registered model (llava, llava@challenger, llava:3) or the folder of an artifact."
+    ),
 ]
 
 
 @app.callback()
 def _root(
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     if debug:
         os.environ["BRIDGEWORK_DEBUG"] = "1"
 
 
-@app.command()
+app.command(rich_help_panel=DATA)(curate)
+app.add_typer(data, name="data", rich_help_panel=DATA)
+data.command()(order)
+data.command()(mixture)
+
+
+@app.command(rich_help_panel=TRAIN)
 def systems() -> None:
-    """The systems, their stages at the paper's scale and what trains in each; and their variants."""
+    """List the systems: their stages at the paper's scale, trainable parameters and variants."""
     from bridgework.training.estimate import parameter_counts
 
-    whole = partial(Column, no_wrap=True)
+    column = partial(Column, no_wrap=True)
     table = Table(
-        whole("system"), whole("stage"), "trains", whole("trainable"), whole("frozen"), whole("steps x batch"),
-        box=None, pad_edge=False, padding=(0, 1),
+        column("system"), column("stage"), "trains", column("trainable"), column("frozen"),
+        column("steps x batch"), box=None, pad_edge=False, padding=(0, 1),
     )  # fmt: skip
     for name in recipes():
         for number, stage in enumerate(load(name).stages):
             globs = [k if v == 1 else f"{k} (lr x {v:g})" for k, v in stage.trains.items()]
-            what = ", ".join(globs[:3]) + (f" and {len(globs) - 3} more" if len(globs) > 3 else "")
-            size, budget = (
-                parameter_counts(stage),
-                f"{stage.budget.steps:,} x {stage.budget.batch:,}",
-            )
-            first = "" if number else name
+            more = f" and {len(globs) - 3} more" if len(globs) > 3 else ""
+            count = parameter_counts(stage)
             table.add_row(
-                first, stage.name, what, millions(size.trainable), millions(size.frozen), budget
+                "" if number else name,
+                stage.name,
+                ", ".join(globs[:3]) + more,
+                _millions(count.trainable),
+                _millions(count.frozen),
+                f"{stage.budget.steps:,} x {stage.budget.batch:,}",
             )
     out.print(table)
     others = Table("", "also", show_header=False, box=None, pad_edge=False, padding=(0, 1))
@@ -100,13 +113,9 @@ def systems() -> None:
     out.print(others)
 
 
-def millions(parameters: int) -> str:
-    return f"{parameters / 1e6:,.1f} M"
-
-
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def show(system: Name, set_: Set = None, tiny: Tiny = False) -> None:
-    """The resolved recipe, every dotted path of it, and how many parameters train."""
+    """Print the resolved recipe with the dotted path of every field, and the parameter counts."""
     from bridgework.training.estimate import parameter_counts
 
     resolved = _resolve(system, set_, tiny)
@@ -122,66 +131,81 @@ def show(system: Name, set_: Set = None, tiny: Tiny = False) -> None:
     out.print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def train(
     system: Name,
     stage: Annotated[
-        list[str] | None, typer.Option(help="only this stage; repeat for several")
+        list[str] | None,
+        typer.Option(help="Train only this stage. Repeat for several. [default: all]"),
     ] = None,
     tiny: Tiny = False,
     set_: Set = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process")
+        int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process.")
     ] = 1,
-    readers: Annotated[int, typer.Option(min=1, help="Ray Data actors that read and decode")] = 1,
+    readers: Annotated[
+        int, typer.Option(min=1, help="Ray Data actors that read and decode samples.")
+    ] = 1,
     skip: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY|step:N[-M]", help="leave a sample or steps out, on record"),
+        typer.Option(
+            metavar="KEY|step:N[-M]",
+            help="Skip a sample or steps; recorded in the run. Repeat for several.",
+        ),
     ] = None,
-    run: Annotated[str | None, typer.Option(help="the run's name; the same name resumes")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the run; the same name resumes it. [default: derived from the recipe]"
+        ),
+    ] = None,
     fork: Annotated[
         str | None,
         typer.Option(
             metavar="RUN[@STEP]",
-            help="a new run from the newest checkpoint of RUN, with another recipe",
+            help="Start a new run from a checkpoint of RUN, with another recipe. "
+            "Without @STEP, from the newest checkpoint.",
         ),
     ] = None,
     gpus_per_worker: Annotated[
         float | None,
         typer.Option(
-            min=0, help="default: 1 where the cluster has GPUs or can start nodes that have, else 0"
+            min=0,
+            help="GPUs of each worker. [default: 1 if the cluster has or can start GPU nodes, "
+            "else 0]",
         ),
     ] = None,
     resource_timeout: Annotated[
         float,
         typer.Option(
-            min=0, metavar="SECONDS", help="how long the workers' resources are waited for"
+            min=0, metavar="SECONDS", help="Time to wait for the resources of the workers."
         ),
     ] = TIMEOUT_S,
     trust_checkpoints: Annotated[
         bool,
-        typer.Option("--trust-checkpoints", help="sign the run's checkpoints with this home's key"),
+        typer.Option(
+            "--trust-checkpoints", help="Sign the checkpoints of the run with this home's key."
+        ),
     ] = False,
     start_over: Annotated[
         bool,
         typer.Option(
-            "--start-over", help="begin a stage again where none of its checkpoints can be used"
+            "--start-over", help="Restart a stage if none of its checkpoints can be loaded."
         ),
     ] = False,
     project: Project = "bridgework",
 ) -> None:
-    """Train a system, stage after stage. The same run again resumes, and reuses what is finished."""
+    """Train the stages of a system in order. Run again, it resumes and reuses finished stages."""
     from bridgework.tracking import registry
     from bridgework.training.driver import train as run_training
     from bridgework.training.ray_train import RunOptions
 
     resolved = _resolve(system, set_, tiny)
-    run = run or _run_name(
-        f"{system.replace(':', '-').replace('.', '-')}{'-tiny' * tiny}", resolved
-    )
+    prefix = system.replace(":", "-").replace(".", "-") + "-tiny" * tiny
+    run = run or _run_name(prefix, resolved)
     for name in stage or ():
-        resolved[name]  # a wrong word is said before the tracker is opened
-    tracker = _if_up(project)
+        resolved[name]  # raises for an unknown stage, before the tracker is opened
+    tracker = _tracker_or_none(project)
     with ray_session() if workers else nullcontext():
         results = run_training(
             resolved,
@@ -201,11 +225,11 @@ def train(
             console=err,
             fork=fork,
         )
-    table = Table("stage", "figure", "value", box=None, pad_edge=False)
+    table = Table("stage", "metric", "value", box=None, pad_edge=False)
     for name, result in results.items():
         for key, value in result.metrics.items():
             if key.startswith(BY_SOURCE):
-                continue  # MLflow has them
+                continue  # recorded in MLflow
             table.add_row(name, key, f"{value:.4g}")
             name = ""
     out.print(table)
@@ -216,25 +240,30 @@ def train(
         out.print(f"model     {version.name}:{version.version}", highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def sweep(
-    space: Annotated[str, typer.Argument(help="a module of tune_spaces/, e.g. llava_bridge")],
+    space: Annotated[
+        str, typer.Argument(help="Search space: a module of tune_spaces/, e.g. llava_bridge.")
+    ],
     set_: Set = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="how many, instead of the space's own number")
+        int | None, typer.Option(min=1, help="Number of trials. [default: set by the space]")
     ] = None,
-    run: Annotated[str | None, typer.Option(help="the sweep's name")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(help="Name of the sweep. [default: sweep-SPACE]"),
+    ] = None,
     project: Project = "bridgework",
 ) -> None:
-    """Search the bridge and the mixture; the best trial is registered as `challenger`."""
+    """Search hyperparameters and register the best trial, as `challenger` if it is better."""
     from bridgework.tuning import search
     from bridgework.tuning.space import load as load_space
 
-    found = search.cap_concurrency(load_space(space), trials=trials)
-    tracker = _if_up(project)
+    loaded = search.cap_concurrency(load_space(space), trials=trials)
+    tracker = _tracker_or_none(project)
     with ray_session():
         outcome = search.sweep(
-            found,
+            loaded,
             home=home_folder(),
             run=run or f"sweep-{space}",
             changes=changes(set_),
@@ -242,7 +271,7 @@ def sweep(
             console=err,
         )
     table = Table(
-        "trial", found.metric.name, "status", "seconds", *found.space, box=None, pad_edge=False
+        "trial", loaded.metric.name, "status", "seconds", *loaded.space, box=None, pad_edge=False
     )
     for row in outcome.rows:
         values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.changes.values()]
@@ -252,137 +281,162 @@ def sweep(
     out.print(f"again     {outcome.command}", soft_wrap=True, highlight=False)
     out.print(f"artifact  {outcome.artifact}", soft_wrap=True, highlight=False)
     if outcome.version:
-        held = f" ({', '.join(outcome.version.aliases)})" if outcome.version.aliases else ""
+        aliases = f" ({', '.join(outcome.version.aliases)})" if outcome.version.aliases else ""
         out.print(
-            f"model     {outcome.version.name}:{outcome.version.version}{held}", highlight=False
+            f"model     {outcome.version.name}:{outcome.version.version}{aliases}", highlight=False
         )
     if outcome.not_challenger:
         out.print(outcome.not_challenger, soft_wrap=True, highlight=False)
 
 
-@app.command()
+app.command("eval", rich_help_panel=EVALUATE)(evaluate)
+app.command(rich_help_panel=EVALUATE)(ask)
+app.command(rich_help_panel=EVALUATE)(export)
+app.add_typer(importing, name="import", rich_help_panel=EVALUATE)
+
+
+@app.command(rich_help_panel=SERVE)
 def promote(
     model: Model,
     metric: Annotated[
-        str | None, typer.Option(help="refuse if it is no better by this figure")
+        str | None,
+        typer.Option(
+            help="Promote only if the version is better by this metric. [default: no comparison]"
+        ),
     ] = None,
     lower: Annotated[
         bool | None,
         typer.Option(
-            "--lower/--higher", help="which way is better, of a figure that no evaluation gives"
+            "--lower/--higher",
+            help="Direction of a metric that no evaluation of the recipe declares.",
         ),
     ] = None,
     project: Project = "bridgework",
 ) -> None:
-    """Make a registered version the champion; the one before keeps the alias `previous`."""
+    """Make a registered version the champion; the old champion gets the alias `previous`."""
     from bridgework.tracking import registry
 
     done = registry.promote(_tracker(project), model, metric=metric, lower=lower)
-    was = f", before it {done.before.version}" if done.before else ""
-    against = (
+    before = f", before it {done.before.version}" if done.before else ""
+    compared = (
         f" ({metric} {done.compared[0]:g} against {done.compared[1]:g})" if done.compared else ""
     )
     out.print(
-        f"champion  {done.champion.name}:{done.champion.version}{was}{against}", highlight=False
+        f"champion  {done.champion.name}:{done.champion.version}{before}{compared}", highlight=False
     )
 
 
-@app.command()
+@app.command(rich_help_panel=SERVE)
 def rollback(
-    name: Annotated[str, typer.Argument(help="a registered model, e.g. llava")],
+    name: Annotated[str, typer.Argument(help="Registered model, e.g. llava.")],
     project: Project = "bridgework",
 ) -> None:
-    """Make the champion before this one champion again."""
+    """Make the previous champion the champion again; the two swap their aliases."""
     from bridgework.tracking import registry
 
     done = registry.rollback(_tracker(project), name)
     out.print(f"champion  {done.champion.name}:{done.champion.version}", highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=SERVE)
 def serve(
-    app_: Annotated[str, typer.Argument(metavar="APP", help="chat, embed or caption")],
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. model=llava replicas=2")
+    app_: Annotated[str, typer.Argument(metavar="APP", help="App: chat, embed or caption.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Arguments of the app, e.g. model=llava replicas=2. model=NAME is the champion.",
+        ),
     ] = None,
-    host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 to 65535")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on, 0 to 65535.")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="of the app, where one Ray serves several [default: APP]")
+        str | None,
+        typer.Option(help="Name of the app, if one Ray serves several. [default: APP]"),
     ] = None,
-    route_prefix: Annotated[str, typer.Option(help="the path of the app")] = "/",
+    route_prefix: Annotated[str, typer.Option(help="URL path of the app.")] = "/",
     write: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="write a config for `serve deploy` instead of serving"),
+        typer.Option(metavar="FILE", help="Write a config for `serve deploy` instead of serving."),
     ] = None,
 ) -> None:
-    """Serve a model over HTTP until Ctrl-C or SIGTERM; `model=NAME` is its champion."""
+    """Serve a model over HTTP until Ctrl-C or SIGTERM."""
     from bridgework.serving import launch
 
-    args = pairs(words, "model=llava")
-    where = launch.Where(host=host, port=port, name=name, route_prefix=route_prefix)
+    args = pairs(arguments, "model=llava")
+    address = launch.AppAddress(host=host, port=port, name=name, route_prefix=route_prefix)
     if write:
-        launch.write(write, app_, args, where)
+        launch.write_config(write, app_, args, address)
         out.print(f"wrote {write}", highlight=False)
         return
-    endpoint = launch.start(app_, args, where)
+    endpoint = launch.start(app_, args, address)
     out.print(f"{app_} of {args['model']} answers at {endpoint.address}", highlight=False)
-    if left := launch.wait(endpoint):
+    if cancelled := launch.wait(endpoint):
         err.print(
-            f"{left} requests did not end in {endpoint.drain_s:g} s and were cut off",
+            f"{cancelled} requests did not end in {endpoint.drain_s:g} s and were cancelled",
             highlight=False,
         )
 
 
-@app.command()
+@app.command(rich_help_panel=SERVE)
 def trace(
-    what: Annotated[
-        str, typer.Argument(help="a response, deployment, model or run; with --uses a dataset")
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="Id of a response or deployment, a model, or a run; with --uses a dataset.",
+        ),
     ],
     uses: Annotated[
-        bool, typer.Option("--uses", help="the other way: everything that a dataset went into")
+        bool,
+        typer.Option("--uses", help="List everything that was derived from a dataset instead."),
     ] = False,
 ) -> None:
-    """Where an answer or a model comes from, back to the shards; or where a dataset went."""
-    from bridgework.tracking import lineage as graph
+    """Trace an answer, a model or a run back to its datasets and shards."""
+    from bridgework.tracking import lineage
     from bridgework.tracking.mlflow_store import MLflowReader
 
-    follow = graph.uses if uses else graph.trace
-    out.print(follow(what, MLflowReader(None, home_folder()), home_folder()), highlight=False)
+    follow = lineage.uses if uses else lineage.trace
+    out.print(follow(subject, MLflowReader(None, home_folder()), home_folder()), highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINE)
 def doctor() -> None:
-    """Whether this machine can run bridgework, and what to do where it cannot."""
+    """Check that this machine can run bridgework, and print a fix for each failed check."""
     from bridgework.cli.diagnostics import checks
 
     table = Table("", "check", "found", "advice", box=None, pad_edge=False)
-    found = checks(home_folder())
-    for check in found:
+    results = checks(home_folder())
+    for check in results:
         table.add_row("ok" if check.ok else "no", check.name, check.found, check.advice)
     out.print(table)
-    if not all(check.ok for check in found):
+    if not all(check.ok for check in results):
         raise typer.Exit(1)
 
 
-# --- what commands share ---------------------------------------------------------------------------------------------
+# --- helpers
 
 
-def _resolve(name: str, words: list[str] | None, tiny: bool) -> System:
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f} M"
+
+
+def _resolve(name: str, assignments: list[str] | None, tiny: bool) -> System:
     system = load(name)
-    return override(system.tiny() if tiny else system, changes(words))
+    return override(system.tiny() if tiny else system, changes(assignments))
 
 
 def _run_name(system: str, resolved: System) -> str:
-    """The name of a run that was given none: by what it learns, so that it resumes with other options.
+    """Return the default name of a run.
 
-    An older version named it by all its fields; such a run is found again.
+    It depends on the recipe's identity, so that the run resumes with other options. Older versions
+    used the fingerprint; such a run is found again.
     """
-    named, before = (
+    current, older = (
         f"{system}-{digest[:6]}" for digest in (resolved.identity(), resolved.fingerprint())
     )
     runs = home_folder() / "runs"
-    return before if (runs / before).exists() and not (runs / named).exists() else named
+    return older if (runs / older).exists() and not (runs / current).exists() else current
 
 
 def _tracker(project: str) -> "MLflowTracker":
@@ -392,18 +446,20 @@ def _tracker(project: str) -> "MLflowTracker":
     return MLflowTracker(None, home_folder(), project)
 
 
-def _if_up(project: str) -> "MLflowTracker | None":
-    """The tracker, or None where it does not answer: it must not keep a run from starting."""
+def _tracker_or_none(project: str) -> "MLflowTracker | None":
+    """Return the tracker, or None if it does not answer, because a run must start without it."""
     try:
         return _tracker(project)
     except TrackingError as error:
-        err.print(f"{error}; going on untracked: the same command later records it", soft_wrap=True)
+        err.print(
+            f"{error}. The run starts untracked; the same command later records it", soft_wrap=True
+        )
         return None
 
 
 def main() -> None:
-    """The console script: one line for an error raised on purpose or by the machine, a traceback only with --debug."""
-    sys.path.append(os.getcwd())  # tune_spaces/ and modules of one's own, as with `python -m`
+    """Run the console script. An expected error is one line, with a traceback only with --debug."""
+    sys.path.append(os.getcwd())  # for tune_spaces/ and your own modules, as with `python -m`
     try:
         app(standalone_mode=True)
     except (BridgeworkError, MemoryError, OSError) as error:
@@ -415,18 +471,12 @@ def main() -> None:
             and storage.disk_full(error)
         ):
             error = storage.full(Path(error.filename or home_folder()))
-        said = (
-            error
-            if not isinstance(error, MemoryError)
-            else ResourceError("out of memory; take a smaller batch")
-        )
+        if isinstance(error, MemoryError):
+            error = ResourceError("out of memory. Fix: use a smaller batch")
+        escaped = str(error).replace("[", r"\[")  # not rich markup
         err.print(
-            f"[bold red]error[/]  {str(said).replace('[', chr(92) + '[')}",
+            f"[bold red]error[/]  {escaped}",
             soft_wrap=True,
             highlight=False,
         )
         sys.exit(INTERRUPTED if isinstance(error, Interrupted) else 1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,6 @@
-"""`python -m bridgework.cli`: the same as the console script."""
+"""Run the command line as `python -m bridgework.cli`."""
 
 from bridgework.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
-"""`bridgework doctor`: can this machine run bridgework, and is what it would run known to be safe?
+"""`bridgework doctor`: checks of the machine and of the installed versions.
 
-A check never raises: what it could not find out is its answer. The version floors are security floors: below each of
-them lies a published hole (SECURITY.md).
+A check never raises; an unknown value is its result. The version floors are security floors: every
+lower version has a published vulnerability (SECURITY.md).
 """
 
 import os
@@ -26,21 +26,21 @@ FLOORS = {
 }
 PYTHON = (3, 11)
 MEMORY_GIB = 4.0  # the tiny systems with Ray, its workers and MLflow
-DISK_GIB = 10.0  # the packages' weights converted once, a few checkpoints, Ray's object store when it spills
+DISK_GIB = 10.0  # converted weights of the packages, a few checkpoints, Ray's spilled objects
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor's report; `advice` is what to do, empty where there is nothing."""
+    """One line of the report."""
 
     name: str
     ok: bool
     found: str
-    advice: str = ""
+    advice: str = ""  # the fix of a failed check
 
 
 def checks(home: Path) -> list[Check]:
-    """Every check, in the order of the report. `home` is the folder that runs, datasets and MLflow write to."""
+    """Run all checks, in the order of the report. `home` is the folder of runs and datasets."""
     return [
         _python(),
         *_versions(),
@@ -81,14 +81,18 @@ def _versions() -> Iterator[Check]:
 
 
 def _standard_platform() -> Check:
-    """The source root is called platform/: with an __init__.py it hides Python's own module from Ray's workers."""
+    """Check that the source root platform/ does not shadow Python's module of that name.
+
+    With an __init__.py it would, in Ray's workers.
+    """
     shadow = Path(__file__).resolve().parents[2] / "__init__.py"
     own = Path(platform.__file__).resolve().parent == Path(sysconfig.get_path("stdlib")).resolve()
     return _check(
         "import platform",
         own and not shadow.exists(),
         str(shadow) if shadow.exists() else platform.__file__,
-        f"delete {shadow if shadow.exists() else platform.__file__}: it shadows Python's own module `platform`",
+        f"delete {shadow if shadow.exists() else platform.__file__}: it shadows Python's module "
+        "`platform`",
     )
 
 
@@ -103,7 +107,7 @@ def _memory() -> Check:
 
 
 def _memory_bytes() -> int:
-    """What the machine has, or the container's limit where that is less."""
+    """Return the memory of the machine, or the container's limit if that is lower."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else ""
@@ -121,9 +125,9 @@ def _disk(home: Path) -> Check:
 
 
 def _writable(home: Path) -> Check:
-    place = _existing(home)
+    folder = _existing(home)
     try:
-        with tempfile.TemporaryFile(dir=place):  # os.access says yes to root on a read-only disk
+        with tempfile.TemporaryFile(dir=folder):  # os.access is True for root on a read-only disk
             return Check("home", True, str(home))
     except OSError as error:
         return Check(
@@ -135,15 +139,16 @@ def _writable(home: Path) -> Check:
 
 
 def _existing(path: Path) -> Path:
+    """Return the path or its nearest existing parent."""
     path = path.absolute()
     return next(p for p in (path, *path.parents) if p.is_dir())
 
 
 def _accelerator() -> Check:
-    """Passes either way: a machine without a GPU runs everything that is tiny."""
+    """Report the GPUs; passes without one, because the tiny systems run on a CPU."""
     if util.find_spec("torch") is None:
         return Check("gpu", True, "unknown without torch")
-    import torch  # three seconds: only where the answer is wanted
+    import torch  # takes three seconds
 
     if not torch.cuda.is_available():
         return Check(
@@ -156,14 +161,17 @@ def _accelerator() -> Check:
 
 
 def _authentication() -> Check:
-    """A Ray that bridgework starts itself listens on loopback without tokens; `ray start` needs the variable."""
+    """Check RAY_AUTH_MODE, which `ray start` needs; a Ray that bridgework starts is on loopback."""
     mode = os.environ.get("RAY_AUTH_MODE")
-    advice = "run `export RAY_AUTH_MODE=token` before `ray start`: without it, whoever reaches a cluster's ports runs code"
+    advice = (
+        "run `export RAY_AUTH_MODE=token` before `ray start`, because without it everyone who "
+        "reaches a cluster's ports can run code"
+    )
     if mode is None:
         return Check(
             "RAY_AUTH_MODE",
             True,
-            "not set: a Ray that bridgework starts is on loopback only, and asks for no token",
+            "not set: a Ray that bridgework starts is on loopback only and needs no token",
             advice,
         )
     return _check("RAY_AUTH_MODE", mode.lower() == "token", mode, advice)

@@ -1,4 +1,4 @@
-"""`bridgework ask`, `eval`, `import` and `export`: what is done with one model, from the command line."""
+"""Commands for one model: `bridgework ask`, `eval`, `import` and `export`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,143 +18,180 @@ if TYPE_CHECKING:
     from bridgework.hf.convert import Certificate
     from bridgework.inference.pipeline import Pipeline
 
-importing = typer.Typer(help="Bring in a model from elsewhere.", no_args_is_help=True)
+importing = typer.Typer(help="Import a model of Hugging Face transformers.", no_args_is_help=True)
 out, err = Console(), Console(stderr=True)
-EXAMPLES = 256  # rows of a dataset among which the nearest are looked for
+EXAMPLES = 256  # rows of --like among which the nearest are searched
 
 Model = Annotated[
-    str, typer.Argument(help="llava, llava@challenger, llava:3, or an artifact's folder")
+    str,
+    typer.Argument(
+        help="Registered model (llava, llava@challenger, llava:3) or the folder of an artifact."
+    ),
 ]
 Image = Annotated[
     list[Path] | None,
-    typer.Option("--image", "-i", help="a JPEG, PNG, WebP, GIF or BMP; repeat for several"),
+    typer.Option(
+        "--image", "-i", help="Image file: JPEG, PNG, WebP, GIF or BMP. Repeat for several."
+    ),
 ]
 
 
 @config_class
 class Evaluations:
-    """Evaluations, which a dotted path finds by their names."""
+    """The evaluations of a command, so that `--set` finds each by its name."""
 
     evals: tuple[Any, ...]
 
     def __post_init__(self) -> None:
-        unique("evaluations", [judge.name for judge in self.evals])
+        unique("evaluations", [evaluation.name for evaluation in self.evals])
 
 
 def ask(
     model: Model,
     question: Annotated[
-        str, typer.Argument(help="left out, the model is asked as its training asked")
+        str,
+        typer.Argument(
+            help="Question about the images. [default: the prompt of the model's training]",
+            show_default=False,
+        ),
     ] = "",
     image: Image = None,
     choice: Annotated[
-        list[str] | None, typer.Option(help="choose among these instead of writing; repeat")
+        list[str] | None,
+        typer.Option(help="Score this answer instead of generating one. Repeat for each choice."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="how many to write at most")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of generated tokens.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")
+    ] = 0.0,
     top_p: Annotated[
         float,
         typer.Option(
-            min=0.01, max=1.0, help="draw from the likeliest tokens of this share; 0.9 for captions"
+            min=0.01,
+            max=1.0,
+            help="Sample from the likeliest tokens with this total probability; 0.9 for captions.",
         ),
     ] = 1.0,
     seed: Annotated[
-        int | None, typer.Option(help="of the draws; left out, they differ every time")
+        int | None, typer.Option(help="Seed of the sampling. [default: another one every time]")
     ] = None,
-    beams: Annotated[int, typer.Option(min=1, help="search this wide; 3 to 5 for captions")] = 1,
+    beams: Annotated[
+        int, typer.Option(min=1, help="Beams of a beam search; 3 to 5 for captions.")
+    ] = 1,
     length_penalty: Annotated[
-        float, typer.Option(help="of --beams: below 0 prefers short answers, above 0 long ones")
+        float, typer.Option(help="With --beams: below 0 prefers short answers, above 0 long ones.")
     ] = 1.0,
     repetition_penalty: Annotated[
-        float, typer.Option(min=0.01, help="above 1 avoids words that were written before")
+        float, typer.Option(min=0.01, help="Penalty of repeated tokens; above 1 avoids them.")
     ] = 1.0,
     like: Annotated[
         str | None,
         typer.Option(
-            metavar="DATASET", help="first show pairs of it, those of the nearest images (RICES)"
+            metavar="DATASET",
+            help="Prompt with the pairs of this dataset whose images are nearest (RICES).",
         ),
     ] = None,
-    shots: Annotated[int, typer.Option(min=1, help="how many pairs of --like")] = 4,
+    shots: Annotated[int, typer.Option(min=1, help="Number of pairs of --like.")] = 4,
 ) -> None:
-    """Ask a model about images, on this machine."""
+    """Ask a model about images and print its answer."""
     from bridgework.data.samples import Part
     from bridgework.inference.generation import Sampling
     from bridgework.inference.pipeline import Pipeline
     from bridgework.tracking.mlflow_store import artifact_of
 
-    pictures = [_read(path) for path in image or ()]
+    images = [_read(path) for path in image or ()]
     pipeline = Pipeline.load(artifact_of(model, home()))
-    parts = [Part("user", image=i) for i in range(len(pictures))]
+    parts = [Part("user", image=i) for i in range(len(images))]
     if like is not None:
-        parts, pictures = _after_examples(pipeline, pictures, question, like, shots)
+        parts, images = _few_shot(pipeline, images, question, like, shots)
     elif question:
         parts.append(Part("user", text="\n" * bool(parts) + question))
-    elif len(pictures) == 1:
+    elif len(images) == 1:
         parts = pipeline.inputs.about()
     else:
-        raise DataError("there is nothing to ask: give a question, or one --image to describe")
+        raise DataError(
+            "ask: there is nothing to ask. Fix: give a question, or one --image to describe"
+        )
     choice = choice or list(pipeline.classes)
     if choice:
         table = Table("choice", "score", box=None, pad_edge=False)
-        answers = (
-            choice if like is None else [f" {text}" for text in choice]
-        )  # as those of the examples
-        for ranked in pipeline.rank_answers(parts, pictures, answers):
+        # few-shot examples have a space before the answer
+        answers = choice if like is None else [f" {text}" for text in choice]
+        for ranked in pipeline.rank_answers(parts, images, answers):
             table.add_row(ranked.candidate.strip(), f"{ranked.score:+.2f}")
         out.print(table)
         return
-    how = Sampling(max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, beams=beams,
-                   length_penalty=length_penalty, repetition_penalty=repetition_penalty)  # fmt: skip
-    for piece in pipeline.stream(parts, pictures, **how):
+    sampling = Sampling(
+        max_new_tokens=tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        beams=beams,
+        length_penalty=length_penalty,
+        repetition_penalty=repetition_penalty,
+    )
+    for piece in pipeline.stream(parts, images, **sampling):
         out.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
     out.print()
 
 
-def _after_examples(
-    pipeline: "Pipeline", pictures: list[bytes], question: str, dataset: str, shots: int
+def _few_shot(
+    pipeline: "Pipeline", images: list[bytes], question: str, dataset: str, shots: int
 ) -> tuple[list["Part"], list[bytes]]:
-    """Ask about the one picture after the nearest pairs of a dataset: the prompt of Flamingo."""
+    """Return Flamingo's few-shot prompt: the nearest pairs of a dataset, then the image."""
     from bridgework.evaluation.few_shot import FewShot
 
-    if len(pictures) != 1:
-        raise DataError(f"--like shows examples for one --image, got {len(pictures)}")
-    drawn = FewShot(name="like", dataset=dataset, shots=shots, rows=max(EXAMPLES, shots + 1))
-    asked = replace(drawn, prompts=(question,)) if question else drawn
-    return asked.demonstrate(pipeline, pictures[0], home())
+    if len(images) != 1:
+        raise DataError(f"--like shows examples for one --image. Got {len(images)}; expected 1")
+    few_shot = FewShot(name="like", dataset=dataset, shots=shots, rows=max(EXAMPLES, shots + 1))
+    if question:
+        few_shot = replace(few_shot, prompts=(question,))
+    return few_shot.demonstrate(pipeline, images[0], home())
 
 
 def evaluate(
     model: Model,
     on: Annotated[
         list[str] | None,
-        typer.Option("--on", metavar="KIND:DATASET", help="instead of its own, e.g. vqa:vqav2-val"),
+        typer.Option(
+            "--on",
+            metavar="KIND:DATASET",
+            help="Run this evaluation, e.g. vqa:vqav2-val. Repeat for several. "
+            "[default: those of the model's stage]",
+        ),
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME.FIELD=VALUE", help="vqa.rows=200")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME.FIELD=VALUE",
+            help="Change a field of an evaluation, e.g. vqa.rows=200. Repeat for several.",
+        ),
     ] = None,
 ) -> None:
-    """Judge a model by its stage's evaluations, or by others; pictures go to <home>/evals."""
+    """Evaluate a model and print the metrics; figures are written to <home>/evals."""
     from bridgework.inference.pipeline import Pipeline
     from bridgework.tracking.mlflow_store import artifact_of
 
-    chosen = [_judge(words) for words in on or ()]
+    chosen = [_evaluation(argument) for argument in on or ()]
     pipeline = Pipeline.load(artifact_of(model, home()))
-    judges = _changed(Evaluations(evals=tuple(chosen or pipeline.stage.evals)), set_)
-    if not judges.evals:
+    evaluations = _override(Evaluations(evals=tuple(chosen or pipeline.stage.evals)), set_)
+    if not evaluations.evals:
         raise SpecError(
-            f"stage {pipeline.stage.name} of {model} has no evaluations; add some to its recipe's `evals`, or say "
-            f"--on KIND:DATASET, where KIND is one of {', '.join(_kinds())}"
+            f"stage {pipeline.stage.name} of {model} has no evaluations. "
+            "Fix: add some to its recipe's `evals`, or give --on KIND:DATASET, "
+            f"where KIND is one of {', '.join(_kinds())}"
         )
-    table = Table("figure", "value", box=None, pad_edge=False)
-    for judge in judges.evals:
-        result = judge.run(pipeline, home())
+    table = Table("metric", "value", box=None, pad_edge=False)
+    for evaluation in evaluations.evals:
+        result = evaluation.run(pipeline, home())
         for key, value in result.metrics.items():
             table.add_row(key, f"{value:.4g}")
-        for name, picture in result.pictures.items():
+        for name, figure in result.pictures.items():
             file = home() / "evals" / f"{name}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(file)
-            err.print(f"picture   {file}", soft_wrap=True)
+            figure.save(file)
+            err.print(f"figure    {file}", soft_wrap=True)
     out.print(table)
 
 
@@ -166,61 +203,76 @@ def _kinds() -> dict[str, Any]:
     return {cls.name: cls for cls in found if hasattr(cls, "name")}
 
 
-def _judge(words: str) -> Any:
-    kind, colon, dataset = words.partition(":")
+def _evaluation(argument: str) -> Any:
+    """Return the evaluation of a KIND:DATASET argument. Raises SpecError."""
+    kind, colon, dataset = argument.partition(":")
     if not colon or not dataset:
         raise SpecError(
-            f"--on {words!r} is not of the form KIND:DATASET, e.g. vqa:vqav2-val or retrieval:../my/pairs"
+            f"--on: not of the form KIND:DATASET. Got {argument!r}; "
+            "expected e.g. vqa:vqav2-val or retrieval:../my/pairs"
         )
     known = _kinds()
     if kind not in known:
-        raise SpecError(f"there is no evaluation {kind!r}" + suggest(kind, known))
+        raise SpecError(f"--on: no evaluation {kind!r}{suggest(kind, known)}")
     return known[kind](dataset=dataset)
 
 
-def _changed(judges: Evaluations, words: list[str] | None) -> Evaluations:
-    for word in words or ():
-        if "=" not in word:
+def _override(evaluations: Evaluations, assignments: list[str] | None) -> Evaluations:
+    """Apply the NAME.FIELD=VALUE arguments. Raises SpecError."""
+    changes = {}
+    for assignment in assignments or ():
+        path, equals, value = assignment.partition("=")
+        if not equals:
             raise SpecError(
-                f"{word!r} is not of the form NAME.FIELD=VALUE, e.g. --set vqa.rows=200"
+                f"--set: not of the form NAME.FIELD=VALUE. Got {assignment!r}; "
+                "expected e.g. vqa.rows=200"
             )
-    return override(
-        judges,
-        {f"evals.{path}": value for path, _, value in (w.partition("=") for w in words or ())},
-    )
+        changes[f"evals.{path}"] = value
+    return override(evaluations, changes)
 
 
 @importing.command("hf")
 def import_hf(
-    folder: Annotated[Path, typer.Argument(help="what `save_pretrained` wrote")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a checkpoint, as `save_pretrained` writes it.")
+    ],
     into: Annotated[
-        Path, typer.Argument(metavar="OUT", help="the artifact's folder, which must not exist yet")
+        Path, typer.Argument(metavar="OUT", help="Folder of the artifact; must not exist.")
     ],
 ) -> None:
-    """Make an artifact of a model in Hugging Face's form, and prove that both give the same outputs."""
+    """Import a Hugging Face checkpoint as an artifact, and verify that the outputs are equal."""
     from bridgework.hf import convert
 
-    _show(convert.import_hf(folder, into), into)
+    _print_certificate(convert.import_hf(folder, into), into)
 
 
 def export(
     artifact: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", help="the folder that a stage or an import wrote")
+        Path,
+        typer.Argument(metavar="ARTIFACT", help="Folder of an artifact (a stage or an import)."),
     ],
-    into: Annotated[Path, typer.Argument(metavar="DIR", help="where transformers shall find it")],
+    into: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder for transformers; must not exist.")
+    ],
     as_: Annotated[
-        str | None, typer.Option("--as", metavar="ARCHITECTURE", help="where several fit")
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="ARCHITECTURE",
+            help="Architecture of transformers. [default: the only one that fits]",
+        ),
     ] = None,
 ) -> None:
-    """Write a folder that transformers loads, and prove that both give the same outputs."""
+    """Export an artifact as a transformers checkpoint, and verify that the outputs are equal."""
     from bridgework.hf import convert
 
-    _show(convert.export_hf(artifact, into, as_), into)
+    _print_certificate(convert.export_hf(artifact, into, as_), into)
 
 
-def _show(certificate: "Certificate", into: Path) -> None:
+def _print_certificate(certificate: "Certificate", into: Path) -> None:
     out.print(
-        f"{certificate.architecture}  {certificate.parameters:,} parameters, {certificate.tensors} tensors"
+        f"{certificate.architecture}  {certificate.parameters:,} parameters, "
+        f"{certificate.tensors} tensors"
     )
     table = Table("output", "largest difference", box=None, pad_edge=False)
     for name, difference in certificate.differences.items():
@@ -237,5 +289,5 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror}); give the path of an image"
+            f"{path} cannot be read ({error.strerror}). Fix: give the path of an image"
         ) from None

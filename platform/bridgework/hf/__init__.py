@@ -1,1 +1,1 @@
-"""Hugging Face in and out: one module a family of models, which says what is called what on either side."""
+"""Import from and export to Hugging Face transformers: one module per model family."""

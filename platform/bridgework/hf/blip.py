@@ -1,7 +1,7 @@
-"""BLIP to and from transformers' fine-tunes: captioning, question answering, retrieval.
+"""BLIP to and from transformers: the fine-tunes for captioning, question answering and retrieval.
 
-What transformers has no class for is the whole of pre-training, where a captioner shares the encoder's weights.
-transformers reads a question and a text to match with [CLS] in front; here [ENC] is, as in the release.
+transformers has no class for pre-training, where the captioner shares the encoder's weights. Its
+questions and texts to match begin with [CLS]; here they begin with [ENC], as in the release.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bridgework.errors import SpecError, WeightsError
-from bridgework.hf.common import holding, parameters, renamed, texts
+from bridgework.hf.common import compare_texts, parameter_names, replace_prefix, weights_stage
 from bridgework.hf.processors import image_processor, processor_class
 from bridgework.losses import Contrastive, LanguageModeling, Matching
 from bridgework.models import BlipViTConfig, MEDConfig, MEDTextConfig
@@ -28,7 +28,7 @@ TASKS: Mapping[str, tuple[Task, ...]] = {
     "BlipForImageTextRetrieval": ("contrast", "match"),
 }
 ARCHITECTURES = tuple(TASKS)
-PARTS = {  # ours -> transformers'; its head of words is tied to its embeddings
+PARTS = {  # ours -> transformers'; its LM head is tied to its embeddings
     "vision.tower.": "vision_model.",
     "text.": "text_encoder.",
     "decoder.": "text_decoder.bert.",
@@ -38,28 +38,28 @@ PARTS = {  # ours -> transformers'; its head of words is tied to its embeddings
     "heads.text.": "text_proj.",
     "heads.match.": "itm_head.",
 }
-FIXED = {"text_config": {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "tie_word_embeddings": True},
+FIXED = {  # values of every MED
+    "text_config": {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "tie_word_embeddings": True},
          "vision_config": {"hidden_act": "gelu", "attention_dropout": 0.0}}  # fmt: skip
 
 
-def spec(config: Any, *, tied: bool | None = None) -> MEDConfig:
-    """The wiring of a BlipConfig. Raises WeightsError for what it cannot be."""
+def model_config(config: Any, *, tied: bool | None = None) -> MEDConfig:
+    """Return the model config of a BlipConfig. Raises WeightsError for unsupported fields."""
     text, vision, tasks = config.text_config, config.vision_config, TASKS[_architecture(config)]
-    wanted = {
+    expected = {
         f"{part}.{name}": value for part, fields in FIXED.items() for name, value in fields.items()
     }
-    wanted |= {
+    expected |= {
         "text_config.encoder_hidden_size": vision.hidden_size,
         "text_config.attention_probs_dropout_prob": text.hidden_dropout_prob,
     }
     if {"caption", "answer"} & set(tasks):
-        wanted["text_config.bos_token_id"] = (
-            text.vocab_size - 2
-        )  # [DEC], which begins a text; [ENC] comes after it
-    for name, value in wanted.items():
+        # [DEC], the first token of a generated text; [ENC] is the next id
+        expected["text_config.bos_token_id"] = text.vocab_size - 2
+    for name, value in expected.items():
         part, _, field = name.partition(".")
-        if (found := getattr(getattr(config, part), field)) != value:
-            raise WeightsError(f"this BLIP has {name} {found}, and only {value} is read")
+        if (given := getattr(getattr(config, part), field)) != value:
+            raise WeightsError(f"BLIP: {name} is not supported. Got {given}; expected {value}")
     numbers = {ours: getattr(text, theirs) for ours, theirs in FIELDS.items()}
     return MEDConfig(
         vision=BlipViTConfig(
@@ -76,16 +76,16 @@ def spec(config: Any, *, tied: bool | None = None) -> MEDConfig:
     )
 
 
-def config(model: MEDConfig) -> Any:
-    """The BlipConfig of a wiring. Raises SpecError where transformers has no class for its tasks."""
+def hf_config(model: MEDConfig) -> Any:
+    """Return the BlipConfig of a model config. Raises SpecError for tasks without a class."""
     from transformers import BlipConfig
 
     named = [name for name, tasks in TASKS.items() if set(tasks) == set(model.tasks)]
     if not named or model.momentum is not None:
         raise SpecError(
             f"transformers has no BLIP with the tasks {', '.join(model.tasks)}"
-            + (" and a momentum twin" if model.momentum else "")
-            + "; take a stage that captions, answers, or finds and matches"
+            + (" and a momentum encoder" if model.momentum else "")
+            + ". Fix: export a stage that captions, answers, or does contrast and match"
         )
     return BlipConfig(
         text_config={
@@ -98,39 +98,45 @@ def config(model: MEDConfig) -> Any:
     )
 
 
-def ids(model: MEDConfig, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
-    """The special ids of a model that was trained here; a text ends with `sep_token_id` over there."""
+def special_ids(model: MEDConfig, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
+    """Return the special ids of a model that was trained here.
+
+    In transformers' BLIP a text ends with `sep_token_id`.
+    """
     ending = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     given = {"sep_token_id": ending, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ending}
     return Origin(config={f"text_config.{name}": value for name, value in given.items()})
 
 
-def names(model: MEDConfig) -> Mapping[str, str]:
-    """Our parameters -> transformers', one to one."""
-    return {name: renamed(name, PARTS) for name in parameters(model)}
+def tensor_names(model: MEDConfig) -> Mapping[str, str]:
+    """Return our parameter names -> transformers', one to one."""
+    return {name: replace_prefix(name, PARTS) for name in parameter_names(model)}
 
 
 def stage(model: MEDConfig) -> Stage:
-    """A stage that holds the weights: nothing is trained in it."""
-    writes = "contrast" not in model.tasks
+    """Return the stage for the imported weights; it is never trained."""
+    generates = "contrast" not in model.tasks
     losses: tuple[LossSpec, ...] = (
-        (LanguageModeling(label_smoothing=0.1),) if writes else (Contrastive(), Matching())
+        (LanguageModeling(label_smoothing=0.1),) if generates else (Contrastive(), Matching())
     )
-    template = "answer" if "answer" in model.tasks else "prompted" if writes else "caption"
-    made = holding(model, "-".join(model.tasks), losses, template)
+    template = "answer" if "answer" in model.tasks else "prompted" if generates else "caption"
+    result = weights_stage(model, "-".join(model.tasks), losses, template)
     # answers are ranked by their log-likelihood (BLIP's blip_vqa.py)
-    return replace(made, scoring=Scoring(prior="answer" not in model.tasks))
+    return replace(result, scoring=Scoring(prior="answer" not in model.tasks))
 
 
 def processor(model: MEDConfig, tokenizer: Any, template: str | None) -> Any:
-    """transformers' processor of the pictures and texts of the wiring."""
+    """Return the transformers processor of images and text."""
     return processor_class("BlipProcessor")(
         image_processor=image_processor(model.pixels), tokenizer=tokenizer
     )
 
 
-def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' features, and logits with texts or cosines with log-odds, for two random images and texts."""
+def outputs(ours: Any, theirs: Any, origin: Origin) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (ours, transformers') for two random images and texts.
+
+    Features, and logits with generated texts or cosines with log-odds.
+    """
     text, look, generator = ours.config.text, ours.config.pixels, torch.Generator().manual_seed(0)
     images = torch.randint(
         0, 256, (2, 3, look.size, look.size), dtype=torch.uint8, generator=generator
@@ -148,7 +154,7 @@ def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Ten
         # of a prompt transformers drops the last id, where its processor puts [SEP]
         return found | {
             "logits": (ours(ids, real, pixels=images).logits_BTV, expected),
-            **_texts(ours, theirs, images, ids[:, :3], read[:, :4], said),
+            **_texts(ours, theirs, images, ids[:, :3], read[:, :4], origin),
         }
     if "answer" in ours.config.tasks:  # transformers' own forward gives no logits
         labels = torch.cat(
@@ -160,7 +166,7 @@ def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Ten
         expected = theirs.text_decoder(input_ids=written, encoder_hidden_states=asked).logits
         return found | {
             "logits": (ours(ids, real, labels, images).logits_BTV[:, :-1], expected[:, :-1]),
-            **_texts(ours, theirs, images, ids, read, said),
+            **_texts(ours, theirs, images, ids, read, origin),
         }
     image, words = ours.embed_images(features), ours.embed_texts(ids, real)
     odds = theirs(input_ids=read, pixel_values=pixels).itm_score.diff(dim=1)[:, 0]
@@ -174,13 +180,13 @@ def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Ten
 
 
 def _texts(
-    ours: Any, theirs: Any, images: Tensor, prompts: Tensor, their_prompts: Tensor, said: Origin
+    ours: Any, theirs: Any, images: Tensor, prompts: Tensor, their_prompts: Tensor, origin: Origin
 ) -> dict[str, tuple[Tensor, Tensor]]:
     text, look = ours.config.text, ours.config.pixels
-    ends = {"eos_token_id": said.config.get("text_config.sep_token_id"),
-            "pad_token_id": said.config.get("text_config.pad_token_id")}  # fmt: skip
+    ends = {"eos_token_id": origin.config.get("text_config.sep_token_id"),
+            "pad_token_id": origin.config.get("text_config.pad_token_id")}  # fmt: skip
     captions = "caption" in ours.config.tasks
-    return texts(
+    return compare_texts(
         ours,
         theirs,
         {"ids": prompts, "attention": torch.ones_like(prompts, dtype=torch.bool), "pixels": images},

@@ -1,4 +1,4 @@
-"""CLIP to and from transformers' `CLIPModel`. A ResNet has no place there."""
+"""CLIP to and from transformers' `CLIPModel`, which has no ResNet."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bridgework.errors import SpecError, WeightsError
-from bridgework.hf.common import holding, parameters, renamed, vit
+from bridgework.hf.common import parameter_names, replace_prefix, vit_config, weights_stage
 from bridgework.hf.processors import image_processor, processor_class
 from bridgework.losses import Contrastive
 from bridgework.models import clip_text as text_tower
@@ -26,67 +26,76 @@ PARTS = {  # ours -> transformers'
     "heads.text.": "text_projection.",
     "heads.logit_scale": "logit_scale",
 }
-FIXED = {"layer_norm_eps": 1e-5, "attention_dropout": 0.0}  # what our text tower never is otherwise
+FIXED = {"layer_norm_eps": 1e-5, "attention_dropout": 0.0}  # of our text tower
 
 
-def spec(config: Any, *, tied: bool | None = None) -> DualEncoderConfig:
-    """The wiring of a CLIPConfig. Raises WeightsError for what it cannot be."""
+def model_config(config: Any, *, tied: bool | None = None) -> DualEncoderConfig:
+    """Return the model config of a CLIPConfig. Raises WeightsError for unsupported fields."""
     for name, value in FIXED.items():
-        if (found := getattr(config.text_config, name, value)) != value:
+        if (given := getattr(config.text_config, name, value)) != value:
             raise WeightsError(
-                f"this CLIP has {name} {found} in its clip_text_model, and only {value} is read"
+                f"clip_text_model: {name} is not supported. Got {given}; expected {value}"
             )
     text = {ours: getattr(config.text_config, theirs) for ours, theirs in text_tower.FIELDS.items()}
     return DualEncoderConfig(
-        vision=vit(config.vision_config, "clip", layer=-1, select="cls", fit="crop"),
+        vision=vit_config(config.vision_config, "clip", layer=-1, select="cls", fit="crop"),
         text=CLIPTextConfig(tokenizer=config.name_or_path or "bytes", **text),
         embed=config.projection_dim,
     )
 
 
-def config(model: DualEncoderConfig) -> Any:
-    """The CLIPConfig of a wiring. Raises SpecError where transformers has none."""
+def hf_config(model: DualEncoderConfig) -> Any:
+    """Return the CLIPConfig of a model config.
+
+    Raises SpecError if transformers has no such model.
+    """
     from transformers import CLIPConfig
 
     vision = model.vision
     if not isinstance(vision, ViTConfig) or vision.kind != "clip" or not model.project_image:
         raise SpecError(
-            f"transformers' CLIPModel holds a projected CLIP ViT, not a {type(vision).__name__}"
+            "CLIPModel: vision tower not supported by transformers. "
+            f"Got {type(vision).__name__}; expected a projected CLIP ViT"
         )
-    projected: dict[str, Any] = {"projection_dim": model.embed}
+    projection: dict[str, Any] = {"projection_dim": model.embed}
     return CLIPConfig(
-        vision_config=vision.config().to_dict() | projected,
-        text_config=model.text.config().to_dict() | projected,
-        **projected,
+        vision_config=vision.config().to_dict() | projection,
+        text_config=model.text.config().to_dict() | projection,
+        **projection,
     )
 
 
-def ids(model: DualEncoderConfig, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
-    """The special ids of a model that was trained here."""
+def special_ids(
+    model: DualEncoderConfig, tokenizer: Any, endings: Sequence[int], built: Any
+) -> Origin:
+    """Return the special ids of a model that was trained here."""
     given = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return Origin(config={f"text_config.{name}": value for name, value in given.items()})
 
 
-def names(model: DualEncoderConfig) -> Mapping[str, str]:
-    """Our parameters -> transformers', one to one; no two are tied. `logit_scale` is (1,) here and () there."""
-    return {name: renamed(name, PARTS) for name in parameters(model)}
+def tensor_names(model: DualEncoderConfig) -> Mapping[str, str]:
+    """Return our parameter names -> transformers', one to one; none are tied.
+
+    `logit_scale` is (1,) here and () there.
+    """
+    return {name: replace_prefix(name, PARTS) for name in parameter_names(model)}
 
 
 def stage(model: DualEncoderConfig) -> Stage:
-    """A stage that holds the weights: nothing is trained in it."""
-    return holding(model, "contrast", (Contrastive(temperature=None),), "caption")
+    """Return the stage for the imported weights; it is never trained."""
+    return weights_stage(model, "contrast", (Contrastive(temperature=None),), "caption")
 
 
 def processor(model: DualEncoderConfig, tokenizer: Any, template: str | None) -> Any:
-    """transformers' processor of the pictures and texts of the wiring."""
+    """Return the transformers processor of images and text."""
     return processor_class("CLIPProcessor")(
         image_processor=image_processor(model.pixels), tokenizer=tokenizer
     )
 
 
 @torch.no_grad()
-def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' features and logits for two random images and texts."""
+def outputs(ours: Any, theirs: Any, origin: Origin) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (ours, transformers') embeddings and logits for two random images and texts."""
     generator = torch.Generator().manual_seed(0)
     look, words = ours.vision.config.pixels, theirs.config.text_config
     images = torch.randint(
@@ -95,20 +104,17 @@ def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Ten
     length = min(8, words.max_position_embeddings)
     ids = torch.randint(0, words.vocab_size - 1, (2, length), generator=generator)
     ids[ids == words.eos_token_id] = 0
-    ids[:, -1] = (
-        words.vocab_size - 1 if words.eos_token_id == 2 else words.eos_token_id
-    )  # 2: of the first configs
+    # the first configs have the wrong eos_token_id 2; transformers then reads the highest id
+    ids[:, -1] = words.vocab_size - 1 if words.eos_token_id == 2 else words.eos_token_id
     attention = torch.ones_like(ids)
     expected = theirs(
         input_ids=ids, attention_mask=attention, pixel_values=vision_tower.normalize(images, look)
     )
-    found = ours(ids, attention.bool(), pixels=images)
-    image, text = (
-        nn.functional.normalize(found.image_BD, dim=-1),
-        nn.functional.normalize(found.text_BD, dim=-1),
-    )
+    embedded = ours(ids, attention.bool(), pixels=images)
+    image = nn.functional.normalize(embedded.image_BD, dim=-1)
+    text = nn.functional.normalize(embedded.text_BD, dim=-1)
     return {
         "image": (image, expected.image_embeds),
         "text": (text, expected.text_embeds),
-        "logits": (found.logit_scale[0] * image @ text.T, expected.logits_per_image),
+        "logits": (embedded.logit_scale[0] * image @ text.T, expected.logits_per_image),
     }

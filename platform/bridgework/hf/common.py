@@ -1,6 +1,4 @@
-"""Helpers of all families: configs compared, names by prefix, special ids, random rows, texts, a stage for weights."""
-
-# B rows  N tokens written  V vocabulary
+"""Helpers of all families: config fields, tensor names, special ids, and comparison of outputs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,21 +27,22 @@ from bridgework.system import (
 )
 
 IMAGE_WORD = "<image>"
-WRITTEN = 5  # tokens of greedy text that are compared, whatever the settings of either side
-LONGEST = 32  # tokens of a text that ends by itself, at most
-BEYOND = 8  # tokens of a prompt beyond a window
-IDS = (  # settings of generation that name tokens
+GREEDY_TOKENS = 5  # tokens of greedy text that are compared, for any settings of either side
+MAX_TOKENS = 32  # of a text that ends by an end token
+BEYOND_WINDOW = 8  # tokens of a prompt beyond a window
+TOKEN_SETTINGS = (  # generation settings that name tokens
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
     "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
 )  # fmt: skip
-UNSAID = (
+# generation settings that are not exported from a language model's own weights
+DROPPED_SETTINGS = (
     "transformers_version",
     "use_cache",
     "output_attentions",
     "output_hidden_states",
-)  # of a drawn model's settings
-SPECIAL = ("*_token_id", "*_token_index")  # fields of configs that name tokens
-VOLATILE = (
+)
+TOKEN_FIELDS = ("*_token_id", "*_token_index")  # config fields that name tokens
+VOLATILE = (  # config fields that are not compared
     "*architectures",
     "*dtype",
     "*transformers_version",
@@ -51,229 +50,236 @@ VOLATILE = (
     "*_attn_implementation*",
     "*auto_map",
 )
-UNREAD = (  # fields of configs that no forward at rest reads; nor does any read one that its config does not declare
-    *SPECIAL, "*initializer*", "*_init_value", "*dropout*", "*projection_dim", "*output_attentions", "*use_cache",
-    "*output_hidden_states", "*return_dict", "*id2label", "*label2id", "*problem_type", "*tie_word_embeddings",
-    "*image_seq_length", "*chunk_size_feed_forward", "*label_smoothing", "*vision_config.vocab_size", "*pretraining_tp",
-    "*router_aux_loss_coef", "*layerdrop", "*model_type", "*freeze_*", "perceiver_config.use_resampler",
+# config fields that no forward in eval mode reads; undeclared fields are not read either
+UNREAD = (
+    *TOKEN_FIELDS, "*initializer*", "*_init_value", "*dropout*", "*projection_dim",
+    "*output_attentions", "*use_cache", "*output_hidden_states", "*return_dict", "*id2label",
+    "*label2id", "*problem_type", "*tie_word_embeddings", "*image_seq_length",
+    "*chunk_size_feed_forward", "*label_smoothing", "*vision_config.vocab_size", "*pretraining_tp",
+    "*router_aux_loss_coef", "*layerdrop", "*model_type", "*freeze_*",
+    "perceiver_config.use_resampler",
 )  # fmt: skip
 
 
-# --- configs ---------------------------------------------------------------------------------------------------------
+# --- configs
 
 
-def fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the fields of a config of transformers by dotted path; parts such as `text_config` are opened."""
-    found: dict[str, Any] = {}
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the fields of a transformers config and its nested configs by dotted path."""
+    flat: dict[str, Any] = {}
     for name, value in config.items():
         path = f"{prefix}{name}"
         if name.endswith("_config") and isinstance(value, Mapping):
-            found |= fields(value, f"{path}.")
+            flat |= flatten_config(value, f"{path}.")
         elif not any(fnmatchcase(path, glob) for glob in VOLATILE):
-            found[path] = listed(value)
-    return found
+            flat[path] = to_json(value)
+    return flat
 
 
-def unequal(own: Any, other: Any) -> dict[str, tuple[Any, Any]]:
-    """Return the fields of two configs that differ, as (own, other); a field that one lacks is None there."""
-    ours, theirs = fields(own.to_dict()), fields(other.to_dict())
+def config_diff(own: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the fields that differ as path -> (own, other); a missing field is None."""
+    ours, theirs = flatten_config(own.to_dict()), flatten_config(other.to_dict())
     paths = sorted(ours.keys() | theirs.keys())
     pairs = {path: (ours.get(path), theirs.get(path)) for path in paths}
     return {path: (a, b) for path, (a, b) in pairs.items() if a != b}
 
 
 def is_read(path: str, unread: Sequence[str] = ()) -> bool:
-    """Return whether a forward may read the field of a config."""
+    """Return True if a forward pass may read the config field."""
     return not any(fnmatchcase(path, glob) for glob in (*UNREAD, *unread))
 
 
 def overlay(config: Any, values: Mapping[str, Any]) -> Any:
-    """Set fields of a config by dotted path, in place, and return it."""
+    """Set config fields by dotted path, in place, and return the config."""
     for path, value in values.items():
         *parts, name = path.split(".")
         part = config
         for step in parts:
             part = getattr(part, step)
-        setattr(part, name, listed(value))
+        setattr(part, name, to_json(value))
     return config
 
 
-def listed(value: Any) -> Any:
-    """Return a value of JSON with lists where recipes hold tuples."""
+def to_json(value: Any) -> Any:
+    """Return a JSON value: tuples become lists, keys strings."""
     if isinstance(value, Mapping):
-        return {str(key): listed(item) for key, item in value.items()}
-    return [listed(item) for item in value] if isinstance(value, list | tuple) else value
+        return {str(key): to_json(item) for key, item in value.items()}
+    return [to_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def expect(config: Any, wanted: Mapping[str, object]) -> None:
-    """Raises WeightsError for a config of transformers that says otherwise."""
-    for name, value in wanted.items():
-        if (found := getattr(config, name)) != value:
+def check_fields(config: Any, expected: Mapping[str, object]) -> None:
+    """Raise WeightsError if a transformers config has other values than the `expected` ones."""
+    for name, value in expected.items():
+        if (given := getattr(config, name)) != value:
             raise WeightsError(
-                f"this {config.model_type} has {name} {found}, and only {value} is read"
+                f"{config.model_type}: {name} is not supported. Got {given}; expected {value}"
             )
 
 
-def eva(config: Any) -> EvaConfig:
-    """Return the tower of a BLIP-2 or an InstructBLIP. Raises WeightsError for what it cannot be."""
-    expect(config, {**EVA_FIXED, "attention_dropout": 0.0})
+def eva_config(config: Any) -> EvaConfig:
+    """Return the vision tower of BLIP-2 or InstructBLIP.
+
+    Raises WeightsError for unsupported fields.
+    """
+    check_fields(config, {**EVA_FIXED, "attention_dropout": 0.0})
     return EvaConfig(**{ours: getattr(config, theirs) for ours, theirs in VIT_FIELDS.items()})
 
 
-def vit(config: Any, kind: Literal["clip", "siglip"], **choices: Any) -> ViTConfig:
-    """Return the tower of a config of transformers; `choices` are the fields that a config does not have."""
+def vit_config(config: Any, kind: Literal["clip", "siglip"], **choices: Any) -> ViTConfig:
+    """Return the vision tower of a transformers config; `choices` are fields that it lacks."""
     numbers = {ours: getattr(config, theirs) for ours, theirs in VIT_FIELDS.items()}
     eps = ViTConfig.own_norm_eps(config)
     return ViTConfig(kind=kind, act=config.hidden_act, norm_eps=eps, **numbers, **choices)
 
 
-# --- parameters ------------------------------------------------------------------------------------------------------
+# --- parameters
 
 
-def parameters(model: Any) -> list[str]:
-    """Return the names of a spec's parameters, one for tied ones, without a byte of memory."""
+def parameter_names(model: Any) -> list[str]:
+    """Return the parameter names of a model config, one name for tied parameters.
+
+    The model is built on the meta device, without memory.
+    """
     with torch.device("meta"):
         return [name for name, _ in model.build(pretrained=False).named_parameters()]
 
 
-def renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    """Return `name` with the first of `prefixes` that it begins with exchanged."""
+def replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+    """Replace the prefix of a name, by the first entry of `prefixes` that matches."""
     ours = next(prefix for prefix in prefixes if name.startswith(prefix))
     return prefixes[ours] + name.removeprefix(ours)
 
 
-# --- special ids -----------------------------------------------------------------------------------------------------
+# --- special ids
 
 
-def image_word(language: LanguageConfig, tokenizer: Any) -> int:
-    """Return the id of an image: that of `<image>`, else the first without a token, which may be one row too many."""
+def image_token_id(language: LanguageConfig, tokenizer: Any) -> int:
+    """Return the token id of an image: that of `<image>`, else the first id without a token.
+
+    The latter is `language.vocab`, one row beyond the embeddings, if every row has a token.
+    """
     known = tokenizer.get_vocab()
-    found: int | None = known.get(IMAGE_WORD)
-    return min(language.vocab, max(known.values()) + 1) if found is None else found
+    token_id: int | None = known.get(IMAGE_WORD)
+    return min(language.vocab, max(known.values()) + 1) if token_id is None else token_id
 
 
-def image_words(said: Origin) -> Mapping[int, str]:
-    """Return the word of an image by its id; none where the config names none."""
-    word = said.config.get("image_token_index")
-    return {} if word is None else {word: IMAGE_WORD}
+def image_tokens(origin: Origin) -> Mapping[int, str]:
+    """Return the image token by its id; {} if the config has none."""
+    token_id = origin.config.get("image_token_index")
+    return {} if token_id is None else {token_id: IMAGE_WORD}
 
 
-def language_ids(
-    tokenizer: Any, endings: Sequence[int], model: Any, word: int | None = None
+def language_special_ids(
+    tokenizer: Any, endings: Sequence[int], model: Any, image_token: int | None = None
 ) -> Origin:
-    """Return the special ids of a language model that was trained here, and its settings of generation.
+    """Return the special ids and generation settings of a language model that was trained here.
 
-    What its own weights said of generation stays; `endings` are all ids that end an answer. An id that has no row in
-    the vocabulary is left out.
+    The settings of its pretrained weights are kept; `endings` are all ids that end an answer. Ids
+    beyond the vocabulary are left out.
     """
     vocab = int(model.language.get_input_embeddings().weight.shape[0])
-    said = {
+    settings = {
         name: value
         for name, value in model.language.generation_config.to_diff_dict().items()
-        if not name.startswith("_") and name not in UNSAID
+        if not name.startswith("_") and name not in DROPPED_SETTINGS
     }
-    own = said.get("eos_token_id")
+    own = settings.get("eos_token_id")
     ends = {*endings, *(own if isinstance(own, list | tuple) else () if own is None else (own,))}
     eos = sorted(
         ending for ending in ends if ending < vocab or ending in getattr(model, "endings", ())
     )
-    marks = {
-        "bos_token_id": said.get("bos_token_id", tokenizer.bos_token_id),
+    others = {
+        "bos_token_id": settings.get("bos_token_id", tokenizer.bos_token_id),
         "pad_token_id": tokenizer.pad_token_id,
     }
     ids: dict[str, Any] = {
-        name: mark for name, mark in marks.items() if mark is not None and mark < vocab
+        name: value for name, value in others.items() if value is not None and value < vocab
     }
     if eos:
         ids["eos_token_id"] = eos[0] if len(eos) == 1 else eos
     config = {f"text_config.{name}": value for name, value in ids.items()}
-    config |= {} if word is None else {"image_token_index": word}
-    return Origin(config=config, generation=said | ids)
+    config |= {} if image_token is None else {"image_token_index": image_token}
+    return Origin(config=config, generation=settings | ids)
 
 
-# --- texts -----------------------------------------------------------------------------------------------------------
+# --- comparison of outputs
 
 
-def exported_settings(
+def compare_prefix_vlm(
     ours: Any,
     theirs: Any,
-    said: Origin,
-    places: int,
+    origin: Origin,
+    num_image_tokens: int,
     *,
-    heard: int | None = None,
+    instruction_vocab: int | None = None,
     nested: bool = False,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return both sides' image tokens, logits and texts for random rows with an image of `places` tokens in each.
+    """Return (ours, transformers') features, logits and texts for random rows with one image each.
 
-    Of an encoder-decoder the logits of the answer. With `heard`, the size of its vocabulary, there are instructions.
-    `nested` is a model whose language model generates by the special ids of its own config.
+    The logits of an encoder-decoder are those of the answer. With `instruction_vocab`, the rows
+    have instructions. `nested`: the language model generates with the special ids of its own
+    config.
     """
-    generator, look, text = (
-        torch.Generator().manual_seed(0),
-        ours.vision.config.pixels,
-        theirs.config.text_config,
-    )
-    if (
-        theirs.config.image_token_index is None
-    ):  # of a config before transformers 4.45: any word will do
+    generator = torch.Generator().manual_seed(0)
+    look, text = ours.vision.config.pixels, theirs.config.text_config
+    if theirs.config.image_token_index is None:  # a config before transformers 4.45: any id works
         theirs.config.image_token_index = text.vocab_size - 1
-    word, length = theirs.config.image_token_index, 7 + resolve_attribute(text, places)
+    image_token = theirs.config.image_token_index
+    length = 7 + tokens_beyond_windows(text, num_image_tokens)
     rows = 2 if length == 7 else 1
     images = torch.randint(
         0, 256, (rows, 3, look.size, look.size), dtype=torch.uint8, generator=generator
     )
     vocab = int(ours.language.get_input_embeddings().weight.shape[0])
     tokens = torch.randint(0, vocab - 1, (rows, length), generator=generator)
-    tokens[tokens == word] = vocab - 1
-    ids = torch.cat([tokens[:, :1], torch.full((rows, places), IMAGE), tokens[:, 1:]], dim=1)
-    labels, attention, words = (
-        ids.clone(),
-        torch.ones_like(ids, dtype=torch.bool),
-        ids.masked_fill(ids == IMAGE, word),
-    )
+    tokens[tokens == image_token] = vocab - 1
+    placeholders = torch.full((rows, num_image_tokens), IMAGE)
+    ids = torch.cat([tokens[:, :1], placeholders, tokens[:, 1:]], dim=1)
+    labels, attention = ids.clone(), torch.ones_like(ids, dtype=torch.bool)
+    their_ids = ids.masked_fill(ids == IMAGE, image_token)
     labels[:, :-3] = IGNORE
-    given, shown = {}, {"pixel_values": normalize(images, look)}
-    if heard is not None:
-        given["instruction"] = shown["qformer_input_ids"] = torch.randint(
-            0, heard, (rows, 5), generator=generator
+    instruction, their_inputs = {}, {"pixel_values": normalize(images, look)}
+    if instruction_vocab is not None:
+        instruction["instruction"] = their_inputs["qformer_input_ids"] = torch.randint(
+            0, instruction_vocab, (rows, 5), generator=generator
         )
-    features = theirs.get_image_features(**shown).pooler_output
-    logits = ours(ids, attention, labels, images, **given).logits_BTV
+    features = theirs.get_image_features(**their_inputs).pooler_output
+    logits = ours(ids, attention, labels, images, **instruction).logits_BTV
     if not text.is_encoder_decoder:
-        expected = theirs(input_ids=words, **shown).logits[..., :vocab]
+        expected = theirs(input_ids=their_ids, **their_inputs).logits[..., :vocab]
     else:
         logits = logits[:, -4:-1]
         expected = theirs(
-            input_ids=words[:, :-3], labels=words[:, -3:].contiguous(), **shown
+            input_ids=their_ids[:, :-3], labels=their_ids[:, -3:].contiguous(), **their_inputs
         ).logits
-    own, other = (
-        {"ids": ids, "attention": attention, "pixels": images, **given},
-        {"input_ids": words, **shown},
-    )
+    ends = origin.generation
+    if nested:
+        ends = {name: origin.config.get(f"text_config.{name}") for name in TOKEN_SETTINGS}
     return {
         "features": (
-            ours.images(images, None, *given.values()).flatten(0, 1),
+            ours.images(images, None, *instruction.values()).flatten(0, 1),
             torch.cat([*features]),
         ),
         "logits": (logits, expected),
-        **texts(
+        **compare_texts(
             ours,
             theirs,
-            own,
-            other,
-            ends={name: said.config.get(f"text_config.{name}") for name in IDS}
-            if nested
-            else said.generation,
-            skip=1 if text.is_encoder_decoder else words.shape[1],
-            never=() if text.vocab_size == vocab else (word,),  # a row that only the other side has
+            {"ids": ids, "attention": attention, "pixels": images, **instruction},
+            {"input_ids": their_ids, **their_inputs},
+            ends=ends,
+            skip=1 if text.is_encoder_decoder else their_ids.shape[1],
+            never=()
+            if text.vocab_size == vocab
+            else (image_token,),  # only their model has the row
         ),
     }
 
 
-def resolve_attribute(text: Any, places: int) -> int:
-    """Return how many tokens more than a few a prompt takes to go beyond every window of a config, images included.
+def tokens_beyond_windows(text: Any, num_image_tokens: int) -> int:
+    """Return how many more tokens a prompt needs to exceed every attention window of a config.
 
-    A window, a chunk, or the length from which angles are scaled. 0 where the context ends before.
+    A window is a sliding window, an attention chunk, or the length from which RoPE is scaled.
+    Returns 0 if the context is too short for it.
     """
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = [
@@ -287,80 +293,83 @@ def resolve_attribute(text: Any, places: int) -> int:
         for name in ("sliding_window", "attention_chunk_size", "window_size")
     ]
     longest = getattr(text, "max_position_embeddings", None) or 0
-    most = longest - places - 7 - LONGEST
+    most = longest - num_image_tokens - 7 - MAX_TOKENS
     return max(
         (
             beyond
             for window in (*windows, *scaled)
-            if window and (beyond := window + BEYOND) <= most
+            if window and (beyond := window + BEYOND_WINDOW) <= most
         ),
         default=0,
     )
 
 
-def texts(
+def compare_texts(
     ours: Any,
     theirs: Any,
-    own: Mapping[str, Any],
-    other: Mapping[str, Any],
+    our_inputs: Mapping[str, Any],
+    their_inputs: Mapping[str, Any],
     *,
     ends: Mapping[str, Any],
     skip: int,
     never: Sequence[int] = (),
     forced: bool = False,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the ids that both sides write, `own` and `other` being the inputs of each `generate`.
+    """Return the ids that both sides generate, as (ours, theirs).
 
-    `greedy`: WRITTEN tokens, whatever either side's settings are. `until_end`: a text that ends by itself; the other
-    side hears its own special ids alone, and this side `ends`. The other side puts `skip` ids first and never writes
-    `never`. `forced` is a family whose `generate` takes its end from the config, whatever the settings are.
+    greedy      GREEDY_TOKENS tokens, for any generation settings
+    until_end   text up to an end token: ours by `ends`, theirs by the special ids of their settings
+
+    Their `generate` puts `skip` ids in front, which are removed, and must not generate the ids
+    `never`. `forced`: their `generate` reads its end token from the config and ignores the
+    settings.
     """
-    how = {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN, "do_sample": False}
-    barred = {"suppress_tokens": [*never]} if never else {}
-    named = {name: listed(ends[name]) for name in IDS if ends.get(name) is not None}
+    fixed = {"max_new_tokens": GREEDY_TOKENS, "min_new_tokens": GREEDY_TOKENS, "do_sample": False}
+    suppressed = {"suppress_tokens": [*never]} if never else {}
+    end_ids = {name: to_json(ends[name]) for name in TOKEN_SETTINGS if ends.get(name) is not None}
     with _settings(ours), _settings(theirs):
         greedy = (
-            ours.generate(**own, **how, **(named if forced else {})),
-            theirs.generate(**other, **how, **barred)[:, -WRITTEN:],
+            ours.generate(**our_inputs, **fixed, **(end_ids if forced else {})),
+            theirs.generate(**their_inputs, **fixed, **suppressed)[:, -GREEDY_TOKENS:],
         )
-    free = {"max_new_tokens": LONGEST, "do_sample": False}
-    if barred:
-        barred["suppress_tokens"] = [*barred["suppress_tokens"], *named.get("suppress_tokens", ())]
-    with _settings(ours), _settings(theirs, IDS):
+    free = {"max_new_tokens": MAX_TOKENS, "do_sample": False}
+    if suppressed:
+        suppressed["suppress_tokens"] += end_ids.get("suppress_tokens", ())
+    with _settings(ours), _settings(theirs, TOKEN_SETTINGS):
         until_end = (
-            ours.generate(**own, **free, **named),
-            theirs.generate(**other, **free, **barred)[:, skip:],
+            ours.generate(**our_inputs, **free, **end_ids),
+            theirs.generate(**their_inputs, **free, **suppressed)[:, skip:],
         )
     return {"greedy": greedy, "until_end": until_end}
 
 
 @contextmanager
 def _settings(
-    model: nn.Module, kept: Sequence[str] = ("decoder_start_token_id",)
+    model: nn.Module, names: Sequence[str] = ("decoder_start_token_id",)
 ) -> Iterator[None]:
-    """Leave only the settings `kept` in every `generation_config` of the model; all are put back afterwards."""
+    """Keep only the settings `names` in every `generation_config` of the model, for the block."""
     from transformers import GenerationConfig
 
-    writers: list[Any] = [
+    modules: list[Any] = [
         module for module in model.modules() if hasattr(module, "generation_config")
     ]
-    said = {module: module.generation_config for module in writers}
-    for module, given in said.items():
+    before = {module: module.generation_config for module in modules}
+    for module, config in before.items():
         module.generation_config = GenerationConfig(
-            **{name: getattr(given, name, None) for name in kept}
+            **{name: getattr(config, name, None) for name in names}
         )
     try:
         yield
     finally:
-        for module, given in said.items():
-            module.generation_config = given
+        for module, config in before.items():
+            module.generation_config = config
 
 
-# --- stages ----------------------------------------------------------------------------------------------------------
+# --- stages
 
 
-def holding(model: ModelSpec, name: str, losses: Sequence[LossSpec], template: str) -> Stage:
-    """Return a stage that holds weights: nothing is trained in it."""
+def weights_stage(model: ModelSpec, name: str, losses: Sequence[LossSpec], template: str) -> Stage:
+    """Return a stage for imported weights; it is never trained."""
     source = Source(name="shapes", dataset="synthetic:shapes")
     return Stage(
         name=name,

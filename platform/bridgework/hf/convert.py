@@ -1,8 +1,8 @@
-"""Conversion of a folder of transformers into an artifact and back, with a certificate that both sides agree.
+"""Conversion of a transformers checkpoint to an artifact and back, verified by a certificate.
 
-A family of models is one module of this package: `ARCHITECTURES`, `spec` and `config` (the numbers), `ids` (special
-tokens and settings of generation of a model trained here), `names` (the tensors), `stage` (holds them), `processor`
-(pictures and texts), `outputs` (both sides of each comparison: numbers closely, token ids exactly).
+A model family is one module of this package with the functions of `Family`, e.g. llava.py.
+`import_hf` and `export_hf` compare the outputs of both models on random input: numbers within
+CLOSE, token ids exactly.
 """
 
 import hashlib
@@ -27,7 +27,14 @@ from torch import Tensor, nn
 from bridgework import __version__, artifacts
 from bridgework.data.tokenization import SampleEncoder, load_tokenizer
 from bridgework.errors import SpecError, WeightsError, suggest
-from bridgework.hf.common import SPECIAL, fields, is_read, listed, overlay, unequal
+from bridgework.hf.common import (
+    TOKEN_FIELDS,
+    config_diff,
+    flatten_config,
+    is_read,
+    overlay,
+    to_json,
+)
 from bridgework.inference.generation import StopConditions
 from bridgework.models import lora, pretrained
 from bridgework.models.language import LanguageConfig, is_tied
@@ -35,10 +42,10 @@ from bridgework.models.origin import Origin
 from bridgework.models.vision import ViTConfig
 from bridgework.system import ModelSpec, Stage, System
 
-CLOSE = 1e-5  # in float32: what two orders of the same arithmetic may differ by, as a share of the largest value
+CLOSE = 1e-5  # largest difference in float32 between two orders of the same arithmetic, relative
 CERTIFICATE = "parity.json"
-LISTED = 10  # names in an error
-SECOND = "qformer_tokenizer"  # where transformers keeps the tokenizer of a second stream
+MAX_LISTED = 10  # names in an error
+SECOND = "qformer_tokenizer"  # transformers' folder of a second tokenizer
 PROCESSOR_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -46,33 +53,50 @@ PROCESSOR_FILES = (
     "*.jinja",
 )
 TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", *PROCESSOR_FILES)
-DTYPES = {
+DTYPES = {  # of safetensors
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-}  # of safetensors
+}
 
 
 class Family(Protocol):
-    """One module of this package."""
+    """A model family: one module of this package. `model` is a model config, `built` its module.
+
+    Optional: `unread(model)`, config fields that this architecture does not read, and
+    `added_tokens(model, origin)`, tokens by id that the tokenizer needs.
+    """
 
     ARCHITECTURES: tuple[str, ...]
 
-    def spec(self, config: Any, *, tied: bool | None = None) -> ModelSpec: ...
-    def config(self, model: Any) -> Any: ...
-    def ids(self, model: Any, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin: ...
-    def names(self, model: Any) -> Mapping[str, str]: ...
-    def stage(self, model: Any) -> Stage: ...
-    def processor(self, model: Any, tokenizer: Any, template: str | None) -> Any: ...
+    def model_config(self, config: Any, *, tied: bool | None = None) -> ModelSpec:
+        """Return the model config of a transformers config."""
+
+    def hf_config(self, model: Any) -> Any:
+        """Return the transformers config of a model config."""
+
+    def special_ids(self, model: Any, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
+        """Return the special ids and generation settings of a model that was trained here."""
+
+    def tensor_names(self, model: Any) -> Mapping[str, str]:
+        """Return our tensor names -> transformers'."""
+
+    def stage(self, model: Any) -> Stage:
+        """Return the stage for imported weights."""
+
+    def processor(self, model: Any, tokenizer: Any, template: str | None) -> Any:
+        """Return the transformers processor of images and text."""
+
     def outputs(
-        self, ours: Any, theirs: Any, said: Origin
-    ) -> Mapping[str, tuple[Tensor, Tensor]]: ...
+        self, ours: Any, theirs: Any, origin: Origin
+    ) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return the compared outputs as name -> (ours, transformers')."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """The continuation that each side wrote of the same prompts: token ids, which are equal or not."""
+    """The token ids that each side generated for the same prompts."""
 
     ours: list[list[int]]
     theirs: list[list[int]]
@@ -81,26 +105,28 @@ class Text:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The comparison after a conversion: both sides on the same random input, in float32 on a CPU.
+    """Result of a conversion: both models compared on the same random input, in float32 on a CPU.
 
-    There is one only where the fields of both configs, the special ids and the settings of generation are equal too.
+    It exists only if the config fields, the special ids and the generation settings of both are
+    equal too.
     """
 
     architecture: str
     tensors: int
     parameters: int
     digest: str  # sha256 over names and bytes of the tensors, under transformers' names
-    differences: Mapping[str, float]  # of each output, as a share of its largest value
-    texts: Mapping[str, Text] = field(default_factory=dict)  # of each output that is token ids
+    differences: Mapping[str, float]  # by output, relative to its largest value
+    texts: Mapping[str, Text] = field(default_factory=dict)  # by output of token ids
     fields: int = 0  # of the config
     ids: Mapping[str, Any] = field(default_factory=dict)  # special ids by their path in the config
-    generation: Mapping[str, Any] = field(default_factory=dict)  # settings of generation
+    generation: Mapping[str, Any] = field(default_factory=dict)  # generation settings
     limit: float = CLOSE
     bridgework: str = __version__
     transformers: str = ""
 
     @property
     def holds(self) -> bool:
+        """True if all differences are within `limit` and all texts are equal."""
         close = all(difference <= self.limit for difference in self.differences.values())
         return close and all(text.equal for text in self.texts.values())
 
@@ -116,50 +142,53 @@ def families() -> dict[str, Family]:
 
 
 def imported(folder: Path, home: Path) -> Path:
-    """The artifact of a model that `save_pretrained` wrote, kept under <home>/cache. Raises what `import_hf` does."""
+    """Return the artifact of a checkpoint, imported to <home>/cache once.
+
+    Raises as `import_hf` does.
+    """
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         state = file.stat()
         digest.update(f"{file.absolute()}:{state.st_size}:{state.st_mtime_ns}\n".encode())
-    kept = home.absolute() / "cache" / "imported" / f"{folder.name}-{digest.hexdigest()[:12]}"
-    if not kept.is_dir():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        import_hf(folder, kept)
-    return kept
+    cached = home.absolute() / "cache" / "imported" / f"{folder.name}-{digest.hexdigest()[:12]}"
+    if not cached.is_dir():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        import_hf(folder, cached)
+    return cached
 
 
 def import_hf(folder: Path, out: Path) -> Certificate:
-    """Write the artifact of a model that `save_pretrained` wrote to `folder` under `out`; nothing is fetched.
+    """Convert the checkpoint in `folder`, as `save_pretrained` writes it, to an artifact in `out`.
 
-    Raises WeightsError for a folder that holds no model, an architecture that is not known, missing or extra tensors,
-    a field of the config that changes outputs and has no place here, and where the outputs of the two disagree: then
-    nothing is written.
+    Works offline. Raises WeightsError, and writes nothing, for a folder without a model, an unknown
+    architecture, missing or extra tensors, a config field that changes outputs and is not supported
+    here, and outputs that disagree.
     """
     config = _config(folder)
     if not config.architectures:
         raise WeightsError(
-            f"{folder}/config.json names no architecture; known: {', '.join(sorted(families()))}"
+            f"{folder}/config.json: no architecture. "
+            f"Expected one of {', '.join(sorted(families()))}"
         )
     architecture, family = _family(config.architectures[0])
     theirs = _load(architecture, folder)
-    spec: Any = family.spec(config, tied=_tied(theirs))
+    spec: Any = family.model_config(config, tied=_tied(theirs))
     origin = _origin(family, spec, config, theirs)
-    names = family.names(spec)
+    names = family.tensor_names(spec)
     state = _as_stored(_ours(names, theirs, spec), names, folder)
     artifacts.check_finite(state, str(folder))
     ours = spec.build(pretrained=False)
     artifacts.load_into(ours, {name: tensor.float() for name, tensor in state.items()}, str(folder))
     certificate = certify(family, architecture, ours, theirs, origin)
-    with _whole(out) as partial:
+    with _atomic_folder(out) as partial:
         spec = replace(spec, origin=origin)
         stage = family.stage(
             _with_tokenizer(spec, folder, partial / "tokenizer", out / "tokenizer")
         )
         system = System(name=architecture.lower(), paper="", stages=(stage,))
-        drawn = {
-            name: p for name, p in ours.named_parameters() if name not in state
-        }  # no place for it over there
-        artifacts.save(partial / "artifact", drawn | state, system=system, stage=stage.name)
+        # parameters that transformers' model does not have
+        initialized = {name: p for name, p in ours.named_parameters() if name not in state}
+        artifacts.save(partial / "artifact", initialized | state, system=system, stage=stage.name)
         for file in (partial / "artifact").iterdir():
             file.rename(partial / file.name)
         (partial / "artifact").rmdir()
@@ -168,100 +197,110 @@ def import_hf(folder: Path, out: Path) -> Certificate:
 
 
 def export_hf(path: Path, out: Path, architecture: str | None = None) -> Certificate:
-    """Write a folder under `out` that transformers loads and serves, of the artifact under `path`; adapters merged.
+    """Convert the artifact at `path` to a transformers checkpoint in `out`, with merged adapters.
 
-    It holds the weights, the config with every special id, the settings of generation, the tokenizer, the processor
-    and the chat template. Raises SpecError where transformers has no such model, or more than one and `architecture`
-    names none of them; WeightsError for a field of the loaded weights' config that has no place there, and for a
-    folder that does not come back as it was meant.
+    The folder contains the weights, the config with every special id, the generation settings, the
+    tokenizer, the processor and the chat template. Raises SpecError if transformers has no such
+    model, or several and `architecture` is none of them; WeightsError for a config field that
+    transformers does not support, and for a folder that reads back differently.
     """
     loaded = artifacts.load(path)
     model = cast(Any, loaded.model)
     spec = _as_built(lora.merge_adapters(loaded.stage.model, model), model, str(path))
-    architecture, family, config = _fitting(spec, architecture)
+    architecture, family, config = _choose_family(spec, architecture)
     tokenizer = load_tokenizer(spec.tokenizer)
-    said = _said(family, spec, loaded, tokenizer)
-    overlay(config, said.config)
-    kept, names = artifacts.weights(path), family.names(spec)  # in the precision that they came in
-    state = {hf: kept.get(own, model.get_parameter(own).detach()) for own, hf in names.items()}
+    origin = _export_origin(family, spec, loaded, tokenizer)
+    overlay(config, origin.config)
+    stored, names = artifacts.weights(path), family.tensor_names(spec)  # stored in their own dtype
+    state = {hf: stored.get(own, model.get_parameter(own).detach()) for own, hf in names.items()}
     if (
         hasattr(spec, "language")
-        and (word := said.config.get("image_token_index")) == spec.language.vocab
+        and (image_token := origin.config.get("image_token_index")) == spec.language.vocab
     ):
-        state |= _longer(model.language, names, state)
-        config.text_config.vocab_size = word + 1
+        state |= _append_row(model.language, names, state)
+        config.text_config.vocab_size = image_token + 1
     theirs = _empty(architecture, config, state)
     if theirs.can_generate():
-        theirs.generation_config = _generation(said)
-    certificate = certify(family, architecture, model, theirs, said)
-    with _whole(out) as partial:
-        _save(theirs, said, partial)
+        theirs.generation_config = _generation_config(origin)
+    certificate = certify(family, architecture, model, theirs, origin)
+    with _atomic_folder(out) as partial:
+        _save(theirs, origin, partial)
         trained = spec.origin is None or loaded.info.steps > 0
         _write_processor(
-            family, spec, loaded.stage.data.template if trained else None, tokenizer, said, partial
+            family,
+            spec,
+            loaded.stage.data.template if trained else None,
+            tokenizer,
+            origin,
+            partial,
         )
-        _check_written(theirs, said, partial)
+        _check_reads_back(theirs, origin, partial)
         _write(certificate, partial)
         for file in (file for file in partial.rglob("*") if file.is_file()):
-            shutil.copymode(partial / CERTIFICATE, file)  # safetensors' own is 600
+            shutil.copymode(partial / CERTIFICATE, file)  # safetensors writes with mode 600
     return certificate
 
 
-# --- special ids and settings of generation --------------------------------------------------------------------------
+# --- special ids and generation settings
 
 
 def _origin(family: Family, spec: Any, config: Any, theirs: Any) -> Origin:
-    """The fields of an imported model that no forward reads. Raises WeightsError for others without a place here."""
-    made = family.config(spec)
-    differ, known, given = unequal(made, config), fields(made.to_dict()), fields(config.to_dict())
+    """Return the config fields of an imported model that no forward reads.
+
+    Raises WeightsError for other fields that are not supported here.
+    """
+    ours = family.hf_config(spec)
+    differ = config_diff(ours, config)
+    known, given = flatten_config(ours.to_dict()), flatten_config(config.to_dict())
     wrong = {
         path: pair
         for path, pair in differ.items()
         if path in known and is_read(path, _unread(family, spec))
     }
     if wrong:
-        told = "; ".join(
-            f"{path} {other!r} (read: {own!r})" for path, (own, other) in [*wrong.items()][:LISTED]
+        listed = "; ".join(
+            f"{path} {other!r} (supported: {own!r})"
+            for path, (own, other) in [*wrong.items()][:MAX_LISTED]
         )
         raise WeightsError(
-            f"this {config.model_type} has fields that change its outputs and have no place here. Got {told}. "
-            "Fix: import a model without them"
+            f"{config.model_type}: config fields change the outputs and are not supported. "
+            f"Got {listed}. Fix: import a model without them"
         )
     ids = {
         path: value
         for path, value in given.items()
-        if any(fnmatchcase(path, glob) for glob in SPECIAL)
+        if any(fnmatchcase(path, glob) for glob in TOKEN_FIELDS)
     }
-    kept = ids | {path: other for path, (_, other) in differ.items() if path in given}
-    if kept.get("image_token_index", 0) is None:  # of configs before transformers 4.45
-        del kept["image_token_index"]
+    unread = ids | {path: other for path, (_, other) in differ.items() if path in given}
+    if unread.get("image_token_index", 0) is None:  # of configs before transformers 4.45
+        del unread["image_token_index"]
     settings = theirs.generation_config.to_diff_dict() if theirs.can_generate() else {}
-    return Origin(config=kept, generation=_settings(settings))
+    return Origin(config=unread, generation=_settings(settings))
 
 
-def _settings(said: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(generation: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
-        for name, value in said.items()
+        for name, value in generation.items()
         if name[0] != "_" and name != "transformers_version"
     }
 
 
 def _unread(family: Family, spec: Any) -> tuple[str, ...]:
-    """Fields that only this architecture does not read."""
+    """Return the config fields that only this architecture does not read."""
     unread: tuple[str, ...] = getattr(family, "unread", lambda model: ())(spec)
     return unread
 
 
-def _said(family: Family, spec: Any, loaded: artifacts.Loaded, tokenizer: Any) -> Origin:
-    """The special ids and settings of an export: those of the import, and the ends of texts that training added."""
+def _export_origin(family: Family, spec: Any, loaded: artifacts.Loaded, tokenizer: Any) -> Origin:
+    """Return the special ids and settings of an export: the imported ones and trained end ids."""
     endings = _endings(loaded.stage, loaded.model, tokenizer)
-    drawn, own = family.ids(spec, tokenizer, endings, loaded.model), spec.origin
-    if own is None:
-        return drawn
-    config, generation = dict(own.config), dict(own.generation)
-    if (word := drawn.config.get("image_token_index")) is not None:
-        config.setdefault("image_token_index", word)
+    new, imported = family.special_ids(spec, tokenizer, endings, loaded.model), spec.origin
+    if imported is None:
+        return new
+    config, generation = dict(imported.config), dict(imported.generation)
+    if (image_token := new.config.get("image_token_index")) is not None:
+        config.setdefault("image_token_index", image_token)
     if loaded.info.steps and endings:
         for path in (path for path in config if path.endswith("eos_token_id")):
             config[path] = _joined(config[path], endings)
@@ -270,7 +309,7 @@ def _said(family: Family, spec: Any, loaded: artifacts.Loaded, tokenizer: Any) -
 
 
 def _endings(stage: Stage, model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends an answer of the stage; a stop string counts where it is one token."""
+    """Return all ids that end an answer of the stage, including stop strings of one token."""
     if not hasattr(model, "language"):
         return []
     ends = StopConditions.of(
@@ -286,20 +325,20 @@ def _joined(own: Any, endings: Sequence[int]) -> Any:
     return every[0] if len(every) == 1 else every
 
 
-def _generation(said: Origin) -> Any:
+def _generation_config(origin: Origin) -> Any:
     from transformers import GenerationConfig
 
-    return GenerationConfig(**listed(said.generation))
+    return GenerationConfig(**to_json(origin.generation))
 
 
-# --- the exported folder ---------------------------------------------------------------------------------------------
+# --- the exported folder
 
 
-def _save(theirs: Any, said: Origin, folder: Path) -> None:
-    """Write the weights, the config and the settings of generation.
+def _save(theirs: Any, origin: Origin, folder: Path) -> None:
+    """Write the weights, the config and the generation settings.
 
-    transformers does not save settings that it finds inconsistent (a temperature without sampling), as some published
-    folders have: they are written as they came.
+    transformers refuses to save inconsistent settings, e.g. a temperature without sampling. Some
+    published folders have them, so they are written unchanged.
     """
     settings = theirs.generation_config if theirs.can_generate() else None
     if settings is not None:
@@ -307,16 +346,19 @@ def _save(theirs: Any, said: Origin, folder: Path) -> None:
     theirs.save_pretrained(folder)
     if settings is not None:
         theirs.generation_config = settings
-        written = listed(said.generation) | {"transformers_version": settings.transformers_version}
+        written = to_json(origin.generation) | {
+            "transformers_version": settings.transformers_version
+        }
         (folder / "generation_config.json").write_text(json.dumps(written, indent=2))
 
 
 def _write_processor(
-    family: Family, spec: Any, template: str | None, tokenizer: Any, said: Origin, folder: Path
+    family: Family, spec: Any, template: str | None, tokenizer: Any, origin: Origin, folder: Path
 ) -> None:
-    """Write the tokenizer and the processor: as they are in the tokenizer's own folder, and what is missing there.
+    """Write the tokenizer and processor: copies of the tokenizer's files, and missing ones.
 
-    `template` is the stage's, None for a model that was never trained here: its own chat template stays.
+    `template` is the stage's; None for a model that was never trained here, which keeps its own
+    chat template.
     """
     from transformers import AutoProcessor, ProcessorMixin
     from transformers.utils import logging
@@ -324,24 +366,25 @@ def _write_processor(
     files = _files(Path(spec.tokenizer))
     for file in files:
         shutil.copy2(file, folder / file.name)
-    words: Mapping[int, str] = getattr(family, "words", lambda model, said: {})(spec, said)
-    if _placed(tokenizer, words, fill=spec.origin is None) or not files:
+    added: Mapping[int, str] = getattr(family, "added_tokens", lambda model, origin: {})(
+        spec, origin
+    )
+    if _add_tokens(tokenizer, added, fill=spec.origin is None) or not files:
         tokenizer.save_pretrained(folder)
-    whole = template is None and any(file.name in PROCESSOR_FILES for file in files)
+    complete = template is None and any(file.name in PROCESSOR_FILES for file in files)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(ERROR)
     try:
-        if not whole:
+        if not complete:
             processor = family.processor(spec, tokenizer, template)
             if getattr(processor, "chat_template", None) is not None:
                 tokenizer.chat_template = processor.chat_template
             processor.save_pretrained(folder)
-            processor.image_processor.save_pretrained(
-                folder
-            )  # for readers older than processor_config.json
+            # for transformers versions that do not read processor_config.json
+            processor.image_processor.save_pretrained(folder)
         elif spec.instruction is not None:
             load_tokenizer(spec.instruction).save_pretrained(folder / SECOND)
-        found = AutoProcessor.from_pretrained(
+        loaded = AutoProcessor.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -351,66 +394,67 @@ def _write_processor(
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    if not isinstance(found, ProcessorMixin):
+    if not isinstance(loaded, ProcessorMixin):
         raise WeightsError(
-            f"the exported folder has no processor for pictures. Got a {type(found).__name__}; expected a processor. "
-            "Fix: export from an artifact whose tokenizer is complete"
+            f"the exported folder has no processor. Got a {type(loaded).__name__}; "
+            "expected one for images and text. Fix: export an artifact with a complete tokenizer"
         )
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of a tokenizer and its processor in a local folder; [] where there is no tokenizer."""
+    """Return the files of a tokenizer and its processor in a folder; [] without a tokenizer."""
     found = sorted(
         {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
     )
     return found if any(file.match("*token*") for file in found) else []
 
 
-def _placed(tokenizer: Any, words: Mapping[int, str], *, fill: bool) -> bool:
-    """Add the words that a tokenizer lacks, each at its id where that is free, and return whether any was added.
+def _add_tokens(tokenizer: Any, tokens: Mapping[int, str], *, fill: bool) -> bool:
+    """Add missing tokens, each at its id if that is free. Returns True if any was added.
 
-    With `fill` unused tokens take the ids in between.
+    With `fill`, unused tokens get the ids in between.
     """
     missing = {
-        place: word for place, word in sorted(words.items()) if word not in tokenizer.get_vocab()
+        id_: token for id_, token in sorted(tokens.items()) if token not in tokenizer.get_vocab()
     }
-    for place, word in missing.items():
+    for id_, token in missing.items():
         first = max(tokenizer.get_vocab().values()) + 1
-        unused = [f"<|unused_{number}|>" for number in range(first, place)] if fill else []
-        tokenizer.add_tokens([*unused, word], special_tokens=True)
+        unused = [f"<|unused_{number}|>" for number in range(first, id_)] if fill else []
+        tokenizer.add_tokens([*unused, token], special_tokens=True)
     return bool(missing)
 
 
-def _check_written(theirs: Any, said: Origin, folder: Path) -> None:
-    """Read the folder again. Raises WeightsError for a field of the config or a setting that is another then."""
+def _check_reads_back(theirs: Any, origin: Origin, folder: Path) -> None:
+    """Load the config and settings of the folder. Raises WeightsError if a value differs."""
     from transformers import AutoConfig, GenerationConfig
 
     back = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    wrong = {path: pair for path, pair in unequal(theirs.config, back).items()}
-    given = fields(back.to_dict())
+    wrong = {path: pair for path, pair in config_diff(theirs.config, back).items()}
+    given = flatten_config(back.to_dict())
     wrong |= {
-        path: (listed(value), given.get(path))
-        for path, value in said.config.items()
-        if given.get(path) != listed(value)
+        path: (to_json(value), given.get(path))
+        for path, value in origin.config.items()
+        if given.get(path) != to_json(value)
     }
     if theirs.can_generate():
         settings = _settings(
             GenerationConfig.from_pretrained(str(folder), local_files_only=True).to_diff_dict()
         )
-        expected = _settings(_generation(said).to_diff_dict())
+        expected = _settings(_generation_config(origin).to_diff_dict())
         for name in sorted(expected.keys() | settings.keys()):
             if expected.get(name) != settings.get(name):
                 wrong[f"generation_config.{name}"] = expected.get(name), settings.get(name)
     if wrong:
-        told = "; ".join(
-            f"{path} {there!r} for {meant!r}" for path, (meant, there) in [*wrong.items()][:LISTED]
+        listed = "; ".join(
+            f"{path} {read!r}, expected {written!r}"
+            for path, (written, read) in [*wrong.items()][:MAX_LISTED]
         )
         raise WeightsError(
-            f"the exported folder reads back otherwise than it was written: {told}; nothing was kept"
+            f"the exported folder reads back differently, and was removed. Got {listed}"
         )
 
 
-# --- transformers' side ----------------------------------------------------------------------------------------------
+# --- transformers' side
 
 
 def _config(folder: Path) -> Any:
@@ -418,7 +462,7 @@ def _config(folder: Path) -> Any:
 
     if not (folder / "config.json").is_file():
         raise WeightsError(
-            f"{folder} holds no config.json; give the folder that `save_pretrained` wrote"
+            f"{folder}: no config.json. Fix: give a folder that `save_pretrained` wrote"
         )
     try:
         return AutoConfig.from_pretrained(
@@ -441,34 +485,38 @@ def _family(architecture: str) -> tuple[str, Family]:
     known = families()
     if architecture not in known:
         raise WeightsError(
-            f"architecture {architecture!r} is not known here" + suggest(architecture, known)
+            f"architecture {architecture!r} is not supported" + suggest(architecture, known)
         )
     return architecture, known[architecture]
 
 
-def _fitting(spec: ModelSpec, architecture: str | None) -> tuple[str, Family, Any]:
-    """The one family whose config can hold the spec."""
+def _choose_family(spec: ModelSpec, architecture: str | None) -> tuple[str, Family, Any]:
+    """Return (architecture, family, transformers config) for a model config. Raises SpecError."""
     fitting: dict[str, tuple[str, Family, Any]] = {}
-    refusals = []
+    reasons = []
     for family in {id(module): module for module in families().values()}.values():
-        if not isinstance(spec, get_type_hints(family.config)["model"]):  # another wiring
+        if not isinstance(
+            spec, get_type_hints(family.hf_config)["model"]
+        ):  # another class of model
             continue
         try:
-            config = family.config(spec)
+            config = family.hf_config(spec)
         except SpecError as error:
-            refusals.append(str(error))
+            reasons.append(str(error))
             continue
         name = (getattr(config, "architectures", None) or family.ARCHITECTURES)[0]
         fitting[name] = (name, family, config)
     if architecture is not None and architecture not in fitting:
-        raise SpecError(f"the artifact is no {architecture}" + suggest(architecture, fitting))
-    if not fitting:
-        said = max(refusals, key=len, default="no family is of this wiring")
         raise SpecError(
-            f"transformers has no model for a {type(spec).__name__} like this one: {said}"
+            f"--as: the artifact is not a {architecture}" + suggest(architecture, fitting)
         )
+    if not fitting:
+        reason = max(reasons, key=len, default="no model family supports this class")
+        raise SpecError(f"transformers has no model for this {type(spec).__name__}: {reason}")
     if architecture is None and len(fitting) > 1:
-        raise SpecError(f"the artifact fits {', '.join(sorted(fitting))}; say which with --as")
+        raise SpecError(
+            f"the artifact fits {', '.join(sorted(fitting))}. Fix: choose one with --as"
+        )
     return fitting[architecture or next(iter(fitting))]
 
 
@@ -479,9 +527,14 @@ def _load(architecture: str, folder: Path) -> Any:
     cls = getattr(transformers, architecture)
     try:
         model, info = cls.from_pretrained(
-            str(folder), dtype="auto", local_files_only=True, output_loading_info=True, use_safetensors=True,
-            trust_remote_code=False, ignore_mismatched_sizes=True,  # which are reported below, by name
-        )  # fmt: skip
+            str(folder),
+            dtype="auto",
+            local_files_only=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
+        )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise WeightsError(
             f"{folder} cannot be read: {str(error).strip().partition(chr(10))[0]}"
@@ -491,80 +544,82 @@ def _load(architecture: str, folder: Path) -> Any:
         f"{name} {list(given)} against {list(needed)}"
         for name, given, needed in sorted(info["mismatched_keys"])
     ]
-    _check_keys(f"{folder} is not a whole {architecture}", wrong)
+    _check_keys(f"{folder} is not a complete {architecture}", wrong)
     return model.eval()
 
 
-def _check_keys(said: str, wrong: Mapping[str, list[str]]) -> None:
-    """Raises WeightsError that lists names under what is wrong with them, where there are any."""
-    few = {what: ", ".join(names[:LISTED]) for what, names in wrong.items() if names}
-    more = {
-        what: f" and {len(names) - LISTED} more" * (len(names) > LISTED)
-        for what, names in wrong.items()
-    }
-    if few:
-        raise WeightsError(
-            f"{said}: " + "; ".join(f"{what} {names}{more[what]}" for what, names in few.items())
-        )
+def _check_keys(message: str, wrong: Mapping[str, list[str]]) -> None:
+    """Raise WeightsError if `wrong` (problem -> names) has any names."""
+    listed = [
+        f"{problem} {', '.join(names[:MAX_LISTED])}"
+        + f" and {len(names) - MAX_LISTED} more" * (len(names) > MAX_LISTED)
+        for problem, names in wrong.items()
+        if names
+    ]
+    if listed:
+        raise WeightsError(f"{message}: {'; '.join(listed)}")
 
 
 def _empty(architecture: str, config: Any, state: Mapping[str, Tensor]) -> Any:
-    """The model of a config with `state` in it, in the precision of `state`."""
+    """Return the transformers model of a config with the tensors of `state`, in their dtypes."""
     import transformers
 
     model = getattr(transformers, architecture)(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found = model.load_state_dict(
+    result = model.load_state_dict(
         {name: tensor.reshape(shapes[name]) for name, tensor in state.items() if name in shapes},
         strict=False,
         assign=True,
     )
-    missing = set(found.missing_keys)
-    model.tie_weights(
-        missing_keys=missing, recompute_mapping=False
-    )  # what `state` has not, to what it has
+    missing = set(result.missing_keys)
+    # ties missing tensors to those of `state`, and removes them from `missing`
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
     wrong = {"missing": sorted(missing), "extra": sorted(set(state) - set(shapes))}
     _check_keys(f"{architecture} and the artifact differ", wrong)
     return model.eval()
 
 
 def _tied(theirs: Any) -> bool | None:
-    """Whether the words of a model go in and out by one matrix; None for one that writes none."""
+    """Return True if input and output embeddings are tied, None without a vocabulary."""
     try:
         return is_tied(theirs)
-    except (AttributeError, RuntimeError):  # a model without words, as transformers says it
+    except (AttributeError, RuntimeError):  # raised by transformers without a vocabulary
         return None
 
 
-def _longer(
+def _append_row(
     language: Any, names: Mapping[str, str], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The matrices over the vocabulary with one row more, the mean of the others: for a word that only images are."""
+    """Return the embeddings with one more row, the mean of the others, for the image token."""
     head = language.get_output_embeddings()
     matrices = {id(language.get_input_embeddings().weight), id(head.weight)}
-    longer = {}
+    extended = {}
     for name, parameter in language.named_parameters():
         hf = names[f"language.{name}"]
         if id(parameter) in matrices:
-            longer[hf] = torch.cat(
+            extended[hf] = torch.cat(
                 [state[hf], state[hf].float().mean(0, keepdim=True).to(state[hf].dtype)]
             )
         elif parameter is getattr(head, "bias", None):
-            longer[hf] = torch.cat([state[hf], state[hf].min().view(1)])
-    return longer
+            extended[hf] = torch.cat([state[hf], state[hf].min().view(1)])
+    return extended
 
 
-# --- our side --------------------------------------------------------------------------------------------------------
+# --- our side
 
 
 def _ours(names: Mapping[str, str], theirs: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
-    """The tensors under our names and in our shapes. Raises WeightsError for one too few or too many."""
+    """Return the tensors with our names and shapes.
+
+    Raises WeightsError for missing or extra ones.
+    """
     state = theirs.state_dict()
     with torch.device("meta"):
         shapes = {
             name: tensor.shape for name, tensor in spec.build(pretrained=False).state_dict().items()
         }
     missing = sorted(hf for hf in names.values() if hf not in state)
+    # tensors by memory address, because a tied tensor has a second name
     read = {state[hf].data_ptr() for hf in names.values() if hf in state}
     extra = sorted(
         hf
@@ -572,7 +627,7 @@ def _ours(names: Mapping[str, str], theirs: nn.Module, spec: ModelSpec) -> dict[
         if hf not in names.values() and tensor.data_ptr() not in read
     )
     _check_keys(
-        f"{type(theirs).__name__} and the wiring differ", {"missing": missing, "extra": extra}
+        f"{type(theirs).__name__} and our model differ", {"missing": missing, "extra": extra}
     )
     return {own: state[hf].reshape(shapes[own]).clone() for own, hf in names.items()}
 
@@ -580,9 +635,11 @@ def _ours(names: Mapping[str, str], theirs: nn.Module, spec: ModelSpec) -> dict[
 def _as_stored(
     state: Mapping[str, Tensor], names: Mapping[str, str], folder: Path
 ) -> dict[str, Tensor]:
-    """The tensors in the precision of the file: transformers loads some of float16 as float32 (a Q-Former's, T5's wo).
+    """Return the tensors in the dtypes of the file.
 
-    A name that transformers has changed since the file was written gets the file's precision where it has only one.
+    transformers loads some float16 tensors as float32, e.g. those of a Q-Former and T5's `wo`. A
+    tensor that transformers has renamed since the file was written gets the file's dtype if it has
+    only one.
     """
     stored: dict[str, torch.dtype | None] = {}
     for file in folder.glob("*.safetensors"):
@@ -599,9 +656,10 @@ def _as_stored(
 
 
 def _as_built(spec: Any, model: Any, where: str) -> Any:
-    """The spec with what the loaded weights' own configs say besides its numbers: windows, scaled positions, epsilons.
+    """Return the model config with the other fields of the pretrained weights' configs.
 
-    Raises WeightsError for a field of theirs that changes outputs and has no place in the spec.
+    For example attention windows, scaled positions and epsilons. Raises WeightsError for a field
+    that changes outputs and is not supported.
     """
     pairs: list[tuple[str, Any, Any]] = []
     language = getattr(model, "language", None)
@@ -619,23 +677,27 @@ def _as_built(spec: Any, model: Any, where: str) -> Any:
     for part, own, config in pairs:
         if config is None or not hasattr(own, "config"):
             continue
-        wrong = [path for path in unequal(own.config(), config) if is_read(path)]
+        wrong = [path for path in config_diff(own.config(), config) if is_read(path)]
         if wrong:
             raise WeightsError(
-                f"{where}: the weights of {part} have fields that change its outputs and have no place in a spec. Got "
-                f"{', '.join(wrong[:LISTED])} other than the default. Fix: take weights without them"
+                f"{where}: config fields of the {part} weights change the outputs and are not "
+                f"supported. Got {', '.join(wrong[:MAX_LISTED])} other than the default. "
+                "Fix: use weights without them"
             )
     return spec
 
 
 def _with_tokenizer(spec: Any, folder: Path, into: Path, final: Path) -> Any:
-    """The spec with the folder's tokenizers, copied next to the weights; where there is none, bytes."""
-    return _named(
-        spec, _copied(folder, into, final), _copied(folder / SECOND, into / SECOND, final / SECOND)
-    )
+    """Copy the folder's tokenizers next to the weights and return the model config with them.
+
+    Without a tokenizer, the byte tokenizer is set.
+    """
+    first = _copy_tokenizer(folder, into, final)
+    second = _copy_tokenizer(folder / SECOND, into / SECOND, final / SECOND)
+    return _set_tokenizers(spec, first, second)
 
 
-def _copied(folder: Path, into: Path, final: Path) -> str:
+def _copy_tokenizer(folder: Path, into: Path, final: Path) -> str:
     files = _files(folder)
     if not files:
         return "bytes"
@@ -645,12 +707,11 @@ def _copied(folder: Path, into: Path, final: Path) -> str:
     return str(final)
 
 
-def _named(spec: Any, tokenizer: str, second: str) -> Any:
-    """The spec with its tokenizers' names changed, in whichever part holds them."""
+def _set_tokenizers(spec: Any, tokenizer: str, second: str) -> Any:
+    """Return the model config with other tokenizers, in the parts that have one."""
     names = {part: tokenizer for part in ("language", "text") if hasattr(spec, part)}
-    if hasattr(
-        getattr(spec, "bridge", None), "tokenizer"
-    ):  # of a Q-Former: beside a language model the second
+    # a Q-Former has the second tokenizer if there is a language model
+    if hasattr(getattr(spec, "bridge", None), "tokenizer"):
         names["bridge"] = second if names else tokenizer
     if not names:
         return replace(spec, tokenizer=tokenizer)
@@ -659,13 +720,15 @@ def _named(spec: Any, tokenizer: str, second: str) -> Any:
     )
 
 
-# --- what both have in common ----------------------------------------------------------------------------------------
+# --- comparison
 
 
-def certify(family: Family, architecture: str, ours: Any, theirs: Any, said: Origin) -> Certificate:
-    """The certificate of two models, ours and transformers'. Raises WeightsError where their outputs disagree.
+def certify(
+    family: Family, architecture: str, ours: Any, theirs: Any, origin: Origin
+) -> Certificate:
+    """Compare our model with transformers'. Raises WeightsError if their outputs disagree.
 
-    `said` are the special ids and settings of generation that both sides are to have.
+    `origin` has the special ids and generation settings of both sides.
     """
     import transformers
 
@@ -675,7 +738,7 @@ def certify(family: Family, architecture: str, ours: Any, theirs: Any, said: Ori
         digest.update(name.encode())
         digest.update(state[name].detach().contiguous().flatten().view(torch.uint8).numpy().data)
     with torch.no_grad():
-        pairs = family.outputs(ours.float().eval(), _float(theirs), said)
+        pairs = family.outputs(ours.float().eval(), _float(theirs), origin)
     ids = {name: pair for name, pair in pairs.items() if not pair[0].is_floating_point()}
     certificate = Certificate(
         architecture=architecture,
@@ -687,13 +750,13 @@ def certify(family: Family, architecture: str, ours: Any, theirs: Any, said: Ori
             name: Text(own.tolist(), other.tolist(), torch.equal(own, other))
             for name, (own, other) in ids.items()
         },
-        fields=len(fields(theirs.config.to_dict())),
+        fields=len(flatten_config(theirs.config.to_dict())),
         ids={
-            path: listed(v)
-            for path, v in said.config.items()
-            if any(fnmatchcase(path, glob) for glob in SPECIAL)
+            path: to_json(v)
+            for path, v in origin.config.items()
+            if any(fnmatchcase(path, glob) for glob in TOKEN_FIELDS)
         },
-        generation=listed(said.generation),
+        generation=to_json(origin.generation),
         transformers=transformers.__version__,
     )
     if not certificate.holds:
@@ -704,20 +767,22 @@ def certify(family: Family, architecture: str, ours: Any, theirs: Any, said: Ori
             if not t.equal
         ]
         raise WeightsError(
-            f"{architecture}: the outputs of the two disagree: {'; '.join(wrong)} (of the largest value at most "
-            f"{CLOSE:g}, of written ids nothing); nothing was written"
+            f"{architecture}: the outputs disagree, so nothing was written. "
+            f"Got {'; '.join(wrong)}; "
+            f"expected at most {CLOSE:g} of the largest value, and equal token ids"
         )
     return certificate
 
 
 def _float(model: Any) -> Any:
-    """A float32 twin, where the weights are of another precision: they themselves stay as they are."""
+    """Return a float32 model: the model itself, or a copy if it has another dtype."""
     if all(p.dtype == torch.float32 for p in model.parameters()):
         return model
     return deepcopy(model).float().eval()
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
     if ours.shape != theirs.shape:
         return float("inf")
     scale = float(theirs.abs().max()) or 1.0
@@ -729,10 +794,10 @@ def _write(certificate: Certificate, folder: Path) -> None:
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A folder that takes the name `out` when the block ends without an error, and else is removed."""
+def _atomic_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder that is renamed to `out` if the block succeeds, else removed."""
     if out.exists():
-        raise WeightsError(f"{out} exists; remove it first, or give another folder")
+        raise WeightsError(f"{out} exists. Fix: remove it first, or give another folder")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

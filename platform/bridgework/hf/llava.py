@@ -1,4 +1,4 @@
-"""The prefix wiring with an MLP to and from transformers' `LlavaForConditionalGeneration` (LLaVA 1.5)."""
+"""PrefixVLM with an MLP to and from transformers' `LlavaForConditionalGeneration` (LLaVA 1.5)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
@@ -8,15 +8,15 @@ from torch import Tensor
 from bridgework.errors import SpecError, WeightsError
 from bridgework.hf.common import (
     IMAGE_WORD,
-    expect,
-    exported_settings,
-    holding,
-    image_word,
-    image_words,
-    language_ids,
-    parameters,
-    renamed,
-    vit,
+    check_fields,
+    compare_prefix_vlm,
+    image_token_id,
+    image_tokens,
+    language_special_ids,
+    parameter_names,
+    replace_prefix,
+    vit_config,
+    weights_stage,
 )
 from bridgework.hf.processors import chat_template, image_processor, processor_class
 from bridgework.losses import LanguageModeling
@@ -31,35 +31,43 @@ PARTS = {  # ours -> transformers'
     "language.model.": "model.language_model.",
     "language.lm_head.": "lm_head.",
 }
-WANTED: dict[str, Any] = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
+FIXED: dict[str, Any] = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
 KINDS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
 
-def spec(config: Any, *, tied: bool | None = None) -> PrefixVLMConfig:
-    """The wiring of a LlavaConfig. Raises WeightsError for what it cannot be."""
-    expect(config, WANTED)
+def model_config(config: Any, *, tied: bool | None = None) -> PrefixVLMConfig:
+    """Return the model config of a LlavaConfig. Raises WeightsError for unsupported fields."""
+    check_fields(config, FIXED)
     vision, layer = config.vision_config, config.vision_feature_layer
     kind = next((ours for ours, theirs in KINDS.items() if theirs == vision.model_type), None)
     if kind is None or not isinstance(layer, int):
         raise WeightsError(
-            f"this LLaVA reads layer {layer} of a {vision.model_type}; one layer of CLIP or SigLIP is read"
+            "LLaVA: vision features not supported. "
+            f"Got layer {layer} of a {vision.model_type}; expected one layer of CLIP or SigLIP"
         )
     select = (
         "all" if config.vision_feature_select_strategy == "full" and kind == "clip" else "patch"
     )
     if kind == "siglip" and config.vision_feature_select_strategy != "full":
         raise WeightsError(
-            "this LLaVA drops the first patch of a SigLIP as if it were a CLS token; that is not read"
+            "LLaVA: vision_feature_select_strategy is not supported, because it drops the first "
+            "patch of a SigLIP as if it were a CLS token. "
+            f"Got {config.vision_feature_select_strategy!r}; expected 'full'"
         )
     return PrefixVLMConfig(
-        vision=vit(vision, cast(Literal["clip", "siglip"], kind), layer=layer, select=select),
+        vision=vit_config(
+            vision, cast(Literal["clip", "siglip"], kind), layer=layer, select=select
+        ),
         bridge=MLPConfig(depth=2),
         language=LanguageConfig.of(config.text_config, config.name_or_path or "bytes", tied=tied),
     )
 
 
-def config(model: PrefixVLMConfig) -> Any:
-    """The LlavaConfig of a wiring. Raises SpecError where transformers has none."""
+def hf_config(model: PrefixVLMConfig) -> Any:
+    """Return the LlavaConfig of a model config.
+
+    Raises SpecError if transformers has no such model.
+    """
     from transformers import LlavaConfig
 
     vision = model.vision
@@ -70,53 +78,61 @@ def config(model: PrefixVLMConfig) -> Any:
         or model.pixels.grids
     ):
         raise SpecError(
-            "transformers' LLaVA is a CLIP or SigLIP ViT, one square of it, and an MLP of two matrices"
+            "LLaVA: model not supported by transformers. Expected a CLIP or SigLIP ViT without "
+            "tiles, and an MLP of two matrices"
         )
-    whole = vision.select == "all" or vision.kind == "siglip"
+    full = vision.select == "all" or vision.kind == "siglip"
     return LlavaConfig(
         vision_config=vision.config().to_dict(),
         text_config=model.language.config().to_dict(),
         vision_feature_layer=vision.layer,
-        vision_feature_select_strategy="full" if whole else "default",
+        vision_feature_select_strategy="full" if full else "default",
         image_seq_length=model.image_tokens,
         tie_word_embeddings=model.language.tied,
         architectures=list(ARCHITECTURES),
-        **WANTED,
+        **FIXED,
     )
 
 
-def ids(model: PrefixVLMConfig, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
-    """The special ids of a model that was trained here, and its settings of generation."""
-    return language_ids(tokenizer, endings, built, image_word(model.language, tokenizer))
+def special_ids(
+    model: PrefixVLMConfig, tokenizer: Any, endings: Sequence[int], built: Any
+) -> Origin:
+    """Return the special ids and generation settings of a model that was trained here."""
+    return language_special_ids(
+        tokenizer, endings, built, image_token_id(model.language, tokenizer)
+    )
 
 
-def words(model: PrefixVLMConfig, said: Origin) -> Mapping[int, str]:
-    """The word that the tokenizer must have for an image, by its id."""
-    return image_words(said)
+def added_tokens(model: PrefixVLMConfig, origin: Origin) -> Mapping[int, str]:
+    """Return the image token that the tokenizer needs, by its id."""
+    return image_tokens(origin)
 
 
-def names(model: PrefixVLMConfig) -> Mapping[str, str]:
-    """Our parameters -> transformers', one to one; of tied ones, the input embeddings. SigLIP's head is nobody's."""
-    return {name: renamed(name, PARTS) for name in parameters(model)}
+def tensor_names(model: PrefixVLMConfig) -> Mapping[str, str]:
+    """Return our parameter names -> transformers', one to one.
+
+    Tied embeddings have the name of the input embeddings. SigLIP's head has no counterpart.
+    """
+    return {name: replace_prefix(name, PARTS) for name in parameter_names(model)}
 
 
-def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' image tokens, logits and texts for random rows with an image in each."""
-    return exported_settings(ours, theirs, said, spec(theirs.config).image_tokens)
+def outputs(ours: Any, theirs: Any, origin: Origin) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (ours, transformers') features, logits and texts for random rows with an image."""
+    return compare_prefix_vlm(ours, theirs, origin, model_config(theirs.config).image_tokens)
 
 
 def stage(model: PrefixVLMConfig) -> Stage:
-    """A stage that holds the weights."""
-    return holding(model, "instruct", (LanguageModeling(),), "v1")
+    """Return the stage for the imported weights; it is never trained."""
+    return weights_stage(model, "instruct", (LanguageModeling(),), "v1")
 
 
 def processor(model: PrefixVLMConfig, tokenizer: Any, template: str | None) -> Any:
-    """transformers' processor of the pictures and texts of the wiring."""
+    """Return the transformers processor of images and text."""
     return llava_processor("LlavaProcessor", model, tokenizer, template)
 
 
 def llava_processor(name: str, model: PrefixVLMConfig, tokenizer: Any, template: str | None) -> Any:
-    """The processor of a LLaVA: an image takes the places of its patches, where its word stands."""
+    """Return the processor of a LLaVA; each image token is expanded to one token per patch."""
     vision = cast(ViTConfig, model.vision)
     has_cls = vision.kind == "clip"
     return processor_class(name)(

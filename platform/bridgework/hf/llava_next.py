@@ -1,4 +1,4 @@
-"""The prefix wiring with unpadded tiles to and from transformers' `LlavaNextForConditionalGeneration` (LLaVA 1.6)."""
+"""PrefixVLM with unpadded tiles to and from `LlavaNextForConditionalGeneration` (LLaVA 1.6)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -10,16 +10,16 @@ from torch.nn.utils.rnn import pad_sequence
 from bridgework.data.tiling import choose_grid
 from bridgework.errors import SpecError, WeightsError
 from bridgework.hf.common import (
-    expect,
-    holding,
-    image_word,
-    image_words,
-    language_ids,
-    parameters,
-    renamed,
-    resolve_attribute,
-    texts,
-    vit,
+    check_fields,
+    compare_texts,
+    image_token_id,
+    image_tokens,
+    language_special_ids,
+    parameter_names,
+    replace_prefix,
+    tokens_beyond_windows,
+    vit_config,
+    weights_stage,
 )
 from bridgework.hf.llava import llava_processor
 from bridgework.losses import LanguageModeling
@@ -36,21 +36,22 @@ PARTS = {  # ours -> transformers'
     "language.model.": "model.language_model.",
     "language.lm_head.": "lm_head.",
 }
-WANTED: Mapping[str, Any] = {
+FIXED: Mapping[str, Any] = {
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,
     "vision_feature_select_strategy": "default",
 }
 
 
-def spec(config: Any, *, tied: bool | None = None) -> PrefixVLMConfig:
-    """The wiring of a LlavaNextConfig. Raises WeightsError for what it cannot be."""
-    expect(config, WANTED)
+def model_config(config: Any, *, tied: bool | None = None) -> PrefixVLMConfig:
+    """Return the model config of a LlavaNextConfig. Raises WeightsError for unsupported fields."""
+    check_fields(config, FIXED)
     vision = config.vision_config
     if vision.model_type != "clip_vision_model" or not isinstance(config.vision_feature_layer, int):
         raise WeightsError(
-            f"this LLaVA-NeXT reads layer {config.vision_feature_layer} of a {vision.model_type}, "
-            "and only one layer of a clip_vision_model is read"
+            "LLaVA-NeXT: vision features not supported. Got layer "
+            f"{config.vision_feature_layer} of a {vision.model_type}; "
+            "expected one layer of a clip_vision_model"
         )
     side = vision.image_size
     uneven = [
@@ -60,11 +61,12 @@ def spec(config: Any, *, tied: bool | None = None) -> PrefixVLMConfig:
     ]
     if uneven:
         raise WeightsError(
-            f"this LLaVA-NeXT has image_grid_pinpoints that no tiles of {side} pixels fill. Got {uneven[0]}; "
-            f"expected multiples of {side}. Fix: take a model whose grids are made of whole tiles"
+            f"LLaVA-NeXT: image_grid_pinpoints do not fit tiles of {side} pixels. "
+            f"Got {uneven[0]}; expected multiples of {side}. "
+            "Fix: use a model whose grids consist of complete tiles"
         )
     return PrefixVLMConfig(
-        vision=vit(vision, "clip", layer=config.vision_feature_layer),
+        vision=vit_config(vision, "clip", layer=config.vision_feature_layer),
         bridge=MLPConfig(depth=2),
         language=LanguageConfig.of(config.text_config, config.name_or_path or "bytes", tied=tied),
         grids=tuple((wide // side, high // side) for high, wide in config.image_grid_pinpoints),
@@ -72,15 +74,19 @@ def spec(config: Any, *, tied: bool | None = None) -> PrefixVLMConfig:
     )
 
 
-def config(model: PrefixVLMConfig) -> Any:
-    """The LlavaNextConfig of a wiring. Raises SpecError where transformers has none."""
+def hf_config(model: PrefixVLMConfig) -> Any:
+    """Return the LlavaNextConfig of a model config.
+
+    Raises SpecError if transformers has no such model.
+    """
     from transformers import LlavaNextConfig
 
     vision, language, side = model.vision, model.language, model.pixels.size
     fits = isinstance(vision, ViTConfig) and (vision.kind, vision.select) == ("clip", "patch")
     if not fits or model.bridge != MLPConfig(depth=2) or model.tiles != "unpad" or not model.grids:
         raise SpecError(
-            "transformers' LLaVA-NeXT is a CLIP ViT, an MLP of two matrices, grids, and tiles='unpad'"
+            "LLaVA-NeXT: model not supported by transformers. Expected a CLIP ViT, an MLP of two "
+            "matrices, grids, and tiles='unpad'"
         )
     tower = cast(ViTConfig, vision)
     return LlavaNextConfig(
@@ -90,38 +96,42 @@ def config(model: PrefixVLMConfig) -> Any:
         image_grid_pinpoints=[[rows * side, columns * side] for columns, rows in model.grids],
         image_seq_length=model.image_tokens,
         tie_word_embeddings=language.tied,
-        **WANTED,
+        **FIXED,
     )
 
 
-def ids(model: PrefixVLMConfig, tokenizer: Any, endings: Sequence[int], built: Any) -> Origin:
-    """The special ids of a model that was trained here, and its settings of generation."""
-    return language_ids(tokenizer, endings, built, image_word(model.language, tokenizer))
+def special_ids(
+    model: PrefixVLMConfig, tokenizer: Any, endings: Sequence[int], built: Any
+) -> Origin:
+    """Return the special ids and generation settings of a model that was trained here."""
+    return language_special_ids(
+        tokenizer, endings, built, image_token_id(model.language, tokenizer)
+    )
 
 
-def words(model: PrefixVLMConfig, said: Origin) -> Mapping[int, str]:
-    """The word that the tokenizer must have for an image, by its id."""
-    return image_words(said)
+def added_tokens(model: PrefixVLMConfig, origin: Origin) -> Mapping[int, str]:
+    """Return the image token that the tokenizer needs, by its id."""
+    return image_tokens(origin)
 
 
-def names(model: PrefixVLMConfig) -> Mapping[str, str]:
-    """Our parameters -> transformers', one to one."""
-    return {name: renamed(name, PARTS) for name in parameters(model)}
+def tensor_names(model: PrefixVLMConfig) -> Mapping[str, str]:
+    """Return our parameter names -> transformers', one to one."""
+    return {name: replace_prefix(name, PARTS) for name in parameter_names(model)}
 
 
 def stage(model: PrefixVLMConfig) -> Stage:
-    """A stage that holds the weights."""
-    return holding(model, "instruct", (LanguageModeling(),), "v1")
+    """Return the stage for the imported weights; it is never trained."""
+    return weights_stage(model, "instruct", (LanguageModeling(),), "v1")
 
 
 def processor(model: PrefixVLMConfig, tokenizer: Any, template: str | None) -> Any:
-    """transformers' processor of the pictures and texts of the wiring."""
+    """Return the transformers processor of images and text."""
     return llava_processor("LlavaNextProcessor", model, tokenizer, template)
 
 
-def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Tensor]]:
-    """Both sides' image tokens, logits and texts for a random text with a wide and a narrow image in it."""
-    model, generator = spec(theirs.config), torch.Generator().manual_seed(0)
+def outputs(ours: Any, theirs: Any, origin: Origin) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (ours, transformers') features, logits and texts for a wide and a narrow image."""
+    model, generator = model_config(theirs.config), torch.Generator().manual_seed(0)
     look, side = model.pixels, model.pixels.size
     cut = [choose_grid(2 * side, side, look), choose_grid(side // 2 + 1, side, look)]
     counts = [1 + layout.columns * layout.rows for layout in cut]
@@ -134,7 +144,7 @@ def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Ten
         [model.places(layout) for layout in cut],
     )
     more = torch.randint(
-        5, vocab - 1, (resolve_attribute(text, sum(places)),), generator=generator
+        5, vocab - 1, (tokens_beyond_windows(text, sum(places)),), generator=generator
     ).tolist()
     row = [1, *[IMAGE] * places[0], 2, *[IMAGE] * places[1], 3, 4, *more]
     ids = torch.tensor([[vocab - 1 if token == word else token for token in row]])
@@ -145,19 +155,21 @@ def outputs(ours: Any, theirs: Any, said: Origin) -> dict[str, tuple[Tensor, Ten
         "pixels": tiles,
         "layouts": layouts,
     }
-    shown = {
+    their_images = {
         "pixel_values": pad_sequence(normalize(tiles, look).split(counts), batch_first=True),
         "image_sizes": torch.tensor([[layout.height, layout.width] for layout in cut]),
     }
     other = {
         "input_ids": ids.masked_fill(ids == IMAGE, word),
         "attention_mask": torch.ones_like(ids),
-        **shown,
+        **their_images,
     }
-    features = theirs.get_image_features(**shown).pooler_output
-    never = () if text.vocab_size == vocab else (word,)  # a row that only the other side has
+    features = theirs.get_image_features(**their_images).pooler_output
+    never = () if text.vocab_size == vocab else (word,)  # only their model has the row
     return {
         "features": (ours.tiles(ours.images(tiles, None), layouts), torch.cat([*features])),
         "logits": (ours(**own).logits_BTV, theirs(**other).logits[..., :vocab]),
-        **texts(ours, theirs, own, other, ends=said.generation, skip=ids.shape[1], never=never),
+        **compare_texts(
+            ours, theirs, own, other, ends=origin.generation, skip=ids.shape[1], never=never
+        ),
     }

@@ -1,4 +1,4 @@
-"""Processors of transformers for models that were trained here: pictures, texts, and the template of a conversation."""
+"""Processors of transformers for models that were trained here: images, text and chat templates."""
 
 import json
 from collections.abc import Mapping
@@ -8,22 +8,22 @@ from bridgework.data.templates import V1_SYSTEM
 from bridgework.system import Pixels
 
 BICUBIC = 3  # Pillow's number, as transformers writes it
-# Contents of one string each, of lists of parts: an image is a word, and a line break stands between two parts.
+# Joins the parts of each message to one string, with a line break between parts; an image is IMAGE.
 FLAT = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
-  {%- set said = namespace(text='', first=true) -%}
+  {%- set result = namespace(text='', first=true) -%}
   {%- if message['content'] is string -%}
-    {%- set said.text = message['content'] -%}
+    {%- set result.text = message['content'] -%}
   {%- else -%}
     {%- for part in message['content'] -%}
       {%- set word = IMAGE if part['type'] == 'image' else part['text'] -%}
-      {%- if not said.first and IMAGE -%}{%- set said.text = said.text + '\\n' -%}{%- endif -%}
-      {%- set said.text = said.text + word -%}
-      {%- set said.first = false -%}
+      {%- if not result.first and IMAGE -%}{%- set result.text = result.text + '\\n' -%}{%- endif -%}
+      {%- set result.text = result.text + word -%}
+      {%- set result.first = false -%}
     {%- endfor -%}
   {%- endif -%}
-  {%- set flat.messages = flat.messages + [{'role': message['role'], 'content': said.text}] -%}
+  {%- set flat.messages = flat.messages + [{'role': message['role'], 'content': result.text}] -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
@@ -50,7 +50,7 @@ BARE = """\
 
 
 def image_processor(pixels: Pixels) -> Any:
-    """Return the image processor of transformers whose pixels are nearest to those of `to_square` and `lay_out`."""
+    """Return the transformers image processor that is closest to `to_square` and `tile_image`."""
     size, square = pixels.size, {"height": pixels.size, "width": pixels.size}
     numbers: dict[str, Any] = {
         "image_mean": list(pixels.mean),
@@ -70,7 +70,7 @@ def image_processor(pixels: Pixels) -> Any:
 
 
 def processor_class(name: str) -> Any:
-    """Return a class of transformers; of an image processor the one that needs no torchvision, where there is none."""
+    """Return a class of transformers; without torchvision, the Pillow image processor."""
     import transformers
     from transformers.utils.import_utils import is_torchvision_available
 
@@ -79,29 +79,29 @@ def processor_class(name: str) -> Any:
 
 
 def chat_template(template: str, tokenizer: Any, image: str) -> str | None:
-    """Return the Jinja template that writes a conversation as a stage's template does; None where there is none.
+    """Return the Jinja chat template that is equivalent to a stage's template, or None.
 
-    `image` is the word for an image in the text; empty where a processor puts images elsewhere.
+    `image` is the image token in the text; empty if the processor places images itself.
     """
     if template != "chat":
-        return _named(FLAT + (V1 if template == "v1" else BARE), image, tokenizer)
+        return _set_variables(FLAT + (V1 if template == "v1" else BARE), image, tokenizer)
     if (own := tokenizer.chat_template) is None:
         return None
     asked = str(tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False))
-    first = (
-        "" if asked.startswith(tokenizer.bos_token or "") else "{{- BOS -}}"
-    )  # which every row begins with here
-    return _named(FLAT, image, tokenizer) + first + str(own)
+    # every row begins with BOS here
+    first = "" if asked.startswith(tokenizer.bos_token or "") else "{{- BOS -}}"
+    return _set_variables(FLAT, image, tokenizer) + first + str(own)
 
 
-def _named(text: str, image: str, tokenizer: Any) -> str:
-    words: Mapping[str, str] = {
+def _set_variables(text: str, image: str, tokenizer: Any) -> str:
+    """Return the template after statements that set its variables."""
+    variables: Mapping[str, str] = {
         "IMAGE": image,
         "BOS": tokenizer.bos_token or "",
         "EOS": tokenizer.eos_token or tokenizer.sep_token or "",
         "SYSTEM": V1_SYSTEM,
     }
-    return (
-        "".join(f"{{%- set {name} = {json.dumps(word)} -%}}\n" for name, word in words.items())
-        + text
+    statements = (
+        f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in variables.items()
     )
+    return "".join(statements) + text

@@ -1,4 +1,4 @@
-"""Admission to a gateway: how many requests run and how many bodies arrive at once, shared fairly among the keys."""
+"""Admission to a gateway: limits on running requests and arriving bodies, shared among the keys."""
 
 import asyncio
 from collections import Counter
@@ -8,50 +8,46 @@ from dataclasses import dataclass
 
 from bridgework.serving.errors import APIError, busy
 
-GRACE_S = 1.0  # a body that takes no longer is not put out by another one of the same key
-
-
-@dataclass(eq=False)
-class Arrival:
-    """A body that is arriving."""
-
-    key: str
-    since: float
-    deadline: asyncio.Timeout
-    size: int = 0  # bytes so far
+GRACE_S = 1.0  # a younger body is not evicted by another one of the same key
 
 
 class Admission:
-    """Counts the requests of one gateway.
+    """Counts the requests and the bytes of one gateway.
 
-    A body that is still arriving takes none of the `places`, so unfinished bodies keep nobody out. As many bodies as
-    there are places may arrive at once. When there are more, the oldest of the key that has most of them is put out.
+    A request holds one of the `slots` from the end of its body to the end of its answer. A body
+    that is still arriving holds none, so unfinished bodies block no other request. As many bodies
+    as there are slots may arrive at once. Above that, the oldest body of the key that has most of
+    them is evicted.
     """
 
-    def __init__(self, *, places: int, per_key: int, held_bytes: int) -> None:
+    def __init__(self, *, slots: int, per_key: int, held_bytes: int) -> None:
         self.draining = False
-        self._places, self._per_key, self._held_bytes = places, per_key, held_bytes
-        self._running: Counter[str] = Counter()
+        self._slots, self._per_key, self._held_bytes = slots, per_key, held_bytes
+        self._running: Counter[str] = Counter()  # requests by key
         self._running_bytes = 0
-        self._arrivals: list[Arrival] = []  # by age
-        self._left = asyncio.Event()
+        self._arrivals: list[Arrival] = []  # oldest first
+        self._released = asyncio.Event()
 
     @property
     def running(self) -> int:
+        """Number of requests that hold a slot."""
         return self._running.total()
 
     def check(self, key: str) -> None:
-        """Raises Refusal where no place is free for this key: 503 while draining, else 429."""
+        """Raise APIError if this key may not have another slot: 503 while draining, else 429."""
         if self.draining:
             raise APIError(
                 503, "the server is shutting down. Fix: try again", code="shutting_down", close=True
             )
-        if self.running >= self._places or self._running[key] >= self._per_key:
+        if self.running >= self._slots or self._running[key] >= self._per_key:
             raise busy()
 
     @contextmanager
-    def place(self, key: str, size: int) -> Iterator[None]:
-        """Hold a place for a request whose body has `size` bytes. Raises Refusal as `check` does."""
+    def slot(self, key: str, size: int) -> Iterator[None]:
+        """Hold a slot for a request whose body has `size` bytes.
+
+        Raises APIError as `check` does.
+        """
         self.check(key)
         self._running[key] += 1
         self._running_bytes += size
@@ -62,13 +58,14 @@ class Admission:
             self._running_bytes -= size
             if not self._running[key]:
                 del self._running[key]
-            self._left.set()
+            self._released.set()
 
     @asynccontextmanager
-    async def arrival(self, key: str, limit_s: float) -> AsyncIterator[Arrival]:
-        """Room for a body that arrives; `grow` reports its bytes.
+    async def arrival(self, key: str, limit_s: float) -> "AsyncIterator[Arrival]":
+        """Register a body that arrives; report its bytes with `grow`.
 
-        Raises Refusal: 408 after `limit_s` seconds, 429 where there is no room for it, or no longer.
+        Raises APIError: 408 after `limit_s` seconds, 429 if there is no room or the body is
+        evicted.
         """
         self._make_room(key)
         try:
@@ -78,53 +75,71 @@ class Admission:
                 try:
                     yield arrival
                 finally:
-                    put_out = arrival not in self._arrivals
-                    if not put_out:
+                    evicted = arrival not in self._arrivals
+                    if not evicted:
                         self._arrivals.remove(arrival)
         except TimeoutError:
-            if put_out:
+            if evicted:
                 raise busy(close=True) from None
             message = (
                 f"the body: not complete after {limit_s:g} s. Fix: send it faster, or send less"
             )
             raise APIError(408, message, code="body_timeout", close=True) from None
 
-    def grow(self, arrival: Arrival, size: int) -> None:
-        """Report `size` more bytes of a body. Raises Refusal (429) where all bodies together are too large."""
+    def grow(self, arrival: "Arrival", size: int) -> None:
+        """Report `size` more bytes of a body.
+
+        Raises APIError (429) if the bytes of all bodies exceed the limit. First the oldest bodies
+        of the key with the most arriving bytes are evicted, unless it is this key.
+        """
         arrival.size += size
         while self._running_bytes + sum(other.size for other in self._arrivals) > self._held_bytes:
             sizes: Counter[str] = Counter()
             for other in self._arrivals:
                 sizes[other.key] += other.size
-            most = max(sizes, key=lambda key: (sizes[key], key == arrival.key))
-            if most == arrival.key:
+            largest = max(sizes, key=lambda key: (sizes[key], key == arrival.key))
+            if largest == arrival.key:
                 raise busy(close=True)
-            self._put_out(next(other for other in self._arrivals if other.key == most))
+            self._evict(next(other for other in self._arrivals if other.key == largest))
 
     async def drain(self, limit_s: float) -> int:
-        """Refuse new requests, wait for the running ones, at most `limit_s` seconds; return how many are left."""
+        """Refuse new requests and wait for the running ones, at most `limit_s` seconds.
+
+        Returns the number of requests that still run.
+        """
         self.draining = True
         try:
             async with asyncio.timeout(limit_s):
                 while self.running:
-                    self._left.clear()
-                    await self._left.wait()
+                    self._released.clear()
+                    await self._released.wait()
         except TimeoutError:
             pass
         return self.running
 
     def _make_room(self, key: str) -> None:
-        if len(self._arrivals) < self._places:
+        """Evict a body if as many arrive as there are slots. Raises APIError (429)."""
+        if len(self._arrivals) < self._slots:
             return
         counts = Counter(arrival.key for arrival in self._arrivals)
         counts[key] += 1
-        most = max(counts, key=lambda other: (counts[other], other == key))
-        oldest = next(arrival for arrival in self._arrivals if arrival.key == most)
-        if most == key and asyncio.get_running_loop().time() - oldest.since < GRACE_S:
+        largest = max(counts, key=lambda other: (counts[other], other == key))
+        oldest = next(arrival for arrival in self._arrivals if arrival.key == largest)
+        if largest == key and asyncio.get_running_loop().time() - oldest.since < GRACE_S:
             raise busy(close=True)
-        self._put_out(oldest)
+        self._evict(oldest)
 
-    def _put_out(self, arrival: Arrival) -> None:
+    def _evict(self, arrival: "Arrival") -> None:
         self._arrivals.remove(arrival)
         if not arrival.deadline.expired():
             arrival.deadline.reschedule(asyncio.get_running_loop().time())
+
+
+@dataclass(eq=False)
+class Arrival:
+    """A body that is arriving."""
+
+    key: str
+    since: float  # time of the event loop, seconds
+    deadline: asyncio.Timeout
+    size: int = 0  # bytes so far

@@ -1,8 +1,10 @@
-"""The three apps as Serve builds them: a gateway in front of a model, and perhaps of a challenger too.
+"""The three Serve applications: a gateway in front of a model, and optionally of a challenger.
 
-`serve run serve_apps.chat:app model=llava@champion`; the arguments are the fields of `serving.options.Options`.
+`serve run serve_apps.chat:app model=llava@champion`; the arguments are the fields of
+`serving.options.Options`.
 
-From the words `llava@champion` to a folder of weights, and the record that lets an answer be traced back to it.
+A model name such as `llava@champion` is resolved to the artifact of a registered version. The
+deployment is recorded, so that `bridgework trace` can follow an answer back to it.
 """
 
 import hashlib
@@ -18,56 +20,66 @@ from ray.serve import Application
 
 from bridgework import artifacts
 from bridgework.data import catalog
-from bridgework.serving import options as options_of
-from bridgework.serving import routes as caption_app
-from bridgework.serving import routes as chat_app
-from bridgework.serving import routes as embed_app
 from bridgework.serving.auth import Keys
 from bridgework.serving.gateway import Gateway, Routes
-from bridgework.serving.options import Options
+from bridgework.serving.options import Options, parse_options
 from bridgework.serving.replica import Model
 from bridgework.serving.router import ServedModel
+from bridgework.serving.routes import caption_routes, chat_routes, embedding_routes
 from bridgework.tracking import registry
 from bridgework.tracking.mlflow_store import MLflowTracker
 
+HEALTH_S = 2.0  # with Serve's default of 10 s, a dead replica is noticed later
+UNBOUNDED = 100_000  # Serve's queue answers in plain text, so admission.py limits a gateway instead
+
 
 def chat(args: dict[str, Any]) -> Application:
-    """OpenAI-compatible chat with images, and a page to try it."""
-    return application("chat", args, chat_app.chat_routes)
+    """Return the app for OpenAI-compatible chat with images, with a page to try it."""
+    return application("chat", args, chat_routes)
 
 
 def embed(args: dict[str, Any]) -> Application:
-    """Embeddings of texts and images, zero-shot classes, ranks of candidates."""
-    return application("embed", args, embed_app.embedding_routes)
+    """Return the app for embeddings, zero-shot classification and ranking of candidates."""
+    return application("embed", args, embedding_routes)
 
 
 def caption(args: dict[str, Any]) -> Application:
-    """Captions of images."""
-    return application("caption", args, caption_app.caption_routes)
+    """Return the app for captions of images."""
+    return application("caption", args, caption_routes)
 
 
-HEALTH_S = 2.0  # Serve's own 10 s would be the time that a dead replica is missed
-UNBOUNDED = (
-    100_000  # Serve's own queue answers in plain text; admission.py bounds a gateway instead
-)
 APPS = {"chat": chat, "embed": embed, "caption": caption}
 
 
 def application(app: str, args: dict[str, Any], routes: Routes) -> Application:
-    """The Serve application `app` for `args` (see Options): resolves models, records deployments."""
-    options = options_of.read(args)
+    """Return the Serve application `app` for `args` (see Options).
+
+    Resolves the models and records their deployments. Raises SpecError, TrackingError and
+    WeightsError.
+    """
+    options = parse_options(args)
     keys = None if options.dev else Keys.load(options.keys)
     home = Path(options.home) if options.home else catalog.home()
     names = [options.model] if options.challenger is None else [options.model, options.challenger]
-    served = [resolve(app, name, options, home) for name in names]
+    served = [resolve_model(app, name, options, home) for name in names]
     for model in served:
-        record(model, home)
+        record_deployment(model, home)
     roles = ("champion", "challenger")
     models = [
         _model(role, options).bind(m.artifact, options)
         for role, m in zip(roles, served, strict=False)
     ]
     return _gateway(app, options).bind(routes, options, keys, served, *models)
+
+
+def _gateway(app: str, options: Options) -> serve.Deployment:
+    return serve.deployment(
+        name=app,
+        ray_actor_options={"num_cpus": 0},  # it only waits
+        max_ongoing_requests=UNBOUNDED,
+        health_check_period_s=HEALTH_S,
+        graceful_shutdown_timeout_s=options.timeout_s,
+    )(serve.ingress()(Gateway))
 
 
 def _model(role: str, options: Options) -> serve.Deployment:
@@ -83,43 +95,36 @@ def _model(role: str, options: Options) -> serve.Deployment:
         max_ongoing_requests=options.ongoing,
         max_queued_requests=options.queued,
         health_check_period_s=HEALTH_S,
-        graceful_shutdown_timeout_s=options.timeout_s,  # an answer that has begun is finished
+        graceful_shutdown_timeout_s=options.timeout_s,  # running answers are completed
         **scale,
     )(Model)
 
 
-def _gateway(app: str, options: Options) -> serve.Deployment:
-    return serve.deployment(
-        name=app,
-        ray_actor_options={"num_cpus": 0},  # it only waits
-        max_ongoing_requests=UNBOUNDED,
-        health_check_period_s=HEALTH_S,
-        graceful_shutdown_timeout_s=options.timeout_s,
-    )(serve.ingress()(Gateway))
+def resolve_model(app: str, model: str, options: Options, home: Path) -> ServedModel:
+    """Return the model that `app` serves under the name NAME, NAME@alias, NAME:version or a folder.
 
-
-def resolve(app: str, model: str, options: Options, home: Path) -> ServedModel:
-    """Raises TrackingError for an unknown model, version or alias, WeightsError for a folder without an artifact."""
+    Raises TrackingError for an unknown model, version or alias, WeightsError for a folder without
+    an artifact.
+    """
     if registry.is_folder(model):
         name, version, folder = Path(model).resolve().name, "", str(Path(model).resolve())
     else:
         name, which = registry.split(model)
-        found = MLflowTracker(options.tracking, home, "Default").version(
-            name, which
-        )  # MLflow's own: none is made
-        version, folder = found.version, found.artifact
+        # "Default" is the experiment that MLflow always has, so none is created
+        registered = MLflowTracker(options.tracking, home, "Default").version(name, which)
+        version, folder = registered.version, registered.artifact
     info = artifacts.describe(folder)
     pixels = artifacts.recipe(folder)[info.stage].model.pixels
-    # By content: the same app over the same weights is the same deployment, however often Serve builds it anew.
-    words = "\n".join((app, name, version, folder, info.digest))
-    deployment = hashlib.sha256(words.encode()).hexdigest()[:12]
+    # A hash of the content, because Serve may build the app again: same weights, same deployment.
+    content = "\n".join((app, name, version, folder, info.digest))
+    deployment = hashlib.sha256(content.encode()).hexdigest()[:12]
     return ServedModel(
         deployment, app, name, version, folder, info.digest, tiled=bool(pixels.grids)
     )
 
 
-def record(served: ServedModel, home: Path) -> Path:
-    """home/deployments/ID.json, whole or not at all; the time of the first start stays."""
+def record_deployment(served: ServedModel, home: Path) -> Path:
+    """Write home/deployments/ID.json atomically and return its path; an existing file is kept."""
     file = home / "deployments" / f"{served.id}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,10 @@
-"""API keys: kept as sha256, compared in constant time, never logged.
+"""Authentication and admission of a request, before its body is parsed.
 
-BRIDGEWORK_API_KEYS holds keys (or their `sha256:` digests), separated by commas; a key file holds digests, one a line,
-`#` begins a comment. Make one with `python -m bridgework.serving.auth`.
+A request is cancelled when its client disconnects.
 
-The entrance of every app, before a byte of the body is parsed: who asks, how much at once, how large, how slow.
-
-A request whose client leaves is cancelled.
+API keys are kept as sha256, compared in constant time and never logged. BRIDGEWORK_API_KEYS holds
+keys or their `sha256:` digests, separated by commas. A key file holds digests, one a line; `#`
+begins a comment. Create a key with `python -m bridgework.serving.auth`.
 """
 
 import asyncio
@@ -30,81 +29,23 @@ from bridgework.serving.errors import APIError
 from bridgework.serving.options import Limits
 
 VARIABLE = "BRIDGEWORK_API_KEYS"
+OPEN = frozenset({"/", "/health", "/health/live"})  # without a key: a static page, health checks
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-
-
-def digest(key: str) -> str:
-    """`sha256:` and 64 hex digits. Keys are long and random, so a slow hash would add nothing."""
-    return "sha256:" + hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-class Keys:
-    """The keys that open an app."""
-
-    def __init__(self, digests: frozenset[str]) -> None:
-        self._digests = digests
-
-    def __len__(self) -> int:
-        return len(self._digests)
-
-    def match(self, key: str) -> str | None:
-        """The digest of a known key, None of another; every digest is compared, so the time reveals nothing."""
-        given = digest(key)
-        return next(
-            iter([known for known in sorted(self._digests) if compare_digest(given, known)]), None
-        )
-
-    @classmethod
-    def load(cls, file: str | None) -> "Keys":
-        """From the key file if there is one, else from the environment. Raises SpecError where there is no key."""
-        keys = cls(_from_file(Path(file)) if file else _from_environment())
-        if not len(keys):
-            raise SpecError(
-                f"no API key: set {VARIABLE}, or keys=FILE with a sha256: digest a line, "
-                "or dev=true for a server that answers this machine alone, without a key"
-            )
-        return keys
-
-
-def _from_environment() -> frozenset[str]:
-    words = [w.strip() for w in os.environ.get(VARIABLE, "").split(",") if w.strip()]
-    return frozenset(w if _DIGEST.fullmatch(w) else digest(w) for w in words)
-
-
-def _from_file(path: Path) -> frozenset[str]:
-    try:
-        lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise SpecError(f"keys={path} cannot be read: {error.strerror}") from None
-    words = [line for line in lines if line]
-    for number, word in enumerate(words, 1):
-        if not _DIGEST.fullmatch(word):
-            raise SpecError(
-                f"{path}, key {number}: a key file holds digests only, sha256: and 64 hex digits"
-            )
-    return frozenset(words)
-
-
-if __name__ == "__main__":
-    new = secrets.token_urlsafe(32)
-    print(f"key     {new}\ndigest  {digest(new)}")
-
-
-OPEN = frozenset(
-    {"/", "/health", "/health/live"}
-)  # a static page without any data in it, and the health checks
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-class Gone(Exception):
-    """The client left before its body was complete."""
+class ClientDisconnected(Exception):
+    """The client disconnected before its body was complete."""
 
 
 class AuthMiddleware:
-    """ASGI middleware. Without `keys` (development) only this machine itself is answered."""
+    """ASGI middleware.
+
+    Without `keys` (development) only requests from this machine are answered.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Keys | None, admission: Admission, limits: Limits
+        self, app: ASGIApp, *, keys: "Keys | None", admission: Admission, limits: Limits
     ) -> None:
         self.app = app
         self.keys = keys
@@ -112,68 +53,65 @@ class AuthMiddleware:
         self.limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] != "http"
-        ):  # no route speaks WebSocket, so what is left is the start and end of the app
+        if scope["type"] != "http":  # startup and shutdown; no route uses WebSocket
             await self.app(scope, receive, send)
             return
         body = b""
         with ExitStack() as held:
             try:
                 headers = Headers(scope=scope)
-                key = self._caller(scope, headers)
-                if scope["method"] == "POST":  # the only method whose body any route reads
+                key = self._authenticate(scope, headers)
+                if scope["method"] == "POST":  # the only method whose body a route reads
                     self._check_length(headers)
                     self.admission.check(key)
-                    body = await self._body(key, receive)
-                    held.enter_context(self.admission.place(key, len(body)))
-            except Gone:
+                    body = await self._read_body(key, receive)
+                    held.enter_context(self.admission.slot(key, len(body)))
+            except ClientDisconnected:
                 return
-            except APIError as refusal:
-                await refusal.response()(scope, receive, send)
+            except APIError as error:
+                await error.response()(scope, receive, send)
                 return
-            await _until_gone(self.app, scope, body, receive, send)
+            await _run_until_disconnect(self.app, scope, body, receive, send)
 
-    def _caller(self, scope: Scope, headers: Headers) -> str:
-        """The digest of the caller's key, "" where none is needed. Raises Refusal."""
+    def _authenticate(self, scope: Scope, headers: Headers) -> str:
+        """Return the digest of the caller's key, "" if none is required. Raises APIError."""
         if self.keys is None:
             if not _is_local(scope, headers):
-                message = "this is a development server: it answers its own machine only, by a loopback address"
+                message = (
+                    "the development server (dev=true) answers its own machine only. "
+                    "Fix: call it by a loopback address"
+                )
                 raise APIError(403, message, code="not_local")
             return ""
-        if (
-            scope["method"] in ("GET", "HEAD")
-            and scope["path"].removeprefix(scope.get("root_path", "")) in OPEN
-        ):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if scope["method"] in ("GET", "HEAD") and path in OPEN:
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         known = self.keys.match(key.strip()) if scheme.lower() == "bearer" else None
         if known is None:
-            raise APIError(
-                401,
-                "no valid API key; send the header Authorization: Bearer KEY",
-                code="invalid_api_key",
-            )
+            message = "no valid API key. Fix: send the header Authorization: Bearer KEY"
+            raise APIError(401, message, code="invalid_api_key")
         return known
 
     def _check_length(self, headers: Headers) -> None:
+        """Raise APIError (413) for a content-length that is too large or not a number."""
         length = headers.get("content-length", "0")
-        if (
-            not length.isascii()
-            or not length.isdigit()
-            or int(length[:20]) > self.limits.body_bytes
-        ):
+        is_number = length.isascii() and length.isdigit()
+        if not is_number or int(length[:20]) > self.limits.body_bytes:
             raise _too_large(self.limits.body_bytes)
 
-    async def _body(self, key: str, receive: Receive) -> bytes:
-        """Raises Refusal for a body that is too large or too slow, and Gone."""
+    async def _read_body(self, key: str, receive: Receive) -> bytes:
+        """Return the body.
+
+        Raises APIError if it is too large or too slow, and ClientDisconnected.
+        """
         parts: list[bytes] = []
         async with self.admission.arrival(key, self.limits.body_s) as arrival:
             more = True
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise Gone
+                    raise ClientDisconnected
                 parts.append(message.get("body", b""))
                 more = message.get("more_body", False)
                 if arrival.size + len(parts[-1]) > self.limits.body_bytes:
@@ -182,30 +120,30 @@ class AuthMiddleware:
         return b"".join(parts)
 
 
-async def _until_gone(
+async def _run_until_disconnect(
     app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send
 ) -> None:
-    """Run the app; cancel it when the client leaves. The app sees the body as one message."""
+    """Run the app; cancel it when the client disconnects. The app gets the body as one message."""
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-    gone = asyncio.Event()
+    disconnected = asyncio.Event()
 
-    async def replayed() -> Message:
+    async def replay() -> Message:
         if not pending:
-            await gone.wait()
+            await disconnected.wait()
             return {"type": "http.disconnect"}
         return pending.pop()
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
-            pass  # what comes of a body that no route reads
-        gone.set()
+            pass  # parts of a body that no route reads
+        disconnected.set()
 
-    work = asyncio.ensure_future(app(scope, replayed, send))
-    leaving = asyncio.ensure_future(watch())
+    work = asyncio.ensure_future(app(scope, replay, send))
+    watching = asyncio.ensure_future(watch())
     try:
-        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((work, watching), return_when=asyncio.FIRST_COMPLETED)
     finally:
-        leaving.cancel()
+        watching.cancel()
         if not work.done():
             work.cancel()
             await asyncio.wait((work,))
@@ -213,14 +151,82 @@ async def _until_gone(
         work.result()
 
 
+class Keys:
+    """The accepted API keys of an app, as digests."""
+
+    def __init__(self, digests: frozenset[str]) -> None:
+        self._digests = digests
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def match(self, key: str) -> str | None:
+        """Return the digest of an accepted key, else None; the time does not depend on the key."""
+        given = digest(key)
+        # a list, not a generator: every digest is compared
+        return next(
+            iter([known for known in sorted(self._digests) if compare_digest(given, known)]), None
+        )
+
+    @classmethod
+    def load(cls, file: str | None) -> "Keys":
+        """Read the key file if one is given, else the environment. Raises SpecError for no keys."""
+        keys = cls(_from_file(Path(file)) if file else _from_environment())
+        if not len(keys):
+            raise SpecError(
+                f"no API key. Fix: set {VARIABLE}, or keys=FILE with one sha256: digest a line, "
+                "or dev=true for a server that needs no key and answers this machine only"
+            )
+        return keys
+
+
+def digest(key: str) -> str:
+    """Return `sha256:` and 64 hex digits. Keys are long and random, so a slow hash adds nothing."""
+    return "sha256:" + hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _from_environment() -> frozenset[str]:
+    keys = [key.strip() for key in os.environ.get(VARIABLE, "").split(",") if key.strip()]
+    return frozenset(key if _DIGEST.fullmatch(key) else digest(key) for key in keys)
+
+
+def _from_file(path: Path) -> frozenset[str]:
+    try:
+        lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise SpecError(
+            f"keys={path} cannot be read: {error.strerror}. Fix: give a readable file"
+        ) from None
+    digests = [line for line in lines if line]
+    for number, line in enumerate(digests, 1):
+        if not _DIGEST.fullmatch(line):  # the message leaves the line out: it may be a key
+            raise SpecError(
+                f"{path}, key {number}: a key file holds digests only. "
+                "Expected sha256: and 64 hex digits"
+            )
+    return frozenset(digests)
+
+
 def request_id(headers: Mapping[str, str]) -> str:
-    """The caller's x-request-id if it is well-formed, else a new one."""
+    """Return the caller's x-request-id if it is well-formed, else a new one."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
 
 
+def is_loopback(host: str) -> bool:
+    """Return True for an address that only this machine reaches."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _is_local(scope: Scope, headers: Headers) -> bool:
-    """Both ends are loopback. The Host header is judged too: a name that a web page made point here is not ours."""
+    """Return True if client and Host header are loopback.
+
+    The Host header is checked because a web page can point its own name at 127.0.0.1 (DNS
+    rebinding).
+    """
     client: tuple[str, int] | None = scope.get("client")
     try:
         host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
@@ -234,13 +240,11 @@ def _is_local(scope: Scope, headers: Headers) -> bool:
     )
 
 
-def is_loopback(host: str) -> bool:
-    """Return True for an address that only this machine reaches."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _too_large(limit: int) -> APIError:
+    message = f"the body is too large. Expected at most {limit} bytes"
+    return APIError(413, message, code="body_too_large", close=True)
 
 
-def _too_large(most: int) -> APIError:
-    return APIError(413, f"the body is larger than {most} bytes", code="body_too_large", close=True)
+if __name__ == "__main__":
+    new = secrets.token_urlsafe(32)
+    print(f"key     {new}\ndigest  {digest(new)}")

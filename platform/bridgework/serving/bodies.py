@@ -1,6 +1,7 @@
-"""JSON bodies: bounded before they are parsed, and parsed without loss.
+"""JSON bodies: limited before they are parsed, and parsed strictly.
 
-FastAPI would parse any number of values on the event loop, and of a name that is given twice keep the second.
+FastAPI alone would parse any number of values on the event loop, and keep the second of two equal
+names.
 """
 
 import json
@@ -15,29 +16,25 @@ from starlette.responses import Response
 
 from bridgework.serving.errors import APIError
 
-MAX_VALUES = 100_000  # of one body; the text of a request may hold 65,536 commas of its own
-_SEPARATORS = (
-    b"[",
-    b"{",
-    b",",
-)  # every value but the first of its list or object follows one; base64 has none
-_HALVES = re.compile(
-    rb"\\u[dD]|\xed[\xa0-\xbf]"
-)  # of a character, as an escape or in bytes; most come in pairs
+MAX_VALUES = 100_000  # per body, estimated; the text of a request may have 65,536 commas itself
+# Each value, except the first of its list or object, follows a separator. Base64 has none of them.
+_SEPARATORS = (b"[", b"{", b",")
+# A surrogate as an escape or in bytes. Most come in pairs, which are valid.
+_SURROGATES = re.compile(rb"\\u[dD]|\xed[\xa0-\xbf]")
 
 
 class JSONRoute(APIRoute):
-    """A route whose body is read by `parse`."""
+    """A route whose body is parsed by `parse`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
-        async def read(request: Request) -> Response:
+        async def parse_and_handle(request: Request) -> Response:
             if self.body_field is not None:
                 _check_type(request.headers.get("content-type", ""))
             return await handle(_Request(request.scope, request.receive))
 
-        return read
+        return parse_and_handle
 
 
 class _Request(Request):
@@ -46,10 +43,10 @@ class _Request(Request):
 
 
 def parse(body: bytes) -> Any:
-    """The value that a JSON text holds.
+    """Return the value of a JSON text.
 
-    Raises json.JSONDecodeError, and Refusal (400) for too many values, a name given twice, nesting too deep, and half
-    a character.
+    Raises json.JSONDecodeError, and APIError (400) for too many values, a repeated name, nesting
+    that is too deep, and a lone surrogate.
     """
     values = sum(map(body.count, _SEPARATORS))
     if values > MAX_VALUES:
@@ -57,7 +54,7 @@ def parse(body: bytes) -> Any:
         raise APIError(400, message, code="too_many")
     try:
         value = json.loads(body, object_pairs_hook=_object)
-        if _HALVES.search(body):
+        if _SURROGATES.search(body):
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError:
@@ -75,16 +72,18 @@ def parse(body: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+    """Return the pairs as a dict. Raises APIError (400) for a repeated name."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise APIError(
-            400, f"{twice[:64]}: given twice. Fix: leave one out", code="invalid_value", param=twice
+            400, f"{name[:64]}: given twice. Fix: leave one out", code="invalid_value", param=name
         )
-    return found
+    return values
 
 
 def _check_type(given: str) -> None:
+    """Raise APIError (415) for a content-type that is not JSON."""
     kind = given.partition(";")[0].strip().lower()
     if kind != "application/json" and not (
         kind.startswith("application/") and kind.endswith("+json")

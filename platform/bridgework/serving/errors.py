@@ -1,4 +1,4 @@
-"""Errors of the HTTP API: one exception, OpenAI's JSON, and the table from exceptions to statuses."""
+"""Errors of the HTTP API: APIError in OpenAI's JSON, and the conversion of other exceptions."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from bridgework.errors import BridgeworkError, DataError, SpecError
 
 RETRY_AFTER_S = 1
-PARAM_CHARS = 200
+PARAM_CHARS = 200  # a longer `param` is cut
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class APIError(DataError):
-    """A request that is answered with an error: the HTTP status, OpenAI's code, and the field that is wrong.
+    """An error answer to a request: the HTTP status, OpenAI's code, and the wrong field (`param`).
 
-    With `close` the connection ends with the answer.
+    With `close` the connection is closed after the answer.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class APIError(DataError):
         self.close = close
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (self.status, str(self), self.code, self.param, self.close)
+        return _rebuild, (self.status, str(self), self.code, self.param, self.close)
 
     def body(self) -> dict[str, Any]:
-        """{"error": {"message", "type", "param", "code"}}, as the OpenAI clients read it."""
+        """Return {"error": {"message", "type", "param", "code"}}, as OpenAI's clients read it."""
         kind = _TYPES.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
@@ -50,6 +50,7 @@ class APIError(DataError):
         }
 
     def response(self) -> JSONResponse:
+        """Return the HTTP answer, with Retry-After for 429 and 503."""
         headers = {"retry-after": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
@@ -58,17 +59,17 @@ class APIError(DataError):
         return JSONResponse(self.body(), self.status, headers)
 
 
-def _rebuilt(status: int, message: str, code: str, param: str | None, close: bool) -> APIError:
+def _rebuild(status: int, message: str, code: str, param: str | None, close: bool) -> APIError:
     return APIError(status, message, code=code, param=param, close=close)
 
 
 def _encodable(text: str) -> str:
-    """The text with half characters replaced: JSON input can hold them, and UTF-8 output cannot."""
+    """Replace lone surrogates, which JSON input can have and UTF-8 output cannot."""
     return text.encode(errors="replace").decode()
 
 
-def shown(value: Any) -> str:
-    """A short form of a JSON value for a message."""
+def summarize(value: Any) -> str:
+    """Return a short form of a JSON value for a message."""
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, dict):
@@ -89,12 +90,13 @@ def shown(value: Any) -> str:
 
 
 def busy(*, close: bool = False) -> APIError:
-    message = f"every place is taken. Fix: try again in {RETRY_AFTER_S} s"
+    """Return the error 429 for a request that finds no free slot."""
+    message = f"every slot is taken. Fix: try again in {RETRY_AFTER_S} s"
     return APIError(429, message, code="overloaded", close=close)
 
 
-def of(error: BaseException) -> APIError:
-    """The refusal for an exception from a model replica. What the client did not cause is reported without details."""
+def from_exception(error: BaseException) -> APIError:
+    """Return the APIError for an exception of a replica, without details if it is unexpected."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, APIError):
         return cause
@@ -116,20 +118,18 @@ def of(error: BaseException) -> APIError:
         return APIError(500, str(cause), code="model_error")
     return APIError(
         500,
-        f"the server failed ({type(cause).__name__}); its log has the reason",
+        f"the server failed ({type(cause).__name__}). Fix: look into its log",
         code="internal_error",
     )
 
 
-# --- validation ------------------------------------------------------------------------------------------------------
-
-_EXPECTED = {  # by pydantic's error type; {} are of its context
+_EXPECTED = {  # by pydantic's error type; {} are fields of its context
     "string_type": "a string",
     "string_too_short": "at least {min_length} characters",
     "string_too_long": "at most {max_length} characters",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "int_parsing_size": "a whole number of 64 bits",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "int_parsing_size": "an integer of 64 bits",
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
@@ -148,8 +148,11 @@ _EXPECTED = {  # by pydantic's error type; {} are of its context
 }
 
 
-def of_validation(error: RequestValidationError) -> APIError:
-    """The first error in a body, with its path in the body: `messages.0.content.1.image_url.url`."""
+def from_validation_error(error: RequestValidationError) -> APIError:
+    """Return the first error of a body, with its path, e.g.
+
+    `messages.0.content.1.image_url.url`.
+    """
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return APIError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
@@ -163,13 +166,14 @@ def of_validation(error: RequestValidationError) -> APIError:
         return APIError(cause.status, message, code=cause.code, param=param)
     return APIError(
         400,
-        f"{path or 'the body'}: {_wrong(first, where)}",
+        f"{path or 'the body'}: {_reason(first, where)}",
         code="invalid_value",
         param=path or None,
     )
 
 
-def _wrong(first: Mapping[str, Any], where: Sequence[Any]) -> str:
+def _reason(first: Mapping[str, Any], where: Sequence[Any]) -> str:
+    """Return a sentence about the error, without pydantic's terms."""
     kind, context = first["type"], first.get("ctx", {})
     if kind == "missing":
         return "missing. Fix: add it"
@@ -178,14 +182,14 @@ def _wrong(first: Mapping[str, Any], where: Sequence[Any]) -> str:
     if "error" in context:
         return str(context["error"])
     expected = _EXPECTED.get(kind, "another value").format_map(context)
-    if kind == "list_type" and where[-1:] == ("list",):  # the branch of what may be a string too
+    if kind == "list_type" and where[-1:] == ("list",):  # a union of a string and a list
         expected = "a string or a list"
-    given = repr(context["tag"]) if kind == "union_tag_invalid" else shown(first["input"])
+    given = repr(context["tag"]) if kind == "union_tag_invalid" else summarize(first["input"])
     return f"invalid value. Got {given}; expected {expected}"
 
 
 def _path(where: Sequence[str | int], body: Any, missing: bool) -> str:
-    """The steps of a location that lead through the body; pydantic writes its own branches between them."""
+    """Return the dotted path of a location in the body, without pydantic's union branches."""
     steps: list[str] = []
     node = body
     for i, step in enumerate(where):

@@ -1,6 +1,7 @@
-"""The HTTP side of an app, in a deployment of its own: it parses, checks and refuses.
+"""Gateway of an app: the ingress deployment, with HTTP, authentication and validation.
 
-It holds no weights and imports no torch, so that it starts fast and a model that dies takes no connection with it.
+It holds no weights and imports no torch, so it starts fast, and a model that dies closes no
+connection.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,11 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from bridgework.errors import suggest
-from bridgework.serving import errors as refusals
 from bridgework.serving.admission import Admission
 from bridgework.serving.auth import AuthMiddleware, Keys
-from bridgework.serving.errors import APIError
+from bridgework.serving.errors import APIError, from_exception, from_validation_error
 from bridgework.serving.options import Options
 from bridgework.serving.protocol import model_card
 from bridgework.serving.readiness import Readiness
@@ -30,7 +29,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 class Gateway:
-    """The ingress deployment: `routes` over the models that `handles` call."""
+    """Ingress deployment: `routes` over the models `served`, called by their `handles`."""
 
     def __init__(
         self,
@@ -48,13 +47,13 @@ class Gateway:
             serve.get_replica_context().app_name, [handle.deployment_name for handle in handles]
         )
         self._admission = Admission(
-            places=options.places,
-            per_key=options.places_of(0 if keys is None else len(keys)),
+            slots=options.slots,
+            per_key=options.slots_per_key(0 if keys is None else len(keys)),
             held_bytes=options.held_bytes,
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Serve calls it in the replica, after `__init__`."""
+        """Return the ASGI app; Serve calls this in the replica, after `__init__`."""
         return build(
             self._routes(self._router, self._options),
             self._router,
@@ -65,11 +64,11 @@ class Gateway:
         )
 
     async def running(self) -> int:
-        """The number of requests that hold a place."""
+        """Return the number of requests that hold a slot."""
         return self._admission.running
 
     async def drain(self, limit_s: float) -> int:
-        """Refuse new requests, wait for the running ones, at most `limit_s` seconds; return how many are left."""
+        """Refuse new requests and wait for the running ones, as `Admission.drain`."""
         return await self._admission.drain(limit_s)
 
 
@@ -81,20 +80,18 @@ def build(
     admission: Admission,
     missing: Callable[[], Awaitable[Sequence[str]]],
 ) -> FastAPI:
-    """The ASGI app; every error has OpenAI's form, FastAPI's own included.
+    """Return the ASGI app. Every error has OpenAI's form, including FastAPI's own.
 
-    `missing` gives the deployments without a running replica.
+    `missing` returns the deployments without a running replica.
     """
-    api = FastAPI(
-        title="bridgework", docs_url=None, redoc_url=None
-    )  # those pages load scripts from elsewhere
+    # FastAPI's documentation pages are off, because they load scripts from other hosts.
+    api = FastAPI(title="bridgework", docs_url=None, redoc_url=None)
     api.include_router(_common(router, admission, missing))
     api.include_router(routes)
     answer_errors(api)
     api.add_middleware(AuthMiddleware, keys=keys, admission=admission, limits=options.limits)
-    if (
-        options.cors
-    ):  # outside the guard: a preflight has no key, and a page may read why it was refused
+    # CORS is outside of authentication: a preflight has no key, and a page may read its error.
+    if options.cors:
         api.add_middleware(
             CORSMiddleware,
             allow_origins=options.cors,
@@ -108,12 +105,13 @@ def build(
 def answer_errors(api: FastAPI) -> None:
     """Answer every exception in OpenAI's form."""
     for kind in (APIError, RequestValidationError, HTTPException, Exception):
-        api.add_exception_handler(kind, _refused)
+        api.add_exception_handler(kind, _answer)
 
 
 def _common(
     router: Router, admission: Admission, missing: Callable[[], Awaitable[Sequence[str]]]
 ) -> APIRouter:
+    """Return the routes that all apps share: health checks and models."""
     api = APIRouter()
 
     @api.get("/health/live")
@@ -123,9 +121,11 @@ def _common(
     @api.get("/health")
     async def ready() -> dict[str, str]:
         if admission.draining:
-            raise APIError(503, "the server is shutting down", code="shutting_down")
+            message = "the server is shutting down. Fix: try again"
+            raise APIError(503, message, code="shutting_down")
         if absent := await missing():
-            raise APIError(503, f"no replica of {', '.join(absent)} is running", code="not_ready")
+            message = f"no replica of {', '.join(absent)} is running. Fix: try again"
+            raise APIError(503, message, code="not_ready")
         return {"status": "ok"}
 
     @api.get("/v1/models")
@@ -135,28 +135,20 @@ def _common(
     @api.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         if name not in router.names():
-            hint = suggest(name[:64], router.names())
-            raise APIError(
-                404,
-                f"there is no model {name[:64]!r} here{hint}",
-                code="model_not_found",
-                param="model",
-            )
+            raise router.unknown_model(name[:64])
         return model_card(name)
 
     return api
 
 
-async def _refused(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, HTTPException) and isinstance(
-        error.__cause__, APIError
-    ):  # FastAPI's wrapping of JSONRoute's
-        error = error.__cause__
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    """Return the answer for an exception of a route."""
+    if isinstance(error, HTTPException) and isinstance(error.__cause__, APIError):
+        error = error.__cause__  # FastAPI wraps the errors of JSONRoute
     if isinstance(error, RequestValidationError):
-        return refusals.of_validation(error).response()
+        return from_validation_error(error).response()
     if isinstance(error, HTTPException):
         code, where = _CODES.get(error.status_code, "invalid_request"), request.url.path[:200]
-        return APIError(
-            error.status_code, f"{request.method} {where}: {error.detail}", code=code
-        ).response()
-    return refusals.of(error).response()
+        message = f"{request.method} {where}: {error.detail}"
+        return APIError(error.status_code, message, code=code).response()
+    return from_exception(error).response()

@@ -1,4 +1,8 @@
-"""`bridgework serve APP`: a Ray of its own or the one that RAY_ADDRESS names, Serve on one port, the app at a path."""
+"""`bridgework serve APP`: start and stop an app on Serve.
+
+Joins the Ray that RAY_ADDRESS names, else starts one. All apps of one Serve share its port; each
+has its own path.
+"""
 
 import json
 import logging
@@ -21,26 +25,25 @@ from ray.serve.schema import ServeDeploySchema
 from bridgework import ray_utils
 from bridgework.config import config_class
 from bridgework.errors import ResourceError, SpecError, suggest
-from bridgework.serving import options as options_of
 from bridgework.serving import proxy
 from bridgework.serving.app import APPS
 from bridgework.serving.auth import is_loopback
-from bridgework.serving.options import Options
+from bridgework.serving.options import Options, parse_options
 
 
 @config_class
-class Where:
-    """The place of an app: the address of Serve, and the app's name and path there."""
+class AppAddress:
+    """Address of Serve, and the app's name and path there."""
 
     host: str = "127.0.0.1"
     port: int = 8000
-    name: str | None = None  # default: the app's own
+    name: str | None = None  # of the Serve application; default: the app, e.g. "chat"
     route_prefix: str = "/"
 
     def __post_init__(self) -> None:
         if not self.route_prefix.startswith("/"):
             raise SpecError(
-                f"route_prefix: not a path. Got {self.route_prefix!r}; expected it to begin with /"
+                f"route_prefix: not a path. Got {self.route_prefix!r}; expected e.g. /chat"
             )
 
     @property
@@ -51,87 +54,87 @@ class Where:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A running app, and what was started for it."""
+    """A running app."""
 
     name: str  # of the Serve application
-    address: str
-    drain_s: float  # seconds that running requests may take once it stops
-    own_ray: bool
+    address: str  # URL
+    drain_s: float  # time limit of running requests when the app stops
+    own_ray: bool  # Ray was started for this app
     own_serve: bool
 
     def stop(self, *, drain: bool = True) -> int:
-        """End the app, and of Ray and Serve what was started for it; other apps of the same Serve go on.
+        """Stop the app, and Ray and Serve if they were started for it.
 
-        With `drain`, new requests are refused first and running ones are finished. Returns how many were cut off.
+        Other apps of the same Serve continue. With `drain` (the default), new requests are refused
+        first and running ones are completed. Returns how many requests were cancelled.
         """
-        left = self._drain() if drain else 0
-        with suppress(RayServeException):  # Serve did not even start
+        cancelled = self._drain() if drain else 0
+        with suppress(RayServeException):  # Serve did not start
             serve.delete(self.name)
         if self.own_ray or (self.own_serve and not serve.status().applications):
             serve.shutdown()
         if self.own_ray:
             ray.shutdown()
-        return left
+        return cancelled
 
     def _drain(self) -> int:
         try:
             gateway = serve.get_app_handle(self.name)
             return int(gateway.drain.remote(self.drain_s).result(timeout_s=self.drain_s + 10))
-        except (
-            RayError,
-            RayServeException,
-            TimeoutError,
-        ):  # a gateway that is dead has nothing to finish
+        except (RayError, RayServeException, TimeoutError):  # a dead gateway has no requests
             return 0
 
 
-def start(app: str, args: Mapping[str, Any], where: Where) -> Endpoint:
-    """Serve `app` (chat, embed, caption) with `args` (see Options); returns once it answers.
+def start(app: str, args: Mapping[str, Any], address: AppAddress) -> Endpoint:
+    """Start `app` (chat, embed, caption) with `args` (see Options); returns once it answers.
 
-    On a Ray that already serves, the app joins the others there.
-    Raises SpecError for an unknown app or argument, for dev=true on an address that others reach, and for a name or a
-    path that is taken; ResourceError for a port in use and a Ray that cannot be joined; TrackingError for an unknown
+    If Serve already runs on this Ray, the app joins the others there. Raises SpecError for an
+    unknown app or argument, for dev=true on a public address, and for a name or path in use;
+    ResourceError for a port in use and a Ray that cannot be joined; TrackingError for an unknown
     model.
     """
-    options, name = _checked(app, args, where), where.name or app
+    options, name = _validate(app, args, address), address.name or app
     if not ray.is_initialized() and ray_utils.address() is None:
-        _check_port(where)  # what is wrong is found before a Ray of its own starts
+        _check_port(address)  # before a new Ray starts
     application = APPS[app](dict(args))
     own_ray = not ray.is_initialized() and ray_utils.connect(log_to_driver=True)
     running = serve.status()
-    endpoint = Endpoint(name, where.url, options.timeout_s, own_ray, own_serve=not running.proxies)
+    endpoint = Endpoint(
+        name, address.url, options.timeout_s, own_ray, own_serve=not running.proxies
+    )
     if name in running.applications:
         raise SpecError(
-            f"an app named {name!r} already runs on this Ray. Fix: give another name and path, e.g. "
-            f"--name {name}-2 --route-prefix /{name}-2, or end the other one first"
+            f"an app named {name!r} already runs on this Ray. Fix: give another name and path, "
+            f"e.g. --name {name}-2 --route-prefix /{name}-2, or stop the other app first"
         )
-    (_check_port if endpoint.own_serve else _check_listens)(where)
+    (_check_port if endpoint.own_serve else _check_serve)(address)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         if endpoint.own_serve:
-            http = {"host": where.host, "port": where.port}
+            http = {"host": address.host, "port": address.port}
             serve.start(http_options=http, controller_options=proxy.CONTROLLER)
-        _run(application, name, where.route_prefix)
+        _run(application, name, address.route_prefix)
     except BaseException:
         endpoint.stop(drain=False)
         raise
     return endpoint
 
 
-def write(file: Path, app: str, args: Mapping[str, Any], where: Where) -> None:
+def write_config(file: Path, app: str, args: Mapping[str, Any], address: AppAddress) -> None:
     """Write the Serve config of an app, for `serve run FILE` and `serve deploy FILE`.
 
-    `serve build` cannot: it takes no application that has arguments. Raises SpecError as `start` does.
+    `serve build` cannot write it, because it accepts only applications without arguments.
+    Raises SpecError as `start` does.
     """
-    _checked(app, args, where)
+    _validate(app, args, address)
     config = {
         "proxy_location": "EveryNode",
-        "http_options": {"host": where.host, "port": where.port},
+        "http_options": {"host": address.host, "port": address.port},
         "controller_options": proxy.CONTROLLER,
         "applications": [
             {
-                "name": where.name or app,
-                "route_prefix": where.route_prefix,
+                "name": address.name or app,
+                "route_prefix": address.route_prefix,
                 "import_path": f"bridgework.serving.app:{app}",
                 "args": dict(args),
             }
@@ -141,15 +144,15 @@ def write(file: Path, app: str, args: Mapping[str, Any], where: Where) -> None:
         ServeDeploySchema.model_validate(config)
     except ValueError as error:
         raise SpecError(
-            f"Serve refuses the config: {str(error).splitlines()[-1].strip()}"
+            f"Serve rejects the config: {str(error).splitlines()[-1].strip()}"
         ) from None
     file.write_text(json.dumps(config, indent=2) + "\n")  # JSON is YAML
 
 
 def wait(endpoint: Endpoint) -> int:
-    """Serve until SIGTERM or Ctrl-C, then finish what runs and end the app; a second signal ends it at once.
+    """Serve until SIGTERM or Ctrl-C, then complete the running requests.
 
-    Returns how many requests were cut off.
+    A second signal stops the app at once. Returns how many requests were cancelled.
     """
     stopping, now = Event(), Event()
 
@@ -160,7 +163,7 @@ def wait(endpoint: Endpoint) -> int:
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # of a job in the background of a shell
+        if handler is not signal.SIG_IGN:  # ignored by a background job of a shell
             signal.signal(number, stop)
     try:
         while not stopping.wait(3600):
@@ -174,17 +177,18 @@ def wait(endpoint: Endpoint) -> int:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port of this machine that is not in use."""
+    """Return a port of this machine that is not in use."""
     return _bind(host, 0)
 
 
-def _checked(app: str, args: Mapping[str, Any], where: Where) -> Options:
+def _validate(app: str, args: Mapping[str, Any], address: AppAddress) -> Options:
     if app not in APPS:
-        raise SpecError(f"there is no app {app!r}" + suggest(app, APPS))
-    options = options_of.read(args)
-    if options.dev and not is_loopback(where.host):
+        raise SpecError(f"serve: unknown app. Got {app!r}{suggest(app, APPS)}")
+    options = parse_options(args)
+    if options.dev and not is_loopback(address.host):
         raise SpecError(
-            f"dev=true needs no key, so it is for loopback only; {where.host} is reached by others"
+            f"host: dev=true needs no key, so it is allowed on loopback only. Got {address.host}; "
+            "expected e.g. 127.0.0.1. Fix: leave out dev=true and set a key"
         )
     return options
 
@@ -195,26 +199,26 @@ def _run(application: serve.Application, name: str, route_prefix: str) -> None:
     except RayServeException as error:
         if "Prefix" in str(error):
             raise SpecError(
-                f"the path {route_prefix} is taken by another app of this Ray. Fix: give another one, "
-                f"e.g. --route-prefix /{name}"
+                f"the path {route_prefix} is taken by another app of this Ray. "
+                f"Fix: give another one, e.g. --route-prefix /{name}"
             ) from None
         raise
 
 
-def _check_port(where: Where) -> None:
+def _check_port(address: AppAddress) -> None:
     try:
-        _bind(where.host, where.port)
+        _bind(address.host, address.port)
     except OSError as error:
-        message = f"port {where.port} of {where.host} cannot be used ({error.strerror})"
-        raise ResourceError(f"{message}; port {free_port(where.host)} is free") from None
+        message = f"port {address.port} of {address.host} cannot be used ({error.strerror})"
+        raise ResourceError(f"{message}. Fix: port {free_port(address.host)} is free") from None
 
 
-def _check_listens(where: Where) -> None:
+def _check_serve(address: AppAddress) -> None:
     try:
-        socket.create_connection((where.host, where.port), timeout=5).close()
+        socket.create_connection((address.host, address.port), timeout=5).close()
     except OSError:
-        message = f"this Ray already serves, and not on port {where.port} of {where.host}"
-        raise ResourceError(f"{message}. Fix: give the host and port of its Serve") from None
+        message = f"this Ray already serves, and not on port {address.port} of {address.host}"
+        raise ResourceError(f"{message}. Fix: give --host and --port of its Serve") from None
 
 
 def _bind(host: str, port: int) -> int:

@@ -1,7 +1,7 @@
-"""Schemas of the HTTP API: the served subset of OpenAI's API, and three routes of our own in the same style.
+"""Schemas of the HTTP API: a subset of OpenAI's API, and three routes in the same style.
 
-A request is read completely or refused. A field that holds nothing, or asks for what is done anyway
-(`frequency_penalty: 0`), is accepted; a field that would change the answer is an error.
+A request is read completely or rejected. A field that is not supported is accepted if it is empty
+or has the value that changes nothing, e.g. `frequency_penalty: 0`; any other value is an error.
 """
 
 import base64
@@ -24,11 +24,10 @@ from pydantic import (
 )
 
 from bridgework.errors import suggest
-from bridgework.serving.errors import APIError, shown
+from bridgework.serving.errors import APIError, summarize
 
-MAX_LIST = 4_096  # items that are parsed at all; what one request may hold is a matter of Limits
+MAX_LIST = 4_096  # parsed items of a list; `Limits` of options.py sets the limit of a request
 Neutral = Mapping[str, tuple[Any, ...]]  # field -> the values that change nothing
-
 
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[Text, Field(max_length=512)]
@@ -36,14 +35,15 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 def _kind(value: Any) -> str:
-    """The branch of a union of a string and a list that a value belongs to: errors then name that branch alone."""
+    """Return the branch of a union of a string and a list, so that errors name only this one."""
     return "string" if isinstance(value, str) else "list"
 
 
 class Strict(BaseModel):
-    """A JSON object without unread fields. "1" is not a number, and neither is NaN.
+    """A JSON object without ignored fields. Numbers are strict: "1" and NaN are rejected.
 
-    Of the fields in `neutral` these values alone are accepted, and of any field one of `empty`: they change nothing.
+    A field that is not declared is accepted only with a value of `neutral` or `empty`: these change
+    nothing.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -52,31 +52,30 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out_what_changes_nothing(cls, given: Any) -> Any:
+    def _drop_neutral_fields(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        kept = {name: value for name, value in given.items() if name in cls.model_fields}
+        supported = {name: value for name, value in given.items() if name in cls.model_fields}
         for name, value in given.items():
-            if name not in kept and not cls._changes_nothing(name, value):
-                raise cls._unread(name, value)
-        return kept
+            if name not in supported and not cls._is_neutral(name, value):
+                raise cls._unsupported(name, value)
+        return supported
 
     @classmethod
-    def _changes_nothing(cls, name: str, value: Any) -> bool:
-        hollow = (
+    def _is_neutral(cls, name: str, value: Any) -> bool:
+        all_empty = (
             isinstance(value, dict)
             and bool(value)
             and all(one in cls.empty for one in value.values())
         )
-        return value in cls.empty or hollow or _among(value, cls.neutral.get(name, ()))
+        return value in cls.empty or all_empty or _among(value, cls.neutral.get(name, ()))
 
     @classmethod
-    def _unread(cls, name: str, value: Any) -> APIError:
+    def _unsupported(cls, name: str, value: Any) -> APIError:
         if name in cls.neutral:
-            allowed = " or ".join(shown(v) for v in cls.neutral[name]) or "nothing"
-            message = (
-                f"{name}: not supported. Got {shown(value)}; expected {allowed}. Fix: leave it out"
-            )
+            allowed = " or ".join(summarize(v) for v in cls.neutral[name]) or "nothing"
+            given = f"Got {summarize(value)}; expected {allowed}"
+            message = f"{name}: not supported. {given}. Fix: leave it out"
             return APIError(400, message, code="unsupported", param=name)
         near = suggest(name, [*cls.model_fields, *cls.neutral]) if len(name) < 64 else ""
         hint = near if "did you mean" in near else ""
@@ -86,14 +85,15 @@ class Strict(BaseModel):
 
 
 def _among(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """JSON equality: 0 equals 0.0, and not false."""
+    """Compare as JSON: 0 equals 0.0, but not false."""
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 
 class Body(Strict):
-    """A request. The labels are for the caller's own use: they never reach the model, in OpenAI's API neither."""
+    """A request. The labels are for the caller; they never reach the model, as in OpenAI's API."""
 
     model: Name
+    # labels
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -101,7 +101,7 @@ class Body(Strict):
     metadata: dict[str, str] | None = None
 
 
-# --- chat ------------------------------------------------------------------------------------------------------------
+# --- chat
 
 
 class TextPart(Strict):
@@ -113,9 +113,7 @@ class TextPart(Strict):
 
 class ImageURL(Strict):
     url: str  # data:image/png;base64,...
-    detail: Literal["auto", "low", "high"] | None = (
-        None  # low is refused where an image is cut into tiles
-    )
+    detail: Literal["auto", "low", "high"] | None = None  # models that tile images reject low
 
 
 class ImagePart(Strict):
@@ -130,7 +128,10 @@ Pieces = Annotated[list[Piece], Field(min_length=1, max_length=MAX_LIST)]
 
 
 class Message(Strict):
-    """One message. The fields of an assistant message that a client sends back are accepted where they are empty."""
+    """One message.
+
+    Empty fields of an assistant message are accepted, because clients send answers back.
+    """
 
     neutral = {
         name: ()
@@ -143,7 +144,7 @@ class Message(Strict):
     ]
 
     @model_validator(mode="after")
-    def _images_are_shown_by_users(self) -> "Message":
+    def _check_images_are_from_users(self) -> "Message":
         if self.role != "user" and any(isinstance(piece, ImagePart) for piece in self.pieces()):
             raise ValueError(
                 f"an image in a message of role {self.role!r}. Fix: move it into a user message"
@@ -151,6 +152,7 @@ class Message(Strict):
         return self
 
     def pieces(self) -> Sequence[TextPart | ImagePart]:
+        """Return the content as a list of parts."""
         return (
             [TextPart(type="text", text=self.content)]
             if isinstance(self.content, str)
@@ -159,7 +161,7 @@ class Message(Strict):
 
 
 class SamplingParams(Body):
-    """A request for text: how it is sampled, and where it ends."""
+    """A request for text, with its sampling parameters and limits."""
 
     neutral = {
         "n": (1,),
@@ -169,7 +171,7 @@ class SamplingParams(Body):
         "logit_bias": (),
         "logprobs": (False,),
         "top_logprobs": (0,),
-        # of vLLM's API
+        # vLLM's API
         "top_k": (-1, 0),
         "min_p": (0,),
         "repetition_penalty": (1,),
@@ -182,9 +184,7 @@ class SamplingParams(Body):
         "include_stop_str_in_output": (False,),
     }
 
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = (
-        None  # default: OpenAI's 1.0; 0 is greedy
-    )
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None  # default 1.0; 0 is greedy
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -199,7 +199,7 @@ class SamplingParams(Body):
     seed: Seed | None = None
 
     @model_validator(mode="after")
-    def _one_limit(self) -> "SamplingParams":
+    def _check_one_token_limit(self) -> "SamplingParams":
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             given = f"Got {self.max_tokens} and max_completion_tokens {self.max_completion_tokens}"
@@ -208,10 +208,12 @@ class SamplingParams(Body):
 
     @property
     def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def tokens(self) -> int | None:
+        """The limit on generated tokens, under either of its two names."""
         return self.max_tokens or self.max_completion_tokens
 
 
@@ -221,17 +223,17 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class Structure(Strict):
-    """The form of an answer, in vLLM's notation."""
+class StructuredOutputs(Strict):
+    """The required form of an answer, in vLLM's notation."""
 
     neutral = {name: () for name in ("json", "regex", "grammar", "json_object", "structural_tag")}
-    empty = (None,)  # an empty JSON schema asks for any JSON
+    empty = (None,)  # not {}: an empty JSON schema asks for any JSON
 
     choice: Annotated[list[Text], Field(min_length=1, max_length=256)] | None = None
 
 
 class ChatRequest(SamplingParams):
-    """POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions."""
 
     neutral = {
         **SamplingParams.neutral,
@@ -251,7 +253,7 @@ class ChatRequest(SamplingParams):
         "store": (False,),
         "verbosity": ("medium",),
         "web_search_options": (),
-        # of vLLM's API
+        # vLLM's API
         "add_generation_prompt": (True,),
         "continue_final_message": (False,),
         "chat_template": (),
@@ -262,43 +264,42 @@ class ChatRequest(SamplingParams):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    structured_outputs: Structure | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def choices(self) -> list[str] | None:
+        """The candidate answers, if the answer is chosen instead of generated."""
         return None if self.structured_outputs is None else self.structured_outputs.choice
 
     @model_validator(mode="after")
-    def _fields_fit_each_other(self) -> "ChatRequest":
+    def _check_combinations(self) -> "ChatRequest":
         last = self.messages[-1].role
         if last != "user":
             at = f"messages.{len(self.messages) - 1}.role"
-            raise _conflict(
-                at, f"the last message is not the user's. Got {last!r}; expected 'user'"
-            )
+            reason = f"the last message is not the user's. Got {last!r}; expected 'user'"
+            raise _conflict(at, reason)
         if (
             self.stream_options is not None
             and self.stream_options.include_usage
             and not self.stream
         ):
-            raise _conflict("stream_options", "it needs stream: true")
+            raise _conflict("stream_options", "include_usage needs stream: true")
         if self.choices is not None:
-            self._choice_is_not_sampled()
+            self._check_choice_is_not_sampled()
         return self
 
-    def _choice_is_not_sampled(self) -> None:
-        """The best of the choices is taken: what would say how to draw or cut it is refused."""
-        what = "an answer that is chosen"
+    def _check_choice_is_not_sampled(self) -> None:
+        """Reject sampling parameters, because the best choice is returned."""
+        what = "with structured_outputs.choice the answer"
         if self.stream:
-            raise _conflict("stream", f"{what} comes in one piece; leave out stream")
+            raise _conflict("stream", f"{what} comes in one piece. Fix: leave out stream")
         if self.temperature not in (None, 0, 1):
-            raise _conflict(
-                "temperature", f"{what} is not sampled; leave out temperature, or send 0"
-            )
+            fix = "Fix: leave out temperature, or send 0"
+            raise _conflict("temperature", f"{what} is not sampled. {fix}")
         if self.top_p not in (None, 1) and self.temperature != 0:
-            raise _conflict("top_p", f"{what} is not sampled; leave out top_p")
+            raise _conflict("top_p", f"{what} is not sampled. Fix: leave out top_p")
         if self.stops:
-            raise _conflict("stop", f"{what} is never cut; leave out stop")
+            raise _conflict("stop", f"{what} is never cut. Fix: leave out stop")
 
 
 def _conflict(param: str, reason: str) -> APIError:
@@ -307,20 +308,21 @@ def _conflict(param: str, reason: str) -> APIError:
 
 @dataclass(frozen=True)
 class Answer:
-    """A replica's answer: the complete text, or at the end of a stream its usage. A gateway loads no torch."""
+    """A replica's answer, or the last item of a stream. Here, because a gateway loads no torch."""
 
-    text: str
+    text: str  # "" at the end of a stream
     prompt_tokens: int  # images included
     completion_tokens: int
     finish_reason: str
 
     @property
     def usage(self) -> "Usage":
+        """The tokens in OpenAI's form."""
         return Usage.of(self.prompt_tokens, self.completion_tokens)
 
 
 class Usage(BaseModel):
-    """Tokens of a request, as OpenAI reports them."""
+    """Numbers of tokens of a request, in OpenAI's form."""
 
     prompt_tokens: int
     completion_tokens: int = 0
@@ -334,9 +336,9 @@ class Usage(BaseModel):
 
 
 class ResponseHeader(BaseModel):
-    """The first fields of every answer. `id` holds the deployment: `bridgework trace` follows it back to the data."""
+    """The first fields of every answer."""
 
-    id: str
+    id: str  # contains the deployment, so that `bridgework trace` can follow it back to the data
     object: str
     created: int
     model: str
@@ -348,12 +350,12 @@ class ResponseHeader(BaseModel):
 
 
 def model_card(name: str) -> dict[str, Any]:
-    """An entry of /v1/models."""
+    """Return an entry of /v1/models."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "bridgework"}
 
 
 def completion(head: ResponseHeader, answer: Answer) -> dict[str, Any]:
-    """A complete chat answer."""
+    """Return a complete chat answer."""
     message = {"role": "assistant", "content": answer.text, "refusal": None}
     choice = {
         "index": 0,
@@ -365,18 +367,18 @@ def completion(head: ResponseHeader, answer: Answer) -> dict[str, Any]:
 
 
 def chunk(head: ResponseHeader, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
-    """A piece of a streamed answer."""
+    """Return a chunk of a streamed answer."""
     return head.model_dump() | {
         "choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]
     }
 
 
 def last_chunk(head: ResponseHeader, usage: Usage) -> dict[str, Any]:
-    """The piece that `stream_options.include_usage` asks for."""
+    """Return the last chunk of a stream with `stream_options.include_usage`."""
     return head.model_dump() | {"choices": [], "usage": usage.model_dump()}
 
 
-# --- embeddings, classes, ranks, captions ----------------------------------------------------------------------------
+# --- embeddings, classes, ranks, captions
 
 
 class ImageInput(Strict):
@@ -393,7 +395,7 @@ def _input_kind(value: Any) -> str:
     return "tokens" if isinstance(value, int | list) else "string"
 
 
-def _no_tokens(value: Any) -> Any:
+def _reject_tokens(value: Any) -> Any:
     raise ValueError("token ids of another tokenizer. Fix: send the text itself")
 
 
@@ -401,13 +403,16 @@ Input = Annotated[
     Annotated[Text, Tag("string")]
     | Annotated[ImageInput, Tag("image")]
     | Annotated[TextInput, Tag("text")]
-    | Annotated[Any, AfterValidator(_no_tokens), Tag("tokens")],
+    | Annotated[Any, AfterValidator(_reject_tokens), Tag("tokens")],
     Discriminator(_input_kind),
 ]
 
 
 class EmbeddingRequest(Body):
-    """POST /v1/embeddings. A string that begins with `data:image/` is an image; {"text": ...} takes it literally."""
+    """Body of POST /v1/embeddings.
+
+    A string that begins with `data:image/` is an image, {"text": ...} never.
+    """
 
     input: Annotated[
         Annotated[Text, Tag("string")]
@@ -415,9 +420,10 @@ class EmbeddingRequest(Body):
         Discriminator(_kind),
     ]
     encoding_format: Literal["float", "base64"] | None = None  # default: float
-    dimensions: Annotated[int, Field(ge=1)] | None = None  # only the model's own number
+    dimensions: Annotated[int, Field(ge=1)] | None = None  # only the model's own size
 
     def inputs(self) -> list[ImageInput | TextInput]:
+        """Return the inputs as a list."""
         given: list[Any] = [self.input] if isinstance(self.input, str) else self.input
         return [_input(one) if isinstance(one, str) else one for one in given]
 
@@ -429,60 +435,65 @@ def _input(text: str) -> ImageInput | TextInput:
 def vector(
     values: NDArray[np.float32], form: Literal["float", "base64"] | None
 ) -> str | list[float]:
-    """One embedding: numbers, or base64 of little-endian float32, the openai client's default."""
+    """Return an embedding (D,) as numbers, or as base64 of little-endian float32.
+
+    base64 is the default of the openai client.
+    """
     if form == "base64":
         return base64.b64encode(values.astype("<f4").tobytes()).decode()
     return cast(list[float], values.tolist())
 
 
 class ClassifyRequest(Body):
-    """POST /v1/classify: the label that fits the image best, by the cosine of their embeddings."""
+    """Body of POST /v1/classify: zero-shot classes by the cosine of image and label."""
 
     image: str
     labels: Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST)]
-    template: str = "a photo of a {}"  # CLIP's; {} is the place of the label
-    scale: Annotated[float, Field(gt=0, le=1000)] = (
-        100.0  # of the cosines before the softmax (CLIP's upper bound)
-    )
+    template: str = "a photo of a {}"  # CLIP's; {} is replaced by the label
+    # factor of the cosines before the softmax; the default is CLIP's upper bound
+    scale: Annotated[float, Field(gt=0, le=1000)] = 100.0
 
     @model_validator(mode="after")
-    def _template_has_a_place(self) -> "ClassifyRequest":
+    def _check_template(self) -> "ClassifyRequest":
         if self.template.count("{}") != 1:
-            raise _conflict("template", "expected {} once, in the place of the label")
+            raise _conflict("template", "expected {} once, for the label")
         return self
 
 
 class RankRequest(Body):
-    """POST /v1/rank: candidates by their log-likelihood, as the `scoring` of the model's stage says."""
+    """Body of POST /v1/rank: candidates, ranked by the `scoring` of the model's stage."""
 
     image: str
     candidates: Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST)]
-    question: Text | None = None  # default: the one of the model's training
+    question: Text | None = None  # default: the question of the model's training
 
 
 class CaptionRequest(SamplingParams):
-    """POST /v1/captions: one caption for each image."""
+    """Body of POST /v1/captions: one caption for each image."""
 
     image: Annotated[
         Annotated[str, Tag("string")]
         | Annotated[list[str], Field(min_length=1, max_length=MAX_LIST), Tag("list")],
         Discriminator(_kind),
     ]
-    prompt: Text | None = None  # default: the one of the model's training
-    beams: Annotated[int, Field(ge=1, le=10)] = 1  # above 1: search this wide instead of sampling
+    prompt: Text | None = None  # default: the prompt of the model's training
+    beams: Annotated[int, Field(ge=1, le=10)] = 1  # above 1: beam search instead of sampling
 
     @model_validator(mode="after")
-    def _search_or_sample(self) -> "CaptionRequest":
+    def _check_beams_or_sampling(self) -> "CaptionRequest":
         if self.beams > 1 and self.temperature:
-            reason = f"beams search and temperature samples: leave one out (got {self.beams}, {self.temperature})"
-            raise _conflict("temperature", reason)
+            raise _conflict("temperature", self._beams_reason("temperature", self.temperature))
         if self.beams > 1 and self.top_p not in (None, 1):
-            raise _conflict(
-                "top_p",
-                f"beams search and top_p samples: leave one out (got {self.beams}, {self.top_p})",
-            )
+            raise _conflict("top_p", self._beams_reason("top_p", self.top_p))
         return self
+
+    def _beams_reason(self, name: str, value: float | None) -> str:
+        return (
+            f"beams search and {name} samples. Got beams {self.beams} and {name} {value}. "
+            "Fix: leave one out"
+        )
 
     @property
     def images(self) -> list[str]:
+        """The data: URLs."""
         return [self.image] if isinstance(self.image, str) else self.image

@@ -1,7 +1,8 @@
-"""Middleware of Serve's HTTP proxies: Serve's own errors get the form of the apps' errors.
+"""Middleware of Serve's HTTP proxies: writes Serve's own errors in the form of the apps' errors.
 
-Serve's own answers are plain text (404 without an app, 408, 429, 500, 503), and /-/routes lists the apps to anybody.
-The proxies load `middlewares` where the environment of Serve's controller has IMPORT_PATH under VARIABLE.
+Serve's own errors are plain text (404 without an app, 408, 429, 500, 503), and /-/routes lists the
+apps to everyone. The proxies load `middlewares` if VARIABLE has the value IMPORT_PATH in the
+environment of Serve's controller.
 """
 
 from collections.abc import Mapping
@@ -17,18 +18,18 @@ IMPORT_PATH = f"{__name__}:middlewares"
 CONTROLLER = {"runtime_env": {"env_vars": {VARIABLE: IMPORT_PATH}}}  # `controller_options` of Serve
 
 _HIDDEN = "/-/routes"
-_NO_CANCEL = b"x-request-disconnect-disabled"  # would let a request run on after its client left
+_NO_CANCEL = b"x-request-disconnect-disabled"  # keeps a request running without its client
 _REASONS: Mapping[int, tuple[str, str]] = {  # status -> code, message
     400: ("invalid_request", "the request is not valid HTTP, or not allowed"),
-    404: ("not_found", "there is no app at this path"),
+    404: ("not_found", "no app is served at this path"),
     408: ("timeout", "the server did not answer in time. Fix: try again"),
-    429: ("overloaded", "every place is taken. Fix: try again"),
+    429: ("overloaded", "every slot is taken. Fix: try again"),
     503: ("model_unavailable", "the server is starting or restarting. Fix: try again"),
 }
 
 
 def middlewares() -> list[Middleware]:
-    """Serve calls it in every proxy."""
+    """Return the middlewares of a proxy; Serve calls this in every proxy."""
     return [Middleware(OpenAIErrors)]
 
 
@@ -45,7 +46,7 @@ class OpenAIErrors:
         if scope["path"] == _HIDDEN:
             await _error(404).response()(scope, receive, send)
             return
-        plain: int | None = None  # the status of an error in plain text, whose body is left out
+        plain: int | None = None  # status of an error in plain text, whose body is dropped
         started = False
 
         async def answer(message: Message) -> None:
@@ -66,6 +67,6 @@ class OpenAIErrors:
 
 def _error(status: int) -> APIError:
     code, message = _REASONS.get(
-        status, ("internal_error", "the server failed; its log has the reason")
+        status, ("internal_error", "the server failed. Fix: look into its log")
     )
     return APIError(status, message, code=code)

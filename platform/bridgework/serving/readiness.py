@@ -1,4 +1,4 @@
-"""Readiness of an app: whether each of its models has a running replica, as Serve's controller reports."""
+"""Readiness of an app: the models without a running replica, as Serve's controller reports."""
 
 import asyncio
 import time
@@ -9,32 +9,33 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-KEEP_S = (
-    1.0  # an answer is kept this long: health checks need no key, and must not load the controller
-)
-WAIT_S = 5.0
+CACHE_S = 1.0  # health checks need no key, so they must not load the controller
+TIMEOUT_S = 5.0
 
 
 class Readiness:
-    """Asks for the state of some deployments of an app."""
+    """Queries the state of some deployments of an app, at most once per CACHE_S seconds."""
 
     def __init__(self, app: str, deployments: Sequence[str]) -> None:
         self._app, self._deployments = app, list(deployments)
-        self._asking: asyncio.Future[list[str]] | None = None
-        self._asked = 0.0
+        self._query: asyncio.Future[list[str]] | None = None
+        self._queried = 0.0
 
     async def missing(self) -> list[str]:
-        """The deployments without a running replica; all of them where the controller does not answer."""
+        """Return the deployments without a running replica; all if there is no answer."""
         now = time.monotonic()
-        if self._asking is None or (self._asking.done() and now - self._asked > KEEP_S):
-            self._asking, self._asked = asyncio.ensure_future(asyncio.to_thread(self._ask)), now
+        if self._query is None or (self._query.done() and now - self._queried > CACHE_S):
+            self._query, self._queried = (
+                asyncio.ensure_future(asyncio.to_thread(self._missing)),
+                now,
+            )
         try:
-            async with asyncio.timeout(WAIT_S):
-                return await asyncio.shield(self._asking)
+            async with asyncio.timeout(TIMEOUT_S):
+                return await asyncio.shield(self._query)
         except TimeoutError:
             return self._deployments
 
-    def _ask(self) -> list[str]:
+    def _missing(self) -> list[str]:
         try:
             states = serve.status().applications[self._app].deployments
         except (KeyError, RayError, RayServeException):

@@ -1,4 +1,4 @@
-"""One replica of a model: the Pipeline with asynchronous methods, whose work ends when its caller leaves."""
+"""Replica of a model: the Pipeline with asynchronous methods. A cancelled request ends its work."""
 
 import asyncio
 import sys
@@ -30,104 +30,110 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-Vector = NDArray[np.float32]  # (D,) of length 1
-PORTION = 2 * ROWS  # texts that are scored between two chances to cancel
+Vector = NDArray[np.float32]  # (D,) with norm 1
+SCORED_AT_ONCE = 2 * ROWS  # texts; a request can be cancelled between two such batches
 
 
 class Model:
-    """The deployment that holds the weights of one artifact; a thread for each request that it may hold at once.
+    """Deployment with the weights of one artifact, and one thread per concurrent request.
 
-    Every method raises DataError for what the caller sent: an image that cannot be decoded, a prompt that does not fit,
-    a text that the stage's template leaves out. A method that is cancelled ends its work before it raises.
+    Every method raises DataError for a wrong request, e.g. an image that cannot be decoded, a
+    prompt that is too long, or a text that the stage's template leaves out. A cancelled method ends
+    its work before it raises.
     """
 
     def __init__(self, artifact: str, options: Options) -> None:
         self._pipeline = Pipeline.load(artifact, options.device)
         self._threads = ThreadPoolExecutor(options.ongoing, "model")
         self._embed_text = self._batched(self._pipeline.embed_texts, options)
-        self._embed_square = self._batched(self._pipeline.embed_images, options)
+        self._embed_image = self._batched(self._pipeline.embed_images, options)
 
     async def generate(
-        self, parts: Sequence[Part], images: Sequence[bytes], draw: Sampling
+        self, parts: Sequence[Part], images: Sequence[bytes], sampling: Sampling
     ) -> Answer:
-        """The complete answer to a conversation."""
-        self._check_read(parts, self._prompt(parts), "messages")
-        return await self._answer(parts, images, draw)
+        """Return the complete answer to a conversation."""
+        self._check_template_reads(parts, self._prompt(parts), "messages")
+        return await self._answer(parts, images, sampling)
 
     async def stream(
-        self, parts: Sequence[Part], images: Sequence[bytes], draw: Sampling
+        self, parts: Sequence[Part], images: Sequence[bytes], sampling: Sampling
     ) -> AsyncGenerator[str | Answer, None]:
-        """The answer piece by piece, and at last an Answer without text."""
-        self._check_read(parts, self._prompt(parts), "messages")
-        async with aclosing(self._written(parts, images, draw)) as pieces:
+        """Yield the answer in pieces of text, then an Answer without text."""
+        self._check_template_reads(parts, self._prompt(parts), "messages")
+        async with aclosing(self._generate(parts, images, sampling)) as pieces:
             async for piece in pieces:
                 yield piece
 
     async def choose(
         self, parts: Sequence[Part], images: Sequence[bytes], choices: Sequence[str]
     ) -> Answer:
-        """The one of `choices` that answers the conversation best."""
-        self._check_read(parts, self._prompt(parts), "messages")
+        """Return the choice with the best score as the answer to a conversation."""
+        self._check_template_reads(parts, self._prompt(parts), "messages")
         prompt_tokens = await self._run(self._check_choices, parts, images, choices)
         ranked: list[Ranked] = []
-        for some in _portions(choices):
-            ranked += await self._run(self._pipeline.rank_answers, parts, images, some)
+        for batch in _batches(choices):
+            ranked += await self._run(self._pipeline.rank_answers, parts, images, batch)
         best = max(ranked, key=lambda one: one.score)
-        return Answer(best.candidate, prompt_tokens, 0, "stop")  # nothing is written, all is read
+        return Answer(best.candidate, prompt_tokens, 0, "stop")  # 0: no token is generated
 
-    async def caption(self, image: bytes, question: str | None, draw: Sampling) -> Answer:
-        """The model's description of an image: asked as its training asked, or with a question of the caller's."""
+    async def caption(self, image: bytes, question: str | None, sampling: Sampling) -> Answer:
+        """Return the caption of an image; the default question is the one of training."""
         if question is None:
             return await self._answer(
-                self._pipeline.inputs.ask(pair("image", image, "caption")), [image], draw
+                self._pipeline.inputs.ask(pair("image", image, "caption")), [image], sampling
             )
-        parts = [
-            Part("user", image=0),
-            Part("user", text=f"\n{question}"),
-        ]  # as the pair of an image and a caption
-        self._check_read(parts, self._prompt(parts), "prompt")
-        return await self._answer(parts, [image], draw)
+        # the form in which training pairs an image with its question
+        parts = [Part("user", image=0), Part("user", text=f"\n{question}")]
+        self._check_template_reads(parts, self._prompt(parts), "prompt")
+        return await self._answer(parts, [image], sampling)
 
     async def rank(
         self, image: bytes, candidates: Sequence[str], question: str | None
     ) -> list[tuple[str, float]]:
-        """Candidates with their scores, best first."""
+        """Return (candidate, score) pairs, best first."""
         await self._run(self._check_candidates, image, candidates, question)
         ranked: list[Ranked] = []
-        for some in _portions(candidates):
-            ranked += await self._run(self._pipeline.rank, image, some, question)
+        for batch in _batches(candidates):
+            ranked += await self._run(self._pipeline.rank, image, batch, question)
         return sorted(((one.candidate, one.score) for one in ranked), key=lambda pair: -pair[1])
 
     async def embed(self, inputs: Sequence[str | bytes]) -> list[tuple[Vector, int]]:
-        """A vector for each text (str) or image (bytes), and its tokens; the inputs of all requests share batches."""
+        """Return a vector and the number of tokens for each text (str) or image (bytes).
+
+        The inputs of all requests share batches.
+        """
         return list(await asyncio.gather(*(self._embed(one) for one in inputs)))
 
-    # --- what a request may hold -------------------------------------------------------------------------------------
+    # --- validation that needs the tokenizer
 
     def _prompt(self, parts: Sequence[Part]) -> list[Segment]:
         streams = self._pipeline.inputs.streams
         return templates.prompt(parts, streams.template, streams.tokenizer)
 
-    def _check_read(self, parts: Sequence[Part], segments: Sequence[Segment], param: str) -> None:
-        """Raises Refusal (400) for a text that the stage's template leaves out."""
-        contents = iter(
-            [segment.text for segment in segments if segment.literal]
-        )  # in the order of the parts
+    def _check_template_reads(
+        self, parts: Sequence[Part], segments: Sequence[Segment], param: str
+    ) -> None:
+        """Raise APIError (400) for a text that the stage's template leaves out."""
+        # an iterator, because the contents are in the order of the parts
+        contents = iter([segment.text for segment in segments if segment.literal])
         for part in parts:
             text = (part.text or "").strip()
             if text and not any(text in content for content in contents):
                 stage, template = self._pipeline.stage.name, self._pipeline.inputs.streams.template
                 message = (
-                    f"{param}: text that the model does not read. Stage {stage!r} was trained with the template "
-                    f"{template!r}, which has no place for it. Got {text[:40]!r} of role {part.role!r}. "
-                    "Fix: leave the text out, or serve a stage that reads it"
+                    f"{param}: the model does not read this text, because stage {stage!r} was "
+                    f"trained with the template {template!r}. Got {text[:40]!r} of role "
+                    f"{part.role!r}. Fix: leave the text out, or serve a stage that reads it"
                 )
                 raise APIError(400, message, code="unread_text", param=param)
 
     def _check_choices(
         self, parts: Sequence[Part], images: Sequence[bytes], choices: Sequence[str]
     ) -> int:
-        """The tokens of the prompt. Raises DataError for a choice that would be cut."""
+        """Return the number of prompt tokens.
+
+        Raises DataError for a choice that would be truncated.
+        """
         layouts = self._layouts(parts, images)
         for i, choice in enumerate(choices):
             answered = [*parts, Part("assistant", text=choice)]
@@ -137,10 +143,11 @@ class Model:
     def _check_candidates(
         self, image: bytes, candidates: Sequence[str], question: str | None
     ) -> None:
-        """Raises Refusal for a question that is not read, and DataError for a candidate that would be cut."""
+        """Raise APIError for a question that is not read or a candidate that would be truncated."""
         if question is not None and ("{}" in question or "{ocr}" in question):
             message = (
-                f"question: {{}} and {{ocr}} are places in a recipe's prompt. Got {question[:40]!r}"
+                "question: {} and {ocr} are placeholders of a recipe's prompt. "
+                f"Got {question[:40]!r}. Fix: leave them out"
             )
             raise APIError(400, message, code="unread_text", param="question")
         inputs = self._pipeline.inputs
@@ -153,35 +160,41 @@ class Model:
                 segments = templates.render(
                     asked, inputs.streams.template, inputs.streams.tokenizer
                 )
-                self._check_read(
+                self._check_template_reads(
                     [part for part in asked if part.role == "user"], segments, "question"
                 )
 
     def _check_length(
         self, conversation: Sequence[Part], layouts: Sequence[Layout], param: str
     ) -> int:
-        """The tokens with loss. Raises Refusal (400) for a text that training would have cut."""
+        """Return the number of tokens with loss.
+
+        Raises APIError (400) for a text that training would truncate.
+        """
         streams = self._pipeline.inputs.streams
         encoded = streams.train(conversation, layouts, limit=sys.maxsize)
         if len(encoded.ids) > streams.limit:
-            message = f"{param}: too long. Got {len(encoded.ids)} tokens; expected at most {streams.limit}"
+            message = (
+                f"{param}: too long. Got {len(encoded.ids)} tokens; "
+                f"expected at most {streams.limit}"
+            )
             raise APIError(400, message, code="text_too_long", param=param)
         return sum(label != IGNORE for label in encoded.labels)
 
     def _layouts(self, parts: Sequence[Part], images: Sequence[bytes]) -> list[Layout]:
-        """The tiles of every image; [] for a model without tiles."""
+        """Return the layout of tiles of every image; [] for a model without tiles."""
         pictures = self._pipeline.inputs.streams.pictures(
             Sample("request", tuple(images), tuple(parts))
         )
         return [picture.layout for picture in pictures if picture.layout is not None]
 
-    # --- work that ends with its caller ------------------------------------------------------------------------------
+    # --- work that ends with its caller
 
     async def _answer(
-        self, parts: Sequence[Part], images: Sequence[bytes], draw: Sampling
+        self, parts: Sequence[Part], images: Sequence[bytes], sampling: Sampling
     ) -> Answer:
         text: list[str] = []
-        async with aclosing(self._written(parts, images, draw)) as pieces:
+        async with aclosing(self._generate(parts, images, sampling)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Answer):
                     return Answer(
@@ -193,10 +206,10 @@ class Model:
                 text.append(piece)
         raise AssertionError("the last piece is an Answer")
 
-    async def _written(
-        self, parts: Sequence[Part], images: Sequence[bytes], draw: Sampling
+    async def _generate(
+        self, parts: Sequence[Part], images: Sequence[bytes], sampling: Sampling
     ) -> AsyncGenerator[str | Answer, None]:
-        pieces = await self._run(self._pipeline.stream, parts, images, **draw)
+        pieces = await self._run(self._pipeline.stream, parts, images, **sampling)
         try:
             while True:
                 step = asyncio.ensure_future(self._run(next, pieces, None))
@@ -211,23 +224,26 @@ class Model:
                 yield piece
         finally:
             await self._run(pieces.close)
-        taken = pieces.usage
+        usage = pieces.usage
         yield Answer(
-            "", taken.prompt_tokens, taken.completion_tokens, taken.finish_reason or "length"
+            "", usage.prompt_tokens, usage.completion_tokens, usage.finish_reason or "length"
         )
 
     async def _embed(self, one: str | bytes) -> tuple[Vector, int]:
-        """An input is checked before it joins a batch, so that a bad one spoils nobody else's answer."""
+        """Check an input, then embed it in a batch: a wrong input must not fail other requests."""
         model = self._pipeline.stage.model
         if isinstance(one, bytes):
-            square = await self._run(load_image, one, model.pixels)
-            return await self._embed_square(square), model.image_tokens
+            pixels = await self._run(load_image, one, model.pixels)
+            return await self._embed_image(pixels), model.image_tokens
         asked = self._pipeline.inputs.ask(pair("text", b"", one))
         tokens = await self._run(self._check_length, asked, (), "input")
         return await self._embed_text(one), tokens
 
     async def _run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call a function in a thread, which cannot be cancelled: a cancelled call returns when the thread has."""
+        """Call a function in a thread.
+
+        Threads cannot be cancelled: a cancelled call waits for its thread.
+        """
         job = self._threads.submit(partial(function, *args, **kwargs))
         call = asyncio.wrap_future(job)
         try:
@@ -240,41 +256,37 @@ class Model:
     def _batched(
         self, embed: Callable[[Sequence[T]], Tensor], options: Options
     ) -> Callable[[T], Awaitable[Vector]]:
-        async def batch(items: list[_Item[T]]) -> list[Vector | None]:
-            wanted = [i for i, item in enumerate(items) if not item.abandoned]
-            vectors = (
-                (await self._run(embed, [items[i].value for i in wanted])).cpu().numpy()
-                if wanted
-                else ()
-            )
-            found: dict[int, Vector] = dict(zip(wanted, vectors, strict=True))
-            return [found.get(i) for i in range(len(items))]
+        """Return a function that embeds one value, in a batch with those of other requests."""
 
-        together = serve.batch(
-            max_batch_size=options.batch, batch_wait_timeout_s=options.batch_wait_s
-        )(batch)
+        @serve.batch(max_batch_size=options.batch, batch_wait_timeout_s=options.batch_wait_s)
+        async def embed_batch(items: list[_Item[T]]) -> list[Vector | None]:
+            active = [i for i, item in enumerate(items) if not item.cancelled]
+            values = [items[i].value for i in active]
+            vectors = (await self._run(embed, values)).cpu().numpy() if active else ()
+            by_index: dict[int, Vector] = dict(zip(active, vectors, strict=True))
+            return [by_index.get(i) for i in range(len(items))]
 
-        async def one(value: T) -> Vector:
+        async def embed_one(value: T) -> Vector:
             item = _Item(value)
             try:
-                found = await together(item)
+                vector = await embed_batch(item)
             except asyncio.CancelledError:
-                item.abandoned = True
+                item.cancelled = True
                 raise
-            assert found is not None  # only what is abandoned has no vector
-            return found
+            assert vector is not None  # only a cancelled item has no vector
+            return vector
 
-        return one
+        return embed_one
 
 
 @dataclass
 class _Item(Generic[T]):
-    """An input in the queue of a batch, which Serve does not take out when its caller leaves."""
+    """An input in the queue of a batch; Serve keeps it there when its request is cancelled."""
 
     value: T
-    abandoned: bool = False
+    cancelled: bool = False
 
 
-def _portions(texts: Sequence[str]) -> list[Sequence[str]]:
-    """A few at a time, between which a call can be cancelled: each text is scored on its own."""
-    return [texts[i : i + PORTION] for i in range(0, len(texts), PORTION)]
+def _batches(texts: Sequence[str]) -> list[Sequence[str]]:
+    """Split the texts into batches between which a request can be cancelled."""
+    return [texts[i : i + SCORED_AT_ONCE] for i in range(0, len(texts), SCORED_AT_ONCE)]
