@@ -73,7 +73,7 @@ def test_every_evaluation_has_a_word(judge: Judge) -> None:
     [
         (("--on", "vqq:x"), "no evaluation 'vqq'; did you mean 'vqa'"),
         (("--on", "vqa"), "not of the form KIND:DATASET"),
-        (("--on", "vqa:x", "--on", "vqa:y"), "'vqa' stands twice"),
+        (("--on", "vqa:x", "--on", "vqa:y"), "'vqa' is used twice"),
         (("--on", "vqa:x", "--set", "vqa.row=2"), "no field 'row'; did you mean 'rows'"),
         (("--on", "vqa:x", "--set", "vqa.rows"), "not of the form NAME.FIELD=VALUE"),
     ],

@@ -125,7 +125,7 @@ def test_actors_get_the_gpus_that_they_were_promised(told: dict[str, Any]) -> No
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_ray_of_ones_own_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_utils._Own, "ray", True)
+    monkeypatch.setattr(ray_utils._Session, "own", True)
     with pytest.raises(
         ResourceError,
         match=r"this machine cannot run it\. Got 2 x GPU: 0 of 2 in the cluster.*Fix: ",

@@ -26,6 +26,6 @@ def test_a_near_miss_is_told() -> None:
 
 def test_a_protocol_whose_package_is_not_here_says_so() -> None:
     with pytest.raises(
-        ResourceError, match=r"oci://bucket.*needs a package that is not here.*ocifs"
+        ResourceError, match=r"oci://bucket.*needs a package that is not installed.*ocifs"
     ):
         find_store("oci://bucket/x")

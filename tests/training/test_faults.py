@@ -242,7 +242,7 @@ def test_attempts_are_in_order_whatever_the_clocks_say(
 
 def test_a_warning_of_a_worker_reaches_the_console(tmp_path: Path) -> None:
     console = Console(record=True, width=300)
-    with progress_bar(tmp_path, "align", 10, console), notices.shared(tmp_path):
+    with progress_bar(tmp_path, "align", 10, console), notices.to_file(tmp_path):
         for _ in range(2):  # of two workers
             loop.log.warning("checkpoint of step %d is damaged", 4)
     assert console.export_text().count("checkpoint of step 4 is damaged") == 1
@@ -253,7 +253,7 @@ def test_a_warning_of_a_worker_reaches_the_console(tmp_path: Path) -> None:
 
 def test_a_warning_of_the_driver_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
-    with notices.shown(said.append):
+    with notices.to_console(said.append):
         loop.log.warning("something to know")
     assert said == ["something to know"]
     assert "something" not in capsys.readouterr().err

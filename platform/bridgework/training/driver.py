@@ -73,7 +73,7 @@ def train(
         _checked(stage, [before.name for before in chosen[:i]], folder, home, how)
     with (
         run_dir.locked(folder),
-        notices.shown(partial(console.print, markup=False, soft_wrap=True)),
+        notices.to_console(partial(console.print, markup=False, soft_wrap=True)),
     ):
         known = run_dir.same_recipe(folder, system, partial(_may_extend, system, folder, home))
         unfinished = [stage.name for stage in chosen if not _finished(folder / stage.name)]

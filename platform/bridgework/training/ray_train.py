@@ -205,7 +205,7 @@ def _work(given: dict[str, Any]) -> None:
             given["threads"] or shared
         )  # Ray's own choice follows num_cpus, not the cores
     job: TrainJob = cloudpickle.loads(given["job"])
-    with notices.shared(job.folder):
+    with notices.to_file(job.folder):
         loop.run(
             job,
             lambda start: from_ray(blocks, rank=rank, world=world, start=start),
