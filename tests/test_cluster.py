@@ -136,7 +136,7 @@ def test_a_ray_of_ones_own_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("gpus", [-1.0, 1.5, float("inf"), float("nan")])
 def test_a_number_of_gpus_that_ray_cannot_give_is_refused(gpus: float) -> None:
-    with pytest.raises(SpecError, match="--gpus-per-worker: Got"):
+    with pytest.raises(SpecError, match=r"--gpus-per-worker: Ray cannot allocate that\. Got"):
         _needs(RunOptions(gpus_per_worker=gpus))
 
 

@@ -48,7 +48,9 @@ def go(
     **how: Any,
 ) -> dict[str, StageResult]:
     options = RunOptions(**{"workers": 0, **how})
-    return train(system, home=home, run=run, how=options, stages=stages, tracker=tracker, fork=fork)
+    return train(
+        system, home=home, run=run, options=options, stages=stages, tracker=tracker, fork=fork
+    )
 
 
 def stop_at(step: int) -> Callable[[dict[str, float], int], None]:

@@ -48,7 +48,7 @@ def test_what_was_written_is_found_as_it_was(tmp_path: Path) -> None:
     made = write(tmp_path, 10)
     found, passed = checkpoint.latest(tmp_path, "f")
     assert found == made
-    assert (found.step, found.world, found.damage(), passed) == (10, 2, None, [])
+    assert (found.step, found.world, found.find_corruption(), passed) == (10, 2, None, [])
     assert set(found.files) == set(FILES)
 
 
@@ -124,7 +124,7 @@ def test_nothing_is_taken_where_all_are_damaged(tmp_path: Path) -> None:
 def test_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 5, fingerprint="other")
     with pytest.raises(
-        RunError, match="written by recipe other, this is f; give the run another name"
+        RunError, match=r"another recipe\. Got other; expected f\. Fix: give the run another name"
     ):
         checkpoint.latest(tmp_path, "f")
 
@@ -162,7 +162,7 @@ def test_step_may_be_written_again_by_a_later_attempt(tmp_path: Path) -> None:
     assert found.step == 5
 
 
-# --- what is not in the manifest is not read -------------------------------------------------------------------------
+# --- files that are not in the manifest ---------------------------------------------------------
 
 EXTRA: dict[str, Callable[[Path], object]] = {
     "a file": lambda f: (f / "state/rank_2.pt").write_bytes(b"x"),
@@ -184,7 +184,7 @@ def test_what_the_manifest_does_not_list_is_damage(tmp_path: Path, what: str) ->
     EXTRA[what](write(tmp_path, 10).folder)
     found, passed = checkpoint.latest(tmp_path, "f")
     assert found is not None and found.step == 5
-    assert len(passed) == 1 and "is not in the manifest: nothing there is read" in passed[0]
+    assert len(passed) == 1 and "is not in the manifest, so the folder is not read" in passed[0]
 
 
 def test_a_listed_file_that_became_a_link_is_damage(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_manifest_names_no_file_outside_of_its_folder(tmp_path: Path, home: Pa
     outside.write_bytes(b"x")
     digest = hashlib.sha256(b"x").hexdigest()
     rewrite(made.folder, home, files={"../outside.pt": [1, digest]})
-    assert "a file is outside of the folder" in checkpoint.latest(tmp_path, "f")[1][0]
+    assert "a file is outside the folder" in checkpoint.latest(tmp_path, "f")[1][0]
 
 
 # --- who wrote it ----------------------------------------------------------------------------------------------------
@@ -423,8 +423,8 @@ def test_a_stage_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itsel
             Unusable, match=r"no checkpoint can be used.*step 10.*step 5.*add --start-over"
         ):
             look(tmp_path, "f")
-    checkpoint.set_aside(tmp_path / "checkpoints/00000010-a1")
-    checkpoint.set_aside(tmp_path / "checkpoints/00000005-a1")
+    checkpoint.move_to_damaged(tmp_path / "checkpoints/00000010-a1")
+    checkpoint.move_to_damaged(tmp_path / "checkpoints/00000005-a1")
     with pytest.raises(Unusable, match="damaged/00000005-a1 was found damaged before"):
         checkpoint.resume(tmp_path, "f")
     kept = checkpoint.start_over(tmp_path)

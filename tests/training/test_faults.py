@@ -188,7 +188,7 @@ def test_records_that_cannot_be_written_never_end_a_run(
     """Metrics, the flight recorder, and the ledger of what was sent to the tracker."""
     stage = home / "runs" / run / "align"
     stage.mkdir(parents=True)
-    for name in ("journal", "flight"):
+    for name in ("journal", "flight_recorder"):
         (stage / name).write_text("a file where a folder should be")
     go(llava(3), home, run)
     assert (stage / "artifact").exists()
@@ -206,13 +206,13 @@ def test_steps_that_could_not_be_recorded_are_recorded_later(home: Path, tmp_pat
             written.step(step, [batch], [float(step)] * 8, [1.0] * 8)
             if step == 1:
                 written.flush()
-                (tmp_path / "flight").rename(tmp_path / "aside")
+                (tmp_path / "flight_recorder").rename(tmp_path / "aside")
                 written._close()
-                (tmp_path / "flight").write_text("the disk is away")
+                (tmp_path / "flight_recorder").write_text("the disk is away")
             if step == 2:
                 written.flush()
-                (tmp_path / "flight").unlink()
-                shutil.move(tmp_path / "aside", tmp_path / "flight")
+                (tmp_path / "flight_recorder").unlink()
+                shutil.move(tmp_path / "aside", tmp_path / "flight_recorder")
     for step in range(4):
         assert [each.loss for each in read_step(tmp_path, step)] == [float(step)] * 8
 
@@ -233,7 +233,7 @@ def test_attempts_are_in_order_whatever_the_clocks_say(
                 written.step(0, [batch], [float(number)] * 8, [1.0] * 8)
         assert {each.loss for each in read_step(tmp_path, 0)} == {float(number)}
         assert len(read_step(tmp_path, 0)) == 16
-    files = sorted(file.stem.split("-")[1] for file in (tmp_path / "flight").iterdir())
+    files = sorted(file.stem.split("-")[1] for file in (tmp_path / "flight_recorder").iterdir())
     assert files == ["aa", "aa", "bb", "bb", "cc", "cc"]
 
 

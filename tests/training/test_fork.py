@@ -236,7 +236,9 @@ def test_an_evaluation_that_came_after_the_end_is_reported(home: Path, run: str)
     go(llava(2), home, run)
     console = Console(record=True, width=300)
     later = llava(2, **OPTIONS["evaluations"])
-    train(later, home=home, run=run, how=RunOptions(workers=0), stages=["align"], console=console)
+    train(
+        later, home=home, run=run, options=RunOptions(workers=0), stages=["align"], console=console
+    )
     assert "align: later was not evaluated; `bridgework eval` does it" in console.export_text()
 
 

@@ -45,7 +45,7 @@ def test_a_step_that_was_redone_is_told_as_it_was_taken_last(home: Path, run: st
         go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(5))
     go(system, home, run, checkpoint_every=2, evaluate_every=1)
     folder = home / "runs" / run / "align"
-    assert len(list((folder / "flight").glob("*.arrows"))) == 2
+    assert len(list((folder / "flight_recorder").glob("*.arrows"))) == 2
     assert all(len(read_step(folder, step)) == 8 for step in range(6))
 
 
@@ -71,7 +71,7 @@ def test_a_torn_record_gives_what_was_written_whole(home: Path, tmp_path: Path) 
         for step in range(3):
             written.step(step, [batch], [float(step)] * 8, [1.0] * 8)
             written.flush()
-    (file,) = (tmp_path / "flight").glob("*.arrows")
+    (file,) = (tmp_path / "flight_recorder").glob("*.arrows")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) - 40])
     assert [each.loss for each in read_step(tmp_path, 1)] == [1.0] * 8

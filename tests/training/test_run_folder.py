@@ -92,11 +92,9 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said_before_the_run(tmp_path: Path) -> None:
-    run_dir.room(tmp_path, need=1)
-    with pytest.raises(
-        ResourceError, match=r"MB free, a run needs at least .* set BRIDGEWORK_HOME"
-    ):
-        run_dir.room(tmp_path, need=10**18)
+    run_dir.check_disk_space(tmp_path, need=1)
+    with pytest.raises(ResourceError, match=r"MB free; expected at least .* set BRIDGEWORK_HOME"):
+        run_dir.check_disk_space(tmp_path, need=10**18)
 
 
 def test_options_change_and_every_recipe_of_the_run_is_kept(tmp_path: Path) -> None:

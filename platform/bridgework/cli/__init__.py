@@ -187,7 +187,7 @@ def train(
             resolved,
             home=home_folder(),
             run=run,
-            how=RunOptions(
+            options=RunOptions(
                 workers=workers,
                 readers=readers,
                 skip=tuple(skip or ()),

@@ -114,7 +114,7 @@ def _registered(
         override(base, best.changes),
         home=home,
         run=f"{run}/{best.trial}",
-        how=RunOptions(workers=0),
+        options=RunOptions(workers=0),
         stages=space.stages,
         tracker=tracker,
         parent_run=parent,
@@ -239,7 +239,7 @@ def _trial(
         system[last].budget.steps / space.budget.judgments
     )  # a report more, and ASHA ends the trial
     judge = space.metric.name.split(".")[0]
-    for stages, how in (
+    for stages, options in (
         (first, RunOptions(workers=0)),
         (
             [last],
@@ -250,7 +250,7 @@ def _trial(
             system,
             home=home,
             run=f"{run}/{name}",
-            how=how,
+            options=options,
             stages=stages,
             console=Console(quiet=True),
         )
