@@ -300,8 +300,8 @@ def test_promote_and_rollback_move_the_champion(
     worse = bridgework("promote", "champions:2", "--metric", "heldout.loss", "--lower")
     assert worse.code == 1
     assert (
-        "champions:2 has heldout.loss 2.5, the champion, version 1, 2, and lower is better: not promoted"
-        in worse.err
+        "champions:2 was not promoted, because lower is better. Got heldout.loss 2.5; expected better "
+        "than 2 of the champion, version 1." in worse.err
     )
     assert bridgework("promote", "champions:2").out == "champion champions:2, before it 1"
     assert bridgework("rollback", "champions").out == "champion champions:1"

@@ -123,7 +123,7 @@ def test_weights_are_referred_to_and_not_copied(
     assert client.get_logged_model(model).tags == {"artifact": str(tmp_path), "digest": "w" * 64}
     assert not list(store.rglob("weights.safetensors"))
     assert mlflow_tracker.output(run, "llava/align", str(tmp_path), {"digest": "w" * 64}) == model
-    assert [m.id for m in mlflow_tracker.makers("w" * 64)] == [run]
+    assert [m.id for m in mlflow_tracker.producers("w" * 64)] == [run]
 
 
 def test_version_refers_to_its_logged_model(
@@ -148,7 +148,7 @@ def test_mlflows_refusal_is_one_line_that_says_what_was_asked(
     mlflow_tracker.params(run, {"lr": 1})
     with pytest.raises(
         TrackingError,
-        match=rf"^cannot log 1 parameters of run {run}: MLflow at sqlite.* says: [^\n]*$",
+        match=rf"^cannot log 1 parameters of run {run}: MLflow at sqlite.* reports: [^\n]*$",
     ):
         mlflow_tracker.params(run, {"lr": 2})
     with pytest.raises(TrackingError, match="cannot finish run nope"):
@@ -164,7 +164,7 @@ def test_dead_server_is_told_in_time_and_without_its_password(tmp_path: Path) ->
         )  # bound, not listening: connections are refused, and nobody else gets the port
         uri = f"http://me:secret@127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(
-            TrackingError, match=r"http://me:\*\*\*@127.* does not answer; start the server"
+            TrackingError, match=r"http://me:\*\*\*@127.* does not answer\. Fix: start the server"
         ) as raised:
             MLflowTracker(uri, tmp_path, "p")
     assert "secret" not in str(raised.value)

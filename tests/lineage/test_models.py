@@ -106,7 +106,7 @@ def test_a_worse_one_is_refused_and_nothing_moves(
 ) -> None:
     register(tracker, name, weights, 0.5, new, metric=metric)
     promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match=r"not promoted; leave out --metric"):
+    with pytest.raises(TrackingError, match=r"not promoted, .* Fix: leave out --metric"):
         promote(tracker, f"{name}:2", metric=metric)
     assert champion(tracker, name) == "1"
     assert tracker.version(name, "2").aliases == ()
@@ -115,7 +115,7 @@ def test_a_worse_one_is_refused_and_nothing_moves(
 def test_an_equal_one_changes_nothing(tracker: Tracker, name: str, weights: Path) -> None:
     register(tracker, name, weights, 0.5, 0.5)
     promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match=r"not promoted"):
+    with pytest.raises(TrackingError, match=r"was not promoted"):
         promote(tracker, f"{name}:2", metric=METRIC)
     assert champion(tracker, name) == "1"
 
@@ -125,7 +125,7 @@ def test_a_figure_that_is_missing_is_named_with_those_there_are(
 ) -> None:
     register(tracker, name, weights, 0.5, 1.5e-05)
     promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match=r"carries no figure 'loss'; known: ranking\.accuracy"):
+    with pytest.raises(TrackingError, match=r"has no metric 'loss'; known: ranking\.accuracy"):
         promote(tracker, f"{name}:2", metric="loss")
 
 
@@ -171,7 +171,9 @@ def test_a_lower_loss_is_promoted_and_a_higher_one_is_not(
     register(tracker, name, weights, 2.0, 1.5, 1.8, metric=LOSS)
     promote(tracker, f"{name}:1")
     assert promote(tracker, f"{name}:2", metric=LOSS).compared == (1.5, 2.0)
-    with pytest.raises(TrackingError, match=r"heldout\.loss 1\.8.*lower is better: not promoted"):
+    with pytest.raises(
+        TrackingError, match=r"not promoted, because lower is better\. Got heldout\.loss 1\.8"
+    ):
         promote(tracker, f"{name}:3", metric=LOSS)
 
 
@@ -189,7 +191,7 @@ def test_a_figure_of_no_evaluation_needs_a_direction(
 ) -> None:
     register(tracker, name, weights, 20.0, 15.0, metric="latency_ms")
     promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match="say --lower or --higher"):
+    with pytest.raises(TrackingError, match="give --lower or --higher"):
         promote(tracker, f"{name}:2", metric="latency_ms")
     assert promote(tracker, f"{name}:2", metric="latency_ms", lower=True).compared == (15.0, 20.0)
 
@@ -197,7 +199,7 @@ def test_a_figure_of_no_evaluation_needs_a_direction(
 def test_a_baseline_decides_nothing(tracker: Tracker, name: str, weights: Path) -> None:
     register(tracker, name, weights, 0.05, 0.06, metric="ranking.chance")
     promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match="is a baseline and decides nothing"):
+    with pytest.raises(TrackingError, match="is a baseline, so it cannot decide a promotion"):
         promote(tracker, f"{name}:2", metric="ranking.chance")
 
 
@@ -221,4 +223,4 @@ def test_figures_of_other_evaluations_do_not_replace_the_challenger(
     challenge(tracker, first, METRIC)
     held, why = challenge(tracker, second, METRIC)
     assert held.version == "1"
-    assert "not given by the same evaluation" in why
+    assert "not from the same evaluation" in why
