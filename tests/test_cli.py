@@ -97,7 +97,7 @@ def test_systems_lists_variants_stages_and_what_trains(bridgework: Bridgework) -
         assert word in said.out
 
 
-def test_show_counts_the_paper_s_parameters_without_its_weights(bridgework: Bridgework) -> None:
+def test_show_counts_parameters_at_paper_scale_without_weights(bridgework: Bridgework) -> None:
     said = bridgework("show", "llava")
     assert said.code == 0
     assert "align 20,979,712" in said.out  # 1024 x 4096 + 4096 + 4096 x 4096 + 4096
@@ -137,7 +137,7 @@ def test_show_takes_changes_by_dotted_path(bridgework: Bridgework) -> None:
         (["rollback", "unknown-model"], "no model 'unknown-model' is registered"),
     ],
 )
-def test_a_wrong_word_is_one_line_with_advice(
+def test_wrong_argument_is_one_line_with_a_fix(
     bridgework: Bridgework, words: list[str], message: str
 ) -> None:
     said = bridgework(*words)
@@ -157,7 +157,7 @@ def test_an_error_is_one_line_and_a_traceback_only_with_debug() -> None:
     assert "SpecError" in loud.stderr
 
 
-def test_what_a_store_or_a_disk_refuses_is_one_line(tmp_path: Path) -> None:
+def test_error_of_a_store_or_disk_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for words, message in (
         (("data", "stats", "foo://x"), "Protocol not known: foo"),
@@ -175,7 +175,7 @@ def test_what_a_store_or_a_disk_refuses_is_one_line(tmp_path: Path) -> None:
         assert message in said.stderr and "Traceback" not in said.stderr
 
 
-def test_modules_of_ones_own_are_found_where_the_command_is_given(tmp_path: Path) -> None:
+def test_user_modules_are_found_in_the_working_folder(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "mine.py").write_text(
         "from bridgework.system import System, load\n\ndef system() -> System:\n    return load('llava').tiny()\n"
@@ -216,7 +216,7 @@ def test_the_same_command_again_makes_no_second_version(
     ]
 
 
-def test_a_changed_recipe_is_refused_by_its_path(bridgework: Bridgework, trained: Path) -> None:
+def test_changed_recipe_is_rejected_by_its_path(bridgework: Bridgework, trained: Path) -> None:
     said = bridgework(
         "train",
         "llava",
@@ -233,9 +233,7 @@ def test_a_changed_recipe_is_refused_by_its_path(bridgework: Bridgework, trained
     assert "stages.align.seed was 0, is 7" in said.err
 
 
-def test_a_run_that_was_given_no_name_is_found_with_other_options(
-    bridgework: Bridgework, home: Path
-) -> None:
+def test_unnamed_run_is_found_with_other_options(bridgework: Bridgework, home: Path) -> None:
     words = (
         "train",
         "llava",
@@ -260,7 +258,7 @@ def test_a_run_that_was_given_no_name_is_found_with_other_options(
     assert "finished before" in bridgework(*words).err
 
 
-def test_a_refused_change_names_the_word_that_forks(bridgework: Bridgework, trained: Path) -> None:
+def test_rejected_change_names_the_fork_option(bridgework: Bridgework, trained: Path) -> None:
     words = (
         "train",
         "llava",
@@ -307,7 +305,7 @@ def test_promote_and_rollback_move_the_champion(
     assert bridgework("rollback", "champions").out == "champion champions:1"
 
 
-def test_eval_judges_an_artifact_by_its_stage(bridgework: Bridgework, home: Path) -> None:
+def test_eval_uses_the_evaluations_of_the_stage(bridgework: Bridgework, home: Path) -> None:
     words = (
         "train",
         "tests.tuning.tiny",
@@ -337,9 +335,7 @@ def test_eval_of_a_stage_without_evaluations_says_so(bridgework: Bridgework, tra
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_is_asked_about_an_image(
-    bridgework: Bridgework, trained: Path, tmp_path: Path
-) -> None:
+def test_ask_answers_about_an_image(bridgework: Bridgework, trained: Path, tmp_path: Path) -> None:
     image = tmp_path / "shape.png"
     image.write_bytes(next(shapes(rows=1, size=32)).images[0])
     written = bridgework("ask", str(trained), "What is it?", "-i", str(image), "--tokens", "4")
@@ -395,7 +391,9 @@ def test_a_model_is_asked_about_an_image(
     assert "there is nothing to ask" in bridgework("ask", str(trained)).err
 
 
-def test_a_folder_of_hugging_face_goes_in_and_out(bridgework: Bridgework, tmp_path: Path) -> None:
+def test_hugging_face_folder_is_imported_and_exported(
+    bridgework: Bridgework, tmp_path: Path
+) -> None:
     clip("small").save_pretrained(tmp_path / "in")
     taken = bridgework("import", "hf", str(tmp_path / "in"), str(tmp_path / "artifact"))
     assert taken.code == 0 and "CLIPModel" in taken.out and "parity.json" in taken.out

@@ -36,7 +36,7 @@ def test_import_writes_a_dataset_with_its_options(pictures: Path, tmp_path: Path
     assert (len(made), made.manifest.license) == (3, "MIT")
 
 
-def test_a_bare_name_goes_home_and_is_found_there(pictures: Path, home: Path) -> None:
+def test_bare_name_is_written_to_home_and_found_there(pictures: Path, home: Path) -> None:
     assert run("import", "folder", pictures, "three").exit_code == 0
     assert (home / "datasets" / "three" / "manifest.json").is_file()
     assert "sound     three" in run("verify", "three").stdout
@@ -61,7 +61,7 @@ def test_a_bare_name_goes_home_and_is_found_there(pictures: Path, home: Path) ->
         (["emoji", "--workers", "2"], SpecError, "no field 'workers'"),
     ],
 )
-def test_wrong_words_of_an_import_are_refused_with_advice(
+def test_wrong_arguments_of_import_are_rejected_with_a_fix(
     words: list[str], error: type[Exception], said: str, pictures: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(error) as caught:
@@ -70,9 +70,7 @@ def test_wrong_words_of_an_import_are_refused_with_advice(
     assert not (tmp_path / "made").exists()
 
 
-def test_an_import_that_was_cut_off_goes_on_with_the_same_command(
-    pictures: Path, tmp_path: Path
-) -> None:
+def test_interrupted_import_resumes_with_the_same_command(pictures: Path, tmp_path: Path) -> None:
     (pictures / "bad.png").write_bytes(b"<html>")
     with pytest.raises(DataError, match="1 of 4 rows are bad"):
         run("import", "folder", pictures, tmp_path / "made")
@@ -85,9 +83,7 @@ def test_an_import_that_was_cut_off_goes_on_with_the_same_command(
     )
 
 
-def test_export_writes_another_format_and_ends_with_what_was_lost(
-    pictures: Path, tmp_path: Path
-) -> None:
+def test_export_writes_another_format_and_reports_losses(pictures: Path, tmp_path: Path) -> None:
     done = run("export", "webdataset", SHAPES, tmp_path / "tars", "rows=100")
     assert done.stdout.splitlines() == [
         str(tmp_path / "tars"),
@@ -111,7 +107,7 @@ def test_export_writes_another_format_and_ends_with_what_was_lost(
         (["llava-json", "synthetic:shape"], DataError, "did you mean 'synthetic:shapes'"),
     ],
 )
-def test_wrong_words_of_an_export_are_refused_with_advice(
+def test_wrong_arguments_of_export_are_rejected_with_a_fix(
     words: list[str], error: type[Exception], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error) as caught:
@@ -121,13 +117,13 @@ def test_wrong_words_of_an_export_are_refused_with_advice(
 
 
 @pytest.mark.parametrize("command", ["import", "verify"])
-def test_an_empty_name_is_refused(command: str, pictures: Path) -> None:
+def test_empty_name_is_rejected(command: str, pictures: Path) -> None:
     words = ("folder", pictures) if command == "import" else ()
     with pytest.raises(SpecError, match="the dataset's name is empty"):
         run(command, *words, "")
 
 
-def test_verify_exits_with_1_and_names_the_file(pictures: Path, tmp_path: Path) -> None:
+def test_verify_exits_with_1_and_reports_the_file(pictures: Path, tmp_path: Path) -> None:
     run("import", "folder", pictures, tmp_path / "made")
     shard = tmp_path / "made" / "shard-00000.parquet"
     content = bytearray(shard.read_bytes())
@@ -138,7 +134,7 @@ def test_verify_exits_with_1_and_names_the_file(pictures: Path, tmp_path: Path) 
     assert f"sound     {SHAPES}" in done.stdout and "shard-00000.parquet" in done.stdout
 
 
-def test_verify_looks_at_every_dataset_whatever_the_others_are(tmp_path: Path) -> None:
+def test_verify_checks_every_dataset_after_a_failure(tmp_path: Path) -> None:
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "manifest.json").write_text("{")
     done = run("verify", tmp_path / "torn", "synthetic:shape", SHAPES)
@@ -149,19 +145,19 @@ def test_verify_looks_at_every_dataset_whatever_the_others_are(tmp_path: Path) -
     )
 
 
-def test_a_missing_dataset_is_refused_with_the_names_that_are_there() -> None:
+def test_missing_dataset_is_rejected_with_the_known_names() -> None:
     for command in ("stats", "preview"):
         with pytest.raises(DataError, match="did you mean 'synthetic:shapes'"):
             run(command, "synthetic:shape")
 
 
-def test_stats_of_a_stage_say_how_many_tokens() -> None:
+def test_stats_of_a_stage_report_token_counts() -> None:
     done = run("stats", SHAPES, "--for", "llava/instruct", "--tiny")
     assert "for instruct" in done.stdout and "tokens per row" in done.stdout
     assert "tokens per row" not in run("stats", SHAPES).stdout
 
 
-def test_an_unknown_stage_is_refused_with_a_suggestion() -> None:
+def test_unknown_stage_is_rejected_with_a_suggestion() -> None:
     with pytest.raises(SpecError, match="did you mean 'align'"):
         run("stats", SHAPES, "--for", "llava/alig")
 
@@ -177,13 +173,13 @@ def test_preview_prints_or_writes_a_page(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8").count("<article>") == 4
 
 
-def test_a_page_goes_to_a_file_and_not_to_a_folder(tmp_path: Path) -> None:
+def test_page_is_written_to_a_file_not_a_folder(tmp_path: Path) -> None:
     with pytest.raises(
         SpecError, match=r"is a folder; give the name of a file, e\.g\. .*preview\.html"
     ):
         run("preview", SHAPES, "--html", tmp_path)
 
 
-def test_preview_of_nothing_is_refused() -> None:
+def test_preview_without_input_is_rejected() -> None:
     with pytest.raises(SpecError, match="needs a PATH, or --for"):
         run("preview")

@@ -34,7 +34,7 @@ def judge(model: str) -> Judge:
     return run
 
 
-def test_any_evaluation_may_be_named_with_its_dataset_and_changed_by_dotted_path(
+def test_any_evaluation_takes_a_dataset_and_overrides(
     judge: Judge,
 ) -> None:
     few = ("--set", "vqa.rows=2", "--set", "vqa.writing.beams=1", "--set", "vqa.writing.most=2")
@@ -58,7 +58,7 @@ def test_any_evaluation_may_be_named_with_its_dataset_and_changed_by_dotted_path
     assert figures == names
 
 
-def test_every_evaluation_has_a_word(judge: Judge) -> None:
+def test_every_evaluation_has_a_command_line_name(judge: Judge) -> None:
     with pytest.raises(SpecError) as refused:
         judge()
     kinds = str(refused.value).partition("KIND is one of ")[2].split(", ")
@@ -78,11 +78,11 @@ def test_every_evaluation_has_a_word(judge: Judge) -> None:
         (("--on", "vqa:x", "--set", "vqa.rows"), "not of the form NAME.FIELD=VALUE"),
     ],
 )
-def test_what_it_cannot_read_is_said(judge: Judge, words: tuple[str, ...], said: str) -> None:
+def test_invalid_argument_is_reported(judge: Judge, words: tuple[str, ...], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         judge(*words)
 
 
-def test_a_dataset_that_is_not_there_is_said(judge: Judge, home: Path) -> None:
+def test_missing_dataset_is_reported(judge: Judge, home: Path) -> None:
     with pytest.raises(Exception, match="there is no dataset 'nonesuch'"):
         judge("--on", "pope:nonesuch")

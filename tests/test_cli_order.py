@@ -73,7 +73,7 @@ def test_any_world_size_shares_the_same_batches(blend: Path, world: int) -> None
         assert sorted(chain(*shared["ranks"])) == sorted(alone["ranks"][0])
 
 
-def test_any_start_goes_on_with_the_same_batches(blend: Path) -> None:
+def test_any_start_continues_with_the_same_batches(blend: Path) -> None:
     whole = order(blend, "--batch", 16, "--steps", 10)
     for start in range(10):
         assert (
@@ -99,7 +99,7 @@ def test_a_mixture_has_no_end_and_every_epoch_is_another_order(blend: Path) -> N
 
 
 @pytest.mark.parametrize("steps", [3, 7, 10])
-def test_the_rows_of_a_capped_source_are_those_that_mixture_tells(steps: int, blend: Path) -> None:
+def test_rows_of_a_capped_source_match_the_mixture_report(steps: int, blend: Path) -> None:
     """However the run's end lies in a window."""
     changes = [
         "--batch",
@@ -131,7 +131,7 @@ def test_the_rows_of_a_capped_source_are_those_that_mixture_tells(steps: int, bl
         (["no.json"], "no mixture in JSON"),
     ],
 )
-def test_wrong_words_are_refused_with_advice(words: list[str], said: str) -> None:
+def test_wrong_arguments_are_rejected_with_a_fix(words: list[str], said: str) -> None:
     with pytest.raises(SpecError) as caught:
         order(*words)
     assert said in str(caught.value)
@@ -156,7 +156,7 @@ def test_a_source_is_a_dataset_or_a_group_and_never_both(node: str, tmp_path: Pa
         order(str(tmp_path / "m.json"))
 
 
-def test_groups_without_end_are_refused(tmp_path: Path) -> None:
+def test_endless_groups_are_rejected(tmp_path: Path) -> None:
     nested = '{"name": "a", "sources": [' * 3000 + "7" + "]}" * 3000
     (tmp_path / "m.json").write_text(f'{{"sources": [{nested}]}}')
     with pytest.raises(SpecError, match=r"no mixture in JSON|too deep"):
@@ -164,7 +164,7 @@ def test_groups_without_end_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [":f", ".x:y", "os.path:join", "no_module:f", "json:nothing"])
-def test_what_is_no_function_that_gives_a_mixture_is_refused(words: str) -> None:
+def test_function_that_returns_no_mixture_is_rejected(words: str) -> None:
     with pytest.raises(SpecError, match="give a function without arguments"):
         order(words)
 
@@ -173,7 +173,7 @@ def wrong() -> Mixture:
     return Mixture(sources=(Source(name="a", dataset="x"),), window=0)
 
 
-def test_what_is_wrong_inside_a_mixtures_function_is_told_as_it_is() -> None:
+def test_error_inside_a_mixture_function_is_unchanged() -> None:
     with pytest.raises(SpecError, match=r"^window must be at least 1, got 0$"):
         order(f"{__name__}:wrong")
 
@@ -188,7 +188,7 @@ def test_a_group_is_as_large_as_its_sources_and_shares_by_its_own_alpha(blend: P
     assert many["realized"] + few["realized"] + other["realized"] == pytest.approx(1.0)
 
 
-def test_factors_and_caps_are_told_apart(blend: Path) -> None:
+def test_factors_and_caps_are_reported_separately(blend: Path) -> None:
     changes = [
         "--set",
         "sources.other.factor=3",
@@ -203,7 +203,7 @@ def test_factors_and_caps_are_told_apart(blend: Path) -> None:
     assert many["by_cap"] > many["by_factor"] and not many["capped"]
 
 
-def test_shares_are_told_before_the_data_is_here() -> None:
+def test_shares_are_reported_without_the_data() -> None:
     found = told("instructblip/instruct")
     assert sum(each["by_cap"] for each in found) == pytest.approx(1.0) and not any(
         each["known"] for each in found
@@ -235,7 +235,7 @@ def test_a_mixture_of_capped_sources_has_as_many_steps_as_its_caps_allow(
     assert len(keys) == len(set(keys)) and keys
 
 
-def test_a_batch_that_the_lanes_cannot_share_is_refused_without_a_count_of_steps(
+def test_batch_that_the_lanes_cannot_divide_is_rejected_without_a_step_count(
     blend: Path,
 ) -> None:
     with pytest.raises(SpecError) as caught:

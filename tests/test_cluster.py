@@ -95,16 +95,16 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-def test_a_cluster_without_gpus_is_asked_for_none(told: dict[str, Any]) -> None:
+def test_no_gpu_is_requested_of_a_cluster_without_gpus(told: dict[str, Any]) -> None:
     assert told["without"] == [0.0, 0.0, False]
 
 
-def test_a_gpu_is_asked_for_where_the_autoscaler_can_start_one(told: dict[str, Any]) -> None:
+def test_gpu_is_requested_if_the_autoscaler_can_start_one(told: dict[str, Any]) -> None:
     assert told["pools at zero"] == [1.0, {"CPU": 1.0, "GPU": 1.0}, True, 8.0]
     assert told["asked for none"] == 0.0
 
 
-def test_waiting_is_reported_with_what_is_missing_and_has_an_end(told: dict[str, Any]) -> None:
+def test_wait_reports_missing_resources_and_times_out(told: dict[str, Any]) -> None:
     (first,) = told["said"]
     assert first.startswith(
         "align: waiting for 4 x GPU: 0 of 4 in the cluster, 0 free; the autoscaler may start nodes"
@@ -114,17 +114,17 @@ def test_waiting_is_reported_with_what_is_missing_and_has_an_end(told: dict[str,
     assert "--gpus-per-worker" in told["timed out"] and "--resource-timeout" in told["timed out"]
 
 
-def test_waiting_can_be_stopped_and_ends_as_soon_as_nodes_join(told: dict[str, Any]) -> None:
+def test_wait_can_be_stopped_and_ends_when_nodes_join(told: dict[str, Any]) -> None:
     assert told["stopped"] and told["joined"] == 1
 
 
-def test_actors_get_the_gpus_that_they_were_promised(told: dict[str, Any]) -> None:
+def test_actors_get_the_gpus_that_the_cluster_may_have(told: dict[str, Any]) -> None:
     """Eight actors are asked for, the cluster may have eight GPUs, two are there: the work begins with these."""
     assert set(told["actors"]) <= {"0", "1"} and all(told["actors"])
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_ray_of_ones_own_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_ray_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_utils._Session, "own", True)
     with pytest.raises(
         ResourceError,
@@ -135,12 +135,12 @@ def test_a_ray_of_ones_own_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("gpus", [-1.0, 1.5, float("inf"), float("nan")])
-def test_a_number_of_gpus_that_ray_cannot_give_is_refused(gpus: float) -> None:
+def test_gpu_count_that_ray_cannot_allocate_is_rejected(gpus: float) -> None:
     with pytest.raises(SpecError, match=r"--gpus-per-worker: Ray cannot allocate that\. Got"):
         _needs(RunOptions(gpus_per_worker=gpus))
 
 
-def test_relative_paths_mean_what_they_say_in_actors(tmp_path: Path) -> None:
+def test_relative_paths_are_valid_in_actors(tmp_path: Path) -> None:
     seen: list[int] = []
     ray_utils.map_on_actors(lambda: seen.append, [1, 2], 0)
     assert seen == [1, 2]
@@ -156,7 +156,7 @@ def unreadable(item: int) -> None:
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(("work", "raised"), [(too_large, TooLarge), (unreadable, DataError)])
-def test_an_error_of_ours_keeps_its_class_on_its_way_out_of_an_actor(
+def test_bridgework_error_keeps_its_class_across_actors(
     work: Callable[[int], None], raised: type[DataError]
 ) -> None:
     """`features.prepare` computes in training where a worker raises TooLarge; no other DataError means that."""

@@ -32,7 +32,7 @@ def as_written_before(value: object) -> object:
 @pytest.mark.parametrize(
     "name", ["clip", "blip", "blip2", "instructblip", "llava", "flamingo", "xgen_mm"]
 )
-def test_recipes_with_old_names_load_as_they_are_today(name: str) -> None:
+def test_recipes_with_old_names_load_as_current_ones(name: str) -> None:
     system = load(name)
     before = as_written_before(json.loads(json.dumps(to_dict(system))))
     assert "bridgework.losses.captioning:Captioning" in json.dumps(before) or name == "clip"
@@ -41,12 +41,12 @@ def test_recipes_with_old_names_load_as_they_are_today(name: str) -> None:
 
 
 @pytest.mark.parametrize("now", sorted(old_names.CLASSES.values()))
-def test_every_old_class_has_a_class_today(now: str) -> None:
+def test_every_old_class_has_a_current_class(now: str) -> None:
     module, _, name = now.partition(":")
     assert isinstance(getattr(import_module(f"bridgework.{module}"), name), type)
 
 
-def test_an_old_reason_of_quarantine_is_read() -> None:
+def test_old_quarantine_reason_is_read() -> None:
     assert Reason("license") is Reason.LICENSE
 
 

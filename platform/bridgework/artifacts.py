@@ -39,7 +39,7 @@ class Info:
 
     system: str
     stage: str
-    fingerprint: str  # of the whole recipe
+    fingerprint: str  # of the complete recipe
     digest: str  # sha256 of weights.safetensors
     parent: str | None  # digest of the artifact that the stage started from
     datasets: tuple[DatasetInput, ...]

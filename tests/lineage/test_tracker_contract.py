@@ -26,7 +26,7 @@ def name() -> str:
     return f"llava-{uuid4().hex[:8]}"
 
 
-def test_run_with_same_key_is_taken_up_again(tracker: Tracker) -> None:
+def test_run_with_same_key_is_resumed(tracker: Tracker) -> None:
     run = tracker.start("align", tags={"run_key": "monday/align"})
     tracker.finish(run, "FAILED")
     assert tracker.start("align", tags={"run_key": "monday/align"}) == run
@@ -137,7 +137,7 @@ def test_alias_moves_to_its_new_version(tracker: Tracker, name: str) -> None:
     assert tracker.version(name, "2").aliases == ("champion",)
 
 
-def test_unknown_names_are_refused_with_a_suggestion(tracker: Tracker, name: str) -> None:
+def test_unknown_names_are_rejected_with_a_suggestion(tracker: Tracker, name: str) -> None:
     registered(tracker, name, "/runs/0")
     tracker.alias(name, "champion", "1")
     with pytest.raises(TrackingError, match=f"did you mean '{name}'"):

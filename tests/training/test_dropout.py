@@ -114,7 +114,7 @@ def test_loss_with_dropout_is_the_same_in_micro_batches(
     )
 
 
-def test_frozen_parts_draw_nothing() -> None:
+def test_frozen_modules_draw_no_random_numbers() -> None:
     stage = system("adapters").stages[0]
     model: Any = fresh(stage)
     set_trainable(model, stage.trains)

@@ -69,7 +69,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, step: int, fault: Callable[[Any], Non
         (in_a_buffer, 2),
     ],
 )
-def test_what_is_not_finite_is_not_saved_and_the_run_recovers(
+def test_nonfinite_weights_are_not_saved_and_the_run_recovers(
     home: Path, run: str, fault: Callable[[Any], None], zero: int
 ) -> None:
     system, stage = both(6, zero), home / "runs" / run / "align"
@@ -85,7 +85,7 @@ def test_what_is_not_finite_is_not_saved_and_the_run_recovers(
     assert same(weights(home, run), weights(home, f"{run}-whole"))
 
 
-def test_what_is_not_finite_at_the_end_is_no_artifact(
+def test_nonfinite_weights_at_the_end_leave_no_artifact(
     home: Path, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(monkeypatch, 3, in_weights)
@@ -97,7 +97,7 @@ def test_what_is_not_finite_at_the_end_is_no_artifact(
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_a_checkpoint_of_an_older_version_that_is_not_finite_is_damage(
+def test_nonfinite_checkpoint_of_an_older_version_is_damage(
     home: Path, run: str, zero: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     system, taken, stage = both(7, zero), list[int](), home / "runs" / run / "align"
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_an_older_version_that_is_not_finite_is_damage(
     assert same(weights(home, run), weights(home, f"{run}-whole"))
 
 
-def test_a_stage_whose_only_checkpoint_is_not_finite_starts_over_by_order_alone(
+def test_stage_with_only_a_nonfinite_checkpoint_starts_over_only_on_request(
     home: Path, run: str
 ) -> None:
     system = both(7, 0)
@@ -139,7 +139,7 @@ def test_a_stage_whose_only_checkpoint_is_not_finite_starts_over_by_order_alone(
     assert len(list((home / "runs" / run / "align").glob("checkpoints-*"))) == 1
 
 
-def test_a_stage_that_has_a_good_checkpoint_never_starts_over(home: Path, run: str) -> None:
+def test_stage_with_a_valid_checkpoint_never_starts_over(home: Path, run: str) -> None:
     taken: list[int] = []
     with pytest.raises(Stop):
         go(llava(7), home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(5))
@@ -157,7 +157,7 @@ def test_a_stage_that_has_a_good_checkpoint_never_starts_over(home: Path, run: s
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_that_does_not_fit_names_its_longest_samples(home: Path) -> None:
+def test_out_of_memory_error_has_the_longest_samples(home: Path) -> None:
     stage = llava()["align"]
     rows = next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0))
     batches = [collate(rows[i : i + 4], pad_id=0) for i in (0, 4)]
@@ -182,7 +182,7 @@ def test_a_step_that_does_not_fit_names_its_longest_samples(home: Path) -> None:
 # --- a disk that refuses ---------------------------------------------------------------------------------------------
 
 
-def test_records_that_cannot_be_written_never_end_a_run(
+def test_failed_writes_of_records_never_end_a_run(
     home: Path, run: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Metrics, the flight recorder, and the ledger of what was sent to the tracker."""
@@ -197,7 +197,7 @@ def test_records_that_cannot_be_written_never_end_a_run(
     assert "metrics are not tracked" in caplog.text
 
 
-def test_steps_that_could_not_be_recorded_are_recorded_later(home: Path, tmp_path: Path) -> None:
+def test_steps_are_recorded_after_the_disk_is_back(home: Path, tmp_path: Path) -> None:
     batch = collate(
         next(local(ReaderConfig.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0
     )
@@ -217,7 +217,7 @@ def test_steps_that_could_not_be_recorded_are_recorded_later(home: Path, tmp_pat
         assert [each.loss for each in read_step(tmp_path, step)] == [float(step)] * 8
 
 
-def test_attempts_are_in_order_whatever_the_clocks_say(
+def test_attempts_are_ordered_for_any_clocks(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = collate(

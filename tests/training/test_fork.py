@@ -77,9 +77,7 @@ def test_an_option_may_change_between_attempts(home: Path, run: str, option: str
         assert (stage.params["budget.micro"], stage.tags["now.budget.micro"]) == (8, "2")
 
 
-def test_the_advice_at_too_many_bad_samples_can_be_taken(
-    home: Path, run: str, tmp_path: Path
-) -> None:
+def test_fix_for_too_many_bad_samples_works(home: Path, run: str, tmp_path: Path) -> None:
     samples = [
         replace(each, images=(b"no image",)) if i % 4 == 3 else each
         for i, each in enumerate(shapes(32, 16))
@@ -115,9 +113,7 @@ CONSTANT = {"stages__align__optim__decay": "constant", "stages__align__optim__wa
 
 
 @pytest.mark.parametrize("more", [5, 24])
-def test_steps_may_change_where_what_was_learned_stays_what_it_was(
-    home: Path, run: str, more: int
-) -> None:
+def test_steps_may_change_if_past_steps_are_the_same(home: Path, run: str, more: int) -> None:
     """A constant rate, and windows of the order that both lengths have."""
     stopped(llava(12, **CONSTANT), home, run)
     go(llava(more, **CONSTANT), home, run, checkpoint_every=2)
@@ -130,7 +126,7 @@ def test_steps_may_change_where_what_was_learned_stays_what_it_was(
     ("changes", "before", "now"),
     [({}, 12, 24), (CONSTANT, 4, 24), (CONSTANT, 12, 4), (CONSTANT, 12, 3)],
 )
-def test_steps_may_not_change_where_rates_or_order_would(
+def test_steps_may_not_change_if_rates_or_order_would(
     home: Path, run: str, changes: dict[str, Any], before: int, now: int
 ) -> None:
     """A cosine's rates go by its end, the last window of the order is laid out for it, and steps are not taken back."""
@@ -144,7 +140,7 @@ def test_steps_may_not_change_where_rates_or_order_would(
 # --- forks -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_changed_identity_is_refused_by_its_path_and_forked_with_the_word_that_it_names(
+def test_changed_identity_is_rejected_by_its_path_and_forked_as_the_error_says(
     home: Path, run: str
 ) -> None:
     tracker = MemoryTracker()
@@ -195,7 +191,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_whatever_changes_what_is_learned_can_be_forked(home: Path, run: str, what: str) -> None:
+def test_any_change_of_the_training_result_can_be_forked(home: Path, run: str, what: str) -> None:
     stopped(llava(7), home, run)
     changed = llava(7, **CHANGES[what])
     with pytest.raises(RunError, match="exists with another recipe"):
@@ -204,13 +200,13 @@ def test_whatever_changes_what_is_learned_can_be_forked(home: Path, run: str, wh
     assert steps(home, f"{run}-2")[0] == 4
 
 
-def test_an_older_checkpoint_can_be_named(home: Path, run: str) -> None:
+def test_fork_from_an_older_checkpoint(home: Path, run: str) -> None:
     stopped(llava(7), home, run)
     go(llava(7, **LR), home, f"{run}-2", fork=f"{run}@2")
     assert steps(home, f"{run}-2") == [2, 3, 4, 5, 6]
 
 
-def test_what_is_finished_and_stays_is_taken_over(home: Path, run: str) -> None:
+def test_unchanged_finished_stages_are_copied(home: Path, run: str) -> None:
     system = llava(6)
     first = go(system, home, run)["align"]
     stopped(system, home, run, stages=["instruct"])
@@ -222,7 +218,7 @@ def test_what_is_finished_and_stays_is_taken_over(home: Path, run: str) -> None:
     assert found["align"].metrics == first.metrics
 
 
-def test_a_fork_of_one_stage_needs_no_other(home: Path, run: str) -> None:
+def test_fork_of_one_stage_needs_no_other_stage(home: Path, run: str) -> None:
     """The second stage of a run that started from another run's artifact."""
     parent = go(llava(2), home, f"{run}-parent")["align"].artifact
     system = llava(6, stages__instruct__starts_from=str(parent))
@@ -232,7 +228,7 @@ def test_a_fork_of_one_stage_needs_no_other(home: Path, run: str) -> None:
     assert steps(home, f"{run}-2", "instruct") == [4, 5]
 
 
-def test_an_evaluation_that_came_after_the_end_is_reported(home: Path, run: str) -> None:
+def test_evaluation_added_after_the_end_is_reported(home: Path, run: str) -> None:
     go(llava(2), home, run)
     console = Console(record=True, width=300)
     later = llava(2, **OPTIONS["evaluations"])
@@ -289,7 +285,7 @@ REFUSED: dict[str, tuple[Callable[[str], dict[str, Any]], str, str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_fork_that_cannot_be_is_refused_in_one_line(home: Path, run: str, what: str) -> None:
+def test_invalid_fork_is_rejected_in_one_line(home: Path, run: str, what: str) -> None:
     stopped(llava(7), home, run)
     changes, source, said = REFUSED[what]
     with pytest.raises(Exception, match=said) as refused:
@@ -298,7 +294,7 @@ def test_a_fork_that_cannot_be_is_refused_in_one_line(home: Path, run: str, what
     assert not (home / "runs" / f"{run}-2" / "fork.json").exists()
 
 
-def test_a_run_that_is_there_becomes_no_fork(home: Path, run: str) -> None:
+def test_existing_run_is_not_turned_into_a_fork(home: Path, run: str) -> None:
     stopped(llava(7), home, run)
     go(llava(2), home, f"{run}-2")
     for name in (run, f"{run}-2"):
@@ -317,7 +313,7 @@ def test_a_damaged_checkpoint_is_not_forked(home: Path, run: str) -> None:
     assert steps(home, f"{run}-3")[0] == older.step == 2
 
 
-def test_a_stage_that_is_new_in_the_recipe_has_nothing_to_start_from(home: Path, run: str) -> None:
+def test_new_stage_of_the_recipe_has_no_checkpoint_to_fork(home: Path, run: str) -> None:
     stopped(llava(7), home, run)
     align, instruct = llava(7).stages
     renamed = replace(
@@ -329,7 +325,7 @@ def test_a_stage_that_is_new_in_the_recipe_has_nothing_to_start_from(home: Path,
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.usefixtures("process_group")
-def test_a_fork_trains_with_its_own_settings_of_the_optimizer(tmp_path: Path, zero: int) -> None:
+def test_fork_uses_its_own_optimizer_settings(tmp_path: Path, zero: int) -> None:
     """A state of DeepSpeed brings those that it was saved with."""
     first = llava(stages__align__shard__stage=zero, stages__align__optim__weight_decay=0.1)["align"]
     other = replace(first, optim=replace(first.optim, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.2))

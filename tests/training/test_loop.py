@@ -70,7 +70,7 @@ def plainly(system: System, home: Path) -> tuple[list[float], dict[str, Tensor]]
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_three_steps_are_those_of_plain_torch(home: Path, run: str, zero: int) -> None:
+def test_three_steps_match_plain_torch(home: Path, run: str, zero: int) -> None:
     system = llava(3, stages__align__shard__stage=zero, stages__align__optim__clip=0.05, **DECAY)
     expected, plain = plainly(system, home)
     go(system, home, run)
@@ -106,9 +106,7 @@ def test_resumed_run_matches_unbroken_run(home: Path, run: str, zero: int) -> No
     assert [step for step, _ in seen][-3:] == [4, 5, 6]
 
 
-def test_rows_that_end_too_early_do_not_end_the_stage(
-    process_group: None, home: Path, tmp_path: Path
-) -> None:
+def test_missing_rows_are_an_error(process_group: None, home: Path, tmp_path: Path) -> None:
     system = llava(6)
     feed = reader.ReaderConfig.of(system["align"], home)
     job = loop.TrainJob(system, "align", feed, tmp_path / "align", home)
@@ -119,7 +117,7 @@ def test_rows_that_end_too_early_do_not_end_the_stage(
     assert not (job.folder / "artifact").exists()
 
 
-def test_a_stop_costs_no_more_than_the_steps_since_the_checkpoint(home: Path, run: str) -> None:
+def test_stop_repeats_only_steps_since_the_checkpoint(home: Path, run: str) -> None:
     system, taken = llava(9), []
 
     def report(metrics: dict[str, float], done: int) -> None:
@@ -134,7 +132,7 @@ def test_a_stop_costs_no_more_than_the_steps_since_the_checkpoint(home: Path, ru
     assert taken == [1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9]
 
 
-def test_damaged_checkpoint_costs_one_more_and_is_said(
+def test_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     home: Path, run: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     system, taken = llava(7), []
@@ -156,9 +154,7 @@ def test_damaged_checkpoint_costs_one_more_and_is_said(
     assert not newest.exists()
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_samples_and_saves_nothing(
-    home: Path, run: str
-) -> None:
+def test_nonfinite_loss_stops_with_its_samples_and_without_checkpoint(home: Path, run: str) -> None:
     stage = llava(6)["align"]
     rows = list(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0))
     system = llava(6, stages__align__optim__peak_lr=1e30, stages__align__optim__clip=0.0)
@@ -176,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_samples_and_saves_nothing(
     assert [taken for taken, _ in losses(home, run)] == list(range(step))  # how it came to this
 
 
-def test_contrast_in_micro_batches_trains_as_at_once(home: Path, run: str) -> None:
+def test_contrast_in_micro_batches_matches_one_batch(home: Path, run: str) -> None:
     for name, micro in ((f"{run}-whole", 8), (f"{run}-parts", 3)):
         go(
             llava(3, stages__align__losses=(Contrastive(),), stages__align__budget__micro=micro),

@@ -60,7 +60,7 @@ def taken(
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_a_packed_loss_is_the_padded_loss(home: Path, name: str) -> None:
+def test_packed_loss_matches_padded_loss(home: Path, name: str) -> None:
     apart, together = stage_of(name, None), stage_of(name, Packing())
     padded, packed = first_window(apart, home), first_window(together, home)
     alone, gradient = taken(apart, padded)
@@ -89,9 +89,7 @@ def test_a_window_packs_the_rows_that_it_pads(home: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_packed_batches_are_the_same_at_any_world_size_and_after_any_resume(
-    home: Path, world: int
-) -> None:
+def test_packed_batches_are_the_same_for_any_world_size_and_resume(home: Path, world: int) -> None:
     feed = ReaderConfig.of(stage_of("llava/instruct", Packing(tokens=400, images=3)), home)
     whole = list(local(feed, rank=0, world=1, start=0))
     for start in range(4):
@@ -104,6 +102,6 @@ def test_packed_batches_are_the_same_at_any_world_size_and_after_any_resume(
 @pytest.mark.parametrize(
     "name", ["clip/contrast", "blip/captioner", "blip2/represent", "xgen_mm/prefer"]
 )
-def test_packing_is_refused_where_samples_cannot_share_a_sequence(name: str) -> None:
+def test_packing_is_rejected_if_samples_cannot_share_a_sequence(name: str) -> None:
     with pytest.raises(SpecError, match=r"data\.packing: .*; set stages\.\w+\.data\.packing=none"):
         stage_of(name, Packing())

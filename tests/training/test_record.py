@@ -46,7 +46,7 @@ def assert_all_recorded(tracker: MemoryTracker, run: str) -> None:
     assert len(tracker.models) == 1
 
 
-def test_a_run_is_recorded_whole(home: Path, run: str) -> None:
+def test_run_is_recorded_completely(home: Path, run: str) -> None:
     tracker = MemoryTracker()
     results = go(llava(STEPS), home, run, tracker=tracker)
     assert_all_recorded(tracker, run)
@@ -61,7 +61,7 @@ def test_a_run_is_recorded_whole(home: Path, run: str) -> None:
     assert model[3]["digest"] == artifacts.describe(results["align"].artifact).digest
 
 
-def test_a_stage_names_the_weights_that_it_starts_from(home: Path, run: str) -> None:
+def test_stage_records_the_digest_of_its_parent(home: Path, run: str) -> None:
     tracker = MemoryTracker()
     results = go(llava(2), home, run, stages=None, tracker=tracker)
     digest = artifacts.describe(results["align"].artifact).digest
@@ -71,7 +71,7 @@ def test_a_stage_names_the_weights_that_it_starts_from(home: Path, run: str) -> 
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("after", [0, 1])
-def test_a_silent_tracker_stops_nothing_and_the_same_command_records_all(
+def test_failed_tracker_stops_no_run_and_the_same_command_records_all(
     home: Path, run: str, call: str, after: int
 ) -> None:
     tracker = Silent(call, after)
@@ -94,7 +94,7 @@ def assert_recorded_once(tracker: MemoryTracker, run: str) -> None:
     assert_all_recorded(tracker, run)
 
 
-def test_a_failed_stage_is_recorded_as_failed_and_taken_up_again(home: Path, run: str) -> None:
+def test_failed_stage_is_recorded_as_failed_and_resumed(home: Path, run: str) -> None:
     tracker, report = MemoryTracker(), stop_at(2)
     with pytest.raises(Stop):
         go(llava(STEPS), home, run, tracker=tracker, evaluate_every=1, report=report)

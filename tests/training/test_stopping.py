@@ -79,9 +79,7 @@ def test_a_request_to_stop_is_seen_by_another_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_of_a_driver_that_is_asked_to_stop_save_a_checkpoint_first(
-    home: Path, run: str
-) -> None:
+def test_stopped_driver_lets_workers_save_a_checkpoint(home: Path, run: str) -> None:
     """With Ray the signal reaches the driver alone."""
     words = ["train", "llava", "--tiny", "--stage", "align", "--workers", "2", "--run", run]
     words += ["--set", "stages.align.budget.steps=100000", "--set", "stages.*.evals=()"]

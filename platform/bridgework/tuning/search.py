@@ -82,7 +82,7 @@ def sweep(
     fixed = {**space.fixed, **(changes or {})}
     base = override(load(space.system), fixed)
     _check(space, base)
-    rows = _kept(home / "runs" / run, space, base)
+    rows = _load_rows(home / "runs" / run, space, base)
     parent = (
         tracker.start(run, tags={"run_key": run, "system": base.name, "sweep": space.name})
         if tracker
@@ -94,7 +94,7 @@ def sweep(
             rows = _scored(
                 _search(space, base, home, run, recorder), space, run, home / "runs" / run
             )
-            _keep(home / "runs" / run, space, base, rows)
+            _save_rows(home / "runs" / run, space, base, rows)
         return _registered(space, base, fixed, rows, home, run, tracker, parent, console)
 
 
@@ -172,22 +172,22 @@ def _identity(space: Space, base: System) -> dict[str, Any]:
     }
 
 
-def _kept(folder: Path, space: Space, base: System) -> list[TrialRow] | None:
+def _load_rows(folder: Path, space: Space, base: System) -> list[TrialRow] | None:
     """Return the rows of this sweep if it was run before, else None."""
     file = folder / "sweep.json"
     if not file.exists():
         return None
-    kept = json.loads(file.read_text())
+    stored = json.loads(file.read_text())
     identity = _identity(space, base)
-    if differs := [name for name in identity if kept["identity"].get(name) != identity[name]]:
+    if differs := [name for name in identity if stored["identity"].get(name) != identity[name]]:
         raise RunError(
             f"{folder} holds another sweep: its {', '.join(differs)} differ. "
             "Fix: give another --run"
         )
-    return [TrialRow(**row) for row in kept["rows"]]
+    return [TrialRow(**row) for row in stored["rows"]]
 
 
-def _keep(folder: Path, space: Space, base: System, rows: list[TrialRow]) -> None:
+def _save_rows(folder: Path, space: Space, base: System, rows: list[TrialRow]) -> None:
     temporary = folder / "sweep.json.tmp"
     temporary.write_text(
         json.dumps({"identity": _identity(space, base), "rows": [vars(r) for r in rows]}, indent=1)
@@ -239,12 +239,12 @@ def _trial(
     *first, last = space.stages
     # Rounded up, because ASHA ends a trial after `judgments` reports.
     every = math.ceil(system[last].budget.steps / space.budget.judgments)
-    judge = space.metric.name.split(".")[0]
+    evaluation = space.metric.name.split(".")[0]
     for stages, options in (
         (first, RunOptions(workers=0)),
         (
             [last],
-            RunOptions(workers=0, evaluate_every=every, midway=judge, report=_reporter(space)),
+            RunOptions(workers=0, evaluate_every=every, midway=evaluation, report=_reporter(space)),
         ),
     ):
         train(
@@ -288,7 +288,7 @@ class _Recorder(Callback):
 
     def _close(self, status: Status) -> None:
         for run_id in (*sorted(self._running), *filter(None, [self._parent])):
-            self._tell(partial(_finish, run_id, status))
+            self._call_tracker(partial(_finish, run_id, status))
         self._running.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -299,7 +299,7 @@ class _Recorder(Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         if trial.trial_id not in self.runs:
-            self._tell(lambda tracker: self._open(tracker, trial))
+            self._call_tracker(lambda tracker: self._open(tracker, trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -317,7 +317,7 @@ class _Recorder(Callback):
             for k, v in result.items()
             if isinstance(v, float) and "/" not in k
         ]
-        self._tell(lambda tracker: tracker.points(self.runs[trial.trial_id], points))
+        self._call_tracker(lambda tracker: tracker.points(self.runs[trial.trial_id], points))
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -331,7 +331,7 @@ class _Recorder(Callback):
 
     def _finish_trial(self, trial: Trial, status: Status) -> None:
         self._running.discard(self.runs[trial.trial_id])
-        self._tell(partial(_finish, self.runs[trial.trial_id], status))
+        self._call_tracker(partial(_finish, self.runs[trial.trial_id], status))
 
     def _open(self, tracker: Tracker, trial: Trial) -> None:
         name = f"{self._run}/{trial.trial_id}"
@@ -340,12 +340,12 @@ class _Recorder(Callback):
         self._running.add(self.runs[trial.trial_id])
         tracker.params(self.runs[trial.trial_id], trial.config)
 
-    def _tell(self, say: Callable[[Tracker], object]) -> None:
+    def _call_tracker(self, call: Callable[[Tracker], object]) -> None:
         """Call the tracker; after its first failure the sweep continues without it."""
         if self._tracker is None:
             return
         try:
-            say(self._tracker)
+            call(self._tracker)
         except TrackingError as error:
             self._tracker = None
             self._console.print(f"{error}; the sweep continues, and its trials are not tracked")
@@ -378,8 +378,8 @@ def _rows(results: ResultGrid, space: Space, folder: Path) -> list[TrialRow]:
     for result in (results[i] for i in range(len(results))):
         metrics = result.metrics or {}
         trial = str(metrics.get("trial_id", "?"))
-        whole = run_dir.is_finished(folder / trial / space.stages[-1])
-        status = "failed" if result.error else "finished" if whole else "stopped"
+        complete = run_dir.is_finished(folder / trial / space.stages[-1])
+        status = "failed" if result.error else "finished" if complete else "stopped"
         score = metrics.get(space.metric.name)
         score = score if score is not None and math.isfinite(score) else None
         rows.append(
@@ -406,15 +406,15 @@ def _order(row: TrialRow, space: Space) -> tuple[bool, float]:
 
 def _command(space: Space, fixed: Mapping[str, Any], changes: Mapping[str, Any]) -> str:
     """Return the command that trains the best trial again."""
-    words = [
+    args = [
         "bridgework",
         "train",
         space.system,
         *(w for s in space.stages for w in ("--stage", s)),
     ]
     for path, value in {**fixed, **changes}.items():
-        words += ["--set", f"{path}={value}"]
-    return shlex.join(words)
+        args += ["--set", f"{path}={value}"]
+    return shlex.join(args)
 
 
 def cap_concurrency(space: Space, *, trials: int | None) -> Space:
