@@ -1,4 +1,4 @@
-"""The program as a person meets it: what it prints, and one line where something is wrong."""
+"""The command line: its output, and one line per error."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ SHORT = ("--set", "stages.*.budget.steps=2", "--set", "stages.*.optim.peak_lr=3e
 
 @dataclass(frozen=True)
 class Said:
-    """What a command printed, in one line, and how it ended."""
+    """Output of a command, in one line, and its exit code."""
 
     out: str
     err: str
@@ -28,7 +28,7 @@ class Said:
 
 
 class Bridgework:
-    """The console script, run in this process."""
+    """Run the console script in this process."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
@@ -51,7 +51,7 @@ def bridgework(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 @pytest.fixture(scope="module")
 def trained(home: Path) -> Path:
-    """The artifact of a stage that the command line trained, with a version of it registered."""
+    """Train a stage by the command line; returns its artifact, of which a version is registered."""
     words = [
         "bridgework",
         "train",
@@ -74,7 +74,7 @@ def trained(home: Path) -> Path:
 
 
 def process(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The same in a process of its own, where a traceback would be seen."""
+    """Run a command in its own process, where a traceback would be visible."""
     command = [sys.executable, "-m", "bridgework.cli", *words]
     return subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "300", **environment}

@@ -1,4 +1,4 @@
-"""`bridgework data`: every command on real datasets, through the parser that people use."""
+"""`bridgework data`: every command on real datasets, through its parser."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def run(*words: str | int | Path) -> Result:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Three pictures, each with its caption beside it."""
+    """Write three images, each with its caption in a file next to it."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for sample in shapes(rows=3, size=16):

@@ -1,4 +1,4 @@
-"""`bridgework eval --on`: a model judged by what its stage does not name."""
+"""`bridgework eval --on`: evaluations that are not in the recipe."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ Judge = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The artifact of a stage without evaluations."""
+    """Return the artifact of a stage without evaluations."""
     pipe, folder = pipeline(), tmp_path_factory.mktemp("model") / "artifact"
     system = System(name="judged", paper="", stages=(pipe.stage,))
     artifacts.save(folder, pipe.model.state_dict(), system=system, stage=pipe.stage.name)

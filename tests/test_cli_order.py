@@ -1,4 +1,4 @@
-"""`bridgework data order` and `data mixture`: the order is that of training, at any world size, from any start."""
+"""`bridgework data order` and `data mixture`: the order of training, for any world size and start."""
 
 import json
 from itertools import chain
@@ -24,7 +24,7 @@ def order(*words: str | int | Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def told(*words: str | int | Path) -> list[dict[str, float]]:
+def printed(*words: str | int | Path) -> list[dict[str, float]]:
     done = CliRunner().invoke(
         app, ["data", "mixture", *map(str, words), "--json"], catch_exceptions=False
     )
@@ -33,7 +33,7 @@ def told(*words: str | int | Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def blend(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sources of 96 and 24 rows in a group, and one of 40 beside it, over 8 lanes."""
+    """Return a mixture of 8 lanes: a group of 96 and 24 rows, and a source of 40 rows."""
     folder = tmp_path_factory.mktemp("blend")
     for name, rows in (("many", 96), ("few", 24), ("other", 40)):
         write(
@@ -100,7 +100,7 @@ def test_a_mixture_has_no_end_and_every_epoch_is_another_order(blend: Path) -> N
 
 @pytest.mark.parametrize("steps", [3, 7, 10])
 def test_rows_of_a_capped_source_match_the_mixture_report(steps: int, blend: Path) -> None:
-    """However the run's end lies in a window."""
+    """For any position of the run's end in a window."""
     changes = [
         "--batch",
         16,
@@ -109,7 +109,7 @@ def test_rows_of_a_capped_source_match_the_mixture_report(steps: int, blend: Pat
         "--set",
         "window=4",
     ]
-    few = told(blend, *changes, "--steps", steps)[1]
+    few = printed(blend, *changes, "--steps", steps)[1]
     lines = order(blend, *changes, "--budget", steps, "--steps", steps)
     drawn = [key for line in lines for key in line["ranks"][0] if key.startswith("few/")]
     assert len(drawn) == round(few["realized"] * 16 * steps) <= 6 and len(set(drawn)) == len(drawn)
@@ -179,7 +179,7 @@ def test_error_inside_a_mixture_function_is_unchanged() -> None:
 
 
 def test_a_group_is_as_large_as_its_sources_and_shares_by_its_own_alpha(blend: Path) -> None:
-    many, few, other = told(blend, "--batch", 16)
+    many, few, other = printed(blend, "--batch", 16)
     assert other["by_alpha"] == pytest.approx(40 / 160)
     root = 96**0.5 / (96**0.5 + 24**0.5)
     assert many["by_alpha"] == pytest.approx(root * 120 / 160) and few["by_alpha"] == pytest.approx(
@@ -195,7 +195,7 @@ def test_factors_and_caps_are_reported_separately(blend: Path) -> None:
         "--set",
         "sources.pair.sources.few.max_epochs=0.5",
     ]
-    many, few, other = told(blend, "--batch", 16, *changes)
+    many, few, other = printed(blend, "--batch", 16, *changes)
     assert other["by_factor"] == pytest.approx(3 * 0.25 / 1.5) and other[
         "by_alpha"
     ] == pytest.approx(0.25)
@@ -204,7 +204,7 @@ def test_factors_and_caps_are_reported_separately(blend: Path) -> None:
 
 
 def test_shares_are_reported_without_the_data() -> None:
-    found = told("instructblip/instruct")
+    found = printed("instructblip/instruct")
     assert sum(each["by_cap"] for each in found) == pytest.approx(1.0) and not any(
         each["known"] for each in found
     )
@@ -230,7 +230,7 @@ def test_a_mixture_of_capped_sources_has_as_many_steps_as_its_caps_allow(
     names: tuple[str, ...], cap: float, lanes: int, blend: Path
 ) -> None:
     file = _capped(blend.parent, names, cap, lanes)
-    assert all(each["epochs"] <= cap for each in told(file))
+    assert all(each["epochs"] <= cap for each in printed(file))
     keys = [key for line in order(file) for key in line["ranks"][0]]
     assert len(keys) == len(set(keys)) and keys
 

@@ -20,7 +20,7 @@ ALIGN = llava()["align"]
 
 
 def as_written_before(value: object) -> object:
-    """A recipe as an earlier version wrote it: old class names, old fields."""
+    """Return a recipe as an earlier version wrote it: old class names, old fields."""
     classes = {f"bridgework.{now}": f"bridgework.{then}" for then, now in old_names.CLASSES.items()}
     fields = {now: then for then, now in old_names.FIELDS.items()}
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Draws by place: the same for a sample wherever it is computed, and other ones for every other place."""
+"""Positional random draws: equal for a sample on any rank, different for every other position."""
 
 import math
 from typing import Any
@@ -198,7 +198,7 @@ def test_rows_without_position_are_dropped_out_and_reported(
 
 
 def test_torch_rand_depends_on_position_if_it_has_rows_else_on_step() -> None:
-    """Stochastic depth draws (B, 1, 1), layerdrop draws one number that all ranks must share."""
+    """Stochastic depth draws (B, 1, 1); layerdrop draws one number, the same on all ranks."""
     with placed():
         rows, one = torch.rand(4, 1, 1), torch.rand([])
     with placed(PLACES[2:]):

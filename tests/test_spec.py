@@ -1,4 +1,4 @@
-"""Specs read, changed and written by dotted path."""
+"""Specs: read, changed and written by dotted path."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from tests.toy import MLP, Linear, QFormerConfig, Wiring, system
 
 
 def at(value: Any, path: str) -> Any:
-    """A second way to a leaf: attributes, then names."""
+    """Return a leaf by a second implementation: attributes, then names."""
     for word in path.split("."):
         if isinstance(value, tuple):
             value = next(v for v in value if getattr(v, "name", type(v).__name__.lower()) == word)

@@ -1,4 +1,4 @@
-"""Files and folders appear complete or not at all; a full disk is named as such."""
+"""Durable writes: files and folders appear complete or not at all; a full disk is reported."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from bridgework.errors import ResourceError
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 kB."""
+    """Mount a disk of 64 kB."""
     place = tmp_path / "disk"
     place.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(place)]

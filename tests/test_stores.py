@@ -1,4 +1,4 @@
-"""A path or URL finds its store; one that has none is said in one line."""
+"""File systems of paths and URLs, and errors for unknown ones."""
 
 import pytest
 

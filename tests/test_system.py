@@ -1,4 +1,4 @@
-"""What a system is: its name, what it refuses to be, and how it is found."""
+"""Systems: fingerprint, validation, and loading by name."""
 
 import math
 import os
@@ -292,7 +292,7 @@ def test_tiny_shrinks_budgets_and_keeps_choices() -> None:
 
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A user's own recipe module, `lab.toy`, with two variants and things that are none."""
+    """Create a user's recipe module `lab.toy` with two variants and other functions."""
     code = """
 from tests.toy import system
 from bridgework.system import System, load

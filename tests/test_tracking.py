@@ -1,4 +1,4 @@
-"""The journal that no tracker can lose, and the tracker that lives in memory."""
+"""The metrics journal, and the tracker in memory."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_incomplete_line_is_read_once_it_is_complete(
 def test_a_flush_lists_no_folder_and_opens_no_file_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The work of a flush is bounded: a run of a week has as many files as one of a minute."""
+    """The work of a flush is bounded: a week's run has as many files as a minute's."""
     for number in range(50):
         (tmp_path / f"{10**18 + number:020d}-abcdef.jsonl").write_text("")
     journal, listed = Journal(tmp_path), list[str]()

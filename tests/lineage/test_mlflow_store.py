@@ -1,4 +1,4 @@
-"""What MLflow holds after the tracker was told, read back with MLflow's own client."""
+"""The MLflow tracker, read back with MLflow's own client."""
 
 import json
 import multiprocessing
@@ -161,7 +161,7 @@ def test_dead_server_is_reported_in_time_without_its_password(tmp_path: Path) ->
     with socket.socket() as taken:
         taken.bind(
             ("127.0.0.1", 0)
-        )  # bound, not listening: connections are refused, and nobody else gets the port
+        )  # bound, not listening: connections are refused, and the port stays reserved
         uri = f"http://me:secret@127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(
             TrackingError, match=r"http://me:\*\*\*@127.* does not answer\. Fix: start the server"

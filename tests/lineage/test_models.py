@@ -1,4 +1,4 @@
-"""Who is champion: names that people use, promotion behind a gate, and the way back."""
+"""Model registry: names, gated promotion, and rollback."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def judged_by(*evals: EvalSpec) -> System:
-    """LLaVA with these evaluations at the end of its first stage."""
+    """Return LLaVA with these evaluations in its first stage."""
     system = load("llava").tiny()
     return replace(system, stages=(replace(system["align"], evals=evals), *system.stages[1:]))
 
@@ -43,7 +43,7 @@ def register(
     metric: str = METRIC,
     evals: tuple[EvalSpec, ...] = (RANKING, HELDOUT),
 ) -> list[Version]:
-    """A version for each figure, without alias, of weights whose recipe has `evals`."""
+    """Register a version for each value, without alias, of weights whose recipe has `evals`."""
     versions = []
     for figure in figures:
         folder = weights / uuid4().hex

@@ -1,4 +1,4 @@
-"""Points reach the tracker once each, whatever dies in between: the tracker, the relay, the run."""
+"""Relay: every point reaches the tracker once, after a failure of tracker, relay or run."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from bridgework.tracking.tracker import Journal, MemoryTracker, Point
 
 
 class Switched(MemoryTracker):
-    """Answers while it is up."""
+    """A tracker that answers while it is up."""
 
     up = True
 
@@ -191,7 +191,7 @@ def test_ledger_line_truncated_by_a_crash_affects_no_later_line(
     ledger = tmp_path / LEDGER
     ledger.write_text(
         ledger.read_text()[:-9]
-    )  # the last part was posted, and its line did not reach the disk whole
+    )  # the last part was posted, and its line is incomplete on the disk
     write(tmp_path, range(4, 6))
     assert MetricsForwarder(mlflow_tracker, {run: tmp_path}).close() == 0
     history = MlflowClient(mlflow_tracker.uri).get_metric_history(run, "loss")
@@ -211,7 +211,7 @@ def test_run_in_another_store_gets_every_point(tmp_path: Path) -> None:
 
 
 class JustEnough(ThreadingHTTPServer):
-    """Answers what opening a project asks; holds every post of points until it is released."""
+    """Answers the requests that open a project; delays every post of points until it is released."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -238,7 +238,7 @@ class Answer(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 @pytest.mark.timeout(10)  # less than MLflow's client waits by itself, retry included

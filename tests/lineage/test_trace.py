@@ -1,4 +1,4 @@
-"""From an answer back to the shards, and from a dataset on to every deployment: on a real store and real datasets."""
+"""Lineage trees in both directions, on a real store and real datasets."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from bridgework.tracking.tracker import Point, Version
 
 @dataclass(frozen=True)
 class Story:
-    """Captions are cleaned, `align` reads them, `instruct` starts from its weights, is registered and served."""
+    """Captions are cleaned and read by `align`; `instruct` starts from its weights and is served."""
 
     home: Path
     tracker: MLflowTracker

@@ -1,4 +1,4 @@
-"""Adapters from stage to stage: what goes into an artifact, and what comes back."""
+"""Adapters in artifacts: saved by one stage and loaded by the next."""
 
 from dataclasses import replace
 from pathlib import Path

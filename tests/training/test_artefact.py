@@ -1,4 +1,4 @@
-"""Weights that leave a stage: whole, named, bit for bit, and nothing that pretrained weights bring back."""
+"""Artifacts: exact, complete weights, without tensors that pretrained weights restore."""
 
 import hashlib
 import json
@@ -232,7 +232,7 @@ def test_nonfinite_weights_are_neither_saved_nor_loaded(
 
 
 def test_largest_finite_numbers_are_valid_weights(tmp_path: Path) -> None:
-    """The difference of the extremes of float16 is no float16."""
+    """The difference of the extremes of float16 is not a float16."""
     state = {
         "bridge.x": torch.tensor([65504.0, -65504.0], dtype=torch.float16),
         "bridge.y": torch.zeros(0),

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there: what is damaged is seen, and the one before is taken."""
+"""Checkpoints: complete or absent; damage is detected, and the checkpoint before it is used."""
 
 import hashlib
 import json
@@ -179,7 +179,7 @@ EXTRA: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("what", EXTRA)
 def test_file_missing_from_the_manifest_is_damage(tmp_path: Path, what: str) -> None:
-    """DeepSpeed and its converter load whatever files have a name that they know."""
+    """DeepSpeed and its converter load all files with a known name."""
     write(tmp_path, 5)
     EXTRA[what](write(tmp_path, 10).folder)
     found, passed = checkpoint.latest(tmp_path, "f")
@@ -209,7 +209,7 @@ def test_manifest_with_a_file_outside_its_folder_is_damage(tmp_path: Path, home:
 
 
 def rewrite(folder: Path, home: Path | None, *, sign: bool = True, **changed: Any) -> None:
-    """The manifest with other fields, under a correct sha256 and, with a home, a correct signature."""
+    """Change fields of the manifest, with a valid sha256 and, with a home, a valid signature."""
     manifest = folder / "manifest.json"
     body = {**json.loads(manifest.read_text()), **changed}
     body.pop("sha256")
@@ -220,7 +220,7 @@ def rewrite(folder: Path, home: Path | None, *, sign: bool = True, **changed: An
 
 
 def unsigned(folder: Path) -> None:
-    """As an older version of bridgework wrote it."""
+    """Rewrite a manifest as an older version of bridgework did."""
     manifest = folder / "manifest.json"
     body = json.loads(manifest.read_text())
     for field in ("schema", "key", "signature", "sha256"):

@@ -1,4 +1,4 @@
-"""A run from its command to its artifacts: what is refused, what is taken as it is, and two workers like none."""
+"""Driver: rejected runs, finished stages, failures of workers, and any number of workers."""
 
 import os
 import signal
@@ -178,7 +178,7 @@ def test_resource_error_is_retried() -> None:
 
 
 def workers() -> list[int]:
-    """The training workers of this session's own Ray, by the process tree."""
+    """Return the training workers of this session's own Ray, from the process tree."""
     status = {int(p.name): p for p in Path("/proc").iterdir() if p.name.isdigit()}
     found = []
     for pid, place in status.items():
@@ -197,7 +197,7 @@ def parent(pid: int) -> int:
 
 
 def kill_one(stage: Path, after: int, done: list[int]) -> None:
-    """SIGKILL to a worker as soon as the stage has a checkpoint of `after` steps or more."""
+    """Send SIGKILL to a worker as soon as the stage has a checkpoint of at least `after` steps."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         found = checkpoint.checkpoints(stage)
@@ -228,7 +228,7 @@ def test_killed_worker_repeats_only_steps_since_the_checkpoint(home: Path, run: 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_warnings_of_workers_reach_the_console(home: Path, run: str) -> None:
-    """Files that are damaged, and a checkpoint whose files are sound and whose values are not finite."""
+    """Damaged files, and a checkpoint with valid files and values that are not finite."""
     system, stage, console = llava(9), folder(home, run) / "align", Console(record=True, width=300)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Engine, "finite", lambda self: True)
@@ -275,7 +275,7 @@ def test_run_with_workers_resumes_with_the_same_command(home: Path, run: str) ->
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_run_resumes_with_another_number_of_workers(home: Path, run: str, zero: int) -> None:
-    system = llava(6, stages__align__budget__micro=4, stages__align__shard__stage=zero)
+    system = llava(6, stages__align__budget__micro=4, stages__align__zero__stage=zero)
     go(system, home, f"{run}-whole", workers=2, checkpoint_every=2)
     whole = dict(losses(home, f"{run}-whole"))
     with pytest.raises(Stop):

@@ -1,4 +1,4 @@
-"""Dropout in training: masks by place, so that the loss is that of one worker, however the batch is cut."""
+"""Dropout in training: masks depend on positions, so any split of the batch has the same loss."""
 
 import json
 from dataclasses import replace
@@ -47,7 +47,7 @@ IN_PARTS = (
 
 
 def system(case: str, micro: int = 8, *, dropout: bool = True) -> System:
-    """One tiny stage, on synthetic data."""
+    """Return one tiny stage on synthetic data."""
     name, stage_name, changes = CASES[case]
     stage = load(name).tiny()[stage_name]
     kind = (

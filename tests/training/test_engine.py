@@ -1,4 +1,4 @@
-"""DeepSpeed behind its door, against plain torch."""
+"""The DeepSpeed engine against plain torch."""
 
 from pathlib import Path
 
@@ -26,14 +26,14 @@ def engine(stage: Stage, model: base.VLMModule) -> Engine:
 
 def test_config_is_overridden_by_dotted_path() -> None:
     overlay = {"zero_optimization.overlap_comm": False, "wall_clock_breakdown": True}
-    made = config(llava(stages__align__shard__config=overlay)["align"])
+    made = config(llava(stages__align__zero__config=overlay)["align"])
     assert made["zero_optimization"] == {"stage": 2, "overlap_comm": False}
     assert made["wall_clock_breakdown"] is True
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_gradient_norm_matches_torch(home: Path, zero: int) -> None:
-    stage = llava(stages__align__shard__stage=zero)["align"]
+    stage = llava(stages__align__zero__stage=zero)["align"]
     batch = collate(
         next(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0
     )
@@ -50,7 +50,7 @@ def test_gradient_norm_matches_torch(home: Path, zero: int) -> None:
 
 @pytest.mark.parametrize("zero", [0, 3])
 def test_state_is_complete_named_and_float32(zero: int) -> None:
-    stage = llava(stages__align__shard__stage=zero, stages__align__shard__precision="bf16")["align"]
+    stage = llava(stages__align__zero__stage=zero, stages__align__zero__precision="bf16")["align"]
     expected = {
         n: p.detach().clone() for n, p in fresh(stage).bridge.named_parameters(prefix="bridge")
     }
@@ -65,7 +65,7 @@ def test_state_is_complete_named_and_float32(zero: int) -> None:
     ("zero", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
 )
 def test_limit_also_applies_to_the_optimizer_copy(home: Path, zero: int, precision: str) -> None:
-    changes = {"stages__align__shard__stage": zero, "stages__align__shard__precision": precision}
+    changes = {"stages__align__zero__stage": zero, "stages__align__zero__precision": precision}
     stage = llava(**changes)["align"]
     batch = collate(
         next(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0

@@ -1,4 +1,4 @@
-"""Faults that are planted: broken memory behind an update, a step that does not fit, a disk that refuses."""
+"""Injected faults: broken memory after an update, out of memory, failed writes."""
 
 import math
 import shutil
@@ -24,9 +24,9 @@ from tests.training.support import Stop, go, llava, losses, same, stop_at, weigh
 
 
 def both(steps: int, zero: int) -> System:
-    """A stage that trains matrices of the language model too."""
+    """Return a stage that also trains matrices of the language model."""
     trains = {"bridge.*": 1.0, "language.*": 1.0}
-    return override(llava(steps, stages__align__shard__stage=zero), {"stages.align.trains": trains})
+    return override(llava(steps, stages__align__zero__stage=zero), {"stages.align.trains": trains})
 
 
 def in_weights(engine: Any) -> None:
@@ -35,7 +35,7 @@ def in_weights(engine: Any) -> None:
 
 
 def in_optimizer(engine: Any) -> None:
-    """In the first moments, where the next step would find it."""
+    """Put a NaN into the first moments, which the next step reads."""
     optimizer = getattr(engine._engine.optimizer, "optimizer", engine._engine.optimizer)
     next(iter(optimizer.state.values()))["exp_avg"].view(-1)[0] = math.inf
 
@@ -45,7 +45,7 @@ def in_a_buffer(engine: Any) -> None:
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, step: int, fault: Callable[[Any], None]) -> None:
-    """A fault behind the update of the `step`-th step that this process takes, counted from 1."""
+    """Inject a fault after the update of this process's `step`-th step, counted from 1."""
     real, taken = Engine.train_step, list[int]()
 
     def train_step(self: Engine, *given: Any, **more: Any) -> Any:
@@ -185,7 +185,7 @@ def test_out_of_memory_error_has_the_longest_samples(home: Path) -> None:
 def test_failed_writes_of_records_never_end_a_run(
     home: Path, run: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Metrics, the flight recorder, and the ledger of what was sent to the tracker."""
+    """Metrics, the flight recorder, and the ledger of points posted to the tracker."""
     stage = home / "runs" / run / "align"
     stage.mkdir(parents=True)
     for name in ("journal", "flight_recorder"):

@@ -1,4 +1,4 @@
-"""Features of a frozen tower, computed once: the same numbers as the tower gives, where that pays."""
+"""Feature cache: the same numbers as the tower, only if caching is cheaper."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ TOWER = EfficientNetConfig(image_size=64, grid=2)
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    """Three shards; one image is damaged."""
+    """Return a dataset of three shards with one damaged image."""
     rows = list(synthetic.shapes(40))
     rows[5] = pair(rows[5].key, rows[5].images[0][:200], "a torn picture")
     return written(tmp_path / "data", rows)
@@ -156,7 +156,7 @@ def test_trained_tower_is_never_replaced_by_its_features(
 
 
 def large(folder: Path) -> ViTConfig:
-    """A tower whose last block gives numbers beyond float16, as some trained ones do."""
+    """Return a tower with outputs beyond float16, which some trained towers have."""
     tower = ViTConfig(
         kind="siglip", image_size=16, patch=8, width=16, depth=1, heads=2, ffn=32, layer=-1
     )

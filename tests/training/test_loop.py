@@ -1,4 +1,4 @@
-"""What a stage learns, against plain torch; and that a run that was stopped ends as one that was not."""
+"""The training loop against plain torch, and resumed runs against unbroken ones."""
 
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -41,7 +41,7 @@ def test_stage_2_trains_bridge_and_language_model_and_leaves_the_tower(
 
 
 def plainly(system: System, home: Path) -> tuple[list[float], dict[str, Tensor]]:
-    """The stage in ten lines of torch: losses and weights."""
+    """Train the stage in ten lines of torch; returns losses and weights."""
     stage = system["align"]
     model, found = fresh(stage).train(), []
     groups = []
@@ -71,7 +71,7 @@ def plainly(system: System, home: Path) -> tuple[list[float], dict[str, Tensor]]
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_three_steps_match_plain_torch(home: Path, run: str, zero: int) -> None:
-    system = llava(3, stages__align__shard__stage=zero, stages__align__optim__clip=0.05, **DECAY)
+    system = llava(3, stages__align__zero__stage=zero, stages__align__optim__clip=0.05, **DECAY)
     expected, plain = plainly(system, home)
     go(system, home, run)
     assert [value for _, value in losses(home, run)] == pytest.approx(expected, rel=1e-5)
@@ -82,7 +82,7 @@ def test_three_steps_match_plain_torch(home: Path, run: str, zero: int) -> None:
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_micro_batches_change_nothing(home: Path, run: str, zero: int) -> None:
     for micro in (2, 3, 8):
-        changes = {"stages__align__budget__micro": micro, "stages__align__shard__stage": zero}
+        changes = {"stages__align__budget__micro": micro, "stages__align__zero__stage": zero}
         go(llava(3, **changes, **DECAY), home, f"{run}-{micro}")
     whole = weights(home, f"{run}-8")
     for micro in (2, 3):
@@ -95,7 +95,7 @@ def test_micro_batches_change_nothing(home: Path, run: str, zero: int) -> None:
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_resumed_run_matches_unbroken_run(home: Path, run: str, zero: int) -> None:
-    system = llava(7, stages__align__shard__stage=zero, **DECAY)
+    system = llava(7, stages__align__zero__stage=zero, **DECAY)
     go(system, home, f"{run}-whole")
     with pytest.raises(Stop):
         go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(5))

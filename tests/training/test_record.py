@@ -1,4 +1,4 @@
-"""What the tracker hears of a run, and that a tracker that falls silent never stops one."""
+"""Run tracking, and runs that continue after the tracker fails."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ STEPS = 3
 
 
 class Silent(MemoryTracker):
-    """Answers no call of one name, while it is down: from the `after`th on."""
+    """A tracker that fails for calls of one name while it is down, from the `after`th call on."""
 
     def __init__(self, call: str, after: int = 0) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def test_failed_tracker_stops_no_run_and_the_same_command_records_all(
 def assert_recorded_once(tracker: MemoryTracker, run: str) -> None:
     tracker.models = dict(
         list(tracker.models.items())[-1:]
-    )  # told twice, the twin in memory keeps two
+    )  # the tracker in memory stores repeated calls twice
     assert_all_recorded(tracker, run)
 
 

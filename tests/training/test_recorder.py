@@ -1,4 +1,4 @@
-"""The flight recorder: every step can be named, and seen again as the model saw it."""
+"""Flight recorder: samples of every step, replay, and skips."""
 
 import math
 from dataclasses import replace
@@ -52,7 +52,7 @@ def test_last_attempt_of_a_repeated_step_counts(home: Path, run: str) -> None:
 def test_steps_before_a_checkpoint_are_recorded_with_it(
     home: Path, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However a run ends: steps before a checkpoint are never taken again."""
+    """Steps before a checkpoint are never repeated, so their record must be on the disk with it."""
     monkeypatch.setattr(flight_recorder, "FLUSH_S", math.inf)
     seen: list[int] = []
 
@@ -85,8 +85,8 @@ def test_sample_with_nan_loss_comes_first(home: Path, tmp_path: Path) -> None:
     )
     with FlightRecorder(tmp_path, "attempt", 0, start=0) as written:
         written.step(0, [batch], [1.0, 3.0, 2.0, math.nan, 5.0, 4.0, math.inf, 0.0], [1.0] * 8)
-    told = [each.loss for each in read_step(tmp_path, 0)]
-    assert not any(map(math.isfinite, told[:2])) and told[2:] == [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
+    values = [each.loss for each in read_step(tmp_path, 0)]
+    assert not any(map(math.isfinite, values[:2])) and values[2:] == [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
 
 
 def test_step_skipped_by_a_later_attempt_is_not_read_from_an_earlier_one(
@@ -130,7 +130,7 @@ def test_replay_matches_the_batch_of_the_model(
 
 
 def test_planted_sample_has_the_highest_loss(home: Path, run: str, tmp_path: Path) -> None:
-    """A caption of another language among captions that were learned."""
+    """The planted sample has a caption in another language."""
     samples = list(shapes(rows=64, size=16))
     parts = (Part("caption", image=0), Part("caption", text="\u4e00\u4e01\u4e03" * 20))
     samples[17] = replace(samples[17], key="planted", parts=parts)
@@ -195,7 +195,7 @@ def test_skipped_steps_do_no_update_and_are_not_recorded(home: Path, run: str) -
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
         ("nobody", r"--skip 'nobody': no source has a row with this key \(blip558k\)"),
         ("blip558k/nobody", "no source has a row with this key"),
@@ -210,10 +210,10 @@ def test_skipped_steps_do_no_update_and_are_not_recorded(home: Path, run: str) -
         ("step:\u00b2", "expected step:120 or step:120-125"),
     ],
 )
-def test_skip_without_effect_is_rejected(word: str, told: str, home: Path, run: str) -> None:
+def test_skip_without_effect_is_rejected(word: str, message: str, home: Path, run: str) -> None:
     with pytest.raises(Stop):
         go(llava(6), home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(3))
-    with pytest.raises(SpecError, match=told):
+    with pytest.raises(SpecError, match=message):
         go(llava(6), home, run, checkpoint_every=2, evaluate_every=1, skip=("step:3", word))
     assert not (home / "runs" / run / "align" / "skips.json").exists()
 

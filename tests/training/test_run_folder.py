@@ -1,4 +1,4 @@
-"""A run's folder: one writer, one recipe, room."""
+"""Run directory: one writer, one recipe, free disk space."""
 
 import json
 import subprocess

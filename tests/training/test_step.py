@@ -1,4 +1,4 @@
-"""Model and losses as one module: sums and counts, so that a batch may be cut anywhere."""
+"""TrainingModule: sums and counts that do not depend on the split of the batch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_contrast_in_two_passes_matches_loss_and_gradient_of_one_batch(
 
 
 def test_contrast_in_two_passes_uses_image_identity(home: Path) -> None:
-    """Loss and gradient are those of one pass; the first rows of the micro-batches show one image."""
+    """Loss and gradient match one pass; the first rows of all micro-batches have the same image."""
     stage = load("blip2:retrieval").tiny()["retrieval"]
     losses, found = (QueryContrast(), LanguageModeling()), []
     rows = next(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0))

@@ -1,4 +1,4 @@
-"""The tiny twins of the systems with blocks, tiles, adapters and preferences, through the engine to their artifacts."""
+"""Tiny systems with cross-attention, tiles, adapters and DPO, trained to their artifacts."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""ZeRO 2 and 3 train what ZeRO 0 trains, for every wiring that is not refused before it starts."""
+"""ZeRO 2 and 3 match ZeRO 0 for every wiring that is not rejected before it starts."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from tests.training.test_frozen_copy import PREFER, prefer
 
 SPLIT = {
     "zero_optimization.stage3_param_persistence_threshold": 0
-}  # else tiny parameters stay whole on every rank
+}  # else tiny parameters stay complete on every rank
 STEPS, EVERY = 4, 3
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "three objectives": ("blip2", "represent", {}),

@@ -1,4 +1,4 @@
-"""A sweep through real Tune: every trial is a run, the best is registered, its command makes it again."""
+"""A sweep with real Tune: every trial is a run, the best is registered with its command."""
 
 import shlex
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ SPACE = load_space("tests.tuning.tiny")
 
 @dataclass(frozen=True)
 class Swept:
-    """One sweep, of which several truths are told."""
+    """One sweep, shared by several tests."""
 
     outcome: search.Outcome
     tracker: MemoryTracker
@@ -40,7 +40,7 @@ def swept_again(swept: Swept, space: Space, run: str) -> None:
     search.sweep(space, home=swept.home, run=run, tracker=swept.tracker)
 
 
-def told(words: list[str], flag: str) -> list[str]:
+def values_of(words: list[str], flag: str) -> list[str]:
     return [words[i + 1] for i, word in enumerate(words) if word == flag]
 
 
@@ -66,8 +66,8 @@ def test_outcome_is_the_last_stage_of_the_best_trial(swept: Swept) -> None:
 def test_command_has_the_recipe_of_the_best_trial(swept: Swept) -> None:
     words = shlex.split(swept.outcome.command)
     assert words[:3] == ["bridgework", "train", "tests.tuning.tiny"]
-    assert told(words, "--stage") == ["align", "instruct"]
-    changes = dict(pair.split("=", 1) for pair in told(words, "--set"))
+    assert values_of(words, "--stage") == ["align", "instruct"]
+    changes = dict(pair.split("=", 1) for pair in values_of(words, "--set"))
     again = override(load(words[2]), changes)
     assert again.fingerprint() == artifacts.describe(swept.outcome.artifact).fingerprint
 
@@ -133,7 +133,7 @@ def test_another_sweep_of_the_same_name_is_rejected(
 
 
 def test_a_sweep_that_raises_leaves_no_run_open(swept: Swept) -> None:
-    """A rate at which the loss is not finite ends every trial; the sweep's own run ends FAILED too."""
+    """A rate with a loss that is not finite ends every trial, and the sweep's own run FAILED."""
     fails = {RATE: tune.choice([1e30])}
     with pytest.raises(RunError, match=r"none of 2 trials finished with a heldout\.loss"):
         swept_again(swept, replace(SPACE, space=fails), "fails")

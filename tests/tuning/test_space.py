@@ -1,4 +1,4 @@
-"""What a sweep searches, and what is wrong with it, before anything runs."""
+"""Search spaces, and their errors before a sweep runs."""
 
 import pytest
 
