@@ -39,7 +39,8 @@ record("without", [ray_utils.gpus_each(), _needs(RunOptions())["GPU"], ray_utils
 group = autoscaler_pb2.NodeGroupConfig(name="train", resources={"GPU": 4, "CPU": 8}, max_count=2)
 config = autoscaler_pb2.ClusterConfig(node_group_configs=[group])
 ray._raylet.GcsClient(address=nodes.address).report_cluster_config(config.SerializeToString())
-record("pools at zero", [ray_utils.gpus_each(), _needs(RunOptions()), ray_utils.grows("GPU"), ray_utils.potential()["GPU"]])
+needs, most = _needs(RunOptions()), ray_utils.potential()["GPU"]
+record("pools at zero", [ray_utils.gpus_each(), needs, ray_utils.grows("GPU"), most])
 record("asked for none", _needs(RunOptions(gpus_per_worker=0))["GPU"])
 
 try:

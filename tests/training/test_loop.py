@@ -111,7 +111,9 @@ def test_missing_rows_are_an_error(process_group: None, home: Path, tmp_path: Pa
     feed = reader.ReaderConfig.of(system["align"], home)
     job = loop.TrainJob(system, "align", feed, tmp_path / "align", home)
     job.folder.mkdir()
-    with pytest.raises(RunError, match="align: its rows ended after 3 of 6 steps; run it again"):
+    with pytest.raises(
+        RunError, match=r"align: its rows ended after 3 of 6 steps\. Fix: run it again"
+    ):
         rows = islice(reader.local(feed, rank=0, world=1, start=0), 3)
         loop.run(job, lambda start: rows, lambda metrics, step: None, rank=0, world=1)
     assert not (job.folder / "artifact").exists()

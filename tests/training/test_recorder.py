@@ -108,7 +108,7 @@ def test_step_skipped_by_a_later_attempt_is_not_read_from_an_earlier_one(
         {4.0},
         {6.0},
     ]
-    with pytest.raises(RunError, match="step 4 was passed"):
+    with pytest.raises(RunError, match="step 4 did no update"):
         read_step(tmp_path, 4)
     with pytest.raises(RunError, match="has no step 7; it has steps 0 to 6"):
         read_step(tmp_path, 7)
