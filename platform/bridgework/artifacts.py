@@ -227,10 +227,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load tensors by name into a model; positions of a ViT for another image size are interpolated.
+    """Load tensors by name into a model.
 
-    A wiring's `adopt`, if it has one, first converts weights that another spec of its kind wrote.
-    Raises WeightsError, with the names, for extra tensors and other shapes.
+    Positions of a ViT for another image size are interpolated. A wiring's `adopt`, if it has one,
+    first converts weights that another spec of its kind wrote. Raises WeightsError, with the names,
+    for extra tensors and other shapes.
     """
     own, state = model.state_dict(), remap_state_dict(model, getattr(model, "adopt", dict)(state))
     extra = sorted(set(state) - set(own))

@@ -21,7 +21,8 @@ from bridgework.errors import SpecError, suggest
 
 T = TypeVar("T")
 Change = tuple[list[str], Any, str]  # rest of the path, new value, complete path for messages
-# Environment variable: packages other than bridgework whose specs a recipe may name, comma-separated.
+# Environment variable: packages other than bridgework whose specs a recipe may name,
+# comma-separated.
 TRUST = "BRIDGEWORK_TRUST"
 FLOAT32_MAX = 3.4028234e38
 FLOAT32_TINY = 1.1754944e-38  # the smallest number of full precision
@@ -100,9 +101,9 @@ def to_dict(value: Any, *, options: bool = True) -> Any:
 def from_dict(value: Any) -> Any:
     """Invert `to_dict`. Raises SpecError for a class that does not exist or is not a spec.
 
-    A recipe may come from a stranger, e.g. with downloaded weights. Its classes are therefore called
-    only if they are specs, and imported only from bridgework, from modules that this process has
-    already imported, and from the packages in $BRIDGEWORK_TRUST.
+    A recipe may come from a stranger, e.g. with downloaded weights. Its classes are therefore
+    called only if they are specs, and imported only from bridgework, from modules that this process
+    has already imported, and from the packages in $BRIDGEWORK_TRUST.
     """
     if isinstance(value, list):
         return tuple(from_dict(v) for v in value)
@@ -174,12 +175,13 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def override(value: T, changes: Mapping[str, Any]) -> T:
-    """Return a copy of `value` with dotted paths replaced, e.g. {"stages.align.optim.peak_lr": 3e-5}.
+    """Return a copy of `value` with other values at dotted paths.
 
-    `*` means every element (`stages.*.model.bridge`). A string is parsed by the field's type, so
-    command-line arguments work unchanged. A field with several kinds of spec is switched by name
-    (`bridge=linear`, `bridge=mlp(depth=3)`). All changes are applied at once, so values that must
-    match each other may change together; a complete value is replaced before its fields.
+    changes: path -> value, e.g. {"stages.align.optim.peak_lr": 3e-5}. `*` means every element
+    (`stages.*.model.bridge`). A string is parsed by the field's type, so command-line arguments
+    work unchanged. A field with several kinds of spec is switched by name (`bridge=linear`,
+    `bridge=mlp(depth=3)`). All changes are applied at once, so values that must match each other
+    may change together; a complete value is replaced before its fields.
 
     Raises SpecError, with a suggestion, for a path or a value that does not fit.
     """
@@ -190,7 +192,7 @@ def override(value: T, changes: Mapping[str, Any]) -> T:
 
 
 def positive(what: str, value: Any, *names: str) -> None:
-    """Raise SpecError if a field in `names` is below 1; `what` is the spec's name in the message."""
+    """Raise SpecError if a field in `names` is below 1; what: the spec's name in messages."""
     for name in names:
         if getattr(value, name) < 1:
             raise SpecError(f"{what}.{name} must be at least 1, got {getattr(value, name)}")

@@ -56,7 +56,7 @@ class Source:
 
 @config_class
 class Group:
-    """Sources that a mixture treats as one: their sizes are added, and they have their own alpha."""
+    """Sources that a mixture treats as one: their sizes are added, with their own alpha."""
 
     name: str
     sources: "tuple[Source | Group, ...]"

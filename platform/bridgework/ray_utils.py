@@ -38,8 +38,8 @@ class _Session:
 def ray_session() -> Iterator[None]:
     """Run the block with a quiet Ray: a run reports by its bar, its journal and its errors.
 
-    Inside `ray job submit`, RAY_ADDRESS is set. Otherwise a Ray of this process's own is started: it
-    listens on loopback, has no dashboard, and ends with the block.
+    Inside `ray job submit`, RAY_ADDRESS is set. Otherwise a Ray of this process's own is started:
+    it listens on loopback, has no dashboard, and ends with the block.
     """
     import ray.data
 
@@ -79,7 +79,7 @@ def address() -> str | None:
 
 
 def potential() -> dict[str, float]:
-    """Return the maximum of each resource: in the cluster, or by its node types after scaling up."""
+    """Return the maximum of each resource, in the cluster now or by its node types."""
     import ray
 
     # the only way to the node types, which `ray status` also uses
@@ -119,8 +119,8 @@ def wait_for(
 ) -> None:
     """Request `bundles` from the autoscaler and return as soon as all are free at the same time.
 
-    Every SAY_EVERY_S seconds `say` is called with the missing resources. `stopped` is polled and may
-    raise. Raises ResourceError after `timeout_s`.
+    Every SAY_EVERY_S seconds `say` is called with the missing resources. `stopped` is polled and
+    may raise. Raises ResourceError after `timeout_s`.
     """
     from ray.util import placement_group, remove_placement_group
 

@@ -20,7 +20,8 @@ import fsspec
 from bridgework.errors import DataError, ResourceError, suggest
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left on the device; the user's quota is used up
-# Messages about a full disk: of torch.save, whose zip writer raises a RuntimeError, and safetensors.
+# Messages about a full disk: of torch.save, whose zip writer raises a RuntimeError, and
+# safetensors.
 FULL_MESSAGES = (
     "PytorchStreamWriter failed writing",
     "inline_container.cc",

@@ -128,7 +128,7 @@ class LossSpec(Protocol):
 
     @property
     def cached_outputs(self) -> tuple[str, ...]:
-        """Outputs to cache so that such a loss works over micro-batches, in two passes (GradCache)."""
+        """Outputs to cache so that it works over micro-batches, in two passes (GradCache)."""
 
     @property
     def supports_packing(self) -> bool:

@@ -88,8 +88,8 @@ class Deployment:
 def trace(what: str, reader: Reader, home: Path) -> Tree:
     """Return the upstream lineage of `what`.
 
-    what: a response id, a deployment id, `model`, `model@alias`, `model:version` or a run id. Raises
-    TrackingError, with a suggestion, for any other text.
+    what: a response id, a deployment id, `model`, `model@alias`, `model:version` or a run id.
+    Raises TrackingError, with a suggestion, for any other text.
     """
     return _Upstream(reader, home).of(what)
 

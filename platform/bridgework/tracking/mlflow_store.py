@@ -44,7 +44,8 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 T = TypeVar("T")
-# Hex digits of a digest in MLflow's own field, which has at most 36 and is in every table of the UI.
+# Hex digits of a digest in MLflow's own field, which has at most 36 and is in every table of the
+# UI.
 SHORT = 12
 
 
@@ -208,8 +209,8 @@ class MLflowTracker(MLflowReader):
         """Log parameters by dotted path.
 
         Names and values that MLflow cannot store (a `*` in a name, a long value) are complete in
-        params.json. MLflow rejects a second value of a parameter; in a `resumed` run it is logged as
-        the tag `now.NAME`.
+        params.json. MLflow rejects a second value of a parameter; in a `resumed` run it is logged
+        as the tag `now.NAME`.
         """
         texts = {_name(k): str(v) for k, v in values.items()}
         with self._call(f"log {len(texts)} parameters of run {run_id}"):
@@ -409,5 +410,5 @@ def _pages(search: Callable[..., PagedList[T]], *where: Any) -> list[T]:
 
 
 def _artifact(tags: Mapping[str, str]) -> str:
-    """Return the artifact's folder in the tags of a version or logged model, also by the old tag."""
+    """Return the artifact's folder from the tags of a version or model, also by the old tag."""
     return tags.get("artifact") or tags.get(old_names.ARTIFACT_TAG, "")

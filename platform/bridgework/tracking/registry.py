@@ -1,9 +1,9 @@
 """Model registry: model names, registration, and promotion to champion or challenger.
 
 `llava` means the champion, `llava@challenger` an alias, `llava:3` a version; a name with a slash is
-an artifact's folder. Promotion is gated: with a metric, a version becomes champion only if its value
-is better than the champion's. The better direction is declared by the evaluation of the metric, in
-the recipe next to the weights.
+an artifact's folder. Promotion is gated: with a metric, a version becomes champion only if its
+value is better than the champion's. The better direction is declared by the evaluation of the
+metric, in the recipe next to the weights.
 """
 
 from collections.abc import Mapping
@@ -37,8 +37,8 @@ def is_folder(model: str) -> bool:
 def register(tracker: Tracker, name: str, result: StageResult, tags: Mapping[str, str]) -> Version:
     """Register a trained stage's weights with its metrics and `tags`; returns the version.
 
-    Registering the same weights again returns the existing version. Raises TrackingError for a stage
-    that was trained untracked.
+    Registering the same weights again returns the existing version. Raises TrackingError for a
+    stage that was trained untracked.
     """
     if result.run_id is None or result.model_id is None:
         raise TrackingError(
@@ -93,8 +93,9 @@ def promote(
 def challenge(tracker: Tracker, candidate: Version, metric: str) -> tuple[Version, str]:
     """Give `candidate` the alias `challenger` if it is free, or its holder is worse by `metric`.
 
-    Returns the holder of the alias afterwards, and the reason why it did not move (empty if it did).
-    Values are comparable only if both are from the same evaluation: kind, dataset, rows, settings.
+    Returns the holder of the alias afterwards, and the reason why it did not move (empty if it
+    did). Values are comparable only if both are from the same evaluation: kind, dataset, rows,
+    settings.
     """
     holder = _holder(tracker, candidate.name, CHALLENGER)
     if holder is not None and holder.version == candidate.version:
@@ -116,15 +117,15 @@ def rollback(tracker: Tracker, name: str) -> Promotion:
 def direction(version: Version, metric: str, lower: bool | None) -> Direction:
     """Return the better direction of a metric, as declared by the evaluation in the recipe.
 
-    Raises TrackingError for a baseline such as ranking.chance, if `lower` contradicts the evaluation,
-    and if no evaluation of the recipe returns the metric and `lower` is None.
+    Raises TrackingError for a baseline such as ranking.chance, if `lower` contradicts the
+    evaluation, and if no evaluation of the recipe returns the metric and `lower` is None.
     """
     evaluation = _evaluation(version, metric)
     if evaluation is None:
         if lower is None:
             raise TrackingError(
-                f"{version.name}:{version.version}: no evaluation of its recipe returns {metric!r}, "
-                "so the better direction is unknown. Fix: give --lower or --higher"
+                f"{version.name}:{version.version}: no evaluation of its recipe returns "
+                f"{metric!r}, so the better direction is unknown. Fix: give --lower or --higher"
             )
         return "lower" if lower else "higher"
     declared = evaluation.better[metric.removeprefix(f"{evaluation.name}.")]

@@ -1,4 +1,4 @@
-"""Relay of metrics: posts the points of journals to the tracker from a thread, never delaying a run.
+"""Metrics relay: posts journals to the tracker from a thread, without delaying a run.
 
 A tracker that is down costs the run nothing. The points stay in the journal until it is back, or
 until a later command posts the `unfinished` journals. A ledger next to the files of a journal

@@ -1,9 +1,9 @@
 """Tracker protocol of training, sweeps and promotion; the metrics journal; a tracker in memory.
 
-`mlflow_store.MLflowTracker` implements the protocol with MLflow, `MemoryTracker` in memory, e.g. for
-tests and notebooks. Metrics go through a journal of files (`Journal`), written by the workers and
-relayed by the driver. A tracker that is down therefore neither stops nor slows a run, and no point
-is lost.
+`mlflow_store.MLflowTracker` implements the protocol with MLflow, `MemoryTracker` in memory, e.g.
+for tests and notebooks. Metrics go through a journal of files (`Journal`), written by the workers
+and relayed by the driver. A tracker that is down therefore neither stops nor slows a run, and no
+point is lost.
 """
 
 import json

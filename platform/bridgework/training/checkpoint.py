@@ -3,8 +3,9 @@
 `<stage>/checkpoints/00000010-<attempt>/` holds DeepSpeed's files and manifest.json: the step, the
 number of workers, the recipe's fingerprint, size and sha256 of every file, a signature with the key
 of the home (see `signing`) and a sha256 of all these. The newest complete checkpoint is found from
-the manifests alone, never from the state of Ray or DeepSpeed. Randomness inside a step is a function
-of (seed, step, position in the global batch), so a checkpoint holds no state of a random generator.
+the manifests alone, never from the state of Ray or DeepSpeed. Randomness inside a step is a
+function of (seed, step, position in the global batch), so a checkpoint holds no state of a random
+generator.
 
 A checkpoint may be rejected for one of three reasons:
 - Damage: a file is missing, changed, not in the manifest, or holds values that are not finite; or
@@ -239,8 +240,8 @@ def start_over(stage_folder: Path) -> Path:
 def remove_stale(stage_folder: Path, attempt: str, start: int) -> None:
     """Remove partial checkpoints of other attempts; move those after `start` to `damaged/`.
 
-    For rank 0, before the first step. Checkpoints after `start` are unusable: the run would otherwise
-    have resumed from them.
+    For rank 0, before the first step. Checkpoints after `start` are unusable: the run would
+    otherwise have resumed from them.
     """
     for folder in _listed(root(stage_folder)):
         unfinished = _UNFINISHED.fullmatch(folder.name)
@@ -309,8 +310,9 @@ class _Found:
 def _untrusted(folder: Path, reason: str) -> RunError:
     return RunError(
         f"{folder}: the checkpoint is not trusted, because its manifest {reason}. Loading a "
-        "checkpoint runs code from it. Fix: if you know who wrote it, add --trust-checkpoints once, "
-        "which signs the checkpoints of this run with this home's key; else move the folder away"
+        "checkpoint runs code from it. Fix: if you know who wrote it, add --trust-checkpoints "
+        "once, which signs the checkpoints of this run with this home's key; else move the folder "
+        "away"
     )
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed engine: ZeRO, the optimizer step and its learning rate, state on disk, gathered weights.
+"""DeepSpeed engine: ZeRO, the optimizer step and its learning rate, saved state, full weights.
 
 No other module imports DeepSpeed.
 """
@@ -276,7 +276,7 @@ class Engine:
             yield batch, GradCacheBatch(shares, samples, own)
 
     def _local_norm(self) -> Tensor:
-        """Return the norm of the parameters' gradients: for ZeRO 0 in float32, which reports none."""
+        """Return the norm of the parameters' gradients: ZeRO 0 in float32 reports none itself."""
         return nn.utils.get_total_norm(
             [p.grad for p in self._step.parameters() if p.grad is not None]
         )
@@ -295,8 +295,8 @@ class Engine:
     def load(self, folder: Path, *, universal: bool | None = None) -> dict[str, Any]:
         """Load the state that `save` wrote and return its `client`.
 
-        betas, eps and weight decay are those of the stage, not of the state. Raises RunError if there
-        is no state, or it does not fit this stage's model or its trained parameters.
+        betas, eps and weight decay are those of the stage, not of the state. Raises RunError if
+        there is no state, or it does not fit this stage's model or its trained parameters.
         """
         universal = self._universal if universal is None else universal
         self._engine._config.load_universal_checkpoint = universal

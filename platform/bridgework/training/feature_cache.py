@@ -36,7 +36,7 @@ FREE_SHARE = 0.2  # of the disk's free space that cached features may take
 
 @dataclass(frozen=True)
 class CacheDecision:
-    """Decision to cache: the folder of the features, None to compute in training; and the reason."""
+    """Folder of cached features, None if they are computed in training; and the reason."""
 
     folder: Path | None
     why: str

@@ -158,10 +158,10 @@ def _find_checkpoint(
         changed += run_dir.differences(*decays, f"stages.{stage.name}.optim.weight_decay")
     if changed:
         raise RunError(
-            f"--fork: {run_dir.summarize(changed)}; expected the same {', '.join(SHAPES)} as in run "
-            f"{other!r}, and a weight decay that is 0 in both or in neither, because its checkpoint "
-            "holds exactly those tensors. Fix: undo this change, or start a run from an artifact "
-            f"(stages.{stage.name}.starts_from)"
+            f"--fork: {run_dir.summarize(changed)}; expected the same {', '.join(SHAPES)} as in "
+            f"run {other!r}, and a weight decay that is 0 in both or in neither, because its "
+            "checkpoint holds exactly those tensors. Fix: undo this change, or start a run from an "
+            f"artifact (stages.{stage.name}.starts_from)"
         )
     steps = [one.step for one in known]
     if step is not None and step not in steps:

@@ -198,7 +198,7 @@ def _resume(
     attempt: str,
     fixed_start: bool,
 ) -> tuple[Engine, int, dict[str, float]]:
-    """Return the engine at the newest usable checkpoint, its next step, and its MixtureCounter state.
+    """Return the engine at the newest usable checkpoint, its step, and its MixtureCounter state.
 
     A checkpoint with complete files may still hold values that are not finite, e.g. if an older
     version or broken memory wrote them. It is moved to `damaged/`.
@@ -431,8 +431,8 @@ def _weights_not_finite(job: TrainJob, step: int) -> RunError:
     )
     return RunError(
         f"{job.stage}: a weight or a state of the optimizer is NaN or infinite after step "
-        f"{step - 1}, and the loss was finite. No checkpoint was written, and {resumes}. Fix: if it "
-        f"happens again at the same step, lower stages.{job.stage}.optim.peak_lr or raise "
+        f"{step - 1}, and the loss was finite. No checkpoint was written, and {resumes}. Fix: if "
+        f"it happens again at the same step, lower stages.{job.stage}.optim.peak_lr or raise "
         f"stages.{job.stage}.optim.eps in {_new_run(job)}; if it does not, check the memory of the "
         "machine"
     )

@@ -52,8 +52,8 @@ def step_metrics(stage: Stage, result: StepResult) -> Metrics:
 def per_sample(stage: Stage, result: StepResult) -> tuple[list[float], list[float]]:
     """Return (losses, counts) of this rank's samples.
 
-    losses: each sample's own mean, weighted over the losses. counts: the divisor of that mean in the
-    first loss.
+    losses: each sample's own mean, weighted over the losses. counts: the divisor of that mean in
+    the first loss.
     """
     weights_L = torch.tensor([loss.weight for loss in stage.losses])
     sums_LR = result.sums_LR.cpu()
@@ -139,7 +139,7 @@ class Clock:
 
 @contextmanager
 def progress_bar(folder: Path, title: str, steps: int, console: Console) -> Iterator[None]:
-    """Show the progress of the stage in `folder`, from its journal and notices, during the block."""
+    """Show the progress of the stage in `folder` from its journal and notices in the block."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

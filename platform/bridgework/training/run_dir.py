@@ -27,7 +27,7 @@ STEPS = re.compile(r"stages\.([^.]+)\.budget\.steps")
 
 
 def path_of(home: Path, run: str) -> Path:
-    """Return <home>/runs/<run>. Raises SpecError for a name outside it, or an invalid folder name."""
+    """Return <home>/runs/<run>. Raises SpecError for an invalid name or a path outside runs."""
     if has_control(run) or not run.strip():
         raise SpecError(
             f"a run's name is a line of letters. Got {run[:80]!r}. "
@@ -208,5 +208,6 @@ def check_disk_space(home: Path, need: int = 500_000_000) -> None:
     if free < need:
         raise ResourceError(
             f"{home}: not enough disk space. Got {free / 1e6:.0f} MB free; expected at least "
-            f"{need / 1e6:.0f} MB for a run. Fix: free some, or set BRIDGEWORK_HOME to a larger disk"
+            f"{need / 1e6:.0f} MB for a run. "
+            "Fix: free some, or set BRIDGEWORK_HOME to a larger disk"
         )

@@ -55,9 +55,9 @@ class Skip:
         unknown = sorted(_unknown(self.keys, datasets))
         if unknown:
             raise SpecError(
-                f"--skip {unknown[0]!r}: no source has a row with this key ({', '.join(datasets)}). "
-                "Fix: look up keys by `bridgework data preview --run RUN/STAGE --step N`; "
-                "a step is written step:N"
+                f"--skip {unknown[0]!r}: no source has a row with this key "
+                f"({', '.join(datasets)}). Fix: look up keys by "
+                "`bridgework data preview --run RUN/STAGE --step N`; a step is written step:N"
             )
 
 

@@ -3,8 +3,8 @@
 A loss returns per-sample summands and per-sample contributions to the divisor. The counts of all
 micro-batches and all ranks are summed before the first backward. The loss of an optimizer step is
 therefore the mean over its complete global batch: the same number on 1 worker or 8, in one
-micro-batch or ten. Sums are per source of the mixture, because each source may have its own mean and
-weight (Flamingo's lambda; Alayrac et al. 2022, arXiv:2204.14198, 2.4).
+micro-batch or ten. Sums are per source of the mixture, because each source may have its own mean
+and weight (Flamingo's lambda; Alayrac et al. 2022, arXiv:2204.14198, 2.4).
 """
 
 # R samples of a micro-batch, or of a worker's share  L losses  S sources of the mixture
@@ -138,8 +138,8 @@ def check(stage: Stage, micro_batches: int) -> None:
     ]
     if comparing and micro_batches > 1:
         raise SpecError(
-            f"{stage.name}: {comparing[0]} compares the samples of a batch with each other and must "
-            f"see a worker's share of the {stage.budget.batch} at once. Got {micro_batches} "
+            f"{stage.name}: {comparing[0]} compares the samples of a batch with each other and "
+            f"must see a worker's share of the {stage.budget.batch} at once. Got {micro_batches} "
             "micro-batches; expected 1. "
             f"Fix: set stages.{stage.name}.budget.micro={stage.budget.batch}"
         )

@@ -52,7 +52,7 @@ class TrialRow:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a sweep: rows, best first; the best trial's command, weights, registered version."""
+    """Result of a sweep: rows, best first; the best trial's command, weights and version."""
 
     rows: tuple[TrialRow, ...]
     command: str
@@ -74,9 +74,9 @@ def sweep(
     """Run `space` with `changes` in every trial, and register the best trial's last stage.
 
     The new version becomes `challenger` if it is better than the holder of the alias. A complete
-    sweep is not run again. Raises SpecError for a path, a stage or a metric that does not exist, and
-    RunError if no trial finished with a score or `run` holds another sweep. The runs in the tracker
-    then end FAILED, or KILLED after Ctrl-C.
+    sweep is not run again. Raises SpecError for a path, a stage or a metric that does not exist,
+    and RunError if no trial finished with a score or `run` holds another sweep. The runs in the
+    tracker then end FAILED, or KILLED after Ctrl-C.
     """
     console = console or Console(stderr=True)
     fixed = {**space.fixed, **(changes or {})}
@@ -266,7 +266,7 @@ def _reporter(space: Space) -> Any:
 
 
 class _Recorder(Callback):
-    """Logs every trial to the tracker, in the sweep's own process, since ASHA stops some silently."""
+    """Logs trials to the tracker from the sweep's own process, since ASHA stops some silently."""
 
     def __init__(
         self, space: Space, run: str, tracker: Tracker | None, parent: str | None, console: Console
