@@ -66,7 +66,7 @@ def trained(name: str, dataset: str, home: Path, steps: int) -> Path:
         "model.text.dropout": 0,
     }
     system = System(name="blip", paper="-", stages=(override(pairs, fast),))
-    return train(system, home=home, run=f"{name}-{steps}", how=RunOptions(workers=0))[name].artifact
+    return train(system, home=home, run=f"{name}-{steps}", options=RunOptions(workers=0))[name].artifact
 
 
 class Found(NamedTuple):

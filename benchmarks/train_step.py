@@ -94,9 +94,9 @@ def ours(built: System, home: Path, name: str) -> list[float]:
     from bridgework.training.driver import train
     from bridgework.training.ray_train import RunOptions
 
-    how = RunOptions(checkpoint_every=STEPS, threads=THREADS)
+    options = RunOptions(checkpoint_every=STEPS, threads=THREADS)
     with ray_session():
-        train(built, home=home, run=name, how=how, console=Console(quiet=True))
+        train(built, home=home, run=name, options=options, console=Console(quiet=True))
     journal = Journal(home / "runs" / name / built.stages[0].name / "journal")
     return [p.value for _, points in journal.points() for p in points if p.key == "step_s"]
 

@@ -28,7 +28,7 @@ class Said:
 
 
 class Bridgework:
-    """The console script, run in this process."""
+    """Run the console script in this process."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
@@ -97,7 +97,7 @@ def test_systems_lists_variants_stages_and_trained_parameters(bridgework: Bridge
         assert word in said.out
 
 
-def test_show_counts_the_paper_s_parameters_without_its_weights(bridgework: Bridgework) -> None:
+def test_show_counts_parameters_at_paper_scale_without_weights(bridgework: Bridgework) -> None:
     said = bridgework("show", "llava")
     assert said.code == 0
     assert "align 20,979,712" in said.out  # 1024 x 4096 + 4096 + 4096 x 4096 + 4096
@@ -301,8 +301,8 @@ def test_promote_and_rollback_move_the_champion(
     worse = bridgework("promote", "champions:2", "--metric", "heldout.loss", "--lower")
     assert worse.code == 1
     assert (
-        "champions:2 has heldout.loss 2.5, the champion, version 1, 2, and lower is better: not promoted"
-        in worse.err
+        "champions:2 was not promoted, because lower is better. Got heldout.loss 2.5; expected better "
+        "than 2 of the champion, version 1." in worse.err
     )
     assert bridgework("promote", "champions:2").out == "champion champions:2, before it 1"
     assert bridgework("rollback", "champions").out == "champion champions:1"

@@ -123,7 +123,7 @@ def test_empty_name_is_rejected(command: str, pictures: Path) -> None:
         run(command, *words, "")
 
 
-def test_verify_exits_with_1_and_names_the_file(pictures: Path, tmp_path: Path) -> None:
+def test_verify_exits_with_1_and_reports_the_file(pictures: Path, tmp_path: Path) -> None:
     run("import", "folder", pictures, tmp_path / "made")
     shard = tmp_path / "made" / "shard-00000.parquet"
     content = bytearray(shard.read_bytes())

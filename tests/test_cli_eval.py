@@ -16,7 +16,7 @@ Judge = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The artifact of a stage without evaluations."""
+    """Return the artifact of a stage without evaluations."""
     pipe, folder = pipeline(), tmp_path_factory.mktemp("model") / "artifact"
     system = System(name="judged", paper="", stages=(pipe.stage,))
     artifacts.save(folder, pipe.model.state_dict(), system=system, stage=pipe.stage.name)
@@ -73,7 +73,7 @@ def test_every_evaluation_has_a_kind(judge: Judge) -> None:
     [
         (("--on", "vqq:x"), "no evaluation 'vqq'; did you mean 'vqa'"),
         (("--on", "vqa"), "not of the form KIND:DATASET"),
-        (("--on", "vqa:x", "--on", "vqa:y"), "'vqa' stands twice"),
+        (("--on", "vqa:x", "--on", "vqa:y"), "'vqa' is used twice"),
         (("--on", "vqa:x", "--set", "vqa.row=2"), "no field 'row'; did you mean 'rows'"),
         (("--on", "vqa:x", "--set", "vqa.rows"), "not of the form NAME.FIELD=VALUE"),
     ],

@@ -1,4 +1,4 @@
-"""What a stage needs is asked for: no cluster trains on CPUs because its pools begin at zero nodes."""
+"""Resource requests: a cluster whose pools start at zero nodes still trains on its GPUs."""
 
 import json
 import os
@@ -23,38 +23,39 @@ os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 import ray
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
-from bridgework import cluster
-from bridgework.training.ray_train import How, _needs
-cluster.SAY_EVERY_S = 1.0
-said, told, folder = [], {}, sys.argv[1]
+from bridgework import ray_utils
+from bridgework.training.ray_train import RunOptions, _needs
+ray_utils.SAY_EVERY_S = 1.0
+said, results, folder = [], {}, sys.argv[1]
 
-def tell(name, value):
-    told[name] = value
+def record(name, value):
+    results[name] = value
 
 nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
 ray.init(address=nodes.address, log_to_driver=False)
-tell("without", [cluster.gpus_each(), _needs(How())["GPU"], cluster.grows("GPU")])
+record("without", [ray_utils.gpus_each(), _needs(RunOptions())["GPU"], ray_utils.grows("GPU")])
 
 # what an autoscaler reports at its start
 group = autoscaler_pb2.NodeGroupConfig(name="train", resources={"GPU": 4, "CPU": 8}, max_count=2)
 config = autoscaler_pb2.ClusterConfig(node_group_configs=[group])
 ray._raylet.GcsClient(address=nodes.address).report_cluster_config(config.SerializeToString())
-tell("pools at zero", [cluster.gpus_each(), _needs(How()), cluster.grows("GPU"), cluster.potential()["GPU"]])
-tell("asked for none", _needs(How(gpus_per_worker=0))["GPU"])
+needs, most = _needs(RunOptions()), ray_utils.potential()["GPU"]
+record("pools at zero", [ray_utils.gpus_each(), needs, ray_utils.grows("GPU"), most])
+record("asked for none", _needs(RunOptions(gpus_per_worker=0))["GPU"])
 
 try:
-    cluster.wait_for("align", [{"CPU": 1, "GPU": 1}] * 4, timeout_s=2.5, say=said.append)
-except cluster.ResourceError as error:
-    tell("timed out", str(error))
-tell("said", said[:1])
+    ray_utils.wait_for("align", [{"CPU": 1, "GPU": 1}] * 4, timeout_s=2.5, say=said.append)
+except ray_utils.ResourceError as error:
+    record("timed out", str(error))
+record("said", said[:1])
 
 def stopped():
     raise KeyboardInterrupt
 
 try:
-    cluster.wait_for("align", [{"GPU": 1}], timeout_s=60, say=said.append, stopped=stopped)
+    ray_utils.wait_for("align", [{"GPU": 1}], timeout_s=60, say=said.append, stopped=stopped)
 except KeyboardInterrupt:
-    tell("stopped", True)
+    record("stopped", True)
 
 joined = []
 
@@ -62,25 +63,25 @@ def join(text):
     if not joined:
         joined.append(nodes.add_node(num_cpus=4, num_gpus=2))
 
-cluster.wait_for("align", [{"CPU": 1, "GPU": 1}] * 2, timeout_s=120, say=join)
-tell("joined", len(joined))
+ray_utils.wait_for("align", [{"CPU": 1, "GPU": 1}] * 2, timeout_s=120, say=join)
+record("joined", len(joined))
 
 class Work:
     def __call__(self, item):
         gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
         open(os.path.join(folder, str(item)), "w").write(",".join(gpus))
 
-cluster.each(Work, range(3), 8, gpus=True, what="the judges")
-tell("actors", [open(os.path.join(folder, str(item))).read() for item in range(3)])
-print("TOLD" + json.dumps(told))
+ray_utils.map_on_actors(Work, range(3), 8, gpus=True, what="the judges")
+record("actors", [open(os.path.join(folder, str(item))).read() for item in range(3)])
+print("RESULTS" + json.dumps(results))
 ray.shutdown()
 nodes.shutdown()
 """
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a process on a cluster of its own, of fake GPUs, found."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results of a process on its own cluster with fake GPUs."""
     folder = tmp_path_factory.mktemp("seen")
     env = {**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="bw-")}
     done = subprocess.run(
@@ -91,41 +92,43 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3_000:]
-    found: dict[str, Any] = json.loads(done.stdout.split("TOLD")[1].splitlines()[0])
+    found: dict[str, Any] = json.loads(done.stdout.split("RESULTS")[1].splitlines()[0])
     return found
 
 
-def test_a_cluster_without_gpus_is_asked_for_none(told: dict[str, Any]) -> None:
-    assert told["without"] == [0.0, 0.0, False]
+def test_no_gpu_is_requested_of_a_cluster_without_gpus(results: dict[str, Any]) -> None:
+    assert results["without"] == [0.0, 0.0, False]
 
 
-def test_a_gpu_is_asked_for_where_the_autoscaler_can_start_one(told: dict[str, Any]) -> None:
-    assert told["pools at zero"] == [1.0, {"CPU": 1.0, "GPU": 1.0}, True, 8.0]
-    assert told["asked for none"] == 0.0
+def test_gpu_is_requested_if_the_autoscaler_can_start_one(results: dict[str, Any]) -> None:
+    assert results["pools at zero"] == [1.0, {"CPU": 1.0, "GPU": 1.0}, True, 8.0]
+    assert results["asked for none"] == 0.0
 
 
-def test_waiting_is_reported_with_what_is_missing_and_has_an_end(told: dict[str, Any]) -> None:
-    (first,) = told["said"]
+def test_wait_reports_missing_resources_and_times_out(results: dict[str, Any]) -> None:
+    (first,) = results["said"]
     assert first.startswith(
         "align: waiting for 4 x GPU: 0 of 4 in the cluster, 0 free; the autoscaler may start nodes"
     )
     assert "up to 8" in first
-    assert "did not have the resources within 2.5 s. Got 4 x GPU: 0 of 4" in told["timed out"]
-    assert "--gpus-per-worker" in told["timed out"] and "--resource-timeout" in told["timed out"]
+    assert "did not have the resources within 2.5 s. Got 4 x GPU: 0 of 4" in results["timed out"]
+    assert (
+        "--gpus-per-worker" in results["timed out"] and "--resource-timeout" in results["timed out"]
+    )
 
 
-def test_waiting_can_be_stopped_and_ends_as_soon_as_nodes_join(told: dict[str, Any]) -> None:
-    assert told["stopped"] and told["joined"] == 1
+def test_wait_can_be_stopped_and_ends_when_nodes_join(results: dict[str, Any]) -> None:
+    assert results["stopped"] and results["joined"] == 1
 
 
-def test_actors_get_the_gpus_that_they_were_promised(told: dict[str, Any]) -> None:
-    """Eight actors are asked for, the cluster may have eight GPUs, two are there: the work begins with these."""
-    assert set(told["actors"]) <= {"0", "1"} and all(told["actors"])
+def test_actors_get_the_gpus_that_the_cluster_may_have(results: dict[str, Any]) -> None:
+    """Eight actors are requested and the cluster may have eight GPUs; the work begins with its two."""
+    assert set(results["actors"]) <= {"0", "1"} and all(results["actors"])
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_ray_of_ones_own_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_utils._Own, "ray", True)
+def test_own_ray_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_utils._Session, "own", True)
     with pytest.raises(
         ResourceError,
         match=r"this machine cannot run it\. Got 2 x GPU: 0 of 2 in the cluster.*Fix: ",
@@ -135,12 +138,12 @@ def test_a_ray_of_ones_own_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("gpus", [-1.0, 1.5, float("inf"), float("nan")])
-def test_a_number_of_gpus_that_ray_cannot_give_is_refused(gpus: float) -> None:
-    with pytest.raises(SpecError, match="--gpus-per-worker: Got"):
+def test_gpu_count_that_ray_cannot_allocate_is_rejected(gpus: float) -> None:
+    with pytest.raises(SpecError, match=r"--gpus-per-worker: Ray cannot allocate that\. Got"):
         _needs(RunOptions(gpus_per_worker=gpus))
 
 
-def test_relative_paths_mean_what_they_say_in_actors(tmp_path: Path) -> None:
+def test_relative_paths_are_valid_in_actors(tmp_path: Path) -> None:
     seen: list[int] = []
     ray_utils.map_on_actors(lambda: seen.append, [1, 2], 0)
     assert seen == [1, 2]
@@ -156,10 +159,10 @@ def unreadable(item: int) -> None:
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(("work", "raised"), [(too_large, TooLarge), (unreadable, DataError)])
-def test_an_error_of_ours_keeps_its_class_on_its_way_out_of_an_actor(
+def test_bridgework_error_keeps_its_class_across_actors(
     work: Callable[[int], None], raised: type[DataError]
 ) -> None:
-    """`features.prepare` computes in training where a worker raises TooLarge; no other DataError means that."""
+    """`feature_cache.prepare` must tell TooLarge from any other DataError of a worker."""
     with pytest.raises(DataError, match="item 1") as caught:
         ray_utils.map_on_actors(lambda: work, [1], 1)
     assert type(caught.value) is raised

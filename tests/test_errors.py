@@ -1,4 +1,4 @@
-"""What errors say, and how much of it."""
+"""Errors: messages and their length."""
 
 import pickle
 
@@ -15,15 +15,15 @@ LEAVES = [
 
 
 @pytest.mark.parametrize("error", LEAVES)
-def test_a_message_of_any_length_keeps_its_ends(error: type[BridgeworkError]) -> None:
+def test_long_message_keeps_its_ends(error: type[BridgeworkError]) -> None:
     assert str(error("x" * MESSAGE_CHARS)) == "x" * MESSAGE_CHARS
-    told = str(error("the name " + "y" * 1_000_000 + " is unknown"))
+    message = str(error("the name " + "y" * 1_000_000 + " is unknown"))
     assert (
-        told.startswith("the name yyy")
-        and told.endswith("yyy is unknown")
-        and "[992,120 characters]" in told
+        message.startswith("the name yyy")
+        and message.endswith("yyy is unknown")
+        and "[992,120 characters]" in message
     )
-    assert len(told) <= MESSAGE_CHARS
+    assert len(message) <= MESSAGE_CHARS
 
 
 def test_errors_travel_between_processes() -> None:

@@ -1,4 +1,4 @@
-"""Draws by place: the same for a sample wherever it is computed, and other ones for every other place."""
+"""Positional random draws: equal for a sample on any rank, different for every other position."""
 
 import math
 from typing import Any
@@ -27,7 +27,7 @@ def masks(rows: Tensor, shape: tuple[int, ...], calls: int = 2) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(7,), (6, 9), (2, 6, 6)])
-def test_mask_of_a_sample_does_not_depend_on_how_the_batch_is_cut(shape: tuple[int, ...]) -> None:
+def test_mask_of_a_sample_does_not_depend_on_the_split_of_the_batch(shape: tuple[int, ...]) -> None:
     whole = masks(PLACES, shape)
     for cut in (PLACES[:1], PLACES[1:3], PLACES[[3, 0]]):
         at = [PLACES.tolist().index(place) for place in cut.tolist()]
@@ -51,7 +51,7 @@ def test_flattened_rows_are_still_rows() -> None:
     assert torch.equal(flat, plain)
 
 
-def test_another_call_step_place_or_row_draws_something_else() -> None:
+def test_another_call_step_position_or_row_has_other_draws() -> None:
     first, second = masks(PLACES, (64, 64))
     everything = [first, second, masks_of_step(6), masks(PLACES + 20, (64, 64), 1)[0]]
     rows = [row.flatten() > 0 for mask in everything for row in mask]
@@ -86,7 +86,7 @@ def test_dropout_at_its_ends_and_outside_of_training() -> None:
         assert F.dropout(torch.ones(4, 0, 3), 0.5).shape == (4, 0, 3)
 
 
-def test_gradient_goes_where_the_values_go() -> None:
+def test_gradient_has_the_mask_of_the_values() -> None:
     given = torch.ones(4, 6, 5, requires_grad=True)
     with placed():
         dropped = nn.Dropout(0.4)(given)
@@ -115,7 +115,7 @@ def test_bfloat16_has_the_same_mask() -> None:
 @pytest.mark.parametrize(
     "kind", ["bool", "float", "causal", "none", "nothing seen", "grouped", "scaled"]
 )
-def test_attention_is_torchs_own_but_for_the_mask_of_dropout(
+def test_attention_matches_torch_except_for_the_dropout_mask(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -146,7 +146,7 @@ def test_attention_is_torchs_own_but_for_the_mask_of_dropout(
         torch.testing.assert_close(of_own, of_plain)
 
 
-def test_dropout_inside_attention_goes_by_place_too() -> None:
+def test_dropout_inside_attention_depends_on_position() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 4, 2, 6, 8, generator=generator)
     with placed():
@@ -160,7 +160,7 @@ def test_dropout_inside_attention_goes_by_place_too() -> None:
 # --- rows that are not the sequences ---------------------------------------------------------------------------------
 
 
-def test_rows_of_images_go_by_their_sequence_and_their_number_in_it() -> None:
+def test_rows_of_images_depend_on_sequence_and_index() -> None:
     with placed(), rng.images():
         whole = F.dropout(torch.ones(4, 32), 0.5)
     with placed(PLACES[:1], torch.tensor([0, 0])), rng.images():
@@ -175,7 +175,7 @@ def test_a_batch_without_images_still_runs_its_tower() -> None:
         assert F.dropout(torch.ones(1, 8), 0.5).shape == (1, 8)
 
 
-def test_repeated_rows_have_draws_of_their_own_by_place() -> None:
+def test_repeated_rows_have_their_own_draws() -> None:
     with placed(), rng.repeated(3):
         whole = F.dropout(torch.ones(12, 64), 0.5).view(3, 4, 64)
     with placed(PLACES[1:2]), rng.repeated(3):
@@ -184,7 +184,7 @@ def test_repeated_rows_have_draws_of_their_own_by_place() -> None:
     assert len({tuple(row.tolist()) for row in whole.flatten(0, 1)}) == 12
 
 
-def test_rows_that_cannot_be_placed_are_dropped_out_all_the_same_and_reported(
+def test_rows_without_position_are_dropped_out_and_reported(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rng, "_reported", [])
@@ -197,8 +197,8 @@ def test_rows_that_cannot_be_placed_are_dropped_out_all_the_same_and_reported(
 # --- other draws -----------------------------------------------------------------------------------------------------
 
 
-def test_torch_rand_goes_by_place_where_it_has_the_rows_and_by_step_alone_elsewhere() -> None:
-    """Stochastic depth draws (B, 1, 1), layerdrop draws one number that all ranks must share."""
+def test_torch_rand_depends_on_position_if_it_has_rows_else_on_step() -> None:
+    """Stochastic depth draws (B, 1, 1); layerdrop draws one number, the same on all ranks."""
     with placed():
         rows, one = torch.rand(4, 1, 1), torch.rand([])
     with placed(PLACES[2:]):
@@ -209,7 +209,7 @@ def test_torch_rand_goes_by_place_where_it_has_the_rows_and_by_step_alone_elsewh
     assert rows.dtype == torch.float32 and bool(((rows >= 0) & (rows < 1)).all())
 
 
-def test_bernoulli_goes_by_place() -> None:
+def test_bernoulli_depends_on_position() -> None:
     with placed():
         whole = torch.empty(4, 100).bernoulli_(0.25)
     with placed(PLACES[1:2]):
@@ -217,7 +217,7 @@ def test_bernoulli_goes_by_place() -> None:
     assert float(whole.mean()) == pytest.approx(0.25, abs=0.08)
 
 
-def test_a_generator_of_ones_own_is_left_alone() -> None:
+def test_explicit_generator_is_not_replaced() -> None:
     expected = torch.rand(4, 3, generator=torch.Generator().manual_seed(1))
     with placed():
         assert torch.equal(torch.rand(4, 3, generator=torch.Generator().manual_seed(1)), expected)
@@ -235,7 +235,7 @@ def test_seeds_are_the_same_in_every_process() -> None:
     assert len({rng.derive(seed, step) for seed in range(30) for step in range(30)}) == 900
 
 
-def test_the_seed_of_a_step_is_that_of_the_active_batch() -> None:
+def test_seed_of_a_step_is_that_of_the_active_batch() -> None:
     torch.manual_seed(11)
     assert rng.step_seed() == 11
     with placed(step=9):

@@ -1,4 +1,4 @@
-"""Specs read, changed and written by dotted path."""
+"""Specs: read, changed and written by dotted path."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from tests.toy import MLP, Linear, QFormerConfig, Wiring, system
 
 
 def at(value: Any, path: str) -> Any:
-    """A second way to a leaf: attributes, then names."""
+    """Return a leaf by a second implementation: attributes, then names."""
     for word in path.split("."):
         if isinstance(value, tuple):
             value = next(v for v in value if getattr(v, "name", type(v).__name__.lower()) == word)
@@ -66,7 +66,7 @@ def test_each_kind_of_value_reaches_its_field(path: str, given: Any, expected: A
     assert type(changed) is type(expected)
 
 
-def test_star_stands_for_every_element() -> None:
+def test_star_means_every_element() -> None:
     changed = override(
         system(), {"stages.*.model.bridge": "linear", "stages.*.data.sources.*.factor": 2}
     )
@@ -74,7 +74,7 @@ def test_star_stands_for_every_element() -> None:
     assert [source.factor for s in changed.stages for source in s.data.sources] == [2.0] * 4
 
 
-def test_keys_of_a_mapping_may_hold_dots_and_stars() -> None:
+def test_mapping_keys_may_have_dots_and_stars() -> None:
     changed = override(
         system(),
         {
@@ -90,20 +90,20 @@ def test_keys_of_a_mapping_may_hold_dots_and_stars() -> None:
     ] * 2
 
 
-def test_a_whole_mapping_is_replaced() -> None:
+def test_complete_mapping_is_replaced() -> None:
     for given in ({"vision.*": 1}, "{'vision.*': 1}"):
         assert override(system(), {"stages.align.trains": given})["align"].trains == {
             "vision.*": 1.0
         }
 
 
-def test_override_leaves_the_original_alone() -> None:
+def test_override_does_not_change_the_original() -> None:
     before = system()
     override(before, {"stages.align.trains.bridge.*": 0.5, "stages.*.optim.peak_lr": 1.0})
     assert before == system()
 
 
-def test_values_that_must_fit_each_other_may_change_together() -> None:
+def test_dependent_values_may_change_together() -> None:
     changes = {"stages.align.budget.batch": 15, "stages.align.data.lanes": 5}
     for order in (changes, dict(reversed(changes.items()))):
         changed = override(system(), order)["align"]
@@ -112,7 +112,7 @@ def test_values_that_must_fit_each_other_may_change_together() -> None:
         override(system(), {"stages.align.budget.batch": 15})
 
 
-def test_a_kind_goes_before_its_fields_and_keeps_them_when_it_is_the_same() -> None:
+def test_kind_is_set_before_its_fields_and_an_equal_kind_keeps_them() -> None:
     path = "stages.align.model.bridge"
     deep = override(system(), {path: "mlp(depth=5)"})
     assert override(deep, {path: "mlp"}) == deep
@@ -125,9 +125,9 @@ def test_a_kind_goes_before_its_fields_and_keeps_them_when_it_is_the_same() -> N
     [
         ("stages.align.optim.peek_lr", 1, "no field 'peek_lr'; did you mean 'peak_lr'"),
         ("stages.algin.optim.peak_lr", 1, "no element 'algin'; did you mean 'align'"),
-        ("stages.align", 1, "'align' is a whole Stage; name one of its fields"),
+        ("stages.align", 1, "'align' is a complete Stage. Fix: name one of its fields"),
         ("stages.align.losses.matching.weight", 1, "no element 'matching'"),
-        ("stages.align.name.x", 1, "plain str, which has no fields"),
+        ("stages.align.name.x", 1, "a plain str, which has no fields"),
         ("stages.align.optim.peak_lr", "fast", "peak_lr must be float, got 'fast'"),
         ("stages.align.budget.steps", 1.5, "steps must be int, got 1.5"),
         ("stages.align.budget.steps", True, "steps must be int, got True"),
@@ -143,17 +143,17 @@ def test_a_kind_goes_before_its_fields_and_keeps_them_when_it_is_the_same() -> N
             "mlp(deep=3)",
             "mlp has no field 'deep'; did you mean 'depth'",
         ),
-        ("stages.align.model.bridge", "mlp(3)", "cannot read 'mlp\\(3\\)'; write it like"),
+        ("stages.align.model.bridge", "mlp(3)", "cannot read 'mlp\\(3\\)'. Fix: write it like"),
         ("stages.align.model.bridge", "mlp(depth=3", "cannot read"),
         ("stages.align.model.bridge", "mlp(depth=3) + 1", "cannot read"),
         ("stages.align.model.bridge", 3, "3 is not one of linear, mlp, qformer"),
         ("stages.align.model.cut", "never", "none of int"),
-        ("stages.align.model", "other", "holds a whole ModelSpec; name one of its fields"),
+        ("stages.align.model", "other", "holds a complete ModelSpec. Fix: name one of its fields"),
         ("stages.align.trains", "bridge", "takes a mapping such as"),
         ("stages.align.trains.bridge.*", "much", "must be float"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_a_hint(path: str, given: Any, words: str) -> None:
+def test_invalid_change_is_rejected_with_a_suggestion(path: str, given: Any, words: str) -> None:
     with pytest.raises(SpecError, match=words):
         override(system(), {path: given})
 
@@ -161,13 +161,13 @@ def test_what_does_not_fit_is_refused_with_a_hint(path: str, given: Any, words: 
 # --- flat, to_dict, from_dict ----------------------------------------------------------------------------------------
 
 
-def test_flat_gives_what_override_takes() -> None:
+def test_override_accepts_the_output_of_flat() -> None:
     assert override(system(), flat(system())) == system()
     for path, leaf in flat(system()).items():
         assert override(system(), {path: leaf}) == system(), path
 
 
-def test_flat_of_a_variant_turns_the_system_into_it() -> None:
+def test_flat_of_a_variant_recreates_it() -> None:
     changes = {
         "stages.*.model.bridge": "linear",
         "stages.align.optim.clip": 0.5,
@@ -177,13 +177,13 @@ def test_flat_of_a_variant_turns_the_system_into_it() -> None:
     assert override(system(), flat(variant)) == variant
 
 
-def test_flat_as_words_of_a_command_line_gives_the_same_system() -> None:
+def test_flat_as_command_line_strings_recreates_the_system() -> None:
     assert (
         override(system(), {path: str(leaf) for path, leaf in flat(system()).items()}) == system()
     )
 
 
-def test_flat_names_kinds_and_leaves() -> None:
+def test_flat_yields_kinds_and_leaves() -> None:
     leaves = flat(system())
     assert leaves["stages.align.model.bridge"] == "mlp"
     assert leaves["stages.align.model.bridge.depth"] == 2
@@ -205,10 +205,10 @@ def test_dict_round_trip_through_json() -> None:
         ({"_": "bridgework.system:Pixels", "sise": 3}, "does not fit bridgework.system:Pixels"),
     ],
 )
-def test_a_recipe_of_another_version_is_refused(change: Mapping[str, Any], words: str) -> None:
+def test_recipe_of_another_version_is_rejected(change: Mapping[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         from_dict(change)
 
 
-def test_a_system_can_be_sent_to_another_process() -> None:
+def test_system_can_be_pickled() -> None:
     assert pickle.loads(pickle.dumps(system())) == system()

@@ -1,4 +1,4 @@
-"""Files and folders appear complete or not at all; a full disk is named as such."""
+"""Durable writes: files and folders appear complete or not at all; a full disk is reported."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from bridgework.errors import ResourceError
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 kB."""
+    """Mount a disk of 64 kB."""
     place = tmp_path / "disk"
     place.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(place)]
@@ -26,7 +26,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_file_is_replaced_without_temporary_files(tmp_path: Path) -> None:
     file = tmp_path / "recipe.json"
     for content in ("{}", b'{"a": 1}'):
         storage.write_atomic(file, content)
@@ -34,7 +34,7 @@ def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["recipe.json"]
 
 
-def test_a_file_may_be_for_its_owner_alone(tmp_path: Path) -> None:
+def test_file_may_be_private(tmp_path: Path) -> None:
     storage.write_atomic(tmp_path / "key", "secret", mode=0o600)
     storage.write_atomic(tmp_path / "open", "words")
     assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
@@ -52,7 +52,7 @@ def test_a_folder_appears_complete_and_replaces_the_older_one(tmp_path: Path) ->
     assert os.listdir(tmp_path) == ["made"]
 
 
-def test_a_folder_that_fails_leaves_the_older_one(tmp_path: Path) -> None:
+def test_failed_publish_keeps_the_older_folder(tmp_path: Path) -> None:
     with storage.publishing(tmp_path / "made") as folder:
         (folder / "one").write_text("one")
     with (
@@ -71,7 +71,7 @@ def test_appended_lines_follow_each_other(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "a\nb\n"
 
 
-def test_a_full_disk_is_named_and_nothing_half_written_stays(small_disk: Path) -> None:
+def test_full_disk_is_reported_and_partial_files_are_removed(small_disk: Path) -> None:
     file = small_disk / "log"
     storage.append(file, "a line\n")
     with pytest.raises(
@@ -90,7 +90,7 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(small_disk: Path) -
 
 
 @pytest.mark.parametrize("library", ["torch", "safetensors"])
-def test_a_full_disk_is_named_whatever_a_library_says(library: str, small_disk: Path) -> None:
+def test_full_disk_is_reported_for_errors_of_libraries(library: str, small_disk: Path) -> None:
     tensors = {"weight": torch.zeros(100_000)}
     with pytest.raises(ResourceError, match="the disk is full"), storage.disk_errors(small_disk):
         if library == "torch":
@@ -99,7 +99,7 @@ def test_a_full_disk_is_named_whatever_a_library_says(library: str, small_disk: 
             save_file(tensors, small_disk / "weights.safetensors")
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_are_unchanged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), storage.disk_errors(tmp_path):
         (tmp_path / "absent").read_text()
     with pytest.raises(RuntimeError, match="a rank"), storage.disk_errors(tmp_path):

@@ -1,4 +1,4 @@
-"""A path or URL finds its store; one that has none is said in one line."""
+"""File systems of paths and URLs, and errors for unknown ones."""
 
 import pytest
 
@@ -14,18 +14,18 @@ def test_a_path_and_a_url_find_their_stores() -> None:
 
 
 @pytest.mark.parametrize("url", ["foo://x", "pipe://cat /etc/passwd"])
-def test_a_protocol_that_nobody_knows_is_an_error_with_those_that_are(url: str) -> None:
+def test_unknown_protocol_is_an_error_with_the_known_ones(url: str) -> None:
     with pytest.raises(DataError, match=f"{url}.*Protocol not known.*memory"):
         find_store(url)
 
 
-def test_a_near_miss_is_told() -> None:
+def test_near_protocol_is_suggested() -> None:
     with pytest.raises(DataError, match="did you mean 's3'"):
         find_store("s33://bucket/x")
 
 
-def test_a_protocol_whose_package_is_not_here_says_so() -> None:
+def test_protocol_without_its_package_is_reported() -> None:
     with pytest.raises(
-        ResourceError, match=r"oci://bucket.*needs a package that is not here.*ocifs"
+        ResourceError, match=r"oci://bucket.*needs a package that is not installed.*ocifs"
     ):
         find_store("oci://bucket/x")

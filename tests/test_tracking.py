@@ -1,4 +1,4 @@
-"""The journal that no tracker can lose, and the tracker that lives in memory."""
+"""The metrics journal, and the tracker in memory."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_nothing_is_written_before_flush_nor_by_an_empty_one(tmp_path: Path) -> 
     assert read(journal) == []
 
 
-def test_a_reader_goes_on_after_the_part_it_knows(tmp_path: Path) -> None:
+def test_reader_continues_at_its_position(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.append({"loss": 2.0}, 1)
     journal.flush()
@@ -48,7 +48,7 @@ def test_a_reader_goes_on_after_the_part_it_knows(tmp_path: Path) -> None:
     assert read(journal, after=part) == [("loss", 1.0, 2)]
 
 
-def test_a_redone_step_stands_twice(tmp_path: Path) -> None:
+def test_repeated_step_occurs_twice(tmp_path: Path) -> None:
     for value in (2.0, 2.0):  # a worker, and the one that took its place
         journal = Journal(tmp_path)
         journal.append({"loss": value}, 7)
@@ -56,7 +56,7 @@ def test_a_redone_step_stands_twice(tmp_path: Path) -> None:
     assert read(Journal(tmp_path)) == [("loss", 2.0, 7)] * 2
 
 
-def test_a_writer_whose_clock_is_behind_still_comes_last(tmp_path: Path) -> None:
+def test_writer_with_a_slow_clock_still_sorts_last(tmp_path: Path) -> None:
     ahead = tmp_path / f"{time.time_ns() + 10**15:020d}-abcdef.jsonl"
     ahead.write_text(json.dumps({"key": "loss", "value": 2.0, "step": 1, "at": 0}) + "\n")
     journal = Journal(tmp_path)
@@ -66,7 +66,7 @@ def test_a_writer_whose_clock_is_behind_still_comes_last(tmp_path: Path) -> None
     assert read(journal, after=ahead.name) == [("loss", 1.0, 2), ("loss", 1.0, 3)]
 
 
-def test_a_line_that_was_cut_short_is_not_read_and_is_read_once_it_is_complete(
+def test_incomplete_line_is_read_once_it_is_complete(
     tmp_path: Path,
 ) -> None:
     journal = Journal(tmp_path)
@@ -87,7 +87,7 @@ def test_a_line_that_was_cut_short_is_not_read_and_is_read_once_it_is_complete(
 def test_a_flush_lists_no_folder_and_opens_no_file_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The work of a flush is bounded: a run of a week has as many files as one of a minute."""
+    """The work of a flush is bounded: a week's run has as many files as a minute's."""
     for number in range(50):
         (tmp_path / f"{10**18 + number:020d}-abcdef.jsonl").write_text("")
     journal, listed = Journal(tmp_path), list[str]()
@@ -136,7 +136,7 @@ def test_metrics_that_cannot_be_written_wait_and_never_raise(
     assert "metrics are written again; those of 0 steps were lost" in caplog.text
 
 
-def test_metrics_that_wait_have_an_end_and_what_is_lost_is_counted(
+def test_waiting_metrics_are_bounded_and_lost_ones_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "MAX_PENDING", 4)
@@ -160,7 +160,7 @@ def test_infinite_and_undefined_values_survive(tmp_path: Path) -> None:
     assert undefined != undefined and infinite == float("inf")
 
 
-def test_a_run_with_the_same_key_is_taken_up_again() -> None:
+def test_run_with_the_same_key_is_resumed() -> None:
     tracker: Tracker = MemoryTracker()
     parent = tracker.start("llava", tags={"run_key": "r1"})
     tracker.finish(parent, "FAILED")
@@ -170,7 +170,7 @@ def test_a_run_with_the_same_key_is_taken_up_again() -> None:
     assert tracker.start("llava") != tracker.start("llava")
 
 
-def test_a_run_keeps_what_it_is_told(tmp_path: Path) -> None:
+def test_run_stores_logged_values(tmp_path: Path) -> None:
     tracker = MemoryTracker()
     run_id = tracker.start("align", tags={"run_key": "r1"})
     point = Point("loss", 2.0, 1, 0)
@@ -203,7 +203,7 @@ def test_an_alias_points_at_one_version() -> None:
     assert champion.aliases == ("challenger", "champion")
 
 
-def test_what_the_tracker_does_not_know_is_an_error() -> None:
+def test_unknown_name_is_an_error() -> None:
     tracker = MemoryTracker()
     run_id = tracker.start("align")
     tracker.register("llava", tracker.output(run_id, "align", "/a", {}), run_id, "/a", {})

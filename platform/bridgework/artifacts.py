@@ -1,8 +1,10 @@
-"""Weights artifacts: what goes from stage to stage, into the tracker, to export and to serving.
+"""Weights artifacts: the output of a stage, read by later stages, tracker, export and serving.
 
-A folder of three files: `weights.safetensors` (every tensor that pretrained weights do not bring back: what was
-trained here or in the stages before, and what had no pretrained weights), `recipe.json` (the system as resolved) and
-`artifact.json` (written last: a folder without it is not an artifact). Nothing in it is unpickled.
+A folder of three files, none of which is unpickled:
+- `weights.safetensors`: all tensors that cannot be reloaded from the pretrained checkpoint, which
+  are tensors trained in this or an earlier stage, and tensors without pretrained weights;
+- `recipe.json`: the resolved system;
+- `artifact.json`: written last, so a folder without it is not an artifact.
 """
 
 import hashlib
@@ -33,11 +35,11 @@ FILE = "artifact.json"
 
 @dataclass(frozen=True)
 class Info:
-    """What an artifact says of itself."""
+    """Contents of artifact.json."""
 
     system: str
     stage: str
-    fingerprint: str  # of the whole recipe
+    fingerprint: str  # of the complete recipe
     digest: str  # sha256 of weights.safetensors
     parent: str | None  # digest of the artifact that the stage started from
     datasets: tuple[DatasetInput, ...]
@@ -50,7 +52,7 @@ class Info:
 
 @dataclass(frozen=True)
 class Loaded:
-    """An artifact, open: the stage that made it, the module in eval mode, and what is known of it."""
+    """An opened artifact: the stage that wrote it, the module in eval mode, and its metadata."""
 
     stage: Stage
     system: System
@@ -58,10 +60,20 @@ class Loaded:
     info: Info
 
 
+@dataclass(frozen=True)
+class StageResult:
+    """A trained stage: its weights, its evaluations, its run and logged model in the tracker."""
+
+    artifact: Path
+    metrics: dict[str, float]
+    run_id: str | None = None
+    model_id: str | None = None
+
+
 def tensors_to_save(
     stage: Stage, names: Iterable[str], trained: Iterable[str], inherited: Iterable[str]
 ) -> list[str]:
-    """The tensors that an artifact must hold, of all tensors of a model."""
+    """Return those of a model's tensor `names` that an artifact must hold."""
     always = {*trained, *inherited}
     return [
         n
@@ -80,7 +92,7 @@ def save(
     datasets: Sequence[DatasetInput] = (),
     steps: int = 0,
 ) -> Info:
-    """Write an artifact; `folder` appears complete or not at all, and replaces an older one of the same name.
+    """Write an artifact; `folder` appears complete or not at all, and replaces an older one.
 
     Raises WeightsError for a NaN or an infinity in a tensor, before anything is written.
     """
@@ -104,9 +116,8 @@ def save(
             version=__version__,
         )
         (temporary / "recipe.json").write_text(json.dumps(to_dict(system), indent=1))
-        shutil.copymode(
-            temporary / "recipe.json", temporary / "weights.safetensors"
-        )  # safetensors' own is 600
+        # safetensors creates its files with mode 600
+        shutil.copymode(temporary / "recipe.json", temporary / "weights.safetensors")
         (temporary / FILE).write_text(json.dumps(asdict(info), indent=1))
         if folder.exists():
             shutil.rmtree(folder)
@@ -117,59 +128,63 @@ def save(
 
 
 def info_file(folder: Path) -> Path:
-    """Return the file that is written last, by its name today or before."""
-    before = folder / old_names.ARTIFACT_FILE
-    return before if before.is_file() else folder / FILE
+    """Return the path of artifact.json, under its old name if the folder has that."""
+    old = folder / old_names.ARTIFACT_FILE
+    return old if old.is_file() else folder / FILE
 
 
 def describe(path: str | Path) -> Info:
-    """What the artifact under `path` says of itself. Raises WeightsError when there is none."""
+    """Read the metadata of the artifact under `path`. Raises WeightsError if there is none."""
     return _info(_json(Path(path), info_file(Path(path)).name))
 
 
 def recipe(path: str | Path) -> System:
-    """The system as resolved when the artifact was made."""
+    """Read the resolved system with which the artifact was trained."""
     try:
         system = from_dict(_json(Path(path), "recipe.json"))
     except RecursionError:
         raise WeightsError(f"{path}/recipe.json is nested too deeply to be a recipe") from None
     if not isinstance(system, System):
-        raise WeightsError(f"{path}/recipe.json is no system; train the stage again")
+        raise WeightsError(
+            f"{path}/recipe.json does not hold a system. Got {type(system).__name__}; "
+            "expected System. Fix: train the stage again"
+        )
     return system
 
 
 def weights(path: str | Path, globs: Sequence[str] = ("*",)) -> dict[str, Tensor]:
-    """Its tensors whose names match, on the CPU.
+    """Load the artifact's tensors whose names match a glob, on the CPU.
 
-    Raises WeightsError when the file is not the one that was written, a glob matches nothing in it, or a tensor holds
-    a NaN or an infinity.
+    Raises WeightsError if the file has changed since it was written, a glob matches no tensor, or a
+    tensor holds a NaN or an infinity.
     """
     info, file = describe(path), Path(path) / "weights.safetensors"
     if not file.is_file() or _sha256(file) != info.digest:
         raise WeightsError(
-            f"{file} is missing or not the file that was written (sha256 differs); train the stage again"
+            f"{file} is missing or has changed since it was written (sha256 differs). "
+            "Fix: train the stage again"
         )
     try:
-        found: dict[str, Tensor] = load_file(file)
+        stored: dict[str, Tensor] = load_file(file)
     except SafetensorError as error:
-        raise WeightsError(f"{file} cannot be read: {error}; train the stage again") from None
+        raise WeightsError(f"{file} cannot be read: {error}. Fix: train the stage again") from None
     for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in found):
+        if not any(fnmatchcase(name, glob) for name in stored):
             raise WeightsError(
                 f"{file} has no tensor {glob!r}"
-                + suggest(glob, {n.split(".")[0] + ".*" for n in found})
+                + suggest(glob, {n.split(".")[0] + ".*" for n in stored})
             )
-    wanted = {
+    matching = {
         name: tensor
-        for name, tensor in found.items()
+        for name, tensor in stored.items()
         if any(fnmatchcase(name, glob) for glob in globs)
     }
-    check_finite(wanted, str(file))
-    return wanted
+    check_finite(matching, str(file))
+    return matching
 
 
 def check_finite(state: Mapping[str, Tensor], where: str) -> None:
-    """Raises WeightsError that names the tensors with a NaN or an infinity in them."""
+    """Raise WeightsError, with their names, if tensors hold a NaN or an infinity."""
     wrong = [
         name
         for name, tensor in state.items()
@@ -178,74 +193,68 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
     if wrong:
         names = _summarize("", wrong)[0].strip()
         raise WeightsError(
-            f"{where}: not all numbers are finite. Got NaN or infinity in {len(wrong)} of {len(state)} tensors: {names}"
-            "; expected finite weights. Fix: train the stage again, from a checkpoint before its loss diverged"
+            f"{where}: not all numbers are finite. Got NaN or infinity in {len(wrong)} of "
+            f"{len(state)} tensors: {names}; expected finite weights. Fix: train the stage again, "
+            "from a checkpoint before its loss diverged"
         )
 
 
 def _is_finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0:
         return True
-    wide = (
-        tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()
-    )  # float8 has no extremes in torch
-    return bool(
-        torch.stack(wide.aminmax()).isfinite().all()
-    )  # a NaN is both extremes, and it takes no copy
+    # torch has no aminmax for float8. A NaN is both extremes, and aminmax makes no copy.
+    wide = tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()
+    return bool(torch.stack(wide.aminmax()).isfinite().all())
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
-    """Build the artifact's model and put its weights in. Raises WeightsError when they do not fit."""
+    """Build the artifact's model and load its weights. Raises WeightsError if they do not fit."""
     info, system = describe(path), recipe(path)
     stage = system[info.stage]
     model = stage.model.build()
     state = weights(path)
-    own = dict(model.named_parameters()) | dict(
-        model.named_buffers()
-    )  # of tied tensors, the name that was saved
+    # of tied tensors, only the name that was saved
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
     missing = [
         n for n in tensors_to_save(stage, model.state_dict(), [], []) if n in own and n not in state
     ]
     if missing:
         raise WeightsError(
-            "; ".join(_summarize(f"{path} lacks", missing)) + "; train the stage again"
+            "; ".join(_summarize(f"{path} lacks", missing)) + ". Fix: train the stage again"
         )
     load_into(model, state, str(path))
     return Loaded(stage=stage, system=system, model=model.to(device).eval(), info=info)
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load tensors by name into a model; positions of a ViT for another image size are interpolated.
+    """Load tensors by name into a model.
 
-    A wiring with an `adopt` says first what becomes of weights that another spec of its kind left. Raises WeightsError
-    that names what is too much or has another shape.
+    Positions of a ViT for another image size are interpolated. A wiring's `adopt`, if it has one,
+    first converts weights that another spec of its kind wrote. Raises WeightsError, with the names,
+    for extra tensors and other shapes.
     """
     own, state = model.state_dict(), remap_state_dict(model, getattr(model, "adopt", dict)(state))
     extra = sorted(set(state) - set(own))
-    wrong = [f"{n} {list(state[n].shape)} against {list(own[n].shape)}" for n in state if n in own]
     wrong = [
-        w
-        for n, w in zip([n for n in state if n in own], wrong, strict=True)
-        if state[n].shape != own[n].shape
+        f"{name} {list(tensor.shape)} against {list(own[name].shape)}"
+        for name, tensor in state.items()
+        if name in own and tensor.shape != own[name].shape
     ]
     if extra or wrong:
         raise WeightsError(
             f"{where} does not fit the model: "
             + "; ".join(_summarize("the model has no", extra) + _summarize("shapes differ:", wrong))
-            + "; start from weights of the same model, or change the stage's model"
+            + ". Fix: start from weights of the same model, or change the stage's model"
         )
     model.load_state_dict(state, strict=False)
 
 
-def _summarize(what: str, names: list[str]) -> list[str]:
-    return (
-        [
-            f"{what} {', '.join(names[:3])}"
-            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        ]
-        if names
-        else []
-    )
+def _summarize(title: str, names: list[str]) -> list[str]:
+    """Return [] or one text: the title, the first three names and the number of the others."""
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"{title} {', '.join(names[:3])}{more}"]
 
 
 def _json(folder: Path, name: str) -> dict[str, Any]:
@@ -254,14 +263,11 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
         return value
     except FileNotFoundError:
         raise WeightsError(
-            f"{folder} is not an artifact (no {name}); give the folder that a finished stage wrote, "
-            "e.g. <home>/runs/RUN/STAGE/artifact"
+            f"{folder} is not an artifact (no {name}). Fix: give the folder that a finished stage "
+            "wrote, e.g. <home>/runs/RUN/STAGE/artifact"
         ) from None
-    except (
-        NotADirectoryError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: no JSON, or no text
+    except (NotADirectoryError, ValueError, RecursionError) as error:
+        # ValueError: not JSON, or not UTF-8
         raise WeightsError(f"{folder / name} cannot be read: {error}") from None
 
 
@@ -272,7 +278,7 @@ def _info(value: dict[str, Any]) -> Info:
             isinstance(text, str)
             for text in (info.system, info.stage, info.fingerprint, info.digest)
         ):
-            raise TypeError("system, stage, fingerprint and digest are texts")
+            raise TypeError("system, stage, fingerprint and digest must be strings")
         return info
     except (TypeError, KeyError, AttributeError) as error:
         raise WeightsError(
@@ -283,13 +289,3 @@ def _info(value: dict[str, Any]) -> Info:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """A trained stage: its weights, its evaluations, its run and logged model in the tracker."""
-
-    artifact: Path
-    metrics: dict[str, float]
-    run_id: str | None = None
-    model_id: str | None = None

@@ -1,6 +1,7 @@
-"""Specs as values: frozen dataclasses that are read, changed and named by dotted path.
+"""Specs: frozen dataclasses of configuration that are read, changed and named by dotted path.
 
-One dotted path is the `--set` word, the key of a sweep and the parameter in MLflow: `override` takes what `flat` gives.
+One dotted path is the `--set` argument, the search key of a sweep and the parameter in MLflow:
+`override` accepts the output of `flat`.
 """
 
 import ast
@@ -19,37 +20,32 @@ from bridgework import old_names
 from bridgework.errors import SpecError, suggest
 
 T = TypeVar("T")
-Change = tuple[
-    list[str], Any, str
-]  # what is left of the path, the new value, the whole path for messages
-TRUST = "BRIDGEWORK_TRUST"  # environment: packages besides bridgework whose specs a recipe may name, by commas
-_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", re.ASCII)
-FLOAT32_MAX, FLOAT32_TINY = (
-    3.4028234e38,
-    1.1754944e-38,
-)  # the largest number, and the smallest of full precision
-ADDED = "added"  # in a field's metadata: `to_dict` leaves the field out at its default
-WORDS = {
-    "true": True,
-    "yes": True,
-    "on": True,
-    "1": True,
-    "false": False,
-    "no": False,
-    "off": False,
-    "0": False,
+Change = tuple[list[str], Any, str]  # rest of the path, new value, complete path for messages
+# Environment variable: packages other than bridgework whose specs a recipe may name,
+# comma-separated.
+TRUST = "BRIDGEWORK_TRUST"
+FLOAT32_MAX = 3.4028234e38
+FLOAT32_TINY = 1.1754944e-38  # the smallest number of full precision
+ADDED = "added"  # key of a field's metadata: `to_dict` omits the field at its default
+BOOLEANS = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
 }
+_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", re.ASCII)
 
 
 def option(*, default: Any = MISSING) -> Any:
-    """A spec's field that changes nothing of what is learned: a run may resume with another value."""
+    """Return a spec's field that does not affect the training result.
+
+    A run may resume with another value of it.
+    """
     return field(default=default, metadata={"option": True})
 
 
 def added(*, default: T) -> T:
-    """Return a field that a spec gained after recipes and artifacts of it existed.
+    """Return a field that was added to a spec after recipes and artifacts with the spec existed.
 
-    At its default it is not written, so the fingerprints of recipes that do not set it stay the same.
+    It is not written at its default, so fingerprints of recipes that do not set it stay the same.
     """
     return field(default=default, metadata={ADDED: True})
 
@@ -58,29 +54,42 @@ def added(*, default: T) -> T:
     frozen_default=True, kw_only_default=True, field_specifiers=(field, option, added)
 )
 def config_class(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass (a plain alias of `dataclass(...)` would blind mypy to the fields)."""
+    """Decorate a class as a frozen, keyword-only dataclass.
+
+    A plain alias of `dataclass(...)` would hide the fields from mypy.
+    """
     return dataclass(frozen=True, kw_only=True)(cls)
 
 
-def to_dict(value: Any, *, options: bool = True) -> Any:
-    """JSON-ready; a spec becomes {"_": "module:Class", field: ...}. A mapping keeps its order (`trains` needs it).
+def is_spec(value: Any) -> bool:
+    return is_dataclass(value) and not isinstance(value, type)
 
-    Without `options` it is the identity of what is described: fields made by `option` are left out.
+
+def kind(cls: type) -> str:
+    """Return the command-line name of a spec class: `MLP` -> mlp, `QFormerConfig` -> qformer."""
+    return cls.__name__.removesuffix("Config").lower()
+
+
+def to_dict(value: Any, *, options: bool = True) -> Any:
+    """Return a JSON-ready copy; a spec becomes {"_": "module:Class", field: ...}.
+
+    A mapping keeps its order, because the order of `trains` matters. Without `options` the fields
+    made by `option` are omitted: the rest is the identity of the recipe.
     """
     if is_spec(value):
         head = {"_": f"{type(value).__module__}:{type(value).__qualname__}"}
-        named = {
+        items = {
             f.name: getattr(value, f.name)
             for f in fields(value)
             if options or not f.metadata.get("option")
         }
-        quiet = {
+        omitted = {
             f.name
             for f in fields(value)
             if ADDED in f.metadata and getattr(value, f.name) == f.default
         }
         return head | {
-            n: to_dict(item, options=options) for n, item in named.items() if n not in quiet
+            n: to_dict(item, options=options) for n, item in items.items() if n not in omitted
         }
     if isinstance(value, Mapping):
         return {str(k): to_dict(v, options=options) for k, v in value.items()}
@@ -90,10 +99,11 @@ def to_dict(value: Any, *, options: bool = True) -> Any:
 
 
 def from_dict(value: Any) -> Any:
-    """The inverse of `to_dict`. Raises SpecError for a class that is gone or is not a spec.
+    """Invert `to_dict`. Raises SpecError for a class that does not exist or is not a spec.
 
-    What a recipe names is called only if it is a spec, and imported only from bridgework, from what this process has
-    imported already, and from the packages in $BRIDGEWORK_TRUST: a recipe comes with weights, perhaps from a stranger.
+    A recipe may come from a stranger, e.g. with downloaded weights. Its classes are therefore
+    called only if they are specs, and imported only from bridgework, from modules that this process
+    has already imported, and from the packages in $BRIDGEWORK_TRUST.
     """
     if isinstance(value, list):
         return tuple(from_dict(v) for v in value)
@@ -101,32 +111,34 @@ def from_dict(value: Any) -> Any:
         return value
     if "_" not in value:
         return {k: from_dict(v) for k, v in value.items()}
-    cls = _named(value["_"])
+    cls = _import_spec(value["_"])
     own = {f.name for f in fields(cls)}
     given: dict[str, Any] = {}
-    for name, item in value.items():
-        if name != "_":
-            given[str(name) if name in own else old_names.FIELDS.get(str(name), str(name))] = (
-                from_dict(item)
-            )
+    for key, item in value.items():
+        if key != "_":
+            name = str(key)
+            given[name if name in own else old_names.FIELDS.get(name, name)] = from_dict(item)
     try:
         return cls(**given)
     except (TypeError, AttributeError, ArithmeticError) as error:
         raise SpecError(f"the recipe does not fit {value['_']}: {error}") from None
 
 
-def _named(name: Any) -> type:
-    """The spec `module:Class`."""
+def _import_spec(name: Any) -> type:
+    """Import the spec class `module:Class`."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise SpecError(f"the recipe names {str(name)[:100]!r}, which is no module:Class")
+        raise SpecError(
+            f"the recipe names a class that cannot be read. Got {str(name)[:100]!r}; "
+            "expected module:Class"
+        )
     name = old_names.current_class(name)
     module, _, attribute = name.partition(":")
     trusted = {"bridgework", *os.environ.get(TRUST, "").split(",")}
     package = module.partition(".")[0]
     if module not in sys.modules and package not in trusted:
         raise SpecError(
-            f"the recipe names {name!r}, and only specs of bridgework are imported; "
-            f"if you trust that package, set {TRUST}={package}"
+            f"the recipe names {name!r}, and only specs of bridgework are imported. "
+            f"Fix: if you trust that package, set {TRUST}={package}"
         )
     try:
         cls = getattr(import_module(module), attribute)
@@ -140,9 +152,10 @@ def _named(name: Any) -> type:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf by its dotted path, e.g. {"stages.align.optim.peak_lr": 0.002}; what `override` takes.
+    """Return every leaf by its dotted path, e.g. {"stages.align.optim.peak_lr": 0.002}.
 
-    A field that may hold several kinds of spec gives its kind too: {"model.bridge": "mlp", "model.bridge.depth": 2}.
+    `override` accepts the result. A field that may hold several kinds of spec also yields its kind:
+    {"model.bridge": "mlp", "model.bridge.depth": 2}.
     """
     leaves: dict[str, Any] = {}
     if is_spec(value):
@@ -162,12 +175,15 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def override(value: T, changes: Mapping[str, Any]) -> T:
-    """A copy of `value` with each dotted path replaced, e.g. {"stages.align.optim.peak_lr": 3e-5}.
+    """Return a copy of `value` with other values at dotted paths.
 
-    `*` stands for every element (`stages.*.model.bridge`). A string is parsed by the field's type, so words from a
-    command line work as they are; a field with several kinds of spec is switched by name (`bridge=linear`,
-    `bridge=mlp(depth=3)`). All changes are made at once, so values that must fit each other may change together; a
-    whole value goes before its fields. Raises SpecError, with a suggestion, for a path or a value that does not fit.
+    changes: path -> value, e.g. {"stages.align.optim.peak_lr": 3e-5}. `*` means every element
+    (`stages.*.model.bridge`). A string is parsed by the field's type, so command-line arguments
+    work unchanged. A field with several kinds of spec is switched by name (`bridge=linear`,
+    `bridge=mlp(depth=3)`). All changes are applied at once, so values that must match each other
+    may change together; a complete value is replaced before its fields.
+
+    Raises SpecError, with a suggestion, for a path or a value that does not fit.
     """
     return cast(
         T,
@@ -176,7 +192,7 @@ def override(value: T, changes: Mapping[str, Any]) -> T:
 
 
 def positive(what: str, value: Any, *names: str) -> None:
-    """Raises SpecError where one of these fields of a spec is below 1; `what` is how messages call the spec."""
+    """Raise SpecError if a field in `names` is below 1; what: the spec's name in messages."""
     for name in names:
         if getattr(value, name) < 1:
             raise SpecError(f"{what}.{name} must be at least 1, got {getattr(value, name)}")
@@ -190,18 +206,17 @@ def bounded(
     least: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raises SpecError for a number that is not finite in float32 or out of its range; `what` is its dotted name."""
+    """Raise SpecError for a number that is not finite in float32 or out of its range.
+
+    what: the number's dotted name in the message.
+    """
     low = (above is None or value > above) and (least is None or value >= least)
     high = (below is None or value < below) and abs(value) <= FLOAT32_MAX
     if isfinite(value) and low and high:
         return
     limits = {"above": above, "at least": least, "below": below}
-    words = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
-    raise SpecError(f"{what} must be {words or 'a number'}, finite in float32, got {value:g}")
-
-
-def is_spec(value: Any) -> bool:
-    return is_dataclass(value) and not isinstance(value, type)
+    text = " and ".join(f"{name} {limit:g}" for name, limit in limits.items() if limit is not None)
+    raise SpecError(f"{what} must be {text or 'a number'}, finite in float32, got {value:g}")
 
 
 def _join(prefix: str, name: Any) -> str:
@@ -209,7 +224,10 @@ def _join(prefix: str, name: Any) -> str:
 
 
 def _names(value: Any) -> list[str]:
-    """What the elements of a tuple of specs are called: their `name`, or their kind; [] where that names nothing."""
+    """Return the path names of a tuple's specs: `name`, else the kind; [] if these are not unique.
+
+    [] for any other value, too.
+    """
     if not isinstance(value, tuple) or not all(is_spec(v) for v in value):
         return []
     names = [str(getattr(v, "name", kind(type(v)))) for v in value]
@@ -218,9 +236,8 @@ def _names(value: Any) -> list[str]:
 
 def _apply(value: Any, hint: Any, changes: list[Change]) -> Any:
     for parts, new, path in changes:
-        if not parts and not (
-            is_spec(value) and new == kind(type(value))
-        ):  # the kind that it has already: nothing new
+        unchanged = is_spec(value) and new == kind(type(value))  # the kind that it already has
+        if not parts and not unchanged:
             value = _coerce(new, hint, path)
     inner = [change for change in changes if change[0]]
     if not inner:
@@ -229,17 +246,13 @@ def _apply(value: Any, hint: Any, changes: list[Change]) -> Any:
         return _apply_fields(value, inner)
     if names := _names(value):
         return _apply_elements(value, names, inner)
-    if isinstance(
-        value, Mapping
-    ):  # the keys are globs with dots in them: what is left of the path is the key
+    if isinstance(value, Mapping):  # keys are globs with dots: the rest of the path is the key
         item = (*typing.get_args(hint), Any, Any)[1]
-        return {
-            **value,
-            **{".".join(parts): _coerce(new, item, path) for parts, new, path in inner},
-        }
+        new_items = {".".join(parts): _coerce(new, item, path) for parts, new, path in inner}
+        return {**value, **new_items}
     parts, _, path = inner[0]
     raise SpecError(
-        f"{path}: {parts[0]!r} goes into a plain {type(value).__name__}, which has no fields"
+        f"{path}: {parts[0]!r} is inside a plain {type(value).__name__}, which has no fields"
     )
 
 
@@ -267,20 +280,16 @@ def _apply_elements(
             raise SpecError(f"{path}: no element {head!r}" + suggest(head, names))
         if not rest:
             raise SpecError(
-                f"{path}: {head!r} is a whole {type(value[0]).__name__}; name one of its fields"
+                f"{path}: {head!r} is a complete {type(value[0]).__name__}. "
+                "Fix: name one of its fields"
             )
         for name in names if head == "*" else [head]:
             below[name].append((rest, new, path))
     return tuple(_apply(v, type(v), below[name]) for name, v in zip(names, value, strict=True))
 
 
-def kind(cls: type) -> str:
-    """The word for a spec class on the command line: `MLP` -> mlp, `QFormerConfig` -> qformer."""
-    return cls.__name__.removesuffix("Config").lower()
-
-
 def _coerce(new: Any, hint: Any, path: str) -> Any:
-    """`new` as the type `hint`; a string is read the way a person would write it on a command line."""
+    """Convert `new` to the type `hint`; a string is read as a command-line argument."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return _literal(new) if isinstance(new, str) else new
@@ -301,7 +310,7 @@ def _coerce(new: Any, hint: Any, path: str) -> Any:
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:
-    """The spec classes that a field may hold."""
+    """Return the spec classes that a field may hold."""
     args = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     return tuple(a for a in args if is_dataclass(a) and isinstance(a, type))
 
@@ -325,7 +334,7 @@ def _coerce_union(new: Any, args: tuple[Any, ...], path: str) -> Any:
 
 
 def _variant(new: Any, classes: tuple[type, ...], path: str) -> Any:
-    """`linear` or `mlp(depth=3)`: one of the classes that the field may hold."""
+    """Parse `linear` or `mlp(depth=3)` as one of the classes that the field may hold."""
     if isinstance(new, classes):
         return new
     known = {kind(c): c for c in classes}
@@ -336,48 +345,49 @@ def _variant(new: Any, classes: tuple[type, ...], path: str) -> Any:
         raise SpecError(f"{path}: no kind {name!r}" + suggest(name, known))
     cls = known[name]
     hints, own = typing.get_type_hints(cls), fields(cast(Any, cls))
-    for word in given:
-        if word not in hints:
+    for key in given:
+        if key not in hints:
             raise SpecError(
-                f"{path}: {name} has no field {word!r}" + suggest(word, [f.name for f in own])
+                f"{path}: {name} has no field {key!r}" + suggest(key, [f.name for f in own])
             )
-    need = [
+    missing = [
         f.name
         for f in own
         if f.default is MISSING and f.default_factory is MISSING and f.name not in given
     ]
-    if need:
+    if missing:
         raise SpecError(
-            f"{path}: {name} needs {', '.join(need)}; write it like {name}({need[0]}=VALUE)"
+            f"{path}: {name} needs {', '.join(missing)}. "
+            f"Fix: write it like {name}({missing[0]}=VALUE)"
         )
-    return cls(**{word: _coerce(v, hints[word], path) for word, v in given.items()})
+    return cls(**{key: _coerce(v, hints[key], path) for key, v in given.items()})
 
 
 def _call(text: str, path: str) -> tuple[str, dict[str, Any]]:
-    """`mlp(depth=3)` -> ("mlp", {"depth": 3}); a bare word has no arguments."""
+    """Parse `mlp(depth=3)` to ("mlp", {"depth": 3}); a bare name has no arguments."""
     try:
         call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
-    except (
-        SyntaxError,
-        ValueError,
-        MemoryError,
-        RecursionError,
-    ):  # the last two: brackets without end
+    except (SyntaxError, ValueError):
+        call = None
+    except (MemoryError, RecursionError):  # endless brackets
         call = None
     match call:
-        case ast.Call(func=ast.Name(id=name), args=[], keywords=words) if all(w.arg for w in words):
-            return name, {str(w.arg): _literal(ast.unparse(w.value)) for w in words}
-    raise SpecError(f"{path}: cannot read {text!r}; write it like mlp(depth=3)")
+        case ast.Call(func=ast.Name(id=name), args=[], keywords=given) if all(k.arg for k in given):
+            return name, {str(k.arg): _literal(ast.unparse(k.value)) for k in given}
+    raise SpecError(f"{path}: cannot read {text!r}. Fix: write it like mlp(depth=3)")
 
 
 def _coerce_tuple(new: Any, args: tuple[Any, ...], path: str) -> tuple[Any, ...]:
-    """A tuple or list, or `0.9,0.95` with or without brackets; items with commas in them need quotes."""
+    """Parse a tuple or list, or `0.9,0.95` with or without brackets.
+
+    Items that contain commas need quotes.
+    """
     if isinstance(new, str):
-        read = _literal(new)
+        parsed = _literal(new)
         bare = new[1:-1] if new[:1] in ("(", "[") else new
         new = (
-            read
-            if isinstance(read, tuple | list)
+            parsed
+            if isinstance(parsed, tuple | list)
             else [i.strip() for i in bare.split(",") if i.strip()]
         )
     if not isinstance(new, tuple | list):
@@ -410,8 +420,8 @@ def _scalar(new: Any, hint: Any, path: str) -> Any:
     elif hint is bool:
         if isinstance(new, bool):
             return new
-        if isinstance(new, str) and new.lower() in WORDS:
-            return WORDS[new.lower()]
+        if isinstance(new, str) and new.lower() in BOOLEANS:
+            return BOOLEANS[new.lower()]
     elif hint in (int, float):
         try:
             number = hint(new)
@@ -425,7 +435,8 @@ def _scalar(new: Any, hint: Any, path: str) -> Any:
             pass
     elif isinstance(new, str):
         raise SpecError(
-            f"{path} holds a whole {getattr(hint, '__name__', hint)}; name one of its fields"
+            f"{path} holds a complete {getattr(hint, '__name__', hint)}. "
+            "Fix: name one of its fields"
         )
     else:
         return new

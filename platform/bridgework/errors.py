@@ -1,15 +1,15 @@
-"""What can go wrong, as one tree; every leaf is also the builtin that a caller would expect.
+"""The tree of errors: every leaf is also the builtin exception that a caller would expect.
 
 BridgeworkError
-├── SpecError      (ValueError)    a recipe, a dotted path or a value on the command line
+├── SpecError      (ValueError)    a recipe, a dotted path or a command-line value
 ├── DataError      (ValueError)    a dataset, a manifest, a shard or a sample
 ├── WeightsError   (ValueError)    pretrained weights, an artifact, a parameter's shape
 ├── RunError       (RuntimeError)  a run, a checkpoint, a worker
 │   └── Interrupted                a run that a signal stopped, after a checkpoint
-├── TrackingError  (RuntimeError)  the tracker's answer: no such run, model, alias
+├── TrackingError  (RuntimeError)  the tracker: no answer, or an unknown run, model or alias
 └── ResourceError  (OSError)       the machine: memory, disk, a port, a missing program
 
-A message says what was given, what is allowed and what to do, in one line.
+A message is one line: `<where>: <what happened>. Got X; expected Y. Fix: Z.`
 """
 
 from collections.abc import Iterable
@@ -19,27 +19,26 @@ MESSAGE_CHARS = 8_000
 
 
 class BridgeworkError(Exception):
-    """The root of all errors that bridgework raises on purpose; the command line prints it without a traceback.
+    """Root of all errors that bridgework raises on purpose.
 
-    Of a message longer than MESSAGE_CHARS the middle is left out, and it says so.
+    The command line prints it without a traceback. The middle of a message longer than
+    MESSAGE_CHARS is replaced by a note of its length.
     """
 
     def __init__(self, message: str) -> None:
         if len(message) > MESSAGE_CHARS:
-            kept = (
-                MESSAGE_CHARS - 100
-            ) // 2  # with what is said of the rest, no longer than a message may be
-            left_out = len(message) - 2 * kept
-            message = f"{message[:kept]} .. [{left_out:,} characters] .. {message[-kept:]}"
+            half = (MESSAGE_CHARS - 100) // 2  # 100: room for the note
+            left_out = len(message) - 2 * half
+            message = f"{message[:half]} .. [{left_out:,} characters] .. {message[-half:]}"
         super().__init__(message)
 
 
 class SpecError(BridgeworkError, ValueError):
-    """A recipe, a dotted path or a value is wrong."""
+    """A recipe, a dotted path or a value is invalid."""
 
 
 class DataError(BridgeworkError, ValueError):
-    """A dataset, a manifest, a shard or a sample is wrong."""
+    """A dataset, a manifest, a shard or a sample is invalid."""
 
 
 class WeightsError(BridgeworkError, ValueError):
@@ -47,23 +46,23 @@ class WeightsError(BridgeworkError, ValueError):
 
 
 class RunError(BridgeworkError, RuntimeError):
-    """A run cannot start, go on or be resumed."""
+    """A run cannot start, continue or resume."""
 
 
 class Interrupted(RunError):
-    """A signal stopped a run; its last checkpoint is of the step before."""
+    """A signal stopped a run, after a checkpoint of its last step."""
 
 
 class TrackingError(BridgeworkError, RuntimeError):
-    """The tracker does not know a run, a model, a version or an alias."""
+    """The tracker does not answer, or does not know a run, a model, a version or an alias."""
 
 
 class ResourceError(BridgeworkError, OSError):
-    """The machine lacks something: memory, disk, a free port, a program."""
+    """The machine lacks memory, disk space, a free port or a program."""
 
 
 def suggest(given: str, allowed: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest allowed name, else the list of allowed names."""
+    """Return `"; did you mean 'x'?"` for the nearest allowed name, else the list of all names."""
     names = sorted(set(allowed))
     near = get_close_matches(given, names, n=1)
     if near:

@@ -1,10 +1,10 @@
-"""Old names of config classes and of keys, so that files written before a rename still load.
+"""Old names of classes, fields, files and tags, so that files written before a rename still load.
 
 `config.from_dict` reads a recipe's class names through CLASSES and its fields through FIELDS.
-Nothing else in the package keeps an old name.
+No other module of the package contains an old name.
 """
 
-CLASSES = {  # "module:Class" as written before -> today's, without `bridgework.`
+CLASSES = {  # "module:Class", old -> today's, without the prefix `bridgework.`
     "cli_models:Judges": "cli.models:Evaluations",
     "curation.flow:Limits": "curation.runner:Limits",
     "data.mixtures:Bare": "data.mixture_report:ByteModelConfig",
@@ -36,12 +36,13 @@ CLASSES = {  # "module:Class" as written before -> today's, without `bridgework.
     "serving.images:Limits": "serving.options:Limits",
 }
 
-FIELDS = {"inherits": "init_params", "shard": "zero"}  # of a Stage, as recipes were written before
-ARTIFACT_DIR, ARTIFACT_FILE = "artifact", "artifact.json"  # of a stage's folder
-ARTIFACT_TAG = "artifact"  # of versions and logged models in MLflow
+FIELDS = {"inherits": "init_params", "shard": "zero"}  # fields of a Stage: old name -> today's
+ARTIFACT_DIR, ARTIFACT_FILE = "artefact", "artefact.json"  # in a stage's folder
+ARTIFACT_TAG = "artefact"  # of versions and logged models in MLflow
+FLIGHT_RECORDER_DIR = "flight"  # in a stage's folder
 
 
 def current_class(name: str) -> str:
-    """Return the name today of a config class: `bridgework.models.med:MED` is in models.blip_med."""
+    """Return today's name of a config class, e.g. of `bridgework.models.med:MED`."""
     package, _, short = name.partition(".")
     return f"bridgework.{CLASSES[short]}" if package == "bridgework" and short in CLASSES else name

@@ -1,8 +1,8 @@
-"""The Ray that a command runs on, its own or the cluster's; what is asked of it; and work spread over actors there.
+"""Ray sessions, resource requests to the autoscaler, and work on a pool of actors.
 
-What a stage or an actor needs is asked for, and the autoscaler brings it: what the cluster shows at the
-moment decides nothing but the message while waiting. Ray is imported by what needs it: a machine that
-works in one process has none.
+A command starts its own Ray or joins a cluster. A stage or an actor requests the resources that it
+needs, and the autoscaler provides them: the cluster's current resources affect only the message
+while waiting. Functions import Ray only when they use it, because a run in one process needs none.
 """
 
 import logging
@@ -18,21 +18,72 @@ from typing import Any, ClassVar, TypeVar, cast
 from bridgework.errors import BridgeworkError, ResourceError
 
 T = TypeVar("T")
-TIMEOUT_S = 1_800.0  # how long resources are waited for: a scarce spot node may take many minutes
-SAY_EVERY_S = 10.0
+TIMEOUT_S = 1_800.0  # of a wait for resources: a scarce spot node may take many minutes
+SAY_EVERY_S = 10.0  # interval of the messages while waiting
 FEWER = "ask for fewer (--workers, --gpus-per-worker)"
-ACTOR_CPUS = 0.5  # `workers` is the knob: on a small machine a whole CPU each would not fit beside Ray itself
-
+# CPUs per actor; `workers` sets the parallelism. One CPU each would not fit on a small machine,
+# because Ray itself needs some.
+ACTOR_CPUS = 0.5
 
 log = logging.getLogger(__name__)
 
 
-def potential() -> dict[str, float]:
-    """The most of each resource that the cluster has or, by its node types, the autoscaler may bring."""
+class _Session:
+    """State of this process's Ray session."""
+
+    own: ClassVar[bool] = False  # its own Ray on this machine alone: no node will join it
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Run the block with a quiet Ray: a run reports by its bar, its journal and its errors.
+
+    Inside `ray job submit`, RAY_ADDRESS is set. Otherwise a Ray of this process's own is started:
+    it listens on loopback, has no dashboard, and ends with the block.
+    """
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    _Session.own = connect(log_to_driver=False, logging_level=logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        _Session.own = False
+        ray.shutdown()
+
+
+def connect(**logs: Any) -> bool:
+    """Connect this process to the Ray at `address`, or start its own; returns True for its own.
+
+    `logs` are the arguments of `ray.init` about logs. Raises ResourceError if it cannot be joined.
+    """
     import ray
-    from ray._private.state import (
-        state,
-    )  # the only way to the node types: `ray status` reads them there, too
+
+    named = address()
+    if named is None:
+        # Only this process can reach its Ray, and nothing preempts the machine.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        cpus = max(2, os.cpu_count() or 1)  # one for the workers, one for Ray Data
+        ray.init("local", num_cpus=cpus, include_dashboard=False, **logs)
+        return True
+    ray.init(address=named, **logs)
+    return False
+
+
+def address() -> str | None:
+    """Return the address in RAY_ADDRESS; None if this process starts its own Ray."""
+    named = os.environ.get("RAY_ADDRESS", "")
+    return None if named in ("", "local") else named
+
+
+def potential() -> dict[str, float]:
+    """Return the maximum of each resource, in the cluster now or by its node types."""
+    import ray
+
+    # the only way to the node types, which `ray status` also uses
+    from ray._private.state import state
 
     here, most = dict(ray.cluster_resources()), state.get_max_resources_from_cluster_config() or {}
     return {
@@ -42,16 +93,19 @@ def potential() -> dict[str, float]:
 
 
 def grows(name: str) -> bool:
-    """Return whether the autoscaler may bring more of a resource than there is."""
+    """Return True if the autoscaler may add more of a resource than the cluster has."""
     import ray
 
     return bool(potential().get(name, 0.0) > ray.cluster_resources().get(name, 0.0))
 
 
-def gpus_each(asked: float | None = None) -> float:
-    """GPUs for one worker: what is asked for, else 1 where the cluster has some or can start nodes that have."""
-    if asked is not None:
-        return asked
+def gpus_each(requested: float | None = None) -> float:
+    """Return the GPUs of one worker.
+
+    By default 1 if the cluster has GPUs or can start nodes with GPUs, else 0.
+    """
+    if requested is not None:
+        return requested
     return 1.0 if potential().get("GPU", 0.0) >= 1 else 0.0
 
 
@@ -63,9 +117,10 @@ def wait_for(
     say: Callable[[str], object] = log.warning,
     stopped: Callable[[], object] = lambda: None,
 ) -> None:
-    """Return as soon as the cluster has all `bundles` free at once, and ask the autoscaler for them until then.
+    """Request `bundles` from the autoscaler and return as soon as all are free at the same time.
 
-    Every SAY_EVERY_S `say` hears what is missing, and `stopped` may raise. Raises ResourceError after `timeout_s`.
+    Every SAY_EVERY_S seconds `say` is called with the missing resources. `stopped` is polled and
+    may raise. Raises ResourceError after `timeout_s`.
     """
     from ray.util import placement_group, remove_placement_group
 
@@ -73,15 +128,13 @@ def wait_for(
     for bundle in bundles:
         wanted.update({name: amount for name, amount in bundle.items() if amount})
     most = potential()
-    if _Own.ray and any(most.get(name, 0.0) < amount for name, amount in wanted.items()):
+    if _Session.own and any(most.get(name, 0.0) < amount for name, amount in wanted.items()):
         raise ResourceError(
             f"{what}: this machine cannot run it. Got {_missing(wanted)}. Fix: {FEWER}"
         )
     started = time.monotonic()
     deadline = started + timeout_s
-    group = placement_group(
-        [dict(bundle) for bundle in bundles]
-    )  # a demand, which the autoscaler sees
+    group = placement_group([dict(bundle) for bundle in bundles])  # visible to the autoscaler
     try:
         while True:
             for _ in range(int(SAY_EVERY_S)):
@@ -91,18 +144,17 @@ def wait_for(
                 if time.monotonic() >= deadline:
                     raise ResourceError(
                         f"{what}: the cluster did not have the resources within {timeout_s:g} s. "
-                        f"Got {_missing(wanted)}. Fix: {FEWER}, free some, let the cluster start more nodes, or wait "
-                        "longer (--resource-timeout)"
+                        f"Got {_missing(wanted)}. Fix: {FEWER}, free some, let the cluster start "
+                        "more nodes, or wait longer (--resource-timeout)"
                     )
-            say(
-                f"{what}: waiting for {_missing(wanted)}; {time.monotonic() - started:.0f} of {timeout_s:g} s"
-            )
+            elapsed = time.monotonic() - started
+            say(f"{what}: waiting for {_missing(wanted)}; {elapsed:.0f} of {timeout_s:g} s")
     finally:
         remove_placement_group(group)
 
 
 def _missing(wanted: Mapping[str, float]) -> str:
-    """`8 x GPU: 2 of 8 in the cluster, 0 free; the autoscaler may start nodes with up to 16`."""
+    """Return e.g. `8 x GPU: 2 of 8 in the cluster, 0 free; the autoscaler may start nodes ..`."""
     import ray
 
     here, free, most = ray.cluster_resources(), ray.available_resources(), potential()
@@ -114,16 +166,17 @@ def _missing(wanted: Mapping[str, float]) -> str:
         grow = (
             f"the autoscaler may start nodes for up to {most[name]:g}"
             if most.get(name, 0.0) > own
-            else "no autoscaler is known that starts more"
+            else "no known autoscaler starts more"
         )
         parts.append(
-            f"{amount:g} x {name}: {own:g} of {amount:g} in the cluster, {free.get(name, 0.0):g} free; {grow}"
+            f"{amount:g} x {name}: {own:g} of {amount:g} in the cluster, "
+            f"{free.get(name, 0.0):g} free; {grow}"
         )
-    return " and ".join(parts) or "room on the nodes: what is free is spread over too many of them"
+    return " and ".join(parts) or "nodes whose free resources are spread over too many of them"
 
 
 def map_on_actors(
-    made: Callable[[], Callable[[T], object]],
+    make: Callable[[], Callable[[T], object]],
     items: Sequence[T],
     workers: int,
     *,
@@ -131,16 +184,17 @@ def map_on_actors(
     what: str = "the actors",
     timeout_s: float = TIMEOUT_S,
 ) -> None:
-    """Call what `made` makes on every item: by at most `workers` actors of Ray, or with 0 in this process.
+    """Call the function that `make` returns on every item, on at most `workers` Ray actors.
 
-    `made` is called once in each actor, and holds what is expensive to load; it and the items are picklable. With
-    `gpus`, every actor has one where the cluster has some or can start nodes that have, and there are at most as many
-    actors; the first is waited for. Raises what a call raises, if it is an error of ours, and ResourceError.
+    With 0 workers the calls run in this process. `make` runs once per actor and may load expensive
+    objects; it and the items must be picklable. With `gpus`, every actor has one GPU if the cluster
+    has GPUs or can start nodes with GPUs, and the number of actors is at most that of the GPUs. The
+    call waits for the first actor. Raises a BridgeworkError that a call raises, and ResourceError.
     """
     if not items:
         return
     if not workers:
-        work = made()
+        work = make()
         for item in items:
             work(item)
         return
@@ -151,49 +205,47 @@ def map_on_actors(
         most = int(potential()["GPU"] // gpu)
         if most < actors:
             log.warning(
-                "%s: %d of %d, since the cluster has or can start no more GPUs", what, most, actors
+                "%s: %d of %d, because the cluster has or can start no more GPUs",
+                what,
+                most,
+                actors,
             )
         actors = min(actors, most)
-    wait_for(
-        what, [{"CPU": ACTOR_CPUS, "GPU": gpu}], timeout_s=timeout_s
-    )  # Ray Data begins with the first actor
-    done = ray.data.from_items(
+    # Ray Data begins with the first actor.
+    wait_for(what, [{"CPU": ACTOR_CPUS, "GPU": gpu}], timeout_s=timeout_s)
+    results = ray.data.from_items(
         [{"item": item} for item in items], override_num_blocks=len(items)
     ).map(
         cast(Any, _Actor),
-        fn_constructor_args=(made, os.getcwd(), max(1, (os.cpu_count() or 1) // actors)),
+        fn_constructor_args=(make, os.getcwd(), max(1, (os.cpu_count() or 1) // actors)),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=ACTOR_CPUS,
         num_gpus=gpu,
     )
-    for row in done.iter_rows():
+    for row in results.iter_rows():
         if row["error"]:
             module, _, name = row["error"].partition(":")
             raise getattr(import_module(module), name)(row["message"])
 
 
-class _Own:
-    """Remembers that the Ray of this process is its own, on this machine alone: no node will join it."""
-
-    ray: ClassVar[bool] = False
-
-
 class _Actor:
-    """Works in the folder of the process that asked: relative paths mean what they say."""
+    """Runs calls in the working folder of the calling process, so that relative paths are valid."""
 
     def __init__(
-        self, made: Callable[[], Callable[[Any], object]], folder: str, threads: int
+        self, make: Callable[[], Callable[[Any], object]], folder: str, threads: int
     ) -> None:
-        with suppress(OSError):  # another machine may have no such folder, and URLs need none
+        with suppress(OSError):  # the folder may not exist on another machine; URLs do not need it
             os.chdir(folder)
-        self._work = made()
+        self._work = make()
         if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(
-                threads
-            )  # Ray's own choice follows num_cpus, not the cores
+            # Ray's default follows num_cpus, not the cores.
+            sys.modules["torch"].set_num_threads(threads)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        """The class and the message of an error of ours: Ray would wrap what is raised, and drop its cause."""
+        """Return class and message of a BridgeworkError, since Ray would wrap it without its cause.
+
+        Both are empty after success.
+        """
         try:
             self._work(row["item"])
         except BridgeworkError as error:
@@ -204,47 +256,3 @@ class _Actor:
             )
             return {"error": f"{own.__module__}:{own.__qualname__}", "message": str(error)}
         return {"error": "", "message": ""}
-
-
-def address() -> str | None:
-    """The Ray that RAY_ADDRESS names, None for one of this process's own."""
-    named = os.environ.get("RAY_ADDRESS", "")
-    return None if named in ("", "local") else named
-
-
-def connect(**logs: Any) -> bool:
-    """Connect this process to the Ray at `address`, or start one of its own; True for one of its own.
-
-    `logs` are the arguments of `ray.init` about logs. Raises ResourceError where the Ray cannot be joined.
-    """
-    import ray
-
-    named = address()
-    if named is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else can reach it
-        os.environ.setdefault(
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
-        )  # nor does anybody take the machine away
-        cpus = max(2, os.cpu_count() or 1)  # one for the workers, one for Ray Data
-        ray.init("local", num_cpus=cpus, include_dashboard=False, **logs)
-        return True
-    ray.init(address=named, **logs)
-    return False
-
-
-@contextmanager
-def ray_session() -> Iterator[None]:
-    """Ray for the length of the block, quiet: what a run has to say stands in its bar, its journal and its errors.
-
-    Inside `ray job submit`, RAY_ADDRESS is set. A Ray of our own listens on loopback, has no dashboard, and ends here.
-    """
-    import ray.data
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    _Own.ray = connect(log_to_driver=False, logging_level=logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    try:
-        yield
-    finally:
-        _Own.ray = False
-        ray.shutdown()

@@ -1,10 +1,9 @@
-"""Durable writes on a local disk: a file or a folder appears complete, and survives a power cut, or not at all.
+"""Durable writes to a local disk, and the fsspec file system of a path or URL.
 
-Write to a temporary name, flush to the disk (fsync), rename, flush the folder that holds the name: without the first
-flush a rename may outlive the bytes, without the second a crash may bring the old name back (Pillai et al. 2014, "All
-File Systems Are Not Created Equal", OSDI).
-
-Where files lie: a path, or the URL of a store that fsspec knows.
+A file or folder appears complete, and survives a power cut, or not at all. The steps: write to a
+temporary name, flush to the disk (fsync), rename, flush the folder of the name. Without the first
+flush the rename may outlive the bytes; without the second a crash may restore the old name (Pillai
+et al. 2014, "All File Systems Are Not Created Equal", OSDI).
 """
 
 import errno
@@ -21,24 +20,29 @@ import fsspec
 from bridgework.errors import DataError, ResourceError, suggest
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left on the device; the user's quota is used up
-SAID = (  # by torch.save, whose zip writer raises a RuntimeError, and by safetensors
-    "PytorchStreamWriter failed writing", "inline_container.cc", "No space left on device", "Disk quota exceeded",
-)  # fmt: skip
+# Messages about a full disk: of torch.save, whose zip writer raises a RuntimeError, and
+# safetensors.
+FULL_MESSAGES = (
+    "PytorchStreamWriter failed writing",
+    "inline_container.cc",
+    "No space left on device",
+    "Disk quota exceeded",
+)
 
 
 def write_atomic(path: Path, content: str | bytes, *, mode: int | None = None) -> None:
-    """Replace the file at `path` by `content`; readers see the old file or the new one, never a part.
+    """Replace the file at `path` by `content`; readers see the old or the new file, never a part.
 
-    `mode` sets the permission bits before any byte is written. Raises ResourceError where the disk is full.
+    `mode` sets the permission bits before any byte is written. Raises ResourceError if the disk is
+    full.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
     try:
         with disk_errors(path):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with os.fdopen(
-                os.open(temporary, flags, 0o666 if mode is None else mode), "wb"
-            ) as file:
+            descriptor = os.open(temporary, flags, 0o666 if mode is None else mode)
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -49,9 +53,9 @@ def write_atomic(path: Path, content: str | bytes, *, mode: int | None = None) -
 
 
 def append(path: Path, content: str) -> None:
-    """Append `content` to the file at `path` and flush it to the disk; a failed write is cut off again.
+    """Append `content` to the file at `path` and flush it to the disk; a failed write is truncated.
 
-    Raises ResourceError where the disk is full.
+    Raises ResourceError if the disk is full.
     """
     data, new = content.encode(), not path.exists()
     with disk_errors(path):
@@ -73,9 +77,9 @@ def append(path: Path, content: str) -> None:
 
 @contextmanager
 def publishing(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill; it becomes `folder`, complete, at the end of the block, and vanishes on an error.
+    """Yield a temporary folder that becomes `folder` after the block, and is removed on an error.
 
-    A folder of that name is replaced. Raises ResourceError where the disk is full.
+    An existing folder of that name is replaced. Raises ResourceError if the disk is full.
     """
     temporary = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
     try:
@@ -88,9 +92,9 @@ def publishing(folder: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Flush every file under `temporary` and rename it to `folder`, in place of an older folder of that name.
+    """Flush every file under `temporary` and rename it to `folder`, replacing an older folder.
 
-    The older one is moved aside first and removed last, so that a crash leaves one of the two complete.
+    The older one is renamed first and removed last, so that a crash leaves one of them complete.
     """
     sync_tree(temporary)
     old = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.old")
@@ -110,7 +114,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in `folder`: what was created, renamed or removed there."""
+    """Flush the names in `folder` after files were created, renamed or removed there."""
     _sync(folder)
 
 
@@ -123,21 +127,22 @@ def _sync(path: Path) -> None:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Recognize the error of a full disk or quota; libraries report it by other classes, in their words."""
+    """Return True for the error of a full disk or quota, also as other classes of libraries."""
     chain: list[BaseException] = []
     at: BaseException | None = error
     while at is not None and at not in chain:
         chain.append(at)
         at = at.__cause__ or at.__context__
     return any(
-        (isinstance(e, OSError) and e.errno in FULL) or any(word in str(e) for word in SAID)
+        (isinstance(e, OSError) and e.errno in FULL)
+        or any(text in str(e) for text in FULL_MESSAGES)
         for e in chain
     )
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise ResourceError, naming the disk and what is free on it, where the block fails for want of space."""
+    """Raise ResourceError, with the disk and its free space, if the block fails on a full disk."""
     try:
         yield
     except Exception as error:
@@ -147,20 +152,21 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def full(path: Path, need: int | None = None) -> ResourceError:
-    """The error of a full disk; `need` is what was to be written, in bytes."""
+    """Return the error of a full disk; need: bytes of the file to write, if known."""
     place = next(p for p in (path, *path.absolute().parents) if p.exists())
-    wanted = "" if need is None else f"; {need / 1e6:,.1f} MB are needed"
+    free = shutil.disk_usage(place).free
+    needed = "" if need is None else f"; expected {need / 1e6:,.1f} MB"
     return ResourceError(
-        f"{path}: the disk is full. Got {shutil.disk_usage(place).free / 1e6:,.1f} MB free on the disk of {place}"
-        f"{wanted}. Fix: free some space there, or set BRIDGEWORK_HOME to a larger disk; what was complete before "
-        "is untouched, and the same command resumes"
+        f"{path}: the disk is full. Got {free / 1e6:,.1f} MB free on the disk of {place}{needed}. "
+        "Fix: free some space there, or set BRIDGEWORK_HOME to a larger disk. Complete files are "
+        "unchanged, and the same command resumes"
     )
 
 
 def find_store(url: str) -> tuple[Any, str]:
-    """The file system of `url`, and the path in it. Nothing is asked of the store.
+    """Return the file system of `url` and the path in it, without a request to the store.
 
-    Raises DataError for a protocol that nobody knows, ResourceError for one whose package is not installed.
+    Raises DataError for an unknown protocol, ResourceError for one whose package is not installed.
     """
     try:
         fs, path = fsspec.core.url_to_fs(url)
@@ -170,12 +176,13 @@ def find_store(url: str) -> tuple[Any, str]:
             f"{url!r}: {error}{suggest(protocol, fsspec.available_protocols())}"
         ) from None
     except ImportError as error:
-        raise ResourceError(f"{url!r} needs a package that is not here: {error}") from None
+        raise ResourceError(f"{url!r} needs a package that is not installed: {error}") from None
     return fs, path
 
 
 def unreachable(file: str, error: Exception) -> ResourceError:
-    """What to raise where a file's store does not answer, or refuses: it may be tried again."""
+    """Return the error of a file whose store does not answer or refuses; a retry may succeed."""
     return ResourceError(
-        f"{file} cannot be reached ({type(error).__name__}: {error}); is its store up, and open to you?"
+        f"{file} cannot be reached. Got {type(error).__name__}: {error}. "
+        "Fix: check that its store is up and that you have access"
     )

@@ -1,8 +1,9 @@
-"""What a vision-language system *is*: an ordered tuple of stages, each a value that says everything about it.
+"""Configuration of a vision-language system: an ordered tuple of stages, each complete in itself.
 
-A recipe is a module with a function that returns a `System`; `load("llava")` finds it by import path, `override`
-changes it by dotted path, `fingerprint` names it. One dotted path is the `--set` word, the key of a sweep and the
-parameter in MLflow. This module knows no torch, no Ray and no system by name.
+A recipe is a module with a function that returns a `System`. `load("llava")` finds it by import
+path, `override` changes it by dotted path, and `fingerprint` identifies it. One dotted path is the
+`--set` argument, the search key of a sweep and the parameter in MLflow. This module imports neither
+torch nor Ray, and branches on no system's name.
 """
 
 import hashlib
@@ -25,35 +26,34 @@ from bridgework.mixture import Packing as Packing
 from bridgework.mixture import Source as Source
 from bridgework.mixture import unique
 
-# --- what a model tells the data, and the data never asks otherwise --------------------------------------------------
+# --- the data's view of a model: all that the data code knows of it -----------------------------
 
-IMAGE = (
-    -200
-)  # stands in a row of token ids wherever an image token goes (LLaVA's own number); never looked up
-END = -201  # ends a chunk of an interleaved document, Flamingo's <EOC>; a wiring that knows it has a row for it
-IGNORE = -100  # a label without loss (the default of torch's cross_entropy)
+# Token id of an image position in a row of ids (LLaVA's number); it is never looked up.
+IMAGE = -200
+# Token id that ends a chunk of an interleaved document, Flamingo's <EOC>; a wiring that supports it
+# has an embedding row for it.
+END = -201
+# Label of a position without loss: the default `ignore_index` of torch's cross_entropy.
+IGNORE = -100
 
 
 @config_class
 class Pixels:
-    """How an image becomes the squares that a vision tower reads: part of the digest of cached features."""
+    """Preprocessing from image to vision-tower squares; part of the digest of cached features."""
 
     size: int  # pixels, both sides
-    fit: Literal["pad", "crop"] = "crop"  # pad to a square of the mean color, or crop the centre
+    fit: Literal["pad", "crop"] = "crop"  # pad to a square of the mean color, or center-crop
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    grids: tuple[
-        tuple[int, int], ...
-    ] = ()  # (columns, rows) of tiles beside the base square; () gives that alone
-    video: bool = (
-        False  # the frames of a video are one image of many squares, and not images of their own
-    )
+    # (columns, rows) of the tiles read in addition to the base square; (): the base square alone
+    grids: tuple[tuple[int, int], ...] = ()
+    video: bool = False  # the frames of a video are one image of many squares, not separate images
 
 
 class Layout(NamedTuple):
-    """How an image was cut: the base square comes first, then columns x rows tiles, row by row.
+    """Grid of an image's tiles: the base square first, then columns x rows tiles, row by row.
 
-    A video is its first frame and one column of the others.
+    A video is its first frame and one column of the other frames.
     """
 
     columns: int  # 0 without tiles
@@ -63,109 +63,140 @@ class Layout(NamedTuple):
 
 
 class ModelSpec(Protocol):
-    """The config of a wiring: it says what the data must look like, and builds the module."""
+    """Config of a wiring: it declares the format of the data and builds the module."""
 
     @property
     def pixels(self) -> Pixels: ...
+
     @property
-    def tokenizer(self) -> str: ...  # folder, hub name, `package:` path or "bytes"
+    def tokenizer(self) -> str:
+        """Folder, hub name, `package:` path or "bytes"."""
+
     @property
-    def context(self) -> int: ...  # tokens the language model takes, images included
+    def context(self) -> int:
+        """Maximum number of tokens of the language model, images included."""
+
     @property
-    def image_tokens(
-        self,
-    ) -> int: ...  # places that a square fills; 0: no places, and every sample has one image
-    def places(self, layout: Layout) -> int: ...  # places in the token stream that an image fills
+    def image_tokens(self) -> int:
+        """Token positions of a square; 0: no positions, and every sample has one image."""
+
+    def places(self, layout: Layout) -> int:
+        """Return the number of positions that an image fills in the token stream."""
+
     @property
-    def instruction(self) -> str | None: ...  # tokenizer of a second stream: what the user says
+    def instruction(self) -> str | None:
+        """Tokenizer of a second stream with the user's text; None without one."""
+
     @property
-    def pretrained(
-        self,
-    ) -> tuple[str, ...]: ...  # globs of the tensors that pretrained weights bring back
+    def pretrained(self) -> tuple[str, ...]:
+        """Globs of the tensors that are loaded from pretrained weights."""
+
     @property
-    def vision_tokens(
-        self,
-    ) -> int: ...  # vectors the vision tower makes of a square: what it costs beside the text
+    def vision_tokens(self) -> int:
+        """Output vectors of the vision tower per square: its cost in addition to the text."""
+
     @property
-    def packing_refusal(
-        self,
-    ) -> str | None: ...  # why several samples cannot share a sequence; None where they can
-    def unshardable(
-        self, requested: frozenset[str]
-    ) -> str | None: ...  # why ZeRO 3 cannot split it, for such outputs
-    def build(self, *, pretrained: bool = True) -> Any: ...  # torch.nn.Module
+    def packing_refusal(self) -> str | None:
+        """Reason why samples cannot share a sequence; None if they can."""
+
+    def unshardable(self, requested: frozenset[str]) -> str | None:
+        """Return why ZeRO 3 cannot shard the model for the `requested` outputs; None if it can."""
+
+    def build(self, *, pretrained: bool = True) -> Any:
+        """Build the torch.nn.Module."""
+
     def tiny(self) -> Self: ...
 
 
 class LossSpec(Protocol):
-    """A loss: what each sample adds to a sum, and to what the sum is divided by (see bridgework.losses)."""
+    """A loss: each sample's summand and its contribution to the divisor (see bridgework.losses).
+
+    It may have `by_image` (it reads which rows have the same image) and `options` (arguments of the
+    wiring's forward).
+    """
 
     @property
-    def requires(self) -> str: ...  # the output of the wiring that it reads
+    def requires(self) -> str:
+        """Name of the wiring's output that the loss reads."""
+
     @property
     def weight(self) -> float: ...
+
     @property
-    def whole_batch(
-        self,
-    ) -> bool: ...  # compares samples with each other: it must see a worker's share at once
+    def whole_batch(self) -> bool:
+        """True if it compares samples, so that it must see a worker's complete share at once."""
+
     @property
-    def cached_outputs(
-        self,
-    ) -> tuple[
-        str, ...
-    ]: ...  # outputs by which it can all the same, in two passes over micro-batches
+    def cached_outputs(self) -> tuple[str, ...]:
+        """Outputs to cache so that it works over micro-batches, in two passes (GradCache)."""
+
     @property
-    def supports_packing(self) -> bool: ...  # tells samples that share a sequence apart
-    # It may have `by_image` (reads which rows show one image) and `options` (arguments of the wiring's forward).
-    def __call__(self, outputs: Any) -> Any: ...  # sums_B, float32: what each sample adds
-    def count(self, labels_BT: Any) -> Any: ...  # counts_B, float32: what each adds to the divisor
+    def supports_packing(self) -> bool:
+        """True if it separates samples that share a sequence."""
+
+    def __call__(self, outputs: Any) -> Any:
+        """Return sums_B, float32: each sample's summand."""
+
+    def count(self, labels_BT: Any) -> Any:
+        """Return counts_B, float32: each sample's contribution to the divisor."""
 
 
-Better = Mapping[
-    str, Literal["higher", "lower"] | None
-]  # figure -> its better direction; None: a baseline
+# metric -> its better direction; None: a baseline
+Better = Mapping[str, Literal["higher", "lower"] | None]
 
 
 class EvalSpec(Protocol):
     """An evaluation of a stage's weights (see bridgework.evaluation)."""
 
-    better: ClassVar[Better]  # every figure that `run` returns, without the evaluation's name
+    better: ClassVar[Better]  # every metric that `run` returns, without the evaluation's name
 
     @property
     def name(self) -> str: ...
+
     @property
-    def dataset(self) -> str: ...  # must be there before training starts
+    def dataset(self) -> str:
+        """Dataset that must exist before training starts."""
+
     def tiny(self) -> Self: ...
-    def run(self, pipeline: Any, home: Path) -> Any: ...  # inference.Pipeline -> evaluation.Result
+
+    def run(self, pipeline: Any, home: Path) -> Any:
+        """Evaluate an inference.Pipeline and return an evaluation.Result."""
 
 
 @config_class
 class Scoring:
-    """How the candidate answers of a question are scored, by which they are ranked."""
+    """Scores of the candidate answers of a question, by which they are ranked."""
 
-    prior: bool = (
-        True  # subtract the log-likelihood given blank images: pointwise mutual information
-    )
-    per_token: bool = False  # divide by the number of the answer's tokens: length normalization
+    # Subtract the log-likelihood given blank images: pointwise mutual information.
+    prior: bool = True
+    per_token: bool = False  # divide by the answer's number of tokens: length normalization
 
     def __call__(self, loglik: float, prior: float, tokens: int) -> float:
-        """Return the score from nats summed over an answer's tokens, and nats of the same answer without the image."""
+        """Return the score of an answer.
+
+        loglik: nats, summed over the answer's tokens. prior: the same without the image.
+        """
         nats = loglik - prior if self.prior else loglik
         return nats / max(1, tokens) if self.per_token else nats
 
 
 class CurationSpec(Protocol):
-    """Makes a dataset between stages, by what earlier ones learned (see bridgework.curation)."""
+    """Builds a dataset between stages with the models of earlier ones (see bridgework.curation)."""
 
     @property
-    def makes(self) -> str: ...  # the dataset, as the stage's sources name it
+    def makes(self) -> str:
+        """Name of the dataset, as in the stage's sources."""
+
     @property
-    def uses(self) -> tuple[str, ...]: ...  # the earlier stages whose artifacts it needs
+    def uses(self) -> tuple[str, ...]:
+        """Earlier stages whose artifacts it needs."""
+
     @property
-    def sources(
-        self,
-    ) -> tuple[str, ...]: ...  # datasets that it reads: they must be there before training starts
+    def sources(self) -> tuple[str, ...]:
+        """Datasets that it reads; they must exist before training starts."""
+
     def tiny(self) -> Self: ...
+
     def run(
         self,
         artifacts: Mapping[str, Path],
@@ -174,17 +205,16 @@ class CurationSpec(Protocol):
         home: Path,
         workers: int,
         say: Callable[[str], object],
-    ) -> (
-        Any
-    ): ...  # -> data.manifest.Manifest of `dest`; run again it goes on, or takes what is there
+    ) -> Any:
+        """Write `dest` and return its data.manifest.Manifest; running it again resumes."""
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------
 
 
 @config_class
 class Budget:
-    """How much a stage trains."""
+    """Training length and batch sizes of a stage."""
 
     steps: int
     batch: int  # samples per optimizer step, summed over all workers
@@ -201,14 +231,13 @@ class Budget:
 
 @config_class
 class AdamW:
-    """AdamW under a linear warm-up and a decay."""
+    """AdamW with a linear warm-up and a decay of the learning rate."""
 
     peak_lr: float
     final_lr: float = 0.0
     warmup: float = 0.03  # share of the steps
-    decay: Literal["cosine", "constant", "exponential"] = (
-        "cosine"  # from peak_lr to final_lr, or none at all
-    )
+    # from peak_lr to final_lr; "constant" does not decay
+    decay: Literal["cosine", "constant", "exponential"] = "cosine"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -218,23 +247,28 @@ class AdamW:
         bounded("optim.peak_lr", self.peak_lr, above=0)
         bounded("optim.final_lr", self.final_lr, least=0)
         bounded("optim.weight_decay", self.weight_decay, least=0)
-        bounded("optim.eps", self.eps, least=FLOAT32_TINY)  # a gradient of 0 is divided by it
+        bounded("optim.eps", self.eps, least=FLOAT32_TINY)  # the divisor at a zero gradient
         bounded("optim.clip", self.clip, least=0)
         for number, beta in enumerate(self.betas):
             bounded(f"optim.betas[{number}]", beta, least=0, below=1)
         if self.final_lr > self.peak_lr:
             raise SpecError(
-                f"optim.final_lr {self.final_lr:g} is above peak_lr {self.peak_lr:g}; the rate only decays"
+                f"optim.final_lr: the rate only decays. Got {self.final_lr:g}; "
+                f"expected at most peak_lr, {self.peak_lr:g}"
             )
         if self.decay == "exponential" and self.final_lr <= 0:
-            raise SpecError("optim.final_lr must be above 0: an exponential decay never reaches 0")
+            raise SpecError(
+                "optim.final_lr: an exponential decay never reaches 0. Got 0; expected more than 0"
+            )
         if not 0.0 <= self.warmup < 1.0:
-            raise SpecError(f"optim.warmup is a share of the steps in [0, 1), got {self.warmup:g}")
+            raise SpecError(
+                f"optim.warmup is a share of the steps. Got {self.warmup:g}; expected [0, 1)"
+            )
 
 
 @config_class
 class ZeRO:
-    """How DeepSpeed shards a stage; `config` overrides its JSON by dotted path."""
+    """DeepSpeed settings of a stage; `config` overrides DeepSpeed's JSON by dotted path."""
 
     stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -243,60 +277,57 @@ class ZeRO:
 
 @config_class
 class Stage:
-    """One model, what of it trains, on what, for how long, judged by what."""
+    """One step of a system's training: model, trained parameters, losses, data, budget, evals."""
 
     name: str
     model: ModelSpec
-    trains: Mapping[
-        str, float
-    ]  # glob of parameter names -> multiplier of the learning rate; all else is frozen
+    # glob of parameter names -> multiplier of the learning rate; all other parameters are frozen
+    trains: Mapping[str, float]
     losses: tuple[LossSpec, ...]
     data: Mixture
     budget: Budget
     optim: AdamW
-    starts_from: str | None = None  # an earlier stage, or an artifact's folder
-    init_params: tuple[str, ...] = (
-        "*",
-    )  # globs of the tensors taken from there: another wiring may need only some
+    starts_from: str | None = None  # an earlier stage, or the folder of an artifact
+    # globs of the tensors loaded from there; a different wiring may need only some of them
+    init_params: tuple[str, ...] = ("*",)
     zero: ZeRO = ZeRO()
     evals: tuple[EvalSpec, ...] = option(default=())
     seed: int = 0
-    curation: CurationSpec | None = (
-        None  # makes a dataset from earlier stages' models before this stage starts
-    )
-    scoring: Scoring = added(
-        default=Scoring()
-    )  # of candidate answers, for `Pipeline.choose` and `rank`
+    # builds a dataset with the models of earlier stages before this stage starts
+    curation: CurationSpec | None = None
+    # of candidate answers, for `Pipeline.rank_answers` and `rank`
+    scoring: Scoring = added(default=Scoring())
 
     def __post_init__(self) -> None:
         if not self.trains:
             raise SpecError(
-                f"{self.name}.trains is empty: name at least one glob of parameters, e.g. {{'bridge.*': 1.0}}"
+                f"{self.name}.trains is empty. "
+                "Expected at least one glob of parameters, e.g. {'bridge.*': 1.0}"
             )
         for glob, multiplier in self.trains.items():
             bounded(f"{self.name}.trains[{glob!r}]", multiplier, least=0)
         for loss in self.losses:
             bounded(f"{self.name}.losses.{type(loss).__name__.lower()}.weight", loss.weight)
         if not self.losses:
-            raise SpecError(f"{self.name}.losses is empty: a stage needs at least one loss")
+            raise SpecError(f"{self.name}.losses is empty. Expected at least one loss")
         if self.budget.batch % self.data.lanes:
             raise SpecError(
-                f"{self.name}: budget.batch {self.budget.batch} is not a multiple of data.lanes {self.data.lanes}; "
-                "every lane gives the same number of samples to a batch"
+                f"{self.name}: budget.batch {self.budget.batch} is not a multiple of data.lanes "
+                f"{self.data.lanes}, and every lane gives the same number of samples to a batch"
             )
         unique(f"{self.name}.evals", [e.name for e in self.evals])
         if self.data.by_image and not any(getattr(loss, "by_image", False) for loss in self.losses):
             raise SpecError(
                 f"{self.name}.data.by_image is for losses that compare images, and none of "
-                f"{', '.join(type(loss).__name__ for loss in self.losses)} does; leave it out"
+                f"{', '.join(type(loss).__name__ for loss in self.losses)} does. Fix: leave it out"
             )
         if self.data.packing is not None:
             self._check_packing()
         datasets = [source.dataset for source in self.data.leaves]
         if self.curation is not None and self.curation.makes not in datasets:
             raise SpecError(
-                f"{self.name}.curation makes {self.curation.makes!r}, which none of the stage's sources reads"
-                + suggest(self.curation.makes, datasets)
+                f"{self.name}.curation makes {self.curation.makes!r}, "
+                "which none of the stage's sources reads" + suggest(self.curation.makes, datasets)
             )
 
     def _check_packing(self) -> None:
@@ -306,13 +337,13 @@ class Stage:
         )
         if why is not None:
             raise SpecError(
-                f"{self.name}.data.packing: {why}; set stages.{self.name}.data.packing=none"
+                f"{self.name}.data.packing: {why}. Fix: set stages.{self.name}.data.packing=none"
             )
         packing = self.data.packing
         if packing is not None and (packing.tokens or 0) > self.model.context:
             raise SpecError(
-                f"{self.name}.data.packing.tokens is {packing.tokens}, and the language model takes "
-                f"{self.model.context}; pack at most as many"
+                f"{self.name}.data.packing.tokens is longer than the context of the language "
+                f"model. Got {packing.tokens}; expected at most {self.model.context}"
             )
 
     def tiny(self) -> "Stage":
@@ -325,7 +356,7 @@ class Stage:
         return replace(
             self,
             model=self.model.tiny(),
-            data=self.data.tiny(kind, made=None if curation is None else curation.makes),
+            data=self.data.tiny(kind, curated=None if curation is None else curation.makes),
             curation=curation,
             budget=self.budget.tiny(),
             zero=replace(self.zero, precision="fp32"),
@@ -348,14 +379,14 @@ class System:
             start = stage.starts_from
             if start is not None and "/" not in start and start not in seen:
                 raise SpecError(
-                    f"{self.name}.{stage.name} starts from {start!r}, which is neither an earlier stage nor a path"
-                    + suggest(start, seen)
+                    f"{self.name}.{stage.name} starts from {start!r}, "
+                    "which is neither an earlier stage nor a path" + suggest(start, seen)
                 )
             for name in () if stage.curation is None else stage.curation.uses:
                 if name not in seen:
                     raise SpecError(
-                        f"{self.name}.{stage.name}.curation uses {name!r}, which is no earlier stage"
-                        + suggest(name, seen)
+                        f"{self.name}.{stage.name}.curation uses {name!r}, "
+                        "which is not an earlier stage" + suggest(name, seen)
                     )
             seen.append(stage.name)
 
@@ -367,24 +398,28 @@ class System:
         raise SpecError(f"{self.name} has no stage {name!r}" + suggest(name, names))
 
     def tiny(self) -> "System":
-        """The same program on a laptop: every choice that bears on a shape stays, sizes and budgets shrink.
+        """Return the same program at laptop size, on synthetic data.
 
-        Its name ends in `-tiny`, so that its models are never registered next to those of the real system.
+        All choices that affect shapes are unchanged; sizes and budgets shrink. The name ends in
+        `-tiny`, so that its models are never registered with those of the real system.
         """
         name = self.name.removesuffix("-tiny") + "-tiny"
         return replace(self, name=name, stages=tuple(s.tiny() for s in self.stages))
 
     def fingerprint(self) -> str:
-        """12 hex digits that name the recipe: equal on every machine, different when any field differs."""
+        """Return 12 hex digits of the recipe: machine-independent, new if any field differs."""
         return fingerprint(to_dict(self))
 
     def identity(self) -> str:
-        """12 hex digits that name what is learned: options, such as `budget.micro`, do not change them."""
+        """Return 12 hex digits of all fields that affect the training result.
+
+        Options such as `budget.micro` do not change them.
+        """
         return fingerprint(to_dict(self, options=False))
 
 
 def fingerprint(recipe: Any) -> str:
-    """12 hex digits of a recipe that is JSON-ready."""
+    """Return 12 hex digits of a JSON-ready recipe."""
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
 

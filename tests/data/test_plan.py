@@ -523,7 +523,7 @@ def test_wrong_plans_are_refused_in_words() -> None:
             Plan([fine], one, batch=batch, steps=1, seed=0)
     with pytest.raises(DataError, match=r"sources.a: 0 rows.*import its data again"):
         Plan([SourceRows("a", "d", 0, 8)], one, batch=4, steps=1, seed=0)
-    with pytest.raises(SpecError, match="'a' stands twice"):
+    with pytest.raises(SpecError, match="'a' is used twice"):
         Plan([fine, fine], one, batch=4, steps=1, seed=0)
     with pytest.raises(SpecError, match="Got b; expected a"):
         Plan([SourceRows("b", "d", 10, 8)], one, batch=4, steps=1, seed=0)

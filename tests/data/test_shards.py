@@ -365,6 +365,6 @@ def test_a_store_that_refuses_the_manifest_is_told_in_one_line(
 
     monkeypatch.setattr(LocalFileSystem, "cat_file", refuse)
     with pytest.raises(
-        ResourceError, match=r"manifest\.json cannot be reached .*Error: no.*is its store up"
+        ResourceError, match=r"manifest\.json cannot be reached\. Got .*Error: no.*its store is up"
     ):
         open_dataset(str(dataset))

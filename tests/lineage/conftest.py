@@ -1,4 +1,4 @@
-"""One MLflow store for all tests (its tables take seconds to make), and a project of its own for each."""
+"""Fixtures: one MLflow store for all tests, since its tables take seconds; one project per test."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What MLflow holds after the tracker was told, read back with MLflow's own client."""
+"""The MLflow tracker, read back with MLflow's own client."""
 
 import json
 import multiprocessing
@@ -26,7 +26,7 @@ def test_tracker_has_both_protocols(mlflow_tracker: MLflowTracker) -> None:
     assert tracker is reader
 
 
-def test_store_lies_under_home_and_nowhere_else(
+def test_store_is_under_home(
     store: Path, mlflow_tracker: MLflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -37,7 +37,7 @@ def test_store_lies_under_home_and_nowhere_else(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_environment_names_the_store_where_the_caller_does_not(
+def test_environment_sets_the_default_store(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
@@ -57,7 +57,7 @@ def test_stage_is_nested_under_its_system(
     assert [r.id for r in mlflow_tracker.children(system)] == [stage]
 
 
-def test_run_taken_up_again_is_running(mlflow_tracker: MLflowTracker, client: MlflowClient) -> None:
+def test_resumed_run_is_running(mlflow_tracker: MLflowTracker, client: MlflowClient) -> None:
     run = mlflow_tracker.start("align", tags={"run_key": "k"})
     mlflow_tracker.finish(run, "KILLED")
     assert client.get_run(run).info.status == "KILLED"
@@ -65,7 +65,7 @@ def test_run_taken_up_again_is_running(mlflow_tracker: MLflowTracker, client: Ml
     assert client.get_run(run).info.status == "RUNNING"
 
 
-def test_parameters_beyond_mlflows_limits_are_kept_whole_in_a_file(
+def test_parameters_beyond_mlflow_limits_are_complete_in_a_file(
     mlflow_tracker: MLflowTracker, client: MlflowClient, tmp_path: Path
 ) -> None:
     values = {f"stages.{i}.optim.peak_lr": i * 1e-5 for i in range(250)} | {
@@ -90,7 +90,7 @@ def test_short_parameters_need_no_file(mlflow_tracker: MLflowTracker, client: Ml
     assert client.list_artifacts(run) == []
 
 
-def test_datasets_come_back_as_they_were_given(mlflow_tracker: MLflowTracker) -> None:
+def test_datasets_round_trip(mlflow_tracker: MLflowTracker) -> None:
     given = (
         DatasetInput("blip558k", "a" * 64, "/data/blip558k", 558_128),
         DatasetInput("web", "b" * 64, "s3://bucket/web", 12_000_000),
@@ -100,7 +100,7 @@ def test_datasets_come_back_as_they_were_given(mlflow_tracker: MLflowTracker) ->
     assert set(mlflow_tracker.run(run).inputs) == set(given)
 
 
-def test_points_posted_twice_are_kept_once(
+def test_points_posted_twice_are_stored_once(
     mlflow_tracker: MLflowTracker, client: MlflowClient
 ) -> None:
     points = [
@@ -123,7 +123,7 @@ def test_weights_are_referred_to_and_not_copied(
     assert client.get_logged_model(model).tags == {"artifact": str(tmp_path), "digest": "w" * 64}
     assert not list(store.rglob("weights.safetensors"))
     assert mlflow_tracker.output(run, "llava/align", str(tmp_path), {"digest": "w" * 64}) == model
-    assert [m.id for m in mlflow_tracker.makers("w" * 64)] == [run]
+    assert [m.id for m in mlflow_tracker.producers("w" * 64)] == [run]
 
 
 def test_version_refers_to_its_logged_model(
@@ -141,14 +141,14 @@ def test_version_refers_to_its_logged_model(
     assert mlflow_tracker.registered(run) == [version]
 
 
-def test_mlflows_refusal_is_one_line_that_says_what_was_asked(
+def test_mlflow_error_is_one_line_with_the_request(
     mlflow_tracker: MLflowTracker,
 ) -> None:
     run = mlflow_tracker.start("align")
     mlflow_tracker.params(run, {"lr": 1})
     with pytest.raises(
         TrackingError,
-        match=rf"^cannot log 1 parameters of run {run}: MLflow at sqlite.* says: [^\n]*$",
+        match=rf"^cannot log 1 parameters of run {run}: MLflow at sqlite.* reports: [^\n]*$",
     ):
         mlflow_tracker.params(run, {"lr": 2})
     with pytest.raises(TrackingError, match="cannot finish run nope"):
@@ -157,14 +157,14 @@ def test_mlflows_refusal_is_one_line_that_says_what_was_asked(
         mlflow_tracker.file(run, Path("/nowhere/at/all"))
 
 
-def test_dead_server_is_told_in_time_and_without_its_password(tmp_path: Path) -> None:
+def test_dead_server_is_reported_in_time_without_its_password(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(
             ("127.0.0.1", 0)
-        )  # bound, not listening: connections are refused, and nobody else gets the port
+        )  # bound, not listening: connections are refused, and the port stays reserved
         uri = f"http://me:secret@127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(
-            TrackingError, match=r"http://me:\*\*\*@127.* does not answer; start the server"
+            TrackingError, match=r"http://me:\*\*\*@127.* does not answer\. Fix: start the server"
         ) as raised:
             MLflowTracker(uri, tmp_path, "p")
     assert "secret" not in str(raised.value)
@@ -175,7 +175,7 @@ def _open(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_drivers_that_start_at_once_share_one_sound_store(tmp_path: Path) -> None:
+def test_concurrent_drivers_share_one_valid_store(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     drivers = [context.Process(target=_open, args=(tmp_path,)) for _ in range(3)]
     for driver in drivers:

@@ -1,4 +1,4 @@
-"""Who is champion: names that people use, promotion behind a gate, and the way back."""
+"""Model registry: names, gated promotion, and rollback."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def judged_by(*evals: EvalSpec) -> System:
-    """LLaVA with these evaluations at the end of its first stage."""
+    """Return LLaVA with these evaluations in its first stage."""
     system = load("llava").tiny()
     return replace(system, stages=(replace(system["align"], evals=evals), *system.stages[1:]))
 
@@ -43,7 +43,7 @@ def register(
     metric: str = METRIC,
     evals: tuple[EvalSpec, ...] = (RANKING, HELDOUT),
 ) -> list[Version]:
-    """A version for each figure, without alias, of weights whose recipe has `evals`."""
+    """Register a version for each value, without alias, of weights whose recipe has `evals`."""
     versions = []
     for figure in figures:
         folder = weights / uuid4().hex
@@ -68,11 +68,11 @@ def champion(tracker: Tracker, name: str) -> str:
         ("llava:3", ("llava", "3")),
     ],
 )
-def test_a_model_is_named_as_people_say_it(said: str, meant: tuple[str, str]) -> None:
+def test_model_names_are_split(said: str, meant: tuple[str, str]) -> None:
     assert split(said) == meant
 
 
-def test_what_has_a_slash_is_a_folder(tmp_path: Path) -> None:
+def test_name_with_a_slash_is_a_folder(tmp_path: Path) -> None:
     assert is_folder("runs/monday/align/artifact")
     assert is_folder(str(tmp_path))
     assert not is_folder("runs")  # a folder of that name here must not hide the model
@@ -86,7 +86,7 @@ def test_the_first_version_needs_no_comparison(tracker: Tracker, name: str, weig
     assert champion(tracker, name) == "1"
 
 
-def test_a_better_one_takes_the_place_and_the_old_one_is_remembered(
+def test_better_version_becomes_champion_and_the_old_one_previous(
     tracker: Tracker, name: str, weights: Path
 ) -> None:
     register(tracker, name, weights, 0.5, 0.7)
@@ -101,31 +101,31 @@ def test_a_better_one_takes_the_place_and_the_old_one_is_remembered(
 @pytest.mark.parametrize(
     ("new", "metric"), [(0.4, METRIC), (0.6, LOSS), ("nan", METRIC), ("nan", LOSS)]
 )
-def test_a_worse_one_is_refused_and_nothing_moves(
+def test_worse_version_is_rejected_and_no_alias_moves(
     tracker: Tracker, name: str, weights: Path, new: float | str, metric: str
 ) -> None:
     register(tracker, name, weights, 0.5, new, metric=metric)
     promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match=r"not promoted; leave out --metric"):
+    with pytest.raises(TrackingError, match=r"not promoted, .* Fix: leave out --metric"):
         promote(tracker, f"{name}:2", metric=metric)
     assert champion(tracker, name) == "1"
     assert tracker.version(name, "2").aliases == ()
 
 
-def test_an_equal_one_changes_nothing(tracker: Tracker, name: str, weights: Path) -> None:
+def test_equal_version_is_rejected(tracker: Tracker, name: str, weights: Path) -> None:
     register(tracker, name, weights, 0.5, 0.5)
     promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match=r"not promoted"):
+    with pytest.raises(TrackingError, match=r"was not promoted"):
         promote(tracker, f"{name}:2", metric=METRIC)
     assert champion(tracker, name) == "1"
 
 
-def test_a_figure_that_is_missing_is_named_with_those_there_are(
+def test_missing_metric_is_reported_with_the_known_ones(
     tracker: Tracker, name: str, weights: Path
 ) -> None:
     register(tracker, name, weights, 0.5, 1.5e-05)
     promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match=r"carries no figure 'loss'; known: ranking\.accuracy"):
+    with pytest.raises(TrackingError, match=r"has no metric 'loss'; known: ranking\.accuracy"):
         promote(tracker, f"{name}:2", metric="loss")
 
 
@@ -157,7 +157,7 @@ def test_rollback_without_a_previous_one_says_so(
         rollback(tracker, name)
 
 
-def test_unknown_model_is_refused_with_a_suggestion(
+def test_unknown_model_is_rejected_with_a_suggestion(
     tracker: Tracker, name: str, weights: Path
 ) -> None:
     register(tracker, name, weights, 0.5)
@@ -171,11 +171,13 @@ def test_a_lower_loss_is_promoted_and_a_higher_one_is_not(
     register(tracker, name, weights, 2.0, 1.5, 1.8, metric=LOSS)
     promote(tracker, f"{name}:1")
     assert promote(tracker, f"{name}:2", metric=LOSS).compared == (1.5, 2.0)
-    with pytest.raises(TrackingError, match=r"heldout\.loss 1\.8.*lower is better: not promoted"):
+    with pytest.raises(
+        TrackingError, match=r"not promoted, because lower is better\. Got heldout\.loss 1\.8"
+    ):
         promote(tracker, f"{name}:3", metric=LOSS)
 
 
-def test_a_direction_against_the_evaluation_is_refused(
+def test_direction_against_the_evaluation_is_rejected(
     tracker: Tracker, name: str, weights: Path
 ) -> None:
     register(tracker, name, weights, 2.0, 1.5, metric=LOSS)
@@ -184,20 +186,20 @@ def test_a_direction_against_the_evaluation_is_refused(
         promote(tracker, f"{name}:2", metric=LOSS, lower=False)
 
 
-def test_a_figure_of_no_evaluation_needs_a_direction(
+def test_metric_without_evaluation_needs_a_direction(
     tracker: Tracker, name: str, weights: Path
 ) -> None:
     register(tracker, name, weights, 20.0, 15.0, metric="latency_ms")
     promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match="say --lower or --higher"):
+    with pytest.raises(TrackingError, match="give --lower or --higher"):
         promote(tracker, f"{name}:2", metric="latency_ms")
     assert promote(tracker, f"{name}:2", metric="latency_ms", lower=True).compared == (15.0, 20.0)
 
 
-def test_a_baseline_decides_nothing(tracker: Tracker, name: str, weights: Path) -> None:
+def test_baseline_cannot_decide_a_promotion(tracker: Tracker, name: str, weights: Path) -> None:
     register(tracker, name, weights, 0.05, 0.06, metric="ranking.chance")
     promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match="is a baseline and decides nothing"):
+    with pytest.raises(TrackingError, match="is a baseline, so it cannot decide a promotion"):
         promote(tracker, f"{name}:2", metric="ranking.chance")
 
 
@@ -213,7 +215,7 @@ def test_the_challenger_is_only_replaced_by_a_better_one(
     assert f"challenger stays {name}:2: its {metric} is {better:g}" in why
 
 
-def test_figures_of_other_evaluations_do_not_replace_the_challenger(
+def test_metrics_of_other_evaluations_do_not_replace_the_challenger(
     tracker: Tracker, name: str, weights: Path
 ) -> None:
     (first,) = register(tracker, name, weights, 0.5)
@@ -221,4 +223,4 @@ def test_figures_of_other_evaluations_do_not_replace_the_challenger(
     challenge(tracker, first, METRIC)
     held, why = challenge(tracker, second, METRIC)
     assert held.version == "1"
-    assert "not given by the same evaluation" in why
+    assert "not from the same evaluation" in why

@@ -1,4 +1,4 @@
-"""Points reach the tracker once each, whatever dies in between: the tracker, the relay, the run."""
+"""Relay: every point reaches the tracker once, after a failure of tracker, relay or run."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from bridgework.tracking.tracker import Journal, MemoryTracker, Point
 
 
 class Switched(MemoryTracker):
-    """Answers while it is up."""
+    """A tracker that answers while it is up."""
 
     up = True
 
@@ -54,7 +54,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
-def test_points_arrive_while_the_run_goes_on(tmp_path: Path) -> None:
+def test_points_arrive_during_the_run(tmp_path: Path) -> None:
     tracker = MemoryTracker()
     run = tracker.start("align")
     with closing(MetricsForwarder(tracker, {run: tmp_path}, every_s=0.01)):
@@ -73,7 +73,7 @@ def test_close_posts_what_the_last_round_missed(tmp_path: Path) -> None:
     assert steps(tracker, run) == list(range(2_500))
 
 
-def test_step_redone_after_a_failure_is_posted_once(tmp_path: Path) -> None:
+def test_step_repeated_after_a_failure_is_posted_once(tmp_path: Path) -> None:
     tracker = MemoryTracker()
     run = tracker.start("align")
     write(tmp_path, range(10), loss=1.0)
@@ -138,7 +138,7 @@ def test_points_left_by_a_closed_relay_are_replayed_by_the_next(
     assert [steps(tracker, run) for run in runs] == [[0, 1, 2, 3]] * 2
 
 
-def test_a_week_of_points_is_remembered_in_a_few_numbers() -> None:
+def test_a_week_of_steps_is_stored_in_a_few_numbers() -> None:
     seen, order = Steps(), list(range(1, 2_000, 2)) + list(range(0, 2_000, 2))
     for step in order:
         assert step not in seen
@@ -156,7 +156,7 @@ def test_steps_are_a_set(added: list[int]) -> None:
     assert [step for step in range(-1, 32) if step in seen] == sorted(set(added))
 
 
-def test_what_an_older_version_posted_is_not_posted_again(tmp_path: Path) -> None:
+def test_points_posted_by_an_older_version_are_not_posted_again(tmp_path: Path) -> None:
     tracker = MemoryTracker()
     run = tracker.start("align")
     names = [f"{10**18 + step:020d}-abcdef.jsonl" for step in range(4)]
@@ -182,7 +182,7 @@ def test_ledger_cut_anywhere_loses_no_point(cut: int, tmp_path: Path) -> None:
     assert unfinished(tmp_path) == {}
 
 
-def test_ledger_cut_short_by_a_crash_spoils_no_later_line(
+def test_ledger_line_truncated_by_a_crash_affects_no_later_line(
     mlflow_tracker: MLflowTracker, tmp_path: Path
 ) -> None:
     run = mlflow_tracker.start("align")
@@ -191,7 +191,7 @@ def test_ledger_cut_short_by_a_crash_spoils_no_later_line(
     ledger = tmp_path / LEDGER
     ledger.write_text(
         ledger.read_text()[:-9]
-    )  # the last part was posted, and its line did not reach the disk whole
+    )  # the last part was posted, and its line is incomplete on the disk
     write(tmp_path, range(4, 6))
     assert MetricsForwarder(mlflow_tracker, {run: tmp_path}).close() == 0
     history = MlflowClient(mlflow_tracker.uri).get_metric_history(run, "loss")
@@ -211,7 +211,7 @@ def test_run_in_another_store_gets_every_point(tmp_path: Path) -> None:
 
 
 class JustEnough(ThreadingHTTPServer):
-    """Answers what opening a project asks; holds every post of points until it is released."""
+    """Answers the requests that open a project; delays every post of points until it is released."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -238,12 +238,12 @@ class Answer(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 @pytest.mark.timeout(10)  # less than MLflow's client waits by itself, retry included
 @pytest.mark.parametrize("server_is", ["gone", "hanging"])
-def test_dead_server_holds_nobody_longer_than_the_time_out(server_is: str, tmp_path: Path) -> None:
+def test_dead_server_delays_no_call_beyond_the_timeout(server_is: str, tmp_path: Path) -> None:
     server = JustEnough()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     tracker = MLflowTracker(f"http://127.0.0.1:{server.server_port}", tmp_path, "p")

@@ -1,4 +1,4 @@
-"""From an answer back to the shards, and from a dataset on to every deployment: on a real store and real datasets."""
+"""Lineage trees in both directions, on a real store and real datasets."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from bridgework.tracking.tracker import Point, Version
 
 @dataclass(frozen=True)
 class Story:
-    """Captions are cleaned, `align` reads them, `instruct` starts from its weights, is registered and served."""
+    """Captions are cleaned and read by `align`; `instruct` starts from its weights and is served."""
 
     home: Path
     tracker: MLflowTracker
@@ -129,7 +129,7 @@ def serve(
     (home / "deployments" / f"{deployment}.json").write_text(json.dumps(words))
 
 
-def test_answer_leads_back_to_the_shards(story: Story) -> None:
+def test_answer_is_traced_to_its_shards(story: Story) -> None:
     shown = text(trace(story.answer, story.tracker, story.home))
     way = [
         f"response {story.answer}",
@@ -153,7 +153,7 @@ def test_answer_leads_back_to_the_shards(story: Story) -> None:
 
 
 @pytest.mark.parametrize("asked", ["{id}", "{model}", "{model}@champion", "{model}:1", "{run}"])
-def test_every_name_of_a_model_leads_to_the_same_datasets(asked: str, story: Story) -> None:
+def test_every_name_of_a_model_is_traced_to_the_same_datasets(asked: str, story: Story) -> None:
     deployment = story.answer.split("-")[1]
     what = asked.format(id=deployment, model=story.version.name, run=story.instruct)
     shown = text(trace(what, story.tracker, story.home))
@@ -167,7 +167,7 @@ def test_run_of_a_system_shows_each_stage_once(story: Story) -> None:
     assert f"stage align of llava {story.align}  see above" in shown
 
 
-def test_dataset_leads_on_to_the_deployment_that_saw_it(story: Story) -> None:
+def test_dataset_is_traced_to_its_deployment(story: Story) -> None:
     for asked in ("raw", story.raw.digest, story.raw.digest[:8]):
         shown = text(uses(asked, story.tracker, story.home))
         way = [
@@ -217,7 +217,7 @@ def test_stage_whose_weights_did_not_change_is_traced_once(
     assert text(trace(run, mlflow_tracker, tmp_path)).count(run) == 2
 
 
-def test_unknown_names_are_refused_with_a_suggestion(story: Story) -> None:
+def test_unknown_names_are_rejected_with_a_suggestion(story: Story) -> None:
     with pytest.raises(TrackingError, match=f"did you mean '{story.version.name}'"):
         trace(story.version.name[:-1], story.tracker, story.home)
     with pytest.raises(TrackingError, match="there is no deployment 'nope'; known: "):
@@ -228,7 +228,7 @@ def test_unknown_names_are_refused_with_a_suggestion(story: Story) -> None:
         trace("0" * 32, story.tracker, story.home)
 
 
-def test_names_from_outside_are_not_read_as_markup(
+def test_external_names_are_not_parsed_as_markup(
     mlflow_tracker: MLflowTracker, tmp_path: Path
 ) -> None:
     run = mlflow_tracker.start(
@@ -237,7 +237,7 @@ def test_names_from_outside_are_not_read_as_markup(
     assert "[bold]align[/nope] of [red]llava" in text(trace(run, mlflow_tracker, tmp_path))
 
 
-def test_broken_record_of_a_deployment_is_named(
+def test_broken_record_of_a_deployment_is_reported(
     mlflow_tracker: MLflowTracker, tmp_path: Path
 ) -> None:
     (tmp_path / "deployments").mkdir()

@@ -1,4 +1,4 @@
-"""What every Tracker does, held against the in-memory twin and against MLflow."""
+"""Contract of a Tracker, for the one in memory and for MLflow."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ def registered(tracker: Tracker, name: str, artifact: str, **tags: str) -> Versi
 
 @pytest.fixture
 def name() -> str:
-    """Of a registered model: unlike runs these are shared by all projects of a store."""
+    """Name of a registered model, unique because all projects of a store share these names."""
     return f"llava-{uuid4().hex[:8]}"
 
 
-def test_run_with_same_key_is_taken_up_again(tracker: Tracker) -> None:
+def test_run_with_same_key_is_resumed(tracker: Tracker) -> None:
     run = tracker.start("align", tags={"run_key": "monday/align"})
     tracker.finish(run, "FAILED")
     assert tracker.start("align", tags={"run_key": "monday/align"}) == run
@@ -50,7 +50,7 @@ def test_runs_without_key_are_always_new(tracker: Tracker) -> None:
 
 
 def test_a_parameter_keeps_its_first_value_and_another_one_is_a_tag(tracker: Tracker) -> None:
-    """An option, such as the size of a micro-batch, may change where a run resumes."""
+    """An option, e.g. the size of a micro-batch, may change when a run resumes."""
     run = tracker.start("align")
     tracker.params(run, {"budget.micro": 8, "optim.peak_lr": 1e-3}, resumed=True)
     tracker.params(run, {"budget.micro": 2, "optim.peak_lr": 1e-3, "seed": 0}, resumed=True)
@@ -72,7 +72,7 @@ def test_a_resumed_stage_reports_everything_again_into_the_same_run(
     recipe = tmp_path / "recipe.json"
     recipe.write_text("{}")
     run = tracker.start("align", tags={"stage": "align", "starts_from_digest": ""})
-    for _ in range(2):  # a stage that goes on tells all of it again
+    for _ in range(2):  # a stage that resumes logs all of it again
         tracker.params(run, {"optim.peak_lr": 1e-3, "losses": ["captioning"], "starts_from": None})
         tracker.inputs(run, [DatasetInput("blip558k", "d" * 64, "/data/blip558k", 558_128)])
         tracker.points(
@@ -95,7 +95,7 @@ def test_a_resumed_stage_reports_everything_again_into_the_same_run(
 
 @dataclass(frozen=True)
 class Seen:
-    """A run as either tracker kept it."""
+    """Return a run as stored by either tracker."""
 
     status: str
     inputs: Sequence[DatasetInput]
@@ -137,7 +137,7 @@ def test_alias_moves_to_its_new_version(tracker: Tracker, name: str) -> None:
     assert tracker.version(name, "2").aliases == ("champion",)
 
 
-def test_unknown_names_are_refused_with_a_suggestion(tracker: Tracker, name: str) -> None:
+def test_unknown_names_are_rejected_with_a_suggestion(tracker: Tracker, name: str) -> None:
     registered(tracker, name, "/runs/0")
     tracker.alias(name, "champion", "1")
     with pytest.raises(TrackingError, match=f"did you mean '{name}'"):

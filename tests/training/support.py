@@ -1,4 +1,4 @@
-"""A tiny LLaVA that learns fast enough to see it, and what a test wants to know of a run."""
+"""A tiny LLaVA that learns within a test, and helpers to run it and read its results."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,11 +20,11 @@ from bridgework.training.ray_train import RunOptions
 
 
 class Stop(Exception):
-    """Raised by a test in the middle of a run."""
+    """Raised by a test during a run."""
 
 
 def llava(steps: int = 4, **changes: Any) -> System:
-    """`steps` steps a stage; `changes` are dotted paths with `__` for the dot."""
+    """Return a LLaVA of `steps` steps per stage; `changes` are dotted paths with `__` for the dot."""
     fast = {"stages.*.optim.peak_lr": 3e-3, "stages.*.budget.steps": steps}
     return override(
         load("llava").tiny(), fast | {path.replace("__", "."): new for path, new in changes.items()}
@@ -32,7 +32,7 @@ def llava(steps: int = 4, **changes: Any) -> System:
 
 
 def uncurated(system: System) -> System:
-    """A tiny system whose every stage reads what is there before any of them trains."""
+    """Return a tiny system whose stages all read existing data."""
     return replace(system, stages=tuple(replace(s, data=s.data.tiny(), curation=None) if s.curation else s
                                         for s in system.stages))  # fmt: skip
 
@@ -48,11 +48,13 @@ def go(
     **how: Any,
 ) -> dict[str, StageResult]:
     options = RunOptions(**{"workers": 0, **how})
-    return train(system, home=home, run=run, how=options, stages=stages, tracker=tracker, fork=fork)
+    return train(
+        system, home=home, run=run, options=options, stages=stages, tracker=tracker, fork=fork
+    )
 
 
 def stop_at(step: int) -> Callable[[dict[str, float], int], None]:
-    """A report, to be given with evaluate_every=1, that raises behind the work of `step` steps."""
+    """Return a report, for evaluate_every=1, that raises after `step` steps."""
 
     def report(metrics: dict[str, float], done: int) -> None:
         if done == step:
@@ -64,7 +66,7 @@ def stop_at(step: int) -> Callable[[dict[str, float], int], None]:
 def losses(
     home: Path, run: str, stage: str = "align", key: str = "loss"
 ) -> list[tuple[int, float]]:
-    """(step, loss) in the order of writing; a step that was redone stands twice."""
+    """Return (step, loss) in the order of writing; a repeated step occurs twice."""
     parts = Journal(home / "runs" / run / stage / "journal").points()
     return [(p.step, p.value) for _, points in parts for p in points if p.key == key]
 
@@ -74,21 +76,21 @@ def weights(home: Path, run: str, stage: str = "align") -> dict[str, Tensor]:
 
 
 def fresh(stage: Stage) -> nn.Module:
-    """The model as a stage without a parent begins with it."""
+    """Return the initial model of a stage without a parent."""
     torch.manual_seed(stage.seed)
     model: nn.Module = stage.model.build()
     return model
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Bit for bit."""
+    """Return True if all tensors are equal bit for bit."""
     return one.keys() == other.keys() and all(
         torch.equal(tensor, other[name]) for name, tensor in one.items()
     )
 
 
 def job(made: System, home: Path, folder: Path, *, every: int = 0) -> loop.TrainJob:
-    """The work of a system's only stage, under `folder`, with a checkpoint at `every` so many steps."""
+    """Return the job of a system's only stage in `folder`, with a checkpoint every `every` steps."""
     (stage,) = made.stages
     place = folder / stage.name
     place.mkdir(parents=True, exist_ok=True)
@@ -98,7 +100,7 @@ def job(made: System, home: Path, folder: Path, *, every: int = 0) -> loop.Train
 
 
 def train_ranks(given: loop.TrainJob, rank: int = 0, world: int = 1) -> dict[int, float]:
-    """The loss of every step of a stage, trained by the loop itself on this rank of `world`."""
+    """Train a stage by the loop on this rank of `world`; returns the loss of every step."""
 
     def rows(start: int) -> Iterator[list[reader.Row]]:
         return reader.local(given.feed, rank=rank, world=world, start=start)

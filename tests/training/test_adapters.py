@@ -1,4 +1,4 @@
-"""Adapters from stage to stage: what goes into an artifact, and what comes back."""
+"""Adapters in artifacts: saved by one stage and loaded by the next."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ def save(system: System, name: str, model: nn.Module, folder: Path, inherited: l
     return folder
 
 
-def test_a_stage_with_adapters_starts_from_one_without_and_its_artifact_comes_back(
+def test_stage_with_adapters_starts_from_one_without_and_its_artifact_loads(
     tmp_path: Path,
 ) -> None:
     system = xgen_mm.system().tiny()

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there: what is damaged is seen, and the one before is taken."""
+"""Checkpoints: complete or absent; damage is detected, and the checkpoint before it is used."""
 
 import hashlib
 import json
@@ -44,15 +44,15 @@ def steps(stage: Path) -> list[int]:
     return [found.step for found in checkpoint.checkpoints(stage)]
 
 
-def test_what_was_written_is_found_as_it_was(tmp_path: Path) -> None:
+def test_written_checkpoint_is_found_unchanged(tmp_path: Path) -> None:
     made = write(tmp_path, 10)
     found, passed = checkpoint.latest(tmp_path, "f")
     assert found == made
-    assert (found.step, found.world, found.damage(), passed) == (10, 2, None, [])
+    assert (found.step, found.world, found.find_corruption(), passed) == (10, 2, None, [])
     assert set(found.files) == set(FILES)
 
 
-def test_manifest_is_last(tmp_path: Path) -> None:
+def test_manifest_is_written_last(tmp_path: Path) -> None:
     folder = checkpoint.begin(tmp_path, 10, "a1")
     (folder / "rank_0.pt").write_bytes(b"half")
     assert checkpoint.latest(tmp_path, "f") == (None, [])
@@ -80,7 +80,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_damaged_checkpoint_is_seen_and_the_one_before_is_taken(tmp_path: Path, how: str) -> None:
+def test_damage_is_detected_and_the_checkpoint_before_is_used(tmp_path: Path, how: str) -> None:
     write(tmp_path, 5)
     DAMAGE[how](write(tmp_path, 10).folder)
     found, passed = checkpoint.latest(tmp_path, "f")
@@ -91,13 +91,13 @@ def test_damaged_checkpoint_is_seen_and_the_one_before_is_taken(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"step": 10}', "\xff{"])
-def test_manifest_that_says_nothing_is_no_manifest(tmp_path: Path, content: str) -> None:
+def test_manifest_without_content_is_damage(tmp_path: Path, content: str) -> None:
     write(tmp_path, 5)
     (write(tmp_path, 10).folder / "manifest.json").write_text(content, encoding="latin-1")
     assert steps(tmp_path) == [5]
 
 
-def test_no_flipped_bit_of_a_manifest_goes_unseen(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_a_manifest_is_detected(tmp_path: Path) -> None:
     write(tmp_path, 5)
     manifest = write(tmp_path, 10).folder / "manifest.json"
     whole, body = manifest.read_bytes(), json.loads(manifest.read_text())
@@ -113,7 +113,7 @@ def test_no_flipped_bit_of_a_manifest_goes_unseen(tmp_path: Path) -> None:
         manifest.write_bytes(whole)
 
 
-def test_nothing_is_taken_where_all_are_damaged(tmp_path: Path) -> None:
+def test_no_checkpoint_is_used_if_all_are_damaged(tmp_path: Path) -> None:
     for step in (5, 10):
         flip(write(tmp_path, step).folder / "state/rank_0.pt", 3)
     found, passed = checkpoint.latest(tmp_path, "f")
@@ -121,10 +121,10 @@ def test_nothing_is_taken_where_all_are_damaged(tmp_path: Path) -> None:
     assert len(passed) == 2
 
 
-def test_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_another_recipe_is_rejected(tmp_path: Path) -> None:
     write(tmp_path, 5, fingerprint="other")
     with pytest.raises(
-        RunError, match="written by recipe other, this is f; give the run another name"
+        RunError, match=r"another recipe\. Got other; expected f\. Fix: give the run another name"
     ):
         checkpoint.latest(tmp_path, "f")
 
@@ -135,7 +135,7 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert steps(tmp_path) == [15, 10]
 
 
-def test_sweep_removes_what_other_attempts_left_half_written(tmp_path: Path) -> None:
+def test_remove_stale_removes_partial_checkpoints_of_other_attempts(tmp_path: Path) -> None:
     write(tmp_path, 5, "a1")
     own, other = checkpoint.begin(tmp_path, 10, "a2"), checkpoint.begin(tmp_path, 10, "a1")
     checkpoint.remove_stale(tmp_path, "a2", 5)
@@ -144,7 +144,7 @@ def test_sweep_removes_what_other_attempts_left_half_written(tmp_path: Path) -> 
     assert steps(tmp_path) == [5]
 
 
-def test_damaged_newest_does_not_push_out_good_ones(tmp_path: Path) -> None:
+def test_damaged_newest_does_not_evict_valid_ones(tmp_path: Path) -> None:
     for step in (15, 20):
         flip(write(tmp_path, step).folder / "state/rank_0.pt", 3)
     checkpoint.remove_stale(tmp_path, "a2", 0)
@@ -154,7 +154,7 @@ def test_damaged_newest_does_not_push_out_good_ones(tmp_path: Path) -> None:
     assert (found.step, passed) == (5, [])
 
 
-def test_step_may_be_written_again_by_a_later_attempt(tmp_path: Path) -> None:
+def test_later_attempt_may_write_a_step_again(tmp_path: Path) -> None:
     write(tmp_path, 5, "a1")
     write(tmp_path, 5, "a2")
     found, _ = checkpoint.latest(tmp_path, "f")
@@ -162,7 +162,7 @@ def test_step_may_be_written_again_by_a_later_attempt(tmp_path: Path) -> None:
     assert found.step == 5
 
 
-# --- what is not in the manifest is not read -------------------------------------------------------------------------
+# --- files that are not in the manifest ---------------------------------------------------------
 
 EXTRA: dict[str, Callable[[Path], object]] = {
     "a file": lambda f: (f / "state/rank_2.pt").write_bytes(b"x"),
@@ -178,16 +178,16 @@ EXTRA: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", EXTRA)
-def test_what_the_manifest_does_not_list_is_damage(tmp_path: Path, what: str) -> None:
-    """DeepSpeed and its converter load whatever files have a name that they know."""
+def test_file_missing_from_the_manifest_is_damage(tmp_path: Path, what: str) -> None:
+    """DeepSpeed and its converter load all files with a known name."""
     write(tmp_path, 5)
     EXTRA[what](write(tmp_path, 10).folder)
     found, passed = checkpoint.latest(tmp_path, "f")
     assert found is not None and found.step == 5
-    assert len(passed) == 1 and "is not in the manifest: nothing there is read" in passed[0]
+    assert len(passed) == 1 and "is not in the manifest, so the folder is not read" in passed[0]
 
 
-def test_a_listed_file_that_became_a_link_is_damage(tmp_path: Path) -> None:
+def test_listed_file_replaced_by_a_link_is_damage(tmp_path: Path) -> None:
     file = write(tmp_path, 10).folder / "state/rank_0.pt"
     elsewhere = file.rename(tmp_path / "elsewhere.pt")
     file.symlink_to(elsewhere)
@@ -196,20 +196,20 @@ def test_a_listed_file_that_became_a_link_is_damage(tmp_path: Path) -> None:
     ]
 
 
-def test_a_manifest_names_no_file_outside_of_its_folder(tmp_path: Path, home: Path) -> None:
+def test_manifest_with_a_file_outside_its_folder_is_damage(tmp_path: Path, home: Path) -> None:
     made = write(tmp_path, 10)
     outside = tmp_path / "checkpoints/outside.pt"
     outside.write_bytes(b"x")
     digest = hashlib.sha256(b"x").hexdigest()
     rewrite(made.folder, home, files={"../outside.pt": [1, digest]})
-    assert "a file is outside of the folder" in checkpoint.latest(tmp_path, "f")[1][0]
+    assert "a file is outside the folder" in checkpoint.latest(tmp_path, "f")[1][0]
 
 
 # --- who wrote it ----------------------------------------------------------------------------------------------------
 
 
 def rewrite(folder: Path, home: Path | None, *, sign: bool = True, **changed: Any) -> None:
-    """The manifest with other fields, under a correct sha256 and, with a home, a correct signature."""
+    """Change fields of the manifest, with a valid sha256 and, with a home, a valid signature."""
     manifest = folder / "manifest.json"
     body = {**json.loads(manifest.read_text()), **changed}
     body.pop("sha256")
@@ -220,7 +220,7 @@ def rewrite(folder: Path, home: Path | None, *, sign: bool = True, **changed: An
 
 
 def unsigned(folder: Path) -> None:
-    """As an older version of bridgework wrote it."""
+    """Rewrite a manifest as an older version of bridgework did."""
     manifest = folder / "manifest.json"
     body = json.loads(manifest.read_text())
     for field in ("schema", "key", "signature", "sha256"):
@@ -228,7 +228,7 @@ def unsigned(folder: Path) -> None:
     manifest.write_text(json.dumps(body | {"sha256": checkpoint._digest(body)}))
 
 
-def test_the_key_is_its_owners_alone_and_stays(tmp_path: Path) -> None:
+def test_key_is_private_and_stable(tmp_path: Path) -> None:
     first = signing.key(tmp_path)
     assert signing.key(tmp_path) == first
     assert (tmp_path / "checkpoint.key").stat().st_mode & 0o777 == 0o600
@@ -237,7 +237,7 @@ def test_the_key_is_its_owners_alone_and_stays(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint.key").stat().st_mode & 0o777 == 0o600
 
 
-def test_processes_that_come_at_once_make_one_key(tmp_path: Path) -> None:
+def test_concurrent_processes_create_one_key(tmp_path: Path) -> None:
     code = "import sys, pathlib; from bridgework.training import signing; print(signing.key(pathlib.Path(sys.argv[1])))"
     started = [
         subprocess.Popen(
@@ -249,7 +249,7 @@ def test_processes_that_come_at_once_make_one_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "not hex", "ab"])
-def test_a_broken_key_is_named_with_what_to_do(tmp_path: Path, content: str) -> None:
+def test_broken_key_is_reported_with_a_fix(tmp_path: Path, content: str) -> None:
     (tmp_path / "checkpoint.key").write_text(content)
     with pytest.raises(
         RunError, match=r"the key that signs checkpoints cannot be read.*--trust-checkpoints"
@@ -269,7 +269,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("how", FORGED)
-def test_a_checkpoint_that_this_home_did_not_sign_is_refused_until_it_is_trusted(
+def test_checkpoint_not_signed_by_this_home_is_rejected_until_trusted(
     tmp_path: Path, how: str
 ) -> None:
     write(tmp_path, 5)
@@ -289,7 +289,7 @@ def test_a_checkpoint_that_this_home_did_not_sign_is_refused_until_it_is_trusted
     assert found is not None and found.step == 10
 
 
-def test_a_damaged_checkpoint_is_not_trusted_at_a_word(tmp_path: Path) -> None:
+def test_damaged_checkpoint_cannot_be_trusted(tmp_path: Path) -> None:
     folder = write(tmp_path, 10).folder
     unsigned(folder)
     (folder / "state/rank_2.pt").write_bytes(b"x")
@@ -298,7 +298,7 @@ def test_a_damaged_checkpoint_is_not_trusted_at_a_word(tmp_path: Path) -> None:
         checkpoint.latest(tmp_path, "f")
 
 
-def test_a_checkpoint_of_another_home_is_refused_until_it_is_trusted(tmp_path: Path) -> None:
+def test_checkpoint_of_another_home_is_rejected_until_trusted(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
     folder = checkpoint.begin(tmp_path, 5, "a1")
@@ -315,7 +315,7 @@ def test_a_checkpoint_of_another_home_is_refused_until_it_is_trusted(tmp_path: P
     assert checkpoint.latest(tmp_path, "f", home=tmp_path / "other")[0] is not None
 
 
-def test_what_older_versions_left_in_a_home_is_signed_when_its_key_is_made(tmp_path: Path) -> None:
+def test_new_key_signs_checkpoints_of_older_versions(tmp_path: Path) -> None:
     stage = tmp_path / "runs" / "monday" / "align"
     unsigned(write(stage, 5).folder)
     found, passed = checkpoint.latest(stage, "f", home=tmp_path)
@@ -328,7 +328,7 @@ def test_what_older_versions_left_in_a_home_is_signed_when_its_key_is_made(tmp_p
 # --- what is not understood is not touched ---------------------------------------------------------------------------
 
 
-def test_a_newer_versions_checkpoint_stops_the_run_and_nothing_is_removed(tmp_path: Path) -> None:
+def test_checkpoint_of_a_newer_version_stops_the_run_and_is_not_removed(tmp_path: Path) -> None:
     write(tmp_path, 5)
     folder = write(tmp_path, 10).folder
     rewrite(folder, None, schema=2, added="later")
@@ -348,7 +348,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("content", MALFORMED)
-def test_a_manifest_that_cannot_be_read_is_reported_and_its_folder_kept(
+def test_unreadable_manifest_is_reported_and_its_folder_not_removed(
     tmp_path: Path, content: str
 ) -> None:
     write(tmp_path, 5)
@@ -367,7 +367,7 @@ def test_a_manifest_that_cannot_be_read_is_reported_and_its_folder_kept(
 @pytest.mark.parametrize(
     "field", [{"step": "10"}, {"world": 0}, {"attempt": 7}, {"files": []}, {"step": -10}]
 )
-def test_a_signed_manifest_with_impossible_fields_is_damage(
+def test_signed_manifest_with_invalid_fields_is_damage(
     tmp_path: Path, home: Path, field: dict[str, Any]
 ) -> None:
     write(tmp_path, 5)
@@ -388,7 +388,7 @@ STRAY: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", STRAY)
-def test_stray_folders_and_files_end_no_resume_and_stay(tmp_path: Path, name: str) -> None:
+def test_stray_folders_and_files_are_ignored(tmp_path: Path, name: str) -> None:
     for step in (5, 10):
         write(tmp_path, step)
     STRAY[name](tmp_path / "checkpoints" / name)
@@ -400,7 +400,7 @@ def test_stray_folders_and_files_end_no_resume_and_stay(tmp_path: Path, name: st
     assert steps(tmp_path) == [15]
 
 
-def test_a_folder_under_another_name_is_no_checkpoint(tmp_path: Path) -> None:
+def test_folder_with_another_name_is_not_a_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 5)
     write(tmp_path, 10).folder.rename(tmp_path / "checkpoints/00000099-a1")
     found, passed = checkpoint.resume(tmp_path, "f")
@@ -413,7 +413,7 @@ def test_a_folder_under_another_name_is_no_checkpoint(tmp_path: Path) -> None:
 # --- where none is left ----------------------------------------------------------------------------------------------
 
 
-def test_a_stage_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(
+def test_stage_with_only_damaged_checkpoints_does_not_start_over_by_itself(
     tmp_path: Path,
 ) -> None:
     for step in (5, 10):
@@ -423,8 +423,8 @@ def test_a_stage_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itsel
             Unusable, match=r"no checkpoint can be used.*step 10.*step 5.*add --start-over"
         ):
             look(tmp_path, "f")
-    checkpoint.set_aside(tmp_path / "checkpoints/00000010-a1")
-    checkpoint.set_aside(tmp_path / "checkpoints/00000005-a1")
+    checkpoint.move_to_damaged(tmp_path / "checkpoints/00000010-a1")
+    checkpoint.move_to_damaged(tmp_path / "checkpoints/00000005-a1")
     with pytest.raises(Unusable, match="damaged/00000005-a1 was found damaged before"):
         checkpoint.resume(tmp_path, "f")
     kept = checkpoint.start_over(tmp_path)
@@ -432,7 +432,7 @@ def test_a_stage_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itsel
     assert len(list(kept.rglob("rank_0.pt"))) == 2
 
 
-def test_room_is_made_from_older_checkpoints_and_never_from_the_newest(tmp_path: Path) -> None:
+def test_make_room_removes_older_checkpoints_but_never_the_newest(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         write(tmp_path, step, keep=3)
     checkpoint.make_room(tmp_path, 1)

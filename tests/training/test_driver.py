@@ -1,4 +1,4 @@
-"""A run from its command to its artifacts: what is refused, what is taken as it is, and two workers like none."""
+"""Driver: rejected runs, finished stages, failures of workers, and any number of workers."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def test_stage_2_holds_the_bridge_of_stage_1(home: Path, run: str) -> None:
     assert same(after, bridge)
 
 
-def test_finished_stage_is_taken_as_it_is(home: Path, run: str) -> None:
+def test_finished_stage_is_not_trained_again(home: Path, run: str) -> None:
     first = go(llava(2), home, run)["align"]
     written = (first.artifact / "artifact.json").stat()
     both = go(llava(2), home, run, stages=None)
@@ -45,7 +45,7 @@ def test_finished_stage_is_taken_as_it_is(home: Path, run: str) -> None:
     assert len(losses(home, run)) == 2
 
 
-def test_run_with_another_recipe_is_refused_and_nothing_changes(home: Path, run: str) -> None:
+def test_run_with_another_recipe_is_rejected_without_changes(home: Path, run: str) -> None:
     go(llava(2), home, run)
     before = weights(home, run)
     with pytest.raises(RunError, match=r"stages\.align\.seed was 0, is 7"):
@@ -53,13 +53,13 @@ def test_run_with_another_recipe_is_refused_and_nothing_changes(home: Path, run:
     assert same(weights(home, run), before)
 
 
-def test_unknown_stage_is_refused_before_anything_is_written(home: Path, run: str) -> None:
+def test_unknown_stage_is_rejected_before_any_write(home: Path, run: str) -> None:
     with pytest.raises(SpecError, match="no stage 'alig'; did you mean 'align'"):
         go(llava(), home, run, stages=["alig"])
     assert not folder(home, run).exists()
 
 
-def test_missing_dataset_is_refused_before_anything_is_written(home: Path, run: str) -> None:
+def test_missing_dataset_is_rejected_before_any_write(home: Path, run: str) -> None:
     system = llava(stages__instruct__data__sources__gqa__dataset="synthetic-shape")
     with pytest.raises(DataError, match=r"no dataset 'synthetic-shape'.*did you mean"):
         go(system, home, run, stages=None)
@@ -75,7 +75,7 @@ def test_missing_dataset_is_refused_before_anything_is_written(home: Path, run: 
         LinearProbe(dataset="synthetic:shapes", train="not-here"),
     ],
 )
-def test_missing_dataset_of_an_evaluation_is_refused_before_anything_is_written(
+def test_missing_dataset_of_an_evaluation_is_rejected_before_any_write(
     judge: EvalSpec, home: Path, run: str
 ) -> None:
     system = llava(stages__align__evals=(judge,))
@@ -84,17 +84,13 @@ def test_missing_dataset_of_an_evaluation_is_refused_before_anything_is_written(
     assert not folder(home, run).exists()
 
 
-def test_more_workers_than_lanes_are_refused_before_anything_is_written(
-    home: Path, run: str
-) -> None:
+def test_more_workers_than_lanes_are_rejected_before_any_write(home: Path, run: str) -> None:
     with pytest.raises(SpecError, match="4 lanes for 5 workers"):
         go(llava(), home, run, workers=5)
     assert not folder(home, run).exists()
 
 
-def test_stage_before_its_parent_is_refused_before_anything_is_written(
-    home: Path, run: str
-) -> None:
+def test_stage_before_its_parent_is_rejected_before_any_write(home: Path, run: str) -> None:
     with pytest.raises(
         RunError, match="starts from align, which this run has not trained; train it first"
     ):
@@ -102,7 +98,7 @@ def test_stage_before_its_parent_is_refused_before_anything_is_written(
     assert not folder(home, run).exists()
 
 
-def test_parent_that_is_no_artifact_is_refused_before_anything_is_written(
+def test_parent_that_is_not_an_artifact_is_rejected_before_any_write(
     home: Path, run: str, tmp_path: Path
 ) -> None:
     with pytest.raises(WeightsError, match="is not an artifact"):
@@ -117,7 +113,7 @@ def test_a_stage_may_start_from_the_artifact_of_another_run(home: Path, run: str
     assert artifacts.describe(child).parent == artifacts.describe(parent).digest
 
 
-def test_edited_parent_is_refused(home: Path, run: str) -> None:
+def test_edited_parent_is_rejected(home: Path, run: str) -> None:
     parent = go(llava(2), home, run)["align"].artifact
     file = parent / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
@@ -126,7 +122,9 @@ def test_edited_parent_is_refused(home: Path, run: str) -> None:
     assert not (folder(home, run) / "instruct" / "artifact").exists()
 
 
-def test_a_checkpoint_of_other_workers_without_their_state_is_refused(home: Path, run: str) -> None:
+def test_incomplete_checkpoint_of_another_number_of_workers_is_rejected(
+    home: Path, run: str
+) -> None:
     system = llava(4)
     made = checkpoint.begin(folder(home, run) / "align", 2, "old")
     checkpoint.complete(
@@ -147,7 +145,7 @@ def test_metrics_are_those_of_the_last_step_and_of_the_evaluations(home: Path, r
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_two_workers_learn_what_none_does(home: Path, run: str) -> None:
+def test_two_workers_match_in_process_training(home: Path, run: str) -> None:
     system = llava(6, stages__align__budget__micro=4)
     go(system, home, f"{run}-alone")
     go(system, home, run, workers=2)
@@ -159,15 +157,17 @@ def test_two_workers_learn_what_none_does(home: Path, run: str) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_what_a_person_must_mend_is_not_tried_again(home: Path, run: str) -> None:
+def test_error_that_a_user_must_fix_is_not_retried(home: Path, run: str) -> None:
     system = llava(6, stages__align__optim__peak_lr=1e30, stages__align__optim__clip=0.0)
-    with pytest.raises(RunError, match=r"the loss of step \d is (nan|inf).*nothing was saved"):
+    with pytest.raises(
+        RunError, match=r"not finite at step \d\. Got (nan|inf).*no checkpoint was written"
+    ):
         go(system, home, run, workers=1, checkpoint_every=6)
     steps = [step for step, _ in losses(home, run)]
     assert steps == list(range(len(steps))) and steps  # a second start would write them again
 
 
-def test_what_the_machine_does_may_pass() -> None:
+def test_resource_error_is_retried() -> None:
     ends = FailFastCallback()
     for passing in (ResourceError("the store is gone"), RuntimeError("gloo: connection closed")):
         ends.after_exception(None, {0: passing})
@@ -178,7 +178,7 @@ def test_what_the_machine_does_may_pass() -> None:
 
 
 def workers() -> list[int]:
-    """The training workers of this session's own Ray, by the process tree."""
+    """Return the training workers of this session's own Ray, from the process tree."""
     status = {int(p.name): p for p in Path("/proc").iterdir() if p.name.isdigit()}
     found = []
     for pid, place in status.items():
@@ -197,7 +197,7 @@ def parent(pid: int) -> int:
 
 
 def kill_one(stage: Path, after: int, done: list[int]) -> None:
-    """SIGKILL to a worker as soon as the stage has a checkpoint of `after` steps or more."""
+    """Send SIGKILL to a worker as soon as the stage has a checkpoint of at least `after` steps."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         found = checkpoint.checkpoints(stage)
@@ -210,9 +210,7 @@ def kill_one(stage: Path, after: int, done: list[int]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
-    home: Path, run: str
-) -> None:
+def test_killed_worker_repeats_only_steps_since_the_checkpoint(home: Path, run: str) -> None:
     every, killed = 5, list[int]()
     system = llava(60, stages__align__budget__micro=4)
     go(system, home, f"{run}-whole", workers=2, checkpoint_every=every)
@@ -229,8 +227,8 @@ def test_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_what_workers_warn_of_reaches_the_console(home: Path, run: str) -> None:
-    """Files that are damaged, and a checkpoint whose files are sound and whose values are not finite."""
+def test_warnings_of_workers_reach_the_console(home: Path, run: str) -> None:
+    """Damaged files, and a checkpoint with valid files and values that are not finite."""
     system, stage, console = llava(9), folder(home, run) / "align", Console(record=True, width=300)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Engine, "finite", lambda self: True)
@@ -242,8 +240,8 @@ def test_what_workers_warn_of_reaches_the_console(home: Path, run: str) -> None:
         made, step=5, world=1, attempt="old", fingerprint=system.fingerprint(), keep=3
     )
     (done.folder / "state.pt").write_bytes(b"y")
-    how = RunOptions(workers=1, checkpoint_every=2)
-    train(system, home=home, run=run, how=how, stages=["align"], console=console)
+    options = RunOptions(workers=1, checkpoint_every=2)
+    train(system, home=home, run=run, options=options, stages=["align"], console=console)
     said = console.export_text()
     assert (
         "checkpoint of step 5 is damaged: state.pt has changed since it was written (sha256); resuming"
@@ -262,7 +260,7 @@ def test_what_workers_warn_of_reaches_the_console(home: Path, run: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_run_with_workers_goes_on_with_the_same_command(home: Path, run: str) -> None:
+def test_run_with_workers_resumes_with_the_same_command(home: Path, run: str) -> None:
     go(llava(6), home, run, workers=2, checkpoint_every=2)
     unbroken = weights(home, run)
     (
@@ -276,8 +274,8 @@ def test_run_with_workers_goes_on_with_the_same_command(home: Path, run: str) ->
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_a_run_goes_on_with_another_number_of_workers(home: Path, run: str, zero: int) -> None:
-    system = llava(6, stages__align__budget__micro=4, stages__align__shard__stage=zero)
+def test_run_resumes_with_another_number_of_workers(home: Path, run: str, zero: int) -> None:
+    system = llava(6, stages__align__budget__micro=4, stages__align__zero__stage=zero)
     go(system, home, f"{run}-whole", workers=2, checkpoint_every=2)
     whole = dict(losses(home, f"{run}-whole"))
     with pytest.raises(Stop):

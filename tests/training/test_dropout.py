@@ -1,4 +1,4 @@
-"""Dropout in training: masks by place, so that the loss is that of one worker, however the batch is cut."""
+"""Dropout in training: masks depend on positions, so any split of the batch has the same loss."""
 
 import json
 from dataclasses import replace
@@ -47,7 +47,7 @@ IN_PARTS = (
 
 
 def system(case: str, micro: int = 8, *, dropout: bool = True) -> System:
-    """One tiny stage, on synthetic data."""
+    """Return one tiny stage on synthetic data."""
     name, stage_name, changes = CASES[case]
     stage = load(name).tiny()[stage_name]
     kind = (
@@ -114,7 +114,7 @@ def test_loss_with_dropout_is_the_same_in_micro_batches(
     )
 
 
-def test_frozen_parts_draw_nothing() -> None:
+def test_frozen_modules_draw_no_random_numbers() -> None:
     stage = system("adapters").stages[0]
     model: Any = fresh(stage)
     set_trainable(model, stage.trains)

@@ -1,4 +1,4 @@
-"""What a model has beside parameters, where another number of workers goes on."""
+"""Buffers of a model, after a resume with another number of workers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +26,9 @@ def engine(stage: Stage, *, seen: float = 0.0, universal: bool = False) -> Engin
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_buffers_come_back(home: Path, tmp_path: Path, zero: int) -> None:
-    """A momentum twin and its queues are buffers."""
-    stage = llava(stages__align__shard__stage=zero)["align"]
+def test_buffers_are_restored(home: Path, tmp_path: Path, zero: int) -> None:
+    """A momentum encoder and its queues are buffers."""
+    stage = llava(stages__align__zero__stage=zero)["align"]
     given = collate(
         next(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0
     )
@@ -44,7 +44,7 @@ def test_buffers_come_back(home: Path, tmp_path: Path, zero: int) -> None:
     )
 
 
-def test_the_start_of_preference_learning_comes_back(home: Path, tmp_path: Path) -> None:
+def test_dpo_reference_is_restored(home: Path, tmp_path: Path) -> None:
     stage = prefer(stage=2)[PREFER]
     stage = replace(stage, starts_from=None)
     given = batch(stage, home)

@@ -1,4 +1,4 @@
-"""DeepSpeed behind its door, against plain torch."""
+"""The DeepSpeed engine against plain torch."""
 
 from pathlib import Path
 
@@ -24,16 +24,16 @@ def engine(stage: Stage, model: base.VLMModule) -> Engine:
     )
 
 
-def test_config_is_laid_over_by_dotted_path() -> None:
+def test_config_is_overridden_by_dotted_path() -> None:
     overlay = {"zero_optimization.overlap_comm": False, "wall_clock_breakdown": True}
-    made = config(llava(stages__align__shard__config=overlay)["align"])
+    made = config(llava(stages__align__zero__config=overlay)["align"])
     assert made["zero_optimization"] == {"stage": 2, "overlap_comm": False}
     assert made["wall_clock_breakdown"] is True
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_norm_of_the_gradient_is_that_of_plain_torch(home: Path, zero: int) -> None:
-    stage = llava(stages__align__shard__stage=zero)["align"]
+def test_gradient_norm_matches_torch(home: Path, zero: int) -> None:
+    stage = llava(stages__align__zero__stage=zero)["align"]
     batch = collate(
         next(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0
     )
@@ -49,8 +49,8 @@ def test_norm_of_the_gradient_is_that_of_plain_torch(home: Path, zero: int) -> N
 
 
 @pytest.mark.parametrize("zero", [0, 3])
-def test_state_is_whole_named_and_in_float32(zero: int) -> None:
-    stage = llava(stages__align__shard__stage=zero, stages__align__shard__precision="bf16")["align"]
+def test_state_is_complete_named_and_float32(zero: int) -> None:
+    stage = llava(stages__align__zero__stage=zero, stages__align__zero__precision="bf16")["align"]
     expected = {
         n: p.detach().clone() for n, p in fresh(stage).bridge.named_parameters(prefix="bridge")
     }
@@ -64,8 +64,8 @@ def test_state_is_whole_named_and_in_float32(zero: int) -> None:
 @pytest.mark.parametrize(
     ("zero", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
 )
-def test_a_limit_holds_in_the_optimizer_too(home: Path, zero: int, precision: str) -> None:
-    changes = {"stages__align__shard__stage": zero, "stages__align__shard__precision": precision}
+def test_limit_also_applies_to_the_optimizer_copy(home: Path, zero: int, precision: str) -> None:
+    changes = {"stages__align__zero__stage": zero, "stages__align__zero__precision": precision}
     stage = llava(**changes)["align"]
     batch = collate(
         next(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0
@@ -86,7 +86,7 @@ def test_integers_stay_integers() -> None:
     assert engine(stage, model).state(["steps_seen"])["steps_seen"].equal(torch.tensor(2**24 + 1))
 
 
-def test_a_folder_without_state_is_refused(tmp_path: Path) -> None:
+def test_folder_without_state_is_rejected(tmp_path: Path) -> None:
     stage = llava()["align"]
     with pytest.raises(RunError, match="no state"):
         engine(stage, fresh(stage)).load(tmp_path)

@@ -1,4 +1,4 @@
-"""Faults that are planted: broken memory behind an update, a step that does not fit, a disk that refuses."""
+"""Injected faults: broken memory after an update, out of memory, failed writes."""
 
 import math
 import shutil
@@ -24,9 +24,9 @@ from tests.training.support import Stop, go, llava, losses, same, stop_at, weigh
 
 
 def both(steps: int, zero: int) -> System:
-    """A stage that trains matrices of the language model too."""
+    """Return a stage that also trains matrices of the language model."""
     trains = {"bridge.*": 1.0, "language.*": 1.0}
-    return override(llava(steps, stages__align__shard__stage=zero), {"stages.align.trains": trains})
+    return override(llava(steps, stages__align__zero__stage=zero), {"stages.align.trains": trains})
 
 
 def in_weights(engine: Any) -> None:
@@ -35,7 +35,7 @@ def in_weights(engine: Any) -> None:
 
 
 def in_optimizer(engine: Any) -> None:
-    """In the first moments, where the next step would find it."""
+    """Put a NaN into the first moments, which the next step reads."""
     optimizer = getattr(engine._engine.optimizer, "optimizer", engine._engine.optimizer)
     next(iter(optimizer.state.values()))["exp_avg"].view(-1)[0] = math.inf
 
@@ -45,7 +45,7 @@ def in_a_buffer(engine: Any) -> None:
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, step: int, fault: Callable[[Any], None]) -> None:
-    """A fault behind the update of the `step`-th step that this process takes, counted from 1."""
+    """Inject a fault after the update of this process's `step`-th step, counted from 1."""
     real, taken = Engine.train_step, list[int]()
 
     def train_step(self: Engine, *given: Any, **more: Any) -> Any:
@@ -69,7 +69,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, step: int, fault: Callable[[Any], Non
         (in_a_buffer, 2),
     ],
 )
-def test_what_is_not_finite_is_not_saved_and_the_run_recovers(
+def test_nonfinite_weights_are_not_saved_and_the_run_recovers(
     home: Path, run: str, fault: Callable[[Any], None], zero: int
 ) -> None:
     system, stage = both(6, zero), home / "runs" / run / "align"
@@ -85,7 +85,7 @@ def test_what_is_not_finite_is_not_saved_and_the_run_recovers(
     assert same(weights(home, run), weights(home, f"{run}-whole"))
 
 
-def test_what_is_not_finite_at_the_end_is_no_artifact(
+def test_nonfinite_weights_at_the_end_leave_no_artifact(
     home: Path, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(monkeypatch, 3, in_weights)
@@ -97,7 +97,7 @@ def test_what_is_not_finite_at_the_end_is_no_artifact(
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_a_checkpoint_of_an_older_version_that_is_not_finite_is_damage(
+def test_nonfinite_checkpoint_of_an_older_version_is_damage(
     home: Path, run: str, zero: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     system, taken, stage = both(7, zero), list[int](), home / "runs" / run / "align"
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_an_older_version_that_is_not_finite_is_damage(
     assert same(weights(home, run), weights(home, f"{run}-whole"))
 
 
-def test_a_stage_whose_only_checkpoint_is_not_finite_starts_over_by_order_alone(
+def test_stage_with_only_a_nonfinite_checkpoint_starts_over_only_on_request(
     home: Path, run: str
 ) -> None:
     system = both(7, 0)
@@ -139,7 +139,7 @@ def test_a_stage_whose_only_checkpoint_is_not_finite_starts_over_by_order_alone(
     assert len(list((home / "runs" / run / "align").glob("checkpoints-*"))) == 1
 
 
-def test_a_stage_that_has_a_good_checkpoint_never_starts_over(home: Path, run: str) -> None:
+def test_stage_with_a_valid_checkpoint_never_starts_over(home: Path, run: str) -> None:
     taken: list[int] = []
     with pytest.raises(Stop):
         go(llava(7), home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(5))
@@ -157,7 +157,7 @@ def test_a_stage_that_has_a_good_checkpoint_never_starts_over(home: Path, run: s
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_that_does_not_fit_names_its_longest_samples(home: Path) -> None:
+def test_out_of_memory_error_has_the_longest_samples(home: Path) -> None:
     stage = llava()["align"]
     rows = next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0))
     batches = [collate(rows[i : i + 4], pad_id=0) for i in (0, 4)]
@@ -182,13 +182,13 @@ def test_a_step_that_does_not_fit_names_its_longest_samples(home: Path) -> None:
 # --- a disk that refuses ---------------------------------------------------------------------------------------------
 
 
-def test_records_that_cannot_be_written_never_end_a_run(
+def test_failed_writes_of_records_never_end_a_run(
     home: Path, run: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Metrics, the flight recorder, and the ledger of what was sent to the tracker."""
+    """Metrics, the flight recorder, and the ledger of points posted to the tracker."""
     stage = home / "runs" / run / "align"
     stage.mkdir(parents=True)
-    for name in ("journal", "flight"):
+    for name in ("journal", "flight_recorder"):
         (stage / name).write_text("a file where a folder should be")
     go(llava(3), home, run)
     assert (stage / "artifact").exists()
@@ -197,7 +197,7 @@ def test_records_that_cannot_be_written_never_end_a_run(
     assert "metrics are not tracked" in caplog.text
 
 
-def test_steps_that_could_not_be_recorded_are_recorded_later(home: Path, tmp_path: Path) -> None:
+def test_steps_are_recorded_after_the_disk_is_back(home: Path, tmp_path: Path) -> None:
     batch = collate(
         next(local(ReaderConfig.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0
     )
@@ -206,18 +206,18 @@ def test_steps_that_could_not_be_recorded_are_recorded_later(home: Path, tmp_pat
             written.step(step, [batch], [float(step)] * 8, [1.0] * 8)
             if step == 1:
                 written.flush()
-                (tmp_path / "flight").rename(tmp_path / "aside")
+                (tmp_path / "flight_recorder").rename(tmp_path / "aside")
                 written._close()
-                (tmp_path / "flight").write_text("the disk is away")
+                (tmp_path / "flight_recorder").write_text("the disk is away")
             if step == 2:
                 written.flush()
-                (tmp_path / "flight").unlink()
-                shutil.move(tmp_path / "aside", tmp_path / "flight")
+                (tmp_path / "flight_recorder").unlink()
+                shutil.move(tmp_path / "aside", tmp_path / "flight_recorder")
     for step in range(4):
         assert [each.loss for each in read_step(tmp_path, step)] == [float(step)] * 8
 
 
-def test_attempts_are_in_order_whatever_the_clocks_say(
+def test_attempts_are_ordered_for_any_clocks(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = collate(
@@ -233,7 +233,7 @@ def test_attempts_are_in_order_whatever_the_clocks_say(
                 written.step(0, [batch], [float(number)] * 8, [1.0] * 8)
         assert {each.loss for each in read_step(tmp_path, 0)} == {float(number)}
         assert len(read_step(tmp_path, 0)) == 16
-    files = sorted(file.stem.split("-")[1] for file in (tmp_path / "flight").iterdir())
+    files = sorted(file.stem.split("-")[1] for file in (tmp_path / "flight_recorder").iterdir())
     assert files == ["aa", "aa", "bb", "bb", "cc", "cc"]
 
 
@@ -242,7 +242,7 @@ def test_attempts_are_in_order_whatever_the_clocks_say(
 
 def test_a_warning_of_a_worker_reaches_the_console(tmp_path: Path) -> None:
     console = Console(record=True, width=300)
-    with progress_bar(tmp_path, "align", 10, console), notices.shared(tmp_path):
+    with progress_bar(tmp_path, "align", 10, console), notices.to_file(tmp_path):
         for _ in range(2):  # of two workers
             loop.log.warning("checkpoint of step %d is damaged", 4)
     assert console.export_text().count("checkpoint of step 4 is damaged") == 1
@@ -253,7 +253,7 @@ def test_a_warning_of_a_worker_reaches_the_console(tmp_path: Path) -> None:
 
 def test_a_warning_of_the_driver_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
-    with notices.shown(said.append):
+    with notices.to_console(said.append):
         loop.log.warning("something to know")
     assert said == ["something to know"]
     assert "something" not in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Features of a frozen tower, computed once: the same numbers as the tower gives, where that pays."""
+"""Feature cache: the same numbers as the tower, only if caching is cheaper."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ TOWER = EfficientNetConfig(image_size=64, grid=2)
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    """Three shards; one image is damaged."""
+    """Return a dataset of three shards with one damaged image."""
     rows = list(synthetic.shapes(40))
     rows[5] = pair(rows[5].key, rows[5].images[0][:200], "a torn picture")
     return written(tmp_path / "data", rows)
@@ -51,7 +51,7 @@ def stored(verdict: feature_cache.CacheDecision, dataset: Dataset) -> list[dict[
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
-def test_cached_features_are_those_of_the_tower(dataset: Dataset, tmp_path: Path) -> None:
+def test_cached_features_match_the_tower(dataset: Dataset, tmp_path: Path) -> None:
     rows = stored(prepare(dataset, tmp_path / "home"), dataset)
     samples = list(dataset.samples())
     assert [row["key"] for row in rows] == [s.key for s in samples]
@@ -65,12 +65,12 @@ def test_cached_features_are_those_of_the_tower(dataset: Dataset, tmp_path: Path
     )
 
 
-def test_an_image_that_does_not_decode_has_no_features(dataset: Dataset, tmp_path: Path) -> None:
+def test_undecodable_image_has_no_features(dataset: Dataset, tmp_path: Path) -> None:
     rows = stored(prepare(dataset, tmp_path / "home"), dataset)
     assert [i for i, row in enumerate(rows) if not row["features"][0]] == [5]
 
 
-def test_row_groups_are_those_of_the_dataset(dataset: Dataset, tmp_path: Path) -> None:
+def test_row_groups_match_the_dataset(dataset: Dataset, tmp_path: Path) -> None:
     verdict = prepare(dataset, tmp_path / "home")
     assert verdict.folder is not None
     for shard in dataset.manifest.shards:
@@ -97,14 +97,14 @@ def test_features_are_computed_once(dataset: Dataset, tmp_path: Path) -> None:
     assert written_at == {f: f.stat().st_mtime_ns for f in first.folder.rglob("*.parquet")}
 
 
-def test_it_says_why_it_does_not_pay(dataset: Dataset, tmp_path: Path) -> None:
+def test_decision_against_caching_has_a_reason(dataset: Dataset, tmp_path: Path) -> None:
     verdict = prepare(dataset, tmp_path / "home", draws=40)
     assert verdict.folder is None
     assert "it draws 40 images, caching would take 40 images once" in verdict.why
     assert not list((tmp_path / "home").iterdir())
 
 
-def test_a_cache_that_failed_leaves_nothing(dataset: Dataset, tmp_path: Path) -> None:
+def test_failed_cache_leaves_no_files(dataset: Dataset, tmp_path: Path) -> None:
     (Path(dataset.path) / dataset.manifest.shards[2].file).write_bytes(b"torn")
     with pytest.raises(Exception, match="shard"):
         prepare(dataset, tmp_path / "home")
@@ -117,7 +117,7 @@ def test_a_cache_that_failed_leaves_nothing(dataset: Dataset, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_actors_write_what_one_process_writes(dataset: Dataset, tmp_path: Path) -> None:
+def test_actors_write_the_same_files_as_one_process(dataset: Dataset, tmp_path: Path) -> None:
     alone = stored(prepare(dataset, tmp_path / "alone"), dataset)
     spread = stored(prepare(dataset, tmp_path / "actors", workers=2), dataset)
     assert [row["key"] for row in spread] == [row["key"] for row in alone]
@@ -135,7 +135,7 @@ def system(steps: int = 20, **changes: Any) -> System:
     return llava(steps, **{"stages__*__model__vision": TOWER, **changes})
 
 
-def test_a_run_from_features_has_the_losses_of_one_from_pixels(
+def test_losses_from_features_match_losses_from_pixels(
     home: Path, run: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     go(system(), home, f"{run}-pixels", cache_features=False)
@@ -147,7 +147,7 @@ def test_a_run_from_features_has_the_losses_of_one_from_pixels(
 
 
 @pytest.mark.parametrize("glob", ["vision.*", "v*", "*", "[u-w]ision.*"])
-def test_a_tower_that_trains_is_never_replaced_by_its_features(
+def test_trained_tower_is_never_replaced_by_its_features(
     home: Path, run: str, glob: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = f"{run}-{len(glob)}-{glob.count('*')}"
@@ -156,7 +156,7 @@ def test_a_tower_that_trains_is_never_replaced_by_its_features(
 
 
 def large(folder: Path) -> ViTConfig:
-    """A tower whose last block gives numbers beyond float16, as some trained ones do."""
+    """Return a tower with outputs beyond float16, which some trained towers have."""
     tower = ViTConfig(
         kind="siglip", image_size=16, patch=8, width=16, depth=1, heads=2, ffn=32, layer=-1
     )

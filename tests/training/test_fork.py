@@ -1,4 +1,4 @@
-"""What a run learns stays its identity: options may change, and anything else is a fork, on record."""
+"""Identity of a run: options may change; any other change needs a recorded fork."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ LR = {"stages__align__optim__peak_lr": 1e-3}
 
 
 def stopped(system: System, home: Path, run: str, at: int = 5, **how: Any) -> None:
-    """A run that ends behind `at` steps, with a checkpoint at every second."""
+    """Train a run that ends after `at` steps, with a checkpoint every second step."""
     with pytest.raises(Stop):
         go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(at), **how)
 
@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_may_change_between_attempts(home: Path, run: str, option: str) -> None:
     tracker = MemoryTracker()
-    go(llava(7), home, f"{run}-whole")
+    go(llava(7), home, f"{run}-complete")
     stopped(llava(7), home, run, tracker=tracker)
     changed = llava(7, **OPTIONS[option])
     assert (
@@ -62,7 +62,7 @@ def test_an_option_may_change_between_attempts(home: Path, run: str, option: str
     )
     found = go(changed, home, run, tracker=tracker)["align"]
     assert steps(home, run) == [0, 1, 2, 3, 4, 4, 5, 6]
-    assert dict(losses(home, run)) == pytest.approx(dict(losses(home, f"{run}-whole")), rel=1e-5)
+    assert dict(losses(home, run)) == pytest.approx(dict(losses(home, f"{run}-complete")), rel=1e-5)
     assert run_dir.recipe(home, run) == changed
     history = json.loads((home / "runs" / run / "recipes.json").read_text())
     assert [entry["fingerprint"] for entry in history] == [
@@ -77,9 +77,7 @@ def test_an_option_may_change_between_attempts(home: Path, run: str, option: str
         assert (stage.params["budget.micro"], stage.tags["now.budget.micro"]) == (8, "2")
 
 
-def test_the_advice_at_too_many_bad_samples_can_be_taken(
-    home: Path, run: str, tmp_path: Path
-) -> None:
+def test_fix_for_too_many_bad_samples_works(home: Path, run: str, tmp_path: Path) -> None:
     samples = [
         replace(each, images=(b"no image",)) if i % 4 == 3 else each
         for i, each in enumerate(shapes(32, 16))
@@ -100,7 +98,7 @@ def test_the_advice_at_too_many_bad_samples_can_be_taken(
 
 
 def test_a_run_of_an_older_version_resumes(tmp_path: Path) -> None:
-    """Its checkpoints have no signature, its folder has no history, its recipe not every field of today."""
+    """Its checkpoints have no signature, its folder no history, its recipe not all current fields."""
     stopped(llava(7), tmp_path, "old")
     folder = tmp_path / "runs" / "old"
     for found in checkpoint.checkpoints(folder / "align"):
@@ -115,25 +113,23 @@ CONSTANT = {"stages__align__optim__decay": "constant", "stages__align__optim__wa
 
 
 @pytest.mark.parametrize("more", [5, 24])
-def test_steps_may_change_where_what_was_learned_stays_what_it_was(
-    home: Path, run: str, more: int
-) -> None:
-    """A constant rate, and windows of the order that both lengths have."""
+def test_steps_may_change_if_past_steps_are_the_same(home: Path, run: str, more: int) -> None:
+    """The rate is constant, and both lengths have the same windows of the order."""
     stopped(llava(12, **CONSTANT), home, run)
     go(llava(more, **CONSTANT), home, run, checkpoint_every=2)
     assert steps(home, run) == [0, 1, 2, 3, 4, *range(4, more)]
-    go(llava(more, **CONSTANT), home, f"{run}-whole")
-    assert same(weights(home, run), weights(home, f"{run}-whole"))
+    go(llava(more, **CONSTANT), home, f"{run}-complete")
+    assert same(weights(home, run), weights(home, f"{run}-complete"))
 
 
 @pytest.mark.parametrize(
     ("changes", "before", "now"),
     [({}, 12, 24), (CONSTANT, 4, 24), (CONSTANT, 12, 4), (CONSTANT, 12, 3)],
 )
-def test_steps_may_not_change_where_rates_or_order_would(
+def test_steps_may_not_change_if_rates_or_order_would(
     home: Path, run: str, changes: dict[str, Any], before: int, now: int
 ) -> None:
-    """A cosine's rates go by its end, the last window of the order is laid out for it, and steps are not taken back."""
+    """A cosine and the last window depend on the number of steps, and steps cannot be undone."""
     stopped(llava(before, **changes), home, run, at=min(5, before - 1))
     with pytest.raises(
         RunError, match=rf"stages\.align\.budget\.steps was {before}, is {now}.*--fork {run}"
@@ -144,7 +140,7 @@ def test_steps_may_not_change_where_rates_or_order_would(
 # --- forks -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_changed_identity_is_refused_by_its_path_and_forked_with_the_word_that_it_names(
+def test_changed_identity_is_rejected_by_its_path_and_forked_as_the_error_says(
     home: Path, run: str
 ) -> None:
     tracker = MemoryTracker()
@@ -195,7 +191,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_whatever_changes_what_is_learned_can_be_forked(home: Path, run: str, what: str) -> None:
+def test_any_change_of_the_training_result_can_be_forked(home: Path, run: str, what: str) -> None:
     stopped(llava(7), home, run)
     changed = llava(7, **CHANGES[what])
     with pytest.raises(RunError, match="exists with another recipe"):
@@ -204,13 +200,13 @@ def test_whatever_changes_what_is_learned_can_be_forked(home: Path, run: str, wh
     assert steps(home, f"{run}-2")[0] == 4
 
 
-def test_an_older_checkpoint_can_be_named(home: Path, run: str) -> None:
+def test_fork_from_an_older_checkpoint(home: Path, run: str) -> None:
     stopped(llava(7), home, run)
     go(llava(7, **LR), home, f"{run}-2", fork=f"{run}@2")
     assert steps(home, f"{run}-2") == [2, 3, 4, 5, 6]
 
 
-def test_what_is_finished_and_stays_is_taken_over(home: Path, run: str) -> None:
+def test_unchanged_finished_stages_are_copied(home: Path, run: str) -> None:
     system = llava(6)
     first = go(system, home, run)["align"]
     stopped(system, home, run, stages=["instruct"])
@@ -222,8 +218,8 @@ def test_what_is_finished_and_stays_is_taken_over(home: Path, run: str) -> None:
     assert found["align"].metrics == first.metrics
 
 
-def test_a_fork_of_one_stage_needs_no_other(home: Path, run: str) -> None:
-    """The second stage of a run that started from another run's artifact."""
+def test_fork_of_one_stage_needs_no_other_stage(home: Path, run: str) -> None:
+    """The second stage of a run started from another run's artifact."""
     parent = go(llava(2), home, f"{run}-parent")["align"].artifact
     system = llava(6, stages__instruct__starts_from=str(parent))
     stopped(system, home, run, stages=["instruct"])
@@ -232,11 +228,13 @@ def test_a_fork_of_one_stage_needs_no_other(home: Path, run: str) -> None:
     assert steps(home, f"{run}-2", "instruct") == [4, 5]
 
 
-def test_an_evaluation_that_came_after_the_end_is_reported(home: Path, run: str) -> None:
+def test_evaluation_added_after_the_end_is_reported(home: Path, run: str) -> None:
     go(llava(2), home, run)
     console = Console(record=True, width=300)
     later = llava(2, **OPTIONS["evaluations"])
-    train(later, home=home, run=run, how=RunOptions(workers=0), stages=["align"], console=console)
+    train(
+        later, home=home, run=run, options=RunOptions(workers=0), stages=["align"], console=console
+    )
     assert "align: later was not evaluated; `bridgework eval` does it" in console.export_text()
 
 
@@ -254,7 +252,7 @@ REFUSED: dict[str, tuple[Callable[[str], dict[str, Any]], str, str]] = {
     "what trains": (
         lambda run: {"stages__align__trains": {"language.*": 1.0}},
         "{run}",
-        r"stages\.align\.trains.* was 1\.0, is None.*expected the same model, trains, shard",
+        r"stages\.align\.trains.* was 1\.0, is None.*expected the same model, trains, zero",
     ),
     "weight decay": (
         lambda run: {"stages__align__optim__weight_decay": 0.1},
@@ -267,27 +265,27 @@ REFUSED: dict[str, tuple[Callable[[str], dict[str, Any]], str, str]] = {
         r"stages\.align\.model\.bridge",
     ),
     "ZeRO": (
-        lambda run: {"stages__align__shard__stage": 3},
+        lambda run: {"stages__align__zero__stage": 3},
         "{run}",
         r"stages\.align\.zero\.stage was 2, is 3",
     ),
     "too few steps": (
         lambda run: {"stages__align__budget__steps": 4},
         "{run}",
-        "is of step 4; expected more",
+        r"budget\.steps is too small\. Got 4; expected more than .* 4",
     ),
     "a step": (
         lambda run: LR,
         "{run}@3",
-        r"has no checkpoint of step 3 of stage 'align'\. Got: 4, 2",
+        r"has no checkpoint of step 3 of stage 'align'\. Got 3; expected one of 4, 2",
     ),
     "another run": (lambda run: LR, "{run}x", "there is no run '.*did you mean"),
-    "no name": (lambda run: LR, "", "--fork: Got ''; expected the name of a run"),
+    "no name": (lambda run: LR, "", "Got ''; expected the name of a run"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_fork_that_cannot_be_is_refused_in_one_line(home: Path, run: str, what: str) -> None:
+def test_invalid_fork_is_rejected_in_one_line(home: Path, run: str, what: str) -> None:
     stopped(llava(7), home, run)
     changes, source, said = REFUSED[what]
     with pytest.raises(Exception, match=said) as refused:
@@ -296,7 +294,7 @@ def test_a_fork_that_cannot_be_is_refused_in_one_line(home: Path, run: str, what
     assert not (home / "runs" / f"{run}-2" / "fork.json").exists()
 
 
-def test_a_run_that_is_there_becomes_no_fork(home: Path, run: str) -> None:
+def test_existing_run_is_not_turned_into_a_fork(home: Path, run: str) -> None:
     stopped(llava(7), home, run)
     go(llava(2), home, f"{run}-2")
     for name in (run, f"{run}-2"):
@@ -315,7 +313,7 @@ def test_a_damaged_checkpoint_is_not_forked(home: Path, run: str) -> None:
     assert steps(home, f"{run}-3")[0] == older.step == 2
 
 
-def test_a_stage_that_is_new_in_the_recipe_has_nothing_to_start_from(home: Path, run: str) -> None:
+def test_new_stage_of_the_recipe_has_no_checkpoint_to_fork(home: Path, run: str) -> None:
     stopped(llava(7), home, run)
     align, instruct = llava(7).stages
     renamed = replace(
@@ -327,9 +325,9 @@ def test_a_stage_that_is_new_in_the_recipe_has_nothing_to_start_from(home: Path,
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.usefixtures("process_group")
-def test_a_fork_trains_with_its_own_settings_of_the_optimizer(tmp_path: Path, zero: int) -> None:
-    """A state of DeepSpeed brings those that it was saved with."""
-    first = llava(stages__align__shard__stage=zero, stages__align__optim__weight_decay=0.1)["align"]
+def test_fork_uses_its_own_optimizer_settings(tmp_path: Path, zero: int) -> None:
+    """DeepSpeed's state restores the settings with which it was saved."""
+    first = llava(stages__align__zero__stage=zero, stages__align__optim__weight_decay=0.1)["align"]
     other = replace(first, optim=replace(first.optim, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.2))
     engine(first).save(tmp_path, {"step": 1})
     loaded = engine(other)

@@ -1,4 +1,4 @@
-"""Samples that share a sequence have the loss and the gradient that each has alone, in every system that packs."""
+"""Packing: samples in one sequence have the same loss and gradient as alone, in every system."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ PACKED = (
 
 
 def stage_of(name: str, packing: Packing | None, batch: int = 16) -> Stage:
-    """Two lanes, so that a sequence may hold many samples."""
+    """Return a system with two lanes, so that a sequence may hold many samples."""
     system, _, stage = name.partition("/")
     tiny = load(system)[stage].tiny()
     budget = replace(tiny.budget, batch=batch, steps=4)
@@ -44,23 +44,23 @@ def first_window(stage: Stage, home: Path) -> list[list[Row]]:
 def taken(
     stage: Stage, steps: Sequence[Sequence[Row]]
 ) -> tuple[dict[tuple[int, str], float], torch.Tensor]:
-    """The summed loss of each sample, by source and key, and the gradient of all."""
+    """Return the summed loss of each sample, by source and key, and the gradient of all."""
     torch.manual_seed(0)
     model = stage.model.build()
     base.set_trainable(model, stage.trains)
-    step, told = TrainingModule(model, stage.losses).train(), {}
+    step, sums = TrainingModule(model, stage.losses).train(), {}
     for rows in steps:
         batch = collate(rows, pad_id=0)
         sums_LR = step(batch)
         sums_LR.sum().backward()
-        told |= dict(
+        sums |= dict(
             zip(zip(batch.sources, batch.keys, strict=True), sums_LR[0].tolist(), strict=True)
         )
-    return told, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return sums, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_a_packed_loss_is_the_padded_loss(home: Path, name: str) -> None:
+def test_packed_loss_matches_padded_loss(home: Path, name: str) -> None:
     apart, together = stage_of(name, None), stage_of(name, Packing())
     padded, packed = first_window(apart, home), first_window(together, home)
     alone, gradient = taken(apart, padded)
@@ -73,7 +73,7 @@ def test_a_packed_loss_is_the_padded_loss(home: Path, name: str) -> None:
 
 
 def test_a_window_packs_the_rows_that_it_pads(home: Path) -> None:
-    """Whole windows hold the same samples; only the step of a sample may differ."""
+    """Complete windows hold the same samples; only the step of a sample may differ."""
     padded, packed = (
         [sorted((r.source, r.key) for rows in steps[t : t + 2] for r in rows) for t in (0, 2)]
         for steps in (
@@ -89,9 +89,7 @@ def test_a_window_packs_the_rows_that_it_pads(home: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_packed_batches_are_the_same_at_any_world_size_and_after_any_resume(
-    home: Path, world: int
-) -> None:
+def test_packed_batches_are_the_same_for_any_world_size_and_resume(home: Path, world: int) -> None:
     feed = ReaderConfig.of(stage_of("llava/instruct", Packing(tokens=400, images=3)), home)
     whole = list(local(feed, rank=0, world=1, start=0))
     for start in range(4):
@@ -104,6 +102,6 @@ def test_packed_batches_are_the_same_at_any_world_size_and_after_any_resume(
 @pytest.mark.parametrize(
     "name", ["clip/contrast", "blip/captioner", "blip2/represent", "xgen_mm/prefer"]
 )
-def test_packing_is_refused_where_samples_cannot_share_a_sequence(name: str) -> None:
+def test_packing_is_rejected_if_samples_cannot_share_a_sequence(name: str) -> None:
     with pytest.raises(SpecError, match=r"data\.packing: .*; set stages\.\w+\.data\.packing=none"):
         stage_of(name, Packing())

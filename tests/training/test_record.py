@@ -1,4 +1,4 @@
-"""What the tracker hears of a run, and that a tracker that falls silent never stops one."""
+"""Run tracking, and runs that continue after the tracker fails."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ STEPS = 3
 
 
 class Silent(MemoryTracker):
-    """Answers no call of one name, while it is down: from the `after`th on."""
+    """A tracker that fails for calls of one name while it is down, from the `after`th call on."""
 
     def __init__(self, call: str, after: int = 0) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def assert_all_recorded(tracker: MemoryTracker, run: str) -> None:
     assert len(tracker.models) == 1
 
 
-def test_a_run_is_recorded_whole(home: Path, run: str) -> None:
+def test_run_is_recorded_completely(home: Path, run: str) -> None:
     tracker = MemoryTracker()
     results = go(llava(STEPS), home, run, tracker=tracker)
     assert_all_recorded(tracker, run)
@@ -61,7 +61,7 @@ def test_a_run_is_recorded_whole(home: Path, run: str) -> None:
     assert model[3]["digest"] == artifacts.describe(results["align"].artifact).digest
 
 
-def test_a_stage_names_the_weights_that_it_starts_from(home: Path, run: str) -> None:
+def test_stage_records_the_digest_of_its_parent(home: Path, run: str) -> None:
     tracker = MemoryTracker()
     results = go(llava(2), home, run, stages=None, tracker=tracker)
     digest = artifacts.describe(results["align"].artifact).digest
@@ -71,7 +71,7 @@ def test_a_stage_names_the_weights_that_it_starts_from(home: Path, run: str) -> 
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("after", [0, 1])
-def test_a_silent_tracker_stops_nothing_and_the_same_command_records_all(
+def test_failed_tracker_stops_no_run_and_the_same_command_records_all(
     home: Path, run: str, call: str, after: int
 ) -> None:
     tracker = Silent(call, after)
@@ -90,11 +90,11 @@ def test_a_silent_tracker_stops_nothing_and_the_same_command_records_all(
 def assert_recorded_once(tracker: MemoryTracker, run: str) -> None:
     tracker.models = dict(
         list(tracker.models.items())[-1:]
-    )  # told twice, the twin in memory keeps two
+    )  # the tracker in memory stores repeated calls twice
     assert_all_recorded(tracker, run)
 
 
-def test_a_failed_stage_is_recorded_as_failed_and_taken_up_again(home: Path, run: str) -> None:
+def test_failed_stage_is_recorded_as_failed_and_resumed(home: Path, run: str) -> None:
     tracker, report = MemoryTracker(), stop_at(2)
     with pytest.raises(Stop):
         go(llava(STEPS), home, run, tracker=tracker, evaluate_every=1, report=report)

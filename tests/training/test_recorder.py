@@ -1,4 +1,4 @@
-"""The flight recorder: every step can be named, and seen again as the model saw it."""
+"""Flight recorder: samples of every step, replay, and skips."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.training.support import Stop, go, llava, losses, stop_at
 MADE = {"source": "test", "license": "CC0-1.0", "made_by": "tests"}
 
 
-def test_every_step_names_its_samples_and_their_losses_make_its_loss(home: Path, run: str) -> None:
+def test_recorded_samples_of_a_step_sum_to_its_loss(home: Path, run: str) -> None:
     system = llava(5)
     go(system, home, run)
     folder = home / "runs" / run / "align"
@@ -39,20 +39,20 @@ def test_every_step_names_its_samples_and_their_losses_make_its_loss(home: Path,
         assert {e.key: e.tokens for e in noted} == lengths
 
 
-def test_a_step_that_was_redone_is_told_as_it_was_taken_last(home: Path, run: str) -> None:
+def test_last_attempt_of_a_repeated_step_counts(home: Path, run: str) -> None:
     system = llava(6)
     with pytest.raises(Stop):
         go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(5))
     go(system, home, run, checkpoint_every=2, evaluate_every=1)
     folder = home / "runs" / run / "align"
-    assert len(list((folder / "flight").glob("*.arrows"))) == 2
+    assert len(list((folder / "flight_recorder").glob("*.arrows"))) == 2
     assert all(len(read_step(folder, step)) == 8 for step in range(6))
 
 
-def test_what_stands_before_a_checkpoint_is_on_record_with_it(
+def test_steps_before_a_checkpoint_are_recorded_with_it(
     home: Path, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However a run ends: steps before a checkpoint are never taken again."""
+    """Steps before a checkpoint are never repeated, so their record must be on the disk with it."""
     monkeypatch.setattr(flight_recorder, "FLUSH_S", math.inf)
     seen: list[int] = []
 
@@ -63,7 +63,7 @@ def test_what_stands_before_a_checkpoint_is_on_record_with_it(
     assert seen[:2] == [8, 8]
 
 
-def test_a_torn_record_gives_what_was_written_whole(home: Path, tmp_path: Path) -> None:
+def test_truncated_record_yields_its_complete_batches(home: Path, tmp_path: Path) -> None:
     batch = collate(
         next(local(ReaderConfig.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0
     )
@@ -71,7 +71,7 @@ def test_a_torn_record_gives_what_was_written_whole(home: Path, tmp_path: Path) 
         for step in range(3):
             written.step(step, [batch], [float(step)] * 8, [1.0] * 8)
             written.flush()
-    (file,) = (tmp_path / "flight").glob("*.arrows")
+    (file,) = (tmp_path / "flight_recorder").glob("*.arrows")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) - 40])
     assert [each.loss for each in read_step(tmp_path, 1)] == [1.0] * 8
@@ -79,17 +79,17 @@ def test_a_torn_record_gives_what_was_written_whole(home: Path, tmp_path: Path) 
         read_step(tmp_path, 2)
 
 
-def test_a_sample_whose_loss_is_no_number_comes_first(home: Path, tmp_path: Path) -> None:
+def test_sample_with_nan_loss_comes_first(home: Path, tmp_path: Path) -> None:
     batch = collate(
         next(local(ReaderConfig.of(llava()["align"], home), rank=0, world=1, start=0)), pad_id=0
     )
     with FlightRecorder(tmp_path, "attempt", 0, start=0) as written:
         written.step(0, [batch], [1.0, 3.0, 2.0, math.nan, 5.0, 4.0, math.inf, 0.0], [1.0] * 8)
-    told = [each.loss for each in read_step(tmp_path, 0)]
-    assert not any(map(math.isfinite, told[:2])) and told[2:] == [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
+    values = [each.loss for each in read_step(tmp_path, 0)]
+    assert not any(map(math.isfinite, values[:2])) and values[2:] == [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
 
 
-def test_a_step_that_a_later_attempt_passed_is_not_told_as_an_earlier_one_took_it(
+def test_step_skipped_by_a_later_attempt_is_not_read_from_an_earlier_one(
     home: Path, tmp_path: Path
 ) -> None:
     batch = collate(
@@ -108,14 +108,14 @@ def test_a_step_that_a_later_attempt_passed_is_not_told_as_an_earlier_one_took_i
         {4.0},
         {6.0},
     ]
-    with pytest.raises(RunError, match="step 4 was passed"):
+    with pytest.raises(RunError, match="step 4 did no update"):
         read_step(tmp_path, 4)
     with pytest.raises(RunError, match="has no step 7; it has steps 0 to 6"):
         read_step(tmp_path, 7)
 
 
 @pytest.mark.parametrize("packing", [None, Packing()])
-def test_a_step_is_shown_again_as_the_model_saw_it(
+def test_replay_matches_the_batch_of_the_model(
     home: Path, run: str, packing: Packing | None
 ) -> None:
     system = llava(4, stages__align__data__packing=packing, stages__align__data__lanes=2)
@@ -129,10 +129,8 @@ def test_a_step_is_shown_again_as_the_model_saw_it(
     assert replay(run, 2, home).noted == again.noted
 
 
-def test_the_dearest_sample_of_a_step_is_the_one_that_was_planted(
-    home: Path, run: str, tmp_path: Path
-) -> None:
-    """A caption of another language among captions that were learned."""
+def test_planted_sample_has_the_highest_loss(home: Path, run: str, tmp_path: Path) -> None:
+    """The planted sample has a caption in another language."""
     samples = list(shapes(rows=64, size=16))
     parts = (Part("caption", image=0), Part("caption", text="\u4e00\u4e01\u4e03" * 20))
     samples[17] = replace(samples[17], key="planted", parts=parts)
@@ -154,7 +152,7 @@ def test_the_dearest_sample_of_a_step_is_the_one_that_was_planted(
 
 
 @pytest.mark.parametrize("by_source", [False, True])
-def test_skipped_samples_give_way_and_all_others_stay(
+def test_skipped_samples_are_replaced_and_all_others_stay(
     by_source: bool, home: Path, run: str
 ) -> None:
     system = llava(8)
@@ -182,7 +180,7 @@ def test_skipped_samples_give_way_and_all_others_stay(
     assert [row.key for row in replay(run, 6, home).rows]  # the plan as it was edited
 
 
-def test_skipped_steps_change_nothing_and_are_not_on_record(home: Path, run: str) -> None:
+def test_skipped_steps_do_no_update_and_are_not_recorded(home: Path, run: str) -> None:
     system = llava(6)
     with pytest.raises(Stop):
         go(system, home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(3))
@@ -191,31 +189,31 @@ def test_skipped_steps_change_nothing_and_are_not_on_record(home: Path, run: str
     assert all(read_step(folder, step) for step in (0, 1, 2, 5))
     assert {step for step, _ in losses(home, run)} == {0, 1, 2, 5}
     for step in (3, 4):
-        with pytest.raises(RunError, match=f"step {step} was passed without an update"):
+        with pytest.raises(RunError, match=f"step {step} did no update"):
             read_step(folder, step)
     assert all(math.isfinite(loss) for _, loss in losses(home, run))
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
-        ("nobody", r"--skip 'nobody': no source has a row of this key \(blip558k\)"),
-        ("blip558k/nobody", "no source has a row of this key"),
+        ("nobody", r"--skip 'nobody': no source has a row with this key \(blip558k\)"),
+        ("blip558k/nobody", "no source has a row with this key"),
         ("5", "a step is written step:N"),
         (
             "step:900",
-            r"--skip step:900 changes nothing: the stage goes on from step 2, and its last is 5",
+            r"--skip step:900 has no effect\. Got 900; expected 2 to 5, from the step at which",
         ),
-        ("step:0-1", "--skip step:0 changes nothing"),
-        ("step:4-9999999999", "--skip step:9999999999 changes nothing"),
-        ("step:3-", "'step:3-' names no steps"),
-        ("step:\u00b2", "names no steps; write step:120"),
+        ("step:0-1", "--skip step:0 has no effect"),
+        ("step:4-9999999999", "--skip step:9999999999 has no effect"),
+        ("step:3-", "invalid steps. Got 'step:3-'"),
+        ("step:\u00b2", "expected step:120 or step:120-125"),
     ],
 )
-def test_what_would_skip_nothing_is_refused(word: str, told: str, home: Path, run: str) -> None:
+def test_skip_without_effect_is_rejected(word: str, message: str, home: Path, run: str) -> None:
     with pytest.raises(Stop):
         go(llava(6), home, run, checkpoint_every=2, evaluate_every=1, report=stop_at(3))
-    with pytest.raises(SpecError, match=told):
+    with pytest.raises(SpecError, match=message):
         go(llava(6), home, run, checkpoint_every=2, evaluate_every=1, skip=("step:3", word))
     assert not (home / "runs" / run / "align" / "skips.json").exists()
 

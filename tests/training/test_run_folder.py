@@ -1,4 +1,4 @@
-"""A run's folder: one writer, one recipe, room."""
+"""Run directory: one writer, one recipe, free disk space."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_two_processes_on_one_run_are_refused(tmp_path: Path) -> None:
+def test_second_process_on_one_run_is_rejected(tmp_path: Path) -> None:
     words = [sys.executable, "-c", HOLD, str(tmp_path / "monday")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
@@ -54,7 +54,7 @@ def test_two_processes_on_one_run_are_refused(tmp_path: Path) -> None:
         *("é" * 150, f"a/{'x' * 241}", "a/\n/b", "../up", "/abs", "..", "a/../../b"),
     ],
 )
-def test_a_run_is_named_by_a_line_that_can_be_a_folder(run: str, tmp_path: Path) -> None:
+def test_run_name_must_be_one_line_and_a_folder_name(run: str, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"^a run's name ") as caught:
         run_dir.path_of(tmp_path, run)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
@@ -68,7 +68,7 @@ def test_a_run_may_have_any_other_name(run: str, tmp_path: Path) -> None:
     assert run_dir.path_of(tmp_path, run) == tmp_path / "runs" / run
 
 
-def test_the_same_recipe_is_taken_and_another_is_refused_by_its_paths(tmp_path: Path) -> None:
+def test_same_recipe_is_accepted_and_another_is_rejected_by_its_paths(tmp_path: Path) -> None:
     system = llava()
     run_dir.same_recipe(tmp_path, system)
     run_dir.same_recipe(tmp_path, llava())
@@ -91,15 +91,13 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
         )
 
 
-def test_a_full_disk_is_said_before_the_run(tmp_path: Path) -> None:
-    run_dir.room(tmp_path, need=1)
-    with pytest.raises(
-        ResourceError, match=r"MB free, a run needs at least .* set BRIDGEWORK_HOME"
-    ):
-        run_dir.room(tmp_path, need=10**18)
+def test_full_disk_is_reported_before_the_run(tmp_path: Path) -> None:
+    run_dir.check_disk_space(tmp_path, need=1)
+    with pytest.raises(ResourceError, match=r"MB free; expected at least .* set BRIDGEWORK_HOME"):
+        run_dir.check_disk_space(tmp_path, need=10**18)
 
 
-def test_options_change_and_every_recipe_of_the_run_is_kept(tmp_path: Path) -> None:
+def test_options_may_change_and_every_recipe_is_recorded(tmp_path: Path) -> None:
     changed = llava(stages__align__budget__micro=2)
     assert run_dir.same_recipe(tmp_path, llava()) == (llava().fingerprint(),)
     for _ in range(2):

@@ -26,7 +26,7 @@ def sgd(lr: float) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(100, 10), (37, 5), (2_180, 66)])
-def test_rate_is_torchs_linear_warmup_and_cosine(steps: int, warmup: int) -> None:
+def test_rate_matches_torch_linear_warmup_and_cosine(steps: int, warmup: int) -> None:
     optim = AdamW(peak_lr=1e-3, final_lr=1e-5, warmup=(warmup - 0.5) / steps)
     rising = rates(LinearLR(sgd(1e-3), start_factor=1 / warmup, total_iters=warmup - 1), warmup)
     falling = rates(

@@ -1,4 +1,4 @@
-"""Model and losses as one module: sums and counts, so that a batch may be cut anywhere."""
+"""TrainingModule: sums and counts that do not depend on the split of the batch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ def batches(home: Path, size: int, stage: Stage = STAGE) -> list[Batch]:
     return [collate(rows[i : i + size], pad_id=0) for i in range(0, len(rows), size)]
 
 
-def test_micro_batches_sum_to_the_whole_batch(home: Path) -> None:
+def test_micro_batches_sum_to_the_batch(home: Path) -> None:
     step = TrainingModule(fresh(STAGE), STAGE.losses).eval()
     with torch.no_grad():
         (whole,) = (step(b) for b in batches(home, 8))
@@ -49,7 +49,7 @@ def test_counts_are_labeled_tokens_and_samples(home: Path) -> None:
     assert counts_LR[1].tolist() == [1.0] * 8
 
 
-def test_contrast_in_two_passes_has_the_loss_and_the_gradient_of_the_whole_batch(
+def test_contrast_in_two_passes_matches_loss_and_gradient_of_one_batch(
     home: Path,
 ) -> None:
     losses = (LanguageModeling(), Contrastive(weight=0.5))
@@ -69,8 +69,8 @@ def test_contrast_in_two_passes_has_the_loss_and_the_gradient_of_the_whole_batch
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_contrast_in_two_passes_knows_which_rows_of_the_batch_show_one_image(home: Path) -> None:
-    """Loss and gradient are those of one pass; the first rows of the micro-batches show one image."""
+def test_contrast_in_two_passes_uses_image_identity(home: Path) -> None:
+    """Loss and gradient match one pass; the first rows of all micro-batches have the same image."""
     stage = load("blip2:retrieval").tiny()["retrieval"]
     losses, found = (QueryContrast(), LanguageModeling()), []
     rows = next(reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=0))
@@ -126,7 +126,7 @@ def test_an_idle_micro_batch_adds_nothing_but_its_graph(home: Path) -> None:
     assert float(grads(step).abs().max()) == 0.0
 
 
-def test_every_sample_adds_what_it_would_add_alone(home: Path) -> None:
+def test_summands_of_a_sample_do_not_depend_on_the_batch(home: Path) -> None:
     step = TrainingModule(fresh(STAGE), STAGE.losses).eval()
     with torch.no_grad():
         together = step(*batches(home, 8))
@@ -134,7 +134,7 @@ def test_every_sample_adds_what_it_would_add_alone(home: Path) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_values_are_added_up_by_source() -> None:
+def test_values_are_summed_by_source() -> None:
     values_LR = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
     assert by_source(values_LR, torch.tensor([1, 0, 1]), 3).tolist() == [
         [2.0, 5.0, 0.0],
@@ -142,7 +142,7 @@ def test_values_are_added_up_by_source() -> None:
     ]
 
 
-def test_a_loss_that_needs_its_batch_whole_is_refused_in_micro_batches() -> None:
+def test_whole_batch_loss_is_rejected_in_micro_batches() -> None:
     @config_class
     class Whole(LanguageModeling):
         whole_batch: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""A run that a signal stops has saved a checkpoint first, is on record as killed, and resumes."""
+"""A run stopped by a signal saves a checkpoint, is recorded as killed, and resumes."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from tests.training.support import go, llava, losses, same, weights
 
 
 def signal_at(step: int, *numbers: int) -> Callable[[dict[str, float], int], None]:
-    """A report, to be given with evaluate_every=1, that sends signals to this process behind `step` steps."""
+    """Return a report, for evaluate_every=1, that sends this process signals after `step` steps."""
 
     def report(metrics: dict[str, float], done: int) -> None:
         if done == step:
@@ -79,10 +79,8 @@ def test_a_request_to_stop_is_seen_by_another_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_of_a_driver_that_is_asked_to_stop_save_a_checkpoint_first(
-    home: Path, run: str
-) -> None:
-    """With Ray the signal reaches the driver alone."""
+def test_stopped_driver_lets_workers_save_a_checkpoint(home: Path, run: str) -> None:
+    """With Ray, only the driver receives the signal."""
     words = ["train", "llava", "--tiny", "--stage", "align", "--workers", "2", "--run", run]
     words += ["--set", "stages.align.budget.steps=100000", "--set", "stages.*.evals=()"]
     command = [sys.executable, "-m", "bridgework.cli", *words]

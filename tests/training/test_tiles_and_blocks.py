@@ -1,4 +1,4 @@
-"""The tiny twins of the systems with blocks, tiles, adapters and preferences, through the engine to their artifacts."""
+"""Tiny systems with cross-attention, tiles, adapters and DPO, trained to their artifacts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,9 @@ def short(name: str, *, zero: int, steps: int = 2) -> System:
 
 
 @pytest.mark.parametrize("zero", [1, 3])
-def test_flamingo_trains_blocks_between_frozen_layers(zero: int, home: Path, run: str) -> None:
+def test_flamingo_trains_cross_attention_between_frozen_layers(
+    zero: int, home: Path, run: str
+) -> None:
     system = short("flamingo", zero=zero)
     go(system, home, run, stages=None)
     kept = weights(home, run, "train")
@@ -34,7 +36,7 @@ def test_flamingo_trains_blocks_between_frozen_layers(zero: int, home: Path, run
 
 
 @pytest.mark.parametrize("zero", [2, 3])
-def test_adapters_learn_preferences_from_where_instructions_ended(
+def test_dpo_trains_adapters_from_the_instruction_stage(
     zero: int, home: Path, run: str, tmp_path: Path
 ) -> None:
     system = short("xgen_mm", zero=zero)

@@ -1,4 +1,4 @@
-"""ZeRO 2 and 3 train what ZeRO 0 trains, for every wiring that is not refused before it starts."""
+"""ZeRO 2 and 3 match ZeRO 0 for every wiring that is not rejected before it starts."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from tests.training.test_frozen_copy import PREFER, prefer
 
 SPLIT = {
     "zero_optimization.stage3_param_persistence_threshold": 0
-}  # else tiny parameters stay whole on every rank
+}  # else tiny parameters stay complete on every rank
 STEPS, EVERY = 4, 3
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "three objectives": ("blip2", "represent", {}),
@@ -68,7 +68,7 @@ def two_ranks(rank: int, home: str, folder: str) -> None:
 
 @pytest.mark.parametrize("case", ["three objectives", "a limit on a parameter of one number"])
 @pytest.mark.usefixtures("process_group")
-def test_zero_3_trains_what_zero_0_does(case: str, home: Path, tmp_path: Path) -> None:
+def test_zero_3_matches_zero_0(case: str, home: Path, tmp_path: Path) -> None:
     complete, split = (
         train_ranks(job(system(case, zero), home, tmp_path / str(zero))) for zero in (0, 3)
     )
@@ -77,7 +77,7 @@ def test_zero_3_trains_what_zero_0_does(case: str, home: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
-def test_split_parameters_train_as_complete_ones_and_resume_on_another_number_of_workers(
+def test_sharded_parameters_match_complete_ones_and_resume_on_another_number_of_workers(
     home: Path, tmp_path: Path
 ) -> None:
     expected = {
@@ -106,9 +106,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_wiring_that_cannot_be_split_is_refused_before_anything_is_written(
-    home: Path, run: str, what: str
-) -> None:
+def test_unshardable_wiring_is_rejected_before_any_write(home: Path, run: str, what: str) -> None:
     if what == "blip":
         made, stage = override(load("blip").tiny(), {"stages.*.zero.stage": 3}), "pretrain"
     else:

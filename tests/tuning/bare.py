@@ -1,4 +1,4 @@
-"""A space that says too little."""
+"""A space without SPACE, METRIC and BUDGET."""
 
 SYSTEM = "llava"
 STAGES = ("align",)

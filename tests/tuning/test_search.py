@@ -1,4 +1,4 @@
-"""A sweep through real Tune: every trial is a run, the best is registered, its command makes it again."""
+"""A sweep with real Tune: every trial is a run, the best is registered with its command."""
 
 import shlex
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ SPACE = load_space("tests.tuning.tiny")
 
 @dataclass(frozen=True)
 class Swept:
-    """One sweep, of which several truths are told."""
+    """One sweep, shared by several tests."""
 
     outcome: search.Outcome
     tracker: MemoryTracker
@@ -40,7 +40,7 @@ def swept_again(swept: Swept, space: Space, run: str) -> None:
     search.sweep(space, home=swept.home, run=run, tracker=swept.tracker)
 
 
-def told(words: list[str], flag: str) -> list[str]:
+def values_of(words: list[str], flag: str) -> list[str]:
     return [words[i + 1] for i, word in enumerate(words) if word == flag]
 
 
@@ -57,17 +57,17 @@ def test_every_trial_finishes_all_its_stages_and_the_best_comes_first(swept: Swe
         )
 
 
-def test_the_winner_is_the_last_stage_of_the_best_trial(swept: Swept) -> None:
+def test_outcome_is_the_last_stage_of_the_best_trial(swept: Swept) -> None:
     best = swept.outcome.rows[0]
     assert swept.outcome.artifact == swept.home / "runs/sweep" / best.trial / "instruct/artifact"
     assert swept.outcome.metrics["heldout.loss"] == pytest.approx(best.score)
 
 
-def test_the_command_makes_the_winners_recipe_again(swept: Swept) -> None:
+def test_command_has_the_recipe_of_the_best_trial(swept: Swept) -> None:
     words = shlex.split(swept.outcome.command)
     assert words[:3] == ["bridgework", "train", "tests.tuning.tiny"]
-    assert told(words, "--stage") == ["align", "instruct"]
-    changes = dict(pair.split("=", 1) for pair in told(words, "--set"))
+    assert values_of(words, "--stage") == ["align", "instruct"]
+    changes = dict(pair.split("=", 1) for pair in values_of(words, "--set"))
     again = override(load(words[2]), changes)
     assert again.fingerprint() == artifacts.describe(swept.outcome.artifact).fingerprint
 
@@ -80,7 +80,7 @@ def test_the_command_parses(swept: Swept) -> None:
     train.make_context("train", rest, parent=context)
 
 
-def test_the_winner_is_registered_as_challenger(swept: Swept) -> None:
+def test_best_trial_is_registered_as_challenger(swept: Swept) -> None:
     version = swept.tracker.version("llava-tiny", "challenger")
     assert version == swept.outcome.version
     assert version.artifact == str(swept.outcome.artifact)
@@ -90,7 +90,7 @@ def test_the_winner_is_registered_as_challenger(swept: Swept) -> None:
     )
 
 
-def test_trials_are_children_of_the_sweep_with_their_figures(swept: Swept) -> None:
+def test_trials_are_children_of_the_sweep_with_their_metrics(swept: Swept) -> None:
     runs = {run.name: run for run in swept.tracker.runs.values()}
     for row in swept.outcome.rows:
         trial = runs[f"sweep/{row.trial}"]
@@ -123,7 +123,9 @@ RATE = "stages.*.optim.peak_lr"
         (replace(SPACE, stages=("align",)), "stages"),
     ],
 )
-def test_another_sweep_of_that_name_is_refused(swept: Swept, space: Space, differs: str) -> None:
+def test_another_sweep_of_the_same_name_is_rejected(
+    swept: Swept, space: Space, differs: str
+) -> None:
     runs = len(swept.tracker.runs)
     with pytest.raises(RunError, match=f"holds another sweep: its {differs} differ"):
         swept_again(swept, space, "sweep")
@@ -131,7 +133,7 @@ def test_another_sweep_of_that_name_is_refused(swept: Swept, space: Space, diffe
 
 
 def test_a_sweep_that_raises_leaves_no_run_open(swept: Swept) -> None:
-    """A rate at which the loss is not finite ends every trial; the sweep's own run ends FAILED too."""
+    """A rate with a loss that is not finite ends every trial, and the sweep's own run FAILED."""
     fails = {RATE: tune.choice([1e30])}
     with pytest.raises(RunError, match=r"none of 2 trials finished with a heldout\.loss"):
         swept_again(swept, replace(SPACE, space=fails), "fails")
@@ -149,13 +151,13 @@ def test_a_trial_without_a_score_never_wins() -> None:
     assert search.best_first(rows, SPACE)[0].trial == "c"
 
 
-def test_a_path_a_stage_or_a_metric_that_is_not_there_is_refused_at_once(home: Path) -> None:
+def test_unknown_path_stage_or_metric_is_rejected_before_the_sweep(home: Path) -> None:
     wrong = {
         "no field 'peek_lr'; did you mean 'peak_lr'": replace(
             SPACE, space={"stages.*.optim.peek_lr": tune.uniform(0.1, 1)}
         ),
         "no stage 'alig'; did you mean 'align'": replace(SPACE, stages=("alig",)),
-        r"METRIC 'heldout\.los' is given by no evaluation of stage instruct; did you mean 'heldout\.loss'": replace(
+        r"METRIC 'heldout\.los' is not a metric of .* instruct; did you mean 'heldout\.loss'": replace(
             SPACE, metric=Metric(name="heldout.los", mode="min")
         ),
         r"METRIC 'heldout\.loss_shuffled' is a baseline": replace(

@@ -1,4 +1,4 @@
-"""What a sweep searches, and what is wrong with it, before anything runs."""
+"""Search spaces, and their errors before a sweep runs."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from bridgework.tuning.search import cap_concurrency
 from bridgework.tuning.space import Metric, SweepBudget, load, spaces
 
 
-def test_the_spaces_that_ship_load_and_fit_their_systems() -> None:
+def test_shipped_spaces_load_and_match_their_systems() -> None:
     assert "llava_bridge" in spaces()
     for name in spaces():
         space = load(name)
@@ -17,17 +17,17 @@ def test_the_spaces_that_ship_load_and_fit_their_systems() -> None:
         assert space.metric.name in figures
 
 
-def test_unknown_space_is_refused_with_a_suggestion() -> None:
+def test_unknown_space_is_rejected_with_a_suggestion() -> None:
     with pytest.raises(SpecError, match=r"no sweep 'llava_bridg'.*did you mean 'llava_bridge'"):
         load("llava_bridg")
 
 
-def test_unknown_module_of_ones_own_is_refused() -> None:
+def test_unknown_user_module_is_rejected() -> None:
     with pytest.raises(SpecError, match=r"no sweep 'tests\.tuning\.nothing'"):
         load("tests.tuning.nothing")
 
 
-def test_missing_names_are_said_with_an_example() -> None:
+def test_missing_names_are_reported_with_an_example() -> None:
     with pytest.raises(
         SpecError, match=r"does not say SPACE, METRIC, BUDGET; see tune_spaces/llava_bridge\.py"
     ):
@@ -35,12 +35,12 @@ def test_missing_names_are_said_with_an_example() -> None:
 
 
 @pytest.mark.parametrize("field", ["trials", "concurrent", "judgments"])
-def test_a_budget_of_nothing_is_refused(field: str) -> None:
+def test_zero_budget_is_rejected(field: str) -> None:
     with pytest.raises(SpecError, match=f"{field} of at least 1, got 0"):
         SweepBudget(**{field: 0})
 
 
-def test_a_limited_space_differs_in_its_trials_alone() -> None:
+def test_limited_space_differs_only_in_its_trials() -> None:
     space = load("tests.tuning.tiny")
     assert cap_concurrency(space, trials=None) is space
     assert cap_concurrency(space, trials=7).budget.trials == 7

@@ -1,4 +1,4 @@
-"""A sweep of seconds: a tiny LLaVA that is judged, and the space that is searched."""
+"""A sweep of seconds: a tiny LLaVA with an evaluation, and its search space."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ STAGES = ("align", "instruct")
 FIXED = {
     "stages.align.budget.steps": 3,
     "stages.instruct.budget.steps": 4,
-}  # 4 is no multiple of 3 judgments
+}  # 4 is not a multiple of 3 judgments
 SPACE = {
     "stages.*.model.bridge": tune.choice(["linear", "mlp(depth=3)"]),
     "stages.*.optim.peak_lr": tune.loguniform(1e-3, 1e-2),

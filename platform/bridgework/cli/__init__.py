@@ -211,7 +211,7 @@ def train(
             resolved,
             home=home_folder(),
             run=run,
-            how=RunOptions(
+            options=RunOptions(
                 workers=workers,
                 readers=readers,
                 skip=tuple(skip or ()),

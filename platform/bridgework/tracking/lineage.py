@@ -1,6 +1,7 @@
-"""The lineage as a tree, both ways: from an answer back to the shards, from a dataset on to every deployment.
+"""Lineage trees: upstream from an answer to its data, downstream from a dataset to its deployments.
 
-response -> deployment -> model version -> run of the stage -> the stages before it -> datasets -> their parents
+Upstream: response -> deployment -> model version -> run of the stage -> the stages before it ->
+datasets -> their parents. `Reader` is the protocol of the tracker's queries.
 """
 
 import json
@@ -24,7 +25,7 @@ RESPONSE = re.compile(r"(?:chatcmpl|embd|clas|rank|capt)-(?P<deployment>.+)-[0-9
 
 @dataclass(frozen=True)
 class Weights:
-    """What a run put out."""
+    """Output weights of a run."""
 
     name: str
     artifact: str
@@ -33,43 +34,47 @@ class Weights:
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as it is kept; `parent` is the run of the system for a stage's run."""
+    """A recorded run; `parent` of a stage's run is the run of the system."""
 
     id: str
     name: str
     status: str
     parent: str | None
     tags: Mapping[str, str]
-    metrics: Mapping[str, float]  # the last of each
+    metrics: Mapping[str, float]  # the last value of each
     inputs: tuple[DatasetInput, ...]
     outputs: tuple[Weights, ...]
 
 
 class Reader(Protocol):
-    """What of the lineage can be asked. Lists are oldest first and empty when there is nothing."""
+    """Lineage queries. Lists are oldest first, and empty without results."""
 
     def run(self, run_id: str) -> RunView: ...
-    def children(self, run_id: str) -> list[RunView]: ...
-    def heirs(self, digest: str) -> list[RunView]:
-        """Runs that started from the weights of this digest."""
 
-    def makers(self, digest: str) -> list[RunView]:
-        """Runs that put out the weights of this digest."""
+    def children(self, run_id: str) -> list[RunView]: ...
+
+    def started_from(self, digest: str) -> list[RunView]:
+        """Find the runs that started from the weights of this digest."""
+
+    def producers(self, digest: str) -> list[RunView]:
+        """Find the runs whose output has this digest."""
 
     def readers(self, dataset: str) -> list[RunView]:
-        """Runs that read a dataset: by name, digest or the digest's beginning."""
+        """Find the runs that read a dataset, by its name, digest or a prefix of the digest."""
 
     def version(self, name: str, which: str) -> Version: ...
+
     def versions(self, name: str) -> list[Version]: ...
+
     def registered(self, run_id: str) -> list[Version]:
-        """Versions of the run's weights."""
+        """Find the versions of the run's weights."""
 
     def models(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """What serving writes to <home>/deployments/<id>.json when an app starts."""
+    """A deployment, as serving writes it to <home>/deployments/<id>.json when an app starts."""
 
     id: str
     app: str
@@ -81,35 +86,39 @@ class Deployment:
 
 
 def trace(what: str, reader: Reader, home: Path) -> Tree:
-    """Where `what` comes from: a response id, a deployment id, `model`, `model@alias`, `model:version` or a run id.
+    """Return the upstream lineage of `what`.
 
-    Raises TrackingError, with a suggestion, when it is none of these.
+    what: a response id, a deployment id, `model`, `model@alias`, `model:version` or a run id.
+    Raises TrackingError, with a suggestion, for any other text.
     """
     return _Upstream(reader, home).of(what)
 
 
 def uses(dataset: str, reader: Reader, home: Path) -> Tree:
-    """Where a dataset went: runs, the weights and versions of these, what started from them, deployments.
+    """Return the downstream lineage of a dataset and of the datasets derived from it.
 
-    dataset: a name, a digest or its beginning. Datasets made from it count as it does. Raises TrackingError, with a
-    suggestion, when neither the store nor <home>/datasets knows it.
+    It holds their runs, the weights and versions of these, the runs that started from them, and
+    deployments. dataset: a name, a digest or a prefix of the digest. Raises TrackingError, with a
+    suggestion, for a dataset that is neither in the store nor in <home>/datasets.
     """
     return _Downstream(reader, home).of(dataset)
 
 
 class _Graph:
-    """What both directions share: the datasets and deployments under `home`, and how a node reads."""
+    """Base of both directions: the datasets and deployments under `home`, and the tree nodes."""
 
     def __init__(self, reader: Reader, home: Path) -> None:
         self._reader = reader
         self._stored = dict(_datasets(home))
         self._deployments = {d.id: d for d in _deployments(home)}
-        self._seen: set[str] = (
-            set()
-        )  # runs that already have a node: their weights may equal those they started from
+        # Ids of runs with a node. Without it, a run with weights equal to its start would recurse.
+        self._seen: set[str] = set()
 
     def _run(self, at: Tree, run: RunView) -> Tree | None:
-        """The run's node, with what describes it; None where it only points at the run's first node."""
+        """Add the node of a run, with its details.
+
+        A repeated run gets a reference to its first node instead, and None is returned.
+        """
         stage = run.tags.get("stage")
         kind = f"stage {run.name} of {run.tags.get('system', '?')}" if stage else f"run {run.name}"
         if run.id in self._seen:
@@ -138,7 +147,7 @@ class _Graph:
         return node
 
     def _dataset(self, at: Tree, dataset: DatasetInput) -> tuple[Tree, Manifest | None]:
-        """The dataset's node, with what its manifest says where that is still to be had."""
+        """Add the node of a dataset, with details of its manifest if that still exists."""
         node = at.add(
             _label(f"dataset {dataset.name}", dataset.digest[:12], f"{dataset.rows:,} rows")
         )
@@ -166,7 +175,7 @@ class _Graph:
         return manifest if manifest.digest == dataset.digest else None
 
     def _known(self, digest: str) -> DatasetInput | None:
-        """A dataset under <home>/datasets as a run would have named it."""
+        """Return the dataset of this digest under <home>/datasets; None if there is none."""
         if digest not in self._stored:
             return None
         path, manifest = self._stored[digest]
@@ -174,17 +183,21 @@ class _Graph:
 
 
 class _Upstream(_Graph):
+    """Adds the sources of a node below it, down to the parents of datasets."""
+
     def of(self, what: str) -> Tree:
         root = Tree("", hide_root=True)
         answer = RESPONSE.fullmatch(what)
         if answer:
-            self._deployment(root.add(_label("response", what)), self._find(answer["deployment"]))
+            self._add_deployment(
+                root.add(_label("response", what)), self._find(answer["deployment"])
+            )
         elif what in self._deployments:
-            self._deployment(root, self._deployments[what])
+            self._add_deployment(root, self._deployments[what])
         elif re.fullmatch(r"[0-9a-f]{32}", what):
-            self._made(root, self._reader.run(what))
+            self._add_run(root, self._reader.run(what))
         else:
-            self._made_version(root, self._named(what))
+            self._add_version(root, self._find_version(what))
         return root
 
     def _find(self, deployment: str) -> Deployment:
@@ -194,66 +207,61 @@ class _Upstream(_Graph):
             )
         return self._deployments[deployment]
 
-    def _named(self, what: str) -> Version:
-        """`model@alias`, `model:version`, or `model`: its champion, else its newest."""
+    def _find_version(self, what: str) -> Version:
+        """Find `model@alias`, `model:version` or `model`: its champion, else its newest version."""
         name, which = registry.split(what)
         if name != what:
             return self._reader.version(name, which)
         known = self._reader.versions(what)
         if not known:
             raise TrackingError(
-                f"{what!r} is no response, deployment, model or run"
+                f"{what!r} is not a response, deployment, model or run"
                 + suggest(what, [*self._reader.models(), *self._deployments])
             )
         return next((v for v in known if which in v.aliases), known[-1])
 
-    def _deployment(self, at: Tree, deployment: Deployment) -> None:
-        node = at.add(
-            _label("deployment", deployment.id, deployment.app, f"since {deployment.started}")
-        )
+    def _add_deployment(self, at: Tree, deployment: Deployment) -> None:
+        node = at.add(_deployment(deployment))
         if deployment.version:
             try:
-                return self._made_version(
-                    node, self._reader.version(deployment.model, deployment.version)
-                )
-            except (
-                TrackingError
-            ) as error:  # the version is gone from the registry; its weights may still be known
+                version = self._reader.version(deployment.model, deployment.version)
+                return self._add_version(node, version)
+            except TrackingError as error:
+                # The registry no longer has the version, but a run may still have its weights.
                 node.add(_label("model", deployment.model, str(error)))
-        self._made_weights(node, deployment.digest, deployment.artifact)
+        self._add_weights(node, deployment.digest, deployment.artifact)
 
-    def _made_version(self, at: Tree, version: Version) -> None:
-        self._made(self._version(at, version), self._reader.run(version.run_id))
+    def _add_version(self, at: Tree, version: Version) -> None:
+        self._add_run(self._version(at, version), self._reader.run(version.run_id))
 
-    def _made_weights(self, at: Tree, digest: str, artifact: str = "") -> None:
-        makers = self._reader.makers(digest)[
-            -1:
-        ]  # equal digests are equal weights: any of their runs explains them
-        kept = [w.artifact for run in makers for w in run.outputs if w.digest == digest]
-        node = at.add(_weights(digest, artifact or "".join(kept[:1])))
-        for run in makers:
-            self._made(node, run)
-        if not makers:
+    def _add_weights(self, at: Tree, digest: str, artifact: str = "") -> None:
+        # Equal digests are equal weights, so the newest run is enough.
+        runs = self._reader.producers(digest)[-1:]
+        folders = [w.artifact for run in runs for w in run.outputs if w.digest == digest]
+        node = at.add(_weights(digest, artifact or "".join(folders[:1])))
+        for run in runs:
+            self._add_run(node, run)
+        if not runs:
             node.add(_label("origin", "no run of this store made these weights"))
 
-    def _made(self, at: Tree, run: RunView) -> None:
+    def _add_run(self, at: Tree, run: RunView) -> None:
         node = self._run(at, run)
         if node is None:
             return
         for dataset in run.inputs:
-            self._made_dataset(node, dataset)
+            self._add_dataset(node, dataset)
         for stage in self._reader.children(run.id):
-            self._made(node, stage)
+            self._add_run(node, stage)
         start = run.tags.get("starts_from_digest")
         if start:
-            self._made_weights(node, start)
+            self._add_weights(node, start)
 
-    def _made_dataset(self, at: Tree, dataset: DatasetInput) -> None:
+    def _add_dataset(self, at: Tree, dataset: DatasetInput) -> None:
         node, manifest = self._dataset(at, dataset)
         for digest in manifest.parents if manifest else ():
             parent = self._known(digest)
             if parent:
-                self._made_dataset(node, parent)
+                self._add_dataset(node, parent)
             else:
                 node.add(
                     _label("dataset", digest[:12], "made elsewhere, not under <home>/datasets")
@@ -261,6 +269,8 @@ class _Upstream(_Graph):
 
 
 class _Downstream(_Graph):
+    """Adds the uses of a node below it, down to deployments."""
+
     def of(self, what: str) -> Tree:
         known = (self._known(d) for d in self._stored)
         found = {d.digest: d for d in known if d and (d.name == what or d.digest.startswith(what))}
@@ -275,19 +285,19 @@ class _Downstream(_Graph):
             )
         root = Tree("", hide_root=True)
         for dataset in found.values():
-            self._read(root, dataset)
+            self._add_dataset(root, dataset)
         return root
 
-    def _read(self, at: Tree, dataset: DatasetInput) -> None:
+    def _add_dataset(self, at: Tree, dataset: DatasetInput) -> None:
         node, _ = self._dataset(at, dataset)
         for run in self._reader.readers(dataset.digest):
-            self._became(node, run)
+            self._add_run(node, run)
         for digest, (_, manifest) in self._stored.items():
             child = self._known(digest)
             if child and dataset.digest in manifest.parents:
-                self._read(node, child)
+                self._add_dataset(node, child)
 
-    def _became(self, at: Tree, run: RunView) -> None:
+    def _add_run(self, at: Tree, run: RunView) -> None:
         node = self._run(at, run)
         if node is None:
             return
@@ -299,21 +309,18 @@ class _Downstream(_Graph):
                     self._version(branch, version)
             for deployment in self._deployments.values():
                 if deployment.digest == weights.digest:
-                    branch.add(
-                        _label(
-                            "deployment",
-                            deployment.id,
-                            deployment.app,
-                            f"since {deployment.started}",
-                        )
-                    )
-            for heir in self._reader.heirs(weights.digest):
-                self._became(branch, heir)
+                    branch.add(_deployment(deployment))
+            for later in self._reader.started_from(weights.digest):
+                self._add_run(branch, later)
 
 
 def _label(kind: str, name: str, *about: str) -> Text:
-    """A node's line, as plain text: names from outside must not be read as markup."""
+    """Return a node's line as plain text, because external names must not be parsed as markup."""
     return Text.assemble((f"{kind} ", "bold"), name, *[(f"  {a}", "dim") for a in about])
+
+
+def _deployment(deployment: Deployment) -> Text:
+    return _label("deployment", deployment.id, deployment.app, f"since {deployment.started}")
 
 
 def _weights(digest: str, artifact: str) -> Text:
@@ -321,12 +328,12 @@ def _weights(digest: str, artifact: str) -> Text:
 
 
 def _datasets(home: Path) -> Iterator[tuple[str, tuple[Path, Manifest]]]:
-    """(digest, (folder, manifest)) of the sound datasets under `home`."""
+    """Yield (digest, (folder, manifest)) of the valid datasets under `home`."""
     for folder in sorted((home / "datasets").glob("*")):
         try:
             manifest = read_manifest(str(folder))
         except DataError:
-            continue  # being written, or broken: `bridgework data verify` says which
+            continue  # incomplete or damaged: `bridgework data verify` reports which
         yield manifest.digest, (folder, manifest)
 
 
@@ -337,5 +344,5 @@ def _deployments(home: Path) -> Iterator[Deployment]:
             yield Deployment(**{f.name: data[f.name] for f in fields(Deployment)})
         except (ValueError, KeyError, TypeError) as error:
             raise TrackingError(
-                f"{file} is not a deployment: {error!r}; delete it, or deploy again"
+                f"{file} is not a deployment. Got {error!r}. Fix: delete it, or deploy again"
             ) from None

@@ -1,9 +1,9 @@
-"""The tracker on MLflow, and the only door to it.
+"""MLflow store: the tracker and the lineage queries on MLflow. No other module imports MLflow.
 
-An experiment is a project, a parent run a system's run, a child run a stage or a trial. Datasets are inputs, weights
-are logged models whose folder stays where it is (the tag `artifact`), a registered version is one that may be served.
-
-From the words that name a model to the folder of its artifact.
+An experiment is a project, a parent run is a system's run, a child run a stage or a trial. Datasets
+are inputs. Weights are logged models that refer to their folder by the tag `artifact`, without a
+copy. A registered version is a model that may be served. `artifact_of` finds the artifact's folder
+of a model name.
 """
 
 import json
@@ -36,51 +36,51 @@ from bridgework.tracking.lineage import RunView, Weights
 from bridgework.tracking.registry import is_folder, split
 from bridgework.tracking.tracker import Point, Status, Version
 
-# MLflow reads these at import or at each request; a value that the user has set wins.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves the machine unasked
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it announces every table that it creates
-os.environ.setdefault(
-    "MLFLOW_HTTP_REQUEST_TIMEOUT", "10"
-)  # seconds; by default a dead server holds a call for 246
+# MLflow reads these at import or at each request; the user's own values have precedence.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # INFO reports every table that it creates
+# Seconds and retries: by default a call to a dead server takes 246 s.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
-
 T = TypeVar("T")
-SHORT = 12  # hex digits of a digest in MLflow's own field, which takes 36 at most and stands in every table of the UI
+# Hex digits of a digest in MLflow's own field, which has at most 36 and is in every table of the
+# UI.
+SHORT = 12
 
 
 class MLflowReader:
-    """`graph.Reader` on an MLflow store, of all its projects.
+    """`lineage.Reader` on an MLflow store, over all its projects.
 
-    uri: a server (`http://...`) or a database; None takes MLFLOW_TRACKING_URI, else sqlite:///<home>/mlflow.db.
-    Opened before any worker starts, since a fresh database gets its tables here, under a lock.
+    uri: a server (`http://...`) or a database; the default is MLFLOW_TRACKING_URI, else
+    sqlite:///<home>/mlflow.db. It must be opened before any worker starts, because it creates the
+    tables of a new database, under a lock.
     """
 
     def __init__(self, uri: str | None, home: Path) -> None:
         self.uri = (
             uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve()}/mlflow.db"
         )
-        with self._asked("open the store"), _sole(self.uri):
+        with self._call("open the store"), _locked(self.uri):
             self._client = MlflowClient(self.uri, registry_uri=self.uri)
+            # Tracking and registry create their own tables at the first request.
             self._client.search_experiments(max_results=1)
-            self._client.search_registered_models(
-                max_results=1
-            )  # the registry makes its own part of the tables
+            self._client.search_registered_models(max_results=1)
 
     def run(self, run_id: str) -> RunView:
-        with self._asked(f"read run {run_id}"):
+        with self._call(f"read run {run_id}"):
             return self._view(self._client.get_run(run_id))
 
     def children(self, run_id: str) -> list[RunView]:
-        with self._asked(f"read the stages of run {run_id}"):
+        with self._call(f"read the stages of run {run_id}"):
             return self._runs(f"tags.`{mlflow_tags.MLFLOW_PARENT_RUN_ID}` = '{run_id}'")[::-1]
 
-    def heirs(self, digest: str) -> list[RunView]:
-        with self._asked(f"find the runs that start from weights {digest}"):
+    def started_from(self, digest: str) -> list[RunView]:
+        with self._call(f"find the runs that start from weights {digest}"):
             return self._runs(f"tags.starts_from_digest = '{digest}'")[::-1]
 
-    def makers(self, digest: str) -> list[RunView]:
-        with self._asked(f"find the run that made weights {digest}"):
+    def producers(self, digest: str) -> list[RunView]:
+        with self._call(f"find the run that made weights {digest}"):
             return [
                 self.run(m.source_run_id)
                 for m in self._logged(f"tags.digest = '{digest}'")
@@ -88,7 +88,7 @@ class MLflowReader:
             ]
 
     def readers(self, dataset: str) -> list[RunView]:
-        with self._asked(f"find the runs that read {dataset}"):
+        with self._call(f"find the runs that read {dataset}"):
             named = self._runs(f"dataset.name = '{dataset}'") + self._runs(
                 f"dataset.digest LIKE '{dataset[:SHORT]}%'"
             )
@@ -100,7 +100,7 @@ class MLflowReader:
             return list(hits.values())[::-1]
 
     def versions(self, name: str) -> list[Version]:
-        with self._asked(f"read the versions of {name!r}"):
+        with self._call(f"read the versions of {name!r}"):
             if name not in self.models():
                 return []
             aliases = self._client.get_registered_model(name).aliases
@@ -108,14 +108,14 @@ class MLflowReader:
             return [_version(v, aliases) for v in sorted(found, key=lambda v: int(v.version))]
 
     def registered(self, run_id: str) -> list[Version]:
-        with self._asked(f"find the versions of run {run_id}"):
+        with self._call(f"find the versions of run {run_id}"):
             names = {
                 v.name for v in _pages(self._client.search_model_versions, f"run_id = '{run_id}'")
             }
             return [v for name in sorted(names) for v in self.versions(name) if v.run_id == run_id]
 
     def models(self) -> list[str]:
-        with self._asked("list the registered models"):
+        with self._call("list the registered models"):
             return [m.name for m in _pages(self._client.search_registered_models)]
 
     def version(self, name: str, which: str) -> Version:
@@ -125,16 +125,16 @@ class MLflowReader:
         for version in known:
             if which == version.version or which in version.aliases:
                 return version
-        words = [w for v in known for w in (v.version, *v.aliases)]
+        labels = [label for v in known for label in (v.version, *v.aliases)]
         raise TrackingError(
-            f"model {name!r} has no version or alias {which!r}" + suggest(which, words)
+            f"model {name!r} has no version or alias {which!r}" + suggest(which, labels)
         )
 
     def _everywhere(self) -> list[str]:
         return [e.experiment_id for e in _pages(self._client.search_experiments)]
 
     def _runs(self, condition: str, *experiments: str) -> list[RunView]:
-        """Newest first; of all projects where none is named."""
+        """Find runs, newest first; by default in all projects."""
         where = list(experiments) or self._everywhere()
         return [self._view(r) for r in _pages(self._client.search_runs, where, condition)]
 
@@ -142,8 +142,8 @@ class MLflowReader:
         return _pages(self._client.search_logged_models, self._everywhere(), condition)
 
     def _view(self, run: entities.Run) -> RunView:
-        made = run.outputs is not None and run.outputs.model_outputs
-        outputs = self._logged(f"source_run_id = '{run.info.run_id}'") if made else []
+        has_outputs = run.outputs is not None and run.outputs.model_outputs
+        outputs = self._logged(f"source_run_id = '{run.info.run_id}'") if has_outputs else []
         return RunView(
             id=run.info.run_id,
             name=run.info.run_name,
@@ -158,37 +158,44 @@ class MLflowReader:
         )
 
     @contextmanager
-    def _asked(self, what: str) -> Iterator[None]:
+    def _call(self, what: str) -> Iterator[None]:
+        """Convert errors of MLflow in the block to TrackingError."""
         try:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            where = _shown(self.uri)
+            where = _without_password(self.uri)
             if isinstance(error, requests.RequestException) or isinstance(
                 error.__context__, requests.RequestException
             ):
-                todo = "start the server again, or unset MLFLOW_TRACKING_URI to track under $BRIDGEWORK_HOME"
                 raise TrackingError(
-                    f"cannot {what}: MLflow at {where} does not answer; {todo}"
+                    f"cannot {what}: MLflow at {where} does not answer. Fix: start the server "
+                    "again, or unset MLFLOW_TRACKING_URI to track under $BRIDGEWORK_HOME"
                 ) from error
             reason = " ".join(str(error).replace(self.uri, where).split())[:300].rstrip(".")
-            raise TrackingError(f"cannot {what}: MLflow at {where} says: {reason}") from error
+            raise TrackingError(f"cannot {what}: MLflow at {where} reports: {reason}") from error
 
 
 class MLflowTracker(MLflowReader):
-    """`tracking.Tracker` on an MLflow store: `experiment` is the project. For the driver; workers keep journals."""
+    """`tracker.Tracker` on an MLflow store, for the driver; workers write journals.
+
+    experiment: the project.
+    """
 
     def __init__(self, uri: str | None, home: Path, experiment: str) -> None:
         super().__init__(uri, home)
-        with self._asked(f"open the experiment {experiment!r}"):
+        with self._call(f"open the experiment {experiment!r}"):
             self._experiment = self._open(experiment, home.resolve() / "mlartifacts")
 
     def start(
         self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None
     ) -> str:
-        """A new run's id; a run of the same name, parent and `run_key` tag is taken up again, newest first."""
+        """Start a run and return its id.
+
+        The newest run of the same name, parent and `run_key` tag is resumed instead.
+        """
         own = dict(tags or {})
         key = own.get("run_key")
-        with self._asked(f"start the run {name!r}"):
+        with self._call(f"start the run {name!r}"):
             for run in self._runs(f"tags.run_key = '{key}'", self._experiment) if key else []:
                 if (run.name, run.parent) == (name, parent):
                     self._client.update_run(run.id, status="RUNNING")
@@ -199,12 +206,14 @@ class MLflowTracker(MLflowReader):
             return str(created.info.run_id)
 
     def params(self, run_id: str, values: Mapping[str, Any], *, resumed: bool = False) -> None:
-        """Dotted paths. What MLflow cannot hold (a `*` in a name, a long value) is complete in params.json.
+        """Log parameters by dotted path.
 
-        MLflow refuses another value of a parameter; of a `resumed` run it becomes the tag `now.NAME`.
+        Names and values that MLflow cannot store (a `*` in a name, a long value) are complete in
+        params.json. MLflow rejects a second value of a parameter; in a `resumed` run it is logged
+        as the tag `now.NAME`.
         """
         texts = {_name(k): str(v) for k, v in values.items()}
-        with self._asked(f"log {len(texts)} parameters of run {run_id}"):
+        with self._call(f"log {len(texts)} parameters of run {run_id}"):
             known = self._client.get_run(run_id).data.params if resumed else {}
             short = {k: v[:MAX_PARAM_VAL_LENGTH] for k, v in texts.items()}
             batch = [entities.Param(k, v) for k, v in short.items() if k not in known]
@@ -220,27 +229,27 @@ class MLflowTracker(MLflowReader):
                 self._client.log_dict(run_id, {k: str(v) for k, v in values.items()}, "params.json")
 
     def inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None:
-        with self._asked(f"log {len(datasets)} datasets of run {run_id}"):
+        with self._call(f"log {len(datasets)} datasets of run {run_id}"):
             self._client.log_inputs(run_id, [_input(d) for d in datasets])
 
     def points(self, run_id: str, points: Sequence[Point]) -> None:
-        """At most 1000 a call. Posting the same points again changes nothing: MLflow keeps equal rows once."""
+        """Log points, at most 1000 per call. Equal points are stored once, so repeats are safe."""
         metrics = [entities.Metric(_name(p.key), p.value, p.at, p.step) for p in points]
-        with self._asked(f"log {len(points)} points of run {run_id}"):
+        with self._call(f"log {len(points)} points of run {run_id}"):
             for some in _batches(metrics, MAX_METRICS_PER_BATCH):
                 self._client.log_batch(run_id, metrics=some)
 
     def file(self, run_id: str, path: Path, folder: str = "") -> None:
-        with self._asked(f"keep the file {path} with run {run_id}"):
+        with self._call(f"keep the file {path} with run {run_id}"):
             self._client.log_artifact(run_id, str(path), folder or None)
 
     def output(self, run_id: str, name: str, artifact: str, tags: Mapping[str, str]) -> str:
-        """A logged model that refers to the folder `artifact`: weights are not copied. Returns its id.
+        """Log a model that refers to the folder `artifact`, without a copy; returns its id.
 
-        Told again, as a finished stage is when its run goes on, the same weights stay one model.
+        The same weights are logged once, also if the run of a finished stage resumes.
         """
         about = {**tags, "artifact": artifact}
-        with self._asked(f"log the weights {artifact} of run {run_id}"):
+        with self._call(f"log the weights {artifact} of run {run_id}"):
             for model in self._logged(f"source_run_id = '{run_id}'"):
                 if about.items() <= model.tags.items():
                     return str(model.model_id)
@@ -249,9 +258,8 @@ class MLflowTracker(MLflowReader):
                 name=re.sub(r"[/:.%\"']", "-", name),  # MLflow's rule for these names
                 source_run_id=run_id,
                 tags=about,
-                params={
-                    k: about[k] for k in ("artifact", "digest") if k in about
-                },  # the UI compares models by params
+                # The UI compares models by their parameters.
+                params={k: about[k] for k in ("artifact", "digest") if k in about},
             )
             self._client.finalize_logged_model(model.model_id, "READY")
             self._client.log_outputs(
@@ -260,19 +268,19 @@ class MLflowTracker(MLflowReader):
             return str(model.model_id)
 
     def finish(self, run_id: str, status: Status = "FINISHED") -> None:
-        with self._asked(f"finish run {run_id}"):
+        with self._call(f"finish run {run_id}"):
             self._client.set_terminated(run_id, status)
 
     def register(
         self, name: str, model_id: str, run_id: str, artifact: str, tags: Mapping[str, str]
     ) -> Version:
-        with self._asked(f"register {artifact} as {name!r}"):
+        with self._call(f"register {artifact} as {name!r}"):
             if name not in self.models():
                 self._client.create_registered_model(name)
-            # A source of models:/<id> would be looked up at MLflow's global uri, not at this client's.
+            # MLflow would resolve a source of models:/<id> by its global uri, not by this client's.
             model = self._client.get_logged_model(model_id)
             about = {**tags, "artifact": artifact}
-            made = self._client.create_model_version(
+            new = self._client.create_model_version(
                 name,
                 model.artifact_location,
                 run_id,
@@ -280,38 +288,52 @@ class MLflowTracker(MLflowReader):
                 model_id=model_id,
                 await_creation_for=0,
             )
-            # The UI knows a logged model's versions by this tag, which only MLflow's own register_model writes.
+            # The UI finds the versions of a logged model by this tag, which otherwise only MLflow's
+            # register_model writes.
             known = json.loads(model.tags.get(mlflow_tags.MLFLOW_MODEL_VERSIONS, "[]"))
-            versions = json.dumps([*known, {"name": name, "version": made.version}])
+            versions = json.dumps([*known, {"name": name, "version": new.version}])
             self._client.set_logged_model_tags(
                 model_id, {mlflow_tags.MLFLOW_MODEL_VERSIONS: versions}
             )
-            return _version(made, {})
+            return _version(new, {})
 
     def alias(self, name: str, alias: str, version: str) -> None:
         known = self.version(name, version)
-        with self._asked(f"set the alias {alias!r} of {name!r}"):
+        with self._call(f"set the alias {alias!r} of {name!r}"):
             self._client.set_registered_model_alias(name, alias, known.version)
 
     def _open(self, name: str, artifacts: Path) -> str:
+        """Return the experiment's id; create it if it does not exist."""
         known = self._client.get_experiment_by_name(name)
         if known is None:
-            remote = self.uri.startswith(
-                ("http://", "https://")
-            )  # a server has its own place for artifacts
+            # A server has its own folder for artifacts.
+            remote = self.uri.startswith(("http://", "https://"))
             folder = None if remote else (artifacts / re.sub(r"[^\w.-]", "-", name)).as_uri()
             try:
                 return str(self._client.create_experiment(name, folder))
             except MlflowException:
-                known = self._client.get_experiment_by_name(name)  # another driver was faster
+                known = self._client.get_experiment_by_name(name)  # another driver created it
                 if known is None:
                     raise
         return str(known.experiment_id)
 
 
+def artifact_of(model: str, home: Path) -> str:
+    """Return the artifact's folder of a model name, version, alias or path.
+
+    Raises TrackingError if no such version is registered.
+    """
+    if is_folder(model):
+        return model
+    return MLflowReader(None, home).version(*split(model)).artifact
+
+
 @contextmanager
-def _sole(uri: str) -> Iterator[None]:
-    """One process at a time: two that create the tables of one sqlite file at once ruin it for good."""
+def _locked(uri: str) -> Iterator[None]:
+    """Lock an sqlite file during the block.
+
+    Two processes that create its tables at the same time would corrupt it.
+    """
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -321,14 +343,13 @@ def _sole(uri: str) -> Iterator[None]:
         yield
 
 
-def _shown(uri: str) -> str:
-    """Without a password."""
+def _without_password(uri: str) -> str:
     parts = urlsplit(uri)
     return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
 
 
 def _ui_tags(tags: Mapping[str, str], parent: str | None) -> dict[str, str]:
-    """What the UI nests runs by, and shows as user and version."""
+    """Return MLflow's own tags, by which the UI nests runs and shows user and version."""
     known = {
         mlflow_tags.MLFLOW_PARENT_RUN_ID: parent,
         mlflow_tags.MLFLOW_SOURCE_NAME: "bridgework",
@@ -348,9 +369,8 @@ def _input(dataset: DatasetInput) -> entities.DatasetInput:
         entities.Dataset(
             name=dataset.name,
             digest=dataset.digest[:SHORT],
-            source_type="s3"
-            if dataset.path.startswith("s3://")
-            else "local",  # the kinds that the UI can show
+            # the only types that the UI supports
+            source_type="s3" if dataset.path.startswith("s3://") else "local",
             source=json.dumps({"uri": dataset.path}),
             profile=json.dumps({"rows": dataset.rows, "digest": dataset.digest}),
         ),
@@ -358,19 +378,19 @@ def _input(dataset: DatasetInput) -> entities.DatasetInput:
     )
 
 
-def _read_input(seen: entities.DatasetInput) -> DatasetInput:
-    about = json.loads(seen.dataset.profile or "{}")
-    path = json.loads(seen.dataset.source).get("uri", "")
-    return DatasetInput(
-        seen.dataset.name, about.get("digest", seen.dataset.digest), path, about.get("rows", 0)
-    )
+def _read_input(logged: entities.DatasetInput) -> DatasetInput:
+    dataset = logged.dataset
+    about = json.loads(dataset.profile or "{}")
+    path = json.loads(dataset.source).get("uri", "")
+    digest = about.get("digest", dataset.digest)
+    return DatasetInput(dataset.name, digest, path, about.get("rows", 0))
 
 
 def _version(found: ModelVersion, aliases: Mapping[str, Any]) -> Version:
-    """`aliases`: alias -> version of the whole model, since a search leaves a version's own out."""
+    """Convert a version; aliases: alias -> version of the model, which a search does not return."""
     tags, number = dict(found.tags), str(found.version)
-    held = tuple(a for a, v in aliases.items() if str(v) == number)
-    return Version(found.name, number, _artifact(tags), found.run_id or "", held, tags)
+    own = tuple(alias for alias, version in aliases.items() if str(version) == number)
+    return Version(found.name, number, _artifact(tags), found.run_id or "", own, tags)
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -389,13 +409,6 @@ def _pages(search: Callable[..., PagedList[T]], *where: Any) -> list[T]:
             return found
 
 
-def artifact_of(model: str, home: Path) -> str:
-    """The artifact's folder that the words mean. Raises TrackingError where no such version is registered."""
-    if is_folder(model):
-        return model
-    return MLflowReader(None, home).version(*split(model)).artifact
-
-
 def _artifact(tags: Mapping[str, str]) -> str:
-    """The folder that a version's or logged model's tags name, by the tag's name today or before."""
+    """Return the artifact's folder from the tags of a version or model, also by the old tag."""
     return tags.get("artifact") or tags.get(old_names.ARTIFACT_TAG, "")

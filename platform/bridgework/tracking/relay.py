@@ -1,8 +1,9 @@
-"""The relay: posts the points of journals to the tracker from a side thread, and never holds up a run.
+"""Metrics relay: posts journals to the tracker from a thread, without delaying a run.
 
-A tracker that is down costs the run nothing: its points stay in the journal, and go out when it is back or when a
-later command replays what is `unfinished`. A ledger next to the files of a journal says how much of each was posted.
-A crash between a post and its line in the ledger posts the points again, which the tracker takes as the same points.
+A tracker that is down costs the run nothing. The points stay in the journal until it is back, or
+until a later command posts the `unfinished` journals. A ledger next to the files of a journal
+records the posted bytes of each. After a crash between a post and its ledger line the points are
+posted again; the tracker stores equal points once.
 """
 
 import logging
@@ -18,16 +19,18 @@ from bridgework import storage
 from bridgework.errors import TrackingError
 from bridgework.tracking.tracker import GROWING, Journal, Point, Tracker
 
-LEDGER = "relayed.txt"  # the run's id, then a line for each post: a file of the journal, and how many bytes of it
-BATCH = 1000  # points of a post: the most that MLflow takes in one call
+# The run's id, then a line per post: a file of the journal, and the number of its posted bytes.
+LEDGER = "relayed.txt"
+BATCH = 1000  # points per post: MLflow's maximum per call
 
 log = logging.getLogger(__name__)
 
 
 class MetricsForwarder:
-    """Posts what journals hold, every (key, step) of a run once: of a step redone after a failure, the first.
+    """Posts the points of journals from a thread, every (key, step) of a run once.
 
-    journals: run id -> folder of its journal. `follow` adds more while it runs. Must be closed.
+    If a step was repeated after a failure, its first points are posted. journals: run id -> folder
+    of its journal; `follow` adds more later. It must be closed.
     """
 
     def __init__(
@@ -36,7 +39,7 @@ class MetricsForwarder:
         self._tracker = tracker
         self._every_s = every_s
         self._tails: dict[str, _Tail] = {}
-        self._trouble = ""
+        self._error = ""  # of the last attempt
         self._closing = threading.Event()
         self._deadline = 0.0  # of the last attempts, on the monotonic clock
         for run_id, folder in (journals or {}).items():
@@ -49,55 +52,59 @@ class MetricsForwarder:
             self._tails[run_id] = _Tail(run_id, folder)
 
     def close(self, timeout_s: float = 10.0) -> int:
-        """Post what is left, for at most `timeout_s` seconds; returns how many points must wait for a later command."""
+        """Post the remaining points, for at most `timeout_s` seconds.
+
+        Returns the number of points that a later command must post.
+        """
         self._deadline = time.monotonic() + timeout_s
         self._closing.set()
         self._thread.join(timeout_s)
-        hung = (
-            self._thread.is_alive()
-        )  # in a post that does not return: what it holds is not for this thread
+        # A thread in a post that does not return still owns its tails, so new ones are read.
+        hung = self._thread.is_alive()
         left = sum((_Tail(t.run_id, t.folder) if hung else t).left() for t in self._tails.values())
         if left:
             log.warning(
                 "%d points are not tracked yet (%s); the next command replays them",
                 left,
-                self._trouble,
+                self._error,
             )
         return left
 
     def _loop(self) -> None:
         while not self._closing.wait(self._every_s):
             self._post()
-        while (
-            time.monotonic() < self._deadline and not self._post()
-        ):  # past it, what is left is a later relay's
+        # After the deadline, a later relay posts the rest.
+        while time.monotonic() < self._deadline and not self._post():
             time.sleep(min(self._every_s, 0.5))
 
     def _post(self) -> bool:
-        """One attempt for every run; True if nothing went wrong."""
-        trouble = ""
-        for tail in list(self._tails.values()):  # `follow` may add one meanwhile
+        """Post the new points of every run; returns True without an error."""
+        failure = ""
+        for tail in list(self._tails.values()):  # a copy, because `follow` may add one
             try:
                 tail.post(self._tracker)
             except (TrackingError, OSError, ValueError) as error:
-                trouble = str(error)
-        if trouble and not self._trouble:
-            log.warning("%s; points wait in the journal meanwhile", trouble)
-        if self._trouble and not trouble:
-            log.info("the tracker is back; points that waited were posted")
-        self._trouble = trouble
-        return not trouble
+                failure = str(error)
+        if failure and not self._error:
+            log.warning("%s; points wait in the journal meanwhile", failure)
+        if self._error and not failure:
+            log.info("the tracker is back; the waiting points were posted")
+        self._error = failure
+        return not failure
 
 
 def unfinished(root: Path) -> dict[str, Path]:
-    """Run id -> journal, for every journal under `root` with points that were not posted: what to give a Relay."""
+    """Return run id -> journal of all journals under `root` with points that were not posted.
+
+    It is an argument for MetricsForwarder.
+    """
     folders = sorted(ledger.parent for ledger in root.rglob(LEDGER))
     known = {folder: (folder / LEDGER).read_text().split()[0] for folder in folders}
     return {run_id: folder for folder, run_id in known.items() if _Tail(run_id, folder).left()}
 
 
 class _Tail:
-    """One journal as it grows: how far each of its files was posted, and which steps of which keys."""
+    """One growing journal: the posted bytes of each file, and the posted steps of each key."""
 
     def __init__(self, run_id: str, folder: Path) -> None:
         self.run_id = run_id
@@ -118,11 +125,11 @@ class _Tail:
                 yield at, points
 
     def left(self) -> int:
-        """Points that were not posted yet."""
+        """Count the points that were not posted yet."""
         return sum(len(points) for _, _, points in self._waiting())
 
     def post(self, tracker: Tracker) -> None:
-        """Post what was written since, BATCH points at a time: memory stays bounded through any outage."""
+        """Post the new points, BATCH at a time, so that memory is bounded after any outage."""
         for name, end, points in self._waiting():
             if points:
                 tracker.points(self.run_id, points)
@@ -131,20 +138,21 @@ class _Tail:
             self._settle(name, end)
 
     def _waiting(self) -> Iterator[tuple[str, int, list[Point]]]:
-        """(file, end, points), without points whose key and step were posted; in the order of writing."""
-        taken: dict[str, Steps] = {}
+        """Yield (file, end, points) in the order of writing, without posted keys and steps."""
+        yielded: dict[str, Steps] = {}
         for name in self._journal.unread(self._posted):
             for end, points in self._journal.read(name, self._posted.get(name, 0), BATCH):
                 new = []
                 for point in points:
-                    seen, here = self._seen.get(point.key), taken.setdefault(point.key, Steps())
-                    if point.step not in here and (seen is None or point.step not in seen):
-                        here.add(point.step)
+                    posted = self._seen.get(point.key)
+                    steps = yielded.setdefault(point.key, Steps())
+                    if point.step not in steps and (posted is None or point.step not in posted):
+                        steps.add(point.step)
                         new.append(point)
                 yield name, end, new
 
     def _settle(self, name: str, end: int) -> None:
-        # The newline leads: a line that a crash cut short says nothing, and spoils none after it.
+        # The newline comes first, so that a line truncated by a crash does not affect the next one.
         storage.append(self.folder / LEDGER, f"\n{name} {end}")
         self._posted[name] = end
 
@@ -156,9 +164,8 @@ class _Tail:
             if len(lines) > 10 * len(posted) + 1_000:
                 self._write_ledger(posted)
             return posted
-        self.folder.mkdir(
-            parents=True, exist_ok=True
-        )  # none yet, or of a run in another store, which has the points
+        # There is no ledger yet, or it is that of a run in another store.
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._write_ledger({})
         return {}
 
@@ -168,22 +175,19 @@ class _Tail:
 
 
 def _entry(line: str) -> tuple[str, int] | None:
-    """(file, bytes that were posted) of a line; None for a line that was cut short.
+    """Parse (file, posted bytes) of a ledger line; returns None for a truncated line.
 
-    A line of an older version names a file alone: all of it was posted.
+    A line of an older version is only a file name: the complete file was posted.
     """
     name, _, end = line.partition(" ")
     if end.isdecimal():
         return name, int(end)
-    return (
-        (name, sys.maxsize)
-        if name.endswith(".jsonl") and not name.endswith(GROWING) and not end
-        else None
-    )
+    old = name.endswith(".jsonl") and not name.endswith(GROWING) and not end
+    return (name, sys.maxsize) if old else None
 
 
 class Steps:
-    """A set of step numbers, kept as ranges: a week of steps without a gap is one pair of numbers."""
+    """A set of step numbers, stored as ranges: a week of steps without a gap is two numbers."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []

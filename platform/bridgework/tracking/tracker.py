@@ -1,8 +1,9 @@
-"""The tracker's protocol: what training, sweeps and promotion tell whoever keeps the lineage. No MLflow here.
+"""Tracker protocol of training, sweeps and promotion; the metrics journal; a tracker in memory.
 
-`lineage.store.MLflowTracker` is the real one, `MemoryTracker` its twin for tests and notebooks. Metrics take a detour
-through a journal of files (`Journal`), written by the workers and relayed by the driver, so that a tracker that is
-down neither stops nor slows a run and loses no point.
+`mlflow_store.MLflowTracker` implements the protocol with MLflow, `MemoryTracker` in memory, e.g.
+for tests and notebooks. Metrics go through a journal of files (`Journal`), written by the workers
+and relayed by the driver. A tracker that is down therefore neither stops nor slows a run, and no
+point is lost.
 """
 
 import json
@@ -20,10 +21,10 @@ from bridgework import storage
 from bridgework.errors import TrackingError, suggest
 from bridgework.mixture import DatasetInput
 
-GROWING = ".log.jsonl"  # files of a journal that are appended to; those of older versions are not
-FILE_BYTES = 8_000_000  # a writer opens the next file after one of this size
+GROWING = ".log.jsonl"  # suffix of files that are appended to; those of older versions are not
+FILE_BYTES = 8_000_000  # size after which a writer opens the next file
 PIECE = 10_000  # points that are read at a time
-MAX_PENDING = 10_000  # steps that wait in memory while the disk refuses them
+MAX_PENDING = 10_000  # steps that wait in memory while the disk cannot be written
 
 log = logging.getLogger(__name__)
 
@@ -53,56 +54,65 @@ class Version:
 
 
 class Tracker(Protocol):
-    """Where runs, inputs, outputs and versions are kept. Every method may raise TrackingError."""
+    """Store of runs, inputs, outputs and versions. Every method may raise TrackingError."""
 
     def start(
         self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None
     ) -> str:
-        """A new run's id; `parent` nests it. A run of the same name, parent and `run_key` tag is taken up again."""
+        """Start a run, nested in `parent`, and return its id.
+
+        A run of the same name, parent and `run_key` tag is resumed instead.
+        """
 
     def params(self, run_id: str, values: Mapping[str, Any], *, resumed: bool = False) -> None:
-        """Parameters, which keep their first value: another one, of a `resumed` run, becomes the tag `now.NAME`."""
+        """Log parameters. They keep their first value.
+
+        A different value in a `resumed` run is logged as the tag `now.NAME`.
+        """
 
     def inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None: ...
+
     def points(self, run_id: str, points: Sequence[Point]) -> None: ...
+
     def file(self, run_id: str, path: Path, folder: str = "") -> None:
-        """Keep a file (a picture, the resolved recipe) with the run."""
+        """Log a file with the run, e.g. an image or the resolved recipe."""
 
     def output(self, run_id: str, name: str, artifact: str, tags: Mapping[str, str]) -> str:
-        """A logged model for the weights under `artifact`; returns its id."""
+        """Log a model for the weights under `artifact`; returns its id."""
 
     def finish(self, run_id: str, status: Status = "FINISHED") -> None: ...
 
     def register(
         self, name: str, model_id: str, run_id: str, artifact: str, tags: Mapping[str, str]
     ) -> Version: ...
+
     def registered(self, run_id: str) -> list[Version]:
-        """Versions of a run's weights, oldest first."""
+        """Return the versions of a run's weights, oldest first."""
 
     def alias(self, name: str, alias: str, version: str) -> None: ...
+
     def version(self, name: str, which: str) -> Version:
-        """By number or alias."""
+        """Return a version by number or alias."""
 
 
 class Journal:
-    """Metric points of one run, in files that only grow: a JSON line for each step.
+    """Metric points of one run, in append-only files with a JSON line per step.
 
-    `append` does no I/O. A writer lists the folder once, when it opens its first file, so that a
-    flush costs the same after a week as after a minute. Its files sort after all that were there
-    before, on whichever machine they were written. Files of older versions, with a line for each
-    point, are read as well. A step that was redone after a failure is there twice; the relay
-    forwards each (key, step) once.
+    `append` does no I/O. A writer lists the folder only when it opens its first file, so a flush
+    costs the same after a week as after a minute. Its files sort after all earlier ones, also those
+    of other machines. Files of older versions, with a line per point, are read as well. A step that
+    was repeated after a failure occurs twice; the relay forwards each (key, step) once.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._pending: list[str] = []
         self._lost = 0
-        self._trouble = False
+        self._failing = False
         self._file: Path | None = None
 
     def append(self, values: Mapping[str, float], step: int) -> None:
-        """Note the values of one step; the next `flush` writes them."""
+        """Add the values of one step; the next `flush` writes them."""
         at, numbers = int(time.time() * 1000), {k: float(v) for k, v in values.items()}
         self._pending.append(json.dumps({"step": step, "at": at, "values": numbers}) + "\n")
         if len(self._pending) > MAX_PENDING:
@@ -110,37 +120,37 @@ class Journal:
             self._lost += 1
 
     def flush(self) -> None:
-        """Write what is pending to the disk.
+        """Write the pending steps to the disk.
 
-        A disk that refuses never ends a run: up to MAX_PENDING steps wait for the next flush.
+        A failed write never ends a run: up to MAX_PENDING steps wait for the next flush.
         """
         if not self._pending:
             return
         try:
             storage.append(self._open(), "".join(self._pending))
         except OSError as error:
-            if not self._trouble:
+            if not self._failing:
                 log.warning(
                     "%s: metrics are kept in memory until they can be written: %s",
                     self.folder,
                     error,
                 )
-            self._trouble, self._file = True, None
+            self._failing, self._file = True, None
             return
-        if self._trouble:
+        if self._failing:
             log.warning(
                 "%s: metrics are written again; those of %d steps were lost",
                 self.folder,
                 self._lost,
             )
-        self._trouble, self._lost, self._pending = False, 0, []
+        self._failing, self._lost, self._pending = False, 0, []
 
     def close(self) -> None:
-        """The same as `flush`: whatever ends a run, its metrics are written."""
+        """Flush; `contextlib.closing` calls it at any end of a run."""
         self.flush()
 
     def _open(self) -> Path:
-        """The file to append to: a new one at first, after trouble, and after one of full size."""
+        """Return the file to append to; a new one after a failed write and at full size."""
         if (
             self._file is not None
             and self._file.exists()
@@ -152,7 +162,7 @@ class Journal:
             newest = max((int(name[:20]) for name in self._names()), default=0)
         else:
             newest = int(self._file.name[:20])
-        order = max(time.time_ns(), newest + 1)  # this clock may be slower than another machine's
+        order = max(time.time_ns(), newest + 1)  # another machine's clock may be ahead
         self._file = self.folder / f"{order:020d}-{uuid4().hex[:6]}{GROWING}"
         return self._file
 
@@ -163,9 +173,9 @@ class Journal:
             return []
 
     def points(self, after: str = "") -> Iterator[tuple[str, list[Point]]]:
-        """(position, points) of every file with new ones; a position, as `after`, continues there.
+        """Yield (position, points) of the files; `after` is a position at which to continue.
 
-        The name of a file as `after` continues with the next file.
+        With the name of a file as `after`, it continues with the next file.
         """
         known, _, at = after.partition("@")
         for name in sorted(name for name in self._names() if name >= known):
@@ -174,17 +184,18 @@ class Journal:
                 yield f"{name}@{end}", points
 
     def end(self) -> str:
-        """The position after all that is written now, for `points`."""
+        """Return the position after all written points, for `points`."""
         newest = max(self._names(), default="")
         return f"{newest}@{(self.folder / newest).stat().st_size}" if newest else ""
 
     def read(
         self, name: str, start: int = 0, most: int = sys.maxsize
     ) -> Iterator[tuple[int, list[Point]]]:
-        """(end, points) of one file from byte `start` on, in pieces of at most `most` points or one line.
+        """Yield (end, points) of one file from byte `start` on.
 
-        A last line without its end is being written, or was cut short: it is left. `start` inside a
-        line means that line's beginning. A line that is not JSON has no points.
+        Each item has at most `most` points, or those of one line. An incomplete last line is being
+        written, or was truncated, so it is not read. `start` inside a line means the beginning of
+        the line. A line that is not JSON has no points.
         """
         with (self.folder / name).open("rb") as file:
             end = _line_start(file, start)
@@ -202,9 +213,9 @@ class Journal:
             yield end, found
 
     def unread(self, offsets: Mapping[str, int]) -> list[str]:
-        """The files that have bytes after the offset given for each, in the order of writing.
+        """Return the files with bytes after their given offset, in the order of writing.
 
-        A file of an older version never grows: one that has an offset is not looked at again.
+        Files of an older version never grow, so one with an offset is not read again.
         """
         names = sorted(
             name for name in self._names() if name not in offsets or name.endswith(GROWING)
@@ -216,18 +227,17 @@ class Journal:
 
 def _points(line: bytes) -> list[Point]:
     try:
-        said = json.loads(line)
-        if "values" in said:
-            return [
-                Point(key, value, said["step"], said["at"]) for key, value in said["values"].items()
-            ]
-        return [Point(**said)]
+        item = json.loads(line)
+        if "values" in item:
+            step, at = item["step"], item["at"]
+            return [Point(key, value, step, at) for key, value in item["values"].items()]
+        return [Point(**item)]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
 
 
 def _line_start(file: BinaryIO, at: int) -> int:
-    """Move to the beginning of the line that byte `at` is in, or to the end of the file."""
+    """Move to the beginning of the line with byte `at`, or to the end of the file."""
     at = min(at, file.seek(0, os.SEEK_END))
     while at:
         piece = max(0, at - 4_096)
@@ -242,6 +252,8 @@ def _line_start(file: BinaryIO, at: int) -> int:
 
 @dataclass
 class MemoryRun:
+    """A run of a MemoryTracker."""
+
     name: str
     parent: str | None
     tags: dict[str, str]
@@ -253,7 +265,7 @@ class MemoryRun:
 
 
 class MemoryTracker:
-    """A Tracker that keeps everything in dictionaries."""
+    """A Tracker in memory, with its data in public dictionaries."""
 
     def __init__(self) -> None:
         self.runs: dict[str, MemoryRun] = {}
@@ -265,11 +277,8 @@ class MemoryTracker:
     ) -> str:
         key = (tags or {}).get("run_key")
         for run_id, run in self.runs.items():
-            if key is not None and (run.name, run.parent, run.tags.get("run_key")) == (
-                name,
-                parent,
-                key,
-            ):
+            known = (run.name, run.parent, run.tags.get("run_key"))
+            if key is not None and known == (name, parent, key):
                 run.status = "RUNNING"
                 return run_id
         run_id = uuid4().hex
@@ -326,7 +335,7 @@ class MemoryTracker:
         for version in self.versions[name]:
             if which == version.version or which in version.aliases:
                 return version
-        known = [w for v in self.versions[name] for w in (v.version, *v.aliases)]
+        known = [label for v in self.versions[name] for label in (v.version, *v.aliases)]
         raise TrackingError(
             f"model {name!r} has no version or alias {which!r}" + suggest(which, known)
         )

@@ -1,15 +1,19 @@
-"""Resume checkpoints: a folder with every rank's state and a signed manifest that is written last.
+"""Resume checkpoints: folders with the state of all ranks and a signed manifest, written last.
 
 `<stage>/checkpoints/00000010-<attempt>/` holds DeepSpeed's files and manifest.json: the step, the
 number of workers, the recipe's fingerprint, size and sha256 of every file, a signature with the key
-of the home (see `signing`) and a sha256 of all that. The newest complete one is found from the
-manifests alone, never from what Ray or DeepSpeed remember. Randomness inside a step is a function of
-(seed, step, place in the global batch), so a checkpoint holds no state of a random generator.
+of the home (see `signing`) and a sha256 of all these. The newest complete checkpoint is found from
+the manifests alone, never from the state of Ray or DeepSpeed. Randomness inside a step is a
+function of (seed, step, position in the global batch), so a checkpoint holds no state of a random
+generator.
 
-There are three cases. Damage (a file is missing, changed, not in the manifest, or holds values
-that are not finite; a manifest that cannot be read): the one before is taken, and this is reported
-and moved to `checkpoints/damaged/`. Trust (no signature, another home's key, a wrong signature) and a
-newer version's manifest: the run stops and says what to do. Whatever else is in the folder is left.
+A checkpoint may be rejected for one of three reasons:
+- Damage: a file is missing, changed, not in the manifest, or holds values that are not finite; or
+  the manifest cannot be read. The run resumes from the checkpoint before it, and the damaged one is
+  reported and moved to `checkpoints/damaged/`.
+- Trust: no signature, another home's key, or a wrong signature. The run stops with instructions.
+- Version: the manifest of a newer version. The run stops with instructions.
+All other files in the folder are ignored.
 """
 
 import hashlib
@@ -29,10 +33,10 @@ from bridgework.data.catalog import home as home_folder
 from bridgework.errors import RunError
 from bridgework.training import signing
 
-SCHEMA = 1  # of the manifest; one of an older version has none, and no signature
+SCHEMA = 1  # of the manifest; a manifest of an older version has no schema and no signature
 MANIFEST = "manifest.json"
 DAMAGED = "damaged"
-MARGIN = 64_000  # bytes: names, manifests and the metrics of a while
+MARGIN = 64_000  # bytes for names, manifests and some metrics
 FIELDS = {"step": int, "world": int, "attempt": str, "fingerprint": str, "files": dict}
 _NAME = re.compile(r"(\d{8,})-(\w+)")
 _UNFINISHED = re.compile(r"\.(?:\d{8,}|universal)-(\w+)")
@@ -44,7 +48,7 @@ class Unusable(RunError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: `step` is the cursor, the next step to take."""
+    """A complete checkpoint; `step` is the cursor: the number of the next step."""
 
     folder: Path
     step: int
@@ -58,46 +62,21 @@ class Checkpoint:
         """Bytes of all its files."""
         return sum(size for size, _ in self.files.values())
 
-    def damage(self) -> str | None:
-        """Describe what is wrong with its files, by name, size and sha256; None when nothing is."""
-        there = set(_files(self.folder)) - {MANIFEST}
+    def find_corruption(self) -> str | None:
+        """Compare its files with name, size and sha256; returns the first problem, or None."""
+        present = set(_files(self.folder)) - {MANIFEST}
         for name, (size, digest) in self.files.items():
             file = self.folder / name
-            if name not in there or not file.is_file():
+            if name not in present or not file.is_file():
                 return f"{name} is missing"
             if file.is_symlink():
                 return f"{name} is a link"
             if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes, written were {size}"
+                return f"{name} has {file.stat().st_size} bytes; expected {size}"
             if _sha256(file) != digest:
                 return f"{name} has changed since it was written (sha256)"
-        if unlisted := sorted(there - set(self.files)):
-            return f"{unlisted[0]} is not in the manifest: nothing there is read"
-        return None
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A folder that is named as a checkpoint, and what its manifest says or why it says nothing."""
-
-    folder: Path
-    step: int  # by its name
-    checkpoint: Checkpoint | None = None
-    damage: str = ""
-    schema: int = 0
-    key: str = ""  # name of the key that signed it; "" without a signature
-    signature: str = ""
-    signed: dict[str, Any] | None = None  # what the signature is of
-
-    def distrust(self, home: Path) -> str | None:
-        """Say why this home does not trust the manifest; None when it does."""
-        key = _key(home)
-        if not self.signature:
-            return "has no signature"
-        if self.key != signing.name(key):
-            return f"is signed with the key {self.key} and the key of {home} is {signing.name(key)}"
-        if not signing.signed(key, self.signed or {}, self.signature):
-            return f"has a wrong signature for the key {self.key} of {home}"
+        if unlisted := sorted(present - set(self.files)):
+            return f"{unlisted[0]} is not in the manifest, so the folder is not read"
         return None
 
 
@@ -105,12 +84,8 @@ def root(stage_folder: Path) -> Path:
     return stage_folder / "checkpoints"
 
 
-def _damaged(stage_folder: Path) -> Path:
-    return root(stage_folder) / DAMAGED
-
-
 def begin(stage_folder: Path, step: int, attempt: str) -> Path:
-    """The folder in which all ranks write; it becomes a checkpoint by `complete`."""
+    """Create the folder to which all ranks write; `complete` turns it into a checkpoint."""
     folder = root(stage_folder) / f".{step:08d}-{attempt}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -126,18 +101,21 @@ def complete(
     keep: int,
     home: Path | None = None,
 ) -> Checkpoint:
-    """Write the manifest, rename the folder, remove all but the `keep` newest (rank 0, after a barrier)."""
+    """Write the manifest, rename the folder, and remove all but the `keep` newest checkpoints.
+
+    For rank 0, after a barrier.
+    """
     home = home or home_folder()
     files = {
         name: ((folder / name).stat().st_size, _sha256(folder / name))
         for name in sorted(_files(folder))
     }
     final = folder.with_name(folder.name.removeprefix("."))
-    made = Checkpoint(final, step, world, attempt, fingerprint, files)
-    _write_manifest(folder, made, home)
+    written = Checkpoint(final, step, world, attempt, fingerprint, files)
+    _write_manifest(folder, written, home)
     storage.publish(folder, final)
     prune(final.parent.parent, keep, home=home)
-    return made
+    return written
 
 
 def prune(stage_folder: Path, keep: int, *, home: Path | None = None) -> None:
@@ -153,9 +131,9 @@ def prune(stage_folder: Path, keep: int, *, home: Path | None = None) -> None:
 
 
 def make_room(stage_folder: Path, need: int, *, home: Path | None = None) -> None:
-    """Make room for `need` bytes: where the disk has less, all checkpoints but the newest are removed first.
+    """Make room for `need` bytes: on a disk with less, remove all checkpoints but the newest.
 
-    Raises ResourceError where that is not enough; the newest is never removed.
+    Raises ResourceError if that is not enough. The newest checkpoint is never removed.
     """
     place = root(stage_folder)
     place.mkdir(parents=True, exist_ok=True)
@@ -167,47 +145,52 @@ def make_room(stage_folder: Path, need: int, *, home: Path | None = None) -> Non
 
 
 def checkpoints(stage_folder: Path) -> list[Checkpoint]:
-    """The folders with a readable manifest, newest step first; neither files nor signatures are checked."""
+    """List the folders with a readable manifest, newest step first.
+
+    Neither files nor signatures are checked.
+    """
     return [found.checkpoint for found in _found(stage_folder) if found.checkpoint is not None]
 
 
 def latest(
     stage_folder: Path, fingerprint: str, *others: str, home: Path | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files are complete, and what was wrong with those passed over.
+    """Return the newest checkpoint with complete files, and the reasons against newer ones.
 
-    `fingerprint` and `others` are those of the recipes that the run was trained with. Raises RunError
-    for one of another recipe, of a newer version, or that this home does not trust.
+    `fingerprint` and `others` are those of the recipes with which the run was trained. Raises
+    RunError for a checkpoint of another recipe or a newer version, or an untrusted one.
     """
     home = home or home_folder()
-    _key(home)  # which signs what an older version left, if it is made now
-    passed: list[str] = []
+    _key(home)  # a new key signs the checkpoints of an older version
+    rejected: list[str] = []
     for found in _found(stage_folder):
         if found.schema > SCHEMA:
             raise RunError(
-                f"{found.folder}: the checkpoint was written by a newer version of bridgework. Got a manifest of "
-                f"schema {found.schema}; expected {SCHEMA} at most. Fix: update bridgework, or move this folder away "
-                "to resume from the one before; nothing was changed"
+                f"{found.folder}: the checkpoint was written by a newer version of bridgework. "
+                f"Got a manifest of schema {found.schema}; expected {SCHEMA} at most. Fix: update "
+                "bridgework, or move this folder away to resume from the one before; nothing was "
+                "changed"
             )
         if found.checkpoint is None:
-            passed.append(f"checkpoint of step {found.step} is damaged: {found.damage}")
+            rejected.append(f"checkpoint of step {found.step} is damaged: {found.damage}")
             continue
         if (reason := found.distrust(home)) is not None:
             raise _untrusted(found.folder, reason)
         if found.checkpoint.fingerprint not in (fingerprint, *others):
             raise RunError(
-                f"{found.folder} was written by recipe {found.checkpoint.fingerprint}, this is {fingerprint}; "
-                "give the run another name (--run) or undo the change, or --fork its run"
+                f"{found.folder}: the checkpoint is of another recipe. "
+                f"Got {found.checkpoint.fingerprint}; expected {fingerprint}. Fix: give the run "
+                "another name (--run), undo the change, or --fork its run"
             )
-        damage = found.checkpoint.damage()
+        damage = found.checkpoint.find_corruption()
         if damage is None:
-            return found.checkpoint, passed
-        passed.append(f"checkpoint of step {found.step} is damaged: {damage}")
-    return None, passed
+            return found.checkpoint, rejected
+        rejected.append(f"checkpoint of step {found.step} is damaged: {damage}")
+    return None, rejected
 
 
 def verify(folder: Path, *, home: Path | None = None) -> None:
-    """Raises RunError for a checkpoint that this home does not trust, or that is damaged."""
+    """Raise RunError if the checkpoint is untrusted or damaged."""
     name = _NAME.fullmatch(folder.name)
     found = _read(folder, int(name[1]) if name else 0)
     if (
@@ -215,62 +198,50 @@ def verify(folder: Path, *, home: Path | None = None) -> None:
         and (reason := found.distrust(home or home_folder())) is not None
     ):
         raise _untrusted(folder, reason)
-    damage = found.damage if found.checkpoint is None else found.checkpoint.damage()
+    damage = found.damage if found.checkpoint is None else found.checkpoint.find_corruption()
     if damage:
         raise RunError(f"{folder}: the checkpoint is damaged: {damage}. Fix: take another step")
-
-
-def _untrusted(folder: Path, reason: str) -> RunError:
-    return RunError(
-        f"{folder}: the checkpoint is not trusted, because its manifest {reason}. Loading a checkpoint runs code that "
-        "is in it. Fix: if you know who wrote it, add --trust-checkpoints once, which signs the checkpoints of this "
-        "run with this home's key; else move the folder away"
-    )
 
 
 def resume(
     stage_folder: Path, fingerprint: str, *others: str, home: Path | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """`newest`, where a stage that has checkpoints may not begin again by accident.
+    """Return `latest`, but never None for a stage that has checkpoints.
 
-    Raises Unusable when all of them are damaged.
+    A stage with checkpoints must not begin again by accident. Raises Unusable if all are damaged.
     """
-    found, passed = latest(stage_folder, fingerprint, *others, home=home)
-    lost = [
-        *passed,
-        *(
-            f"{DAMAGED}/{place.name} was found damaged before"
-            for place in _listed(_damaged(stage_folder))
-        ),
-    ]
-    if found is None and lost:
+    found, rejected = latest(stage_folder, fingerprint, *others, home=home)
+    damaged = [folder.name for folder in _listed(root(stage_folder) / DAMAGED)]
+    reasons = [*rejected, *(f"{DAMAGED}/{name} was found damaged before" for name in damaged)]
+    if found is None and reasons:
         raise Unusable(
-            f"{root(stage_folder)}: no checkpoint can be used ({'; '.join(lost[:4])}). Fix: restore one from a backup; "
-            "or add --start-over to train the stage again from step 0: what is there is renamed, not removed"
+            f"{root(stage_folder)}: no checkpoint can be used ({'; '.join(reasons[:4])}). Fix: "
+            "restore one from a backup; or add --start-over to train the stage again from step 0: "
+            "the folder is renamed, not removed"
         )
-    return found, passed
-
-
-def start_over(stage_folder: Path) -> Path:
-    """Rename the folder of a stage's checkpoints, so that the stage begins at step 0; returns its new name."""
-    place = root(stage_folder)
-    there = place.with_name(
-        f"{place.name}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid4().hex[:4]}"
-    )
-    place.rename(there)
-    return there
+    return found, rejected
 
 
 def cursor(stage_folder: Path, fingerprint: str, *others: str, home: Path | None = None) -> int:
-    """The step at which the next worker group starts: our manifest's, not what Ray remembers."""
+    """Return the step at which the next workers start: by the manifests, not by Ray's state."""
     found, _ = resume(stage_folder, fingerprint, *others, home=home)
     return found.step if found else 0
 
 
-def remove_stale(stage_folder: Path, attempt: str, start: int) -> None:
-    """Remove what other attempts left half-written; move checkpoints after `start` to `damaged/`.
+def start_over(stage_folder: Path) -> Path:
+    """Rename a stage's checkpoints folder, so that the stage begins at step 0; returns its path."""
+    folder = root(stage_folder)
+    now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    renamed = folder.with_name(f"{folder.name}-{now}-{uuid4().hex[:4]}")
+    folder.rename(renamed)
+    return renamed
 
-    For rank 0, before the first step. The latter cannot be used, or `start` would be theirs.
+
+def remove_stale(stage_folder: Path, attempt: str, start: int) -> None:
+    """Remove partial checkpoints of other attempts; move those after `start` to `damaged/`.
+
+    For rank 0, before the first step. Checkpoints after `start` are unusable: the run would
+    otherwise have resumed from them.
     """
     for folder in _listed(root(stage_folder)):
         unfinished = _UNFINISHED.fullmatch(folder.name)
@@ -278,58 +249,97 @@ def remove_stale(stage_folder: Path, attempt: str, start: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     for found in _found(stage_folder):
         if found.step > start:
-            set_aside(found.folder)
+            move_to_damaged(found.folder)
 
 
-def set_aside(folder: Path) -> Path:
-    """Move a checkpoint to `damaged/`, where no run reads it; returns its new place."""
-    place = folder.parent / DAMAGED
-    place.mkdir(exist_ok=True)
-    there = place / folder.name
-    if there.exists():
-        there = place / f"{folder.name}.{uuid4().hex[:6]}"
-    folder.rename(there)
+def move_to_damaged(folder: Path) -> Path:
+    """Move a checkpoint to `damaged/`, where no run reads it; returns its new path."""
+    parent = folder.parent / DAMAGED
+    parent.mkdir(exist_ok=True)
+    moved = parent / folder.name
+    if moved.exists():
+        moved = parent / f"{folder.name}.{uuid4().hex[:6]}"
+    folder.rename(moved)
     storage.sync_folder(folder.parent)
-    return there
+    return moved
 
 
 def trust(stage_folder: Path, *, home: Path | None = None) -> int:
-    """Sign a stage's complete checkpoints with the key of `home`; returns how many were not trusted before."""
+    """Sign a stage's complete checkpoints with the key of `home`.
+
+    Returns the number of newly trusted ones.
+    """
     home, count = home or home_folder(), 0
     for found in _found(stage_folder):
         if (
             found.checkpoint
             and found.schema <= SCHEMA
             and found.distrust(home)
-            and not found.checkpoint.damage()
+            and not found.checkpoint.find_corruption()
         ):
             _write_manifest(found.folder, found.checkpoint, home)
             count += 1
     return count
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A folder with the name of a checkpoint, and its manifest or the reason why it has none."""
+
+    folder: Path
+    step: int  # by its name
+    checkpoint: Checkpoint | None = None
+    damage: str = ""
+    schema: int = 0
+    key: str = ""  # name of the key that signed it; "" without a signature
+    signature: str = ""
+    signed: dict[str, Any] | None = None  # the signed part of the manifest
+
+    def distrust(self, home: Path) -> str | None:
+        """Return the reason why this home does not trust the manifest; None if it does."""
+        key = _key(home)
+        if not self.signature:
+            return "has no signature"
+        if self.key != signing.name(key):
+            return f"is signed with the key {self.key} and the key of {home} is {signing.name(key)}"
+        if not signing.verify(key, self.signed or {}, self.signature):
+            return f"has a wrong signature for the key {self.key} of {home}"
+        return None
+
+
+def _untrusted(folder: Path, reason: str) -> RunError:
+    return RunError(
+        f"{folder}: the checkpoint is not trusted, because its manifest {reason}. Loading a "
+        "checkpoint runs code from it. Fix: if you know who wrote it, add --trust-checkpoints "
+        "once, which signs the checkpoints of this run with this home's key; else move the folder "
+        "away"
+    )
+
+
 def _key(home: Path) -> bytes:
-    """The key of the home; when it is made, the checkpoints that older versions left in its runs are signed."""
+    """Return the key of the home; a new key signs the checkpoints of older versions in its runs."""
 
     def adopt(key: bytes) -> None:
-        for place in (home / "runs").rglob("checkpoints"):
-            for found in _found(place.parent):
+        for folder in (home / "runs").rglob("checkpoints"):
+            for found in _found(folder.parent):
                 if found.checkpoint and not found.schema:
                     _write_manifest(found.folder, found.checkpoint, home, key)
 
     return signing.key(home, adopt)
 
 
-def _write_manifest(folder: Path, made: Checkpoint, home: Path, key: bytes | None = None) -> None:
+def _write_manifest(
+    folder: Path, checkpoint: Checkpoint, home: Path, key: bytes | None = None
+) -> None:
     key = key or _key(home)
-    body = {"schema": SCHEMA} | {k: v for k, v in asdict(made).items() if k != "folder"}
+    body = {"schema": SCHEMA} | {k: v for k, v in asdict(checkpoint).items() if k != "folder"}
     body["key"] = signing.name(key)
     body["signature"] = signing.sign(key, body)
     storage.write_atomic(folder / MANIFEST, json.dumps(body | {"sha256": _digest(body)}, indent=1))
 
 
 def _found(stage_folder: Path) -> list[_Found]:
-    """Every folder that is named as a checkpoint, newest step first."""
+    """List the folders with the name of a checkpoint, newest step first."""
     found = []
     for folder in _listed(root(stage_folder)):
         name = _NAME.fullmatch(folder.name)
@@ -356,24 +366,23 @@ def _read(folder: Path, step: int) -> _Found:
             strict=True,
         )
         if not all(type(value) is kind for value, kind in typed) or given["world"] < 1:
-            raise TypeError("a field is of another type")
+            raise TypeError("a field has another type")
         files = {name: (size, digest) for name, (size, digest) in given.pop("files").items()}
         if not all(_is_inside(name) for name in files):
-            raise ValueError("a file is outside of the folder")
+            raise ValueError("a file is outside the folder")
     except FileNotFoundError:
         return _Found(folder, step, damage=f"it has no {MANIFEST}")
     except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         return _Found(
             folder, step, damage=f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
         )
-    made = Checkpoint(folder=folder, files=files, **given)
-    if folder.name != f"{made.step:08d}-{made.attempt}":
-        return _Found(
-            folder,
-            step,
-            damage=f"the folder is not named for step {made.step}, attempt {made.attempt}",
-        )
-    return _Found(folder, step, made, schema=schema, key=key, signature=signature, signed=body)
+    checkpoint = Checkpoint(folder=folder, files=files, **given)
+    if folder.name != f"{checkpoint.step:08d}-{checkpoint.attempt}":
+        damage = f"the folder is not named for step {checkpoint.step}, attempt {checkpoint.attempt}"
+        return _Found(folder, step, damage=damage)
+    return _Found(
+        folder, step, checkpoint, schema=schema, key=key, signature=signature, signed=body
+    )
 
 
 def _is_inside(name: str) -> bool:
@@ -389,7 +398,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Everything under a folder that is not a plain folder, by relative path."""
+    """Yield all files and links under a folder, by relative path."""
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if Path(place, name).is_symlink()]
         for name in (*files, *links):

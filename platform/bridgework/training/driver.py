@@ -1,7 +1,9 @@
-"""From a System to trained artifacts: the driver. Ray Train runs the loop; the tracker hears of everything.
+"""Driver: trains a System's stages in order, from resolved data to artifacts.
 
-A run is a folder, `<home>/runs/<run>/`, with recipe.json and one folder a stage. The same run again goes on where it
-stopped: finished stages are taken as they are, an unfinished one resumes from its newest complete checkpoint.
+Ray Train runs the loop, and the tracker records every stage. A run is a folder,
+`<home>/runs/<run>/`, with recipe.json and one folder per stage. The same run started again resumes:
+finished stages are not trained again, and an unfinished one continues from its newest complete
+checkpoint.
 """
 
 import json
@@ -30,7 +32,7 @@ from bridgework.tracking.relay import MetricsForwarder
 from bridgework.tracking.tracker import Tracker
 from bridgework.training import checkpoint, feature_cache, loop, notices, run_dir
 from bridgework.training.deepspeed_engine import learning_rate
-from bridgework.training.flight_recorder import reads
+from bridgework.training.flight_recorder import resolve_curated_data
 from bridgework.training.fork import Fork, describe
 from bridgework.training.fork import fork as make_fork
 from bridgework.training.metrics import progress_bar
@@ -39,7 +41,7 @@ from bridgework.training.run_tracking import RunRecord
 from bridgework.training.skips import Skip, Skips
 from bridgework.training.step import check
 
-USUAL = RunOptions()
+DEFAULT_OPTIONS = RunOptions()
 
 log = logging.getLogger(__name__)
 
@@ -49,48 +51,53 @@ def train(
     *,
     home: Path,
     run: str,
-    how: RunOptions = USUAL,
+    options: RunOptions = DEFAULT_OPTIONS,
     stages: Sequence[str] | None = None,
     tracker: Tracker | None = None,
     parent_run: str | None = None,
     console: Console | None = None,
     fork: str | None = None,
 ) -> dict[str, StageResult]:
-    """Train `stages` (all, by default) of `system` one after the other, and record it in the tracker.
+    """Train `stages` (by default all) of `system` in order and record them in the tracker.
 
-    fork: RUN, or RUN@STEP: `run` is a new run that starts from that run's checkpoint. Raises SpecError for a stage that
-    is not there, DataError for data that is not, RunError when the run's name belongs to another recipe, is in use, or
-    its workers failed more often than `how.max_failures`, Interrupted when a signal stopped it after a checkpoint.
+    fork: RUN, or RUN@STEP: `run` is a new run that starts from that run's checkpoint.
+
+    Raises SpecError for an unknown stage, DataError for missing data, RunError if the run's name
+    belongs to another recipe, is in use, or its workers failed more than `options.max_failures`
+    times, and Interrupted if a signal stopped it after a checkpoint.
     """
     chosen = [system[name] for name in stages] if stages is not None else list(system.stages)
     console = console or Console(stderr=True)
     folder = run_dir.path_of(home, run)
     if fork is not None:
         with run_dir.locked(folder):
-            made = make_fork(system, fork, home=home, run=run, stages=stages)
-            console.print(describe(made), markup=False, highlight=False, soft_wrap=True)
+            forked = make_fork(system, fork, home=home, run=run, stages=stages)
+            console.print(describe(forked), markup=False, highlight=False, soft_wrap=True)
     for i, stage in enumerate(chosen):
-        _checked(stage, [before.name for before in chosen[:i]], folder, home, how)
+        _check_stage(stage, [before.name for before in chosen[:i]], folder, home, options)
     with (
         run_dir.locked(folder),
-        notices.shown(partial(console.print, markup=False, soft_wrap=True)),
+        notices.to_console(partial(console.print, markup=False, soft_wrap=True)),
     ):
         known = run_dir.same_recipe(folder, system, partial(_may_extend, system, folder, home))
-        unfinished = [stage.name for stage in chosen if not _finished(folder / stage.name)]
-        if how.skip and not unfinished:
+        unfinished = [
+            stage.name for stage in chosen if not run_dir.is_finished(folder / stage.name)
+        ]
+        if options.skip and not unfinished:
             raise RunError(
-                f"every stage of run {run!r} is finished: there is no step left to skip samples of"
+                f"run {run!r}: all stages are finished, so there is no step left to skip"
             )
-        forked = Fork.read(folder)
+        source = Fork.read(folder)
         tracked = RunRecord(
-            tracker, system, run, parent_run, console.print, forked.tags() if forked else None
+            tracker, system, run, parent_run, console.print, source.tags() if source else None
         )
         results: dict[str, StageResult] = {}
         try:
             for stage in chosen:
-                skipping = how if [stage.name] == unfinished[:1] else replace(how, skip=())
+                first = [stage.name] == unfinished[:1]
+                stage_options = options if first else replace(options, skip=())
                 results[stage.name] = _stage(
-                    system, stage, folder, home, skipping, tracked, console, known
+                    system, stage, folder, home, stage_options, tracked, console, known
                 )
         except BaseException as error:
             killed = isinstance(error, KeyboardInterrupt | SystemExit | Interrupted)
@@ -100,28 +107,28 @@ def train(
     return results
 
 
-def _checked(
-    stage: Stage, before: Sequence[str], folder: Path, home: Path, how: RunOptions
+def _check_stage(
+    stage: Stage, before: Sequence[str], folder: Path, home: Path, options: RunOptions
 ) -> None:
-    """Raises here what would otherwise stop the stage in a worker, or hours later in an evaluation."""
-    made = stage.curation and stage.curation.makes
-    known = [source.dataset for source in stage.data.leaves if source.dataset != made]
-    judged = [name for e in stage.evals for name in getattr(e, "datasets", (e.dataset,))]
-    for dataset in (*known, *(stage.curation.sources if stage.curation else ()), *judged):
+    """Raise errors that would otherwise occur in a worker, or hours later in an evaluation."""
+    curated = stage.curation and stage.curation.makes
+    read = [source.dataset for source in stage.data.leaves if source.dataset != curated]
+    evaluated = [name for e in stage.evals for name in getattr(e, "datasets", (e.dataset,))]
+    for dataset in (*read, *(stage.curation.sources if stage.curation else ()), *evaluated):
         open_dataset(resolve(dataset, home))
-    if how.workers > stage.data.lanes:
+    if options.workers > stage.data.lanes:
         raise SpecError(
-            f"{stage.name} has {stage.data.lanes} lanes for {how.workers} workers; "
-            f"raise stages.{stage.name}.data.lanes, or give fewer --workers"
+            f"{stage.name} has {stage.data.lanes} lanes for {options.workers} workers. "
+            f"Fix: raise stages.{stage.name}.data.lanes, or give fewer --workers"
         )
-    check(stage, loop.num_micro_batches(stage, max(1, how.workers)))
+    check(stage, loop.num_micro_batches(stage, max(1, options.workers)))
     if stage.curation is None:
         reader.ReaderConfig.of(stage, home).plan()
     if stage.starts_from not in before:
         _parent(stage, folder)
     for name in stage.curation.uses if stage.curation else ():
         if name not in before:
-            _left(stage.name, "its curation uses", name, folder)
+            _artifact_of(stage.name, "its curation uses", name, folder)
 
 
 def _stage(
@@ -129,49 +136,41 @@ def _stage(
     stage: Stage,
     folder: Path,
     home: Path,
-    how: RunOptions,
+    options: RunOptions,
     tracked: RunRecord,
     console: Console,
     known: tuple[str, ...],
 ) -> StageResult:
+    """Train one stage; a finished one is only recorded in the tracker."""
     place = folder / stage.name
-    finished = _finished(place)
-    reading = stage if finished else _curated(stage, folder, home, how, console)
+    finished = run_dir.is_finished(place)
+    resolved = stage if finished else _curate(stage, folder, home, options, console)
     datasets = (
         []
         if finished
-        else [open_dataset(resolve(source.dataset, home)) for source in reading.data.leaves]
+        else [open_dataset(resolve(source.dataset, home)) for source in resolved.data.leaves]
     )
     inputs = (
         artifacts.describe(run_dir.artifact_dir(place)).datasets
         if finished
-        else _inputs(reading, datasets)
+        else _inputs(resolved, datasets)
     )
     parent = _parent(stage, folder)
     run_id = tracked.start(stage, inputs, parent)
     if finished:
-        console.print(
-            f"{stage.name}: finished before; its artifact is {run_dir.artifact_dir(place)}"
-        )
-        judged = json.loads((place / "metrics.json").read_text())
-        for spec in stage.evals:  # an option, which may have changed since
-            if not any(name.startswith(f"{spec.name}.") for name in judged):
-                console.print(
-                    f"{stage.name}: {spec.name} was not evaluated; `bridgework eval` does it",
-                    markup=False,
-                )
-        with _relayed(tracked.tracker, run_id, place):
+        _report_finished(stage, place, console)
+        with _forward_metrics(tracked.tracker, run_id, place):
             return tracked.done(stage, place)
-    cached = _cached(system, stage, datasets, home, how, console)
-    _settle_checkpoints(stage, place, known, home, how, console)
-    skips = _skips(known, stage, datasets, place, home, how, console)
+    features = _cache_features(system, stage, datasets, home, options, console)
+    _settle_checkpoints(stage, place, known, home, options, console)
+    skips = _skips(known, stage, datasets, place, home, options, console)
     job = loop.TrainJob(
         system=system,
         stage=stage.name,
         feed=reader.ReaderConfig.of(
-            reading,
+            resolved,
             home,
-            features=str(cached) if cached else None,
+            features=str(features) if features else None,
             skipped=skips.keys,
             quarantine=str(place / "quarantine"),
         ),
@@ -179,37 +178,46 @@ def _stage(
         home=home,
         parent=parent,
         datasets=inputs,
-        checkpoint_every=how.checkpoint_every or max(5, stage.budget.steps // 20),
-        evaluate_every=how.evaluate_every,
-        midway=how.midway,
-        passes=skips.steps,
+        checkpoint_every=options.checkpoint_every or max(5, stage.budget.steps // 20),
+        evaluate_every=options.evaluate_every,
+        midway=options.midway,
+        skip_steps=skips.steps,
         fingerprints=known,
     )
-    run_dir.room(home)
+    run_dir.check_disk_space(home)
     place.mkdir(parents=True, exist_ok=True)
     with (
-        _relayed(tracked.tracker, run_id, place),
+        _forward_metrics(tracked.tracker, run_id, place),
         progress_bar(place, stage.name, stage.budget.steps, console),
     ):
-        if how.workers:
-            fit(job, how)
+        if options.workers:
+            fit(job, options)
         else:
-            _alone()
-            loop.run(job, partial(_local_rows, job), how.report or _ignore, rank=0, world=1)
+            _init_single_process()
+            report = options.report or _ignore
+            loop.run(job, partial(_local_rows, job), report, rank=0, world=1)
     return tracked.done(stage, place)
 
 
-def _finished(place: Path) -> bool:
-    return run_dir.is_finished(place)
+def _report_finished(stage: Stage, place: Path, console: Console) -> None:
+    """Print that a stage is finished, and which of its evaluations have no metrics."""
+    console.print(f"{stage.name}: finished before; its artifact is {run_dir.artifact_dir(place)}")
+    metrics = json.loads((place / "metrics.json").read_text())
+    for spec in stage.evals:  # an option, which may have changed since
+        if not any(name.startswith(f"{spec.name}.") for name in metrics):
+            console.print(
+                f"{stage.name}: {spec.name} was not evaluated; `bridgework eval` does it",
+                markup=False,
+            )
 
 
 @contextmanager
-def _relayed(tracker: Tracker, run_id: str | None, place: Path) -> Iterator[None]:
-    """The stage's journal goes to the tracker from a side thread, as it grows."""
+def _forward_metrics(tracker: Tracker, run_id: str | None, place: Path) -> Iterator[None]:
+    """Forward the stage's journal to the tracker from a side thread during the block."""
     relay = None
     try:
         relay = MetricsForwarder(tracker, {run_id: place / "journal"}) if run_id else None
-    except OSError as error:  # a disk that cannot take the ledger never ends a run
+    except OSError as error:  # a full disk never ends a run
         log.warning(
             "%s: metrics are not tracked, the same command later does it: %s", place.name, error
         )
@@ -220,34 +228,33 @@ def _relayed(tracker: Tracker, run_id: str | None, place: Path) -> Iterator[None
             relay.close()
 
 
-def _curated(stage: Stage, folder: Path, home: Path, how: RunOptions, console: Console) -> Stage:
-    """The stage as it reads: the dataset that its curation makes is made now, in this run, and stands by its path."""
+def _curate(stage: Stage, folder: Path, home: Path, options: RunOptions, console: Console) -> Stage:
+    """Run the stage's curation in this run; returns the stage with the path of its dataset."""
     curation, place = stage.curation, folder / stage.name
     if curation is None:
         return stage
-    artifacts = {
-        name: _left(stage.name, "its curation uses", name, folder) for name in curation.uses
+    inputs = {
+        name: _artifact_of(stage.name, "its curation uses", name, folder) for name in curation.uses
     }
 
     def say(text: str) -> None:
         console.print(f"{stage.name}: {text}", markup=False)
 
-    curation.run(
-        artifacts, str(place / "curated" / curation.makes), home=home, workers=how.workers, say=say
-    )
-    return reads(stage, place)
+    dest = str(place / "curated" / curation.makes)
+    curation.run(inputs, dest, home=home, workers=options.workers, say=say)
+    return resolve_curated_data(stage, place)
 
 
 def _may_extend(system: System, folder: Path, home: Path, before: System, name: str) -> bool:
-    """Allow a stage another number of steps than before where what it has learned would be the same.
+    """Return True if a stage may have another number of steps without affecting its past steps.
 
-    That is so where the learning rates and the samples of all steps before its newest checkpoint are.
+    It may if learning rates and samples are the same for all steps before its newest checkpoint.
     """
     old, new, place = before[name], system[name], folder / name
-    if _finished(place):
+    if run_dir.is_finished(place):
         return False
-    kept = checkpoint.checkpoints(place)
-    taken = kept[0].step if kept else 0
+    saved = checkpoint.checkpoints(place)
+    taken = saved[0].step if saved else 0
     if new.budget.steps <= taken:
         return False
     rates = (
@@ -257,27 +264,31 @@ def _may_extend(system: System, folder: Path, home: Path, before: System, name: 
         return False
     if taken == 0 or new.curation is not None:
         return taken == 0
-    return (
-        reader.ReaderConfig.of(new, home).plan().shared(reader.ReaderConfig.of(old, home).plan())
-        >= taken
-    )
+    old_plan, new_plan = (reader.ReaderConfig.of(s, home).plan() for s in (old, new))
+    return new_plan.shared(old_plan) >= taken
 
 
 def _settle_checkpoints(
-    stage: Stage, place: Path, known: tuple[str, ...], home: Path, how: RunOptions, console: Console
+    stage: Stage,
+    place: Path,
+    known: tuple[str, ...],
+    home: Path,
+    options: RunOptions,
+    console: Console,
 ) -> None:
-    """Do what a person allowed with the checkpoints; raise here, and not in a worker, where none can be used."""
-    if how.trust_checkpoints and (count := checkpoint.trust(place, home=home)):
+    """Apply --trust-checkpoints and --start-over.
+
+    If no checkpoint can be used, the error is raised here and not in a worker.
+    """
+    if options.trust_checkpoints and (count := checkpoint.trust(place, home=home)):
         console.print(f"{stage.name}: {count} checkpoints are trusted from now on", markup=False)
     try:
         checkpoint.resume(place, *known, home=home)
     except checkpoint.Unusable:
-        if not how.start_over:
+        if not options.start_over:
             raise
-        console.print(
-            f"{stage.name}: starts over; its checkpoints are in {checkpoint.start_over(place)}",
-            markup=False,
-        )
+        renamed = checkpoint.start_over(place)
+        console.print(f"{stage.name}: starts over; its checkpoints are in {renamed}", markup=False)
 
 
 def _skips(
@@ -286,15 +297,15 @@ def _skips(
     datasets: Sequence[Dataset],
     place: Path,
     home: Path,
-    how: RunOptions,
+    options: RunOptions,
     console: Console,
 ) -> Skips:
-    """Return what the stage leaves out, with what is asked for now: from its newest checkpoint on."""
+    """Return the stage's skips; new requests are recorded and start at its newest checkpoint."""
     skips = Skips.read(place)
-    if not how.skip:
+    if not options.skip:
         return skips
     order = skips.new(
-        Skip.of(how.skip, checkpoint.cursor(place, *known, home=home), stage.budget.steps)
+        Skip.of(options.skip, checkpoint.cursor(place, *known, home=home), stage.budget.steps)
     )
     if not (order.keys or order.steps):
         return skips
@@ -302,9 +313,8 @@ def _skips(
         stage.budget.steps,
         dict(zip((source.name for source in stage.data.leaves), datasets, strict=True)),
     )
-    console.print(
-        f"{stage.name}: leaves out {', '.join(how.skip)} from step {order.since} on", markup=False
-    )
+    skipped = ", ".join(options.skip)
+    console.print(f"{stage.name}: skips {skipped} from step {order.since} on", markup=False)
     return skips.add(place, order)
 
 
@@ -316,59 +326,56 @@ def _inputs(stage: Stage, datasets: Sequence[Dataset]) -> tuple[DatasetInput, ..
 
 
 def _parent(stage: Stage, folder: Path) -> Path | None:
-    """The artifact that a stage starts from: of this run, or the folder that the recipe names."""
+    """Return the artifact that a stage starts from: of this run, or the folder in the recipe."""
     if stage.starts_from is None:
         return None
     if "/" in stage.starts_from:
         artifacts.describe(stage.starts_from)
         return Path(stage.starts_from)
-    return _left(
-        stage.name,
-        "starts from",
-        stage.starts_from,
-        folder,
-        "starts_from to the folder of an artifact",
-    )
+    fix = "starts_from to the folder of an artifact"
+    return _artifact_of(stage.name, "starts from", stage.starts_from, folder, fix)
 
 
-def _left(stage: str, why: str, earlier: str, folder: Path, instead: str = "curation=none") -> Path:
-    """The artifact that an earlier stage left in this run."""
+def _artifact_of(
+    stage: str, why: str, earlier: str, folder: Path, instead: str = "curation=none"
+) -> Path:
+    """Return the artifact of an `earlier` stage of this run. Raises RunError if there is none."""
     path = run_dir.artifact_dir(folder / earlier)
     if not path.exists():
         raise RunError(
-            f"{stage} {why} {earlier}, which this run has not trained; train it first (--stage {earlier}), "
-            f"or set stages.{stage}.{instead}"
+            f"{stage} {why} {earlier}, which this run has not trained. "
+            f"Fix: train it first (--stage {earlier}), or set stages.{stage}.{instead}"
         )
     artifacts.describe(path)
     return path
 
 
-def _cached(
+def _cache_features(
     system: System,
     stage: Stage,
     datasets: Sequence[Dataset],
     home: Path,
-    how: RunOptions,
+    options: RunOptions,
     console: Console,
 ) -> Path | None:
-    """The folder of cached features, for a wiring whose vision tower comes with its weights and stays frozen."""
+    """Return the folder of cached features; only for a frozen, pretrained vision tower."""
     tower = getattr(stage.model, "vision", None)
     frozen = not any(_may_match(glob, "vision.") for glob in stage.trains)
     if tower is None or not (
-        how.cache_features and frozen and "vision.*" in stage.model.pretrained
+        options.cache_features and frozen and "vision.*" in stage.model.pretrained
     ):
         return None
     sharing = [s for s in system.stages if getattr(s.model, "vision", None) == tower]
     draws = sum(s.budget.steps * s.budget.batch for s in sharing)
-    verdict = feature_cache.prepare(
-        tower, datasets, draws=draws, home=home, workers=how.readers if how.workers else 0
+    decision = feature_cache.prepare(
+        tower, datasets, draws=draws, home=home, workers=options.readers if options.workers else 0
     )
-    console.print(f"{stage.name}: {verdict.why}")
-    return verdict.folder
+    console.print(f"{stage.name}: {decision.why}")
+    return decision.folder
 
 
 def _may_match(glob: str, prefix: str) -> bool:
-    """Whether a name that begins with `prefix` could match; what it says of a glob is never no wrongly."""
+    """Return False only if no name that begins with `prefix` matches the glob."""
     literal = re.split(r"[*?\[]", glob)[0]
     return literal.startswith(prefix) or prefix.startswith(literal)
 
@@ -378,14 +385,14 @@ def _local_rows(job: loop.TrainJob, start: int) -> Iterator[list[reader.Row]]:
 
 
 def _ignore(metrics: dict[str, float], step: int) -> None:
-    """The report of a run that nobody listens to."""
+    """Discard the report of a run without listener."""
 
 
-def _alone() -> None:
-    """A process group of one, for a loop that runs without Ray Train.
+def _init_single_process() -> None:
+    """Create a process group of one, for a loop that runs without Ray Train.
 
-    It stays for the life of the process: DeepSpeed remembers the first group that it sees.
+    It exists until the process ends, because DeepSpeed remembers the first group that it sees.
     """
-    os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed asks for
+    os.environ.setdefault("LOCAL_RANK", "0")  # read by DeepSpeed
     if not dist.is_initialized():
         dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""How large a stage's model is, counted on the meta device: no weights are loaded and no memory is taken."""
+"""Parameter counts of a stage, from the meta device: no weights are loaded, no memory is used."""
 
 import torch
 
@@ -7,7 +7,10 @@ from bridgework.system import Stage
 
 
 def parameter_counts(stage: Stage) -> Counts:
-    """Trainable and frozen parameters of a stage. Raises SpecError for a glob that matches nothing."""
+    """Count a stage's trainable and frozen parameters.
+
+    Raises SpecError for a glob that matches no parameter.
+    """
     with torch.device("meta"):
         model = stage.model.build(pretrained=False)
     set_trainable(model, stage.trains)

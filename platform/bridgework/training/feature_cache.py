@@ -1,8 +1,11 @@
-"""Features of a frozen vision tower, computed once and shared by every stage and every trial.
+"""Feature cache: outputs of a frozen vision tower, computed once, shared by all stages and trials.
 
-`<home>/features/<digest of the tower>/<dataset digest>/` mirrors the dataset: the same shard names, row groups and
-order, with a column of float16 features instead of image bytes. `prepare` says why it pays, or why it does not.
+`<home>/features/<digest of the tower>/<dataset digest>/` mirrors the dataset: the same shard names,
+row groups and order, with a column of float16 features instead of image bytes. `prepare` decides if
+caching is worth its cost, and returns the reason.
 """
+
+# N images  P patches  D width
 
 import json
 import shutil
@@ -33,7 +36,7 @@ FREE_SHARE = 0.2  # of the disk's free space that cached features may take
 
 @dataclass(frozen=True)
 class CacheDecision:
-    """Whether the features of these datasets are cached under `folder`, and why."""
+    """Folder of cached features, None if they are computed in training; and the reason."""
 
     folder: Path | None
     why: str
@@ -46,10 +49,11 @@ class TooLarge(DataError):
 def prepare(
     tower: TowerSpec, datasets: Sequence[Dataset], *, draws: int, home: Path, workers: int
 ) -> CacheDecision:
-    """Cache the features of every image of `datasets` if that is cheaper than computing `draws` of them in training.
+    """Cache the features of all images of `datasets` if that is cheaper than training without.
 
-    Features that float16 cannot hold are computed in training. `workers` actors of Ray hold the tower, on a GPU each
-    where the cluster has or can start some; 0 computes in this process.
+    draws: number of images that training reads. workers: Ray actors with a copy of the tower, each
+    on a GPU if the cluster has GPUs or can start nodes with GPUs; 0 computes in this process.
+    Features that float16 cannot hold are computed in training.
     """
     try:
         return _prepare(tower, datasets, draws, home, workers)
@@ -72,12 +76,14 @@ def _prepare(
     if draws <= rows:
         return CacheDecision(
             None,
-            f"features are computed in training: it draws {draws:,} images, caching would take {cost}",
+            f"features are computed in training: it draws {draws:,} images, "
+            f"caching would take {cost}",
         )
     if size > room:
         return CacheDecision(
             None,
-            f"features are computed in training: caching {cost} needs more than the {room / 1e6:.0f} MB to spare",
+            f"features are computed in training: caching {cost} needs more than "
+            f"the {room / 1e6:.0f} MB to spare",
         )
     folder.mkdir(parents=True, exist_ok=True)
     storage.write_atomic(
@@ -85,9 +91,8 @@ def _prepare(
     )
     for dataset in missing:
         final = folder / dataset.manifest.digest
-        with FileLock(
-            folder / f".{dataset.manifest.digest}.lock"
-        ):  # trials of a sweep come here at once
+        # The trials of a sweep may cache the same dataset at the same time.
+        with FileLock(folder / f".{dataset.manifest.digest}.lock"):
             if not final.is_dir():
                 _cache(tower, dataset, final, workers)
     return CacheDecision(
@@ -97,22 +102,22 @@ def _prepare(
 
 
 def _measure(module: VisionTower, dataset: Dataset) -> tuple[float, tuple[int, int]]:
-    """CPU-seconds an image, and its (patches, width), from the dataset's first images."""
+    """Return CPU-seconds per image and (patches, width), from the dataset's first images."""
     images = [image for sample in dataset.read_group(0, 0) for image in sample.images][:8]
     if not images:
         raise DataError(
-            f"{dataset.path} has no images in its first row group; features cannot be cached"
+            f"{dataset.path}: features cannot be cached. Got no images in its first row group"
         )
-    _features(module, images[:1])
-    began = time.process_time()
-    features = _features(module, images)
-    return (time.process_time() - began) / len(images), (features[0].shape[0], features[0].shape[1])
+    _features(module, images[:1])  # warm-up
+    started = time.process_time()
+    patches, width = _features(module, images)[0].shape
+    return (time.process_time() - started) / len(images), (patches, width)
 
 
 def _features(module: VisionTower, images: Sequence[bytes]) -> list[np.ndarray[Any, Any]]:
-    """float16 (P, D) for each image; one that does not decode gives (0, D): the reader will quarantine it.
+    """Return float16 (P, D) for each image, or (0, D) if it cannot be decoded.
 
-    Raises TooLarge for a feature that float16 cannot hold.
+    The reader quarantines the latter. Raises TooLarge for a feature that float16 cannot hold.
     """
     squares: list[np.ndarray[Any, Any] | None] = []
     for image in images:
@@ -140,7 +145,7 @@ def _features(module: VisionTower, images: Sequence[bytes]) -> list[np.ndarray[A
 
 
 class _Writer:
-    """Holds the tower; writes the features of one shard a call."""
+    """Holds the tower; each call writes the features of one shard."""
 
     def __init__(self, tower: TowerSpec, path: str, folder: Path) -> None:
         self._folder = folder
@@ -161,11 +166,10 @@ class _Writer:
 
 
 def _cache(tower: TowerSpec, dataset: Dataset, final: Path, workers: int) -> None:
-    """Write to a temporary folder, then rename: the cache of a dataset is complete or absent."""
+    """Write to a temporary folder and rename it: the cache of a dataset is complete or absent."""
     with storage.publishing(final) as folder:
-        made = partial(_Writer, tower, dataset.path, folder)
         map_on_actors(
-            made,
+            partial(_Writer, tower, dataset.path, folder),
             range(len(dataset.manifest.shards)),
             workers,
             gpus=True,

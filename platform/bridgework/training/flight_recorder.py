@@ -1,15 +1,14 @@
-"""The flight recorder: which samples made every step, what each added to the loss, and how long it was.
+"""Flight recorder: key, source, loss and length of every sample of every step; replay of a step.
 
-One Arrow stream a worker and attempt, appended to as the run goes, so that whatever ends a run leaves what was written
-before. Steps that were taken twice (a worker died after its last checkpoint) count as they were taken last.
-
-A step of a run again, as the model saw it: the plan is a function, so the batch can be made once more.
+Each worker and attempt appends to its own Arrow stream, so that the record survives any end of the
+run. Of steps that were repeated (a worker died after its last checkpoint), the last attempt counts.
+`replay` rebuilds the batch of a step as the model received it, because the plan is a function.
 """
 
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bridgework import old_names
 from bridgework.data.collate import Batch
 from bridgework.data.quarantine import scratch_quarantine
 from bridgework.data.reader import ReaderConfig, Row
@@ -26,29 +26,29 @@ from bridgework.system import Stage
 from bridgework.training import run_dir
 from bridgework.training.skips import Skips
 
-FOLDER = "flight"
-START = b"start"  # in the metadata of a stream: the attempt's first step
-MAX_WAITING = 10_000  # steps that wait in memory while the disk refuses them
-FLUSH_S = (
-    2.0  # how long steps may wait in memory: what a crash can lose of the record, not of the run
-)
-log = logging.getLogger(__name__)
+FOLDER = "flight_recorder"
+START = b"start"  # key in the metadata of a stream: the attempt's first step
+MAX_WAITING = 10_000  # steps that wait in memory while the disk cannot be written
+# Seconds that steps may wait in memory: a crash loses that much of the record, not of the run.
+FLUSH_S = 2.0
 
 SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
         ("key", pa.string()),
-        ("source", pa.int16()),  # place in the mixture
+        ("source", pa.int16()),  # index in the mixture
         ("loss", pa.float32()),  # the sample's own mean, weighted over the losses
-        ("counted", pa.float32()),  # what that is a mean of: tokens with loss, or one
-        ("tokens", pa.int32()),  # of the whole sample, prompt and images included
+        ("counted", pa.float32()),  # divisor of that mean: tokens with loss, or one
+        ("tokens", pa.int32()),  # of the complete sample, prompt and images included
     ]
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StepSample:
-    """One sample of one step."""
+    """One sample of one step; the fields are those of SCHEMA."""
 
     step: int
     key: str
@@ -59,17 +59,21 @@ class StepSample:
 
 
 class FlightRecorder:
-    """Writes what one worker trains on; a context manager. A disk that refuses never ends a run."""
+    """Context manager that records one worker's samples. A failed write never ends a run."""
 
     def __init__(self, folder: Path, attempt: str, rank: int, start: int) -> None:
-        """`start` is the attempt's first step: what it passes from there on was not taken, whatever others say."""
-        self._place = folder / FOLDER
+        """start: the attempt's first step.
+
+        Later steps that this attempt does not record count as skipped, even if an earlier attempt
+        recorded them.
+        """
+        self._stage_folder = folder
         self._name = f"{attempt}-{rank:05d}"
         self._schema = SCHEMA.with_metadata({START: str(start)})
         self._attempt = attempt
         self._waiting: list[pa.RecordBatch] = []
         self._lost = 0
-        self._trouble = False
+        self._failing = False
         self._flushed = time.monotonic()
         self._file: BinaryIO | None = None
         self._out: Any = None
@@ -91,7 +95,7 @@ class FlightRecorder:
         losses_R: Sequence[float],
         counts_R: Sequence[float],
     ) -> None:
-        """Note one step: the samples of `batches` in order, of which each has its loss and what it is a mean of."""
+        """Record one step: the samples of `batches` in order, with loss and count of each."""
         real = [batch for batch in batches if not batch.idle]
         keys = [key for batch in real for key in batch.keys]
         sources = [source for batch in real for source in batch.sources]
@@ -108,62 +112,72 @@ class FlightRecorder:
             self.flush()
 
     def flush(self) -> None:
-        """Hand what waits to the disk."""
+        """Write the waiting steps to the disk."""
         self._flushed = time.monotonic()
         if not self._waiting:
             return
+        place = self._stage_folder / FOLDER
         try:
             file = self._open()
             self._out.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
             file.flush()
         except OSError as error:
-            if not self._trouble:
+            if not self._failing:
                 log.warning(
                     "%s: the record of steps is kept in memory until it can be written: %s",
-                    self._place,
+                    place,
                     error,
                 )
-            self._trouble = True
-            self._close()  # what was half-written ends this file; a new one follows
+            self._failing = True
+            self._close()  # a partial write ends this file, and the next flush opens a new one
             return
-        if self._trouble:
-            log.warning(
-                "%s: steps are recorded again; %d of them were lost", self._place, self._lost
-            )
-        self._trouble, self._lost, self._waiting = False, 0, []
+        if self._failing:
+            log.warning("%s: steps are recorded again; %d of them were lost", place, self._lost)
+        self._failing, self._lost, self._waiting = False, 0, []
 
     def _open(self) -> BinaryIO:
-        """The file to write to. Files sort by attempt: one sorts after all those of other attempts that are there."""
+        """Return the open file. A new one sorts after all existing files of other attempts."""
         if self._file is None:
-            self._place.mkdir(parents=True, exist_ok=True)
+            (self._stage_folder / FOLDER).mkdir(parents=True, exist_ok=True)
             names = [
                 file.name
-                for file in self._place.glob("*.arrows")
+                for file in _files(self._stage_folder)
                 if f"-{self._attempt}-" not in file.name
             ]
             others = [int(name[:20]) for name in names if name[:20].isdecimal()]
-            # clocks differ between machines and may be set back: they order nothing alone
+            # Clocks differ between machines and may be set back, so they alone give no order.
             self._order = max(time.time_ns(), self._order + 1, max(others, default=0) + 1)
-            self._file = (self._place / f"{self._order:020d}-{self._name}.arrows").open("wb")
+            name = f"{self._order:020d}-{self._name}.arrows"
+            self._file = (self._stage_folder / FOLDER / name).open("wb")
             options = pa.ipc.IpcWriteOptions(compression="zstd")
             self._out = pa.ipc.new_stream(self._file, self._schema, options=options)
         return self._file
 
     def _close(self) -> None:
         file, out, self._file, self._out = self._file, self._out, None, None
-        for each in (out, file):
-            if each is not None:
+        for stream in (out, file):
+            if stream is not None:
                 with suppress(OSError):
-                    each.close()
+                    stream.close()
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The samples of one step, highest loss first, with their records."""
+
+    stage: Stage
+    rows: list[Row]
+    noted: list[StepSample]
 
 
 def read_step(folder: Path, step: int) -> list[StepSample]:
-    """What the stage at `folder` trained on at `step`, of all workers, dearest sample first.
+    """Read the samples of `step` of the stage at `folder`, of all workers, highest loss first.
 
-    Raises RunError for a step that is not on record.
+    Raises RunError for a step that is not recorded.
     """
+    place = folder / FOLDER
     attempts: dict[str, _Attempt] = {}  # in the order of their starts
-    for file in sorted((folder / FOLDER).glob("*.arrows")):
+    for file in _files(folder):
         attempts.setdefault(file.stem.split("-")[1], _Attempt()).read(file, step)
     for attempt in reversed(attempts.values()):
         if attempt.rows:
@@ -171,26 +185,65 @@ def read_step(folder: Path, step: int) -> list[StepSample]:
                 attempt.rows, key=lambda row: -row.loss if math.isfinite(row.loss) else -math.inf
             )
         if attempt.start <= step < attempt.last:
-            raise RunError(f"{folder / FOLDER}: step {step} was passed without an update (--skip)")
-    there = [attempt for attempt in attempts.values() if attempt.last >= 0]
-    ends = [
-        min((one.start for one in there), default=0),
-        max((one.last for one in there), default=0),
-    ]
-    known = f"it has steps {ends[0]} to {ends[1]}" if there else "it has none yet"
-    raise RunError(f"{folder / FOLDER} has no step {step}; {known}")
+            raise RunError(f"{place}: step {step} did no update, because it was skipped (--skip)")
+    nonempty = [attempt for attempt in attempts.values() if attempt.last >= 0]
+    first = min((attempt.start for attempt in nonempty), default=0)
+    last = max((attempt.last for attempt in nonempty), default=0)
+    known = f"it has steps {first} to {last}" if nonempty else "it has none yet"
+    raise RunError(f"{place} has no step {step}; {known}")
+
+
+def replay(run: str, step: int, home: Path) -> Replayed:
+    """Rebuild step `step` of `RUN` or `RUN/STAGE`, for any number of workers that trained it.
+
+    The default stage is the one that trained last. Raises RunError for a run, stage or step that is
+    not recorded, and if the data now yields other samples.
+    """
+    folder, stage = _find_stage(run, home)
+    noted = read_step(folder, step)
+    resolved = resolve_curated_data(stage, folder)
+    config = ReaderConfig.of(
+        resolved,
+        home,
+        skipped=Skips.read(folder).keys,
+        quarantine=scratch_quarantine(home, str(folder)),
+    )
+    span = config.mixture.window
+    reader = config.open()
+    rows = reader.window(range(config.mixture.lanes), step // span, first_step=step)[0]
+    remaining = list(rows)
+    replayed = []
+    for sample in noted:
+        key = (sample.key, sample.source)
+        at = next((i for i, row in enumerate(remaining) if (row.key, row.source) == key), None)
+        if at is None:
+            raise RunError(
+                f"step {step} of {run}: the data has changed since. "
+                f"Got other samples by the plan; expected {sample.key!r}"
+            )
+        replayed.append(remaining.pop(at))
+    return Replayed(resolved, replayed, noted)
+
+
+def resolve_curated_data(stage: Stage, folder: Path) -> Stage:
+    """Return the stage with the path of its curated dataset, which is in the stage's folder."""
+    curation = stage.curation
+    if curation is None:
+        return stage
+    path = str(folder / "curated" / curation.makes)
+    return replace(stage, data=stage.data.with_dataset(curation.makes, path), curation=None)
 
 
 @dataclass
 class _Attempt:
-    """What the workers of one attempt recorded."""
+    """The records of one attempt, of all its workers."""
 
     start: int = 0
-    last: int = -1  # step on record
-    rows: list[StepSample] = field(default_factory=list)  # of the step that is asked for
+    last: int = -1  # recorded step
+    rows: list[StepSample] = field(default_factory=list)  # of the requested step
 
     def read(self, file: Path, step: int) -> None:
-        """Adds what was written whole; the end of a stream may be torn."""
+        """Add the complete batches of a file, whose end may be truncated."""
         try:
             with pa.ipc.open_stream(file) as stream:
                 self.start = int(stream.schema.metadata[START])
@@ -202,71 +255,26 @@ class _Attempt:
             return
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """The samples of one step, dearest first, with what the run noted of each."""
-
-    stage: Stage
-    rows: list[Row]
-    noted: list[StepSample]
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a stage in the order of writing, also from a folder of the old name."""
+    names = (FOLDER, old_names.FLIGHT_RECORDER_DIR)
+    files = [file for name in names for file in (folder / name).glob("*.arrows")]
+    yield from sorted(files, key=lambda file: file.name)
 
 
-def replay(run: str, step: int, home: Path) -> Replayed:
-    """Step `step` of `RUN` or `RUN/STAGE` (default: the stage that trained last), whole, whatever trained it.
-
-    Raises RunError for a run, stage or step that is not on record, and where the data now gives other samples.
-    """
-    folder, stage = _stage(run, home)
-    noted = read_step(folder, step)
-    reading = reads(stage, folder)
-    feed = ReaderConfig.of(
-        reading,
-        home,
-        skipped=Skips.read(folder).keys,
-        quarantine=scratch_quarantine(home, str(folder)),
-    )
-    span = feed.mixture.window
-    reader = feed.open()
-    rows = reader.window(range(feed.mixture.lanes), step // span, first_step=step)[0]
-    left = list(rows)
-    found = []
-    for each in noted:
-        at = next(
-            (i for i, row in enumerate(left) if (row.key, row.source) == (each.key, each.source)),
-            None,
-        )
-        if at is None:
-            raise RunError(
-                f"step {step} of {run} had {each.key!r}, and the plan now gives others: the data has changed"
-            )
-        found.append(left.pop(at))
-    return Replayed(reading, found, noted)
-
-
-def reads(stage: Stage, folder: Path) -> Stage:
-    """The stage as it reads: what its curation makes stands in the run, under the stage's folder."""
-    curation = stage.curation
-    if curation is None:
-        return stage
-    made = str(folder / "curated" / curation.makes)
-    return replace(stage, data=stage.data.with_dataset(curation.makes, made), curation=None)
-
-
-def _stage(run: str, home: Path) -> tuple[Path, Stage]:
-    """The folder of a stage in its run, and the stage."""
+def _find_stage(run: str, home: Path) -> tuple[Path, Stage]:
+    """Return the folder of a stage in its run, and the stage."""
     try:
         system, name = run_dir.recipe(home, run), None
     except RunError:
-        above, _, name = run.rpartition("/")
-        if not above:
+        parent, _, name = run.rpartition("/")
+        if not parent:
             raise
-        system, run = run_dir.recipe(home, above), above
+        system, run = run_dir.recipe(home, parent), parent
     folder = run_dir.path_of(home, run)
     if name is not None:
         return folder / name, system[name]
-    begun = [
-        stage for stage in system.stages if any((folder / stage.name / FOLDER).glob("*.arrows"))
-    ]
-    if not begun:
+    recorded = [stage for stage in system.stages if any(_files(folder / stage.name))]
+    if not recorded:
         raise RunError(f"run {run!r} has trained no step yet")
-    return folder / begun[-1].name, begun[-1]
+    return folder / recorded[-1].name, recorded[-1]

@@ -1,8 +1,8 @@
-"""A fork: a new run that starts from a checkpoint of another, with another recipe, on record.
+"""Forks: new runs that start from a checkpoint of another run, with a changed recipe.
 
-What the other run has finished and the new recipe leaves as it is, is taken as it is; of the first
-stage that it has not, the checkpoint becomes the first of the new run. fork.json in the new run's
-folder says from where, and what was changed.
+Stages that the other run has finished and the new recipe does not change are copied. The checkpoint
+of the first other stage becomes the first checkpoint of the new run. fork.json in the new run's
+folder records the source and the changes.
 """
 
 import json
@@ -23,13 +23,13 @@ from bridgework.training import checkpoint, run_dir
 from bridgework.training.skips import FILE as SKIPS
 
 FILE = "fork.json"
-SHAPES = ("model", "trains", "zero")  # of a stage: what decides which tensors a checkpoint holds
+SHAPES = ("model", "trains", "zero")  # fields of a stage that determine a checkpoint's tensors
 _SOURCE = re.compile(r"(?P<run>.+?)(?:@(?P<step>\d+))?")
 
 
 @dataclass(frozen=True)
 class Fork:
-    """Where a run comes from: the checkpoint of `step` of a stage of another run."""
+    """Source of a forked run: the checkpoint of `step` of a stage of another run."""
 
     run: str
     stage: str
@@ -42,14 +42,15 @@ class Fork:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The fork that the run at `folder` is; None for a run that is not one."""
+        """Read the fork.json of the run at `folder`; returns None for a run that is not a fork."""
         file = folder / FILE
         if not file.exists():
             return None
-        return cls(**{**(said := json.loads(file.read_text())), "changed": tuple(said["changed"])})
+        values = json.loads(file.read_text())
+        return cls(**{**values, "changed": tuple(values["changed"])})
 
     def tags(self) -> dict[str, str]:
-        """For the tracker."""
+        """Return the tags of the run in the tracker."""
         return {
             "forked_from": f"{self.run}/{self.stage}@{self.step}",
             "forked_from_fingerprint": self.fingerprint,
@@ -59,23 +60,24 @@ class Fork:
 def fork(
     system: System, source: str, *, home: Path, run: str, stages: Sequence[str] | None = None
 ) -> Fork:
-    """Make `run` a fork of `source`, RUN or RUN@STEP; a fork that was made before stays as it is.
+    """Make `run` a fork of `source`, RUN or RUN@STEP; an existing fork of it is not changed.
 
-    stages: those that `run` will train; None: all. The caller holds the lock of `run`. Raises RunError where there is
-    nothing to start from, where `run` is another run already, and for a change after which the checkpoint's tensors
-    would not fit.
+    stages: those that `run` will train; None: all. The caller holds the lock of `run`. Raises
+    RunError if there is no checkpoint to start from, if `run` is already another run, and for a
+    change after which the checkpoint's tensors would not fit.
     """
     named = _SOURCE.fullmatch(source)
     if named is None:
         raise SpecError(
-            f"--fork: Got {source!r}; expected the name of a run, or RUN@STEP for an older checkpoint"
+            f"--fork: invalid source. Got {source!r}; "
+            "expected the name of a run, or RUN@STEP for an older checkpoint"
         )
     other, at = named["run"], named["step"]
-    folder, theirs = run_dir.path_of(home, run), run_dir.path_of(home, other)
-    done = Fork.read(folder)
-    if done is not None and done.run == other and at in (None, str(done.step)):
-        return done
-    if folder.resolve() == theirs.resolve() or (folder / "recipe.json").exists():
+    folder, other_folder = run_dir.path_of(home, run), run_dir.path_of(home, other)
+    existing = Fork.read(folder)
+    if existing is not None and existing.run == other and at in (None, str(existing.step)):
+        return existing
+    if folder.resolve() == other_folder.resolve() or (folder / "recipe.json").exists():
         raise RunError(
             f"--fork: run {run!r} exists already. Fix: give the new run another name with --run"
         )
@@ -83,35 +85,40 @@ def fork(
     changed = run_dir.changes(before, system)
     if not changed:
         raise RunError(
-            f"--fork: the recipe is that of run {other!r}. Fix: resume it with --run {other}, or change something"
+            f"--fork: the recipe is that of run {other!r}. "
+            f"Fix: resume it with --run {other}, or change something"
         )
-    finished, stage = _taken(before, system, theirs, stages)
-    found = _checkpoint(before, stage, theirs, other, int(at) if at else None, home)
+    finished, stage = _split_stages(before, system, other_folder, stages)
+    found = _find_checkpoint(before, stage, other_folder, other, int(at) if at else None, home)
     for name in finished:
-        _copy(
-            theirs / name,
-            folder / name,
-            (run_dir.artifact_dir(theirs / name).name, "metrics.json", "evals", SKIPS),
-        )
-    _start(found, system, theirs / stage.name, folder / stage.name, home)
-    made = Fork(
+        artifact = run_dir.artifact_dir(other_folder / name).name
+        names = (artifact, "metrics.json", "evals", SKIPS)
+        _copy(other_folder / name, folder / name, names)
+    _start(found, system, other_folder / stage.name, folder / stage.name, home)
+    new = Fork(
         run=other,
         stage=stage.name,
         step=found.step,
-        checkpoint=found.folder.relative_to(theirs).as_posix(),
+        checkpoint=found.folder.relative_to(other_folder).as_posix(),
         attempt=found.attempt,
         fingerprint=found.fingerprint,
         changed=tuple(changed),
         at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
-    storage.write_atomic(folder / FILE, json.dumps(asdict(made), indent=1))
-    return made
+    storage.write_atomic(folder / FILE, json.dumps(asdict(new), indent=1))
+    return new
 
 
-def _taken(
-    before: System, system: System, theirs: Path, stages: Sequence[str] | None
+def describe(fork: Fork) -> str:
+    """Return one line about a fork for the console."""
+    source = f"step {fork.step} of {fork.run}/{fork.stage}"
+    return f"forked from {source}: {run_dir.summarize(list(fork.changed))}"
+
+
+def _split_stages(
+    before: System, system: System, other_folder: Path, stages: Sequence[str] | None
 ) -> tuple[list[str], Stage]:
-    """The finished stages that the new recipe leaves as they are, and the first stage that must train."""
+    """Return the finished stages that the new recipe does not change, and the first to train."""
     known = {stage.name: stage for stage in before.stages}
     finished: list[str] = []
     first: Stage | None = None
@@ -119,7 +126,7 @@ def _taken(
         old = known.get(stage.name)
         same = old is not None and to_dict(old, options=False) == to_dict(stage, options=False)
         needs = {stage.starts_from, *(stage.curation.uses if stage.curation else ())} & known.keys()
-        if same and needs <= set(finished) and run_dir.is_finished(theirs / stage.name):
+        if same and needs <= set(finished) and run_dir.is_finished(other_folder / stage.name):
             finished.append(stage.name)
         elif stages is None or stage.name in stages:
             first = first or stage
@@ -130,64 +137,57 @@ def _taken(
     return finished, first
 
 
-def _checkpoint(
-    before: System, stage: Stage, theirs: Path, other: str, step: int | None, home: Path
+def _find_checkpoint(
+    before: System, stage: Stage, other_folder: Path, other: str, step: int | None, home: Path
 ) -> checkpoint.Checkpoint:
-    """The checkpoint to start from."""
+    """Return the checkpoint to start from."""
     old = next((s for s in before.stages if s.name == stage.name), None)
-    kept = checkpoint.checkpoints(theirs / stage.name) if old is not None else []
-    if old is None or not kept:
+    known = checkpoint.checkpoints(other_folder / stage.name) if old is not None else []
+    if old is None or not known:
         raise RunError(
-            f"--fork: run {other!r} has no checkpoint of stage {stage.name!r}, the first that must train. Fix: start a "
-            f"run without --fork; from another run's artifact, set stages.{stage.name}.starts_from to its folder"
+            f"--fork: run {other!r} has no checkpoint of stage {stage.name!r}, the first that must "
+            "train. Fix: start a run without --fork; from another run's artifact, set "
+            f"stages.{stage.name}.starts_from to its folder"
         )
-    had, has = (
+    old_shapes, new_shapes = (
         {name: to_dict(getattr(s, name), options=False) for name in SHAPES} for s in (old, stage)
     )
-    shapes = run_dir.differences(had, has, f"stages.{stage.name}")
-    if (old.optim.weight_decay == 0) != (
-        stage.optim.weight_decay == 0
-    ):  # else vectors are a group of their own
-        shapes += run_dir.differences(
-            old.optim.weight_decay,
-            stage.optim.weight_decay,
-            f"stages.{stage.name}.optim.weight_decay",
-        )
-    if shapes:
+    changed = run_dir.differences(old_shapes, new_shapes, f"stages.{stage.name}")
+    decays = (old.optim.weight_decay, stage.optim.weight_decay)
+    if (decays[0] == 0) != (decays[1] == 0):  # only with a decay, vectors are a separate group
+        changed += run_dir.differences(*decays, f"stages.{stage.name}.optim.weight_decay")
+    if changed:
         raise RunError(
-            f"--fork: {run_dir.summarize(shapes)}; expected the same {', '.join(SHAPES)} as in run {other!r}, and a "
-            "weight decay that is 0 in both or in neither, since its checkpoint holds exactly those tensors. Fix: undo "
-            f"this change, or start a run from an artifact (stages.{stage.name}.starts_from)"
+            f"--fork: {run_dir.summarize(changed)}; expected the same {', '.join(SHAPES)} as in "
+            f"run {other!r}, and a weight decay that is 0 in both or in neither, because its "
+            "checkpoint holds exactly those tensors. Fix: undo this change, or start a run from an "
+            f"artifact (stages.{stage.name}.starts_from)"
         )
-    if step is not None and step not in [each.step for each in kept]:
-        steps = ", ".join(str(each.step) for each in kept)
+    steps = [one.step for one in known]
+    if step is not None and step not in steps:
         raise RunError(
-            f"--fork: run {other!r} has no checkpoint of step {step} of stage {stage.name!r}. Got: {steps}"
+            f"--fork: run {other!r} has no checkpoint of step {step} of stage {stage.name!r}. "
+            f"Got {step}; expected one of {', '.join(map(str, steps))}"
         )
     if step is None:
-        found, _ = checkpoint.resume(
-            theirs / stage.name, kept[0].fingerprint, *_all(kept), home=home
-        )
+        fingerprints = [one.fingerprint for one in known]
+        found, _ = checkpoint.resume(other_folder / stage.name, *fingerprints, home=home)
     else:
-        found = next(each for each in kept if each.step == step)
+        found = next(one for one in known if one.step == step)
         checkpoint.verify(found.folder, home=home)
     if found is None or found.step >= stage.budget.steps:
         raise RunError(
-            f"--fork: the checkpoint is of step {found.step if found else 0}; expected more than that in "
-            f"stages.{stage.name}.budget.steps, got {stage.budget.steps}"
+            f"--fork: stages.{stage.name}.budget.steps is too small. Got {stage.budget.steps}; "
+            f"expected more than the step of the checkpoint, {found.step if found else 0}"
         )
     return found
 
 
-def _all(kept: list[checkpoint.Checkpoint]) -> list[str]:
-    return [each.fingerprint for each in kept]
-
-
 def _start(
-    found: checkpoint.Checkpoint, system: System, theirs: Path, place: Path, home: Path
+    found: checkpoint.Checkpoint, system: System, other_stage: Path, place: Path, home: Path
 ) -> None:
-    """The checkpoint as the first of the new run's stage, and what the stage has read and left out so far."""
-    _copy(theirs, place, ("curated", "quarantine", SKIPS))
+    """Copy the checkpoint to the new run's stage, with its curated data, quarantine and skips."""
+    _copy(other_stage, place, ("curated", "quarantine", SKIPS))
     attempt = f"fork{os.urandom(3).hex()}"
     folder = checkpoint.begin(place, found.step, attempt)
     for name in found.files:
@@ -204,12 +204,12 @@ def _start(
     )
 
 
-def _copy(theirs: Path, place: Path, names: tuple[str, ...]) -> None:
+def _copy(other_stage: Path, place: Path, names: tuple[str, ...]) -> None:
     place.mkdir(parents=True, exist_ok=True)
     for name in names:
-        source, dest = theirs / name, place / name
+        source, dest = other_stage / name, place / name
         if source.is_dir():
-            shutil.rmtree(dest, ignore_errors=True)  # of a fork that was cut off
+            shutil.rmtree(dest, ignore_errors=True)  # of an interrupted fork
             shutil.copytree(source, dest, copy_function=_link)
         elif source.is_file():
             dest.unlink(missing_ok=True)
@@ -217,13 +217,8 @@ def _copy(theirs: Path, place: Path, names: tuple[str, ...]) -> None:
 
 
 def _link(source: str, dest: str) -> None:
-    """The same file under another name, which no run changes; a copy where the disk has no hard links."""
+    """Hard-link a file, which no run changes; copy it if the disk has no hard links."""
     try:
         os.link(source, dest)
     except OSError:
         shutil.copy2(source, dest)
-
-
-def describe(made: Fork) -> str:
-    """One line for a person."""
-    return f"forked from step {made.step} of {made.run}/{made.stage}: {run_dir.summarize(list(made.changed))}"

@@ -1,7 +1,10 @@
-"""What a step tells of itself, by name: losses, what each source gave, time; and which samples were dearest.
+"""Per-step metrics: losses, per-source counts, timing; the samples with the highest loss; progress.
 
-What a person sees of a running stage: a bar in a terminal, a line for every tenth of it in a log.
+The loop computes them and writes the journal. The driver follows the journal with a progress bar in
+a terminal, and with a line per tenth of the stage in a log.
 """
+
+# R samples of this rank  L losses  S sources of the mixture
 
 import math
 import threading
@@ -22,57 +25,67 @@ from bridgework.training.deepspeed_engine import StepResult
 from bridgework.training.notices import Follower
 
 Metrics = dict[str, float]
+POLL_S = 0.5  # interval at which the progress bar reads the journal
 
 
-def metric_names(stage: Stage, taken: StepResult) -> Metrics:
-    """The loss of the step, each of its parts, and what each source had in them, where there are several."""
+def step_metrics(stage: Stage, result: StepResult) -> Metrics:
+    """Return the loss of a step, its parts, and the gradient's norm.
+
+    With several sources, also the losses, samples and tokens of each source.
+    """
     names = [f"loss.{type(loss).__name__.lower()}" for loss in stage.losses]
-    metrics = dict(zip(names, taken.losses_L.tolist(), strict=True))
+    metrics = dict(zip(names, result.losses_L.tolist(), strict=True))
     total = sum(loss.weight * metrics[name] for loss, name in zip(stage.losses, names, strict=True))
     sources = [source.name for source in stage.data.leaves]
     if len(sources) > 1:
-        for name, means, counts in zip(
-            names, taken.means_LS.tolist(), taken.counts_LS.tolist(), strict=True
-        ):
-            metrics |= {
-                f"{name}.{s}": mean for s, mean, n in zip(sources, means, counts, strict=True) if n
-            }
-        metrics |= {
-            f"samples.{s}": n for s, n in zip(sources, taken.samples_S.tolist(), strict=True)
-        }
-        metrics |= {f"tokens.{s}": n for s, n in zip(sources, taken.tokens_S.tolist(), strict=True)}
-    return {"loss": total, **metrics, "grad_norm": taken.norm}
+        means, counts = result.means_LS.tolist(), result.counts_LS.tolist()
+        for name, means_S, counts_S in zip(names, means, counts, strict=True):
+            by_source = zip(sources, means_S, counts_S, strict=True)
+            metrics |= {f"{name}.{source}": mean for source, mean, n in by_source if n}
+        samples = zip(sources, result.samples_S.tolist(), strict=True)
+        metrics |= {f"samples.{source}": n for source, n in samples}
+        tokens = zip(sources, result.tokens_S.tolist(), strict=True)
+        metrics |= {f"tokens.{source}": n for source, n in tokens}
+    return {"loss": total, **metrics, "grad_norm": result.norm}
 
 
-def per_sample(stage: Stage, taken: StepResult) -> tuple[list[float], list[float]]:
-    """Of each of this rank's samples: its own mean loss, weighted over the losses, and what the first is a mean of."""
+def per_sample(stage: Stage, result: StepResult) -> tuple[list[float], list[float]]:
+    """Return (losses, counts) of this rank's samples.
+
+    losses: each sample's own mean, weighted over the losses. counts: the divisor of that mean in
+    the first loss.
+    """
     weights_L = torch.tensor([loss.weight for loss in stage.losses])
-    sums_LR = taken.sums_LR.cpu()
-    own_R: Tensor = weights_L @ (sums_LR / taken.counts_LR.clamp(min=1))
-    return own_R.tolist(), taken.counts_LR[0].tolist()
+    sums_LR = result.sums_LR.cpu()
+    losses_R: Tensor = weights_L @ (sums_LR / result.counts_LR.clamp(min=1))
+    return losses_R.tolist(), result.counts_LR[0].tolist()
 
 
 def suspects(keys: Sequence[str], losses: Sequence[float], most: int = 4) -> list[str]:
-    """The samples whose own loss is not finite; where there are none, the dearest."""
+    """Return the samples whose loss is not finite, or else those with the highest loss."""
     order = sorted(
         range(len(keys)), key=lambda i: -losses[i] if math.isfinite(losses[i]) else -math.inf
     )
-    wrong = [i for i in order if not math.isfinite(losses[i])]
-    return [keys[i] for i in (wrong or order)[:most]]
+    not_finite = [i for i in order if not math.isfinite(losses[i])]
+    return [keys[i] for i in (not_finite or order)[:most]]
 
 
 class MixtureCounter:
-    """What the sources gave since the stage began: goes into every checkpoint."""
+    """Samples of each source since the stage began, and replacements; part of every checkpoint."""
 
     def __init__(self, stage: Stage, before: Mapping[str, float]) -> None:
+        """before: the `state` in the checkpoint from which the stage resumes; {} at its start."""
         self._sources = [source.name for source in stage.data.leaves]
         self.seen = {name: before.get(name, 0.0) for name in self._sources}
-        self.replaced = before.get("replaced.", 0.0)  # a name that no source can have
+        self.replaced = before.get("replaced.", 0.0)  # a key that no source can have
 
-    def add(self, taken: StepResult) -> Metrics:
-        """The realized share of every source, where there are several, and how many samples stood in for others."""
-        self.replaced += float(taken.replaced_S.sum())
-        for name, samples in zip(self._sources, taken.samples_S.tolist(), strict=True):
+    def add(self, result: StepResult) -> Metrics:
+        """Count a step; returns the number of replaced samples.
+
+        With several sources, also the realized share of each.
+        """
+        self.replaced += float(result.replaced_S.sum())
+        for name, samples in zip(self._sources, result.samples_S.tolist(), strict=True):
             self.seen[name] += samples
         total = sum(self.seen.values())
         shares = (
@@ -87,45 +100,46 @@ class MixtureCounter:
 
 
 class Clock:
-    """Where the time of a step goes: waiting for data, or working."""
+    """Time of a step, and the share of it spent waiting for data."""
 
     def __init__(self) -> None:
         self._mark = self._flushed = time.perf_counter()
         self._wait = 0.0
 
-    def waits(self) -> None:
-        """The wait for data begins: what lies before it was a checkpoint or an evaluation."""
+    def start_wait(self) -> None:
+        """Start the wait for data; the time before it was a checkpoint or an evaluation."""
         self._mark = time.perf_counter()
 
-    def waited(self) -> None:
+    def end_wait(self) -> None:
         self._wait = time.perf_counter() - self._mark
 
-    def took(self, batches: Sequence[Batch], taken: StepResult) -> Metrics:
-        """Of the step that ends here; rates are of all workers. `padding` is this worker's."""
+    def end_step(self, batches: Sequence[Batch], result: StepResult) -> Metrics:
+        """Return the metrics of the step that ends now.
+
+        Rates are over all workers; `padding` is this worker's.
+        """
         now = time.perf_counter()
         step_s, self._mark = now - self._mark, now
         real = sum(int(b.attention_BT.sum()) for b in batches)
         return {
             "step_s": step_s,
-            "samples_per_s": float(taken.samples_S.sum()) / step_s,
-            "tokens_per_s": float(taken.tokens_S.sum()) / step_s,
+            "samples_per_s": float(result.samples_S.sum()) / step_s,
+            "tokens_per_s": float(result.tokens_S.sum()) / step_s,
             "padding": 1 - real / sum(b.ids_BT.numel() for b in batches),
             "data_wait_share": self._wait / step_s,
         }
 
-    def due(self, seconds: float) -> bool:
-        if time.perf_counter() - self._flushed < seconds:
+    def flush_due(self, every_s: float) -> bool:
+        """Return True once per `every_s` seconds."""
+        if time.perf_counter() - self._flushed < every_s:
             return False
         self._flushed = time.perf_counter()
         return True
 
 
-POLL_S = 0.5
-
-
 @contextmanager
 def progress_bar(folder: Path, title: str, steps: int, console: Console) -> Iterator[None]:
-    """Follow a stage, by the journal and the notices in its folder, until the block ends."""
+    """Show the progress of the stage in `folder` from its journal and notices in the block."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -138,19 +152,20 @@ def progress_bar(folder: Path, title: str, steps: int, console: Console) -> Iter
     task = bar.add_task(title, total=steps, figures="starting the workers")
     over = threading.Event()
     journal, notices = Journal(folder / "journal"), Follower(folder)
-    before = journal.end()  # of a run that resumes
+    before = journal.end()  # points that a resumed run wrote earlier
 
     def follow() -> None:
-        part, tenth = before, 0
+        position, tenth = before, 0
         while True:
             last = over.is_set()  # read once more after the end
             for text in notices.new():
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
-            for name, points in journal.points(part):
-                part, at = name, max((p.step for p in points if p.key == "loss"), default=None)
-                if at is None:
-                    continue  # figures of an evaluation
-                figures, done = _figures(points, at), min(at + 1, steps)
+            for reached, points in journal.points(position):
+                position = reached
+                step = max((p.step for p in points if p.key == "loss"), default=None)
+                if step is None:
+                    continue  # metrics of an evaluation
+                figures, done = _figures(points, step), min(step + 1, steps)
                 bar.update(task, completed=done, figures=figures)
                 if not console.is_terminal and done * 10 // steps > tenth:
                     tenth = done * 10 // steps
@@ -169,8 +184,7 @@ def progress_bar(folder: Path, title: str, steps: int, console: Console) -> Iter
             thread.join()
 
 
-def _figures(points: list[Point], step: int) -> str:
-    now = {p.key: p.value for p in points if p.step == step}
-    return (
-        f"loss {now.get('loss', float('nan')):.3f}, {now.get('samples_per_s', 0.0):.0f} samples/s"
-    )
+def _figures(points: Sequence[Point], step: int) -> str:
+    values = {p.key: p.value for p in points if p.step == step}
+    loss, rate = values.get("loss", float("nan")), values.get("samples_per_s", 0.0)
+    return f"loss {loss:.3f}, {rate:.0f} samples/s"

@@ -1,8 +1,8 @@
-"""Warnings of workers, forwarded to the person at the command.
+"""Notices: warnings of the workers, forwarded to the driver's console.
 
-A warning in the log of a worker under Ray Train is not seen: Ray keeps it on the worker's machine.
-Here every warning of bridgework goes from the workers to a file of the stage's folder, and from there,
-as from the driver's own log, to the console.
+Ray Train keeps the log of a worker on the worker's machine, where no user sees it. Here every
+warning of bridgework goes from the workers to a file in the stage's folder. The driver prints that
+file, and the warnings of its own log, to the console.
 """
 
 import json
@@ -17,7 +17,7 @@ LOGGER = logging.getLogger("bridgework")
 
 
 class _ToFile(logging.Handler):
-    """Appends a line to the file; a disk that refuses it is no reason to stop."""
+    """Appends a line to the file; a failed write is ignored, because it must not stop a run."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(logging.WARNING)
@@ -41,15 +41,15 @@ class _ToConsole(logging.Handler):
 
 
 @contextmanager
-def shared(folder: Path) -> Iterator[None]:
-    """In a worker: its warnings go to the stage's folder."""
+def to_file(folder: Path) -> Iterator[None]:
+    """Append the warnings of this worker to the file in the stage's folder."""
     with _handled(_ToFile(folder / FILE)):
         yield
 
 
 @contextmanager
-def shown(say: Callable[[str], object]) -> Iterator[None]:
-    """In the driver: its own warnings are printed by `say`, and not by Python's last resort as well."""
+def to_console(say: Callable[[str], object]) -> Iterator[None]:
+    """Print the driver's own warnings by `say`, instead of by Python's handler of last resort."""
     with _handled(_ToConsole(say)):
         yield
 
@@ -64,20 +64,20 @@ def _handled(handler: logging.Handler) -> Iterator[None]:
 
 
 class Follower:
-    """Reads the notices of a stage that were written since it was made."""
+    """Reads the notices of a stage that were written after its construction."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / FILE
         self._read = self._file.stat().st_size if self._file.exists() else 0
 
     def new(self) -> list[str]:
-        """The texts of complete lines since the last call; the same text of several workers once."""
+        """Return the texts of complete lines since the last call, without repeated texts."""
         try:
             with self._file.open("rb") as file:
                 file.seek(self._read)
-                said = file.read()
+                content = file.read()
         except OSError:
             return []
-        lines = said[: said.rfind(b"\n") + 1]
+        lines = content[: content.rfind(b"\n") + 1]
         self._read += len(lines)
         return list(dict.fromkeys(json.loads(line)["text"] for line in lines.splitlines()))

@@ -1,7 +1,7 @@
-"""One stage under Ray Train: its trainer, the work of every worker, and what its controller decides.
+"""Ray Train: the trainer of one stage, the work of its workers, and the handling of their failures.
 
-Ray opens new processes at every stage, so nothing here brings torch, which takes seconds to import, before it is
-needed.
+Ray starts new processes for every stage. Importing torch takes seconds, so this module imports it
+only when it is needed.
 """
 
 import logging
@@ -36,36 +36,35 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out: nothing here changes what is learned."""
+    """Options of a run that do not affect the training result."""
 
     workers: int = 1  # 0 trains in this process, without Ray Train
     readers: int = 1  # Ray Data actors that read and decode
-    checkpoint_every: int = 0  # steps; 0 takes a twentieth of the stage, 5 at least
-    evaluate_every: int = 0  # steps; 0 evaluates at the end of a stage only
-    midway: str | None = None  # the one evaluation that is run before the end; None runs all
-    skip: tuple[
-        str, ...
-    ] = ()  # keys of samples, and `step:N` or `step:N-M`, that the unfinished stage leaves out
+    checkpoint_every: int = 0  # steps; 0 means a twentieth of the stage, at least 5
+    evaluate_every: int = 0  # steps; 0 evaluates only at the end of a stage
+    midway: str | None = None  # the only evaluation before the end; None runs all
+    # keys of samples, and `step:N` or `step:N-M`, that the unfinished stage skips
+    skip: tuple[str, ...] = ()
     cache_features: bool = True
-    threads: int = 0  # of torch in a worker on a CPU; 0 shares out the node's cores
-    gpus_per_worker: float | None = (
-        None  # None: 1 where the cluster has GPUs or can start nodes that have, else 0
-    )
-    resource_timeout_s: float = (
-        ray_utils.TIMEOUT_S
-    )  # how long the workers' resources are waited for
-    trust_checkpoints: bool = False  # sign the checkpoints that are there with this home's key
-    start_over: bool = False  # where no checkpoint of the stage can be used, begin it again
-    max_failures: int = 3  # restarts of the workers before a stage gives up
+    threads: int = 0  # of torch in a worker on a CPU; 0 divides the node's cores among the workers
+    # None: 1 if the cluster has GPUs or can start nodes with GPUs, else 0
+    gpus_per_worker: float | None = None
+    resource_timeout_s: float = ray_utils.TIMEOUT_S  # of the wait for the workers' resources
+    trust_checkpoints: bool = False  # sign the existing checkpoints with this home's key
+    start_over: bool = False  # begin the stage again if none of its checkpoints can be used
+    max_failures: int = 3  # restarts of the workers before a stage fails
     report: Callable[[dict[str, float], int], None] | None = None  # of an in-process run
     callbacks: tuple[Any, ...] = ()  # of Ray Train
 
 
-def fit(job: "TrainJob", how: RunOptions) -> None:
-    """Train one stage on `how.workers` workers. Raises what ends it: an error of ours, or RunError."""
-    from ray.train.torch import TorchTrainer  # brings torch
+def fit(job: "TrainJob", options: RunOptions) -> None:
+    """Train one stage on `options.workers` workers.
 
-    needs = _needs(how)
+    Raises the workers' BridgeworkError, or RunError after `options.max_failures` restarts.
+    """
+    from ray.train.torch import TorchTrainer  # imports torch
+
+    resources = _needs(options)
     with listening(job.folder, log.warning) as stop:
 
         def stopped() -> None:
@@ -73,78 +72,79 @@ def fit(job: "TrainJob", how: RunOptions) -> None:
                 raise interrupted(job.stage, stop.asked, None)
 
         ray_utils.wait_for(
-            job.stage, [needs] * how.workers, timeout_s=how.resource_timeout_s, stopped=stopped
+            job.stage,
+            [resources] * options.workers,
+            timeout_s=options.resource_timeout_s,
+            stopped=stopped,
         )
         fingerprints = (job.system.fingerprint(), *job.fingerprints)
         start = partial(checkpoint.cursor, job.folder, *fingerprints, home=job.home)
-        callbacks: list[Any] = [
-            FailFastCallback(),
-            *how.callbacks,
-        ]  # Ray's annotation knows its older kind alone
-        given = {
+        # list[Any], because Ray's annotation has only its older class of callbacks
+        callbacks: list[Any] = [FailFastCallback(), *options.callbacks]
+        loop_config = {
             "job": cloudpickle.dumps(job),
-            "threads": how.threads,
+            "threads": options.threads,
             "cwd": os.getcwd(),
-            "gpus": needs["GPU"],
+            "gpus": resources["GPU"],
         }
         trainer = TorchTrainer(
             _work,
-            train_loop_config=given,
+            train_loop_config=loop_config,
             scaling_config=ScalingConfig(
-                num_workers=how.workers,
-                use_gpu=needs["GPU"] > 0,
-                resources_per_worker=_asked(needs),
+                num_workers=options.workers,
+                use_gpu=resources["GPU"] > 0,
+                resources_per_worker={n: amount for n, amount in resources.items() if amount},
             ),
             run_config=RunConfig(
-                # new every time: Ray must not resume by its own memory, the checkpoints are ours
+                # A new name, because Ray must not resume from its own state instead of checkpoints.
                 name=f"{job.stage}-{os.getpid()}-{os.urandom(3).hex()}",
                 storage_path=str(job.folder / "ray"),
-                failure_config=FailureConfig(max_failures=how.max_failures),
+                failure_config=FailureConfig(max_failures=options.max_failures),
                 callbacks=callbacks,
             ),
             datasets={"train": ray.data.range(1)},
-            dataset_config=PlanIngest(job.feed, start, readers=how.readers),
+            dataset_config=PlanIngest(job.feed, start, readers=options.readers),
         )
         try:
-            _run(trainer.fit, partial(_say_missing, job.stage, needs, how.workers))
+            _run(trainer.fit, partial(_say_missing, job.stage, resources, options.workers))
         except Exception as error:
-            found = _cause(error)
-            if isinstance(found, BridgeworkError):
-                raise found from error
-            if storage.disk_full(found):  # Ray's own files
+            cause = _cause(error)
+            if isinstance(cause, BridgeworkError):
+                raise cause from error
+            if storage.disk_full(cause):  # of Ray's own files
                 raise storage.full(job.folder) from error
-            failures = how.max_failures + 1
+            attempts = options.max_failures + 1
             raise RunError(
-                f"{job.stage}: the workers failed {failures} times, last with {found!r}"
+                f"stage {job.stage!r} failed after {attempts} attempts. Last error: {cause!r}"
             ) from error
     shutil.rmtree(job.folder / "ray", ignore_errors=True)
 
 
-def _needs(how: RunOptions) -> dict[str, float]:
-    """Return what each worker asks Ray for. Raises SpecError for a number of GPUs that Ray cannot give."""
-    asked = how.gpus_per_worker
-    if asked is not None and not (
-        0 <= asked <= 1 or (1 < asked < math.inf and asked == int(asked))
-    ):
+def _needs(options: RunOptions) -> dict[str, float]:
+    """Return the resources of each worker.
+
+    Raises SpecError for a number of GPUs that Ray cannot allocate.
+    """
+    gpus = options.gpus_per_worker
+    if gpus is not None and not (0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus))):
         raise SpecError(
-            f"--gpus-per-worker: Got {asked:g}; expected a share of one GPU or a whole number. Fix: leave it out"
+            f"--gpus-per-worker: Ray cannot allocate that. Got {gpus:g}; "
+            "expected a share of one GPU or an integer. Fix: leave it out"
         )
-    gpus = ray_utils.gpus_each(asked)
+    gpus = ray_utils.gpus_each(gpus)
     if gpus or ray_utils.grows("CPU"):
         return {"CPU": 1.0, "GPU": gpus}
     total = ray.cluster_resources().get("CPU", 1.0)
-    for_data = READER_CPUS * (
-        how.readers + 1
-    )  # workers that held every CPU would wait for data without end
-    return {"CPU": max(0.1, min(1.0, (total - for_data) / how.workers)), "GPU": 0.0}
-
-
-def _asked(needs: dict[str, float]) -> dict[str, float]:
-    return {name: amount for name, amount in needs.items() if amount}
+    # With all CPUs in use by workers, they would wait for data endlessly.
+    for_data = READER_CPUS * (options.readers + 1)
+    return {"CPU": max(0.1, min(1.0, (total - for_data) / options.workers)), "GPU": 0.0}
 
 
 def _run(fit: Callable[[], object], meanwhile: Callable[[], object]) -> None:
-    """Call `fit` in a thread: in the main thread Ray would take the handler of Ctrl-C for itself."""
+    """Call `fit` in a thread, because in the main thread Ray would replace the Ctrl-C handler.
+
+    `meanwhile` is called every SAY_EVERY_S seconds.
+    """
     raised: list[BaseException] = []
 
     def work() -> None:
@@ -155,20 +155,20 @@ def _run(fit: Callable[[], object], meanwhile: Callable[[], object]) -> None:
 
     thread = threading.Thread(target=work, name="ray-train", daemon=True)
     thread.start()
-    said = time.monotonic()
+    last = time.monotonic()
     while thread.is_alive():
         thread.join(0.5)
-        if time.monotonic() - said > ray_utils.SAY_EVERY_S:
-            said = time.monotonic()
+        if time.monotonic() - last > ray_utils.SAY_EVERY_S:
+            last = time.monotonic()
             meanwhile()
     if raised:
         raise raised[0]
 
 
-def _say_missing(stage: str, needs: dict[str, float], workers: int) -> None:
-    """Say what the workers wait for where nodes were lost: Ray Train waits without a word."""
+def _say_missing(stage: str, resources: dict[str, float], workers: int) -> None:
+    """Log the missing resources after a loss of nodes, because Ray Train waits silently."""
     here = ray.cluster_resources()
-    for name, amount in needs.items():
+    for name, amount in resources.items():
         if here.get(name, 0.0) < amount * workers:
             log.warning(
                 "%s: waiting for %g x %s: %g of %g in the cluster",
@@ -180,11 +180,10 @@ def _say_missing(stage: str, needs: dict[str, float], workers: int) -> None:
             )
 
 
-def _work(given: dict[str, Any]) -> None:
-    """Train one stage on one rank; the readers get ready while this process imports what training takes."""
-    os.chdir(
-        given["cwd"]
-    )  # Ray Train starts in a folder of its own; paths in a recipe begin where the command ran
+def _work(config: dict[str, Any]) -> None:
+    """Train one stage on one rank; the readers start while this process imports torch."""
+    # Ray Train starts in another folder, but a recipe's paths are relative to that of the command.
+    os.chdir(config["cwd"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     blocks = prefetch(ray.train.get_dataset_shard("train"))
@@ -195,17 +194,16 @@ def _work(given: dict[str, Any]) -> None:
     from bridgework.training import loop
 
     if get_device().type == "cpu":
-        if given["gpus"]:
+        if config["gpus"]:
             raise RunError(
-                f"a worker got {given['gpus']:g} GPUs of Ray, and torch {torch.__version__} finds none on its node. "
-                "Fix: install a build of torch with CUDA there, or train on CPUs with --gpus-per-worker 0"
+                f"a worker got {config['gpus']:g} GPUs of Ray, and torch {torch.__version__} finds "
+                "none on its node. Fix: install a build of torch with CUDA there, or train on CPUs "
+                "with --gpus-per-worker 0"
             )
-        shared = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
-        torch.set_num_threads(
-            given["threads"] or shared
-        )  # Ray's own choice follows num_cpus, not the cores
-    job: TrainJob = cloudpickle.loads(given["job"])
-    with notices.shared(job.folder):
+        share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+        torch.set_num_threads(config["threads"] or share)  # Ray's default follows num_cpus
+    job: TrainJob = cloudpickle.loads(config["job"])
+    with notices.to_file(job.folder):
         loop.run(
             job,
             lambda start: from_ray(blocks, rank=rank, world=world, start=start),
@@ -217,18 +215,21 @@ def _work(given: dict[str, Any]) -> None:
 
 
 class FailFastCallback(UserCallback):
-    """An error of ours says what a person must do, and another start would not do it; the machine's own may pass."""
+    """Stops the retries after a BridgeworkError, which needs a user's action.
+
+    A ResourceError is retried, because it may be temporary.
+    """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """What is raised here is not tried again."""
+        """Raise the error; Ray Train does not retry after an exception in a callback."""
         for error in worker_exceptions.values():
-            found = _cause(error)
-            if isinstance(found, BridgeworkError) and not isinstance(found, ResourceError):
-                raise found
+            cause = _cause(error)
+            if isinstance(cause, BridgeworkError) and not isinstance(cause, ResourceError):
+                raise cause
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first of our own errors in a chain of Ray's, else the innermost."""
+    """Return the first BridgeworkError in a chain of Ray's errors, else the innermost error."""
     seen: list[BaseException] = []
     todo: list[BaseException | None] = [error]
     while todo:

@@ -1,7 +1,7 @@
-"""A run's folder: one writer at a time, one identity, room on the disk.
+"""Run directory: name, lock, recipes and free disk space of a run.
 
-recipe.json is the recipe as the run is trained now; recipes.json lists every recipe that it was
-trained with. These differ in options alone (see `spec.option`): what would change what is learned is
+recipe.json is the run's current recipe; recipes.json lists every recipe with which it was trained.
+They differ only in options (see `config.option`): a change that affects the training result needs
 another run, see `fork`.
 """
 
@@ -27,7 +27,7 @@ STEPS = re.compile(r"stages\.([^.]+)\.budget\.steps")
 
 
 def path_of(home: Path, run: str) -> Path:
-    """<home>/runs/<run>. Raises SpecError for a name that would lead out of it, or that no folder can have."""
+    """Return <home>/runs/<run>. Raises SpecError for an invalid name or a path outside runs."""
     if has_control(run) or not run.strip():
         raise SpecError(
             f"a run's name is a line of letters. Got {run[:80]!r}. "
@@ -35,25 +35,27 @@ def path_of(home: Path, run: str) -> Path:
         )
     if (size := max(len(part.encode()) for part in run.split("/"))) > NAME_BYTES:
         raise SpecError(
-            f"a run's name has at most {NAME_BYTES} bytes. Got {size}: {run[:40]!r}... Fix: give a shorter --run"
+            f"a run's name has at most {NAME_BYTES} bytes. Got {size}: {run[:40]!r}... "
+            "Fix: give a shorter --run"
         )
     root = (home / "runs").resolve()
     folder = (root / run).resolve()
     if folder == root or not folder.is_relative_to(root):
         raise SpecError(
-            f"a run's name is a folder under {root}, not {run!r}; leave out '..' and a leading '/'"
+            f"a run's name is a folder under {root}. Got {run!r}. "
+            "Fix: leave out '..' and a leading '/'"
         )
     return root / run
 
 
 def artifact_dir(stage: Path) -> Path:
-    """Return the folder of the artifact in a stage's folder, by its name today or before."""
-    before = stage / old_names.ARTIFACT_DIR
-    return before if before.is_dir() else stage / "artifact"
+    """Return the folder of the artifact in a stage's folder, under its old name if it has that."""
+    old = stage / old_names.ARTIFACT_DIR
+    return old if old.is_dir() else stage / "artifact"
 
 
 def is_finished(stage: Path) -> bool:
-    """True if the folder of a stage holds a complete artifact."""
+    """Return True if the folder of a stage holds a complete artifact."""
     return any(
         (artifact_dir(stage) / name).is_file()
         for name in ("artifact.json", old_names.ARTIFACT_FILE)
@@ -62,28 +64,33 @@ def is_finished(stage: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
+    """Lock the run during the block. Raises RunError if another process trains it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                f"run {folder.name!r} is being trained by another process; wait for it or give another --run"
+                f"run {folder.name!r} is being trained by another process. "
+                "Fix: wait for it, or give another --run"
             ) from None
         yield
 
 
 def recipe(home: Path, run: str) -> System:
-    """The recipe of a run, as it is trained now. Raises RunError for a run that does not exist."""
+    """Read the current recipe of a run. Raises RunError for a run that does not exist."""
     folder = path_of(home, run)
     file = folder / "recipe.json"
     if not file.is_file():
-        locks = (home / "runs").rglob("lock")  # an artifact has a recipe, too
+        locks = (home / "runs").rglob("lock")  # recipe.json would also find artifacts
         known = [path.parent.relative_to(home / "runs").as_posix() for path in locks]
         raise RunError(f"there is no run {run!r} under {home / 'runs'}" + suggest(run, known))
     system = from_dict(json.loads(file.read_text()))
     if not isinstance(system, System):
-        raise RunError(f"{file} holds no recipe; the run cannot be shown or resumed")
+        raise RunError(
+            f"{file} does not hold a recipe, so the run cannot be shown or resumed. "
+            f"Got {type(system).__name__}; expected System"
+        )
     return system
 
 
@@ -92,10 +99,10 @@ def same_recipe(
     system: System,
     may_extend: Callable[[System, str], bool] = lambda before, stage: False,
 ) -> tuple[str, ...]:
-    """Take `system` as the recipe of the run; returns the fingerprints of all recipes that it was trained with.
+    """Record `system` as the recipe of the run; returns the fingerprints of all its recipes.
 
-    Options may differ from before, and the steps of a stage where `may_extend(before, stage)` allows it. Raises
-    RunError, with the differences by dotted path, for a recipe that would learn something else.
+    Options may differ from the last recipe, and the steps of a stage if `may_extend(before, stage)`
+    allows it. Raises RunError, with the differences by dotted path, for any other change.
     """
     file, now = folder / "recipe.json", json.loads(json.dumps(to_dict(system)))
     if not file.exists():
@@ -108,8 +115,9 @@ def same_recipe(
         changed = [d for d in changed if not _extends(d, before, may_extend)]
     if changed:
         raise RunError(
-            f"run {folder.name!r} exists with another recipe: {summarize(changed)}; undo the change, or give another "
-            f"--run: with --fork {folder.name} it starts from this run's newest checkpoint"
+            f"run {folder.name!r} exists with another recipe: {summarize(changed)}. Fix: undo the "
+            f"change, or give another --run: with --fork {folder.name} it starts from this run's "
+            "newest checkpoint"
         )
     if raw != now:
         _write(folder, now, differences(raw, now))
@@ -117,12 +125,12 @@ def same_recipe(
 
 
 def changes(before: System, now: System) -> list[str]:
-    """List the differences that make two recipes learn something else, by dotted path."""
+    """List the differences of two recipes that affect the training result, by dotted path."""
     return _differences(before, now)
 
 
 def summarize(changed: list[str]) -> str:
-    """The first differences, and how many more there are."""
+    """Return the first three differences and the number of the others."""
     return "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
 
 
@@ -132,7 +140,7 @@ def _extends(difference: str, before: System, may_extend: Callable[[System, str]
 
 
 def _system(recipe: Any) -> System | None:
-    """A recipe of before; None for one that this version of bridgework cannot read."""
+    """Read an earlier recipe; returns None if this version of bridgework cannot read it."""
     try:
         system = from_dict(recipe)
     except SpecError:
@@ -141,14 +149,14 @@ def _system(recipe: Any) -> System | None:
 
 
 def _differences(before: System, now: System) -> list[str]:
-    """Fields that an older version did not have count with their defaults."""
+    """Compare two systems; fields that an older version did not have count with their defaults."""
     return differences(
         *(json.loads(json.dumps(to_dict(system, options=False))) for system in (before, now))
     )
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """`stages.align.optim.peak_lr was 0.003, is 0.001`, for every leaf in which two recipes differ."""
+    """List `stages.align.optim.peak_lr was 0.003, is 0.001` for every different leaf."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(set(before) | set(now))
         return [
@@ -182,7 +190,7 @@ def _write(folder: Path, recipe: Any, changed: list[str]) -> None:
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
-    """Every recipe of the run, oldest first; a run of an older version has kept one."""
+    """Read every recipe of the run, oldest first; a run of an older version has only one."""
     file, recipe = folder / HISTORY, folder / "recipe.json"
     if file.exists():
         entries: list[dict[str, Any]] = json.loads(file.read_text())
@@ -194,10 +202,12 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def room(home: Path, need: int = 500_000_000) -> None:
+def check_disk_space(home: Path, need: int = 500_000_000) -> None:
+    """Raise ResourceError if the disk of `home` has less than `need` bytes free."""
     free = shutil.disk_usage(home).free
     if free < need:
         raise ResourceError(
-            f"{home} has {free / 1e6:.0f} MB free, a run needs at least {need / 1e6:.0f} MB; "
-            "free some, or set BRIDGEWORK_HOME to a larger disk"
+            f"{home}: not enough disk space. Got {free / 1e6:.0f} MB free; expected at least "
+            f"{need / 1e6:.0f} MB for a run. "
+            "Fix: free some, or set BRIDGEWORK_HOME to a larger disk"
         )

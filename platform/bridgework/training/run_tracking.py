@@ -1,4 +1,4 @@
-"""What the tracker hears of a run: the run of the system, a child for each stage, what went in and what came out."""
+"""Run tracking: a tracker run per system with one child per stage, its inputs and outputs."""
 
 import json
 import os
@@ -20,14 +20,14 @@ from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
 from bridgework.tracking.tracker import MemoryTracker, Point, Status, Tracker
 from bridgework.training import run_dir
-from bridgework.training.skips import FILE
+from bridgework.training.skips import FILE as SKIPS
 
 
 class RunRecord:
-    """One run of a system and its stages, as the tracker sees them.
+    """One run of a system and its stages in the tracker.
 
-    A tracker that does not answer never stops a run: the rest of it goes untracked, and the same command later tells
-    the tracker everything, since finished stages are taken as they are.
+    A tracker that does not answer never stops a run: the rest is untracked. The same command later
+    records everything, because it does not train finished stages again.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class RunRecord:
         say: Callable[[str], object],
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """`tags` go to the run and to every stage's."""
+        """tags: of the run and of the run of every stage."""
         self.tracker: Tracker = tracker or MemoryTracker()
         self._system, self._run, self._say = system, run, say
         self._tags = {
@@ -53,18 +53,21 @@ class RunRecord:
             self._tags["ray_job_id"] = job
         self._id: str | None = None
         self._open: str | None = None
-        with self._asked() as asked:
-            self._id = asked.start(run, parent=parent, tags={**self._tags, "run_key": run})
-            asked.params(self._id, flat(system), resumed=True)
+        with self._try_tracker() as tracked:
+            self._id = tracked.start(run, parent=parent, tags={**self._tags, "run_key": run})
+            tracked.params(self._id, flat(system), resumed=True)
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "recipe.json"
                 file.write_text(json.dumps(to_dict(system), indent=1))
-                asked.file(self._id, file)
+                tracked.file(self._id, file)
 
     def start(
         self, stage: Stage, inputs: Sequence[DatasetInput], parent: Path | None
     ) -> str | None:
-        """The stage's run, open, with its parameters and datasets; None when nobody listens."""
+        """Open the stage's run with its parameters and datasets; returns its id.
+
+        Returns None if the tracker does not answer.
+        """
         digest = artifacts.describe(parent).digest if parent else ""
         tags = {
             **self._tags,
@@ -72,14 +75,14 @@ class RunRecord:
             "run_key": f"{self._run}/{stage.name}",
             "starts_from_digest": digest,
         }
-        with self._asked() as tracker:
+        with self._try_tracker() as tracker:
             self._open = tracker.start(stage.name, parent=self._id, tags=tags)
             tracker.params(self._open, flat(stage), resumed=True)
             tracker.inputs(self._open, inputs)
         return self._open
 
     def done(self, stage: Stage, place: Path) -> StageResult:
-        """The stage's result; its pictures and weights are handed to the tracker."""
+        """Return the stage's result, after its images and weights are logged to the tracker."""
         metrics: dict[str, float] = json.loads((place / "metrics.json").read_text())
         result = StageResult(run_dir.artifact_dir(place), metrics)
         info = artifacts.describe(result.artifact)
@@ -89,13 +92,14 @@ class RunRecord:
             "stage": stage.name,
             "run": self._run,
         }
-        with self._asked() as tracker:
+        with self._try_tracker() as tracker:
             if self._open is not None:
-                for picture in sorted((place / "evals").glob("*.png")):
-                    tracker.file(self._open, picture, "evals")
-                if (place / FILE).exists():
-                    tracker.file(self._open, place / FILE)
-                tracker.points(self._open, _put_aside(place / "quarantine", stage.budget.steps))
+                for image in sorted((place / "evals").glob("*.png")):
+                    tracker.file(self._open, image, "evals")
+                if (place / SKIPS).exists():
+                    tracker.file(self._open, place / SKIPS)
+                quarantined = _count_quarantined(place / "quarantine", stage.budget.steps)
+                tracker.points(self._open, quarantined)
                 model_id = tracker.output(
                     self._open, f"{self._system.name}-{stage.name}", str(result.artifact), tags
                 )
@@ -105,26 +109,23 @@ class RunRecord:
         return result
 
     def finish(self, status: Status) -> None:
-        with self._asked() as tracker:
+        with self._try_tracker() as tracker:
             for run_id in (self._open, self._id):
                 if run_id is not None:
                     tracker.finish(run_id, status)
 
     @contextmanager
-    def _asked(self) -> Iterator[Tracker]:
-        """The tracker, or its twin in memory from the first time that it does not answer."""
+    def _try_tracker(self) -> Iterator[Tracker]:
+        """Yield the tracker; after the first failure, it is one in memory."""
         try:
             yield self.tracker
-        except (
-            TrackingError,
-            OSError,
-        ) as error:  # OSError: a disk that cannot take a record never ends a run
+        except (TrackingError, OSError) as error:  # OSError: a full disk never ends a run
             self.tracker, self._id, self._open = MemoryTracker(), None, None
-            self._say(f"{error}; training goes on untracked: the same command later records it")
+            self._say(f"{error}; training continues untracked: the same command later records it")
 
 
-def _put_aside(table: Path, step: int) -> list[Point]:
-    """How many rows the stage put aside, in all and for each reason."""
+def _count_quarantined(table: Path, step: int) -> list[Point]:
+    """Count the rows that the stage quarantined, in total and by reason."""
     reasons = Counter(
         {(r.dataset, r.row): r.reason for r in quarantine.records(str(table))}.values()
     )
@@ -137,19 +138,11 @@ def _put_aside(table: Path, step: int) -> list[Point]:
 
 
 def _commit() -> str:
-    """The git commit of the code, `-dirty` with changes; empty outside a repository."""
+    """Return the git commit of the code, `-dirty` with changes; empty outside a repository."""
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        words = [
-            "git",
-            "-C",
-            str(Path(__file__).parent),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=12",
-        ]
-        return subprocess.run(
-            words, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

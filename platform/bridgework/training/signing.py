@@ -1,7 +1,8 @@
-"""The key of a home, which signs the manifests of its checkpoints (HMAC-SHA256, RFC 2104).
+"""Signatures of checkpoint manifests with the key of a home (HMAC-SHA256, RFC 2104).
 
-A checkpoint is a program: DeepSpeed unpickles it. Hashes in a manifest show damage; only a signature
-shows that this home wrote the manifest. The key is made on first use, readable by its owner alone.
+Loading a checkpoint runs code, because DeepSpeed unpickles it. Hashes in a manifest detect damage;
+only a signature proves that this home wrote the manifest. The key is created on first use and is
+readable by its owner alone.
 """
 
 import hashlib
@@ -22,32 +23,32 @@ OWNER_ONLY = 0o600
 
 
 def key(home: Path, adopt: Callable[[bytes], object] | None = None) -> bytes:
-    """The key of `home`, made now if there is none yet; then `adopt` first signs what is there.
+    """Read the key of `home`, or create it after `adopt` has signed the existing checkpoints.
 
     Raises RunError for a key file that cannot be read or is not a key.
     """
     file = home / FILE
     if not file.exists():
         home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / f".{FILE}.lock", mode=OWNER_ONLY):  # of several workers, one makes it
+        with FileLock(home / f".{FILE}.lock", mode=OWNER_ONLY):  # one of several workers creates it
             if not file.exists():
-                fresh = secrets.token_hex(32)
+                new = secrets.token_hex(32)
                 if adopt is not None:
-                    adopt(bytes.fromhex(fresh))
-                storage.write_atomic(file, fresh + "\n", mode=OWNER_ONLY)
+                    adopt(bytes.fromhex(new))
+                storage.write_atomic(file, new + "\n", mode=OWNER_ONLY)
     try:
-        found = bytes.fromhex(file.read_text().strip())
-        if len(found) < 16:
+        stored = bytes.fromhex(file.read_text().strip())
+        if len(stored) < 16:
             raise ValueError("too short")
         if file.stat().st_mode & 0o077:
             file.chmod(OWNER_ONLY)
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{file}: the key that signs checkpoints cannot be read. Got {error}; expected 64 hex digits in a file of "
-            "its owner. Fix: restore it from a backup; or remove it, and the next run makes a new one, for which "
-            "older checkpoints need --trust-checkpoints"
+            f"{file}: the key that signs checkpoints cannot be read. Got {error}; expected 64 hex "
+            "digits in a file of its owner. Fix: restore it from a backup; or remove it, so that "
+            "the next run creates a new one and older checkpoints need --trust-checkpoints"
         ) from None
-    return found
+    return stored
 
 
 def name(key: bytes) -> str:
@@ -56,10 +57,10 @@ def name(key: bytes) -> str:
 
 
 def sign(key: bytes, body: Mapping[str, Any]) -> str:
-    """64 hex digits: the HMAC of a JSON body in canonical form."""
+    """Return the HMAC of a JSON body in canonical form, as 64 hex digits."""
     return hmac.new(key, json.dumps(body, sort_keys=True).encode(), hashlib.sha256).hexdigest()
 
 
-def signed(key: bytes, body: Mapping[str, Any], signature: str) -> bool:
-    """Verify the signature of `body`, in a time that does not depend on where they differ."""
+def verify(key: bytes, body: Mapping[str, Any], signature: str) -> bool:
+    """Return True if `signature` is that of `body`; the comparison takes constant time."""
     return hmac.compare_digest(sign(key, body), signature)

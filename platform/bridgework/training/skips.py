@@ -1,7 +1,7 @@
-"""Samples and steps that a run leaves out, on record: the plan stays, what is named gives way.
+"""User-requested skips of samples and steps, recorded in skips.json; the plan is unchanged.
 
-A skipped sample is replaced by the next of its source, a skipped step is passed without an update. Both hold from the
-checkpoint on that the run goes on from, so what was trained before stays what it was.
+A skipped sample is replaced by the next sample of the same source. A skipped step does no optimizer
+update. Both start at the checkpoint from which the run resumes, so earlier steps stay reproducible.
 """
 
 import json
@@ -21,62 +21,64 @@ FILE = "skips.json"
 
 @dataclass(frozen=True)
 class Skip:
-    """One order: keys of samples, and steps, which give way from step `since` on."""
+    """One request: keys of samples, and steps, that are skipped from step `since` on."""
 
     keys: tuple[str, ...]
     steps: tuple[int, ...]
     since: int
-    asked: str  # when, ISO 8601, UTC
+    asked: str  # time of the request, ISO 8601, UTC
 
     @classmethod
-    def of(cls, words: Sequence[str], since: int, steps: int) -> Self:
-        """`step:120` and `step:120-125` are steps, all else are keys, of one source as SOURCE/KEY.
+    def of(cls, args: Sequence[str], since: int, steps: int) -> Self:
+        """Parse arguments: `step:120` and `step:120-125` are steps, all others are keys.
 
-        Raises SpecError for a step that is none, or none of a stage of so many `steps`.
+        SOURCE/KEY is a key of one source. Raises SpecError for an invalid step, or one that a stage
+        of `steps` steps does not have.
         """
-        ranges = [_range(word) for word in words if word.startswith("step:")]
-        for ahead in ranges:
-            if ahead[-1] >= steps:
-                raise _idle(ahead[-1], since, steps)
-        keys = [word for word in words if not word.startswith("step:")]
+        ranges = [_range(arg) for arg in args if arg.startswith("step:")]
+        for skipped in ranges:
+            if skipped[-1] >= steps:
+                raise _no_effect(skipped[-1], since, steps)
+        keys = [arg for arg in args if not arg.startswith("step:")]
         return cls(
             tuple(keys),
-            tuple(step for ahead in ranges for step in ahead),
+            tuple(step for skipped in ranges for step in skipped),
             since,
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
 
     def check(self, steps: int, datasets: Mapping[str, Dataset]) -> None:
-        """Raises SpecError for what would change nothing: a step that is not ahead, a key that no source has."""
-        behind = [step for step in self.steps if step < self.since]
-        if behind:
-            raise _idle(behind[0], self.since, steps)
+        """Raise SpecError for a past step or an unknown key, because they would have no effect."""
+        past = [step for step in self.steps if step < self.since]
+        if past:
+            raise _no_effect(past[0], self.since, steps)
         unknown = sorted(_unknown(self.keys, datasets))
         if unknown:
             raise SpecError(
-                f"--skip {unknown[0]!r}: no source has a row of this key ({', '.join(datasets)}); "
-                "`bridgework data preview --run RUN/STAGE --step N` shows keys; a step is written step:N"
+                f"--skip {unknown[0]!r}: no source has a row with this key "
+                f"({', '.join(datasets)}). Fix: look up keys by "
+                "`bridgework data preview --run RUN/STAGE --step N`; a step is written step:N"
             )
 
 
-def _idle(step: int, since: int, steps: int) -> SpecError:
+def _no_effect(step: int, since: int, steps: int) -> SpecError:
     return SpecError(
-        f"--skip step:{step} changes nothing: the stage goes on from step {since}, "
-        f"and its last is {steps - 1}; leave out steps between these"
+        f"--skip step:{step} has no effect. Got {step}; expected {since} to {steps - 1}, "
+        "from the step at which the stage resumes to its last step"
     )
 
 
 def _unknown(keys: Sequence[str], datasets: Mapping[str, Dataset]) -> set[str]:
     left = set(keys)
     for name, dataset in datasets.items():
-        for there in dataset.keys() if left else ():
-            left -= left.intersection(there) | left.intersection(f"{name}/{key}" for key in there)
+        for known in dataset.keys() if left else ():
+            left -= left.intersection(known) | left.intersection(f"{name}/{key}" for key in known)
     return left
 
 
 @dataclass(frozen=True)
 class Skips:
-    """All orders of a stage."""
+    """All skip requests of a stage."""
 
     orders: tuple[Skip, ...] = ()
 
@@ -91,7 +93,7 @@ class Skips:
         )
 
     def new(self, order: Skip) -> Skip:
-        """What of an order is not on record yet."""
+        """Return the part of a request that is not recorded yet."""
         known = {key for key, _ in self.keys}
         keys = tuple(key for key in order.keys if key not in known)
         return replace(
@@ -99,15 +101,15 @@ class Skips:
         )
 
     def add(self, folder: Path, order: Skip) -> "Skips":
-        """With one more, which is on record from now on."""
-        both = Skips((*self.orders, order))
+        """Record one more request and return all of them."""
+        skips = Skips((*self.orders, order))
         folder.mkdir(parents=True, exist_ok=True)
-        storage.write_atomic(folder / FILE, json.dumps([asdict(o) for o in both.orders], indent=1))
-        return both
+        storage.write_atomic(folder / FILE, json.dumps([asdict(o) for o in skips.orders], indent=1))
+        return skips
 
     @property
     def keys(self) -> tuple[tuple[str, int], ...]:
-        """(key, the first step at which it gives way), for the feed."""
+        """(key, first step at which it is skipped) pairs, for the reader."""
         first: dict[str, int] = {}
         for order in self.orders:
             for key in order.keys:
@@ -119,11 +121,12 @@ class Skips:
         return frozenset(step for order in self.orders for step in order.steps)
 
 
-def _range(word: str) -> range:
-    first, dash, last = word.removeprefix("step:").partition("-")
+def _range(arg: str) -> range:
+    first, dash, last = arg.removeprefix("step:").partition("-")
     ends = [first, last] if dash else [first]
     if not all(re.fullmatch("[0-9]{1,15}", end) for end in ends) or int(ends[-1]) < int(first):
         raise SpecError(
-            f"--skip {word!r} names no steps; write step:120 or step:120-125, or the key of a sample"
+            f"--skip: invalid steps. Got {arg!r}; "
+            "expected step:120 or step:120-125, or the key of a sample"
         )
     return range(int(first), int(ends[-1]) + 1)

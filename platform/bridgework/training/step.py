@@ -1,12 +1,13 @@
-"""Model and losses as one module: the only thing that training differs in from system to system.
+"""Training module: model and losses in one, the only part of training that depends on the system.
 
-A loss says what each sample adds to a sum and to what the sum is divided by. The counts of all micro-batches and all
-ranks are added up before the first backward, so the loss of an optimizer step is the mean over its whole global batch:
-the same number on 1 worker or 8, in one micro-batch or ten. Sums are kept by source of the mixture: each may have a
-mean and a weight of its own (Flamingo's lambda; Alayrac et al. 2022, arXiv:2204.14198, 2.4).
+A loss returns per-sample summands and per-sample contributions to the divisor. The counts of all
+micro-batches and all ranks are summed before the first backward. The loss of an optimizer step is
+therefore the mean over its complete global batch: the same number on 1 worker or 8, in one
+micro-batch or ten. Sums are per source of the mixture, because each source may have its own mean
+and weight (Flamingo's lambda; Alayrac et al. 2022, arXiv:2204.14198, 2.4).
 """
 
-# R samples of a micro-batch, or of a share  L losses  S sources of the mixture
+# R samples of a micro-batch, or of a worker's share  L losses  S sources of the mixture
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,15 +23,15 @@ from bridgework.system import LossSpec, Stage
 
 
 class GradCacheBatch(NamedTuple):
-    """What a micro-batch is compared with: a worker's whole share without gradient, and its own place in it."""
+    """Cached outputs of all micro-batches of a worker, without gradient, and the current index."""
 
-    shares: Sequence[dict[str, Tensor]]  # of each micro-batch: name of the output -> (r, ...)
-    samples: Sequence[int]  # of each micro-batch; 0 of an idle one
-    own: int
+    shares: Sequence[dict[str, Tensor]]  # per micro-batch: name of the output -> (r, ...)
+    samples: Sequence[int]  # per micro-batch; 0 for an idle one
+    own: int  # index of the current micro-batch
 
 
 class TrainingModule(nn.Module):
-    """Runs the wiring once and every loss on what it gave."""
+    """Runs the wiring once and every loss on its outputs."""
 
     def __init__(self, model: VLMModule, losses: Sequence[LossSpec]) -> None:
         super().__init__()
@@ -42,47 +43,48 @@ class TrainingModule(nn.Module):
             name: value for loss in losses for name, value in getattr(loss, "options", {}).items()
         }
 
-    def forward(self, batch: Batch, beside: GradCacheBatch | None = None) -> Tensor:
-        """What every sample of the batch adds to the sum of every loss: sums_LR, float32.
+    def forward(self, batch: Batch, cache: GradCacheBatch | None = None) -> Tensor:
+        """Return sums_LR, float32: each sample's summand of every loss.
 
-        With `beside`, the samples are those of the worker's share, and a loss that compares samples sees all of them,
-        of which this micro-batch alone has a gradient. Added up over the micro-batches, sums and gradients are those of
-        the share at once (GradCache, Gao et al. 2021, arXiv:2101.06983).
+        With `cache`, R is the number of samples of the worker's complete share. Losses that compare
+        samples then see the outputs of all of them, of which only this micro-batch's carry
+        gradients. Summed over the micro-batches, sums and gradients equal those of one pass over
+        the share (GradCache, Gao et al. 2021, arXiv:2101.06983).
         """
         outputs = self.model(**batch.inputs(), **self.options, requested=self.requested)
-        return torch.stack([self._sums(loss, outputs, batch, beside) for loss in self.losses])
+        return torch.stack([self._sums(loss, outputs, batch, cache) for loss in self.losses])
 
     def _sums(
-        self, loss: LossSpec, outputs: Any, batch: Batch, beside: GradCacheBatch | None
+        self, loss: LossSpec, outputs: Any, batch: Batch, cache: GradCacheBatch | None
     ) -> Tensor:
-        if beside is None or not loss.cached_outputs:
+        if cache is None or not loss.cached_outputs:
             own_r: Tensor = loss(outputs) * (not batch.idle)
-            if beside is None:
+            if cache is None:
                 return own_r
-            before, after = sum(beside.samples[: beside.own]), sum(beside.samples[beside.own + 1 :])
+            before, after = sum(cache.samples[: cache.own]), sum(cache.samples[cache.own + 1 :])
             if batch.idle:
-                return (
-                    own_r.new_zeros(before + after) + own_r.sum()
-                )  # a zero, but the graph of the other ranks
+                # zeros, but with the same graph as on the other ranks
+                return own_r.new_zeros(before + after) + own_r.sum()
             return torch.cat([own_r.new_zeros(before), own_r, own_r.new_zeros(after)])
-        parts = {name: [share[name] for share in beside.shares] for name in _compared(loss, batch)}
+        parts = {name: [share[name] for share in cache.shares] for name in _compared(loss, batch)}
         for name, shares in parts.items():
-            shares[beside.own] = self._real(getattr(outputs, name), batch)
-        whole_R: Tensor = loss(
+            shares[cache.own] = self._real(getattr(outputs, name), batch)
+        sums_R: Tensor = loss(
             replace(outputs, **{name: torch.cat(shares) for name, shares in parts.items()})
         )
-        # every micro-batch sees the sums of the share, and each gives their gradient through its own outputs
-        return whole_R - whole_R.detach() * (1 - 1 / len(beside.shares))
+        # Every micro-batch computes the sums of the complete share. Each one adds its fraction of
+        # the value, and the full gradient through its own outputs.
+        return sums_R - sums_R.detach() * (1 - 1 / len(cache.shares))
 
     @torch.no_grad()
     def share(self, batch: Batch) -> dict[str, Tensor]:
-        """What a micro-batch gives to the comparison of all."""
+        """Return the outputs of a micro-batch that losses compare with those of the others."""
         outputs = self.model(**batch.inputs(), **self.options, requested=self.requested)
         names = {name for loss in self.losses for name in _compared(loss, batch)}
         return {name: self._real(getattr(outputs, name), batch).detach() for name in names}
 
     def counts(self, batches: Sequence[Batch]) -> Tensor:
-        """What every sample adds to the divisors of the losses: counts_LR, float32."""
+        """Return counts_LR, float32: each sample's contribution to the divisor of every loss."""
         labels = [batch.labels_by_sample() for batch in batches]
         return torch.stack(
             [
@@ -93,12 +95,15 @@ class TrainingModule(nn.Module):
 
     @staticmethod
     def _real(rows: Tensor, batch: Batch) -> Tensor:
-        """Of an idle batch none, but with the graph that the other ranks' have."""
+        """Return the rows, or none of an idle batch but with the same graph as on other ranks."""
         return rows[:0] if batch.idle else rows
 
 
 def _compared(loss: LossSpec, batch: Batch) -> set[str]:
-    """The outputs of a worker's share that a loss compares in two passes; which rows show one image is one of them."""
+    """Return the names of the outputs that a loss compares in two passes.
+
+    They include the image identity of the rows if the loss reads it.
+    """
     known = batch.identity_B is not None and getattr(loss, "by_image", False)
     return (
         {*loss.cached_outputs, "identity_B"}
@@ -108,7 +113,7 @@ def _compared(loss: LossSpec, batch: Batch) -> set[str]:
 
 
 def by_source(values_LR: Tensor, sources_R: Tensor, sources: int) -> Tensor:
-    """(L, S) float32: the values of the samples added up by the source that each came from."""
+    """Return (L, S) float32: the samples' values, summed by source."""
     values_LR = values_LR.float()
     return values_LR.new_zeros(len(values_LR), sources).index_add(
         1, sources_R.to(values_LR.device), values_LR
@@ -116,24 +121,25 @@ def by_source(values_LR: Tensor, sources_R: Tensor, sources: int) -> Tensor:
 
 
 def check(stage: Stage, micro_batches: int) -> None:
-    """Raises SpecError for a stage that would end in its first step.
+    """Raise SpecError for a stage that would fail in its first step.
 
-    That is so where a loss compares all samples of a batch with each other but sees them in pieces, and where ZeRO 3
-    would split parameters that the wiring needs complete.
+    It would if a loss compares all samples of a batch but sees them in several micro-batches, or if
+    ZeRO 3 would shard parameters that the wiring needs complete.
     """
     if stage.zero.stage == 3:
         why = stage.model.unshardable(frozenset(loss.requires for loss in stage.losses))
         if why is not None:
             raise SpecError(
-                f"stages.{stage.name}.zero.stage: ZeRO 3 splits every parameter over the workers, and {why}. "
-                f"Got 3; expected 0, 1 or 2. Fix: set stages.{stage.name}.zero.stage=2"
+                f"stages.{stage.name}.zero.stage: ZeRO 3 shards every parameter over the workers, "
+                f"and {why}. Got 3; expected 0, 1 or 2. Fix: set stages.{stage.name}.zero.stage=2"
             )
-    whole = [
+    comparing = [
         type(loss).__name__ for loss in stage.losses if loss.whole_batch and not loss.cached_outputs
     ]
-    if whole and micro_batches > 1:
+    if comparing and micro_batches > 1:
         raise SpecError(
-            f"{stage.name}: {whole[0]} compares the samples of a batch with each other and must see a worker's share "
-            f"of the {stage.budget.batch} at once, not {micro_batches} micro-batches; set "
-            f"stages.{stage.name}.budget.micro={stage.budget.batch}"
+            f"{stage.name}: {comparing[0]} compares the samples of a batch with each other and "
+            f"must see a worker's share of the {stage.budget.batch} at once. Got {micro_batches} "
+            "micro-batches; expected 1. "
+            f"Fix: set stages.{stage.name}.budget.micro={stage.budget.batch}"
         )

@@ -1,8 +1,7 @@
-"""Requests to stop a run: a signal to a process of it, or a file in the stage's folder.
+"""Requests to stop a run: a signal to one of its processes, or a file in the stage's folder.
 
-The loop looks after every step, all workers agree on the step after which they stop, and a
-checkpoint is saved there. Workers under Ray Train get no signal of their own: the driver writes the
-file for them.
+The loop checks after every step. All workers agree on the step after which they stop, and a
+checkpoint is saved there. Workers under Ray Train receive no signal, so the driver writes the file.
 """
 
 import signal
@@ -18,7 +17,7 @@ from bridgework.errors import Interrupted
 
 FILE = "stop"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LOOK_S = 0.5  # how often the file is looked for: it may be on a shared disk
+POLL_S = 0.5  # interval between checks for the file: it may be on a shared disk
 
 
 class Stop:
@@ -27,28 +26,25 @@ class Stop:
     def __init__(self, folder: Path) -> None:
         self._file = folder / FILE
         self._asked = ""
-        self._looked = 0.0
+        self._checked = 0.0  # on the monotonic clock
 
     def ask(self, reason: str) -> None:
-        """Ask this process to stop, and through the file all others."""
+        """Ask this process to stop, and by the file all others."""
         self._asked = reason
-        try:
+        # With a full disk, the other processes learn of it in this process's next step.
+        with suppress(OSError):
             self._file.write_text(reason)
-        except (
-            OSError
-        ):  # the disk is full: this process knows, and the others learn it in its next step
-            return
 
     def clear(self) -> None:
-        """Take the request of the file back."""
+        """Remove the file."""
         with suppress(OSError):
             self._file.unlink(missing_ok=True)
 
     @property
     def asked(self) -> str:
-        """The reason, such as SIGTERM; empty as long as there is none."""
-        if not self._asked and time.monotonic() - self._looked > LOOK_S:
-            self._looked = time.monotonic()
+        """The reason of the request, e.g. SIGTERM; empty without one."""
+        if not self._asked and time.monotonic() - self._checked > POLL_S:
+            self._checked = time.monotonic()
             try:
                 self._asked = self._file.read_text() or "a request"
             except OSError:
@@ -58,9 +54,9 @@ class Stop:
 
 @contextmanager
 def listening(folder: Path, say: Callable[[str], Any]) -> Iterator[Stop]:
-    """Inside, the first SIGTERM or Ctrl-C asks to stop; the second ends this process as it would have at once.
+    """Handle the first SIGTERM or Ctrl-C in the block as a request to stop; the second one kills.
 
-    Handlers can be set in the main thread alone; elsewhere the file is what is looked at.
+    Handlers can be set only in the main thread. In other threads only the file is checked.
     """
     stop, stage = Stop(folder), folder.name
     if threading.current_thread() is not threading.main_thread():
@@ -73,10 +69,11 @@ def listening(folder: Path, say: Callable[[str], Any]) -> Iterator[Stop]:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         stop.ask(name)
         say(
-            f"{stage}: {name}: a checkpoint is saved after this step, then the run stops; a second one stops it at once"
+            f"{stage}: {name}: a checkpoint is saved after this step, then the run stops; "
+            "a second one stops it at once"
         )
 
-    stop.clear()  # what asked an attempt before
+    stop.clear()  # the request to an earlier attempt
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield stop
@@ -87,8 +84,8 @@ def listening(folder: Path, say: Callable[[str], Any]) -> Iterator[Stop]:
 
 
 def interrupted(stage: str, reason: str, step: int | None) -> Interrupted:
-    """The error of a run that was asked to stop; `step` is that of the checkpoint, None without one."""
-    kept = "no step was taken yet" if step is None else f"a checkpoint of step {step} is saved"
+    """Return the error of a stopped run; step: that of the checkpoint, None without one."""
+    saved = "no step was taken yet" if step is None else f"a checkpoint of step {step} is saved"
     return Interrupted(
-        f"{stage}: stopped by {reason or 'a request'}; {kept}. The same command resumes"
+        f"{stage}: stopped by {reason or 'a request'}; {saved}. The same command resumes"
     )

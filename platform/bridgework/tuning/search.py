@@ -1,7 +1,8 @@
-"""A sweep: Optuna proposes, ASHA stops what lags, and every trial is trained by the same function as everything else.
+"""Sweeps: Optuna proposes trials, ASHA stops weak ones, and the driver's `train` trains each one.
 
-A trial is stages of a system with overrides, a folder under the sweep's run, and a child run in the tracker. The
-tracker is spoken to by the driver alone: several processes that open a fresh sqlite store at once corrupt it.
+A trial is stages of a system with overrides, a folder under the sweep's run, and a child run in the
+tracker. Only the sweep's own process calls the tracker, because several processes that open a new
+sqlite store at the same time corrupt it.
 """
 
 import json
@@ -33,25 +34,25 @@ from bridgework.training.driver import train
 from bridgework.training.ray_train import RunOptions
 from bridgework.tuning.space import Space, bounds, described
 
-# Both announce what the table of the sweep says better.
+# Both print progress that is clearer in the sweep's own table.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One trial of a sweep as its table shows it."""
+    """One trial of a sweep: a row of its table."""
 
     trial: str
     changes: Mapping[str, Any]
-    score: float | None  # None: it gave none
+    score: float | None  # None: the trial reported none
     status: str  # finished | stopped | failed
     seconds: float
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A sweep's rows, best first; the winner's command, weights and registered version."""
+    """Result of a sweep: rows, best first; the best trial's command, weights and version."""
 
     rows: tuple[TrialRow, ...]
     command: str
@@ -70,17 +71,18 @@ def sweep(
     tracker: Tracker | None = None,
     console: Console | None = None,
 ) -> Outcome:
-    """Run `space` with `changes` laid over every trial, and register the best trial's last stage.
+    """Run `space` with `changes` in every trial, and register the best trial's last stage.
 
-    The new version becomes `challenger` if it is better than the one that holds the alias. The same sweep again is not
-    run again. Raises SpecError for a path, a stage or a metric that does not exist, RunError when no trial finished
-    with a score or `run` holds another sweep; the runs of the tracker then end FAILED, or KILLED after Ctrl-C.
+    The new version becomes `challenger` if it is better than the holder of the alias. A complete
+    sweep is not run again. Raises SpecError for a path, a stage or a metric that does not exist,
+    and RunError if no trial finished with a score or `run` holds another sweep. The runs in the
+    tracker then end FAILED, or KILLED after Ctrl-C.
     """
     console = console or Console(stderr=True)
     fixed = {**space.fixed, **(changes or {})}
     base = override(load(space.system), fixed)
     _check(space, base)
-    rows = _kept(home / "runs" / run, space, base)
+    rows = _load_rows(home / "runs" / run, space, base)
     parent = (
         tracker.start(run, tags={"run_key": run, "system": base.name, "sweep": space.name})
         if tracker
@@ -92,7 +94,7 @@ def sweep(
             rows = _scored(
                 _search(space, base, home, run, recorder), space, run, home / "runs" / run
             )
-            _keep(home / "runs" / run, space, base, rows)
+            _save_rows(home / "runs" / run, space, base, rows)
         return _registered(space, base, fixed, rows, home, run, tracker, parent, console)
 
 
@@ -107,14 +109,14 @@ def _registered(
     parent: str | None,
     console: Console,
 ) -> Outcome:
-    """The outcome, with the best trial's last stage registered where a tracker answers."""
+    """Return the outcome, and register the best trial's last stage if a tracker answers."""
     best = rows[0]
-    # All its stages are finished: this only reports to the tracker what they read and made.
+    # All its stages are finished, so this only logs their inputs and outputs to the tracker.
     winner = train(
         override(base, best.changes),
         home=home,
         run=f"{run}/{best.trial}",
-        how=RunOptions(workers=0),
+        options=RunOptions(workers=0),
         stages=space.stages,
         tracker=tracker,
         parent_run=parent,
@@ -160,7 +162,7 @@ def _search(space: Space, base: System, home: Path, run: str, recorder: "_Record
 
 
 def _identity(space: Space, base: System) -> dict[str, Any]:
-    """All that decides which trials a sweep runs and which of them wins; JSON-ready."""
+    """Return all settings that determine the trials and the best one; JSON-ready."""
     return {
         "recipe": base.fingerprint(),
         "stages": list(space.stages),
@@ -170,21 +172,22 @@ def _identity(space: Space, base: System) -> dict[str, Any]:
     }
 
 
-def _kept(folder: Path, space: Space, base: System) -> list[TrialRow] | None:
-    """The rows of this sweep, if it was run before."""
+def _load_rows(folder: Path, space: Space, base: System) -> list[TrialRow] | None:
+    """Return the rows of this sweep if it was run before, else None."""
     file = folder / "sweep.json"
     if not file.exists():
         return None
-    kept = json.loads(file.read_text())
+    stored = json.loads(file.read_text())
     identity = _identity(space, base)
-    if differs := [name for name in identity if kept["identity"].get(name) != identity[name]]:
+    if differs := [name for name in identity if stored["identity"].get(name) != identity[name]]:
         raise RunError(
-            f"{folder} holds another sweep: its {', '.join(differs)} differ. Fix: give another --run"
+            f"{folder} holds another sweep: its {', '.join(differs)} differ. "
+            "Fix: give another --run"
         )
-    return [TrialRow(**row) for row in kept["rows"]]
+    return [TrialRow(**row) for row in stored["rows"]]
 
 
-def _keep(folder: Path, space: Space, base: System, rows: list[TrialRow]) -> None:
+def _save_rows(folder: Path, space: Space, base: System, rows: list[TrialRow]) -> None:
     temporary = folder / "sweep.json.tmp"
     temporary.write_text(
         json.dumps({"identity": _identity(space, base), "rows": [vars(r) for r in rows]}, indent=1)
@@ -203,54 +206,52 @@ def _check(space: Space, base: System) -> None:
     decisive = [name for name, way in ways.items() if way is not None]
     if space.metric.name not in decisive:
         baseline = (
-            "is a baseline, which decides nothing"
+            "is a baseline, which cannot rank trials,"
             if space.metric.name in ways
-            else "is given by no evaluation"
+            else "is not a metric of any evaluation"
         )
         raise SpecError(
             f"sweep {space.name}: METRIC {space.metric.name!r} {baseline} of stage {last.name}"
             + (
                 suggest(space.metric.name, decisive)
-                or "; the stage has no evaluations: add some to its recipe's evals"
+                or ". Fix: add evaluations to the stage's evals in the recipe"
             )
         )
     if space.metric.mode != {"higher": "max", "lower": "min"}[str(ways[space.metric.name])]:
         raise SpecError(
-            f"sweep {space.name}: METRIC has mode {space.metric.mode!r}, and {ways[space.metric.name]} "
-            f"{space.metric.name} is better. Fix: take the other mode"
+            f"sweep {space.name}: METRIC has mode {space.metric.mode!r}, and "
+            f"{ways[space.metric.name]} {space.metric.name} is better. Fix: take the other mode"
         )
 
 
 def _trial(
     config: dict[str, Any], *, space: Space, base: System, home: Path, run: str, cwd: str
 ) -> None:
-    """Runs in a Tune actor: the stages of one trial, in that process."""
+    """Train the stages of one trial, in the process of a Tune actor."""
     import torch
 
-    os.chdir(
-        cwd
-    )  # Tune starts in a folder of its own; paths in a recipe begin where the command ran
+    # Tune starts in another folder, but a recipe's paths are relative to that of the command.
+    os.chdir(cwd)
     torch.set_num_threads(max(1, round(space.budget.cpus)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name = tune.get_context().get_trial_id()
     system = override(base, config)
     *first, last = space.stages
-    every = math.ceil(
-        system[last].budget.steps / space.budget.judgments
-    )  # a report more, and ASHA ends the trial
-    judge = space.metric.name.split(".")[0]
-    for stages, how in (
+    # Rounded up, because ASHA ends a trial after `judgments` reports.
+    every = math.ceil(system[last].budget.steps / space.budget.judgments)
+    evaluation = space.metric.name.split(".")[0]
+    for stages, options in (
         (first, RunOptions(workers=0)),
         (
             [last],
-            RunOptions(workers=0, evaluate_every=every, midway=judge, report=_reporter(space)),
+            RunOptions(workers=0, evaluate_every=every, midway=evaluation, report=_reporter(space)),
         ),
     ):
         train(
             system,
             home=home,
             run=f"{run}/{name}",
-            how=how,
+            options=options,
             stages=stages,
             console=Console(quiet=True),
         )
@@ -265,24 +266,19 @@ def _reporter(space: Space) -> Any:
 
 
 class _Recorder(Callback):
-    """Tells the tracker, in the driver, of every trial as it goes: a trial that ASHA stops says nothing itself."""
+    """Logs trials to the tracker from the sweep's own process, since ASHA stops some silently."""
 
     def __init__(
         self, space: Space, run: str, tracker: Tracker | None, parent: str | None, console: Console
     ) -> None:
-        self._run, self._space, self._tracker, self._parent, self._console = (
-            run,
-            space,
-            tracker,
-            parent,
-            console,
-        )
+        self._run, self._space = run, space
+        self._tracker, self._parent, self._console = tracker, parent, console
         self.runs: dict[str, str] = {}
         self._running: set[str] = set()
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """Finish the sweep's run after the block, and trials that are still open: FAILED or KILLED if it raised."""
+        """Finish the sweep's run and open trials after the block: FAILED or KILLED if it raised."""
         try:
             yield
         except BaseException as error:
@@ -292,18 +288,18 @@ class _Recorder(Callback):
 
     def _close(self, status: Status) -> None:
         for run_id in (*sorted(self._running), *filter(None, [self._parent])):
-            self._tell(partial(_finish, run_id, status))
+            self._call_tracker(partial(_finish, run_id, status))
         self._running.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles a Tuner to restore it, which is never done, and a console has a lock."""
+        """Return no state, because a console cannot be pickled and Tune's restore is not used."""
         return {}
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         if trial.trial_id not in self.runs:
-            self._tell(lambda tracker: self._open(tracker, trial))
+            self._call_tracker(lambda tracker: self._open(tracker, trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -321,7 +317,7 @@ class _Recorder(Callback):
             for k, v in result.items()
             if isinstance(v, float) and "/" not in k
         ]
-        self._tell(lambda tracker: tracker.points(self.runs[trial.trial_id], points))
+        self._call_tracker(lambda tracker: tracker.points(self.runs[trial.trial_id], points))
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -335,7 +331,7 @@ class _Recorder(Callback):
 
     def _finish_trial(self, trial: Trial, status: Status) -> None:
         self._running.discard(self.runs[trial.trial_id])
-        self._tell(partial(_finish, self.runs[trial.trial_id], status))
+        self._call_tracker(partial(_finish, self.runs[trial.trial_id], status))
 
     def _open(self, tracker: Tracker, trial: Trial) -> None:
         name = f"{self._run}/{trial.trial_id}"
@@ -344,15 +340,15 @@ class _Recorder(Callback):
         self._running.add(self.runs[trial.trial_id])
         tracker.params(self.runs[trial.trial_id], trial.config)
 
-    def _tell(self, say: Callable[[Tracker], object]) -> None:
-        """Nobody, from the first time that the tracker does not answer: it never stops a sweep."""
+    def _call_tracker(self, call: Callable[[Tracker], object]) -> None:
+        """Call the tracker; after its first failure the sweep continues without it."""
         if self._tracker is None:
             return
         try:
-            say(self._tracker)
+            call(self._tracker)
         except TrackingError as error:
             self._tracker = None
-            self._console.print(f"{error}; the sweep goes on, and its trials are not tracked")
+            self._console.print(f"{error}; the sweep continues, and its trials are not tracked")
 
 
 def _finish(run_id: str, status: Status, tracker: Tracker) -> None:
@@ -360,12 +356,15 @@ def _finish(run_id: str, status: Status, tracker: Tracker) -> None:
 
 
 def _scored(results: ResultGrid, space: Space, run: str, folder: Path) -> list[TrialRow]:
-    """The rows of all trials, the best first. Raises RunError where no trial finished with a score."""
+    """Return the rows of all trials, best first.
+
+    Raises RunError if no trial finished with a score.
+    """
     rows = _rows(results, space, folder)
     if not _may_win(rows[0]):
         raise RunError(
-            f"sweep {run}: none of {len(rows)} trials finished with a {space.metric.name}; "
-            f"the reasons are in {folder / 'tune'}"
+            f"sweep {run}: none of {len(rows)} trials finished with a {space.metric.name}. "
+            f"Fix: see the reasons in {folder / 'tune'}"
         )
     return rows
 
@@ -379,8 +378,8 @@ def _rows(results: ResultGrid, space: Space, folder: Path) -> list[TrialRow]:
     for result in (results[i] for i in range(len(results))):
         metrics = result.metrics or {}
         trial = str(metrics.get("trial_id", "?"))
-        whole = run_dir.is_finished(folder / trial / space.stages[-1])
-        status = "failed" if result.error else "finished" if whole else "stopped"
+        complete = run_dir.is_finished(folder / trial / space.stages[-1])
+        status = "failed" if result.error else "finished" if complete else "stopped"
         score = metrics.get(space.metric.name)
         score = score if score is not None and math.isfinite(score) else None
         rows.append(
@@ -396,7 +395,7 @@ def _rows(results: ResultGrid, space: Space, folder: Path) -> list[TrialRow]:
 
 
 def best_first(rows: Sequence[TrialRow], space: Space) -> list[TrialRow]:
-    """Finished trials with a score first, the best of them at the top."""
+    """Sort trials: first those that finished with a score, from best to worst."""
     return sorted(rows, key=lambda row: (not _may_win(row), *_order(row, space)))
 
 
@@ -406,18 +405,18 @@ def _order(row: TrialRow, space: Space) -> tuple[bool, float]:
 
 
 def _command(space: Space, fixed: Mapping[str, Any], changes: Mapping[str, Any]) -> str:
-    """The words that train the winner again."""
-    words = [
+    """Return the command that trains the best trial again."""
+    args = [
         "bridgework",
         "train",
         space.system,
         *(w for s in space.stages for w in ("--stage", s)),
     ]
     for path, value in {**fixed, **changes}.items():
-        words += ["--set", f"{path}={value}"]
-    return shlex.join(words)
+        args += ["--set", f"{path}={value}"]
+    return shlex.join(args)
 
 
 def cap_concurrency(space: Space, *, trials: int | None) -> Space:
-    """The same space with another number of trials."""
+    """Return the space with another number of trials; None keeps it."""
     return space if trials is None else replace(space, budget=replace(space.budget, trials=trials))
