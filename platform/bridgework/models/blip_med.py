@@ -458,7 +458,7 @@ class MED(VLMModule):
         with torch.no_grad():
             weights = twin.parameters_of_twin(self.heads.vision.weight.dtype)
             made: Outputs = functional_call(
-                self, weights, (ids, attention), {**seen, "wants": POOLED}
+                self, weights, (ids, attention), {**seen, "requested": POOLED}
             )
         outputs.image_key_BD, outputs.text_key_BD = made.image_BD, made.text_BD
         outputs.image_queue_QD, outputs.text_queue_QD = twin.image_queue_QD, twin.text_queue_QD

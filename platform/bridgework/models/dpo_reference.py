@@ -58,7 +58,7 @@ class FrozenCopy(nn.Module):
         self._start = {
             name: tensor.to(parameters[name].device) for name, tensor in self._start.items()
         }
-        outputs = functional_call(model, self._start, kwargs={**inputs, "wants": LOGITS})
+        outputs = functional_call(model, self._start, kwargs={**inputs, "requested": LOGITS})
         return cast(Tensor, outputs.logits_BTV)
 
     def _save_to_state_dict(
