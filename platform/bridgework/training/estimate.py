@@ -2,11 +2,11 @@
 
 import torch
 
-from bridgework.models.base import Counts, count, set_trainable
+from bridgework.models.base import ParameterCounts, count, set_trainable
 from bridgework.system import Stage
 
 
-def parameter_counts(stage: Stage) -> Counts:
+def parameter_counts(stage: Stage) -> ParameterCounts:
     """Trainable and frozen parameters of a stage. Raises SpecError for a glob that matches nothing."""
     with torch.device("meta"):
         model = stage.model.build(pretrained=False)
