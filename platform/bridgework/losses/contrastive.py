@@ -8,8 +8,8 @@
                        2021, arXiv:2107.07651, 3.2; in BLIP, arXiv:2201.12086, 3.3)
 """
 
-# b samples of this rank  B samples of all ranks  D width  Q queries of an image, or entries of the queue
-# K = B + Q keys
+# b samples of this rank  B samples of all ranks  D width
+# Q queries of an image, or entries of the queue  K = B + Q keys
 
 from typing import ClassVar, Protocol
 

@@ -5,8 +5,8 @@ its text with a negative image, its image with a negative text. A wiring runs it
 the pairs of `matching_pairs` and returns `group_by_sample` of the logits as `match_B3C`.
 """
 
-# b samples of this rank  K candidates: this rank's samples, or all ranks'  T tokens  P patches  F their width
-# Q vectors of an image  D width  M = 3b pairs  B samples  C classes
+# b samples of this rank  K candidates: this rank's samples, or all ranks'  T tokens  P patches
+# F their width  Q vectors of an image  D width  M = 3b pairs  B samples  C classes
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple, Protocol

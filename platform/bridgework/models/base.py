@@ -1,7 +1,8 @@
 """Base classes of the wirings, their outputs, and the globs that decide which parameters train."""
 
-# B batch  T tokens  V vocabulary  D width of the shared space  Q queries, or entries of a queue  C classes
-# A answers of all questions  N tokens of the longest answer, or images  P patches  F width of the tower's features
+# B batch  T tokens  V vocabulary  D width of the shared space  Q queries, or entries of a queue
+# C classes  A answers of all questions  N tokens of the longest answer, or images  P patches
+# F width of the tower's features
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -6,8 +6,8 @@ question, with the image, and the decoder attends to the encoder alone (4.3). Ro
 image places, because every sample has one image.
 """
 
-# B batch  T tokens  N images  P patches, CLS first  F their width  S pixels of a side  D width of the joint space
-# H width of the text side  V vocabulary  C candidates  R tokens of one
+# B batch  T tokens  N images  P patches, CLS first  F their width  S pixels of a side
+# D width of the joint space  H width of the text side  V vocabulary  C candidates  R tokens of one
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -5,7 +5,8 @@ Radford et al. 2021, arXiv:2103.00020, 2.4: ResNet-D (He et al. 2019), blur befo
 of the released weights.
 """
 
-# N images  S pixels of a side  P cells of the last map  C channels of the last map  H heads  D width of the pool
+# N images  S pixels of a side  P cells of the last map  C channels of the last map  H heads
+# D width of the pool
 
 from collections import OrderedDict
 from dataclasses import replace

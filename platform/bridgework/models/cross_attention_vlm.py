@@ -26,9 +26,10 @@ from bridgework.models.resampler import ResamplerConfig
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
 from bridgework.system import END, IMAGE, Layout, Pixels
 
-# B batch  T tokens  N images and videos of the batch, in order  M of one row at most  P patches  S pixels of a side
-# F width of the tower's features and of the bridge's tokens  Q tokens of an image  D width of the language model
-# V vocabulary  C candidates  R tokens of a candidate
+# B batch  T tokens  N images and videos of the batch, in order  M of one row at most  P patches
+# S pixels of a side  F width of the tower's features and of the bridge's tokens
+# Q tokens of an image  D width of the language model  V vocabulary  C candidates
+# R tokens of a candidate
 
 
 LOGITS = frozenset({"logits"})

@@ -4,7 +4,8 @@ The reference is the model that the stage started from: the model with its adapt
 alone train, else the model with a frozen copy of the parameters that train.
 """
 
-# B samples, each with a better and a worse answer: 2B rows, the better ones first  T tokens  V vocabulary
+# B samples, each with a better and a worse answer: 2B rows, the better ones first  T tokens
+# V vocabulary
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast

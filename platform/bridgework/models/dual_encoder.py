@@ -1,6 +1,7 @@
 """Dual encoder: image and text towers projected into one space (CLIP, arXiv:2103.00020, 2.3)."""
 
-# B batch, each sample an image and its text  T tokens  S pixels of a side  F width of a tower  D of the joint space
+# B batch, each sample an image and its text  T tokens  S pixels of a side  F width of a tower
+# D of the joint space
 
 import math
 from dataclasses import replace

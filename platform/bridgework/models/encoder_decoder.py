@@ -4,7 +4,8 @@ The first label marks the start of the answer, so data and losses do not depend 
 language model (prefix language modeling; Li et al. 2023, arXiv:2301.12597, 3.3).
 """
 
-# B batch  T tokens of the row  N tokens of the longest answer  D width  V vocabulary  C candidates  R tokens of one
+# B batch  T tokens of the row  N tokens of the longest answer  D width  V vocabulary  C candidates
+# R tokens of one
 
 from typing import Any, cast
 

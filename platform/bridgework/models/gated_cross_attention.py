@@ -4,8 +4,8 @@ Flamingo, arXiv:2204.14198, 2.2. The gates' tanh(alpha) starts at 0, so that the
 unchanged at the start (figure 4).
 """
 
-# B batch  T tokens  M images of a row  Q tokens of an image  F their width  D width of the language model
-# H heads  W width of a head
+# B batch  T tokens  M images of a row  Q tokens of an image  F their width
+# D width of the language model  H heads  W width of a head
 
 from dataclasses import replace
 from typing import Any, Literal, cast

@@ -6,8 +6,8 @@ encodes the row up to the first label and decodes the rest. With `grids`, an ima
 square and the tiles of one grid (LLaVA-NeXT, xGen-MM).
 """
 
-# B batch  T tokens  N images of the batch, in order  P patches, then bridge tokens  S pixels of a side
-# F width of the tower's features  D width of the language model  V vocabulary
+# B batch  T tokens  N images of the batch, in order  P patches, then bridge tokens
+# S pixels of a side  F width of the tower's features  D width of the language model  V vocabulary
 # I tokens of the instructions  R samples
 
 from dataclasses import replace

@@ -9,8 +9,8 @@ causal         captioning    queries see queries; text sees the queries and the 
 bidirectional  matching      all see all; with it an instruction shapes the queries (InstructBLIP)
 """
 
-# N images  P patches  F width of the tower's features  Q queries  W width of the Q-Former  T tokens of text
-# L = Q + T  D width of the language model
+# N images  P patches  F width of the tower's features  Q queries  W width of the Q-Former
+# T tokens of text  L = Q + T  D width of the language model
 
 import re
 from collections.abc import Callable, Mapping

@@ -4,8 +4,8 @@ One set of layers under three masks, for contrast, matching and captioning (Li e
 arXiv:2301.12597, 3.2). The text has no image places, and every sample has exactly one image.
 """
 
-# b samples of this rank  B samples of all ranks  T tokens  P patches  F their width  Q queries  W width of the Q-Former
-# E width of the shared space  V vocabulary  S pixels of a side
+# b samples of this rank  B samples of all ranks  T tokens  P patches  F their width  Q queries
+# W width of the Q-Former  E width of the shared space  V vocabulary  S pixels of a side
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -4,8 +4,8 @@ Flamingo, arXiv:2204.14198, 2.1. xGen-MM uses the same block without frames and 
 tile by itself (arXiv:2408.08872).
 """
 
-# N images or videos  T frames  P patches of one  F width of the tower's features  Q latents  D output width
-# K keys: patches and latents  H heads  W width of a head
+# N images or videos  T frames  P patches of one  F width of the tower's features  Q latents
+# D output width  K keys: patches and latents  H heads  W width of a head
 
 from dataclasses import replace
 from typing import Literal, cast

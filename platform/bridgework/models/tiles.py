@@ -5,8 +5,9 @@
             padding, with a learned newline after every row (LLaVA-NeXT's `spatial_unpad`)
 """
 
-# N images  S squares of all images, each the base, then its tiles  P patches or tokens of a square, G x G
-# D width of the language model  R, C rows and columns of patches in the grid of an image's tiles
+# N images  S squares of all images, each the base, then its tiles
+# P patches or tokens of a square, G x G  D width of the language model
+# R, C rows and columns of patches in the grid of an image's tiles
 
 from math import isqrt
 from typing import Literal
