@@ -17,7 +17,8 @@ from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import DataError, SpecError
 from bridgework.losses import Answering
 from bridgework.models import base
-from bridgework.models.blip_med import MED, Outputs
+from bridgework.models.base import Outputs
+from bridgework.models.blip_med import MED
 from bridgework.system import IGNORE, Stage, load
 from bridgework.training.deepspeed_engine import Engine
 from bridgework.training.step import TrainingModule

@@ -1,4 +1,4 @@
-"""The captioning loss against torch's cross_entropy."""
+"""Language modeling loss against torch's cross_entropy."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from bridgework.errors import DataError, SpecError
 from bridgework.losses import LanguageModeling
 from bridgework.losses.language_modeling import language_modeling
-from bridgework.models.prefix_vlm import Outputs
+from bridgework.models.base import Outputs
 from bridgework.system import IGNORE
 
 
@@ -63,9 +63,9 @@ def test_bfloat16_logits_are_summed_in_float32() -> None:
 
 
 def test_outputs_without_logits_and_smoothing_out_of_range_are_refused() -> None:
-    with pytest.raises(DataError, match="reads logits and labels"):
+    with pytest.raises(DataError, match="ask the wiring for 'logits', with labels"):
         LanguageModeling()(Outputs())
-    with pytest.raises(SpecError, match=r"\[0, 1\), got 1"):
+    with pytest.raises(SpecError, match=r"Got 1; expected a number in \[0, 1\)"):
         LanguageModeling(label_smoothing=1.0)
 
 

@@ -14,8 +14,7 @@ from bridgework.errors import DataError, SpecError
 from bridgework.losses import Contrastive
 from bridgework.losses.contrastive import info_nce
 from bridgework.losses.gather import gather
-from bridgework.models import dual_encoder
-from bridgework.models.prefix_vlm import Outputs
+from bridgework.models.base import Outputs
 
 SPLITS = {2: ([4, 4], [5, 3], [8, 0]), 4: ([2, 2, 2, 2], [3, 0, 4, 1])}  # samples of each rank
 LOG_SCALE = 1.6
@@ -27,6 +26,10 @@ def example() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     image_BD, text_BD = torch.randn(2, 8, 6, generator=generator, dtype=torch.float64).unbind()
     weight = torch.randn(6, 5, generator=generator, dtype=torch.float64).requires_grad_()
     return image_BD, text_BD, weight, torch.tensor(LOG_SCALE, requires_grad=True)
+
+
+def pooled(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor) -> Outputs:
+    return Outputs(image_BD=image_BD, text_BD=text_BD, logit_scale=logit_scale)
 
 
 def whole_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -123,7 +126,7 @@ def test_one_process_matches_the_formula() -> None:
 
 def test_a_learned_temperature_is_that_of_the_outputs() -> None:
     image_BD, text_BD, _, log_scale = example()
-    outputs = dual_encoder.Outputs(image_BD, text_BD, log_scale.exp().expand(8))
+    outputs = pooled(image_BD, text_BD, log_scale.exp().expand(8))
     torch.testing.assert_close(
         Contrastive(temperature=None)(outputs),
         Contrastive(temperature=math.exp(-LOG_SCALE))(outputs),
@@ -155,14 +158,10 @@ def test_two_passes_over_micro_batches_have_the_gradients_of_the_batch_and_naive
     totals, naive = [torch.zeros_like(own_weight), torch.zeros(())], torch.zeros_like(own_weight)
     for live, rows in enumerate(micro):
         parts = [outputs(rows) if m == live else cached[m] for m in range(len(micro))]
-        cached_outputs = dual_encoder.Outputs(
-            *(torch.cat(field) for field in zip(*parts, strict=True))
-        )
+        cached_outputs = pooled(*(torch.cat(field) for field in zip(*parts, strict=True)))
         grads = torch.autograd.grad(loss(cached_outputs).sum(), (own_weight, log_scale))
         totals = [total + grad for total, grad in zip(totals, grads, strict=True)]
-        naive += torch.autograd.grad(loss(dual_encoder.Outputs(*outputs(rows))).sum(), own_weight)[
-            0
-        ]
+        naive += torch.autograd.grad(loss(pooled(*outputs(rows))).sum(), own_weight)[0]
     torch.testing.assert_close(totals[0], weight, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(totals[1], scale, atol=1e-6, rtol=1e-5)
     assert not torch.allclose(naive, weight, rtol=1e-2, atol=1e-3)

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from bridgework.errors import DataError, SpecError
 from bridgework.losses import QueryContrast
-from bridgework.models.qformer_pretrainer import Outputs
+from bridgework.models.base import Outputs
 
 SPLITS = ([3, 3], [5, 1])  # samples of each rank
 
@@ -116,7 +116,7 @@ def test_only_the_query_that_speaks_gets_a_gradient() -> None:
 def test_outputs_that_were_not_pooled_and_smoothing_out_of_range_are_refused() -> None:
     with pytest.raises(DataError, match="ask the wiring for 'pooled'"):
         QueryContrast()(Outputs())
-    with pytest.raises(SpecError, match=r"\[0, 1\), got 1"):
+    with pytest.raises(SpecError, match=r"Got 1; expected a number in \[0, 1\)"):
         QueryContrast(label_smoothing=1.0)
 
 

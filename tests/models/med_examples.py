@@ -35,7 +35,7 @@ def build(*tasks: Task, momentum: MomentumConfig | None = None, seed: int = 0) -
             if name != "heads.temperature":
                 parameter.add_(0.1 * torch.randn_like(parameter))
     if model.momentum is not None:
-        model.momentum.follow(model._followed(), 0.0)
+        model.momentum.update(model._momentum_source(), 0.0)
     return model.eval()
 
 

@@ -190,9 +190,9 @@ def test_the_loss_is_that_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vision": ViTConfig()}, r"vision gives 576: set vision\.select=cls"),
-        ({"vision": EfficientNetConfig(grid=2)}, "vision gives 4"),
-        ({"project_image": False, "embed": 64}, "embed 64 must be the 32"),
+        ({"vision": ViTConfig()}, r"Got 576\. Fix: set vision\.select=cls"),
+        ({"vision": EfficientNetConfig(grid=2)}, r"Got 4\."),
+        ({"project_image": False, "embed": 64}, "Got 64; expected 32"),
     ],
 )
 def test_towers_that_give_no_single_vector_of_the_width_are_refused(
@@ -205,13 +205,13 @@ def test_towers_that_give_no_single_vector_of_the_width_are_refused(
 def test_images_and_texts_that_do_not_pair_up_are_refused() -> None:
     model, given = build(), inputs(3)
     texts = {name: given[name] for name in ("ids", "attention")}
-    with pytest.raises(DataError, match="3 texts and 2 images"):
+    with pytest.raises(DataError, match="Got 3 samples and 2 images"):
         model(**texts, pixels=given["pixels"][:2])
-    with pytest.raises(DataError, match="either pixels or cached features"):
+    with pytest.raises(DataError, match="Got neither pixels nor cached features"):
         model(**texts)
-    with pytest.raises(DataError, match="come from another tower"):
+    with pytest.raises(DataError, match="come from another vision tower"):
         model(**texts, features=torch.zeros(3, 1, 64))
-    with pytest.raises(SpecError, match=r"gives 'pooled', not \['logits'\]"):
+    with pytest.raises(SpecError, match=r"Got \['logits'\]; expected 'pooled'"):
         model(**given, requested=frozenset({"logits"}))
 
 

@@ -70,9 +70,9 @@ def test_weights_of_another_image_size_get_positions_between_their_own(tmp_path:
 
 def test_weights_of_another_width_are_refused(tmp_path: Path) -> None:
     whole_blip2(tmp_path)
-    with pytest.raises(WeightsError, match=r"width 32 \(spec 64\)"):
+    with pytest.raises(WeightsError, match=r"width 32 \(config 64\)"):
         replace(TINY, width=64, weights=str(tmp_path)).build()
-    with pytest.raises(WeightsError, match=r"width 32 \(spec 64\)"):
+    with pytest.raises(WeightsError, match=r"width 32 \(config 64\)"):
         ConcatConfig(weights=str(tmp_path)).build(64, 8)
     with pytest.raises(SpecError, match=r"width 30 must be a multiple of vision\.heads 16"):
         EvaConfig(width=30)

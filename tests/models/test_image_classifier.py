@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ImageClassifierConfig(vision=clip.VIT_B32, classes=("cat", "cat"))
     with pytest.raises(SpecError, match="two or more different names"):
         ImageClassifierConfig(vision=clip.VIT_B32, classes=("cat",))
-    with pytest.raises(SpecError, match="one vector an image, and vision gives 49"):
+    with pytest.raises(SpecError, match=r"one vector per image\. Got 49"):
         ImageClassifierConfig(vision=replace(clip.VIT_B32, select="patch"), classes=("cat", "dog"))
     for vision in (ModifiedResNetConfig(), EfficientNetConfig(grid=1)):
         model = (
@@ -264,7 +264,7 @@ def test_what_does_not_fit_is_refused() -> None:
         pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
         ids = torch.zeros(2, 1, dtype=torch.long)
         assert model(ids, ids.bool(), pixels=pixels).classes_BC.shape == (2, len(SHAPE_LABELS))
-        with pytest.raises(DataError, match="3 samples and 2 images"):
+        with pytest.raises(DataError, match="Got 3 samples and 2 images"):
             model(torch.zeros(3, 1, dtype=torch.long), ids.bool(), pixels=pixels)
     labels = torch.tensor([[1], [IGNORE]])
     assert Classification().count(labels).tolist() == [1.0, 0.0]

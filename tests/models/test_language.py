@@ -56,7 +56,7 @@ def test_other_decoders_take_the_same_numbers_under_their_own_names(
     assert torch.equal(
         next(replace(config, weights=str(tmp_path)).build().parameters()), next(model.parameters())
     )
-    with pytest.raises(WeightsError, match=r"depth 2 \(spec 3\)"):
+    with pytest.raises(WeightsError, match=r"depth 2 \(config 3\)"):
         replace(config, weights=str(tmp_path), depth=3).build()
 
 
@@ -80,7 +80,7 @@ def test_flan_t5_keeps_what_only_it_has() -> None:
 def test_extra_that_differs_from_the_weights_is_refused(tmp_path: Path) -> None:
     FLAN_XL.tiny().build().save_pretrained(tmp_path)
     extra = {**FLAN_XL.extra, "feed_forward_proj": "relu"}
-    with pytest.raises(WeightsError, match=r"feed_forward_proj gated-gelu \(spec relu\)"):
+    with pytest.raises(WeightsError, match=r"feed_forward_proj gated-gelu \(config relu\)"):
         replace(FLAN_XL.tiny(), weights=str(tmp_path), extra=extra).build()
 
 
@@ -124,11 +124,11 @@ def test_saved_weights_come_back_and_a_shorter_context_may_be_taken(tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"depth": 3, "vocab": 400}, r"depth 2 \(spec 3\), vocab 320 \(spec 400\)"),
-        ({"context": 1024}, r"context 512 \(spec 1024\)"),
-        ({"rope_theta": 5e5}, r"rope_theta 10000.0 \(spec 500000.0\)"),
-        ({"tied": True}, r"tied False \(spec True\)"),
-        ({"arch": "qwen2"}, r"arch llama \(spec qwen2\)"),
+        ({"depth": 3, "vocab": 400}, r"depth 2 \(config 3\), vocab 320 \(config 400\)"),
+        ({"context": 1024}, r"context 512 \(config 1024\)"),
+        ({"rope_theta": 5e5}, r"rope_theta 10000.0 \(config 500000.0\)"),
+        ({"tied": True}, r"tied False \(config True\)"),
+        ({"arch": "qwen2"}, r"arch llama \(config qwen2\)"),
     ],
 )
 def test_weights_that_differ_from_the_spec_are_refused(
@@ -277,7 +277,7 @@ def test_numbers_that_transformers_cannot_build_are_one_line(
     arch: str, extra: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(
-        SpecError, match=f"{arch!r}: transformers cannot build it with these numbers: .*{said}"
+        SpecError, match=f"{arch!r}: transformers cannot build it with these sizes: .*{said}"
     ) as raised:
         replace(TINY, arch=arch, kv_heads=4, extra=extra).build()
     assert "\n" not in str(raised.value)
@@ -302,11 +302,11 @@ def test_an_untied_t5_comes_back_from_its_folder_with_both_matrices(tmp_path: Pa
     loaded: Any = replace(FLAN_XL.tiny(), weights=str(tmp_path)).build()
     assert torch.equal(loaded.lm_head.weight, saved.lm_head.weight)
     assert torch.equal(loaded.shared.weight, saved.shared.weight)
-    with pytest.raises(WeightsError, match=r"tied False \(spec True\)"):
+    with pytest.raises(WeightsError, match=r"tied False \(config True\)"):
         replace(FLAN_XL.tiny(), weights=str(tmp_path), tied=True).build()
 
 
 def test_weights_of_another_kind_of_model_are_refused_in_one_line(tmp_path: Path) -> None:
     AutoConfig.for_model("llava").save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="are of a llava, which is no language model by itself"):
+    with pytest.raises(WeightsError, match="are of a llava, not of a language model alone"):
         replace(TINY, weights=str(tmp_path)).build()

@@ -411,10 +411,12 @@ def test_tasks_that_do_not_go_together_are_refused() -> None:
 
 def test_an_output_that_no_task_gives_is_refused() -> None:
     ids, attention, labels, pixels = pairs()
-    with pytest.raises(SpecError, match=r"gives 'logits', not \['pooled'\]: change model\.tasks"):
+    with pytest.raises(
+        SpecError, match=r"Got \['pooled'\]; expected 'logits'\. Fix: change model\.tasks"
+    ):
         build("caption")(ids, attention, labels, pixels, requested=POOLED)
     with pytest.raises(
-        SpecError, match=r"not \['momentum'\]: change model\.tasks, or give it a twin"
+        SpecError, match=r"Got \['momentum'\].* change model\.tasks, or add a momentum encoder"
     ):
         build()(ids, attention, labels, pixels, requested=frozenset({"momentum"}))
 
@@ -422,11 +424,11 @@ def test_an_output_that_no_task_gives_is_refused() -> None:
 def test_images_that_are_not_one_a_row_are_refused() -> None:
     model = build()
     ids, attention, labels, pixels = pairs()
-    with pytest.raises(DataError, match="4 texts and 3 images"):
+    with pytest.raises(DataError, match="Got 4 samples and 3 images"):
         model(ids, attention, labels, pixels[:3])
-    with pytest.raises(DataError, match="either pixels or cached features"):
+    with pytest.raises(DataError, match="Got neither pixels nor cached features"):
         model(ids, attention, labels)
-    with pytest.raises(DataError, match="come from another tower"):
+    with pytest.raises(DataError, match="come from another vision tower"):
         model(ids, attention, labels, features=torch.zeros(4, 16, 32))
 
 

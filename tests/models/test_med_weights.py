@@ -49,7 +49,7 @@ def test_a_text_alone_is_read_as_bert_reads_it(bert: BertForMaskedLM) -> None:
     ids, attention, _, _ = pairs()
     expected = bert.bert(input_ids=ids, attention_mask=attention.long()).last_hidden_state
     torch.testing.assert_close(
-        model.read(ids, attention)[attention], expected[attention], atol=1e-5, rtol=1e-5
+        model.encode(ids, attention)[attention], expected[attention], atol=1e-5, rtol=1e-5
     )
 
 
@@ -83,7 +83,7 @@ def test_a_decoder_of_its_own_begins_with_bert_too(
 
 
 def test_a_bert_of_other_numbers_is_refused(bert: BertForMaskedLM) -> None:
-    with pytest.raises(WeightsError, match=r"depth 2 \(spec 3"):
+    with pytest.raises(WeightsError, match=r"depth 2 \(config 3"):
         replace(spec(), text=replace(TINY.text, depth=3, weights=bert.name_or_path)).build()
 
 
@@ -103,7 +103,7 @@ def test_a_vit_of_another_size_gets_its_positions_interpolated(vit: ViTModel) ->
 
 
 def test_a_vit_of_other_numbers_is_refused(vit: ViTModel) -> None:
-    with pytest.raises(WeightsError, match=r"patch 8 \(spec 16"):
+    with pytest.raises(WeightsError, match=r"patch 8 \(config 16"):
         BlipViTConfig(
             image_size=32, width=32, depth=2, heads=2, ffn=64, weights=vit.name_or_path
         ).build()

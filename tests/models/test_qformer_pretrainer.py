@@ -169,7 +169,7 @@ def test_the_head_over_the_words_begins_as_berts(tmp_path: Path) -> None:
     bert.save_pretrained(tmp_path)
     spec = SPEC.tiny()
     model = replace(spec, bridge=replace(spec.bridge, bert=str(tmp_path))).build().eval()
-    ours = model.heads.lm(model.bridge.text(ids(), ATTENTION))[..., :319]
+    ours = model.heads.lm(model.bridge.encode_text(ids(), ATTENTION))[..., :319]
     theirs = bert(input_ids=ids(), attention_mask=ATTENTION.long()).logits
     torch.testing.assert_close(ours[ATTENTION], theirs[ATTENTION], atol=1e-5, rtol=1e-5)
 
@@ -220,13 +220,13 @@ def test_what_does_not_fit_is_refused() -> None:
     model = build()
     with pytest.raises(SpecError, match=r"set bridge\.text=true"):
         QFormerPretrainerConfig(vision=EvaConfig(), bridge=QFormerConfig())
-    with pytest.raises(DataError, match="3 texts come with 2 images"):
+    with pytest.raises(DataError, match="Got 3 samples and 2 images"):
         model(ids(), ATTENTION, pixels=pixels(2))
-    with pytest.raises(DataError, match="exactly one of them"):
+    with pytest.raises(DataError, match="Got neither pixels nor cached features"):
         model(ids(), ATTENTION)
-    with pytest.raises(DataError, match=r"\(4, 1280\) an image and this tower's are \(17, 32\)"):
+    with pytest.raises(DataError, match=r"Got \(4, 1280\) per image; expected \(17, 32\)"):
         model(ids(), ATTENTION, features=torch.zeros(3, 4, 1280))
-    with pytest.raises(SpecError, match="not \\['answers'\\]"):
+    with pytest.raises(SpecError, match="Got \\['answers'\\]"):
         model(ids(), ATTENTION, pixels=pixels(3), requested=frozenset({"answers"}))
 
 

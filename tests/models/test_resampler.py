@@ -9,7 +9,12 @@ from transformers import IdeficsConfig
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from bridgework.errors import DataError, SpecError
-from bridgework.models.resampler import Resampler, ResamplerConfig, at, frame_positions
+from bridgework.models.resampler import (
+    Resampler,
+    ResamplerConfig,
+    frame_positions,
+    interpolate_rows,
+)
 
 IDEFICS = {  # ours -> theirs, of one layer
     "media_norm": "0.context_layer_norm",
@@ -117,7 +122,7 @@ def test_videos_of_different_lengths_read_together_as_each_alone(frames: int) ->
 
 def test_thirty_frames_spread_over_eight_positions_and_eight_or_fewer_keep_theirs() -> None:
     learned = torch.randn(8, 3)
-    thirty = at(learned, frame_positions(torch.tensor([30]), torch.arange(30), 8))[0]
+    thirty = interpolate_rows(learned, frame_positions(torch.tensor([30]), torch.arange(30), 8))[0]
     torch.testing.assert_close(thirty[[0, -1]], learned[[0, -1]])
     expected = torch.nn.functional.interpolate(
         learned.T[None], 30, mode="linear", align_corners=True
@@ -125,13 +130,15 @@ def test_thirty_frames_spread_over_eight_positions_and_eight_or_fewer_keep_their
     torch.testing.assert_close(thirty, expected, atol=1e-5, rtol=1e-5)
     for count in (1, 5, 8):
         assert torch.equal(
-            at(learned, frame_positions(torch.tensor([count]), torch.arange(count), 8))[0],
+            interpolate_rows(
+                learned, frame_positions(torch.tensor([count]), torch.arange(count), 8)
+            )[0],
             learned[:count],
         )
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:
-    with pytest.raises(DataError, match=r"the mask of the patches is \(2, 5\), they are \(2, 6\)"):
+    with pytest.raises(DataError, match=r"Got \(2, 5\); expected \(2, 6\)"):
         build()(patches(2, 6), torch.ones(2, 5, dtype=torch.bool))
 
 

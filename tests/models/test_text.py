@@ -112,7 +112,9 @@ def test_saved_weights_come_back_from_a_tower_and_from_the_model_around_it(
     around.save_pretrained(tmp_path)
     loaded = replace(TINY, weights=str(tmp_path)).build().eval()
     torch.testing.assert_close(loaded(*texts()), saved(*texts()))
-    with pytest.raises(WeightsError, match=r"width 32 \(spec 64\), act quick_gelu \(spec gelu\)"):
+    with pytest.raises(
+        WeightsError, match=r"width 32 \(config 64\), act quick_gelu \(config gelu\)"
+    ):
         replace(TINY, width=64, act="gelu", weights=str(tmp_path)).build()
 
 

@@ -67,7 +67,7 @@ def test_what_is_kept_is_what_transformers_keeps(
     grid: tuple[int, int], width: int, height: int
 ) -> None:
     layout = Layout(*grid, width, height)
-    rows, columns = tiles.kept(layout, 24)
+    rows, columns = tiles.unpadded(layout, 24)
     theirs = unpad_image(torch.zeros(1, grid[1] * 24, grid[0] * 24), (height, width))
     assert (1, len(rows), len(columns)) == tuple(theirs.shape)
 
@@ -83,8 +83,8 @@ def test_merge_and_split_undo_each_other(columns: int, rows: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_mask_is_true_on_the_patches_that_are_kept(layout: Layout) -> None:
-    real_SP = tiles.real(torch.tensor([layout]), SIDE**2)
-    rows, columns = tiles.kept(layout, SIDE)
+    real_SP = tiles.patch_mask(torch.tensor([layout]), SIDE**2)
+    rows, columns = tiles.unpadded(layout, SIDE)
     assert real_SP.shape == (1 + layout.columns * layout.rows, SIDE**2) and real_SP[0].all()
     grid_RC = tiles.merge(real_SP[1:].unsqueeze(-1), layout.rows, layout.columns).squeeze(-1)
     assert grid_RC[rows.start : rows.stop, columns.start : columns.stop].all()

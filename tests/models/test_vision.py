@@ -82,7 +82,7 @@ def test_weights_of_another_activation_are_refused(tmp_path: Path) -> None:
     config = replace(ViTConfig().tiny(), act="gelu")
     tower: Any = config.build().tower
     tower.save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match=r"act gelu \(spec quick_gelu\)"):
+    with pytest.raises(WeightsError, match=r"act gelu \(config quick_gelu\)"):
         replace(config, act="quick_gelu", weights=str(tmp_path)).build()
 
 
@@ -131,9 +131,9 @@ def test_weights_of_other_sizes_are_refused_field_by_field(tmp_path: Path) -> No
     tower: Any = config.build().tower
     tower.save_pretrained(tmp_path)
     other = replace(config, weights=str(tmp_path), width=64, ffn=96)
-    with pytest.raises(WeightsError, match=r"width 32 \(spec 64\), ffn 64 \(spec 96\)"):
+    with pytest.raises(WeightsError, match=r"width 32 \(config 64\), ffn 64 \(config 96\)"):
         other.build()
-    with pytest.raises(WeightsError, match=r"kind clip \(spec siglip\)"):
+    with pytest.raises(WeightsError, match=r"kind clip \(config siglip\)"):
         replace(config, kind="siglip", weights=str(tmp_path)).build()
 
 

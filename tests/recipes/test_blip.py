@@ -289,7 +289,7 @@ def test_an_artifact_holds_no_twin_and_opens(home: Path) -> None:
     held = artifacts.weights(folder)
     assert not any(name.startswith("momentum.") for name in held)
     model = artifacts.load(folder).model
-    twin = model.momentum.parameters_of_twin(torch.float32)
+    twin = model.momentum.averaged_parameters(torch.float32)
     assert all(torch.equal(tensor, held[name]) for name, tensor in twin.items())
 
 

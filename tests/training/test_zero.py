@@ -100,8 +100,8 @@ def test_sharded_parameters_match_complete_ones_and_resume_on_another_number_of_
 
 
 REFUSED = {
-    "blip": "encoder, decoder and momentum twin share weights, which every worker needs complete",
-    "a frozen copy": 'model.reference="frozen_copy" holds what trains complete on every worker',
+    "blip": "encoder, decoder and momentum encoder share weights, which every worker needs complete",
+    "a frozen copy": 'model.reference="frozen_copy" needs complete parameters on every worker',
 }
 
 

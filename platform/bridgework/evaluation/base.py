@@ -7,7 +7,6 @@ What a model writes when an evaluation asks it: the same on every rank, and with
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import inf, isfinite
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
 from bridgework.config import added, config_class
 from bridgework.data.catalog import resolve
@@ -27,6 +25,7 @@ from bridgework.data.quarantine import BadSample
 from bridgework.data.samples import Part, Sample
 from bridgework.data.templates import unanswered
 from bridgework.errors import DataError, SpecError
+from bridgework.models.base import eval_no_grad
 from bridgework.system import Better as Better
 
 if TYPE_CHECKING:
@@ -238,7 +237,7 @@ class Writing:
         if self.top_p is not None:
             how |= {"temperature": 1.0, "top_p": self.top_p}
         texts: list[str] = []
-        with _eval_no_grad(pipeline.model):
+        with eval_no_grad(pipeline.model):
             if self.top_p is None and self.beams > 1:  # a beam search holds one prompt at a time
                 how |= {"beams": self.beams, "length_penalty": self.length_penalty}
                 rows = zip(asked, shown, strict=True)
@@ -261,13 +260,3 @@ def question_of(pipeline: "Pipeline", sample: Sample, prompts: Sequence[str] | N
 def about_image(pipeline: "Pipeline", prompts: Sequence[str] | None) -> list[Part]:
     """A conversation that asks for a caption of one image, as the stage's training asked (or with `prompts`)."""
     return pipeline.inputs.about(prompts[0] if prompts else None)
-
-
-@contextmanager
-def _eval_no_grad(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

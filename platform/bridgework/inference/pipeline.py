@@ -34,8 +34,8 @@ from bridgework.inference.preprocess import (
     Raw,
     Seen,
     Shown,
-    eval_no_grad,
 )
+from bridgework.models.base import eval_no_grad
 from bridgework.system import IGNORE, Scoring, Stage
 
 

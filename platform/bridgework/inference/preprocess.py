@@ -5,8 +5,7 @@ The stage that made the weights decides how a prompt is written and how a pictur
 
 # B batch  T tokens  N images  P patches  F width of the tower's features  S side in pixels
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
@@ -25,6 +24,7 @@ from bridgework.data.templates import collapse_videos
 from bridgework.data.tiling import tile_image
 from bridgework.data.tokenization import Encoded, SampleEncoder
 from bridgework.errors import DataError
+from bridgework.models.base import eval_no_grad
 from bridgework.system import Layout, Stage
 
 ROWS = 16  # samples per forward
@@ -53,20 +53,6 @@ class Example(NamedTuple):
     encoded: Encoded
     seen: Sequence[Seen]
     instruction: list[int]  # ids of the second stream, where the wiring reads one
-
-
-@contextmanager
-def eval_no_grad(model: nn.Module) -> Iterator[None]:
-    """No gradient, no dropout; the mode is put back behind it."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        if training:
-            model.train()
 
 
 class Inputs:

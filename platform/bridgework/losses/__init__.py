@@ -1,8 +1,9 @@
-"""Losses: each a spec that is called on a wiring's outputs and says what every sample adds to a sum and to its divisor.
+"""Losses: callables on a wiring's outputs that return per-sample sums.
 
-Sums, because a mean of micro-batches or of ranks is not the mean of the batch when their counts differ: whoever trains
-adds up sums and counts over all ranks, divides once, and multiplies by `weight`. By sample, because a source of the
-mixture may have a mean and a weight of its own.
+`count()` returns the divisor of each sample. The trainer reduces sums and counts over all ranks,
+divides once and multiplies by `weight`: a mean over micro-batches or ranks is not the mean over
+the batch when their counts differ. Per-sample values let a source of the mixture have a mean and
+a weight of its own.
 """
 
 from bridgework.losses.answering import Answering

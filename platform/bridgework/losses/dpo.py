@@ -1,4 +1,7 @@
-"""Direct preference optimization: of two answers the better one gains on the worse (Rafailov et al., 2305.18290)."""
+"""Direct preference optimization (DPO): raise the better of two answers over the worse one.
+
+Rafailov et al. 2023, arXiv:2305.18290.
+"""
 
 # B samples, each with a better and a worse answer  T tokens
 
@@ -8,12 +11,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from bridgework.config import config_class
-from bridgework.errors import DataError, SpecError
+from bridgework.errors import SpecError
+from bridgework.losses.base import Loss, given
 from bridgework.system import IGNORE
 
 
 class Preferred(Protocol):
-    """The outputs that the loss reads: log-likelihoods in nats, summed over an answer's tokens."""
+    """Outputs that the loss reads: log-likelihoods in nats, summed over the tokens of an answer."""
 
     chosen_B: Tensor | None
     rejected_B: Tensor | None
@@ -23,46 +27,40 @@ class Preferred(Protocol):
 
 
 @config_class
-class DPO:
-    """-log sigmoid(beta (gain of the better answer - gain of the worse)), gains over the reference model."""
+class DPO(Loss):
+    """-log sigmoid(beta (gain of the better answer - gain of the worse)).
+
+    A gain is the log-likelihood under the model minus that under the reference model.
+    """
 
     beta: float = 0.1
     weight: float = 1.0
     requires: ClassVar[str] = "preference"
-    whole_batch: ClassVar[bool] = False
-    supports_packing: ClassVar[bool] = False
-    cached_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
-            raise SpecError(f"losses.preference.beta must be above 0, got {self.beta:g}")
+            raise SpecError(f"losses.dpo.beta must be above 0, got {self.beta:g}")
 
     def __call__(self, outputs: Preferred) -> Tensor:
-        """(B,) float32; a sample without labels, which only fills a batch, has none."""
-        answers = (
+        """Return (B,) float32; 0 for a sample without labels, which only fills a batch."""
+        chosen_B, rejected_B, chosen_reference_B, rejected_reference_B, labels_BT = given(
+            "dpo",
+            self.requires,
             outputs.chosen_B,
             outputs.rejected_B,
             outputs.chosen_reference_B,
             outputs.rejected_reference_B,
+            outputs.labels_BT,
         )
-        chosen_B, rejected_B, chosen_reference_B, rejected_reference_B = map(_given, answers)
         losses_B = dpo(chosen_B - chosen_reference_B, rejected_B - rejected_reference_B, self.beta)
-        return losses_B * self.count(_given(outputs.labels_BT))
+        return losses_B * self.count(labels_BT)
 
     def count(self, labels_BT: Tensor) -> Tensor:
-        """(B,) float32 of labels (2B, T): 1 for every sample with a label."""
+        """Return (B,) float32 for labels (2B, T): 1 for every sample with a label, else 0."""
         better_BT = labels_BT[: len(labels_BT) // 2, 1:]
         return (better_BT != IGNORE).any(1).float()
 
 
 def dpo(chosen_gain_B: Tensor, rejected_gain_B: Tensor, beta: float) -> Tensor:
-    """(B,) float32: ln 2 where neither answer gained more than the other (2305.18290, eq. 7)."""
+    """Return (B,) float32: ln 2 if both answers gained equally (2305.18290, eq. 7)."""
     return -logsigmoid(beta * (chosen_gain_B.float() - rejected_gain_B.float()))
-
-
-def _given(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise DataError(
-            "the preference loss reads two answers a sample; ask the wiring for 'preference', with labels"
-        )
-    return tensor

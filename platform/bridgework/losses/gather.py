@@ -1,4 +1,4 @@
-"""Rows of all ranks, with the exact gradient: what contrast over a batch that is spread over ranks needs."""
+"""All-gather with the exact gradient, for contrastive losses over the batch of all ranks."""
 
 # R ranks  b rows of this rank  B rows of all ranks  D width
 
@@ -10,17 +10,18 @@ from torch import Tensor
 
 
 class Gathered(NamedTuple):
-    """All rows in the order of the ranks, and where this rank's begin."""
+    """All rows in the order of the ranks, and the index of this rank's first row."""
 
     rows_BD: Tensor
     offset: int
 
 
 def gather(rows_bD: Tensor) -> Gathered:
-    """Every rank's rows, of which each rank may have another number. One process keeps its own.
+    """Return the rows of all ranks; their numbers may differ. A single process returns its own.
 
-    The gradient of a rank's rows is the sum over all ranks of what their losses say of them, so that the ranks' summed
-    gradients are those of one process with the whole batch. Every rank must call forward and backward alike.
+    The gradient of a rank's rows is the sum of their gradients in the losses of all ranks. So the
+    ranks' summed gradients equal those of one process with the complete batch. Every rank must
+    call forward and backward alike.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Gathered(rows_bD, 0)
@@ -32,6 +33,7 @@ def gather(rows_bD: Tensor) -> Gathered:
 
 
 def _sizes(rows: Tensor) -> list[int]:
+    """Return the number of rows of every rank."""
     own = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, own)
@@ -39,7 +41,7 @@ def _sizes(rows: Tensor) -> list[int]:
 
 
 class _AllGather(torch.autograd.Function):
-    """(b, D) of one size on every rank -> (R, b, D); torch.distributed.nn's own is deprecated."""
+    """(b, D), of one size on every rank, -> (R, b, D); torch.distributed.nn's is deprecated."""
 
     @staticmethod
     def forward(ctx: Any, rows_bD: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Next-token prediction on the tokens that carry a label."""
+"""Language modeling loss: next-token prediction on the tokens that have a label."""
 
 # B batch  T tokens  V vocabulary  L labeled tokens
 
@@ -8,54 +8,47 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bridgework.config import added, config_class
-from bridgework.errors import DataError, SpecError
+from bridgework.losses.base import Loss, check_label_smoothing, given
 from bridgework.system import IGNORE
 
 
 class Logits(Protocol):
-    """The outputs that the loss reads."""
+    """Outputs that the loss reads, with an optional `segments_BT`: int64, each token's sample."""
 
     logits_BTV: Tensor | None
     labels_BT: Tensor | None
 
 
 @config_class
-class LanguageModeling:
-    """Cross-entropy of the next token; the language modeling loss of every generative stage.
+class LanguageModeling(Loss):
+    """Cross-entropy of the next token; every generative stage uses it.
 
-    A batch's loss is the mean over its labeled tokens, or the mean over its samples of each one's sum.
+    A batch's loss is the mean over its labeled tokens (the default), or the mean over its samples
+    of each one's sum.
     """
 
     label_smoothing: float = 0.0
     weight: float = 1.0
     mean: Literal["tokens", "samples"] = added(default="tokens")
     requires: ClassVar[str] = "logits"
-    whole_batch: ClassVar[bool] = False
     supports_packing: ClassVar[bool] = True
-    cached_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise SpecError(
-                f"losses.captioning.label_smoothing lies in [0, 1), got {self.label_smoothing:g}"
-            )
+        check_label_smoothing("languagemodeling", self.label_smoothing)
 
     def __call__(self, outputs: Logits) -> Tensor:
-        """(B,) float32: the unweighted sum over the labeled tokens of each sample.
+        """Return (B,) float32: the unweighted sum over the labeled tokens of each sample.
 
-        With `segments_BT` among the outputs, samples that share a row are told apart by their numbers in it.
+        If the outputs have `segments_BT`, samples share rows and B counts samples.
         """
-        if outputs.logits_BTV is None or outputs.labels_BT is None:
-            raise DataError(
-                "the captioning loss reads logits and labels; ask the wiring for 'logits' and give labels"
-            )
-        segments_BT: Tensor | None = getattr(outputs, "segments_BT", None)
-        return language_modeling(
-            outputs.logits_BTV, outputs.labels_BT, self.label_smoothing, segments_BT
+        logits_BTV, labels_BT = given(
+            "languagemodeling", self.requires, outputs.logits_BTV, outputs.labels_BT
         )
+        segments_BT: Tensor | None = getattr(outputs, "segments_BT", None)
+        return language_modeling(logits_BTV, labels_BT, self.label_smoothing, segments_BT)
 
     def count(self, labels_BT: Tensor) -> Tensor:
-        """(B,) float32: the tokens that each sum runs over, the first of a row excepted; or 1 for a row with any."""
+        """Return (B,) float32: the labeled tokens after the first, or 1 for a row with any."""
         labeled_BT = labels_BT[:, 1:] != IGNORE
         return (labeled_BT.sum(1) if self.mean == "tokens" else labeled_BT.any(1)).float()
 
@@ -66,15 +59,15 @@ def language_modeling(
     label_smoothing: float = 0.0,
     segments_BT: Tensor | None = None,
 ) -> Tensor:
-    """(B,) summed cross-entropy of each label under the logits before it; 0, with a graph, when there is none.
+    """Return (B,) float32: the summed cross-entropy of each label under the logits before it.
 
-    With `segments_BT`, one number for each sample; -1 is padding. The first token of a sample must have no label.
+    A sample without labels has 0, with a graph. `segments_BT` numbers the sample of each token,
+    -1 on padding; the first token of a sample must have no label.
     """
     targets_BT = labels_BT[:, 1:]
     chosen_BT = targets_BT != IGNORE
-    logits_LV = logits_BTV[:, :-1][
-        chosen_BT
-    ].float()  # chosen first: float32 of prompts and images would be the most
+    # selected before the cast: float32 logits of prompts and images would take the most memory
+    logits_LV = logits_BTV[:, :-1][chosen_BT].float()
     nats_L = cross_entropy(
         logits_LV, targets_BT[chosen_BT], reduction="none", label_smoothing=label_smoothing
     )

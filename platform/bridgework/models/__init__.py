@@ -1,4 +1,4 @@
-"""Models: towers, bridges, and the wirings that put them together. The specs are the public face."""
+"""Models: towers, bridges and wirings. The public names are configs; `build()` makes modules."""
 
 from bridgework.models.blip_med import MEDConfig
 from bridgework.models.blip_text import MEDTextConfig

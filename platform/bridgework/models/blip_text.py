@@ -1,7 +1,8 @@
-"""The text side of BLIP: BERT with cross-attention in every layer, to read and to write (arXiv:2201.12086, 3.2).
+"""BLIP's text encoder and decoder: BERT with cross-attention in every layer.
 
-Both halves are transformers' BLIP modules. Beside an encoder, a decoder that captions shares all of it but the
-self-attention: embeddings, cross-attention and feed-forward are the same modules.
+Li et al. 2022, arXiv:2201.12086, 3.2. Both are transformers' BLIP modules. A captioning decoder
+with an encoder shares all of its modules except self-attention: embeddings, cross-attention and
+feed-forward.
 """
 
 from dataclasses import replace
@@ -21,32 +22,27 @@ FIELDS = {  # ours -> transformers'
     "vocab": "vocab_size",
     "context": "max_position_embeddings",
 }
-
-FIXED = {
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-}  # of transformers' BLIP modules: never otherwise here
+# settings of transformers' BLIP modules that never differ here
+FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
 
 
 class TextModules(NamedTuple):
-    """What a model may have of the text side."""
+    """Text modules of a model; None for a module that its tasks do not need."""
 
     encoder: Any | None  # BlipTextModel
-    writer: Any | None  # BlipTextLMHeadModel: the decoder and its head, complete
-    decoder: (
-        nn.Module | None
-    )  # what of the writer the encoder does not own, under the writer's names
+    writer: Any | None  # BlipTextLMHeadModel: the complete decoder and its head
+    decoder: nn.Module | None  # the writer without shared modules, under the writer's names
 
 
 @config_class
 class MEDTextConfig:
-    """The defaults are BERT-base, uncased (configs/med_config.json of the release)."""
+    """BLIP's text modules; defaults: BERT-base, uncased (configs/med_config.json)."""
 
     width: int = 768
     depth: int = 12
     heads: int = 12
     ffn: int = 3072
-    vocab: int = 30_522  # of the tokenizer; behind it come the rows of [DEC] and [ENC]
+    vocab: int = 30_522  # of the tokenizer, without the rows of [DEC] and [ENC] that follow
     context: int = 512  # positions
     dropout: float = 0.1
     tokenizer: str = "google-bert/bert-base-uncased"  # folder, hub name, `package:` path or "bytes"
@@ -61,30 +57,31 @@ class MEDTextConfig:
 
     @property
     def dec(self) -> int:
-        """The id that begins what is written."""
+        """The id of [DEC], the first token of decoder inputs."""
         return self.vocab
 
     @property
     def enc(self) -> int:
-        """The id that begins what is read together with an image."""
+        """The id of [ENC], the first token of texts that are read together with an image."""
         return self.vocab + 1
 
     def config(self, image_width: int) -> Any:
-        """transformers' config of either half. The tokenizer knows the special ids, so the model names none."""
+        """Return transformers' config of encoder and decoder, without special ids."""
         from transformers import BlipTextConfig
 
-        numbers: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in FIELDS.items()}
-        numbers |= {"vocab_size": self.vocab + 2, "encoder_hidden_size": image_width}
-        numbers |= dict.fromkeys(
+        options: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in FIELDS.items()}
+        options |= {"vocab_size": self.vocab + 2, "encoder_hidden_size": image_width}
+        options |= dict.fromkeys(
             ("hidden_dropout_prob", "attention_probs_dropout_prob"), self.dropout
         )
-        numbers |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"))
-        return BlipTextConfig(**numbers)
+        # the tokenizer has the special ids
+        options |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"))
+        return BlipTextConfig(**options)
 
     def build(
         self, image_width: int, *, reads: bool, writes: bool, shares: bool, pretrained: bool = True
     ) -> TextModules:
-        """The halves that are asked for, in float32. Raises WeightsError for weights that do not fit the numbers."""
+        """Return the requested modules in float32; WeightsError for weights of another size."""
         from transformers import BlipTextLMHeadModel, BlipTextModel
 
         config = self.config(image_width)
@@ -93,12 +90,12 @@ class MEDTextConfig:
         if pretrained and self.weights is not None:
             state = self._bert(self.weights)
             if reads:
-                _begin(
-                    encoder,
-                    {n.removeprefix("bert."): t for n, t in state.items() if n.startswith("bert.")},
-                )
+                bert = {
+                    n.removeprefix("bert."): t for n, t in state.items() if n.startswith("bert.")
+                }
+                _load_bert(encoder, bert)
             if writes:
-                _begin(writer, state)
+                _load_bert(writer, state)
         decoder = writer.bert if writes else None
         if shares and reads and writes:
             decoder = _share(encoder, writer)
@@ -109,15 +106,14 @@ class MEDTextConfig:
 
         config = weights_of.load_config(AutoConfig, weights)
         found = {ours: getattr(config, theirs, None) for ours, theirs in FIELDS.items()}
-        given = {name: getattr(self, name) for name in found} | FIXED
-        weights_of.check(
-            weights, given, found | {name: getattr(config, name, None) for name in FIXED}
-        )
+        expected = {name: getattr(self, name) for name in found} | FIXED
+        found |= {name: getattr(config, name, None) for name in FIXED}
+        weights_of.check_fields(weights, expected, found)
         state: dict[str, Tensor] = weights_of.load(BertForMaskedLM, weights).state_dict()
         return state
 
     def tiny(self) -> "MEDTextConfig":
-        """Width 32, two layers, a byte tokenizer, no dropout: so the loss is the same on any number of workers."""
+        """Return a config of width 32, two layers, a byte tokenizer and no dropout."""
         return replace(
             self,
             width=32,
@@ -133,31 +129,26 @@ class MEDTextConfig:
 
 
 def _share(encoder: Any, writer: Any) -> nn.Module:
-    """The writer reads with the encoder's modules; what stays its own is its self-attention, which is returned."""
+    """Give the writer the encoder's modules; return what is left of it, its self-attention."""
     writer.bert.embeddings = encoder.embeddings
     writer.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight
-    for own, other in zip(writer.bert.encoder.layer, encoder.encoder.layer, strict=True):
-        own.crossattention, own.intermediate, own.output = (
-            other.crossattention,
-            other.intermediate,
-            other.output,
-        )
+    for own, shared in zip(writer.bert.encoder.layer, encoder.encoder.layer, strict=True):
+        own.crossattention = shared.crossattention
+        own.intermediate, own.output = shared.intermediate, shared.output
     layers = nn.ModuleList(
         nn.ModuleDict({"attention": layer.attention}) for layer in writer.bert.encoder.layer
     )
     return nn.ModuleDict({"encoder": nn.ModuleDict({"layer": layers})})
 
 
-def _begin(module: Any, bert: dict[str, Tensor]) -> None:
-    """BERT's weights, under the same names. Cross-attention and the rows of [DEC] and [ENC] stay as drawn."""
+def _load_bert(module: Any, bert: dict[str, Tensor]) -> None:
+    """Copy BERT's weights in place. Cross-attention and the rows of [DEC] and [ENC] stay random."""
     state: dict[str, Tensor] = module.state_dict()
     for name, tensor in state.items():
-        known = bert.get(name)
-        if known is None and ".crossattention." not in name:
+        source = bert.get(name)
+        if source is None and ".crossattention." not in name:
             raise WeightsError(
-                f"a BERT of other parts: it has no {name}; name the weights of a BertForMaskedLM"
+                f"text.weights: the BERT has no {name}. Fix: name the weights of a BertForMaskedLM"
             )
-        if known is not None:
-            tensor[: len(known)] = (
-                known  # a matrix over the vocabulary has two rows more than BERT's
-            )
+        if source is not None:  # matrices over the vocabulary have two rows more than BERT's
+            tensor[: len(source)] = source

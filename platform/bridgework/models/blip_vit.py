@@ -1,10 +1,10 @@
-"""BLIP's vision transformer: all tokens of the last block, CLS first, behind the final norm (arXiv:2201.12086, 3.1).
+"""Vision transformers of BLIP and BLIP-2.
 
-transformers' BlipVisionModel, drawn or begun from an ImageNet ViT as the paper does (4.1).
-
-EVA's vision transformer, as BLIP-2 reads it: 39 of ViT-g's 40 blocks, no norm behind them (2301.12597, 3.4).
-
-The LayerNorm that transformers holds in the tower is the bridge's `ln_vision` here: it trains beside a frozen tower.
+`BlipViT`  all tokens of the last block, CLS first, after the final norm (arXiv:2201.12086, 3.1).
+           transformers' BlipVisionModel, random or initialized from an ImageNet ViT (4.1).
+`Eva`      EVA-CLIP as BLIP-2 reads it: 39 of ViT-g's 40 blocks without a norm (2301.12597, 3.4).
+           The LayerNorm that transformers has in this tower is the bridge's `ln_vision` here,
+           because it trains while the tower is frozen.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from bridgework.config import config_class, positive
-from bridgework.errors import SpecError
+from bridgework.config import config_class
 from bridgework.models import pretrained as weights_of
 from bridgework.models.vision import (
     CLIP_MEAN,
@@ -23,18 +22,17 @@ from bridgework.models.vision import (
     VIT_FIELDS,
     Positions,
     VisionTower,
-    stretched,
+    check_vit_sizes,
+    interpolate_positions,
 )
 from bridgework.system import Pixels
 
 # N images  S pixels of a side  P patches, CLS first  D width
 
-
 POSITIONS = "embeddings.position_embedding"
-FIXED = {
-    "hidden_act": "gelu",
-    "qkv_bias": True,
-}  # of transformers' BlipVisionModel: never otherwise here
+# settings of transformers' towers that never differ here
+FIXED = {"hidden_act": "gelu", "qkv_bias": True}
+EVA_FIXED = {"hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": 1e-6}
 FROM_VIT = {  # transformers' ViT -> its BlipVisionModel; the three of q, k and v become one
     "embeddings.cls_token": "embeddings.class_embedding",
     "embeddings.position_embeddings": POSITIONS,
@@ -48,7 +46,7 @@ FROM_VIT = {  # transformers' ViT -> its BlipVisionModel; the three of q, k and 
 
 @config_class
 class BlipViTConfig:
-    """The tower of transformers' BLIP models; the defaults are ViT-B/16 at 224 px."""
+    """The tower of transformers' BLIP models; defaults: ViT-B/16 at 224 px."""
 
     image_size: int = 224  # pixels; weights of another size get their positions interpolated
     patch: int = 16  # pixels
@@ -61,15 +59,7 @@ class BlipViTConfig:
     weights: str | None = None  # folder or hub name of a ViT or DeiT
 
     def __post_init__(self) -> None:
-        positive("vision", self, "width", "depth", "heads", "ffn")
-        if self.width % self.heads:
-            raise SpecError(
-                f"vision.width {self.width} must be a multiple of vision.heads {self.heads}"
-            )
-        if not 1 <= self.patch <= self.image_size:
-            raise SpecError(
-                f"vision.patch must lie in [1, image_size {self.image_size}], got {self.patch}"
-            )
+        check_vit_sizes(self)
 
     @property
     def pixels(self) -> Pixels:
@@ -84,45 +74,38 @@ class BlipViTConfig:
         return self.width
 
     def config(self) -> Any:
-        """transformers' config of the tower."""
+        """Return transformers' config of the tower."""
         from transformers import BlipVisionConfig
 
-        # transformers would draw all but nothing (1e-10), for it only ever loads this tower
-        numbers = {hf: getattr(self, ours) for ours, hf in VIT_FIELDS.items()}
-        return BlipVisionConfig(**numbers, layer_norm_eps=self.norm_eps, initializer_range=0.02)
+        # transformers' default range is 1e-10, because it only ever loads this tower
+        sizes = {theirs: getattr(self, ours) for ours, theirs in VIT_FIELDS.items()}
+        return BlipVisionConfig(**sizes, layer_norm_eps=self.norm_eps, initializer_range=0.02)
 
     def build(self, *, pretrained: bool = True) -> "BlipViT":
-        """The tower in float32. Raises WeightsError for weights that do not fit the numbers."""
+        """Return the tower in float32. Raises WeightsError for weights of another size."""
         from transformers import BlipVisionModel
 
         tower = BlipVisionModel(self.config())
         if pretrained and self.weights is not None:
-            state = self._begin(self.weights)
-            state[POSITIONS] = stretched(state[POSITIONS], tower.get_parameter(POSITIONS), cls=1)
-            tower.load_state_dict(state)
+            _load_interpolated(tower, self._load_vit(self.weights))
         return BlipViT(self, tower)
 
-    def _begin(self, weights: str) -> dict[str, Tensor]:
+    def _load_vit(self, weights: str) -> dict[str, Tensor]:
         from transformers import AutoConfig, ViTModel
 
-        config = weights_of.load_config(AutoConfig, weights)
-        sizes = {own: hf for own, hf in VIT_FIELDS.items() if own != "image_size"}
-        found = {own: getattr(config, hf, None) for own, hf in sizes.items()}
-        found |= {name: getattr(config, name, None) for name in FIXED}
-        weights_of.check(weights, {own: getattr(self, own) for own in sizes} | FIXED, found)
-        return from_vit(
-            weights_of.load(ViTModel, weights, add_pooling_layer=False).state_dict(), self.depth
-        )
+        _check_sizes(self, weights, weights_of.load_config(AutoConfig, weights), FIXED)
+        vit = weights_of.load(ViTModel, weights, add_pooling_layer=False)
+        return from_vit(vit.state_dict(), self.depth)
 
     def tiny(self) -> "BlipViTConfig":
-        """Width 32, two blocks, 4 x 4 patches."""
+        """Return a config of width 32, two blocks, 4 x 4 patches."""
         return replace(
             self, image_size=32, patch=8, width=32, depth=2, heads=2, ffn=64, weights=None
         )
 
 
 class BlipViT(VisionTower):
-    """All tokens of the last block, normed."""
+    """All tokens of the last block after the final norm."""
 
     config: BlipViTConfig
 
@@ -135,34 +118,24 @@ class BlipViT(VisionTower):
 
 
 def from_vit(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """The tensors of transformers' ViTModel under the names of its BlipVisionModel."""
-    found: dict[str, Tensor] = {}
+    """Return the tensors of transformers' ViTModel under the names of its BlipVisionModel."""
+    renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         ours = "post_" + name if name.startswith("layernorm.") else name
         for theirs, new in FROM_VIT.items():
             ours = ours.replace(theirs, new, 1)
-        found[ours] = tensor
+        renamed[ours] = tensor
     for layer in range(depth):
         for kind in ("weight", "bias"):
-            at = f"encoder.layers.{layer}."
-            parts = [found.pop(f"{at}attention.{part}_proj.{kind}") for part in "qkv"]
-            found[f"{at}self_attn.qkv.{kind}"] = torch.cat(parts)
-    return found
-
-
-# N images  S pixels of a side  P patches  D width
-
-
-EVA_FIXED = {
-    "hidden_act": "gelu",
-    "qkv_bias": True,
-    "layer_norm_eps": 1e-6,
-}  # of transformers' tower: never otherwise here
+            block = f"encoder.layers.{layer}."
+            parts = [renamed.pop(f"{block}attention.{part}_proj.{kind}") for part in "qkv"]
+            renamed[f"{block}self_attn.qkv.{kind}"] = torch.cat(parts)
+    return renamed
 
 
 @config_class
 class EvaConfig:
-    """The vision tower of transformers' BLIP-2 models; the defaults are EVA-CLIP ViT-g/14 at 224 px."""
+    """The vision tower of transformers' BLIP-2 models; defaults: EVA-CLIP ViT-g/14 at 224 px."""
 
     image_size: int = 224  # pixels; weights of another size get their positions interpolated
     patch: int = 14  # pixels
@@ -172,18 +145,10 @@ class EvaConfig:
     ffn: int = 6144
     select: Literal["patch", "all"] = "all"  # all: with the CLS token
     fit: Literal["pad", "crop"] = "crop"
-    weights: str | None = None  # folder or hub name of a whole BLIP-2 or InstructBLIP
+    weights: str | None = None  # folder or hub name of a complete BLIP-2 or InstructBLIP
 
     def __post_init__(self) -> None:
-        positive("vision", self, "width", "depth", "heads", "ffn")
-        if self.width % self.heads:
-            raise SpecError(
-                f"vision.width {self.width} must be a multiple of vision.heads {self.heads}"
-            )
-        if not 1 <= self.patch <= self.image_size:
-            raise SpecError(
-                f"vision.patch must lie in [1, image_size {self.image_size}], got {self.patch}"
-            )
+        check_vit_sizes(self)
 
     @property
     def pixels(self) -> Pixels:
@@ -198,53 +163,65 @@ class EvaConfig:
         return self.width
 
     def config(self) -> Any:
-        """transformers' config of the tower."""
+        """Return transformers' config of the tower."""
         from transformers import Blip2VisionConfig
 
-        # transformers would draw all but nothing (1e-10), for it only ever loads this tower
-        return Blip2VisionConfig(
-            **{hf: getattr(self, own) for own, hf in VIT_FIELDS.items()}, initializer_range=0.02
-        )
+        # transformers' default range is 1e-10, because it only ever loads this tower
+        sizes = {theirs: getattr(self, ours) for ours, theirs in VIT_FIELDS.items()}
+        return Blip2VisionConfig(**sizes, initializer_range=0.02)
 
     def build(self, *, pretrained: bool = True) -> "Eva":
-        """The tower in float32. Raises WeightsError for weights that do not fit the numbers."""
+        """Return the tower in float32. Raises WeightsError for weights of another size."""
         from transformers import Blip2VisionModel
 
         tower = Blip2VisionModel(self.config())
         cast(Any, tower).post_layernorm = nn.Identity()
         if pretrained and self.weights is not None:
-            self._load(tower, self.weights)
+            _load_interpolated(tower, self._load_blip2(self.weights))
         return Eva(self, tower)
 
-    def _load(self, tower: Any, weights: str) -> None:
+    def _load_blip2(self, weights: str) -> dict[str, Tensor]:
         from transformers import AutoConfig
 
-        theirs = weights_of.load_config(AutoConfig, weights).vision_config
-        sizes = {own: hf for own, hf in VIT_FIELDS.items() if own != "image_size"}
-        found = {own: getattr(theirs, hf, None) for own, hf in sizes.items()}
-        found |= {name: getattr(theirs, name, None) for name in EVA_FIXED}
-        weights_of.check(weights, {own: getattr(self, own) for own in sizes} | EVA_FIXED, found)
-        state = weights_of.tensors(weights, ("vision_model.embeddings.", "vision_model.encoder."))
-        state = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
-        positions = "embeddings.position_embedding"
-        state[positions] = stretched(state[positions], tower.get_parameter(positions), cls=1)
-        tower.load_state_dict(state)
+        config = weights_of.load_config(AutoConfig, weights).vision_config
+        _check_sizes(self, weights, config, EVA_FIXED)
+        prefixes = ("vision_model.embeddings.", "vision_model.encoder.")
+        state = weights_of.load_tensors(weights, prefixes)
+        return {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
 
     def tiny(self) -> "EvaConfig":
-        """Width 32, 4 x 4 patches; the selection stays, and the blocks, for a rate of its own names every one."""
+        """Return a config of width 32, 4 x 4 patches.
+
+        The selection stays, and the depth, because learning rates name every block.
+        """
         return replace(self, image_size=32, patch=8, width=32, heads=2, ffn=64, weights=None)
 
 
 class Eva(VisionTower):
-    """The last block's output, as it is."""
+    """Output of the last block, without a norm."""
 
     config: EvaConfig
 
     @property
     def positions(self) -> Positions:
-        return Positions("embeddings.position_embedding", cls=1)
+        return Positions(POSITIONS, cls=1)
 
     def patches(self, normal_N3SS: Tensor) -> Tensor:
         tower = cast(Any, self.tower)
         hidden_NPD = tower.encoder(tower.embeddings(normal_N3SS)).last_hidden_state
         return cast(Tensor, hidden_NPD if self.config.select == "all" else hidden_NPD[:, 1:])
+
+
+def _check_sizes(config: Any, weights: str, theirs: Any, fixed: Mapping[str, object]) -> None:
+    """Raise WeightsError if a transformers config has other sizes, image size excepted."""
+    sizes = {ours: hf for ours, hf in VIT_FIELDS.items() if ours != "image_size"}
+    expected = {ours: getattr(config, ours) for ours in sizes} | dict(fixed)
+    found = {ours: getattr(theirs, hf, None) for ours, hf in sizes.items()}
+    found |= {name: getattr(theirs, name, None) for name in fixed}
+    weights_of.check_fields(weights, expected, found)
+
+
+def _load_interpolated(tower: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load `state`, with positions interpolated to the image size of the tower."""
+    positions = interpolate_positions(state[POSITIONS], tower.get_parameter(POSITIONS), cls=1)
+    tower.load_state_dict(state | {POSITIONS: positions})

@@ -1,10 +1,12 @@
-"""CLIP's ResNet: a stem of three convolutions, strides behind average pools, attention for a pool.
+"""CLIP's ResNet: a stem of three convolutions, average pools before strides, an attention pool.
 
-Radford et al. 2021, arXiv:2103.00020, 2.4: ResNet-D (He et al. 2019), blur before every stride (Zhang 2019), and
-multi-head attention whose query is the mean of the map. Its parameters have the names of the released weights.
+Radford et al. 2021, arXiv:2103.00020, 2.4: ResNet-D (He et al. 2019), blur before every stride
+(Zhang 2019), and multi-head attention whose query is the mean of the map. Parameters have the names
+of the released weights.
 """
 
-# N images  S pixels of a side  P cells of the last map  C channels of the last map  H heads  D width of the pool
+# N images  S pixels of a side  P cells of the last map  C channels of the last map  H heads
+# D width of the pool
 
 from collections import OrderedDict
 from dataclasses import replace
@@ -24,17 +26,17 @@ from bridgework.models import pretrained as weights_of
 from bridgework.models.vision import CLIP_MEAN, CLIP_STD, VisionTower
 from bridgework.system import Pixels
 
-STRIDE = 32  # pixels a side of a cell of the last map
+STRIDE = 32  # pixels per side of a cell of the last map
 EXPANSION = 4  # of a bottleneck's width
 
 
 @config_class
 class ModifiedResNetConfig:
-    """The defaults are RN50's; RN101 has layers (3, 4, 23, 3) and a pool of 512."""
+    """CLIP's ResNet; defaults: RN50. RN101 has layers (3, 4, 23, 3) and a pool of 512."""
 
     image_size: int = 224  # pixels
     layers: tuple[int, int, int, int] = (3, 4, 6, 3)  # bottlenecks of each stage
-    width: int = 64  # channels behind the stem; a head of the pool has 64
+    width: int = 64  # channels after the stem; a head of the pool has 64
     pool: int = 1024  # width of the attention pool's output
     select: Literal["pool", "patch"] = "pool"  # patch: the last map, row by row, without the pool
     fit: Literal["pad", "crop"] = "crop"
@@ -67,19 +69,19 @@ class ModifiedResNetConfig:
         return self.pool if self.select == "pool" else self.channels
 
     def build(self, *, pretrained: bool = True) -> "ModifiedResNet":
-        """The tower in float32. Raises WeightsError for a file that does not fit the numbers."""
+        """Return the tower in float32. Raises WeightsError for a file of another size."""
         network = Network(self)
         if pretrained and self.weights is not None:
             _load(network, self.weights)
         return ModifiedResNet(self, network)
 
     def tiny(self) -> "ModifiedResNetConfig":
-        """One bottleneck a stage, 2 x 2 cells of 256 channels, a pool of 32; the selection stays."""
+        """Return a config of one bottleneck per stage, 2 x 2 cells, 256 channels, a pool of 32."""
         return replace(self, image_size=64, layers=(1, 1, 1, 1), width=8, pool=32, weights=None)
 
 
 def _load(network: nn.Module, weights: str) -> None:
-    """Of a whole model's file only `visual.*` is taken."""
+    """Load a file of weights; of a complete CLIP only `visual.*` is read."""
     path = Path(weights_of.resolve(weights))
     try:
         state = (
@@ -94,12 +96,13 @@ def _load(network: nn.Module, weights: str) -> None:
     except (OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
         reason = " ".join(str(error).split()[:30])
         raise WeightsError(
-            f"weights {weights!r} do not fit vision.layers, width and pool, or hold no named tensors: {reason}"
+            f"weights {weights!r} do not fit vision.layers, width and pool, "
+            f"or hold no named tensors: {reason}"
         ) from error
 
 
 class ModifiedResNet(VisionTower):
-    """One token an image, from the attention pool, or the cells of the last map."""
+    """One token per image from the attention pool, or the cells of the last map."""
 
     config: ModifiedResNetConfig
 
@@ -112,7 +115,7 @@ class ModifiedResNet(VisionTower):
 
 
 class Network(nn.Module):
-    """Stem, four stages, pool."""
+    """Stem, four stages and attention pool."""
 
     def __init__(self, config: ModifiedResNetConfig) -> None:
         super().__init__()
@@ -130,7 +133,7 @@ class Network(nn.Module):
         self.attnpool = AttentionPool(config.cells, config.channels, width // 2, config.pool)
 
     def map(self, normal_N3SS: Tensor) -> Tensor:
-        """(N, 3, S, S) -> (N, C, S / 32, S / 32)."""
+        """Map (N, 3, S, S) to (N, C, S / 32, S / 32)."""
         map_NCHW: Tensor = self.bn1(self.conv1(normal_N3SS)).relu()
         map_NCHW = self.bn2(self.conv2(map_NCHW)).relu()
         map_NCHW = self.bn3(self.conv3(map_NCHW)).relu()
@@ -148,7 +151,10 @@ def _stage(inner: int, width: int, blocks: int, stride: int) -> nn.Sequential:
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3, 1 x 1; a stride is an average pool in front of a convolution that has none, on both ways."""
+    """Residual block of 1 x 1, 3 x 3 and 1 x 1 convolutions.
+
+    A stride is an average pool before a convolution of stride 1, on both paths.
+    """
 
     def __init__(self, inner: int, width: int, stride: int) -> None:
         super().__init__()
@@ -160,7 +166,7 @@ class Bottleneck(nn.Module):
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(width, outer, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outer)
-        nn.init.zeros_(self.bn3.weight)  # a block begins as the identity (openai/CLIP)
+        nn.init.zeros_(self.bn3.weight)  # a block starts as the identity (openai/CLIP)
         self.downsample: nn.Module = nn.Identity()
         if stride > 1 or inner != outer:
             convolution = nn.Conv2d(inner, outer, 1, bias=False)
@@ -175,7 +181,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """The mean of the cells asks all cells and itself; every token has a position."""
+    """Attention from the mean of the cells to itself and all cells, with position embeddings."""
 
     def __init__(self, cells: int, channels: int, heads: int, out: int) -> None:
         super().__init__()
@@ -187,13 +193,11 @@ class AttentionPool(nn.Module):
             nn.init.normal_(projection.weight, std=channels**-0.5)
 
     def forward(self, cells_NPC: Tensor) -> Tensor:
-        """(N, P, C) -> (N, 1, D)."""
-        tokens_NPC = (
-            torch.cat([cells_NPC.mean(1, keepdim=True), cells_NPC], dim=1)
-            + self.positional_embedding
-        )
+        """Map (N, P, C) to (N, 1, D)."""
+        tokens_NPC = torch.cat([cells_NPC.mean(1, keepdim=True), cells_NPC], dim=1)
+        tokens_NPC = tokens_NPC + self.positional_embedding
         q, k, v = self.q_proj(tokens_NPC[:, :1]), self.k_proj(tokens_NPC), self.v_proj(tokens_NPC)
-        read_NH1C = scaled_dot_product_attention(
+        attended_NH1C = scaled_dot_product_attention(
             *(t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         )
-        return cast(Tensor, self.c_proj(read_NH1C.transpose(1, 2).flatten(2)))
+        return cast(Tensor, self.c_proj(attended_NH1C.transpose(1, 2).flatten(2)))

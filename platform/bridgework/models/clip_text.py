@@ -1,4 +1,4 @@
-"""Text towers: token ids in, one vector per text out."""
+"""CLIP's text tower: maps token ids to one vector per text."""
 
 # B texts  T tokens  D width
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bridgework.config import config_class, positive
 from bridgework.errors import DataError, SpecError
 from bridgework.models import pretrained as weights_of
+from bridgework.models.attention_masks import padded_positions
 
 FIELDS = {  # ours -> transformers'
     "width": "hidden_size",
@@ -26,20 +27,21 @@ FIELDS = {  # ours -> transformers'
 
 @config_class
 class CLIPTextConfig:
-    """CLIP's causal text tower; the defaults are ViT-B/32's (Radford et al. 2021, arXiv:2103.00020, 2.4)."""
+    """CLIP's causal text tower; defaults: ViT-B/32 (Radford et al. 2021, arXiv:2103.00020, 2.4)."""
 
     width: int = 512
     depth: int = 12
     heads: int = 8
     ffn: int = 2048
-    vocab: int = 49_408  # bytes, bytes that end a word, merges, start and end (openai/CLIP; the paper says 49,152)
+    # bytes, bytes that end a word, merges, start and end (openai/CLIP; the paper says 49,152)
+    vocab: int = 49_408
     context: int = 77  # tokens, start and end included
-    act: Literal["quick_gelu", "gelu"] = (
-        "quick_gelu"  # the released weights lose accuracy under gelu
-    )
-    eos: int = 49_407  # what transformers looks for; its old configs say 2, and mean the largest id of a text
+    # the released weights lose accuracy under gelu
+    act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    # as in transformers, whose old configs have 2 and mean the largest id of a text
+    eos: int = 49_407
     tokenizer: str = "openai/clip-vit-base-patch32"  # folder, hub name, `package:` path or "bytes"
-    weights: str | None = None  # folder or hub name, of a text tower or of a whole CLIP
+    weights: str | None = None  # folder or hub name, of a text tower or a complete CLIP
 
     def __post_init__(self) -> None:
         positive("text", self, "width", "depth", "heads", "ffn", "vocab", "context")
@@ -50,28 +52,27 @@ class CLIPTextConfig:
 
     def config(self) -> Any:
         """Return transformers' config of the tower."""
-        from transformers import (
-            CLIPTextConfig as Config,
-        )  # takes seconds: not before a model is built
+        import transformers  # takes seconds: not before a model is built
 
-        numbers: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in FIELDS.items()}
-        return Config(**numbers, bos_token_id=None, pad_token_id=None)
+        sizes: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in FIELDS.items()}
+        return transformers.CLIPTextConfig(**sizes, bos_token_id=None, pad_token_id=None)
 
     def build(self, *, pretrained: bool = True) -> "CLIPText":
-        """The tower in float32. Raises WeightsError for weights that do not fit the numbers."""
+        """Return the tower in float32. Raises WeightsError for weights of another size."""
         from transformers import CLIPTextModel
 
         if pretrained and self.weights is not None:
-            return CLIPText(
-                self,
-                weights_of.load(CLIPTextModel, self.weights, config=self._checked(self.weights)),
-            )
+            config = self._checked(self.weights)
+            return CLIPText(self, weights_of.load(CLIPTextModel, self.weights, config=config))
         tower: Any = CLIPTextModel(self.config())
-        self._draw(tower)
+        self._initialize(tower)
         return CLIPText(self, tower)
 
-    def _draw(self, tower: Any) -> None:
-        """As openai/CLIP draws; transformers swaps the spreads of q, k, v with those of what comes behind them."""
+    def _initialize(self, tower: Any) -> None:
+        """Draw parameters as openai/CLIP does.
+
+        transformers swaps the standard deviations of q, k, v and of the output projection.
+        """
         nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.01)
         for block in tower.encoder.layers:
             attention = block.self_attn
@@ -85,15 +86,15 @@ class CLIPTextConfig:
         from transformers import AutoConfig
 
         config = weights_of.load_config(AutoConfig, weights)
-        config = getattr(config, "text_config", config)  # of a whole CLIP
+        config = getattr(config, "text_config", config)  # of a complete CLIP
         found = {
             ours: getattr(config, theirs, None) for ours, theirs in FIELDS.items() if ours != "eos"
         }
-        weights_of.check(weights, {name: getattr(self, name) for name in found}, found)
+        weights_of.check_fields(weights, {name: getattr(self, name) for name in found}, found)
         return config
 
     def tiny(self) -> "CLIPTextConfig":
-        """Width 32, two layers, a byte tokenizer, whose texts end with 259; the activation stays."""
+        """Return a config of width 32, two layers, a byte tokenizer (end token 259)."""
         return replace(
             self,
             width=32,
@@ -109,7 +110,7 @@ class CLIPTextConfig:
 
 
 class CLIPText(nn.Module):
-    """`tower` is transformers' CLIPTextModel; a text is what its last token, the end, has read."""
+    """`tower` is transformers' CLIPTextModel; a text is the hidden state of its end token."""
 
     def __init__(self, config: CLIPTextConfig, tower: nn.Module) -> None:
         super().__init__()
@@ -117,16 +118,19 @@ class CLIPText(nn.Module):
         self.tower = tower
 
     def forward(self, ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
-        """(B, T) int64 and bool, padding on either side -> (B, D). Raises DataError for more than `context` tokens."""
+        """Map (B, T) int64 and bool, padding on either side, to (B, D).
+
+        Raises DataError for more than `context` tokens.
+        """
         if ids_BT.shape[1] > self.config.context:
             raise DataError(
-                f"the text tower reads {self.config.context} tokens, got {ids_BT.shape[1]}; set data.max_tokens"
+                f"the text tower reads {self.config.context} tokens, got {ids_BT.shape[1]}. "
+                "Fix: set data.max_tokens"
             )
-        positions_BT = (attention_BT.long().cumsum(-1) - 1).clamp(
-            min=0
-        )  # padding on the left moves no token
         hidden_BTD: Tensor = self.tower(
-            input_ids=ids_BT, attention_mask=attention_BT.long(), position_ids=positions_BT
+            input_ids=ids_BT,
+            attention_mask=attention_BT.long(),
+            position_ids=padded_positions(attention_BT),
         ).last_hidden_state
         end_B = (attention_BT * torch.arange(ids_BT.shape[1], device=ids_BT.device)).argmax(-1)
         return hidden_BTD[torch.arange(len(end_B), device=end_B.device), end_B]

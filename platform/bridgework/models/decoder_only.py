@@ -1,7 +1,8 @@
-"""Causal language models of transformers behind one interface: logits, continuations, generation.
+"""Causal language models of transformers: logits, continuations and generation.
 
-Most families keep a prompt in a cache of keys and values. Some carry a recurrent state or rotate their keys by the
-length of the text: these read a prompt again with every continuation, and some of them must not see padding first.
+Most families cache the keys and values of a prompt. Some have a recurrent state, or rotate keys by
+the length of the text: these read a prompt again with every continuation, and some of them must not
+see padding before it.
 """
 
 # B batch  T tokens  D width  V vocabulary  C candidates  R tokens of one
@@ -20,30 +21,32 @@ from bridgework.models import attention_masks
 def logits(
     language: Any, embeds_BTD: Tensor, attention_BT: Tensor, segments_BT: Tensor | None = None
 ) -> Tensor:
-    """Return (B, T, V), at every token the logits of its successor; padding is on either side.
+    """Return (B, T, V), the next-token logits of every token; padding is on either side.
 
     Raises SpecError for `segments` that the language model cannot keep apart.
     """
     if segments_BT is not None or not attention_masks.reads_padding(language):
-        read = attention_masks.decoding(language, embeds_BTD, attention_BT, segments_BT)
-        return cast(Tensor, language(inputs_embeds=embeds_BTD, **read, use_cache=False).logits)
-    order_BT = (
-        (~attention_BT.bool()).int().argsort(dim=-1, stable=True)
-    )  # padding goes to the right
+        masks = attention_masks.masks_and_positions(language, embeds_BTD, attention_BT, segments_BT)
+        return cast(Tensor, language(inputs_embeds=embeds_BTD, **masks, use_cache=False).logits)
+    # move padding to the right
+    order_BT = (~attention_BT.bool()).int().argsort(dim=-1, stable=True)
     rows_B1 = torch.arange(len(order_BT), device=order_BT.device).unsqueeze(-1)
     embeds_BTD, attention_BT = embeds_BTD[rows_B1, order_BT], attention_BT[rows_B1, order_BT]
-    read = attention_masks.decoding(language, embeds_BTD, attention_BT, None)
-    logits_BTV: Tensor = language(inputs_embeds=embeds_BTD, **read, use_cache=False).logits
+    masks = attention_masks.masks_and_positions(language, embeds_BTD, attention_BT, None)
+    logits_BTV: Tensor = language(inputs_embeds=embeds_BTD, **masks, use_cache=False).logits
     return logits_BTV[rows_B1, order_BT.argsort(dim=-1)]
 
 
 def continuations(language: Any, prompt_1TD: Tensor, rest_CR: Tensor) -> Tensor:
-    """Return (C, R, V), the logits of every token of `rest` after one prompt, which is read once where it can be."""
+    """Return (C, R, V), the logits of every token of `rest` after one prompt.
+
+    The prompt is read once if the model can cache it.
+    """
     prompt, candidates = prompt_1TD.shape[1], len(rest_CR)
     cache, before_C1V = None, None
-    if attention_masks.caches(language, prompt + rest_CR.shape[1]):
+    if attention_masks.can_cache_prompt(language, prompt + rest_CR.shape[1]):
         first = language(inputs_embeds=prompt_1TD, use_cache=True)
-        cache = getattr(first, "past_key_values", None)  # GPT-1 keeps nothing
+        cache = getattr(first, "past_key_values", None)  # GPT-1 has no cache
         before_C1V = first.logits[:, -1:].expand(candidates, 1, -1)
     if cache is None or before_C1V is None:
         words_CRD = language.get_input_embeddings()(rest_CR)
@@ -58,7 +61,7 @@ def continuations(language: Any, prompt_1TD: Tensor, rest_CR: Tensor) -> Tensor:
 
 
 def generate(language: Any, embeds_BTD: Tensor, attention_BT: Tensor, **generation: Any) -> Tensor:
-    """Return (B, new) ids after prompts padded on the left. Raises SpecError where transformers cannot."""
+    """Return (B, new) ids after prompts padded on the left; SpecError if transformers cannot."""
     with generating(language, attention_BT):
         new_BT = language.generate(
             inputs_embeds=embeds_BTD, attention_mask=attention_BT.long(), **generation
@@ -68,15 +71,16 @@ def generate(language: Any, embeds_BTD: Tensor, attention_BT: Tensor, **generati
 
 @contextmanager
 def generating(language: Any, attention_BT: Tensor) -> Iterator[None]:
-    """Report what transformers' `generate` cannot do with a language model in one line.
+    """Run the block and report errors of transformers' `generate` as a SpecError of one line.
 
-    Raises SpecError, also for padded prompts of a model whose recurrent state reads padding.
+    Raises SpecError also for padded prompts of a model whose recurrent state reads padding.
     """
     arch = language.config.model_type
     if attention_masks.reads_padding(language) and not bool(attention_BT.all()):
         raise SpecError(
-            f"generate: {arch!r} reads padding into its recurrent state. Got prompts of unequal lengths; "
-            "expected one. Fix: generate for one prompt at a time, or take another language.arch"
+            f"generate: {arch!r} reads padding into its recurrent state. "
+            "Got prompts of unequal lengths; expected one length. "
+            "Fix: generate for one prompt at a time, or take another language.arch"
         )
     try:
         yield

@@ -1,13 +1,14 @@
-"""Gated cross-attention: blocks between the layers of a frozen language model that look at images (Flamingo, 2.2).
+"""Gated cross-attention: blocks that read images, between the layers of a frozen language model.
 
-The gates' tanh(alpha) starts at 0, so that the language model starts as it was (arXiv:2204.14198, figure 4).
+Flamingo, arXiv:2204.14198, 2.2. The gates' tanh(alpha) starts at 0, so that the language model is
+unchanged at the start (figure 4).
 """
 
-# B batch  T tokens  M images of a row  Q tokens of an image  F their width  D width of the language model
-# H heads  W width of a head
+# B batch  T tokens  M images of a row  Q tokens of an image  F their width
+# D width of the language model  H heads  W width of a head
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +20,19 @@ from bridgework.errors import SpecError
 
 @config_class
 class GatesConfig:
-    """Which layers of the language model get a block before them, and what the blocks are; by default the paper's."""
+    """Blocks and the layers of the language model that follow one; defaults: the paper."""
 
-    every: int = (
-        1  # a block before the layers first, first + every, ... (3B: 1, 9B: 4, 80B: 7; table 5)
-    )
-    first: int = 0  # the paper and Idefics begin at 0, OpenFlamingo at every - 1
+    # blocks come before the layers first, first + every, ... (3B: 1, 9B: 4, 80B: 7; table 5)
+    every: int = 1
+    first: int = 0  # as in the paper and Idefics; OpenFlamingo starts at every - 1
     heads: int = 16
     head_width: int = 128
-    ffn: int | None = None  # hidden units; None: four times the language model's width
+    ffn: int | None = None  # hidden units; default: four times the language model's width
     activation: Literal["relu2", "gelu", "silu"] = "relu2"  # transformers' names
-    gated_ffn: bool = False  # a third matrix beside the activation, as in Llama (Idefics)
+    gated_ffn: bool = False  # a third matrix gates the activation, as in Llama (Idefics)
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-5
-    qk_norm: bool = False  # the norm on every head's queries and keys too (Idefics)
+    qk_norm: bool = False  # also norm every head's queries and keys (Idefics)
     alpha: Literal["scalar", "vector"] = "scalar"
 
     def __post_init__(self) -> None:
@@ -43,11 +43,11 @@ class GatesConfig:
             raise SpecError(f"gates.first is the number of a layer, 0 or more, got {self.first}")
 
     def layers(self, depth: int) -> range:
-        """The layers, of `depth`, that get a block before them."""
+        """Return the layers, of `depth`, with a block before them."""
         return range(self.first, depth, self.every)
 
     def build(self, depth: int, width: int, media_width: int) -> nn.ModuleDict:
-        """The blocks by the number of their layer."""
+        """Return the blocks by the number of their layer."""
         return nn.ModuleDict(
             {str(i): GatedCrossAttentionBlock(self, width, media_width) for i in self.layers(depth)}
         )
@@ -88,29 +88,34 @@ class GatedCrossAttentionBlock(nn.Module):
         self.ffn_alpha = _alpha(config, width)
 
     def forward(self, hidden_BTD: Tensor, media_BMQF: Tensor, seen_BT: Tensor) -> Tensor:
-        """(B, T, D). `seen` (B, T) int64 is the image that a token sees, from 1 on; 0 sees none, and gets 0 from it."""
-        hidden_BTD = hidden_BTD + self.alpha.tanh() * self._look(
-            self.norm(hidden_BTD), media_BMQF, seen_BT
-        )
-        own_BTD = self.ffn_norm(hidden_BTD)
-        read = self.activation(self.up(own_BTD) if self.gate is None else self.gate(own_BTD))
-        read = read if self.gate is None else read * self.up(own_BTD)
-        thought_BTD: Tensor = hidden_BTD + self.ffn_alpha.tanh() * self.down(read)
-        return thought_BTD
+        """Return (B, T, D).
 
-    def _look(self, own_BTD: Tensor, media_BMQF: Tensor, seen_BT: Tensor) -> Tensor:
+        `seen` (B, T) int64 is the number of the image that a token sees, from 1. A token with 0
+        sees none, and its attention output is 0.
+        """
+        attended_BTD = self._attend(self.norm(hidden_BTD), media_BMQF, seen_BT)
+        hidden_BTD = hidden_BTD + self.alpha.tanh() * attended_BTD
+        normed_BTD = self.ffn_norm(hidden_BTD)
+        if self.gate is None:
+            inner = self.activation(self.up(normed_BTD))
+        else:
+            inner = self.activation(self.gate(normed_BTD)) * self.up(normed_BTD)
+        return hidden_BTD + self.ffn_alpha.tanh() * cast(Tensor, self.down(inner))
+
+    def _attend(self, normed_BTD: Tensor, media_BMQF: Tensor, seen_BT: Tensor) -> Tensor:
         images, tokens = media_BMQF.shape[1:3]
-        # A token without an image reads the first one, for a softmax over nothing is NaN; then its answer is dropped.
-        own_BT1 = (seen_BT.clamp(min=1) - 1).unsqueeze(-1)
-        mask_BTM = own_BT1 == torch.arange(images, device=seen_BT.device)
-        heard_BHTW = F.scaled_dot_product_attention(
-            self.query_norm(self._heads(self.query(own_BTD))),
+        # A token without an image reads the first one, because a softmax over nothing is NaN; its
+        # output is zeroed below.
+        image_BT1 = (seen_BT.clamp(min=1) - 1).unsqueeze(-1)
+        mask_BTM = image_BT1 == torch.arange(images, device=seen_BT.device)
+        attended_BHTW = F.scaled_dot_product_attention(
+            self.query_norm(self._heads(self.query(normed_BTD))),
             self.key_norm(self._heads(self.key(media_BMQF.flatten(1, 2)))),
             self._heads(self.value(media_BMQF.flatten(1, 2))),
             attn_mask=mask_BTM.repeat_interleave(tokens, dim=-1).unsqueeze(1),
         )
-        told_BTD: Tensor = self.out(heard_BHTW.transpose(1, 2).flatten(2))
-        return told_BTD.masked_fill((seen_BT == 0).unsqueeze(-1), 0.0)
+        out_BTD: Tensor = self.out(attended_BHTW.transpose(1, 2).flatten(2))
+        return out_BTD.masked_fill((seen_BT == 0).unsqueeze(-1), 0.0)
 
     def _heads(self, states: Tensor) -> Tensor:
         heads: Tensor = states.unflatten(-1, (self.heads, -1))
@@ -118,47 +123,45 @@ class GatedCrossAttentionBlock(nn.Module):
 
 
 def insert_blocks(layers: nn.ModuleList, blocks: nn.ModuleDict) -> None:
-    """Run each block before its layer, in every forward of the language model that is given `media` and `seen`.
+    """Run each block before its layer, in every forward with the arguments `media` and `seen`.
 
-    Each layer that they reach is appended to the list `looked`, which is given with them.
-    They are keyword arguments, which transformers passes down to every layer: there is no state between two calls, so
-    threads may generate with one model, and a recomputed layer sees what it saw.
+    A third argument, the list `reached`, collects the layers that get them. transformers passes
+    keyword arguments to every layer, so there is no state between calls: threads may generate with
+    one model, and a recomputed layer gets the same images.
     """
-    before = dict(blocks.items())
+    by_layer = dict(blocks.items())
     for number, layer in enumerate(layers):
-        layer.register_forward_pre_hook(
-            _Before(before.get(str(number))), with_kwargs=True, prepend=True
-        )
+        hook = _RunBlock(by_layer.get(str(number)))
+        layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
 
-class _Before:
-    """The hook of one layer: without a block it only takes away what the layer does not know."""
+class _RunBlock:
+    """Forward pre-hook of one layer; without a block it only removes our arguments."""
 
     def __init__(self, block: nn.Module | None) -> None:
         self._block = block
 
     def __call__(
-        self, layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        media_BMQF, seen_BT, looked = (
-            named.pop(name, None) for name in ("media", "seen", "looked")
+        media_BMQF, seen_BT, reached = (
+            kwargs.pop(name, None) for name in ("media", "seen", "reached")
         )
-        if looked is not None:
-            looked.append(layer)
+        if reached is not None:
+            reached.append(layer)
         if media_BMQF is None or self._block is None:
-            return given, named
-        hidden_BTD = given[0] if given else named["hidden_states"]
+            return args, kwargs
+        hidden_BTD = args[0] if args else kwargs["hidden_states"]
         if hidden_BTD.ndim != 3:
             raise SpecError(
-                "a block goes between layers with one state a token, and this language model's have several. "
-                f"Got {tuple(hidden_BTD.shape)}; expected (B, T, D). Fix: take llama, mistral, qwen2, phi3, opt, ..."
+                "gates: a block goes between layers with one state per token, and this language "
+                f"model's have several. Got {tuple(hidden_BTD.shape)}; expected (B, T, D). "
+                "Fix: take llama, mistral, qwen2, phi3, opt, ..."
             )
-        looked_BTD = self._block(hidden_BTD, media_BMQF, seen_BT)
-        return (
-            ((looked_BTD, *given[1:]), named)
-            if given
-            else (given, named | {"hidden_states": looked_BTD})
-        )
+        hidden_BTD = self._block(hidden_BTD, media_BMQF, seen_BT)
+        if args:
+            return (hidden_BTD, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": hidden_BTD}
 
 
 def _norm(config: GatesConfig, width: int) -> nn.Module:
@@ -167,6 +170,5 @@ def _norm(config: GatesConfig, width: int) -> nn.Module:
 
 
 def _alpha(config: GatesConfig, width: int) -> nn.Parameter:
-    return nn.Parameter(
-        torch.zeros((1, 1, width) if config.alpha == "vector" else 1)
-    )  # Idefics' shapes
+    shape = (1, 1, width) if config.alpha == "vector" else (1,)  # as in Idefics
+    return nn.Parameter(torch.zeros(shape))

@@ -1,4 +1,4 @@
-"""The classifier wiring: an image tower and one linear layer over named classes.
+"""Image classifier: an image tower and one linear layer over named classes.
 
 A linear probe trains the layer alone, a fine-tune the tower too (CLIP, arXiv:2103.00020, 3.2). The
 features are those before CLIP's projection into the joint space (appendix A.3).
@@ -7,25 +7,25 @@ features are those before CLIP's projection into the joint space (appendix A.3).
 # B batch  N images  F width of the tower  C classes  S pixels of a side
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 from torch import Tensor, nn
 
 from bridgework.config import config_class
-from bridgework.errors import DataError, SpecError
+from bridgework.errors import SpecError
 from bridgework.mixture import SHAPE_LABELS
-from bridgework.models.base import PairModelConfig, VLMModule
+from bridgework.models.base import Outputs, PairModel, PairModelConfig
 from bridgework.models.clip_resnet import ModifiedResNetConfig
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
 
 CLASSES = frozenset({"classes"})
-FIRST_STD = 0.01  # of the layer's weights: all classes are about equally likely
+FIRST_STD = 0.01  # of the layer's weights, so that all classes start about equally likely
 
 
 @config_class
 class ImageClassifierConfig(PairModelConfig):
-    """An image tower that gives one vector an image, and the names of the classes, as the rows' labels spell them."""
+    """An image tower with one vector per image, and the class names as in the rows' labels."""
 
     vision: ViTConfig | ModifiedResNetConfig | EfficientNetConfig
     classes: tuple[str, ...]
@@ -33,14 +33,13 @@ class ImageClassifierConfig(PairModelConfig):
     def __post_init__(self) -> None:
         if self.vision.tokens != 1:
             raise SpecError(
-                f"a classifier reads one vector an image, and vision gives {self.vision.tokens}: "
-                "set vision.select=cls (pool of a ModifiedResNet, grid=1 of an EfficientNet)"
+                f"model.vision: a classifier reads one vector per image. Got {self.vision.tokens}. "
+                "Fix: set vision.select=cls (pool of a ModifiedResNet, grid=1 of an EfficientNet)"
             )
-        if len(set(self.classes)) < max(2, len(self.classes)) or not all(
-            map(str.strip, self.classes)
-        ):
+        distinct = len(set(self.classes)) >= max(2, len(self.classes))
+        if not distinct or not all(map(str.strip, self.classes)):
             raise SpecError(
-                f"model.classes are two or more different names. Got {list(self.classes[:6])}; "
+                f"model.classes are two or more different names. Got {list(self.classes[:6])}. "
                 "Fix: name the labels of the dataset, e.g. model.classes=cat,dog"
             )
 
@@ -57,25 +56,20 @@ class ImageClassifierConfig(PairModelConfig):
         return () if self.vision.weights is None else ("vision.*",)
 
     def build(self, *, pretrained: bool = True) -> "ImageClassifier":
-        """The model in float32; without weights (or with `pretrained=False`) drawn from torch's generator."""
+        """Return the model in float32.
+
+        Without weights, or with `pretrained=False`, it is drawn from torch's generator.
+        """
         vision = self.vision.build(pretrained=pretrained)
         return ImageClassifier(vision, nn.Linear(self.vision.feature_width, len(self.classes)))
 
     def tiny(self) -> "ImageClassifierConfig":
-        """The classes are those of the synthetic pictures."""
+        """Return a tiny config with the classes of the synthetic pictures."""
         return replace(self, vision=self.vision.tiny(), classes=SHAPE_LABELS)
 
 
-@dataclass
-class Outputs:
-    """What a forward gives."""
-
-    classes_BC: Tensor | None = None
-    labels_BT: Tensor | None = None
-
-
-class ImageClassifier(VLMModule):
-    """`vision` and `head`. Takes pixels, or features that the same tower gave before."""
+class ImageClassifier(PairModel):
+    """`vision` and `head`. Takes pixels, or cached features of the same tower."""
 
     provides = CLASSES
 
@@ -95,27 +89,18 @@ class ImageClassifier(VLMModule):
         features: Tensor | None = None,
         requested: frozenset[str] = CLASSES,
     ) -> Outputs:
-        """Return logits (B, C). Sample i has image i: pixels (B, 3, S, S) uint8 or features (B, 1, F).
+        """Return logits (B, C).
 
-        labels (B, 1) int64 hold the class; ids (B, 1) say how many samples there are. Raises DataError where images
-        and samples do not match.
+        ids: (B, 1), of which only the number of samples is read. labels: (B, 1) int64, the class.
+        pixels: (B, 3, S, S) uint8, or features: (B, 1, F); sample i has image i.
+
+        Raises DataError if images and samples do not match.
         """
         self.check(requested)
-        if (pixels is None) == (features is None):
-            raise DataError("a classifier reads either pixels or cached features of every image")
-        logits_BC = self.classify(self.vision(pixels) if features is None else features)
-        if len(logits_BC) != len(ids):
-            raise DataError(
-                f"{len(ids)} samples and {len(logits_BC)} images: every sample needs exactly one image"
-            )
-        return Outputs(logits_BC, labels)
+        patches_B1F = self.image_patches(pixels, features, samples=len(ids))
+        return Outputs(classes_BC=self.classify(patches_B1F), labels_BT=labels)
 
     def classify(self, features: Tensor) -> Tensor:
-        """(N, C) logits, from what the vision tower saw: (N, 1, F)."""
-        width = self.vision.config.feature_width
-        if features.shape[1:] != (1, width):
-            raise DataError(
-                f"the cached features are {tuple(features.shape[1:])} an image and this tower's are {(1, width)}: "
-                "they come from another tower; compute them again"
-            )
+        """Return (N, C) logits, from the vision tower's output (N, 1, F)."""
+        self.check_images(None, features)
         return cast(Tensor, self.head(features[:, 0].to(self.head.weight.dtype)))

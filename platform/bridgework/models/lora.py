@@ -1,7 +1,8 @@
 """Low-rank adapters on a language model, through peft (Hu et al. 2021, arXiv:2106.09685).
 
-An adapted matrix W is W + (alpha / rank) B A, with B = 0 at first. `W` is called `...base_layer.weight` from then on
-and the adapters `...lora_A...` and `...lora_B...`: `trains={"language.*lora_*": 1.0}` names them all.
+An adapted matrix is W + (alpha / rank) B A, with B = 0 at the start. Its parameters are named
+`...base_layer.weight`, `...lora_A...` and `...lora_B...`: `trains={"language.*lora_*": 1.0}` trains
+all adapters.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,25 +21,23 @@ BASE = ".base_layer."
 
 @config_class
 class LoRAConfig:
-    """Adapters on every linear layer but the output's, or on those named; the defaults are LLaVA 1.5's."""
+    """Adapters on every linear layer but the output, or on `targets`; defaults: LLaVA 1.5."""
 
     rank: int = 128
     alpha: int = 256
     dropout: float = 0.05
-    targets: tuple[str, ...] = ()  # last parts of the names of layers, such as q_proj; () takes all
+    targets: tuple[str, ...] = ()  # last parts of layer names, e.g. q_proj; default () takes all
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise SpecError(f"language.lora.rank must be at least 1, got {self.rank}")
         if not 0.0 <= self.dropout < 1.0:
-            raise SpecError(f"language.lora.dropout lies in [0, 1), got {self.dropout:g}")
+            raise SpecError(f"language.lora.dropout must be in [0, 1), got {self.dropout:g}")
 
     def add(self, language: nn.Module) -> nn.Module:
-        """The same model with adapters in it. Raises SpecError for a target that it does not have."""
-        from peft import (
-            LoraConfig,
-            inject_adapter_in_model,
-        )  # takes seconds: not before a model is built
+        """Return the model with adapters, in place. Raises SpecError for an unknown target."""
+        # imports take seconds, so only when a model is built
+        from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(
             r=self.rank,
@@ -58,26 +57,28 @@ class LoRAConfig:
 
 
 def is_adapter(parameter: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter."""
+    """Return whether a parameter of this name belongs to an adapter."""
     return ".lora_" in parameter
 
 
 def adapter_layers(module: nn.Module) -> list[tuple[str, Any]]:
-    """(name, layer) of every layer with adapters."""
+    """Return (name, layer) of every layer with adapters."""
     return [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "lora_A")]
 
 
 @contextmanager
 def disable_adapters(module: nn.Module) -> Iterator[None]:
-    """The model as it was before its adapters: the reference of preference learning. Raises SpecError without any.
+    """Run the block with all adapters off: then the model is its own DPO reference.
 
-    By their scale: peft's own switch also freezes and thaws, which is the stage's to say.
+    Sets their scale to 0, because peft's own switch also freezes and unfreezes parameters. Raises
+    SpecError for a model without adapters.
     """
     layers = [layer for _, layer in adapter_layers(module)]
     if not layers:
         raise SpecError(
-            "the reference of preference learning is the model with its adapters off, and this one has none; "
-            'give the stage\'s model a language.lora, or set model.reference="frozen_copy"'
+            "model.reference: the DPO reference is the model with its adapters off, "
+            "and this model has none. "
+            'Fix: give the stage\'s model a language.lora, or set model.reference="frozen_copy"'
         )
     scales = [dict(layer.scaling) for layer in layers]
     for layer in layers:
@@ -90,15 +91,15 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
 
 
 def merge(module: nn.Module) -> None:
-    """Add every adapter to its matrix and take it away, in place: names are those of a model without adapters."""
+    """Add every adapter to its matrix and remove it, in place, with its names."""
     for name, layer in adapter_layers(module):
         layer.merge()
-        parent, _, own = name.rpartition(".")
-        setattr(module.get_submodule(parent), own, layer.get_base_layer())
+        parent, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(parent), attribute, layer.get_base_layer())
 
 
 def merge_adapters(spec: Any, model: nn.Module) -> Any:
-    """Merge the adapters of a wiring, in place, and give the spec of what it is then."""
+    """Merge the adapters of a wiring, in place; return its config without adapters."""
     if not adapter_layers(model):
         return spec
     merge(model)
@@ -106,6 +107,6 @@ def merge_adapters(spec: Any, model: nn.Module) -> Any:
 
 
 def remap_adapters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` of a model without adapters under the names of `model`, where that has some."""
+    """Return `state` of a model without adapters under the names of `model`."""
     names = {name.replace(BASE, "."): name for name in model.state_dict() if BASE in name}
     return {names.get(name, name): tensor for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""Fields of a model's folder in transformers' format that no forward reads, kept for the way back."""
+"""Fields of an imported transformers model that no forward reads, kept for its export."""
 
 from collections.abc import Mapping
 from dataclasses import field
@@ -9,10 +9,10 @@ from bridgework.config import config_class
 
 @config_class
 class Origin:
-    """Special ids and other fields of the config, and the settings of generation, of an imported model.
+    """Special ids and other config fields, and the generation config, of an imported model.
 
-    Keys of `config` are dotted paths such as `text_config.eos_token_id`. The tokenizer and the template of a stage
-    decide what is fed and what ends an answer; these fields go out again with `bridgework export`.
+    Keys of `config` are dotted paths, e.g. `text_config.eos_token_id`. The tokenizer and template
+    of a stage decide the prompt and the end of an answer; `bridgework export` writes these fields.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Pretrained weights: where they lie, GGUF files made into folders, and whether they are what the spec says."""
+"""Pretrained weights: resolve, convert GGUF files, load, and compare with the config."""
 
 import hashlib
 import json
@@ -24,14 +24,15 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def resolve(weights: str) -> str:
-    """What `from_pretrained` or `torch.load` takes: a local path, or a hub name as it was given.
+    """Return the argument for `from_pretrained` or `torch.load`: a local path, or the hub name.
 
-    `package:NAME/FILE` is a file inside an installed package, found without importing it. A GGUF file is converted to
-    a Hugging Face folder the first time and that folder is the answer. Raises WeightsError for what is not there.
+    `package:NAME/FILE` is a file inside an installed package, found without importing it. A GGUF
+    file is converted to a Hugging Face folder once, and that folder is returned. Raises
+    WeightsError for a missing file.
     """
     path = _in_package(weights) if weights.startswith(PACKAGE) else Path(weights).expanduser()
     if path.exists():
-        return str(converted(path) if path.suffix == ".gguf" else path)
+        return str(convert_gguf(path) if path.suffix == ".gguf" else path)
     if (
         weights.startswith(PACKAGE)
         or path.is_absolute()
@@ -46,6 +47,7 @@ def resolve(weights: str) -> str:
 
 
 def _in_package(weights: str) -> Path:
+    """Return the path of `package:NAME/FILE`."""
     name, _, file = weights.removeprefix(PACKAGE).partition("/")
     found = find_spec(name) if name.isidentifier() else None
     if found is None or not found.submodule_search_locations:
@@ -56,11 +58,12 @@ def _in_package(weights: str) -> Path:
     return Path(found.submodule_search_locations[0]) / file
 
 
-def converted(gguf: Path) -> Path:
-    """The Hugging Face folder (float32 safetensors) of a causal language model in GGUF form.
+def convert_gguf(gguf: Path) -> Path:
+    """Return a Hugging Face folder (float32 safetensors) of a causal language model in GGUF.
 
-    Reading a GGUF takes half a minute for 135M parameters and the folder a second, so it is made once, under
-    $BRIDGEWORK_HOME/cache, and named by the file's sha256. Several processes may ask at once: one converts.
+    The folder is written once, under $BRIDGEWORK_HOME/cache, and named by the file's sha256,
+    because reading 135M parameters takes half a minute from a GGUF file and a second from the
+    folder. Of several processes one converts and the others wait.
     """
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -85,7 +88,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
     )
-    model.hf_quantizer = None  # save_pretrained refuses a quantized model, which this no longer is
+    model.hf_quantizer = None  # else save_pretrained refuses, although the weights are float32
     del model.config.quantization_config
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -94,9 +97,10 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def load(cls: Any, weights: str, **options: Any) -> Any:
-    """Return `cls.from_pretrained` in float32, which must find every parameter.
+    """Return `cls.from_pretrained` in float32.
 
-    No code that comes with the weights is run and nothing is unpickled. Raises WeightsError.
+    Runs no code that comes with the weights and unpickles nothing. Raises WeightsError, e.g. for a
+    missing parameter.
     """
     source = resolve(weights)
     check_files(Path(source), weights)
@@ -111,37 +115,39 @@ def load(cls: Any, weights: str, **options: Any) -> Any:
         )
     if absent := sorted(info["missing_keys"]):
         raise WeightsError(
-            f"weights {weights!r} lack {len(absent)} parameters of {cls.__name__}, e.g. {absent[0]}: "
-            "they are of another kind of model"
+            f"weights {weights!r} lack {len(absent)} parameters of {cls.__name__}, "
+            f"e.g. {absent[0]}: they are of another kind of model"
         )
     return model
 
 
 def check_files(folder: Path, weights: str) -> None:
-    """Check the files of a local folder of weights; anything else, such as a hub name, passes.
+    """Check the files of a local folder of weights; anything else, e.g. a hub name, passes.
 
-    Raises WeightsError for a folder without *.safetensors, or with an index that names a file outside of it.
+    Raises WeightsError for a folder without *.safetensors, or with an index that names a file
+    outside of it.
     """
     if not folder.is_dir():
         return
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
         raise WeightsError(
-            f"weights {weights!r} cannot be read: the folder holds no *.safetensors. Got {', '.join(pickled) or 'none'}"
-            "; expected safetensors, since nothing is unpickled. Fix: save them again with `save_pretrained`"
+            f"weights {weights!r} cannot be read: the folder holds no *.safetensors. "
+            f"Got {', '.join(pickled) or 'none'}; expected safetensors, since nothing is "
+            "unpickled. Fix: save them again with `save_pretrained`"
         )
     for index in folder.glob("*.safetensors.index.json"):
-        shards(index, weights)
+        read_shard_index(index, weights)
 
 
-def shards(index: Path, weights: str) -> dict[str, str]:
-    """Return the file of each tensor that an index of shards names, relative to its folder.
+def read_shard_index(index: Path, weights: str) -> dict[str, str]:
+    """Return {tensor: file} from an index of shards; files are relative to its folder.
 
-    Raises WeightsError for an index that is none, or that names a file outside of its folder.
+    Raises WeightsError for an invalid index, or for a file outside of the folder.
     """
     try:
-        named = json.loads(index.read_text())["weight_map"]
-        files = {str(name): PurePosixPath(file) for name, file in named.items()}
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = {str(name): PurePosixPath(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise WeightsError(
             f"weights {weights!r} cannot be read: {index.name} is not an index of shards"
@@ -149,33 +155,37 @@ def shards(index: Path, weights: str) -> dict[str, str]:
     for file in files.values():
         if file.is_absolute() or ".." in file.parts or "\\" in str(file):
             raise WeightsError(
-                f"weights {weights!r} cannot be read: {index.name} points outside of its folder. Got {str(file)!r}; "
-                "expected the name of a file in it. Fix: get the weights from a source that you trust"
+                f"weights {weights!r} cannot be read: {index.name} points outside of its folder. "
+                f"Got {str(file)!r}; expected the name of a file in it. "
+                "Fix: get the weights from a source that you trust"
             )
     return {name: str(file) for name, file in files.items()}
 
 
-def tensors(weights: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors of a safetensors checkpoint, on a disk or the hub, whose names begin so; other shards are not read.
+def load_tensors(weights: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """Load the tensors of a safetensors checkpoint whose names start with a prefix, in float32.
 
-    In float32. Raises WeightsError where there is no such checkpoint, or no such tensor in it.
+    The checkpoint is local or on the hub; shards without such tensors are not read. Raises
+    WeightsError if the checkpoint or every such tensor is missing.
     """
     from transformers.utils.hub import cached_file
 
-    source, index, found = resolve(weights), "model.safetensors.index.json", dict[str, Tensor]()
+    source, index = resolve(weights), "model.safetensors.index.json"
+    tensors: dict[str, Tensor] = {}
     with _readable(weights):
         listing = cached_file(source, index, _raise_exceptions_for_missing_entries=False)
-        files = shards(Path(listing), weights) if listing else {}
-        wanted = {file for name, file in files.items() if name.startswith(prefixes)}
-        for shard in sorted(wanted) or ["model.safetensors"]:
+        files = read_shard_index(Path(listing), weights) if listing else {}
+        shards = {file for name, file in files.items() if name.startswith(prefixes)}
+        for shard in sorted(shards) or ["model.safetensors"]:
             with safe_open(cached_file(source, shard), framework="pt") as file:
                 names = [n for n in file.offset_keys() if n.startswith(prefixes)]
-                found |= {n: file.get_tensor(n).float() for n in names}
-    if not found:
+                tensors |= {n: file.get_tensor(n).float() for n in names}
+    if not tensors:
         raise WeightsError(
-            f"weights {weights!r} hold no tensor named {' or '.join(prefixes)}...: another kind of model"
+            f"weights {weights!r} hold no tensor named {' or '.join(prefixes)}...: "
+            "they are of another kind of model"
         )
-    return found
+    return tensors
 
 
 def load_config(cls: Any, weights: str) -> Any:
@@ -187,7 +197,7 @@ def load_config(cls: Any, weights: str) -> Any:
 
 @contextmanager
 def _readable(weights: str) -> Iterator[None]:
-    """What transformers raises becomes one line, and its table of parameters that nobody asked for stays away."""
+    """Run the block without transformers' logs; report its errors as a WeightsError of one line."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -198,10 +208,11 @@ def _readable(weights: str) -> Iterator[None]:
         yield
     except BridgeworkError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:  # not there, other shapes, an unknown kind
+    except (OSError, RuntimeError, ValueError) as error:  # missing, other shapes, unknown kind
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise WeightsError(
-            f"weights {weights!r} cannot be read: {reason}; name a local folder or a model that the hub has"
+            f"weights {weights!r} cannot be read: {reason}. "
+            "Fix: name a local folder or a model that the hub has"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -209,20 +220,21 @@ def _readable(weights: str) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check(weights: str, given: Mapping[str, object], found: Mapping[str, object]) -> None:
-    """Raises WeightsError that lists each field in which the spec and the weights differ."""
+def check_fields(weights: str, expected: Mapping[str, object], found: Mapping[str, object]) -> None:
+    """Raise WeightsError listing each field in which the config and the weights differ."""
     differ = [
-        f"{name} {found[name]} (spec {value})"
-        for name, value in given.items()
+        f"{name} {found[name]} (config {value})"
+        for name, value in expected.items()
         if not _same(value, found[name])
     ]
     if differ:
         raise WeightsError(
-            f"weights {weights!r} do not fit the spec: {', '.join(differ)}; change the spec's fields"
+            f"weights {weights!r} do not fit the config: {', '.join(differ)}. "
+            "Fix: change the config's fields"
         )
 
 
-def _same(given: object, found: object) -> bool:
-    if isinstance(given, float) and isinstance(found, float):
-        return isclose(given, found, rel_tol=1e-6)  # GGUF keeps float32
-    return given == found
+def _same(expected: object, found: object) -> bool:
+    if isinstance(expected, float) and isinstance(found, float):
+        return isclose(expected, found, rel_tol=1e-6)  # GGUF stores float32
+    return expected == found

@@ -1,4 +1,4 @@
-"""Projectors: every patch, or every few, become one token of the language model.
+"""Projectors: map every patch, or every group of patches, to one token of the language model.
 
 LLaVA, arXiv:2304.08485 and 2310.03744; MiniGPT-4, arXiv:2304.10592.
 """
@@ -53,14 +53,14 @@ class MLPConfig:
 
 @config_class
 class ConcatConfig:
-    """`group` neighboring patches become one token, side by side (MiniGPT-4 on LLaMA-2: without a Q-Former).
+    """Concatenate `group` neighboring patches to one token (MiniGPT-4 on LLaMA-2, no Q-Former).
 
-    Neighbors in the sequence, row by row, and not 2 x 2.
+    Neighbors in the sequence, row by row, not 2 x 2.
     """
 
     group: int = 4
-    ln_vision: bool = True  # a LayerNorm of its own on what the tower gives, as in BLIP-2
-    weights: str | None = None  # folder or hub name of a whole BLIP-2, whose LayerNorm it is
+    ln_vision: bool = True  # a LayerNorm on the tower's output, as in BLIP-2
+    weights: str | None = None  # folder or hub name of a complete BLIP-2 with that LayerNorm
 
     def __post_init__(self) -> None:
         if self.group < 1:
@@ -68,23 +68,26 @@ class ConcatConfig:
 
     @property
     def pretrained(self) -> tuple[str, ...]:
-        """Globs of the parameters that `weights` bring back."""
+        """Globs of the parameters that `weights` hold."""
         return () if self.weights is None or not self.ln_vision else ("ln_vision.*",)
 
     def build(self, in_width: int, out_width: int, *, pretrained: bool = True) -> "ConcatProjector":
-        """In float32. Raises WeightsError for weights that do not fit."""
+        """Return the projector in float32. Raises WeightsError for weights that do not fit."""
         bridge = ConcatProjector(self, in_width, out_width)
         if pretrained and self.weights is not None and self.ln_vision:
-            norm = weights_of.tensors(self.weights, ("vision_model.post_layernorm.",))
+            norm = weights_of.load_tensors(self.weights, ("vision_model.post_layernorm.",))
             found = {name.rpartition(".")[2]: tensor for name, tensor in norm.items()}
-            weights_of.check(self.weights, {"width": in_width}, {"width": len(found["weight"])})
+            weights_of.check_fields(
+                self.weights, {"width": in_width}, {"width": len(found["weight"])}
+            )
             bridge.ln_vision.load_state_dict(found)
         return bridge
 
     def tokens(self, patches: int) -> int:
         if patches % self.group:
             raise SpecError(
-                f"{patches} patches do not fall into groups of {self.group}; set bridge.group, or drop CLS"
+                f"bridge.group: {patches} patches do not fall into groups of {self.group}. "
+                "Fix: set bridge.group, or drop CLS"
             )
         return patches // self.group
 
@@ -110,7 +113,7 @@ class ConcatProjector(nn.Module):
 
 
 class Projector(nn.Module):
-    """`linear_1`, ..., `linear_<depth>`: the names that transformers gives LLaVA's projector."""
+    """`linear_1`, ..., `linear_<depth>`: the names in transformers' LLaVA projector."""
 
     def __init__(self, in_width: int, out_width: int, *, depth: int) -> None:
         super().__init__()

@@ -1,14 +1,14 @@
-"""BLIP-2's first stage: a Q-Former with its text stream learns to read a frozen vision tower.
+"""BLIP-2's first stage: pretrain a Q-Former with text stream on a frozen vision tower.
 
-One set of layers under three masks, for contrast, matching and captioning (Li et al. 2023, arXiv:2301.12597, 3.2).
-The text has no places for images, and every sample has exactly one.
+One set of layers under three masks, for contrast, matching and captioning (Li et al. 2023,
+arXiv:2301.12597, 3.2). The text has no image places, and every sample has exactly one image.
 """
 
-# b samples of this rank  B samples of all ranks  T tokens  P patches  F their width  Q queries  W width of the Q-Former
-# E width of the shared space  V vocabulary  S pixels of a side
+# b samples of this rank  B samples of all ranks  T tokens  P patches  F their width  Q queries
+# W width of the Q-Former  E width of the shared space  V vocabulary  S pixels of a side
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,16 +17,16 @@ from torch.nn.functional import normalize
 
 from bridgework import rng
 from bridgework.config import added, config_class
-from bridgework.errors import DataError, SpecError
+from bridgework.errors import SpecError
 from bridgework.losses.matching import FLOOR, group_by_sample, matching_pairs
 from bridgework.models import pretrained as weights_of
-from bridgework.models.base import PairModelConfig, VLMModule
+from bridgework.models.base import Outputs, PairModel, PairModelConfig
 from bridgework.models.blip_vit import EvaConfig
 from bridgework.models.origin import Origin
 from bridgework.models.qformer import QFormer, QFormerConfig, bidirectional
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
 
-LOGITS, JUDGED = frozenset({"logits"}), frozenset({"match", "match_lane", "match_all"})
+LOGITS, MATCH = frozenset({"logits"}), frozenset({"match", "match_lane", "match_all"})
 
 
 @config_class
@@ -35,14 +35,14 @@ class QFormerPretrainerConfig(PairModelConfig):
 
     vision: ViTConfig | EvaConfig | EfficientNetConfig
     bridge: QFormerConfig
-    embed: int = 256  # width of the space that images and texts share (LAVIS, blip2_qformer.py)
-    temperature: float = 0.07  # where the learned one begins
-    origin: Origin | None = added(default=None)  # of an import: fields that an export writes again
+    embed: int = 256  # width of the shared space (LAVIS, blip2_qformer.py)
+    temperature: float = 0.07  # initial value of the learned one
+    origin: Origin | None = added(default=None)  # of an imported model: fields for its export
 
     def __post_init__(self) -> None:
         if not self.bridge.text:
             raise SpecError(
-                "the Q-Former learns to read images by reading captions: set bridge.text=true"
+                "model.bridge: the Q-Former is pretrained with captions. Fix: set bridge.text=true"
             )
 
     @property
@@ -59,11 +59,14 @@ class QFormerPretrainerConfig(PairModelConfig):
         return vision + tuple(f"bridge.{glob}" for glob in self.bridge.pretrained)
 
     def build(self, *, pretrained: bool = True) -> "QFormerPretrainer":
-        """The model in float32; without weights (or with `pretrained=False`) drawn from torch's generator."""
+        """Return the model in float32.
+
+        Without weights, or with `pretrained=False`, it is drawn from torch's generator.
+        """
         bridge = self.bridge.build(self.vision.feature_width, None, pretrained=pretrained)
-        heads = Heads(self, bridge)
+        heads = QFormerHeads(self, bridge)
         if pretrained and self.bridge.bert is not None:
-            heads.begin_as_bert(self.bridge.bert)
+            heads.load_bert(self.bridge.bert)
         return QFormerPretrainer(self.vision.build(pretrained=pretrained), bridge, heads)
 
     def tiny(self) -> "QFormerPretrainerConfig":
@@ -72,25 +75,8 @@ class QFormerPretrainerConfig(PairModelConfig):
         )
 
 
-@dataclass
-class Outputs:
-    """What a forward gives; None is what `wants` did not name."""
-
-    image_BQD: Tensor | None = None  # not of length 1 yet
-    text_BD: Tensor | None = None
-    logit_scale: Tensor | None = None  # (b,) 1 / temperature
-    identity_B: Tensor | None = (
-        None  # int64: rows of one identity show one image; below 0 it is not known
-    )
-    match_B3C: Tensor | None = (
-        None  # own pair, own text with a negative image, own image with a negative text
-    )
-    logits_BTV: Tensor | None = None
-    labels_BT: Tensor | None = None
-
-
-class Heads(nn.Module):
-    """Two projections into the shared space, the matching head, the temperature, and BERT's head over the words."""
+class QFormerHeads(nn.Module):
+    """Two projections into the shared space, matching head, temperature, vocabulary head."""
 
     def __init__(self, config: QFormerPretrainerConfig, bridge: QFormer) -> None:
         from transformers import BertConfig
@@ -101,20 +87,19 @@ class Heads(nn.Module):
         self.vision_projection = nn.Linear(width, config.embed)
         self.text_projection = nn.Linear(width, config.embed)
         self.itm_head = nn.Linear(width, 2)
-        self.temperature = nn.Parameter(
-            torch.tensor([config.temperature])
-        )  # (1,): DeepSpeed 0.19 takes no ()
+        # (1,), because DeepSpeed 0.19 takes no scalar parameter
+        self.temperature = nn.Parameter(torch.tensor([config.temperature]))
         self.lm: Any = BertLMPredictionHead(BertConfig(vocab_size=vocab, hidden_size=width))
         self.lm.apply(bridge.qformer._init_weights)
         self.lm.bias = self.lm.decoder.bias
         self.lm.decoder.weight = bridge.embeddings.word_embeddings.weight
 
     def forward(self, samples: int) -> Tensor:
-        """(samples,) float32: 1 / temperature, once for every sample."""
+        """Return (samples,) float32, 1 / temperature repeated for every sample."""
         return (1 / self.temperature.float()).expand(samples)
 
-    def begin_as_bert(self, weights: str) -> None:
-        """The head over the words as BERT's; the bias of [DEC], which BERT has not, stays 0."""
+    def load_bert(self, weights: str) -> None:
+        """Initialize the vocabulary head from BERT; the bias of [DEC], missing there, stays 0."""
         from transformers import BertForMaskedLM
 
         theirs = weights_of.load(BertForMaskedLM, weights).cls.predictions
@@ -123,12 +108,12 @@ class Heads(nn.Module):
             self.lm.bias[: len(theirs.bias)] = theirs.bias[: len(self.lm.bias)]
 
 
-class QFormerPretrainer(VLMModule):
-    """`vision`, `bridge` and `heads`. Takes pixels, or features that the same tower gave before."""
+class QFormerPretrainer(PairModel):
+    """`vision`, `bridge` and `heads`. Takes pixels, or cached features of the same tower."""
 
-    provides = frozenset({"pooled"}) | JUDGED | LOGITS
+    provides = frozenset({"pooled"}) | MATCH | LOGITS
 
-    def __init__(self, vision: VisionTower, bridge: QFormer, heads: Heads) -> None:
+    def __init__(self, vision: VisionTower, bridge: QFormer, heads: QFormerHeads) -> None:
         super().__init__()
         self.vision = vision
         self.bridge = bridge
@@ -146,58 +131,53 @@ class QFormerPretrainer(VLMModule):
         floor: float = FLOOR,
         requested: frozenset[str] = LOGITS,
     ) -> Outputs:
-        """ids (b, T) int64: CLS, caption, SEP; attention (b, T) bool; pixels (b, 3, S, S) uint8 or features (b, P, F).
+        """Return the requested outputs.
 
-        `wants` names `pooled` (queries and texts in the shared space), `match`, `match_lane` and `match_all` (negatives
-        of this rank, of the same lane (b,), or of all ranks, drawn with a floor), `logits` (the caption written after
-        the queries). identity (b,) int64 is equal for rows that show one image. Raises DataError unless every sample
-        has one image.
+        `pooled` is queries and texts in the shared space. `match`, `match_lane` and `match_all` are
+        logits of pairs with negatives of this rank, of the same lane or of all ranks. `logits` are
+        those of the caption, decoded after the queries.
+
+        ids: (b, T) int64 of CLS, caption, SEP. attention: (b, T) bool.
+        pixels: (b, 3, S, S) uint8, or features: (b, P, F).
+        identity: (b,) int64, equal for rows that show one image.
+        lane, floor: (b,) int64 and a probability, for hard negatives.
+
+        Raises DataError unless every sample has one image.
         """
         self.check(requested)
-        patches_bPF = self._patches(pixels, features)
-        if len(patches_bPF) != len(ids):
-            raise DataError(
-                f"{len(ids)} texts come with {len(patches_bPF)} images; every sample needs exactly one"
-            )
-        states, outputs = (
-            self.bridge.read(patches_bPF),
-            Outputs(labels_BT=labels, identity_B=identity),
-        )
+        patches_bPF = self._patches(pixels, features, samples=len(ids))
+        states = self.bridge.encode_image(patches_bPF)
+        outputs = Outputs(labels_BT=labels, identity_B=identity)
         if requested - LOGITS:
             outputs.image_BQD = self.heads.vision_projection(states[-1])
-            outputs.text_BD = self._text(ids, attention)
+            outputs.text_BD = self._embed_texts(ids, attention)
             outputs.logit_scale = self.heads(len(ids))
-            if requested & JUDGED:
-                negatives = {"everywhere": "match_all" in requested, "floor": floor,
-                             "lane_b": lane if "match_lane" in requested else None}  # fmt: skip
+            if requested & MATCH:
+                negatives = {
+                    "everywhere": "match_all" in requested,
+                    "floor": floor,
+                    "lane_b": lane if "match_lane" in requested else None,
+                }
                 outputs.match_B3C = self._match(outputs, patches_bPF, ids, attention, negatives)
         if "logits" in requested:
-            outputs.logits_BTV = self.heads.lm(
-                self.bridge.write(self._written(ids, attention), attention, states)
-            )
+            # [DEC] instead of CLS
+            decoder_ids_bT = ids.scatter(1, _first(attention)[:, None], self.bridge.config.start)
+            hidden_bTW = self.bridge.decode_text(decoder_ids_bT, attention, states)
+            outputs.logits_BTV = self.heads.lm(hidden_bTW)
         return outputs
 
-    def _patches(self, pixels_b3SS: Tensor | None, features_bPF: Tensor | None) -> Tensor:
-        if (pixels_b3SS is None) == (features_bPF is None):
-            raise DataError("the vision tower takes pixels or cached features, exactly one of them")
-        patches_bPF = features_bPF if features_bPF is not None else self.vision(pixels_b3SS)
-        shape = (self.vision.config.tokens, self.vision.config.feature_width)
-        if patches_bPF.shape[1:] != shape:
-            raise DataError(
-                f"the cached features are {tuple(patches_bPF.shape[1:])} an image and this tower's are {shape}: "
-                "they come from another tower; compute them again"
-            )
-        return cast(Tensor, patches_bPF.to(next(self.bridge.parameters()).dtype))
+    def _patches(
+        self, pixels: Tensor | None, features: Tensor | None, *, samples: int | None = None
+    ) -> Tensor:
+        """Return (b, P, F) in the bridge's dtype."""
+        patches_bPF = self.image_patches(pixels, features, samples=samples)
+        return patches_bPF.to(next(self.bridge.parameters()).dtype)
 
-    def _text(self, ids_bT: Tensor, attention_bT: Tensor) -> Tensor:
-        """(b, E): the CLS token of a text that sees no image."""
-        hidden_bTW = self.bridge.text(ids_bT, attention_bT)
+    def _embed_texts(self, ids_bT: Tensor, attention_bT: Tensor) -> Tensor:
+        """Return (b, E), the projected CLS token of each text."""
+        hidden_bTW = self.bridge.encode_text(ids_bT, attention_bT)
         cls_bW = hidden_bTW[torch.arange(len(ids_bT), device=ids_bT.device), _first(attention_bT)]
         return cast(Tensor, self.heads.text_projection(cls_bW))
-
-    def _written(self, ids_bT: Tensor, attention_bT: Tensor) -> Tensor:
-        """[DEC] instead of CLS: this text is written."""
-        return ids_bT.scatter(1, _first(attention_bT)[:, None], self.bridge.config.start)
 
     def _match(
         self,
@@ -207,10 +187,10 @@ class QFormerPretrainer(VLMModule):
         attention_bT: Tensor,
         negatives: Mapping[str, Any],
     ) -> Tensor:
-        """(b, 3, 2): each pair, its text with a negative image, its image with a negative text, in one pass."""
+        """Return (b, 3, 2), in one pass: logits of own pairs, negative images, negative texts."""
         image_bQE, text_bE = (
-            normalize(cast(Tensor, given).detach().float(), dim=-1)
-            for given in (outputs.image_BQD, outputs.text_BD)
+            normalize(cast(Tensor, vectors).detach().float(), dim=-1)
+            for vectors in (outputs.image_BQD, outputs.text_BD)
         )
         pairs = matching_pairs(
             ids_bT,
@@ -223,35 +203,39 @@ class QFormerPretrainer(VLMModule):
             **negatives,
         )
         with rng.repeated(3):
-            return group_by_sample(self._judge(pairs.images_MPF, pairs.ids_MT, pairs.attention_MT))
+            logits_M2 = self._classify(pairs.images_MPF, pairs.ids_MT, pairs.attention_MT)
+        return group_by_sample(logits_M2)
 
-    def _judge(self, patches_NPF: Tensor, ids_NT: Tensor, attention_NT: Tensor) -> Tensor:
-        """(N, 2): the mean over the queries of what each says."""
+    def _classify(self, patches_NPF: Tensor, ids_NT: Tensor, attention_NT: Tensor) -> Tensor:
+        """Return (N, 2), the mean of the matching head's logits over the queries."""
         queries = self.bridge.config.queries
-        fused_NLW = self.bridge.fuse(
-            patches_NPF, ids_NT, attention_NT, bidirectional(attention_NT, queries)
-        )
+        mask_N1LL = bidirectional(attention_NT, queries)
+        fused_NLW = self.bridge.fuse(patches_NPF, ids_NT, attention_NT, mask_N1LL)
         return cast(Tensor, self.heads.itm_head(fused_NLW[:, :queries]).mean(1))
 
-    # --- inference ---------------------------------------------------------------------------------------------------
+    # --- inference ---
 
     @torch.no_grad()
     def embed_images(self, features: Tensor) -> Tensor:
-        """(N, Q, E) float32 of length 1, from features (N, P, F); the largest similarity over Q is the image's."""
-        queries_NQW = self.bridge.read(self._patches(None, features))[-1]
+        """Return (N, Q, E) float32 of unit length, from features (N, P, F).
+
+        An image's similarity to a text is the largest over Q.
+        """
+        queries_NQW = self.bridge.encode_image(self._patches(None, features))[-1]
         return normalize(self.heads.vision_projection(queries_NQW).float(), dim=-1)
 
     @torch.no_grad()
     def embed_texts(self, ids: Tensor, attention: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(N, E) float32 of length 1."""
-        return normalize(self._text(ids, attention).float(), dim=-1)
+        """Return (N, E) float32 of unit length; `labels` are ignored."""
+        return normalize(self._embed_texts(ids, attention).float(), dim=-1)
 
     @torch.no_grad()
     def match(self, ids: Tensor, attention: Tensor, features: Tensor) -> Tensor:
-        """(N,) float32: the log-odds that image i and text i belong together."""
-        return self._judge(self._patches(None, features), ids, attention).float().diff(dim=1)[:, 0]
+        """Return (N,) float32, the log-odds that image i and text i belong together."""
+        logits_N2 = self._classify(self._patches(None, features), ids, attention).float()
+        return logits_N2.diff(dim=1)[:, 0]
 
 
 def _first(attention_bT: Tensor) -> Tensor:
-    """(b,) where each row begins, whichever side is padded."""
+    """Return (b,), the index of each row's first real token; padding is on either side."""
     return attention_bT.int().argmax(-1)

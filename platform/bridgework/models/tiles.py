@@ -1,12 +1,13 @@
-"""Tiles of one image inside a model: which of their patches are padding, and LLaVA-NeXT's rows with a newline.
+"""Tiles of an image inside a model: masks of padded patches, and LLaVA-NeXT's rows with a newline.
 
-`resample`: every square goes through the bridge by itself, and patches of padding are masked (xGen-MM).
-`unpad`: every patch is a token; the tiles' lie in one grid, the padding is cut off and every row ends with a learned
-newline; the base square comes first (LLaVA-NeXT's `spatial_unpad`).
+`resample`  every square passes the bridge by itself; padded patches are masked (xGen-MM)
+`unpad`     every patch is a token: the base square first, then the grid of all tiles without its
+            padding, with a learned newline after every row (LLaVA-NeXT's `spatial_unpad`)
 """
 
-# N images  S squares of all images: of each the base, then its tiles  P patches or tokens of a square, G x G
-# D width of the language model  R, C rows and columns of patches in the grid of an image's tiles
+# N images  S squares of all images, each the base, then its tiles
+# P patches or tokens of a square, G x G  D width of the language model
+# R, C rows and columns of patches in the grid of an image's tiles
 
 from math import isqrt
 from typing import Literal
@@ -21,17 +22,18 @@ Tiles = Literal["resample", "unpad"]
 
 
 def places(layout: Layout, tokens: int, tiles: Tiles) -> int:
-    """Tokens of an image whose base square has `tokens`."""
+    """Return the number of tokens of an image whose base square has `tokens`."""
     if tiles == "resample" or not layout.columns:
         return tokens * (1 + layout.columns * layout.rows)
-    rows, columns = kept(layout, isqrt(tokens))
+    rows, columns = unpadded(layout, isqrt(tokens))
     return tokens + len(rows) * (len(columns) + 1)
 
 
-def kept(layout: Layout, side: int) -> tuple[range, range]:
-    """(rows, columns) of the grid of patches, `side` a tile, that show the image and not the padding around it.
+def unpadded(layout: Layout, side: int) -> tuple[range, range]:
+    """Return the (rows, columns) of the grid of patches, `side` per tile, without its padding.
 
-    Rounded as transformers does; LLaVA's own code is one row short where a float falls just below a whole number.
+    Rounds as transformers does. LLaVA's own code is one row short if a float is just below an
+    integer.
     """
     high, wide = layout.rows * side, layout.columns * side
     if layout.width / layout.height > wide / high:
@@ -41,30 +43,31 @@ def kept(layout: Layout, side: int) -> tuple[range, range]:
     return range(high), range(pad, wide - pad)
 
 
-def layouts(layouts_N4: Tensor) -> list[Layout]:
+def unpack_layouts(layouts_N4: Tensor) -> list[Layout]:
+    """Return the rows of a batch's layouts."""
     return [Layout(*row) for row in layouts_N4.tolist()]
 
 
 def merge(tiles_SPD: Tensor, rows: int, columns: int) -> Tensor:
-    """(rows * columns, G * G, D), row by row -> (R, C, D)."""
+    """Join tiles (rows * columns, G * G, D), row by row, to one grid (R, C, D)."""
     side = isqrt(tiles_SPD.shape[1])
     tiles: Tensor = tiles_SPD.unflatten(1, (side, side)).unflatten(0, (rows, columns))
     return tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def split(grid_RCD: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of `merge`."""
+    """Cut a grid into tiles: the inverse of `merge`."""
     tiles: Tensor = grid_RCD.unflatten(1, (columns, -1)).unflatten(0, (rows, -1))
     return tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
-def real(layouts_N4: Tensor, patches: int) -> Tensor:
-    """(S, P) bool on the CPU: False on the patches of padding; the base squares have none."""
+def patch_mask(layouts_N4: Tensor, patches: int) -> Tensor:
+    """Return (S, P) bool on the CPU: False on padded patches; base squares have none."""
     side, masks = isqrt(patches), [torch.ones(0, patches, dtype=torch.bool)]
-    for layout in layouts(layouts_N4):
+    for layout in unpack_layouts(layouts_N4):
         masks.append(torch.ones(1, patches, dtype=torch.bool))
         if layout.columns:
-            rows, columns = kept(layout, side)
+            rows, columns = unpadded(layout, side)
             grid_RC1 = torch.zeros(layout.rows * side, layout.columns * side, 1, dtype=torch.bool)
             grid_RC1[rows.start : rows.stop, columns.start : columns.stop] = True
             masks.append(split(grid_RC1, layout.rows, layout.columns).squeeze(-1))
@@ -72,36 +75,38 @@ def real(layouts_N4: Tensor, patches: int) -> Tensor:
 
 
 class Unpad(nn.Module):
-    """`newline`, the embedding behind every row of patches."""
+    """Learned `newline`, the embedding after every row of patches."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.newline = nn.Parameter(torch.randn(width) * width**-0.5)  # as LLaVA-NeXT begins
+        self.newline = nn.Parameter(torch.randn(width) * width**-0.5)  # LLaVA-NeXT's initialization
 
     def forward(self, tokens_SPD: Tensor, layouts_N4: Tensor | None) -> Tensor:
-        """(S, P, D) of all squares -> (tokens, D) of all images, in order; without layouts each square is an image.
+        """Return (tokens, D) of all images, in order, from the squares (S, P, D).
 
-        Raises DataError when squares and layouts do not match.
+        Without layouts each square is an image. Raises DataError if squares and layouts do not
+        match.
         """
-        shown = (
-            [Layout(0, 0, 1, 1)] * len(tokens_SPD) if layouts_N4 is None else layouts(layouts_N4)
-        )
-        counts = [1 + layout.columns * layout.rows for layout in shown]
+        layouts = [Layout(0, 0, 1, 1)] * len(tokens_SPD)
+        if layouts_N4 is not None:
+            layouts = unpack_layouts(layouts_N4)
+        counts = [1 + layout.columns * layout.rows for layout in layouts]
         if sum(counts) != len(tokens_SPD):
             raise DataError(
                 f"the layouts are of {sum(counts)} squares, and {len(tokens_SPD)} are given"
             )
-        # no token of either, so that both are in the graph of a batch without images or tiles
+        # empty slices put tokens and newline into the graph of a batch without images or tiles
         parts = [tokens_SPD.flatten(0, 1)[:0], self.newline.to(tokens_SPD.dtype).expand(0, -1)]
-        for layout, squares in zip(shown, tokens_SPD.split(counts), strict=True):
+        for layout, squares in zip(layouts, tokens_SPD.split(counts), strict=True):
             parts.append(squares[0])
             if layout.columns:
                 parts.append(self._rows(squares[1:], layout))
         return torch.cat(parts)
 
     def _rows(self, tiles_SPD: Tensor, layout: Layout) -> Tensor:
-        rows, columns = kept(layout, isqrt(tiles_SPD.shape[1]))
+        """Return the tokens of a grid of tiles without padding, with a newline after every row."""
+        rows, columns = unpadded(layout, isqrt(tiles_SPD.shape[1]))
         grid_RCD = merge(tiles_SPD, layout.rows, layout.columns)
-        shown_RCD = grid_RCD[rows.start : rows.stop, columns.start : columns.stop]
-        newline_R1D = self.newline.to(shown_RCD.dtype).expand(len(rows), 1, -1)
-        return torch.cat([shown_RCD, newline_R1D], dim=1).flatten(0, 1)
+        image_RCD = grid_RCD[rows.start : rows.stop, columns.start : columns.stop]
+        newline_R1D = self.newline.to(image_RCD.dtype).expand(len(rows), 1, -1)
+        return torch.cat([image_RCD, newline_R1D], dim=1).flatten(0, 1)

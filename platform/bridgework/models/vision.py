@@ -1,7 +1,7 @@
-"""Vision towers: square uint8 images in, one vector per patch out.
+"""Vision towers: map square uint8 images to one vector per patch.
 
-Towers normalize inside, so that data, features and serving agree on uint8 pixels. A tower whose parameters are all
-frozen runs without a graph.
+Towers normalize inside, so that data, features and serving agree on uint8 pixels. A tower whose
+parameters are all frozen runs without a graph.
 """
 
 # N images  S pixels of a side  P patches  D width
@@ -23,10 +23,8 @@ from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.models import pretrained as weights_of
 from bridgework.system import Pixels
 
-CLIP_MEAN, CLIP_STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # openai/CLIP
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VIT_FIELDS = {  # ours -> transformers'
     "image_size": "image_size",
     "patch": "patch_size",
@@ -35,33 +33,31 @@ VIT_FIELDS = {  # ours -> transformers'
     "heads": "num_attention_heads",
     "ffn": "intermediate_size",
 }
-
-
-KINDS = {
-    "clip": "CLIPVision",
-    "siglip": "SiglipVision",
-    "vit": "ViT",
-}  # how names of transformers' classes begin
+# prefixes of transformers' class names
+KINDS = {"clip": "CLIPVision", "siglip": "SiglipVision", "vit": "ViT"}
 
 
 class VisionSpec(Protocol):
-    """What a wiring asks of the spec of a vision tower."""
+    """Config of a vision tower, as a wiring uses it."""
 
     @property
     def pixels(self) -> Pixels: ...
     @property
-    def tokens(self) -> int: ...  # vectors an image
+    def tokens(self) -> int: ...  # vectors per image
     @property
     def feature_width(self) -> int: ...
     @property
-    def weights(self) -> str | None: ...  # folder, file, hub name or `package:` path; None: drawn
+    def weights(self) -> str | None: ...  # folder, file, hub name or `package:` path
     def build(self, *, pretrained: bool = True) -> "VisionTower": ...
     def tiny(self) -> Self: ...
 
 
 @config_class
 class ViTConfig:
-    """A vision transformer of transformers; the defaults are LLaVA 1.5's CLIP ViT-L/14 at 336 px (2310.03744, 3.3)."""
+    """A vision transformer of transformers; defaults: LLaVA 1.5's CLIP ViT-L/14 at 336 px.
+
+    Liu et al. 2023, arXiv:2310.03744, 3.3.
+    """
 
     kind: Literal["clip", "siglip", "vit"] = "clip"
     image_size: int = 336  # pixels
@@ -70,35 +66,27 @@ class ViTConfig:
     depth: int = 24
     heads: int = 16
     ffn: int = 4096
-    layer: int = -2  # of the depth + 1 hidden states, numbered as in transformers: 0 embeddings, -1 the last block's
-    select: Literal["patch", "all", "cls"] = (
-        "patch"  # all: with the CLS token, where there is one; cls: it, normed
-    )
-    act: str | None = (
-        None  # of the MLPs, by transformers' name; None: the kind's own, quick_gelu of clip
-    )
+    # of the depth + 1 hidden states, as in transformers: 0 is the embeddings, -1 the last block's
+    layer: int = -2
+    # all: with the CLS token, if there is one; cls: that token alone, normed
+    select: Literal["patch", "all", "cls"] = "patch"
+    # of the MLPs, by transformers' name; None: the kind's default, e.g. quick_gelu of clip
+    act: str | None = None
     fit: Literal["pad", "crop"] = "pad"
-    weights: str | None = None  # folder or hub name
-    norm_eps: float | None = added(default=None)  # of the LayerNorms; None: the kind's own
+    weights: str | None = None  # folder or hub name; None: random
+    norm_eps: float | None = added(default=None)  # of the LayerNorms; None: the kind's default
 
     def __post_init__(self) -> None:
-        positive("vision", self, "width", "depth", "heads", "ffn")
+        check_vit_sizes(self)
         if not -self.depth - 1 <= self.layer <= self.depth:
             raise SpecError(
-                f"vision.layer {self.layer} is not among the {self.depth + 1} hidden states of the tower"
-            )
-        if self.width % self.heads:
-            raise SpecError(
-                f"vision.width {self.width} must be a multiple of vision.heads {self.heads}"
-            )
-        if not 1 <= self.patch <= self.image_size:
-            raise SpecError(
-                f"vision.patch must lie in [1, image_size {self.image_size}], got {self.patch}"
+                f"vision.layer {self.layer} is not among the tower's {self.depth + 1} hidden states"
             )
         if self.select == "cls" and (self.kind == "siglip" or self.blocks != self.depth):
             raise SpecError(
-                f"vision.select 'cls' reads the CLS token behind the last block of a clip or vit tower, "
-                f"not layer {self.layer} of a {self.kind}; set layer=-1 and another kind than siglip"
+                "vision.select 'cls' reads the CLS token after the last block of a clip or vit "
+                f"tower, not layer {self.layer} of a {self.kind}. "
+                "Fix: set layer=-1 and another kind than siglip"
             )
 
     @property
@@ -109,7 +97,7 @@ class ViTConfig:
 
     @property
     def blocks(self) -> int:
-        """How many blocks lie before the hidden state that is read."""
+        """Number of blocks before the hidden state that is read."""
         return self.layer % (self.depth + 1)
 
     @property
@@ -126,12 +114,12 @@ class ViTConfig:
 
     @classmethod
     def own_norm_eps(cls, config: Any) -> float | None:
-        """Return `norm_eps` of a config of transformers: None where it is that of its kind."""
+        """Return `norm_eps` of a transformers config, or None if it is the kind's default."""
         eps: float = config.layer_norm_eps
         return None if eps == type(config)().layer_norm_eps else eps
 
     def config(self) -> Any:
-        """Return transformers' config of the tower, without the pooling head, which no bridge reads."""
+        """Return transformers' config of the tower, without the unused pooling head."""
         import transformers  # takes seconds: not before a model is built
 
         numbers = {hf: getattr(self, own) for own, hf in VIT_FIELDS.items()}
@@ -142,11 +130,11 @@ class ViTConfig:
         return _without_head(getattr(transformers, f"{KINDS[self.kind]}Config")(**numbers))
 
     def build(self, *, pretrained: bool = True) -> "ViT":
-        """The tower in float32. Raises WeightsError for weights that do not fit the numbers."""
+        """Return the tower in float32. Raises WeightsError for weights of another size."""
         import transformers  # takes seconds: not before a model is built
 
         model_class = getattr(transformers, f"{KINDS[self.kind]}Model")
-        # the pooling heads, which no bridge reads, are left out
+        # no bridge reads the pooling heads
         headless = {"add_pooling_layer": False} if self.kind == "vit" else {}
         if pretrained and self.weights is not None:
             config = self._checked(self.weights)
@@ -162,18 +150,18 @@ class ViTConfig:
         from transformers import AutoConfig
 
         config = weights_of.load_config(AutoConfig, weights)
-        config = getattr(config, "vision_config", config)  # of a whole CLIP or SigLIP
+        config = getattr(config, "vision_config", config)  # of a complete CLIP or SigLIP
         found = {own: getattr(config, hf, None) for own, hf in VIT_FIELDS.items()}
         found["kind"] = config.model_type.removesuffix("_vision_model")
-        if self.act is not None:  # another activation would load without a word, and cost accuracy
+        if self.act is not None:  # another activation would load silently, and cost accuracy
             found["act"] = config.hidden_act
         if self.norm_eps is not None:
             found["norm_eps"] = config.layer_norm_eps
-        weights_of.check(weights, {name: getattr(self, name) for name in found}, found)
+        weights_of.check_fields(weights, {name: getattr(self, name) for name in found}, found)
         return config
 
     def tiny(self) -> "ViTConfig":
-        """Width 32, three blocks, 4 x 4 patches; kind, layer and selection stay."""
+        """Return a config of width 32, three blocks, 4 x 4 patches; kind, layer, selection stay."""
         layer = max(self.layer, -4) if self.layer < 0 else min(self.layer, 3)
         return replace(
             self,
@@ -188,14 +176,27 @@ class ViTConfig:
         )
 
 
+def check_vit_sizes(config: Any) -> None:
+    """Raise SpecError for sizes of a vision transformer that do not fit each other."""
+    positive("vision", config, "width", "depth", "heads", "ffn")
+    if config.width % config.heads:
+        raise SpecError(
+            f"vision.width {config.width} must be a multiple of vision.heads {config.heads}"
+        )
+    if not 1 <= config.patch <= config.image_size:
+        raise SpecError(
+            f"vision.patch must be in [1, image_size {config.image_size}], got {config.patch}"
+        )
+
+
 @config_class
 class EfficientNetConfig:
-    """EfficientNet-Lite0 (Tan and Le 2019, arXiv:1905.11946), whose ImageNet weights a 17 MB package ships.
+    """EfficientNet-Lite0 (Tan and Le 2019, arXiv:1905.11946); a 17 MB package ships its weights.
 
-    Its last feature map is pooled to `grid` x `grid` tokens of 1,280.
+    The weights are ImageNet's. The last feature map is pooled to `grid` x `grid` tokens of 1,280.
     """
 
-    image_size: int = 128  # pixels; the last feature map has a 32nd of them a side
+    image_size: int = 128  # pixels; a side of the last feature map is a 32nd of it
     grid: int = 2
     fit: Literal["pad", "crop"] = "pad"
     weights: str | None = (
@@ -205,7 +206,8 @@ class EfficientNetConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.grid <= self.image_size // 32:
             raise SpecError(
-                f"vision.grid must lie in [1, image_size / 32 = {self.image_size // 32}], got {self.grid}"
+                f"vision.grid must be in [1, image_size / 32 = {self.image_size // 32}], "
+                f"got {self.grid}"
             )
 
     @property
@@ -223,7 +225,7 @@ class EfficientNetConfig:
         return 1280
 
     def build(self, *, pretrained: bool = True) -> "EfficientNet":
-        """The tower in float32. Raises WeightsError when the package of the network or of its weights is missing."""
+        """Return the tower in float32. Raises WeightsError if a package is missing."""
         try:
             from efficientnet_lite_pytorch import EfficientNet as Network
         except ImportError:
@@ -239,7 +241,7 @@ class EfficientNetConfig:
         return EfficientNet(self, network)
 
     def tiny(self) -> "EfficientNetConfig":
-        """The same network without weights, on small images; the grid stays where 2 x 2 allows it."""
+        """Return the network without weights, on small images; the grid is 2 x 2 at most."""
         return replace(self, image_size=64, grid=min(self.grid, 2), weights=None)
 
 
@@ -250,14 +252,14 @@ def _without_head(config: Any) -> Any:
 
 
 class Positions(NamedTuple):
-    """The parameter of the tower that holds a vector for every cell of the image."""
+    """The tower's parameter of position embeddings, one vector for every patch of the image."""
 
     name: str
-    cls: int  # the first so many are no cells
+    cls: int  # number of vectors before those of the patches
 
 
 class VisionTower(nn.Module, ABC):
-    """What all towers share. `config` is the spec that built it, `tower` the network under its own names."""
+    """Base class of all towers: `config` built it, `tower` is the network under its own names."""
 
     def __init__(self, config: VisionSpec, tower: nn.Module) -> None:
         super().__init__()
@@ -265,7 +267,10 @@ class VisionTower(nn.Module, ABC):
         self.tower = tower
 
     def forward(self, pixels_N3SS: Tensor) -> Tensor:
-        """(N, 3, S, S) uint8 -> (N, P, D) in the tower's dtype. Raises DataError for another size or dtype."""
+        """Map (N, 3, S, S) uint8 to (N, P, D) in the tower's dtype.
+
+        Raises DataError for another size or dtype.
+        """
         size = self.config.pixels.size
         if pixels_N3SS.dtype != torch.uint8 or pixels_N3SS.shape[1:] != (3, size, size):
             raise DataError(
@@ -273,24 +278,23 @@ class VisionTower(nn.Module, ABC):
                 f"got {pixels_N3SS.dtype} of {tuple(pixels_N3SS.shape[1:])}"
             )
         frozen = not any(p.requires_grad for p in self.tower.parameters())
+        dtype = next(self.tower.parameters()).dtype
         with torch.no_grad() if frozen else nullcontext():
-            return self.patches(
-                normalize(pixels_N3SS, self.config.pixels).to(next(self.tower.parameters()).dtype)
-            )
+            return self.patches(normalize(pixels_N3SS, self.config.pixels).to(dtype))
 
     @property
     def positions(self) -> Positions | None:
-        """Where the tower learned its image size; None: nowhere."""
+        """Position embeddings, which depend on the image size; None for a tower without them."""
         return None
 
     @abstractmethod
     def patches(self, normal_N3SS: Tensor) -> Tensor:
-        """(N, 3, S, S) normalized -> (N, P, D)."""
+        """Map normalized (N, 3, S, S) to (N, P, D)."""
 
     def digest(self) -> str:
-        """16 hex digits that name the features: of the spec (layer, grid, sizes) and of every weight."""
-        spec = to_dict(replace(cast(Any, self.config), weights=None))
-        digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
+        """Return 16 hex digits that name the features: a hash of the config and of every weight."""
+        config = to_dict(replace(cast(Any, self.config), weights=None))
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in self.tower.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(
@@ -299,16 +303,20 @@ class VisionTower(nn.Module, ABC):
         return digest.hexdigest()[:16]
 
 
-def normalize(pixels_N3SS: Tensor, look: Pixels) -> Tensor:
-    """uint8 -> float32 of about mean 0 and spread 1."""
-    # made here: buffers of a tower would turn bfloat16 with it, and be empty after the meta device
-    mean_311 = torch.tensor(look.mean, dtype=torch.float32, device=pixels_N3SS.device).view(3, 1, 1)
-    std_311 = torch.tensor(look.std, dtype=torch.float32, device=pixels_N3SS.device).view(3, 1, 1)
+def normalize(pixels_N3SS: Tensor, pixels: Pixels) -> Tensor:
+    """Return float32 of about mean 0 and standard deviation 1, from uint8."""
+    # no buffers: a tower would cast them to bfloat16, and they are empty after the meta device
+    options: dict[str, Any] = {"dtype": torch.float32, "device": pixels_N3SS.device}
+    mean_311 = torch.tensor(pixels.mean, **options).view(3, 1, 1)
+    std_311 = torch.tensor(pixels.std, **options).view(3, 1, 1)
     return (pixels_N3SS.float() / 255 - mean_311) / std_311
 
 
 class ViT(VisionTower):
-    """CLIP, SigLIP and ViT, read at one hidden state; the blocks behind it are kept but never run."""
+    """Hidden state `layer` of a CLIP, SigLIP or ViT.
+
+    Later blocks stay in the state dict but are not executed.
+    """
 
     config: ViTConfig
 
@@ -335,7 +343,7 @@ class ViT(VisionTower):
 
 
 class EfficientNet(VisionTower):
-    """The last feature map, averaged over the cells of a grid, row by row."""
+    """Last feature map of an EfficientNet, averaged over the cells of a grid, row by row."""
 
     config: EfficientNetConfig
 
@@ -347,33 +355,32 @@ class EfficientNet(VisionTower):
 
 
 def remap_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` for `model`, with the positions of a ViT interpolated where it was trained at another image size.
-
-    Bicubic, as transformers does it; the CLS token keeps its own.
-    """
-    made = dict(state)
+    """Return `state` for `model`, with a ViT's positions interpolated to the model's image size."""
+    remapped = dict(state)
     for prefix, tower in model.named_modules():
         positions = tower.positions if isinstance(tower, VisionTower) else None
-        if (
-            positions is not None
-            and (name := f"{prefix}.tower.{positions.name}".lstrip(".")) in made
-        ):
-            made[name] = stretched(made[name], model.get_parameter(name), cls=positions.cls)
-    return made
+        if positions is None:
+            continue
+        name = f"{prefix}.tower.{positions.name}".lstrip(".")
+        if name in remapped:
+            remapped[name] = interpolate_positions(
+                remapped[name], model.get_parameter(name), cls=positions.cls
+            )
+    return remapped
 
 
-def stretched(positions_LD: Tensor, own_LD: Tensor, *, cls: int) -> Tensor:
-    """`positions_LD`, or (1, L, D), on the square grid of `own_LD`; the first `cls` of them are no cells."""
-    if positions_LD.shape == own_LD.shape or positions_LD.shape[-1] != own_LD.shape[-1]:
-        return positions_LD  # another width is for the loader to refuse
-    first_cD, cells_PD = positions_LD.flatten(0, -2).float().tensor_split([cls])
-    old, new = math.isqrt(len(cells_PD)), math.isqrt(own_LD.shape[-2] - cls)
-    grid_1DGG = cells_PD.T.reshape(1, -1, old, old)
-    stretched_1DGG = nn.functional.interpolate(
+def interpolate_positions(positions_LD: Tensor, like_LD: Tensor, *, cls: int) -> Tensor:
+    """Return `positions_LD`, or (1, L, D), on the square grid of `like_LD`.
+
+    Bicubic, as in transformers; the first `cls` vectors (the CLS token) stay as they are.
+    """
+    if positions_LD.shape == like_LD.shape or positions_LD.shape[-1] != like_LD.shape[-1]:
+        return positions_LD  # the loader refuses another width
+    first_cD, patches_PD = positions_LD.flatten(0, -2).float().tensor_split([cls])
+    old, new = math.isqrt(len(patches_PD)), math.isqrt(like_LD.shape[-2] - cls)
+    grid_1DGG = patches_PD.T.reshape(1, -1, old, old)
+    grid_1DGG = nn.functional.interpolate(
         grid_1DGG, size=(new, new), mode="bicubic", align_corners=False
     )
-    return (
-        torch.cat([first_cD, stretched_1DGG.flatten(2)[0].T])
-        .to(positions_LD.dtype)
-        .view(own_LD.shape)
-    )
+    positions = torch.cat([first_cD, grid_1DGG.flatten(2)[0].T])
+    return positions.to(positions_LD.dtype).view(like_LD.shape)

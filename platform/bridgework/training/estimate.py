@@ -2,7 +2,7 @@
 
 import torch
 
-from bridgework.models.base import Counts, count, set_trainable
+from bridgework.models.base import ParameterCounts, count, set_trainable
 from bridgework.system import Stage
 
 
