@@ -28,7 +28,7 @@ from bridgework.data.samples import Sample, pair
 from bridgework.data.synthetic import COLORS
 from bridgework.system import Source, System, load
 from bridgework.training.driver import train
-from bridgework.training.ray_train import RunOptions
+from bridgework.training.options import RunOptions
 
 MISMATCHED = 0.3
 STEPS = 1_200
@@ -66,7 +66,9 @@ def trained(name: str, dataset: str, home: Path, steps: int) -> Path:
         "model.text.dropout": 0,
     }
     system = System(name="blip", paper="-", stages=(override(pairs, fast),))
-    return train(system, home=home, run=f"{name}-{steps}", options=RunOptions(workers=0))[name].artifact
+    return train(system, home=home, run=f"{name}-{steps}", options=RunOptions(workers=0))[
+        name
+    ].artifact
 
 
 class Found(NamedTuple):

@@ -92,7 +92,7 @@ def ours(built: System, home: Path, name: str) -> list[float]:
     """Return the seconds of every step of our loop on one Ray Train worker."""
     from bridgework.ray_utils import ray_session
     from bridgework.training.driver import train
-    from bridgework.training.ray_train import RunOptions
+    from bridgework.training.options import RunOptions
 
     options = RunOptions(checkpoint_every=STEPS, threads=THREADS)
     with ray_session():

@@ -15,7 +15,8 @@ from bridgework import ray_utils
 from bridgework.data.quarantine import BadSample
 from bridgework.errors import DataError, ResourceError, SpecError
 from bridgework.training.feature_cache import TooLarge
-from bridgework.training.ray_train import RunOptions, _needs
+from bridgework.training.options import RunOptions
+from bridgework.training.ray_train import _needs
 
 FAKE = """
 import json, os, sys

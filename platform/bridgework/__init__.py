@@ -77,7 +77,9 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         from bridgework.errors import suggest
 
-        raise AttributeError(f"module 'bridgework' has no attribute {name!r}" + suggest(name, _PUBLIC))
+        raise AttributeError(
+            f"module 'bridgework' has no attribute {name!r}" + suggest(name, _PUBLIC)
+        )
     value = getattr(import_module(f"bridgework.{_PUBLIC[name]}"), name)
     globals()[name] = value
     return value

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridgework.data.catalog import destination, resolve
 from bridgework.data.catalog import home as default_home
-from bridgework.data.catalog import resolve
 from bridgework.errors import SpecError, TrackingError
 from bridgework.system import System, load
 from bridgework.training.options import RunOptions
@@ -59,7 +59,8 @@ def train(
         console: Where progress is printed. Default: stderr.
 
     Returns:
-        For each stage its artifact (a folder), final metrics, and ids in MLflow.
+        For each stage its artifact (a folder), final metrics, and ids in MLflow. The last one is registered
+        as a new version of the system's model.
 
     Raises:
         SpecError: A stage does not exist.
@@ -81,17 +82,25 @@ def train(
         resolved[name]  # a wrong name is reported before anything is opened
     place = home or default_home()
     tracker = open_tracker(project, place, console) if track else None
+    run = run or default_name(resolved.name.replace(":", "-"), resolved, place)
     with _ray(workers):
-        return train_stages(
+        results = train_stages(
             resolved,
             home=place,
-            run=run or default_name(resolved.name.replace(":", "-"), resolved, place),
-            how=replace(options or RunOptions(), workers=workers),
+            run=run,
+            options=replace(options or RunOptions(), workers=workers),
             stages=stages,
             tracker=tracker,
             console=console,
             fork=fork,
         )
+    *_, last = results
+    if tracker is not None and results[last].run_id and results[last].model_id:
+        from bridgework.tracking import registry
+
+        version = registry.register(tracker, resolved.name, results[last], {"run": run})
+        results[last] = replace(results[last], version=f"{version.name}:{version.version}")
+    return results
 
 
 def sweep(
@@ -207,6 +216,84 @@ def open_dataset(name: str, *, home: Path | None = None) -> "Dataset":
     return open_shards(resolve(name, home or default_home()))
 
 
+def import_dataset(
+    format: str,
+    source: str | Path,
+    dest: str | Path,
+    *,
+    license: str | None = None,
+    workers: int = 0,
+    home: Path | None = None,
+    **options: Any,
+) -> "Manifest":
+    """Import data of another format as a dataset of shards; the same call again resumes.
+
+    Args:
+        format: "folder", "webdataset", "hf", "coco", .. or the import path of your own importer.
+        source: A file, a folder or a URL.
+        dest: A folder or a URL; a bare name is under <home>/datasets.
+        license: License of the dataset, e.g. "CC-BY-4.0".
+        workers: Ray actors that read; 0 reads in this process.
+        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        options: Options of the format; `bridgework data import FORMAT --help` lists them.
+
+    Returns:
+        The manifest: rows, shards, digest, and the number of quarantined rows by reason.
+
+    Raises:
+        SpecError: An unknown format or option; a similar name is suggested.
+        DataError: Nothing can be read, or more rows are bad than allowed.
+
+    Example:
+        >>> import bridgework as bw
+        >>> manifest = bw.import_dataset("folder", PHOTOS, DEST, license="CC0-1.0")
+        >>> manifest.rows, manifest.license
+        (2, 'CC0-1.0')
+    """
+    IMPORT
+
+
+def curate(
+    curation: Any,
+    sources: str | Sequence[str],
+    dest: str | Path,
+    *,
+    workers: int = 0,
+    home: Path | None = None,
+) -> "Manifest":
+    """Write a curated copy of datasets; the same call again resumes.
+
+    Args:
+        curation: A curation's config, e.g. bridgework.curation.dedup.Dedup(by="perceptual").
+        sources: Datasets: folders, URLs, or names under <home>/datasets.
+        dest: A folder or a URL; a bare name is under <home>/datasets.
+        workers: Ray actors that annotate; 0 works in this process.
+        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+
+    Returns:
+        The manifest of the new dataset; its `parameters["counts"]` are the decisions by reason.
+
+    Raises:
+        DataError: No row is left, or more rows cannot be annotated than allowed.
+
+    Example:
+        >>> import bridgework as bw
+        >>> from bridgework.curation.filters import Filters
+        >>> manifest = bw.curate(Filters(min_side=8), "synthetic:shapes", CURATED)
+        >>> manifest.rows == bw.open_dataset("synthetic:shapes").manifest.rows
+        True
+    """
+    from bridgework.curation import runner
+
+    place = home or default_home()
+    given = (sources,) if isinstance(sources, str) else tuple(sources)
+    found = [resolve(source, place) for source in given]
+    with _ray(workers):
+        return runner.make(
+            curation, found, destination(str(dest), place), home=place, workers=workers
+        )
+
+
 def promote(
     model: str,
     *,
@@ -259,7 +346,7 @@ def serve(
     """
     from bridgework.serving import launch
 
-    endpoint = launch.start(app, options, launch.Where(host=host, port=port))
+    endpoint = launch.start(app, options, launch.AppAddress(host=host, port=port))
     try:
         yield endpoint
     finally:

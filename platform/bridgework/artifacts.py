@@ -68,6 +68,7 @@ class StageResult:
     metrics: dict[str, float]
     run_id: str | None = None
     model_id: str | None = None
+    version: str | None = None  # "llava:3" if it was registered
 
 
 def tensors_to_save(

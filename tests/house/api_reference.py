@@ -34,7 +34,11 @@ def reference() -> str:
 def entry(name: str, function: Any) -> str:
     """One function: its signature and its docstring, sections as lists."""
     signature = f"{name}{inspect.signature(function)}"
-    return f"```python\n{shortened(signature)}\n```\n\n" + "\n".join(body(inspect.getdoc(function) or "")) + "\n"
+    return (
+        f"```python\n{shortened(signature)}\n```\n\n"
+        + "\n".join(body(inspect.getdoc(function) or ""))
+        + "\n"
+    )
 
 
 def of_class(name: str, cls: type) -> str:
@@ -42,7 +46,8 @@ def of_class(name: str, cls: type) -> str:
     lines = [*body(inspect.getdoc(cls) or ""), ""]
     if hasattr(cls, "__dataclass_fields__"):
         lines += [
-            f"- `{field.name}: {shortened(str(annotation(field.type)))}`" for field in cls.__dataclass_fields__.values()
+            f"- `{field.name}: {shortened(str(annotation(field.type)))}`"
+            for field in cls.__dataclass_fields__.values()
         ]
     methods = [
         (found, value)
@@ -52,7 +57,8 @@ def of_class(name: str, cls: type) -> str:
     if methods:
         lines += ["", f"Methods of `{name}`:", ""]
         lines += [
-            f"- `{found}`: {(inspect.getdoc(value) or '').splitlines()[0]}" for found, value in methods
+            f"- `{found}`: {(inspect.getdoc(value) or '').splitlines()[0]}"
+            for found, value in methods
         ]
     return "\n".join(lines) + "\n"
 

@@ -17,7 +17,9 @@ HEAVY = "{'torch', 'transformers', 'ray', 'deepspeed', 'mlflow', 'pyarrow'}"
 def imported(code: str) -> set[str]:
     """The heavy libraries that a fresh process has imported after `code`."""
     program = f"import sys\n{code}\nprint(' '.join(sorted({HEAVY} & set(sys.modules))))"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
     return set(done.stdout.split("\n")[-2].split())
 
 

@@ -74,7 +74,9 @@ def test_generate_begins_with_the_queries_that_represent_taught(tmp_path: Path) 
     model = generate.model.build().eval()
     artifacts.load_into(model, given, "represent")
     patches = taught.vision(pixels(2))
-    assert torch.equal(model.bridge.encode_image(patches)[-1], taught.bridge.encode_image(patches)[-1])
+    assert torch.equal(
+        model.bridge.encode_image(patches)[-1], taught.bridge.encode_image(patches)[-1]
+    )
     left = {
         n.removeprefix("bridge.")
         for n in dict(taught.named_parameters())

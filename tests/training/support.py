@@ -16,7 +16,7 @@ from bridgework.system import Stage, System, load
 from bridgework.tracking.tracker import Journal, Tracker
 from bridgework.training import loop
 from bridgework.training.driver import train
-from bridgework.training.ray_train import RunOptions
+from bridgework.training.options import RunOptions
 
 
 class Stop(Exception):

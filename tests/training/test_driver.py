@@ -18,7 +18,8 @@ from bridgework.system import EvalSpec
 from bridgework.training import checkpoint
 from bridgework.training.deepspeed_engine import Engine
 from bridgework.training.driver import train
-from bridgework.training.ray_train import FailFastCallback, RunOptions
+from bridgework.training.options import RunOptions
+from bridgework.training.ray_train import FailFastCallback
 from tests.training.support import Stop, go, llava, losses, same, stop_at, weights
 from tests.training.test_faults import in_optimizer, plant
 

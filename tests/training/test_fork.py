@@ -20,7 +20,7 @@ from bridgework.tracking.tracker import MemoryTracker
 from bridgework.training import checkpoint, run_dir
 from bridgework.training.driver import train
 from bridgework.training.fork import Fork
-from bridgework.training.ray_train import RunOptions
+from bridgework.training.options import RunOptions
 from tests.training.support import Stop, go, llava, losses, same, stop_at, weights
 from tests.training.test_checkpoint import unsigned
 from tests.training.test_elastic import engine

@@ -25,9 +25,6 @@ from bridgework.errors import BridgeworkError, Interrupted, ResourceError, Track
 from bridgework.ray_utils import TIMEOUT_S, ray_session
 from bridgework.system import System, load, recipes, variants
 
-if TYPE_CHECKING:
-    from bridgework.tracking.mlflow_store import MLflowTracker
-
 app = typer.Typer(
     help="Train, evaluate and serve vision-language systems on Ray. Change any field of a recipe "
     "with --set PATH=VALUE; `bridgework show SYSTEM` lists the paths.",
@@ -196,35 +193,29 @@ def train(
     project: Project = "bridgework",
 ) -> None:
     """Train the stages of a system in order. Run again, it resumes and reuses finished stages."""
-    from bridgework.tracking import registry
-    from bridgework.training.driver import train as run_training
-    from bridgework.training.ray_train import RunOptions
+    from bridgework import api
+    from bridgework.training.options import RunOptions
+    from bridgework.training.run_dir import default_name
 
     resolved = _resolve(system, set_, tiny)
     prefix = system.replace(":", "-").replace(".", "-") + "-tiny" * tiny
-    run = run or _run_name(prefix, resolved)
-    for name in stage or ():
-        resolved[name]  # raises for an unknown stage, before the tracker is opened
-    tracker = _tracker_or_none(project)
-    with ray_session() if workers else nullcontext():
-        results = run_training(
-            resolved,
-            home=home_folder(),
-            run=run,
-            options=RunOptions(
-                workers=workers,
-                readers=readers,
-                skip=tuple(skip or ()),
-                gpus_per_worker=gpus_per_worker,
-                resource_timeout_s=resource_timeout,
-                trust_checkpoints=trust_checkpoints,
-                start_over=start_over,
-            ),
-            stages=stage,
-            tracker=tracker,
-            console=err,
-            fork=fork,
-        )
+    results = api.train(
+        resolved,
+        stages=stage,
+        workers=workers,
+        run=run or default_name(prefix, resolved, home_folder()),
+        options=RunOptions(
+            readers=readers,
+            skip=tuple(skip or ()),
+            gpus_per_worker=gpus_per_worker,
+            resource_timeout_s=resource_timeout,
+            trust_checkpoints=trust_checkpoints,
+            start_over=start_over,
+        ),
+        fork=fork,
+        project=project,
+        console=err,
+    )
     table = Table("stage", "metric", "value", box=None, pad_edge=False)
     for name, result in results.items():
         for key, value in result.metrics.items():
@@ -235,9 +226,8 @@ def train(
     out.print(table)
     last = results[list(results)[-1]]
     out.print(f"artifact  {last.artifact}", soft_wrap=True, highlight=False)
-    if tracker and last.run_id and last.model_id:
-        version = registry.register(tracker, resolved.name, last, {"run": run})
-        out.print(f"model     {version.name}:{version.version}", highlight=False)
+    if last.version:
+        out.print(f"model     {last.version}", highlight=False)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -256,20 +246,18 @@ def sweep(
     project: Project = "bridgework",
 ) -> None:
     """Search hyperparameters and register the best trial, as `challenger` if it is better."""
-    from bridgework.tuning import search
+    from bridgework import api
     from bridgework.tuning.space import load as load_space
 
-    loaded = search.cap_concurrency(load_space(space), trials=trials)
-    tracker = _tracker_or_none(project)
-    with ray_session():
-        outcome = search.sweep(
-            loaded,
-            home=home_folder(),
-            run=run or f"sweep-{space}",
-            changes=changes(set_),
-            tracker=tracker,
-            console=err,
-        )
+    loaded = load_space(space)
+    outcome = api.sweep(
+        loaded,
+        changes=changes(set_),
+        trials=trials,
+        run=run or f"sweep-{space}",
+        project=project,
+        console=err,
+    )
     table = Table(
         "trial", loaded.metric.name, "status", "seconds", *loaded.space, box=None, pad_edge=False
     )
@@ -314,9 +302,9 @@ def promote(
     project: Project = "bridgework",
 ) -> None:
     """Make a registered version the champion; the old champion gets the alias `previous`."""
-    from bridgework.tracking import registry
+    from bridgework import api
 
-    done = registry.promote(_tracker(project), model, metric=metric, lower=lower)
+    done = api.promote(model, metric=metric, lower=lower, project=project)
     before = f", before it {done.before.version}" if done.before else ""
     compared = (
         f" ({metric} {done.compared[0]:g} against {done.compared[1]:g})" if done.compared else ""
@@ -333,8 +321,9 @@ def rollback(
 ) -> None:
     """Make the previous champion the champion again; the two swap their aliases."""
     from bridgework.tracking import registry
+    from bridgework.tracking.mlflow_store import MLflowTracker
 
-    done = registry.rollback(_tracker(project), name)
+    done = registry.rollback(MLflowTracker(None, home_folder(), project), name)
     out.print(f"champion  {done.champion.name}:{done.champion.version}", highlight=False)
 
 
@@ -424,37 +413,6 @@ def _millions(parameters: int) -> str:
 def _resolve(name: str, assignments: list[str] | None, tiny: bool) -> System:
     system = load(name)
     return override(system.tiny() if tiny else system, changes(assignments))
-
-
-def _run_name(system: str, resolved: System) -> str:
-    """Return the default name of a run.
-
-    It depends on the recipe's identity, so that the run resumes with other options. Older versions
-    used the fingerprint; such a run is found again.
-    """
-    current, older = (
-        f"{system}-{digest[:6]}" for digest in (resolved.identity(), resolved.fingerprint())
-    )
-    runs = home_folder() / "runs"
-    return older if (runs / older).exists() and not (runs / current).exists() else current
-
-
-def _tracker(project: str) -> "MLflowTracker":
-    from bridgework.tracking.mlflow_store import MLflowTracker
-
-    home_folder().mkdir(parents=True, exist_ok=True)
-    return MLflowTracker(None, home_folder(), project)
-
-
-def _tracker_or_none(project: str) -> "MLflowTracker | None":
-    """Return the tracker, or None if it does not answer, because a run must start without it."""
-    try:
-        return _tracker(project)
-    except TrackingError as error:
-        err.print(
-            f"{error}. The run starts untracked; the same command later records it", soft_wrap=True
-        )
-        return None
 
 
 def main() -> None:

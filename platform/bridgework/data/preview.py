@@ -6,6 +6,8 @@ loss of its labels.
 # T tokens  S side in pixels
 """
 
+from __future__ import annotations
+
 import base64
 import io
 from collections.abc import Iterator, Sequence
@@ -15,7 +17,7 @@ from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from string import Template
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +25,6 @@ from PIL import Image
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from bridgework.data.catalog import resolve
 from bridgework.data.collate import Row
@@ -35,6 +36,9 @@ from bridgework.data.templates import read_as
 from bridgework.data.tiling import tile_image
 from bridgework.data.tokenization import Encoded, SampleEncoder, load_tokenizer
 from bridgework.system import END, IGNORE, IMAGE, Pixels, Source, Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Kind = Literal["text", "loss", "image", "role"]
 SIDE = 256  # pixels: maximum side of the preview of a stored image

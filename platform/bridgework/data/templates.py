@@ -16,6 +16,8 @@ the loss mask never depends on how a tokenizer merges across a boundary.
 (Alayrac et al. 2022, arXiv:2204.14198, 2.4 and A.3.2).
 """
 
+from __future__ import annotations
+
 import ctypes
 import random
 import re
@@ -24,14 +26,15 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from itertools import groupby
 from threading import Thread
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample
 from bridgework.errors import SpecError, suggest
 from bridgework.system import END, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 V1_SYSTEM = (  # published with LLaVA v1 and v1.5: their weights expect exactly this text
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -409,7 +412,7 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, names)) or r"\Z.")
 
 
-Writer = Callable[[list[Turn], PreTrainedTokenizerBase, bool], Iterator[Segment]]
+Writer = Callable[["list[Turn]", "PreTrainedTokenizerBase", bool], "Iterator[Segment]"]
 TEMPLATES: Mapping[str, Writer] = {
     "plain": _plain,
     "v1": _v1,

@@ -7,6 +7,8 @@ et al. 2023, arXiv:2305.06500, 2.3).
 # T tokens
 """
 
+from __future__ import annotations
+
 import hashlib
 import importlib.util
 import json
@@ -17,10 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from bridgework.data.catalog import home
 from bridgework.data.images import size_of
@@ -30,6 +31,9 @@ from bridgework.data.templates import Segment, prompt, render
 from bridgework.data.tiling import choose_grid
 from bridgework.errors import DataError, WeightsError, suggest
 from bridgework.system import IGNORE, IMAGE, Layout, Mixture, ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHATML = (
     "{% for message in messages %}"
@@ -173,6 +177,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return _bytes_tokenizer()
     if name.startswith(LABELS):
         return _label_tokenizer(json.loads(name.removeprefix(LABELS)))
+    from transformers import AutoTokenizer  # takes seconds: not before a tokenizer is loaded
+
     folder = _from_package(name) if name.startswith("package:") else name
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -191,6 +197,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def _bytes_tokenizer() -> PreTrainedTokenizerBase:
     """Return a tokenizer of 260 tokens, all bytes and ChatML's special tokens, which needs no file."""
+    from transformers import (
+        PreTrainedTokenizerFast,  # takes seconds: not before a tokenizer is loaded
+    )
+
     vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -205,6 +215,10 @@ def _bytes_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def _label_tokenizer(names: Sequence[str]) -> PreTrainedTokenizerBase:
+    from transformers import (
+        PreTrainedTokenizerFast,  # takes seconds: not before a tokenizer is loaded
+    )
+
     tokenizer = Tokenizer(models.WordLevel(vocab={name: i for i, name in enumerate(names)}))
     wrapped: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>"
@@ -227,6 +241,8 @@ def _from_package(name: str) -> str:
         raise WeightsError(f"the package {package!r} has no file {file!r} in {path.parent}")
     state = path.stat()
     digest = hashlib.sha256(f"{name}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()[:12]
+    from transformers import AutoTokenizer
+
     cached = home() / "cache" / "tokenizers" / f"{package}-{digest}"
     if not cached.is_dir():
         cached.parent.mkdir(parents=True, exist_ok=True)

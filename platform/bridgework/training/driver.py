@@ -36,7 +36,7 @@ from bridgework.training.flight_recorder import resolve_curated_data
 from bridgework.training.fork import Fork, describe
 from bridgework.training.fork import fork as make_fork
 from bridgework.training.metrics import progress_bar
-from bridgework.training.ray_train import RunOptions, fit
+from bridgework.training.options import RunOptions
 from bridgework.training.run_tracking import RunRecord
 from bridgework.training.skips import Skip, Skips
 from bridgework.training.step import check
@@ -191,6 +191,8 @@ def _stage(
         progress_bar(place, stage.name, stage.budget.steps, console),
     ):
         if options.workers:
+            from bridgework.training.ray_train import fit  # imports Ray
+
             fit(job, options)
         else:
             _init_single_process()

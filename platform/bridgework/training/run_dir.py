@@ -48,6 +48,19 @@ def path_of(home: Path, run: str) -> Path:
     return root / run
 
 
+def default_name(prefix: str, system: System, home: Path) -> str:
+    """Return the name of an unnamed run: `prefix` and six digits of the system's identity.
+
+    The identity leaves out options, so that the run resumes with others. Earlier versions took the
+    digits of the fingerprint; an existing run with such a name is found again.
+    """
+    named, before = (
+        f"{prefix}-{digest[:6]}" for digest in (system.identity(), system.fingerprint())
+    )
+    runs = home / "runs"
+    return before if (runs / before).exists() and not (runs / named).exists() else named
+
+
 def artifact_dir(stage: Path) -> Path:
     """Return the folder of the artifact in a stage's folder, under its old name if it has that."""
     old = stage / old_names.ARTIFACT_DIR

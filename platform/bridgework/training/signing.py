@@ -52,7 +52,7 @@ def key(home: Path, adopt: Callable[[bytes], object] | None = None) -> bytes:
 
 
 def name(key: bytes) -> str:
-    """12 hex digits that tell keys apart and say nothing of them."""
+    """Return 12 hex digits that identify a key without revealing it."""
     return hashlib.sha256(b"bridgework: name of a key" + key).hexdigest()[:12]
 
 

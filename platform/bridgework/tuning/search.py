@@ -31,7 +31,7 @@ from bridgework.tracking import registry
 from bridgework.tracking.tracker import Point, Status, Tracker, Version
 from bridgework.training import run_dir
 from bridgework.training.driver import train
-from bridgework.training.ray_train import RunOptions
+from bridgework.training.options import RunOptions
 from bridgework.tuning.space import Space, bounds, described
 
 # Both print progress that is clearer in the sweep's own table.
