@@ -16,7 +16,7 @@ from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation import Captions, Writing
 from bridgework.evaluation.base import about_image, draw_images
-from bridgework.evaluation.captioning import bleu4, cider, references
+from bridgework.evaluation.captioning import bleu4, captions_by_image, cider
 from bridgework.inference.pipeline import Pipeline
 from tests.inference.tiny import PROMPT, pipeline
 
@@ -124,7 +124,10 @@ def test_the_captions_of_an_image_are_those_of_all_rows_that_show_it(tmp_path: P
         Sample("d", (two,), said),
         Sample("e", (two,), (Part("caption", image=0),), labels=("dog",)),
     ]
-    assert list(references(rows).values()) == [["first", "second", "third"], ["other", "A thing."]]
+    assert list(captions_by_image(rows).values()) == [
+        ["first", "second", "third"],
+        ["other", "A thing."],
+    ]
 
 
 def keep(tmp_path: Path, samples: list[Sample]) -> str:

@@ -19,7 +19,7 @@ from bridgework.evaluation.few_shot import (
     FewShot,
     ShotExample,
     example_orders,
-    pooled,
+    pool_features,
     prompt,
     rices,
 )
@@ -139,7 +139,7 @@ def test_an_image_of_the_callers_stands_behind_the_nearest_pairs(home: Path) -> 
     assert [part.text for part in parts if part.role == "assistant"] == [
         f" {said[image]}" for image in shown[:3]
     ]
-    query, *others = pooled(pipe.inputs.features([shown[-1], *shown[:3]]))
+    query, *others = pool_features(pipe.inputs.features([shown[-1], *shown[:3]]))
     alike = [float(query @ other) for other in others]
     assert alike == sorted(alike)  # the nearest last
     assert pipe.generate(parts, shown, max_new_tokens=4).completion_tokens <= 4

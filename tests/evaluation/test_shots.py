@@ -15,7 +15,7 @@ from bridgework.errors import DataError, SpecError
 from bridgework.evaluation import VQA, Captions, Writing
 from bridgework.evaluation.base import draw
 from bridgework.evaluation.captioning import bleu4, cider
-from bridgework.evaluation.few_shot import Shots, pooled
+from bridgework.evaluation.few_shot import Shots, pool_features
 from bridgework.evaluation.vqa import agreement
 from bridgework.inference.pipeline import Pipeline
 from bridgework.recipes import flamingo
@@ -79,7 +79,7 @@ def by_hand(
 def nearest(pipe: Pipeline, image: bytes, others: list[bytes], count: int) -> list[bytes]:
     """By the cosine of the tower's features, the nearest last, never of the same picture."""
     free = [other for other in others if other != image]
-    query, *rest = pooled(pipe.inputs.features([image, *free]))
+    query, *rest = pool_features(pipe.inputs.features([image, *free]))
     order = sorted(range(len(free)), key=lambda i: float(query @ rest[i]))
     return [free[i] for i in order[-count:]]
 

@@ -116,7 +116,7 @@ def test_tiny_runs_and_specs_are_values(pipe: Pipeline, home: Path) -> None:
         ZeroShot(dataset=DATASET, templates=("a photo",))
     with pytest.raises(SpecError, match="templates is empty"):
         ZeroShot(dataset=DATASET, templates=())
-    with pytest.raises(SpecError, match="rows must be at least 1"):
+    with pytest.raises(SpecError, match="expected at least 1"):
         ZeroShot(dataset=DATASET, rows=0)
 
 

@@ -287,11 +287,11 @@ def test_beams_write_what_the_search_of_transformers_finds() -> None:
     pipe = pipeline()
     asked = [Part("user", text="What is it?")]
     searched = pipe.generate(asked, max_new_tokens=8, beams=4)
-    inputs, _ = pipe._asked([asked], [()])
+    inputs, _ = pipe._prompt_inputs([asked], [()])
     ids = pipe.model.generate(
-        **inputs, num_beams=4, do_sample=False, max_new_tokens=8, eos_token_id=sorted(pipe._endings.ids),
-        pad_token_id=pipe.tokenizer.pad_token_id,
+        **inputs, num_beams=4, do_sample=False, max_new_tokens=8,
+        eos_token_id=sorted(pipe._stop_conditions.ids), pad_token_id=pipe.tokenizer.pad_token_id,
     )[0]  # fmt: skip
     assert searched.text == pipe.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
-    with pytest.raises(SpecError, match="1 where temperature draws"):
+    with pytest.raises(SpecError, match="beam search does not sample"):
         pipe.generate(asked, beams=2, temperature=1.0)

@@ -23,7 +23,7 @@ from bridgework.inference.pipeline import Pipeline
 from bridgework.losses import Contrastive
 from bridgework.models.prefix_vlm import PrefixVLM
 from bridgework.system import IGNORE, System, load
-from tests.inference.tiny import PROMPT, pipeline
+from tests.inference.tiny import PROMPT, picture, pipeline
 
 CAPTIONS = [
     "a red circle",
@@ -137,7 +137,7 @@ def test_prior_is_the_mean_over_the_references(samples: list[Sample]) -> None:
     references = [s.images[0] for s in samples[1:]]
     image = samples[0].images[0]
     mean = [np.mean([loglik_alone(pipe, pair("x", r, c)) for r in references]) for c in CAPTIONS]
-    assert pipe.prior(CAPTIONS, references=references).tolist() == pytest.approx(mean, rel=1e-5)
+    assert pipe.log_prior(CAPTIONS, references=references).tolist() == pytest.approx(mean, rel=1e-5)
     ranked = dict(pipe.rank(image, CAPTIONS, references=references))
     expected = [
         loglik_alone(pipe, pair("x", image, c)) - m for c, m in zip(CAPTIONS, mean, strict=True)
@@ -203,11 +203,11 @@ def test_a_model_that_only_compares_ranks_by_nearness(samples: list[Sample]) -> 
 
 def test_a_model_that_only_compares_is_asked_nothing_else(samples: list[Sample]) -> None:
     pipe, image = comparing(), samples[0].images[0]
-    with pytest.raises(SpecError, match=r"reads no question, got 'What\?'.*whole captions"):
+    with pytest.raises(SpecError, match=r"reads no question\. Got 'What\?'.*complete captions"):
         pipe.rank(image, ["a", "b"], "What?")
     with pytest.raises(SpecError, match="reads no question"):
         pipe.rank_answers([Part("user", image=0), Part("user", text="What?")], [image], ["a", "b"])
-    with pytest.raises(SpecError, match="compares texts with one image, got 2"):
+    with pytest.raises(SpecError, match=r"compares texts with one image\. Got 2"):
         pipe.rank_answers(
             [Part("user", image=0), Part("user", image=1)], [image, image], ["a", "b"]
         )
@@ -289,7 +289,9 @@ def test_no_images_are_no_features() -> None:
 @pytest.mark.parametrize("number", [0, 2])
 def test_images_must_be_as_many_as_are_shown(number: int, samples: list[Sample]) -> None:
     pipe = pipeline()
-    with pytest.raises(DataError, match=rf"shows images \[0\] and {number} are given"):
+    with pytest.raises(
+        DataError, match=rf"shows images \[0\], counted from 0\. Got {number} images"
+    ):
         pipe.inputs.batch([pipe.inputs.ask(samples[0])], [samples[0].images * number], answer=False)
 
 
@@ -353,3 +355,35 @@ def test_out_of_range_sampling_is_refused(samples: list[Sample]) -> None:
     for sampling in wrong:
         with pytest.raises(SpecError, match="max_new_tokens is at least 1"):
             pipe.generate(pipe.inputs.ask(samples[0]), samples[0].images, **sampling)
+
+
+def test_ask_answers_as_generate_for_every_kind_of_image(tmp_path: Path) -> None:
+    pipe, image = pipeline(), picture()
+    path = tmp_path / "image.png"
+    path.write_bytes(image)
+    conversation = [Part("user", image=0), Part("user", text="\nWhat is this?")]
+    expected = pipe.generate(conversation, [image], max_new_tokens=6).text
+    sources = (path, str(path), image, io.BytesIO(image), Image.open(io.BytesIO(image)))
+    for source in sources:
+        assert pipe.ask(source, "What is this?", max_new_tokens=6) == expected
+
+
+def test_ask_without_a_question_takes_the_question_of_the_training() -> None:
+    pipe, image = pipeline(), picture()
+    expected = pipe.generate(pipe.inputs.about(), [image], max_new_tokens=6).text
+    assert pipe.ask(image, max_new_tokens=6) == expected
+
+
+def test_ask_rejects_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for source in (tmp_path / "missing.png", "https://example.org/cat.png"):
+        with pytest.raises(DataError, match=r"cannot be read.*give its local path"):
+            pipeline().ask(source, "What is this?")
+
+
+def test_a_question_is_needed_unless_there_is_exactly_one_image() -> None:
+    inputs = pipeline().inputs
+    assert inputs.question("Why?", 2)[-1] == Part("user", text="\nWhy?")
+    assert inputs.question("Why?", 0) == [Part("user", text="Why?")]
+    for images in (0, 2):
+        with pytest.raises(DataError, match=f"nothing to ask. Got no question and {images} images"):
+            inputs.question("", images)

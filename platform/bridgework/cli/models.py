@@ -77,22 +77,17 @@ def ask(
     shots: Annotated[int, typer.Option(min=1, help="how many pairs of --like")] = 4,
 ) -> None:
     """Ask a model about images, on this machine."""
-    from bridgework.data.samples import Part
     from bridgework.inference.generation import Sampling
     from bridgework.inference.pipeline import Pipeline
+    from bridgework.inference.preprocess import read_file
     from bridgework.tracking.mlflow_store import artifact_of
 
-    pictures = [_read(path) for path in image or ()]
+    pictures = [read_file(path) for path in image or ()]
     pipeline = Pipeline.load(artifact_of(model, home()))
-    parts = [Part("user", image=i) for i in range(len(pictures))]
-    if like is not None:
-        parts, pictures = _after_examples(pipeline, pictures, question, like, shots)
-    elif question:
-        parts.append(Part("user", text="\n" * bool(parts) + question))
-    elif len(pictures) == 1:
-        parts = pipeline.inputs.about()
+    if like is None:
+        parts = pipeline.inputs.question(question, len(pictures))
     else:
-        raise DataError("there is nothing to ask: give a question, or one --image to describe")
+        parts, pictures = _after_examples(pipeline, pictures, question, like, shots)
     choice = choice or list(pipeline.classes)
     if choice:
         table = Table("choice", "score", box=None, pad_edge=False)
@@ -230,12 +225,3 @@ def _show(certificate: "Certificate", into: Path) -> None:
     table.add_row("config", f"{certificate.fields} fields, equal")
     out.print(table)
     out.print(f"{into}, with its certificate in parity.json", soft_wrap=True, highlight=False)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); give the path of an image"
-        ) from None

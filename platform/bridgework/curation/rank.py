@@ -200,7 +200,8 @@ class _Judge:
             for sample in samples
         ]
         pictures = [
-            [seen] for seen in captioner.inputs.see([sample.images[0] for sample in samples])
+            [seen]
+            for seen in captioner.inputs.encode_images([sample.images[0] for sample in samples])
         ]
         seeds = [
             [drawn(spec.seed, sample.key, n) for sample in samples] for n in range(spec.captions)

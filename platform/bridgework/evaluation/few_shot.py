@@ -29,15 +29,15 @@ from bridgework.evaluation.base import (
     Result,
     draw,
     draw_pairs,
-    named,
+    prefix_metrics,
     question_of,
 )
-from bridgework.evaluation.likelihood import candidates, first
+from bridgework.evaluation.likelihood import draw_candidates, share_first_best
 from bridgework.system import Scoring
 
 if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline
-    from bridgework.inference.preprocess import File, Seen
+    from bridgework.inference.preprocess import EncodedImage, ImageFile
 
 TEXT_ONLY = 2  # examples without an image where there are no shots (A.2)
 CHUNK = 64  # images whose features are in memory at once while they are compared
@@ -54,7 +54,7 @@ class FewShotQuestion(NamedTuple):
     """Questions, each after its examples."""
 
     conversations: list[list[Part]]
-    pictures: "list[list[File]]"  # of each: those of the examples, then the query's
+    pictures: "list[list[ImageFile]]"  # of each: those of the examples, then the query's
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Support:
     """Rows that examples are taken from, each with one picture."""
 
     shots: Sequence[ShotExample]
-    pictures: "Sequence[File]"
+    pictures: "Sequence[ImageFile]"
 
 
 class _Judge(Protocol):
@@ -132,10 +132,14 @@ class Shots:
         return asked
 
     def choose(
-        self, pipeline: "Pipeline", queries: "Sequence[File]", pictures: "Sequence[File]", name: str
+        self,
+        pipeline: "Pipeline",
+        queries: "Sequence[ImageFile]",
+        pictures: "Sequence[ImageFile]",
+        name: str,
     ) -> list[list[int]]:
         """Return for every query the places of its examples among `pictures`, never one of the same picture."""
-        places: dict[File, list[int]] = {}
+        places: dict[ImageFile, list[int]] = {}
         for place, picture in enumerate(pictures):
             places.setdefault(picture, []).append(place)
         own = [places.get(query, []) for query in queries]
@@ -148,7 +152,10 @@ class Shots:
             for row, same in enumerate(own):
                 own_RS[row, same] = True
             return rices(
-                compared(pipeline, queries), compared(pipeline, pictures), self.count, own_RS
+                rices_features(pipeline, queries),
+                rices_features(pipeline, pictures),
+                self.count,
+                own_RS,
             )
         chosen = []
         for row, same in enumerate(own):
@@ -171,7 +178,7 @@ def support_of(
     pipeline: "Pipeline", items: Sequence[EvalExample], prompts: Sequence[str]
 ) -> Support:
     """Return the rows with one picture and one answer, each asked as the evaluation asks."""
-    shots, pictures = list[ShotExample](), list["File"]()
+    shots, pictures = list[ShotExample](), list["ImageFile"]()
     for item in items:
         shown, parts = (
             pipeline.inputs.pictures(item.sample),
@@ -254,16 +261,21 @@ class FewShot:
             pool = draw_pairs(wanted, pipeline, home, at_least=shots.needed)
         queries, pictures = ([item.sample.images[0] for item in rows] for rows in (items, pool))
         chosen = shots.choose(pipeline, queries, pictures, self.name)
-        captions_RC = candidates(len(items), self.candidates, self.seed).tolist()
+        captions_RC = draw_candidates(len(items), self.candidates, self.seed).tolist()
         judged = []
         for row, own_C in enumerate(captions_RC):
-            *shown, query = pipeline.inputs.see([*(pictures[i] for i in chosen[row]), queries[row]])
+            *shown, query = pipeline.inputs.encode_images(
+                [*(pictures[i] for i in chosen[row]), queries[row]]
+            )
             examples = {i: (pool[i], seen) for i, seen in zip(chosen[row], shown, strict=True)}
             judged.append(
                 self._judge(pipeline, query, [items[c].sample.text for c in own_C], examples)
             )
         return Result(
-            named(self, {"accuracy": first(torch.stack(judged)), "chance": 1 / self.candidates})
+            prefix_metrics(
+                self,
+                {"accuracy": share_first_best(torch.stack(judged)), "chance": 1 / self.candidates},
+            )
         )
 
     def demonstrate(
@@ -283,9 +295,9 @@ class FewShot:
     def _judge(
         self,
         pipeline: "Pipeline",
-        query: "Seen",
+        query: "EncodedImage",
         texts: list[str],
-        examples: Mapping[int, "tuple[EvalExample, Seen]"],
+        examples: Mapping[int, "tuple[EvalExample, EncodedImage]"],
     ) -> Tensor:
         """(C,) scores of each text about one image, as the mean over the orders of its examples."""
         question, scores = self.prompts[0], []
@@ -312,7 +324,7 @@ def prompt(shots: Sequence[ShotExample], question: str, *, shown: bool = True) -
     return [*parts, Part("user", image=len(shots) if shown else 0), *asked]
 
 
-def compared(pipeline: "Pipeline", pictures: "Sequence[File]") -> Tensor:
+def rices_features(pipeline: "Pipeline", pictures: "Sequence[ImageFile]") -> Tensor:
     """(N, F) float32 of length 1, by which RICES compares: of a video, the mean over its frames."""
     vectors = []
     for start in range(0, len(pictures), CHUNK):
@@ -321,11 +333,11 @@ def compared(pipeline: "Pipeline", pictures: "Sequence[File]") -> Tensor:
         ]
         features_NPF = pipeline.inputs.features([square for of_one in squares for square in of_one])
         for seen_nPF in features_NPF.split([len(of_one) for of_one in squares]):
-            vectors.append(pooled(seen_nPF.flatten(0, 1).unsqueeze(0)).cpu())
+            vectors.append(pool_features(seen_nPF.flatten(0, 1).unsqueeze(0)).cpu())
     return torch.cat(vectors)
 
 
-def pooled(features_RPF: Tensor) -> Tensor:
+def pool_features(features_RPF: Tensor) -> Tensor:
     """(R, F) float32 of length 1: the mean of what the vision tower sees."""
     return normalize(features_RPF.float().mean(1), dim=-1)
 
@@ -359,7 +371,7 @@ def example_orders(chosen: Sequence[int], count: int, seed: int = 0) -> list[lis
     return [list(order) for order in islice(found, count)]
 
 
-def _picture(pipeline: "Pipeline", sample: Sample, name: str) -> "File":
+def _picture(pipeline: "Pipeline", sample: Sample, name: str) -> "ImageFile":
     pictures = pipeline.inputs.pictures(sample)
     if len(pictures) != 1:
         raise DataError(

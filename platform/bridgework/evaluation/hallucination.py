@@ -22,7 +22,7 @@ from bridgework.evaluation.base import (
     Writing,
     about_image,
     draw_images,
-    named,
+    prefix_metrics,
     question_of,
 )
 
@@ -91,7 +91,7 @@ class POPE:
             parse_yes_no(text)
             for text in self.writing.run(pipeline, conversations, images, self.seed)
         ]
-        return Result(named(self, binary_metrics(said, [a.truth for a in asked])))
+        return Result(prefix_metrics(self, binary_metrics(said, [a.truth for a in asked])))
 
     def _questions(
         self, pipeline: "Pipeline", samples: Sequence[Sample]
@@ -150,7 +150,9 @@ class CHAIR:
             pipeline, [asked] * len(items), [item.sample.images for item in items], self.seed
         )
         words = {name: (name, *self.synonyms.get(name, ())) for name in set[str]().union(*here)}
-        return Result(named(self, chair_metrics([mentioned(text, words) for text in texts], here)))
+        return Result(
+            prefix_metrics(self, chair_metrics([mentioned(text, words) for text in texts], here))
+        )
 
 
 def chair_metrics(said: Sequence[set[str]], here: Sequence[set[str]]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from bridgework.evaluation.base import (
     Result,
     Writing,
     draw,
-    named,
+    prefix_metrics,
     question_of,
 )
 from bridgework.system import Scoring
@@ -73,7 +73,7 @@ class MultipleChoice:
             "chance": fmean(1 / n for n in counts),
             "chance_mrr": fmean(fmean(1 / (place + 1) for place in range(n)) for n in counts),
         }
-        return Result(named(self, values))
+        return Result(prefix_metrics(self, values))
 
     def _rank(self, pipeline: "Pipeline", sample: Sample) -> int:
         asked, shown = (
@@ -127,7 +127,7 @@ class WrittenChoice:
             "unanswered": fmean(place is None for place in found),
             "chance": fmean(1 / len(set(sample.candidates)) for sample in samples),
         }
-        return Result(named(self, values))
+        return Result(prefix_metrics(self, values))
 
 
 def rank_of(ranked: "Sequence[Ranked]", right: str) -> int:

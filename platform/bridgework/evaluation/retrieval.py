@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bridgework.config import config_class
 from bridgework.errors import SpecError
-from bridgework.evaluation.base import Better, Result, draw_pairs, named
+from bridgework.evaluation.base import Better, Result, draw_pairs, prefix_metrics
 
 if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline
@@ -72,7 +72,7 @@ class Retrieval:
             values[f"image_to_text_r{cut}"] = recall(to_text_RC, cut, own_RC)
             values[f"text_to_image_r{cut}"] = recall(to_image_CR, cut, own_RC.T)
             values[f"chance_r{cut}"] = min(1.0, cut / len(items))
-        return Result(named(self, values))
+        return Result(prefix_metrics(self, values))
 
 
 def similarity(images: Tensor, texts_CD: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from bridgework.config import added, config_class
 from bridgework.data.samples import Sample
 from bridgework.errors import SpecError
-from bridgework.evaluation.base import Better, Result, Writing, draw, named, question_of
+from bridgework.evaluation.base import Better, Result, Writing, draw, prefix_metrics, question_of
 from bridgework.evaluation.few_shot import Shots
 from bridgework.system import Scoring
 
@@ -108,7 +108,7 @@ class VQA:
             ),
             "most_common": fmean(agreement(usual, told) for told in people),
         }
-        return Result(named(self, values))
+        return Result(prefix_metrics(self, values))
 
 
 def agreement(answer: str, people: Sequence[str]) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from bridgework.config import config_class
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.base import Better, Result, draw, named, question_of
+from bridgework.evaluation.base import Better, Result, draw, prefix_metrics, question_of
 from bridgework.system import Scoring
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class YesNo:
             ),
             "most_common": max(fmean(truth), 1 - fmean(truth)),
         }
-        return Result(named(self, values))
+        return Result(prefix_metrics(self, values))
 
     def _truth(self, sample: Sample) -> bool | None:
         """Whether the row's answer is a yes; None where it is neither."""

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from bridgework.config import config_class
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.base import Better, Result, draw_images, named
+from bridgework.evaluation.base import Better, Result, draw_images, prefix_metrics
 from bridgework.evaluation.retrieval import recall, similarity
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class ZeroShot:
         for cut in CUTS:
             values[f"top{cut}"] = recall(alike_RC, cut, right_RC)
             values[f"chance_top{cut}"] = chance(right_RC, cut)
-        return Result(named(self, values))
+        return Result(prefix_metrics(self, values))
 
 
 def class_vectors(pipeline: "Pipeline", classes: Sequence[str], templates: Sequence[str]) -> Tensor:
