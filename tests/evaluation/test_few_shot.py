@@ -34,7 +34,7 @@ SHOTS = [ShotExample("Output:", "a disc."), ShotExample("Output:", "a square.")]
 def read(shown: bool, shots: list[ShotExample] = SHOTS) -> str:
     """A prompt as the model reads it: <image> and <EOC> for the two ids that no tokenizer knows."""
     tokenizer = load_tokenizer("bytes")
-    segments = written(prompt(shots, "Output:", shown=shown), "interleaved", tokenizer)
+    segments = written(prompt(shots, "Output:", images=shown), "interleaved", tokenizer)
     ids = encode(segments, tokenizer, image_tokens=1, max_tokens=512).ids[1:]
     names = {IMAGE: "<image>", END: "<EOC>"}
     return "".join(names[i] if i in names else tokenizer.decode([i]) for i in ids)

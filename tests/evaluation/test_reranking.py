@@ -35,5 +35,5 @@ def test_without_candidates_the_order_is_by_cosine() -> None:
 
 
 def test_fewer_candidates_than_none_are_refused() -> None:
-    with pytest.raises(SpecError, match="0 or more, got -1"):
+    with pytest.raises(SpecError, match="got -1; expected 0 or more"):
         Retrieval(dataset="x", rerank=-1)

@@ -91,7 +91,7 @@ def test_classes_may_be_given_and_rows_without_a_label_do_not_count(
         ZeroShot(dataset=path, classes=("other", "third")).run(pipe, home).metrics["zero_shot.top5"]
         == 0.0
     )
-    with pytest.raises(DataError, match=r"4 of the rows .* there are 1 classes"):
+    with pytest.raises(DataError, match=r"4 of the rows .* Got 1 classes"):
         ZeroShot(dataset=path).run(pipe, home)
 
 

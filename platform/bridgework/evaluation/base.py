@@ -54,7 +54,7 @@ class _Evaluation(Protocol):
 
 
 def prefix_metrics(evaluation: _Evaluation, values: Mapping[str, float]) -> dict[str, float]:
-    """Prefix metrics with the evaluation's name, e.g. {"accuracy": 0.4} -> {"ranking.accuracy": 0.4}.
+    """Prefix metrics with the evaluation's name, e.g. `accuracy` becomes `ranking.accuracy`.
 
     Raises ValueError if `evaluation.better` declares other metrics, because sweeps and promotion
     rely on it.
@@ -62,7 +62,8 @@ def prefix_metrics(evaluation: _Evaluation, values: Mapping[str, float]) -> dict
     if values.keys() != evaluation.better.keys():
         raise ValueError(
             f"{type(evaluation).__name__}.run: metrics differ from `better`. "
-            f"Got {sorted(values)}; expected {sorted(evaluation.better)}. Fix: declare them in `better`"
+            f"Got {sorted(values)}; expected {sorted(evaluation.better)}. "
+            "Fix: declare them in `better`"
         )
     return {f"{evaluation.name}.{key}": float(value) for key, value in values.items()}
 

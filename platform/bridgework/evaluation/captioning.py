@@ -148,7 +148,10 @@ def bleu4(written: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
 
 def _tokens(text: str) -> str:
-    """Return lower-case words without punctuation; contractions are split as in the Penn Treebank."""
+    """Return lower-case words without punctuation.
+
+    Contractions are split as in the Penn Treebank.
+    """
     return " ".join(TOKEN.findall(text.lower().replace("\u2019", "'")))
 
 

@@ -37,9 +37,9 @@ CHUNK = 64  # images at a time
 class Classification:
     """Accuracy of a classification head: `top1` and `top5`.
 
-    A prediction is right if it is one of the image's labels. Rows without a label that is a class of
-    the head are skipped; `unknown` is their share. `most_common` is the accuracy of always predicting
-    the most frequent class.
+    A prediction is right if it is one of the image's labels. Rows without a label that is a class
+    of the head are skipped; `unknown` is their share. `most_common` is the accuracy of always
+    predicting the most frequent class.
     """
 
     better: ClassVar[Better] = {
@@ -60,15 +60,18 @@ class Classification:
         return replace(self, dataset="synthetic:shapes", rows=min(self.rows, 16))
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
-        """Classify the images. Raises DataError if no row has a label that is one of the classes."""
+        """Classify the images.
+
+        Raises DataError if no row has a label that is one of the classes.
+        """
         items = draw_images(self, pipeline, home, lambda sample: bool(sample.labels))
         classes = pipeline.classes
         known = [item for item in items if set(item.sample.labels) & set(classes)]
         if not known:
             label = items[0].sample.labels[0]
             raise DataError(
-                f"{self.name}: no row of {self.dataset} has a label that is one of the stage's classes. "
-                f"Got {label!r}; expected one of {', '.join(classes[:8])}"
+                f"{self.name}: no row of {self.dataset} has a label that is one of the stage's "
+                f"classes. Got {label!r}; expected one of {', '.join(classes[:8])}"
             )
         logits_RC = torch.cat(
             [
@@ -90,9 +93,9 @@ class LinearProbe:
     """Accuracy (`top1`) of a logistic regression on the vision tower's features.
 
     It is fitted to rows of `train` by L-BFGS with at most 1,000 iterations, as in the paper. The L2
-    penalty `strength` is chosen on a part of the training rows (`validation`); then all training rows
-    are fitted with it. `most_common` is the accuracy of always predicting the most frequent class.
-    The features are the mean over the tower's tokens, before any projection.
+    penalty `strength` is chosen on a part of the training rows (`validation`); then all training
+    rows are fitted with it. `most_common` is the accuracy of always predicting the most frequent
+    class. The features are the mean over the tower's tokens, before any projection.
     """
 
     better: ClassVar[Better] = {"top1": "higher", "most_common": None, "strength": None}
@@ -149,8 +152,8 @@ class LinearProbe:
         labels = [example.sample.labels[0] for example in train]
         if len(set(labels)) < 2:
             raise DataError(
-                f"{self.name}: the training rows have one class, {labels[0]!r}. Expected at least 2. "
-                "Fix: give more training rows, or another dataset"
+                f"{self.name}: the training rows have one class, {labels[0]!r}. "
+                "Expected at least 2. Fix: give more training rows, or another dataset"
             )
         train_RF, test_RF = (_features(pipeline, rows) for rows in (train, test))
         order = random.Random(self.seed).sample(range(len(train)), len(train))
@@ -197,7 +200,8 @@ class LinearProbe:
     ) -> "LogisticRegression":
         """Fit the regression.
 
-        The objective of sklearn is C times the sum of the losses plus |w|^2 / 2; `strength` is 1 / C.
+        The objective of sklearn is C times the sum of the losses plus |w|^2 / 2; `strength` is 1 /
+        C.
         """
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression

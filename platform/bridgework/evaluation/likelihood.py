@@ -1,4 +1,4 @@
-"""Evaluations by the language model's likelihood: loss on held-out rows, and ranking of captions."""
+"""Evaluations by the language model's likelihood: held-out loss, and ranking of captions."""
 
 # R rows, each an image and its caption  C candidates, the right one first
 
@@ -148,7 +148,7 @@ class Ranking:
 
 
 def draw_candidates(rows: int, count: int, seed: int) -> NDArray[np.int64]:
-    """Return (R, C) row numbers: in each row, its own number and then `count - 1` different others."""
+    """Return (R, C) row numbers: the row's own number, then `count - 1` different others."""
     draw = np.random.default_rng(seed)
     others_RC = np.stack([draw.choice(rows - 1, count - 1, replace=False) for _ in range(rows)])
     own_R1 = np.arange(rows)[:, None]
@@ -156,7 +156,10 @@ def draw_candidates(rows: int, count: int, seed: int) -> NDArray[np.int64]:
 
 
 def share_first_best(values_RC: Tensor) -> float:
-    """Return the share of rows whose first value is larger than all others; a tie does not count."""
+    """Return the share of rows whose first value is larger than all others.
+
+    A tie does not count.
+    """
     return float((values_RC[:, :1] > values_RC[:, 1:]).all(1).double().mean())
 
 
