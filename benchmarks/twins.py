@@ -13,7 +13,13 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from bridgework.curation.dedup import Dedup
-from bridgework.curation.near_duplicates import Nearest, codes, earlier, perceptual, repainted
+from bridgework.curation.near_duplicates import (
+    NearestIndex,
+    color_distance,
+    earlier_neighbors,
+    pack_codes,
+    perceptual_code,
+)
 from bridgework.data.dataset import open_dataset
 from bridgework.data.images import decode
 
@@ -53,11 +59,13 @@ def row(name: str, near: int, of: int, apart: list[int]) -> str:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     pictures = [sample.images[0] for sample in open_dataset(str(DATASET)).samples()]
-    told = {image: code for image in pictures if (code := perceptual(image))}
+    told = {image: code for image in pictures if (code := perceptual_code(image))}
     signed = list(told.values())
     pairs = [
-        repainted(signed[here], signed[there])
-        for here, others in enumerate(earlier(codes("perceptual", signed), LIMITS.distance))
+        color_distance(signed[here], signed[there])
+        for here, others in enumerate(
+            earlier_neighbors(pack_codes("perceptual", signed), LIMITS.distance)
+        )
         for there in others
     ]
     print(
@@ -70,9 +78,9 @@ def main() -> None:
     for name, copied in COPIES.items():
         apart = []
         for image in list(told)[:COPIED]:
-            code = perceptual(copied(decode(image)))
-            if code and Nearest("perceptual", [told[image]])([code])[0][0] <= LIMITS.distance:
-                apart.append(repainted(told[image], code))
+            code = perceptual_code(copied(decode(image)))
+            if code and NearestIndex("perceptual", [told[image]])([code])[0][0] <= LIMITS.distance:
+                apart.append(color_distance(told[image], code))
         print(row(name, len(apart), COPIED, apart))
 
 

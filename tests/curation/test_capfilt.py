@@ -11,7 +11,7 @@ from benchmarks import capfilt as benchmark
 from bridgework import artifacts
 from bridgework.config import from_dict, to_dict
 from bridgework.curation import CapFilt, annotations
-from bridgework.curation.capfilt import KEEPS_ALL, CapFiltJudge, Scores, _seed
+from bridgework.curation.capfilt import KEEPS_ALL, CapFiltAnnotator, Scores, _seed
 from bridgework.curation.contact_sheet import sheet
 from bridgework.curation.runner import CurationRun
 from bridgework.data.dataset import open_dataset, verify
@@ -43,7 +43,7 @@ def make(
     return spec.run(models, str(dest), home=home, workers=workers, say=lambda text: None)
 
 
-def held(models: dict[str, Path], home: Path, **fields: Any) -> CapFiltJudge:
+def held(models: dict[str, Path], home: Path, **fields: Any) -> CapFiltAnnotator:
     return named(SPEC, models, **fields).judge(home)
 
 
@@ -126,7 +126,7 @@ def test_what_is_written_depends_on_the_seed_and_the_key_alone(
     samples = list(flags())[:12]
     judge, other = held(models, home), held(models, home, seed=1)
 
-    def told(judge: CapFiltJudge, samples: list[Sample]) -> dict[str, str]:
+    def told(judge: CapFiltAnnotator, samples: list[Sample]) -> dict[str, str]:
         return {
             sample.key: fact["written"][0]
             for sample, fact in zip(samples, judge(samples), strict=True)
@@ -187,7 +187,8 @@ def test_a_sheet_shows_what_was_kept_beside_what_was_dropped(
     spec = named(SPEC, models, sources=(web,), threshold=KEEPS_ALL)
     dest, counts = str(tmp_path / "all"), whole.parameters["counts"]
     one_kind = sheet(spec, [web], dest, home, counts)
-    told = [Scores(**row.fact) for row in CurationRun.of(spec, [web], dest, home).told()]
+    run = CurationRun.of(spec, [web], dest, home)
+    told = [Scores(**row.annotation) for row in run.annotated_rows()]
     scores = sorted(max(one.web_score or 0, one.written_scores[0] or 0) for one in told)
     some = replace(spec, threshold=scores[len(scores) // 2])
     two_kinds = sheet(some, [web], dest, home, {"no text fits": 28, "web text": 1})
@@ -228,7 +229,7 @@ def test_a_filter_that_has_learned_finds_the_captions_that_were_swapped(tmp_path
     ("fields", "words"),
     [
         ({"sources": ()}, "at least one source"),
-        ({"top_p": 0.0}, r"top_p lies in \(0, 1\]"),
+        ({"top_p": 0.0}, r"top_p is in \(0, 1\]"),
         ({"temperature": -1.0}, "temperature is at least 0"),
         ({"min_tokens": 9}, "min_tokens 9 to max_tokens 8"),
     ],
@@ -242,7 +243,7 @@ def test_a_place_that_holds_another_dataset_is_refused(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
     make(web, tmp_path / "made", models, home)
-    with pytest.raises(DataError, match="made with `seed=0`, and asked for is `seed=1`; delete it"):
+    with pytest.raises(DataError, match=r"made with `seed=0`; expected `seed=1`\. Fix: delete it"):
         make(web, tmp_path / "made", models, home, seed=1)
 
 
@@ -251,7 +252,7 @@ def test_a_filter_that_drops_everything_is_an_error_that_says_so(
 ) -> None:
     with pytest.raises(
         DataError,
-        match=r"keeps nothing of 56 rows \(.*56 no text fits.*\), so .* is not written; loosen",
+        match=r"keeps nothing of 56 rows \(.*56 no text fits.*\), so .* is not written. Fix: loosen",
     ):
         make(web, tmp_path / "made", models, home, threshold=1e4)
     assert not (tmp_path / "made").exists()

@@ -24,7 +24,7 @@ NO_COMPLETIONS = {  # bodies of answers of status 200, and what is shown of them
     + b"<br>" * 1000
     + b"</html>": "<html> <body>Sign in</body> <br><br>",
     b"[" * 200_000: "[[[",
-    b"": "nothing at all",
+    b"": "an empty answer",
 }
 
 
@@ -35,9 +35,9 @@ def test_an_answer_that_is_no_chat_completion_is_an_error_that_shows_it(
     with endpoint(lambda request: body) as server, pytest.raises(RunError) as caught:
         llm.ChatEndpoint(server.url, "m", attempts=1)(HELLO, 0)
     told = str(caught.value)
-    assert told.startswith(f"{server.url} answers with no chat completion: ") and shown in told
+    assert told.startswith(f"{server.url} answers with no chat completion. Got: ") and shown in told
     assert (
-        "; see to the URL (up to /v1), the model's name" in told
+        ". Fix: check the URL (up to /v1), the model's name" in told
         and "\n" not in told
         and len(told) < 500
     )
@@ -71,7 +71,7 @@ def test_a_message_may_have_parts_or_no_text(content: Any, text: str) -> None:
     with endpoint(lambda request: completion(content)) as server:
         assert llm.ChatEndpoint(server.url, "m", attempts=1)(HELLO, 0) == text
     assert len(server.asked) == 1
-    assert llm.said('{"choices": [{"message": {"role": "assistant"}}]}') == ""
+    assert llm.parse_completion('{"choices": [{"message": {"role": "assistant"}}]}') == ""
 
 
 @pytest.mark.parametrize(("status", "asked"), [(401, 1), (404, 1), (503, 2)])

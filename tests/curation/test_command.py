@@ -66,12 +66,12 @@ def test_the_same_command_does_nothing_and_another_is_refused(source: str, tmp_p
     words = ("dedup", source, str(tmp_path / "made"), "by=perceptual")
     first = curate(*words).stderr
     assert (
-        "25 rows to judge" in first
-        and "20 of 25 rows go on (20 kept; 5 duplicate of an earlier row)" in first
+        "25 rows to annotate" in first
+        and "kept 20 of 25 rows (20 kept; 5 duplicate of an earlier row)" in first
     )
     assert "nothing to do" in curate(*words).stderr
     with pytest.raises(
-        DataError, match=r"`by=perceptual distance=4`, and asked for is `by=bytes distance=3`"
+        DataError, match=r"`by=perceptual distance=4`; expected `by=bytes distance=3`"
     ):
         curate(*words[:3], "distance=3")
 

@@ -214,7 +214,7 @@ def test_a_short_evaluation_text_tells_of_nothing() -> None:
     [
         ({"against": ()}, "at least one evaluation dataset"),
         ({"run": 0}, "run is at least 1"),
-        ({"overlap": 1.5}, r"overlap lies in \(0, 1\]; got 8 and 1.5"),
+        ({"overlap": 1.5}, r"overlap in \(0, 1\]. Got 8 and 1.5"),
         ({"by": "embedding"}, "needs model=ARTIFACT"),
     ],
 )

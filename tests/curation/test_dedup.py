@@ -272,7 +272,7 @@ def test_an_unreadable_picture_does_not_take_its_neighbors_with_it(home: Path) -
     ("fields", "words"),
     [
         ({"by": "embedding"}, "needs model=ARTIFACT"),
-        ({"model": "a/model"}, "by=bytes asks no model"),
+        ({"model": "a/model"}, "by=bytes uses no model"),
         ({"distance": 17}, "0 to 16 bits of 64; got 17"),
         ({"color": 256}, "0 to 255; got 256"),
         ({"similarity": 0.0}, r"cosine in \(0, 1\]; got 0"),

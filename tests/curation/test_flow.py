@@ -124,7 +124,7 @@ def test_a_run_that_was_cut_off_judges_only_what_was_left_and_ends_as_an_unbroke
         f"row-{i}" for i in range(168, 400)
     ]  # but for the row group in which it stopped
     assert said[0] == (
-        "vowels: 400 rows to judge; 10 of 25 shards were judged before; a shard that was cut off goes on where it was"
+        "vowels: 400 rows to annotate; 10 of 25 shards are already annotated; an interrupted shard resumes"
     )
     assert files(dest) == [f"{n:05d}.jsonl" for n in range(25)]
     assert broken.digest == run(source, tmp_path / "whole", home).digest
@@ -170,7 +170,7 @@ def test_what_a_part_holds_counts_up_to_its_last_whole_row_group(
         asked.append(known)
         yield from (told[start : start + 2] for start in range(2 * known, 7, 2))
 
-    assert annotations.cut_off(path.rpartition("/")[0])
+    assert annotations.has_parts(path.rpartition("/")[0])
     annotations.save(path, 2, rest)
     assert asked == [2] and list(annotations.read(path, 7)) == told
     left = sorted(str(file).rpartition("/")[2] for file in fs.ls(root, detail=False))
@@ -235,7 +235,7 @@ def test_a_place_that_holds_what_was_made_otherwise_is_refused_with_both_values(
     with pytest.raises(DataError) as caught:
         run(source, tmp_path / "made", home, **change)
     assert str(caught.value) == (
-        f"{tmp_path / 'made'} holds another dataset: it was made with `{had}`, and asked for is `{wanted}`; "
+        f"{tmp_path / 'made'} holds another dataset: it was made with `{had}`; expected `{wanted}`; "
         "delete it or choose another place"
     )
 
@@ -248,12 +248,12 @@ def test_a_place_that_holds_other_sources_or_another_curations_work_is_refused(
     one, two = (open_dataset(place).manifest.digest[:8] for place in (source, other))
     with pytest.raises(
         DataError,
-        match=rf"with `'sources={one} of /[^`]*`, and asked for is `'sources={one}, {two} of /",
+        match=rf"with `'sources={one} of /[^`]*`; expected `'sources={one}, {two} of /",
     ):
         run([source, other], tmp_path / "made", home)
     with pytest.raises(
         DataError,
-        match=r"made with `curation=tests`, and asked for is `curation=tests.curation.vow",
+        match=r"made with `curation=tests`; expected `curation=tests.curation.vow",
     ):
         run(source, Path(other), home)
 
@@ -323,7 +323,7 @@ def test_examples_show_some_rows_of_every_reason(source: str, home: Path, tmp_pa
         for one in shown
     )
     shutil.rmtree(tmp_path / "made.judged")
-    with pytest.raises(DataError, match="is gone; delete the dataset and curate it again"):
+    with pytest.raises(DataError, match=r"is gone\. Fix: delete the dataset and curate it again"):
         list(examples(making, made.parameters["counts"]))
 
 
@@ -342,7 +342,7 @@ class Short(Vowels):
 
 
 @pytest.mark.parametrize(
-    ("off_by", "words"), [(-1, "fewer verdicts than rows; 'row-399' has none"), (1, "more")]
+    ("off_by", "words"), [(-1, "fewer decisions than rows. Got none for 'row-399'"), (1, "more")]
 )
 def test_a_curation_that_forgets_a_row_or_decides_twice_is_an_error(
     off_by: int, words: str, source: str, home: Path, tmp_path: Path
@@ -392,9 +392,9 @@ def test_what_is_said_of_the_rows_tells_those_that_came_in_from_those_that_come_
     run(source, tmp_path / "several", home, say=said.append, copies=3)
     assert (
         said[1]
-        == "vowels: 266 of 400 rows go on (266 kept; 132 too few vowels; 2 put aside: bad_row)"
+        == "vowels: kept 266 of 400 rows (266 kept; 132 too few vowels; 2 quarantined: bad_row)"
     )
-    assert said[3] == said[1].replace("go on", "go on and become 798")
+    assert said[3] == said[1].replace(" rows (", " rows as 798 samples (")
 
 
 def test_the_share_of_bad_rows_is_of_those_that_come_in(
@@ -412,7 +412,7 @@ def test_the_share_of_bad_rows_is_of_those_that_come_in(
 def test_a_curation_that_keeps_nothing_says_so(source: str, home: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"nothing of 400 rows \(398 too few vowels; 2 put aside: bad_row\), so .*made is not",
+        match=r"nothing of 400 rows \(398 too few vowels; 2 quarantined: bad_row\), so .*made is not",
     ):
         run(source, tmp_path / "made", home, at_least=9)
 
@@ -420,9 +420,9 @@ def test_a_curation_that_keeps_nothing_says_so(source: str, home: Path, tmp_path
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda lines: lines[:-1], "15 facts for 16 rows"),
-        (lambda lines: [*lines[:3], "{", *lines[4:]], "line 4: no fact"),
-        (lambda lines: lines[::-1], "has the key 'row-15' for 'row-0'"),
+        (lambda lines: lines[:-1], "wrong number of annotations. Got 15; expected 16"),
+        (lambda lines: [*lines[:3], "{", *lines[4:]], "line 4: not an annotation"),
+        (lambda lines: lines[::-1], "Got key 'row-15'; expected 'row-0'"),
     ],
 )
 def test_facts_that_were_changed_by_hand_are_an_error(

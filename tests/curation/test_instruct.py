@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bridgework.config import config_class as bridgework_spec
-from bridgework.curation import llm, talk
+from bridgework.curation import conversation_parser, llm
 from bridgework.curation.instruct import DESCRIBE, Instruct
 from bridgework.curation.runner import make
 from bridgework.data.dataset import open_dataset
@@ -25,7 +25,7 @@ from tests.curation.models import Scripted, completion, decided, endpoint, judge
 from tests.curation.support import flags, written
 
 FLAGS = list(flags())
-KINDS = tuple(talk.KINDS)
+KINDS = tuple(conversation_parser.KINDS)
 GOOD = {
     "conversation": "Question: What is it?\nAnswer: A flag.\nQuestion: Which colors?\nAnswer: Red and blue.",
     "detail": "The picture shows a flag of two colors. " * 6,
@@ -72,7 +72,9 @@ def test_the_examples_that_a_writer_sees_are_what_it_is_asked_for(kind: str) -> 
     shown = [
         message["content"] for message in request["messages"] if message["role"] == "assistant"
     ]
-    assert 2 <= len(shown) <= 3 and all(talk.read(example, kind) for example in shown)
+    assert 2 <= len(shown) <= 3 and all(
+        conversation_parser.parse(example, kind) for example in shown
+    )
     assert [m["role"] for m in request["messages"]] == [
         "system",
         *["user", "assistant"] * len(shown),
@@ -130,12 +132,12 @@ def test_the_examples_that_a_writer_sees_are_what_it_is_asked_for(kind: str) -> 
 )
 def test_what_is_no_such_talk_is_named(kind: str, raw: str, fault: str) -> None:
     with pytest.raises(DataError, match=fault):
-        talk.read(raw, kind)
+        conversation_parser.parse(raw, kind)
 
 
 def test_marks_around_the_speakers_and_lines_within_an_answer_are_read() -> None:
     raw = "**Question 1:** What is it?\n**Answer:** A flag.\nIt waves.\n\n## Question: Why?\nANSWER: Wind."
-    assert talk.read(raw, "conversation") == [
+    assert conversation_parser.parse(raw, "conversation") == [
         ("What is it?", "A flag.\nIt waves."),
         ("Why?", "Wind."),
     ]
@@ -170,7 +172,10 @@ TALKS = {
 def test_a_talk_is_whole_in_any_script(language: str, labels: tuple[str, str]) -> None:
     said = TALKS[language]
     raw = "\n".join(f"{labels[n % 2]}{text}" for n, text in enumerate(said))
-    assert talk.read(raw, "conversation") == [(said[0], said[1]), (said[2], said[3])]
+    assert conversation_parser.parse(raw, "conversation") == [
+        (said[0], said[1]),
+        (said[2], said[3]),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +190,10 @@ def test_a_talk_is_whole_in_any_script(language: str, labels: tuple[str, str]) -
 )
 def test_speakers_may_be_named_in_the_language_of_the_talk(question: str, answer: str) -> None:
     raw = f"{question}什么？\n{answer}房子。\n{question}颜色？\n{answer}红色。"
-    assert talk.read(raw, "conversation") == [("什么？", "房子。"), ("颜色？", "红色。")]
+    assert conversation_parser.parse(raw, "conversation") == [
+        ("什么？", "房子。"),
+        ("颜色？", "红色。"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -202,10 +210,10 @@ def test_speakers_may_be_named_in_the_language_of_the_talk(question: str, answer
 )
 def test_a_description_is_as_long_in_any_script(text: str, fault: str | None) -> None:
     if fault is None:
-        assert talk.read(text, "detail") == [("", text.strip())]
+        assert conversation_parser.parse(text, "detail") == [("", text.strip())]
     else:
         with pytest.raises(DataError, match=fault):
-            talk.read(text, "detail")
+            conversation_parser.parse(text, "detail")
 
 
 @pytest.mark.parametrize(
@@ -230,9 +238,9 @@ def test_texts_in_a_picture_are_no_source_and_captions_are(answer: str, tells: b
     raw = f"Question: What is there?\nAnswer: {answer}\nQuestion: Why?\nAnswer: Wind."
     if tells:
         with pytest.raises(DataError, match="it tells on its source"):
-            talk.read(raw, "conversation")
+            conversation_parser.parse(raw, "conversation")
     else:
-        assert talk.read(raw, "conversation")[0][1] == answer
+        assert conversation_parser.parse(raw, "conversation")[0][1] == answer
 
 
 # --- what is asked ---------------------------------------------------------------------------------------------------

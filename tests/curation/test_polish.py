@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bridgework.curation import llm
-from bridgework.curation.mending import clean, wrong
 from bridgework.curation.polish import CONTINUE, PROMPT, REWRITE, Polish
 from bridgework.curation.runner import make
+from bridgework.curation.text_cleaning import clean, find_fault
 from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Part, Sample, pair
 from bridgework.data.tokenization import tokenize
@@ -173,7 +173,7 @@ def test_rules_remove_and_never_add() -> None:
     ],
 )
 def test_what_is_too_short_or_not_english_is_dropped(text: str, fault: str | None) -> None:
-    assert wrong(text, 8) == fault
+    assert find_fault(text, 8) == fault
 
 
 # --- texts that are there --------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def _continued(sample: Sample, first: str, home: Path) -> str:
     )
     asked = [Part("user", image=0), Part("user", text="\n" + PROMPT), Part("assistant", text=first)]
     how: Any = {"max_new_tokens": SHORT["max_tokens"], "temperature": 1.0, "top_p": 0.9}
-    seed = llm.drawn(0, sample.key, 1)
+    seed = llm.seed_of(0, sample.key, 1)
     return model.generate_batch(
         [[*asked, Part("user", text=CONTINUE)]], [sample.images], [seed], **how
     )[0]
@@ -311,7 +311,7 @@ def test_an_endpoint_rewrites_what_was_mended_and_is_mended_itself(home: Path) -
     ("make_one", "words"),
     [
         (lambda: Polish(endpoint="http://x"), "give both, or neither"),
-        (lambda: Polish(top_p=0.0), r"top_p lies in \(0, 1\]"),
+        (lambda: Polish(top_p=0.0), r"top_p is in \(0, 1\]"),
         (lambda: Polish(min_words=0), "at least 1"),
         (lambda: Polish(prompt=" "), "the prompt is empty"),
     ],

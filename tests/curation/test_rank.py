@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bridgework.curation.rank import Rank
-from bridgework.curation.runner import Fact, make
+from bridgework.curation.runner import Annotation, make
 from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Part, Sample, pair
 from bridgework.errors import SpecError, WeightsError
@@ -28,11 +28,11 @@ def row(key: str, flag: int, *texts: str) -> Sample:
     return Sample(key, FLAGS[flag].images, parts, language="en", license="CC0-1.0")
 
 
-def fact(image: str, *texts: tuple[str, str, float | None]) -> Fact:
+def fact(image: str, *texts: tuple[str, str, float | None]) -> Annotation:
     return {"image": image, "texts": [list(text) for text in texts]}
 
 
-def kept(spec: Rank, *facts: Fact) -> list[tuple[str, list[str]]]:
+def kept(spec: Rank, *facts: Annotation) -> list[tuple[str, list[str]]]:
     """(why, origins of what goes on), row by row."""
     samples = [row(f"row-{number}", 0, "web") for number in range(len(facts))]
     return [
@@ -218,7 +218,7 @@ def test_what_is_no_picture_with_captions_is_put_aside(home: Path) -> None:
     ("make_one", "words"),
     [
         (lambda: Rank(model="m", keep=0), "captions and keep are at least 1; got 10 and 0"),
-        (lambda: Rank(model="m", top_p=0.0), r"top_p lies in \(0, 1\]"),
+        (lambda: Rank(model="m", top_p=0.0), r"top_p is in \(0, 1\]"),
         (lambda: Rank(model="m", min_tokens=30), "min_tokens 30 to max_tokens 20"),
     ],
 )

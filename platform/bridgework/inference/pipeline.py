@@ -196,7 +196,7 @@ class Pipeline:
     def log_likelihoods(
         self, image: ImageInput | Tensor, candidates: Sequence[str], question: str | None = None
     ) -> Tensor:
-        """Return (C,) nats of each candidate as the answer about an image or its features (P, F)."""
+        """Return (C,) nats of the candidates as answers about an image, or its features (P, F)."""
         scores = self.score_answers(self.inputs.about(question), _single(image), candidates)
         return torch.tensor([score.loglik for score in scores])
 
