@@ -35,7 +35,7 @@ def test_a_long_word_is_cut_where_it_no_longer_fits(ruler: Ruler) -> None:
         assert ruler.getlength(line) <= TEXT < ruler.getlength(word[: len(shown) + 1] + "..")
 
 
-def test_what_fits_is_shown_whole(ruler: Ruler) -> None:
+def test_text_that_fits_is_complete(ruler: Ruler) -> None:
     text = " ".join(["a dog in the grass"] * 9)
     lines = wrap_text(text, ruler, 4)
     assert (

@@ -72,7 +72,7 @@ def rows(path: Path) -> list[Sample]:
     return list(open_dataset(str(path)).samples())
 
 
-def test_every_row_is_kept_or_dropped_or_put_aside(source: str, home: Path, tmp_path: Path) -> None:
+def test_every_row_is_kept_dropped_or_quarantined(source: str, home: Path, tmp_path: Path) -> None:
     made = run(source, tmp_path / "made", home)
     counts, aside = made.parameters["counts"], list(records(str(tmp_path / "made.quarantine")))
     kept = [s.key for s in ROWS if s.text == "banana bandana"]
@@ -84,7 +84,7 @@ def test_every_row_is_kept_or_dropped_or_put_aside(source: str, home: Path, tmp_
     assert [s.key for s in rows(tmp_path / "made")] == kept and not verify(str(tmp_path / "made"))
 
 
-def test_a_row_knows_where_it_comes_from(source: str, home: Path, tmp_path: Path) -> None:
+def test_row_has_provenance(source: str, home: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "made", home)
     digest = open_dataset(source).manifest.digest
     for sample in rows(tmp_path / "made"):
@@ -96,7 +96,7 @@ def test_a_row_knows_where_it_comes_from(source: str, home: Path, tmp_path: Path
         }
 
 
-def test_the_manifest_says_how_it_was_made(source: str, home: Path, tmp_path: Path) -> None:
+def test_manifest_records_the_parameters(source: str, home: Path, tmp_path: Path) -> None:
     made = run(source, tmp_path / "made", home, at_least=2)
     told = {name: made.parameters[name] for name in ("letters", "at_least", "copies")}
     assert told == {
@@ -130,9 +130,7 @@ def test_a_run_that_was_cut_off_judges_only_what_was_left_and_ends_as_an_unbroke
     assert broken.digest == run(source, tmp_path / "whole", home).digest
 
 
-def test_a_run_that_was_killed_loses_no_more_than_the_row_group_under_way(
-    home: Path, tmp_path: Path
-) -> None:
+def test_killed_run_loses_only_the_current_row_group(home: Path, tmp_path: Path) -> None:
     source, dest, desk = (
         written(tmp_path / "one-shard", ROWS[:100], shard_rows=4096),
         tmp_path / "made",
@@ -151,7 +149,7 @@ def test_a_run_that_was_killed_loses_no_more_than_the_row_group_under_way(
 
 
 @pytest.mark.parametrize("scheme", ["", "memory:/"])
-def test_what_a_part_holds_counts_up_to_its_last_whole_row_group(
+def test_incomplete_file_counts_up_to_its_last_complete_row_group(
     scheme: str, tmp_path: Path
 ) -> None:
     path = f"{scheme}{tmp_path}/facts/0.jsonl"
@@ -177,7 +175,7 @@ def test_what_a_part_holds_counts_up_to_its_last_whole_row_group(
     assert left == ["0.jsonl", "1.jsonl.33333333.part"]
 
 
-def test_a_file_of_facts_that_is_gone_is_judged_again_and_no_other(
+def test_only_a_missing_annotation_file_is_written_again(
     source: str, home: Path, tmp_path: Path
 ) -> None:
     dest = tmp_path / "made"
@@ -190,7 +188,7 @@ def test_a_file_of_facts_that_is_gone_is_judged_again_and_no_other(
     assert judged(dest) == [f"row-{i}" for i in range(112, 128)]
 
 
-def test_another_threshold_takes_the_same_facts_and_another_letter_does_not(
+def test_another_threshold_reuses_annotations_and_another_letter_does_not(
     source: str, home: Path, tmp_path: Path
 ) -> None:
     dest = tmp_path / "made"
@@ -206,7 +204,7 @@ def test_another_threshold_takes_the_same_facts_and_another_letter_does_not(
     assert len(judged(dest)) == 400
 
 
-def test_what_is_there_is_taken_as_it_is(source: str, home: Path, tmp_path: Path) -> None:
+def test_existing_dataset_is_reused(source: str, home: Path, tmp_path: Path) -> None:
     first = run(source, tmp_path / "made", home)
     judged(tmp_path / "made")
     shutil.rmtree(tmp_path / "made.judged")
@@ -228,7 +226,7 @@ def test_what_is_there_is_taken_as_it_is(source: str, home: Path, tmp_path: Path
         ),
     ],
 )
-def test_a_place_that_holds_what_was_made_otherwise_is_refused_with_both_values(
+def test_dest_made_with_other_fields_is_rejected_with_both_values(
     change: dict[str, Any], had: str, wanted: str, source: str, home: Path, tmp_path: Path
 ) -> None:
     run(source, tmp_path / "made", home)
@@ -312,7 +310,7 @@ def test_a_row_may_become_several(source: str, home: Path, tmp_path: Path) -> No
     )
 
 
-def test_examples_show_some_rows_of_every_reason(source: str, home: Path, tmp_path: Path) -> None:
+def test_examples_contain_rows_of_every_reason(source: str, home: Path, tmp_path: Path) -> None:
     made = run(source, tmp_path / "made", home)
     curation = Vowels(desk=str(tmp_path / "desk"))
     making = CurationRun.of(curation, [source], str(tmp_path / "made"), home)
@@ -344,7 +342,7 @@ class Short(Vowels):
 @pytest.mark.parametrize(
     ("off_by", "words"), [(-1, "fewer decisions than rows. Got none for 'row-399'"), (1, "more")]
 )
-def test_a_curation_that_forgets_a_row_or_decides_twice_is_an_error(
+def test_too_few_or_too_many_decisions_raise(
     off_by: int, words: str, source: str, home: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=words):
@@ -352,9 +350,7 @@ def test_a_curation_that_forgets_a_row_or_decides_twice_is_an_error(
     assert not (tmp_path / "made").exists()
 
 
-def test_too_many_rows_that_cannot_be_judged_are_an_error_that_names_their_table(
-    home: Path, tmp_path: Path
-) -> None:
+def test_too_many_quarantined_rows_raise_with_their_table(home: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"1 of 199 rows are bad \(1 bad_row\).*read .*made\.quarantine"
     ):
@@ -367,9 +363,7 @@ def test_too_many_rows_that_cannot_be_judged_are_an_error_that_names_their_table
     assert run(enough, tmp_path / "right", home).quarantined == {"bad_row": 1}  # 0.5 % exactly
 
 
-def test_a_larger_share_of_bad_rows_may_be_allowed_and_judges_nothing_again(
-    home: Path, tmp_path: Path
-) -> None:
+def test_larger_max_bad_reuses_the_annotations(home: Path, tmp_path: Path) -> None:
     few, dest = written(tmp_path / "few", ROWS[:160]), tmp_path / "made"
     with pytest.raises(DataError, match="1 of 160 rows are bad"):
         run(few, dest, home)
@@ -384,7 +378,7 @@ def test_a_larger_share_of_bad_rows_may_be_allowed_and_judges_nothing_again(
             Limits(max_bad=share)
 
 
-def test_what_is_said_of_the_rows_tells_those_that_came_in_from_those_that_come_out(
+def test_messages_count_source_rows_and_new_samples(
     source: str, home: Path, tmp_path: Path
 ) -> None:
     said = list[str]()
@@ -397,9 +391,7 @@ def test_what_is_said_of_the_rows_tells_those_that_came_in_from_those_that_come_
     assert said[3] == said[1].replace(" rows (", " rows as 798 samples (")
 
 
-def test_the_share_of_bad_rows_is_of_those_that_come_in(
-    source: str, home: Path, tmp_path: Path
-) -> None:
+def test_max_bad_is_a_share_of_source_rows(source: str, home: Path, tmp_path: Path) -> None:
     """Of 400 rows 2 are bad; that only one is kept makes them no more."""
     lone = [
         *ROWS[:1],
@@ -409,7 +401,7 @@ def test_the_share_of_bad_rows_is_of_those_that_come_in(
     assert run(written(tmp_path / "lone", lone), tmp_path / "made", home).rows == 1
 
 
-def test_a_curation_that_keeps_nothing_says_so(source: str, home: Path, tmp_path: Path) -> None:
+def test_curation_that_keeps_nothing_raises(source: str, home: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
         match=r"nothing of 400 rows \(398 too few vowels; 2 quarantined: bad_row\), so .*made is not",
@@ -425,7 +417,7 @@ def test_a_curation_that_keeps_nothing_says_so(source: str, home: Path, tmp_path
         (lambda lines: lines[::-1], "Got key 'row-15'; expected 'row-0'"),
     ],
 )
-def test_facts_that_were_changed_by_hand_are_an_error(
+def test_edited_annotations_raise(
     spoil: Callable[[list[str]], list[str]], words: str, source: str, home: Path, tmp_path: Path
 ) -> None:
     run(source, tmp_path / "made", home)
@@ -436,7 +428,7 @@ def test_facts_that_were_changed_by_hand_are_an_error(
         run(source, tmp_path / "made", home)
 
 
-def test_nothing_is_made_inside_a_dataset(source: str, home: Path, tmp_path: Path) -> None:
+def test_dest_inside_a_dataset_is_rejected(source: str, home: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"deep/made lies inside the dataset .*source, which is not to change"
     ):
@@ -444,7 +436,7 @@ def test_nothing_is_made_inside_a_dataset(source: str, home: Path, tmp_path: Pat
     assert verify(source) == []
 
 
-def test_a_source_is_needed_and_stands_once(source: str, home: Path, tmp_path: Path) -> None:
+def test_sources_are_required_and_unique(source: str, home: Path, tmp_path: Path) -> None:
     for sources in ([], [source, source]):
         with pytest.raises(DataError, match="one source or several, each once"):
             run(sources, tmp_path / "made", home)
@@ -455,7 +447,7 @@ def test_a_source_is_needed_and_stands_once(source: str, home: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_actors_make_what_one_process_makes_and_raise_what_it_raises(
+def test_actors_match_one_process_in_results_and_errors(
     source: str, home: Path, tmp_path: Path
 ) -> None:
     alone = run(source, tmp_path / "alone", home)

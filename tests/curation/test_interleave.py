@@ -120,7 +120,7 @@ def _fits(whole: Sequence[str | int], items: Sequence[str | int]) -> bool:
     st.integers(0, 60),
     st.integers(1, 40),
 )
-def test_cut_anywhere_every_whole_character_and_image_stays_once(
+def test_windows_cut_anywhere_contain_every_complete_character_and_image_once(
     items: list[str | int], begin: int, more: int
 ) -> None:
     """Against a document spelled out: a list of characters, each with the bytes that it takes, and of images."""
@@ -151,7 +151,7 @@ def _is_utf8(text: str) -> bool:
     return all(not "\ud800" <= c <= "\udfff" for c in text)
 
 
-def test_a_character_of_several_bytes_is_never_broken(home: Path) -> None:
+def test_character_of_several_bytes_is_not_split(home: Path) -> None:
     sample = document(*(item for n in range(6) for item in (n, "橋🚤ß" * 8)))
     for made in cut(sample, home, length=37, windows=40).samples:
         assert set("".join(item for item in read(made) if isinstance(item, str))) <= set("橋🚤ß")
@@ -165,7 +165,7 @@ def test_an_image_that_the_window_cuts_is_dropped_with_its_place() -> None:
     assert [p.image for p in cut_window(parts, 3, 14)] == [0, None, 1]
 
 
-def test_images_behind_the_last_that_may_stay_are_dropped_and_texts_are_not() -> None:
+def test_images_after_the_limit_are_dropped_but_texts_are_kept() -> None:
     parts = list(document("a", 0, "b", 1, "c", 2, "d").parts)
     assert [p.image if p.text is None else p.text for p in truncate_images(parts, 2)] == [
         "a",
@@ -255,7 +255,7 @@ def test_images_that_fit_nothing_and_small_files_are_dropped(home: Path) -> None
     assert not small.samples and small.why == "no image that fits a text"
 
 
-def test_other_thresholds_need_no_model_again(home: Path, tmp_path: Path) -> None:
+def test_other_thresholds_reuse_the_annotations(home: Path, tmp_path: Path) -> None:
     samples = [document(FLAGS[n].text, n, FLAGS[n + 1].text, key=f"doc-{n}") for n in range(8)]
     source = written(tmp_path / "source", samples)
     first = make(
@@ -278,7 +278,9 @@ def test_other_thresholds_need_no_model_again(home: Path, tmp_path: Path) -> Non
 # --- what is dropped, put aside, refused -----------------------------------------------------------------------------
 
 
-def test_what_is_no_document_is_put_aside_and_what_has_no_image_dropped(home: Path) -> None:
+def test_row_that_is_not_a_document_is_quarantined_and_one_without_image_dropped(
+    home: Path,
+) -> None:
     talk = Sample(
         "talk",
         FLAGS[0].images,
@@ -310,6 +312,6 @@ def test_what_is_no_document_is_put_aside_and_what_has_no_image_dropped(home: Pa
         (lambda: Interleave(min_similarity=2.0), r"min_similarity lies in \[-1, 1\]"),
     ],
 )
-def test_windows_that_cannot_be_are_refused(make_one: Callable[[], Interleave], words: str) -> None:
+def test_invalid_windows_are_rejected(make_one: Callable[[], Interleave], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         make_one()

@@ -248,7 +248,7 @@ def test_ranking_reads_the_tiles_that_training_reads(name: str, home: Path, tmp_
 @pytest.mark.parametrize(
     "spec", [HeldOutLoss(dataset="x"), Ranking(dataset="x", candidates=3), VQA(dataset="x")]
 )
-def test_rows_that_show_a_video_are_judged_with_all_of_its_frames(
+def test_video_rows_use_all_frames(
     spec: HeldOutLoss | Ranking | VQA, home: Path, tmp_path: Path
 ) -> None:
     pipe = pipe_of("flamingo/train")
@@ -371,7 +371,7 @@ def test_specs_are_values(spec: HeldOutLoss | Ranking | Retrieval) -> None:
     assert override(spec, {"name": "other", "rows": "40"}).rows == 40
 
 
-def test_numbers_that_make_no_sense_are_refused() -> None:
+def test_invalid_numbers_are_rejected() -> None:
     with pytest.raises(SpecError, match=r"ranking\.candidates: .*expected 2 to rows"):
         Ranking(dataset=DATASET, rows=10, candidates=11)
     for spec in (HeldOutLoss, Retrieval):

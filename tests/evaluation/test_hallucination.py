@@ -113,7 +113,7 @@ def scenes(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("how", ["random", "popular", "adversarial"])
-def test_of_boxes_as_many_questions_are_asked_of_what_is_there_as_of_what_is_not(
+def test_boxes_give_as_many_questions_with_yes_as_with_no(
     pipe: Pipeline, home: Path, scenes: str, how: str
 ) -> None:
     spec = override(
@@ -177,7 +177,7 @@ def test_chair_is_that_of_the_paper() -> None:
     }
 
 
-def test_chair_looks_for_objects_in_what_the_model_writes(
+def test_chair_finds_objects_in_generated_captions(
     pipe: Pipeline, home: Path, tmp_path: Path
 ) -> None:
     """A word that the model does write, by its synonym, and one that it does not."""

@@ -127,7 +127,7 @@ def test_an_answer_of_one_letter_is_that_candidate_where_it_is_a_text_itself() -
     assert parse_choice("B", ("C", "B", "A")) == 1 and parse_choice("a", ("C", "B", "A")) == 2
 
 
-def test_the_right_candidate_is_the_rows_answer_or_what_its_solution_ends_with() -> None:
+def test_right_candidate_is_the_answer_or_the_end_of_the_solution() -> None:
     (sample,) = choices(1)
     right = sample.candidates.index(str(sample.parts[-1].text))
     assert right_of(sample) == right
@@ -257,7 +257,7 @@ def test_specs_are_values_and_tiny_ones_run(
     }
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_invalid_fields_are_rejected() -> None:
     for spec in (MultipleChoice, WrittenChoice):
         with pytest.raises(SpecError, match="at least 1"):
             spec(dataset="x", rows=0)

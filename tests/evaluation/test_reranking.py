@@ -16,7 +16,7 @@ def judge(row: int, candidates: Tensor) -> Tensor:
     return LOGITS[row, candidates]
 
 
-def test_only_the_nearest_candidates_are_judged() -> None:
+def test_only_the_nearest_candidates_are_reranked() -> None:
     scores = reranked(ALIKE, judge, 3)
     near = torch.zeros_like(ALIKE, dtype=torch.bool).scatter(1, ALIKE.topk(3).indices, True)
     assert torch.equal(scores[near], (ALIKE + LOGITS)[near]) and torch.equal(

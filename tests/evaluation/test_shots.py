@@ -110,7 +110,7 @@ def test_captions_after_examples_score_as_those_written_one_by_one(
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_answers_after_examples_of_another_dataset_are_judged_by_ten_people(
+def test_answers_after_examples_of_another_dataset_are_scored_by_ten_annotators(
     pipe: Pipeline, home: Path, tmp_path: Path, count: int
 ) -> None:
     judged, support = (
@@ -159,7 +159,7 @@ def test_without_shots_two_examples_are_given_as_text_alone(
 
 
 @pytest.mark.parametrize("select", ["rices", "random"])
-def test_no_example_shows_the_picture_that_is_asked_about(pipe: Pipeline, select: str) -> None:
+def test_no_example_has_the_image_of_the_question(pipe: Pipeline, select: str) -> None:
     images = [sample.images[0] for sample in shapes(4)]
     support = [
         images[i] for i in (0, 1, 0, 2, 0, 3, 1)
@@ -227,7 +227,9 @@ def test_shots_that_do_not_fit_are_refused(changes: dict[str, int], message: str
         Shots(**changes)
 
 
-def test_a_question_about_two_pictures_is_named(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+def test_question_about_two_images_is_rejected_with_its_key(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
     one, two = captioned(2)
     said = (
         Part("user", image=0),

@@ -51,7 +51,7 @@ def asked(*images: int) -> list[Part]:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_choice_is_scored_as_a_plain_forward_of_the_whole_input_scores_it(name: str) -> None:
+def test_choice_score_matches_plain_forward_of_the_complete_input(name: str) -> None:
     pipe = pipe_of(name)
     conversation, image = asked(0), picture()
     expected = {c: alone(pipe, conversation, [image], c) for c in CANDIDATES}
@@ -109,7 +109,7 @@ def test_the_prior_is_that_of_blank_squares_in_the_places_of_the_images_own(name
     assert scores == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_video_can_be_chosen_about_as_it_can_be_written_about() -> None:
+def test_video_can_be_ranked_like_generated() -> None:
     pipe = pipe_of("flamingo/train")
     video: tuple[bytes, ...] = tuple(picture(seed, (64, 64)) for seed in range(3))
     still = picture(9, (64, 64))
@@ -207,7 +207,7 @@ def test_instructblip_ranks_by_the_plain_log_likelihood() -> None:
     ) == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_candidate_that_does_not_fit_is_refused_and_never_cut() -> None:
+def test_candidate_that_does_not_fit_is_rejected_not_truncated() -> None:
     pipe = pipeline(context=256)
     short = Pipeline(pipe.model, replace(pipe.stage, data=replace(pipe.stage.data, max_tokens=64)))
     conversation = [Part("user", image=0), Part("user", text="x" * 60)]
@@ -279,7 +279,7 @@ def test_a_field_that_a_spec_gained_is_written_only_where_it_is_set() -> None:
         assert from_dict(to_dict(grown)) == grown
 
 
-def test_a_pair_without_its_caption_is_what_a_stage_asks() -> None:
+def test_about_is_a_pair_without_its_caption() -> None:
     pipe = pipeline()
     assert pipe.inputs.about() == pipe.inputs.ask(pair("k", b"", "said"))[:-1]
     assert pipe.inputs.about("Why?") == pipe.inputs.ask(pair("k", b"", "said"), ("Why?",))[:-1]

@@ -94,7 +94,7 @@ def repelled(pipe: Pipeline, penalty: float, steps: int) -> str:
     return str(pipe.tokenizer.decode(new)).lstrip()
 
 
-def test_a_repetition_penalty_is_that_of_ctrl_over_what_was_written(endless: Pipeline) -> None:
+def test_repetition_penalty_matches_ctrl_over_generated_tokens(endless: Pipeline) -> None:
     plain, repelling = (
         endless.generate(ASKED, [IMAGE], max_new_tokens=16, repetition_penalty=penalty).text
         for penalty in (1.0, 1.5)

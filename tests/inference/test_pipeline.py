@@ -82,7 +82,7 @@ def test_loglik_of_more_rows_than_a_forward_takes_keeps_their_order(samples: lis
     assert pipe.loglik(many) == pytest.approx([alone[s.key] for s in many], rel=1e-5)
 
 
-def test_a_text_and_two_images_can_be_judged_in_one_batch(samples: list[Sample]) -> None:
+def test_text_and_two_images_are_scored_in_one_batch(samples: list[Sample]) -> None:
     pipe = pipeline()
     first, second = samples[0].images[0], samples[1].images[0]
     text = Sample("text", (), (Part("user", text="Hello?"), Part("assistant", text="Hello.")))
@@ -145,7 +145,7 @@ def test_prior_is_the_mean_over_the_references(samples: list[Sample]) -> None:
     assert [ranked[c] for c in CAPTIONS] == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-def test_an_image_is_seen_once_however_many_candidates_it_has(samples: list[Sample]) -> None:
+def test_image_is_encoded_once_for_all_candidates(samples: list[Sample]) -> None:
     pipe = pipeline()
     seen: list[int] = []
     pipe.model.vision.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
@@ -153,7 +153,7 @@ def test_an_image_is_seen_once_however_many_candidates_it_has(samples: list[Samp
     assert seen == [1]
 
 
-def test_the_question_is_part_of_what_is_judged(samples: list[Sample]) -> None:
+def test_question_is_part_of_the_scored_input(samples: list[Sample]) -> None:
     pipe = pipeline()
     image = samples[0].images[0]
     assert torch.equal(
@@ -171,7 +171,7 @@ def test_nothing_to_rank_is_an_error(samples: list[Sample]) -> None:
         pipeline().rank(samples[0].images[0], [])
 
 
-def test_a_model_in_training_is_judged_at_rest_and_goes_on_training(samples: list[Sample]) -> None:
+def test_model_in_training_is_scored_in_eval_mode_and_restored(samples: list[Sample]) -> None:
     pipe = pipeline()
     pipe.model.bridge = nn.Sequential(pipe.model.bridge, nn.Dropout(0.5)).eval()
     expected = pipe.loglik(samples)
@@ -240,7 +240,7 @@ def test_a_choice_is_the_answer_that_the_images_make_likelier(samples: list[Samp
 # --- embedding -------------------------------------------------------------------------------------------------------
 
 
-def test_embeddings_are_what_the_contrastive_loss_pools(samples: list[Sample]) -> None:
+def test_embeddings_match_the_contrastive_loss(samples: list[Sample]) -> None:
     pipe = pipeline()
     batch = pipe.inputs.batch(
         [pipe.inputs.ask(s) for s in samples], [s.images for s in samples], answer=True
@@ -282,7 +282,7 @@ def test_a_picture_may_be_a_file_an_image_or_a_square(samples: list[Sample]) -> 
     assert torch.equal(a, b) and torch.equal(a, c)
 
 
-def test_no_images_are_no_features() -> None:
+def test_no_images_give_empty_features() -> None:
     assert pipeline().inputs.features([]).shape == (0, 16, 32)
 
 
@@ -314,9 +314,7 @@ def test_prompts_are_padded_on_the_left_and_answers_on_the_right(
 
 
 @pytest.mark.parametrize("template", ["plain", "v1", "chat"])
-def test_a_prompt_is_the_beginning_of_what_was_trained_on(
-    template: str, samples: list[Sample]
-) -> None:
+def test_prompt_is_the_beginning_of_a_training_row(template: str, samples: list[Sample]) -> None:
     pipe = pipeline(template)
     conversation = pipe.inputs.ask(samples[0])
     prompt, whole = (
@@ -334,7 +332,7 @@ def test_a_prompt_is_the_beginning_of_what_was_trained_on(
 # --- artifacts -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_loaded_judges_like_what_was_saved(tmp_path: Path, samples: list[Sample]) -> None:
+def test_loaded_model_scores_like_the_saved_one(tmp_path: Path, samples: list[Sample]) -> None:
     pipe = pipeline()
     system = System(name="toy", paper="", stages=(pipe.stage,))
     artifacts.save(tmp_path / "artifact", pipe.model.state_dict(), system=system, stage="align")

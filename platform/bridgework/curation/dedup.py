@@ -76,7 +76,7 @@ class Dedup:
             if original == number:
                 yield Decision("kept", (sample,))
             else:
-                yield Decision("duplicate of an earlier row", note=f"twin of {keys[original]}")
+                yield Decision("duplicate of an earlier row", note=f"duplicate of {keys[original]}")
 
     def _originals(self, signatures: Sequence["Signature"]) -> Iterator[int]:
         """Yield for each row the kept row of its group: itself, or an earlier one."""
