@@ -16,7 +16,13 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from bridgework.curation.dedup import Dedup
-from bridgework.curation.near_duplicates import Nearest, codes, earlier, perceptual, repainted
+from bridgework.curation.near_duplicates import (
+    NearestIndex,
+    color_distance,
+    earlier_neighbors,
+    pack_codes,
+    perceptual_code,
+)
 from bridgework.data.dataset import open_dataset
 from bridgework.data.images import decode
 
@@ -56,11 +62,13 @@ def row(name: str, near: int, of: int, apart: list[int]) -> str:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     images = [sample.images[0] for sample in open_dataset(str(DATASET)).samples()]
-    by_image = {image: code for image in images if (code := perceptual(image))}
+    by_image = {image: code for image in images if (code := perceptual_code(image))}
     hashes = list(by_image.values())
     pairs = [
-        repainted(hashes[here], hashes[there])
-        for here, others in enumerate(earlier(codes("perceptual", hashes), LIMITS.distance))
+        color_distance(hashes[here], hashes[there])
+        for here, others in enumerate(
+            earlier_neighbors(pack_codes("perceptual", hashes), LIMITS.distance)
+        )
         for there in others
     ]
     print(
@@ -75,9 +83,10 @@ def main() -> None:
     for name, copied in COPIES.items():
         apart = []
         for image in list(by_image)[:COPIED]:
-            code = perceptual(copied(decode(image)))
-            if code and Nearest("perceptual", [by_image[image]])([code])[0][0] <= LIMITS.distance:
-                apart.append(repainted(by_image[image], code))
+            code = perceptual_code(copied(decode(image)))
+            index = NearestIndex("perceptual", [by_image[image]])
+            if code and index([code])[0][0] <= LIMITS.distance:
+                apart.append(color_distance(by_image[image], code))
         print(row(name, len(apart), COPIED, apart))
 
 

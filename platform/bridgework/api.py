@@ -250,7 +250,7 @@ def import_dataset(
         >>> manifest.rows, manifest.license
         (2, 'CC0-1.0')
     """
-    IMPORT
+    raise NotImplementedError
 
 
 def curate(

@@ -11,7 +11,7 @@ from typing import Any
 
 from bridgework import artifacts
 from bridgework.config import override
-from bridgework.curation.runner import Curation, Decision, Fact
+from bridgework.curation.runner import Annotation, Curation, Decision
 from bridgework.data.samples import Sample
 from bridgework.system import Stage, System, load
 from tests.curation.support import flags, written
@@ -49,13 +49,15 @@ def writer(home: Path) -> str:
     return str(folder)
 
 
-def judged(curation: Curation, samples: Sequence[Sample], home: Path) -> list[Fact]:
+def judged(curation: Curation, samples: Sequence[Sample], home: Path) -> list[Annotation]:
     """The facts of one row group, through JSON as in a file."""
-    facts: list[Fact] = json.loads(json.dumps(curation.judge(home)(samples), allow_nan=False))
+    facts: list[Annotation] = json.loads(json.dumps(curation.judge(home)(samples), allow_nan=False))
     return facts
 
 
-def decided(curation: Curation, samples: Sequence[Sample], facts: Sequence[Fact]) -> list[Decision]:
+def decided(
+    curation: Curation, samples: Sequence[Sample], facts: Sequence[Annotation]
+) -> list[Decision]:
     """A verdict for every row that is not bad."""
     rows = [
         (sample, fact) for sample, fact in zip(samples, facts, strict=True) if "bad" not in fact

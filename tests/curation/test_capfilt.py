@@ -11,7 +11,7 @@ from benchmarks import capfilt as benchmark
 from bridgework import artifacts
 from bridgework.config import from_dict, to_dict
 from bridgework.curation import CapFilt, annotations
-from bridgework.curation.capfilt import KEEPS_ALL, CapFiltJudge, Scores, _seed
+from bridgework.curation.capfilt import KEEPS_ALL, CapFiltAnnotator, Scores, _seed
 from bridgework.curation.contact_sheet import sheet
 from bridgework.curation.runner import CurationRun
 from bridgework.data.dataset import open_dataset, verify
@@ -43,7 +43,7 @@ def make(
     return spec.run(models, str(dest), home=home, workers=workers, say=lambda text: None)
 
 
-def held(models: dict[str, Path], home: Path, **fields: Any) -> CapFiltJudge:
+def held(models: dict[str, Path], home: Path, **fields: Any) -> CapFiltAnnotator:
     return named(SPEC, models, **fields).judge(home)
 
 
@@ -60,7 +60,7 @@ def texts_of(manifest: Manifest, origin: str) -> int:
     )
 
 
-def test_every_text_that_is_kept_is_a_pair_that_knows_where_it_comes_from(
+def test_every_kept_text_is_a_pair_with_provenance(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
     manifest = make(web, tmp_path / "made", models, home)
@@ -81,7 +81,7 @@ def test_every_text_that_is_kept_is_a_pair_that_knows_where_it_comes_from(
     assert not verify(str(tmp_path / "made"))
 
 
-def test_only_what_the_filter_lets_pass_is_kept(
+def test_only_texts_above_the_threshold_are_kept(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
     make(web, tmp_path / "all", models, home)
@@ -98,7 +98,7 @@ def test_only_what_the_filter_lets_pass_is_kept(
         assert float(told[f"capfilt.{told['capfilt.kept']}_score"]) > middle
 
 
-def test_made_again_nothing_is_done_again(
+def test_second_run_does_nothing(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = make(web, tmp_path / "made", models, home)
@@ -106,7 +106,7 @@ def test_made_again_nothing_is_done_again(
     assert make(web, tmp_path / "made", models, home).digest == first.digest
 
 
-def test_a_run_that_was_cut_off_ends_as_an_unbroken_one_and_judges_only_what_was_left(
+def test_resumed_run_matches_unbroken_run_and_annotates_only_the_rest(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make(web, tmp_path / "whole", models, home)
@@ -120,13 +120,13 @@ def test_a_run_that_was_cut_off_ends_as_an_unbroken_one_and_judges_only_what_was
     assert broken.digest == whole.digest
 
 
-def test_what_is_written_depends_on_the_seed_and_the_key_alone(
+def test_captions_depend_only_on_seed_and_key(
     models: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
     samples = list(flags())[:12]
     judge, other = held(models, home), held(models, home, seed=1)
 
-    def told(judge: CapFiltJudge, samples: list[Sample]) -> dict[str, str]:
+    def told(judge: CapFiltAnnotator, samples: list[Sample]) -> dict[str, str]:
         return {
             sample.key: fact["written"][0]
             for sample, fact in zip(samples, judge(samples), strict=True)
@@ -139,9 +139,7 @@ def test_what_is_written_depends_on_the_seed_and_the_key_alone(
     assert len(set(texts.values())) > 6
 
 
-def test_a_caption_is_what_the_pipeline_writes_for_its_image_alone(
-    models: dict[str, Path], home: Path
-) -> None:
+def test_caption_matches_pipeline_on_the_single_image(models: dict[str, Path], home: Path) -> None:
     sample = next(flags())
     pipeline = Pipeline.load(str(models["captioner"]), "cpu")
     drawn: dict[str, Any] = {
@@ -157,7 +155,7 @@ def test_a_caption_is_what_the_pipeline_writes_for_its_image_alone(
     assert judged[0]["written"] == [alone.text]
 
 
-def test_several_captions_an_image_are_written_apart_and_the_first_is_as_alone(
+def test_several_captions_have_own_seeds_and_the_first_is_unchanged(
     models: dict[str, Path], home: Path
 ) -> None:
     samples = list(flags())[:8]
@@ -167,7 +165,9 @@ def test_several_captions_an_image_are_written_apart_and_the_first_is_as_alone(
     assert any(len(set(fact["written"])) > 1 for fact in three)
 
 
-def test_what_is_no_pair_or_no_picture_is_put_aside(models: dict[str, Path], home: Path) -> None:
+def test_rows_without_a_pair_or_a_valid_image_are_quarantined(
+    models: dict[str, Path], home: Path
+) -> None:
     sample = next(flags())
     torn = pair("torn", sample.images[0][:40], "a torn flag")
     talk = Sample(
@@ -180,14 +180,15 @@ def test_what_is_no_pair_or_no_picture_is_put_aside(models: dict[str, Path], hom
     assert Scores(**judged[1]).web_score == Scores(**held(models, home)([sample])[0]).web_score
 
 
-def test_a_sheet_shows_what_was_kept_beside_what_was_dropped(
+def test_sheet_shows_kept_next_to_dropped_rows(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
     whole = make(web, tmp_path / "all", models, home)
     spec = named(SPEC, models, sources=(web,), threshold=KEEPS_ALL)
     dest, counts = str(tmp_path / "all"), whole.parameters["counts"]
     one_kind = sheet(spec, [web], dest, home, counts)
-    told = [Scores(**row.fact) for row in CurationRun.of(spec, [web], dest, home).told()]
+    run = CurationRun.of(spec, [web], dest, home)
+    told = [Scores(**row.annotation) for row in run.annotated_rows()]
     scores = sorted(max(one.web_score or 0, one.written_scores[0] or 0) for one in told)
     some = replace(spec, threshold=scores[len(scores) // 2])
     two_kinds = sheet(some, [web], dest, home, {"no text fits": 28, "web text": 1})
@@ -203,7 +204,7 @@ def test_a_sheet_shows_what_was_kept_beside_what_was_dropped(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_actors_make_what_one_process_makes(
+def test_actors_give_the_same_dataset_as_one_process(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
     alone = make(web, tmp_path / "alone", models, home)
@@ -214,7 +215,7 @@ def test_actors_make_what_one_process_makes(
 
 
 @pytest.mark.slow
-def test_a_filter_that_has_learned_finds_the_captions_that_were_swapped(tmp_path: Path) -> None:
+def test_trained_filter_finds_swapped_captions(tmp_path: Path) -> None:
     """50 of 168 captions are another flag's: unfiltered, 0.70 are right."""
     found = {each.threshold: each for each in benchmark.found(tmp_path, benchmark.STEPS)}
     assert found[0.0].precision >= 0.85 and found[0.0].recall >= 0.5, found
@@ -228,30 +229,30 @@ def test_a_filter_that_has_learned_finds_the_captions_that_were_swapped(tmp_path
     ("fields", "words"),
     [
         ({"sources": ()}, "at least one source"),
-        ({"top_p": 0.0}, r"top_p lies in \(0, 1\]"),
+        ({"top_p": 0.0}, r"top_p is in \(0, 1\]"),
         ({"temperature": -1.0}, "temperature is at least 0"),
         ({"min_tokens": 9}, "min_tokens 9 to max_tokens 8"),
     ],
 )
-def test_a_capfilt_that_cannot_run_is_refused(fields: dict[str, Any], words: str) -> None:
+def test_invalid_capfilt_fields_are_rejected(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         replace(SPEC, **fields)
 
 
-def test_a_place_that_holds_another_dataset_is_refused(
+def test_dest_with_another_dataset_is_rejected(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
     make(web, tmp_path / "made", models, home)
-    with pytest.raises(DataError, match="made with `seed=0`, and asked for is `seed=1`; delete it"):
+    with pytest.raises(DataError, match=r"made with `seed=0`; expected `seed=1`\. Fix: delete it"):
         make(web, tmp_path / "made", models, home, seed=1)
 
 
-def test_a_filter_that_drops_everything_is_an_error_that_says_so(
+def test_filter_that_drops_everything_raises(
     web: str, models: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
         DataError,
-        match=r"keeps nothing of 56 rows \(.*56 no text fits.*\), so .* is not written; loosen",
+        match=r"keeps nothing of 56 rows \(.*56 no text fits.*\), so .* is not written. Fix: loosen",
     ):
         make(web, tmp_path / "made", models, home, threshold=1e4)
     assert not (tmp_path / "made").exists()
@@ -273,7 +274,7 @@ def test_a_filter_that_drops_everything_is_an_error_that_says_so(
         (lambda m, f: {**m, "filter": f}, WeightsError, "is not an artifact"),
     ],
 )
-def test_models_that_cannot_write_or_judge_are_refused(
+def test_models_without_generation_or_matching_are_rejected(
     given: Callable[..., Any], error: type[Exception], words: str, web: str, models: dict[str, Path], home: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -281,7 +282,7 @@ def test_models_that_cannot_write_or_judge_are_refused(
         make(web, tmp_path / "made", given(models, tmp_path), home)
 
 
-def test_a_spec_survives_as_json() -> None:
+def test_config_round_trips_through_json() -> None:
     assert from_dict(to_dict(SPEC)) == SPEC and SPEC.tiny().sources == ("synthetic:shapes",)
 
 

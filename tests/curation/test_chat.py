@@ -24,26 +24,24 @@ NO_COMPLETIONS = {  # bodies of answers of status 200, and what is shown of them
     + b"<br>" * 1000
     + b"</html>": "<html> <body>Sign in</body> <br><br>",
     b"[" * 200_000: "[[[",
-    b"": "nothing at all",
+    b"": "an empty answer",
 }
 
 
 @pytest.mark.parametrize(("body", "shown"), NO_COMPLETIONS.items(), ids=range(len(NO_COMPLETIONS)))
-def test_an_answer_that_is_no_chat_completion_is_an_error_that_shows_it(
-    body: bytes, shown: str
-) -> None:
+def test_malformed_completion_raises_with_its_text(body: bytes, shown: str) -> None:
     with endpoint(lambda request: body) as server, pytest.raises(RunError) as caught:
         llm.ChatEndpoint(server.url, "m", attempts=1)(HELLO, 0)
     told = str(caught.value)
-    assert told.startswith(f"{server.url} answers with no chat completion: ") and shown in told
+    assert told.startswith(f"{server.url} answers with no chat completion. Got: ") and shown in told
     assert (
-        "; see to the URL (up to /v1), the model's name" in told
+        ". Fix: check the URL (up to /v1), the model's name" in told
         and "\n" not in told
         and len(told) < 500
     )
 
 
-def test_an_answer_that_is_no_chat_completion_is_asked_for_again() -> None:
+def test_malformed_completion_is_retried() -> None:
     bodies = iter([b"<html>busy</html>", b'{"choices": null}', completion("Yes.")])
     with endpoint(lambda request: next(bodies)) as server:
         assert llm.ChatEndpoint(server.url, "m", attempts=3)(HELLO, 0) == "Yes."
@@ -67,15 +65,15 @@ def test_an_answer_that_is_no_chat_completion_is_asked_for_again() -> None:
         ("half a smile \ud83d", "half a smile ?"),
     ],
 )
-def test_a_message_may_have_parts_or_no_text(content: Any, text: str) -> None:
+def test_message_may_have_parts_or_no_text(content: Any, text: str) -> None:
     with endpoint(lambda request: completion(content)) as server:
         assert llm.ChatEndpoint(server.url, "m", attempts=1)(HELLO, 0) == text
     assert len(server.asked) == 1
-    assert llm.said('{"choices": [{"message": {"role": "assistant"}}]}') == ""
+    assert llm.parse_completion('{"choices": [{"message": {"role": "assistant"}}]}') == ""
 
 
 @pytest.mark.parametrize(("status", "asked"), [(401, 1), (404, 1), (503, 2)])
-def test_an_endpoint_that_does_not_let_us_in_ends_the_work(status: int, asked: int) -> None:
+def test_rejected_api_key_ends_the_run(status: int, asked: int) -> None:
     with endpoint(lambda request: status) as server:
         client = llm.ChatEndpoint(server.url, "m", key="NO_KEY", attempts=2)
         with pytest.raises(

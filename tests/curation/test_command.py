@@ -34,7 +34,7 @@ def curate(*words: str) -> Result:
     return done
 
 
-def test_without_words_the_curations_are_listed_with_what_they_do() -> None:
+def test_without_arguments_the_curations_are_listed() -> None:
     printed = curate().stdout
     for name in ("capfilt", "decontaminate", "dedup", "filters"):
         assert name in known()
@@ -43,7 +43,7 @@ def test_without_words_the_curations_are_listed_with_what_they_do() -> None:
     assert not {"flow", "facts", "explain", "twins", "words", "measuring"} & known().keys()
 
 
-def test_a_name_alone_tells_its_fields() -> None:
+def test_name_alone_lists_the_fields() -> None:
     lines = {line.split()[0]: line.split()[1:] for line in curate("dedup").stdout.splitlines()}
     assert lines["distance"] == ["int", "4"] and lines["by"][-1] == "bytes"
     assert lines["max_bad"] == ["float", "0.005"]
@@ -51,7 +51,7 @@ def test_a_name_alone_tells_its_fields() -> None:
     assert "needed" in fields and "sources" not in fields and "makes" not in fields
 
 
-def test_fields_are_words_and_the_rest_is_places(source: str, tmp_path: Path) -> None:
+def test_arguments_are_datasets_then_fields(source: str, tmp_path: Path) -> None:
     other, dest = written(tmp_path / "other", list(flags())[:8]), tmp_path / "made"
     done = curate("dedup", source, other, str(dest), "by=perceptual", "distance=2", "text=no")
     manifest = json.loads((dest / "manifest.json").read_text())
@@ -62,23 +62,21 @@ def test_fields_are_words_and_the_rest_is_places(source: str, tmp_path: Path) ->
     assert sum(manifest["parameters"]["counts"].values()) == 33
 
 
-def test_the_same_command_does_nothing_and_another_is_refused(source: str, tmp_path: Path) -> None:
+def test_same_command_does_nothing_and_another_is_rejected(source: str, tmp_path: Path) -> None:
     words = ("dedup", source, str(tmp_path / "made"), "by=perceptual")
     first = curate(*words).stderr
     assert (
-        "25 rows to judge" in first
-        and "20 of 25 rows go on (20 kept; 5 duplicate of an earlier row)" in first
+        "25 rows to annotate" in first
+        and "kept 20 of 25 rows (20 kept; 5 duplicate of an earlier row)" in first
     )
     assert "nothing to do" in curate(*words).stderr
     with pytest.raises(
-        DataError, match=r"`by=perceptual distance=4`, and asked for is `by=bytes distance=3`"
+        DataError, match=r"`by=perceptual distance=4`; expected `by=bytes distance=3`"
     ):
         curate(*words[:3], "distance=3")
 
 
-def test_every_curation_takes_the_share_of_rows_that_may_be_bad(
-    source: str, tmp_path: Path
-) -> None:
+def test_every_curation_takes_max_bad(source: str, tmp_path: Path) -> None:
     torn = pair("torn", b"<html>", "no scene")
     spoilt = written(tmp_path / "spoilt", [*open_dataset(source).samples(), torn])
     with pytest.raises(DataError, match=r"1 of 26 rows are bad \(1 not_an_image\)"):
@@ -88,7 +86,7 @@ def test_every_curation_takes_the_share_of_rows_that_may_be_bad(
     assert manifest.quarantined == {"not_an_image": 1} and "max_bad" not in manifest.parameters
 
 
-def test_a_bare_name_lies_under_the_home(source: str, home: Path) -> None:
+def test_bare_name_is_resolved_in_the_home(source: str, home: Path) -> None:
     done = curate("dedup", source, "a-clean-set")
     assert done.stdout.strip() == str(home / "datasets" / "a-clean-set")
     assert (
@@ -98,7 +96,7 @@ def test_a_bare_name_lies_under_the_home(source: str, home: Path) -> None:
     )
 
 
-def test_a_module_of_ones_own_is_a_curation(source: str, tmp_path: Path) -> None:
+def test_own_module_is_a_curation(source: str, tmp_path: Path) -> None:
     (tmp_path / "desk").mkdir()
     curate(
         "tests.curation.vowels",
@@ -110,7 +108,7 @@ def test_a_module_of_ones_own_is_a_curation(source: str, tmp_path: Path) -> None
     assert open_dataset(str(tmp_path / "made")).manifest.made_by == "tests.curation.vowels"
 
 
-def test_a_model_is_named_by_its_folder_wherever_the_command_runs(
+def test_model_path_is_relative_to_the_working_directory(
     source: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = embedder(home)
@@ -189,6 +187,6 @@ def test_explain_counts_the_reasons_and_draws_both_kinds(
         (("capfilt", "a", "b", "makes=c"), "CapFilt has no field 'makes'"),
     ],
 )
-def test_words_that_make_no_sense_are_refused(words: tuple[str, ...], said: str) -> None:
+def test_invalid_arguments_are_rejected(words: tuple[str, ...], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         curate(*words)

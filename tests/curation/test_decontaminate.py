@@ -123,7 +123,7 @@ def test_pictures_are_compared_as_asked(
     assert [s.key for s, v in zip(samples, told, strict=True) if not v.samples] == found
 
 
-def test_a_model_finds_what_it_finds_alike(against: tuple[str, str], home: Path) -> None:
+def test_model_finds_images_with_similar_embeddings(against: tuple[str, str], home: Path) -> None:
     """A model of two steps sees little difference: what the threshold does is what is held here."""
     samples = [
         pair("encoded", file(SCENES[7], "JPEG", quality=60), "x"),
@@ -155,7 +155,7 @@ def test_one_image_of_a_document_is_enough(against: tuple[str, str], home: Path)
     assert verdict.why == f"picture in {against[0]}" and verdict.note.startswith("eval-5")
 
 
-def test_overlap_decides_over_the_same_facts(
+def test_another_overlap_reuses_the_annotations(
     against: tuple[str, str], home: Path, tmp_path: Path
 ) -> None:
     half = pair("half", file(SCENES[50]), " ".join(sentence(4).split()[:12]))  # 5 of its 9 runs
@@ -167,7 +167,7 @@ def test_overlap_decides_over_the_same_facts(
 # --- runs of words, against a comparison of every two texts ----------------------------------------------------------
 
 
-def test_a_text_is_held_by_the_row_of_which_it_holds_most() -> None:
+def test_text_matches_the_row_with_the_largest_overlap() -> None:
     rows = [sentence(i, 5 + i % 9) for i in range(40)]
     runs = NgramIndex(4, [(text, Match(0, str(i), None)) for i, text in enumerate(rows)])
     for seed in range(200):
@@ -193,7 +193,7 @@ def share(text: str, row: str, length: int) -> float:
     return len(cut(text) & cut(row)) / len(cut(row)) if cut(row) else 0.0
 
 
-def test_a_prompt_that_stands_in_many_rows_tells_of_none() -> None:
+def test_ngrams_of_a_common_prompt_do_not_count() -> None:
     prompt = "answer the question with a single word or phrase please"
     rows = [(f"{sentence(i, 12)} {prompt}", Match(0, str(i), None)) for i in range(30)]
     runs = NgramIndex(8, rows)
@@ -202,7 +202,7 @@ def test_a_prompt_that_stands_in_many_rows_tells_of_none() -> None:
     assert found is not None and (found.key, found.how) == ("3", 1.0)
 
 
-def test_a_short_evaluation_text_tells_of_nothing() -> None:
+def test_short_evaluation_text_matches_nothing() -> None:
     assert NgramIndex(8, [("a dog", Match(0, "k", None))])("look, a dog") is None
 
 
@@ -214,18 +214,16 @@ def test_a_short_evaluation_text_tells_of_nothing() -> None:
     [
         ({"against": ()}, "at least one evaluation dataset"),
         ({"run": 0}, "run is at least 1"),
-        ({"overlap": 1.5}, r"overlap lies in \(0, 1\]; got 8 and 1.5"),
+        ({"overlap": 1.5}, r"overlap in \(0, 1\]. Got 8 and 1.5"),
         ({"by": "embedding"}, "needs model=ARTIFACT"),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(fields: dict[str, Any], words: str) -> None:
+def test_conflicting_fields_are_rejected(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         Decontaminate(**{"against": ("vqa-test",), **fields})
 
 
-def test_an_evaluation_dataset_that_is_not_there_is_an_error_before_anything_is_judged(
-    home: Path, tmp_path: Path
-) -> None:
+def test_missing_evaluation_dataset_raises_before_annotation(home: Path, tmp_path: Path) -> None:
     source = written(tmp_path / "source", [pair("k", file(SCENES[0]), "x")])
     with pytest.raises(DataError, match="dataset 'vqa-tset' not found"):
         make(Decontaminate(against=("vqa-tset",)), [source], str(tmp_path / "made"), home=home)

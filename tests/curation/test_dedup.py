@@ -76,7 +76,7 @@ def turned(image: Image.Image) -> Image.Image:
     ],
     ids=["bytes", "perceptual", "any color"],
 )
-def test_planted_twins_are_found_and_no_others(
+def test_planted_duplicates_are_found_and_no_others(
     fields: dict[str, Any], found: set[str], home: Path, tmp_path: Path
 ) -> None:
     samples, how = planted()
@@ -88,7 +88,7 @@ def test_planted_twins_are_found_and_no_others(
     }
 
 
-def test_the_first_of_a_group_stays_and_the_others_name_it(home: Path) -> None:
+def test_first_of_a_group_is_kept_and_the_others_note_its_key(home: Path) -> None:
     image, other = (file(scene) for scene in SCENES[:2])
     samples = [
         pair("b", image, "x"),
@@ -99,13 +99,13 @@ def test_the_first_of_a_group_stays_and_the_others_name_it(home: Path) -> None:
     told = decided(Dedup(), samples, home)
     assert [(v.why, v.note, v.samples) for v in told] == [
         ("kept", "", (samples[0],)),
-        ("duplicate of an earlier row", "twin of b", ()),
+        ("duplicate of an earlier row", "duplicate of b", ()),
         ("kept", "", (samples[2],)),
-        ("duplicate of an earlier row", "twin of b", ()),
+        ("duplicate of an earlier row", "duplicate of b", ()),
     ]
 
 
-def test_with_text_a_twin_says_the_same_too(home: Path) -> None:
+def test_with_text_duplicates_need_equal_texts(home: Path) -> None:
     image, again = file(SCENES[0]), file(SCENES[0], "JPEG", quality=60)
     samples = [
         pair("first", image, "A dog, running."),
@@ -157,9 +157,7 @@ def test_documents_are_compared_by_all_their_images_and_texts_without_images_by_
     assert kept == ["d1", "d2", "p", "t1", "t2"]
 
 
-def test_the_same_rows_stay_however_the_source_is_cut_into_shards(
-    home: Path, tmp_path: Path
-) -> None:
+def test_kept_rows_do_not_depend_on_the_shards(home: Path, tmp_path: Path) -> None:
     samples, _ = planted()
     kept = []
     for number, cut in enumerate(((8, 16), (32, 4096), (1, 7))):
@@ -172,7 +170,7 @@ def test_the_same_rows_stay_however_the_source_is_cut_into_shards(
     assert kept[0] == kept[1] == kept[2]
 
 
-def test_what_is_no_picture_is_put_aside_where_it_must_be_looked_at() -> None:
+def test_invalid_image_is_quarantined_if_it_must_be_decoded() -> None:
     sample = pair("torn", file(SCENES[0])[:200], "torn")
     fact, sound = Dedup(by="perceptual").judge(Path())(
         [sample, pair("sound", file(SCENES[0]), "sound")]
@@ -186,7 +184,7 @@ def test_what_is_no_picture_is_put_aside_where_it_must_be_looked_at() -> None:
 
 @pytest.mark.parametrize("distance", [0, 2, 3, 4, 5, 8, 9, 16])
 @pytest.mark.parametrize("text", [False, True])
-def test_hashes_are_searched_as_if_every_two_were_compared(distance: int, text: bool) -> None:
+def test_hash_search_matches_exhaustive_search(distance: int, text: bool) -> None:
     draw = random.Random(distance)
     hashes = [draw.getrandbits(64) for _ in range(40)]
     for _ in range(360):  # near ones, and chains of them
@@ -216,7 +214,7 @@ def test_hashes_are_searched_as_if_every_two_were_compared(distance: int, text: 
 
 
 @pytest.mark.parametrize("similarity", [0.5, 0.9, 0.99])
-def test_embeddings_are_searched_as_if_every_two_were_compared(similarity: float) -> None:
+def test_embedding_search_matches_exhaustive_search(similarity: float) -> None:
     rng = np.random.default_rng(0)
     centres_ND = rng.normal(size=(30, 16))
     rows_ND = centres_ND[rng.integers(0, 30, 300)] + rng.normal(size=(300, 16)) * rng.choice(
@@ -237,12 +235,12 @@ def test_embeddings_are_searched_as_if_every_two_were_compared(similarity: float
     )
 
 
-def test_a_chain_of_likes_does_not_collapse_into_its_first() -> None:
+def test_chain_of_similar_images_does_not_collapse() -> None:
     facts = [Signature(str(n), "", hashed((1 << 4 * n) - 1)) for n in range(4)]  # each 4 bits on
     assert twins(Dedup(by="perceptual", distance=4), facts) == [0, 0, 2, 2]
 
 
-def test_a_model_that_embeds_images_finds_what_it_finds_alike(home: Path, tmp_path: Path) -> None:
+def test_embedding_model_finds_images_with_similar_embeddings(home: Path, tmp_path: Path) -> None:
     folder = embedder(home)
     samples, _ = planted()
     made, dropped = run(
@@ -259,7 +257,7 @@ def test_a_model_that_embeds_images_finds_what_it_finds_alike(home: Path, tmp_pa
     assert made.parameters["model"] != str(folder) and len(made.parameters["model"]) == 64
 
 
-def test_an_unreadable_picture_does_not_take_its_neighbors_with_it(home: Path) -> None:
+def test_unreadable_image_does_not_affect_its_neighbors(home: Path) -> None:
     signer = ImageHasher("embedding", Pipeline.load(str(embedder(home)), "cpu"))
     told = signer([file(SCENES[0]), b"no picture", file(SCENES[1])])
     assert isinstance(told[1], BadSample) and isinstance(told[0], bytes) and told[0] != told[2]
@@ -272,13 +270,13 @@ def test_an_unreadable_picture_does_not_take_its_neighbors_with_it(home: Path) -
     ("fields", "words"),
     [
         ({"by": "embedding"}, "needs model=ARTIFACT"),
-        ({"model": "a/model"}, "by=bytes asks no model"),
+        ({"model": "a/model"}, "by=bytes uses no model"),
         ({"distance": 17}, "0 to 16 bits of 64; got 17"),
         ({"color": 256}, "0 to 255; got 256"),
         ({"similarity": 0.0}, r"cosine in \(0, 1\]; got 0"),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(fields: dict[str, Any], words: str) -> None:
+def test_conflicting_fields_are_rejected(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         Dedup(**fields)
 
@@ -308,7 +306,7 @@ def twins(curation: Dedup, facts: Sequence[Signature]) -> list[int]:
         yield from zip(samples, (f._asdict() for f in facts), strict=True)
 
     return [
-        n if v.samples else int(v.note.removeprefix("twin of "))
+        n if v.samples else int(v.note.removeprefix("duplicate of "))
         for n, v in enumerate(curation.decide(rows))
     ]
 

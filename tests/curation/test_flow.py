@@ -72,7 +72,7 @@ def rows(path: Path) -> list[Sample]:
     return list(open_dataset(str(path)).samples())
 
 
-def test_every_row_is_kept_or_dropped_or_put_aside(source: str, home: Path, tmp_path: Path) -> None:
+def test_every_row_is_kept_dropped_or_quarantined(source: str, home: Path, tmp_path: Path) -> None:
     made = run(source, tmp_path / "made", home)
     counts, aside = made.parameters["counts"], list(records(str(tmp_path / "made.quarantine")))
     kept = [s.key for s in ROWS if s.text == "banana bandana"]
@@ -84,7 +84,7 @@ def test_every_row_is_kept_or_dropped_or_put_aside(source: str, home: Path, tmp_
     assert [s.key for s in rows(tmp_path / "made")] == kept and not verify(str(tmp_path / "made"))
 
 
-def test_a_row_knows_where_it_comes_from(source: str, home: Path, tmp_path: Path) -> None:
+def test_row_has_provenance(source: str, home: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "made", home)
     digest = open_dataset(source).manifest.digest
     for sample in rows(tmp_path / "made"):
@@ -96,7 +96,7 @@ def test_a_row_knows_where_it_comes_from(source: str, home: Path, tmp_path: Path
         }
 
 
-def test_the_manifest_says_how_it_was_made(source: str, home: Path, tmp_path: Path) -> None:
+def test_manifest_records_the_parameters(source: str, home: Path, tmp_path: Path) -> None:
     made = run(source, tmp_path / "made", home, at_least=2)
     told = {name: made.parameters[name] for name in ("letters", "at_least", "copies")}
     assert told == {
@@ -124,15 +124,13 @@ def test_a_run_that_was_cut_off_judges_only_what_was_left_and_ends_as_an_unbroke
         f"row-{i}" for i in range(168, 400)
     ]  # but for the row group in which it stopped
     assert said[0] == (
-        "vowels: 400 rows to judge; 10 of 25 shards were judged before; a shard that was cut off goes on where it was"
+        "vowels: 400 rows to annotate; 10 of 25 shards are already annotated; an interrupted shard resumes"
     )
     assert files(dest) == [f"{n:05d}.jsonl" for n in range(25)]
     assert broken.digest == run(source, tmp_path / "whole", home).digest
 
 
-def test_a_run_that_was_killed_loses_no_more_than_the_row_group_under_way(
-    home: Path, tmp_path: Path
-) -> None:
+def test_killed_run_loses_only_the_current_row_group(home: Path, tmp_path: Path) -> None:
     source, dest, desk = (
         written(tmp_path / "one-shard", ROWS[:100], shard_rows=4096),
         tmp_path / "made",
@@ -151,7 +149,7 @@ def test_a_run_that_was_killed_loses_no_more_than_the_row_group_under_way(
 
 
 @pytest.mark.parametrize("scheme", ["", "memory:/"])
-def test_what_a_part_holds_counts_up_to_its_last_whole_row_group(
+def test_incomplete_file_counts_up_to_its_last_complete_row_group(
     scheme: str, tmp_path: Path
 ) -> None:
     path = f"{scheme}{tmp_path}/facts/0.jsonl"
@@ -170,14 +168,14 @@ def test_what_a_part_holds_counts_up_to_its_last_whole_row_group(
         asked.append(known)
         yield from (told[start : start + 2] for start in range(2 * known, 7, 2))
 
-    assert annotations.cut_off(path.rpartition("/")[0])
+    assert annotations.has_parts(path.rpartition("/")[0])
     annotations.save(path, 2, rest)
     assert asked == [2] and list(annotations.read(path, 7)) == told
     left = sorted(str(file).rpartition("/")[2] for file in fs.ls(root, detail=False))
     assert left == ["0.jsonl", "1.jsonl.33333333.part"]
 
 
-def test_a_file_of_facts_that_is_gone_is_judged_again_and_no_other(
+def test_only_a_missing_annotation_file_is_written_again(
     source: str, home: Path, tmp_path: Path
 ) -> None:
     dest = tmp_path / "made"
@@ -190,7 +188,7 @@ def test_a_file_of_facts_that_is_gone_is_judged_again_and_no_other(
     assert judged(dest) == [f"row-{i}" for i in range(112, 128)]
 
 
-def test_another_threshold_takes_the_same_facts_and_another_letter_does_not(
+def test_another_threshold_reuses_annotations_and_another_letter_does_not(
     source: str, home: Path, tmp_path: Path
 ) -> None:
     dest = tmp_path / "made"
@@ -206,7 +204,7 @@ def test_another_threshold_takes_the_same_facts_and_another_letter_does_not(
     assert len(judged(dest)) == 400
 
 
-def test_what_is_there_is_taken_as_it_is(source: str, home: Path, tmp_path: Path) -> None:
+def test_existing_dataset_is_reused(source: str, home: Path, tmp_path: Path) -> None:
     first = run(source, tmp_path / "made", home)
     judged(tmp_path / "made")
     shutil.rmtree(tmp_path / "made.judged")
@@ -228,14 +226,14 @@ def test_what_is_there_is_taken_as_it_is(source: str, home: Path, tmp_path: Path
         ),
     ],
 )
-def test_a_place_that_holds_what_was_made_otherwise_is_refused_with_both_values(
+def test_dest_made_with_other_fields_is_rejected_with_both_values(
     change: dict[str, Any], had: str, wanted: str, source: str, home: Path, tmp_path: Path
 ) -> None:
     run(source, tmp_path / "made", home)
     with pytest.raises(DataError) as caught:
         run(source, tmp_path / "made", home, **change)
     assert str(caught.value) == (
-        f"{tmp_path / 'made'} holds another dataset: it was made with `{had}`, and asked for is `{wanted}`; "
+        f"{tmp_path / 'made'} holds another dataset: it was made with `{had}`; expected `{wanted}`; "
         "delete it or choose another place"
     )
 
@@ -248,12 +246,12 @@ def test_a_place_that_holds_other_sources_or_another_curations_work_is_refused(
     one, two = (open_dataset(place).manifest.digest[:8] for place in (source, other))
     with pytest.raises(
         DataError,
-        match=rf"with `'sources={one} of /[^`]*`, and asked for is `'sources={one}, {two} of /",
+        match=rf"with `'sources={one} of /[^`]*`; expected `'sources={one}, {two} of /",
     ):
         run([source, other], tmp_path / "made", home)
     with pytest.raises(
         DataError,
-        match=r"made with `curation=tests`, and asked for is `curation=tests.curation.vow",
+        match=r"made with `curation=tests`; expected `curation=tests.curation.vow",
     ):
         run(source, Path(other), home)
 
@@ -312,7 +310,7 @@ def test_a_row_may_become_several(source: str, home: Path, tmp_path: Path) -> No
     )
 
 
-def test_examples_show_some_rows_of_every_reason(source: str, home: Path, tmp_path: Path) -> None:
+def test_examples_contain_rows_of_every_reason(source: str, home: Path, tmp_path: Path) -> None:
     made = run(source, tmp_path / "made", home)
     curation = Vowels(desk=str(tmp_path / "desk"))
     making = CurationRun.of(curation, [source], str(tmp_path / "made"), home)
@@ -323,7 +321,7 @@ def test_examples_show_some_rows_of_every_reason(source: str, home: Path, tmp_pa
         for one in shown
     )
     shutil.rmtree(tmp_path / "made.judged")
-    with pytest.raises(DataError, match="is gone; delete the dataset and curate it again"):
+    with pytest.raises(DataError, match=r"is gone\. Fix: delete the dataset and curate it again"):
         list(examples(making, made.parameters["counts"]))
 
 
@@ -342,9 +340,9 @@ class Short(Vowels):
 
 
 @pytest.mark.parametrize(
-    ("off_by", "words"), [(-1, "fewer verdicts than rows; 'row-399' has none"), (1, "more")]
+    ("off_by", "words"), [(-1, "fewer decisions than rows. Got none for 'row-399'"), (1, "more")]
 )
-def test_a_curation_that_forgets_a_row_or_decides_twice_is_an_error(
+def test_too_few_or_too_many_decisions_raise(
     off_by: int, words: str, source: str, home: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=words):
@@ -352,9 +350,7 @@ def test_a_curation_that_forgets_a_row_or_decides_twice_is_an_error(
     assert not (tmp_path / "made").exists()
 
 
-def test_too_many_rows_that_cannot_be_judged_are_an_error_that_names_their_table(
-    home: Path, tmp_path: Path
-) -> None:
+def test_too_many_quarantined_rows_raise_with_their_table(home: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"1 of 199 rows are bad \(1 bad_row\).*read .*made\.quarantine"
     ):
@@ -367,9 +363,7 @@ def test_too_many_rows_that_cannot_be_judged_are_an_error_that_names_their_table
     assert run(enough, tmp_path / "right", home).quarantined == {"bad_row": 1}  # 0.5 % exactly
 
 
-def test_a_larger_share_of_bad_rows_may_be_allowed_and_judges_nothing_again(
-    home: Path, tmp_path: Path
-) -> None:
+def test_larger_max_bad_reuses_the_annotations(home: Path, tmp_path: Path) -> None:
     few, dest = written(tmp_path / "few", ROWS[:160]), tmp_path / "made"
     with pytest.raises(DataError, match="1 of 160 rows are bad"):
         run(few, dest, home)
@@ -384,7 +378,7 @@ def test_a_larger_share_of_bad_rows_may_be_allowed_and_judges_nothing_again(
             Limits(max_bad=share)
 
 
-def test_what_is_said_of_the_rows_tells_those_that_came_in_from_those_that_come_out(
+def test_messages_count_source_rows_and_new_samples(
     source: str, home: Path, tmp_path: Path
 ) -> None:
     said = list[str]()
@@ -392,14 +386,12 @@ def test_what_is_said_of_the_rows_tells_those_that_came_in_from_those_that_come_
     run(source, tmp_path / "several", home, say=said.append, copies=3)
     assert (
         said[1]
-        == "vowels: 266 of 400 rows go on (266 kept; 132 too few vowels; 2 put aside: bad_row)"
+        == "vowels: kept 266 of 400 rows (266 kept; 132 too few vowels; 2 quarantined: bad_row)"
     )
-    assert said[3] == said[1].replace("go on", "go on and become 798")
+    assert said[3] == said[1].replace(" rows (", " rows as 798 samples (")
 
 
-def test_the_share_of_bad_rows_is_of_those_that_come_in(
-    source: str, home: Path, tmp_path: Path
-) -> None:
+def test_max_bad_is_a_share_of_source_rows(source: str, home: Path, tmp_path: Path) -> None:
     """Of 400 rows 2 are bad; that only one is kept makes them no more."""
     lone = [
         *ROWS[:1],
@@ -409,10 +401,10 @@ def test_the_share_of_bad_rows_is_of_those_that_come_in(
     assert run(written(tmp_path / "lone", lone), tmp_path / "made", home).rows == 1
 
 
-def test_a_curation_that_keeps_nothing_says_so(source: str, home: Path, tmp_path: Path) -> None:
+def test_curation_that_keeps_nothing_raises(source: str, home: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"nothing of 400 rows \(398 too few vowels; 2 put aside: bad_row\), so .*made is not",
+        match=r"nothing of 400 rows \(398 too few vowels; 2 quarantined: bad_row\), so .*made is not",
     ):
         run(source, tmp_path / "made", home, at_least=9)
 
@@ -420,12 +412,12 @@ def test_a_curation_that_keeps_nothing_says_so(source: str, home: Path, tmp_path
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda lines: lines[:-1], "15 facts for 16 rows"),
-        (lambda lines: [*lines[:3], "{", *lines[4:]], "line 4: no fact"),
-        (lambda lines: lines[::-1], "has the key 'row-15' for 'row-0'"),
+        (lambda lines: lines[:-1], "wrong number of annotations. Got 15; expected 16"),
+        (lambda lines: [*lines[:3], "{", *lines[4:]], "line 4: not an annotation"),
+        (lambda lines: lines[::-1], "Got key 'row-15'; expected 'row-0'"),
     ],
 )
-def test_facts_that_were_changed_by_hand_are_an_error(
+def test_edited_annotations_raise(
     spoil: Callable[[list[str]], list[str]], words: str, source: str, home: Path, tmp_path: Path
 ) -> None:
     run(source, tmp_path / "made", home)
@@ -436,7 +428,7 @@ def test_facts_that_were_changed_by_hand_are_an_error(
         run(source, tmp_path / "made", home)
 
 
-def test_nothing_is_made_inside_a_dataset(source: str, home: Path, tmp_path: Path) -> None:
+def test_dest_inside_a_dataset_is_rejected(source: str, home: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"deep/made is inside the dataset .*source, which must not change"
     ):
@@ -444,7 +436,7 @@ def test_nothing_is_made_inside_a_dataset(source: str, home: Path, tmp_path: Pat
     assert verify(source) == []
 
 
-def test_a_source_is_needed_and_stands_once(source: str, home: Path, tmp_path: Path) -> None:
+def test_sources_are_required_and_unique(source: str, home: Path, tmp_path: Path) -> None:
     for sources in ([], [source, source]):
         with pytest.raises(DataError, match="one source or several, each once"):
             run(sources, tmp_path / "made", home)
@@ -455,7 +447,7 @@ def test_a_source_is_needed_and_stands_once(source: str, home: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_actors_make_what_one_process_makes_and_raise_what_it_raises(
+def test_actors_match_one_process_in_results_and_errors(
     source: str, home: Path, tmp_path: Path
 ) -> None:
     alone = run(source, tmp_path / "alone", home)

@@ -58,19 +58,19 @@ def test_a_box_is_a_texts_if_its_label_is_among_the_words_of_the_ocr() -> None:
 
 
 @pytest.mark.parametrize("ocr", ["SALE, 50 %", '"Sale!"\n(50 %)', "50 %: SALE"])
-def test_a_label_beside_punctuation_is_a_texts(ocr: str) -> None:
+def test_label_next_to_punctuation_is_a_text(ocr: str) -> None:
     found = told(row(boxes=SIGN, ocr=ocr))
     assert found.keys() == {"text.alone", "text.place", "text.box"}
     assert '"SALE"' in found["text.place"] and '"50 %"' in found["text.place"]
 
 
-def test_a_labels_words_stand_together_and_in_order_to_be_a_texts() -> None:
+def test_words_of_a_text_label_are_adjacent_and_in_order() -> None:
     boxes = (Box(0, (0.1, 0.1, 0.3, 0.3), "red sale"), Box(0, (0.5, 0.5, 0.9, 0.9), "&"))
     assert "text.place" not in told(row(boxes=boxes, ocr="sale, red; red hot sale; A&B"))
     assert '"&"' in told(row(boxes=boxes, ocr="A & B"))["text.place"]
 
 
-def test_every_template_says_what_its_granularity_is_for() -> None:
+def test_every_template_contains_the_fields_of_its_granularity() -> None:
     seen: dict[str, set[str]] = {name: set() for name in TEMPLATES}
     for number in range(60):
         for name, text in told(
@@ -98,9 +98,7 @@ def test_every_template_says_what_its_granularity_is_for() -> None:
     st.lists(st.floats(0, 1), min_size=2, max_size=2),
     st.lists(st.floats(0, 1), min_size=2, max_size=2),
 )
-def test_coordinates_are_shares_with_two_decimals_and_never_a_line(
-    x: list[float], y: list[float]
-) -> None:
+def test_coordinates_have_two_decimals_and_a_positive_area(x: list[float], y: list[float]) -> None:
     box = Box(0, (min(x), min(y), max(x), max(y)), "dog")
     found = told(row(boxes=(box,)), caption=False)
     rounded = [round(share, 2) for share in box.corners]
@@ -126,9 +124,7 @@ def test_coordinates_are_shares_with_two_decimals_and_never_a_line(
         ((1.0, 1.0, 1.0, 1.0), "in the lower right"),
     ],
 )
-def test_a_place_is_where_the_middle_lies(
-    box: tuple[float, float, float, float], words: str
-) -> None:
+def test_place_is_that_of_the_center(box: tuple[float, float, float, float], words: str) -> None:
     assert place(Box(0, box, "x")) == words
 
 
@@ -152,7 +148,7 @@ def test_a_relation_turns_round_with_its_boxes(one: Any, other: Any, words: str)
     assert relation(Box(0, other), Box(0, one)) == turned[words]
 
 
-def test_things_are_told_in_reading_order_and_the_largest_of_too_many() -> None:
+def test_largest_things_are_listed_in_reading_order() -> None:
     boxes = tuple(
         Box(0, (x / 10, 0.5, x / 10 + 0.01 * (x + 1), 0.6), f"thing{x}") for x in (7, 2, 5, 0)
     )
@@ -180,7 +176,7 @@ def test_one_granularity_is_drawn_by_seed_and_key() -> None:
     assert len(counts) == 3 and min(counts.values()) > 15
 
 
-def test_the_rows_own_caption_stands_before_or_is_left_out() -> None:
+def test_own_caption_comes_first_or_is_left_out() -> None:
     assert all(text.startswith("a shop ") for text in told(row(boxes=PETS)).values())
     assert not any("shop" in text for text in told(row(boxes=PETS), caption=False).values())
 
@@ -190,7 +186,7 @@ def test_braces_in_a_label_stay_text() -> None:
     assert '"{0} {} {ocr}"' in found["text.alone"] and '"{0}"' in found["text.place"]
 
 
-def test_a_row_without_anything_to_tell_is_dropped_and_one_of_two_images_put_aside(
+def test_row_without_boxes_is_dropped_and_row_of_two_images_quarantined(
     home: Path,
 ) -> None:
     two = Sample("two", (IMAGE, IMAGE), (Part("caption", image=0), Part("caption", image=1)))

@@ -30,7 +30,7 @@ def blip(home: Path) -> System:
     return override(System(name="blip", paper="-", stages=stages), short)
 
 
-def test_the_stage_reads_what_its_curation_made_of_the_stages_before(home: Path, run: str) -> None:
+def test_stage_reads_the_dataset_of_its_curation(home: Path, run: str) -> None:
     tracker, folder = MemoryTracker(), home / "runs" / run
     go(blip(home), home, run, stages=None, tracker=tracker)
     made = open_dataset(str(folder / "bootstrap" / "curated" / "capfilt"))
@@ -56,9 +56,7 @@ def test_a_finished_stage_needs_its_curated_data_no_more(home: Path, run: str) -
     assert not (home / "runs" / run / "bootstrap" / "curated").exists()
 
 
-def test_what_a_curation_needs_is_asked_for_before_anything_is_written(
-    home: Path, run: str
-) -> None:
+def test_requirements_of_a_curation_are_checked_before_writing(home: Path, run: str) -> None:
     with pytest.raises(
         RunError,
         match="its curation uses captioner, which this run has not trained; train it first",
@@ -70,7 +68,7 @@ def test_what_a_curation_needs_is_asked_for_before_anything_is_written(
     assert not (home / "runs" / run).exists()
 
 
-def test_the_command_tells_what_it_kept_and_draws_it(home: Path, run: str, tmp_path: Path) -> None:
+def test_command_prints_counts_and_draws_the_sheet(home: Path, run: str, tmp_path: Path) -> None:
     system = blip(home)
     go(system, home, run, stages=["pretrain", "captioner", "filter"])
     folder, web = home / "runs" / run, written(tmp_path / "web", list(flags())[:16])

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bridgework.config import config_class as bridgework_spec
-from bridgework.curation import llm, talk
+from bridgework.curation import conversation_parser, llm
 from bridgework.curation.instruct import DESCRIBE, Instruct
 from bridgework.curation.runner import make
 from bridgework.data.dataset import open_dataset
@@ -25,7 +25,7 @@ from tests.curation.models import Scripted, completion, decided, endpoint, judge
 from tests.curation.support import flags, written
 
 FLAGS = list(flags())
-KINDS = tuple(talk.KINDS)
+KINDS = tuple(conversation_parser.KINDS)
 GOOD = {
     "conversation": "Question: What is it?\nAnswer: A flag.\nQuestion: Which colors?\nAnswer: Red and blue.",
     "detail": "The picture shows a flag of two colors. " * 6,
@@ -64,7 +64,7 @@ def turns(sample: Sample) -> list[str | int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_examples_that_a_writer_sees_are_what_it_is_asked_for(kind: str) -> None:
+def test_prompt_examples_can_be_parsed(kind: str) -> None:
     """Every prompt holds two or three, and each reads as a talk of its kind."""
     with endpoint(good) as server:
         judged(spec(server, kinds=(kind,)), FLAGS[:1], Path())
@@ -72,7 +72,9 @@ def test_the_examples_that_a_writer_sees_are_what_it_is_asked_for(kind: str) -> 
     shown = [
         message["content"] for message in request["messages"] if message["role"] == "assistant"
     ]
-    assert 2 <= len(shown) <= 3 and all(talk.read(example, kind) for example in shown)
+    assert 2 <= len(shown) <= 3 and all(
+        conversation_parser.parse(example, kind) for example in shown
+    )
     assert [m["role"] for m in request["messages"]] == [
         "system",
         *["user", "assistant"] * len(shown),
@@ -128,14 +130,14 @@ def test_the_examples_that_a_writer_sees_are_what_it_is_asked_for(kind: str) -> 
         ),
     ],
 )
-def test_what_is_no_such_talk_is_named(kind: str, raw: str, fault: str) -> None:
+def test_invalid_answer_is_rejected_with_a_reason(kind: str, raw: str, fault: str) -> None:
     with pytest.raises(DataError, match=fault):
-        talk.read(raw, kind)
+        conversation_parser.parse(raw, kind)
 
 
 def test_marks_around_the_speakers_and_lines_within_an_answer_are_read() -> None:
     raw = "**Question 1:** What is it?\n**Answer:** A flag.\nIt waves.\n\n## Question: Why?\nANSWER: Wind."
-    assert talk.read(raw, "conversation") == [
+    assert conversation_parser.parse(raw, "conversation") == [
         ("What is it?", "A flag.\nIt waves."),
         ("Why?", "Wind."),
     ]
@@ -167,10 +169,13 @@ TALKS = {
 
 @pytest.mark.parametrize("language", TALKS)
 @pytest.mark.parametrize("labels", [("Question: ", "Answer: "), ("Question\uff1a", "Answer\uff1a")])
-def test_a_talk_is_whole_in_any_script(language: str, labels: tuple[str, str]) -> None:
+def test_conversation_is_complete_in_any_script(language: str, labels: tuple[str, str]) -> None:
     said = TALKS[language]
     raw = "\n".join(f"{labels[n % 2]}{text}" for n, text in enumerate(said))
-    assert talk.read(raw, "conversation") == [(said[0], said[1]), (said[2], said[3])]
+    assert conversation_parser.parse(raw, "conversation") == [
+        (said[0], said[1]),
+        (said[2], said[3]),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -183,9 +188,12 @@ def test_a_talk_is_whole_in_any_script(language: str, labels: tuple[str, str]) -
         ("질문 1: ", "답변 1: "),
     ],
 )
-def test_speakers_may_be_named_in_the_language_of_the_talk(question: str, answer: str) -> None:
+def test_speaker_labels_may_be_in_the_language_of_the_text(question: str, answer: str) -> None:
     raw = f"{question}什么？\n{answer}房子。\n{question}颜色？\n{answer}红色。"
-    assert talk.read(raw, "conversation") == [("什么？", "房子。"), ("颜色？", "红色。")]
+    assert conversation_parser.parse(raw, "conversation") == [
+        ("什么？", "房子。"),
+        ("颜色？", "红色。"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -202,10 +210,10 @@ def test_speakers_may_be_named_in_the_language_of_the_talk(question: str, answer
 )
 def test_a_description_is_as_long_in_any_script(text: str, fault: str | None) -> None:
     if fault is None:
-        assert talk.read(text, "detail") == [("", text.strip())]
+        assert conversation_parser.parse(text, "detail") == [("", text.strip())]
     else:
         with pytest.raises(DataError, match=fault):
-            talk.read(text, "detail")
+            conversation_parser.parse(text, "detail")
 
 
 @pytest.mark.parametrize(
@@ -226,13 +234,15 @@ def test_a_description_is_as_long_in_any_script(text: str, fault: str | None) ->
         ("The coordinates place it on the left.", True),
     ],
 )
-def test_texts_in_a_picture_are_no_source_and_captions_are(answer: str, tells: bool) -> None:
+def test_references_to_captions_are_rejected_but_not_to_text_in_the_image(
+    answer: str, tells: bool
+) -> None:
     raw = f"Question: What is there?\nAnswer: {answer}\nQuestion: Why?\nAnswer: Wind."
     if tells:
         with pytest.raises(DataError, match="it tells on its source"):
-            talk.read(raw, "conversation")
+            conversation_parser.parse(raw, "conversation")
     else:
-        assert talk.read(raw, "conversation")[0][1] == answer
+        assert conversation_parser.parse(raw, "conversation")[0][1] == answer
 
 
 # --- what is asked ---------------------------------------------------------------------------------------------------
@@ -292,7 +302,7 @@ def test_a_request_says_how_to_draw_and_carries_the_key(
     )
 
 
-def test_a_picture_is_sent_only_where_it_is_to_be_shown(home: Path) -> None:
+def test_image_is_sent_only_with_show(home: Path) -> None:
     with endpoint(good) as server:
         judged(spec(server, show=True, kinds=("detail",)), FLAGS[:1], home)
     text, shown = server.asked[0]["messages"][-1]["content"]
@@ -301,7 +311,7 @@ def test_a_picture_is_sent_only_where_it_is_to_be_shown(home: Path) -> None:
     assert base64.b64decode(data) == FLAGS[0].images[0]
 
 
-def test_no_more_requests_are_under_way_than_allowed(home: Path) -> None:
+def test_concurrent_requests_are_limited(home: Path) -> None:
     three = threading.Barrier(3, timeout=60)
 
     def together(request: dict[str, Any]) -> str:
@@ -316,7 +326,7 @@ def test_no_more_requests_are_under_way_than_allowed(home: Path) -> None:
 # --- when it goes wrong ----------------------------------------------------------------------------------------------
 
 
-def test_an_answer_that_is_no_talk_is_asked_for_once_more_and_then_dropped(home: Path) -> None:
+def test_invalid_answer_is_requested_once_again_then_dropped(home: Path) -> None:
     first = set[str]()
 
     def answer(request: dict[str, Any]) -> str:
@@ -360,7 +370,7 @@ def test_a_busy_endpoint_is_asked_again_and_a_refused_request_has_no_answer(home
     assert whys == ["kept", "no answer to use: it is empty"]
 
 
-def test_an_answer_of_no_text_is_asked_for_once_more_and_then_dropped(home: Path) -> None:
+def test_empty_answer_is_requested_once_again_then_dropped(home: Path) -> None:
     with endpoint(lambda request: completion(None)) as server:
         curation = spec(server, kinds=("detail",))
         facts = judged(curation, FLAGS[:1], home)
@@ -376,7 +386,7 @@ class Impatient(Instruct):
         return llm.ChatEndpoint(self.endpoint or "", self.model or "", attempts=2, parallel=2)
 
 
-def test_what_is_no_completion_is_never_kept_and_the_work_goes_on_once_the_endpoint_is_mended(
+def test_malformed_completions_are_not_stored_and_the_run_resumes(
     home: Path, tmp_path: Path
 ) -> None:
     source, dest = written(tmp_path / "source", FLAGS[:24]), str(tmp_path / "made")
@@ -401,7 +411,7 @@ def test_what_is_no_completion_is_never_kept_and_the_work_goes_on_once_the_endpo
     )  # the first row group was kept
 
 
-def test_what_is_no_picture_is_put_aside_and_what_has_no_caption_dropped(home: Path) -> None:
+def test_invalid_image_is_quarantined_and_row_without_caption_dropped(home: Path) -> None:
     torn = pair("torn", FLAGS[0].images[0][:40], "a torn flag")
     bare = Sample("bare", FLAGS[1].images, (Part("caption", image=0),))
     with endpoint(good) as server:
@@ -416,7 +426,7 @@ def test_what_is_no_picture_is_put_aside_and_what_has_no_caption_dropped(home: P
 # --- what comes out --------------------------------------------------------------------------------------------------
 
 
-def test_every_kind_becomes_a_conversation_about_the_picture(home: Path) -> None:
+def test_every_kind_becomes_a_conversation_about_the_image(home: Path) -> None:
     with endpoint(good) as server:
         curation = spec(server)
         (verdict,) = decided(curation, FLAGS[:1], judged(curation, FLAGS[:1], home))
@@ -434,7 +444,7 @@ def test_every_kind_becomes_a_conversation_about_the_picture(home: Path) -> None
     assert told["instruct.kind"] == "reasoning" and told["instruct.model"] == "writer-1"
 
 
-def test_the_picture_stands_before_or_behind_the_first_question_as_often(home: Path) -> None:
+def test_image_is_before_or_after_the_first_question_equally_often(home: Path) -> None:
     with endpoint(good) as server:
         curation = spec(server, kinds=("conversation",))
         verdicts = decided(curation, FLAGS, judged(curation, FLAGS, home))
@@ -448,7 +458,7 @@ def test_the_picture_stands_before_or_behind_the_first_question_as_often(home: P
                           for n in range(len(FLAGS))])]  # fmt: skip
 
 
-def test_deciding_again_asks_nobody(home: Path, tmp_path: Path) -> None:
+def test_deciding_again_sends_no_request(home: Path, tmp_path: Path) -> None:
     coco = [pair(f"{f.key}#{n}", f.images[0], f"{f.text} {n}") for f in FLAGS[:8] for n in range(5)]
     source, dest = written(tmp_path / "source", coco), str(tmp_path / "made")
     with endpoint(good) as server:
@@ -467,7 +477,7 @@ def test_deciding_again_asks_nobody(home: Path, tmp_path: Path) -> None:
     assert len(images) == 2 * len(set(images))
 
 
-def test_another_writer_into_the_same_place_is_refused_with_both_writers(
+def test_another_model_at_the_same_dest_is_rejected_with_both_names(
     home: Path, tmp_path: Path
 ) -> None:
     source, dest = written(tmp_path / "source", FLAGS[:4]), str(tmp_path / "made")
@@ -505,7 +515,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_a_local_model_writes_what_transformers_writes(llama: str) -> None:
+def test_local_model_matches_transformers(llama: str) -> None:
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}]
     asked = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     tokenizer, model = load_tokenizer(llama), LlamaForCausalLM.from_pretrained(llama)
@@ -518,13 +528,13 @@ def test_a_local_model_writes_what_transformers_writes(llama: str) -> None:
     assert drawn(messages, 1) == drawn(messages, 1) != drawn(messages, 2)
 
 
-def test_a_trained_stage_writes_too(home: Path) -> None:
+def test_trained_stage_generates_too(home: Path) -> None:
     asked = llm.LocalChatModel(writer(home), max_tokens=6, temperature=1.0)
     messages = [{"role": "user", "content": "hello"}]
     assert asked(messages, 3) == asked(messages, 3) != asked(messages, 4)
 
 
-def test_what_a_local_model_babbles_is_dropped(llama: str, home: Path) -> None:
+def test_meaningless_answers_of_a_local_model_are_dropped(llama: str, home: Path) -> None:
     curation = Instruct(lm=llama, kinds=("detail",), max_tokens=8)
     facts = judged(curation, FLAGS[:2], home)
     assert all(len(fact["answers"]["detail"]) == 2 for fact in facts)
@@ -535,7 +545,7 @@ def test_what_a_local_model_babbles_is_dropped(llama: str, home: Path) -> None:
     assert Instruct(lm=llama, kinds=("reasoning",)).models(home)["prompts"] != digests["prompts"]
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_model_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="holds no language model"):
         Instruct(lm=str(tmp_path)).models(tmp_path)
 
@@ -555,7 +565,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         (lambda: Instruct(lm="folder", parallel=0), "parallel 1"),
     ],
 )
-def test_a_writer_that_cannot_be_asked_is_refused(
+def test_model_without_chat_template_is_rejected(
     make_one: Callable[[], Instruct], words: str
 ) -> None:
     with pytest.raises(SpecError, match=words):

@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from bridgework.curation.interleave import Interleave, Unit, assigned, up_to, window
+from bridgework.curation.interleave import (
+    Interleave,
+    Unit,
+    assign_images,
+    cut_window,
+    truncate_images,
+)
 from bridgework.curation.runner import Decision, make
 from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Part, Sample, pair
@@ -114,7 +120,7 @@ def _fits(whole: Sequence[str | int], items: Sequence[str | int]) -> bool:
     st.integers(0, 60),
     st.integers(1, 40),
 )
-def test_cut_anywhere_every_whole_character_and_image_stays_once(
+def test_windows_cut_anywhere_contain_every_complete_character_and_image_once(
     items: list[str | int], begin: int, more: int
 ) -> None:
     """Against a document spelled out: a list of characters, each with the bytes that it takes, and of images."""
@@ -132,7 +138,7 @@ def test_cut_anywhere_every_whole_character_and_image_stays_once(
         if begin <= at and at + taken <= begin + more:
             inside.append(what)
         at += taken
-    found = window(units(document(*items)), begin, begin + more)
+    found = cut_window(units(document(*items)), begin, begin + more)
     numbers = list(dict.fromkeys(item for item in items if isinstance(item, int)))
     assert [
         x
@@ -145,7 +151,7 @@ def _is_utf8(text: str) -> bool:
     return all(not "\ud800" <= c <= "\udfff" for c in text)
 
 
-def test_a_character_of_several_bytes_is_never_broken(home: Path) -> None:
+def test_character_of_several_bytes_is_not_split(home: Path) -> None:
     sample = document(*(item for n in range(6) for item in (n, "橋🚤ß" * 8)))
     for made in cut(sample, home, length=37, windows=40).samples:
         assert set("".join(item for item in read(made) if isinstance(item, str))) <= set("橋🚤ß")
@@ -154,14 +160,14 @@ def test_a_character_of_several_bytes_is_never_broken(home: Path) -> None:
 
 def test_an_image_that_the_window_cuts_is_dropped_with_its_place() -> None:
     parts = units(document("abc", 0, "def", 1, "ghi"), image_tokens=4)
-    assert [p.image for p in window(parts, 4, 12) if p.image is not None] == []
-    assert [p.text for p in window(parts, 4, 12)] == ["def"]
-    assert [p.image for p in window(parts, 3, 14)] == [0, None, 1]
+    assert [p.image for p in cut_window(parts, 4, 12) if p.image is not None] == []
+    assert [p.text for p in cut_window(parts, 4, 12)] == ["def"]
+    assert [p.image for p in cut_window(parts, 3, 14)] == [0, None, 1]
 
 
-def test_images_behind_the_last_that_may_stay_are_dropped_and_texts_are_not() -> None:
+def test_images_after_the_limit_are_dropped_but_texts_are_kept() -> None:
     parts = list(document("a", 0, "b", 1, "c", 2, "d").parts)
-    assert [p.image if p.text is None else p.text for p in up_to(parts, 2)] == [
+    assert [p.image if p.text is None else p.text for p in truncate_images(parts, 2)] == [
         "a",
         0,
         "b",
@@ -207,7 +213,7 @@ def test_a_tokenizer_of_words_counts_its_own_tokens(
 @given(st.integers(1, 4), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_the_assignment_is_the_best_one_to_one(images: int, texts: int, draws: Any) -> None:
     near = [[draws.uniform(-1, 1) for _ in range(texts)] for _ in range(images)]
-    found = assigned(near, -1.0)
+    found = assign_images(near, -1.0)
     assert len(found) == len(set(found.values())) == min(images, texts)
     longer, shorter = max(images, texts), min(images, texts)
     sums = (
@@ -215,7 +221,7 @@ def test_the_assignment_is_the_best_one_to_one(images: int, texts: int, draws: A
         for order in permutations(range(longer), shorter)
     )
     assert sum(near[image][text] for image, text in found.items()) == pytest.approx(max(sums))
-    assert assigned(near, 0.2) == {
+    assert assign_images(near, 0.2) == {
         image: text for image, text in found.items() if near[image][text] >= 0.2
     }
 
@@ -249,7 +255,7 @@ def test_images_that_fit_nothing_and_small_files_are_dropped(home: Path) -> None
     assert not small.samples and small.why == "no image that fits a text"
 
 
-def test_other_thresholds_need_no_model_again(home: Path, tmp_path: Path) -> None:
+def test_other_thresholds_reuse_the_annotations(home: Path, tmp_path: Path) -> None:
     samples = [document(FLAGS[n].text, n, FLAGS[n + 1].text, key=f"doc-{n}") for n in range(8)]
     source = written(tmp_path / "source", samples)
     first = make(
@@ -272,7 +278,9 @@ def test_other_thresholds_need_no_model_again(home: Path, tmp_path: Path) -> Non
 # --- what is dropped, put aside, refused -----------------------------------------------------------------------------
 
 
-def test_what_is_no_document_is_put_aside_and_what_has_no_image_dropped(home: Path) -> None:
+def test_row_that_is_not_a_document_is_quarantined_and_one_without_image_dropped(
+    home: Path,
+) -> None:
     talk = Sample(
         "talk",
         FLAGS[0].images,
@@ -300,10 +308,10 @@ def test_what_is_no_document_is_put_aside_and_what_has_no_image_dropped(home: Pa
     ("make_one", "words"),
     [
         (lambda: Interleave(windows=0), "windows is at least 1; got 0"),
-        (lambda: Interleave(length=2), "length 2 leaves no room beside an image of 2"),
+        (lambda: Interleave(length=2), "length 2 leaves no room for text next to an image"),
         (lambda: Interleave(min_similarity=2.0), r"min_similarity lies in \[-1, 1\]"),
     ],
 )
-def test_windows_that_cannot_be_are_refused(make_one: Callable[[], Interleave], words: str) -> None:
+def test_invalid_windows_are_rejected(make_one: Callable[[], Interleave], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         make_one()

@@ -13,7 +13,7 @@ def scores(web: float | None, written: float | None, text: str = "two cats") -> 
 
 
 def origins(told: Scores, threshold: float) -> list[str]:
-    return [each.origin for each in told.kept("a dog", threshold)[0]]
+    return [each.origin for each in told.select("a dog", threshold)[0]]
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def origins(told: Scores, threshold: float) -> list[str]:
         (1.0, None, ["web"]),
     ],
 )
-def test_each_text_stays_by_its_own_score(
+def test_each_text_is_kept_by_its_own_score(
     web: float | None, written: float | None, kept: list[str]
 ) -> None:
     assert origins(scores(web, written), 0.0) == kept
@@ -39,23 +39,23 @@ def test_the_threshold_is_of_the_logit() -> None:
     assert origins(scores(1.0, 3.0), -2.0) == ["web", "written"]
 
 
-def test_a_text_that_was_written_again_is_kept_once() -> None:
-    again, why = scores(1.0, 1.0, " a dog\n").kept("a dog", 0.0)
+def test_repeated_text_is_kept_once() -> None:
+    again, why = scores(1.0, 1.0, " a dog\n").select("a dog", 0.0)
     assert [each.origin for each in again] == ["web"] and why == "web text, which was written again"
     assert origins(scores(-1.0, 1.0, "a dog"), 0.0) == ["written"]
 
 
-def test_of_several_written_texts_each_stays_by_its_own_score_and_once() -> None:
+def test_each_of_several_generated_texts_is_kept_by_its_score_and_once() -> None:
     several = Scores(["a cat", "two cats", "a cat ", "a bird"], -1.0, [1.0, 2.0, 3.0, -1.0])
-    kept, why = several.kept("a dog", 0.0)
+    kept, why = several.select("a dog", 0.0)
     assert [(each.number, each.text) for each in kept] == [(0, "a cat"), (1, "two cats")]
     assert why == "written text, which was written again"
 
 
-def test_every_outcome_has_words_of_its_own() -> None:
+def test_every_outcome_has_its_own_reason() -> None:
     told = [scores(1, 1), scores(1, -1), scores(-1, 1), scores(-1, -1), scores(1, 1, "a dog"), scores(-1, None),
             scores(1, None)]  # fmt: skip
-    whys = [one.kept("a dog", 0.0)[1] for one in told]
+    whys = [one.select("a dog", 0.0)[1] for one in told]
     assert whys == [
         "both texts",
         "web text",
@@ -67,7 +67,7 @@ def test_every_outcome_has_words_of_its_own() -> None:
     ]
 
 
-def test_a_verdict_holds_a_pair_for_every_text_that_stays() -> None:
+def test_decision_has_a_pair_per_kept_text() -> None:
     spec = CapFilt(captioner="captioner", filter="filter", sources=("web",))
     rows = [(SAMPLE, scores(1.25, 2.0)._asdict()), (SAMPLE, scores(-1, None)._asdict())]
     both, none = spec.decide(lambda: iter(rows))

@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bridgework.curation import llm
-from bridgework.curation.mending import clean, wrong
 from bridgework.curation.polish import CONTINUE, PROMPT, REWRITE, Polish
 from bridgework.curation.runner import make
+from bridgework.curation.text_cleaning import clean, find_fault
 from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Part, Sample, pair
 from bridgework.data.tokenization import tokenize
@@ -74,7 +74,7 @@ def row(text: str, key: str = "k") -> Sample:
         ("", ""),
     ],
 )  # fmt: skip
-def test_what_such_models_leave_behind_is_removed(text: str, mended: str) -> None:
+def test_typical_faults_of_generated_text_are_removed(text: str, mended: str) -> None:
     assert clean(text) == mended
 
 
@@ -126,7 +126,7 @@ def test_emoji_stay_as_they_are(emoji: str) -> None:
 @pytest.mark.parametrize(
     "hidden", ["\u200b", "\ufeff", "\u00ad", "\u202e", "\u200d", "\U000e0067", "\0", "\x07"]
 )
-def test_what_is_not_seen_and_joins_nothing_is_removed(hidden: str) -> None:
+def test_invisible_characters_that_join_nothing_are_removed(hidden: str) -> None:
     given = f"The family {hidden} stands on the lawn, {hidden}in front of the house."
     assert clean(given) == "The family stands on the lawn, in front of the house."
 
@@ -139,7 +139,7 @@ def test_sentences_of_another_language_are_removed(language: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=8), st.sampled_from(("", " ", "\n")))
-def test_mended_twice_is_mended_once(pieces: list[str], joint: str) -> None:
+def test_cleaning_is_idempotent(pieces: list[str], joint: str) -> None:
     mended = clean(joint.join(pieces))
     assert clean(mended) == mended and "\n" not in mended
 
@@ -148,7 +148,7 @@ def test_mended_twice_is_mended_once(pieces: list[str], joint: str) -> None:
 @given(st.text(max_size=80))
 @example("#a##Human:##")
 @example("<Im<Img>g>")
-def test_any_text_is_mended_once(text: str) -> None:
+def test_cleaning_is_idempotent_for_any_text(text: str) -> None:
     assert clean(clean(text)) == clean(text)
 
 
@@ -172,14 +172,14 @@ def test_rules_remove_and_never_add() -> None:
         ("Drei kleine Boote liegen im Hafen, und ein Mann tr\u00e4gt ein Netz.", "not English"),
     ],
 )
-def test_what_is_too_short_or_not_english_is_dropped(text: str, fault: str | None) -> None:
-    assert wrong(text, 8) == fault
+def test_short_or_foreign_text_is_dropped(text: str, fault: str | None) -> None:
+    assert find_fault(text, 8) == fault
 
 
 # --- texts that are there --------------------------------------------------------------------------------------------
 
 
-def test_what_goes_on_is_a_part_of_what_came_in(home: Path, tmp_path: Path) -> None:
+def test_kept_text_is_a_part_of_the_source_text(home: Path, tmp_path: Path) -> None:
     texts = [
         FINE,
         FINE + " It is",
@@ -202,7 +202,7 @@ def test_what_goes_on_is_a_part_of_what_came_in(home: Path, tmp_path: Path) -> N
     }
 
 
-def test_an_answer_is_mended_as_a_caption_is_and_two_texts_are_put_aside(home: Path) -> None:
+def test_answer_is_cleaned_as_a_caption_and_row_of_two_texts_quarantined(home: Path) -> None:
     image = FLAGS[0].images
     talk = Sample(
         "t",
@@ -220,7 +220,7 @@ def test_an_answer_is_mended_as_a_caption_is_and_two_texts_are_put_aside(home: P
     assert verdict.samples[0].parts == (Part("caption", image=0), Part("caption", text=FINE))
 
 
-def test_another_length_needs_no_judge(home: Path) -> None:
+def test_another_min_words_reuses_the_annotations(home: Path) -> None:
     facts = judged(Polish(), [row(FINE)], home)
     assert [v.why for v in decided(Polish(min_words=100), [row(FINE)], facts)] == ["too short"]
 
@@ -253,13 +253,13 @@ def _continued(sample: Sample, first: str, home: Path) -> str:
     )
     asked = [Part("user", image=0), Part("user", text="\n" + PROMPT), Part("assistant", text=first)]
     how: Any = {"max_new_tokens": SHORT["max_tokens"], "temperature": 1.0, "top_p": 0.9}
-    seed = llm.drawn(0, sample.key, 1)
+    seed = llm.seed_of(0, sample.key, 1)
     return model.generate_batch(
         [[*asked, Part("user", text=CONTINUE)]], [sample.images], [seed], **how
     )[0]
 
 
-def test_what_is_written_depends_on_seed_key_and_template(home: Path) -> None:
+def test_description_depends_on_seed_key_and_template(home: Path) -> None:
     spec = Polish(model=writer(home), enough=0, **SHORT)
     texts = [fact["written"] for fact in judged(spec, FLAGS[:4], home)]
     assert [fact["written"] for fact in judged(spec, FLAGS[2:4], home)] == texts[2:]
@@ -270,7 +270,7 @@ def test_what_is_written_depends_on_seed_key_and_template(home: Path) -> None:
     assert spec.models(home).keys() == {"model"} and Polish().models(home) == {}
 
 
-def test_rows_without_a_text_can_be_described_and_torn_ones_not(home: Path) -> None:
+def test_rows_without_a_text_can_be_described_but_not_invalid_images(home: Path) -> None:
     bare = Sample("bare", FLAGS[1].images, (Part("caption", image=0),))
     torn = pair("torn", FLAGS[0].images[0][:40], "a torn flag")
     facts = judged(Polish(model=writer(home), **SHORT), [bare, torn], home)
@@ -282,7 +282,7 @@ def test_rows_without_a_text_can_be_described_and_torn_ones_not(home: Path) -> N
 # --- an endpoint rewrites --------------------------------------------------------------------------------------------
 
 
-def test_an_endpoint_rewrites_what_was_mended_and_is_mended_itself(home: Path) -> None:
+def test_endpoint_rewrites_cleaned_text_and_its_answer_is_cleaned(home: Path) -> None:
     def answer(request: dict[str, Any]) -> str | int:
         (message,) = request["messages"]
         return (
@@ -311,16 +311,16 @@ def test_an_endpoint_rewrites_what_was_mended_and_is_mended_itself(home: Path) -
     ("make_one", "words"),
     [
         (lambda: Polish(endpoint="http://x"), "give both, or neither"),
-        (lambda: Polish(top_p=0.0), r"top_p lies in \(0, 1\]"),
+        (lambda: Polish(top_p=0.0), r"top_p is in \(0, 1\]"),
         (lambda: Polish(min_words=0), "at least 1"),
         (lambda: Polish(prompt=" "), "the prompt is empty"),
     ],
 )
-def test_a_polish_that_cannot_run_is_refused(make_one: Callable[[], Polish], words: str) -> None:
+def test_invalid_polish_fields_are_rejected(make_one: Callable[[], Polish], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         make_one()
 
 
-def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_folder_that_is_not_a_model_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is not an artifact"):
         Polish(model=str(tmp_path)).models(tmp_path)

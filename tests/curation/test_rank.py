@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bridgework.curation.rank import Rank
-from bridgework.curation.runner import Fact, make
+from bridgework.curation.runner import Annotation, make
 from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Part, Sample, pair
 from bridgework.errors import SpecError, WeightsError
@@ -28,11 +28,11 @@ def row(key: str, flag: int, *texts: str) -> Sample:
     return Sample(key, FLAGS[flag].images, parts, language="en", license="CC0-1.0")
 
 
-def fact(image: str, *texts: tuple[str, str, float | None]) -> Fact:
+def fact(image: str, *texts: tuple[str, str, float | None]) -> Annotation:
     return {"image": image, "texts": [list(text) for text in texts]}
 
 
-def kept(spec: Rank, *facts: Fact) -> list[tuple[str, list[str]]]:
+def kept(spec: Rank, *facts: Annotation) -> list[tuple[str, list[str]]]:
     """(why, origins of what goes on), row by row."""
     samples = [row(f"row-{number}", 0, "web") for number in range(len(facts))]
     return [
@@ -43,7 +43,7 @@ def kept(spec: Rank, *facts: Fact) -> list[tuple[str, list[str]]]:
 # --- what stays ------------------------------------------------------------------------------------------------------
 
 
-def test_the_best_two_of_the_webs_text_and_the_written_ones_stay() -> None:
+def test_best_two_of_web_and_generated_texts_are_kept() -> None:
     told = fact(
         "a",
         ("web", "w", 0.3),
@@ -58,7 +58,7 @@ def test_the_best_two_of_the_webs_text_and_the_written_ones_stay() -> None:
     ]
 
 
-def test_of_equal_scores_the_earlier_stays() -> None:
+def test_of_equal_scores_the_earlier_is_kept() -> None:
     tied = [("web", "w", 0.3), ("written-1", "x", 0.3), ("written-2", "y", 0.3)]
     assert kept(Rank(model="m"), fact("a", *tied)) == [("kept", ["web", "written-1"])]
     assert kept(Rank(model="m"), fact("a", *tied[::-1])) == [("kept", ["written-2", "written-1"])]
@@ -71,7 +71,7 @@ def test_equal_texts_count_once() -> None:
     assert kept(Rank(model="m"), told) == [("kept", ["web", "written-2"])]
 
 
-def test_rows_of_one_picture_compete_wherever_they_lie() -> None:
+def test_rows_of_one_image_compete_at_any_position() -> None:
     facts = [
         fact("a", ("web", "w", 0.1)), fact("b", ("web", "w", 0.0)), fact("a", ("web", "x", 0.3)),
         fact("a", ("web", "y", 0.2)), fact("a", ("web", "x", 0.3)), fact("b", ("web", " ", None)),
@@ -82,7 +82,7 @@ def test_rows_of_one_picture_compete_wherever_they_lie() -> None:
     ]  # fmt: skip
 
 
-def test_what_stays_is_what_sorting_all_texts_of_a_picture_leaves() -> None:
+def test_kept_texts_match_sorting_all_texts_of_an_image() -> None:
     """Against every text of every picture, sorted: the rows keep no more than the best of each as they go."""
     draws = random.Random(0)
     for keep in (1, 2, 3):
@@ -107,7 +107,7 @@ def test_what_stays_is_what_sorting_all_texts_of_a_picture_leaves() -> None:
         assert not found
 
 
-def test_a_kept_text_knows_its_score_its_rank_and_where_it_comes_from() -> None:
+def test_kept_text_has_score_rank_and_origin() -> None:
     told = fact("a", ("web", "w", 0.25), ("written-1", "x", 0.5))
     (verdict,) = decided(Rank(model="m"), [row("k", 0, "w")], [told])
     made, web = verdict.samples
@@ -141,7 +141,7 @@ def test_a_score_is_the_cosine_of_image_and_text(home: Path) -> None:
         assert [origin for origin, _, _ in told["texts"]] == ["web", "web-2"][: len(texts)]
 
 
-def test_a_clip_that_has_learned_prefers_what_is_true(home: Path, tmp_path: Path) -> None:
+def test_trained_clip_prefers_true_captions(home: Path, tmp_path: Path) -> None:
     """Every flag has its own name and those of four others; two stay."""
     samples = [
         row(f"{n}-{m}", n, FLAGS[(n + 11 * m) % len(FLAGS)].text)
@@ -159,7 +159,7 @@ def test_a_clip_that_has_learned_prefers_what_is_true(home: Path, tmp_path: Path
     assert sum(key.endswith("-0") for key in stay) >= 12  # by chance, 5.6 of 14
 
 
-def test_written_texts_are_what_the_pipeline_writes_for_each_image_alone(home: Path) -> None:
+def test_generated_texts_match_pipeline_on_single_images(home: Path) -> None:
     samples = [row(f"row-{n}", n, FLAGS[n].text) for n in range(4)]
     spec = Rank(model=clip(home), captioner=writer(home), **WRITES)
     facts = judged(spec, samples, home)
@@ -192,7 +192,7 @@ def test_a_ranked_dataset_names_both_models_and_ranks_again_without_them(
     assert sorted((tmp_path / "made.judged").rglob("*.jsonl")) == before
 
 
-def test_a_text_that_nothing_can_be_read_in_does_not_compete(home: Path) -> None:
+def test_text_without_tokens_is_not_ranked(home: Path) -> None:
     sample = row("k", 0, "red blue", "  ")
     facts = judged(Rank(model=clip(home)), [sample], home)
     assert facts[0]["texts"][1] == ["web-2", "  ", None]
@@ -203,7 +203,7 @@ def test_a_text_that_nothing_can_be_read_in_does_not_compete(home: Path) -> None
 # --- what is put aside and refused -----------------------------------------------------------------------------------
 
 
-def test_what_is_no_picture_with_captions_is_put_aside(home: Path) -> None:
+def test_row_without_an_image_and_captions_is_quarantined(home: Path) -> None:
     torn = pair("torn", FLAGS[0].images[0][:40], "a torn flag")
     talk = Sample(
         "talk",
@@ -218,17 +218,17 @@ def test_what_is_no_picture_with_captions_is_put_aside(home: Path) -> None:
     ("make_one", "words"),
     [
         (lambda: Rank(model="m", keep=0), "captions and keep are at least 1; got 10 and 0"),
-        (lambda: Rank(model="m", top_p=0.0), r"top_p lies in \(0, 1\]"),
+        (lambda: Rank(model="m", top_p=0.0), r"top_p is in \(0, 1\]"),
         (lambda: Rank(model="m", min_tokens=30), "min_tokens 30 to max_tokens 20"),
     ],
 )
-def test_a_ranking_that_cannot_run_is_refused(make_one: Callable[[], Rank], words: str) -> None:
+def test_invalid_rank_fields_are_rejected(make_one: Callable[[], Rank], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         make_one()
 
 
-def test_models_that_cannot_write_or_are_none_are_refused(home: Path, tmp_path: Path) -> None:
+def test_models_without_generation_or_weights_are_rejected(home: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is not an artifact"):
         Rank(model=str(tmp_path)).models(home)
-    with pytest.raises(SpecError, match="cannot write: its wiring is a DualEncoder"):
+    with pytest.raises(SpecError, match=r"cannot generate text\. Got a DualEncoder"):
         judged(Rank(model=clip(home), captioner=clip(home)), FLAGS[:1], home)

@@ -54,7 +54,7 @@ def test_case_width_and_punctuation_make_no_difference() -> None:
     assert tokenize_words("caf\u00e9") == tokenize_words("CAFE\u0301") == ["caf\u00e9"]
 
 
-def test_emoji_are_no_words() -> None:
+def test_emoji_are_not_words() -> None:
     assert tokenize_words("I \u2764\ufe0f it \U0001f469\u200d\U0001f680") == [
         "i",
         "it",
@@ -101,7 +101,7 @@ def test_letters_that_are_drawn_as_one_are_joined(cluster: str) -> None:
     assert cuts == [0, 1, 1 + size, 1 + 2 * size, 2 + 2 * size]
 
 
-def test_emoji_after_a_text_are_no_part_of_it() -> None:
+def test_emoji_after_a_text_are_removed() -> None:
     for end in (" \U0001f642", f"{FAMILY}{FAMILY} ", " \u2764\ufe0f", ""):
         assert without_emoji(f"It is red.{end}") == "It is red."
     assert without_emoji("\U0001f642") == ""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bridgework.config import config_class
-from bridgework.curation.runner import Decision, Fact, Model, Rows, bad
+from bridgework.curation.runner import Annotation, Decision, Model, Rows, bad
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError
@@ -50,10 +50,10 @@ class VowelJudge:
     def __init__(self, letters: str, desk: Path) -> None:
         self._letters, self._desk = letters, desk
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Fact]:
+    def __call__(self, samples: Sequence[Sample]) -> list[Annotation]:
         return [self._fact(sample) for sample in samples]
 
-    def _fact(self, sample: Sample) -> Fact:
+    def _fact(self, sample: Sample) -> Annotation:
         if self._told("stop", sample):
             raise KeyboardInterrupt
         if self._told("kill", sample):

@@ -16,7 +16,7 @@ from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation import Captions, Writing
 from bridgework.evaluation.base import about_image, draw_images
-from bridgework.evaluation.captioning import bleu4, cider, references
+from bridgework.evaluation.captioning import bleu4, captions_by_image, cider
 from bridgework.inference.pipeline import Pipeline
 from tests.inference.tiny import PROMPT, pipeline
 
@@ -102,7 +102,7 @@ def test_case_punctuation_and_typewritten_apostrophes_do_not_count() -> None:
     )
 
 
-def test_nothing_said_scores_nothing() -> None:
+def test_empty_captions_score_zero() -> None:
     assert cider(["", ""], PEOPLE[:2]) == 0.0 and bleu4(["", ""], PEOPLE[:2]) == 0.0
 
 
@@ -124,7 +124,10 @@ def test_the_captions_of_an_image_are_those_of_all_rows_that_show_it(tmp_path: P
         Sample("d", (two,), said),
         Sample("e", (two,), (Part("caption", image=0),), labels=("dog",)),
     ]
-    assert list(references(rows).values()) == [["first", "second", "third"], ["other", "A thing."]]
+    assert list(captions_by_image(rows).values()) == [
+        ["first", "second", "third"],
+        ["other", "A thing."],
+    ]
 
 
 def keep(tmp_path: Path, samples: list[Sample]) -> str:
@@ -164,9 +167,7 @@ def test_every_image_is_captioned_once_and_held_against_all_its_captions(
 @pytest.mark.parametrize(
     "writing", [Writing(beams=3, most=6), Writing(top_p=0.9, most=6), Writing(beams=1, most=6)]
 )
-def test_what_is_written_is_what_the_pipeline_writes_row_by_row(
-    pipe: Pipeline, writing: Writing
-) -> None:
+def test_captions_match_pipeline_row_by_row(pipe: Pipeline, writing: Writing) -> None:
     images = [sample.images for sample in shapes(3)]
     asked = [about_image(pipe, ("Say what you see.",))] * 3
     how = {"temperature": 1.0, "top_p": 0.9} if writing.top_p else {"beams": writing.beams}
@@ -179,7 +180,7 @@ def test_what_is_written_is_what_the_pipeline_writes_row_by_row(
     assert writing.run(pipe, asked, images, seed=5) == alone
 
 
-def test_while_a_model_trains_it_writes_without_dropout_and_goes_on_training(home: Path) -> None:
+def test_captions_have_no_dropout_and_training_mode_is_restored(home: Path) -> None:
     pipe, images = pipeline(), [sample.images for sample in shapes(3)]
     for layer in pipe.model.language.model.layers:
         layer.self_attn.attention_dropout = 0.9
@@ -195,9 +196,7 @@ def test_while_a_model_trains_it_writes_without_dropout_and_goes_on_training(hom
     assert loud != expected  # or the test could not tell
 
 
-def test_images_that_nobody_captioned_are_not_judged(
-    pipe: Pipeline, home: Path, tmp_path: Path
-) -> None:
+def test_images_without_captions_are_skipped(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
     bare = [Sample(s.key, s.images, (Part("caption", image=0),), labels=("x",)) for s in shapes(3)]
     with pytest.raises(DataError, match=r"no row of .* has one image"):
         Captions(dataset=keep(tmp_path, bare)).run(pipe, home)

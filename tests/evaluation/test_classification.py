@@ -99,7 +99,7 @@ def test_a_probe_is_scikit_learns_of_the_towers_features(pipe: Pipeline, home: P
     assert metrics["linear_probe.strength"] == 0.5
 
 
-def test_a_probes_penalty_is_half_the_squared_weights_beside_the_sum_of_losses() -> None:
+def test_probe_penalty_is_half_the_squared_weights_plus_the_sum_of_losses() -> None:
     """The optimum of the documented objective, found by torch alone."""
     generator = torch.Generator().manual_seed(0)
     seen = torch.randn(60, 5, generator=generator, dtype=torch.float64)
@@ -152,7 +152,7 @@ def test_any_tower_can_be_probed_and_other_data_learned_from(home: Path) -> None
     }  # fmt: skip
 
 
-def test_one_class_is_no_problem_to_learn(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+def test_training_rows_of_one_class_raise(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
     rows = [replace(sample, labels=("thing",)) for sample in shapes(8)]
     write(rows, str(tmp_path / "one"), source="test", license="CC0-1.0", made_by="test")
     with pytest.raises(DataError, match="have one class, 'thing'"):
@@ -167,7 +167,7 @@ def test_specs_are_values_and_tiny_ones_run(
     assert spec.tiny().run(pipe, home).metrics == spec.tiny().run(pipe, home).metrics
 
 
-def test_numbers_that_make_no_sense_are_refused() -> None:
+def test_invalid_numbers_are_rejected() -> None:
     with pytest.raises(SpecError, match="at least 1"):
         Classification(dataset="x", rows=0)
     for fields in (

@@ -15,7 +15,7 @@ from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation import VQA, HeldOutLoss, Ranking, Retrieval
 from bridgework.evaluation.base import EvalExample, draw, draw_pairs
-from bridgework.evaluation.likelihood import candidates, first
+from bridgework.evaluation.likelihood import draw_candidates, share_first_best
 from bridgework.evaluation.retrieval import recall
 from bridgework.inference.pipeline import Pipeline
 from bridgework.system import Scoring
@@ -92,7 +92,7 @@ def test_ranking_is_the_share_of_rows_whose_own_caption_is_first(
     result = spec.run(pipe, home)
     items = draw_pairs(spec, pipe, home, at_least=3)
     with_prior = without = 0
-    for row, chosen in enumerate(candidates(9, 3, 5)):
+    for row, chosen in enumerate(draw_candidates(9, 3, 5)):
         captions = [items[c].sample.text for c in chosen]
         ranked = pipe.rank(items[row].sample.images[0], captions)
         with_prior += ranked[0].candidate == captions[0]
@@ -106,15 +106,19 @@ def test_ranking_is_the_share_of_rows_whose_own_caption_is_first(
 
 
 def test_candidates_are_the_row_itself_and_different_others() -> None:
-    chosen = candidates(rows=30, count=20, seed=0)
+    chosen = draw_candidates(rows=30, count=20, seed=0)
     assert (chosen[:, 0] == np.arange(30)).all()
     assert all(len(set(row)) == 20 for row in chosen.tolist())
-    assert (chosen == candidates(30, 20, 0)).all() and (chosen != candidates(30, 20, 1)).any()
-    assert sorted(candidates(rows=4, count=4, seed=0)[2].tolist()) == [0, 1, 2, 3]
+    assert (chosen == draw_candidates(30, 20, 0)).all() and (
+        chosen != draw_candidates(30, 20, 1)
+    ).any()
+    assert sorted(draw_candidates(rows=4, count=4, seed=0)[2].tolist()) == [0, 1, 2, 3]
 
 
 def test_a_tie_is_not_a_win() -> None:
-    assert first(torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 3.0]])) == pytest.approx(1 / 3)
+    assert share_first_best(torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 3.0]])) == pytest.approx(
+        1 / 3
+    )
 
 
 def test_each_row_goes_through_the_vision_tower_once(home: Path) -> None:
@@ -166,7 +170,7 @@ def test_retrieval_compares_pooled_vectors_both_ways(pipe: Pipeline, home: Path)
 
 
 def test_a_bridge_that_was_taught_the_captions_finds_them(home: Path) -> None:
-    """Half a minute of a real run in small: the pooled vectors of 16 pairs are pulled together."""
+    """Half a minute of a real run in small: the pool_features vectors of 16 pairs are pulled together."""
     pipe, spec = pipeline(), Retrieval(dataset=DATASET, rows=16)
     items = draw_pairs(spec, pipe, home, at_least=16)
     seen = pipe.inputs.features([item.squares[0] for item in items])
@@ -211,7 +215,7 @@ def test_held_out_loss_reads_the_tiles_that_training_reads(
     assert any(
         metrics["heldout.loss_shuffled"] == pytest.approx(other, abs=1e-4) for other in others
     )
-    bases = [pipe.inputs.see([image])[0].features[:1] for image in images]
+    bases = [pipe.inputs.encode_images([image])[0].features[:1] for image in images]
     scores = [
         pipe.scores([item.conversation], [base])[0] for item, base in zip(items, bases, strict=True)
     ]
@@ -226,7 +230,7 @@ def test_ranking_reads_the_tiles_that_training_reads(name: str, home: Path, tmp_
     metrics = spec.run(pipe, home).metrics
     items = draw_pairs(spec, pipe, home, at_least=4)
     with_prior = without = 0
-    for row, chosen in enumerate(candidates(8, 4, 0)):
+    for row, chosen in enumerate(draw_candidates(8, 4, 0)):
         captions = [items[c].sample.text for c in chosen]
         image, asked = items[row].sample.images[0], pipe.inputs.about()
         with_prior += (
@@ -244,7 +248,7 @@ def test_ranking_reads_the_tiles_that_training_reads(name: str, home: Path, tmp_
 @pytest.mark.parametrize(
     "spec", [HeldOutLoss(dataset="x"), Ranking(dataset="x", candidates=3), VQA(dataset="x")]
 )
-def test_rows_that_show_a_video_are_judged_with_all_of_its_frames(
+def test_video_rows_use_all_frames(
     spec: HeldOutLoss | Ranking | VQA, home: Path, tmp_path: Path
 ) -> None:
     pipe = pipe_of("flamingo/train")
@@ -276,7 +280,7 @@ def test_ranking_by_the_mean_over_tokens_is_that_of_a_loop(
     how = Scoring(prior=False, per_token=True)
     spec = Ranking(dataset=keep(tmp_path, rows), rows=9, candidates=4, scoring=how)
     items, right = draw_pairs(spec, pipe, home, at_least=4), 0
-    for row, chosen in enumerate(candidates(9, 4, 0)):
+    for row, chosen in enumerate(draw_candidates(9, 4, 0)):
         texts = [items[c].sample.text for c in chosen]
         answers = pipe.score_answers(pipe.inputs.about(), list(items[row].sample.images), texts)
         means = [answer.loglik / answer.tokens for answer in answers]
@@ -367,9 +371,9 @@ def test_specs_are_values(spec: HeldOutLoss | Ranking | Retrieval) -> None:
     assert override(spec, {"name": "other", "rows": "40"}).rows == 40
 
 
-def test_numbers_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"ranking\.candidates must lie between 2 and rows"):
+def test_invalid_numbers_are_rejected() -> None:
+    with pytest.raises(SpecError, match=r"ranking\.candidates: .*expected 2 to rows"):
         Ranking(dataset=DATASET, rows=10, candidates=11)
     for spec in (HeldOutLoss, Retrieval):
-        with pytest.raises(SpecError, match="rows must be at least 2"):
+        with pytest.raises(SpecError, match="expected at least 2"):
             spec(dataset=DATASET, rows=1)

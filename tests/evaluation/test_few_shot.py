@@ -19,7 +19,7 @@ from bridgework.evaluation.few_shot import (
     FewShot,
     ShotExample,
     example_orders,
-    pooled,
+    pool_features,
     prompt,
     rices,
 )
@@ -34,7 +34,7 @@ SHOTS = [ShotExample("Output:", "a disc."), ShotExample("Output:", "a square.")]
 def read(shown: bool, shots: list[ShotExample] = SHOTS) -> str:
     """A prompt as the model reads it: <image> and <EOC> for the two ids that no tokenizer knows."""
     tokenizer = load_tokenizer("bytes")
-    segments = written(prompt(shots, "Output:", shown=shown), "interleaved", tokenizer)
+    segments = written(prompt(shots, "Output:", images=shown), "interleaved", tokenizer)
     ids = encode(segments, tokenizer, image_tokens=1, max_tokens=512).ids[1:]
     names = {IMAGE: "<image>", END: "<EOC>"}
     return "".join(names[i] if i in names else tokenizer.decode([i]) for i in ids)
@@ -47,7 +47,7 @@ def test_a_prompt_is_the_papers_with_every_image_at_its_own_place() -> None:
     assert images == [0, 1, 2]
 
 
-def test_without_shots_two_examples_are_told_without_their_images() -> None:
+def test_without_shots_two_examples_are_text_only() -> None:
     assert read(shown=False) == "Output: a disc.<EOC>Output: a square.<EOC><image>Output:"
 
 
@@ -117,7 +117,7 @@ def test_the_likelihood_of_a_candidate_depends_on_no_other_and_on_no_padding(hom
     )
 
 
-def test_a_prompt_longer_than_the_rows_of_training_is_read_whole(home: Path) -> None:
+def test_prompt_longer_than_training_rows_is_not_truncated(home: Path) -> None:
     pipe, spec = pipeline(), FewShot(dataset=DATASET, shots=3, rows=5, candidates=4)
     short = Pipeline(pipe.model, replace(pipe.stage, data=replace(pipe.stage.data, max_tokens=40)))
     assert spec.run(short, home).metrics == spec.run(pipe, home).metrics
@@ -128,7 +128,7 @@ def test_support_from_another_dataset_and_shots_at_random(home: Path) -> None:
     assert "few_shot.accuracy" in spec.run(pipeline(), home).metrics
 
 
-def test_an_image_of_the_callers_stands_behind_the_nearest_pairs(home: Path) -> None:
+def test_own_image_comes_after_the_nearest_pairs(home: Path) -> None:
     pipe, rows = pipeline(), list(islice(shapes(), 40))
     spec = FewShot(dataset=DATASET, shots=3, rows=24)
     parts, shown = spec.demonstrate(pipe, rows[7].images[0], home)
@@ -139,7 +139,7 @@ def test_an_image_of_the_callers_stands_behind_the_nearest_pairs(home: Path) -> 
     assert [part.text for part in parts if part.role == "assistant"] == [
         f" {said[image]}" for image in shown[:3]
     ]
-    query, *others = pooled(pipe.inputs.features([shown[-1], *shown[:3]]))
+    query, *others = pool_features(pipe.inputs.features([shown[-1], *shown[:3]]))
     alike = [float(query @ other) for other in others]
     assert alike == sorted(alike)  # the nearest last
     assert pipe.generate(parts, shown, max_new_tokens=4).completion_tokens <= 4

@@ -15,7 +15,7 @@ from bridgework.data.synthetic import choices, shapes, yes_no
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation import MultipleChoice, Writing, WrittenChoice, YesNo
 from bridgework.evaluation.base import draw
-from bridgework.evaluation.multiple_choice import named_in, rank_of, right_of
+from bridgework.evaluation.multiple_choice import parse_choice, rank_of, right_of
 from bridgework.inference.pipeline import Pipeline, Ranked
 from bridgework.system import Scoring
 from tests.inference.tiny import pipeline
@@ -120,14 +120,14 @@ OPTIONS = ("Paris", "a dog", "Berlin", "no")
     ],
 )
 def test_an_answer_names_a_candidate_by_text_or_letter(answer: str, named: int | None) -> None:
-    assert named_in(answer, OPTIONS) == named
+    assert parse_choice(answer, OPTIONS) == named
 
 
 def test_an_answer_of_one_letter_is_that_candidate_where_it_is_a_text_itself() -> None:
-    assert named_in("B", ("C", "B", "A")) == 1 and named_in("a", ("C", "B", "A")) == 2
+    assert parse_choice("B", ("C", "B", "A")) == 1 and parse_choice("a", ("C", "B", "A")) == 2
 
 
-def test_the_right_candidate_is_the_rows_answer_or_what_its_solution_ends_with() -> None:
+def test_right_candidate_is_the_answer_or_the_end_of_the_solution() -> None:
     (sample,) = choices(1)
     right = sample.candidates.index(str(sample.parts[-1].text))
     assert right_of(sample) == right
@@ -156,7 +156,7 @@ def test_a_written_answer_is_right_where_it_names_the_right_candidate(
         written[sample.key] = pipe.generate(
             asked, sample.images, min_new_tokens=1, max_new_tokens=16
         ).text
-    told = [named_in(written[s.key], s.candidates) for s in rows]
+    told = [parse_choice(written[s.key], s.candidates) for s in rows]
     assert spec.run(pipe, home).metrics == {
         "written_choice.accuracy": pytest.approx(
             fmean(t == right_of(s) for t, s in zip(told, rows, strict=True))
@@ -257,7 +257,7 @@ def test_specs_are_values_and_tiny_ones_run(
     }
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_invalid_fields_are_rejected() -> None:
     for spec in (MultipleChoice, WrittenChoice):
         with pytest.raises(SpecError, match="at least 1"):
             spec(dataset="x", rows=0)

@@ -20,7 +20,7 @@ def has(sheet: Image.Image, color: tuple[int, ...], box: tuple[int, int, int, in
     return bool((np.asarray(sheet.crop(box)) == color).all(-1).any())
 
 
-def test_two_tiles_stand_in_a_row() -> None:
+def test_two_tiles_are_in_a_row() -> None:
     one, two, three = (grid([tile("a", "b", "c")] * n) for n in (1, 2, 3))
     assert one.size == two.size == (2 * COLUMN, IMAGE + 2 * PAD)
     assert three.size == (2 * COLUMN, 2 * (IMAGE + 2 * PAD))

@@ -16,7 +16,7 @@ def judge(row: int, candidates: Tensor) -> Tensor:
     return LOGITS[row, candidates]
 
 
-def test_only_the_nearest_candidates_are_judged() -> None:
+def test_only_the_nearest_candidates_are_reranked() -> None:
     scores = reranked(ALIKE, judge, 3)
     near = torch.zeros_like(ALIKE, dtype=torch.bool).scatter(1, ALIKE.topk(3).indices, True)
     assert torch.equal(scores[near], (ALIKE + LOGITS)[near]) and torch.equal(
@@ -35,5 +35,5 @@ def test_without_candidates_the_order_is_by_cosine() -> None:
 
 
 def test_fewer_candidates_than_none_are_refused() -> None:
-    with pytest.raises(SpecError, match="0 or more, got -1"):
+    with pytest.raises(SpecError, match="got -1; expected 0 or more"):
         Retrieval(dataset="x", rerank=-1)

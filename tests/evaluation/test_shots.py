@@ -15,7 +15,7 @@ from bridgework.errors import DataError, SpecError
 from bridgework.evaluation import VQA, Captions, Writing
 from bridgework.evaluation.base import draw
 from bridgework.evaluation.captioning import bleu4, cider
-from bridgework.evaluation.few_shot import Shots, pooled
+from bridgework.evaluation.few_shot import Shots, pool_features
 from bridgework.evaluation.vqa import agreement
 from bridgework.inference.pipeline import Pipeline
 from bridgework.recipes import flamingo
@@ -79,7 +79,7 @@ def by_hand(
 def nearest(pipe: Pipeline, image: bytes, others: list[bytes], count: int) -> list[bytes]:
     """By the cosine of the tower's features, the nearest last, never of the same picture."""
     free = [other for other in others if other != image]
-    query, *rest = pooled(pipe.inputs.features([image, *free]))
+    query, *rest = pool_features(pipe.inputs.features([image, *free]))
     order = sorted(range(len(free)), key=lambda i: float(query @ rest[i]))
     return [free[i] for i in order[-count:]]
 
@@ -110,7 +110,7 @@ def test_captions_after_examples_score_as_those_written_one_by_one(
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_answers_after_examples_of_another_dataset_are_judged_by_ten_people(
+def test_answers_after_examples_of_another_dataset_are_scored_by_ten_annotators(
     pipe: Pipeline, home: Path, tmp_path: Path, count: int
 ) -> None:
     judged, support = (
@@ -159,7 +159,7 @@ def test_without_shots_two_examples_are_given_as_text_alone(
 
 
 @pytest.mark.parametrize("select", ["rices", "random"])
-def test_no_example_shows_the_picture_that_is_asked_about(pipe: Pipeline, select: str) -> None:
+def test_no_example_has_the_image_of_the_question(pipe: Pipeline, select: str) -> None:
     images = [sample.images[0] for sample in shapes(4)]
     support = [
         images[i] for i in (0, 1, 0, 2, 0, 3, 1)
@@ -173,9 +173,7 @@ def test_no_example_shows_the_picture_that_is_asked_about(pipe: Pipeline, select
         for place in places
     )
     assert all(len(set(places)) == 3 for places in chosen)
-    with pytest.raises(
-        DataError, match="7 rows of support are too few for 5 examples of other images"
-    ):
+    with pytest.raises(DataError, match="Got 7; expected enough for 5 examples"):
         replace(shots, count=5).choose(pipe, images, support, "test")
 
 
@@ -220,7 +218,7 @@ def test_shots_come_back_from_json_shrink_and_are_left_out_where_there_are_none(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"count": -1}, "shots.count is 0 or more, got -1"),
+        ({"count": -1}, "shots.count: got -1; expected 0 or more"),
         ({"count": 8, "rows": 8}, "above the 8 examples of a prompt"),
     ],
 )
@@ -229,7 +227,9 @@ def test_shots_that_do_not_fit_are_refused(changes: dict[str, int], message: str
         Shots(**changes)
 
 
-def test_a_question_about_two_pictures_is_named(pipe: Pipeline, home: Path, tmp_path: Path) -> None:
+def test_question_about_two_images_is_rejected_with_its_key(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
     one, two = captioned(2)
     said = (
         Part("user", image=0),
@@ -241,5 +241,5 @@ def test_a_question_about_two_pictures_is_named(pipe: Pipeline, home: Path, tmp_
     spec = VQA(
         dataset=kept(tmp_path / "two", rows), rows=5, prompts=QUESTION, shots=Shots(count=1, rows=5)
     )
-    with pytest.raises(DataError, match="is about one picture; row pair shows 2"):
+    with pytest.raises(DataError, match=r"is about one image\. Got 2 in row pair"):
         spec.run(pipe, home)

@@ -113,7 +113,7 @@ def test_the_model_writes_its_answer_to_the_row_s_question(
     assert metrics["vqa.most_common"] == pytest.approx(fmean(agreement("x", own) for own in people))
 
 
-def test_with_a_vocabulary_the_likeliest_answer_of_it_is_given(
+def test_vocabulary_gives_its_most_likely_answer(
     pipe: Pipeline, home: Path, tmp_path: Path
 ) -> None:
     words, people = (
@@ -160,9 +160,7 @@ def test_a_vocabulary_is_scored_as_the_evaluation_says(
         assert spec.run(pipe, home).metrics["vqa.accuracy"] == pytest.approx(fmean(right))
 
 
-def test_a_pair_is_asked_as_its_stage_asks_and_judged_by_its_labels(
-    pipe: Pipeline, home: Path
-) -> None:
+def test_pair_is_asked_as_in_training_and_scored_by_its_labels(pipe: Pipeline, home: Path) -> None:
     spec = VQA(dataset="synthetic:shapes").tiny()
     (sample,) = shapes(1)
     assert spec.run(pipe, home).metrics.keys() == {"vqa.accuracy", "vqa.most_common"}

@@ -110,7 +110,7 @@ def dotted(path: Path) -> str:
 
 
 def part(module: str) -> str:
-    """`bridgework.models.vision` -> `models`, `bridgework.tracking.tracker` -> `tracking.tracker`, the package -> `__init__`."""
+    """Return the part of a module: `models` for bridgework.models.vision, `__init__` for the package."""
     parts = module.split(".")[1:]
     known = {name for layer in LAYERS for name in layer}
     names = [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]

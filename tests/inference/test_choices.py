@@ -9,7 +9,7 @@ from bridgework.config import added, config_class, from_dict, override, to_dict
 from bridgework.data.samples import Part, pair
 from bridgework.errors import DataError
 from bridgework.inference.pipeline import Pipeline
-from bridgework.inference.preprocess import Raw, Shown
+from bridgework.inference.preprocess import ConversationImages, RawImage
 from bridgework.system import IGNORE, IMAGE, Layout, Scoring, load
 from tests.inference.tiny import picture, pipe_of, pipeline
 
@@ -29,7 +29,9 @@ SYSTEMS = (
 TILED = SYSTEMS[:2]
 
 
-def alone(pipe: Pipeline, conversation: list[Part], images: Shown, candidate: str) -> float:
+def alone(
+    pipe: Pipeline, conversation: list[Part], images: ConversationImages, candidate: str
+) -> float:
     """Nats of the last answer, from one plain forward of one row without a cache or padding."""
     batch = pipe.inputs.batch(
         [[*conversation, Part("assistant", text=candidate)]], [images], answer=True
@@ -49,7 +51,7 @@ def asked(*images: int) -> list[Part]:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_choice_is_scored_as_a_plain_forward_of_the_whole_input_scores_it(name: str) -> None:
+def test_choice_score_matches_plain_forward_of_the_complete_input(name: str) -> None:
     pipe = pipe_of(name)
     conversation, image = asked(0), picture()
     expected = {c: alone(pipe, conversation, [image], c) for c in CANDIDATES}
@@ -71,8 +73,8 @@ def test_choose_and_rank_read_the_tiles_that_generate_reads(name: str) -> None:
     conversation, image = pipe.inputs.about("What?"), picture()
     read = pipe.inputs.batch([conversation], [[image]], answer=False).ids_BT.eq(IMAGE).sum()
     assert read > pipe.stage.model.image_tokens
-    (base_square,) = pipe.inputs.see([image])
-    base_alone = pipe.inputs.see([image])[0].features[:1]
+    (base_square,) = pipe.inputs.encode_images([image])
+    base_alone = pipe.inputs.encode_images([image])[0].features[:1]
     whole, base = (
         dict(pipe.rank_answers(conversation, shown, CANDIDATES, scoring=PLAIN))
         for shown in ([image], base_alone)
@@ -96,7 +98,7 @@ def test_choose_and_rank_read_the_tiles_that_generate_reads(name: str) -> None:
 def test_the_prior_is_that_of_blank_squares_in_the_places_of_the_images_own(name: str) -> None:
     pipe = pipe_of(name)
     conversation, image = asked(0), picture()
-    (seen,) = pipe.inputs.see([image])
+    (seen,) = pipe.inputs.encode_images([image])
     nothing = pipe.inputs.features([pipe.inputs.mean_square()] * len(seen.features))
     blank = replace(seen, features=nothing)
     scores = dict(pipe.rank_answers(conversation, [image], CANDIDATES, scoring=LESS_PRIOR))
@@ -107,12 +109,12 @@ def test_the_prior_is_that_of_blank_squares_in_the_places_of_the_images_own(name
     assert scores == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_video_can_be_chosen_about_as_it_can_be_written_about() -> None:
+def test_video_can_be_ranked_like_generated() -> None:
     pipe = pipe_of("flamingo/train")
     video: tuple[bytes, ...] = tuple(picture(seed, (64, 64)) for seed in range(3))
     still = picture(9, (64, 64))
     for shown, conversation in (([video], asked(0)), ([video, still], asked(0, 1))):
-        pictures: list[Raw] = list(shown)
+        pictures: list[RawImage] = list(shown)
         expected = {c: alone(pipe, conversation, pictures, c) for c in CANDIDATES}
         assert dict(
             pipe.rank_answers(conversation, pictures, CANDIDATES, scoring=PLAIN)
@@ -129,12 +131,12 @@ def test_a_video_can_be_chosen_about_as_it_can_be_written_about() -> None:
 def test_squares_and_tiled_pictures_share_a_conversation() -> None:
     pipe = pipe_of("xgen_mm/instruct")
     square = pipe.inputs.mean_square()
-    mixed: list[Raw] = [square, picture()]
+    mixed: list[RawImage] = [square, picture()]
     expected = {c: alone(pipe, asked(0, 1), mixed, c) for c in CANDIDATES}
     assert dict(pipe.rank_answers(asked(0, 1), mixed, CANDIDATES, scoring=PLAIN)) == pytest.approx(
         expected, abs=1e-3
     )
-    layouts = [seen.layout for seen in pipe.inputs.see(mixed)]
+    layouts = [seen.layout for seen in pipe.inputs.encode_images(mixed)]
     assert isinstance(layouts[0], Layout) and layouts[0].columns == 0 and layouts[1] is not None
 
 
@@ -205,7 +207,7 @@ def test_instructblip_ranks_by_the_plain_log_likelihood() -> None:
     ) == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_candidate_that_does_not_fit_is_refused_and_never_cut() -> None:
+def test_candidate_that_does_not_fit_is_rejected_not_truncated() -> None:
     pipe = pipeline(context=256)
     short = Pipeline(pipe.model, replace(pipe.stage, data=replace(pipe.stage.data, max_tokens=64)))
     conversation = [Part("user", image=0), Part("user", text="x" * 60)]
@@ -235,7 +237,7 @@ def test_images_seen_once_may_be_shown_again() -> None:
     pipe = pipe_of("llava:next/instruct")
     runs: list[int] = []
     pipe.model.vision.register_forward_hook(lambda module, args, output: runs.append(len(args[0])))
-    seen = pipe.inputs.see([picture(), picture(1, (40, 40))])
+    seen = pipe.inputs.encode_images([picture(), picture(1, (40, 40))])
     count = sum(runs)
     pipe.score_answers(asked(0, 1), seen, CANDIDATES)
     pipe.generate(asked(0), seen[:1], max_new_tokens=2)
@@ -277,7 +279,7 @@ def test_a_field_that_a_spec_gained_is_written_only_where_it_is_set() -> None:
         assert from_dict(to_dict(grown)) == grown
 
 
-def test_a_pair_without_its_caption_is_what_a_stage_asks() -> None:
+def test_about_is_a_pair_without_its_caption() -> None:
     pipe = pipeline()
     assert pipe.inputs.about() == pipe.inputs.ask(pair("k", b"", "said"))[:-1]
     assert pipe.inputs.about("Why?") == pipe.inputs.ask(pair("k", b"", "said"), ("Why?",))[:-1]

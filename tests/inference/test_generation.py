@@ -60,7 +60,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("template", ["plain", "v1", "chat"])
-def test_greedy_is_the_likeliest_token_each_time(template: str) -> None:
+def test_greedy_takes_the_most_likely_token(template: str) -> None:
     pipe = pipeline(template)
     answer = pipe.generate(ASKED, [IMAGE], max_new_tokens=12)
     assert answer.text == greedy_by_hand(pipe, 12).lstrip()
@@ -77,7 +77,7 @@ def test_the_image_matters() -> None:
     assert len(answers) == 2
 
 
-def test_features_may_stand_for_the_image() -> None:
+def test_features_can_replace_the_image() -> None:
     pipe = pipeline()
     expected = pipe.generate(ASKED, [IMAGE], max_new_tokens=8)
     assert pipe.generate(ASKED, pipe.inputs.features([IMAGE]), max_new_tokens=8) == expected
@@ -94,7 +94,7 @@ def test_a_stream_is_the_same_answer_in_pieces() -> None:
     assert "".join(pieces) == pipe.generate(ASKED, [IMAGE], max_new_tokens=20).text
 
 
-def test_one_seed_gives_one_answer_beside_others() -> None:
+def test_seed_gives_the_same_answer_next_to_other_requests() -> None:
     pipe = pipeline()
 
     def answer(seed: int | None) -> str:
@@ -228,7 +228,7 @@ def test_a_dropped_stream_ends_its_work_without_the_garbage_collector() -> None:
         gc.enable()
 
 
-def test_a_stream_that_nobody_reads_does_no_work() -> None:
+def test_unread_stream_does_not_generate() -> None:
     stream = pipeline().stream(ASKED, [IMAGE], max_new_tokens=400)
     assert writers() == []
     stream.close()
@@ -263,7 +263,7 @@ def test_no_piece_holds_half_a_character() -> None:
     assert usage.completion_tokens == len("où 🦊 naïve".encode())
 
 
-def test_what_may_become_a_stop_string_is_held_back() -> None:
+def test_possible_stop_string_is_held_back() -> None:
     pieces, usage = read("one ST two STOP three", ["STOP"])
     assert "".join(pieces) == "one ST two "
     assert not any(piece.endswith(("S", "ST", "STO")) and piece != "ST " for piece in pieces)
@@ -283,15 +283,15 @@ def test_blanks_before_the_answer_are_left_out_and_others_kept() -> None:
     assert "".join(read("   ")[0]) == ""
 
 
-def test_beams_write_what_the_search_of_transformers_finds() -> None:
+def test_beam_search_matches_transformers() -> None:
     pipe = pipeline()
     asked = [Part("user", text="What is it?")]
     searched = pipe.generate(asked, max_new_tokens=8, beams=4)
-    inputs, _ = pipe._asked([asked], [()])
+    inputs, _ = pipe._prompt_inputs([asked], [()])
     ids = pipe.model.generate(
-        **inputs, num_beams=4, do_sample=False, max_new_tokens=8, eos_token_id=sorted(pipe._endings.ids),
-        pad_token_id=pipe.tokenizer.pad_token_id,
+        **inputs, num_beams=4, do_sample=False, max_new_tokens=8,
+        eos_token_id=sorted(pipe._stop_conditions.ids), pad_token_id=pipe.tokenizer.pad_token_id,
     )[0]  # fmt: skip
     assert searched.text == pipe.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
-    with pytest.raises(SpecError, match="1 where temperature draws"):
+    with pytest.raises(SpecError, match="beam search does not sample"):
         pipe.generate(asked, beams=2, temperature=1.0)

@@ -25,7 +25,7 @@ def pipe() -> Pipeline:
     return Pipeline(model.eval(), replace(stage, data=replace(stage.data, max_tokens=512)))
 
 
-def test_the_score_of_an_answer_counts_its_end_and_is_its_likelihood(pipe: Pipeline) -> None:
+def test_score_of_an_answer_includes_its_end_token(pipe: Pipeline) -> None:
     said = "a red disc"
     document = [Part("caption", image=0), Part("caption", text=said)]
     [score] = pipe.scores([document], [[IMAGES[0]]])
@@ -59,7 +59,7 @@ def test_an_end_stops_the_text(pipe: Pipeline) -> None:
     assert (ended.text, ended.completion_tokens, ended.finish_reason) == ("", 1, "stop")
 
 
-def test_images_are_compared_by_what_the_frozen_tower_sees(pipe: Pipeline) -> None:
+def test_image_embeddings_are_the_frozen_towers_features(pipe: Pipeline) -> None:
     seen_NPF = pipe.inputs.features(IMAGES)
     embedded_ND = pipe.embed_images(seen_NPF)
     torch.testing.assert_close(embedded_ND, torch.nn.functional.normalize(seen_NPF.mean(1), dim=-1))

@@ -23,7 +23,7 @@ from bridgework.inference.pipeline import Pipeline
 from bridgework.losses import Contrastive
 from bridgework.models.prefix_vlm import PrefixVLM
 from bridgework.system import IGNORE, System, load
-from tests.inference.tiny import PROMPT, pipeline
+from tests.inference.tiny import PROMPT, picture, pipeline
 
 CAPTIONS = [
     "a red circle",
@@ -82,7 +82,7 @@ def test_loglik_of_more_rows_than_a_forward_takes_keeps_their_order(samples: lis
     assert pipe.loglik(many) == pytest.approx([alone[s.key] for s in many], rel=1e-5)
 
 
-def test_a_text_and_two_images_can_be_judged_in_one_batch(samples: list[Sample]) -> None:
+def test_text_and_two_images_are_scored_in_one_batch(samples: list[Sample]) -> None:
     pipe = pipeline()
     first, second = samples[0].images[0], samples[1].images[0]
     text = Sample("text", (), (Part("user", text="Hello?"), Part("assistant", text="Hello.")))
@@ -137,7 +137,7 @@ def test_prior_is_the_mean_over_the_references(samples: list[Sample]) -> None:
     references = [s.images[0] for s in samples[1:]]
     image = samples[0].images[0]
     mean = [np.mean([loglik_alone(pipe, pair("x", r, c)) for r in references]) for c in CAPTIONS]
-    assert pipe.prior(CAPTIONS, references=references).tolist() == pytest.approx(mean, rel=1e-5)
+    assert pipe.log_prior(CAPTIONS, references=references).tolist() == pytest.approx(mean, rel=1e-5)
     ranked = dict(pipe.rank(image, CAPTIONS, references=references))
     expected = [
         loglik_alone(pipe, pair("x", image, c)) - m for c, m in zip(CAPTIONS, mean, strict=True)
@@ -145,7 +145,7 @@ def test_prior_is_the_mean_over_the_references(samples: list[Sample]) -> None:
     assert [ranked[c] for c in CAPTIONS] == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-def test_an_image_is_seen_once_however_many_candidates_it_has(samples: list[Sample]) -> None:
+def test_image_is_encoded_once_for_all_candidates(samples: list[Sample]) -> None:
     pipe = pipeline()
     seen: list[int] = []
     pipe.model.vision.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
@@ -153,7 +153,7 @@ def test_an_image_is_seen_once_however_many_candidates_it_has(samples: list[Samp
     assert seen == [1]
 
 
-def test_the_question_is_part_of_what_is_judged(samples: list[Sample]) -> None:
+def test_question_is_part_of_the_scored_input(samples: list[Sample]) -> None:
     pipe = pipeline()
     image = samples[0].images[0]
     assert torch.equal(
@@ -171,7 +171,7 @@ def test_nothing_to_rank_is_an_error(samples: list[Sample]) -> None:
         pipeline().rank(samples[0].images[0], [])
 
 
-def test_a_model_in_training_is_judged_at_rest_and_goes_on_training(samples: list[Sample]) -> None:
+def test_model_in_training_is_scored_in_eval_mode_and_restored(samples: list[Sample]) -> None:
     pipe = pipeline()
     pipe.model.bridge = nn.Sequential(pipe.model.bridge, nn.Dropout(0.5)).eval()
     expected = pipe.loglik(samples)
@@ -203,11 +203,11 @@ def test_a_model_that_only_compares_ranks_by_nearness(samples: list[Sample]) -> 
 
 def test_a_model_that_only_compares_is_asked_nothing_else(samples: list[Sample]) -> None:
     pipe, image = comparing(), samples[0].images[0]
-    with pytest.raises(SpecError, match=r"reads no question, got 'What\?'.*whole captions"):
+    with pytest.raises(SpecError, match=r"reads no question\. Got 'What\?'.*complete captions"):
         pipe.rank(image, ["a", "b"], "What?")
     with pytest.raises(SpecError, match="reads no question"):
         pipe.rank_answers([Part("user", image=0), Part("user", text="What?")], [image], ["a", "b"])
-    with pytest.raises(SpecError, match="compares texts with one image, got 2"):
+    with pytest.raises(SpecError, match=r"compares texts with one image\. Got 2"):
         pipe.rank_answers(
             [Part("user", image=0), Part("user", image=1)], [image, image], ["a", "b"]
         )
@@ -240,7 +240,7 @@ def test_a_choice_is_the_answer_that_the_images_make_likelier(samples: list[Samp
 # --- embedding -------------------------------------------------------------------------------------------------------
 
 
-def test_embeddings_are_what_the_contrastive_loss_pools(samples: list[Sample]) -> None:
+def test_embeddings_match_the_contrastive_loss(samples: list[Sample]) -> None:
     pipe = pipeline()
     batch = pipe.inputs.batch(
         [pipe.inputs.ask(s) for s in samples], [s.images for s in samples], answer=True
@@ -282,14 +282,16 @@ def test_a_picture_may_be_a_file_an_image_or_a_square(samples: list[Sample]) -> 
     assert torch.equal(a, b) and torch.equal(a, c)
 
 
-def test_no_images_are_no_features() -> None:
+def test_no_images_give_empty_features() -> None:
     assert pipeline().inputs.features([]).shape == (0, 16, 32)
 
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_images_must_be_as_many_as_are_shown(number: int, samples: list[Sample]) -> None:
     pipe = pipeline()
-    with pytest.raises(DataError, match=rf"shows images \[0\] and {number} are given"):
+    with pytest.raises(
+        DataError, match=rf"shows images \[0\], counted from 0\. Got {number} images"
+    ):
         pipe.inputs.batch([pipe.inputs.ask(samples[0])], [samples[0].images * number], answer=False)
 
 
@@ -312,9 +314,7 @@ def test_prompts_are_padded_on_the_left_and_answers_on_the_right(
 
 
 @pytest.mark.parametrize("template", ["plain", "v1", "chat"])
-def test_a_prompt_is_the_beginning_of_what_was_trained_on(
-    template: str, samples: list[Sample]
-) -> None:
+def test_prompt_is_the_beginning_of_a_training_row(template: str, samples: list[Sample]) -> None:
     pipe = pipeline(template)
     conversation = pipe.inputs.ask(samples[0])
     prompt, whole = (
@@ -332,7 +332,7 @@ def test_a_prompt_is_the_beginning_of_what_was_trained_on(
 # --- artifacts -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_loaded_judges_like_what_was_saved(tmp_path: Path, samples: list[Sample]) -> None:
+def test_loaded_model_scores_like_the_saved_one(tmp_path: Path, samples: list[Sample]) -> None:
     pipe = pipeline()
     system = System(name="toy", paper="", stages=(pipe.stage,))
     artifacts.save(tmp_path / "artifact", pipe.model.state_dict(), system=system, stage="align")
@@ -353,3 +353,35 @@ def test_out_of_range_sampling_is_refused(samples: list[Sample]) -> None:
     for sampling in wrong:
         with pytest.raises(SpecError, match="max_new_tokens is at least 1"):
             pipe.generate(pipe.inputs.ask(samples[0]), samples[0].images, **sampling)
+
+
+def test_ask_answers_as_generate_for_every_kind_of_image(tmp_path: Path) -> None:
+    pipe, image = pipeline(), picture()
+    path = tmp_path / "image.png"
+    path.write_bytes(image)
+    conversation = [Part("user", image=0), Part("user", text="\nWhat is this?")]
+    expected = pipe.generate(conversation, [image], max_new_tokens=6).text
+    sources = (path, str(path), image, io.BytesIO(image), Image.open(io.BytesIO(image)))
+    for source in sources:
+        assert pipe.ask(source, "What is this?", max_new_tokens=6) == expected
+
+
+def test_ask_without_a_question_takes_the_question_of_the_training() -> None:
+    pipe, image = pipeline(), picture()
+    expected = pipe.generate(pipe.inputs.about(), [image], max_new_tokens=6).text
+    assert pipe.ask(image, max_new_tokens=6) == expected
+
+
+def test_ask_rejects_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for source in (tmp_path / "missing.png", "https://example.org/cat.png"):
+        with pytest.raises(DataError, match=r"cannot be read.*give its local path"):
+            pipeline().ask(source, "What is this?")
+
+
+def test_a_question_is_needed_unless_there_is_exactly_one_image() -> None:
+    inputs = pipeline().inputs
+    assert inputs.question("Why?", 2)[-1] == Part("user", text="\nWhy?")
+    assert inputs.question("Why?", 0) == [Part("user", text="Why?")]
+    for images in (0, 2):
+        with pytest.raises(DataError, match=f"nothing to ask. Got no question and {images} images"):
+            inputs.question("", images)

@@ -33,9 +33,7 @@ def picture(seed: int = 0) -> Image.Image:
 
 
 @pytest.mark.parametrize(("system", "stage"), SYSTEMS.items())
-def test_a_candidates_likelihood_is_its_score_in_training_whatever_stands_beside_it(
-    system: str, stage: str
-) -> None:
+def test_candidate_likelihood_matches_training_in_any_batch(system: str, stage: str) -> None:
     pipe = pipeline(system, stage)
     together = pipe.log_likelihoods(picture(), CANDIDATES, QUESTION)
     shuffled = pipe.log_likelihoods(picture(), CANDIDATES[::-1], QUESTION)
@@ -86,7 +84,7 @@ def test_an_answer_is_written_and_depends_on_the_image(system: str, stage: str) 
     assert not torch.allclose(*log_likelihoods) and other.completion_tokens >= 1
 
 
-def test_the_first_stage_finds_and_judges_pairs() -> None:
+def test_first_stage_retrieves_and_matches_pairs() -> None:
     pipe = pipeline("blip2", "represent")
     images, texts = pipe.embed_images([picture(0), picture(1)]), pipe.embed_texts(CANDIDATES[:2])
     assert images.shape == (2, 4, 16) and texts.shape == (2, 16)

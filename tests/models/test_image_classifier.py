@@ -173,11 +173,13 @@ def test_classes_are_ranked_and_named(home: Path) -> None:
     assert {r.candidate: r.score for r in few} == pytest.approx(
         {name: float(logits_C[SHAPE_LABELS.index(name)]) for name in ("red circle", "blue square")}
     )
-    with pytest.raises(DataError, match="'red cirle' is none of them; did you mean 'red circle'"):
+    with pytest.raises(
+        DataError, match=r"'red cirle' is not one of its .* classes; did you mean 'red circle'"
+    ):
         pipe.rank(image, ["red cirle", "blue square"])
-    with pytest.raises(SpecError, match="reads no question, got 'Why\\?'"):
+    with pytest.raises(SpecError, match=r"reads no question\. Got 'Why\?'"):
         pipe.rank(image, ["red circle", "blue square"], "Why?")
-    with pytest.raises(SpecError, match="cannot write: its wiring is a ImageClassifier"):
+    with pytest.raises(SpecError, match=r"cannot generate text\. Got a ImageClassifier"):
         pipe.generate(pipe.inputs.about(), [image])
 
 

@@ -5,10 +5,9 @@ Heavy libraries are imported by the command that needs them, so that `bridgework
 
 import os
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -21,8 +20,8 @@ from bridgework.cli.models import ask, evaluate, export, importing
 from bridgework.cli.options import changes, pairs
 from bridgework.config import flat, override
 from bridgework.data.catalog import home as home_folder
-from bridgework.errors import BridgeworkError, Interrupted, ResourceError, TrackingError
-from bridgework.ray_utils import TIMEOUT_S, ray_session
+from bridgework.errors import BridgeworkError, Interrupted, ResourceError
+from bridgework.ray_utils import TIMEOUT_S
 from bridgework.system import System, load, recipes, variants
 
 app = typer.Typer(

@@ -94,24 +94,17 @@ def ask(
     shots: Annotated[int, typer.Option(min=1, help="Number of pairs of --like.")] = 4,
 ) -> None:
     """Ask a model about images and print its answer."""
-    from bridgework.data.samples import Part
     from bridgework.inference.generation import Sampling
     from bridgework.inference.pipeline import Pipeline
+    from bridgework.inference.preprocess import read_file
     from bridgework.tracking.mlflow_store import artifact_of
 
-    images = [_read(path) for path in image or ()]
+    images = [read_file(path) for path in image or ()]
     pipeline = Pipeline.load(artifact_of(model, home()))
-    parts = [Part("user", image=i) for i in range(len(images))]
-    if like is not None:
-        parts, images = _few_shot(pipeline, images, question, like, shots)
-    elif question:
-        parts.append(Part("user", text="\n" * bool(parts) + question))
-    elif len(images) == 1:
-        parts = pipeline.inputs.about()
+    if like is None:
+        parts = pipeline.inputs.question(question, len(images))
     else:
-        raise DataError(
-            "ask: there is nothing to ask. Fix: give a question, or one --image to describe"
-        )
+        parts, images = _few_shot(pipeline, images, question, like, shots)
     choice = choice or list(pipeline.classes)
     if choice:
         table = Table("choice", "score", box=None, pad_edge=False)
@@ -282,12 +275,3 @@ def _print_certificate(certificate: "Certificate", into: Path) -> None:
     table.add_row("config", f"{certificate.fields} fields, equal")
     out.print(table)
     out.print(f"{into}, with its certificate in parity.json", soft_wrap=True, highlight=False)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}). Fix: give the path of an image"
-        ) from None

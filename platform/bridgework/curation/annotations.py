@@ -1,8 +1,9 @@
-"""What a judge knows of every row: a file of JSON lines for each shard, whole or absent.
+"""Annotations of rows: one JSON-lines file per shard, complete or absent.
 
-It grows row group by row group under a name of its own, `FILE.<run>.part`; who goes on after an interruption takes
-over the whole row groups of that. The files are written in this process or by Ray's actors. A fact depends on the
-curation, its models and the row group that the row lies in: not on who judges it, or when.
+A file grows row group by row group under a temporary name, `FILE.<run>.part`. After an
+interruption, the next run takes over the complete row groups of that file. Files are written in
+this process or by Ray actors. An annotation depends on the curation, its models and the row group
+of the row; it does not depend on the worker or on time.
 """
 
 import json
@@ -23,28 +24,31 @@ from bridgework.errors import DataError
 from bridgework.ray_utils import map_on_actors
 from bridgework.storage import find_store
 
-PART = ".part"  # how the name of a file ends that is not whole yet
+PART = ".part"  # suffix of a file that is not complete
 
-Fact = dict[str, Any]  # as JSON holds it; {"bad": [reason, detail]} where a row cannot be judged
+Annotation = dict[str, Any]  # JSON values; {"bad": [reason, detail]} for a row that is quarantined
 
 
 class Annotator(Protocol):
-    """Holds the models; made once in each actor."""
+    """Holds the models of a curation; built once per worker."""
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Fact]:
-        """One fact for each sample of a row group, in order; a function of the curation, its models and the group."""
+    def __call__(self, samples: Sequence[Sample]) -> list[Annotation]:
+        """Return one annotation per sample of a row group, in order.
+
+        The result must depend only on the curation, its models and the row group.
+        """
 
 
 class AnnotatedRow(NamedTuple):
-    """A row by its key, and the fact of it."""
+    """Key of a row and its annotation: one line of a file, with these names."""
 
     key: str
-    fact: Fact
+    fact: Annotation
 
 
 @dataclass(frozen=True)
 class Task:
-    """One shard to be judged, and the file that its facts go to."""
+    """One shard to annotate, and the file for its annotations."""
 
     dataset: str  # path or URL
     shard: int
@@ -52,97 +56,74 @@ class Task:
     file: str
 
 
-def bad(error: BadSample) -> Fact:
-    """The fact of a row that cannot be judged: it goes to the quarantine, with this reason."""
+def bad(error: BadSample) -> Annotation:
+    """Return the annotation of a row that cannot be used; it is quarantined with this reason."""
     return {"bad": [error.reason.value, error.detail]}
 
 
-def judge(made: Callable[[], Annotator], tasks: Sequence[Task], workers: int) -> None:
-    """Write the facts of all `tasks`: by at most `workers` actors of Ray, or with 0 in this process.
+def annotate(build: Callable[[], Annotator], tasks: Sequence[Task], workers: int) -> None:
+    """Write the annotations of all `tasks`, with at most `workers` Ray actors; 0 uses this process.
 
-    `made` makes the judge, once in each of them. Raises what the judge raises.
+    `build` builds the annotator, once per worker. Raises the errors of the annotator.
     """
-    map_on_actors(partial(_Worker, made), tasks, workers, gpus=True)
+    map_on_actors(partial(_Worker, build), tasks, workers, gpus=True)
 
 
 class _Worker:
-    """Writes the facts of one shard a call."""
+    """Writes the annotations of one shard per call."""
 
-    def __init__(self, made: Callable[[], Annotator]) -> None:
-        self._judge = made()
+    def __init__(self, build: Callable[[], Annotator]) -> None:
+        self._annotator = build()
 
     def __call__(self, task: Task) -> None:
         dataset = open_dataset(task.dataset)
-        save(task.file, dataset.manifest.group_rows, lambda known: self._told(dataset, task, known))
+        save(task.file, dataset.manifest.group_rows, lambda done: self._groups(dataset, task, done))
 
-    def _told(self, dataset: Dataset, task: Task, known: int) -> Iterator[list[AnnotatedRow]]:
-        """The facts of the row groups behind the first `known`, one after the other."""
-        for group in range(known, -(-task.rows // dataset.manifest.group_rows)):
+    def _groups(self, dataset: Dataset, task: Task, done: int) -> Iterator[list[AnnotatedRow]]:
+        """Yield the annotations of every row group after the first `done`."""
+        for group in range(done, -(-task.rows // dataset.manifest.group_rows)):
             samples = dataset.read_group(task.shard, group)
-            facts = self._judge(samples)
-            yield [
-                AnnotatedRow(sample.key, fact) for sample, fact in zip(samples, facts, strict=True)
-            ]
+            annotations = self._annotator(samples)
+            yield [AnnotatedRow(s.key, a) for s, a in zip(samples, annotations, strict=True)]
 
 
 def save(
-    path: str, group_rows: int, told: Callable[[int], Iterable[Sequence[AnnotatedRow]]]
+    path: str, group_rows: int, annotate: Callable[[int], Iterable[Sequence[AnnotatedRow]]]
 ) -> None:
-    """Write a file of facts, so that nobody reads half of it and nothing that was told is lost.
+    """Write a file of annotations; it appears only when it is complete.
 
-    `told` gives the facts of the row groups behind so many, which an earlier try left.
+    `annotate(n)` yields the annotations of the row groups after the first `n`, which were written
+    by an earlier run.
     """
     fs, file = find_store(path)
     fs.makedirs(file.rpartition("/")[0], exist_ok=True)
     parts = _parts(fs, file)
-    known = max((_begun(fs, part, group_rows) for part in parts), key=len, default=[])
+    written = max((_complete_groups(fs, part, group_rows) for part in parts), key=len, default=[])
     own = f"{file}.{uuid4().hex[:8]}{PART}"
     with fs.open(own, "w", encoding="utf-8") as out:
-        for group in chain([known], told(len(known) // group_rows)):
+        for group in chain([written], annotate(len(written) // group_rows)):
             out.writelines(
-                json.dumps(one._asdict(), ensure_ascii=False, allow_nan=False) + "\n"
-                for one in group
+                json.dumps(row._asdict(), ensure_ascii=False, allow_nan=False) + "\n"
+                for row in group
             )
-            out.flush()  # from here on it outlives the process
-    with suppress(
-        FileNotFoundError
-    ):  # another run of the same command was quicker, and has tidied up
+            out.flush()  # from here on it survives the end of the process
+    # another run of the same command may have finished first, and removed the parts
+    with suppress(FileNotFoundError):
         fs.mv(own, file)
         for part in parts:
             fs.rm(part)
 
 
-def _parts(fs: fsspec.AbstractFileSystem, file: str) -> list[str]:
-    """What earlier tries to write a file of facts have left."""
-    listed = map(str, fs.ls(file.rpartition("/")[0], detail=False))
-    return [path for path in listed if path.startswith(f"{file}.")]
-
-
-def _begun(fs: fsspec.AbstractFileSystem, part: str, group_rows: int) -> list[AnnotatedRow]:
-    """The facts of the whole row groups in a part; what is cut off within a line ends there."""
-    told = list[AnnotatedRow]()
-    with (
-        suppress(ValueError, TypeError, FileNotFoundError),
-        fs.open(part, encoding="utf-8") as lines,
-    ):
-        for line in lines:
-            told.append(AnnotatedRow(**json.loads(line)))
-    return told[: len(told) // group_rows * group_rows]
-
-
-def cut_off(folder: str) -> bool:
-    """Whether a run was cut off within a file of facts in this folder."""
-    fs, root = find_store(folder)
-    return fs.exists(root) and any(str(path).endswith(PART) for path in fs.ls(root, detail=False))
-
-
 def read(path: str, rows: int) -> Iterator[AnnotatedRow]:
-    """The facts of a shard of `rows` rows, in order. Raises DataError for a file that is no such thing, or gone."""
+    """Yield the annotations of a shard of `rows` rows, in order.
+
+    Raises DataError for a file that is missing, damaged, or has another number of rows.
+    """
     fs, file = find_store(path)
     number = 0
     if not fs.exists(file):
         raise DataError(
-            f"{path}, with what is known of the rows, is gone; delete the dataset and curate it again"
+            f"{path}: the file of annotations is gone. Fix: delete the dataset and curate it again"
         )
     with fs.open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -150,13 +131,43 @@ def read(path: str, rows: int) -> Iterator[AnnotatedRow]:
                 yield AnnotatedRow(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise DataError(
-                    f"{path}, line {number}: no fact ({error}); delete the file and run again"
+                    f"{path}, line {number}: not an annotation ({error}). "
+                    "Fix: delete the file and run again"
                 ) from None
     if number != rows:
-        raise DataError(f"{path} has {number} facts for {rows} rows; delete the file and run again")
+        raise DataError(
+            f"{path}: wrong number of annotations. Got {number}; expected {rows}. "
+            "Fix: delete the file and run again"
+        )
 
 
-def there(path: str) -> bool:
-    """Whether a file stands at `path`."""
+def exists(path: str) -> bool:
+    """Return True if there is a file at `path`."""
     fs, file = find_store(path)
     return bool(fs.exists(file))
+
+
+def has_parts(folder: str) -> bool:
+    """Return True if the folder has an incomplete file of an interrupted run."""
+    fs, root = find_store(folder)
+    return fs.exists(root) and any(str(path).endswith(PART) for path in fs.ls(root, detail=False))
+
+
+def _parts(fs: fsspec.AbstractFileSystem, file: str) -> list[str]:
+    """List the incomplete files of earlier runs."""
+    listed = map(str, fs.ls(file.rpartition("/")[0], detail=False))
+    return [path for path in listed if path.startswith(f"{file}.")]
+
+
+def _complete_groups(
+    fs: fsspec.AbstractFileSystem, part: str, group_rows: int
+) -> list[AnnotatedRow]:
+    """Return the annotations of the complete row groups of a part, up to the first broken line."""
+    rows = list[AnnotatedRow]()
+    with (
+        suppress(ValueError, TypeError, FileNotFoundError),
+        fs.open(part, encoding="utf-8") as lines,
+    ):
+        for line in lines:
+            rows.append(AnnotatedRow(**json.loads(line)))
+    return rows[: len(rows) // group_rows * group_rows]

@@ -1,8 +1,8 @@
-"""Concept balance (LLaVA, arXiv:2304.08485, appendix): of every noun phrase enough rows, of none too many.
+"""Concept balance (LLaVA, arXiv:2304.08485, appendix): limit the number of rows per noun phrase.
 
-Phrases that fewer than three rows name contribute nothing. From the rarest phrase up, the rows that name it are added,
-a random hundred where there are more. A row stays if any of its phrases adds it, so a common phrase may stand in more
-than a hundred rows: rarer ones brought the others.
+Phrases in fewer than three rows add no rows. From the rarest phrase up, the rows with the phrase
+are added, at most a random hundred of them. A row is kept if any of its phrases adds it. Therefore
+a common phrase can occur in more than a hundred kept rows, because rarer phrases added the others.
 """
 
 import hashlib
@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import ClassVar, cast
 
 from bridgework.config import config_class
-from bridgework.curation.runner import Annotator, Decision, Fact, Rows
+from bridgework.curation.runner import Annotation, Annotator, Decision, Rows
 from bridgework.data.samples import Sample
 from bridgework.errors import SpecError
 
 DRAW_BYTES = 7  # of a hash: as exact as a float, and small in memory
+PhraseTagger = Callable[[str], list[tuple[str, str]]]  # (word, part of speech) of every word
 
 
 @config_class
 class Concepts:
-    """How rare a noun phrase may be, and how many rows it brings."""
+    """Minimum frequency of a noun phrase, and maximum number of rows that it adds."""
 
-    rarest: int = 3  # rows; phrases that fewer name are mostly combinations that other rows cover
-    most: int = 100  # rows that one phrase adds
+    rarest: int = 3  # rows; rarer phrases are mostly combinations that other rows cover
+    most: int = 100  # rows added per phrase
     seed: int = 0
 
     drawn: ClassVar[tuple[str, ...]] = ()
@@ -37,56 +38,56 @@ class Concepts:
     def __post_init__(self) -> None:
         if self.rarest < 1 or self.most < 1:
             raise SpecError(
-                f"concepts: rarest and most count rows and are at least 1; got {self.rarest} and {self.most}"
+                "concepts: rarest and most are numbers of rows, at least 1. "
+                f"Got {self.rarest} and {self.most}"
             )
 
     def models(self, home: Path) -> Mapping[str, str]:
-        return {
-            "tagger": f"textblob {version('textblob')}"
-        }  # its lexicon and its rules lie in the package
+        """Return the version of the tagger, whose package contains its lexicon and rules."""
+        return {"tagger": f"textblob {version('textblob')}"}
 
     def judge(self, home: Path) -> Annotator:
-        return _phrases
+        """Build the annotator, which finds the noun phrases of a row."""
+        return _annotate
 
     def decide(self, rows: Rows) -> Iterator[Decision]:
-        """Two passes: what each phrase would add, then the rows that were added."""
-        tally = Tally(self.most, self.seed)
-        for sample, fact in rows():
-            tally.add(sample.key, fact["phrases"])
-        for sample, fact in rows():
-            yield self._verdict(sample, fact["phrases"], tally)
+        """Keep the rows that their phrases add. Two passes: count phrases, then decide."""
+        counts = PhraseCounts(self.most, self.seed)
+        for sample, annotation in rows():
+            counts.add(sample.key, annotation["phrases"])
+        for sample, annotation in rows():
+            yield self._decision(sample, annotation["phrases"], counts)
 
-    def _verdict(self, sample: Sample, found: Sequence[str], tally: "Tally") -> Decision:
-        common = [phrase for phrase in found if tally.rows[phrase] >= self.rarest]
+    def _decision(self, sample: Sample, phrases: Sequence[str], counts: "PhraseCounts") -> Decision:
+        common = [phrase for phrase in phrases if counts.rows[phrase] >= self.rarest]
         if not common:
-            return Decision(
-                "only rare phrases" if found else "no noun phrase", note=", ".join(found)
-            )
-        adding = [phrase for phrase in common if tally.adds(phrase, sample.key)]
-        rarest = min(adding or common, key=lambda phrase: (tally.rows[phrase], phrase))
-        note = f"{rarest} ({tally.rows[rarest]} rows)"
+            why = "only rare phrases" if phrases else "no noun phrase"
+            return Decision(why, note=", ".join(phrases))
+        adding = [phrase for phrase in common if counts.adds(phrase, sample.key)]
+        rarest = min(adding or common, key=lambda phrase: (counts.rows[phrase], phrase))
+        note = f"{rarest} ({counts.rows[rarest]} rows)"
         if not adding:
             return Decision("enough rows of its phrases", note=note)
-        told = {"concepts.phrase": rarest, "concepts.rows": str(tally.rows[rarest])}
-        return Decision("kept", (replace(sample, provenance={**sample.provenance, **told}),), note)
+        stamp = {"concepts.phrase": rarest, "concepts.rows": str(counts.rows[rarest])}
+        kept = replace(sample, provenance={**sample.provenance, **stamp})
+        return Decision("kept", (kept,), note)
 
 
-class Tally:
-    """How many rows name each phrase, and which of them, `most` at the most, the phrase adds.
+class PhraseCounts:
+    """Number of rows per phrase, and the at most `most` rows that each phrase adds.
 
-    Those are the rows of the smallest hashes of (seed, phrase, key): a random subset that is the same in any order of
-    the rows, and that one pass finds.
+    A phrase adds the rows with the smallest hashes of (seed, phrase, key): a random subset that
+    does not depend on the order of the rows and needs one pass.
     """
 
     def __init__(self, most: int, seed: int) -> None:
         self.rows: Counter[str] = Counter()
         self._most, self._seed = most, seed
-        self._smallest: defaultdict[str, list[int]] = defaultdict(
-            list
-        )  # negative: the largest is popped first
+        # negative, so that the heap pops the largest hash first
+        self._smallest: defaultdict[str, list[int]] = defaultdict(list)
 
     def add(self, key: str, phrases: Iterable[str]) -> None:
-        """One row and its phrases, each named once."""
+        """Count one row and its phrases, without repetitions."""
         for phrase in phrases:
             self.rows[phrase] += 1
             smallest, draw = self._smallest[phrase], -self._draw(phrase, key)
@@ -96,53 +97,48 @@ class Tally:
                 heapq.heappushpop(smallest, draw)
 
     def adds(self, phrase: str, key: str) -> bool:
-        """Whether the phrase adds a row that was counted."""
+        """Return True if the phrase adds the row, which must have been counted."""
         return self._draw(phrase, key) <= -self._smallest[phrase][0]
 
     def _draw(self, phrase: str, key: str) -> int:
-        return int.from_bytes(
-            hashlib.sha256(f"{self._seed}/{phrase}/{key}".encode()).digest()[:DRAW_BYTES]
-        )
+        digest = hashlib.sha256(f"{self._seed}/{phrase}/{key}".encode()).digest()
+        return int.from_bytes(digest[:DRAW_BYTES])
 
 
 def phrases(text: str) -> list[str]:
-    """The noun phrases of an English text, in lower case, in order, each once: adjectives and nouns, a noun last.
+    """Return the noun phrases of an English text, in lower case and in order, without repetitions.
 
-    "A young boy near the New York skyline" has `young boy` and `new york skyline`; articles and numbers are no part.
+    A phrase is a sequence of adjectives and nouns that ends in a noun, without articles and
+    numbers. For example, "A young boy near the New York skyline" has `young boy` and `new york
+    skyline`.
     """
     found: dict[str, None] = {}
-    words: list[
-        tuple[str, bool]
-    ] = []  # of the phrase that is being read: a word, and whether it is a noun
-    tagged = [
-        pair for line in text.splitlines() for pair in [*_tagger()(line), ("", "")]
-    ]  # no phrase goes over its line
+    phrase: list[tuple[str, bool]] = []  # words of the current phrase, True for a noun
+    # the empty word after every line ends a phrase
+    tagged = [pair for line in text.splitlines() for pair in [*_tagger()(line), ("", "")]]
     for word, part_of_speech in tagged:
-        if (
-            part_of_speech[:2] in ("NN", "JJ") and sum(map(str.isalnum, word)) > 1
-        ):  # not the `t` of `isn't`
-            words.append((word.lower(), part_of_speech[:2] == "NN"))
+        # more than one letter, which excludes the `t` of `isn't`
+        if part_of_speech[:2] in ("NN", "JJ") and sum(map(str.isalnum, word)) > 1:
+            phrase.append((word.lower(), part_of_speech[:2] == "NN"))
             continue
-        while words and not words[-1][1]:
-            words.pop()
-        if words:
-            found[" ".join(word for word, _ in words)] = None
-        words = []
+        while phrase and not phrase[-1][1]:
+            phrase.pop()
+        if phrase:
+            found[" ".join(word for word, _ in phrase)] = None
+        phrase = []
     return list(found)
 
 
 @cache
-def _tagger() -> Callable[[str], list[tuple[str, str]]]:
-    """(word, part of speech) of every word of a text; its lexicon lies in the package, and nothing is fetched."""
-    from textblob.en import tag  # brings NLTK, seconds
+def _tagger() -> PhraseTagger:
+    """Return the tagger of textblob. Its package contains the lexicon; nothing is downloaded."""
+    from textblob.en import tag  # imports NLTK, which takes seconds
 
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ResourceWarning
-        )  # it leaves the closing of its files to the collector
-        tag("Ada Lovelace saw an unheardof dog")  # reads them all
-    return cast(Callable[[str], list[tuple[str, str]]], tag)
+        warnings.simplefilter("ignore", ResourceWarning)  # it does not close its files
+        tag("Ada Lovelace saw an unheardof dog")  # reads all of them
+    return cast(PhraseTagger, tag)
 
 
-def _phrases(samples: Sequence[Sample]) -> list[Fact]:
+def _annotate(samples: Sequence[Sample]) -> list[Annotation]:
     return [{"phrases": phrases(sample.text)} for sample in samples]

@@ -1,9 +1,9 @@
-"""Drops rows that stand in evaluation datasets: by one of their pictures, or by the words of question and answer.
+"""Decontamination: drop rows whose image or text occurs in an evaluation dataset.
 
-Pictures are compared as `dedup` compares them. A text stands in another if it holds enough of the runs of `run`
-words of one evaluation row (PaLM, arXiv:2204.02311, 8: 70 % of its 8-grams); an evaluation row of fewer words is
-found by its picture alone, and runs that stand in many evaluation rows, such as a prompt's, do not count. The reason
-of every row that is dropped names the evaluation dataset.
+Images are compared as in `dedup`. A text is contaminated if it contains enough n-grams of `run`
+words of one evaluation row (PaLM, arXiv:2204.02311, 8: 70 % of its 8-grams). An evaluation row with
+fewer words is matched by its image only. N-grams that occur in many evaluation rows, e.g. those of
+a prompt, do not count. The reason of a dropped row contains the name of the evaluation dataset.
 """
 
 from collections import Counter, defaultdict
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from bridgework.config import config_class
-from bridgework.curation.near_duplicates import By, ImageHasher, Nearest, checked, digest
-from bridgework.curation.runner import Decision, Fact, Model, Rows, bad
+from bridgework.curation.near_duplicates import By, ImageHasher, NearestIndex, check_fields, digest
+from bridgework.curation.runner import Annotation, Decision, Model, Rows, bad
 from bridgework.curation.text import tokenize_words
 from bridgework.data.catalog import resolve
 from bridgework.data.dataset import open_dataset
@@ -23,40 +23,41 @@ from bridgework.data.quarantine import BadSample
 from bridgework.data.samples import Sample
 from bridgework.errors import SpecError
 
-Code = bytes | BadSample | None  # what a Signer tells of a picture
+Code = bytes | BadSample | None  # result of `ImageHasher` for one image
 
-COMMON = 20  # rows: a run that stands in more of the evaluation is how the task is worded, and tells of none
+COMMON = 20  # evaluation rows; an n-gram in more of them is part of the task's prompt
 DIGITS = 4  # of a cosine and of a share
-GROUP = 32  # evaluation rows that are looked at together
+GROUP = 32  # evaluation rows hashed together
 
 
 @config_class
 class Decontaminate:
-    """Against which datasets, and what it takes to stand in one."""
+    """Evaluation datasets and criteria for a match."""
 
     against: tuple[str, ...]  # evaluation datasets: paths, URLs or names
     by: By = "perceptual"
     model: Model | None = None  # embeds images
-    distance: int = 4  # bits of 64 in which two perceptual hashes may differ
-    similarity: float = 0.95  # cosine of two embeddings from which on they are one picture
-    run: int = 8  # words in a run
-    overlap: float = 0.7  # share of an evaluation row's runs that a row holds, from which on the text stands in it
+    distance: int = 4  # of 64 bits, maximum difference of two perceptual hashes
+    similarity: float = 0.95  # minimum cosine of two embeddings
+    run: int = 8  # words of an n-gram
+    overlap: float = 0.7  # minimum share of an evaluation row's n-grams in the text
 
     drawn: ClassVar[tuple[str, ...]] = ("by", "run")
 
     def __post_init__(self) -> None:
-        checked(self.by, self.model, self.distance, self.similarity)
+        check_fields(self.by, self.model, self.distance, self.similarity)
         if not self.against:
             raise SpecError(
                 "decontaminate needs at least one evaluation dataset: against=vqa-test,coco-test"
             )
         if self.run < 1 or not 0 < self.overlap <= 1:
             raise SpecError(
-                f"decontaminate: run is at least 1 and overlap lies in (0, 1]; got {self.run} and {self.overlap:g}"
+                "decontaminate: run is at least 1 and overlap in (0, 1]. "
+                f"Got {self.run} and {self.overlap:g}"
             )
 
     def models(self, home: Path) -> Mapping[str, str]:
-        """The evaluation datasets, and the embedding model's weights."""
+        """Return the digests of the evaluation datasets and of the embedding model."""
         sets = [open_dataset(resolve(name, home)).manifest.digest[:16] for name in self.against]
         if self.model is None:
             return {"against": " ".join(sets)}
@@ -65,20 +66,21 @@ class Decontaminate:
         return {"against": " ".join(sets), "model": artifacts.describe(self.model).digest}
 
     def judge(self, home: Path) -> "ContaminationIndex":
-        """Reads all evaluation datasets once."""
+        """Build the annotator; reads all evaluation datasets once."""
         sets = [open_dataset(resolve(name, home)).samples() for name in self.against]
         return ContaminationIndex(sets, ImageHasher.of(self.by, self.model), self.by, self.run)
 
     def decide(self, rows: Rows) -> Iterator[Decision]:
-        """One pass. Of several evaluation rows the nearest is named."""
-        for sample, fact in rows():
+        """Keep rows without a match. One pass; the note names the nearest evaluation row."""
+        for sample, annotation in rows():
             image, text = (
-                None if fact[kind] is None else Match(*fact[kind]) for kind in ("image", "text")
+                None if annotation[kind] is None else Match(*annotation[kind])
+                for kind in ("image", "text")
             )
-            if image is not None and self._near(image.how):
+            if image is not None and self._is_near(image.how):
                 yield Decision(
                     f"picture in {self.against[image.where]}",
-                    note=f"{image.key}: {self._told(image)}",
+                    note=f"{image.key}: {self._describe(image)}",
                 )
             elif text is not None and (text.how or 0.0) >= self.overlap:
                 share = f"{text.how:.0%} of its runs of {self.run} words"
@@ -86,32 +88,32 @@ class Decontaminate:
             else:
                 yield Decision("kept", (sample,))
 
-    def _near(self, how: float | None) -> bool:
+    def _is_near(self, how: float | None) -> bool:
         if how is None:
             return True
         return how <= self.distance if self.by == "perceptual" else how >= self.similarity
 
-    def _told(self, found: "Match") -> str:
-        if found.how is None:
+    def _describe(self, match: "Match") -> str:
+        if match.how is None:
             return "the same file"
-        return f"{found.how:.0f} bits off" if self.by == "perceptual" else f"cosine {found.how:.3f}"
+        return f"{match.how:.0f} bits off" if self.by == "perceptual" else f"cosine {match.how:.3f}"
 
 
 class Match(NamedTuple):
-    """The evaluation row that a picture or a text is nearest to."""
+    """Evaluation row that is nearest to an image or a text."""
 
-    where: int  # which of the evaluation datasets
+    where: int  # position of the evaluation dataset in `against`
     key: str
-    how: float | None  # bits of distance, or a cosine, or a share of runs; None: the same file
+    how: float | None  # bits of distance, cosine, or share of n-grams; None: the same file
 
 
 class ContaminationIndex:
-    """Holds the evaluation datasets' pictures and runs of words; tells of every row what it is nearest to."""
+    """Annotator that finds the nearest evaluation row, by images and by n-grams."""
 
     def __init__(
-        self, sets: Sequence[Iterable[Sample]], signer: ImageHasher, by: By, run: int
+        self, sets: Sequence[Iterable[Sample]], hasher: ImageHasher, by: By, run: int
     ) -> None:
-        self._signer, self._nearer = signer, min if by == "perceptual" else max
+        self._hasher, self._nearer = hasher, min if by == "perceptual" else max
         self._files: dict[str, Match] = {}
         self._owners: list[Match] = []
         texts: list[tuple[str, Match]] = []
@@ -124,68 +126,72 @@ class ContaminationIndex:
                 if isinstance(code, bytes):
                     near.append(code)
                     self._owners.append(owner)
-        self._nearest = Nearest(by, near) if near else None
-        self._runs = NgramIndex(run, texts)
+        self._nearest = NearestIndex(by, near) if near else None
+        self._ngrams = NgramIndex(run, texts)
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Fact]:
-        """A fact for each sample; one with an image that cannot be decoded, where it must be, is bad."""
-        signed = _signed(self._signer, samples)
-        codes = [code for row in signed for code in row if isinstance(code, bytes)]
-        near = iter(self._nearest(codes) if self._nearest else ())
-        found = [[next(near, None) for code in row if isinstance(code, bytes)] for row in signed]
-        return [self._fact(*row) for row in zip(samples, signed, found, strict=True)]
+    def __call__(self, samples: Sequence[Sample]) -> list[Annotation]:
+        """Annotate every sample; a row with an image that must be decoded and cannot be is bad."""
+        codes = _image_codes(self._hasher, samples)
+        searched = [code for row in codes for code in row if isinstance(code, bytes)]
+        near = iter(self._nearest(searched) if self._nearest else ())
+        found = [[next(near, None) for code in row if isinstance(code, bytes)] for row in codes]
+        return [self._annotation(*row) for row in zip(samples, codes, found, strict=True)]
 
-    def _fact(
+    def _annotation(
         self, sample: Sample, codes: Sequence[Code], near: Sequence[tuple[float, int] | None]
-    ) -> Fact:
-        if wrong := next((code for code in codes if isinstance(code, BadSample)), None):
-            return bad(wrong)
+    ) -> Annotation:
+        if error := next((code for code in codes if isinstance(code, BadSample)), None):
+            return bad(error)
         image = next((self._files[d] for d in map(digest, sample.images) if d in self._files), None)
         if image is None and (found := [one for one in near if one is not None]):
-            how, which = self._nearer(found, key=itemgetter(0))
-            image = self._owners[which]._replace(how=round(how, DIGITS))
-        return {"image": image, "text": self._runs(sample.text)}
+            how, place = self._nearer(found, key=itemgetter(0))
+            image = self._owners[place]._replace(how=round(how, DIGITS))
+        return {"image": image, "text": self._ngrams(sample.text)}
 
     def _read(self, sets: Sequence[Iterable[Sample]]) -> Iterator[tuple[int, Sample, list[Code]]]:
         for where, rows in enumerate(sets):
             left = iter(rows)
             while samples := list(islice(left, GROUP)):
-                for sample, codes in zip(samples, _signed(self._signer, samples), strict=True):
-                    yield where, sample, codes
+                codes = _image_codes(self._hasher, samples)
+                for sample, of_sample in zip(samples, codes, strict=True):
+                    yield where, sample, of_sample
 
 
-def _signed(signer: ImageHasher, samples: Sequence[Sample]) -> list[list[Code]]:
-    """The signatures of every sample's images."""
-    codes = iter(signer([image for sample in samples for image in sample.images]))
+def _image_codes(hasher: ImageHasher, samples: Sequence[Sample]) -> list[list[Code]]:
+    """Return the codes of every sample's images."""
+    codes = iter(hasher([image for sample in samples for image in sample.images]))
     return [[next(codes) for _ in sample.images] for sample in samples]
 
 
 class NgramIndex:
-    """Runs of words of evaluation rows, and which row a text holds most of."""
+    """Index of the n-grams of evaluation rows; finds the row with the largest overlap."""
 
     def __init__(self, length: int, texts: Iterable[tuple[str, Match]]) -> None:
+        """Index texts by n-grams of `length` words."""
         self._length = length
         self._owners: list[Match] = []
-        self._sizes: list[int] = []  # runs that tell, of each row
-        self._holders: defaultdict[str, list[int]] = defaultdict(list)  # run -> rows
+        self._sizes: list[int] = []  # n-grams of each row, without common ones
+        self._rows: defaultdict[str, list[int]] = defaultdict(list)  # n-gram -> rows
         for number, (text, owner) in enumerate(texts):
-            runs = self._cut(text)
-            for run in runs:
-                self._holders[run].append(number)
+            ngrams = self._split(text)
+            for ngram in ngrams:
+                self._rows[ngram].append(number)
             self._owners.append(owner)
-            self._sizes.append(len(runs))
-        for run in [run for run, rows in self._holders.items() if len(rows) > COMMON]:
-            for number in self._holders.pop(run):
+            self._sizes.append(len(ngrams))
+        for ngram in [ngram for ngram, rows in self._rows.items() if len(rows) > COMMON]:
+            for number in self._rows.pop(ngram):
                 self._sizes[number] -= 1
 
     def __call__(self, text: str) -> Match | None:
-        """The row of whose runs the text holds the largest share; None where it holds none."""
-        held = Counter(number for run in self._cut(text) for number in self._holders.get(run, ()))
-        if not held:
+        """Return the row of whose n-grams the text contains the largest share; None if none."""
+        ngrams = self._split(text)
+        counts = Counter(number for ngram in ngrams for number in self._rows.get(ngram, ()))
+        if not counts:
             return None
-        number = max(held, key=lambda number: (held[number] / self._sizes[number], -number))
-        return self._owners[number]._replace(how=round(held[number] / self._sizes[number], DIGITS))
+        number = max(counts, key=lambda number: (counts[number] / self._sizes[number], -number))
+        share = counts[number] / self._sizes[number]
+        return self._owners[number]._replace(how=round(share, DIGITS))
 
-    def _cut(self, text: str) -> set[str]:
-        told = tokenize_words(text)
-        return {" ".join(told[i : i + self._length]) for i in range(len(told) - self._length + 1)}
+    def _split(self, text: str) -> set[str]:
+        words = tokenize_words(text)
+        return {" ".join(words[i : i + self._length]) for i in range(len(words) - self._length + 1)}

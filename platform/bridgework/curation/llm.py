@@ -1,7 +1,7 @@
-"""Who writes texts from texts: any OpenAI-compatible endpoint, or a language model on this machine.
+"""Chat models that generate text: an OpenAI-compatible endpoint, or a local language model.
 
-Both take the messages of a chat, {"role", "content"} each, and give one answer; a seed draws the same answer again
-where the writer can.
+Both take the messages of a chat, {"role", "content"} each, and return one answer. The same seed
+gives the same answer, if the model supports seeds.
 """
 
 import base64
@@ -18,32 +18,27 @@ from bridgework.errors import RunError, SpecError, WeightsError
 
 Message = dict[str, Any]
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Output = TypeVar("Output")
 
-ATTEMPTS = 8  # with their waits, half a minute
+ATTEMPTS = 8  # half a minute, including the waits
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 30.0
-SHOWN = 200  # characters of what an endpoint answered, in an error
-MIME = {
-    b"\xff\xd8": "jpeg",
-    b"\x89P": "png",
-    b"RI": "webp",
-    b"GI": "gif",
-    b"BM": "bmp",
-}  # by a file's first bytes
+MAX_BODY = 200  # characters of an endpoint's answer in an error
+# by a file's first bytes
+MIME = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}
 WEIGHTS = ("*.safetensors", "config.json", "tokenizer.json")
 
 
 class ChatModel(Protocol):
-    """Answers a chat; several threads may ask where `parallel` is above 1."""
+    """Answers a chat; up to `parallel` threads may call it at the same time."""
 
     parallel: int
 
     def __call__(self, messages: Sequence[Message], seed: int) -> str:
-        """The answer, without blanks around it; empty where there is none."""
+        """Return the answer, without blanks around it; empty if there is none."""
 
 
 class ChatEndpoint:
-    """A model behind a URL that speaks the chat-completions form."""
+    """Client of an endpoint with the chat-completions API."""
 
     def __init__(
         self,
@@ -57,20 +52,28 @@ class ChatEndpoint:
         parallel: int = 8,
         attempts: int = ATTEMPTS,
     ) -> None:
-        """`key` is the environment variable that holds the key; an endpoint without keys needs none."""
-        from openai import OpenAI  # a second, which nothing else pays
+        """Connect to the endpoint at `url`, e.g. http://host:8000/v1.
+
+        `key` is the environment variable with the API key; it may be unset if the endpoint takes
+        none.
+        """
+        from openai import OpenAI  # the import takes a second
 
         self.parallel = parallel
         self._url, self._key, self._attempts = url, key, attempts
-        self._how = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+        self._options = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
         self._client = OpenAI(
-            base_url=url, api_key=os.environ.get(key) or "none", max_retries=0, timeout=timeout_s
-        )  # tenacity tries again
+            base_url=url,
+            api_key=os.environ.get(key) or "none",
+            max_retries=0,  # tenacity retries
+            timeout=timeout_s,
+        )
 
     def __call__(self, messages: Sequence[Message], seed: int) -> str:
-        """A request that the endpoint refuses for what it says (400, 422) has no answer.
+        """Return the answer; empty if the endpoint rejects the content of the request (400, 422).
 
-        Raises RunError where it does not let us in, and where it still gives no chat completion after several tries.
+        Raises RunError if the endpoint rejects the API key, and if it still gives no chat
+        completion after several attempts.
         """
         import openai
         from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
@@ -92,36 +95,40 @@ class ChatEndpoint:
         except (openai.BadRequestError, openai.UnprocessableEntityError):
             return ""
         except openai.OpenAIError as error:
-            raise self._lost("does not answer", str(error)) from None
+            raise self._error("does not answer", str(error)) from None
 
     def _ask(self, messages: Sequence[Message], seed: int) -> str:
-        """Raises RunError for an answer that is no chat completion, and what openai raises."""
-        asked: Any = {**self._how, "messages": list(messages), "seed": seed}
-        body = self._client.chat.completions.with_raw_response.create(**asked).text
+        """Send one request. Raises RunError for a malformed answer, and the errors of openai."""
+        request: Any = {**self._options, "messages": list(messages), "seed": seed}
+        body = self._client.chat.completions.with_raw_response.create(**request).text
         try:
-            return said(body)
-        except (ValueError, RecursionError):  # the latter: brackets without end
-            raise self._lost("answers with no chat completion", body) from None
+            return parse_completion(body)
+        except (ValueError, RecursionError):  # RecursionError: thousands of brackets
+            raise self._error("answers with no chat completion", body) from None
 
-    def _lost(self, how: str, told: str) -> RunError:
-        shown = " ".join(told.split())[:SHOWN] or "nothing at all"
+    def _error(self, what: str, body: str) -> RunError:
+        text = " ".join(body.split())[:MAX_BODY] or "an empty answer"
         return RunError(
-            f"{self._url} {how}: {shown}; see to the URL (up to /v1), the model's name and the key in ${self._key}, "
-            "then run again: what was answered before is kept, row group by row group"
+            f"{self._url} {what}. Got: {text}. Fix: check the URL (up to /v1), the model's name "
+            f"and the key in ${self._key}, then run again; earlier answers are kept, row group by "
+            "row group"
         )
 
 
-def said(body: str) -> str:
-    """The text of a chat completion, as JSON; empty where it has none. Raises ValueError for any other body."""
+def parse_completion(body: str) -> str:
+    """Return the text of a chat completion in JSON; empty if it has none.
+
+    Raises ValueError for any other body.
+    """
     match json.loads(body):
         case {"choices": [{"message": ({"role": _} | {"content": _}) as message}, *_]}:
-            text = _text(message.get("content")).strip()
-            return text.encode(errors="replace").decode()  # half a surrogate pair is no text
+            text = _content_text(message.get("content")).strip()
+            return text.encode(errors="replace").decode()  # replaces lone surrogates
     raise ValueError("no chat completion")
 
 
-def _text(content: Any) -> str:
-    """Of a message: its words, those of its parts that are text, or none. Raises ValueError for anything else."""
+def _content_text(content: Any) -> str:
+    """Return the text of a message's content, or of its text parts. Raises ValueError otherwise."""
     match content:
         case None:
             return ""
@@ -135,31 +142,35 @@ def _text(content: Any) -> str:
 
 
 class LocalChatModel:
-    """A language model in a folder: an artifact of a stage that answers, or a causal model of transformers."""
+    """Local language model: an artifact of a generative stage, or one of transformers."""
 
-    parallel = 1  # a model holds one stream of draws
+    parallel = 1  # because of the global random state
 
     def __init__(self, folder: str, *, temperature: float = 0.0, max_tokens: int = 1024) -> None:
-        """Raises WeightsError for what is no model, SpecError for one without a chat template."""
+        """Load the model from a folder.
+
+        Raises WeightsError if it does not contain a model, SpecError if there is no chat template.
+        """
         self._temperature, self._max_tokens = temperature, max_tokens
-        self._answer = self._artifact(folder) if _is_artifact(folder) else self._transformer(folder)
+        load = self._load_artifact if _is_artifact(folder) else self._load_transformers
+        self._answer = load(folder)
 
     def __call__(self, messages: Sequence[Message], seed: int) -> str:
         return self._answer(messages, seed).strip()
 
-    def _artifact(self, folder: str) -> Callable[[Sequence[Message], int], str]:
+    def _load_artifact(self, folder: str) -> Callable[[Sequence[Message], int], str]:
         from bridgework.inference.pipeline import Pipeline
 
         pipeline = Pipeline.load(folder)
 
         def answer(messages: Sequence[Message], seed: int) -> str:
             parts = [Part(message["role"], text=message["content"]) for message in messages]
-            how: Any = {"temperature": self._temperature, "max_new_tokens": self._max_tokens}
-            return pipeline.generate_batch([parts], [[]], [seed], **how)[0]
+            options: Any = {"temperature": self._temperature, "max_new_tokens": self._max_tokens}
+            return pipeline.generate_batch([parts], [[]], [seed], **options)[0]
 
         return answer
 
-    def _transformer(self, folder: str) -> Callable[[Sequence[Message], int], str]:
+    def _load_transformers(self, folder: str) -> Callable[[Sequence[Message], int], str]:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -169,41 +180,45 @@ class LocalChatModel:
 
         tokenizer = load_tokenizer(folder)
         if tokenizer.chat_template is None:
-            raise SpecError(
-                f"the tokenizer of {folder} has no chat template, so it cannot be asked; take a chat model"
-            )
-        place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = pretrained.load(AutoModelForCausalLM, folder).to(place).eval()
-        drawn: Any = (
-            {"do_sample": True, "temperature": self._temperature} if self._temperature else {}
-        )
+            raise SpecError(f"{folder}: its tokenizer has no chat template. Fix: use a chat model")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = pretrained.load(AutoModelForCausalLM, folder).to(device).eval()
+        sampling: Any = {"do_sample": False}
+        if self._temperature:
+            sampling = {"do_sample": True, "temperature": self._temperature}
 
         def answer(messages: Sequence[Message], seed: int) -> str:
             text = chat_text(tokenizer, messages, ask=True)
-            asked: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            prompt: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt")
             with torch.random.fork_rng(), torch.inference_mode():
                 torch.manual_seed(seed)
                 ids_1T = model.generate(
-                    **asked.to(place), **{"do_sample": False, **drawn}, max_new_tokens=self._max_tokens,
-                    pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-                )  # fmt: skip
-            return str(
-                tokenizer.decode(ids_1T[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
-            )
+                    **prompt.to(device),
+                    **sampling,
+                    max_new_tokens=self._max_tokens,
+                    pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                )
+            new = ids_1T[0, prompt["input_ids"].shape[1] :]
+            return str(tokenizer.decode(new, skip_special_tokens=True))
 
         return answer
 
 
-def side_by_side(
-    writer: ChatModel, ask: Callable[[Item], Made], items: Sequence[Item]
-) -> list[Made]:
-    """`ask` of every item, in order, at most `writer.parallel` at a time."""
-    with ThreadPoolExecutor(max(1, writer.parallel)) as pool:
+def map_parallel(
+    model: ChatModel, ask: Callable[[Item], Output], items: Sequence[Item]
+) -> list[Output]:
+    """Return `ask` of every item, in order, with at most `model.parallel` calls at a time."""
+    with ThreadPoolExecutor(max(1, model.parallel)) as pool:
         return list(pool.map(ask, items))
 
 
 def digest(folder: str) -> str:
-    """Of a language model: an artifact's own, a folder's sha256 over its weights; a name on the hub as it is."""
+    """Return the digest of a language model.
+
+    It is the digest of an artifact, the sha256 over the weights of a folder, or a hub name as it
+    is.
+    """
     if _is_artifact(folder):
         from bridgework import artifacts
 
@@ -211,26 +226,27 @@ def digest(folder: str) -> str:
     files = sorted(file for pattern in WEIGHTS for file in Path(folder).glob(pattern))
     if Path(folder).is_dir() and not files:
         raise WeightsError(
-            f"{folder} holds no language model: no safetensors, no config.json; name another folder"
+            f"{folder} holds no language model: no safetensors, no config.json. "
+            "Fix: give another folder"
         )
-    whole = hashlib.sha256()
+    total = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            whole.update(
+            total.update(
                 f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
             )
-    return whole.hexdigest() if files else folder
+    return total.hexdigest() if files else folder
 
 
-def picture(image: bytes) -> Message:
-    """The part of a message that shows an image to an endpoint that sees."""
+def image_part(image: bytes) -> Message:
+    """Return the part of a message with an image, for an endpoint with vision."""
     url = f"data:image/{MIME.get(image[:2], 'jpeg')};base64,{base64.b64encode(image).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def drawn(*words: object) -> int:
-    """A seed of these words, below 2**31: what every endpoint takes."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, words)).encode()).digest()[:4]) >> 1
+def seed_of(*parts: object) -> int:
+    """Return a seed below 2**31, which every endpoint accepts, from the hash of the parts."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4]) >> 1
 
 
 def _is_artifact(folder: str) -> bool:

@@ -1,10 +1,11 @@
-"""When two pictures are one: the same bytes, nearly the same perceptual hash, nearly the same direction for a model.
+"""Near-duplicate images: equal bytes, similar perceptual hashes or similar embeddings.
 
-The perceptual hash is pHash's (64 signs of a cosine transform of the brightness, in ImageHash): it stands up to
-another encoding, size or quality, and not to mirroring, cutting or turning. A picture of a single brightness has none,
-and is then like others by its bytes alone. Of color the hash knows nothing, so the two color channels (YCbCr) of a
-4 x 4 thumbnail stand beside it: of 80 pairs of clip art that are near by the hash, 77 are flags, fruit, balloons and
-the like of different colors (benchmarks/twins.py).
+The perceptual hash is pHash of ImageHash: 64 signs of a cosine transform of the brightness. It is
+robust to another encoding, size or quality, but not to mirroring, cropping or rotation. An image of
+a single brightness has no hash and is compared by its bytes. The hash ignores color, therefore the
+code also contains the two color channels (YCbCr) of a 4 x 4 thumbnail: of 80 pairs of clip art with
+similar hashes, 77 are flags, fruit, balloons and the like of different colors
+(benchmarks/twins.py).
 """
 
 # N rows  D dimensions of an embedding
@@ -27,30 +28,25 @@ if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline
 
 By = Literal["bytes", "perceptual", "embedding"]
-Codes = NDArray[Any]  # (N, 8) uint8 of bits, or (N, D) float32 of length 1
+Codes = NDArray[Any]  # (N, 8) uint8 of bits, or (N, D) float32 vectors of length 1
 
 HASH_BITS = 64
 HASH_BYTES = HASH_BITS // 8
-THUMBNAIL = 4  # cells a side
-BANDS = 3  # of a hash, 21 bits each: a million hashes are as many buckets
-MOST_BITS = 16  # that two hashes may differ in; pictures that have nothing in common differ in 32 on average
-FLAT = 2.0  # of 255, the standard deviation of a picture's brightness: below it the hash is noise
-DECODED = 128  # pixels: the hash looks at 32 x 32
-BLOCK = 4096  # rows that are looked for at once
-ROUNDING = 1e-3  # of a cosine: embeddings are kept in float16
+THUMBNAIL = 4  # pixels per side
+BANDS = 3  # of a hash, 21 bits each, so that a million hashes have about as many buckets
+MOST_BITS = 16  # maximum distance; unrelated images differ in 32 bits on average
+FLAT = 2.0  # of 255, standard deviation of the brightness, below which the hash is noise
+DECODED = 128  # pixels; the hash uses 32 x 32
+BLOCK = 4096  # rows per search
+ROUNDING = 1e-3  # of a cosine, because embeddings are stored in float16
 
 
-def checked(by: By, model: str | None, distance: int, similarity: float) -> None:
-    """Raises SpecError for fields that do not go together, or are out of range."""
-    if (by == "embedding") != (model is not None):
-        raise SpecError(
-            f"by={by} "
-            + (
-                "needs model=ARTIFACT, which embeds images"
-                if model is None
-                else "asks no model; leave it out"
-            )
-        )
+def check_fields(by: By, model: str | None, distance: int, similarity: float) -> None:
+    """Check the fields. Raises SpecError if they exclude each other, or one is out of range."""
+    if by == "embedding" and model is None:
+        raise SpecError("by=embedding needs model=ARTIFACT, which embeds images")
+    if by != "embedding" and model is not None:
+        raise SpecError(f"by={by} uses no model. Fix: leave out model, or set by=embedding")
     if not 0 <= distance <= MOST_BITS:
         raise SpecError(f"distance is 0 to {MOST_BITS} bits of {HASH_BITS}; got {distance}")
     if not 0 < similarity <= 1:
@@ -58,14 +54,14 @@ def checked(by: By, model: str | None, distance: int, similarity: float) -> None
 
 
 class ImageHasher:
-    """What is to be compared of pictures; holds the model, if one is asked."""
+    """Computes the codes by which images are compared, with a model if `by` is embedding."""
 
     def __init__(self, by: By, pipeline: "Pipeline | None" = None) -> None:
         self._by, self._pipeline = by, pipeline
 
     @classmethod
     def of(cls, by: By, model: str | None) -> "ImageHasher":
-        """`model` is an artifact's folder; only an embedding has one."""
+        """Load the model from an artifact's folder; None unless `by` is embedding."""
         if model is None:
             return cls(by)
         from bridgework.inference.pipeline import Pipeline
@@ -73,52 +69,53 @@ class ImageHasher:
         return cls(by, Pipeline.load(model))
 
     def __call__(self, images: Sequence[bytes]) -> list[bytes | BadSample | None]:
-        """For each file a hash with its colors or D float16, None where its bytes alone can tell, or why it is bad."""
-        seen = [self._look(image) for image in images]
-        made = iter(self._embed([one for one in seen if isinstance(one, np.ndarray)]))
-        return [next(made) if isinstance(one, np.ndarray) else one for one in seen]
+        """Return the code of each image file.
 
-    def _look(self, image: bytes) -> NDArray[np.uint8] | bytes | BadSample | None:
+        The code is a hash with colors, or D float16; None if only the bytes are compared; a
+        BadSample if the image cannot be decoded.
+        """
+        results = [self._hash_or_load(image) for image in images]
+        vectors = iter(self._embed([one for one in results if isinstance(one, np.ndarray)]))
+        return [next(vectors) if isinstance(one, np.ndarray) else one for one in results]
+
+    def _hash_or_load(self, image: bytes) -> NDArray[np.uint8] | bytes | BadSample | None:
         try:
             if self._by == "perceptual":
-                return perceptual(image)
-            return (
-                None
-                if self._pipeline is None
-                else load_image(image, self._pipeline.stage.model.pixels)
-            )
+                return perceptual_code(image)
+            if self._pipeline is None:
+                return None
+            return load_image(image, self._pipeline.stage.model.pixels)
         except BadSample as error:
             return error
 
     def _embed(self, squares: Sequence[NDArray[np.uint8]]) -> list[bytes]:
         if self._pipeline is None or not squares:
             return []
-        made = self._pipeline.embed_images(squares).float()
-        made_ND = made.mean(1) if made.ndim == 3 else made  # over the queries of a Q-Former
-        return [row.tobytes() for row in made_ND.cpu().numpy().astype(np.float16)]
+        vectors = self._pipeline.embed_images(squares).float()
+        # the mean over the queries of a Q-Former
+        vectors_ND = vectors.mean(1) if vectors.ndim == 3 else vectors
+        return [row.tobytes() for row in vectors_ND.cpu().numpy().astype(np.float16)]
 
 
-def perceptual(image: bytes) -> bytes | None:
-    """pHash, 8 bytes, and Cb and Cr of each cell of a thumbnail, 32 bytes; None for a picture of a single brightness.
+def perceptual_code(image: bytes) -> bytes | None:
+    """Return pHash (8 bytes), then Cb and Cr of each pixel of a thumbnail (32 bytes).
 
-    Raises BadSample as `decode` does.
+    Returns None for an image of a single brightness. Raises the errors of `decode`.
     """
     picture = decode(image, size=DECODED)
-    grey = picture.convert("L")
-    if float(np.asarray(grey, np.float32).std()) < FLAT:
+    gray = picture.convert("L")
+    if float(np.asarray(gray, np.float32).std()) < FLAT:
         return None
     small = picture.convert("YCbCr").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return (
-        np.packbits(imagehash.phash(grey).hash.flatten()).tobytes()
-        + np.asarray(small)[..., 1:].tobytes()
-    )
+    hash_bytes = np.packbits(imagehash.phash(gray).hash.flatten()).tobytes()
+    return hash_bytes + np.asarray(small)[..., 1:].tobytes()
 
 
-def repainted(one: bytes, other: bytes) -> int:
-    """How far apart the colors of two perceptual signatures are where they differ most, of 255.
+def color_distance(one: bytes, other: bytes) -> int:
+    """Return the maximum color difference of two perceptual codes, of 255.
 
-    Of 400 drawings, those as JPEG at quality 20, WebP at 30 or of half the size are 10 apart at most, 15 % brighter or
-    darker ones 19 (benchmarks/twins.py).
+    For 400 drawings, copies as JPEG at quality 20, WebP at 30 or at half the size differ by at most
+    10, copies that are 15 % brighter or darker by 19 (benchmarks/twins.py).
     """
     colors, others = (
         np.frombuffer(code, np.uint8, offset=HASH_BYTES).astype(np.int16) for code in (one, other)
@@ -127,51 +124,47 @@ def repainted(one: bytes, other: bytes) -> int:
 
 
 def digest(*parts: bytes) -> str:
-    """32 hex digits that name some bytes."""
-    told = hashlib.sha256()
+    """Return a digest of 32 hex digits of the parts."""
+    total = hashlib.sha256()
     for part in parts:
-        told.update(hashlib.sha256(part).digest())
-    return told.hexdigest()[:32]
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()[:32]
 
 
-def codes(by: By, signatures: Sequence[bytes]) -> Codes:
-    """What `Signer` gave as one array, hashes without their colors; of one row at least."""
+def pack_codes(by: By, signatures: Sequence[bytes]) -> Codes:
+    """Return the codes of `ImageHasher` as one array, hashes without colors. Needs at least one."""
     if by == "perceptual":
-        return np.frombuffer(b"".join(code[:HASH_BYTES] for code in signatures), np.uint8).reshape(
-            -1, HASH_BYTES
-        )
-    made_ND = (
-        np.frombuffer(b"".join(signatures), np.float16)
-        .reshape(len(signatures), -1)
-        .astype(np.float32)
-    )
-    length_N1: Codes = np.linalg.norm(made_ND, axis=1, keepdims=True)
-    return made_ND / length_N1
+        hashes = b"".join(code[:HASH_BYTES] for code in signatures)
+        return np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES)
+    stored_ND = np.frombuffer(b"".join(signatures), np.float16).reshape(len(signatures), -1)
+    vectors_ND: Codes = stored_ND.astype(np.float32)
+    length_N1: Codes = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    return vectors_ND / length_N1
 
 
-def earlier(codes: Codes, limit: float) -> Iterator[NDArray[np.int64]]:
-    """For each row the rows before it that are near, in order: at most `limit` bits away, or a cosine of `limit`.
+def earlier_neighbors(codes: Codes, limit: float) -> Iterator[NDArray[np.int64]]:
+    """Yield for each row the earlier rows within the limit, in order.
 
-    Exact. Memory: the codes, their index, and the near rows of BLOCK rows at a time.
+    The limit is a number of bits for hashes, a minimum cosine for vectors. The search is exact.
+    Memory: the codes, their index, and the neighbors of BLOCK rows at a time.
     """
     binary = codes.dtype == np.uint8
-    index: Any = _hashes(int(limit)) if binary else faiss.IndexFlatIP(codes.shape[1])
+    index: Any = _hash_index(int(limit)) if binary else faiss.IndexFlatIP(codes.shape[1])
     index.add(codes)
-    radius = (
-        int(limit) + 1 if binary else limit - ROUNDING
-    )  # of bits, fewer than it; of cosines, more
+    # faiss returns bits below the radius, and cosines above it
+    radius = int(limit) + 1 if binary else limit - ROUNDING
     for start in range(0, len(codes), BLOCK):
-        ends, _, near = index.range_search(codes[start : start + BLOCK], radius)
+        ends, _, neighbors = index.range_search(codes[start : start + BLOCK], radius)
         for row in range(len(ends) - 1):
-            found = near[ends[row] : ends[row + 1]]
-            yield np.sort(found[found < start + row])
+            of_row = neighbors[ends[row] : ends[row + 1]]
+            yield np.sort(of_row[of_row < start + row])
 
 
-def _hashes(distance: int) -> "faiss.IndexBinary":
-    """Finds all hashes within `distance` bits.
+def _hash_index(distance: int) -> "faiss.IndexBinary":
+    """Return an index that finds all hashes within `distance` bits.
 
-    Cut into three bands, two hashes that differ in d bits have a band that differs in d // 3 at most: it is looked up
-    with so many bits flipped. From three flips on it is quicker to compare all.
+    Of two hashes that differ in d bits, one of three bands differs in at most d // 3 bits; it is
+    looked up with that many bits flipped. From three flips on, comparing all hashes is faster.
     """
     if distance // BANDS > 2:
         return faiss.IndexBinaryFlat(HASH_BITS)
@@ -180,22 +173,23 @@ def _hashes(distance: int) -> "faiss.IndexBinary":
     return index
 
 
-class Nearest:
-    """The nearest of some pictures to others, for sets that are small: every one is compared."""
+class NearestIndex:
+    """Finds the nearest image of a small set by exhaustive search."""
 
     def __init__(self, by: By, signatures: Sequence[bytes]) -> None:
         self._by = by
-        made = codes(by, signatures)
+        codes = pack_codes(by, signatures)
         self._index: Any = (
             faiss.IndexBinaryFlat(HASH_BITS)
             if by == "perceptual"
-            else faiss.IndexFlatIP(made.shape[1])
+            else faiss.IndexFlatIP(codes.shape[1])
         )
-        self._index.add(made)
+        self._index.add(codes)
 
     def __call__(self, signatures: Sequence[bytes]) -> list[tuple[float, int]]:
-        """(how near, which of the set) for each signature: bits that differ, or the cosine."""
+        """Return (bits of distance or cosine, position in the set) for each code."""
         if not signatures:
             return []
-        found, which = self._index.search(codes(self._by, signatures), 1)
-        return [(float(how), int(at)) for how, at in zip(found[:, 0], which[:, 0], strict=True)]
+        nearness, places = self._index.search(pack_codes(self._by, signatures), 1)
+        pairs = zip(nearness[:, 0], places[:, 0], strict=True)
+        return [(float(near), int(place)) for near, place in pairs]

@@ -1,20 +1,21 @@
-"""MiniGPT-4's second-stage data (arXiv:2304.10592, 3.2): long descriptions, written, mended and checked.
+"""MiniGPT-4's second-stage data (arXiv:2304.10592, 3.2): long descriptions, generated and cleaned.
 
-With a `model` every image is described; a description of fewer than 80 tokens is continued, once. Without one, the
-rows' own texts are mended. Rules remove what such models leave behind: words and sentences that repeat themselves,
-sentences that break off, other languages, scaffolding and apologies. An OpenAI-compatible `endpoint` may rewrite what
-is left, as ChatGPT did for the paper, and the rules go over it again. What is too short or not English then is dropped.
+With a `model`, every image is described; a description of fewer than 80 tokens is continued once.
+Without a model, the rows' own texts are cleaned. Rules remove typical faults of generated text:
+repeated words and sentences, incomplete sentences, other languages, scaffolding and apologies. An
+OpenAI-compatible `endpoint` can rewrite the result, as ChatGPT did for the paper; then the rules
+are applied again. Texts that are too short or not English are dropped.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from bridgework.config import config_class
 from bridgework.curation import llm
-from bridgework.curation.mending import clean, wrong
-from bridgework.curation.runner import Annotator, Decision, Fact, Model, Rows, bad
+from bridgework.curation.runner import Annotation, Annotator, Decision, Model, Rows, bad
+from bridgework.curation.text_cleaning import clean, find_fault
 from bridgework.data.images import decode
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample
@@ -26,54 +27,59 @@ if TYPE_CHECKING:
 PROMPT = "Describe this image in detail. Name everything that you can see, and leave nothing out."
 CONTINUE = "Continue"  # 3.2
 REWRITE = (
-    "Correct the description of a picture below. Take out what is said twice, marks without a meaning, sentences that "
-    "are not English and sentences that are not complete; mend the grammar and change nothing else. Answer with the "
-    "corrected description alone, and with the description as it is if there is nothing to correct.\n\n"
+    "Correct the description of a picture below. Take out what is said twice, marks without a "
+    "meaning, sentences that are not English and sentences that are not complete; mend the grammar "
+    "and change nothing else. Answer with the corrected description alone, and with the description "
+    "as it is if there is nothing to correct.\n\n"
 )
 
 
 @config_class
 class Polish:
-    """Who describes and who rewrites, how it is drawn, and what is long enough."""
+    """Describing model, rewriting endpoint, sampling options and minimum length."""
 
-    model: Model | None = (
-        None  # describes the images; without one, the rows' captions or answers are mended
-    )
-    template: str | None = (
-        "human"  # that it is asked in, though it was aligned without one; none: its own
-    )
+    model: Model | None = None  # describes the images; None: clean the captions or answers
+    template: str | None = "human"  # of the prompts; none: the model's own template
     prompt: str = PROMPT
     enough: int = 80  # tokens; a shorter description is continued (3.2)
-    max_tokens: int = 300  # the authors' release
+    max_tokens: int = 300  # as in the authors' release
     temperature: float = 1.0
     top_p: float = 0.9
     seed: int = 0
-    endpoint: str | None = None  # its base URL, up to /v1
-    rewriter: str | None = None  # the model that rewrites, as the endpoint calls it
-    key: str = "OPENAI_API_KEY"  # the environment variable that holds the endpoint's key
-    parallel: int = 8  # requests under way
-    min_words: int = 20  # of what goes on
+    endpoint: str | None = None  # base URL, up to /v1
+    rewriter: str | None = None  # name of the rewriting model at the endpoint
+    key: str = "OPENAI_API_KEY"  # environment variable with the endpoint's API key
+    parallel: int = 8  # concurrent requests
+    min_words: int = 20  # of a kept text
 
     drawn: ClassVar[tuple[str, ...]] = (
-        "template", "prompt", "enough", "max_tokens", "temperature", "top_p", "seed", "endpoint", "rewriter",
+        "template", "prompt", "enough", "max_tokens", "temperature", "top_p", "seed", "endpoint",
+        "rewriter",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         if (self.endpoint is None) != (self.rewriter is None):
-            raise SpecError("polish: endpoint=URL goes with rewriter=NAME; give both, or neither")
-        if not 0 < self.top_p <= 1 or self.temperature < 0:
-            drawn = f"{self.top_p:g} and {self.temperature:g}"
             raise SpecError(
-                f"polish: top_p lies in (0, 1] and temperature is at least 0; got {drawn}"
+                "polish: endpoint=URL goes with rewriter=NAME. Fix: give both, or neither"
+            )
+        if not 0 < self.top_p <= 1 or self.temperature < 0:
+            raise SpecError(
+                "polish: top_p is in (0, 1] and temperature is at least 0. "
+                f"Got {self.top_p:g} and {self.temperature:g}"
             )
         if min(self.max_tokens, self.parallel, self.min_words) < 1 or self.enough < 0:
             raise SpecError(
-                "polish: max_tokens, parallel and min_words are at least 1, and enough is at least 0"
+                "polish: max_tokens, parallel and min_words are at least 1, enough at least 0. "
+                f"Got {self.max_tokens}, {self.parallel}, {self.min_words} and {self.enough}"
             )
         if not self.prompt.strip():
-            raise SpecError("polish: the prompt is empty; leave it out to take the one that ships")
+            raise SpecError("polish: the prompt is empty. Fix: leave it out to use the default")
 
     def models(self, home: Path) -> Mapping[str, str]:
+        """Return the digest of the describing model.
+
+        Raises WeightsError if it is not an artifact.
+        """
         if self.model is None:
             return {}
         from bridgework import artifacts
@@ -81,112 +87,110 @@ class Polish:
         return {"model": artifacts.describe(self.model).digest}
 
     def judge(self, home: Path) -> Annotator:
-        """Tells the description, whether it was continued, and what the endpoint made of it."""
-        return _Judge(self)
+        """Build the annotator: description, whether it was continued, and the rewritten text."""
+        return _PolishAnnotator(self)
 
     def decide(self, rows: Rows) -> Iterator[Decision]:
-        """A pair for every row whose text, mended, is long enough and English."""
-        for sample, fact in rows():
-            text = fact["rewritten"] or fact["written"]
-            mended = clean(text)
-            if (fault := wrong(mended, self.min_words)) is not None:
-                yield Decision(fault, note=mended or text)
+        """Keep a pair of every row whose cleaned text is long enough and English."""
+        for sample, annotation in rows():
+            text = annotation["rewritten"] or annotation["written"]
+            cleaned = clean(text)
+            if (fault := find_fault(cleaned, self.min_words)) is not None:
+                yield Decision(fault, note=cleaned or text)
                 continue
-            told = {"polish.continued": "once"} if fact["continued"] else {}
-            why = "kept" if mended == fact["written"] else "kept, mended"
-            yield Decision(why, (_pair(sample, mended, told),), mended)
+            stamp = {"polish.continued": "once"} if annotation["continued"] else {}
+            why = "kept" if cleaned == annotation["written"] else "kept, mended"
+            yield Decision(why, (_pair(sample, cleaned, stamp),), cleaned)
 
 
-class _Judge:
-    """Holds the model and the client of the endpoint."""
+class _PolishAnnotator:
+    """Describes images, or takes their texts, and lets the endpoint rewrite them."""
 
     def __init__(self, spec: Polish) -> None:
         self._spec = spec
-        self._model = None if spec.model is None else _asked_in(spec.template, spec.model)
+        self._model = None if spec.model is None else _load(spec.model, spec.template)
         self._rewriter = None
         if spec.endpoint is not None and spec.rewriter is not None:
-            how: Any = {
-                "key": spec.key,
-                "parallel": spec.parallel,
-                "max_tokens": 2 * spec.max_tokens,
-            }
-            self._rewriter = llm.ChatEndpoint(spec.endpoint, spec.rewriter, **how)
+            self._rewriter = llm.ChatEndpoint(
+                spec.endpoint,
+                spec.rewriter,
+                key=spec.key,
+                parallel=spec.parallel,
+                max_tokens=2 * spec.max_tokens,
+            )
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Fact]:
-        own = [_own(sample, needed=self._model is None) for sample in samples]
-        good = [
-            (s, text)
-            for s, text in zip(samples, own, strict=True)
+    def __call__(self, samples: Sequence[Sample]) -> list[Annotation]:
+        texts = [_text_of(sample, required=self._model is None) for sample in samples]
+        usable = [
+            (sample, text)
+            for sample, text in zip(samples, texts, strict=True)
             if not isinstance(text, BadSample)
         ]
-        told = iter(
-            self._told([sample for sample, _ in good], [text for _, text in good]) if good else ()
-        )
-        return [bad(text) if isinstance(text, BadSample) else next(told) for text in own]
+        new = iter(self._annotate([s for s, _ in usable], [t for _, t in usable]) if usable else ())
+        return [bad(text) if isinstance(text, BadSample) else next(new) for text in texts]
 
-    def _told(self, samples: Sequence[Sample], own: Sequence[str]) -> list[Fact]:
-        written = (
-            [(text, False) for text in own]
-            if self._model is None
-            else self._described(self._model, samples)
-        )
+    def _annotate(self, samples: Sequence[Sample], texts: Sequence[str]) -> list[Annotation]:
+        written = [(text, False) for text in texts]
+        if self._model is not None:
+            written = self._describe(self._model, samples)
         rewritten: Sequence[str] = [""] * len(written)
         if self._rewriter is not None:
-            asked = [
+            keyed = [
                 (sample.key, clean(text))
                 for sample, (text, _) in zip(samples, written, strict=True)
             ]
-            rewritten = llm.side_by_side(self._rewriter, self._rewrite, asked)
+            rewritten = llm.map_parallel(self._rewriter, self._rewrite, keyed)
         return [
             {"written": text, "continued": continued, "rewritten": new}
             for (text, continued), new in zip(written, rewritten, strict=True)
         ]
 
-    def _described(self, model: "Pipeline", samples: Sequence[Sample]) -> list[tuple[str, bool]]:
-        """(description, whether it was continued), for each."""
+    def _describe(self, model: "Pipeline", samples: Sequence[Sample]) -> list[tuple[str, bool]]:
+        """Return (description, True if it was continued) of each image."""
         first = [
             [Part("user", image=0), Part("user", text="\n" + self._spec.prompt)] for _ in samples
         ]
-        texts = self._write(model, samples, first, 0)
+        texts = self._generate(model, samples, first, 0)
         short = [at for at, text in enumerate(texts) if _tokens(model, text) < self._spec.enough]
         longer = [
             [*first[at], Part("assistant", text=texts[at]), Part("user", text=CONTINUE)]
             for at in short
         ]
-        more = self._write(model, [samples[at] for at in short], longer, 1) if short else []
+        more = self._generate(model, [samples[at] for at in short], longer, 1) if short else []
         added = dict(zip(short, more, strict=True))
         return [
             (f"{text} {added[at]}".strip() if at in added else text, at in added)
             for at, text in enumerate(texts)
         ]
 
-    def _write(
+    def _generate(
         self,
         model: "Pipeline",
         samples: Sequence[Sample],
-        asked: Sequence[Sequence[Part]],
-        number: int,
+        conversations: Sequence[Sequence[Part]],
+        turn: int,
     ) -> list[str]:
         spec = self._spec
-        how: Any = {
-            "max_new_tokens": spec.max_tokens,
-            "temperature": spec.temperature,
-            "top_p": spec.top_p,
-        }
-        seeds = [llm.drawn(spec.seed, sample.key, number) for sample in samples]
-        return model.generate_batch(asked, [[sample.images[0]] for sample in samples], seeds, **how)
+        return model.generate_batch(
+            conversations,
+            [[sample.images[0]] for sample in samples],
+            [llm.seed_of(spec.seed, sample.key, turn) for sample in samples],
+            max_new_tokens=spec.max_tokens,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+        )
 
-    def _rewrite(self, asked: tuple[str, str]) -> str:
-        key, text = asked
+    def _rewrite(self, keyed: tuple[str, str]) -> str:
+        key, text = keyed
         if self._rewriter is None or not text:
             return ""
         return self._rewriter(
-            [{"role": "user", "content": REWRITE + text}], llm.drawn(self._spec.seed, key)
+            [{"role": "user", "content": REWRITE + text}], llm.seed_of(self._spec.seed, key)
         )
 
 
-def _asked_in(template: str | None, folder: str) -> "Pipeline":
-    """The model, spoken to in a template that need not be the one of its training."""
+def _load(folder: str, template: str | None) -> "Pipeline":
+    """Load a model with another prompt template than that of its training."""
     from bridgework.inference.pipeline import Pipeline
 
     loaded = Pipeline.load(folder)
@@ -202,14 +206,14 @@ def _tokens(model: "Pipeline", text: str) -> int:
     return len(tokenize(text, model.tokenizer, literal=True))
 
 
-def _own(sample: Sample, *, needed: bool) -> str | BadSample:
-    """The text of a row of one image, or what is wrong with it."""
+def _text_of(sample: Sample, *, required: bool) -> str | BadSample:
+    """Return the text of a row of one image, or the reason to quarantine the row."""
     texts = [
         part.text
         for part in sample.parts
         if part.role in ("caption", "assistant") and part.text is not None
     ]
-    if len(sample.images) != 1 or (needed and len(texts) != 1):
+    if len(sample.images) != 1 or (required and len(texts) != 1):
         return BadSample(
             Reason.BAD_ROW,
             "polish reads one image a row and, without a model, its one caption or answer",
@@ -218,14 +222,14 @@ def _own(sample: Sample, *, needed: bool) -> str | BadSample:
         decode(sample.images[0])
     except BadSample as error:
         return error
-    return texts[0] if needed else ""
+    return texts[0] if required else ""
 
 
-def _pair(sample: Sample, text: str, told: Mapping[str, str]) -> Sample:
+def _pair(sample: Sample, text: str, stamp: Mapping[str, str]) -> Sample:
     return replace(
         sample,
         parts=(Part("caption", image=0), Part("caption", text=text)),
         rejected=None,
         language="en",
-        provenance={**sample.provenance, **told},
+        provenance={**sample.provenance, **stamp},
     )

@@ -1,4 +1,4 @@
-"""What can be measured of a row: its pictures' sizes, its words, its language, how a model sees image and text."""
+"""Metrics of a row: image sizes, words, language, image-text similarity and a probe's score."""
 
 # N images  Q queries  D width of an embedding
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from bridgework.curation.capfilt import readable
-from bridgework.curation.runner import Fact, bad
+from bridgework.curation.runner import Annotation, bad
 from bridgework.curation.text import language, tokenize_words
 from bridgework.data.images import load_image, size_of
 from bridgework.data.quarantine import BadSample, Reason
@@ -24,86 +24,84 @@ if TYPE_CHECKING:
 
     from bridgework.inference.pipeline import Pipeline
 
-DIGITS = 4  # of a share, a probability, a cosine and a score
+DIGITS = 4  # of shares, probabilities, cosines and scores
 
 
 class RowMetricValues(NamedTuple):
-    """A fact. None: the row has no such thing, or nobody asked."""
+    """Annotation. None: the row lacks the field, or the metric was not requested."""
 
-    side: int | None = None  # pixels, the shortest of all images
-    aspect: float | None = None  # of the longest image
+    side: int | None = None  # pixels, shortest side of all images
+    aspect: float | None = None  # longer side / shorter side, maximum over the images
     pixels: int | None = None  # of the largest image
     words: int | None = None
-    repetition: float | None = None  # share of the words that the most repeated one has
-    word: str | None = None  # of the list, one that stands in the text
+    repetition: float | None = None  # share of the most frequent word
+    word: str | None = None  # a word or phrase of the list that occurs in the text
     language: str | None = None
-    probability: float | None = None
-    similarity: float | None = None  # cosine of the text and the image that fits it best
+    probability: float | None = None  # of the language
+    similarity: float | None = None  # cosine of the text and the most similar image
     score: float | None = None  # of the worst image
 
 
 class RowMetrics:
-    """Measures rows; holds the list of words and, where they are asked, the models."""
+    """Annotator that measures rows, with a list of words and optionally a model."""
 
     def __init__(
         self,
-        listed: Iterable[str] = (),
+        words: Iterable[str] = (),
         *,
         languages: bool = False,
-        eye: "EmbeddingScorer | None" = None,
+        scorer: "EmbeddingScorer | None" = None,
     ) -> None:
-        phrases = [" ".join(tokenize_words(entry)) for entry in listed]
+        phrases = [" ".join(tokenize_words(entry)) for entry in words]
         self._phrases = [phrase for phrase in phrases if " " in phrase]
         self._words = frozenset(phrases) - {""}
         self._languages = languages
-        self._eye = eye
+        self._scorer = scorer
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Fact]:
-        """A fact for each sample; one with an image that cannot be read is bad."""
-        told = [self._measured(sample) for sample in samples]
-        if self._eye is not None:
-            told = self._eye(samples, told)
-        return [bad(one) if isinstance(one, BadSample) else one._asdict() for one in told]
+    def __call__(self, samples: Sequence[Sample]) -> list[Annotation]:
+        """Annotate every sample; a row with an unreadable image is bad."""
+        values = [self._measure(sample) for sample in samples]
+        if self._scorer is not None:
+            values = self._scorer(samples, values)
+        return [bad(one) if isinstance(one, BadSample) else one._asdict() for one in values]
 
-    def _measured(self, sample: Sample) -> RowMetricValues | BadSample:
+    def _measure(self, sample: Sample) -> RowMetricValues | BadSample:
         try:
             sizes = [sorted(size_of(image)) for image in sample.images]
         except BadSample as error:
             return error
         if any(short < 1 for short, _ in sizes):
             return BadSample(Reason.ZERO_PIXELS, "an image has no pixels")
-        told = RowMetricValues(
+        values = RowMetricValues(
             side=min((short for short, _ in sizes), default=None),
             aspect=max((round(long / short, DIGITS) for short, long in sizes), default=None),
             pixels=max((short * long for short, long in sizes), default=None),
         )
-        return (
-            self._read(told, sample.text)
-            if any(part.text is not None for part in sample.parts)
-            else told
-        )
+        if all(part.text is None for part in sample.parts):
+            return values
+        return self._measure_text(values, sample.text)
 
-    def _read(self, told: RowMetricValues, text: str) -> RowMetricValues:
-        found = tokenize_words(text)
-        most = max(Counter(found).values(), default=0)
-        told = told._replace(
-            words=len(found),
-            repetition=round(most / len(found), DIGITS) if most > 1 else None,
-            word=self._listed(found),
+    def _measure_text(self, values: RowMetricValues, text: str) -> RowMetricValues:
+        words = tokenize_words(text)
+        most = max(Counter(words).values(), default=0)
+        values = values._replace(
+            words=len(words),
+            repetition=round(most / len(words), DIGITS) if most > 1 else None,
+            word=self._find_listed(words),
         )
-        if not self._languages or not found:
-            return told
+        if not self._languages or not words:
+            return values
         code, probability = language(text)
-        return told._replace(language=code, probability=round(probability, DIGITS))
+        return values._replace(language=code, probability=round(probability, DIGITS))
 
-    def _listed(self, text: Sequence[str]) -> str | None:
-        whole = f" {' '.join(text)} "
-        found = next((word for word in text if word in self._words), None)
-        return found or next((phrase for phrase in self._phrases if f" {phrase} " in whole), None)
+    def _find_listed(self, words: Sequence[str]) -> str | None:
+        text = f" {' '.join(words)} "
+        found = next((word for word in words if word in self._words), None)
+        return found or next((phrase for phrase in self._phrases if f" {phrase} " in text), None)
 
 
 class EmbeddingScorer:
-    """A model that embeds images: tells how they fit the text, and what a linear probe makes of them."""
+    """Adds the image-text similarity and the score of a linear probe, by a model's embeddings."""
 
     def __init__(
         self, pipeline: "Pipeline", probe: "tuple[Tensor, float] | None", *, texts: bool
@@ -112,85 +110,78 @@ class EmbeddingScorer:
 
     @classmethod
     def of(cls, model: str, probe: str | None, *, texts: bool) -> "EmbeddingScorer":
-        """Raises WeightsError for what is no artifact, or no probe for it."""
+        """Load the model and the probe. Raises WeightsError if one of them is not valid."""
         from bridgework.inference.pipeline import Pipeline
 
-        return cls(Pipeline.load(model), None if probe is None else _probe(probe), texts=texts)
+        return cls(Pipeline.load(model), None if probe is None else _load_probe(probe), texts=texts)
 
     def __call__(
-        self, samples: Sequence[Sample], told: Sequence[RowMetricValues | BadSample]
+        self, samples: Sequence[Sample], values: Sequence[RowMetricValues | BadSample]
     ) -> list[RowMetricValues | BadSample]:
-        """What was told of each sample, and what the model sees in its images."""
+        """Return the values with similarity and score added."""
         pixels = self._pipeline.stage.model.pixels
-        seen: list[RowMetricValues | BadSample] = []
+        result: list[RowMetricValues | BadSample] = []
         squares: list[NDArray[np.uint8]] = []
-        for sample, one in zip(samples, told, strict=True):
+        for sample, one in zip(samples, values, strict=True):
             try:
-                squares += (
-                    []
-                    if isinstance(one, BadSample)
-                    else [load_image(image, pixels) for image in sample.images]
-                )
-                seen.append(one)
+                if not isinstance(one, BadSample):
+                    squares += [load_image(image, pixels) for image in sample.images]
+                result.append(one)
             except BadSample as error:
-                seen.append(error)
-        embedded = self._pipeline.embed_images(squares).float().cpu() if squares else None
-        texts = self._embedded_texts(samples)
+                result.append(error)
+        images = self._pipeline.embed_images(squares).float().cpu() if squares else None
+        texts = self._embed_texts(samples)
         start = 0
-        for number, one in enumerate(seen):
-            if isinstance(one, RowMetricValues) and embedded is not None and samples[number].images:
-                end = start + len(samples[number].images)
-                seen[number] = self._figures(one, embedded[start:end], texts.get(number))
+        for row, one in enumerate(result):
+            if isinstance(one, RowMetricValues) and images is not None and samples[row].images:
+                end = start + len(samples[row].images)
+                result[row] = self._score(one, images[start:end], texts.get(row))
                 start = end
-        return seen
+        return result
 
-    def _embedded_texts(self, samples: Sequence[Sample]) -> "dict[int, Tensor]":
-        """(D,) for every sample that has both images and a text that the model can read."""
+    def _embed_texts(self, samples: Sequence[Sample]) -> "dict[int, Tensor]":
+        """Return (D,) by row, of every row with images and a text that has tokens for the model."""
         if not self._texts:
             return {}
-        read = [
-            i
-            for i, s in enumerate(samples)
-            if s.images and s.text.strip() and readable(self._pipeline, s.text)
+        rows = [
+            row
+            for row, sample in enumerate(samples)
+            if sample.images and sample.text.strip() and readable(self._pipeline, sample.text)
         ]
-        return (
-            dict(
-                zip(
-                    read,
-                    self._pipeline.embed_texts([samples[i].text for i in read]).cpu(),
-                    strict=True,
-                )
-            )
-            if read
-            else {}
-        )
+        if not rows:
+            return {}
+        vectors_ND = self._pipeline.embed_texts([samples[row].text for row in rows]).cpu()
+        return dict(zip(rows, vectors_ND, strict=True))
 
-    def _figures(
-        self, told: RowMetricValues, images: "Tensor", text_D: "Tensor | None"
+    def _score(
+        self, values: RowMetricValues, images: "Tensor", text_D: "Tensor | None"
     ) -> RowMetricValues:
-        """`images` are (N, D), or (N, Q, D) of a Q-Former, of which the best query counts (BLIP-2, 3.1)."""
+        """Add similarity and score from image vectors (N, D), or (N, Q, D) of a Q-Former.
+
+        Of the Q vectors of an image, the most similar counts (BLIP-2, 3.1).
+        """
         if text_D is not None:
-            told = told._replace(similarity=round(float((images @ text_D).max()), DIGITS))
+            values = values._replace(similarity=round(float((images @ text_D).max()), DIGITS))
         if self._probe is None:
-            return told
+            return values
         weight_D, bias = self._probe
         images_ND = images.mean(1) if images.ndim == 3 else images
         if images_ND.shape[1] != len(weight_D):
             raise WeightsError(
-                f"the probe weighs {len(weight_D)} numbers and the model embeds an image in {images_ND.shape[1]}; "
-                "take the model that the probe was fitted to"
+                f"the probe does not fit the model. Got {len(weight_D)} weights; "
+                f"expected {images_ND.shape[1]}. Fix: use the model to which the probe was fitted"
             )
-        return told._replace(score=round(float((images_ND @ weight_D).min() + bias), DIGITS))
+        return values._replace(score=round(float((images_ND @ weight_D).min() + bias), DIGITS))
 
 
-def _probe(path: str) -> "tuple[Tensor, float]":
-    """Weight (D,) and bias of a linear probe in a safetensors file."""
+def _load_probe(path: str) -> "tuple[Tensor, float]":
+    """Return the weight (D,) and the bias of a linear probe in a safetensors file."""
     from safetensors.torch import load
 
     try:
         tensors = load(content(path))
     except SafetensorError as error:
-        raise WeightsError(f"{path} is no safetensors file: {error}") from None
+        raise WeightsError(f"{path} is not a safetensors file: {error}") from None
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if (
         weight is None
@@ -199,13 +190,14 @@ def _probe(path: str) -> "tuple[Tensor, float]":
     ):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise WeightsError(
-            f"{path} is no linear probe: it needs `weight` (D,) or (1, D), and may have `bias`; has {shapes}"
+            f"{path} is not a linear probe. Got {shapes}; expected `weight` (D,) or (1, D), and "
+            "optionally `bias`"
         )
     return weight.flatten().float(), 0.0 if bias is None else float(bias)
 
 
 def content(path: str) -> bytes:
-    """The bytes of a file, by path or URL. Raises DataError where there is none."""
+    """Return the bytes of a file at a path or URL. Raises DataError if there is none."""
     fs, root = find_store(path)
     try:
         return bytes(fs.cat_file(root))
@@ -214,7 +206,7 @@ def content(path: str) -> bytes:
 
 
 def lines(path: str) -> list[str]:
-    """The lines of a text file. Raises DataError where it is not UTF-8."""
+    """Return the lines of a text file. Raises DataError if it is not UTF-8."""
     try:
         return content(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -1,9 +1,8 @@
-"""What a curation says of its rows and its fields, in words.
+"""Runner of curations: annotate every row, decide on it, and write the kept samples.
 
-How a curation runs: facts of every row (`facts`), a verdict on every row, and the dataset of what goes on.
-
-`DEST.judged/<address>/` holds the facts of every row; the address names the curation, its models and the fields that
-the facts depend on. Other thresholds take the same facts. A dataset that is whole is taken as it is.
+`DEST.judged/<address>/` holds the annotations. The address identifies the curation, its models and
+the fields on which annotations depend, so that other thresholds reuse the same annotations. A
+complete dataset at DEST is reused.
 """
 
 import hashlib
@@ -20,8 +19,8 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 from bridgework.config import config_class, to_dict
 from bridgework.curation import annotations
+from bridgework.curation.annotations import Annotation as Annotation
 from bridgework.curation.annotations import Annotator as Annotator
-from bridgework.curation.annotations import Fact as Fact
 from bridgework.curation.annotations import bad as bad
 from bridgework.data.catalog import resolve
 from bridgework.data.dataset import Dataset, open_dataset, write
@@ -31,65 +30,55 @@ from bridgework.data.samples import Sample
 from bridgework.errors import DataError
 from bridgework.mixture import check_max_bad
 
-SHOWN = 100  # characters of a field's value, in an error
-
-
-@dataclass
-class Tally:
-    """What became of the rows that came in, while they are written."""
-
-    counts: Counter[str] = field(default_factory=Counter)  # rows, by the words of their verdicts
-    aside: Counter[Reason] = field(default_factory=Counter)  # rows that could not be judged
-    used: int = 0  # rows of which something goes on
-
-    def __str__(self) -> str:
-        rows = self.counts + Counter(
-            {f"put aside: {reason}": rows for reason, rows in self.aside.items()}
-        )
-        return "; ".join(f"{number:,} {why}" for why, number in rows.most_common())
-
-
-def identified(source: str, digests: Sequence[str]) -> str:
-    """Datasets by the heads of their digests and their places: other rows may lie at the same place by now."""
-    return f"{', '.join(digest[:8] for digest in digests)} of {source}"
-
-
-def as_words(fields: Mapping[str, Any]) -> str:
-    """Fields as they are given on a command line; of a long value the end is left out."""
-    return shlex.join(f"{name}={_word(value)}" for name, value in fields.items())
-
-
-def _word(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    word = ",".join(map(_word, value)) if isinstance(value, list) else str(value)
-    return word if len(word) <= SHOWN else f"{word[:SHOWN]}.."
-
-
-PLACE = (
-    "makes",
-    "sources",
-)  # fields of system.CurationSpec: where it stands in a recipe, not what it does
+PLACE = ("makes", "sources")  # fields of system.CurationSpec that do not affect the decisions
+MAX_VALUE = 100  # characters of a field's value in an error
 
 Say = Callable[[str], object]
-Rows = Callable[[], Iterator[tuple[Sample, Fact]]]  # every row that could be judged, in order
+# all rows that are not quarantined, in order
+Rows = Callable[[], Iterator[tuple[Sample, Annotation]]]
 Model = Annotated[str, "an artifact's folder; on the command line, a registered model as well"]
+
+
+# --- interface of a curation -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one row of the source."""
+    """Result of a curation for one row of the source."""
 
-    why: str  # a short constant phrase, counted and printed: "kept", "duplicate of an earlier row", ..
-    samples: tuple[Sample, ...] = ()  # what goes on: none drops the row
-    note: str = ""  # shown under the picture: a score, the twin's key
+    why: str  # short constant phrase, counted and printed, e.g. "kept"
+    samples: tuple[Sample, ...] = ()  # to write to the new dataset; none drops the row
+    note: str = ""  # shown below the image on the contact sheet, e.g. a score
+
+
+class Curation(Protocol):
+    """Frozen config with the command's name as its module: `curation/dedup.py` holds Dedup."""
+
+    # attributes on which annotations depend; all other fields affect decisions only
+    drawn: ClassVar[tuple[str, ...]]
+
+    def models(self, home: Path) -> Mapping[str, str]:
+        """Return the digest of every model, list and dataset that annotations depend on, by role.
+
+        The role is the name of the field, if there is one. Raises DataError, WeightsError or
+        SpecError for a model, list or dataset that is missing or does not fit.
+        """
+
+    def judge(self, home: Path) -> Annotator:
+        """Build the annotator, once per worker."""
+
+    def decide(self, rows: Rows) -> Iterator[Decision]:
+        """Yield one decision per row, in order.
+
+        `rows` may be called several times, e.g. to count over all rows first.
+        """
 
 
 @config_class
 class Limits:
-    """What every curation takes beside its own fields: it decides whether there is a dataset, not what is in it."""
+    """Options of all curations, in addition to their own fields; they do not affect the output."""
 
-    max_bad: float = SHARE  # of the rows that come in, the share that may turn out bad
+    max_bad: float = SHARE  # share of the source rows that may be quarantined
 
     def __post_init__(self) -> None:
         check_max_bad(self.max_bad)
@@ -98,24 +87,7 @@ class Limits:
 LIMITS = Limits()
 
 
-class Curation(Protocol):
-    """A frozen spec, in the module of the command's name: `curation/dedup.py` holds Dedup."""
-
-    drawn: ClassVar[
-        tuple[str, ...]
-    ]  # the attributes that facts depend on; all other fields only decide
-
-    def models(self, home: Path) -> Mapping[str, str]:
-        """The digest of every model, list and dataset that facts depend on, by role; a field's name where it has one.
-
-        Raises DataError, WeightsError or SpecError for what is not there or does not fit.
-        """
-
-    def judge(self, home: Path) -> Annotator:
-        """What tells the facts of a row; made once in each actor."""
-
-    def decide(self, rows: Rows) -> Iterator[Decision]:
-        """One verdict for every row, in order. `rows` may be called several times: for global counts first."""
+# --- running a curation ------------------------------------------------------------------------
 
 
 def make(
@@ -128,60 +100,84 @@ def make(
     workers: int = 0,
     say: Say = print,
 ) -> Manifest:
-    """The manifest of the dataset at `dest`, made now unless it is there; a run that was cut off goes on.
+    """Write a curated copy of `sources` to `dest` and return its manifest.
 
-    `sources` are read one after the other. `workers` actors of Ray judge; 0 works in this process. Every row is kept,
-    dropped or quarantined, and the counts stand in the manifest. Raises DataError for another dataset at `dest`, for
-    more rows that cannot be judged than the limits allow, and where nothing is kept.
+    An interrupted run resumes, and an existing complete dataset is reused.
+
+    Args:
+        curation: a config, e.g. `dedup.Dedup()`.
+        sources: datasets, read one after the other.
+        dest: folder or URL of the new dataset.
+        home: folder in which names of datasets and models are resolved.
+        limits: default: 0.5 % of the rows may be quarantined.
+        workers: number of Ray actors that annotate; 0, the default, uses this process.
+        say: receives progress messages.
+
+    Returns:
+        The manifest. It counts the rows by decision, and the quarantined rows.
+
+    Raises:
+        DataError: there is another dataset at `dest`, too many rows are quarantined, or no row is
+            kept.
     """
-    making = CurationRun.of(curation, sources, dest, home, limits)
-    if (made := making.made()) is not None:
-        say(f"{making.command}: nothing to do, {dest} holds these {made.rows:,} rows already")
-        return made
-    tasks = making.tasks()
-    left = [task for task in tasks if not annotations.there(task.file)]
-    known = (
-        f"; {len(tasks) - len(left)} of {len(tasks)} shards were judged before"
-        if len(left) < len(tasks)
-        else ""
-    )
-    known += (
-        "; a shard that was cut off goes on where it was"
-        if left and annotations.cut_off(making.judged)
-        else ""
-    )
-    say(f"{making.command}: {making.rows_in:,} rows to judge{known}")
-    annotations.judge(partial(curation.judge, home), left, workers)
-    made = making.write(tally := Tally())
-    several = "" if made.rows == tally.used else f" and become {made.rows:,}"
-    say(f"{making.command}: {tally.used:,} of {making.rows_in:,} rows go on{several} ({tally})")
-    return made
+    run = CurationRun.of(curation, sources, dest, home, limits)
+    if (manifest := run.existing()) is not None:
+        say(f"{run.command}: nothing to do, {dest} holds these {manifest.rows:,} rows already")
+        return manifest
+    tasks = run.tasks()
+    left = [task for task in tasks if not annotations.exists(task.file)]
+    resumed = ""
+    if len(left) < len(tasks):
+        resumed = f"; {len(tasks) - len(left)} of {len(tasks)} shards are already annotated"
+    if left and annotations.has_parts(run.annotations_dir):
+        resumed += "; an interrupted shard resumes"
+    say(f"{run.command}: {run.rows_in:,} rows to annotate{resumed}")
+    annotations.annotate(partial(curation.judge, home), left, workers)
+    manifest = run.write(counts := DecisionCounts())
+    several = "" if manifest.rows == counts.used else f" as {manifest.rows:,} samples"
+    say(f"{run.command}: kept {counts.used:,} of {run.rows_in:,} rows{several} ({counts})")
+    return manifest
 
 
-class Row(NamedTuple):
-    """A row of a source, by its place."""
+@dataclass
+class DecisionCounts:
+    """Numbers of rows by decision, filled while the dataset is written."""
+
+    decisions: Counter[str] = field(default_factory=Counter)  # by `Decision.why`
+    quarantined: Counter[Reason] = field(default_factory=Counter)
+    used: int = 0  # rows with at least one sample in the new dataset
+
+    def __str__(self) -> str:
+        quarantined = {f"quarantined: {why}": rows for why, rows in self.quarantined.items()}
+        rows = self.decisions + Counter(quarantined)
+        return "; ".join(f"{number:,} {why}" for why, number in rows.most_common())
+
+
+class SourceRow(NamedTuple):
+    """Row of a source, by position, with its annotation."""
 
     dataset: Dataset
-    number: int  # of the row in it
+    number: int  # of the row in the dataset
     key: str
-    fact: Fact
+    annotation: Annotation
 
     @property
     def error(self) -> BadSample | None:
-        """Why the row cannot be judged."""
-        if "bad" not in self.fact:
+        """Reason why the row is quarantined; None for a usable row."""
+        if "bad" not in self.annotation:
             return None
-        reason, detail = self.fact["bad"]
+        reason, detail = self.annotation["bad"]
         return BadSample(Reason(reason), detail)
 
     def sample(self) -> Sample:
+        """Read the sample."""
         shard, group, place = self.dataset.locate(self.number)
         return self.dataset.read_group(shard, group)[place]
 
 
 @dataclass(frozen=True)
 class CurationRun:
-    """A curation with its sources and models at hand."""
+    """A curation with its opened sources and the digests of its models."""
 
     curation: Curation
     dest: str
@@ -198,189 +194,204 @@ class CurationRun:
         home: Path,
         limits: Limits = LIMITS,
     ) -> "CurationRun":
-        """Raises DataError for a source that is not there or stands twice, and what `curation.models` raises."""
+        """Open the sources.
+
+        Raises DataError for a source that is missing or given twice, and the errors of
+        `curation.models`.
+        """
         datasets = tuple(open_dataset(resolve(source, home)) for source in sources)
         if len({dataset.manifest.digest for dataset in datasets}) < max(1, len(datasets)):
             raise DataError(
-                f"a curation reads one source or several, each once; got {', '.join(sources) or 'none'}"
+                "a curation reads one source or several, each once. "
+                f"Got {', '.join(sources) or 'none'}"
             )
-        place = (
-            dest if "://" in dest else os.path.abspath(dest)
-        )  # actors run in folders of their own
-        refuse_within(place)
-        return cls(curation, place.rstrip("/"), datasets, dict(curation.models(home)), limits)
+        # absolute, because actors have their own working directories
+        folder = dest if "://" in dest else os.path.abspath(dest)
+        refuse_within(folder)
+        return cls(curation, folder.rstrip("/"), datasets, dict(curation.models(home)), limits)
 
     @property
     def module(self) -> str:
+        """Import path of the curation's module."""
         return type(self.curation).__module__
 
     @property
     def command(self) -> str:
+        """Name of the curation: the last part of its module."""
         return self.module.rpartition(".")[2]
 
     @property
     def parents(self) -> tuple[str, ...]:
+        """Digests of the sources."""
         return tuple(dataset.manifest.digest for dataset in self.datasets)
 
     @property
     def source(self) -> str:
+        """Paths of the sources, as one text."""
         return ", ".join(dataset.path for dataset in self.datasets)
 
     @property
     def licenses(self) -> tuple[str, ...]:
+        """Licenses of the sources, each once."""
         return tuple(dict.fromkeys(dataset.manifest.license for dataset in self.datasets))
 
     @property
     def rows_in(self) -> int:
+        """Number of rows of all sources."""
         return sum(dataset.manifest.rows for dataset in self.datasets)
 
     def parameters(self) -> dict[str, Any]:
-        """What, beside its parents, decides the dataset: the spec's fields; a model by its digest, not its place."""
-        told = {
+        """Return the parameters of the dataset: fields of the config, and models by digest."""
+        fields = {
             name: value
             for name, value in to_dict(self.curation).items()
             if name not in ("_", *PLACE)
         }
-        return told | dict(self.models)
+        return fields | dict(self.models)
 
     @property
-    def judged(self) -> str:
-        """The folder of the facts."""
-        drawn = {
-            name: to_dict(getattr(self.curation, name)) for name in self.curation.drawn
-        } | dict(self.models)
-        address = hashlib.sha256(
-            json.dumps([self.module, drawn], sort_keys=True).encode()
-        ).hexdigest()[:16]
-        return f"{self.dest}.judged/{address}"
+    def annotations_dir(self) -> str:
+        """Folder of the annotations."""
+        fields = {name: to_dict(getattr(self.curation, name)) for name in self.curation.drawn}
+        text = json.dumps([self.module, fields | dict(self.models)], sort_keys=True)
+        return f"{self.dest}.judged/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def tasks(self) -> list[annotations.Task]:
-        """Every shard of every source, in order."""
-        folder = self.judged
+        """Return one task per shard of every source, in order."""
+        folder = self.annotations_dir
         return [
             annotations.Task(d.path, n, s.rows, f"{folder}/{d.manifest.digest[:16]}-{n:05d}.jsonl")
             for d in self.datasets
             for n, s in enumerate(d.manifest.shards)
         ]
 
-    def told(self) -> Iterator[Row]:
-        """Every row of every source, without its images."""
+    def annotated_rows(self) -> Iterator[SourceRow]:
+        """Yield every row of every source, without its images."""
         tasks = iter(self.tasks())
         for dataset in self.datasets:
             number = 0
             for _ in dataset.manifest.shards:
                 task = next(tasks)
-                for key, fact in annotations.read(task.file, task.rows):
-                    yield Row(dataset, number, key, fact)
+                for key, annotation in annotations.read(task.file, task.rows):
+                    yield SourceRow(dataset, number, key, annotation)
                     number += 1
 
-    def rows(self) -> Iterator[tuple[Sample, Fact]]:
-        """What a curation decides on."""
+    def rows(self) -> Iterator[tuple[Sample, Annotation]]:
+        """Yield the sample and annotation of every row that is not quarantined."""
         samples = (sample for dataset in self.datasets for sample in dataset.samples())
-        for sample, row in zip(samples, self.told(), strict=True):
+        for sample, row in zip(samples, self.annotated_rows(), strict=True):
             if sample.key != row.key:
                 raise DataError(
-                    f"{self.dest}.judged has the key {row.key!r} for {sample.key!r}; delete the folder"
+                    f"{self.dest}.judged: the annotations belong to other rows. "
+                    f"Got key {row.key!r}; expected {sample.key!r}. Fix: delete the folder"
                 )
             if row.error is None:
-                yield sample, row.fact
+                yield sample, row.annotation
 
-    def verdicts(self) -> Iterator[tuple[Row, Decision]]:
-        """Every row that could be judged, with what becomes of it. Raises DataError where they are not as many."""
-        told = (row for row in self.told() if row.error is None)
-        verdicts = self.curation.decide(self.rows)
-        for row in told:
-            verdict = next(verdicts, None)
-            if verdict is None:
+    def decisions(self) -> Iterator[tuple[SourceRow, Decision]]:
+        """Yield every row that is not quarantined, with its decision.
+
+        Raises DataError if `decide` yields more or fewer decisions than rows.
+        """
+        rows = (row for row in self.annotated_rows() if row.error is None)
+        decisions = self.curation.decide(self.rows)
+        for row in rows:
+            decision = next(decisions, None)
+            if decision is None:
                 raise DataError(
-                    f"{self.module}: decide gives fewer verdicts than rows; {row.key!r} has none"
+                    f"{self.module}: decide gives fewer decisions than rows. "
+                    f"Got none for {row.key!r}; expected one per row"
                 )
-            yield row, verdict
-        if next(verdicts, None) is not None:
-            raise DataError(f"{self.module}: decide gives more verdicts than rows")
+            yield row, decision
+        if next(decisions, None) is not None:
+            raise DataError(
+                f"{self.module}: decide gives more decisions than rows; expected one per row"
+            )
 
-    # --- out ---------------------------------------------------------------------------------------------------------
+    def existing(self) -> Manifest | None:
+        """Return the manifest of the same dataset at `dest`, or None if there is no dataset.
 
-    def made(self) -> Manifest | None:
-        """What stands at `dest`, if it is what would be made. Raises DataError where it is something else."""
-        if not annotations.there(f"{self.dest}/manifest.json"):
+        Raises DataError if there is another dataset.
+        """
+        if not annotations.exists(f"{self.dest}/manifest.json"):
             return None
         manifest = read_manifest(self.dest)
-        had, wanted = self._differing(manifest)
-        if not had:
+        old, new = self._differences(manifest)
+        if not old:
             return manifest
         raise DataError(
-            f"{self.dest} holds another dataset: it was made with `{as_words(had)}`, and asked for is "
-            f"`{as_words(wanted)}`; delete it or choose another place"
+            f"{self.dest}: it holds another dataset. It was made with `{_format_fields(old)}`; "
+            f"expected `{_format_fields(new)}`. Fix: delete it or choose another DEST"
         )
 
-    def _differing(self, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The fields in which what stands at `dest` is not what would be made: with its values, and with ours."""
+    def _differences(self, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the parameters in which a dataset at `dest` differs: its values and ours."""
         if manifest.made_by != self.module:
             return {"curation": manifest.made_by}, {"curation": self.module}
-        had, wanted = {**manifest.parameters, "counts": None}, self.parameters()
+        old, new = {**manifest.parameters, "counts": None}, self.parameters()
         if manifest.parents != self.parents:
-            had["sources"] = identified(manifest.source, manifest.parents)
-            wanted["sources"] = identified(self.source, self.parents)
-        names = [
-            name for name in sorted(had.keys() | wanted.keys()) if had.get(name) != wanted.get(name)
-        ]
-        return {name: had.get(name) for name in names}, {name: wanted.get(name) for name in names}
+            old["sources"] = _format_sources(manifest.source, manifest.parents)
+            new["sources"] = _format_sources(self.source, self.parents)
+        names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+        return {name: old.get(name) for name in names}, {name: new.get(name) for name in names}
 
-    def write(self, tally: Tally) -> Manifest:
-        """Decide on every row and write what goes on; all facts are there. The tally is filled."""
+    def write(self, counts: DecisionCounts) -> Manifest:
+        """Decide on every row, write the kept samples and fill the counts.
+
+        All annotations must exist. Raises DataError as `make` does.
+        """
         quarantine = self._quarantine()
-        tally.aside.update(quarantine.reasons)
+        counts.quarantined.update(quarantine.reasons)
         parameters = self.parameters()
         return write(
-            self._samples(tally, parameters),
+            self._samples(counts, parameters),
             self.dest,
             source=self.source,
             license=", ".join(self.licenses),
             made_by=self.module,
-            parameters=parameters,  # with the counts, as soon as the last sample is written
+            parameters=parameters,  # the counts are added after the last sample
             parents=self.parents,
             quarantine=quarantine,
         )
 
     def _quarantine(self) -> Quarantine:
-        """The table of the rows that could not be judged. Raises DataError where they are too many."""
+        """Return the table of quarantined rows. Raises DataError if there are too many."""
         folder = f"{self.dest}.quarantine"
         clear(folder)
         quarantine = Quarantine(folder, limit=self.limits.max_bad)
-        for row in self.told():
+        for row in self.annotated_rows():
             if (error := row.error) is not None:
                 quarantine.add(row.dataset.manifest.digest, row.key, row.number, error)
         quarantine.check(self.rows_in)
-        quarantine.limit = (
-            1.0  # it is a share of the rows that come in, and `write` knows only those that go on
-        )
+        # `write` would compute the share of the kept rows, but the limit is a share of source rows
+        quarantine.limit = 1.0
         return quarantine
 
-    def _samples(self, tally: Tally, parameters: dict[str, Any]) -> Iterator[Sample]:
+    def _samples(self, counts: DecisionCounts, parameters: dict[str, Any]) -> Iterator[Sample]:
         keys = set[str]()
-        for row, verdict in self.verdicts():
-            tally.counts[verdict.why] += 1
-            tally.used += bool(verdict.samples)
-            for sample in verdict.samples:
-                keys.add(key := _free(sample.key, keys))
-                yield self._stamped(sample, key, row)
+        for row, decision in self.decisions():
+            counts.decisions[decision.why] += 1
+            counts.used += bool(decision.samples)
+            for sample in decision.samples:
+                keys.add(key := _unique_key(sample.key, keys))
+                yield self._with_provenance(sample, key, row)
         if not keys:
             raise DataError(
-                f"{self.command} keeps nothing of {self.rows_in:,} rows ({tally}), so {self.dest} is not "
-                "written; loosen what it asks for"
+                f"{self.command}: it keeps nothing of {self.rows_in:,} rows ({counts}), so "
+                f"{self.dest} is not written. Fix: loosen the limits"
             )
-        judged, aside = tally.counts.total(), tally.aside.total()
-        if judged + aside != self.rows_in:
+        decided, quarantined = counts.decisions.total(), counts.quarantined.total()
+        if decided + quarantined != self.rows_in:
             raise DataError(
-                f"{self.command}: {self.rows_in:,} rows came in, {judged:,} have a verdict, {aside:,} are bad"
+                f"{self.command}: wrong number of decisions. Got {decided:,} decisions and "
+                f"{quarantined:,} quarantined rows; expected {self.rows_in:,} in total"
             )
-        parameters["counts"] = dict(tally.counts)
+        parameters["counts"] = dict(counts.decisions)
 
-    def _stamped(self, sample: Sample, key: str, row: Row) -> Sample:
-        """The sample under its key, with where it comes from, and its license where the sources have several."""
-        told = {"dataset": row.dataset.manifest.digest, "key": row.key, **self.models}
-        stamp = {f"{self.command}.{name}": value for name, value in told.items()}
+    def _with_provenance(self, sample: Sample, key: str, row: SourceRow) -> Sample:
+        """Return the sample with its key, provenance, and license if the sources have several."""
+        origin = {"dataset": row.dataset.manifest.digest, "key": row.key, **self.models}
+        stamp = {f"{self.command}.{name}": value for name, value in origin.items()}
         license = row.dataset.manifest.license if len(self.licenses) > 1 else None
         return replace(
             sample,
@@ -390,8 +401,28 @@ class CurationRun:
         )
 
 
-def _free(key: str, taken: Set[str]) -> str:
-    """`key`, or `key#2` and on: rows of two sources may share a key, and in one dataset they may not."""
-    return (
-        key if key not in taken else next(k for n in count(2) if (k := f"{key}#{n}") not in taken)
-    )
+def _unique_key(key: str, taken: Set[str]) -> str:
+    """Return `key`, or `key#2` and so on, because rows of two sources may have the same key."""
+    if key not in taken:
+        return key
+    return next(other for n in count(2) if (other := f"{key}#{n}") not in taken)
+
+
+def _format_sources(source: str, digests: Sequence[str]) -> str:
+    """Format datasets by the first digits of their digests, and their paths.
+
+    The digests are needed, because the path may contain other rows by now.
+    """
+    return f"{', '.join(digest[:8] for digest in digests)} of {source}"
+
+
+def _format_fields(fields: Mapping[str, Any]) -> str:
+    """Format fields as on a command line; long values are truncated."""
+    return shlex.join(f"{name}={_format_value(value)}" for name, value in fields.items())
+
+
+def _format_value(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    text = ",".join(map(_format_value, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}.."

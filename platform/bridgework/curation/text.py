@@ -1,6 +1,7 @@
-"""A text as words, so that case, punctuation and line breaks make no difference.
+"""Words, length, emoji and language of a text.
 
-Which language a text is in, as py3langid finds it; its model is loaded once a process, in half a second.
+Words ignore case, punctuation and line breaks. The language is detected by py3langid, whose model
+is loaded once per process in half a second.
 """
 
 import re
@@ -11,58 +12,62 @@ from itertools import groupby
 from typing import Any
 
 
-def _marks() -> str:
-    """Ranges of the signs that are part of the letter before them, such as vowel signs: \\w does not know them."""
+def _combining_marks() -> str:
+    """Return regex ranges of the marks that belong to the letter before them, e.g. vowel signs.
+
+    They are needed because \\w does not match them.
+    """
     codes = [
         code for code in range(0x300, 0x20000) if unicodedata.category(chr(code)) in ("Mn", "Mc")
     ]
-    marks = [
-        code for code in codes if not 0xFE00 <= code <= 0xFE0F
-    ]  # these choose between a glyph and an emoji
+    # variation selectors, which choose between a glyph and an emoji, are excluded
+    marks = [code for code in codes if not 0xFE00 <= code <= 0xFE0F]
     runs = (list(run) for _, run in groupby(enumerate(marks), lambda pair: pair[1] - pair[0]))
     return "".join(f"{chr(run[0][1])}-{chr(run[-1][1])}" for run in runs)
 
 
-# scripts that are written without blanks: Chinese and Japanese; Thai, Lao, Burmese and Khmer, whose signs bear marks
+# scripts without blanks: Chinese and Japanese; Thai, Lao, Burmese and Khmer, which have marks
 _SIGNS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _MARKED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-_MARK, _LETTER = f"[{_marks()}]", rf"[^\W_{_SIGNS}{_MARKED}]"
-# letters and digits with their marks, and joiners between them; or a single sign
+_MARK, _LETTER = f"[{_combining_marks()}]", rf"[^\W_{_SIGNS}{_MARKED}]"
+# letters and digits with their marks and joiners; or a single sign of a script without blanks
 _WORD = re.compile(
     rf"{_LETTER}+(?:{_MARK}+{_LETTER}*|[\u200c\u200d]+{_LETTER}+)*|[{_SIGNS}]|(?=[{_MARKED}])[^\W_]{_MARK}*"
 )
 _SIGN, _MARKED_SIGN = re.compile(f"[{_SIGNS}]"), re.compile(rf"(?=[{_MARKED}])[^\W_]")
-_JOINING = "\u200d\ufe0e\ufe0f\u20e3"  # emoji into one, and how they are drawn
-_TONES = re.compile("[\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")  # of skin; and tags of a flag
+_JOINING = "\u200d\ufe0e\ufe0f\u20e3"  # joiner of emoji, variation selectors, keycap
+_TONES = re.compile("[\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")  # of skin; and flag tags
 _FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
-_ASCII = re.compile(r"[a-z0-9]+")  # three times as fast, for most captions
+_ASCII = re.compile(r"[a-z0-9]+")  # three times as fast, and enough for most captions
 
 
 def tokenize_words(text: str) -> list[str]:
-    """The words of a text, case-folded and in Unicode's NFKC; each sign of a script without blanks is one."""
+    """Return the words of a text, case-folded and in Unicode NFKC.
+
+    In scripts without blanks, each sign is a word.
+    """
     if text.isascii():
         return _ASCII.findall(text.lower())
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def length(text: str) -> int:
-    """The length of a text in words: what blanks separate, and in scripts without blanks about as much.
+    """Return the length of a text in words, comparable in scripts without blanks.
 
-    Two signs of Chinese or Japanese count as a word, and four letters of Thai, Lao, Burmese or Khmer.
+    Two signs of Chinese or Japanese count as a word, and so do four letters of Thai, Lao, Burmese
+    or Khmer.
     """
     return sum(max(1, round(_weight(piece))) for piece in text.split())
 
 
 def _weight(piece: str) -> float:
-    return (
-        0.0
-        if piece.isascii()
-        else len(_SIGN.findall(piece)) / 2 + len(_MARKED_SIGN.findall(piece)) / 4
-    )
+    if piece.isascii():
+        return 0.0
+    return len(_SIGN.findall(piece)) / 2 + len(_MARKED_SIGN.findall(piece)) / 4
 
 
 def without_emoji(text: str) -> str:
-    """The text without emoji, and what joins them, after its last word or mark."""
+    """Return the text without emoji, and their joiners, at its end."""
     end = len(text)
     while end and (text[end - 1].isspace() or _is_emoji(text[end - 1])):
         end -= 1
@@ -70,7 +75,7 @@ def without_emoji(text: str) -> str:
 
 
 def is_joined(text: str, at: int) -> bool:
-    """True if the letter at `at` is drawn as one with the one before it: an accent, a joined emoji."""
+    """Return True if the character at `at` is displayed with the one before, e.g. an accent."""
     if not 0 < at < len(text):
         return False
     before, letter = text[at - 1], text[at]
@@ -80,7 +85,7 @@ def is_joined(text: str, at: int) -> bool:
         or _TONES.match(letter)
     ):
         return True
-    if letter in _FLAG_LETTERS:  # the letters of flags are read in twos
+    if letter in _FLAG_LETTERS:  # two letters form a flag
         run = len(text[:at]) - len(text[:at].rstrip(_FLAG_LETTERS))
         return run % 2 == 1
     return before == "\u200d" and unicodedata.category(letter) == "So"
@@ -91,15 +96,15 @@ def _is_emoji(letter: str) -> bool:
 
 
 def language(text: str) -> tuple[str, float]:
-    """An ISO 639 code, and its probability."""
+    """Return the ISO 639 code of a text's language, and its probability."""
     code, probability = _identifier().classify(text)
     return str(code), float(probability)
 
 
 def codes() -> Sequence[str]:
-    """All that `language` may find: two letters, or three where there are no two."""
-    found: Sequence[str] = _identifier().labels
-    return found
+    """Return all codes that `language` can return: two letters, or three if there are no two."""
+    labels: Sequence[str] = _identifier().labels
+    return labels
 
 
 @cache

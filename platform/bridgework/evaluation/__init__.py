@@ -1,7 +1,7 @@
-"""Evaluations of a stage's weights: specs in a recipe, run at the end of a stage and by `bridgework eval`.
+"""Evaluations of a stage's weights: specs in a recipe, run after a stage and by `bridgework eval`.
 
-Each gives metrics under its own name (`ranking.accuracy`) beside what chance would give, and pictures where a figure
-needs one. Rows are drawn by a seed, so that two runs are judged on the same ones.
+Each returns metrics under its own name (e.g. `ranking.accuracy`), next to the value of chance, and
+figures where they help. Rows are drawn by a seed, so that two runs are evaluated on the same rows.
 """
 
 from bridgework.evaluation.base import Result, Writing

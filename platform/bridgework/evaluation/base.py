@@ -1,9 +1,10 @@
-"""Results of an evaluation, and which way each of its figures is better.
+"""Common parts of evaluations: results, drawing of rows, prompts and generated answers.
 
-The rows that an evaluation is run on: drawn by a seed, and only those that the model can read.
-
-What a model writes when an evaluation asks it: the same on every rank, and without dropout while it trains.
+Rows are drawn by a seed, and only rows that the model can read. Answers are generated without
+dropout, also while the model trains, and are the same on every rank.
 """
+
+# S side in pixels
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,10 +32,16 @@ from bridgework.system import Better as Better
 if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline
 
+TRIES = 10  # rows read per requested row, at most
+ROWS = 16  # answers generated together
+
+
+# --- results -----------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Result:
-    """Metrics and pictures, all under the evaluation's name."""
+    """Metrics and figures of an evaluation, all under its name."""
 
     metrics: dict[str, float]
     pictures: dict[str, Image.Image] = field(default_factory=dict)
@@ -47,23 +54,26 @@ class _Evaluation(Protocol):
     def better(self) -> Better: ...
 
 
-def named(evaluation: _Evaluation, values: Mapping[str, float]) -> dict[str, float]:
-    """Return {"ranking.accuracy": 0.4} for an evaluation called "ranking" and {"accuracy": 0.4}.
+def prefix_metrics(evaluation: _Evaluation, values: Mapping[str, float]) -> dict[str, float]:
+    """Prefix metrics with the evaluation's name, e.g. `accuracy` becomes `ranking.accuracy`.
 
-    Raises ValueError for figures other than those that `evaluation.better` declares: sweeps and promotion rely on it.
+    Raises ValueError if `evaluation.better` declares other metrics, because sweeps and promotion
+    rely on it.
     """
     if values.keys() != evaluation.better.keys():
         raise ValueError(
-            f"{type(evaluation).__name__}.better declares {sorted(evaluation.better)}. Got {sorted(values)}"
+            f"{type(evaluation).__name__}.run: metrics differ from `better`. "
+            f"Got {sorted(values)}; expected {sorted(evaluation.better)}. "
+            "Fix: declare them in `better`"
         )
     return {f"{evaluation.name}.{key}": float(value) for key, value in values.items()}
 
 
-TRIES = 10  # rows looked at for every one that is wanted
+# --- rows --------------------------------------------------------------------------------------
 
 
 class EvalRows(Protocol):
-    """What an evaluation says of its rows."""
+    """Fields of an evaluation that define its rows."""
 
     @property
     def name(self) -> str: ...
@@ -79,14 +89,15 @@ class EvalRows(Protocol):
 
 @dataclass(frozen=True)
 class EvalExample:
-    """One row, ready to be judged."""
+    """One row of an evaluation: sample, conversation and decoded images."""
 
     sample: Sample
     conversation: list[Part]
-    squares: list[NDArray[np.uint8]]  # (3, S, S) each, S pixels a side
+    squares: list[NDArray[np.uint8]]  # (3, S, S) each
 
     @property
     def texts(self) -> list[str]:
+        """Texts of the sample's parts, in order."""
         return [part.text for part in self.sample.parts if part.text is not None]
 
 
@@ -94,44 +105,47 @@ def draw(
     spec: EvalRows,
     pipeline: "Pipeline",
     home: Path,
-    wanted: Callable[[Sample], bool] = lambda sample: True,
-    needed: str = "can be read by this model",
+    condition: Callable[[Sample], bool] = lambda sample: True,
+    requirement: str = "can be read by this model",
 ) -> list[EvalExample]:
-    """Up to `spec.rows` rows that are `wanted`, in an order given by its seed.
+    """Return up to `spec.rows` rows that meet the condition, in an order given by the seed.
 
-    Raises DataError, which says what is `needed`, when none of them can be read.
+    Raises DataError if there is none; its message contains the `requirement`.
     """
-    items = list(islice(_items(spec, pipeline, home, wanted), spec.rows))
-    if not items:
+    examples = list(islice(_examples(spec, pipeline, home, condition), spec.rows))
+    if not examples:
         raise DataError(
-            f"{spec.name}: none of the rows of {spec.dataset} {needed}; see its quarantine"
+            f"{spec.name}: none of the rows of {spec.dataset} {requirement}. "
+            "Fix: see the quarantine of the dataset, or evaluate on another one"
         )
-    return items
+    return examples
 
 
 def draw_pairs(
     spec: EvalRows, pipeline: "Pipeline", home: Path, *, at_least: int, several: bool = False
 ) -> list[EvalExample]:
-    """Rows of one image and one text, no text twice: what is right for one image is then wrong for the others.
+    """Return up to `spec.rows` rows of one image and one text, without repeated texts.
 
-    With `several`, rows with more than one caption too. Raises DataError when there are fewer than `at_least`.
+    A text that is right for one image is therefore wrong for all others. With `several`, rows with
+    several captions are included. Raises DataError if there are fewer than `at_least` rows.
     """
     seen: set[str] = set()
 
-    def new_pair(sample: Sample) -> bool:
-        said = [part for part in sample.parts if part.text is not None]
-        texts = {part.text for part in said if part.text is not None}
-        captions = several and bool(said) and all(part.role == "caption" for part in said)
-        new = len(sample.images) == 1 and (len(said) == 1 or captions) and not texts & seen
+    def is_new_pair(sample: Sample) -> bool:
+        parts = [part for part in sample.parts if part.text is not None]
+        texts = {part.text for part in parts if part.text is not None}
+        captions = several and bool(parts) and all(part.role == "caption" for part in parts)
+        new = len(sample.images) == 1 and (len(parts) == 1 or captions) and not texts & seen
         if new:
             seen.update(texts)
         return new
 
-    pairs = list(islice(_items(spec, pipeline, home, new_pair), spec.rows))
+    pairs = list(islice(_examples(spec, pipeline, home, is_new_pair), spec.rows))
     if len(pairs) < at_least:
         raise DataError(
-            f"{spec.name}: found {len(pairs)} pairs of an image and a text of its own in {spec.dataset}, and needs "
-            f"{at_least}; give a larger dataset, or fewer candidates"
+            f"{spec.name}: {spec.dataset} has too few pairs of an image and a text of its own. "
+            f"Got {len(pairs)}; expected at least {at_least}. "
+            "Fix: give a larger dataset, or fewer candidates"
         )
     return pairs
 
@@ -140,39 +154,41 @@ def draw_images(
     spec: EvalRows,
     pipeline: "Pipeline",
     home: Path,
-    wanted: Callable[[Sample], bool] = lambda sample: True,
+    condition: Callable[[Sample], bool] = lambda sample: True,
 ) -> list[EvalExample]:
-    """Up to `spec.rows` rows of one image each that are `wanted`, whatever is said of it: without a conversation.
+    """Return up to `spec.rows` rows of one image that meet the condition, without conversations.
 
-    Raises DataError when there is none.
+    Raises DataError if there is none.
     """
-    pixels, found = pipeline.stage.model.pixels, list[EvalExample]()
+    pixels, examples = pipeline.stage.model.pixels, list[EvalExample]()
     for sample in _shuffled(resolve(spec.dataset, home), spec):
-        if len(found) == spec.rows:
+        if len(examples) == spec.rows:
             break
-        if len(sample.images) == 1 and wanted(sample):
+        if len(sample.images) == 1 and condition(sample):
             try:
-                found.append(EvalExample(sample, [], [load_image(sample.images[0], pixels)]))
+                square = load_image(sample.images[0], pixels)
             except BadSample:
                 continue
-    if not found:
+            examples.append(EvalExample(sample, [], [square]))
+    if not examples:
         raise DataError(
-            f"{spec.name}: no row of {spec.dataset} has one image, and what this evaluation needs of it"
+            f"{spec.name}: no row of {spec.dataset} has one image and the fields that this "
+            "evaluation reads. Fix: see the quarantine of the dataset, or evaluate on another one"
         )
-    return found
+    return examples
 
 
-def _items(
-    spec: EvalRows, pipeline: "Pipeline", home: Path, wanted: Callable[[Sample], bool]
+def _examples(
+    spec: EvalRows, pipeline: "Pipeline", home: Path, condition: Callable[[Sample], bool]
 ) -> Iterator[EvalExample]:
-    for sample in filter(wanted, _shuffled(resolve(spec.dataset, home), spec)):
+    for sample in filter(condition, _shuffled(resolve(spec.dataset, home), spec)):
         try:
             conversation = pipeline.inputs.ask(sample, spec.prompts or None)
             pipeline.inputs.encode(
                 conversation, answer=True, layouts=pipeline.inputs.layouts(sample)
             )
             squares = [load_image(image, pipeline.stage.model.pixels) for image in sample.images]
-        except BadSample:  # one bad row must not end a run in its evaluation
+        except BadSample:  # a bad row must not end a run in its evaluation
             continue
         yield EvalExample(sample, conversation, squares)
 
@@ -185,23 +201,31 @@ def _shuffled(path: str, spec: EvalRows) -> Iterator[Sample]:
         yield dataset.read_group(shard, group)[place]
 
 
-ROWS = 16  # written side by side
+# --- prompts and generated answers -------------------------------------------------------------
+
+
+def question_of(pipeline: "Pipeline", sample: Sample, prompts: Sequence[str] | None) -> list[Part]:
+    """Return the sample as a conversation without its last answer."""
+    return unanswered(pipeline.inputs.ask(sample, prompts))
+
+
+def about_image(pipeline: "Pipeline", prompts: Sequence[str] | None) -> list[Part]:
+    """Return a conversation that asks for a caption of one image (default: as in training)."""
+    return pipeline.inputs.about(prompts[0] if prompts else None)
 
 
 @config_class
 class Writing:
-    """By beam search, greedily (`beams=1`), or drawn from the likeliest tokens that have `top_p` of the probability."""
+    """Generation of answers: beam search, greedy (`beams=1`) or nucleus sampling (`top_p`)."""
 
     beams: int = 3
-    top_p: float | None = (
-        None  # nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751); beams are then none
-    )
+    # nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751), without beams
+    top_p: float | None = None
     least: int = 1  # tokens
     most: int = 20
     length_penalty: float = added(default=1.0)  # of beams: below 0 prefers short answers
-    repetition_penalty: float = added(
-        default=1.0
-    )  # above 1: what was written before gets less likely
+    # above 1: tokens that occurred before become less likely
+    repetition_penalty: float = added(default=1.0)
 
     def __post_init__(self) -> None:
         if (
@@ -210,53 +234,58 @@ class Writing:
             or not 0 <= self.least <= self.most
         ):
             raise SpecError(
-                "writing: beams is at least 1, top_p in (0, 1] and least at most most; "
-                f"got {self.beams}, {self.top_p}, {self.least} and {self.most}"
+                "writing: beams is at least 1, top_p in (0, 1] and least from 0 to most. "
+                f"Got {self.beams}, {self.top_p}, {self.least} and {self.most}"
             )
         if not (isfinite(self.length_penalty) and 0 < self.repetition_penalty < inf):
             raise SpecError(
-                "writing: length_penalty is a finite number and repetition_penalty is above 0; "
-                f"got {self.length_penalty:g} and {self.repetition_penalty:g}"
+                "writing: length_penalty is a finite number and repetition_penalty is above 0. "
+                f"Got {self.length_penalty:g} and {self.repetition_penalty:g}"
             )
         if self.length_penalty != 1 and (self.beams == 1 or self.top_p is not None):
             raise SpecError(
-                f"writing.length_penalty {self.length_penalty:g} ranks the beams of a search; set writing.beams above 1"
+                f"writing.length_penalty {self.length_penalty:g} ranks the beams of a search. "
+                "Fix: set writing.beams above 1, and leave out writing.top_p"
             )
 
     def tiny(self) -> "Writing":
+        """Return a copy with at most 2 beams and 4 tokens."""
         return replace(
             self, beams=min(self.beams, 2), least=min(self.least, 1), most=min(self.most, 4)
         )
 
     def run(
-        self, pipeline: "Pipeline", asked: Sequence[Sequence[Part]], shown: Any, seed: int = 0
+        self,
+        pipeline: "Pipeline",
+        conversations: Sequence[Sequence[Part]],
+        images: Any,
+        seed: int = 0,
     ) -> list[str]:
-        """An answer to each conversation about its images `shown[i]`; what is drawn depends on the row and `seed`."""
-        how: dict[str, Any] = {"min_new_tokens": self.least, "max_new_tokens": self.most,
-                               "repetition_penalty": self.repetition_penalty}  # fmt: skip
+        """Return the answer to each conversation about its images `images[i]`.
+
+        Sampled answers depend on the row number and `seed` only.
+        """
+
+        options: dict[str, Any] = {
+            "min_new_tokens": self.least,
+            "max_new_tokens": self.most,
+            "repetition_penalty": self.repetition_penalty,
+        }
         if self.top_p is not None:
-            how |= {"temperature": 1.0, "top_p": self.top_p}
+            options |= {"temperature": 1.0, "top_p": self.top_p}
         texts: list[str] = []
         with eval_no_grad(pipeline.model):
-            if self.top_p is None and self.beams > 1:  # a beam search holds one prompt at a time
-                how |= {"beams": self.beams, "length_penalty": self.length_penalty}
-                rows = zip(asked, shown, strict=True)
+            if self.top_p is None and self.beams > 1:  # beam search takes one prompt at a time
+                options |= {"beams": self.beams, "length_penalty": self.length_penalty}
+                rows = zip(conversations, images, strict=True)
                 return [
-                    pipeline.generate(conversation, images, **how).text
-                    for conversation, images in rows
+                    pipeline.generate(conversation, shown, **options).text
+                    for conversation, shown in rows
                 ]
-            for start in range(0, len(asked), ROWS):
-                part = slice(start, start + ROWS)
-                seeds = [seed * 1_000_003 + row for row in range(len(asked))[part]]
-                texts += pipeline.generate_batch(asked[part], shown[part], seeds, **how)
+            for start in range(0, len(conversations), ROWS):
+                batch = slice(start, start + ROWS)
+                seeds = [seed * 1_000_003 + row for row in range(len(conversations))[batch]]
+                texts += pipeline.generate_batch(
+                    conversations[batch], images[batch], seeds, **options
+                )
         return texts
-
-
-def question_of(pipeline: "Pipeline", sample: Sample, prompts: Sequence[str] | None) -> list[Part]:
-    """The sample as a conversation that ends where its last answer is due."""
-    return unanswered(pipeline.inputs.ask(sample, prompts))
-
-
-def about_image(pipeline: "Pipeline", prompts: Sequence[str] | None) -> list[Part]:
-    """A conversation that asks for a caption of one image, as the stage's training asked (or with `prompts`)."""
-    return pipeline.inputs.about(prompts[0] if prompts else None)

@@ -1,7 +1,8 @@
-"""Does the model write what people write? Its captions against all that the dataset has of the same image.
+"""Captioning metrics: generated captions against all captions of the same image in the dataset.
 
-CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726) weighs words by how few images they are said of; BLEU-4 counts runs of
-up to four. As in the COCO evaluation (Chen et al. 2015, arXiv:1504.00325), but for the tokenizer, which is Java there.
+CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726) weights n-grams by how few images they describe.
+BLEU-4 counts n-grams of up to four words. Both are computed as in the COCO evaluation (Chen et al.
+2015, arXiv:1504.00325), except for the tokenizer, which is a Java program there.
 """
 
 import hashlib
@@ -10,14 +11,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bridgework.config import added, config_class
 from bridgework.data.catalog import resolve
 from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.base import Better, Result, Writing, about_image, draw_images, named
+from bridgework.evaluation.base import (
+    Better,
+    Result,
+    Writing,
+    about_image,
+    draw_images,
+    prefix_metrics,
+)
 from bridgework.evaluation.few_shot import Shots
 
 if TYPE_CHECKING:
@@ -28,10 +36,11 @@ TOKEN = re.compile(r"n't\b|'(?:s|m|d|re|ve|ll)\b|\w+?(?=n't\b)|\w+(?:[-.]\w+)*")
 
 @config_class
 class Captions:
-    """`cider` (1.33 is what papers print as 133) and `bleu4` in [0, 1], over `rows` images.
+    """`cider` (1.33 is printed as 133 in papers) and `bleu4` in [0, 1], over `rows` images.
 
-    The captions of an image are those of all rows of the dataset that show it, byte for byte. Beside them stands
-    `cider_of_others`: what the same captions score when each goes to the next image. The defaults are BLIP's.
+    The captions of an image are those of all rows of the dataset with exactly its bytes.
+    `cider_of_others` is the score if each generated caption is compared with the next image. The
+    defaults are BLIP's.
     """
 
     better: ClassVar[Better] = {"cider": "higher", "cider_of_others": None, "bleu4": "higher"}
@@ -39,62 +48,69 @@ class Captions:
     dataset: str
     rows: int = 1_000  # images
     writing: Writing = Writing(beams=3, least=5, most=20)
-    prompts: tuple[str, ...] = ()  # what an image is asked with; empty: the stage's own
+    prompts: tuple[str, ...] = ()  # questions about an image; empty: the stage's own
     seed: int = 0
-    shots: Shots | None = added(default=None)  # examples before every image, as Flamingo is asked
+    shots: Shots | None = added(default=None)  # examples before every image, as in Flamingo
 
     def __post_init__(self) -> None:
         if self.rows < 2:
             raise SpecError(
-                f"{self.name}.rows must be at least 2, got {self.rows}: CIDEr compares images"
+                f"{self.name}.rows: CIDEr compares images. Got {self.rows}; expected at least 2"
             )
 
     @property
     def datasets(self) -> tuple[str, ...]:
+        """Datasets that the evaluation reads."""
         return (self.dataset,) if self.shots is None else (self.dataset, *self.shots.datasets)
 
     def tiny(self) -> "Captions":
-        return replace(self, dataset="synthetic:shapes", rows=min(self.rows, 4), writing=self.writing.tiny(),
-                       shots=None if self.shots is None else self.shots.tiny())  # fmt: skip
+        """Return a copy with at most 4 synthetic rows."""
+        return replace(
+            self,
+            dataset="synthetic:shapes",
+            rows=min(self.rows, 4),
+            writing=self.writing.tiny(),
+            shots=None if self.shots is None else self.shots.tiny(),
+        )
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
-        """Raises DataError for a dataset without two images that have a caption. Reads all of the dataset once."""
-        told = references(open_dataset(resolve(self.dataset, home)).samples())
+        """Caption the images and score them. Reads the complete dataset once.
+
+        Raises DataError for a dataset without two images that have a caption.
+        """
+        captions = captions_by_image(open_dataset(resolve(self.dataset, home)).samples())
         seen: set[str] = set()
 
         def is_new(sample: Sample) -> bool:
             digest = _digest(sample)
-            new = digest in told and digest not in seen
+            new = digest in captions and digest not in seen
             seen.add(digest)
             return new
 
-        items = draw_images(self, pipeline, home, is_new)
-        if len(items) < 2:
+        samples = [example.sample for example in draw_images(self, pipeline, home, is_new)]
+        if len(samples) < 2:
             raise DataError(
-                f"{self.name}: {self.dataset} has one image with a caption; CIDEr needs two to compare"
+                f"{self.name}: CIDEr compares images. Got one image with a caption in "
+                f"{self.dataset}; expected at least 2. Fix: give a dataset with more images"
             )
-        samples = [item.sample for item in items]
         if self.shots is None:
-            asked = about_image(pipeline, self.prompts or None)
-            said = self.writing.run(
-                pipeline, [asked] * len(items), [s.images for s in samples], self.seed
-            )
+            conversations = [about_image(pipeline, self.prompts or None)] * len(samples)
+            images: Sequence[Any] = [sample.images for sample in samples]
         else:
-            said = self.writing.run(
-                pipeline, *self.shots.ask(pipeline, home, self, samples), self.seed
-            )
-        of_people = [told[_digest(item.sample)] for item in items]
+            conversations, images = self.shots.ask(pipeline, home, self, samples)
+        written = self.writing.run(pipeline, conversations, images, self.seed)
+        references = [captions[_digest(sample)] for sample in samples]
         values = {
-            "cider": cider(said, of_people),
-            "cider_of_others": cider([*said[1:], *said[:1]], of_people),
-            "bleu4": bleu4(said, of_people),
+            "cider": cider(written, references),
+            "cider_of_others": cider([*written[1:], *written[:1]], references),
+            "bleu4": bleu4(written, references),
         }
-        return Result(named(self, values))
+        return Result(prefix_metrics(self, values))
 
 
-def references(samples: Iterable[Sample]) -> dict[str, list[str]]:
-    """All captions of each image, by the sha256 of its file, in order."""
-    told: dict[str, list[str]] = {}
+def captions_by_image(samples: Iterable[Sample]) -> dict[str, list[str]]:
+    """Return all captions of each image by the sha256 of its file, in order."""
+    captions: dict[str, list[str]] = {}
     for sample in samples:
         texts = [
             part.text
@@ -102,39 +118,40 @@ def references(samples: Iterable[Sample]) -> dict[str, list[str]]:
             if part.text and part.role in ("caption", "assistant")
         ]
         if len(sample.images) == 1 and texts:
-            told.setdefault(_digest(sample), []).extend(texts)
-    return told
+            captions.setdefault(_digest(sample), []).extend(texts)
+    return captions
 
 
-def cider(said: Sequence[str], of_people: Sequence[Sequence[str]]) -> float:
-    """CIDEr-D of a caption of each image against those of people, who also say how common a word is."""
+def cider(written: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return CIDEr-D of one caption per image against its references.
+
+    The references of all images define the frequency of each n-gram.
+    """
     from pycocoevalcap.cider.cider import Cider
 
-    told = {i: [_tokens(text) for text in texts] for i, texts in enumerate(of_people)}
-    score, _ = Cider().compute_score(told, {i: [_tokens(text)] for i, text in enumerate(said)})
+    truth = {i: [_tokens(text) for text in texts] for i, texts in enumerate(references)}
+    score, _ = Cider().compute_score(truth, {i: [_tokens(text)] for i, text in enumerate(written)})
     return float(score)
 
 
-def bleu4(said: Sequence[str], of_people: Sequence[Sequence[str]]) -> float:
-    """Of the whole set, in [0, 1], without smoothing; the closest of an image's captions gives the length."""
+def bleu4(written: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return BLEU-4 of the complete set, in [0, 1], without smoothing.
+
+    The reference of an image that is closest in length counts for the length penalty.
+    """
     from sacrebleu.metrics.bleu import BLEU
 
-    told = zip_longest(
-        *([_tokens(text) for text in texts] for texts in of_people)
-    )  # None: an image has fewer
+    columns = zip_longest(*([_tokens(text) for text in texts] for texts in references))
+    truth = [list(column) for column in columns]  # None where an image has fewer references
     scorer = BLEU(tokenize="none", smooth_method="none", force=True)
-    return (
-        float(
-            scorer.corpus_score(
-                [_tokens(text) for text in said], [list(column) for column in told]
-            ).score
-        )
-        / 100
-    )
+    return float(scorer.corpus_score([_tokens(text) for text in written], truth).score) / 100
 
 
 def _tokens(text: str) -> str:
-    """Words in lower case, with what is drawn together apart as in the Penn Treebank, and without punctuation."""
+    """Return lower-case words without punctuation.
+
+    Contractions are split as in the Penn Treebank.
+    """
     return " ".join(TOKEN.findall(text.lower().replace("\u2019", "'")))
 
 

@@ -1,4 +1,4 @@
-"""A sheet of images with their best captions, to look at beside the numbers."""
+"""Figures: a sheet of images with their best captions, as a complement to the metrics."""
 
 # S side in pixels
 
@@ -10,19 +10,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS = 2
-IMAGE, TEXT, PAD = (
-    144,
-    400,
-    12,
-)  # pixels: the picture's side, the text's width beside it, and what is between
-LINE, FONT = 20, 15  # pixels: from line to line, and the letters
+IMAGE, TEXT, PAD = 144, 400, 12  # pixels: side of an image, width of the text, padding
+LINE, FONT = 20, 15  # pixels: height of a line, and of the letters
 INK, FAINT, RIGHT, PAPER, FRAME = "#1a1a1a", "#6b6b6b", "#0b7a3b", "#ffffff", "#d9d9d9"
-LINES = 2  # of one caption; what is longer ends in dots
+LINES = 2  # per caption; a longer caption ends in dots
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A caption as the model ranks it."""
+    """Caption with its rank and score."""
 
     rank: int  # 1 is best
     caption: str
@@ -32,14 +28,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class FigureTile:
-    """An image and the captions shown beside it."""
+    """Image and the captions next to it."""
 
     square: NDArray[np.uint8]  # (3, S, S)
     choices: Sequence[Choice]
 
 
 def grid(tiles: Sequence[FigureTile]) -> Image.Image:
-    """Two tiles a row: the image, and its captions, best first; the right one is green, with a bar at its left."""
+    """Draw the tiles in two columns: each image, and next to it its captions, best first.
+
+    The right caption is green, with a bar at its left.
+    """
     font = ImageFont.load_default(FONT)
     wrapped = [[list(_wrap(choice.caption, font)) for choice in tile.choices] for tile in tiles]
     heights = [
@@ -82,15 +81,14 @@ def _draw(
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Iterator[str]:
-    """At most LINES lines that fit beside the rank and the score."""
+    """Yield at most LINES lines that fit between the rank and the score."""
     room, words = TEXT - 36 - 70, text.split()
     for number in range(LINES):
         line = ""
         while words and font.getlength(f"{line} {words[0]}") <= room:
             line = f"{line} {words.pop(0)}".strip()
-        if words and (
-            number == LINES - 1 or not line
-        ):  # the rest, or a word too long for a line of its own
+        # the rest, or a word that is longer than a line
+        if words and (number == LINES - 1 or not line):
             yield _cut(f"{line} {' '.join(words)}".strip(), room, font)
             return
         yield line

@@ -1,7 +1,8 @@
-"""Does the model see what is not there? Questions about objects, and the objects that its captions name.
+"""Object hallucination: yes/no questions about objects, and objects in generated captions.
 
-POPE   Li et al. 2023, arXiv:2305.10355: is there a ... in the image? half of them are, half are not
-CHAIR  Rohrbach et al. 2018, arXiv:1809.02156: of what a caption names, how much is not in the image
+POPE   Li et al. 2023, arXiv:2305.10355: "Is there a ... in the image?", half of them with answer no
+CHAIR  Rohrbach et al. 2018, arXiv:1809.02156: share of objects in captions that are not in the
+image
 """
 
 import random
@@ -22,7 +23,7 @@ from bridgework.evaluation.base import (
     Writing,
     about_image,
     draw_images,
-    named,
+    prefix_metrics,
     question_of,
 )
 
@@ -33,7 +34,7 @@ NO = {"no", "not", "n't"}
 
 
 class YesNoQuestion(NamedTuple):
-    """A question of yes or no about one image."""
+    """Yes/no question about one image, with its right answer."""
 
     sample: Sample
     conversation: list[Part]
@@ -42,11 +43,12 @@ class YesNoQuestion(NamedTuple):
 
 @config_class
 class POPE:
-    """`accuracy`, `precision`, `recall` and `f1` of yes, and `yes`, the share of questions answered so.
+    """`accuracy`, and `precision`, `recall` and `f1` of yes; `yes` is the share of yes answers.
 
-    A row that is a question of yes or no is asked as it is. Of a row with labels or boxes, `objects` that are in the
-    image are asked for, and as many that are not: `random`, the most `popular` of the rows', or those that are most
-    often seen beside what is there (`adversarial`). Beside them stands `always_yes`, its accuracy.
+    A row that is a yes/no question is asked as it is. For a row with labels or boxes, `objects`
+    objects in the image are asked for, and as many that are not in it. The latter are `random`, the
+    most frequent in the rows (`popular`), or those that occur most often together with the objects
+    of the image (`adversarial`). `always_yes` is the accuracy of always answering yes.
     """
 
     better: ClassVar[Better] = {
@@ -56,69 +58,76 @@ class POPE:
     name: str = "pope"
     dataset: str
     rows: int = 500  # images, or questions
-    objects: int = 3  # in an image, and as many that are not
+    objects: int = 3  # asked per image, and as many that are not in it
     negatives: Literal["random", "popular", "adversarial"] = "random"
     question: str = "Is there a {} in the image?"
     writing: Writing = Writing(beams=1, most=10)
-    prompts: tuple[
-        str, ...
-    ] = ()  # around the question, e.g. "{} Short answer:"; empty: the question alone
+    # around the question, e.g. "{} Short answer:"; empty: only the question
+    prompts: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.objects < 1 or self.question.count("{}") != 1:
             raise SpecError(
-                f"{self.name}: rows and objects are at least 1, and the question holds {{}} once"
+                f"{self.name}: rows and objects are at least 1, and the question holds {{}} once. "
+                f"Got {self.rows}, {self.objects} and {self.question!r}"
             )
 
     def tiny(self) -> "POPE":
+        """Return a copy with at most 4 synthetic rows."""
         return replace(
             self, dataset="synthetic:shapes", rows=min(self.rows, 4), writing=self.writing.tiny()
         )
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
-        """Raises DataError for a dataset without such questions, labels or boxes."""
-        items = draw_images(
+        """Ask the questions.
+
+        Raises DataError for a dataset without yes/no questions, labels or boxes.
+        """
+        examples = draw_images(
             self, pipeline, home, lambda s: truth_of(s) is not None or bool(objects_in(s))
         )
-        asked = list(self._questions(pipeline, [item.sample for item in items]))
-        if len({question.truth for question in asked}) < 2:
+        questions = list(self._questions(pipeline, [example.sample for example in examples]))
+        if len({question.truth for question in questions}) < 2:
             raise DataError(
-                f"{self.name}: the rows of {self.dataset} give no questions of both yes and no"
+                f"{self.name}: the rows of {self.dataset} do not give questions of both yes and "
+                "no. Fix: give a dataset with several labels or boxes, or questions of both kinds"
             )
-        conversations, images = [a.conversation for a in asked], [a.sample.images for a in asked]
-        said = [
-            parse_yes_no(text)
-            for text in self.writing.run(pipeline, conversations, images, self.seed)
-        ]
-        return Result(named(self, binary_metrics(said, [a.truth for a in asked])))
+        conversations = [question.conversation for question in questions]
+        images = [question.sample.images for question in questions]
+        texts = self.writing.run(pipeline, conversations, images, self.seed)
+        answers = [parse_yes_no(text) for text in texts]
+        truth = [question.truth for question in questions]
+        return Result(prefix_metrics(self, binary_metrics(answers, truth)))
 
     def _questions(
         self, pipeline: "Pipeline", samples: Sequence[Sample]
     ) -> Iterator[YesNoQuestion]:
-        known = [objects_in(sample) for sample in samples]
+        objects = [objects_in(sample) for sample in samples]
         for row, sample in enumerate(samples):
             if (truth := truth_of(sample)) is not None:
                 yield YesNoQuestion(sample, question_of(pipeline, sample, self.prompts), truth)
                 continue
             draw = random.Random(f"{self.seed}:{row}")
-            here = draw.sample(known[row], min(self.objects, len(known[row])))
-            for thing in here:
-                yield YesNoQuestion(sample, self._ask(thing), True)
-            for thing in absent(known, row, self.negatives, draw)[: len(here)]:
-                yield YesNoQuestion(sample, self._ask(thing), False)
+            present = draw.sample(objects[row], min(self.objects, len(objects[row])))
+            for name in present:
+                yield YesNoQuestion(sample, self._ask(name), True)
+            for name in absent(objects, row, self.negatives, draw)[: len(present)]:
+                yield YesNoQuestion(sample, self._ask(name), False)
 
-    def _ask(self, thing: str) -> list[Part]:
-        text, framed = self.question.replace("{}", thing), self.prompts[:1] or ("{}",)
-        return [Part("user", image=0), Part("user", text="\n" + framed[0].replace("{}", text))]
+    def _ask(self, name: str) -> list[Part]:
+        text, prompts = self.question.replace("{}", name), self.prompts[:1] or ("{}",)
+        return [Part("user", image=0), Part("user", text="\n" + prompts[0].replace("{}", text))]
 
 
 @config_class
 class CHAIR:
-    """`instances`: the share of objects named in captions that are not in the image; `captions`: of captions with one.
+    """Share of hallucinated objects in captions.
 
-    The objects are those that the rows' labels and boxes name, and what `synonyms` says of them; `recall` is the share
-    of those in the images that the captions name. A caption without an object is right, and says little: read both.
+    `instances` is the share of objects in the captions that are not in the image; `captions` is the
+    share of captions with such an object; `recall` is the share of objects in the images that the
+    captions contain. The objects are the rows' labels and the labels of boxes, with their
+    `synonyms`. A caption without any object counts as right, therefore read `recall` as well.
     """
 
     better: ClassVar[Better] = {"instances": "lower", "captions": "lower", "recall": "higher"}
@@ -126,66 +135,69 @@ class CHAIR:
     dataset: str
     rows: int = 500
     writing: Writing = Writing(beams=3, least=5, most=64)
-    synonyms: Mapping[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # label -> other words for it
-    prompts: tuple[str, ...] = ()  # what an image is asked with; empty: the stage's own
+    # label -> other words for it
+    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()  # questions about an image; empty: the stage's own
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rows < 1:
-            raise SpecError(f"{self.name}.rows must be at least 1, got {self.rows}")
+            raise SpecError(f"{self.name}.rows: got {self.rows}; expected at least 1")
 
     def tiny(self) -> "CHAIR":
+        """Return a copy with at most 4 synthetic rows."""
         return replace(
             self, dataset="synthetic:shapes", rows=min(self.rows, 4), writing=self.writing.tiny()
         )
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
-        """Raises DataError for a dataset whose rows have neither labels nor boxes."""
-        items = draw_images(self, pipeline, home, lambda sample: bool(objects_in(sample)))
-        here = [set(objects_in(item.sample)) for item in items]
-        asked = about_image(pipeline, self.prompts or None)
-        texts = self.writing.run(
-            pipeline, [asked] * len(items), [item.sample.images for item in items], self.seed
-        )
-        words = {name: (name, *self.synonyms.get(name, ())) for name in set[str]().union(*here)}
-        return Result(named(self, chair_metrics([mentioned(text, words) for text in texts], here)))
+        """Caption the images.
+
+        Raises DataError for a dataset whose rows have neither labels nor boxes.
+        """
+        examples = draw_images(self, pipeline, home, lambda sample: bool(objects_in(sample)))
+        truth = [set(objects_in(example.sample)) for example in examples]
+        conversations = [about_image(pipeline, self.prompts or None)] * len(examples)
+        images = [example.sample.images for example in examples]
+        texts = self.writing.run(pipeline, conversations, images, self.seed)
+        words = {name: (name, *self.synonyms.get(name, ())) for name in set[str]().union(*truth)}
+        values = chair_metrics([mentioned(text, words) for text in texts], truth)
+        return Result(prefix_metrics(self, values))
 
 
-def chair_metrics(said: Sequence[set[str]], here: Sequence[set[str]]) -> dict[str, float]:
-    """CHAIR of the objects that captions name, given those that the images have."""
-    wrong = [names - own for names, own in zip(said, here, strict=True)]
-    found = sum(len(names & own) for names, own in zip(said, here, strict=True))
+def chair_metrics(predicted: Sequence[set[str]], truth: Sequence[set[str]]) -> dict[str, float]:
+    """Return the metrics of CHAIR from the objects in each caption and in each image."""
+    wrong = [names - own for names, own in zip(predicted, truth, strict=True)]
+    right = sum(len(names & own) for names, own in zip(predicted, truth, strict=True))
     return {
-        "instances": sum(map(len, wrong)) / max(1, sum(map(len, said))),
-        "captions": sum(map(bool, wrong)) / len(said),
-        "recall": found / sum(map(len, here)),
+        "instances": sum(map(len, wrong)) / max(1, sum(map(len, predicted))),
+        "captions": sum(map(bool, wrong)) / len(predicted),
+        "recall": right / sum(map(len, truth)),
     }
 
 
-def binary_metrics(said: Sequence[bool], truth: Sequence[bool]) -> dict[str, float]:
-    """What answers of yes (True) and no are worth."""
-    both = sum(s and t for s, t in zip(said, truth, strict=True))
-    precision, recall = both / max(1, sum(said)), both / max(1, sum(truth))
+def binary_metrics(predicted: Sequence[bool], truth: Sequence[bool]) -> dict[str, float]:
+    """Return the metrics of POPE from answers; True is yes."""
+    both = sum(p and t for p, t in zip(predicted, truth, strict=True))
+    precision, recall = both / max(1, sum(predicted)), both / max(1, sum(truth))
     return {
-        "accuracy": sum(s == t for s, t in zip(said, truth, strict=True)) / len(truth),
+        "accuracy": sum(p == t for p, t in zip(predicted, truth, strict=True)) / len(truth),
         "precision": precision,
         "recall": recall,
         "f1": 2 * precision * recall / (precision + recall) if both else 0.0,
-        "yes": sum(said) / len(said),
+        "yes": sum(predicted) / len(predicted),
         "always_yes": sum(truth) / len(truth),
     }
 
 
 def parse_yes_no(text: str) -> bool:
-    """Whatever does not say no in its first sentence, as POPE reads it."""
+    """Return False if the first sentence contains a negation, otherwise True, as in POPE."""
     words = re.findall(r"n't|\w+?(?=n't)|\w+", text.partition(".")[0].lower())
     return not NO & set(words)
 
 
 def truth_of(sample: Sample) -> bool | None:
-    """Whether the answer of the row is yes; None for a row that is no question of yes or no."""
+    """Return True if the row's answer is yes; None for a row that is not a yes/no question."""
     texts = [part for part in sample.parts if part.text is not None]
     if [part.role for part in texts[-2:]] != ["user", "assistant"]:
         return None
@@ -194,28 +206,31 @@ def truth_of(sample: Sample) -> bool | None:
 
 
 def objects_in(sample: Sample) -> list[str]:
-    """The names of its labels and boxes, each once, in order."""
+    """Return the labels of a sample and of its boxes, each once, in order."""
     return list(dict.fromkeys([*sample.labels, *(box.label for box in sample.boxes if box.label)]))
 
 
-def absent(known: Sequence[Sequence[str]], row: int, how: str, draw: random.Random) -> list[str]:
-    """Objects of other rows that this one does not have, those to be asked for first at the front."""
-    others = sorted({name for names in known for name in names} - set(known[row]))
+def absent(objects: Sequence[Sequence[str]], row: int, how: str, draw: random.Random) -> list[str]:
+    """Return the objects of other rows that this row does not have, in the order of asking.
+
+    `how` is "random", "popular" or "adversarial", see `POPE`.
+    """
+    others = sorted({name for names in objects for name in names} - set(objects[row]))
     draw.shuffle(others)
     if how == "random":
         return others
     if how == "popular":
-        counts = Counter(name for names in known for name in names)
+        counts = Counter(name for names in objects for name in names)
     else:
-        pairs = Counter(pair for names in known for pair in permutations(names, 2))
-        counts = Counter({name: sum(pairs[own, name] for own in known[row]) for name in others})
+        pairs = Counter(pair for names in objects for pair in permutations(names, 2))
+        counts = Counter({name: sum(pairs[own, name] for own in objects[row]) for name in others})
     return sorted(others, key=lambda name: -counts[name])
 
 
 def mentioned(text: str, words: Mapping[str, Sequence[str]]) -> set[str]:
-    """The objects that a text names, by any of their words, one or several of them."""
-    return {
-        name
-        for name, alike in words.items()
-        if any(re.search(rf"\b{re.escape(word.lower())}(?:e?s)?\b", text.lower()) for word in alike)
-    }
+    """Return the objects in a text, by any of their words, in singular or plural."""
+
+    def contains(word: str) -> bool:
+        return bool(re.search(rf"\b{re.escape(word.lower())}(?:e?s)?\b", text.lower()))
+
+    return {name for name, synonyms in words.items() if any(map(contains, synonyms))}

@@ -1,7 +1,7 @@
-"""Multiple-choice questions, each with candidates of its own: chosen by likelihood, or named in a written answer.
+"""Multiple-choice questions with their own candidates, answered by likelihood or by generation.
 
-ScienceQA, IconQA and A-OKVQA by accuracy, Visual Dialog by mean reciprocal rank (InstructBLIP,
-arXiv:2305.06500, 2.5 and 3.1).
+ScienceQA, IconQA and A-OKVQA are scored by accuracy, Visual Dialog by mean reciprocal rank
+(InstructBLIP, arXiv:2305.06500, 2.5 and 3.1).
 """
 
 import re
@@ -17,12 +17,11 @@ from bridgework.data.templates import letter
 from bridgework.errors import SpecError
 from bridgework.evaluation.base import (
     Better,
-    EvalExample,
     EvalRows,
     Result,
     Writing,
     draw,
-    named,
+    prefix_metrics,
     question_of,
 )
 from bridgework.system import Scoring
@@ -30,15 +29,15 @@ from bridgework.system import Scoring
 if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline, Ranked
 
-NEEDED = "has candidates and an answer that is one of them, and can be read by this model"
+REQUIREMENT = "has candidates and an answer that is one of them, and can be read by this model"
 
 
 @config_class
 class MultipleChoice:
-    """Share of questions whose right candidate scores best (`accuracy`), and the mean of 1 / its rank (`mrr`).
+    """`accuracy`, the share of questions whose right candidate scores best, and `mrr`.
 
-    The candidates are the row's own; the model scores each as its answer. `chance` and `chance_mrr` are those of a
-    random order.
+    `mrr` is the mean of 1 / rank of the right candidate. The model scores each of the row's
+    candidates as its answer. `chance` and `chance_mrr` are the values of a random order.
     """
 
     better: ClassVar[Better] = {
@@ -51,46 +50,44 @@ class MultipleChoice:
     dataset: str
     rows: int = 1_000
     scoring: Scoring | None = None  # None: the stage's own
-    prompts: tuple[
-        str, ...
-    ] = ()  # around each question, e.g. "Question: {} Options: {options} Short answer:"
+    # around each question, e.g. "Question: {} Options: {options} Short answer:"
+    prompts: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
 
     def tiny(self) -> "MultipleChoice":
+        """Return a copy with at most 4 synthetic rows."""
         return replace(self, dataset="synthetic:choices", rows=min(self.rows, 4))
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
-        """Raises DataError when no row has candidates and can be read."""
-        items = _drawn(self, pipeline, home)
-        ranks = [self._rank(pipeline, item.sample) for item in items]
-        counts = [len(set(item.sample.candidates)) for item in items]
+        """Rank the candidates. Raises DataError if no readable row has candidates."""
+        samples = _draw_questions(self, pipeline, home)
+        ranks = [self._rank(pipeline, sample) for sample in samples]
+        counts = [len(set(sample.candidates)) for sample in samples]
         values = {
             "accuracy": fmean(rank == 1 for rank in ranks),
             "mrr": fmean(1 / rank for rank in ranks),
             "chance": fmean(1 / n for n in counts),
             "chance_mrr": fmean(fmean(1 / (place + 1) for place in range(n)) for n in counts),
         }
-        return Result(named(self, values))
+        return Result(prefix_metrics(self, values))
 
     def _rank(self, pipeline: "Pipeline", sample: Sample) -> int:
-        asked, shown = (
-            question_of(pipeline, sample, self.prompts or None),
-            pipeline.inputs.pictures(sample),
-        )
+        conversation = question_of(pipeline, sample, self.prompts or None)
+        images = pipeline.inputs.pictures(sample)
         candidates = list(dict.fromkeys(sample.candidates))
-        ranked = pipeline.rank_answers(asked, shown, candidates, scoring=self.scoring)
+        ranked = pipeline.rank_answers(conversation, images, candidates, scoring=self.scoring)
         return rank_of(ranked, sample.candidates[right_of(sample) or 0])
 
 
 @config_class
 class WrittenChoice:
-    """Share of questions whose right candidate the written answer names: `accuracy`.
+    """Share of questions whose right candidate is the one in the generated answer: `accuracy`.
 
-    A candidate is named by its letter or its text, see `named_in`; an answer that names none is wrong, and
-    `unanswered` is their share (LLaVA of ScienceQA, arXiv:2304.08485, 5.2).
+    The answer contains the letter or the text of a candidate, see `parse_choice`. An answer without
+    a candidate is wrong; `unanswered` is their share (LLaVA on ScienceQA, arXiv:2304.08485, 5.2).
     """
 
     better: ClassVar[Better] = {"accuracy": "higher", "unanswered": "lower", "chance": None}
@@ -98,74 +95,81 @@ class WrittenChoice:
     dataset: str
     rows: int = 1_000
     writing: Writing = Writing(beams=1, most=16)
-    prompts: tuple[
-        str, ...
-    ] = ()  # around each question, e.g. "{}\nOptions: {options}"; empty: the stage's own
+    # around each question, e.g. "{}\nOptions: {options}"; empty: the stage's own
+    prompts: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
 
     def tiny(self) -> "WrittenChoice":
+        """Return a copy with at most 4 synthetic rows."""
         return replace(
             self, dataset="synthetic:choices", rows=min(self.rows, 4), writing=self.writing.tiny()
         )
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
-        """Raises DataError when no row has candidates and can be read."""
-        samples = [item.sample for item in _drawn(self, pipeline, home)]
-        asked = [question_of(pipeline, sample, self.prompts or None) for sample in samples]
-        shown = [pipeline.inputs.pictures(sample) for sample in samples]
-        said = self.writing.run(pipeline, asked, shown, self.seed)
-        found = [
-            named_in(text, sample.candidates) for text, sample in zip(said, samples, strict=True)
+        """Generate the answers. Raises DataError if no readable row has candidates."""
+        samples = _draw_questions(self, pipeline, home)
+        conversations = [question_of(pipeline, sample, self.prompts or None) for sample in samples]
+        images = [pipeline.inputs.pictures(sample) for sample in samples]
+        texts = self.writing.run(pipeline, conversations, images, self.seed)
+        chosen = [
+            parse_choice(text, sample.candidates)
+            for text, sample in zip(texts, samples, strict=True)
         ]
         values = {
             "accuracy": fmean(
-                place == right_of(sample) for place, sample in zip(found, samples, strict=True)
+                choice == right_of(sample) for choice, sample in zip(chosen, samples, strict=True)
             ),
-            "unanswered": fmean(place is None for place in found),
+            "unanswered": fmean(choice is None for choice in chosen),
             "chance": fmean(1 / len(set(sample.candidates)) for sample in samples),
         }
-        return Result(named(self, values))
+        return Result(prefix_metrics(self, values))
 
 
 def rank_of(ranked: "Sequence[Ranked]", right: str) -> int:
-    """The rank of the right candidate, 1 for the best; a tie counts against it."""
+    """Return the rank of the right candidate; 1 is best, and a tie counts against it."""
     score = next(one.score for one in ranked if one.candidate == right)
     return 1 + sum(one.score >= score for one in ranked if one.candidate != right)
 
 
 def right_of(sample: Sample) -> int | None:
-    """The place of the row's own answer among its candidates; None where it is none of them."""
+    """Return the index of the row's own answer among its candidates.
+
+    None if it is not one of them.
+    """
     answers = [
         part.text for part in sample.parts if part.text is not None and part.role == "assistant"
     ]
-    return named_in(answers[-1], sample.candidates) if answers else None
+    return parse_choice(answers[-1], sample.candidates) if answers else None
 
 
-def named_in(answer: str, candidates: Sequence[str]) -> int | None:
-    """The place of the candidate that an answer names, by its text, or by its letter as evaluations of ScienceQA do.
+def parse_choice(answer: str, candidates: Sequence[str]) -> int | None:
+    """Return the index of the candidate in an answer, by its text or its letter.
 
-    A letter counts where it is all of the answer ("B", "(b)", "B."), where the answer begins with it ("B. blue"), and
-    in "the answer is B". Of several such sentences the last counts.
+    None if there is none. A letter counts if it is the complete answer ("B", "(b)", "B."), if the
+    answer begins with it ("B. blue"), and in "the answer is B", of which the last one counts, as in
+    evaluations of ScienceQA.
     """
-    said = answer.strip()
-    texts = [text.strip().casefold() for text in candidates]
-    if said.rstrip(".").casefold() in (text.rstrip(".") for text in texts):
-        return [text.rstrip(".") for text in texts].index(said.rstrip(".").casefold())
-    letters = {letter(place): place for place in range(len(candidates))}
-    one = "|".join(sorted(letters, key=len, reverse=True))
-    stated = re.findall(rf"\banswer is:? *\(?({one})\)?(?![\w'])", said, re.IGNORECASE)
-    opening = re.match(rf"\(?({one})(?:\)|[.:](?=\s|$)|$)", said, re.IGNORECASE)
-    found = stated[-1] if stated else opening[1] if opening else None
-    return None if found is None else letters[found.lower()]
+    text = answer.strip()
+    options = [option.strip().casefold().rstrip(".") for option in candidates]
+    if text.rstrip(".").casefold() in options:
+        return options.index(text.rstrip(".").casefold())
+    letters = {letter(index): index for index in range(len(candidates))}
+    pattern = "|".join(sorted(letters, key=len, reverse=True))
+    stated = re.findall(rf"\banswer is:? *\(?({pattern})\)?(?![\w'])", text, re.IGNORECASE)
+    opening = re.match(rf"\(?({pattern})(?:\)|[.:](?=\s|$)|$)", text, re.IGNORECASE)
+    chosen = stated[-1] if stated else opening[1] if opening else None
+    return None if chosen is None else letters[chosen.lower()]
 
 
-def _drawn(spec: EvalRows, pipeline: "Pipeline", home: Path) -> list[EvalExample]:
-    return draw(spec, pipeline, home, lambda sample: right_of(sample) is not None, NEEDED)
+def _draw_questions(spec: EvalRows, pipeline: "Pipeline", home: Path) -> list[Sample]:
+    """Return the samples of rows whose answer is one of their candidates."""
+    rows = draw(spec, pipeline, home, lambda sample: right_of(sample) is not None, REQUIREMENT)
+    return [row.sample for row in rows]
 
 
 def _check(spec: EvalRows) -> None:
     if spec.rows < 1:
-        raise SpecError(f"{spec.name}.rows must be at least 1, got {spec.rows}")
+        raise SpecError(f"{spec.name}.rows: got {spec.rows}; expected at least 1")

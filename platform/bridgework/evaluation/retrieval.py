@@ -1,7 +1,7 @@
-"""Do the bridge's tokens say what the caption says? Nearest neighbors of pooled vectors, both ways."""
+"""Image-text retrieval: recall at 1, 5 and 10 in both directions, optionally with reranking."""
 
 # R rows, each an image and its texts  C texts of all rows  Q vectors of an image  D width
-# X by Y: R by C, or the other way round  K candidates
+# X by Y: R by C or C by R  K candidates
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,22 +13,25 @@ from torch import Tensor
 
 from bridgework.config import config_class
 from bridgework.errors import SpecError
-from bridgework.evaluation.base import Better, Result, draw_pairs, named
+from bridgework.evaluation.base import Better, Result, draw_pairs, prefix_metrics
 
 if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline
 
-CUTS = (1, 5, 10)
-OUT = 100.0  # taken off what is no candidate: no logit reaches so far
-Judge = Callable[[int, Tensor], Tensor]  # a row and its candidates (K,): their logits (K,)
+CUTS = (1, 5, 10)  # k of recall at k
+OUT = 100.0  # subtracted from columns that are not candidates: larger than any logit
+Matcher = Callable[[int, Tensor], Tensor]  # a row and its candidates (K,): their logits (K,)
 
 
 @config_class
 class Retrieval:
-    """R@1, R@5 and R@10 in [0, 1] among all rows: `image_to_text_r1` and so on, beside `chance_r1` of a text.
+    """R@1, R@5 and R@10 in [0, 1] among all rows, e.g.
 
-    An image with several texts, as in COCO and Flickr30k, has found one if it has found any. With `rerank`, the
-    matching head judges the nearest candidates again (BLIP, arXiv:2201.12086, 5.1); all features are then in memory.
+    `image_to_text_r1`, with `chance_r1` of a text.
+
+    For an image with several texts, as in COCO and Flickr30k, one of them is enough. With `rerank`,
+    the matching head scores the nearest candidates again (BLIP, arXiv:2201.12086, 5.1); all
+    features are then in memory.
     """
 
     better: ClassVar[Better] = {
@@ -38,76 +41,92 @@ class Retrieval:
     name: str = "retrieval"
     dataset: str
     rows: int = 300
-    rerank: int = 0  # candidates of every row; 0: the vectors alone decide
-    prompts: tuple[str, ...] = ()  # what pairs are asked with; empty: the stage's own
+    rerank: int = 0  # candidates per row; 0: no reranking
+    prompts: tuple[str, ...] = ()  # questions for pairs; empty: the stage's own
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rows < 2:
             raise SpecError(
-                f"{self.name}.rows must be at least 2, got {self.rows}: one row is always right"
+                f"{self.name}.rows: got {self.rows}; expected at least 2, "
+                "because one row is always right"
             )
         if self.rerank < 0:
-            raise SpecError(f"{self.name}.rerank is 0 or more, got {self.rerank}")
+            raise SpecError(f"{self.name}.rerank: got {self.rerank}; expected 0 or more")
 
     def tiny(self) -> "Retrieval":
+        """Return a copy with at most 16 synthetic rows and 4 candidates."""
         return replace(
             self, dataset="synthetic:shapes", rows=min(self.rows, 16), rerank=min(self.rerank, 4)
         )
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
-        """Raises DataError for a dataset with fewer than two pairs."""
-        items = draw_pairs(self, pipeline, home, at_least=2, several=True)
-        texts = [(row, text) for row, item in enumerate(items) for text in item.texts]
-        seen_RPF = pipeline.inputs.features([item.squares[0] for item in items])
-        said = [text for _, text in texts]
-        alike_RC = similarity(pipeline.embed_images(seen_RPF), pipeline.embed_texts(said)).cpu()
-        own_RC = torch.arange(len(items)).unsqueeze(1) == torch.tensor([row for row, _ in texts])
-        to_text_RC, to_image_CR = alike_RC, alike_RC.T
+        """Embed and compare the rows. Raises DataError for a dataset with fewer than two pairs."""
+        examples = draw_pairs(self, pipeline, home, at_least=2, several=True)
+        features_RPF = pipeline.inputs.features([example.squares[0] for example in examples])
+        texts = [text for example in examples for text in example.texts]
+        row_C = [row for row, example in enumerate(examples) for _ in example.texts]
+        own_RC = torch.arange(len(examples)).unsqueeze(1) == torch.tensor(row_C)
+        vectors_CD = pipeline.embed_texts(texts)
+        cosine_RC = similarity(pipeline.embed_images(features_RPF), vectors_CD).cpu()
+        to_text_RC, to_image_CR = cosine_RC, cosine_RC.T
         if self.rerank:
-            to_text_RC = reranked(alike_RC, _judge_texts(pipeline, seen_RPF, said), self.rerank)
-            to_image_CR = reranked(alike_RC.T, _judge_images(pipeline, seen_RPF, said), self.rerank)
+            text_matcher = _text_matcher(pipeline, features_RPF, texts)
+            image_matcher = _image_matcher(pipeline, features_RPF, texts)
+            to_text_RC = reranked(cosine_RC, text_matcher, self.rerank)
+            to_image_CR = reranked(cosine_RC.T, image_matcher, self.rerank)
         values: dict[str, float] = {}
         for cut in CUTS:
             values[f"image_to_text_r{cut}"] = recall(to_text_RC, cut, own_RC)
             values[f"text_to_image_r{cut}"] = recall(to_image_CR, cut, own_RC.T)
-            values[f"chance_r{cut}"] = min(1.0, cut / len(items))
-        return Result(named(self, values))
+            values[f"chance_r{cut}"] = min(1.0, cut / len(examples))
+        return Result(prefix_metrics(self, values))
 
 
 def similarity(images: Tensor, texts_CD: Tensor) -> Tensor:
-    """(R, C) cosines of images (R, D), or (R, Q, D), of which the nearest vector counts (BLIP-2, 2301.12597, 3.2)."""
-    alike = images @ texts_CD.T
-    return alike.amax(1) if alike.ndim == 3 else alike
+    """Return (R, C) cosines of images (R, D) or (R, Q, D) with texts, all of length 1.
+
+    Of the Q vectors of an image, the nearest counts (BLIP-2, 2301.12597, 3.2).
+    """
+    cosine = images @ texts_CD.T
+    return cosine.amax(1) if cosine.ndim == 3 else cosine
 
 
-def recall(alike_RC: Tensor, cut: int, own_RC: Tensor | None = None) -> float:
-    """Share of rows one of whose own columns (the diagonal) is among the `cut` largest; a tie counts against it."""
-    own_RC = torch.eye(len(alike_RC), dtype=torch.bool) if own_RC is None else own_RC
-    best_R1 = alike_RC.masked_fill(~own_RC, -torch.inf).amax(1, keepdim=True)
-    better_R = ((alike_RC >= best_R1) & ~own_RC).sum(1)
+def recall(score_RC: Tensor, cut: int, own_RC: Tensor | None = None) -> float:
+    """Return the share of rows with an own column among the `cut` largest scores.
+
+    By default, the own columns are the diagonal. A tie with another column counts against the row.
+    """
+    own_RC = torch.eye(len(score_RC), dtype=torch.bool) if own_RC is None else own_RC
+    best_R1 = score_RC.masked_fill(~own_RC, -torch.inf).amax(1, keepdim=True)
+    better_R = ((score_RC >= best_R1) & ~own_RC).sum(1)
     return float(((better_R < cut) & own_RC.any(1)).double().mean())
 
 
-def reranked(alike_XY: Tensor, judge: Judge, keep: int) -> Tensor:
-    """(X, Y): in every row the `keep` nearest come first, by cosine plus matching logit; the others by cosine."""
-    near_XK = alike_XY.topk(min(keep, alike_XY.shape[1]), dim=1).indices
+def reranked(cosine_XY: Tensor, matcher: Matcher, keep: int) -> Tensor:
+    """Return (X, Y) scores after reranking.
+
+    In every row the `keep` nearest come first, by cosine plus matching logit; the others follow by
+    cosine.
+    """
+    near_XK = cosine_XY.topk(min(keep, cosine_XY.shape[1]), dim=1).indices
     if not near_XK.shape[1]:
-        return alike_XY - OUT
-    logits_XK = torch.stack([judge(row, near_K).cpu() for row, near_K in enumerate(near_XK)])
-    return (alike_XY - OUT).scatter(1, near_XK, alike_XY.gather(1, near_XK) + logits_XK)
+        return cosine_XY - OUT
+    logits_XK = torch.stack([matcher(row, near_K).cpu() for row, near_K in enumerate(near_XK)])
+    return (cosine_XY - OUT).scatter(1, near_XK, cosine_XY.gather(1, near_XK) + logits_XK)
 
 
-def _judge_texts(pipeline: "Pipeline", seen_RPF: Tensor, said: list[str]) -> Judge:
-    def judge(row: int, near_K: Tensor) -> Tensor:
-        seen_KPF = seen_RPF[row].expand(len(near_K), -1, -1)
-        return pipeline.match(seen_KPF, [said[column] for column in near_K.tolist()])
+def _text_matcher(pipeline: "Pipeline", features_RPF: Tensor, texts: list[str]) -> Matcher:
+    def match(row: int, near_K: Tensor) -> Tensor:
+        image_KPF = features_RPF[row].expand(len(near_K), -1, -1)
+        return pipeline.match(image_KPF, [texts[column] for column in near_K.tolist()])
 
-    return judge
+    return match
 
 
-def _judge_images(pipeline: "Pipeline", seen_RPF: Tensor, said: list[str]) -> Judge:
-    def judge(row: int, near_K: Tensor) -> Tensor:
-        return pipeline.match(seen_RPF[near_K.to(seen_RPF.device)], [said[row]] * len(near_K))
+def _image_matcher(pipeline: "Pipeline", features_RPF: Tensor, texts: list[str]) -> Matcher:
+    def match(row: int, near_K: Tensor) -> Tensor:
+        images_KPF = features_RPF[near_K.to(features_RPF.device)]
+        return pipeline.match(images_KPF, [texts[row]] * len(near_K))
 
-    return judge
+    return match

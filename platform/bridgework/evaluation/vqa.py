@@ -1,8 +1,9 @@
-"""Does the model answer as people do? The accuracy of VQA (Antol et al. 2015, arXiv:1505.00468; v2: arXiv:1612.00837).
+"""VQA accuracy (Antol et al. 2015, arXiv:1505.00468; v2: arXiv:1612.00837).
 
-An answer counts in full if three of ten people gave it, as the mean over leaving each of them out. Answers are compared
-as the official evaluation writes them: without articles and punctuation, numbers as digits, contractions with their
-apostrophes. It leaves them as they are where all people agree; here they are always written so.
+An answer counts in full if at least three of ten annotators gave it: the mean over leaving out each
+of them. Answers are normalized as in the official evaluation: without articles and punctuation,
+numbers as digits, contractions with apostrophes. The official evaluation skips the normalization if
+all annotators agree; here it is always applied.
 """
 
 import re
@@ -16,20 +17,21 @@ from typing import TYPE_CHECKING, ClassVar
 from bridgework.config import added, config_class
 from bridgework.data.samples import Sample
 from bridgework.errors import SpecError
-from bridgework.evaluation.base import Better, Result, Writing, draw, named, question_of
+from bridgework.evaluation.base import Better, Result, Writing, draw, prefix_metrics, question_of
 from bridgework.evaluation.few_shot import Shots
 from bridgework.system import Scoring
 
 if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline
 
-ENOUGH = 3  # people who agree
+ENOUGH = 3  # annotators who agree
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = ("a", "an", "the")
 COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(COUNTED)}
-ENDINGS = {  # of contractions; to write one without an apostrophe is to say the same
-    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
+ENDINGS = {  # of contractions, which mean the same without the apostrophe
+    "n't": "ai are ca could did does do had has have is might must need ought sha should was were "
+    "wo would",
     "'ve": "could might must not should they we what where who would you",
     "'d": "he how it someone something there they where who you",
     "'ll": "how it somebody someone something they what who why you",
@@ -38,19 +40,23 @@ ENDINGS = {  # of contractions; to write one without an apostrophe is to say the
     "n't've": "could had might should would",
     "'d've": "he it she somebody someone something there they we who you",
 }
-WHOLE = [f"{word}{ending}" for ending, words in ENDINGS.items() for word in words.split()]
-WHOLE += ["ma'am", "o'clock", "'twas", "y'all", "y'all'll", "y'all'd've", "'ow's'at"]
-CONTRACTIONS = {
-    word[: at.start()] + word[at.end() :]: word for word in WHOLE for at in re.finditer("'", word)
+FULL_FORMS = [f"{word}{ending}" for ending, words in ENDINGS.items() for word in words.split()]
+FULL_FORMS += ["ma'am", "o'clock", "'twas", "y'all", "y'all'll", "y'all'd've", "'ow's'at"]
+CONTRACTIONS = {  # with one apostrophe missing -> with all of them
+    word[: at.start()] + word[at.end() :]: word
+    for word in FULL_FORMS
+    for at in re.finditer("'", word)
 }
 
 
 @config_class
 class VQA:
-    """`accuracy` over `rows` questions, whose people's answers are the rows' `labels`; without any, the row's own.
+    """`accuracy` over `rows` questions.
 
-    The model writes, or with a `vocabulary` chooses one of its answers by `scoring` (by default the summed
-    log-likelihood, as BLIP and InstructBLIP rank). `most_common` is what the most frequent answer of all would get.
+    The annotators' answers are the rows' `labels`, or the row's own answer if there are none. The
+    model generates its answer; with a `vocabulary`, it chooses the best of these answers by
+    `scoring`, by default the summed log-likelihood as in BLIP and InstructBLIP. `most_common` is
+    the accuracy of always giving the most frequent answer.
     """
 
     better: ClassVar[Better] = {"accuracy": "higher", "most_common": None}
@@ -59,79 +65,83 @@ class VQA:
     rows: int = 1_000
     vocabulary: tuple[str, ...] = ()
     writing: Writing = Writing(beams=3, most=10)  # BLIP's
-    prompts: tuple[
-        str, ...
-    ] = ()  # around each question, e.g. "Question: {} Short answer:"; empty: the stage's own
+    # around each question, e.g. "Question: {} Short answer:"; empty: the stage's own
+    prompts: tuple[str, ...] = ()
     seed: int = 0
     scoring: Scoring = added(default=Scoring(prior=False))  # of the vocabulary
-    shots: Shots | None = added(
-        default=None
-    )  # examples before every question, as Flamingo is asked
+    shots: Shots | None = added(default=None)  # examples before every question, as in Flamingo
 
     def __post_init__(self) -> None:
         if self.rows < 1:
-            raise SpecError(f"{self.name}.rows must be at least 1, got {self.rows}")
+            raise SpecError(f"{self.name}.rows: got {self.rows}; expected at least 1")
 
     @property
     def datasets(self) -> tuple[str, ...]:
+        """Datasets that the evaluation reads."""
         return (self.dataset,) if self.shots is None else (self.dataset, *self.shots.datasets)
 
     def tiny(self) -> "VQA":
-        few, shots = self.vocabulary[:4], None if self.shots is None else self.shots.tiny()
-        return replace(self, dataset="synthetic:shapes", rows=min(self.rows, 4), vocabulary=few,
-                       writing=self.writing.tiny(), shots=shots)  # fmt: skip
+        """Return a copy with at most 4 synthetic rows and 4 answers in the vocabulary."""
+        return replace(
+            self,
+            dataset="synthetic:shapes",
+            rows=min(self.rows, 4),
+            vocabulary=self.vocabulary[:4],
+            writing=self.writing.tiny(),
+            shots=None if self.shots is None else self.shots.tiny(),
+        )
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
-        """Raises DataError when no row can be read."""
-        items = draw(self, pipeline, home)
-        samples = [item.sample for item in items]
+        """Answer the questions. Raises DataError if no row can be read."""
+        samples = [example.sample for example in draw(self, pipeline, home)]
         if self.shots is None:
-            asked = [question_of(pipeline, sample, self.prompts or None) for sample in samples]
-            shown = [pipeline.inputs.pictures(sample) for sample in samples]
+            questions = [question_of(pipeline, sample, self.prompts or None) for sample in samples]
+            images = [pipeline.inputs.pictures(sample) for sample in samples]
         else:
-            asked, shown = self.shots.ask(pipeline, home, self, samples)
+            questions, images = self.shots.ask(pipeline, home, self, samples)
         if self.vocabulary:
-            rows = zip(asked, shown, strict=True)
-            said = [
+            answers = [
                 pipeline.rank_answers(*row, self.vocabulary, scoring=self.scoring)[0].candidate
-                for row in rows
+                for row in zip(questions, images, strict=True)
             ]
         else:
-            said = self.writing.run(pipeline, asked, shown, self.seed)
-        people = [_people(item.sample) for item in items]
-        ((usual, _),) = Counter(
-            normalize(answer) for told in people for answer in told
-        ).most_common(1)
+            answers = self.writing.run(pipeline, questions, images, self.seed)
+        references = [_references(sample) for sample in samples]
+        counts = Counter(normalize(text) for texts in references for text in texts)
+        ((usual, _),) = counts.most_common(1)
         values = {
             "accuracy": fmean(
-                agreement(answer, told) for answer, told in zip(said, people, strict=True)
+                agreement(answer, texts) for answer, texts in zip(answers, references, strict=True)
             ),
-            "most_common": fmean(agreement(usual, told) for told in people),
+            "most_common": fmean(agreement(usual, texts) for texts in references),
         }
-        return Result(named(self, values))
+        return Result(prefix_metrics(self, values))
 
 
-def agreement(answer: str, people: Sequence[str]) -> float:
-    """min(people who say the same / 3, 1), the mean over leaving each of them out; of one, whether he says it."""
-    said, told = normalize(answer), [normalize(person) for person in people]
-    if len(told) == 1:
-        return float(said == told[0])
-    same = told.count(said)
-    return fmean(min((same - (own == said)) / ENOUGH, 1.0) for own in told)
+def agreement(answer: str, references: Sequence[str]) -> float:
+    """Return min(equal references / 3, 1), the mean over leaving out each reference.
+
+    With a single reference, return 1.0 if it is equal, otherwise 0.0.
+    """
+    normal, others = normalize(answer), [normalize(reference) for reference in references]
+    if len(others) == 1:
+        return float(normal == others[0])
+    same = others.count(normal)
+    return fmean(min((same - (other == normal)) / ENOUGH, 1.0) for other in others)
 
 
 def normalize(answer: str) -> str:
-    """An answer as the official evaluation compares it; what is normal stays."""
+    """Normalize an answer as in the official evaluation; a normalized answer stays the same."""
     text = " ".join(answer.split())
-    written = text
+    result = text
     for mark in MARKS:
-        apart = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text)
-        written = written.replace(mark, "" if apart else " ")
-    words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", written).lower().split()]
+        separate = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text)
+        result = result.replace(mark, "" if separate else " ")
+    words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", result).lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def _people(sample: Sample) -> tuple[str, ...]:
+def _references(sample: Sample) -> tuple[str, ...]:
     own = [
         part.text
         for part in sample.parts

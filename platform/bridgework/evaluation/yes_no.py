@@ -1,6 +1,6 @@
-"""Questions of yes or no, by the likelihood of either: the area under the ROC curve (Hateful Memes).
+"""Yes/no questions, answered by likelihood: area under the ROC curve (e.g. Hateful Memes).
 
-InstructBLIP, arXiv:2305.06500, 2.5: each class is spelled by several words, its verbalizers.
+InstructBLIP, arXiv:2305.06500, 2.5: each class has several words, its verbalizers.
 """
 
 from dataclasses import replace
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from bridgework.config import config_class
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.base import Better, Result, draw, named, question_of
+from bridgework.evaluation.base import Better, Result, draw, prefix_metrics, question_of
 from bridgework.system import Scoring
 
 if TYPE_CHECKING:
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 @config_class
 class YesNo:
-    """`auc` of yes against no, and `accuracy` of the likelier, over `rows` questions that the dataset answers so.
+    """`auc` of yes against no, and `accuracy` of the more likely answer, over `rows` questions.
 
-    A class scores as the best of its verbalizers. `most_common` is the accuracy of always giving the commoner answer.
+    The score of a class is that of its best verbalizer. `most_common` is the accuracy of always
+    giving the more frequent answer.
     """
 
     better: ClassVar[Better] = {"auc": "higher", "accuracy": "higher", "most_common": None}
@@ -37,28 +38,36 @@ class YesNo:
 
     def __post_init__(self) -> None:
         if self.rows < 2:
-            raise SpecError(f"{self.name}.rows must be at least 2, got {self.rows}")
+            raise SpecError(f"{self.name}.rows: got {self.rows}; expected at least 2")
         if not self.yes or not self.no or set(self.yes) & set(self.no):
             raise SpecError(
-                f"{self.name}: yes and no are one or more words each, and no word is in both"
+                f"{self.name}: yes and no are one or more words each, and no word is in both. "
+                f"Got {', '.join(self.yes) or 'none'} and {', '.join(self.no) or 'none'}"
             )
 
     def tiny(self) -> "YesNo":
+        """Return a copy with at most 8 synthetic rows."""
         return replace(self, dataset="synthetic:yes-no", rows=min(self.rows, 8))
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
-        """Raises DataError where the rows' answers are not of both kinds."""
-        from sklearn.metrics import roc_auc_score  # takes a second
+        """Score the answers. Raises DataError if the rows do not have answers of both classes."""
+        from sklearn.metrics import roc_auc_score  # the import takes a second
 
-        needed = f"is answered with one of {', '.join((*self.yes, *self.no))}, and can be read by this model"
-        samples = [
-            item.sample
-            for item in draw(self, pipeline, home, lambda s: self._truth(s) is not None, needed)
-        ]
+        words = ", ".join((*self.yes, *self.no))
+        examples = draw(
+            self,
+            pipeline,
+            home,
+            lambda sample: self._truth(sample) is not None,
+            f"is answered with one of {words}, and can be read by this model",
+        )
+        samples = [example.sample for example in examples]
         truth = [bool(self._truth(sample)) for sample in samples]
         if len(set(truth)) < 2:
             raise DataError(
-                f"{self.name}: the rows of {self.dataset} are all answered alike; it needs yes and no"
+                f"{self.name}: the rows of {self.dataset} are all answered alike. "
+                f"Got {'yes' if truth[0] else 'no'} only; expected yes and no. "
+                "Fix: increase rows, or give another dataset"
             )
         margins = [self._margin(pipeline, sample) for sample in samples]
         values = {
@@ -68,23 +77,22 @@ class YesNo:
             ),
             "most_common": max(fmean(truth), 1 - fmean(truth)),
         }
-        return Result(named(self, values))
+        return Result(prefix_metrics(self, values))
 
     def _truth(self, sample: Sample) -> bool | None:
-        """Whether the row's answer is a yes; None where it is neither."""
+        """Return True if the row's answer is yes, False for no, None for any other answer."""
         answers = [
             part.text for part in sample.parts if part.text is not None and part.role == "assistant"
         ]
-        said = answers[-1].strip().rstrip(".").casefold() if answers else ""
-        return None if said not in (*self.yes, *self.no) else said in self.yes
+        answer = answers[-1].strip().rstrip(".").casefold() if answers else ""
+        return None if answer not in (*self.yes, *self.no) else answer in self.yes
 
     def _margin(self, pipeline: "Pipeline", sample: Sample) -> float:
-        """By how much the best yes scores above the best no."""
-        asked, shown = (
-            question_of(pipeline, sample, self.prompts or None),
-            pipeline.inputs.pictures(sample),
-        )
-        ranked = pipeline.rank_answers(asked, shown, (*self.yes, *self.no), scoring=self.scoring)
+        """Return the score of the best yes minus the score of the best no."""
+        question = question_of(pipeline, sample, self.prompts or None)
+        images = pipeline.inputs.pictures(sample)
+        candidates = (*self.yes, *self.no)
+        ranked = pipeline.rank_answers(question, images, candidates, scoring=self.scoring)
         yes, no = (
             max(one.score for one in ranked if one.candidate in words)
             for words in (self.yes, self.no)

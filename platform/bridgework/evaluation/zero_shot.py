@@ -1,6 +1,6 @@
-"""Does the model know a class by its name alone? The nearest of the classes' texts (CLIP, arXiv:2103.00020, 3.1)."""
+"""Zero-shot classification by the nearest class text (CLIP, arXiv:2103.00020, 3.1)."""
 
-# R rows, each an image and its labels  C classes  P prompts  D width
+# R rows, each an image and its labels  C classes  N texts  D width
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,14 +14,15 @@ from torch.nn.functional import normalize
 
 from bridgework.config import config_class
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.base import Better, Result, draw_images, named
+from bridgework.evaluation.base import Better, Result, draw_images, prefix_metrics
 from bridgework.evaluation.retrieval import recall, similarity
 
 if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline
 
-CUTS = (1, 5)
-TEMPLATES = (  # the first is the paper's default (3.1.4); the others vary what is common in photographs of one thing
+CUTS = (1, 5)  # k of top-k
+# the first is the paper's default (3.1.4); the others are common variations of photographs
+TEMPLATES = (
     "a photo of a {}.",
     "a photo of the {}.",
     "a close-up of a {}.",
@@ -37,9 +38,10 @@ TEMPLATES = (  # the first is the paper's default (3.1.4); the others vary what 
 
 @config_class
 class ZeroShot:
-    """Share of images one of whose labels is the nearest class (`top1`), or among the nearest five (`top5`).
+    """Zero-shot accuracy: `top1` and `top5`.
 
-    A class is the mean of its prompts' vectors. Beside them stand `chance_top1` and `chance_top5`.
+    A prediction is right if it is one of the image's labels. The vector of a class is the mean over
+    its prompts. `chance_top1` and `chance_top5` are the values of random classes.
     """
 
     better: ClassVar[Better] = {
@@ -49,47 +51,53 @@ class ZeroShot:
     name: str = "zero_shot"
     dataset: str
     rows: int = 1_000
-    classes: tuple[str, ...] = ()  # empty: every label that the rows have
+    classes: tuple[str, ...] = ()  # empty: all labels of the rows
     templates: tuple[str, ...] = TEMPLATES
-    prompts: tuple[str, ...] = ()  # of the stage; a class is not asked for
+    prompts: tuple[str, ...] = ()  # not used; every evaluation has the field
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rows < 1:
-            raise SpecError(f"{self.name}.rows must be at least 1, got {self.rows}")
+            raise SpecError(f"{self.name}.rows: got {self.rows}; expected at least 1")
         if bad := [template for template in self.templates if template.count("{}") != 1]:
             raise SpecError(
-                f"{self.name}.templates: {bad[0]!r} must hold {{}} once, where the class goes"
+                f"{self.name}.templates: {bad[0]!r} must hold {{}} once, in place of the class"
             )
         if not self.templates:
-            raise SpecError(f"{self.name}.templates is empty; the plainest is '{{}}'")
+            raise SpecError(f"{self.name}.templates is empty. Fix: use '{{}}' for the class alone")
 
     def tiny(self) -> "ZeroShot":
+        """Return a copy with at most 16 synthetic rows and their classes."""
         return replace(self, dataset="synthetic:shapes", rows=min(self.rows, 16), classes=())
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
-        """Raises DataError for a dataset whose rows have no image with a label, or fewer than two classes."""
-        items = draw_images(self, pipeline, home, lambda sample: bool(sample.labels))
-        classes = self.classes or sorted({label for item in items for label in item.sample.labels})
+        """Classify the images.
+
+        Raises DataError for rows without labels, or with fewer than two classes.
+        """
+        examples = draw_images(self, pipeline, home, lambda sample: bool(sample.labels))
+        labels = {label for example in examples for label in example.sample.labels}
+        classes = self.classes or sorted(labels)
         if len(classes) < 2:
             raise DataError(
-                f"{self.name}: {len(items)} of the rows drawn from {self.dataset} have one image and a label, and "
-                f"there are {len(classes)} classes; it needs two, and samples with `labels`"
+                f"{self.name}: {len(examples)} of the rows drawn from {self.dataset} have one "
+                f"image and a label. Got {len(classes)} classes; expected at least 2. "
+                "Fix: give a dataset with `labels`, or set classes"
             )
-        images = pipeline.embed_images([item.squares[0] for item in items])
-        alike_RC = similarity(images, class_vectors(pipeline, classes, self.templates)).cpu()
+        images = pipeline.embed_images([example.squares[0] for example in examples])
+        cosine_RC = similarity(images, class_vectors(pipeline, classes, self.templates)).cpu()
         right_RC = torch.tensor(
-            [[name in item.sample.labels for name in classes] for item in items]
+            [[name in example.sample.labels for name in classes] for example in examples]
         )
         values: dict[str, float] = {}
         for cut in CUTS:
-            values[f"top{cut}"] = recall(alike_RC, cut, right_RC)
+            values[f"top{cut}"] = recall(cosine_RC, cut, right_RC)
             values[f"chance_top{cut}"] = chance(right_RC, cut)
-        return Result(named(self, values))
+        return Result(prefix_metrics(self, values))
 
 
 def class_vectors(pipeline: "Pipeline", classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(C, D) of length 1: the mean over the templates of each class's vectors, which are of length 1 themselves."""
+    """Return (C, D) vectors of length 1: the normalized mean over the templates of each class."""
     texts_ND = pipeline.embed_texts(
         [template.replace("{}", name) for name in classes for template in templates]
     )
@@ -97,7 +105,7 @@ def class_vectors(pipeline: "Pipeline", classes: Sequence[str], templates: Seque
 
 
 def chance(right_RC: Tensor, cut: int) -> float:
-    """How often one of a row's right classes is among `cut` drawn without looking."""
+    """Return the mean probability that a right class of a row is among `cut` random ones."""
     classes = right_RC.shape[1]
     drawn = min(cut, classes)
     misses = [

@@ -1,7 +1,8 @@
-"""The text of an answer while it is written: transformers' `generate` in a thread, its reader in the caller's.
+"""Generation of answers: streamed token by token, by beam search, or for a batch of prompts.
 
-Each stream draws from a generator of its own, so that a seed means the same beside other requests; it ends cleanly
-whenever its reader stops.
+A stream runs transformers' `generate` in a thread and is read in the caller's thread. Each stream
+has its own random generator, so that the result of a seed does not depend on other requests. It
+ends cleanly when its reader stops.
 """
 
 # B batch  V vocabulary
@@ -34,36 +35,38 @@ from bridgework.errors import SpecError
 from bridgework.models.prefix_vlm import PrefixVLM
 
 FinishReason = Literal["stop", "length"]
-UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+UNFINISHED = "\ufffd"  # a tokenizer decodes the first bytes of a character to this
 
 
 class Sampling(TypedDict, total=False):
-    """How an answer is written; what is left out is greedy, and 128 tokens at most."""
+    """Options of generation. The defaults are greedy search and at most 128 tokens."""
 
-    max_new_tokens: int
-    min_new_tokens: int  # before these, nothing that ends an answer by itself is written
-    temperature: float  # 0 is greedy
-    top_p: float  # (0, 1]: draw from the likeliest tokens that have this share of the probability
+    max_new_tokens: int  # default 128
+    min_new_tokens: int  # before these, no token that ends the answer; default 0
+    temperature: float  # 0, the default, is greedy
+    top_p: float  # (0, 1]: sample from the most likely tokens with this total probability
     stop: Sequence[str]  # the answer ends before any of these
-    seed: int | None  # of the draws; None differs every time
-    beams: int  # above 1: search this wide instead of drawing; the answer then comes in one piece
-    length_penalty: (
-        float  # exponent of the length that a beam's score is divided by; below 0: short answers
-    )
-    repetition_penalty: (
-        float  # above 1: what was written before gets less likely (CTRL, arXiv:1909.05858)
-    )
+    seed: int | None  # of the sampling; None, the default, differs every time
+    beams: int  # above 1: beam search without sampling; the answer then comes in one piece
+    # exponent of the length by which a beam's score is divided; below 0 prefers short answers
+    length_penalty: float
+    # above 1: tokens that occurred before become less likely (CTRL, arXiv:1909.05858)
+    repetition_penalty: float
 
 
 class StopConditions(NamedTuple):
-    """What ends an answer by itself."""
+    """Token ids and strings that end an answer."""
 
     ids: frozenset[int]
     strings: tuple[str, ...]
 
     @classmethod
     def of(cls, streams: SampleEncoder, own: frozenset[int]) -> "StopConditions":
-        """The eos token, the wiring's own, and what the template writes behind an answer, as a token if it is one."""
+        """Collect the eos token, the wiring's own tokens and the template's text after an answer.
+
+        The template's text is an id if the tokenizer has it as one special token, otherwise a
+        string.
+        """
         tokenizer = streams.tokenizer
         after = templates.stop(streams.template, tokenizer)
         special = tokenizer.get_added_vocab().get(after)
@@ -73,19 +76,19 @@ class StopConditions(NamedTuple):
 
 @dataclass
 class Usage:
-    """What a generation has taken so far."""
+    """Token counts of a generation so far."""
 
     prompt_tokens: int  # images included
-    completion_tokens: int = 0  # with the token that ended it
-    finish_reason: FinishReason | None = (
-        None  # None until the end, and when the reader was first to stop
-    )
+    completion_tokens: int = 0  # including the token that ended it
+    finish_reason: FinishReason | None = None  # None before the end, and if the reader stopped it
 
 
 class Stream(Iterator[str]):
-    """Pieces of an answer. Work begins with the first `next`; `close`, or dropping the stream, ends it.
+    """Iterator over the pieces of an answer.
 
-    What may turn out to be the beginning of a stop string, or of a character, is held back until it is known.
+    Generation begins with the first `next`; `close`, or dropping the stream, ends it. Text that may
+    be the beginning of a stop string, or of an incomplete character, is held back until this is
+    decided.
     """
 
     def __init__(
@@ -106,29 +109,37 @@ class Stream(Iterator[str]):
         length_penalty: float = 1.0,
         repetition_penalty: float = 1.0,
     ) -> None:
-        """`inputs` hold one prompt, as `PrefixModel.generate` takes it; `room` tokens fit behind it."""
+        """Prepare the generation.
+
+        Args:
+            inputs: one prompt, as `PrefixVLM.generate` takes it.
+            endings: tokens and strings that end the answer, in addition to `stop`.
+            room: tokens that fit into the context after the prompt.
+
+        Raises:
+            SpecError: an option is out of range, or `beams` is combined with a temperature.
+        """
         if beams < 1 or (beams > 1 and temperature > 0):
             raise SpecError(
-                f"beams is at least 1, and 1 where temperature draws; got {beams} and {temperature:g}"
+                "beams is at least 1, and beam search does not sample. "
+                f"Got beams={beams} and temperature={temperature:g}. "
+                "Fix: set temperature=0 or beams=1"
             )
         _check_penalties(beams, length_penalty, repetition_penalty)
         lengths = (min_new_tokens, max_new_tokens, room)
-        how = _generation(
+        options = _generate_options(
             lengths, temperature, top_p, [seed], tokenizer, endings, inputs["ids"].device
         )
-        _repel(how["logits_processor"], repetition_penalty)
-        how["generation_config"].num_beams = beams
+        _add_repetition_penalty(options["logits_processor"], repetition_penalty)
+        options["generation_config"].num_beams = beams
         if beams > 1:
-            how["generation_config"].length_penalty = length_penalty
+            options["generation_config"].length_penalty = length_penalty
         self.usage = Usage(prompt_tokens=inputs["ids"].shape[1])
-        reader = _Reader(
-            tokenizer,
-            StopConditions(endings.ids, (*endings.strings, *(s for s in stop if s))),
-            self.usage,
-        )
-        self._relay = _TokenStreamer()
-        self._pieces = (_pieces if beams == 1 else _searched)(
-            model, {**inputs, **how}, reader, self._relay
+        strings = (*endings.strings, *(text for text in stop if text))
+        reader = _Reader(tokenizer, StopConditions(endings.ids, strings), self.usage)
+        self._streamer = _TokenStreamer()
+        self._pieces = (_stream_pieces if beams == 1 else _beam_search_pieces)(
+            model, {**inputs, **options}, reader, self._streamer
         )
 
     def __iter__(self) -> "Stream":
@@ -138,10 +149,14 @@ class Stream(Iterator[str]):
         return next(self._pieces)
 
     def stop(self) -> None:
-        """End the work at its next token, from any thread; the reader then gets what was written so far."""
-        self._relay.enough.set()
+        """End the generation at its next token, from any thread.
+
+        The reader gets the text generated so far.
+        """
+        self._streamer.stopped.set()
 
     def close(self) -> None:
+        """End the generation and wait for its thread."""
         self._pieces.close()
 
 
@@ -159,35 +174,45 @@ def generate_batch(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
 ) -> list[str]:
-    """A whole answer to each of B prompts, written side by side; row i draws from a generator of its own."""
+    """Return the complete answers to B prompts, generated together.
+
+    Row i is sampled with `seeds[i]`. `room` is the number of tokens that fit into the context after
+    the prompts. Raises SpecError for an option out of range.
+    """
     _check_penalties(1, 1.0, repetition_penalty)
     lengths = (min_new_tokens, max_new_tokens, room)
-    how = _generation(lengths, temperature, top_p, seeds, tokenizer, endings, inputs["ids"].device)
-    _repel(how["logits_processor"], repetition_penalty)
-    rows_BT = model.generate(**inputs, **how)
+    options = _generate_options(
+        lengths, temperature, top_p, seeds, tokenizer, endings, inputs["ids"].device
+    )
+    _add_repetition_penalty(options["logits_processor"], repetition_penalty)
+    rows_BT = model.generate(**inputs, **options)
     return [
         "".join(_Reader(tokenizer, endings, Usage(0)).read(iter(row))) for row in rows_BT.tolist()
     ]
 
 
 def _check_penalties(beams: int, length_penalty: float, repetition_penalty: float) -> None:
-    """Raises SpecError for penalties out of range, and for a length penalty that would do nothing."""
+    """Check the penalties.
+
+    Raises SpecError if one is out of range, or the length penalty has no effect.
+    """
     if not isfinite(length_penalty) or not 0 < repetition_penalty < inf:
         raise SpecError(
             "length_penalty is a finite number and repetition_penalty is above 0. "
-            f"Got {length_penalty:g} and {repetition_penalty:g}. Fix: leave out what is not meant, 1 is neutral"
+            f"Got {length_penalty:g} and {repetition_penalty:g}. Fix: use 1, which has no effect"
         )
     if length_penalty != 1 and beams == 1:
         raise SpecError(
-            f"length_penalty ranks the beams of a search. Got {length_penalty:g} with beams=1; expected beams above 1. "
-            "Fix: set beams=5, or leave out the length penalty"
+            f"length_penalty ranks the beams of a search. Got {length_penalty:g} with beams=1; "
+            "expected beams above 1. Fix: set beams=5, or leave out the length penalty"
         )
 
 
-def _repel(processors: LogitsProcessorList, penalty: float) -> None:
-    """Apply the penalty before all others, to ids that were written and to those of a prompt that the decoder reads.
+def _add_repetition_penalty(processors: LogitsProcessorList, penalty: float) -> None:
+    """Insert the penalty before all other processors.
 
-    A processor of our own, because `generate` warns about the option where a prompt is embeddings.
+    It applies to generated ids and to the prompt's ids that the decoder reads. We add the processor
+    ourselves, because `generate` warns about the option if the prompt is embeddings.
     """
     if penalty != 1:
         processors.insert(0, RepetitionPenaltyLogitsProcessor(float(penalty)))
@@ -195,7 +220,7 @@ def _repel(processors: LogitsProcessorList, penalty: float) -> None:
 
 @dataclass
 class _Reader:
-    """From tokens to text that is certain."""
+    """Decodes tokens and yields the text that can no longer change."""
 
     tokenizer: PreTrainedTokenizerBase
     endings: StopConditions
@@ -215,60 +240,59 @@ class _Reader:
                     ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
                 )
             )
-            found = [at for at in map(text.find, self.endings.strings) if at >= 0]
-            if found:
-                text, self.usage.finish_reason = text[: min(found)], "stop"
+            positions = [at for at in map(text.find, self.endings.strings) if at >= 0]
+            if positions:
+                text, self.usage.finish_reason = text[: min(positions)], "stop"
                 break
-            known = text[: len(text) - self._unsure(text)]
-            if piece := known[sent or _blanks(known) :]:
+            final = text[: len(text) - self._pending(text)]
+            if piece := final[sent or _leading_blanks(final) :]:
                 yield piece
-                sent = len(known)
+                sent = len(final)
         else:
             self.usage.finish_reason = "length"
-        if rest := text[sent or _blanks(text) :]:
+        if rest := text[sent or _leading_blanks(text) :]:
             yield rest
 
-    def _unsure(self, text: str) -> int:
-        """How many characters at the end may still change or belong to a stop string."""
-        longest = [
-            (s, min(len(s), len(text) + 1)) for s in self.endings.strings
-        ]  # lengths that can match
-        begun = max(
-            (n for s, most in longest for n in range(1, most) if text.endswith(s[:n])), default=0
+    def _pending(self, text: str) -> int:
+        """Count the characters at the end that may still change or belong to a stop string."""
+        # a prefix that can match is shorter than its stop string and not longer than the text
+        limits = [(s, min(len(s), len(text) + 1)) for s in self.endings.strings]
+        prefix = max(
+            (n for s, limit in limits for n in range(1, limit) if text.endswith(s[:n])), default=0
         )
-        return max(begun, len(text) - len(text.rstrip(UNFINISHED)))
+        return max(prefix, len(text) - len(text.rstrip(UNFINISHED)))
 
 
-def _blanks(text: str) -> int:
-    """How many blanks stand between the prompt and the answer; they belong to neither."""
+def _leading_blanks(text: str) -> int:
+    """Count the blanks between prompt and answer, which are not part of the answer."""
     return len(text) - len(text.lstrip())
 
 
-def _pieces(
-    model: PrefixVLM, arguments: dict[str, Any], reader: _Reader, relay: "_TokenStreamer"
+def _stream_pieces(
+    model: PrefixVLM, arguments: dict[str, Any], reader: _Reader, streamer: "_TokenStreamer"
 ) -> Generator[str, None, None]:
-    thread = Thread(target=relay.run, args=(model, arguments), name="generate", daemon=True)
+    thread = Thread(target=streamer.run, args=(model, arguments), name="generate", daemon=True)
     thread.start()
     try:
-        yield from reader.read(relay.tokens())
+        yield from reader.read(streamer.tokens())
     finally:
-        relay.enough.set()
+        streamer.stopped.set()
         thread.join()
 
 
-def _searched(
-    model: PrefixVLM, arguments: dict[str, Any], reader: _Reader, relay: "_TokenStreamer"
+def _beam_search_pieces(
+    model: PrefixVLM, arguments: dict[str, Any], reader: _Reader, streamer: "_TokenStreamer"
 ) -> Generator[str, None, None]:
-    """Beams are known when all are done."""
-    (row_T,) = model.generate(**arguments, stopping_criteria=StoppingCriteriaList([relay]))
+    """Yield the answer in one piece, because the best beam is known only at the end."""
+    (row_T,) = model.generate(**arguments, stopping_criteria=StoppingCriteriaList([streamer]))
     yield from reader.read(iter(row_T.tolist()))
 
 
 class _TokenStreamer(BaseStreamer, StoppingCriteria):
-    """Between the thread that writes and the one that reads: tokens go out, `enough` comes in."""
+    """Queue between the generating thread and the reading one; `stopped` ends the generation."""
 
     def __init__(self) -> None:
-        self.enough = Event()
+        self.stopped = Event()
         self._queue: SimpleQueue[int | BaseException | None] = SimpleQueue()
 
     def run(self, model: PrefixVLM, arguments: dict[str, Any]) -> None:
@@ -288,34 +312,37 @@ class _TokenStreamer(BaseStreamer, StoppingCriteria):
             yield item
 
     def put(self, value: Tensor) -> None:
-        """New ids; the first call brings the prompt's, and there are none beside embeddings."""
+        """Queue new ids.
+
+        The first call has the prompt's ids, which are empty if the prompt is embeddings.
+        """
         for token in value.flatten().tolist():
             self._queue.put(token)
 
     def end(self) -> None:
-        """`run` marks the end, which an error has too."""
+        """Do nothing: `run` marks the end, also after an error."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.enough.is_set(), device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self.stopped.is_set(), device=input_ids.device)
 
 
-class _Draw(LogitsProcessor):
-    """Sampling as a processor: `generate` draws from the process's one generator, which every request would share."""
+class _Sample(LogitsProcessor):
+    """Samples with own generators, because all requests share the global one of `generate`."""
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        """One generator for all rows, or one for each."""
+        """Take one generator for all rows, or one per row."""
         self._generators = generators
 
     def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
-        shares = scores_BV.float().softmax(-1).chunk(len(self._generators))
-        drawn = [
-            torch.multinomial(s, 1, generator=g)
-            for s, g in zip(shares, self._generators, strict=True)
+        probabilities = scores_BV.float().softmax(-1).chunk(len(self._generators))
+        ids = [
+            torch.multinomial(p, 1, generator=g)
+            for p, g in zip(probabilities, self._generators, strict=True)
         ]
-        return torch.full_like(scores_BV, float("-inf")).scatter(-1, torch.cat(drawn), 0.0)
+        return torch.full_like(scores_BV, float("-inf")).scatter(-1, torch.cat(ids), 0.0)
 
 
-def _generation(
+def _generate_options(
     lengths: tuple[int, int, int],
     temperature: float,
     top_p: float,
@@ -324,17 +351,21 @@ def _generation(
     endings: StopConditions,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What `generate` is told beside its inputs; `lengths` are tokens: least, most, and how many there is room for."""
-    least, most, room = lengths
-    if not 0 <= least <= most or most < 1 or temperature < 0 or not 0 < top_p <= 1:
+    """Return the options of `generate`.
+
+    `lengths` are the minimum, the maximum and the room, in tokens.
+    """
+    minimum, maximum, room = lengths
+    if not 0 <= minimum <= maximum or maximum < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise SpecError(
-            "max_new_tokens is at least 1, min_new_tokens no more than that, temperature at least 0 and top_p in "
-            f"(0, 1]; got {most}, {least}, {temperature:g} and {top_p:g}"
+            "sampling: max_new_tokens is at least 1, min_new_tokens from 0 to max_new_tokens, "
+            "temperature at least 0 and top_p in (0, 1]. "
+            f"Got {maximum}, {minimum}, {temperature:g} and {top_p:g}"
         )
     config = GenerationConfig(
-        max_new_tokens=min(most, room),
-        min_new_tokens=min(least, room) or None,
-        do_sample=False,  # where there is to be sampling, _Draw has done it
+        max_new_tokens=min(maximum, room),
+        min_new_tokens=min(minimum, room) or None,
+        do_sample=False,  # _Sample does the sampling
         eos_token_id=sorted(endings.ids) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -350,8 +381,8 @@ def _processors(
     if temperature == 0:
         return LogitsProcessorList()
     nucleus = [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    draw = _Draw([_generator(seed, device) for seed in seeds])
-    return LogitsProcessorList([TemperatureLogitsWarper(temperature), *nucleus, draw])
+    sample = _Sample([_generator(seed, device) for seed in seeds])
+    return LogitsProcessorList([TemperatureLogitsWarper(temperature), *nucleus, sample])
 
 
 def _generator(seed: int | None, device: torch.device) -> torch.Generator:

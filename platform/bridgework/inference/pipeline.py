@@ -1,10 +1,17 @@
-"""One interface to a trained model, for evaluation, for the command line and for serving.
+"""Inference interface to a trained model: used by evaluation, the command line and serving.
 
-Answers are scored (`scores`, `score_answers`), ranked (`rank`, `choose`), written (`generate`, `stream`) and embedded.
-All of them read the same input: the pictures with their tiles or frames, the prompt, the second token stream.
+    ask                                   answer one question about one image
+    scores, score_answers, loglik         log-likelihoods of given answers
+    rank, rank_answers, classify          candidates or classes, best first
+    generate, generate_batch, stream      generated answers
+    embed_images, embed_texts, match      vectors and matching logits
+
+All methods build the same input: images with their tiles or frames, the prompt and the second token
+stream.
 """
 
-# B batch  T tokens  N images  P patches  F width of the tower's features  C candidates  R tokens of one  D width
+# B batch  T tokens  N images  P patches  F width of the tower's features  C candidates  R tokens of
+# one  D width
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,26 +35,31 @@ from bridgework.inference.generation import (
 )
 from bridgework.inference.preprocess import (
     ROWS,
-    Example,
+    ConversationImages,
+    EncodedExample,
+    EncodedImage,
+    ImageInput,
+    ImageSource,
     Inputs,
-    Picture,
-    Raw,
-    Seen,
-    Shown,
+    RawImage,
+    read_image,
 )
 from bridgework.models.base import eval_no_grad
 from bridgework.system import IGNORE, Scoring, Stage
 
 
 class Score(NamedTuple):
-    """The log-likelihood of an answer."""
+    """Log-likelihood of an answer."""
 
     loglik: float  # nats, summed over the tokens with loss
-    tokens: int
+    tokens: int  # with loss
 
 
 class Ranked(NamedTuple):
-    """A candidate and its score: nats as `Scoring` says; where nothing is written, a cosine or a class's logit."""
+    """Candidate and its score: nats according to `Scoring`.
+
+    A cosine or class logit for a model without an LM.
+    """
 
     candidate: str
     score: float
@@ -55,123 +67,184 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True)
 class Generation:
-    """A written answer and what it took."""
+    """Generated answer with its token counts."""
 
     text: str
     prompt_tokens: int  # images included
-    completion_tokens: int  # with the token that ended it
+    completion_tokens: int  # including the token that ended it
     finish_reason: FinishReason
 
 
 class Pipeline:
-    """A model and the stage that says how it is spoken to. The model may still be training: modes are put back."""
+    """Model and its stage, which defines prompts and image layout.
+
+    The model may still be training, because every method restores the training mode afterwards.
+    """
 
     def __init__(self, model: nn.Module, stage: Stage) -> None:
-        self.model = cast(Any, model)  # a wiring; what each of them can, `_able` says
+        self.model = cast(Any, model)  # a wiring; `_method` checks which methods it has
         self.stage = stage
         self.inputs = Inputs(model, stage)
         self.tokenizer = self.inputs.streams.tokenizer
 
     @cached_property
-    def _endings(self) -> StopConditions:
-        """The tokens and texts that end an answer, of a model that writes."""
+    def _stop_conditions(self) -> StopConditions:
+        """Tokens and texts that end a generated answer."""
         return StopConditions.of(self.inputs.streams, getattr(self.model, "endings", frozenset()))
 
     @classmethod
     def load(cls, path: str, device: str | None = None) -> "Pipeline":
-        """The weights artifact under `path`, on a GPU if there is one; there in the precision of its training."""
+        """Load the weights artifact in the folder `path`.
+
+        Args:
+            path: an artifact's folder.
+            device: default: a GPU if there is one, otherwise the CPU. On a GPU, the model has the
+                precision of its training (bf16 or float32); on a CPU, float32.
+
+        Returns:
+            The pipeline of the artifact's model and stage.
+
+        Raises:
+            WeightsError: `path` does not contain an artifact, or the artifact is damaged.
+        """
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         loaded = artifacts.load(path, place)
         half = place.type == "cuda" and loaded.stage.zero.precision == "bf16"
         return cls(loaded.model.to(torch.bfloat16) if half else loaded.model, loaded.stage)
 
-    # --- judging -----------------------------------------------------------------------------------------------------
+    def ask(self, image: ImageSource, question: str = "", **options: Unpack[Sampling]) -> str:
+        """Answer a question about one image.
+
+        The prompt is that of `bridgework ask`: the image, then the question, in the template of the
+        stage.
+
+        Args:
+            image: a path of an image file, its bytes, an open binary file, or a PIL image; not a
+                URL.
+            question: default: the question of the stage's training, e.g. a request for a caption.
+            options: fields of `Sampling`, e.g. `max_new_tokens=64` or `temperature=0.7`. By default
+                the answer is greedy and has at most 128 tokens.
+
+        Returns:
+            The complete answer, without the stop token or stop string.
+
+        Raises:
+            DataError: the file cannot be read, or the prompt fills the context.
+            BadSample: the content is not an image.
+            SpecError: an option is out of range, or the stage's model does not generate text.
+
+        Example:
+            pipeline = Pipeline.load("export/llava")
+            pipeline.ask("cat.jpg", "What is on the sofa?", max_new_tokens=20)
+        """
+        conversation = self.inputs.question(question)
+        return self.generate(conversation, [read_image(image)], **options).text
+
+    # --- log-likelihoods and rankings
+    # --------------------------------------------------------------
 
     def scores(
-        self, conversations: Sequence[Sequence[Part]], images: Sequence[Shown]
+        self, conversations: Sequence[Sequence[Part]], images: Sequence[ConversationImages]
     ) -> list[Score]:
-        """The log-likelihood of every conversation's answers, stop strings included, ROWS at a time."""
+        """Return the log-likelihood of every conversation's answers, including stop strings.
+
+        The model runs on `ROWS` conversations at a time.
+        """
         examples = self.inputs.examples(conversations, images, answer=True)
-        order = sorted(
-            range(len(examples)), key=lambda i: len(examples[i].encoded.ids)
-        )  # by length: little padding
+        # sorted by length, so that a batch has little padding
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].encoded.ids))
         scores: dict[int, Score] = {}
         for start in range(0, len(order), ROWS):
             chosen = order[start : start + ROWS]
             batch = self.inputs.collate([examples[i] for i in chosen], answer=True)
-            scores |= zip(chosen, self._scores(batch), strict=True)
+            scores |= zip(chosen, self._score_batch(batch), strict=True)
         return [scores[i] for i in range(len(examples))]
 
     def loglik(self, samples: Sequence[Sample]) -> list[float]:
-        """Nats, summed over each sample's tokens with loss."""
-        conversations, shown = (
-            [self.inputs.ask(s) for s in samples],
-            [self.inputs.pictures(s) for s in samples],
-        )
-        return [s.loglik for s in self.scores(conversations, shown)]
+        """Return nats, summed over each sample's tokens with loss."""
+        conversations = [self.inputs.ask(sample) for sample in samples]
+        images = [self.inputs.pictures(sample) for sample in samples]
+        return [score.loglik for score in self.scores(conversations, images)]
 
     def score_answers(
-        self, conversation: Sequence[Part], images: Shown, candidates: Sequence[str]
+        self, conversation: Sequence[Part], images: ConversationImages, candidates: Sequence[str]
     ) -> list[Score]:
-        """Return the score of each candidate as the next answer of one conversation: of that answer alone.
+        """Return the score of each candidate as the next answer of one conversation.
 
-        The prompt goes through the model once where the wiring can continue it. Raises DataError where a candidate
-        does not fit into the context, BadSample for a blank one.
+        Only that answer is scored. If the wiring can continue a prompt, the prompt goes through the
+        model once.
+
+        Raises:
+            DataError: a candidate does not fit into the context after the prompt.
+            BadSample: a candidate is blank.
         """
-        (seen,) = self.inputs.look([conversation], [images])
-        examples = self.inputs.answers(conversation, seen, candidates)
+        (encoded,) = self.inputs.encode_conversation_images([conversation], [images])
+        examples = self.inputs.answers(conversation, encoded, candidates)
         if hasattr(self.model, "continuations"):
             return [
                 score
                 for i in range(0, len(examples), ROWS * 2)
-                for score in self._continued(examples[i : i + ROWS * 2])
+                for score in self._score_continuations(examples[i : i + ROWS * 2])
             ]
         batches = [examples[i : i + ROWS] for i in range(0, len(examples), ROWS)]
         return [
             score
-            for some in batches
-            for score in self._scores(self.inputs.collate(some, answer=True))
+            for batch in batches
+            for score in self._score_batch(self.inputs.collate(batch, answer=True))
         ]
 
     def log_likelihoods(
-        self, image: Picture | Tensor, candidates: Sequence[str], question: str | None = None
+        self, image: ImageInput | Tensor, candidates: Sequence[str], question: str | None = None
     ) -> Tensor:
-        """Return (C,) nats: each candidate as the answer about one image, or about its features (P, F)."""
-        scores = self.score_answers(self.inputs.about(question), _one(image), candidates)
+        """Return (C,) nats of the candidates as answers about an image, or its features (P, F)."""
+        scores = self.score_answers(self.inputs.about(question), _single(image), candidates)
         return torch.tensor([score.loglik for score in scores])
 
-    def prior(
+    def log_prior(
         self,
         candidates: Sequence[str],
         question: str | None = None,
-        references: Sequence[Picture | Tensor] = (),
+        references: Sequence[ImageInput | Tensor] = (),
     ) -> Tensor:
-        """Return (C,) nats: each candidate's log-likelihood whatever the image, the mean over `references`.
+        """Return (C,) nats of each candidate without the image content: the mean over `references`.
 
-        Without references it is the log-likelihood given one square of the tower's mean color.
+        The default reference is one square of the tower's mean color.
         """
-        given = references or [self.inputs.mean_square()]
-        return torch.stack([self.log_likelihoods(r, candidates, question) for r in given]).mean(0)
+        images = references or [self.inputs.mean_square()]
+        return torch.stack([self.log_likelihoods(i, candidates, question) for i in images]).mean(0)
 
     def rank(
         self,
-        image: Picture | Tensor,
+        image: ImageInput | Tensor,
         candidates: Sequence[str],
         question: str | None = None,
-        references: Sequence[Picture | Tensor] = (),
+        references: Sequence[ImageInput | Tensor] = (),
         scoring: Scoring | None = None,
     ) -> list[Ranked]:
-        """Rank candidates as the answer about one image, best first: `choose` for what the stage's training asked.
+        """Rank candidates as the answer about one image, best first.
 
-        With `references` the prior is the mean over these images; without, it is that of a blank image.
+        Args:
+            image: an image, or its features (P, F).
+            candidates: at least one.
+            question: default: the question of the stage's training.
+            references: images whose mean is the prior; default: a blank image.
+            scoring: default: the stage's own.
+
+        Raises:
+            DataError: there is no candidate, a candidate does not fit into the context, or it is
+                not a class.
+            SpecError: a question is given, but the stage reads none.
         """
         if not candidates:
-            raise DataError("there is nothing to rank; give at least one candidate")
+            raise DataError(
+                "rank: there is nothing to rank. Got no candidates; expected at least one. "
+                "Fix: give candidates"
+            )
         if "logits" not in self.model.provides and not self.classes:
-            return self._nearest(image, candidates, question)
+            return self._rank_by_similarity(image, candidates, question)
         return self.rank_answers(
             self.inputs.about(question),
-            _one(image),
+            _single(image),
             candidates,
             scoring=scoring,
             references=references,
@@ -180,99 +253,126 @@ class Pipeline:
     def rank_answers(
         self,
         conversation: Sequence[Part],
-        images: Shown,
+        images: ConversationImages,
         choices: Sequence[str],
         *,
         scoring: Scoring | None = None,
-        references: Sequence[Picture | Tensor] = (),
+        references: Sequence[ImageInput | Tensor] = (),
     ) -> list[Ranked]:
-        """Rank `choices` as the next answer of a conversation, best first, by the stage's own `scoring` or another.
+        """Rank `choices` as the next answer of a conversation, best first.
 
-        The conversation may show several images or videos, tiled as for `generate`. Where there is a prior, it is that
-        of blank images of the same layout. Raises DataError for no choice, a blank one, and one that does not fit.
+        The conversation may show several images or videos, tiled as for `generate`.
+
+        Args:
+            conversation: ends where the answer is due.
+            images: images of the conversation, or features (n, P, F) of one square each.
+            choices: at least one.
+            scoring: default: the stage's own. If it subtracts a prior, the prior is that of blank
+                images of the same layout, or the mean over `references`.
+            references: images for the prior.
+
+        Raises:
+            DataError: there is no choice, or a choice does not fit into the context.
+            BadSample: a choice is blank.
+            SpecError: the stage compares texts with one image, and there are several.
         """
         if not choices:
-            raise DataError("there is nothing to choose from; give at least one answer")
+            raise DataError(
+                "rank_answers: there is nothing to choose from. Got no choices; "
+                "expected at least one. Fix: give at least one answer"
+            )
         if "logits" not in self.model.provides:
             if len(images) != 1:
                 raise SpecError(
-                    f"stage {self.stage.name} compares texts with one image, got {len(images)}"
+                    f"stage {self.stage.name}: it compares texts with one image. Got {len(images)} "
+                    "images; expected 1. Fix: ask about one image at a time"
                 )
-            said = "".join(part.text or "" for part in conversation).strip() or None
-            return (self._classified if self.classes else self._nearest)(images[0], choices, said)
-        how = self.stage.scoring if scoring is None else scoring
-        (seen,) = self.inputs.look([conversation], [images])
-        scores = self.score_answers(conversation, seen, choices)
+            question = "".join(part.text or "" for part in conversation).strip() or None
+            return (self._rank_classes if self.classes else self._rank_by_similarity)(
+                images[0], choices, question
+            )
+        scoring = self.stage.scoring if scoring is None else scoring
+        (encoded,) = self.inputs.encode_conversation_images([conversation], [images])
+        scores = self.score_answers(conversation, encoded, choices)
         priors = [0.0] * len(choices)
-        if how.prior and seen:
-            blanks = [_one(r) for r in references] or [self.inputs.blank(seen)]
+        if scoring.prior and encoded:
+            blanks = [_single(r) for r in references] or [self.inputs.blank_images(encoded)]
             nats_RC = [
                 [s.loglik for s in self.score_answers(conversation, blank, choices)]
                 for blank in blanks
             ]
             priors = torch.tensor(nats_RC).mean(0).tolist()
         ranked = [
-            Ranked(c, how(s.loglik, prior, s.tokens))
+            Ranked(c, scoring(s.loglik, prior, s.tokens))
             for c, s, prior in zip(choices, scores, priors, strict=True)
         ]
         return sorted(ranked, key=lambda r: r.score, reverse=True)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes that the stage's head names; () where it has none."""
+        """Class names of the stage's classification head; () if it has none."""
         found: tuple[str, ...] = getattr(self.stage.model, "classes", ())
         return found
 
-    def classify(self, images: Sequence[Raw] | Tensor) -> Tensor:
-        """Return (N, C) logits of `classes`, from pictures or features (N, P, F)."""
-        classify = self._able("classify", "name classes")
+    def classify(self, images: Sequence[RawImage] | Tensor) -> Tensor:
+        """Return (N, C) logits of `classes`, from images or features (N, P, F)."""
+        classify = self._method("classify", "classify images")
         with eval_no_grad(self.model):
             return cast(
                 Tensor,
                 classify(images if isinstance(images, Tensor) else self.inputs.features(images)),
             )
 
-    def _classified(
-        self, image: Picture | Tensor, choices: Sequence[str], question: str | None
+    def _rank_classes(
+        self, image: ImageInput | Tensor, choices: Sequence[str], question: str | None
     ) -> list[Ranked]:
         if question is not None:
             raise SpecError(
-                f"stage {self.stage.name} names the class of an image and reads no question, got {question!r}"
+                f"stage {self.stage.name}: it classifies an image and reads no question. "
+                f"Got {question!r}. Fix: leave out the question"
             )
         if unknown := [choice for choice in choices if choice not in self.classes]:
             raise DataError(
-                f"stage {self.stage.name} names {len(self.classes)} classes, and {unknown[0]!r} is none of them"
-                + suggest(unknown[0], self.classes)
+                f"stage {self.stage.name}: {unknown[0]!r} is not one of its {len(self.classes)} "
+                "classes" + suggest(unknown[0], self.classes)
             )
         (logits_C,) = self.classify(_features(image)).tolist()
         ranked = [Ranked(choice, logits_C[self.classes.index(choice)]) for choice in choices]
         return sorted(ranked, key=lambda r: r.score, reverse=True)
 
-    def _nearest(
-        self, image: Picture | Tensor, texts: Sequence[str], question: str | None
+    def _rank_by_similarity(
+        self, image: ImageInput | Tensor, texts: Sequence[str], question: str | None
     ) -> list[Ranked]:
         if question is not None:
             raise SpecError(
-                f"stage {self.stage.name} compares an image with texts and reads no question, got {question!r}: "
-                "leave it out, and write whole captions as the candidates"
+                f"stage {self.stage.name}: it compares an image with texts and reads no question. "
+                f"Got {question!r}. Fix: leave out the question, and give complete captions as "
+                "candidates"
             )
-        seen_KD = self.embed_images(_features(image)).flatten(0, -2)
-        cosines_N = (self.embed_texts(texts) @ seen_KD.T).amax(1)
+        image_KD = self.embed_images(_features(image)).flatten(0, -2)
+        cosines_N = (self.embed_texts(texts) @ image_KD.T).amax(1)
         ranked = [
             Ranked(text, float(cosine)) for text, cosine in zip(texts, cosines_N, strict=True)
         ]
         return sorted(ranked, key=lambda r: r.score, reverse=True)
 
-    def embed_images(self, images: Sequence[Raw] | Tensor) -> Tensor:
-        """(N, D) float32 of length 1, or (N, Q, D), one for each query; from pictures or features (N, P, F)."""
-        embed = self._able("embed_images", "embed images")
-        seen_NPF = images if isinstance(images, Tensor) else self.inputs.features(images)
+    def embed_images(self, images: Sequence[RawImage] | Tensor) -> Tensor:
+        """Return float32 vectors of length 1: (N, D), or (N, Q, D) with one vector per query.
+
+        `images` are images or features (N, P, F). Raises SpecError if the stage's model does not
+        embed images.
+        """
+        embed = self._method("embed_images", "embed images")
+        features_NPF = images if isinstance(images, Tensor) else self.inputs.features(images)
         with eval_no_grad(self.model):
-            return cast(Tensor, embed(seen_NPF))
+            return cast(Tensor, embed(features_NPF))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """(N, D) float32 of length 1."""
-        embed = self._able("embed_texts", "embed texts")
+        """Return (N, D) float32 vectors of length 1.
+
+        Raises SpecError if the stage's model does not embed texts.
+        """
+        embed = self._method("embed_texts", "embed texts")
         embedded = []
         with eval_no_grad(self.model):
             for i in range(0, len(texts), ROWS):
@@ -280,40 +380,52 @@ class Pipeline:
                 embedded.append(embed(batch.ids_BT, batch.attention_BT, batch.labels_BT))
         return torch.cat(embedded)
 
-    def match(self, images: Sequence[Raw] | Tensor, texts: Sequence[str]) -> Tensor:
-        """(N,) logits that image i and text i belong together, where the wiring has a head for it."""
-        match = self._able("match", "match images and texts")
-        seen_NPF = images if isinstance(images, Tensor) else self.inputs.features(images)
+    def match(self, images: Sequence[RawImage] | Tensor, texts: Sequence[str]) -> Tensor:
+        """Return (N,) logits that image i and text i match.
+
+        Raises SpecError if the wiring has no matching head.
+        """
+        match = self._method("match", "match images and texts")
+        features_NPF = images if isinstance(images, Tensor) else self.inputs.features(images)
         logits = []
         with eval_no_grad(self.model):
             for i in range(0, len(texts), ROWS):
                 batch = self.inputs.texts(texts[i : i + ROWS])
-                logits.append(match(batch.ids_BT, batch.attention_BT, seen_NPF[i : i + ROWS]))
+                logits.append(match(batch.ids_BT, batch.attention_BT, features_NPF[i : i + ROWS]))
         return torch.cat(logits)
 
-    # --- writing -----------------------------------------------------------------------------------------------------
+    # --- generation
+    # --------------------------------------------------------------------------------
 
     def stream(
         self,
         conversation: Sequence[Part],
-        images: Shown = (),
+        images: ConversationImages = (),
         **sampling: Unpack[Sampling],
     ) -> Stream:
-        """The answer piece by piece; `close()`, or dropping it, ends the work.
+        """Return the answer as an iterator of pieces.
 
-        One seed gives one answer, whatever else runs in the process. Raises DataError for a prompt that fills the
-        context, SpecError for a `sampling` out of range.
+        `close()`, or dropping the iterator, ends the generation.
+        The same seed gives the same answer, independent of other requests in the process.
+
+        Raises:
+            DataError: the prompt fills the context.
+            SpecError: a field of `sampling` is out of range, or the stage's model does not generate
+                text.
         """
-        inputs, room = self._asked([conversation], [images])
-        return Stream(self.model, inputs, self.tokenizer, self._endings, room, **sampling)
+        inputs, room = self._prompt_inputs([conversation], [images])
+        return Stream(self.model, inputs, self.tokenizer, self._stop_conditions, room, **sampling)
 
     def generate(
         self,
         conversation: Sequence[Part],
-        images: Shown = (),
+        images: ConversationImages = (),
         **sampling: Unpack[Sampling],
     ) -> Generation:
-        """The whole answer: what `stream` gives, in one piece."""
+        """Return the complete answer: the pieces of `stream`, joined.
+
+        Raises the errors of `stream`.
+        """
         stream = self.stream(conversation, images, **sampling)
         text, usage = "".join(stream), stream.usage
         return Generation(
@@ -323,46 +435,53 @@ class Pipeline:
     def generate_batch(
         self,
         conversations: Sequence[Sequence[Part]],
-        images: Sequence[Shown],
+        images: Sequence[ConversationImages],
         seeds: Sequence[int],
         **sampling: Any,
     ) -> list[str]:
-        """Whole answers, written side by side, each with draws of its own seed; `sampling` as `together` takes it."""
-        inputs, room = self._asked(conversations, images)
+        """Return the complete answers of a batch; row i is drawn with `seeds[i]`.
+
+        `sampling` are the keyword arguments of `generation.generate_batch`. Raises the errors of
+        `stream`.
+        """
+        inputs, room = self._prompt_inputs(conversations, images)
         return generate_batch(
-            self.model, inputs, self.tokenizer, self._endings, room, seeds, **sampling
+            self.model, inputs, self.tokenizer, self._stop_conditions, room, seeds, **sampling
         )
 
-    # --- inside ------------------------------------------------------------------------------------------------------
+    # --- internals
+    # ---------------------------------------------------------------------------------
 
-    def _asked(
-        self, conversations: Sequence[Sequence[Part]], images: Sequence[Shown]
+    def _prompt_inputs(
+        self, conversations: Sequence[Sequence[Part]], images: Sequence[ConversationImages]
     ) -> tuple[dict[str, Tensor], int]:
-        """What `generate` reads, and how many tokens fit behind it."""
-        self._able("generate", "write")
+        """Return the inputs of `generate` and the number of tokens that fit after the prompt."""
+        self._method("generate", "generate text")
         batch = self.inputs.batch(conversations, images, answer=False)
         inputs = {name: tensor for name, tensor in batch.inputs().items() if name != "labels"}
         return inputs, self.stage.model.context - batch.ids_BT.shape[1]
 
-    def _continued(self, examples: Sequence[Example]) -> list[Score]:
-        """The scores of several answers to one conversation, whose prompt is read once."""
+    def _score_continuations(self, examples: Sequence[EncodedExample]) -> list[Score]:
+        """Return the scores of several answers to one conversation.
+
+        The prompt goes through the model once.
+        """
         encoded, device = [example.encoded for example in examples], self.inputs.device
         start = min(next(i for i, label in enumerate(e.labels) if label != IGNORE) for e in encoded)
         prompt_1T = torch.tensor([encoded[0].ids[:start]], device=device)
-        layouts = [seen.layout for seen in examples[0].seen if seen.layout is not None]
-        cut = {"layouts": torch.tensor(layouts)} if layouts else {}
+        layouts = [image.layout for image in examples[0].images if image.layout is not None]
+        extra = {"layouts": torch.tensor(layouts)} if layouts else {}
         if examples[0].instruction:
-            cut["instruction"] = torch.tensor([examples[0].instruction], device=device)
-        columns = getattr(
-            self.model, "targets", torch.Tensor.clone
-        )  # END has a column of the wiring's own
-        # padded on the right: no loss there, and nothing after it to mislead
+            extra["instruction"] = torch.tensor([examples[0].instruction], device=device)
+        # the END token has a logit column of the wiring's own
+        columns = getattr(self.model, "targets", torch.Tensor.clone)
+        # padded on the right: the padding has no loss, and no token after it attends to it
         rest_CR, _ = padded([e.ids[start:] for e in encoded], 0)
         labels_CR, _ = padded([e.labels[start:] for e in encoded], IGNORE)
         with eval_no_grad(self.model):
-            features_NPF = self.inputs.joined(examples[0].seen)
+            features_NPF = self.inputs.concat_features(examples[0].images)
             logits_CRV = self.model.continuations(
-                prompt_1T, rest_CR.to(device), features_NPF, **cut
+                prompt_1T, rest_CR.to(device), features_NPF, **extra
             )
             loss_CR = F.cross_entropy(
                 logits_CRV.float().transpose(1, 2), columns(labels_CR.to(device)), reduction="none"
@@ -373,12 +492,13 @@ class Pipeline:
             for nats, n in zip(loss_CR.sum(1).tolist(), counts_C.tolist(), strict=True)
         ]
 
-    def _scores(self, batch: Batch) -> list[Score]:
+    def _score_batch(self, batch: Batch) -> list[Score]:
         with eval_no_grad(self.model):
             outputs = self.model(**batch.inputs())
             logits_BTV, next_BT = outputs.logits_BTV, outputs.labels_BT[:, 1:]
             has_loss_BT = next_BT != IGNORE
-            # only the places with loss are widened to float32: the vocabulary is the largest tensor of all
+            # only positions with loss are converted to float32, because the logits are the largest
+            # tensor
             nats = F.cross_entropy(
                 logits_BTV[:, :-1][has_loss_BT].float(), next_BT[has_loss_BT], reduction="none"
             )
@@ -389,24 +509,28 @@ class Pipeline:
             Score(-s, n) for s, n in zip(sums_B.tolist(), has_loss_BT.sum(-1).tolist(), strict=True)
         ]
 
-    def _able(self, method: str, what: str) -> Any:
-        """The wiring's own method. Raises SpecError where it has none."""
+    def _method(self, method: str, what: str) -> Any:
+        """Return a method of the wiring. Raises SpecError if the wiring does not have it."""
         found = getattr(self.model, method, None)
         if found is None:
             raise SpecError(
-                f"stage {self.stage.name} cannot {what}: its wiring is a {type(self.stage.model).__name__}; "
-                "take a stage, or a system, that does"
+                f"stage {self.stage.name}: it cannot {what}. "
+                f"Got a {type(self.stage.model).__name__}. "
+                f"Fix: use a stage, or a system, whose model can {what}"
             )
         return found
 
 
-def _one(image: Picture | Tensor) -> Shown:
-    """One image, or its features (P, F), as all that a conversation shows."""
+def _single(image: ImageInput | Tensor) -> ConversationImages:
+    """Return one image, or its features (P, F), as the images of a conversation."""
     return image.unsqueeze(0) if isinstance(image, Tensor) else [image]
 
 
-def _features(image: Picture | Tensor) -> Sequence[Raw] | Tensor:
-    """The same for what reads squares: of a picture that was seen, its base square."""
-    if isinstance(image, Seen):
+def _features(image: ImageInput | Tensor) -> Sequence[RawImage] | Tensor:
+    """Return one image for a model that reads squares.
+
+    Of an encoded image, the features of its base square.
+    """
+    if isinstance(image, EncodedImage):
         return image.features[:1]
     return image.unsqueeze(0) if isinstance(image, Tensor) else [image]

@@ -1,14 +1,17 @@
-"""What a model is given: conversations and pictures, laid out exactly as they were in training.
+"""Preprocessing for inference: conversations and images become model inputs exactly as in training.
 
-The stage that made the weights decides how a prompt is written and how a picture is cut.
+The stage of the weights defines the prompt template and how an image is tiled.
 """
 
-# B batch  T tokens  N images  P patches  F width of the tower's features  S side in pixels
+# B batch  T tokens  N squares of images  P patches  F width of the tower's features
+# S side in pixels  n squares of one image
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal, NamedTuple, cast
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,96 +31,144 @@ from bridgework.models.base import eval_no_grad
 from bridgework.system import Layout, Stage
 
 ROWS = 16  # samples per forward
-_ELSEWHERE = np.zeros((0, 1, 1), np.float16)  # a row's images, which the batch holds as features
+_NO_PIXELS = np.zeros((0, 1, 1), np.float16)  # rows have no pixels: the batch holds features
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One picture as the vision tower saw it. It may be shown in any number of conversations."""
+class EncodedImage:
+    """Vision features of one image. It may be shown in any number of conversations."""
 
     features: Tensor  # (n, P, F): of its base square and tiles, or of the frames of a video
-    layout: Layout | None  # how it is cut; None where every picture is one square
+    layout: Layout | None  # its grid of tiles; None if every image is one square
 
 
-File = bytes | tuple[bytes, ...]  # an image, or a video's frames
-Raw = File | Image.Image | NDArray[np.uint8]  # a square comes as an array
-Picture = Raw | Seen
-Shown = (
-    Sequence[Picture] | Tensor
-)  # the pictures of one conversation, or features (n, P, F) of one square each
+ImageFile = bytes | tuple[bytes, ...]  # an image, or a video's frames
+RawImage = ImageFile | Image.Image | NDArray[np.uint8]  # an array is a square, (3, S, S)
+ImageInput = RawImage | EncodedImage
+# images of one conversation, or features (n, P, F) of one square each
+ConversationImages = Sequence[ImageInput] | Tensor
+ImageSource = str | os.PathLike[str] | BinaryIO | bytes | Image.Image  # no URL
 
 
-class Example(NamedTuple):
-    """One encoded conversation and its pictures."""
+class EncodedExample(NamedTuple):
+    """One encoded conversation and its images."""
 
     encoded: Encoded
-    seen: Sequence[Seen]
-    instruction: list[int]  # ids of the second stream, where the wiring reads one
+    images: Sequence[EncodedImage]
+    instruction: list[int]  # ids of the instruction stream; [] if the wiring reads none
+
+
+def read_image(source: ImageSource) -> bytes | Image.Image:
+    """Return a PIL image as it is, and any other source as the bytes of an image file.
+
+    The content is not decoded here. Raises DataError for a path that cannot be read.
+    """
+    if isinstance(source, bytes | Image.Image):
+        return source
+    return read_file(source) if isinstance(source, str | os.PathLike) else source.read()
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of a local file. Raises DataError if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}). Expected an image file. "
+            "Fix: give its local path; download a URL first"
+        ) from None
 
 
 class Inputs:
-    """The way into a model; `streams` are its tokens, `prompts` what its stage asks about a pair."""
+    """Builder of model inputs.
+
+    `streams` encodes conversations; `prompts` are the questions with which the stage asks about a
+    pair.
+    """
 
     def __init__(self, model: nn.Module, stage: Stage) -> None:
         self._model = cast(Any, model)  # a wiring
         self._spec = stage.model
         self.streams = SampleEncoder.of(stage.model, stage.data)
-        self.prompts: tuple[str, ...] = next(
-            (s.prompts for s in stage.data.leaves if s.prompts), ()
-        )
+        prompts = (source.prompts for source in stage.data.leaves if source.prompts)
+        self.prompts: tuple[str, ...] = next(prompts, ())
 
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self._model.parameters()).device
         return device
 
-    def features(self, images: Sequence[Raw]) -> Tensor:
-        """Return (N, P, F), the vision tower's features of each image as one square; N may be 0.
+    def features(self, images: Sequence[RawImage]) -> Tensor:
+        """Return (N, P, F) features of the vision tower, each image as one square; N may be 0.
 
-        Raises BadSample for a file that is not an image.
+        Raises BadSample for a file that is not an image, DataError for a video.
         """
         return self._features([self._square(image) for image in images])
 
-    def see(self, pictures: Sequence[Picture]) -> list[Seen]:
-        """Cut every picture as training does and run the vision tower, once for the squares of all.
+    def encode_images(self, images: Sequence[ImageInput]) -> list[EncodedImage]:
+        """Tile every image as in training, and encode the squares of all images together.
 
-        Raises BadSample for a file that is not an image.
+        An image that is already encoded is returned as it is. Raises BadSample for a file that is
+        not an image.
         """
-        cut = [self._tiles(picture) for picture in pictures if not isinstance(picture, Seen)]
-        computed = torch.split(
-            self._features([tile for tiles, _ in cut for tile in tiles]), [len(t) for t, _ in cut]
+        tiled = [self._tiles(image) for image in images if not isinstance(image, EncodedImage)]
+        features = torch.split(
+            self._features([square for squares, _ in tiled for square in squares]),
+            [len(squares) for squares, _ in tiled],
         )
-        new = iter(
-            [Seen(features, layout) for features, (_, layout) in zip(computed, cut, strict=True)]
-        )
-        return [picture if isinstance(picture, Seen) else next(new) for picture in pictures]
+        layouts = [layout for _, layout in tiled]
+        new = iter([EncodedImage(*pair) for pair in zip(features, layouts, strict=True)])
+        return [image if isinstance(image, EncodedImage) else next(new) for image in images]
 
-    def blank(self, like: Sequence[Seen]) -> list[Seen]:
-        """Return pictures that show nothing, each cut as the one of `like`: all squares of the tower's mean color."""
-        nothing_1PF = self.features([self.mean_square()])
-        return [Seen(nothing_1PF.expand(len(seen.features), -1, -1), seen.layout) for seen in like]
+    def blank_images(self, like: Sequence[EncodedImage]) -> list[EncodedImage]:
+        """Return images of the tower's mean color with the layouts of `like`."""
+        blank_1PF = self.features([self.mean_square()])
+        return [
+            EncodedImage(blank_1PF.expand(len(image.features), -1, -1), image.layout)
+            for image in like
+        ]
 
     def ask(self, sample: Sample, prompts: Sequence[str] | None = None) -> list[Part]:
-        """The sample as a conversation; a pair is asked with the first of `prompts` (default: the stage's own)."""
+        """Return the sample as a conversation.
+
+        A pair is asked with the first of `prompts` (default: the stage's).
+        """
         asked = templates.conversation(
             sample, self.prompts[:1] if prompts is None else prompts[:1], 0
         )
         return collapse_videos(asked) if self._spec.pixels.video and sample.times_s else asked
 
     def about(self, question: str | None = None) -> list[Part]:
-        """A conversation that asks about one image: `question`, or (None) what the stage's training asked."""
+        """Return a conversation that asks `question` about one image (default: as in training)."""
         prompts = None if question is None else (question,)
         return templates.unanswered(self.ask(pair("image", b"", "a caption"), prompts))
 
-    def pictures(self, sample: Sample) -> list[File]:
-        """What the conversation of `ask` shows: the sample's images, or its video."""
+    def question(self, question: str = "", images: int = 1) -> list[Part]:
+        """Return a conversation that shows `images` images and then asks `question`.
+
+        Without a question, one image is asked about as in the stage's training, see `about`. Raises
+        DataError if there is no question, and not exactly one image.
+        """
+        if question:
+            shown = [Part("user", image=image) for image in range(images)]
+            return [*shown, Part("user", text="\n" * bool(images) + question)]
+        if images != 1:
+            raise DataError(
+                f"ask: there is nothing to ask. Got no question and {images} images; expected a "
+                "question, or exactly one image. Fix: give a question, or one image to describe"
+            )
+        return self.about()
+
+    def pictures(self, sample: Sample) -> list[ImageFile]:
+        """Return the images in the conversation of `ask`: the sample's images, or its video."""
         return (
             [sample.images] if self._spec.pixels.video and sample.times_s else list(sample.images)
         )
 
     def layouts(self, sample: Sample) -> list[Layout]:
-        """Return how each of `pictures(sample)` is cut, from the sizes alone; [] where each is one square.
+        """Return the layout of each of `pictures(sample)`, from the sizes alone.
 
+        [] if each is one square.
         Raises BadSample for a file that is not an image.
         """
         return [
@@ -129,144 +180,169 @@ class Inputs:
     def encode(
         self, conversation: Sequence[Part], *, answer: bool, layouts: Sequence[Layout] = ()
     ) -> Encoded:
-        """Ids and labels, or (not `answer`) the prompt that ends where the assistant is to speak.
+        """Return ids and labels.
 
-        Both may fill the context, whatever the length of the rows in training. Raises BadSample for a conversation
-        without an answer, DataError for a prompt that fills all of the context.
+        With `answer=False`, the prompt up to the position of the next answer. Both may fill the
+        context, also if the rows in training were shorter. Raises BadSample for a conversation
+        without an answer, DataError for a prompt that fills the context.
         """
         if not answer:
             return self.streams.ask(conversation, layouts)
         return self.streams.train(conversation, layouts, limit=self._spec.context)
 
     def batch(
-        self, conversations: Sequence[Sequence[Part]], images: Sequence[Shown], *, answer: bool
+        self,
+        conversations: Sequence[Sequence[Part]],
+        images: Sequence[ConversationImages],
+        *,
+        answer: bool,
     ) -> Batch:
-        """What the model reads: with answers padded on the right, as prompts on the left.
+        """Return the input batch, padded on the right with answers and on the left for prompts.
 
-        Raises DataError where the images are not as many as the conversation shows.
+        Raises DataError if a conversation does not show exactly the given images.
         """
         return self.collate(self.examples(conversations, images, answer=answer), answer=answer)
 
     def examples(
-        self, conversations: Sequence[Sequence[Part]], images: Sequence[Shown], *, answer: bool
-    ) -> list[Example]:
-        """Every conversation on its own; `collate` makes a batch of some of them."""
-        shown = self.look(conversations, images)
+        self,
+        conversations: Sequence[Sequence[Part]],
+        images: Sequence[ConversationImages],
+        *,
+        answer: bool,
+    ) -> list[EncodedExample]:
+        """Return every conversation encoded on its own; `collate` combines them into a batch."""
+        encoded = self.encode_conversation_images(conversations, images)
         return [
-            Example(
-                self.encode(c, answer=answer, layouts=_layouts(seen)),
-                seen,
+            EncodedExample(
+                self.encode(c, answer=answer, layouts=_layouts(shown)),
+                shown,
                 self.streams.instruction(c),
             )
-            for c, seen in zip(conversations, shown, strict=True)
+            for c, shown in zip(conversations, encoded, strict=True)
         ]
 
     def answers(
-        self, conversation: Sequence[Part], seen: Sequence[Seen], candidates: Sequence[str]
-    ) -> list[Example]:
-        """One conversation with each candidate as its last answer, which alone has labels; the prompt is shared.
+        self,
+        conversation: Sequence[Part],
+        images: Sequence[EncodedImage],
+        candidates: Sequence[str],
+    ) -> list[EncodedExample]:
+        """Return the conversation with each candidate as its last answer.
 
-        Raises DataError for a candidate that does not fit after the prompt, BadSample for a blank one.
+        Only that answer has labels. Raises DataError for a candidate that does not fit after the
+        prompt, BadSample for a blank one.
         """
-        instruction, layouts = self.streams.instruction(conversation), _layouts(seen)
-        asked = templates.unanswered(conversation)
-        answered = [[*asked, Part("assistant", text=candidate)] for candidate in candidates]
+        instruction, layouts = self.streams.instruction(conversation), _layouts(images)
+        prompt = templates.unanswered(conversation)
+        answered = [[*prompt, Part("assistant", text=candidate)] for candidate in candidates]
         return [
-            Example(self.streams.answer(parts, layouts), seen, instruction) for parts in answered
+            EncodedExample(self.streams.answer(parts, layouts), images, instruction)
+            for parts in answered
         ]
 
-    def prompt_tokens(self, conversation: Sequence[Part], images: Sequence[Raw]) -> int:
-        """Count the tokens of the prompt, images and their tiles included, without the vision tower."""
+    def prompt_tokens(self, conversation: Sequence[Part], images: Sequence[RawImage]) -> int:
+        """Count the tokens of the prompt, images and tiles included, without the vision tower."""
         layouts = [layout for _, layout in map(self._tiles, images) if layout is not None]
         return len(self.encode(conversation, answer=False, layouts=layouts).ids)
 
-    def collate(self, examples: Sequence[Example], *, answer: bool) -> Batch:
-        """Some examples as the model reads them, see `batch`."""
-        made = [
-            Row(0, i, str(i), 0, example.encoded.ids, example.encoded.labels, _ELSEWHERE,
-                layouts=tuple(_layouts(example.seen)), instruction=example.instruction)
+    def collate(self, examples: Sequence[EncodedExample], *, answer: bool) -> Batch:
+        """Return the input batch of encoded examples, see `batch`."""
+        rows = [
+            Row(0, i, str(i), 0, example.encoded.ids, example.encoded.labels, _NO_PIXELS,
+                layouts=tuple(_layouts(example.images)), instruction=example.instruction)
             for i, example in enumerate(examples)
         ]  # fmt: skip
         side: Literal["left", "right"] = "right" if answer else "left"
-        batch = collate(made, pad_id=self.streams.tokenizer.pad_token_id, side=side).to(self.device)
-        return replace(
-            batch, features_NPD=self.joined([seen for example in examples for seen in example.seen])
-        )
+        batch = collate(rows, pad_id=self.streams.tokenizer.pad_token_id, side=side).to(self.device)
+        images = [image for example in examples for image in example.images]
+        return replace(batch, features_NPD=self.concat_features(images))
 
-    def joined(self, seen: Sequence[Seen]) -> Tensor:
-        """Return (N, P, F), the features of all squares of some pictures, in order; N may be 0."""
-        return torch.cat([picture.features for picture in seen]) if seen else self._features([])
+    def concat_features(self, images: Sequence[EncodedImage]) -> Tensor:
+        """Return (N, P, F) features of all squares of the images, in order; N may be 0."""
+        return torch.cat([image.features for image in images]) if images else self._features([])
 
     def texts(self, texts: Sequence[str]) -> Batch:
-        """Captions, padded on the right and as long as in training, with the places of an image that is not seen."""
-        asked = [self.ask(pair("text", b"", text)) for text in texts]
-        return self.collate([Example(self.streams.train(c), [], []) for c in asked], answer=True)
+        """Return captions as a batch, padded on the right and truncated as in training.
 
-    def look(
-        self, conversations: Sequence[Sequence[Part]], images: Sequence[Shown]
-    ) -> list[list[Seen]]:
-        """The pictures of every conversation; those of all go through the vision tower together.
+        The positions of the image are kept, but the batch has no image.
+        """
+        conversations = [self.ask(pair("text", b"", text)) for text in texts]
+        examples = [EncodedExample(self.streams.train(c), [], []) for c in conversations]
+        return self.collate(examples, answer=True)
 
-        Raises DataError where the images are not as many as the conversation shows.
+    def encode_conversation_images(
+        self, conversations: Sequence[Sequence[Part]], images: Sequence[ConversationImages]
+    ) -> list[list[EncodedImage]]:
+        """Return the encoded images of every conversation.
+
+        All go through the vision tower together.
+        Raises DataError if a conversation does not show exactly the given images.
         """
         given = [
             self._squares(shown) if isinstance(shown, Tensor) else list(shown) for shown in images
         ]
-        for conversation, pictures in zip(conversations, given, strict=True):
-            shown = {part.image for part in conversation if part.image is not None}
-            if shown != set(range(len(pictures))):
+        for conversation, of_one in zip(conversations, given, strict=True):
+            numbers = {part.image for part in conversation if part.image is not None}
+            if numbers != set(range(len(of_one))):
                 raise DataError(
-                    f"the conversation shows images {sorted(shown)} and {len(pictures)} are given, from 0 on"
+                    f"the conversation shows images {sorted(numbers)}, counted from 0. "
+                    f"Got {len(of_one)} images; expected as many as it shows. "
+                    "Fix: pass each image that it shows"
                 )
-        seen = iter(self.see([picture for pictures in given for picture in pictures]))
-        return [list(islice(seen, len(pictures))) for pictures in given]
+        encoded = iter(self.encode_images([image for of_one in given for image in of_one]))
+        return [list(islice(encoded, len(of_one))) for of_one in given]
 
     def mean_square(self) -> NDArray[np.uint8]:
-        """uint8 (3, S, S) of the tower's mean color: an image that shows nothing."""
+        """Return a uint8 square (3, S, S) of the tower's mean color: a blank image."""
         pixels = self._spec.pixels
         color_3 = np.array([round(255 * mean) for mean in pixels.mean], np.uint8)
         return np.broadcast_to(color_3[:, None, None], (3, pixels.size, pixels.size))
 
-    def _square(self, image: Raw) -> NDArray[np.uint8]:
-        """uint8 (3, S, S) as the tower reads it. Raises BadSample for what is no image."""
+    def _square(self, image: RawImage) -> NDArray[np.uint8]:
+        """Return uint8 (3, S, S).
+
+        Raises BadSample for a file that is not an image, DataError for a video.
+        """
         if isinstance(image, np.ndarray):
             return image
         pixels = self._spec.pixels
         if isinstance(image, tuple):
-            raise DataError("a video is read where a conversation shows it; give one of its frames")
+            raise DataError(
+                "a video cannot be read as one square. "
+                "Fix: show it in a conversation, or give one of its frames"
+            )
         return load_image(image, pixels) if isinstance(image, bytes) else to_square(image, pixels)
 
     def _features(self, squares: Sequence[NDArray[np.uint8]]) -> Tensor:
         with eval_no_grad(self._model):
-            some = (
+            if not squares:
+                tower = self._model.vision.config
+                return torch.zeros(0, tower.tokens, tower.feature_width, device=self.device)
+            batches = (
                 torch.from_numpy(np.stack(squares[i : i + ROWS]))
                 for i in range(0, len(squares), ROWS)
             )
-            seen = [self._model.vision(pixels_NHW.to(self.device)) for pixels_NHW in some]
-            tower = self._model.vision.config
-            return (
-                torch.cat(seen)
-                if seen
-                else torch.zeros(0, tower.tokens, tower.feature_width, device=self.device)
-            )
+            return torch.cat([self._model.vision(b_N3SS.to(self.device)) for b_N3SS in batches])
 
-    def _squares(self, features_nPF: Tensor) -> list[Picture]:
-        return [Seen(features_1PF, self._still()) for features_1PF in features_nPF.split(1)]
+    def _squares(self, features_nPF: Tensor) -> list[ImageInput]:
+        layout = self._one_square()
+        return [EncodedImage(features_1PF, layout) for features_1PF in features_nPF.split(1)]
 
-    def _still(self) -> Layout | None:
-        """The layout of one square; None where the wiring reads nothing else."""
+    def _one_square(self) -> Layout | None:
+        """Return the layout of one square; None if the wiring reads neither tiles nor videos."""
         pixels = self._spec.pixels
         return Layout(0, 0, pixels.size, pixels.size) if pixels.video or pixels.grids else None
 
-    def _tiles(self, picture: Raw) -> tuple[NDArray[np.uint8], Layout | None]:
+    def _tiles(self, image: RawImage) -> tuple[NDArray[np.uint8], Layout | None]:
+        """Return uint8 (n, 3, S, S) squares, or frames of a video, and the layout."""
         pixels = self._spec.pixels
-        if isinstance(picture, tuple):
-            frames = np.stack([load_image(frame, pixels) for frame in picture])
+        if isinstance(image, tuple):
+            frames = np.stack([load_image(frame, pixels) for frame in image])
             return frames, Layout(1, len(frames) - 1, pixels.size, pixels.size)
-        if not pixels.grids or isinstance(picture, np.ndarray):
-            return self._square(picture)[None], self._still()
-        return tile_image(decode(picture) if isinstance(picture, bytes) else picture, pixels)
+        if not pixels.grids or isinstance(image, np.ndarray):
+            return self._square(image)[None], self._one_square()
+        return tile_image(decode(image) if isinstance(image, bytes) else image, pixels)
 
 
-def _layouts(seen: Sequence[Seen]) -> list[Layout]:
-    return [picture.layout for picture in seen if picture.layout is not None]
+def _layouts(images: Sequence[EncodedImage]) -> list[Layout]:
+    return [image.layout for image in images if image.layout is not None]

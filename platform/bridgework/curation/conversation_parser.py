@@ -1,4 +1,7 @@
-"""A written answer read as a talk, or what is wrong with it: LLaVA's three kinds (arXiv:2304.08485, 3)."""
+"""Parser of generated instruction data: LLaVA's three kinds (arXiv:2304.08485, 3).
+
+An answer is parsed into turns, or rejected with a reason.
+"""
 
 import re
 from dataclasses import dataclass
@@ -11,12 +14,10 @@ Turn = tuple[str, str]  # a question and its answer
 
 @dataclass(frozen=True)
 class Kind:
-    """How many turns a talk has, and how many words."""
+    """Limits of one kind of data."""
 
-    turns: tuple[
-        int, int
-    ]  # at least and at most; (0, 0) is an answer alone, whose question is ours
-    words: tuple[int, int]  # of an answer
+    turns: tuple[int, int]  # minimum and maximum; (0, 0): an answer without a question
+    words: tuple[int, int]  # of an answer, minimum and maximum
 
 
 KINDS = {
@@ -24,17 +25,21 @@ KINDS = {
     "detail": Kind(turns=(0, 0), words=(30, 400)),
     "reasoning": Kind(turns=(1, 1), words=(20, 300)),
 }
-QUESTION_WORDS = 60
+QUESTION_WORDS = 60  # maximum
 
-_QUESTION = (  # how a line begins that asks, in the languages that writers answer in most
+# first words of a question and of an answer, in the languages that models use most
+_QUESTION = (
     "question|pregunta|pergunta|frage|вопрос|السؤال|سؤال|प्रश्न|सवाल|问题|問題|问|問|質問|질문"
 )
-_ANSWER = "answer|respuesta|resposta|réponse|antwort|ответ|الإجابة|إجابة|الجواب|جواب|उत्तर|जवाब|答案|回答|答え|答|답변|답"
+_ANSWER = (
+    "answer|respuesta|resposta|réponse|antwort|ответ|الإجابة|إجابة|الجواب|جواب|उत्तर|जवाब|答案|回答|答え|"
+    "答|답변|답"
+)
 _SPEAKER = re.compile(
     rf"^[\s*#]*(?:({_QUESTION})|({_ANSWER}))(?:\s*\d+)?[\s*]*[:\uff1a][\s*]*",
     re.IGNORECASE | re.MULTILINE,
 )
-_STOPS = (  # that end a sentence, by script
+_STOPS = (  # marks that end a sentence, by script
     ".!?\u2026\u203c\u2047\u2048\u2049\u203d"  # Latin, Cyrillic, Greek, Hebrew, Korean
     "\u3002\uff01\uff1f\uff0e\uff61\ufe52\u22ef"  # Chinese and Japanese
     "\u0964\u0965\u061f\u06d4\u061e\u0700\u0701\u0702"  # of India; Arabic, Urdu, Syriac
@@ -45,7 +50,8 @@ _CLOSING = "\"')*_\\]}\u201d\u2019\u00bb\u203a\u300b\u300d\u300f\u3009\u3011\uff
 _ENDING = re.compile(
     rf"(?:[{_STOPS}]|[\u0e00-\u0eff])[\s{_CLOSING}]*$"  # Thai and Lao have no full stop
 )
-_TELLS = re.compile(  # that it was written from a text: the picture is all that a reader knows of
+# references to the captions, because a reader of the data sees the image only
+_REFERS_TO_SOURCE = re.compile(
     r"\b(?:given|provided|above) (?:captions?|text|descriptions?|information|context|sentences?)\b"
     r"|\b(?:according to|based on) (?:the|these|this|your|all|both) (?:\w+ )?(?:captions?|descriptions?|sentences)\b"
     r"|\b(?:from|in) (?:the|these|your|all|both) (?:\w+ )?captions\b|\bcaptions? (?:above|given|provided)\b"
@@ -57,21 +63,22 @@ _TELLS = re.compile(  # that it was written from a text: the picture is all that
 )
 
 
-def read(raw: str, kind: str) -> list[Turn]:
-    """The turns; of a kind without questions, one whose question is empty. Raises DataError in a few constant words."""
+def parse(raw: str, kind: str) -> list[Turn]:
+    """Parse an answer into turns; a kind without questions has one turn with an empty question.
+
+    Raises DataError with a short constant reason, which is stored in the manifest.
+    """
     if not raw.strip():
         raise DataError("it is empty")
-    wanted = KINDS[kind]
-    turns = _turns(raw) if wanted.turns[1] else [("", raw.strip())]
-    if wanted.turns[1] and not wanted.turns[0] <= len(turns) <= wanted.turns[1]:
+    limits = KINDS[kind]
+    turns = _turns(raw) if limits.turns[1] else [("", raw.strip())]
+    if limits.turns[1] and not limits.turns[0] <= len(turns) <= limits.turns[1]:
         raise DataError("too few or too many questions")
+    least, most = limits.words
     for question, answer in turns:
-        if _TELLS.search(question) or _TELLS.search(answer):
+        if _REFERS_TO_SOURCE.search(question) or _REFERS_TO_SOURCE.search(answer):
             raise DataError("it tells on its source")
-        if (
-            length(question) > QUESTION_WORDS
-            or not wanted.words[0] <= length(answer) <= wanted.words[1]
-        ):
+        if length(question) > QUESTION_WORDS or not least <= length(answer) <= most:
             raise DataError("too short or too long")
     if _SPEAKER.search(turns[-1][1]):
         raise DataError("questions and answers do not alternate")
@@ -81,8 +88,10 @@ def read(raw: str, kind: str) -> list[Turn]:
 
 
 def _turns(raw: str) -> list[Turn]:
-    before, *said = _SPEAKER.split(raw)
-    asks, texts = [word is not None for word in said[::3]], [text.strip() for text in said[2::3]]
-    if before.strip() or not said or asks != [True, False] * (len(asks) // 2) or not all(texts):
+    # the regex has two groups, question and answer, so that three items follow each speaker
+    before, *items = _SPEAKER.split(raw)
+    asks = [word is not None for word in items[::3]]
+    texts = [text.strip() for text in items[2::3]]
+    if before.strip() or not items or asks != [True, False] * (len(asks) // 2) or not all(texts):
         raise DataError("questions and answers do not alternate")
     return list(zip(texts[::2], texts[1::2], strict=True))
