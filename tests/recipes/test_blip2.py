@@ -14,7 +14,7 @@ from bridgework.data.tokenization import load_tokenizer
 from bridgework.evaluation import VQA, Captions, Retrieval
 from bridgework.models import base
 from bridgework.models.qformer import is_text
-from bridgework.recipes._blip2_vqa import layerwise
+from bridgework.recipes.blip2 import layerwise_rates
 from bridgework.system import IMAGE, Stage, load
 from bridgework.training.deepspeed_engine import learning_rate
 from bridgework.training.step import TrainingModule
@@ -84,7 +84,7 @@ def test_generate_begins_with_the_queries_that_represent_taught(tmp_path: Path) 
 
 
 def test_the_rate_falls_from_block_to_block() -> None:
-    trains = layerwise(39, 0.95)
+    trains = layerwise_rates(39, 0.95)
     stage = load("blip2:vqa").tiny()["vqa"]
     learning = base.set_trainable(stage.model.build(), stage.trains)
     for i in range(39):

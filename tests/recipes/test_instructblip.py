@@ -17,22 +17,21 @@ from bridgework.data.tokenization import SampleEncoder, load_tokenizer
 from bridgework.evaluation import VQA, Captions, MultipleChoice, YesNo
 from bridgework.inference.pipeline import Pipeline
 from bridgework.models.qformer import is_text
-from bridgework.recipes import _instruction_prompts as asked
-from bridgework.recipes import _instructions as instructions
+from bridgework.recipes import instructblip
 from bridgework.system import Mixture, Scoring, Source, load
 from tests.models.examples import pixels
 from tests.recipes.test_blip2 import one_step
 
 TASKS = {
-    "CAPTION": set(), "READ": {"{ocr}"}, "ANSWER": {"{}"}, "KNOW": {"{}"}, "CHOOSE": {"{}", "{options}"}, "ASK": {"{}"},
-    "SIGNS": {"{}", "{ocr}"},
+    "CAPTION": set(), "CAPTION_TEXT": {"{ocr}"}, "ANSWER": {"{}"}, "ANSWER_TEXT": {"{}", "{ocr}"},
+    "ANSWER_KNOWLEDGE": {"{}"}, "CHOOSE": {"{}", "{options}"}, "ASK": {"{}"},
 }  # fmt: skip
 
 
 def test_13_datasets_are_learned_from_and_13_others_tested_on() -> None:
     learned, tested = (
-        {source.name for source in instructions.HELD_IN},
-        {judge.name for judge in instructions.HELD_OUT},
+        {source.name for source in instructblip.HELD_IN},
+        {judge.name for judge in instructblip.HELD_OUT},
     )
     assert (len(learned), len(tested)) == (13, 13) and not learned & tested
     stage = load("instructblip")["instruct"]
@@ -82,7 +81,7 @@ def test_every_tiny_judge_judges_the_tiny_model(home: Path) -> None:
 def test_every_task_has_10_to_15_prompts_with_its_places_and_no_two_in_one(
     task: str, places: set[str]
 ) -> None:
-    prompts: tuple[str, ...] = getattr(asked, task)
+    prompts: tuple[str, ...] = getattr(instructblip, task)
     assert 10 <= len(prompts) <= 15 and len(set(prompts)) == len(prompts)
     for prompt in prompts:
         assert {place for place in ("{}", "{ocr}", "{options}") if place in prompt} == places, (
@@ -157,7 +156,7 @@ def test_an_empty_instruction_is_heard_too_and_only_32_vectors_reach_the_languag
 
 def test_each_prompt_of_a_task_is_drawn_equally_often(home: Path) -> None:
     stage = load("instructblip").tiny()["instruct"]
-    source = replace(stage.data.sources[0], prompts=asked.CAPTION)
+    source = replace(stage.data.sources[0], prompts=instructblip.CAPTION)
     stage = replace(
         stage, data=replace(stage.data, sources=(source,)), budget=replace(stage.budget, steps=150)
     )
@@ -168,8 +167,8 @@ def test_each_prompt_of_a_task_is_drawn_equally_often(home: Path) -> None:
         for row in rows
     ]
     said = [tokenizer.decode([i for i in row.ids if i >= 0]) for row in rows]
-    counts = Counter(prompt for text in said for prompt in asked.CAPTION if prompt in text)
-    assert sum(counts.values()) == len(rows) == 1_200 and len(counts) == len(asked.CAPTION)
+    counts = Counter(prompt for text in said for prompt in instructblip.CAPTION if prompt in text)
+    assert sum(counts.values()) == len(rows) == 1_200 and len(counts) == len(instructblip.CAPTION)
     mean, share = len(rows) / len(counts), 1 / len(counts)
     spread = (len(rows) * share * (1 - share)) ** 0.5
     assert all(abs(count - mean) < 4 * spread for count in counts.values()), counts
