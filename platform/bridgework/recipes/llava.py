@@ -161,7 +161,7 @@ def next() -> System:
     """
     align = replace(system()["align"], model=replace(NEXT_MODEL, grids=()))
     # TextCaps is left out, because its images are in TextVQA's test set.
-    known = tuple(source for source in CONVERSATIONS if source.name != "textcaps")
+    known = tuple(source for source in CONVERSATIONS if source.dataset != "llava-textcaps")
     added = tuple(Source(name=name, dataset=f"llava-{name}") for name in NEXT_ADDED)
     instruct = Stage(
         name="instruct",
