@@ -71,7 +71,7 @@ def test_336_px_is_one_more_epoch_from_224() -> None:
 
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory: pytest.TempPathFactory) -> SampleEncoder:
-    """Return the recipe's encoder; its vocabulary is bytes, final bytes, 4 merges, start and end."""
+    """Return the recipe's encoder; the vocabulary is bytes, final bytes, 4 merges, start, end."""
     folder = tmp_path_factory.mktemp("tokenizer")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("c", "a"), ("ca", "t</w>"), ("o", "n</w>"), ("a", "n")]

@@ -100,7 +100,7 @@ def test_answer_stops_after_the_three_hashes(overfitted: Pipeline) -> None:
 
 
 def test_next_turn_continues_the_same_token_ids(overfitted: Pipeline) -> None:
-    """The previous prompt and answer are a prefix of the next prompt, so a prefix cache stays valid."""
+    """The last prompt and answer are a prefix of the next prompt, so a prefix cache stays valid."""
 
     def read(parts: list[Part]) -> list[int]:
         ids: list[int] = (
