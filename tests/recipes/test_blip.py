@@ -1,4 +1,4 @@
-"""BLIP's program: what trains in every stage, that each stage runs on what the one before left, and what it can do."""
+"""BLIP's page: trained parameters, stages on their parents' weights, and the models' tasks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ def batch(stage: Stage, home: Path) -> Batch:
 
 
 def stepped(stage: Stage, home: Path, parent: dict[str, Tensor] | None) -> MED:
-    """The stage's model, after one step on what the one before left."""
+    """Return the stage's model after one step from its parent's weights."""
     torch.manual_seed(0)
     model: MED = stage.model.build()
     if parent is not None:
@@ -56,8 +56,8 @@ def stepped(stage: Stage, home: Path, parent: dict[str, Tensor] | None) -> MED:
     return model
 
 
-def kept(model: MED) -> dict[str, Tensor]:
-    """What an artifact holds of it."""
+def saved(model: MED) -> dict[str, Tensor]:
+    """Return the tensors that an artifact would hold."""
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -66,16 +66,16 @@ def kept(model: MED) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("variant", variants("blip"))
-def test_every_stage_trains_on_what_the_one_before_left(variant: str, home: Path) -> None:
+def test_each_stage_trains_from_its_parents_weights(variant: str, home: Path) -> None:
     system = uncurated(load(f"blip:{variant}").tiny())
     left: dict[str, dict[str, Tensor]] = {}
     for stage in system.stages:
         model = stepped(stage, home, left.get(stage.starts_from or ""))
-        left[stage.name] = kept(model)
+        left[stage.name] = saved(model)
     assert [s.name for s in system.stages][:4] == ORDER
 
 
-def test_each_stage_trains_all_of_a_model_with_the_parts_of_its_tasks() -> None:
+def test_each_stage_trains_all_parameters_of_the_parts_its_tasks_need() -> None:
     parts = {
         "pretrain": {"vision", "text", "decoder", "heads"},
         "captioner": {"vision", "decoder", "heads"},
@@ -90,7 +90,7 @@ def test_each_stage_trains_all_of_a_model_with_the_parts_of_its_tasks() -> None:
         assert {name.split(".")[0] for name in learning} == parts[stage.name]
 
 
-def test_the_numbers_are_the_papers() -> None:
+def test_hyperparameters_match_the_paper() -> None:
     base, large = load("blip"), load("blip:vit_l")
     for system, batch_size, rate in ((base, 2_880, 3e-4), (large, 2_400, 2e-4)):
         for name in ("pretrain", "bootstrap"):
@@ -113,7 +113,7 @@ def test_the_numbers_are_the_papers() -> None:
     assert base["filter"].budget.steps == pytest.approx(6 * 566_747 / 256, abs=1)
 
 
-def test_the_second_model_learns_from_the_bootstrapped_captions_and_the_human_ones() -> None:
+def test_bootstrap_trains_on_bootstrapped_and_human_captions() -> None:
     noisy, clean = (
         {s.dataset for s in load("blip")[name].data.sources} for name in ("pretrain", "bootstrap")
     )
@@ -124,7 +124,7 @@ def test_the_second_model_learns_from_the_bootstrapped_captions_and_the_human_on
     }
 
 
-def test_tiny_keeps_the_tasks_the_losses_and_the_templates() -> None:
+def test_tiny_keeps_tasks_losses_and_templates() -> None:
     def choices(system: System) -> list[object]:
         return [
             (s.name, s.model.tasks, s.losses, s.data.template, dict(s.trains), s.starts_from)
@@ -136,19 +136,19 @@ def test_tiny_keeps_the_tasks_the_losses_and_the_templates() -> None:
         assert choices(system.tiny()) == choices(system)
 
 
-def test_a_captioner_writes_behind_its_prompt_which_costs_nothing() -> None:
+def test_captioner_has_no_loss_on_its_prompt() -> None:
     stage = load("blip")["captioner"].tiny()
     streams = SampleEncoder.of(stage.model, stage.data)
     parts = conversation(pair("k", b"", "two cats"), ("a picture of",), 0)
     encoded = streams.train(parts)
-    told = [i for i, label in zip(encoded.ids, encoded.labels, strict=True) if label != IGNORE]
-    assert streams.tokenizer.decode(told) == " two cats<|im_end|>"
+    labeled = [i for i, label in zip(encoded.ids, encoded.labels, strict=True) if label != IGNORE]
+    assert streams.tokenizer.decode(labeled) == " two cats<|im_end|>"
     assert streams.ask(parts).ids == encoded.ids[: len(streams.ask(parts).ids)]
 
 
 @pytest.fixture
 def bert() -> PreTrainedTokenizerFast:
-    """A tokenizer like BERT's, of words: [CLS] and [SEP], neither bos nor eos."""
+    """Word-level tokenizer like BERT's: [CLS] and [SEP], neither bos nor eos."""
     words = [
         "[PAD]",
         "[UNK]",
@@ -188,7 +188,7 @@ def bert() -> PreTrainedTokenizerFast:
         ("vqa", "vqa", "how many cats?", "[CLS] how many cats? [SEP] two [SEP]", "two [SEP]"),
     ],
 )
-def test_rows_are_laid_out_as_bert_reads_them(
+def test_rows_have_berts_layout(
     bert: PreTrainedTokenizerFast,
     variant: str,
     stage: str,
@@ -196,10 +196,10 @@ def test_rows_are_laid_out_as_bert_reads_them(
     row: str,
     costs: str,
 ) -> None:
-    told = load(f"blip:{variant}")[stage]
+    recipe_stage = load(f"blip:{variant}")[stage]
     text = costs.removesuffix(" [SEP]")
     parts = conversation(pair("k", b"", text), (prompt,) if prompt else (), 0)
-    streams = SampleEncoder(told.model, told.data.template, 40, bert, None)
+    streams = SampleEncoder(recipe_stage.model, recipe_stage.data.template, 40, bert, None)
     encoded = streams.train(parts)
 
     def words(text: str) -> list[int]:
@@ -211,22 +211,22 @@ def test_rows_are_laid_out_as_bert_reads_them(
 
 
 @pytest.fixture(scope="module")
-def finder(home: Path) -> Pipeline:
+def retriever(home: Path) -> Pipeline:
     stage = load("blip")["filter"].tiny()
     return Pipeline(stepped(stage, home, None).eval(), stage)
 
 
-def test_a_finder_embeds_matches_and_finds(finder: Pipeline, home: Path) -> None:
+def test_filter_embeds_matches_and_retrieves(retriever: Pipeline, home: Path) -> None:
     metrics = {}
     for rerank in (0, 4, 16):
         spec = Retrieval(dataset="synthetic:shapes", rows=16, rerank=rerank)
-        metrics[rerank] = spec.run(finder, home).metrics
+        metrics[rerank] = spec.run(retriever, home).metrics
         assert all(0 <= value <= 1 for value in metrics[rerank].values())
     assert metrics[0].keys() == metrics[4].keys()
-    assert isinstance(finder.model, MED)
+    assert isinstance(retriever.model, MED)
 
 
-def test_a_captioner_writes_a_caption_about_an_image(home: Path) -> None:
+def test_captioner_captions_an_image(home: Path) -> None:
     stage = load("blip")["captioner"].tiny()
     pipeline = Pipeline(stepped(stage, home, None).eval(), stage)
     image = next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0))[0].images[0]
@@ -242,7 +242,7 @@ def test_a_captioner_writes_a_caption_about_an_image(home: Path) -> None:
     assert len(ranked) == 3 and ranked[0].score >= ranked[2].score
 
 
-def test_only_a_finder_finds_and_only_a_writer_writes(finder: Pipeline) -> None:
+def test_a_task_that_the_model_lacks_is_an_error(retriever: Pipeline) -> None:
     stage = load("blip")["captioner"].tiny()
     writer = Pipeline(stage.model.build().eval(), stage)
     square = np.zeros((3, 32, 32), np.uint8)
@@ -251,10 +251,10 @@ def test_only_a_finder_finds_and_only_a_writer_writes(finder: Pipeline) -> None:
     with pytest.raises(SpecError, match="has the tasks caption, and this takes contrast"):
         writer.embed_images([square])
     with pytest.raises(SpecError, match="and this takes caption or answer"):
-        finder.log_likelihoods(square, ["a cat"])
+        retriever.log_likelihoods(square, ["a cat"])
 
 
-# --- whole runs ------------------------------------------------------------------------------------------------------
+# Complete runs
 
 
 def pretraining(steps: int, **changes: Any) -> System:
@@ -264,36 +264,40 @@ def pretraining(steps: int, **changes: Any) -> System:
     return System(name="blip", paper="-", stages=(stage,))
 
 
-def test_a_run_that_was_stopped_ends_as_one_that_was_not_twin_and_queue_too(home: Path) -> None:
+def test_resumed_run_matches_unbroken_run_with_momentum_encoder_and_queue(home: Path) -> None:
     system = pretraining(5)
-    go(system, home, "blip-whole", stages=None)
+    go(system, home, "blip-unbroken", stages=None)
     with pytest.raises(Stop):
         go(
             system,
             home,
-            "blip-broken",
+            "blip-resumed",
             stages=None,
             checkpoint_every=2,
             evaluate_every=1,
             report=stop_at(3),
         )
-    go(system, home, "blip-broken", stages=None, checkpoint_every=2)
-    whole, broken = (losses(home, name, "pretrain") for name in ("blip-whole", "blip-broken"))
-    assert dict(broken) == dict(whole) and [step for step, _ in broken][-3:] == [2, 3, 4]
-    assert same(weights(home, "blip-whole", "pretrain"), weights(home, "blip-broken", "pretrain"))
+    go(system, home, "blip-resumed", stages=None, checkpoint_every=2)
+    unbroken, resumed = (
+        losses(home, name, "pretrain") for name in ("blip-unbroken", "blip-resumed")
+    )
+    assert dict(resumed) == dict(unbroken) and [step for step, _ in resumed][-3:] == [2, 3, 4]
+    assert same(
+        weights(home, "blip-unbroken", "pretrain"), weights(home, "blip-resumed", "pretrain")
+    )
 
 
-def test_an_artifact_holds_no_twin_and_opens(home: Path) -> None:
+def test_artifact_has_no_momentum_encoder_and_loads(home: Path) -> None:
     go(pretraining(1), home, "blip-artifact", stages=None)
     folder = home / "runs/blip-artifact/pretrain/artifact"
     held = artifacts.weights(folder)
     assert not any(name.startswith("momentum.") for name in held)
     model = artifacts.load(folder).model
-    twin = model.momentum.averaged_parameters(torch.float32)
-    assert all(torch.equal(tensor, held[name]) for name, tensor in twin.items())
+    momentum = model.momentum.averaged_parameters(torch.float32)
+    assert all(torch.equal(tensor, held[name]) for name, tensor in momentum.items())
 
 
-def test_fine_tunes_start_from_a_model_with_other_parts(home: Path) -> None:
+def test_fine_tune_starts_from_a_model_with_other_parts(home: Path) -> None:
     stages = tuple(replace(stage, evals=()) for stage in load("blip:vqa").tiny().stages)
     system = override(System(name="blip", paper="-", stages=stages), {"stages.*.budget.steps": 1})
     go(system, home, "blip-tuned", stages=None)
@@ -310,7 +314,7 @@ def test_fine_tunes_start_from_a_model_with_other_parts(home: Path) -> None:
         artifacts.load(folder / stage.name / "artifact")
 
 
-def test_contrast_in_micro_batches_is_contrast_at_once_queue_and_all(home: Path) -> None:
+def test_contrast_over_micro_batches_matches_one_batch_with_the_queue(home: Path) -> None:
     taken = []
     for micro in (8, 3):
         run = f"blip-micro-{micro}"
@@ -323,5 +327,5 @@ def test_contrast_in_micro_batches_is_contrast_at_once_queue_and_all(home: Path)
 
 
 def test_bfloat16_trains(home: Path) -> None:
-    go(pretraining(2, shard__precision="bf16"), home, "blip-bf16", stages=None)
+    go(pretraining(2, zero__precision="bf16"), home, "blip-bf16", stages=None)
     assert all(torch.tensor(loss).isfinite() for _, loss in losses(home, "blip-bf16", "pretrain"))

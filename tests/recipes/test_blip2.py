@@ -1,4 +1,4 @@
-"""BLIP-2's page: what trains, what goes from stage to stage, and one step of the tiny program."""
+"""BLIP-2's page: trained parameters, weights passed between stages, and one tiny step."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from bridgework.data.tokenization import load_tokenizer
 from bridgework.evaluation import VQA, Captions, Retrieval
 from bridgework.models import base
 from bridgework.models.qformer import is_text
-from bridgework.recipes._blip2_vqa import layerwise
+from bridgework.recipes.blip2 import layerwise_rates
 from bridgework.system import IMAGE, Stage, load
 from bridgework.training.deepspeed_engine import learning_rate
 from bridgework.training.step import TrainingModule
@@ -25,7 +25,7 @@ STAGES = [(variant, stage.name) for variant in VARIANTS for stage in load(varian
 
 
 def one_step(stage: Stage, home: Path) -> set[str]:
-    """The names that a step of the tiny stage gives a gradient, after it went through the real data path."""
+    """Return the names with a gradient after one step of the tiny stage on the real data path."""
     torch.manual_seed(0)
     model = stage.model.build()
     learning = base.set_trainable(model.train(), stage.trains)
@@ -43,7 +43,7 @@ def one_step(stage: Stage, home: Path) -> set[str]:
     return moved
 
 
-def test_the_papers_numbers_stand_on_the_page() -> None:
+def test_hyperparameters_match_the_paper() -> None:
     represent, generate = load("blip2").stages
     assert sum(source.rows or 0 for source in represent.data.sources) == pytest.approx(
         129e6, rel=0.01
@@ -54,7 +54,7 @@ def test_the_papers_numbers_stand_on_the_page() -> None:
 
 
 @pytest.mark.parametrize(("variant", "name"), STAGES)
-def test_one_tiny_step_moves_what_the_stage_names(variant: str, name: str, home: Path) -> None:
+def test_one_tiny_step_updates_the_parts_that_train(variant: str, name: str, home: Path) -> None:
     moved = one_step(load(variant).tiny()[name], home)
     parts = {
         "represent": {"bridge", "heads"}, "generate": {"bridge"}, "vqa": {"bridge", "vision"},
@@ -63,30 +63,30 @@ def test_one_tiny_step_moves_what_the_stage_names(variant: str, name: str, home:
     assert {n.split(".")[0] for n in moved} == parts
 
 
-def test_generate_begins_with_the_queries_that_represent_taught(tmp_path: Path) -> None:
+def test_generate_starts_from_the_queries_of_represent(tmp_path: Path) -> None:
     system = load("blip2").tiny()
-    taught = system["represent"].model.build().eval()
+    trained = system["represent"].model.build().eval()
     artifacts.save(
-        tmp_path / "represent", dict(taught.named_parameters()), system=system, stage="represent"
+        tmp_path / "represent", dict(trained.named_parameters()), system=system, stage="represent"
     )
     generate = system["generate"]
     given = artifacts.weights(tmp_path / "represent", generate.init_params)
     model = generate.model.build().eval()
     artifacts.load_into(model, given, "represent")
-    patches = taught.vision(pixels(2))
+    patches = trained.vision(pixels(2))
     assert torch.equal(
-        model.bridge.encode_image(patches)[-1], taught.bridge.encode_image(patches)[-1]
+        model.bridge.encode_image(patches)[-1], trained.bridge.encode_image(patches)[-1]
     )
     left = {
         n.removeprefix("bridge.")
-        for n in dict(taught.named_parameters())
+        for n in dict(trained.named_parameters())
         if n.startswith("bridge.")
     } - {n.removeprefix("bridge.") for n in given}
-    assert left == {n for n, _ in taught.bridge.named_parameters() if is_text(n)}
+    assert left == {n for n, _ in trained.bridge.named_parameters() if is_text(n)}
 
 
-def test_the_rate_falls_from_block_to_block() -> None:
-    trains = layerwise(39, 0.95)
+def test_learning_rate_decays_layer_by_layer() -> None:
+    trains = layerwise_rates(39, 0.95)
     stage = load("blip2:vqa").tiny()["vqa"]
     learning = base.set_trainable(stage.model.build(), stage.trains)
     for i in range(39):
@@ -100,21 +100,21 @@ def test_the_rate_falls_from_block_to_block() -> None:
     ] == 1.0
 
 
-def test_the_rate_warms_up_for_2000_steps_and_ends_where_the_paper_says() -> None:
+def test_learning_rate_warms_up_for_2000_steps_and_ends_at_the_papers() -> None:
     generate = load("blip2")["generate"]
     rates = [learning_rate(generate.optim, step, 80_000) for step in (0, 1_999, 2_000, 80_000)]
     assert rates == pytest.approx([1e-4 / 2_000, 1e-4, 1e-4, 5e-5])
 
 
-def test_flan_t5_encodes_the_first_words_of_a_caption_and_writes_the_rest(home: Path) -> None:
-    """The division is drawn: the same caption is cut at other words in other epochs."""
+def test_flan_t5_encodes_a_captions_prefix_and_decodes_the_rest(home: Path) -> None:
+    """The split is random: the same caption is split at another word in another epoch."""
     stage = load("blip2:flan_t5").tiny()["generate"]
     batch = collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
     begins = (batch.labels_BT >= 0).int().argmax(-1) - stage.model.image_tokens
     assert bool((begins > 1).all()) and len(set(begins.tolist())) > 1
 
 
-def test_a_fine_tune_trains_the_bridge_and_the_vit_and_exactly_these() -> None:
+def test_fine_tunes_train_exactly_bridge_and_vit() -> None:
     for variant, name, others in (
         ("caption", "caption", ()),
         ("retrieval", "retrieval", ("heads",)),
@@ -126,7 +126,7 @@ def test_a_fine_tune_trains_the_bridge_and_the_vit_and_exactly_these() -> None:
         assert set(learning) == {n for n, _ in model.named_parameters() if n.split(".")[0] in parts}
 
 
-def test_fine_tunes_have_the_numbers_of_tables_7_and_9() -> None:
+def test_fine_tunes_match_tables_7_and_9() -> None:
     caption, retrieval = load("blip2:caption")["caption"], load("blip2:retrieval")["retrieval"]
     for stage, batch in ((caption, 256), (retrieval, 224)):
         epochs = stage.budget.steps * batch / 566_747  # pairs of COCO's Karpathy split
@@ -149,7 +149,7 @@ def test_fine_tunes_have_the_numbers_of_tables_7_and_9() -> None:
     assert {judge.rerank for judge in retrieval.evals if isinstance(judge, Retrieval)} == {128}
 
 
-def test_a_caption_is_written_behind_its_prompt_which_costs_nothing(home: Path) -> None:
+def test_caption_fine_tune_has_no_loss_on_its_prompt(home: Path) -> None:
     stage = load("blip2:caption").tiny()["caption"]
     batch = collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
     tokenizer, captions = load_tokenizer("bytes"), {sample.key: sample.text for sample in shapes()}
@@ -159,7 +159,7 @@ def test_a_caption_is_written_behind_its_prompt_which_costs_nothing(home: Path) 
         assert "photo" not in answer and captions[key].strip() in answer
 
 
-def test_fine_tuned_retrieval_takes_all_captions_of_an_image_for_right(home: Path) -> None:
+def test_retrieval_fine_tune_takes_all_captions_of_an_image_as_positives(home: Path) -> None:
     stage = load("blip2:retrieval").tiny()["retrieval"]
     batch = collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
     assert batch.identity_B is not None
@@ -178,7 +178,7 @@ def test_fine_tuned_retrieval_takes_all_captions_of_an_image_for_right(home: Pat
     assert not torch.allclose(known[:2], shared[:2]) and torch.allclose(known[2:], shared[2:])
 
 
-def test_questions_are_answered_shortly(home: Path) -> None:
+def test_questions_are_answered_with_the_papers_length_penalty(home: Path) -> None:
     for variant in ("blip2", "blip2:flan_t5"):
         (judge,) = (e for e in load(variant)["generate"].evals if isinstance(e, VQA))
         assert (judge.writing.beams, judge.writing.length_penalty) == (5, -1.0)  # 4.1

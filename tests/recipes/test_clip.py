@@ -24,13 +24,13 @@ from bridgework.training.step import TrainingModule
     ],
     ids=["ViT-B/32", "ViT-L/14", "RN50"],
 )
-def test_the_models_have_the_sizes_of_the_release(system: System, parameters: int) -> None:
+def test_parameter_counts_match_the_release(system: System, parameters: int) -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in system["contrast"].model.build().parameters()) == parameters
 
 
 @pytest.mark.parametrize("system", [clip.system(), clip.rn50()], ids=["vit", "resnet"])
-def test_all_trains_and_what_decays_are_matrices(system: System) -> None:
+def test_all_parameters_train_and_only_matrices_decay(system: System) -> None:
     stage = system.tiny()["contrast"]
     model = stage.model.build()
     multipliers = base.set_trainable(model, stage.trains)
@@ -46,7 +46,7 @@ def test_all_trains_and_what_decays_are_matrices(system: System) -> None:
     assert sum(map(len, sides.values())) == len(list(model.parameters()))
 
 
-def test_the_rate_climbs_for_2000_steps_and_falls_to_nothing() -> None:
+def test_learning_rate_warms_up_for_2000_steps_and_decays_to_zero() -> None:
     stage = clip.system()["contrast"]
     steps, peak = stage.budget.steps, stage.optim.peak_lr
     assert steps * stage.budget.batch == 32 * 400_000_000
@@ -66,12 +66,12 @@ def test_336_px_is_one_more_epoch_from_224() -> None:
     assert sharpen.budget.steps * 32 == pytest.approx(contrast.budget.steps, rel=1e-4)
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------------
+# Tokens
 
 
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory: pytest.TempPathFactory) -> SampleEncoder:
-    """Those of the recipe, with a vocabulary of bytes, bytes that end a word, four merges, start and end."""
+    """Return the recipe's encoder; the vocabulary is bytes, final bytes, 4 merges, start, end."""
     folder = tmp_path_factory.mktemp("tokenizer")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("c", "a"), ("ca", "t</w>"), ("o", "n</w>"), ("a", "n")]
@@ -100,7 +100,7 @@ def encode(streams: SampleEncoder, caption: str) -> list[int]:
         ("\u732b \U0001f408 can", "\u732b \U0001f408 can"),
     ],
 )
-def test_decoding_gives_back_the_caption_in_lower_case(
+def test_decoded_caption_is_the_caption_in_lower_case(
     streams: SampleEncoder, caption: str, cleaned: str
 ) -> None:
     ids = encode(streams, caption)
@@ -109,11 +109,13 @@ def test_decoding_gives_back_the_caption_in_lower_case(
     assert (ids[0], ids[-1]) == (streams.tokenizer.bos_token_id, streams.tokenizer.eos_token_id)
 
 
-def test_a_long_caption_is_cut_to_77_tokens_and_keeps_its_end(streams: SampleEncoder) -> None:
+def test_long_caption_is_truncated_to_77_tokens_and_keeps_its_end_token(
+    streams: SampleEncoder,
+) -> None:
     ids = encode(streams, "cat on " * 60)
     assert len(ids) == 77 and ids[-1] == streams.tokenizer.eos_token_id
     assert ids == streams.tokenizer("cat on " * 60, truncation=True, max_length=77).input_ids
 
 
-def test_an_end_that_a_caption_names_is_none(streams: SampleEncoder) -> None:
+def test_end_token_written_in_a_caption_is_plain_text(streams: SampleEncoder) -> None:
     assert encode(streams, "a <|endoftext|> cat").count(streams.tokenizer.eos_token_id) == 1

@@ -1,4 +1,4 @@
-"""Flamingo's page: sizes, what trains, and one step of the tiny program."""
+"""Flamingo's page: sizes, trained parameters, and one step of the tiny program."""
 
 import math
 from pathlib import Path
@@ -21,8 +21,11 @@ from bridgework.training.step import TrainingModule, by_source
 NEW = {"system": 1.2, "b9": 1.6, "b80": 10.0}  # billions of parameters in the blocks (table 5)
 
 
-def test_the_blocks_are_about_as_large_as_published() -> None:
-    """A little smaller: their keys and values read SigLIP's 1152 numbers and not 1536, and 9B has 8 blocks for 10."""
+def test_gated_blocks_have_about_the_published_size() -> None:
+    """They are a little smaller: keys and values read SigLIP's 1152 features, not 1536.
+
+    9B has 8 blocks, not 10.
+    """
     for variant, published in NEW.items():
         with torch.device("meta"):
             model = getattr(flamingo, variant)()["train"].model.build(pretrained=False)
@@ -30,7 +33,7 @@ def test_the_blocks_are_about_as_large_as_published() -> None:
         assert 0.8 * published < size <= published, variant
 
 
-def test_one_tiny_step_moves_resampler_gates_and_two_rows_and_sees_every_source(home: Path) -> None:
+def test_first_step_updates_only_gates_and_extra_rows_and_reads_every_source(home: Path) -> None:
     stage = flamingo.system().tiny()["train"]
     torch.manual_seed(0)
     model = stage.model.build()
@@ -51,10 +54,10 @@ def test_one_tiny_step_moves_resampler_gates_and_two_rows_and_sees_every_source(
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {
         name for name in learning if "alpha" in name or name.startswith("extra")
-    }  # the gates are closed
+    }  # closed gates pass no gradient to the resampler
 
 
-def test_it_is_judged_at_0_to_32_shots_by_cider_and_by_vqa_accuracy() -> None:
+def test_evals_are_cider_and_vqa_accuracy_at_0_to_32_shots() -> None:
     stage = flamingo.system()["train"]
     judged_on = (
         (Captions, "coco-karpathy-val", "coco-karpathy-train"),
@@ -68,7 +71,7 @@ def test_it_is_judged_at_0_to_32_shots_by_cider_and_by_vqa_accuracy() -> None:
     assert stage.scoring == Scoring(prior=False)
 
 
-def test_every_tiny_judge_judges_the_tiny_model(home: Path) -> None:
+def test_every_tiny_eval_runs_on_the_tiny_model(home: Path) -> None:
     stage = flamingo.system().tiny()["train"]
     torch.manual_seed(0)
     pipe = Pipeline(stage.model.build().eval(), stage)
@@ -78,12 +81,12 @@ def test_every_tiny_judge_judges_the_tiny_model(home: Path) -> None:
         assert all(math.isfinite(value) for value in result.metrics.values())
 
 
-# --- a weight for each source (B.1.2) --------------------------------------------------------------------------------
+# Loss weights per source (B.1.2)
 
 LAMBDAS = {"m3w": 1.0, "align": 0.25, "ltip": 2.0, "vtp": 0.5}
 
 
-def weighed(lambdas: dict[str, float], micro: int = 8) -> Stage:
+def weighted_stage(lambdas: dict[str, float], micro: int = 8) -> Stage:
     stage = override(
         flamingo.system().tiny()["train"],
         {"zero.stage": 0, "optim.clip": 0.0, "budget.micro": micro},
@@ -93,8 +96,8 @@ def weighed(lambdas: dict[str, float], micro: int = 8) -> Stage:
     )
 
 
-def opened(stage: Stage) -> base.VLMModule:
-    """The stage's model with its gates half open, so that the resampler learns at once."""
+def half_open(stage: Stage) -> base.VLMModule:
+    """Return the stage's model with half-open gates, so that the resampler learns at once."""
     torch.manual_seed(0)
     model: base.VLMModule = stage.model.build()
     for name, parameter in model.named_parameters():
@@ -103,17 +106,20 @@ def opened(stage: Stage) -> base.VLMModule:
     return model
 
 
-def taken(lambdas: dict[str, float], batches: list[Batch], micro: int = 8) -> StepResult:
-    stage = weighed(lambdas, micro)
-    model = opened(stage)
+def one_step(lambdas: dict[str, float], batches: list[Batch], micro: int = 8) -> StepResult:
+    stage = weighted_stage(lambdas, micro)
+    model = half_open(stage)
     learning = base.set_trainable(model, stage.trains)
     return Engine(TrainingModule(model, stage.losses), stage, learning).train_step(batches, 0.0)
 
 
-def norm_in_plain_torch(lambdas: dict[str, float], batch: Batch) -> Tensor:
-    """Of the gradient of the sum over sources of lambda times the mean over samples of their sums over tokens (2.4)."""
-    stage = weighed(lambdas)
-    model = opened(stage)
+def grad_norm_in_plain_torch(lambdas: dict[str, float], batch: Batch) -> Tensor:
+    """Return the gradient norm of the paper's loss (2.4).
+
+    It is the sum over sources of lambda times the mean over samples of their sums over tokens.
+    """
+    stage = weighted_stage(lambdas)
+    model = half_open(stage)
     base.set_trainable(model.train(), stage.trains)
     outputs = model(**batch.inputs())
     nats_BT = nn.functional.cross_entropy(
@@ -129,36 +135,36 @@ def norm_in_plain_torch(lambdas: dict[str, float], batch: Batch) -> Tensor:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_a_step_is_the_weighted_sum_of_the_means_of_its_sources(home: Path) -> None:
-    rows = next(local(ReaderConfig.of(weighed(LAMBDAS), home), rank=0, world=1, start=0))
-    whole, parts = (
+def test_step_loss_is_the_weighted_sum_of_source_means(home: Path) -> None:
+    rows = next(local(ReaderConfig.of(weighted_stage(LAMBDAS), home), rank=0, world=1, start=0))
+    full, parts = (
         collate(rows, pad_id=0),
         [collate(rows[i : i + 2], pad_id=0) for i in range(0, 8, 2)],
     )
-    assert sorted(set(whole.sources)) == [0, 1, 2, 3]
-    one, other = taken(LAMBDAS, [whole]), {name: 3 * weight for name, weight in LAMBDAS.items()}
+    assert sorted(set(full.sources)) == [0, 1, 2, 3]
+    one, other = one_step(LAMBDAS, [full]), {name: 3 * weight for name, weight in LAMBDAS.items()}
     weights_S = torch.tensor([*LAMBDAS.values()])
     torch.testing.assert_close(one.losses_L, one.means_LS @ weights_S)
-    assert one.norm == pytest.approx(float(norm_in_plain_torch(LAMBDAS, whole)), rel=1e-4)
-    thrice = taken(other, [whole])
+    assert one.norm == pytest.approx(float(grad_norm_in_plain_torch(LAMBDAS, full)), rel=1e-4)
+    thrice = one_step(other, [full])
     assert float(thrice.losses_L) == pytest.approx(3 * float(one.losses_L), rel=1e-5)
     assert thrice.norm == pytest.approx(3 * one.norm, rel=1e-4)
     for batches, micro in ((parts, 2), (parts[::-1], 2), ([collate(rows[::-1], pad_id=0)], 8)):
-        same = taken(LAMBDAS, batches, micro)
+        same = one_step(LAMBDAS, batches, micro)
         torch.testing.assert_close(same.losses_L, one.losses_L, rtol=1e-5, atol=1e-6)
         assert same.norm == pytest.approx(one.norm, rel=1e-3)
 
 
 @pytest.mark.usefixtures("process_group")
-def test_a_source_of_weight_0_is_as_if_it_were_not_there(home: Path) -> None:
-    rows = next(local(ReaderConfig.of(weighed(LAMBDAS), home), rank=0, world=1, start=0))
+def test_source_of_weight_0_changes_nothing(home: Path) -> None:
+    rows = next(local(ReaderConfig.of(weighted_stage(LAMBDAS), home), rank=0, world=1, start=0))
     without = {**LAMBDAS, "m3w": 0.0}
     left = [row for row in rows if row.source != 0]
     full, less = (
-        taken(without, [collate(rows, pad_id=0)]),
-        taken(without, [collate(left, pad_id=0)]),
+        one_step(without, [collate(rows, pad_id=0)]),
+        one_step(without, [collate(left, pad_id=0)]),
     )
     torch.testing.assert_close(full.losses_L, less.losses_L, rtol=1e-5, atol=1e-6)
     assert full.norm == pytest.approx(less.norm, rel=1e-3) and full.norm != pytest.approx(
-        taken(LAMBDAS, [collate(rows, pad_id=0)]).norm, rel=1e-2
+        one_step(LAMBDAS, [collate(rows, pad_id=0)]).norm, rel=1e-2
     )

@@ -1,4 +1,4 @@
-"""What a page freezes stays as it was, bit for bit and at rest, through a step on the page's own data path."""
+"""Frozen parts: bitwise unchanged and in eval mode after a step on the recipe's data path."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from bridgework.models import base
 from bridgework.system import load
 from bridgework.training.step import TrainingModule
 
-FROZEN = {  # stage -> the parts of which nothing trains
+FROZEN = {  # stage -> frozen parts
     ("blip2", "represent"): {"vision"},
     ("blip2", "generate"): {"vision", "language"},
     ("blip2:vqa", "vqa"): {"language"},
@@ -34,7 +34,7 @@ FROZEN = {  # stage -> the parts of which nothing trains
 @pytest.mark.parametrize(
     ("system", "name"), FROZEN, ids=[f"{system}/{name}" for system, name in FROZEN]
 )
-def test_frozen_parts_are_bitwise_the_same_after_a_step_and_at_rest(
+def test_frozen_parts_are_bitwise_unchanged_and_in_eval_mode_after_a_step(
     system: str, name: str, home: Path
 ) -> None:
     stage = load(system).tiny()[name]

@@ -1,4 +1,4 @@
-"""LLaVA's page: what an image is padded with, and its fine-tune for ScienceQA."""
+"""LLaVA's page: image padding, and the fine-tune for ScienceQA."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,21 +23,21 @@ from tests.recipes.test_blip2 import one_step
 
 
 @pytest.mark.parametrize("size", [(90, 60), (31, 80), (1, 300)])
-def test_a_padded_square_is_as_large_as_the_longer_side_centred_in_what_the_tower_takes_for_nothing(
+def test_image_is_centered_and_padded_to_a_square_with_the_towers_zero(
     size: tuple[int, int],
 ) -> None:
     pixels = load("llava")["align"].model.pixels
     white = Image.new("RGB", size, "white")
     square = to_square(white, pixels)
     assert square.shape == (3, pixels.size, pixels.size)
-    whole = (
+    white_HW = (
         np.flatnonzero((square == 255).all(0).any(1)),
         np.flatnonzero((square == 255).all(0).any(0)),
     )
-    for side, kept in zip(size[::-1], whole, strict=True):
-        share = (kept[-1] - kept[0] + 1) / pixels.size
+    for side, indices in zip(size[::-1], white_HW, strict=True):
+        share = (indices[-1] - indices[0] + 1) / pixels.size
         assert abs(share - side / max(size)) <= 2 / pixels.size
-        assert abs((kept[0] + kept[-1] + 1) / 2 - pixels.size / 2) <= 1  # centred
+        assert abs((indices[0] + indices[-1] + 1) / 2 - pixels.size / 2) <= 1  # centered
     border = (
         torch.from_numpy(square[:, :1, :1].copy())
         if size[0] > size[1]
@@ -48,7 +48,7 @@ def test_a_padded_square_is_as_large_as_the_longer_side_centred_in_what_the_towe
     assert bool((seen.abs() <= limit).all())
 
 
-def test_science_qa_starts_from_the_aligned_projector_and_ends_with_the_letter(
+def test_science_qa_starts_from_the_aligned_projector_and_answers_with_the_letter(
     home: Path, tmp_path: Path
 ) -> None:
     system = load("llava:science_qa")
@@ -92,7 +92,7 @@ def test_science_qa_starts_from_the_aligned_projector_and_ends_with_the_letter(
     assert "The answer is B." in tokenizer.decode([i for i in row.labels if i != IGNORE])
 
 
-def test_a_tiny_science_qa_is_trained_and_judged(home: Path) -> None:
+def test_tiny_science_qa_trains_and_is_evaluated(home: Path) -> None:
     tiny = load("llava:science_qa").tiny()
     assert {name.split(".")[0] for name in one_step(tiny["science_qa"], home)} == {
         "bridge",

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's page: what trains, how many tokens an image takes, and one step of the tiny program."""
+"""llava:next: trained parameters, tokens per image, and one step of the tiny program."""
 
 from pathlib import Path
 
@@ -7,28 +7,28 @@ import torch
 from bridgework.data.collate import collate
 from bridgework.data.reader import ReaderConfig, local
 from bridgework.models import base
-from bridgework.recipes import _llava_next as llava_next
+from bridgework.recipes import llava
 from bridgework.system import IMAGE, Layout
 from bridgework.training.step import TrainingModule
 
 TRAINS = {"align": {"bridge"}, "instruct": {"vision", "bridge", "tiles", "language"}}
 
 
-def test_each_stage_trains_what_the_page_says() -> None:
-    for stage in llava_next.next().tiny().stages:
+def test_each_stage_trains_its_parts() -> None:
+    for stage in llava.next().tiny().stages:
         learning = base.set_trainable(stage.model.build(), stage.trains)
         assert {name.split(".")[0] for name in learning} == TRAINS[stage.name]
 
 
-def test_an_image_takes_576_tokens_and_its_rows_with_newlines() -> None:
-    model = llava_next.MODEL
+def test_image_is_576_tokens_and_its_tiles_with_newlines() -> None:
+    model = llava.NEXT_MODEL
     assert model.image_tokens == 576
     assert model.places(Layout(2, 2, 1000, 1000)) == 576 + 48 * 49 == 2928
     assert model.places(Layout(3, 1, 1008, 336)) == 576 + 24 * 73
 
 
-def test_one_tiny_step_reads_tiles_and_moves_the_newline(home: Path) -> None:
-    stage = llava_next.next().tiny()["instruct"]
+def test_one_tiny_step_reads_tiles_and_updates_the_newline(home: Path) -> None:
+    stage = llava.next().tiny()["instruct"]
     torch.manual_seed(0)
     model = stage.model.build()
     learning = base.set_trainable(model.train(), stage.trains)

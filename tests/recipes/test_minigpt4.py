@@ -1,4 +1,4 @@
-"""MiniGPT-4's page: one matrix trains, in its published size, on pairs drawn 115 to 14."""
+"""MiniGPT-4's page: one matrix of the published size trains, on pairs weighted 115 to 14."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,7 @@ VARIANTS = {"minigpt4": 3_937_280, "minigpt4:without_qformer": 4 * 1408 * 4096 +
 
 
 @pytest.mark.parametrize(("variant", "size"), VARIANTS.items())
-def test_one_matrix_trains_and_an_artifact_holds_nothing_else(variant: str, size: int) -> None:
+def test_one_matrix_trains_and_the_artifact_holds_only_it(variant: str, size: int) -> None:
     for stage in load(variant).stages:
         with torch.device("meta"):
             model = stage.model.build(pretrained=False)
@@ -37,12 +37,12 @@ def test_one_matrix_trains_and_an_artifact_holds_nothing_else(variant: str, size
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["align", "polish"])
-def test_one_tiny_step_moves_the_matrix_alone(variant: str, name: str, home: Path) -> None:
+def test_one_tiny_step_updates_only_the_matrix(variant: str, name: str, home: Path) -> None:
     stage = load(variant).tiny()[name]
     assert one_step(stage, home) == {"bridge.projection.weight", "bridge.projection.bias"}
 
 
-def test_images_follow_bos_and_then_comes_the_caption(home: Path) -> None:
+def test_image_follows_bos_and_the_caption_follows_the_image(home: Path) -> None:
     stage = load("minigpt4").tiny()["align"]
     batch = collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
     places = stage.model.image_tokens
@@ -52,21 +52,21 @@ def test_images_follow_bos_and_then_comes_the_caption(home: Path) -> None:
     assert bool((batch.labels_BT[:, 1 + places] != IGNORE).all())
 
 
-def test_polish_is_asked_as_published_and_ends_its_answers_with_three_hashes(home: Path) -> None:
+def test_polish_has_the_published_prompts_and_answers_end_with_three_hashes(home: Path) -> None:
     stage = load("minigpt4").tiny()["polish"]
     batch = collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
     tokenizer = load_tokenizer("bytes")
     row, labels = batch.ids_BT[0][batch.attention_BT[0]], batch.labels_BT[0][batch.attention_BT[0]]
-    said = tokenizer.decode(row[row >= 0])
-    assert "###Human: <Img></Img> " in said and " ###Assistant: " in said
-    assert any(f"</Img> {instruction} ###" in said for instruction in minigpt4.INSTRUCTIONS)
+    text = tokenizer.decode(row[row >= 0])
+    assert "###Human: <Img></Img> " in text and " ###Assistant: " in text
+    assert any(f"</Img> {instruction} ###" in text for instruction in minigpt4.INSTRUCTIONS)
     answer = tokenizer.decode(labels[labels != IGNORE])
     assert answer.endswith("###") and "Human" not in answer
 
 
 @pytest.fixture(scope="module")
-def taught() -> Pipeline:
-    """A tiny MiniGPT-4 that has learned one answer by heart."""
+def overfitted() -> Pipeline:
+    """Return a tiny MiniGPT-4 that is overfitted to one answer."""
     stage = load("minigpt4").tiny()["polish"]
     torch.manual_seed(0)
     pipe = Pipeline(stage.model.build(), stage)
@@ -88,54 +88,54 @@ ANSWER = "a red dog"
 ASKED = [Part("user", image=0), Part("user", text="What is it?")]
 
 
-def test_an_answer_stops_right_behind_the_three_hashes(taught: Pipeline) -> None:
-    answer = taught.generate(ASKED, [IMAGE_FILE], max_new_tokens=60)
+def test_answer_stops_after_the_three_hashes(overfitted: Pipeline) -> None:
+    answer = overfitted.generate(ASKED, [IMAGE_FILE], max_new_tokens=60)
     assert (answer.text, answer.finish_reason) == (ANSWER, "stop")
     assert answer.completion_tokens == len(f" {ANSWER}###")  # bytes
     assert (
-        taught.generate_batch([ASKED] * 2, [[IMAGE_FILE]] * 2, [0, 1], max_new_tokens=60)
+        overfitted.generate_batch([ASKED] * 2, [[IMAGE_FILE]] * 2, [0, 1], max_new_tokens=60)
         == [ANSWER] * 2
     )
-    assert "".join(taught.stream(ASKED, [IMAGE_FILE], max_new_tokens=60)) == ANSWER
+    assert "".join(overfitted.stream(ASKED, [IMAGE_FILE], max_new_tokens=60)) == ANSWER
 
 
-def test_the_next_turn_goes_on_where_the_answer_was_cut(taught: Pipeline) -> None:
-    """What was read and written before is the beginning of the fresh prompt, id for id: no cache is ever wrong."""
+def test_next_turn_continues_the_same_token_ids(overfitted: Pipeline) -> None:
+    """The last prompt and answer are a prefix of the next prompt, so a prefix cache stays valid."""
 
     def read(parts: list[Part]) -> list[int]:
         ids: list[int] = (
-            taught.inputs.batch([parts], [[IMAGE_FILE]], answer=False).ids_BT[0].tolist()
+            overfitted.inputs.batch([parts], [[IMAGE_FILE]], answer=False).ids_BT[0].tolist()
         )
         return ids
 
     before = read(ASKED)
-    written = taught.tokenizer(f" {ANSWER}###", add_special_tokens=False).input_ids
-    behind = read([*ASKED, Part("assistant", text=ANSWER), Part("user", text="Where?")])
-    assert behind[: len(before) + len(written)] == before + written
+    written = overfitted.tokenizer(f" {ANSWER}###", add_special_tokens=False).input_ids
+    after = read([*ASKED, Part("assistant", text=ANSWER), Part("user", text="Where?")])
+    assert after[: len(before) + len(written)] == before + written
     assert (
-        taught.tokenizer.decode(behind[len(before) + len(written) :])
+        overfitted.tokenizer.decode(after[len(before) + len(written) :])
         == "Human: Where? ###Assistant:"
     )
 
 
-def test_an_image_takes_32_tokens_or_64_without_the_qformer() -> None:
+def test_image_is_32_tokens_or_64_without_the_qformer() -> None:
     places = [load(variant)["align"].model.image_tokens for variant in VARIANTS]
     assert places == [32, 64]
 
 
-def test_pairs_are_drawn_115_to_14() -> None:
+def test_pairs_are_weighted_115_to_14() -> None:
     data = load("minigpt4")["align"].data
     weights = requested(data, [source.rows or 0 for source in data.sources])
     assert float(weights[0] / weights[1]) == pytest.approx(115 / 14)
 
 
-def test_the_rate_is_the_releases() -> None:
+def test_learning_rate_matches_the_release() -> None:
     optim = load("minigpt4")["align"].optim
     rates = [learning_rate(optim, step, 20_000) for step in (0, 4_999, 5_000, 20_000)]
     assert rates == pytest.approx([1e-4 / 5_000, 1e-4, 1e-4, 8e-5])
 
 
-def test_it_is_judged_by_answers_choices_and_objects_that_are_not_there(home: Path) -> None:
+def test_evals_are_choices_answers_and_hallucinated_objects(home: Path) -> None:
     stage = load("minigpt4")["polish"]
     assert [(judge.name, type(judge)) for judge in stage.evals] == [
         ("aokvqa", MultipleChoice), ("gqa", VQA), ("long", CHAIR), ("short", CHAIR)

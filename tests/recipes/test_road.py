@@ -1,4 +1,4 @@
-"""Every system, all its stages: the same program at a laptop's size, in one process, on two ranks, and through Ray."""
+"""All stages of every system at laptop size: in one process, on two ranks, and through Ray."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def short(name: str) -> System:
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_every_stage_trains_and_leaves_a_model(home: Path, run: str, name: str) -> None:
+def test_every_stage_trains_and_saves_a_model(home: Path, run: str, name: str) -> None:
     system = short(name)
     results = go(system, home, run, stages=None)
     assert list(results) == [stage.name for stage in system.stages]
@@ -32,7 +32,7 @@ def test_every_stage_trains_and_leaves_a_model(home: Path, run: str, name: str) 
         assert Pipeline.load(str(result.artifact), "cpu").stage.name == stage
 
 
-def test_two_ranks_have_the_losses_of_one(home: Path, tmp_path: Path) -> None:
+def test_two_ranks_match_the_losses_of_one(home: Path, tmp_path: Path) -> None:
     spawn(rank, (str(home), str(tmp_path)), nprocs=2)
     for name in recipes():
         system = uncurated(short(name))
@@ -47,7 +47,7 @@ def test_two_ranks_have_the_losses_of_one(home: Path, tmp_path: Path) -> None:
 
 
 def rank(index: int, home: str, folder: str) -> None:
-    """One of two processes: every stage of every system by the loop itself, fed by the plan without Ray."""
+    """Train every stage of every system as one of two processes, without Ray."""
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(index)
     dist.init_process_group(
@@ -75,8 +75,11 @@ def rank(index: int, home: str, folder: str) -> None:
 @pytest.mark.timeout(2400)  # seconds: every stage starts a Ray Train and a Ray Data twice
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("name", recipes())
-def test_one_worker_and_two_have_the_same_losses(home: Path, run: str, name: str) -> None:
-    """Two workers curate with the models of one: with their own, of other last bits, it is another dataset."""
+def test_one_and_two_ray_workers_have_the_same_losses(home: Path, run: str, name: str) -> None:
+    """Two workers curate with the models of one.
+
+    Models that differ in their last bits generate another dataset.
+    """
     system = short(name)
     go(system, home, f"{run}-1", stages=None, workers=1)
     curated = [stage.name for stage in system.stages if stage.curation is not None]

@@ -1,4 +1,4 @@
-"""xGen-MM's page: sizes, what trains in each stage, and steps of the tiny program over tiles and preferences."""
+"""xGen-MM's page: sizes, trained parameters, and tiny steps over tiles and preferences."""
 
 from dataclasses import replace
 from math import log
@@ -32,7 +32,7 @@ def tiny(name: str) -> Stage:
 
 
 def preferences(folder: Path) -> str:
-    """Conversations about synthetic images, each with a better and a worse answer."""
+    """Write conversations about synthetic images, each with a preferred and a rejected answer."""
     samples = (
         Sample(
             sample.key,
@@ -55,7 +55,7 @@ def batch(stage: Stage, home: Path) -> Batch:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_what_trains_is_what_the_page_says(name: str) -> None:
+def test_each_stage_trains_its_parts(name: str) -> None:
     stage = tiny(name)
     learning = base.set_trainable(stage.model.build(), stage.trains)
     assert {parameter.split(".")[0] for parameter in learning} == STAGES[name]
@@ -63,7 +63,7 @@ def test_what_trains_is_what_the_page_says(name: str) -> None:
     assert adapters == {name in ("prefer", "safety")}
 
 
-def test_the_parts_have_their_published_sizes() -> None:
+def test_parts_have_their_published_sizes() -> None:
     with torch.device("meta"):
         model = xgen_mm.ADAPTED.build(pretrained=False)
     sizes = {
@@ -76,13 +76,13 @@ def test_the_parts_have_their_published_sizes() -> None:
     assert 0.02 < adapters / sizes["language"] < 0.03
 
 
-def test_an_image_takes_128_tokens_a_square_and_at_most_640() -> None:
+def test_image_is_128_tokens_per_square_and_at_most_640() -> None:
     assert xgen_mm.BASE.image_tokens == 128
     places = {xgen_mm.TILED.places(Layout(*grid, 1, 1)) for grid in xgen_mm.TILED.grids}
     assert places == {384, 512, 640}
 
 
-def test_a_tiny_step_over_tiles_moves_bridge_and_language(home: Path) -> None:
+def test_tiny_step_over_tiles_updates_bridge_and_language(home: Path) -> None:
     stage = tiny("instruct")
     torch.manual_seed(0)
     model = stage.model.build()
@@ -93,15 +93,15 @@ def test_a_tiny_step_over_tiles_moves_bridge_and_language(home: Path) -> None:
     assert len(given.pixels_N3HW) == squares > len(given.keys)
     assert int((given.ids_BT == IMAGE).sum()) == squares * stage.model.image_tokens
     TrainingModule(model, stage.losses)(given).sum().backward()
-    still = {
+    unchanged = {
         n
         for n, p in model.named_parameters()
         if n in learning and (p.grad is None or not p.grad.any())
     }
-    assert not {name for name in still if "rotary" not in name}
+    assert not {name for name in unchanged if "rotary" not in name}
 
 
-def test_preferences_start_at_ln_two_and_move_the_adapters_alone(
+def test_preference_loss_starts_at_ln_2_and_updates_only_the_adapters(
     home: Path, tmp_path: Path
 ) -> None:
     stage = tiny("prefer")
@@ -128,7 +128,7 @@ def test_preferences_start_at_ln_two_and_move_the_adapters_alone(
     assert moved == set(learning)
 
 
-def test_the_reference_is_the_model_that_the_stage_started_from(home: Path, tmp_path: Path) -> None:
+def test_dpo_reference_is_the_stages_initial_model(home: Path, tmp_path: Path) -> None:
     stage = tiny("prefer")
     torch.manual_seed(0)
     start: Any = tiny("instruct").model.build()
