@@ -254,9 +254,7 @@ def _continued(sample: Sample, first: str, home: Path) -> str:
     asked = [Part("user", image=0), Part("user", text="\n" + PROMPT), Part("assistant", text=first)]
     how: Any = {"max_new_tokens": SHORT["max_tokens"], "temperature": 1.0, "top_p": 0.9}
     seed = llm.drawn(0, sample.key, 1)
-    return model.generate_batch(
-        [[*asked, Part("user", text=CONTINUE)]], [sample.images], [seed], **how
-    )[0]
+    return model.generate_batch([[*asked, Part("user", text=CONTINUE)]], [sample.images], [seed], **how)[0]
 
 
 def test_what_is_written_depends_on_seed_key_and_template(home: Path) -> None:

@@ -92,10 +92,7 @@ def test_an_answer_stops_right_behind_the_three_hashes(taught: Pipeline) -> None
     answer = taught.generate(ASKED, [IMAGE_FILE], max_new_tokens=60)
     assert (answer.text, answer.finish_reason) == (ANSWER, "stop")
     assert answer.completion_tokens == len(f" {ANSWER}###")  # bytes
-    assert (
-        taught.generate_batch([ASKED] * 2, [[IMAGE_FILE]] * 2, [0, 1], max_new_tokens=60)
-        == [ANSWER] * 2
-    )
+    assert taught.generate_batch([ASKED] * 2, [[IMAGE_FILE]] * 2, [0, 1], max_new_tokens=60) == [ANSWER] * 2
     assert "".join(taught.stream(ASKED, [IMAGE_FILE], max_new_tokens=60)) == ANSWER
 
 
