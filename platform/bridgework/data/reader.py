@@ -252,7 +252,7 @@ class Reader:
     def _cost(self, row: Row) -> int:
         """Return the text and vision tokens of a row.
 
-        With cached features they are the same, and so the order.
+        Cached features do not change them, so the order is the same.
         """
         rejected = 0 if row.rejected is None else len(row.rejected[0])
         vision = len(row.images) * self.feed.model.vision_tokens
@@ -319,7 +319,7 @@ class Reader:
     def _replacement(
         self, window: _Window, at: int, skipped: str, step: int, others: Sequence[Row]
     ) -> Row | None:
-        """Return a replacement for the row at `at` that fits in a sequence with `others`."""
+        """Return a replacement for the row at `at` that fits with `others`, or None."""
         if not others:
             return self._substitute(window, at, skipped, step)
         near = islice(self._substitutes(window, at, skipped, step), len(window.planned))

@@ -200,7 +200,7 @@ class Plan:
     def _counts(self, rows: int) -> Counts:
         """Return the counts (V, S) at the boundary of a period.
 
-        The last one ends with the stage.
+        The last period ends with the stage.
         """
         return self._schedule.end(rows) if rows == self._end else self._schedule.counts(rows)
 
