@@ -1,4 +1,4 @@
-"""The Ray pipeline matches one process for any world size and number of readers, and after any resume."""
+"""The Ray pipeline matches one process: any world size and readers, after any resume."""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor

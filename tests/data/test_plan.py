@@ -83,7 +83,7 @@ def step(plan: Plan, s: int) -> list[tuple[int, int, int]]:
     ]
 
 
-# --- shares ----------------------------------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_realized_share_is_within_one_row_at_every_window(
         assert np.abs(drawn - requested).max() <= 1 + 1e-9
 
 
-# --- order -----------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 
 def test_plan_matches_pinned_batch() -> None:
@@ -443,7 +443,7 @@ def test_caps_hold_at_the_end_of_a_run_of_many_small_sources(
         assert all(drawn[f"s{n}"] <= size for n, size in enumerate(sizes)), (seed, drawn)
 
 
-# --- substitutes -----------------------------------------------------------------------------------------------------
+# --- substitutes ----------------------------------------------------------------------------------
 
 
 @bounded
@@ -490,7 +490,7 @@ def test_source_of_one_bad_row_has_no_substitute() -> None:
     assert list(make([1], steps=4).substitutes(0, 0, 0)) == []
 
 
-# --- limits ----------------------------------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------
 
 
 def test_billion_rows_need_no_large_array() -> None:

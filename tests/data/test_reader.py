@@ -1,4 +1,4 @@
-"""Rows follow the plan for any reader and first step; bad samples are replaced; cached features are read."""
+"""Rows follow the plan for any reader and first step; bad samples are replaced."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -187,11 +187,11 @@ def test_more_ranks_than_lanes_are_rejected(feed: ReaderConfig) -> None:
         next(local(feed, rank=4, world=5, start=0))
 
 
-# --- cached features -------------------------------------------------------------------------------------------------
+# --- cached features ------------------------------------------------------------------------------
 
 
 def cache(folder: Path, dataset: Dataset, *, key: str = "{}") -> None:
-    """Write features (2 patches, width 3) that encode the row's number, as the reader expects them."""
+    """Write features (2 patches, width 3) that encode the row's number."""
     (folder / dataset.manifest.digest).mkdir(parents=True)
     (folder / "features.json").write_text(json.dumps({"patches": 2, "width": 3}))
     row = 0
@@ -267,7 +267,7 @@ class Gone(LocalFileSystem):
         raise ConnectionResetError("peer")
 
 
-# --- row groups ------------------------------------------------------------------------------------------------------
+# --- row groups -----------------------------------------------------------------------------------
 
 
 class Counted(Dataset):

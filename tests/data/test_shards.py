@@ -95,7 +95,7 @@ def test_more_shards_than_open_files_can_be_read_in_any_order(tmp_path: Path) ->
     assert keys[:ROWS] == keys[ROWS:][::-1]
 
 
-# --- atomic writes ---------------------------------------------------------------------------------------------------
+# --- atomic writes --------------------------------------------------------------------------------
 
 
 def test_error_while_writing_leaves_no_files(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_too_many_bad_rows_prevent_a_dataset_and_a_few_are_counted(tmp_path: Pat
     assert not (tmp_path / "bad").exists()
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def flip(path: Path, place: int) -> None:

@@ -224,7 +224,7 @@ def test_bad_sample_survives_pickling() -> None:
     assert isinstance(error, BadSample) and (error.reason, error.detail) == (Reason.CORRUPT, "cut")
 
 
-# --- metadata --------------------------------------------------------------------------------------------------------
+# --- metadata -------------------------------------------------------------------------------------
 
 NOISE = np.random.default_rng(0)
 XMP = b"<x:xmpmeta>" + b"<rdf:li>layer history entry</rdf:li>" * 60_000  # 2 MB, packed 6 kB

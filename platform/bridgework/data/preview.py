@@ -129,7 +129,7 @@ def _draw(path: str, n: int, seed: Sequence[int]) -> Iterator[tuple[int, Sample]
         yield choice, dataset.read_group(shard, group)[place]
 
 
-# --- as stored -------------------------------------------------------------------------------------------------------
+# --- as stored ------------------------------------------------------------------------------------
 
 
 def _stored(sample: Sample, path: str) -> Preview:
@@ -161,7 +161,7 @@ def _thumbnail(data: bytes) -> NDArray[np.uint8]:
     return np.asarray(image, np.uint8).transpose(2, 0, 1)
 
 
-# --- as read by a stage ----------------------------------------------------------------------------------------------
+# --- as read by a stage ---------------------------------------------------------------------------
 
 
 def _read(sample: Sample, source: Source, choice: int, encoder: SampleEncoder) -> Preview:
@@ -244,7 +244,7 @@ def _summary(preview: Preview) -> str:
     return " · ".join(items)
 
 
-# --- in a terminal ---------------------------------------------------------------------------------------------------
+# --- in a terminal --------------------------------------------------------------------------------
 
 # control code -> Unicode's symbol for it; C1 and bidirectional controls -> replacement character
 _SYMBOLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
@@ -309,7 +309,7 @@ def _blocks(pixels: NDArray[np.uint8]) -> Text:
     return text
 
 
-# --- in a browser ----------------------------------------------------------------------------------------------------
+# --- in a browser ---------------------------------------------------------------------------------
 
 
 def page(previews: Sequence[Preview], title: str) -> str:

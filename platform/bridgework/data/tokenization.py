@@ -169,7 +169,7 @@ def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     return str(tokenizer.convert_ids_to_tokens(first)).startswith("\u2581")
 
 
-# --- tokenizers ------------------------------------------------------------------------------------------------------
+# --- tokenizers -----------------------------------------------------------------------------------
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -255,7 +255,7 @@ def _from_package(name: str) -> str:
     return str(cached)
 
 
-# --- samples ---------------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 class Picture(NamedTuple):
