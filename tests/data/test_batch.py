@@ -40,7 +40,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_taking_the_padding_away_gives_the_rows_back(side: Literal["right", "left"]) -> None:
+def test_removing_the_padding_returns_the_rows(side: Literal["right", "left"]) -> None:
     batch = collate(ROWS, pad_id=0, side=side)
     for i, one in enumerate(ROWS):
         keep = batch.attention_BT[i]
@@ -53,25 +53,25 @@ def test_taking_the_padding_away_gives_the_rows_back(side: Literal["right", "lef
     assert batch.attention_BT[:, edge].all()
 
 
-def test_images_follow_each_other_in_the_order_of_their_places() -> None:
+def test_images_are_concatenated_in_the_order_of_their_places() -> None:
     batch = collate(ROWS, pad_id=0)
     assert batch.pixels_N3HW is not None and batch.pixels_N3HW.dtype == torch.uint8
     assert batch.pixels_N3HW[:, 0, 0, 0].tolist() == [1, 2, 3]
 
 
-def test_a_batch_without_images_has_pixels_of_no_images() -> None:
+def test_batch_without_images_has_pixels_of_no_images() -> None:
     batch = collate([ROWS[1]], pad_id=0)
     assert batch.pixels_N3HW is not None and batch.pixels_N3HW.shape == (0, 3, 4, 4)
     assert batch.inputs().keys() == {"ids", "attention", "labels", "pixels"}
 
 
-def test_cached_features_take_the_place_of_pixels() -> None:
+def test_cached_features_replace_pixels() -> None:
     batch = collate([row(0, [IMAGE, 5], np.ones((1, 2, 8), np.float16))], pad_id=0)
     assert batch.inputs().keys() == {"ids", "attention", "labels", "features"}
     assert batch.features_NPD is not None and batch.features_NPD.shape == (1, 2, 8)
 
 
-def test_a_batch_moves_to_a_device_whole() -> None:
+def test_all_tensors_of_a_batch_move_to_a_device() -> None:
     moved = collate(ROWS, pad_id=0).to("meta")
     assert {t.device.type for t in moved.inputs().values()} == {"meta"}
     assert moved.keys == ["k0", "k1", "k2"] and moved.sources == [0, 1, 0]

@@ -1,4 +1,4 @@
-"""Rows as a source deals them to the lanes: every row once an epoch, in few pieces, each epoch in another order."""
+"""LaneOrder: every row once per epoch, in few pieces, in another order each epoch."""
 
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ LANES = st.sampled_from([1, 2, 3, 4, 8])
 
 
 def stream(deal: LaneOrder, source: int, lane: int, rows: int) -> tuple[list[int], list[int]]:
-    """(epoch, row) of the first `rows` rows that a lane takes of a source."""
+    """Return (epoch, row) of the first `rows` rows of a lane."""
     epochs, places = deal.locate(np.full(rows, source), np.full(rows, lane), np.arange(rows))
     return epochs.tolist(), places.tolist()
 
@@ -27,7 +27,7 @@ def stream(deal: LaneOrder, source: int, lane: int, rows: int) -> tuple[list[int
     key=KEYS,
     laps=st.integers(1, 3),
 )
-def test_a_lap_of_epochs_holds_every_row_once_per_epoch_and_equally_many_per_lane(
+def test_cycle_of_epochs_contains_every_row_once_per_epoch_and_equal_counts_per_lane(
     rows: int, group_rows: int, lanes: int, key: int, laps: int
 ) -> None:
     deal = LaneOrder([rows], [group_rows], [key], lanes)
@@ -42,10 +42,10 @@ def test_a_lap_of_epochs_holds_every_row_once_per_epoch_and_equally_many_per_lan
 
 @bounded
 @given(rows=st.integers(1, 700), group_rows=st.integers(1, 40), lanes=LANES, key=KEYS)
-def test_a_lane_reads_few_pieces_one_after_the_other(
+def test_lane_reads_few_pieces_in_sequence(
     rows: int, group_rows: int, lanes: int, key: int
 ) -> None:
-    """It begins and ends inside a piece at most, and the short piece may lie between."""
+    """It begins and ends inside a piece at most; the short piece may be between."""
     piece = max(1, min(group_rows, rows // (4 * lanes)))
     deal = LaneOrder([rows], [group_rows], [key], lanes)
     for lane in range(lanes):

@@ -1,4 +1,4 @@
-"""The pipeline on Ray gives what one process gives: any world size, any number of readers, after any resume."""
+"""The Ray pipeline matches one process: any world size and readers, after any resume."""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +13,8 @@ from bridgework.errors import RunError, SpecError
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def told(steps: Iterable[list[Row]]) -> list[list[tuple[object, ...]]]:
-    """All that the rows hold, comparable."""
+def comparable(steps: Iterable[list[Row]]) -> list[list[tuple[object, ...]]]:
+    """Return all fields of the rows, comparable."""
     return [
         [
             (
@@ -33,34 +33,36 @@ def told(steps: Iterable[list[Row]]) -> list[list[tuple[object, ...]]]:
     ("world", "start", "readers"),
     [(1, 4, 1), (2, 0, 2), (3, 7, 1)],  # 3 ranks own 2, 1 and 1 of the 4 lanes
 )
-def test_the_pipeline_gives_what_one_process_gives(
+def test_ray_pipeline_matches_one_process(
     feed: ReaderConfig, world: int, start: int, readers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         ray_ingest, "ITEMS_PER_BLOCK", 3
-    )  # items go into Ray in stretches, and come out one by one
+    )  # items enter Ray in blocks and leave one by one
     splits = PlanIngest(feed, lambda: start, readers).configure({}, world)
 
     def consume(rank: int) -> list[list[tuple[object, ...]]]:
-        return told(from_ray(prefetch(splits[rank]["train"]), rank=rank, world=world, start=start))
+        return comparable(
+            from_ray(prefetch(splits[rank]["train"]), rank=rank, world=world, start=start)
+        )
 
     with ThreadPoolExecutor(world) as pool:
         ranks = list(pool.map(consume, range(world)))
     assert ranks == [
-        told(local(feed, rank=rank, world=world, start=start)) for rank in range(world)
+        comparable(local(feed, rank=rank, world=world, start=start)) for rank in range(world)
     ]
     assert [len(rank) for rank in ranks] == [feed.steps - start] * world
 
 
-def test_more_workers_than_lanes_are_refused_before_anything_starts(feed: ReaderConfig) -> None:
+def test_more_workers_than_lanes_are_rejected_before_anything_starts(feed: ReaderConfig) -> None:
     with pytest.raises(SpecError, match="at most as many workers as lanes"):
         PlanIngest(feed, lambda: 0).configure({}, 5)
 
 
-def test_rows_of_another_rank_world_or_step_stop_the_run(feed: ReaderConfig) -> None:
+def test_rows_of_another_rank_world_size_or_step_stop_the_run(feed: ReaderConfig) -> None:
     rows = next(local(feed, rank=1, world=2, start=4))
     shard = [to_block(rows, rank=1, world=2)]
-    assert told(from_ray(shard, rank=1, world=2, start=4)) == told([rows])
+    assert comparable(from_ray(shard, rank=1, world=2, start=4)) == comparable([rows])
     for rank, world in ((0, 2), (1, 3)):
         with pytest.raises(RunError, match=r"Got \(rank, world\) \[\(1, 2\)\]; expected"):
             next(from_ray(shard, rank=rank, world=world, start=4))

@@ -1,4 +1,4 @@
-"""What is held: packing keeps its limits, and steps and ranks cost alike."""
+"""Packing keeps its limits, and steps and ranks have similar costs."""
 
 from statistics import mean
 
@@ -13,7 +13,7 @@ LENGTHS = st.lists(st.integers(1, 120), min_size=1, max_size=80)
 
 
 @given(tokens=LENGTHS, samples=st.integers(1, 9), images=st.integers(1, 4), data=st.data())
-def test_a_sequence_keeps_its_limits_and_no_row_is_lost(
+def test_sequences_keep_their_limits_and_contain_every_row(
     tokens: list[int], samples: int, images: int, data: st.DataObject
 ) -> None:
     shown = data.draw(st.lists(st.integers(0, 3), min_size=len(tokens), max_size=len(tokens)))
@@ -25,13 +25,13 @@ def test_a_sequence_keeps_its_limits_and_no_row_is_lost(
         assert sum(shown[row] for row in sequence) <= images or len(sequence) == 1
 
 
-def test_two_that_fit_together_are_never_both_alone() -> None:
+def test_two_rows_that_fit_together_never_have_a_sequence_each() -> None:
     packed = first_fit([60, 50, 40, 30, 10], [0] * 5, Limits(100, 8))
     assert packed == [[0, 2], [1, 3, 4]]
 
 
 @given(costs=LENGTHS, steps=st.integers(1, 12))
-def test_every_item_has_one_step_and_steps_have_equally_many(costs: list[int], steps: int) -> None:
+def test_every_item_has_one_step_and_steps_have_equal_counts(costs: list[int], steps: int) -> None:
     laid = balance(costs, steps)
     assert sorted(item for items in laid for item in items) == list(range(len(costs)))
     counts = [len(items) for items in laid]
@@ -43,7 +43,7 @@ def test_every_item_has_one_step_and_steps_have_equally_many(costs: list[int], s
 @pytest.mark.parametrize(
     ("world", "mean_bound", "worst_bound"), [(2, 1.02, 1.06), (4, 1.04, 1.1), (8, 1.08, 1.26)]
 )
-def test_ranks_cost_alike_at_every_step_of_a_skewed_mixture(
+def test_ranks_have_similar_costs_at_every_step_of_a_skewed_mixture(
     world: int, mean_bound: float, worst_bound: float
 ) -> None:
     balanced, plain = ratios(world, window=16)

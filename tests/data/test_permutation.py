@@ -1,4 +1,4 @@
-"""A keyed permutation is one, keeps large domains apart, and favors no place."""
+"""Keyed permutations: bijective, without collisions in large domains, uniform."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_keyed_permutation_is_a_bijection(size: int, key: int) -> None:
 
 @bounded
 @given(size=st.integers(10**6, 10**12), key=KEYS)
-def test_keyed_permutation_keeps_large_domains_apart(size: int, key: int) -> None:
+def test_keyed_permutation_has_no_collisions_in_large_domains(size: int, key: int) -> None:
     places = np.unique(
         np.concatenate([np.arange(500), size - 1 - np.arange(500), np.arange(500) * (size // 500)])
     )
@@ -36,7 +36,7 @@ def test_keyed_permutation_keeps_large_domains_apart(size: int, key: int) -> Non
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 32])
-def test_every_place_goes_everywhere_equally_often(size: int) -> None:
+def test_every_place_maps_to_all_places_uniformly(size: int) -> None:
     keys = np.arange(4000, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     sizes, sides = np.full_like(keys, size), np.full_like(keys, side_of(size))
     for place in {0, size // 2, size - 1}:

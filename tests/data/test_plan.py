@@ -26,7 +26,7 @@ PINNED = [
     (1, 0, 2),
     (1, 0, 59),
     (1, 0, 57),
-]  # of test_plan_is_what_it_was
+]  # of test_plan_matches_pinned_batch
 
 
 def make(
@@ -73,7 +73,7 @@ def triples(rows: Rows) -> list[tuple[int, int, int]]:
 
 
 def step(plan: Plan, s: int) -> list[tuple[int, int, int]]:
-    """What step `s` takes before anything is balanced: lane after lane, its part of the window."""
+    """Return the rows of step `s` before balancing: lane after lane, its part of the window."""
     size = plan.step_rows
     t, k = divmod(s, plan.window_rows // size)
     return [
@@ -83,13 +83,13 @@ def step(plan: Plan, s: int) -> list[tuple[int, int, int]]:
     ]
 
 
-# --- shares ----------------------------------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("alpha", "expected"), [(0.0, [1 / 3] * 3), (0.5, [10 / 13, 2 / 13, 1 / 13]), (1.0, None)]
 )
-def test_alpha_goes_from_equal_shares_over_the_square_root_to_sizes(
+def test_alpha_0_half_and_1_give_equal_square_root_and_size_shares(
     alpha: float, expected: list[float] | None
 ) -> None:
     plan = make([10_000, 400, 100], alpha=alpha)
@@ -138,7 +138,7 @@ def test_capped_shares_match_bisected_water_level(data: st.DataObject, sizes: li
     }
 
 
-def test_caps_hold_in_the_rows_that_are_drawn() -> None:
+def test_caps_hold_in_the_drawn_rows() -> None:
     steps = 512
     plan = make([100, 64, 4000], alpha=0.0, caps={0: 2.0, 1: 1.5}, steps=steps)
     assert [s.capped for s in plan.shares] == [True, True, False]
@@ -148,7 +148,7 @@ def test_caps_hold_in_the_rows_that_are_drawn() -> None:
     assert sum(taken.values()) == steps * 8
 
 
-def test_budget_above_all_caps_says_by_how_much_and_what_to_raise() -> None:
+def test_budget_above_all_caps_is_an_error_with_the_missing_rows() -> None:
     with pytest.raises(
         SpecError,
         match=r"Got 300; 64 steps of 8 need 512, 212 more. Fix: raise max_epochs.*37",
@@ -171,7 +171,7 @@ HEAVY = st.lists(st.integers(1, 1000), min_size=1, max_size=40).map(lambda light
     start=st.one_of(st.integers(0, 50), st.integers(10**9, 10**10)),
     cut=st.integers(1, 99),
 )
-def test_every_source_is_within_a_row_of_its_share_and_even_over_the_lanes(
+def test_every_source_is_within_one_row_of_its_share_and_even_over_lanes(
     parts: list[int], lanes: int, rows: int, start: int, cut: int
 ) -> None:
     shares = [Fraction(p, sum(parts)) for p in parts]
@@ -182,13 +182,15 @@ def test_every_source_is_within_a_row_of_its_share_and_even_over_the_lanes(
         at = (start + n) * ledger.period
         rows_in_all = at - ledger.period + min(cut, ledger.period)
         last = ledger.end(rows_in_all)
-        if rows_in_all - ledger.last(rows_in_all) > ledger.period:  # a short rest is not a period
+        if (
+            rows_in_all - ledger.last(rows_in_all) > ledger.period
+        ):  # a short remainder is not a period
             assert (last >= ledger.counts(ledger.last(rows_in_all))).all()
         for after in (ledger.counts(at), last):
             at = int(after[0].sum())
-            assert (after.sum(1) == at).all()  # a lane has its rows, to the row
+            assert (after.sum(1) == at).all()  # a lane has exactly its rows
             if after is not last:
-                assert (after >= before).all()  # and none of them is taken back
+                assert (after >= before).all()  # and no count decreases
             wanted = [share * at * lanes for share in shares]
             off = [abs(t - w) for t, w in zip(after.sum(0).tolist(), wanted, strict=True)]
             assert max(off) <= 1.1  # nearly always at most 1
@@ -204,7 +206,7 @@ def test_every_source_is_within_a_row_of_its_share_and_even_over_the_lanes(
     step_rows=st.integers(1, 4),
     window=st.integers(1, 16),
 )
-def test_shares_and_caps_hold_to_the_row_wherever_a_stage_ends(
+def test_shares_and_caps_are_exact_at_any_end_of_a_stage(
     sizes: list[int], cap: float, steps: int, step_rows: int, window: int
 ) -> None:
     rest = steps * step_rows % (window * step_rows)
@@ -253,11 +255,11 @@ def test_realized_share_is_within_one_row_at_every_window(
         assert np.abs(drawn - requested).max() <= 1 + 1e-9
 
 
-# --- order -----------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 
-def test_plan_is_what_it_was() -> None:
-    """A pinned batch: another version of this code, numpy or Python that gave other rows would break every resume."""
+def test_plan_matches_pinned_batch() -> None:
+    """A version of this code, numpy or Python with other rows would break every resume."""
     plan = make([1000, 70, 3], alpha=0.5, seed=7)
     assert step(plan, 9) == PINNED
     assert step(make([1000, 70, 3], alpha=0.5, seed=8), 9) != PINNED
@@ -270,7 +272,7 @@ def test_plan_is_what_it_was() -> None:
     lanes=LANES,
     windows=st.integers(1, 24),
 )
-def test_no_row_comes_twice_in_an_epoch_and_whole_epochs_hold_every_row(
+def test_no_row_repeats_in_an_epoch_and_complete_epochs_contain_every_row(
     sizes: list[int], alpha: float, lanes: int, windows: int
 ) -> None:
     plan = make(sizes, alpha=alpha, lanes=lanes, steps=10**6)
@@ -286,7 +288,7 @@ def test_no_row_comes_twice_in_an_epoch_and_whole_epochs_hold_every_row(
         passed = min(max((e for s, e, _ in rows if s == source), default=0) for rows in taken)
         assert all(
             held[source, epoch] == size for epoch in range(passed)
-        )  # no lane will come back to these
+        )  # no lane reads these again
 
 
 @bounded
@@ -297,10 +299,10 @@ def test_no_row_comes_twice_in_an_epoch_and_whole_epochs_hold_every_row(
     window=st.integers(1, 8),
     epoch=st.integers(0, 3),
 )
-def test_of_one_source_as_many_rows_in_a_row_as_it_has_are_every_row_once(
+def test_n_consecutive_rows_of_a_single_source_contain_every_row_once(
     rows: int, lanes: int, each: int, window: int, epoch: int
 ) -> None:
-    """An epoch that begins and ends with a batch, however the windows lie."""
+    """The epoch begins and ends with a batch, at any position of the windows."""
     batch = lanes * each
     rows *= batch
     plan = make([rows], lanes=lanes, step_rows=each, window=window, steps=10**6)
@@ -314,7 +316,7 @@ def test_of_one_source_as_many_rows_in_a_row_as_it_has_are_every_row_once(
 
 @bounded
 @given(plan=plans(), lane=st.integers(0, 7), t=st.integers(0, 12))
-def test_a_lane_never_goes_back_to_an_earlier_epoch(plan: Plan, lane: int, t: int) -> None:
+def test_lane_never_returns_to_an_earlier_epoch(plan: Plan, lane: int, t: int) -> None:
     rows = [
         row for u in (t, t + 1) for row in triples(plan.window(lane % len(plan.lanes_of(0, 1)), u))
     ]
@@ -344,10 +346,10 @@ def test_small_sources_reach_every_lane(rows: int) -> None:
     extra=st.sampled_from([0, 2000]),
     seed=st.integers(0, 99),
 )
-def test_another_source_leaves_the_order_of_the_others(
+def test_another_source_does_not_change_the_order_of_the_others(
     sizes: list[int], extra: int, seed: int
 ) -> None:
-    """The rows of a source are a prefix of one sequence: fewer of them, but no others."""
+    """The rows of a source are a prefix of one sequence: there may be fewer, but not others."""
     sizes = [size + extra for size in sizes]
     names = [f"s{d}" for d in range(len(sizes))]
     sources = [SourceRows(name, "d", n, 8) for name, n in zip(names, sizes, strict=True)]
@@ -360,7 +362,7 @@ def test_another_source_leaves_the_order_of_the_others(
         return {names[d]: {(e, r) for s, e, r in rows if s == i} for i, d in enumerate(picked)}
 
     everyone = list(range(len(sizes)))
-    small = any(size < 4 * OWN_ROWS for size in sizes)  # of these the lanes take turns
+    small = any(size < 4 * OWN_ROWS for size in sizes)  # lanes share the streams of these
     for lanes in [range(4)] if small else [range(lane, lane + 1) for lane in range(4)]:
         more, fewer = drawn(everyone[1:], lanes), drawn(everyone[::-1], lanes)
         for name in names[1:]:
@@ -375,10 +377,10 @@ def test_another_source_leaves_the_order_of_the_others(
     lanes=st.sampled_from([4, 8, 64]),
     windows=st.integers(1, 12),
 )
-def test_rows_of_a_small_source_come_equally_often(
+def test_rows_of_a_small_source_are_drawn_equally_often(
     sizes: list[int], alpha: float, lanes: int, windows: int
 ) -> None:
-    """Give or take one, where all windows so far are counted; so with N draws, none of N is left."""
+    """Counts over all windows so far differ by at most one, so N draws contain all N rows."""
     plan = make(sizes, alpha=alpha, lanes=lanes, window=32, steps=10**6)
     rows = [plan.window(lane, t) for lane in range(lanes) for t in range(windows)]
     for source, size in enumerate(sizes):
@@ -387,7 +389,7 @@ def test_rows_of_a_small_source_come_equally_often(
         assert times.max() - times.min() <= 1
 
 
-def test_fifty_draws_of_the_heaviest_source_show_each_of_its_rows() -> None:
+def test_fifty_draws_of_the_heaviest_source_contain_each_of_its_rows() -> None:
     sizes = [32, *[3] * 6]
     for seed in range(8):
         plan = make(sizes, lanes=64, step_rows=1, window=1, steps=2, seed=seed)
@@ -396,7 +398,7 @@ def test_fifty_draws_of_the_heaviest_source_show_each_of_its_rows() -> None:
         assert len(drawn) >= 50 and set(drawn.tolist()) == set(range(32))
 
 
-def test_the_heaviest_source_is_drawn_evenly_over_the_lanes() -> None:
+def test_heaviest_source_is_drawn_evenly_over_the_lanes() -> None:
     plan = make([6000, *[1000] * 7], lanes=64, step_rows=4, window=16, steps=160)
     drawn = np.array(
         [
@@ -423,7 +425,7 @@ def test_order_depends_on_seed_name_and_digest() -> None:
 @pytest.mark.parametrize(
     ("sources", "window", "steps"), [(20, 16, 1162), (20, 16, 3120), (8, 4, 1252), (12, 1, 2030)]
 )
-def test_caps_hold_where_a_run_of_many_small_sources_ends(
+def test_caps_hold_at_the_end_of_a_run_of_many_small_sources(
     sources: int, window: int, steps: int
 ) -> None:
     for seed in range(12):
@@ -441,12 +443,12 @@ def test_caps_hold_where_a_run_of_many_small_sources_ends(
         assert all(drawn[f"s{n}"] <= size for n, size in enumerate(sizes)), (seed, drawn)
 
 
-# --- substitutes -----------------------------------------------------------------------------------------------------
+# --- substitutes ----------------------------------------------------------------------------------
 
 
 @bounded
 @given(plan=plans(), lane=st.integers(0, 7), t=st.integers(0, 5), data=st.data())
-def test_substitutes_come_from_the_window_then_from_what_follows_in_the_lane(
+def test_substitutes_come_from_the_window_then_from_the_next_rows_of_the_lane(
     plan: Plan, lane: int, t: int, data: st.DataObject
 ) -> None:
     lane %= len(plan.lanes_of(0, 1))
@@ -484,14 +486,14 @@ def test_every_other_row_of_a_source_is_tried(
     ) - {bad}
 
 
-def test_a_source_of_one_bad_row_has_no_substitute() -> None:
+def test_source_of_one_bad_row_has_no_substitute() -> None:
     assert list(make([1], steps=4).substitutes(0, 0, 0)) == []
 
 
-# --- limits ----------------------------------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------
 
 
-def test_a_billion_rows_need_no_large_array() -> None:
+def test_billion_rows_need_no_large_array() -> None:
     tracemalloc.start()
     plan = make(
         [10**9, 3 * 10**8, 10**12],
@@ -513,7 +515,7 @@ def test_a_billion_rows_need_no_large_array() -> None:
     assert rows.source.dtype == rows.epoch.dtype == np.int32 and rows.row.dtype == np.int64
 
 
-def test_wrong_plans_are_refused_in_words() -> None:
+def test_invalid_plans_are_rejected_with_a_message() -> None:
     one = Mixture(sources=(Source(name="a", dataset="a"),), lanes=4)
     fine = SourceRows("a", "d", 10, 8)
     for batch in (0, 6):
@@ -529,7 +531,7 @@ def test_wrong_plans_are_refused_in_words() -> None:
         Plan([SourceRows("b", "d", 10, 8)], one, batch=4, steps=1, seed=0)
 
 
-def test_lanes_are_shared_out_and_a_rank_without_one_is_refused() -> None:
+def test_lanes_are_distributed_and_a_rank_without_one_is_rejected() -> None:
     plan = make([50])
     assert [list(plan.lanes_of(rank, 3)) for rank in range(3)] == [[0, 3], [1], [2]]
     with pytest.raises(SpecError, match=r"rank 4 of 5 has no lane. Got 4 lanes"):

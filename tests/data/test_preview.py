@@ -1,4 +1,4 @@
-"""What is shown is what is trained on: pixels, text and loss, compared with the reader's own rows."""
+"""Previews show the pixels, text and loss of training, compared with the rows of the reader."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ HOSTILE = "<script>alert('x')</script> & [bold]no markup[/] \"quoted\""
 
 
 def made(folder: Path, samples: Iterable[Sample], template: str = "plain") -> Stage:
-    """The align stage, reading `samples` under `template`."""
+    """Return the align stage with `samples` and `template`."""
     write(samples, str(folder / "made"), **MADE, group_rows=4)
     data = replace(
         TINY.data, sources=(Source(name="it", dataset=str(folder / "made")),), template=template
@@ -44,7 +44,7 @@ def told(shown: Preview, kind: str) -> str:
 
 
 def reads(stage: Stage, home: Path, n: int) -> dict[str, Row]:
-    """The first `n` rows that training takes, by key."""
+    """Return the first `n` rows of training by key."""
     feed = replace(
         ReaderConfig.of(stage, home),
         batch=n,
@@ -56,7 +56,7 @@ def reads(stage: Stage, home: Path, n: int) -> dict[str, Row]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_preview_shows_what_the_reader_gives(tmp_path: Path, home: Path, template: str) -> None:
+def test_preview_matches_the_rows_of_the_reader(tmp_path: Path, home: Path, template: str) -> None:
     stage = made(tmp_path, shapes(rows=8, size=48), template)
     rows = reads(stage, home, 8)
     for shown in read(stage, home, 8):
@@ -78,7 +78,7 @@ def test_a_preview_shows_what_the_reader_gives(tmp_path: Path, home: Path, templ
     assert not rows
 
 
-def test_words_keep_their_spaces_between_stretches(tmp_path: Path, home: Path) -> None:
+def test_words_keep_their_spaces_between_spans(tmp_path: Path, home: Path) -> None:
     [shown] = read(made(tmp_path, [pair("k", PICTURE, "a cat")], "v1"), home)
     assert "".join(span.text for span in shown.spans).endswith(
         f"USER: {told(shown, 'image')} ASSISTANT: a cat<|im_end|>"
@@ -99,7 +99,7 @@ def test_two_images_side_by_side_are_two_places(tmp_path: Path, home: Path) -> N
     assert len(shown.images) == 2
 
 
-def test_rows_are_drawn_by_seed_and_never_twice(tmp_path: Path, home: Path) -> None:
+def test_rows_are_drawn_by_seed_without_replacement(tmp_path: Path, home: Path) -> None:
     stage = made(tmp_path, shapes(rows=40, size=16))
     draws = [[shown.key for shown in read(stage, home, 10, seed=seed)] for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
@@ -113,12 +113,12 @@ def test_each_source_of_a_stage_is_shown(home: Path) -> None:
     assert [one.source for one in shown] == [source.name for source in stage.data.sources]
 
 
-def test_a_bad_sample_is_shown_with_its_reason(tmp_path: Path, home: Path) -> None:
+def test_bad_sample_is_shown_with_its_reason(tmp_path: Path, home: Path) -> None:
     stage = made(tmp_path, [pair("bad", b"<html>", "its image is none")])
     for [shown] in (read(stage, home), stored(stage.data.sources[0].dataset)):
         assert shown.problem is not None and shown.problem.startswith("not_an_image")
         assert told(shown, "loss") == "its image is none"
-        assert "put aside: not_an_image" in page([shown], "bad")
+        assert "quarantined: not_an_image" in page([shown], "bad")
 
 
 def test_stored_samples_keep_their_shape(tmp_path: Path) -> None:
@@ -135,12 +135,12 @@ def test_stored_samples_keep_their_shape(tmp_path: Path) -> None:
     assert shown.counts is None
 
 
-def test_a_missing_dataset_is_said_in_one_line(tmp_path: Path) -> None:
+def test_missing_dataset_gives_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no dataset here"):
         stored(str(tmp_path / "nowhere"))
 
 
-def test_a_page_escapes_all_texts_and_asks_no_host(tmp_path: Path, home: Path) -> None:
+def test_page_escapes_all_texts_and_makes_no_external_requests(tmp_path: Path, home: Path) -> None:
     text = page(read(made(tmp_path, [pair(HOSTILE, PICTURE, HOSTILE)]), home), HOSTILE)
     assert "<script" not in text
     assert text.count("&lt;script&gt;alert(&#x27;x&#x27;)") == 4  # title twice, key, caption
@@ -148,7 +148,7 @@ def test_a_page_escapes_all_texts_and_asks_no_host(tmp_path: Path, home: Path) -
     assert "http://" not in text and "https://" not in text
 
 
-def test_a_page_holds_the_exact_pixels(tmp_path: Path, home: Path) -> None:
+def test_page_contains_the_exact_pixels(tmp_path: Path, home: Path) -> None:
     shown = read(made(tmp_path, shapes(rows=3, size=40)), home)
     uris = re.findall(r'src="data:image/png;base64,([^"]+)"', page(shown, "pixels"))
     images = [
@@ -169,7 +169,7 @@ def printed(shown: list[Preview], *, color: bool) -> str:
     return console.file.getvalue()
 
 
-def test_no_text_of_the_data_steers_the_terminal(tmp_path: Path) -> None:
+def test_text_of_the_data_cannot_control_the_terminal(tmp_path: Path) -> None:
     key, text = "k\x1b[2J", "a\x1b]0;title\x07 \x9b31m cat\u202e and\ta\ndog"
     stage = made(tmp_path, [pair(key, PICTURE, text)])
     shown = printed(stored(stage.data.sources[0].dataset), color=False)
@@ -179,13 +179,13 @@ def test_no_text_of_the_data_steers_the_terminal(tmp_path: Path) -> None:
     } & set(shown)
 
 
-def test_a_terminal_colors_what_has_loss_and_draws_the_picture(tmp_path: Path, home: Path) -> None:
+def test_terminal_colors_text_with_loss_and_draws_the_image(tmp_path: Path, home: Path) -> None:
     text = printed(read(made(tmp_path, [pair("k", PICTURE, HOSTILE)]), home), color=True)
     assert f"\x1b[1;32m{HOSTILE}↵" in text
     assert text.count("▀") == 24 * 12
 
 
-def test_without_color_brackets_stand_around_what_has_loss(tmp_path: Path, home: Path) -> None:
+def test_without_color_text_with_loss_is_in_brackets(tmp_path: Path, home: Path) -> None:
     text = printed(read(made(tmp_path, [pair("k", PICTURE, HOSTILE)]), home), color=False)
     assert f"⟦{HOSTILE}↵" in text
     assert "\x1b" not in text and "▀" not in text

@@ -1,4 +1,4 @@
-"""The table of what was put aside."""
+"""The quarantine table."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "q") if request.param == "local" else f"memory://{tmp_path.name}/q"
 
 
-def test_the_table_holds_every_row_with_its_reason(folder: str) -> None:
+def test_table_contains_every_row_with_its_reason(folder: str) -> None:
     quarantine = Quarantine(folder)
     for row in range(FLUSH_ROWS + 2):
         quarantine.add("d1", f"key-{row}", row, CUT)
-    assert len(list(records(folder))) == FLUSH_ROWS  # a full part is on disk at once
+    assert len(list(records(folder))) == FLUSH_ROWS  # a full part is written at once
     quarantine.flush()
     quarantine.flush()
     found = list(records(folder))
@@ -31,7 +31,7 @@ def test_the_table_holds_every_row_with_its_reason(folder: str) -> None:
     )
 
 
-def test_a_row_that_is_met_again_counts_once(folder: str) -> None:
+def test_row_that_is_added_again_counts_once(folder: str) -> None:
     quarantine = Quarantine(folder)
     for dataset in ("d1", "d1", "d2"):
         quarantine.add(dataset, "k", 0, CUT)
@@ -47,7 +47,7 @@ def test_readers_that_share_a_table_do_not_overwrite_each_other(folder: str) -> 
     assert {record.row for record in records(folder)} == {0, 1, 2}
 
 
-def test_more_than_the_stated_share_is_an_error_that_names_the_table(folder: str) -> None:
+def test_more_than_the_allowed_share_is_an_error_with_the_path_of_the_table(folder: str) -> None:
     quarantine = Quarantine(folder)
     for row in range(5):
         quarantine.add("d", f"{row}", row, CUT)
@@ -61,7 +61,7 @@ def test_more_than_the_stated_share_is_an_error_that_names_the_table(folder: str
     assert folder in str(caught.value) and len(list(records(folder))) == 6
 
 
-def test_only_whole_parts_are_visible_and_clear_leaves_other_files_alone(tmp_path: Path) -> None:
+def test_only_complete_parts_are_visible_and_clear_keeps_other_files(tmp_path: Path) -> None:
     quarantine = Quarantine(str(tmp_path))
     quarantine.add("d", "k", 0, CUT)
     quarantine.flush()

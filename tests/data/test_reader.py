@@ -1,4 +1,4 @@
-"""Rows as the plan says, whoever reads them, from any step on; bad samples replaced; cached features read."""
+"""Rows follow the plan for any reader and first step; bad samples are replaced."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -29,8 +29,8 @@ from tests.toy import Captioning, Eye
 MADE = {"source": "test", "license": "CC0-1.0", "made_by": "tests"}
 
 
-def told(rows: Iterable[Row]) -> list[tuple[object, ...]]:
-    """All that a row holds, comparable."""
+def comparable(rows: Iterable[Row]) -> list[tuple[object, ...]]:
+    """Return all fields of the rows, comparable."""
     return [
         (*(v for n, v in vars(r).items() if n != "images"), r.images.shape, r.images.tobytes())
         for r in rows
@@ -38,10 +38,10 @@ def told(rows: Iterable[Row]) -> list[tuple[object, ...]]:
 
 
 def batches(feed: ReaderConfig, world: int, start: int = 0) -> list[list[tuple[object, ...]]]:
-    """The global batch of each step, put together from all ranks."""
+    """Return the global batch of each step, joined from all ranks."""
     ranks = [local(feed, rank=rank, world=world, start=start) for rank in range(world)]
     return [
-        told(sorted(chain.from_iterable(step), key=lambda row: row.place))
+        comparable(sorted(chain.from_iterable(step), key=lambda row: row.place))
         for step in zip(*ranks, strict=True)
     ]
 
@@ -49,13 +49,13 @@ def batches(feed: ReaderConfig, world: int, start: int = 0) -> list[list[tuple[o
 def single(
     feed: ReaderConfig, path: str, dataset: Sequence[Sample], **changes: object
 ) -> ReaderConfig:
-    """The same stage over one dataset of plain pairs."""
+    """Return the config of the same stage with one dataset of plain pairs."""
     manifest = write(dataset, path, **MADE, group_rows=8, shard_rows=64)
     mixture = replace(feed.mixture, sources=(Source(name="pairs", dataset=path),), template="plain")
     return replace(feed, mixture=mixture, datasets=(path,), digests=(manifest.digest,), **changes)
 
 
-def test_every_window_holds_the_rows_of_the_plan(feed: ReaderConfig) -> None:
+def test_every_window_contains_the_rows_of_the_plan(feed: ReaderConfig) -> None:
     keys = [[sample.key for sample in open_dataset(path).samples()] for path in feed.datasets]
     plan, steps = feed.plan(), list(local(feed, rank=0, world=1, start=0))
     for t in range(4):  # of 3 steps, the last of 2
@@ -82,22 +82,24 @@ def test_any_world_size_sees_the_same_batches(feed: ReaderConfig, world: int) ->
     assert batches(feed, world) == batches(feed, 1)
 
 
-def test_resuming_at_any_step_goes_on_with_the_same_batches(feed: ReaderConfig) -> None:
+def test_resuming_at_any_step_continues_with_the_same_batches(feed: ReaderConfig) -> None:
     whole = batches(feed, 1)
     assert len(whole) == feed.steps
     for start in range(feed.steps + 1):
         assert batches(feed, 1 + start % 3, start) == whole[start:]
 
 
-def test_it_does_not_matter_which_reader_reads_a_window_nor_when(feed: ReaderConfig) -> None:
+def test_window_does_not_depend_on_its_reader_or_on_earlier_reads(feed: ReaderConfig) -> None:
     readers = [feed.open(), feed.open()]
     windows = {t: readers[t % 2].window([2, 0, 3], t) for t in (3, 0, 1, 2)}
     for t, steps in windows.items():
         fresh = feed.open()
-        assert [told(rows) for rows in steps] == [told(rows) for rows in fresh.window([2, 0, 3], t)]
+        assert [comparable(rows) for rows in steps] == [
+            comparable(rows) for rows in fresh.window([2, 0, 3], t)
+        ]
 
 
-def test_a_row_is_its_sample_tokenized_and_squared(feed: ReaderConfig) -> None:
+def test_row_is_its_tokenized_and_resized_sample(feed: ReaderConfig) -> None:
     tokenizer = load_tokenizer("bytes")
     samples = {s.key: s for path in feed.datasets for s in open_dataset(path).samples()}
     for row in [row for rows in local(feed, rank=0, world=1, start=0) for row in rows]:
@@ -110,7 +112,7 @@ def test_a_row_is_its_sample_tokenized_and_squared(feed: ReaderConfig) -> None:
             assert np.array_equal(square, load_image(data, feed.model.pixels))
 
 
-def test_the_image_stands_first_in_half_of_the_questions(feed: ReaderConfig) -> None:
+def test_image_comes_first_in_half_of_the_questions(feed: ReaderConfig) -> None:
     mixture = replace(feed.mixture, sources=feed.mixture.sources[:1])
     pairs = replace(
         feed, mixture=mixture, datasets=feed.datasets[:1], digests=feed.digests[:1], steps=100
@@ -123,7 +125,7 @@ def test_the_image_stands_first_in_half_of_the_questions(feed: ReaderConfig) -> 
     assert [row.key for row in other] != [row.key for row in rows[:8]]
 
 
-def test_a_bad_sample_is_put_aside_and_the_next_of_the_plan_takes_its_place(
+def test_bad_sample_is_quarantined_and_replaced_by_the_next_of_the_plan(
     feed: ReaderConfig, tmp_path: Path
 ) -> None:
     good = list(shapes(rows=400, size=16))
@@ -164,7 +166,7 @@ def test_too_many_bad_samples_stop_the_run(feed: ReaderConfig, tmp_path: Path) -
         list(local(one, rank=0, world=1, start=0))
 
 
-def test_without_a_quarantine_the_first_bad_sample_is_an_error_that_names_it(
+def test_without_quarantine_the_first_bad_sample_raises_with_its_key(
     feed: ReaderConfig, tmp_path: Path
 ) -> None:
     one = single(feed, str(tmp_path / "pairs"), [pair(f"k{n}", b"", "broken") for n in range(9)])
@@ -172,7 +174,7 @@ def test_without_a_quarantine_the_first_bad_sample_is_an_error_that_names_it(
         next(local(one, rank=0, world=1, start=0))
 
 
-def test_a_dataset_that_changed_since_is_refused(feed: ReaderConfig, tmp_path: Path) -> None:
+def test_changed_dataset_is_rejected(feed: ReaderConfig, tmp_path: Path) -> None:
     one = single(feed, str(tmp_path / "pairs"), list(shapes(rows=9, size=16)))
     with pytest.raises(
         DataError, match=r"sources\.pairs: .* was changed. Got digest .*; the run began with 000"
@@ -180,16 +182,16 @@ def test_a_dataset_that_changed_since_is_refused(feed: ReaderConfig, tmp_path: P
         replace(one, digests=("0" * 64,)).open()
 
 
-def test_more_ranks_than_lanes_are_refused(feed: ReaderConfig) -> None:
+def test_more_ranks_than_lanes_are_rejected(feed: ReaderConfig) -> None:
     with pytest.raises(SpecError, match="at most as many workers as lanes"):
         next(local(feed, rank=4, world=5, start=0))
 
 
-# --- cached features -------------------------------------------------------------------------------------------------
+# --- cached features ------------------------------------------------------------------------------
 
 
 def cache(folder: Path, dataset: Dataset, *, key: str = "{}") -> None:
-    """Features (2 patches, width 3) that spell the row's number, in the layout that the reader expects."""
+    """Write features (2 patches, width 3) that encode the row's number."""
     (folder / dataset.manifest.digest).mkdir(parents=True)
     (folder / "features.json").write_text(json.dumps({"patches": 2, "width": 3}))
     row = 0
@@ -223,19 +225,19 @@ def test_cached_features_are_read_instead_of_images(feed: ReaderConfig, tmp_path
             assert set(row.images.ravel().tolist()) <= {numbers[row.source][row.key]}
 
 
-def test_features_of_other_rows_are_refused(feed: ReaderConfig, tmp_path: Path) -> None:
+def test_features_of_other_rows_are_rejected(feed: ReaderConfig, tmp_path: Path) -> None:
     for path in feed.datasets:
         cache(tmp_path, open_dataset(path), key="not-{}")
     with pytest.raises(DataError, match="holds features of other images"):
         next(local(replace(feed, features=str(tmp_path)), rank=0, world=1, start=0))
 
 
-def test_a_missing_cache_of_features_is_refused(feed: ReaderConfig, tmp_path: Path) -> None:
+def test_missing_feature_cache_is_rejected(feed: ReaderConfig, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a feature cache"):
         replace(feed, features=str(tmp_path)).open()
 
 
-def test_a_cache_whose_store_does_not_answer_is_the_machines_error(
+def test_unreachable_store_of_a_feature_cache_is_a_resource_error(
     feed: ReaderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in feed.datasets:
@@ -256,7 +258,7 @@ def gone(url: str) -> tuple["Gone", str]:
 
 
 class Gone(LocalFileSystem):
-    """A store that hangs up."""
+    """A store that closes the connection."""
 
     def cat_file(self, path: str, *given: object, **more: object) -> bytes:
         raise ConnectionResetError("peer")
@@ -265,11 +267,11 @@ class Gone(LocalFileSystem):
         raise ConnectionResetError("peer")
 
 
-# --- row groups ------------------------------------------------------------------------------------------------------
+# --- row groups -----------------------------------------------------------------------------------
 
 
 class Counted(Dataset):
-    """Notes every row group that is fetched."""
+    """Records every row group that is read."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -287,7 +289,7 @@ def counted(feed: ReaderConfig, kept_bytes: int | None = None) -> tuple[Counted,
     )
 
 
-def test_a_row_group_is_read_once_for_all_its_rows(feed: ReaderConfig) -> None:
+def test_row_group_is_read_once_for_all_its_rows(feed: ReaderConfig) -> None:
     dataset, groups = counted(feed)
     assert groups.locate(0, 37) == (Group(0, 1, 0), 5)
     group, keys = Group(0, 1, 0), [sample.key for sample in dataset.read_group(1, 0)]
@@ -299,7 +301,7 @@ def test_a_row_group_is_read_once_for_all_its_rows(feed: ReaderConfig) -> None:
     assert dataset.fetched == [(1, 0)]
 
 
-def test_a_row_that_was_used_is_read_again(feed: ReaderConfig) -> None:
+def test_used_row_is_read_again(feed: ReaderConfig) -> None:
     dataset, groups = counted(feed)
     group = Group(0, 0, 0)
     assert groups.take(group, [3])[3] == groups.take(group, [3, 4])[3]
@@ -308,7 +310,7 @@ def test_a_row_that_was_used_is_read_again(feed: ReaderConfig) -> None:
     assert dataset.fetched == [(0, 0)] * 2
 
 
-def test_looking_at_a_row_uses_none(feed: ReaderConfig) -> None:
+def test_peeking_at_a_row_uses_none(feed: ReaderConfig) -> None:
     dataset, groups = counted(feed)
     group = Group(0, 0, 0)
     groups.take(group, [0])
@@ -317,30 +319,32 @@ def test_looking_at_a_row_uses_none(feed: ReaderConfig) -> None:
     assert groups.peek(group, 0).sample == dataset.read_group(0, 0)[0]
 
 
-def test_of_a_group_that_had_to_go_only_unused_rows_are_kept_again(feed: ReaderConfig) -> None:
+def test_after_eviction_only_unused_rows_of_a_group_are_kept(feed: ReaderConfig) -> None:
     first, second = (Counted(feed.datasets[0]).read_group(0, number) for number in (0, 1))
     size = sum(StoredRow.of(sample, None).size for sample in (*first[5:], *second[1:]))
-    dataset, groups = counted(feed, kept_bytes=size - 1)  # room for what is left of one of the two
+    dataset, groups = counted(
+        feed, kept_bytes=size - 1
+    )  # room for the unused rows of one of the two
     one, other = Group(0, 0, 0), Group(0, 0, 1)
     groups.take(one, range(5))
-    groups.take(other, [0])  # the first has to go
-    groups.take(one, [5, 6])  # and leaves one row, beside which the second has room
+    groups.take(other, [0])  # evicts the first
+    groups.take(one, [5, 6])  # leaves one row, so the second fits too
     groups.take(other, [1])
     groups.take(one, [7])
     assert dataset.fetched == [(0, 0), (0, 1), (0, 0)]
 
 
-def test_rows_without_images_take_room_too(tmp_path: Path) -> None:
+def test_rows_without_images_count_toward_the_cache_size(tmp_path: Path) -> None:
     parts = (Part("user", text="w" * 1000), Part("assistant", text="yes"))
     path, rows = str(tmp_path / "talk"), [Sample(f"k{n}", (), parts) for n in range(800)]
     write(rows, path, **MADE, group_rows=8)
     groups = Groups([open_dataset(path)], None, kept_bytes=100_000)
-    for number in range(100):  # of every group one row is used, here; the others may be, elsewhere
+    for number in range(100):  # one row of every group is used
         groups.take(groups.locate(0, 8 * number)[0], [0])
     assert 50 < sum(len(kept) for kept in groups._unused.values()) * 1_000 < 100_000
 
 
-def test_a_feed_is_made_from_a_stage(home: Path) -> None:
+def test_reader_config_of_a_stage(home: Path) -> None:
     stage = Stage(
         name="align",
         model=Eye(context=64, image_tokens=3),
@@ -362,7 +366,7 @@ def test_a_feed_is_made_from_a_stage(home: Path) -> None:
     )
 
 
-def test_rows_know_their_lane_where_negatives_are_of_a_lane(feed: ReaderConfig) -> None:
+def test_rows_contain_their_lane_if_negatives_are_per_lane(feed: ReaderConfig) -> None:
     rows = [
         row for step in local(replace(feed, lanes=True), rank=0, world=1, start=0) for row in step
     ]
@@ -373,7 +377,7 @@ def test_rows_know_their_lane_where_negatives_are_of_a_lane(feed: ReaderConfig) 
     assert all(row.lane is None for row in next(local(feed, rank=0, world=1, start=0)))
 
 
-def test_rows_of_one_image_have_one_identity_and_others_another(
+def test_rows_have_equal_identities_only_for_equal_images(
     feed: ReaderConfig, tmp_path: Path
 ) -> None:
     images = [sample.images[0] for sample in shapes(rows=4, size=16)]

@@ -1,4 +1,4 @@
-"""What a sample may be, and that a row holds all of it."""
+"""Validation of samples, and their round trip through rows."""
 
 import pickle
 from typing import Any, cast
@@ -9,7 +9,7 @@ import pytest
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import SCHEMA, Box, Part, Sample, from_row, pair, to_row
 
-TALK = (
+TURNS = (
     Part("system", text="Be brief."),
     Part("user", image=0),
     Part("user", text="\nWhat?"),
@@ -17,9 +17,9 @@ TALK = (
 )
 EVERY_KIND = [
     pair("pair", b"jpeg", "a cat"),
-    Sample("conversation", (b"jpeg",), TALK, language="en", license="CC0-1.0", ocr="EXIT"),
+    Sample("conversation", (b"jpeg",), TURNS, language="en", license="CC0-1.0", ocr="EXIT"),
     Sample("text only", (), (Part("user", text="Hi"), Part("assistant", text="Hello"))),
-    Sample("preference", (b"jpeg",), TALK, rejected="A dog."),
+    Sample("preference", (b"jpeg",), TURNS, rejected="A dog."),
     Sample(
         "interleaved",
         (b"one", b"two"),
@@ -49,13 +49,13 @@ EVERY_KIND = [
 
 
 @pytest.mark.parametrize("sample", EVERY_KIND, ids=lambda sample: sample.key)
-def test_every_kind_of_sample_comes_back_from_its_row(sample: Sample) -> None:
+def test_every_kind_of_sample_round_trips_through_its_row(sample: Sample) -> None:
     table = pa.Table.from_pylist([to_row(sample)], SCHEMA)
     assert from_row(table.to_pylist()[0]) == sample
     assert pickle.loads(pickle.dumps(sample)) == sample
 
 
-def test_the_text_of_a_sample_is_its_texts_in_order() -> None:
+def test_text_of_a_sample_is_its_texts_in_order() -> None:
     assert EVERY_KIND[4].text == "First\nthen"
 
 
@@ -79,7 +79,7 @@ def test_one_image_may_be_shown_twice() -> None:
     assert Sample("k", (b"x",), (Part("user", image=0), Part("user", image=0))).images == (b"x",)
 
 
-def test_malformed_samples_are_refused_with_a_reason() -> None:
+def test_malformed_samples_are_rejected_with_a_reason() -> None:
     with pytest.raises(BadSample, match="caption, system, user, assistant"):
         Part(cast(Any, "human"), text="hi")
     for text, image in ((None, None), ("x", 0)):
@@ -93,8 +93,8 @@ def test_malformed_samples_are_refused_with_a_reason() -> None:
         Sample("k", (b"x", b"y"), (Part("user", image=0), Part("user", image=1)), times_s=(0.0,))
 
 
-def test_the_text_of_a_sample_is_all_that_it_teaches() -> None:
+def test_text_of_a_sample_includes_the_rejected_answer() -> None:
     assert (
-        Sample("preference", (b"jpeg",), TALK, rejected="A dog.").text
+        Sample("preference", (b"jpeg",), TURNS, rejected="A dog.").text
         == "Be brief.\n\nWhat?\nA cat.\nA dog."
     )

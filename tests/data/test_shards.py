@@ -1,4 +1,4 @@
-"""Datasets on disk: whole or not there, read as written, and every kind of damage found."""
+"""Datasets on disk: written atomically, read as written, and every kind of damage is found."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def dataset(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", ["local", "memory"])
-def test_samples_come_back_in_order_from_any_file_system(place: str, tmp_path: Path) -> None:
+def test_samples_are_read_in_order_from_any_file_system(place: str, tmp_path: Path) -> None:
     path = str(tmp_path / "d") if place == "local" else f"memory://{tmp_path.name}/deep/d"
     manifest = make(path, parameters={"a": [1, 2]}, parents=["p"])
     dataset = open_dataset(path)
@@ -63,7 +63,7 @@ def test_locate_agrees_with_counting(dataset: Path) -> None:
             opened.locate(row)
 
 
-def test_row_groups_are_full_but_for_the_last_and_images_are_not_compressed_again(
+def test_row_groups_are_full_except_the_last_and_images_are_stored_uncompressed(
     dataset: Path,
 ) -> None:
     for name, groups in (("shard-00000.parquet", [4, 4, 4, 4]), ("shard-00002.parquet", [4, 1])):
@@ -79,13 +79,13 @@ def test_row_groups_are_full_but_for_the_last_and_images_are_not_compressed_agai
         )
 
 
-def test_the_digest_names_the_content_and_not_the_place(tmp_path: Path) -> None:
+def test_digest_depends_on_content_and_not_on_location(tmp_path: Path) -> None:
     first, again = make(str(tmp_path / "a")), make(str(tmp_path / "b"))
     other = make(str(tmp_path / "c"), list(shapes(ROWS, size=16, seed=1)))
     assert first.digest == again.digest != other.digest
 
 
-def test_more_shards_than_are_kept_open_can_be_read_back_and_forth(tmp_path: Path) -> None:
+def test_more_shards_than_open_files_can_be_read_in_any_order(tmp_path: Path) -> None:
     make(str(tmp_path / "d"), group_rows=1, shard_rows=2)
     opened = open_dataset(str(tmp_path / "d"))
     keys = [
@@ -95,10 +95,10 @@ def test_more_shards_than_are_kept_open_can_be_read_back_and_forth(tmp_path: Pat
     assert keys[:ROWS] == keys[ROWS:][::-1]
 
 
-# --- whole or not there ----------------------------------------------------------------------------------------------
+# --- atomic writes --------------------------------------------------------------------------------
 
 
-def test_an_error_on_the_way_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_error_while_writing_leaves_no_files(tmp_path: Path) -> None:
     def cut() -> Iterator[Sample]:
         yield from shapes(30, size=16)
         raise KeyboardInterrupt
@@ -116,22 +116,22 @@ def test_an_error_on_the_way_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_dataset_is_never_overwritten(dataset: Path) -> None:
+def test_existing_dataset_is_never_overwritten(dataset: Path) -> None:
     before = (dataset / "manifest.json").read_bytes()
     with pytest.raises(DataError, match="already holds a dataset"):
         make(str(dataset))
     assert (dataset / "manifest.json").read_bytes() == before and verify(str(dataset)) == []
 
 
-def test_a_writer_that_was_cut_off_leaves_no_dataset_and_can_write_again(
+def test_interrupted_write_leaves_no_dataset_and_can_be_repeated(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest, move = open_dataset(str(dataset)).manifest.digest, LocalFileSystem.mv
 
-    def torn(fs: LocalFileSystem, path: str, to: str, **told: Any) -> None:
+    def torn(fs: LocalFileSystem, path: str, to: str, **kwargs: Any) -> None:
         if path.endswith("shard-00001.parquet"):
             raise KeyboardInterrupt
-        move(fs, path, to, **told)
+        move(fs, path, to, **kwargs)
 
     shutil.rmtree(dataset)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -147,7 +147,7 @@ def test_a_writer_that_was_cut_off_leaves_no_dataset_and_can_write_again(
     assert verify(str(dataset)) == [] and open_dataset(str(dataset)).manifest.digest == digest
 
 
-def test_what_cannot_be_a_dataset_is_refused(tmp_path: Path) -> None:
+def test_invalid_datasets_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no usable samples"):
         make(str(tmp_path / "d"), [])
     with pytest.raises(DataError, match="not a multiple of group_rows"):
@@ -156,7 +156,7 @@ def test_what_cannot_be_a_dataset_is_refused(tmp_path: Path) -> None:
         open_dataset(str(tmp_path / "d"))
 
 
-def test_too_many_bad_rows_stop_the_dataset_and_a_few_are_counted_in_it(tmp_path: Path) -> None:
+def test_too_many_bad_rows_prevent_a_dataset_and_a_few_are_counted(tmp_path: Path) -> None:
     quarantine = Quarantine(str(tmp_path / "q"), limit=0.1)
     for row in range(4):
         quarantine.add("s", f"{row}", row, BadSample(Reason.CORRUPT, "x"))
@@ -167,7 +167,7 @@ def test_too_many_bad_rows_stop_the_dataset_and_a_few_are_counted_in_it(tmp_path
     assert not (tmp_path / "bad").exists()
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def flip(path: Path, place: int) -> None:
@@ -240,14 +240,14 @@ def test_swapped_shards_of_one_size_are_named(tmp_path: Path) -> None:
 
 def test_every_flipped_byte_is_found(dataset: Path) -> None:
     shard = dataset / "shard-00002.parquet"
-    sound = shard.read_bytes()
-    for place in range(0, len(sound), 97):
+    original = shard.read_bytes()
+    for place in range(0, len(original), 97):
         flip(shard, place)
         assert verify(str(dataset), images=False) != []
-        shard.write_bytes(sound)
+        shard.write_bytes(original)
 
 
-def test_a_flip_inside_an_image_never_reaches_a_reader_as_a_picture(dataset: Path) -> None:
+def test_flipped_byte_inside_an_image_is_an_error_for_readers(dataset: Path) -> None:
     shard = dataset / "shard-00000.parquet"
     flip(shard, shard.read_bytes().index(b"IDAT") + 9)
     with pytest.raises(
@@ -256,7 +256,7 @@ def test_a_flip_inside_an_image_never_reaches_a_reader_as_a_picture(dataset: Pat
         open_dataset(str(dataset)).read_group(0, 0)
 
 
-def test_reading_a_damaged_shard_names_the_file_and_what_to_do(dataset: Path) -> None:
+def test_error_of_a_corrupt_shard_has_the_file_and_a_fix(dataset: Path) -> None:
     os.truncate(dataset / "shard-00001.parquet", 100)
     with pytest.raises(
         DataError, match=r"shard-00001.parquet.*100 bytes; the manifest says.*verify"
@@ -267,7 +267,7 @@ def test_reading_a_damaged_shard_names_the_file_and_what_to_do(dataset: Path) ->
         list(Dataset(str(dataset)).samples())
 
 
-def test_verify_finds_what_was_written_wrong(tmp_path: Path) -> None:
+def test_verify_finds_duplicate_keys_and_undecodable_images(tmp_path: Path) -> None:
     good, *rest = shapes(3, size=16)
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "TIFF")
@@ -280,7 +280,7 @@ def test_verify_finds_what_was_written_wrong(tmp_path: Path) -> None:
     assert len(verify(str(tmp_path / "d"), images=False)) == 1
 
 
-def test_what_a_system_leaves_in_a_folder_is_no_part_of_a_dataset(tmp_path: Path) -> None:
+def test_files_of_operating_systems_are_not_part_of_a_dataset(tmp_path: Path) -> None:
     dest = tmp_path / "d"
     (dest / ".ipynb_checkpoints").mkdir(parents=True)
     for name in (".DS_Store", "._manifest.json", "Thumbs.db", ".ipynb_checkpoints/x.json"):
@@ -295,7 +295,7 @@ def test_what_a_system_leaves_in_a_folder_is_no_part_of_a_dataset(tmp_path: Path
     "name", ["rows", "group_rows", "quarantined", "left_out", "shard rows", "shard bytes"]
 )
 @pytest.mark.parametrize("count", [-1, 1.5, True, None, "3", []], ids=str)
-def test_a_manifest_counts_in_whole_numbers_from_0(name: str, count: Any, tmp_path: Path) -> None:
+def test_counts_of_a_manifest_are_integers_from_0(name: str, count: Any, tmp_path: Path) -> None:
     make(str(tmp_path / "d"))
     fields = json.loads((tmp_path / "d" / "manifest.json").read_text())
     del fields["digest"]
@@ -314,20 +314,20 @@ def test_a_manifest_counts_in_whole_numbers_from_0(name: str, count: Any, tmp_pa
 
 @pytest.mark.parametrize("name", ["parameters", "quarantined", "left_out"])
 @pytest.mark.parametrize("table", [[], "x", 3, None])
-def test_a_manifests_tables_are_tables(name: str, table: Any) -> None:
+def test_tables_of_a_manifest_are_mappings(name: str, table: Any) -> None:
     made: dict[str, Any] = {"source": "x", "license": "CC0", "made_by": "tests", name: table}
     with pytest.raises(DataError, match="not a mapping of strings"):
         Manifest(0, 1, (), **made)
 
 
-def test_licenses_may_lie_beside_the_shards_and_progress_is_told(dataset: Path) -> None:
+def test_license_files_are_allowed_and_progress_is_reported(dataset: Path) -> None:
     (dataset / "LICENSE").write_text("public domain")
-    told: list[tuple[int, int]] = []
-    assert verify(str(dataset), progress=lambda done, rows: told.append((done, rows))) == []
-    assert told == [(16, ROWS), (32, ROWS), (37, ROWS)]
+    calls: list[tuple[int, int]] = []
+    assert verify(str(dataset), progress=lambda done, rows: calls.append((done, rows))) == []
+    assert calls == [(16, ROWS), (32, ROWS), (37, ROWS)]
 
 
-def test_a_manifest_cannot_point_outside_its_folder(dataset: Path) -> None:
+def test_manifest_cannot_point_outside_its_folder(dataset: Path) -> None:
     shards = json.loads((dataset / "manifest.json").read_text())["shards"]
     shards[0]["file"] = "../../secret.parquet"
     rewrite_manifest(dataset, shards=shards)
@@ -336,13 +336,13 @@ def test_a_manifest_cannot_point_outside_its_folder(dataset: Path) -> None:
 
 
 class NoCredentialsError(Exception):
-    """What a package that speaks with a store may raise: none of Python's own."""
+    """Error of a store's client library, not derived from Python's own errors."""
 
 
 @pytest.mark.parametrize(
     "error", [ConnectionResetError("peer"), TimeoutError("10 s"), NoCredentialsError("none")]
 )
-def test_a_store_that_does_not_answer_is_no_fault_of_the_data(
+def test_unreachable_store_is_not_a_data_error(
     dataset: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(shard: int) -> Any:
@@ -357,7 +357,7 @@ def test_a_store_that_does_not_answer_is_no_fault_of_the_data(
 
 
 @pytest.mark.parametrize("error", [PermissionError("no"), NoCredentialsError("none")])
-def test_a_store_that_refuses_the_manifest_is_told_in_one_line(
+def test_store_that_denies_the_manifest_gives_a_one_line_error(
     dataset: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> bytes:

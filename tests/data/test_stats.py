@@ -1,4 +1,4 @@
-"""Counts of datasets whose every number is known, and the same tokens that the reader would give."""
+"""Statistics of datasets with known numbers, and tokens compared with the reader's."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -21,20 +21,20 @@ IMAGE = next(shapes(rows=1, size=24)).images[0]
 TINY = load("llava").tiny()["align"]
 
 
-def made(folder: Path, samples: Iterable[Sample]) -> str:
+def write_dataset(folder: Path, samples: Iterable[Sample]) -> str:
     write(samples, str(folder / "made"), **MADE, group_rows=4)
     return str(folder / "made")
 
 
 def on(path: str, **data: Any) -> Stage:
-    """The align stage, reading the dataset at `path`."""
+    """Return the align stage with the dataset at `path`."""
     return replace(
         TINY, data=replace(TINY.data, sources=(Source(name="it", dataset=path),), **data)
     )
 
 
 def test_every_row_and_image_is_counted(tmp_path: Path) -> None:
-    path = made(
+    path = write_dataset(
         tmp_path,
         [*shapes(rows=9, size=16), pair("x", IMAGE, "a cat", language="en", license="MIT")],
     )
@@ -57,7 +57,7 @@ def test_quantiles_are_values_that_occur() -> None:
 
 def test_only_headers_are_read(tmp_path: Path) -> None:
     found = stats(
-        made(
+        write_dataset(
             tmp_path,
             [pair("half", IMAGE[:60], "cut off after its header"), pair("no", b"<html>", "none")],
         )
@@ -77,12 +77,12 @@ def test_only_headers_are_read(tmp_path: Path) -> None:
         (pair("k", IMAGE, "a", times_s=(0.5,)), "video"),
     ],
 )  # fmt: skip
-def test_each_kind_of_sample_is_told_from_the_others(sample: Sample, name: str) -> None:
+def test_each_kind_of_sample_is_recognized(sample: Sample, name: str) -> None:
     assert kind(sample) == name
 
 
-def test_tokens_are_those_that_the_reader_gives(tmp_path: Path, home: Path) -> None:
-    stage = on(made(tmp_path, shapes(rows=16, size=16)))
+def test_tokens_match_those_of_the_reader(tmp_path: Path, home: Path) -> None:
+    stage = on(write_dataset(tmp_path, shapes(rows=16, size=16)))
     fit = stats(stage.data.sources[0].dataset, for_stage=stage).fit
     feed = replace(
         ReaderConfig.of(stage, home), batch=16, steps=1, mixture=replace(stage.data, window=1)
@@ -95,7 +95,9 @@ def test_tokens_are_those_that_the_reader_gives(tmp_path: Path, home: Path) -> N
     assert (fit.truncated, fit.quarantined) == (0, {})
 
 
-def test_rows_beyond_the_limit_are_cut_and_rows_without_a_target_put_aside(tmp_path: Path) -> None:
+def test_rows_over_the_limit_are_truncated_and_rows_without_target_quarantined(
+    tmp_path: Path,
+) -> None:
     talk = (Part("user", text="q" * 200), Part("assistant", text="never reached"))
     samples = [
         pair("short", IMAGE, "short"),
@@ -103,7 +105,7 @@ def test_rows_beyond_the_limit_are_cut_and_rows_without_a_target_put_aside(tmp_p
         pair("bad", b"<html>", "its image is none"),
         Sample("late", (), talk),
     ]
-    stage = on(made(tmp_path, samples), template="chat", max_tokens=100)
+    stage = on(write_dataset(tmp_path, samples), template="chat", max_tokens=100)
     fit = stats(stage.data.sources[0].dataset, for_stage=stage).fit
     assert fit is not None
     assert (fit.limit, fit.truncated) == (100, 1)
@@ -112,7 +114,7 @@ def test_rows_beyond_the_limit_are_cut_and_rows_without_a_target_put_aside(tmp_p
 
 
 def test_pairs_are_read_with_the_prompts_of_their_source(tmp_path: Path) -> None:
-    path = made(tmp_path, shapes(rows=4, size=16))
+    path = write_dataset(tmp_path, shapes(rows=4, size=16))
     bare = on(path, template="chat")
     source = Source(name="it", dataset=path, prompts=("Why?",))
     asked = replace(bare, data=replace(bare.data, sources=(source,)))
@@ -122,8 +124,8 @@ def test_pairs_are_read_with_the_prompts_of_their_source(tmp_path: Path) -> None
     assert with_prompt.tokens.median == without.tokens.median + len("Why?\n")
 
 
-def test_facts_and_spreads_are_ready_to_print(tmp_path: Path) -> None:
-    stage = on(made(tmp_path, shapes(rows=5, size=16)))
+def test_summary_and_spreads_are_formatted(tmp_path: Path) -> None:
+    stage = on(write_dataset(tmp_path, shapes(rows=5, size=16)))
     seen: list[tuple[int, int]] = []
     path = stage.data.sources[0].dataset
     found: Stats = stats(path, for_stage=stage, progress=lambda *at: seen.append(at))
@@ -133,6 +135,6 @@ def test_facts_and_spreads_are_ready_to_print(tmp_path: Path) -> None:
     assert found.fit is not None and found.spreads()["tokens per row"] == found.fit.tokens
 
 
-def test_a_missing_dataset_is_said_in_one_line(tmp_path: Path) -> None:
+def test_missing_dataset_gives_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no dataset here"):
         stats(str(tmp_path / "nowhere"))

@@ -1,4 +1,4 @@
-"""Templates against the strings that LLaVA and the tokenizers themselves write."""
+"""Templates, compared with the strings of LLaVA and of the tokenizers."""
 
 import re
 import threading
@@ -20,7 +20,7 @@ from bridgework.data.templates import (
 from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import SpecError
 
-TALK = [
+TURNS = [
     Part("user", image=0),
     Part("user", text="\nWhat is it?"),
     Part("assistant", text="A cat."),
@@ -40,7 +40,7 @@ def text(segments: list[Segment]) -> str:
 
 
 def trained(segments: list[Segment]) -> list[str]:
-    """Stretches with loss, joined where they touch."""
+    """Return the texts with loss; adjacent ones are joined."""
     marked = "".join(
         f"\0{s.text}\0" if s.train else "-" + re.sub(".", "-", s.text, flags=re.S) for s in segments
     )
@@ -59,13 +59,13 @@ def test_plain_is_the_image_the_caption_and_a_newline() -> None:
     assert trained(segments) == ["a red circle\n"]
 
 
-def test_plain_reads_of_a_conversation_what_llava_does() -> None:
-    segments = render(TALK[:3], "plain", load_tokenizer("bytes"))
+def test_plain_reads_a_conversation_as_llava_does() -> None:
+    segments = render(TURNS[:3], "plain", load_tokenizer("bytes"))
     assert text(segments) == "<image>A cat.\n"
 
 
 def test_v1_is_vicunas_published_string() -> None:
-    segments = render(TALK, "v1", load_tokenizer("bytes"))
+    segments = render(TURNS, "v1", load_tokenizer("bytes"))
     assert text(segments) == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. USER: <image>\nWhat is it? ASSISTANT: A cat.<|im_end|>"
@@ -74,46 +74,46 @@ def test_v1_is_vicunas_published_string() -> None:
     assert trained(segments) == [" A cat.<|im_end|>", " On a mat, asleep.<|im_end|>"]
 
 
-def test_v1_takes_a_system_part_instead_of_its_own_sentence() -> None:
-    segments = render([Part("system", text="Be brief."), *TALK[3:]], "v1", load_tokenizer("bytes"))
+def test_v1_uses_a_system_part_instead_of_its_own_sentence() -> None:
+    segments = render([Part("system", text="Be brief."), *TURNS[3:]], "v1", load_tokenizer("bytes"))
     assert text(segments).startswith("Be brief. USER: Where? ASSISTANT:")
 
 
-def test_chat_is_what_the_tokenizers_own_template_writes(
+def test_chat_matches_the_tokenizers_own_template(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    segments = render(TALK, "chat", tokenizer)
+    segments = render(TURNS, "chat", tokenizer)
     assert text(segments) == tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     assert trained(segments) == ["A cat.<|im_end|>", "On a mat, asleep.<|im_end|>"]
 
 
-def test_chat_prompt_is_what_the_tokenizers_own_template_writes(
+def test_chat_prompt_matches_the_tokenizers_own_template(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    segments = prompt(TALK, "chat", tokenizer)
+    segments = prompt(TURNS, "chat", tokenizer)
     assert text(segments) == tokenizer.apply_chat_template(
         MESSAGES[:3], tokenize=False, add_generation_prompt=True
     )
     assert trained(segments) == ["A cat.<|im_end|>"]
 
 
-def test_a_default_system_prompt_gives_way_to_the_samples_own(
+def test_system_part_of_a_sample_replaces_the_default_system_prompt(
     smollm2: PreTrainedTokenizerBase,
 ) -> None:
-    assert "SmolLM" in text(render(TALK, "chat", smollm2))
-    segments = render([Part("system", text="Be brief."), *TALK], "chat", smollm2)
+    assert "SmolLM" in text(render(TURNS, "chat", smollm2))
+    segments = render([Part("system", text="Be brief."), *TURNS], "chat", smollm2)
     assert "SmolLM" not in text(segments)
     assert Segment("Be brief.") in segments
 
 
-def test_a_template_that_moves_the_system_part_into_the_first_turn_works() -> None:
+def test_template_that_moves_the_system_part_into_the_first_turn_works() -> None:
     tokenizer = tokenizer_with(
         "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
         "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}"
         "[INST] {{ ('<<SYS>>' + system + '<</SYS>> ' if loop.first and system else '') + m.content | trim }} [/INST]"
         "{% else %} {{ m.content | trim }} <|im_end|><|bos|>{% endif %}{% endfor %}"
     )
-    segments = render([Part("system", text="Be brief."), *TALK], "chat", tokenizer)
+    segments = render([Part("system", text="Be brief."), *TURNS], "chat", tokenizer)
     assert text(segments).startswith(
         "[INST] <<SYS>>Be brief.<</SYS>> <image>\nWhat is it? [/INST] A cat. <|im_end|>"
     )
@@ -129,27 +129,27 @@ def test_a_template_that_moves_the_system_part_into_the_first_turn_works() -> No
         "{{ raise_exception('roles must alternate') }}",
     ],
 )
-def test_a_chat_template_that_mangles_the_turns_is_refused(template: str) -> None:
+def test_chat_template_that_changes_the_turns_is_rejected(template: str) -> None:
     with pytest.raises(BadSample, match="chat template") as caught:
-        render(TALK, "chat", tokenizer_with(template))
+        render(TURNS, "chat", tokenizer_with(template))
     assert caught.value.reason is Reason.BAD_ROW
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_prompt_is_the_start_of_what_is_trained_on(
+def test_prompt_is_a_prefix_of_the_training_text(
     template: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    parts = pair("k", b"", "a red circle").parts if template in ("plain", "caption") else TALK
-    whole, start = (
+    parts = pair("k", b"", "a red circle").parts if template in ("plain", "caption") else TURNS
+    full, start = (
         text(render(parts, template, tokenizer)),
         text(prompt(parts, template, tokenizer)),
     )
-    assert whole.startswith(start)
-    assert whole.removeprefix(start).strip() == parts[-1].text + stop(template, tokenizer).strip()
+    assert full.startswith(start)
+    assert full.removeprefix(start).strip() == parts[-1].text + stop(template, tokenizer).strip()
 
 
 @pytest.mark.parametrize("template", ["v1", "chat"])
-def test_a_caption_is_the_answer_to_its_image(template: str) -> None:
+def test_caption_is_the_answer_to_its_image(template: str) -> None:
     tokenizer = load_tokenizer("bytes")
     turns = [Part("user", image=0), Part("assistant", text="a cat")]
     assert render(pair("k", b"", "a cat").parts, template, tokenizer) == render(
@@ -157,7 +157,7 @@ def test_a_caption_is_the_answer_to_its_image(template: str) -> None:
     )
 
 
-def test_stop_names_what_ends_an_answer(smollm2: PreTrainedTokenizerBase) -> None:
+def test_stop_is_the_text_that_ends_an_answer(smollm2: PreTrainedTokenizerBase) -> None:
     stops = {template: stop(template, smollm2) for template in TEMPLATES}
     eos = "<|im_end|>"
     assert stops == {
@@ -166,7 +166,7 @@ def test_stop_names_what_ends_an_answer(smollm2: PreTrainedTokenizerBase) -> Non
     }  # fmt: skip
 
 
-def test_the_first_words_of_a_caption_can_be_its_question() -> None:
+def test_first_words_of_a_caption_can_be_its_question() -> None:
     halves = {
         tuple(
             p.text
@@ -183,12 +183,15 @@ def test_the_first_words_of_a_caption_can_be_its_question() -> None:
 
 def test_prompts_turn_a_pair_into_a_question_with_the_image_first_or_last() -> None:
     sample = pair("k", b"", "a cat")
-    made = [conversation(sample, ("Describe it.", "What is it?"), choice) for choice in range(4)]
-    assert [text(render(m, "plain", load_tokenizer("bytes"))) for m in made] == [
+    conversations = [
+        conversation(sample, ("Describe it.", "What is it?"), choice) for choice in range(4)
+    ]
+    assert [text(render(m, "plain", load_tokenizer("bytes"))) for m in conversations] == [
         "<image>a cat\n"
     ] * 4
     asked = [
-        "".join("<image>" if p.image is not None else p.text or "" for p in m[:-1]) for m in made
+        "".join("<image>" if p.image is not None else p.text or "" for p in m[:-1])
+        for m in conversations
     ]
     assert asked == [
         "<image>\nDescribe it.",
@@ -198,9 +201,9 @@ def test_prompts_turn_a_pair_into_a_question_with_the_image_first_or_last() -> N
     ]
 
 
-def test_a_conversation_and_a_pair_without_prompts_stay_as_they_are() -> None:
-    talk = Sample("k", (b"",), tuple(TALK))
-    assert conversation(talk, ("Describe it.",), 1) == TALK
+def test_conversation_and_pair_without_prompts_are_unchanged() -> None:
+    talk = Sample("k", (b"",), tuple(TURNS))
+    assert conversation(talk, ("Describe it.",), 1) == TURNS
     assert conversation(pair("k", b"", "a cat"), (), 1) == list(pair("k", b"", "a cat").parts)
 
 
@@ -211,39 +214,39 @@ def test_a_conversation_and_a_pair_without_prompts_stay_as_they_are() -> None:
         ([Part("user", text="hello?"), Part("assistant", text=" \n")], Reason.EMPTY_TEXT),
     ],
 )
-def test_a_sample_without_an_answer_is_bad(parts: list[Part], reason: Reason) -> None:
+def test_sample_without_an_answer_is_bad(parts: list[Part], reason: Reason) -> None:
     with pytest.raises(BadSample) as caught:
         render(parts, "chat", load_tokenizer("bytes"))
     assert caught.value.reason is reason
 
 
-def test_an_unknown_template_is_refused_with_a_suggestion() -> None:
+def test_unknown_template_is_rejected_with_a_suggestion() -> None:
     with pytest.raises(SpecError, match="did you mean 'plain'"):
-        render(TALK, "plan", load_tokenizer("bytes"))
+        render(TURNS, "plan", load_tokenizer("bytes"))
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
+def test_tokenizer_without_a_chat_template_is_rejected() -> None:
     with pytest.raises(SpecError, match="Fix: use template 'v1'"):
-        render(TALK, "chat", tokenizer_with(None))
+        render(TURNS, "chat", tokenizer_with(None))
 
 
-QUESTION = Sample("k", (b"",), tuple(TALK[:3]), ocr="STOP, 5 km")
+QUESTION = Sample("k", (b"",), tuple(TURNS[:3]), ocr="STOP, 5 km")
 
 
-def test_a_prompt_goes_around_the_only_question_of_a_conversation() -> None:
-    """In one pass: braces that a question or a sign has in it are no placeholders."""
+def test_prompt_is_filled_with_the_only_question_of_a_conversation() -> None:
+    """Filled in one pass, so braces in a question or in OCR text are not placeholders."""
     framed = conversation(QUESTION, ("Question: {} Short answer:", "{}"), 0)
-    assert framed == [TALK[0], Part("user", text="Question: What is it? Short answer:"), TALK[2]]
+    assert framed == [TURNS[0], Part("user", text="Question: What is it? Short answer:"), TURNS[2]]
     seen = conversation(QUESTION, ("OCR tokens: {ocr}. {}",), 0)
     assert seen[1].text == "OCR tokens: STOP, 5 km. What is it?"
-    odd = Sample("k", (b"",), (TALK[0], Part("user", text="{ocr}?"), TALK[2]), ocr="{}")
+    odd = Sample("k", (b"",), (TURNS[0], Part("user", text="{ocr}?"), TURNS[2]), ocr="{}")
     assert conversation(odd, ("{ocr} {}",), 0)[1].text == "{} {ocr}?"
 
 
-def test_a_prompt_without_a_place_and_a_longer_conversation_leave_the_questions_alone() -> None:
-    assert conversation(QUESTION, ("Describe.",), 0) == TALK[:3]
-    long = Sample("k", (b"",), tuple(TALK))
-    assert conversation(long, ("Question: {}",), 0) == TALK
+def test_prompt_without_placeholder_or_longer_conversation_changes_no_question() -> None:
+    assert conversation(QUESTION, ("Describe.",), 0) == TURNS[:3]
+    long = Sample("k", (b"",), tuple(TURNS))
+    assert conversation(long, ("Question: {}",), 0) == TURNS
 
 
 @pytest.mark.parametrize(
@@ -253,8 +256,8 @@ def test_a_prompt_without_a_place_and_a_longer_conversation_leave_the_questions_
         ("human", "###Human: <Img><image></Img> Describe it. ###Assistant: A cat.###"),
     ],
 )
-def test_images_come_first_where_a_model_was_trained_so(template: str, expected: str) -> None:
-    for choice in range(2):  # which puts a LLaVA prompt behind its image, and before it
+def test_images_come_first_in_templates_trained_that_way(template: str, expected: str) -> None:
+    for choice in range(2):  # LLaVA prompt after its image, and before it
         parts = conversation(pair("k", b"", "A cat."), ("Describe it.",), choice)
         assert text(render(parts, template, load_tokenizer("bytes"))) == expected
 
@@ -266,13 +269,13 @@ HANGING = {
 
 
 @pytest.mark.parametrize("name", HANGING)
-def test_a_chat_template_that_never_ends_is_stopped(name: str) -> None:
+def test_chat_template_that_never_ends_is_stopped(name: str) -> None:
     tokenizer, before = tokenizer_with(HANGING[name]), set(threading.enumerate())
     with pytest.raises(SpecError, match=r"runs for more than 0.2 s.*another tokenizer"):
         chat_text(tokenizer, MESSAGES, ask=True, limit_s=0.2)
     for left in set(threading.enumerate()) - before:
         left.join(30)
-        assert not left.is_alive()  # nothing runs on in the background
+        assert not left.is_alive()  # no thread runs in the background
 
 
 @pytest.mark.parametrize(
@@ -282,6 +285,6 @@ def test_a_chat_template_that_never_ends_is_stopped(name: str) -> None:
         "{% for a in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}",
     ],
 )
-def test_a_chat_template_that_fails_is_a_bad_sample(template: str) -> None:
+def test_chat_template_that_fails_is_a_bad_sample(template: str) -> None:
     with pytest.raises(BadSample, match="the chat template rejects the turns user, assistant"):
-        render(TALK, "chat", tokenizer_with(template))
+        render(TURNS, "chat", tokenizer_with(template))

@@ -1,4 +1,4 @@
-"""Decoding hostile and odd files, and the square that comes out."""
+"""Decoding of hostile and unusual files, and resizing to a square."""
 
 import io
 import pickle
@@ -32,7 +32,7 @@ def saved(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds almost nothing."""
+    """Return a PNG that declares a size and contains almost no data."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (
@@ -78,27 +78,27 @@ def test_allowed_formats_decode_to_rgb(form: str) -> None:
         (bytes(64_000_001), Reason.TOO_MANY_BYTES),
     ],
 )
-def test_what_is_no_image_is_named_by_a_reason(data: bytes, expected: Reason) -> None:
+def test_files_that_are_not_images_have_a_reason(data: bytes, expected: Reason) -> None:
     assert reason(data) in (
         {expected, Reason.CORRUPT} if expected is Reason.ZERO_PIXELS else {expected}
     )
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_no_truncation_is_ever_taken_for_a_picture(form: str) -> None:
+def test_truncated_file_is_never_decoded(form: str) -> None:
     data = saved(Image.fromarray(noise(60, 60)), form)
     for share in (0.02, 0.3, 0.7, 0.95):
         assert reason(data[: int(len(data) * share)]) in (Reason.TRUNCATED, Reason.CORRUPT)
 
 
-def test_a_bomb_is_refused_by_its_header_and_at_once() -> None:
+def test_decompression_bomb_is_rejected_by_its_header() -> None:
     assert (
         reason(png_header(60_000, 60_000)) is Reason.TOO_MANY_PIXELS
     )  # decoded, it would need 10 GB
     assert reason(saved(smooth(20, 20), "PNG"), max_pixels=399) is Reason.TOO_MANY_PIXELS
 
 
-def test_a_size_that_pillow_warns_of_is_judged_by_our_limit_alone() -> None:
+def test_size_in_pillows_warning_range_depends_on_our_limit_only() -> None:
     data = png_header(
         9_500, 9_500
     )  # Pillow's own opener warns of 90 million pixels, and warnings are errors here
@@ -106,7 +106,7 @@ def test_a_size_that_pillow_warns_of_is_judged_by_our_limit_alone() -> None:
     assert reason(data, max_pixels=90_000_000) is Reason.TOO_MANY_PIXELS
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparency_is_composited_on_white() -> None:
     half = np.dstack([np.zeros((4, 4, 3), np.uint8), np.full((4, 4), 128, np.uint8)])
     clear = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
     assert np.asarray(decode(saved(Image.fromarray(half), "PNG"))).mean() == pytest.approx(
@@ -121,37 +121,37 @@ def test_transparency_is_laid_on_white() -> None:
     assert np.asarray(decode(saved(grey, "PNG"))).min() == 255
 
 
-def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+def test_16_bit_images_are_scaled_and_not_clipped() -> None:
     ramp = np.linspace(0, 65_535, 256, dtype=np.uint16)[None].repeat(2, 0)
-    found = np.asarray(decode(saved(Image.fromarray(ramp), "PNG")))
-    assert np.array_equal(found[0, :, 0], ramp[0] >> 8)
+    result = np.asarray(decode(saved(Image.fromarray(ramp), "PNG")))
+    assert np.array_equal(result[0, :, 0], ramp[0] >> 8)
 
 
-def test_cmyk_and_grey_jpegs_come_out_in_rgb() -> None:
+def test_cmyk_and_gray_jpegs_are_converted_to_rgb() -> None:
     red = Image.new("RGB", (16, 16), (200, 30, 30))
-    found = np.asarray(decode(saved(red.convert("CMYK"), "JPEG", quality=95)), dtype=int)
-    assert np.abs(found - (200, 30, 30)).max() < 12
+    result = np.asarray(decode(saved(red.convert("CMYK"), "JPEG", quality=95)), dtype=int)
+    assert np.abs(result - (200, 30, 30)).max() < 12
     assert decode(saved(red.convert("L"), "JPEG")).mode == "RGB"
 
 
-def test_a_picture_taken_sideways_comes_out_upright() -> None:
+def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
-    exif[274] = 6  # turned left: the camera lay on its side
+    exif[274] = 6  # rotated left by the camera
     upright = smooth(32, 48)
     lying = upright.transpose(Image.Transpose.ROTATE_90)
-    found = decode(saved(lying, "PNG", exif=exif))
-    assert np.array_equal(np.asarray(found), np.asarray(upright))
+    result = decode(saved(lying, "PNG", exif=exif))
+    assert np.array_equal(np.asarray(result), np.asarray(upright))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_exif_does_not_cost_the_picture() -> None:
+def test_corrupt_exif_is_ignored() -> None:
     assert decode(saved(smooth(16, 16), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")).size == (
         16,
         16,
     )
 
 
-def test_animations_give_their_first_frame() -> None:
+def test_animations_decode_to_their_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for form in ("GIF", "WEBP", "PNG"):
         data = saved(
@@ -165,20 +165,24 @@ def test_animations_give_their_first_frame() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 60), (61, 203), (48, 48), (20, 31)])
-def test_crop_matches_resizing_the_whole_and_cutting_the_centre(width: int, height: int) -> None:
+def test_crop_matches_resizing_first_and_cropping_the_center(width: int, height: int) -> None:
     image, size = smooth(width, height), 48
     short = min(width, height)
     wide, high = int(size * width / short), int(size * height / short)
     left, top = (wide - size) // 2, (high - size) // 2
-    whole = image.resize((wide, high), Image.Resampling.BICUBIC).crop(
+    expected = image.resize((wide, high), Image.Resampling.BICUBIC).crop(
         (left, top, left + size, top + size)
     )
-    found = to_square(image, Pixels(size=size))
-    assert found.shape == (3, size, size) and found.dtype == np.uint8 and found.flags.c_contiguous
-    assert np.abs(found.astype(int) - np.asarray(whole, dtype=int).transpose(2, 0, 1)).max() <= 2
+    result = to_square(image, Pixels(size=size))
+    assert (
+        result.shape == (3, size, size) and result.dtype == np.uint8 and result.flags.c_contiguous
+    )
+    assert (
+        np.abs(result.astype(int) - np.asarray(expected, dtype=int).transpose(2, 0, 1)).max() <= 2
+    )
 
 
-def test_pad_matches_padding_first_and_resizing_then() -> None:
+def test_pad_matches_padding_first_and_then_resizing() -> None:
     image, pixels = smooth(90, 60), Pixels(size=48, fit="pad", mean=(0.48, 0.46, 0.41))
     color = (122, 117, 105)
     square = Image.new("RGB", (90, 90), color)
@@ -186,11 +190,11 @@ def test_pad_matches_padding_first_and_resizing_then() -> None:
     other = np.asarray(square.resize((48, 48), Image.Resampling.BICUBIC), dtype=int).transpose(
         2, 0, 1
     )
-    found = to_square(image, pixels)
-    assert found[:, 0, 0].tolist() == list(color) and found[:, -1, -1].tolist() == list(color)
+    result = to_square(image, pixels)
+    assert result[:, 0, 0].tolist() == list(color) and result[:, -1, -1].tolist() == list(color)
     assert (
-        np.abs(found.astype(int) - other)[:, 10:38].max() <= 2
-    )  # but for the edge, which is sharp here
+        np.abs(result.astype(int) - other)[:, 10:38].max() <= 2
+    )  # except for the edge, which is sharp here
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop"])
@@ -199,13 +203,13 @@ def test_extreme_shapes_give_a_square_of_their_color(
     fit: Literal["pad", "crop"], size: tuple[int, int]
 ) -> None:
     data = saved(Image.new("RGB", size, (10, 200, 30)), "PNG")
-    found = load_image(data, Pixels(size=224, fit=fit))
-    assert found.shape == (3, 224, 224)
-    assert found[:, 112, 112 if size[0] >= size[1] else 111].tolist() in (
+    result = load_image(data, Pixels(size=224, fit=fit))
+    assert result.shape == (3, 224, 224)
+    assert result[:, 112, 112 if size[0] >= size[1] else 111].tolist() in (
         [10, 200, 30],
         [128, 128, 128],
     )
-    assert (found.reshape(3, -1).T == (10, 200, 30)).all(axis=1).sum() >= 224
+    assert (result.reshape(3, -1).T == (10, 200, 30)).all(axis=1).sum() >= 224
 
 
 def test_scaled_jpeg_decoding_stays_close_to_the_full_one() -> None:
@@ -215,12 +219,12 @@ def test_scaled_jpeg_decoding_stays_close_to_the_full_one() -> None:
     assert np.abs(load_image(data, Pixels(size=64)) - full).mean() < 1
 
 
-def test_a_bad_sample_survives_pickling() -> None:
+def test_bad_sample_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(BadSample(Reason.CORRUPT, "cut")))
     assert isinstance(error, BadSample) and (error.reason, error.detail) == (Reason.CORRUPT, "cut")
 
 
-# --- metadata --------------------------------------------------------------------------------------------------------
+# --- metadata -------------------------------------------------------------------------------------
 
 NOISE = np.random.default_rng(0)
 XMP = b"<x:xmpmeta>" + b"<rdf:li>layer history entry</rdf:li>" * 60_000  # 2 MB, packed 6 kB
@@ -263,9 +267,9 @@ PNG_TEXTS: dict[str, bytes] = {
 @pytest.mark.parametrize("name", PNG_TEXTS)
 @pytest.mark.parametrize("where", ["before the pixels", "after them"])
 def test_metadata_of_a_png_changes_no_pixel(name: str, where: str) -> None:
-    whole, at = shot("PNG"), 33 if where == "before the pixels" else -12
-    data = whole[:at] + PNG_TEXTS[name] + whole[at:]
-    assert decode(data).tobytes() == decode(whole).tobytes()
+    original, at = shot("PNG"), 33 if where == "before the pixels" else -12
+    data = original[:at] + PNG_TEXTS[name] + original[at:]
+    assert decode(data).tobytes() == decode(original).tobytes()
     assert size_of(data) == (96, 64)
 
 
@@ -284,34 +288,34 @@ def test_metadata_of_a_jpeg_changes_no_pixel(name: str, progressive: bool) -> No
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     for how in ({}, {"exif": exif}):
-        whole = shot("JPEG", progressive=progressive, **how)
-        for at in (2, whole.index(b"\xff\xdb")):
-            data = whole[:at] + JPEG_SEGMENTS[name] + whole[at:]
-            assert decode(data).tobytes() == decode(whole).tobytes()
-            assert size_of(data) == size_of(whole)
+        original = shot("JPEG", progressive=progressive, **how)
+        for at in (2, original.index(b"\xff\xdb")):
+            data = original[:at] + JPEG_SEGMENTS[name] + original[at:]
+            assert decode(data).tobytes() == decode(original).tobytes()
+            assert size_of(data) == size_of(original)
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_film_after_a_jpeg_is_no_part_of_it(progressive: bool) -> None:
-    whole = shot("JPEG", progressive=progressive)
+def test_video_after_a_jpeg_is_ignored(progressive: bool) -> None:
+    original = shot("JPEG", progressive=progressive)
     film = (b"\xff\xda" + RANDOM) * 300
-    assert decode(whole + film).tobytes() == decode(whole).tobytes()
+    assert decode(original + film).tobytes() == decode(original).tobytes()
 
 
 @pytest.mark.parametrize("kind", [b"!\xfe", b"!\xff\x0bXMP DataXMP"])
 def test_metadata_of_a_gif_changes_no_pixel(kind: bytes) -> None:
-    whole = shot("GIF")
-    at = 13 + (3 << (whole[10] & 7) + 1)
-    data = whole[:at] + kind + blocks(RANDOM * 50) + whole[at:]
-    assert decode(data).tobytes() == decode(whole).tobytes()
+    original = shot("GIF")
+    at = 13 + (3 << (original[10] & 7) + 1)
+    data = original[:at] + kind + blocks(RANDOM * 50) + original[at:]
+    assert decode(data).tobytes() == decode(original).tobytes()
 
 
-def test_a_little_metadata_stays_where_it_is() -> None:
+def test_small_metadata_is_not_removed() -> None:
     text = chunk(b"zTXt", b"XML\0\0" + zlib.compress(XMP[:500_000]))
-    for whole, at, more in (
+    for original, at, more in (
         (shot("PNG"), 33, text),
         (shot("JPEG"), 2, segments(0xED, count=3)),
         (shot("GIF"), 13, b""),
     ):
-        data = whole[:at] + more + whole[at:]
+        data = original[:at] + more + original[at:]
         assert without_metadata(data) is data

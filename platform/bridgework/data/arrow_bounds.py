@@ -1,7 +1,7 @@
 """Limits on the unpacked size of Arrow and Parquet data, checked before the data is read.
 
-A few kilobytes can unpack to gigabytes in two ways: by compression, whose sizes the files declare, and
-by dictionaries, whose values are stored once and repeated by index.
+A few kilobytes can unpack to gigabytes in two ways: by compression, whose sizes the files declare,
+and by dictionaries, whose values are stored once and repeated by index.
 """
 
 import re
@@ -33,8 +33,9 @@ def check_group(
 ) -> list[str]:
     """Return the columns of a row group that dictionaries could make far larger than it declares.
 
-    `size` is the size of the file in bytes, `read` returns its bytes between two offsets, `names` are the
-    requested columns (None: all). Raises BadSample if the declared unpacked size exceeds the limit.
+    `size` is the size of the file in bytes, `read` returns its bytes between two offsets, `names`
+    are the requested columns (None: all). Raises BadSample if the declared unpacked size exceeds
+    the limit.
     """
     stored, unpacked, suspects = 0, 0, []
     row_group = metadata.row_group(group)
@@ -51,7 +52,7 @@ def check_group(
 
 
 def _could_expand(column: pq.ColumnChunkMetaData, read: Callable[[int, int], bytes]) -> bool:
-    """Return True if a column would exceed the limit with every value as large as its dictionary."""
+    """Return True if a column with every value as large as its dictionary exceeds the limit."""
     if (
         column.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
         or not column.has_dictionary_page
@@ -65,7 +66,7 @@ def _could_expand(column: pq.ColumnChunkMetaData, read: Callable[[int, int], byt
 
 
 def _dictionary_bytes(header: bytes) -> int:
-    """Return the unpacked bytes of a dictionary from the header of its page (parquet.thrift, compact protocol).
+    """Return the unpacked bytes of a dictionary from its page header (parquet.thrift, compact).
 
     For a header of another form, the maximum of a page.
     """
@@ -85,7 +86,10 @@ def _number(header: bytes, at: int) -> tuple[int | None, int]:
 
 
 def check_dictionaries(file: pq.ParquetFile, group: int, size: int) -> None:
-    """Check the values of a row group, in a file opened with the suspect columns as dictionaries."""
+    """Check the values of a row group.
+
+    `file` is opened with the suspect columns as dictionaries.
+    """
     row_group = file.metadata.row_group(group)
     columns = [row_group.column(number) for number in range(row_group.num_columns)]
     stored = sum(min(column.total_compressed_size, size) for column in columns)
@@ -110,7 +114,10 @@ def _allowed(stored: int) -> int:
 
 
 def unpacked_bytes(array: pa.Array) -> int:
-    """Return the bytes of all strings and binaries in an array, with dictionary values counted per occurrence."""
+    """Return the bytes of all strings and binaries in an array.
+
+    Dictionary values count per occurrence.
+    """
     kind = array.type
     if pa.types.is_dictionary(kind):
         lengths = pc.fill_null(pc.binary_length(array.dictionary), 0)

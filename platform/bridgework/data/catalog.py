@@ -19,7 +19,7 @@ SYNTHETIC = {
 
 
 def home() -> Path:
-    """Return the folder of datasets, caches and runs: $BRIDGEWORK_HOME, by default ./.bridgework."""
+    """Return the folder of datasets and runs: $BRIDGEWORK_HOME, by default ./.bridgework."""
     return Path(os.environ.get("BRIDGEWORK_HOME") or ".bridgework").expanduser().absolute()
 
 

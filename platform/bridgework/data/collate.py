@@ -1,6 +1,6 @@
 """Collate the rows of one step into the padded tensors that a model takes.
 
-# B sequences  T tokens  N images of the whole batch  S side in pixels  P patches  D width  R samples
+# B sequences  T tokens  N images of the batch  S side in pixels  P patches  D width  R samples
 """
 
 from collections.abc import Sequence
@@ -42,8 +42,8 @@ class Row:
 class Batch:
     """Inputs of a training step or a generation call; exactly one of pixels and features is set.
 
-    A sequence is one sample, or several if `segments_BT` is set. A sample with a rejected answer fills two sequences:
-    all chosen answers come first, then all rejected ones.
+    A sequence is one sample, or several if `segments_BT` is set. A sample with a rejected answer
+    fills two sequences: all chosen answers come first, then all rejected ones.
     """
 
     ids_BT: Tensor  # int64; IMAGE where an image token goes
@@ -114,10 +114,10 @@ class Batch:
 
 
 def collate(rows: Sequence[Row], *, pad_id: int, side: Literal["right", "left"] = "right") -> Batch:
-    """Return a batch as wide as its longest sequence: pad on the right to train, on the left to generate.
+    """Return a batch as wide as its longest sequence. `side` is right to train, left to generate.
 
-    Neighboring rows of one place share a sequence. The images of all rows are concatenated in the order of the rows;
-    a batch without images has N = 0.
+    Neighboring rows of one place share a sequence. The images of all rows are concatenated in the
+    order of the rows; a batch without images has N = 0.
     """
     packed = [list(same) for _, same in groupby(rows, key=lambda row: row.place)]
     is_packed = len(packed) < len(rows)
@@ -190,7 +190,10 @@ def _segments(packed: Sequence[Sequence[Row]], side: Literal["right", "left"]) -
 def padded(
     rows: Sequence[Sequence[int]], pad: int, side: Literal["right", "left"] = "right"
 ) -> tuple[Tensor, Tensor]:
-    """Pad `rows` to one width. Returns the values, (B, T) int64, and a mask, (B, T) bool: False on padding."""
+    """Pad `rows` to one width.
+
+    Returns the values, (B, T) int64, and a mask, (B, T) bool: False on padding.
+    """
     width = max(map(len, rows))
     values_BT = np.full((len(rows), width), pad, np.int64)
     mask_BT = np.zeros((len(rows), width), np.bool_)

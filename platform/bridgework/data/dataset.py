@@ -1,7 +1,8 @@
-"""Datasets on disk: a folder of Parquet shards with a manifest, written atomically and read by row group.
+"""Datasets on disk: Parquet shards with a manifest, written atomically and read by row group.
 
-Row groups are small because rows are read at random. Images are stored uncompressed because they are JPEG, PNG or WebP
-already. Pages carry checksums, so a flipped bit is an error, not a different image. All paths go through fsspec.
+Row groups are small because rows are read at random. Images are stored uncompressed because they
+are JPEG, PNG or WebP already. Pages carry checksums, so a flipped bit is an error, not a different
+image. All paths go through fsspec.
 """
 
 import hashlib
@@ -78,10 +79,11 @@ def write(
     shard_rows: int = 4096,
     quarantine: Quarantine | None = None,
 ) -> Manifest:
-    """Write `samples` as a new dataset at `dest` (a folder or a URL); on any error nothing is written.
+    """Write `samples` as a new dataset at `dest` (a folder or a URL).
 
-    `quarantine` holds the rows that the caller rejected: its counts go into the manifest, and its limit is checked
-    before the dataset is published. Raises DataError for an occupied `dest`, no samples, or too many bad rows.
+    On any error nothing is written. `quarantine` holds the rows that the caller rejected: its
+    counts go into the manifest, and its limit is checked before the dataset is published. Raises
+    DataError for an occupied `dest`, no samples, or too many bad rows.
     """
     if group_rows < 1 or shard_rows % group_rows:
         raise DataError(
@@ -103,9 +105,16 @@ def write(
                 "Fix: check the source and the quarantined rows"
             )
         manifest = Manifest(
-            rows, group_rows, shards, source, license, made_by, dict(parameters or {}), tuple(parents),
-            count_quarantined(quarantine),
-        )  # fmt: skip
+            rows=rows,
+            group_rows=group_rows,
+            shards=shards,
+            source=source,
+            license=license,
+            made_by=made_by,
+            parameters=dict(parameters or {}),
+            parents=tuple(parents),
+            quarantined=count_quarantined(quarantine),
+        )
         publish(fs, stage, dest, manifest)
     finally:
         if fs.exists(stage):
@@ -120,7 +129,7 @@ def count_quarantined(quarantine: Quarantine | None) -> dict[str, int]:
 
 
 def publish(fs: fsspec.AbstractFileSystem, stage: str, dest: str, manifest: Manifest) -> None:
-    """Move the shards from the folder `stage` to `dest`: first a draft of the manifest, the manifest last.
+    """Move the shards from `stage` to `dest`: a draft of the manifest first, the manifest last.
 
     Shards that an earlier attempt already moved stay, and its other shards are deleted.
     Raises DataError if `dest` holds anything else.
@@ -246,10 +255,11 @@ class Dataset:
         return shard, *divmod(row - first, self.manifest.group_rows)
 
     def locate_planned(self, row: int) -> tuple[int, int, int]:
-        """Return the same for the plan's numbering, in which the rows of short row groups come last.
+        """Return the same for the plan's numbering, with the rows of short row groups last.
 
-        In it, row groups begin at multiples of `group_rows`, so neighbors in the plan are read together, however many
-        rows the shards have. If only the last row group is short, both numberings are equal.
+        In it, row groups begin at multiples of `group_rows`, so neighbors in the plan are read
+        together, however many rows the shards have. If only the last row group is short, both
+        numberings are equal.
         """
         self._check(row)
         group, place = divmod(row, self.manifest.group_rows)
@@ -268,7 +278,8 @@ class Dataset:
     def read_group(self, shard: int, group: int) -> list[Sample]:
         """Return the samples of one row group.
 
-        Raises DataError, with the file, if it differs from the manifest; ResourceError if its store is unreachable.
+        Raises DataError, with the file, if it differs from the manifest; ResourceError if its store
+        is unreachable.
         """
         entry, group_rows = self.manifest.shards[shard], self.manifest.group_rows
         expected = min(group_rows, entry.rows - group * group_rows)
@@ -322,7 +333,10 @@ class Dataset:
         return self._files[shard]
 
     def _open(self, shard: Shard) -> pq.ParquetFile:
-        """Open a shard and check its size, row count and schema, which is cheap; `verify` reads every byte."""
+        """Open a shard and check its size, row count and schema.
+
+        This is cheap; `verify` reads every byte.
+        """
         fs, root = find_store(self.path)
         size = fs.size(f"{root}/{shard.file}")
         if size != shard.bytes:
@@ -345,11 +359,14 @@ class Dataset:
 
 
 def open_dataset(path: str) -> Dataset:
-    """Open the dataset at `path` (a folder or a URL) for reading. Raises DataError if there is none."""
+    """Open the dataset at `path` (a folder or a URL) for reading.
+
+    Raises DataError if there is none.
+    """
     return Dataset(path)
 
 
-# --- verification ----------------------------------------------------------------------------------------------------
+# --- verification ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -365,9 +382,9 @@ def verify(
 ) -> list[Problem]:
     """Return every problem of the dataset at `path`; an empty list means that it is valid.
 
-    Finds missing and unlisted files, truncated, changed and swapped shards, wrong counts and row groups, duplicate
-    keys and images that cannot be decoded. `images=False` skips decoding, which takes most of the time.
-    `progress` is called with (rows done, total rows).
+    Finds missing and unlisted files, truncated, changed and swapped shards, wrong counts and row
+    groups, duplicate keys and images that cannot be decoded. `images=False` skips decoding, which
+    takes most of the time. `progress` is called with (rows done, total rows).
     """
     try:
         dataset = Dataset(path)
@@ -425,7 +442,10 @@ def _changed(dataset: Dataset, shard: Shard) -> list[Problem]:
 
 
 def _wrong_rows(dataset: Dataset, number: int, keys: dict[str, str], images: bool) -> list[Problem]:
-    """Return the problems in the rows of an unchanged shard. `keys` maps every key seen so far to its file."""
+    """Return the problems in the rows of an unchanged shard.
+
+    `keys` maps every key seen so far to its file.
+    """
     shard, group_rows = dataset.manifest.shards[number], dataset.manifest.group_rows
     problems: list[Problem] = []
     for group, first in enumerate(range(0, shard.rows, group_rows)):

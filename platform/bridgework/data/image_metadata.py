@@ -40,7 +40,10 @@ class _TooManyPieces(Exception):
 
 
 def _png_metadata(data: bytes) -> Iterator[Span]:
-    """Yield the texts and color profiles that unpack to more than LARGE_BYTES, up to BOMB_BYTES in total."""
+    """Yield texts and color profiles that unpack to over LARGE_BYTES.
+
+    Their sum is at most BOMB_BYTES.
+    """
     at, left = 8, BOMB_BYTES
     for _ in range(MAX_PIECES + len(data) // 1024):
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4])

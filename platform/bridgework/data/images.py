@@ -1,6 +1,7 @@
-"""Decode image files and resize them to the square that a vision tower reads, for training, features and serving.
+"""Decode image files and resize them for a vision tower: in training, features and serving.
 
-Files are untrusted. The checks come in this order: number of bytes, first bytes, header, size, and last the decoder.
+Files are untrusted. The checks come in this order: number of bytes, first bytes, header, size, and
+last the decoder.
 """
 
 import io
@@ -27,7 +28,8 @@ from bridgework.data.quarantine import BadSample, Reason
 from bridgework.system import Pixels
 
 MAX_BYTES = 64_000_000  # of one file: Parquet's row groups must stay small
-# Pillow needs 0.7 GB for so many, up to 1.6 while it composites them on white; it warns from half of that
+# Pillow needs 0.7 GB for so many, up to 1.6 while it composites them on white; it warns from half
+# of that
 MAX_PIXELS = 178_000_000
 # of a JPEG; encoders write ten. Each scan decodes all pixels again, from as little as ten bytes
 MAX_SCANS = 100
@@ -35,11 +37,12 @@ MAX_MARKERS = 20_000  # of a JPEG
 PIECE_BYTES = 128  # minimum average size of the pieces of a file after its header
 # bytes that Pillow may move while it joins the pieces of a header: about a second
 HEADER_WORK = 4_000_000_000
-# a JPEG is decoded at the smallest scale that is at least twice the target, so the last halving is bicubic
+# a JPEG is decoded at the smallest scale that is at least twice the target, so the last halving is
+# bicubic
 DRAFT_MARGIN = 2
 
-# Opened by class instead of Image.open: no other format reaches a parser, and MAX_PIXELS limits the size instead of
-# a warning that depends on the filters of the process.
+# Opened by class instead of Image.open: no other format reaches a parser, and MAX_PIXELS limits the
+# size instead of a warning that depends on the filters of the process.
 _OPENERS: tuple[tuple[bytes, int, Callable[[io.BytesIO], ImageFile.ImageFile]], ...] = (
     (b"\xff\xd8\xff", 0, JpegImagePlugin.JpegImageFile),
     (b"\x89PNG\r\n\x1a\n", 0, PngImagePlugin.PngImageFile),
@@ -75,15 +78,18 @@ _SWAPS_SIDES = {_TRANSPOSES[tag] for tag in (5, 6, 7, 8)}
 
 
 def load_image(data: bytes, pixels: Pixels, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Decode a file's bytes at the necessary scale and call `to_square`. Returns uint8 (3, size, size)."""
+    """Decode a file's bytes at the necessary scale and call `to_square`.
+
+    Returns uint8 (3, size, size).
+    """
     return to_square(decode(data, max_pixels=max_pixels, size=pixels.size), pixels)
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, size: int | None = None) -> Image.Image:
-    """Decode the (first) image of a JPEG, PNG, WebP, GIF or BMP: upright, RGB, transparency composited on white.
+    """Decode the (first) image of a JPEG, PNG, WebP, GIF or BMP to upright RGB.
 
-    With `size`, a JPEG may be scaled down, but both sides stay at least 2 x size if they were before.
-    Raises BadSample with a reason.
+    Transparency is composited on white. With `size`, a JPEG may be scaled down, but both sides stay
+    at least 2 x size if they were before. Raises BadSample with a reason.
     """
     image = header(data, max_pixels=max_pixels)
     if size is not None:
@@ -98,7 +104,10 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, size: int | None = None
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    """Return (width, height) of the upright image of a file, from its header. Raises BadSample as `decode` does."""
+    """Return (width, height) of the upright image of a file, from its header.
+
+    Raises BadSample as `decode` does.
+    """
     image = header(data)
     width, height = image.size
     return (height, width) if _transpose(image) in _SWAPS_SIDES else (width, height)
@@ -107,16 +116,19 @@ def size_of(data: bytes) -> tuple[int, int]:
 def to_square(image: Image.Image, pixels: Pixels) -> NDArray[np.uint8]:
     """Resize an image to uint8 (3, size, size), bicubic.
 
-    `crop`: resize the short side to `size`, then crop the center (CLIP). `pad`: resize the long side to `size` and
-    fill the rest with the mean color. (LLaVA 1.5 pads first and then resizes: the same, except for a blurred edge at
-    the padding.) Only the remaining pixels are resized, so a 1 x 10,000 strip costs no more than a square.
+    `crop`: resize the short side to `size`, then crop the center (CLIP). `pad`: resize the long
+    side to `size` and fill the rest with the mean color. (LLaVA 1.5 pads first and then resizes:
+    the same, except for a blurred edge at the padding.) Only the remaining pixels are resized, so a
+    1 x 10,000 strip costs no more than a square.
     """
     square = _pad(_rgb(image), pixels) if pixels.fit == "pad" else _crop(_rgb(image), pixels.size)
     return np.ascontiguousarray(np.asarray(square, dtype=np.uint8).transpose(2, 0, 1))
 
 
 def header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
-    """Open the image in a file: read its header, but not its pixels. Either takes seconds at most, for any file.
+    """Open the image in a file: read its header, but not its pixels.
+
+    Either takes seconds at most, for any file.
 
     Raises BadSample with a reason.
     """
@@ -151,9 +163,12 @@ def header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
 
 
 class _LimitedReads(io.BytesIO):
-    """File that limits the number of small reads, because Pillow iterates over the pieces of a file in Python.
+    """File with a limited number of small reads.
 
-    It appends each piece of a header to all before it, so the time grows with the square of their number.
+    Pillow iterates over the pieces of a file in Python.
+
+    It appends each piece of a header to all before it, so the time grows with the square of their
+    number.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -174,7 +189,7 @@ class _LimitedReads(io.BytesIO):
 
 
 def _check(image: ImageFile.ImageFile, file: io.BytesIO) -> None:
-    """Raise OSError for pixels with a wrong checksum, and for files that could take hours to decode.
+    """Raise OSError for a wrong checksum of pixels, and for files that could take hours to decode.
 
     `file` is at the position where `image` left it.
     """
@@ -214,7 +229,10 @@ def _check_scans(data: bytes) -> None:
 
 
 def _may_have_more_scans(image: JpegImagePlugin.JpegImageFile, file: io.BytesIO) -> bool:
-    """Return True if other scans may follow the first; `file` is right after the header of the first."""
+    """Return True if other scans may follow the first.
+
+    `file` is right after the header of the first.
+    """
     parts = image.layers
     begin = file.tell() - 8 - 2 * parts
     first_has_all_parts = file.getbuffer()[begin : begin + 5] == b"\xff\xda" + struct.pack(

@@ -1,4 +1,6 @@
-"""Manifests: manifest.json, next to the shards of a dataset. Its digest identifies the dataset everywhere.
+"""Manifests: manifest.json, next to the shards of a dataset.
+
+Its digest identifies the dataset everywhere.
 
 The digest covers every shard's sha256, so two folders with the same digest hold the same bytes.
 """
@@ -33,7 +35,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Rows, shards and origin of a dataset. Every row group except a shard's last has `group_rows` rows."""
+    """Rows, shards and origin of a dataset.
+
+    Every row group except a shard's last has `group_rows` rows.
+    """
 
     rows: int
     group_rows: int
@@ -73,10 +78,8 @@ class Manifest:
             for text in (self.source, self.license, self.made_by, *self.parents)
         ):
             raise DataError("source, license, made_by or a parent in the manifest is not a string")
-        if self.rows != sum(shard.rows for shard in self.shards):
-            raise DataError(
-                f"the manifest counts {self.rows} rows, its shards {sum(s.rows for s in self.shards)}"
-            )
+        if self.rows != (rows := sum(shard.rows for shard in self.shards)):
+            raise DataError(f"the manifest counts {self.rows} rows, its shards {rows}")
         if not all(
             isinstance(shard.file, str) and _SHARD_NAME.fullmatch(shard.file)
             for shard in self.shards
@@ -104,7 +107,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Parse manifest.json. Raises DataError if it is not a manifest or does not match its own digest."""
+        """Parse manifest.json.
+
+        Raises DataError if it is not a manifest or does not match its own digest.
+        """
         try:
             fields = json.loads(text)
             digest = fields.pop("digest")

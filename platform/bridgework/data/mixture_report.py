@@ -1,4 +1,4 @@
-"""Load a mixture without a system, and report the share of each source after alpha, factors and caps."""
+"""Load a mixture without a system; report the share of each source by alpha, factors and caps."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ PER_LANE = 4  # default samples of a lane and step, without a batch size
 
 @config_class
 class ByteModelConfig:
-    """Input format for a mixture without a model: bytes as tokens, small images, no length limit."""
+    """Input format of a mixture without a model: bytes as tokens, small images, any length."""
 
     pixels: ClassVar[Pixels] = Pixels(size=32)
     tokenizer: ClassVar[str] = "bytes"
@@ -48,10 +48,10 @@ class ByteModelConfig:
 
 
 def load(name: str) -> Mixture:
-    """Load a mixture from a JSON file, a function (`my_lab.mixtures:web`), or the name of one dataset.
+    """Load a mixture by JSON file, function (`my_lab.mixtures:web`), or name of one dataset.
 
-    The JSON has the fields of `Mixture`; a source with its own `sources` is a group. Raises SpecError if it is not a
-    mixture.
+    The JSON has the fields of `Mixture`; a source with its own `sources` is a group. Raises
+    SpecError if it is not a mixture.
     """
     if name.endswith(".json"):
         return _read(Path(name))
@@ -108,7 +108,8 @@ def _call(module: str, function: str) -> Mixture:
         signature(build).bind()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise SpecError(
-            f"mixture {module}:{function} not found ({error}). Fix: give a function without arguments"
+            f"mixture {module}:{function} not found ({error}). "
+            "Fix: give a function without arguments"
         ) from None
     mixture = build()  # its own errors are not converted
     if not isinstance(mixture, Mixture):
@@ -133,10 +134,10 @@ class SourceReport:
 
 
 def one_epoch(mixture: Mixture, rows: Sequence[int], batch: int | None = None) -> tuple[int, int]:
-    """Return (samples per step, steps) of one pass over all rows, or over fewer if the caps require it.
+    """Return (samples per step, steps) of one pass over all rows, or those that the caps allow.
 
-    `rows` holds the sizes of the sources. By default, a step has PER_LANE samples per lane, or fewer
-    if the caps of all sources allow no such batch.
+    `rows` holds the sizes of the sources. By default, a step has PER_LANE samples per lane, or
+    fewer if the caps of all sources allow no such batch.
     """
     total: float = sum(rows)
     max_epochs = [source.max_epochs for source in mixture.leaves]
@@ -189,7 +190,7 @@ def _without_factors(mixture: Mixture) -> Mixture:
 
 
 def _size(source: Source, home: Path) -> tuple[int, bool]:
-    """Return (rows, True) of a source's dataset, or (rows of the recipe, False) if it is missing."""
+    """Return (rows, True) of a source's dataset, or (rows in the recipe, False) if missing."""
     try:
         return read_manifest(resolve(source.dataset, home)).rows, True
     except DataError:

@@ -28,7 +28,7 @@ def plain(name: str) -> bool:
 
 
 def has_control(name: str) -> bool:
-    """Return True if `name` has a control character, e.g. a line break, NUL, or a bidirectional override."""
+    """Return True if `name` has a control character, e.g. a line break or bidirectional one."""
     return any(map(_is_control, filterfalse(str.isprintable, name)))
 
 

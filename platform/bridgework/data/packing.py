@@ -1,7 +1,7 @@
 """Pack the rows of a lane's window into sequences and balance the cost of its steps.
 
-Both depend on the rows and their order only. Every lane has its most expensive step at the same position of the
-window, so the remaining differences occur on all ranks at once.
+Both depend on the rows and their order only. Every lane has its most expensive step at the same
+position of the window, so the remaining differences occur on all ranks at once.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class _Bin:
 
 
 def first_fit(tokens: Sequence[int], images: Sequence[int], limits: Limits) -> list[list[int]]:
-    """Return the rows of every sequence, as indices into `tokens`: first-fit decreasing bin packing by length.
+    """Return the rows of every sequence, as indices into `tokens`: first-fit decreasing by length.
 
     A row that exceeds a limit by itself has a sequence of its own.
     """
@@ -52,8 +52,8 @@ def _fits(bin_: _Bin, tokens: int, images: int, limits: Limits) -> bool:
 def balance(costs: Sequence[int], steps: int) -> list[list[int]]:
     """Return the indices into `costs` for each of `steps`, most expensive step first.
 
-    All steps have the same number of items, or one fewer, and similar sums. In each round every step takes one item:
-    the step with the lowest sum so far takes the most expensive item.
+    All steps have the same number of items, or one fewer, and similar sums. In each round every
+    step takes one item: the step with the lowest sum so far takes the most expensive item.
     """
     expensive_first = sorted(range(len(costs)), key=lambda i: -costs[i])
     items: list[list[int]] = [[] for _ in range(steps)]

@@ -1,7 +1,7 @@
-"""Preview samples as stored or as a stage's model reads them, in a terminal or as one self-contained HTML file.
+"""Preview samples, stored or as a model reads them, in a terminal or a self-contained HTML file.
 
-The text of a stage is decoded from the token ids, so it is exactly the input of the model, with its truncation and the
-loss of its labels.
+The text of a stage is decoded from the token ids, so it is exactly the input of the model, with its
+truncation and the loss of its labels.
 
 # T tokens  S side in pixels
 """
@@ -48,7 +48,7 @@ STYLES = {"text": "", "loss": "bold green", "image": "cyan", "role": "dim"}
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of the text: without loss, with loss, the place of an image, or the name of a role."""
+    """A piece of the text: without loss, with loss, place of an image, or name of a role."""
 
     text: str
     kind: Kind
@@ -86,9 +86,10 @@ def stored(path: str, n: int = 4, *, seed: int = 0) -> list[Preview]:
 
 
 def read(stage: Stage, home: Path, n: int = 4, *, seed: int = 0) -> list[Preview]:
-    """Return previews of `n` random rows of each source of `stage`, with its template, tokenizer and image size.
+    """Return previews of `n` random rows of each source of `stage`, as its model reads them.
 
-    Raises DataError for a missing or corrupt dataset, WeightsError if the stage's tokenizer cannot be loaded.
+    Raises DataError for a missing or corrupt dataset, WeightsError if the stage's tokenizer cannot
+    be loaded.
     """
     encoder = SampleEncoder.of(stage.model, stage.data)
     return [
@@ -123,7 +124,7 @@ def _token_counts(encoded: Encoded) -> Counts:
 
 
 def _draw(path: str, n: int, seed: Sequence[int]) -> Iterator[tuple[int, Sample]]:
-    """Yield (random integer for its prompt, sample) of `n` different rows, or of all if there are fewer."""
+    """Yield (random integer for its prompt, sample) of `n` different rows, or of all if fewer."""
     dataset, rng = open_dataset(path), np.random.default_rng(seed)
     rows = np.sort(rng.choice(len(dataset), min(n, len(dataset)), replace=False))
     choices = rng.integers(2**32, size=len(rows))
@@ -132,7 +133,7 @@ def _draw(path: str, n: int, seed: Sequence[int]) -> Iterator[tuple[int, Sample]
         yield choice, dataset.read_group(shard, group)[place]
 
 
-# --- as stored -------------------------------------------------------------------------------------------------------
+# --- as stored ------------------------------------------------------------------------------------
 
 
 def _stored(sample: Sample, path: str) -> Preview:
@@ -164,7 +165,7 @@ def _thumbnail(data: bytes) -> NDArray[np.uint8]:
     return np.asarray(image, np.uint8).transpose(2, 0, 1)
 
 
-# --- as read by a stage ----------------------------------------------------------------------------------------------
+# --- as read by a stage ---------------------------------------------------------------------------
 
 
 def _read(sample: Sample, source: Source, choice: int, encoder: SampleEncoder) -> Preview:
@@ -210,7 +211,9 @@ def _spans(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Iterator[Spa
 def _decoded(
     pairs: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Span]:
-    """Yield the text of ids without images; each span is the text that its tokens add to those before.
+    """Yield the text of ids without images.
+
+    Each span is the text that its tokens add to those before.
 
     Spans are not decoded separately, because some tokenizers join words by context.
     """
@@ -245,7 +248,7 @@ def _summary(preview: Preview) -> str:
     return " · ".join(items)
 
 
-# --- in a terminal ---------------------------------------------------------------------------------------------------
+# --- in a terminal --------------------------------------------------------------------------------
 
 # control code -> Unicode's symbol for it; C1 and bidirectional controls -> replacement character
 _SYMBOLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
@@ -256,7 +259,10 @@ _SYMBOLS |= dict.fromkeys(
 
 
 def terminal(previews: Sequence[Preview], *, color: bool = True) -> RenderableType:
-    """Return all previews, for rich. Without `color`, images are omitted and text with loss is in ⟦ ⟧."""
+    """Return all previews, for rich.
+
+    Without `color`, images are omitted and text with loss is in ⟦ ⟧.
+    """
     return Group(*(part for preview in previews for part in _entry(preview, color)))
 
 
@@ -278,7 +284,10 @@ def _entry(preview: Preview, color: bool) -> list[RenderableType]:
 
 
 def printable(text: str) -> str:
-    """Replace control codes by visible symbols, so that a text cannot move the cursor, set a title or hide text."""
+    """Replace control codes by visible symbols.
+
+    A text then cannot move the cursor, set a title or hide text.
+    """
     return text.translate(_SYMBOLS)
 
 
@@ -288,7 +297,7 @@ def _visible(span: Span) -> str:
 
 
 def _blocks(pixels: NDArray[np.uint8]) -> Text:
-    """Draw two rows of pixels per line: the upper as the color of a half block, the lower as its background."""
+    """Draw two rows of pixels per line: the color of a half block, and its background."""
     image = Image.fromarray(pixels.transpose(1, 2, 0))
     image.thumbnail((CELLS, CELLS))
     rows = np.asarray(image)
@@ -304,11 +313,14 @@ def _blocks(pixels: NDArray[np.uint8]) -> Text:
     return text
 
 
-# --- in a browser ----------------------------------------------------------------------------------------------------
+# --- in a browser ---------------------------------------------------------------------------------
 
 
 def page(previews: Sequence[Preview], title: str) -> str:
-    """Return one HTML document, without external requests: images are data: URIs (PNG), all texts are escaped."""
+    """Return one HTML document.
+
+    Images are data: URIs (PNG), so it makes no requests; texts are escaped.
+    """
     html = files("bridgework.data").joinpath("preview.html").read_text(encoding="utf-8")
     samples = "\n".join(map(_article, previews))
     return Template(html).substitute(title=escape(title), samples=samples)

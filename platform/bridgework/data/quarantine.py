@@ -1,7 +1,8 @@
 """Quarantine of bad samples: a reason code for each, a table on disk, and a limit on their share.
 
-The table is a folder of JSON-lines parts, each complete or absent, so that many readers can write to it. Each line is
-{"dataset", "key", "row", "reason", "detail", "digest"}. A run reads the planned rows except those in its table.
+The table is a folder of JSON-lines parts, each complete or absent, so that many readers can write
+to it. Each line is {"dataset", "key", "row", "reason", "detail", "digest"}. A run reads the planned
+rows except those in its table.
 """
 
 import hashlib
@@ -49,7 +50,10 @@ class Reason(StrEnum):
 
 
 class BadSample(DataError):
-    """Error of a single sample that does not affect the others. `reason` is its code in the quarantine."""
+    """Error of a single sample that does not affect the others.
+
+    `reason` is its code in the quarantine.
+    """
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -62,16 +66,16 @@ class BadSample(DataError):
 
 
 class UnreadableFile(BadSample):
-    """File that cannot be read to its end: one row of the table, although its number of rows is unknown."""
+    """File that cannot be read to its end: one row of the table, for an unknown number of rows."""
 
 
 class SkippedRow(Exception):
-    """Valid row that the importer does not use, e.g. `SkippedRow("documents without an image")`; it is counted."""
+    """Valid row that the importer skips and counts: `SkippedRow("documents without an image")`."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One bad row, of a dataset (digest of its manifest) or of the source of an import (its path)."""
+    """One bad row of a dataset (digest of its manifest) or an import's source (its path)."""
 
     dataset: str
     key: str
@@ -118,7 +122,7 @@ class Quarantine:
         return len(self) / rows if rows else 0.0
 
     def check(self, rows: int) -> None:
-        """Raise DataError, with the path of the table, if the quarantined share of `rows` exceeds the limit."""
+        """Raise DataError, with the table's path, if too large a share of `rows` is quarantined."""
         if self.share(rows) > self.limit:
             self.flush()
             raise self._too_many(self.reasons, rows)
@@ -139,7 +143,9 @@ class Quarantine:
         )
 
     def flush(self) -> bool:
-        """Write the pending records as one part, under a temporary name first, so readers see complete parts only.
+        """Write the pending records as one part.
+
+        A temporary name ensures that readers see complete parts.
 
         Returns False if there were none.
         """
@@ -169,9 +175,10 @@ def records(folder: str) -> Iterator[Record]:
 
 
 def scratch_quarantine(home: Path, what: str) -> str:
-    """Clear and return a quarantine folder for read-only commands (preview, order), under <home>/cache.
+    """Clear and return a quarantine folder under <home>/cache, for read-only commands.
 
-    Such commands must not write to the table of a run. `what` describes the data and determines the folder's name.
+    Such commands (preview, order) must not write to the table of a run. `what` describes the data
+    and determines the folder's name.
     """
     folder = str(home / "cache" / "looked" / hashlib.sha256(what.encode()).hexdigest()[:12])
     clear(folder)

@@ -1,11 +1,12 @@
-"""Read the plan with Ray Data: a reader actor turns each item (rank, window) into a block of one row.
+"""Read the plan with Ray Data: actors turn each item (rank, window) into a block of one row.
 
-Ray Train calls `PlanIngest.configure` at every start of a worker group, with the world size of that moment. The blocks
-of rank 0, 1, .., 0, 1, .. arrive in order and hold one row each. The split gives the next block to the rank with the
-fewest rows, so each rank gets its own blocks. Every block contains its rank and world size, and `from_ray` checks them.
+Ray Train calls `PlanIngest.configure` at every start of a worker group, with the world size of that
+moment. The blocks of rank 0, 1, .., 0, 1, .. arrive in order and hold one row each. The split gives
+the next block to the rank with the fewest rows, so each rank gets its own blocks. Every block
+contains its rank and world size, and `from_ray` checks them.
 
-Ray unpickles this module's objects in several processes per stage. Only readers and workers need torch, which takes
-seconds to import, so the config stays pickled bytes in all others.
+Ray unpickles this module's objects in several processes per stage. Only readers and workers need
+torch, which takes seconds to import, so the config stays pickled bytes in all others.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from bridgework.data.collate import Row
     from bridgework.data.reader import Reader, ReaderConfig
 
-# `readers` sets the number: on a small machine, one CPU per reader would not fit next to the workers
+# `readers` sets the number: on a small machine, one CPU per reader would not fit next to the
+# workers
 READER_CPUS = 0.25
 COUNTER_CPUS = 0.01
 ITEMS_PER_BLOCK = 1_024  # items that enter Ray together: CLIP on 256 GPUs has 6 million
@@ -60,7 +62,8 @@ BLOCK = pa.schema([("rank", pa.int32()), ("world", pa.int32()), ("rows", pa.larg
 class PlanIngest(DataConfig):
     """Feeds the workers of one stage; the `datasets` of the trainer only name the split ("train").
 
-    `start` is called at every start of a worker group and returns the next step, from the newest complete checkpoint.
+    `start` is called at every start of a worker group and returns the next step, from the newest
+    complete checkpoint.
     """
 
     def __init__(self, feed: "ReaderConfig", start: Callable[[], int], readers: int = 1) -> None:
@@ -78,7 +81,10 @@ class PlanIngest(DataConfig):
         worker_node_ids: list[str] | None = None,
         **kwargs: Any,
     ) -> list[dict[str, ray.data.DataIterator]]:
-        """Return one iterator per rank, for `prefetch`. Raises SpecError if there are more ranks than lanes."""
+        """Return one iterator per rank, for `prefetch`.
+
+        Raises SpecError if there are more ranks than lanes.
+        """
         start = self.start()
         lanes_of(self.lanes, world_size - 1, world_size)
         items = max((-(-self.steps // self.span) - start // self.span) * world_size, 0)
@@ -99,8 +105,8 @@ class PlanIngest(DataConfig):
 def range_dataset(items: int) -> ray.data.Dataset:
     """Return a dataset of the numbers 0 .. items - 1 in a column `item`.
 
-    They enter in blocks of ITEMS_PER_BLOCK, because a block of one item costs a millisecond before the first read.
-    They leave one by one if the context's maximum block size is 1 byte.
+    They enter in blocks of ITEMS_PER_BLOCK, because a block of one item costs a millisecond before
+    the first read. They leave one by one if the context's maximum block size is 1 byte.
     """
     starts = range(0, max(items, 1), ITEMS_PER_BLOCK)
     blocks = [
@@ -120,7 +126,10 @@ def range_dataset(items: int) -> ray.data.Dataset:
 
 
 def _identity(item: pa.Table) -> pa.Table:
-    """Return the item unchanged: Ray splits the output of the task and applies backpressure from the readers."""
+    """Return the item unchanged.
+
+    Ray splits the task's output and applies backpressure from the readers.
+    """
     return item
 
 
@@ -163,7 +172,10 @@ def to_block(rows: "list[Row]", *, rank: int, world: int) -> pa.Table:
 
 
 def prefetch(shard: ray.data.DataIterator) -> Iterator[pa.Table]:
-    """Return the blocks of one rank. A thread requests the first one now, because Ray then starts the readers."""
+    """Return the blocks of one rank.
+
+    A thread requests the first one now, because Ray then starts the readers.
+    """
     batch_size: Any = None  # one block at a time; Ray's annotation only allows numbers
     blocks = iter(shard.iter_batches(batch_size=batch_size, batch_format="pyarrow"))
     executor = ThreadPoolExecutor(1)
@@ -182,9 +194,10 @@ def prefetch(shard: ray.data.DataIterator) -> Iterator[pa.Table]:
 def from_ray(
     blocks: Iterable[pa.Table], *, rank: int, world: int, start: int
 ) -> "Iterator[list[Row]]":
-    """Yield the rows of one rank for each step from `start` on, from its blocks: the same as `reader.local`.
+    """Yield the rows of one rank for each step from `start` on, as `reader.local` does.
 
-    Raises RunError for a block of another rank, world size or step, so that the run never trains on other data.
+    Raises RunError for a block of another rank, world size or step, so that the run never trains on
+    other data.
     """
     step = start
     for block in blocks:

@@ -1,7 +1,8 @@
-"""Read the rows of the plan: read each row group once per window, decode each sample, replace bad ones.
+"""Read the rows of the plan: each row group once per window; bad samples are replaced.
 
-A window is a pure function of (feed, lane, t), independent of the reader, of time and of earlier reads. Its rows are
-packed and distributed over its steps by cost (`packing`), so that all ranks have similar work in every step.
+A window is a pure function of (feed, lane, t), independent of the reader, of time and of earlier
+reads. Its rows are packed and distributed over its steps by cost (`packing`), so that all ranks
+have similar work in every step.
 
 # S side in pixels  P patches  D width
 """
@@ -64,7 +65,10 @@ class ReaderConfig:
         quarantine: str | None = None,
         skipped: tuple[tuple[str, int], ...] = (),
     ) -> Self:
-        """Return the config of a stage, with its datasets as they are now. Raises DataError if one is missing."""
+        """Return the config of a stage, with its datasets as they are now.
+
+        Raises DataError if one is missing.
+        """
         paths = tuple(resolve(source.dataset, home) for source in stage.data.leaves)
         return cls(
             mixture=stage.data,
@@ -94,7 +98,10 @@ class ReaderConfig:
         return self._plan(self._open())
 
     def open(self) -> "Reader":
-        """Return a reader. Raises DataError if a dataset or its feature cache does not match the config."""
+        """Return a reader.
+
+        Raises DataError if a dataset or its feature cache does not match the config.
+        """
         datasets = self._open()
         return Reader(self, self._plan(datasets), datasets)
 
@@ -143,7 +150,10 @@ class _Window(NamedTuple):
 
 
 class Reader:
-    """Reads the windows of a plan. Created by `ReaderConfig.open`, one per process; it is not thread-safe."""
+    """Reads the windows of a plan.
+
+    Created by `ReaderConfig.open`, one per process; it is not thread-safe.
+    """
 
     def __init__(self, feed: ReaderConfig, plan: Plan, datasets: Sequence[Dataset]) -> None:
         self.feed = feed
@@ -173,10 +183,11 @@ class Reader:
         self._window_key = np.array([key_of(feed.seed, "window")], dtype=np.uint64)
 
     def window(self, lanes: Sequence[int], t: int, first_step: int = 0) -> list[list[Row]]:
-        """Return the rows of `lanes` for each step of window `t` from `first_step` to the last step of the run.
+        """Return the rows of `lanes` for each step of window `t` from `first_step` on.
 
-        One list per step, in the order of lanes and places; rows of one place share a sequence. Raises DataError for a
-        corrupt shard, for more bad samples than the quarantine allows, and if no good sample is left as a replacement.
+        One list per step, in the order of lanes and places; rows of one place share a sequence.
+        Raises DataError for a corrupt shard, for more bad samples than the quarantine allows, and
+        if no good sample is left as a replacement.
         """
         span = self.feed.mixture.window
         steps = range(t * span, min((t + 1) * span, self.feed.steps))
@@ -239,7 +250,10 @@ class Reader:
         return first_fit(tokens, images, self._limits)
 
     def _cost(self, row: Row) -> int:
-        """Return the text and vision tokens of a row; the same with cached features, so the order is too."""
+        """Return the text and vision tokens of a row.
+
+        Cached features do not change them, so the order is the same.
+        """
         rejected = 0 if row.rejected is None else len(row.rejected[0])
         vision = len(row.images) * self.feed.model.vision_tokens
         return len(row.ids) + rejected + len(row.instruction) + vision
@@ -249,7 +263,8 @@ class Reader:
     ) -> Iterator[Row]:
         """Yield the rows of the `k`-th sequence of a lane in `step`, with skipped rows replaced.
 
-        If no row of the window fits into the sequence, a skipped row is dropped without a replacement.
+        If no row of the window fits into the sequence, a skipped row is dropped without a
+        replacement.
         """
         placed: list[Row] = []
         for number, at in enumerate(sequence):
@@ -304,7 +319,7 @@ class Reader:
     def _replacement(
         self, window: _Window, at: int, skipped: str, step: int, others: Sequence[Row]
     ) -> Row | None:
-        """Return a replacement for the row at `at` that fits in a sequence with `others`, or None."""
+        """Return a replacement for the row at `at` that fits with `others`, or None."""
         if not others:
             return self._substitute(window, at, skipped, step)
         near = islice(self._substitutes(window, at, skipped, step), len(window.planned))
@@ -326,7 +341,8 @@ class Reader:
     def _substitutes(self, window: _Window, at: int, bad: str, step: int) -> Iterator[Row]:
         """Yield good rows in the plan's order, without those that `step` skips.
 
-        For a bad row `step` is -1, so nothing is skipped: a later skip must not change the layout of the window.
+        For a bad row `step` is -1, so nothing is skipped: a later skip must not change the layout
+        of the window.
         """
         for each in map(_Planned._make, self.plan.substitutes(window.lane, window.t, at)):
             row = None if each in window.bad else window.good.get(each) or self._peek(each)
@@ -464,7 +480,10 @@ def _identity(sample: Sample) -> int:
 
 
 def _rejected(sample: Sample, parts: Sequence[Part]) -> list[Part]:
-    """Return the conversation with the rejected answer as the last one. Raises BadSample if there is none."""
+    """Return the conversation with the rejected answer as the last one.
+
+    Raises BadSample if there is none.
+    """
     if sample.rejected is None:
         raise BadSample(
             Reason.NO_TARGET,
@@ -476,7 +495,8 @@ def _rejected(sample: Sample, parts: Sequence[Part]) -> list[Part]:
 def local(feed: ReaderConfig, *, rank: int, world: int, start: int) -> Iterator[list[Row]]:
     """Yield the rows of one rank for each step from `start` on, read in this process.
 
-    Raises the errors of `ReaderConfig.open` and `Reader.window`, and SpecError for a rank without a lane.
+    Raises the errors of `ReaderConfig.open` and `Reader.window`, and SpecError for a rank without a
+    lane.
     """
     reader = feed.open()
     lanes = reader.plan.lanes_of(rank, world)

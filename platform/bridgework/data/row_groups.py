@@ -1,4 +1,4 @@
-"""Row groups of the sources, joined with cached features and kept in memory until their rows are used.
+"""Row groups of the sources, with cached features; kept in memory until their rows are used.
 
 # P patches  D width
 """
@@ -31,7 +31,10 @@ class Group(NamedTuple):
 
 
 class StoredRow(NamedTuple):
-    """One stored row; `features` holds bytes per image, float16 in C order, empty for a bad image."""
+    """One stored row.
+
+    `features` holds bytes per image, float16 in C order, empty for a bad image.
+    """
 
     sample: Sample
     features: tuple[bytes, ...] | None
@@ -44,10 +47,10 @@ class StoredRow(NamedTuple):
 
 
 class Features:
-    """Cached features of one dataset: a Parquet file per shard, with the same rows in the same row groups.
+    """Cached features of one dataset: a Parquet file per shard, with the same row groups.
 
-    <folder>/features.json                 {"patches": P, "width": D}
-    <folder>/<dataset digest>/<shard>      key string, features list<binary>: float16 (P, D) in C order, one an image
+    <folder>/features.json             {"patches": P, "width": D}
+    <folder>/<dataset digest>/<shard>  key string, features list<binary>: float16 (P, D) per image
     """
 
     def __init__(self, folder: str, dataset: Dataset) -> None:
@@ -71,7 +74,8 @@ class Features:
     def read(self, shard: str, number: int, samples: Sequence[Sample]) -> list[tuple[bytes, ...]]:
         """Return the features of each of `samples`, the rows of one row group.
 
-        Raises DataError if they belong to other rows, ResourceError if the cache's store is unreachable.
+        Raises DataError if they belong to other rows, ResourceError if the cache's store is
+        unreachable.
         """
         try:
             table = self._open(shard).read_row_group(number, columns=["key", "features"])
@@ -102,9 +106,9 @@ class Features:
 class Groups:
     """Cache of the row groups of all sources. A row stays in memory until it is used or evicted.
 
-    The oldest group is evicted when newer ones fill `kept_bytes`. A lane continues in the group that its last window
-    ended in, and small sources are read once per epoch. On eviction the unused rows of the group are remembered, so
-    that a second read keeps only those rows.
+    The oldest group is evicted when newer ones fill `kept_bytes`. A lane continues in the group
+    that its last window ended in, and small sources are read once per epoch. On eviction the unused
+    rows of the group are remembered, so that a second read keeps only those rows.
     """
 
     def __init__(
@@ -126,7 +130,9 @@ class Groups:
         return Group(source, shard, number), place
 
     def take(self, group: Group, places: Collection[int]) -> dict[int, StoredRow]:
-        """Return the rows of a group at `places` and drop them: a row that is taken again is read again.
+        """Return the rows of a group at `places` and drop them.
+
+        A row that is taken again is read again.
 
         Raises DataError for a corrupt shard.
         """
@@ -143,7 +149,10 @@ class Groups:
         return taken
 
     def peek(self, group: Group, place: int) -> StoredRow:
-        """Return one row of a group without marking it as used. Raises DataError for a corrupt shard."""
+        """Return one row of a group without marking it as used.
+
+        Raises DataError for a corrupt shard.
+        """
         row = self._unused.get(group, {}).get(place)
         return self._fetch(group)[place] if row is None else row
 

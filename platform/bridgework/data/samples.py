@@ -1,4 +1,6 @@
-"""Samples: images, and parts of text and image places in reading order. One Arrow schema for every kind.
+"""Samples: images, and parts of text and image places in reading order.
+
+One Arrow schema for every kind.
 
 pair            parts = image and text, both of role caption
 conversation    parts = turns of system, user and assistant; an image is at its position in the turn
@@ -27,7 +29,7 @@ CANDIDATES = "bridgework:candidates"
 
 @dataclass(frozen=True)
 class Part:
-    """A text, or the place of an image (an index into the sample's images): exactly one of the two."""
+    """Either a text or the place of an image, which is an index into the sample's images."""
 
     role: Role
     text: str | None = None
@@ -47,7 +49,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Box:
-    """A labeled rectangle in an image: left, top, right, bottom as shares of its width and height, in [0, 1]."""
+    """A labeled rectangle.
+
+    `corners` are left, top, right, bottom as shares of the image, in [0, 1].
+    """
 
     image: int
     corners: tuple[float, float, float, float]
@@ -107,7 +112,10 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """All texts in order, one per line, the rejected answer last. For display and curations, not for training."""
+        """All texts in order, one per line, the rejected answer last.
+
+        For display and curations, not for training.
+        """
         texts = (*(part.text for part in self.parts), self.rejected)
         return "\n".join(text for text in texts if text is not None)
 

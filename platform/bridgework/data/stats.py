@@ -1,6 +1,7 @@
 """Statistics of a dataset, over all rows; images are read by their headers only and never decoded.
 
-With a stage, also the result of its template and tokenizer: token counts, truncated and quarantined rows.
+With a stage, also the result of its template and tokenizer: token counts, truncated and quarantined
+rows.
 """
 
 import io
@@ -122,9 +123,9 @@ def stats(
 ) -> Stats:
     """Read all rows of the dataset at `path` and return their statistics.
 
-    `progress` is called with (rows done, total rows). `for_stage` reads pairs with the prompts of its source at `path`,
-    or of its first source if none has that path. Raises DataError for a missing or corrupt dataset, WeightsError if
-    the stage's tokenizer cannot be loaded.
+    `progress` is called with (rows done, total rows). `for_stage` reads pairs with the prompts of
+    its source at `path`, or of its first source if none has that path. Raises DataError for a
+    missing or corrupt dataset, WeightsError if the stage's tokenizer cannot be loaded.
     """
     dataset = open_dataset(path)
     counter = _DatasetCounter(dataset.manifest.license)
@@ -161,7 +162,7 @@ def stats(
 
 
 def kind(sample: Sample) -> str:
-    """Return the kind of a sample: pair | conversation | preference | interleaved | video | text."""
+    """Return pair | conversation | preference | interleaved | video | text."""
     if sample.rejected is not None:
         return "preference"
     if sample.times_s:
@@ -177,7 +178,7 @@ def kind(sample: Sample) -> str:
     )
 
 
-# --- counting --------------------------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------
 
 
 class _DatasetCounter:
@@ -195,7 +196,10 @@ class _DatasetCounter:
         self.answers: list[int] = []
 
     def add(self, sample: Sample) -> dict[int, Reason]:
-        """Count a row. Returns the indices of its images without a readable header, with the reasons."""
+        """Count a row.
+
+        Returns the indices of its images without a readable header, with the reasons.
+        """
         self.kinds[kind(sample)] += 1
         self.images_per_row[len(sample.images)] += 1
         self.languages[sample.language or NONE] += 1
@@ -263,7 +267,10 @@ class _StageCounter:
         )
 
     def _encode(self, sample: Sample) -> tuple[Encoded, Encoded]:
-        """Return the row without and with truncation to the limit; successive rows use the prompts in turn."""
+        """Return the row without and with truncation to the limit.
+
+        Successive rows use the prompts in turn.
+        """
         row, self._rows = self._rows, self._rows + 1
         parts = read_as(self._source, sample, row, video=self.stage.model.pixels.video)
         layouts = [p.layout for p in self._encoder.pictures(sample) if p.layout is not None]
@@ -274,7 +281,10 @@ class _StageCounter:
 
 
 def _header(data: bytes) -> Image.Image:
-    """Open an image and read its header only. Raises BadSample with the reason that decoding would give."""
+    """Open an image and read its header only.
+
+    Raises BadSample with the reason that decoding would give.
+    """
     if not data:
         raise BadSample(Reason.EMPTY_FILE, "the image has 0 bytes")
     try:

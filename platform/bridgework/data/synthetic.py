@@ -48,7 +48,9 @@ class Shape(NamedTuple):
 
 
 def shapes(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
-    """Yield `rows` pairs of a PNG (size x size) and a caption, e.g. "a large red circle above a small blue square".
+    """Yield `rows` pairs of a PNG (size x size) and a caption.
+
+    Example: "a large red circle above a small blue square".
 
     The labels are the two shapes: "red circle", "blue square".
     A row depends on (seed, its number) only, so fewer rows are a prefix of more.
@@ -70,7 +72,7 @@ def preferences(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[S
 
 
 def choices(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
-    """Yield `shapes` as multiple-choice questions with four candidates, one of which is in the image."""
+    """Yield `shapes` as multiple-choice questions. One of four candidates is in the image."""
     for row, sample in enumerate(shapes(rows, size, seed)):
         draw = random.Random(f"{seed}/{row}/choices")
         right = draw.choice(sample.labels)
@@ -84,7 +86,7 @@ def choices(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sampl
 
 
 def yes_no(rows: int = ROWS, size: int = SIZE, seed: int = 0) -> Iterator[Sample]:
-    """Yield `shapes` as yes/no questions about one shape, which is in the image of every second row."""
+    """Yield `shapes` as yes/no questions about a shape, which is in every second image."""
     for row, sample in enumerate(shapes(rows, size, seed)):
         draw = random.Random(f"{seed}/{row}/yes-no")
         absent = sorted(set(SHAPE_LABELS) - set(sample.labels))

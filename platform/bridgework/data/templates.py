@@ -9,11 +9,11 @@ prompted      the same, with nothing between question and answer      BLIP's cap
 human         "###Human: <Img>..</Img> question ###Assistant: a###"   MiniGPT-4 (Zhu et al. 2023, arXiv:2304.10592)
 interleaved   images and texts in order, END after every chunk        Flamingo (Alayrac et al. 2022, arXiv:2204.14198)
 
-A template is cut into segments *before* tokenization. So text of a user or a dataset can never become scaffold, and
-the loss mask never depends on how a tokenizer merges across a boundary.
+A template is cut into segments *before* tokenization. So text of a user or a dataset can never
+become scaffold, and the loss mask never depends on how a tokenizer merges across a boundary.
 
-`read_as` first applies the options of a source: its prompts, and for documents the number of images and their order
-(Alayrac et al. 2022, arXiv:2204.14198, 2.4 and A.3.2).
+`read_as` first applies the options of a source: its prompts, and for documents the number of images
+and their order (Alayrac et al. 2022, arXiv:2204.14198, 2.4 and A.3.2).
 """
 
 from __future__ import annotations
@@ -59,14 +59,18 @@ class Segment:
 def conversation(
     sample: Sample, prompts: Sequence[str], choice: int, *, prefix: bool = False
 ) -> list[Part]:
-    """Return the sample's parts; a pair with `prompts` becomes a question with its caption as the answer.
+    """Return the sample's parts.
 
-    `choice`, any non-negative random integer, selects the prompt and whether the image is before or after it (LLaVA
-    eq. 2). With `prefix`, the first words of the caption are the question, up to a random word, and the rest is the
-    answer (BLIP-2's prefix language modeling, arXiv:2301.12597, 3.3). In a conversation with one question, a prompt
-    with {} replaces the question, which is inserted at {} (InstructBLIP, arXiv:2305.06500, 2.1). Other conversations,
-    and samples with several texts, are not changed. In a prompt, {ocr} is the text in the image, and {options} or
-    {OPTIONS} are the candidates of a multiple-choice question: "(a) red (b) blue", or "(A) red (B) blue".
+    With `prompts`, a pair becomes a question with its caption as answer.
+
+    `choice`, any non-negative random integer, selects the prompt and whether the image is before or
+    after it (LLaVA eq. 2). With `prefix`, the first words of the caption are the question, up to a
+    random word, and the rest is the answer (BLIP-2's prefix language modeling, arXiv:2301.12597,
+    3.3). In a conversation with one question, a prompt with {} replaces the question, which is
+    inserted at {} (InstructBLIP, arXiv:2305.06500, 2.1). Other conversations, and samples with
+    several texts, are not changed. In a prompt, {ocr} is the text in the image, and {options} or
+    {OPTIONS} are the candidates of a multiple-choice question: "(a) red (b) blue", or "(A) red (B)
+    blue".
     """
     images = [p for p in sample.parts if p.image is not None]
     texts = [p for p in sample.parts if p.text is not None]
@@ -97,7 +101,7 @@ def conversation(
 
 
 def _fill(prompt: str, sample: Sample, question: str | None = None) -> str:
-    """Return the prompt with its placeholders filled, or the question if the prompt has no {} for it."""
+    """Fill the placeholders of a prompt. Returns the question if there is one and no {} for it."""
     if question is not None and "{}" not in prompt:
         return question
     named = [(letter(place), text) for place, text in enumerate(sample.candidates)]
@@ -121,10 +125,11 @@ def render(
 ) -> list[Segment]:
     """Return the segments to train on, with loss on every answer and on the stop string after it.
 
-    Neighboring parts of one role are one turn. `plain` and `caption` only use images, captions and answers, as LLaVA's
-    stage 1 does; of several texts, `caption` uses one, selected by `choice`. In the other templates, a caption is the
-    answer to its image. Raises BadSample for a sample without an answer, with a blank one, or with turns that the
-    template does not allow; SpecError for an unknown template.
+    Neighboring parts of one role are one turn. `plain` and `caption` only use images, captions and
+    answers, as LLaVA's stage 1 does; of several texts, `caption` uses one, selected by `choice`. In
+    the other templates, a caption is the answer to its image. Raises BadSample for a sample without
+    an answer, with a blank one, or with turns that the template does not allow; SpecError for an
+    unknown template.
     """
     answers = [p.text for p in parts if p.text is not None and p.role in ("caption", "assistant")]
     if not answers:
@@ -140,7 +145,7 @@ def render(
 def prompt(
     parts: Sequence[Part], template: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[Segment]:
-    """Return the segments up to the position of the last answer: a prefix of the result of `render`.
+    """Return the segments before the last answer: a prefix of the result of `render`.
 
     The last answer is removed if there is one. Raises the errors of `render`, but needs no answer.
     """
@@ -195,7 +200,7 @@ def _contents(turn: Turn) -> Iterator[Segment]:
 
 
 def _images_first(turn: Turn) -> Iterator[Segment]:
-    """Yield the images of a turn, then its texts, without the newlines between a prompt and its image."""
+    """Yield the images of a turn, then its texts, without newlines between prompt and image."""
     contents = list(_contents(turn))
     yield from (s for s in contents if s.image is not None)
     yield from (
@@ -212,8 +217,9 @@ def _plain(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> 
                 yield segment
             if not segment.train:
                 continue
-            # The paper puts loss on the caption, LLaVA's code also on its newline; without that, no model learns
-            # where a caption ends. As a segment of its own it is one token, whatever the caption ends with.
+            # The paper puts loss on the caption, LLaVA's code also on its newline; without that, no
+            # model learns where a caption ends. As a segment of its own it is one token, whatever
+            # the caption ends with.
             yield Segment("\n", train=True, literal=False)
 
 
@@ -268,7 +274,8 @@ def _human(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> 
 def _interleaved(
     turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool
 ) -> Iterator[Segment]:
-    # role of the last segment: an answer also ends before text without an image (e.g. a shot without its image)
+    # role of the last segment: an answer also ends before text without an image (e.g. a shot
+    # without its image)
     last: str | None = None
     for turn in turns:
         for segment in _contents(turn):
@@ -287,7 +294,7 @@ def _ending(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     ending = tokenizer.eos_token or tokenizer.sep_token
     if ending is None:
         raise SpecError(
-            f"template {template!r} needs a tokenizer with an eos or sep token; this one has neither"
+            f"template {template!r} needs a tokenizer with an eos or sep token. Got neither"
         )
     return str(ending)
 
@@ -325,7 +332,8 @@ def _chat(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, ask: bool) -> I
     yield Segment(scaffold[0], literal=False)
     for turn, after in zip(turns, scaffold[1:], strict=True):
         yield from _contents(turn)
-        # An answer ends with the first special token after it (in ChatML eos); the newline after that is scaffold.
+        # An answer ends with the first special token after it (in ChatML eos); the newline after
+        # that is scaffold.
         ending = special.search(after) if turn[0] == "assistant" else None
         cut = ending.end() if ending else 0
         yield Segment(after[:cut], train=True, literal=False)
@@ -385,13 +393,17 @@ def _stop(thread: Thread) -> None:
 
 
 def _scaffold(roles: list[str], tokenizer: PreTrainedTokenizerBase, ask: bool) -> list[str]:
-    """Return the strings of the chat template before, between and after the contents, one more than turns."""
+    """Return the chat template's strings before, between and after the contents.
+
+    There is one more string than turns.
+    """
     if tokenizer.chat_template is None:
         raise SpecError(
             "template 'chat' needs a tokenizer with a chat template; this one has none. "
             "Fix: use template 'v1'"
         )
-    # Characters of the private use area represent the contents: no template writes, strips or splits them.
+    # Characters of the private use area represent the contents: no template writes, strips or
+    # splits them.
     messages: list[dict[str, Any]] = [
         {"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)
     ]
@@ -426,7 +438,9 @@ TEMPLATES: Mapping[str, Writer] = {
 
 
 def read_as(source: Source, sample: Sample, choice: int, *, video: bool = False) -> list[Part]:
-    """Return the parts of a sample as a source reads it; `choice`, any non-negative random integer, decides.
+    """Return the parts of a sample as a source reads it.
+
+    `choice` is any non-negative random integer.
 
     With `video`, the frames of a video are one image at the position of the first frame.
     """
@@ -437,17 +451,19 @@ def read_as(source: Source, sample: Sample, choice: int, *, video: bool = False)
 
 
 def collapse_videos(parts: Sequence[Part]) -> list[Part]:
-    """Return the parts of a video with one place for all its frames, at the position of the first."""
+    """Return the parts of a video with one place for all frames: the position of the first."""
     return [part for part in parts if not part.image]
 
 
 def arrange_document(
     parts: Sequence[Part], choice: int, *, images: int | None, following: float
 ) -> list[Part]:
-    """Return the document with at most `images` images, and with probability `following` images before their texts.
+    """Return the document with at most `images` images.
 
-    In that case a text belongs to the image after it. `choice`, any non-negative random integer, is the seed.
-    Conversations are not changed.
+    With probability `following`, images come before their texts.
+
+    In that case a text belongs to the image after it. `choice`, any non-negative random integer, is
+    the seed. Conversations are not changed.
     """
     if any(part.role != "caption" for part in parts):
         return list(parts)
@@ -464,7 +480,10 @@ def truncate_images(parts: Sequence[Part], images: int) -> list[Part]:
 
 
 def images_before_text(parts: Sequence[Part]) -> list[Part]:
-    """Move every image before the texts that precede it, so that each text attends to the image after it."""
+    """Move every image before the texts that precede it.
+
+    Each text then attends to the image after it.
+    """
     moved: list[Part] = []
     texts: list[Part] = []
     for part in parts:

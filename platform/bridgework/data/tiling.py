@@ -1,6 +1,7 @@
-"""Any-resolution: cut an image into its base square and a grid of tiles (LLaVA-NeXT; xGen-MM, arXiv:2408.08872).
+"""Any-resolution: a base square and a grid of tiles (LLaVA-NeXT; xGen-MM, arXiv:2408.08872).
 
-Grid, sizes and padding match both releases to the pixel, because their weights were trained on them.
+Grid, sizes and padding match both releases to the pixel, because their weights were trained on
+them.
 
 # S side of a tile in pixels
 """
@@ -16,9 +17,12 @@ from bridgework.system import Layout, Pixels
 
 
 def choose_grid(width: int, height: int, pixels: Pixels) -> Layout:
-    """Return the grid that keeps most pixels of an image of this size; among equals, the one that wastes least.
+    """Return the grid that keeps most pixels of an image.
 
-    Without `pixels.grids`, the layout has the base square only. On ties, the first grid of the list wins.
+    Among equals, it is the one that wastes least.
+
+    Without `pixels.grids`, the layout has the base square only. On ties, the first grid of the list
+    wins.
     """
     if not pixels.grids:
         return Layout(0, 0, width, height)
@@ -27,7 +31,7 @@ def choose_grid(width: int, height: int, pixels: Pixels) -> Layout:
 
 
 def _score(width: int, height: int, grid: tuple[int, int], size: int) -> tuple[int, int]:
-    """Return (effective pixels of the image in the grid, minus the wasted ones): higher is better."""
+    """Return (effective pixels of the image, minus wasted pixels) of a grid: higher is better."""
     grid_width, grid_height = grid[0] * size, grid[1] * size
     scale = min(grid_width / width, grid_height / height)
     effective = min(int(width * scale) * int(height * scale), width * height)
@@ -37,8 +41,8 @@ def _score(width: int, height: int, grid: tuple[int, int], size: int) -> tuple[i
 def tile_image(image: Image.Image, pixels: Pixels) -> tuple[NDArray[np.uint8], Layout]:
     """Cut an image into tiles. Returns (tiles (n, 3, S, S) uint8, their layout).
 
-    The base square comes first, then the grid row by row, with black padding. With a grid, the base square is the
-    complete image, resized to a square. Without one, it is the result of `to_square`.
+    The base square comes first, then the grid row by row, with black padding. With a grid, the base
+    square is the complete image, resized to a square. Without one, it is the result of `to_square`.
     """
     layout, size = choose_grid(*image.size, pixels), pixels.size
     if not layout.columns:

@@ -1,8 +1,8 @@
-"""Tokenize samples: load tokenizers, convert segments to ids and labels, encode a sample as a stage reads it.
+"""Tokenizers, conversion of segments to ids and labels, and encoding of samples for a stage.
 
-`SampleEncoder` encodes the token stream of a stage's template, with the places of the images. For a wiring with an
-`instruction` it also encodes a second stream, the text of the user in another tokenizer (InstructBLIP's Q-Former; Dai
-et al. 2023, arXiv:2305.06500, 2.3).
+`SampleEncoder` encodes the token stream of a stage's template, with the places of the images. For a
+wiring with an `instruction` it also encodes a second stream, the text of the user in another
+tokenizer (InstructBLIP's Q-Former; Dai et al. 2023, arXiv:2305.06500, 2.3).
 
 # T tokens
 """
@@ -43,7 +43,8 @@ CHATML = (
 )
 LABELS = "labels:"
 INSTRUCTION_TOKENS = 128  # InstructBLIP's limit for the Q-Former; a longer text keeps its end
-# a tokenizer holds "parse special tokens" as state, which two threads of a server must not change at once
+# a tokenizer holds "parse special tokens" as state, which two threads of a server must not change
+# at once
 _lock = Lock()
 
 
@@ -72,12 +73,14 @@ def encode(
     image_tokens: int | Sequence[int],
     max_tokens: int,
 ) -> Encoded:
-    """Tokenize segment by segment; BOS, or BERT's CLS, comes first unless the scaffold begins with it.
+    """Tokenize segment by segment.
 
-    `image_tokens` is the number of tokens per image, one for all or one for each. A sample over `max_tokens` loses
-    complete turns from its end. If its first turn alone is too long, that is cut, never inside an image, and keeps its
-    closing segment. Raises BadSample if no token with loss is left, and DataError for a prompt (without any loss) that
-    does not fit.
+    BOS, or BERT's CLS, comes first unless the scaffold begins with it.
+
+    `image_tokens` is the number of tokens per image, one for all or one for each. A sample over
+    `max_tokens` loses complete turns from its end. If its first turn alone is too long, that is
+    cut, never inside an image, and keeps its closing segment. Raises BadSample if no token with
+    loss is left, and DataError for a prompt (without any loss) that does not fit.
     """
     pieces = [_piece(s, tokenizer, image_tokens) for s in segments]
     first = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -140,9 +143,12 @@ def _cut(length: int, ends: list[int], places: list[_Place], max_tokens: int) ->
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: bool) -> list[int]:
-    """Return the ids of a text without added tokens; in `literal` text, special tokens are encoded as plain text.
+    """Return the ids of a text without added tokens.
 
-    Raises BadSample for half of a surrogate pair, which JSON can contain and tokenizers cannot read.
+    In `literal` text, special tokens are encoded as plain text.
+
+    Raises BadSample for half of a surrogate pair, which JSON can contain and tokenizers cannot
+    read.
     """
     with _lock:
         if text.startswith(" ") and _adds_space(tokenizer):
@@ -159,19 +165,22 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: bool) ->
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return True if the tokenizer adds a space before any text, as LLaMA's do; ours would be a second one."""
+    """Return True if the tokenizer adds a space before any text, as LLaMA's do.
+
+    Ours would be a second one.
+    """
     first = tokenizer("a", add_special_tokens=False).input_ids[0]
     return str(tokenizer.convert_ids_to_tokens(first)).startswith("\u2581")
 
 
-# --- tokenizers ------------------------------------------------------------------------------------------------------
+# --- tokenizers -----------------------------------------------------------------------------------
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer by name: `bytes`, a folder, a hub name, or `package:NAME/FILE.gguf` in an installed package.
+    """Load `bytes`, a folder, a hub name, or `package:NAME/FILE.gguf` of an installed package.
 
-    `labels:` and a JSON list of names is a vocabulary with one token per name, in their order. The tokenizer always
-    has a pad token. Raises WeightsError if there is no such tokenizer.
+    `labels:` and a JSON list of names is a vocabulary with one token per name, in their order. The
+    tokenizer always has a pad token. Raises WeightsError if there is no such tokenizer.
     """
     if name == "bytes":
         return _bytes_tokenizer()
@@ -227,7 +236,10 @@ def _label_tokenizer(names: Sequence[str]) -> PreTrainedTokenizerBase:
 
 
 def _from_package(name: str) -> str:
-    """Return a folder with the tokenizer of a GGUF file, converted once (7 s) and cached under <home>/cache."""
+    """Return a folder with the tokenizer of a GGUF file.
+
+    It is converted once (7 s) and cached under <home>/cache.
+    """
     package, _, file = name.removeprefix("package:").partition("/")
     # isidentifier: the lookup of `a.b` would import a
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -259,7 +271,7 @@ def _from_package(name: str) -> str:
     return str(cached)
 
 
-# --- samples ---------------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 class Picture(NamedTuple):
@@ -294,7 +306,10 @@ class SampleEncoder:
         )
 
     def pictures(self, sample: Sample) -> list[Picture]:
-        """Return the image places of a sample; a video has one. Raises BadSample for a file that is not an image."""
+        """Return the image places of a sample; a video has one.
+
+        Raises BadSample for a file that is not an image.
+        """
         pixels, files = self.model.pixels, sample.images
         if pixels.video and sample.times_s:
             return [
@@ -314,9 +329,12 @@ class SampleEncoder:
         choice: int = 0,
         limit: int | None = None,
     ) -> Encoded:
-        """Return the ids and labels to train on. `layouts` are those of the pictures; without any, each is one square.
+        """Return the ids and labels to train on.
 
-        Raises BadSample for a sample without an answer, and for a wiring of pairs also without exactly one image.
+        `layouts` are those of the pictures; without any, each is one square.
+
+        Raises BadSample for a sample without an answer, and for a wiring of pairs also without
+        exactly one image.
         """
         segments = render(parts, self.template, self.tokenizer, choice)
         return self._checked(self._encode(segments, layouts, limit or self.limit))
@@ -361,7 +379,7 @@ class SampleEncoder:
         choice: int = 0,
         limit: int | None = None,
     ) -> Encoded:
-        """Return the training ids and labels of a sample: `label` for a classifier, `train` for all others."""
+        """Return the training ids and labels: `label` for a classifier, `train` for all others."""
         if self.classes:
             return self.label(sample, choice)
         return self.train(parts, layouts, choice=choice, limit=limit)
@@ -369,8 +387,9 @@ class SampleEncoder:
     def label(self, sample: Sample, choice: int = 0) -> Encoded:
         """Return the class of a sample as its only id and label.
 
-        Of several labels, `choice`, any non-negative random integer, selects one. Raises BadSample for a sample without
-        exactly one image, without a label, or with a label that is not in `classes`.
+        Of several labels, `choice`, any non-negative random integer, selects one. Raises BadSample
+        for a sample without exactly one image, without a label, or with a label that is not in
+        `classes`.
         """
         if len(sample.images) != 1:
             raise BadSample(
@@ -393,7 +412,10 @@ class SampleEncoder:
         return Encoded([number], [number], [0], [0])
 
     def ask(self, parts: Sequence[Part], layouts: Sequence[Layout] = ()) -> Encoded:
-        """Return the prompt up to the position of the answer. Raises DataError if it fills the context."""
+        """Return the prompt up to the position of the answer.
+
+        Raises DataError if it fills the context.
+        """
         return self._encode(
             prompt(parts, self.template, self.tokenizer), layouts, self.model.context - 1
         )

@@ -1,13 +1,13 @@
 """Map (source, stream, index) to a row of the dataset, for any index, in O(1).
 
-A source is read in V streams, one per lane. Its draws are numbered: draw x of stream v has the number
-g = x V + (V - 1 - v). Epoch e consists of the draws e N .. (e + 1) N - 1, so N consecutive draws
-contain every row once.
+A source is read in V streams, one per lane. Its draws are numbered: draw x of stream v has the
+number g = x V + (V - 1 - v). Epoch e consists of the draws e N .. (e + 1) N - 1, so N consecutive
+draws contain every row once.
 
 In an epoch each stream has N / V of these numbers (rounded up or down). It reads the same number of
-consecutive rows of the epoch's order, which begins at a random row. In this order, rows 0 .. N-1 are
-cut into P pieces of c neighbors (the last may be shorter); the pieces are shuffled, and so are the
-rows in each piece. The end of a stream may cut a piece, which two streams then share.
+consecutive rows of the epoch's order, which begins at a random row. In this order, rows 0 .. N-1
+are cut into P pieces of c neighbors (the last may be shorter); the pieces are shuffled, and so are
+the rows in each piece. The end of a stream may cut a piece, which two streams then share.
 
 # S sources  R requested rows  N rows of a source  P its pieces  V lanes
 """
@@ -41,7 +41,8 @@ class _SourceLayout:
 
 
 def _layout(rows: int, group_rows: int, key: int, lanes: int) -> _SourceLayout:
-    # at least four pieces per lane if the source is large enough, so that a lane reads many regions of it per epoch
+    # at least four pieces per lane if the source is large enough, so that a lane reads many regions
+    # of it per epoch
     piece = max(1, min(group_rows, rows // (4 * lanes)))
     full, rest = divmod(rows, piece)
     short = rest or piece
@@ -53,8 +54,8 @@ def _layout(rows: int, group_rows: int, key: int, lanes: int) -> _SourceLayout:
 class LaneOrder:
     """Order of the rows in the streams of all sources: O(1) memory per source, O(1) time per row.
 
-    `rows`, `group_rows` and `keys` hold one number per source: its size, the number of neighbors that are read
-    together, and a 64-bit key of its order.
+    `rows`, `group_rows` and `keys` hold one number per source: its size, the number of neighbors
+    that are read together, and a 64-bit key of its order.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class LaneOrder:
         stream_R: npt.NDArray[np.int64],
         index_R: npt.NDArray[np.int64],
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Return (epoch_R, row_R) of row number `index_R`, counted from 0, in stream `stream_R` of `source_R`."""
+        """Return (epoch_R, row_R) of row number `index_R`, from 0, in a stream of a source."""
         columns = self._table[:, source_R]
         n, piece, pieces, full, short, full_side, piece_side, short_side, *keys = columns
         order_key, piece_key, begin_key = keys
@@ -88,7 +89,10 @@ class LaneOrder:
         return epoch.astype(np.int32), row.astype(np.int64)
 
     def _place(self, index: U64, turn: U64, epoch: U64, n: U64) -> U64:
-        """Return the place of a draw in the epoch's order, after the rows of all streams before its own."""
+        """Return the place of a draw in the epoch's order.
+
+        It is after the rows of all streams before its own.
+        """
         first = epoch * n  # number of the first draw of the epoch
         start = np.where(  # of the stream's rows in this epoch
             first > turn, (first - np.minimum(turn, first) + self._lanes - _ONE) // self._lanes, 0

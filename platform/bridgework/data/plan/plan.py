@@ -1,9 +1,9 @@
-"""The plan: the rows of the global batch of step s, as a pure function of seed, mixture, manifests and s.
+"""The plan: the rows of the batch of step s, a pure function of seed, mixture, manifests and s.
 
-A batch consists of V lanes with b = batch / V rows each. A lane reads its own part of every source in windows of
-`window` steps; the W = b * window rows of a window are shuffled and distributed over its steps. The plan does not
-depend on world size, readers or timing, so the cursor of a run is its next step. `shares` computes how many rows of
-each source a lane takes, `lane_order` which ones.
+A batch consists of V lanes with b = batch / V rows each. A lane reads its own part of every source
+in windows of `window` steps; the W = b * window rows of a window are shuffled and distributed over
+its steps. The plan does not depend on world size, readers or timing, so the cursor of a run is its
+next step. `shares` computes how many rows of each source a lane takes, `lane_order` which ones.
 
 # S sources  R rows  V lanes  b rows of a lane and step  W rows of a lane and window
 """
@@ -21,7 +21,8 @@ from bridgework.data.plan.shares import Counts, Share, ShareSchedule, divide, re
 from bridgework.errors import DataError, SpecError
 from bridgework.mixture import Mixture, unique
 
-# rows of an epoch per lane from which a lane has its own stream; lanes share the streams of a smaller source
+# rows of an epoch per lane from which a lane has its own stream; lanes share the streams of a
+# smaller source
 OWN_ROWS = 64
 _LOOKUP = 64  # substitutes computed at a time
 
@@ -51,10 +52,11 @@ class Plan:
     mixture: another source changes how many rows of this one are taken, but not which come next. No
     row occurs twice in an epoch, and no row of an epoch comes after one of the next. For a single
     source, N rows from a multiple of N contain every row once. In a mixture this is exact to the
-    window for a source of fewer than OWN_ROWS rows per lane, and to two rows of a lane for a larger one.
+    window for a source of fewer than OWN_ROWS rows per lane, and to two rows of a lane for a larger
+    one.
 
-    Raises SpecError for a batch that is not a multiple of the lanes, for sources that differ from the mixture's, and
-    for caps that cannot fill the budget; DataError for an empty source.
+    Raises SpecError for a batch that is not a multiple of the lanes, for sources that differ from
+    the mixture's, and for caps that cannot fill the budget; DataError for an empty source.
     """
 
     shares: tuple[Share, ...]  # one per source, in order
@@ -104,7 +106,7 @@ class Plan:
         return lanes_of(self._lanes, rank, world)
 
     def window(self, lane: int, t: int) -> Rows:
-        """Return the W rows of a lane for steps t * window .. (t + 1) * window - 1, b rows per step, in order.
+        """Return the W rows of a lane for steps t * window .. (t + 1) * window - 1, b per step.
 
         The last window has fewer rows if the stage ends inside it.
         """
@@ -113,9 +115,9 @@ class Plan:
     def substitutes(self, lane: int, t: int, place: int) -> Iterator[tuple[int, int, int]]:
         """Yield (source, epoch, row) to try, in order, if the row at `place` of the window is bad.
 
-        First the other rows of its source in the window, cyclically from `place` on, because they are already read.
-        Then the lane's next rows of the source, as many as the source has, and finally all its rows, cyclically from
-        the bad one on. The bad row itself is excluded.
+        First the other rows of its source in the window, cyclically from `place` on, because they
+        are already read. Then the lane's next rows of the source, as many as the source has, and
+        finally all its rows, cyclically from the bad one on. The bad row itself is excluded.
         """
         window = self.window(lane, t)
         source, bad = int(window.source[place]), int(window.row[place])
@@ -139,7 +141,9 @@ class Plan:
         yield from ((source, epoch, (bad + offset) % size) for offset in range(1, size))
 
     def shared(self, other: "Plan") -> int:
-        """Return the number of first steps with the same rows in both plans, which may differ in their steps.
+        """Return the number of first steps with the same rows in both plans.
+
+        They may differ in their steps.
 
         The last period of a plan depends on its end, so its steps do not count.
         """
@@ -166,8 +170,8 @@ class Plan:
     def _rows(self, lane: int, first: int, count: int) -> Rows:
         """Return `count` rows of a lane from row `first` on, inside one period.
 
-        A period, nearly always one window, is shuffled as a unit (see `ShareSchedule`): the source of
-        each place, and the rows of a source within each epoch, but never across epochs. The last
+        A period, nearly always one window, is shuffled as a unit (see `ShareSchedule`): the source
+        of each place, and the rows of a source within each epoch, but never across epochs. The last
         period ends with the stage, so that shares and caps are exact to the row there.
         """
         if not 0 <= lane < self._lanes or not 0 <= first < self._end:
@@ -194,7 +198,10 @@ class Plan:
         return Rows(source_R[chosen].astype(np.int32), epoch_R[chosen], row_R[chosen])
 
     def _counts(self, rows: int) -> Counts:
-        """Return the counts (V, S) at the boundary of a period, the last of which ends with the stage."""
+        """Return the counts (V, S) at the boundary of a period.
+
+        The last period ends with the stage.
+        """
         return self._schedule.end(rows) if rows == self._end else self._schedule.counts(rows)
 
     def _period_of(self, row: int) -> tuple[int, int]:
@@ -234,7 +241,7 @@ def _check(sources: Sequence[SourceRows], mixture: Mixture, batch: int, steps: i
     if names != expected:
         raise SpecError(
             f"sources: the plan and the mixture differ. Got {', '.join(names)}; expected "
-            f"{', '.join(expected)}. Fix: give one SourceRows per source of the mixture, in its order"
+            f"{', '.join(expected)}. Fix: give one SourceRows per source, in the mixture's order"
         )
     for source in sources:
         if source.rows < 1 or source.group_rows < 1:
@@ -246,6 +253,7 @@ def _check(sources: Sequence[SourceRows], mixture: Mixture, batch: int, steps: i
         raise SpecError(f"a plan has at least 1 step. Got {steps}. Fix: set a larger budget")
     if batch < 1 or batch % mixture.lanes:
         raise SpecError(
-            f"budget.batch: not a multiple of data.lanes. Got batch {batch}, {mixture.lanes} lanes; "
+            f"budget.batch: not a multiple of data.lanes. Got batch {batch}, "
+            f"{mixture.lanes} lanes; "
             "expected the same number of rows per lane. Fix: change the batch or data.lanes"
         )

@@ -1,7 +1,7 @@
 """Compute the rows that each lane takes of each source, from sizes, alpha, factors and caps.
 
-Weights are converted to integer multiples of 2**-60 and multiplied as Python integers, so the counts are
-exact at any length of training and equal on every machine.
+Weights are converted to integer multiples of 2**-60 and multiplied as Python integers, so the
+counts are exact at any length of training and equal on every machine.
 
 # V lanes  S sources
 """
@@ -44,8 +44,9 @@ def divide(
 ) -> tuple[list[Fraction], frozenset[int]]:
     """Return the share of each source after the caps, and the indices of the capped sources.
 
-    `rows` holds the sizes of the sources. Water-filling: a source above its cap gets max_epochs * rows, and the
-    remaining budget is redistributed by weight. Raises SpecError if the caps of all sources give too few rows.
+    `rows` holds the sizes of the sources. Water-filling: a source above its cap gets max_epochs *
+    rows, and the remaining budget is redistributed by weight. Raises SpecError if the caps of all
+    sources give too few rows.
     """
     weights = requested(mixture, rows)
     budget = steps * batch
@@ -69,7 +70,8 @@ def divide(
         fewer = (budget - missing) // batch
         raise SpecError(
             f"max_epochs: the sources have too few rows. Got {budget - missing}; {steps} steps "
-            f"of {batch} need {budget}, {missing} more. Fix: raise max_epochs, add a source, or use "
+            f"of {batch} need {budget}, {missing} more. "
+            "Fix: raise max_epochs, add a source, or use "
             + (f"{fewer} steps" if fewer else "smaller batches")
         )
     both = held | level
@@ -85,7 +87,10 @@ def requested(mixture: Mixture, rows: Sequence[int]) -> list[Fraction]:
 
 
 def _shares(node: Mixture | Group, rows: Iterator[int]) -> tuple[list[Fraction], int]:
-    """Return the shares of the sources below `node`, which sum to one, and their total rows, read from `rows`."""
+    """Return the shares of the sources below `node`, which sum to one, and their total rows.
+
+    The sizes come from `rows`.
+    """
     below = [
         _shares(n, rows) if isinstance(n, Group) else ([Fraction(1)], next(rows))
         for n in node.sources
@@ -116,7 +121,10 @@ class ShareSchedule:
     """
 
     def __init__(self, shares: Sequence[Fraction], lanes: int, window_rows: int) -> None:
-        """Compute the weights and the period; `window_rows` is the number of rows of a lane and window."""
+        """Compute the weights and the period.
+
+        `window_rows` is the number of rows of a lane and window.
+        """
         self._lanes = lanes
         self._weights = [int(share * _UNIT) for share in shares]
         heaviest = max(range(len(shares)), key=lambda d: shares[d])
@@ -140,12 +148,18 @@ class ShareSchedule:
         return self._at(rows // self.period)
 
     def last(self, rows: int) -> int:
-        """Return the rows of a lane before the last period of a stage of `rows` rows; that period is never short."""
+        """Return the rows of a lane before the last period of a stage of `rows` rows.
+
+        That period is never short.
+        """
         before = (rows - 1) // self.period * self.period
         return before - self.period if before and rows - before < self._min_rows else before
 
     def end(self, rows: int) -> Counts:
-        """Return the counts (V, S) at the end of a stage of any number of rows: no later count limits them."""
+        """Return the counts (V, S) at the end of a stage, at any number of rows.
+
+        No later count limits them.
+        """
         before = self.last(rows)
         low = self.counts(before)
         return self._between(rows, low, low + (rows - before))
@@ -174,10 +188,10 @@ class ShareSchedule:
 
 
 def _split(rows: int, totals_S: Counts, low_VS: Counts, high_VS: Counts) -> Counts:
-    """Split the totals of several lanes into counts per lane: `rows` rows per lane, between `low` and `high`.
+    """Split the totals of several lanes into counts of `rows` per lane, between `low` and `high`.
 
-    Each half consists of every second lane, so that ranks, which own lanes in turn, have similar counts. If the
-    limits of single lanes allow no such counts, the totals change by a row.
+    Each half consists of every second lane, so that ranks, which own lanes in turn, have similar
+    counts. If the limits of single lanes allow no such counts, the totals change by a row.
     """
     lanes = len(low_VS)
     if lanes == 1:
