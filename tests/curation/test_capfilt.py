@@ -231,7 +231,7 @@ def test_trained_filter_finds_swapped_captions(tmp_path: Path) -> None:
         ({"sources": ()}, "at least one source"),
         ({"top_p": 0.0}, r"top_p is in \(0, 1\]"),
         ({"temperature": -1.0}, "temperature is at least 0"),
-        ({"min_tokens": 9}, "min_tokens 9 to max_tokens 8"),
+        ({"min_tokens": 9}, "min_tokens 9 and max_tokens 8"),
     ],
 )
 def test_invalid_capfilt_fields_are_rejected(fields: dict[str, Any], words: str) -> None:
@@ -301,7 +301,7 @@ def _stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
     def write(worker: annotations._Worker, task: annotations.Task) -> None:
         if task.shard == after and interrupt:
             interrupt.clear()
-            monkeypatch.setattr(worker, "_judge", _interrupted)
+            monkeypatch.setattr(worker, "_annotator", _interrupted)
         own(worker, task)
         judged.append(task.shard)
 

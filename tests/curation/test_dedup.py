@@ -272,7 +272,7 @@ def test_unreadable_image_does_not_affect_its_neighbors(home: Path) -> None:
         ({"by": "embedding"}, "needs model=ARTIFACT"),
         ({"model": "a/model"}, "by=bytes uses no model"),
         ({"distance": 17}, "0 to 16 bits of 64; got 17"),
-        ({"color": 256}, "0 to 255; got 256"),
+        ({"color": 256}, "color: got 256; expected a difference of 0 to 255"),
         ({"similarity": 0.0}, r"cosine in \(0, 1\]; got 0"),
     ],
 )

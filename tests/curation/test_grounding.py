@@ -214,8 +214,11 @@ def test_corners_are_written_as_the_paper_does() -> None:
 @pytest.mark.parametrize(
     ("make_one", "words"),
     [
-        (lambda: Grounding(granularity=cast(Any, "all")), "'each' or 'draw'; got 'all'"),
-        (lambda: Grounding(most=0), "at least 1; got 0"),
+        (
+            lambda: Grounding(granularity=cast(Any, "all")),
+            "got granularity 'all'; expected 'each' or 'draw'",
+        ),
+        (lambda: Grounding(most=0), "got most 0; expected at least 1"),
     ],
 )
 def test_a_grounding_that_cannot_be_is_refused(

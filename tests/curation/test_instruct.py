@@ -484,7 +484,7 @@ def test_another_model_at_the_same_dest_is_rejected_with_both_names(
     with endpoint(good) as server:
         make(spec(server, kinds=("detail",)), [source], dest, home=home, say=str)
     with pytest.raises(
-        DataError, match=r"with `endpoint=http://127.*/v1`, and asked for is `endpoint=http://x/v1`"
+        DataError, match=r"with `endpoint=http://127.*/v1`; expected `endpoint=http://x/v1`"
     ):
         make(
             Instruct(endpoint="http://x/v1", model="writer-1", kinds=("detail",)),
@@ -492,7 +492,7 @@ def test_another_model_at_the_same_dest_is_rejected_with_both_names(
             dest,
             home=home,
         )
-    both = "made with `endpoint=http.* lm=none model=writer-1`, and asked for is `endpoint=none lm=/nope model=none`"
+    both = "made with `endpoint=http.* lm=none model=writer-1`; expected `endpoint=none lm=/nope model=none`"
     with pytest.raises(DataError, match=both):
         make(Instruct(lm="/nope", kinds=("detail",)), [source], dest, home=home)
 
@@ -556,17 +556,15 @@ def test_folder_without_a_model_is_rejected(tmp_path: Path) -> None:
         (lambda: Instruct(), "give endpoint=URL and model=NAME, or lm=FOLDER"),
         (lambda: Instruct(endpoint="http://x"), "give endpoint=URL and model=NAME"),
         (lambda: Instruct(endpoint="http://x", model="m", lm="folder"), "or lm=FOLDER"),
-        (lambda: Instruct(lm="folder", show=True), "an lm reads texts alone"),
+        (lambda: Instruct(lm="folder", show=True), "an lm reads text only"),
         (
             lambda: Instruct(lm="folder", kinds=("details",)),
             "no kind 'details'; did you mean 'detail'",
         ),
-        (lambda: Instruct(lm="folder", kinds=()), "at least one, and each once; got none"),
-        (lambda: Instruct(lm="folder", parallel=0), "parallel 1"),
+        (lambda: Instruct(lm="folder", kinds=()), "kinds are one or more, each once. Got none"),
+        (lambda: Instruct(lm="folder", parallel=0), "parallel are at least 1"),
     ],
 )
-def test_model_without_chat_template_is_rejected(
-    make_one: Callable[[], Instruct], words: str
-) -> None:
+def test_invalid_instruct_fields_are_rejected(make_one: Callable[[], Instruct], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         make_one()

@@ -275,7 +275,7 @@ def test_other_thresholds_reuse_the_annotations(home: Path, tmp_path: Path) -> N
     assert all(size(sample) <= 14 for sample in open_dataset(str(tmp_path / "made")).samples())
 
 
-# --- what is dropped, put aside, refused -----------------------------------------------------------------------------
+# --- dropped, quarantined and rejected rows ---
 
 
 def test_row_that_is_not_a_document_is_quarantined_and_one_without_image_dropped(
@@ -309,7 +309,7 @@ def test_row_that_is_not_a_document_is_quarantined_and_one_without_image_dropped
     [
         (lambda: Interleave(windows=0), "windows is at least 1; got 0"),
         (lambda: Interleave(length=2), "length 2 leaves no room for text next to an image"),
-        (lambda: Interleave(min_similarity=2.0), r"min_similarity lies in \[-1, 1\]"),
+        (lambda: Interleave(min_similarity=2.0), r"min_similarity is in \[-1, 1\]"),
     ],
 )
 def test_invalid_windows_are_rejected(make_one: Callable[[], Interleave], words: str) -> None:

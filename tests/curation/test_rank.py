@@ -200,7 +200,7 @@ def test_text_without_tokens_is_not_ranked(home: Path) -> None:
     assert [made.key for made in verdict.samples] == ["k/web"]
 
 
-# --- what is put aside and refused -----------------------------------------------------------------------------------
+# --- quarantined and rejected rows ---
 
 
 def test_row_without_an_image_and_captions_is_quarantined(home: Path) -> None:
@@ -219,7 +219,7 @@ def test_row_without_an_image_and_captions_is_quarantined(home: Path) -> None:
     [
         (lambda: Rank(model="m", keep=0), "captions and keep are at least 1; got 10 and 0"),
         (lambda: Rank(model="m", top_p=0.0), r"top_p is in \(0, 1\]"),
-        (lambda: Rank(model="m", min_tokens=30), "min_tokens 30 to max_tokens 20"),
+        (lambda: Rank(model="m", min_tokens=30), "min_tokens 30 and max_tokens 20"),
     ],
 )
 def test_invalid_rank_fields_are_rejected(make_one: Callable[[], Rank], words: str) -> None:

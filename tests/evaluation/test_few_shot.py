@@ -156,7 +156,7 @@ def test_the_spec_comes_back_from_json_and_shrinks() -> None:
     ("changes", "message"),
     [
         ({"shots": -1}, "shots is 0"),
-        ({"candidates": 1}, "between 2"),
+        ({"candidates": 1}, "expected 2 to rows"),
         ({"shots": 8, "rows": 8, "candidates": 2}, "few"),
     ],
 )
