@@ -61,7 +61,7 @@ def test_what_a_curation_needs_is_asked_for_before_anything_is_written(
 ) -> None:
     with pytest.raises(
         RunError,
-        match="its curation uses captioner, which this run has not trained; train it first",
+        match=r"its curation uses captioner, which this run has not trained\. Fix: train it first",
     ):
         go(blip(home), home, run, stages=["pretrain", "bootstrap"])
     lost = override(blip(home), {"stages.bootstrap.curation.sources": "not-here"})
