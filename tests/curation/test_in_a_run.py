@@ -59,7 +59,7 @@ def test_a_finished_stage_needs_its_curated_data_no_more(home: Path, run: str) -
 def test_requirements_of_a_curation_are_checked_before_writing(home: Path, run: str) -> None:
     with pytest.raises(
         RunError,
-        match="its curation uses captioner, which this run has not trained; train it first",
+        match=r"its curation uses captioner, which this run has not trained\. Fix: train it first",
     ):
         go(blip(home), home, run, stages=["pretrain", "bootstrap"])
     lost = override(blip(home), {"stages.bootstrap.curation.sources": "not-here"})

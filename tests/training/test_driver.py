@@ -93,7 +93,7 @@ def test_more_workers_than_lanes_are_rejected_before_any_write(home: Path, run: 
 
 def test_stage_before_its_parent_is_rejected_before_any_write(home: Path, run: str) -> None:
     with pytest.raises(
-        RunError, match="starts from align, which this run has not trained; train it first"
+        RunError, match=r"starts from align, which this run has not trained\. Fix: train it first"
     ):
         go(llava(), home, run, stages=["instruct"])
     assert not folder(home, run).exists()

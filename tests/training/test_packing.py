@@ -103,5 +103,7 @@ def test_packed_batches_are_the_same_for_any_world_size_and_resume(home: Path, w
     "name", ["clip/contrast", "blip/captioner", "blip2/represent", "xgen_mm/prefer"]
 )
 def test_packing_is_rejected_if_samples_cannot_share_a_sequence(name: str) -> None:
-    with pytest.raises(SpecError, match=r"data\.packing: .*; set stages\.\w+\.data\.packing=none"):
+    with pytest.raises(
+        SpecError, match=r"data\.packing: .*\. Fix: set stages\.\w+\.data\.packing=none"
+    ):
         stage_of(name, Packing())
