@@ -1,6 +1,6 @@
 """xGen-MM, BLIP-3 (Xue et al. 2024, arXiv:2408.08872): a resampler from frozen SigLIP to Phi-3.
 
-pretrain     resampler and LM learn from documents and captions        (100B tokens, the model card)
+pretrain     resampler and LM: interleaved documents and captions      (100B tokens, the model card)
 instruct     any-resolution tiles: one epoch of single-image conversations                     (1M)
 multi_image  conversations about several images, mixed with some about one
 prefer       adapters learn by DPO which of two answers is better          (VLFeedback: 62.6K pairs)
