@@ -1,6 +1,8 @@
 """`bridgework data`: every command on real datasets, through the parser that people use."""
 
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from bridgework.cli.data import data
 from bridgework.data.dataset import open_dataset
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
+from tests.house import source
 
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHAPES = "synthetic:shapes"
 
 
@@ -36,6 +40,52 @@ def test_import_writes_a_dataset_with_its_options(pictures: Path, tmp_path: Path
     assert (len(made), made.manifest.license) == (3, "MIT")
 
 
+def test_an_option_is_also_taken_under_the_name_of_earlier_releases(
+    pictures: Path, tmp_path: Path
+) -> None:
+    assert run("import", "folder", pictures, tmp_path / "made", "licence=MIT").exit_code == 0
+    assert open_dataset(str(tmp_path / "made")).manifest.license == "MIT"
+
+
+def test_without_arguments_the_formats_are_listed_and_with_one_its_options() -> None:
+    assert {"folder", "coco", "webdataset"} <= {line.split()[0] for line in listed("import")}
+    assert {"llava-json", "webdataset"} <= {line.split()[0] for line in listed("export")}
+    options = {line.split()[0]: line.split()[-1] for line in listed("import", "coco")}
+    assert (options["images"], options["license"], options["workers"]) == ("None", "unknown", "0")
+    assert "Import captions_*.json" in " ".join(listed("import", "coco"))
+    assert "workers" not in " ".join(listed("import", "emoji"))
+    assert listed("export", "webdataset")[-1].split() == ["rows", "int", "1000"]
+    with pytest.raises(SpecError, match=r"folder: DEST is missing\. Got SOURCE photos"):
+        run("import", "folder", "photos")
+
+
+def listed(*words: str) -> list[str]:
+    return list(filter(str.strip, run(*words).stdout.splitlines()))
+
+
+def test_importers_and_exporters_of_ones_own_are_found_by_import_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_lab").mkdir()
+    document = (source.ROOT / "docs/data-formats.md").read_text(encoding="utf-8")
+    notes, keys = BLOCK.findall(document)
+    (tmp_path / "my_lab" / "notes.py").write_text(notes)
+    (tmp_path / "my_lab" / "keys.py").write_text(keys)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    lines = tmp_path / "notes.txt"
+    lines.write_text("a ring\n\na dot\n")
+    run("import", "my_lab.notes", lines, tmp_path / "d", "prefix=line", "max_bad=0.5", "workers=0")
+    manifest = open_dataset(str(tmp_path / "d")).manifest
+    assert (manifest.rows, manifest.quarantined) == (2, {"empty_text": 1})
+    assert manifest.made_by == "my_lab.notes" and manifest.parameters["prefix"] == "line"
+    run("export", "my_lab.keys", tmp_path / "d", tmp_path / "keys.txt", "separator=,")
+    assert (tmp_path / "keys.txt").read_text() == "line-0,line-2"
+    with pytest.raises(DataError, match=r"notes\.py, line 2\. Got ModuleNotFoundError"):
+        (tmp_path / "my_lab" / "notes.py").write_text("\nimport no_such_package")
+        monkeypatch.delitem(sys.modules, "my_lab.notes")
+        run("import", "my_lab.notes", lines, tmp_path / "e")
+
+
 def test_a_bare_name_goes_home_and_is_found_there(pictures: Path, home: Path) -> None:
     assert run("import", "folder", pictures, "three").exit_code == 0
     assert (home / "datasets" / "three" / "manifest.json").is_file()
@@ -49,7 +99,11 @@ def test_a_bare_name_goes_home_and_is_found_there(pictures: Path, home: Path) ->
         (["folder", "tabel=x.csv"], SpecError, "no field 'tabel'; did you mean 'table'?"),
         (["folder", "max_bad=2"], SpecError, "max_bad is a share of the rows, from 0 to 1; got 2"),
         (["folder", "max_bad=lots"], SpecError, "max_bad must be float, got 'lots'"),
-        (["folder", "MIT"], SpecError, "KEY=VALUE, e.g. license=CC-BY-4.0; got 'MIT'"),
+        (
+            ["folder", "MIT"],
+            SpecError,
+            "'MIT' is not of the form KEY=VALUE, e.g. license=CC-BY-4.0",
+        ),
         (["emoji", "--license", "MIT"], SpecError, "no field 'license'; known: max_bad"),
         (
             ["folder", "sayy=hello"],

@@ -1,6 +1,7 @@
 """`bridgework curate`: any curation by its name, with its fields as words."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import pair
 from bridgework.errors import DataError, SpecError
 from tests.curation.support import embedder, file, flags, scenes, written
+from tests.house.source import ROOT
 
 SCENES = scenes(20)
 
@@ -44,11 +46,12 @@ def test_without_words_the_curations_are_listed_with_what_they_do() -> None:
 
 
 def test_a_name_alone_tells_its_fields() -> None:
-    lines = {line.split()[0]: line.split()[1:] for line in curate("dedup").stdout.splitlines()}
+    words = map(str.split, filter(None, curate("dedup").stdout.splitlines()))
+    lines = {name: rest for name, *rest in words}
     assert lines["distance"] == ["int", "4"] and lines["by"][-1] == "bytes"
     assert lines["max_bad"] == ["float", "0.005"]
     fields = curate("capfilt").stdout
-    assert "needed" in fields and "sources" not in fields and "makes" not in fields
+    assert "required" in fields and "sources" not in fields and "makes" not in fields
 
 
 def test_fields_are_words_and_the_rest_is_places(source: str, tmp_path: Path) -> None:
@@ -110,6 +113,20 @@ def test_a_module_of_ones_own_is_a_curation(source: str, tmp_path: Path) -> None
     assert open_dataset(str(tmp_path / "made")).manifest.made_by == "tests.curation.vowels"
 
 
+def test_the_curation_of_the_documents_works_as_it_is_written(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = (ROOT / "docs/curation.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_lab").mkdir()
+    (tmp_path / "my_lab" / "long_ones.py").write_text(example)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    curate("my_lab.long_ones", source, str(tmp_path / "long"), "at_least=3")
+    parameters = open_dataset(str(tmp_path / "long")).manifest.parameters
+    assert parameters["counts"] == {"kept": 5, "too short": 20}
+    assert parameters["at_least"] == 3
+
+
 def test_a_model_is_named_by_its_folder_wherever_the_command_runs(
     source: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,10 +179,13 @@ def test_explain_counts_the_reasons_and_draws_both_kinds(
             r"there is no curation './my.py'; known: .*its module's path, e.g. my_lab.sharp",
         ),
         (("my/curation", "a", "b"), r"there is no curation 'my/curation'.*its module's path"),
-        (("bridgework.curation.runner", "a", "b"), "holds 0 public specs with judge and decide"),
+        (
+            ("bridgework.curation.runner", "a", "b"),
+            "Got none; expected one public config class with judge and decide",
+        ),
         (
             ("dedup", "a", "b", "distence=3"),
-            r"Dedup has no field 'distence'; did you mean 'distance'\?",
+            r"curate dedup has no field 'distence'; did you mean 'distance'\?",
         ),
         (
             ("dedup", "a", "b", "by=color"),
@@ -178,15 +198,15 @@ def test_explain_counts_the_reasons_and_draws_both_kinds(
         ),
         (
             ("dedup", "a", "b", "by=bytes", "c"),
-            "behind the places stand fields of dedup, KEY=VALUE; got 'c'",
+            "curate dedup: expected KEY=VALUE after the dataset arguments, got 'c'",
         ),
         (("dedup", "a", "b", "max_bad=2"), "max_bad is a share of the rows, from 0 to 1; got 2"),
         (
             ("dedup", "a", "b", "max_bed=0.1"),
-            r"Dedup has no field 'max_bed'; did you mean 'max_bad'\?",
+            r"curate dedup has no field 'max_bed'; did you mean 'max_bad'\?",
         ),
         (("capfilt", "a", "b", "filter=./f"), "curate capfilt needs captioner=VALUE"),
-        (("capfilt", "a", "b", "makes=c"), "CapFilt has no field 'makes'"),
+        (("capfilt", "a", "b", "makes=c"), "curate capfilt has no field 'makes'"),
     ],
 )
 def test_words_that_make_no_sense_are_refused(words: tuple[str, ...], said: str) -> None:

@@ -12,6 +12,7 @@ from bridgework.config import config_class, override
 from bridgework.data.catalog import home
 from bridgework.errors import DataError, SpecError, suggest
 from bridgework.mixture import unique
+from bridgework.plugins import Plugins
 
 if TYPE_CHECKING:
     from bridgework.data.samples import Part
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 importing = typer.Typer(help="Bring in a model from elsewhere.", no_args_is_help=True)
 out, err = Console(), Console(stderr=True)
+EVALUATIONS = Plugins(
+    kind="evaluation",
+    package="bridgework.evaluation",
+    methods=("name", "better", "run"),
+    example="my_lab.evals",
+)
 EXAMPLES = 256  # rows of a dataset among which the nearest are looked for
 
 Model = Annotated[
@@ -159,11 +166,8 @@ def evaluate(
 
 
 def _kinds() -> dict[str, Any]:
-    """The evaluations by the names that they have where they are given none."""
-    from bridgework import evaluation
-
-    found = [getattr(evaluation, name) for name in evaluation.__all__]
-    return {cls.name: cls for cls in found if hasattr(cls, "name")}
+    """Return the evaluations that ship, by their default names."""
+    return {cls.name: cls for cls in EVALUATIONS.classes()}
 
 
 def _judge(words: str) -> Any:
@@ -172,6 +176,8 @@ def _judge(words: str) -> Any:
         raise SpecError(
             f"--on {words!r} is not of the form KIND:DATASET, e.g. vqa:vqav2-val or retrieval:../my/pairs"
         )
+    if "." in kind:
+        return EVALUATIONS.load_class(kind)(dataset=dataset)
     known = _kinds()
     if kind not in known:
         raise SpecError(f"there is no evaluation {kind!r}" + suggest(kind, known))

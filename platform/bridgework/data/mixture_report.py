@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,8 +14,10 @@ from bridgework.data.plan.plan import Plan, SourceRows
 from bridgework.data.plan.shares import requested
 from bridgework.errors import DataError, SpecError
 from bridgework.mixture import Group, Mixture, Source
+from bridgework.plugins import Plugins
 from bridgework.system import Layout, Pixels
 
+MIXTURES = Plugins(kind="mixture", example="my_lab.mixtures:web")
 PER_LANE = 4  # samples of a lane and step, where nobody says how large a batch is
 
 
@@ -102,19 +103,21 @@ def _node(fields: Any, where: str) -> Source | Group:
 
 
 def _call(module: str, function: str) -> Mixture:
+    """Return the mixture of a function without arguments; the errors that it raises are its own."""
+    call: Any = getattr(MIXTURES.load(module), function, None)
     try:
-        give = getattr(import_module(module), function)
-        signature(give).bind()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        signature(call).bind()  # TypeError too for what cannot be called
+    except (TypeError, ValueError):
         raise SpecError(
-            f"there is no mixture {module}:{function} ({error}); give a function without arguments"
+            f"there is no mixture {module}:{function}. Got {call!r}; expected a function that needs "
+            "no arguments. Fix: give MODULE:FUNCTION"
         ) from None
-    made = give()  # what it raises is its own
-    if not isinstance(made, Mixture):
+    mixture = call()
+    if not isinstance(mixture, Mixture):
         raise SpecError(
-            f"{module}:{function} gives a {type(made).__name__}, and a Mixture is wanted"
+            f"{module}:{function} returns another type. Got {type(mixture).__name__}; expected Mixture"
         )
-    return made
+    return mixture
 
 
 @dataclass(frozen=True)
