@@ -1,6 +1,8 @@
 """`bridgework data`: every command on real datasets, through the command line parser."""
 
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from bridgework.cli.data import data
 from bridgework.data.dataset import open_dataset
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
+from tests.house import source
 
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHAPES = "synthetic:shapes"
 
 
@@ -49,7 +53,11 @@ def test_bare_name_is_written_to_and_read_from_home(pictures: Path, home: Path) 
         (["folder", "tabel=x.csv"], SpecError, "no field 'tabel'; did you mean 'table'?"),
         (["folder", "max_bad=2"], SpecError, "max_bad is a share of the rows, from 0 to 1; got 2"),
         (["folder", "max_bad=lots"], SpecError, "max_bad must be float, got 'lots'"),
-        (["folder", "MIT"], SpecError, "KEY=VALUE, e.g. license=CC-BY-4.0; got 'MIT'"),
+        (
+            ["folder", "MIT"],
+            SpecError,
+            "'MIT' is not of the form KEY=VALUE, e.g. license=CC-BY-4.0",
+        ),
         (["emoji", "--license", "MIT"], SpecError, "no field 'license'; known: max_bad"),
         (
             ["folder", "sayy=hello"],

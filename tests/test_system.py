@@ -336,5 +336,10 @@ def test_failed_import_of_a_recipe_reports_the_missing_module(
     package.mkdir()
     (package / "recipe.py").write_text("import no_such_package\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+    with pytest.raises(
+        SpecError,
+        match=r"broken_lab\.recipe: the system exists, but its import failed in .*recipe\.py, line 1\. "
+        "Got ModuleNotFoundError: No module named 'no_such_package'",
+    ) as caught:
         load("broken_lab.recipe")
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)

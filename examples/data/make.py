@@ -93,9 +93,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        clipart.run(given.clipart, f"{scratch}/clipart", side=SIDE, skip=SERIES, max_bad=0.05)
+        clipart.ClipartImporter(side=SIDE, skip=SERIES, max_bad=0.05).run(
+            given.clipart, f"{scratch}/clipart"
+        )
         for name in ("twitter", "google"):
-            emoji.run(getattr(given, name), f"{scratch}/{name}")
+            emoji.EmojiImporter().run(getattr(given, name), f"{scratch}/{name}")
         pictures = distinct(captioned(open_dataset(f"{scratch}/clipart").samples()))
         twitter = concepts(open_dataset(f"{scratch}/twitter").samples())
         google = concepts(open_dataset(f"{scratch}/google").samples())

@@ -9,12 +9,10 @@ torch nor Ray, and branches on no system's name.
 import hashlib
 import inspect
 import json
-import pkgutil
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, cast
 
@@ -25,6 +23,7 @@ from bridgework.mixture import Mixture as Mixture
 from bridgework.mixture import Packing as Packing
 from bridgework.mixture import Source as Source
 from bridgework.mixture import unique
+from bridgework.plugins import Plugins
 
 # --- the data's view of a model: all that the data code knows of it -----------------------------
 
@@ -426,23 +425,26 @@ def fingerprint(recipe: Any) -> str:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
+RECIPES = Plugins(kind="system", package="bridgework.recipes", example="my_lab.recipes.x")
+
+
 def recipes() -> list[str]:
-    """The systems that ship: the modules of bridgework.recipes."""
-    package = import_module("bridgework.recipes")
-    return sorted(
-        m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
-    )
+    """Return the names of the systems that ship: the modules of bridgework.recipes."""
+    return RECIPES.names()
 
 
 def variants(name: str) -> list[str]:
-    """The functions of a recipe that return a System: `system` is the default."""
-    return [n for n, _ in _recipe_functions(_recipe_module(name))]
+    """Return the functions of a recipe that return a System: `system` is the default."""
+    return [n for n, _ in _recipe_functions(RECIPES.load(name))]
 
 
 def load(name: str) -> System:
-    """`llava`, `llava:v1`, or a module of your own with the same shape: `my_lab.recipes.x`, `my_lab.recipes.x:tiny`."""
+    """Return a system: `llava`, `llava:v1`, or of a module of your own, `my_lab.recipes.x` or `my_lab.recipes.x:tiny`.
+
+    Raises SpecError, with a suggestion, for an unknown system or variant, and if its import fails.
+    """
     path, _, variant = name.partition(":")
-    functions = dict(_recipe_functions(_recipe_module(path)))
+    functions = dict(_recipe_functions(RECIPES.load(path)))
     function = functions.get(variant or "system")
     if function is None:
         raise SpecError(
@@ -450,16 +452,6 @@ def load(name: str) -> System:
             + suggest(variant or "system", functions)
         )
     return function()
-
-
-def _recipe_module(path: str) -> types.ModuleType:
-    module = path if "." in path.strip(".") else f"bridgework.recipes.{path}"
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
-            raise  # the recipe exists; something that it imports does not
-        raise SpecError(f"there is no system {path!r}" + suggest(path, recipes())) from None
 
 
 def _recipe_functions(module: types.ModuleType) -> Iterator[tuple[str, Callable[[], System]]]:

@@ -1,6 +1,7 @@
 """`bridgework curate`: any curation by its name, with its fields as words."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import pair
 from bridgework.errors import DataError, SpecError
 from tests.curation.support import embedder, file, flags, scenes, written
+from tests.house.source import ROOT
 
 SCENES = scenes(20)
 
@@ -48,7 +50,7 @@ def test_name_alone_lists_the_fields() -> None:
     assert lines["distance"] == ["int", "4"] and lines["by"][-1] == "bytes"
     assert lines["max_bad"] == ["float", "0.005"]
     fields = curate("capfilt").stdout
-    assert "needed" in fields and "sources" not in fields and "makes" not in fields
+    assert "required" in fields and "sources" not in fields and "makes" not in fields
 
 
 def test_arguments_are_datasets_then_fields(source: str, tmp_path: Path) -> None:
@@ -160,10 +162,13 @@ def test_explain_counts_the_reasons_and_draws_both_kinds(
             r"there is no curation './my.py'; known: .*its module's path, e.g. my_lab.sharp",
         ),
         (("my/curation", "a", "b"), r"there is no curation 'my/curation'.*its module's path"),
-        (("bridgework.curation.runner", "a", "b"), "holds 0 public specs with judge and decide"),
+        (
+            ("bridgework.curation.runner", "a", "b"),
+            "Got none; expected one public config class with judge and decide",
+        ),
         (
             ("dedup", "a", "b", "distence=3"),
-            r"Dedup has no field 'distence'; did you mean 'distance'\?",
+            r"curate dedup has no field 'distence'; did you mean 'distance'\?",
         ),
         (
             ("dedup", "a", "b", "by=color"),
@@ -176,15 +181,15 @@ def test_explain_counts_the_reasons_and_draws_both_kinds(
         ),
         (
             ("dedup", "a", "b", "by=bytes", "c"),
-            "behind the places stand fields of dedup, KEY=VALUE; got 'c'",
+            "curate dedup: expected KEY=VALUE after the dataset arguments, got 'c'",
         ),
         (("dedup", "a", "b", "max_bad=2"), "max_bad is a share of the rows, from 0 to 1; got 2"),
         (
             ("dedup", "a", "b", "max_bed=0.1"),
-            r"Dedup has no field 'max_bed'; did you mean 'max_bad'\?",
+            r"curate dedup has no field 'max_bed'; did you mean 'max_bad'\?",
         ),
         (("capfilt", "a", "b", "filter=./f"), "curate capfilt needs captioner=VALUE"),
-        (("capfilt", "a", "b", "makes=c"), "CapFilt has no field 'makes'"),
+        (("capfilt", "a", "b", "makes=c"), "curate capfilt has no field 'makes'"),
     ],
 )
 def test_invalid_arguments_are_rejected(words: tuple[str, ...], said: str) -> None:

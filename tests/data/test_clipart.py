@@ -29,7 +29,7 @@ def art(tmp_path: Path) -> Path:
 
 def test_an_svg_of_an_encoding_that_cannot_be_read_is_a_bad_row(art: Path) -> None:
     dest = str(art.parent / "made")
-    clipart.run(str(art), dest, max_bad=1, say=lambda _: None)
+    clipart.ClipartImporter(max_bad=1).run(str(art), dest, say=lambda _: None)
     assert [sample.key for sample in open_dataset(dest).samples()] == ["0.png"]
     assert [record.reason for record in records(f"{dest}.quarantine")] == [Reason.LICENSE] * len(
         ENCODINGS
@@ -39,4 +39,4 @@ def test_an_svg_of_an_encoding_that_cannot_be_read_is_a_bad_row(art: Path) -> No
 @pytest.mark.parametrize("side", [0, -1, 16_384])
 def test_a_side_that_no_picture_has_is_refused(side: int, art: Path) -> None:
     with pytest.raises(DataError, match=f"side={side}: .* 1 to 16383 pixels"):
-        clipart.run(str(art), str(art.parent / "made"), side=side)
+        clipart.ClipartImporter(side=side).run(str(art), str(art.parent / "made"))

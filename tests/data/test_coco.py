@@ -78,7 +78,7 @@ class Source:
 
     def read(self, source: str, **how: Any) -> dict[str, Sample]:
         dest = str(self.folder / "made")
-        self.manifest = coco.run(source, dest, max_bad=1, say=lambda _: None, **how)
+        self.manifest = coco.CocoImporter(max_bad=1, **how).run(source, dest, say=lambda _: None)
         self.aside = {record.key: record.reason for record in records(f"{dest}.quarantine")}
         assert verify(dest) == []
         return {sample.key: sample for sample in open_dataset(dest).samples()}
@@ -152,7 +152,8 @@ def test_images_may_lie_elsewhere(source: Source, tmp_path: Path) -> None:
 def test_equal_captions_of_a_picture_are_one_row_and_refuse_nothing(source: Source) -> None:
     notes = [said(1, "a road ."), *[said(1, "a road .")] * 4, said(2, "a road ."), said(2, "trees")]
     text = source.captions(*notes)
-    coco.run(text, str(source.folder / "strict"), say=lambda _: None)  # with max_bad as it is
+    dest = str(source.folder / "strict")
+    coco.CocoImporter().run(text, dest, say=lambda _: None)  # at the default max_bad
     made = open_dataset(str(source.folder / "strict"))
     assert [s.key for s in made.samples()] == ["1", "2", "2#2"]
     assert made.manifest.left_out == {"captions that their picture has already": 4}

@@ -102,10 +102,11 @@ def read(dest: Path | str) -> list[Sample]:
 
 
 def test_exporters_are_found_by_name() -> None:
-    assert formats() == ["llava-json", "webdataset"] and load("webdataset") is webdataset.run
+    assert formats() == ["llava-json", "webdataset"]
+    assert load("webdataset") is webdataset.WebDatasetExporter
     with pytest.raises(DataError, match="did you mean 'llava-json'"):
         load("llava")
-    with pytest.raises(DataError, match="has no function run"):
+    with pytest.raises(DataError, match="expected one public config class with run"):
         load("bridgework.data.samples")
 
 
@@ -122,9 +123,9 @@ def test_an_image_is_named_by_its_bytes() -> None:
 def test_all_that_a_dataset_holds_comes_back_from_its_tars(place: str, tmp_path: Path) -> None:
     source = store(everything(), tmp_path / "d")
     out = str(tmp_path / "out") if place == "local" else f"memory://{tmp_path.name}/out"
-    made = webdataset.run(source, out, rows=4)
+    made = webdataset.WebDatasetExporter(rows=4).run(source, out)
     assert made == Exported(rows=15, images=19) and str(made) == "15 rows, 19 images; lost: nothing"
-    back = importers.load("webdataset")(out, str(tmp_path / "back"), max_bad=0, say=quiet)
+    back = importers.load("webdataset")(max_bad=0).run(out, str(tmp_path / "back"), say=quiet)
     assert read(tmp_path / "back") == read(source) and back.parameters["prefixed"] is False
 
 
@@ -138,14 +139,16 @@ def test_an_export_is_not_written_into_a_dataset(tmp_path: Path) -> None:
 
 def test_the_license_of_a_dataset_comes_back_with_each_row_of_its_tars(tmp_path: Path) -> None:
     samples = [pair("a", IMAGES[0], "a cat"), pair("b", IMAGES[0], "a dog", license="MIT")]
-    webdataset.run(store(samples, tmp_path / "d", "CC-BY-4.0"), str(tmp_path / "out"))
-    importers.load("webdataset")(str(tmp_path / "out"), str(tmp_path / "back"), say=quiet)
+    webdataset.WebDatasetExporter().run(
+        store(samples, tmp_path / "d", "CC-BY-4.0"), str(tmp_path / "out")
+    )
+    importers.load("webdataset")().run(str(tmp_path / "out"), str(tmp_path / "back"), say=quiet)
     assert read(tmp_path / "back") == [replace(samples[0], license="CC-BY-4.0"), samples[1]]
 
 
 def test_webdataset_reads_the_tars_and_finds_the_keys(tmp_path: Path) -> None:
     source = store(everything(), tmp_path / "d")
-    webdataset.run(source, str(tmp_path / "out"), rows=6)
+    webdataset.WebDatasetExporter(rows=6).run(source, str(tmp_path / "out"))
     found = []
     for path in sorted((tmp_path / "out").glob("*.tar")):
         with path.open("rb") as file:
@@ -163,7 +166,7 @@ def test_webdataset_reads_the_tars_and_finds_the_keys(tmp_path: Path) -> None:
 def test_tars_hold_as_many_rows_as_asked_and_are_the_same_bytes_again(tmp_path: Path) -> None:
     source = store(everything(), tmp_path / "d")
     for name in ("a", "b"):
-        webdataset.run(source, str(tmp_path / name), rows=6)
+        webdataset.WebDatasetExporter(rows=6).run(source, str(tmp_path / name))
     files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
     assert sorted(files) == ["00000.tar", "00001.tar", "00002.tar", "shardindex.json"]
@@ -179,7 +182,7 @@ def test_tars_hold_as_many_rows_as_asked_and_are_the_same_bytes_again(tmp_path: 
         names[:3] == ["plain.jpg", "plain.txt", "plain.json"] and "folder%2Fcat%2Ejpg.png" in names
     )
     with pytest.raises(DataError, match="at least 1"):
-        webdataset.run(source, str(tmp_path / "c"), rows=0)
+        webdataset.WebDatasetExporter(rows=0).run(source, str(tmp_path / "c"))
 
 
 # --- LLaVA's JSON ----------------------------------------------------------------------------------------------------
@@ -196,10 +199,10 @@ def talks() -> list[Sample]:
 def test_conversations_come_back_from_llavas_json(place: str, tmp_path: Path) -> None:
     source = store(talks(), tmp_path / "d")
     out = str(tmp_path / "out") if place == "local" else f"memory://{tmp_path.name}/out"
-    made = llava_json.run(source, out)
+    made = llava_json.LlavaJsonExporter().run(source, out)
     assert str(made) == "4 rows, 6 images; lost: nothing"
-    importers.load("llava-json")(
-        f"{out}/conversations.json", str(tmp_path / "back"), max_bad=0, say=quiet
+    importers.load("llava-json")(max_bad=0).run(
+        f"{out}/conversations.json", str(tmp_path / "back"), say=quiet
     )
     assert read(tmp_path / "back") == talks()
     fs, root = fsspec.core.url_to_fs(out)
@@ -214,15 +217,15 @@ def test_conversations_come_back_from_llavas_json(place: str, tmp_path: Path) ->
 def test_a_pair_needs_a_prompt_to_become_a_conversation(tmp_path: Path) -> None:
     source = store([pair("a", IMAGES[0], "a cat")], tmp_path / "d")
     with pytest.raises(DataError, match=r"'a' is no conversation.*prompt=TEXT makes one"):
-        llava_json.run(source, str(tmp_path / "out"))
+        llava_json.LlavaJsonExporter().run(source, str(tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
-    llava_json.run(source, str(tmp_path / "out"), prompt="Describe it.")
+    llava_json.LlavaJsonExporter(prompt="Describe it.").run(source, str(tmp_path / "out"))
     rows = json.loads((tmp_path / "out" / "conversations.json").read_text())
     assert [turn["value"] for turn in rows[0]["conversations"]] == [
         "<image>\nDescribe it.",
         "a cat",
     ]
-    importers.load("llava-json")(
+    importers.load("llava-json")().run(
         str(tmp_path / "out/conversations.json"), str(tmp_path / "back"), say=quiet
     )
     assert read(tmp_path / "back")[0].images == (IMAGES[0],)
@@ -230,7 +233,7 @@ def test_a_pair_needs_a_prompt_to_become_a_conversation(tmp_path: Path) -> None:
 
 def test_what_the_format_cannot_hold_is_counted_or_an_error(tmp_path: Path) -> None:
     rich = [sample for sample in everything() if sample.key in ("talk", "text only", "video/1.mp4")]
-    made = llava_json.run(store(rich, tmp_path / "d"), str(tmp_path / "out"))
+    made = llava_json.LlavaJsonExporter().run(store(rich, tmp_path / "d"), str(tmp_path / "out"))
     assert made.lost == dict.fromkeys(
         ("license", "labels", "provenance", "rejected", "times_s", "boxes", "ocr", "language"), 1
     )
@@ -254,12 +257,14 @@ def test_what_the_format_cannot_hold_is_counted_or_an_error(tmp_path: Path) -> N
         images = IMAGES[: 1 + max(part.image or 0 for part in parts)]
         source = store([Sample(name, images, parts)], tmp_path / name)
         with pytest.raises(DataError, match=f"'{name}'"):
-            llava_json.run(source, str(tmp_path / "none"), prompt="Describe it.")
+            llava_json.LlavaJsonExporter(prompt="Describe it.").run(source, str(tmp_path / "none"))
     assert not list(tmp_path.glob("none*"))
 
 
 def test_a_license_of_the_whole_dataset_is_lost_with_every_row(tmp_path: Path) -> None:
-    made = llava_json.run(store(talks(), tmp_path / "d", "CC-BY-4.0"), str(tmp_path / "out"))
+    made = llava_json.LlavaJsonExporter().run(
+        store(talks(), tmp_path / "d", "CC-BY-4.0"), str(tmp_path / "out")
+    )
     assert made.lost == {"license": 4}
 
 
@@ -271,8 +276,8 @@ def test_images_shown_in_another_order_or_twice_stay_where_they_are_shown(tmp_pa
         Part("user", image=1),
     ]
     source = store([Sample("k", IMAGES[:2], (*parts, Part("assistant", text="x")))], tmp_path / "d")
-    llava_json.run(source, str(tmp_path / "out"))
-    importers.load("llava-json")(
+    llava_json.LlavaJsonExporter().run(source, str(tmp_path / "out"))
+    importers.load("llava-json")().run(
         str(tmp_path / "out/conversations.json"), str(tmp_path / "back"), say=quiet
     )
     back = read(tmp_path / "back")[0]
@@ -286,7 +291,9 @@ def test_images_shown_in_another_order_or_twice_stay_where_they_are_shown(tmp_pa
 # --- whole or not there ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", [webdataset.run, llava_json.run])
+@pytest.mark.parametrize(
+    "run", [webdataset.WebDatasetExporter().run, llava_json.LlavaJsonExporter().run]
+)
 def test_an_export_is_there_as_a_whole_or_not_at_all(run: Any, tmp_path: Path) -> None:
     source = store([*talks(), talk("torn", (b"<html>",))], tmp_path / "d")
     with pytest.raises(DataError, match="is no image"):
@@ -304,8 +311,8 @@ def test_an_export_is_there_as_a_whole_or_not_at_all(run: Any, tmp_path: Path) -
 
 def test_synthetic_pairs_go_out_and_come_back_in_several_tars(tmp_path: Path) -> None:
     source = store(shapes(rows=25, size=12), tmp_path / "d")
-    webdataset.run(source, str(tmp_path / "out"), rows=7)
-    importers.load("webdataset")(
+    webdataset.WebDatasetExporter(rows=7).run(source, str(tmp_path / "out"))
+    importers.load("webdataset")().run(
         f"{tmp_path}/out/{{00000..00003}}.tar", str(tmp_path / "back"), say=quiet
     )
     assert read(tmp_path / "back") == read(source)

@@ -81,7 +81,7 @@ def hub(folder: Path, *tables: pa.Table, split: str = "train") -> Path:
 
 
 def bring(source: Path | str, dest: Path, **options: Any) -> Manifest:
-    return hf.run(str(source), str(dest), **({"max_bad": 1.0, "say": quiet} | options))
+    return hf.HFImporter(**{"max_bad": 1.0} | options).run(str(source), str(dest), say=quiet)
 
 
 def read(dest: Path) -> dict[str, Sample]:
@@ -191,7 +191,9 @@ def test_conversations_come_in_as_those_of_llavas_json(form: str, tmp_path: Path
         for n, (of, talk) in enumerate(zip(names, talks, strict=True))
     ]
     (tmp_path / "x.json").write_text(json.dumps(rows))
-    llava_json.run(str(tmp_path / "x.json"), str(tmp_path / "e"), max_bad=1, say=quiet)
+    llava_json.LlavaJsonImporter(max_bad=1).run(
+        str(tmp_path / "x.json"), str(tmp_path / "e"), say=quiet
+    )
     ours, theirs = (list(read(tmp_path / name).values()) for name in "de")
     assert [(s.images, s.parts) for s in ours] == [(s.images, s.parts) for s in theirs] and len(
         ours

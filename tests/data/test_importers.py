@@ -63,12 +63,13 @@ def test_importers_are_found_by_name() -> None:
     )
     assert all(callable(load(name)) for name in formats())
     assert (
-        load("llava-json") is llava_json.run
-        and load("bridgework.data.importers.folder") is folder.run
+        load("llava-json") is llava_json.LlavaJsonImporter
+        and load("bridgework.data.importers.folder") is folder.FolderImporter
     )
     with pytest.raises(DataError, match="did you mean 'llava-json'"):
         load("lava-json")
-    with pytest.raises(DataError, match="has no function run"):
+    assert not {"engine", "tables", "records"} & set(formats())
+    with pytest.raises(DataError, match="Got none; expected one public config class with run"):
         load("bridgework.data.samples")
 
 
@@ -112,7 +113,9 @@ def test_conversations_keep_their_text_and_the_places_of_their_images(
         },
         {"id": 3, "conversations": [{"from": "system", "value": "Be kind."}, *talk("Hi", "Hello")]},
     ]
-    manifest = llava_json.run(str(llava(rows)), str(tmp_path / "d"), license="CC-BY-4.0", say=quiet)
+    manifest = llava_json.LlavaJsonImporter(license="CC-BY-4.0").run(
+        str(llava(rows)), str(tmp_path / "d"), say=quiet
+    )
     found = read(tmp_path / "d")
     assert found["one"].parts == (
         Part("user", image=0),
@@ -136,7 +139,9 @@ def test_one_id_with_many_conversations_is_kept_and_a_repetition_is_not(
     llava: Callable[..., Path], tmp_path: Path
 ) -> None:
     first, second = ({"id": "x", "conversations": talk(q, "yes")} for q in ("one?", "two?"))
-    llava_json.run(str(llava([first, second, first])), str(tmp_path / "d"), max_bad=1, say=quiet)
+    llava_json.LlavaJsonImporter(max_bad=1).run(
+        str(llava([first, second, first])), str(tmp_path / "d"), say=quiet
+    )
     assert list(read(tmp_path / "d")) == ["x", "x#2"]
     assert aside(tmp_path / "d") == {"x": Reason.DUPLICATE_KEY}
 
@@ -237,7 +242,9 @@ def test_every_bad_row_is_put_aside_with_its_reason(
     for name, data in files.items():
         (tmp_path / f"{name}.png").write_bytes(data)
     (tmp_path / "link.png").symlink_to(outside)
-    manifest = llava_json.run(str(source), str(tmp_path / "d"), max_bad=1, say=quiet)
+    manifest = llava_json.LlavaJsonImporter(max_bad=1).run(
+        str(source), str(tmp_path / "d"), say=quiet
+    )
     table = {record.row: record.reason for record in records(f"{tmp_path}/d.quarantine")}
     assert table == {row: reason for row, (_, reason) in enumerate(BAD_ROWS.values(), start=1)}
     assert list(read(tmp_path / "d")) == ["good"]
@@ -251,9 +258,9 @@ def test_a_source_that_is_mostly_bad_leaves_no_dataset_but_the_table(
     source, dest = str(llava([1, {"id": "k", "conversations": talk("a", "b")}])), tmp_path / "d"
     for _ in range(2):  # the second try does not add to the table of the first
         with pytest.raises(DataError, match=r"1 of 2 rows are bad \(1 bad_row\).*d\.quarantine"):
-            llava_json.run(source, str(dest), say=quiet)
+            llava_json.LlavaJsonImporter().run(source, str(dest), say=quiet)
         assert not dest.exists() and aside(dest) == {"row-00000000": Reason.BAD_ROW}
-    assert llava_json.run(source, str(dest), max_bad=0.5, say=quiet).rows == 1
+    assert llava_json.LlavaJsonImporter(max_bad=0.5).run(source, str(dest), say=quiet).rows == 1
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1,", "[" * 100_000, "\xff", '"<html>"'])
@@ -261,7 +268,7 @@ def test_a_source_that_is_no_list_is_an_error(
     text: str, llava: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=r"rows\.json"):
-        llava_json.run(str(llava(text)), str(tmp_path / "d"), say=quiet)
+        llava_json.LlavaJsonImporter().run(str(llava(text)), str(tmp_path / "d"), say=quiet)
     assert not (tmp_path / "d").exists()
 
 
@@ -278,7 +285,7 @@ def test_images_stand_under_either_name_and_a_video_is_refused_with_its_importer
         {"id": "text", "image": "", "images": [], "video": None, "conversations": talk("?", "!")},
         {"id": "film", "video": "a.mp4", "conversations": talk("?", "!")},
     ]
-    llava_json.run(str(llava(rows)), str(tmp_path / "d"), max_bad=1, say=quiet)
+    llava_json.LlavaJsonImporter(max_bad=1).run(str(llava(rows)), str(tmp_path / "d"), say=quiet)
     assert {key: len(sample.images) for key, sample in read(tmp_path / "d").items()} == {
         "list": 2,
         "one": 1,
@@ -296,17 +303,17 @@ def test_conversations_are_a_list_or_json_lines(llava: Callable[..., Path], tmp_
         {"id": str(place), "conversations": talk("Who\u2028are you?", "!")} for place in range(3)
     ]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    llava_json.run(
-        str(llava(lines + "\n{\n", "rows.jsonl")), str(tmp_path / "lines"), max_bad=1, say=quiet
+    llava_json.LlavaJsonImporter(max_bad=1).run(
+        str(llava(lines + "\n{\n", "rows.jsonl")), str(tmp_path / "lines"), say=quiet
     )
-    llava_json.run(str(llava(rows)), str(tmp_path / "list"), say=quiet)
+    llava_json.LlavaJsonImporter().run(str(llava(rows)), str(tmp_path / "list"), say=quiet)
     assert read(tmp_path / "lines") == read(tmp_path / "list")
     assert aside(tmp_path / "lines") == {"row-00000003": Reason.BAD_ROW}
     with pytest.raises(
         DataError,
         match=r"rows\.json is not JSON: Extra data.*a list of rows.*or JSON lines.*\.jsonl",
     ):
-        llava_json.run(str(llava(lines)), str(tmp_path / "none"), say=quiet)
+        llava_json.LlavaJsonImporter().run(str(llava(lines)), str(tmp_path / "none"), say=quiet)
 
 
 def test_images_may_lie_elsewhere_and_everything_in_a_store(
@@ -314,7 +321,7 @@ def test_images_may_lie_elsewhere_and_everything_in_a_store(
 ) -> None:
     source = llava([{"id": "k", "image": "b.png", "conversations": talk("<image>", "!")}])
     dest = f"memory://{tmp_path.name}/d"
-    llava_json.run(str(source), dest, images=str(tmp_path / "images"), say=quiet)
+    llava_json.LlavaJsonImporter(images=str(tmp_path / "images")).run(str(source), dest, say=quiet)
     assert read(dest)["k"].images == (PNG,)
 
 
@@ -323,16 +330,18 @@ def test_the_same_import_again_does_nothing_and_says_so(
 ) -> None:
     row, said = {"id": "k", "conversations": talk("a", "b")}, list[str]()
     source, dest = str(llava([row])), tmp_path / "d"
-    first = llava_json.run(source, str(dest), say=said.append)
+    first = llava_json.LlavaJsonImporter().run(source, str(dest), say=said.append)
     written = (dest / "manifest.json").stat().st_mtime_ns
-    assert llava_json.run(source, str(dest), say=said.append) == first
+    assert llava_json.LlavaJsonImporter().run(source, str(dest), say=said.append) == first
     assert (dest / "manifest.json").stat().st_mtime_ns == written
     assert "1 rows in 1 shards" in said[0] and "nothing to do" in said[1]
     with pytest.raises(DataError, match="another dataset: its images"):
-        llava_json.run(source, str(dest), images=str(tmp_path / "images"), say=quiet)
+        llava_json.LlavaJsonImporter(images=str(tmp_path / "images")).run(
+            source, str(dest), say=quiet
+        )
     llava([row, row])
     with pytest.raises(DataError, match="another dataset: its sha256"):
-        llava_json.run(source, str(dest), say=quiet)
+        llava_json.LlavaJsonImporter().run(source, str(dest), say=quiet)
 
 
 # --- folder ----------------------------------------------------------------------------------------------------------
@@ -349,7 +358,7 @@ def pictures(tmp_path: Path) -> Path:
 def test_a_text_file_beside_an_image_is_its_caption(pictures: Path, tmp_path: Path) -> None:
     (pictures / "a.txt").write_text("a cat\n")
     (pictures / "deep" / "c.txt").write_text("")
-    folder.run(str(pictures), str(tmp_path / "d"), max_bad=1, say=quiet)
+    folder.FolderImporter(max_bad=1).run(str(pictures), str(tmp_path / "d"), say=quiet)
     assert {key: sample.text for key, sample in read(tmp_path / "d").items()} == {"a.png": "a cat"}
     assert aside(tmp_path / "d") == {"b.JPG": Reason.EMPTY_TEXT, "deep/c.webp": Reason.EMPTY_TEXT}
 
@@ -378,7 +387,7 @@ def test_a_table_names_images_and_captions(table: str, pictures: Path, tmp_path:
         else:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
     options: Any = {"table": table, "image": "file", "text": "text", "max_bad": 1}
-    made = folder.run(str(pictures), str(tmp_path / "d"), **options, say=quiet)
+    made = folder.FolderImporter(**options).run(str(pictures), str(tmp_path / "d"), say=quiet)
     assert made.left_out == {"captions that their picture has already": 1}
     assert {key: sample.text for key, sample in read(tmp_path / "d").items()} == {
         "a.png": 'a "cat", sitting',
@@ -399,7 +408,9 @@ def test_broken_tables_are_errors_or_bad_rows(pictures: Path, tmp_path: Path) ->
     )
     (pictures / "t.json").write_text('{"image": "a.png"}')
     (pictures / "t.xml").write_text("<image/>")
-    folder.run(str(pictures), str(tmp_path / "d"), table="t.jsonl", max_bad=1, say=quiet)
+    folder.FolderImporter(table="t.jsonl", max_bad=1).run(
+        str(pictures), str(tmp_path / "d"), say=quiet
+    )
     assert list(aside(tmp_path / "d").values()) == [Reason.BAD_ROW] * 3
     for source, table, words in (
         (pictures, "none.csv", "no file"),
@@ -408,7 +419,7 @@ def test_broken_tables_are_errors_or_bad_rows(pictures: Path, tmp_path: Path) ->
         (tmp_path / "nowhere", None, "no folder"),
     ):
         with pytest.raises(DataError, match=words):
-            folder.run(str(source), str(tmp_path / "e"), table=table, say=quiet)
+            folder.FolderImporter(table=table).run(str(source), str(tmp_path / "e"), say=quiet)
 
 
 NAMES = (
@@ -435,7 +446,7 @@ def test_pictures_come_in_under_any_name_that_a_system_gives(given: str, tmp_pat
     rows = [{"image": name, "caption": f"caption of {name}"} for name in NAMES]
     (tmp_path / "src" / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = "t.jsonl" if given == "table" else None
-    folder.run(str(tmp_path / "src"), str(tmp_path / "d"), table=table, say=quiet)
+    folder.FolderImporter(table=table).run(str(tmp_path / "src"), str(tmp_path / "d"), say=quiet)
     found = read(tmp_path / "d")
     assert {key: s.text for key, s in found.items()} == {n: f"caption of {n}" for n in NAMES}
 
@@ -481,7 +492,7 @@ def test_hidden_files_and_files_of_other_kinds_are_counted_and_no_rows(tmp_path:
     for name in ("a.avif", "b.heic", "c.tiff", "d.TIFF", "film.mov", "notes", "alone.txt"):
         (src / name).write_bytes(b"x")
     said = list[str]()
-    made = folder.run(str(src), str(tmp_path / "d"), say=said.append)
+    made = folder.FolderImporter().run(str(src), str(tmp_path / "d"), say=said.append)
     assert list(read(tmp_path / "d")) == ["UP.PNG", "cat.png", "old.jpe", "photo.jfif"]
     assert made.left_out == {
         "files of .avif": 1,
@@ -506,7 +517,7 @@ def test_pictures_in_linked_folders_are_read_inside_and_put_aside_outside(tmp_pa
     (src / "coco").symlink_to(tmp_path / "disk")
     (src / "own" / "up").symlink_to(src)
     (tmp_path / "disk" / "deep" / "again").symlink_to(tmp_path / "disk")
-    made = folder.run(str(src), str(tmp_path / "d"), max_bad=1, say=quiet)
+    made = folder.FolderImporter(max_bad=1).run(str(src), str(tmp_path / "d"), say=quiet)
     assert list(read(tmp_path / "d")) == ["inside/a.png", "own/a.png"]
     assert aside(tmp_path / "d") == dict.fromkeys(("coco/b.png", "coco/deep/c.png"), Reason.OUTSIDE)
     assert made.left_out == {"files without an ending": 3}  # links to folders that are above them
@@ -522,7 +533,9 @@ def test_a_name_is_found_in_either_form_of_its_letters(form: str, tmp_path: Path
     (file.parent / unicodedata.normalize(other, "\u00fcber.txt")).write_text("a cafe")
     (src / "t.csv").write_text(f"image,caption\n{unicodedata.normalize(other, name)},a cafe\n")
     for table in (None, "t.csv"):
-        made = folder.run(str(src), str(tmp_path / f"d{table}"), table=table, say=quiet)
+        made = folder.FolderImporter(table=table).run(
+            str(src), str(tmp_path / f"d{table}"), say=quiet
+        )
         assert made.rows == 1
 
 
@@ -534,7 +547,7 @@ def test_a_key_that_was_given_never_meets_one_that_was_made(
         {"conversations": talk(f"question {n}", "yes")} | ({} if key is None else {"id": key})
         for n, key in enumerate(ids)
     ]
-    llava_json.run(str(llava(rows)), str(tmp_path / "d"), say=quiet)
+    llava_json.LlavaJsonImporter().run(str(llava(rows)), str(tmp_path / "d"), say=quiet)
     found = read(tmp_path / "d")
     assert len(found) == len(rows)
     assert [sample.parts[0].text for sample in found.values()] == [
@@ -555,7 +568,9 @@ def test_a_list_of_captions_gives_a_row_for_each(
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (pictures / table).write_text(json.dumps(rows) if table == "t.json" else lines)
-    made = folder.run(str(pictures), str(tmp_path / "d"), table=table, max_bad=1, say=quiet)
+    made = folder.FolderImporter(table=table, max_bad=1).run(
+        str(pictures), str(tmp_path / "d"), say=quiet
+    )
     assert {key: sample.text for key, sample in read(tmp_path / "d").items()} == {
         "a.png": "one",
         "a.png#2": "two",
@@ -606,7 +621,9 @@ def test_emoji_are_read_from_the_archive_and_from_its_folder_alike(tmp_path: Pat
     (tmp_path / "t.tgz").write_bytes(
         package("twitter", entries, {"1f34e.png": PNG, "1f34f.png": PNG})
     )
-    manifest = emoji.run(str(tmp_path / "t.tgz"), str(tmp_path / "d"), max_bad=1, say=quiet)
+    manifest = emoji.EmojiImporter(max_bad=1).run(
+        str(tmp_path / "t.tgz"), str(tmp_path / "d"), say=quiet
+    )
     found = read(tmp_path / "d")
     assert list(found) == ["twitter-1f34e"] and found["twitter-1f34e"].text == "red apple"
     assert (
@@ -621,7 +638,7 @@ def test_emoji_are_read_from_the_archive_and_from_its_folder_alike(tmp_path: Pat
     (tmp_path / "p" / "emoji.json").write_text(json.dumps(entries))
     for code in ("1f34e", "1f34f"):
         (tmp_path / "p" / "img" / "twitter" / "64" / f"{code}.png").write_bytes(PNG)
-    emoji.run(str(tmp_path / "p"), str(tmp_path / "e"), max_bad=1, say=quiet)
+    emoji.EmojiImporter(max_bad=1).run(str(tmp_path / "p"), str(tmp_path / "e"), say=quiet)
     assert read(tmp_path / "e") == found
 
 
@@ -641,7 +658,7 @@ def test_archives_that_are_cut_or_not_ours_to_copy_are_refused(tmp_path: Path) -
     ):
         (tmp_path / "x.tgz").write_bytes(data)
         with pytest.raises(DataError, match=words):
-            emoji.run(str(tmp_path / "x.tgz"), str(tmp_path / "d"), say=quiet)
+            emoji.EmojiImporter().run(str(tmp_path / "x.tgz"), str(tmp_path / "d"), say=quiet)
     assert not (tmp_path / "d").exists()
 
 
@@ -681,8 +698,8 @@ def test_clip_art_takes_its_caption_from_the_title_or_the_file_name(tmp_path: Pa
     draw(root, "other/lost", "a photo", body='<image xlink:href="file:///home/ann/photo.jpg"/>')
     draw(root, "other/torn", "a page")
     (root / "svg" / "other" / "torn.svg").write_text("<svg>")
-    manifest = clipart.run(
-        str(root), str(tmp_path / "d"), side=64, skip=["icons/*"], max_bad=1, say=quiet
+    manifest = clipart.ClipartImporter(side=64, skip=["icons/*"], max_bad=1).run(
+        str(root), str(tmp_path / "d"), say=quiet
     )
     found = read(tmp_path / "d")
     assert (
@@ -705,4 +722,4 @@ def test_clip_art_takes_its_caption_from_the_title_or_the_file_name(tmp_path: Pa
 
 def test_a_folder_without_pictures_is_no_clip_art(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no pictures"):
-        clipart.run(str(tmp_path), str(tmp_path / "d"), say=quiet)
+        clipart.ClipartImporter().run(str(tmp_path), str(tmp_path / "d"), say=quiet)

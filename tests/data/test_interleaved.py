@@ -82,7 +82,9 @@ class Import:
         return self.read(str(self.folder / "rows.jsonl"), **how)
 
     def read(self, source: str, **how: Any) -> dict[str, Sample]:
-        self.manifest = interleaved.run(source, self.dest, max_bad=1, say=self.said.append, **how)
+        self.manifest = interleaved.InterleavedImporter(max_bad=1, **how).run(
+            source, self.dest, say=self.said.append
+        )
         self.aside = {record.key: record.reason for record in records(f"{self.dest}.quarantine")}
         assert verify(self.dest) == []
         return {sample.key: sample for sample in open_dataset(self.dest).samples()}
@@ -369,7 +371,7 @@ def test_a_rule_that_no_image_can_keep_is_refused(how: dict[str, Any], tmp_path:
     with pytest.raises(
         DataError, match=f"{next(iter(how))}=.*0 pixels or more, and the long one at least 1 times"
     ):
-        interleaved.run(str(tmp_path), str(tmp_path / "made"), **how)
+        interleaved.InterleavedImporter(**how).run(str(tmp_path), str(tmp_path / "made"))
 
 
 def test_every_bad_document_is_put_aside_with_its_reason(made: Import) -> None:

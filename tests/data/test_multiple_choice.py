@@ -49,21 +49,23 @@ def test_candidates_come_back_from_shards_and_every_export(tmp_path: Path) -> No
     ]
     write(rows, str(tmp_path / "d"), source="s", license="CC0-1.0", made_by="t")
     assert list(read(tmp_path / "d").values()) == rows
-    webdataset.run(str(tmp_path / "d"), str(tmp_path / "tars"))
-    importers.load("webdataset")(
-        str(tmp_path / "tars"), str(tmp_path / "back"), max_bad=0, say=quiet
+    webdataset.WebDatasetExporter().run(str(tmp_path / "d"), str(tmp_path / "tars"))
+    importers.load("webdataset")(max_bad=0).run(
+        str(tmp_path / "tars"), str(tmp_path / "back"), say=quiet
     )
     assert [sample.candidates for sample in read(tmp_path / "back").values()] == [
         row.candidates for row in rows
     ]
-    made = llava_json.run(str(tmp_path / "d"), str(tmp_path / "json"), prompt="What is it?")
+    made = llava_json.LlavaJsonExporter(prompt="What is it?").run(
+        str(tmp_path / "d"), str(tmp_path / "json")
+    )
     assert made.lost == {
         "license": 5,
         "labels": 4,
         "provenance": 1,
     }  # of all rows, of the questions, of one
-    importers.load("llava-json")(
-        str(tmp_path / "json/conversations.json"), str(tmp_path / "again"), max_bad=0, say=quiet
+    importers.load("llava-json")(max_bad=0).run(
+        str(tmp_path / "json/conversations.json"), str(tmp_path / "again"), say=quiet
     )
     assert [sample.candidates for sample in read(tmp_path / "again").values()] == [
         row.candidates for row in rows
@@ -100,8 +102,8 @@ def test_candidates_that_are_no_list_of_texts_are_a_bad_row(given: Any, tmp_path
     (tmp_path / "c.json").write_text(
         json.dumps([good, {"id": "bad", "conversations": turns, "candidates": given}])
     )
-    importers.load("llava-json")(
-        str(tmp_path / "c.json"), str(tmp_path / "d"), max_bad=1, say=quiet
+    importers.load("llava-json")(max_bad=1).run(
+        str(tmp_path / "c.json"), str(tmp_path / "d"), say=quiet
     )
     assert read(tmp_path / "d")["good"].candidates == ("a", "b") and reasons(tmp_path / "d") == {
         "bad": Reason.BAD_ROW
@@ -159,7 +161,9 @@ def ask(folder: Path, rows: Any, name: str = "rows.json", **how: Any) -> dict[st
     folder.mkdir(exist_ok=True)
     (folder / "one.png").write_bytes(PNG)
     (folder / name).write_text(rows if isinstance(rows, str) else json.dumps(rows))
-    multiple_choice.run(str(folder / name), str(folder / "made"), max_bad=1, say=quiet, **how)
+    multiple_choice.MultipleChoiceImporter(max_bad=1, **how).run(
+        str(folder / name), str(folder / "made"), say=quiet
+    )
     return read(folder / "made")
 
 
@@ -266,7 +270,9 @@ def talked(folder: Path, dialogs: Any, **how: Any) -> dict[str, Sample]:
     (folder / "VisualDialog_val2018_000000000009.jpg").write_bytes(PNG)
     data = {"questions": QUESTIONS, "answers": ANSWERS, "dialogs": dialogs}
     (folder / "visdial.json").write_text(json.dumps({"data": data, "split": "val2018"}))
-    visdial.run(str(folder / "visdial.json"), str(folder / "made"), max_bad=1, say=quiet, **how)
+    visdial.VisDialImporter(max_bad=1, **how).run(
+        str(folder / "visdial.json"), str(folder / "made"), say=quiet
+    )
     return read(folder / "made")
 
 
@@ -331,6 +337,8 @@ def test_every_bad_dialog_is_quarantined_with_its_reason(
 def test_a_file_that_is_no_dialogs_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"data": {"questions": [], "answers": []}}')
     with pytest.raises(DataError, match="list 'dialogs'"):
-        visdial.run(str(tmp_path / "x.json"), str(tmp_path / "made"), say=quiet)
+        visdial.VisDialImporter().run(str(tmp_path / "x.json"), str(tmp_path / "made"), say=quiet)
     with pytest.raises(DataError, match="gives no file for an image_id"):
-        visdial.run(str(tmp_path / "x.json"), str(tmp_path / "made"), pattern="one.jpg", say=quiet)
+        visdial.VisDialImporter(pattern="one.jpg").run(
+            str(tmp_path / "x.json"), str(tmp_path / "made"), say=quiet
+        )

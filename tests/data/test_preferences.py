@@ -53,7 +53,9 @@ def read(folder: Path, *rows: Any, name: str = "rows.jsonl") -> dict[str, Sample
     (folder / "a.png").write_bytes(PNG)
     lines = "\n".join(given if isinstance(given, str) else json.dumps(given) for given in rows)
     (folder / name).write_text(json.dumps(rows) if name.endswith(".json") else lines)
-    preferences.run(str(folder / name), str(folder / "made"), max_bad=1, say=lambda _: None)
+    preferences.PreferencesImporter(max_bad=1).run(
+        str(folder / name), str(folder / "made"), say=lambda _: None
+    )
     assert verify(str(folder / "made")) == []
     return {sample.key: sample for sample in open_dataset(str(folder / "made")).samples()}
 
@@ -233,7 +235,9 @@ def tabled(folder: Path, *tables: dict[str, Any], name: str = "Set_{:03d}.parque
     for number, table in enumerate(tables):
         pq.write_table(pa.table(table), folder / "src" / name.format(number))
     source = folder / "src" if len(tables) > 1 else folder / "src" / name.format(0)
-    preferences.run(str(source), str(folder / "made"), max_bad=1, say=lambda _: None)
+    preferences.PreferencesImporter(max_bad=1).run(
+        str(source), str(folder / "made"), say=lambda _: None
+    )
     assert verify(str(folder / "made")) == []
     return list(open_dataset(str(folder / "made")).samples())
 
@@ -301,10 +305,10 @@ def test_a_bad_cell_and_a_lost_file_are_put_aside(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     pq.write_table(pa.table(table), tmp_path / "src" / "Set_000.parquet")
     (tmp_path / "src" / "Set_001.parquet").write_bytes(b"PAR1 cut")
-    how: Any = {"max_bad": 1, "say": lambda _: None}
-    preferences.run(str(tmp_path / "src"), str(tmp_path / "made"), **how)
+    importer = preferences.PreferencesImporter(max_bad=1)
+    importer.run(str(tmp_path / "src"), str(tmp_path / "made"), say=lambda _: None)
     bad = {record.key: record.reason for record in records(f"{tmp_path}/made.quarantine")}
     assert bad == {"row-00000001": Reason.NOT_AN_IMAGE, "row-00000003": Reason.TRUNCATED}
     with pytest.raises(DataError, match="Set_001"):
         file = str(tmp_path / "src" / "Set_001.parquet")
-        preferences.run(file, str(tmp_path / "none"), **how)
+        importer.run(file, str(tmp_path / "none"))

@@ -26,7 +26,7 @@ def pictures(tmp_path: Path) -> Path:
 def read(pictures: Path, table: str) -> tuple[list[str], list[Record]]:
     """The captions that came out, and what was put aside."""
     dest = str(pictures.parent / table)
-    folder.run(str(pictures), dest, table=table, max_bad=1, say=lambda _: None)
+    folder.FolderImporter(table=table, max_bad=1).run(str(pictures), dest, say=lambda _: None)
     return [sample.text for sample in open_dataset(dest).samples()], list(
         records(f"{dest}.quarantine")
     )
@@ -34,8 +34,8 @@ def read(pictures: Path, table: str) -> tuple[list[str], list[Record]]:
 
 def refused(pictures: Path, table: str, words: str, **columns: str) -> None:
     with pytest.raises(DataError, match=words):
-        folder.run(
-            str(pictures), str(pictures.parent / "none"), table=table, say=lambda _: None, **columns
+        folder.FolderImporter(table=table, **columns).run(
+            str(pictures), str(pictures.parent / "none"), say=lambda _: None
         )
 
 
@@ -272,7 +272,9 @@ def test_a_conversation_nested_too_deep_is_put_aside(tmp_path: Path) -> None:
         for key, depth in (("a", 1), *(("deep", depth) for depth in DEPTHS), ("c", 1))
     ]
     (tmp_path / "t.jsonl").write_text("\n".join(rows))
-    llava_json.run(str(tmp_path / "t.jsonl"), str(tmp_path / "made"), max_bad=1, say=lambda _: None)
+    llava_json.LlavaJsonImporter(max_bad=1).run(
+        str(tmp_path / "t.jsonl"), str(tmp_path / "made"), say=lambda _: None
+    )
     assert [sample.key for sample in open_dataset(str(tmp_path / "made")).samples()] == ["a", "c"]
     assert {record.reason for record in records(str(tmp_path / "made.quarantine"))} == {
         Reason.BAD_ROW

@@ -110,7 +110,7 @@ def test_a_table_that_unpacks_to_far_more_is_put_aside(kind: str, tmp_path: Path
     for number, text in enumerate(("a cat", HUGE)):
         file = tmp_path / "src" / f"data-{number:05d}-of-00002.{ending}"
         file.write_bytes(write(pa.table({"image": cells, "caption": [text] * ROWS})))
-    hf.run(str(tmp_path / "src"), str(tmp_path / "d"), max_bad=1, say=lambda _: None)
+    hf.HFImporter(max_bad=1).run(str(tmp_path / "src"), str(tmp_path / "d"), say=lambda _: None)
     assert len(open_dataset(str(tmp_path / "d"))) == ROWS
     bad = list(records(f"{tmp_path}/d.quarantine"))
     assert {record.reason for record in bad} == {Reason.TOO_MANY_BYTES}
@@ -125,7 +125,7 @@ def test_a_row_that_a_dictionary_makes_huge_costs_itself_alone(tmp_path: Path) -
     pq.write_table(pa.table(table), tmp_path / "x.parquet")
     assert (tmp_path / "x.parquet").stat().st_size < 1_000_000
     file, dest = str(tmp_path / "x.parquet"), str(tmp_path / "d")
-    preferences.run(file, dest, max_bad=1, say=lambda _: None)
+    preferences.PreferencesImporter(max_bad=1).run(file, dest, say=lambda _: None)
     assert len(open_dataset(dest)) == 1
     (bad,) = records(f"{dest}.quarantine")
     assert bad.reason is Reason.TOO_MANY_BYTES

@@ -78,7 +78,7 @@ def cut(data: bytes, **how: Any) -> list[tuple[float, bytes]]:
 
 
 def read(folder: Path, **how: Any) -> dict[str, Sample]:
-    video.run(str(folder), f"{folder}-made", max_bad=1, say=lambda _: None, **how)
+    video.VideoImporter(max_bad=1, **how).run(str(folder), f"{folder}-made", say=lambda _: None)
     assert verify(f"{folder}-made") == []
     return {sample.key: sample for sample in open_dataset(f"{folder}-made").samples()}
 
@@ -361,4 +361,4 @@ def test_whatever_stands_in_a_row_it_goes_one_way_or_the_other(
 )
 def test_a_cut_that_cannot_be_made_is_refused(how: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 to 64 frames"):
-        video.run(str(tmp_path), str(tmp_path / "made"), **how)
+        video.VideoImporter(**how).run(str(tmp_path), str(tmp_path / "made"))

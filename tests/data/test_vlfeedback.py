@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bridgework.data.dataset import open_dataset
-from bridgework.data.importers import vlfeedback
+from bridgework.data.importers import Say, vlfeedback
 from bridgework.data.quarantine import Reason, records
 from bridgework.data.samples import Part, Sample
 from bridgework.data.synthetic import shapes
@@ -30,12 +30,16 @@ def question(key: str, *answers: dict[str, Any], image: str = "a.png") -> dict[s
     return {"id": key, "prompt": "What is it?", "image": image, "completions": list(answers)}
 
 
-def read(tmp_path: Path, rows: list[Any], **how: Any) -> dict[str, Sample]:
+def quiet(_: str) -> None:
+    """For importers whose reports are not read."""
+
+
+def read(tmp_path: Path, rows: list[Any], *, say: Say = quiet, **how: Any) -> dict[str, Sample]:
     (tmp_path / "a.png").write_bytes(PNG)
     lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     dest = str(tmp_path / "kept")
-    vlfeedback.run(str(tmp_path / "rows.jsonl"), dest, **({"say": lambda _: None} | how))
+    vlfeedback.VLFeedbackImporter(**how).run(str(tmp_path / "rows.jsonl"), dest, say=say)
     return {sample.key: sample for sample in open_dataset(dest).samples()}
 
 
@@ -134,6 +138,6 @@ def test_parquet_is_read_in_both_forms_of_its_answers(form: str, tmp_path: Path)
     }
     pq.write_table(pa.table(table), tmp_path / "train.parquet")
     dest = str(tmp_path / "made")
-    vlfeedback.run(str(tmp_path / "train.parquet"), dest, say=lambda _: None)
+    vlfeedback.VLFeedbackImporter().run(str(tmp_path / "train.parquet"), dest, say=quiet)
     (sample,) = open_dataset(dest).samples()
     assert (sample.parts[-1].text, sample.rejected, sample.images) == ("best", "worst", (PNG,))

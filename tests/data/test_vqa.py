@@ -57,13 +57,8 @@ def read(folder: Path, questions: list[Any], answers: list[Any], **how: Any) -> 
     )
     (folder / "a.json").write_text(json.dumps({"annotations": answers}))
     beside = str(folder / "a.json")
-    vqa.run(
-        str(folder / "q.json"),
-        str(folder / "made"),
-        annotations=beside,
-        max_bad=1,
-        say=lambda _: None,
-        **how,
+    vqa.VQAImporter(annotations=beside, max_bad=1, **how).run(
+        str(folder / "q.json"), str(folder / "made"), say=lambda _: None
     )
     assert verify(str(folder / "made")) == []
     return {sample.key: sample for sample in open_dataset(str(folder / "made")).samples()}
@@ -124,7 +119,9 @@ def test_a_pattern_of_very_wide_names_is_refused_before_one_is_made(
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match=words):
-            vqa.run("q.json", str(tmp_path / "made"), annotations="a.json", pattern=pattern)
+            vqa.VQAImporter(annotations="a.json", pattern=pattern).run(
+                "q.json", str(tmp_path / "made")
+            )
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -158,7 +155,7 @@ def test_true_is_no_question(tmp_path: Path) -> None:
 
 def test_questions_without_answers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"annotations=FILE.*test splits have none"):
-        vqa.run(str(tmp_path / "q.json"), str(tmp_path / "made"))
+        vqa.VQAImporter().run(str(tmp_path / "q.json"), str(tmp_path / "made"))
 
 
 BAD = {
@@ -223,6 +220,6 @@ def test_a_file_that_is_not_vqas_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "q.json").write_text('{"questions": [], "annotations": []}')
     for source, answers in (("q.json", "x.json"), ("x.json", "q.json")):
         with pytest.raises(DataError, match=r"x\.json"):
-            vqa.run(
-                str(tmp_path / source), str(tmp_path / "made"), annotations=str(tmp_path / answers)
+            vqa.VQAImporter(annotations=str(tmp_path / answers)).run(
+                str(tmp_path / source), str(tmp_path / "made")
             )

@@ -14,7 +14,7 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from bridgework.data.dataset import open_dataset, verify
-from bridgework.data.importers import webdataset
+from bridgework.data.importers import Say, webdataset
 from bridgework.data.importers import webdataset as tars
 from bridgework.data.manifest import Manifest
 from bridgework.data.quarantine import Reason, records
@@ -27,8 +27,9 @@ def quiet(_: str) -> None:
     """For importers that are not asked what they say."""
 
 
-def bring(source: Path | str, dest: Path, **options: Any) -> Manifest:
-    return webdataset.run(str(source), str(dest), **({"max_bad": 1.0, "say": quiet} | options))
+def bring(source: Path | str, dest: Path, *, say: Say = quiet, **options: Any) -> Manifest:
+    importer = webdataset.WebDatasetImporter(**{"max_bad": 1.0} | options)
+    return importer.run(str(source), str(dest), say=say)
 
 
 def read(dest: Path) -> dict[str, Sample]:

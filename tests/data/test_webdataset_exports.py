@@ -13,7 +13,7 @@ from tests.data.tars import PNG, samples, tar
 
 
 def bring(source: Path, dest: Path, max_bad: float) -> list[Sample]:
-    webdataset.run(str(source), str(dest), max_bad=max_bad, say=lambda _: None)
+    webdataset.WebDatasetImporter(max_bad=max_bad).run(str(source), str(dest), say=lambda _: None)
     return list(open_dataset(str(dest)).samples())
 
 
@@ -94,5 +94,5 @@ def test_blank_texts_and_odd_keys_that_other_formats_let_in_come_back_from_an_ex
         ),
     ]
     write(kept, str(tmp_path / "d"), source="s", license="unknown", made_by="t")
-    exporter.run(str(tmp_path / "d"), str(tmp_path / "out"))
+    exporter.WebDatasetExporter().run(str(tmp_path / "d"), str(tmp_path / "out"))
     assert bring(tmp_path / "out", tmp_path / "back", max_bad=0) == kept

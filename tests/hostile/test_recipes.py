@@ -14,9 +14,9 @@ import torch
 
 from bridgework import artifacts
 from bridgework.config import flat, from_dict, override, to_dict
+from bridgework.data.importers import load as load_format
 from bridgework.errors import BridgeworkError, DataError, SpecError, WeightsError
 from bridgework.models import base
-from bridgework.plugins import load as load_format
 from bridgework.system import System, load
 from tests import toy
 from tests.hostile import recipes
@@ -102,9 +102,7 @@ def test_unknown_names_are_answered_with_known_ones() -> None:
     assert "did you mean 'llava'?" in line(lambda: load("lava"))
     assert "known: " in line(lambda: load("llava:v2"))
     assert "did you mean 'align'?" in line(lambda: llava()["allign"])
-    assert "did you mean 'llava-json'?" in line(
-        lambda: load_format("bridgework.data.importers", "lava-json"), DataError
-    )
+    assert "did you mean 'llava-json'?" in line(lambda: load_format("lava-json"), DataError)
 
 
 # --- parts that do not fit -------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ class Place:
         dest, before = self.dest, self._files()
         aside = f"{dest.name}.quarantine"
         try:
-            manifest = load(name)(
-                str(source), str(dest), max_bad=1.0, say=lambda text: None, **options
+            manifest = load(name)(max_bad=1.0, **options).run(
+                str(source), str(dest), say=lambda text: None
             )
         except DataError as error:
             assert "\n" not in str(error) and len(str(error)) < 2_000, str(error)[:200]

@@ -29,7 +29,8 @@ def test_unknown_user_module_is_rejected() -> None:
 
 def test_missing_names_are_reported_with_an_example() -> None:
     with pytest.raises(
-        SpecError, match=r"does not say SPACE, METRIC, BUDGET; see tune_spaces/llava_bridge\.py"
+        SpecError,
+        match=r"does not define SPACE, METRIC, BUDGET\. Fix: see tune_spaces/llava_bridge\.py",
     ):
         load("tests.tuning.bare")
 

@@ -3,12 +3,10 @@
 `bridgework data order` and `bridgework data mixture`: which samples come when, and why so many of each source.
 """
 
-import inspect
 import json
-import typing
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, field, fields, make_dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,13 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bridgework.cli import options
 from bridgework.cli.options import changes
-from bridgework.config import override
+from bridgework.config import config_class, override
 from bridgework.data.catalog import SYNTHETIC, destination, home, resolve
 from bridgework.data.catalog import names as datasets
-from bridgework.data.importers import Say
 from bridgework.errors import DataError, SpecError, suggest
-from bridgework.system import Mixture, Source, Stage, System, load, recipes
+from bridgework.plugins import Plugins
+from bridgework.system import RECIPES, Mixture, Source, Stage, System, load, recipes, variants
 
 if TYPE_CHECKING:
     from bridgework.data.preview import Preview
@@ -41,58 +40,74 @@ Place = Annotated[
 For = Annotated[
     str | None, typer.Option("--for", metavar="SYSTEM[/STAGE]", help="as this stage reads it")
 ]
+Format = Annotated[
+    str | None,
+    typer.Argument(metavar="FORMAT", help="without it, the formats are listed; alone, its options"),
+]
 Options = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the format's own")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="options of the format")
 ]
 Tiny = Annotated[bool, typer.Option("--tiny", help="with --for: the system at laptop size")]
 
 
 @data.command("import")
 def import_(
-    format_: Annotated[
-        str, typer.Argument(metavar="FORMAT", help="folder, llava-json, .. or a module of your own")
-    ],
-    source: Annotated[str, typer.Argument(help="a file, a folder or a URL")],
+    format_: Format = None,
+    source: Annotated[str | None, typer.Argument(help="a file, a folder or a URL")] = None,
     dest: Annotated[
-        str, typer.Argument(help="a folder or a URL; a bare name goes to <home>/datasets")
-    ],
-    options: Options = None,
+        str | None, typer.Argument(help="a folder or a URL; a bare name goes to <home>/datasets")
+    ] = None,
+    words: Options = None,
     license: Annotated[
-        str | None, typer.Option(help="of the whole dataset, e.g. CC-BY-4.0")
+        str | None, typer.Option(help="of the complete dataset, e.g. CC-BY-4.0")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="actors of Ray; 0 works in this process")] = 0,
 ) -> None:
-    """Write SOURCE as a new dataset; what is bad in it goes to DEST.quarantine, with reasons. Run again, it goes on."""
-    from bridgework.data.importers import load as load_importer
+    """Write SOURCE as a new dataset; bad rows go to DEST.quarantine, with reasons. Re-running resumes."""
+    from bridgework.data.importers import FORMATS
 
-    run = load_importer(format_)
-    words = [*(options or []), *([f"license={license}"] if license is not None else [])]
-    given = _options(run, format_, words + ([f"workers={workers}"] if workers else []))
-    if isinstance(actors := given.get("workers", 0), int) and actors < 0:
-        raise SpecError(f"workers={actors}: 0 or more actors are allowed; 0 works in this process")
-    place = destination(dest, home())
+    if format_ is None or source is None or dest is None:
+        _describe(FORMATS, format_, source, _Actors)
+        return
+    cls = FORMATS.load_class(format_)
+    given = options.pairs(words, "license=CC-BY-4.0")
+    if "licence" in given:  # its name in earlier releases
+        given["license"] = given.pop("licence")
+    given |= {"license": license} if license is not None else {}
+    given |= {"workers": str(workers)} if workers else {}
+    shared = (_Actors,) if getattr(cls, "parallel", True) else ()
+    own, *rest = options.read(f"format {format_}", given, cls, *shared)
+    actors = _Actors(**rest[0]).workers if rest else 0
+    importer, place = cls(**own), destination(dest, home())
     with _ray(actors):
-        run(source, place, **given, say=lambda text: err.print(text, soft_wrap=True))
+        importer.run(
+            source, place, workers=actors, say=lambda text: err.print(text, soft_wrap=True)
+        )
     out.print(place, soft_wrap=True)
 
 
 @data.command("export")
 def export(
-    format_: Annotated[
-        str, typer.Argument(metavar="FORMAT", help="webdataset, llava-json or a module of your own")
-    ],
-    source: Annotated[str, typer.Argument(help="a folder, a URL, or a name under <home>/datasets")],
-    dest: Annotated[str, typer.Argument(help="a folder or a URL where nothing is yet")],
-    options: Options = None,
+    format_: Format = None,
+    source: Annotated[
+        str | None, typer.Argument(help="a folder, a URL, or a name under <home>/datasets")
+    ] = None,
+    dest: Annotated[
+        str | None, typer.Argument(help="a folder or a URL where nothing is yet")
+    ] = None,
+    words: Options = None,
 ) -> None:
-    """Write a dataset in another format; the last line says what that format could not hold."""
-    from bridgework.data.exporters import load as load_exporter
+    """Write a dataset in another format; the last line reports the fields that the format could not hold."""
+    from bridgework.data.exporters import FORMATS
 
-    run = load_exporter(format_)
-    given = _options(run, format_, options or [])
-    made = run(resolve(source, home()), dest, **given)
+    if format_ is None or source is None or dest is None:
+        _describe(FORMATS, format_, source)
+        return
+    cls = FORMATS.load_class(format_)
+    (given,) = options.read(f"format {format_}", options.pairs(words, "rows=1000"), cls)
+    exported = cls(**given).run(resolve(source, home()), dest)
     out.print(dest, soft_wrap=True)
-    out.print(str(made), soft_wrap=True)
+    out.print(str(exported), soft_wrap=True)
 
 
 @data.command()
@@ -198,31 +213,32 @@ def _ray(workers: int) -> AbstractContextManager[None]:
     return ray_session()
 
 
-def _options(run: Callable[..., object], name: str, words: list[str]) -> dict[str, Any]:
-    """KEY=VALUE words as the keyword arguments of a format: read and refused as `--set` does, by its annotations."""
-    needed = inspect.Parameter.empty
-    hints = typing.get_type_hints(run)
-    parameters = [
-        p
-        for p in inspect.signature(run).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and hints[p.name] != Say
-    ]
-    own = make_dataclass(
-        name, [(p.name, hints[p.name], field(default=p.default)) for p in parameters], frozen=True
-    )
-    changes = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
+@config_class
+class _Actors:
+    """The option of every import whose rows may be read in parallel."""
+
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
             raise SpecError(
-                f"an option of a format is KEY=VALUE, e.g. license=CC-BY-4.0; got {word!r}"
+                f"workers={self.workers}: 0 or more actors are allowed; 0 works in this process"
             )
-        changes[key] = value
-    given = override(own(), changes)
-    for item in fields(own):
-        if getattr(given, item.name) is needed:
-            raise SpecError(f"format {name} needs {item.name}=VALUE")
-    return {key: getattr(given, key) for key in changes}
+
+
+def _describe(formats: Plugins, name: str | None, source: str | None, *shared: type[Any]) -> None:
+    """Print the formats, or the options of one. Raises SpecError for a SOURCE without a DEST."""
+    if name is None:
+        rows = Table("format", "", box=None, pad_edge=False)
+        for known, module in formats.modules().items():
+            rows.add_row(known, options.summary(module))
+        out.print(rows)
+        return
+    cls = formats.load_class(name)
+    if source is not None:
+        raise SpecError(f"{name}: DEST is missing. Got SOURCE {source}; expected SOURCE DEST")
+    shared = shared if getattr(cls, "parallel", True) else ()
+    out.print(options.explanation(cls), "", options.table(cls, *shared))
 
 
 def _stage(words: str, tiny: bool, dataset: str | None, path: str | None) -> Stage:
@@ -482,11 +498,8 @@ def _stage_or_mixture(what: str, tiny: bool, words: list[str] | None) -> Stage |
 
 
 def _is_system(name: str) -> bool:
-    """Whether a module of the user's own gives a system by this name."""
-    if "." not in name or name.startswith(".") or name.endswith(".json"):
+    """Return True if a module of the user's own has a system of this name. Raises SpecError if its import fails."""
+    path, _, variant = name.partition(":")
+    if "." not in path or path.endswith(".json") or RECIPES.find(path) is None:
         return False
-    try:
-        load(name)
-    except SpecError:
-        return False
-    return True
+    return (variant or "system") in variants(path)

@@ -12,6 +12,7 @@ from bridgework.config import config_class, override
 from bridgework.data.catalog import home
 from bridgework.errors import DataError, SpecError, suggest
 from bridgework.mixture import unique
+from bridgework.plugins import Plugins
 
 if TYPE_CHECKING:
     from bridgework.data.samples import Part
@@ -189,11 +190,8 @@ def evaluate(
 
 
 def _kinds() -> dict[str, Any]:
-    """The evaluations by the names that they have where they are given none."""
-    from bridgework import evaluation
-
-    found = [getattr(evaluation, name) for name in evaluation.__all__]
-    return {cls.name: cls for cls in found if hasattr(cls, "name")}
+    """Return the evaluations that ship, by their default names."""
+    return {cls.name: cls for cls in EVALUATIONS.classes()}
 
 
 def _evaluation(argument: str) -> Any:
@@ -204,6 +202,8 @@ def _evaluation(argument: str) -> Any:
             f"--on: not of the form KIND:DATASET. Got {argument!r}; "
             "expected e.g. vqa:vqav2-val or retrieval:../my/pairs"
         )
+    if "." in kind:
+        return EVALUATIONS.load_class(kind)(dataset=dataset)
     known = _kinds()
     if kind not in known:
         raise SpecError(f"--on: no evaluation {kind!r}{suggest(kind, known)}")

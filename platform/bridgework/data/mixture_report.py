@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,6 +14,7 @@ from bridgework.data.plan.plan import Plan, SourceRows
 from bridgework.data.plan.shares import requested
 from bridgework.errors import DataError, SpecError
 from bridgework.mixture import Group, Mixture, Source
+from bridgework.plugins import Plugins
 from bridgework.system import Layout, Pixels
 
 PER_LANE = 4  # default samples of a lane and step, without a batch size
@@ -103,6 +103,8 @@ def _node(fields: Any, where: str) -> Source | Group:
 
 
 def _call(module: str, function: str) -> Mixture:
+    """Return the mixture of a function without arguments; the errors that it raises are its own."""
+    call: Any = getattr(MIXTURES.load(module), function, None)
     try:
         build = getattr(import_module(module), function)
         signature(build).bind()

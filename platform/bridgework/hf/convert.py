@@ -7,14 +7,12 @@ CLOSE, token ids exactly.
 
 import hashlib
 import json
-import pkgutil
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from importlib import import_module
 from logging import ERROR
 from pathlib import Path
 from typing import Any, Protocol, cast, get_type_hints
@@ -40,6 +38,7 @@ from bridgework.models import lora, pretrained
 from bridgework.models.language import LanguageConfig, is_tied
 from bridgework.models.origin import Origin
 from bridgework.models.vision import ViTConfig
+from bridgework.plugins import Plugins
 from bridgework.system import ModelSpec, Stage, System
 
 CLOSE = 1e-5  # largest difference in float32 between two orders of the same arithmetic, relative
@@ -132,12 +131,8 @@ class Certificate:
 
 
 def families() -> dict[str, Family]:
-    """The architectures that can be read and written, and the module of each."""
-    package = import_module(__package__)
-    found = [
-        import_module(f"{__package__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)
-    ]
-    modules = [cast(Family, module) for module in found if hasattr(module, "ARCHITECTURES")]
+    """Return the architectures that can be read and written, and the module of each."""
+    modules = [cast(Family, module) for module in FAMILIES.modules().values()]
     return {architecture: module for module in modules for architecture in module.ARCHITECTURES}
 
 

@@ -3,16 +3,23 @@
 SPACE maps the dotted paths of `--set` to Ray Tune's distributions; `*` sets a path in every stage alike.
 """
 
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Literal
 
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, Normal, Quantized
 
 from bridgework.config import config_class
-from bridgework.errors import SpecError, suggest
+from bridgework.errors import SpecError
+from bridgework.plugins import Plugins
+
+SPACES = Plugins(
+    kind="sweep",
+    package="tune_spaces",
+    attributes=("SYSTEM", "STAGES", "SPACE", "METRIC", "BUDGET"),
+    example="my_lab.spaces.x",
+    hint="tune_spaces/llava_bridge.py for the five names",
+)
 
 
 @config_class
@@ -95,33 +102,16 @@ def _numeric(distribution: Any) -> tuple[Any, Any, float | None]:
 
 
 def spaces() -> list[str]:
-    """The spaces that ship: the modules of tune_spaces."""
-    try:
-        package = import_module("tune_spaces")
-    except ModuleNotFoundError:
-        return []
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+    """Return the names of the spaces in tune_spaces/; none where the working directory has no such folder."""
+    return SPACES.names()
 
 
 def load(name: str) -> Space:
-    """`llava_bridge`, or a module of your own with the same five names: `my_lab.spaces.x`."""
-    path = name if "." in name else f"tune_spaces.{name}"
-    try:
-        module = import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
-            raise
-        raise SpecError(
-            f"there is no sweep {name!r} (run this where tune_spaces/ lies)"
-            + suggest(name, spaces())
-        ) from None
-    missing = [
-        n for n in ("SYSTEM", "STAGES", "SPACE", "METRIC", "BUDGET") if not hasattr(module, n)
-    ]
-    if missing:
-        raise SpecError(
-            f"{path} does not say {', '.join(missing)}; see tune_spaces/llava_bridge.py for the five names"
-        )
+    """Return a space: `llava_bridge`, or `my_lab.spaces.x`, a module of your own with the same five names.
+
+    Raises SpecError if there is no such module, if its import fails, and for a missing name.
+    """
+    module = SPACES.load(name)
     return Space(
         name=name,
         system=module.SYSTEM,

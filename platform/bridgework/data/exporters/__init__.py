@@ -1,27 +1,37 @@
-"""Exporters: one module a format, with one function `run(source, dest, ...) -> Exported`, found by import path.
+"""Exporters: each module holds one config class, whose fields are the options of a format.
 
-`bridgework data export llava-json SOURCE DEST` calls `llava_json.run`. What they share stands here: an export is there
-as a whole or not at all, and says what its format could not hold.
+`bridgework data export llava-json SOURCE DEST` runs `llava_json.LlavaJsonExporter`; one of your own
+is given by the import path of its module. An export is complete or absent, and reports the fields
+that its format could not hold.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 import fsspec
 
-from bridgework import plugins as by_name
 from bridgework.data.dataset import open_dataset
+from bridgework.data.importers import UNKNOWN
 from bridgework.data.manifest import refuse_within
 from bridgework.data.names import check_place
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError
+from bridgework.plugins import Plugins
 from bridgework.storage import find_store
 
-UNKNOWN = "unknown"  # the license in the manifest of an import that was given none
+FORMATS = Plugins(
+    kind="format",
+    package=__name__,
+    methods=("run",),
+    example="my_lab.tables",
+    hint="docs/data-formats.md",
+    separator="-",
+    error=DataError,
+)
 
 _MAGIC = (
     (b"\xff\xd8\xff", 0, "jpg"),
@@ -30,16 +40,6 @@ _MAGIC = (
     (b"GIF8", 0, "gif"),
     (b"BM", 0, "bmp"),
 )
-
-
-def formats() -> list[str]:
-    """The formats that ship, as the command line writes them."""
-    return by_name.names(__name__)
-
-
-def load(name: str) -> Callable[..., "Exported"]:
-    """The exporter of a format: `llava-json`, or the import path of a module with a function `run`."""
-    return by_name.load(__name__, name)
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,26 @@ class Exported:
     def __str__(self) -> str:
         lost = ", ".join(f"{name} of {rows:,} rows" for name, rows in sorted(self.lost.items()))
         return f"{self.rows:,} rows, {self.images:,} images; lost: {lost or 'nothing'}"
+
+
+class Exporter(Protocol):
+    """A config class whose fields are the options of a format."""
+
+    def run(self, source: str, dest: str) -> Exported:
+        """Write the dataset at `source` to `dest`. Raises DataError, and then leaves nothing there."""
+
+
+def formats() -> list[str]:
+    """Return the formats that ship, as the command line writes them."""
+    return FORMATS.names()
+
+
+def load(name: str) -> type[Exporter]:
+    """Return the exporter of a format: `llava-json`, or the import path of a module that holds one.
+
+    Raises DataError for a name that is neither, for a module whose import fails or that holds none.
+    """
+    return FORMATS.load_class(name)
 
 
 class Losses(Counter[str]):

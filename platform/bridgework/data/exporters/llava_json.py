@@ -13,6 +13,7 @@ from typing import Any
 
 import fsspec
 
+from bridgework.config import config_class
 from bridgework.data.exporters import Exported, Losses, ending, licensed, staged
 from bridgework.data.importers import PLACEHOLDER
 from bridgework.data.importers.llava_json import ROLES, parts
@@ -26,28 +27,34 @@ LOST = ("rejected", "times_s", "labels", "boxes", "ocr", "language", "license", 
 _SPEAKERS = {role: speaker for speaker, role in ROLES.items()}
 
 
-def run(source: str, dest: str, *, prompt: str | None = None) -> Exported:
-    """Write the dataset at `source` as `dest`/conversations.json and `dest`/images/.
+@config_class
+class LlavaJsonExporter:
+    """Write a dataset as DEST/conversations.json and DEST/images/.
 
-    With `prompt`, a pair becomes a conversation of one turn: the prompt, and the caption as its answer. Raises
-    DataError for a row that is no conversation, and where there is something at `dest`; then nothing is left there.
+    With `prompt`, a pair becomes a conversation of one turn: the prompt, and the caption as its
+    answer. A row that is not a conversation is an error, and so is an existing DEST; then nothing is
+    left there.
     """
-    losses, rows, images = Losses(), 0, 0
-    with (
-        staged(dest, last=FILE) as (fs, folder),
-        fs.open(f"{folder}/{FILE}", "w", encoding="utf-8") as file,
-    ):
-        fs.makedirs(f"{folder}/images")
-        for sample in licensed(source):
-            entry = _entry(sample, prompt)
-            names = [_image(fs, folder, image) for image in _shown(sample)]
-            entry |= {"image": names[0] if len(names) == 1 else names} if names else {}
-            entry |= {"candidates": list(sample.candidates)} if sample.candidates else {}
-            file.write((",\n" if rows else "[\n") + json.dumps(entry, ensure_ascii=False))
-            losses.note(sample, LOST)
-            rows, images = rows + 1, images + len(sample.images)
-        file.write("\n]\n")
-    return Exported(rows, images, losses)
+
+    prompt: str | None = None
+
+    def run(self, source: str, dest: str) -> Exported:
+        losses, rows, images = Losses(), 0, 0
+        with (
+            staged(dest, last=FILE) as (fs, folder),
+            fs.open(f"{folder}/{FILE}", "w", encoding="utf-8") as file,
+        ):
+            fs.makedirs(f"{folder}/images")
+            for sample in licensed(source):
+                entry = _entry(sample, self.prompt)
+                names = [_image(fs, folder, image) for image in _shown(sample)]
+                entry |= {"image": names[0] if len(names) == 1 else names} if names else {}
+                entry |= {"candidates": list(sample.candidates)} if sample.candidates else {}
+                file.write((",\n" if rows else "[\n") + json.dumps(entry, ensure_ascii=False))
+                losses.note(sample, LOST)
+                rows, images = rows + 1, images + len(sample.images)
+            file.write("\n]\n")
+        return Exported(rows, images, losses)
 
 
 def _shown(sample: Sample) -> list[bytes]:

@@ -12,6 +12,7 @@ from itertools import chain, count, islice
 from typing import IO
 from urllib.parse import quote
 
+from bridgework.config import config_class
 from bridgework.data.exporters import Exported, ending, filled, licensed, staged
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError
@@ -19,31 +20,40 @@ from bridgework.errors import DataError
 INDEX = "shardindex.json"  # which tars there are and how many rows each holds, in the form that wids gave it
 
 
-def run(source: str, dest: str, *, rows: int = 1000) -> Exported:
-    """Write the dataset at `source` as tars of `rows` rows each, in order, to the folder `dest`. Nothing is lost.
+@config_class
+class WebDatasetExporter:
+    """Write a dataset as tars of `rows` rows each, in order, to the folder DEST. Nothing is lost.
 
-    The license of the whole dataset becomes that of each row without one of its own, because tars have no manifest.
-    Raises DataError where there is something at `dest`; on any error nothing is left there.
+    The license of the complete dataset becomes that of each row without one of its own, because tars
+    have no manifest. An existing DEST is an error; on any error nothing is left there.
     """
-    if rows < 1:
-        raise DataError(f"a tar of {rows} rows; at least 1 is wanted")
-    images = 0
-    samples = licensed(source)
-    with staged(dest, last=INDEX) as (fs, folder):
-        shards: list[tuple[str, int]] = []
-        for number in count():
-            head = next(samples, None)
-            if head is None:
-                break
-            name = f"{number:05d}.tar"
-            with fs.open(f"{folder}/{name}", "wb") as file:
-                held, shown = _write(file, chain([head], islice(samples, rows - 1)))
-            shards.append((name, held))
-            images += shown
-        listed = [{"url": name, "nsamples": held} for name, held in shards]
-        index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed}
-        fs.pipe_file(f"{folder}/{INDEX}", json.dumps(index, indent=1).encode())
-    return Exported(sum(held for _, held in shards), images)
+
+    rows: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise DataError(
+                f"rows={self.rows}: a tar holds at least 1 row. Fix: give a larger number"
+            )
+
+    def run(self, source: str, dest: str) -> Exported:
+        images = 0
+        samples = licensed(source)
+        with staged(dest, last=INDEX) as (fs, folder):
+            shards: list[tuple[str, int]] = []
+            for number in count():
+                first = next(samples, None)
+                if first is None:
+                    break
+                name = f"{number:05d}.tar"
+                with fs.open(f"{folder}/{name}", "wb") as file:
+                    rows, shown = _write(file, chain([first], islice(samples, self.rows - 1)))
+                shards.append((name, rows))
+                images += shown
+            listed = [{"url": name, "nsamples": rows} for name, rows in shards]
+            index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed}
+            fs.pipe_file(f"{folder}/{INDEX}", json.dumps(index, indent=1).encode())
+        return Exported(sum(rows for _, rows in shards), images)
 
 
 def _write(file: IO[bytes], samples: Iterable[Sample]) -> tuple[int, int]:

@@ -1,25 +1,28 @@
-"""Importers: one module a format, with one function `run(source, dest, ...) -> Manifest`, found by import path.
+"""Importers: each module holds one config class, whose fields are the options of a format.
 
-`bridgework data import llava-json SOURCE DEST` calls `llava_json.run`; a module of your own is `my_lab.importers.coco`.
-What they share stands here: rows in = rows out + rows put aside with a reason, in the table `DEST.quarantine`. An
-import that was cut off goes on when the same command is given again.
+`bridgework data import llava-json SOURCE DEST` runs `llava_json.LlavaJsonImporter`; one of your own
+is given by the import path of its module, e.g. `my_lab.photos`. For every importer, rows in = rows
+out + rows in the table `DEST.quarantine`, each with a reason, + skipped rows, which are counted. An
+interrupted import resumes when the same command is given again.
 """
 
 import hashlib
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, count, islice
-from typing import Any
+from typing import Any, ClassVar
 from unicodedata import normalize
 
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from bridgework import plugins as by_name
+from bridgework.config import config_class, to_dict
 from bridgework.data.dataset import Manifest, read_manifest
 from bridgework.data.images import MAX_BYTES, decode
 from bridgework.data.importers.engine import (
@@ -33,28 +36,96 @@ from bridgework.data.importers.engine import (
 from bridgework.data.importers.engine import Row as Row
 from bridgework.data.names import address as address
 from bridgework.data.names import plain as plain
-from bridgework.data.quarantine import BadSample, Quarantine, Reason, SkippedRow
+from bridgework.data.quarantine import SHARE, BadSample, Quarantine, Reason, SkippedRow
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError
 from bridgework.mixture import check_max_bad
+from bridgework.plugins import Plugins
 from bridgework.ray_utils import map_on_actors
 from bridgework.storage import find_store
 
 PLACEHOLDER = "<image>"  # where an image stands in a text; a caption has no business to hold one
+UNKNOWN = "unknown"  # the license of a dataset that was given none
 
 WAVE = 256  # chunks that Ray is given at a time: a million rows to hold, and hours of work for its start of seconds
 
 Say = Callable[[str], object]
 
+FORMATS = Plugins(
+    kind="format",
+    package=__name__,
+    methods=("run",),
+    example="my_lab.photos",
+    hint="docs/data-formats.md",
+    separator="-",
+    error=DataError,
+)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The rows of a source, and the identity of everything that they depend on."""
+
+    rows: Callable[[], Iterable[Row]]  # always in the same order; a row is read when it is called
+    sha256: str  # of the listing, and of the tables that were read for it
+    options: "Importer | None" = None  # with the values that took effect; default: as they are
+    facts: Mapping[str, Any] = field(default_factory=dict)  # recorded next to the options
+    license: str = UNKNOWN  # of an importer without the option `license`
+    files: int = 1  # that hold the rows
+    notes: tuple[str, ...] = ()  # reported before the import
+
+
+@config_class
+class Importer(ABC):
+    """Base class of importers. The fields of a subclass are its options.
+
+    All options but `license` and `max_bad` are recorded in the manifest: an import with others is
+    another dataset.
+    """
+
+    max_bad: float = SHARE  # share of the rows, and of the files, that may be bad
+
+    parallel: ClassVar[bool] = True  # its rows may be read by actors of Ray
+
+    @abstractmethod
+    def list_rows(self, source: str) -> Listing:
+        """List the rows of `source`. Raises DataError if it cannot be read as this format."""
+
+    def run(self, source: str, dest: str, *, workers: int = 0, say: Say = print) -> Manifest:
+        """Import `source` as the dataset `dest`, with `workers` actors of Ray. Returns its manifest.
+
+        Raises DataError, as `list_rows` and `ingest` do.
+        """
+        listing = self.list_rows(source)
+        for note in listing.notes:
+            say(note)
+        options = to_dict(self if listing.options is None else listing.options)
+        recorded = {n: v for n, v in options.items() if n not in ("_", "license", "max_bad")}
+        return ingest(
+            listing.rows,
+            source,
+            dest,
+            license=options.get("license", listing.license),
+            made_by=type(self).__module__,
+            parameters={**recorded, **listing.facts, "sha256": listing.sha256},
+            max_bad=self.max_bad,
+            workers=workers,
+            files=listing.files,
+            say=say,
+        )
+
 
 def formats() -> list[str]:
-    """The formats that ship, as the command line writes them."""
-    return by_name.names(__name__)
+    """Return the formats that ship, as the command line writes them."""
+    return FORMATS.names()
 
 
-def load(name: str) -> Callable[..., Manifest]:
-    """The importer of a format: `llava-json`, or the import path of a module with a function `run`."""
-    return by_name.load(__name__, name)
+def load(name: str) -> type[Importer]:
+    """Return the importer of a format: `llava-json`, or the import path of a module that holds one.
+
+    Raises DataError for a name that is neither, for a module whose import fails or that holds none.
+    """
+    return FORMATS.load_class(name)
 
 
 def ingest(

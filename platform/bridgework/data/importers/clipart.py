@@ -7,18 +7,27 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from html import unescape
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 from xml.etree import ElementTree
 
 import fsspec
 
-from bridgework.data.dataset import Manifest
-from bridgework.data.importers import Row, Say, caption, fingerprint, ingest, read_image, shrink
+from bridgework.config import config_class
+from bridgework.data.importers import (
+    Importer,
+    Listing,
+    Row,
+    caption,
+    fingerprint,
+    read_image,
+    shrink,
+)
 from bridgework.data.importers.tables import hidden
-from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Sample, pair
 from bridgework.errors import DataError
 from bridgework.storage import find_store
@@ -44,46 +53,43 @@ class Card(NamedTuple):
     whole: bool  # False when the drawing shows an image file that was never packaged
 
 
-def run(
-    source: str,
-    dest: str,
-    *,
-    side: int = 128,
-    skip: tuple[str, ...] = (),
-    max_bad: float = SHARE,
-    say: Say = print,
-) -> Manifest:
-    """Import the pictures under `source`/png as pairs, shrunk to fit `side` x `side` pixels, on white.
+@config_class
+class ClipartImporter(Importer):
+    """Import the pictures under SOURCE/png as pairs, shrunk to fit `side` x `side` pixels, on white.
 
     `skip` are globs of paths such as `computer/icons/*` that are no rows at all. A picture whose SVG does not say that
     it is in the public domain is put aside.
     """
-    if not 1 <= side <= MAX_SIDE:
-        raise DataError(
-            f"side={side}: a picture is shrunk to fit 1 to {MAX_SIDE} pixels a side; give such a number"
+
+    side: int = 128
+    skip: tuple[str, ...] = ()
+
+    parallel: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.side <= MAX_SIDE:
+            raise DataError(
+                f"side={self.side}: a picture is shrunk to fit 1 to {MAX_SIDE} pixels a side; give such a number"
+            )
+
+    def list_rows(self, source: str) -> Listing:
+        fs, root = find_store(source)
+        found = {
+            str(path).removeprefix(f"{root}/png/"): int(info["size"])
+            for path, info in _find(fs, f"{root}/png")
+        }
+        pictures = (name for name in found if name.endswith(".png") and not hidden(name))
+        names = sorted(n for n in pictures if not any(fnmatchcase(n, glob) for glob in self.skip))
+        if not names:
+            raise DataError(
+                f"{source}/png holds no pictures; SOURCE is the folder with png/ and svg/, both of one release"
+            )
+        return Listing(
+            partial(_rows, source, names, self.side),
+            fingerprint(json.dumps([(name, found[name]) for name in names])),
+            replace(self, skip=tuple(sorted(self.skip))),
+            license=LICENSE,
         )
-    fs, root = find_store(source)
-    found = {
-        str(path).removeprefix(f"{root}/png/"): int(info["size"])
-        for path, info in _find(fs, f"{root}/png")
-    }
-    pictures = (name for name in found if name.endswith(".png") and not hidden(name))
-    names = sorted(name for name in pictures if not any(fnmatchcase(name, s) for s in skip))
-    if not names:
-        raise DataError(
-            f"{source}/png holds no pictures; SOURCE is the folder with png/ and svg/, both of one release"
-        )
-    listing = json.dumps([(name, found[name]) for name in names])
-    return ingest(
-        partial(_rows, source, names, side),
-        source,
-        dest,
-        license=LICENSE,
-        made_by=__name__,
-        parameters={"side": side, "skip": sorted(skip), "sha256": fingerprint(listing)},
-        max_bad=max_bad,
-        say=say,
-    )
 
 
 def _find(fs: fsspec.AbstractFileSystem, root: str) -> list[tuple[str, dict[str, int]]]:

@@ -7,27 +7,28 @@ both in one file   a caption a row, with the boxes of its image; an image withou
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from typing import Any, NamedTuple
 
-from bridgework.data.dataset import Manifest
+from bridgework.config import config_class
 from bridgework.data.images import size_of
 from bridgework.data.importers import (
+    UNKNOWN,
     Captions,
+    Importer,
+    Listing,
     Row,
-    Say,
     caption,
     fingerprint,
-    ingest,
     leave_out,
     read_image,
     read_text,
     texts,
 )
 from bridgework.data.importers.tables import document, listed, parent
-from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Box, Part, Sample, pair
 from bridgework.errors import DataError
 
@@ -52,38 +53,31 @@ class Picture:
     marks: tuple[Mark, ...] = ()
 
 
-def run(
-    source: str,
-    dest: str,
-    *,
-    images: str | None = None,
-    instances: str | None = None,
-    license: str = "unknown",
-    max_bad: float = SHARE,
-    workers: int = 0,
-    say: Say = print,
-) -> Manifest:
-    """Import captions_*.json or instances_*.json; the images are in the folder `images`, by default the file's own.
+@config_class
+class CocoImporter(Importer):
+    """Import captions_*.json or instances_*.json.
+
+    The images are in the folder `images`, by default the file's own.
 
     The second caption of an image gets the key `IMAGE_ID#2`; one that its image has already is left
     out and counted. `instances`, a file next to one of captions, gives boxes and labels to its rows.
     Boxes around a crowd are dropped and counted in the row's provenance. A row's license is that of
     its image, where the file says it.
     """
-    text = read_text(source)
-    beside = "" if instances is None else read_text(instances)
-    folder = parent(source) if images is None else images
-    return ingest(
-        partial(_rows, text, source, beside, instances, folder),
-        source,
-        dest,
-        license=license,
-        made_by=__name__,
-        parameters={"images": folder, "instances": instances, "sha256": fingerprint(text, beside)},
-        max_bad=max_bad,
-        workers=workers,
-        say=say,
-    )
+
+    images: str | None = None
+    instances: str | None = None
+    license: str = UNKNOWN
+
+    def list_rows(self, source: str) -> Listing:
+        text = read_text(source)
+        boxes = "" if self.instances is None else read_text(self.instances)
+        folder = parent(source) if self.images is None else self.images
+        return Listing(
+            partial(_rows, text, source, boxes, self.instances, folder),
+            fingerprint(text, boxes),
+            replace(self, images=folder),
+        )
 
 
 def _rows(text: str, source: str, base: str, instances: str | None, folder: str) -> Iterator[Row]:

@@ -9,11 +9,11 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
-from bridgework.data.dataset import Manifest
-from bridgework.data.importers import Row, Say, caption, fingerprint, ingest
-from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.config import config_class
+from bridgework.data.importers import Importer, Listing, Row, caption, fingerprint
+from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Sample, pair
 from bridgework.errors import DataError, suggest
 from bridgework.storage import find_store
@@ -29,26 +29,24 @@ MAX_DRAWING, MAX_TABLE, MAX_PACKAGE = (
 )  # bytes; all drawings are held in memory
 
 
-def run(source: str, dest: str, *, max_bad: float = SHARE, say: Say = print) -> Manifest:
-    """Import every emoji of the package `source` (skin tones aside) as a pair: its 64-pixel drawing and its name.
+@config_class
+class EmojiImporter(Importer):
+    """Import every emoji of a package, without skin tones, as a pair: its 64-pixel drawing and its name.
 
     Rows carry the category and subcategory as labels, and the code point in their provenance.
     """
-    files = _files(source)
-    style = _style(source, files)
-    return ingest(
-        lambda: _rows(source, files, style),
-        source,
-        dest,
-        license=LICENSES[style],
-        made_by=__name__,
-        parameters={
-            "style": style,
-            "sha256": fingerprint(*(v for _, item in sorted(files.items()) for v in (_, item))),
-        },
-        max_bad=max_bad,
-        say=say,
-    )
+
+    parallel: ClassVar[bool] = False  # all drawings are held in memory
+
+    def list_rows(self, source: str) -> Listing:
+        files = _files(source)
+        style = _style(source, files)
+        return Listing(
+            partial(_rows, source, files, style),
+            fingerprint(*(part for file in sorted(files.items()) for part in file)),
+            facts={"style": style},
+            license=LICENSES[style],
+        )
 
 
 def _files(source: str) -> dict[str, bytes]:

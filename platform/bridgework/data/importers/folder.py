@@ -7,14 +7,15 @@ from pathlib import PurePosixPath
 from typing import Any
 from unicodedata import normalize
 
-from bridgework.data.dataset import Manifest
+from bridgework.config import config_class
 from bridgework.data.importers import (
+    UNKNOWN,
     Captions,
+    Importer,
+    Listing,
     Row,
-    Say,
     caption,
     fingerprint,
-    ingest,
     leave_out,
     read_image,
     read_text,
@@ -22,7 +23,7 @@ from bridgework.data.importers import (
 )
 from bridgework.data.importers.tables import fields, files, hidden
 from bridgework.data.importers.tables import table as read_table
-from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Sample, pair
 
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
@@ -30,44 +31,31 @@ IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
 Make = Callable[[str, Any, Any], Sample]  # of a key, the name of a file, and its caption
 
 
-def run(
-    source: str,
-    dest: str,
-    *,
-    table: str | None = None,
-    image: str = "image",
-    text: str = "caption",
-    license: str = "unknown",
-    max_bad: float = SHARE,
-    workers: int = 0,
-    say: Say = print,
-) -> Manifest:
-    """Import the pairs under the folder `source`.
+@config_class
+class FolderImporter(Importer):
+    """Import the pairs under the folder SOURCE.
 
     `table` is a .csv, .tsv, .json (a list) or .jsonl file in it, whose columns `image` and `text` hold a path and a
     caption, or a list of captions; the second caption of one image gets the key `PATH#2`. Without a table, `cat.txt`
     describes `cat.jpg`, and all other files are left out and counted. Raises DataError for a table that is none of
     these, or has no such column.
     """
-    make = partial(_sample, source)
-    if table is None:
-        names = files(source)
-        content, listing = json.dumps(names), partial(described, source, names, IMAGES, make)
-    else:
-        content = read_text(f"{source.rstrip('/')}/{table}")
-        rows = read_table(content, table, image=image, text=text)
-        listing = partial(listed, rows, image, text, make)
-    return ingest(
-        listing,
-        source,
-        dest,
-        license=license,
-        made_by=__name__,
-        parameters={"table": table, "image": image, "text": text, "sha256": fingerprint(content)},
-        max_bad=max_bad,
-        workers=workers,
-        say=say,
-    )
+
+    table: str | None = None
+    image: str = "image"
+    text: str = "caption"
+    license: str = UNKNOWN
+
+    def list_rows(self, source: str) -> Listing:
+        make = partial(_sample, source)
+        if self.table is None:
+            names = files(source)
+            return Listing(
+                partial(described, source, names, IMAGES, make), fingerprint(json.dumps(names))
+            )
+        content = read_text(f"{source.rstrip('/')}/{self.table}")
+        rows = read_table(content, self.table, image=self.image, text=self.text)
+        return Listing(partial(listed, rows, self.image, self.text, make), fingerprint(content))
 
 
 def _sample(source: str, key: str, name: Any, text: Any) -> Sample:

@@ -17,20 +17,28 @@ import os.path
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bridgework.data.dataset import Manifest
-from bridgework.data.importers import Row, Say, caption, fingerprint, ingest, leave_out
+from bridgework.config import config_class
+from bridgework.data.importers import (
+    UNKNOWN,
+    Importer,
+    Listing,
+    Row,
+    caption,
+    fingerprint,
+    leave_out,
+)
 from bridgework.data.importers.arrow_reader import Columns, Cursor, is_list, value_type
 from bridgework.data.importers.image_fields import read_cell
 from bridgework.data.importers.llava_json import asked, parts
-from bridgework.data.importers.tables import files, hidden
-from bridgework.data.quarantine import SHARE, BadSample, Reason, UnreadableFile
+from bridgework.data.importers.tables import files, hidden, parent
+from bridgework.data.quarantine import BadSample, Reason, UnreadableFile
 from bridgework.data.samples import Sample, pair
 from bridgework.errors import DataError, suggest
 from bridgework.storage import find_store
@@ -238,41 +246,32 @@ class Table:
     text: str
 
 
-def run(
-    source: str,
-    dest: str,
-    *,
-    image: str = "image",
-    text: str | None = None,
-    split: str | None = None,
-    license: str = "unknown",
-    max_bad: float = SHARE,
-    workers: int = 0,
-    say: Say = print,
-) -> Manifest:
-    """Import the .arrow or .parquet files of `source`, a folder or one file.
+@config_class
+class HFImporter(Importer):
+    """Import the .arrow or .parquet files of SOURCE, a folder or one file.
 
     `image` and `text` name columns; without `text` it is `caption`, `text` or `conversations`. `split` is needed where
     there are several. Row 12 of the split train gets the key `train-00000012`, its second caption `train-00000012#2`.
     """
-    chosen, files = find(source, split)
-    text = _choose(source, files, image, text)
-    tables = [Table(file.path, file.name, image, text) for file in files]
-    content = fingerprint(*(edge for file in files for edge in (file.name, *edges(file.path))))
-    fs, root = find_store(source)
-    folder = source if fs.isdir(root) else source.rpartition("/")[0] or "."
-    return ingest(
-        partial(_rows, tables, folder, chosen or "row", content, others(source)),
-        source,
-        dest,
-        license=license,
-        made_by=__name__,
-        parameters={"image": image, "text": text, "split": chosen, "sha256": content},
-        max_bad=max_bad,
-        workers=workers,
-        files=len(tables),
-        say=say,
-    )
+
+    image: str = "image"
+    text: str | None = None
+    split: str | None = None
+    license: str = UNKNOWN
+
+    def list_rows(self, source: str) -> Listing:
+        split, files = find(source, self.split)
+        text = _choose(source, files, self.image, self.text)
+        tables = [Table(file.path, file.name, self.image, text) for file in files]
+        content = fingerprint(*(edge for file in files for edge in (file.name, *edges(file.path))))
+        fs, root = find_store(source)
+        folder = source if fs.isdir(root) else parent(source)
+        return Listing(
+            partial(_rows, tables, folder, split or "row", content, others(source)),
+            content,
+            replace(self, text=text, split=split),
+            files=len(tables),
+        )
 
 
 # --- which files, which columns --------------------------------------------------------------------------------------

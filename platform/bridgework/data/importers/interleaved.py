@@ -29,19 +29,21 @@ from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning, XMLParsedAsHTMLWar
 from bs4.element import NavigableString, Tag
 from bs4.exceptions import ParserRejectedMarkup
 
-from bridgework.data.dataset import Manifest
+from bridgework.config import config_class
 from bridgework.data.images import decode, size_of
 from bridgework.data.importers import (
     PLACEHOLDER,
-    Say,
+    UNKNOWN,
+    Importer,
+    Listing,
+    Row,
     address,
     fingerprint,
-    ingest,
     read_image,
     read_text,
 )
 from bridgework.data.importers.tables import fields, files, hidden, parent, rows
-from bridgework.data.quarantine import SHARE, BadSample, Reason, SkippedRow
+from bridgework.data.quarantine import BadSample, Reason, SkippedRow
 from bridgework.data.samples import Part, Sample
 from bridgework.errors import DataError
 
@@ -273,19 +275,9 @@ Bands = tuple[tuple[int, int], ...]  # the least and the greatest value of each 
 Document = tuple[str, Callable[[], Content]]  # a key, and what reads it or raises BadSample
 
 
-def run(
-    source: str,
-    dest: str,
-    *,
-    images: str | None = None,
-    min_side: int = 64,
-    max_aspect: float = 3.0,
-    license: str = "unknown",
-    max_bad: float = SHARE,
-    workers: int = 0,
-    say: Say = print,
-) -> Manifest:
-    """Import the pages of the folder `source`, or the documents of the .jsonl or .json file `source`.
+@config_class
+class InterleavedImporter(Importer):
+    """Import the pages of a folder SOURCE, or the documents of a .jsonl or .json file SOURCE.
 
     Pages name their images by paths inside the folder, JSON inside the folder `images`, by default the file's own; what
     lies elsewhere is never fetched. An image with a side of less than `min_side` pixels, longer than `max_aspect` times
@@ -293,33 +285,38 @@ def run(
     row's provenance count them. A document without a text is left out and counted, and so is one without an image left;
     if what it lacks are images that cannot be read, it is a bad row.
     """
-    if not min_side >= 0 or not max_aspect >= 1:
-        raise DataError(
-            f"min_side={min_side} max_aspect={max_aspect}: a side is 0 pixels or more, and the long one at least "
-            "1 times the short one; give such numbers"
-        )
-    if source.endswith(TABLES):
-        content, folder = read_text(source), parent(source) if images is None else images
-        documents = partial(_listed, content, source)
-    elif images is not None:
-        raise DataError(
-            f"images={images} goes with a .jsonl or .json file; the pages of {source} name theirs"
-        )
-    else:
-        found, folder = files(source), source
-        content, documents = json.dumps(found), partial(_pages, source, [name for name, _ in found])
-    rule = Rule(min_side, max_aspect)
-    return ingest(
-        lambda: ((key, partial(_sample, key, read, folder, rule)) for key, read in documents()),
-        source,
-        dest,
-        license=license,
-        made_by=__name__,
-        parameters={"images": images, "sha256": fingerprint(content), **rule._asdict()},
-        max_bad=max_bad,
-        workers=workers,
-        say=say,
-    )
+
+    images: str | None = None
+    min_side: int = 64
+    max_aspect: float = 3.0
+    license: str = UNKNOWN
+
+    def __post_init__(self) -> None:
+        if not self.min_side >= 0 or not self.max_aspect >= 1:
+            raise DataError(
+                f"min_side={self.min_side} max_aspect={self.max_aspect}: a side is 0 pixels or more, and the long "
+                "one at least 1 times the short one; give such numbers"
+            )
+
+    def list_rows(self, source: str) -> Listing:
+        if source.endswith(TABLES):
+            content, folder = read_text(source), parent(source)
+            folder = folder if self.images is None else self.images
+            documents = partial(_listed, content, source)
+        elif self.images is not None:
+            raise DataError(
+                f"images={self.images} goes with a .jsonl or .json file; the pages of {source} name theirs"
+            )
+        else:
+            found, folder = files(source), source
+            content = json.dumps(found)
+            documents = partial(_pages, source, [name for name, _ in found])
+        rule = Rule(self.min_side, self.max_aspect)
+        return Listing(partial(_rows, documents, folder, rule), fingerprint(content))
+
+
+def _rows(documents: Callable[[], Iterator[Document]], folder: str, rule: Rule) -> Iterator[Row]:
+    return ((key, partial(_sample, key, read, folder, rule)) for key, read in documents())
 
 
 # --- what becomes of a document --------------------------------------------------------------------------------------

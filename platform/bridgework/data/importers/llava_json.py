@@ -6,49 +6,47 @@ holds such an object a line.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, takewhile
 from typing import Any
 
-from bridgework.data.dataset import Manifest
-from bridgework.data.importers import PLACEHOLDER, Keys, Row, Say, fingerprint, ingest, read_text
+from bridgework.config import config_class
+from bridgework.data.importers import (
+    PLACEHOLDER,
+    UNKNOWN,
+    Importer,
+    Keys,
+    Listing,
+    Row,
+    fingerprint,
+    read_text,
+)
 from bridgework.data.importers.image_fields import read_cell, shown
 from bridgework.data.importers.tables import entries, fields, lines, parent
-from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Role, Sample
 
 ROLES: dict[Any, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-def run(
-    source: str,
-    dest: str,
-    *,
-    images: str | None = None,
-    license: str = "unknown",
-    max_bad: float = SHARE,
-    workers: int = 0,
-    say: Say = print,
-) -> Manifest:
-    """Import the file `source`; its image paths are relative to `images`, by default the file's own folder.
+@config_class
+class LlavaJsonImporter(Importer):
+    """Import the file SOURCE; its image paths are relative to `images`, by default the file's own folder.
 
     LLaVA's mixes use an image's name as the id of many rows: the second conversation about it gets the key `ID#2`. What
     the assistant says before the first question is dropped and counted, as in LLaVA's own training.
     """
-    text = read_text(source)
-    folder = parent(source) if images is None else images
-    parameters = {"images": folder, "sha256": fingerprint(text)}
-    return ingest(
-        partial(_rows, text, source, folder),
-        source,
-        dest,
-        license=license,
-        made_by=__name__,
-        parameters=parameters,
-        max_bad=max_bad,
-        workers=workers,
-        say=say,
-    )
+
+    images: str | None = None
+    license: str = UNKNOWN
+
+    def list_rows(self, source: str) -> Listing:
+        text = read_text(source)
+        folder = parent(source) if self.images is None else self.images
+        return Listing(
+            partial(_rows, text, source, folder), fingerprint(text), replace(self, images=folder)
+        )
 
 
 def _rows(text: str, source: str, folder: str) -> Iterator[Row]:

@@ -6,23 +6,25 @@ A list of objects, or an object of them by their ids. In each, `question` and `c
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from bridgework.data.dataset import Manifest
+from bridgework.config import config_class
 from bridgework.data.importers import (
     PLACEHOLDER,
+    UNKNOWN,
+    Importer,
+    Listing,
     Row,
-    Say,
     fingerprint,
-    ingest,
     read_image,
     read_text,
 )
 from bridgework.data.importers.llava_json import choices
 from bridgework.data.importers.tables import document, fields, lines, parent, shallow
 from bridgework.data.importers.vqa import check_pattern, file_of
-from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample
 from bridgework.data.templates import letter
 from bridgework.errors import DataError
@@ -30,46 +32,33 @@ from bridgework.errors import DataError
 ANSWERS = ("answer", "correct_choice_idx")  # what the number of the right choice may be called
 
 
-def run(
-    source: str,
-    dest: str,
-    *,
-    images: str | None = None,
-    pattern: str = "{:012d}.jpg",
-    split: str | None = None,
-    solutions: bool = False,
-    license: str = "unknown",
-    max_bad: float = SHARE,
-    workers: int = 0,
-    say: Say = print,
-) -> Manifest:
-    """Import the questions of `source` with their choices as candidates; the answer is the right choice.
+@config_class
+class MultipleChoiceImporter(Importer):
+    """Import the questions of SOURCE with their choices as candidates; the answer is the right choice.
 
     The user shows the image, if there is one, gives the `hint` as context and asks. Images are paths in the folder
-    `images`, by default that of `source`: `image`, or `split`/`id`/`image` as ScienceQA keeps them, or `pattern` with
+    `images`, by default that of SOURCE: `image`, or `split`/`id`/`image` as ScienceQA keeps them, or `pattern` with
     the image_id put in. `split` takes the rows of one split. With `solutions` the answer is ScienceQA's lecture and
     solution, and then "The answer is B.", which LLaVA learns (arXiv:2304.08485, 5.2).
     """
-    check_pattern(pattern)
-    text = read_text(source)
-    folder = parent(source) if images is None else images
-    return ingest(
-        partial(_rows, text, source, folder, pattern, split, solutions),
-        source,
-        dest,
-        license=license,
-        made_by=__name__,
-        parameters={
-            "images": folder,
-            "pattern": pattern,
-            "split": split,
-            "solutions": solutions,
-            "sha256": fingerprint(text),
-        },
-        max_bad=max_bad,
-        workers=workers,
-        say=say,
-    )
+
+    images: str | None = None
+    pattern: str = "{:012d}.jpg"
+    split: str | None = None
+    solutions: bool = False
+    license: str = UNKNOWN
+
+    def __post_init__(self) -> None:
+        check_pattern(self.pattern)
+
+    def list_rows(self, source: str) -> Listing:
+        text = read_text(source)
+        folder = parent(source) if self.images is None else self.images
+        return Listing(
+            partial(_rows, text, source, folder, self.pattern, self.split, self.solutions),
+            fingerprint(text),
+            replace(self, images=folder),
+        )
 
 
 def _rows(

@@ -7,78 +7,54 @@ with one.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from bridgework.data.dataset import Manifest
-from bridgework.data.importers import PLACEHOLDER, Keys, Row, Say, ingest
+from bridgework.config import added, config_class
+from bridgework.data.importers import PLACEHOLDER, UNKNOWN, Importer, Keys, Listing, Row
 from bridgework.data.importers.image_fields import FIRST, read_cell, shown
 from bridgework.data.importers.llava_json import asked, parts
 from bridgework.data.importers.records import Records, open_records
 from bridgework.data.importers.tables import fields, parse, shallow
-from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Sample
 
 IDS = ("id", "idx")  # fields that name a row
 
 
-def run(
-    source: str,
-    dest: str,
-    *,
-    images: str | None = None,
-    split: str | None = None,
-    license: str = "unknown",
-    max_bad: float = SHARE,
-    workers: int = 0,
-    say: Say = print,
-) -> Manifest:
-    """Import the file `source`, or the Parquet files of a folder.
+@config_class
+class PreferencesImporter(Importer):
+    """Import the file SOURCE, or the Parquet files of a folder.
 
     Image paths are relative to `images`, by default the file's own folder; pictures in cells come
     as they are. A question without `<image>` is asked below its images. Two equal answers
     are a bad row. `split` is needed where Parquet files are of several.
     """
-    return imported(
-        source, dest, _sample, made_by=__name__, images=images, split=split, license=license,
-        max_bad=max_bad, workers=workers, say=say,
-    )  # fmt: skip
 
+    images: str | None = None
+    split: str | None = added(default=None)  # recorded for Parquet and Arrow alone
+    license: str = UNKNOWN
 
-def imported(
-    source: str,
-    dest: str,
-    make: Callable[[str, Callable[[], Any], str], Sample],
-    *,
-    images: str | None,
-    split: str | None,
-    **how: Any,
-) -> Manifest:
-    """Import rows that `make` reads: of a key, what reads the row, and the folder of images."""
-    found = open_records(source, split)
-    folder = found.folder if images is None else images
-    chosen = {} if found.split is None else {"split": found.split}
-    return ingest(
-        partial(_rows, found, make, folder),
-        source,
-        dest,
-        parameters={"images": folder, "sha256": found.sha256, **chosen},
-        files=found.files,
-        **how,
-    )
+    def list_rows(self, source: str) -> Listing:
+        found = open_records(source, self.split)
+        folder = found.folder if self.images is None else self.images
+        return Listing(
+            partial(self._rows, found, folder),
+            found.sha256,
+            replace(self, images=folder, split=found.split),
+            files=found.files,
+        )
 
+    def _rows(self, found: Records, folder: str) -> Iterator[Row]:
+        keys = Keys()
+        for number, (row, read) in enumerate(found.rows(*IDS)):
+            key = keys.of(row, number, *IDS, content=row if found.split is None else number)
+            yield key, partial(self.read_row, key, read, folder)
 
-def _rows(
-    found: Records, make: Callable[[str, Callable[[], Any], str], Sample], folder: str
-) -> Iterator[Row]:
-    keys = Keys()
-    for number, (row, read) in enumerate(found.rows(*IDS)):
-        key = keys.of(row, number, *IDS, content=row if found.split is None else number)
-        yield key, partial(make, key, read, folder)
-
-
-def _sample(key: str, read: Callable[[], Any], folder: str) -> Sample:
-    return preference(key, read(), folder)
+    def read_row(self, key: str, read: Callable[[], Any], folder: str) -> Sample:
+        """Return the sample of a row that `read` gives, with images of `folder`. Raises BadSample."""
+        return preference(key, read(), folder)
 
 
 def preference(key: str, entry: Any, folder: str) -> Sample:

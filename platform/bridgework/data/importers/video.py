@@ -21,12 +21,20 @@ from av import Packet, VideoFrame, VideoStream
 from av.container import InputContainer
 from PIL import Image
 
-from bridgework.data.dataset import Manifest
-from bridgework.data.importers import Say, caption, fingerprint, ingest, read_image, read_text
+from bridgework.config import config_class
+from bridgework.data.importers import (
+    UNKNOWN,
+    Importer,
+    Listing,
+    caption,
+    fingerprint,
+    read_image,
+    read_text,
+)
 from bridgework.data.importers.folder import described, listed
 from bridgework.data.importers.tables import files
 from bridgework.data.importers.tables import table as read_table
-from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample
 from bridgework.errors import DataError
 
@@ -286,22 +294,9 @@ class Cut(NamedTuple):
     max_s: float
 
 
-def run(
-    source: str,
-    dest: str,
-    *,
-    table: str | None = None,
-    video: str = "video",
-    text: str = "caption",
-    frames: int = 8,
-    fps: float | None = None,
-    max_s: float = 600.0,
-    license: str = "unknown",
-    max_bad: float = SHARE,
-    workers: int = 0,
-    say: Say = print,
-) -> Manifest:
-    """Import the videos under the folder `source`: .mp4, .mov, .webm, .mkv, .avi, .gif.
+@config_class
+class VideoImporter(Importer):
+    """Import the videos under the folder SOURCE: .mp4, .mov, .webm, .mkv, .avi, .gif.
 
     `table` is a .csv, .tsv, .json (a list) or .jsonl file in it, whose columns `video` and `text` hold a path and a
     caption; without a table, `cat.txt` describes `cat.mp4`, and all other files are left out and counted. Kept are
@@ -309,40 +304,33 @@ def run(
     Flamingo trains on (arXiv:2204.14198, 3.1). A video of more than `max_s` seconds is a bad row. Raises DataError for
     what cannot be cut so, and for a table without such columns.
     """
-    if (
-        not 1 <= frames <= MAX_FRAMES
-        or not max_s > 0
-        or not (fps is None or (fps > 0 and isfinite(fps)))
-    ):
-        raise DataError(
-            f"frames={frames} fps={fps} max_s={max_s}: 1 to {MAX_FRAMES} frames are kept, the others above 0"
-        )
-    cut = Cut(frames, fps, max_s)
-    make = partial(_sample, source, cut)
-    if table is None:
-        found = files(source)
-        content, rows = json.dumps(found), partial(described, source, found, VIDEOS, make)
-    else:
-        content = read_text(f"{source.rstrip('/')}/{table}")
-        entries = read_table(content, table, video=video, text=text)
-        rows = partial(listed, entries, video, text, make)
-    return ingest(
-        rows,
-        source,
-        dest,
-        license=license,
-        made_by=__name__,
-        parameters={
-            "table": table,
-            "video": video,
-            "text": text,
-            **cut._asdict(),
-            "sha256": fingerprint(content),
-        },
-        max_bad=max_bad,
-        workers=workers,
-        say=say,
-    )
+
+    table: str | None = None
+    video: str = "video"
+    text: str = "caption"
+    frames: int = 8
+    fps: float | None = None
+    max_s: float = 600.0
+    license: str = UNKNOWN
+
+    def __post_init__(self) -> None:
+        rate = self.fps is None or (self.fps > 0 and isfinite(self.fps))
+        if not 1 <= self.frames <= MAX_FRAMES or not self.max_s > 0 or not rate:
+            raise DataError(
+                f"frames={self.frames} fps={self.fps} max_s={self.max_s}: 1 to {MAX_FRAMES} frames are kept, "
+                "the others above 0"
+            )
+
+    def list_rows(self, source: str) -> Listing:
+        make = partial(_sample, source, Cut(self.frames, self.fps, self.max_s))
+        if self.table is None:
+            found = files(source)
+            return Listing(
+                partial(described, source, found, VIDEOS, make), fingerprint(json.dumps(found))
+            )
+        content = read_text(f"{source.rstrip('/')}/{self.table}")
+        entries = read_table(content, self.table, video=self.video, text=self.text)
+        return Listing(partial(listed, entries, self.video, self.text, make), fingerprint(content))
 
 
 def _sample(source: str, cut: Cut, key: str, name: Any, text: Any) -> Sample:

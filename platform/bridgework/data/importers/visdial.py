@@ -5,58 +5,53 @@
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from bridgework.data.dataset import Manifest
+from bridgework.config import config_class
 from bridgework.data.importers import (
     PLACEHOLDER,
+    UNKNOWN,
+    Importer,
+    Listing,
     Row,
-    Say,
     fingerprint,
-    ingest,
     read_image,
     read_text,
 )
 from bridgework.data.importers.tables import document, fields, listed, parent
 from bridgework.data.importers.vqa import check_pattern, file_of
-from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample
 
 ROUND = ("question", "answer_options", "gt_index")
 
 
-def run(
-    source: str,
-    dest: str,
-    *,
-    images: str | None = None,
-    pattern: str = "VisualDialog_val2018_{:012d}.jpg",
-    license: str = "unknown",
-    max_bad: float = SHARE,
-    workers: int = 0,
-    say: Say = print,
-) -> Manifest:
+@config_class
+class VisDialImporter(Importer):
     """Import every question of every dialog as a row, with its candidate answers.
 
     The user shows the image and gives the caption and the questions and answers before this one as the dialog's
     history (InstructBLIP, arXiv:2305.06500, appendix); a round whose right answer is not known (of a test split) is a
-    bad row. Images are the files `pattern`, with the image_id put in, under `images`, by default next to `source`.
+    bad row. Images are the files `pattern`, with the image_id put in, under `images`, by default next to SOURCE.
     """
-    check_pattern(pattern)
-    text = read_text(source)
-    folder = parent(source) if images is None else images
-    return ingest(
-        partial(_rows, text, source, folder, pattern),
-        source,
-        dest,
-        license=license,
-        made_by=__name__,
-        parameters={"images": folder, "pattern": pattern, "sha256": fingerprint(text)},
-        max_bad=max_bad,
-        workers=workers,
-        say=say,
-    )
+
+    images: str | None = None
+    pattern: str = "VisualDialog_val2018_{:012d}.jpg"
+    license: str = UNKNOWN
+
+    def __post_init__(self) -> None:
+        check_pattern(self.pattern)
+
+    def list_rows(self, source: str) -> Listing:
+        text = read_text(source)
+        folder = parent(source) if self.images is None else self.images
+        return Listing(
+            partial(_rows, text, source, folder, self.pattern),
+            fingerprint(text),
+            replace(self, images=folder),
+        )
 
 
 def _rows(text: str, source: str, folder: str, pattern: str) -> Iterator[Row]:

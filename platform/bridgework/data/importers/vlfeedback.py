@@ -10,52 +10,38 @@ from math import isfinite
 from statistics import fmean
 from typing import Any
 
-from bridgework.data.dataset import Manifest
-from bridgework.data.importers import Say
-from bridgework.data.importers.preferences import imported, preference
+from bridgework.config import config_class
+from bridgework.data.importers.preferences import PreferencesImporter, preference
 from bridgework.data.importers.tables import fields
-from bridgework.data.quarantine import SHARE, BadSample, Reason, SkippedRow
+from bridgework.data.quarantine import BadSample, Reason, SkippedRow
 from bridgework.data.samples import Sample
 
 ASPECTS = ("Helpfulness", "Visual Faithfulness", "Ethical Considerations")
+_UNREAD = ("text", "conversations")  # fields that `preference` would read in place of `prompt`
 
 
-def run(
-    source: str,
-    dest: str,
-    *,
-    images: str | None = None,
-    split: str | None = None,
-    license: str = "unknown",
-    max_bad: float = SHARE,
-    workers: int = 0,
-    say: Say = print,
-) -> Manifest:
-    """Import the file `source`, or the Parquet files of a folder.
+@config_class
+class VLFeedbackImporter(PreferencesImporter):
+    """Import the file SOURCE, or the Parquet files of a folder.
 
     Image paths are relative to `images`, by default the file's own folder. The second question with
     one id gets the key `ID#2`. Questions whose best and worst answers are rated alike are left out
     and counted: they prefer nothing. `split` is needed where Parquet files are of several.
     """
-    return imported(
-        source, dest, _sample, made_by=__name__, images=images, split=split, license=license,
-        max_bad=max_bad, workers=workers, say=say,
-    )  # fmt: skip
 
-
-def _sample(key: str, read: Callable[[], Any], folder: str) -> Sample:
-    row = fields(read())
-    answers = _rated(row.get("completions"))
-    if not answers:
-        raise BadSample(
-            Reason.BAD_ROW, f"the row has no two answers rated for {', '.join(ASPECTS)}"
-        )
-    (worst, rejected), (best, chosen) = answers[0], answers[-1]
-    if worst == best:
-        raise SkippedRow("questions with equally rated answers")
-    asked = {name: value for name, value in row.items() if name not in ("text", "conversations")}
-    asked["question"] = row.get("prompt", row.get("question"))
-    return preference(key, {**asked, "chosen": chosen, "rejected": rejected}, folder)
+    def read_row(self, key: str, read: Callable[[], Any], folder: str) -> Sample:
+        row = fields(read())
+        answers = _rated(row.get("completions"))
+        if not answers:
+            raise BadSample(
+                Reason.BAD_ROW, f"the row has no two answers rated for {', '.join(ASPECTS)}"
+            )
+        (worst, rejected), (best, chosen) = answers[0], answers[-1]
+        if worst == best:
+            raise SkippedRow("questions with equally rated answers")
+        asked = {name: value for name, value in row.items() if name not in _UNREAD}
+        asked["question"] = row.get("prompt", row.get("question"))
+        return preference(key, {**asked, "chosen": chosen, "rejected": rejected}, folder)
 
 
 def _rated(given: Any) -> list[tuple[float, str]]:

@@ -7,22 +7,24 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from string import Formatter
 from typing import Any
 
-from bridgework.data.dataset import Manifest
+from bridgework.config import config_class
 from bridgework.data.importers import (
     PLACEHOLDER,
+    UNKNOWN,
+    Importer,
+    Listing,
     Row,
-    Say,
     fingerprint,
-    ingest,
     read_image,
     read_text,
 )
 from bridgework.data.importers.tables import document, listed, parent
-from bridgework.data.quarantine import SHARE, BadSample, Reason
+from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample
 from bridgework.errors import DataError
 
@@ -30,47 +32,35 @@ MAX_WIDTH = 100  # characters that a field of a pattern may ask for
 MAX_NAME = 1000  # characters of what a pattern gives
 
 
-def run(
-    source: str,
-    dest: str,
-    *,
-    annotations: str | None = None,
-    images: str | None = None,
-    pattern: str = "COCO_train2014_{:012d}.jpg",
-    license: str = "unknown",
-    max_bad: float = SHARE,
-    workers: int = 0,
-    say: Say = print,
-) -> Manifest:
-    """Import the questions `source` with the answers of the file `annotations`.
+@config_class
+class VQAImporter(Importer):
+    """Import the questions SOURCE with the answers of the file `annotations`.
 
     The image of a question is the file `pattern`, with its image_id put in, under the folder `images`, by default
-    beside `source`. The answer is the one that most people gave; the `labels` are all of theirs, in the file's order,
+    next to SOURCE. The answer is the one that most people gave; the `labels` are all of theirs, in the file's order,
     which the VQA accuracy reads.
     """
-    if annotations is None:
-        raise DataError(
-            f"{source} holds questions alone: give annotations=FILE with their answers; test splits have none"
+
+    annotations: str | None = None
+    images: str | None = None
+    pattern: str = "COCO_train2014_{:012d}.jpg"
+    license: str = UNKNOWN
+
+    def __post_init__(self) -> None:
+        check_pattern(self.pattern)
+
+    def list_rows(self, source: str) -> Listing:
+        if self.annotations is None:
+            raise DataError(
+                f"{source} holds questions alone: give annotations=FILE with their answers; test splits have none"
+            )
+        asked, answered = read_text(source), read_text(self.annotations)
+        folder = parent(source) if self.images is None else self.images
+        return Listing(
+            partial(_rows, asked, source, answered, self.annotations, folder, self.pattern),
+            fingerprint(asked, answered),
+            replace(self, images=folder),
         )
-    check_pattern(pattern)
-    asked, answered = read_text(source), read_text(annotations)
-    folder = parent(source) if images is None else images
-    return ingest(
-        partial(_rows, asked, source, answered, annotations, folder, pattern),
-        source,
-        dest,
-        license=license,
-        made_by=__name__,
-        parameters={
-            "annotations": annotations,
-            "images": folder,
-            "pattern": pattern,
-            "sha256": fingerprint(asked, answered),
-        },
-        max_bad=max_bad,
-        workers=workers,
-        say=say,
-    )
 
 
 def check_pattern(pattern: str) -> None:

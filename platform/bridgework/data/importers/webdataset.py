@@ -32,20 +32,21 @@ from urllib.parse import unquote
 import numpy as np
 from braceexpand import braceexpand
 
-from bridgework.data.dataset import Manifest
+from bridgework.config import config_class
 from bridgework.data.images import MAX_BYTES
 from bridgework.data.importers import (
     PLACEHOLDER,
+    UNKNOWN,
+    Importer,
+    Listing,
     Row,
-    Say,
     caption,
-    ingest,
     leave_out,
     plain,
     texts,
 )
 from bridgework.data.importers.tables import files, hidden, parse, shallow
-from bridgework.data.quarantine import SHARE, BadSample, Reason, UnreadableFile
+from bridgework.data.quarantine import BadSample, Reason, UnreadableFile
 from bridgework.data.samples import LICENSE, Part, Role, Sample, from_row
 from bridgework.errors import DataError
 from bridgework.storage import find_store
@@ -390,50 +391,35 @@ _OWN = {
 }
 
 
-def run(
-    source: str,
-    dest: str,
-    *,
-    text: str | None = None,
-    license: str = "unknown",
-    max_bad: float = SHARE,
-    workers: int = 0,
-    say: Say = print,
-) -> Manifest:
-    """Import the tars of `source`: one tar, a folder of them, or a pattern such as `shards/{000..031}.tar` or `*.tar`.
+@config_class
+class WebDatasetImporter(Importer):
+    """Import the tars of SOURCE: one tar, a folder of them, or a pattern such as `shards/{000..031}.tar` or `*.tar`.
 
     `text` is the field of the JSON that holds the caption, or a list of them; without it that is the .txt, else
     `caption` or `text` of the JSON. Where two tars share a key, every key gets its tar's name in front: `00001/0004`.
     """
-    tars = find(source)
-    scan = Scan()
-    for tar in tars:
-        scan.add(tar)
-    if scan.lost is not None and len(tars) == 1 and not scan.samples:
-        raise DataError(scan.lost.detail)
-    if scan.ignored:
+
+    text: str | None = None
+    license: str = UNKNOWN
+
+    def list_rows(self, source: str) -> Listing:
+        tars = find(source)
+        scan = Scan()
+        for tar in tars:
+            scan.add(tar)
+        if scan.lost is not None and len(tars) == 1 and not scan.samples:
+            raise DataError(scan.lost.detail)
         unread = ", ".join(
             f"{rows} of .{ending}" if ending else f"{rows} others"
             for ending, rows in scan.ignored.items()
         )
-        say(f"{source}: members that are not read: {unread}")
-    return ingest(
-        partial(_rows, tars, text, scan.prefixed, packed(source)),
-        source,
-        dest,
-        license=license,
-        made_by=__name__,
-        parameters={
-            "text": text,
-            "ignored": scan.ignored,
-            "prefixed": scan.prefixed,
-            "sha256": scan.sha256,
-        },
-        max_bad=max_bad,
-        workers=workers,
-        files=len(tars),
-        say=say,
-    )
+        return Listing(
+            partial(_rows, tars, self.text, scan.prefixed, packed(source)),
+            scan.sha256,
+            facts={"ignored": scan.ignored, "prefixed": scan.prefixed},
+            files=len(tars),
+            notes=(f"{source}: members that are not read: {unread}",) if unread else (),
+        )
 
 
 def _rows(
