@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from bridgework.cli.data import data
 from bridgework.data.dataset import open_dataset
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
-from tests.house import source
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHAPES = "synthetic:shapes"

@@ -235,7 +235,7 @@ def import_dataset(
         license: License of the dataset, e.g. "CC-BY-4.0".
         workers: Ray actors that read; 0 reads in this process.
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
-        options: Options of the format; `bridgework data import FORMAT --help` lists them.
+        options: Options of the format; `bridgework data import FORMAT` lists them.
 
     Returns:
         The manifest: rows, shards, digest, and the number of quarantined rows by reason.
@@ -250,7 +250,20 @@ def import_dataset(
         >>> manifest.rows, manifest.license
         (2, 'CC0-1.0')
     """
-    raise NotImplementedError
+    from bridgework.data.importers import load as load_importer
+
+    given = options | ({} if license is None else {"license": license})
+    cls = load_importer(format)
+    try:
+        importer = cls(**given)
+    except TypeError as error:
+        raise SpecError(
+            f"format {format}: {error}. Fix: see `bridgework data import {format}`"
+        ) from None
+    with _ray(workers):
+        return importer.run(
+            str(source), destination(str(dest), home or default_home()), workers=workers
+        )
 
 
 def curate(

@@ -1,7 +1,6 @@
 """`bridgework curate`: any curation by its name, with its fields as words."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from bridgework.data.dataset import open_dataset
 from bridgework.data.samples import pair
 from bridgework.errors import DataError, SpecError
 from tests.curation.support import embedder, file, flags, scenes, written
-from tests.house.source import ROOT
 
 SCENES = scenes(20)
 

@@ -50,7 +50,9 @@ def system(case: str, micro: int = 8, *, dropout: bool = True) -> System:
     """Return one tiny stage on synthetic data."""
     name, stage_name, changes = CASES[case]
     stage = load(name).tiny()[stage_name]
-    kind = "preferences" if any(loss.requires == "preference" for loss in stage.losses) else "shapes"
+    kind = (
+        "preferences" if any(loss.requires == "preference" for loss in stage.losses) else "shapes"
+    )
     plain = replace(stage, evals=(), starts_from=None, curation=None, data=stage.data.tiny(kind))
     own = changes if dropout else {path: without(value) for path, value in changes.items()}
     fast = {"optim.peak_lr": 0.02, "optim.warmup": 0.0}  # adapters begin as nothing

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 importing = typer.Typer(help="Import a model of Hugging Face transformers.", no_args_is_help=True)
 out, err = Console(), Console(stderr=True)
+EVALUATIONS = Plugins(
+    kind="evaluation",
+    package="bridgework.evaluation",
+    methods=("name", "better", "run"),
+    example="my_lab.evals",
+)
 EXAMPLES = 256  # rows of --like among which the nearest are searched
 
 Model = Annotated[

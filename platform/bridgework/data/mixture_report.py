@@ -17,6 +17,7 @@ from bridgework.mixture import Group, Mixture, Source
 from bridgework.plugins import Plugins
 from bridgework.system import Layout, Pixels
 
+MIXTURES = Plugins(kind="mixture", example="my_lab.mixtures:web")
 PER_LANE = 4  # default samples of a lane and step, without a batch size
 
 
@@ -106,14 +107,13 @@ def _call(module: str, function: str) -> Mixture:
     """Return the mixture of a function without arguments; the errors that it raises are its own."""
     call: Any = getattr(MIXTURES.load(module), function, None)
     try:
-        build = getattr(import_module(module), function)
-        signature(build).bind()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        signature(call).bind()  # TypeError too for what cannot be called
+    except (TypeError, ValueError):
         raise SpecError(
-            f"mixture {module}:{function} not found ({error}). "
-            "Fix: give a function without arguments"
+            f"mixture {module}:{function} not found. Got {call!r}; expected a function that needs "
+            "no arguments. Fix: give MODULE:FUNCTION"
         ) from None
-    mixture = build()  # its own errors are not converted
+    mixture = call()
     if not isinstance(mixture, Mixture):
         raise SpecError(f"{module}:{function}: Got a {type(mixture).__name__}; expected a Mixture")
     return mixture

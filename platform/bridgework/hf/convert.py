@@ -58,6 +58,7 @@ DTYPES = {  # of safetensors
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+FAMILIES = Plugins(kind="family", package=__package__, attributes=("ARCHITECTURES",))
 
 
 class Family(Protocol):
