@@ -41,7 +41,7 @@ def test_import_writes_a_dataset_with_its_options(pictures: Path, tmp_path: Path
 def test_bare_name_is_written_to_and_read_from_home(pictures: Path, home: Path) -> None:
     assert run("import", "folder", pictures, "three").exit_code == 0
     assert (home / "datasets" / "three" / "manifest.json").is_file()
-    assert "sound     three" in run("verify", "three").stdout
+    assert "ok        three" in run("verify", "three").stdout
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_verify_exits_with_1_and_reports_the_file(pictures: Path, tmp_path: Path
     shard.write_bytes(content)
     done = run("verify", SHAPES, tmp_path / "made")
     assert done.exit_code == 1
-    assert f"sound     {SHAPES}" in done.stdout and "shard-00000.parquet" in done.stdout
+    assert f"ok        {SHAPES}" in done.stdout and "shard-00000.parquet" in done.stdout
 
 
 def test_verify_checks_every_dataset_after_a_failure(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_verify_checks_every_dataset_after_a_failure(tmp_path: Path) -> None:
     (tmp_path / "torn" / "manifest.json").write_text("{")
     done = run("verify", tmp_path / "torn", "synthetic:shape", SHAPES)
     assert done.exit_code == 1
-    assert f"sound     {SHAPES}" in done.stdout
+    assert f"ok        {SHAPES}" in done.stdout
     assert "not a manifest" in done.stdout and "did you mean 'synthetic:shapes'" in " ".join(
         done.stdout.split()
     )

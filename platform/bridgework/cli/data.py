@@ -129,7 +129,7 @@ def verify(
         for problem in problems:
             table.add_row(name, problem.file, problem.what)
         if not problems:
-            out.print(f"sound     {name}", soft_wrap=True)
+            out.print(f"ok        {name}", soft_wrap=True)
     if table.row_count:
         out.print(table)
         raise typer.Exit(1)
