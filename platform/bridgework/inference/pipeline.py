@@ -16,6 +16,7 @@ stream.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, Unpack, cast
 
 import torch
@@ -93,7 +94,7 @@ class Pipeline:
         return StopConditions.of(self.inputs.streams, getattr(self.model, "endings", frozenset()))
 
     @classmethod
-    def load(cls, path: str, device: str | None = None) -> "Pipeline":
+    def load(cls, path: str | Path, device: str | None = None) -> "Pipeline":
         """Load the weights artifact in the folder `path`.
 
         Args:
