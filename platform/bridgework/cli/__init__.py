@@ -260,7 +260,7 @@ def sweep(
     ] = None,
     project: Project = "bridgework",
 ) -> None:
-    """Search hyperparameters and register the best trial, as `challenger` if it is better."""
+    """Search hyperparameters; the best trial becomes `challenger` if it beats the current one."""
     from bridgework.tuning import search
     from bridgework.tuning.space import load as load_space
 
