@@ -405,7 +405,7 @@ def test_import_and_export_of_a_hugging_face_folder(bridgework: Bridgework, tmp_
         in bridgework("export", str(tmp_path / "artifact"), str(tmp_path / "out")).err
     )
     assert (
-        "is not a Idefics"
+        "does not fit Idefics"
         in bridgework(
             "export", str(tmp_path / "artifact"), str(tmp_path / "x"), "--as", "Idefics"
         ).err

@@ -207,7 +207,7 @@ def test_existing_folder_is_not_overwritten(folder: Path, tmp_path: Path) -> Non
 
 def test_export_as_another_architecture_is_rejected(folder: Path, tmp_path: Path) -> None:
     import_hf(folder, tmp_path / "artifact")
-    with pytest.raises(SpecError, match="is not a BlipModel"):
+    with pytest.raises(SpecError, match="does not fit BlipModel"):
         export_hf(tmp_path / "artifact", tmp_path / "out", "BlipModel")
 
 

@@ -59,7 +59,8 @@ Project = Annotated[str, typer.Option(help="MLflow experiment to record to.")]
 Model = Annotated[
     str,
     typer.Argument(
-        help="Registered model (llava, llava@challenger, llava:3) or the folder of an artifact."
+        metavar="MODEL",
+        help="Registered model (llava, llava@challenger, llava:3) or the folder of an artifact.",
     ),
 ]
 
@@ -132,7 +133,7 @@ def train(
     system: Name,
     stage: Annotated[
         list[str] | None,
-        typer.Option(help="Train only this stage. Repeat for several. [default: all]"),
+        typer.Option(help="Train only this stage. Repeat for several.", show_default="all stages"),
     ] = None,
     tiny: Tiny = False,
     set_: Set = None,
@@ -152,7 +153,8 @@ def train(
     run: Annotated[
         str | None,
         typer.Option(
-            help="Name of the run; the same name resumes it. [default: derived from the recipe]"
+            help="Name of the run; the same name resumes it.",
+            show_default="derived from the recipe",
         ),
     ] = None,
     fork: Annotated[
@@ -167,8 +169,8 @@ def train(
         float | None,
         typer.Option(
             min=0,
-            help="GPUs of each worker. [default: 1 if the cluster has or can start GPU nodes, "
-            "else 0]",
+            help="GPUs of each worker.",
+            show_default="1 if the cluster has or can start GPU nodes, else 0",
         ),
     ] = None,
     resource_timeout: Annotated[
@@ -232,15 +234,18 @@ def train(
 @app.command(rich_help_panel=TRAIN)
 def sweep(
     space: Annotated[
-        str, typer.Argument(help="Search space: a module of tune_spaces/, e.g. llava_bridge.")
+        str,
+        typer.Argument(
+            metavar="SPACE", help="Search space: a module of tune_spaces/, e.g. llava_bridge."
+        ),
     ],
     set_: Set = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Number of trials. [default: set by the space]")
+        int | None, typer.Option(min=1, help="Number of trials.", show_default="set by the space")
     ] = None,
     run: Annotated[
         str | None,
-        typer.Option(help="Name of the sweep. [default: sweep-SPACE]"),
+        typer.Option(help="Name of the sweep.", show_default="sweep-SPACE"),
     ] = None,
     project: Project = "bridgework",
 ) -> None:
@@ -288,7 +293,8 @@ def promote(
     metric: Annotated[
         str | None,
         typer.Option(
-            help="Promote only if the version is better by this metric. [default: no comparison]"
+            help="Promote only if the version is better by this metric.",
+            show_default="no comparison",
         ),
     ] = None,
     lower: Annotated[
@@ -315,7 +321,7 @@ def promote(
 
 @app.command(rich_help_panel=SERVE)
 def rollback(
-    name: Annotated[str, typer.Argument(help="Registered model, e.g. llava.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Registered model, e.g. llava.")],
     project: Project = "bridgework",
 ) -> None:
     """Make the previous champion the champion again; the two swap their aliases."""
@@ -340,7 +346,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on, 0 to 65535.")] = 8000,
     name: Annotated[
         str | None,
-        typer.Option(help="Name of the app, if one Ray serves several. [default: APP]"),
+        typer.Option(help="Name of the app, if one Ray serves several.", show_default="APP"),
     ] = None,
     route_prefix: Annotated[str, typer.Option(help="URL path of the app.")] = "/",
     write: Annotated[

@@ -32,7 +32,8 @@ EXAMPLES = 256  # rows of --like among which the nearest are searched
 Model = Annotated[
     str,
     typer.Argument(
-        help="Registered model (llava, llava@challenger, llava:3) or the folder of an artifact."
+        metavar="MODEL",
+        help="Registered model (llava, llava@challenger, llava:3) or the folder of an artifact.",
     ),
 ]
 Image = Annotated[
@@ -58,8 +59,9 @@ def ask(
     question: Annotated[
         str,
         typer.Argument(
-            help="Question about the images. [default: the prompt of the model's training]",
-            show_default=False,
+            metavar="QUESTION",
+            help="Question about the images.",
+            show_default="the prompt of the model's training",
         ),
     ] = "",
     image: Image = None,
@@ -80,7 +82,7 @@ def ask(
         ),
     ] = 1.0,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of the sampling. [default: another one every time]")
+        int | None, typer.Option(help="Seed of the sampling.", show_default="a new one every time")
     ] = None,
     beams: Annotated[
         int, typer.Option(min=1, help="Beams of a beam search; 3 to 5 for captions.")
@@ -156,8 +158,8 @@ def evaluate(
         typer.Option(
             "--on",
             metavar="KIND:DATASET",
-            help="Run this evaluation, e.g. vqa:vqav2-val. Repeat for several. "
-            "[default: those of the model's stage]",
+            help="Run this evaluation, e.g. vqa:vqav2-val. Repeat for several.",
+            show_default="those of the model's stage",
         ),
     ] = None,
     set_: Annotated[
@@ -233,7 +235,7 @@ def _override(evaluations: Evaluations, assignments: list[str] | None) -> Evalua
 @importing.command("hf")
 def import_hf(
     folder: Annotated[
-        Path, typer.Argument(help="Folder of a checkpoint, as `save_pretrained` writes it.")
+        Path, typer.Argument(metavar="FOLDER", help="Checkpoint, as `save_pretrained` writes it.")
     ],
     into: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder of the artifact; must not exist.")
@@ -258,7 +260,8 @@ def export(
         typer.Option(
             "--as",
             metavar="ARCHITECTURE",
-            help="Architecture of transformers. [default: the only one that fits]",
+            help="Architecture of transformers.",
+            show_default="the only one that fits",
         ),
     ] = None,
 ) -> None:

@@ -205,5 +205,8 @@ def _texts(
 def _architecture(config: Any) -> str:
     known = [name for name in config.architectures or () if name in TASKS]
     if not known:
-        raise WeightsError(f"of BLIP, {', '.join(TASKS)} are read, not {config.architectures}")
+        raise WeightsError(
+            f"BLIP: architecture not supported. Got {config.architectures}; "
+            f"expected one of {', '.join(TASKS)}"
+        )
     return str(known[0])

@@ -252,6 +252,7 @@ def compare_prefix_vlm(
         expected = theirs(
             input_ids=their_ids[:, :-3], labels=their_ids[:, -3:].contiguous(), **their_inputs
         ).logits
+    never = () if text.vocab_size == vocab else (image_token,)  # only their model has the row
     ends = origin.generation
     if nested:
         ends = {name: origin.config.get(f"text_config.{name}") for name in TOKEN_SETTINGS}
@@ -268,9 +269,7 @@ def compare_prefix_vlm(
             {"input_ids": their_ids, **their_inputs},
             ends=ends,
             skip=1 if text.is_encoder_decoder else their_ids.shape[1],
-            never=()
-            if text.vocab_size == vocab
-            else (image_token,),  # only their model has the row
+            never=never,
         ),
     }
 

@@ -504,7 +504,7 @@ def _choose_family(spec: ModelSpec, architecture: str | None) -> tuple[str, Fami
         fitting[name] = (name, family, config)
     if architecture is not None and architecture not in fitting:
         raise SpecError(
-            f"--as: the artifact is not a {architecture}" + suggest(architecture, fitting)
+            f"--as: the artifact does not fit {architecture}" + suggest(architecture, fitting)
         )
     if not fitting:
         reason = max(reasons, key=len, default="no model family supports this class")
