@@ -132,7 +132,7 @@ def test_an_import_that_was_cut_off_goes_on_with_the_same_command(
         run("import", "folder", pictures, tmp_path / "made")
     assert not (tmp_path / "made").exists()
     done = run("import", "folder", pictures, tmp_path / "made", "max_bad=0.3")
-    assert done.stdout == f"{tmp_path / 'made'}{os.linesep}" and "1 put aside" in done.stderr
+    assert done.stdout == f"{tmp_path / 'made'}{os.linesep}" and "1 quarantined" in done.stderr
     assert (
         "nothing to do"
         in run("import", "folder", pictures, tmp_path / "made", "max_bad=0.3").stderr

@@ -1,4 +1,4 @@
-"""Some columns of an Arrow or Parquet file, a batch at a time: read forward, wherever it lies, never all in memory."""
+"""Reader of columns of an Arrow or Parquet file: forward, from any store, one batch in memory."""
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ BATCH_ROWS = 64  # of Parquet; Arrow's batches are as they were written
 BUFFER_BYTES = 1 << 20
 
 _PARQUET, _ARROW_FILE = b"PAR1", b"ARROW1"
-_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # what every writer puts behind the last batch of a stream
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # after the last batch of a stream, by every writer
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -42,7 +42,10 @@ def value_type(kind: pa.DataType) -> pa.DataType:
 
 
 class Columns:
-    """One file. Raises BadSample, on opening and on reading, where its bytes are not what the format says."""
+    """One file.
+
+    Raises BadSample, on opening and on reading, where its bytes are not what the format says.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -65,7 +68,7 @@ class Columns:
             )
 
     def rows(self) -> int | None:
-        """How many there are, where the file says so at its end."""
+        """Return the number of rows, or None if the footer does not hold it."""
         return int(self._open_parquet().metadata.num_rows) if self._parquet else None
 
     def batches(self, names: Sequence[str], first: int = 0) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -82,7 +85,7 @@ class Columns:
         if not self._parquet and self._tail() != _ARROW_END and not self._is_arrow_file():
             raise BadSample(
                 Reason.TRUNCATED,
-                f"{self.path} ends without the mark that stands behind the last batch",
+                f"{self.path} ends without the mark that follows the last batch",
             )
 
     def _parquet_batches(
@@ -116,7 +119,10 @@ class Columns:
             start += len(batch)
 
     def _check_messages(self) -> None:
-        """Refuse messages that unpack to too much. What cannot be read here fails later, with an error."""
+        """Refuse messages that unpack to too much.
+
+        What cannot be read here fails later, with an error.
+        """
         with suppress(pa.ArrowException, OSError, struct.error), self._open() as file:
             file.seek(len(_ARROW_FILE) + 2 if self._is_arrow_file() else 0)
             check_messages(file)
@@ -172,7 +178,7 @@ def _decode_names(fields: Iterable[pa.Field]) -> None:
 
 
 class Cursor:
-    """Rows of a file by number. Cheap where the next one lies behind the last."""
+    """Rows of a file by number; cheap in ascending order."""
 
     def __init__(self, path: str, names: Sequence[str]) -> None:
         self._columns, self._names = Columns(path), names

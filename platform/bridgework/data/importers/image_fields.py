@@ -48,7 +48,10 @@ def shown(row: Mapping[str, Any]) -> list[Any]:
 
 
 def read_cell(folder: str, cell: Any) -> bytes:
-    """The picture in a cell: its bytes, {bytes, path}, or a path inside `folder`. Raises BadSample."""
+    """The picture in a cell: its bytes, {bytes, path}, or a path inside `folder`.
+
+    Raises BadSample.
+    """
     if isinstance(cell, dict):
         cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
     if isinstance(cell, bytes):

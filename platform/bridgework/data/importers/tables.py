@@ -224,7 +224,10 @@ def _named(
     source: str,
     used: Collection[str] | None,
 ) -> Iterator[dict[str, str] | BadSample]:
-    """The records below the first one, which names the columns. Raises DataError where two are one."""
+    """The records below the first one, which names the columns.
+
+    Raises DataError where two are one.
+    """
     head = next(records, [])
     names, *first = [[""]] if isinstance(head, BadSample) else _split(head, mark)
     if twice := [name for name in _twice(names) if name and (used is None or name in used)]:

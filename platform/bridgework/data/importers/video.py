@@ -129,7 +129,10 @@ _BOXES = frozenset(  # of an MP4 or QuickTime file, on its first level
 
 
 def _mp4_end(data: bytes) -> int:
-    """The end of the last box. Bytes that follow and are not a box, such as a tag, are not counted."""
+    """The end of the last box.
+
+    Bytes that follow and are not a box, such as a tag, are not counted.
+    """
     at = 0
     while at + 8 <= len(data):
         size = int.from_bytes(data[at : at + 4])
@@ -298,11 +301,12 @@ class Cut(NamedTuple):
 class VideoImporter(Importer):
     """Import the videos under the folder SOURCE: .mp4, .mov, .webm, .mkv, .avi, .gif.
 
-    `table` is a .csv, .tsv, .json (a list) or .jsonl file in it, whose columns `video` and `text` hold a path and a
-    caption; without a table, `cat.txt` describes `cat.mp4`, and all other files are left out and counted. Kept are
-    `frames` frames spread evenly over the video, or with `fps` the first so many at that rate: `frames=8 fps=1` is what
-    Flamingo trains on (arXiv:2204.14198, 3.1). A video of more than `max_s` seconds is a bad row. Raises DataError for
-    what cannot be cut so, and for a table without such columns.
+    `table` is a .csv, .tsv, .json (a list) or .jsonl file in it, whose columns `video` and `text`
+    hold a path and a caption; without a table, `cat.txt` describes `cat.mp4`, and all other files
+    are left out and counted. Kept are `frames` frames spread evenly over the video, or with `fps`
+    the first so many at that rate: `frames=8 fps=1` is what Flamingo trains on (arXiv:2204.14198,
+    3.1). A video of more than `max_s` seconds is a bad row. Raises DataError for what cannot be cut
+    so, and for a table without such columns.
     """
 
     table: str | None = None

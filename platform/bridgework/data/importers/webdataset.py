@@ -187,7 +187,10 @@ class Tar(NamedTuple):
 
 @dataclass
 class Group:
-    """One sample: where its members lie, ending -> (offset, bytes). A tar that is not whole ends with one of key ""."""
+    """One sample: where its members lie, ending -> (offset, bytes).
+
+    A tar that is not whole ends with one of key "".
+    """
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -203,7 +206,10 @@ class Group:
 
 
 def find(source: str) -> list[Tar]:
-    """The tars that `source` names, in its order. Raises DataError where one is missing, or none is named."""
+    """The tars that `source` names, in its order.
+
+    Raises DataError where one is missing, or none is named.
+    """
     patterns = _patterns(source)
     found = list(dict.fromkeys(chain.from_iterable(map(_expand, patterns))))
     if not found:
