@@ -45,7 +45,10 @@ from bridgework.errors import DataError
 
 @dataclass(frozen=True)
 class Piece:
-    """A segment of text, or the place of a named image. Neighbors of one `block` are on one line."""
+    """A segment of text, or the place of a named image.
+
+    Neighbors of one `block` are on one line.
+    """
 
     text: str = ""
     image: str | None = None
@@ -368,7 +371,10 @@ class _Unfit(Exception):
 
 
 def _any_image(folder: str, names: Iterable[str], rule: Rule) -> "bytes | _Unfit | BadSample":
-    """Read the first usable name of an image. Returns the reason if there is none, `remote` last."""
+    """Read the first usable name of an image.
+
+    Returns the reason if there is none, `remote` last.
+    """
     flaws = list[_Unfit | BadSample]()
     for name in names:
         try:
