@@ -331,7 +331,7 @@ def test_eval_judges_an_artifact_by_its_stage(bridgework: Bridgework, home: Path
 def test_eval_of_a_stage_without_evaluations_says_so(bridgework: Bridgework, trained: Path) -> None:
     said = bridgework("eval", str(trained))
     assert said.code == 1
-    assert "has no evaluations; add some to its recipe's `evals`" in said.err
+    assert "has no evaluations. Fix: add some to its recipe's `evals`" in said.err
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_importers_and_exporters_of_ones_own_are_found_by_import_path(
 def test_a_bare_name_goes_home_and_is_found_there(pictures: Path, home: Path) -> None:
     assert run("import", "folder", pictures, "three").exit_code == 0
     assert (home / "datasets" / "three" / "manifest.json").is_file()
-    assert "sound     three" in run("verify", "three").stdout
+    assert "ok        three" in run("verify", "three").stdout
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_verify_exits_with_1_and_names_the_file(pictures: Path, tmp_path: Path) 
     shard.write_bytes(content)
     done = run("verify", SHAPES, tmp_path / "made")
     assert done.exit_code == 1
-    assert f"sound     {SHAPES}" in done.stdout and "shard-00000.parquet" in done.stdout
+    assert f"ok        {SHAPES}" in done.stdout and "shard-00000.parquet" in done.stdout
 
 
 def test_verify_looks_at_every_dataset_whatever_the_others_are(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_verify_looks_at_every_dataset_whatever_the_others_are(tmp_path: Path) -
     (tmp_path / "torn" / "manifest.json").write_text("{")
     done = run("verify", tmp_path / "torn", "synthetic:shape", SHAPES)
     assert done.exit_code == 1
-    assert f"sound     {SHAPES}" in done.stdout
+    assert f"ok        {SHAPES}" in done.stdout
     assert "not a manifest" in done.stdout and "did you mean 'synthetic:shapes'" in " ".join(
         done.stdout.split()
     )

@@ -169,7 +169,7 @@ def test_a_path_a_stage_or_a_metric_that_is_not_there_is_refused_at_once(home: P
         ),
         r"peak_lr must be above 0, got 0": replace(SPACE, space={RATE: tune.uniform(0.0, 1.0)}),
         "write a grid as tune.choice": replace(SPACE, space={RATE: tune.grid_search([1e-3, 1e-2])}),
-        r"Expected tune.choice, uniform": replace(
+        r"expected tune.choice, uniform": replace(
             SPACE, space={RATE: tune.sample_from(lambda _: 1e-3)}
         ),
         r"write .* a constant into FIXED": replace(SPACE, space={RATE: 1e-3}),

@@ -1,4 +1,4 @@
-"""`bridgework ask`, `eval`, `import` and `export`: what is done with one model, from the command line."""
+"""`bridgework ask`, `eval`, `import` and `export`: commands for one model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bridgework.hf.convert import Certificate
     from bridgework.inference.pipeline import Pipeline
 
-importing = typer.Typer(help="Bring in a model from elsewhere.", no_args_is_help=True)
+importing = typer.Typer(help="Import a Hugging Face checkpoint.", no_args_is_help=True)
 out, err = Console(), Console(stderr=True)
 EVALUATIONS = Plugins(
     kind="evaluation",
@@ -27,7 +27,7 @@ EVALUATIONS = Plugins(
     methods=("name", "better", "run"),
     example="my_lab.evals",
 )
-EXAMPLES = 256  # rows of a dataset among which the nearest are looked for
+EXAMPLES = 256  # rows of a dataset that are searched for the nearest
 
 Model = Annotated[
     str, typer.Argument(help="llava, llava@challenger, llava:3, or an artifact's folder")
@@ -40,7 +40,7 @@ Image = Annotated[
 
 @config_class
 class Evaluations:
-    """Evaluations, which a dotted path finds by their names."""
+    """Evaluations, whose names are the first part of a dotted path."""
 
     evals: tuple[Any, ...]
 
@@ -50,35 +50,37 @@ class Evaluations:
 
 def ask(
     model: Model,
-    question: Annotated[
-        str, typer.Argument(help="left out, the model is asked as its training asked")
-    ] = "",
+    question: Annotated[str, typer.Argument(help="default: the prompt of its training")] = "",
     image: Image = None,
     choice: Annotated[
-        list[str] | None, typer.Option(help="choose among these instead of writing; repeat")
+        list[str] | None, typer.Option(help="rank these instead of generating; repeat")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="how many to write at most")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="at most so many are generated")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
     top_p: Annotated[
         float,
         typer.Option(
-            min=0.01, max=1.0, help="draw from the likeliest tokens of this share; 0.9 for captions"
+            min=0.01,
+            max=1.0,
+            help="sample from the likeliest tokens of this share; 0.9 for captions",
         ),
     ] = 1.0,
     seed: Annotated[
-        int | None, typer.Option(help="of the draws; left out, they differ every time")
+        int | None, typer.Option(help="of sampling; default: a new one every time")
     ] = None,
-    beams: Annotated[int, typer.Option(min=1, help="search this wide; 3 to 5 for captions")] = 1,
+    beams: Annotated[
+        int, typer.Option(min=1, help="width of beam search; 3 to 5 for captions")
+    ] = 1,
     length_penalty: Annotated[
         float, typer.Option(help="of --beams: below 0 prefers short answers, above 0 long ones")
     ] = 1.0,
     repetition_penalty: Annotated[
-        float, typer.Option(min=0.01, help="above 1 avoids words that were written before")
+        float, typer.Option(min=0.01, help="above 1 avoids earlier tokens")
     ] = 1.0,
     like: Annotated[
         str | None,
         typer.Option(
-            metavar="DATASET", help="first show pairs of it, those of the nearest images (RICES)"
+            metavar="DATASET", help="show its pairs with the nearest images first (RICES)"
         ),
     ] = None,
     shots: Annotated[int, typer.Option(min=1, help="how many pairs of --like")] = 4,
@@ -99,7 +101,7 @@ def ask(
     elif len(pictures) == 1:
         parts = pipeline.inputs.about()
     else:
-        raise DataError("there is nothing to ask: give a question, or one --image to describe")
+        raise DataError("there is nothing to ask. Fix: give a question, or one --image to describe")
     choice = choice or list(pipeline.classes)
     if choice:
         table = Table("choice", "score", box=None, pad_edge=False)
@@ -120,7 +122,7 @@ def ask(
 def _after_examples(
     pipeline: "Pipeline", pictures: list[bytes], question: str, dataset: str, shots: int
 ) -> tuple[list["Part"], list[bytes]]:
-    """Ask about the one picture after the nearest pairs of a dataset: the prompt of Flamingo."""
+    """Return the prompt of Flamingo: the nearest pairs of a dataset, then the only image."""
     from bridgework.evaluation.few_shot import FewShot
 
     if len(pictures) != 1:
@@ -140,7 +142,7 @@ def evaluate(
         list[str] | None, typer.Option("--set", metavar="NAME.FIELD=VALUE", help="vqa.rows=200")
     ] = None,
 ) -> None:
-    """Judge a model by its stage's evaluations, or by others; pictures go to <home>/evals."""
+    """Evaluate a model with its stage's evaluations, or with others; figures go to <home>/evals."""
     from bridgework.inference.pipeline import Pipeline
     from bridgework.tracking.mlflow_store import artifact_of
 
@@ -149,8 +151,9 @@ def evaluate(
     judges = _changed(Evaluations(evals=tuple(chosen or pipeline.stage.evals)), set_)
     if not judges.evals:
         raise SpecError(
-            f"stage {pipeline.stage.name} of {model} has no evaluations; add some to its recipe's `evals`, or say "
-            f"--on KIND:DATASET, where KIND is one of {', '.join(_kinds())}"
+            f"stage {pipeline.stage.name} of {model} has no evaluations. Fix: add some to its "
+            "recipe's "
+            f"`evals`, or give --on KIND:DATASET, where KIND is one of {', '.join(_kinds())}"
         )
     table = Table("figure", "value", box=None, pad_edge=False)
     for judge in judges.evals:
@@ -174,7 +177,8 @@ def _judge(words: str) -> Any:
     kind, colon, dataset = words.partition(":")
     if not colon or not dataset:
         raise SpecError(
-            f"--on {words!r} is not of the form KIND:DATASET, e.g. vqa:vqav2-val or retrieval:../my/pairs"
+            f"--on {words!r} is not of the form KIND:DATASET, e.g. vqa:vqav2-val or "
+            "retrieval:../my/pairs"
         )
     if "." in kind:
         return EVALUATIONS.load_class(kind)(dataset=dataset)
@@ -203,7 +207,7 @@ def import_hf(
         Path, typer.Argument(metavar="OUT", help="the artifact's folder, which must not exist yet")
     ],
 ) -> None:
-    """Make an artifact of a model in Hugging Face's form, and prove that both give the same outputs."""
+    """Write the artifact of a Hugging Face model, and prove that both give the same outputs."""
     from bridgework.hf import convert
 
     _show(convert.import_hf(folder, into), into)
@@ -226,7 +230,8 @@ def export(
 
 def _show(certificate: "Certificate", into: Path) -> None:
     out.print(
-        f"{certificate.architecture}  {certificate.parameters:,} parameters, {certificate.tensors} tensors"
+        f"{certificate.architecture}  {certificate.parameters:,} parameters, "
+        f"{certificate.tensors} tensors"
     )
     table = Table("output", "largest difference", box=None, pad_edge=False)
     for name, difference in certificate.differences.items():

@@ -1,4 +1,4 @@
-"""A mixture by name or file, without a system; and what its alpha, factors and caps make of the sizes."""
+"""Mixtures without a system, by name or file; and the shares after alpha, factors and caps."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ from bridgework.plugins import Plugins
 from bridgework.system import Layout, Pixels
 
 MIXTURES = Plugins(kind="mixture", example="my_lab.mixtures:web")
-PER_LANE = 4  # samples of a lane and step, where nobody says how large a batch is
+PER_LANE = 4  # samples per lane and step, if no batch is given
 
 
 @config_class
 class ByteModelConfig:
-    """Reads anything, for a mixture that no model stands behind: bytes as tokens, small squares, no limit of length."""
+    """Model for a mixture without one: bytes as tokens, small images, no limit of length."""
 
     pixels: ClassVar[Pixels] = Pixels(size=32)
     tokenizer: ClassVar[str] = "bytes"
@@ -49,10 +49,10 @@ class ByteModelConfig:
 
 
 def load(words: str) -> Mixture:
-    """The mixture in a JSON file, that a function gives (`my_lab.mixtures:web`), or of one dataset.
+    """Return the mixture in a JSON file, of a function (`my_lab.mixtures:web`), or of one dataset.
 
-    The JSON has the fields of `Mixture`; a source with `sources` of its own is a group. Raises SpecError for what is
-    none of these.
+    The JSON has the fields of `Mixture`; a source with `sources` of its own is a group. Raises
+    SpecError for anything else.
     """
     if words.endswith(".json"):
         return _read(Path(words))
@@ -68,10 +68,11 @@ def _read(file: Path) -> Mixture:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{file} is no mixture in JSON: {error}") from None
+        raise SpecError(f"{file} is not a mixture in JSON: {error}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("sources"), list):
         raise SpecError(
-            f'{file} is no mixture: write {{"sources": [{{"name": "web", "dataset": "PATH"}}, ..], "alpha": 0.5}}'
+            f"{file} is not a mixture. Fix: write "
+            '{"sources": [{"name": "web", "dataset": "PATH"}, ..], "alpha": 0.5}'
         )
     try:
         sources = tuple(
@@ -79,7 +80,7 @@ def _read(file: Path) -> Mixture:
         )
         return override(Mixture(sources=sources), fields)
     except RecursionError:
-        raise SpecError(f"{file}: its groups lie too deep in one another") from None
+        raise SpecError(f"{file}: its groups are nested too deep") from None
 
 
 def _node(fields: Any, where: str) -> Source | Group:
@@ -91,7 +92,8 @@ def _node(fields: Any, where: str) -> Source | Group:
         or not isinstance(fields[given[0]], kinds[given[0]])
     ):
         raise SpecError(
-            f"{where}: a source has a name and a dataset, a group a name and a list of sources; got {fields!r}"
+            f"{where}: a source has a name and a dataset, a group a name and a list of sources; "
+            f"got {fields!r}"
         )
     rest = {
         key: value for key, value in fields.items() if key not in ("name", "dataset", "sources")
@@ -109,20 +111,21 @@ def _call(module: str, function: str) -> Mixture:
         signature(call).bind()  # TypeError too for what cannot be called
     except (TypeError, ValueError):
         raise SpecError(
-            f"there is no mixture {module}:{function}. Got {call!r}; expected a function that needs "
+            f"there is no mixture {module}:{function}. Got {call!r}; expected a function that "
+            "needs "
             "no arguments. Fix: give MODULE:FUNCTION"
         ) from None
     mixture = call()
     if not isinstance(mixture, Mixture):
         raise SpecError(
-            f"{module}:{function} returns another type. Got {type(mixture).__name__}; expected Mixture"
+            f"{module}:{function} is not a mixture. Got {type(mixture).__name__}; expected Mixture"
         )
     return mixture
 
 
 @dataclass(frozen=True)
 class Explained:
-    """One source: its share of the samples as one rule after the other is applied, in [0, 1]."""
+    """One source, with its share of the samples after each rule, in [0, 1]."""
 
     name: str
     rows: int
@@ -133,14 +136,14 @@ class Explained:
     realized: float  # of the samples that the budget draws
     epochs: float
     capped: bool
-    known: bool  # its dataset is here; else `rows` are those that the recipe names
+    known: bool  # its dataset is here; otherwise `rows` are those of the recipe
 
 
 def one_epoch(mixture: Mixture, rows: Sequence[int], batch: int | None = None) -> tuple[int, int]:
-    """(samples of a step, steps) of one pass over all rows, or of fewer where caps allow no more.
+    """Return (samples of a step, steps) of one epoch, or of fewer rows if caps allow no more.
 
-    `rows` holds the sizes of the sources. Without `batch`, a step has PER_LANE samples of each lane,
-    or fewer where the caps of all sources give no such batch.
+    `rows` holds the sizes of the sources. Without `batch`, a step has PER_LANE samples of each
+    lane, or fewer where the caps of all sources give no such batch.
     """
     most: float = sum(rows)
     caps = [source.max_epochs for source in mixture.leaves]
@@ -154,7 +157,10 @@ def one_epoch(mixture: Mixture, rows: Sequence[int], batch: int | None = None) -
 
 
 def explain(mixture: Mixture, home: Path, *, batch: int, steps: int) -> list[Explained]:
-    """What every source gives to `steps` batches, and why. Raises DataError for a source of unknown size."""
+    """Return the shares of every source in `steps` batches.
+
+    Raises DataError for an unknown size.
+    """
     sizes = [_size(source, home) for source in mixture.leaves]
     rows = [rows for rows, _ in sizes]
     sources = [SourceRows(s.name, s.name, n, 1) for s, n in zip(mixture.leaves, rows, strict=True)]

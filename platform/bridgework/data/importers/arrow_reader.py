@@ -42,10 +42,7 @@ def value_type(kind: pa.DataType) -> pa.DataType:
 
 
 class Columns:
-    """One file.
-
-    Raises BadSample, on opening and on reading, where its bytes are not what the format says.
-    """
+    """One file. Opening and reading raise BadSample for bytes that violate the format."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -72,7 +69,7 @@ class Columns:
         return int(self._open_parquet().metadata.num_rows) if self._parquet else None
 
     def batches(self, names: Sequence[str], first: int = 0) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """(row number of its first row, batch) of the columns `names`, from the batch that holds row `first` on."""
+        """Yield (number of its first row, batch) of the columns `names`, from row `first` on."""
         start = 0
         try:
             for start, batch in (
@@ -155,7 +152,7 @@ class Columns:
         return bytes(self._fs.cat_file(self._root, max(0, self.size - len(_ARROW_END)), self.size))
 
     def _broken(self, error: Exception) -> Exception:
-        """`error` as the flaw of this file; a file system's own error, such as no permission, stays what it is."""
+        """Return `error` as a flaw of this file; a file system's own error is unchanged."""
         if isinstance(error, OSError) and type(error) is not OSError:
             return error
         begin = bytes(self._fs.cat_file(self._root, 0, 12))
@@ -168,7 +165,7 @@ class Columns:
 
 
 def _decode_names(fields: Iterable[pa.Field]) -> None:
-    """Raises UnicodeDecodeError for a name that is not UTF-8, of a field at any depth: others would trip over it."""
+    """Raise UnicodeDecodeError for a field name, at any depth, that is not UTF-8."""
     for field in fields:
         str(field.name)
         if pa.types.is_struct(field.type):

@@ -84,7 +84,8 @@ class ClipartImporter(Importer):
         names = sorted(n for n in pictures if not any(fnmatchcase(n, glob) for glob in self.skip))
         if not names:
             raise DataError(
-                f"{source}/png holds no images. Fix: give the folder with png/ and svg/, both of one "
+                f"{source}/png holds no images. Fix: give the folder with png/ and svg/, both of "
+                "one "
                 "release"
             )
         return Listing(

@@ -82,7 +82,8 @@ def _held(source: str, found: Iterable[tuple[str, int, Callable[[], bytes]]]) ->
         room -= size
         if size > (MAX_DRAWING if match[2] else MAX_TABLE) or room < 0:
             raise DataError(
-                f"{source}: {match[1]} has {size:,} bytes; a drawing may have {MAX_DRAWING:,}, emoji.json "
+                f"{source}: {match[1]} has {size:,} bytes; a drawing may have {MAX_DRAWING:,}, "
+                "emoji.json "
                 f"{MAX_TABLE:,}, all together {MAX_PACKAGE:,}: is it an emoji package?"
             )
         files[match[1]] = bytes(read())

@@ -377,7 +377,8 @@ class ImportJob:
         if done is None:
             raise DataError(
                 f"{self.dest}.part lacks chunk {number}: it was deleted, or is on the disk of "
-                "another machine. Fix: give a DEST that all machines see, and run the same import again"
+                "another machine. Fix: give a DEST that all machines see, and run the same import "
+                "again"
             )
         return done
 

@@ -93,14 +93,16 @@ def find(source: str, split: str | None = None) -> tuple[str, list[File]]:
     names = [os.path.basename(root)] if alone else _names(source) if fs.isdir(root) else []
     if not names:
         raise DataError(
-            f"{source} holds no {' and no '.join(_ENDINGS)} file; give the folder that save_to_disk wrote"
+            f"{source} holds no {' and no '.join(_ENDINGS)} file; give the folder that "
+            "save_to_disk wrote"
         )
     splits = _grouped(names, {name: _split_of(name) for name in names})
     if split not in splits and (len(splits) > 1 or len(_folders(names)) > 1):
         splits = _grouped(names, _series(names))
     if split is None and len(splits) > 1:
         raise DataError(
-            f"{source} holds the splits {', '.join(sorted(splits))}; choose one, e.g. split={min(splits)}"
+            f"{source} holds the splits {', '.join(sorted(splits))}; choose one, e.g. "
+            f"split={min(splits)}"
         )
     chosen = next(iter(splits)) if split is None else split
     if chosen not in splits:
@@ -181,7 +183,7 @@ def _is_made(word: str) -> bool:
 
 
 def _numbered(names: Iterable[str]) -> bool:
-    """True if numbers distinguish the files of one set: with zeros in front, or counted from 0 or 1."""
+    """Return True if numbers distinguish files: with leading zeros, or counted from 0 or 1."""
     stems = [os.path.basename(name).rpartition(".")[0] for name in names]
     words = [[word for word in re.split(r"[._-]", stem) if _is_made(word)] for stem in stems]
     found = [[n for word in of_one for n in _DIGITS.findall(word)] for of_one in words]
@@ -202,10 +204,11 @@ def _folders(names: Iterable[str]) -> list[str]:
 
 
 def _check(source: str, names: Sequence[str]) -> None:
-    """Raise DataError for the files of two datasets, and for a missing file, e.g. the fourth of five."""
+    """Raise DataError for the files of two datasets, and for a missing file of a numbered set."""
     if len(folders := _folders(names)) > 1:
         raise DataError(
-            f"{source} holds one split in the folders {', '.join(folders)}; give one of them as SOURCE"
+            f"{source} holds one split in the folders {', '.join(folders)}; give one of them as "
+            "SOURCE"
         )
     parts = [part for name in names if (part := _PART.match(os.path.basename(name)))]
     count = max((int(part["count"]) for part in parts), default=0)
@@ -217,7 +220,7 @@ def _check(source: str, names: Sequence[str]) -> None:
 
 
 def edges(path: str) -> tuple[bytes, bytes, str]:
-    """Return the start, the end and the size of a file, which identify it without reading it all."""
+    """Return start, end and size of a file, which identify it without reading it all."""
     fs, root = find_store(path)
     size = int(fs.size(root))
     return (
@@ -269,7 +272,7 @@ class HFImporter(Importer):
         )
 
 
-# --- columns -----------------------------------------------------------------------------------------
+# --- columns --------------------------------------------------------------------------------------
 
 
 def _choose(source: str, files: Sequence[File], image: str, text: str | None) -> str:
@@ -285,11 +288,13 @@ def _choose(source: str, files: Sequence[File], image: str, text: str | None) ->
             )
     if not _is_image(schema.field(image).type):
         raise DataError(
-            f"column {image!r} holds {schema.field(image).type}; an image is bytes, {{bytes, path}} or a path"
+            f"column {image!r} holds {schema.field(image).type}; an image is bytes, "
+            f"{{bytes, path}} or a path"
         )
     if not (_is_text(schema.field(name).type) or _is_conversation(schema.field(name).type)):
         raise DataError(
-            f"column {name!r} holds {schema.field(name).type}; a text, a list of texts, or a list of {{from, value}} "
+            f"column {name!r} holds {schema.field(name).type}; a text, a list of texts, or a list "
+            f"of {{from, value}} "
             "is wanted"
         )
     return name
@@ -353,7 +358,7 @@ def _is_conversation(kind: pa.DataType) -> bool:
     return _has(value_type(kind) if is_list(kind) else kind, "from", "value")
 
 
-# --- rows --------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def _rows(
@@ -428,7 +433,7 @@ def _sample(key: str, table: Table, content: str, place: int, which: int, folder
 
 
 def _turns(text: Any) -> list[Any] | None:
-    """Return the turns of a conversation: [{from, value}], or {from: [..], value: [..]} as in older releases."""
+    """Return the turns of a conversation: [{from, value}], or an object of lists (older ones)."""
     if isinstance(text, dict):
         speakers, values = text.get("from"), text.get("value")
         if isinstance(speakers, list) and isinstance(values, list) and len(speakers) == len(values):

@@ -42,7 +42,8 @@ def shown(row: Mapping[str, Any]) -> list[Any]:
         if _NEAR.search(name) and any(map(_is_picture, _listed(row[name]))):
             raise BadSample(
                 Reason.BAD_ROW,
-                f"the field `{name}` seems to hold the row's picture and is not read. Fix: rename it to `image`",
+                f"the field `{name}` seems to hold the row's picture and is not read. Fix: rename "
+                "it to `image`",
             )
     return []
 

@@ -57,7 +57,7 @@ class Piece:
 
 
 def mmc4(fields: dict[str, Any]) -> Iterator[Piece]:
-    """MMC4's form: sentences, and before each the images matched to it, which the file lists in another order.
+    """Yield MMC4's sentences, each after its matched images, which the file lists in another order.
 
     Raises BadSample for what has not this form.
     """
@@ -145,7 +145,7 @@ def pieces(page: bytes) -> list[Piece]:
         try:
             return list(_read(BeautifulSoup(page, "lxml")))
         except ParserRejectedMarkup as error:
-            raise BadSample(Reason.BAD_ROW, f"the page is no HTML: {error}") from None
+            raise BadSample(Reason.BAD_ROW, f"the page is not HTML: {error}") from None
 
 
 class _Place(NamedTuple):
@@ -182,7 +182,7 @@ def _read(soup: BeautifulSoup) -> Iterator[Piece]:
 
 
 def _names(image: Tag) -> list[str]:
-    """Return the addresses of an image, best first: those that scripts load, its source, other sizes."""
+    """Return the addresses of an image, best first: loaded by scripts, its source, other sizes."""
     around = [image, *_sources(image)]
     lazy = [
         (name, value) for tag in around for name, value in _attributes(tag) if _LAZY.fullmatch(name)
@@ -202,7 +202,7 @@ def _names(image: Tag) -> list[str]:
 
 
 def _sources(image: Tag) -> list[Tag]:
-    """Return the sources of a `picture` around an image, and the images of a `noscript` next to it."""
+    """Return the sources of a `picture` around an image, and a `noscript`'s images next to it."""
     found = list[Tag]()
     if (picture := image.find_parent("picture")) is not None:
         found += picture.find_all("source")  # the parser puts each into the one before it
@@ -282,7 +282,7 @@ class InterleavedImporter(Importer):
     """Import the pages of a folder SOURCE, or the documents of a .jsonl or .json file SOURCE.
 
     Pages name their images by paths inside the folder, JSON inside the folder `images`, by default
-    the file's own; what lies elsewhere is never fetched. An image with a side of less than
+    the file's own; nothing elsewhere is fetched. An image with a side of less than
     `min_side` pixels, longer than `max_aspect` times its width or the other way round, of a single
     color, or not to be read, is dropped: `dropped.small` and so on in a row's provenance count
     them. A document without a text is left out and counted, and so is one without an image left; if
@@ -297,7 +297,8 @@ class InterleavedImporter(Importer):
     def __post_init__(self) -> None:
         if not self.min_side >= 0 or not self.max_aspect >= 1:
             raise DataError(
-                f"min_side={self.min_side} max_aspect={self.max_aspect}: a side is 0 pixels or more, and the long "
+                f"min_side={self.min_side} max_aspect={self.max_aspect}: a side is 0 pixels or "
+                "more, and the long "
                 "one at least 1 times the short one; give such numbers"
             )
 
@@ -308,7 +309,8 @@ class InterleavedImporter(Importer):
             documents = partial(_listed, content, source)
         elif self.images is not None:
             raise DataError(
-                f"images={self.images} goes with a .jsonl or .json file; the pages of {source} name theirs"
+                f"images={self.images} goes with a .jsonl or .json file; the pages of {source} "
+                "name theirs"
             )
         else:
             found, folder = files(source), source
@@ -322,7 +324,7 @@ def _rows(documents: Callable[[], Iterator[Document]], folder: str, rule: Rule) 
     return ((key, partial(_sample, key, read, folder, rule)) for key, read in documents())
 
 
-# --- samples -----------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 def _sample(key: str, read: Callable[[], Content], folder: str, rule: Rule) -> Sample:
@@ -399,7 +401,7 @@ def _image(folder: str, name: str, rule: Rule) -> bytes:
     return data
 
 
-# --- documents ---------------------------------------------------------------------------------------
+# --- documents ------------------------------------------------------------------------------------
 
 
 def _pages(source: str, names: list[str]) -> Iterator[Document]:

@@ -132,7 +132,8 @@ def _right(given: Mapping[str, Any], candidates: tuple[str, ...]) -> int:
         return letters.index(answer.strip())
     raise BadSample(
         Reason.NO_TARGET,
-        f"no `{'` or `'.join(ANSWERS)}` says which of the {len(candidates)} choices is right: {answer!r}",
+        f"no `{'` or `'.join(ANSWERS)}` says which of the {len(candidates)} choices is right: "
+        f"{answer!r}",
     )
 
 

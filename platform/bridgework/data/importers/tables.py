@@ -30,7 +30,7 @@ _TSV_FIELD = re.compile(
 
 
 def files(folder: str) -> list[tuple[str, int]]:
-    """Return (path inside the folder, bytes) of every file below it, sorted, also in linked folders.
+    """Return (path inside the folder, bytes) of every file below it, sorted; linked folders too.
 
     A link to a folder above it, or to one that another link leads to, is listed as a file. Raises
     DataError if there is no folder.
@@ -42,7 +42,7 @@ def files(folder: str) -> list[tuple[str, int]]:
 
 
 def _found(fs: Any, root: str, inside: str, linked: set[str]) -> Iterator[tuple[str, int]]:
-    """Yield the files below `root`, with `inside` before their paths; `linked` folders are known."""
+    """Yield the files below `root`, with `inside` before their paths; `linked` were seen."""
     for path, info in sorted(fs.find(root, detail=True).items()):
         name = inside + str(path).removeprefix(root).lstrip("/")
         real = os.path.realpath(path) if info.get("islink") and fs.isdir(path) else None
@@ -268,7 +268,8 @@ def _csv(text: str, source: str) -> Iterator[list[str]]:
             first = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{source}: the row that begins in line {first} opens a quote that is not closed where its "
+            f"{source}: the row that begins in line {first} opens a quote that is not closed "
+            "where its "
             f'field ends ({error}); close it, and write a quote inside a quoted text twice: ""'
         ) from None
 

@@ -164,7 +164,7 @@ def _palette(flags: bytes) -> int:
 
 
 def _matroska_end(data: bytes) -> int:
-    """Return the end of the segment after the header: each is an id of 4 bytes, a size, and content."""
+    """Return the end of the segment after the header; each is a 4-byte id, a size, and content."""
     header, at = _size(data, 4)
     segment, at = _size(data, at + (header or 0) + 4)
     return at + (segment or 0)

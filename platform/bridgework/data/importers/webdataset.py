@@ -56,10 +56,10 @@ _BROKEN = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 
 
 def members(file: IO[bytes], size: int) -> Iterator[tarfile.TarInfo]:
-    """Yield every member of the tar in `file`, which has `size` bytes and can seek; contents are skipped.
+    """Yield the members of the tar in `file`, of `size` bytes and seekable; contents are skipped.
 
-    Members are validated by `flaw`. Raises BadSample after the last complete header: TRUNCATED if the
-    file ends without an end mark, CORRUPT if it is not a tar from there on, EMPTY_FILE.
+    Members are validated by `flaw`. Raises BadSample after the last complete header: TRUNCATED if
+    the file ends without an end mark, CORRUPT if it is not a tar from there on, EMPTY_FILE.
     """
     headers = _Headers(file)
     try:
@@ -306,7 +306,7 @@ class Scan:
 
 
 def groups(tar: Tar, note: Callable[[TarInfo], object] = lambda member: None) -> Iterator[Group]:
-    """Yield the samples of a tar, in order, by its headers alone; `note` is called with every member.
+    """Yield the samples of a tar, in order, by its headers; `note` is called with every member.
 
     The last sample of a broken tar has the flaw; if it is complete, one more of key "" follows.
     """
@@ -342,7 +342,7 @@ def _same(key: str, other: str) -> bool:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return (key, ending): the key ends at the first dot of the base name, and is empty for non-samples."""
+    """Return (key, ending); the key, up to the first dot, is empty for members of no sample."""
     name = name.removeprefix("./")
     head = name.partition("/")[0]
     folder, slash, base = name.rpartition("/")
@@ -515,7 +515,7 @@ def _decoded(ending: str, data: bytes) -> str:
 def _exported(
     entry: Mapping[str, Any], files: Mapping[str, bytes], prefix: str, member: str
 ) -> Sample:
-    """Return a sample that the exporter wrote: its JSON has all fields, and the endings of the images."""
+    """Return a sample that the exporter wrote: the JSON has all fields, and the images' endings."""
     try:
         images = [files[ending] for ending in entry["images"]]
     except (KeyError, TypeError) as error:
@@ -535,7 +535,7 @@ def _exported(
 
 
 def _key(key: Any, member: str) -> str:
-    """Return the key in a JSON: a plain path, or the key from which the exporter named the member."""
+    """Return the key in a JSON: a plain path, or the key for which its member is named."""
     if (
         not isinstance(key, str)
         or not key
