@@ -386,13 +386,11 @@ _OWN = {
 
 @config_class
 class WebDatasetImporter(Importer):
-    """Import the tars of SOURCE: a tar, a folder, or a pattern, e.g.
+    """Import the tars of SOURCE: a tar, a folder, or a pattern.
 
-    `shards/{000..031}.tar`, `*.tar`.
-
-    `text` is the field of the JSON that holds the caption, or a list of them. By default it is the
-    .txt, otherwise `caption` or `text` of the JSON. If two tars share a key, all keys are prefixed
-    with the name of their tar: `00001/0004`.
+    Patterns are like `shards/{000..031}.tar` or `*.tar`. `text` is the field of the JSON that holds
+    the caption, or a list of them. By default it is the .txt, otherwise `caption` or `text` of the
+    JSON. If two tars share a key, all keys are prefixed with the name of their tar: `00001/0004`.
     """
 
     text: str | None = None
