@@ -82,7 +82,7 @@ def test_interrupted_import_resumes(pictures: Path, tmp_path: Path) -> None:
         run("import", "folder", pictures, tmp_path / "made")
     assert not (tmp_path / "made").exists()
     done = run("import", "folder", pictures, tmp_path / "made", "max_bad=0.3")
-    assert done.stdout == f"{tmp_path / 'made'}{os.linesep}" and "1 put aside" in done.stderr
+    assert done.stdout == f"{tmp_path / 'made'}{os.linesep}" and "1 quarantined" in done.stderr
     assert (
         "nothing to do"
         in run("import", "folder", pictures, tmp_path / "made", "max_bad=0.3").stderr

@@ -1,7 +1,8 @@
 """Plug-ins by name: a module that ships with bridgework, or one of your own by its import path.
 
 A plug-in is a module (a recipe, a sweep space, a family of models) or the one public config class
-in a module (an importer, an exporter, a curation). `Plugins` describes a kind and finds its members.
+in a module (an importer, an exporter, a curation). `Plugins` describes a kind and finds its
+members.
 """
 
 import inspect
@@ -135,7 +136,7 @@ class Plugins:
         return defined and (not self.methods or bool(self._classes(module)))
 
     def _classes(self, module: ModuleType) -> list[type[Any]]:
-        """Return the public config classes that the module itself defines and that have `methods`."""
+        """Return the public config classes with `methods` that the module itself defines."""
         return [
             cls
             for name, cls in vars(module).items()

@@ -112,7 +112,7 @@ def test_exporters_are_found_by_name() -> None:
 
 def test_an_image_is_named_by_its_bytes() -> None:
     assert [ending(data) for data in IMAGES] == list(ENDINGS)
-    with pytest.raises(DataError, match="is no image"):
+    with pytest.raises(DataError, match="is not an image"):
         ending(b"<html>")
 
 
@@ -216,7 +216,7 @@ def test_conversations_come_back_from_llavas_json(place: str, tmp_path: Path) ->
 
 def test_a_pair_needs_a_prompt_to_become_a_conversation(tmp_path: Path) -> None:
     source = store([pair("a", IMAGES[0], "a cat")], tmp_path / "d")
-    with pytest.raises(DataError, match=r"'a' is no conversation.*prompt=TEXT makes one"):
+    with pytest.raises(DataError, match=r"'a' is not a conversation.*prompt=TEXT makes one"):
         llava_json.LlavaJsonExporter().run(source, str(tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
     llava_json.LlavaJsonExporter(prompt="Describe it.").run(source, str(tmp_path / "out"))
@@ -296,7 +296,7 @@ def test_images_shown_in_another_order_or_twice_stay_where_they_are_shown(tmp_pa
 )
 def test_an_export_is_there_as_a_whole_or_not_at_all(run: Any, tmp_path: Path) -> None:
     source = store([*talks(), talk("torn", (b"<html>",))], tmp_path / "d")
-    with pytest.raises(DataError, match="is no image"):
+    with pytest.raises(DataError, match="is not an image"):
         run(source, str(tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
     (tmp_path / "full").mkdir()

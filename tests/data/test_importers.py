@@ -647,8 +647,8 @@ def test_archives_that_are_cut_or_not_ours_to_copy_are_refused(tmp_path: Path) -
         "google", [entry("1f34e", "google")], {"1f34e.png": np.random.default_rng(0).bytes(9_000)}
     )
     for data, words in (
-        (whole[: len(whole) // 2], "neither a folder nor a whole"),
-        (b"<html>not found</html>", "neither a folder nor a whole"),
+        (whole[: len(whole) // 2], "neither a folder nor a complete"),
+        (b"<html>not found</html>", "neither a folder nor a complete"),
         (package("google", [], {}), "no emoji.json with one folder"),
         (package("apple", [entry("1f34e", "apple")], {"1f34e.png": PNG}), "must not be copied"),
         (
@@ -721,5 +721,5 @@ def test_clip_art_takes_its_caption_from_the_title_or_the_file_name(tmp_path: Pa
 
 
 def test_a_folder_without_pictures_is_no_clip_art(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         clipart.ClipartImporter().run(str(tmp_path), str(tmp_path / "d"), say=quiet)

@@ -251,7 +251,7 @@ def test_every_bad_choice_is_quarantined_with_its_reason(tmp_path: Path) -> None
 def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no row of the split 'val'; it has test, train"):
         ask(tmp_path, {"1": science(), "3": science(split="test")}, split="val")
-    with pytest.raises(DataError, match=r"is no list of questions\. Got str; expected a list"):
+    with pytest.raises(DataError, match=r"is not a list of questions\. Got str; expected a list"):
         ask(tmp_path / "text", '"x"')
 
 

@@ -155,7 +155,7 @@ def test_a_row_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     read(tmp_path, row(id="good"), "{", "7")
     broken, number = records(f"{tmp_path}/made.quarantine")
     assert (
-        "the line is no JSON" in broken.detail
+        "the line is not JSON" in broken.detail
         and "the row is int, and an object is wanted: 7" in number.detail
     )
 

@@ -353,11 +353,11 @@ def _behind(members: list[Member], row: int) -> int:
         (
             b"<html><body>404</body></html>" * 99,
             Reason.CORRUPT,
-            "no tar from byte 0 on, where b'<html><body>'",
+            "not a tar from byte 0 on, which begins b'<html><body>'",
         ),
         (b"", Reason.EMPTY_FILE, "0 bytes"),
         (gzip.compress(tar(*samples(0, 3))), Reason.CORRUPT, "compressed by gzip"),
-        (PNG, Reason.CORRUPT, "no tar from byte 0"),
+        (PNG, Reason.CORRUPT, "not a tar from byte 0"),
     ],
     ids=["HTML", "0 bytes", "gzip", "PNG"],
 )

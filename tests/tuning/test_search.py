@@ -173,7 +173,7 @@ def test_unknown_path_stage_or_metric_is_rejected_before_the_sweep(home: Path) -
             SPACE, space={RATE: tune.uniform(0.0, 1.0)}
         ),
         "write a grid as tune.choice": replace(SPACE, space={RATE: tune.grid_search([1e-3, 1e-2])}),
-        r"Expected tune.choice, uniform": replace(
+        r"expected tune.choice, uniform": replace(
             SPACE, space={RATE: tune.sample_from(lambda _: 1e-3)}
         ),
         r"write .* a constant into FIXED": replace(SPACE, space={RATE: 1e-3}),

@@ -1,4 +1,4 @@
-"""`bridgework curate`: make a dataset of others by what models and counts know of their rows."""
+"""`bridgework curate`: write a dataset from others, by annotations of models and counters."""
 
 import re
 import typing
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 out, err = (Console(stderr=stderr, markup=False, highlight=False) for stderr in (False, True))
 
-_CHANGE = re.compile(r"[A-Za-z_]\w*=")  # a path such as a/b=c is none
+_CHANGE = re.compile(r"[A-Za-z_]\w*=")  # a path such as a/b=c is not one
 
 
 def curate(
@@ -35,12 +35,13 @@ def curate(
     workers: Annotated[int, typer.Option(min=0, help="actors of Ray; 0 works in this process")] = 0,
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="count the reasons, and draw what was kept and dropped"),
+        typer.Option("--explain", help="print the reasons, and draw kept next to dropped rows"),
     ] = False,
 ) -> None:
     """Write a curated copy of SOURCE to DEST. Re-running resumes.
 
-    Without arguments, lists the curations; with a NAME alone, its fields. Each row of DEST records its provenance.
+    Without arguments, lists the curations; with a NAME alone, its fields. Each row of DEST records
+    its provenance.
     """
     from bridgework.curation import load
     from bridgework.curation.runner import PLACE, Limits
@@ -95,7 +96,7 @@ def _split(name: str, words: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _curation(cls: type[Any], given: Mapping[str, Any], sources: list[str]) -> Any:
-    """Return the curation with these fields; the name of a model becomes the folder of its artifact."""
+    """Return the curation with these fields; a model's name becomes the folder of its artifact."""
     hints = typing.get_type_hints(cls, include_extras=True)
     read = {
         name: _folders(value) if _names_a_model(hints[name]) else value
@@ -111,7 +112,7 @@ def _names_a_model(hint: Any) -> bool:
 
 
 def _folders(model: Any) -> Any:
-    """The artifacts' folders that words mean, as paths that hold in every folder."""
+    """Return the absolute folders of the artifacts that are named."""
     from bridgework.hf.convert import imported
     from bridgework.tracking.mlflow_store import artifact_of
 
@@ -128,13 +129,14 @@ def _explain(curation: Any, sources: list[str], place: str, made: "Manifest") ->
     from bridgework.curation.contact_sheet import sheet
 
     counts: dict[str, int] = made.parameters["counts"]
-    aside = {f"put aside: {reason}": rows for reason, rows in made.quarantined.items()}
-    total = sum((counts | aside).values())
+    quarantined = {f"quarantined: {reason}": rows for reason, rows in made.quarantined.items()}
+    rows_by_reason = counts | quarantined
+    total = sum(rows_by_reason.values())
     table = Table("why", "rows", "share", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    for why, rows in sorted((counts | aside).items(), key=lambda item: -item[1]):
-        table.add_row(why, f"{rows:,}", f"{rows / total:.1%}")
+    for reason, rows in sorted(rows_by_reason.items(), key=lambda item: -item[1]):
+        table.add_row(reason, f"{rows:,}", f"{rows / total:.1%}")
     out.print(table)
     picture = home() / "curated" / f"{Path(place).name}-{made.digest[:8]}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)

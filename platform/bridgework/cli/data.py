@@ -1,6 +1,7 @@
-"""`bridgework data`: bring datasets in, check them, count and look at what is in them.
+"""`bridgework data`: import, export, verify, count and preview datasets.
 
-`bridgework data order` and `bridgework data mixture`: which samples come when, and why so many of each source.
+`bridgework data order` prints the samples of each step, `bridgework data mixture` the share of each
+source.
 """
 
 import json
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from bridgework.data.reader import ReaderConfig
     from bridgework.data.stats import Stats
 
-data = typer.Typer(help="Datasets: bring in, check, look at.", no_args_is_help=True)
-out, err = (  # names and keys come from the data: what looks like markup in them is none
+data = typer.Typer(help="Import, export, verify and preview datasets.", no_args_is_help=True)
+out, err = (  # without markup, because names and keys come from the data
     Console(stderr=stderr, markup=False, highlight=False) for stderr in (False, True)
 )
 
@@ -63,7 +64,10 @@ def import_(
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="actors of Ray; 0 works in this process")] = 0,
 ) -> None:
-    """Write SOURCE as a new dataset; bad rows go to DEST.quarantine, with reasons. Re-running resumes."""
+    """Write SOURCE as a new dataset; bad rows go to DEST.quarantine, with reasons.
+
+    Re-running resumes.
+    """
     from bridgework.data.importers import FORMATS
 
     if format_ is None or source is None or dest is None:
@@ -97,7 +101,7 @@ def export(
     ] = None,
     words: Options = None,
 ) -> None:
-    """Write a dataset in another format; the last line reports the fields that the format could not hold."""
+    """Write a dataset in another format; the last line reports the lost fields."""
     from bridgework.data.exporters import FORMATS
 
     if format_ is None or source is None or dest is None:
@@ -114,7 +118,7 @@ def export(
 def verify(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="folders, URLs or names")],
 ) -> None:
-    """Read every byte and decode every image; exits 1 when something is not what the manifest says."""
+    """Read every byte and decode every image; exits 1 if anything differs from the manifest."""
     from bridgework.data.dataset import Problem
     from bridgework.data.dataset import verify as verify_dataset
     from bridgework.data.manifest import FILE
@@ -124,7 +128,7 @@ def verify(
         try:
             with _progress(name) as progress:
                 problems = verify_dataset(resolve(name, home()), progress=progress)
-        except DataError as error:  # no dataset at all: the others are looked at all the same
+        except DataError as error:  # not a dataset; the others are verified all the same
             problems = [Problem(FILE, str(error))]
         for problem in problems:
             table.add_row(name, problem.file, problem.what)
@@ -137,7 +141,7 @@ def verify(
 
 @data.command()
 def stats(path: Place, for_: For = None, tiny: Tiny = False) -> None:
-    """Counts, sizes and lengths; with --for also tokens, and what would be cut or put aside."""
+    """Print counts, sizes and lengths; with --for also tokens, and cut or quarantined rows."""
     from bridgework.data.stats import stats as count
 
     place = resolve(path, home())
@@ -156,18 +160,18 @@ def preview(
     for_: For = None,
     tiny: Tiny = False,
     run: Annotated[
-        str | None, typer.Option(metavar="RUN[/STAGE]", help="what a run trained on; with --step")
+        str | None, typer.Option(metavar="RUN[/STAGE]", help="a run, with --step")
     ] = None,
     step: Annotated[
-        int | None, typer.Option(min=0, help="of the run, from 0: dearest sample first")
+        int | None, typer.Option(min=0, help="of the run, from 0; highest loss first")
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="rows of each dataset, or of the step")] = 4,
     seed: Annotated[int, typer.Option(help="another seed draws other rows")] = 0,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a page instead")] = None,
 ) -> None:
-    """A few samples as they are stored, or with --for as the model sees them: pixels, text, and where loss lies.
+    """Print a few samples as stored, or with --for as the model sees them, with the loss mask.
 
-    With --run and --step: what a run trained on at that step, with the loss of each sample.
+    With --run and --step: the samples of that step of a run, with their losses.
     """
     from bridgework.data.preview import page, read, stored, terminal
 
@@ -175,7 +179,7 @@ def preview(
         run is not None and (path is not None or for_ is not None)
     ):
         raise SpecError(
-            "a step of a run is shown by --run RUN[/STAGE] and --step N together, without PATH and --for"
+            "preview takes --run RUN[/STAGE] and --step N together, without PATH and --for"
         )
     if html is not None and html.is_dir():
         raise SpecError(
@@ -201,11 +205,11 @@ def preview(
     out.print(html, soft_wrap=True)
 
 
-# --- what commands share ---------------------------------------------------------------------------------------------
+# --- shared ---------------------------------------------------------------------------------------
 
 
 def _ray(workers: int) -> AbstractContextManager[None]:
-    """Ray for the length of the block, if there are workers to hold."""
+    """Start Ray for the block if there are workers."""
     if not workers:
         return nullcontext()
     from bridgework.ray_utils import ray_session
@@ -242,9 +246,10 @@ def _describe(formats: Plugins, name: str | None, source: str | None, *shared: t
 
 
 def _stage(words: str, tiny: bool, dataset: str | None, path: str | None) -> Stage:
-    """The stage that `SYSTEM[/STAGE]` names, by default the first that reads `dataset`, reading `path` alone if given.
+    """Return the stage that `SYSTEM[/STAGE]` names, by default the first that reads `dataset`.
 
-    A dataset that the stage does not name is read as its first one, with the same prompts.
+    With `path`, it reads that dataset only. A dataset that the stage does not name is read as its
+    first one, with the same prompts.
     """
     name, slash, chosen = words.partition("/")
     system = load(name)
@@ -258,7 +263,7 @@ def _stage(words: str, tiny: bool, dataset: str | None, path: str | None) -> Sta
 
 
 def _step(run: str, step: int, n: int) -> "list[Preview]":
-    """The `n` dearest samples of a step, as the model saw them."""
+    """Return the `n` samples of a step with the highest loss, as the model saw them."""
     from bridgework.data.preview import trained
     from bridgework.training.flight_recorder import replay
 
@@ -302,7 +307,7 @@ def _show(found: "Stats") -> None:
     out.print(facts, "", spreads)
 
 
-ENDLESS = 1 << 40  # steps of a mixture that nothing caps: its order depends on no budget
+ENDLESS = 1 << 40  # steps of a mixture without caps, whose order does not depend on the budget
 
 What = Annotated[
     str,
@@ -331,14 +336,14 @@ def order(
         int | None,
         typer.Option(
             min=1,
-            help="steps of the whole run; default: the stage's own, of a mixture with caps one epoch",
+            help="steps of the run; default: the stage's own, or one epoch of a mixture with caps",
         ),
     ] = None,
     tiny: OrderTiny = False,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
-    """Which samples every worker gets at every step: read by the code that feeds training."""
+    """Print the samples of every worker and step, with the code that feeds training."""
     feed = _feed(what, batch, budget, tiny, set_)
     for step, ranks in _ordered(feed, start, steps, world):
         if json_:
@@ -358,7 +363,7 @@ def mixture(
     set_: Set = None,
     json_: Json = False,
 ) -> None:
-    """What every source gives: what alpha, factors and caps did to its share, and how often it is passed over."""
+    """Print the share of every source after alpha, factors and caps, and its epochs."""
     from bridgework.data.mixture_report import explain
 
     stage = _stage_or_mixture(what, tiny, set_)
@@ -386,19 +391,19 @@ def mixture(
     for each in found:
         shares = (each.by_size, each.by_alpha, each.by_factor, each.by_cap, each.realized)
         rows = f"{each.rows:,}{'' if each.known else '*'}"
-        told = "capped" if each.capped else ""
+        note = "capped" if each.capped else ""
         table.add_row(
-            each.name, rows, *(f"{share:.2%}" for share in shares), f"{each.epochs:.3g}", told
+            each.name, rows, *(f"{share:.2%}" for share in shares), f"{each.epochs:.3g}", note
         )
     out.print(table)
     if not all(each.known for each in found):
-        out.print("* as the recipe names it: the dataset is not here")
+        out.print("* rows as given in the recipe, because the dataset is not here")
 
 
 def _ordered(
     feed: "ReaderConfig", start: int, steps: int, world: int
 ) -> Iterator[tuple[int, list[list[str]]]]:
-    """(step, the keys of every rank) from the sample `start` on; of several sources, SOURCE/KEY."""
+    """Yield (step, keys of every rank) from the sample `start` on; SOURCE/KEY if several."""
     if start % feed.batch:
         raise SpecError(
             f"--start counts samples and must be a multiple of the batch {feed.batch}, got {start}"
@@ -406,8 +411,8 @@ def _ordered(
     first, span = start // feed.batch, feed.mixture.window
     if first + steps > ENDLESS:
         raise SpecError(
-            f"--start {start} is too far: an order is given for {ENDLESS:,} steps of {feed.batch} samples. "
-            "Fix: give a smaller --start"
+            f"--start {start} is too far: an order has at most {ENDLESS:,} steps of {feed.batch} "
+            "samples. Fix: give a smaller --start"
         )
     if first + steps > feed.steps:
         raise SpecError(
@@ -460,12 +465,12 @@ def _feed(
 
 
 def _of(stage: Stage, batch: int | None) -> tuple[Mixture, int, int]:
-    """The mixture of a stage, the samples of a step, and the steps."""
+    """Return the mixture of a stage, the samples of a step, and the steps."""
     return stage.data, batch or stage.budget.batch, stage.budget.steps
 
 
 def _blend(what: str, batch: int | None, words: list[str] | None) -> tuple[Mixture, int, int]:
-    """A mixture, the samples of a step, and the steps of one epoch, or of what its caps allow."""
+    """Return a mixture, the samples of a step, and the steps of one epoch within its caps."""
     from bridgework.data.manifest import read_manifest
     from bridgework.data.mixture_report import load as load_mixture
     from bridgework.data.mixture_report import one_epoch
@@ -476,9 +481,9 @@ def _blend(what: str, batch: int | None, words: list[str] | None) -> tuple[Mixtu
 
 
 def _stage_or_mixture(what: str, tiny: bool, words: list[str] | None) -> Stage | None:
-    """The stage that is named, the system's first by default; None where `what` is a mixture.
+    """Return the named stage, by default the system's first; None if `what` is a mixture.
 
-    Raises SpecError, with a suggestion, for what is neither.
+    Raises SpecError, with a suggestion, for an unknown name.
     """
     name, slash, chosen = what.partition("/")
     recipe = name.partition(":")[0]
@@ -492,13 +497,16 @@ def _stage_or_mixture(what: str, tiny: bool, words: list[str] | None) -> Stage |
         ):
             return None
         known = [*recipes(), *datasets(home()), *SYNTHETIC]
-        raise SpecError(f"{what!r} is no system, no mixture and no dataset" + suggest(what, known))
+        raise SpecError(f"{what!r} is not a system, a mixture or a dataset" + suggest(what, known))
     system = override(load(name).tiny() if tiny else load(name), changes(words))
     return system[chosen] if slash else system.stages[0]
 
 
 def _is_system(name: str) -> bool:
-    """Return True if a module of the user's own has a system of this name. Raises SpecError if its import fails."""
+    """Return True if a module of the user's own has a system of this name.
+
+    Raises SpecError if its import fails.
+    """
     path, _, variant = name.partition(":")
     if "." not in path or path.endswith(".json") or RECIPES.find(path) is None:
         return False

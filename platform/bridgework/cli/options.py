@@ -1,4 +1,4 @@
-"""KEY=VALUE arguments of the command line: read by the fields of a config class, and listed as help."""
+"""KEY=VALUE arguments of the command line, read by the fields of a config class; and their help."""
 
 import inspect
 import re
@@ -19,7 +19,10 @@ REQUIRED: Any = object()  # the default of a field that has none
 
 
 def pairs(words: Iterable[str] | None, example: str) -> dict[str, str]:
-    """Split KEY=VALUE arguments into a mapping. Raises SpecError, with `example`, for one without `=`."""
+    """Split KEY=VALUE arguments into a mapping.
+
+    Raises SpecError, with `example`, for one without `=`.
+    """
     read = {}
     for word in words or []:
         key, equals, value = word.partition("=")
@@ -37,11 +40,12 @@ def changes(words: list[str] | None) -> dict[str, Any]:
 def read(
     name: str, given: Mapping[str, str], *classes: type[Any], hidden: Iterable[str] = ()
 ) -> tuple[dict[str, Any], ...]:
-    """Return the arguments for each of these config classes, from the values `given` on the command line.
+    """Return the arguments for each of these config classes, from the `given` values.
 
     A value is parsed and refused as `--set` does it, by the type of its field. A field of several
-    classes belongs to the first; the `hidden` ones are unknown. Raises SpecError, with a suggestion,
-    for an unknown field, for a value of another type, and for a required field that is missing.
+    classes belongs to the first; the `hidden` ones are unknown. Raises SpecError, with a
+    suggestion, for an unknown field, for a value of another type, and for a required field that is
+    missing.
     """
     own = _fields(classes, hidden)
     form = make_dataclass(
@@ -87,7 +91,7 @@ def explanation(cls: type[Any]) -> str:
 def _fields(
     classes: tuple[type[Any], ...], hidden: Iterable[str]
 ) -> dict[str, tuple[Field[Any], Any]]:
-    """Return (field, type) by name; those that a class itself defines come before inherited ones."""
+    """Return (field, type) by name; a class's own fields come before inherited ones."""
     found: dict[str, tuple[Field[Any], Any]] = {}
     for cls in classes:
         hints = typing.get_type_hints(cls)

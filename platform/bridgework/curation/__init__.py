@@ -1,7 +1,7 @@
 """Curations: each module holds one config class that annotates rows and decides on them.
 
-`bridgework curate dedup SOURCE DEST` runs `dedup.Dedup`; one of your own is given by the import path
-of its module, e.g. `my_lab.curations.sharp`. A stage may have one too. See `runner.Curation`.
+`bridgework curate dedup SOURCE DEST` runs `dedup.Dedup`; one of your own is given by the import
+path of its module, e.g. `my_lab.curations.sharp`. A stage may have one too. See `runner.Curation`.
 """
 
 from types import ModuleType
@@ -26,7 +26,7 @@ def known() -> dict[str, ModuleType]:
 
 
 def load(name: str) -> type[Any]:
-    """Return the config class of a curation: `dedup`, or the import path of a module that holds one.
+    """Return the class of a curation: `dedup`, or the import path of a module that holds one.
 
     Raises SpecError for a name that is neither, for a module whose import fails or that holds none.
     """

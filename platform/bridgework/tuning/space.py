@@ -1,6 +1,7 @@
-"""What a sweep searches: a module of tune_spaces/ with SYSTEM, STAGES, SPACE, METRIC, BUDGET.
+"""Search spaces of sweeps: modules of tune_spaces/ with SYSTEM, STAGES, SPACE, METRIC, BUDGET.
 
-SPACE maps the dotted paths of `--set` to Ray Tune's distributions; `*` sets a path in every stage alike.
+SPACE maps the dotted paths of `--set` to Ray Tune's distributions; `*` sets a path in every stage
+alike.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ SPACES = Plugins(
 
 @config_class
 class Metric:
-    """The figure of an evaluation that decides, as `bridgework eval` names it."""
+    """The metric that a sweep optimizes, as `bridgework eval` names it."""
 
     name: str
     mode: Literal["max", "min"]
@@ -32,7 +33,10 @@ class Metric:
 
 @config_class
 class SweepBudget:
-    """How much a sweep may try. A trial is judged `judgments` times; ASHA stops the worse half early."""
+    """Budget of a sweep.
+
+    A trial is evaluated `judgments` times; ASHA stops the worse half early.
+    """
 
     trials: int = 8
     concurrent: int = 2
@@ -48,7 +52,7 @@ class SweepBudget:
 
 @dataclass(frozen=True)
 class Space:
-    """A sweep as its module says it; `fixed` are overrides that every trial shares."""
+    """A sweep as its module defines it; `fixed` are overrides that every trial shares."""
 
     name: str
     system: str
@@ -60,7 +64,7 @@ class Space:
 
 
 def described(distribution: Domain) -> dict[str, Any]:
-    """JSON that is equal for equal distributions only: choices, or bounds, scale and step of a range."""
+    """Return JSON that identifies a distribution: choices, or bounds, scale and step of a range."""
     if isinstance(distribution, Categorical):
         return {"choice": [repr(choice) for choice in distribution.categories]}
     numeric, sampler, step = _numeric(distribution)
@@ -76,9 +80,10 @@ def described(distribution: Domain) -> dict[str, Any]:
 
 
 def bounds(path: str, distribution: Any) -> list[Any]:
-    """Values that decide if a distribution fits its field: every choice, or both ends of a range.
+    """Return the values that a field must accept: all choices, or both ends of a range.
 
-    Raises SpecError for what Optuna cannot search: grids, functions, normal distributions, plain values.
+    Raises SpecError for grids, functions, normal distributions and plain values, because Optuna
+    cannot search them.
     """
     if isinstance(distribution, Categorical):
         return list(distribution.categories)
@@ -88,13 +93,14 @@ def bounds(path: str, distribution: Any) -> list[Any]:
             exclusive = isinstance(distribution, Integer) and step is None  # as in Python's range
             return [numeric.lower, numeric.upper - exclusive]
     raise SpecError(
-        f"SPACE[{path!r}] is {distribution!r}. Expected tune.choice, uniform, loguniform, randint, lograndint or their "
-        "quantized forms. Fix: write a grid as tune.choice([...]), a constant into FIXED"
+        f"SPACE[{path!r}] cannot be searched. Got {distribution!r}; expected tune.choice, uniform, "
+        "loguniform, randint, lograndint or their quantized forms. "
+        "Fix: write a grid as tune.choice([...]), a constant into FIXED"
     )
 
 
 def _numeric(distribution: Any) -> tuple[Any, Any, float | None]:
-    """A range, how it is sampled, and its step if it is quantized (Ray does not annotate these)."""
+    """Return a range, its sampler, and the step of a quantized one (Ray has no annotations)."""
     sampler = distribution.get_sampler()
     if isinstance(sampler, Quantized):
         return distribution, sampler.sampler, sampler.q
@@ -102,12 +108,12 @@ def _numeric(distribution: Any) -> tuple[Any, Any, float | None]:
 
 
 def spaces() -> list[str]:
-    """Return the names of the spaces in tune_spaces/; none where the working directory has no such folder."""
+    """Return the names of the spaces in tune_spaces/ of the working directory."""
     return SPACES.names()
 
 
 def load(name: str) -> Space:
-    """Return a space: `llava_bridge`, or `my_lab.spaces.x`, a module of your own with the same five names.
+    """Return a space: `llava_bridge`, or a module of your own with the same five names.
 
     Raises SpecError if there is no such module, if its import fails, and for a missing name.
     """

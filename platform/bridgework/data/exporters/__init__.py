@@ -44,7 +44,7 @@ _MAGIC = (
 
 @dataclass(frozen=True)
 class Exported:
-    """What came out, and in how many rows a field was lost because the format has no place for it."""
+    """Counts of an export: rows, images, and the rows in which a field was lost."""
 
     rows: int
     images: int
@@ -59,7 +59,10 @@ class Exporter(Protocol):
     """A config class whose fields are the options of a format."""
 
     def run(self, source: str, dest: str) -> Exported:
-        """Write the dataset at `source` to `dest`. Raises DataError, and then leaves nothing there."""
+        """Write the dataset at `source` to `dest`.
+
+        Raises DataError, and then leaves nothing there.
+        """
 
 
 def formats() -> list[str]:
@@ -76,7 +79,7 @@ def load(name: str) -> type[Exporter]:
 
 
 class Losses(Counter[str]):
-    """Counts the rows in which a field was filled and is lost."""
+    """Counter of the rows in which a filled field is lost."""
 
     def note(self, sample: Sample, names: tuple[str, ...]) -> None:
         """Count those of the fields `names` that this sample fills."""
@@ -85,15 +88,15 @@ class Losses(Counter[str]):
 
 @contextmanager
 def staged(dest: str, *, last: str) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
-    """(file system, folder): what is written into the folder is moved to `dest` at the end, the file `last` last.
+    """Yield (file system, folder); its files are moved to `dest` at the end, `last` last.
 
-    On any error nothing stays. Raises DataError where there is something at `dest` already, and inside a dataset.
+    On any error nothing is left. Raises DataError for an existing `dest`, and inside a dataset.
     """
     check_place(dest)
     refuse_within(dest)
     fs, root = find_store(dest.rstrip("/"))
     if fs.exists(root) and (not fs.isdir(root) or fs.ls(root, detail=False)):
-        raise DataError(f"{dest} is there already; delete it or choose another place")
+        raise DataError(f"{dest} is there already. Fix: delete it, or choose another DEST")
     stage = f"{root}.part-{uuid4().hex[:8]}"
     try:
         fs.makedirs(stage)
@@ -108,9 +111,9 @@ def staged(dest: str, *, last: str) -> Iterator[tuple[fsspec.AbstractFileSystem,
 
 
 def licensed(source: str) -> Iterator[Sample]:
-    """The samples of the dataset at `source`, each with its license: its own, else the dataset's, where one is known.
+    """Yield the samples of a dataset, each with its own license, or the dataset's if that is known.
 
-    An export has no manifest, so what stands there alone would be lost.
+    An export has no manifest, so a license that is only there would be lost.
     """
     dataset = open_dataset(source)
     of_all = None if dataset.manifest.license == UNKNOWN else dataset.manifest.license
@@ -121,17 +124,21 @@ def licensed(source: str) -> Iterator[Sample]:
 
 
 def ending(image: bytes) -> str:
-    """How a file of these bytes is called: jpg, png, webp, gif or bmp. Raises DataError for anything else."""
+    """Return the ending of a file of these bytes: jpg, png, webp, gif, bmp.
+
+    Raises DataError for others.
+    """
     for magic, offset, name in _MAGIC:
         if image.startswith(magic, offset):
             return name
     raise DataError(
-        f"an image begins with {image[:12]!r}, which is no image; run `bridgework data verify`"
+        f"an image begins with {image[:12]!r}, which is not an image. "
+        "Fix: run `bridgework data verify`"
     )
 
 
 def filled(sample: Sample) -> dict[str, Any]:
-    """The fields of a sample that hold something, but for its key and its images, ready for JSON."""
+    """Return the filled fields of a sample, except key and images, ready for JSON."""
     fields = {
         name: value
         for name, value in vars(sample).items()

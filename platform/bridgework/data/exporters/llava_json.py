@@ -1,7 +1,7 @@
-"""LLaVA's JSON: a list of {"id", "image"?, "conversations": [{"from", "value"}]} beside a folder of images.
+"""LLaVA's JSON: a list of {"id", "image"?, "conversations": [{"from", "value"}]}, and its images.
 
-An image is named by its sha256, so one that many rows show is stored once. The format holds conversations and nothing
-else of a row.
+An image is named by its sha256, so one that many rows show is stored once. The format holds
+conversations and no other field of a row.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ class LlavaJsonExporter:
     """Write a dataset as DEST/conversations.json and DEST/images/.
 
     With `prompt`, a pair becomes a conversation of one turn: the prompt, and the caption as its
-    answer. A row that is not a conversation is an error, and so is an existing DEST; then nothing is
-    left there.
+    answer. A row that is not a conversation is an error, and so is an existing DEST; then nothing
+    is left there.
     """
 
     prompt: str | None = None
@@ -58,7 +58,7 @@ class LlavaJsonExporter:
 
 
 def _shown(sample: Sample) -> list[bytes]:
-    """The images, each time that they are shown."""
+    """Return the images, each as often as it is shown."""
     return [sample.images[part.image] for part in sample.parts if part.image is not None]
 
 
@@ -72,42 +72,44 @@ def _image(fs: fsspec.AbstractFileSystem, folder: str, image: bytes) -> str:
 
 
 def _entry(sample: Sample, prompt: str | None) -> dict[str, Any]:
-    """Raises DataError for a sample that would not come back as it is."""
-    said = _numbered(sample.parts if prompt is None else _asked(sample.parts, prompt))
+    """Return a row of the JSON. Raises DataError for a sample that an import would change."""
+    spoken = _numbered(sample.parts if prompt is None else _asked(sample.parts, prompt))
     turns = [
         {
             "from": _SPEAKERS.get(role),
             "value": "".join(PLACEHOLDER if p.text is None else p.text for p in of_role),
         }
-        for role, of_role in groupby(said, key=lambda part: part.role)
+        for role, of_role in groupby(spoken, key=lambda part: part.role)
     ]
     try:
-        same = list(parts(turns)) == said
+        same = list(parts(turns)) == spoken
     except BadSample as error:
         hint = (
             "; prompt=TEXT makes one of a pair" if prompt is None and _is_pair(sample.parts) else ""
         )
         raise DataError(
-            f"{sample.key!r} is no conversation of questions and answers: {error.detail}{hint}"
+            f"{sample.key!r} is not a conversation of questions and answers: {error.detail}{hint}"
         ) from None
     if not same:
         raise DataError(
-            f"{sample.key!r}: a text holds {PLACEHOLDER!r} or is empty; LLaVA's JSON cannot tell it apart"
+            f"{sample.key!r}: a text holds {PLACEHOLDER!r} or is empty, which LLaVA's JSON cannot "
+            "hold"
         )
     return {"id": sample.key, "conversations": turns}
 
 
 def _numbered(given: Iterable[Part]) -> list[Part]:
-    """The same parts with images numbered as they are shown, and texts of one role that meet as one."""
-    said: list[Part] = []
+    """Return the parts with images numbered as shown, and consecutive texts of one role joined."""
+    numbered: list[Part] = []
     for part in given:
+        last = numbered[-1] if numbered else None
         if part.image is not None:
-            said.append(replace(part, image=sum(p.image is not None for p in said)))
-        elif said and said[-1].text is not None and said[-1].role == part.role:
-            said[-1] = replace(part, text=f"{said[-1].text}{part.text}")
+            numbered.append(replace(part, image=sum(p.image is not None for p in numbered)))
+        elif last is not None and last.text is not None and last.role == part.role:
+            numbered[-1] = replace(part, text=f"{last.text}{part.text}")
         else:
-            said.append(part)
-    return said
+            numbered.append(part)
+    return numbered
 
 
 def _is_pair(given: Sequence[Part]) -> bool:
@@ -118,7 +120,7 @@ def _is_pair(given: Sequence[Part]) -> bool:
 
 
 def _asked(given: Sequence[Part], prompt: str) -> Sequence[Part]:
-    """A pair as a question about its image, and the answer; anything else as it is."""
+    """Return a pair as a question about its image with its answer; anything else unchanged."""
     if not _is_pair(given):
         return given
     return (

@@ -1,7 +1,8 @@
-"""webdataset's tars: for each row its images as they are, a JSON of all its other fields, and a .txt if it is a pair.
+"""webdataset's tars: per row its images, a JSON of all other fields, and a .txt for a pair.
 
-`a%2Fb.0.jpg`, `a%2Fb.json`: the row `a/b`. What is no letter, digit, `_`, `-` or `~` in a key is written as in a URL,
-because webdataset cuts names at their first dot; `urllib.parse.unquote` gives the key back, and the JSON holds it too.
+`a%2Fb.0.jpg`, `a%2Fb.json`: the row `a/b`. Keys are URL-encoded except letters, digits, `_`, `-`
+and `~`, because webdataset cuts names at the first dot. `urllib.parse.unquote` restores the key,
+and the JSON holds it too.
 """
 
 import io
@@ -17,15 +18,15 @@ from bridgework.data.exporters import Exported, ending, filled, licensed, staged
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError
 
-INDEX = "shardindex.json"  # which tars there are and how many rows each holds, in the form that wids gave it
+INDEX = "shardindex.json"  # the tars and their rows, in the form of wids
 
 
 @config_class
 class WebDatasetExporter:
     """Write a dataset as tars of `rows` rows each, in order, to the folder DEST. Nothing is lost.
 
-    The license of the complete dataset becomes that of each row without one of its own, because tars
-    have no manifest. An existing DEST is an error; on any error nothing is left there.
+    The license of the complete dataset becomes that of each row without one of its own, because
+    tars have no manifest. An existing DEST is an error; on any error nothing is left there.
     """
 
     rows: int = 1000
@@ -57,7 +58,7 @@ class WebDatasetExporter:
 
 
 def _write(file: IO[bytes], samples: Iterable[Sample]) -> tuple[int, int]:
-    """(rows, images) of one tar."""
+    """Write one tar. Returns its rows and images."""
     rows = images = 0
     with tarfile.open(fileobj=file, mode="w|") as tar:
         for sample in samples:
@@ -74,7 +75,7 @@ def _stem(key: str) -> str:
 
 
 def _members(sample: Sample) -> Iterator[tuple[str, bytes]]:
-    """(ending, content): one image has no number."""
+    """Yield (ending, content) of each member; a single image has no number."""
     many = len(sample.images) > 1
     names = [
         f"{place}.{ending(image)}" if many else ending(image)

@@ -44,10 +44,10 @@ from bridgework.plugins import Plugins
 from bridgework.ray_utils import map_on_actors
 from bridgework.storage import find_store
 
-PLACEHOLDER = "<image>"  # where an image stands in a text; a caption has no business to hold one
+PLACEHOLDER = "<image>"  # the place of an image in a text; a caption must not contain it
 UNKNOWN = "unknown"  # the license of a dataset that was given none
 
-WAVE = 256  # chunks that Ray is given at a time: a million rows to hold, and hours of work for its start of seconds
+WAVE = 256  # chunks per call of Ray: its start takes seconds, and a million rows are hours of work
 
 Say = Callable[[str], object]
 
@@ -92,7 +92,9 @@ class Importer(ABC):
         """List the rows of `source`. Raises DataError if it cannot be read as this format."""
 
     def run(self, source: str, dest: str, *, workers: int = 0, say: Say = print) -> Manifest:
-        """Import `source` as the dataset `dest`, with `workers` actors of Ray. Returns its manifest.
+        """Import `source` as the dataset `dest`, with `workers` actors of Ray.
+
+        Returns its manifest.
 
         Raises DataError, as `list_rows` and `ingest` do.
         """
@@ -144,40 +146,41 @@ def ingest(
 ) -> Manifest:
     """Write the good rows to `dest`, the bad ones to the table `DEST.quarantine`.
 
-    `rows()` gives the rows of the source, always in the same order and without reading what they hold; `workers`
-    actors of Ray read them, `chunk_rows` at a time, or with 0 this process does. Neither that number nor an
-    interruption changes the result. A `dest` that was made from the same source with the same parameters is left as
-    it is. Raises DataError when it holds something else, and when more than the share `max_bad` of the rows is bad, or
-    of the source's `files` lost.
+    `rows()` lists the rows of the source, always in the same order and without reading them.
+    `workers` actors of Ray read them, `chunk_rows` at a time; with 0 this process does. Neither
+    that number nor an interruption changes the result. A `dest` that was imported from the same
+    source with the same parameters is left as it is. Raises DataError if it holds another dataset,
+    and if more than the share `max_bad` of the rows is bad, or of the source's `files` unreadable.
     """
-    source = _spelled(source)
+    source = _normalized(source)
     check_max_bad(max_bad)
-    _apart(source, dest)
-    done = _made_before(source, dest, made_by, license, parameters)
-    if done is not None:
+    _refuse_inside(source, dest)
+    existing = _imported_before(source, dest, made_by, license, parameters)
+    if existing is not None:
         remove_stale(dest)
-        say(f"{dest}: nothing to do, it holds these {done.rows} rows already")
-        return done
-    told = {
-        "license": license,
-        "made_by": made_by,
-        "parameters": parameters,
-        "chunk_rows": chunk_rows,
-    }
-    job = ImportJob.begin(source, dest, **told)
-    made = kept = 0
-    rest = chunks(rows(), chunk_rows)
-    while wave := list(islice(rest, WAVE if workers else 1)):
+        say(f"{dest}: nothing to do, it holds these {existing.rows} rows already")
+        return existing
+    job = ImportJob.begin(
+        source,
+        dest,
+        license=license,
+        made_by=made_by,
+        parameters=parameters,
+        chunk_rows=chunk_rows,
+    )
+    total = complete = 0
+    pending = chunks(rows(), chunk_rows)
+    while wave := list(islice(pending, WAVE if workers else 1)):
         new = [chunk for chunk in wave if not job.store.holds(chunk)]
-        if len(new) < len(wave) and not kept:
-            say(f"{dest}: goes on where it was cut off")
-        made, kept = made + len(wave), kept + len(wave) - len(new)
+        if len(new) < len(wave) and not complete:
+            say(f"{dest}: resumes an interrupted import")
+        total, complete = total + len(wave), complete + len(wave) - len(new)
         map_on_actors(partial(_maker, job.store), new, workers)
     quarantine = Quarantine(dest.rstrip("/") + ".quarantine", limit=max_bad)
-    manifest = job.finish(made, quarantine, files)
-    aside = f"; {len(quarantine)} put aside, see {quarantine.folder}" if len(quarantine) else ""
-    aside += "".join(f"; left out: {number} {what}" for what, number in manifest.left_out.items())
-    say(f"{dest}: {manifest.rows} rows in {len(manifest.shards)} shards{aside}")
+    manifest = job.finish(total, quarantine, files)
+    rest = f"; {len(quarantine)} quarantined, see {quarantine.folder}" if len(quarantine) else ""
+    rest += "".join(f"; left out: {number} {kind}" for kind, number in manifest.left_out.items())
+    say(f"{dest}: {manifest.rows} rows in {len(manifest.shards)} shards{rest}")
     return manifest
 
 
@@ -185,23 +188,28 @@ def _maker(store: ChunkStore) -> Callable[[Chunk], object]:
     return store.make
 
 
-def _spelled(source: str) -> str:
-    """A path in one spelling: `photos/` and `./photos` are `photos`."""
+def _normalized(source: str) -> str:
+    """Return a path in one spelling: `photos/` and `./photos` are `photos`."""
     return source if "://" in source else os.path.normpath(source)
 
 
-def _apart(source: str, dest: str) -> None:
-    """Raises DataError for a destination inside the source."""
+def _refuse_inside(source: str, dest: str) -> None:
+    """Raise DataError for a destination inside the source."""
     inner, outer = (find_store(path)[1].rstrip("/") + "/" for path in (dest, source))
     if inner.startswith(outer):
         raise DataError(
-            f"{dest} lies inside the source {source}, and would be read as a part of it; choose another DEST"
+            f"{dest} is inside the source {source}, and would be read as a part of it. "
+            "Fix: choose another DEST"
         )
 
 
-def _made_before(
+def _imported_before(
     source: str, dest: str, made_by: str, license: str, parameters: Mapping[str, Any]
 ) -> Manifest | None:
+    """Return the manifest of this very import, or None.
+
+    Raises DataError for another dataset at `dest`.
+    """
     fs, root = find_store(dest)
     if not fs.exists(f"{root}/manifest.json"):
         return None
@@ -210,7 +218,7 @@ def _made_before(
         json.dumps({"source": source, "made_by": made_by, "license": license, **parameters})
     )
     found = {
-        "source": _spelled(old.source),
+        "source": _normalized(old.source),
         "made_by": old.made_by,
         "license": old.license,
         **old.parameters,
@@ -219,16 +227,16 @@ def _made_before(
         return old
     name = next(k for k in sorted(found.keys() | wanted.keys()) if found.get(k) != wanted.get(k))
     raise DataError(
-        f"{dest} holds another dataset: its {name} is {found.get(name)!r}, and {wanted.get(name)!r} is wanted; "
-        "delete it or choose another place"
+        f"{dest} holds another dataset. Got {name} {found.get(name)!r}; expected "
+        f"{wanted.get(name)!r}. Fix: delete it, or choose another DEST"
     )
 
 
 class Keys:
     """Keys that differ where rows do: the second content of `cat.jpg` is `cat.jpg#2`.
 
-    A key that was given never meets one that was made: where `cat.jpg#2` is the name of another
-    row, that row is `cat.jpg#2#2`. A row that repeats another one, name and content, gets its key.
+    A key of the source never collides with a generated one: if `cat.jpg#2` is the name of another
+    row, that row is `cat.jpg#2#2`. A row that repeats name and content of another gets its key.
     """
 
     def __init__(self) -> None:
@@ -236,11 +244,11 @@ class Keys:
         self._taken = set[str]()
 
     def __call__(self, name: str, content: Any) -> str:
-        """The key of a row by the name that it was given, or that its number makes."""
+        """Return the key of a row by its own name, or by the name that its number gives."""
         return self.find(name, content)[0]
 
     def of(self, row: Any, number: int, *names: str, content: Any) -> str:
-        """The key of row `number` by the first of these fields that names it, or by its number."""
+        """Return the key of row `number` by the first field that names it, or by its number."""
         given = row if isinstance(row, dict) else {}
         found = (given[name] for name in names if given.get(name) is not None)
         name = next(found, None)
@@ -249,7 +257,7 @@ class Keys:
         return self(f"row-{number:08d}", number)
 
     def find(self, name: str, content: Any) -> tuple[str, bool]:
-        """(key, whether such a row was there before)."""
+        """Return the key, and True if a row of this name and content was there before."""
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
         known = self._contents[name]
         if (key := known.get(digest[:8])) is not None:
@@ -262,13 +270,13 @@ class Keys:
 
 
 class Captions:
-    """Keys for captions of pictures; a caption that its picture has already is left out."""
+    """Keys for captions of images; a caption that its image already has is skipped."""
 
     def __init__(self) -> None:
         self._keys = Keys()
 
     def __call__(self, name: str, text: Any, make: Callable[[str], Sample]) -> Row:
-        """The row of a picture's caption; `make` gives its sample, with the key that it gets."""
+        """Return the row of an image's caption; `make` builds its sample from the key."""
         key, repeated = self._keys.find(name, text)
         if repeated and isinstance(text, str) and text.strip():
             return key, partial(leave_out, "captions that their picture has already")
@@ -276,24 +284,27 @@ class Captions:
 
 
 def leave_out(what: str) -> Sample:
-    """Raises LeftOut, with what is counted: what a row is that an importer has no use for."""
+    """Raise SkippedRow; `what` names the kind of row that the manifest counts."""
     raise SkippedRow(what)
 
 
 def texts(value: Any) -> list[Any]:
-    """The captions of a row: those of a list of texts, or the one; an empty list is an empty one."""
+    """Return the captions of a row: a list of texts, or the one; an empty list is a blank one."""
     if isinstance(value, list) and all(isinstance(text, str) for text in value):
         return value or [""]
     return [value]
 
 
 def caption(text: Any) -> str:
-    """A caption as it may be trained on: a text, not blank, without placeholders. Raises BadSample otherwise."""
+    """Return a caption, stripped.
+
+    Raises BadSample for other types, blank texts and placeholders.
+    """
     if not isinstance(text, str):
-        raise BadSample(Reason.BAD_ROW, f"the caption is {type(text).__name__}, and text is wanted")
+        raise BadSample(Reason.BAD_ROW, f"the caption is {type(text).__name__}; expected text")
     if PLACEHOLDER in text:
         raise BadSample(
-            Reason.PLACEHOLDERS, f"the caption holds {PLACEHOLDER!r}, which stands for an image"
+            Reason.PLACEHOLDERS, f"the caption holds {PLACEHOLDER!r}, the place of an image"
         )
     if not text.strip():
         raise BadSample(Reason.EMPTY_TEXT, "the caption is empty")
@@ -301,9 +312,12 @@ def caption(text: Any) -> str:
 
 
 def read_image(folder: str, name: Any) -> bytes:
-    """The file `name` inside `folder`. Raises BadSample for a path that leaves it, for no file and for a huge one."""
+    """Return the bytes of the file `name` inside `folder`.
+
+    Raises BadSample for a path out of the folder, for a missing file and for one of over MAX_BYTES.
+    """
     if not isinstance(name, str) or not name:
-        raise BadSample(Reason.BAD_ROW, f"{name!r} is no path of an image")
+        raise BadSample(Reason.BAD_ROW, f"{name!r} is not the path of an image")
     if address(name):
         raise BadSample(
             Reason.OUTSIDE,
@@ -328,7 +342,7 @@ def read_image(folder: str, name: Any) -> bytes:
 
 
 def _existing(fs: Any, root: str, name: str) -> str | None:
-    """The path of a file, whose letters may be composed (Linux) or decomposed (macOS) there."""
+    """Return the path of a file, in composed (Linux) or decomposed (macOS) Unicode form."""
     if fs.isfile(f"{root}/{name}"):
         return f"{root}/{name}"
     if name.isascii():
@@ -343,7 +357,7 @@ def _existing(fs: Any, root: str, name: str) -> str | None:
 
 
 def read_text(path: str) -> str:
-    """A source's table. Raises DataError when it is missing or not UTF-8."""
+    """Return the text of a table. Raises DataError if it is missing or not UTF-8."""
     fs, root = find_store(path)
     try:
         return bytes(fs.cat_file(root)).decode("utf-8-sig")
@@ -354,7 +368,7 @@ def read_text(path: str) -> str:
 
 
 def fingerprint(*content: str | bytes) -> str:
-    """sha256 (hex) of what an import depends on: a source that changed is not the same source."""
+    """Return the sha256 (hex) of all that an import depends on: it identifies the source."""
     digest = hashlib.sha256()
     for item in content:
         digest.update(item.encode() if isinstance(item, str) else item)
@@ -363,7 +377,7 @@ def fingerprint(*content: str | bytes) -> str:
 
 
 def shrink(data: bytes, side: int, *, max_pixels: int) -> bytes:
-    """The picture within side x side, RGB on white, as PNG or WebP (quality 90), whichever is smaller."""
+    """Return an image within side x side, RGB on white, as the smaller of PNG and WebP (90)."""
     image = decode(data, max_pixels=max_pixels)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     png, webp = io.BytesIO(), io.BytesIO()

@@ -1,4 +1,4 @@
-"""Some columns of an Arrow or Parquet file, a batch at a time: read forward, wherever it lies, never all in memory."""
+"""Reader of columns of an Arrow or Parquet file: forward, from any store, one batch in memory."""
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ BATCH_ROWS = 64  # of Parquet; Arrow's batches are as they were written
 BUFFER_BYTES = 1 << 20
 
 _PARQUET, _ARROW_FILE = b"PAR1", b"ARROW1"
-_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # what every writer puts behind the last batch of a stream
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # after the last batch of a stream, by every writer
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -42,7 +42,7 @@ def value_type(kind: pa.DataType) -> pa.DataType:
 
 
 class Columns:
-    """One file. Raises BadSample, on opening and on reading, where its bytes are not what the format says."""
+    """One file. Opening and reading raise BadSample for bytes that violate the format."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -65,11 +65,11 @@ class Columns:
             )
 
     def rows(self) -> int | None:
-        """How many there are, where the file says so at its end."""
+        """Return the number of rows, or None if the footer does not hold it."""
         return int(self._open_parquet().metadata.num_rows) if self._parquet else None
 
     def batches(self, names: Sequence[str], first: int = 0) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """(row number of its first row, batch) of the columns `names`, from the batch that holds row `first` on."""
+        """Yield (number of its first row, batch) of the columns `names`, from row `first` on."""
         start = 0
         try:
             for start, batch in (
@@ -82,7 +82,7 @@ class Columns:
         if not self._parquet and self._tail() != _ARROW_END and not self._is_arrow_file():
             raise BadSample(
                 Reason.TRUNCATED,
-                f"{self.path} ends without the mark that stands behind the last batch",
+                f"{self.path} ends without the mark that follows the last batch",
             )
 
     def _parquet_batches(
@@ -116,7 +116,10 @@ class Columns:
             start += len(batch)
 
     def _check_messages(self) -> None:
-        """Refuse messages that unpack to too much. What cannot be read here fails later, with an error."""
+        """Refuse messages that unpack to too much.
+
+        What cannot be read here fails later, with an error.
+        """
         with suppress(pa.ArrowException, OSError, struct.error), self._open() as file:
             file.seek(len(_ARROW_FILE) + 2 if self._is_arrow_file() else 0)
             check_messages(file)
@@ -149,7 +152,7 @@ class Columns:
         return bytes(self._fs.cat_file(self._root, max(0, self.size - len(_ARROW_END)), self.size))
 
     def _broken(self, error: Exception) -> Exception:
-        """`error` as the flaw of this file; a file system's own error, such as no permission, stays what it is."""
+        """Return `error` as a flaw of this file; a file system's own error is unchanged."""
         if isinstance(error, OSError) and type(error) is not OSError:
             return error
         begin = bytes(self._fs.cat_file(self._root, 0, 12))
@@ -162,7 +165,7 @@ class Columns:
 
 
 def _decode_names(fields: Iterable[pa.Field]) -> None:
-    """Raises UnicodeDecodeError for a name that is not UTF-8, of a field at any depth: others would trip over it."""
+    """Raise UnicodeDecodeError for a field name, at any depth, that is not UTF-8."""
     for field in fields:
         str(field.name)
         if pa.types.is_struct(field.type):
@@ -172,7 +175,7 @@ def _decode_names(fields: Iterable[pa.Field]) -> None:
 
 
 class Cursor:
-    """Rows of a file by number. Cheap where the next one lies behind the last."""
+    """Rows of a file by number; cheap in ascending order."""
 
     def __init__(self, path: str, names: Sequence[str]) -> None:
         self._columns, self._names = Columns(path), names

@@ -1,6 +1,7 @@
-"""Open Clip Art: Debian's openclipart-png beside openclipart-svg. Public domain; titles from the SVGs' metadata.
+"""Open Clip Art: Debian's openclipart-png next to openclipart-svg, in the public domain.
 
-SOURCE is the folder that holds `png/` and `svg/`. Where a title names a series, the name of the file takes its place.
+SOURCE is the folder that holds `png/` and `svg/`. Titles are those of the SVGs' metadata; if a
+title names a series, the name of the file is used instead.
 """
 
 import json
@@ -35,7 +36,7 @@ from bridgework.storage import find_store
 LICENSE = "public domain"
 MAX_PIXELS = 41_000_000  # a handful have 100 to 600 million pixels, for a drawing
 MAX_SIDE = 16_383  # a WebP has no more pixels a side
-SERIES_ROWS = 7  # a title that stands on so many pictures names their series
+SERIES_ROWS = 7  # a title of so many images names their series
 
 _NO_TITLE = re.compile(
     r"clip ?art|icon ?set|icons|collection|symbol_signs|s[iu]bmission|@|architetto|openclipart|theme"
@@ -45,20 +46,20 @@ _NO_TITLE = re.compile(
 
 
 class Card(NamedTuple):
-    """What an SVG says of itself."""
+    """Metadata of an SVG."""
 
     title: str
     creator: str
     license: str
-    whole: bool  # False when the drawing shows an image file that was never packaged
+    complete: bool  # False if the drawing shows an image file that was never packaged
 
 
 @config_class
 class ClipartImporter(Importer):
-    """Import the pictures under SOURCE/png as pairs, shrunk to fit `side` x `side` pixels, on white.
+    """Import the images under SOURCE/png as pairs, shrunk to `side` x `side` pixels, on white.
 
-    `skip` are globs of paths such as `computer/icons/*` that are no rows at all. A picture whose SVG does not say that
-    it is in the public domain is put aside.
+    `skip` are globs of paths that are not listed, e.g. `computer/icons/*`. An image whose SVG does
+    not declare the public domain is quarantined.
     """
 
     side: int = 128
@@ -69,7 +70,8 @@ class ClipartImporter(Importer):
     def __post_init__(self) -> None:
         if not 1 <= self.side <= MAX_SIDE:
             raise DataError(
-                f"side={self.side}: a picture is shrunk to fit 1 to {MAX_SIDE} pixels a side; give such a number"
+                f"side={self.side}: images are shrunk to 1 to {MAX_SIDE} pixels a side. "
+                "Fix: give such a number"
             )
 
     def list_rows(self, source: str) -> Listing:
@@ -82,7 +84,9 @@ class ClipartImporter(Importer):
         names = sorted(n for n in pictures if not any(fnmatchcase(n, glob) for glob in self.skip))
         if not names:
             raise DataError(
-                f"{source}/png holds no pictures; SOURCE is the folder with png/ and svg/, both of one release"
+                f"{source}/png holds no images. Fix: give the folder with png/ and svg/, both of "
+                "one "
+                "release"
             )
         return Listing(
             partial(_rows, source, names, self.side),
@@ -107,7 +111,7 @@ def _rows(source: str, names: list[str], side: int) -> Iterator[Row]:
 
 
 def _card(source: str, name: str) -> Card | None:
-    """None without a readable SVG."""
+    """Return the metadata of an image, or None without a readable SVG."""
     try:
         tree = ElementTree.fromstring(
             read_image(f"{source}/svg", name.removesuffix(".png") + ".svg")
@@ -132,15 +136,15 @@ def _card(source: str, name: str) -> Card | None:
         work.findtext("{*}title") or "",
         work.findtext("{*}creator/{*}Agent/{*}title") or "",
     )
-    shown = [
+    references = [
         value
         for image in tree.iter()
         if _is(image, "image")
         for k, value in image.items()
         if k.endswith("href")
     ]
-    whole = all(value.startswith("data:") for value in shown)
-    return Card(" ".join(unescape(unescape(title)).split()), creator.strip(), resource, whole)
+    complete = all(value.startswith("data:") for value in references)
+    return Card(" ".join(unescape(unescape(title)).split()), creator.strip(), resource, complete)
 
 
 def _is(element: ElementTree.Element, name: str) -> bool:
@@ -153,7 +157,7 @@ def _sample(source: str, name: str, card: Card | None, series: bool, side: int) 
             Reason.LICENSE,
             f"its SVG gives {card.license if card else None!r}, not the public domain",
         )
-    if not card.whole:
+    if not card.complete:
         raise BadSample(Reason.MISSING_IMAGE, "the drawing shows an image that was never packaged")
     title = name.rpartition("/")[2].removesuffix(".png") if series else card.title
     image = shrink(read_image(f"{source}/png", name), side, max_pixels=MAX_PIXELS)
@@ -169,7 +173,7 @@ def _sample(source: str, name: str, card: Card | None, series: bool, side: int) 
 
 
 def plain(title: str) -> str:
-    """A title or a file's name as words: lower case, without numbers, marks of color and punctuation around it."""
+    """Return a title or file name in lower case, without numbers, color marks and punctuation."""
     text = re.sub(r"[_-]", " ", title.lower())
     text = re.sub(r"\(b and w\)|\bb w\b|^contour |[0-9]+", " ", text)
     return " ".join(text.split()).strip(" .,!#?()")

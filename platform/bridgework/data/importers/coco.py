@@ -1,8 +1,8 @@
-"""COCO (Lin et al. 2014, arXiv:1405.0312; captions: Chen et al. 2015, arXiv:1504.00325): captions, boxes, or both.
+"""COCO (Lin et al. 2014, arXiv:1405.0312; captions: Chen et al. 2015, arXiv:1504.00325).
 
-captions_*.json    a caption a row; with `instances`, each knows the boxes of its image
-instances_*.json   an image a row, with its boxes and no text
-both in one file   a caption a row, with the boxes of its image; an image without one as above
+captions_*.json    one row per caption; with `instances`, with the boxes of its image
+instances_*.json   one row per image, with its boxes and without a text
+both in one file   one row per caption, with the boxes of its image; an image without one as above
 """
 
 from collections import defaultdict
@@ -34,16 +34,16 @@ from bridgework.errors import DataError
 
 
 class Mark(NamedTuple):
-    """A mark in an image; nothing of it is checked yet."""
+    """A marked region of an image, not validated yet."""
 
     name: str | None  # of its category
     bbox: Any  # [left, top, width, height] in pixels
-    crowd: bool  # it is around a group, and no single object
+    crowd: bool  # around a group, not a single object
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What the files say of one image; nothing of it is checked yet."""
+    """The entries of the files for one image, not validated yet."""
 
     key: str
     file: Any
@@ -59,10 +59,10 @@ class CocoImporter(Importer):
 
     The images are in the folder `images`, by default the file's own.
 
-    The second caption of an image gets the key `IMAGE_ID#2`; one that its image has already is left
-    out and counted. `instances`, a file next to one of captions, gives boxes and labels to its rows.
-    Boxes around a crowd are dropped and counted in the row's provenance. A row's license is that of
-    its image, where the file says it.
+    The second caption of an image gets the key `IMAGE_ID#2`; a caption that its image already has
+    is left out and counted. `instances` is a file whose boxes and labels are added to the rows of a
+    file of captions. Boxes around a crowd are dropped and counted in the row's provenance. A row
+    has the license of its image, if the file has one.
     """
 
     images: str | None = None
@@ -124,7 +124,7 @@ def _captions(
     pictures: Mapping[str | int, Picture],
     folder: str,
 ) -> Iterator[Row]:
-    """A row for each caption, and one for each image that has boxes alone in the file itself."""
+    """Yield a row per caption, and one per image that has boxes only, in the file itself."""
     captions, seen = Captions(), set[str]()
     for number, note in enumerate(notes):
         if not _is_caption(note) and _is_mark(note):
@@ -157,20 +157,20 @@ def _refused(why: str) -> Sample:
 
 def _captioned(picture: Picture, text: Any, folder: str, key: str) -> Sample:
     data = read_image(folder, picture.file)
-    return pair(key, data, caption(text), **_told(picture, data))
+    return pair(key, data, caption(text), **_annotations(picture, data))
 
 
 def _pictured(picture: Picture, folder: str, key: str) -> Sample:
     data = read_image(folder, picture.file)
-    return Sample(key, (data,), (Part("caption", image=0),), **_told(picture, data))
+    return Sample(key, (data,), (Part("caption", image=0),), **_annotations(picture, data))
 
 
-def _told(picture: Picture, data: bytes) -> dict[str, Any]:
-    """What a row knows besides image and text."""
+def _annotations(picture: Picture, data: bytes) -> dict[str, Any]:
+    """Return the fields of a row other than image and text."""
     single = [mark for mark in picture.marks if not mark.crowd]
     boxes = _boxes(picture, single, data) if picture.marks else ()
     dropped = {"boxes": len(single) - len(boxes), "crowds": len(picture.marks) - len(single)}
-    counts = {f"dropped.{what}": str(count) for what, count in dropped.items() if count}
+    counts = {f"dropped.{kind}": str(count) for kind, count in dropped.items() if count}
     return {
         "labels": tuple(dict.fromkeys(str(mark.name) for mark in picture.marks)),
         "boxes": boxes,
@@ -180,7 +180,7 @@ def _told(picture: Picture, data: bytes) -> dict[str, Any]:
 
 
 def _boxes(picture: Picture, marks: list[Mark], data: bytes) -> tuple[Box, ...]:
-    """The boxes clamped to the image, without those that have no area there."""
+    """Return the boxes clamped to the image, without those that have no area there."""
     sides = _side(picture.width), _side(picture.height)
     if sides[0] is None or sides[1] is None:
         raise BadSample(
@@ -205,7 +205,7 @@ def _boxes(picture: Picture, marks: list[Mark], data: bytes) -> tuple[Box, ...]:
 
 
 def _side(value: Any) -> float | None:
-    """Pixels of a side, which may be written as a number or as its digits; None for anything else."""
+    """Return the pixels of a side, written as a number or as its digits; None for anything else."""
     try:
         side = (
             float(value)
@@ -218,7 +218,7 @@ def _side(value: Any) -> float | None:
 
 
 def _corners(bbox: Any, width: float, height: float) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom as shares of the image, in [0, 1]."""
+    """Return left, top, right, bottom as fractions of the image, in [0, 1]."""
     numbers = (
         bbox
         if isinstance(bbox, list) and all(isinstance(value, int | float) for value in bbox)
@@ -240,7 +240,7 @@ def _corners(bbox: Any, width: float, height: float) -> tuple[float, float, floa
 def _pictures(
     given: Any, source: str, marks: Mapping[str | None, list[Mark]]
 ) -> dict[str | int, Picture]:
-    """By id; an entry without one, or with that of another, by its number."""
+    """Return the images by id; an entry without one, or with that of another, by its number."""
     licenses, pictures = _names(given.get("licenses")), dict[str | int, Picture]()
     for number, entry in enumerate(listed(given, "images", source)):
         image = _id(entry, "id")
@@ -257,7 +257,7 @@ def _pictures(
 
 
 def _marks(given: Any, notes: list[Any]) -> dict[str | None, list[Mark]]:
-    """What is marked in each image, by its id; under None, what belongs to none."""
+    """Return the marks by the id of their image; under None, those without an image."""
     names, marks = _names(given.get("categories")), defaultdict[str | None, list[Mark]](list)
     for note in notes:
         fields = note if isinstance(note, dict) else {}
@@ -275,7 +275,7 @@ def _is_crowd(note: Mapping[str, Any]) -> bool:
 
 
 def _names(entries: Any) -> dict[str, str]:
-    """The names of categories or licenses, by their ids."""
+    """Return the names of categories or licenses, by their ids."""
     given = entries if isinstance(entries, list) else []
     found = {
         _id(e, "id"): e["name"]
@@ -286,7 +286,7 @@ def _names(entries: Any) -> dict[str, str]:
 
 
 def _id(entry: Any, name: str) -> str | None:
-    """An id as a text: of an integer its digits, in whatever form it is written. None where there is no id."""
+    """Return an id as a text; an integer by its digits, in any notation. None if there is no id."""
     value = entry.get(name) if isinstance(entry, dict) else None
     if isinstance(value, float) and value.is_integer():
         value = int(value)

@@ -1,6 +1,7 @@
-"""Emoji drawings: the npm packages emoji-datasource-twitter and emoji-datasource-google, as a .tgz or a folder.
+"""Emoji drawings: npm's emoji-datasource-twitter and emoji-datasource-google, a .tgz or a folder.
 
-The same concept in two artists' styles, with names and categories; Apple's and Facebook's have no license to copy.
+They show the same concepts in two artists' styles, with names and categories. Apple's and
+Facebook's drawings must not be copied.
 """
 
 import json
@@ -20,7 +21,7 @@ from bridgework.storage import find_store
 
 LICENSES = {"twitter": "CC-BY-4.0", "google": "Apache-2.0"}
 
-# The members that are read; all others, links among them, are passed over, and nothing is unpacked to disk.
+# The members that are read; all others, including links, are ignored. Nothing is unpacked to disk.
 _MEMBER = re.compile(r"(?:^|/)(emoji\.json|img/([a-z]+)/64/[0-9a-f-]+\.png)$")
 MAX_DRAWING, MAX_TABLE, MAX_PACKAGE = (
     1 << 20,
@@ -31,7 +32,7 @@ MAX_DRAWING, MAX_TABLE, MAX_PACKAGE = (
 
 @config_class
 class EmojiImporter(Importer):
-    """Import every emoji of a package, without skin tones, as a pair: its 64-pixel drawing and its name.
+    """Import every emoji of a package, without skin tones: its 64-pixel drawing and its name.
 
     Rows carry the category and subcategory as labels, and the code point in their provenance.
     """
@@ -50,7 +51,10 @@ class EmojiImporter(Importer):
 
 
 def _files(source: str) -> dict[str, bytes]:
-    """The content of the members by name. Raises DataError for what is no such package, or is larger than one is."""
+    """Return the members by name.
+
+    Raises DataError for another kind of file, and for a larger one.
+    """
     fs, root = find_store(source)
     if fs.isdir(root):
         sizes = {str(path): int(info["size"]) for path, info in fs.find(root, detail=True).items()}
@@ -64,7 +68,7 @@ def _files(source: str) -> dict[str, bytes]:
             )
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         raise DataError(
-            f"{source} is neither a folder nor a whole .tgz of an emoji package: {error}"
+            f"{source} is neither a folder nor a complete .tgz of an emoji package: {error}"
         ) from None
 
 
@@ -78,7 +82,8 @@ def _held(source: str, found: Iterable[tuple[str, int, Callable[[], bytes]]]) ->
         room -= size
         if size > (MAX_DRAWING if match[2] else MAX_TABLE) or room < 0:
             raise DataError(
-                f"{source}: {match[1]} has {size:,} bytes; a drawing may have {MAX_DRAWING:,}, emoji.json "
+                f"{source}: {match[1]} has {size:,} bytes; a drawing may have {MAX_DRAWING:,}, "
+                "emoji.json "
                 f"{MAX_TABLE:,}, all together {MAX_PACKAGE:,}: is it an emoji package?"
             )
         files[match[1]] = bytes(read())

@@ -1,12 +1,10 @@
-"""Rows of a source in chunks: each is read, checked and written on its own, and none that is whole is done again.
+"""Imports in chunks: each chunk of rows is read, validated and written once, and becomes a shard.
 
-<folder>/shard-00003.parquet    the good rows of chunk 3, one shard of the dataset to be
-<folder>/shard-00003.json       what became of each of its rows; written last
+DEST.part/<address>/shard-00003.parquet    the good rows of chunk 3, a shard of the dataset
+DEST.part/<address>/shard-00003.json       the result for each of its rows; written last
 
-One import, from its first chunk to the dataset: what lies half done beside it, and how it becomes whole.
-
-DEST.part/<address>/ holds the chunks. The address names the source, the importer and its parameters, so that another
-import never takes them for its own; a changed source has another address.
+The address identifies the source, the importer and its parameters, so that no other import takes
+the chunks for its own; a changed source has another address.
 """
 
 import hashlib
@@ -48,15 +46,17 @@ from bridgework.errors import DataError
 from bridgework.storage import find_store
 
 CHUNK_ROWS = 4096  # of the source: some 200 MB of photographs
+_UNWRITABLE = (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError)
 HASH_DIGITS = 32  # of a key, in hex: among 10^10 keys two agree once in 10^18 imports
 
-Row = tuple[
-    str, Callable[[], Sample]
-]  # a key, and what makes the sample, or raises BadSample or LeftOut
+ADDRESS = re.compile("[0-9a-f]{16}")  # of unfinished imports; anything else in DEST.part stays
+
+# A key, and a function that reads the sample, or raises BadSample or SkippedRow.
+Row = tuple[str, Callable[[], Sample]]
 
 
 class Chunk(NamedTuple):
-    """Neighbors in the source, from its row `first` on."""
+    """Consecutive rows of the source, from row `first` on."""
 
     number: int
     first: int
@@ -75,7 +75,7 @@ class RejectedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What became of the rows of a chunk."""
+    """The result for every row of a chunk."""
 
     number: int
     first: int
@@ -88,51 +88,60 @@ class ChunkResult:
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
-        """Raises ValueError, KeyError or TypeError for half a file."""
+        """Read a result. Raises ValueError, KeyError or TypeError for an incomplete file."""
         fields = json.loads(text)
         shard = None if fields["shard"] is None else Shard(**fields["shard"])
-        bad, left_out = (
-            tuple(RejectedRow(*bad) for bad in fields["bad"]),
-            tuple((row, why) for row, why in fields["left_out"]),
-        )
+        bad = tuple(RejectedRow(*bad) for bad in fields["bad"])
+        left_out = tuple((row, why) for row, why in fields["left_out"])
         return cls(**{**fields, "shard": shard, "bad": bad, "left_out": left_out})
 
 
 def chunks(rows: Iterable[Row], size: int) -> Iterator[Chunk]:
-    """The rows of a source, `size` at a time."""
-    rest = iter(rows)
+    """Yield the rows of a source in chunks of `size`."""
+    iterator = iter(rows)
     for number in count():
-        taken = tuple(islice(rest, size))
-        if not taken:
+        chunk = tuple(islice(iterator, size))
+        if not chunk:
             return
-        yield Chunk(number, number * size, taken)
+        yield Chunk(number, number * size, chunk)
 
 
 @dataclass(frozen=True)
 class ChunkStore:
-    """The folder where chunks are made, and the one to which their shards go at last."""
+    """The folder where chunks are written, and the one to which their shards are moved."""
 
     folder: str
     dest: str
 
     def make(self, chunk: Chunk) -> None:
-        """Read, check and write the rows of a chunk. An error that is not one row's own leaves the chunk undone."""
-        found = _Found({}, [], [])
-        shard = self._write(chunk.number, _complete(chunk, found))
-        told = ("".join(found.keys), tuple(found.bad), tuple(found.left_out))
+        """Read, validate and write the rows of a chunk.
+
+        An error that does not belong to one row leaves the chunk without a result.
+        """
+        outcome = _Outcome({}, [], [])
+        shard = self._write(chunk.number, _good_samples(chunk, outcome))
         self._record(
-            ChunkResult(chunk.number, chunk.first, len(chunk.rows), _asked(chunk), shard, *told)
+            ChunkResult(
+                chunk.number,
+                chunk.first,
+                len(chunk.rows),
+                _keys_digest(chunk),
+                shard,
+                "".join(outcome.keys),
+                tuple(outcome.bad),
+                tuple(outcome.left_out),
+            )
         )
 
     def holds(self, chunk: Chunk) -> bool:
-        """Whether this very chunk is done, and its shard lies there as it was written."""
+        """Return True if this very chunk is complete, with its shard as it was written."""
         done = self.done(chunk.number)
-        if done is None or done.asked != _asked(chunk):
+        if done is None or done.asked != _keys_digest(chunk):
             return False
         return done.shard is None or _sha256(*self._find(done.shard.file)) == done.shard.sha256
 
     def done(self, number: int) -> ChunkResult | None:
-        """What became of a chunk; None where nothing or half of it is known."""
+        """Return the result of a chunk, or None if it is missing or incomplete."""
         fs, folder = find_store(self.folder)
         try:
             return ChunkResult.from_json(fs.cat_file(f"{folder}/shard-{number:05d}.json"))
@@ -140,27 +149,26 @@ class ChunkStore:
             return None
 
     def without(self, done: ChunkResult, repeated: list[bool]) -> ChunkResult:
-        """The same chunk without those rows of its shard that are `repeated`: they are bad. Changes the files too."""
+        """Rewrite a chunk without the `repeated` rows of its shard, which are bad.
+
+        Returns its new result.
+        """
         if done.shard is None or not any(repeated):
             return done
         missing = {bad.row for bad in done.bad} | {row for row, _ in done.left_out}
         rows = [row for row in range(done.first, done.first + done.rows) if row not in missing]
         file, bad = done.shard.file, list(done.bad)
 
-        def kept() -> Iterator[Sample]:
-            for row, sample, again in zip(
-                rows, read_shard(*self._find(file)), repeated, strict=True
-            ):
+        def first_ones() -> Iterator[Sample]:
+            samples = read_shard(*self._find(file))
+            for row, sample, again in zip(rows, samples, repeated, strict=True):
                 if again:
-                    bad.append(
-                        RejectedRow(
-                            row, sample.key, Reason.DUPLICATE_KEY, f"{sample.key!r} stood before"
-                        )
-                    )
+                    detail = f"{sample.key!r} occurs before"
+                    bad.append(RejectedRow(row, sample.key, Reason.DUPLICATE_KEY, detail))
                 else:
                     yield sample
 
-        shard = self._write(done.number, kept())
+        shard = self._write(done.number, first_ones())
         places = range(0, len(done.keys), HASH_DIGITS)
         keys = "".join(
             done.keys[p : p + HASH_DIGITS]
@@ -172,13 +180,13 @@ class ChunkStore:
         return less
 
     def forget(self, done: Iterable[ChunkResult]) -> None:
-        """Chunks to do again."""
+        """Delete the results of chunks, so that the next import reads them again."""
         fs, folder = find_store(self.folder)
         for one in done:
             fs.rm(f"{folder}/shard-{one.number:05d}.json")
 
     def _find(self, file: str) -> tuple[fsspec.AbstractFileSystem, str]:
-        """A shard: among the others, or moved already."""
+        """Return the place of a shard, which may be at the destination already."""
         fs, folder = find_store(self.folder)
         moved = f"{find_store(self.dest)[1]}/{file}"
         return fs, moved if fs.exists(moved) and not fs.exists(
@@ -186,21 +194,19 @@ class ChunkStore:
         ) else f"{folder}/{file}"
 
     def _write(self, number: int, samples: Iterator[Sample]) -> Shard | None:
-        head = next(samples, None)
-        if head is None:
+        first = next(samples, None)
+        if first is None:
             return None
         fs, folder = find_store(self.folder)
         fs.makedirs(folder, exist_ok=True)
         name = f"shard-{number:05d}.parquet"
-        begun = (
-            f"{folder}/{name}-{uuid4().hex[:8]}"  # two that make one chunk never write to one file
-        )
+        temporary = f"{folder}/{name}-{uuid4().hex[:8]}"  # two writers of a chunk share no file
         try:
-            shard = write_shard(fs, begun, chain([head], samples), GROUP_ROWS)
-            fs.mv(begun, f"{folder}/{name}")
+            shard = write_shard(fs, temporary, chain([first], samples), GROUP_ROWS)
+            fs.mv(temporary, f"{folder}/{name}")
         finally:
-            if fs.exists(begun):
-                fs.rm(begun)
+            if fs.exists(temporary):
+                fs.rm(temporary)
         return replace(shard, file=name)
 
     def _record(self, done: ChunkResult) -> None:
@@ -209,37 +215,37 @@ class ChunkStore:
         fs.pipe_file(f"{folder}/shard-{done.number:05d}.json", json.dumps(asdict(done)).encode())
 
 
-class _Found(NamedTuple):
-    """What becomes known of a chunk while its samples are written."""
+class _Outcome(NamedTuple):
+    """Keys and rejected rows of a chunk, collected while its samples are written."""
 
     keys: dict[str, None]  # hashes, of the good ones
     bad: list[RejectedRow]
     left_out: list[tuple[int, str]]
 
 
-def _complete(chunk: Chunk, found: _Found) -> Iterator[Sample]:
-    """The good samples of a chunk; what becomes of every row goes to `found`."""
+def _good_samples(chunk: Chunk, outcome: _Outcome) -> Iterator[Sample]:
+    """Yield the good samples of a chunk; the result of every row goes to `outcome`."""
     for row, (key, read) in enumerate(chunk.rows, chunk.first):
         try:
             sample = read()
             _check(sample)
             name = hashlib.sha256(sample.key.encode()).hexdigest()[:HASH_DIGITS]
-            if name in found.keys:
-                raise BadSample(Reason.DUPLICATE_KEY, f"{sample.key!r} stood before")
+            if name in outcome.keys:
+                raise BadSample(Reason.DUPLICATE_KEY, f"{sample.key!r} occurs before")
         except BadSample as error:
             lost_file = isinstance(error, UnreadableFile)
-            found.bad.append(
+            outcome.bad.append(
                 RejectedRow(row, _writable(key), error.reason, _writable(error.detail), lost_file)
             )
         except SkippedRow as why:
-            found.left_out.append((row, str(why)))
+            outcome.left_out.append((row, str(why)))
         else:
-            found.keys[name] = None
+            outcome.keys[name] = None
             yield sample
 
 
 def _check(sample: Sample) -> None:
-    """Raises BadSample for images that cannot be decoded, and for what no row of a shard can hold."""
+    """Raise BadSample for images that cannot be decoded, and for values that no shard can hold."""
     if (size := sum(map(len, sample.images))) > MAX_BYTES:
         raise BadSample(
             Reason.TOO_MANY_BYTES, f"the images have {size} bytes; a sample has at most {MAX_BYTES}"
@@ -248,30 +254,24 @@ def _check(sample: Sample) -> None:
         decode(image)
     try:
         pa.RecordBatch.from_pylist([to_row(sample) | {"images": []}], SCHEMA)
-    except (
-        pa.ArrowException,
-        TypeError,
-        ValueError,
-        OverflowError,
-        AttributeError,
-    ) as error:  # half a surrogate, ..
+    except _UNWRITABLE as error:
         raise BadSample(
             Reason.BAD_ROW, f"it does not fit the columns of a shard: {error}"
         ) from None
 
 
 def _writable(text: str) -> str:
-    """`text` as UTF-8 can hold it: a file may be named by any bytes."""
+    """Return `text` as UTF-8 can hold it, because the name of a file may be any bytes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _asked(chunk: Chunk) -> str:
+def _keys_digest(chunk: Chunk) -> str:
     keys = json.dumps([chunk.first, *(key for key, _ in chunk.rows)])
     return hashlib.sha256(keys.encode()).hexdigest()
 
 
 def _sha256(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
-    """None where there is no file."""
+    """Return the sha256 (hex) of a file, or None if there is none."""
     if not fs.exists(path):
         return None
     digest = hashlib.sha256()
@@ -281,14 +281,9 @@ def _sha256(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
     return digest.hexdigest()
 
 
-ADDRESS = re.compile(
-    "[0-9a-f]{16}"
-)  # names of what is half done: what else lies there is not ours to drop
-
-
 @dataclass(frozen=True)
 class ImportJob:
-    """What every try at one import knows."""
+    """One import, the same for every attempt: its source, its destination and its parameters."""
 
     source: str
     dest: str
@@ -299,8 +294,8 @@ class ImportJob:
 
     @property
     def store(self) -> ChunkStore:
-        """Where its chunks are made."""
-        told = [
+        """Return the store of its chunks."""
+        identity = [
             self.source,
             self.made_by,
             self.parameters,
@@ -308,24 +303,28 @@ class ImportJob:
             GROUP_ROWS,
             __version__,
         ]
-        address = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        address = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         return ChunkStore(f"{self.dest}.part/{address}", self.dest)
 
     @classmethod
-    def begin(cls, source: str, dest: str, **told: Any) -> Self:
-        """Drops what lies half done of other imports to `dest`. Raises DataError where there is something else."""
+    def begin(cls, source: str, dest: str, **fields: Any) -> Self:
+        """Start or resume an import; unfinished ones of others to `dest` are removed.
+
+        Raises DataError if `dest` holds anything else.
+        """
         refuse_occupied(dest)
-        job = cls(source, dest.rstrip("/"), **told)
+        job = cls(source, dest.rstrip("/"), **fields)
         remove_stale(dest, but=job.store.folder)
         return job
 
     def finish(self, count: int, quarantine: Quarantine, files: int) -> Manifest:
-        """The dataset of `count` chunks, in order; bad rows, and later ones of equal key, go to `quarantine`.
+        """Publish `count` chunks in order; bad rows and later ones of equal key are quarantined.
 
-        Raises DataError for no good row, and for more bad rows, or lost ones of `files`, than `quarantine` allows: then
-        the chunks that hold them are forgotten, so that a mended source is read again.
+        Raises DataError if no row is good, and for more bad rows or unreadable `files` than
+        `quarantine` allows. The chunks that hold them are then read again by the next attempt, so
+        that it sees a repaired source.
         """
-        done = self._without_repetitions([self._done(number) for number in range(count)])
+        done = self._without_duplicates([self._done(number) for number in range(count)])
         clear(quarantine.folder)
         for bad in chain.from_iterable(one.bad for one in done):
             error = BadSample(Reason(bad.reason), bad.detail)
@@ -339,9 +338,9 @@ class ImportJob:
             quarantine.check(sum(one.rows for one in done))
             self._check_files(done, quarantine, files)
             if not shards:
-                counts = [f"left out: {number} {what}" for what, number in left_out.items()]
+                counts = [f"left out: {number} {kind}" for kind, number in left_out.items()]
                 counts += [f"{quarantine}; read {quarantine.folder}"] if len(quarantine) else []
-                why = "".join(f"; {what}" for what in counts)
+                why = "".join(f"; {text}" for text in counts)
                 raise DataError(
                     f"{self.source}: no samples came out of it, so {self.dest} is not written{why}"
                 )
@@ -368,22 +367,23 @@ class ImportJob:
         lost = [bad.detail for one in done for bad in one.bad if bad.lost_file]
         if len(lost) > quarantine.limit * files:
             raise DataError(
-                f"{len(lost)} of {files} files cannot be read to their end, and how many rows they held is not known: "
-                f"{lost[0]}; {quarantine.limit:.2%} of files is allowed; read {quarantine.folder}, then fetch them "
-                "again or allow a larger share with max_bad"
+                f"{len(lost)} of {files} files cannot be read to their end, and the number "
+                f"of their rows is unknown: {lost[0]}; {quarantine.limit:.2%} of files is allowed; "
+                f"read {quarantine.folder}, then fetch them again or allow more with max_bad"
             )
 
     def _done(self, number: int) -> ChunkResult:
         done = self.store.done(number)
         if done is None:
             raise DataError(
-                f"{self.dest}.part lacks chunk {number}: it was deleted, or lies on the disk of another machine; "
-                "give a DEST that all machines see, and run the same import again"
+                f"{self.dest}.part lacks chunk {number}: it was deleted, or is on the disk of "
+                "another machine. Fix: give a DEST that all machines see, and run the same import "
+                "again"
             )
         return done
 
-    def _without_repetitions(self, done: Sequence[ChunkResult]) -> list[ChunkResult]:
-        """No key stands in two chunks: the row that comes first in the source stays."""
+    def _without_duplicates(self, done: Sequence[ChunkResult]) -> list[ChunkResult]:
+        """Return the chunks without keys of earlier ones: the first row with a key stays."""
         if not any(one.keys for one in done):
             return list(done)
         names = np.frombuffer(
@@ -405,13 +405,13 @@ class ImportJob:
 
 
 def remove_stale(dest: str, *, but: str = "") -> None:
-    """Drop what lies half done beside `dest`, `but` for one folder."""
+    """Remove the unfinished imports to `dest`, except the folder `but`."""
     fs, part = find_store(f"{dest.rstrip('/')}.part")
     if not fs.isdir(part):
         return
-    kept = but.rsplit("/", 1)[-1]
+    current = but.rsplit("/", 1)[-1]
     for name in (str(path).rstrip("/").rsplit("/", 1)[1] for path in fs.ls(part, detail=False)):
-        if ADDRESS.fullmatch(name) and name != kept:
+        if ADDRESS.fullmatch(name) and name != current:
             fs.rm(f"{part}/{name}", recursive=True)
     if fs.isdir(part) and not fs.ls(part, detail=False):  # a store of objects has no empty folders
         fs.rmdir(part)

@@ -28,17 +28,17 @@ from bridgework.data.samples import Sample, pair
 
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
 
-Make = Callable[[str, Any, Any], Sample]  # of a key, the name of a file, and its caption
+Make = Callable[[str, Any, Any], Sample]  # from a key, the name of a file, and its caption
 
 
 @config_class
 class FolderImporter(Importer):
     """Import the pairs under the folder SOURCE.
 
-    `table` is a .csv, .tsv, .json (a list) or .jsonl file in it, whose columns `image` and `text` hold a path and a
-    caption, or a list of captions; the second caption of one image gets the key `PATH#2`. Without a table, `cat.txt`
-    describes `cat.jpg`, and all other files are left out and counted. Raises DataError for a table that is none of
-    these, or has no such column.
+    `table` is a .csv, .tsv, .json (a list) or .jsonl file in it, whose columns `image` and `text`
+    hold a path and a caption, or a list of captions. The second caption of one image gets the key
+    `PATH#2`. Without a table, `cat.txt` describes `cat.jpg`, and all other files are left out and
+    counted. A table of another kind, or without such a column, is an error.
     """
 
     table: str | None = None
@@ -62,15 +62,15 @@ def _sample(source: str, key: str, name: Any, text: Any) -> Sample:
     return pair(key, read_image(source, name), caption(text))
 
 
-# --- what it shares with `video` ---------------------------------------------------------------------------
+# --- shared with `video` ------------------------------------------------------------------------
 
 
 def described(
     source: str, names: Sequence[tuple[str, int]], endings: tuple[str, ...], make: Make
 ) -> Iterator[Row]:
-    """The rows of files with these endings, each with the text file next to it.
+    """Yield the rows of files with these endings, each described by the text file next to it.
 
-    After them come all other files, as rows that are left out, by kind.
+    All other files follow, as rows that are left out, by kind.
     """
     known = {name for name, _ in names}
     near = {_stem(name): name for name in sorted(known) if name.lower().endswith(".txt")}
@@ -87,7 +87,7 @@ def described(
 
 
 def _stem(name: str) -> str:
-    """The path without its ending, in the one form in which letters are composed."""
+    """Return the path without its ending, in composed Unicode form."""
     return normalize("NFC", str(PurePosixPath(name).with_suffix("")))
 
 
@@ -107,22 +107,22 @@ def _described(source: str, name: str, text: str | None, make: Make) -> Sample:
             f"there is no {PurePosixPath(name).with_suffix('.txt')} to describe it",
         )
     try:
-        said = read_image(source, text).decode("utf-8-sig")
+        caption = read_image(source, text).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadSample(Reason.BAD_ROW, f"{text} is not UTF-8 text: {error}") from None
-    return make(name, name, said)
+    return make(name, name, caption)
 
 
 def listed(table: Sequence[Any], path: str, text: str, make: Make) -> Iterator[Row]:
-    """The rows of a table whose columns `path` and `text` hold a file's path and its captions."""
+    """Yield the rows of a table with columns of paths (`path`) and captions (`text`)."""
     captions = Captions()
     for number, row in enumerate(table):
         given = row if isinstance(row, dict) else {}
         name = given.get(path)
         key = name if isinstance(name, str) and name else f"row-{number:08d}"
-        for said in texts(given.get(text)):
-            yield captions(key, said, partial(_row, row, path, text, said, make))
+        for each in texts(given.get(text)):
+            yield captions(key, each, partial(_row, row, path, text, each, make))
 
 
-def _row(row: Any, path: str, text: str, said: Any, make: Make, key: str) -> Sample:
-    return make(key, fields(row, path, text)[path], said)
+def _row(row: Any, path: str, text: str, caption: Any, make: Make, key: str) -> Sample:
+    return make(key, fields(row, path, text)[path], caption)

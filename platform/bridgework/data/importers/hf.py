@@ -1,4 +1,4 @@
-"""The files of a dataset in Arrow or Parquet, by split.
+"""Hugging Face datasets on disk: files of Arrow (`save_to_disk`) or Parquet (the Hub), by split.
 
 data-00000-of-00002.arrow           one dataset, as `save_to_disk` writes it
 train/data-00000-of-00002.arrow     a dataset of splits
@@ -7,10 +7,9 @@ default/train/0000.parquet          the Hub's own conversion
 0356AFpwqkWuS1bVOfu7Da_000000.parquet   Ray Data; part.0.parquet dask; data_0.parquet DuckDB
 year=2024/data_0.parquet            partitions, whose folders hold values of columns
 
-Hugging Face datasets on disk: what `save_to_disk` wrote (Arrow), or Parquet as it lies on the Hub.
-
-The files are read as tables; no script of a dataset is ever run. An image is a cell of bytes, of {bytes, path}, or of a
-path inside the folder; a text is a caption, a list of captions, or a conversation like LLaVA's.
+The files are read as tables; no script of a dataset is ever run. An image is a cell of bytes, of
+{bytes, path}, or of a path inside the folder. A text is a caption, a list of captions, or a
+conversation like LLaVA's.
 """
 
 import os.path
@@ -43,9 +42,7 @@ from bridgework.data.samples import Sample, pair
 from bridgework.errors import DataError, suggest
 from bridgework.storage import find_store
 
-EDGE_BYTES = (
-    64 << 10
-)  # at a file's begin and end: there are the footers, which say where all else is
+EDGE_BYTES = 64 << 10  # at a file's start and end, where the footers are
 
 _ENDINGS = (".arrow", ".parquet")
 _UNREAD = ("_temporary", "_delta_log")  # folders of what a writer keeps for itself
@@ -87,23 +84,25 @@ class File(NamedTuple):
 
 
 def find(source: str, split: str | None = None) -> tuple[str, list[File]]:
-    """(name of the split, its files in order); the name is empty where the files name none.
+    """Return the name of the split, empty if the files name none, and its files in order.
 
-    Raises DataError where there is no file, where one is missing, and for a split that is unknown or left open.
+    Raises DataError if a file is missing or there is none, and for an unknown or ambiguous split.
     """
     fs, root = find_store(source)
     alone = fs.isfile(root)
     names = [os.path.basename(root)] if alone else _names(source) if fs.isdir(root) else []
     if not names:
         raise DataError(
-            f"{source} holds no {' and no '.join(_ENDINGS)} file; give the folder that save_to_disk wrote"
+            f"{source} holds no {' and no '.join(_ENDINGS)} file; give the folder that "
+            "save_to_disk wrote"
         )
     splits = _grouped(names, {name: _split_of(name) for name in names})
     if split not in splits and (len(splits) > 1 or len(_folders(names)) > 1):
         splits = _grouped(names, _series(names))
     if split is None and len(splits) > 1:
         raise DataError(
-            f"{source} holds the splits {', '.join(sorted(splits))}; choose one, e.g. split={min(splits)}"
+            f"{source} holds the splits {', '.join(sorted(splits))}; choose one, e.g. "
+            f"split={min(splits)}"
         )
     chosen = next(iter(splits)) if split is None else split
     if chosen not in splits:
@@ -116,7 +115,7 @@ def find(source: str, split: str | None = None) -> tuple[str, list[File]]:
 
 
 def others(source: str) -> list[str]:
-    """The files of a folder that may hold rows, and are neither Arrow nor Parquet: none of them is read."""
+    """Return the files of a folder that may hold rows, but are neither Arrow nor Parquet."""
     fs, root = find_store(source)
     names = (name for name, _ in files(source)) if fs.isdir(root) else ()
     return [name for name in names if name.lower().endswith(_OTHERS) and not hidden(name)]
@@ -139,7 +138,7 @@ def _grouped(names: Sequence[str], splits: Mapping[str, str]) -> dict[str, list[
 
 
 def _split_of(name: str) -> str:
-    """The split that a file's own name holds, or its folder's."""
+    """Return the split in a file's own name, or in its folder's."""
     stem = os.path.basename(name).rpartition(".")[0]
     numbered = _PART.match(stem)
     split = numbered["split"] if numbered else stem
@@ -147,12 +146,12 @@ def _split_of(name: str) -> str:
 
 
 def _folder_of(name: str) -> str:
-    """The name of the folder that a file is in, but for folders that hold a column's value."""
+    """Return the name of a file's folder, except folders that hold a column's value."""
     return next((part for part in reversed(name.split("/")[:-1]) if "=" not in part), "")
 
 
 def _series(names: Sequence[str]) -> dict[str, str]:
-    """The split of each file where files that one writer numbered, or named at random, are one."""
+    """Return the split of each file; files that one writer numbered or named at random are one."""
     alike: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for name in names:
         alike[os.path.dirname(name), _words(name)].append(name)
@@ -170,7 +169,7 @@ def _series(names: Sequence[str]) -> dict[str, str]:
 
 
 def _words(name: str) -> str:
-    """A file's name without numbers, hashes and the words of writers."""
+    """Return a file's name without numbers, hashes and the words of writers."""
     stem = os.path.basename(name).rpartition(".")[0]
     stem = numbered["split"] if (numbered := _PART.match(stem)) else _UUID.sub("", stem)
     kept = [word for word in re.split(r"([._-]+)", stem) if not _is_made(word)]
@@ -184,7 +183,7 @@ def _is_made(word: str) -> bool:
 
 
 def _numbered(names: Iterable[str]) -> bool:
-    """True if numbers distinguish the files of one set: with zeros in front, or counted from 0 or 1."""
+    """Return True if numbers distinguish files: with leading zeros, or counted from 0 or 1."""
     stems = [os.path.basename(name).rpartition(".")[0] for name in names]
     words = [[word for word in re.split(r"[._-]", stem) if _is_made(word)] for stem in stems]
     found = [[n for word in of_one for n in _DIGITS.findall(word)] for of_one in words]
@@ -199,27 +198,29 @@ def _numbered(names: Iterable[str]) -> bool:
 
 
 def _folders(names: Iterable[str]) -> list[str]:
-    """The folders of files, but for those that hold a column's value."""
+    """Return the folders of files, except those that hold a column's value."""
     parts = (name.split("/")[:-1] for name in names)
     return sorted({"/".join(part for part in of_one if "=" not in part) for of_one in parts})
 
 
 def _check(source: str, names: Sequence[str]) -> None:
-    """Raises DataError for the files of two datasets, and for the third of five files where there is no fourth."""
+    """Raise DataError for the files of two datasets, and for a missing file of a numbered set."""
     if len(folders := _folders(names)) > 1:
         raise DataError(
-            f"{source} holds one split in the folders {', '.join(folders)}; give one of them as SOURCE"
+            f"{source} holds one split in the folders {', '.join(folders)}; give one of them as "
+            "SOURCE"
         )
     parts = [part for name in names if (part := _PART.match(os.path.basename(name)))]
     count = max((int(part["count"]) for part in parts), default=0)
     if missing := sorted(set(range(count)) - {int(part["number"]) for part in parts}):
         raise DataError(
-            f"{source} is not whole: file {missing[0]} of {count}, counted from 0, is missing; fetch it"
+            f"{source} is not complete: file {missing[0]} of {count}, counted from 0, is missing. "
+            "Fix: fetch it"
         )
 
 
 def edges(path: str) -> tuple[bytes, bytes, str]:
-    """What tells a file from another of its name, without reading it all: its begin, its end, its size."""
+    """Return start, end and size of a file, which identify it without reading it all."""
     fs, root = find_store(path)
     size = int(fs.size(root))
     return (
@@ -229,16 +230,12 @@ def edges(path: str) -> tuple[bytes, bytes, str]:
     )
 
 
-TEXTS = (
-    "caption",
-    "text",
-    "conversations",
-)  # what the text column may be called where it is not named
+TEXTS = ("caption", "text", "conversations")  # names of the text column where none is given
 
 
 @dataclass(frozen=True)
 class Table:
-    """One file of the split that is read, and the columns that are read of it."""
+    """One file of the split, and the columns that are read."""
 
     path: str
     name: str
@@ -250,8 +247,9 @@ class Table:
 class HFImporter(Importer):
     """Import the .arrow or .parquet files of SOURCE, a folder or one file.
 
-    `image` and `text` name columns; without `text` it is `caption`, `text` or `conversations`. `split` is needed where
-    there are several. Row 12 of the split train gets the key `train-00000012`, its second caption `train-00000012#2`.
+    `image` and `text` name columns; without `text` it is `caption`, `text` or `conversations`.
+    `split` is required if there are several. Row 12 of the split train gets the key
+    `train-00000012`, its second caption `train-00000012#2`.
     """
 
     image: str = "image"
@@ -274,11 +272,11 @@ class HFImporter(Importer):
         )
 
 
-# --- which files, which columns --------------------------------------------------------------------------------------
+# --- columns --------------------------------------------------------------------------------------
 
 
 def _choose(source: str, files: Sequence[File], image: str, text: str | None) -> str:
-    """The column of text. Raises DataError for columns that are not there, or hold something else."""
+    """Return the column of text. Raises DataError for missing columns, and for other types."""
     schema = _schema(files, image, text)
     name = text or _text_of(schema)
     for option, column in (("image", image), ("text", name)):
@@ -290,11 +288,13 @@ def _choose(source: str, files: Sequence[File], image: str, text: str | None) ->
             )
     if not _is_image(schema.field(image).type):
         raise DataError(
-            f"column {image!r} holds {schema.field(image).type}; an image is bytes, {{bytes, path}} or a path"
+            f"column {image!r} holds {schema.field(image).type}; an image is bytes, "
+            f"{{bytes, path}} or a path"
         )
-    if not (_is_text(schema.field(name).type) or _is_talk(schema.field(name).type)):
+    if not (_is_text(schema.field(name).type) or _is_conversation(schema.field(name).type)):
         raise DataError(
-            f"column {name!r} holds {schema.field(name).type}; a text, a list of texts, or a list of {{from, value}} "
+            f"column {name!r} holds {schema.field(name).type}; a text, a list of texts, or a list "
+            f"of {{from, value}} "
             "is wanted"
         )
     return name
@@ -305,7 +305,7 @@ def _text_of(schema: pa.Schema) -> str:
 
 
 def _schema(files: Sequence[File], image: str, text: str | None) -> pa.Schema:
-    """Of the first file that can be read, and whose columns are not all null.
+    """Return the schema of the first readable file whose columns are not all null.
 
     Raises DataError where no file can be read.
     """
@@ -354,11 +354,11 @@ def _is_text(kind: pa.DataType) -> bool:
     return _is_string(value_type(kind) if is_list(kind) else kind)
 
 
-def _is_talk(kind: pa.DataType) -> bool:
+def _is_conversation(kind: pa.DataType) -> bool:
     return _has(value_type(kind) if is_list(kind) else kind, "from", "value")
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def _rows(
@@ -380,7 +380,7 @@ def _rows(
 
 
 def _counts(table: Table) -> Iterator[tuple[int, int]]:
-    """(row number, captions) of each row of a file."""
+    """Yield (row number, number of captions) of each row of a file."""
     columns = Columns(table.path)
     missing = {table.image, table.text} - set(columns.schema.names)
     if missing:
@@ -405,9 +405,7 @@ def _lost(error: BadSample) -> Sample:
     raise error
 
 
-@lru_cache(
-    1
-)  # chunks are read in order, so the next row lies behind the last; `content` tells a changed file
+@lru_cache(1)  # chunks are read in order; `content` differs for a changed file
 def _cursor(table: Table, content: str) -> Cursor:
     return Cursor(table.path, [table.image, table.text])
 
@@ -420,12 +418,12 @@ def _sample(key: str, table: Table, content: str, place: int, which: int, folder
         raise
     cell, text = row[table.image], row[table.text]
     cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
-    talk = _turns(text)
-    if talk is not None:
-        turns, dropped = asked(talk)
-        shown = tuple(parts(turns))
+    conversation = _turns(text)
+    if conversation is not None:
+        turns, dropped = asked(conversation)
+        content_parts = tuple(parts(turns))
         files = tuple(read_cell(folder, cell) for cell in cells)
-        return Sample(key, files, shown, provenance=dropped)
+        return Sample(key, files, content_parts, provenance=dropped)
     if len(cells) != 1:
         raise BadSample(
             Reason.BAD_ROW if cells else Reason.MISSING_IMAGE, f"{len(cells)} images; one is wanted"
@@ -435,7 +433,7 @@ def _sample(key: str, table: Table, content: str, place: int, which: int, folder
 
 
 def _turns(text: Any) -> list[Any] | None:
-    """The turns of a conversation: a list of {from, value}, or {from: [..], value: [..]} as older releases write it."""
+    """Return the turns of a conversation: [{from, value}], or an object of lists (older ones)."""
     if isinstance(text, dict):
         speakers, values = text.get("from"), text.get("value")
         if isinstance(speakers, list) and isinstance(values, list) and len(speakers) == len(values):

@@ -42,13 +42,17 @@ def shown(row: Mapping[str, Any]) -> list[Any]:
         if _NEAR.search(name) and any(map(_is_picture, _listed(row[name]))):
             raise BadSample(
                 Reason.BAD_ROW,
-                f"the field `{name}` seems to hold the row's picture and is not read. Fix: rename it to `image`",
+                f"the field `{name}` seems to hold the row's picture and is not read. Fix: rename "
+                "it to `image`",
             )
     return []
 
 
 def read_cell(folder: str, cell: Any) -> bytes:
-    """The picture in a cell: its bytes, {bytes, path}, or a path inside `folder`. Raises BadSample."""
+    """The picture in a cell: its bytes, {bytes, path}, or a path inside `folder`.
+
+    Raises BadSample.
+    """
     if isinstance(cell, dict):
         cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
     if isinstance(cell, bytes):

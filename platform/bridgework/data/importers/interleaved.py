@@ -1,16 +1,11 @@
-"""A document as pieces, in reading order: stretches of text and places of images; and the JSON they come in.
-
-A web page as a document: its texts and the names of its images, in the order in which they are read.
-
-What is on every page of a site is no part of it: scripts, styles, menus, and headers and footers outside an article.
-
-Documents of texts and images in reading order: web pages, or JSON of MMC4's or OBELICS's form.
+"""Documents of texts and images in reading order: web pages, or JSON of MMC4's or OBELICS's form.
 
 MMC4      {"text_list": [..], "image_info": [{"image_name", "matched_text_index"}]}    (arXiv:2304.06939)
 OBELICS   {"texts": [.. or null], "images": [.. or null]}, place by place              (arXiv:2306.16527)
 
-Images that say nothing are dropped, and documents without an image left are left out, as in Flamingo's M3W (Alayrac et
-al. 2022, arXiv:2204.14198, appendix A).
+Of a page, scripts, styles, menus, and headers and footers outside an article are not read. Images
+without content are dropped, and documents without an image left are left out, as in Flamingo's M3W
+(Alayrac et al. 2022, arXiv:2204.14198, appendix A).
 """
 
 import json
@@ -50,7 +45,10 @@ from bridgework.errors import DataError
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text, or the place of an image, by its name. Neighbors of one `block` are on one line."""
+    """A segment of text, or the place of a named image.
+
+    Neighbors of one `block` are on one line.
+    """
 
     text: str = ""
     image: str | None = None
@@ -59,13 +57,13 @@ class Piece:
 
 
 def mmc4(fields: dict[str, Any]) -> Iterator[Piece]:
-    """MMC4's form: sentences, and before each the images matched to it, which the file lists in another order.
+    """Yield MMC4's sentences, each after its matched images, which the file lists in another order.
 
     Raises BadSample for what has not this form.
     """
     texts, shown = fields.get("text_list"), fields.get("image_info")
     if not isinstance(texts, list) or not isinstance(shown, list):
-        raise BadSample(Reason.BAD_ROW, "`text_list` or `image_info` is no list")
+        raise BadSample(Reason.BAD_ROW, "`text_list` or `image_info` is not a list")
     before = defaultdict[int, list[Any]](list)
     for image in shown:
         at = image.get("matched_text_index") if isinstance(image, dict) else None
@@ -80,7 +78,10 @@ def mmc4(fields: dict[str, Any]) -> Iterator[Piece]:
 
 
 def obelics(fields: dict[str, Any]) -> Iterator[Piece]:
-    """OBELICS' form: texts and images side by side, in each place one of the two. Raises BadSample for another."""
+    """OBELICS' form: texts and images side by side, in each place one of the two.
+
+    Raises BadSample for another.
+    """
     texts, shown = fields.get("texts"), fields.get("images")
     if not isinstance(texts, list) or not isinstance(shown, list) or len(texts) != len(shown):
         raise BadSample(
@@ -101,7 +102,7 @@ def _known(value: Any) -> str:
 
 
 MAX_TAGS = 50_000  # of a page: each takes the parser 25 microseconds and a kilobyte
-_WHOLE = re.compile("html|body")
+_ROOT = re.compile("html|body")
 _ARTICLE = re.compile("article|main")
 _FRAME = re.compile("header|footer")  # of the site, unless it is that of an article
 _UNSEEN = re.compile(
@@ -130,7 +131,10 @@ MAX_LIST = 20_000  # characters of a list of images
 
 
 def pieces(page: bytes) -> list[Piece]:
-    """The pieces of an HTML page, whose encoding is found out. Raises BadSample for what the parser refuses."""
+    """The pieces of an HTML page, whose encoding is found out.
+
+    Raises BadSample for what the parser refuses.
+    """
     if (tags := page.count(b"<")) > MAX_TAGS:
         raise BadSample(Reason.BAD_ROW, f"the page has {tags} tags; at most {MAX_TAGS} are read")
     with warnings.catch_warnings():
@@ -141,11 +145,11 @@ def pieces(page: bytes) -> list[Piece]:
         try:
             return list(_read(BeautifulSoup(page, "lxml")))
         except ParserRejectedMarkup as error:
-            raise BadSample(Reason.BAD_ROW, f"the page is no HTML: {error}") from None
+            raise BadSample(Reason.BAD_ROW, f"the page is not HTML: {error}") from None
 
 
 class _Place(NamedTuple):
-    """Where an element stands."""
+    """The context of an element in a page."""
 
     shown: bool
     article: bool
@@ -162,7 +166,7 @@ def _read(soup: BeautifulSoup) -> Iterator[Piece]:
         if isinstance(node, Tag):
             element = node.name
             article = around.article or _ARTICLE.fullmatch(element) is not None
-            shown = around.shown and not _beside(node, article)
+            shown = around.shown and not _is_excluded(node, article)
             places[id(node)] = _Place(
                 shown, article, around.block if _INLINE.fullmatch(element) else node
             )
@@ -178,7 +182,7 @@ def _read(soup: BeautifulSoup) -> Iterator[Piece]:
 
 
 def _names(image: Tag) -> list[str]:
-    """The addresses of an image, best first: what scripts load later, its source, other sizes."""
+    """Return the addresses of an image, best first: loaded by scripts, its source, other sizes."""
     around = [image, *_sources(image)]
     lazy = [
         (name, value) for tag in around for name, value in _attributes(tag) if _LAZY.fullmatch(name)
@@ -198,7 +202,7 @@ def _names(image: Tag) -> list[str]:
 
 
 def _sources(image: Tag) -> list[Tag]:
-    """The sources of a `picture` around an image, and what a `noscript` next to it shows instead."""
+    """Return the sources of a `picture` around an image, and a `noscript`'s images next to it."""
     found = list[Tag]()
     if (picture := image.find_parent("picture")) is not None:
         found += picture.find_all("source")  # the parser puts each into the one before it
@@ -215,7 +219,7 @@ def _attributes(tag: Tag) -> Iterator[tuple[str, str]]:
 
 
 def _sized(value: str) -> list[str]:
-    """The names in a list such as `a.jpg 640w, b.jpg 2x`, the largest first; or the one name."""
+    """Return the names in a list such as `a.jpg 640w, b.jpg 2x`, largest first; or the one name."""
     if len(value) > MAX_LIST or not _SIZE.search(value):
         return [value]
     found = [(url, float(size or 1)) for url, size in _LISTED.findall(value)]
@@ -228,14 +232,12 @@ def _is_file(name: str, value: str) -> bool:
     return given and ("src" in name or _FILE.search(value) is not None)
 
 
-def _beside(tag: Tag, article: bool) -> bool:
-    """Whether an element is of the site, or not to be seen, rather than of the document."""
+def _is_excluded(tag: Tag, article: bool) -> bool:
+    """Return True for an element that is invisible, or part of the site and not of the document."""
     if _UNSEEN.fullmatch(tag.name) or (_FRAME.fullmatch(tag.name) and not article):
         return True
     words = (tag.get("role"), tag.get("id"), *(tag.get("class") or ()))
-    return not _WHOLE.fullmatch(tag.name) and any(
-        _NAVIGATION.fullmatch(str(word)) for word in words
-    )
+    return not _ROOT.fullmatch(tag.name) and any(_NAVIGATION.fullmatch(str(word)) for word in words)
 
 
 PAGES = (".html", ".htm", ".xhtml", ".xht")
@@ -258,32 +260,33 @@ _SPACES = re.compile(r"[^\S\n]+")
 
 
 class Rule(NamedTuple):
-    """What an image must be to stay."""
+    """Limits that an image must keep."""
 
     min_side: int  # pixels
     max_aspect: float  # the long side over the short one
 
 
 class Content(NamedTuple):
-    """What a document holds, its images by name, and where it comes from."""
+    """Pieces of a document, with its images by name, and its provenance."""
 
     pieces: list[Piece]
     provenance: dict[str, str]
 
 
 Bands = tuple[tuple[int, int], ...]  # the least and the greatest value of each channel
-Document = tuple[str, Callable[[], Content]]  # a key, and what reads it or raises BadSample
+Document = tuple[str, Callable[[], Content]]  # a key, and its reader, which raises BadSample
 
 
 @config_class
 class InterleavedImporter(Importer):
     """Import the pages of a folder SOURCE, or the documents of a .jsonl or .json file SOURCE.
 
-    Pages name their images by paths inside the folder, JSON inside the folder `images`, by default the file's own; what
-    lies elsewhere is never fetched. An image with a side of less than `min_side` pixels, longer than `max_aspect` times
-    its width or the other way round, of a single color, or not to be read, is dropped: `dropped.small` and so on in a
-    row's provenance count them. A document without a text is left out and counted, and so is one without an image left;
-    if what it lacks are images that cannot be read, it is a bad row.
+    Pages name their images by paths inside the folder, JSON inside the folder `images`, by default
+    the file's own; nothing elsewhere is fetched. An image with a side of less than
+    `min_side` pixels, longer than `max_aspect` times its width or the other way round, of a single
+    color, or not to be read, is dropped: `dropped.small` and so on in a row's provenance count
+    them. A document without a text is left out and counted, and so is one without an image left; if
+    what it lacks are images that cannot be read, it is a bad row.
     """
 
     images: str | None = None
@@ -294,7 +297,8 @@ class InterleavedImporter(Importer):
     def __post_init__(self) -> None:
         if not self.min_side >= 0 or not self.max_aspect >= 1:
             raise DataError(
-                f"min_side={self.min_side} max_aspect={self.max_aspect}: a side is 0 pixels or more, and the long "
+                f"min_side={self.min_side} max_aspect={self.max_aspect}: a side is 0 pixels or "
+                "more, and the long "
                 "one at least 1 times the short one; give such numbers"
             )
 
@@ -305,7 +309,8 @@ class InterleavedImporter(Importer):
             documents = partial(_listed, content, source)
         elif self.images is not None:
             raise DataError(
-                f"images={self.images} goes with a .jsonl or .json file; the pages of {source} name theirs"
+                f"images={self.images} goes with a .jsonl or .json file; the pages of {source} "
+                "name theirs"
             )
         else:
             found, folder = files(source), source
@@ -319,15 +324,15 @@ def _rows(documents: Callable[[], Iterator[Document]], folder: str, rule: Rule) 
     return ((key, partial(_sample, key, read, folder, rule)) for key, read in documents())
 
 
-# --- what becomes of a document --------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 def _sample(key: str, read: Callable[[], Content], folder: str, rule: Rule) -> Sample:
-    told, dropped, broken = read(), Counter[str](), list[BadSample]()
-    if not any(piece.text.strip() for piece in told.pieces):
+    content, dropped, broken = read(), Counter[str](), list[BadSample]()
+    if not any(piece.text.strip() for piece in content.pieces):
         raise SkippedRow("documents without a text")
     images, parts, texts = list[bytes](), list[Part](), list[Piece]()
-    for piece in told.pieces:
+    for piece in content.pieces:
         if piece.image is None:
             texts.append(piece)
             continue
@@ -348,11 +353,11 @@ def _sample(key: str, read: Callable[[], Content], folder: str, rule: Rule) -> S
         raise SkippedRow("documents without an image")
     parts += _joined(texts)
     counts = {f"dropped.{why}": str(number) for why, number in sorted(dropped.items())}
-    return Sample(key, tuple(images), tuple(parts), provenance={**told.provenance, **counts})
+    return Sample(key, tuple(images), tuple(parts), provenance={**content.provenance, **counts})
 
 
 def _joined(texts: Iterable[Piece]) -> list[Part]:
-    """The texts between two images as one: a line a block."""
+    """Join the texts between two images: one line per block."""
     blocks = (
         "".join(piece.text for piece in block)
         for _, block in groupby(texts, key=lambda piece: piece.block)
@@ -364,11 +369,14 @@ def _joined(texts: Iterable[Piece]) -> list[Part]:
 
 
 class _Unfit(Exception):
-    """What an image is that says nothing."""
+    """The reason to drop an image."""
 
 
 def _any_image(folder: str, names: Iterable[str], rule: Rule) -> "bytes | _Unfit | BadSample":
-    """The first of an image's names that can be used, or why there is none: a flaw before its being elsewhere."""
+    """Read the first usable name of an image.
+
+    Returns the reason if there is none, `remote` last.
+    """
     flaws = list[_Unfit | BadSample]()
     for name in names:
         try:
@@ -379,7 +387,7 @@ def _any_image(folder: str, names: Iterable[str], rule: Rule) -> "bytes | _Unfit
 
 
 def _image(folder: str, name: str, rule: Rule) -> bytes:
-    """Raises BadSample for an image that cannot be read, _Unfit for one that is not wanted."""
+    """Read an image. Raises BadSample if it cannot be read, _Unfit for one to drop."""
     if address(name):
         raise _Unfit(_REMOTE)
     data = read_image(folder, name)
@@ -393,11 +401,11 @@ def _image(folder: str, name: str, rule: Rule) -> bytes:
     return data
 
 
-# --- where documents come from ---------------------------------------------------------------------------------------
+# --- documents ------------------------------------------------------------------------------------
 
 
 def _pages(source: str, names: list[str]) -> Iterator[Document]:
-    """The pages of a folder; after them those that are not read, to be counted."""
+    """Yield the pages of a folder, then those that are not read, which are counted."""
     pages = [name for name in names if name.lower().endswith((*PAGES, *OTHER_PAGES))]
     read = [name for name in pages if name.lower().endswith(PAGES) and not hidden(name)]
     yield from ((name, partial(_page, source, name)) for name in read)
@@ -421,7 +429,7 @@ def _placed(page: str, *names: str) -> Piece:
 
 
 def _inside(page: str, source: str) -> str:
-    """The path, inside the folder of pages, of an image that a page names; what is no path is given back."""
+    """Return the path of an image in the folder of pages; a URL is returned unchanged."""
     path = unquote(re.split(r"[?#]", source.strip())[0])
     return source if address(source) else normpath(join(dirname(page), path))
 
@@ -435,5 +443,5 @@ def _listed(text: str, source: str) -> Iterator[Document]:
 
 def _entry(entry: Any) -> Content:
     given = fields(entry)
-    told = {"url": given["url"]} if isinstance(given.get("url"), str) else {}
-    return Content(list(mmc4(given) if "text_list" in given else obelics(given)), told)
+    origin = {"url": given["url"]} if isinstance(given.get("url"), str) else {}
+    return Content(list(mmc4(given) if "text_list" in given else obelics(given)), origin)

@@ -1,8 +1,8 @@
-"""LLaVA's JSON: a list of {"id", "image"?, "conversations": [{"from": "human" | "gpt" | "system", "value"}]}.
+"""LLaVA's JSON: a list of {"id", "image"?, "conversations": [{"from", "value"}]}.
 
-`image`, `images` or `image_path` is a path, a list of paths, or absent; `<image>` in the texts says
-where each one is. Of a multiple-choice question, `candidates` are the answers to choose from. A .jsonl
-holds such an object a line.
+Turns are `from` "human", "gpt" or "system". `image`, `images` or `image_path` is a path, a list of
+paths, or absent; `<image>` in the texts is the place of each. `candidates` are the answers of a
+multiple-choice question. A .jsonl holds one such object per line.
 """
 
 from collections.abc import Iterator
@@ -32,10 +32,11 @@ ROLES: dict[Any, Role] = {"human": "user", "gpt": "assistant", "system": "system
 
 @config_class
 class LlavaJsonImporter(Importer):
-    """Import the file SOURCE; its image paths are relative to `images`, by default the file's own folder.
+    """Import the file SOURCE; image paths are relative to `images`, by default its own folder.
 
-    LLaVA's mixes use an image's name as the id of many rows: the second conversation about it gets the key `ID#2`. What
-    the assistant says before the first question is dropped and counted, as in LLaVA's own training.
+    LLaVA's mixes use an image's name as the id of many rows: the second conversation about it gets
+    the key `ID#2`. Turns of the assistant before the first question are dropped and counted, as in
+    LLaVA's own training.
     """
 
     images: str | None = None
@@ -63,7 +64,7 @@ def _sample(key: str, entry: Any, folder: str) -> Sample:
     if not isinstance(given["conversations"], list):
         raise BadSample(
             Reason.BAD_ROW,
-            f"`conversations` is {type(given['conversations']).__name__}, and no list",
+            f"`conversations` is {type(given['conversations']).__name__}, not a list",
         )
     if given.get("video") or given.get("videos"):
         raise BadSample(
@@ -78,7 +79,10 @@ def _sample(key: str, entry: Any, folder: str) -> Sample:
 
 
 def choices(given: Any) -> tuple[str, ...]:
-    """The candidates of a multiple-choice question. Raises BadSample for what is not a list of texts."""
+    """Return the candidates of a multiple-choice question.
+
+    Raises BadSample unless they are texts.
+    """
     if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
         raise BadSample(
             Reason.BAD_ROW, f"the candidates are not a list of texts: {str(given)[:80]}"
@@ -87,7 +91,7 @@ def choices(given: Any) -> tuple[str, ...]:
 
 
 def asked(turns: list[Any]) -> tuple[list[Any], dict[str, str]]:
-    """The turns without those of the assistant before the first question, and how many they are."""
+    """Return the turns from the first question on, and the count of the assistant's before."""
     speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
     first = int(speakers[:1] == ["system"])
     greeting = len(list(takewhile(lambda speaker: speaker == "gpt", speakers[first:])))
@@ -96,20 +100,20 @@ def asked(turns: list[Any]) -> tuple[list[Any], dict[str, str]]:
 
 
 def parts(turns: list[Any]) -> Iterator[Part]:
-    """The parts of a list of {"from", "value"}. Raises BadSample for turns that are no conversation."""
-    shown = 0
+    """Yield the parts of a list of {"from", "value"}. Raises BadSample for malformed turns."""
+    images = 0
     for role, text in _turns(turns):
-        for place, stretch in enumerate(text.split(PLACEHOLDER)):
+        for place, segment in enumerate(text.split(PLACEHOLDER)):
             if place:
-                yield Part(role, image=shown)
-                shown += 1
-            if stretch:
-                yield Part(role, text=stretch)
+                yield Part(role, image=images)
+                images += 1
+            if segment:
+                yield Part(role, text=segment)
 
 
 def _turns(turns: list[Any]) -> Iterator[tuple[Role, str]]:
-    """(role, text): perhaps a system's, then questions and answers by turns, an answer last."""
-    said: list[tuple[Role, str]] = []
+    """Yield (role, text): a system's if there is one, then questions and answers in turn."""
+    spoken: list[tuple[Role, str]] = []
     for turn in turns:
         speaker, text = (
             (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
@@ -118,21 +122,22 @@ def _turns(turns: list[Any]) -> Iterator[tuple[Role, str]]:
             raise BadSample(
                 Reason.BAD_ROW, f"a turn by {speaker!r}; {', '.join(ROLES)} may speak, and in text"
             )
-        said.append((ROLES[speaker], text))
-    talk = said[1:] if said and said[0][0] == "system" else said
-    if not talk or [role for role, _ in talk] != ["user", "assistant"] * (len(talk) // 2):
-        due = zip(cycle(("user", "assistant")), [role for role, _ in talk], strict=False)
-        at = next((n for n, (wanted, role) in enumerate(due) if role != wanted), len(talk))
-        found = f"is by the {talk[at][0]}" if at < len(talk) else "is missing"
-        wanted = "an answer" if at % 2 else "a question"
+        spoken.append((ROLES[speaker], text))
+    pairs = spoken[1:] if spoken and spoken[0][0] == "system" else spoken
+    if not pairs or [role for role, _ in pairs] != ["user", "assistant"] * (len(pairs) // 2):
+        due = zip(cycle(("user", "assistant")), [role for role, _ in pairs], strict=False)
+        at = next((n for n, (expected, role) in enumerate(due) if role != expected), len(pairs))
+        found = f"is by the {pairs[at][0]}" if at < len(pairs) else "is missing"
+        expected = "an answer" if at % 2 else "a question"
+        turn = len(spoken) - len(pairs) + at + 1
         raise BadSample(
             Reason.BAD_ROW,
-            f"the turns are not questions, each with its answer: turn {len(said) - len(talk) + at + 1} "
-            f"{found}, where {wanted} is due",
+            f"the turns are not questions, each with its answer: turn {turn} {found}, "
+            f"where {expected} is due",
         )
-    for role, text in talk:
+    for role, text in pairs:
         if role == "assistant" and PLACEHOLDER in text:
             raise BadSample(Reason.PLACEHOLDERS, f"an answer holds {PLACEHOLDER!r}")
         if not text.strip():
             raise BadSample(Reason.EMPTY_TEXT, f"a turn of the {role} is empty")
-    yield from said
+    yield from spoken

@@ -1,8 +1,9 @@
-"""Multiple-choice questions: ScienceQA (Lu et al. 2022, arXiv:2209.09513), A-OKVQA (Schwenk et al. 2022,
-arXiv:2206.01718), IconQA (Lu et al. 2021, arXiv:2110.13214) and what has their form.
+"""Multiple-choice questions: ScienceQA, A-OKVQA, IconQA and datasets of their form.
 
-A list of objects, or an object of them by their ids. In each, `question` and `choices` are texts, and `answer` (or
-`correct_choice_idx`) is the number of the right one. `image` is a path, `image_id` a number that goes into `pattern`.
+Lu et al. 2022, arXiv:2209.09513; Schwenk et al. 2022, arXiv:2206.01718; Lu et al. 2021,
+arXiv:2110.13214. A list of objects, or an object of them by id. `question` and `choices` are texts,
+and `answer` (or `correct_choice_idx`) is the number of the correct choice. `image` is a path,
+`image_id` a number to insert into `pattern`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,17 +30,18 @@ from bridgework.data.samples import Part, Sample
 from bridgework.data.templates import letter
 from bridgework.errors import DataError
 
-ANSWERS = ("answer", "correct_choice_idx")  # what the number of the right choice may be called
+ANSWERS = ("answer", "correct_choice_idx")  # fields that may hold the correct choice
 
 
 @config_class
 class MultipleChoiceImporter(Importer):
-    """Import the questions of SOURCE with their choices as candidates; the answer is the right choice.
+    """Import the questions of SOURCE with their choices as candidates; the correct one answers.
 
-    The user shows the image, if there is one, gives the `hint` as context and asks. Images are paths in the folder
-    `images`, by default that of SOURCE: `image`, or `split`/`id`/`image` as ScienceQA keeps them, or `pattern` with
-    the image_id put in. `split` takes the rows of one split. With `solutions` the answer is ScienceQA's lecture and
-    solution, and then "The answer is B.", which LLaVA learns (arXiv:2304.08485, 5.2).
+    The user shows the image, if there is one, gives the `hint` as context and asks. Images are
+    paths in the folder `images`, by default that of SOURCE: `image`, or `split`/`id`/`image` as
+    ScienceQA stores them, or `pattern` with the image_id inserted. `split` selects the rows of one
+    split. With `solutions` the answer is ScienceQA's lecture and solution, and then "The answer is
+    B.", which LLaVA learns (arXiv:2304.08485, 5.2).
     """
 
     images: str | None = None
@@ -80,7 +82,7 @@ def _rows(
 
 
 def _entries(text: str, source: str) -> Iterator[tuple[str | None, Any]]:
-    """(id, row) of a list, of an object by ids, or of JSON lines."""
+    """Yield (id, row) of a list, of an object by id, or of JSON lines."""
     content = list(lines(text)) if source.endswith(".jsonl") else document(text, source)
     if isinstance(content, dict):
         yield from ((str(name), shallow(entry)) for name, entry in content.items())
@@ -91,8 +93,8 @@ def _entries(text: str, source: str) -> Iterator[tuple[str | None, Any]]:
             yield (str(name) if isinstance(name, str | int) and str(name) else None), entry
     else:
         raise DataError(
-            f"{source} is no list of questions. Got {type(content).__name__}; expected a list, or an object by ids. "
-            "Fix: give the file of the questions"
+            f"{source} is not a list of questions. Got {type(content).__name__}; expected a "
+            "list, or an object by id. Fix: give the file of the questions"
         )
 
 
@@ -100,7 +102,7 @@ def _sample(key: str, entry: Any, folder: str, pattern: str, solutions: bool) ->
     given = fields(entry, "question", "choices")
     question, candidates = given["question"], choices(given["choices"])
     if not isinstance(question, str) or not question.strip():
-        raise BadSample(Reason.EMPTY_TEXT, "the question is empty, or no text")
+        raise BadSample(Reason.EMPTY_TEXT, "the question is empty, or not a text")
     right = _right(given, candidates)
     answer = _solved(given, right) if solutions else candidates[right]
     hint = given.get("hint") if isinstance(given.get("hint"), str) else ""
@@ -119,7 +121,7 @@ def _sample(key: str, entry: Any, folder: str, pattern: str, solutions: bool) ->
 
 
 def _right(given: Mapping[str, Any], candidates: tuple[str, ...]) -> int:
-    """The number of the right choice, given as such, as a letter, or as its text."""
+    """Return the number of the correct choice, given as such, as a letter, or as its text."""
     answer = next((given[name] for name in ANSWERS if given.get(name) is not None), None)
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(candidates):
         return answer
@@ -130,12 +132,13 @@ def _right(given: Mapping[str, Any], candidates: tuple[str, ...]) -> int:
         return letters.index(answer.strip())
     raise BadSample(
         Reason.NO_TARGET,
-        f"no `{'` or `'.join(ANSWERS)}` says which of the {len(candidates)} choices is right: {answer!r}",
+        f"no `{'` or `'.join(ANSWERS)}` says which of the {len(candidates)} choices is right: "
+        f"{answer!r}",
     )
 
 
 def _solved(given: Mapping[str, Any], right: int) -> str:
-    """Reasons first, then the answer's letter (arXiv:2304.08485, 5.2)."""
+    """Return the reasons, then the answer's letter (arXiv:2304.08485, 5.2)."""
     reasons = [
         str(given[n]).strip() for n in ("lecture", "solution") if isinstance(given.get(n), str)
     ]

@@ -1,9 +1,8 @@
-"""Preference pairs: {"image", "question" or "prompt" or "conversations", "chosen", "rejected"} a row.
+"""Preference pairs: rows of "image", "question" or "conversations", "chosen" and "rejected".
 
 JSON lines, a JSON list, Parquet or Arrow. RLHF-V's form (Yu et al. 2024, arXiv:2312.00849), where
-question and answers are in a field `text`, and RLAIF-V's (arXiv:2405.17220) are read as they are
-published, as are questions and answers that are turns: {"value": ...}, {"content": ...}, or a list
-with one.
+question and answers are in a field `text`, and RLAIF-V's (arXiv:2405.17220) are read as published.
+Questions and answers may be turns: {"value": ...}, {"content": ...}, or a list with one.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,9 +26,9 @@ IDS = ("id", "idx")  # fields that name a row
 class PreferencesImporter(Importer):
     """Import the file SOURCE, or the Parquet files of a folder.
 
-    Image paths are relative to `images`, by default the file's own folder; pictures in cells come
-    as they are. A question without `<image>` is asked below its images. Two equal answers
-    are a bad row. `split` is needed where Parquet files are of several.
+    Image paths are relative to `images`, by default the file's own folder; images in cells are kept
+    as they are. A question without `<image>` is asked below its images. Two equal answers are a bad
+    row. `split` is required if the Parquet files are of several.
     """
 
     images: str | None = None
@@ -53,12 +52,15 @@ class PreferencesImporter(Importer):
             yield key, partial(self.read_row, key, read, folder)
 
     def read_row(self, key: str, read: Callable[[], Any], folder: str) -> Sample:
-        """Return the sample of a row that `read` gives, with images of `folder`. Raises BadSample."""
+        """Return the sample of a row that `read` gives, with images of `folder`.
+
+        Raises BadSample.
+        """
         return preference(key, read(), folder)
 
 
 def preference(key: str, entry: Any, folder: str) -> Sample:
-    """A row as a conversation whose last answer is the better one, with the worse one. Raises BadSample."""
+    """Return a row as a conversation that ends with the chosen answer. Raises BadSample."""
     row = _fields(entry)
     chosen, rejected = (_answer(row, name) for name in ("chosen", "rejected"))
     if chosen == rejected:
@@ -76,7 +78,7 @@ def preference(key: str, entry: Any, folder: str) -> Sample:
     if not isinstance(turns, list):
         raise BadSample(
             Reason.BAD_ROW,
-            f"`conversations` is {type(turns).__name__}, and a list of turns is wanted",
+            f"`conversations` is {type(turns).__name__}; expected a list of turns",
         )
     turns, dropped = asked(turns)
     content = tuple(parts([*turns, {"from": "gpt", "value": chosen}]))
@@ -85,7 +87,7 @@ def preference(key: str, entry: Any, folder: str) -> Sample:
 
 
 def _fields(entry: Any) -> dict[str, Any]:
-    """The row, with what lies in RLHF-V's `text`, which may be JSON inside JSON."""
+    """Return the row, with the fields of RLHF-V's `text`, which may be JSON inside JSON."""
     given = fields(entry)
     inner: Any = {} if given.get("chosen") is not None else given.get("text")
     try:
@@ -93,12 +95,13 @@ def _fields(entry: Any) -> dict[str, Any]:
         return {**given, **within}
     except (TypeError, ValueError, RecursionError):
         raise BadSample(
-            Reason.BAD_ROW, f"the row is no object with `chosen` and `rejected`: {str(entry)[:80]}"
+            Reason.BAD_ROW,
+            f"the row is not an object with `chosen` and `rejected`: {str(entry)[:80]}",
         ) from None
 
 
 def _question(row: dict[str, Any], images: int) -> dict[str, Any]:
-    """As a turn of LLaVA's: below its images, where it does not say itself where they stand."""
+    """Return the question as a turn of LLaVA's, below its images unless it places them itself."""
     text = _said(row.get("question", row.get("prompt")))
     if text is None:
         raise BadSample(
@@ -122,7 +125,7 @@ def _answer(row: dict[str, Any], name: str) -> str:
 
 
 def _said(value: Any) -> str | None:
-    """A text, or that of one turn, whose content may be a list of texts and images."""
+    """Return a text, or that of one turn, whose content may be a list of texts and images."""
     turn = value[0] if isinstance(value, list) and len(value) == 1 else value
     text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else turn
     if isinstance(text, list) and text and all(isinstance(part, dict) for part in text):

@@ -1,4 +1,4 @@
-"""What importers read: the files of a folder, a JSON document, the rows of a table."""
+"""Readers that importers share: the files of a folder, a JSON document, the rows of a table."""
 
 import csv
 import io
@@ -16,13 +16,9 @@ from bridgework.errors import DataError, suggest
 from bridgework.storage import find_store
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl")
-MAX_DEPTH = (
-    100  # lists and objects in each other in a row: to print what is deeper may overflow the stack
-)
+MAX_DEPTH = 100  # of nested lists and objects in a row: printing deeper ones may overflow the stack
 QUOTED_LINES = 100  # of a text in a .tsv
-FIELD_CHARS = (
-    2**31 - 1
-)  # of a CSV: the text lies in memory anyway, and a row is held to a limit of its own
+FIELD_CHARS = 2**31 - 1  # of a CSV: the text is in memory already, and rows have their own limit
 
 _SYSTEM = frozenset(
     ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
@@ -30,14 +26,14 @@ _SYSTEM = frozenset(
 _RETURN = re.compile(r'(?<!")\r(?!\n)')
 _TSV_FIELD = re.compile(
     r'(?:"([^"]*+(?:""[^"]*+)*+)"|([^\t]*+))\t'
-)  # a whole quoted field, or whatever stands there
+)  # a complete quoted field, or any other text
 
 
 def files(folder: str) -> list[tuple[str, int]]:
-    """(path inside the folder, bytes) of every file below it, sorted; those in linked folders too.
+    """Return (path inside the folder, bytes) of every file below it, sorted; linked folders too.
 
     A link to a folder above it, or to one that another link leads to, is listed as a file. Raises
-    DataError when there is no folder.
+    DataError if there is no folder.
     """
     fs, root = find_store(folder)
     if not fs.isdir(root):
@@ -46,7 +42,7 @@ def files(folder: str) -> list[tuple[str, int]]:
 
 
 def _found(fs: Any, root: str, inside: str, linked: set[str]) -> Iterator[tuple[str, int]]:
-    """The files below `root`, with `inside` before their paths; `linked` are folders seen so far."""
+    """Yield the files below `root`, with `inside` before their paths; `linked` were seen."""
     for path, info in sorted(fs.find(root, detail=True).items()):
         name = inside + str(path).removeprefix(root).lstrip("/")
         real = os.path.realpath(path) if info.get("islink") and fs.isdir(path) else None
@@ -58,17 +54,17 @@ def _found(fs: Any, root: str, inside: str, linked: set[str]) -> Iterator[tuple[
 
 
 def hidden(name: str) -> bool:
-    """True if a path is hidden, or is what a system keeps of others: `._cat.jpg`, `__MACOSX/..`."""
+    """Return True for hidden paths, and for a system's own files: `._cat.jpg`, `__MACOSX/..`."""
     return any(part.startswith(".") or part in _SYSTEM for part in name.split("/"))
 
 
 def parent(path: str) -> str:
-    """The folder that a file lies in: where its images are looked for when nothing else is said."""
+    """Return the folder of a file, the default place of its images."""
     return path.rpartition("/")[0] or "."
 
 
 def document(text: str, source: str) -> Any:
-    """What a JSON file says. Raises DataError, naming `source`, when it is no JSON."""
+    """Parse a JSON file. Raises DataError, naming `source`, if it is not JSON."""
     try:
         found = parse(text)
     except (ValueError, RecursionError) as error:
@@ -79,7 +75,7 @@ def document(text: str, source: str) -> Any:
 
 
 def parse(text: str | bytes) -> Any:
-    """Parse JSON; an object that holds a name twice becomes the BadSample that says so.
+    """Parse JSON; an object with a duplicate name becomes a BadSample.
 
     Raises ValueError and RecursionError as `json.loads` does.
     """
@@ -98,21 +94,21 @@ def _twice(names: Sequence[str]) -> list[str]:
     return [name for name, times in Counter(names).items() if times > 1]
 
 
-def listed(whole: Any, name: str, source: str) -> list[Any]:
-    """The list `name` of a JSON object, its rows as `rows` gives them.
+def listed(content: Any, name: str, source: str) -> list[Any]:
+    """Return the list `name` of a JSON object, its rows as by `rows`.
 
-    Raises DataError, naming `source`, when there is none.
+    Raises DataError, naming `source`, if there is none.
     """
-    found = whole.get(name) if isinstance(whole, dict) else None
+    found = content.get(name) if isinstance(content, dict) else None
     if not isinstance(found, list):
-        raise DataError(f"{source} is no JSON object with a list {name!r}")
+        raise DataError(f"{source} is not a JSON object with a list {name!r}")
     return list(map(shallow, found))
 
 
 def table(content: str, source: str, /, **columns: str) -> list[Any]:
-    """`rows` of a table whose columns options name: `image="file"`.
+    """Return the `rows` of a table whose columns are given by option: `image="file"`.
 
-    Raises DataError for what is no table by its ending, and for a column that no row has.
+    Raises DataError for another ending than that of a table, and for a column that no row has.
     """
     if not source.endswith(TABLES):
         raise DataError(f"the table {source} is none of {', '.join(TABLES)}")
@@ -127,10 +123,11 @@ def table(content: str, source: str, /, **columns: str) -> list[Any]:
 
 
 def rows(text: str, source: str, *, used: Collection[str] | None = None) -> Iterator[Any]:
-    """The rows of a table by its ending: .csv and .tsv as dictionaries, .json a list, else JSON lines.
+    """Yield the rows of a table by its ending: .csv, .tsv, .json (a list), otherwise JSON lines.
 
-    A row that cannot be read comes as the BadSample that says why: `fields` raises it. Raises DataError for a file that
-    cannot be read, and for two columns of one name, if it is one of those that are `used` (None: all).
+    Rows of .csv and .tsv are dictionaries. A row that cannot be read is a BadSample, which `fields`
+    raises. Raises DataError for a file that cannot be read, and for two columns of one name, if it
+    is one of those that are `used` (None: all).
     """
     ending = PurePosixPath(source).suffix
     if ending == ".csv":
@@ -148,7 +145,7 @@ def rows(text: str, source: str, *, used: Collection[str] | None = None) -> Iter
 
 
 def fields(row: Any, *names: str) -> dict[str, Any]:
-    """A row that has all of these fields. Raises BadSample for any other."""
+    """Return a row that has all of these fields. Raises BadSample for any other."""
     if isinstance(row, BadSample):
         raise row
     if not isinstance(row, dict):
@@ -165,22 +162,22 @@ def fields(row: Any, *names: str) -> dict[str, Any]:
 
 
 def entries(text: str, source: str) -> list[Any]:
-    """The JSON list that a file holds, its rows as `rows` gives them.
+    """Return the JSON list in a file, its rows as by `rows`.
 
     Raises DataError, naming `source`, for anything else.
     """
     wanted = "a list of rows is wanted, or JSON lines in a file named .jsonl"
     try:
-        whole = document(text, source)
+        content = document(text, source)
     except DataError as error:
         raise DataError(f"{error}; {wanted}") from None
-    if not isinstance(whole, list):
-        raise DataError(f"{source} holds a {type(whole).__name__}; {wanted}")
-    return list(map(shallow, whole))
+    if not isinstance(content, list):
+        raise DataError(f"{source} holds a {type(content).__name__}; {wanted}")
+    return list(map(shallow, content))
 
 
 def lines(text: str) -> Iterator[Any]:
-    """What each line of JSON lines says; for one that is no JSON or nested too deep, the BadSample that says why."""
+    """Yield the value of each line; a BadSample for one that is not JSON, or nested too deep."""
     # splitlines would cut JSON's texts at U+2028; they hold no carriage return as it is
     return map(_line, filter(str.strip, text.replace("\r", "\n").split("\n")))
 
@@ -189,11 +186,11 @@ def _line(line: str) -> Any:
     try:
         return shallow(parse(line))
     except (ValueError, RecursionError) as error:
-        return BadSample(Reason.BAD_ROW, f"the line is no JSON: {error}: {line[:80]}")
+        return BadSample(Reason.BAD_ROW, f"the line is not JSON: {error}: {line[:80]}")
 
 
 def shallow(row: Any) -> Any:
-    """The row; for one nested deeper than MAX_DEPTH, the BadSample that says so."""
+    """Return the row, or a BadSample if it is nested deeper than MAX_DEPTH."""
     level, depth = [row], 0
     while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1
@@ -207,9 +204,9 @@ def shallow(row: Any) -> Any:
 
 
 def _marked(text: str) -> tuple[str, str]:
-    """The text of a table with a mark in place of carriage returns that end no line, and that mark.
+    """Return the text of a table with a mark for carriage returns that end no line, and the mark.
 
-    Whether such a one ends a row or is part of a text, the number of fields says: see `_named`.
+    The number of fields decides if one ends a row or is part of a text: see `_named`.
     """
     if "\n" not in text or _RETURN.search(text) is None:
         return text, ""
@@ -224,7 +221,7 @@ def _named(
     source: str,
     used: Collection[str] | None,
 ) -> Iterator[dict[str, str] | BadSample]:
-    """The records below the first one, which names the columns. Raises DataError where two are one."""
+    """Yield the records after the header. Raises DataError for two columns of one name."""
     head = next(records, [])
     names, *first = [[""]] if isinstance(head, BadSample) else _split(head, mark)
     if twice := [name for name in _twice(names) if name and (used is None or name in used)]:
@@ -249,7 +246,7 @@ def _named(
 
 
 def _split(record: list[str], mark: str) -> list[list[str]]:
-    """A record as several, each of which ends at a mark."""
+    """Split a record at the marks."""
     if not mark:
         return [record]
     found: list[list[str]] = [[]]
@@ -261,7 +258,7 @@ def _split(record: list[str], mark: str) -> list[list[str]]:
 
 
 def _csv(text: str, source: str) -> Iterator[list[str]]:
-    """The records of a CSV but for empty lines. Raises DataError for quotes that do not pair."""
+    """Yield the records of a CSV without empty lines. Raises DataError for unpaired quotes."""
     csv.field_size_limit(FIELD_CHARS)
     reader, first = csv.reader(io.StringIO(text, newline=""), strict=True), 1
     try:
@@ -271,16 +268,17 @@ def _csv(text: str, source: str) -> Iterator[list[str]]:
             first = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{source}: the row that begins in line {first} opens a quote that is not closed where its field ends "
-            f'({error}); close it, and write a quote inside a quoted text twice: ""'
+            f"{source}: the row that begins in line {first} opens a quote that is not closed "
+            "where its "
+            f'field ends ({error}); close it, and write a quote inside a quoted text twice: ""'
         ) from None
 
 
 def _tsv(text: str) -> Iterator[list[str] | BadSample]:
-    """The records of a TSV but for empty lines.
+    """Yield the records of a TSV without empty lines.
 
-    A field that begins and ends with a quote, over several lines too, is read without the quotes.
-    Other quotes are text: a quote never runs into a line that is a record of its own.
+    A field that begins and ends with a quote, also over several lines, is read without the quotes.
+    Other quotes are text: a quote never extends into a line that is a record of its own.
     """
     rest = text.split("\n") if "\n" in text else text.split("\r")
     width, at = 0, 0
@@ -305,7 +303,7 @@ def _tsv_fields(line: str) -> list[str]:
 def _tsv_quoted(
     line: str, record: list[str], rest: Sequence[str], at: int, width: int
 ) -> tuple[list[str] | BadSample, int]:
-    """A record whose quoted text continues in the lines from `at` on, and the line after it."""
+    """Return a record whose quoted text continues in the lines from `at` on, and the next line."""
     complete = len(record) == width
     for end in range(at, min(at + QUOTED_LINES, len(rest))):
         following = rest[end].removesuffix("\r")

@@ -1,10 +1,7 @@
-"""A video's frames: a few of them, when each was shown, as JPEG. The order of the checks is that of trust.
+"""A folder of videos with captions: in a table, or in a text file of the same name next to each.
 
-The first bytes name the container: FFmpeg's own guess takes playlists too, and those name other files.
-
-A folder of videos with captions, as `folder` has images: in a table, or in a text file each.
-
-Of every video a few frames are kept, as JPEG, and when each was shown.
+A few frames of every video are kept, as JPEG, with their times. The container is identified by its
+first bytes, because FFmpeg's own guess accepts playlists, which name other files.
 """
 
 import io
@@ -57,16 +54,17 @@ _TURNS = {
     180: Image.Transpose.ROTATE_180,
     270: Image.Transpose.ROTATE_270,
 }
-Shot = tuple[float, bytes]  # seconds from the video's beginning, and a JPEG
+Shot = tuple[float, bytes]  # seconds from the start of the video, and a JPEG
 
 
 def shots(data: bytes, *, frames: int, fps: float | None, max_s: float) -> list[Shot]:
-    """At most `frames` frames of an MP4, WebM, Matroska, AVI or GIF; the same bytes give the same frames.
+    """Return at most `frames` frames of an MP4, WebM, Matroska, AVI or GIF, always the same ones.
 
-    Without `fps` what is shown in the middle of each of `frames` equal stretches; with it what is shown at 0, 1/fps,
-    2/fps, .. seconds. No frame is taken twice, so a short video may give fewer. Frames are upright, and on white where
-    they are transparent. Raises BadSample for what is no video, is broken or cut, lasts longer than `max_s` seconds, or
-    has frames of more than MAX_PIXELS, or longer than MAX_SIDE.
+    By default they are those in the middle of `frames` equal intervals; with `fps`, those at 0,
+    1/fps, 2/fps, .. seconds. No frame is returned twice, so a short video may give fewer. Frames
+    are upright, and on white where they are transparent. Raises BadSample for another kind of file,
+    for a broken or truncated one, for a video of more than `max_s` seconds, and for frames of more
+    than MAX_PIXELS, or longer than MAX_SIDE.
     """
     kind = _container(data)
     limit = {"max_pixels": str(MAX_PIXELS)}  # FFmpeg may decode a frame to learn its size
@@ -129,7 +127,7 @@ _BOXES = frozenset(  # of an MP4 or QuickTime file, on its first level
 
 
 def _mp4_end(data: bytes) -> int:
-    """The end of the last box. Bytes that follow and are not a box, such as a tag, are not counted."""
+    """Return the end of the last box, without later bytes that are not a box, e.g. a tag."""
     at = 0
     while at + 8 <= len(data):
         size = int.from_bytes(data[at : at + 4])
@@ -142,7 +140,7 @@ def _mp4_end(data: bytes) -> int:
 
 
 def _gif_end(data: bytes) -> int:
-    """The end of the trailer; one byte after the end of the data where there is no trailer."""
+    """Return the end of the trailer, or one byte after the end of the data if there is none."""
     at = 13 + _palette(data[10:11])
     while at < len(data):
         kind, at = data[at], at + 1
@@ -161,28 +159,27 @@ def _gif_end(data: bytes) -> int:
 
 
 def _palette(flags: bytes) -> int:
-    """Bytes of a GIF's palette, by the byte that says whether there is one and how large."""
+    """Return the bytes of a GIF's palette from its flags: if there is one, and its size."""
     return 3 << ((flags[0] & 7) + 1) if flags and flags[0] & 0x80 else 0
 
 
 def _matroska_end(data: bytes) -> int:
-    """Where the segment ends, behind the header: each is an id of 4 bytes, a size, and so many bytes."""
+    """Return the end of the segment after the header; each is a 4-byte id, a size, and content."""
     header, at = _size(data, 4)
     segment, at = _size(data, at + (header or 0) + 4)
     return at + (segment or 0)
 
 
 def _size(data: bytes, at: int) -> tuple[int | None, int]:
-    """(a number of EBML, None for "unknown"; where it ends): the leading zeros of its first byte tell its length."""
+    """Return a number of EBML (None for "unknown") and its end; leading zeros encode its length."""
     length = 9 - data[at].bit_length() if at < len(data) else 1
     bits = (1 << 7 * length) - 1
     number = int.from_bytes(data[at : at + length]) & bits
     return None if number == bits else number, at + length
 
 
-_ENDS: dict[
-    str, Callable[[bytes], int]
-] = {  # the least number of bytes that a file must have by what it says itself
+# the least number of bytes that a file declares to have, by container
+_ENDS: dict[str, Callable[[bytes], int]] = {
     "mp4": _mp4_end,
     "matroska": _matroska_end,
     "avi": lambda data: 8 + int.from_bytes(data[4:8], "little"),
@@ -191,7 +188,7 @@ _ENDS: dict[
 
 
 def _packets(file: InputContainer, max_s: float) -> list["Packet[VideoStream]"]:
-    """What the file holds of its video, not decoded."""
+    """Return the packets of the file's video, not decoded."""
     stream = file.streams.best("video")
     if not isinstance(stream, VideoStream):
         reason = Reason.NOT_AN_IMAGE if len(file.streams) else Reason.CORRUPT
@@ -208,7 +205,7 @@ def _packets(file: InputContainer, max_s: float) -> list["Packet[VideoStream]"]:
     if not any(packet.size for packet in packets):
         raise BadSample(Reason.CORRUPT, "the video has no frames")
     if any(packet.is_corrupt for packet in packets):
-        raise BadSample(Reason.TRUNCATED, "a frame lies beyond the end of the file")
+        raise BadSample(Reason.TRUNCATED, "a frame is beyond the end of the file")
     if len(packets) > MAX_RATE * max_s:
         raise BadSample(
             Reason.BAD_ROW, f"the video has {len(packets)} frames; {MAX_RATE} a second are read"
@@ -224,19 +221,17 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _span(packets: list["Packet[VideoStream]"]) -> tuple[float, float]:
-    """(when the first frame is shown, how long all of them are), in seconds."""
-    whole = [packet for packet in packets if packet.size]
-    stamps = [packet.dts if packet.pts is None else packet.pts for packet in whole]
+    """Return the time of the first frame, and the length of the video, in seconds."""
+    filled = [packet for packet in packets if packet.size]
+    stamps = [packet.dts if packet.pts is None else packet.pts for packet in filled]
     known = sorted(stamp for stamp in stamps if stamp is not None)
-    base = whole[0].time_base
+    base = filled[0].time_base
     if len(known) < len(stamps) or base is None:
         raise BadSample(Reason.CORRUPT, "the video does not say when its frames are shown")
     start, last = float(known[0] * base), float(known[-1] * base)
-    usual = (last - start) / max(
-        len(known) - 1, 1
-    )  # for containers that do not say how long the last frame stays
+    usual = (last - start) / max(len(known) - 1, 1)  # some containers omit the last duration
     length = (
-        last - start + max(usual, *(float((packet.duration or 0) * base) for packet in whole[-1:]))
+        last - start + max(usual, *(float((packet.duration or 0) * base) for packet in filled[-1:]))
     )
     return start, length
 
@@ -253,14 +248,14 @@ def _decoded(
 def _shown(
     decoded: Iterable[tuple[float, VideoFrame]], times: list[float]
 ) -> Iterator[tuple[float, VideoFrame]]:
-    """What is on the screen at the given times, each frame once; nothing behind the last of them is decoded."""
-    asked, last = deque(times), None
+    """Yield the frames that are shown at the given times, once each; nothing later is decoded."""
+    pending, last = deque(times), None
     for time, frame in decoded:
-        if last is not None and asked[0] + ROUNDING_S < time:
+        if last is not None and pending[0] + ROUNDING_S < time:
             yield last
-            while asked and asked[0] + ROUNDING_S < time:
-                asked.popleft()
-        if not asked:
+            while pending and pending[0] + ROUNDING_S < time:
+                pending.popleft()
+        if not pending:
             return
         last = time, frame
     if last is None:
@@ -287,7 +282,7 @@ MAX_FRAMES = 64  # of one sample
 
 
 class Cut(NamedTuple):
-    """Which frames of a video are kept."""
+    """The frames of a video to keep."""
 
     frames: int
     fps: float | None
@@ -298,11 +293,12 @@ class Cut(NamedTuple):
 class VideoImporter(Importer):
     """Import the videos under the folder SOURCE: .mp4, .mov, .webm, .mkv, .avi, .gif.
 
-    `table` is a .csv, .tsv, .json (a list) or .jsonl file in it, whose columns `video` and `text` hold a path and a
-    caption; without a table, `cat.txt` describes `cat.mp4`, and all other files are left out and counted. Kept are
-    `frames` frames spread evenly over the video, or with `fps` the first so many at that rate: `frames=8 fps=1` is what
-    Flamingo trains on (arXiv:2204.14198, 3.1). A video of more than `max_s` seconds is a bad row. Raises DataError for
-    what cannot be cut so, and for a table without such columns.
+    `table` is a .csv, .tsv, .json (a list) or .jsonl file in it, whose columns `video` and `text`
+    hold a path and a caption. Without a table, `cat.txt` describes `cat.mp4`, and all other files
+    are left out and counted. `frames` frames spread evenly over the video are kept, or with `fps`
+    the first ones at that rate: `frames=8 fps=1` is the setting of Flamingo (arXiv:2204.14198,
+    3.1). A video of more than `max_s` seconds is a bad row. A table without such columns is an
+    error.
     """
 
     table: str | None = None
@@ -317,8 +313,8 @@ class VideoImporter(Importer):
         rate = self.fps is None or (self.fps > 0 and isfinite(self.fps))
         if not 1 <= self.frames <= MAX_FRAMES or not self.max_s > 0 or not rate:
             raise DataError(
-                f"frames={self.frames} fps={self.fps} max_s={self.max_s}: 1 to {MAX_FRAMES} frames are kept, "
-                "the others above 0"
+                f"frames={self.frames} fps={self.fps} max_s={self.max_s}: 1 to {MAX_FRAMES} frames "
+                "are kept, the others above 0"
             )
 
     def list_rows(self, source: str) -> Listing:
@@ -334,7 +330,7 @@ class VideoImporter(Importer):
 
 
 def _sample(source: str, cut: Cut, key: str, name: Any, text: Any) -> Sample:
-    said = Part("caption", text=caption(text))
+    described = Part("caption", text=caption(text))
     times, images = zip(*shots(read_image(source, name), **cut._asdict()), strict=True)
     shown = (Part("caption", image=place) for place in range(len(images)))
-    return Sample(key, images, (*shown, said), times_s=times)
+    return Sample(key, images, (*shown, described), times_s=times)

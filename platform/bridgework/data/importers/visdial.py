@@ -1,7 +1,8 @@
-"""Visual Dialog 1.0 (Das et al. 2017, arXiv:1611.08669): ten questions about an image, each with 100 candidate answers.
+"""Visual Dialog 1.0 (Das et al. 2017, arXiv:1611.08669): ten questions per image, 100 candidates.
 
-{"data": {"questions": [..], "answers": [..], "dialogs": [{"image_id", "caption", "dialog": [{"question", "answer",
-"answer_options", "gt_index"}]}]}}, where questions and answers are numbers into the two lists.
+{"data": {"questions": [..], "answers": [..], "dialogs": [{"image_id", "caption", "dialog":
+[{"question", "answer", "answer_options", "gt_index"}]}]}}, where questions and answers are numbers
+into the two lists.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,9 +33,10 @@ ROUND = ("question", "answer_options", "gt_index")
 class VisDialImporter(Importer):
     """Import every question of every dialog as a row, with its candidate answers.
 
-    The user shows the image and gives the caption and the questions and answers before this one as the dialog's
-    history (InstructBLIP, arXiv:2305.06500, appendix); a round whose right answer is not known (of a test split) is a
-    bad row. Images are the files `pattern`, with the image_id put in, under `images`, by default next to SOURCE.
+    The user shows the image and gives the caption and the questions and answers before this one as
+    the dialog's history (InstructBLIP, arXiv:2305.06500, appendix). A round whose correct answer is
+    unknown, as in a test split, is a bad row. Images are the files `pattern`, with the image_id
+    inserted, in `images`, by default next to SOURCE.
     """
 
     images: str | None = None
@@ -78,16 +80,12 @@ def _sample(
 ) -> Sample:
     given = fields(dialog, "image_id", "caption", "dialog")
     if not isinstance(given["dialog"], list):
-        raise BadSample(
-            Reason.BAD_ROW, f"`dialog` is {type(given['dialog']).__name__}, and no list"
-        )
+        raise BadSample(Reason.BAD_ROW, f"`dialog` is {type(given['dialog']).__name__}, not a list")
     *before, now = [fields(one, "question") for one in given["dialog"][: turn + 1]]
     asked = fields(now, *ROUND)
     options = asked["answer_options"]
     if not isinstance(options, list):
-        raise BadSample(
-            Reason.BAD_ROW, f"`answer_options` is {type(options).__name__}, and no list"
-        )
+        raise BadSample(Reason.BAD_ROW, f"`answer_options` is {type(options).__name__}, not a list")
     candidates = tuple(_text(answers, option, "answer") for option in options)
     right = asked["gt_index"]
     if not isinstance(right, int) or isinstance(right, bool) or not 0 <= right < len(candidates):
@@ -117,5 +115,5 @@ def _text(texts: Sequence[Any], number: Any, what: str) -> str:
         raise BadSample(Reason.BAD_ROW, f"the {what} {number!r} is none of the file's {len(texts)}")
     text = texts[number]
     if not isinstance(text, str) or not text.strip():
-        raise BadSample(Reason.EMPTY_TEXT, f"the {what} {number} is empty, or no text")
+        raise BadSample(Reason.EMPTY_TEXT, f"the {what} {number} is empty, or not a text")
     return text.strip()

@@ -1,7 +1,7 @@
-"""VLFeedback (Li et al. 2023, arXiv:2312.10665): several answers a question, each rated by a judge.
+"""VLFeedback (Li et al. 2023, arXiv:2312.10665): several rated answers per question.
 
-A pair is the best and the worst of them, as BLIP-3 takes it (arXiv:2408.08872). JSON lines, Parquet
-or Arrow of {"id", "prompt", "image" or "img_path", "completions": [{"response", "annotations":
+A pair is the best and the worst of them, as in BLIP-3 (arXiv:2408.08872). JSON lines, Parquet or
+Arrow of {"id", "prompt", "image" or "img_path", "completions": [{"response", "annotations":
 {aspect: {"Rating"}}}]}.
 """
 
@@ -17,6 +17,7 @@ from bridgework.data.quarantine import BadSample, Reason, SkippedRow
 from bridgework.data.samples import Sample
 
 ASPECTS = ("Helpfulness", "Visual Faithfulness", "Ethical Considerations")
+_UNRATED = (AttributeError, KeyError, TypeError, ValueError, OverflowError)
 _UNREAD = ("text", "conversations")  # fields that `preference` would read in place of `prompt`
 
 
@@ -26,7 +27,8 @@ class VLFeedbackImporter(PreferencesImporter):
 
     Image paths are relative to `images`, by default the file's own folder. The second question with
     one id gets the key `ID#2`. Questions whose best and worst answers are rated alike are left out
-    and counted: they prefer nothing. `split` is needed where Parquet files are of several.
+    and counted, because they express no preference. `split` is required if the Parquet files are of
+    several.
     """
 
     def read_row(self, key: str, read: Callable[[], Any], folder: str) -> Sample:
@@ -45,19 +47,13 @@ class VLFeedbackImporter(PreferencesImporter):
 
 
 def _rated(given: Any) -> list[tuple[float, str]]:
-    """(mean rating, answer), the worst first and of equals the earlier; empty where fewer than two are whole."""
+    """Return (mean rating, answer), lowest first and stable; [] if fewer than two are rated."""
     rated = []
     for answer in _each(given):
         try:
             text = answer["response"].strip()
             rating = fmean(float(answer["annotations"][aspect]["Rating"]) for aspect in ASPECTS)
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-            OverflowError,
-        ):  # what was not rated is "N/A"
+        except _UNRATED:  # the rating is "N/A"
             continue
         if text and isfinite(rating):
             rated.append((rating, text))
@@ -65,7 +61,7 @@ def _rated(given: Any) -> list[tuple[float, str]]:
 
 
 def _each(given: Any) -> list[Any]:
-    """The answers: a list, or one object with a list in each field, as older releases store it."""
+    """Return the answers: a list, or an object of lists, as older releases store them."""
     if isinstance(given, dict) and isinstance(responses := given.get("response"), list):
         return [_nth(given, number) for number in range(len(responses))]
     return given if isinstance(given, list) else []

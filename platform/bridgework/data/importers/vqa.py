@@ -1,7 +1,7 @@
-"""VQA v2 (Goyal et al. 2017, arXiv:1612.00837) and what has its form, e.g. OK-VQA: questions with ten answers each.
+"""VQA v2 (Goyal et al. 2017, arXiv:1612.00837) and datasets of its form, e.g. OK-VQA.
 
-{"questions": [{"question_id", "image_id", "question"}]} and {"annotations": [{"question_id", "multiple_choice_answer",
-"answers": [{"answer"}]}]}.
+Questions have ten answers each: {"questions": [{"question_id", "image_id", "question"}]} and
+{"annotations": [{"question_id", "multiple_choice_answer", "answers": [{"answer"}]}]}.
 """
 
 import re
@@ -36,9 +36,9 @@ MAX_NAME = 1000  # characters of what a pattern gives
 class VQAImporter(Importer):
     """Import the questions SOURCE with the answers of the file `annotations`.
 
-    The image of a question is the file `pattern`, with its image_id put in, under the folder `images`, by default
-    next to SOURCE. The answer is the one that most people gave; the `labels` are all of theirs, in the file's order,
-    which the VQA accuracy reads.
+    The image of a question is the file `pattern`, with its image_id inserted, in the folder
+    `images`, by default next to SOURCE. The answer is the most frequent one; the `labels` are all
+    answers, in the file's order, which the VQA accuracy reads.
     """
 
     annotations: str | None = None
@@ -52,7 +52,8 @@ class VQAImporter(Importer):
     def list_rows(self, source: str) -> Listing:
         if self.annotations is None:
             raise DataError(
-                f"{source} holds questions alone: give annotations=FILE with their answers; test splits have none"
+                f"{source} holds questions without answers. Fix: give annotations=FILE with their "
+                "answers; test splits have none"
             )
         asked, answered = read_text(source), read_text(self.annotations)
         folder = parent(source) if self.images is None else self.images
@@ -64,7 +65,7 @@ class VQAImporter(Importer):
 
 
 def check_pattern(pattern: str) -> None:
-    """Raises DataError for a pattern that names no image, or by more characters than any file's name has."""
+    """Raise DataError for a pattern that names no image, or gives longer names than files have."""
     try:
         width = _width(pattern)
         names = [pattern.format(image) for image in (1, 2)] if width <= MAX_WIDTH else []
@@ -80,7 +81,10 @@ def check_pattern(pattern: str) -> None:
 
 
 def _width(pattern: str) -> int:
-    """The most characters that a field asks for. Raises ValueError for a field that is not the image_id itself."""
+    """Return the widest field of a pattern.
+
+    Raises ValueError for a field other than the image_id.
+    """
     fields = [
         (name, spec or "") for _, name, spec, _ in Formatter().parse(pattern) if name is not None
     ]
@@ -109,14 +113,17 @@ def _rows(
 
 
 def _notes(given: list[Any]) -> dict[int | str, Any]:
-    """The annotations by their question; where several differ, the BadSample that says so."""
+    """Return the annotations by their question; a BadSample where several differ."""
     notes = dict[int | str, Any]()
     for note in given:
         name = _question_id(note)
         if name is None:
             continue
         if notes.setdefault(name, note) != note:
-            why = f"the annotations answer question {str(name)[:80]} more than once, and differently; leave one of them"
+            why = (
+                f"the annotations answer question {str(name)[:80]} more than once, and "
+                "differently; leave one of them"
+            )
             notes[name] = BadSample(Reason.BAD_ROW, why)
     return notes
 
@@ -147,19 +154,19 @@ def _sample(key: str, entry: Any, note: Any, folder: str, pattern: str) -> Sampl
     if not question.strip() or not answer:
         raise BadSample(Reason.EMPTY_TEXT, "the question or its answer is empty")
     shown, said = Part("user", image=0), Part("user", text="\n" + question.strip())
-    told = {
+    kinds = {
         name: note[name]
         for name in ("question_type", "answer_type")
         if isinstance(note.get(name), str)
     }
     image = read_image(folder, file_of(pattern, entry.get("image_id")))
     return Sample(
-        key, (image,), (shown, said, Part("assistant", text=answer)), labels=given, provenance=told
+        key, (image,), (shown, said, Part("assistant", text=answer)), labels=given, provenance=kinds
     )
 
 
 def _answers(note: dict[str, Any]) -> tuple[tuple[str, ...], str]:
-    """All answers, and the one that stands for them: the file's own choice, else the most frequent."""
+    """Return all answers, and the one to learn: the file's choice, else the most frequent."""
     given = note.get("answers")
     people = given if isinstance(given, list) else []
     texts = tuple(
@@ -170,18 +177,22 @@ def _answers(note: dict[str, Any]) -> tuple[tuple[str, ...], str]:
     if not texts or len(texts) < len(people):
         raise BadSample(
             Reason.BAD_ROW,
-            f"`answers` is no list of objects with a text `answer`: {str(given)[:80]}",
+            f"`answers` is not a list of objects with a text `answer`: {str(given)[:80]}",
         )
     chosen = note.get("multiple_choice_answer", Counter(texts).most_common(1)[0][0])
     if not isinstance(chosen, str):
         raise BadSample(
             Reason.BAD_ROW,
-            f"`multiple_choice_answer` is {type(chosen).__name__}, and text is wanted",
+            f"`multiple_choice_answer` is {type(chosen).__name__}; expected text",
         )
     return texts, chosen.strip()
 
 
 def file_of(pattern: str, image: Any) -> str:
+    """Return the name of the file of an image_id.
+
+    Raises BadSample for one that the pattern refuses.
+    """
     name = int(image) if isinstance(image, float) and image.is_integer() else image
     try:
         if isinstance(name, int | str) and not isinstance(name, bool):
@@ -190,5 +201,5 @@ def file_of(pattern: str, image: Any) -> str:
         pass
     raise BadSample(
         Reason.BAD_ROW,
-        f"image_id {str(image)[:80]!r} does not go into {pattern!r}; a whole number does",
+        f"image_id {str(image)[:80]!r} does not fit into {pattern!r}; expected an integer",
     )

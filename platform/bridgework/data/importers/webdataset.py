@@ -1,16 +1,12 @@
-"""The members of a tar, header by header: nothing is extracted, no declared size is believed, memory does not grow.
+"""webdataset's tars: neighbors in a tar whose names agree up to the first dot are one sample.
 
-Python's own reader stops without a word at a header that is not whole, or that is no header. Here that is an error.
+`0001.jpg`, `0001.txt`, `0001.json`, `0001.cls` are its image, its caption, other fields, and its
+label. Tars of `bridgework data export webdataset` are read back completely. Members of other
+endings, including pickles (`.pyd`), are never read; the manifest's parameters count them.
 
-Tars as webdataset reads them: neighbors whose names agree up to the first dot are one sample.
-
-Samples are found by the headers alone; who wants their bytes knows where they lie.
-
-webdataset's tars: neighbors in a tar whose names agree up to the first dot are one sample.
-
-`0001.jpg`, `0001.txt`, `0001.json`, `0001.cls` are its image, its caption, what else is known of it, and its label.
-What `bridgework data export webdataset` wrote comes back whole. Members of other endings, pickles (`.pyd`) among them,
-are never read; the manifest's parameters count them.
+Samples are located by the headers alone: nothing is extracted, no declared size is trusted, and
+memory does not grow. Python's own reader stops silently at an incomplete or broken header; here
+that is an error.
 """
 
 import hashlib
@@ -51,27 +47,19 @@ from bridgework.data.samples import LICENSE, Part, Role, Sample, from_row
 from bridgework.errors import DataError
 from bridgework.storage import find_store
 
-MAX_HEADER = (
-    1 << 20
-)  # bytes of all that may stand before one member: long names and pax fields are read whole
+MAX_HEADER = 1 << 20  # bytes before one member: long names and pax fields are read completely
 _BLOCK = tarfile.BLOCKSIZE
-_TAIL = (
-    64 << 10
-)  # bytes behind the end mark that are looked at: a writer fills up to 10 KB with zeros
+_TAIL = 64 << 10  # bytes read after the end mark: a writer pads to 10 KB with zeros
 _GZIP = b"\x1f\x8b"
-_BROKEN = (
-    tarfile.TarError,
-    ValueError,
-    OverflowError,
-    RecursionError,
-)  # what headers made to harm raise
+# raised for hostile headers
+_BROKEN = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 
 
 def members(file: IO[bytes], size: int) -> Iterator[tarfile.TarInfo]:
-    """Every member of the tar in `file`, which has `size` bytes and can seek; the contents are passed over.
+    """Yield the members of the tar in `file`, of `size` bytes and seekable; contents are skipped.
 
-    A member is believed by `flaw` alone. Raises BadSample behind the last header that is whole: TRUNCATED where the
-    file ends without an end mark, CORRUPT for what is no tar from there on, EMPTY_FILE.
+    Members are validated by `flaw`. Raises BadSample after the last complete header: TRUNCATED if
+    the file ends without an end mark, CORRUPT if it is not a tar from there on, EMPTY_FILE.
     """
     headers = _Headers(file)
     try:
@@ -89,15 +77,15 @@ def members(file: IO[bytes], size: int) -> Iterator[tarfile.TarInfo]:
     if end.strip(b"\0"):
         raise BadSample(
             Reason.CORRUPT,
-            f"more stands behind the end mark at byte {headers.at}: two tars in one file?",
+            f"there is more data after the end mark at byte {headers.at}: two tars in one file?",
         )
 
 
 def flaw(member: tarfile.TarInfo, size: int) -> BadSample | None:
-    """What is wrong with a member of a tar of `size` bytes, if it is not a plain file that lies in it as a whole."""
+    """Return the defect of a member of a tar of `size` bytes; None for a complete, plain file."""
     name = member.name
     if not member.isreg():
-        return BadSample(Reason.OUTSIDE, f"{name!r} is a link or a device, and no file")
+        return BadSample(Reason.OUTSIDE, f"{name!r} is a link or a device, not a file")
     if member.sparse is not None or any(key.startswith("GNU.sparse") for key in member.pax_headers):
         return BadSample(Reason.BAD_ROW, f"{name!r} is a sparse file")
     if member.offset_data + member.size > size:
@@ -114,7 +102,7 @@ def _next(archive: Any, headers: "_Headers") -> tarfile.TarInfo | None:
     headers.left = MAX_HEADER
     member: tarfile.TarInfo | None = archive.next()
     archive.members.clear()
-    archive.pax_headers.clear()  # fields for all members that follow: nobody needs them, and they only grow
+    archive.pax_headers.clear()  # fields for all later members: unused, and they only grow
     if member is not None and (member.size < 0 or archive.offset < before):
         raise tarfile.ReadError(f"{member.name!r} declares {member.size} bytes")
     headers.at = archive.offset
@@ -122,12 +110,12 @@ def _next(archive: Any, headers: "_Headers") -> tarfile.TarInfo | None:
 
 
 class _Headers:
-    """A file as tarfile may read it: at most `left` bytes more."""
+    """A file of which tarfile may read at most `left` more bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.left = MAX_HEADER
-        self.at = 0  # behind the last member that was whole
+        self.at = 0  # after the last complete member
 
     def read(self, size: int) -> bytes:
         self.left -= size
@@ -155,7 +143,7 @@ def _broken(file: IO[bytes], size: int, at: int, error: str) -> BadSample:
             "the tar is compressed by gzip, so its members cannot be found; unpack it",
         )
     return BadSample(
-        Reason.CORRUPT, f"no tar from byte {at} on, where {begin[:12]!r} stands: {error}"
+        Reason.CORRUPT, f"not a tar from byte {at} on, which begins {begin[:12]!r}: {error}"
     )
 
 
@@ -175,11 +163,11 @@ READ = (*IMAGES, "txt", "json", "cls")
 MAX_MEMBERS = 1000  # of one sample
 MAX_TARS = 1_000_000  # of one import
 _RANGE = re.compile(r"\{(-?[0-9]+)\.\.(-?[0-9]+)[}.]")
-TOLD = 20  # endings of unread members that are counted by name
+COUNTED = 20  # endings of unread members that are counted by name
 
 
 class Tar(NamedTuple):
-    """One archive; `name` tells it from the others."""
+    """One archive; `name` distinguishes it from the others."""
 
     path: str
     name: str
@@ -187,14 +175,14 @@ class Tar(NamedTuple):
 
 @dataclass
 class Group:
-    """One sample: where its members lie, ending -> (offset, bytes). A tar that is not whole ends with one of key ""."""
+    """One sample: its members, ending -> (offset, bytes). A broken tar ends with one of key ""."""
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
     flaw: BadSample | None = None
 
     def ended_by(self, error: BadSample) -> bool:
-        """Whether what ended the tar took members of this sample; it can be a pair without what it lacks otherwise."""
+        """Return True if the end of a broken tar cut this sample: it lacks an image or a text."""
         if self.flaw is not None:
             return self.flaw.reason is error.reason
         return self.members.keys().isdisjoint(IMAGES) or self.members.keys().isdisjoint(
@@ -203,21 +191,25 @@ class Group:
 
 
 def find(source: str) -> list[Tar]:
-    """The tars that `source` names, in its order. Raises DataError where one is missing, or none is named."""
+    """Return the tars that `source` names, in order.
+
+    Raises DataError if one is missing, or for none.
+    """
     patterns = _patterns(source)
     found = list(dict.fromkeys(chain.from_iterable(map(_expand, patterns))))
     if not found:
         count = len(packed(source))
         there = f"; there are {count} compressed tars, which must be unpacked" if count else ""
         raise DataError(
-            f"{source} names no .tar; give a tar, a folder of tars, or a pattern such as shards/*.tar{there}"
+            f"{source} names no .tar; give a tar, a folder of tars, or a pattern such as "
+            f"shards/*.tar{there}"
         )
     common = os.path.commonpath([os.path.dirname(name) for _, name in found])
     return [Tar(path, os.path.relpath(name, common).removesuffix(".tar")) for path, name in found]
 
 
 def packed(source: str) -> list[str]:
-    """The compressed tars of a folder, which are not read: no member of them is found without unpacking."""
+    """Return the compressed tars of a folder, which are not read: they have no random access."""
     fs, root = find_store(source)
     return (
         [name for name, _ in files(source) if name.endswith(PACKED) and not hidden(name)]
@@ -227,7 +219,7 @@ def packed(source: str) -> list[str]:
 
 
 def _patterns(source: str) -> list[str]:
-    """What the braces of `source` stand for."""
+    """Expand the braces of `source`."""
     spans = [
         abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(source)
     ]  # braceexpand holds each
@@ -245,7 +237,7 @@ def _patterns(source: str) -> list[str]:
 
 
 def _expand(pattern: str) -> list[tuple[str, str]]:
-    """(path or URL, the path alone) of each tar."""
+    """Return (path or URL, path) of each tar."""
     fs, root = find_store(pattern)
     if any(mark in root for mark in "*?["):
         names = sorted(map(str, fs.glob(root)))
@@ -262,7 +254,7 @@ def _expand(pattern: str) -> list[tuple[str, str]]:
 
 
 class Scan:
-    """What one pass over the headers of all tars tells."""
+    """Counts, keys and digest of one pass over the headers of all tars."""
 
     def __init__(self) -> None:
         self.samples = 0
@@ -288,8 +280,9 @@ class Scan:
         self._keys.append(np.unique(np.array(keys, dtype=np.uint64)))
 
     def _note(self, member: TarInfo) -> None:
-        told = json.dumps([member.name, member.size, member.mtime, member.type.decode("latin-1")])
-        self._digest.update(told.encode())
+        kind = member.type.decode("latin-1")
+        identity = json.dumps([member.name, member.size, member.mtime, kind])
+        self._digest.update(identity.encode())
         key, ending = _split(member.name)
         if member.isreg() and not (key and _is_read(ending)):
             ending = ending.rpartition(".")[2]
@@ -297,25 +290,25 @@ class Scan:
 
     @property
     def sha256(self) -> str:
-        """Of the names, sizes and times of all members."""
+        """Return the sha256 (hex) of the names, sizes and times of all members."""
         return self._digest.hexdigest()
 
     @property
     def ignored(self) -> dict[str, int]:
-        """How many members are not read, by ending."""
-        return dict(sorted(self._endings.most_common(TOLD)))
+        """Return the counts of unread members, by ending."""
+        return dict(sorted(self._endings.most_common(COUNTED)))
 
     @property
     def prefixed(self) -> bool:
-        """Whether a key stands in two tars."""
+        """Return True if a key occurs in two tars."""
         keys = np.concatenate(self._keys)
         return len(np.unique(keys)) < len(keys)
 
 
 def groups(tar: Tar, note: Callable[[TarInfo], object] = lambda member: None) -> Iterator[Group]:
-    """The samples of a tar, in order, by its headers alone; `note` is told of every member.
+    """Yield the samples of a tar, in order, by its headers; `note` is called with every member.
 
-    Where the tar is not whole, its last sample says so, or if that is complete, one more of key "".
+    The last sample of a broken tar has the flaw; if it is complete, one more of key "" follows.
     """
     fs, path = find_store(tar.path)
     size = int(fs.size(path))
@@ -349,7 +342,7 @@ def _same(key: str, other: str) -> bool:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """(key, ending), the key up to the first dot of the base name; it is empty for what is in no sample."""
+    """Return (key, ending); the key, up to the first dot, is empty for members of no sample."""
     name = name.removeprefix("./")
     head = name.partition("/")[0]
     folder, slash, base = name.rpartition("/")
@@ -368,7 +361,7 @@ def _add(group: Group, member: TarInfo, ending: str, size: int) -> None:
     if not plain(member.name):
         group.flaw = BadSample(Reason.OUTSIDE, f"{member.name!r} is not a plain path")
     elif ending in group.members:
-        group.flaw = BadSample(Reason.DUPLICATE_KEY, f"{member.name!r} stands twice")
+        group.flaw = BadSample(Reason.DUPLICATE_KEY, f"{member.name!r} occurs twice")
     elif len(group.members) == MAX_MEMBERS:
         group.flaw = BadSample(Reason.BAD_ROW, f"the sample has more than {MAX_MEMBERS} members")
     else:
@@ -376,8 +369,8 @@ def _add(group: Group, member: TarInfo, ending: str, size: int) -> None:
         group.flaw = group.flaw or flaw(member, size)
 
 
-TEXTS = ("caption", "text")  # fields of the JSON that hold the caption where there is no .txt
-TOGETHER = "the members of a sample stand together, and their names agree up to the first dot"
+TEXTS = ("caption", "text")  # fields of the JSON that hold the caption if there is no .txt
+TOGETHER = "the members of a sample are neighbors, and their names agree up to the first dot"
 SHORT = 300  # characters of a JSON field, with its name, that is kept as provenance
 
 _OWN = {
@@ -393,10 +386,11 @@ _OWN = {
 
 @config_class
 class WebDatasetImporter(Importer):
-    """Import the tars of SOURCE: one tar, a folder of them, or a pattern such as `shards/{000..031}.tar` or `*.tar`.
+    """Import the tars of SOURCE: a tar, a folder, or a pattern.
 
-    `text` is the field of the JSON that holds the caption, or a list of them; without it that is the .txt, else
-    `caption` or `text` of the JSON. Where two tars share a key, every key gets its tar's name in front: `00001/0004`.
+    Patterns are like `shards/{000..031}.tar` or `*.tar`. `text` is the field of the JSON that holds
+    the caption, or a list of them. By default it is the .txt, otherwise `caption` or `text` of the
+    JSON. If two tars share a key, all keys are prefixed with the name of their tar: `00001/0004`.
     """
 
     text: str | None = None
@@ -445,9 +439,9 @@ def _sample(path: str, group: Group, prefix: str, text: str | None) -> Sample:
     if len(images) != 1:
         there = f"images: {', '.join(images)}" if images else f"no image; {TOGETHER}"
         raise BadSample(
-            Reason.BAD_ROW if images else Reason.MISSING_IMAGE, f"{there}; one is wanted"
+            Reason.BAD_ROW if images else Reason.MISSING_IMAGE, f"{there}; expected one"
         )
-    name, words = _text(files, entry, text)
+    name, value = _text(files, entry, text)
     labels = (_decoded("cls", files["cls"]).strip(),) if "cls" in files else ()
     facts = {
         key: str(value)
@@ -455,10 +449,10 @@ def _sample(path: str, group: Group, prefix: str, text: str | None) -> Sample:
         if key != name and isinstance(value, str | int | float)
     }
     provenance = {key: value for key, value in facts.items() if len(key) + len(value) <= SHORT}
-    said = [caption(each) for each in texts(words)]
-    distinct = list(dict.fromkeys(said))
-    if len(distinct) < len(said):
-        provenance["dropped.captions"] = str(len(said) - len(distinct))
+    captions = [caption(each) for each in texts(value)]
+    distinct = list(dict.fromkeys(captions))
+    if len(distinct) < len(captions):
+        provenance["dropped.captions"] = str(len(captions) - len(distinct))
     parts = (Part("caption", image=0), *(Part("caption", text=each) for each in distinct))
     return Sample(
         f"{prefix}{group.key}", (files[images[0]],), parts, labels=labels, provenance=provenance
@@ -466,7 +460,7 @@ def _sample(path: str, group: Group, prefix: str, text: str | None) -> Sample:
 
 
 def _fetch(path: str, wanted: Mapping[str, tuple[int, int]]) -> dict[str, bytes]:
-    """The members by their endings."""
+    """Read the members of a sample, by their endings."""
     if (total := sum(size for _, size in wanted.values())) > MAX_BYTES:
         raise BadSample(
             Reason.TOO_MANY_BYTES, f"the sample has {total} bytes; at most {MAX_BYTES} are read"
@@ -497,7 +491,7 @@ def _entry(files: Mapping[str, bytes]) -> dict[str, Any]:
 def _text(
     files: Mapping[str, bytes], entry: Mapping[str, Any], field: str | None
 ) -> tuple[str | None, Any]:
-    """(the field of the JSON that it is from, the caption)."""
+    """Return the caption, and the field of the JSON that holds it (None for the .txt)."""
     if field is None and "txt" in files:
         return None, _decoded("txt", files["txt"])
     names = TEXTS if field is None else (field,)
@@ -519,7 +513,7 @@ def _decoded(ending: str, data: bytes) -> str:
 def _exported(
     entry: Mapping[str, Any], files: Mapping[str, bytes], prefix: str, member: str
 ) -> Sample:
-    """A sample as the exporter writes it: all fields in the JSON, and in place of each image its ending."""
+    """Return a sample that the exporter wrote: the JSON has all fields, and the images' endings."""
     try:
         images = [files[ending] for ending in entry["images"]]
     except (KeyError, TypeError) as error:
@@ -534,12 +528,12 @@ def _exported(
     except BadSample:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadSample(Reason.BAD_ROW, f"its .json is no exported sample: {error}") from None
+        raise BadSample(Reason.BAD_ROW, f"its .json is not an exported sample: {error}") from None
     return sample
 
 
 def _key(key: Any, member: str) -> str:
-    """The key in a JSON: held to the rule of members' names, unless its member is named for it as the exporter does."""
+    """Return the key in a JSON: a plain path, or the key for which its member is named."""
     if (
         not isinstance(key, str)
         or not key
@@ -552,16 +546,16 @@ def _key(key: Any, member: str) -> str:
 
 
 def _check(sample: Sample) -> None:
-    """Holds an exported sample's texts to what every other format is held to. Raises BadSample."""
-    said = [
+    """Validate the texts of an exported sample as for every other format. Raises BadSample."""
+    values = [
         text
         for text in (sample.rejected, *(part.text for part in sample.parts))
         if text is not None
     ]
-    if any(PLACEHOLDER in text for text in said):
+    if any(PLACEHOLDER in text for text in values):
         raise BadSample(
             Reason.PLACEHOLDERS,
-            f"a text of its .json holds {PLACEHOLDER!r}, which stands for an image",
+            f"a text of its .json holds {PLACEHOLDER!r}, the place of an image",
         )
     if not sample.parts or (sample.rejected is not None and not sample.rejected.strip()):
         raise BadSample(Reason.EMPTY_TEXT, "its .json has no parts, or a blank `rejected`")
@@ -573,7 +567,10 @@ def _check(sample: Sample) -> None:
 
 
 def _blank(role: Role, turn: Sequence[Part]) -> bool:
-    """Whether a turn lacks a text; an image may go without a caption, and a question may be an image alone."""
+    """Return True if a turn lacks a text.
+
+    An image needs no caption; a question may be an image alone.
+    """
     if any((part.text or "").strip() for part in turn):
         return False
     if role == "caption":
