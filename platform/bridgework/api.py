@@ -4,6 +4,7 @@ Nothing heavy is imported with this module: torch, transformers, Ray, DeepSpeed 
 function that needs them. The command line calls the same functions.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -171,9 +172,9 @@ def evaluate(
     Example:
         >>> import bridgework as bw
         >>> from bridgework.evaluation import Ranking
-        >>> figures = bw.evaluate(ARTIFACT, [Ranking(dataset="synthetic:shapes", rows=4)])
+        >>> figures = bw.evaluate("./artifact", [Ranking(dataset="synthetic:shapes", rows=32)])
         >>> sorted(figures)
-        ['ranking.accuracy', 'ranking.chance']
+        ['ranking.accuracy', 'ranking.accuracy_without_prior', 'ranking.chance']
     """
     from bridgework.inference.pipeline import Pipeline
     from bridgework.tracking.mlflow_store import artifact_of
@@ -246,7 +247,7 @@ def import_dataset(
 
     Example:
         >>> import bridgework as bw
-        >>> manifest = bw.import_dataset("folder", PHOTOS, DEST, license="CC0-1.0")
+        >>> manifest = bw.import_dataset("folder", "photos", "my-photos", license="CC0-1.0")
         >>> manifest.rows, manifest.license
         (2, 'CC0-1.0')
     """
@@ -262,7 +263,10 @@ def import_dataset(
         ) from None
     with _ray(workers):
         return importer.run(
-            str(source), destination(str(dest), home or default_home()), workers=workers
+            str(source),
+            destination(str(dest), home or default_home()),
+            workers=workers,
+            say=_report,
         )
 
 
@@ -292,7 +296,7 @@ def curate(
     Example:
         >>> import bridgework as bw
         >>> from bridgework.curation.filters import Filters
-        >>> manifest = bw.curate(Filters(min_side=8), "synthetic:shapes", CURATED)
+        >>> manifest = bw.curate(Filters(min_side=8), "synthetic:shapes", "large-enough")
         >>> manifest.rows == bw.open_dataset("synthetic:shapes").manifest.rows
         True
     """
@@ -303,7 +307,12 @@ def curate(
     found = [resolve(source, place) for source in given]
     with _ray(workers):
         return runner.make(
-            curation, found, destination(str(dest), place), home=place, workers=workers
+            curation,
+            found,
+            destination(str(dest), place),
+            home=place,
+            workers=workers,
+            say=_report,
         )
 
 
@@ -384,12 +393,13 @@ def open_tracker(
         return None
 
 
+def _report(text: str) -> None:
+    """Print progress to stderr."""
+    print(text, file=sys.stderr)
+
+
 def _ray(workers: int) -> Any:
     """Return a Ray session for the block, or nothing where none is needed or one is open already."""
-    if not workers:
-        return nullcontext()
-    import ray
+    from bridgework.ray_utils import is_open, ray_session
 
-    from bridgework.ray_utils import ray_session
-
-    return nullcontext() if ray.is_initialized() else ray_session()
+    return ray_session() if workers and not is_open() else nullcontext()

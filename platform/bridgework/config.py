@@ -223,6 +223,11 @@ def _join(prefix: str, name: Any) -> str:
     return f"{prefix}.{name}" if prefix else str(name)
 
 
+def path_name(value: Any) -> str:
+    """Return the name of a config in a dotted path: its `name`, else its kind."""
+    return str(getattr(value, "name", kind(type(value))))
+
+
 def _names(value: Any) -> list[str]:
     """Return the path names of a tuple's specs: `name`, else the kind; [] if these are not unique.
 
@@ -230,7 +235,7 @@ def _names(value: Any) -> list[str]:
     """
     if not isinstance(value, tuple) or not all(is_spec(v) for v in value):
         return []
-    names = [str(getattr(v, "name", kind(type(v)))) for v in value]
+    names = [path_name(v) for v in value]
     return names if len(set(names)) == len(names) else []
 
 

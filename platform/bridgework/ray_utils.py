@@ -34,6 +34,11 @@ class _Session:
     own: ClassVar[bool] = False  # its own Ray on this machine alone: no node will join it
 
 
+def is_open() -> bool:
+    """True if this process is connected to a Ray."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
 @contextmanager
 def ray_session() -> Iterator[None]:
     """Run the block with a quiet Ray: a run reports by its bar, its journal and its errors.

@@ -264,12 +264,12 @@ def test_filter_that_drops_everything_raises(
         (
             lambda m, f: {**m, "filter": m["captioner"]},
             SpecError,
-            "has the tasks caption, and this takes match",
+            "needs match. Got caption",
         ),
         (
             lambda m, f: {**m, "captioner": m["filter"]},
             SpecError,
-            "and this takes caption or answer",
+            "needs caption or answer. Got contrast, match",
         ),
         (lambda m, f: {**m, "filter": f}, WeightsError, "is not an artifact"),
     ],

@@ -39,7 +39,7 @@ def test_without_arguments_the_curations_are_listed() -> None:
     for name in ("capfilt", "decontaminate", "dedup", "filters"):
         assert name in known()
         assert f"{name} " in printed and (load(name).__module__).endswith(name)
-    assert "Drops rows whose picture stood in an earlier row" in printed
+    assert "Deduplication: drop rows whose image" in printed
     assert not {"flow", "facts", "explain", "twins", "words", "measuring"} & known().keys()
 
 
@@ -48,7 +48,8 @@ def test_name_alone_lists_the_fields() -> None:
     assert lines["distance"] == ["int", "4"] and lines["by"][-1] == "bytes"
     assert lines["max_bad"] == ["float", "0.005"]
     fields = curate("capfilt").stdout
-    assert "required" in fields and "sources" not in fields and "makes" not in fields
+    names = {line.split()[0] for line in fields.splitlines() if line.strip()}
+    assert "required" in fields and not {"sources", "makes"} & names
 
 
 def test_arguments_are_datasets_then_fields(source: str, tmp_path: Path) -> None:

@@ -233,8 +233,8 @@ def test_dest_made_with_other_fields_is_rejected_with_both_values(
     with pytest.raises(DataError) as caught:
         run(source, tmp_path / "made", home, **change)
     assert str(caught.value) == (
-        f"{tmp_path / 'made'} holds another dataset: it was made with `{had}`; expected `{wanted}`; "
-        "delete it or choose another place"
+        f"{tmp_path / 'made'}: it holds another dataset. It was made with `{had}`; expected `{wanted}`. "
+        "Fix: delete it or choose another DEST"
     )
 
 

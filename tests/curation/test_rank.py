@@ -217,7 +217,7 @@ def test_row_without_an_image_and_captions_is_quarantined(home: Path) -> None:
 @pytest.mark.parametrize(
     ("make_one", "words"),
     [
-        (lambda: Rank(model="m", keep=0), "captions and keep are at least 1; got 10 and 0"),
+        (lambda: Rank(model="m", keep=0), "captions and keep are at least 1. Got 10 and 0"),
         (lambda: Rank(model="m", top_p=0.0), r"top_p is in \(0, 1\]"),
         (lambda: Rank(model="m", min_tokens=30), "min_tokens 30 and max_tokens 20"),
     ],

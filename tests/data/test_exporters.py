@@ -133,7 +133,7 @@ def test_an_export_is_not_written_into_a_dataset(tmp_path: Path) -> None:
     source = str(tmp_path / "d")
     write(shapes(4, size=16), source, source="test", license="CC0-1.0", made_by="tests")
     with pytest.raises(DataError, match="is inside the dataset"):
-        webdataset.run(source, f"{source}/tars")
+        webdataset.WebDatasetExporter().run(source, f"{source}/tars")
     assert verify(source) == []
 
 

@@ -18,6 +18,7 @@ WORDS = (
     "what", "stands", "lies", "beside", "behind", "whole", "nobody", "anew", "told", "tells",
     "because", "e.g.", "default", "returns", "raises",
 )  # fmt: skip
+NO_CODE = re.compile(r"""\s*(?:#|$|[rfb]{0,2}"[^"]*"[,)]*$|"(?:[^"\\]|\\.)*": "[^"]*",$)""")
 
 
 def percentile(values: Sequence[int], share: float) -> int:
@@ -27,17 +28,13 @@ def percentile(values: Sequence[int], share: float) -> int:
 
 
 def code_lines(path: Path) -> list[str]:
-    """Lines that hold code: no blanks, comments or docstrings."""
+    """Lines that hold code: no blanks, comments, docstrings, or lines that are one string literal."""
     text = path.read_text(encoding="utf-8")
     prose = {
         line for first, last in _docstrings(source.tree(path)) for line in range(first, last + 1)
     }
     lines = enumerate(text.splitlines(), 1)
-    return [
-        line
-        for number, line in lines
-        if number not in prose and line.strip() and not line.lstrip().startswith("#")
-    ]
+    return [line for number, line in lines if number not in prose and not NO_CODE.match(line)]
 
 
 def function_lengths(path: Path) -> list[int]:

@@ -27,7 +27,7 @@ LAYERS = (
     ("artifacts", "curation", "evaluation", "inference", "training", "tracking.relay"),
     ("recipes", "tracking", "hf"),
     ("tuning", "serving"),
-    ("cli",),
+    ("api", "cli"),
 )
 
 
@@ -74,7 +74,12 @@ def name(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of every import in a file, those inside functions too."""
+    """(line, dotted module) of every import in a file, those inside functions too.
+
+    The package's own `__init__` is left out: its names are for type checkers, and load on first use.
+    """
+    if path == PACKAGE / "__init__.py":
+        return
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)

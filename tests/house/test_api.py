@@ -9,6 +9,7 @@ import pytest
 
 import bridgework
 from bridgework import api
+from bridgework.data.synthetic import shapes
 from tests.house import api_reference
 
 HEAVY = "{'torch', 'transformers', 'ray', 'deepspeed', 'mlflow', 'pyarrow'}"
@@ -44,9 +45,17 @@ def test_the_reference_is_what_the_docstrings_say() -> None:
     assert written == api_reference.reference(), "run `python -m tests.house.api_reference`"
 
 
-def test_examples_in_docstrings_run(tmp_path: Path, home: Path) -> None:
+def test_examples_in_docstrings_run(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder with two photos and an artifact."""
     system = bridgework.override(bridgework.load("llava").tiny(), {"stages.align.budget.steps": 1})
     result = bridgework.train(system, stages=["align"], home=home, run="doctest", track=False)
-    names = {"ARTIFACT": result["align"].artifact}
-    failed = doctest.testmod(api, globs=vars(api) | names, optionflags=doctest.ELLIPSIS)
-    assert failed.attempted >= 8 and failed.failed == 0
+    (tmp_path / "artifact").symlink_to(result["align"].artifact)
+    (tmp_path / "photos").mkdir()
+    for number, sample in enumerate(shapes(2)):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(sample.images[0])
+        (tmp_path / "photos" / f"{number}.txt").write_text(sample.text)
+    monkeypatch.chdir(tmp_path)
+    done = doctest.testmod(api)
+    assert done.attempted >= 15 and done.failed == 0

@@ -19,10 +19,6 @@ DOCUMENTS = [path for path in source.files() if path.suffix == ".md"]
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 JOB = "python -m "
-COMMAND_LINE = source.PACKAGE / "cli.py"
-needs_command_line = pytest.mark.skipif(
-    not COMMAND_LINE.exists(), reason="there is no command line yet"
-)
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
@@ -60,7 +56,6 @@ def parse(words: list[str]) -> None:
             context = command.make_context(name, list(rest), parent=context)
 
 
-@needs_command_line
 def test_every_bridgework_command_parses() -> None:
     for where, words in [*commands(), *page_commands()]:
         if words[0] == "bridgework":
@@ -79,7 +74,6 @@ def named_commands() -> Iterator[tuple[str, str, str]]:
                     yield f"{source.name(path)}:{number}", command, then
 
 
-@needs_command_line
 def test_every_command_named_in_a_sentence_exists() -> None:
     root: Any = typer.main.get_command(import_module("bridgework.cli").app)
     found = list(named_commands())
@@ -91,7 +85,6 @@ def test_every_command_named_in_a_sentence_exists() -> None:
             assert then in subcommands, f"{where}: there is no `bridgework {command} {then}`"
 
 
-@needs_command_line
 def test_every_program_started_by_module_exists() -> None:
     for where, words in [*commands(), *page_commands()]:
         line = " ".join(words)

@@ -228,7 +228,7 @@ def test_labels_that_are_no_class_are_bad_rows_with_a_reason(home: Path, tmp_pat
     assert "did you mean 'red circle'" in str(problems["odd"])
     assert "has no labels" in str(
         problems["bare"]
-    ) and "reads one image, and the sample has 2" in str(problems["two"])
+    ) and "reads one image per sample. Got 2 images" in str(problems["two"])
 
 
 def test_a_preview_names_the_class(home: Path) -> None:

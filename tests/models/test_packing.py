@@ -145,7 +145,7 @@ def test_packing_is_refused_before_a_stage_starts() -> None:
     model = replace(stage.model, language=language("jamba", RECURRENT["jamba"]))
     with pytest.raises(
         SpecError,
-        match=r"align\.data\.packing: 'jamba' cannot keep .*; set stages\.align\.data\.packing",
+        match=r"align\.data\.packing: 'jamba' cannot keep .* Fix: set stages\.align\.data\.packing",
     ):
         replace(stage, model=model, data=replace(stage.data, packing=Packing()))
 

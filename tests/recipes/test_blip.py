@@ -246,11 +246,11 @@ def test_a_task_that_the_model_lacks_is_an_error(retriever: Pipeline) -> None:
     stage = load("blip")["captioner"].tiny()
     writer = Pipeline(stage.model.build().eval(), stage)
     square = np.zeros((3, 32, 32), np.uint8)
-    with pytest.raises(SpecError, match="has the tasks caption, and this takes match"):
+    with pytest.raises(SpecError, match=r"needs match\. Got caption"):
         writer.match([square], ["a cat"])
-    with pytest.raises(SpecError, match="has the tasks caption, and this takes contrast"):
+    with pytest.raises(SpecError, match="this method needs contrast"):
         writer.embed_images([square])
-    with pytest.raises(SpecError, match="and this takes caption or answer"):
+    with pytest.raises(SpecError, match="needs caption or answer"):
         retriever.log_likelihoods(square, ["a cat"])
 
 

@@ -62,7 +62,7 @@ def test_unknown_stage_is_rejected_before_any_write(home: Path, run: str) -> Non
 
 def test_missing_dataset_is_rejected_before_any_write(home: Path, run: str) -> None:
     system = llava(stages__instruct__data__sources__gqa__dataset="synthetic-shape")
-    with pytest.raises(DataError, match=r"no dataset 'synthetic-shape'.*did you mean"):
+    with pytest.raises(DataError, match=r"dataset 'synthetic-shape' not found.*did you mean"):
         go(system, home, run, stages=None)
     assert not folder(home, run).exists()
 
@@ -80,7 +80,7 @@ def test_missing_dataset_of_an_evaluation_is_rejected_before_any_write(
     judge: EvalSpec, home: Path, run: str
 ) -> None:
     system = llava(stages__align__evals=(judge,))
-    with pytest.raises(DataError, match="no dataset 'not-here'"):
+    with pytest.raises(DataError, match="dataset 'not-here' not found"):
         go(system, home, run)
     assert not folder(home, run).exists()
 

@@ -91,7 +91,7 @@ def test_fix_for_too_many_bad_samples_works(home: Path, run: str, tmp_path: Path
         group_rows=8,
     )
     system = llava(4, stages__align__data__sources__blip558k__dataset=str(tmp_path / "data"))
-    with pytest.raises(DataError, match=r"are bad .*allow a larger share"):
+    with pytest.raises(DataError, match=r"are bad .*raise max_bad"):
         go(system, home, run)
     go(override(system, {"stages.align.data.max_bad": 0.5}), home, run)
     assert steps(home, run) == [0, 1, 2, 3]

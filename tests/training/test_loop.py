@@ -189,7 +189,7 @@ def test_every_loss_is_reported_with_its_weight(home: Path, run: str) -> None:
     captioning = llava()["align"].losses
     go(llava(2, stages__align__losses=(*captioning, Contrastive(weight=0.5))), home, run)
     total, words, contrast = (
-        losses(home, run, key=k) for k in ("loss", "loss.captioning", "loss.contrastive")
+        losses(home, run, key=k) for k in ("loss", "loss.language_modeling", "loss.contrastive")
     )
     for (_, a), (_, b), (_, c) in zip(total, words, contrast, strict=True):
         assert a == pytest.approx(b + 0.5 * c)

@@ -43,10 +43,14 @@ _STOPS = (  # marks that end a sentence, by script
     ".!?\u2026\u203c\u2047\u2048\u2049\u203d"  # Latin, Cyrillic, Greek, Hebrew, Korean
     "\u3002\uff01\uff1f\uff0e\uff61\ufe52\u22ef"  # Chinese and Japanese
     "\u0964\u0965\u061f\u06d4\u061e\u0700\u0701\u0702"  # of India; Arabic, Urdu, Syriac
-    "\u0589\u055c\u055e\u1362\u1367\u1368\u104a\u104b\u17d4\u17d5\u17d6\u0f0d\u0f0e\u0f14"  # Armenian to Tibetan
+    # Armenian to Tibetan
+    "\u0589\u055c\u055e\u1362\u1367\u1368\u104a\u104b\u17d4\u17d5\u17d6\u0f0d\u0f0e\u0f14"
     "\u1803\u1809\u1c7e\u1c7f\ua4ff\ua9c8\ua9c9\uaa5d\uaa5e\uaa5f\uabeb"  # Mongolian to Meitei
 )
-_CLOSING = "\"')*_\\]}\u201d\u2019\u00bb\u203a\u300b\u300d\u300f\u3009\u3011\uff09\uff3d\u300f\u301f\ufe42\ufe44"
+_CLOSING = (
+    "\"')*_\\]}\u201d\u2019\u00bb\u203a\u300b"
+    "\u300d\u300f\u3009\u3011\uff09\uff3d\u300f\u301f\ufe42\ufe44"
+)
 _ENDING = re.compile(
     rf"(?:[{_STOPS}]|[\u0e00-\u0eff])[\s{_CLOSING}]*$"  # Thai and Lao have no full stop
 )

@@ -18,7 +18,9 @@ FLAT = """\
   {%- else -%}
     {%- for part in message['content'] -%}
       {%- set word = IMAGE if part['type'] == 'image' else part['text'] -%}
-      {%- if not result.first and IMAGE -%}{%- set result.text = result.text + '\\n' -%}{%- endif -%}
+      {%- if not result.first and IMAGE -%}
+{%- set result.text = result.text + '\\n' -%}
+{%- endif -%}
       {%- set result.text = result.text + word -%}
       {%- set result.first = false -%}
     {%- endfor -%}

@@ -30,11 +30,12 @@ class LanguageModeling(Loss):
     label_smoothing: float = 0.0
     weight: float = 1.0
     mean: Literal["tokens", "samples"] = added(default="tokens")
+    name: ClassVar[str] = "language_modeling"  # in paths and metrics
     requires: ClassVar[str] = "logits"
     supports_packing: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_label_smoothing("languagemodeling", self.label_smoothing)
+        check_label_smoothing(self.name, self.label_smoothing)
 
     def __call__(self, outputs: Logits) -> Tensor:
         """Return (B,) float32: the unweighted sum over the labeled tokens of each sample.
@@ -42,7 +43,7 @@ class LanguageModeling(Loss):
         If the outputs have `segments_BT`, samples share rows and B counts samples.
         """
         logits_BTV, labels_BT = given(
-            "languagemodeling", self.requires, outputs.logits_BTV, outputs.labels_BT
+            self.name, self.requires, outputs.logits_BTV, outputs.labels_BT
         )
         segments_BT: Tensor | None = getattr(outputs, "segments_BT", None)
         return language_modeling(logits_BTV, labels_BT, self.label_smoothing, segments_BT)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -222,10 +222,19 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def count(module: nn.Module) -> tuple[int, int]:
+class ParameterCounts(NamedTuple):
+    """Numbers of parameters; a parameter with two names counts once."""
+
+    trainable: int
+    frozen: int
+
+
+def count(module: nn.Module) -> ParameterCounts:
     """Return the numbers of trainable and of frozen parameters of `module`."""
     sizes = [(p.requires_grad, p.numel()) for p in module.parameters()]
-    return sum(n for trains, n in sizes if trains), sum(n for trains, n in sizes if not trains)
+    return ParameterCounts(
+        sum(n for trains, n in sizes if trains), sum(n for trains, n in sizes if not trains)
+    )
 
 
 def _globs(names: Mapping[str, str]) -> set[str]:

@@ -7,6 +7,7 @@ of a model name.
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,6 +62,7 @@ class MLflowReader:
         self.uri = (
             uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve()}/mlflow.db"
         )
+        logging.getLogger("mlflow.store").setLevel(logging.WARNING)  # tables of a new store
         with self._call("open the store"), _locked(self.uri):
             self._client = MlflowClient(self.uri, registry_uri=self.uri)
             # Tracking and registry create their own tables at the first request.

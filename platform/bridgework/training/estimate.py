@@ -8,19 +8,14 @@ model and of what trains, because building the models on the meta device takes s
 import json
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
+
+import torch
 
 from bridgework.config import to_dict
+from bridgework.models.base import ParameterCounts, count, set_trainable
 from bridgework.system import Stage, fingerprint
 
 FILE = "parameter_counts.json"  # in bridgework.recipes
-
-
-class ParameterCounts(NamedTuple):
-    """Elements of a model's parameters; tied ones count once."""
-
-    trainable: int
-    frozen: int
 
 
 def parameter_counts(stage: Stage) -> ParameterCounts:
@@ -39,18 +34,14 @@ def key(stage: Stage) -> str:
 
 def compute(stage: Stage) -> ParameterCounts:
     """Count on the meta device. Raises SpecError for a glob that matches no parameter."""
-    import torch
-
-    from bridgework.models import base
-
     with torch.device("meta"):
         model = stage.model.build(pretrained=False)
-    base.set_trainable(model, stage.trains)
-    return ParameterCounts(*base.count(model))
+    set_trainable(model, stage.trains)
+    return count(model)
 
 
 @cache
-def _shipped() -> dict[str, tuple[int, int]]:
+def _shipped() -> dict[str, list[int]]:
     text = files("bridgework.recipes").joinpath(FILE).read_text(encoding="utf-8")
-    found: dict[str, tuple[int, int]] = json.loads(text)
+    found: dict[str, list[int]] = json.loads(text)
     return found

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from bridgework.config import path_name
 from bridgework.data.collate import Batch
 from bridgework.system import Stage
 from bridgework.tracking.tracker import Journal, Point
@@ -33,7 +34,7 @@ def step_metrics(stage: Stage, result: StepResult) -> Metrics:
 
     With several sources, also the losses, samples and tokens of each source.
     """
-    names = [f"loss.{type(loss).__name__.lower()}" for loss in stage.losses]
+    names = [f"loss.{path_name(loss)}" for loss in stage.losses]
     metrics = dict(zip(names, result.losses_L.tolist(), strict=True))
     total = sum(loss.weight * metrics[name] for loss, name in zip(stage.losses, names, strict=True))
     sources = [source.name for source in stage.data.leaves]

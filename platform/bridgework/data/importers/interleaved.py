@@ -118,7 +118,8 @@ _INLINE = re.compile(
 _SPACE = re.compile(r"\s+")
 _IMAGES = ("img", "amp-img")
 _UNSCRIPTED = re.compile("noscript")  # what is shown where no script runs
-_LAZY = re.compile(  # attributes that scripts read, in place of which `src` is a placeholder or missing
+# attributes that scripts read, in place of which `src` is a placeholder or missing
+_LAZY = re.compile(
     r"(?:data|lazy|ng)-(?:.*-)?(?:src|srcset|original|lazy|lazyload|echo|hires|image|img|url|full|large)(?:-.*)?"
     r"|(?:lazy|real|orig|original)[-_]?(?:src|srcset)"
 )

@@ -122,7 +122,9 @@ def _container(data: bytes) -> str:
 
 
 _BOXES = frozenset(  # of an MP4 or QuickTime file, on its first level
-    b"ftyp moov mdat free skip wide uuid meta moof mfra sidx ssix styp pdin pnot udta emsg prft".split()
+    (
+        b"ftyp moov mdat free skip wide uuid meta moof mfra sidx ssix styp pdin pnot udta emsg prft"
+    ).split()
 )
 
 
