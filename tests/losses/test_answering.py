@@ -1,4 +1,4 @@
-"""All answers of a question: against one plain forward for each answer, and against the release's own sum."""
+"""Answering loss against one plain forward per answer, and the release's own sum."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -134,9 +134,7 @@ def test_the_loss_is_the_weighted_sum_of_a_plain_forward_for_each_answer(
     torch.testing.assert_close(sums_B, expected_B, rtol=1e-4, atol=1e-4)
 
 
-def test_an_answer_that_nobody_gave_changes_nothing_and_more_answers_do_not_read_the_question_again(
-    stage: Stage, batch: Batch
-) -> None:
+def test_question_is_encoded_once_for_all_its_answers(stage: Stage, batch: Batch) -> None:
     model = model_of(stage)
     read: list[int] = []
     model.text.register_forward_hook(
@@ -175,7 +173,7 @@ def test_the_recipe_weighs_answers_as_its_release() -> None:
     assert {name.split(".")[0] for name in learning} == {"vision", "text", "decoder", "heads"}
 
 
-def test_what_is_missing_or_out_of_range_is_refused() -> None:
+def test_missing_outputs_and_values_out_of_range_are_refused() -> None:
     with pytest.raises(DataError, match="ask the wiring for 'answers'"):
         LOSS(Outputs())
     with pytest.raises(SpecError, match="must be above 0, got 0"):

@@ -1,4 +1,4 @@
-"""Contrast against its formula, and over several ranks against one process with the whole batch."""
+"""Contrastive loss against its formula, and over ranks against one process."""
 
 import math
 from pathlib import Path
@@ -47,7 +47,7 @@ def whole_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def without_gradient(rows_bD: Tensor) -> Tensor:
-    """What a plain all-gather gives: the other ranks' rows are constants, its own have their gradient."""
+    """Return a plain all-gather: other ranks' rows are constants, its own have their gradient."""
     gathered = gather(rows_bD.detach())
     before, _, after = gathered.rows_BD.tensor_split(
         [gathered.offset, gathered.offset + len(rows_bD)]
@@ -138,7 +138,7 @@ def test_a_learned_temperature_is_that_of_the_outputs() -> None:
 def test_two_passes_over_micro_batches_have_the_gradients_of_the_batch_and_naive_ones_do_not() -> (
     None
 ):
-    """Of the towers and of the scale, which every pass touches: GradCache (arXiv:2101.06983)."""
+    """GradCache (arXiv:2101.06983), for the towers and for the scale, which every pass reads."""
     _, weight, scale, _ = whole_batch()
     image_BD, text_BD, own_weight, log_scale = example()
     loss = Contrastive(temperature=None)
@@ -213,7 +213,7 @@ def test_outputs_that_were_not_pooled_and_a_temperature_of_zero_are_refused() ->
         Contrastive(temperature=0.0)
 
 
-def test_contrast_compares_a_whole_batch_and_can_do_so_in_two_passes() -> None:
+def test_contrastive_compares_the_complete_batch_and_caches_outputs() -> None:
     assert (
         Contrastive().whole_batch
         and Contrastive().requires == "pooled"

@@ -1,4 +1,4 @@
-"""Hard negatives and the matching loss: against their definition, and over two ranks."""
+"""Hard negatives and matching loss against their definition, and over two ranks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_chances_are_the_softmax_with_its_floor() -> None:
 
 
 def shares_of(similar: Tensor, own_bK: Tensor, floor: float, draws: int = 40_000) -> Tensor:
-    """How often each candidate of one row is drawn."""
+    """Return the share of draws of each candidate of one row."""
     generator = torch.Generator().manual_seed(0)
     spread = uniform(draws, similar.shape[1], generator)
     rows = similar.expand(draws, -1), own_bK.expand(draws, -1)
@@ -99,7 +99,7 @@ def test_without_a_floor_chances_are_the_softmax_over_the_others_alone() -> None
 
 
 def test_a_pair_that_is_learned_takes_no_chance_from_hard_negatives() -> None:
-    """Of 1,680 candidates the hardest 1 %: with a floor that counts the own pair they are hardly ever drawn."""
+    """The hardest 1 % of 1,680 candidates are rarely drawn with a floor that counts the own pair."""
     generator = torch.Generator().manual_seed(0)
     cosines = 0.2 + 0.1 * torch.randn(1, 1680, generator=generator)
     cosines[0, 0] = 0.9  # its own
@@ -218,7 +218,7 @@ def test_a_recipe_follows_its_release() -> None:
         assert stage.budget.batch // stage.data.lanes == samples
 
 
-def test_chance_is_uniform_and_that_of_a_pair_wherever_it_stands() -> None:
+def test_hash_is_uniform_and_depends_on_the_pair_not_its_position() -> None:
     keys = torch.arange(300) * 7919
     found = hash_uniform(keys, keys, torch.tensor([5]))
     assert float(found.min()) > 0 and float(found.max()) < 1
@@ -242,7 +242,7 @@ def test_a_seed_draws_the_same_pairs_and_another_seed_others() -> None:
     assert any(other != drawn[0] for other in drawn[2:])
 
 
-def test_rows_of_one_image_are_no_negatives_of_each_other() -> None:
+def test_rows_of_one_image_are_never_negatives_of_each_other() -> None:
     identity = torch.tensor(
         [7, 8, 7, -1, -1]
     )  # below 0 it is not known, and two of these need not be one image
@@ -296,7 +296,7 @@ def test_the_loss_is_cross_entropy_over_b_matches_and_2b_others_with_its_gradien
 
 
 def test_a_head_that_only_knows_the_prior_costs_0_6365() -> None:
-    """Where BLIP's users saw matching stuck (salesforce/BLIP#152): one match in three."""
+    """Predicting one match in three is where BLIP's users saw matching stuck (salesforce/BLIP#152)."""
     odds = torch.tensor([2 / 3, 1 / 3]).log().expand(5, 3, 2)
     assert float(matching(odds).mean() / 3) == pytest.approx(0.6365, abs=1e-4)
 

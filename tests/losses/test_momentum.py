@@ -1,4 +1,4 @@
-"""Momentum contrast against a loop over its definition, against plain contrast, and over two ranks."""
+"""Momentum contrast against a loop over its definition, plain contrast, and over two ranks."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_captions_of_one_image_share_the_target() -> None:
     torch.testing.assert_close(MomentumContrastive()(outputs), by_hand(outputs, same))
 
 
-def test_without_queue_and_twin_it_is_plain_contrast() -> None:
+def test_without_queue_and_momentum_encoder_it_matches_info_nce() -> None:
     outputs = example(queue=0, alpha=0.0)
     assert outputs.image_BD is not None and outputs.text_BD is not None
     same = replace(
@@ -113,7 +113,7 @@ def test_the_temperature_learns_and_the_keys_do_not() -> None:
     assert raw.grad is not None and raw.grad != 0 and keys.grad is None
 
 
-def test_in_two_passes_over_micro_batches_gradients_are_those_of_the_whole() -> None:
+def test_two_passes_over_micro_batches_have_the_gradients_of_the_complete_batch() -> None:
     raw = torch.tensor(0.2, requires_grad=True)
     loss, whole = MomentumContrastive(), replace(example(), logit_scale=(1 / raw).expand(4))
     expected = torch.autograd.grad(loss(whole).sum(), (whole.image_BD, raw), retain_graph=True)
@@ -132,7 +132,7 @@ def test_in_two_passes_over_micro_batches_gradients_are_those_of_the_whole() -> 
         torch.testing.assert_close(total, grad)
 
 
-def test_outputs_without_a_twin_are_refused() -> None:
+def test_outputs_without_momentum_encoder_are_refused() -> None:
     with pytest.raises(DataError, match="ask the wiring for 'momentum'"):
         MomentumContrastive()(Outputs())
     with pytest.raises(DataError, match="Got 7 of 8 tensors"):

@@ -1,4 +1,4 @@
-"""DPO against its definition, and what it does not depend on."""
+"""DPO against its definition, and its invariances."""
 
 from dataclasses import dataclass, replace
 from math import log

@@ -1,4 +1,4 @@
-"""Contrast by the best query, against its formula, and over two ranks against one process with the whole batch."""
+"""Query contrast against its formula, and over two ranks against one process."""
 
 from pathlib import Path
 
@@ -120,7 +120,7 @@ def test_outputs_that_were_not_pooled_and_smoothing_out_of_range_are_refused() -
         QueryContrast(label_smoothing=1.0)
 
 
-def test_what_is_cached_between_two_passes_is_one_row_a_sample() -> None:
+def test_cached_outputs_have_one_row_per_sample() -> None:
     given = outputs(*example())
     assert {name: getattr(given, name).shape[0] for name in QueryContrast.cached_outputs} == {
         "image_BQD": 6, "text_BD": 6, "logit_scale": 6,

@@ -1,4 +1,4 @@
-"""Tiny prefix models and the batches that go with them."""
+"""Tiny prefix models and batches for them."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -62,8 +62,10 @@ def build(
 
 
 def stirred(model: Module) -> Module:
-    """Every parameter a little different: as drawn, images are small beside the tokens and biases are zero, and an
-    error could hide."""
+    """Add noise to every parameter and return the model.
+
+    Initial image tokens are small next to text and biases are zero, which could hide an error.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

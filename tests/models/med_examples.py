@@ -40,7 +40,7 @@ def build(*tasks: Task, momentum: MomentumConfig | None = None, seed: int = 0) -
 
 
 def pairs(lengths: tuple[int, ...] = (5, 7, 4, 6), seed: int = 1, asked: int = 0) -> Pairs:
-    """[CLS] text [SEP] with loss behind [CLS] and behind `asked` tokens more, padded on the right."""
+    """Return [CLS] text [SEP] with loss after [CLS] and `asked` more tokens, padded on the right."""
     generator = torch.Generator().manual_seed(seed)
     count, width = len(lengths), max(lengths)
     ids = torch.randint(0, 250, (count, width), generator=generator)

@@ -1,4 +1,4 @@
-"""The cross-attention wiring against the bare language model, and what sees what."""
+"""Cross-attention wiring against the bare language model, and visibility of images."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -110,7 +110,7 @@ def test_image_and_end_have_rows_of_their_own_and_begin_as_the_mean_word() -> No
     )
 
 
-def test_the_label_of_an_end_is_the_column_behind_the_vocabulary() -> None:
+def test_label_of_an_end_is_the_column_after_the_vocabulary() -> None:
     model = build()
     outputs = model(DOCUMENT, ones(DOCUMENT), labels(DOCUMENT), pixels(2))
     assert outputs.labels_BT.tolist() == [[5, 6, IGNORE, 7, 8, VOCAB, IGNORE, 9, 10]]
@@ -149,7 +149,7 @@ def test_cached_features_stand_in_for_pixels() -> None:
 
 @pytest.mark.parametrize("images", [0, 2])
 def test_every_batch_runs_the_same_modules_in_the_same_order(images: int) -> None:
-    """What keeps the collectives of ZeRO-3 in step when one rank's batch has no image."""
+    """Keeps the collectives of ZeRO-3 in step when one rank's batch has no image."""
     model, called = build(), list[str]()
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
@@ -221,7 +221,7 @@ def test_an_end_is_written_and_ends_the_text_and_an_image_never_is() -> None:
     assert new.tolist() == [VOCAB]
 
 
-def test_continuations_are_those_of_the_whole_rows() -> None:
+def test_continuations_match_complete_rows() -> None:
     model, pixels_N3SS = build(), pixels(2)
     rest_CR = torch.tensor([[3, 4, END], [7, END, 0]])
     behind_CRV = model.continuations(DOCUMENT, rest_CR, model.vision(pixels_N3SS))
@@ -242,7 +242,7 @@ def test_bfloat16_towers_run_and_stay_close() -> None:
 
 
 def test_threads_that_write_at_once_see_their_own_images() -> None:
-    """No state of a call lies on the model: a server answers several requests with one."""
+    """The model holds no state of a call, because a server answers several requests with one."""
     model, seen = build(), pixels(4).unsqueeze(1)
     prompt, how = ids(5, IMAGE, 6), {"max_new_tokens": 8, "do_sample": False}
     for block in model.gates.children():
@@ -291,7 +291,7 @@ def test_a_language_model_without_a_list_of_layers_is_refused() -> None:
         replace(SPEC, language=replace(SPEC.language, arch="gpt2")).tiny().build()
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_inputs_and_configs_that_do_not_fit_are_refused() -> None:
     model = build()
     with pytest.raises(SpecError, match="Got \\['pooled'\\]"):
         model(DOCUMENT, ones(DOCUMENT), requested=frozenset({"pooled"}))
@@ -354,7 +354,7 @@ def test_logits_are_those_of_the_language_models_own_head(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", [*EXPERTS, *SCALED])
 @torch.no_grad()
-def test_every_family_generates_what_its_own_logits_say(arch: str) -> None:
+def test_every_family_generates_the_argmax_of_its_logits(arch: str) -> None:
     model, images = of_family(arch, **SCALED.get(arch, {})), pixels(2)
     new = model.generate(
         DOCUMENT, ones(DOCUMENT), images, max_new_tokens=4, do_sample=False, eos_token_id=None

@@ -1,4 +1,4 @@
-"""The dual encoder: what it computes, what it learns, and what its temperature may do."""
+"""Dual encoder: outputs, gradients and bounds of the temperature."""
 
 import math
 from dataclasses import replace
@@ -121,7 +121,7 @@ def test_the_scale_begins_at_one_over_007_and_is_never_above_100() -> None:
         optimizer.step()
         assert scale.detach().exp() > 100
         with torch.no_grad():
-            scale.clamp_(*model.limits["heads.logit_scale"])  # as the engine does behind every step
+            scale.clamp_(*model.limits["heads.logit_scale"])  # as the engine does after every step
         assert scale.detach().exp() <= 100 + 1e-4
 
 
@@ -216,6 +216,6 @@ def test_images_and_texts_that_do_not_pair_up_are_refused() -> None:
 
 
 @WIRINGS
-def test_tiny_keeps_what_bears_on_a_shape(spec: DualEncoderConfig) -> None:
+def test_tiny_keeps_choices_that_affect_shapes(spec: DualEncoderConfig) -> None:
     assert (spec.vision.tokens, spec.project_image) == (1, spec is VIT)
     assert spec.tiny().build()(**inputs(2, spec)).image_BD.shape == (2, 32)

@@ -45,7 +45,7 @@ def test_vit_g_has_its_published_size_without_a_byte_of_memory() -> None:
 
 
 @pytest.mark.parametrize("select", ["all", "patch"])
-def test_the_tower_of_a_whole_blip2_is_transformers_but_for_the_bridges_norm(
+def test_tower_of_a_complete_blip2_matches_transformers_without_the_bridges_norm(
     select: str, tmp_path: Path
 ) -> None:
     theirs = whole_blip2(tmp_path).vision_model

@@ -1,4 +1,4 @@
-"""Frozen unless named."""
+"""Parameters are frozen unless a glob names them."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_the_last_glob_that_matches_wins_and_zero_freezes() -> None:
     assert not net.body[1].weight.requires_grad
 
 
-def test_a_tied_parameter_answers_to_both_names_and_stands_once() -> None:
+def test_tied_parameter_matches_both_names_and_is_returned_once() -> None:
     assert base.set_trainable(Net(), {"head.weight": 0.5}) == {"embed.weight": 0.5}
 
 
@@ -88,7 +88,7 @@ def test_counts_take_a_tied_parameter_once() -> None:
     assert base.count(net) == (20, 20 + 8 + 5)
 
 
-def test_the_stages_of_llava_train_what_the_paper_trains() -> None:
+def test_stages_of_llava_train_the_papers_parameters() -> None:
     with torch.device("meta"):
         model = LLAVA.build(pretrained=False)
     base.set_trainable(model, {"bridge.*": 1.0})

@@ -1,4 +1,4 @@
-"""One gated block: what it adds, for whom, and when it adds nothing."""
+"""Gated cross-attention block: output, visibility and zero gates."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The classifier wiring: against plain torch and transformers, what trains of it, and its data path."""
+"""Image classifier against plain torch and transformers, its parameters and its data path."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -204,7 +204,7 @@ def test_a_classifier_is_asked_about_an_image_by_the_command_line(tmp_path: Path
     }
 
 
-def test_labels_that_are_no_class_are_bad_rows_with_a_reason(home: Path, tmp_path: Path) -> None:
+def test_labels_outside_the_classes_are_bad_rows_with_a_reason(home: Path, tmp_path: Path) -> None:
     image = next(shapes(1)).images[0]
     rows = [
         replace(pair("good", image, "x"), labels=("red circle",)),
@@ -248,7 +248,7 @@ def test_the_classes_of_the_synthetic_pictures_are_all_of_their_labels() -> None
     assert {label for sample in shapes() for label in sample.labels} <= set(SHAPE_LABELS)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_inputs_and_configs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(SpecError, match="two or more different names"):
         ImageClassifierConfig(vision=clip.VIT_B32, classes=("cat", "cat"))
     with pytest.raises(SpecError, match="two or more different names"):

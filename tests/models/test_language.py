@@ -1,4 +1,4 @@
-"""The language tower: built by numbers, loaded, and refused when the two disagree."""
+"""Language towers: built from sizes, loaded, and refused if the two disagree."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_opt_2_7b_and_flan_t5_xl_have_the_sizes_of_their_numbers() -> None:
     assert sizes == [2_651_596_800, 2_849_757_184]  # Flan-T5's output matrix is its own
 
 
-def test_flan_t5_keeps_what_only_it_has() -> None:
+def test_flan_t5_keeps_its_own_fields() -> None:
     config = FLAN_XL.tiny().build().config
     assert (config.feed_forward_proj, config.scale_decoder_outputs, config.is_encoder_decoder) == (
         "gated-gelu", False, True,
@@ -139,7 +139,7 @@ def test_weights_that_differ_from_the_spec_are_refused(
         replace(TINY, weights=str(tmp_path), **changes).build()
 
 
-def test_pretrained_false_draws_the_weights_anew(tmp_path: Path) -> None:
+def test_pretrained_false_initializes_random_weights(tmp_path: Path) -> None:
     saved = TINY.build()
     saved.save_pretrained(tmp_path)
     drawn = replace(TINY, weights=str(tmp_path)).build(pretrained=False)

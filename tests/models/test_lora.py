@@ -1,4 +1,4 @@
-"""Adapters: nothing at first, the same when merged, and weights without them fit."""
+"""Adapters: no effect at first, the same when merged, and weights without them fit."""
 
 import copy
 from typing import Any
@@ -61,7 +61,7 @@ def test_merged_adapters_are_the_adapter_forward_under_the_names_of_the_base() -
     torch.testing.assert_close(model(IDS).logits, before, atol=1e-5, rtol=1e-5)
 
 
-def test_with_its_adapters_off_a_model_is_bitwise_its_base_and_on_again_behind_it() -> None:
+def test_model_with_adapters_off_is_bitwise_its_base_and_restored_afterwards() -> None:
     model = with_adapters(trained=True)
     before = model(IDS).logits
     trains = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""MED in its three modes: what sees what, what is shared, how rows are laid out, how it writes and ranks."""
+"""MED in its three modes: visibility, shared modules, rows, generation and ranking."""
 
 from dataclasses import replace
 from typing import Any
@@ -37,7 +37,7 @@ def test_a_text_alone_does_not_depend_on_the_image() -> None:
     )
 
 
-def test_what_is_read_with_an_image_depends_on_it_and_on_every_token() -> None:
+def test_text_encoded_with_an_image_depends_on_it_and_on_every_token() -> None:
     model = build()
     ids, attention, _, pixels = pairs((6, 6))
     seen = model.vision(pixels)
@@ -54,7 +54,7 @@ def test_what_is_read_with_an_image_depends_on_it_and_on_every_token() -> None:
     assert torch.equal(model.match(changed, attention, seen), odds)
 
 
-def test_what_is_written_does_not_depend_on_what_comes_behind_it() -> None:
+def test_decoded_tokens_do_not_depend_on_later_ones() -> None:
     model = build()
     ids, attention, labels, pixels = pairs((6, 6))
     logits = model(ids, attention, labels, pixels).logits_BTV
@@ -145,7 +145,7 @@ def test_each_part_is_named_by_its_glob() -> None:
     }  # fmt: skip
 
 
-def test_what_is_shared_learns_from_reading_and_from_writing() -> None:
+def test_shared_modules_learn_from_encoding_and_from_decoding() -> None:
     model = build()
     ids, attention, labels, pixels = pairs()
     shared = model.text.encoder.layer[0].crossattention.self.value.weight
@@ -278,7 +278,7 @@ def test_continuations_are_the_logits_of_the_forward(task: Any) -> None:
     torch.testing.assert_close(logits, whole[:, 3:-1], atol=1e-5, rtol=1e-5)
 
 
-def test_of_all_candidates_the_likeliest_is_what_beams_write() -> None:
+def test_beam_search_finds_the_likeliest_of_all_candidates() -> None:
     model = build("answer")
     ids, attention, _, pixels = pairs((4,))
     seen = model.vision(pixels)
@@ -319,7 +319,7 @@ def test_nucleus_draws_from_the_smallest_set_that_has_the_mass() -> None:
     assert set(drawn[:, 0].tolist()) == nucleus and size < 200
 
 
-def test_a_streamer_gets_what_is_new_and_not_the_prompt() -> None:
+def test_streamer_gets_new_tokens_without_the_prompt() -> None:
     class Listener(BaseStreamer):
         def __init__(self) -> None:
             self.heard: list[int] = []

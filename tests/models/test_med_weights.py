@@ -1,4 +1,4 @@
-"""What a MED begins with: BERT's weights on the text side, a ViT's in the tower."""
+"""Initial weights of a MED: BERT for the text modules, a ViT for the tower."""
 
 from dataclasses import replace
 
@@ -87,7 +87,7 @@ def test_a_bert_of_other_numbers_is_refused(bert: BertForMaskedLM) -> None:
         replace(spec(), text=replace(TINY.text, depth=3, weights=bert.name_or_path)).build()
 
 
-def test_the_tower_sees_what_the_vit_sees(vit: ViTModel) -> None:
+def test_tower_matches_the_vit(vit: ViTModel) -> None:
     tower = replace(TINY.vision, weights=vit.name_or_path).build().eval()
     normal = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(

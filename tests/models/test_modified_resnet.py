@@ -51,7 +51,7 @@ def test_the_pool_is_torch_attention_whose_query_is_the_mean() -> None:
     torch.testing.assert_close(pool(cells), expected.transpose(0, 1))
 
 
-def test_a_stride_is_a_mean_and_a_new_block_passes_on_what_it_got() -> None:
+def test_stride_is_a_mean_and_new_block_is_the_identity() -> None:
     torch.manual_seed(0)
     same, narrower = Bottleneck(32, 8, stride=1).eval(), Bottleneck(16, 8, stride=2).eval()
     images = torch.randn(2, 32, 6, 6)
@@ -64,7 +64,7 @@ def test_a_stride_is_a_mean_and_a_new_block_passes_on_what_it_got() -> None:
 
 
 @pytest.mark.parametrize("select", ["pool", "patch"])
-def test_tokens_and_width_are_what_the_tower_gives(select: str) -> None:
+def test_tokens_and_width_match_the_towers_output(select: str) -> None:
     config = replace(TINY, select=select)
     features = config.build().eval()(pixels(2, size=64))
     assert (

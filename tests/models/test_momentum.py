@@ -1,4 +1,4 @@
-"""The twin and its queues: exact updates, first in first out, and nothing that an optimizer or a cast could touch."""
+"""Momentum encoder and queues: exact updates, first in first out, safe from optimizers and casts."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def keys(*values: float) -> MomentumKeys:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.995, 1.0])
-def test_the_twin_moves_exactly_by_its_decay(decay: float) -> None:
+def test_momentum_encoder_moves_exactly_by_its_decay(decay: float) -> None:
     momentum, begun = made(decay=decay)
     now = {name: torch.randn_like(tensor) for name, tensor in begun.items()}
     momentum.after_step(now)
@@ -67,7 +67,7 @@ def test_a_batch_that_does_not_divide_the_queue_is_refused() -> None:
         momentum.after_step(parameters)
 
 
-def test_a_new_queue_is_of_length_one_and_known_to_nobody() -> None:
+def test_new_queue_has_unit_vectors_and_unknown_identities() -> None:
     momentum, _ = made(queue=50)
     torch.testing.assert_close(momentum.image_queue_QD.norm(dim=1), torch.ones(50))
     assert not torch.equal(momentum.image_queue_QD, momentum.text_queue_QD)
@@ -84,7 +84,7 @@ def test_alpha_rises_evenly_to_its_value_and_stays() -> None:
     assert float(made(queue=0, alpha=0.4)[0].alpha()) == pytest.approx(0.4)
 
 
-def test_a_cast_to_bfloat16_leaves_twin_and_queue_exact() -> None:
+def test_cast_to_bfloat16_leaves_momentum_encoder_and_queue_exact() -> None:
     model = build(momentum=MomentumConfig(queue=8)).to(torch.bfloat16)
     assert model.momentum is not None and model.heads.vision.weight.dtype == torch.bfloat16
     assert {b.dtype for b in model.momentum.buffers()} == {torch.float32, torch.int64}
@@ -114,7 +114,7 @@ def test_all_of_it_is_buffers_that_a_checkpoint_keeps() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
 
 
-def test_the_twin_is_of_all_that_makes_the_vectors_and_of_nothing_else() -> None:
+def test_momentum_encoder_averages_exactly_the_parameters_of_the_vectors() -> None:
     model = build(momentum=MomentumConfig(queue=0))
     assert model.momentum is not None
     twin = set(model.momentum.averaged_parameters(torch.float32))
@@ -124,7 +124,7 @@ def test_the_twin_is_of_all_that_makes_the_vectors_and_of_nothing_else() -> None
     assert twin == {name for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_keys_are_what_the_twin_makes_of_the_samples_without_gradient() -> None:
+def test_keys_are_the_momentum_encoders_vectors_without_gradient() -> None:
     model = build(momentum=MomentumConfig(queue=8))
     assert model.momentum is not None
     ids, attention, labels, pixels = pairs()
@@ -140,7 +140,7 @@ def test_keys_are_what_the_twin_makes_of_the_samples_without_gradient() -> None:
     assert not torch.allclose(second.image_BD, first.image_BD)
 
 
-def test_only_what_is_trained_on_goes_into_the_queue() -> None:
+def test_only_training_samples_enter_the_queue() -> None:
     model = build(momentum=MomentumConfig(queue=4))
     assert model.momentum is not None
     before = model.momentum.image_queue_QD.clone()
@@ -158,8 +158,8 @@ def test_only_what_is_trained_on_goes_into_the_queue() -> None:
     assert model.momentum.identity_queue_Q.tolist() == [0, 3, -1, -1]
 
 
-def test_weights_without_a_twin_bring_a_copy_of_themselves() -> None:
-    """What a fine-tune does: it starts from an artifact, which holds no twin."""
+def test_loading_weights_without_momentum_encoder_copies_the_model_to_it() -> None:
+    """A fine-tune starts from an artifact, which has no momentum encoder."""
     model, weights = build(momentum=MomentumConfig(queue=8)), build(seed=7)
     model.load_state_dict(model.adopt(weights.state_dict()), strict=False)
     assert model.momentum is not None and model.config.pretrained == ("momentum.*",)
@@ -203,7 +203,7 @@ def rank(index: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_every_rank_queues_what_all_ranks_saw(tmp_path: Path) -> None:
+def test_every_rank_queues_the_keys_of_all_ranks(tmp_path: Path) -> None:
     spawn(rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{index}.pt") for index in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

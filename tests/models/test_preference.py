@@ -97,7 +97,7 @@ def test_losses_gradients_and_steps_are_those_of_two_models() -> None:
             optimizer.step()
 
 
-def test_the_reference_stays_what_the_stage_started_from() -> None:
+def test_reference_stays_the_start_of_the_stage() -> None:
     model, given = wiring(), pairs()
     base.set_trainable(model.train(), ALL)
     expected_B = answer_nats(copy.deepcopy(model).eval(), given).float()
@@ -135,7 +135,7 @@ def test_the_reference_has_no_dropout_and_the_model_keeps_its_modes() -> None:
     )
 
 
-def test_the_copy_is_of_what_trains_and_is_neither_parameter_nor_buffer() -> None:
+def test_copy_has_the_trainable_parameters_and_is_neither_parameter_nor_buffer() -> None:
     model = wiring()
     learning = base.set_trainable(model.train(), {"language.lm_head.*": 1.0})
     names = {name for name, _ in model.named_parameters()} | {
@@ -150,7 +150,7 @@ def test_the_copy_is_of_what_trains_and_is_neither_parameter_nor_buffer() -> Non
 
 
 def test_adapters_may_have_a_frozen_copy_too() -> None:
-    """Of a second round the reference is what the first one learned, not the model before both."""
+    """In a second round the reference is the first round's model, not the one before both."""
     model, given = wiring(replace(LLAMA_7B, lora=LoRAConfig(dropout=0.0))), pairs()
     base.set_trainable(model.train(), {"language.*lora_*": 1.0})
     expected_B = answer_nats(copy.deepcopy(model).eval(), given).float()
@@ -159,7 +159,7 @@ def test_adapters_may_have_a_frozen_copy_too() -> None:
     torch.testing.assert_close(outputs.chosen_reference_B, expected_B[:2], atol=1e-5, rtol=1e-5)
 
 
-def test_adapters_off_are_no_reference_while_anything_else_trains() -> None:
+def test_adapters_off_are_refused_as_reference_while_anything_else_trains() -> None:
     model = wiring(replace(LLAMA_7B, lora=LoRAConfig()), reference="adapters_off")
     base.set_trainable(model.train(), {"bridge.*": 1.0, "language.*lora_*": 1.0})
     with pytest.raises(

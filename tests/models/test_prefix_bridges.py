@@ -1,4 +1,4 @@
-"""The prefix wiring with a Q-Former, with other towers, and with language models of other shapes and of two halves."""
+"""Prefix wiring with a Q-Former, other towers and other language models, e.g. encoder-decoders."""
 
 from dataclasses import replace
 from typing import Any, cast
@@ -213,7 +213,7 @@ def test_images_that_the_rows_cannot_share_are_refused() -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES.values(), ids=LANGUAGES)
-def test_only_answers_have_loss_whatever_stands_under_images_and_padding(
+def test_only_answers_have_loss_whatever_ids_images_and_padding_have(
     language: LanguageConfig,
 ) -> None:
     model = build(EvaConfig(), QFormerConfig(), language)
@@ -294,7 +294,7 @@ def test_continuations_are_the_forward_of_each_candidate(language: LanguageConfi
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_what_an_encoder_decoder_streams_is_what_it_writes() -> None:
+def test_encoder_decoder_streams_its_generated_ids() -> None:
     """The token that starts its decoder belongs to neither."""
     heard: list[int] = []
 
@@ -328,7 +328,7 @@ def test_loss_of_an_encoder_decoder_is_transformers_own_with_its_gradients() -> 
         torch.testing.assert_close(own, other, atol=1e-6, rtol=1e-4)
 
 
-def test_what_an_encoder_decoder_cannot_read_is_refused() -> None:
+def test_inputs_that_an_encoder_decoder_cannot_read_are_refused() -> None:
     model = build(EvaConfig(), QFormerConfig(), FLAN_XL)
     row = ids(1, 5, PICTURE, 6)
     with pytest.raises(DataError, match="an image comes after the first answer"):

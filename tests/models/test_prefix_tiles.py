@@ -1,4 +1,4 @@
-"""The prefix wiring over images cut into tiles: masked and resampled, or unpadded with newlines; and preferences."""
+"""Prefix wiring on tiled images, resampled or unpadded with newlines, and preferences."""
 
 from dataclasses import replace
 from typing import Any, cast
@@ -99,7 +99,7 @@ def test_padding_is_looked_at_only_where_it_is_neither_masked_nor_cut(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_written_and_what_is_judged_see_the_tiles(kind: str) -> None:
+def test_generation_and_continuations_see_the_tiles(kind: str) -> None:
     model, ids_BT = build(kind), row(kind, [5], [0, 2], [6])
     shown, layouts_N4 = (
         torch.cat([squares()[0], squares()[2]]),

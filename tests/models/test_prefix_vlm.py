@@ -1,4 +1,4 @@
-"""The prefix wiring against its definition, against the bare language model, and against transformers' LLaVA."""
+"""Prefix wiring against its definition, the bare language model and transformers' LLaVA."""
 
 from dataclasses import replace
 from typing import Any, cast
@@ -170,7 +170,7 @@ def test_text_only_batch_is_the_bare_language_model_and_leaves_zero_gradients(
 
 @pytest.mark.parametrize("images", [0, 2])
 def test_every_batch_runs_the_same_modules_in_the_same_order(images: int) -> None:
-    """What keeps the collectives of ZeRO-3 in step when one rank's batch has no image."""
+    """Keeps the collectives of ZeRO-3 in step when one rank's batch has no image."""
     model, called = build(), list[str]()
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
@@ -214,7 +214,7 @@ def test_positions_count_real_tokens(side: str, expected: list[int]) -> None:
 @pytest.mark.parametrize(
     "trains", [{"bridge.*": 1.0}, {"bridge.*": 1.0, "language.*": 0.1}], ids=["align", "instruct"]
 )
-def test_only_what_trains_gets_a_gradient_and_moves(trains: dict[str, float]) -> None:
+def test_only_trainable_parameters_get_a_gradient_and_move(trains: dict[str, float]) -> None:
     model, ids_BT = build(), ids(PICTURE, 5, 6, 7)
     learning = base.set_trainable(model.train(), trains)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Where weights lie, and GGUF files that become folders once."""
+"""Pretrained weights: resolution, and GGUF files that are converted once."""
 
 import io
 import json
@@ -120,7 +120,7 @@ def test_a_file_in_a_package_is_found_without_importing_it() -> None:
         ("/nowhere", "there is no /nowhere"),
     ],
 )
-def test_weights_that_are_not_there_say_what_to_do(weights: str, message: str) -> None:
+def test_missing_weights_raise_an_error_with_a_fix(weights: str, message: str) -> None:
     with pytest.raises(WeightsError, match=message):
         resolve(weights)
 

@@ -1,4 +1,4 @@
-"""The Q-Former: its three masks, its cache, what reads what; BERT and transformers are its second implementations."""
+"""Q-Former masks and cache, compared with BERT and transformers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def test_masks_are_those_of_figure_2() -> None:
-    seen = torch.tensor([[True, True, False]])  # two words and a pad, behind two queries
+    seen = torch.tensor([[True, True, False]])  # two tokens and a pad, after two queries
     assert unimodal(seen, 2)[0, 0].int().tolist() == [[1, 1, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 0]] * 3
     assert causal(seen, 2)[0, 0].int().tolist() == [[1, 1, 0, 0, 0]] * 2 + [
         [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0],
@@ -57,7 +57,7 @@ def test_masks_are_those_of_figure_2() -> None:
     assert bidirectional(seen, 2)[0, 0].int().tolist() == [[1, 1, 1, 1, 0]] * 5
 
 
-def test_caption_behind_cached_queries_is_one_pass_under_the_causal_mask() -> None:
+def test_caption_after_cached_queries_matches_one_pass_under_the_causal_mask() -> None:
     model, real = build(), ATTENTION
     states = model.encode_image(patches())
     whole = model.fuse(patches(), ids(), real, causal(real, QUERIES))
@@ -72,7 +72,7 @@ def test_two_passes_of_one_stream_each_are_one_pass_under_the_unimodal_mask() ->
     assert close(model.encode_text(ids(), real)[real], whole[:, QUERIES:][real])
 
 
-def test_gradients_of_the_cached_pass_are_those_of_the_whole() -> None:
+def test_gradients_of_the_cached_pass_match_one_pass() -> None:
     model, real = build(), ATTENTION
     cached = model.decode_text(ids(), real, model.encode_image(patches()))[real]
     whole = model.fuse(patches(), ids(), real, causal(real, QUERIES))[:, QUERIES:][real]
@@ -87,7 +87,7 @@ def test_gradients_of_the_cached_pass_are_those_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("at", range(1, 6))
-def test_a_written_token_sees_the_image_and_what_comes_before_it_alone(at: int) -> None:
+def test_decoded_token_sees_only_the_image_and_earlier_tokens(at: int) -> None:
     model, real = build(), torch.ones(2, 6, dtype=torch.bool)
     states, first = model.encode_image(patches()), ids()
     before, after = (
@@ -142,7 +142,7 @@ def test_without_its_text_stream_the_prefix_is_the_same_bit_for_bit() -> None:
 def test_another_instruction_gives_another_prefix_and_its_padding_none() -> None:
     model, real = build(), ATTENTION
     prefix = model(patches(), ids(), real)
-    assert prefix.shape == (2, QUERIES, 24)  # the text's rows stay behind
+    assert prefix.shape == (2, QUERIES, 24)  # the text's rows are dropped
     assert not close(prefix, model(patches(), changed(ids(), 1), real))
     assert close(prefix, model(patches(), ids().masked_fill(~real, 7), real))
     for side in ((0, 3), (3, 0)):
@@ -169,7 +169,7 @@ def test_an_instruction_trains_the_feed_forward_of_the_text() -> None:
     assert {n for n, learns in heard.items() if not learns} == {
         n
         for n in heard
-        if f"layer.{SPEC.depth - 1}." in n  # nobody reads the text behind the last layer
+        if f"layer.{SPEC.depth - 1}." in n  # nothing reads the text after the last layer
     }
 
 
@@ -206,7 +206,7 @@ def test_bert_is_the_text_stream_where_training_begins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_the_queries_of_a_whole_blip2_come_without_the_rest_of_it(
+def test_queries_of_a_complete_blip2_load_without_the_rest_of_it(
     text: bool, tmp_path: Path
 ) -> None:
     spec = replace(SPEC, text=False)

@@ -1,4 +1,4 @@
-"""BLIP-2's first stage: what each objective sees, what trains, and transformers' retrieval model beside it."""
+"""BLIP-2's first stage: masks, trained parameters, and transformers' retrieval model."""
 
 import copy
 from dataclasses import replace
@@ -51,8 +51,8 @@ def test_no_text_changes_the_queries_and_no_image_the_text() -> None:
     assert not torch.equal(first.logits_BTV, other_image.logits_BTV)
 
 
-def test_a_caption_is_written_behind_its_own_first_token() -> None:
-    """CLS gives way to [DEC], so what a text begins with changes no logit, and what follows changes those behind it."""
+def test_caption_is_decoded_after_its_own_first_token() -> None:
+    """[DEC] replaces CLS: the first id changes no logit, and every other id changes later logits."""
     model, changed = build(), ids()
     changed[:, 0] = 7
     before = model(ids(), ATTENTION, pixels=pixels(3)).logits_BTV
@@ -216,7 +216,7 @@ def test_one_sample_alone_has_no_negative() -> None:
         build()(ids()[:1], ATTENTION[:1], pixels=pixels(1), requested=ALL)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_inputs_and_configs_that_do_not_fit_are_refused() -> None:
     model = build()
     with pytest.raises(SpecError, match=r"set bridge\.text=true"):
         QFormerPretrainerConfig(vision=EvaConfig(), bridge=QFormerConfig())

@@ -1,4 +1,4 @@
-"""The perceiver resampler against transformers' own, and what must not change its answer."""
+"""Perceiver resampler against transformers' own, and its invariances."""
 
 from typing import Any
 
@@ -97,7 +97,7 @@ def test_the_order_of_frames_matters_only_where_they_have_positions(frames: int)
     assert same == (frames == 0)
 
 
-def test_masked_patches_change_nothing_and_a_full_mask_is_no_mask() -> None:
+def test_masked_patches_change_nothing_and_a_full_mask_equals_none() -> None:
     model, given = build(), patches(2, 6)
     real = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
     other = given.masked_fill(~real.unsqueeze(-1), 7.0)

@@ -1,4 +1,4 @@
-"""CLIP's text tower: what a text's vector depends on, and transformers' own."""
+"""CLIP's text tower against transformers, and the tokens that a text's vector depends on."""
 
 import math
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_a_text_is_the_pooled_output_of_transformers(eos: int) -> None:
     )
 
 
-def test_ids_behind_the_end_do_not_matter_and_every_id_before_it_does() -> None:
+def test_ids_after_the_end_do_not_matter_and_every_id_before_it_does() -> None:
     tower, (ids, attention) = build(), texts()
     feature = tower(ids, attention)[1]
     behind = ids.clone()
@@ -57,7 +57,7 @@ def test_ids_behind_the_end_do_not_matter_and_every_id_before_it_does() -> None:
         assert not torch.allclose(tower(changed, attention)[1], feature, atol=1e-4), place
 
 
-def test_no_token_sees_those_behind_it() -> None:
+def test_no_token_sees_later_ones() -> None:
     tower, (ids, attention) = build(), texts()
     hidden = tower.tower(ids[:1], attention_mask=attention[:1].long()).last_hidden_state
     for place in range(1, 9):
@@ -74,7 +74,7 @@ def test_padding_on_the_left_changes_no_text() -> None:
 
 
 def test_new_weights_have_the_spreads_of_the_release() -> None:
-    """openai/CLIP's, which transformers' are not: of q, k, v and of what comes behind them."""
+    """Standard deviations of q, k, v and the output projection are openai/CLIP's, unlike transformers'."""
     config = CLIPTextConfig(depth=2, vocab=1000, eos=999)
     torch.manual_seed(0)
     tower: Any = config.build().tower

@@ -1,4 +1,4 @@
-"""Tiles inside a model against transformers' LLaVA-NeXT, and the counts that the data lays out."""
+"""Tiles inside a model against transformers' LLaVA-NeXT, and token counts."""
 
 from types import SimpleNamespace
 
@@ -63,9 +63,7 @@ def test_images_follow_each_other_and_one_without_tiles_is_its_base_square() -> 
 
 
 @given(st.sampled_from(GRIDS), st.integers(1, 3000), st.integers(1, 3000))
-def test_what_is_kept_is_what_transformers_keeps(
-    grid: tuple[int, int], width: int, height: int
-) -> None:
+def test_unpadded_ranges_match_transformers(grid: tuple[int, int], width: int, height: int) -> None:
     layout = Layout(*grid, width, height)
     rows, columns = tiles.unpadded(layout, 24)
     theirs = unpad_image(torch.zeros(1, grid[1] * 24, grid[0] * 24), (height, width))

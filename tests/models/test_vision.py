@@ -1,4 +1,4 @@
-"""Vision towers against transformers, and the shipped EfficientNet against what natural images look like."""
+"""Vision towers against transformers, and the shipped EfficientNet on natural images."""
 
 from dataclasses import replace
 from pathlib import Path

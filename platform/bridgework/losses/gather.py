@@ -41,7 +41,10 @@ def _sizes(rows: Tensor) -> list[int]:
 
 
 class _AllGather(torch.autograd.Function):
-    """(b, D), of one size on every rank, -> (R, b, D); torch.distributed.nn's is deprecated."""
+    """Map (b, D), of one size on every rank, to (R, b, D).
+
+    torch.distributed.nn's own all-gather is deprecated.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows_bD: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def matching_pairs(
     """Return the pairs to classify, with hard negatives of this rank, of the same lane or of all.
 
     image_bQD and text_bD are of unit length; of several vectors the nearest counts. `scale` is
-    1 / temperature. Rows of one identity (0 or more) show one image and are no negatives of each
+    1 / temperature. Rows of one identity (0 or more) show one image and are not negatives of each
     other. `lane_b` (int64) restricts negatives to the same lane, all of which are on this rank;
     `everywhere` draws from all ranks. The gradient of an image's tokens comes from all ranks.
     Raises DataError for a sample without a negative.

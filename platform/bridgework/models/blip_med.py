@@ -140,7 +140,7 @@ class MED(PairModel):
         if texts.decoder is not None:
             self.decoder = texts.decoder
         self.heads = MEDHeads(config, texts.writer)
-        # a tuple, so that it is no submodule: each shared parameter has one name
+        # a tuple, not a submodule, so that each shared parameter has one name
         self._writer = (texts.writer,)
         provided = frozenset[str]().union(*(OUTPUTS[task] for task in config.tasks))
         self.provides = provided if config.momentum is not None else provided - {"momentum"}
@@ -306,7 +306,7 @@ class MED(PairModel):
         return remap_state_dict(self, adopted)
 
     def _momentum_source(self) -> dict[str, Tensor]:
-        """Return the parameters behind the pooled vectors, which the momentum encoder averages."""
+        """Return the parameters of the pooled vectors, which the momentum encoder averages."""
         parts = ("vision.", "text.", "heads.vision.", "heads.text.")
         return {
             name: parameter

@@ -98,12 +98,12 @@ def merge(module: nn.Module) -> None:
         setattr(module.get_submodule(parent), attribute, layer.get_base_layer())
 
 
-def merge_adapters(spec: Any, model: nn.Module) -> Any:
+def merge_adapters(config: Any, model: nn.Module) -> Any:
     """Merge the adapters of a wiring, in place; return its config without adapters."""
     if not adapter_layers(model):
-        return spec
+        return config
     merge(model)
-    return replace(spec, language=replace(spec.language, lora=None))
+    return replace(config, language=replace(config.language, lora=None))
 
 
 def remap_adapters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

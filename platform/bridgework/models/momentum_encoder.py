@@ -69,7 +69,7 @@ class MomentumEncoder(nn.Module):
         """Start with a copy of `parameters`, and queues of random unit vectors."""
         super().__init__()
         self.config = config
-        self.twin = nn.Module()
+        self.twin = nn.Module()  # named `twin` in checkpoints
         for name, parameter in parameters.items():
             self.twin.register_buffer(name.replace(".", "/"), parameter.detach().float().clone())
         self.register_buffer("image_queue_QD", normalize(torch.randn(config.queue, width), dim=1))

@@ -1,4 +1,4 @@
-"""Fields of an imported transformers model that no forward reads, kept for its export."""
+"""Fields of an imported transformers model that no forward reads, stored for its export."""
 
 from collections.abc import Mapping
 from dataclasses import field

@@ -105,7 +105,7 @@ class ConcatProjector(nn.Module):
         self.projection = nn.Linear(config.group * in_width, out_width)
 
     def forward(self, patches_NPF: Tensor) -> Tensor:
-        """(N, P, F) floats -> (N, P / group, D)."""
+        """Map (N, P, F) floats to (N, P / group, D)."""
         grouped = (
             self.ln_vision(patches_NPF).flatten(1).unflatten(1, (-1, self.projection.in_features))
         )
@@ -122,7 +122,7 @@ class Projector(nn.Module):
             self.add_module(f"linear_{i}", nn.Linear(in_width if i == 1 else out_width, out_width))
 
     def forward(self, patches_NPF: Tensor) -> Tensor:
-        """(N, P, F) floats -> (N, P, D)."""
+        """Map (N, P, F) floats to (N, P, D)."""
         tokens_NPD = patches_NPF
         for i in range(1, self.depth + 1):
             if i > 1:
