@@ -88,7 +88,7 @@ def test_kept_candidates_that_are_no_list_of_texts_are_a_bad_row(kept: str) -> N
 
 @pytest.mark.parametrize("candidates", [("one",), ("a", " "), ("", "b")])
 def test_one_candidate_or_a_blank_one_is_a_bad_row(candidates: tuple[str, ...]) -> None:
-    with pytest.raises(BadSample, match="two or more candidates") as caught:
+    with pytest.raises(BadSample, match="expected two or more") as caught:
         replace(next(choices(1)), candidates=candidates)
     assert caught.value.reason is Reason.BAD_ROW
 
