@@ -128,7 +128,7 @@ def test_the_rows_of_a_capped_source_are_those_that_mixture_tells(steps: int, bl
         (["llava/instruct", "--tiny", "--world", "5"], "of 5 has no lane"),
         (["llava/instruct", "--tiny", "--batch", "9"], "not a multiple of data.lanes 4"),
         (["llava", "--tiny", "--set", "stages.align.data.alfa=1"], "did you mean 'alpha'?"),
-        (["no.json"], "no mixture in JSON"),
+        (["no.json"], "not a mixture in JSON"),
     ],
 )
 def test_wrong_words_are_refused_with_advice(words: list[str], said: str) -> None:
@@ -159,7 +159,7 @@ def test_a_source_is_a_dataset_or_a_group_and_never_both(node: str, tmp_path: Pa
 def test_groups_without_end_are_refused(tmp_path: Path) -> None:
     nested = '{"name": "a", "sources": [' * 3000 + "7" + "]}" * 3000
     (tmp_path / "m.json").write_text(f'{{"sources": [{nested}]}}')
-    with pytest.raises(SpecError, match=r"no mixture in JSON|too deep"):
+    with pytest.raises(SpecError, match=r"not a mixture in JSON|too deep"):
         order(str(tmp_path / "m.json"))
 
 

@@ -224,9 +224,9 @@ def test_labels_that_are_no_class_are_bad_rows_with_a_reason(home: Path, tmp_pat
     problems = {preview.key: preview.problem for preview in read(stage, home)}
     assert problems["good"] == "" or problems["good"] is None
     assert "did you mean 'red circle'" in str(problems["odd"])
-    assert "has no labels" in str(
-        problems["bare"]
-    ) and "reads one image, and the sample has 2" in str(problems["two"])
+    assert "has no labels" in str(problems["bare"]) and "reads one image per sample. Got 2" in str(
+        problems["two"]
+    )
 
 
 def test_a_preview_names_the_class(home: Path) -> None:
