@@ -455,7 +455,7 @@ def load(name: str) -> System:
 
 
 def _recipe_functions(module: types.ModuleType) -> Iterator[tuple[str, Callable[[], System]]]:
-    """What a recipe offers: its public functions that need no argument and say that they return a System."""
+    """Return the public functions of a recipe that need no argument and are annotated to return a System."""
     for name, value in vars(module).items():
         offered = isinstance(value, types.FunctionType) and not inspect.signature(value).parameters
         if (

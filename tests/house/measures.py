@@ -52,17 +52,26 @@ def comments(path: Path) -> list[str]:
 
 
 def prose() -> Iterator[str]:
-    """Every docstring and comment of the package, and every document."""
+    """Yield every docstring and comment of the package, and every document."""
     for path in source.package():
-        yield from comments(path)
-        for node in ast.walk(source.tree(path)):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield ast.get_docstring(node) or ""
+        yield from prose_of(path)
     for path in source.files():
         if path.suffix == ".md":
-            yield re.sub(
-                r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
-            )
+            yield prose_of_document(path)
+
+
+def prose_of(path: Path) -> Iterator[str]:
+    """Yield the docstrings and comments of a module."""
+    yield from comments(path)
+    for node in ast.walk(source.tree(path)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+def prose_of_document(path: Path) -> str:
+    """Return a document without its blocks of code."""
+    text = path.read_text(encoding="utf-8")
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
