@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from bridgework import storage
+from bridgework.cli import completion
 from bridgework.cli.curate import curate
 from bridgework.cli.data import data, mixture, order
 from bridgework.cli.models import ask, evaluate, export, importing
@@ -28,7 +29,6 @@ app = typer.Typer(
     help="Train, evaluate and serve vision-language systems on Ray. Change any field of a recipe "
     "with --set PATH=VALUE; `bridgework show SYSTEM` lists the paths.",
     no_args_is_help=True,
-    add_completion=False,
 )
 out, err = Console(), Console(stderr=True)
 
@@ -41,7 +41,11 @@ BY_SOURCE = ("samples.", "tokens.", "share.")  # prefixes of metrics with one va
 
 Name = Annotated[
     str,
-    typer.Argument(metavar="SYSTEM", help="Recipe: llava, llava:v1, or the path of your module."),
+    typer.Argument(
+        metavar="SYSTEM",
+        help="Recipe: llava, llava:v1, or the path of your module.",
+        autocompletion=completion.systems,
+    ),
 ]
 Set = Annotated[
     list[str] | None,
@@ -50,6 +54,7 @@ Set = Annotated[
         metavar="PATH=VALUE",
         help="Change a field of the recipe by its dotted path, e.g. "
         "stages.align.optim.peak_lr=3e-4. Repeat for several.",
+        autocompletion=completion.paths,
     ),
 ]
 Tiny = Annotated[
@@ -133,7 +138,11 @@ def train(
     system: Name,
     stage: Annotated[
         list[str] | None,
-        typer.Option(help="Train only this stage. Repeat for several.", show_default="all stages"),
+        typer.Option(
+            help="Train only this stage. Repeat for several.",
+            show_default="all stages",
+            autocompletion=completion.stages,
+        ),
     ] = None,
     tiny: Tiny = False,
     set_: Set = None,

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bridgework.cli import options
+from bridgework.cli import completion, options
 from bridgework.cli.options import changes
 from bridgework.config import config_class, override
 from bridgework.data.catalog import SYNTHETIC, destination, home, resolve
@@ -36,10 +36,21 @@ out, err = (  # without markup, because names and keys come from the data
 )
 
 Place = Annotated[
-    str, typer.Argument(metavar="PATH", help="a folder, a URL, or a name under <home>/datasets")
+    str,
+    typer.Argument(
+        metavar="PATH",
+        help="a folder, a URL, or a name under <home>/datasets",
+        autocompletion=completion.datasets,
+    ),
 ]
 For = Annotated[
-    str | None, typer.Option("--for", metavar="SYSTEM[/STAGE]", help="as this stage reads it")
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="SYSTEM[/STAGE]",
+        help="as this stage reads it",
+        autocompletion=completion.systems,
+    ),
 ]
 Format = Annotated[
     str | None,
