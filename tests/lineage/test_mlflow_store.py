@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from bridgework.errors import TrackingError
 from bridgework.mixture import DatasetInput
 from bridgework.tracking.lineage import Reader
-from bridgework.tracking.mlflow_store import MLflowReader, MLflowTracker
+from bridgework.tracking.mlflow_store import MLflowReader, MLflowTracker, group
 from bridgework.tracking.tracker import Point, Tracker
 
 
@@ -110,7 +110,9 @@ def test_points_posted_twice_are_stored_once(
     run = mlflow_tracker.start("align")
     mlflow_tracker.points(run, points)
     mlflow_tracker.points(run, points[:1_500])
-    assert [m.step for m in client.get_metric_history(run, "loss")] == [p.step for p in points]
+    assert [m.step for m in client.get_metric_history(run, "train/loss")] == [
+        p.step for p in points
+    ]
 
 
 def test_weights_are_referred_to_and_not_copied(
@@ -187,3 +189,19 @@ def test_concurrent_drivers_share_one_valid_store(tmp_path: Path) -> None:
     experiment = client.get_experiment_by_name("shared")
     assert experiment is not None
     assert len(client.search_runs([experiment.experiment_id])) == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("loss", "train"),
+        ("loss.contrastive.coco", "train"),
+        ("grad_norm", "train"),
+        ("samples.coco", "data"),
+        ("replaced", "data"),
+        ("heldout.loss", "eval"),
+        ("ranking.accuracy", "eval"),
+    ],
+)
+def test_metrics_are_grouped_in_the_ui(key: str, name: str) -> None:
+    assert group(key) == name

@@ -194,7 +194,7 @@ def test_ledger_line_truncated_by_a_crash_affects_no_later_line(
     )  # the last part was posted, and its line is incomplete on the disk
     write(tmp_path, range(4, 6))
     assert MetricsForwarder(mlflow_tracker, {run: tmp_path}).close() == 0
-    history = MlflowClient(mlflow_tracker.uri).get_metric_history(run, "loss")
+    history = MlflowClient(mlflow_tracker.uri).get_metric_history(run, "train/loss")
     assert sorted(m.step for m in history) == list(range(6))
     assert unfinished(tmp_path) == {}
 
@@ -313,7 +313,8 @@ def test_server_stopped_in_the_middle_of_a_run_costs_no_point(
         write(journal, range(100))
         client = MlflowClient(uri)
         wait_for(
-            lambda: len(client.get_metric_history(run, "loss")) >= 50, "points before the outage"
+            lambda: len(client.get_metric_history(run, "train/loss")) >= 50,
+            "points before the outage",
         )
     write(journal, range(100, 200))
     wait_for(lambda: "points wait in the journal" in caplog.text, "the relay to notice")
@@ -322,7 +323,9 @@ def test_server_stopped_in_the_middle_of_a_run_costs_no_point(
         assert relay.close(timeout_s=60) == 0
         assert MetricsForwarder(tracker, {run: journal}).close() == 0
         for key in ("loss", "lr"):
-            assert [m.step for m in client.get_metric_history(run, key)] == list(range(300))
+            assert [m.step for m in client.get_metric_history(run, f"train/{key}")] == list(
+                range(300)
+            )
         (tmp_path / "recipe.json").write_text("{}")
         tracker.file(run, tmp_path / "recipe.json")
         model = tracker.output(run, "llava-align", "/runs/align", {"digest": "w" * 64})

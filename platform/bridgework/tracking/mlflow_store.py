@@ -48,6 +48,10 @@ T = TypeVar("T")
 # Hex digits of a digest in MLflow's own field, which has at most 36 and is in every table of the
 # UI.
 SHORT = 12
+DATA = frozenset(
+    {"data_wait_share", "padding", "quarantined", "replaced", "samples", "share", "tokens"}
+)
+_GROUP = re.compile(r"^(?:train|data|eval)/")
 
 
 class MLflowReader:
@@ -152,7 +156,7 @@ class MLflowReader:
             status=run.info.status,
             parent=run.data.tags.get(mlflow_tags.MLFLOW_PARENT_RUN_ID),
             tags={k: v for k, v in run.data.tags.items() if not k.startswith("mlflow.")},
-            metrics=dict(run.data.metrics),
+            metrics={_GROUP.sub("", key): value for key, value in run.data.metrics.items()},
             inputs=tuple(_read_input(d) for d in (run.inputs.dataset_inputs if run.inputs else ())),
             outputs=tuple(
                 Weights(m.name, _artifact(m.tags), m.tags.get("digest", "")) for m in outputs[::-1]
@@ -236,7 +240,9 @@ class MLflowTracker(MLflowReader):
 
     def points(self, run_id: str, points: Sequence[Point]) -> None:
         """Log points, at most 1000 per call. Equal points are stored once, so repeats are safe."""
-        metrics = [entities.Metric(_name(p.key), p.value, p.at, p.step) for p in points]
+        metrics = [
+            entities.Metric(f"{group(p.key)}/{_name(p.key)}", p.value, p.at, p.step) for p in points
+        ]
         with self._call(f"log {len(points)} points of run {run_id}"):
             for some in _batches(metrics, MAX_METRICS_PER_BATCH):
                 self._client.log_batch(run_id, metrics=some)
@@ -414,3 +420,11 @@ def _pages(search: Callable[..., PagedList[T]], *where: Any) -> list[T]:
 def _artifact(tags: Mapping[str, str]) -> str:
     """Return the artifact's folder from the tags of a version or model, also by the old tag."""
     return tags.get("artifact") or tags.get(old_names.ARTIFACT_TAG, "")
+
+
+def group(key: str) -> str:
+    """Return the group of a metric in MLflow's UI: `train`, `data`, or `eval` for evaluations."""
+    first, dot, _ = key.partition(".")
+    if first in DATA:
+        return "data"
+    return "eval" if dot and first != "loss" else "train"
