@@ -33,6 +33,15 @@ def test_recipes_and_overrides_load_neither_ray_nor_transformers() -> None:
     assert imported(code) <= {"torch", "pyarrow"}
 
 
+def test_training_in_this_process_needs_no_ray(home: Path) -> None:
+    code = (
+        "import bridgework as bw; from rich.console import Console; "
+        "system = bw.override(bw.load('llava').tiny(), {'stages.align.budget.steps': 1}); "
+        "bw.train(system, stages=['align'], track=False, console=Console(quiet=True))"
+    )
+    assert not imported(code) & {"ray", "mlflow"}
+
+
 def test_every_public_name_is_there_and_another_one_is_suggested() -> None:
     for name in bridgework.__all__:
         assert getattr(bridgework, name).__doc__, name
