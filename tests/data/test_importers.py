@@ -335,12 +335,12 @@ def test_the_same_import_again_does_nothing_and_says_so(
     assert llava_json.LlavaJsonImporter().run(source, str(dest), say=said.append) == first
     assert (dest / "manifest.json").stat().st_mtime_ns == written
     assert "1 rows in 1 shards" in said[0] and "nothing to do" in said[1]
-    with pytest.raises(DataError, match="another dataset: its images"):
+    with pytest.raises(DataError, match=r"another dataset\. Got images"):
         llava_json.LlavaJsonImporter(images=str(tmp_path / "images")).run(
             source, str(dest), say=quiet
         )
     llava([row, row])
-    with pytest.raises(DataError, match="another dataset: its sha256"):
+    with pytest.raises(DataError, match=r"another dataset\. Got sha256"):
         llava_json.LlavaJsonImporter().run(source, str(dest), say=quiet)
 
 

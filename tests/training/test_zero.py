@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from bridgework.config import override
+from bridgework.data.catalog import resolve
 from bridgework.errors import SpecError
 from bridgework.losses import LanguageModeling, QueryContrast
 from bridgework.system import System, load
@@ -97,6 +98,26 @@ def test_sharded_parameters_match_complete_ones_and_resume_on_another_number_of_
                 case,
                 zero,
             )
+
+
+def two_ranks_with_nan_in_fresh_memory(rank: int, home: str, folder: str) -> None:
+    """In deterministic mode, torch fills memory that nothing was written to with NaN."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    train_ranks(job(system(next(iter(CASES)), 3), Path(home), Path(folder) / "run"), rank, 2)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")  # sets LOCAL_RANK
+def test_padding_of_shards_may_hold_nan(home: Path, tmp_path: Path) -> None:
+    """DeepSpeed never writes it, and a run must not stop because of its bits."""
+    resolve("synthetic:shapes", home)  # before two processes would write it
+    spawn(two_ranks_with_nan_in_fresh_memory, (str(home), str(tmp_path)), nprocs=2)
+    assert any(tmp_path.rglob("artifact.json"))
 
 
 REFUSED = {

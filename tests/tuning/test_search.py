@@ -177,7 +177,7 @@ def test_unknown_path_stage_or_metric_is_rejected_before_the_sweep(home: Path) -
             SPACE, space={RATE: tune.sample_from(lambda _: 1e-3)}
         ),
         r"write .* a constant into FIXED": replace(SPACE, space={RATE: 1e-3}),
-        r"is .*Float.*Expected tune\.choice": replace(SPACE, space={RATE: tune.randn(0, 1)}),
+        r"Got .*Float.*xpected tune\.choice": replace(SPACE, space={RATE: tune.randn(0, 1)}),
     }
     for said, space in wrong.items():
         with pytest.raises(SpecError, match=said):

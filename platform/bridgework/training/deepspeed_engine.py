@@ -55,6 +55,7 @@ warnings.filterwarnings(
     "ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning
 )
 TAG = "state"  # folder of DeepSpeed's files in a checkpoint
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 # of DeepSpeed, for a state of another model or other settings
 LOAD_ERRORS = (
     RuntimeError,
@@ -337,7 +338,7 @@ class Engine:
         These are the trained parameters, the optimizer's state, and the buffers, in which an
         infinity is allowed. Every rank returns the same value.
         """
-        numbers = [*self._trained(), *_tensors(self._engine.optimizer.state_dict())]
+        numbers = [*self._trained(), *self._optimizer_values()]
         ok = all(bool(tensor.isfinite().all()) for tensor in numbers if tensor.is_floating_point())
         ok = ok and not any(
             bool(b.isnan().any()) for b in self._step.buffers() if b.is_floating_point()
@@ -355,10 +356,27 @@ class Engine:
         return int(_all_reduce(torch.tensor(own, dtype=torch.float64, device=self.device)))
 
     def _trained(self) -> Iterator[Tensor]:
-        """Yield the trained parameters, or their shards on this rank."""
+        """Yield the trained parameters, or their shards on this rank without the padding."""
         for parameter in self._step.parameters():
             if parameter.requires_grad:
-                yield getattr(parameter, "ds_tensor", parameter)
+                shard = getattr(parameter, "ds_tensor", None)
+                yield parameter if shard is None else shard[: _shard_size(parameter)]
+
+    def _optimizer_values(self) -> Iterator[Tensor]:
+        """Yield the tensors of the optimizer's state on this rank.
+
+        The shards of ZeRO 3 have one size on all ranks. DeepSpeed never writes the padding of the
+        last one, which therefore holds any bits, NaN among them: it is left out.
+        """
+        optimizer = self._engine.optimizer
+        if not hasattr(optimizer, "get_local_fp32_param"):
+            yield from _tensors(optimizer.state_dict())
+            return
+        for parameter in self._step.parameters():
+            if parameter.requires_grad:
+                size = _shard_size(parameter)
+                for key in (None, *MOMENTS):
+                    yield optimizer.get_local_fp32_param(parameter, key)[:size]
 
     def _load_buffers(self, state: Path) -> None:
         """Load the buffers, equal on all ranks, which DeepSpeed skips in a universal state."""
@@ -414,6 +432,12 @@ def convert_to_universal(folder: Path, into: Path) -> None:
             raise storage.full(into)
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise RunError(f"{folder} cannot be read by another number of workers. Got {lines[-1]}")
+
+
+def _shard_size(parameter: Any) -> int:
+    """Return the elements of a ZeRO 3 parameter that its shard on this rank holds."""
+    shard = parameter.ds_tensor.numel()
+    return int(min(max(parameter.ds_numel - dist.get_rank() * shard, 0), shard))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
