@@ -1,6 +1,6 @@
 """Time to resume in the middle of an epoch, and the missing and repeated samples.
 
-python -m benchmarks.resume              five minutes; --quick: half a minute, not for publication
+python -m benchmarks.resume              five minutes; --quick: half a minute, fewer rounds
 python -m benchmarks.resume --ray        through Ray Data as well
 python -m benchmarks.resume --json FILE
 

@@ -43,7 +43,7 @@ class Wiring:
     vision_tokens: ClassVar[int] = 4
     packing_refusal: ClassVar[str | None] = None
 
-    def places(self, layout: Layout) -> int:
+    def num_image_tokens(self, layout: Layout) -> int:
         return self.image_tokens
 
     def build(self, *, pretrained: bool = True) -> Any:
@@ -66,7 +66,7 @@ class Eye:
     vision_tokens: int = 4
     packing_refusal: str | None = None
 
-    def places(self, layout: Layout) -> int:
+    def num_image_tokens(self, layout: Layout) -> int:
         return self.image_tokens
 
     def build(self, *, pretrained: bool = True) -> None: ...

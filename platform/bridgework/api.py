@@ -142,7 +142,7 @@ def sweep(
     tracker = open_tracker(project, place, console) if track else None
     with _ray(1):
         return search.sweep(
-            search.cap_concurrency(given, trials=trials),
+            search.with_trials(given, trials=trials),
             home=place,
             run=run or f"sweep-{given.name}",
             changes=changes,

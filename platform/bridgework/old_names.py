@@ -6,7 +6,7 @@ No other module of the package contains an old name.
 
 CLASSES = {  # "module:Class", old -> today's, without the prefix `bridgework.`
     "cli_models:Judges": "cli.models:Evaluations",
-    "curation.flow:Limits": "curation.runner:Limits",
+    "curation.flow:Limits": "curation.runner:CurationLimits",
     "data.mixtures:Bare": "data.mixture_report:ByteModelConfig",
     "evaluation.heldout:HeldOutLoss": "evaluation.likelihood:HeldOutLoss",
     "evaluation.ranking:Ranking": "evaluation.likelihood:Ranking",
@@ -33,7 +33,7 @@ CLASSES = {  # "module:Class", old -> today's, without the prefix `bridgework.`
     "models.prefix_vlm:PrefixVLM": "models.prefix_vlm:PrefixVLMConfig",
     "models.qformer_pretrainer:QFormerPretrainer": "models.qformer_pretrainer:QFormerPretrainerConfig",
     "models.text:CLIPTextConfig": "models.clip_text:CLIPTextConfig",
-    "serving.images:Limits": "serving.options:Limits",
+    "serving.images:Limits": "serving.options:RequestLimits",
 }
 
 FIELDS = {"inherits": "init_params", "shard": "zero"}  # fields of a Stage: old name -> today's

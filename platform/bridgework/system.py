@@ -79,7 +79,7 @@ class ModelSpec(Protocol):
     def image_tokens(self) -> int:
         """Token positions of a square; 0: no positions, and every sample has one image."""
 
-    def places(self, layout: Layout) -> int:
+    def num_image_tokens(self, layout: Layout) -> int:
         """Return the number of positions that an image fills in the token stream."""
 
     @property

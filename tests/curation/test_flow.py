@@ -18,7 +18,15 @@ import pytest
 from bridgework.config import config_class
 from bridgework.curation import annotations
 from bridgework.curation.contact_sheet import examples
-from bridgework.curation.runner import LIMITS, CurationRun, Decision, Limits, Rows, Say, make
+from bridgework.curation.runner import (
+    LIMITS,
+    CurationLimits,
+    CurationRun,
+    Decision,
+    Rows,
+    Say,
+    make,
+)
 from bridgework.data.dataset import open_dataset, verify, write
 from bridgework.data.manifest import Manifest
 from bridgework.data.quarantine import records
@@ -43,7 +51,8 @@ def source(tmp_path: Path) -> str:
 
 
 def run(
-    source: str | list[str], dest: Path, home: Path, *, workers: int = 0, limits: Limits = LIMITS, say: Say = str,
+    source: str | list[str], dest: Path, home: Path, *, workers: int = 0,
+    limits: CurationLimits = LIMITS, say: Say = str,
     **fields: Any,
 ) -> Manifest:  # fmt: skip
     desk = dest.parent / "desk"
@@ -368,14 +377,14 @@ def test_larger_max_bad_reuses_the_annotations(home: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match="1 of 160 rows are bad"):
         run(few, dest, home)
     judged(dest)
-    made = run(few, dest, home, limits=Limits(max_bad=0.01))
+    made = run(few, dest, home, limits=CurationLimits(max_bad=0.01))
     assert made.quarantined == {"bad_row": 1} and not judged(dest)
     assert run(few, dest, home).digest == made.digest  # what is there is taken as it is
     for share in (-0.1, 1.5):
         with pytest.raises(
             SpecError, match=rf"max_bad is a share of the rows, from 0 to 1; got {share}"
         ):
-            Limits(max_bad=share)
+            CurationLimits(max_bad=share)
 
 
 def test_messages_count_source_rows_and_new_samples(

@@ -1,5 +1,7 @@
 """From a dataset's name to its place."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,19 @@ def test_a_dataset_is_named_by_a_line_that_can_be_a_folder(name: str, tmp_path: 
         with pytest.raises(DataError, match=r"control character|at most 240") as caught:
             ask(name, tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_processes_that_need_synthetic_data_at_once_write_it_once(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from bridgework.data.catalog import resolve; "
+        "print(resolve('synthetic:shapes', Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for process in running:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert verify(out.strip()) == []

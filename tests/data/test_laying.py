@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.balance import ratios
-from bridgework.data.packing import Limits, balance, first_fit
+from bridgework.data.packing import BinLimits, balance, first_fit
 
 LENGTHS = st.lists(st.integers(1, 120), min_size=1, max_size=80)
 
@@ -17,7 +17,7 @@ def test_sequences_keep_their_limits_and_contain_every_row(
     tokens: list[int], samples: int, images: int, data: st.DataObject
 ) -> None:
     shown = data.draw(st.lists(st.integers(0, 3), min_size=len(tokens), max_size=len(tokens)))
-    packed = first_fit(tokens, shown, Limits(100, samples, images))
+    packed = first_fit(tokens, shown, BinLimits(100, samples, images))
     assert sorted(row for sequence in packed for row in sequence) == list(range(len(tokens)))
     for sequence in packed:
         assert len(sequence) <= samples
@@ -26,7 +26,7 @@ def test_sequences_keep_their_limits_and_contain_every_row(
 
 
 def test_two_rows_that_fit_together_never_have_a_sequence_each() -> None:
-    packed = first_fit([60, 50, 40, 30, 10], [0] * 5, Limits(100, 8))
+    packed = first_fit([60, 50, 40, 30, 10], [0] * 5, BinLimits(100, 8))
     assert packed == [[0, 2], [1, 3, 4]]
 
 

@@ -18,7 +18,7 @@ from bridgework.data.dataset import Dataset, open_dataset, write
 from bridgework.data.images import load_image
 from bridgework.data.quarantine import Reason, records
 from bridgework.data.reader import ReaderConfig, Row, local
-from bridgework.data.row_groups import Features, Group, Groups, StoredRow
+from bridgework.data.row_groups import Features, Groups, RowGroup, StoredRow
 from bridgework.data.samples import Part, Sample, pair
 from bridgework.data.synthetic import shapes
 from bridgework.data.tokenization import load_tokenizer
@@ -291,8 +291,8 @@ def counted(feed: ReaderConfig, kept_bytes: int | None = None) -> tuple[Counted,
 
 def test_row_group_is_read_once_for_all_its_rows(feed: ReaderConfig) -> None:
     dataset, groups = counted(feed)
-    assert groups.locate(0, 37) == (Group(0, 1, 0), 5)
-    group, keys = Group(0, 1, 0), [sample.key for sample in dataset.read_group(1, 0)]
+    assert groups.locate(0, 37) == (RowGroup(0, 1, 0), 5)
+    group, keys = RowGroup(0, 1, 0), [sample.key for sample in dataset.read_group(1, 0)]
     dataset.fetched.clear()
     found = (
         groups.take(group, [5, 0]) | groups.take(group, [2, 3, 4, 1]) | groups.take(group, [6, 7])
@@ -303,7 +303,7 @@ def test_row_group_is_read_once_for_all_its_rows(feed: ReaderConfig) -> None:
 
 def test_used_row_is_read_again(feed: ReaderConfig) -> None:
     dataset, groups = counted(feed)
-    group = Group(0, 0, 0)
+    group = RowGroup(0, 0, 0)
     assert groups.take(group, [3])[3] == groups.take(group, [3, 4])[3]
     assert dataset.fetched == [(0, 0)] * 2
     groups.take(group, [0, 1, 2, 5, 6, 7])
@@ -312,7 +312,7 @@ def test_used_row_is_read_again(feed: ReaderConfig) -> None:
 
 def test_peeking_at_a_row_uses_none(feed: ReaderConfig) -> None:
     dataset, groups = counted(feed)
-    group = Group(0, 0, 0)
+    group = RowGroup(0, 0, 0)
     groups.take(group, [0])
     assert groups.peek(group, 1) == groups.take(group, [1])[1]
     assert dataset.fetched == [(0, 0)]
@@ -325,7 +325,7 @@ def test_after_eviction_only_unused_rows_of_a_group_are_kept(feed: ReaderConfig)
     dataset, groups = counted(
         feed, kept_bytes=size - 1
     )  # room for the unused rows of one of the two
-    one, other = Group(0, 0, 0), Group(0, 0, 1)
+    one, other = RowGroup(0, 0, 0), RowGroup(0, 0, 1)
     groups.take(one, range(5))
     groups.take(other, [0])  # evicts the first
     groups.take(one, [5, 6])  # leaves one row, so the second fits too

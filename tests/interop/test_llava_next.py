@@ -89,7 +89,7 @@ def picture(width: int, height: int) -> Image.Image:
 def examples(spec: PrefixVLMConfig) -> tuple[Tensor, Tensor, list[Tensor], list[Layout]]:
     """Return ids and attention of two rows with three images of different shapes, and their layouts."""
     cut = [tile_image(picture(*size), spec.pixels) for size in ((64, 64), (90, 33), (31, 80))]
-    places = [[IMAGE] * spec.places(layout) for _, layout in cut]
+    places = [[IMAGE] * spec.num_image_tokens(layout) for _, layout in cut]
     rows = [[5, *places[0], 6, *places[1], 7], [8, *places[2], 9, 10]]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])

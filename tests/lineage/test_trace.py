@@ -228,6 +228,15 @@ def test_unknown_names_are_rejected_with_a_suggestion(story: Story) -> None:
         trace("0" * 32, story.tracker, story.home)
 
 
+def test_dataset_that_only_a_run_knows_is_suggested(
+    mlflow_tracker: MLflowTracker, tmp_path: Path
+) -> None:
+    run = mlflow_tracker.start("align")
+    mlflow_tracker.inputs(run, [DatasetInput("far-away", "d" * 64, "s3://lab/far-away", 3)])
+    with pytest.raises(TrackingError, match="did you mean 'far-away'"):
+        uses("far-awya", mlflow_tracker, tmp_path)
+
+
 def test_external_names_are_not_parsed_as_markup(
     mlflow_tracker: MLflowTracker, tmp_path: Path
 ) -> None:

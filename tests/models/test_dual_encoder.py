@@ -92,7 +92,11 @@ def test_globs_name_the_towers_and_the_heads(spec: DualEncoderConfig) -> None:
     assert heads == {"heads.logit_scale", "heads.text.weight"} | (
         {"heads.image.weight"} if spec is VIT else set()
     )
-    assert (spec.image_tokens, spec.places(Layout(0, 0, 9, 9)), spec.instruction) == (0, 0, None)
+    assert (spec.image_tokens, spec.num_image_tokens(Layout(0, 0, 9, 9)), spec.instruction) == (
+        0,
+        0,
+        None,
+    )
     assert (spec.context, spec.tokenizer, spec.pretrained) == (77, "bytes", ())
 
 

@@ -80,8 +80,8 @@ def test_every_bridge_fills_the_places_that_it_announces(bridge: Any) -> None:
 
 
 def test_an_image_of_tiles_takes_the_places_of_each() -> None:
-    assert BLIP2.places(Layout(0, 0, 640, 480)) == 32
-    assert BLIP2.places(Layout(2, 3, 640, 480)) == 7 * 32
+    assert BLIP2.num_image_tokens(Layout(0, 0, 640, 480)) == 32
+    assert BLIP2.num_image_tokens(Layout(2, 3, 640, 480)) == 7 * 32
 
 
 def test_blip2_has_its_published_sizes_without_a_byte_of_memory() -> None:

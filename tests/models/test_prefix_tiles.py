@@ -46,7 +46,7 @@ def build(kind: str, **language: Any) -> PrefixVLM:
 
 
 def row(kind: str, before: list[int], images: list[int], after: list[int]) -> Tensor:
-    places = [IMAGE] * sum(KINDS[kind].places(LAYOUTS[image]) for image in images)
+    places = [IMAGE] * sum(KINDS[kind].num_image_tokens(LAYOUTS[image]) for image in images)
     return torch.tensor([[*before, *places, *after]])
 
 

@@ -232,7 +232,9 @@ def test_inputs_and_configs_that_do_not_fit_are_refused() -> None:
 
 def test_its_text_has_no_places_for_images() -> None:
     assert (
-        SPEC.image_tokens == 0 and SPEC.places(Layout(0, 0, 4, 3)) == 0 and SPEC.instruction is None
+        SPEC.image_tokens == 0
+        and SPEC.num_image_tokens(Layout(0, 0, 4, 3)) == 0
+        and SPEC.instruction is None
     )
     assert (SPEC.tokenizer, SPEC.tiny().tokenizer, SPEC.context) == (
         "google-bert/bert-base-uncased",

@@ -50,7 +50,7 @@ def test_unpadded_rows_with_newlines_are_those_of_transformers(layout: Layout) -
     module, tokens_SPD = tiles.Unpad(6), squares(layout)
     ours = module(tokens_SPD, torch.tensor([layout]))
     assert torch.equal(ours, packed_by_transformers(tokens_SPD, layout, module.newline))
-    assert len(ours) == tiles.places(layout, SIDE**2, "unpad")
+    assert len(ours) == tiles.num_image_tokens(layout, SIDE**2, "unpad")
 
 
 def test_images_follow_each_other_and_one_without_tiles_is_its_base_square() -> None:
@@ -90,19 +90,19 @@ def test_the_mask_is_true_on_the_patches_that_are_kept(layout: Layout) -> None:
 
 
 def test_llava_next_counts_576_and_its_rows_with_newlines() -> None:
-    assert tiles.places(Layout(2, 2, 672, 672), 576, "unpad") == 576 + 48 * 49
-    assert tiles.places(Layout(2, 1, 640, 240), 576, "unpad") == 576 + 18 * 49
-    assert tiles.places(Layout(0, 0, 640, 240), 576, "unpad") == 576
+    assert tiles.num_image_tokens(Layout(2, 2, 672, 672), 576, "unpad") == 576 + 48 * 49
+    assert tiles.num_image_tokens(Layout(2, 1, 640, 240), 576, "unpad") == 576 + 18 * 49
+    assert tiles.num_image_tokens(Layout(0, 0, 640, 240), 576, "unpad") == 576
 
 
 @pytest.mark.parametrize(
     ("grid", "tokens"), [((0, 0), 128), ((1, 2), 384), ((3, 1), 512), ((2, 2), 640)]
 )
 def test_xgen_counts_128_a_square_whatever_the_image(grid: tuple[int, int], tokens: int) -> None:
-    assert tiles.places(Layout(*grid, 1, 1), 128, "resample") == tiles.places(
+    assert tiles.num_image_tokens(Layout(*grid, 1, 1), 128, "resample") == tiles.num_image_tokens(
         Layout(*grid, 9, 7), 128, "resample"
     )
-    assert tiles.places(Layout(*grid, 1, 1), 128, "resample") == tokens
+    assert tiles.num_image_tokens(Layout(*grid, 1, 1), 128, "resample") == tokens
 
 
 def test_a_batch_without_images_gives_no_token_and_a_gradient_of_zero() -> None:

@@ -23,8 +23,8 @@ def test_each_stage_trains_its_parts() -> None:
 def test_image_is_576_tokens_and_its_tiles_with_newlines() -> None:
     model = llava.NEXT_MODEL
     assert model.image_tokens == 576
-    assert model.places(Layout(2, 2, 1000, 1000)) == 576 + 48 * 49 == 2928
-    assert model.places(Layout(3, 1, 1008, 336)) == 576 + 24 * 73
+    assert model.num_image_tokens(Layout(2, 2, 1000, 1000)) == 576 + 48 * 49 == 2928
+    assert model.num_image_tokens(Layout(3, 1, 1008, 336)) == 576 + 24 * 73
 
 
 def test_one_tiny_step_reads_tiles_and_updates_the_newline(home: Path) -> None:

@@ -78,7 +78,7 @@ def test_parts_have_their_published_sizes() -> None:
 
 def test_image_is_128_tokens_per_square_and_at_most_640() -> None:
     assert xgen_mm.BASE.image_tokens == 128
-    places = {xgen_mm.TILED.places(Layout(*grid, 1, 1)) for grid in xgen_mm.TILED.grids}
+    places = {xgen_mm.TILED.num_image_tokens(Layout(*grid, 1, 1)) for grid in xgen_mm.TILED.grids}
     assert places == {384, 512, 640}
 
 

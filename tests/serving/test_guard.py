@@ -16,7 +16,7 @@ from starlette.types import Message
 
 from bridgework.serving.admission import Admission
 from bridgework.serving.auth import AuthMiddleware, Keys, digest, request_id
-from bridgework.serving.options import Limits
+from bridgework.serving.options import RequestLimits
 
 KEYS = Keys(frozenset({digest("key")}))
 BEARER = {"authorization": "Bearer key"}
@@ -36,7 +36,7 @@ def guard(
     held_bytes: int = 2**20,
 ) -> AuthMiddleware:
     admission = Admission(slots=places, per_key=places, held_bytes=held_bytes)
-    limits = replace(Limits(body_bytes=1000), body_s=body_s)
+    limits = replace(RequestLimits(body_bytes=1000), body_s=body_s)
     return AuthMiddleware(Starlette(routes=routes), keys=keys, admission=admission, limits=limits)
 
 
@@ -256,7 +256,7 @@ def test_one_of_several_keys_cannot_hold_every_slot() -> None:
             Starlette(routes=[Route("/v1/x", wait, methods=["POST"])]),
             keys=TWO,
             admission=admission,
-            limits=Limits(),
+            limits=RequestLimits(),
         )
         calls = [Call(app, key) for key in ("key", "key", "key", "key", "other", "other")]
         for call in calls:

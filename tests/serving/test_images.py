@@ -11,10 +11,10 @@ from PIL import Image
 
 from bridgework.errors import SpecError
 from bridgework.serving.errors import APIError
-from bridgework.serving.options import Limits
+from bridgework.serving.options import RequestLimits
 from bridgework.serving.requests import _webp_size, read_image
 
-LIMITS = Limits()
+LIMITS = RequestLimits()
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (9, 7), **options: object) -> bytes:
@@ -27,7 +27,7 @@ def url(data: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def refused(given: str, limits: Limits = LIMITS) -> tuple[int, str]:
+def refused(given: str, limits: RequestLimits = LIMITS) -> tuple[int, str]:
     with pytest.raises(APIError) as caught:
         read_image(given, limits, "image")
     assert caught.value.param == "image"
@@ -123,11 +123,14 @@ def test_animation_is_rejected() -> None:
         stream = io.BytesIO()
         frames[0].save(stream, kind, save_all=True, append_images=frames[1:])
         assert refused(url(stream.getvalue())) == (400, "frames")
-        assert read_image(url(stream.getvalue()), Limits(frames=3), "image") == stream.getvalue()
+        assert (
+            read_image(url(stream.getvalue()), RequestLimits(frames=3), "image")
+            == stream.getvalue()
+        )
 
 
 def test_length_is_checked_before_base64_and_base64_before_magic() -> None:
-    small = Limits(image_bytes=100)
+    small = RequestLimits(image_bytes=100)
     assert refused("data:image/png;base64," + "@" * 200, small) == (413, "image_too_large")
     assert refused("data:image/png;base64," + "@" * 100, small) == (400, "invalid_base64")
 
@@ -144,4 +147,4 @@ def test_a_huge_canvas_takes_no_memory() -> None:
 
 def test_a_limit_below_one_is_a_spec_error() -> None:
     with pytest.raises(SpecError, match=r"limits.frames must be at least 1, got 0"):
-        Limits(frames=0)
+        RequestLimits(frames=0)

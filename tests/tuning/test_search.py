@@ -115,7 +115,7 @@ RATE = "stages.*.optim.peak_lr"
 @pytest.mark.parametrize(
     ("space", "differs"),
     [
-        (search.cap_concurrency(SPACE, trials=3), "budget"),
+        (search.with_trials(SPACE, trials=3), "budget"),
         (replace(SPACE, metric=Metric(name="heldout.gap", mode="max")), "metric"),
         (replace(SPACE, space={**SPACE.space, RATE: tune.uniform(1e-3, 1e-2)}), "space"),
         (replace(SPACE, space={**SPACE.space, RATE: tune.quniform(1e-3, 1e-2, 1e-3)}), "space"),

@@ -4,7 +4,7 @@ import pytest
 
 from bridgework.errors import SpecError
 from bridgework.system import load as load_system
-from bridgework.tuning.search import cap_concurrency
+from bridgework.tuning.search import with_trials
 from bridgework.tuning.space import Metric, SweepBudget, load, spaces
 
 
@@ -43,10 +43,10 @@ def test_zero_budget_is_rejected(field: str) -> None:
 
 def test_limited_space_differs_only_in_its_trials() -> None:
     space = load("tests.tuning.tiny")
-    assert cap_concurrency(space, trials=None) is space
-    assert cap_concurrency(space, trials=7).budget.trials == 7
+    assert with_trials(space, trials=None) is space
+    assert with_trials(space, trials=7).budget.trials == 7
     assert (
-        cap_concurrency(space, trials=7).metric
+        with_trials(space, trials=7).metric
         == space.metric
         == Metric(name="heldout.loss", mode="min")
     )

@@ -44,7 +44,7 @@ def curate(
     its provenance.
     """
     from bridgework.curation import load
-    from bridgework.curation.runner import PLACE, Limits
+    from bridgework.curation.runner import PLACE, CurationLimits
     from bridgework.curation.runner import make as run
 
     if not words:
@@ -53,12 +53,12 @@ def curate(
     name, *rest = words
     cls = load(name)
     if not rest:
-        out.print(options.explanation(cls), "", options.table(cls, Limits, hidden=PLACE))
+        out.print(options.explanation(cls), "", options.table(cls, CurationLimits, hidden=PLACE))
         return
     places, given = _split(name, rest)
     *sources, dest = places
-    own, shared = options.read(f"curate {name}", given, cls, Limits, hidden=PLACE)
-    curation, limits = _curation(cls, own, sources), Limits(**shared)
+    own, shared = options.read(f"curate {name}", given, cls, CurationLimits, hidden=PLACE)
+    curation, limits = _curation(cls, own, sources), CurationLimits(**shared)
     place = destination(dest, home())
     if workers:
         from bridgework.ray_utils import ray_session

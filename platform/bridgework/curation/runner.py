@@ -75,7 +75,7 @@ class Curation(Protocol):
 
 
 @config_class
-class Limits:
+class CurationLimits:
     """Options of all curations, in addition to their own fields; they do not affect the output."""
 
     max_bad: float = SHARE  # share of the source rows that may be quarantined
@@ -84,7 +84,7 @@ class Limits:
         check_max_bad(self.max_bad)
 
 
-LIMITS = Limits()
+LIMITS = CurationLimits()
 
 
 # --- running a curation ------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def make(
     dest: str,
     *,
     home: Path,
-    limits: Limits = LIMITS,
+    limits: CurationLimits = LIMITS,
     workers: int = 0,
     say: Say = print,
 ) -> Manifest:
@@ -183,7 +183,7 @@ class CurationRun:
     dest: str
     datasets: tuple[Dataset, ...]
     models: Mapping[str, str]
-    limits: Limits
+    limits: CurationLimits
 
     @classmethod
     def of(
@@ -192,7 +192,7 @@ class CurationRun:
         sources: Sequence[str],
         dest: str,
         home: Path,
-        limits: Limits = LIMITS,
+        limits: CurationLimits = LIMITS,
     ) -> "CurationRun":
         """Open the sources.
 

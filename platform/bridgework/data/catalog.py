@@ -3,11 +3,13 @@
 import os
 from pathlib import Path
 
+from filelock import FileLock
+
 from bridgework.data.dataset import read_manifest, write
+from bridgework.data.manifest import FILE
 from bridgework.data.names import check_place
 from bridgework.data.synthetic import ROWS, SIZE, choices, preferences, shapes, yes_no
 from bridgework.errors import DataError, SpecError, suggest
-from bridgework.storage import find_store
 
 # data of tests and --tiny, written on first use
 SYNTHETIC = {
@@ -67,18 +69,18 @@ def names(home: Path) -> list[str]:
 
 
 def _synthetic(name: str, home: Path) -> str:
-    path = str(home / "datasets" / name.replace(":", "-"))
-    fs, root = find_store(path)
-    if not fs.exists(f"{root}/manifest.json"):
-        try:
-            write(
-                SYNTHETIC[name](),
-                path,
-                source=name,
-                license="CC0-1.0",
-                made_by="bridgework.data.synthetic",
-                parameters={"rows": ROWS, "size": SIZE, "seed": 0},
-            )
-        except DataError:
-            read_manifest(path)  # another process was faster and wrote the same data
-    return path
+    """Return the folder of a synthetic dataset; the first of several processes writes it."""
+    path = home / "datasets" / name.replace(":", "-")
+    if not (path / FILE).is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not (path / FILE).is_file():
+                write(
+                    SYNTHETIC[name](),
+                    str(path),
+                    source=name,
+                    license="CC0-1.0",
+                    made_by="bridgework.data.synthetic",
+                    parameters={"rows": ROWS, "size": SIZE, "seed": 0},
+                )
+    return str(path)

@@ -37,7 +37,7 @@ class ByteModelConfig:
     def unshardable(self, requested: frozenset[str]) -> None:
         return None
 
-    def places(self, layout: Layout) -> int:
+    def num_image_tokens(self, layout: Layout) -> int:
         return self.image_tokens
 
     def build(self, *, pretrained: bool = True) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Limits:
+class BinLimits:
     """Maximum content of a packed sequence."""
 
     tokens: int
@@ -24,7 +24,7 @@ class _Bin:
     images: int
 
 
-def first_fit(tokens: Sequence[int], images: Sequence[int], limits: Limits) -> list[list[int]]:
+def first_fit(tokens: Sequence[int], images: Sequence[int], limits: BinLimits) -> list[list[int]]:
     """Return the rows of every sequence, as indices into `tokens`: first-fit decreasing by length.
 
     A row that exceeds a limit by itself has a sequence of its own.
@@ -41,7 +41,7 @@ def first_fit(tokens: Sequence[int], images: Sequence[int], limits: Limits) -> l
     return [sorted(b.rows) for b in bins]
 
 
-def _fits(bin_: _Bin, tokens: int, images: int, limits: Limits) -> bool:
+def _fits(bin_: _Bin, tokens: int, images: int, limits: BinLimits) -> bool:
     return (
         bin_.tokens + tokens <= limits.tokens
         and len(bin_.rows) < limits.samples

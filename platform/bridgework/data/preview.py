@@ -108,7 +108,7 @@ def trained(rows: Sequence[Row], stage: Stage, notes: Sequence[str]) -> list[Pre
     names = [source.name for source in stage.data.leaves]
     previews = []
     for row, note in zip(rows, notes, strict=True):
-        places = [model.places(layout) for layout in row.layouts]
+        places = [model.num_image_tokens(layout) for layout in row.layouts]
         places = places or [model.image_tokens] * row.num_images
         encoded = Encoded(row.ids, row.labels, list(range(row.num_images)), places)
         spans, counts = tuple(_spans(encoded, tokenizer)), _token_counts(encoded)

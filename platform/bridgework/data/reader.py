@@ -23,7 +23,7 @@ from bridgework.data.collate import Row as Row
 from bridgework.data.dataset import Dataset, open_dataset
 from bridgework.data.images import decode, load_image
 from bridgework.data.manifest import read_manifest
-from bridgework.data.packing import Limits, balance, first_fit
+from bridgework.data.packing import BinLimits, balance, first_fit
 from bridgework.data.plan.permutation import derive, key_of, shuffle
 from bridgework.data.plan.plan import Plan, SourceRows
 from bridgework.data.quarantine import BadSample, Quarantine, Reason
@@ -460,13 +460,13 @@ class Reader:
         return images
 
 
-def _limits(feed: ReaderConfig, plan: Plan) -> Limits | None:
+def _limits(feed: ReaderConfig, plan: Plan) -> BinLimits | None:
     """Return the limits of a packed sequence, or None if each sequence holds one sample."""
     packing = feed.mixture.packing
     if packing is None:
         return None
     samples = plan.step_rows if packing.samples is None else min(packing.samples, plan.step_rows)
-    return Limits(
+    return BinLimits(
         packing.tokens or min(feed.mixture.max_tokens, feed.model.context), samples, packing.images
     )
 

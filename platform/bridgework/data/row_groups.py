@@ -22,7 +22,7 @@ ROW_BYTES = 4096  # overhead of a row, in addition to its images, features and t
 REMEMBERED = 1 << 16  # evicted groups of which the unused rows are known: about 10 MB
 
 
-class Group(NamedTuple):
+class RowGroup(NamedTuple):
     """A row group of a source. Groups sort in the order of storage."""
 
     source: int
@@ -119,17 +119,17 @@ class Groups:
     ) -> None:
         self._datasets = datasets
         self._features = features
-        self._unused: OrderedDict[Group, dict[int, StoredRow]] = OrderedDict()  # rows by place
-        self._evicted: OrderedDict[Group, int] = OrderedDict()  # bit p: row p was not used
+        self._unused: OrderedDict[RowGroup, dict[int, StoredRow]] = OrderedDict()  # rows by place
+        self._evicted: OrderedDict[RowGroup, int] = OrderedDict()  # bit p: row p was not used
         self._kept_bytes = kept_bytes
         self._bytes = 0
 
-    def locate(self, source: int, row: int) -> tuple[Group, int]:
+    def locate(self, source: int, row: int) -> tuple[RowGroup, int]:
         """Return the group of a row of a source, and the row's place in it."""
         shard, number, place = self._datasets[source].locate_planned(row)
-        return Group(source, shard, number), place
+        return RowGroup(source, shard, number), place
 
-    def take(self, group: Group, places: Collection[int]) -> dict[int, StoredRow]:
+    def take(self, group: RowGroup, places: Collection[int]) -> dict[int, StoredRow]:
         """Return the rows of a group at `places` and drop them.
 
         A row that is taken again is read again.
@@ -148,7 +148,7 @@ class Groups:
             self._keep(group, rest)
         return taken
 
-    def peek(self, group: Group, place: int) -> StoredRow:
+    def peek(self, group: RowGroup, place: int) -> StoredRow:
         """Return one row of a group without marking it as used.
 
         Raises DataError for a corrupt shard.
@@ -156,7 +156,7 @@ class Groups:
         row = self._unused.get(group, {}).get(place)
         return self._fetch(group)[place] if row is None else row
 
-    def _keep(self, group: Group, rest: dict[int, StoredRow]) -> None:
+    def _keep(self, group: RowGroup, rest: dict[int, StoredRow]) -> None:
         self._unused[group] = rest
         self._bytes += _size(rest)
         while self._bytes > self._kept_bytes:
@@ -166,7 +166,7 @@ class Groups:
         if len(self._evicted) > REMEMBERED:
             self._evicted.popitem(last=False)
 
-    def _fetch(self, group: Group) -> list[StoredRow]:
+    def _fetch(self, group: RowGroup) -> list[StoredRow]:
         dataset = self._datasets[group.source]
         samples = dataset.read_group(group.shard, group.number)
         if self._features is None:

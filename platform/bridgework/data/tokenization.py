@@ -437,6 +437,6 @@ class SampleEncoder:
         self, segments: Sequence[Segment], layouts: Sequence[Layout], limit: int
     ) -> Encoded:
         places: int | list[int] = [
-            self.model.places(layout) for layout in layouts
+            self.model.num_image_tokens(layout) for layout in layouts
         ] or self.model.image_tokens
         return encode(segments, self.tokenizer, image_tokens=places, max_tokens=limit)

@@ -17,14 +17,7 @@ from torch import Tensor
 from bridgework.config import added, config_class
 from bridgework.data.quarantine import BadSample
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.base import (
-    Better,
-    EvalExample,
-    Result,
-    draw,
-    draw_pairs,
-    prefix_metrics,
-)
+from bridgework.evaluation.base import Better, EvalExample, Result, draw, draw_pairs, prefix_metrics
 from bridgework.evaluation.figures import Choice, FigureTile, grid
 from bridgework.system import Layout, Scoring
 

@@ -141,7 +141,7 @@ def outputs(ours: Any, theirs: Any, origin: Origin) -> dict[str, tuple[Tensor, T
     word, text = theirs.config.image_token_index, theirs.config.text_config
     vocab, places = (
         int(ours.language.get_input_embeddings().weight.shape[0]),
-        [model.places(layout) for layout in cut],
+        [model.num_image_tokens(layout) for layout in cut],
     )
     more = torch.randint(
         5, vocab - 1, (tokens_beyond_windows(text, sum(places)),), generator=generator

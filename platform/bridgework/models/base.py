@@ -144,7 +144,7 @@ class PairModelConfig:
     def image_tokens(self) -> int:
         return 0
 
-    def places(self, layout: Layout) -> int:
+    def num_image_tokens(self, layout: Layout) -> int:
         return 0
 
     @property
@@ -157,6 +157,36 @@ class PairModelConfig:
     @property
     def packing_refusal(self) -> str:
         return "the wiring reads pairs, each text next to its own image"
+
+
+class LanguageWiringConfig:
+    """Base class of configs of wirings with a vision tower and a language model."""
+
+    vision: Any  # the config of the tower
+    language: Any  # a LanguageConfig
+
+    @property
+    def tokenizer(self) -> str:
+        return str(self.language.tokenizer)
+
+    @property
+    def context(self) -> int:
+        return int(self.language.context)
+
+    @property
+    def vision_tokens(self) -> int:
+        return int(self.vision.tokens)
+
+    @property
+    def packing_refusal(self) -> str | None:
+        refusal: str | None = self.language.packing_refusal
+        return refusal
+
+    @property
+    def pretrained(self) -> tuple[str, ...]:
+        """Globs of the parameters that can be loaded from the pretrained checkpoints again."""
+        towers = {"vision.*": self.vision.weights, "language.*": self.language.weights}
+        return tuple(glob for glob, weights in towers.items() if weights is not None)
 
 
 def set_trainable(module: nn.Module, trains: Mapping[str, float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from bridgework import rng
 from bridgework.config import added, config_class
 from bridgework.errors import DataError, SpecError
 from bridgework.models import attention_masks, decoder_only
-from bridgework.models.base import Outputs, VLMModule
+from bridgework.models.base import LanguageWiringConfig, Outputs, VLMModule
 from bridgework.models.gated_cross_attention import GatesConfig, insert_blocks
 from bridgework.models.language import LanguageConfig
 from bridgework.models.origin import Origin
@@ -38,7 +38,7 @@ _extra_columns: ContextVar[bool] = ContextVar("extra_columns", default=False)
 
 
 @config_class
-class CrossAttentionVLMConfig:
+class CrossAttentionVLMConfig(LanguageWiringConfig):
     """A vision tower, a resampler, a causal language model and the blocks between its layers."""
 
     vision: ViTConfig | EfficientNetConfig
@@ -59,18 +59,10 @@ class CrossAttentionVLMConfig:
         return replace(self.vision.pixels, video=True)
 
     @property
-    def tokenizer(self) -> str:
-        return self.language.tokenizer
-
-    @property
-    def context(self) -> int:
-        return self.language.context
-
-    @property
     def image_tokens(self) -> int:
         return 1
 
-    def places(self, layout: Layout) -> int:
+    def num_image_tokens(self, layout: Layout) -> int:
         return 1
 
     @property
@@ -79,19 +71,6 @@ class CrossAttentionVLMConfig:
 
     def unshardable(self, requested: frozenset[str]) -> None:
         return None
-
-    @property
-    def vision_tokens(self) -> int:
-        return self.vision.tokens
-
-    @property
-    def packing_refusal(self) -> str | None:
-        return self.language.packing_refusal
-
-    @property
-    def pretrained(self) -> tuple[str, ...]:
-        towers = {"vision.*": self.vision.weights, "language.*": self.language.weights}
-        return tuple(glob for glob, weights in towers.items() if weights is not None)
 
     def build(self, *, pretrained: bool = True) -> "CrossAttentionVLM":
         """Return the model in float32.

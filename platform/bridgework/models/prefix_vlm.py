@@ -23,7 +23,7 @@ from bridgework.config import added, config_class
 from bridgework.errors import DataError, SpecError
 from bridgework.models import decoder_only, dpo_reference, encoder_decoder
 from bridgework.models import tiles as tiling
-from bridgework.models.base import Outputs, VLMModule
+from bridgework.models.base import LanguageWiringConfig, Outputs, VLMModule
 from bridgework.models.blip_vit import EvaConfig
 from bridgework.models.language import LanguageConfig
 from bridgework.models.origin import Origin
@@ -37,7 +37,7 @@ LOGITS = frozenset({"logits"})
 
 
 @config_class
-class PrefixVLMConfig:
+class PrefixVLMConfig(LanguageWiringConfig):
     """A vision tower, a bridge and a language model: causal, or an encoder-decoder."""
 
     vision: ViTConfig | EvaConfig | EfficientNetConfig
@@ -51,7 +51,7 @@ class PrefixVLMConfig:
     origin: Origin | None = added(default=None)  # of an imported model: fields for its export
 
     def __post_init__(self) -> None:
-        most = max(self.places(Layout(*grid, *grid)) for grid in [*self.grids, (0, 0)])
+        most = max(self.num_image_tokens(Layout(*grid, *grid)) for grid in [*self.grids, (0, 0)])
         if most >= self.context:
             raise SpecError(
                 f"model: an image takes {most} tokens and language.context is {self.context}. "
@@ -77,41 +77,22 @@ class PrefixVLMConfig:
         return None
 
     @property
-    def tokenizer(self) -> str:
-        return self.language.tokenizer
-
-    @property
-    def context(self) -> int:
-        return self.language.context
-
-    @property
     def image_tokens(self) -> int:
         return self.bridge.tokens(self.vision.tokens)
 
-    def places(self, layout: Layout) -> int:
-        return tiling.places(layout, self.image_tokens, self.tiles)
+    def num_image_tokens(self, layout: Layout) -> int:
+        return tiling.num_image_tokens(layout, self.image_tokens, self.tiles)
 
     @property
     def instruction(self) -> str | None:
         return self.bridge.instruction if isinstance(self.bridge, QFormerConfig) else None
 
     @property
-    def vision_tokens(self) -> int:
-        return self.vision.tokens
-
-    @property
-    def packing_refusal(self) -> str | None:
-        return self.language.packing_refusal
-
-    @property
     def pretrained(self) -> tuple[str, ...]:
-        towers = {"vision.*": self.vision.weights, "language.*": self.language.weights}
         bridge = (
             self.bridge.pretrained if isinstance(self.bridge, QFormerConfig | ConcatConfig) else ()
         )
-        return tuple(glob for glob, weights in towers.items() if weights is not None) + tuple(
-            f"bridge.{glob}" for glob in bridge
-        )
+        return (*super().pretrained, *(f"bridge.{glob}" for glob in bridge))
 
     def build(self, *, pretrained: bool = True) -> "PrefixVLM":
         """Return the model in float32.

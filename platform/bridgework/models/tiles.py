@@ -21,7 +21,7 @@ from bridgework.system import Layout
 Tiles = Literal["resample", "unpad"]
 
 
-def places(layout: Layout, tokens: int, tiles: Tiles) -> int:
+def num_image_tokens(layout: Layout, tokens: int, tiles: Tiles) -> int:
     """Return the number of tokens of an image whose base square has `tokens`."""
     if tiles == "resample" or not layout.columns:
         return tokens * (1 + layout.columns * layout.rows)

@@ -22,12 +22,7 @@ from typing import Literal
 from bridgework.evaluation import VQA, Captions, FewShot, Writing
 from bridgework.evaluation.few_shot import Shots
 from bridgework.losses import LanguageModeling
-from bridgework.models import (
-    CrossAttentionVLMConfig,
-    GatesConfig,
-    LanguageConfig,
-    ResamplerConfig,
-)
+from bridgework.models import CrossAttentionVLMConfig, GatesConfig, LanguageConfig, ResamplerConfig
 from bridgework.recipes._backbones import SIGLIP
 from bridgework.system import AdamW, Budget, EvalSpec, Mixture, Scoring, Source, Stage, System, ZeRO
 

@@ -16,15 +16,7 @@ Departs from the release:
 
 from dataclasses import replace
 
-from bridgework.evaluation import (
-    POPE,
-    VQA,
-    HeldOutLoss,
-    Ranking,
-    Retrieval,
-    Writing,
-    WrittenChoice,
-)
+from bridgework.evaluation import POPE, VQA, HeldOutLoss, Ranking, Retrieval, Writing, WrittenChoice
 from bridgework.losses import Contrastive, LanguageModeling
 from bridgework.models import (
     EfficientNetConfig,

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bridgework.errors import SpecError
 from bridgework.serving.admission import Admission
 from bridgework.serving.errors import APIError
-from bridgework.serving.options import Limits
+from bridgework.serving.options import RequestLimits
 
 VARIABLE = "BRIDGEWORK_API_KEYS"
 OPEN = frozenset({"/", "/health", "/health/live"})  # without a key: a static page, health checks
@@ -45,7 +45,7 @@ class AuthMiddleware:
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: "Keys | None", admission: Admission, limits: Limits
+        self, app: ASGIApp, *, keys: "Keys | None", admission: Admission, limits: RequestLimits
     ) -> None:
         self.app = app
         self.keys = keys

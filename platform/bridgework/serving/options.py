@@ -15,7 +15,7 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s*]+")
 
 
 @config_class
-class Limits:
+class RequestLimits:
     """Limits of one request."""
 
     body_bytes: int = 32 * 2**20
@@ -74,7 +74,7 @@ class Options:
     batch_wait_s: float = 0.01
     max_new_tokens: int = 512  # largest max_tokens of a request
     timeout_s: float = 120.0  # for a complete answer; for a stream, for each piece
-    limits: Limits = Limits()
+    limits: RequestLimits = RequestLimits()
 
     def __post_init__(self) -> None:
         for field in ("replicas", "ongoing", "queued", "per_key", "batch", "max_new_tokens"):

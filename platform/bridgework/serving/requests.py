@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from bridgework.data.images import header
 from bridgework.data.samples import Part
 from bridgework.serving.errors import APIError
-from bridgework.serving.options import Limits, Options
+from bridgework.serving.options import Options, RequestLimits
 from bridgework.serving.protocol import ChatRequest, ImagePart, SamplingParams
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _HEADER_ERRORS = (  # raised by Pillow and `struct` for a broken header
 
 
 def read_conversation(
-    body: ChatRequest, limits: Limits, *, tiled: bool
+    body: ChatRequest, limits: RequestLimits, *, tiled: bool
 ) -> tuple[list[Part], list[bytes]]:
     """Return the parts of a conversation in reading order, and its checked images.
 
@@ -107,7 +107,7 @@ def check_count(what: str, given: int, allowed: int, *, param: str | None = None
         raise APIError(400, message, code="too_many", param=param or what)
 
 
-def check_text(texts: Iterable[str], limits: Limits, param: str) -> None:
+def check_text(texts: Iterable[str], limits: RequestLimits, param: str) -> None:
     """Raise APIError if the texts of a request have more than `limits.text_chars` characters."""
     given = sum(map(len, texts))
     if given > limits.text_chars:
@@ -118,7 +118,7 @@ def check_text(texts: Iterable[str], limits: Limits, param: str) -> None:
         raise APIError(400, message, code="text_too_long", param=param)
 
 
-def read_images(urls: Iterable[tuple[str, str]], limits: Limits) -> list[bytes]:
+def read_images(urls: Iterable[tuple[str, str]], limits: RequestLimits) -> list[bytes]:
     """Return `read_image` of the (param, URL) pairs of one request; their total pixels are limited.
 
     Raises APIError.
@@ -139,7 +139,7 @@ def read_images(urls: Iterable[tuple[str, str]], limits: Limits) -> list[bytes]:
     return images
 
 
-def read_image(url: str, limits: Limits, param: str) -> bytes:
+def read_image(url: str, limits: RequestLimits, param: str) -> bytes:
     """Return the bytes of the image in a data: URL: of an allowed format and size, not yet decoded.
 
     Raises APIError (400, or 413 for an image that is too large) that names `param`.
@@ -147,7 +147,7 @@ def read_image(url: str, limits: Limits, param: str) -> bytes:
     return _read_checked(url, limits, param)[0]
 
 
-def _read_checked(url: str, limits: Limits, param: str) -> tuple[bytes, int]:
+def _read_checked(url: str, limits: RequestLimits, param: str) -> tuple[bytes, int]:
     """Return the bytes of an image, and its pixels as `limits.total_pixels` counts them."""
     data = _decode_url(url, limits, param)
     kind = _format(data)
@@ -174,7 +174,7 @@ def _read_checked(url: str, limits: Limits, param: str) -> tuple[bytes, int]:
     return data, image.width * image.height * max(1, data.count(_SCAN) // SCANS)
 
 
-def _decode_url(url: str, limits: Limits, param: str) -> bytes:
+def _decode_url(url: str, limits: RequestLimits, param: str) -> bytes:
     if url[:5].lower() != "data:":
         reason = "only data: URLs are read. Expected data:image/png;base64,..."
         raise _invalid(param, reason, "remote_image")
@@ -222,7 +222,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     raise ValueError("the WebP has no image chunk")
 
 
-def _check_size(width: int, height: int, limits: Limits, param: str) -> None:
+def _check_size(width: int, height: int, limits: RequestLimits, param: str) -> None:
     if min(width, height) < 1:
         reason = f"the image is empty. Got {width} x {height} pixels; expected at least 1 x 1"
         raise _invalid(param, reason, "invalid_image")

@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from bridgework.serving.auth import request_id
 from bridgework.serving.bodies import JSONRoute
 from bridgework.serving.errors import APIError
-from bridgework.serving.options import Limits, Options
+from bridgework.serving.options import Options, RequestLimits
 from bridgework.serving.protocol import (
     Answer,
     CaptionRequest,
@@ -171,7 +171,7 @@ def embedding_routes(router: Router, options: Options) -> APIRouter:
     return api
 
 
-def _read_inputs(body: EmbeddingRequest, limits: Limits) -> list[str | bytes]:
+def _read_inputs(body: EmbeddingRequest, limits: RequestLimits) -> list[str | bytes]:
     inputs = body.inputs()
     check_count("inputs", len(inputs), limits.items, param="input")
     check_text((one.text for one in inputs if isinstance(one, TextInput)), limits, "input")

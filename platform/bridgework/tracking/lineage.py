@@ -62,6 +62,9 @@ class Reader(Protocol):
     def readers(self, dataset: str) -> list[RunView]:
         """Find the runs that read a dataset, by its name, digest or a prefix of the digest."""
 
+    def dataset_names(self) -> list[str]:
+        """Return the names of the datasets that runs read, sorted."""
+
     def version(self, name: str, which: str) -> Version: ...
 
     def versions(self, name: str) -> list[Version]: ...
@@ -279,7 +282,8 @@ class _Downstream(_Graph):
                 d.digest: d for d in run.inputs if d.name == what or d.digest.startswith(what)
             }
         if not found:
-            names = [path.name for path, _ in self._stored.values()]
+            stored = (path.name for path, _ in self._stored.values())
+            names = sorted({*stored, *self._reader.dataset_names()})
             raise TrackingError(
                 f"no run has read a dataset {what!r}, and none is stored" + suggest(what, names)
             )

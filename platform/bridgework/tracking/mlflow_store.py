@@ -105,6 +105,14 @@ class MLflowReader:
             }
             return list(hits.values())[::-1]
 
+    def dataset_names(self) -> list[str]:
+        """Return the names of the datasets that runs read, sorted."""
+        with self._call("list the datasets of runs"):
+            runs = _pages(self._client.search_runs, self._everywhere(), "")
+            return sorted(
+                {d.dataset.name for r in runs if r.inputs for d in r.inputs.dataset_inputs}
+            )
+
     def versions(self, name: str) -> list[Version]:
         with self._call(f"read the versions of {name!r}"):
             if name not in self.models():

@@ -191,7 +191,7 @@ def _stage(
         progress_bar(place, stage.name, stage.budget.steps, console),
     ):
         if options.workers:
-            from bridgework.training.ray_train import fit  # imports Ray
+            from bridgework.training.ray_train import fit
 
             fit(job, options)
         else:

@@ -417,6 +417,6 @@ def _command(space: Space, fixed: Mapping[str, Any], changes: Mapping[str, Any])
     return shlex.join(args)
 
 
-def cap_concurrency(space: Space, *, trials: int | None) -> Space:
+def with_trials(space: Space, *, trials: int | None) -> Space:
     """Return the space with another number of trials; None keeps it."""
     return space if trials is None else replace(space, budget=replace(space.budget, trials=trials))

@@ -174,7 +174,7 @@ class Tar(NamedTuple):
 
 
 @dataclass
-class Group:
+class TarSample:
     """One sample: its members, ending -> (offset, bytes). A broken tar ends with one of key ""."""
 
     key: str
@@ -305,7 +305,9 @@ class Scan:
         return len(np.unique(keys)) < len(keys)
 
 
-def groups(tar: Tar, note: Callable[[TarInfo], object] = lambda member: None) -> Iterator[Group]:
+def groups(
+    tar: Tar, note: Callable[[TarInfo], object] = lambda member: None
+) -> Iterator[TarSample]:
     """Yield the samples of a tar, in order, by its headers; `note` is called with every member.
 
     The last sample of a broken tar has the flaw; if it is complete, one more of key "" follows.
@@ -323,14 +325,14 @@ def groups(tar: Tar, note: Callable[[TarInfo], object] = lambda member: None) ->
                 if group is None or not _same(group.key, key):
                     if group is not None:
                         yield group
-                    group = Group(key)
+                    group = TarSample(key)
                 if _is_read(ending):
                     _add(group, member, ending, size)
     except BadSample as error:
         if group is not None and not group.ended_by(error):
             yield group
             group = None
-        group = group or Group("")
+        group = group or TarSample("")
         group.flaw = UnreadableFile(error.reason, f"{tar.path}: {(group.flaw or error).detail}")
     if group is not None:
         yield group
@@ -357,7 +359,7 @@ def _is_read(ending: str) -> bool:
     return ending.rpartition(".")[2] in READ
 
 
-def _add(group: Group, member: TarInfo, ending: str, size: int) -> None:
+def _add(group: TarSample, member: TarInfo, ending: str, size: int) -> None:
     if not plain(member.name):
         group.flaw = BadSample(Reason.OUTSIDE, f"{member.name!r} is not a plain path")
     elif ending in group.members:
@@ -428,7 +430,7 @@ def _rows(
         yield name, partial(leave_out, "compressed tars, which must be unpacked")
 
 
-def _sample(path: str, group: Group, prefix: str, text: str | None) -> Sample:
+def _sample(path: str, group: TarSample, prefix: str, text: str | None) -> Sample:
     if group.flaw is not None:
         raise group.flaw
     files = _fetch(path, group.members)
