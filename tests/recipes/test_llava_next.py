@@ -35,7 +35,7 @@ def test_one_tiny_step_reads_tiles_and_updates_the_newline(home: Path) -> None:
     batch = collate(next(local(ReaderConfig.of(stage, home), rank=0, world=1, start=0)), pad_id=0)
     assert batch.layouts_N4 is not None
     layouts = [Layout(*row) for row in batch.layouts_N4.tolist()]
-    assert int((batch.ids_BT == IMAGE).sum()) == sum(map(stage.model.places, layouts))
+    assert int((batch.ids_BT == IMAGE).sum()) == sum(map(stage.model.num_image_tokens, layouts))
     TrainingModule(model, stage.losses)(batch).sum().backward()
     moved = {
         name.split(".")[0]

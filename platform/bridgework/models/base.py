@@ -138,7 +138,8 @@ class PairModelConfig:
 
     @property
     def vision_tokens(self) -> int:
-        return int(self.vision.tokens)
+        tokens: int = self.vision.tokens
+        return tokens
 
     @property
     def image_tokens(self) -> int:
@@ -167,15 +168,18 @@ class LanguageWiringConfig:
 
     @property
     def tokenizer(self) -> str:
-        return str(self.language.tokenizer)
+        tokenizer: str = self.language.tokenizer
+        return tokenizer
 
     @property
     def context(self) -> int:
-        return int(self.language.context)
+        context: int = self.language.context
+        return context
 
     @property
     def vision_tokens(self) -> int:
-        return int(self.vision.tokens)
+        tokens: int = self.vision.tokens
+        return tokens
 
     @property
     def packing_refusal(self) -> str | None:
