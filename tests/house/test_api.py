@@ -42,6 +42,16 @@ def test_training_in_this_process_needs_no_ray(home: Path) -> None:
     assert not imported(code) & {"ray", "mlflow"}
 
 
+def test_training_in_this_process_without_zero_needs_no_deepspeed(home: Path) -> None:
+    code = (
+        "import bridgework as bw; from rich.console import Console; "
+        "system = bw.override(bw.load('llava').tiny(), {'stages.align.budget.steps': 1, "
+        "'stages.align.zero.stage': 0}); "
+        "bw.train(system, stages=['align'], track=False, console=Console(quiet=True))"
+    )
+    assert not imported(code) & {"ray", "mlflow", "deepspeed"}
+
+
 def test_every_public_name_is_there_and_another_one_is_suggested() -> None:
     for name in bridgework.__all__:
         assert getattr(bridgework, name).__doc__, name
