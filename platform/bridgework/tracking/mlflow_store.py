@@ -31,6 +31,7 @@ from mlflow.utils.validation import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from bridgework import old_names
+from bridgework.artifacts import FILE
 from bridgework.errors import TrackingError, suggest
 from bridgework.mixture import DatasetInput
 from bridgework.tracking.lineage import RunView, Weights
@@ -48,6 +49,9 @@ T = TypeVar("T")
 # Hex digits of a digest in MLflow's own field, which has at most 36 and is in every table of the
 # UI.
 SHORT = 12
+NEWEST = 200  # runs that a suggestion of names considers
+# The UI opens an experiment of this kind with its training runs, not with traces of prompts.
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 DATA = frozenset(
     {"data_wait_share", "padding", "quarantined", "replaced", "samples", "share", "tokens"}
 )
@@ -63,6 +67,7 @@ class MLflowReader:
     """
 
     def __init__(self, uri: str | None, home: Path) -> None:
+        self._home = home.resolve()
         self.uri = (
             uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve()}/mlflow.db"
         )
@@ -77,6 +82,19 @@ class MLflowReader:
         with self._call(f"read run {run_id}"):
             return self._view(self._client.get_run(run_id))
 
+    def named(self, name: str) -> list[RunView]:
+        with self._call(f"find the run {name!r}"):
+            return self._runs(f"tags.run_key = '{_quoted(name)}'")[::-1]
+
+    def run_names(self) -> list[str]:
+        with self._call("list the runs"):
+            newest = self._client.search_runs(self._everywhere(), max_results=NEWEST)
+            return [
+                str(run.info.run_name)
+                for run in newest
+                if mlflow_tags.MLFLOW_PARENT_RUN_ID not in run.data.tags
+            ]
+
     def children(self, run_id: str) -> list[RunView]:
         with self._call(f"read the stages of run {run_id}"):
             return self._runs(f"tags.`{mlflow_tags.MLFLOW_PARENT_RUN_ID}` = '{run_id}'")[::-1]
@@ -89,14 +107,14 @@ class MLflowReader:
         with self._call(f"find the run that made weights {digest}"):
             return [
                 self.run(m.source_run_id)
-                for m in self._logged(f"tags.digest = '{digest}'")
+                for m in self._logged(f"tags.digest LIKE '{_quoted(digest)}%'")[::-1]
                 if m.source_run_id
             ]
 
     def readers(self, dataset: str) -> list[RunView]:
         with self._call(f"find the runs that read {dataset}"):
-            named = self._runs(f"dataset.name = '{dataset}'") + self._runs(
-                f"dataset.digest LIKE '{dataset[:SHORT]}%'"
+            named = self._runs(f"dataset.name = '{_quoted(dataset)}'") + self._runs(
+                f"dataset.digest LIKE '{_quoted(dataset[:SHORT])}%'"
             )
             hits = {
                 r.id: r
@@ -119,7 +137,7 @@ class MLflowReader:
                 return []
             aliases = self._client.get_registered_model(name).aliases
             found = _pages(self._client.search_model_versions, f"name = '{name}'")
-            return [_version(v, aliases) for v in sorted(found, key=lambda v: int(v.version))]
+            return [self._version(v, aliases) for v in sorted(found, key=lambda v: int(v.version))]
 
     def registered(self, run_id: str) -> list[Version]:
         with self._call(f"find the versions of run {run_id}"):
@@ -167,9 +185,31 @@ class MLflowReader:
             metrics={_GROUP.sub("", key): value for key, value in run.data.metrics.items()},
             inputs=tuple(_read_input(d) for d in (run.inputs.dataset_inputs if run.inputs else ())),
             outputs=tuple(
-                Weights(m.name, _artifact(m.tags), m.tags.get("digest", "")) for m in outputs[::-1]
+                Weights(m.name, self._artifact(m.tags), m.tags.get("digest", ""))
+                for m in outputs[::-1]
             ),
         )
+
+    def _artifact(self, tags: Mapping[str, str]) -> str:
+        """Return the artifact's folder from the tags of a version or model, also by the old tag.
+
+        A folder that does not exist is looked for under this home, which may be a copy.
+        """
+        written = tags.get("artifact") or tags.get(old_names.ARTIFACT_TAG, "")
+        if not written or "://" in written or Path(written).is_dir():
+            return written
+        parts = Path(written).parts
+        here = (self._home.joinpath(*parts[start:]) for start in range(1, len(parts)))
+        return next((str(folder) for folder in here if (folder / FILE).is_file()), written)
+
+    def _version(self, found: ModelVersion, aliases: Mapping[str, Any]) -> Version:
+        """Convert a version.
+
+        aliases: alias -> version of the model, which a search does not return.
+        """
+        tags, number = dict(found.tags), str(found.version)
+        own = tuple(alias for alias, version in aliases.items() if str(version) == number)
+        return Version(found.name, number, self._artifact(tags), found.run_id or "", own, tags)
 
     @contextmanager
     def _call(self, what: str) -> Iterator[None]:
@@ -311,7 +351,7 @@ class MLflowTracker(MLflowReader):
             self._client.set_logged_model_tags(
                 model_id, {mlflow_tags.MLFLOW_MODEL_VERSIONS: versions}
             )
-            return _version(new, {})
+            return self._version(new, {})
 
     def alias(self, name: str, alias: str, version: str) -> None:
         known = self.version(name, version)
@@ -326,7 +366,7 @@ class MLflowTracker(MLflowReader):
             remote = self.uri.startswith(("http://", "https://"))
             folder = None if remote else (artifacts / re.sub(r"[^\w.-]", "-", name)).as_uri()
             try:
-                return str(self._client.create_experiment(name, folder))
+                return str(self._client.create_experiment(name, folder, TRAINING))
             except MlflowException:
                 known = self._client.get_experiment_by_name(name)  # another driver created it
                 if known is None:
@@ -402,13 +442,6 @@ def _read_input(logged: entities.DatasetInput) -> DatasetInput:
     return DatasetInput(dataset.name, digest, path, about.get("rows", 0))
 
 
-def _version(found: ModelVersion, aliases: Mapping[str, Any]) -> Version:
-    """Convert a version; aliases: alias -> version of the model, which a search does not return."""
-    tags, number = dict(found.tags), str(found.version)
-    own = tuple(alias for alias, version in aliases.items() if str(version) == number)
-    return Version(found.name, number, _artifact(tags), found.run_id or "", own, tags)
-
-
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
@@ -425,9 +458,9 @@ def _pages(search: Callable[..., PagedList[T]], *where: Any) -> list[T]:
             return found
 
 
-def _artifact(tags: Mapping[str, str]) -> str:
-    """Return the artifact's folder from the tags of a version or model, also by the old tag."""
-    return tags.get("artifact") or tags.get(old_names.ARTIFACT_TAG, "")
+def _quoted(text: str) -> str:
+    """Remove characters that would end a string of MLflow's filter language."""
+    return re.sub(r"['\"`%\\]", "_", text)
 
 
 def group(key: str) -> str:
