@@ -420,6 +420,51 @@ def trace(
         out.print(lineage_views.tree(graph), highlight=False)
 
 
+@app.command(rich_help_panel=EVALUATE)
+def reproduce(
+    subject: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="Name or id of a run, or llava, llava:3.")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print what is missing or differs here.")
+    ] = False,
+    run: Annotated[
+        str | None, typer.Option(help="Name of the new run.", show_default="reproduce-ID")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Ray Train workers.", show_default="as recorded")
+    ] = None,
+) -> None:
+    """Train a recorded model again from MLflow alone and compare the losses; exits 1 if they differ."""
+    from bridgework.reproduction import read_record
+    from bridgework.reproduction import reproduce as train_again
+
+    record = read_record(subject)
+    for dataset in record.missing:
+        err.print(f"missing  dataset {dataset.name} {dataset.digest[:12]}", soft_wrap=True)
+    for tag, then, now in record.differs:
+        err.print(
+            f"differs  {tag}: then {then or 'unknown'}; now {now or 'unknown'}", soft_wrap=True
+        )
+    if dry_run:
+        if record.missing:
+            raise typer.Exit(1)
+        return
+    results = train_again(record, run=run, workers=workers)
+    table = Table("stage", "steps", "equal losses", "largest difference", "weights", box=None)
+    for result in results:
+        table.add_row(
+            result.stage,
+            f"{result.steps:,}",
+            f"{result.equal:,}",
+            f"{result.largest:.3g}",
+            "equal" if result.same_weights else "differ",
+        )
+    out.print(table)
+    if not all(result.exact for result in results):
+        raise typer.Exit(1)
+
+
 @app.command(rich_help_panel=SERVE)
 def sync() -> None:
     """Post the metrics of earlier runs that the tracker does not have yet."""

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -40,6 +41,7 @@ from bridgework.tracking.tracker import Point, Status, Version
 
 # MLflow reads these at import or at each request; the user's own values have precedence.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # INFO reports every table that it creates
 # Seconds and retries: by default a call to a dead server takes 246 s.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -94,6 +96,21 @@ class MLflowReader:
                 for run in newest
                 if mlflow_tags.MLFLOW_PARENT_RUN_ID not in run.data.tags
             ]
+
+    def history(self, run_id: str, metric: str) -> dict[int, float]:
+        """Return step -> value of a metric of a run."""
+        with self._call(f"read {metric} of run {run_id}"):
+            return {m.step: m.value for m in self._client.get_metric_history(run_id, metric)}
+
+    def text(self, run_id: str, file: str) -> str | None:
+        """Return the content of a file that was logged with a run; None if there is none."""
+        with self._call(f"read {file} of run {run_id}"), TemporaryDirectory() as folder:
+            try:
+                return Path(self._client.download_artifacts(run_id, file, folder)).read_text()
+            except (MlflowException, OSError) as error:
+                if isinstance(error.__context__, requests.RequestException):
+                    raise
+                return None
 
     def children(self, run_id: str) -> list[RunView]:
         with self._call(f"read the stages of run {run_id}"):

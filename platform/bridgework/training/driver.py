@@ -88,7 +88,8 @@ def train(
                 f"run {run!r}: all stages are finished, so there is no step left to skip"
             )
         source = Fork.read(folder)
-        tags = source.tags() if source else None
+        execution = f"workers={options.workers} threads={options.threads or 'auto'}"
+        tags = {"execution": execution} | (source.tags() if source else {})
         tracked = RunRecord(tracker, system, run, parent_run, console.print, tags, home=home)
         results: dict[str, StageResult] = {}
         try:

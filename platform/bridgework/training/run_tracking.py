@@ -16,7 +16,7 @@ from bridgework.data import quarantine
 from bridgework.errors import RunError, TrackingError
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
-from bridgework.tracking import environment
+from bridgework.tracking import card, environment
 from bridgework.tracking.openlineage_events import Artifact, Event, State, emit
 from bridgework.tracking.relay import MetricsForwarder, unfinished
 from bridgework.tracking.tracker import MemoryTracker, Point, Status, Tracker
@@ -47,6 +47,7 @@ class RunRecord:
         self._system, self._run, self._say = system, run, say
         self._home, self._tracked = home, tracker is not None
         self._event: Event | None = None  # of the stage that trains
+        self._began: float | None = None  # seconds, of the stage that trains
         self._tags = {
             "system": system.name,
             "fingerprint": system.fingerprint(),
@@ -94,6 +95,7 @@ class RunRecord:
             tracker.inputs(self._open, inputs)
             if self._id is not None:  # the UI then shows them with the run of the system too
                 tracker.inputs(self._id, inputs)
+        self._began = None if finished else time.monotonic()
         if self._tracked and not finished:
             read = [Artifact(d.path, d.digest) for d in inputs]
             start = [Artifact(str(parent), digest)] if parent else []
@@ -127,6 +129,7 @@ class RunRecord:
                     tracker.file(self._open, image, "evals")
                 if (place / SKIPS).exists():
                     tracker.file(self._open, place / SKIPS)
+                self._log_card(tracker, self._open, stage, result)
                 quarantined = _count_quarantined(place / "quarantine", stage.budget.steps)
                 tracker.points(self._open, quarantined)
                 model_id = tracker.output(
@@ -137,6 +140,16 @@ class RunRecord:
                 self._runs[result.artifact] = self._open
                 self._open = None
         return result
+
+    def _log_card(self, tracker: Tracker, run_id: str, stage: Stage, result: StageResult) -> None:
+        hours = None if self._began is None else (time.monotonic() - self._began) / 3600
+        evaluations = tuple(f"{spec.name}." for spec in stage.evals)
+        figures = {n: value for n, value in result.metrics.items() if n.startswith(evaluations)}
+        facts = card.Facts(figures=figures, hours=hours, tags=self._tags)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / card.FILE
+            file.write_text(card.model_card(result.artifact, facts), encoding="utf-8")
+            tracker.file(run_id, file)
 
     def _emit(self, state: State, outputs: Sequence[Artifact] = ()) -> None:
         """Send the end of the stage that trains, if there is one."""
