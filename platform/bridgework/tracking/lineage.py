@@ -84,7 +84,7 @@ class Reader(Protocol):
         """Find the runs that read a dataset, by its name, digest or a prefix of the digest."""
 
     def dataset_names(self) -> list[str]:
-        """Return the names of the datasets that runs read, sorted."""
+        """Return the names of the datasets that the newest runs read, sorted."""
 
     def version(self, name: str, which: str) -> Version: ...
 

@@ -141,9 +141,9 @@ class MLflowReader:
             return list(hits.values())[::-1]
 
     def dataset_names(self) -> list[str]:
-        """Return the names of the datasets that runs read, sorted."""
+        """Return the names of the datasets that the newest runs read, sorted."""
         with self._call("list the datasets of runs"):
-            runs = _pages(self._client.search_runs, self._everywhere(), "")
+            runs = self._client.search_runs(self._everywhere(), max_results=NEWEST)
             return sorted(
                 {d.dataset.name for r in runs if r.inputs for d in r.inputs.dataset_inputs}
             )
@@ -180,6 +180,7 @@ class MLflowReader:
         )
 
     def _everywhere(self) -> list[str]:
+        """Return the ids of all projects. They are few, and asked for by every query."""
         return [e.experiment_id for e in _pages(self._client.search_experiments)]
 
     def _runs(self, condition: str, *experiments: str) -> list[RunView]:
@@ -191,8 +192,8 @@ class MLflowReader:
         return _pages(self._client.search_logged_models, self._everywhere(), condition)
 
     def _view(self, run: entities.Run) -> RunView:
-        has_outputs = run.outputs is not None and run.outputs.model_outputs
-        outputs = self._logged(f"source_run_id = '{run.info.run_id}'") if has_outputs else []
+        ids = [m.model_id for m in run.outputs.model_outputs] if run.outputs else []
+        outputs = [self._client.get_logged_model(model_id) for model_id in ids]
         return RunView(
             id=run.info.run_id,
             name=run.info.run_name,
@@ -203,7 +204,7 @@ class MLflowReader:
             inputs=tuple(_read_input(d) for d in (run.inputs.dataset_inputs if run.inputs else ())),
             outputs=tuple(
                 Weights(m.name, self._artifact(m.tags), m.tags.get("digest", ""))
-                for m in outputs[::-1]
+                for m in outputs
             ),
         )
 
