@@ -107,7 +107,9 @@ def _copy(row: dict[str, Any], number: int, replaced: list[str], keep: set[str])
                     value = value.replace(one, one[:2] + middle + one[8:])
             value = value.replace("system-0", f"system-{number + 1}")
             if not keep:
-                value = value.replace("set-1", f"set-1-{number}").replace("set-2", f"set-2-{number}")
+                value = value.replace("set-1", f"set-1-{number}").replace(
+                    "set-2", f"set-2-{number}"
+                )
         result[column] = value
     return result
 

@@ -29,6 +29,7 @@ from mlflow.utils.validation import (
     MAX_PARAM_VAL_LENGTH,
     MAX_PARAMS_TAGS_PER_BATCH,
 )
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from bridgework import old_names
@@ -51,6 +52,7 @@ T = TypeVar("T")
 # Hex digits of a digest in MLflow's own field, which has at most 36 and is in every table of the
 # UI.
 SHORT = 12
+POSTGRESQL_LOCK = 7_246_571_009  # number of the lock while tables are created
 NEWEST = 200  # runs that a suggestion of names considers
 # The UI opens an experiment of this kind with its training runs, not with traces of prompts.
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}
@@ -203,8 +205,7 @@ class MLflowReader:
             metrics={_GROUP.sub("", key): value for key, value in run.data.metrics.items()},
             inputs=tuple(_read_input(d) for d in (run.inputs.dataset_inputs if run.inputs else ())),
             outputs=tuple(
-                Weights(m.name, self._artifact(m.tags), m.tags.get("digest", ""))
-                for m in outputs
+                Weights(m.name, self._artifact(m.tags), m.tags.get("digest", "")) for m in outputs
             ),
         )
 
@@ -404,10 +405,20 @@ def artifact_of(model: str, home: Path) -> str:
 
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
-    """Lock an sqlite file during the block.
+    """Lock an sqlite file or a PostgreSQL database during the block.
 
-    Two processes that create its tables at the same time would corrupt it.
+    Two processes that create its tables at the same time would corrupt the first, and fail in the
+    second.
     """
+    if uri.startswith("postgresql"):
+        engine = create_engine(uri)
+        try:
+            with engine.connect() as connection:  # the lock ends with the connection
+                connection.execute(text(f"SELECT pg_advisory_lock({POSTGRESQL_LOCK})"))
+                yield
+        finally:
+            engine.dispose()
+        return
     if not uri.startswith("sqlite:///"):
         yield
         return
