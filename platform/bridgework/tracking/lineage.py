@@ -7,6 +7,7 @@ or weights. `Reader` is the protocol of the tracker's queries; `lineage_views` r
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -172,7 +173,7 @@ def uses(what: str, reader: Reader, home: Path) -> Lineage:
     return _Downstream(what, "downstream", reader, home).build()
 
 
-class _Walk:
+class _Walk(ABC):
     """Base of both directions: names, datasets and deployments under `home`, and the nodes."""
 
     def __init__(self, what: str, direction: str, reader: Reader, home: Path) -> None:
@@ -187,19 +188,19 @@ class _Walk:
         self._start(self._what)
         return self.graph
 
-    def _start(self, what: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _start(self, what: str) -> None: ...
 
-    def _add_run(self, below: Node | None, run: RunView) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _add_run(self, below: Node | None, run: RunView) -> None: ...
 
-    def _add_version(self, below: Node | None, version: Version) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _add_version(self, below: Node | None, version: Version) -> None: ...
 
+    @abstractmethod
     def _add_weights(
         self, below: Node | None, digest: str, artifact: str = "", near: RunView | None = None
-    ) -> None:
-        raise NotImplementedError
+    ) -> None: ...
 
     def _start_from_model(self, what: str) -> bool:
         """Start from a run, a model or weights; returns False if `what` is none of them."""
