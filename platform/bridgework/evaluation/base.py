@@ -77,15 +77,19 @@ class Result:
     @property
     def figures(self) -> list[Figure]:
         """All metrics with their intervals, in order."""
-        return [
-            Figure(
-                name,
-                value,
-                self.better.get(name),
-                interval(self.rows[name]) if name in self.rows else None,
-            )
-            for name, value in self.metrics.items()
-        ]
+        return figures_of(self.metrics, self.rows, self.better)
+
+
+def figures_of(
+    metrics: Mapping[str, float],
+    rows: Mapping[str, RowValues],
+    better: Mapping[str, Direction | None],
+) -> list[Figure]:
+    """Return metrics as figures, with an interval for those that have rows."""
+    return [
+        Figure(name, value, better.get(name), interval(rows[name]) if name in rows else None)
+        for name, value in metrics.items()
+    ]
 
 
 class _Evaluation(Protocol):
