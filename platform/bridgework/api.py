@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bridgework.evaluation.gate import Gate
     from bridgework.serving.launch import Endpoint
     from bridgework.tracking.mlflow_store import MLflowTracker
-    from bridgework.tracking.promotion import Decision
+    from bridgework.tracking.promotion import PromotionDecision
     from bridgework.tuning.search import Outcome
     from bridgework.tuning.space import Space
 
@@ -336,7 +336,7 @@ def promote(
     home: Path | None = None,
     project: str = "bridgework",
     say: Callable[[str], object] = lambda text: None,
-) -> "Decision":
+) -> "PromotionDecision":
     """Make a registered version the champion if it passes the gate against the present champion.
 
     Args:

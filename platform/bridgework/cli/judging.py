@@ -15,9 +15,9 @@ from bridgework.errors import SpecError
 
 if TYPE_CHECKING:
     from bridgework.evaluation.base import Figure, Result
-    from bridgework.evaluation.gate import Check
+    from bridgework.evaluation.gate import GateCheck
     from bridgework.tracking.mlflow_store import MLflowTracker
-    from bridgework.tracking.promotion import Decision
+    from bridgework.tracking.promotion import PromotionDecision
 
 out, err = Console(), Console(stderr=True)
 
@@ -288,7 +288,7 @@ def _samples(result: "Result") -> Iterator[Mapping[str, Any]]:
         }
 
 
-def _print_decision(decision: "Decision", json_: bool) -> None:
+def _print_decision(decision: "PromotionDecision", json_: bool) -> None:
     if json_:
         checks = [vars(check) for check in decision.checks]
         out.print_json(data=vars(decision) | {"checks": checks})
@@ -306,7 +306,7 @@ def _print_decision(decision: "Decision", json_: bool) -> None:
         out.print(f"champion  {decision.model}:{decision.candidate}{before}", highlight=False)
 
 
-def _cells(check: "Check") -> tuple[str, ...]:
+def _cells(check: "GateCheck") -> tuple[str, ...]:
     must = {
         "improve": "improve",
         "guard": f"not lose {check.margin or 0:g}",

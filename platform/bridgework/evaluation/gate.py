@@ -171,7 +171,7 @@ def read_gate(file: Path) -> Gate:
 
 
 @dataclass(frozen=True)
-class Check:
+class GateCheck:
     """One condition of a gate, with the figures of both models."""
 
     figure: str
@@ -194,7 +194,7 @@ def judge(
     gate: Gate,
     new: Sequence[EvaluationRecord],
     old: Sequence[EvaluationRecord],
-) -> list[Check]:
+) -> list[GateCheck]:
     """Return the checks of a gate on the evaluations of two models, without that of parity."""
     figures = [(name, None) for name in gate.improve] + list(gate.guard.items())
     rows = [
@@ -206,7 +206,7 @@ def judge(
         missing = [who for who, own in zip(("new", "old"), rows, strict=True) if name not in own]
         if missing:
             checks.append(
-                Check(
+                GateCheck(
                     name,
                     "improve" if margin is None else "guard",
                     "failed",
@@ -228,7 +228,7 @@ def check(
     new: RowValues,
     old: RowValues,
     margin: float | None = None,
-) -> Check:
+) -> GateCheck:
     """Decide one figure: superiority, or non-inferiority with a `margin`.
 
     Raises DataError if the two have no row in common.
@@ -238,8 +238,10 @@ def check(
     images, n, gap = len(set(new.clusters)), len(new.keys), new.mean - old.mean
     sign, needed = (1 if better == "higher" else -1), margin or 0.0
 
-    def decided(outcome: Outcome, reason: str, low: float, high: float, more: int | None) -> Check:
-        return Check(figure, rule, outcome, reason, better, new.mean, old.mean, gap, low, high,
+    def decided(
+        outcome: Outcome, reason: str, low: float, high: float, more: int | None
+    ) -> GateCheck:
+        return GateCheck(figure, rule, outcome, reason, better, new.mean, old.mean, gap, low, high,
                      margin, n, images, more)  # fmt: skip
 
     if not isfinite(gap):

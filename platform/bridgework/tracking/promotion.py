@@ -16,7 +16,7 @@ from typing import Literal
 from bridgework import __version__, artifacts
 from bridgework.errors import BridgeworkError, SpecError, TrackingError, WeightsError
 from bridgework.evaluation import results
-from bridgework.evaluation.gate import Check, Gate, default_gate, judge
+from bridgework.evaluation.gate import Gate, GateCheck, default_gate, judge
 from bridgework.evaluation.results import EvaluationRecord
 from bridgework.system import EvalSpec, Stage
 from bridgework.tracking import evaluations
@@ -29,7 +29,7 @@ Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class Decision:
+class PromotionDecision:
     """One decision about the champion of a model."""
 
     model: str
@@ -39,7 +39,7 @@ class Decision:
     reason: str
     by: str
     at: str  # UTC, ISO 8601
-    checks: tuple[Check, ...] = ()
+    checks: tuple[GateCheck, ...] = ()
     version: str = __version__  # of bridgework
     run_id: str = field(default="", compare=False)
 
@@ -52,7 +52,7 @@ class Decision:
 class NotPromoted(TrackingError):
     """A candidate did not pass the gate; `decision` has the figures."""
 
-    def __init__(self, decision: Decision) -> None:
+    def __init__(self, decision: PromotionDecision) -> None:
         self.decision = decision
         fix = (
             "evaluate on more rows"
@@ -74,7 +74,7 @@ def promote(
     metric: str | None = None,
     force: str | None = None,
     say: Say = lambda text: None,
-) -> Decision:
+) -> PromotionDecision:
     """Make a version the champion if it passes the gate against the present one.
 
     gate: by default that of the candidate's stage (`default_gate`). metric: the only figure that
@@ -94,7 +94,7 @@ def promote(
         raise TrackingError(
             f"{name}:{candidate.version} is the champion already. Fix: give another version"
         )
-    checks: tuple[Check, ...] = ()
+    checks: tuple[GateCheck, ...] = ()
     verdict: Verdict = "promoted"
     if force is not None:
         verdict, reason = "forced", force.strip()
@@ -120,7 +120,7 @@ def promote(
     return decision
 
 
-def rollback(tracker: Tracker, name: str, reason: str = "") -> Decision:
+def rollback(tracker: Tracker, name: str, reason: str = "") -> PromotionDecision:
     """Make the champion before the present one champion again; repeated, it goes further back.
 
     Raises TrackingError if the present champion is the first, and if a promotion was faster.
@@ -142,12 +142,12 @@ def rollback(tracker: Tracker, name: str, reason: str = "") -> Decision:
     return _record(tracker, decision, [tracker.version(name, v) for v in (back, current)])
 
 
-def history(tracker: Tracker, name: str) -> list[Decision]:
+def history(tracker: Tracker, name: str) -> list[PromotionDecision]:
     """Return the decisions about a model, oldest first. Raises TrackingError for an unknown one."""
     tracker.champions(name)
     found = tracker.find({"kind": KIND, "model": name})
     return [
-        Decision(
+        PromotionDecision(
             model=name,
             verdict=_verdict_of(tags.get("verdict", "")),
             candidate=tags.get("candidate", ""),
@@ -175,7 +175,7 @@ def _checks(
     metric: str | None,
     home: Path,
     say: Say,
-) -> list[Check]:
+) -> list[GateCheck]:
     own = stage_of(candidate.artifact).evals
     if gate is None:
         gate = Gate(improve=(metric,)) if metric else default_gate(own)
@@ -224,7 +224,7 @@ def stored_or_run(
     return [known[identity] for identity in identities]
 
 
-def _parity(candidate: Version, say: Say) -> Check:
+def _parity(candidate: Version, say: Say) -> GateCheck:
     """Export the candidate to transformers, which raises an error if an output differs."""
     from bridgework.hf import convert
 
@@ -233,12 +233,14 @@ def _parity(candidate: Version, say: Say) -> Check:
         try:
             certificate = convert.export_hf(Path(candidate.artifact), Path(folder) / "export")
         except BridgeworkError as error:
-            return Check("parity", "parity", "failed", f"its export is not equal: {error}")
+            return GateCheck("parity", "parity", "failed", f"its export is not equal: {error}")
     largest = max(certificate.differences.values(), default=0.0)
-    return Check("parity", "parity", "passed", f"equal outputs within {largest:.1e}", new=largest)
+    return GateCheck(
+        "parity", "parity", "passed", f"equal outputs within {largest:.1e}", new=largest
+    )
 
 
-def _verdict(checks: Sequence[Check]) -> tuple[Verdict, str]:
+def _verdict(checks: Sequence[GateCheck]) -> tuple[Verdict, str]:
     failed, undecided = (
         [check for check in checks if check.outcome == outcome]
         for outcome in ("failed", "undecided")
@@ -248,7 +250,7 @@ def _verdict(checks: Sequence[Check]) -> tuple[Verdict, str]:
     return verdict, "; ".join(f"{check.figure}: {check.reason}{_figures(check)}" for check in named)
 
 
-def _figures(check: Check) -> str:
+def _figures(check: GateCheck) -> str:
     if check.difference is None:
         return ""
     return (
@@ -263,17 +265,19 @@ def _decision(
     candidate: str,
     champion: str,
     reason: str,
-    checks: Sequence[Check],
-) -> Decision:
+    checks: Sequence[GateCheck],
+) -> PromotionDecision:
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container without a name for its user
         user = "unknown"
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return Decision(name, verdict, candidate, champion, reason, user, now, tuple(checks))
+    return PromotionDecision(name, verdict, candidate, champion, reason, user, now, tuple(checks))
 
 
-def _record(tracker: Tracker, decision: Decision, versions: Sequence[Version]) -> Decision:
+def _record(
+    tracker: Tracker, decision: PromotionDecision, versions: Sequence[Version]
+) -> PromotionDecision:
     """Log a decision as a run with its figures, and refer to it from both versions."""
     tags = {
         "kind": KIND,
@@ -300,7 +304,7 @@ def _record(tracker: Tracker, decision: Decision, versions: Sequence[Version]) -
     tracker.finish(run)
     for version in versions:
         tracker.tag_version(version.name, version.version, {"decision": run})
-    return Decision(**{**vars(decision), "run_id": run})
+    return PromotionDecision(**{**vars(decision), "run_id": run})
 
 
 def _produced(tracker: Tracker, version: Version) -> Produced | None:
@@ -313,7 +317,7 @@ def _produced(tracker: Tracker, version: Version) -> Produced | None:
     return tracker.produced(digest)
 
 
-def _points(decision: Decision) -> Mapping[str, float]:
+def _points(decision: PromotionDecision) -> Mapping[str, float]:
     values = dict[str, float]()
     for check in decision.checks:
         fields = {"difference": check.difference, "difference.low": check.low,
