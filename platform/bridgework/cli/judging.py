@@ -273,13 +273,13 @@ def _samples(result: "Result") -> Iterator[Mapping[str, Any]]:
         if result.better.get(metric) is not None
     }
     for number, answer in enumerate(result.answers):
-        target = answer.target[0] if len(answer.target) == 1 else list(answer.target)
+        target = answer.target[0] if len(answer.target) == 1 else str(list(answer.target))
         yield {
             "doc_id": number,
-            "doc": {"key": answer.key, "question": answer.question},
+            "key": answer.key,
+            "input": answer.question,
             "target": target,
-            "resps": [[answer.response]],
-            "filtered_resps": [answer.response],
+            "filtered_resps": answer.response,
             **{
                 metric: values[answer.key]
                 for metric, values in places.items()
