@@ -137,7 +137,7 @@ def test_ranking_and_choices_are_those_of_scikit_learn() -> None:
     assert float(first_is_best(scores_RC).double().mean()) == pytest.approx(expected)
     names = [str(column) for column in range(6)]
     ranks = [
-        rank_of([Ranked(name, s, s, 1) for name, s in zip(names, row, strict=True)], "0")
+        rank_of([Ranked(name, s) for name, s in zip(names, row, strict=True)], "0")
         for row in scores_RC.tolist()
     ]
     reciprocal = label_ranking_average_precision_score(np.eye(6)[right], scores_RC.double().numpy())
