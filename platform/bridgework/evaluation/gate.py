@@ -259,7 +259,7 @@ def check(
         more = -(-IMAGES * n // images) - n
         reason = f"it needs {more:,} more rows: at least {IMAGES} images. Got {images}"
         return decided("undecided", reason, low, high, more)
-    if worst + needed > 0:
+    if worst + needed > 0 or (margin is not None and worst + needed == 0):
         return decided("passed", "better" if margin is None else "not worse", low, high, None)
     if distance <= 0 or best + needed <= 0:
         reason = "it is not better" if margin is None else f"it is worse by more than {margin:g}"
