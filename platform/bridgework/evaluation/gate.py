@@ -256,7 +256,7 @@ def check(
         sign * gap + needed,
     )
     if images < IMAGES:
-        more = -(-IMAGES * n // images) - n
+        more = -(-IMAGES * n // images) - n if images else IMAGES
         reason = f"it needs {more:,} more rows: at least {IMAGES} images. Got {images}"
         return decided("undecided", reason, low, high, more)
     if worst + needed > 0 or (margin is not None and worst + needed == 0):
