@@ -33,6 +33,7 @@ LAYERS = (
         "tracking.card",
         "tracking.environment",
         "tracking.openlineage_events",
+        "tracking.evaluations",
         "tracking.relay",
     ),
     ("recipes", "tracking", "hf"),

@@ -6,6 +6,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from bridgework import api, override
+from bridgework.evaluation.base import Figure
+from bridgework.evaluation.statistics import Interval
 from bridgework.hf.convert import export_hf
 from bridgework.system import load
 from bridgework.tracking.card import Facts, model_card
@@ -22,15 +24,18 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_card_states_data_training_and_figures_with_intervals(artifact: Path) -> None:
     facts = Facts(
-        figures={"ranking.accuracy": 0.25, "bias.gender": 0.01},
-        intervals={"ranking.accuracy": (0.1, 0.4, 40)},
+        figures=(
+            Figure("ranking.accuracy", 0.25, "higher", Interval(0.25, 0.1, 0.4, 40, 40)),
+            Figure("bias.gender", 0.01, "lower"),
+        ),
         hours=0.5,
         tags={"git_commit": "0a1b2c3d4e5f"},
     )
     text = model_card(artifact, facts)
     card = ModelCard(text)
     assert card.data.library_name == "bridgework" and card.data.pipeline_tag == "image-text-to-text"
-    assert {result.metric_type for result in card.data.eval_results} == set(facts.figures)
+    found = {result.metric_type for result in card.data.eval_results}
+    assert found == {"ranking.accuracy", "bias.gender"}
     for said in (
         "| ranking.accuracy | 0.25 | 0.1 to 0.4 | 40 |",
         "| bias.gender | 0.01 | not known | not known |",

@@ -14,9 +14,11 @@ from bridgework.artifacts import StageResult
 from bridgework.config import flat, to_dict
 from bridgework.data import quarantine
 from bridgework.errors import RunError, TrackingError
+from bridgework.evaluation import results
+from bridgework.evaluation.results import EvaluationRecord
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
-from bridgework.tracking import card, environment
+from bridgework.tracking import card, environment, evaluations
 from bridgework.tracking.openlineage_events import Artifact, Event, State, emit
 from bridgework.tracking.relay import MetricsForwarder, unfinished
 from bridgework.tracking.tracker import MemoryTracker, Point, Status, Tracker
@@ -123,29 +125,38 @@ class RunRecord:
             "run": self._run,
         }
         self._emit("COMPLETE", [Artifact(str(result.artifact), info.digest)])
+        files = results.assign_weights(place / results.FOLDER, info.digest)
         with self._try_tracker() as tracker:
             if self._open is not None:
-                for image in sorted((place / "evals").glob("*.png")):
-                    tracker.file(self._open, image, "evals")
                 if (place / SKIPS).exists():
                     tracker.file(self._open, place / SKIPS)
-                self._log_card(tracker, self._open, stage, result)
+                records = [results.read(file) for file in files]
+                self._log_card(tracker, self._open, result, records)
                 quarantined = _count_quarantined(place / "quarantine", stage.budget.steps)
                 tracker.points(self._open, quarantined)
                 model_id = tracker.output(
                     self._open, f"{self._system.name}-{stage.name}", str(result.artifact), tags
                 )
+                for file, record in zip(files, records, strict=True):
+                    images = [file.with_name(f"{record.name}.png")]
+                    kept = [file, *(image for image in images if image.is_file())]
+                    evaluations.log(tracker, record, kept, str(result.artifact))
                 tracker.finish(self._open)
                 result = replace(result, run_id=self._open, model_id=model_id)
                 self._runs[result.artifact] = self._open
                 self._open = None
         return result
 
-    def _log_card(self, tracker: Tracker, run_id: str, stage: Stage, result: StageResult) -> None:
+    def _log_card(
+        self,
+        tracker: Tracker,
+        run_id: str,
+        result: StageResult,
+        records: Sequence[EvaluationRecord],
+    ) -> None:
         hours = None if self._began is None else (time.monotonic() - self._began) / 3600
-        evaluations = tuple(f"{spec.name}." for spec in stage.evals)
-        figures = {n: value for n, value in result.metrics.items() if n.startswith(evaluations)}
-        facts = card.Facts(figures=figures, hours=hours, tags=self._tags)
+        figures = tuple(figure for record in records for figure in record.figures)
+        facts = card.Facts(figures, hours=hours, tags=self._tags)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / card.FILE
             file.write_text(card.model_card(result.artifact, facts), encoding="utf-8")
