@@ -4,8 +4,7 @@ import pytest
 
 from bridgework.errors import SpecError
 from bridgework.system import load as load_system
-from bridgework.tuning.search import with_trials
-from bridgework.tuning.space import Metric, SweepBudget, load, spaces
+from bridgework.tuning.space import Metric, SweepBudget, load, spaces, with_trials
 
 
 def test_shipped_spaces_load_and_match_their_systems() -> None:

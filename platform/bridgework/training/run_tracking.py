@@ -45,7 +45,7 @@ class RunRecord:
         self._tags = {
             "system": system.name,
             "fingerprint": system.fingerprint(),
-            "git_commit": _commit(),
+            "git_commit": commit(),
             "run": run,
         }
         self._tags |= tags or {}
@@ -80,6 +80,12 @@ class RunRecord:
             tracker.params(self._open, flat(stage), resumed=True)
             tracker.inputs(self._open, inputs)
         return self._open
+
+    def note(self, values: Mapping[str, str]) -> None:
+        """Log parameters of the open stage that are not fields of its recipe."""
+        with self._try_tracker() as tracker:
+            if self._open is not None:
+                tracker.params(self._open, values, resumed=True)
 
     def done(self, stage: Stage, place: Path) -> StageResult:
         """Return the stage's result, after its images and weights are logged to the tracker."""
@@ -137,7 +143,7 @@ def _count_quarantined(table: Path, step: int) -> list[Point]:
     return [Point(name, float(n), step, now) for name, n in counts.items()]
 
 
-def _commit() -> str:
+def commit() -> str:
     """Return the git commit of the code, `-dirty` with changes; empty outside a repository."""
     folder = str(Path(__file__).parent)
     command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
