@@ -54,6 +54,7 @@ def test_on_and_set_select_and_change_evaluations(
         "heldout.loss",
         "heldout.loss_shuffled",
         "heldout.gap",
+        "heldout.perplexity",
     ]
     assert figures == names
 

@@ -140,8 +140,9 @@ class LossSpec(Protocol):
         """Return counts_B, float32: each sample's contribution to the divisor."""
 
 
+Direction = Literal["higher", "lower"]
 # metric -> its better direction; None: a baseline
-Better = Mapping[str, Literal["higher", "lower"] | None]
+Better = Mapping[str, Direction | None]
 
 
 class EvalSpec(Protocol):

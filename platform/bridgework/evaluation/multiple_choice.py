@@ -20,10 +20,12 @@ from bridgework.evaluation.base import (
     EvalRows,
     Result,
     Writing,
+    answers_of,
+    build_result,
     draw,
-    prefix_metrics,
     question_of,
 )
+from bridgework.evaluation.statistics import EvaluatedRows
 from bridgework.system import Scoring
 
 if TYPE_CHECKING:
@@ -66,13 +68,14 @@ class MultipleChoice:
         samples = _draw_questions(self, pipeline, home)
         ranks = [self._rank(pipeline, sample) for sample in samples]
         counts = [len(set(sample.candidates)) for sample in samples]
+        rows = EvaluatedRows.of(samples)
         values = {
-            "accuracy": fmean(rank == 1 for rank in ranks),
-            "mrr": fmean(1 / rank for rank in ranks),
-            "chance": fmean(1 / n for n in counts),
-            "chance_mrr": fmean(fmean(1 / (place + 1) for place in range(n)) for n in counts),
+            "accuracy": rows.values(rank == 1 for rank in ranks),
+            "mrr": rows.values(1 / rank for rank in ranks),
+            "chance": rows.values(1 / n for n in counts),
+            "chance_mrr": rows.values(fmean(1 / (place + 1) for place in range(n)) for n in counts),
         }
-        return Result(prefix_metrics(self, values))
+        return build_result(self, values)
 
     def _rank(self, pipeline: "Pipeline", sample: Sample) -> int:
         conversation = question_of(pipeline, sample, self.prompts or None)
@@ -118,14 +121,16 @@ class WrittenChoice:
             parse_choice(text, sample.candidates)
             for text, sample in zip(texts, samples, strict=True)
         ]
+        rows = EvaluatedRows.of(samples)
         values = {
-            "accuracy": fmean(
+            "accuracy": rows.values(
                 choice == right_of(sample) for choice, sample in zip(chosen, samples, strict=True)
             ),
-            "unanswered": fmean(choice is None for choice in chosen),
-            "chance": fmean(1 / len(set(sample.candidates)) for sample in samples),
+            "unanswered": rows.values(choice is None for choice in chosen),
+            "chance": rows.values(1 / len(set(sample.candidates)) for sample in samples),
         }
-        return Result(prefix_metrics(self, values))
+        targets = [(sample.candidates[right_of(sample) or 0],) for sample in samples]
+        return build_result(self, values, answers=answers_of(rows, conversations, targets, texts))
 
 
 def rank_of(ranked: "Sequence[Ranked]", right: str) -> int:
