@@ -37,7 +37,7 @@ from bridgework.data.catalog import resolve
 from bridgework.data.dataset import open_dataset
 from bridgework.errors import BridgeworkError, Interrupted, RunError, SpecError, TrackingError
 from bridgework.mixture import DatasetInput
-from bridgework.system import Stage, System, load
+from bridgework.system import Stage, System
 from bridgework.tracking import registry
 from bridgework.tracking.tracker import Point, Status, Tracker, Version
 from bridgework.training import feature_cache, run_dir
@@ -108,8 +108,7 @@ def sweep(
     console = console or Console(stderr=True)
     fixed = {**space.fixed, **(changes or {})}
     space = replace(space, fixed=fixed)
-    system = load(space.system)
-    base = override(system.tiny() if space.tiny else system, fixed)
+    base = space.base()
     check(space, base)
     if space.prefer:
         Rule.parse(space.prefer, space.metrics)

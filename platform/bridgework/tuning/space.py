@@ -23,7 +23,8 @@ from ray.tune.search.sample import Categorical, Float, Integer, LogUniform, Norm
 from bridgework.config import config_class, override
 from bridgework.errors import SpecError, suggest
 from bridgework.plugins import Plugins
-from bridgework.system import Stage, System
+from bridgework.system import EvalSpec, Stage, System
+from bridgework.system import load as load_system
 from bridgework.training.estimate import key as model_key
 from bridgework.training.estimate import parameter_counts
 
@@ -127,6 +128,17 @@ class Space:
     fixed: Mapping[str, Any]
     prefer: str = ""  # rule that chooses among the best trials of several objectives
     tiny: bool = False  # sweep the system at laptop size
+    evals: tuple[EvalSpec, ...] = ()  # of the last stage, instead of the recipe's
+
+    def base(self) -> System:
+        """Return the system that every trial changes."""
+        system = load_system(self.system)
+        system = system.tiny() if self.tiny else system
+        if self.evals and self.stages:
+            last = replace(system[self.stages[-1]], evals=self.evals)
+            stages = tuple(last if stage.name == last.name else stage for stage in system.stages)
+            system = replace(system, stages=stages)
+        return override(system, self.fixed)
 
     @property
     def metric(self) -> Metric:
@@ -442,8 +454,6 @@ def _suggest(path: str, item: Any, trial: Trial) -> Any:
         # Without a step the upper end is exclusive, as in Python's range.
         last = int(high) if step else int(high) - 1
         return trial.suggest_int(path, int(low), last, step=int(step or 1), log=log)
-    if step is not None:  # to the last value that is a number of steps from the first
-        high = low + math.floor((high - low) / step + 1e-9) * step
     return trial.suggest_float(path, float(low), float(high), step=step, log=log)
 
 
@@ -508,7 +518,7 @@ def spaces() -> list[str]:
 def load(name: str) -> Space:
     """Return a space: `llava_bridge`, or a module of your own with the same five names.
 
-    FIXED, PREFER and TINY are optional. Raises SpecError if there is no such module, if its import
+    FIXED, PREFER, TINY and EVALS are optional. Raises SpecError if there is no such module, if its import
     fails, for a missing name, and for a value of another type.
     """
     module = SPACES.load(name)
@@ -538,6 +548,7 @@ def load(name: str) -> Space:
         fixed=dict(getattr(module, "FIXED", {})),
         prefer=getattr(module, "PREFER", ""),
         tiny=bool(getattr(module, "TINY", False)),
+        evals=tuple(getattr(module, "EVALS", ())),
     )
 
 

@@ -388,7 +388,7 @@ def _as_known(trial: FrozenTrial) -> FrozenTrial:
         params=trial.params,
         distributions=trial.distributions,
         intermediate_values=trial.intermediate_values,
-        system_attrs=trial.system_attrs,
+        system_attrs=dict(trial.system_attrs),  # Optuna adds the constraints to it
         constraints=INFEASIBLE if failed else None,
     )
 
