@@ -17,6 +17,7 @@ from bridgework import storage
 from bridgework.cli import completion
 from bridgework.cli.curate import curate
 from bridgework.cli.data import data, mixture, order
+from bridgework.cli.mixtures import mixture as mixture_search
 from bridgework.cli.models import ask, evaluate, export, importing
 from bridgework.cli.options import changes, pairs
 from bridgework.cli.sweeps import checked_features, report, sweep
@@ -261,6 +262,7 @@ def train(
 
 app.command(rich_help_panel=TRAIN)(sweep)
 app.command(rich_help_panel=TRAIN)(report)
+app.add_typer(mixture_search, name="mixture", rich_help_panel=TRAIN)
 app.command("eval", rich_help_panel=EVALUATE)(evaluate)
 app.command(rich_help_panel=EVALUATE)(ask)
 app.command(rich_help_panel=EVALUATE)(export)

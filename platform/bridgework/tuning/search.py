@@ -242,7 +242,7 @@ class _Proposer(Searcher):
     """Gives Tune the unfinished trials, then new ones as soon as they may start."""
 
     def __init__(self, trials: Trials, base: System, target: int, recorder: "_Recorder") -> None:
-        super().__init__(metric=trials.space.metric.name, mode=trials.space.metric.mode)
+        super().__init__()
         self._trials, self._base, self._target = trials, base, target
         self._recorder = recorder
         self._resume = trials.unfinished()
@@ -397,7 +397,7 @@ class _Recorder:
         parent = self.parent
         if parent is not None:
             for file in sorted(folder.iterdir()):
-                self._call_tracker(lambda tracker, file=file: tracker.file(parent, file, "report"))
+                self._call_tracker(partial(_log_file, parent, file))
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -577,6 +577,10 @@ class _Recorder:
         except TrackingError as error:
             self.tracker = None
             self.say(f"{error}; the sweep continues, and its trials are not tracked")
+
+
+def _log_file(run_id: str, file: Path, tracker: Tracker) -> None:
+    tracker.file(run_id, file, "report")
 
 
 def _end_run(run_id: str, status: Status, row: TrialRow | None, tracker: Tracker) -> None:
