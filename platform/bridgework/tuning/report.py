@@ -83,13 +83,14 @@ def write(record: SweepRecord) -> Path:
     """Write the page and the PNG figures to `report/` in the sweep's folder; returns the page."""
     folder = record.folder / FOLDER
     folder.mkdir(exist_ok=True)
-    figures = dict[str, str]()
+    figures, drawn = dict[str, str](), 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.simplefilter("ignore", UserWarning)  # of matplotlib, about layouts
         for title, draw in _figures(record).items():
             try:
-                figures[title] = _embedded(draw(), first=not figures)
+                figures[title] = _embedded(draw(), first=drawn == 0)
+                drawn += 1
             except (ValueError, RuntimeError) as error:  # e.g. too few trials for an importance
                 figures[title] = f"<p>Not drawn: {html.escape(str(error))}</p>"
         _write_png(record, folder)

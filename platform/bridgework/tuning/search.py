@@ -141,7 +141,8 @@ def _search(
         shutil.rmtree(old, ignore_errors=True)
     with nullcontext() if ray_utils.is_open() else ray_utils.ray_session():
         features = _features(trials, base, home, target, recorder.say)
-        job = TrialJob(space, home, run, os.getcwd(), features)
+        # Without the distributions: a worker may not be able to import a function of the space.
+        job = TrialJob(replace(space, space={}), home, run, os.getcwd(), features)
         gpus = ray_utils.gpus_each(budget.gpus)
         needs = {"CPU": DRIVER_CPUS} if budget.workers else {"CPU": budget.cpus, "GPU": gpus}
         if not budget.workers:

@@ -387,7 +387,7 @@ def _as_known(trial: FrozenTrial) -> FrozenTrial:
         values=trial.values if state == TrialState.COMPLETE else None,
         params=trial.params,
         distributions=trial.distributions,
-        intermediate_values=trial.intermediate_values,
+        intermediate_values=dict(trial.intermediate_values),
         system_attrs=dict(trial.system_attrs),  # Optuna adds the constraints to it
         constraints=INFEASIBLE if failed else None,
     )

@@ -62,7 +62,11 @@ def run_trial(config: dict[str, Any], *, job: TrialJob) -> None:
     system: System = cloudpickle.loads(bytes.fromhex(config["system"]))
     try:
         outcome = _outcome(system, str(config["trial"]), job)
-    except (ResourceError, Interrupted):
+    except (
+        ResourceError,
+        Interrupted,
+        StopIteration,
+    ):  # the last one is Tune's, of a stopped trial
         raise
     except Exception as error:
         line = " ".join(str(error).split())
