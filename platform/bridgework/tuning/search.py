@@ -346,12 +346,18 @@ class _Callback(Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        self._recorder.ended(self._proposer.number(trial.trial_id), "it ended without a result")
+        self._ended(trial, "it ended without a result")
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        self._recorder.ended(self._proposer.number(trial.trial_id), _reason(trial))
+        self._ended(trial, _reason(trial))
+
+    def _ended(self, trial: Trial, failure: str) -> None:
+        try:
+            self._recorder.ended(self._proposer.number(trial.trial_id), failure)
+        except Exception as error:  # raised after the sweep, because Tune would wrap it
+            self._proposer.raised = self._proposer.raised or error
 
 
 def _reason(trial: Trial) -> str:
@@ -490,8 +496,8 @@ class _Recorder:
 
     def ended(self, number: int, failure: str | None) -> None:
         """Record the end of a trial; failure: the reason, if it has reported none itself."""
-        self._spend(number)
         if not self._ended(number):
+            self._spend(number)
             self._trials.fail(number, failure or "it ended without a result")
         row = next(row for row in self._trials.rows() if row.trial == study.name(number))
         score = "" if row.score is None else f", {self.space.metric.name} {row.score:.4g}"
