@@ -5,7 +5,7 @@ function that needs them. The command line calls the same functions.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from bridgework.artifacts import StageResult
     from bridgework.data.dataset import Dataset
     from bridgework.data.manifest import Manifest
+    from bridgework.evaluation.gate import Gate
     from bridgework.serving.launch import Endpoint
     from bridgework.tracking.mlflow_store import MLflowTracker
-    from bridgework.tracking.registry import Promotion
+    from bridgework.tracking.promotion import PromotionDecision
     from bridgework.tuning.search import Outcome
     from bridgework.tuning.space import Space
 
@@ -162,14 +163,23 @@ def sweep(
 
 
 def evaluate(
-    model: str | Path, evaluations: Sequence[Any] | None = None, *, home: Path | None = None
+    model: str | Path,
+    evaluations: Sequence[Any] | None = None,
+    *,
+    home: Path | None = None,
+    project: str = "bridgework",
+    track: bool = True,
+    console: "Console | None" = None,
 ) -> dict[str, float]:
-    """Evaluate a model.
+    """Evaluate a model; the figures and their rows are kept in <home>/evals.
 
     Args:
         model: An artifact's folder, or a registered model: "llava", "llava@challenger", "llava:3".
         evaluations: Configs from bridgework.evaluation. Default: those of the model's stage.
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        project: Name of the MLflow experiment.
+        track: False records nothing in MLflow.
+        console: Where a tracker that does not answer is reported.
 
     Returns:
         The figures by name, e.g. {"ranking.accuracy": 0.4}.
@@ -187,20 +197,21 @@ def evaluate(
         ['ranking.accuracy', 'ranking.accuracy_without_prior', 'ranking.chance']
     """
     from bridgework.inference.pipeline import Pipeline
+    from bridgework.tracking import evaluations as tracked
     from bridgework.tracking.mlflow_store import artifact_of
 
     place = home or default_home()
-    pipeline = Pipeline.load(artifact_of(str(model), place))
+    artifact = artifact_of(str(model), place)
+    pipeline = Pipeline.load(artifact)
     chosen = pipeline.stage.evals if evaluations is None else evaluations
     if not chosen:
         raise SpecError(
             f"stage {pipeline.stage.name} of {model} has no evaluations. Fix: give some, e.g. "
             "evaluations=[bridgework.evaluation.HeldOutLoss(dataset=...)]"
         )
-    figures: dict[str, float] = {}
-    for evaluation in chosen:
-        figures |= evaluation.run(pipeline, place).metrics
-    return figures
+    tracker = open_tracker(project, place, console) if track else None
+    done = tracked.evaluate(artifact, chosen, place, tracker=tracker, pipeline=pipeline)
+    return {name: value for result, _ in done for name, value in result.metrics.items()}
 
 
 def open_dataset(name: str, *, home: Path | None = None) -> "Dataset":
@@ -329,31 +340,46 @@ def curate(
 def promote(
     model: str,
     *,
+    gate: "str | Path | Gate | None" = None,
     metric: str | None = None,
-    lower: bool | None = None,
+    force: str | None = None,
     home: Path | None = None,
     project: str = "bridgework",
-) -> "Promotion":
-    """Make a registered version the champion; the champion before it keeps the alias `previous`.
+    say: Callable[[str], object] = lambda text: None,
+) -> "PromotionDecision":
+    """Make a registered version the champion if it passes the gate against the present champion.
 
     Args:
         model: "llava:3" or "llava@challenger".
-        metric: A figure that must be better than the champion's, e.g. "ranking.accuracy".
-        lower: Direction of a figure that no evaluation declares.
+        gate: A gate file or a bridgework.evaluation.gate.Gate. Default: the first figure of the stage's
+            evaluations must improve, and the first figures of the others are guarded.
+        metric: The only figure that must improve, e.g. "ranking.accuracy", instead of a gate.
+        force: Reason for a promotion without a gate.
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
         project: Name of the MLflow experiment.
+        say: Called with lines of progress.
 
     Returns:
-        The champion, the one before it, and the two figures that were compared.
+        The decision: the verdict, both versions, and every check with its interval.
 
     Raises:
-        TrackingError: No such version, or it is no better.
+        TrackingError: No such version, or it does not pass, or another promotion was faster.
+        SpecError: An invalid gate.
     """
-    from bridgework.tracking import registry
+    from bridgework.evaluation.gate import read_gate
+    from bridgework.tracking import promotion
     from bridgework.tracking.mlflow_store import MLflowTracker
 
-    tracker = MLflowTracker(None, home or default_home(), project)
-    return registry.promote(tracker, model, metric=metric, lower=lower)
+    place = home or default_home()
+    return promotion.promote(
+        MLflowTracker(None, place, project),
+        model,
+        home=place,
+        gate=read_gate(Path(gate)) if isinstance(gate, str | Path) else gate,
+        metric=metric,
+        force=force,
+        say=say,
+    )
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from bridgework import storage
 from bridgework.cli import completion
 from bridgework.cli.curate import curate
 from bridgework.cli.data import data, mixture, order
+from bridgework.cli.judging import compare, evaluate, history, promote, register, rollback
 from bridgework.cli.mixtures import mixture as mixture_search
-from bridgework.cli.models import ask, evaluate, export, importing
-from bridgework.cli.options import changes, pairs
+from bridgework.cli.models import ask, export, importing
+from bridgework.cli.options import Project, changes, pairs
 from bridgework.cli.sweeps import checked_features, report, sweep
 from bridgework.config import flat, override
 from bridgework.data.catalog import home as home_folder
@@ -61,14 +62,6 @@ Set = Annotated[
 ]
 Tiny = Annotated[
     bool, typer.Option("--tiny", help="Use the recipe at laptop size, on synthetic pairs.")
-]
-Project = Annotated[str, typer.Option(help="MLflow experiment to record to.")]
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Registered model (llava, llava@challenger, llava:3) or the folder of an artifact.",
-    ),
 ]
 
 
@@ -264,54 +257,16 @@ app.command(rich_help_panel=TRAIN)(sweep)
 app.command(rich_help_panel=TRAIN)(report)
 app.add_typer(mixture_search, name="mixture", rich_help_panel=TRAIN)
 app.command("eval", rich_help_panel=EVALUATE)(evaluate)
+app.command(rich_help_panel=EVALUATE)(compare)
 app.command(rich_help_panel=EVALUATE)(ask)
 app.command(rich_help_panel=EVALUATE)(export)
 app.add_typer(importing, name="import", rich_help_panel=EVALUATE)
 
 
-@app.command(rich_help_panel=SERVE)
-def promote(
-    model: Model,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="Promote only if the version is better by this metric.",
-            show_default="no comparison",
-        ),
-    ] = None,
-    lower: Annotated[
-        bool | None,
-        typer.Option(
-            "--lower/--higher",
-            help="Direction of a metric that no evaluation of the recipe declares.",
-        ),
-    ] = None,
-    project: Project = "bridgework",
-) -> None:
-    """Make a registered version the champion; the old champion gets the alias `previous`."""
-    from bridgework import api
-
-    done = api.promote(model, metric=metric, lower=lower, project=project)
-    before = f", before it {done.before.version}" if done.before else ""
-    compared = (
-        f" ({metric} {done.compared[0]:g} against {done.compared[1]:g})" if done.compared else ""
-    )
-    out.print(
-        f"champion  {done.champion.name}:{done.champion.version}{before}{compared}", highlight=False
-    )
-
-
-@app.command(rich_help_panel=SERVE)
-def rollback(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Registered model, e.g. llava.")],
-    project: Project = "bridgework",
-) -> None:
-    """Make the previous champion the champion again; the two swap their aliases."""
-    from bridgework.tracking import registry
-    from bridgework.tracking.mlflow_store import MLflowTracker
-
-    done = registry.rollback(MLflowTracker(None, home_folder(), project), name)
-    out.print(f"champion  {done.champion.name}:{done.champion.version}", highlight=False)
+app.command(rich_help_panel=SERVE)(register)
+app.command(rich_help_panel=SERVE)(promote)
+app.command(rich_help_panel=SERVE)(rollback)
+app.command(rich_help_panel=SERVE)(history)
 
 
 @app.command(rich_help_panel=SERVE)

@@ -8,13 +8,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from bridgework.config import override
 from bridgework.errors import SpecError
 
+Project = Annotated[str, typer.Option(help="MLflow experiment to record to.")]
+MODEL = "Registered model (llava, llava@challenger, llava:3) or the folder of an artifact."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 REQUIRED: Any = object()  # the default of a field that has none
 
 

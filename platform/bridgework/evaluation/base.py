@@ -42,7 +42,7 @@ ROWS = 16  # answers generated together
 
 
 @dataclass(frozen=True)
-class Answer:
+class EvaluatedAnswer:
     """One generated or chosen answer, for `bridgework eval --samples`."""
 
     key: str
@@ -72,20 +72,24 @@ class Result:
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     rows: dict[str, RowValues] = field(default_factory=dict)  # of every metric that has rows
     better: dict[str, Direction | None] = field(default_factory=dict)
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[EvaluatedAnswer, ...] = ()
 
     @property
     def figures(self) -> list[Figure]:
         """All metrics with their intervals, in order."""
-        return [
-            Figure(
-                name,
-                value,
-                self.better.get(name),
-                interval(self.rows[name]) if name in self.rows else None,
-            )
-            for name, value in self.metrics.items()
-        ]
+        return figures_of(self.metrics, self.rows, self.better)
+
+
+def figures_of(
+    metrics: Mapping[str, float],
+    rows: Mapping[str, RowValues],
+    better: Mapping[str, Direction | None],
+) -> list[Figure]:
+    """Return metrics as figures, with an interval for those that have rows."""
+    return [
+        Figure(name, value, better.get(name), interval(rows[name]) if name in rows else None)
+        for name, value in metrics.items()
+    ]
 
 
 class _Evaluation(Protocol):
@@ -100,7 +104,7 @@ def build_result(
     values: Mapping[str, float | RowValues],
     *,
     pictures: Mapping[str, Image.Image] | None = None,
-    answers: Iterable[Answer] = (),
+    answers: Iterable[EvaluatedAnswer] = (),
 ) -> Result:
     """Return the result with the evaluation's name in front: `accuracy` -> `ranking.accuracy`.
 
@@ -131,10 +135,12 @@ def answers_of(
     conversations: Sequence[Sequence[Part]],
     targets: Iterable[Sequence[str]],
     responses: Iterable[str],
-) -> list[Answer]:
+) -> list[EvaluatedAnswer]:
     """Return an answer per row, with the texts of its conversation as the question."""
     return [
-        Answer(key, "".join(part.text for part in parts if part.text), tuple(target), response)
+        EvaluatedAnswer(
+            key, "".join(part.text for part in parts if part.text), tuple(target), response
+        )
         for key, parts, target, response in zip(
             rows.keys, conversations, targets, responses, strict=True
         )

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from bridgework.config import config_class
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation.base import Better, EvalExample, Result, build_result, draw_images
+from bridgework.evaluation.calibration import calibration_gaps
 from bridgework.evaluation.retrieval import within
 from bridgework.evaluation.statistics import EvaluatedRows, RowValues
 
@@ -39,12 +40,13 @@ class Classification:
     """Accuracy of a classification head: `top1` and `top5`.
 
     A prediction is right if it is one of the image's labels. Rows without a label that is a class
-    of the head are skipped; `unknown` is their share. `most_common` is the accuracy of always
+    of the head are skipped; `unknown` is their share. `ece` is the expected calibration error of the
+    softmax. `most_common` is the accuracy of always
     predicting the most frequent class.
     """
 
     better: ClassVar[Better] = {
-        "top1": "higher", "top5": "higher", "most_common": None, "unknown": None,
+        "top1": "higher", "top5": "higher", "ece": "lower", "most_common": None, "unknown": None,
     }  # fmt: skip
     name: str = "classification"
     dataset: str
@@ -88,6 +90,9 @@ class Classification:
             f"top{cut}": rows.values(within(logits_RC, cut, right_RC)) for cut in CUTS
         }
         values["most_common"] = rows.values(right_RC[:, right_RC.sum(0).argmax()])
+        confidence_R, chosen_R = logits_RC.double().softmax(1).max(1)
+        hit_R = right_RC.gather(1, chosen_R.unsqueeze(1)).squeeze(1)
+        values["ece"] = rows.values(calibration_gaps(confidence_R.tolist(), hit_R.tolist()))
         values["unknown"] = EvaluatedRows.of([item.sample for item in items]).values(
             item not in known for item in items
         )

@@ -16,6 +16,7 @@ from bridgework.config import config_class
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation.base import Better, Result, build_result, draw, question_of
+from bridgework.evaluation.calibration import calibration_gaps
 from bridgework.evaluation.statistics import EvaluatedRows
 from bridgework.system import Scoring
 
@@ -27,11 +28,17 @@ if TYPE_CHECKING:
 class YesNo:
     """`auc` of yes against no, and `accuracy` of the more likely answer, over `rows` questions.
 
-    The score of a class is that of its best verbalizer. `most_common` is the accuracy of always
+    The score of a class is that of its best verbalizer. `ece` is the expected calibration error of
+    the two scores' softmax. `most_common` is the accuracy of always
     giving the more frequent answer.
     """
 
-    better: ClassVar[Better] = {"auc": "higher", "accuracy": "higher", "most_common": None}
+    better: ClassVar[Better] = {
+        "auc": "higher",
+        "accuracy": "higher",
+        "ece": "lower",
+        "most_common": None,
+    }
     name: str = "yes_no"
     dataset: str
     rows: int = 1_000
@@ -56,6 +63,8 @@ class YesNo:
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Score the answers. Raises DataError if the rows do not have answers of both classes."""
+        from scipy.special import expit
+
         words = ", ".join((*self.yes, *self.no))
         examples = draw(
             self,
@@ -75,12 +84,13 @@ class YesNo:
         margins = [self._margin(pipeline, sample) for sample in samples]
         rows = EvaluatedRows.of(samples)
         usual = fmean(truth) >= 0.5
+        right = [(margin > 0) == yes for margin, yes in zip(margins, truth, strict=True)]
+        confidences = expit(np.abs(margins))  # of the likelier answer
         values = {
             "auc": rows.values(placements(margins, truth)),
-            "accuracy": rows.values(
-                (margin > 0) == right for margin, right in zip(margins, truth, strict=True)
-            ),
-            "most_common": rows.values(right == usual for right in truth),
+            "accuracy": rows.values(right),
+            "ece": rows.values(calibration_gaps(confidences, right)),
+            "most_common": rows.values(yes == usual for yes in truth),
         }
         return build_result(self, values)
 

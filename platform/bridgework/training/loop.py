@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -27,6 +27,7 @@ from bridgework.data.collate import Batch, collate
 from bridgework.data.reader import ReaderConfig, Row
 from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import BridgeworkError, ResourceError, RunError
+from bridgework.evaluation import results
 from bridgework.inference.pipeline import Pipeline
 from bridgework.mixture import DatasetInput
 from bridgework.models import base, lora
@@ -109,7 +110,7 @@ def run(
     with listening(job.folder, log.warning) as stop, closing(journal), recorder:
         if start and job.evaluate_every and start % job.evaluate_every == 0:
             # The attempt that saved this checkpoint may have ended before its report.
-            report(_evaluate(job, stage, model, _midway(job, stage)), start)
+            report(_evaluate(job, stage, model, _midway(job, stage)).metrics, start)
         for step, batch_rows in enumerate(rows(start), start):
             clock.end_wait()
             stopped = False
@@ -145,7 +146,10 @@ def run(
             if stopped:
                 raise interrupted(job.stage, stop.asked, done)
             if job.evaluate_every and done % job.evaluate_every == 0:
-                report(metrics | _evaluate(job, stage, model, _midway(job, stage)), done)
+                midway = _evaluate(job, stage, model, _midway(job, stage))
+                if rank == 0:
+                    journal.append(midway.with_intervals, done)
+                report(metrics | midway.metrics, done)
             clock.start_wait()
 
     if done != stage.budget.steps:
@@ -155,8 +159,9 @@ def run(
         )
     if not engine.finite():
         raise _weights_not_finite(job, done)
-    figures = _evaluate(job, stage, model, stage.evals, write=rank == 0)
-    journal.append(figures, stage.budget.steps)
+    final = _evaluate(job, stage, model, stage.evals, write=rank == 0)
+    figures = final.metrics
+    journal.append(final.with_intervals, stage.budget.steps)
     state = engine.state(
         artifacts.tensors_to_save(stage, model.state_dict(), multipliers, inherited)
     )
@@ -290,6 +295,13 @@ def _midway(job: TrainJob, stage: Stage) -> list[EvalSpec]:
     return [spec for spec in stage.evals if job.midway in (None, spec.name)]
 
 
+class _Figures(NamedTuple):
+    """Figures of evaluations, alone and with their intervals for the journal."""
+
+    metrics: Metrics
+    with_intervals: Metrics
+
+
 def _evaluate(
     job: TrainJob,
     stage: Stage,
@@ -297,20 +309,27 @@ def _evaluate(
     evals: Sequence[EvalSpec],
     *,
     write: bool = False,
-) -> Metrics:
-    """Run evaluations; every rank reads the same rows, because all must gather sharded weights."""
-    pipeline = Pipeline(model, stage)
-    metrics: Metrics = {}
+) -> _Figures:
+    """Run evaluations; every rank reads the same rows, because all must gather sharded weights.
+
+    write: keep the rows and images in `evals/`; the driver adds the digest of the weights.
+    """
+    pipeline, folder = Pipeline(model, stage), job.folder / results.FOLDER
+    found = _Figures({}, {})
     for spec in evals:
-        result = spec.run(pipeline, job.home)
-        metrics |= result.metrics
-        for name, image in result.pictures.items() if write else ():
+        result, record = results.evaluate(spec, pipeline, job.home)
+        found.metrics.update(result.metrics)
+        found.with_intervals.update(results.with_intervals(record.figures))
+        if write:
             try:
-                (job.folder / "evals").mkdir(exist_ok=True)
-                image.save(job.folder / "evals" / f"{name}.png")
+                results.write(record, folder)
+                for name, image in result.pictures.items():
+                    image.save(folder / f"{name}.png")
             except OSError as error:  # the metrics are in the journal
-                log.warning("%s: the image of %s cannot be saved: %s", job.stage, name, error)
-    return metrics
+                log.warning(
+                    "%s: the results of %s cannot be saved: %s", job.stage, spec.name, error
+                )
+    return found
 
 
 def _save(

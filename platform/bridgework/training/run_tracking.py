@@ -16,8 +16,10 @@ from bridgework.artifacts import StageResult
 from bridgework.config import flat, to_dict
 from bridgework.data import quarantine
 from bridgework.errors import TrackingError
+from bridgework.evaluation import results
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
+from bridgework.tracking import evaluations
 from bridgework.tracking.tracker import MemoryTracker, Point, Status, Tracker
 from bridgework.training import run_dir
 from bridgework.training.skips import FILE as SKIPS
@@ -100,8 +102,6 @@ class RunRecord:
         }
         with self._try_tracker() as tracker:
             if self._open is not None:
-                for image in sorted((place / "evals").glob("*.png")):
-                    tracker.file(self._open, image, "evals")
                 if (place / SKIPS).exists():
                     tracker.file(self._open, place / SKIPS)
                 quarantined = _count_quarantined(place / "quarantine", stage.budget.steps)
@@ -109,6 +109,11 @@ class RunRecord:
                 model_id = tracker.output(
                     self._open, f"{self._system.name}-{stage.name}", str(result.artifact), tags
                 )
+                for file in results.assign_weights(place / results.FOLDER, info.digest):
+                    images = [file.with_name(f"{results.read(file).name}.png")]
+                    evaluations.log(
+                        tracker, results.read(file), [file, *(i for i in images if i.is_file())]
+                    )
                 tracker.finish(self._open)
                 result = replace(result, run_id=self._open, model_id=model_id)
                 self._open = None

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bridgework.errors import DataError
+from bridgework.evaluation import results
 from bridgework.evaluation.statistics import Difference, Interval, RowValues, difference, interval
 from bridgework.tuning.space import Metric
 from bridgework.tuning.study import TrialRow
@@ -26,6 +28,13 @@ def values_of(row: TrialRow, metric: Metric, folder: Path, stage: str) -> RowVal
         names = tuple(f"seed {number}" for number in range(len(row.repeats)))
         seeds = np.array([float(repeat[metric.name]) for repeat in row.repeats])
         return RowValues(names, names, seeds, np.ones_like(seeds))
+    for file in sorted((folder / row.trial / stage / results.FOLDER).glob("*.parquet")):
+        try:
+            rows = results.read(file).rows
+        except DataError:  # of another version
+            continue
+        if metric.name in rows:
+            return rows[metric.name]
     return None
 
 

@@ -667,7 +667,7 @@ def _registered(
         if recorder.tracker is not None and winner.run_id is not None:
             tags = {"command": command, "sweep": run}
             version = registry.register(recorder.tracker, base.name, winner, tags)
-            _, why = registry.challenge(recorder.tracker, version, space.metric.name)
+            _, why = registry.challenge(recorder.tracker, version, space.metric.name, home)
             version = recorder.tracker.version(base.name, version.version)
     except TrackingError as error:
         recorder.say(f"{error}; the winner is not registered yet: the same command later does it")
