@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +150,6 @@ def sweep(
     given = load_space(space) if isinstance(space, str) else space
     place = home or default_home()
     chosen = search.with_trials(given, trials=trials)
-    tracker = open_tracker(project, place, console) if track else None
     return search.sweep(
         chosen if prefer is None else replace(chosen, prefer=prefer),
         home=place,
@@ -157,7 +157,7 @@ def sweep(
         changes=changes,
         more=more,
         warm_start=warm_start,
-        tracker=tracker,
+        tracker=partial(open_tracker, project, place, console) if track else None,
         console=console,
     )
 

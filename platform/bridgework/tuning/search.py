@@ -91,14 +91,15 @@ def sweep(
     changes: Mapping[str, Any] | None = None,
     more: int = 0,
     warm_start: Sequence[str] = (),
-    tracker: Tracker | None = None,
+    tracker: Tracker | Callable[[], Tracker | None] | None = None,
     console: Console | None = None,
 ) -> Outcome:
     """Run `space` with `changes` in every trial, and register the best trial's last stage.
 
     The same call resumes an interrupted sweep: finished trials are not run again, and unfinished
     ones continue from their checkpoints. more: trials in addition to those that `run` has already.
-    warm_start: earlier sweeps of the same system, whose trials the first proposals know.
+    warm_start: earlier sweeps of the same system, whose trials the first proposals know. tracker: or
+    a function that opens it, which is called after the checks.
 
     The new version becomes `challenger` if it is better than the holder of the alias. Raises
     SpecError for a path, a stage or a metric that does not exist, RunError if no trial finished
@@ -119,6 +120,8 @@ def sweep(
             count = trials.warm_start(run_dir.path_of(home, earlier), earlier)
             console.print(f"warm start: {count} trials of {earlier}", highlight=False)
         target = trials.count() + more if more else space.budget.trials
+        if callable(tracker):
+            tracker = tracker()
         parent = None
         if tracker is not None:
             tags = {"run_key": run, "system": base.name, "sweep": space.name}
