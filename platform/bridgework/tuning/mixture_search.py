@@ -241,7 +241,7 @@ class MixtureSearch:
     @cached_property
     def _pipeline(self) -> Pipeline:
         """A pipeline of the first source's model that keeps the features of a frozen tower."""
-        pipeline = Pipeline.load(str(self.of_source(0)))
+        pipeline = self._load(self.of_source(0))
         if not any(key.startswith("vision.") for key in self._differing):
             pipeline.inputs = _CachedInputs(pipeline.model, pipeline.stage)
         return pipeline
@@ -249,9 +249,12 @@ class MixtureSearch:
     def _evaluated(self, artifact: Path) -> Result:
         key = str(artifact)
         if key not in self._results:
-            pipeline = Pipeline.load(key)
-            self._results[key] = self._results_of(pipeline)
+            self._results[key] = self._results_of(self._load(artifact))
         return self._results[key]
+
+    def _load(self, artifact: Path) -> Pipeline:
+        """Load a model that asks as the searched stage does, and not as its own source does."""
+        return Pipeline(Pipeline.load(str(artifact)).model, self.stage)
 
     def _results_of(self, pipeline: Pipeline) -> Result:
         """Run all evaluations of the stage; their metrics and rows are in one result."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
 from optuna.importance import PedAnovaImportanceEvaluator
 
 from bridgework import storage
@@ -85,13 +84,12 @@ def write(record: SweepRecord) -> Path:
     folder.mkdir(exist_ok=True)
     figures, drawn = dict[str, str](), 0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.simplefilter("ignore", UserWarning)  # of matplotlib, about layouts
+        warnings.simplefilter("ignore")  # of Optuna and matplotlib, about layouts and experiments
         for title, draw in _figures(record).items():
             try:
                 figures[title] = _embedded(draw(), first=drawn == 0)
                 drawn += 1
-            except (ValueError, RuntimeError) as error:  # e.g. too few trials for an importance
+            except Exception as error:  # e.g. too few trials; a figure never ends a sweep
                 figures[title] = f"<p>Not drawn: {html.escape(str(error))}</p>"
         _write_png(record, folder)
     page = folder / PAGE
@@ -222,9 +220,6 @@ def _cost(record: SweepRecord) -> Any:
 
 def _write_png(record: SweepRecord, folder: Path) -> None:
     """Write the figures that Optuna draws with matplotlib, and the scores."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as plots
 
@@ -249,7 +244,7 @@ def _write_png(record: SweepRecord, folder: Path) -> None:
             draw()
             pyplot.gcf().set_size_inches(10, 5)
             pyplot.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:
             log.info("%s is not drawn: %s", name, error)
         finally:
             pyplot.close("all")
