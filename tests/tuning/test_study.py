@@ -115,6 +115,15 @@ def test_more_trials_extend_a_finished_sweep(
     assert told(opened(tmp_path / "s", base).rows()) == unbroken
 
 
+def test_an_interrupted_extension_resumes(tmp_path: Path, base: System) -> None:
+    drive(opened(tmp_path / "s", base), 3, random.Random(0))
+    assert opened(tmp_path / "s", base).extend(4) == 7
+    drive(opened(tmp_path / "s", base), 7, random.Random(0), reports=2)
+    assert opened(tmp_path / "s", base).extend(4) == 7
+    drive(opened(tmp_path / "s", base), 7, random.Random(0))
+    assert opened(tmp_path / "s", base).extend(4) == 11
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "random"])
 @pytest.mark.parametrize("stopper", ["median", "hyperband", "none"])
 def test_samplers_and_stoppers_propose_by_number(

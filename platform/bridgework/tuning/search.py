@@ -119,7 +119,7 @@ def sweep(
         for earlier in warm_start:
             count = trials.warm_start(run_dir.path_of(home, earlier), earlier)
             console.print(f"warm start: {count} trials of {earlier}", highlight=False)
-        target = trials.count() + more if more else space.budget.trials
+        target = trials.extend(more) if more else space.budget.trials
         if callable(tracker):
             tracker = tracker()
         parent = None

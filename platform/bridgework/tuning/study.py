@@ -126,6 +126,14 @@ class Trials:
         """Return the number of trials of this sweep, without those of earlier sweeps."""
         return sum(not is_warm(trial) for trial in self._all())
 
+    def extend(self, more: int) -> int:
+        """Return the number of trials after `more` new ones; an interrupted extension is resumed."""
+        target = int(self.noted("target") or 0)
+        if target <= self.count() and not self.unfinished():
+            target = self.count() + more
+            self.note("target", target)
+        return target
+
     def unfinished(self) -> list[int]:
         """Return the numbers of the trials that an interruption left open."""
         return [t.number for t in self._all() if t.state == TrialState.RUNNING]
