@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,43 +129,51 @@ def _options(system: System, job: TrialJob, *, judged: bool) -> RunOptions:
     )
     if not judged:
         return options
-    # Rounded up, so that the last evaluation is that at the end.
-    every = math.ceil(system[job.space.stages[-1]].budget.steps / budget.judgments)
-    report = partial(_report, every, metric)
+    judge = _Judge(metric, system[job.space.stages[-1]].budget.steps, budget.judgments)
     return replace(
         options,
-        evaluate_every=every,
+        evaluate_every=judge.every,
         midway=metric.split(".")[0],
-        report=report,
-        callbacks=(_Report(every, metric),) if budget.workers else (),
+        report=judge.report,
+        callbacks=(_Report(judge),) if budget.workers else (),
     )
 
 
-def _report(every: int, metric: str, metrics: Mapping[str, float], step: int) -> None:
-    if (judged := _judged(every, metric, metrics, step)) is not None:
-        tune.report(judged)
+@dataclass(frozen=True)
+class _Judge:
+    """The evaluations of a stage that Tune sees: those before its end."""
 
+    metric: str
+    steps: int
+    judgments: int
 
-def _judged(
-    every: int, metric: str, metrics: Mapping[str, float], step: int
-) -> dict[str, Any] | None:
-    """Return what Tune sees of a report; None for one of another stage or of the stage's end."""
-    if metric not in metrics or step % every:
-        return None
-    return {metric: metrics[metric], "step": step, JUDGMENT: step // every}
+    @property
+    def every(self) -> int:
+        """Steps between two evaluations, rounded up: the last one is at the end of the stage."""
+        return math.ceil(self.steps / self.judgments)
+
+    def report(self, metrics: Mapping[str, float], step: int) -> None:
+        if (judged := self.judged(metrics, step)) is not None:
+            tune.report(judged)
+
+    def judged(self, metrics: Mapping[str, float], step: int) -> dict[str, Any] | None:
+        """Return the report to Tune; None for one that is not an evaluation before the end."""
+        if self.metric not in metrics or step % self.every or step >= self.steps:
+            return None
+        return {self.metric: metrics[self.metric], "step": step, JUDGMENT: step // self.every}
 
 
 class _Report(TuneReportCallback):
     """Passes the evaluations of Ray Train's workers to Tune, one at a time."""
 
-    def __init__(self, every: int, metric: str) -> None:
+    def __init__(self, judge: _Judge) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._every, self._metric = every, metric
+        self._judge = judge
 
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
     ) -> None:
-        judged = _judged(self._every, self._metric, metrics[0], int(metrics[0]["step"]))
+        judged = self._judge.judged(metrics[0], int(metrics[0]["step"]))
         if judged is not None:
             super().after_report(run_context, [judged], None)
 
