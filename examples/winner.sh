@@ -7,16 +7,18 @@
 # best trial must pass the gate of examples/winner_gate.toml. The last line is the winner's figure.
 set -eu
 PATH=$PWD/.venv/bin:$PATH
-export BRIDGEWORK_HOME="${BRIDGEWORK_HOME:-$PWD/.bridgework/winner}"
+BRIDGEWORK_HOME=$(mktemp -d)
+export BRIDGEWORK_HOME
 PORT=${PORT:-8017}
 began=$(date +%s)
 
+echo "home      $BRIDGEWORK_HOME"
 say() { printf '\n== %s (%s s)\n' "$1" "$(($(date +%s) - began))"; }
 
 say "train the first champion"
 bridgework train llava:quickstart --stage warm --run first --workers 0 \
   --set stages.warm.budget.steps=10
-bridgework history llava | grep -q promoted || bridgework promote llava:1
+bridgework promote llava:1
 
 say "sweep"
 bridgework sweep llava_warm --run sweep

@@ -91,6 +91,21 @@ def test_few_images_decide_nothing_whatever_the_difference() -> None:
     assert check(GATE, "x.y", "higher", *paired([1.0] * 20, [0.0] * 20)).outcome == "passed"
 
 
+def test_images_that_are_not_part_of_the_figure_do_not_count() -> None:
+    """E.g. 300 requests of which 6 should be refused."""
+    keys = tuple(map(str, range(300)))
+    rows, harmful = EvaluatedRows(keys, keys), [float(i < 6) for i in range(300)]
+    new, old = rows.values([1.0] * 300, harmful), rows.values([0.0] * 300, harmful)
+    found = check(GATE, "refusals.refused", "higher", new, old)
+    assert (found.outcome, found.n, found.images) == ("undecided", 6, 6)
+
+
+def test_an_equal_model_passes_a_guard_without_margin() -> None:
+    values = [float(i % 3 == 0) for i in range(60)]
+    assert check(GATE, "x.y", "higher", *paired(values, values), 0.0).outcome == "passed"
+    assert check(GATE, "x.y", "higher", *paired(values, values)).outcome == "failed"
+
+
 def test_a_figure_that_is_not_a_number_never_passes() -> None:
     nan = [float("nan")] * 30
     assert check(GATE, "x.y", "higher", *paired(nan, [0.5] * 30)).outcome == "failed"

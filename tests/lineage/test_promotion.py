@@ -365,7 +365,7 @@ def test_an_evaluation_is_a_run_below_the_one_that_made_the_weights(
 
 def test_a_tracker_that_does_not_answer_keeps_the_record(tmp_path: Path, home: Path) -> None:
     class Silent(MemoryTracker):
-        def produced(self, digest: str) -> None:
+        def produced(self, digest: str, artifact: str = "") -> None:
             raise TrackingError("MLflow does not answer")
 
     pipe, artifact, said = pipeline(), tmp_path / "artifact", list[str]()

@@ -17,7 +17,15 @@ from bridgework import storage
 from bridgework.cli import completion
 from bridgework.cli.curate import curate
 from bridgework.cli.data import data, mixture, order
-from bridgework.cli.judging import compare, evaluate, history, promote, register, rollback
+from bridgework.cli.judging import (
+    compare,
+    evaluate,
+    history,
+    interval_cells,
+    promote,
+    register,
+    rollback,
+)
 from bridgework.cli.mixtures import mixture as mixture_search
 from bridgework.cli.models import ask, export, importing
 from bridgework.cli.options import Project, changes, pairs
@@ -215,6 +223,8 @@ def train(
 ) -> None:
     """Train the stages of a system in order. Run again, it resumes and reuses finished stages."""
     from bridgework import api
+    from bridgework.artifacts import describe
+    from bridgework.evaluation.results import records_of
     from bridgework.training.options import RunOptions
     from bridgework.training.run_dir import default_name
 
@@ -239,12 +249,16 @@ def train(
         project=project,
         console=err,
     )
-    table = Table("stage", "metric", "value", box=None, pad_edge=False)
+    table = Table("stage", "metric", "value", "95 % interval", "n", box=None, pad_edge=False)
     for name, result in results.items():
+        weights = describe(result.artifact).digest
+        records = records_of(result.artifact, weights, home_folder())
+        figures = {figure.name: figure for record in records for figure in record.figures}
         for key, value in result.metrics.items():
             if key.startswith(BY_SOURCE):
                 continue  # recorded in MLflow
-            table.add_row(name, key, f"{value:.4g}")
+            cells = interval_cells(figures[key]) if key in figures else ("", "")
+            table.add_row(name, key, f"{value:.4g}", *cells)
             name = ""
     out.print(table)
     last = results[list(results)[-1]]

@@ -80,7 +80,9 @@ def evaluate(
         return
     table = Table("metric", "value", "95 % interval", "n", "better", box=None, pad_edge=False)
     for figure in figures:
-        table.add_row(figure.name, f"{figure.value:.4g}", *_interval(figure), figure.better or "-")
+        table.add_row(
+            figure.name, f"{figure.value:.4g}", *interval_cells(figure), figure.better or "-"
+        )
     out.print(table)
 
 
@@ -250,7 +252,7 @@ def _report(text: str) -> None:
     err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _interval(figure: "Figure") -> tuple[str, str]:
+def interval_cells(figure: "Figure") -> tuple[str, str]:
     """Return the interval and the number of rows of a figure as cells."""
     found = figure.interval
     if found is None:
@@ -273,13 +275,13 @@ def _samples(result: "Result") -> Iterator[Mapping[str, Any]]:
         if result.better.get(metric) is not None
     }
     for number, answer in enumerate(result.answers):
-        target = answer.target[0] if len(answer.target) == 1 else list(answer.target)
+        target = answer.target[0] if len(answer.target) == 1 else str(list(answer.target))
         yield {
             "doc_id": number,
-            "doc": {"key": answer.key, "question": answer.question},
+            "key": answer.key,
+            "input": answer.question,
             "target": target,
-            "resps": [[answer.response]],
-            "filtered_resps": [answer.response],
+            "filtered_resps": answer.response,
             **{
                 metric: values[answer.key]
                 for metric, values in places.items()

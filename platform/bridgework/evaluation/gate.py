@@ -256,10 +256,10 @@ def check(
         sign * gap + needed,
     )
     if images < IMAGES:
-        more = -(-IMAGES * n // images) - n
+        more = -(-IMAGES * n // images) - n if images else IMAGES
         reason = f"it needs {more:,} more rows: at least {IMAGES} images. Got {images}"
         return decided("undecided", reason, low, high, more)
-    if worst + needed > 0:
+    if worst + needed > 0 or (margin is not None and worst + needed == 0):
         return decided("passed", "better" if margin is None else "not worse", low, high, None)
     if distance <= 0 or best + needed <= 0:
         reason = "it is not better" if margin is None else f"it is worse by more than {margin:g}"

@@ -157,8 +157,8 @@ def interval(rows: RowValues, confidence: float = CONFIDENCE) -> Interval:
     agree on a share of 0 or 1, the interval is Wilson's for as many independent rows as there are
     clusters, because their spread is 0.
     """
-    value, n = rows.mean, int(np.count_nonzero(rows.weights))
-    clusters = len({c for c, w in zip(rows.clusters, rows.weights, strict=True) if w})
+    value, rows = rows.mean, rows.take(np.flatnonzero(rows.weights).tolist())
+    n, clusters = len(rows.keys), len(set(rows.clusters))
     if clusters < 2:
         return Interval(value, nan, nan, n, clusters)
     share = bool(((rows.values >= 0) & (rows.values <= 1)).all())
@@ -251,10 +251,10 @@ def bootstrap(
 def paired(first: RowValues, second: RowValues) -> tuple[RowValues, RowValues]:
     """Return both reduced to their common keys, in the order of the first.
 
+    Rows that are part of neither figure (weight 0) are left out.
+
     Raises DataError if they have no key in common.
     """
-    if first.keys == second.keys:
-        return first, second
     place = {key: i for i, key in enumerate(second.keys)}
     common = [i for i, key in enumerate(first.keys) if key in place]
     if not common:
@@ -263,7 +263,8 @@ def paired(first: RowValues, second: RowValues) -> tuple[RowValues, RowValues]:
             f"{', '.join(map(repr, first.keys[:1]))} and {', '.join(map(repr, second.keys[:1]))}. "
             "Fix: evaluate both on the same dataset with the same seed"
         )
-    return first.take(common), second.take([place[first.keys[i]] for i in common])
+    counted = [i for i in common if first.weights[i] or second.weights[place[first.keys[i]]]]
+    return first.take(counted), second.take([place[first.keys[i]] for i in counted])
 
 
 def _fit(values: NDArray[np.float64], clusters: Sequence[str]) -> Any:

@@ -48,7 +48,7 @@ def evaluate(
             say(f"figure    {file.with_name(f'{name}.png')}")
         if tracker is not None:
             try:
-                log(tracker, record, files)
+                log(tracker, record, files, artifact)
             except TrackingError as error:
                 say(f"{error}; the evaluation is only in {file}")
                 tracker = None
@@ -56,9 +56,11 @@ def evaluate(
     return done
 
 
-def log(tracker: Tracker, record: EvaluationRecord, files: Iterable[Path]) -> str:
-    """Log an evaluation; returns the id of its run. The same evaluation again replaces no run."""
-    made = tracker.produced(record.weights)
+def log(
+    tracker: Tracker, record: EvaluationRecord, files: Iterable[Path], artifact: str = ""
+) -> str:
+    """Log an evaluation; returns the id of its run. The same evaluation again is the same run."""
+    made = tracker.produced(record.weights, artifact)
     tags = {
         "kind": KIND,
         "digest": record.weights,

@@ -321,12 +321,11 @@ class MLflowTracker(MLflowReader):
             )
             return str(model.model_id)
 
-    def produced(self, digest: str) -> Produced | None:
+    def produced(self, digest: str, artifact: str = "") -> Produced | None:
         with self._call(f"find the model of weights {digest}"):
-            for model in self._logged(f"tags.digest = '{digest}'"):
-                if model.source_run_id:
-                    return Produced(model.source_run_id, str(model.model_id))
-            return None
+            found = [m for m in self._logged(f"tags.digest = '{digest}'") if m.source_run_id]
+            own = [m for m in found if _artifact(m.tags) == artifact] or found
+            return Produced(own[0].source_run_id, str(own[0].model_id)) if own else None
 
     def find(self, tags: Mapping[str, str]) -> list[tuple[str, Mapping[str, str]]]:
         with self._call("find runs by their tags"):

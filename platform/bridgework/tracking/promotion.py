@@ -314,7 +314,7 @@ def _produced(tracker: Tracker, version: Version) -> Produced | None:
             digest = artifacts.describe(version.artifact).digest
         except WeightsError:
             return None
-    return tracker.produced(digest)
+    return tracker.produced(digest, version.artifact)
 
 
 def _points(decision: PromotionDecision) -> Mapping[str, float]:

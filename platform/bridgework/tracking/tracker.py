@@ -107,8 +107,11 @@ class Tracker(Protocol):
     def output(self, run_id: str, name: str, artifact: str, tags: Mapping[str, str]) -> str:
         """Log a model for the weights under `artifact`; returns its id."""
 
-    def produced(self, digest: str) -> Produced | None:
-        """Return the newest run and logged model of the weights with this digest."""
+    def produced(self, digest: str, artifact: str = "") -> Produced | None:
+        """Return the newest run and logged model of the weights with this digest.
+
+        Several runs may make equal weights: the one of the folder `artifact` has precedence.
+        """
 
     def find(self, tags: Mapping[str, str]) -> list[tuple[str, Mapping[str, str]]]:
         """Return (run id, tags) of the runs with all these tags, oldest first."""
@@ -363,13 +366,14 @@ class MemoryTracker:
     ) -> None:
         self._run(run_id).points += points
 
-    def produced(self, digest: str) -> Produced | None:
+    def produced(self, digest: str, artifact: str = "") -> Produced | None:
         found = [
-            Produced(run_id, model_id)
-            for model_id, (run_id, _, _, tags) in self.models.items()
+            (folder == artifact, Produced(run_id, model_id))
+            for model_id, (run_id, _, folder, tags) in self.models.items()
             if tags.get("digest") == digest
         ]
-        return found[-1] if found else None
+        own = [made for same, made in found if same] or [made for _, made in found]
+        return own[-1] if own else None
 
     def find(self, tags: Mapping[str, str]) -> list[tuple[str, Mapping[str, str]]]:
         return [

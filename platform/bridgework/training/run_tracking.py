@@ -100,6 +100,7 @@ class RunRecord:
             "stage": stage.name,
             "run": self._run,
         }
+        files = results.assign_weights(place / results.FOLDER, info.digest)
         with self._try_tracker() as tracker:
             if self._open is not None:
                 if (place / SKIPS).exists():
@@ -109,11 +110,11 @@ class RunRecord:
                 model_id = tracker.output(
                     self._open, f"{self._system.name}-{stage.name}", str(result.artifact), tags
                 )
-                for file in results.assign_weights(place / results.FOLDER, info.digest):
-                    images = [file.with_name(f"{results.read(file).name}.png")]
-                    evaluations.log(
-                        tracker, results.read(file), [file, *(i for i in images if i.is_file())]
-                    )
+                for file in files:
+                    record = results.read(file)
+                    images = [file.with_name(f"{record.name}.png")]
+                    kept = [file, *(image for image in images if image.is_file())]
+                    evaluations.log(tracker, record, kept, str(result.artifact))
                 tracker.finish(self._open)
                 result = replace(result, run_id=self._open, model_id=model_id)
                 self._open = None
