@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,9 @@ def sweep(
     *,
     changes: Mapping[str, Any] | None = None,
     trials: int | None = None,
+    more: int = 0,
+    prefer: str | None = None,
+    warm_start: Sequence[str] = (),
     run: str | None = None,
     home: Path | None = None,
     track: bool = True,
@@ -120,11 +124,16 @@ def sweep(
 ) -> "Outcome":
     """Search a space with Ray Tune, and register the best trial if it beats the challenger.
 
+    The same call resumes an interrupted sweep, and does not run a finished one again.
+
     Args:
         space: A Space, or the name of a module of tune_spaces/ such as "llava_bridge".
         changes: Overrides by dotted path that every trial shares.
         trials: Number of trials. Default: the space's own.
-        run: Name of the sweep's folder. Default: "sweep-SPACE". The same sweep again is not run again.
+        more: Trials in addition to those that the sweep has already.
+        prefer: Rule that chooses among several objectives, e.g. "quality >= best - 0.01, then tokens".
+        warm_start: Earlier sweeps of the same system, whose trials the proposals know.
+        run: Name of the sweep's folder. Default: "sweep-SPACE".
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
         track: Record the trials in MLflow and register the winner.
         project: Name of the MLflow experiment.
@@ -142,16 +151,17 @@ def sweep(
 
     given = load_space(space) if isinstance(space, str) else space
     place = home or default_home()
-    tracker = open_tracker(project, place, console) if track else None
-    with _ray(1):
-        return search.sweep(
-            search.with_trials(given, trials=trials),
-            home=place,
-            run=run or f"sweep-{given.name}",
-            changes=changes,
-            tracker=tracker,
-            console=console,
-        )
+    chosen = search.with_trials(given, trials=trials)
+    return search.sweep(
+        chosen if prefer is None else replace(chosen, prefer=prefer),
+        home=place,
+        run=run or f"sweep-{given.name}",
+        changes=changes,
+        more=more,
+        warm_start=warm_start,
+        tracker=partial(open_tracker, project, place, console) if track else None,
+        console=console,
+    )
 
 
 def evaluate(

@@ -26,8 +26,10 @@ from bridgework.cli.judging import (
     register,
     rollback,
 )
+from bridgework.cli.mixtures import mixture as mixture_search
 from bridgework.cli.models import ask, export, importing
 from bridgework.cli.options import Project, changes, pairs
+from bridgework.cli.sweeps import checked_features, report, sweep
 from bridgework.config import flat, override
 from bridgework.data.catalog import home as home_folder
 from bridgework.errors import BridgeworkError, Interrupted, ResourceError, SpecError
@@ -189,6 +191,22 @@ def train(
             min=0, metavar="SECONDS", help="Time to wait for the resources of the workers."
         ),
     ] = TIMEOUT_S,
+    features: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|cached|computed",
+            help="Features of frozen vision towers: read from a cache or computed in training.",
+            show_default="whichever is cheaper",
+        ),
+    ] = "auto",
+    threads: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Threads of torch on a CPU. Equal threads give equal bits.",
+            show_default="the cores, divided among the workers",
+        ),
+    ] = 0,
     trust_checkpoints: Annotated[
         bool,
         typer.Option(
@@ -220,6 +238,8 @@ def train(
         options=RunOptions(
             readers=readers,
             skip=tuple(skip or ()),
+            features=checked_features(features),
+            threads=threads,
             gpus_per_worker=gpus_per_worker,
             resource_timeout_s=resource_timeout,
             trust_checkpoints=trust_checkpoints,
@@ -247,56 +267,9 @@ def train(
         out.print(f"model     {last.version}", highlight=False)
 
 
-@app.command(rich_help_panel=TRAIN)
-def sweep(
-    space: Annotated[
-        str,
-        typer.Argument(
-            metavar="SPACE", help="Search space: a module of tune_spaces/, e.g. llava_bridge."
-        ),
-    ],
-    set_: Set = None,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Number of trials.", show_default="set by the space")
-    ] = None,
-    run: Annotated[
-        str | None,
-        typer.Option(help="Name of the sweep.", show_default="sweep-SPACE"),
-    ] = None,
-    project: Project = "bridgework",
-) -> None:
-    """Search hyperparameters and register the best trial, as `challenger` if it is better."""
-    from bridgework import api
-    from bridgework.tuning.space import load as load_space
-
-    loaded = load_space(space)
-    outcome = api.sweep(
-        loaded,
-        changes=changes(set_),
-        trials=trials,
-        run=run or f"sweep-{space}",
-        project=project,
-        console=err,
-    )
-    table = Table(
-        "trial", loaded.metric.name, "status", "seconds", *loaded.space, box=None, pad_edge=False
-    )
-    for row in outcome.rows:
-        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.changes.values()]
-        score = "-" if row.score is None else f"{row.score:.3f}"
-        table.add_row(row.trial, score, row.status, f"{row.seconds:.0f}", *values)
-    out.print(table)
-    out.print(f"again     {outcome.command}", soft_wrap=True, highlight=False)
-    out.print(f"artifact  {outcome.artifact}", soft_wrap=True, highlight=False)
-    if outcome.version:
-        aliases = f" ({', '.join(outcome.version.aliases)})" if outcome.version.aliases else ""
-        out.print(
-            f"model     {outcome.version.name}:{outcome.version.version}{aliases}", highlight=False
-        )
-    if outcome.not_challenger:
-        out.print(outcome.not_challenger, soft_wrap=True, highlight=False)
-
-
+app.command(rich_help_panel=TRAIN)(sweep)
+app.command(rich_help_panel=TRAIN)(report)
+app.add_typer(mixture_search, name="mixture", rich_help_panel=TRAIN)
 app.command("eval", rich_help_panel=EVALUATE)(evaluate)
 app.command(rich_help_panel=EVALUATE)(compare)
 app.command(rich_help_panel=EVALUATE)(ask)

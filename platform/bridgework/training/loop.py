@@ -108,6 +108,9 @@ def run(
     done = start
     recorder = FlightRecorder(job.folder, attempt, rank, start)
     with listening(job.folder, log.warning) as stop, closing(journal), recorder:
+        if start and job.evaluate_every and start % job.evaluate_every == 0:
+            # The attempt that saved this checkpoint may have ended before its report.
+            report(_evaluate(job, stage, model, _midway(job, stage)).metrics, start)
         for step, batch_rows in enumerate(rows(start), start):
             clock.end_wait()
             stopped = False
@@ -143,8 +146,7 @@ def run(
             if stopped:
                 raise interrupted(job.stage, stop.asked, done)
             if job.evaluate_every and done % job.evaluate_every == 0:
-                evals = [spec for spec in stage.evals if job.midway in (None, spec.name)]
-                midway = _evaluate(job, stage, model, evals)
+                midway = _evaluate(job, stage, model, _midway(job, stage))
                 if rank == 0:
                     journal.append(midway.with_intervals, done)
                 report(metrics | midway.metrics, done)
@@ -288,6 +290,11 @@ def _micro_batches(
     while len(batches) < number:
         batches.append(replace(collate(rows[:1], pad_id=pad_id), idle=True))
     return batches
+
+
+def _midway(job: TrainJob, stage: Stage) -> list[EvalSpec]:
+    """Return the evaluations before the end of the stage."""
+    return [spec for spec in stage.evals if job.midway in (None, spec.name)]
 
 
 class _Figures(NamedTuple):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from bridgework import ray_utils
 
@@ -23,8 +23,11 @@ class RunOptions:
     midway: str | None = None  # the only evaluation before the end; None runs all
     # keys of samples, and `step:N` or `step:N-M`, that the unfinished stage skips
     skip: tuple[str, ...] = ()
-    cache_features: bool = True
-    threads: int = 0  # of torch in a worker on a CPU; 0 divides the node's cores among the workers
+    # of frozen vision towers: read from a cache or computed in training. auto: whichever the recipe
+    # makes cheaper, or as the run began; the two differ in the last digits of the losses
+    features: Literal["auto", "cached", "computed"] = "auto"
+    # of torch in a process on a CPU; 0 divides the node's cores among the workers
+    threads: int = 0
     # None: 1 if the cluster has GPUs or can start nodes with GPUs, else 0
     gpus_per_worker: float | None = None
     resource_timeout_s: float = ray_utils.TIMEOUT_S  # of the wait for the workers' resources
