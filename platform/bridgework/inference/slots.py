@@ -254,7 +254,7 @@ class Slots:
         outputs = self._language(
             inputs_embeds=embeds_1SD,
             attention_mask=attention_1S,
-            decoder_input_ids=attention_1S.new_full((1, 1), self.start),
+            decoder_input_ids=torch.full((1, 1), cast(int, self.start), device=embeds_1SD.device),
             past_key_values=cache,
             use_cache=True,
         )

@@ -61,11 +61,16 @@ class Strict(BaseModel):
     def _drop_neutral_fields(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        supported = {name: value for name, value in given.items() if name in cls.model_fields}
+        supported = {name: value for name, value in given.items() if name in cls._names()}
         for name, value in given.items():
             if name not in supported and not cls._is_neutral(name, value):
                 raise cls._unsupported(name, value)
         return supported
+
+    @classmethod
+    def _names(cls) -> set[str]:
+        """Return the fields as JSON names them."""
+        return {field.alias or name for name, field in cls.model_fields.items()}
 
     @classmethod
     def _is_neutral(cls, name: str, value: Any) -> bool:
@@ -83,7 +88,7 @@ class Strict(BaseModel):
             given = f"Got {summarize(value)}; expected {allowed}"
             message = f"{name}: not supported. {given}. Fix: leave it out"
             return APIError(400, message, code="unsupported", param=name)
-        near = suggest(name, [*cls.model_fields, *cls.neutral]) if len(name) < 64 else ""
+        near = suggest(name, [*cls._names(), *cls.neutral]) if len(name) < 64 else ""
         hint = near if "did you mean" in near else ""
         return APIError(
             400, f"{name[:64]}: unknown field{hint}. Fix: leave it out", code="unknown", param=name
@@ -293,7 +298,7 @@ class StructuredOutputs(Strict):
     def _check_one_form(self) -> "StructuredOutputs":
         given = [self.choice is not None, self.json_ is not None, bool(self.json_object)]
         if sum(given) > 1:
-            raise _conflict("", "several forms of one answer. Fix: leave all but one out")
+            raise ValueError("several forms of one answer. Fix: leave all but one out")
         return self
 
 
@@ -383,8 +388,8 @@ class ChatRequest(TextParams):
             raise _conflict(at, reason)
         if self.top_logprobs and not self.logprobs:
             raise _conflict("top_logprobs", "needs logprobs: true")
-        forms = (self.response_format, self.structured_outputs)
-        if None not in forms and forms[0].type != "text":
+        form = self.response_format
+        if form is not None and form.type != "text" and self.structured_outputs is not None:
             reason = "the form of the answer is given twice. Fix: leave out structured_outputs"
             raise _conflict("response_format", reason)
         if self.choices is not None:

@@ -312,13 +312,16 @@ class Model:
         started: list[GeneratedSequence] = []
 
         def sink(index: int) -> Callable[[Piece | End], None]:
-            return lambda item: loop.call_soon_threadsafe(items.put_nowait, (index, item)) and None
+            def take(item: Piece | End) -> None:
+                loop.call_soon_threadsafe(items.put_nowait, (index, item))
+
+            return take
 
         def submit() -> None:
             prompt, seed = prepare(), sampling.get("seed")
             for i in range(n):
-                own = sampling if seed is None else {**sampling, "seed": seed + i}
-                started.append(engine.submit(prompt, sink(i), **cast(EngineSampling, own)))
+                own: EngineSampling = sampling if seed is None else {**sampling, "seed": seed + i}
+                started.append(engine.submit(prompt, sink(i), **own))
 
         try:
             try:
