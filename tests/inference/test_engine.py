@@ -23,6 +23,7 @@ from bridgework.inference.engine import (
 )
 from bridgework.inference.pipeline import Generation, Pipeline
 from bridgework.models import LanguageConfig
+from bridgework.system import load
 from tests.inference import tiny
 from tests.models.test_packing import MASKED, RECURRENT, WINDOWED, language
 
@@ -188,7 +189,7 @@ def test_several_answers_to_one_prompt_are_read_once(pipe: Pipeline) -> None:
         assert engine.status().prefix_queries == prompt.tokens
     expected = [pipe.generate(ASKED, [tiny.picture()], seed=seed, **DRAWN) for seed in range(5)]
     assert [collected.generation(seed) for seed in range(5)] == expected
-    assert prompt._prefilled is None
+    assert prompt.prefilled is None
 
 
 @pytest.mark.parametrize("name", ["llava/instruct", "flamingo/train"])
@@ -344,3 +345,23 @@ def test_an_error_ends_the_sequences_of_its_step_alone(pipe: Pipeline) -> None:
         wait(engine)
     assert isinstance(collected.ends[0].error, IndexError)
     assert collected.generation(1) == pipe.generate(ASKED, [tiny.picture()], max_new_tokens=4)
+
+
+@pytest.mark.slow
+def test_a_thousand_mixed_requests_are_answered_as_alone(pipe: Pipeline) -> None:
+    requests = [request(pipe, number, most=24) for number in range(1_000)]
+    expected = [pipe.generate(parts, images, **options) for parts, images, options in requests]
+    with running(pipe, EngineLimits(waiting=1_000)) as engine:
+        assert together(engine, requests) == expected
+
+
+@pytest.mark.slow
+def test_a_pretrained_language_model_answers_as_alone(smollm2: object) -> None:
+    quick = load("llava:quickstart")["instruct"]
+    stage = replace(tiny.stage(), model=replace(tiny.stage().model, language=quick.model.language))
+    torch.manual_seed(0)
+    pretrained = Pipeline(stage.model.build().eval(), stage)
+    requests = [request(pretrained, number, most=32) for number in range(24)]
+    expected = [pretrained.generate(parts, images, **how) for parts, images, how in requests]
+    with running(pretrained) as engine:
+        assert together(engine, requests) == expected

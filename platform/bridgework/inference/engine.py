@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from queue import SimpleQueue
 from threading import Condition, Thread
@@ -105,8 +106,8 @@ class Prompt:
     shown: list[_Shown]
     boundaries: list[Boundary]
     room: int  # tokens that fit into the context after it
-    _prefilled: Prefilled | None = None  # until its last sequence has joined
-    _waiting: int = 0  # sequences that have not joined
+    prefilled: Prefilled | None = None  # until its last sequence has joined
+    waiting: int = 0  # sequences that have not joined
 
     @property
     def tokens(self) -> int:
@@ -272,7 +273,7 @@ class Engine:
                     f"most {self.limits.waiting}. Fix: try again later"
                 )
             self._waiting.append(sequence)
-            prompt._waiting += 1
+            prompt.waiting += 1
             self._changed.notify()
         return sequence
 
@@ -311,6 +312,11 @@ class Engine:
                 max_cached_tokens=self.limits.tokens,
                 **self._counts,
             )
+
+    @property
+    def alive(self) -> bool:
+        """True while the step loop runs."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """End the loop. Running and waiting sequences end with a RunError."""
@@ -358,15 +364,28 @@ class Engine:
 
     def _run(self) -> None:
         while self._wait():
-            self._drop_cancelled()
-            self._admit()
-            if self._together:
-                self._guarded(self._generate_together, self._together)
-                self._together = []
-            if self._rows:
-                self._guarded(self._step, self._rows)
-        for sequence in [*self._rows, *self._waiting]:
-            self._end(sequence, RunError("engine: it was closed. Fix: send the request again"))
+            try:
+                self._drop_cancelled()
+                self._admit()
+                if self._together:
+                    self._guarded(self._generate_together, self._together)
+                    self._together = []
+                if self._rows:
+                    self._guarded(self._step, self._rows)
+            except Exception as error:  # of this loop itself: the next request gets a new batch
+                log.exception("engine: the step loop failed")
+                self._end_all(error)
+        self._end_all(RunError("engine: it was closed. Fix: send the request again"))
+
+    def _end_all(self, error: Exception) -> None:
+        with self._changed:
+            sequences = [*self._rows, *self._together, *self._waiting]
+            self._rows, self._together = [], []
+            self._waiting.clear()
+        if self._slots is not None:
+            self._slots.clear()
+        for sequence in sequences:
+            self._end(sequence, error)
 
     @property
     def _decoder(self) -> Slots:
@@ -410,7 +429,10 @@ class Engine:
         budget = PREFILL_TOKENS
         while budget > 0 and (sequence := self._next()) is not None:
             budget -= sequence.prompt.tokens
-            self._guarded(lambda one=sequence: self._join(one), [sequence])  # type: ignore[misc]
+            self._guarded(partial(self._read, sequence), [sequence])
+            if not sequence.finished:
+                # a half-written batch is of no use to its other rows
+                self._guarded(partial(self._join, sequence), [*self._rows, sequence])
 
     def _next(self) -> GeneratedSequence | None:
         """Return the first waiting sequence if it fits next to the running ones."""
@@ -428,26 +450,29 @@ class Engine:
                 return None
             return self._waiting.popleft()
 
-    def _join(self, sequence: GeneratedSequence) -> None:
+    def _read(self, sequence: GeneratedSequence) -> None:
+        """Read the prompt of a sequence, unless another one has, and choose its first token."""
         prompt = sequence.prompt
         sequence.joined = time.perf_counter()
-        if prompt._prefilled is None:
-            prompt._prefilled = self._prefill(prompt)
-        prefilled = prompt._prefilled
-        self._joins(sequence)
+        if prompt.prefilled is None:
+            prompt.prefilled = self._prefill(prompt)
         self._counts["prompt_tokens"] += prompt.tokens
-        self._choose(sequence, prefilled.logits_V)
+        self._choose(sequence, prompt.prefilled.logits_V)
         if sequence.finished:
+            self._joins(sequence)
             self._end(sequence)
-            return
-        self._decoder.join(prefilled)
+
+    def _join(self, sequence: GeneratedSequence) -> None:
+        assert sequence.prompt.prefilled is not None  # `_read` comes first
+        self._decoder.join(sequence.prompt.prefilled)
         self._rows.append(sequence)
+        self._joins(sequence)
 
     def _joins(self, sequence: GeneratedSequence) -> None:
         """Free the prefilled prompt after the last of its sequences."""
-        sequence.prompt._waiting -= 1
-        if not sequence.prompt._waiting:
-            sequence.prompt._prefilled = None
+        sequence.prompt.waiting -= 1
+        if not sequence.prompt.waiting:
+            sequence.prompt.prefilled = None
 
     def _prefill(self, prompt: Prompt) -> Prefilled:
         model, ids, inputs = self._pipeline.model, prompt.encoded.ids, self._pipeline.inputs
@@ -545,10 +570,13 @@ class Engine:
             completion_tokens=usage.completion_tokens,
         )
         sequence.finished, sequence.joined = True, -1
-        if self._observe is not None:
-            self._observe(observed)
-        if not sequence.cancelled:
-            sequence.sink(End(usage, error))
+        try:
+            if self._observe is not None:
+                self._observe(observed)
+            if not sequence.cancelled:
+                sequence.sink(End(usage, error))
+        except Exception:  # the receiver is gone, for example a closed event loop
+            log.exception("engine: the end of a sequence could not be reported")
 
     # --- without slots
 
@@ -559,10 +587,15 @@ class Engine:
         one_length = language is None or reads_padding(language)
         first = self._waiting[0]
         for sequence in list(self._waiting):
-            fits = sequence.longest > self._slot_tokens and (
-                not one_length or sequence.prompt.tokens == first.prompt.tokens
+            group = [*self._together, sequence]
+            most = max(one.prompt.tokens for one in group) + max(one.limit for one in group)
+            fits = (
+                sequence.longest > self._slot_tokens
+                and (not one_length or sequence.prompt.tokens == first.prompt.tokens)
+                # a row that has ended is decoded until the last one ends
+                and most <= sequence.prompt.tokens + sequence.prompt.room
             )
-            if fits and len(self._together) < self.limits.rows:
+            if fits and len(group) <= self.limits.rows:
                 self._waiting.remove(sequence)
                 self._together.append(sequence)
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from math import inf
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -63,8 +63,9 @@ class Grammars:
         return GrammarConstraint(self._vocabulary, grammar, endings)
 
     def _read(self, endings: frozenset[int]) -> LLTokenizer:
+        known: Any = sorted(token for token in endings if token < len(self._tokenizer))
         try:
-            return from_tokenizer(self._tokenizer, eos_token=sorted(endings))  # type: ignore[arg-type]
+            return from_tokenizer(cast(Any, self._tokenizer), eos_token=known or None)
         except ValueError as error:
             raise SpecError(
                 f"grammar: the tokenizer of this model cannot be constrained. Got: {error}. "
@@ -90,11 +91,13 @@ class GrammarConstraint:
             self._check()
             bits = np.unpackbits(packed, bitorder="little")[: len(logits_V)]
             allowed_V[: len(bits)] = bits
+            # an ending of the wiring's own is no token of the tokenizer
+            allowed_V[self._endings] = allowed_V[self._endings].any()
         return logits_V.masked_fill(~torch.from_numpy(allowed_V).to(logits_V.device), -inf)
 
     def accept(self, token: int) -> None:
         """Advance by a token."""
-        if not self._matcher.is_stopped():
+        if not self._matcher.is_stopped() and token not in self._endings:
             self._matcher.consume_token(token)
             self._check()
 

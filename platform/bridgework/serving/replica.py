@@ -22,7 +22,7 @@ from bridgework.data import templates
 from bridgework.data.images import load_image
 from bridgework.data.samples import Part, pair
 from bridgework.data.templates import Segment
-from bridgework.errors import ResourceError
+from bridgework.errors import ResourceError, RunError
 from bridgework.inference.engine import (
     End,
     Engine,
@@ -85,6 +85,11 @@ class Model:
         if self._engine is None:
             return EngineStatus(*[0] * len(fields(EngineStatus)))
         return self._engine.status()
+
+    def check_health(self) -> None:
+        """Raise RunError if the engine has stopped; Serve then replaces the replica."""
+        if self._engine is not None and not self._engine.alive:
+            raise RunError("engine: its step loop has ended. Fix: restart the replica")
 
     async def generate(
         self, parts: Sequence[Part], images: Sequence[ImageFile], sampling: EngineSampling
