@@ -64,6 +64,7 @@ class Options:
         str, ...
     ] = ()  # origins of web pages that may call, e.g. https://app.example; * all
     device: str | None = None  # of the model, as torch names it; default: a GPU if there is one
+    int8: bool = False  # the language model's weights in 8 bits: less memory, not faster
     cpus: float = 1.0  # per replica of the model
     gpus: float = 0.0  # per replica of the model
     replicas: int = 1

@@ -5,6 +5,7 @@ embeddings, beam search) takes turns in one thread. A cancelled request ends its
 """
 
 import asyncio
+import logging
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,7 @@ from bridgework.inference.engine import (
 from bridgework.inference.generation import EngineSampling, Sampling
 from bridgework.inference.pipeline import Pipeline, Ranked
 from bridgework.inference.preprocess import ROWS, ImageFile
+from bridgework.inference.quantization import quantize
 from bridgework.inference.sampling import TokenLogprob
 from bridgework.serving.errors import APIError, busy
 from bridgework.serving.options import Options
@@ -46,6 +48,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 Vector = NDArray[np.float32]  # (D,) with norm 1
+log = logging.getLogger(__name__)
 PREPARING = 4  # requests whose text and images are read at once
 SCORED_AT_ONCE = 2 * ROWS  # texts; a request can be cancelled between two such batches
 
@@ -72,6 +75,9 @@ class Model:
             observe: called with the times of every generated answer, in the engine's thread.
         """
         self._pipeline = Pipeline.load(artifact, options.device)
+        if options.int8:
+            before, after = (size / 2**20 for size in quantize(self._pipeline.model))
+            log.warning("int8: the language model has %.0f MiB instead of %.0f", after, before)
         self._engine: Engine | None = None
         if hasattr(self._pipeline.model, "generate"):
             self._engine = Engine(self._pipeline, options.engine, observe)
