@@ -22,8 +22,8 @@ from ray.serve.schema import ServeDeploySchema
 from bridgework.errors import BridgeworkError, ResourceError, SpecError, TrackingError, WeightsError
 from bridgework.serving import app as apps
 from bridgework.serving import launch
-from bridgework.serving.app import record_deployment, resolve_model
 from bridgework.serving.auth import VARIABLE
+from bridgework.serving.models import record_deployment, resolve_model
 from bridgework.serving.options import Options, parse_options
 
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Generic, ParamSpec, TypeVar
 
 import numpy as np
@@ -18,6 +20,7 @@ from bridgework.data import templates
 from bridgework.data.images import load_image
 from bridgework.data.samples import Part, Sample, pair
 from bridgework.data.templates import Segment
+from bridgework.inference.engine import EngineStatus, RequestTimes
 from bridgework.inference.generation import Sampling
 from bridgework.inference.pipeline import Pipeline, Ranked
 from bridgework.inference.preprocess import ROWS
@@ -42,7 +45,15 @@ class Model:
     its work before it raises.
     """
 
-    def __init__(self, artifact: str, options: Options) -> None:
+    def __init__(
+        self,
+        artifact: str,
+        options: Options,
+        observe: Callable[[RequestTimes], None] = lambda times: None,
+    ) -> None:
+        self._observe = observe
+        self._running = 0
+        self._prompt_tokens = self._generation_tokens = 0
         self._pipeline = Pipeline.load(artifact, options.device)
         self._threads = ThreadPoolExecutor(options.ongoing, "model")
         self._embed_text = self._batched(self._pipeline.embed_texts, options)
@@ -103,6 +114,12 @@ class Model:
         The inputs of all requests share batches.
         """
         return list(await asyncio.gather(*(self._embed(one) for one in inputs)))
+
+    def status(self) -> EngineStatus:
+        """Return the counters of the running and finished requests."""
+        return EngineStatus(
+            self._running, 0, 0, 0, 0, 0, 0, 0, self._prompt_tokens, self._generation_tokens
+        )
 
     # --- validation that needs the tokenizer
 
@@ -209,22 +226,35 @@ class Model:
     async def _generate(
         self, parts: Sequence[Part], images: Sequence[bytes], sampling: Sampling
     ) -> AsyncGenerator[str | Answer, None]:
+        begun, arrivals = time.monotonic(), []  # seconds at which the pieces arrive
         pieces = await self._run(self._pipeline.stream, parts, images, **sampling)
+        self._running += 1
+        reason = "error"
         try:
             while True:
                 step = asyncio.ensure_future(self._run(next, pieces, None))
                 try:
                     piece = await asyncio.shield(step)
                 except asyncio.CancelledError:
+                    reason = "abort"
                     pieces.stop()
                     await asyncio.wait([step])
                     raise
                 if piece is None:
                     break
+                arrivals.append(time.monotonic() - begun)
                 yield piece
+            reason = pieces.usage.finish_reason or "length"
         finally:
+            self._running -= 1
             await self._run(pieces.close)
-        usage = pieces.usage
+            usage = pieces.usage
+            self._prompt_tokens += usage.prompt_tokens
+            self._generation_tokens += usage.completion_tokens
+            first = arrivals[0] if arrivals else None
+            gaps = tuple(b - a for a, b in pairwise(arrivals))
+            tokens = usage.prompt_tokens, usage.completion_tokens
+            self._observe(RequestTimes(0.0, first, gaps, time.monotonic() - begun, reason, *tokens))
         yield Answer(
             "", usage.prompt_tokens, usage.completion_tokens, usage.finish_reason or "length"
         )
