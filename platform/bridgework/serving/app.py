@@ -20,8 +20,9 @@ from bridgework.serving.auth import Keys
 from bridgework.serving.gateway import Gateway, Routes
 from bridgework.serving.models import HEALTH_S, deployment, record_deployment, resolve_model
 from bridgework.serving.options import Options, parse_options
+from bridgework.serving.playground import playground_routes
 from bridgework.serving.probes import read_probes
-from bridgework.serving.routes import caption_routes, chat_routes, embedding_routes
+from bridgework.serving.routes import caption_routes, embedding_routes
 
 ROLES = ("champion", "challenger")
 UNBOUNDED = 100_000  # Serve's queue answers in plain text, so admission.py limits a gateway instead
@@ -29,7 +30,7 @@ UNBOUNDED = 100_000  # Serve's queue answers in plain text, so admission.py limi
 
 def chat(args: dict[str, Any]) -> Application:
     """Return the app for OpenAI-compatible chat with images, with a page to try it."""
-    return application("chat", args, chat_routes)
+    return application("chat", args, playground_routes)
 
 
 def embed(args: dict[str, Any]) -> Application:

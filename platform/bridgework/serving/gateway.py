@@ -7,6 +7,7 @@ connection.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -18,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from bridgework.errors import TrackingError
 from bridgework.serving.admission import Admission
 from bridgework.serving.auth import AuthMiddleware, Keys
 from bridgework.serving.errors import APIError, from_exception, from_validation_error
@@ -67,6 +69,7 @@ class Gateway:
             self._admission,
             Readiness(self._router).missing,
             Exposition(self._router, self._metrics).text,
+            partial(self._rollout.ask, "trace"),
             self._lifespan,
         )
 
@@ -106,15 +109,17 @@ def build(
     admission: Admission,
     missing: Callable[[], Awaitable[Sequence[str]]],
     metrics: Callable[[], Awaitable[bytes]],
+    trace: Callable[[str], Awaitable[dict[str, Any]]],
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
 ) -> FastAPI:
     """Return the ASGI app. Every error has OpenAI's form, including FastAPI's own.
 
-    `missing` returns the models without a running replica, `metrics` the text of GET /metrics.
+    `missing` returns the models without a running replica, `metrics` the text of GET /metrics,
+    `trace` the lineage of an answer.
     """
     # FastAPI's documentation pages are off, because they load scripts from other hosts.
     api = FastAPI(title="bridgework", docs_url=None, redoc_url=None, lifespan=lifespan)
-    api.include_router(_common(router, admission, missing, metrics))
+    api.include_router(_common(router, admission, missing, metrics, trace))
     api.include_router(routes)
     answer_errors(api)
     api.add_middleware(AuthMiddleware, keys=keys, admission=admission, limits=options.limits)
@@ -141,8 +146,9 @@ def _common(
     admission: Admission,
     missing: Callable[[], Awaitable[Sequence[str]]],
     metrics: Callable[[], Awaitable[bytes]],
+    trace: Callable[[str], Awaitable[dict[str, Any]]],
 ) -> APIRouter:
-    """Return the routes that all apps share: health checks, metrics and models."""
+    """Return the routes that all apps share: health checks, metrics, models and lineage."""
     api = APIRouter()
 
     @api.get("/health/live")
@@ -163,6 +169,13 @@ def _common(
     @api.get("/metrics")
     async def scrape() -> Response:
         return Response(await metrics(), media_type=CONTENT_TYPE)
+
+    @api.get("/v1/trace/{response}")
+    async def lineage(response: str) -> dict[str, Any]:
+        try:
+            return await trace(response)
+        except TrackingError as error:
+            raise APIError(404, str(error), code="not_found") from None
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -103,6 +103,7 @@ class Options:
     per_key: int | None = (
         None  # slots that one key may hold; default: 3/4 if there are several keys
     )
+    votes_bytes: int = 2**30  # of the votes of the playground, with their images
     held_bytes: int = 2**30  # of the bodies that a gateway holds at once
     batch: int = 16  # largest batch of embeddings
     batch_wait_s: float = 0.01

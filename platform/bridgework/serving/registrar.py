@@ -137,7 +137,7 @@ class Registrar:
         registry.promote(self._tracker, f"{served.model}:{served.version}", metric=metric)
 
     def trace(self, response: str) -> Node:
-        """Return the upstream lineage of an answer."""
+        """Return the upstream lineage of an answer. Raises TrackingError for any other id."""
         from rich.text import Text
         from rich.tree import Tree
 
@@ -148,6 +148,8 @@ class Registrar:
             text = label.plain if isinstance(label, Text) else str(label)
             return {"text": text, "children": [node(child) for child in tree.children]}
 
+        if not lineage.RESPONSE.fullmatch(response):
+            raise TrackingError(f"trace: not the id of an answer. Got {response[:64]!r}")
         return node(lineage.trace(response, self._tracker, self._home).children[0])
 
     def _resolve(self, model: str) -> ServedModel:

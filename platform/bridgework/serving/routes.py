@@ -7,12 +7,11 @@ OpenAI's form. The gateway adds the routes that all apps share (gateway.py).
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from bridgework.serving.auth import request_id
 from bridgework.serving.bodies import JSONRoute
@@ -44,21 +43,12 @@ from bridgework.serving.requests import (
 )
 from bridgework.serving.router import Router
 
-PAGE_POLICY = (  # the page's own script and style, dropped images, this server; no other host
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 DONE = "data: [DONE]\n\n"
 
 
 def chat_routes(router: Router, options: Options) -> APIRouter:
-    """Return the routes GET / (a page to try the app) and POST /v1/chat/completions."""
+    """Return the route POST /v1/chat/completions."""
     api = APIRouter(route_class=JSONRoute)
-    page = files("bridgework.serving").joinpath("playground.html").read_text("utf-8")
-
-    @api.get("/")
-    async def playground() -> HTMLResponse:
-        return HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY})
 
     @api.post("/v1/chat/completions")
     async def complete(body: ChatRequest, request: Request) -> Response:
