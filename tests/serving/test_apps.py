@@ -19,7 +19,7 @@ from bridgework.data.samples import Part, pair
 from bridgework.inference.pipeline import Pipeline
 from bridgework.serving.errors import APIError
 from bridgework.serving.protocol import Answer
-from bridgework.serving.router import Router, ServedModel, hash_uniform
+from bridgework.serving.router import Route, Router, ServedModel, hash_uniform
 from tests.serving.support import ORIGIN, Apps, picture, url
 
 CHAT = "/v1/chat/completions"
@@ -613,10 +613,12 @@ async def flood(router: Router, times: int) -> list[object]:
     prompt = [Part("user", text="x")], [], {"max_new_tokens": 200}
 
     async def call() -> object:
-        return await router.call(router.champion, "generate", *prompt)
+        return await router.call(Route(router.champion), "generate", *prompt)
 
     async def stream() -> object:
-        return [piece async for piece in router.stream(router.champion, "stream", *prompt)][-1]
+        return [piece async for piece in router.stream(Route(router.champion), "stream", *prompt)][
+            -1
+        ]
 
     return await asyncio.gather(
         *(one() for _ in range(times) for one in (call, stream)), return_exceptions=True

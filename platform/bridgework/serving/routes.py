@@ -9,12 +9,11 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from bridgework.serving.auth import request_id
 from bridgework.serving.bodies import JSONRoute
@@ -54,21 +53,12 @@ from bridgework.serving.requests import (
 )
 from bridgework.serving.router import Router
 
-PAGE_POLICY = (  # the page's own script and style, dropped images, this server; no other host
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 DONE = "data: [DONE]\n\n"
 
 
 def chat_routes(router: Router, options: Options) -> APIRouter:
-    """Return GET / (a page to try the app), /v1/chat/completions, /v1/completions, /tokenize."""
+    """Return the routes POST /v1/chat/completions, /v1/completions and /tokenize."""
     api = APIRouter(route_class=JSONRoute)
-    page = files("bridgework.serving").joinpath("playground.html").read_text("utf-8")
-
-    @api.get("/")
-    async def playground() -> HTMLResponse:
-        return HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY})
 
     @api.post("/v1/chat/completions")
     async def complete(body: ChatRequest, request: Request) -> Response:
@@ -81,7 +71,7 @@ def chat_routes(router: Router, options: Options) -> APIRouter:
             texts=body.choices or (),
         )
         check_answers(body, options)
-        sampling = sampling_arguments(body, options)
+        served, sampling = served.about(images), sampling_arguments(body, options)
         if body.stream:
             pieces = router.stream(served, "stream", parts, images, sampling, body.answers)
             head = ResponseHeader.of("chatcmpl", "chat.completion.chunk", served.id, body.model)
@@ -253,7 +243,9 @@ def embedding_routes(router: Router, options: Options) -> APIRouter:
         check_count("candidates", len(body.candidates), limits.items)
         check_text([*body.candidates, body.question or ""], limits, "candidates")
         image = await asyncio.to_thread(read_image, body.image, limits, "image")
-        ranked = await router.call(served, "rank", image, body.candidates, body.question)
+        ranked = await router.call(
+            served.about([image]), "rank", image, body.candidates, body.question
+        )
         data = [{"candidate": candidate, "score": score} for candidate, score in ranked]
         head = ResponseHeader.of("rank", "ranking", served.id, body.model)
         return head.model_dump() | {"data": data}
@@ -292,7 +284,8 @@ def caption_routes(router: Router, options: Options) -> APIRouter:
         images = await asyncio.to_thread(read_images, urls, options.limits)
         # in sequence, because a request takes one slot however many images it has
         answers: list[Answer] = [
-            await router.call(served, "caption", image, body.prompt, sampling) for image in images
+            await router.call(served.about([image]), "caption", image, body.prompt, sampling)
+            for image in images
         ]
         usage = Usage.of(
             sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers)
