@@ -61,7 +61,8 @@ class _SlotLayer(CacheLayerMixin):
     is_sliding = False  # all tokens are kept; the mask hides those outside of a window
 
     def __init__(self, columns: _Columns) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        start: Any = super().__init__  # it has no annotations
+        start()
         self._columns = columns
         self.keys: Tensor
         self.values: Tensor
