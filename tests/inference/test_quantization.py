@@ -12,6 +12,7 @@ from tests.inference import tiny
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
 def test_weights_are_off_by_half_a_step_at_most(bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, 32, bias=bias).to(dtype)
@@ -19,9 +20,7 @@ def test_weights_are_off_by_half_a_step_at_most(bias: bool, dtype: torch.dtype) 
     small = Int8Linear(layer)
     weight_OI = small.weight.float() * small.scale.float()[:, None]
     step_O1 = layer.weight.float().abs().amax(1, keepdim=True) / 127
-    assert bool(
-        ((weight_OI - layer.weight.float()).abs() <= 0.51 * step_O1 + 2e-3 * step_O1 * 127).all()
-    )
+    assert bool(((weight_OI - layer.weight.float()).abs() <= 0.501 * step_O1).all())
     inputs = torch.randn(5, 7, 64, dtype=dtype)
     expected, found = layer(inputs), small(inputs)
     assert found.dtype == dtype

@@ -21,7 +21,7 @@ from functools import partial
 from itertools import pairwise
 from queue import SimpleQueue
 from threading import Condition, Thread
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -475,7 +475,7 @@ class Engine:
             sequence.prompt.prefilled = None
 
     def _prefill(self, prompt: Prompt) -> Prefilled:
-        model, ids, inputs = self._pipeline.model, prompt.encoded.ids, self._pipeline.inputs
+        ids = prompt.encoded.ids
         cached: int = 0
         prefix: KeyValues = []
         if self._decoder.start is None:  # a prefix of an encoder's input has other states
@@ -490,21 +490,31 @@ class Engine:
                 rest.append(one)
             at += one.places
         self._count_images(prompt.shown, rest)
-        images = self._encode(rest)
-        layouts = [image.layout for image in images if image.layout is not None]
-        device = inputs.device
-        embeds_1TD = model.embed(
-            torch.tensor([ids[cached:]], device=device),
-            None,
-            inputs.concat_features(images),
-            torch.tensor([prompt.instruction], device=device) if prompt.instruction else None,
-            None,
-            torch.tensor(layouts) if layouts else None,
-        )
+        embeds_1TD = self._embed(prompt, cached, self._encode(rest))
         prefilled = self._decoder.prefill(embeds_1TD, prefix)
         if self._decoder.start is None:
             self._prefixes.put(prompt.boundaries, prefilled.values)
         return prefilled
+
+    def _embed(self, prompt: Prompt, first: int, images: Sequence[EncodedImage]) -> Tensor:
+        """Return the embeddings (1, T, D) of a prompt from its token `first`, with its images."""
+        model, inputs = self._pipeline.model, self._pipeline.inputs
+        ids_1T = torch.tensor([prompt.encoded.ids[first:]], device=inputs.device)
+        if not images:  # `embed` would run the bridge on a blank image
+            return cast(Tensor, model.language.get_input_embeddings()(ids_1T))
+        layouts = [image.layout for image in images if image.layout is not None]
+        instruction = prompt.instruction
+        return cast(
+            Tensor,
+            model.embed(
+                ids_1T,
+                None,
+                inputs.concat_features(images),
+                torch.tensor([instruction], device=inputs.device) if instruction else None,
+                None,
+                torch.tensor(layouts) if layouts else None,
+            ),
+        )
 
     def _encode(self, shown: Sequence[_Shown]) -> list[EncodedImage]:
         """Return the features of images, from the cache or the vision tower."""

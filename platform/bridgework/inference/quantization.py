@@ -27,7 +27,7 @@ class Int8Linear(nn.Module):
         self.scale: Tensor
         self.bias: Tensor | None
         self.register_buffer("weight", (weight_OI / scale_O[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale_O.to(layer.weight.dtype))
+        self.register_buffer("scale", scale_O)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
     def forward(self, inputs: Tensor) -> Tensor:
