@@ -2,39 +2,27 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from mlflow import MlflowClient
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from typer.testing import CliRunner
 
-from bridgework import artifacts
 from bridgework.cli import app as cli
-from bridgework.data.dataset import write
-from bridgework.data.samples import Part, Sample
 from bridgework.errors import SpecError
-from bridgework.inference.pipeline import Pipeline
 from bridgework.serving import launch
 from bridgework.serving.app import application
 from bridgework.serving.models import Replica
 from bridgework.serving.options import Options
 from bridgework.serving.protocol import Answer
 from bridgework.serving.registrar import model_apps
-from bridgework.system import System
-from bridgework.tracking.mlflow_store import MLflowTracker
-from tests.serving.conftest import tiny_artifact
-from tests.serving.support import picture
+from tests.serving.support import QUESTIONS, ModelHome, ServeChat, until
 
 CHAT = "/v1/chat/completions"
-QUESTIONS = 12  # probes
 
 
 class Slow(Replica):
@@ -52,85 +40,6 @@ class Raising(Replica):
 
     async def generate(self, *args: Any, **kwargs: Any) -> Answer:
         raise RuntimeError("planted")
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A home with a registered model `m`: champion 1, challenger 2, and a probe set."""
-
-    home: Path
-    probes: str
-
-    @property
-    def tracker(self) -> MLflowTracker:
-        return MLflowTracker(None, self.home, "training")
-
-    @property
-    def client(self) -> MlflowClient:
-        return MlflowClient(f"sqlite:///{self.home}/mlflow.db")
-
-    def decisions(self) -> list[Any]:
-        experiment = self.client.get_experiment_by_name("serving")
-        return [] if experiment is None else self.client.search_runs([experiment.experiment_id])
-
-
-@pytest.fixture
-def registered_home(tmp_path: Path, system: System, weights: str) -> Registered:
-    """Version 1 answers the probes; 2 has the same weights, 3 answers noise."""
-    tracker = MLflowTracker(None, tmp_path, "training")
-    run = tracker.start("train")
-    folders = [weights, weights, tiny_artifact(tmp_path / "noise", system, 7)]
-    for number, folder in enumerate(folders, 1):
-        tags = {"quality": str(number), "digest": artifacts.describe(folder).digest}
-        logged = tracker.output(run, f"m{number}", folder, tags)
-        tracker.register("m", logged, run, folder, tags)
-    tracker.finish(run)
-    tracker.alias("m", "champion", "1")
-    tracker.alias("m", "challenger", "2")
-    pipeline = Pipeline.load(weights, "cpu")
-    samples = []
-    for number in range(QUESTIONS):
-        question = [Part("user", image=0), Part("user", text=f"\nWhat is {number}?")]
-        image = picture("red", (40, 30 + number))
-        said = pipeline.generate(question, [image], max_new_tokens=64).text
-        samples.append(Sample(str(number), (image,), (*question, Part("assistant", text=said))))
-    probes = tmp_path / "datasets" / "probes"
-    write(
-        str(probes), samples, source="the champion's answers", license="CC0", made_by="test",
-        parameters={},
-    )  # fmt: skip
-    return Registered(tmp_path, str(probes))
-
-
-@contextmanager
-def serving(home: Path, name: str = "c", **arguments: Any) -> Iterator[httpx.Client]:
-    common = {"model": "m", "cpus": 0.5, "ongoing": 4, "home": str(home), "dev": True}
-    address = launch.AppAddress(port=port(), name=name, route_prefix=f"/{name}")
-    endpoint = launch.start("chat", common | arguments, address)
-    try:
-        with httpx.Client(base_url=endpoint.address, timeout=120, trust_env=False) as http:
-            yield http
-    finally:
-        endpoint.stop()
-
-
-def port() -> int:
-    """Return the port of the Serve that runs, which other tests may have started."""
-    details = serve.status().proxies
-    return launch.free_port() if not details else _Port.value
-
-
-class _Port:
-    value = 0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_serve(ray_session: None) -> Iterator[None]:
-    serve.shutdown()
-    _Port.value = launch.free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": _Port.value})
-    yield
-    serve.shutdown()
 
 
 def chat(text: str = "x", **changes: Any) -> dict[str, Any]:
@@ -151,17 +60,11 @@ def metrics(http: httpx.Client) -> dict[tuple[str, str], float]:
     }
 
 
-def until(condition: Any, limit_s: float = 60) -> Any:
-    deadline = time.monotonic() + limit_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return found
-
-
-def test_share_changes_at_run_time_and_outlives_the_gateway(registered_home: Registered) -> None:
-    home = registered_home.home
-    with serving(home, challenger="m@challenger", share=0.1, **{"canary.alpha": 0}) as http:
+def test_share_changes_at_run_time_and_outlives_the_gateway(
+    serve_chat: ServeChat, model_home: ModelHome
+) -> None:
+    home = model_home.path
+    with serve_chat(home, challenger="m@challenger", share=0.1, **{"canary.alpha": 0}) as http:
 
         def versions(number: int = 40) -> set[str]:
             ids = [
@@ -184,25 +87,26 @@ def test_share_changes_at_run_time_and_outlives_the_gateway(registered_home: Reg
             launch.traffic("c", 2.0)
         launch.traffic("c", 0.5)
         assert metrics(http)["bridgework:traffic_share", "2"] == 0.5
-    with serving(home, challenger="m@challenger", share=0.1, **{"canary.alpha": 0}) as http:
+    with serve_chat(home, challenger="m@challenger", share=0.1, **{"canary.alpha": 0}) as http:
         assert metrics(http)["bridgework:traffic_share", "2"] == 0.5
-    with serving(home, challenger="m@challenger", share=0.2, **{"canary.alpha": 0}) as http:
+    with serve_chat(home, challenger="m@challenger", share=0.2, **{"canary.alpha": 0}) as http:
         assert metrics(http)["bridgework:traffic_share", "2"] == 0.2
-    with serving(home) as http, pytest.raises(SpecError, match="has no challenger"):
+    with serve_chat(home) as http, pytest.raises(SpecError, match="has no challenger"):
         launch.traffic("c", 0.5)
 
 
 def test_challenger_that_answers_noise_is_rolled_back_and_recorded(
-    registered_home: Registered,
+    serve_chat: ServeChat,
+    model_home: ModelHome,
 ) -> None:
-    canary = {"canary.probes": registered_home.probes, "canary.probe_s": 1}
-    with serving(registered_home.home, challenger="m:3", share=0.5, **canary) as http:
+    canary = {"canary.probes": model_home.probes, "canary.probe_s": 1}
+    with serve_chat(model_home.path, challenger="m:3", share=0.5, **canary) as http:
         until(lambda: metrics(http)["bridgework:canary_rolled_back", ""] == 1)
         assert metrics(http)["bridgework:traffic_share", "3"] == 0
         state = launch.traffic("c", None)
         assert f"{QUESTIONS} probes answered worse" in state["rolled_back"]
         assert state["figures"]["baseline.probe_score"] == 1
-        (run,) = until(registered_home.decisions)
+        (run,) = until(model_home.decisions)
         assert run.data.tags["decision"] == "roll_back"
         assert "probes answered worse" in run.data.tags["reason"]
         assert run.data.metrics["eval/challenger.probe_score"] < 0.9
@@ -211,9 +115,10 @@ def test_challenger_that_answers_noise_is_rolled_back_and_recorded(
 
 
 def test_metrics_have_vllms_names_and_the_figures_of_each_version(
-    registered_home: Registered,
+    serve_chat: ServeChat,
+    model_home: ModelHome,
 ) -> None:
-    with serving(registered_home.home, challenger="m:2") as http:
+    with serve_chat(model_home.path, challenger="m:2") as http:
         for version in ("1", "2", "2"):
             body = chat(model=f"m:{version}", max_tokens=5)
             usage = http.post(CHAT, json=body).json()["usage"]
@@ -231,8 +136,10 @@ def test_metrics_have_vllms_names_and_the_figures_of_each_version(
         assert http.get("/health/ready").json() == http.get("/health/live").json()
 
 
-def test_moved_alias_is_served_without_a_failed_request(registered_home: Registered) -> None:
-    with serving(registered_home.home, follow="alias") as http, ThreadPoolExecutor(3) as pool:
+def test_moved_alias_is_served_without_a_failed_request(
+    serve_chat: ServeChat, model_home: ModelHome
+) -> None:
+    with serve_chat(model_home.path, follow="alias") as http, ThreadPoolExecutor(3) as pool:
         stop = False
 
         def ask_on() -> list[tuple[int, str]]:
@@ -244,7 +151,7 @@ def test_moved_alias_is_served_without_a_failed_request(registered_home: Registe
 
         before = http.post(CHAT, json=chat()).json()["id"].split("-")[1]
         asking = [pool.submit(ask_on) for _ in range(2)]
-        registered_home.tracker.alias("m", "champion", "3")
+        model_home.tracker.alias("m", "champion", "3")
         try:
             until(lambda: "m:3" in [m["id"] for m in http.get("/v1/models").json()["data"]])
             until(lambda: len(model_apps("c")) == 1)  # the replaced model is unloaded
@@ -253,15 +160,16 @@ def test_moved_alias_is_served_without_a_failed_request(registered_home: Registe
         replies = [reply for one in asking for reply in one.result()]
         assert {status for status, _ in replies} == {200}
         assert {deployment for _, deployment in replies} > {before}
-        assert metrics(http)["bridgework:alias_switches_total", "ok"] == 2
+        assert metrics(http)["bridgework:alias_switches_total", "ok"] == 1
         assert http.get("/health").status_code == 200
     assert model_apps("c") == []
 
 
 def test_app_that_follows_an_alias_leaves_no_model_when_serve_deletes_it(
-    registered_home: Registered,
+    serve_chat: ServeChat,
+    model_home: ModelHome,
 ) -> None:
-    args = {"model": "m", "cpus": 0.5, "home": str(registered_home.home), "dev": True}
+    args = {"model": "m", "cpus": 0.5, "home": str(model_home.path), "dev": True}
     serve.run(application_of(args | {"follow": "alias"}), name="d", route_prefix="/d")
     assert len(model_apps("d")) == 1
     serve.delete("d")
@@ -275,10 +183,10 @@ def application_of(args: dict[str, Any]) -> serve.Application:
 
 
 def test_version_that_cannot_be_loaded_leaves_the_champion(
-    registered_home: Registered, tmp_path: Path
+    serve_chat: ServeChat, model_home: ModelHome, tmp_path: Path
 ) -> None:
-    home = registered_home
-    with serving(home.home, follow="alias") as http:
+    home = model_home
+    with serve_chat(home.path, follow="alias") as http:
         (tmp_path / "noise" / "weights.safetensors").unlink(missing_ok=True)
         for file in (tmp_path / "noise").glob("*.safetensors"):
             file.unlink()
@@ -288,23 +196,25 @@ def test_version_that_cannot_be_loaded_leaves_the_champion(
         assert "m:1" in [m["id"] for m in http.get("/v1/models").json()["data"]]
 
 
-def test_good_challenger_is_promoted_through_the_gate(registered_home: Registered) -> None:
+def test_good_challenger_is_promoted_through_the_gate(
+    serve_chat: ServeChat, model_home: ModelHome
+) -> None:
     canary = {
         "canary.promote_requests": 20, "canary.promote_s": 0, "canary.latency": 20.0,
-        "canary.probes": registered_home.probes, "canary.probe_s": 1,
+        "canary.probes": model_home.probes, "canary.probe_s": 1,
     }  # fmt: skip
     arguments: dict[str, Any] = {"challenger": "m:2", "share": 0.5, "auto_promote": True} | canary
-    with serving(registered_home.home, **arguments) as http:
+    with serve_chat(model_home.path, **arguments) as http:
 
         def champion() -> str:
             for _ in range(20):
                 assert http.post(CHAT, json=chat()).status_code == 200
-            version = registered_home.tracker.version("m", "champion").version
+            version = model_home.tracker.version("m", "champion").version
             return version if version == "2" else ""
 
         until(champion)
         until(lambda: launch.traffic("c", None)["models"][0]["model"] == "m:2")
-        (run,) = until(registered_home.decisions)
+        (run,) = until(model_home.decisions)
         assert run.data.tags["decision"] == "promote"
         assert http.post(CHAT, json=chat(model="m:1")).status_code == 200
 
@@ -312,12 +222,12 @@ def test_good_challenger_is_promoted_through_the_gate(registered_home: Registere
 @pytest.mark.slow
 @pytest.mark.parametrize("planted", ["noise", "slow", "raises"])
 def test_planted_bad_challenger_is_out_within_200_of_its_requests(
-    registered_home: Registered, planted: str, weights: str
+    serve_chat: ServeChat, model_home: ModelHome, planted: str, weights: str
 ) -> None:
     from bridgework.serving import models
 
     replicas = {"noise": Replica, "slow": Slow, "raises": Raising}
-    canary: dict[str, Any] = {"canary.probes": registered_home.probes}
+    canary: dict[str, Any] = {"canary.probes": model_home.probes}
     challenger = "m:3" if planted == "noise" else "m:2"
     with pytest.MonkeyPatch.context() as patch:
         # the deployment of the challenger alone has the planted class
@@ -332,7 +242,7 @@ def test_planted_bad_challenger_is_out_within_200_of_its_requests(
             )(replicas[planted])
 
         patch.setattr("bridgework.serving.app.deployment", deployment)
-        serving_it = serving(registered_home.home, challenger=challenger, share=0.5, **canary)
+        serving_it = serve_chat(model_home.path, challenger=challenger, share=0.5, **canary)
         with serving_it as http:
             for number in range(600):
                 http.post(CHAT, json=chat(str(number), max_tokens=16))

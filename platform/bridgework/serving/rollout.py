@@ -68,6 +68,7 @@ class Rollout:
         self._app, self._name, self._options = app, name, options
         self._router, self._metrics = router, metrics
         self._actor: Any = None
+        self._probes: list[Probe] = []
         self._decisions: list[_Decision] = []
         self._failed: dict[str, float] = {}  # id of a model -> time of its failure to load
         self._retiring: set[asyncio.Task[None]] = set()
@@ -259,9 +260,11 @@ class Rollout:
         """Ask both models the probes."""
         if not self._router.share or self._router.challenger is None:
             return
-        pair, probes = self._pair(), await self.ask("probes")
+        if not self._probes:
+            self._probes = await self.ask("probes")
+        pair = self._pair()
         scores = [
-            [await self._score(served, probe) for probe in probes]  # in turn: they are not urgent
+            [await self._score(served, probe) for probe in self._probes]  # in turn: not urgent
             for served in pair
         ]
         if self._router.share and pair == self._pair():
@@ -319,7 +322,8 @@ class Rollout:
             return
         self._router.switch(handles)
         self._begin()
-        self._metrics.switches.labels("ok").inc()
+        if current:
+            self._metrics.switches.labels("ok").inc()
         log.warning("serving %s", " and ".join(served.pinned for served, _ in handles))
         for served in current:
             if served.id not in {m.id for m, _ in handles}:
