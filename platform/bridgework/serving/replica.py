@@ -125,13 +125,13 @@ class Model:
 
     async def complete(self, text: str, sampling: EngineSampling, n: int) -> list[Answer]:
         """Return `n` continuations of a text, which no template changes."""
-        return await self._answers(partial(self._engine_().prepare_text, text), sampling, n)
+        return await self._answers(partial(self._text_engine().prepare_text, text), sampling, n)
 
     async def stream_text(
         self, text: str, sampling: EngineSampling, n: int
     ) -> AsyncGenerator[Delta | Answer, None]:
         """Yield `n` continuations of a text in pieces, as `stream` does."""
-        prepared = partial(self._engine_().prepare_text, text)
+        prepared = partial(self._text_engine().prepare_text, text)
         async with aclosing(self._generate(prepared, sampling, n)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -143,7 +143,7 @@ class Model:
 
         The prompt is a text as it is, or a conversation.
         """
-        engine = self._engine_()
+        engine = self._text_engine()
         prepare = (
             self._prepared(parts, images, "messages")
             if text is None
@@ -157,7 +157,7 @@ class Model:
         self, parts: Sequence[Part], images: Sequence[ImageFile], choices: Sequence[str]
     ) -> Answer:
         """Return the choice with the best score as the answer to a conversation."""
-        self._check_template_reads(parts, self._prompt(parts), "messages")
+        self._check_reads(parts, images, "messages")
         prompt_tokens = await self._run(self._check_choices, parts, images, choices)
         ranked: list[Ranked] = []
         for batch in _batches(choices):
@@ -174,7 +174,7 @@ class Model:
             self._check_template_reads(parts, self._prompt(parts), "prompt")
         if sampling.get("beams", 1) > 1:
             return await self._search(parts, [image], sampling)
-        prepare = partial(self._engine_().prepare, parts, [image])
+        prepare = partial(self._text_engine().prepare, parts, [image])
         (answer,) = await self._answers(prepare, sampling, 1)
         return answer
 
@@ -197,7 +197,7 @@ class Model:
 
     # --- validation that needs the tokenizer
 
-    def _engine_(self) -> Engine:
+    def _text_engine(self) -> Engine:
         """Return the engine. Raises SpecError for a model that generates no text."""
         self._pipeline.check_generates()
         assert self._engine is not None  # there is one if the model generates text
@@ -207,16 +207,19 @@ class Model:
         self, parts: Sequence[Part], images: Sequence[ImageFile], param: str
     ) -> Callable[[], Prompt]:
         """Return a function that prepares a conversation, if the model reads all of it."""
+        self._check_reads(parts, images, param)
+        return partial(self._text_engine().prepare, parts, images)
+
+    def _check_reads(self, parts: Sequence[Part], images: Sequence[ImageFile], param: str) -> None:
+        """Raise APIError (400) for a text or a video that the model does not read."""
         self._check_template_reads(parts, self._prompt(parts), param)
-        if not self._pipeline.stage.model.pixels.video and any(
-            isinstance(image, tuple) for image in images
-        ):
+        reads_videos = self._pipeline.stage.model.pixels.video
+        if not reads_videos and any(isinstance(image, tuple) for image in images):
             message = (
                 f"{param}: this model reads no videos. Got a video_url. "
                 "Fix: send frames as images, or serve a system that reads videos, e.g. flamingo"
             )
             raise APIError(400, message, code="unsupported", param=param)
-        return partial(self._engine_().prepare, parts, images)
 
     def _prompt(self, parts: Sequence[Part]) -> list[Segment]:
         streams = self._pipeline.inputs.streams
@@ -318,7 +321,7 @@ class Model:
         self, prepare: Callable[[], Prompt], sampling: EngineSampling, n: int
     ) -> AsyncGenerator[Delta | Answer, None]:
         """Yield the pieces of `n` answers from the engine. Closing it cancels them."""
-        engine, loop = self._engine_(), asyncio.get_running_loop()
+        engine, loop = self._text_engine(), asyncio.get_running_loop()
         items: asyncio.Queue[tuple[int, Piece | End]] = asyncio.Queue()
         started: list[GeneratedSequence] = []
 
