@@ -300,6 +300,14 @@ def serve(
         typer.Option(help="Name of the app, if one Ray serves several.", show_default="APP"),
     ] = None,
     route_prefix: Annotated[str, typer.Option(help="URL path of the app.")] = "/",
+    auto_promote: Annotated[
+        bool,
+        typer.Option(
+            "--auto-promote",
+            help="Promote a challenger that was good for canary.promote_requests requests and "
+            "canary.promote_s seconds; the same as auto_promote=true.",
+        ),
+    ] = False,
     write: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write a config for `serve deploy` instead of serving."),
@@ -308,7 +316,7 @@ def serve(
     """Serve a model over HTTP until Ctrl-C or SIGTERM."""
     from bridgework.serving import launch
 
-    args = pairs(arguments, "model=llava")
+    args = pairs(arguments, "model=llava") | ({"auto_promote": "true"} if auto_promote else {})
     address = launch.AppAddress(host=host, port=port, name=name, route_prefix=route_prefix)
     if write:
         launch.write_config(write, app_, args, address)
@@ -321,6 +329,35 @@ def serve(
             f"{cancelled} requests did not end in {endpoint.drain_s:g} s and were cancelled",
             highlight=False,
         )
+
+
+@app.command(rich_help_panel=SERVE)
+def traffic(
+    name: Annotated[str, typer.Argument(metavar="APP", help="Name of the running app, e.g. chat.")],
+    share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="New share of the challenger.", show_default="only print the shares"
+        ),
+    ] = None,
+) -> None:
+    """Print how a running app compares its challenger, or change the challenger's share."""
+    from bridgework.serving import launch
+
+    state = launch.traffic(name, share)
+    figures = state["figures"]
+    columns = ("requests", "error_rate", "median_s", "probe_score")
+    table = Table("role", "model", "share", "running", *columns, box=None, pad_edge=False)
+    for row in state["models"]:
+        group = "challenger" if row["role"] == "challenger" else "baseline"
+        values = [figures.get(f"{group}.{column}") for column in columns]
+        compared = ["-" if value is None else f"{value:.4g}" for value in values]
+        table.add_row(
+            row["role"], row["model"], f"{row['share']:.0%}", str(row["running"]), *compared
+        )
+    out.print(table)
+    if state["rolled_back"]:
+        out.print(f"rolled back: {state['rolled_back']}", soft_wrap=True, highlight=False)
 
 
 @app.command(rich_help_panel=SERVE)
