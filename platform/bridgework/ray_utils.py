@@ -87,14 +87,19 @@ def potential() -> dict[str, float]:
     """Return the maximum of each resource, in the cluster now or by its node types."""
     import ray
 
-    # the only way to the node types, which `ray status` also uses
-    from ray._private.state import state
-
-    here, most = dict(ray.cluster_resources()), state.get_max_resources_from_cluster_config() or {}
+    here, most = dict(ray.cluster_resources()), _node_types()
     return {
         name: max(here.get(name, 0.0), float(most.get(name, 0)))
         for name in here.keys() | most.keys()
     }
+
+
+def _node_types() -> dict[str, Any]:
+    """Return the maximum of each resource by the node types of the autoscaler; {} without one."""
+    # the only way to the node types, which `ray status` also uses
+    from ray._private.state import state
+
+    return state.get_max_resources_from_cluster_config() or {}
 
 
 def grows(name: str) -> bool:
@@ -129,13 +134,16 @@ def wait_for(
     """
     from ray.util import placement_group, remove_placement_group
 
-    wanted = Counter[str]()
-    for bundle in bundles:
-        wanted.update({name: amount for name, amount in bundle.items() if amount})
     most = potential()
-    if _Session.own and any(most.get(name, 0.0) < amount for name, amount in wanted.items()):
+    too_much = any(most.get(name, 0.0) < amount for name, amount in _sum(bundles).items())
+    if too_much and _Session.own:
         raise ResourceError(
-            f"{what}: this machine cannot run it. Got {_missing(wanted)}. Fix: {FEWER}"
+            f"{what}: this machine cannot run it. Got {missing(bundles)}. Fix: {FEWER}"
+        )
+    if too_much and _node_types():
+        raise ResourceError(
+            f"{what}: the cluster cannot run it, with all nodes that its autoscaler may start. Got "
+            f"{missing(bundles)}. Fix: {FEWER}, or raise max_workers of a node type"
         )
     started = time.monotonic()
     deadline = started + timeout_s
@@ -149,23 +157,32 @@ def wait_for(
                 if time.monotonic() >= deadline:
                     raise ResourceError(
                         f"{what}: the cluster did not have the resources within {timeout_s:g} s. "
-                        f"Got {_missing(wanted)}. Fix: {FEWER}, free some, let the cluster start "
+                        f"Got {missing(bundles)}. Fix: {FEWER}, free some, let the cluster start "
                         "more nodes, or wait longer (--resource-timeout)"
                     )
             elapsed = time.monotonic() - started
-            say(f"{what}: waiting for {_missing(wanted)}; {elapsed:.0f} of {timeout_s:g} s")
+            say(f"{what}: waiting for {missing(bundles)}; {elapsed:.0f} of {timeout_s:g} s")
     finally:
         remove_placement_group(group)
 
 
-def _missing(wanted: Mapping[str, float]) -> str:
+def _sum(bundles: Sequence[Mapping[str, float]]) -> Counter[str]:
+    """Return the amount of each resource in all bundles together."""
+    total: Counter[str] = Counter()
+    for bundle in bundles:
+        total.update({name: amount for name, amount in bundle.items() if amount})
+    return total
+
+
+def missing(bundles: Sequence[Mapping[str, float]]) -> str:
     """Return e.g. `8 x GPU: 2 of 8 in the cluster, 0 free; the autoscaler may start nodes ..`."""
     import ray
 
+    wanted = _sum(bundles)
     here, free, most = ray.cluster_resources(), ray.available_resources(), potential()
     parts = []
     for name, amount in sorted(wanted.items(), key=lambda item: item[0] != "GPU"):
-        if name != "GPU" and here.get(name, 0.0) >= amount and free.get(name, 0.0) >= amount:
+        if here.get(name, 0.0) >= amount and free.get(name, 0.0) >= amount:
             continue
         own = here.get(name, 0.0)
         grow = (
@@ -177,7 +194,9 @@ def _missing(wanted: Mapping[str, float]) -> str:
             f"{amount:g} x {name}: {own:g} of {amount:g} in the cluster, "
             f"{free.get(name, 0.0):g} free; {grow}"
         )
-    return " and ".join(parts) or "nodes whose free resources are spread over too many of them"
+    return " and ".join(parts) or (
+        f"a place for {len(bundles)} workers, because the free resources of single nodes may be too few"
+    )
 
 
 def map_on_actors(

@@ -18,7 +18,7 @@ from bridgework.cli import completion
 from bridgework.cli.curate import curate
 from bridgework.cli.data import data, mixture, order
 from bridgework.cli.models import ask, evaluate, export, importing
-from bridgework.cli.options import changes, pairs
+from bridgework.cli.options import changes, number_or_range, pairs
 from bridgework.config import flat, override
 from bridgework.data.catalog import home as home_folder
 from bridgework.errors import BridgeworkError, Interrupted, ResourceError
@@ -147,8 +147,12 @@ def train(
     tiny: Tiny = False,
     set_: Set = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process.")
-    ] = 1,
+        str,
+        typer.Option(
+            metavar="N|MIN:MAX",
+            help="Ray Train workers; 0 trains in this process, 1:4 uses what the cluster has.",
+        ),
+    ] = "1",
     readers: Annotated[
         int, typer.Option(min=1, help="Ray Data actors that read and decode samples.")
     ] = 1,
@@ -178,14 +182,16 @@ def train(
         float | None,
         typer.Option(
             min=0,
-            help="GPUs of each worker.",
+            help="GPUs of each worker; 0 trains on CPUs.",
             show_default="1 if the cluster has or can start GPU nodes, else 0",
         ),
     ] = None,
     resource_timeout: Annotated[
         float,
         typer.Option(
-            min=0, metavar="SECONDS", help="Time to wait for the resources of the workers."
+            min=0,
+            metavar="SECONDS",
+            help="Time to wait for the resources of the workers, also after the loss of a node.",
         ),
     ] = TIMEOUT_S,
     trust_checkpoints: Annotated[
@@ -212,7 +218,7 @@ def train(
     results = api.train(
         resolved,
         stages=stage,
-        workers=workers,
+        workers=number_or_range(workers),
         run=run or default_name(prefix, resolved, home_folder()),
         options=RunOptions(
             readers=readers,
