@@ -7,7 +7,9 @@ while waiting. Functions import Ray only when they use it, because a run in one 
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,17 +66,122 @@ def connect(**logs: Any) -> bool:
     `logs` are the arguments of `ray.init` about logs. Raises ResourceError if it cannot be joined.
     """
     import ray
+    from ray.exceptions import RayError
 
     named = address()
-    if named is None:
-        # Only this process can reach its Ray, and nothing preempts the machine.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        cpus = max(2, os.cpu_count() or 1)  # one for the workers, one for Ray Data
-        ray.init("local", num_cpus=cpus, include_dashboard=False, **logs)
-        return True
-    ray.init(address=named, **logs)
+    with _own_sigterm():
+        if named is None:
+            # Only this process can reach its Ray, and nothing preempts the machine.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            cpus = max(2, os.cpu_count() or 1)  # one for the workers, one for Ray Data
+            ray.init("local", num_cpus=cpus, include_dashboard=False, **logs)
+            return True
+        try:
+            ray.init(address=named, **logs)
+        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+            raise _not_joined(named, error) from error
     return False
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM in the block, because Ray sets one that says nothing."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Return Ray's records of the nodes that are alive."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def on_every_node(
+    work: Callable[[], T], *, timeout_s: float = 120.0, say: Callable[[str], object] = log.warning
+) -> list[tuple[dict[str, Any], T | Exception]]:
+    """Run `work` once on every node of the cluster, without requesting resources.
+
+    Returns Ray's record of each node with the result or the error of its call. A call that takes
+    longer than `timeout_s` is a TimeoutError. `work` is sent by value, so that it runs with another
+    version of bridgework too.
+    """
+    import ray
+    from ray import cloudpickle
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def call(pickled: bytes) -> Any:
+        return cloudpickle.loads(pickled)()
+
+    module = sys.modules[getattr(work, "func", work).__module__]
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        pickled = cloudpickle.dumps(work)
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+    nodes = alive_nodes()
+    calls = [
+        call.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(pickled)
+        for node in nodes
+    ]
+    waiting, started = list(calls), time.monotonic()
+    while waiting and (elapsed := time.monotonic() - started) < timeout_s:
+        _, waiting = ray.wait(
+            waiting, num_returns=len(waiting), timeout=min(SAY_EVERY_S, timeout_s - elapsed)
+        )
+        if waiting:
+            say(
+                f"waiting for {len(waiting)} of {len(nodes)} nodes; {elapsed:.0f} of {timeout_s:g} s"
+            )
+    found: list[tuple[dict[str, Any], T | Exception]] = []
+    for node, each in zip(nodes, calls, strict=True):
+        try:
+            if each in waiting:
+                raise TimeoutError(f"no answer within {timeout_s:g} s")
+            found.append((node, ray.get(each)))
+        except Exception as error:
+            found.append((node, error))
+    return found
+
+
+def jobs(address: str) -> list[tuple[str, str]]:
+    """Return (submission id, state) of the jobs of a cluster.
+
+    Raises ResourceError if its job server does not answer or refuses the token.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        found = JobSubmissionClient(address).list_jobs()
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise _not_joined(address, error) from error
+    return [(job.submission_id or "", str(job.status.value)) for job in found]
+
+
+def _not_joined(address: str, error: Exception) -> ResourceError:
+    """Return the error of a cluster that cannot be joined: a wrong token, address or version."""
+    text = str(error).strip().partition(chr(10))[0][:300]
+    words = f"{text} {error}".lower()
+    if any(word in words for word in ("token", "unauthenticated", "unauthorized", "401", "403")):
+        fix = (
+            "export RAY_AUTH_MODE=token, and put the token of the cluster into ~/.ray/auth_token or "
+            "RAY_AUTH_TOKEN"
+        )
+    elif "version" in words:
+        fix = "install the version of Ray and Python that the cluster has"
+    else:
+        fix = "check that the cluster runs and that its port is forwarded (`ray dashboard`)"
+    return ResourceError(
+        f"{address}: the cluster cannot be joined. Got {type(error).__name__}: {text}. Fix: {fix}"
+    )
 
 
 def address() -> str | None:

@@ -1,6 +1,7 @@
 """Train on a cluster of fake nodes that come and go; prints the notices of the run.
 
-python -m tests.training.elastic_run HOME RUN STEPS EVENTS; see `EVENTS` below. Each node offers one fake GPU, and
+python -m tests.training.elastic_run HOME RUN STEPS FEWEST MOST TIMEOUT EVENT..; an event is a method of `Nodes`, or
+`train=N`, or `until=TEXT`. Each node offers one fake GPU, and
 the tiny stage then trains on its CPU. The head offers CPUs for the readers.
 """
 
@@ -17,7 +18,6 @@ os.environ |= {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
 }
-os.environ |= {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
 os.environ |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
 
 import ray
@@ -26,18 +26,24 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from rich.console import Console
 
+from bridgework.config import override
 from bridgework.errors import BridgeworkError
 from bridgework.system import System
 from bridgework.training.driver import train
 from bridgework.training.options import RunOptions
-from tests.training.support import llava, losses
+from tests.training import test_dropout as dropout
+from tests.training.support import losses
 
 WAIT_S = 240
 
 
+STAGE = "instruct"
+
+
 def system(steps: int) -> System:
-    """A stage in ZeRO 2, whose state is converted for another number of workers, with dropout."""
-    return llava(steps, stages__align__zero__stage=2, stages__align__budget__micro=4)
+    """A stage with dropout, in ZeRO 2, whose state is converted for another number of workers."""
+    changes = {"stages.*.budget.steps": steps, "stages.*.zero.stage": 2}
+    return override(dropout.system("adapters", 4), changes)
 
 
 class Nodes:
@@ -63,8 +69,10 @@ class Nodes:
 
     def train(self, steps: int) -> None:
         """Wait until that many steps more are done."""
-        begin, until = len(losses(self._home, self._run)), time.monotonic() + WAIT_S
-        while len(losses(self._home, self._run)) < begin + steps and time.monotonic() < until:
+        begin, until = len(losses(self._home, self._run, STAGE)), time.monotonic() + WAIT_S
+        while (
+            len(losses(self._home, self._run, STAGE)) < begin + steps and time.monotonic() < until
+        ):
             time.sleep(0.2)
 
     def until(self, said: Callable[[], str], text: str) -> None:
@@ -100,7 +108,7 @@ def main(
                 home=home,
                 run=run,
                 options=options,
-                stages=["align"],
+                stages=[STAGE],
                 console=console,
             )
         except BridgeworkError as error:

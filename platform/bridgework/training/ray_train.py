@@ -21,6 +21,7 @@ import ray.train
 from ray import cloudpickle
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, UserCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.config import ScalingConfig
@@ -307,7 +308,8 @@ class FailFastCallback(UserCallback):
 def _reason(error: BaseException) -> str:
     """Return one line about a failure of the workers; the lost ones are its cause."""
     failures = getattr(error, "worker_failures", {})
-    lost = [rank for rank, each in failures.items() if isinstance(each, RayActorError)]
+    gone = RayActorError | WorkerHealthCheckFailedError
+    lost = [rank for rank, each in failures.items() if isinstance(each, gone)]
     if isinstance(error, PreemptionError):
         return "a node was taken away, after a notice"
     if lost:
