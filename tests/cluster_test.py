@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import yaml
 
@@ -52,17 +53,9 @@ def autoscaling(gcs: int) -> dict[str, Any]:
     }
     types["head"]["max_workers"] = 0
     types["ray.head.default"] = types.pop("head")  # the name that the fake provider expects
-    lists = [
-        "cluster_synced_files",
-        "rsync_exclude",
-        "rsync_filter",
-        "initialization_commands",
-        "setup_commands",
-        "head_setup_commands",
-        "worker_setup_commands",
-        "head_start_ray_commands",
-        "worker_start_ray_commands",
-    ]
+    setup = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray")
+    commands = [f"{name}_commands" for name in (*setup, "worker_start_ray")]
+    lists = [*commands, "cluster_synced_files", "rsync_exclude", "rsync_filter"]
     return {
         "cluster_name": "cluster-test",
         "max_workers": ours["max_workers"],
@@ -214,18 +207,15 @@ class Test:
         import ray
 
         nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU") == GPUS]
-        name = nodes[-1]["NodeID"]
-        port = str(nodes[-1]["NodeManagerPort"])
-        (raylet,) = [
-            p for p in self._own() if p.name() == "raylet" and self._is_node(p, name, port)
-        ]
-        raylet.kill()
-        self.say("a node of the pool train is gone")
-
-    def _is_node(self, process: psutil.Process, name: str, port: str) -> bool:
-        words = process.cmdline()
-        ports = {str(c.laddr.port) for c in process.net_connections() if c.laddr}
-        return any(name in word for word in words) or port in ports
+        port = nodes[-1]["NodeManagerPort"]
+        for process in self._own():
+            if process.name() == "raylet" and port in {
+                each.laddr.port for each in process.net_connections() if each.status == "LISTEN"
+            }:
+                process.kill()
+                self.say("a node of the pool train is gone")
+                return
+        raise RuntimeError(f"no raylet listens on {port}")
 
     def _own(self) -> list[psutil.Process]:
         """Return the processes that have this test's folder in their command line."""
@@ -253,42 +243,72 @@ def run(test: Test) -> None:
     photos.mkdir()
     for number in range(8):
         Image.new("RGB", (64, 64), (number * 30, 90, 120)).save(photos / f"{number}.png")
-        (photos / f"{number}.txt").write_text(f"a field of colour {number}")
+        (photos / f"{number}.txt").write_text(f"a field of color {number}")
     with test.head():
-        test.say("the head is up; every pool is at zero")
-        assert test.pools() == dict.fromkeys(POOLS, 0)
+        test.say("the head is up, and every pool is at zero")
         test.submit("import", "data", "import", "folder", str(photos), "photos", "workers=1")
         test.until(lambda: test.pools()["data"] >= 1, "node of the pool data")
-        steps, again = 4_000, 0
-        train = test.submit(
-            "train", "train", "llava", "--tiny", "--stage", "align", "--run", "run",
-            "--workers", "1:2", "--gpus-per-worker", str(GPUS), "--resource-timeout", "300",
-            "--set", f"stages.align.budget.steps={steps}", "--set", "stages.*.evals=()",
-        )  # fmt: skip
-        test.until(lambda: test.step() > 0, "step of training")
-        test.say("training has begun")
-        test.until(lambda: "align: 2 workers instead of 1" in test.log("train"), "second worker")
-        test.say(f"two workers train, from step {test.step()} on")
-        again = test.step() + 50
-        test.until(lambda: test.step() > again, "steps of two workers")
-        test.kill_a_node()
-        test.until(lambda: "start again from the newest checkpoint" in test.log("train"), "restart")
-        again = test.step() + 50
-        test.until(lambda: test.step() > again, "steps after the loss of a node")
-        test.say("training continues after the loss of a node")
-        subprocess.run([str(BIN / "ray"), "job", "stop", "run"], env=test.env, check=True,
-                       stdout=subprocess.DEVNULL)  # fmt: skip
-        train.wait(LIMIT_S)
-        test.jobs.remove(train)
-        (saved,) = re.findall(r"a checkpoint of step (\d+) is saved", test.log("train"))
-        test.say(f"ray job stop saved a checkpoint of step {saved}")
-        # the same run again: a few steps more than the checkpoint
-        test.submit(
-            "again", "train", "llava", "--tiny", "--stage", "align", "--run", "run",
-            "--workers", "1:2", "--gpus-per-worker", str(GPUS), "--resource-timeout", "300",
-            "--set", f"stages.align.budget.steps={steps}", "--set", "stages.*.evals=()",
-        ).wait(LIMIT_S)  # fmt: skip
-    _ = again
+        train(test)
+        serve(test)
+        test.until(lambda: not any(test.pools().values()), "release of all pools")
+        test.say("all pools are back at zero")
+        test.until(lambda: all(job.poll() == 0 for job in test.jobs), "end of the jobs")
+
+
+def train(test: Test) -> None:
+    """Train on one node, on two, on one after a loss; stop the job, and submit it again."""
+    words = [
+        "train", "llava", "--tiny", "--stage", "align", "--run", "run", "--workers", "1:2",
+        "--gpus-per-worker", str(GPUS), "--resource-timeout", "300", "--set", "stages.*.evals=()",
+        "--set", "stages.align.optim.decay=constant", "--set", "stages.align.optim.warmup=0",
+    ]  # fmt: skip
+    job = test.submit("train", *words, "--set", "stages.align.budget.steps=100000")
+    test.until(lambda: test.step() > 0, "step of training")
+    test.say("training has begun")
+    test.until(lambda: "align: 2 workers instead of 1" in test.log("train"), "second worker")
+    test.say(f"two workers train after step {test.step()}")
+    more(test, 20)
+    test.kill_a_node()
+    test.until(lambda: "start again from the newest checkpoint" in test.log("train"), "restart")
+    more(test, 20)
+    test.say("training continues after the loss of a node")
+    test.jobs.remove(job)
+    stop = [str(BIN / "ray"), "job", "stop", "run"]
+    subprocess.run(stop, env=test.env, check=True, stdout=subprocess.DEVNULL)
+    job.wait(LIMIT_S)
+    (saved,) = re.findall(r"a checkpoint of step (\d+) is saved", test.log("train"))
+    test.say(f"`ray job stop` saved a checkpoint of step {saved}")
+    steps = f"stages.align.budget.steps={int(saved) + 20}"
+    again = test.submit("again", *words, "--set", steps)
+    test.until(lambda: again.poll() is not None, "end of training")
+    test.say(f"the run is finished after {test.step()} steps")
+
+
+def more(test: Test, steps: int) -> None:
+    goal = test.step() + steps
+    test.until(lambda: test.step() >= goal, f"{steps} steps more")
+
+
+def serve(test: Test) -> None:
+    """Serve the model from the pool for serving: `bridgework serve` joins the Ray with its token."""
+    artifact, port = test.folder / "home/runs/run/align/artifact", free_port()
+    words = ["serve", "chat", f"model={artifact}", "dev=true", "--port", str(port)]
+    test.say("bridgework " + " ".join(["serve", "chat", "model=ARTIFACT", "dev=true"]))
+    env = test.env | {"RAY_ADDRESS": f"127.0.0.1:{test.gcs}"}
+    with (test.folder / "serve.log").open("w") as log:
+        server = subprocess.Popen(
+            [str(BIN / "bridgework"), *words], env=env, stdout=log, stderr=log, cwd=ROOT, text=True
+        )
+    test.jobs.append(server)
+    test.until(lambda: "answers at" in test.log("serve"), "served model")
+    body = {"model": "align", "messages": [{"role": "user", "content": "What is it?"}]}
+    url = f"http://127.0.0.1:{port}/v1"
+    body["model"] = httpx.get(f"{url}/models").json()["data"][0]["id"]
+    answer = httpx.post(f"{url}/chat/completions", json=body | {"max_tokens": 4}, timeout=60)
+    test.say(f"a served answer: HTTP {answer.status_code}")
+    answer.raise_for_status()
+    server.terminate()
+    server.wait(60)
 
 
 def picture(rows: Sequence[tuple[float, dict[str, int], int]], file: Path) -> None:

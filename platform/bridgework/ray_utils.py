@@ -51,7 +51,7 @@ def ray_session() -> Iterator[None]:
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    _Session.own = connect(log_to_driver=False, logging_level=logging.ERROR)
+    connect(log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield
@@ -69,6 +69,7 @@ def connect(**logs: Any) -> bool:
     from ray.exceptions import RayError
 
     named = address()
+    _Session.own = named is None
     with _own_sigterm():
         if named is None:
             # Only this process can reach its Ray, and nothing preempts the machine.
@@ -233,11 +234,13 @@ def wait_for(
     timeout_s: float = TIMEOUT_S,
     say: Callable[[str], object] = log.warning,
     stopped: Callable[[], object] = lambda: None,
+    fix: str = FEWER,
 ) -> None:
     """Request `bundles` from the autoscaler and return as soon as all are free at the same time.
 
     Every SAY_EVERY_S seconds `say` is called with the missing resources. `stopped` is polled and
-    may raise. Raises ResourceError after `timeout_s`.
+    may raise. Raises ResourceError, with the advice `fix`, after `timeout_s`, and at once if the
+    cluster never has the resources.
     """
     from ray.util import placement_group, remove_placement_group
 
@@ -245,12 +248,12 @@ def wait_for(
     too_much = any(most.get(name, 0.0) < amount for name, amount in _sum(bundles).items())
     if too_much and _Session.own:
         raise ResourceError(
-            f"{what}: this machine cannot run it. Got {missing(bundles)}. Fix: {FEWER}"
+            f"{what}: this machine cannot run it. Got {missing(bundles)}. Fix: {fix}"
         )
     if too_much and _node_types():
         raise ResourceError(
             f"{what}: the cluster cannot run it, with all nodes that its autoscaler may start. Got "
-            f"{missing(bundles)}. Fix: {FEWER}, or raise max_workers of a node type"
+            f"{missing(bundles)}. Fix: {fix}, or raise max_workers of a node type"
         )
     started = time.monotonic()
     deadline = started + timeout_s
@@ -264,7 +267,7 @@ def wait_for(
                 if time.monotonic() >= deadline:
                     raise ResourceError(
                         f"{what}: the cluster did not have the resources within {timeout_s:g} s. "
-                        f"Got {missing(bundles)}. Fix: {FEWER}, free some, let the cluster start "
+                        f"Got {missing(bundles)}. Fix: {fix}, free some, let the cluster start "
                         "more nodes, or wait longer (--resource-timeout)"
                     )
             elapsed = time.monotonic() - started

@@ -18,7 +18,7 @@ from uuid import uuid4
 from ray import serve
 from ray.serve import Application
 
-from bridgework import artifacts
+from bridgework import artifacts, ray_utils
 from bridgework.data import catalog
 from bridgework.serving.auth import Keys
 from bridgework.serving.gateway import Gateway, Routes
@@ -91,13 +91,20 @@ def _model(role: str, options: Options) -> serve.Deployment:
         }
     return serve.deployment(
         name=role,
-        ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
+        ray_actor_options={"num_cpus": options.cpus, "num_gpus": replica_gpus(options)},
         max_ongoing_requests=options.ongoing,
         max_queued_requests=options.queued,
         health_check_period_s=HEALTH_S,
         graceful_shutdown_timeout_s=options.timeout_s,  # running answers are completed
         **scale,
     )(Model)
+
+
+def replica_gpus(options: Options) -> float:
+    """Return the GPUs of a replica; without a cluster to ask, 0 by default."""
+    if options.gpus is None and not ray_utils.is_open():
+        return 0.0
+    return ray_utils.gpus_each(options.gpus)
 
 
 def resolve_model(app: str, model: str, options: Options, home: Path) -> ServedModel:
