@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bridgework.cli import app
-from bridgework.cli.cluster_checks import Facts, Node, checks, own_versions
+from bridgework.cli.cluster_checks import Facts, Node, ask, checks, own_versions
 from bridgework.cli.jobs import NEEDS, _jobs, _next, check_env
 from bridgework.errors import BridgeworkError, ResourceError, RunError, SpecError
 
@@ -187,3 +187,18 @@ def test_node_that_differs_is_named_with_a_fix(check: str, answer: Facts | Excep
     (wrong,) = [each for each in found if not each.ok]
     assert wrong.name == f"{check} of b" and wrong.found and wrong.advice
     assert all(each.ok for each in checks([good], own_versions(), ""))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_every_node_answers_and_leaves_no_files(home: Path) -> None:
+    (node,) = ask(str(home), "http://127.0.0.1:9")
+    assert isinstance(node.answer, Facts), node.answer
+    assert (node.answer.reads, node.answer.writes, node.answer.unreachable) == ("", "", ())
+    assert node.answer.tracking.startswith("URLError")
+    assert list((home / "doctor").iterdir()) == []
+    wrong = [
+        each.name.partition(" of ")[0]
+        for each in checks([node], own_versions(), "http://127.0.0.1:9")
+        if not each.ok
+    ]
+    assert set(wrong) - {"free space"} == {"tracking server"}
