@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -157,31 +158,29 @@ def test_job_ends_with_one_line_and_an_exit_code() -> None:
     assert "did you mean 'llava'" in done.stderr.splitlines()[-1]
 
 
-def facts(**changes: object) -> Facts:
-    given = {
-        "versions": own_versions(), "clock": 100.0, "reads": "", "writes": "", "free_gib": 50.0,
-        "tracking": "", "unreachable": (), "gpus": 0, "nccl": False,
-    }  # fmt: skip
-    return Facts(**given | changes)  # type: ignore[arg-type]
+GOOD = Facts(
+    versions=own_versions(), clock=100.0, reads="", writes="", free_gib=50.0, tracking="",
+    unreachable=(), gpus=0, nccl=False,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("check", "answer"),
     [
         ("answers", RuntimeError("no module named bridgework")),
-        ("versions", facts(versions=own_versions() | {"bridgework": "0.0.1"})),
-        ("clock", facts(clock=700.0)),
-        ("store", facts(reads="FileNotFoundError: x")),
-        ("store", facts(writes="PermissionError: x")),
-        ("ports", facts(unreachable=("b (10.0.0.2:8076: timed out)",))),
-        ("tracking server", facts(tracking="HTTPError: 401")),
-        ("free space", facts(free_gib=1.0)),
-        ("gpu", facts(gpus=0)),
-        ("gpu", facts(gpus=4, nccl=False)),
+        ("versions", replace(GOOD, versions=own_versions() | {"bridgework": "0.0.1"})),
+        ("clock", replace(GOOD, clock=700.0)),
+        ("store", replace(GOOD, reads="FileNotFoundError: x")),
+        ("store", replace(GOOD, writes="PermissionError: x")),
+        ("ports", replace(GOOD, unreachable=("b (10.0.0.2:8076: timed out)",))),
+        ("tracking server", replace(GOOD, tracking="HTTPError: 401")),
+        ("free space", replace(GOOD, free_gib=1.0)),
+        ("gpu", replace(GOOD, gpus=0)),
+        ("gpu", replace(GOOD, gpus=4, nccl=False)),
     ],
 )
 def test_node_that_differs_is_named_with_a_fix(check: str, answer: Facts | Exception) -> None:
-    good = Node("a", 0.0, facts(), sent=95.0, received=105.0)
+    good = Node("a", 0.0, GOOD, sent=95.0, received=105.0)
     bad = Node("b", 4.0 if check == "gpu" else 0.0, answer, sent=95.0, received=105.0)
     found = checks([good, bad], own_versions(), "http://tracking")
     (wrong,) = [each for each in found if not each.ok]

@@ -5,6 +5,7 @@ python -m tests.training.elastic_run HOME RUN STEPS FEWEST MOST TIMEOUT EVENT..;
 the tiny stage then trains on its CPU. The head offers CPUs for the readers.
 """
 
+import io
 import os
 import sys
 import threading
@@ -87,9 +88,8 @@ class Nodes:
 def main(
     home: Path, run: str, steps: int, workers: tuple[int, int], timeout_s: float, events: list[str]
 ) -> None:
-    nodes, console = Nodes(home, run), Console(file=sys.stdout, record=True, width=400)
-    said: list[str] = []
-    console.print = lambda *texts, **how: said.append(" ".join(map(str, texts)))  # type: ignore[method-assign]
+    nodes, said = Nodes(home, run), io.StringIO()
+    console = Console(file=said, width=400)
     ray.init(address=nodes.address, log_to_driver=False)
     nodes.add()
 
@@ -112,7 +112,7 @@ def main(
                 console=console,
             )
         except BridgeworkError as error:
-            said.append(f"error {error}")
+            said.write(f"error {error}\n")
 
     began = time.monotonic()
     thread = threading.Thread(target=work)  # a node can be added in the main thread only
@@ -123,12 +123,12 @@ def main(
         if name == "train":
             nodes.train(int(value))
         elif name == "until":
-            nodes.until(lambda: "\n".join(said), value)
+            nodes.until(said.getvalue, value)
         else:
             getattr(nodes, name)()
     thread.join()
     print(f"{time.monotonic() - began:.1f} s: end")
-    print("\n".join(said))
+    print(said.getvalue())
     ray.shutdown()
     nodes.shutdown()
 

@@ -19,7 +19,7 @@ from bridgework.training import checkpoint, notices
 from bridgework.training.options import RunOptions
 from bridgework.training.ray_train import WorkerGroupCallback
 from bridgework.training.stopping import Preemption, Stop
-from bridgework.training.torch_backend import DeviceTorchConfig, _backend
+from bridgework.training.process_group import DeviceTorchConfig, _backend
 from tests.training import elastic_run
 from tests.training.support import go, job, llava, losses, train_ranks
 

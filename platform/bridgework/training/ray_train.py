@@ -55,7 +55,7 @@ def fit(job: "TrainJob", options: RunOptions) -> None:
     """
     from ray.train.torch import TorchTrainer  # imports torch
 
-    from bridgework.training.torch_backend import DeviceTorchConfig
+    from bridgework.training.process_group import DeviceTorchConfig
 
     # A shorter attempt to place the workers is repeated with what the cluster has by then.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{ray_utils.SAY_EVERY_S:g}")
@@ -275,7 +275,7 @@ class WorkerGroupCallback(ControllerCallback):
             raise interrupted(self._stage, asked, None)
         waited = now - self._waits_since
         missing = ray_utils.missing([self._resources] * self._fewest)
-        if waited > self._timeout_s:
+        if waited >= self._timeout_s:
             raise ResourceError(
                 f"{self._stage}: the cluster did not have the resources within {self._timeout_s:g} "
                 f"s. Got {missing}. Fix: the same command resumes when it has them; or "
