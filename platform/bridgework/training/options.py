@@ -10,7 +10,12 @@ from bridgework.errors import SpecError
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of a run that do not affect the training result."""
+    """Options of a run that do not affect the training result.
+
+    Example:
+        >>> import bridgework as bw
+        >>> options = bw.RunOptions(workers=4, readers=2, checkpoint_every=500)
+    """
 
     # 0 trains in this process, without Ray Train. (fewest, most) is elastic: as many as the cluster
     # has room for, changed at checkpoints.
