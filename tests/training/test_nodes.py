@@ -17,9 +17,9 @@ from bridgework.config import override
 from bridgework.errors import Interrupted, ResourceError, RunError, SpecError
 from bridgework.training import checkpoint, notices
 from bridgework.training.options import RunOptions
+from bridgework.training.process_group import DeviceTorchConfig, _backend
 from bridgework.training.ray_train import WorkerGroupCallback
 from bridgework.training.stopping import Preemption, Stop
-from bridgework.training.process_group import DeviceTorchConfig, _backend
 from tests.training import elastic_run
 from tests.training.support import go, job, llava, losses, train_ranks
 
