@@ -17,6 +17,7 @@ from rich.console import Console
 from bridgework.config import override
 from bridgework.data.catalog import home
 from bridgework.errors import ResourceError, RunError, SpecError, suggest
+from bridgework.ray_utils import SAY_EVERY_S
 from bridgework.system import load
 
 NEEDS = "BRIDGEWORK_NEEDS_ENV"  # names of variables that the job's environment must have
@@ -25,7 +26,10 @@ STOP_S = 600  # time for a checkpoint between SIGTERM and SIGKILL of `ray job st
 EXCLUDES = (".git/", ".venv/", ".bridgework/", ".mypy_cache/", ".pytest_cache/", ".ruff_cache/")
 OVER = frozenset({"SUCCEEDED", "STOPPED", "FAILED"})  # states of a job that has ended
 
-out = Console(markup=False, highlight=False, soft_wrap=True)
+out, err = (
+    Console(stderr=stderr, markup=False, highlight=False, soft_wrap=True)
+    for stderr in (False, True)
+)
 
 
 def submit(
@@ -93,7 +97,20 @@ def submit(
     if dry_run:
         out.print(shlex.join(["ray", *command[1:]]))
         return
-    raise typer.Exit(subprocess.run(command).returncode)
+    raise typer.Exit(_follow(command, address, command[command.index("--submission-id") + 1]))
+
+
+def _follow(command: list[str], address: str | None, job: str) -> int:
+    """Run the command and return its exit code; reports a job that waits for its resources."""
+    started, pending = time.monotonic(), True
+    with subprocess.Popen(command) as process:
+        while True:
+            try:
+                return process.wait(SAY_EVERY_S)
+            except subprocess.TimeoutExpired:
+                pending = pending and dict(_jobs(address)).get(job, "PENDING") == "PENDING"
+            if pending:
+                err.print(f"{job}: waits for its resources; {time.monotonic() - started:.0f} s")
 
 
 def _parse(root: Any, words: list[str]) -> tuple[str, dict[str, Any]]:

@@ -175,6 +175,8 @@ def _work(config: dict[str, Any]) -> None:
     from bridgework.training import loop
 
     job: TrainJob = cloudpickle.loads(config["job"])
+    if is_finished(job.folder):
+        return  # while the number of workers was about to change
     if get_device().type == "cpu":
         share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
         torch.set_num_threads(config["threads"] or share)  # Ray's default follows num_cpus
