@@ -39,7 +39,7 @@ def train(
     system: System | str,
     *,
     stages: Sequence[str] | None = None,
-    workers: int = 0,
+    workers: int | tuple[int, int] = 0,
     run: str | None = None,
     home: Path | None = None,
     options: RunOptions | None = None,
@@ -53,7 +53,8 @@ def train(
     Args:
         system: A System, or the name of a recipe such as "llava" or "llava:v1".
         stages: Names of the stages to train. Default: all.
-        workers: Ray Train workers. 0 trains in this process, without Ray.
+        workers: Ray Train workers. 0 trains in this process, without Ray. (1, 4) is elastic: as many as the
+            cluster has room for, changed at checkpoints, with the same batches and losses.
         run: Name of the run's folder, `<home>/runs/<run>`. Default: the system's name and six digits
             of its identity, so that an equal system resumes.
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
@@ -454,7 +455,7 @@ def _report(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _ray(workers: int) -> Any:
+def _ray(workers: int | tuple[int, int]) -> Any:
     """Return a Ray session for the block, or nothing where none is needed or one is open already."""
     from bridgework.ray_utils import is_open, ray_session
 

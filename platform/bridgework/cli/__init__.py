@@ -4,10 +4,12 @@ Heavy libraries are imported by the command that needs them, so that `bridgework
 """
 
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +19,7 @@ from bridgework import storage
 from bridgework.cli import completion
 from bridgework.cli.curate import curate
 from bridgework.cli.data import data, mixture, order
+from bridgework.cli.jobs import check_env, submit
 from bridgework.cli.judging import (
     compare,
     evaluate,
@@ -28,13 +31,16 @@ from bridgework.cli.judging import (
 )
 from bridgework.cli.mixtures import mixture as mixture_search
 from bridgework.cli.models import ask, export, importing
-from bridgework.cli.options import Project, changes, pairs
+from bridgework.cli.options import Project, changes, number_or_range, pairs
 from bridgework.cli.sweeps import checked_features, report, sweep
 from bridgework.config import flat, override
 from bridgework.data.catalog import home as home_folder
 from bridgework.errors import BridgeworkError, Interrupted, ResourceError, SpecError
 from bridgework.ray_utils import TIMEOUT_S
 from bridgework.system import System, load, recipes, variants
+
+if TYPE_CHECKING:
+    from bridgework.cli.diagnostics import Check
 
 app = typer.Typer(
     help="Train, evaluate and serve vision-language systems on Ray. Change any field of a recipe "
@@ -45,7 +51,7 @@ out, err = Console(), Console(stderr=True)
 
 # Panels of `bridgework --help`, in the order of their first command.
 DATA, TRAIN, EVALUATE, SERVE = "Data", "Training", "Evaluation and conversion", "Serving"
-MACHINE = "This machine"
+MACHINE = "Machine and cluster"
 
 INTERRUPTED = 130  # exit code of a run that a signal stopped: 128 + SIGINT, as in shells
 BY_SOURCE = ("samples.", "tokens.", "share.")  # prefixes of metrics with one value per source
@@ -150,8 +156,12 @@ def train(
     tiny: Tiny = False,
     set_: Set = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process.")
-    ] = 1,
+        str,
+        typer.Option(
+            metavar="N|MIN:MAX",
+            help="Ray Train workers; 0 trains in this process, 1:4 uses what the cluster has.",
+        ),
+    ] = "1",
     readers: Annotated[
         int, typer.Option(min=1, help="Ray Data actors that read and decode samples.")
     ] = 1,
@@ -181,14 +191,16 @@ def train(
         float | None,
         typer.Option(
             min=0,
-            help="GPUs of each worker.",
+            help="GPUs of each worker; 0 trains on CPUs.",
             show_default="1 if the cluster has or can start GPU nodes, else 0",
         ),
     ] = None,
     resource_timeout: Annotated[
         float,
         typer.Option(
-            min=0, metavar="SECONDS", help="Time to wait for the resources of the workers."
+            min=0,
+            metavar="SECONDS",
+            help="Time to wait for the resources of the workers, also after the loss of a node.",
         ),
     ] = TIMEOUT_S,
     features: Annotated[
@@ -233,7 +245,7 @@ def train(
     results = api.train(
         resolved,
         stages=stage,
-        workers=workers,
+        workers=number_or_range(workers),
         run=run or default_name(prefix, resolved, home_folder()),
         options=RunOptions(
             readers=readers,
@@ -457,13 +469,25 @@ def sync() -> None:
         raise typer.Exit(1)
 
 
+app.command(
+    rich_help_panel=MACHINE,
+    # options after the command belong to it
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+)(submit)
+
+
 @app.command(rich_help_panel=MACHINE)
-def doctor() -> None:
+def doctor(
+    cluster: Annotated[
+        bool,
+        typer.Option("--cluster", help="Check every node of the cluster that RAY_ADDRESS names."),
+    ] = False,
+) -> None:
     """Check that this machine can run bridgework, and print a fix for each failed check."""
     from bridgework.cli.diagnostics import checks
 
     table = Table("", "check", "found", "advice", box=None, pad_edge=False)
-    results = checks(home_folder())
+    results = _cluster_checks() if cluster else checks(home_folder())
     for check in results:
         table.add_row("ok" if check.ok else "no", check.name, check.found, check.advice)
     out.print(table)
@@ -472,6 +496,21 @@ def doctor() -> None:
 
 
 # --- helpers
+
+
+def _cluster_checks() -> "list[Check]":
+    from bridgework import ray_utils
+    from bridgework.cli import cluster_checks
+
+    if ray_utils.address() is None:
+        raise ResourceError(
+            "doctor --cluster: no cluster is named. Fix: `bridgework submit doctor --cluster`, or "
+            "set RAY_ADDRESS on a node of it"
+        )
+    tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
+    with ray_utils.ray_session():
+        nodes = cluster_checks.ask(str(home_folder()), tracking)
+    return cluster_checks.checks(nodes, cluster_checks.own_versions(), tracking)
 
 
 def _millions(parameters: int) -> str:
@@ -483,10 +522,18 @@ def _resolve(name: str, assignments: list[str] | None, tiny: bool) -> System:
     return override(system.tiny() if tiny else system, changes(assignments))
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End a command that SIGTERM stops, e.g. by `ray job stop`; `train` saves a checkpoint first."""
+    err.print("[bold red]error[/]  stopped by SIGTERM. The same command resumes", highlight=False)
+    raise SystemExit(INTERRUPTED)
+
+
 def main() -> None:
     """Run the console script. An expected error is one line, with a traceback only with --debug."""
     sys.path.append(os.getcwd())  # for tune_spaces/ and your own modules, as with `python -m`
+    signal.signal(signal.SIGTERM, _terminate)
     try:
+        check_env()
         app(standalone_mode=True)
     except (BridgeworkError, MemoryError, OSError) as error:
         if os.environ.get("BRIDGEWORK_DEBUG"):
