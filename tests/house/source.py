@@ -23,7 +23,7 @@ LAYERS = (
         "system",
         "tracking.tracker",
     ),
-    ("models", "losses", "data", "ray_utils", "rng"),
+    ("models", "losses", "data", "ray_metrics", "ray_utils", "rng"),
     ("artifacts", "curation", "evaluation", "inference", "training", "tracking.relay"),
     ("recipes", "tracking", "hf"),
     ("tuning", "serving"),

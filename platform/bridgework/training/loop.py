@@ -38,6 +38,7 @@ from bridgework.training.deepspeed_engine import Engine, convert_to_universal, l
 from bridgework.training.flight_recorder import FlightRecorder
 from bridgework.training.metrics import (
     Clock,
+    GoodputMeter,
     Metrics,
     MixtureCounter,
     per_sample,
@@ -94,6 +95,7 @@ def run(
     """
     stage = job.system[job.stage]
     check(stage, num_micro_batches(stage, world))
+    meter = GoodputMeter(job.system.name, _run_name(job), stage.name, rank=rank)
 
     model, inherited = build_model(job, stage)
     multipliers = base.set_trainable(model, stage.trains)
@@ -129,6 +131,7 @@ def run(
                     raise _loss_not_finite(job, step, metrics, keys)
                 if rank == 0:
                     journal.append(metrics, step)
+                meter.step(step, metrics)
                 stopped = result.stop
             done = step + 1
             if rank == 0 and clock.flush_due(FLUSH_S):
@@ -138,12 +141,15 @@ def run(
             if stopped or (job.checkpoint_every and done % job.checkpoint_every == 0):
                 journal.flush()  # steps before a checkpoint are never repeated
                 recorder.flush()
-                _save(job, engine, attempt, done, world, mixed.state())
+                with meter.timed("checkpoint"):
+                    _save(job, engine, attempt, done, world, mixed.state())
             if stopped:
                 raise interrupted(job.stage, stop.asked, done)
             if job.evaluate_every and done % job.evaluate_every == 0:
                 evals = [spec for spec in stage.evals if job.midway in (None, spec.name)]
-                report(metrics | _evaluate(job, stage, model, evals), done)
+                with meter.timed("evaluation"):
+                    figures = _evaluate(job, stage, model, evals)
+                report(metrics | figures, done)
             clock.start_wait()
 
     if done != stage.budget.steps:
@@ -153,7 +159,8 @@ def run(
         )
     if not engine.finite():
         raise _weights_not_finite(job, done)
-    figures = _evaluate(job, stage, model, stage.evals, write=rank == 0)
+    with meter.timed("evaluation"):
+        figures = _evaluate(job, stage, model, stage.evals, write=rank == 0)
     journal.append(figures, stage.budget.steps)
     state = engine.state(
         artifacts.tensors_to_save(stage, model.state_dict(), multipliers, inherited)

@@ -24,6 +24,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
+from bridgework import ray_metrics
 from bridgework.config import override, to_dict
 from bridgework.errors import RunError, SpecError, TrackingError, suggest
 from bridgework.system import System, load
@@ -275,6 +276,7 @@ class _Recorder(Callback):
         self._tracker, self._parent, self._console = tracker, parent, console
         self.runs: dict[str, str] = {}
         self._running: set[str] = set()
+        self._best: float | None = None
 
     @contextmanager
     def closed(self) -> Iterator[None]:
@@ -298,6 +300,7 @@ class _Recorder(Callback):
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
+        ray_metrics.add("bridgework_sweep_trials", sweep=self._run, event="started")
         if trial.trial_id not in self.runs:
             self._call_tracker(lambda tracker: self._open(tracker, trial))
 
@@ -312,6 +315,7 @@ class _Recorder(Callback):
         self._console.print(
             f"trial {trial.trial_id}: {name} {result[name]:.3f} at step {step}", highlight=False
         )
+        self._export(trial.trial_id, result[name])
         points = [
             Point(k, v, step, at)
             for k, v in result.items()
@@ -330,8 +334,17 @@ class _Recorder(Callback):
         self._finish_trial(trial, "FAILED")
 
     def _finish_trial(self, trial: Trial, status: Status) -> None:
+        ray_metrics.add("bridgework_sweep_trials", sweep=self._run, event=status.lower())
         self._running.discard(self.runs[trial.trial_id])
         self._call_tracker(partial(_finish, self.runs[trial.trial_id], status))
+
+    def _export(self, trial: str, score: float) -> None:
+        """Export a trial's score and the best one to Prometheus."""
+        better = max if self._space.metric.mode == "max" else min
+        self._best = score if self._best is None else better(self._best, score)
+        labels = {"sweep": self._run, "metric": self._space.metric.name}
+        ray_metrics.set_value("bridgework_sweep_score", score, trial=trial, **labels)
+        ray_metrics.set_value("bridgework_sweep_best", self._best, **labels)
 
     def _open(self, tracker: Tracker, trial: Trial) -> None:
         name = f"{self._run}/{trial.trial_id}"
