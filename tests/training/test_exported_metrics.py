@@ -76,9 +76,7 @@ def test_a_run_exports_its_steps_and_where_its_time_goes(home: Path, run: str) -
         3 * llava(3)["align"].budget.batch
     )
     for part in ("start", "data_wait", "step", "checkpoint", "evaluation"):
-        assert (total(found, "train_seconds_total", **stage, part=part) > 0) == (
-            part != "evaluation" or bool(llava(3)["align"].evals)
-        )
+        assert total(found, "train_seconds_total", **stage, part=part) > 0
     assert total(found, "train_loss", **stage) > 0
     assert total(found, "data_rows_total") >= 3 * llava(3)["align"].budget.batch
     assert total(found, "data_read_seconds_total") > 0
