@@ -335,8 +335,9 @@ class _Recorder(Callback):
 
     def _finish_trial(self, trial: Trial, status: Status) -> None:
         ray_metrics.add("bridgework_sweep_trials", sweep=self._run, event=status.lower())
-        self._running.discard(self.runs[trial.trial_id])
-        self._call_tracker(partial(_finish, self.runs[trial.trial_id], status))
+        if (run_id := self.runs.get(trial.trial_id)) is not None:  # else it is not tracked
+            self._running.discard(run_id)
+            self._call_tracker(partial(_finish, run_id, status))
 
     def _export(self, trial: str, score: float) -> None:
         """Export a trial's score and the best one to Prometheus."""
