@@ -258,7 +258,7 @@ def test_kueue_accepts_the_queued_jobs() -> None:
     """Kueue's documented limits: no autoscaling, the cluster is deleted at the end, at most 7 pools."""
     for document in built("kueue"):
         if document["kind"] == "RayJob":
-            assert document["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "bridgework"}
+            assert document["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "bridgework"
             assert document["spec"]["shutdownAfterJobFinishes"] is True
             assert "clusterSelector" not in document["spec"]
             assert len(document["spec"]["rayClusterSpec"]["workerGroupSpecs"]) <= 7
@@ -385,3 +385,13 @@ def test_guide_names_every_secret() -> None:
     for where, document in every():
         for name in re.findall(r'"secretKeyRef": {"name": "([^"]+)"', json.dumps(document)):
             assert f"secret generic {name} " in guide, where
+
+
+def test_nothing_runs_before_its_label_is_applied() -> None:
+    guide = (source.ROOT / "docs/cluster-kuberay.md").read_text(encoding="utf-8")
+    assert "-l '!bridgework/start'" in guide
+    for where, document in every():
+        label = document["metadata"].get("labels", {}).get("bridgework/start")
+        runs = document["kind"] in ("RayJob", "RayCronJob", "RayService")
+        assert (label is not None) == runs, where
+        assert label is None or f"-l bridgework/start={label}" in guide, where
