@@ -161,7 +161,7 @@ class GoodputMeter:
             self._start = None
         self._seconds("data_wait", wait_s)
         self._seconds("step", step_s - wait_s)
-        ray_metrics.add("bridgework_train_steps", **self._labels)
+        ray_metrics.add("bridgework_train_steps", 1, **self._labels)
         for name in ("samples", "tokens"):
             total = metrics[f"{name}_per_s"] * step_s
             ray_metrics.add(f"bridgework_train_{name}", total, **self._labels)
