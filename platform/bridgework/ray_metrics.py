@@ -1,7 +1,8 @@
 """Counters and gauges that Ray exports to Prometheus; deploy/grafana and deploy/prometheus read them.
 
 Prometheus sees a gauge as `ray_NAME` and a counter as `ray_NAME_total`. Every process of a Ray may
-record; Ray's agent on its node exports the values.
+record; Ray's agent on its node exports the values. Ray drops a gauge that is not set again for two of
+its export intervals, 20 s by default, so the dashboards show the last value of a window.
 """
 
 from collections.abc import Mapping

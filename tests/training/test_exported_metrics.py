@@ -1,8 +1,10 @@
 """Metrics that Ray exports to Prometheus: those of a real run, a real sweep and real actors."""
 
 import re
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,15 +34,40 @@ def exported() -> Samples:
     return found
 
 
-def wait_until(complete: Callable[[Samples], bool]) -> Samples:
-    """Return the samples as soon as `complete` holds: Ray exports a second after a record."""
-    deadline = time.monotonic() + 60
-    while True:
-        found = exported()
-        if complete(found):
-            return found
-        assert time.monotonic() < deadline, sorted(found)
-        time.sleep(0.5)
+class Watch:
+    """Keeps the newest value of every series from its start, because Ray drops gauges after a while."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        while not self._over.wait(0.5):
+            with suppress(requests.RequestException):  # the agent starts later than Ray
+                for name, samples in exported().items():
+                    for labels, value in samples:
+                        self._found[name, frozenset(labels.items())] = value
+
+    def until(self, complete: Callable[[Samples], bool]) -> Samples:
+        """Return the samples as soon as `complete` holds: Ray exports every few seconds."""
+        deadline = time.monotonic() + 120
+        while True:
+            found: Samples = {}
+            for (name, labels), value in list(self._found.items()):
+                found.setdefault(name, []).append((dict(labels), value))
+            if complete(found):
+                return found
+            assert time.monotonic() < deadline, sorted(found)
+            time.sleep(0.5)
 
 
 def total(found: Samples, name: str, **labels: str) -> float:
@@ -67,9 +94,10 @@ def check_names_and_labels(found: Samples) -> None:
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_exports_its_steps_and_where_its_time_goes(home: Path, run: str) -> None:
-    go(llava(3), home, run, workers=1, checkpoint_every=2)
     stage = {"run": run, "stage": "align", "system": "llava-tiny"}
-    found = wait_until(lambda found: total(found, "train_steps_total", **stage) == 3)
+    with Watch() as watch:
+        go(llava(3), home, run, workers=1, checkpoint_every=2)
+        found = watch.until(lambda found: total(found, "train_steps_total", **stage) == 3)
     check_names_and_labels(found)
     assert total(found, "train_step", **stage) == 2  # the newest, counted from 0
     assert total(found, "train_samples_total", **stage) == pytest.approx(
@@ -84,10 +112,11 @@ def test_a_run_exports_its_steps_and_where_its_time_goes(home: Path, run: str) -
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_sweep_exports_its_trials_and_its_best_score(home: Path, run: str) -> None:
-    outcome = search.sweep(load_space("tests.tuning.tiny"), home=home, run=run)
-    found = wait_until(
-        lambda found: total(found, "sweep_trials_total", sweep=run, event="finished") == 2
-    )
+    with Watch() as watch:
+        outcome = search.sweep(load_space("tests.tuning.tiny"), home=home, run=run)
+        found = watch.until(
+            lambda found: total(found, "sweep_trials_total", sweep=run, event="finished") == 2
+        )
     check_names_and_labels(found)
     assert total(found, "sweep_trials_total", sweep=run, event="started") == 2
     assert total(found, "sweep_best", sweep=run) <= outcome.metrics["heldout.loss"] + 1e-6
@@ -102,10 +131,11 @@ def odd_numbers_fail(item: int) -> None:
 @pytest.mark.usefixtures("ray_session")
 def test_actors_export_finished_items_and_errors() -> None:
     work = "items of a test"
-    ray_utils.map_on_actors(lambda: odd_numbers_fail, [0, 2, 4], 1, what=work)
-    with pytest.raises(DataError):
-        ray_utils.map_on_actors(lambda: odd_numbers_fail, [1], 1, what=work)
-    found = wait_until(lambda found: total(found, "actor_errors_total", work=work) == 1)
+    with Watch() as watch:
+        ray_utils.map_on_actors(lambda: odd_numbers_fail, [0, 2, 4], 1, what=work)
+        with pytest.raises(DataError):
+            ray_utils.map_on_actors(lambda: odd_numbers_fail, [1], 1, what=work)
+        found = watch.until(lambda found: total(found, "actor_errors_total", work=work) == 1)
     assert total(found, "actor_items_total", work=work) == 3
 
 
