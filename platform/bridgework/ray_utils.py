@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, ClassVar, TypeVar, cast
 
+from bridgework import ray_metrics
 from bridgework.errors import BridgeworkError, ResourceError
 
 T = TypeVar("T")
@@ -351,7 +352,7 @@ def map_on_actors(
         [{"item": item} for item in items], override_num_blocks=len(items)
     ).map(
         cast(Any, _Actor),
-        fn_constructor_args=(make, os.getcwd(), max(1, (os.cpu_count() or 1) // actors)),
+        fn_constructor_args=(make, os.getcwd(), max(1, (os.cpu_count() or 1) // actors), what),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=ACTOR_CPUS,
         num_gpus=gpu,
@@ -366,11 +367,11 @@ class _Actor:
     """Runs calls in the working folder of the calling process, so that relative paths are valid."""
 
     def __init__(
-        self, make: Callable[[], Callable[[Any], object]], folder: str, threads: int
+        self, make: Callable[[], Callable[[Any], object]], folder: str, threads: int, what: str
     ) -> None:
         with suppress(OSError):  # the folder may not exist on another machine; URLs do not need it
             os.chdir(folder)
-        self._work = make()
+        self._work, self._what = make(), what
         if "torch" in sys.modules:
             # Ray's default follows num_cpus, not the cores.
             sys.modules["torch"].set_num_threads(threads)
@@ -380,13 +381,17 @@ class _Actor:
 
         Both are empty after success.
         """
+        started = time.perf_counter()
         try:
             self._work(row["item"])
         except BridgeworkError as error:
+            ray_metrics.add("bridgework_actor_errors", work=self._what)
             own = next(
                 cls
                 for cls in type(error).__mro__
                 if "__init__" not in vars(cls) or cls is BridgeworkError
             )
             return {"error": f"{own.__module__}:{own.__qualname__}", "message": str(error)}
+        ray_metrics.add("bridgework_actor_seconds", time.perf_counter() - started, work=self._what)
+        ray_metrics.add("bridgework_actor_items", work=self._what)
         return {"error": "", "message": ""}

@@ -12,6 +12,7 @@ from tests.house import source
 
 DOORS = {
     "ray": (
+        "ray_metrics.py",
         "ray_utils.py",
         "data/ray_ingest.py",
         "training/ray_train.py",

@@ -106,7 +106,7 @@ def record_deployment(served: ServedModel, home: Path) -> Path:
             home,
             Event(
                 "DEPLOYMENT",
-                f"deployment/{served.app}/{served.name}",
+                f"deployment/{served.app}/{served.model}",
                 "START",
                 run=served.id,
                 inputs=[Artifact(served.artifact, served.digest)],

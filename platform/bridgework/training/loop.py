@@ -39,6 +39,7 @@ from bridgework.training.engine import Engine, learning_rate
 from bridgework.training.flight_recorder import FlightRecorder
 from bridgework.training.metrics import (
     Clock,
+    GoodputMeter,
     Metrics,
     MixtureCounter,
     per_sample,
@@ -97,6 +98,7 @@ def run(
     """
     stage = job.system[job.stage]
     check(stage, num_micro_batches(stage, world))
+    meter = GoodputMeter(job.system.name, _run_name(job), stage.name, rank=rank)
 
     model, inherited = build_model(job, stage)
     multipliers = base.set_trainable(model, stage.trains)
@@ -137,6 +139,7 @@ def run(
                     raise _loss_not_finite(job, step, metrics, keys)
                 if rank == 0:
                     journal.append(metrics, step)
+                meter.step(step, metrics)
                 stopped, save = result.stop, result.save
             done = step + 1
             if rank == 0 and clock.flush_due(FLUSH_S):
@@ -147,7 +150,7 @@ def run(
             if stopped or save or every:
                 journal.flush()  # steps before a checkpoint are never repeated
                 recorder.flush()
-                with preemption.saving():
+                with preemption.saving(), meter.timed("checkpoint"):
                     _save(job, engine, attempt, done, world, mixed.state())
                 if save and rank == 0:
                     log.warning(
@@ -158,7 +161,8 @@ def run(
             if stopped:
                 raise interrupted(job.stage, stop.asked, done)
             if job.evaluate_every and done % job.evaluate_every == 0:
-                midway = _evaluate(job, stage, model, _midway(job, stage))
+                with meter.timed("evaluation"):
+                    midway = _evaluate(job, stage, model, _midway(job, stage))
                 if rank == 0:
                     journal.append(midway.with_intervals, done)
                 report(metrics | midway.metrics, done)
@@ -171,7 +175,8 @@ def run(
         )
     if not engine.finite():
         raise _weights_not_finite(job, done)
-    final = _evaluate(job, stage, model, stage.evals, write=rank == 0)
+    with meter.timed("evaluation"):
+        final = _evaluate(job, stage, model, stage.evals, write=rank == 0)
     figures = final.metrics
     journal.append(final.with_intervals, stage.budget.steps)
     state = engine.state(

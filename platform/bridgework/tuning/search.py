@@ -31,7 +31,7 @@ from ray.tune.search import Searcher
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from bridgework import ray_utils
+from bridgework import ray_metrics, ray_utils
 from bridgework.config import flat, override
 from bridgework.data.catalog import resolve
 from bridgework.data.dataset import open_dataset
@@ -391,6 +391,7 @@ class _Recorder:
         self._runs: dict[int, str] = {}
         self._systems: dict[int, System] = {}
         self._since: dict[int, float] = {}
+        self._best: float | None = None  # score of any report so far
         self._bar: Progress | None = None
         self._began, self._before = time.monotonic(), 0
 
@@ -444,6 +445,7 @@ class _Recorder:
     def started(self, number: int, system: System) -> None:
         """Open the trial's run, with its commit and datasets: a losing trial saw them too."""
         self._systems[number], self._since[number] = system, time.monotonic()
+        ray_metrics.add("bridgework_sweep_trials", sweep=self._run, event="started")
         name = f"{self._run}/{study.name(number)}"
         tags = {
             "run_key": name,
@@ -476,12 +478,22 @@ class _Recorder:
             return False
         value, judgment, step = float(result[name]), int(result[JUDGMENT]), int(result["step"])
         self._points(number, {name: value}, step)
+        self._export(number, value)
         stop = self._trials.report(number, judgment, value)
         if not self.console.is_terminal:
             self.say(f"trial {study.name(number)}: {name} {value:.3f} at step {step}")
         if stop:
             self._trials.stop(number)
         return stop
+
+    def _export(self, number: int, score: float) -> None:
+        """Export a trial's score and the best one to Prometheus."""
+        better = max if self.space.metric.mode == "max" else min
+        self._best = score if self._best is None else better(self._best, score)
+        labels = {"sweep": self._run, "metric": self.space.metric.name}
+        trial = study.name(number)
+        ray_metrics.set_value("bridgework_sweep_score", score, trial=trial, **labels)
+        ray_metrics.set_value("bridgework_sweep_best", self._best, **labels)
 
     def _finish(self, number: int, outcome: Mapping[str, Any]) -> None:
         if "failed" in outcome:
@@ -507,6 +519,7 @@ class _Recorder:
         self.say(f"trial {row.trial} {row.status}{score}{reason}; {self._state()}")
         for name in repeat_names(row.trial, self.space.budget.repeats):
             remove_checkpoints(self._trials.folder / name)
+        ray_metrics.add("bridgework_sweep_trials", sweep=self._run, event=row.status)
         if row.finished:
             self._log_finished(number, row)
         if number in self._runs:
