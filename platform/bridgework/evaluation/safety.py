@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from bridgework.config import config_class
 from bridgework.data.samples import Part, Sample
-from bridgework.data.synthetic import SHAPE_LABELS
+from bridgework.mixture import SHAPE_LABELS
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation.base import (
     Better,

@@ -131,17 +131,17 @@ class Registrar:
 
         Raises TrackingError if the gate refuses it.
         """
-        from bridgework.tracking import registry
+        from bridgework.tracking import promotion
 
-        metric = self._options.canary.metric
-        registry.promote(self._tracker, f"{served.model}:{served.version}", metric=metric)
+        model, metric = f"{served.model}:{served.version}", self._options.canary.metric
+        promotion.promote(self._tracker, model, home=self._home, metric=metric)
 
     def trace(self, response: str) -> Node:
         """Return the upstream lineage of an answer. Raises TrackingError for any other id."""
         from rich.text import Text
         from rich.tree import Tree
 
-        from bridgework.tracking import lineage
+        from bridgework.tracking import lineage, lineage_views
 
         def node(tree: Tree) -> Node:
             label = tree.label
@@ -150,7 +150,8 @@ class Registrar:
 
         if not lineage.RESPONSE.fullmatch(response):
             raise TrackingError(f"trace: not the id of an answer. Got {response[:64]!r}")
-        return node(lineage.trace(response, self._tracker, self._home).children[0])
+        graph = lineage.trace(response, self._tracker, self._home)
+        return node(lineage_views.tree(graph).children[0])
 
     def _resolve(self, model: str) -> ServedModel:
         from bridgework.serving.models import resolve_model

@@ -93,8 +93,8 @@ def register_folder(tracker: Tracker, name: str, folder: Path) -> Version:
     for version in tracker.registered(run):
         if version.name == name and version.tags.get("digest") == info.digest:
             return version
-    about = card.description(folder, tags)
-    return tracker.register(name, model_id, run, artifact, tags, about)
+    text = card.description(folder, tags)
+    return tracker.register(name, model_id, run, artifact, tags, text)
 
 
 def challenge(
