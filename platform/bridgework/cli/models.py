@@ -1,5 +1,6 @@
 """Commands for one model: `bridgework ask`, `eval`, `import` and `export`."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -192,7 +193,7 @@ def evaluate(
     columns = ("metric", "value", *(("int8", "difference") if int8 else ()))
     table = Table(*columns, box=None, pad_edge=False)
     results = [evaluation.run(pipeline, home()) for evaluation in evaluations.evals]
-    again = [{}] * len(results)
+    again: list[Mapping[str, float]] = [{}] * len(results)
     if int8:
         before, after = (size / 2**20 for size in quantize(pipeline.model))
         err.print(f"language model: {before:.1f} MiB, {after:.1f} MiB with int8")
