@@ -96,7 +96,7 @@ class Measured:
 # --- the servers
 
 
-def write_weights(folder: Path, depth: int) -> Path:
+def write_weights(folder: Path, depth: int) -> None:
     """Write an artifact of a LLaVA whose language model has `depth` of SmolLM2's 30 layers."""
     quick = load("llava:quickstart")["instruct"]
     pretrained = depth == quick.model.language.depth
@@ -109,8 +109,8 @@ def write_weights(folder: Path, depth: int) -> Path:
                     losses=quick.losses[:1], data=replace(quick.data, template="chat"))  # fmt: skip
     system = System(name="llava", paper="arXiv:2304.08485", stages=(stage,))
     torch.manual_seed(0)
-    state = stage.model.build(pretrained=pretrained).state_dict()
-    return artifacts.save(folder, state, system=system, stage=stage.name) or folder
+    state = dict(stage.model.build(pretrained=pretrained).named_parameters())  # tied ones once
+    artifacts.save(folder, state, system=system, stage=stage.name)
 
 
 def serve_naive(export: str, port: int) -> None:

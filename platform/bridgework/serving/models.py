@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 from prometheus_client.core import Metric
@@ -50,7 +50,9 @@ def deployment(role: str, options: Options) -> serve.Deployment:
             "autoscaling_config": bounds | {"target_ongoing_requests": max(1, options.ongoing // 2)}
         }
     if (options.max_replicas or options.replicas) > 1:  # requests about one image share its caches
-        scale["request_router_config"] = RequestRouterConfig(request_router_class=BY_SESSION)
+        scale["request_router_config"] = RequestRouterConfig(
+            request_router_class=cast(Any, BY_SESSION)
+        )
     return serve.deployment(
         name=role,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": replica_gpus(options)},

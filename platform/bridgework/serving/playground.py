@@ -75,7 +75,11 @@ def save_preference(body: PreferenceRequest, options: Options) -> dict[str, Any]
     """
     check_text([body.chosen.text, body.rejected.text], options.limits, "chosen")
     asked = ChatRequest(model=body.model, messages=body.messages)
-    parts, images = read_conversation(asked, options.limits, tiled=False)
+    parts, shown = read_conversation(asked.messages, options.limits, tiled=False)
+    images = [image for image in shown if isinstance(image, bytes)]
+    if len(images) < len(shown):
+        message = "messages: a vote on a video is not stored. Fix: vote on questions about images"
+        raise APIError(400, message, code="unsupported", param="messages")
     folder = Path(str(options.home)) / "preferences"
     named = {_file_name(data): data for data in images}
     row = {
