@@ -170,9 +170,14 @@ def evaluate(
             help="Change a field of an evaluation, e.g. vqa.rows=200. Repeat for several.",
         ),
     ] = None,
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="Evaluate again with int8 weights, and print the differences."),
+    ] = False,
 ) -> None:
     """Evaluate a model and print the metrics; figures are written to <home>/evals."""
     from bridgework.inference.pipeline import Pipeline
+    from bridgework.inference.quantization import quantize
     from bridgework.tracking.mlflow_store import artifact_of
 
     chosen = [_evaluation(argument) for argument in on or ()]
@@ -184,11 +189,18 @@ def evaluate(
             "Fix: add some to its recipe's `evals`, or give --on KIND:DATASET, "
             f"where KIND is one of {', '.join(_kinds())}"
         )
-    table = Table("metric", "value", box=None, pad_edge=False)
-    for evaluation in evaluations.evals:
-        result = evaluation.run(pipeline, home())
+    columns = ("metric", "value", *(("int8", "difference") if int8 else ()))
+    table = Table(*columns, box=None, pad_edge=False)
+    results = [evaluation.run(pipeline, home()) for evaluation in evaluations.evals]
+    again = [{}] * len(results)
+    if int8:
+        before, after = (size / 2**20 for size in quantize(pipeline.model))
+        err.print(f"language model: {before:.1f} MiB, {after:.1f} MiB with int8")
+        again = [evaluation.run(pipeline, home()).metrics for evaluation in evaluations.evals]
+    for result, other in zip(results, again, strict=True):
         for key, value in result.metrics.items():
-            table.add_row(key, f"{value:.4g}")
+            cells = (f"{other[key]:.4g}", f"{other[key] - value:+.2g}") if int8 else ()
+            table.add_row(key, f"{value:.4g}", *cells)
         for name, figure in result.pictures.items():
             file = home() / "evals" / f"{name}.png"
             file.parent.mkdir(parents=True, exist_ok=True)

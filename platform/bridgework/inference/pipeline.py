@@ -89,7 +89,7 @@ class Pipeline:
         self.tokenizer = self.inputs.streams.tokenizer
 
     @cached_property
-    def _stop_conditions(self) -> StopConditions:
+    def stop_conditions(self) -> StopConditions:
         """Tokens and texts that end a generated answer."""
         return StopConditions.of(self.inputs.streams, getattr(self.model, "endings", frozenset()))
 
@@ -135,8 +135,13 @@ class Pipeline:
             SpecError: an option is out of range, or the stage's model does not generate text.
 
         Example:
-            pipeline = Pipeline.load("export/llava")
-            pipeline.ask("cat.jpg", "What is on the sofa?", max_new_tokens=20)
+            >>> from bridgework import Pipeline
+            >>> pipeline = Pipeline.load("./artifact")
+            >>> answer = pipeline.ask("photos/0.png", "What is drawn?", max_new_tokens=20)
+            >>> with open("photos/0.png", "rb") as file:
+            ...     ranked = pipeline.rank(file.read(), ["a red circle", "a blue square"])
+            >>> sorted(candidate for candidate, score in ranked)
+            ['a blue square', 'a red circle']
         """
         conversation = self.inputs.question(question)
         return self.generate(conversation, [read_image(image)], **options).text
@@ -415,7 +420,7 @@ class Pipeline:
                 text.
         """
         inputs, room = self._prompt_inputs([conversation], [images])
-        return Stream(self.model, inputs, self.tokenizer, self._stop_conditions, room, **sampling)
+        return Stream(self.model, inputs, self.tokenizer, self.stop_conditions, room, **sampling)
 
     def generate(
         self,
@@ -447,8 +452,12 @@ class Pipeline:
         """
         inputs, room = self._prompt_inputs(conversations, images)
         return generate_batch(
-            self.model, inputs, self.tokenizer, self._stop_conditions, room, seeds, **sampling
+            self.model, inputs, self.tokenizer, self.stop_conditions, room, seeds, **sampling
         )
+
+    def check_generates(self) -> None:
+        """Raise SpecError if the stage's model does not generate text."""
+        self._method("generate", "generate text")
 
     # --- internals
     # ---------------------------------------------------------------------------------
@@ -457,7 +466,7 @@ class Pipeline:
         self, conversations: Sequence[Sequence[Part]], images: Sequence[ConversationImages]
     ) -> tuple[dict[str, Tensor], int]:
         """Return the inputs of `generate` and the number of tokens that fit after the prompt."""
-        self._method("generate", "generate text")
+        self.check_generates()
         batch = self.inputs.batch(conversations, images, answer=False)
         inputs = {name: tensor for name, tensor in batch.inputs().items() if name != "labels"}
         return inputs, self.stage.model.context - batch.ids_BT.shape[1]

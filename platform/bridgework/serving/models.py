@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from prometheus_client.core import Metric
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from bridgework import artifacts
 from bridgework.serving.metrics import ReplicaMetrics
@@ -22,6 +23,7 @@ from bridgework.serving.router import ServedModel
 from bridgework.tracking import registry
 from bridgework.tracking.mlflow_store import MLflowTracker
 
+BY_SESSION = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 HEALTH_S = 2.0  # with Serve's default of 10 s, a dead replica is noticed later
 
 
@@ -46,6 +48,8 @@ def deployment(role: str, options: Options) -> serve.Deployment:
         scale = {
             "autoscaling_config": bounds | {"target_ongoing_requests": max(1, options.ongoing // 2)}
         }
+    if (options.max_replicas or options.replicas) > 1:  # requests about one image share its caches
+        scale["request_router_config"] = RequestRouterConfig(request_router_class=BY_SESSION)
     return serve.deployment(
         name=role,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from bridgework.config import config_class, override
 from bridgework.errors import SpecError
+from bridgework.inference.status import EngineLimits
 from bridgework.serving.protocol import MAX_LIST
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s*]+")
@@ -23,6 +24,7 @@ class RequestLimits:
     body_s: float = 30.0  # from the first byte of a body to its last
     text_chars: int = 65_536  # of all texts of the request
     stop_chars: int = 1_024  # of its stop strings, which are searched for at every token
+    schema_chars: int = 16_384  # of a JSON schema
     messages: int = 256
     items: int = 128  # inputs to embed, labels, candidates
     images: int = 16  # in one conversation, or to caption
@@ -31,7 +33,9 @@ class RequestLimits:
     side: int = 16_384  # pixels
     pixels: int = 40_000_000  # of one image; an 8k frame has 33 million
     total_pixels: int = 100_000_000  # of all images; decoding them takes about 1.5 s of a core
-    frames: int = 1
+    frames: int = 1  # of an image file
+    video_frames: int = 64  # of a video_url
+    answers: int = 8  # `n` of a request
 
     def __post_init__(self) -> None:
         if self.body_s <= 0:
@@ -94,11 +98,13 @@ class Options:
         str, ...
     ] = ()  # origins of web pages that may call, e.g. https://app.example; * all
     device: str | None = None  # of the model, as torch names it; default: a GPU if there is one
+    int8: bool = False  # the language model's weights in 8 bits: less memory, not faster
     cpus: float = 1.0  # per replica of the model
     gpus: float = 0.0  # per replica of the model
     replicas: int = 1
     max_replicas: int | None = None  # if given, Serve scales between `replicas` and this
-    ongoing: int = 8  # requests that one replica runs at once
+    ongoing: int = 32  # requests that one replica holds at once
+    engine: EngineLimits = EngineLimits()
     queued: int = 64  # requests that may wait for a replica; the next one is answered 429
     per_key: int | None = (
         None  # slots that one key may hold; default: 3/4 if there are several keys
@@ -107,7 +113,7 @@ class Options:
     held_bytes: int = 2**30  # of the bodies that a gateway holds at once
     batch: int = 16  # largest batch of embeddings
     batch_wait_s: float = 0.01
-    max_new_tokens: int = 512  # largest max_tokens of a request
+    max_new_tokens: int = 512  # of a request that sets no max_tokens
     timeout_s: float = 120.0  # for a complete answer; for a stream, for each piece
     limits: RequestLimits = RequestLimits()
 
