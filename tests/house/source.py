@@ -30,12 +30,15 @@ LAYERS = (
         "evaluation",
         "inference",
         "training",
+        "tracking.card",
+        "tracking.environment",
         "tracking.evaluations",
+        "tracking.openlineage_events",
         "tracking.relay",
     ),
     ("recipes", "tracking", "hf"),
     ("tuning", "serving"),
-    ("api", "cli"),
+    ("api", "cli", "reproduction"),
 )
 
 
