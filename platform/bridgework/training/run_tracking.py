@@ -148,9 +148,11 @@ class RunRecord:
 
     def _log_card(self, tracker: Tracker, run_id: str, stage: Stage, result: StageResult) -> None:
         hours = None if self._began is None else (time.monotonic() - self._began) / 3600
-        evaluations = tuple(f"{spec.name}." for spec in stage.evals)
-        figures = {n: value for n, value in result.metrics.items() if n.startswith(evaluations)}
-        facts = card.Facts(figures=figures, hours=hours, tags=self._tags)
+        known = card.stored_facts(result.artifact, self._home)
+        names = tuple(f"{spec.name}." for spec in stage.evals)
+        figures = {n: value for n, value in result.metrics.items() if n.startswith(names)}
+        figures = figures | dict(known.figures)
+        facts = replace(known, figures=figures, hours=hours, tags=self._tags)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / card.FILE
             file.write_text(card.model_card(result.artifact, facts), encoding="utf-8")
