@@ -16,6 +16,7 @@ from bridgework.evaluation import results
 from bridgework.evaluation.base import Figure, Result
 from bridgework.evaluation.results import EvaluationRecord
 from bridgework.inference.pipeline import Pipeline
+from bridgework.tracking.openlineage_events import Artifact, Event, emit
 from bridgework.tracking.tracker import Point, Tracker
 
 KIND = "evaluation"  # tag `kind` of the runs
@@ -41,6 +42,7 @@ def evaluate(
         say(f"{spec.name}: evaluating on {spec.dataset}")
         result, record = results.evaluate(spec, pipeline, home, weights)
         file = results.write(record, results.folder_of(weights, home))
+        _emit(home, artifact, record, file)
         files = [file]
         for name, image in result.pictures.items():
             image.save(file.with_name(f"{name}.png"))
@@ -54,6 +56,19 @@ def evaluate(
                 tracker = None
         done.append((result, record))
     return done
+
+
+def _emit(home: Path, artifact: str, record: EvaluationRecord, file: Path) -> None:
+    read = [Artifact(d.path, d.digest, d.rows) for d in record.datasets]
+    event = Event(
+        "EVALUATION",
+        f"evaluation/{record.name}",
+        "COMPLETE",
+        run=f"{record.weights}/{record.evaluation}/{record.created}",
+        inputs=[*read, Artifact(artifact, record.weights)],
+        outputs=[Artifact(str(file), record.evaluation)],
+    )
+    emit(home, event)
 
 
 def log(
