@@ -47,6 +47,10 @@ def system() -> System:
 
 @pytest.fixture
 def candidate(tracker: Tracker, name: str, tmp_path: Path, home: Path) -> Candidate:
+    return registering(tracker, name, tmp_path, home)
+
+
+def registering(tracker: Tracker, name: str, tmp_path: Path, home: Path) -> Candidate:
     """Return a function that registers a version with stored evaluations of this quality."""
 
     def register(accuracy: float, loss: float = 2.0) -> Version:
@@ -284,7 +288,7 @@ def test_unknown_names_are_rejected_with_a_suggestion(
 def test_a_decision_is_a_run_of_mlflow_linked_to_both_models(
     mlflow_tracker: MLflowTracker, store: Path, name: str, tmp_path: Path, home: Path
 ) -> None:
-    make = candidate.__wrapped__(mlflow_tracker, name, tmp_path, home)  # type: ignore[attr-defined]
+    make = registering(mlflow_tracker, name, tmp_path, home)
     make(0.5)
     make(0.7)
     promote(mlflow_tracker, f"{name}:1", home=home)
@@ -384,7 +388,7 @@ def test_evaluations_and_promotions_are_openlineage_events(
     name: str, tmp_path: Path, home: Path
 ) -> None:
     memory = MemoryTracker()
-    make = candidate.__wrapped__(memory, name, tmp_path, home)  # type: ignore[attr-defined]
+    make = registering(memory, name, tmp_path, home)
     make(0.5)
     make(0.4)
     place = home / "openlineage.jsonl"
