@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from bridgework import api, override
-from bridgework.evaluation.base import Figure
-from bridgework.evaluation.statistics import Interval
+from bridgework import api, artifacts, override
+from bridgework.evaluation import results
 from bridgework.hf.convert import export_hf
 from bridgework.system import load
 from bridgework.tracking.card import Facts, model_card
@@ -24,18 +23,15 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_card_states_data_training_and_figures_with_intervals(artifact: Path) -> None:
     facts = Facts(
-        figures=(
-            Figure("ranking.accuracy", 0.25, "higher", Interval(0.25, 0.1, 0.4, 40, 40)),
-            Figure("bias.gender", 0.01, "lower"),
-        ),
+        figures={"ranking.accuracy": 0.25, "bias.gender": 0.01},
+        intervals={"ranking.accuracy": (0.1, 0.4, 40)},
         hours=0.5,
         tags={"git_commit": "0a1b2c3d4e5f"},
     )
     text = model_card(artifact, facts)
     card = ModelCard(text)
     assert card.data.library_name == "bridgework" and card.data.pipeline_tag == "image-text-to-text"
-    found = {result.metric_type for result in card.data.eval_results}
-    assert found == {"ranking.accuracy", "bias.gender"}
+    assert {result.metric_type for result in card.data.eval_results} == set(facts.figures)
     for said in (
         "| ranking.accuracy | 0.25 | 0.1 to 0.4 | 40 |",
         "| bias.gender | 0.01 | not known | not known |",
@@ -45,6 +41,19 @@ def test_card_states_data_training_and_figures_with_intervals(artifact: Path) ->
         "Licenses of the data: CC0-1.0",
     ):
         assert said in text, text
+
+
+def test_card_has_the_figures_of_stored_evaluations_with_their_intervals(artifact: Path) -> None:
+    records = results.records_of(artifact, artifacts.describe(artifact).digest, artifact)
+    figures = [figure for record in records for figure in record.figures]
+    text = model_card(artifact)
+    assert any(figure.interval is not None for figure in figures)
+    for figure in figures:
+        if figure.interval is not None:
+            rows = figure.interval.n
+            low, high = figure.interval.low, figure.interval.high
+            line = f"| {figure.name} | {figure.value:.4g} | {low:.4g} to {high:.4g} | {rows} |"
+            assert line in text
 
 
 def test_card_without_figures_says_so(artifact: Path) -> None:

@@ -229,7 +229,7 @@ def rollback(
     from bridgework.tracking import promotion
     from bridgework.tracking.mlflow_store import MLflowTracker
 
-    done = promotion.rollback(MLflowTracker(None, home(), project), name, reason)
+    done = promotion.rollback(MLflowTracker(None, home(), project), name, reason, home=home())
     out.print(f"champion  {name}:{done.candidate}, instead of {done.champion}", highlight=False)
 
 

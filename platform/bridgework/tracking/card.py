@@ -6,18 +6,17 @@ their intervals, and what is not known. Nothing in it is typed by hand.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from math import isfinite
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from bridgework import artifacts
 from bridgework.config import flat
+from bridgework.data.catalog import home
 from bridgework.data.manifest import Manifest, read_manifest
 from bridgework.errors import DataError
 from bridgework.evaluation import results
-from bridgework.evaluation.base import Figure
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
 from bridgework.tracking import environment
@@ -32,13 +31,28 @@ UNKNOWN = "unknown"
 class Facts:
     """Facts about a training that its artifact does not hold.
 
-    figures: of evaluations, with their intervals.
+    figures: name -> value. intervals: name -> (low, high) of its 95 % interval, and the rows.
     hours: duration of the training of the stage. tags: of its run, e.g. git_commit, command.
     """
 
-    figures: tuple[Figure, ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float, int]] = field(default_factory=dict)
     hours: float | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def stored_facts(folder: Path, home: Path) -> Facts:
+    """Return the figures and intervals of the stored evaluations of an artifact."""
+    records = results.records_of(folder, artifacts.describe(folder).digest, home)
+    figures = {figure.name: figure for record in records for figure in record.figures}
+    return Facts(
+        figures={name: figure.value for name, figure in figures.items()},
+        intervals={
+            name: (found.low, found.high, found.n)
+            for name, figure in figures.items()
+            if (found := figure.interval) is not None and found.clusters > 1
+        },
+    )
 
 
 def model_card(folder: Path, facts: Facts | None = None, *, library: str = "bridgework") -> str:
@@ -49,7 +63,7 @@ def model_card(folder: Path, facts: Facts | None = None, *, library: str = "brid
     """
     info, system = artifacts.describe(folder), artifacts.recipe(folder)
     stage = system[info.stage]
-    facts = facts or Facts(tags=environment.tags())
+    facts = facts or replace(stored_facts(folder, home()), tags=environment.tags())
     manifests = {d.digest: _manifest(d) for d in info.datasets}
     licenses = sorted({m.license if m else UNKNOWN for m in manifests.values()})
     weights = sorted({v for p, v in flat(stage.model).items() if _is_weights(p, v)})
@@ -66,11 +80,11 @@ def model_card(folder: Path, facts: Facts | None = None, *, library: str = "brid
             EvalResult(
                 task_type="image-text-to-text",
                 dataset_type="own",
-                dataset_name=figure.name.rpartition(".")[0] or figure.name,
-                metric_type=figure.name,
-                metric_value=figure.value,
+                dataset_name=name.rpartition(".")[0] or name,
+                metric_type=name,
+                metric_value=value,
             )
-            for figure in facts.figures
+            for name, value in sorted(facts.figures.items())
         ]
         or None,
     )
@@ -93,16 +107,9 @@ def model_card(folder: Path, facts: Facts | None = None, *, library: str = "brid
 
 
 def description(folder: Path, tags: Mapping[str, str]) -> str:
-    """Return the text of a registered version: its card without the front matter.
-
-    The figures are those that the stage has stored next to its artifact.
-    """
-    records = [
-        results.read(file) for file in sorted((folder.parent / results.FOLDER).glob("*.parquet"))
-    ]
-    figures = tuple(figure for record in records for figure in record.figures)
-    text = model_card(folder, Facts(figures, tags=environment.tags() | dict(tags)))
-    return text.partition("---\n\n")[2]
+    """Return the text of a registered version: its card without the front matter."""
+    facts = replace(stored_facts(folder, home()), tags=environment.tags() | dict(tags))
+    return model_card(folder, facts).partition("---\n\n")[2]
 
 
 def _use(stage: Stage) -> str:
@@ -155,17 +162,15 @@ def _evaluation(facts: Facts) -> str:
     if not facts.figures:
         return "## Evaluation\n\nNo figures are recorded."
     lines = ["| figure | value | 95 % interval | rows |", "|---|---|---|---|"]
-    for figure in facts.figures:
-        found = figure.interval
-        known = found is not None and isfinite(found.low)
-        interval = f"{found.low:.4g} to {found.high:.4g}" if found and known else "not known"
-        rows = f"{found.n:,}" if found else "not known"
-        lines.append(f"| {figure.name} | {figure.value:.4g} | {interval} | {rows} |")
+    for name, value in sorted(facts.figures.items()):
+        low, high, rows = facts.intervals.get(name, (float("nan"), float("nan"), 0))
+        interval = f"{low:.4g} to {high:.4g}" if rows else "not known"
+        lines.append(f"| {name} | {value:.4g} | {interval} | {rows or 'not known'} |")
     return "## Evaluation\n\n" + "\n".join(lines)
 
 
 def _limits(facts: Facts) -> str:
-    probed = [figure.name for figure in facts.figures if figure.name.startswith(PROBE)]
+    probed = [name for name in facts.figures if name.startswith(PROBE)]
     probe = (
         "The bias probe compares captions and questions in which one word is swapped: see "
         + ", ".join(f"`{name}`" for name in probed)

@@ -42,19 +42,8 @@ def evaluate(
     for spec in evaluations:
         say(f"{spec.name}: evaluating on {spec.dataset}")
         result, record = results.evaluate(spec, pipeline, home, weights)
-        read = [Artifact(d.path, d.digest) for d in record.datasets]
-        emit(
-            home,
-            Event(
-                "EVALUATION",
-                f"evaluation/{record.name}",
-                "COMPLETE",
-                run=f"{weights}/{record.evaluation}",
-                inputs=[Artifact(artifact, weights), *read],
-                tags={f"{f.name}": str(f) for f in record.figures},
-            ),
-        )
         file = results.write(record, results.folder_of(weights, home))
+        _emit(home, artifact, record, file)
         files = [file]
         for name, image in result.pictures.items():
             image.save(file.with_name(f"{name}.png"))
@@ -70,12 +59,25 @@ def evaluate(
     return done
 
 
+def _emit(home: Path, artifact: str, record: EvaluationRecord, file: Path) -> None:
+    read = [Artifact(d.path, d.digest, d.rows) for d in record.datasets]
+    event = Event(
+        "EVALUATION",
+        f"evaluation/{record.name}",
+        "COMPLETE",
+        run=f"{record.weights}/{record.evaluation}/{record.created}",
+        inputs=[*read, Artifact(artifact, record.weights)],
+        outputs=[Artifact(str(file), record.evaluation)],
+    )
+    emit(home, event)
+
+
 def log(
     tracker: Tracker, record: EvaluationRecord, files: Iterable[Path], artifact: str = ""
 ) -> str:
     """Log an evaluation; returns the id of its run. The same evaluation again is the same run."""
     made = tracker.produced(record.weights, artifact)
-    tags = {
+    tags = environment.tags() | {
         "kind": KIND,
         "digest": record.weights,
         "evaluation": record.evaluation,
@@ -83,7 +85,6 @@ def log(
         "machine": record.machine,
         "bridgework": record.version,
     }
-    tags = environment.tags() | tags
     run = tracker.start(f"eval {record.name}", parent=made.run_id if made else None, tags=tags)
     tracker.params(run, flat(from_dict(record.spec)), resumed=True)
     tracker.inputs(

@@ -271,7 +271,6 @@ class MLflowTracker(MLflowReader):
 
     def __init__(self, uri: str | None, home: Path, experiment: str) -> None:
         super().__init__(uri, home)
-        self._home = home.resolve()
         self._home.mkdir(parents=True, exist_ok=True)
         with self._call(f"open the experiment {experiment!r}"):
             self._experiment = self._open(experiment, home.resolve() / "mlartifacts")
@@ -389,7 +388,9 @@ class MLflowTracker(MLflowReader):
 
     def find(self, tags: Mapping[str, str]) -> list[tuple[str, Mapping[str, str]]]:
         with self._call("find runs by their tags"):
-            condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+            condition = " and ".join(
+                f"tags.`{key}` = '{_quoted(value)}'" for key, value in tags.items()
+            )
             runs = _pages(self._client.search_runs, self._everywhere(), condition)
             return [(str(r.info.run_id), dict(r.data.tags)) for r in runs[::-1]]
 

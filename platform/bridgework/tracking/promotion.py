@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 from bridgework import __version__, artifacts
-from bridgework.data.catalog import home as default_home
 from bridgework.errors import BridgeworkError, SpecError, TrackingError, WeightsError
 from bridgework.evaluation import results
 from bridgework.evaluation.gate import Gate, GateCheck, default_gate, judge
@@ -116,13 +115,13 @@ def promote(
             f"the champion is now version {now.version if now else '?'}. "
             "Fix: promote again, which compares it with the new champion"
         )
-    decision = _record(tracker, decision, [v for v in (candidate, champion) if v is not None])
+    decision = _record(tracker, decision, [v for v in (candidate, champion) if v is not None], home)
     if not decision.changed:
         raise NotPromoted(decision)
     return decision
 
 
-def rollback(tracker: Tracker, name: str, reason: str = "") -> PromotionDecision:
+def rollback(tracker: Tracker, name: str, reason: str = "", *, home: Path) -> PromotionDecision:
     """Make the champion before the present one champion again; repeated, it goes further back.
 
     Raises TrackingError if the present champion is the first, and if a promotion was faster.
@@ -141,7 +140,7 @@ def rollback(tracker: Tracker, name: str, reason: str = "") -> PromotionDecision
             f"Fix: see `bridgework history {name}`, then roll back again"
         )
     decision = _decision(name, "rolled back", back, current, reason or "rollback", ())
-    return _record(tracker, decision, [tracker.version(name, v) for v in (back, current)])
+    return _record(tracker, decision, [tracker.version(name, v) for v in (back, current)], home)
 
 
 def history(tracker: Tracker, name: str) -> list[PromotionDecision]:
@@ -278,7 +277,7 @@ def _decision(
 
 
 def _record(
-    tracker: Tracker, decision: PromotionDecision, versions: Sequence[Version]
+    tracker: Tracker, decision: PromotionDecision, versions: Sequence[Version], home: Path
 ) -> PromotionDecision:
     """Log a decision as a run with its figures, and refer to it from both versions."""
     tags = {
@@ -304,22 +303,19 @@ def _record(
         file.write_text(json.dumps(content, indent=1))
         tracker.file(run, file)
     tracker.finish(run)
-    emit(
-        default_home(),
-        Event(
-            "PROMOTION",
-            f"promotion/{decision.model}",
-            "COMPLETE",
-            run=run,
-            inputs=[
-                Artifact(f"models:/{v.name}/{v.version}", v.tags.get("digest", ""))
-                for v in versions
-            ],
-            tags={key: tags[key] for key in ("verdict", "candidate", "champion", "reason", "by")},
-        ),
-    )
     for version in versions:
         tracker.tag_version(version.name, version.version, {"decision": run})
+    named = [Artifact(f"models:/{v.name}/{v.version}", v.tags.get("digest", "")) for v in versions]
+    event = Event(
+        "PROMOTION",
+        f"promotion/{decision.model}",
+        "COMPLETE" if decision.changed else "ABORT",
+        run=run,
+        inputs=named,
+        outputs=[Artifact(f"models:/{decision.model}@{CHAMPION}")] if decision.changed else [],
+        tags={"verdict": decision.verdict, "reason": decision.reason[:500]},
+    )
+    emit(home, event)
     return PromotionDecision(**{**vars(decision), "run_id": run})
 
 

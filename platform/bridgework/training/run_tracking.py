@@ -15,7 +15,6 @@ from bridgework.config import flat, to_dict
 from bridgework.data import quarantine
 from bridgework.errors import RunError, TrackingError
 from bridgework.evaluation import results
-from bridgework.evaluation.results import EvaluationRecord
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
 from bridgework.tracking import card, environment, evaluations
@@ -136,14 +135,14 @@ class RunRecord:
             if self._open is not None:
                 if (place / SKIPS).exists():
                     tracker.file(self._open, place / SKIPS)
-                records = [results.read(file) for file in files]
-                self._log_card(tracker, self._open, result, records)
+                self._log_card(tracker, self._open, stage, result)
                 quarantined = _count_quarantined(place / "quarantine", stage.budget.steps)
                 tracker.points(self._open, quarantined)
                 model_id = tracker.output(
                     self._open, f"{self._system.name}-{stage.name}", str(result.artifact), tags
                 )
-                for file, record in zip(files, records, strict=True):
+                for file in files:
+                    record = results.read(file)
                     images = [file.with_name(f"{record.name}.png")]
                     kept = [file, *(image for image in images if image.is_file())]
                     evaluations.log(tracker, record, kept, str(result.artifact))
@@ -153,16 +152,13 @@ class RunRecord:
                 self._open = None
         return result
 
-    def _log_card(
-        self,
-        tracker: Tracker,
-        run_id: str,
-        result: StageResult,
-        records: Sequence[EvaluationRecord],
-    ) -> None:
+    def _log_card(self, tracker: Tracker, run_id: str, stage: Stage, result: StageResult) -> None:
         hours = None if self._began is None else (time.monotonic() - self._began) / 3600
-        figures = tuple(figure for record in records for figure in record.figures)
-        facts = card.Facts(figures, hours=hours, tags=self._tags)
+        known = card.stored_facts(result.artifact, self._home)
+        names = tuple(f"{spec.name}." for spec in stage.evals)
+        figures = {n: value for n, value in result.metrics.items() if n.startswith(names)}
+        figures = figures | dict(known.figures)
+        facts = replace(known, figures=figures, hours=hours, tags=self._tags)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / card.FILE
             file.write_text(card.model_card(result.artifact, facts), encoding="utf-8")
