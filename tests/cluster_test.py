@@ -99,6 +99,7 @@ class Test:
             "RAY_health_check_failure_threshold": "3",
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONPATH": str(ROOT),
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # of `python` in a job
             "COLUMNS": "300",
         }
         for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
@@ -249,6 +250,7 @@ def run(test: Test) -> None:
         test.submit("import", "data", "import", "folder", str(photos), "photos", "workers=1")
         test.until(lambda: test.pools()["data"] >= 1, "node of the pool data")
         train(test)
+        test.until(lambda: not test.pools()["train"], "release of the pool train")
         serve(test)
         test.until(lambda: not any(test.pools().values()), "release of all pools")
         test.say("all pools are back at zero")
@@ -300,11 +302,12 @@ def serve(test: Test) -> None:
             [str(BIN / "bridgework"), *words], env=env, stdout=log, stderr=log, cwd=ROOT, text=True
         )
     test.jobs.append(server)
+    test.until(lambda: test.pools()["serve"], "node of the pool serve")
     test.until(lambda: "answers at" in test.log("serve"), "served model")
     body = {"model": "align", "messages": [{"role": "user", "content": "What is it?"}]}
-    url = f"http://127.0.0.1:{port}/v1"
-    body["model"] = httpx.get(f"{url}/models").json()["data"][0]["id"]
-    answer = httpx.post(f"{url}/chat/completions", json=body | {"max_tokens": 4}, timeout=60)
+    url, client = f"http://127.0.0.1:{port}/v1", httpx.Client(trust_env=False, timeout=60)
+    body["model"] = client.get(f"{url}/models").json()["data"][0]["id"]
+    answer = client.post(f"{url}/chat/completions", json=body | {"max_tokens": 4})
     test.say(f"a served answer: HTTP {answer.status_code}")
     answer.raise_for_status()
     server.terminate()
