@@ -362,7 +362,7 @@ def promote(
     force: str | None = None,
     home: Path | None = None,
     project: str = "bridgework",
-    say: Callable[[str], object] = lambda text: None,
+    say: Callable[[str], object] | None = None,
 ) -> "PromotionDecision":
     """Make a registered version the champion if it passes the gate against the present champion.
 
@@ -374,7 +374,7 @@ def promote(
         force: Reason for a promotion without a gate.
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
         project: Name of the MLflow experiment.
-        say: Called with lines of progress.
+        say: Called with lines of progress. Default: they are printed to stderr.
 
     Returns:
         The decision: the verdict, both versions, and every check with its interval.
@@ -395,7 +395,7 @@ def promote(
         gate=read_gate(Path(gate)) if isinstance(gate, str | Path) else gate,
         metric=metric,
         force=force,
-        say=say,
+        say=say or _report,
     )
 
 
