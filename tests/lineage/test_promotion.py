@@ -244,7 +244,7 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_is_refused(
 
     def wait(*given: object) -> object:
         both_judged.wait(60)
-        return judge(*given)  # type: ignore[arg-type]
+        return judge(*given)
 
     monkeypatch.setattr(promotion, "judge", wait)
 

@@ -315,7 +315,8 @@ class _Scheduler(FIFOScheduler):
     """Records every report in the study, and stops the trials that the study's rule stops."""
 
     def __init__(self, proposer: _Proposer, recorder: "_Recorder") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        init: Any = super().__init__  # untyped in Ray
+        init()
         self._proposer, self._recorder = proposer, recorder
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrialJob:
-    """What all trials of a sweep have in common."""
+    """Settings that all trials of a sweep share."""
 
     space: Space
     home: Path
@@ -167,7 +167,8 @@ class _Report(TuneReportCallback):
     """Passes the evaluations of Ray Train's workers to Tune, one at a time."""
 
     def __init__(self, judge: _Judge) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        init: Any = super().__init__  # untyped in Ray
+        init()
         self._judge = judge
 
     def after_report(
