@@ -383,7 +383,7 @@ class MLflowTracker(MLflowReader):
         with self._call(f"find the model of weights {digest}"):
             found = [m for m in self._logged(f"tags.digest = '{digest}'") if m.source_run_id]
             own = [m for m in found if self._artifact(m.tags) == artifact] or found
-            return Produced(own[0].source_run_id, str(own[0].model_id)) if own else None
+            return Produced(str(own[0].source_run_id), str(own[0].model_id)) if own else None
 
     def find(self, tags: Mapping[str, str]) -> list[tuple[str, Mapping[str, str]]]:
         with self._call("find runs by their tags"):
