@@ -90,7 +90,7 @@ def promote(
     if gate is not None and metric is not None:
         raise SpecError("--gate and --metric exclude each other. Fix: put the metric into the gate")
     candidate, champions = tracker.version(name, which), tracker.champions(name)
-    champion = holder(tracker, name, CHAMPION)
+    champion = tracker.version(name, champions[-1]) if champions else None
     if champion is not None and champion.version == candidate.version:
         raise TrackingError(
             f"{name}:{candidate.version} is the champion already. Fix: give another version"

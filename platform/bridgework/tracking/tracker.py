@@ -471,13 +471,15 @@ def holders(versions: Sequence[Version]) -> dict[str, str]:
 def followed(champions: Sequence[str], holders: Mapping[str, str]) -> tuple[str, ...]:
     """Return the champions as recorded, ended by the version that now holds the alias.
 
-    Aliases that something else has moved, e.g. MLflow's UI or an older version, take precedence.
+    Aliases that something else has moved, e.g. MLflow's UI or an older version, take precedence: an
+    earlier champion is a rollback to it, and another version a promotion.
     """
     current = holders.get(CHAMPION)
     if current is None:
         return ()
-    if champions and champions[-1] == current:
-        return tuple(champions)
+    if current in champions:
+        last = max(place for place, version in enumerate(champions) if version == current)
+        return tuple(champions[: last + 1])
     before = champions or [v for v in [holders.get(PREVIOUS)] if v is not None and v != current]
     return (*before, current)
 
