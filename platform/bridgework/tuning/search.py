@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from bridgework import ray_metrics, ray_utils
+from bridgework.artifacts import StageResult
 from bridgework.config import flat, override
 from bridgework.data.catalog import resolve
 from bridgework.data.dataset import open_dataset
@@ -390,6 +391,7 @@ class _Recorder:
         self._trials, self._target = trials, target
         self.tracker, self.parent, self.console = tracker, parent, console
         self._runs: dict[int, str] = {}
+        self.logged: dict[str, dict[str, StageResult]] = {}  # by the name of a trial's run
         self._systems: dict[int, System] = {}
         self._since: dict[int, float] = {}
         self._best: float | None = None  # score of any report so far
@@ -534,18 +536,23 @@ class _Recorder:
             return
         for repeat, name in enumerate(repeat_names(row.trial, self.space.budget.repeats)):
             try:
-                train(
-                    repeated(self._systems[number], self.space.stages, repeat),
-                    home=self._home,
-                    run=f"{self._run}/{name}",
-                    options=RunOptions(workers=0),
-                    stages=self.space.stages,
-                    tracker=self.tracker,
-                    parent_run=self.parent,
-                    console=Console(quiet=True),
-                )
+                self.log_run(repeated(self._systems[number], self.space.stages, repeat), name)
             except BridgeworkError as error:
                 self.say(f"trial {name} is not logged: {error}")
+
+    def log_run(self, system: System, name: str) -> dict[str, StageResult]:
+        """Log a finished run of a trial: all its stages are finished, so none is trained."""
+        self.logged[name] = train(
+            system,
+            home=self._home,
+            run=f"{self._run}/{name}",
+            options=RunOptions(workers=0),
+            stages=self.space.stages,
+            tracker=self.tracker,
+            parent_run=self.parent,
+            console=Console(quiet=True),
+        )
+        return self.logged[name]
 
     def _points(self, number: int, values: Mapping[str, float], step: int) -> None:
         if number in self._runs:
@@ -665,17 +672,9 @@ def _registered(
 ) -> Outcome:
     """Return the outcome, and register the best trial's last stage if a tracker answers."""
     space, best = trials.space, rows[0]
-    # All its stages are finished, so this only logs their inputs and outputs to the tracker.
-    winner = train(
-        override(base, best.changes),
-        home=home,
-        run=f"{run}/{best.trial}",
-        options=RunOptions(workers=0),
-        stages=space.stages,
-        tracker=recorder.tracker,
-        parent_run=recorder.parent,
-        console=Console(quiet=True),
-    )[space.stages[-1]]
+    system = override(base, best.changes)
+    results = recorder.logged.get(best.trial) or recorder.log_run(system, best.trial)
+    winner = results[space.stages[-1]]
     cached = any(can_cache_features(base[name]) for name in space.stages)
     command = command_of(space, best.changes, trials.noted("features") if cached else None)
     version, why = None, ""
