@@ -131,8 +131,5 @@ def model_home(tmp_path: Path, system: System, weights: str) -> ModelHome:
         said = pipeline.generate(question, [image], max_new_tokens=64).text
         samples.append(Sample(str(number), (image,), (*question, Part("assistant", text=said))))
     probes = tmp_path / "datasets" / "probes"
-    write(
-        str(probes), samples, source="the champion's answers", license="CC0", made_by="test",
-        parameters={},
-    )  # fmt: skip
+    write(samples, str(probes), source="the champion's answers", license="CC0", made_by="test")
     return ModelHome(tmp_path, str(probes))

@@ -23,7 +23,7 @@ from bridgework.data.samples import Part
 from bridgework.serving.bodies import JSONRoute
 from bridgework.serving.errors import APIError
 from bridgework.serving.options import Options
-from bridgework.serving.protocol import MAX_LIST, Body, ChatRequest, Message, Strict
+from bridgework.serving.protocol import MAX_LIST, Body, Message, Strict
 from bridgework.serving.requests import check_text, read_conversation
 from bridgework.serving.router import Router
 from bridgework.serving.routes import chat_routes
@@ -74,11 +74,10 @@ def save_preference(body: PreferenceRequest, options: Options) -> dict[str, Any]
     not read, and for one that is too large for `votes_bytes`.
     """
     check_text([body.chosen.text, body.rejected.text], options.limits, "chosen")
-    asked = ChatRequest(model=body.model, messages=body.messages)
-    parts, shown = read_conversation(asked.messages, options.limits, tiled=False)
+    parts, shown = read_conversation(body.messages, options.limits, tiled=False)
     images = [image for image in shown if isinstance(image, bytes)]
     if len(images) < len(shown):
-        message = "messages: a vote on a video is not stored. Fix: vote on questions about images"
+        message = "messages: a dataset of preferences has images. Got a video"
         raise APIError(400, message, code="unsupported", param="messages")
     folder = Path(str(options.home)) / "preferences"
     named = {_file_name(data): data for data in images}

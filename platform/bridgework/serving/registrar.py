@@ -141,7 +141,7 @@ class Registrar:
         from rich.text import Text
         from rich.tree import Tree
 
-        from bridgework.tracking import lineage
+        from bridgework.tracking import lineage, lineage_views
 
         def node(tree: Tree) -> Node:
             label = tree.label
@@ -150,7 +150,8 @@ class Registrar:
 
         if not lineage.RESPONSE.fullmatch(response):
             raise TrackingError(f"trace: not the id of an answer. Got {response[:64]!r}")
-        return node(lineage.trace(response, self._tracker, self._home).children[0])
+        graph = lineage.trace(response, self._tracker, self._home)
+        return node(lineage_views.tree(graph).children[0])
 
     def _resolve(self, model: str) -> ServedModel:
         from bridgework.serving.models import resolve_model
