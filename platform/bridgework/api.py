@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridgework import storage
 from bridgework.data.catalog import destination, resolve
 from bridgework.data.catalog import home as default_home
 from bridgework.errors import SpecError, TrackingError
@@ -37,7 +38,7 @@ def train(
     stages: Sequence[str] | None = None,
     workers: int = 0,
     run: str | None = None,
-    home: Path | None = None,
+    home: str | Path | None = None,
     options: RunOptions | None = None,
     fork: str | None = None,
     track: bool = True,
@@ -52,7 +53,7 @@ def train(
         workers: Ray Train workers. 0 trains in this process, without Ray.
         run: Name of the run's folder, `<home>/runs/<run>`. Default: the system's name and six digits
             of its identity, so that an equal system resumes.
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
         options: Everything else about the execution; `workers` above replaces its field.
         fork: RUN or RUN@STEP: start from a checkpoint of another run.
         track: Record the run in MLflow. A server that does not answer never stops a run.
@@ -81,7 +82,7 @@ def train(
     resolved = load(system) if isinstance(system, str) else system
     for name in stages or ():
         resolved[name]  # a wrong name is reported before anything is opened
-    place = home or default_home()
+    place = _place(home)
     tracker = open_tracker(project, place, console) if track else None
     run = run or default_name(resolved.name.replace(":", "-"), resolved, place)
     with _ray(workers):
@@ -110,7 +111,7 @@ def sweep(
     changes: Mapping[str, Any] | None = None,
     trials: int | None = None,
     run: str | None = None,
-    home: Path | None = None,
+    home: str | Path | None = None,
     track: bool = True,
     project: str = "bridgework",
     console: "Console | None" = None,
@@ -122,7 +123,7 @@ def sweep(
         changes: Overrides by dotted path that every trial shares.
         trials: Number of trials. Default: the space's own.
         run: Name of the sweep's folder. Default: "sweep-SPACE". The same sweep again is not run again.
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
         track: Record the trials in MLflow and register the winner.
         project: Name of the MLflow experiment.
         console: Where progress is printed. Default: stderr.
@@ -138,7 +139,7 @@ def sweep(
     from bridgework.tuning.space import load as load_space
 
     given = load_space(space) if isinstance(space, str) else space
-    place = home or default_home()
+    place = _place(home)
     tracker = open_tracker(project, place, console) if track else None
     with _ray(1):
         return search.sweep(
@@ -152,14 +153,14 @@ def sweep(
 
 
 def evaluate(
-    model: str | Path, evaluations: Sequence[Any] | None = None, *, home: Path | None = None
+    model: str | Path, evaluations: Sequence[Any] | None = None, *, home: str | Path | None = None
 ) -> dict[str, float]:
     """Evaluate a model.
 
     Args:
         model: An artifact's folder, or a registered model: "llava", "llava@challenger", "llava:3".
         evaluations: Configs from bridgework.evaluation. Default: those of the model's stage.
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
 
     Returns:
         The figures by name, e.g. {"ranking.accuracy": 0.4}.
@@ -179,7 +180,7 @@ def evaluate(
     from bridgework.inference.pipeline import Pipeline
     from bridgework.tracking.mlflow_store import artifact_of
 
-    place = home or default_home()
+    place = _place(home)
     pipeline = Pipeline.load(artifact_of(str(model), place))
     chosen = pipeline.stage.evals if evaluations is None else evaluations
     if not chosen:
@@ -193,12 +194,12 @@ def evaluate(
     return figures
 
 
-def open_dataset(name: str, *, home: Path | None = None) -> "Dataset":
+def open_dataset(name: str, *, home: str | Path | None = None) -> "Dataset":
     """Open a dataset of shards.
 
     Args:
         name: A folder, a URL, or a name under <home>/datasets. "synthetic:shapes" is written on first use.
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
 
     Returns:
         The dataset: its manifest, and its rows by index.
@@ -214,7 +215,7 @@ def open_dataset(name: str, *, home: Path | None = None) -> "Dataset":
     """
     from bridgework.data.dataset import open_dataset as open_shards
 
-    return open_shards(resolve(name, home or default_home()))
+    return open_shards(resolve(name, _place(home)))
 
 
 def import_dataset(
@@ -224,7 +225,7 @@ def import_dataset(
     *,
     license: str | None = None,
     workers: int = 0,
-    home: Path | None = None,
+    home: str | Path | None = None,
     **options: Any,
 ) -> "Manifest":
     """Import data of another format as a dataset of shards; the same call again resumes.
@@ -235,7 +236,7 @@ def import_dataset(
         dest: A folder or a URL; a bare name is under <home>/datasets.
         license: License of the dataset, e.g. "CC-BY-4.0".
         workers: Ray actors that read; 0 reads in this process.
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
         options: Options of the format; `bridgework data import FORMAT` lists them.
 
     Returns:
@@ -264,7 +265,7 @@ def import_dataset(
     with _ray(workers):
         return importer.run(
             str(source),
-            destination(str(dest), home or default_home()),
+            destination(str(dest), _place(home)),
             workers=workers,
             say=_report,
         )
@@ -276,7 +277,7 @@ def curate(
     dest: str | Path,
     *,
     workers: int = 0,
-    home: Path | None = None,
+    home: str | Path | None = None,
 ) -> "Manifest":
     """Write a curated copy of datasets; the same call again resumes.
 
@@ -285,7 +286,7 @@ def curate(
         sources: Datasets: folders, URLs, or names under <home>/datasets.
         dest: A folder or a URL; a bare name is under <home>/datasets.
         workers: Ray actors that annotate; 0 works in this process.
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
 
     Returns:
         The manifest of the new dataset; its `parameters["counts"]` are the decisions by reason.
@@ -302,7 +303,7 @@ def curate(
     """
     from bridgework.curation import runner
 
-    place = home or default_home()
+    place = _place(home)
     given = (sources,) if isinstance(sources, str) else tuple(sources)
     found = [resolve(source, place) for source in given]
     with _ray(workers):
@@ -321,7 +322,7 @@ def promote(
     *,
     metric: str | None = None,
     lower: bool | None = None,
-    home: Path | None = None,
+    home: str | Path | None = None,
     project: str = "bridgework",
 ) -> "Promotion":
     """Make a registered version the champion; the champion before it keeps the alias `previous`.
@@ -330,7 +331,7 @@ def promote(
         model: "llava:3" or "llava@challenger".
         metric: A figure that must be better than the champion's, e.g. "ranking.accuracy".
         lower: Direction of a figure that no evaluation declares.
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
         project: Name of the MLflow experiment.
 
     Returns:
@@ -342,7 +343,7 @@ def promote(
     from bridgework.tracking import registry
     from bridgework.tracking.mlflow_store import MLflowTracker
 
-    tracker = MLflowTracker(None, home or default_home(), project)
+    tracker = MLflowTracker(None, _place(home), project)
     return registry.promote(tracker, model, metric=metric, lower=lower)
 
 
@@ -391,6 +392,10 @@ def open_tracker(
                 soft_wrap=True,
             )
         return None
+
+
+def _place(home: str | Path | None) -> Path:
+    return default_home() if home is None else storage.locate(home)
 
 
 def _report(text: str) -> None:

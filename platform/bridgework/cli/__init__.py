@@ -442,7 +442,7 @@ def main() -> None:
             and not isinstance(error, BridgeworkError)
             and storage.disk_full(error)
         ):
-            error = storage.full(Path(error.filename or home_folder()))
+            error = storage.full(storage.locate(error.filename or home_folder()))
         if isinstance(error, MemoryError):
             error = ResourceError("out of memory. Fix: use a smaller batch")
         escaped = str(error).replace("[", r"\[")  # not rich markup

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bridgework import storage
 from bridgework.config import config_class, override
 from bridgework.data.catalog import home
 from bridgework.errors import DataError, SpecError, suggest
@@ -192,7 +193,7 @@ def evaluate(
         for name, figure in result.pictures.items():
             file = home() / "evals" / f"{name}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            figure.save(file)
+            storage.save_image(figure, file)
             err.print(f"figure    {file}", soft_wrap=True)
     out.print(table)
 

@@ -13,12 +13,11 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from ray import serve
 from ray.serve import Application
 
-from bridgework import artifacts
+from bridgework import artifacts, storage
 from bridgework.data import catalog
 from bridgework.serving.auth import Keys
 from bridgework.serving.gateway import Gateway, Routes
@@ -59,7 +58,7 @@ def application(app: str, args: dict[str, Any], routes: Routes) -> Application:
     """
     options = parse_options(args)
     keys = None if options.dev else Keys.load(options.keys)
-    home = Path(options.home) if options.home else catalog.home()
+    home = storage.locate(options.home) if options.home else catalog.home()
     names = [options.model] if options.challenger is None else [options.model, options.challenger]
     served = [resolve_model(app, name, options, home) for name in names]
     for model in served:
@@ -107,7 +106,8 @@ def resolve_model(app: str, model: str, options: Options, home: Path) -> ServedM
     an artifact.
     """
     if registry.is_folder(model):
-        name, version, folder = Path(model).resolve().name, "", str(Path(model).resolve())
+        place = storage.locate(model).resolve()
+        name, version, folder = place.name, "", str(place)
     else:
         name, which = registry.split(model)
         # "Default" is the experiment that MLflow always has, so none is created
@@ -129,8 +129,6 @@ def record_deployment(served: ServedModel, home: Path) -> Path:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        temporary = file.with_name(f".{served.id}.{uuid4().hex[:8]}")
         identity = {name: value for name, value in asdict(served).items() if name != "tiled"}
-        temporary.write_text(json.dumps(identity | {"started": started}, indent=1))
-        temporary.rename(file)
+        storage.write_atomic(file, json.dumps(identity | {"started": started}, indent=1))
     return file

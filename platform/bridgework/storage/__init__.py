@@ -12,10 +12,11 @@ locks, `mirror` for growing files, and `node_cache` for local copies.
 """
 
 import errno
+import io
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
@@ -27,21 +28,24 @@ from filelock import FileLock
 from bridgework.errors import ResourceError
 from bridgework.storage import leases, node_cache, stores
 from bridgework.storage.leases import Lease
-from bridgework.storage.mirror import Mirror, mirrored
+from bridgework.storage.mirror import Growing, growing, mirrored
 from bridgework.storage.stores import connect as find_store
 
 __all__ = [
+    "Growing",
     "Lease",
-    "Mirror",
     "append",
     "cache_folder",
+    "cached_file",
     "copy",
     "disk_errors",
     "disk_full",
     "fetch",
     "find_store",
+    "for_ray",
     "free_bytes",
     "full",
+    "growing",
     "home",
     "is_local",
     "is_published",
@@ -49,11 +53,14 @@ __all__ = [
     "locate",
     "lock",
     "mirrored",
+    "move_files",
     "names",
-    "open_for_reading",
+    "opened_for_writing",
     "publish",
     "publishing",
     "remove",
+    "rename",
+    "save_image",
     "sync_folder",
     "sync_tree",
     "unreachable",
@@ -61,6 +68,7 @@ __all__ = [
     "write_atomic",
 ]
 
+MOVES = 1000  # objects that are copied and deleted together
 COMPLETE = ".complete"  # object that is written last in a published folder of a store
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left on the device; the user's quota is used up
 # Messages about a full disk: of torch.save, whose zip writer raises a RuntimeError, and
@@ -312,6 +320,45 @@ def upload(local: Path, target: Any) -> None:
     target.fs.put_file(str(local), target.path)
 
 
+def save_image(image: Any, path: Path) -> None:
+    """Save a PIL image; to a store by an upload."""
+    if is_local(path):
+        image.save(path)
+        return
+    buffer = io.BytesIO()
+    image.save(buffer, format=path.suffix.removeprefix(".").upper())
+    write_atomic(path, buffer.getvalue())
+
+
+def opened_for_writing(path: Any) -> Any:
+    """Open a new file as a context manager; that of a store is uploaded when it is closed."""
+    return path.open("wb") if is_local(path) else path.fs.open(path.path, "wb")
+
+
+def move_files(fs: Any, moves: Sequence[tuple[str, str]]) -> None:
+    """Move files of one file system; in an object store, many at a time."""
+    if not isinstance(fs, stores.Store) or fs.protocol_name not in stores.OBJECTS:
+        for source, dest in moves:
+            fs.mv(source, dest)
+        return
+    for start in range(0, len(moves), MOVES):
+        sources, dests = zip(*moves[start : start + MOVES], strict=True)
+        fs.copy(list(sources), list(dests))
+        fs.rm(list(sources))
+
+
+def for_ray(folder: Any) -> dict[str, Any]:
+    """Return the arguments of Ray's RunConfig for a folder that all nodes read and write."""
+    if is_local(folder):
+        return {"storage_path": str(folder)}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return {
+        "storage_path": folder.path,
+        "storage_filesystem": PyFileSystem(FSSpecHandler(folder.fs)),
+    }
+
+
 def copy(source: Any, target: Any) -> None:
     """Copy a file or folder inside a store, without a download."""
     source.fs.copy(source.path, target.path, recursive=source.is_dir())
@@ -331,6 +378,15 @@ def remove(folder: Path, *, first: str = "") -> None:
     remote: Any = folder
     with suppress(FileNotFoundError):
         remote.fs.rm(remote.path, recursive=True)
+
+
+def rename(folder: Path, target: Path, *, first: str = "") -> None:
+    """Rename a folder. A store copies it and then removes it, with the object `first` first."""
+    if is_local(folder):
+        folder.rename(target)
+        return
+    copy(folder, target)
+    remove(folder, first=first)
 
 
 @contextmanager
@@ -361,15 +417,18 @@ def fetch(path: Any, key: str, link: Path, check: Callable[[Path], object] | Non
         node_cache.fetch(key, download, link)
 
 
-def open_for_reading(path: str, key: str | None = None) -> Any:
-    """Open a file of a path or URL for random reads; blocks of remote ones are cached.
+def cached_file(
+    path: str, size: int | None = None, key: str | None = None
+) -> node_cache.CachedFile | None:
+    """Return a file of a remote store for random reads, of which blocks are cached; else None.
 
-    key: identifies the content; None: by the store's own tag of it.
+    size: in bytes. key: identifies the content; None: by the store's own tag of it.
     """
     fs, file = find_store(path)
     if not isinstance(fs, stores.Store):
-        return fs.open(file, "rb")
-    return node_cache.CachedFile(fs, file, int(fs.size(file)), key or f"{path}@{fs.ukey(file)}")
+        return None
+    size = int(fs.size(file)) if size is None else size
+    return node_cache.CachedFile(fs, file, size, key or f"{path}@{fs.ukey(file)}")
 
 
 @contextmanager

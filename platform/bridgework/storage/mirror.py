@@ -8,10 +8,10 @@ uploaded less often. `flush` uploads at once, before a checkpoint.
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
 from bridgework.storage import node_cache
 
@@ -55,7 +55,7 @@ class Mirror:
                 size = file.stat().st_size
                 before, at = self._uploaded.get(file, (0, 0.0))
                 due = all_ or time.monotonic() - at > size / BYTES_PER_S
-                if size == before or not due or file.name == ".used":
+                if size == before or not due or file.name == node_cache.USED:
                     continue
                 target: Any = self._remote / file.relative_to(self.local).as_posix()
                 try:
@@ -72,6 +72,23 @@ class Mirror:
             if self._failing:
                 self._failing = False
                 log.warning("%s is written again", self._remote)
+
+
+class Growing(NamedTuple):
+    """A local folder to append to, and the function that copies it to the store, if there is one."""
+
+    folder: Path
+    flush: Callable[[], None]
+
+
+@contextmanager
+def growing(folder: Path) -> Iterator[Growing]:
+    """Yield a folder for files that grow: `folder`, or a mirror of it if it is in a store."""
+    if isinstance(folder, PurePath):
+        yield Growing(folder, lambda: None)
+        return
+    with mirrored(folder) as mirror:
+        yield Growing(mirror.local, mirror.flush)
 
 
 @contextmanager

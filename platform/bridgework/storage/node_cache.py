@@ -25,6 +25,7 @@ DEFAULT_GB = 50.0
 BLOCK_BYTES = 1 << 20
 CHECK_EVERY = 64  # files written by a process between two checks of the bound
 PART = ".part"
+USED = ".used"  # file in a scratch folder that its process holds locked
 
 _written = CHECK_EVERY  # the first file is followed by a check
 
@@ -59,7 +60,7 @@ def scratch() -> Iterator[Path]:
 @contextmanager
 def _alive(folder: Path) -> Iterator[None]:
     """Hold a lock in the folder for as long as this process uses it."""
-    with (folder / ".used").open("w") as file:
+    with (folder / USED).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
@@ -110,12 +111,16 @@ def _write(file: Path, fill: Callable[[Path], object]) -> None:
         evict()
 
 
-def evict() -> None:
-    """Remove the least recently used files until the cache keeps its bound."""
+def evict(need: int = 0) -> None:
+    """Remove the least recently used files until the cache keeps its bound.
+
+    need: bytes that must be free on its disk, in addition.
+    """
     with suppress(OSError), (root() / ".evict").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one process at a time
         found = sorted(_files())
         limit, size = bound(), sum(size for _, size, _ in found)
+        limit = min(limit, size - (need - shutil.disk_usage(root()).free))
         for _, bytes_, path in found:
             if size <= limit:
                 break
@@ -147,7 +152,7 @@ def _remove_orphans() -> None:
                 if time.time() - path.stat().st_mtime > 86_400:
                     path.unlink()
             continue
-        with suppress(OSError), (path / ".used").open("r+") as file:
+        with suppress(OSError), (path / USED).open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
 

@@ -14,6 +14,7 @@ from typing import Protocol
 from rich.text import Text
 from rich.tree import Tree
 
+from bridgework import storage
 from bridgework.data.manifest import Manifest, read_manifest
 from bridgework.errors import DataError, TrackingError, suggest
 from bridgework.mixture import DatasetInput
@@ -333,7 +334,8 @@ def _weights(digest: str, artifact: str) -> Text:
 
 def _datasets(home: Path) -> Iterator[tuple[str, tuple[Path, Manifest]]]:
     """Yield (digest, (folder, manifest)) of the valid datasets under `home`."""
-    for folder in sorted((home / "datasets").glob("*")):
+    place = home / "datasets"
+    for folder in (place / name for name in storage.names(place)):
         try:
             manifest = read_manifest(str(folder))
         except DataError:
@@ -342,7 +344,8 @@ def _datasets(home: Path) -> Iterator[tuple[str, tuple[Path, Manifest]]]:
 
 
 def _deployments(home: Path) -> Iterator[Deployment]:
-    for file in sorted((home / "deployments").glob("*.json")):
+    place = home / "deployments"
+    for file in (place / name for name in storage.names(place) if name.endswith(".json")):
         try:
             data = json.loads(file.read_text())
             yield Deployment(**{f.name: data[f.name] for f in fields(Deployment)})

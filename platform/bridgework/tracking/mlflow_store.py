@@ -30,7 +30,7 @@ from mlflow.utils.validation import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from bridgework import old_names
+from bridgework import old_names, storage
 from bridgework.errors import TrackingError, suggest
 from bridgework.mixture import DatasetInput
 from bridgework.tracking.lineage import RunView, Weights
@@ -58,14 +58,12 @@ class MLflowReader:
     """`lineage.Reader` on an MLflow store, over all its projects.
 
     uri: a server (`http://...`) or a database; the default is MLFLOW_TRACKING_URI, else
-    sqlite:///<home>/mlflow.db. It must be opened before any worker starts, because it creates the
-    tables of a new database, under a lock.
+    sqlite:///<home>/mlflow.db if the home is a local folder. It must be opened before any worker
+    starts, because it creates the tables of a new database, under a lock.
     """
 
     def __init__(self, uri: str | None, home: Path) -> None:
-        self.uri = (
-            uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve()}/mlflow.db"
-        )
+        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _database(home)
         logging.getLogger("mlflow.store").setLevel(logging.WARNING)  # tables of a new store
         with self._call("open the store"), _locked(self.uri):
             self._client = MlflowClient(self.uri, registry_uri=self.uri)
@@ -198,7 +196,7 @@ class MLflowTracker(MLflowReader):
     def __init__(self, uri: str | None, home: Path, experiment: str) -> None:
         super().__init__(uri, home)
         with self._call(f"open the experiment {experiment!r}"):
-            self._experiment = self._open(experiment, home.resolve() / "mlartifacts")
+            self._experiment = self._open(experiment, home)
 
     def start(
         self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None
@@ -318,13 +316,16 @@ class MLflowTracker(MLflowReader):
         with self._call(f"set the alias {alias!r} of {name!r}"):
             self._client.set_registered_model_alias(name, alias, known.version)
 
-    def _open(self, name: str, artifacts: Path) -> str:
-        """Return the experiment's id; create it if it does not exist."""
+    def _open(self, name: str, home: Path) -> str:
+        """Return the experiment's id; create it if it does not exist.
+
+        Its files are in the home, or where a server puts them if the home is a local folder.
+        """
         known = self._client.get_experiment_by_name(name)
         if known is None:
-            # A server has its own folder for artifacts.
-            remote = self.uri.startswith(("http://", "https://"))
-            folder = None if remote else (artifacts / re.sub(r"[^\w.-]", "-", name)).as_uri()
+            served = self.uri.startswith(("http://", "https://")) and storage.is_local(home)
+            place = home.resolve() / "mlartifacts" / re.sub(r"[^\w.-]", "-", name)
+            folder = None if served else place.as_uri()
             try:
                 return str(self._client.create_experiment(name, folder))
             except MlflowException:
@@ -342,6 +343,17 @@ def artifact_of(model: str, home: Path) -> str:
     if is_folder(model):
         return model
     return MLflowReader(None, home).version(*split(model)).artifact
+
+
+def _database(home: Path) -> str:
+    """Return the URI of the database in the home. Raises TrackingError for a home in a store."""
+    if not storage.is_local(home):
+        raise TrackingError(
+            f"{home}: there is no tracking server for a home in a store. Got no "
+            "MLFLOW_TRACKING_URI; expected the URL of an MLflow server that all nodes reach. "
+            "Fix: set MLFLOW_TRACKING_URI=https://HOST, and MLFLOW_TRACKING_TOKEN if it has one"
+        )
+    return f"sqlite:///{home.resolve()}/mlflow.db"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from bridgework import artifacts
+from bridgework import artifacts, storage
 from bridgework.artifacts import StageResult
 from bridgework.config import flat, to_dict
 from bridgework.data import quarantine
@@ -94,10 +94,13 @@ class RunRecord:
         }
         with self._try_tracker() as tracker:
             if self._open is not None:
-                for image in sorted((place / "evals").glob("*.png")):
-                    tracker.file(self._open, image, "evals")
+                images = [name for name in storage.names(place / "evals") if name.endswith(".png")]
+                for name in images:
+                    with storage.local_copy(place / "evals" / name) as image:
+                        tracker.file(self._open, image, "evals")
                 if (place / SKIPS).exists():
-                    tracker.file(self._open, place / SKIPS)
+                    with storage.local_copy(place / SKIPS) as file:
+                        tracker.file(self._open, file)
                 quarantined = _count_quarantined(place / "quarantine", stage.budget.steps)
                 tracker.points(self._open, quarantined)
                 model_id = tracker.output(

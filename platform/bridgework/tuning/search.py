@@ -24,6 +24,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
+from bridgework import storage
 from bridgework.config import override, to_dict
 from bridgework.errors import RunError, SpecError, TrackingError, suggest
 from bridgework.system import System, load
@@ -155,7 +156,10 @@ def _search(space: Space, base: System, home: Path, run: str, recorder: "_Record
             reuse_actors=True,
         ),
         run_config=RunConfig(
-            name="tune", storage_path=str(home / "runs" / run), verbose=0, callbacks=[recorder]
+            name="tune",
+            **storage.for_ray(home / "runs" / run),
+            verbose=0,
+            callbacks=[recorder],
         ),
     )
     return tuner.fit()
@@ -188,11 +192,10 @@ def _load_rows(folder: Path, space: Space, base: System) -> list[TrialRow] | Non
 
 
 def _save_rows(folder: Path, space: Space, base: System, rows: list[TrialRow]) -> None:
-    temporary = folder / "sweep.json.tmp"
-    temporary.write_text(
-        json.dumps({"identity": _identity(space, base), "rows": [vars(r) for r in rows]}, indent=1)
+    storage.write_atomic(
+        folder / "sweep.json",
+        json.dumps({"identity": _identity(space, base), "rows": [vars(r) for r in rows]}, indent=1),
     )
-    temporary.rename(folder / "sweep.json")
 
 
 def _check(space: Space, base: System) -> None:
