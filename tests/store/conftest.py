@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -27,7 +28,8 @@ def faults(server: FaultyStore) -> Iterator[FaultyStore]:
 
 @pytest.fixture
 def bucket(faults: FaultyStore, request: pytest.FixtureRequest) -> str:
-    name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")[:50]
+    name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")[:40]
+    name += f"-{uuid4().hex[:6]}"
     fs, _ = storage.find_store("s3://")
     fs.fs.mkdir(name)
     return name

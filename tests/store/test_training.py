@@ -2,13 +2,9 @@
 
 from pathlib import Path
 
-import pytest
-
 from bridgework import artifacts, storage
-from bridgework.errors import ResourceError, RunError
 from bridgework.training import checkpoint
-from tests.store.faults import FaultyStore
-from tests.training.support import Stop, go, llava, losses, same, stop_at, weights
+from tests.training.support import go, llava, losses, same, weights
 
 
 def test_a_run_in_a_store_gives_the_bits_of_a_local_run(
@@ -25,3 +21,21 @@ def test_a_run_in_a_store_gives_the_bits_of_a_local_run(
     }.keys()
     kept = checkpoint.checkpoints(store_home / "runs" / run / "align")
     assert [found.step for found in kept] == [4, 2]
+
+
+def test_two_workers_resume_from_a_store(
+    ray_session: None, home: Path, store_home: Path, run: str
+) -> None:
+    system = llava(6)
+    go(system, home, run, checkpoint_every=2)
+    go(system, store_home, run, workers=2, checkpoint_every=2)
+    before = weights(store_home, run)
+    folder = store_home / "runs" / run / "align"
+    storage.remove(folder / "artifact", first=artifacts.FILE)
+    go(system, store_home, run, workers=2, checkpoint_every=2)
+    assert same(weights(store_home, run), before)
+    steps = [step for step, _ in losses(store_home, run)]
+    assert steps == [0, 1, 2, 3, 4, 5, 4, 5]
+    local = weights(home, run)
+    assert all((local[n] - t).abs().max() < 1e-5 for n, t in before.items())
+    assert not [name for name in storage.names(folder) if name == "ray"]

@@ -434,8 +434,11 @@ def main() -> None:
     sys.path.append(os.getcwd())  # for tune_spaces/ and your own modules, as with `python -m`
     try:
         app(standalone_mode=True)
-    except (BridgeworkError, MemoryError, OSError) as error:
-        if os.environ.get("BRIDGEWORK_DEBUG"):
+    except Exception as error:
+        if storage.is_of_a_client(error):
+            error = storage.explained(error, str(home_folder()))
+        expected = isinstance(error, BridgeworkError | MemoryError | OSError)
+        if not expected or os.environ.get("BRIDGEWORK_DEBUG"):
             raise
         if (
             isinstance(error, OSError)

@@ -30,6 +30,7 @@ from bridgework.storage import leases, node_cache, stores
 from bridgework.storage.leases import Lease
 from bridgework.storage.mirror import Growing, growing, mirrored
 from bridgework.storage.stores import connect as find_store
+from bridgework.storage.stores import explained, is_of_a_client
 
 __all__ = [
     "Growing",
@@ -40,6 +41,7 @@ __all__ = [
     "copy",
     "disk_errors",
     "disk_full",
+    "explained",
     "fetch",
     "find_store",
     "for_ray",
@@ -48,6 +50,7 @@ __all__ = [
     "growing",
     "home",
     "is_local",
+    "is_of_a_client",
     "is_published",
     "local_copy",
     "locate",

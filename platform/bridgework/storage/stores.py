@@ -247,7 +247,7 @@ class Store:
         try:
             self.fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
         except Exception as error:
-            return next((c for c in _codes(error) if not c.isdecimal()), "")
+            return next((c for c in _answered(error) if not c.isdecimal()), "")
         return ""
 
     def __reduce__(self) -> Any:
@@ -412,12 +412,14 @@ def _named(error: BaseException, names: frozenset[str]) -> bool:
 
 def _codes(error: BaseException) -> set[str]:
     """Return the codes and class names of an error and its causes."""
+    names = {base.__name__ for at in _chain(error) for base in type(at).__mro__}
+    return _answered(error) | names - {"BaseException", "Exception", "OSError", "object"}
+
+
+def _answered(error: BaseException) -> set[str]:
+    """Return the codes in the answers of the store: S3's are in a dict, others' are attributes."""
     found: set[str] = set()
-    at: BaseException | None = error
-    seen: list[BaseException] = []
-    while at is not None and at not in seen:
-        seen.append(at)
-        found |= {base.__name__ for base in type(at).__mro__ if issubclass(base, Exception)}
+    for at in _chain(error):
         response = getattr(at, "response", None)
         if isinstance(response, dict):
             found.add(str(response.get("Error", {}).get("Code", "")))
@@ -425,8 +427,16 @@ def _codes(error: BaseException) -> set[str]:
             value = getattr(at, name, None)
             if isinstance(value, int | str):
                 found.add(str(value))
+    return found - {""}
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in chain:
+        chain.append(at)
         at = at.__cause__ or at.__context__
-    return found - {"", "Exception", "OSError"}
+    return chain
 
 
 class _Watch:
