@@ -5,7 +5,7 @@ function that needs them. The command line calls the same functions.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from bridgework.tracking.registry import Promotion
     from bridgework.tuning.search import Outcome
     from bridgework.tuning.space import Space
+
+POST_S = 5.0  # seconds that a command may spend on the metrics of earlier runs
 
 
 def train(
@@ -262,13 +264,27 @@ def import_dataset(
         raise SpecError(
             f"format {format}: {error}. Fix: see `bridgework data import {format}`"
         ) from None
+    return import_with(importer, str(source), str(dest), workers=workers, home=home)
+
+
+def import_with(
+    importer: Any,
+    source: str,
+    dest: str,
+    *,
+    workers: int = 0,
+    home: str | Path | None = None,
+    say: Callable[[str], object] | None = None,
+) -> "Manifest":
+    """Write a dataset with a configured importer, and send the event of it; see `import_dataset`."""
+    from bridgework.tracking.openlineage_events import dataset_written
+
+    place = _place(home)
+    path = destination(dest, place)
     with _ray(workers):
-        return importer.run(
-            str(source),
-            destination(str(dest), _place(home)),
-            workers=workers,
-            say=_report,
-        )
+        manifest: Manifest = importer.run(source, path, workers=workers, say=say or _report)
+    dataset_written(place, "IMPORT", [source], path, manifest)
+    return manifest
 
 
 def curate(
@@ -383,8 +399,12 @@ def open_tracker(
     from bridgework.tracking.mlflow_store import MLflowTracker
 
     home.mkdir(parents=True, exist_ok=True)
+    from bridgework.training.run_tracking import post_waiting
+
     try:
-        return MLflowTracker(None, home, project)
+        tracker = MLflowTracker(None, home, project)
+        post_waiting(tracker, home, timeout_s=POST_S)
+        return tracker
     except TrackingError as error:
         if console is not None:
             console.print(

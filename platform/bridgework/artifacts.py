@@ -7,7 +7,6 @@ A folder of three files, none of which is unpickled:
 - `artifact.json`: written last, so a folder without it is not an artifact.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -108,7 +107,7 @@ def save(
             system=system.name,
             stage=stage,
             fingerprint=system.fingerprint(),
-            digest=_sha256(temporary / WEIGHTS),
+            digest=storage.sha256(temporary / WEIGHTS),
             parent=parent,
             datasets=tuple(datasets),
             steps=steps,
@@ -185,7 +184,7 @@ def weights(path: str | Path, globs: Sequence[str] = ("*",)) -> dict[str, Tensor
     if not file.is_file():
         raise changed
     with storage.local_copy(file) as local:
-        if _sha256(local) != info.digest:
+        if storage.sha256(local) != info.digest:
             raise changed
         try:
             stored: dict[str, Tensor] = load_file(local)
@@ -309,8 +308,3 @@ def _info(value: dict[str, Any]) -> Info:
         raise WeightsError(
             f"artifact.json does not have the fields of this version of bridgework: {error}"
         ) from None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -24,10 +24,20 @@ LAYERS = (
         "tracking.tracker",
     ),
     ("models", "losses", "data", "ray_utils", "rng"),
-    ("artifacts", "curation", "evaluation", "inference", "training", "tracking.relay"),
+    (
+        "artifacts",
+        "curation",
+        "evaluation",
+        "inference",
+        "training",
+        "tracking.card",
+        "tracking.environment",
+        "tracking.openlineage_events",
+        "tracking.relay",
+    ),
     ("recipes", "tracking", "hf"),
     ("tuning", "serving"),
-    ("api", "cli"),
+    ("api", "cli", "reproduction"),
 )
 
 

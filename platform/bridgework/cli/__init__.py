@@ -21,7 +21,7 @@ from bridgework.cli.models import ask, evaluate, export, importing
 from bridgework.cli.options import changes, pairs
 from bridgework.config import flat, override
 from bridgework.data.catalog import home as home_folder
-from bridgework.errors import BridgeworkError, Interrupted, ResourceError
+from bridgework.errors import BridgeworkError, Interrupted, ResourceError, SpecError
 from bridgework.ray_utils import TIMEOUT_S
 from bridgework.system import System, load, recipes, variants
 
@@ -387,20 +387,95 @@ def trace(
         str,
         typer.Argument(
             metavar="WHAT",
-            help="Id of a response or deployment, a model, or a run; with --uses a dataset.",
+            help="A response, deployment, model, run, artifact, dataset or digest; "
+            "with --uses also a shard or the key of a sample.",
         ),
     ],
     uses: Annotated[
         bool,
-        typer.Option("--uses", help="List everything that was derived from a dataset instead."),
+        typer.Option("--uses", help="List everything that was derived from it instead."),
     ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print nodes and edges as JSON.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with the graph instead.")
+    ] = None,
 ) -> None:
-    """Trace an answer, a model or a run back to its datasets and shards."""
-    from bridgework.tracking import lineage
+    """Trace an answer, a model or a run back to its datasets, or a dataset to its models."""
+    from bridgework.tracking import lineage, lineage_views
     from bridgework.tracking.mlflow_store import MLflowReader
 
+    if html is not None and html.is_dir():
+        raise SpecError(
+            f"--html {html} is a folder; give the name of a file, e.g. {html / 'lineage.html'}"
+        )
     follow = lineage.uses if uses else lineage.trace
-    out.print(follow(subject, MLflowReader(None, home_folder()), home_folder()), highlight=False)
+    graph = follow(subject, MLflowReader(None, home_folder()), home_folder())
+    if json_:
+        out.print_json(data=lineage_views.to_json(graph))
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(lineage_views.page(graph), encoding="utf-8")
+        (err if json_ else out).print(html, soft_wrap=True)
+    elif not json_:
+        out.print(lineage_views.tree(graph), highlight=False)
+
+
+@app.command(rich_help_panel=EVALUATE)
+def reproduce(
+    subject: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="Name or id of a run, or llava, llava:3.")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print what is missing or differs here.")
+    ] = False,
+    run: Annotated[
+        str | None, typer.Option(help="Name of the new run.", show_default="reproduce-ID")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Ray Train workers.", show_default="as recorded")
+    ] = None,
+) -> None:
+    """Train a recorded model again from MLflow alone and compare the losses; exits 1 if they differ."""
+    from bridgework.reproduction import read_record
+    from bridgework.reproduction import reproduce as train_again
+
+    record = read_record(subject)
+    for dataset in record.missing:
+        err.print(f"missing  dataset {dataset.name} {dataset.digest[:12]}", soft_wrap=True)
+    for tag, then, now in record.differs:
+        err.print(
+            f"differs  {tag}: then {then or 'unknown'}; now {now or 'unknown'}", soft_wrap=True
+        )
+    if dry_run:
+        if record.missing:
+            raise typer.Exit(1)
+        return
+    results = train_again(record, run=run, workers=workers)
+    table = Table("stage", "steps", "equal losses", "largest difference", "weights", box=None)
+    for result in results:
+        table.add_row(
+            result.stage,
+            f"{result.steps:,}",
+            f"{result.equal:,}",
+            f"{result.largest:.3g}",
+            "equal" if result.same_weights else "differ",
+        )
+    out.print(table)
+    if not all(result.exact for result in results):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=SERVE)
+def sync() -> None:
+    """Post the metrics of earlier runs that the tracker does not have yet."""
+    from bridgework.tracking.mlflow_store import MLflowTracker
+    from bridgework.training.run_tracking import post_waiting
+
+    tracker = MLflowTracker(None, home_folder(), "bridgework")
+    posted, left = post_waiting(tracker, home_folder(), timeout_s=600.0)
+    out.print(f"{posted:,} points posted, {left:,} left", highlight=False)
+    if left:
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=MACHINE)

@@ -12,6 +12,7 @@ locks, `mirror` for growing files, and `node_cache` for local copies.
 """
 
 import errno
+import hashlib
 import io
 import os
 import re
@@ -64,6 +65,7 @@ __all__ = [
     "remove",
     "rename",
     "save_image",
+    "sha256",
     "sync_folder",
     "sync_tree",
     "unreachable",
@@ -214,6 +216,12 @@ def publishing(folder: Path) -> Iterator[Path]:
 def is_published(folder: Path) -> bool:
     """Return True for a folder that `publishing` completed."""
     return folder.is_dir() if is_local(folder) else (folder / COMPLETE).is_file()
+
+
+def sha256(file: Path) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def publish(temporary: Path, folder: Path) -> None:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -28,9 +29,11 @@ from mlflow.utils.validation import (
     MAX_PARAM_VAL_LENGTH,
     MAX_PARAMS_TAGS_PER_BATCH,
 )
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from bridgework import old_names, storage
+from bridgework.artifacts import FILE
 from bridgework.errors import TrackingError, suggest
 from bridgework.mixture import DatasetInput
 from bridgework.tracking.lineage import RunView, Weights
@@ -39,6 +42,7 @@ from bridgework.tracking.tracker import Point, Status, Version
 
 # MLflow reads these at import or at each request; the user's own values have precedence.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # INFO reports every table that it creates
 # Seconds and retries: by default a call to a dead server takes 246 s.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -48,6 +52,10 @@ T = TypeVar("T")
 # Hex digits of a digest in MLflow's own field, which has at most 36 and is in every table of the
 # UI.
 SHORT = 12
+POSTGRESQL_LOCK = 7_246_571_009  # number of the lock while tables are created
+NEWEST = 200  # runs that a suggestion of names considers
+# The UI opens an experiment of this kind with its training runs, not with traces of prompts.
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 DATA = frozenset(
     {"data_wait_share", "padding", "quarantined", "replaced", "samples", "share", "tokens"}
 )
@@ -63,6 +71,7 @@ class MLflowReader:
     """
 
     def __init__(self, uri: str | None, home: Path) -> None:
+        self._home = home.resolve()
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _database(home)
         logging.getLogger("mlflow.store").setLevel(logging.WARNING)  # tables of a new store
         with self._call("open the store"), _locked(self.uri):
@@ -74,6 +83,34 @@ class MLflowReader:
     def run(self, run_id: str) -> RunView:
         with self._call(f"read run {run_id}"):
             return self._view(self._client.get_run(run_id))
+
+    def named(self, name: str) -> list[RunView]:
+        with self._call(f"find the run {name!r}"):
+            return self._runs(f"tags.run_key = '{_quoted(name)}'")[::-1]
+
+    def run_names(self) -> list[str]:
+        with self._call("list the runs"):
+            newest = self._client.search_runs(self._everywhere(), max_results=NEWEST)
+            return [
+                str(run.info.run_name)
+                for run in newest
+                if mlflow_tags.MLFLOW_PARENT_RUN_ID not in run.data.tags
+            ]
+
+    def history(self, run_id: str, metric: str) -> dict[int, float]:
+        """Return step -> value of a metric of a run."""
+        with self._call(f"read {metric} of run {run_id}"):
+            return {m.step: m.value for m in self._client.get_metric_history(run_id, metric)}
+
+    def text(self, run_id: str, file: str) -> str | None:
+        """Return the content of a file that was logged with a run; None if there is none."""
+        with self._call(f"read {file} of run {run_id}"), TemporaryDirectory() as folder:
+            try:
+                return Path(self._client.download_artifacts(run_id, file, folder)).read_text()
+            except (MlflowException, OSError) as error:
+                if isinstance(error.__context__, requests.RequestException):
+                    raise
+                return None
 
     def children(self, run_id: str) -> list[RunView]:
         with self._call(f"read the stages of run {run_id}"):
@@ -87,14 +124,14 @@ class MLflowReader:
         with self._call(f"find the run that made weights {digest}"):
             return [
                 self.run(m.source_run_id)
-                for m in self._logged(f"tags.digest = '{digest}'")
+                for m in self._logged(f"tags.digest LIKE '{_quoted(digest)}%'")[::-1]
                 if m.source_run_id
             ]
 
     def readers(self, dataset: str) -> list[RunView]:
         with self._call(f"find the runs that read {dataset}"):
-            named = self._runs(f"dataset.name = '{dataset}'") + self._runs(
-                f"dataset.digest LIKE '{dataset[:SHORT]}%'"
+            named = self._runs(f"dataset.name = '{_quoted(dataset)}'") + self._runs(
+                f"dataset.digest LIKE '{_quoted(dataset[:SHORT])}%'"
             )
             hits = {
                 r.id: r
@@ -104,9 +141,9 @@ class MLflowReader:
             return list(hits.values())[::-1]
 
     def dataset_names(self) -> list[str]:
-        """Return the names of the datasets that runs read, sorted."""
+        """Return the names of the datasets that the newest runs read, sorted."""
         with self._call("list the datasets of runs"):
-            runs = _pages(self._client.search_runs, self._everywhere(), "")
+            runs = self._client.search_runs(self._everywhere(), max_results=NEWEST)
             return sorted(
                 {d.dataset.name for r in runs if r.inputs for d in r.inputs.dataset_inputs}
             )
@@ -117,7 +154,7 @@ class MLflowReader:
                 return []
             aliases = self._client.get_registered_model(name).aliases
             found = _pages(self._client.search_model_versions, f"name = '{name}'")
-            return [_version(v, aliases) for v in sorted(found, key=lambda v: int(v.version))]
+            return [self._version(v, aliases) for v in sorted(found, key=lambda v: int(v.version))]
 
     def registered(self, run_id: str) -> list[Version]:
         with self._call(f"find the versions of run {run_id}"):
@@ -143,6 +180,7 @@ class MLflowReader:
         )
 
     def _everywhere(self) -> list[str]:
+        """Return the ids of all projects. They are few, and asked for by every query."""
         return [e.experiment_id for e in _pages(self._client.search_experiments)]
 
     def _runs(self, condition: str, *experiments: str) -> list[RunView]:
@@ -154,8 +192,8 @@ class MLflowReader:
         return _pages(self._client.search_logged_models, self._everywhere(), condition)
 
     def _view(self, run: entities.Run) -> RunView:
-        has_outputs = run.outputs is not None and run.outputs.model_outputs
-        outputs = self._logged(f"source_run_id = '{run.info.run_id}'") if has_outputs else []
+        ids = [m.model_id for m in run.outputs.model_outputs] if run.outputs else []
+        outputs = [self._client.get_logged_model(model_id) for model_id in ids]
         return RunView(
             id=run.info.run_id,
             name=run.info.run_name,
@@ -165,9 +203,30 @@ class MLflowReader:
             metrics={_GROUP.sub("", key): value for key, value in run.data.metrics.items()},
             inputs=tuple(_read_input(d) for d in (run.inputs.dataset_inputs if run.inputs else ())),
             outputs=tuple(
-                Weights(m.name, _artifact(m.tags), m.tags.get("digest", "")) for m in outputs[::-1]
+                Weights(m.name, self._artifact(m.tags), m.tags.get("digest", "")) for m in outputs
             ),
         )
+
+    def _artifact(self, tags: Mapping[str, str]) -> str:
+        """Return the artifact's folder from the tags of a version or model, also by the old tag.
+
+        A folder that does not exist is looked for under this home, which may be a copy.
+        """
+        written = tags.get("artifact") or tags.get(old_names.ARTIFACT_TAG, "")
+        if not written or "://" in written or Path(written).is_dir():
+            return written
+        parts = Path(written).parts
+        here = (self._home.joinpath(*parts[start:]) for start in range(1, len(parts)))
+        return next((str(folder) for folder in here if (folder / FILE).is_file()), written)
+
+    def _version(self, found: ModelVersion, aliases: Mapping[str, Any]) -> Version:
+        """Convert a version.
+
+        aliases: alias -> version of the model, which a search does not return.
+        """
+        tags, number = dict(found.tags), str(found.version)
+        own = tuple(alias for alias, version in aliases.items() if str(version) == number)
+        return Version(found.name, number, self._artifact(tags), found.run_id or "", own, tags)
 
     @contextmanager
     def _call(self, what: str) -> Iterator[None]:
@@ -309,7 +368,7 @@ class MLflowTracker(MLflowReader):
             self._client.set_logged_model_tags(
                 model_id, {mlflow_tags.MLFLOW_MODEL_VERSIONS: versions}
             )
-            return _version(new, {})
+            return self._version(new, {})
 
     def alias(self, name: str, alias: str, version: str) -> None:
         known = self.version(name, version)
@@ -327,7 +386,7 @@ class MLflowTracker(MLflowReader):
             place = home.resolve() / "mlartifacts" / re.sub(r"[^\w.-]", "-", name)
             folder = None if served else place.as_uri()
             try:
-                return str(self._client.create_experiment(name, folder))
+                return str(self._client.create_experiment(name, folder, TRAINING))
             except MlflowException:
                 known = self._client.get_experiment_by_name(name)  # another driver created it
                 if known is None:
@@ -358,10 +417,20 @@ def _database(home: Path) -> str:
 
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
-    """Lock an sqlite file during the block.
+    """Lock an sqlite file or a PostgreSQL database during the block.
 
-    Two processes that create its tables at the same time would corrupt it.
+    Two processes that create its tables at the same time would corrupt the first, and fail in the
+    second.
     """
+    if uri.startswith("postgresql"):
+        engine = create_engine(uri)
+        try:
+            with engine.connect() as connection:  # the lock ends with the connection
+                connection.execute(text(f"SELECT pg_advisory_lock({POSTGRESQL_LOCK})"))
+                yield
+        finally:
+            engine.dispose()
+        return
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -414,13 +483,6 @@ def _read_input(logged: entities.DatasetInput) -> DatasetInput:
     return DatasetInput(dataset.name, digest, path, about.get("rows", 0))
 
 
-def _version(found: ModelVersion, aliases: Mapping[str, Any]) -> Version:
-    """Convert a version; aliases: alias -> version of the model, which a search does not return."""
-    tags, number = dict(found.tags), str(found.version)
-    own = tuple(alias for alias, version in aliases.items() if str(version) == number)
-    return Version(found.name, number, _artifact(tags), found.run_id or "", own, tags)
-
-
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
@@ -437,9 +499,9 @@ def _pages(search: Callable[..., PagedList[T]], *where: Any) -> list[T]:
             return found
 
 
-def _artifact(tags: Mapping[str, str]) -> str:
-    """Return the artifact's folder from the tags of a version or model, also by the old tag."""
-    return tags.get("artifact") or tags.get(old_names.ARTIFACT_TAG, "")
+def _quoted(text: str) -> str:
+    """Remove characters that would end a string of MLflow's filter language."""
+    return re.sub(r"['\"`%\\]", "_", text)
 
 
 def group(key: str) -> str:

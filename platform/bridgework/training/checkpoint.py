@@ -58,7 +58,7 @@ class Damaged(RunError):
 
 
 def _check_digest(name: str, digest: str, file: Path) -> None:
-    if _sha256(file) != digest:
+    if storage.sha256(file) != digest:
         raise Damaged(f"{name} has changed since it was written (sha256)")
 
 
@@ -94,7 +94,7 @@ class Checkpoint:
                 return f"{name} is a link"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes; expected {size}"
-            if _sha256(file) != digest:
+            if storage.sha256(file) != digest:
                 return f"{name} has changed since it was written (sha256)"
         if unlisted := sorted(present - set(self.files)):
             return f"{unlisted[0]} is not in the manifest, so the folder is not read"
@@ -177,7 +177,7 @@ def upload(written: Path, folder: Path) -> Files:
 
 def _described(folder: Path) -> Files:
     return {
-        name: ((folder / name).stat().st_size, _sha256(folder / name))
+        name: ((folder / name).stat().st_size, storage.sha256(folder / name))
         for name in sorted(_files(folder))
         if name != node_cache.USED
     }
@@ -516,8 +516,3 @@ def _files(folder: Path) -> Iterator[str]:
 
 def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -31,7 +31,7 @@ from bridgework.system import Stage, System
 from bridgework.tracking.relay import MetricsForwarder
 from bridgework.tracking.tracker import Tracker
 from bridgework.training import checkpoint, feature_cache, loop, notices, run_dir
-from bridgework.training.deepspeed_engine import learning_rate
+from bridgework.training.engine import learning_rate
 from bridgework.training.flight_recorder import resolve_curated_data
 from bridgework.training.fork import Fork, describe
 from bridgework.training.fork import fork as make_fork
@@ -88,9 +88,9 @@ def train(
                 f"run {run!r}: all stages are finished, so there is no step left to skip"
             )
         source = Fork.read(folder)
-        tracked = RunRecord(
-            tracker, system, run, parent_run, console.print, source.tags() if source else None
-        )
+        execution = f"workers={options.workers} threads={options.threads or 'auto'}"
+        tags = {"execution": execution} | (source.tags() if source else {})
+        tracked = RunRecord(tracker, system, run, parent_run, console.print, tags, home=home)
         results: dict[str, StageResult] = {}
         try:
             for stage in chosen:
@@ -157,7 +157,7 @@ def _stage(
         else _inputs(resolved, datasets)
     )
     parent = _parent(stage, folder)
-    run_id = tracked.start(stage, inputs, parent)
+    run_id = tracked.start(stage, inputs, parent, finished=finished)
     if finished:
         _report_finished(stage, place, console)
         with _forward_metrics(tracked.tracker, run_id, place):

@@ -35,7 +35,7 @@ from bridgework.storage import node_cache
 from bridgework.system import EvalSpec, Stage, System
 from bridgework.tracking.tracker import Journal
 from bridgework.training import checkpoint
-from bridgework.training.deepspeed_engine import Engine, convert_to_universal, learning_rate
+from bridgework.training.engine import Engine, learning_rate
 from bridgework.training.flight_recorder import FlightRecorder
 from bridgework.training.metrics import (
     Clock,
@@ -286,6 +286,8 @@ def _load_elastic(
 
     folder: its local files. With a home in a store, every rank converts them on its own node.
     """
+    from bridgework.training.deepspeed_backend import convert_to_universal
+
     _on_rank_0(lambda: checkpoint.make_room(job.folder, found.size, home=job.home))
     if not storage.is_local(job.folder):
         with node_cache.scratch() as universal:
