@@ -69,19 +69,21 @@ def held(folder: Path, refusal: Callable[[str], Exception] | None = None) -> Ite
         over.set()
         beat.join()
         with suppress(OSError):  # it then ends after LEASE_S
-            if _newest(folder) == lease.generation:
+            if _newest(folder) <= lease.generation:  # a stale listing may lack it
                 _write(lease, own | {"released": True})
 
 
 def _acquire(
     folder: Path, own: dict[str, Any], refusal: Callable[[str], Exception] | None
 ) -> Lease:
+    known = 0  # a generation that a stale listing may lack
     while True:
-        generation = _newest(folder)
+        generation = max(_newest(folder), known)
         if generation:
             _wait_until_free(folder, generation, refusal)
+        known = generation + 1
         with suppress(FileExistsError):
-            lease = Lease(folder, generation + 1)
+            lease = Lease(folder, known)
             file: Any = _file(lease)
             file.fs.create(file.path, json.dumps(own).encode())
             for number in range(max(1, generation - 3), generation):  # older ones are of no use
@@ -96,7 +98,7 @@ def _wait_until_free(
     """Return once the generation is released, replaced or abandoned."""
     held_by = Lease(folder, generation)
     seen, since, said = "", time.monotonic(), time.monotonic()
-    while _newest(folder) == generation:
+    while _newest(folder) <= generation:
         try:
             content = _file(held_by).read_text()
             holder = json.loads(content)

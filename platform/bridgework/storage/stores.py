@@ -172,7 +172,8 @@ class Store:
         return partial(self._request, value) if name in _REQUESTS else value
 
     def _request(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        where = self._name(args[0] if args else "")
+        local_first = call.__name__ in ("put", "put_file")
+        where = self._name(args[1] if local_first else args[0] if args else "")
         return request(partial(call, *args, **kwargs), where, self._precise_code)
 
     def exists(self, path: str, **kwargs: Any) -> bool:
