@@ -169,10 +169,10 @@ class Store:
         if name == "fs":  # while it is unpickled
             raise AttributeError(name)
         value = getattr(self.fs, name)
-        return partial(self._request, value) if name in _REQUESTS else value
+        return partial(self._request, name, value) if name in _REQUESTS else value
 
-    def _request(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        local_first = call.__name__ in ("put", "put_file")
+    def _request(self, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        local_first = name in ("put", "put_file")
         where = self._name(args[1] if local_first else args[0] if args else "")
         return request(partial(call, *args, **kwargs), where, self._precise_code)
 
@@ -195,7 +195,7 @@ class Store:
     def mv(self, source: str, dest: str, recursive: bool = False, **kwargs: Any) -> None:
         """Rename; object stores copy and delete, and either step may be repeated."""
         if self.protocol_name not in OBJECTS:
-            self._request(self.fs.mv, source, dest, recursive=recursive, **kwargs)
+            self._request("mv", self.fs.mv, source, dest, recursive=recursive, **kwargs)
             return
         self.copy(source, dest, recursive=recursive)
         with suppress(FileNotFoundError):  # an earlier attempt deleted it, and its answer was lost
