@@ -1,6 +1,9 @@
 """Curation, sweeps and serving with a home in a store (S3)."""
 
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -87,3 +90,39 @@ def test_a_home_in_a_store_needs_a_tracking_server(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(TrackingError, match=r"Got no MLFLOW_TRACKING_URI.*Fix: set MLFLOW_TRACK"):
         MLflowReader(None, store_home)
+
+
+class Guarded(BaseHTTPRequestHandler):
+    """A tracking server's front that asks for a token; it has no experiments and no models."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.headers.get("Authorization", ""))
+        known = self.asked[-1] == "Bearer the-token"
+        self.send_response(200 if known else 401)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Log nothing."""
+
+
+def test_a_tracking_server_gets_the_token(
+    store_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = HTTPServer(("127.0.0.1", 0), Guarded)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+    try:
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "another")
+        with pytest.raises(TrackingError, match=r"refuses access.*Fix: set MLFLOW_TRACKING_TOKEN"):
+            MLflowReader(None, store_home)
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "the-token")
+        assert MLflowReader(None, store_home).models() == []
+        assert Guarded.asked[-1] == "Bearer the-token"
+    finally:
+        server.shutdown()
+        server.server_close()

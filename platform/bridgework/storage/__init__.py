@@ -26,7 +26,7 @@ from uuid import uuid4
 
 from filelock import FileLock
 
-from bridgework.errors import ResourceError
+from bridgework.errors import ResourceError, SpecError
 from bridgework.storage import leases, node_cache, stores
 from bridgework.storage.leases import Lease
 from bridgework.storage.mirror import Growing, growing, mirrored
@@ -102,11 +102,14 @@ def locate(place: str | PurePath, *, absolute: bool = False) -> Path:
     """
     if not isinstance(place, str | PurePath):
         return place  # a path of a store
-    text = str(place)
-    if isinstance(place, PurePath):  # pathlib reads s3://bucket as s3:/bucket
-        text = re.sub(r"^([a-z][a-z0-9]+):/(?!/)", r"\1://", text)
+    # pathlib reads s3://bucket as s3:/bucket
+    text = re.sub(r"^([a-z][a-z0-9]+):/(?!/)", r"\1://", str(place))
     protocol, separator, rest = text.partition("://")
     if separator and protocol not in stores.LOCAL:
+        if not rest.strip("/"):
+            raise SpecError(
+                f"{text!r}: the URL has no bucket. Fix: give one, e.g. {protocol}://BUCKET/FOLDER"
+            )
         return stores.store_path(text.rstrip("/"))
     path = Path(unquote(rest) if separator else text)
     return path.expanduser().absolute() if absolute else path

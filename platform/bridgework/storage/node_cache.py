@@ -21,6 +21,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from bridgework.errors import SpecError
+
 DEFAULT_GB = 50.0
 BLOCK_BYTES = 1 << 20
 CHECK_EVERY = 64  # files written by a process between two checks of the bound
@@ -65,11 +67,25 @@ def _alive(folder: Path) -> Iterator[None]:
         yield
 
 
+def setting(variable: str, default: float) -> float:
+    """Return the number in an environment variable. Raises SpecError for anything else."""
+    given = os.environ.get(variable) or str(default)
+    try:
+        number = float(given)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise SpecError(
+            f"{variable}: not a number. Got {given!r}; expected a number of at least 0, such as "
+            f"{default:g}. Fix: correct it, or unset it"
+        )
+    return number
+
+
 def bound() -> float:
     """Return the bytes that the cache may have."""
-    given = os.environ.get("BRIDGEWORK_CACHE_GB")
-    if given:
-        return float(given) * 1e9
+    if os.environ.get("BRIDGEWORK_CACHE_GB"):
+        return setting("BRIDGEWORK_CACHE_GB", DEFAULT_GB) * 1e9
     return min(DEFAULT_GB * 1e9, _used() + shutil.disk_usage(root()).free / 2)
 
 
@@ -88,10 +104,14 @@ def fetch(key: str, download: Callable[[Path], object], link: Path) -> None:
             with FileLock(file.with_name(f".{file.name}.lock")):
                 if not file.exists():
                     _write(file, download)
-        with suppress(FileNotFoundError):
+        try:
             os.utime(file)
             os.link(file, link)
             return
+        except FileNotFoundError:
+            continue
+        except OSError:  # a disk without hard links
+            break
     download(link)
 
 

@@ -23,7 +23,7 @@ from typing import Any, cast
 import fsspec
 
 from bridgework.errors import BridgeworkError, DataError, ResourceError, suggest
-from bridgework.storage.node_cache import scratch_root
+from bridgework.storage.node_cache import scratch_root, setting
 
 LOCAL = frozenset({"file", "local"})
 # Protocols in which an object appears complete or not at all, and folders do not exist.
@@ -312,7 +312,7 @@ class _Writing(io.BufferedRandom):
 
 def wait_s() -> float:
     """Return the seconds for which a failing request is repeated."""
-    return float(os.environ.get("BRIDGEWORK_STORE_WAIT_S") or WAIT_S)
+    return setting("BRIDGEWORK_STORE_WAIT_S", WAIT_S)
 
 
 def request(

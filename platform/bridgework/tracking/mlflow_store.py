@@ -52,6 +52,7 @@ T = TypeVar("T")
 # Hex digits of a digest in MLflow's own field, which has at most 36 and is in every table of the
 # UI.
 SHORT = 12
+REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")  # of MLflow, for HTTP 401 and 403
 POSTGRESQL_LOCK = 7_246_571_009  # number of the lock while tables are created
 NEWEST = 200  # runs that a suggestion of names considers
 # The UI opens an experiment of this kind with its training runs, not with traces of prompts.
@@ -241,6 +242,12 @@ class MLflowReader:
                 raise TrackingError(
                     f"cannot {what}: MLflow at {where} does not answer. Fix: start the server "
                     "again, or unset MLFLOW_TRACKING_URI to track under $BRIDGEWORK_HOME"
+                ) from error
+            if getattr(error, "error_code", "") in REFUSED:
+                raise TrackingError(
+                    f"cannot {what}: MLflow at {where} refuses access. Got {error.error_code}. "
+                    "Fix: set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD"
                 ) from error
             reason = " ".join(str(error).replace(self.uri, where).split())[:300].rstrip(".")
             raise TrackingError(f"cannot {what}: MLflow at {where} reports: {reason}") from error
