@@ -144,7 +144,8 @@ def publish(fs: fsspec.AbstractFileSystem, stage: str, dest: str, manifest: Mani
         if path.rsplit("/", 1)[1] not in names:
             fs.rm(path)
     present = {str(path).rsplit("/", 1)[1] for path in fs.glob(f"{stage}/*")}
-    staged = [name for name in names if name in present]
+    # A listing may lack a new object. A moved one is in no listing.
+    staged = [name for name in names if name in present or fs.exists(f"{stage}/{name}")]
     move_files(fs, [(f"{stage}/{name}", f"{root}/{name}") for name in staged])
     fs.mv(f"{root}/{DRAFT}", f"{root}/{FILE}")
 

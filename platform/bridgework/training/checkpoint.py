@@ -108,8 +108,11 @@ class Checkpoint:
             for name, info in folder.fs.find(folder.path, detail=True).items()
         }
         for name, (size, _) in self.files.items():
-            if name not in present:
-                return f"{name} is missing"
+            if name not in present:  # a listing may lack a new object
+                try:
+                    present[name] = folder.fs.size(root + name)
+                except FileNotFoundError:
+                    return f"{name} is missing"
             if present[name] != size:
                 return f"{name} has {present[name]} bytes; expected {size}"
         if unlisted := sorted(set(present) - {MANIFEST, *self.files}):
