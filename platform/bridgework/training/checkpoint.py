@@ -106,6 +106,7 @@ class Checkpoint:
         present = {
             name.removeprefix(root): info["size"]
             for name, info in folder.fs.find(folder.path, detail=True).items()
+            if name.startswith(root)  # with no file listed, the folder itself is found
         }
         for name, (size, _) in self.files.items():
             if name not in present:  # a listing may lack a new object
