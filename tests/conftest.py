@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -44,8 +45,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def store_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Port of the session's S3 server, which tests/store starts; Ray's workers inherit its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("BRIDGEWORK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("BRIDGEWORK_STORE_WAIT_S", "5")
+        yield port
+
+
 @pytest.fixture(scope="session")
-def ray_session(home: Path) -> Iterator[None]:
+def ray_session(home: Path, store_environment: int) -> Iterator[None]:
     """A Ray of 4 CPUs, whatever the machine has; its sockets need a short path."""
     os.environ.update(RAY_ENVIRONMENT)
     folder = tempfile.mkdtemp(prefix="bw-ray-")

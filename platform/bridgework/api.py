@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridgework import storage
 from bridgework.data.catalog import destination, resolve
 from bridgework.data.catalog import home as default_home
 from bridgework.errors import SpecError, TrackingError
@@ -41,7 +42,7 @@ def train(
     stages: Sequence[str] | None = None,
     workers: int | tuple[int, int] = 0,
     run: str | None = None,
-    home: Path | None = None,
+    home: str | Path | None = None,
     options: RunOptions | None = None,
     fork: str | None = None,
     track: bool = True,
@@ -57,7 +58,7 @@ def train(
             cluster has room for, changed at checkpoints, with the same batches and losses.
         run: Name of the run's folder, `<home>/runs/<run>`. Default: the system's name and six digits
             of its identity, so that an equal system resumes.
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
         options: Everything else about the execution; `workers` above replaces its field.
         fork: RUN or RUN@STEP: start from a checkpoint of another run.
         track: Record the run in MLflow. A server that does not answer never stops a run.
@@ -86,7 +87,7 @@ def train(
     resolved = load(system) if isinstance(system, str) else system
     for name in stages or ():
         resolved[name]  # a wrong name is reported before anything is opened
-    place = home or default_home()
+    place = _place(home)
     tracker = open_tracker(project, place, console) if track else None
     run = run or default_name(resolved.name.replace(":", "-"), resolved, place)
     with _ray(workers):
@@ -118,7 +119,7 @@ def sweep(
     prefer: str | None = None,
     warm_start: Sequence[str] = (),
     run: str | None = None,
-    home: Path | None = None,
+    home: str | Path | None = None,
     track: bool = True,
     project: str = "bridgework",
     console: "Console | None" = None,
@@ -135,7 +136,7 @@ def sweep(
         prefer: Rule that chooses among several objectives, e.g. "quality >= best - 0.01, then tokens".
         warm_start: Earlier sweeps of the same system, whose trials the proposals know.
         run: Name of the sweep's folder. Default: "sweep-SPACE".
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
         track: Record the trials in MLflow and register the winner.
         project: Name of the MLflow experiment.
         console: Where progress is printed. Default: stderr.
@@ -151,7 +152,7 @@ def sweep(
     from bridgework.tuning.space import load as load_space
 
     given = load_space(space) if isinstance(space, str) else space
-    place = home or default_home()
+    place = _place(home)
     chosen = search.with_trials(given, trials=trials)
     return search.sweep(
         chosen if prefer is None else replace(chosen, prefer=prefer),
@@ -169,7 +170,7 @@ def evaluate(
     model: str | Path,
     evaluations: Sequence[Any] | None = None,
     *,
-    home: Path | None = None,
+    home: str | Path | None = None,
     project: str = "bridgework",
     track: bool = True,
     console: "Console | None" = None,
@@ -179,7 +180,7 @@ def evaluate(
     Args:
         model: An artifact's folder, or a registered model: "llava", "llava@challenger", "llava:3".
         evaluations: Configs from bridgework.evaluation. Default: those of the model's stage.
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
         project: Name of the MLflow experiment.
         track: False records nothing in MLflow.
         console: Where a tracker that does not answer is reported.
@@ -203,7 +204,7 @@ def evaluate(
     from bridgework.tracking import evaluations as tracked
     from bridgework.tracking.mlflow_store import artifact_of
 
-    place = home or default_home()
+    place = _place(home)
     artifact = artifact_of(str(model), place)
     pipeline = Pipeline.load(artifact)
     chosen = pipeline.stage.evals if evaluations is None else evaluations
@@ -217,12 +218,12 @@ def evaluate(
     return {name: value for result, _ in done for name, value in result.metrics.items()}
 
 
-def open_dataset(name: str, *, home: Path | None = None) -> "Dataset":
+def open_dataset(name: str, *, home: str | Path | None = None) -> "Dataset":
     """Open a dataset of shards.
 
     Args:
         name: A folder, a URL, or a name under <home>/datasets. "synthetic:shapes" is written on first use.
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
 
     Returns:
         The dataset: its manifest, and its rows by index.
@@ -238,7 +239,7 @@ def open_dataset(name: str, *, home: Path | None = None) -> "Dataset":
     """
     from bridgework.data.dataset import open_dataset as open_shards
 
-    return open_shards(resolve(name, home or default_home()))
+    return open_shards(resolve(name, _place(home)))
 
 
 def import_dataset(
@@ -248,7 +249,7 @@ def import_dataset(
     *,
     license: str | None = None,
     workers: int = 0,
-    home: Path | None = None,
+    home: str | Path | None = None,
     **options: Any,
 ) -> "Manifest":
     """Import data of another format as a dataset of shards; the same call again resumes.
@@ -259,7 +260,7 @@ def import_dataset(
         dest: A folder or a URL; a bare name is under <home>/datasets.
         license: License of the dataset, e.g. "CC-BY-4.0".
         workers: Ray actors that read; 0 reads in this process.
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
         options: Options of the format; `bridgework data import FORMAT` lists them.
 
     Returns:
@@ -294,13 +295,13 @@ def import_with(
     dest: str,
     *,
     workers: int = 0,
-    home: Path | None = None,
+    home: str | Path | None = None,
     say: Callable[[str], object] | None = None,
 ) -> "Manifest":
     """Write a dataset with a configured importer, and send the event of it; see `import_dataset`."""
     from bridgework.tracking.openlineage_events import dataset_written
 
-    place = home or default_home()
+    place = _place(home)
     path = destination(dest, place)
     with _ray(workers):
         manifest: Manifest = importer.run(source, path, workers=workers, say=say or _report)
@@ -314,7 +315,7 @@ def curate(
     dest: str | Path,
     *,
     workers: int = 0,
-    home: Path | None = None,
+    home: str | Path | None = None,
 ) -> "Manifest":
     """Write a curated copy of datasets; the same call again resumes.
 
@@ -323,7 +324,7 @@ def curate(
         sources: Datasets: folders, URLs, or names under <home>/datasets.
         dest: A folder or a URL; a bare name is under <home>/datasets.
         workers: Ray actors that annotate; 0 works in this process.
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
 
     Returns:
         The manifest of the new dataset; its `parameters["counts"]` are the decisions by reason.
@@ -340,7 +341,7 @@ def curate(
     """
     from bridgework.curation import runner
 
-    place = home or default_home()
+    place = _place(home)
     given = (sources,) if isinstance(sources, str) else tuple(sources)
     found = [resolve(source, place) for source in given]
     with _ray(workers):
@@ -360,7 +361,7 @@ def promote(
     gate: "str | Path | Gate | None" = None,
     metric: str | None = None,
     force: str | None = None,
-    home: Path | None = None,
+    home: str | Path | None = None,
     project: str = "bridgework",
     say: Callable[[str], object] | None = None,
 ) -> "PromotionDecision":
@@ -372,7 +373,7 @@ def promote(
             evaluations must improve, and the first figures of the others are guarded.
         metric: The only figure that must improve, e.g. "ranking.accuracy", instead of a gate.
         force: Reason for a promotion without a gate.
-        home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        home: A folder or a URL. Default: $BRIDGEWORK_HOME, or ./.bridgework.
         project: Name of the MLflow experiment.
         say: Called with lines of progress. Default: they are printed to stderr.
 
@@ -387,7 +388,7 @@ def promote(
     from bridgework.tracking import promotion
     from bridgework.tracking.mlflow_store import MLflowTracker
 
-    place = home or default_home()
+    place = _place(home)
     return promotion.promote(
         MLflowTracker(None, place, project),
         model,
@@ -448,6 +449,10 @@ def open_tracker(
                 soft_wrap=True,
             )
         return None
+
+
+def _place(home: str | Path | None) -> Path:
+    return default_home() if home is None else storage.locate(home)
 
 
 def _report(text: str) -> None:

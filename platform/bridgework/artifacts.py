@@ -10,7 +10,8 @@ A folder of three files, none of which is unpickled:
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,9 +28,11 @@ from bridgework.config import from_dict, to_dict
 from bridgework.errors import WeightsError, suggest
 from bridgework.mixture import DatasetInput
 from bridgework.models.vision import remap_state_dict
+from bridgework.storage import node_cache
 from bridgework.system import Stage, System
 
 FILE = "artifact.json"
+WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -97,16 +100,14 @@ def save(
     Raises WeightsError for a NaN or an infinity in a tensor, before anything is written.
     """
     check_finite(state, f"{folder}: the weights to save")
-    temporary = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
-    temporary.mkdir(parents=True)
-    try:
+    with _written(folder) as temporary:
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
-        save_file(tensors, temporary / "weights.safetensors", metadata={"format": "pt"})
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         info = Info(
             system=system.name,
             stage=stage,
             fingerprint=system.fingerprint(),
-            digest=storage.sha256(temporary / "weights.safetensors"),
+            digest=storage.sha256(temporary / WEIGHTS),
             parent=parent,
             datasets=tuple(datasets),
             steps=steps,
@@ -117,14 +118,30 @@ def save(
         )
         (temporary / "recipe.json").write_text(json.dumps(to_dict(system), indent=1))
         # safetensors creates its files with mode 600
-        shutil.copymode(temporary / "recipe.json", temporary / "weights.safetensors")
+        shutil.copymode(temporary / "recipe.json", temporary / WEIGHTS)
         (temporary / FILE).write_text(json.dumps(asdict(info), indent=1))
+    return info
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[Path]:
+    """Yield a local folder for the files of an artifact, which then become `folder`."""
+    if not storage.is_local(folder):
+        with node_cache.scratch() as temporary:
+            yield temporary
+            storage.remove(folder, first=FILE)
+            for name in (WEIGHTS, "recipe.json", FILE):  # the last one makes it an artifact
+                storage.upload(temporary / name, folder / name)
+        return
+    temporary = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return info
 
 
 def info_file(folder: Path) -> Path:
@@ -135,13 +152,14 @@ def info_file(folder: Path) -> Path:
 
 def describe(path: str | Path) -> Info:
     """Read the metadata of the artifact under `path`. Raises WeightsError if there is none."""
-    return _info(_json(Path(path), info_file(Path(path)).name))
+    folder = storage.locate(path)
+    return _info(_json(folder, info_file(folder).name))
 
 
 def recipe(path: str | Path) -> System:
     """Read the resolved system with which the artifact was trained."""
     try:
-        system = from_dict(_json(Path(path), "recipe.json"))
+        system = from_dict(_json(storage.locate(path), "recipe.json"))
     except RecursionError:
         raise WeightsError(f"{path}/recipe.json is nested too deeply to be a recipe") from None
     if not isinstance(system, System):
@@ -158,16 +176,22 @@ def weights(path: str | Path, globs: Sequence[str] = ("*",)) -> dict[str, Tensor
     Raises WeightsError if the file has changed since it was written, a glob matches no tensor, or a
     tensor holds a NaN or an infinity.
     """
-    info, file = describe(path), Path(path) / "weights.safetensors"
-    if not file.is_file() or storage.sha256(file) != info.digest:
-        raise WeightsError(
-            f"{file} is missing or has changed since it was written (sha256 differs). "
-            "Fix: train the stage again"
-        )
-    try:
-        stored: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise WeightsError(f"{file} cannot be read: {error}. Fix: train the stage again") from None
+    info, file = describe(path), storage.locate(path) / WEIGHTS
+    changed = WeightsError(
+        f"{file} is missing or has changed since it was written (sha256 differs). "
+        "Fix: train the stage again"
+    )
+    if not file.is_file():
+        raise changed
+    with storage.local_copy(file) as local:
+        if storage.sha256(local) != info.digest:
+            raise changed
+        try:
+            stored: dict[str, Tensor] = load_file(local)
+        except SafetensorError as error:
+            raise WeightsError(
+                f"{file} cannot be read: {error}. Fix: train the stage again"
+            ) from None
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in stored):
             raise WeightsError(

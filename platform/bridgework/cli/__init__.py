@@ -535,15 +535,18 @@ def main() -> None:
     try:
         check_env()
         app(standalone_mode=True)
-    except (BridgeworkError, MemoryError, OSError) as error:
-        if os.environ.get("BRIDGEWORK_DEBUG"):
+    except Exception as error:
+        if storage.is_of_a_client(error):
+            error = storage.explained(error, str(home_folder()))
+        expected = isinstance(error, BridgeworkError | MemoryError | OSError)
+        if not expected or os.environ.get("BRIDGEWORK_DEBUG"):
             raise
         if (
             isinstance(error, OSError)
             and not isinstance(error, BridgeworkError)
             and storage.disk_full(error)
         ):
-            error = storage.full(Path(error.filename or home_folder()))
+            error = storage.full(storage.locate(error.filename or home_folder()))
         if isinstance(error, MemoryError):
             error = ResourceError("out of memory. Fix: use a smaller batch")
         escaped = str(error).replace("[", r"\[")  # not rich markup

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bridgework import storage
 from bridgework.cli import options
 from bridgework.data.catalog import destination, home
 from bridgework.errors import SpecError
@@ -122,7 +123,7 @@ def _folders(model: Any) -> Any:
         return None
     if (Path(model) / "config.json").is_file() and "/" in model:  # as transformers writes a model
         return str(imported(Path(model), home()))
-    return str(Path(artifact_of(model, home())).absolute())
+    return str(storage.locate(artifact_of(model, home()), absolute=True))
 
 
 def _explain(curation: Any, sources: list[str], place: str, made: "Manifest") -> None:
@@ -140,5 +141,5 @@ def _explain(curation: Any, sources: list[str], place: str, made: "Manifest") ->
     out.print(table)
     picture = home() / "curated" / f"{Path(place).name}-{made.digest[:8]}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    sheet(curation, sources, place, home(), counts).save(picture)
+    storage.save_image(sheet(curation, sources, place, home(), counts), picture)
     out.print(picture, soft_wrap=True)

@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from uuid import uuid4
 
 from packaging.specifiers import SpecifierSet
+
+from bridgework import storage
+from bridgework.storage import node_cache
 
 FLOORS = {
     "ray": ">=2.60",  # token authentication of every entry point
@@ -115,16 +119,21 @@ def _memory_bytes() -> int:
 
 
 def _disk(home: Path) -> Check:
-    free = shutil.disk_usage(_existing(home)).free / 2**30
+    local = storage.is_local(home)
+    place = home if local else node_cache.root()
+    free = shutil.disk_usage(_existing(place)).free / 2**30
+    variable = "BRIDGEWORK_HOME" if local else "BRIDGEWORK_CACHE"
     return _check(
         "disk",
         free >= DISK_GIB,
-        f"{free:.1f} GiB free at {home}",
-        f"free {DISK_GIB:g} GiB, or set BRIDGEWORK_HOME to a folder on another disk",
+        f"{free:.1f} GiB free at {place}",
+        f"free {DISK_GIB:g} GiB, or set {variable} to a folder on another disk",
     )
 
 
 def _writable(home: Path) -> Check:
+    if not storage.is_local(home):
+        return _reachable(home)
     folder = _existing(home)
     try:
         with tempfile.TemporaryFile(dir=folder):  # os.access is True for root on a read-only disk
@@ -136,6 +145,24 @@ def _writable(home: Path) -> Check:
             f"{home}: {error.strerror}",
             "set BRIDGEWORK_HOME to a folder that you can write to",
         )
+
+
+def _reachable(home: Path) -> Check:
+    """Write, list, read and remove an object in the store of the home."""
+    probe = home / f".probe-{uuid4().hex[:8]}"
+    try:
+        storage.write_atomic(probe, probe.name)
+        listed = probe.name in storage.names(home) and probe.read_text() == probe.name
+        probe.unlink()
+    except OSError as error:
+        what, _, fix = str(error).partition(" Fix: ")
+        return Check("home", False, what, fix)
+    return _check(
+        "home",
+        listed,
+        f"{home}: written and read" if listed else f"{home}: a new object is not listed yet",
+        "use a store with strong consistency, because a run would resume from an older checkpoint",
+    )
 
 
 def _existing(path: Path) -> Path:

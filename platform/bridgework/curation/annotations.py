@@ -155,8 +155,11 @@ def has_parts(folder: str) -> bool:
 
 def _parts(fs: fsspec.AbstractFileSystem, file: str) -> list[str]:
     """List the incomplete files of earlier runs."""
-    listed = map(str, fs.ls(file.rpartition("/")[0], detail=False))
-    return [path for path in listed if path.startswith(f"{file}.")]
+    try:
+        listed = fs.ls(file.rpartition("/")[0], detail=False)
+    except FileNotFoundError:  # an object store has no empty folders
+        return []
+    return [path for path in map(str, listed) if path.startswith(f"{file}.")]
 
 
 def _complete_groups(

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from bridgework import storage
 from bridgework.data.samples import Part
 from bridgework.errors import RunError, SpecError, WeightsError
 from bridgework.storage import sha256
@@ -248,4 +249,4 @@ def seed_of(*parts: object) -> int:
 
 
 def _is_artifact(folder: str) -> bool:
-    return (Path(folder) / "artifact.json").is_file()
+    return (storage.locate(folder) / "artifact.json").is_file()

@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from filelock import FileLock
-
+from bridgework import storage
 from bridgework.data.dataset import read_manifest, write
 from bridgework.data.manifest import FILE
 from bridgework.data.names import check_place
@@ -21,8 +20,8 @@ SYNTHETIC = {
 
 
 def home() -> Path:
-    """Return the folder of datasets and runs: $BRIDGEWORK_HOME, by default ./.bridgework."""
-    return Path(os.environ.get("BRIDGEWORK_HOME") or ".bridgework").expanduser().absolute()
+    """Return the place of datasets and runs: $BRIDGEWORK_HOME, by default ./.bridgework."""
+    return storage.home()
 
 
 def resolve(dataset: str, home: Path) -> str:
@@ -65,7 +64,8 @@ def _is_name(dataset: str) -> bool:
 
 def names(home: Path) -> list[str]:
     """Return the names of the datasets under <home>/datasets, sorted."""
-    return sorted(path.parent.name for path in (home / "datasets").glob("*/manifest.json"))
+    folder = home / "datasets"
+    return [name for name in storage.names(folder) if (folder / name / FILE).exists()]
 
 
 def _synthetic(name: str, home: Path) -> str:
@@ -73,7 +73,7 @@ def _synthetic(name: str, home: Path) -> str:
     path = home / "datasets" / name.replace(":", "-")
     if not (path / FILE).is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
+        with storage.lock(path):
             if not (path / FILE).is_file():
                 write(
                     SYNTHETIC[name](),

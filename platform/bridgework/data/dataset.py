@@ -29,7 +29,8 @@ from bridgework.data.names import check_place
 from bridgework.data.quarantine import BadSample, Quarantine
 from bridgework.data.samples import LICENSE, SCHEMA, Sample, from_row, to_row
 from bridgework.errors import DataError
-from bridgework.storage import find_store, unreachable
+from bridgework.storage import cached_file, find_store, move_files, unreachable
+from bridgework.storage.node_cache import CachedFile
 
 __all__ = [
     "Dataset",
@@ -138,13 +139,14 @@ def publish(fs: fsspec.AbstractFileSystem, stage: str, dest: str, manifest: Mani
     root = find_store(dest)[1]
     fs.makedirs(root, exist_ok=True)
     fs.pipe_file(f"{root}/{DRAFT}", manifest.to_json().encode())
-    names = [shard.file for shard in manifest.shards]
+    names = {shard.file: None for shard in manifest.shards}
     for path in map(str, fs.glob(f"{root}/{SHARDS}")):
         if path.rsplit("/", 1)[1] not in names:
             fs.rm(path)
-    for name in names:
-        if fs.exists(f"{stage}/{name}"):
-            fs.mv(f"{stage}/{name}", f"{root}/{name}")
+    present = {str(path).rsplit("/", 1)[1] for path in fs.glob(f"{stage}/*")}
+    # A listing may lack a new object. A moved one is in no listing.
+    staged = [name for name in names if name in present or fs.exists(f"{stage}/{name}")]
+    move_files(fs, [(f"{stage}/{name}", f"{root}/{name}") for name in staged])
     fs.mv(f"{root}/{DRAFT}", f"{root}/{FILE}")
 
 
@@ -349,13 +351,20 @@ class Dataset:
         return file
 
     def _peek(self, shard: Shard) -> Callable[[int, int], bytes]:
+        if (cached := self._cached(shard)) is not None:
+            return cached.range
         fs, root = find_store(self.path)
         return partial(fs.cat_file, f"{root}/{shard.file}")
 
     def _parquet(self, shard: Shard, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
-        fs, root = find_store(self.path)
         options: Any = {"read_dictionary": list(dictionaries), "page_checksum_verification": True}
+        if (cached := self._cached(shard)) is not None:
+            return pq.ParquetFile(cached, **options)
+        fs, root = find_store(self.path)
         return pq.ParquetFile(f"{root}/{shard.file}", filesystem=fs, **options)
+
+    def _cached(self, shard: Shard) -> CachedFile | None:
+        return cached_file(f"{self.path}/{shard.file}", shard.bytes, f"sha256:{shard.sha256}")
 
 
 def open_dataset(path: str) -> Dataset:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from bridgework.data.dataset import OPEN_SHARDS, Dataset
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError
-from bridgework.storage import find_store, unreachable
+from bridgework.storage import cached_file, find_store, unreachable
 
 KEPT_BYTES = 1 << 30  # of rows in memory
 ROW_BYTES = 4096  # overhead of a row, in addition to its images, features and text
@@ -99,6 +99,8 @@ class Features:
         return features
 
     def _open_shard(self, shard: str) -> pq.ParquetFile:
+        if (cached := cached_file(f"{self.path}/{shard}")) is not None:
+            return pq.ParquetFile(cached)
         fs, root = find_store(self.path)
         return pq.ParquetFile(f"{root}/{shard}", filesystem=fs)
 

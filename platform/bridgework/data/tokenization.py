@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from bridgework.data.catalog import home
+from bridgework import storage
 from bridgework.data.images import size_of
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part, Sample
@@ -255,7 +255,7 @@ def _from_package(name: str) -> str:
     digest = hashlib.sha256(f"{name}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()[:12]
     from transformers import AutoTokenizer
 
-    cached = home() / "cache" / "tokenizers" / f"{package}-{digest}"
+    cached = storage.cache_folder() / "tokenizers" / f"{package}-{digest}"
     if not cached.is_dir():
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:

@@ -166,7 +166,7 @@ def write(record: EvaluationRecord, folder: Path) -> Path:
 def read(file: Path) -> EvaluationRecord:
     """Read a record. Raises DataError for a file that is not one."""
     try:
-        table = pq.read_table(file)
+        table = pq.read_table(pa.BufferReader(file.read_bytes()))
         header = json.loads(table.schema.metadata[HEADER])
         inputs = tuple(DatasetInput(**dataset) for dataset in header.pop("datasets"))
         return EvaluationRecord(**header, datasets=inputs, rows=dict(_rows(table)))

@@ -22,7 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bridgework import __version__, artifacts
+from bridgework import __version__, artifacts, storage
 from bridgework.data.tokenization import SampleEncoder, load_tokenizer
 from bridgework.errors import SpecError, WeightsError, suggest
 from bridgework.hf.common import (
@@ -148,7 +148,8 @@ def imported(folder: Path, home: Path) -> Path:
     for file in sorted(folder.iterdir()):
         state = file.stat()
         digest.update(f"{file.absolute()}:{state.st_size}:{state.st_mtime_ns}\n".encode())
-    cached = home.absolute() / "cache" / "imported" / f"{folder.name}-{digest.hexdigest()[:12]}"
+    place = home.absolute() / "cache" if storage.is_local(home) else storage.cache_folder()
+    cached = place / "imported" / f"{folder.name}-{digest.hexdigest()[:12]}"
     if not cached.is_dir():
         cached.parent.mkdir(parents=True, exist_ok=True)
         import_hf(folder, cached)

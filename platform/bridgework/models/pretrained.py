@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from filelock import FileLock
 from safetensors import safe_open
 from torch import Tensor
 
+from bridgework import storage
 from bridgework.errors import BridgeworkError, WeightsError, suggest
 
 PACKAGE = "package:"
@@ -61,18 +61,13 @@ def _in_package(weights: str) -> Path:
 def convert_gguf(gguf: Path) -> Path:
     """Return a Hugging Face folder (float32 safetensors) of a causal language model in GGUF.
 
-    The folder is written once, under $BRIDGEWORK_HOME/cache, and named by the file's sha256,
+    The folder is written once, to the folder of converted files, and named by the file's sha256,
     because reading 135M parameters takes half a minute from a GGUF file and a second from the
     folder. Of several processes one converts and the others wait.
     """
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    folder = (
-        Path(os.environ.get("BRIDGEWORK_HOME", ".bridgework"))
-        / "cache"
-        / "gguf"
-        / f"{gguf.stem}-{digest}"
-    )
+    folder = storage.cache_folder() / "gguf" / f"{gguf.stem}-{digest}"
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,12 @@ A model name such as `llava@champion` is resolved to the artifact of a registere
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 
+from bridgework import storage
 from bridgework.data import catalog
 from bridgework.serving.auth import Keys
 from bridgework.serving.gateway import Gateway, Routes
@@ -54,7 +54,7 @@ def application(app: str, args: dict[str, Any], routes: Routes) -> Application:
     """
     options = _located(parse_options(args))
     keys = None if options.dev else Keys.load(options.keys)
-    home = Path(str(options.home))
+    home = storage.locate(options.home) if options.home else catalog.home()
     if options.canary.probes is not None:
         read_probes(app, options.canary.probes, home, rows=1)  # an unsuitable one ends the start
     served = [resolve_model(app, name, options, home) for name in options.models]
@@ -71,9 +71,13 @@ def application(app: str, args: dict[str, Any], routes: Routes) -> Application:
 
 def _located(options: Options) -> Options:
     """Return the options with the home and MLflow server of this process: a gateway's may differ."""
-    home = Path(options.home) if options.home else catalog.home()
+    home = storage.locate(options.home) if options.home else catalog.home()
     tracking = options.tracking or os.environ.get("MLFLOW_TRACKING_URI")
-    return replace(options, home=str(home.absolute()), tracking=tracking)
+    return replace(
+        options,
+        home=str(home.absolute()),
+        tracking=tracking,
+    )
 
 
 def _gateway(app: str, options: Options) -> serve.Deployment:

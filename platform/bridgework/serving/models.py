@@ -9,13 +9,12 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
-from uuid import uuid4
 
 from prometheus_client.core import Metric
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from bridgework import artifacts, ray_utils
+from bridgework import artifacts, ray_utils, storage
 from bridgework.serving.metrics import ReplicaMetrics
 from bridgework.serving.options import Options
 from bridgework.serving.replica import Model
@@ -78,7 +77,8 @@ def resolve_model(app: str, model: str, options: Options, home: Path) -> ServedM
     an artifact.
     """
     if registry.is_folder(model):
-        name, version, folder = Path(model).resolve().name, "", str(Path(model).resolve())
+        place = storage.locate(model).resolve()
+        name, version, folder = place.name, "", str(place)
     else:
         name, which = registry.split(model)
         # "Default" is the experiment that MLflow always has, so none is created
@@ -100,10 +100,8 @@ def record_deployment(served: ServedModel, home: Path) -> Path:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        temporary = file.with_name(f".{served.id}.{uuid4().hex[:8]}")
         identity = {name: value for name, value in asdict(served).items() if name != "tiled"}
-        temporary.write_text(json.dumps(identity | {"started": started}, indent=1))
-        temporary.rename(file)
+        storage.write_atomic(file, json.dumps(identity | {"started": started}, indent=1))
         emit(
             home,
             Event(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridgework import artifacts
+from bridgework import artifacts, storage
 from bridgework.config import flat, from_dict
 from bridgework.errors import TrackingError
 from bridgework.evaluation import results
@@ -46,7 +46,7 @@ def evaluate(
         _emit(home, artifact, record, file)
         files = [file]
         for name, image in result.pictures.items():
-            image.save(file.with_name(f"{name}.png"))
+            storage.save_image(image, file.with_name(f"{name}.png"))
             files.append(file.with_name(f"{name}.png"))
             say(f"figure    {file.with_name(f'{name}.png')}")
         if tracker is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
 
-from bridgework import artifacts
+from bridgework import artifacts, storage
 from bridgework.data.dataset import open_dataset
 from bridgework.data.manifest import Manifest, read_manifest
 from bridgework.errors import DataError, TrackingError, suggest
@@ -207,7 +207,7 @@ class _Walk(ABC):
         if re.fullmatch(r"[0-9a-f]{32}", what):
             self._add_run(None, self._reader.run(what))
             return True
-        folder = Path(what)
+        folder = storage.locate(what)
         if folder.is_dir() and (folder / artifacts.FILE).is_file():
             self._add_weights(None, artifacts.describe(folder).digest, str(folder))
             return True
@@ -233,13 +233,13 @@ class _Walk(ABC):
     def _named_datasets(self, what: str) -> list[DatasetInput]:
         """Return the datasets of this name, folder or digest that are stored or that runs read."""
         known = [self._known(digest) for digest in self._stored]
-        path = str(Path(what).resolve())
+        path = str(storage.locate(what).resolve())
         found = {
             d.digest: d
             for d in known
-            if d is not None and (_names(d, what) or str(Path(d.path).resolve()) == path)
+            if d is not None and (_names(d, what) or str(storage.locate(d.path).resolve()) == path)
         }
-        if not found and Path(what).is_dir():
+        if not found and storage.locate(what).is_dir():
             try:
                 manifest = read_manifest(what)
                 found[manifest.digest] = DatasetInput(
@@ -439,7 +439,7 @@ class _Downstream(_Walk):
         for digest, (path, manifest) in self._stored.items():
             for shard in manifest.shards:
                 file = str(path / shard.file)
-                same = what in (shard.file, file) or str(Path(what).resolve()) == file
+                same = what in (shard.file, file) or str(storage.locate(what).resolve()) == file
                 if same or (DIGEST.fullmatch(what) and shard.sha256.startswith(what)):
                     about = (shard.sha256[:12], f"{shard.rows:,} rows")
                     node = Node("shard", file, "shard", shard.file, about)
@@ -550,7 +550,8 @@ def _weights_node(digest: str, artifact: str, *, made: bool = True) -> Node:
 
 def _datasets(home: Path) -> Iterator[tuple[str, tuple[Path, Manifest]]]:
     """Yield (digest, (folder, manifest)) of the valid datasets under `home`."""
-    for folder in sorted((home / "datasets").glob("*")):
+    place = home / "datasets"
+    for folder in (place / name for name in storage.names(place)):
         try:
             manifest = read_manifest(str(folder))
         except DataError:
@@ -559,7 +560,8 @@ def _datasets(home: Path) -> Iterator[tuple[str, tuple[Path, Manifest]]]:
 
 
 def _deployments(home: Path) -> Iterable[Deployment]:
-    for file in sorted((home / "deployments").glob("*.json")):
+    place = home / "deployments"
+    for file in (place / name for name in storage.names(place) if name.endswith(".json")):
         try:
             data = json.loads(file.read_text())
             yield Deployment(**{f.name: data[f.name] for f in fields(Deployment)})

@@ -32,7 +32,7 @@ from mlflow.utils.validation import (
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from bridgework import old_names
+from bridgework import old_names, storage
 from bridgework.artifacts import FILE
 from bridgework.errors import TrackingError, suggest
 from bridgework.mixture import DatasetInput
@@ -61,6 +61,7 @@ T = TypeVar("T")
 # UI.
 SHORT = 12
 DESCRIPTION_CHARS = 5_000  # of a version
+REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")  # of MLflow, for HTTP 401 and 403
 POSTGRESQL_LOCK = 7_246_571_009  # number of the lock while tables are created
 NEWEST = 200  # runs that a suggestion of names considers
 # The UI opens an experiment of this kind with its training runs, not with traces of prompts.
@@ -77,15 +78,13 @@ class MLflowReader:
     """`lineage.Reader` on an MLflow store, over all its projects.
 
     uri: a server (`http://...`) or a database; the default is MLFLOW_TRACKING_URI, else
-    sqlite:///<home>/mlflow.db. It must be opened before any worker starts, because it creates the
-    tables of a new database, under a lock.
+    sqlite:///<home>/mlflow.db if the home is a local folder. It must be opened before any worker
+    starts, because it creates the tables of a new database, under a lock.
     """
 
     def __init__(self, uri: str | None, home: Path) -> None:
         self._home = home.resolve()
-        self.uri = (
-            uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve()}/mlflow.db"
-        )
+        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _database(home)
         logging.getLogger("mlflow.store").setLevel(logging.WARNING)  # tables of a new store
         with self._call("open the store"), _locked(self.uri):
             self._client = MlflowClient(self.uri, registry_uri=self.uri)
@@ -259,6 +258,12 @@ class MLflowReader:
                     f"cannot {what}: MLflow at {where} does not answer. Fix: start the server "
                     "again, or unset MLFLOW_TRACKING_URI to track under $BRIDGEWORK_HOME"
                 ) from error
+            if (code := getattr(error, "error_code", "")) in REFUSED:
+                raise TrackingError(
+                    f"cannot {what}: MLflow at {where} refuses access. Got {code}. "
+                    "Fix: set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD"
+                ) from error
             reason = " ".join(str(error).replace(self.uri, where).split())[:300].rstrip(".")
             raise TrackingError(f"cannot {what}: MLflow at {where} reports: {reason}") from error
 
@@ -273,7 +278,7 @@ class MLflowTracker(MLflowReader):
         super().__init__(uri, home)
         self._home.mkdir(parents=True, exist_ok=True)
         with self._call(f"open the experiment {experiment!r}"):
-            self._experiment = self._open(experiment, home.resolve() / "mlartifacts")
+            self._experiment = self._open(experiment, home)
 
     def start(
         self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None
@@ -353,8 +358,8 @@ class MLflowTracker(MLflowReader):
                 self._client.log_batch(run_id, metrics=some)
 
     def file(self, run_id: str, path: Path, folder: str = "") -> None:
-        with self._call(f"keep the file {path} with run {run_id}"):
-            self._client.log_artifact(run_id, str(path), folder or None)
+        with self._call(f"keep the file {path} with run {run_id}"), storage.local_copy(path) as own:
+            self._client.log_artifact(run_id, str(own), folder or None)
 
     def output(self, run_id: str, name: str, artifact: str, tags: Mapping[str, str]) -> str:
         """Log a model that refers to the folder `artifact`, without a copy; returns its id.
@@ -468,13 +473,16 @@ class MLflowTracker(MLflowReader):
             for key, value in tags.items():
                 self._client.set_model_version_tag(name, version, key, value)
 
-    def _open(self, name: str, artifacts: Path) -> str:
-        """Return the experiment's id; create it if it does not exist."""
+    def _open(self, name: str, home: Path) -> str:
+        """Return the experiment's id; create it if it does not exist.
+
+        Its files are in the home, or where a server puts them if the home is a local folder.
+        """
         known = self._client.get_experiment_by_name(name)
         if known is None:
-            # A server has its own folder for artifacts.
-            remote = self.uri.startswith(("http://", "https://"))
-            folder = None if remote else (artifacts / re.sub(r"[^\w.-]", "-", name)).as_uri()
+            served = self.uri.startswith(("http://", "https://")) and storage.is_local(home)
+            place = home.resolve() / "mlartifacts" / re.sub(r"[^\w.-]", "-", name)
+            folder = None if served else place.as_uri()
             try:
                 return str(self._client.create_experiment(name, folder, TRAINING))
             except MlflowException:
@@ -492,6 +500,17 @@ def artifact_of(model: str, home: Path) -> str:
     if is_folder(model):
         return model
     return MLflowReader(None, home).version(*split(model)).artifact
+
+
+def _database(home: Path) -> str:
+    """Return the URI of the database in the home. Raises TrackingError for a home in a store."""
+    if not storage.is_local(home):
+        raise TrackingError(
+            f"{home}: there is no tracking server for a home in a store. Got no "
+            "MLFLOW_TRACKING_URI; expected the URL of an MLflow server that all nodes reach. "
+            "Fix: set MLFLOW_TRACKING_URI=https://HOST, and MLFLOW_TRACKING_TOKEN if it has one"
+        )
+    return f"sqlite:///{home.resolve()}/mlflow.db"
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4, uuid5
 
-from bridgework import __version__
+from bridgework import __version__, storage
 from bridgework.data.manifest import Manifest
+from bridgework.storage import node_cache
 from bridgework.tracking import environment
 
 NAMESPACE = "bridgework"  # of jobs
@@ -183,7 +184,10 @@ def _dataset(artifact: Artifact, *, output: bool) -> Any:
 
 @cache
 def _client(home: str) -> Any:
-    """Return the client of this process: by its own settings, else with a file under `home`."""
+    """Return the client of this process: by its own settings, else with a file under `home`.
+
+    No store can append to a file, so with a home in a store it is in the node's cache.
+    """
     from openlineage.client import OpenLineageClient
     from openlineage.client.transport.file import FileConfig, FileTransport
     from openlineage.client.transport.noop import NoopConfig, NoopTransport
@@ -191,6 +195,8 @@ def _client(home: str) -> Any:
     settings = OpenLineageClient(transport=NoopTransport(NoopConfig())).config.transport
     if settings or os.environ.get("OPENLINEAGE_URL") or os.environ.get("OPENLINEAGE_DISABLED"):
         return OpenLineageClient()
-    Path(home).mkdir(parents=True, exist_ok=True)
-    file = FileConfig(log_file_path=str(Path(home) / FILE), append=True)
+    place = storage.locate(home)
+    folder = place if storage.is_local(place) else node_cache.root()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = FileConfig(log_file_path=str(folder / FILE), append=True)
     return OpenLineageClient(transport=FileTransport(file))

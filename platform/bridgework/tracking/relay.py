@@ -21,6 +21,7 @@ from bridgework.tracking.tracker import GROWING, Journal, Point, Tracker
 
 # The run's id, then a line per post: a file of the journal, and the number of its posted bytes.
 LEDGER = "relayed.txt"
+STORE_S = 10.0  # interval between reads of a journal in a store
 BATCH = 1000  # points per post: MLflow's maximum per call
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ class MetricsForwarder:
         self, tracker: Tracker, journals: Mapping[str, Path] | None = None, *, every_s: float = 2.0
     ) -> None:
         self._tracker = tracker
-        self._every_s = every_s
+        places = (journals or {}).values()
+        self._every_s = every_s if all(map(storage.is_local, places)) else max(every_s, STORE_S)
         self._tails: dict[str, _Tail] = {}
         self._error = ""  # of the last attempt
         self._closing = threading.Event()
@@ -156,8 +158,11 @@ class _Tail:
 
     def _settle(self, name: str, end: int) -> None:
         # The newline comes first, so that a line truncated by a crash does not affect the next one.
-        storage.append(self.folder / LEDGER, f"\n{name} {end}")
         self._posted[name] = end
+        if storage.is_local(self.folder):
+            storage.append(self.folder / LEDGER, f"\n{name} {end}")
+        else:
+            self._write_ledger(self._posted)
 
     def _open_ledger(self) -> dict[str, int]:
         ledger = self.folder / LEDGER

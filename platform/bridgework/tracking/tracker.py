@@ -158,8 +158,10 @@ class Journal:
     was repeated after a failure occurs twice; the relay forwards each (key, step) once.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, into: Path | None = None) -> None:
+        """into: local folder to write to, e.g. of a mirror; default: `folder`."""
         self.folder = folder
+        self._into = into or folder
         self._pending: list[str] = []
         self._lost = 0
         self._failing = False
@@ -212,19 +214,16 @@ class Journal:
         ):
             return self._file
         if self._file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._into.mkdir(parents=True, exist_ok=True)
             newest = max((int(name[:20]) for name in self._names()), default=0)
         else:
             newest = int(self._file.name[:20])
         order = max(time.time_ns(), newest + 1)  # another machine's clock may be ahead
-        self._file = self.folder / f"{order:020d}-{uuid4().hex[:6]}{GROWING}"
+        self._file = self._into / f"{order:020d}-{uuid4().hex[:6]}{GROWING}"
         return self._file
 
     def _names(self) -> list[str]:
-        try:
-            return [name for name in os.listdir(self.folder) if name.endswith(".jsonl")]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        return [name for name in storage.names(self.folder) if name.endswith(".jsonl")]
 
     def points(self, after: str = "") -> Iterator[tuple[str, list[Point]]]:
         """Yield (position, points) of the files; `after` is a position at which to continue.

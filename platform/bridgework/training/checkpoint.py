@@ -14,6 +14,9 @@ A checkpoint may be rejected for one of three reasons:
 - Trust: no signature, another home's key, or a wrong signature. The run stops with instructions.
 - Version: the manifest of a newer version. The run stops with instructions.
 All other files in the folder are ignored.
+
+In a store, nothing is renamed: all ranks upload their files to the folder's final name, and the
+manifest is the last object. A folder without one is unfinished. Workers load from the node's cache.
 """
 
 import hashlib
@@ -23,14 +26,17 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
 
 from bridgework import storage
 from bridgework.data.catalog import home as home_folder
-from bridgework.errors import RunError
+from bridgework.errors import ResourceError, RunError
+from bridgework.storage import node_cache
 from bridgework.training import signing
 
 SCHEMA = 1  # of the manifest; a manifest of an older version has no schema and no signature
@@ -38,12 +44,22 @@ MANIFEST = "manifest.json"
 DAMAGED = "damaged"
 MARGIN = 64_000  # bytes for names, manifests and some metrics
 FIELDS = {"step": int, "world": int, "attempt": str, "fingerprint": str, "files": dict}
+Files = dict[str, tuple[int, str]]  # relative path -> (bytes, sha256)
 _NAME = re.compile(r"(\d{8,})-(\w+)")
 _UNFINISHED = re.compile(r"\.(?:\d{8,}|universal)-(\w+)")
 
 
 class Unusable(RunError):
     """All checkpoints of a stage are damaged."""
+
+
+class Damaged(RunError):
+    """A file of a checkpoint has changed since it was written."""
+
+
+def _check_digest(name: str, digest: str, file: Path) -> None:
+    if storage.sha256(file) != digest:
+        raise Damaged(f"{name} has changed since it was written (sha256)")
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,7 @@ class Checkpoint:
     world: int
     attempt: str
     fingerprint: str
-    files: dict[str, tuple[int, str]]  # relative path -> (bytes, sha256)
+    files: Files
 
     @property
     def size(self) -> int:
@@ -63,7 +79,12 @@ class Checkpoint:
         return sum(size for size, _ in self.files.values())
 
     def find_corruption(self) -> str | None:
-        """Compare its files with name, size and sha256; returns the first problem, or None."""
+        """Compare its files with name, size and sha256; returns the first problem, or None.
+
+        In a store, names and sizes are compared; `local` compares the sha256 of what it downloads.
+        """
+        if not storage.is_local(self.folder):
+            return self._find_missing()
         present = set(_files(self.folder)) - {MANIFEST}
         for name, (size, digest) in self.files.items():
             file = self.folder / name
@@ -79,16 +100,91 @@ class Checkpoint:
             return f"{unlisted[0]} is not in the manifest, so the folder is not read"
         return None
 
+    def _find_missing(self) -> str | None:
+        folder: Any = self.folder
+        root = f"{folder.path.rstrip('/')}/"
+        present = {
+            name.removeprefix(root): info["size"]
+            for name, info in folder.fs.find(folder.path, detail=True).items()
+            if name.startswith(root)  # with no file listed, the folder itself is found
+        }
+        for name, (size, _) in self.files.items():
+            if name not in present:  # a listing may lack a new object
+                try:
+                    present[name] = folder.fs.size(root + name)
+                except FileNotFoundError:
+                    return f"{name} is missing"
+            if present[name] != size:
+                return f"{name} has {present[name]} bytes; expected {size}"
+        if unlisted := sorted(set(present) - {MANIFEST, *self.files}):
+            return f"{unlisted[0]} is not in the manifest, so the folder is not read"
+        return None
+
+    @contextmanager
+    def local(self) -> Iterator[Path]:
+        """Yield a local folder with its files, which a node downloads once.
+
+        Raises Damaged for a file whose sha256 differs.
+        """
+        if storage.is_local(self.folder):
+            yield self.folder
+            return
+        with node_cache.scratch() as folder:
+            for name, (_, digest) in self.files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                storage.fetch(
+                    self.folder / name,
+                    f"sha256:{digest}",
+                    folder / name,
+                    partial(_check_digest, name, digest),
+                )
+            yield folder
+
 
 def root(stage_folder: Path) -> Path:
     return stage_folder / "checkpoints"
 
 
 def begin(stage_folder: Path, step: int, attempt: str) -> Path:
-    """Create the folder to which all ranks write; `complete` turns it into a checkpoint."""
-    folder = root(stage_folder) / f".{step:08d}-{attempt}"
+    """Create the folder of an unfinished checkpoint, which `complete` turns into one.
+
+    In a store it has its final name, and its manifest is missing.
+    """
+    hidden = "." if storage.is_local(stage_folder) else ""
+    folder = root(stage_folder) / f"{hidden}{step:08d}-{attempt}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """Yield the local folder to which this rank writes its files of an unfinished checkpoint.
+
+    On a local disk it is `folder`, for all ranks. In a store every rank has its own, for `upload`.
+    """
+    if storage.is_local(folder):
+        yield folder
+        return
+    with node_cache.scratch() as own:
+        yield own
+
+
+def upload(written: Path, folder: Path) -> Files:
+    """Upload the files that this rank wrote to a store; returns their sizes and digests."""
+    if storage.is_local(folder):
+        return {}
+    files = _described(written)
+    for name in files:
+        storage.upload(written / name, folder / name)
+    return files
+
+
+def _described(folder: Path) -> Files:
+    return {
+        name: ((folder / name).stat().st_size, storage.sha256(folder / name))
+        for name in sorted(_files(folder))
+        if name != node_cache.USED
+    }
 
 
 def complete(
@@ -100,16 +196,22 @@ def complete(
     fingerprint: str,
     keep: int,
     home: Path | None = None,
+    files: Files | None = None,
 ) -> Checkpoint:
     """Write the manifest, rename the folder, and remove all but the `keep` newest checkpoints.
 
-    For rank 0, after a barrier.
+    files: what all ranks uploaded to a store; on a local disk, the files of the folder. For rank 0,
+    after a barrier.
     """
     home = home or home_folder()
-    files = {
-        name: ((folder / name).stat().st_size, storage.sha256(folder / name))
-        for name in sorted(_files(folder))
-    }
+    if not storage.is_local(folder):
+        written = Checkpoint(
+            folder, step, world, attempt, fingerprint, dict(sorted((files or {}).items()))
+        )
+        _write_manifest(folder, written, home)  # the last object
+        prune(folder.parent.parent, keep, home=home)
+        return written
+    files = _described(folder)
     final = folder.with_name(folder.name.removeprefix("."))
     written = Checkpoint(final, step, world, attempt, fingerprint, files)
     _write_manifest(folder, written, home)
@@ -127,7 +229,7 @@ def prune(stage_folder: Path, keep: int, *, home: Path | None = None) -> None:
         if found.checkpoint and not found.distrust(home)
     ]
     for folder in own[keep:]:
-        shutil.rmtree(folder, ignore_errors=True)
+        storage.remove(folder, first=MANIFEST)
 
 
 def make_room(stage_folder: Path, need: int, *, home: Path | None = None) -> None:
@@ -135,11 +237,14 @@ def make_room(stage_folder: Path, need: int, *, home: Path | None = None) -> Non
 
     Raises ResourceError if that is not enough. The newest checkpoint is never removed.
     """
-    place = root(stage_folder)
+    place = root(stage_folder) if storage.is_local(stage_folder) else node_cache.root()
     place.mkdir(parents=True, exist_ok=True)
     need = need + need // 20 + MARGIN
     if shutil.disk_usage(place).free < need:
-        prune(stage_folder, 1, home=home)
+        if storage.is_local(stage_folder):
+            prune(stage_folder, 1, home=home)
+        else:
+            node_cache.evict(need)
     if shutil.disk_usage(place).free < need:
         raise storage.full(place, need)
 
@@ -164,6 +269,8 @@ def latest(
     _key(home)  # a new key signs the checkpoints of an older version
     rejected: list[str] = []
     for found in _found(stage_folder):
+        if found.unfinished:
+            continue
         if found.schema > SCHEMA:
             raise RunError(
                 f"{found.folder}: the checkpoint was written by a newer version of bridgework. "
@@ -233,7 +340,7 @@ def start_over(stage_folder: Path) -> Path:
     folder = root(stage_folder)
     now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     renamed = folder.with_name(f"{folder.name}-{now}-{uuid4().hex[:4]}")
-    folder.rename(renamed)
+    storage.rename(folder, renamed)
     return renamed
 
 
@@ -248,7 +355,10 @@ def remove_stale(stage_folder: Path, attempt: str, start: int) -> None:
         if unfinished and unfinished[1] != attempt:
             shutil.rmtree(folder, ignore_errors=True)
     for found in _found(stage_folder):
-        if found.step > start:
+        if found.unfinished:
+            if not found.folder.name.endswith(f"-{attempt}"):
+                storage.remove(found.folder)
+        elif found.step > start:
             move_to_damaged(found.folder)
 
 
@@ -259,7 +369,7 @@ def move_to_damaged(folder: Path) -> Path:
     moved = parent / folder.name
     if moved.exists():
         moved = parent / f"{folder.name}.{uuid4().hex[:6]}"
-    folder.rename(moved)
+    storage.rename(folder, moved, first=MANIFEST)
     storage.sync_folder(folder.parent)
     return moved
 
@@ -291,6 +401,7 @@ class _Found:
     checkpoint: Checkpoint | None = None
     damage: str = ""
     schema: int = 0
+    unfinished: bool = False  # in a store: its manifest is not written yet
     key: str = ""  # name of the key that signed it; "" without a signature
     signature: str = ""
     signed: dict[str, Any] | None = None  # the signed part of the manifest
@@ -320,6 +431,8 @@ def _key(home: Path) -> bytes:
     """Return the key of the home; a new key signs the checkpoints of older versions in its runs."""
 
     def adopt(key: bytes) -> None:
+        if not storage.is_local(home):  # no older version wrote to a store
+            return
         for folder in (home / "runs").rglob("checkpoints"):
             for found in _found(folder.parent):
                 if found.checkpoint and not found.schema:
@@ -343,7 +456,7 @@ def _found(stage_folder: Path) -> list[_Found]:
     found = []
     for folder in _listed(root(stage_folder)):
         name = _NAME.fullmatch(folder.name)
-        if name and folder.is_dir() and not folder.is_symlink():
+        if name and not folder.is_symlink() and folder.is_dir():
             found.append(_read(folder, int(name[1])))
     return sorted(found, key=lambda f: (f.step, f.folder.name), reverse=True)
 
@@ -371,7 +484,10 @@ def _read(folder: Path, step: int) -> _Found:
         if not all(_is_inside(name) for name in files):
             raise ValueError("a file is outside the folder")
     except FileNotFoundError:
-        return _Found(folder, step, damage=f"it has no {MANIFEST}")
+        unfinished = not storage.is_local(folder)
+        return _Found(folder, step, damage=f"it has no {MANIFEST}", unfinished=unfinished)
+    except ResourceError:
+        raise  # a store that does not answer is no damage
     except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         return _Found(
             folder, step, damage=f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
@@ -391,10 +507,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _listed(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    return [folder / name for name in storage.names(folder)]
 
 
 def _files(folder: Path) -> Iterator[str]:

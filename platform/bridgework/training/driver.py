@@ -78,7 +78,7 @@ def train(
     for i, stage in enumerate(chosen):
         _check_stage(stage, [before.name for before in chosen[:i]], folder, home, options)
     with (
-        run_dir.locked(folder),
+        run_dir.locked(folder) as lease,
         notices.to_console(partial(console.print, markup=False, soft_wrap=True)),
     ):
         known = run_dir.same_recipe(folder, system, partial(_may_extend, system, folder, home))
@@ -99,7 +99,7 @@ def train(
                 first = [stage.name] == unfinished[:1]
                 stage_options = options if first else replace(options, skip=())
                 results[stage.name] = _stage(
-                    system, stage, folder, home, stage_options, tracked, console, known
+                    system, stage, folder, home, stage_options, tracked, console, known, lease
                 )
         except BaseException as error:
             killed = isinstance(error, KeyboardInterrupt | SystemExit | Interrupted)
@@ -160,6 +160,7 @@ def _stage(
     tracked: RunRecord,
     console: Console,
     known: tuple[str, ...],
+    lease: storage.Lease | None,
 ) -> StageResult:
     """Train one stage; a finished one is only recorded in the tracker."""
     place = folder / stage.name
@@ -207,6 +208,7 @@ def _stage(
         midway=options.midway,
         skip_steps=skips.steps,
         fingerprints=known,
+        lease=lease,
     )
     run_dir.check_disk_space(home)
     place.mkdir(parents=True, exist_ok=True)
@@ -359,7 +361,7 @@ def _parent(stage: Stage, folder: Path) -> Path | None:
         return None
     if "/" in stage.starts_from:
         artifacts.describe(stage.starts_from)
-        return Path(stage.starts_from)
+        return storage.locate(stage.starts_from)
     fix = "starts_from to the folder of an artifact"
     return _artifact_of(stage.name, "starts from", stage.starts_from, folder, fix)
 

@@ -9,7 +9,6 @@ datasets, never on the caches that exist already, because cached features are ro
 # N images  P patches  D width
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock
 
 from bridgework import storage
 from bridgework.data.dataset import Dataset, open_dataset
@@ -93,12 +91,12 @@ def _prepare(
         )
     module = tower.build()
     folder = home / "features" / module.digest()
-    missing = [d for d in datasets if not (folder / d.manifest.digest).is_dir()]
+    missing = [d for d in datasets if not storage.is_published(folder / d.manifest.digest)]
     if not missing:
         return CacheDecision(folder, f"features of {len(datasets)} datasets are in {folder}")
     rows = sum(d.manifest.rows for d in missing)
     each_s, shape = _measure(module, missing[0])
-    size, room = rows * shape[0] * shape[1] * 2, FREE_SHARE * shutil.disk_usage(home).free
+    size, room = rows * shape[0] * shape[1] * 2, FREE_SHARE * storage.free_bytes(home)
     cost = f"{rows:,} images once ({rows * each_s:.0f} CPU-s, {size / 1e6:.0f} MB)"
     if size > room:
         full = f"caching {cost} needs more than the {room / 1e6:.0f} MB to spare"
@@ -115,8 +113,8 @@ def _prepare(
     for dataset in missing:
         final = folder / dataset.manifest.digest
         # The trials of a sweep may cache the same dataset at the same time.
-        with FileLock(folder / f".{dataset.manifest.digest}.lock"):
-            if not final.is_dir():
+        with storage.lock(final):
+            if not storage.is_published(final):
                 _cache(tower, dataset, final, workers)
     return CacheDecision(
         folder,
@@ -177,7 +175,10 @@ class _Writer:
 
     def __call__(self, shard: int) -> None:
         info = self._dataset.manifest.shards[shard]
-        with pq.ParquetWriter(self._folder / info.file, SCHEMA, compression="none") as out:
+        with (
+            storage.opened_for_writing(self._folder / info.file) as file,
+            pq.ParquetWriter(file, SCHEMA, compression="none") as out,
+        ):
             for group in range(-(-info.rows // self._dataset.manifest.group_rows)):
                 samples = self._dataset.read_group(shard, group)
                 flat = iter(_features(self._module, [i for s in samples for i in s.images]))

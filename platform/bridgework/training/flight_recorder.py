@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bridgework import old_names
+from bridgework import old_names, storage
 from bridgework.data.collate import Batch
 from bridgework.data.quarantine import scratch_quarantine
 from bridgework.data.reader import ReaderConfig, Row
@@ -31,6 +31,7 @@ START = b"start"  # key in the metadata of a stream: the attempt's first step
 MAX_WAITING = 10_000  # steps that wait in memory while the disk cannot be written
 # Seconds that steps may wait in memory: a crash loses that much of the record, not of the run.
 FLUSH_S = 2.0
+FILE_BYTES = 8_000_000  # size after which a file of a store is followed by another
 
 SCHEMA = pa.schema(
     [
@@ -61,13 +62,16 @@ class StepSample:
 class FlightRecorder:
     """Context manager that records one worker's samples. A failed write never ends a run."""
 
-    def __init__(self, folder: Path, attempt: str, rank: int, start: int) -> None:
-        """start: the attempt's first step.
+    def __init__(
+        self, folder: Path, attempt: str, rank: int, start: int, into: Path | None = None
+    ) -> None:
+        """start: the attempt's first step. into: local folder to write to; default: `folder`.
 
         Later steps that this attempt does not record count as skipped, even if an earlier attempt
         recorded them.
         """
         self._stage_folder = folder
+        self._place = (into or folder) / FOLDER
         self._name = f"{attempt}-{rank:05d}"
         self._schema = SCHEMA.with_metadata({START: str(start)})
         self._attempt = attempt
@@ -134,11 +138,13 @@ class FlightRecorder:
         if self._failing:
             log.warning("%s: steps are recorded again; %d of them were lost", place, self._lost)
         self._failing, self._lost, self._waiting = False, 0, []
+        if self._place.parent != self._stage_folder and file.tell() > FILE_BYTES:
+            self._close()  # a mirror uploads complete files
 
     def _open(self) -> BinaryIO:
         """Return the open file. A new one sorts after all existing files of other attempts."""
         if self._file is None:
-            (self._stage_folder / FOLDER).mkdir(parents=True, exist_ok=True)
+            self._place.mkdir(parents=True, exist_ok=True)
             names = [
                 file.name
                 for file in _files(self._stage_folder)
@@ -148,7 +154,7 @@ class FlightRecorder:
             # Clocks differ between machines and may be set back, so they alone give no order.
             self._order = max(time.time_ns(), self._order + 1, max(others, default=0) + 1)
             name = f"{self._order:020d}-{self._name}.arrows"
-            self._file = (self._stage_folder / FOLDER / name).open("wb")
+            self._file = (self._place / name).open("wb")
             options = pa.ipc.IpcWriteOptions(compression="zstd")
             self._out = pa.ipc.new_stream(self._file, self._schema, options=options)
         return self._file
@@ -245,7 +251,7 @@ class _Attempt:
     def read(self, file: Path, step: int) -> None:
         """Add the complete batches of a file, whose end may be truncated."""
         try:
-            with pa.ipc.open_stream(file) as stream:
+            with file.open("rb") as source, pa.ipc.open_stream(source) as stream:
                 self.start = int(stream.schema.metadata[START])
                 for batch in stream:
                     self.last = max([self.last, *batch["step"].to_pylist()])
@@ -258,8 +264,10 @@ class _Attempt:
 def _files(folder: Path) -> Iterator[Path]:
     """Yield the files of a stage in the order of writing, also from a folder of the old name."""
     names = (FOLDER, old_names.FLIGHT_RECORDER_DIR)
-    files = [file for name in names for file in (folder / name).glob("*.arrows")]
-    yield from sorted(files, key=lambda file: file.name)
+    files = [folder / name / file for name in names for file in storage.names(folder / name)]
+    yield from sorted(
+        (file for file in files if file.suffix == ".arrows"), key=lambda file: file.name
+    )
 
 
 def _find_stage(run: str, home: Path) -> tuple[Path, Stage]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from bridgework import storage
+from bridgework.artifacts import FILE as ARTIFACT
 from bridgework.config import to_dict
 from bridgework.errors import RunError, SpecError
 from bridgework.system import Stage, System
@@ -190,9 +191,10 @@ def _start(
     folder = checkpoint.begin(place, found.step, attempt)
     for name in found.files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        _link(str(found.folder / name), str(folder / name))
+        _link(found.folder / name, folder / name)
     checkpoint.complete(
         folder,
+        files=found.files,
         step=found.step,
         world=found.world,
         attempt=attempt,
@@ -216,15 +218,27 @@ def _copy(other_stage: Path, place: Path, names: tuple[str, ...]) -> None:
     for name in names:
         source, dest = other_stage / name, place / name
         if source.is_dir():
-            shutil.rmtree(dest, ignore_errors=True)  # of an interrupted fork
-            shutil.copytree(source, dest, copy_function=_link)
+            storage.remove(dest, first=ARTIFACT)  # of an interrupted fork
+            if storage.is_local(source):
+                shutil.copytree(source, dest, copy_function=_link)
+            else:
+                _copy_in_store(source, dest)
         elif source.is_file():
             dest.unlink(missing_ok=True)
-            _link(str(source), str(dest))
+            _link(source, dest)
 
 
-def _link(source: str, dest: str) -> None:
+def _copy_in_store(source: Path, dest: Path) -> None:
+    """Copy a folder, artifact.json last, because it makes the folder an artifact."""
+    for name in sorted(storage.names(source), key=lambda name: name == ARTIFACT):
+        storage.copy(source / name, dest / name)
+
+
+def _link(source: str | Path, dest: str | Path) -> None:
     """Hard-link a file, which no run changes; copy it if the disk has no hard links."""
+    if not isinstance(source, str) and not storage.is_local(source):
+        storage.copy(source, dest)
+        return
     try:
         os.link(source, dest)
     except OSError:

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -32,6 +32,7 @@ from bridgework.inference.pipeline import Pipeline
 from bridgework.mixture import DatasetInput
 from bridgework.models import base, lora
 from bridgework.rng import derive
+from bridgework.storage import node_cache
 from bridgework.system import EvalSpec, Stage, System
 from bridgework.tracking.tracker import Journal
 from bridgework.training import checkpoint
@@ -75,6 +76,9 @@ class TrainJob:
     keep: int = 2  # number of checkpoints
     # of recipes with other options with which this run was trained before
     fingerprints: tuple[str, ...] = ()
+    lease: storage.Lease | None = (
+        None  # of a run in a store; a worker checks it before it publishes
+    )
 
 
 def run(
@@ -96,6 +100,20 @@ def run(
     Raises RunError if the loss, the gradient or the weights are not finite; Interrupted, after a
     checkpoint, if the run is asked to stop; ResourceError for a lack of memory or disk space.
     """
+    with storage.growing(job.folder) as growing:
+        return _train(job, rows, report, growing, rank, world, fixed_start, preemption)
+
+
+def _train(
+    job: TrainJob,
+    rows: Callable[[int], Iterator[list[Row]]],
+    report: Report,
+    growing: storage.Growing,
+    rank: int,
+    world: int,
+    fixed_start: bool,
+    preemption: Preemption | None,
+) -> Metrics:
     stage = job.system[job.stage]
     check(stage, num_micro_batches(stage, world))
     meter = GoodputMeter(job.system.name, _run_name(job), stage.name, rank=rank)
@@ -105,13 +123,14 @@ def run(
     # A new id, because an orphan of an older attempt must not write to this attempt's files.
     attempt = _broadcast(uuid4().hex[:8])
     engine, start, before = _resume(job, stage, model, multipliers, attempt, fixed_start)
-    journal, mixed, clock = Journal(job.folder / "journal"), MixtureCounter(stage, before), Clock()
+    journal = Journal(job.folder / "journal", growing.folder / "journal")
+    mixed, clock = MixtureCounter(stage, before), Clock()
     pad_id = load_tokenizer(stage.model.tokenizer).pad_token_id or 0
     metrics: Metrics = {}
     preemption = preemption or Preemption(lambda: None)
 
     done = start
-    recorder = FlightRecorder(job.folder, attempt, rank, start)
+    recorder = FlightRecorder(job.folder, attempt, rank, start, growing.folder)
     with listening(job.folder, log.warning) as stop, closing(journal), recorder:
         if start and job.evaluate_every and start % job.evaluate_every == 0:
             # The attempt that saved this checkpoint may have ended before its report.
@@ -150,6 +169,7 @@ def run(
             if stopped or save or every:
                 journal.flush()  # steps before a checkpoint are never repeated
                 recorder.flush()
+                growing.flush()
                 with preemption.saving(), meter.timed("checkpoint"):
                     _save(job, engine, attempt, done, world, mixed.state())
                 if save and rank == 0:
@@ -184,6 +204,7 @@ def run(
     )
     if rank == 0:
         journal.flush()
+        growing.flush()
         _finish(job, metrics | figures, state)
     report(metrics | figures, stage.budget.steps)
     return metrics | figures
@@ -229,7 +250,7 @@ def _resume(
     """
     engine: Engine | None = None
     while True:
-        found = _on_rank_0(lambda: _latest_checkpoint(job, attempt))
+        found = _on_rank_0(lambda: _latest_checkpoint(job, attempt, fixed_start))
         # Without ZeRO (stage 0) the state has no shards, so any number of workers can load it.
         elastic = (
             found is not None and found.world != dist.get_world_size() and stage.zero.stage > 0
@@ -239,11 +260,12 @@ def _resume(
         )
         if found is None:
             return engine, 0, {}
-        client = (
-            _load_elastic(job, found, engine, attempt)
-            if elastic
-            else engine.load(found.folder, universal=False)
-        )
+        with found.local() as folder:
+            client = (
+                _load_elastic(job, found, folder, engine, attempt)
+                if elastic
+                else engine.load(folder, universal=False)
+            )
         if engine.finite():
             return engine, found.step, client["mixed"]
         damage = (
@@ -257,24 +279,48 @@ def _resume(
             raise ResourceError(f"{damage}; the workers start again from the one before")
 
 
-def _latest_checkpoint(job: TrainJob, attempt: str) -> checkpoint.Checkpoint | None:
-    found, rejected = checkpoint.resume(
-        job.folder, job.system.fingerprint(), *job.fingerprints, home=job.home
-    )
-    for reason in rejected:
-        log.warning("%s: %s; resuming from the one before", job.stage, reason)
+def _latest_checkpoint(
+    job: TrainJob, attempt: str, fixed_start: bool
+) -> checkpoint.Checkpoint | None:
+    while True:
+        found, rejected = checkpoint.resume(
+            job.folder, job.system.fingerprint(), *job.fingerprints, home=job.home
+        )
+        for reason in rejected:
+            log.warning("%s: %s; resuming from the one before", job.stage, reason)
+        try:
+            with found.local() if found else nullcontext():  # downloads and compares it
+                break
+        except checkpoint.Damaged as error:
+            assert found is not None
+            damage = f"{job.stage}: checkpoint of step {found.step} is damaged: {error}"
+            checkpoint.move_to_damaged(found.folder)
+            if fixed_start:
+                raise ResourceError(
+                    f"{damage}; the workers start again from the one before"
+                ) from None
+            log.warning("%s; resuming from the one before", damage)
     checkpoint.remove_stale(job.folder, attempt, found.step if found else 0)
     return found
 
 
 def _load_elastic(
-    job: TrainJob, found: checkpoint.Checkpoint, engine: Engine, attempt: str
+    job: TrainJob, found: checkpoint.Checkpoint, folder: Path, engine: Engine, attempt: str
 ) -> dict[str, Any]:
-    """Load a checkpoint of another number of workers, by a temporary universal one."""
+    """Load a checkpoint of another number of workers, by a temporary universal one.
+
+    folder: its local files. With a home in a store, every rank converts them on its own node.
+    """
     from bridgework.training.deepspeed_backend import convert_to_universal
 
-    universal = found.folder.with_name(f".universal-{attempt}")
     _on_rank_0(lambda: checkpoint.make_room(job.folder, found.size, home=job.home))
+    if not storage.is_local(job.folder):
+        with node_cache.scratch() as universal:
+            convert_to_universal(folder, universal)
+            client = engine.load(universal, universal=True)
+            dist.barrier()
+        return client
+    universal = found.folder.with_name(f".universal-{attempt}")
     try:
         _on_rank_0(lambda: convert_to_universal(found.folder, universal))
         client = engine.load(universal, universal=True)
@@ -343,7 +389,7 @@ def _evaluate(
             try:
                 results.write(record, folder)
                 for name, image in result.pictures.items():
-                    image.save(folder / f"{name}.png")
+                    storage.save_image(image, folder / f"{name}.png")
             except OSError as error:  # the metrics are in the journal
                 log.warning(
                     "%s: the results of %s cannot be saved: %s", job.stage, spec.name, error
@@ -366,27 +412,41 @@ def _save(
     _on_rank_0(lambda: checkpoint.make_room(job.folder, need, home=job.home))
     folder = checkpoint.begin(job.folder, step, attempt)
     try:
-        with storage.disk_errors(folder):
-            engine.save(folder, {"step": step, "mixed": dict(mixed)})
-            dist.barrier()
+        with storage.disk_errors(folder), checkpoint.writing(folder) as own:
+            engine.save(own, {"step": step, "mixed": dict(mixed)})
+            files = _on_every_rank(lambda: checkpoint.upload(own, folder))
             _on_rank_0(
-                lambda: checkpoint.complete(
-                    folder,
-                    step=step,
-                    world=world,
-                    attempt=attempt,
-                    fingerprint=job.system.fingerprint(),
-                    keep=job.keep,
-                    home=job.home,
+                lambda: _complete(
+                    job, folder, step, attempt, {k: v for each in files for k, v in each.items()}
                 )
             )
     except ResourceError:
-        shutil.rmtree(folder, ignore_errors=True)  # partial files would keep the disk full
+        with suppress(OSError):  # partial files would keep the disk full
+            storage.remove(folder, first=checkpoint.MANIFEST)
         raise
+
+
+def _complete(
+    job: TrainJob, folder: Path, step: int, attempt: str, files: checkpoint.Files
+) -> checkpoint.Checkpoint:
+    if job.lease is not None:
+        job.lease.check()
+    return checkpoint.complete(
+        folder,
+        step=step,
+        world=dist.get_world_size(),
+        attempt=attempt,
+        fingerprint=job.system.fingerprint(),
+        keep=job.keep,
+        home=job.home,
+        files=files,
+    )
 
 
 def _finish(job: TrainJob, metrics: Metrics, state: dict[str, torch.Tensor]) -> None:
     """Write the metrics and then the artifact: its presence means that the stage is finished."""
+    if job.lease is not None:
+        job.lease.check()
     checkpoint.make_room(job.folder, sum(tensor.nbytes for tensor in state.values()), home=job.home)
     storage.write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=1))
     with storage.disk_errors(job.folder):
@@ -408,6 +468,21 @@ def _broadcast(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def _on_every_rank(work: Callable[[], T]) -> list[T]:
+    """Run `work` on every rank and return all values; an error of one is raised on all."""
+    own: T | BridgeworkError
+    try:
+        own = work()
+    except BridgeworkError as error:
+        own = error
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, own)
+    for value in values:
+        if isinstance(value, BridgeworkError):
+            raise value
+    return cast(list[T], values)
 
 
 def _on_rank_0(work: Callable[[], T]) -> T:

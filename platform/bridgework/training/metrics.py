@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from bridgework import ray_metrics, ray_utils
+from bridgework import ray_metrics, ray_utils, storage
 from bridgework.config import path_name
 from bridgework.data.collate import Batch
 from bridgework.system import Stage
@@ -28,6 +28,7 @@ from bridgework.training.notices import Follower
 
 Metrics = dict[str, float]
 POLL_S = 0.5  # interval at which the progress bar reads the journal
+STORE_POLL_S = 5.0  # in a store
 
 
 def step_metrics(stage: Stage, result: StepResult) -> Metrics:
@@ -224,7 +225,7 @@ def progress_bar(folder: Path, title: str, steps: int, console: Console) -> Iter
                     console.print(f"{title}: {done} of {steps} steps, {figures}", highlight=False)
             if last:
                 return
-            over.wait(POLL_S)
+            over.wait(POLL_S if storage.is_local(folder) else STORE_POLL_S)
 
     thread = threading.Thread(target=follow, name="progress", daemon=True)
     with bar:

@@ -1,8 +1,8 @@
 """Notices: warnings of the workers, forwarded to the driver's console.
 
 Ray Train keeps the log of a worker on the worker's machine, where no user sees it. Here every
-warning of bridgework goes from the workers to a file in the stage's folder. The driver prints that
-file, and the warnings of its own log, to the console.
+warning of bridgework goes from the workers to a file in the stage's folder, of each worker in a
+store. The driver prints these files, and the warnings of its own log, to the console.
 """
 
 import json
@@ -11,8 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
+
+from bridgework import storage
 
 FILE = "notices.jsonl"
+FOLDER = "notices"  # in a store
 LOGGER = logging.getLogger("bridgework")
 
 
@@ -43,8 +47,12 @@ class _ToConsole(logging.Handler):
 @contextmanager
 def to_file(folder: Path) -> Iterator[None]:
     """Append the warnings of this worker to the file in the stage's folder."""
-    with _handled(_ToFile(folder / FILE)):
-        yield
+    own = f"{FOLDER}/{time.time_ns():020d}-{uuid4().hex[:6]}.jsonl"
+    with storage.growing(folder) as growing:
+        file = growing.folder / (FILE if storage.is_local(folder) else own)
+        file.parent.mkdir(exist_ok=True)
+        with _handled(_ToFile(file)):
+            yield
 
 
 @contextmanager
@@ -67,17 +75,28 @@ class Follower:
     """Reads the notices of a stage that were written after its construction."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder / FILE
-        self._read = self._file.stat().st_size if self._file.exists() else 0
+        self._folder = folder
+        self._read: dict[Path, int] = {}
+        for file in self._files():
+            self._read[file] = file.stat().st_size if file.exists() else 0
+
+    def _files(self) -> list[Path]:
+        if storage.is_local(self._folder):
+            return [self._folder / FILE]
+        place = self._folder / FOLDER
+        return [place / name for name in storage.names(place)]
 
     def new(self) -> list[str]:
         """Return the texts of complete lines since the last call, without repeated texts."""
+        texts: list[str] = []
         try:
-            with self._file.open("rb") as file:
-                file.seek(self._read)
-                content = file.read()
+            for file in self._files():
+                with file.open("rb") as stream:
+                    stream.seek(self._read.get(file, 0))
+                    content = stream.read()
+                lines = content[: content.rfind(b"\n") + 1]
+                self._read[file] = self._read.get(file, 0) + len(lines)
+                texts += [json.loads(line)["text"] for line in lines.splitlines()]
         except OSError:
-            return []
-        lines = content[: content.rfind(b"\n") + 1]
-        self._read += len(lines)
-        return list(dict.fromkeys(json.loads(line)["text"] for line in lines.splitlines()))
+            pass
+        return list(dict.fromkeys(texts))

@@ -7,7 +7,6 @@ only when it is needed.
 import logging
 import math
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -99,7 +98,7 @@ def fit(job: "TrainJob", options: RunOptions) -> None:
             run_config=RunConfig(
                 # A new name, because Ray must not resume from its own state instead of checkpoints.
                 name=f"{job.stage}-{os.getpid()}-{os.urandom(3).hex()}",
-                storage_path=str(job.folder / "ray"),
+                **storage.for_ray(job.folder / "ray"),
                 failure_config=FailureConfig(max_failures=options.max_failures),
                 callbacks=callbacks,
             ),
@@ -118,7 +117,7 @@ def fit(job: "TrainJob", options: RunOptions) -> None:
             raise RunError(
                 f"stage {job.stage!r} failed after {attempts} attempts. Last error: {cause!r}"
             ) from error
-    shutil.rmtree(job.folder / "ray", ignore_errors=True)
+    storage.remove(job.folder / "ray")
 
 
 def _needs(options: RunOptions) -> dict[str, float]:

@@ -8,7 +8,6 @@ another run, see `fork`.
 import fcntl
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,10 +19,12 @@ from bridgework.config import from_dict, to_dict
 from bridgework.data.names import MAX_BYTES as NAME_BYTES
 from bridgework.data.names import has_control
 from bridgework.errors import ResourceError, RunError, SpecError, suggest
+from bridgework.storage import leases
 from bridgework.system import System, fingerprint
 
 HISTORY = "recipes.json"
 FEATURES = "features.json"  # in a stage's folder: cached or computed, and why
+LOCK = "lock"
 STEPS = re.compile(r"stages\.([^.]+)\.budget\.steps")
 
 
@@ -77,18 +78,28 @@ def is_finished(stage: Path) -> bool:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock the run during the block. Raises RunError if another process trains it."""
+def locked(folder: Path) -> Iterator[storage.Lease | None]:
+    """Lock the run during the block. Raises RunError if another process trains it.
+
+    In a store the lock is a lease, which the workers check before they publish anything.
+    """
+    if not storage.is_local(folder):
+        with leases.held(folder / LOCK, lambda holder: _in_use(folder, holder)) as lease:
+            yield lease
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(
-                f"run {folder.name!r} is being trained by another process. "
-                "Fix: wait for it, or give another --run"
-            ) from None
-        yield
+            raise _in_use(folder) from None
+        yield None
+
+
+def _in_use(folder: Path, holder: str = "another process") -> RunError:
+    return RunError(
+        f"run {folder.name!r} is being trained by {holder}. Fix: wait for it, or give another --run"
+    )
 
 
 def recipe(home: Path, run: str) -> System:
@@ -96,7 +107,8 @@ def recipe(home: Path, run: str) -> System:
     folder = path_of(home, run)
     file = folder / "recipe.json"
     if not file.is_file():
-        locks = (home / "runs").rglob("lock")  # recipe.json would also find artifacts
+        # recipe.json would also find artifacts; a run of an older version has no HISTORY
+        locks = (home / "runs").rglob(LOCK if storage.is_local(home) else HISTORY)
         known = [path.parent.relative_to(home / "runs").as_posix() for path in locks]
         raise RunError(f"there is no run {run!r} under {home / 'runs'}" + suggest(run, known))
     system = from_dict(json.loads(file.read_text()))
@@ -218,7 +230,7 @@ def _history(folder: Path) -> list[dict[str, Any]]:
 
 def check_disk_space(home: Path, need: int = 500_000_000) -> None:
     """Raise ResourceError if the disk of `home` has less than `need` bytes free."""
-    free = shutil.disk_usage(home).free
+    free = storage.free_bytes(home)
     if free < need:
         raise ResourceError(
             f"{home}: not enough disk space. Got {free / 1e6:.0f} MB free; expected at least "

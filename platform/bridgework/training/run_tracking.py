@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from bridgework import artifacts
+from bridgework import artifacts, storage
 from bridgework.artifacts import StageResult
 from bridgework.config import flat, to_dict
 from bridgework.data import quarantine
@@ -134,7 +134,8 @@ class RunRecord:
         with self._try_tracker() as tracker:
             if self._open is not None:
                 if (place / SKIPS).exists():
-                    tracker.file(self._open, place / SKIPS)
+                    with storage.local_copy(place / SKIPS) as file:
+                        tracker.file(self._open, file)
                 self._log_card(tracker, self._open, stage, result)
                 quarantined = _count_quarantined(place / "quarantine", stage.budget.steps)
                 tracker.points(self._open, quarantined)

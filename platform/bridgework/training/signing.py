@@ -2,7 +2,7 @@
 
 Loading a checkpoint runs code, because DeepSpeed unpickles it. Hashes in a manifest detect damage;
 only a signature proves that this home wrote the manifest. The key is created on first use and is
-readable by its owner alone.
+readable by its owner alone. In a store, it is readable by everyone who may read the home.
 """
 
 import hashlib
@@ -12,8 +12,6 @@ import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from bridgework import storage
 from bridgework.errors import RunError
@@ -30,7 +28,7 @@ def key(home: Path, adopt: Callable[[bytes], object] | None = None) -> bytes:
     file = home / FILE
     if not file.exists():
         home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / f".{FILE}.lock", mode=OWNER_ONLY):  # one of several workers creates it
+        with storage.lock(file, mode=OWNER_ONLY):  # one of several workers creates it
             if not file.exists():
                 new = secrets.token_hex(32)
                 if adopt is not None:
@@ -40,7 +38,7 @@ def key(home: Path, adopt: Callable[[bytes], object] | None = None) -> bytes:
         stored = bytes.fromhex(file.read_text().strip())
         if len(stored) < 16:
             raise ValueError("too short")
-        if file.stat().st_mode & 0o077:
+        if storage.is_local(file) and file.stat().st_mode & 0o077:
             file.chmod(OWNER_ONLY)
     except (OSError, ValueError) as error:
         raise RunError(

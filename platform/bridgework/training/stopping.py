@@ -15,12 +15,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from bridgework import storage
 from bridgework.errors import Interrupted
 
 FILE = "stop"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_S = 0.5  # interval between checks for the file: it may be on a shared disk
 MARGIN_S = 2.0  # a checkpoint is not begun this close to the end of a node, besides its own time
+STORE_POLL_S = 5.0  # in a store, where a thread checks, because a request takes time
 
 
 class Stop:
@@ -30,6 +32,8 @@ class Stop:
         self._file = folder / FILE
         self._asked = ""
         self._checked = 0.0  # on the monotonic clock
+        self._local = storage.is_local(folder)
+        self._over = threading.Event()
 
     def ask(self, reason: str) -> None:
         """Ask this process to stop, and by the file all others."""
@@ -52,13 +56,31 @@ class Stop:
     @property
     def asked(self) -> str:
         """The reason of the request, e.g. SIGTERM; empty without one."""
-        if not self._asked and time.monotonic() - self._checked > POLL_S:
+        if self._local and not self._asked and time.monotonic() - self._checked > POLL_S:
             self._checked = time.monotonic()
-            try:
-                self._asked = self._file.read_text() or "a request"
-            except OSError:
-                return ""
+            self._check()
         return self._asked
+
+    def _check(self) -> None:
+        with suppress(OSError):
+            self._asked = self._file.read_text() or "a request"
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """In a store, check for the file from a thread during the block."""
+        if self._local:
+            yield
+            return
+
+        def watch() -> None:
+            while not self._asked and not self._over.wait(STORE_POLL_S):
+                self._check()
+
+        threading.Thread(target=watch, name="stop", daemon=True).start()
+        try:
+            yield
+        finally:
+            self._over.set()
 
 
 class Preemption:
@@ -104,7 +126,8 @@ def listening(folder: Path, say: Callable[[str], Any]) -> Iterator[Stop]:
     """
     stop, stage, received = Stop(folder), folder.name, list[int]()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        with stop.watching():
+            yield stop
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -121,7 +144,8 @@ def listening(folder: Path, say: Callable[[str], Any]) -> Iterator[Stop]:
     stop.clear()  # the request to an earlier attempt
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        yield stop
+        with stop.watching():
+            yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

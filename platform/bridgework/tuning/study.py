@@ -25,8 +25,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 from sqlalchemy import URL
 
+from bridgework import storage
 from bridgework.config import to_dict
-from bridgework.errors import RunError, suggest
+from bridgework.errors import RunError, SpecError, suggest
 from bridgework.rng import derive
 from bridgework.system import System
 from bridgework.tuning.space import Space
@@ -92,8 +93,15 @@ class Trials:
     def open(cls, folder: Path, space: Space, base: System, run: str) -> "Trials":
         """Open the study in `folder`, or create it.
 
-        Raises RunError if it holds another sweep.
+        Raises RunError if it holds another sweep, SpecError for a folder in a store: the study is a
+        database file.
         """
+        if not storage.is_local(folder):
+            raise SpecError(
+                f"{folder}: a sweep keeps its study in a database file. Got a store; expected a "
+                "folder. Fix: set BRIDGEWORK_HOME to a folder of the head for sweeps; datasets and "
+                "artifacts may be URLs"
+            )
         if (folder / "sweep.json").exists() and not (folder / FILE).exists():
             raise RunError(
                 f"{folder} holds a sweep of an earlier version, without a study to resume. "
