@@ -196,7 +196,7 @@ def _rows(table: pa.Table) -> Iterator[tuple[str, RowValues]]:
 
 def records_of(artifact: str | Path, weights: str, home: Path) -> list[EvaluationRecord]:
     """Return the stored evaluations of an artifact, oldest first."""
-    folders = (Path(artifact).parent / FOLDER, folder_of(weights, home))
+    folders = (storage.locate(artifact).parent / FOLDER, folder_of(weights, home))
     found = [read(file) for folder in folders for file in sorted(folder.glob("*.parquet"))]
     own = [record for record in found if record.weights == weights]
     return sorted(own, key=lambda record: record.created)

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any
 from uuid import uuid4
 
@@ -15,6 +14,7 @@ from fastapi.responses import HTMLResponse
 from filelock import FileLock
 from pydantic import Field
 
+from bridgework import storage
 from bridgework.data.images import header
 from bridgework.data.importers import PLACEHOLDER
 from bridgework.data.importers.preferences import preference
@@ -79,7 +79,10 @@ def save_preference(body: PreferenceRequest, options: Options) -> dict[str, Any]
     if len(images) < len(shown):
         message = "messages: a dataset of preferences has images. Got a video"
         raise APIError(400, message, code="unsupported", param="messages")
-    folder = Path(str(options.home)) / "preferences"
+    folder = storage.locate(str(options.home)) / "preferences"
+    if not storage.is_local(folder):
+        message = "votes are kept in a folder. Got a home in a store; expected a local one"
+        raise APIError(501, message, code="unsupported")
     named = {_file_name(data): data for data in images}
     row: dict[str, Any] = {
         "id": uuid4().hex,

@@ -8,13 +8,13 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
+from bridgework import storage
 from bridgework.errors import ResourceError, TrackingError
 from bridgework.serving.options import Options
 from bridgework.serving.probes import Probe, read_probes
@@ -34,7 +34,7 @@ class Registrar:
         from bridgework.tracking.mlflow_store import MLflowTracker
 
         self._app, self._name, self._options = app, name, options
-        self._home = Path(str(options.home))
+        self._home = storage.locate(str(options.home))
         self._tracker = MLflowTracker(options.tracking, self._home, PROJECT)
         self._known: dict[tuple[str, str, str], ServedModel] = {}
 

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import ray
 from ray import serve
@@ -21,6 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
+from bridgework import storage
 from bridgework.errors import BridgeworkError, SpecError
 from bridgework.serving.canary import Canary, Verdict
 from bridgework.serving.errors import APIError
@@ -170,7 +170,7 @@ class Rollout:
 
     @property
     def _file(self) -> Path:
-        return Path(str(self._options.home)) / "traffic" / f"{self._name}.json"
+        return storage.locate(str(self._options.home)) / "traffic" / f"{self._name}.json"
 
     def _saved(self, share: float, rolled_back: str) -> SavedShare | None:
         if self._router.challenger is None:
@@ -184,9 +184,7 @@ class Rollout:
         assert saved is not None  # there is a challenger
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._file.with_name(f".{self._file.name}.{uuid4().hex[:8]}")
-            temporary.write_text(json.dumps(asdict(saved), indent=1))
-            temporary.rename(self._file)
+            storage.write_atomic(self._file, json.dumps(asdict(saved), indent=1))
         except OSError as error:
             log.warning("the share is not saved, so a new gateway will not have it: %s", error)
 

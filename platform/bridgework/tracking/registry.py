@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from math import isnan
 from pathlib import Path
 
-from bridgework import artifacts
+from bridgework import artifacts, storage
 from bridgework.artifacts import StageResult
 from bridgework.errors import SpecError, TrackingError, WeightsError, suggest
 from bridgework.evaluation import results
@@ -159,7 +159,7 @@ def _record(version: Version, metric: str, home: Path | None) -> EvaluationRecor
         weights = artifacts.describe(version.artifact).digest
     except WeightsError:
         return None
-    place = home or Path(version.artifact).parent
+    place = home or storage.locate(version.artifact).parent
     records = results.records_of(version.artifact, weights, place)
     return next((record for record in records[::-1] if metric in record.metrics), None)
 
