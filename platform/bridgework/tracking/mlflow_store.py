@@ -243,7 +243,7 @@ class MLflowReader:
                     f"cannot {what}: MLflow at {where} does not answer. Fix: start the server "
                     "again, or unset MLFLOW_TRACKING_URI to track under $BRIDGEWORK_HOME"
                 ) from error
-            if getattr(error, "error_code", "") in REFUSED:
+            if isinstance(error, MlflowException) and error.error_code in REFUSED:
                 raise TrackingError(
                     f"cannot {what}: MLflow at {where} refuses access. Got {error.error_code}. "
                     "Fix: set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and "
