@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -207,25 +207,31 @@ def progress_bar(folder: Path, title: str, steps: int, console: Console) -> Iter
     journal, notices = Journal(folder / "journal"), Follower(folder)
     before = journal.end()  # points that a resumed run wrote earlier
 
+    position, tenth = before, 0
+
+    def show() -> None:
+        nonlocal position, tenth
+        for text in notices.new():
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        for reached, points in journal.points(position):
+            position = reached
+            step = max((p.step for p in points if p.key == "loss"), default=None)
+            if step is None:
+                continue  # metrics of an evaluation
+            figures, done = _figures(points, step), min(step + 1, steps)
+            bar.update(task, completed=done, figures=figures)
+            if not console.is_terminal and done * 10 // steps > tenth:
+                tenth = done * 10 // steps
+                console.print(f"{title}: {done} of {steps} steps, {figures}", highlight=False)
+
     def follow() -> None:
-        position, tenth = before, 0
-        while True:
+        last = False
+        while not last:
             last = over.is_set()  # read once more after the end
-            for text in notices.new():
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
-            for reached, points in journal.points(position):
-                position = reached
-                step = max((p.step for p in points if p.key == "loss"), default=None)
-                if step is None:
-                    continue  # metrics of an evaluation
-                figures, done = _figures(points, step), min(step + 1, steps)
-                bar.update(task, completed=done, figures=figures)
-                if not console.is_terminal and done * 10 // steps > tenth:
-                    tenth = done * 10 // steps
-                    console.print(f"{title}: {done} of {steps} steps, {figures}", highlight=False)
-            if last:
-                return
-            over.wait(POLL_S if storage.is_local(folder) else STORE_POLL_S)
+            with suppress(OSError):  # the run itself reports a disk or store that fails
+                show()
+            if not last:
+                over.wait(POLL_S if storage.is_local(folder) else STORE_POLL_S)
 
     thread = threading.Thread(target=follow, name="progress", daemon=True)
     with bar:
