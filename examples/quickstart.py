@@ -108,6 +108,7 @@ def run_on_ray(tracker: MLflowTracker, home: Path, report: Report) -> None:
             console=console,
         )
         show_sweep(outcome)
+        report.values["report"] = str(outcome.report)
     with report.part("promote", "the model that ranks held-out captions better"):
         champion = promote(tracker, results["instruct"], home)
         report.values |= {
@@ -308,6 +309,7 @@ def conclude(report: Report, home: Path) -> None:
         f"chance {values['chance']:.0%}",
         "total time": f"{sum(report.seconds.values()):.0f} s",
         "results": str(file),
+        "report of the sweep": str(values["report"]),
         "MLflow": f".venv/bin/mlflow ui --backend-store-uri sqlite:///{home}/mlflow.db",
     }
     for name, line in lines.items():

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def train(
     system: System | str,
     *,
     stages: Sequence[str] | None = None,
-    workers: int = 0,
+    workers: int | tuple[int, int] = 0,
     run: str | None = None,
     home: Path | None = None,
     options: RunOptions | None = None,
@@ -52,7 +53,8 @@ def train(
     Args:
         system: A System, or the name of a recipe such as "llava" or "llava:v1".
         stages: Names of the stages to train. Default: all.
-        workers: Ray Train workers. 0 trains in this process, without Ray.
+        workers: Ray Train workers. 0 trains in this process, without Ray. (1, 4) is elastic: as many as the
+            cluster has room for, changed at checkpoints, with the same batches and losses.
         run: Name of the run's folder, `<home>/runs/<run>`. Default: the system's name and six digits
             of its identity, so that an equal system resumes.
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
@@ -112,6 +114,9 @@ def sweep(
     *,
     changes: Mapping[str, Any] | None = None,
     trials: int | None = None,
+    more: int = 0,
+    prefer: str | None = None,
+    warm_start: Sequence[str] = (),
     run: str | None = None,
     home: Path | None = None,
     track: bool = True,
@@ -120,11 +125,16 @@ def sweep(
 ) -> "Outcome":
     """Search a space with Ray Tune, and register the best trial if it beats the challenger.
 
+    The same call resumes an interrupted sweep, and does not run a finished one again.
+
     Args:
         space: A Space, or the name of a module of tune_spaces/ such as "llava_bridge".
         changes: Overrides by dotted path that every trial shares.
         trials: Number of trials. Default: the space's own.
-        run: Name of the sweep's folder. Default: "sweep-SPACE". The same sweep again is not run again.
+        more: Trials in addition to those that the sweep has already.
+        prefer: Rule that chooses among several objectives, e.g. "quality >= best - 0.01, then tokens".
+        warm_start: Earlier sweeps of the same system, whose trials the proposals know.
+        run: Name of the sweep's folder. Default: "sweep-SPACE".
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
         track: Record the trials in MLflow and register the winner.
         project: Name of the MLflow experiment.
@@ -142,16 +152,17 @@ def sweep(
 
     given = load_space(space) if isinstance(space, str) else space
     place = home or default_home()
-    tracker = open_tracker(project, place, console) if track else None
-    with _ray(1):
-        return search.sweep(
-            search.with_trials(given, trials=trials),
-            home=place,
-            run=run or f"sweep-{given.name}",
-            changes=changes,
-            tracker=tracker,
-            console=console,
-        )
+    chosen = search.with_trials(given, trials=trials)
+    return search.sweep(
+        chosen if prefer is None else replace(chosen, prefer=prefer),
+        home=place,
+        run=run or f"sweep-{given.name}",
+        changes=changes,
+        more=more,
+        warm_start=warm_start,
+        tracker=partial(open_tracker, project, place, console) if track else None,
+        console=console,
+    )
 
 
 def evaluate(
@@ -351,7 +362,7 @@ def promote(
     force: str | None = None,
     home: Path | None = None,
     project: str = "bridgework",
-    say: Callable[[str], object] = lambda text: None,
+    say: Callable[[str], object] | None = None,
 ) -> "PromotionDecision":
     """Make a registered version the champion if it passes the gate against the present champion.
 
@@ -363,7 +374,7 @@ def promote(
         force: Reason for a promotion without a gate.
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
         project: Name of the MLflow experiment.
-        say: Called with lines of progress.
+        say: Called with lines of progress. Default: they are printed to stderr.
 
     Returns:
         The decision: the verdict, both versions, and every check with its interval.
@@ -384,7 +395,7 @@ def promote(
         gate=read_gate(Path(gate)) if isinstance(gate, str | Path) else gate,
         metric=metric,
         force=force,
-        say=say,
+        say=say or _report,
     )
 
 
@@ -444,7 +455,7 @@ def _report(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _ray(workers: int) -> Any:
+def _ray(workers: int | tuple[int, int]) -> Any:
     """Return a Ray session for the block, or nothing where none is needed or one is open already."""
     from bridgework.ray_utils import is_open, ray_session
 

@@ -23,7 +23,7 @@ LAYERS = (
         "system",
         "tracking.tracker",
     ),
-    ("models", "losses", "data", "ray_utils", "rng"),
+    ("models", "losses", "data", "ray_metrics", "ray_utils", "rng"),
     (
         "artifacts",
         "curation",

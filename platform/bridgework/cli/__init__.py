@@ -4,10 +4,12 @@ Heavy libraries are imported by the command that needs them, so that `bridgework
 """
 
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +19,7 @@ from bridgework import storage
 from bridgework.cli import completion
 from bridgework.cli.curate import curate
 from bridgework.cli.data import data, mixture, order
+from bridgework.cli.jobs import check_env, submit
 from bridgework.cli.judging import (
     compare,
     evaluate,
@@ -26,13 +29,18 @@ from bridgework.cli.judging import (
     register,
     rollback,
 )
+from bridgework.cli.mixtures import mixture as mixture_search
 from bridgework.cli.models import ask, export, importing
-from bridgework.cli.options import Project, changes, pairs
+from bridgework.cli.options import Project, changes, number_or_range, pairs
+from bridgework.cli.sweeps import checked_features, report, sweep
 from bridgework.config import flat, override
 from bridgework.data.catalog import home as home_folder
 from bridgework.errors import BridgeworkError, Interrupted, ResourceError, SpecError
 from bridgework.ray_utils import TIMEOUT_S
 from bridgework.system import System, load, recipes, variants
+
+if TYPE_CHECKING:
+    from bridgework.cli.diagnostics import Check
 
 app = typer.Typer(
     help="Train, evaluate and serve vision-language systems on Ray. Change any field of a recipe "
@@ -43,7 +51,7 @@ out, err = Console(), Console(stderr=True)
 
 # Panels of `bridgework --help`, in the order of their first command.
 DATA, TRAIN, EVALUATE, SERVE = "Data", "Training", "Evaluation and conversion", "Serving"
-MACHINE = "This machine"
+MACHINE = "Machine and cluster"
 
 INTERRUPTED = 130  # exit code of a run that a signal stopped: 128 + SIGINT, as in shells
 BY_SOURCE = ("samples.", "tokens.", "share.")  # prefixes of metrics with one value per source
@@ -148,8 +156,12 @@ def train(
     tiny: Tiny = False,
     set_: Set = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process.")
-    ] = 1,
+        str,
+        typer.Option(
+            metavar="N|MIN:MAX",
+            help="Ray Train workers; 0 trains in this process, 1:4 uses what the cluster has.",
+        ),
+    ] = "1",
     readers: Annotated[
         int, typer.Option(min=1, help="Ray Data actors that read and decode samples.")
     ] = 1,
@@ -179,16 +191,34 @@ def train(
         float | None,
         typer.Option(
             min=0,
-            help="GPUs of each worker.",
+            help="GPUs of each worker; 0 trains on CPUs.",
             show_default="1 if the cluster has or can start GPU nodes, else 0",
         ),
     ] = None,
     resource_timeout: Annotated[
         float,
         typer.Option(
-            min=0, metavar="SECONDS", help="Time to wait for the resources of the workers."
+            min=0,
+            metavar="SECONDS",
+            help="Time to wait for the resources of the workers, also after the loss of a node.",
         ),
     ] = TIMEOUT_S,
+    features: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|cached|computed",
+            help="Features of frozen vision towers: read from a cache or computed in training.",
+            show_default="whichever is cheaper",
+        ),
+    ] = "auto",
+    threads: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Threads of torch on a CPU. Equal threads give equal bits.",
+            show_default="the cores, divided among the workers",
+        ),
+    ] = 0,
     trust_checkpoints: Annotated[
         bool,
         typer.Option(
@@ -215,11 +245,13 @@ def train(
     results = api.train(
         resolved,
         stages=stage,
-        workers=workers,
+        workers=number_or_range(workers),
         run=run or default_name(prefix, resolved, home_folder()),
         options=RunOptions(
             readers=readers,
             skip=tuple(skip or ()),
+            features=checked_features(features),
+            threads=threads,
             gpus_per_worker=gpus_per_worker,
             resource_timeout_s=resource_timeout,
             trust_checkpoints=trust_checkpoints,
@@ -247,56 +279,9 @@ def train(
         out.print(f"model     {last.version}", highlight=False)
 
 
-@app.command(rich_help_panel=TRAIN)
-def sweep(
-    space: Annotated[
-        str,
-        typer.Argument(
-            metavar="SPACE", help="Search space: a module of tune_spaces/, e.g. llava_bridge."
-        ),
-    ],
-    set_: Set = None,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Number of trials.", show_default="set by the space")
-    ] = None,
-    run: Annotated[
-        str | None,
-        typer.Option(help="Name of the sweep.", show_default="sweep-SPACE"),
-    ] = None,
-    project: Project = "bridgework",
-) -> None:
-    """Search hyperparameters and register the best trial, as `challenger` if it is better."""
-    from bridgework import api
-    from bridgework.tuning.space import load as load_space
-
-    loaded = load_space(space)
-    outcome = api.sweep(
-        loaded,
-        changes=changes(set_),
-        trials=trials,
-        run=run or f"sweep-{space}",
-        project=project,
-        console=err,
-    )
-    table = Table(
-        "trial", loaded.metric.name, "status", "seconds", *loaded.space, box=None, pad_edge=False
-    )
-    for row in outcome.rows:
-        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.changes.values()]
-        score = "-" if row.score is None else f"{row.score:.3f}"
-        table.add_row(row.trial, score, row.status, f"{row.seconds:.0f}", *values)
-    out.print(table)
-    out.print(f"again     {outcome.command}", soft_wrap=True, highlight=False)
-    out.print(f"artifact  {outcome.artifact}", soft_wrap=True, highlight=False)
-    if outcome.version:
-        aliases = f" ({', '.join(outcome.version.aliases)})" if outcome.version.aliases else ""
-        out.print(
-            f"model     {outcome.version.name}:{outcome.version.version}{aliases}", highlight=False
-        )
-    if outcome.not_challenger:
-        out.print(outcome.not_challenger, soft_wrap=True, highlight=False)
-
-
+app.command(rich_help_panel=TRAIN)(sweep)
+app.command(rich_help_panel=TRAIN)(report)
+app.add_typer(mixture_search, name="mixture", rich_help_panel=TRAIN)
 app.command("eval", rich_help_panel=EVALUATE)(evaluate)
 app.command(rich_help_panel=EVALUATE)(compare)
 app.command(rich_help_panel=EVALUATE)(ask)
@@ -327,6 +312,14 @@ def serve(
         typer.Option(help="Name of the app, if one Ray serves several.", show_default="APP"),
     ] = None,
     route_prefix: Annotated[str, typer.Option(help="URL path of the app.")] = "/",
+    auto_promote: Annotated[
+        bool,
+        typer.Option(
+            "--auto-promote",
+            help="Promote a challenger that was good for canary.promote_requests requests and "
+            "canary.promote_s seconds; the same as auto_promote=true.",
+        ),
+    ] = False,
     write: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write a config for `serve deploy` instead of serving."),
@@ -335,7 +328,7 @@ def serve(
     """Serve a model over HTTP until Ctrl-C or SIGTERM."""
     from bridgework.serving import launch
 
-    args = pairs(arguments, "model=llava")
+    args = pairs(arguments, "model=llava") | ({"auto_promote": "true"} if auto_promote else {})
     address = launch.AppAddress(host=host, port=port, name=name, route_prefix=route_prefix)
     if write:
         launch.write_config(write, app_, args, address)
@@ -348,6 +341,35 @@ def serve(
             f"{cancelled} requests did not end in {endpoint.drain_s:g} s and were cancelled",
             highlight=False,
         )
+
+
+@app.command(rich_help_panel=SERVE)
+def traffic(
+    name: Annotated[str, typer.Argument(metavar="APP", help="Name of the running app, e.g. chat.")],
+    share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="New share of the challenger.", show_default="only print the shares"
+        ),
+    ] = None,
+) -> None:
+    """Print how a running app compares its challenger, or change the challenger's share."""
+    from bridgework.serving import launch
+
+    state = launch.traffic(name, share)
+    figures = state["figures"]
+    columns = ("requests", "error_rate", "median_s", "probe_score")
+    table = Table("role", "model", "share", "running", *columns, box=None, pad_edge=False)
+    for row in state["models"]:
+        group = "challenger" if row["role"] == "challenger" else "baseline"
+        values = [figures.get(f"{group}.{column}") for column in columns]
+        compared = ["-" if value is None else f"{value:.4g}" for value in values]
+        table.add_row(
+            row["role"], row["model"], f"{row['share']:.0%}", str(row["running"]), *compared
+        )
+    out.print(table)
+    if state["rolled_back"]:
+        out.print(f"rolled back: {state['rolled_back']}", soft_wrap=True, highlight=False)
 
 
 @app.command(rich_help_panel=SERVE)
@@ -447,13 +469,25 @@ def sync() -> None:
         raise typer.Exit(1)
 
 
+app.command(
+    rich_help_panel=MACHINE,
+    # options after the command belong to it
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+)(submit)
+
+
 @app.command(rich_help_panel=MACHINE)
-def doctor() -> None:
+def doctor(
+    cluster: Annotated[
+        bool,
+        typer.Option("--cluster", help="Check every node of the cluster that RAY_ADDRESS names."),
+    ] = False,
+) -> None:
     """Check that this machine can run bridgework, and print a fix for each failed check."""
     from bridgework.cli.diagnostics import checks
 
     table = Table("", "check", "found", "advice", box=None, pad_edge=False)
-    results = checks(home_folder())
+    results = _cluster_checks() if cluster else checks(home_folder())
     for check in results:
         table.add_row("ok" if check.ok else "no", check.name, check.found, check.advice)
     out.print(table)
@@ -462,6 +496,21 @@ def doctor() -> None:
 
 
 # --- helpers
+
+
+def _cluster_checks() -> "list[Check]":
+    from bridgework import ray_utils
+    from bridgework.cli import cluster_checks
+
+    if ray_utils.address() is None:
+        raise ResourceError(
+            "doctor --cluster: no cluster is named. Fix: `bridgework submit doctor --cluster`, or "
+            "set RAY_ADDRESS on a node of it"
+        )
+    tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
+    with ray_utils.ray_session():
+        nodes = cluster_checks.ask(str(home_folder()), tracking)
+    return cluster_checks.checks(nodes, cluster_checks.own_versions(), tracking)
 
 
 def _millions(parameters: int) -> str:
@@ -473,10 +522,18 @@ def _resolve(name: str, assignments: list[str] | None, tiny: bool) -> System:
     return override(system.tiny() if tiny else system, changes(assignments))
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End a command that SIGTERM stops, e.g. by `ray job stop`; `train` saves a checkpoint first."""
+    err.print("[bold red]error[/]  stopped by SIGTERM. The same command resumes", highlight=False)
+    raise SystemExit(INTERRUPTED)
+
+
 def main() -> None:
     """Run the console script. An expected error is one line, with a traceback only with --debug."""
     sys.path.append(os.getcwd())  # for tune_spaces/ and your own modules, as with `python -m`
+    signal.signal(signal.SIGTERM, _terminate)
     try:
+        check_env()
         app(standalone_mode=True)
     except (BridgeworkError, MemoryError, OSError) as error:
         if os.environ.get("BRIDGEWORK_DEBUG"):

@@ -106,6 +106,12 @@ def model_card(folder: Path, facts: Facts | None = None, *, library: str = "brid
     return "\n\n".join(parts) + "\n"
 
 
+def description(folder: Path, tags: Mapping[str, str]) -> str:
+    """Return the text of a registered version: its card without the front matter."""
+    facts = replace(stored_facts(folder, home()), tags=environment.tags() | dict(tags))
+    return model_card(folder, facts).partition("---\n\n")[2]
+
+
 def _use(stage: Stage) -> str:
     task = (
         "It writes text about images: captions and answers."

@@ -16,6 +16,7 @@ from bridgework.evaluation import results
 from bridgework.evaluation.base import Figure, Result
 from bridgework.evaluation.results import EvaluationRecord
 from bridgework.inference.pipeline import Pipeline
+from bridgework.tracking import environment
 from bridgework.tracking.openlineage_events import Artifact, Event, emit
 from bridgework.tracking.tracker import Point, Tracker
 
@@ -76,7 +77,7 @@ def log(
 ) -> str:
     """Log an evaluation; returns the id of its run. The same evaluation again is the same run."""
     made = tracker.produced(record.weights, artifact)
-    tags = {
+    tags = environment.tags() | {
         "kind": KIND,
         "digest": record.weights,
         "evaluation": record.evaluation,

@@ -60,6 +60,7 @@ T = TypeVar("T")
 # Hex digits of a digest in MLflow's own field, which has at most 36 and is in every table of the
 # UI.
 SHORT = 12
+DESCRIPTION_CHARS = 5_000  # of a version
 POSTGRESQL_LOCK = 7_246_571_009  # number of the lock while tables are created
 NEWEST = 200  # runs that a suggestion of names considers
 # The UI opens an experiment of this kind with its training runs, not with traces of prompts.
@@ -398,7 +399,13 @@ class MLflowTracker(MLflowReader):
             self._client.set_terminated(run_id, status)
 
     def register(
-        self, name: str, model_id: str, run_id: str, artifact: str, tags: Mapping[str, str]
+        self,
+        name: str,
+        model_id: str,
+        run_id: str,
+        artifact: str,
+        tags: Mapping[str, str],
+        description: str = "",
     ) -> Version:
         with self._call(f"register {artifact} as {name!r}"):
             if name not in self.models():
@@ -411,6 +418,7 @@ class MLflowTracker(MLflowReader):
                 model.artifact_location,
                 run_id,
                 about,
+                description=description[:DESCRIPTION_CHARS],
                 model_id=model_id,
                 await_creation_for=0,
             )

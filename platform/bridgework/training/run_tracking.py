@@ -112,6 +112,12 @@ class RunRecord:
             emit(self._home, self._event)
         return self._open
 
+    def note(self, values: Mapping[str, str]) -> None:
+        """Log parameters of the open stage that are not fields of its recipe."""
+        with self._try_tracker() as tracker:
+            if self._open is not None:
+                tracker.params(self._open, values, resumed=True)
+
     def done(self, stage: Stage, place: Path) -> StageResult:
         """Return the stage's result, after its images and weights are logged to the tracker."""
         metrics: dict[str, float] = json.loads((place / "metrics.json").read_text())
