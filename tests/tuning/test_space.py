@@ -76,7 +76,7 @@ BAD: list[tuple[str, Space]] = [
     ("a choice twice", with_space({BRIDGE: tune.choice(["mlp", "mlp"])})),
     ("peak_lr must be above 0", with_space({RATE: tune.uniform(-1.0, 1.0)})),
     (r"low.*high|larger", with_space({RATE: tune.uniform(2.0, 1.0)})),
-    ("must be int", with_space({"stages.*.budget.steps": tune.uniform(1, 3)})),
+    ("must be int", with_space({"stages.*.budget.micro": tune.uniform(1, 3)})),
     ("has no field 'depth'", with_space({BRIDGE: tune.choice(["linear", "mlp"]), DEPTH: tune.randint(2, 4)})),
     ("changes a stage that no trial trains; did you mean 'instruct'",
      with_space({"stages.instruc.optim.peak_lr": tune.uniform(1e-3, 1e-2)})),
