@@ -95,7 +95,7 @@ def test_a_sweep_killed_three_times_is_the_unbroken_sweep(tmp_path: Path) -> Non
     complete(tmp_path / "unbroken", *SWEEP)
     home, kept = tmp_path / "killed", dict[str, int]()
     for count in (2, 7, 13):
-        kill_when(home, lambda count=count: reports(home) >= count)  # type: ignore[misc]
+        kill_when(home, lambda count=count: reports(home) >= count)
         now = finished(home)
         assert kept.items() <= now.items()
         kept = now

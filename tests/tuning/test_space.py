@@ -147,7 +147,7 @@ def test_an_impossible_budget_is_refused(changes: dict[str, Any], said: str) -> 
 
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(SpecError, match="Got 'minimum'; expected 'max' or 'min'"):
-        Metric(name="heldout.loss", mode="minimum")  # type: ignore[arg-type]
+        Metric(name="heldout.loss", mode="minimum")
 
 
 def conditional(trial: Any) -> dict[str, Any]:

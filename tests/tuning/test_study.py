@@ -169,7 +169,7 @@ def test_asha_stops_the_worse_half_at_every_rung(tmp_path: Path, base: System) -
 
 def test_another_sweep_of_the_same_name_is_rejected(tmp_path: Path, base: System) -> None:
     opened(tmp_path / "s", base)
-    other = replace(SPACE, space={**SPACE.space, RATE: tune.uniform(1e-5, 1e-1)})  # type: ignore[dict-item]
+    other = replace(SPACE, space={**SPACE.space, RATE: tune.uniform(1e-5, 1e-1)})
     with pytest.raises(RunError, match="holds another sweep: its space differ"):
         opened(tmp_path / "s", base, other)
     opened(tmp_path / "s", base, replace(SPACE, budget=replace(BUDGET, trials=30, workers=2)))
@@ -198,7 +198,7 @@ def test_warm_start_knows_the_trials_of_an_earlier_sweep(tmp_path: Path, base: S
     earlier = opened(tmp_path / "sweep", base)
     drive(earlier, 10, random.Random(0))
     finished = sum(row.finished for row in earlier.rows())
-    new = replace(SPACE, space={RATE: tune.loguniform(1e-5, 1e-1), BRIDGE: SPACE.space[BRIDGE]})  # type: ignore[index]
+    new = replace(SPACE, space={RATE: tune.loguniform(1e-5, 1e-1), BRIDGE: SPACE.space[BRIDGE]})
     (tmp_path / "warm").mkdir()
     trials = Trials.open(tmp_path / "warm", new, base, "warm")
     assert trials.warm_start(tmp_path / "sweep", "sweep") == finished

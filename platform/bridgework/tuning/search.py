@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from ray import cloudpickle, tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
@@ -317,7 +317,7 @@ class _Scheduler(FIFOScheduler):
     """Records every report in the study, and stops the trials that the study's rule stops."""
 
     def __init__(self, proposer: _Proposer, recorder: "_Recorder") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        cast(Any, super()).__init__()  # Ray has no annotations
         self._proposer, self._recorder = proposer, recorder
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from filelock import FileLock
 from ray import cloudpickle, tune
@@ -167,7 +167,7 @@ class _Report(TuneReportCallback):
     """Passes the evaluations of Ray Train's workers to Tune, one at a time."""
 
     def __init__(self, judge: _Judge) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        cast(Any, super()).__init__()  # Ray has no annotations
         self._judge = judge
 
     def after_report(
