@@ -108,3 +108,13 @@ def test_wrong_on_and_set_are_rejected(judge: Judge, words: tuple[str, ...], sai
 def test_missing_dataset_is_an_error(judge: Judge, home: Path) -> None:
     with pytest.raises(Exception, match="dataset 'nonesuch' not found"):
         judge("--on", "pope:nonesuch")
+
+
+def test_int8_prints_the_difference_of_every_figure(judge: Judge) -> None:
+    said = judge("--on", "heldout:synthetic:shapes", "--set", "heldout.rows=3", "--int8")
+    head, *rows = [line.split() for line in said.splitlines() if "MiB" not in line]
+    assert head == ["metric", "value", "int8", "difference"]
+    for name, value, small, difference in rows:
+        assert name.startswith("heldout.")
+        assert float(small) - float(value) == pytest.approx(float(difference), rel=0.2, abs=2e-3)
+        assert abs(float(difference)) < 0.5

@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from bridgework.tuning.search import Outcome
     from bridgework.tuning.space import Space
 
+POST_S = 5.0  # seconds that a command may spend on the metrics of earlier runs
+
 
 def train(
     system: System | str,
     *,
     stages: Sequence[str] | None = None,
-    workers: int = 0,
+    workers: int | tuple[int, int] = 0,
     run: str | None = None,
     home: Path | None = None,
     options: RunOptions | None = None,
@@ -51,7 +53,8 @@ def train(
     Args:
         system: A System, or the name of a recipe such as "llava" or "llava:v1".
         stages: Names of the stages to train. Default: all.
-        workers: Ray Train workers. 0 trains in this process, without Ray.
+        workers: Ray Train workers. 0 trains in this process, without Ray. (1, 4) is elastic: as many as the
+            cluster has room for, changed at checkpoints, with the same batches and losses.
         run: Name of the run's folder, `<home>/runs/<run>`. Default: the system's name and six digits
             of its identity, so that an equal system resumes.
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
@@ -282,13 +285,27 @@ def import_dataset(
         raise SpecError(
             f"format {format}: {error}. Fix: see `bridgework data import {format}`"
         ) from None
+    return import_with(importer, str(source), str(dest), workers=workers, home=home)
+
+
+def import_with(
+    importer: Any,
+    source: str,
+    dest: str,
+    *,
+    workers: int = 0,
+    home: Path | None = None,
+    say: Callable[[str], object] | None = None,
+) -> "Manifest":
+    """Write a dataset with a configured importer, and send the event of it; see `import_dataset`."""
+    from bridgework.tracking.openlineage_events import dataset_written
+
+    place = home or default_home()
+    path = destination(dest, place)
     with _ray(workers):
-        return importer.run(
-            str(source),
-            destination(str(dest), home or default_home()),
-            workers=workers,
-            say=_report,
-        )
+        manifest: Manifest = importer.run(source, path, workers=workers, say=say or _report)
+    dataset_written(place, "IMPORT", [source], path, manifest)
+    return manifest
 
 
 def curate(
@@ -345,7 +362,7 @@ def promote(
     force: str | None = None,
     home: Path | None = None,
     project: str = "bridgework",
-    say: Callable[[str], object] = lambda text: None,
+    say: Callable[[str], object] | None = None,
 ) -> "PromotionDecision":
     """Make a registered version the champion if it passes the gate against the present champion.
 
@@ -357,7 +374,7 @@ def promote(
         force: Reason for a promotion without a gate.
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
         project: Name of the MLflow experiment.
-        say: Called with lines of progress.
+        say: Called with lines of progress. Default: they are printed to stderr.
 
     Returns:
         The decision: the verdict, both versions, and every check with its interval.
@@ -378,7 +395,7 @@ def promote(
         gate=read_gate(Path(gate)) if isinstance(gate, str | Path) else gate,
         metric=metric,
         force=force,
-        say=say,
+        say=say or _report,
     )
 
 
@@ -418,8 +435,12 @@ def open_tracker(
     from bridgework.tracking.mlflow_store import MLflowTracker
 
     home.mkdir(parents=True, exist_ok=True)
+    from bridgework.training.run_tracking import post_waiting
+
     try:
-        return MLflowTracker(None, home, project)
+        tracker = MLflowTracker(None, home, project)
+        post_waiting(tracker, home, timeout_s=POST_S)
+        return tracker
     except TrackingError as error:
         if console is not None:
             console.print(
@@ -434,7 +455,7 @@ def _report(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _ray(workers: int) -> Any:
+def _ray(workers: int | tuple[int, int]) -> Any:
     """Return a Ray session for the block, or nothing where none is needed or one is open already."""
     from bridgework.ray_utils import is_open, ray_session
 

@@ -338,6 +338,11 @@ class Stage:
                 "which none of the stage's sources reads" + suggest(self.curation.makes, datasets)
             )
 
+    @property
+    def needs_gpus(self) -> bool:
+        """True for bfloat16, which is several times slower than float32 on a CPU."""
+        return self.zero.precision == "bf16"
+
     def _check_packing(self) -> None:
         alone = [type(loss).__name__ for loss in self.losses if not loss.supports_packing]
         why = self.model.packing_refusal or (

@@ -23,19 +23,22 @@ LAYERS = (
         "system",
         "tracking.tracker",
     ),
-    ("models", "losses", "data", "ray_utils", "rng"),
+    ("models", "losses", "data", "ray_metrics", "ray_utils", "rng"),
     (
         "artifacts",
         "curation",
         "evaluation",
         "inference",
         "training",
+        "tracking.card",
+        "tracking.environment",
         "tracking.evaluations",
+        "tracking.openlineage_events",
         "tracking.relay",
     ),
     ("recipes", "tracking", "hf"),
     ("tuning", "serving"),
-    ("api", "cli"),
+    ("api", "cli", "reproduction"),
 )
 
 

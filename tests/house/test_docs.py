@@ -141,3 +141,21 @@ def test_every_link_resolves(path: Path) -> None:
             assert anchor in anchors(target), (
                 f"{source.name(path)} links to {link}: no such heading"
             )
+
+
+TOPS = {path.name for folder in (source.ROOT, source.PACKAGE) for path in folder.iterdir()}
+
+
+def test_every_module_named_in_the_documents_exists() -> None:
+    missing = [
+        f"{source.name(path)}: {name}"
+        for path in DOCUMENTS
+        if path.name not in ("CHANGELOG.md", "log.md")  # they name what was
+        for name in re.findall(r"`([a-z_]+/[a-z_/]*)`", path.read_text(encoding="utf-8"))
+        if name.partition("/")[0] in TOPS
+        if not any(
+            (folder / name).exists() or (folder / f"{name}.py").exists()
+            for folder in (source.ROOT, source.PACKAGE)
+        )
+    ]
+    assert not missing, "\n".join(missing)

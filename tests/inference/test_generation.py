@@ -14,7 +14,7 @@ from bridgework.data.samples import Part
 from bridgework.data.synthetic import shapes
 from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import DataError, SpecError
-from bridgework.inference.generation import StopConditions, Usage, _processors, _Reader
+from bridgework.inference.generation import StopConditions, TextReader, Usage, sampling_processors
 from bridgework.inference.pipeline import Pipeline
 from tests.inference import tiny
 
@@ -137,7 +137,9 @@ def test_draws_follow_the_distribution() -> None:
         (0.9, 2),
     ):  # at temperature 0.5 the first has 0.86, the second 0.12
         expected_V = (logits_V[:kept] / 0.5).softmax(-1)
-        draw = _processors(temperature=0.5, top_p=top_p, seeds=[0], device=torch.device("cpu"))
+        draw = sampling_processors(
+            temperature=0.5, top_p=top_p, seeds=[0], device=torch.device("cpu")
+        )
         before_BT, logits_BV = (
             torch.LongTensor(20_000, 1),
             cast(torch.FloatTensor, logits_V.expand(20_000, 5)),
@@ -252,7 +254,7 @@ def read(text: str, stop: Sequence[str] = ()) -> tuple[list[str], Usage]:
     tokenizer, usage = load_tokenizer("bytes"), Usage(0)
     tokens = iter(tokenizer(text, add_special_tokens=False).input_ids)
     return list(
-        _Reader(tokenizer, StopConditions(frozenset(), tuple(stop)), usage).read(tokens)
+        TextReader(tokenizer, StopConditions(frozenset(), tuple(stop)), usage).read(tokens)
     ), usage
 
 
@@ -290,7 +292,7 @@ def test_beam_search_matches_transformers() -> None:
     inputs, _ = pipe._prompt_inputs([asked], [()])
     ids = pipe.model.generate(
         **inputs, num_beams=4, do_sample=False, max_new_tokens=8,
-        eos_token_id=sorted(pipe._stop_conditions.ids), pad_token_id=pipe.tokenizer.pad_token_id,
+        eos_token_id=sorted(pipe.stop_conditions.ids), pad_token_id=pipe.tokenizer.pad_token_id,
     )[0]  # fmt: skip
     assert searched.text == pipe.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
     with pytest.raises(SpecError, match="beam search does not sample"):

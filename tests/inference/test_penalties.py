@@ -20,9 +20,9 @@ ASKED = [Part("user", image=0), Part("user", text="What is shown?")]
 def letters(ending: float) -> Pipeline:
     """Writes letters and blanks, and ends its answers as often as the bias of the endings makes it."""
     made = tiny.pipeline(prompts=())
-    allowed = {*made.tokenizer("abcdefghijklmnopqrstuvwxyz ").input_ids, *made._stop_conditions.ids}
+    allowed = {*made.tokenizer("abcdefghijklmnopqrstuvwxyz ").input_ids, *made.stop_conditions.ids}
     bias_V = torch.tensor([0.0 if token in allowed else -1e4 for token in range(320)])
-    bias_V[list(made._stop_conditions.ids)] = ending
+    bias_V[list(made.stop_conditions.ids)] = ending
     made.model.language.lm_head.register_forward_hook(lambda module, args, output: output + bias_V)
     return made
 
@@ -42,7 +42,7 @@ def searched(pipe: Pipeline, penalty: float) -> str:
     batch = pipe.inputs.batch([ASKED], [[IMAGE]], answer=False)
     config = GenerationConfig(
         max_new_tokens=20, num_beams=5, length_penalty=penalty, do_sample=False,
-        eos_token_id=sorted(pipe._stop_conditions.ids), pad_token_id=pipe.tokenizer.pad_token_id,
+        eos_token_id=sorted(pipe.stop_conditions.ids), pad_token_id=pipe.tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.no_grad():
         embeds_1TD = pipe.model.embed(batch.ids_BT, None, batch.features_NPD)
@@ -54,7 +54,7 @@ def searched(pipe: Pipeline, penalty: float) -> str:
     kept = [
         token
         for token in ids
-        if token not in pipe._stop_conditions.ids and token != pipe.tokenizer.pad_token_id
+        if token not in pipe.stop_conditions.ids and token != pipe.tokenizer.pad_token_id
     ]
     return str(pipe.tokenizer.decode(kept)).lstrip()
 
@@ -87,7 +87,7 @@ def repelled(pipe: Pipeline, penalty: float, steps: int) -> str:
                 logits_V[token] / penalty if logits_V[token] > 0 else logits_V[token] * penalty
             )
         new.append(int(logits_V.argmax()))
-        if new[-1] in pipe._stop_conditions.ids:
+        if new[-1] in pipe.stop_conditions.ids:
             new.pop()
             break
         ids_1T = torch.cat([ids_1T, torch.tensor([new[-1:]])], dim=1)

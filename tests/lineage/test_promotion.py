@@ -47,6 +47,10 @@ def system() -> System:
 
 @pytest.fixture
 def candidate(tracker: Tracker, name: str, tmp_path: Path, home: Path) -> Candidate:
+    return registering(tracker, name, tmp_path, home)
+
+
+def registering(tracker: Tracker, name: str, tmp_path: Path, home: Path) -> Candidate:
     """Return a function that registers a version with stored evaluations of this quality."""
 
     def register(accuracy: float, loss: float = 2.0) -> Version:
@@ -202,12 +206,12 @@ def test_rollback_goes_back_one_champion_at_a_time_and_never_forward(
         candidate(accuracy)
         promote(tracker, f"{name}:{number}", home=home)
     assert tracker.champions(name) == ("1", "2", "3")
-    assert rollback(tracker, name).candidate == "2"
+    assert rollback(tracker, name, home=home).candidate == "2"
     assert tracker.version(name, "previous").version == "1"
-    assert rollback(tracker, name, "slow").candidate == "1"
+    assert rollback(tracker, name, "slow", home=home).candidate == "1"
     assert champion(tracker, name) == "1"
     with pytest.raises(TrackingError, match="Got version 1, the first one"):
-        rollback(tracker, name)
+        rollback(tracker, name, home=home)
     with pytest.raises(TrackingError, match="no version or alias 'previous'"):
         tracker.version(name, "previous")
     told = [(one.verdict, one.candidate, one.champion) for one in history(tracker, name)]
@@ -216,7 +220,7 @@ def test_rollback_goes_back_one_champion_at_a_time_and_never_forward(
 
 
 def test_champions_of_an_older_version_are_those_of_its_aliases(
-    tracker: Tracker, name: str, candidate: Candidate
+    tracker: Tracker, name: str, candidate: Candidate, home: Path
 ) -> None:
     for accuracy in (0.3, 0.5):
         candidate(accuracy)
@@ -224,7 +228,7 @@ def test_champions_of_an_older_version_are_those_of_its_aliases(
     tracker.alias(name, "champion", "2")
     tracker.alias(name, "previous", "1")
     assert tracker.champions(name) == ("1", "2")
-    assert rollback(tracker, name).candidate == "1"
+    assert rollback(tracker, name, home=home).candidate == "1"
     tracker.alias(name, "champion", "2")  # e.g. in MLflow's UI
     assert tracker.champions(name) == ("1", "2")
 
@@ -240,7 +244,7 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_is_refused(
 
     def wait(*given: object) -> object:
         both_judged.wait(60)
-        return judge(*given)  # type: ignore[arg-type]
+        return judge(*given)
 
     monkeypatch.setattr(promotion, "judge", wait)
 
@@ -270,7 +274,7 @@ def test_unknown_names_are_rejected_with_a_suggestion(
     with pytest.raises(TrackingError, match=f"did you mean '{name}'"):
         promote(tracker, name[:-1], home=home)
     with pytest.raises(TrackingError, match="is registered"):
-        rollback(tracker, "unheard-of")
+        rollback(tracker, "unheard-of", home=home)
     with pytest.raises(TrackingError, match="is registered"):
         history(tracker, "unheard-of")
     promote(tracker, f"{name}:1", home=home)
@@ -284,7 +288,7 @@ def test_unknown_names_are_rejected_with_a_suggestion(
 def test_a_decision_is_a_run_of_mlflow_linked_to_both_models(
     mlflow_tracker: MLflowTracker, store: Path, name: str, tmp_path: Path, home: Path
 ) -> None:
-    make = candidate.__wrapped__(mlflow_tracker, name, tmp_path, home)  # type: ignore[attr-defined]
+    make = registering(mlflow_tracker, name, tmp_path, home)
     make(0.5)
     make(0.7)
     promote(mlflow_tracker, f"{name}:1", home=home)
@@ -378,3 +382,20 @@ def test_a_tracker_that_does_not_answer_keeps_the_record(tmp_path: Path, home: P
     )
     assert any("MLflow does not answer; the evaluation is only in" in line for line in said)
     assert len(results.records_of(str(artifact), info.digest, tmp_path)) == 1
+
+
+def test_evaluations_and_promotions_are_openlineage_events(
+    name: str, tmp_path: Path, home: Path
+) -> None:
+    memory = MemoryTracker()
+    make = registering(memory, name, tmp_path, home)
+    make(0.5)
+    make(0.4)
+    place = home / "openlineage.jsonl"
+    before = len(place.read_text().splitlines()) if place.exists() else 0
+    promote(memory, f"{name}:1", home=home)
+    with pytest.raises(NotPromoted):
+        promote(memory, f"{name}:2", home=home)
+    events = [json.loads(line) for line in place.read_text().splitlines()[before:]]
+    assert [event["eventType"] for event in events] == ["COMPLETE", "ABORT"]
+    assert all(event["job"]["facets"]["jobType"]["jobType"] == "PROMOTION" for event in events)

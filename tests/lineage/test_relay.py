@@ -131,9 +131,9 @@ def test_points_left_by_a_closed_relay_are_replayed_by_the_next(
         "16 points are not tracked yet (the tracker does not answer); the next command replays them"
         in caplog.text
     )
-    assert unfinished(tmp_path) == runs
+    assert unfinished(tmp_path) == {run: (folder, 8) for run, folder in runs.items()}
     tracker.up = True
-    assert MetricsForwarder(tracker, unfinished(tmp_path)).close() == 0
+    assert MetricsForwarder(tracker, runs).close() == 0
     assert unfinished(tmp_path) == {}
     assert [steps(tracker, run) for run in runs] == [[0, 1, 2, 3]] * 2
 
@@ -252,7 +252,7 @@ def test_dead_server_delays_no_call_beyond_the_timeout(server_is: str, tmp_path:
     relay = MetricsForwarder(tracker, {"0123abc": tmp_path}, every_s=0.01)
     write(tmp_path, range(50))
     assert relay.close(timeout_s=0.5) == 100
-    assert unfinished(tmp_path) == {"0123abc": tmp_path}
+    assert unfinished(tmp_path) == {"0123abc": (tmp_path, 100)}
     server.released.set()
     server.shutdown()
     server.server_close()

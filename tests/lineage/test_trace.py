@@ -8,13 +8,14 @@ from uuid import uuid4
 
 import pytest
 from rich.console import Console
-from rich.tree import Tree
 
-from bridgework.data.dataset import write
+from bridgework.data.dataset import open_dataset, write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import TrackingError
 from bridgework.mixture import DatasetInput
-from bridgework.tracking.lineage import trace, uses
+from bridgework.tracking import environment
+from bridgework.tracking.lineage import Lineage, trace, uses
+from bridgework.tracking.lineage_views import page, to_json, tree
 from bridgework.tracking.mlflow_store import MLflowTracker
 from bridgework.tracking.tracker import Point, Version
 
@@ -34,9 +35,9 @@ class Story:
     answer: str
 
 
-def text(tree: Tree) -> str:
+def text(graph: Lineage) -> str:
     page = io.StringIO()
-    Console(file=page, width=400).print(tree)
+    Console(file=page, width=400).print(tree(graph))
     return page.getvalue()
 
 
@@ -253,3 +254,157 @@ def test_broken_record_of_a_deployment_is_reported(
     (tmp_path / "deployments" / "x.json").write_text("{}")
     with pytest.raises(TrackingError, match=r"x\.json is not a deployment"):
         trace("llava", mlflow_tracker, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["monday", "{digest}", "{short}", "{folder}"])
+def test_runs_weights_and_folders_are_traced(name: str, story: Story) -> None:
+    digest = story.version.tags["digest"]
+    folder = story.home / "own" / "artifact"
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").touch()
+    about = {
+        "system": "llava",
+        "stage": "instruct",
+        "fingerprint": "f",
+        "digest": digest,
+        "parent": None,
+        "datasets": [],
+        "steps": 1,
+        "tensors": 1,
+        "parameters": 1,
+        "created": 0.0,
+        "version": "0.1.0",
+    }
+    (folder / "artifact.json").write_text(json.dumps(about))
+    asked = name.format(digest=digest, short=digest[:12], folder=folder)
+    shown = text(trace(asked, story.tracker, story.home))
+    assert "stage instruct of llava" in shown and "dataset raw" in shown
+
+
+def test_dataset_is_traced_to_its_parents(story: Story) -> None:
+    for asked in ("clean", story.clean.digest[:10], story.clean.path):
+        shown = text(trace(asked, story.tracker, story.home))
+        assert_in_order(["dataset clean", "made by capfilt", "dataset raw"], shown)
+
+
+def test_shards_and_samples_are_followed_to_the_deployment(story: Story) -> None:
+    manifest = open_dataset(story.raw.path).manifest
+    shard = manifest.shards[0]
+    key = next(iter(open_dataset(story.raw.path).keys()))[3]
+    for asked in (
+        f"{story.raw.path}/{shard.file}",
+        shard.sha256,
+        f"raw/{key}",
+        key,
+    ):
+        shown = text(uses(asked, story.tracker, story.home))
+        assert all(f"dataset {name}" in shown for name in ("raw", "clean"))
+        assert_in_order([f"stage align of llava {story.align}", "stage instruct"], shown)
+        assert f"model {story.version.name}" in shown
+        assert f"deployment {story.answer.split('-')[1]}" in shown
+    with pytest.raises(TrackingError, match="neither a shard or sample"):
+        uses("raw/no-such-key", story.tracker, story.home)
+
+
+def test_models_and_runs_are_followed_to_the_deployment(story: Story) -> None:
+    for asked in (f"{story.version.name}:1", story.instruct, story.version.tags["digest"]):
+        shown = text(uses(asked, story.tracker, story.home))
+        assert f"deployment {story.answer.split('-')[1]}" in shown
+        assert "dataset" not in shown
+    assert "stage align" in text(uses(story.system, story.tracker, story.home))
+
+
+def test_trial_that_read_a_dataset_is_listed_without_a_version(story: Story) -> None:
+    sweep = story.tracker.start("bridges")
+    trial = story.tracker.start("trial-3", parent=sweep, tags={"stage": "align", "system": "llava"})
+    story.tracker.inputs(trial, [story.clean])
+    story.tracker.inputs(sweep, [story.clean])
+    shown = text(uses("clean", story.tracker, story.home))
+    assert f"stage trial-3 of llava {trial}" in shown and "run bridges" not in shown
+
+
+def test_parent_is_the_recorded_run_even_if_others_made_equal_weights(
+    mlflow_tracker: MLflowTracker, tmp_path: Path
+) -> None:
+    tracker, digest = mlflow_tracker, uuid4().hex * 2
+    aligns, instructs = [], []
+    for name in ("first", "second", "third"):
+        system = tracker.start(name)
+        align = tracker.start("align", parent=system, tags={"stage": "align"})
+        tracker.output(align, "llava-align", f"/runs/{name}/align", {"digest": digest})
+        about = {"stage": "instruct", "starts_from_digest": digest}
+        if name == "second":  # as of runs of today; without it, the run of the same system
+            about["starts_from_run"] = align
+        aligns.append(align)
+        instructs.append(tracker.start("instruct", parent=system, tags=about))
+    for align, instruct in zip(aligns, instructs, strict=True):
+        shown = text(trace(instruct, tracker, tmp_path))
+        assert align in shown and not {*aligns} - {align} & {w for w in shown.split()}
+
+
+def test_dataset_of_many_runs_is_described_once(story: Story) -> None:
+    other = story.tracker.start("again", tags={"stage": "again", "starts_from_digest": ""})
+    story.tracker.inputs(other, [story.clean])
+    parent = story.tracker.start("pair")
+    for number in range(2):
+        run = story.tracker.start(f"s{number}", parent=parent, tags={"stage": "s"})
+        story.tracker.inputs(run, [story.clean])
+    shown = text(trace(parent, story.tracker, story.home))
+    assert shown.count("made by capfilt") == 1
+    assert shown.count("dataset clean") == 2 and "see above" in shown
+
+
+def test_json_and_page_have_every_node_and_escape_names(story: Story) -> None:
+    graph = trace(story.answer, story.tracker, story.home)
+    data = json.loads(json.dumps(to_json(graph)))
+    kinds = {node["kind"] for node in data["nodes"].values()}
+    assert kinds == {"response", "deployment", "version", "weights", "run", "dataset"}
+    assert {key for edge in data["edges"] for key in edge} <= data["nodes"].keys()
+    html = page(graph)
+    assert html.count("<article ") == len(data["nodes"]) == html.count("<rect ")
+    assert html.count("<path ") == len(data["edges"])
+    run = story.tracker.start("<script>alert(1)</script>", tags={"stage": "x"})
+    assert "<script" not in page(trace(run, story.tracker, story.home))
+
+
+def test_facts_of_the_environment_are_shown(mlflow_tracker: MLflowTracker, tmp_path: Path) -> None:
+    run = mlflow_tracker.start("align", tags={"stage": "align", "seed": "7", **environment.tags()})
+    shown = text(trace(run, mlflow_tracker, tmp_path))
+    assert_in_order(
+        ["command python -m pytest", "git commit", "seed 7", "versions python 3", "hardware"], shown
+    )
+
+
+def test_secrets_of_a_command_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "hunter2"
+    monkeypatch.setattr(
+        "sys.orig_argv",
+        [
+            "/bin/python",
+            "/bin/bridgework",
+            "x",
+            f"api_key={secret}",
+            f"--token={secret}",
+            f"http://u:{secret}@h/x",
+        ],
+    )
+    assert secret not in environment.command()
+    assert environment.command().startswith("bridgework x")
+
+
+def test_weights_of_a_copied_home_are_found_in_the_copy(
+    mlflow_tracker: MLflowTracker, tmp_path: Path
+) -> None:
+    tracker = mlflow_tracker
+    run = tracker.start("instruct")
+    gone = "/no/such/home/runs/monday/instruct/artifact"
+    model = tracker.output(run, "llava-instruct", gone, {"digest": "d"})
+    name = f"copied-{uuid4().hex[:6]}"
+    tracker.register(name, model, run, gone, {"digest": "d"})
+    assert tracker.version(name, "1").artifact == gone
+    folder = tmp_path / "runs" / "monday" / "instruct" / "artifact"
+    folder.mkdir(parents=True)
+    (folder / "artifact.json").touch()
+    copy = MLflowTracker(tracker.uri, tmp_path, "bridgework")
+    assert copy.version(name, "1").artifact == str(folder)
+    assert copy.run(run).outputs[0].artifact == str(folder)

@@ -1,6 +1,7 @@
 """Two tiny models with random weights, registered, and the apps over them in one Serve."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -10,12 +11,25 @@ import torch
 from ray import serve
 
 from bridgework import artifacts
+from bridgework.data.dataset import write
+from bridgework.data.samples import Part, Sample
+from bridgework.inference.pipeline import Pipeline
 from bridgework.serving import app as apps_of
 from bridgework.serving import launch
 from bridgework.serving.auth import VARIABLE
 from bridgework.system import System, load
 from bridgework.tracking.mlflow_store import MLflowTracker
-from tests.serving.support import KEY, ORIGIN, Apps, embed_and_caption
+from tests.serving.support import (
+    KEY,
+    ORIGIN,
+    QUESTIONS,
+    Apps,
+    ModelHome,
+    ServeChat,
+    chat_app,
+    embed_and_caption,
+    picture,
+)
 
 
 @pytest.fixture(scope="session")
@@ -84,3 +98,38 @@ def apps(ray_session: None, home: Path, registered: str, weights: str) -> Iterat
         ]
         yield Apps(address, *clients, http, home)
     serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def serve_chat(ray_session: None) -> Iterator[ServeChat]:
+    """Start a Serve without apps; the value serves the chat app of a `ModelHome`."""
+    serve.shutdown()
+    port = launch.free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield partial(chat_app, port)
+    serve.shutdown()
+
+
+@pytest.fixture
+def model_home(tmp_path: Path, system: System, weights: str) -> ModelHome:
+    """Version 1 answers the probes; 2 has the same weights, 3 answers noise."""
+    tracker = MLflowTracker(None, tmp_path, "training")
+    run = tracker.start("train")
+    folders = [weights, weights, tiny_artifact(tmp_path / "noise", system, 7)]
+    for number, folder in enumerate(folders, 1):
+        tags = {"quality": str(number), "digest": artifacts.describe(folder).digest}
+        logged = tracker.output(run, f"m{number}", folder, tags)
+        tracker.register("m", logged, run, folder, tags)
+    tracker.finish(run)
+    tracker.alias("m", "champion", "1")
+    tracker.alias("m", "challenger", "2")
+    pipeline = Pipeline.load(weights, "cpu")
+    samples = []
+    for number in range(QUESTIONS):
+        question = [Part("user", image=0), Part("user", text=f"\nWhat is {number}?")]
+        image = picture("red", (40, 30 + number))
+        said = pipeline.generate(question, [image], max_new_tokens=64).text
+        samples.append(Sample(str(number), (image,), (*question, Part("assistant", text=said))))
+    probes = tmp_path / "datasets" / "probes"
+    write(samples, str(probes), source="the champion's answers", license="CC0", made_by="test")
+    return ModelHome(tmp_path, str(probes))

@@ -2,21 +2,29 @@
 
 import base64
 import io
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 from fastapi import APIRouter
+from mlflow import MlflowClient
 from PIL import Image
 
+from bridgework.serving import launch
 from bridgework.serving import routes as caption
 from bridgework.serving import routes as embed
 from bridgework.serving.options import Options
 from bridgework.serving.router import Router
+from bridgework.tracking.mlflow_store import MLflowTracker
 
 KEY = "the-key-of-the-tests"
 ORIGIN = "https://app.example"
+QUESTIONS = 12  # probes of a ModelHome
 
 
 @dataclass(frozen=True)
@@ -46,3 +54,46 @@ def embed_and_caption(router: Router, options: Options) -> APIRouter:
     api.include_router(embed.embedding_routes(router, options))
     api.include_router(caption.caption_routes(router, options))
     return api
+
+
+@contextmanager
+def chat_app(port: int, home: Path, name: str = "c", **arguments: Any) -> Iterator[httpx.Client]:
+    """Serve the chat app of the registered model `m`, without a key, on a Serve that runs."""
+    common = {"model": "m", "cpus": 0.5, "ongoing": 4, "home": str(home), "dev": True}
+    address = launch.AppAddress(port=port, name=name, route_prefix=f"/{name}")
+    endpoint = launch.start("chat", common | arguments, address)
+    try:
+        with httpx.Client(base_url=endpoint.address, timeout=120, trust_env=False) as http:
+            yield http
+    finally:
+        endpoint.stop()
+
+
+ServeChat = Callable[..., AbstractContextManager[httpx.Client]]  # `chat_app` without its port
+
+
+@dataclass(frozen=True)
+class ModelHome:
+    """A home with the registered model `m`, and a dataset of probes."""
+
+    path: Path
+    probes: str
+
+    @property
+    def tracker(self) -> MLflowTracker:
+        return MLflowTracker(None, self.path, "training")
+
+    def decisions(self) -> list[Any]:
+        """Return the MLflow runs of the decisions about challengers."""
+        client = MlflowClient(f"sqlite:///{self.path}/mlflow.db")
+        experiment = client.get_experiment_by_name("serving")
+        return [] if experiment is None else client.search_runs([experiment.experiment_id])
+
+
+def until(condition: Callable[[], Any], limit_s: float = 60) -> Any:
+    """Return the first true value of `condition`."""
+    deadline = time.monotonic() + limit_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found

@@ -19,7 +19,7 @@ from bridgework.data.samples import Part, pair
 from bridgework.inference.pipeline import Pipeline
 from bridgework.serving.errors import APIError
 from bridgework.serving.protocol import Answer
-from bridgework.serving.router import Router, ServedModel, hash_uniform
+from bridgework.serving.router import Route, Router, ServedModel, hash_uniform
 from tests.serving.support import ORIGIN, Apps, picture, url
 
 CHAT = "/v1/chat/completions"
@@ -68,6 +68,100 @@ def test_answer_is_chosen_from_a_list(apps: Apps, weights: str) -> None:
     }
     refused = apps.http.post(CHAT, json=body)
     assert refused.status_code == 400 and "leave out stream" in refused.json()["error"]["message"]
+
+
+def test_several_answers_differ_by_their_seed(apps: Apps) -> None:
+    how: dict[str, Any] = {"model": "tiny:1", "messages": ask("x", picture()), "max_tokens": 12}
+    several = apps.chat.chat.completions.create(**how, n=3, seed=4)
+    alone = [apps.chat.chat.completions.create(**how, seed=seed) for seed in (4, 5, 6)]
+    texts = [choice.message.content for choice in several.choices]
+    assert texts == [one.choices[0].message.content for one in alone]
+    assert len(set(texts)) == 3 and [choice.index for choice in several.choices] == [0, 1, 2]
+    assert several.usage is not None and alone[0].usage is not None
+    assert several.usage.prompt_tokens == alone[0].usage.prompt_tokens
+    streamed = [""] * 3
+    usages = []
+    for piece in apps.chat.chat.completions.create(
+        **how, n=3, seed=4, stream=True, stream_options={"include_usage": True}
+    ):
+        for choice in piece.choices:
+            streamed[choice.index] += choice.delta.content or ""
+        usages.append(piece.usage)
+    assert streamed == texts and usages[-1] == several.usage
+
+
+def test_logprobs_come_with_every_token(apps: Apps) -> None:
+    how: dict[str, Any] = {
+        "model": "tiny:1", "messages": ask("x", picture()), "max_tokens": 6, "seed": 1,
+        "logprobs": True, "top_logprobs": 2,
+    }  # fmt: skip
+    given = apps.chat.chat.completions.create(**how)
+    assert given.usage is not None and given.choices[0].logprobs is not None
+    scores = given.choices[0].logprobs.content
+    assert scores is not None and len(scores) == given.usage.completion_tokens
+    assert all(len(one.top_logprobs) == 2 and one.logprob <= 0 for one in scores)
+    assert all(one.logprob <= one.top_logprobs[0].logprob + 1e-6 for one in scores)
+    streamed = [
+        score.logprob
+        for piece in apps.chat.chat.completions.create(**how, stream=True)
+        if piece.choices and piece.choices[0].logprobs
+        for score in piece.choices[0].logprobs.content or ()
+    ]
+    assert streamed == pytest.approx([one.logprob for one in scores], abs=1e-5)
+
+
+def test_answer_has_the_form_of_its_schema(apps: Apps) -> None:
+    wanted = {
+        "type": "object",
+        "properties": {"color": {"enum": ["red", "blue"]}, "count": {"type": "integer"}},
+        "required": ["color", "count"],
+        "additionalProperties": False,
+    }
+    for seed in range(3):
+        given = apps.chat.chat.completions.create(
+            model="tiny:1", messages=ask("x", picture()), max_tokens=200, seed=seed,
+            response_format=schema(wanted), logit_bias={str(t): -50 for t in range(15, 25)},
+        )  # fmt: skip
+        if given.choices[0].finish_reason == "stop":
+            value = json.loads(given.choices[0].message.content or "")
+            assert value.keys() == {"color", "count"} and value["color"] in ("red", "blue")
+        else:  # an integer of 200 digits
+            assert (given.choices[0].message.content or "").lstrip().startswith("{")
+    with pytest.raises(openai.BadRequestError, match="tools: not supported"):
+        apps.chat.chat.completions.create(
+            model="tiny:1",
+            messages=ask("x"),
+            tools=[{"type": "function", "function": {"name": "f"}}],
+        )
+
+
+def test_a_text_is_continued_without_a_template(apps: Apps) -> None:
+    how: dict[str, Any] = {"model": "tiny:1", "max_tokens": 5, "temperature": 0}
+    both = apps.chat.completions.create(**how, prompt=["ab", "abc"], logprobs=1)
+    assert [choice.index for choice in both.choices] == [0, 1]
+    assert both.usage is not None and both.usage.prompt_tokens == 5  # bytes
+    for choice, prompt in zip(both.choices, ("ab", "abc"), strict=True):
+        assert apps.chat.completions.create(**how, prompt=prompt).choices[0].text == choice.text
+        assert choice.logprobs is not None and len(choice.logprobs.token_logprobs or ()) <= 5
+        pieces = apps.chat.completions.create(**how, prompt=prompt, stream=True)
+        assert "".join(piece.choices[0].text for piece in pieces) == choice.text
+
+
+def test_tokens_of_a_prompt_are_those_of_its_answer(apps: Apps) -> None:
+    messages = ask("What is it?", picture())
+    tokens = apps.http.post("/tokenize", json={"model": "tiny:1", "messages": messages}).json()
+    given = apps.chat.chat.completions.create(model="tiny:1", messages=messages, max_tokens=1)
+    assert given.usage is not None and tokens["count"] == given.usage.prompt_tokens
+    assert len(tokens["tokens"]) == tokens["count"] < tokens["max_model_len"]
+    assert -1 in tokens["tokens"]  # places of the image
+    text = apps.http.post("/tokenize", json={"model": "tiny:1", "prompt": "abc"}).json()
+    assert text["count"] == 3
+
+
+def test_a_limit_beyond_the_context_is_the_context(apps: Apps) -> None:
+    how: dict[str, Any] = {"model": "tiny:1", "messages": ask("x" * 300, picture())}
+    given = apps.chat.chat.completions.create(**how, max_tokens=10**9, temperature=0)
+    assert given.usage is not None and given.usage.total_tokens <= 512
 
 
 def test_stream_equals_complete_answer(apps: Apps) -> None:
@@ -239,10 +333,13 @@ def test_template_length_counts_for_every_label(apps: Apps) -> None:
     assert refused.json()["error"]["code"] == "text_too_long"
 
 
-def test_embedding_has_only_the_models_dimensions(apps: Apps) -> None:
-    width = len(apps.embed.embeddings.create(model="weights", input="x").data[0].embedding)
+def test_embedding_is_cut_to_its_first_dimensions(apps: Apps) -> None:
+    full = np.array(apps.embed.embeddings.create(model="weights", input="x").data[0].embedding)
+    cut = apps.embed.embeddings.create(model="weights", input="x", dimensions=5).data[0].embedding
+    assert np.allclose(cut, full[:5] / np.linalg.norm(full[:5]), atol=1e-6)
+    width = len(full)
     assert apps.embed.embeddings.create(model="weights", input="x", dimensions=width).data
-    with pytest.raises(openai.BadRequestError, match=f"expected {width}"):
+    with pytest.raises(openai.BadRequestError, match=f"expected at most {width}"):
         apps.embed.embeddings.create(model="weights", input="x", dimensions=width + 1)
 
 
@@ -317,6 +414,14 @@ def image(given: str) -> dict[str, Any]:
     return message([{"type": "image_url", "image_url": {"url": given}}])
 
 
+def video(given: str) -> dict[str, Any]:
+    return message([{"type": "video_url", "video_url": {"url": given}}])
+
+
+def schema(given: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": given}}
+
+
 BIG = picture("red", (6200, 6300))  # 115 kB
 
 HOSTILE: dict[str, tuple[Any, int, str]] = {
@@ -344,9 +449,22 @@ HOSTILE: dict[str, tuple[Any, int, str]] = {
     ),
     "unknown model": (chat(model="tinny"), 404, "model_not_found"),
     "model as path": (chat(model="../../etc/passwd"), 404, "model_not_found"),
-    "two answers": (chat(n=2), 400, "unsupported"),
+    "nine answers": (chat(n=9), 400, "too_many"),
+    "a million answers": (chat(n=10**6), 400, "invalid_value"),
+    "a bias of no token": (chat(logit_bias={"999999": 1}), 400, "unsupported"),
+    "a schema that is none": (chat(response_format=schema({"type": "cat"})), 400, "unsupported"),
+    "a schema of a megabyte": (
+        chat(response_format=schema({"enum": ["x" * 2**20]})),
+        400,
+        "text_too_long",
+    ),
+    "a remote video": (video("https://example.org/cat.mp4"), 400, "unsupported_video"),
+    "a video to a model of images": (
+        video("data:video/jpeg;base64," + url(picture()).partition(",")[2]),
+        400,
+        "unsupported",
+    ),
     "hot": (chat(temperature=1e9), 400, "invalid_value"),
-    "too many tokens": (chat(max_tokens=10**6), 400, "too_many_tokens"),
     "negative tokens": (chat(max_tokens=-1), 400, "invalid_value"),
     "seed beyond 64 bits": (chat(seed=2**64), 400, "invalid_value"),
     "no message": (chat(messages=[]), 400, "invalid_value"),
@@ -495,10 +613,12 @@ async def flood(router: Router, times: int) -> list[object]:
     prompt = [Part("user", text="x")], [], {"max_new_tokens": 200}
 
     async def call() -> object:
-        return await router.call(router.champion, "generate", *prompt)
+        return await router.call(Route(router.champion), "generate", *prompt)
 
     async def stream() -> object:
-        return [piece async for piece in router.stream(router.champion, "stream", *prompt)][-1]
+        return [piece async for piece in router.stream(Route(router.champion), "stream", *prompt)][
+            -1
+        ]
 
     return await asyncio.gather(
         *(one() for _ in range(times) for one in (call, stream)), return_exceptions=True

@@ -16,9 +16,11 @@ from bridgework.serving.protocol import (
     CaptionRequest,
     ChatRequest,
     ClassifyRequest,
+    CompletionRequest,
     EmbeddingRequest,
     RankRequest,
     ResponseHeader,
+    TokenizeRequest,
     completion,
 )
 
@@ -58,6 +60,14 @@ def api() -> FastAPI:
 
     @router.post("/captions")
     async def captions(body: CaptionRequest) -> dict[str, Any]:
+        return body.model_dump(exclude_unset=True)
+
+    @router.post("/completions")
+    async def completions(body: CompletionRequest) -> dict[str, Any]:
+        return body.model_dump(exclude_unset=True)
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         return body.model_dump(exclude_unset=True)
 
     app.include_router(router)
@@ -170,23 +180,41 @@ def test_neutral_fields_are_accepted(fields: dict[str, Any]) -> None:
     assert reply.status_code == 200, reply.text
 
 
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+USED: list[dict[str, Any]] = [
+    {"n": 3},
+    {"frequency_penalty": 0.5, "presence_penalty": -1.0},
+    {"logit_bias": {"50256": -100}},
+    {"logprobs": True, "top_logprobs": 3},
+    {"response_format": {"type": "json_object"}},
+    {"response_format": SCHEMA},
+    {"structured_outputs": {"json": {"type": "object"}}},
+    {"structured_outputs": {"json_object": True}},
+    {"max_tokens": 10**6},
+]
+
+
+@pytest.mark.parametrize("fields", USED, ids=lambda fields: ",".join(fields))
+def test_options_of_generation_are_read(fields: dict[str, Any]) -> None:
+    reply = post("/chat", chat(**fields))
+    assert reply.status_code == 200, reply.text
+    assert fields.keys() <= reply.json().keys()
+
+
+def test_json_form_is_the_schema_that_was_sent() -> None:
+    def form(**fields: Any) -> Any:
+        return ChatRequest.model_validate(chat(**fields)).json_form
+
+    assert form() is form(response_format={"type": "text"}) is None
+    assert form(response_format=SCHEMA) == {"type": "object"}
+    assert form(response_format={"type": "json_object"}) == {"type": "object"}
+    assert form(structured_outputs={"json": {}}) == {}  # any JSON
+
+
 CHANGING: list[tuple[str, dict[str, Any]]] = [
-    ("n", {"n": 2}),
-    ("n", {"n": True}),
-    ("frequency_penalty", {"frequency_penalty": 0.5}),
-    ("presence_penalty", {"presence_penalty": -1}),
-    ("logit_bias", {"logit_bias": {"50256": -100}}),
-    ("logprobs", {"logprobs": True}),
-    ("logprobs", {"logprobs": 0}),
-    ("top_logprobs", {"top_logprobs": 3}),
     ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
     ("tool_choice", {"tool_choice": "required"}),
     ("functions", {"functions": [{"name": "f"}]}),
-    ("response_format", {"response_format": {"type": "json_object"}}),
-    (
-        "response_format",
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
-    ),
     ("modalities", {"modalities": ["text", "audio"]}),
     ("service_tier", {"service_tier": "flex"}),
     ("store", {"store": True}),
@@ -200,7 +228,6 @@ CHANGING: list[tuple[str, dict[str, Any]]] = [
         "stream_options.include_obfuscation",
         {"stream": True, "stream_options": {"include_obfuscation": True}},
     ),
-    ("structured_outputs.json", {"structured_outputs": {"json": {}}}),
     ("messages.0.name", {"messages": [USER | {"name": "Bob"}]}),
     (
         "messages.1.refusal",
@@ -225,7 +252,7 @@ def test_unsupported_fields_are_rejected_by_name(param: str, fields: dict[str, A
 
 def test_answer_is_accepted_as_a_message() -> None:
     head = ResponseHeader.of("chatcmpl", "chat.completion", "0" * 12, "m")
-    answer = ChatCompletion.model_validate(completion(head, Answer("red", 3, 2, "stop")))
+    answer = ChatCompletion.model_validate(completion(head, [Answer("red", 3, 2, "stop")], False))
     for message in (
         answer.choices[0].message.model_dump(),
         answer.choices[0].message.model_dump(exclude_none=True),
@@ -285,7 +312,7 @@ WRONG: list[tuple[str, Any, str | None, str]] = [
         "/chat",
         content({"type": "file", "file": {}}),
         "messages.0.content.0",
-        "Got 'file'; expected 'text', 'image_url'",
+        "Got 'file'; expected 'text', 'image_url', 'video_url'",
     ),
     ("/chat", content(text(None)), "messages.0.content.0.text", "expected a string"),
     ("/chat", content(shown()), "messages.0.content.0.image_url", "missing"),
@@ -316,6 +343,44 @@ WRONG: list[tuple[str, Any, str | None, str]] = [
     ("/chat", chat(stop=["a", None]), "stop.1", "expected a string"),
     ("/chat", chat(stream="yes"), "stream", "expected true or false"),
     ("/chat", chat(stream_options={"include_usage": True}), "stream_options", "needs stream: true"),
+    ("/chat", chat(n=0), "n", "expected at least 1"),
+    ("/chat", chat(n=17), "n", "expected at most 16"),
+    ("/chat", chat(n=True), "n", "expected an integer"),
+    ("/chat", chat(presence_penalty=3), "presence_penalty", "expected at most 2"),
+    ("/chat", chat(logit_bias={"x": 1}), "logit_bias.x", "invalid value"),
+    ("/chat", chat(logit_bias={"3": 101}), "logit_bias.3", "expected at most 100"),
+    ("/chat", chat(logprobs=1), "logprobs", "expected true or false"),
+    ("/chat", chat(top_logprobs=3), "top_logprobs", "needs logprobs: true"),
+    ("/chat", chat(logprobs=True, top_logprobs=21), "top_logprobs", "expected at most 20"),
+    (
+        "/chat",
+        chat(response_format={"type": "json_schema"}),
+        "response_format.json_schema",
+        "given with type 'json_schema'",
+    ),
+    (
+        "/chat",
+        chat(response_format={"type": "xml"}),
+        "response_format.type",
+        "expected 'text', 'json_object' or 'json_schema'",
+    ),
+    ("/chat", chat(structured_outputs={"choice": ["a"]}, n=2), "n", "not sampled"),
+    ("/chat", chat(structured_outputs={"choice": ["a"]}, logprobs=True), "logprobs", "not sampled"),
+    (
+        "/chat",
+        chat(structured_outputs={"choice": ["a"], "json": {}}),
+        "structured_outputs",
+        "several forms",
+    ),
+    ("/completions", {"model": "m", "prompt": []}, "prompt", "expected at least 1"),
+    ("/completions", {"model": "m", "prompt": "x", "echo": True}, "echo", "not supported"),
+    (
+        "/completions",
+        {"model": "m", "prompt": ["a", "b"], "stream": True},
+        "prompt",
+        "a stream continues one prompt",
+    ),
+    ("/tokenize", {"model": "m"}, "prompt", "either prompt or messages"),
     ("/chat", chat(temprature=1), "temprature", "unknown field; did you mean 'temperature'?"),
     ("/chat", chat(**{"x" * 100_000: 1}), "x" * 200, "unknown field"),
     (

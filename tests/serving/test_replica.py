@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from bridgework.data.samples import Part
 from bridgework.errors import DataError
+from bridgework.inference.status import EngineLimits
 from bridgework.serving.errors import APIError
 from bridgework.serving.options import Options
 from bridgework.serving.replica import Model
@@ -107,10 +108,6 @@ def test_text_that_training_would_truncate_is_rejected(chat: Model) -> None:
         asyncio.run(chat.generate([Part("user", text=long)], [], GREEDY))
 
 
-def writing() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "generate"]
-
-
 async def when(condition: Any) -> None:
     while not condition():
         await asyncio.sleep(0.01)
@@ -120,14 +117,48 @@ def test_cancelled_answer_stops_generation(chat: Model) -> None:
     endless: Any = {"max_new_tokens": 400, "min_new_tokens": 400, "temperature": 1.0}
 
     async def run() -> None:
-        answer = asyncio.ensure_future(chat.generate(ASKED, [IMAGE], endless))
-        await when(writing)
+        answer = asyncio.ensure_future(chat.generate_several(ASKED, [IMAGE], endless, 3))
+        await when(lambda: chat.status().running == 3)
         answer.cancel()
         with pytest.raises(asyncio.CancelledError):
             await answer
-        assert not writing()
+        await when(lambda: not chat.status().running)
+        stream = chat.stream(ASKED, [IMAGE], endless)
+        await anext(stream)
+        await stream.aclose()
+        await when(lambda: not chat.status().running)
 
+    before = chat.status().generation_tokens
     asyncio.run(run())
+    assert chat.status().generation_tokens - before < 4 * 200
+
+
+def test_requests_at_once_share_one_batch(chat: Model) -> None:
+    drawn: Any = {"max_new_tokens": 40, "temperature": 1.0}
+
+    async def run() -> list[Any]:
+        calls = [chat.generate(ASKED, [IMAGE], drawn | {"seed": i % 3}) for i in range(9)]
+        return await asyncio.gather(*calls)
+
+    threads = threading.active_count()
+    answers = asyncio.run(run())
+    assert threading.active_count() <= threads + 4  # of preparation; none for a request
+    assert answers[:3] == answers[3:6] == answers[6:] and len({a.text for a in answers}) == 3
+
+
+def test_too_many_waiting_requests_are_refused_and_no_others(weights: str) -> None:
+    limits = EngineLimits(rows=1, waiting=2)
+    model = Model(weights, Options(model=weights, device="cpu", engine=limits))
+    long: Any = {"max_new_tokens": 60, "min_new_tokens": 60}
+
+    async def run() -> list[Any]:
+        calls = [model.generate(ASKED, [IMAGE], long) for _ in range(12)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    answers = asyncio.run(run())
+    refused = [one for one in answers if isinstance(one, APIError)]
+    assert {one.status for one in refused} == {429} and 0 < len(refused) < 12
+    assert len({one.text for one in answers if not isinstance(one, APIError)}) == 1
 
 
 class Forwards:
@@ -151,7 +182,7 @@ def test_cancelled_beam_search_and_scoring_end_early(chat: Model, kind: str) -> 
 
     def call() -> Coroutine[Any, Any, Any]:
         if kind == "beams":
-            return chat.generate(ASKED, [IMAGE], beams)
+            return chat.caption(IMAGE, None, beams)
         return (
             chat.choose(ASKED, [IMAGE], many) if kind == "choose" else chat.rank(IMAGE, many, None)
         )
@@ -164,7 +195,7 @@ def test_cancelled_beam_search_and_scoring_end_early(chat: Model, kind: str) -> 
             work.cancel()
         await asyncio.wait([work])
         count = forwards.count
-        await chat._run(lambda: None)
+        await chat._call(lambda: None)
         assert forwards.count == count  # no thread is still running
         forwards.remove()
         return count

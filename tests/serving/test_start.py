@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +24,20 @@ from ray.serve.schema import ServeDeploySchema
 from bridgework.errors import BridgeworkError, ResourceError, SpecError, TrackingError, WeightsError
 from bridgework.serving import app as apps
 from bridgework.serving import launch
-from bridgework.serving.app import record_deployment, resolve_model
 from bridgework.serving.auth import VARIABLE
+from bridgework.serving.models import record_deployment, resolve_model
 from bridgework.serving.options import Options, parse_options
+
+
+def test_gateway_starts_without_torch_and_mlflow() -> None:
+    program = (
+        "import sys, bridgework.serving.gateway, bridgework.serving.playground; "
+        "print(sorted({'torch', 'mlflow', 'transformers'} & set(sys.modules)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == "[]"
 
 
 def test_command_line_arguments_become_options_in_any_order() -> None:

@@ -4,10 +4,12 @@ Heavy libraries are imported by the command that needs them, so that `bridgework
 """
 
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +19,7 @@ from bridgework import storage
 from bridgework.cli import completion
 from bridgework.cli.curate import curate
 from bridgework.cli.data import data, mixture, order
+from bridgework.cli.jobs import check_env, submit
 from bridgework.cli.judging import (
     compare,
     evaluate,
@@ -28,13 +31,16 @@ from bridgework.cli.judging import (
 )
 from bridgework.cli.mixtures import mixture as mixture_search
 from bridgework.cli.models import ask, export, importing
-from bridgework.cli.options import Project, changes, pairs
+from bridgework.cli.options import Project, changes, number_or_range, pairs
 from bridgework.cli.sweeps import checked_features, report, sweep
 from bridgework.config import flat, override
 from bridgework.data.catalog import home as home_folder
-from bridgework.errors import BridgeworkError, Interrupted, ResourceError
+from bridgework.errors import BridgeworkError, Interrupted, ResourceError, SpecError
 from bridgework.ray_utils import TIMEOUT_S
 from bridgework.system import System, load, recipes, variants
+
+if TYPE_CHECKING:
+    from bridgework.cli.diagnostics import Check
 
 app = typer.Typer(
     help="Train, evaluate and serve vision-language systems on Ray. Change any field of a recipe "
@@ -45,7 +51,7 @@ out, err = Console(), Console(stderr=True)
 
 # Panels of `bridgework --help`, in the order of their first command.
 DATA, TRAIN, EVALUATE, SERVE = "Data", "Training", "Evaluation and conversion", "Serving"
-MACHINE = "This machine"
+MACHINE = "Machine and cluster"
 
 INTERRUPTED = 130  # exit code of a run that a signal stopped: 128 + SIGINT, as in shells
 BY_SOURCE = ("samples.", "tokens.", "share.")  # prefixes of metrics with one value per source
@@ -150,8 +156,12 @@ def train(
     tiny: Tiny = False,
     set_: Set = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process.")
-    ] = 1,
+        str,
+        typer.Option(
+            metavar="N|MIN:MAX",
+            help="Ray Train workers; 0 trains in this process, 1:4 uses what the cluster has.",
+        ),
+    ] = "1",
     readers: Annotated[
         int, typer.Option(min=1, help="Ray Data actors that read and decode samples.")
     ] = 1,
@@ -181,14 +191,16 @@ def train(
         float | None,
         typer.Option(
             min=0,
-            help="GPUs of each worker.",
+            help="GPUs of each worker; 0 trains on CPUs.",
             show_default="1 if the cluster has or can start GPU nodes, else 0",
         ),
     ] = None,
     resource_timeout: Annotated[
         float,
         typer.Option(
-            min=0, metavar="SECONDS", help="Time to wait for the resources of the workers."
+            min=0,
+            metavar="SECONDS",
+            help="Time to wait for the resources of the workers, also after the loss of a node.",
         ),
     ] = TIMEOUT_S,
     features: Annotated[
@@ -233,7 +245,7 @@ def train(
     results = api.train(
         resolved,
         stages=stage,
-        workers=workers,
+        workers=number_or_range(workers),
         run=run or default_name(prefix, resolved, home_folder()),
         options=RunOptions(
             readers=readers,
@@ -300,6 +312,14 @@ def serve(
         typer.Option(help="Name of the app, if one Ray serves several.", show_default="APP"),
     ] = None,
     route_prefix: Annotated[str, typer.Option(help="URL path of the app.")] = "/",
+    auto_promote: Annotated[
+        bool,
+        typer.Option(
+            "--auto-promote",
+            help="Promote a challenger that was good for canary.promote_requests requests and "
+            "canary.promote_s seconds; the same as auto_promote=true.",
+        ),
+    ] = False,
     write: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write a config for `serve deploy` instead of serving."),
@@ -308,7 +328,7 @@ def serve(
     """Serve a model over HTTP until Ctrl-C or SIGTERM."""
     from bridgework.serving import launch
 
-    args = pairs(arguments, "model=llava")
+    args = pairs(arguments, "model=llava") | ({"auto_promote": "true"} if auto_promote else {})
     address = launch.AppAddress(host=host, port=port, name=name, route_prefix=route_prefix)
     if write:
         launch.write_config(write, app_, args, address)
@@ -324,34 +344,150 @@ def serve(
 
 
 @app.command(rich_help_panel=SERVE)
+def traffic(
+    name: Annotated[str, typer.Argument(metavar="APP", help="Name of the running app, e.g. chat.")],
+    share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="New share of the challenger.", show_default="only print the shares"
+        ),
+    ] = None,
+) -> None:
+    """Print how a running app compares its challenger, or change the challenger's share."""
+    from bridgework.serving import launch
+
+    state = launch.traffic(name, share)
+    figures = state["figures"]
+    columns = ("requests", "error_rate", "median_s", "probe_score")
+    table = Table("role", "model", "share", "running", *columns, box=None, pad_edge=False)
+    for row in state["models"]:
+        group = "challenger" if row["role"] == "challenger" else "baseline"
+        values = [figures.get(f"{group}.{column}") for column in columns]
+        compared = ["-" if value is None else f"{value:.4g}" for value in values]
+        table.add_row(
+            row["role"], row["model"], f"{row['share']:.0%}", str(row["running"]), *compared
+        )
+    out.print(table)
+    if state["rolled_back"]:
+        out.print(f"rolled back: {state['rolled_back']}", soft_wrap=True, highlight=False)
+
+
+@app.command(rich_help_panel=SERVE)
 def trace(
     subject: Annotated[
         str,
         typer.Argument(
             metavar="WHAT",
-            help="Id of a response or deployment, a model, or a run; with --uses a dataset.",
+            help="A response, deployment, model, run, artifact, dataset or digest; "
+            "with --uses also a shard or the key of a sample.",
         ),
     ],
     uses: Annotated[
         bool,
-        typer.Option("--uses", help="List everything that was derived from a dataset instead."),
+        typer.Option("--uses", help="List everything that was derived from it instead."),
     ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print nodes and edges as JSON.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with the graph instead.")
+    ] = None,
 ) -> None:
-    """Trace an answer, a model or a run back to its datasets and shards."""
-    from bridgework.tracking import lineage
+    """Trace an answer, a model or a run back to its datasets, or a dataset to its models."""
+    from bridgework.tracking import lineage, lineage_views
     from bridgework.tracking.mlflow_store import MLflowReader
 
+    if html is not None and html.is_dir():
+        raise SpecError(
+            f"--html {html} is a folder; give the name of a file, e.g. {html / 'lineage.html'}"
+        )
     follow = lineage.uses if uses else lineage.trace
-    out.print(follow(subject, MLflowReader(None, home_folder()), home_folder()), highlight=False)
+    graph = follow(subject, MLflowReader(None, home_folder()), home_folder())
+    if json_:
+        out.print_json(data=lineage_views.to_json(graph))
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(lineage_views.page(graph), encoding="utf-8")
+        (err if json_ else out).print(html, soft_wrap=True)
+    elif not json_:
+        out.print(lineage_views.tree(graph), highlight=False)
+
+
+@app.command(rich_help_panel=EVALUATE)
+def reproduce(
+    subject: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="Name or id of a run, or llava, llava:3.")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print what is missing or differs here.")
+    ] = False,
+    run: Annotated[
+        str | None, typer.Option(help="Name of the new run.", show_default="reproduce-ID")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Ray Train workers.", show_default="as recorded")
+    ] = None,
+) -> None:
+    """Train a recorded model again from MLflow alone and compare the losses; exits 1 if they differ."""
+    from bridgework.reproduction import read_record
+    from bridgework.reproduction import reproduce as train_again
+
+    record = read_record(subject)
+    for dataset in record.missing:
+        err.print(f"missing  dataset {dataset.name} {dataset.digest[:12]}", soft_wrap=True)
+    for tag, then, now in record.differs:
+        err.print(
+            f"differs  {tag}: then {then or 'unknown'}; now {now or 'unknown'}", soft_wrap=True
+        )
+    if dry_run:
+        if record.missing:
+            raise typer.Exit(1)
+        return
+    results = train_again(record, run=run, workers=workers)
+    table = Table("stage", "steps", "equal losses", "largest difference", "weights", box=None)
+    for result in results:
+        table.add_row(
+            result.stage,
+            f"{result.steps:,}",
+            f"{result.equal:,}",
+            f"{result.largest:.3g}",
+            "equal" if result.same_weights else "differ",
+        )
+    out.print(table)
+    if not all(result.exact for result in results):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=SERVE)
+def sync() -> None:
+    """Post the metrics of earlier runs that the tracker does not have yet."""
+    from bridgework.tracking.mlflow_store import MLflowTracker
+    from bridgework.training.run_tracking import post_waiting
+
+    tracker = MLflowTracker(None, home_folder(), "bridgework")
+    posted, left = post_waiting(tracker, home_folder(), timeout_s=600.0)
+    out.print(f"{posted:,} points posted, {left:,} left", highlight=False)
+    if left:
+        raise typer.Exit(1)
+
+
+app.command(
+    rich_help_panel=MACHINE,
+    # options after the command belong to it
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+)(submit)
 
 
 @app.command(rich_help_panel=MACHINE)
-def doctor() -> None:
+def doctor(
+    cluster: Annotated[
+        bool,
+        typer.Option("--cluster", help="Check every node of the cluster that RAY_ADDRESS names."),
+    ] = False,
+) -> None:
     """Check that this machine can run bridgework, and print a fix for each failed check."""
     from bridgework.cli.diagnostics import checks
 
     table = Table("", "check", "found", "advice", box=None, pad_edge=False)
-    results = checks(home_folder())
+    results = _cluster_checks() if cluster else checks(home_folder())
     for check in results:
         table.add_row("ok" if check.ok else "no", check.name, check.found, check.advice)
     out.print(table)
@@ -360,6 +496,21 @@ def doctor() -> None:
 
 
 # --- helpers
+
+
+def _cluster_checks() -> "list[Check]":
+    from bridgework import ray_utils
+    from bridgework.cli import cluster_checks
+
+    if ray_utils.address() is None:
+        raise ResourceError(
+            "doctor --cluster: no cluster is named. Fix: `bridgework submit doctor --cluster`, or "
+            "set RAY_ADDRESS on a node of it"
+        )
+    tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
+    with ray_utils.ray_session():
+        nodes = cluster_checks.ask(str(home_folder()), tracking)
+    return cluster_checks.checks(nodes, cluster_checks.own_versions(), tracking)
 
 
 def _millions(parameters: int) -> str:
@@ -371,10 +522,18 @@ def _resolve(name: str, assignments: list[str] | None, tiny: bool) -> System:
     return override(system.tiny() if tiny else system, changes(assignments))
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End a command that SIGTERM stops, e.g. by `ray job stop`; `train` saves a checkpoint first."""
+    err.print("[bold red]error[/]  stopped by SIGTERM. The same command resumes", highlight=False)
+    raise SystemExit(INTERRUPTED)
+
+
 def main() -> None:
     """Run the console script. An expected error is one line, with a traceback only with --debug."""
     sys.path.append(os.getcwd())  # for tune_spaces/ and your own modules, as with `python -m`
+    signal.signal(signal.SIGTERM, _terminate)
     try:
+        check_env()
         app(standalone_mode=True)
     except (BridgeworkError, MemoryError, OSError) as error:
         if os.environ.get("BRIDGEWORK_DEBUG"):

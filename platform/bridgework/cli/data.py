@@ -79,6 +79,7 @@ def import_(
 
     Re-running resumes.
     """
+    from bridgework.api import import_with
     from bridgework.data.importers import FORMATS
 
     if format_ is None or source is None or dest is None:
@@ -93,12 +94,15 @@ def import_(
     shared = (_Actors,) if getattr(cls, "parallel", True) else ()
     own, *rest = options.read(f"format {format_}", given, cls, *shared)
     actors = _Actors(**rest[0]).workers if rest else 0
-    importer, place = cls(**own), destination(dest, home())
-    with _ray(actors):
-        importer.run(
-            source, place, workers=actors, say=lambda text: err.print(text, soft_wrap=True)
-        )
-    out.print(place, soft_wrap=True)
+    import_with(
+        cls(**own),
+        source,
+        dest,
+        workers=actors,
+        home=home(),
+        say=lambda text: err.print(text, soft_wrap=True),
+    )
+    out.print(destination(dest, home()), soft_wrap=True)
 
 
 @data.command("export")

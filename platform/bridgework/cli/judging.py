@@ -1,7 +1,7 @@
 """Commands that judge models: `eval`, `compare`, `register`, `promote`, `rollback`, `history`."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from bridgework.errors import SpecError
 if TYPE_CHECKING:
     from bridgework.evaluation.base import Figure, Result
     from bridgework.evaluation.gate import GateCheck
+    from bridgework.inference.pipeline import Pipeline
     from bridgework.tracking.mlflow_store import MLflowTracker
     from bridgework.tracking.promotion import PromotionDecision
 
@@ -52,6 +53,10 @@ def evaluate(
             metavar="FILE", help="Write every answer as a line of JSON, as lmms-eval does."
         ),
     ] = None,
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="Evaluate again with int8 weights, and print the differences."),
+    ] = False,
     json_: Json = False,
     project: Project = "bridgework",
 ) -> None:
@@ -62,12 +67,13 @@ def evaluate(
 
     artifact = artifact_of(model, home())
     chosen = _evaluations(model, artifact, on, set_)
+    pipeline = Pipeline.load(artifact)
     done = evaluations.evaluate(
         artifact,
         chosen,
         home(),
         tracker=_tracker(project),
-        pipeline=Pipeline.load(artifact),
+        pipeline=pipeline,
         say=_report,
     )
     if samples is not None:
@@ -84,6 +90,28 @@ def evaluate(
             figure.name, f"{figure.value:.4g}", *interval_cells(figure), figure.better or "-"
         )
     out.print(table)
+    if int8:
+        out.print(_int8_table(pipeline, chosen, [result for result, _ in done]))
+
+
+def _int8_table(pipeline: "Pipeline", specs: Sequence[Any], before: Sequence["Result"]) -> Table:
+    """Quantize the model of a pipeline; returns its figures next to those before, paired by row."""
+    from bridgework.evaluation.statistics import difference
+    from bridgework.inference.quantization import quantize
+
+    sizes = [size / 2**20 for size in quantize(pipeline.model)]
+    _report(f"language model: {sizes[0]:.1f} MiB, {sizes[1]:.1f} MiB with int8")
+    table = Table("metric", "value", "int8", "difference", "95 % interval", box=None)
+    for spec, first in zip(specs, before, strict=True):
+        second = spec.run(pipeline, home())
+        for name, value in first.metrics.items():
+            interval = "-"
+            if name in first.rows and name in second.rows:
+                gap = difference(first.rows[name], second.rows[name])
+                interval = f"\\[{gap.low:.2g}, {gap.high:.2g}]"
+            new = second.metrics[name]
+            table.add_row(name, f"{value:.4g}", f"{new:.4g}", f"{new - value:+.2g}", interval)
+    return table
 
 
 def compare(
@@ -201,7 +229,7 @@ def rollback(
     from bridgework.tracking import promotion
     from bridgework.tracking.mlflow_store import MLflowTracker
 
-    done = promotion.rollback(MLflowTracker(None, home(), project), name, reason)
+    done = promotion.rollback(MLflowTracker(None, home(), project), name, reason, home=home())
     out.print(f"champion  {name}:{done.candidate}, instead of {done.champion}", highlight=False)
 
 

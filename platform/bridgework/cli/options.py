@@ -41,6 +41,18 @@ def changes(words: list[str] | None) -> dict[str, Any]:
     return pairs(words, "--set stages.align.optim.peak_lr=3e-4")
 
 
+def number_or_range(word: str) -> int | tuple[int, int]:
+    """Return the number of workers `N`, or the range `MIN:MAX`. Raises SpecError."""
+    match = re.fullmatch(r"(\d{1,6})(?::(\d{1,6}))?", word.strip())
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+    if least > most or (least == 0 and most > 0):
+        raise SpecError(
+            f"--workers: not a number or a range of workers. Got {word!r}; expected N, or MIN:MAX "
+            "with 1 <= MIN <= MAX, e.g. 1:4"
+        )
+    return least if least == most else (least, most)
+
+
 def read(
     name: str, given: Mapping[str, str], *classes: type[Any], hidden: Iterable[str] = ()
 ) -> tuple[dict[str, Any], ...]:

@@ -29,6 +29,7 @@ from bridgework.data.quarantine import SHARE, BadSample, Quarantine, Reason, cle
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError
 from bridgework.mixture import check_max_bad
+from bridgework.tracking.openlineage_events import dataset_written
 
 PLACE = ("makes", "sources")  # fields of system.CurationSpec that do not affect the decisions
 MAX_VALUE = 100  # characters of a field's value in an error
@@ -136,6 +137,7 @@ def make(
     manifest = run.write(counts := DecisionCounts())
     several = "" if manifest.rows == counts.used else f" as {manifest.rows:,} samples"
     say(f"{run.command}: kept {counts.used:,} of {run.rows_in:,} rows{several} ({counts})")
+    dataset_written(home, "CURATION", sources, dest, manifest)
     return manifest
 
 

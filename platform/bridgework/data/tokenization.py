@@ -337,7 +337,7 @@ class SampleEncoder:
         exactly one image.
         """
         segments = render(parts, self.template, self.tokenizer, choice)
-        return self._checked(self._encode(segments, layouts, limit or self.limit))
+        return self.checked(self._encode(segments, layouts, limit or self.limit))
 
     def answer(self, parts: Sequence[Part], layouts: Sequence[Layout] = ()) -> Encoded:
         """Return the ids, with labels on the last answer only; `ask` returns the ids before it.
@@ -352,7 +352,7 @@ class SampleEncoder:
             replace(segment, train=segment.train and i >= first)
             for i, segment in enumerate(segments)
         ]
-        encoded = self._checked(self._encode(last_answer, layouts, sys.maxsize))
+        encoded = self.checked(self._encode(last_answer, layouts, sys.maxsize))
         if len(encoded.ids) > self.model.context:
             text = parts[-1].text or ""
             raise DataError(
@@ -362,7 +362,8 @@ class SampleEncoder:
             )
         return encoded
 
-    def _checked(self, encoded: Encoded) -> Encoded:
+    def checked(self, encoded: Encoded) -> Encoded:
+        """Return `encoded`. Raises BadSample if it does not show as many images as are read."""
         if not self.model.image_tokens and len(encoded.images) != 1:
             raise BadSample(
                 Reason.PLACEHOLDERS,

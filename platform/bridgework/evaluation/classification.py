@@ -94,7 +94,7 @@ class Classification:
         hit_R = right_RC.gather(1, chosen_R.unsqueeze(1)).squeeze(1)
         values["ece"] = rows.values(calibration_gaps(confidence_R.tolist(), hit_R.tolist()))
         values["unknown"] = EvaluatedRows.of([item.sample for item in items]).values(
-            item not in known for item in items
+            not set(item.sample.labels) & set(classes) for item in items
         )
         return build_result(self, values)
 

@@ -126,7 +126,9 @@ def _inputs(spec: EvalSpec, home: Path) -> tuple[DatasetInput, ...]:
     for name in getattr(spec, "datasets", (spec.dataset,)):
         path = resolve(name, home)
         manifest = open_dataset(path).manifest
-        found.append(DatasetInput(path.rsplit("/", 1)[-1], manifest.digest, path, manifest.rows))
+        found.append(
+            DatasetInput(path.rstrip("/").rsplit("/", 1)[-1], manifest.digest, path, manifest.rows)
+        )
     return tuple(found)
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from bridgework.config import config_class
 from bridgework.data.samples import Part, Sample
-from bridgework.data.synthetic import SHAPE_LABELS
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation.base import (
     Better,
@@ -26,6 +25,7 @@ from bridgework.evaluation.base import (
     question_of,
 )
 from bridgework.evaluation.statistics import EvaluatedRows
+from bridgework.mixture import SHAPE_LABELS
 
 if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline

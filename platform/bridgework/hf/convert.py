@@ -40,6 +40,8 @@ from bridgework.models.origin import Origin
 from bridgework.models.vision import ViTConfig
 from bridgework.plugins import Plugins
 from bridgework.system import ModelSpec, Stage, System
+from bridgework.tracking.card import FILE as CARD
+from bridgework.tracking.card import model_card
 
 CLOSE = 1e-5  # largest difference in float32 between two orders of the same arithmetic, relative
 CERTIFICATE = "parity.json"
@@ -232,6 +234,8 @@ def export_hf(path: Path, out: Path, architecture: str | None = None) -> Certifi
         )
         _check_reads_back(theirs, origin, partial)
         _write(certificate, partial)
+        card = model_card(path, library="transformers")
+        (partial / CARD).write_text(card, encoding="utf-8")
         for file in (file for file in partial.rglob("*") if file.is_file()):
             shutil.copymode(partial / CERTIFICATE, file)  # safetensors writes with mode 600
     return certificate

@@ -7,7 +7,7 @@ ends cleanly when its reader stops.
 
 # B batch  V vocabulary
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from queue import SimpleQueue
@@ -52,6 +52,16 @@ class Sampling(TypedDict, total=False):
     length_penalty: float
     # above 1: tokens that occurred before become less likely (CTRL, arXiv:1909.05858)
     repetition_penalty: float
+
+
+class EngineSampling(Sampling, total=False):
+    """Options of generation by an engine."""
+
+    presence_penalty: float  # subtracted from the logit of a token that occurred; default 0
+    frequency_penalty: float  # the same, times the number of occurrences
+    logit_bias: Mapping[int, float]  # added to the logits of these ids
+    logprobs: int  # log-probabilities of each token and of so many alternatives; default: none
+    json_schema: Mapping[str, Any]  # the answer is JSON that fulfils it
 
 
 class StopConditions(NamedTuple):
@@ -136,7 +146,7 @@ class Stream(Iterator[str]):
             options["generation_config"].length_penalty = length_penalty
         self.usage = Usage(prompt_tokens=inputs["ids"].shape[1])
         strings = (*endings.strings, *(text for text in stop if text))
-        reader = _Reader(tokenizer, StopConditions(endings.ids, strings), self.usage)
+        reader = TextReader(tokenizer, StopConditions(endings.ids, strings), self.usage)
         self._streamer = _TokenStreamer()
         self._pieces = (_stream_pieces if beams == 1 else _beam_search_pieces)(
             model, {**inputs, **options}, reader, self._streamer
@@ -186,9 +196,7 @@ def generate_batch(
     )
     _add_repetition_penalty(options["logits_processor"], repetition_penalty)
     rows_BT = model.generate(**inputs, **options)
-    return [
-        "".join(_Reader(tokenizer, endings, Usage(0)).read(iter(row))) for row in rows_BT.tolist()
-    ]
+    return ["".join(TextReader(tokenizer, endings, Usage(0)).read(row)) for row in rows_BT.tolist()]
 
 
 def _check_penalties(beams: int, length_penalty: float, repetition_penalty: float) -> None:
@@ -218,58 +226,90 @@ def _add_repetition_penalty(processors: LogitsProcessorList, penalty: float) -> 
         processors.insert(0, RepetitionPenaltyLogitsProcessor(float(penalty)))
 
 
-@dataclass
-class _Reader:
-    """Decodes tokens and yields the text that can no longer change."""
+class TextReader:
+    """Decodes tokens one by one, and returns the text that can no longer change.
 
-    tokenizer: PreTrainedTokenizerBase
-    endings: StopConditions
-    usage: Usage
+    `usage` gets the counts, and `finish_reason` once a token or a stop string ends the answer. Only
+    the tokens after the last complete character are decoded again, so a token costs the same at any
+    length of the answer.
+    """
 
-    def read(self, tokens: Iterator[int]) -> Iterator[str]:
-        ids: list[int] = []
-        text, sent = "", 0
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, endings: StopConditions, usage: Usage
+    ) -> None:
+        self.usage = usage
+        self._tokenizer, self._endings = tokenizer, endings
+        self._longest = max(map(len, endings.strings), default=0)
+        self._ids: list[int] = []
+        self._start = self._read = 0  # of the ids that are decoded again, and of the new ones
+        self._complete = ""  # text up to the last complete character
+        self._text = ""
+        self._sent = 0  # characters
+
+    def push(self, token: int) -> str:
+        """Return the text that one more token completes; "" if it completes none."""
+        self.usage.completion_tokens += 1
+        if token in self._endings.ids:
+            self.usage.finish_reason = "stop"
+            return self._take(len(self._text))
+        searched = max(0, len(self._complete) - self._longest)
+        self._ids.append(token)
+        before = self._decode(self._ids[self._start : self._read])
+        now = self._decode(self._ids[self._start :])
+        self._text = self._complete + now[len(before) :]
+        if len(now) > len(before) and not now.endswith(UNFINISHED):
+            self._complete, self._start, self._read = self._text, self._read, len(self._ids)
+        found = [self._text.find(string, searched) for string in self._endings.strings]
+        positions = [at for at in found if at >= 0]
+        if positions:
+            self._text, self.usage.finish_reason = self._text[: min(positions)], "stop"
+            return self._take(len(self._text))
+        return self._take(len(self._text) - self._pending())
+
+    def flush(self) -> str:
+        """Return the rest of an answer that ends here because of its length."""
+        self.usage.finish_reason = "length"
+        return self._take(len(self._text))
+
+    def read(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Yield the pieces of an answer, up to the token that ends it."""
         for token in tokens:
-            self.usage.completion_tokens += 1
-            if token in self.endings.ids:
-                self.usage.finish_reason = "stop"
-                break
-            ids.append(token)
-            text = str(
-                self.tokenizer.decode(
-                    ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-                )
-            )
-            positions = [at for at in map(text.find, self.endings.strings) if at >= 0]
-            if positions:
-                text, self.usage.finish_reason = text[: min(positions)], "stop"
-                break
-            final = text[: len(text) - self._pending(text)]
-            if piece := final[sent or _leading_blanks(final) :]:
+            if piece := self.push(token):
                 yield piece
-                sent = len(final)
-        else:
-            self.usage.finish_reason = "length"
-        if rest := text[sent or _leading_blanks(text) :]:
-            yield rest
+            if self.usage.finish_reason is not None:
+                return
+        if piece := self.flush():
+            yield piece
 
-    def _pending(self, text: str) -> int:
+    def _decode(self, ids: list[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _take(self, end: int) -> str:
+        """Return the text from the last character sent to `end`, without blanks at its start."""
+        piece = self._text[self._sent : end]
+        if not self._sent:  # blanks between prompt and answer are not part of the answer
+            piece = piece.lstrip()
+        if piece:
+            self._sent = end
+        return piece
+
+    def _pending(self) -> int:
         """Count the characters at the end that may still change or belong to a stop string."""
         # a prefix that can match is shorter than its stop string and not longer than the text
-        limits = [(s, min(len(s), len(text) + 1)) for s in self.endings.strings]
+        text = self._text
+        limits = [(s, min(len(s), len(text) + 1)) for s in self._endings.strings]
         prefix = max(
             (n for s, limit in limits for n in range(1, limit) if text.endswith(s[:n])), default=0
         )
         return max(prefix, len(text) - len(text.rstrip(UNFINISHED)))
 
 
-def _leading_blanks(text: str) -> int:
-    """Count the blanks between prompt and answer, which are not part of the answer."""
-    return len(text) - len(text.lstrip())
-
-
 def _stream_pieces(
-    model: PrefixVLM, arguments: dict[str, Any], reader: _Reader, streamer: "_TokenStreamer"
+    model: PrefixVLM, arguments: dict[str, Any], reader: TextReader, streamer: "_TokenStreamer"
 ) -> Generator[str, None, None]:
     thread = Thread(target=streamer.run, args=(model, arguments), name="generate", daemon=True)
     thread.start()
@@ -281,11 +321,11 @@ def _stream_pieces(
 
 
 def _beam_search_pieces(
-    model: PrefixVLM, arguments: dict[str, Any], reader: _Reader, streamer: "_TokenStreamer"
+    model: PrefixVLM, arguments: dict[str, Any], reader: TextReader, streamer: "_TokenStreamer"
 ) -> Generator[str, None, None]:
     """Yield the answer in one piece, because the best beam is known only at the end."""
     (row_T,) = model.generate(**arguments, stopping_criteria=StoppingCriteriaList([streamer]))
-    yield from reader.read(iter(row_T.tolist()))
+    yield from reader.read(row_T.tolist())
 
 
 class _TokenStreamer(BaseStreamer, StoppingCriteria):
@@ -371,11 +411,11 @@ def _generate_options(
     )
     return {
         "generation_config": config,
-        "logits_processor": _processors(temperature, top_p, seeds, device),
+        "logits_processor": sampling_processors(temperature, top_p, seeds, device),
     }
 
 
-def _processors(
+def sampling_processors(
     temperature: float, top_p: float, seeds: Sequence[int | None], device: torch.device
 ) -> LogitsProcessorList:
     if temperature == 0:

@@ -89,7 +89,7 @@ class Pipeline:
         self.tokenizer = self.inputs.streams.tokenizer
 
     @cached_property
-    def _stop_conditions(self) -> StopConditions:
+    def stop_conditions(self) -> StopConditions:
         """Tokens and texts that end a generated answer."""
         return StopConditions.of(self.inputs.streams, getattr(self.model, "endings", frozenset()))
 
@@ -420,7 +420,7 @@ class Pipeline:
                 text.
         """
         inputs, room = self._prompt_inputs([conversation], [images])
-        return Stream(self.model, inputs, self.tokenizer, self._stop_conditions, room, **sampling)
+        return Stream(self.model, inputs, self.tokenizer, self.stop_conditions, room, **sampling)
 
     def generate(
         self,
@@ -452,8 +452,12 @@ class Pipeline:
         """
         inputs, room = self._prompt_inputs(conversations, images)
         return generate_batch(
-            self.model, inputs, self.tokenizer, self._stop_conditions, room, seeds, **sampling
+            self.model, inputs, self.tokenizer, self.stop_conditions, room, seeds, **sampling
         )
+
+    def check_generates(self) -> None:
+        """Raise SpecError if the stage's model does not generate text."""
+        self._method("generate", "generate text")
 
     # --- internals
     # ---------------------------------------------------------------------------------
@@ -462,7 +466,7 @@ class Pipeline:
         self, conversations: Sequence[Sequence[Part]], images: Sequence[ConversationImages]
     ) -> tuple[dict[str, Tensor], int]:
         """Return the inputs of `generate` and the number of tokens that fit after the prompt."""
-        self._method("generate", "generate text")
+        self.check_generates()
         batch = self.inputs.batch(conversations, images, answer=False)
         inputs = {name: tensor for name, tensor in batch.inputs().items() if name != "labels"}
         return inputs, self.stage.model.context - batch.ids_BT.shape[1]

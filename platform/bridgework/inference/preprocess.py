@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from bridgework.data import templates
 from bridgework.data.collate import Batch, Row, collate
-from bridgework.data.images import decode, load_image, to_square
+from bridgework.data.images import decode, load_image, size_of, to_square
 from bridgework.data.samples import Part, Sample, pair
 from bridgework.data.templates import collapse_videos
-from bridgework.data.tiling import tile_image
+from bridgework.data.tiling import choose_grid, tile_image
 from bridgework.data.tokenization import Encoded, SampleEncoder
 from bridgework.errors import DataError
 from bridgework.models.base import eval_no_grad
-from bridgework.system import Layout, Stage
+from bridgework.system import Layout, Pixels, Stage
 
 ROWS = 16  # samples per forward
 _NO_PIXELS = np.zeros((0, 1, 1), np.float16)  # rows have no pixels: the batch holds features
@@ -50,12 +50,30 @@ ConversationImages = Sequence[ImageInput] | Tensor
 ImageSource = str | os.PathLike[str] | BinaryIO | bytes | Image.Image  # no URL
 
 
+class TiledImage(NamedTuple):
+    """Squares of one image, as the vision tower reads them."""
+
+    squares: NDArray[np.uint8]  # (n, 3, S, S)
+    layout: Layout | None  # as in `EncodedImage`
+
+
 class EncodedExample(NamedTuple):
     """One encoded conversation and its images."""
 
     encoded: Encoded
     images: Sequence[EncodedImage]
     instruction: list[int]  # ids of the instruction stream; [] if the wiring reads none
+
+
+def check_images(conversation: Sequence[Part], given: int) -> None:
+    """Raise DataError if a conversation does not show exactly the `given` images."""
+    numbers = {part.image for part in conversation if part.image is not None}
+    if numbers != set(range(given)):
+        raise DataError(
+            f"the conversation shows images {sorted(numbers)}, counted from 0. "
+            f"Got {given} images; expected as many as it shows. "
+            "Fix: pass each image that it shows"
+        )
 
 
 def read_image(source: ImageSource) -> bytes | Image.Image:
@@ -98,6 +116,11 @@ class Inputs:
         device: torch.device = next(self._model.parameters()).device
         return device
 
+    @property
+    def pixels(self) -> Pixels:
+        """Preprocessing of an image."""
+        return self._spec.pixels
+
     def features(self, images: Sequence[RawImage]) -> Tensor:
         """Return (N, P, F) features of the vision tower, each image as one square; N may be 0.
 
@@ -111,14 +134,20 @@ class Inputs:
         An image that is already encoded is returned as it is. Raises BadSample for a file that is
         not an image.
         """
-        tiled = [self._tiles(image) for image in images if not isinstance(image, EncodedImage)]
-        features = torch.split(
-            self._features([square for squares, _ in tiled for square in squares]),
-            [len(squares) for squares, _ in tiled],
-        )
-        layouts = [layout for _, layout in tiled]
-        new = iter([EncodedImage(*pair) for pair in zip(features, layouts, strict=True)])
+        tiled = [self.tiles(image) for image in images if not isinstance(image, EncodedImage)]
+        new = iter(self.encode_tiles(tiled))
         return [image if isinstance(image, EncodedImage) else next(new) for image in images]
+
+    def encode_tiles(self, tiled: Sequence[TiledImage]) -> list[EncodedImage]:
+        """Encode the squares of all images together."""
+        features = torch.split(
+            self._features([square for image in tiled for square in image.squares]),
+            [len(image.squares) for image in tiled],
+        )
+        return [
+            EncodedImage(of_one, image.layout)
+            for of_one, image in zip(features, tiled, strict=True)
+        ]
 
     def blank_images(self, like: Sequence[EncodedImage]) -> list[EncodedImage]:
         """Return images of the tower's mean color with the layouts of `like`."""
@@ -242,7 +271,7 @@ class Inputs:
 
     def prompt_tokens(self, conversation: Sequence[Part], images: Sequence[RawImage]) -> int:
         """Count the tokens of the prompt, images and tiles included, without the vision tower."""
-        layouts = [layout for _, layout in map(self._tiles, images) if layout is not None]
+        layouts = [layout for layout in map(self.layout, images) if layout is not None]
         return len(self.encode(conversation, answer=False, layouts=layouts).ids)
 
     def collate(self, examples: Sequence[EncodedExample], *, answer: bool) -> Batch:
@@ -282,13 +311,7 @@ class Inputs:
             self._squares(shown) if isinstance(shown, Tensor) else list(shown) for shown in images
         ]
         for conversation, of_one in zip(conversations, given, strict=True):
-            numbers = {part.image for part in conversation if part.image is not None}
-            if numbers != set(range(len(of_one))):
-                raise DataError(
-                    f"the conversation shows images {sorted(numbers)}, counted from 0. "
-                    f"Got {len(of_one)} images; expected as many as it shows. "
-                    "Fix: pass each image that it shows"
-                )
+            check_images(conversation, len(of_one))
         encoded = iter(self.encode_images([image for of_one in given for image in of_one]))
         return [list(islice(encoded, len(of_one))) for of_one in given]
 
@@ -333,15 +356,30 @@ class Inputs:
         pixels = self._spec.pixels
         return Layout(0, 0, pixels.size, pixels.size) if pixels.video or pixels.grids else None
 
-    def _tiles(self, image: RawImage) -> tuple[NDArray[np.uint8], Layout | None]:
-        """Return uint8 (n, 3, S, S) squares, or frames of a video, and the layout."""
+    def tiles(self, image: RawImage) -> TiledImage:
+        """Return the squares that the vision tower reads of an image, decoded and resized.
+
+        Raises BadSample for a file that is not an image.
+        """
         pixels = self._spec.pixels
         if isinstance(image, tuple):
             frames = np.stack([load_image(frame, pixels) for frame in image])
-            return frames, Layout(1, len(frames) - 1, pixels.size, pixels.size)
+            return TiledImage(frames, self.layout(image))
         if not pixels.grids or isinstance(image, np.ndarray):
-            return self._square(image)[None], self._one_square()
-        return tile_image(decode(image) if isinstance(image, bytes) else image, pixels)
+            return TiledImage(self._square(image)[None], self._one_square())
+        return TiledImage(*tile_image(decode(image) if isinstance(image, bytes) else image, pixels))
+
+    def layout(self, image: RawImage) -> Layout | None:
+        """Return the layout of `tiles` from the size of the image alone.
+
+        Raises BadSample for a file that is not an image.
+        """
+        pixels = self._spec.pixels
+        if isinstance(image, tuple):
+            return Layout(1, len(image) - 1, pixels.size, pixels.size)
+        if not pixels.grids or isinstance(image, np.ndarray):
+            return self._one_square()
+        return choose_grid(*(size_of(image) if isinstance(image, bytes) else image.size), pixels)
 
 
 def _layouts(images: Sequence[EncodedImage]) -> list[Layout]:

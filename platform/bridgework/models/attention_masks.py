@@ -65,7 +65,7 @@ def reads_padding(language: Any) -> bool:
 def can_cache_prompt(language: Any, length: int) -> bool:
     """Return whether a model's cache of a prompt is valid for any continuation up to `length`."""
     recurrent = _is_recurrent(language.config, type(language))
-    return not recurrent and length <= _rotary_limit(language.config)
+    return not recurrent and length <= rotary_limit(language.config)
 
 
 def _layers(config: Any) -> set[str]:
@@ -85,7 +85,7 @@ def _is_recurrent(config: Any, cls: Any) -> bool:
     return recurrent or getattr(cls, "_is_stateful", False)
 
 
-def _rotary_limit(config: Any) -> float:
+def rotary_limit(config: Any) -> float:
     """Return the tokens up to which no rotary angle depends on the text's length; usually inf."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
@@ -134,7 +134,7 @@ def masks_and_positions(
         return {"attention_mask": attention_BT, "position_ids": padded_positions(attention_BT)}
     check_packing(language)
     positions_BT = packed_positions(segments_BT)
-    if (limit := _rotary_limit(language.config)) < inf and int(positions_BT.max()) >= limit:
+    if (limit := rotary_limit(language.config)) < inf and int(positions_BT.max()) >= limit:
         raise SpecError(
             f"packing: {language.config.model_type!r} rotates all samples of a sequence by the "
             f"longest. Got a sample of {int(positions_BT.max()) + 1} tokens; "

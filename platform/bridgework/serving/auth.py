@@ -29,7 +29,9 @@ from bridgework.serving.errors import APIError
 from bridgework.serving.options import RequestLimits
 
 VARIABLE = "BRIDGEWORK_API_KEYS"
-OPEN = frozenset({"/", "/health", "/health/live"})  # without a key: a static page, health checks
+OPEN = frozenset(
+    {"/", "/health", "/health/ready", "/health/live"}
+)  # without a key: a static page, health checks
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 

@@ -4,24 +4,30 @@ It holds no weights and imports no torch, so it starts fast, and a model that di
 connection.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from bridgework.errors import TrackingError
 from bridgework.serving.admission import Admission
 from bridgework.serving.auth import AuthMiddleware, Keys
 from bridgework.serving.errors import APIError, from_exception, from_validation_error
+from bridgework.serving.metrics import CONTENT_TYPE, Exposition, GatewayMetrics
 from bridgework.serving.options import Options
 from bridgework.serving.protocol import model_card
 from bridgework.serving.readiness import Readiness
+from bridgework.serving.rollout import Rollout
 from bridgework.serving.router import Router, ServedModel
 
 Routes = Callable[[Router, Options], APIRouter]
@@ -33,6 +39,7 @@ class Gateway:
 
     def __init__(
         self,
+        app: str,
         routes: Routes,
         options: Options,
         keys: Keys | None,
@@ -43,9 +50,9 @@ class Gateway:
         self._router = Router(
             list(zip(served, handles, strict=True)), options.share, options.timeout_s
         )
-        self._readiness = Readiness(
-            serve.get_replica_context().app_name, [handle.deployment_name for handle in handles]
-        )
+        self._metrics = GatewayMetrics()
+        name = serve.get_replica_context().app_name
+        self._rollout = Rollout(app, name, options, self._router, self._metrics)
         self._admission = Admission(
             slots=options.slots,
             per_key=options.slots_per_key(0 if keys is None else len(keys)),
@@ -60,8 +67,30 @@ class Gateway:
             self._options,
             self._keys,
             self._admission,
-            self._readiness.missing,
+            Readiness(self._router).missing,
+            Exposition(self._router, self._metrics).text,
+            partial(self._rollout.ask, "trace"),
+            self._lifespan,
         )
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Load models that follow an alias, and do the background work while the app runs."""
+        await self._rollout.start()
+        work = asyncio.create_task(self._rollout.run())
+        yield
+        work.cancel()
+        await asyncio.wait((work,))
+        await self._rollout.stop()
+
+    async def traffic(self, share: float | None = None) -> dict[str, Any]:
+        """Return the models and their shares, after setting the challenger's if it is given.
+
+        Raises SpecError.
+        """
+        if share is not None:
+            self._rollout.set_share(share)
+        return self._rollout.state()
 
     async def running(self) -> int:
         """Return the number of requests that hold a slot."""
@@ -79,14 +108,18 @@ def build(
     keys: Keys | None,
     admission: Admission,
     missing: Callable[[], Awaitable[Sequence[str]]],
+    metrics: Callable[[], Awaitable[bytes]],
+    trace: Callable[[str], Awaitable[dict[str, Any]]],
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
 ) -> FastAPI:
     """Return the ASGI app. Every error has OpenAI's form, including FastAPI's own.
 
-    `missing` returns the deployments without a running replica.
+    `missing` returns the models without a running replica, `metrics` the text of GET /metrics,
+    `trace` the lineage of an answer.
     """
     # FastAPI's documentation pages are off, because they load scripts from other hosts.
-    api = FastAPI(title="bridgework", docs_url=None, redoc_url=None)
-    api.include_router(_common(router, admission, missing))
+    api = FastAPI(title="bridgework", docs_url=None, redoc_url=None, lifespan=lifespan)
+    api.include_router(_common(router, admission, missing, metrics, trace))
     api.include_router(routes)
     answer_errors(api)
     api.add_middleware(AuthMiddleware, keys=keys, admission=admission, limits=options.limits)
@@ -109,9 +142,13 @@ def answer_errors(api: FastAPI) -> None:
 
 
 def _common(
-    router: Router, admission: Admission, missing: Callable[[], Awaitable[Sequence[str]]]
+    router: Router,
+    admission: Admission,
+    missing: Callable[[], Awaitable[Sequence[str]]],
+    metrics: Callable[[], Awaitable[bytes]],
+    trace: Callable[[str], Awaitable[dict[str, Any]]],
 ) -> APIRouter:
-    """Return the routes that all apps share: health checks and models."""
+    """Return the routes that all apps share: health checks, metrics, models and lineage."""
     api = APIRouter()
 
     @api.get("/health/live")
@@ -119,6 +156,7 @@ def _common(
         return {"status": "ok"}
 
     @api.get("/health")
+    @api.get("/health/ready")
     async def ready() -> dict[str, str]:
         if admission.draining:
             message = "the server is shutting down. Fix: try again"
@@ -127,6 +165,17 @@ def _common(
             message = f"no replica of {', '.join(absent)} is running. Fix: try again"
             raise APIError(503, message, code="not_ready")
         return {"status": "ok"}
+
+    @api.get("/metrics")
+    async def scrape() -> Response:
+        return Response(await metrics(), media_type=CONTENT_TYPE)
+
+    @api.get("/v1/trace/{response}")
+    async def lineage(response: str) -> dict[str, Any]:
+        try:
+            return await trace(response)
+        except TrackingError as error:
+            raise APIError(404, str(error), code="not_found") from None
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -6,6 +6,7 @@ has its own path.
 
 import json
 import logging
+import os
 import signal
 import socket
 from collections.abc import Mapping
@@ -18,17 +19,23 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from bridgework import ray_utils
 from bridgework.config import config_class
-from bridgework.errors import ResourceError, SpecError, suggest
+from bridgework.errors import BridgeworkError, ResourceError, SpecError, suggest
 from bridgework.serving import proxy
 from bridgework.serving.app import APPS
 from bridgework.serving.auth import is_loopback
+from bridgework.serving.models import replica_gpus
 from bridgework.serving.options import Options, parse_options
+from bridgework.serving.registrar import model_apps
+
+ANSWER_S = 30.0  # for the gateway's answer to `traffic`
+
+SMALLER = "ask for less (replicas=, cpus=, gpus=)"
 
 
 @config_class
@@ -71,6 +78,8 @@ class Endpoint:
         cancelled = self._drain() if drain else 0
         with suppress(RayServeException):  # Serve did not start
             serve.delete(self.name)
+            for name in model_apps(self.name):
+                serve.delete(name)
         if self.own_ray or (self.own_serve and not serve.status().applications):
             serve.shutdown()
         if self.own_ray:
@@ -98,6 +107,8 @@ def start(app: str, args: Mapping[str, Any], address: AppAddress) -> Endpoint:
         _check_port(address)  # before a new Ray starts
     application = APPS[app](dict(args))
     own_ray = not ray.is_initialized() and ray_utils.connect(log_to_driver=True)
+    if options.gpus is None and replica_gpus(options):
+        application = APPS[app](dict(args))  # with the GPUs that this Ray has or can start
     running = serve.status()
     endpoint = Endpoint(
         name, address.url, options.timeout_s, own_ray, own_serve=not running.proxies
@@ -113,6 +124,9 @@ def start(app: str, args: Mapping[str, Any], address: AppAddress) -> Endpoint:
         if endpoint.own_serve:
             http = {"host": address.host, "port": address.port}
             serve.start(http_options=http, controller_options=proxy.CONTROLLER)
+        replica = {"CPU": options.cpus, "GPU": replica_gpus(options)}
+        models = options.replicas * (1 if options.challenger is None else 2)
+        ray_utils.wait_for(f"serve {name}", [replica] * models, fix=SMALLER)
         _run(application, name, address.route_prefix)
     except BaseException:
         endpoint.stop(drain=False)
@@ -174,6 +188,38 @@ def wait(endpoint: Endpoint) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def traffic(name: str, share: float | None) -> dict[str, Any]:
+    """Return the models of the running app `name` with their shares (see Rollout.state).
+
+    share: of the challenger, set before if it is given. Raises SpecError for an unknown app and a
+    share out of range, ResourceError if no Ray is running.
+    """
+    if not ray.is_initialized():
+        if ray_utils.address() is None:
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # as `bridgework serve` starts it
+        try:
+            ray.init(
+                ray_utils.address() or "auto", log_to_driver=False, logging_level=logging.ERROR
+            )
+        except ConnectionError:
+            raise ResourceError(
+                "no Ray is running on this machine. Fix: start the app with `bridgework serve`, "
+                "or set RAY_ADDRESS"
+            ) from None
+    apps = serve.status().applications
+    if name not in apps:
+        raise SpecError(
+            f"traffic: no app of this name is running. Got {name!r}{suggest(name, apps)}"
+        )
+    try:
+        found = serve.get_app_handle(name).traffic.remote(share).result(timeout_s=ANSWER_S)
+    except RayTaskError as error:
+        if isinstance(error.cause, BridgeworkError):
+            raise error.cause from None
+        raise
+    return dict(found)
 
 
 def free_port(host: str = "127.0.0.1") -> int:

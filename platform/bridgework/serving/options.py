@@ -5,10 +5,12 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from math import inf
+from typing import Any, Literal
 
 from bridgework.config import config_class, override
 from bridgework.errors import SpecError
+from bridgework.inference.status import EngineLimits
 from bridgework.serving.protocol import MAX_LIST
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s*]+")
@@ -22,6 +24,7 @@ class RequestLimits:
     body_s: float = 30.0  # from the first byte of a body to its last
     text_chars: int = 65_536  # of all texts of the request
     stop_chars: int = 1_024  # of its stop strings, which are searched for at every token
+    schema_chars: int = 16_384  # of a JSON schema
     messages: int = 256
     items: int = 128  # inputs to embed, labels, candidates
     images: int = 16  # in one conversation, or to caption
@@ -30,7 +33,9 @@ class RequestLimits:
     side: int = 16_384  # pixels
     pixels: int = 40_000_000  # of one image; an 8k frame has 33 million
     total_pixels: int = 100_000_000  # of all images; decoding them takes about 1.5 s of a core
-    frames: int = 1
+    frames: int = 1  # of an image file
+    video_frames: int = 64  # of a video_url
+    answers: int = 8  # `n` of a request
 
     def __post_init__(self) -> None:
         if self.body_s <= 0:
@@ -46,12 +51,45 @@ class RequestLimits:
 
 
 @config_class
+class CanaryLimits:
+    """Margins by which a challenger may be worse before its share becomes 0, and promotion."""
+
+    errors: float = 0.02  # difference of the error rates
+    latency: float = 1.2  # ratio of the latencies
+    answers: float = 0.05  # difference of the mean scores of the probes
+    alpha: float = 0.05  # probability that a challenger within the margins is rolled back; 0: off
+    first: int = 20  # requests of the challenger before the first test
+    probes: str | None = None  # dataset of questions with answers that both models are asked
+    probe_rows: int = 32
+    probe_s: float = 60.0  # interval
+    promote_requests: int = 1_000  # of each model, before --auto-promote
+    promote_s: float = 3_600.0  # duration of the comparison before --auto-promote
+    metric: str | None = None  # the challenger must be better by it, as in `bridgework promote`
+
+    def __post_init__(self) -> None:
+        bounds: dict[str, tuple[float, float]] = {
+            "errors": (0, 1), "latency": (1, inf), "answers": (0, 1), "alpha": (0, 0.5),
+            "first": (1, inf), "probe_rows": (1, 1_000), "probe_s": (1, inf),
+            "promote_requests": (1, inf), "promote_s": (0, inf),
+        }  # fmt: skip
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                expected = f"at least {low:g}" if high == inf else f"{low:g} to {high:g}"
+                raise SpecError(f"canary.{name}: out of range. Got {value:g}; expected {expected}")
+
+
+@config_class
 class Options:
     """Arguments of one app: models, callers, resources."""
 
     model: str  # NAME (its champion), NAME@alias, NAME:version, or the folder of an artifact
     challenger: str | None = None  # another one in the same notation, loaded next to the model
     share: float = 0.0  # share of the requests that the challenger answers
+    follow: Literal["alias"] | None = None  # serve the version to which an alias moves
+    auto_promote: bool = False  # promote a challenger that was good for long enough
+    load_s: float = 900.0  # time to load a model to which an alias moved
+    canary: CanaryLimits = CanaryLimits()
     home: str | None = None  # deployments are recorded here; $BRIDGEWORK_HOME or ./.bridgework
     tracking: str | None = None  # URI of the MLflow server; default: the store under home
     keys: str | None = None  # file of key digests; default: $BRIDGEWORK_API_KEYS
@@ -60,19 +98,23 @@ class Options:
         str, ...
     ] = ()  # origins of web pages that may call, e.g. https://app.example; * all
     device: str | None = None  # of the model, as torch names it; default: a GPU if there is one
+    int8: bool = False  # the language model's weights in 8 bits: less memory, not faster
     cpus: float = 1.0  # per replica of the model
-    gpus: float = 0.0  # per replica of the model
+    # per replica of the model; default: 1 if the cluster has GPUs or can start nodes with GPUs
+    gpus: float | None = None
     replicas: int = 1
     max_replicas: int | None = None  # if given, Serve scales between `replicas` and this
-    ongoing: int = 8  # requests that one replica runs at once
+    ongoing: int = 32  # requests that one replica holds at once
+    engine: EngineLimits = EngineLimits()
     queued: int = 64  # requests that may wait for a replica; the next one is answered 429
     per_key: int | None = (
         None  # slots that one key may hold; default: 3/4 if there are several keys
     )
+    votes_bytes: int = 2**30  # of the votes of the playground, with their images
     held_bytes: int = 2**30  # of the bodies that a gateway holds at once
     batch: int = 16  # largest batch of embeddings
     batch_wait_s: float = 0.01
-    max_new_tokens: int = 512  # largest max_tokens of a request
+    max_new_tokens: int = 512  # of a request that sets no max_tokens
     timeout_s: float = 120.0  # for a complete answer; for a stream, for each piece
     limits: RequestLimits = RequestLimits()
 
@@ -83,13 +125,19 @@ class Options:
                 raise SpecError(f"{field} must be at least 1, got {value}")
         if not 0.0 <= self.share <= 1.0:
             raise SpecError(f"share must be in [0, 1], got {self.share:g}")
-        if self.timeout_s <= 0:
-            raise SpecError(f"timeout_s must be above 0, got {self.timeout_s:g}")
+        for field in ("timeout_s", "load_s"):
+            if not getattr(self, field) > 0:
+                raise SpecError(f"{field} must be above 0, got {getattr(self, field):g}")
         for origin in self.cors:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise SpecError(
                     f"cors: not an origin. Got {origin!r}; expected SCHEME://HOST[:PORT], or *"
                 )
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the champion and, if there is one, of the challenger."""
+        return [self.model] if self.challenger is None else [self.model, self.challenger]
 
     @property
     def slots(self) -> int:
@@ -100,6 +148,11 @@ class Options:
         """Return the number of slots that one of `keys` keys may hold."""
         shared = self.slots if keys < 2 else max(1, self.slots * 3 // 4)
         return min(self.slots, self.per_key or shared)
+
+
+def follows(model: str) -> bool:
+    """Return True for a model that is named by an alias: NAME or NAME@alias."""
+    return "/" not in model and ":" not in model
 
 
 def parse_options(args: Mapping[str, Any]) -> Options:
@@ -122,6 +175,23 @@ def _check_combinations(options: Options) -> None:
     if options.share and options.challenger is None:
         raise SpecError(
             f"share={options.share:g} without a challenger. Fix: give challenger=NAME@challenger"
+        )
+    if options.auto_promote and options.challenger is None:
+        raise SpecError("auto_promote without a challenger. Fix: give challenger=NAME@challenger")
+    if options.auto_promote and len({re.split("[@:]", name)[0] for name in options.models}) > 1:
+        raise SpecError(
+            "auto_promote: the models are not versions of one registered model. "
+            f"Got {', '.join(options.models)}; expected e.g. NAME, NAME@challenger"
+        )
+    if options.auto_promote and any("/" in name for name in options.models):
+        raise SpecError(
+            "auto_promote: a folder has no alias. "
+            f"Got {', '.join(options.models)}; expected e.g. NAME, NAME@challenger"
+        )
+    if options.follow and not any(map(follows, options.models)):
+        raise SpecError(
+            f"follow={options.follow}: no model has an alias. Got {', '.join(options.models)}; "
+            "expected NAME (its champion) or NAME@alias"
         )
     if options.dev and "*" in options.cors:
         raise SpecError(

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -27,11 +28,16 @@ from bridgework.errors import suggest
 from bridgework.serving.errors import APIError, summarize
 
 MAX_LIST = 4_096  # parsed items of a list; `Limits` of options.py sets the limit of a request
+MAX_CHOICES = 16  # answers to one prompt
+MAX_BIASES = 1_024
 Neutral = Mapping[str, tuple[Any, ...]]  # field -> the values that change nothing
 
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[Text, Field(max_length=512)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 def _kind(value: Any) -> str:
@@ -55,11 +61,16 @@ class Strict(BaseModel):
     def _drop_neutral_fields(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        supported = {name: value for name, value in given.items() if name in cls.model_fields}
+        supported = {name: value for name, value in given.items() if name in cls._names()}
         for name, value in given.items():
             if name not in supported and not cls._is_neutral(name, value):
                 raise cls._unsupported(name, value)
         return supported
+
+    @classmethod
+    def _names(cls) -> set[str]:
+        """Return the fields as JSON names them."""
+        return {field.alias or name for name, field in cls.model_fields.items()}
 
     @classmethod
     def _is_neutral(cls, name: str, value: Any) -> bool:
@@ -77,7 +88,7 @@ class Strict(BaseModel):
             given = f"Got {summarize(value)}; expected {allowed}"
             message = f"{name}: not supported. {given}. Fix: leave it out"
             return APIError(400, message, code="unsupported", param=name)
-        near = suggest(name, [*cls.model_fields, *cls.neutral]) if len(name) < 64 else ""
+        near = suggest(name, [*cls._names(), *cls.neutral]) if len(name) < 64 else ""
         hint = near if "did you mean" in near else ""
         return APIError(
             400, f"{name[:64]}: unknown field{hint}. Fix: leave it out", code="unknown", param=name
@@ -123,7 +134,18 @@ class ImagePart(Strict):
     image_url: ImageURL
 
 
-Piece = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+class VideoURL(Strict):
+    url: str  # data:video/jpeg;base64,FRAME,FRAME,...
+
+
+class VideoPart(Strict):
+    neutral = {"prompt_cache_breakpoint": ()}
+
+    type: Literal["video_url"]
+    video_url: VideoURL
+
+
+Piece = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 Pieces = Annotated[list[Piece], Field(min_length=1, max_length=MAX_LIST)]
 
 
@@ -145,13 +167,13 @@ class Message(Strict):
 
     @model_validator(mode="after")
     def _check_images_are_from_users(self) -> "Message":
-        if self.role != "user" and any(isinstance(piece, ImagePart) for piece in self.pieces()):
+        if self.role != "user" and any(not isinstance(piece, TextPart) for piece in self.pieces()):
             raise ValueError(
                 f"an image in a message of role {self.role!r}. Fix: move it into a user message"
             )
         return self
 
-    def pieces(self) -> Sequence[TextPart | ImagePart]:
+    def pieces(self) -> Sequence[TextPart | ImagePart | VideoPart]:
         """Return the content as a list of parts."""
         return (
             [TextPart(type="text", text=self.content)]
@@ -217,6 +239,44 @@ class SamplingParams(Body):
         return self.max_tokens or self.max_completion_tokens
 
 
+class TextParams(SamplingParams):
+    """A request for one or several answers to a prompt, from the engine."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None  # answers; default 1
+    stream: bool | None = None
+    stream_options: "StreamOptions | None" = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    # {"TOKEN ID": bias}
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES)] | None = None
+
+    @property
+    def answers(self) -> int:
+        """Number of answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def top(self) -> int | None:
+        """Number of alternatives whose logprobs are asked for; None without logprobs."""
+        return None
+
+    @property
+    def json_form(self) -> dict[str, Any] | None:
+        """JSON schema of the answer; None for any text."""
+        return None
+
+    @property
+    def usage_chunk(self) -> bool:
+        """True if a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _check_usage_of_a_stream(self) -> "TextParams":
+        if self.usage_chunk and not self.stream:
+            raise _conflict("stream_options", "include_usage needs stream: true")
+        return self
+
+
 class StreamOptions(Strict):
     neutral = {"include_obfuscation": (False,)}
 
@@ -226,13 +286,45 @@ class StreamOptions(Strict):
 class StructuredOutputs(Strict):
     """The required form of an answer, in vLLM's notation."""
 
-    neutral = {name: () for name in ("json", "regex", "grammar", "json_object", "structural_tag")}
+    neutral = {name: () for name in ("regex", "grammar", "structural_tag")}
     empty = (None,)  # not {}: an empty JSON schema asks for any JSON
 
     choice: Annotated[list[Text], Field(min_length=1, max_length=256)] | None = None
+    # a JSON schema
+    json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    json_object: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_one_form(self) -> "StructuredOutputs":
+        given = [self.choice is not None, self.json_ is not None, bool(self.json_object)]
+        if sum(given) > 1:
+            raise ValueError("several forms of one answer. Fix: leave all but one out")
+        return self
 
 
-class ChatRequest(SamplingParams):
+class JSONSchema(Strict):
+    """Name and schema of a `response_format`; the schema is always kept to (`strict`)."""
+
+    name: Annotated[Text, Field(max_length=64)]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """The required form of an answer, in OpenAI's notation."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise _conflict("json_schema", "given with type 'json_schema', and only then")
+        return self
+
+
+class ChatRequest(TextParams):
     """Body of POST /v1/chat/completions."""
 
     neutral = {
@@ -242,7 +334,6 @@ class ChatRequest(SamplingParams):
         "parallel_tool_calls": (True, False),
         "functions": (),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "moderation": (),
@@ -262,14 +353,31 @@ class ChatRequest(SamplingParams):
     }
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)]
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
     @property
     def choices(self) -> list[str] | None:
         """The candidate answers, if the answer is chosen instead of generated."""
         return None if self.structured_outputs is None else self.structured_outputs.choice
+
+    @property
+    def top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def json_form(self) -> dict[str, Any] | None:
+        form, other = self.response_format, self.structured_outputs
+        if form is not None and form.json_schema is not None:
+            return form.json_schema.schema_
+        if other is not None and other.json_ is not None:
+            return other.json_
+        any_object = (form is not None and form.type == "json_object") or (
+            other is not None and bool(other.json_object)
+        )
+        return {"type": "object"} if any_object else None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "ChatRequest":
@@ -278,12 +386,12 @@ class ChatRequest(SamplingParams):
             at = f"messages.{len(self.messages) - 1}.role"
             reason = f"the last message is not the user's. Got {last!r}; expected 'user'"
             raise _conflict(at, reason)
-        if (
-            self.stream_options is not None
-            and self.stream_options.include_usage
-            and not self.stream
-        ):
-            raise _conflict("stream_options", "include_usage needs stream: true")
+        if self.top_logprobs and not self.logprobs:
+            raise _conflict("top_logprobs", "needs logprobs: true")
+        form = self.response_format
+        if form is not None and form.type != "text" and self.structured_outputs is not None:
+            reason = "the form of the answer is given twice. Fix: leave out structured_outputs"
+            raise _conflict("response_format", reason)
         if self.choices is not None:
             self._check_choice_is_not_sampled()
         return self
@@ -300,20 +408,107 @@ class ChatRequest(SamplingParams):
             raise _conflict("top_p", f"{what} is not sampled. Fix: leave out top_p")
         if self.stops:
             raise _conflict("stop", f"{what} is never cut. Fix: leave out stop")
+        sampled = ("n", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs")
+        for name in sampled:
+            if getattr(self, name) and (name, getattr(self, name)) != ("n", 1):
+                raise _conflict(name, f"{what} is not sampled. Fix: leave out {name}")
 
 
 def _conflict(param: str, reason: str) -> APIError:
     return APIError(400, f"{param}: {reason}", code="invalid_value", param=param)
 
 
+class CompletionRequest(TextParams):
+    """Body of POST /v1/completions: texts that the model continues, without a template."""
+
+    neutral = {
+        **TextParams.neutral,
+        "suffix": ("",),
+        "echo": (False,),
+        "add_special_tokens": (True,),
+        "response_format": ({"type": "text"},),
+    }
+
+    prompt: Annotated[
+        Annotated[Text, Tag("string")]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST), Tag("list")],
+        Discriminator(_kind),
+    ]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts as a list."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    @model_validator(mode="after")
+    def _check_streamed_prompts(self) -> "CompletionRequest":
+        if self.stream and len(self.prompts) > 1:
+            raise _conflict("prompt", "a stream continues one prompt. Fix: leave out stream")
+        return self
+
+
+class TokenizeRequest(Body):
+    """Body of POST /tokenize, as in vLLM: a text, or a conversation in the model's template."""
+
+    neutral = {
+        "add_generation_prompt": (True,),
+        "add_special_tokens": (True,),
+        "return_token_strs": (False,),
+    }
+
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)] | None = None
+
+    @model_validator(mode="after")
+    def _check_one_input(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise _conflict("prompt", "expected either prompt or messages")
+        return self
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token of an answer, with its log-probability in nats."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+    def chat(self) -> dict[str, Any]:
+        """Return it in the form of chat completions."""
+        top = [_token(token, logprob) for token, logprob in self.top]
+        return _token(self.token, self.logprob) | {"top_logprobs": top}
+
+
+def _token(token: str, logprob: float) -> dict[str, Any]:
+    whole = "\ufffd" not in token  # the bytes of a part of a character are not known
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if whole else None}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a streamed answer."""
+
+    index: int  # of the answer, if several are asked for
+    text: str
+    logprobs: tuple[Scored, ...] = ()
+
+
 @dataclass(frozen=True)
 class Answer:
-    """A replica's answer, or the last item of a stream. Here, because a gateway loads no torch."""
+    """A replica's answer, or the end of a streamed one. Here, because a gateway loads no torch."""
 
     text: str  # "" at the end of a stream
     prompt_tokens: int  # images included
     completion_tokens: int
     finish_reason: str
+    index: int = 0
+    logprobs: tuple[Scored, ...] = ()
 
     @property
     def usage(self) -> "Usage":
@@ -333,6 +528,11 @@ class Usage(BaseModel):
         return cls(
             prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
         )
+
+    @classmethod
+    def total(cls, answers: Sequence[Answer]) -> "Usage":
+        """Return the tokens of several answers to one prompt, which is counted once."""
+        return cls.of(answers[0].prompt_tokens, sum(a.completion_tokens for a in answers))
 
 
 class ResponseHeader(BaseModel):
@@ -354,23 +554,76 @@ def model_card(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "bridgework"}
 
 
-def completion(head: ResponseHeader, answer: Answer) -> dict[str, Any]:
-    """Return a complete chat answer."""
-    message = {"role": "assistant", "content": answer.text, "refusal": None}
-    choice = {
-        "index": 0,
-        "message": message,
-        "finish_reason": answer.finish_reason,
-        "logprobs": None,
-    }
-    return head.model_dump() | {"choices": [choice], "usage": answer.usage.model_dump()}
+def completion(head: ResponseHeader, answers: Sequence[Answer], scored: bool) -> dict[str, Any]:
+    """Return a complete chat answer. With `scored`, its choices have logprobs."""
+    choices = [
+        {
+            "index": answer.index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "finish_reason": answer.finish_reason,
+            "logprobs": _chat_logprobs(answer.logprobs) if scored else None,
+        }
+        for answer in answers
+    ]
+    return head.model_dump() | {"choices": choices, "usage": Usage.total(answers).model_dump()}
 
 
-def chunk(head: ResponseHeader, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
+def chunk(
+    head: ResponseHeader,
+    delta: dict[str, str],
+    finish: str | None = None,
+    *,
+    index: int = 0,
+    logprobs: Sequence[Scored] = (),
+) -> dict[str, Any]:
     """Return a chunk of a streamed answer."""
-    return head.model_dump() | {
-        "choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]
+    choice = {
+        "index": index,
+        "delta": delta,
+        "finish_reason": finish,
+        "logprobs": _chat_logprobs(logprobs) if logprobs else None,
     }
+    return head.model_dump() | {"choices": [choice]}
+
+
+def text_completion(
+    head: ResponseHeader, answers: Sequence[Answer], scored: bool, usage: Usage
+) -> dict[str, Any]:
+    """Return the complete answer of /v1/completions."""
+    choices = [
+        _text_choice(answer.index, answer.text, answer.finish_reason, answer.logprobs, scored)
+        for answer in answers
+    ]
+    return head.model_dump() | {"choices": choices, "usage": usage.model_dump()}
+
+
+def text_chunk(head: ResponseHeader, piece: Delta | Answer) -> dict[str, Any]:
+    """Return a chunk of a streamed answer of /v1/completions."""
+    finish = piece.finish_reason if isinstance(piece, Answer) else None
+    scored = bool(piece.logprobs)
+    choice = _text_choice(piece.index, piece.text, finish, piece.logprobs, scored)
+    return head.model_dump() | {"choices": [choice]}
+
+
+def _text_choice(
+    index: int, text: str, finish: str | None, logprobs: Sequence[Scored], scored: bool
+) -> dict[str, Any]:
+    values = {
+        "tokens": [one.token for one in logprobs],
+        "token_logprobs": [one.logprob for one in logprobs],
+        "top_logprobs": [dict(one.top) for one in logprobs],
+        "text_offset": list(accumulate((len(o.token) for o in logprobs), initial=0))[:-1],
+    }
+    return {
+        "index": index,
+        "text": text,
+        "finish_reason": finish,
+        "logprobs": values if scored else None,
+    }
+
+
+def _chat_logprobs(logprobs: Sequence[Scored]) -> dict[str, Any]:
+    return {"content": [one.chat() for one in logprobs], "refusal": None}
 
 
 def last_chunk(head: ResponseHeader, usage: Usage) -> dict[str, Any]:
@@ -420,7 +673,8 @@ class EmbeddingRequest(Body):
         Discriminator(_kind),
     ]
     encoding_format: Literal["float", "base64"] | None = None  # default: float
-    dimensions: Annotated[int, Field(ge=1)] | None = None  # only the model's own size
+    # of the vectors, at most the model's: the first ones, scaled to length 1 again
+    dimensions: Annotated[int, Field(ge=1)] | None = None
 
     def inputs(self) -> list[ImageInput | TextInput]:
         """Return the inputs as a list."""
@@ -430,6 +684,14 @@ class EmbeddingRequest(Body):
 
 def _input(text: str) -> ImageInput | TextInput:
     return ImageInput(image=text) if text.startswith("data:image/") else TextInput(text=text)
+
+
+def shortened(values: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float32]:
+    """Return the first `dimensions` numbers of an embedding (D,), scaled to length 1 again."""
+    if dimensions is None or dimensions == len(values):
+        return values
+    cut = values[:dimensions]
+    return cast(NDArray[np.float32], cut / max(float(np.linalg.norm(cut)), 1e-12))
 
 
 def vector(

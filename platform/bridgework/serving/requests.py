@@ -8,21 +8,31 @@ replica decodes it later.
 
 import base64
 import binascii
+import json
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from bridgework.data.images import header
 from bridgework.data.samples import Part
 from bridgework.serving.errors import APIError
 from bridgework.serving.options import Options, RequestLimits
-from bridgework.serving.protocol import ChatRequest, ImagePart, SamplingParams
+from bridgework.serving.protocol import (
+    Message,
+    SamplingParams,
+    TextParams,
+    TextPart,
+    VideoPart,
+)
 
 if TYPE_CHECKING:
-    from bridgework.inference.generation import Sampling
+    from bridgework.inference.generation import EngineSampling
+    from bridgework.inference.preprocess import ImageFile
 
 GREEDY_BELOW = 1e-4  # a temperature at which only the likeliest token is left; it overflows float32
+VIDEO_HEADERS = ("data:video/jpeg;base64", "data:video/png;base64")
 SCANS = 16  # scans of a JPEG that decode as fast as a PNG of its size; more count as more pixels
 _SCAN = b"\xff\xda"  # marker of a scan
 _URL_HEADER = re.compile(r"data:image/[a-z0-9.+-]+;base64", re.IGNORECASE)
@@ -40,49 +50,68 @@ _HEADER_ERRORS = (  # raised by Pillow and `struct` for a broken header
 
 
 def read_conversation(
-    body: ChatRequest, limits: RequestLimits, *, tiled: bool
-) -> tuple[list[Part], list[bytes]]:
+    messages: Sequence[Message],
+    limits: RequestLimits,
+    *,
+    tiled: bool,
+    texts: Sequence[str] = (),
+) -> tuple[list[Part], list["ImageFile"]]:
     """Return the parts of a conversation in reading order, and its checked images.
 
     Counts and text are checked first, images last. `tiled`: the model cuts images into tiles.
-    Raises APIError.
+    `texts` are others of the request, which count too. Raises APIError.
     """
-    check_count("messages", len(body.messages), limits.messages)
-    pieces = [piece for message in body.messages for piece in message.pieces()]
+    check_count("messages", len(messages), limits.messages)
+    pieces = [piece for message in messages for piece in message.pieces()]
     check_count(
-        "images", sum(isinstance(p, ImagePart) for p in pieces), limits.images, param="messages"
+        "images", sum(not isinstance(p, TextPart) for p in pieces), limits.images, param="messages"
     )
-    texts = [piece.text for piece in pieces if not isinstance(piece, ImagePart)]
-    check_text([*texts, *(body.choices or ())], limits, "messages")
+    written = [piece.text for piece in pieces if isinstance(piece, TextPart)]
+    check_text([*written, *texts], limits, "messages")
     parts: list[Part] = []
-    urls: list[tuple[str, str]] = []
-    for i, message in enumerate(body.messages):
+    urls: list[list[tuple[str, str]]] = []  # one for an image, one for each frame of a video
+    videos: set[int] = set()
+    for i, message in enumerate(messages):
         role = "system" if message.role == "developer" else message.role
         for j, piece in enumerate(message.pieces()):
             if j:  # the training data has a line break between an image and its question
                 parts.append(Part(role, text="\n"))
-            if isinstance(piece, ImagePart):
-                where = f"messages.{i}.content.{j}.image_url"
-                if tiled and piece.image_url.detail == "low":
-                    raise _low_detail(f"{where}.detail")
-                parts.append(Part(role, image=len(urls)))
-                urls.append((f"{where}.url", piece.image_url.url))
-            else:
+            where = f"messages.{i}.content.{j}.{piece.type}"
+            if isinstance(piece, TextPart):
                 parts.append(Part(role, text=piece.text))
-    return parts, read_images(urls, limits)
+                continue
+            parts.append(Part(role, image=len(urls)))
+            if isinstance(piece, VideoPart):
+                videos.add(len(urls))
+                urls.append(_frames(piece.video_url.url, limits, f"{where}.url"))
+                continue
+            if tiled and piece.image_url.detail == "low":
+                raise _low_detail(f"{where}.detail")
+            urls.append([(f"{where}.url", piece.image_url.url)])
+    read = iter(read_images([one for of_one in urls for one in of_one], limits))
+    files = [tuple(islice(read, len(of_one))) for of_one in urls]
+    return parts, [file if i in videos else file[0] for i, file in enumerate(files)]
 
 
-def sampling_arguments(body: SamplingParams, options: Options) -> "Sampling":
-    """Return the sampling arguments of the Pipeline.
+def _frames(url: str, limits: RequestLimits, param: str) -> list[tuple[str, str]]:
+    """Return the frames of data:video/jpeg;base64,FRAME,FRAME,... as URLs of images."""
+    head, _, rest = url[: limits.header_chars].partition(",")
+    if head.lower() not in VIDEO_HEADERS or not rest:
+        expected = "data:video/jpeg;base64,FRAME,FRAME,..."
+        reason = f"only data: URLs of a video's frames are read. Expected {expected}"
+        raise _invalid(param, reason, "unsupported_video")
+    frames = url[len(head) + 1 :].split(",", limits.video_frames)
+    check_count("frames", len(frames), limits.video_frames, param=param)
+    prefix = head.lower().replace("video/", "image/", 1)
+    return [(param, f"{prefix},{frame}") for frame in frames]
 
-    Raises APIError for more tokens or longer stop strings than the server allows.
+
+def sampling_arguments(body: SamplingParams, options: Options) -> "EngineSampling":
+    """Return the sampling arguments of the engine.
+
+    An answer ends with the context at the latest, so a larger `max_tokens` changes nothing. Raises
+    APIError for longer stop strings than the server allows.
     """
-    if body.tokens is not None and body.tokens > options.max_new_tokens:
-        message = (
-            f"max_tokens: too many. Got {body.tokens}; expected at most {options.max_new_tokens} "
-            "on this server"
-        )
-        raise APIError(400, message, code="too_many_tokens", param="max_tokens")
     stop_chars = sum(map(len, body.stops))
     if stop_chars > options.limits.stop_chars:
         message = (
@@ -91,13 +120,38 @@ def sampling_arguments(body: SamplingParams, options: Options) -> "Sampling":
         )
         raise APIError(400, message, code="text_too_long", param="stop")
     temperature = 1.0 if body.temperature is None else body.temperature
-    return {
+    arguments: EngineSampling = {
         "max_new_tokens": body.tokens or options.max_new_tokens,
         "temperature": 0.0 if temperature < GREEDY_BELOW else temperature,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "stop": body.stops,
         "seed": body.seed,
     }
+    if not isinstance(body, TextParams):
+        return arguments
+    if body.presence_penalty:
+        arguments["presence_penalty"] = body.presence_penalty
+    if body.frequency_penalty:
+        arguments["frequency_penalty"] = body.frequency_penalty
+    if body.logit_bias:
+        arguments["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
+    if body.top is not None:
+        arguments["logprobs"] = body.top
+    if body.json_form is not None:
+        size, allowed = len(json.dumps(body.json_form)), options.limits.schema_chars
+        if size > allowed:
+            message = f"json_schema: too long. Got {size} characters; expected at most {allowed}"
+            raise APIError(400, message, code="text_too_long", param="response_format")
+        arguments["json_schema"] = body.json_form
+    return arguments
+
+
+def check_answers(body: TextParams, options: Options) -> None:
+    """Raise APIError if a request asks for more answers than the server allows."""
+    allowed = options.limits.answers
+    if body.answers > allowed:
+        message = f"n: too many answers. Got {body.answers}; expected at most {allowed}"
+        raise APIError(400, message, code="too_many", param="n")
 
 
 def check_count(what: str, given: int, allowed: int, *, param: str | None = None) -> None:

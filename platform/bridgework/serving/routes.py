@@ -6,13 +6,14 @@ OpenAI's form. The gateway adds the routes that all apps share (gateway.py).
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from importlib.resources import files
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from bridgework.serving.auth import request_id
 from bridgework.serving.bodies import JSONRoute
@@ -23,18 +24,26 @@ from bridgework.serving.protocol import (
     CaptionRequest,
     ChatRequest,
     ClassifyRequest,
+    CompletionRequest,
+    Delta,
     EmbeddingRequest,
     ImageInput,
     RankRequest,
     ResponseHeader,
     TextInput,
+    TextParams,
+    TokenizeRequest,
     Usage,
     chunk,
     completion,
     last_chunk,
+    shortened,
+    text_chunk,
+    text_completion,
     vector,
 )
 from bridgework.serving.requests import (
+    check_answers,
     check_count,
     check_text,
     read_conversation,
@@ -44,65 +53,135 @@ from bridgework.serving.requests import (
 )
 from bridgework.serving.router import Router
 
-PAGE_POLICY = (  # the page's own script and style, dropped images, this server; no other host
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 DONE = "data: [DONE]\n\n"
 
 
 def chat_routes(router: Router, options: Options) -> APIRouter:
-    """Return the routes GET / (a page to try the app) and POST /v1/chat/completions."""
+    """Return the routes POST /v1/chat/completions, /v1/completions and /tokenize."""
     api = APIRouter(route_class=JSONRoute)
-    page = files("bridgework.serving").joinpath("playground.html").read_text("utf-8")
-
-    @api.get("/")
-    async def playground() -> HTMLResponse:
-        return HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY})
 
     @api.post("/v1/chat/completions")
     async def complete(body: ChatRequest, request: Request) -> Response:
         served = router.choose(body.model, request_id(request.headers))
         parts, images = await asyncio.to_thread(
-            read_conversation, body, options.limits, tiled=served.tiled
+            read_conversation,
+            body.messages,
+            options.limits,
+            tiled=served.tiled,
+            texts=body.choices or (),
         )
+        check_answers(body, options)
+        served, sampling = served.about(images), sampling_arguments(body, options)
+        if body.stream:
+            pieces = router.stream(served, "stream", parts, images, sampling, body.answers)
+            head = ResponseHeader.of("chatcmpl", "chat.completion.chunk", served.id, body.model)
+            return await _stream(pieces, body, partial(_chat_chunks, head), head)
+        head = ResponseHeader.of("chatcmpl", "chat.completion", served.id, body.model)
+        if body.choices is not None:
+            answers = [await router.call(served, "choose", parts, images, body.choices)]
+        elif body.answers == 1:
+            answers = [await router.call(served, "generate", parts, images, sampling)]
+        else:
+            answers = await router.call(
+                served, "generate_several", parts, images, sampling, body.answers
+            )
+        return JSONResponse(completion(head, answers, body.top is not None))
+
+    @api.post("/v1/completions")
+    async def complete_text(body: CompletionRequest, request: Request) -> Response:
+        served = router.choose(body.model, request_id(request.headers))
+        check_count("prompts", len(body.prompts), options.limits.items, param="prompt")
+        check_text(body.prompts, options.limits, "prompt")
+        check_answers(body, options)
         sampling = sampling_arguments(body, options)
-        if not body.stream:
-            head = ResponseHeader.of("chatcmpl", "chat.completion", served.id, body.model)
-            if body.choices is not None:
-                answer: Answer = await router.call(served, "choose", parts, images, body.choices)
-            else:
-                answer = await router.call(served, "generate", parts, images, sampling)
-            return JSONResponse(completion(head, answer))
-        head = ResponseHeader.of("chatcmpl", "chat.completion.chunk", served.id, body.model)
-        pieces = router.stream(served, "stream", parts, images, sampling)
-        first = await anext(pieces)  # an error before the first piece is a status, not an event
-        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return StreamingResponse(
-            _events(head, first, pieces, usage),
-            media_type="text/event-stream",
-            headers={"cache-control": "no-cache"},
+        head = ResponseHeader.of("cmpl", "text_completion", served.id, body.model)
+        if body.stream:
+            pieces = router.stream(served, "stream_text", body.prompts[0], sampling, body.answers)
+            return await _stream(pieces, body, partial(_text_chunks, head), head)
+        answers: list[Answer] = []
+        usages: list[Usage] = []
+        # in sequence, because a request takes one slot however many prompts it has
+        for prompt in body.prompts:
+            some = await router.call(served, "complete", prompt, sampling, body.answers)
+            usages.append(Usage.total(some))
+            answers += [replace(one, index=len(answers) + one.index) for one in some]
+        usage = Usage.of(
+            sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages)
         )
+        return JSONResponse(text_completion(head, answers, body.top is not None, usage))
+
+    @api.post("/tokenize")
+    async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+        served = router.choose(body.model, request_id(request.headers))
+        parts, images = await asyncio.to_thread(
+            read_conversation,
+            body.messages or (),
+            options.limits,
+            tiled=served.tiled,
+            texts=[body.prompt or ""],
+        )
+        tokens, context = await router.call(served, "tokenize", body.prompt, parts, images)
+        return {"count": len(tokens), "max_model_len": context, "tokens": tokens}
 
     return api
 
 
+Chunks = Callable[[Delta | Answer], Iterable[dict[str, Any]]]
+
+
+def _chat_chunks(head: ResponseHeader, piece: Delta | Answer) -> Iterator[dict[str, Any]]:
+    if isinstance(piece, Answer):
+        yield chunk(head, {}, piece.finish_reason, index=piece.index)
+    else:
+        content = {"content": piece.text}
+        yield chunk(head, content, index=piece.index, logprobs=piece.logprobs)
+
+
+def _text_chunks(head: ResponseHeader, piece: Delta | Answer) -> Iterator[dict[str, Any]]:
+    yield text_chunk(head, piece)
+
+
+async def _stream(
+    pieces: AsyncGenerator[Delta | Answer, None],
+    body: TextParams,
+    chunks: Chunks,
+    head: ResponseHeader,
+) -> Response:
+    first = await anext(pieces)  # an error before the first piece is a status, not an event
+    return StreamingResponse(
+        _events(head, first, pieces, body, chunks),
+        media_type="text/event-stream",
+        headers={"cache-control": "no-cache"},
+    )
+
+
 async def _events(
-    head: ResponseHeader, first: str | Answer, rest: AsyncGenerator[str | Answer, None], usage: bool
+    head: ResponseHeader,
+    first: Delta | Answer,
+    rest: AsyncGenerator[Delta | Answer, None],
+    body: TextParams,
+    chunks: Chunks,
 ) -> AsyncIterator[str]:
     """Yield server-sent events. A broken stream ends with an error event and without [DONE]."""
+    ended: list[Answer] = []
     try:
-        yield _event(chunk(head, {"role": "assistant", "content": ""}))
-        piece: str | Answer | None = first
-        while isinstance(piece, str):
-            yield _event(chunk(head, {"content": piece}))
+        if isinstance(body, ChatRequest):
+            for index in range(body.answers):
+                yield _event(chunk(head, {"role": "assistant", "content": ""}, index=index))
+        piece: Delta | Answer | None = first
+        while True:
+            if piece is None:
+                message = "the stream ended before the answer was complete. Fix: try again"
+                raise APIError(500, message, code="broken_stream")
+            for value in chunks(piece):
+                yield _event(value)
+            if isinstance(piece, Answer):
+                ended.append(piece)
+                if len(ended) == body.answers:
+                    break
             piece = await anext(rest, None)
-        if piece is None:
-            message = "the stream ended before the answer was complete. Fix: try again"
-            raise APIError(500, message, code="broken_stream")
-        yield _event(chunk(head, {}, piece.finish_reason))
-        if usage:
-            yield _event(last_chunk(head, piece.usage))
+        if body.usage_chunk:
+            yield _event(last_chunk(head, Usage.total(ended)))
         yield DONE
     except APIError as error:
         yield _event(error.body())
@@ -125,15 +204,16 @@ def embedding_routes(router: Router, options: Options) -> APIRouter:
         inputs = await asyncio.to_thread(_read_inputs, body, limits)
         embedded = await router.call(served, "embed", inputs)
         width = len(embedded[0][0])
-        if body.dimensions not in (None, width):
+        if body.dimensions is not None and body.dimensions > width:
             message = (
-                "dimensions: the model has one embedding size. "
-                f"Got {body.dimensions}; expected {width}"
+                "dimensions: more than the model has. "
+                f"Got {body.dimensions}; expected at most {width}"
             )
-            raise APIError(400, message, code="unsupported", param="dimensions")
+            raise APIError(400, message, code="invalid_value", param="dimensions")
+        vectors = [shortened(values, body.dimensions) for values, _ in embedded]
         rows = [
             {"object": "embedding", "index": i, "embedding": vector(values, body.encoding_format)}
-            for i, (values, _) in enumerate(embedded)
+            for i, values in enumerate(vectors)
         ]
         usage = Usage.of(sum(tokens for _, tokens in embedded))
         head = ResponseHeader.of("embd", "list", served.id, body.model)
@@ -163,7 +243,9 @@ def embedding_routes(router: Router, options: Options) -> APIRouter:
         check_count("candidates", len(body.candidates), limits.items)
         check_text([*body.candidates, body.question or ""], limits, "candidates")
         image = await asyncio.to_thread(read_image, body.image, limits, "image")
-        ranked = await router.call(served, "rank", image, body.candidates, body.question)
+        ranked = await router.call(
+            served.about([image]), "rank", image, body.candidates, body.question
+        )
         data = [{"candidate": candidate, "score": score} for candidate, score in ranked]
         head = ResponseHeader.of("rank", "ranking", served.id, body.model)
         return head.model_dump() | {"data": data}
@@ -202,7 +284,8 @@ def caption_routes(router: Router, options: Options) -> APIRouter:
         images = await asyncio.to_thread(read_images, urls, options.limits)
         # in sequence, because a request takes one slot however many images it has
         answers: list[Answer] = [
-            await router.call(served, "caption", image, body.prompt, sampling) for image in images
+            await router.call(served.about([image]), "caption", image, body.prompt, sampling)
+            for image in images
         ]
         usage = Usage.of(
             sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers)

@@ -16,6 +16,8 @@ from bridgework.evaluation import results
 from bridgework.evaluation.base import Figure, Result
 from bridgework.evaluation.results import EvaluationRecord
 from bridgework.inference.pipeline import Pipeline
+from bridgework.tracking import environment
+from bridgework.tracking.openlineage_events import Artifact, Event, emit
 from bridgework.tracking.tracker import Point, Tracker
 
 KIND = "evaluation"  # tag `kind` of the runs
@@ -41,6 +43,7 @@ def evaluate(
         say(f"{spec.name}: evaluating on {spec.dataset}")
         result, record = results.evaluate(spec, pipeline, home, weights)
         file = results.write(record, results.folder_of(weights, home))
+        _emit(home, artifact, record, file)
         files = [file]
         for name, image in result.pictures.items():
             image.save(file.with_name(f"{name}.png"))
@@ -56,12 +59,25 @@ def evaluate(
     return done
 
 
+def _emit(home: Path, artifact: str, record: EvaluationRecord, file: Path) -> None:
+    read = [Artifact(d.path, d.digest, d.rows) for d in record.datasets]
+    event = Event(
+        "EVALUATION",
+        f"evaluation/{record.name}",
+        "COMPLETE",
+        run=f"{record.weights}/{record.evaluation}/{record.created}",
+        inputs=[*read, Artifact(artifact, record.weights)],
+        outputs=[Artifact(str(file), record.evaluation)],
+    )
+    emit(home, event)
+
+
 def log(
     tracker: Tracker, record: EvaluationRecord, files: Iterable[Path], artifact: str = ""
 ) -> str:
     """Log an evaluation; returns the id of its run. The same evaluation again is the same run."""
     made = tracker.produced(record.weights, artifact)
-    tags = {
+    tags = environment.tags() | {
         "kind": KIND,
         "digest": record.weights,
         "evaluation": record.evaluation,

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -28,9 +29,11 @@ from mlflow.utils.validation import (
     MAX_PARAM_VAL_LENGTH,
     MAX_PARAMS_TAGS_PER_BATCH,
 )
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from bridgework import old_names
+from bridgework.artifacts import FILE
 from bridgework.errors import TrackingError, suggest
 from bridgework.mixture import DatasetInput
 from bridgework.tracking.lineage import RunView, Weights
@@ -47,6 +50,7 @@ from bridgework.tracking.tracker import (
 
 # MLflow reads these at import or at each request; the user's own values have precedence.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # INFO reports every table that it creates
 # Seconds and retries: by default a call to a dead server takes 246 s.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -56,6 +60,11 @@ T = TypeVar("T")
 # Hex digits of a digest in MLflow's own field, which has at most 36 and is in every table of the
 # UI.
 SHORT = 12
+DESCRIPTION_CHARS = 5_000  # of a version
+POSTGRESQL_LOCK = 7_246_571_009  # number of the lock while tables are created
+NEWEST = 200  # runs that a suggestion of names considers
+# The UI opens an experiment of this kind with its training runs, not with traces of prompts.
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 DATA = frozenset(
     {"data_wait_share", "padding", "quarantined", "replaced", "samples", "share", "tokens"}
 )
@@ -73,6 +82,7 @@ class MLflowReader:
     """
 
     def __init__(self, uri: str | None, home: Path) -> None:
+        self._home = home.resolve()
         self.uri = (
             uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve()}/mlflow.db"
         )
@@ -87,6 +97,34 @@ class MLflowReader:
         with self._call(f"read run {run_id}"):
             return self._view(self._client.get_run(run_id))
 
+    def named(self, name: str) -> list[RunView]:
+        with self._call(f"find the run {name!r}"):
+            return self._runs(f"tags.run_key = '{_quoted(name)}'")[::-1]
+
+    def run_names(self) -> list[str]:
+        with self._call("list the runs"):
+            newest = self._client.search_runs(self._everywhere(), max_results=NEWEST)
+            return [
+                str(run.info.run_name)
+                for run in newest
+                if mlflow_tags.MLFLOW_PARENT_RUN_ID not in run.data.tags
+            ]
+
+    def history(self, run_id: str, metric: str) -> dict[int, float]:
+        """Return step -> value of a metric of a run."""
+        with self._call(f"read {metric} of run {run_id}"):
+            return {m.step: m.value for m in self._client.get_metric_history(run_id, metric)}
+
+    def text(self, run_id: str, file: str) -> str | None:
+        """Return the content of a file that was logged with a run; None if there is none."""
+        with self._call(f"read {file} of run {run_id}"), TemporaryDirectory() as folder:
+            try:
+                return Path(self._client.download_artifacts(run_id, file, folder)).read_text()
+            except (MlflowException, OSError) as error:
+                if isinstance(error.__context__, requests.RequestException):
+                    raise
+                return None
+
     def children(self, run_id: str) -> list[RunView]:
         with self._call(f"read the stages of run {run_id}"):
             return self._runs(f"tags.`{mlflow_tags.MLFLOW_PARENT_RUN_ID}` = '{run_id}'")[::-1]
@@ -99,14 +137,14 @@ class MLflowReader:
         with self._call(f"find the run that made weights {digest}"):
             return [
                 self.run(m.source_run_id)
-                for m in self._logged(f"tags.digest = '{digest}'")
+                for m in self._logged(f"tags.digest LIKE '{_quoted(digest)}%'")[::-1]
                 if m.source_run_id
             ]
 
     def readers(self, dataset: str) -> list[RunView]:
         with self._call(f"find the runs that read {dataset}"):
-            named = self._runs(f"dataset.name = '{dataset}'") + self._runs(
-                f"dataset.digest LIKE '{dataset[:SHORT]}%'"
+            named = self._runs(f"dataset.name = '{_quoted(dataset)}'") + self._runs(
+                f"dataset.digest LIKE '{_quoted(dataset[:SHORT])}%'"
             )
             hits = {
                 r.id: r
@@ -116,9 +154,9 @@ class MLflowReader:
             return list(hits.values())[::-1]
 
     def dataset_names(self) -> list[str]:
-        """Return the names of the datasets that runs read, sorted."""
+        """Return the names of the datasets that the newest runs read, sorted."""
         with self._call("list the datasets of runs"):
-            runs = _pages(self._client.search_runs, self._everywhere(), "")
+            runs = self._client.search_runs(self._everywhere(), max_results=NEWEST)
             return sorted(
                 {d.dataset.name for r in runs if r.inputs for d in r.inputs.dataset_inputs}
             )
@@ -129,7 +167,7 @@ class MLflowReader:
                 return []
             aliases = self._client.get_registered_model(name).aliases
             found = _pages(self._client.search_model_versions, f"name = '{name}'")
-            return [_version(v, aliases) for v in sorted(found, key=lambda v: int(v.version))]
+            return [self._version(v, aliases) for v in sorted(found, key=lambda v: int(v.version))]
 
     def registered(self, run_id: str) -> list[Version]:
         with self._call(f"find the versions of run {run_id}"):
@@ -155,6 +193,7 @@ class MLflowReader:
         )
 
     def _everywhere(self) -> list[str]:
+        """Return the ids of all projects. They are few, and asked for by every query."""
         return [e.experiment_id for e in _pages(self._client.search_experiments)]
 
     def _runs(self, condition: str, *experiments: str) -> list[RunView]:
@@ -166,8 +205,8 @@ class MLflowReader:
         return _pages(self._client.search_logged_models, self._everywhere(), condition)
 
     def _view(self, run: entities.Run) -> RunView:
-        has_outputs = run.outputs is not None and run.outputs.model_outputs
-        outputs = self._logged(f"source_run_id = '{run.info.run_id}'") if has_outputs else []
+        ids = [m.model_id for m in run.outputs.model_outputs] if run.outputs else []
+        outputs = [self._client.get_logged_model(model_id) for model_id in ids]
         return RunView(
             id=run.info.run_id,
             name=run.info.run_name,
@@ -181,9 +220,30 @@ class MLflowReader:
             },
             inputs=tuple(_read_input(d) for d in (run.inputs.dataset_inputs if run.inputs else ())),
             outputs=tuple(
-                Weights(m.name, _artifact(m.tags), m.tags.get("digest", "")) for m in outputs[::-1]
+                Weights(m.name, self._artifact(m.tags), m.tags.get("digest", "")) for m in outputs
             ),
         )
+
+    def _artifact(self, tags: Mapping[str, str]) -> str:
+        """Return the artifact's folder from the tags of a version or model, also by the old tag.
+
+        A folder that does not exist is looked for under this home, which may be a copy.
+        """
+        written = tags.get("artifact") or tags.get(old_names.ARTIFACT_TAG, "")
+        if not written or "://" in written or Path(written).is_dir():
+            return written
+        parts = Path(written).parts
+        here = (self._home.joinpath(*parts[start:]) for start in range(1, len(parts)))
+        return next((str(folder) for folder in here if (folder / FILE).is_file()), written)
+
+    def _version(self, found: ModelVersion, aliases: Mapping[str, Any]) -> Version:
+        """Convert a version.
+
+        aliases: alias -> version of the model, which a search does not return.
+        """
+        tags, number = dict(found.tags), str(found.version)
+        own = tuple(alias for alias, version in aliases.items() if str(version) == number)
+        return Version(found.name, number, self._artifact(tags), found.run_id or "", own, tags)
 
     @contextmanager
     def _call(self, what: str) -> Iterator[None]:
@@ -211,7 +271,6 @@ class MLflowTracker(MLflowReader):
 
     def __init__(self, uri: str | None, home: Path, experiment: str) -> None:
         super().__init__(uri, home)
-        self._home = home.resolve()
         self._home.mkdir(parents=True, exist_ok=True)
         with self._call(f"open the experiment {experiment!r}"):
             self._experiment = self._open(experiment, home.resolve() / "mlartifacts")
@@ -324,12 +383,14 @@ class MLflowTracker(MLflowReader):
     def produced(self, digest: str, artifact: str = "") -> Produced | None:
         with self._call(f"find the model of weights {digest}"):
             found = [m for m in self._logged(f"tags.digest = '{digest}'") if m.source_run_id]
-            own = [m for m in found if _artifact(m.tags) == artifact] or found
-            return Produced(own[0].source_run_id, str(own[0].model_id)) if own else None
+            own = [m for m in found if self._artifact(m.tags) == artifact] or found
+            return Produced(str(own[0].source_run_id), str(own[0].model_id)) if own else None
 
     def find(self, tags: Mapping[str, str]) -> list[tuple[str, Mapping[str, str]]]:
         with self._call("find runs by their tags"):
-            condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+            condition = " and ".join(
+                f"tags.`{key}` = '{_quoted(value)}'" for key, value in tags.items()
+            )
             runs = _pages(self._client.search_runs, self._everywhere(), condition)
             return [(str(r.info.run_id), dict(r.data.tags)) for r in runs[::-1]]
 
@@ -338,7 +399,13 @@ class MLflowTracker(MLflowReader):
             self._client.set_terminated(run_id, status)
 
     def register(
-        self, name: str, model_id: str, run_id: str, artifact: str, tags: Mapping[str, str]
+        self,
+        name: str,
+        model_id: str,
+        run_id: str,
+        artifact: str,
+        tags: Mapping[str, str],
+        description: str = "",
     ) -> Version:
         with self._call(f"register {artifact} as {name!r}"):
             if name not in self.models():
@@ -351,6 +418,7 @@ class MLflowTracker(MLflowReader):
                 model.artifact_location,
                 run_id,
                 about,
+                description=description[:DESCRIPTION_CHARS],
                 model_id=model_id,
                 await_creation_for=0,
             )
@@ -361,7 +429,7 @@ class MLflowTracker(MLflowReader):
             self._client.set_logged_model_tags(
                 model_id, {mlflow_tags.MLFLOW_MODEL_VERSIONS: versions}
             )
-            return _version(new, {})
+            return self._version(new, {})
 
     def alias(self, name: str, alias: str, version: str | None) -> None:
         known = None if version is None else self.version(name, version)
@@ -382,7 +450,7 @@ class MLflowTracker(MLflowReader):
     def set_champions(self, name: str, champions: Sequence[str], expected: Sequence[str]) -> bool:
         """Replace the champions under a lock of the home.
 
-        Without a common home, two promotions are told apart by reading the champions again.
+        Without a common home, two promotions are distinguished by reading the champions again.
         """
         with FileLock(self._home / "registry.lock"):
             if self.champions(name) != tuple(expected):
@@ -408,7 +476,7 @@ class MLflowTracker(MLflowReader):
             remote = self.uri.startswith(("http://", "https://"))
             folder = None if remote else (artifacts / re.sub(r"[^\w.-]", "-", name)).as_uri()
             try:
-                return str(self._client.create_experiment(name, folder))
+                return str(self._client.create_experiment(name, folder, TRAINING))
             except MlflowException:
                 known = self._client.get_experiment_by_name(name)  # another driver created it
                 if known is None:
@@ -428,10 +496,20 @@ def artifact_of(model: str, home: Path) -> str:
 
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
-    """Lock an sqlite file during the block.
+    """Lock an sqlite file or a PostgreSQL database during the block.
 
-    Two processes that create its tables at the same time would corrupt it.
+    Two processes that create its tables at the same time would corrupt the first, and fail in the
+    second.
     """
+    if uri.startswith("postgresql"):
+        engine = create_engine(uri)
+        try:
+            with engine.connect() as connection:  # the lock ends with the connection
+                connection.execute(text(f"SELECT pg_advisory_lock({POSTGRESQL_LOCK})"))
+                yield
+        finally:
+            engine.dispose()
+        return
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -484,13 +562,6 @@ def _read_input(logged: entities.DatasetInput) -> DatasetInput:
     return DatasetInput(dataset.name, digest, path, about.get("rows", 0))
 
 
-def _version(found: ModelVersion, aliases: Mapping[str, Any]) -> Version:
-    """Convert a version; aliases: alias -> version of the model, which a search does not return."""
-    tags, number = dict(found.tags), str(found.version)
-    own = tuple(alias for alias, version in aliases.items() if str(version) == number)
-    return Version(found.name, number, _artifact(tags), found.run_id or "", own, tags)
-
-
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
@@ -507,9 +578,9 @@ def _pages(search: Callable[..., PagedList[T]], *where: Any) -> list[T]:
             return found
 
 
-def _artifact(tags: Mapping[str, str]) -> str:
-    """Return the artifact's folder from the tags of a version or model, also by the old tag."""
-    return tags.get("artifact") or tags.get(old_names.ARTIFACT_TAG, "")
+def _quoted(text: str) -> str:
+    """Remove characters that would end a string of MLflow's filter language."""
+    return re.sub(r"['\"`%\\]", "_", text)
 
 
 def group(key: str) -> str:

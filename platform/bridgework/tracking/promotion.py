@@ -20,6 +20,7 @@ from bridgework.evaluation.gate import Gate, GateCheck, default_gate, judge
 from bridgework.evaluation.results import EvaluationRecord
 from bridgework.system import EvalSpec, Stage
 from bridgework.tracking import evaluations
+from bridgework.tracking.openlineage_events import Artifact, Event, emit
 from bridgework.tracking.registry import holder, split
 from bridgework.tracking.tracker import CHAMPION, Point, Produced, Tracker, Version
 
@@ -89,7 +90,7 @@ def promote(
     if gate is not None and metric is not None:
         raise SpecError("--gate and --metric exclude each other. Fix: put the metric into the gate")
     candidate, champions = tracker.version(name, which), tracker.champions(name)
-    champion = holder(tracker, name, CHAMPION)
+    champion = tracker.version(name, champions[-1]) if champions else None
     if champion is not None and champion.version == candidate.version:
         raise TrackingError(
             f"{name}:{candidate.version} is the champion already. Fix: give another version"
@@ -114,13 +115,13 @@ def promote(
             f"the champion is now version {now.version if now else '?'}. "
             "Fix: promote again, which compares it with the new champion"
         )
-    decision = _record(tracker, decision, [v for v in (candidate, champion) if v is not None])
+    decision = _record(tracker, decision, [v for v in (candidate, champion) if v is not None], home)
     if not decision.changed:
         raise NotPromoted(decision)
     return decision
 
 
-def rollback(tracker: Tracker, name: str, reason: str = "") -> PromotionDecision:
+def rollback(tracker: Tracker, name: str, reason: str = "", *, home: Path) -> PromotionDecision:
     """Make the champion before the present one champion again; repeated, it goes further back.
 
     Raises TrackingError if the present champion is the first, and if a promotion was faster.
@@ -139,7 +140,7 @@ def rollback(tracker: Tracker, name: str, reason: str = "") -> PromotionDecision
             f"Fix: see `bridgework history {name}`, then roll back again"
         )
     decision = _decision(name, "rolled back", back, current, reason or "rollback", ())
-    return _record(tracker, decision, [tracker.version(name, v) for v in (back, current)])
+    return _record(tracker, decision, [tracker.version(name, v) for v in (back, current)], home)
 
 
 def history(tracker: Tracker, name: str) -> list[PromotionDecision]:
@@ -276,7 +277,7 @@ def _decision(
 
 
 def _record(
-    tracker: Tracker, decision: PromotionDecision, versions: Sequence[Version]
+    tracker: Tracker, decision: PromotionDecision, versions: Sequence[Version], home: Path
 ) -> PromotionDecision:
     """Log a decision as a run with its figures, and refer to it from both versions."""
     tags = {
@@ -304,6 +305,17 @@ def _record(
     tracker.finish(run)
     for version in versions:
         tracker.tag_version(version.name, version.version, {"decision": run})
+    named = [Artifact(f"models:/{v.name}/{v.version}", v.tags.get("digest", "")) for v in versions]
+    event = Event(
+        "PROMOTION",
+        f"promotion/{decision.model}",
+        "COMPLETE" if decision.changed else "ABORT",
+        run=run,
+        inputs=named,
+        outputs=[Artifact(f"models:/{decision.model}@{CHAMPION}")] if decision.changed else [],
+        tags={"verdict": decision.verdict, "reason": decision.reason[:500]},
+    )
+    emit(home, event)
     return PromotionDecision(**{**vars(decision), "run_id": run})
 
 

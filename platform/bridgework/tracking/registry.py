@@ -16,6 +16,7 @@ from bridgework.evaluation import results
 from bridgework.evaluation.results import EvaluationRecord
 from bridgework.evaluation.statistics import difference
 from bridgework.system import Direction
+from bridgework.tracking import card
 from bridgework.tracking.tracker import CHALLENGER, CHAMPION, Tracker, Version
 
 CERTIFICATE = "parity.json"  # of an import, in the artifact's folder
@@ -49,14 +50,21 @@ def register(tracker: Tracker, name: str, result: StageResult, tags: Mapping[str
     for version in tracker.registered(result.run_id):
         if version.tags.get("digest") == digest:
             return version
-    metrics = {key: f"{value:.6g}" for key, value in result.metrics.items() if "." in key}
     return tracker.register(
         name,
         result.model_id,
         result.run_id,
         str(result.artifact),
-        {**metrics, **tags, "digest": digest},
+        {**_figures(result), **tags, "digest": digest},
+        card.description(result.artifact, tags),
     )
+
+
+def _figures(result: StageResult) -> dict[str, str]:
+    """Return the figures of the stage's evaluations as tags, without the metrics of its batches."""
+    stage = artifacts.recipe(result.artifact)[artifacts.describe(result.artifact).stage]
+    names = tuple(f"{spec.name}." for spec in stage.evals)
+    return {key: f"{value:.6g}" for key, value in result.metrics.items() if key.startswith(names)}
 
 
 def register_folder(tracker: Tracker, name: str, folder: Path) -> Version:
@@ -85,7 +93,8 @@ def register_folder(tracker: Tracker, name: str, folder: Path) -> Version:
     for version in tracker.registered(run):
         if version.name == name and version.tags.get("digest") == info.digest:
             return version
-    return tracker.register(name, model_id, run, artifact, tags)
+    text = card.description(folder, tags)
+    return tracker.register(name, model_id, run, artifact, tags, text)
 
 
 def challenge(

@@ -93,14 +93,17 @@ class MetricsForwarder:
         return not failure
 
 
-def unfinished(root: Path) -> dict[str, Path]:
-    """Return run id -> journal of all journals under `root` with points that were not posted.
-
-    It is an argument for MetricsForwarder.
-    """
-    folders = sorted(ledger.parent for ledger in root.rglob(LEDGER))
-    known = {folder: (folder / LEDGER).read_text().split()[0] for folder in folders}
-    return {run_id: folder for folder, run_id in known.items() if _Tail(run_id, folder).left()}
+def unfinished(root: Path) -> dict[str, tuple[Path, int]]:
+    """Return run id -> (journal, points) of all journals under `root` with points to post."""
+    found = {}
+    for ledger in sorted(root.rglob(LEDGER)):
+        journal = ledger.parent
+        run_id, *lines = ledger.read_text().splitlines()
+        posted = dict(filter(None, map(_entry, lines)))
+        # The sizes of the files are enough for most runs; only the others are read.
+        if Journal(journal).unread(posted) and (left := _Tail(run_id, journal).left()):
+            found[run_id] = (journal, left)
+    return found
 
 
 class _Tail:

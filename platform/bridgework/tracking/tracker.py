@@ -119,7 +119,13 @@ class Tracker(Protocol):
     def finish(self, run_id: str, status: Status = "FINISHED") -> None: ...
 
     def register(
-        self, name: str, model_id: str, run_id: str, artifact: str, tags: Mapping[str, str]
+        self,
+        name: str,
+        model_id: str,
+        run_id: str,
+        artifact: str,
+        tags: Mapping[str, str],
+        description: str = "",
     ) -> Version: ...
 
     def registered(self, run_id: str) -> list[Version]:
@@ -320,6 +326,7 @@ class MemoryTracker:
         self.runs: dict[str, MemoryRun] = {}
         self.models: dict[str, tuple[str, str, str, dict[str, str]]] = {}
         self.versions: dict[str, list[Version]] = {}
+        self.descriptions: dict[tuple[str, str], str] = {}  # (model, version) -> its card
         self.histories: dict[str, tuple[str, ...]] = {}  # champions per model, oldest first
         self._lock = threading.Lock()
 
@@ -395,9 +402,16 @@ class MemoryTracker:
         self._run(run_id).status = status
 
     def register(
-        self, name: str, model_id: str, run_id: str, artifact: str, tags: Mapping[str, str]
+        self,
+        name: str,
+        model_id: str,
+        run_id: str,
+        artifact: str,
+        tags: Mapping[str, str],
+        description: str = "",
     ) -> Version:
         known = self.versions.setdefault(name, [])
+        self.descriptions[name, str(len(known) + 1)] = description
         known.append(Version(name, str(len(known) + 1), artifact, run_id, (), dict(tags)))
         return known[-1]
 
@@ -457,13 +471,15 @@ def holders(versions: Sequence[Version]) -> dict[str, str]:
 def followed(champions: Sequence[str], holders: Mapping[str, str]) -> tuple[str, ...]:
     """Return the champions as recorded, ended by the version that now holds the alias.
 
-    Aliases that something else has moved, e.g. MLflow's UI or an older version, take precedence.
+    Aliases that something else has moved, e.g. MLflow's UI or an older version, take precedence: an
+    earlier champion is a rollback to it, and another version a promotion.
     """
     current = holders.get(CHAMPION)
     if current is None:
         return ()
-    if champions and champions[-1] == current:
-        return tuple(champions)
+    if current in champions:
+        last = max(place for place, version in enumerate(champions) if version == current)
+        return tuple(champions[: last + 1])
     before = champions or [v for v in [holders.get(PREVIOUS)] if v is not None and v != current]
     return (*before, current)
 

@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from bridgework import artifacts, storage
+from bridgework import artifacts, ray_utils, storage
 from bridgework.artifacts import StageResult
 from bridgework.data import reader
 from bridgework.data.catalog import resolve
 from bridgework.data.dataset import Dataset, open_dataset
-from bridgework.errors import Interrupted, RunError, SpecError
+from bridgework.errors import Interrupted, ResourceError, RunError, SpecError
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
 from bridgework.tracking.relay import MetricsForwarder
@@ -90,9 +90,9 @@ def train(
                 f"run {run!r}: all stages are finished, so there is no step left to skip"
             )
         source = Fork.read(folder)
-        tracked = RunRecord(
-            tracker, system, run, parent_run, console.print, source.tags() if source else None
-        )
+        execution = f"workers={options.workers} threads={options.threads or 'auto'}"
+        tags = {"execution": execution} | (source.tags() if source else {})
+        tracked = RunRecord(tracker, system, run, parent_run, console.print, tags, home=home)
         results: dict[str, StageResult] = {}
         try:
             for stage in chosen:
@@ -118,12 +118,14 @@ def _check_stage(
     evaluated = [name for e in stage.evals for name in getattr(e, "datasets", (e.dataset,))]
     for dataset in (*read, *(stage.curation.sources if stage.curation else ()), *evaluated):
         open_dataset(resolve(dataset, home))
-    if options.workers > stage.data.lanes:
+    if options.most_workers > stage.data.lanes:
         raise SpecError(
-            f"{stage.name} has {stage.data.lanes} lanes for {options.workers} workers. "
+            f"{stage.name} has {stage.data.lanes} lanes for {options.most_workers} workers. "
             f"Fix: raise stages.{stage.name}.data.lanes, or give fewer --workers"
         )
-    check(stage, loop.num_micro_batches(stage, max(1, options.workers)))
+    check(stage, loop.num_micro_batches(stage, max(1, options.fewest_workers)))
+    if not run_dir.is_finished(folder / stage.name):
+        _check_gpus(stage, options)
     if stage.curation is None:
         reader.ReaderConfig.of(stage, home).plan()
     if stage.starts_from not in before:
@@ -131,6 +133,22 @@ def _check_stage(
     for name in stage.curation.uses if stage.curation else ():
         if name not in before:
             _artifact_of(stage.name, "its curation uses", name, folder)
+
+
+def _check_gpus(stage: Stage, options: RunOptions) -> None:
+    """Raise ResourceError for a stage that needs GPUs without one, unless CPUs were asked for."""
+    if not stage.needs_gpus or options.gpus_per_worker is not None:
+        return
+    if options.workers:
+        found, where = ray_utils.gpus_each() > 0, "the cluster has none and can start none"
+    else:
+        found, where = torch.cuda.is_available(), "torch finds none on this machine"
+    if not found:
+        raise ResourceError(
+            f"{stage.name}: the recipe trains in bfloat16, which is meant for GPUs, and {where}. "
+            "Fix: run it on GPUs; or train on CPUs with --gpus-per-worker 0, or in float32 with "
+            f"--set stages.{stage.name}.zero.precision=fp32; or use --tiny"
+        )
 
 
 def _stage(
@@ -158,7 +176,7 @@ def _stage(
         else _inputs(resolved, datasets)
     )
     parent = _parent(stage, folder)
-    run_id = tracked.start(stage, inputs, parent)
+    run_id = tracked.start(stage, inputs, parent, finished=finished)
     if finished:
         _report_finished(stage, place, console)
         if chosen := _recorded_features(place):
@@ -251,7 +269,7 @@ def _curate(stage: Stage, folder: Path, home: Path, options: RunOptions, console
         console.print(f"{stage.name}: {text}", markup=False)
 
     dest = str(place / "curated" / curation.makes)
-    curation.run(inputs, dest, home=home, workers=options.workers, say=say)
+    curation.run(inputs, dest, home=home, workers=options.most_workers, say=say)
     return resolve_curated_data(stage, place)
 
 

@@ -39,6 +39,7 @@ from bridgework.training.engine import Engine, learning_rate
 from bridgework.training.flight_recorder import FlightRecorder
 from bridgework.training.metrics import (
     Clock,
+    GoodputMeter,
     Metrics,
     MixtureCounter,
     per_sample,
@@ -46,7 +47,7 @@ from bridgework.training.metrics import (
     suspects,
 )
 from bridgework.training.step import TrainingModule, check
-from bridgework.training.stopping import interrupted, listening
+from bridgework.training.stopping import Preemption, interrupted, listening
 
 FLUSH_S = 1.0  # seconds that points may wait before the driver sees them
 T = TypeVar("T")
@@ -84,17 +85,20 @@ def run(
     rank: int,
     world: int,
     fixed_start: bool = False,
+    preemption: Preemption | None = None,
 ) -> Metrics:
     """Train `job` to its end and return the metrics of its evaluations; every rank calls it.
 
     `rows(start)` yields this rank's samples of each step from `start` on. With `fixed_start`, the
-    samples can begin only at the newest checkpoint at the time of the call.
+    samples can begin only at the newest checkpoint at the time of the call. `preemption` knows if a
+    node is about to be taken away, which leads to checkpoints.
 
     Raises RunError if the loss, the gradient or the weights are not finite; Interrupted, after a
     checkpoint, if the run is asked to stop; ResourceError for a lack of memory or disk space.
     """
     stage = job.system[job.stage]
     check(stage, num_micro_batches(stage, world))
+    meter = GoodputMeter(job.system.name, _run_name(job), stage.name, rank=rank)
 
     model, inherited = build_model(job, stage)
     multipliers = base.set_trainable(model, stage.trains)
@@ -104,6 +108,7 @@ def run(
     journal, mixed, clock = Journal(job.folder / "journal"), MixtureCounter(stage, before), Clock()
     pad_id = load_tokenizer(stage.model.tokenizer).pad_token_id or 0
     metrics: Metrics = {}
+    preemption = preemption or Preemption(lambda: None)
 
     done = start
     recorder = FlightRecorder(job.folder, attempt, rank, start)
@@ -113,11 +118,12 @@ def run(
             report(_evaluate(job, stage, model, _midway(job, stage)).metrics, start)
         for step, batch_rows in enumerate(rows(start), start):
             clock.end_wait()
-            stopped = False
+            stopped = save = False
             if step not in job.skip_steps:
                 batches = _micro_batches(stage, batch_rows, world, pad_id, engine.device)
                 lr = learning_rate(stage.optim, step, stage.budget.steps)
                 engine.draws, engine.stop = derive(stage.seed, step), bool(stop.asked)
+                engine.save_due = preemption.due()
                 with _memory(stage, batches):
                     result = engine.train_step(batches, lr)
                 losses, counts = per_sample(stage, result)
@@ -133,20 +139,30 @@ def run(
                     raise _loss_not_finite(job, step, metrics, keys)
                 if rank == 0:
                     journal.append(metrics, step)
-                stopped = result.stop
+                meter.step(step, metrics)
+                stopped, save = result.stop, result.save
             done = step + 1
             if rank == 0 and clock.flush_due(FLUSH_S):
                 journal.flush()
             if done == stage.budget.steps:
                 break
-            if stopped or (job.checkpoint_every and done % job.checkpoint_every == 0):
+            every = job.checkpoint_every and done % job.checkpoint_every == 0
+            if stopped or save or every:
                 journal.flush()  # steps before a checkpoint are never repeated
                 recorder.flush()
-                _save(job, engine, attempt, done, world, mixed.state())
+                with preemption.saving(), meter.timed("checkpoint"):
+                    _save(job, engine, attempt, done, world, mixed.state())
+                if save and rank == 0:
+                    log.warning(
+                        "%s: a node is taken away soon: a checkpoint of step %d is saved",
+                        job.stage,
+                        done,
+                    )
             if stopped:
                 raise interrupted(job.stage, stop.asked, done)
             if job.evaluate_every and done % job.evaluate_every == 0:
-                midway = _evaluate(job, stage, model, _midway(job, stage))
+                with meter.timed("evaluation"):
+                    midway = _evaluate(job, stage, model, _midway(job, stage))
                 if rank == 0:
                     journal.append(midway.with_intervals, done)
                 report(metrics | midway.metrics, done)
@@ -159,7 +175,8 @@ def run(
         )
     if not engine.finite():
         raise _weights_not_finite(job, done)
-    final = _evaluate(job, stage, model, stage.evals, write=rank == 0)
+    with meter.timed("evaluation"):
+        final = _evaluate(job, stage, model, stage.evals, write=rank == 0)
     figures = final.metrics
     journal.append(final.with_intervals, stage.budget.steps)
     state = engine.state(

@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from ray import cloudpickle, tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
@@ -31,7 +31,7 @@ from ray.tune.search import Searcher
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from bridgework import ray_utils
+from bridgework import ray_metrics, ray_utils
 from bridgework.artifacts import StageResult
 from bridgework.config import flat, override
 from bridgework.data.catalog import resolve
@@ -39,12 +39,11 @@ from bridgework.data.dataset import open_dataset
 from bridgework.errors import BridgeworkError, Interrupted, RunError, SpecError, TrackingError
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
-from bridgework.tracking import registry
+from bridgework.tracking import environment, registry
 from bridgework.tracking.tracker import Point, Status, Tracker, Version
 from bridgework.training import feature_cache, run_dir
 from bridgework.training.driver import can_cache_features, num_draws, train
 from bridgework.training.options import RunOptions
-from bridgework.training.run_tracking import commit
 from bridgework.tuning import report, study
 from bridgework.tuning.choice import Rule, front, ranked
 from bridgework.tuning.compare import verdict
@@ -317,7 +316,8 @@ class _Scheduler(FIFOScheduler):
     """Records every report in the study, and stops the trials that the study's rule stops."""
 
     def __init__(self, proposer: _Proposer, recorder: "_Recorder") -> None:
-        cast(Any, super()).__init__()  # Ray has no annotations
+        init: Any = super().__init__  # untyped in Ray
+        init()
         self._proposer, self._recorder = proposer, recorder
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
@@ -394,6 +394,7 @@ class _Recorder:
         self.logged: dict[str, dict[str, StageResult]] = {}  # by the name of a trial's run
         self._systems: dict[int, System] = {}
         self._since: dict[int, float] = {}
+        self._best: float | None = None  # score of any report so far
         self._bar: Progress | None = None
         self._began, self._before = time.monotonic(), 0
 
@@ -447,6 +448,7 @@ class _Recorder:
     def started(self, number: int, system: System) -> None:
         """Open the trial's run, with its commit and datasets: a losing trial saw them too."""
         self._systems[number], self._since[number] = system, time.monotonic()
+        ray_metrics.add("bridgework_sweep_trials", sweep=self._run, event="started")
         name = f"{self._run}/{study.name(number)}"
         tags = {
             "run_key": name,
@@ -454,7 +456,7 @@ class _Recorder:
             "sweep": self.space.name,
             "system": system.name,
             "fingerprint": system.fingerprint(),
-            "git_commit": commit(),
+            **environment.tags(),
         }
         changes = self._trials.changes(number)
 
@@ -479,12 +481,22 @@ class _Recorder:
             return False
         value, judgment, step = float(result[name]), int(result[JUDGMENT]), int(result["step"])
         self._points(number, {name: value}, step)
+        self._export(number, value)
         stop = self._trials.report(number, judgment, value)
         if not self.console.is_terminal:
             self.say(f"trial {study.name(number)}: {name} {value:.3f} at step {step}")
         if stop:
             self._trials.stop(number)
         return stop
+
+    def _export(self, number: int, score: float) -> None:
+        """Export a trial's score and the best one to Prometheus."""
+        better = max if self.space.metric.mode == "max" else min
+        self._best = score if self._best is None else better(self._best, score)
+        labels = {"sweep": self._run, "metric": self.space.metric.name}
+        trial = study.name(number)
+        ray_metrics.set_value("bridgework_sweep_score", score, trial=trial, **labels)
+        ray_metrics.set_value("bridgework_sweep_best", self._best, **labels)
 
     def _finish(self, number: int, outcome: Mapping[str, Any]) -> None:
         if "failed" in outcome:
@@ -510,6 +522,7 @@ class _Recorder:
         self.say(f"trial {row.trial} {row.status}{score}{reason}; {self._state()}")
         for name in repeat_names(row.trial, self.space.budget.repeats):
             remove_checkpoints(self._trials.folder / name)
+        ray_metrics.add("bridgework_sweep_trials", sweep=self._run, event=row.status)
         if row.finished:
             self._log_finished(number, row)
         if number in self._runs:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from filelock import FileLock
 from ray import cloudpickle, tune
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrialJob:
-    """What all trials of a sweep have in common."""
+    """Settings that all trials of a sweep share."""
 
     space: Space
     home: Path
@@ -167,7 +167,8 @@ class _Report(TuneReportCallback):
     """Passes the evaluations of Ray Train's workers to Tune, one at a time."""
 
     def __init__(self, judge: _Judge) -> None:
-        cast(Any, super()).__init__()  # Ray has no annotations
+        init: Any = super().__init__  # untyped in Ray
+        init()
         self._judge = judge
 
     def after_report(

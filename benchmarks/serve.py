@@ -1,0 +1,455 @@
+"""Serving under load, next to two other servers: `python -m benchmarks.serve`, about ten minutes.
+
+The same weights (a ViT and an MLP bridge of random weights before a language model of SmolLM2's
+shape) are served by bridgework, by `transformers serve` on their export, and by FastAPI with one
+`generate` a request. The servers run at once, and the load alternates between them, so that other
+work on the machine meets all of them. Only ratios of one run compare.
+
+    python -m benchmarks.serve --clients 1 4 16     requests/s, tokens/s, TTFT, TPOT, E2E, errors
+    python -m benchmarks.serve known                TTFT of a second question about an image
+    python -m benchmarks.serve kill                 one of two replicas is killed under load
+    python -m benchmarks.serve soak --minutes 30    memory of the replica under mixed load
+
+TTFT is the time to the first token, TPOT that of each further one, E2E that of the complete answer.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from bridgework import artifacts
+from bridgework.hf.convert import export_hf
+from bridgework.models import MLPConfig, PrefixVLMConfig, ViTConfig
+from bridgework.serving.launch import free_port
+from bridgework.system import System, load
+
+IMAGES = 8
+SIDE = 336  # pixels of an image that a client sends
+READY_S = 300.0  # time for a server to start
+TIMEOUT_S = 300.0  # for one answer
+QUESTIONS = ("What is in the picture?", "Which colors do you see?", "Is there a person?",
+             "What is on the left side of the picture, and what is on the right?")  # fmt: skip
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server, as a client addresses it."""
+
+    name: str
+    url: str
+    model: str
+    process: psutil.Process
+    streams: bool = True
+
+
+@dataclass
+class Measured:
+    """Requests of one round; seconds."""
+
+    ttft: list[float] = field(default_factory=list)
+    tpot: list[float] = field(default_factory=list)
+    e2e: list[float] = field(default_factory=list)
+    tokens: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    wall_s: float = 0.0
+
+    def row(self) -> dict[str, Any]:
+        """Return the figures: rates, and percentiles in milliseconds."""
+        percentiles = {
+            f"{name}_p{p}": 1000 * float(np.percentile(values, p)) if values else None
+            for name, values in (("ttft", self.ttft), ("tpot", self.tpot), ("e2e", self.e2e))
+            for p in (50, 90, 99)
+        }
+        rates = {
+            "tokens_per_s": self.tokens / self.wall_s,
+            "requests_per_s": len(self.e2e) / self.wall_s,
+        }
+        return rates | percentiles | {"errors": dict(self.errors)}
+
+
+# --- the servers
+
+
+def write_weights(folder: Path, depth: int) -> None:
+    """Write an artifact of a LLaVA whose language model has `depth` of SmolLM2's 30 layers."""
+    quick = load("llava:quickstart")["instruct"]
+    pretrained = depth == quick.model.language.depth
+    language = quick.model.language if pretrained else replace(
+        quick.model.language, depth=depth, weights=None
+    )  # fmt: skip
+    vision = ViTConfig(image_size=224, patch=16, width=384, depth=6, heads=6, ffn=1536, layer=-2)
+    model = PrefixVLMConfig(vision=vision, bridge=MLPConfig(), language=language)
+    stage = replace(quick, model=model, starts_from=None, trains={"bridge.*": 1.0}, evals=(),
+                    losses=quick.losses[:1], data=replace(quick.data, template="chat"))  # fmt: skip
+    system = System(name="llava", paper="arXiv:2304.08485", stages=(stage,))
+    torch.manual_seed(0)
+    state = dict(stage.model.build(pretrained=pretrained).named_parameters())  # tied ones once
+    artifacts.save(folder, state, system=system, stage=stage.name)
+
+
+def serve_naive(export: str, port: int) -> None:
+    """Serve an export by FastAPI with one `generate` for each request, in FastAPI's threads."""
+    import uvicorn
+    from fastapi import FastAPI
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    processor = AutoImageProcessor.from_pretrained(export)
+    model: Any = AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32).eval()
+    places = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
+    app = FastAPI()
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {}
+
+    @app.post("/v1/chat/completions")
+    def chat(body: dict[str, Any]) -> dict[str, Any]:
+        ids: list[int] = []
+        images = []
+        for part in body["messages"][0]["content"]:
+            if part["type"] == "text":
+                ids += tokenizer(part["text"], add_special_tokens=False).input_ids
+                continue
+            data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+            images.append(Image.open(io.BytesIO(data)).convert("RGB"))
+            ids += [model.config.image_token_index] * places
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids))}
+        pixels = processor(images, return_tensors="pt")["pixel_values"]
+        most = body["max_tokens"]
+        with torch.inference_mode():
+            new = model.generate(**inputs, pixel_values=pixels, max_new_tokens=most,
+                                 min_new_tokens=most, do_sample=False)  # fmt: skip
+        text = tokenizer.decode(new[0, len(ids) :])
+        usage = {"prompt_tokens": len(ids), "completion_tokens": new.shape[1] - len(ids)}
+        return {"choices": [{"message": {"content": text}}], "usage": usage}
+
+    uvicorn.run(app, port=port, log_level="warning")
+
+
+def commands(weights: Path, export: Path, replicas: int) -> Mapping[str, tuple[list[str], str]]:
+    """Return the command of each server without its port, and the name of its model."""
+    python, scripts = sys.executable, Path(sys.executable).parent
+    own = [str(scripts / "bridgework"), "serve", "chat", f"model={weights}", "dev=true",
+           f"replicas={replicas}", "queued=512"]  # fmt: skip
+    return {
+        "bridgework": (own, weights.name),
+        "naive": ([python, "-m", "benchmarks.serve", "naive", str(export)], "export"),
+        "transformers": (
+            [str(scripts / "transformers"), "serve", str(export), "--dtype", "float32"],
+            str(export),
+        ),
+    }
+
+
+@contextmanager
+def running(name: str, command: Sequence[str], model: str, log: Path) -> Iterator[Server]:
+    """Start a server, wait until it answers, and end it with its children."""
+    port = free_port()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline, told = time.monotonic() + READY_S, time.monotonic()
+        while True:
+            try:
+                if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"{name} did not start:\n{log.read_text()[-2000:]}")
+            if time.monotonic() > told + 10:
+                told = time.monotonic()
+                console.print(f"waiting for {name}")
+            time.sleep(0.2)
+        yield Server(name, url, model, psutil.Process(process.pid), name != "naive")
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        for child in psutil.wait_procs(children, timeout=10)[1]:
+            child.kill()
+
+
+# --- the client
+
+
+def images(number: int, seed: int = 0) -> list[str]:
+    """Return data: URLs of JPEGs."""
+    draws = random.Random(seed)
+    urls = []
+    for _ in range(number):
+        small = Image.frombytes("RGB", (12, 12), draws.randbytes(432))
+        file = io.BytesIO()
+        small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(file, "JPEG")
+        urls.append("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode())
+    return urls
+
+
+def body(server: Server, url: str, question: str, tokens: int) -> dict[str, Any]:
+    """Return a greedy request about one image."""
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    return {
+        "model": server.model,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "messages": [{"role": "user", "content": content}],
+    }
+
+
+async def ask(http: httpx.AsyncClient, server: Server, request: dict[str, Any],
+              measured: Measured) -> None:  # fmt: skip
+    """Send one request and add its times; a failure is counted by its kind."""
+    route, begun = f"{server.url}/v1/chat/completions", time.perf_counter()
+    headers = {"authorization": "Bearer local"}
+    first, tokens, usage = None, 0, None
+    try:
+        if not server.streams:
+            reply = await http.post(route, json=request, headers=headers)
+            reply.raise_for_status()
+            usage = reply.json()["usage"]
+        else:
+            request = request | {"stream": True, "stream_options": {"include_usage": True}}
+            async with http.stream("POST", route, json=request, headers=headers) as reply:
+                if reply.status_code != 200:
+                    await reply.aread()
+                reply.raise_for_status()
+                async for line in reply.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise RuntimeError(event["error"]["code"])
+                    usage = event.get("usage") or usage
+                    if event["choices"] and event["choices"][0]["delta"].get("content"):
+                        first = first or time.perf_counter()
+                        tokens += 1
+    except (httpx.HTTPError, RuntimeError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        measured.errors[str(status or error or type(error).__name__)] += 1
+        return
+    ended = time.perf_counter()
+    tokens = usage["completion_tokens"] if usage else tokens
+    measured.e2e.append(ended - begun)
+    measured.tokens += tokens
+    if first is not None:
+        measured.ttft.append(first - begun)
+        if tokens > 1:
+            measured.tpot.append((ended - first) / (tokens - 1))
+
+
+async def load_server(server: Server, clients: int, requests: int, tokens: int,
+                      seed: int) -> Measured:  # fmt: skip
+    """Send requests from `clients` clients, each waiting for its answer before the next."""
+    urls, measured, numbers = images(IMAGES, seed), Measured(), iter(range(requests))
+    limits = httpx.Limits(max_connections=clients)
+
+    async def client(http: httpx.AsyncClient) -> None:
+        for number in numbers:
+            question = QUESTIONS[number % len(QUESTIONS)]
+            request = body(server, urls[number % IMAGES], question, tokens)
+            await ask(http, server, request, measured)
+
+    begun = time.perf_counter()
+    async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False) as http:
+        await asyncio.gather(*(client(http) for _ in range(clients)))
+    measured.wall_s = time.perf_counter() - begun
+    return measured
+
+
+# --- the measurements
+
+
+def compare(servers: Sequence[Server], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure all servers in turn at each number of clients."""
+    rows = []
+    for server in servers:
+        asyncio.run(load_server(server, 2, 2, 4, seed=99))  # warm
+    for clients in arguments.clients:
+        for repeat in range(arguments.repeats):
+            order = list(servers)
+            random.Random(repeat).shuffle(order)
+            for server in order:
+                requests = max(clients, arguments.requests)
+                seed = 1_000 * clients + repeat
+                measured = asyncio.run(
+                    load_server(server, clients, requests, arguments.tokens, seed)
+                )
+                row = {"server": server.name, "clients": clients, "repeat": repeat}
+                rows.append(row | measured.row())
+                console.print(json.dumps(rows[-1]))
+    return rows
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the medians over repeats, and the ratios of tokens/s to bridgework's."""
+    table = Table("clients", "server", "tokens/s", "requests/s", "TTFT p50/p90/p99 ms",
+                  "TPOT p50/p90/p99 ms", "E2E p50/p90/p99 ms", "errors", "ours / it")  # fmt: skip
+    for clients in sorted({row["clients"] for row in rows}):
+        at = [row for row in rows if row["clients"] == clients]
+        own = {r["repeat"]: r["tokens_per_s"] for r in at if r["server"] == "bridgework"}
+        for name in dict.fromkeys(row["server"] for row in at):
+            of_one = [row for row in at if row["server"] == name]
+
+            def median(key: str, rows: Sequence[Mapping[str, Any]] = of_one) -> float | None:
+                values = [row[key] for row in rows if row[key] is not None]
+                return statistics.median(values) if values else None
+
+            def three(key: str, median: Any = median) -> str:
+                values = [median(f"{key}_p{p}") for p in (50, 90, 99)]
+                return " / ".join("-" if v is None else f"{v:.0f}" for v in values)
+
+            ratios = [own[r["repeat"]] / r["tokens_per_s"] for r in of_one if r["repeat"] in own]
+            table.add_row(
+                str(clients), name, f"{median('tokens_per_s'):.1f}",
+                f"{median('requests_per_s'):.2f}", three("ttft"), three("tpot"), three("e2e"),
+                str(sum(sum(r["errors"].values()) for r in of_one)),
+                ", ".join(f"{ratio:.2f}" for ratio in ratios),
+            )  # fmt: skip
+    console.print(table)
+
+
+async def known_image(server: Server, number: int) -> dict[str, Any]:
+    """Measure TTFT of the first and second question about each of `number` images."""
+    first, second = Measured(), Measured()
+    async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as http:
+        for url in images(number, seed=5):
+            await ask(http, server, body(server, url, QUESTIONS[0], 2), first)
+            await ask(http, server, body(server, url, QUESTIONS[1], 2), second)
+    ratios = [b / a for a, b in zip(first.ttft, second.ttft, strict=True)]
+    return {
+        "first_ttft_ms": 1000 * statistics.median(first.ttft),
+        "second_ttft_ms": 1000 * statistics.median(second.ttft),
+        "ratio_median": statistics.median(ratios),
+    }
+
+
+def workers(server: Server) -> list[psutil.Process]:
+    """Return the processes that hold the model's replicas."""
+    found = []
+    for process in server.process.children(recursive=True):
+        try:
+            if "ServeReplica" in process.name() + " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return [process for process in found if "champion" in " ".join(process.cmdline())]
+
+
+async def kill_replica(server: Server, clients: int, requests: int) -> dict[str, Any]:
+    """Kill a replica while non-streaming requests run. Returns counts of answers and errors."""
+    plain = replace(server, streams=False)
+    load_task = asyncio.ensure_future(load_server(plain, clients, requests, 16, seed=3))
+    await asyncio.sleep(3)
+    victim = workers(server)[0]
+    victim.kill()
+    measured = await load_task
+    return {"answers": len(measured.e2e), "errors": dict(measured.errors)}
+
+
+async def soak(server: Server, minutes: float, clients: int) -> dict[str, Any]:
+    """Run mixed load; returns the replica's resident memory after a warm-up and at the end, MiB."""
+    (replica,) = workers(server)
+    sizes, answers, errors = [], 0, Counter[str]()
+    ends = time.monotonic() + 60 * minutes
+    for number in count():
+        measured = await load_server(server, clients, 4 * clients, 8 + number % 40, seed=number)
+        sizes.append(replica.memory_info().rss / 2**20)
+        answers, errors = answers + len(measured.e2e), errors + measured.errors
+        if time.monotonic() > ends:
+            break
+    fifth = max(1, len(sizes) // 5)
+    before, after = statistics.median(sizes[fifth : 2 * fifth]), statistics.median(sizes[-fifth:])
+    return {"answers": answers, "errors": dict(errors), "rss_after_warm_up": before,
+            "rss_at_the_end": after, "growth": after / before - 1}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = ("compare", "known", "kill", "soak", "naive")
+    parser.add_argument("what", nargs="?", default="compare", choices=names)
+    parser.add_argument("export", nargs="?", help="of `naive`: the folder that it serves")
+    parser.add_argument("--port", type=int, default=8310, help="of `naive`")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--requests", type=int, default=16, help="of a round, at least")
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--depth", type=int, default=8, help="layers; 30 is SmolLM2-135M itself")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of `soak`")
+    parser.add_argument("--servers", nargs="+", default=["bridgework", "naive", "transformers"])
+    parser.add_argument("--out", type=Path, help="JSON lines of all rounds")
+    arguments = parser.parse_args()
+    if arguments.what == "naive":
+        serve_naive(str(arguments.export), arguments.port)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        weights, export = Path(folder) / "weights", Path(folder) / "export"
+        write_weights(weights, arguments.depth)
+        if arguments.what == "compare":
+            export_hf(weights, export)
+            known = commands(weights, export, replicas=1)
+            _compare(known, arguments, Path(folder))
+            return
+        replicas = 2 if arguments.what == "kill" else 1
+        command, model = commands(weights, export, replicas)["bridgework"]
+        log = Path(folder) / "bridgework.log"
+        with running("bridgework", command, model, log) as server:
+            asyncio.run(load_server(server, 2, 2, 4, seed=99))  # warm
+            work = {
+                "known": lambda: known_image(server, 12),
+                "kill": lambda: kill_replica(server, 8, 64),
+                "soak": lambda: soak(server, arguments.minutes, 8),
+            }[arguments.what]
+            result = asyncio.run(work())
+        console.print(json.dumps(result))
+
+
+def _compare(known: Mapping[str, tuple[list[str], str]], arguments: argparse.Namespace,
+             folder: Path) -> None:  # fmt: skip
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(running(name, *known[name], folder / f"{name}.log"))
+            for name in arguments.servers
+        ]
+        rows = compare(servers, arguments)
+    show(rows)
+    if arguments.out:
+        arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

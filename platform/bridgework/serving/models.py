@@ -1,0 +1,118 @@
+"""Models of an app: resolved from the registry, recorded, and as Serve deployments.
+
+The deployment of a model is recorded, so that `bridgework trace` can follow an answer back to it.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+from prometheus_client.core import Metric
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from bridgework import artifacts, ray_utils
+from bridgework.serving.metrics import ReplicaMetrics
+from bridgework.serving.options import Options
+from bridgework.serving.replica import Model
+from bridgework.serving.router import ServedModel
+from bridgework.tracking import registry
+from bridgework.tracking.mlflow_store import MLflowTracker
+from bridgework.tracking.openlineage_events import Artifact, Event, emit
+
+BY_SESSION = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+HEALTH_S = 2.0  # with Serve's default of 10 s, a dead replica is noticed later
+
+
+class Replica(Model):
+    """Model with the metrics of its requests."""
+
+    def __init__(self, artifact: str, options: Options) -> None:
+        self._metrics = ReplicaMetrics()
+        super().__init__(artifact, options, self._metrics.observe)
+
+    async def metrics(self) -> tuple[str, list[Metric]]:
+        """Return the id of this replica and its metrics."""
+        engine = serve.get_replica_context().replica_id.unique_id
+        return engine, self._metrics.collect(self.status())
+
+
+def deployment(role: str, options: Options) -> serve.Deployment:
+    """Return the deployment of a model under the name `role`, with the app's resources."""
+    scale: dict[str, Any] = {"num_replicas": options.replicas}
+    if options.max_replicas is not None:
+        bounds = {"min_replicas": options.replicas, "max_replicas": options.max_replicas}
+        scale = {
+            "autoscaling_config": bounds | {"target_ongoing_requests": max(1, options.ongoing // 2)}
+        }
+    if (options.max_replicas or options.replicas) > 1:  # requests about one image share its caches
+        scale["request_router_config"] = RequestRouterConfig(
+            request_router_class=cast(Any, BY_SESSION)
+        )
+    return serve.deployment(
+        name=role,
+        ray_actor_options={"num_cpus": options.cpus, "num_gpus": replica_gpus(options)},
+        max_ongoing_requests=options.ongoing,
+        max_queued_requests=options.queued,
+        health_check_period_s=HEALTH_S,
+        graceful_shutdown_timeout_s=options.timeout_s,  # running answers are completed
+        **scale,
+    )(Replica)
+
+
+def replica_gpus(options: Options) -> float:
+    """Return the GPUs of a replica; without a cluster to ask, 0 by default."""
+    if options.gpus is None and not ray_utils.is_open():
+        return 0.0
+    return ray_utils.gpus_each(options.gpus)
+
+
+def resolve_model(app: str, model: str, options: Options, home: Path) -> ServedModel:
+    """Return the model that `app` serves under the name NAME, NAME@alias, NAME:version or a folder.
+
+    Raises TrackingError for an unknown model, version or alias, WeightsError for a folder without
+    an artifact.
+    """
+    if registry.is_folder(model):
+        name, version, folder = Path(model).resolve().name, "", str(Path(model).resolve())
+    else:
+        name, which = registry.split(model)
+        # "Default" is the experiment that MLflow always has, so none is created
+        registered = MLflowTracker(options.tracking, home, "Default").version(name, which)
+        version, folder = registered.version, registered.artifact
+    info = artifacts.describe(folder)
+    pixels = artifacts.recipe(folder)[info.stage].model.pixels
+    # A hash of the content, because Serve may build the app again: same weights, same deployment.
+    content = "\n".join((app, name, version, folder, info.digest))
+    deployment = hashlib.sha256(content.encode()).hexdigest()[:12]
+    return ServedModel(
+        deployment, app, name, version, folder, info.digest, tiled=bool(pixels.grids)
+    )
+
+
+def record_deployment(served: ServedModel, home: Path) -> Path:
+    """Write home/deployments/ID.json atomically and return its path; an existing file is kept."""
+    file = home / "deployments" / f"{served.id}.json"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        temporary = file.with_name(f".{served.id}.{uuid4().hex[:8]}")
+        identity = {name: value for name, value in asdict(served).items() if name != "tiled"}
+        temporary.write_text(json.dumps(identity | {"started": started}, indent=1))
+        temporary.rename(file)
+        emit(
+            home,
+            Event(
+                "DEPLOYMENT",
+                f"deployment/{served.app}/{served.model}",
+                "START",
+                run=served.id,
+                inputs=[Artifact(served.artifact, served.digest)],
+                tags={"version": served.version},
+            ),
+        )
+    return file
