@@ -30,7 +30,7 @@ def judge(model: str) -> Judge:
         done = CliRunner().invoke(cli.app, ["eval", model, *words])
         if done.exception:
             raise done.exception
-        return done.output
+        return done.stdout
 
     return run
 

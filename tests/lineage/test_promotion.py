@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from bridgework import __version__, artifacts
 from bridgework.errors import SpecError, TrackingError
 from bridgework.evaluation import HeldOutLoss, Ranking, results
-from bridgework.evaluation.gate import Gate
+from bridgework.evaluation.gate import Gate, GateCheck
 from bridgework.evaluation.results import EvaluationRecord
 from bridgework.evaluation.statistics import EvaluatedRows
 from bridgework.system import System, load
@@ -242,9 +242,11 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_is_refused(
     both_judged, said = threading.Barrier(2), dict[str, str]()
     judge = promotion.judge
 
-    def wait(*given: object) -> object:
+    def wait(
+        gate: Gate, new: Sequence[EvaluationRecord], old: Sequence[EvaluationRecord]
+    ) -> list[GateCheck]:
         both_judged.wait(60)
-        return judge(*given)
+        return judge(gate, new, old)
 
     monkeypatch.setattr(promotion, "judge", wait)
 
@@ -308,10 +310,11 @@ def test_missing_evaluations_are_run_and_stored_ones_are_not(
 ) -> None:
     """`eval`, then `promote`: the evaluation is used; without it, promote evaluates."""
     said: list[str] = []
+    own = 10 * isinstance(tracker, MemoryTracker)  # weights that no other test has evaluated
     for number in (1, 2):
         pipe = pipeline()
         with torch.no_grad():
-            next(iter(pipe.model.bridge.parameters())).add_(number)
+            next(iter(pipe.model.bridge.parameters())).add_(number + own)
         stage = replace(pipe.stage, evals=(HELDOUT,))
         folder = tmp_path / str(number)
         info = artifacts.save(

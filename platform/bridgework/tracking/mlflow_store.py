@@ -450,7 +450,7 @@ class MLflowTracker(MLflowReader):
     def set_champions(self, name: str, champions: Sequence[str], expected: Sequence[str]) -> bool:
         """Replace the champions under a lock of the home.
 
-        Without a common home, two promotions are distinguished by reading the champions again.
+        Without a common home, the champions are read again after they are written.
         """
         with FileLock(self._home / "registry.lock"):
             if self.champions(name) != tuple(expected):
