@@ -76,25 +76,48 @@ BAD: list[tuple[str, Space]] = [
     ("a choice twice", with_space({BRIDGE: tune.choice(["mlp", "mlp"])})),
     ("peak_lr must be above 0", with_space({RATE: tune.uniform(-1.0, 1.0)})),
     (r"low.*high|larger", with_space({RATE: tune.uniform(2.0, 1.0)})),
-    ("must be int", with_space({"stages.*.budget.steps": tune.uniform(1, 3)})),
-    ("has no field 'depth'", with_space({BRIDGE: tune.choice(["linear", "mlp"]), DEPTH: tune.randint(2, 4)})),
-    ("changes a stage that no trial trains; did you mean 'instruct'",
-     with_space({"stages.instruc.optim.peak_lr": tune.uniform(1e-3, 1e-2)})),
+    ("must be int", with_space({"stages.*.budget.micro": tune.uniform(1, 3)})),
+    (
+        "has no field 'depth'",
+        with_space({BRIDGE: tune.choice(["linear", "mlp"]), DEPTH: tune.randint(2, 4)}),
+    ),
+    (
+        "changes a stage that no trial trains; did you mean 'instruct'",
+        with_space({"stages.instruc.optim.peak_lr": tune.uniform(1e-3, 1e-2)}),
+    ),
     ("is not a field of a stage", with_space({"name": tune.choice(["a", "b"])})),
-    ("searched and fixed at the same time",
-     with_space({RATE: tune.uniform(1e-3, 1e-2)}, fixed={"stages.align.optim.peak_lr": 1e-3})),
-    ("cannot be searched.*expected tune.choice", with_space({RATE: tune.qloguniform(1e-3, 1e-1, 1e-3)})),
+    (
+        "searched and fixed at the same time",
+        with_space({RATE: tune.uniform(1e-3, 1e-2)}, fixed={"stages.align.optim.peak_lr": 1e-3}),
+    ),
+    (
+        "cannot be searched.*expected tune.choice",
+        with_space({RATE: tune.qloguniform(1e-3, 1e-1, 1e-3)}),
+    ),
     ("cannot be searched", with_space({BRIDGE: {"linear": tune.choice([1, 2])}})),
     ("STAGES is empty", replace(TINY, stages=())),
-    ("not in the order of the system. Got instruct, align", replace(TINY, stages=("instruct", "align"))),
-    ("stage instruct starts from align, which STAGES does not train", replace(TINY, stages=("instruct",))),
-    ("the first METRIC is a cost", replace(TINY, metrics=(Metric(name="cost.tokens", mode="min"),))),
-    ("lower cost.tokens is better",
-     replace(TINY, metrics=(*TINY.metrics, Metric(name="cost.tokens", mode="max")))),
-    ("'cost.token' is not a metric.*did you mean 'cost.tokens'",
-     replace(TINY, metrics=(*TINY.metrics, Metric(name="cost.token", mode="min")))),
+    (
+        "not in the order of the system. Got instruct, align",
+        replace(TINY, stages=("instruct", "align")),
+    ),
+    (
+        "stage instruct starts from align, which STAGES does not train",
+        replace(TINY, stages=("instruct",)),
+    ),
+    (
+        "the first METRIC is a cost",
+        replace(TINY, metrics=(Metric(name="cost.tokens", mode="min"),)),
+    ),
+    (
+        "lower cost.tokens is better",
+        replace(TINY, metrics=(*TINY.metrics, Metric(name="cost.tokens", mode="max"))),
+    ),
+    (
+        "'cost.token' is not a metric.*did you mean 'cost.tokens'",
+        replace(TINY, metrics=(*TINY.metrics, Metric(name="cost.token", mode="min"))),
+    ),
     ("names an objective twice", replace(TINY, metrics=TINY.metrics * 2)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("said", "space"), BAD, ids=[said[:30] for said, _ in BAD])
