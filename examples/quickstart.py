@@ -34,7 +34,7 @@ from bridgework.inference.pipeline import Pipeline
 from bridgework.ray_utils import ray_session
 from bridgework.serving import launch
 from bridgework.system import load
-from bridgework.tracking import lineage, registry
+from bridgework.tracking import lineage, promotion, registry
 from bridgework.tracking.mlflow_store import MLflowTracker
 from bridgework.tracking.tracker import Version
 from bridgework.training.driver import train
@@ -108,8 +108,9 @@ def run_on_ray(tracker: MLflowTracker, home: Path, report: Report) -> None:
             console=console,
         )
         show_sweep(outcome)
+        report.values["report"] = str(outcome.report)
     with report.part("promote", "the model that ranks held-out captions better"):
-        champion = promote(tracker, results["instruct"], outcome)
+        champion = promote(tracker, results["instruct"], home)
         report.values |= {
             "model": champion.name,
             "version": champion.version,
@@ -155,20 +156,17 @@ def show_sweep(outcome: Outcome) -> None:
     console.print(f"again: {outcome.command}", soft_wrap=True, highlight=False)
 
 
-def promote(tracker: MLflowTracker, trained: StageResult, outcome: Outcome) -> Version:
+def promote(tracker: MLflowTracker, trained: StageResult, home: Path) -> Version:
     """Promote the trained model, then the sweep's best if it ranks better. Returns the champion."""
     first = registry.register(tracker, "llava", trained, {"run": "quickstart"})
-    if not any(
-        registry.CHAMPION in v.aliases or registry.PREVIOUS in v.aliases
-        for v in tracker.versions("llava")
-    ):
-        registry.promote(tracker, f"llava:{first.version}")
+    if not any(registry.CHAMPION in v.aliases for v in tracker.versions("llava")):
+        promotion.promote(tracker, f"llava:{first.version}", home=home)
     try:
-        done = registry.promote(tracker, "llava@challenger", metric=GATE)
-        figures = " against ".join(f"{figure:.3f}" for figure in done.compared or ())
+        done = promotion.promote(tracker, "llava@challenger", home=home, metric=GATE)
         console.print(
-            f"champion: version {done.champion.version}, the sweep's best ({GATE} {figures})",
+            f"champion: version {done.candidate}, the sweep's best: {done.reason}",
             highlight=False,
+            soft_wrap=True,
         )
     except TrackingError as error:
         console.print(f"{error}", highlight=False, soft_wrap=True)
@@ -311,6 +309,7 @@ def conclude(report: Report, home: Path) -> None:
         f"chance {values['chance']:.0%}",
         "total time": f"{sum(report.seconds.values()):.0f} s",
         "results": str(file),
+        "report of the sweep": str(values["report"]),
         "MLflow": f".venv/bin/mlflow ui --backend-store-uri sqlite:///{home}/mlflow.db",
     }
     for name, line in lines.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 SOURCE = str(Path(__file__).parents[1] / "platform")
 
 
-def main(command: str) -> None:
+def main(*command: str) -> None:
     """Run `bridgework COMMAND` with the arguments of this job.
 
     The workers of the job import the package from PYTHONPATH.
@@ -19,5 +19,5 @@ def main(command: str) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (SOURCE, os.environ.get("PYTHONPATH"))))
     from bridgework.cli import main as bridgework
 
-    sys.argv = ["bridgework", command, *sys.argv[1:]]
+    sys.argv = ["bridgework", *command, *sys.argv[1:]]
     bridgework()

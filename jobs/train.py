@@ -1,6 +1,6 @@
 """`bridgework train` as a Ray job, with the same arguments.
 
-ray job submit --working-dir . -- python -m jobs.train ...
+ray job submit --working-dir . -- python -m jobs.train llava --tiny
 """
 
 from jobs._run import main

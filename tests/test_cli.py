@@ -1,5 +1,6 @@
 """The command line: its output, and one-line errors."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import pytest
 from bridgework import artifacts, cli
 from bridgework.config import override
 from bridgework.data.synthetic import shapes
-from bridgework.system import load
+from bridgework.system import System, load
 from bridgework.tracking.mlflow_store import MLflowTracker
+from tests.inference.tiny import pipeline
 from tests.interop.test_clip import theirs as clip
 
 SHORT = ("--set", "stages.*.budget.steps=2", "--set", "stages.*.optim.peak_lr=3e-3")
@@ -288,24 +290,44 @@ def test_rejected_change_suggests_fork(bridgework: Bridgework, trained: Path) ->
     )
 
 
-def test_promote_and_rollback_move_the_champion(
-    bridgework: Bridgework, trained: Path, home: Path
+def test_register_promote_history_and_rollback(
+    bridgework: Bridgework, trained: Path, home: Path, tmp_path: Path
 ) -> None:
-    tracker = MLflowTracker(None, home, "bridgework")
-    first = tracker.version("llava-tiny", "1")
-    run = tracker.start("again")
-    model = tracker.output(run, "llava-align", str(trained), {"digest": "d"})
-    tracker.register("champions", model, run, first.artifact, {"heldout.loss": "2.0"})
-    tracker.register("champions", model, run, first.artifact, {"heldout.loss": "2.5"})
+    other = tmp_path / "other"
+    pipe = pipeline()
+    system = System(name="champions", paper="", stages=(pipe.stage,))
+    artifacts.save(other, pipe.model.state_dict(), system=system, stage=pipe.stage.name)
+    assert bridgework("register", str(trained), "champions").out == "model champions:1"
+    assert bridgework("register", str(trained), "champions").out == "model champions:1"
+    assert bridgework("register", str(other), "champions").out == "model champions:2"
     assert bridgework("promote", "champions:1").out == "champion champions:1"
-    worse = bridgework("promote", "champions:2", "--metric", "heldout.loss", "--lower")
-    assert worse.code == 1
-    assert (
-        "champions:2 was not promoted, because lower is better. Got heldout.loss 2.5; expected better "
-        "than 2 of the champion, version 1." in worse.err
+    gate = tmp_path / "gate.toml"
+    gate.write_text(
+        'improve = ["heldout.loss"]\n[[evaluation]]\non = "heldout:synthetic:shapes"\nrows = 30\n'
     )
-    assert bridgework("promote", "champions:2").out == "champion champions:2, before it 1"
-    assert bridgework("rollback", "champions").out == "champion champions:1"
+    worse = bridgework("promote", "champions:2", "--gate", str(gate))
+    assert worse.code == 1 and "champions:2 was not promoted over version 1" in worse.err
+    assert "heldout.loss improve" in worse.out
+    nothing = bridgework("promote", "champions:2")
+    assert nothing.code == 1 and "has no evaluations, so nothing can be compared" in nothing.err
+    forced = bridgework("promote", "champions:2", "--force", "to try it")
+    assert forced.out == "champion champions:2, before it 1"
+    assert bridgework("rollback", "champions").out == "champion champions:1, instead of 2"
+    told = json.loads(bridgework("history", "champions", "--json").out)
+    verdicts = [one["verdict"] for one in told]
+    assert verdicts[0] == "promoted" and verdicts[-2:] == ["forced", "rolled back"]
+    assert "to try it" in bridgework("history", "champions").out
+
+
+def test_compare_prints_paired_differences(
+    bridgework: Bridgework, trained: Path, tmp_path: Path
+) -> None:
+    words = ("--on", "heldout:synthetic:shapes", "--set", "heldout.rows=6")
+    said = bridgework("compare", str(trained), str(trained), *words)
+    assert said.code == 0 and "rows to decide" in said.out
+    gap = json.loads(bridgework("compare", str(trained), str(trained), *words, "--json").out)
+    assert gap["heldout.loss"]["value"] == 0 and gap["heldout.loss"]["p"] == 1
+    assert gap["heldout.loss"]["n"] == 6 and gap["heldout.loss"]["better"] == "lower"
 
 
 def test_eval_runs_the_evaluations_of_the_stage(bridgework: Bridgework, home: Path) -> None:

@@ -1,5 +1,6 @@
 """`bridgework eval --on`: evaluations that the stage does not have."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,8 +55,29 @@ def test_on_and_set_select_and_change_evaluations(
         "heldout.loss",
         "heldout.loss_shuffled",
         "heldout.gap",
+        "heldout.perplexity",
     ]
     assert figures == names
+
+
+def test_every_figure_is_printed_with_its_interval_and_rows(judge: Judge) -> None:
+    said = judge("--on", "heldout:synthetic:shapes", "--set", "heldout.rows=5", "--json")
+    figures = json.loads(said[said.index("{") :])
+    loss = figures["heldout.loss"]
+    assert loss["better"] == "lower" and figures["heldout.loss_shuffled"]["better"] is None
+    assert loss["interval"]["n"] == 5
+    assert loss["interval"]["low"] < loss["value"] < loss["interval"]["high"]
+
+
+def test_samples_are_written_with_their_answers(judge: Judge, tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    few = ("--set", "vqa.rows=3", "--set", "vqa.writing.beams=1", "--set", "vqa.writing.most=2")
+    judge("--on", "vqa:synthetic:shapes", *few, "--samples", str(file))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["doc_id"] for line in lines] == [0, 1, 2]
+    assert all(
+        {"key", "input", "target", "filtered_resps", "vqa.accuracy"} <= set(line) for line in lines
+    )
 
 
 def test_every_evaluation_has_a_kind(judge: Judge) -> None:

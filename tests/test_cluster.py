@@ -50,6 +50,11 @@ except ray_utils.ResourceError as error:
     record("timed out", str(error))
 record("said", said[:1])
 
+try:
+    ray_utils.wait_for("align", [{"CPU": 1, "GPU": 1}] * 9, timeout_s=60, say=said.append)
+except ray_utils.ResourceError as error:
+    record("never", str(error))
+
 def stopped():
     raise KeyboardInterrupt
 
@@ -116,6 +121,12 @@ def test_wait_reports_missing_resources_and_times_out(results: dict[str, Any]) -
     assert (
         "--gpus-per-worker" in results["timed out"] and "--resource-timeout" in results["timed out"]
     )
+
+
+def test_more_than_the_autoscaler_may_start_is_refused_at_once(results: dict[str, Any]) -> None:
+    assert "align: the cluster cannot run it, with all nodes" in results["never"]
+    assert "Got 9 x GPU: 0 of 9 in the cluster" in results["never"]
+    assert "max_workers of a node type" in results["never"]
 
 
 def test_wait_can_be_stopped_and_ends_when_nodes_join(results: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
     from bridgework.artifacts import StageResult
     from bridgework.data.dataset import Dataset
     from bridgework.data.manifest import Manifest
+    from bridgework.evaluation.gate import Gate
     from bridgework.serving.launch import Endpoint
     from bridgework.tracking.mlflow_store import MLflowTracker
-    from bridgework.tracking.registry import Promotion
+    from bridgework.tracking.promotion import PromotionDecision
     from bridgework.tuning.search import Outcome
     from bridgework.tuning.space import Space
 
@@ -37,7 +39,7 @@ def train(
     system: System | str,
     *,
     stages: Sequence[str] | None = None,
-    workers: int = 0,
+    workers: int | tuple[int, int] = 0,
     run: str | None = None,
     home: Path | None = None,
     options: RunOptions | None = None,
@@ -51,7 +53,8 @@ def train(
     Args:
         system: A System, or the name of a recipe such as "llava" or "llava:v1".
         stages: Names of the stages to train. Default: all.
-        workers: Ray Train workers. 0 trains in this process, without Ray.
+        workers: Ray Train workers. 0 trains in this process, without Ray. (1, 4) is elastic: as many as the
+            cluster has room for, changed at checkpoints, with the same batches and losses.
         run: Name of the run's folder, `<home>/runs/<run>`. Default: the system's name and six digits
             of its identity, so that an equal system resumes.
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
@@ -111,6 +114,9 @@ def sweep(
     *,
     changes: Mapping[str, Any] | None = None,
     trials: int | None = None,
+    more: int = 0,
+    prefer: str | None = None,
+    warm_start: Sequence[str] = (),
     run: str | None = None,
     home: Path | None = None,
     track: bool = True,
@@ -119,11 +125,16 @@ def sweep(
 ) -> "Outcome":
     """Search a space with Ray Tune, and register the best trial if it beats the challenger.
 
+    The same call resumes an interrupted sweep, and does not run a finished one again.
+
     Args:
         space: A Space, or the name of a module of tune_spaces/ such as "llava_bridge".
         changes: Overrides by dotted path that every trial shares.
         trials: Number of trials. Default: the space's own.
-        run: Name of the sweep's folder. Default: "sweep-SPACE". The same sweep again is not run again.
+        more: Trials in addition to those that the sweep has already.
+        prefer: Rule that chooses among several objectives, e.g. "quality >= best - 0.01, then tokens".
+        warm_start: Earlier sweeps of the same system, whose trials the proposals know.
+        run: Name of the sweep's folder. Default: "sweep-SPACE".
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
         track: Record the trials in MLflow and register the winner.
         project: Name of the MLflow experiment.
@@ -141,27 +152,37 @@ def sweep(
 
     given = load_space(space) if isinstance(space, str) else space
     place = home or default_home()
-    tracker = open_tracker(project, place, console) if track else None
-    with _ray(1):
-        return search.sweep(
-            search.with_trials(given, trials=trials),
-            home=place,
-            run=run or f"sweep-{given.name}",
-            changes=changes,
-            tracker=tracker,
-            console=console,
-        )
+    chosen = search.with_trials(given, trials=trials)
+    return search.sweep(
+        chosen if prefer is None else replace(chosen, prefer=prefer),
+        home=place,
+        run=run or f"sweep-{given.name}",
+        changes=changes,
+        more=more,
+        warm_start=warm_start,
+        tracker=partial(open_tracker, project, place, console) if track else None,
+        console=console,
+    )
 
 
 def evaluate(
-    model: str | Path, evaluations: Sequence[Any] | None = None, *, home: Path | None = None
+    model: str | Path,
+    evaluations: Sequence[Any] | None = None,
+    *,
+    home: Path | None = None,
+    project: str = "bridgework",
+    track: bool = True,
+    console: "Console | None" = None,
 ) -> dict[str, float]:
-    """Evaluate a model.
+    """Evaluate a model; the figures and their rows are kept in <home>/evals.
 
     Args:
         model: An artifact's folder, or a registered model: "llava", "llava@challenger", "llava:3".
         evaluations: Configs from bridgework.evaluation. Default: those of the model's stage.
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
+        project: Name of the MLflow experiment.
+        track: False records nothing in MLflow.
+        console: Where a tracker that does not answer is reported.
 
     Returns:
         The figures by name, e.g. {"ranking.accuracy": 0.4}.
@@ -179,20 +200,21 @@ def evaluate(
         ['ranking.accuracy', 'ranking.accuracy_without_prior', 'ranking.chance']
     """
     from bridgework.inference.pipeline import Pipeline
+    from bridgework.tracking import evaluations as tracked
     from bridgework.tracking.mlflow_store import artifact_of
 
     place = home or default_home()
-    pipeline = Pipeline.load(artifact_of(str(model), place))
+    artifact = artifact_of(str(model), place)
+    pipeline = Pipeline.load(artifact)
     chosen = pipeline.stage.evals if evaluations is None else evaluations
     if not chosen:
         raise SpecError(
             f"stage {pipeline.stage.name} of {model} has no evaluations. Fix: give some, e.g. "
             "evaluations=[bridgework.evaluation.HeldOutLoss(dataset=...)]"
         )
-    figures: dict[str, float] = {}
-    for evaluation in chosen:
-        figures |= evaluation.run(pipeline, place).metrics
-    return figures
+    tracker = open_tracker(project, place, console) if track else None
+    done = tracked.evaluate(artifact, chosen, place, tracker=tracker, pipeline=pipeline)
+    return {name: value for result, _ in done for name, value in result.metrics.items()}
 
 
 def open_dataset(name: str, *, home: Path | None = None) -> "Dataset":
@@ -335,31 +357,46 @@ def curate(
 def promote(
     model: str,
     *,
+    gate: "str | Path | Gate | None" = None,
     metric: str | None = None,
-    lower: bool | None = None,
+    force: str | None = None,
     home: Path | None = None,
     project: str = "bridgework",
-) -> "Promotion":
-    """Make a registered version the champion; the champion before it keeps the alias `previous`.
+    say: Callable[[str], object] | None = None,
+) -> "PromotionDecision":
+    """Make a registered version the champion if it passes the gate against the present champion.
 
     Args:
         model: "llava:3" or "llava@challenger".
-        metric: A figure that must be better than the champion's, e.g. "ranking.accuracy".
-        lower: Direction of a figure that no evaluation declares.
+        gate: A gate file or a bridgework.evaluation.gate.Gate. Default: the first figure of the stage's
+            evaluations must improve, and the first figures of the others are guarded.
+        metric: The only figure that must improve, e.g. "ranking.accuracy", instead of a gate.
+        force: Reason for a promotion without a gate.
         home: Default: $BRIDGEWORK_HOME, or ./.bridgework.
         project: Name of the MLflow experiment.
+        say: Called with lines of progress. Default: they are printed to stderr.
 
     Returns:
-        The champion, the one before it, and the two figures that were compared.
+        The decision: the verdict, both versions, and every check with its interval.
 
     Raises:
-        TrackingError: No such version, or it is no better.
+        TrackingError: No such version, or it does not pass, or another promotion was faster.
+        SpecError: An invalid gate.
     """
-    from bridgework.tracking import registry
+    from bridgework.evaluation.gate import read_gate
+    from bridgework.tracking import promotion
     from bridgework.tracking.mlflow_store import MLflowTracker
 
-    tracker = MLflowTracker(None, home or default_home(), project)
-    return registry.promote(tracker, model, metric=metric, lower=lower)
+    place = home or default_home()
+    return promotion.promote(
+        MLflowTracker(None, place, project),
+        model,
+        home=place,
+        gate=read_gate(Path(gate)) if isinstance(gate, str | Path) else gate,
+        metric=metric,
+        force=force,
+        say=say or _report,
+    )
 
 
 @contextmanager
@@ -418,7 +455,7 @@ def _report(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _ray(workers: int) -> Any:
+def _ray(workers: int | tuple[int, int]) -> Any:
     """Return a Ray session for the block, or nothing where none is needed or one is open already."""
     from bridgework.ray_utils import is_open, ray_session
 

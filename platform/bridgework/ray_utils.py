@@ -7,7 +7,9 @@ while waiting. Functions import Ray only when they use it, because a run in one 
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, ClassVar, TypeVar, cast
 
+from bridgework import ray_metrics
 from bridgework.errors import BridgeworkError, ResourceError
 
 T = TypeVar("T")
@@ -49,7 +52,7 @@ def ray_session() -> Iterator[None]:
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    _Session.own = connect(log_to_driver=False, logging_level=logging.ERROR)
+    connect(log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield
@@ -64,17 +67,123 @@ def connect(**logs: Any) -> bool:
     `logs` are the arguments of `ray.init` about logs. Raises ResourceError if it cannot be joined.
     """
     import ray
+    from ray.exceptions import RayError
 
     named = address()
-    if named is None:
-        # Only this process can reach its Ray, and nothing preempts the machine.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        cpus = max(2, os.cpu_count() or 1)  # one for the workers, one for Ray Data
-        ray.init("local", num_cpus=cpus, include_dashboard=False, **logs)
-        return True
-    ray.init(address=named, **logs)
+    _Session.own = named is None
+    with _own_sigterm():
+        if named is None:
+            # Only this process can reach its Ray, and nothing preempts the machine.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            cpus = max(2, os.cpu_count() or 1)  # one for the workers, one for Ray Data
+            ray.init("local", num_cpus=cpus, include_dashboard=False, **logs)
+            return True
+        try:
+            ray.init(address=named, **logs)
+        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+            raise _not_joined(named, error) from error
     return False
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM in the block, because Ray sets one that says nothing."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Return Ray's records of the nodes that are alive."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def on_every_node(
+    work: Callable[[], T], *, timeout_s: float = 120.0, say: Callable[[str], object] = log.warning
+) -> list[tuple[dict[str, Any], T | Exception]]:
+    """Run `work` once on every node of the cluster, without requesting resources.
+
+    Returns Ray's record of each node with the result or the error of its call. A call that takes
+    longer than `timeout_s` is a TimeoutError. `work` is sent by value, so that it runs with another
+    version of bridgework too.
+    """
+    import ray
+    from ray import cloudpickle
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def call(pickled: bytes) -> Any:
+        return cloudpickle.loads(pickled)()
+
+    module = sys.modules[getattr(work, "func", work).__module__]
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        pickled = cloudpickle.dumps(work)
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+    nodes = alive_nodes()
+    calls = [
+        call.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(pickled)
+        for node in nodes
+    ]
+    waiting, started = list(calls), time.monotonic()
+    while waiting and (elapsed := time.monotonic() - started) < timeout_s:
+        _, waiting = ray.wait(
+            waiting, num_returns=len(waiting), timeout=min(SAY_EVERY_S, timeout_s - elapsed)
+        )
+        if waiting:
+            say(
+                f"waiting for {len(waiting)} of {len(nodes)} nodes; {elapsed:.0f} of {timeout_s:g} s"
+            )
+    found: list[tuple[dict[str, Any], T | Exception]] = []
+    for node, each in zip(nodes, calls, strict=True):
+        try:
+            if each in waiting:
+                raise TimeoutError(f"no answer within {timeout_s:g} s")
+            found.append((node, ray.get(each)))
+        except Exception as error:
+            found.append((node, error))
+    return found
+
+
+def jobs(address: str) -> list[tuple[str, str]]:
+    """Return (submission id, state) of the jobs of a cluster.
+
+    Raises ResourceError if its job server does not answer or refuses the token.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        found = JobSubmissionClient(address).list_jobs()
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise _not_joined(address, error) from error
+    return [(job.submission_id or "", str(job.status.value)) for job in found]
+
+
+def _not_joined(address: str, error: Exception) -> ResourceError:
+    """Return the error of a cluster that cannot be joined: a wrong token, address or version."""
+    text = str(error).strip().partition(chr(10))[0][:300]
+    words = f"{text} {error}".lower()
+    if any(word in words for word in ("token", "unauthenticated", "unauthorized", "401", "403")):
+        fix = (
+            "export RAY_AUTH_MODE=token, and put the token of the cluster into ~/.ray/auth_token or "
+            "RAY_AUTH_TOKEN"
+        )
+    elif "version" in words:
+        fix = "install the version of Ray and Python that the cluster has"
+    else:
+        fix = "check that the cluster runs and that its port is forwarded (`ray dashboard`)"
+    return ResourceError(
+        f"{address}: the cluster cannot be joined. Got {type(error).__name__}: {text}. Fix: {fix}"
+    )
 
 
 def address() -> str | None:
@@ -87,14 +196,19 @@ def potential() -> dict[str, float]:
     """Return the maximum of each resource, in the cluster now or by its node types."""
     import ray
 
-    # the only way to the node types, which `ray status` also uses
-    from ray._private.state import state
-
-    here, most = dict(ray.cluster_resources()), state.get_max_resources_from_cluster_config() or {}
+    here, most = dict(ray.cluster_resources()), _node_types()
     return {
         name: max(here.get(name, 0.0), float(most.get(name, 0)))
         for name in here.keys() | most.keys()
     }
+
+
+def _node_types() -> dict[str, Any]:
+    """Return the maximum of each resource by the node types of the autoscaler; {} without one."""
+    # the only way to the node types, which `ray status` also uses
+    from ray._private.state import state
+
+    return state.get_max_resources_from_cluster_config() or {}
 
 
 def grows(name: str) -> bool:
@@ -121,21 +235,26 @@ def wait_for(
     timeout_s: float = TIMEOUT_S,
     say: Callable[[str], object] = log.warning,
     stopped: Callable[[], object] = lambda: None,
+    fix: str = FEWER,
 ) -> None:
     """Request `bundles` from the autoscaler and return as soon as all are free at the same time.
 
     Every SAY_EVERY_S seconds `say` is called with the missing resources. `stopped` is polled and
-    may raise. Raises ResourceError after `timeout_s`.
+    may raise. Raises ResourceError, with the advice `fix`, after `timeout_s`, and at once if the
+    cluster never has the resources.
     """
     from ray.util import placement_group, remove_placement_group
 
-    wanted = Counter[str]()
-    for bundle in bundles:
-        wanted.update({name: amount for name, amount in bundle.items() if amount})
     most = potential()
-    if _Session.own and any(most.get(name, 0.0) < amount for name, amount in wanted.items()):
+    too_much = any(most.get(name, 0.0) < amount for name, amount in _sum(bundles).items())
+    if too_much and _Session.own:
         raise ResourceError(
-            f"{what}: this machine cannot run it. Got {_missing(wanted)}. Fix: {FEWER}"
+            f"{what}: this machine cannot run it. Got {missing(bundles)}. Fix: {fix}"
+        )
+    if too_much and _node_types():
+        raise ResourceError(
+            f"{what}: the cluster cannot run it, with all nodes that its autoscaler may start. Got "
+            f"{missing(bundles)}. Fix: {fix}, or raise max_workers of a node type"
         )
     started = time.monotonic()
     deadline = started + timeout_s
@@ -149,23 +268,32 @@ def wait_for(
                 if time.monotonic() >= deadline:
                     raise ResourceError(
                         f"{what}: the cluster did not have the resources within {timeout_s:g} s. "
-                        f"Got {_missing(wanted)}. Fix: {FEWER}, free some, let the cluster start "
+                        f"Got {missing(bundles)}. Fix: {fix}, free some, let the cluster start "
                         "more nodes, or wait longer (--resource-timeout)"
                     )
             elapsed = time.monotonic() - started
-            say(f"{what}: waiting for {_missing(wanted)}; {elapsed:.0f} of {timeout_s:g} s")
+            say(f"{what}: waiting for {missing(bundles)}; {elapsed:.0f} of {timeout_s:g} s")
     finally:
         remove_placement_group(group)
 
 
-def _missing(wanted: Mapping[str, float]) -> str:
+def _sum(bundles: Sequence[Mapping[str, float]]) -> Counter[str]:
+    """Return the amount of each resource in all bundles together."""
+    total: Counter[str] = Counter()
+    for bundle in bundles:
+        total.update({name: amount for name, amount in bundle.items() if amount})
+    return total
+
+
+def missing(bundles: Sequence[Mapping[str, float]]) -> str:
     """Return e.g. `8 x GPU: 2 of 8 in the cluster, 0 free; the autoscaler may start nodes ..`."""
     import ray
 
+    wanted = _sum(bundles)
     here, free, most = ray.cluster_resources(), ray.available_resources(), potential()
     parts = []
     for name, amount in sorted(wanted.items(), key=lambda item: item[0] != "GPU"):
-        if name != "GPU" and here.get(name, 0.0) >= amount and free.get(name, 0.0) >= amount:
+        if here.get(name, 0.0) >= amount and free.get(name, 0.0) >= amount:
             continue
         own = here.get(name, 0.0)
         grow = (
@@ -177,7 +305,9 @@ def _missing(wanted: Mapping[str, float]) -> str:
             f"{amount:g} x {name}: {own:g} of {amount:g} in the cluster, "
             f"{free.get(name, 0.0):g} free; {grow}"
         )
-    return " and ".join(parts) or "nodes whose free resources are spread over too many of them"
+    return " and ".join(parts) or (
+        f"a place for {len(bundles)} workers, because the free resources of single nodes may be too few"
+    )
 
 
 def map_on_actors(
@@ -222,7 +352,7 @@ def map_on_actors(
         [{"item": item} for item in items], override_num_blocks=len(items)
     ).map(
         cast(Any, _Actor),
-        fn_constructor_args=(make, os.getcwd(), max(1, (os.cpu_count() or 1) // actors)),
+        fn_constructor_args=(make, os.getcwd(), max(1, (os.cpu_count() or 1) // actors), what),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=ACTOR_CPUS,
         num_gpus=gpu,
@@ -237,11 +367,11 @@ class _Actor:
     """Runs calls in the working folder of the calling process, so that relative paths are valid."""
 
     def __init__(
-        self, make: Callable[[], Callable[[Any], object]], folder: str, threads: int
+        self, make: Callable[[], Callable[[Any], object]], folder: str, threads: int, what: str
     ) -> None:
         with suppress(OSError):  # the folder may not exist on another machine; URLs do not need it
             os.chdir(folder)
-        self._work = make()
+        self._work, self._what = make(), what
         if "torch" in sys.modules:
             # Ray's default follows num_cpus, not the cores.
             sys.modules["torch"].set_num_threads(threads)
@@ -251,13 +381,17 @@ class _Actor:
 
         Both are empty after success.
         """
+        started = time.perf_counter()
         try:
             self._work(row["item"])
         except BridgeworkError as error:
+            ray_metrics.add("bridgework_actor_errors", work=self._what)
             own = next(
                 cls
                 for cls in type(error).__mro__
                 if "__init__" not in vars(cls) or cls is BridgeworkError
             )
             return {"error": f"{own.__module__}:{own.__qualname__}", "message": str(error)}
+        ray_metrics.add("bridgework_actor_seconds", time.perf_counter() - started, work=self._what)
+        ray_metrics.add("bridgework_actor_items", work=self._what)
         return {"error": "", "message": ""}

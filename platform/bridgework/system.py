@@ -140,8 +140,9 @@ class LossSpec(Protocol):
         """Return counts_B, float32: each sample's contribution to the divisor."""
 
 
+Direction = Literal["higher", "lower"]
 # metric -> its better direction; None: a baseline
-Better = Mapping[str, Literal["higher", "lower"] | None]
+Better = Mapping[str, Direction | None]
 
 
 class EvalSpec(Protocol):
@@ -336,6 +337,11 @@ class Stage:
                 f"{self.name}.curation makes {self.curation.makes!r}, "
                 "which none of the stage's sources reads" + suggest(self.curation.makes, datasets)
             )
+
+    @property
+    def needs_gpus(self) -> bool:
+        """True for bfloat16, which is several times slower than float32 on a CPU."""
+        return self.zero.precision == "bf16"
 
     def _check_packing(self) -> None:
         alone = [type(loss).__name__ for loss in self.losses if not loss.supports_packing]

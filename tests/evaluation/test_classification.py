@@ -46,9 +46,12 @@ def test_top_is_the_share_of_images_one_of_whose_labels_has_the_largest_logit(
             hits[cut] += bool({SHAPE_LABELS[c] for c in order[:cut]} & set(item.sample.labels))
         for label in set(item.sample.labels):
             counts[label] += 1
+    sure = [pipe.classify([item.squares[0]])[0].softmax(-1).max().item() for item in items]
     assert metrics == {
         "classification.top1": pytest.approx(hits[1] / 70),
         "classification.top5": pytest.approx(hits[5] / 70),
+        # the logits are all in one bin
+        "classification.ece": pytest.approx(abs(hits[1] / 70 - np.mean(sure)), abs=0.1),
         "classification.most_common": pytest.approx(max(counts.values()) / 70),
         "classification.unknown": 0.0,
     }

@@ -1,8 +1,10 @@
 """Evaluations held against plain loops: what each figure says, and on which rows."""
 
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,8 @@ from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation import VQA, HeldOutLoss, Ranking, Retrieval
 from bridgework.evaluation.base import EvalExample, draw, draw_pairs
-from bridgework.evaluation.likelihood import draw_candidates, share_first_best
-from bridgework.evaluation.retrieval import recall
+from bridgework.evaluation.likelihood import draw_candidates, first_is_best
+from bridgework.evaluation.retrieval import within
 from bridgework.inference.pipeline import Pipeline
 from bridgework.system import Scoring
 from tests.inference.tiny import picture, pipe_of, pipeline
@@ -28,6 +30,11 @@ EVALS = (HeldOutLoss(dataset=DATASET), Ranking(dataset=DATASET), Retrieval(datas
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
     return pipeline()
+
+
+def recall(*scores: Any) -> float:
+    """Return the share of rows with an own column within the cut."""
+    return float(within(*scores).double().mean())
 
 
 def keep(tmp_path: Path, samples: Iterator[Sample] | list[Sample]) -> str:
@@ -51,6 +58,7 @@ def test_held_out_loss_is_the_mean_over_tokens(pipe: Pipeline, home: Path) -> No
     )
     assert shift > 0
     assert metrics["heldout.loss"] == pytest.approx(mean_loss(pipe, items, images, 0))
+    assert metrics["heldout.perplexity"] == pytest.approx(math.exp(metrics["heldout.loss"]))
     assert metrics["heldout.gap"] == pytest.approx(
         metrics["heldout.loss_shuffled"] - metrics["heldout.loss"]
     )
@@ -69,6 +77,7 @@ def test_a_model_that_cannot_see_has_no_gap(home: Path) -> None:
     with torch.no_grad():
         blind.model.bridge.get_parameter("linear_2.weight").zero_()
     metrics = HeldOutLoss(dataset=DATASET, rows=8).run(blind, home).metrics
+    assert metrics["heldout.perplexity"] == pytest.approx(math.exp(metrics["heldout.loss"]))
     assert metrics["heldout.gap"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["heldout.loss"] > 0
 
@@ -116,9 +125,8 @@ def test_candidates_are_the_row_itself_and_different_others() -> None:
 
 
 def test_a_tie_is_not_a_win() -> None:
-    assert share_first_best(torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 3.0]])) == pytest.approx(
-        1 / 3
-    )
+    values = torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 3.0]])
+    assert first_is_best(values).tolist() == [False, True, False]
 
 
 def test_each_row_goes_through_the_vision_tower_once(home: Path) -> None:

@@ -3,6 +3,7 @@
 import random
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,21 @@ from bridgework.evaluation.hallucination import (
     parse_yes_no,
     truth_of,
 )
+from bridgework.evaluation.statistics import EvaluatedRows, RowValues
 from bridgework.inference.pipeline import Pipeline
 from tests.inference.tiny import pipeline
 
 GREEDY = Writing(beams=1, most=5)
+
+
+def numbered_rows(count: int) -> EvaluatedRows:
+    """Return rows with an image each."""
+    names = tuple(str(i) for i in range(count))
+    return EvaluatedRows(names, names)
+
+
+def means(figures: Mapping[str, RowValues]) -> dict[str, float]:
+    return {name: rows.mean for name, rows in figures.items()}
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +50,14 @@ def pipe() -> Pipeline:
 def test_the_figures_are_those_of_scikit_learn() -> None:
     draw = random.Random(0)
     truth, said = ([draw.random() < share for _ in range(50)] for share in (0.5, 0.7))
-    found = binary_metrics(said, truth)
+    found = means(binary_metrics(numbered_rows(50), said, truth))
     precision, recall, f1, _ = precision_recall_fscore_support(truth, said, average="binary")
     assert (found["precision"], found["recall"], found["f1"]) == pytest.approx(
         (precision, recall, f1)
     )
     assert found["accuracy"] == pytest.approx(accuracy_score(truth, said))
     assert found["yes"] == sum(said) / 50 and found["always_yes"] == sum(truth) / 50
-    assert binary_metrics([False] * 4, [True, False] * 2) | {} == {
+    assert means(binary_metrics(numbered_rows(4), [False] * 4, [True, False] * 2)) == {
         "accuracy": 0.5, "precision": 0.0, "recall": 0.0, "f1": 0.0, "yes": 0.0, "always_yes": 0.5,
     }  # fmt: skip
 
@@ -92,7 +104,7 @@ def test_rows_that_are_questions_are_asked_as_they_are(
         )
         for i, row in enumerate(rows)
     ]
-    expected = binary_metrics(said, [True, False, False, True])
+    expected = means(binary_metrics(numbered_rows(4), said, [True, False, False, True]))
     assert metrics == {f"pope.{name}": pytest.approx(value) for name, value in expected.items()}
 
 
@@ -168,9 +180,9 @@ def test_objects_are_named_by_any_of_their_words_one_or_several() -> None:
 
 def test_chair_is_that_of_the_paper() -> None:
     here = [{"dog", "cat"}, {"bus"}, {"mat"}]
-    found = chair_metrics([{"dog", "bus", "mat"}, {"bus"}, set()], here)
+    found = means(chair_metrics(numbered_rows(3), [{"dog", "bus", "mat"}, {"bus"}, set()], here))
     assert found == {"instances": 2 / 4, "captions": 1 / 3, "recall": 2 / 4}
-    assert chair_metrics([set(), set(), set()], here) == {
+    assert means(chair_metrics(numbered_rows(3), [set(), set(), set()], here)) == {
         "instances": 0.0,
         "captions": 0.0,
         "recall": 0.0,
@@ -190,7 +202,7 @@ def test_chair_finds_objects_in_generated_captions(
         dataset=kept(tmp_path, rows), rows=9, writing=writing, synonyms={"dog": (written,)}
     )
     said = [{"dog"} if written in re.findall(r"[^\W_]+", text.lower()) else set() for text in texts]
-    expected = chair_metrics(said, [{"dog"}, {"cat"}])
+    expected = means(chair_metrics(numbered_rows(2), said, [{"dog"}, {"cat"}]))
     assert spec.run(pipe, home).metrics == {
         f"chair.{name}": value for name, value in expected.items()
     }

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,17 @@ from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, SpecError
 from bridgework.evaluation import Retrieval, ZeroShot
 from bridgework.evaluation.base import draw, draw_pairs
-from bridgework.evaluation.retrieval import recall, similarity
+from bridgework.evaluation.retrieval import similarity, within
 from bridgework.evaluation.zero_shot import TEMPLATES, chance, class_vectors
 from bridgework.inference.pipeline import Pipeline
 from bridgework.recipes import clip
 
 DATASET = "synthetic:shapes"
+
+
+def recall(*scores: Any) -> float:
+    """Return the share of rows with an own column within the cut."""
+    return float(within(*scores).double().mean())
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ LAYERS = (
         "system",
         "tracking.tracker",
     ),
-    ("models", "losses", "data", "ray_utils", "rng"),
+    ("models", "losses", "data", "ray_metrics", "ray_utils", "rng"),
     (
         "artifacts",
         "curation",
@@ -32,6 +32,7 @@ LAYERS = (
         "training",
         "tracking.card",
         "tracking.environment",
+        "tracking.evaluations",
         "tracking.openlineage_events",
         "tracking.relay",
     ),

@@ -70,7 +70,7 @@ def test_ray_accepts_the_cluster(cluster: dict[str, Any]) -> None:
 
 
 def test_the_cluster_has_the_pools_that_its_guide_names(cluster: dict[str, Any]) -> None:
-    guide = (source.ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    guide = (source.ROOT / "docs/cluster-machines.md").read_text(encoding="utf-8")
     pools = cluster["available_node_types"]
     assert set(re.findall(r"^\| `(\w+)` \|", guide, re.MULTILINE)) == set(pools)
     assert all(pool["min_workers"] == 0 for pool in pools.values())

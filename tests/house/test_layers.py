@@ -12,9 +12,11 @@ from tests.house import source
 
 DOORS = {
     "ray": (
+        "ray_metrics.py",
         "ray_utils.py",
         "data/ray_ingest.py",
         "training/ray_train.py",
+        "training/process_group.py",
         "tuning/",
         "serving/",
     ),

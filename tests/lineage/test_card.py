@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from bridgework import api, override
+from bridgework import api, artifacts, override
+from bridgework.evaluation import results
 from bridgework.hf.convert import export_hf
 from bridgework.system import load
 from bridgework.tracking.card import Facts, model_card
@@ -40,6 +41,19 @@ def test_card_states_data_training_and_figures_with_intervals(artifact: Path) ->
         "Licenses of the data: CC0-1.0",
     ):
         assert said in text, text
+
+
+def test_card_has_the_figures_of_stored_evaluations_with_their_intervals(artifact: Path) -> None:
+    records = results.records_of(artifact, artifacts.describe(artifact).digest, artifact)
+    figures = [figure for record in records for figure in record.figures]
+    text = model_card(artifact)
+    assert any(figure.interval is not None for figure in figures)
+    for figure in figures:
+        if figure.interval is not None:
+            rows = figure.interval.n
+            low, high = figure.interval.low, figure.interval.high
+            line = f"| {figure.name} | {figure.value:.4g} | {low:.4g} to {high:.4g} | {rows} |"
+            assert line in text
 
 
 def test_card_without_figures_says_so(artifact: Path) -> None:

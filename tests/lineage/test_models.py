@@ -1,18 +1,22 @@
-"""Model registry: names, gated promotion, and rollback."""
+"""Model registry: names, registration, and the challenger."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
 import pytest
 import torch
 
-from bridgework import artifacts
-from bridgework.errors import TrackingError
-from bridgework.evaluation import HeldOutLoss, Ranking
+from bridgework import __version__, artifacts
+from bridgework.errors import SpecError, WeightsError
+from bridgework.evaluation import HeldOutLoss, Ranking, results
+from bridgework.evaluation.results import EvaluationRecord
+from bridgework.evaluation.statistics import EvaluatedRows
 from bridgework.system import EvalSpec, System, load
-from bridgework.tracking.registry import CHALLENGER, challenge, is_folder, promote, rollback, split
-from bridgework.tracking.tracker import Tracker, Version
+from bridgework.tracking.registry import challenge, is_folder, register_folder, split
+from bridgework.tracking.tracker import CHALLENGER, Tracker, Version
 
 METRIC = "ranking.accuracy"
 LOSS = "heldout.loss"
@@ -35,29 +39,39 @@ def judged_by(*evals: EvalSpec) -> System:
     return replace(system, stages=(replace(system["align"], evals=evals), *system.stages[1:]))
 
 
-def register(
-    tracker: Tracker,
-    name: str,
-    weights: Path,
-    *figures: float | str,
-    metric: str = METRIC,
-    evals: tuple[EvalSpec, ...] = (RANKING, HELDOUT),
-) -> list[Version]:
-    """Register a version for each value, without alias, of weights whose recipe has `evals`."""
+def register(tracker: Tracker, name: str, weights: Path, *figures: float) -> list[Version]:
+    """Register a version for each value, without alias; the weights differ."""
     versions = []
-    for figure in figures:
+    for _ in figures:
         folder = weights / uuid4().hex
-        info = artifacts.save(
-            folder, {"w": torch.zeros(1)}, system=judged_by(*evals), stage="align"
-        )
+        state = {"w": torch.tensor([float(len(list(weights.iterdir())))])}
+        info = artifacts.save(folder, state, system=judged_by(RANKING, HELDOUT), stage="align")
         run = tracker.start("align")
         model = tracker.output(run, name, str(folder), {"digest": info.digest})
-        versions.append(tracker.register(name, model, run, str(folder), {metric: str(figure)}))
+        versions.append(tracker.register(name, model, run, str(folder), {"digest": info.digest}))
     return versions
 
 
-def champion(tracker: Tracker, name: str) -> str:
-    return tracker.version(name, "champion").version
+def judged(
+    version: Version, home: Path, metric: str, figure: float, *, evaluation: str = "the same"
+) -> None:
+    """Store an evaluation of 200 images in which the metric has this value."""
+    keys = tuple(map(str, range(200)))
+    if metric == METRIC:
+        values = [
+            float(i < round(200 * figure)) for i in random.Random(figure).sample(range(200), 200)
+        ]
+    else:
+        noise = np.random.default_rng(0).normal(0.0, 0.05, 200)
+        values = list(figure + noise - noise.mean())
+    rows = EvaluatedRows(keys, keys).values(values)
+    spec = RANKING if metric == METRIC else HELDOUT
+    record = EvaluationRecord(
+        name=spec.name, evaluation=evaluation, spec={}, datasets=(), weights=version.tags["digest"],
+        metrics={metric: rows.mean}, better={metric: spec.better[metric.partition(".")[2]]},
+        rows={metric: rows}, seconds=0.0, created=0.0, machine="", version=__version__,
+    )  # fmt: skip
+    results.write(record, results.folder_of(record.weights, home))
 
 
 @pytest.mark.parametrize(
@@ -79,148 +93,55 @@ def test_name_with_a_slash_is_a_folder(tmp_path: Path) -> None:
     assert not is_folder("llava@challenger")
 
 
-def test_the_first_version_needs_no_comparison(tracker: Tracker, name: str, weights: Path) -> None:
-    register(tracker, name, weights, 0.5)
-    done = promote(tracker, f"{name}:1", metric=METRIC)
-    assert (done.champion.version, done.before, done.compared) == ("1", None, None)
-    assert champion(tracker, name) == "1"
-
-
-def test_better_version_becomes_champion_and_the_old_one_previous(
-    tracker: Tracker, name: str, weights: Path
+@pytest.mark.parametrize(("metric", "better", "worse"), [(METRIC, 0.9, 0.5), (LOSS, 1.5, 1.6)])
+def test_the_challenger_is_only_replaced_by_one_that_is_better_beyond_its_interval(
+    tracker: Tracker, name: str, weights: Path, home: Path, metric: str, better: float, worse: float
 ) -> None:
-    register(tracker, name, weights, 0.5, 0.7)
-    promote(tracker, f"{name}:1")
-    tracker.alias(name, "challenger", "2")
-    done = promote(tracker, f"{name}@challenger", metric=METRIC)
-    assert done.compared == (0.7, 0.5)
-    assert champion(tracker, name) == "2"
-    assert tracker.version(name, "previous").version == "1"
-
-
-@pytest.mark.parametrize(
-    ("new", "metric"), [(0.4, METRIC), (0.6, LOSS), ("nan", METRIC), ("nan", LOSS)]
-)
-def test_worse_version_is_rejected_and_no_alias_moves(
-    tracker: Tracker, name: str, weights: Path, new: float | str, metric: str
-) -> None:
-    register(tracker, name, weights, 0.5, new, metric=metric)
-    promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match=r"not promoted, .* Fix: leave out --metric"):
-        promote(tracker, f"{name}:2", metric=metric)
-    assert champion(tracker, name) == "1"
-    assert tracker.version(name, "2").aliases == ()
-
-
-def test_equal_version_is_rejected(tracker: Tracker, name: str, weights: Path) -> None:
-    register(tracker, name, weights, 0.5, 0.5)
-    promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match=r"was not promoted"):
-        promote(tracker, f"{name}:2", metric=METRIC)
-    assert champion(tracker, name) == "1"
-
-
-def test_missing_metric_is_reported_with_the_known_ones(
-    tracker: Tracker, name: str, weights: Path
-) -> None:
-    register(tracker, name, weights, 0.5, 1.5e-05)
-    promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match=r"has no metric 'loss'; known: ranking\.accuracy"):
-        promote(tracker, f"{name}:2", metric="loss")
-
-
-def test_the_champion_promoted_again_stays_and_keeps_its_previous(
-    tracker: Tracker, name: str, weights: Path
-) -> None:
-    register(tracker, name, weights, 0.5, 0.7)
-    promote(tracker, f"{name}:1")
-    promote(tracker, f"{name}:2")
-    assert promote(tracker, name).champion.version == "2"
-    assert tracker.version(name, "previous").version == "1"
-
-
-def test_rollback_swaps_the_two(tracker: Tracker, name: str, weights: Path) -> None:
-    register(tracker, name, weights, 0.5, 0.7)
-    promote(tracker, f"{name}:1")
-    promote(tracker, f"{name}:2")
-    assert rollback(tracker, name).champion.version == "1"
-    assert tracker.version(name, "previous").version == "2"
-    assert rollback(tracker, name).champion.version == "2"
-
-
-def test_rollback_without_a_previous_one_says_so(
-    tracker: Tracker, name: str, weights: Path
-) -> None:
-    register(tracker, name, weights, 0.5)
-    promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match="no version or alias 'previous'"):
-        rollback(tracker, name)
-
-
-def test_unknown_model_is_rejected_with_a_suggestion(
-    tracker: Tracker, name: str, weights: Path
-) -> None:
-    register(tracker, name, weights, 0.5)
-    with pytest.raises(TrackingError, match=f"did you mean '{name}'"):
-        promote(tracker, name[:-1])
-
-
-def test_a_lower_loss_is_promoted_and_a_higher_one_is_not(
-    tracker: Tracker, name: str, weights: Path
-) -> None:
-    register(tracker, name, weights, 2.0, 1.5, 1.8, metric=LOSS)
-    promote(tracker, f"{name}:1")
-    assert promote(tracker, f"{name}:2", metric=LOSS).compared == (1.5, 2.0)
-    with pytest.raises(
-        TrackingError, match=r"not promoted, because lower is better\. Got heldout\.loss 1\.8"
-    ):
-        promote(tracker, f"{name}:3", metric=LOSS)
-
-
-def test_direction_against_the_evaluation_is_rejected(
-    tracker: Tracker, name: str, weights: Path
-) -> None:
-    register(tracker, name, weights, 2.0, 1.5, metric=LOSS)
-    promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match=r"heldout\.loss: lower is better\. Got --higher"):
-        promote(tracker, f"{name}:2", metric=LOSS, lower=False)
-
-
-def test_metric_without_evaluation_needs_a_direction(
-    tracker: Tracker, name: str, weights: Path
-) -> None:
-    register(tracker, name, weights, 20.0, 15.0, metric="latency_ms")
-    promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match="give --lower or --higher"):
-        promote(tracker, f"{name}:2", metric="latency_ms")
-    assert promote(tracker, f"{name}:2", metric="latency_ms", lower=True).compared == (15.0, 20.0)
-
-
-def test_baseline_cannot_decide_a_promotion(tracker: Tracker, name: str, weights: Path) -> None:
-    register(tracker, name, weights, 0.05, 0.06, metric="ranking.chance")
-    promote(tracker, f"{name}:1")
-    with pytest.raises(TrackingError, match="is a baseline, so it cannot decide a promotion"):
-        promote(tracker, f"{name}:2", metric="ranking.chance")
-
-
-@pytest.mark.parametrize(("metric", "better", "worse"), [(METRIC, 0.7, 0.6), (LOSS, 1.5, 1.6)])
-def test_the_challenger_is_only_replaced_by_a_better_one(
-    tracker: Tracker, name: str, weights: Path, metric: str, better: float, worse: float
-) -> None:
-    first, second, third = register(tracker, name, weights, worse, better, worse, metric=metric)
-    assert challenge(tracker, first, metric)[0].version == "1"
-    assert challenge(tracker, second, metric)[0].version == "2"
-    held, why = challenge(tracker, third, metric)
+    first, second, third = register(tracker, name, weights, worse, better, worse)
+    for version, figure in ((first, worse), (second, better), (third, worse)):
+        judged(version, home, metric, figure)
+    assert challenge(tracker, first, metric, home)[0].version == "1"
+    assert challenge(tracker, second, metric, home)[0].version == "2"
+    held, why = challenge(tracker, third, metric, home)
     assert (held.version, tracker.version(name, CHALLENGER).version) == ("2", "2")
     assert f"challenger stays {name}:2: its {metric} is {better:g}" in why
 
 
-def test_metrics_of_other_evaluations_do_not_replace_the_challenger(
-    tracker: Tracker, name: str, weights: Path
+def test_a_difference_within_the_noise_does_not_replace_the_challenger(
+    tracker: Tracker, name: str, weights: Path, home: Path
 ) -> None:
-    (first,) = register(tracker, name, weights, 0.5)
-    (second,) = register(tracker, name, weights, 0.9, evals=(replace(RANKING, candidates=2),))
-    challenge(tracker, first, METRIC)
-    held, why = challenge(tracker, second, METRIC)
+    first, second = register(tracker, name, weights, 0.50, 0.52)
+    judged(first, home, METRIC, 0.50)
+    judged(second, home, METRIC, 0.52)
+    challenge(tracker, first, METRIC, home)
+    held, why = challenge(tracker, second, METRIC, home)
+    assert held.version == "1" and "rows would decide a difference of this size" in why
+
+
+def test_metrics_of_other_evaluations_do_not_replace_the_challenger(
+    tracker: Tracker, name: str, weights: Path, home: Path
+) -> None:
+    first, second = register(tracker, name, weights, 0.5, 0.9)
+    judged(first, home, METRIC, 0.5)
+    judged(second, home, METRIC, 0.9, evaluation="another one")
+    challenge(tracker, first, METRIC, home)
+    held, why = challenge(tracker, second, METRIC, home)
     assert held.version == "1"
     assert "not from the same evaluation" in why
+
+
+def test_an_imported_folder_is_registered_once(tracker: Tracker, name: str, weights: Path) -> None:
+    folder = weights / uuid4().hex
+    artifacts.save(folder, {"w": torch.rand(1)}, system=judged_by(RANKING), stage="align")
+    (folder / "parity.json").write_text("{}")
+    version = register_folder(tracker, name, folder)
+    assert (version.name, version.version) == (name, "1")
+    assert Path(version.artifact) == folder.resolve()
+    assert register_folder(tracker, name, folder).version == "1"
+    assert register_folder(tracker, f"{name}-other", folder).version == "1"
+    (run,) = tracker.find({"kind": "import", "digest": version.tags["digest"]})
+    assert run[0] == version.run_id
+    with pytest.raises(SpecError, match=r"expected e\.g\. my-blip"):
+        register_folder(tracker, "my:blip", folder)
+    with pytest.raises(WeightsError, match="is not an artifact"):
+        register_folder(tracker, name, weights / "nowhere")

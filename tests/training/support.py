@@ -17,6 +17,7 @@ from bridgework.tracking.tracker import Journal, Tracker
 from bridgework.training import loop
 from bridgework.training.driver import train
 from bridgework.training.options import RunOptions
+from bridgework.training.stopping import Preemption
 
 
 class Stop(Exception):
@@ -99,13 +100,15 @@ def job(made: System, home: Path, folder: Path, *, every: int = 0) -> loop.Train
     )
 
 
-def train_ranks(given: loop.TrainJob, rank: int = 0, world: int = 1) -> dict[int, float]:
+def train_ranks(
+    given: loop.TrainJob, rank: int = 0, world: int = 1, preemption: Preemption | None = None
+) -> dict[int, float]:
     """Train a stage by the loop on this rank of `world`; returns the loss of every step."""
 
     def rows(start: int) -> Iterator[list[reader.Row]]:
         return reader.local(given.feed, rank=rank, world=world, start=start)
 
-    loop.run(given, rows, lambda metrics, step: None, rank=rank, world=world)
+    loop.run(given, rows, lambda metrics, step: None, rank=rank, world=world, preemption=preemption)
     parts = Journal(given.folder / "journal").points()
     return {
         point.step: point.value for _, points in parts for point in points if point.key == "loss"

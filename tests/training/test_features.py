@@ -138,7 +138,7 @@ def system(steps: int = 20, **changes: Any) -> System:
 def test_losses_from_features_match_losses_from_pixels(
     home: Path, run: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    go(system(), home, f"{run}-pixels", cache_features=False)
+    go(system(), home, f"{run}-pixels", features="computed")
     go(system(), home, run)
     assert "features are" in capsys.readouterr().err
     digest = open_dataset(resolve("synthetic:shapes", home)).manifest.digest

@@ -27,4 +27,4 @@ SPACE = {
     "stages.*.optim.peak_lr": tune.loguniform(1e-3, 1e-2),
 }
 METRIC = Metric(name="heldout.loss", mode="min")
-BUDGET = SweepBudget(trials=2, concurrent=1, cpus=0.5, judgments=3)
+BUDGET = SweepBudget(trials=2, concurrent=1, cpus=0.5, judgments=3, stopper="none")

@@ -4,10 +4,12 @@ Heavy libraries are imported by the command that needs them, so that `bridgework
 """
 
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,13 +19,28 @@ from bridgework import storage
 from bridgework.cli import completion
 from bridgework.cli.curate import curate
 from bridgework.cli.data import data, mixture, order
-from bridgework.cli.models import ask, evaluate, export, importing
-from bridgework.cli.options import changes, pairs
+from bridgework.cli.jobs import check_env, submit
+from bridgework.cli.judging import (
+    compare,
+    evaluate,
+    history,
+    interval_cells,
+    promote,
+    register,
+    rollback,
+)
+from bridgework.cli.mixtures import mixture as mixture_search
+from bridgework.cli.models import ask, export, importing
+from bridgework.cli.options import Project, changes, number_or_range, pairs
+from bridgework.cli.sweeps import checked_features, report, sweep
 from bridgework.config import flat, override
 from bridgework.data.catalog import home as home_folder
 from bridgework.errors import BridgeworkError, Interrupted, ResourceError, SpecError
 from bridgework.ray_utils import TIMEOUT_S
 from bridgework.system import System, load, recipes, variants
+
+if TYPE_CHECKING:
+    from bridgework.cli.diagnostics import Check
 
 app = typer.Typer(
     help="Train, evaluate and serve vision-language systems on Ray. Change any field of a recipe "
@@ -34,7 +51,7 @@ out, err = Console(), Console(stderr=True)
 
 # Panels of `bridgework --help`, in the order of their first command.
 DATA, TRAIN, EVALUATE, SERVE = "Data", "Training", "Evaluation and conversion", "Serving"
-MACHINE = "This machine"
+MACHINE = "Machine and cluster"
 
 INTERRUPTED = 130  # exit code of a run that a signal stopped: 128 + SIGINT, as in shells
 BY_SOURCE = ("samples.", "tokens.", "share.")  # prefixes of metrics with one value per source
@@ -59,14 +76,6 @@ Set = Annotated[
 ]
 Tiny = Annotated[
     bool, typer.Option("--tiny", help="Use the recipe at laptop size, on synthetic pairs.")
-]
-Project = Annotated[str, typer.Option(help="MLflow experiment to record to.")]
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Registered model (llava, llava@challenger, llava:3) or the folder of an artifact.",
-    ),
 ]
 
 
@@ -147,8 +156,12 @@ def train(
     tiny: Tiny = False,
     set_: Set = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process.")
-    ] = 1,
+        str,
+        typer.Option(
+            metavar="N|MIN:MAX",
+            help="Ray Train workers; 0 trains in this process, 1:4 uses what the cluster has.",
+        ),
+    ] = "1",
     readers: Annotated[
         int, typer.Option(min=1, help="Ray Data actors that read and decode samples.")
     ] = 1,
@@ -178,16 +191,34 @@ def train(
         float | None,
         typer.Option(
             min=0,
-            help="GPUs of each worker.",
+            help="GPUs of each worker; 0 trains on CPUs.",
             show_default="1 if the cluster has or can start GPU nodes, else 0",
         ),
     ] = None,
     resource_timeout: Annotated[
         float,
         typer.Option(
-            min=0, metavar="SECONDS", help="Time to wait for the resources of the workers."
+            min=0,
+            metavar="SECONDS",
+            help="Time to wait for the resources of the workers, also after the loss of a node.",
         ),
     ] = TIMEOUT_S,
+    features: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|cached|computed",
+            help="Features of frozen vision towers: read from a cache or computed in training.",
+            show_default="whichever is cheaper",
+        ),
+    ] = "auto",
+    threads: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Threads of torch on a CPU. Equal threads give equal bits.",
+            show_default="the cores, divided among the workers",
+        ),
+    ] = 0,
     trust_checkpoints: Annotated[
         bool,
         typer.Option(
@@ -204,6 +235,8 @@ def train(
 ) -> None:
     """Train the stages of a system in order. Run again, it resumes and reuses finished stages."""
     from bridgework import api
+    from bridgework.artifacts import describe
+    from bridgework.evaluation.results import records_of
     from bridgework.training.options import RunOptions
     from bridgework.training.run_dir import default_name
 
@@ -212,11 +245,13 @@ def train(
     results = api.train(
         resolved,
         stages=stage,
-        workers=workers,
+        workers=number_or_range(workers),
         run=run or default_name(prefix, resolved, home_folder()),
         options=RunOptions(
             readers=readers,
             skip=tuple(skip or ()),
+            features=checked_features(features),
+            threads=threads,
             gpus_per_worker=gpus_per_worker,
             resource_timeout_s=resource_timeout,
             trust_checkpoints=trust_checkpoints,
@@ -226,12 +261,16 @@ def train(
         project=project,
         console=err,
     )
-    table = Table("stage", "metric", "value", box=None, pad_edge=False)
+    table = Table("stage", "metric", "value", "95 % interval", "n", box=None, pad_edge=False)
     for name, result in results.items():
+        weights = describe(result.artifact).digest
+        records = records_of(result.artifact, weights, home_folder())
+        figures = {figure.name: figure for record in records for figure in record.figures}
         for key, value in result.metrics.items():
             if key.startswith(BY_SOURCE):
                 continue  # recorded in MLflow
-            table.add_row(name, key, f"{value:.4g}")
+            cells = interval_cells(figures[key]) if key in figures else ("", "")
+            table.add_row(name, key, f"{value:.4g}", *cells)
             name = ""
     out.print(table)
     last = results[list(results)[-1]]
@@ -240,105 +279,20 @@ def train(
         out.print(f"model     {last.version}", highlight=False)
 
 
-@app.command(rich_help_panel=TRAIN)
-def sweep(
-    space: Annotated[
-        str,
-        typer.Argument(
-            metavar="SPACE", help="Search space: a module of tune_spaces/, e.g. llava_bridge."
-        ),
-    ],
-    set_: Set = None,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Number of trials.", show_default="set by the space")
-    ] = None,
-    run: Annotated[
-        str | None,
-        typer.Option(help="Name of the sweep.", show_default="sweep-SPACE"),
-    ] = None,
-    project: Project = "bridgework",
-) -> None:
-    """Search hyperparameters and register the best trial, as `challenger` if it is better."""
-    from bridgework import api
-    from bridgework.tuning.space import load as load_space
-
-    loaded = load_space(space)
-    outcome = api.sweep(
-        loaded,
-        changes=changes(set_),
-        trials=trials,
-        run=run or f"sweep-{space}",
-        project=project,
-        console=err,
-    )
-    table = Table(
-        "trial", loaded.metric.name, "status", "seconds", *loaded.space, box=None, pad_edge=False
-    )
-    for row in outcome.rows:
-        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.changes.values()]
-        score = "-" if row.score is None else f"{row.score:.3f}"
-        table.add_row(row.trial, score, row.status, f"{row.seconds:.0f}", *values)
-    out.print(table)
-    out.print(f"again     {outcome.command}", soft_wrap=True, highlight=False)
-    out.print(f"artifact  {outcome.artifact}", soft_wrap=True, highlight=False)
-    if outcome.version:
-        aliases = f" ({', '.join(outcome.version.aliases)})" if outcome.version.aliases else ""
-        out.print(
-            f"model     {outcome.version.name}:{outcome.version.version}{aliases}", highlight=False
-        )
-    if outcome.not_challenger:
-        out.print(outcome.not_challenger, soft_wrap=True, highlight=False)
-
-
+app.command(rich_help_panel=TRAIN)(sweep)
+app.command(rich_help_panel=TRAIN)(report)
+app.add_typer(mixture_search, name="mixture", rich_help_panel=TRAIN)
 app.command("eval", rich_help_panel=EVALUATE)(evaluate)
+app.command(rich_help_panel=EVALUATE)(compare)
 app.command(rich_help_panel=EVALUATE)(ask)
 app.command(rich_help_panel=EVALUATE)(export)
 app.add_typer(importing, name="import", rich_help_panel=EVALUATE)
 
 
-@app.command(rich_help_panel=SERVE)
-def promote(
-    model: Model,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="Promote only if the version is better by this metric.",
-            show_default="no comparison",
-        ),
-    ] = None,
-    lower: Annotated[
-        bool | None,
-        typer.Option(
-            "--lower/--higher",
-            help="Direction of a metric that no evaluation of the recipe declares.",
-        ),
-    ] = None,
-    project: Project = "bridgework",
-) -> None:
-    """Make a registered version the champion; the old champion gets the alias `previous`."""
-    from bridgework import api
-
-    done = api.promote(model, metric=metric, lower=lower, project=project)
-    before = f", before it {done.before.version}" if done.before else ""
-    compared = (
-        f" ({metric} {done.compared[0]:g} against {done.compared[1]:g})" if done.compared else ""
-    )
-    out.print(
-        f"champion  {done.champion.name}:{done.champion.version}{before}{compared}", highlight=False
-    )
-
-
-@app.command(rich_help_panel=SERVE)
-def rollback(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Registered model, e.g. llava.")],
-    project: Project = "bridgework",
-) -> None:
-    """Make the previous champion the champion again; the two swap their aliases."""
-    from bridgework.tracking import registry
-    from bridgework.tracking.mlflow_store import MLflowTracker
-
-    done = registry.rollback(MLflowTracker(None, home_folder(), project), name)
-    out.print(f"champion  {done.champion.name}:{done.champion.version}", highlight=False)
+app.command(rich_help_panel=SERVE)(register)
+app.command(rich_help_panel=SERVE)(promote)
+app.command(rich_help_panel=SERVE)(rollback)
+app.command(rich_help_panel=SERVE)(history)
 
 
 @app.command(rich_help_panel=SERVE)
@@ -515,13 +469,25 @@ def sync() -> None:
         raise typer.Exit(1)
 
 
+app.command(
+    rich_help_panel=MACHINE,
+    # options after the command belong to it
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+)(submit)
+
+
 @app.command(rich_help_panel=MACHINE)
-def doctor() -> None:
+def doctor(
+    cluster: Annotated[
+        bool,
+        typer.Option("--cluster", help="Check every node of the cluster that RAY_ADDRESS names."),
+    ] = False,
+) -> None:
     """Check that this machine can run bridgework, and print a fix for each failed check."""
     from bridgework.cli.diagnostics import checks
 
     table = Table("", "check", "found", "advice", box=None, pad_edge=False)
-    results = checks(home_folder())
+    results = _cluster_checks() if cluster else checks(home_folder())
     for check in results:
         table.add_row("ok" if check.ok else "no", check.name, check.found, check.advice)
     out.print(table)
@@ -530,6 +496,21 @@ def doctor() -> None:
 
 
 # --- helpers
+
+
+def _cluster_checks() -> "list[Check]":
+    from bridgework import ray_utils
+    from bridgework.cli import cluster_checks
+
+    if ray_utils.address() is None:
+        raise ResourceError(
+            "doctor --cluster: no cluster is named. Fix: `bridgework submit doctor --cluster`, or "
+            "set RAY_ADDRESS on a node of it"
+        )
+    tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
+    with ray_utils.ray_session():
+        nodes = cluster_checks.ask(str(home_folder()), tracking)
+    return cluster_checks.checks(nodes, cluster_checks.own_versions(), tracking)
 
 
 def _millions(parameters: int) -> str:
@@ -541,10 +522,18 @@ def _resolve(name: str, assignments: list[str] | None, tiny: bool) -> System:
     return override(system.tiny() if tiny else system, changes(assignments))
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End a command that SIGTERM stops, e.g. by `ray job stop`; `train` saves a checkpoint first."""
+    err.print("[bold red]error[/]  stopped by SIGTERM. The same command resumes", highlight=False)
+    raise SystemExit(INTERRUPTED)
+
+
 def main() -> None:
     """Run the console script. An expected error is one line, with a traceback only with --debug."""
     sys.path.append(os.getcwd())  # for tune_spaces/ and your own modules, as with `python -m`
+    signal.signal(signal.SIGTERM, _terminate)
     try:
+        check_env()
         app(standalone_mode=True)
     except (BridgeworkError, MemoryError, OSError) as error:
         if os.environ.get("BRIDGEWORK_DEBUG"):

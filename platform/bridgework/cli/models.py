@@ -1,19 +1,16 @@
-"""Commands for one model: `bridgework ask`, `eval`, `import` and `export`."""
+"""Commands for one model: `bridgework ask`, `import` and `export`."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from bridgework.config import config_class, override
+from bridgework.cli.options import Model
 from bridgework.data.catalog import home
-from bridgework.errors import DataError, SpecError, suggest
-from bridgework.mixture import unique
-from bridgework.plugins import Plugins
+from bridgework.errors import DataError
 
 if TYPE_CHECKING:
     from bridgework.data.samples import Part
@@ -22,37 +19,14 @@ if TYPE_CHECKING:
 
 importing = typer.Typer(help="Import a model of Hugging Face transformers.", no_args_is_help=True)
 out, err = Console(), Console(stderr=True)
-EVALUATIONS = Plugins(
-    kind="evaluation",
-    package="bridgework.evaluation",
-    methods=("name", "better", "run"),
-    example="my_lab.evals",
-)
 EXAMPLES = 256  # rows of --like among which the nearest are searched
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Registered model (llava, llava@challenger, llava:3) or the folder of an artifact.",
-    ),
-]
 Image = Annotated[
     list[Path] | None,
     typer.Option(
         "--image", "-i", help="Image file: JPEG, PNG, WebP, GIF or BMP. Repeat for several."
     ),
 ]
-
-
-@config_class
-class Evaluations:
-    """The evaluations of a command, so that `--set` finds each by its name."""
-
-    evals: tuple[Any, ...]
-
-    def __post_init__(self) -> None:
-        unique("evaluations", [evaluation.name for evaluation in self.evals])
 
 
 def ask(
@@ -150,99 +124,6 @@ def _few_shot(
     if question:
         few_shot = replace(few_shot, prompts=(question,))
     return few_shot.demonstrate(pipeline, images[0], home())
-
-
-def evaluate(
-    model: Model,
-    on: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--on",
-            metavar="KIND:DATASET",
-            help="Run this evaluation, e.g. vqa:vqav2-val. Repeat for several.",
-            show_default="those of the model's stage",
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME.FIELD=VALUE",
-            help="Change a field of an evaluation, e.g. vqa.rows=200. Repeat for several.",
-        ),
-    ] = None,
-    int8: Annotated[
-        bool,
-        typer.Option("--int8", help="Evaluate again with int8 weights, and print the differences."),
-    ] = False,
-) -> None:
-    """Evaluate a model and print the metrics; figures are written to <home>/evals."""
-    from bridgework.inference.pipeline import Pipeline
-    from bridgework.inference.quantization import quantize
-    from bridgework.tracking.mlflow_store import artifact_of
-
-    chosen = [_evaluation(argument) for argument in on or ()]
-    pipeline = Pipeline.load(artifact_of(model, home()))
-    evaluations = _override(Evaluations(evals=tuple(chosen or pipeline.stage.evals)), set_)
-    if not evaluations.evals:
-        raise SpecError(
-            f"stage {pipeline.stage.name} of {model} has no evaluations. "
-            "Fix: add some to its recipe's `evals`, or give --on KIND:DATASET, "
-            f"where KIND is one of {', '.join(_kinds())}"
-        )
-    columns = ("metric", "value", *(("int8", "difference") if int8 else ()))
-    table = Table(*columns, box=None, pad_edge=False)
-    results = [evaluation.run(pipeline, home()) for evaluation in evaluations.evals]
-    again: list[Mapping[str, float]] = [{}] * len(results)
-    if int8:
-        before, after = (size / 2**20 for size in quantize(pipeline.model))
-        err.print(f"language model: {before:.1f} MiB, {after:.1f} MiB with int8")
-        again = [evaluation.run(pipeline, home()).metrics for evaluation in evaluations.evals]
-    for result, other in zip(results, again, strict=True):
-        for key, value in result.metrics.items():
-            cells = (f"{other[key]:.4g}", f"{other[key] - value:+.2g}") if int8 else ()
-            table.add_row(key, f"{value:.4g}", *cells)
-        for name, figure in result.pictures.items():
-            file = home() / "evals" / f"{name}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            figure.save(file)
-            err.print(f"figure    {file}", soft_wrap=True)
-    out.print(table)
-
-
-def _kinds() -> dict[str, Any]:
-    """Return the evaluations that ship, by their default names."""
-    return {cls.name: cls for cls in EVALUATIONS.classes()}
-
-
-def _evaluation(argument: str) -> Any:
-    """Return the evaluation of a KIND:DATASET argument. Raises SpecError."""
-    kind, colon, dataset = argument.partition(":")
-    if not colon or not dataset:
-        raise SpecError(
-            f"--on: not of the form KIND:DATASET. Got {argument!r}; "
-            "expected e.g. vqa:vqav2-val or retrieval:../my/pairs"
-        )
-    if "." in kind:
-        return EVALUATIONS.load_class(kind)(dataset=dataset)
-    known = _kinds()
-    if kind not in known:
-        raise SpecError(f"--on: no evaluation {kind!r}{suggest(kind, known)}")
-    return known[kind](dataset=dataset)
-
-
-def _override(evaluations: Evaluations, assignments: list[str] | None) -> Evaluations:
-    """Apply the NAME.FIELD=VALUE arguments. Raises SpecError."""
-    changes = {}
-    for assignment in assignments or ():
-        path, equals, value = assignment.partition("=")
-        if not equals:
-            raise SpecError(
-                f"--set: not of the form NAME.FIELD=VALUE. Got {assignment!r}; "
-                "expected e.g. vqa.rows=200"
-            )
-        changes[f"evals.{path}"] = value
-    return override(evaluations, changes)
 
 
 @importing.command("hf")

@@ -8,13 +8,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from bridgework.config import override
 from bridgework.errors import SpecError
 
+Project = Annotated[str, typer.Option(help="MLflow experiment to record to.")]
+MODEL = "Registered model (llava, llava@challenger, llava:3) or the folder of an artifact."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 REQUIRED: Any = object()  # the default of a field that has none
 
 
@@ -35,6 +39,18 @@ def pairs(words: Iterable[str] | None, example: str) -> dict[str, str]:
 def changes(words: list[str] | None) -> dict[str, Any]:
     """Return the arguments of `--set`, for `config.override`."""
     return pairs(words, "--set stages.align.optim.peak_lr=3e-4")
+
+
+def number_or_range(word: str) -> int | tuple[int, int]:
+    """Return the number of workers `N`, or the range `MIN:MAX`. Raises SpecError."""
+    match = re.fullmatch(r"(\d{1,6})(?::(\d{1,6}))?", word.strip())
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+    if least > most or (least == 0 and most > 0):
+        raise SpecError(
+            f"--workers: not a number or a range of workers. Got {word!r}; expected N, or MIN:MAX "
+            "with 1 <= MIN <= MAX, e.g. 1:4"
+        )
+    return least if least == most else (least, most)
 
 
 def read(

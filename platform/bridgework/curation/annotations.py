@@ -66,7 +66,7 @@ def annotate(build: Callable[[], Annotator], tasks: Sequence[Task], workers: int
 
     `build` builds the annotator, once per worker. Raises the errors of the annotator.
     """
-    map_on_actors(partial(_Worker, build), tasks, workers, gpus=True)
+    map_on_actors(partial(_Worker, build), tasks, workers, gpus=True, what="annotations")
 
 
 class _Worker:

@@ -9,6 +9,7 @@ Ray unpickles this module's objects in several processes per stage. Only readers
 torch, which takes seconds to import, so the config stays pickled bytes in all others.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -20,6 +21,7 @@ import ray.data
 from ray import cloudpickle
 from ray.train import DataConfig
 
+from bridgework import ray_metrics
 from bridgework.data.plan.plan import lanes_of
 from bridgework.errors import RunError
 from bridgework.system import Layout
@@ -145,8 +147,12 @@ class _Windows:
         plan = self.reader.plan
         window, rank = divmod(item["item"][0].as_py(), self.world)
         t = self.start // self.reader.feed.mixture.window + window
+        started = time.perf_counter()
         steps = self.reader.window(plan.lanes_of(rank, self.world), t, first_step=self.start)
-        return to_block([row for rows in steps for row in rows], rank=rank, world=self.world)
+        rows = [row for rows in steps for row in rows]
+        ray_metrics.add("bridgework_data_read_seconds", time.perf_counter() - started)
+        ray_metrics.add("bridgework_data_rows", len(rows))
+        return to_block(rows, rank=rank, world=self.world)
 
 
 def to_block(rows: "list[Row]", *, rank: int, world: int) -> pa.Table:

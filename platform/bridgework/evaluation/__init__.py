@@ -9,9 +9,11 @@ from bridgework.evaluation.captioning import Captions
 from bridgework.evaluation.classification import Classification, LinearProbe
 from bridgework.evaluation.few_shot import FewShot
 from bridgework.evaluation.hallucination import CHAIR, POPE
+from bridgework.evaluation.latency import Latency
 from bridgework.evaluation.likelihood import HeldOutLoss, Ranking
 from bridgework.evaluation.multiple_choice import MultipleChoice, WrittenChoice
 from bridgework.evaluation.retrieval import Retrieval
+from bridgework.evaluation.safety import CounterfactualBias, Refusals
 from bridgework.evaluation.vqa import VQA
 from bridgework.evaluation.yes_no import YesNo
 from bridgework.evaluation.zero_shot import ZeroShot
@@ -22,11 +24,14 @@ __all__ = [
     "VQA",
     "Captions",
     "Classification",
+    "CounterfactualBias",
     "FewShot",
     "HeldOutLoss",
+    "Latency",
     "LinearProbe",
     "MultipleChoice",
     "Ranking",
+    "Refusals",
     "Result",
     "Retrieval",
     "Writing",

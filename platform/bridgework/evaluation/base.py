@@ -7,7 +7,7 @@ dropout, also while the model trains, and are the same on every rank.
 # S side in pixels
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import inf, isfinite
@@ -26,8 +26,10 @@ from bridgework.data.quarantine import BadSample
 from bridgework.data.samples import Part, Sample
 from bridgework.data.templates import unanswered
 from bridgework.errors import DataError, SpecError
+from bridgework.evaluation.statistics import EvaluatedRows, Interval, RowValues, interval
 from bridgework.models.base import eval_no_grad
 from bridgework.system import Better as Better
+from bridgework.system import Direction
 
 if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline
@@ -40,11 +42,54 @@ ROWS = 16  # answers generated together
 
 
 @dataclass(frozen=True)
+class EvaluatedAnswer:
+    """One generated or chosen answer, for `bridgework eval --samples`."""
+
+    key: str
+    question: str
+    target: tuple[str, ...]  # right answers
+    response: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric with its interval, and which direction of it is better (None: a baseline)."""
+
+    name: str
+    value: float
+    better: Direction | None
+    interval: Interval | None = None  # None for a metric without per-row values
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}" if self.interval is None else str(self.interval)
+
+
+@dataclass(frozen=True)
 class Result:
-    """Metrics and figures of an evaluation, all under its name."""
+    """Result of an evaluation; all names begin with the evaluation's name."""
 
     metrics: dict[str, float]
     pictures: dict[str, Image.Image] = field(default_factory=dict)
+    rows: dict[str, RowValues] = field(default_factory=dict)  # of every metric that has rows
+    better: dict[str, Direction | None] = field(default_factory=dict)
+    answers: tuple[EvaluatedAnswer, ...] = ()
+
+    @property
+    def figures(self) -> list[Figure]:
+        """All metrics with their intervals, in order."""
+        return figures_of(self.metrics, self.rows, self.better)
+
+
+def figures_of(
+    metrics: Mapping[str, float],
+    rows: Mapping[str, RowValues],
+    better: Mapping[str, Direction | None],
+) -> list[Figure]:
+    """Return metrics as figures, with an interval for those that have rows."""
+    return [
+        Figure(name, value, better.get(name), interval(rows[name]) if name in rows else None)
+        for name, value in metrics.items()
+    ]
 
 
 class _Evaluation(Protocol):
@@ -54,11 +99,17 @@ class _Evaluation(Protocol):
     def better(self) -> Better: ...
 
 
-def prefix_metrics(evaluation: _Evaluation, values: Mapping[str, float]) -> dict[str, float]:
-    """Prefix metrics with the evaluation's name, e.g. `accuracy` becomes `ranking.accuracy`.
+def build_result(
+    evaluation: _Evaluation,
+    values: Mapping[str, float | RowValues],
+    *,
+    pictures: Mapping[str, Image.Image] | None = None,
+    answers: Iterable[EvaluatedAnswer] = (),
+) -> Result:
+    """Return the result with the evaluation's name in front: `accuracy` -> `ranking.accuracy`.
 
-    Raises ValueError if `evaluation.better` declares other metrics, because sweeps and promotion
-    rely on it.
+    values: a metric with per-row values is their mean, and gets an interval. Raises ValueError if
+    `evaluation.better` declares other metrics, because sweeps and promotion rely on it.
     """
     if values.keys() != evaluation.better.keys():
         raise ValueError(
@@ -66,7 +117,34 @@ def prefix_metrics(evaluation: _Evaluation, values: Mapping[str, float]) -> dict
             f"Got {sorted(values)}; expected {sorted(evaluation.better)}. "
             "Fix: declare them in `better`"
         )
-    return {f"{evaluation.name}.{key}": float(value) for key, value in values.items()}
+    named = {f"{evaluation.name}.{key}": value for key, value in values.items()}
+    return Result(
+        {
+            key: value.mean if isinstance(value, RowValues) else float(value)
+            for key, value in named.items()
+        },
+        dict(pictures or {}),
+        {key: value for key, value in named.items() if isinstance(value, RowValues)},
+        {f"{evaluation.name}.{key}": way for key, way in evaluation.better.items()},
+        tuple(answers),
+    )
+
+
+def answers_of(
+    rows: EvaluatedRows,
+    conversations: Sequence[Sequence[Part]],
+    targets: Iterable[Sequence[str]],
+    responses: Iterable[str],
+) -> list[EvaluatedAnswer]:
+    """Return an answer per row, with the texts of its conversation as the question."""
+    return [
+        EvaluatedAnswer(
+            key, "".join(part.text for part in parts if part.text), tuple(target), response
+        )
+        for key, parts, target, response in zip(
+            rows.keys, conversations, targets, responses, strict=True
+        )
+    ]
 
 
 # --- rows --------------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ BLEU-4 counts n-grams of up to four words. Both are computed as in the COCO eval
 2015, arXiv:1504.00325), except for the tokenizer, which is a Java program there.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bridgework.config import added, config_class
 from bridgework.data.catalog import resolve
@@ -23,10 +24,12 @@ from bridgework.evaluation.base import (
     Result,
     Writing,
     about_image,
+    answers_of,
+    build_result,
     draw_images,
-    prefix_metrics,
 )
 from bridgework.evaluation.few_shot import Shots
+from bridgework.evaluation.statistics import EvaluatedRows, cluster_of
 
 if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline
@@ -82,7 +85,7 @@ class Captions:
         seen: set[str] = set()
 
         def is_new(sample: Sample) -> bool:
-            digest = _digest(sample)
+            digest = cluster_of(sample)
             new = digest in captions and digest not in seen
             seen.add(digest)
             return new
@@ -99,13 +102,15 @@ class Captions:
         else:
             conversations, images = self.shots.ask(pipeline, home, self, samples)
         written = self.writing.run(pipeline, conversations, images, self.seed)
-        references = [captions[_digest(sample)] for sample in samples]
+        references = [captions[cluster_of(sample)] for sample in samples]
+        rows = EvaluatedRows.of(samples)
         values = {
-            "cider": cider(written, references),
-            "cider_of_others": cider([*written[1:], *written[:1]], references),
-            "bleu4": bleu4(written, references),
+            "cider": rows.values(cider(written, references)),
+            "cider_of_others": rows.values(cider([*written[1:], *written[:1]], references)),
+            "bleu4": rows.values(bleu4(written, references)),
         }
-        return Result(prefix_metrics(self, values))
+        answers = answers_of(rows, conversations, references, written)
+        return build_result(self, values, answers=answers)
 
 
 def captions_by_image(samples: Iterable[Sample]) -> dict[str, list[str]]:
@@ -118,33 +123,48 @@ def captions_by_image(samples: Iterable[Sample]) -> dict[str, list[str]]:
             if part.text and part.role in ("caption", "assistant")
         ]
         if len(sample.images) == 1 and texts:
-            captions.setdefault(_digest(sample), []).extend(texts)
+            captions.setdefault(cluster_of(sample), []).extend(texts)
     return captions
 
 
-def cider(written: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return CIDEr-D of one caption per image against its references.
+def cider(written: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+    """Return CIDEr-D of each image's caption against its references; the metric is their mean.
 
     The references of all images define the frequency of each n-gram.
     """
     from pycocoevalcap.cider.cider import Cider
 
     truth = {i: [_tokens(text) for text in texts] for i, texts in enumerate(references)}
-    score, _ = Cider().compute_score(truth, {i: [_tokens(text)] for i, text in enumerate(written)})
-    return float(score)
+    said = {i: [_tokens(text)] for i, text in enumerate(written)}
+    return np.asarray(Cider().compute_score(truth, said)[1], dtype=float)
 
 
-def bleu4(written: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return BLEU-4 of the complete set, in [0, 1], without smoothing.
+def bleu4(written: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+    """Return values of the images with BLEU-4 of the complete set, in [0, 1], as their mean.
 
-    The reference of an image that is closest in length counts for the length penalty.
+    BLEU counts n-grams of the complete set, without smoothing, and is not a mean over images. A
+    value is therefore the pseudo-value of the jackknife (Tukey 1958): by how much BLEU changes
+    without the image. The reference that is closest in length counts for the length penalty.
     """
     from sacrebleu.metrics.bleu import BLEU
 
-    columns = zip_longest(*([_tokens(text) for text in texts] for texts in references))
-    truth = [list(column) for column in columns]  # None where an image has fewer references
     scorer = BLEU(tokenize="none", smooth_method="none", force=True)
-    return float(scorer.corpus_score([_tokens(text) for text in written], truth).score) / 100
+    counts = []
+    for text, texts in zip(written, references, strict=True):
+        one = scorer.corpus_score([_tokens(text)], [[_tokens(reference)] for reference in texts])
+        counts.append([*one.counts, *one.totals, one.sys_len, one.ref_len])
+    counts_RN = np.array(counts)
+    total_N, images = counts_RN.sum(0), len(written)
+
+    def score(counts_N: NDArray[np.int64]) -> float:
+        orders = (len(counts_N) - 2) // 2
+        *both, length, nearest = counts_N.tolist()
+        found = BLEU.compute_bleu(both[:orders], both[orders:], length, nearest, "none")
+        return float(found.score) / 100
+
+    value = score(total_N)
+    changes_R = np.array([value - score(total_N - counts_N) for counts_N in counts_RN])
+    return np.asarray(value + (images - 1) * (changes_R - changes_R.mean()))
 
 
 def _tokens(text: str) -> str:
@@ -153,7 +173,3 @@ def _tokens(text: str) -> str:
     Contractions are split as in the Penn Treebank.
     """
     return " ".join(TOKEN.findall(text.lower().replace("\u2019", "'")))
-
-
-def _digest(sample: Sample) -> str:
-    return hashlib.sha256(sample.images[0]).hexdigest()

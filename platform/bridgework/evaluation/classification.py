@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 from bridgework.config import config_class
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.base import Better, EvalExample, Result, draw_images, prefix_metrics
-from bridgework.evaluation.retrieval import recall
+from bridgework.evaluation.base import Better, EvalExample, Result, build_result, draw_images
+from bridgework.evaluation.calibration import calibration_gaps
+from bridgework.evaluation.retrieval import within
+from bridgework.evaluation.statistics import EvaluatedRows, RowValues
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -38,12 +40,13 @@ class Classification:
     """Accuracy of a classification head: `top1` and `top5`.
 
     A prediction is right if it is one of the image's labels. Rows without a label that is a class
-    of the head are skipped; `unknown` is their share. `most_common` is the accuracy of always
+    of the head are skipped; `unknown` is their share. `ece` is the expected calibration error of the
+    softmax. `most_common` is the accuracy of always
     predicting the most frequent class.
     """
 
     better: ClassVar[Better] = {
-        "top1": "higher", "top5": "higher", "most_common": None, "unknown": None,
+        "top1": "higher", "top5": "higher", "ece": "lower", "most_common": None, "unknown": None,
     }  # fmt: skip
     name: str = "classification"
     dataset: str
@@ -82,10 +85,18 @@ class Classification:
         right_RC = torch.tensor(
             [[name in item.sample.labels for name in classes] for item in known]
         )
-        values = {f"top{cut}": recall(logits_RC, cut, right_RC) for cut in CUTS}
-        values["most_common"] = float(right_RC.double().mean(0).max())
-        values["unknown"] = 1 - len(known) / len(items)
-        return Result(prefix_metrics(self, values))
+        rows = EvaluatedRows.of([item.sample for item in known])
+        values: dict[str, float | RowValues] = {
+            f"top{cut}": rows.values(within(logits_RC, cut, right_RC)) for cut in CUTS
+        }
+        values["most_common"] = rows.values(right_RC[:, right_RC.sum(0).argmax()])
+        confidence_R, chosen_R = logits_RC.double().softmax(1).max(1)
+        hit_R = right_RC.gather(1, chosen_R.unsqueeze(1)).squeeze(1)
+        values["ece"] = rows.values(calibration_gaps(confidence_R.tolist(), hit_R.tolist()))
+        values["unknown"] = EvaluatedRows.of([item.sample for item in items]).values(
+            not set(item.sample.labels) & set(classes) for item in items
+        )
+        return build_result(self, values)
 
 
 @config_class
@@ -172,12 +183,13 @@ class LinearProbe:
         ((usual, _),) = Counter(labels).most_common(1)
         right = [name in one.sample.labels for name, one in zip(predicted, test, strict=True)]
         common = [usual in example.sample.labels for example in test]
-        values = {
-            "top1": sum(right) / len(right),
-            "most_common": sum(common) / len(common),
+        rows = EvaluatedRows.of([example.sample for example in test])
+        values: dict[str, float | RowValues] = {
+            "top1": rows.values(right),
+            "most_common": rows.values(common),
             "strength": best,
         }
-        return Result(prefix_metrics(self, values))
+        return build_result(self, values)
 
     def _split(
         self, pipeline: "Pipeline", home: Path

@@ -29,12 +29,13 @@ from bridgework.evaluation.base import (
     EvalExample,
     EvalRows,
     Result,
+    build_result,
     draw,
     draw_pairs,
-    prefix_metrics,
     question_of,
 )
-from bridgework.evaluation.likelihood import draw_candidates, share_first_best
+from bridgework.evaluation.likelihood import draw_candidates, first_is_best
+from bridgework.evaluation.statistics import EvaluatedRows
 from bridgework.system import Scoring
 
 if TYPE_CHECKING:
@@ -267,9 +268,9 @@ class FewShot:
             examples = {i: (pool[i], image) for i, image in zip(chosen[row], encoded, strict=True)}
             texts = [rows[c].sample.text for c in own_C]
             scores.append(self._score(pipeline, query, texts, examples))
-        accuracy = share_first_best(torch.stack(scores))
-        values = {"accuracy": accuracy, "chance": 1 / self.candidates}
-        return Result(prefix_metrics(self, values))
+        own = EvaluatedRows.of([row.sample for row in rows])
+        accuracy = own.values(first_is_best(torch.stack(scores)))
+        return build_result(self, {"accuracy": accuracy, "chance": 1 / self.candidates})
 
     def demonstrate(
         self, pipeline: "Pipeline", image: bytes, home: Path

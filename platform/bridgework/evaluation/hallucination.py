@@ -22,10 +22,12 @@ from bridgework.evaluation.base import (
     Result,
     Writing,
     about_image,
+    answers_of,
+    build_result,
     draw_images,
-    prefix_metrics,
     question_of,
 )
+from bridgework.evaluation.statistics import EvaluatedRows, RowValues
 
 if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline
@@ -39,6 +41,7 @@ class YesNoQuestion(NamedTuple):
     sample: Sample
     conversation: list[Part]
     truth: bool
+    asked: str  # the object, or the row's own question
 
 
 @config_class
@@ -98,7 +101,15 @@ class POPE:
         texts = self.writing.run(pipeline, conversations, images, self.seed)
         answers = [parse_yes_no(text) for text in texts]
         truth = [question.truth for question in questions]
-        return Result(prefix_metrics(self, binary_metrics(answers, truth)))
+        rows = EvaluatedRows.of(
+            [question.sample for question in questions], [question.asked for question in questions]
+        )
+        targets = [("yes",) if right else ("no",) for right in truth]
+        return build_result(
+            self,
+            binary_metrics(rows, answers, truth),
+            answers=answers_of(rows, conversations, targets, texts),
+        )
 
     def _questions(
         self, pipeline: "Pipeline", samples: Sequence[Sample]
@@ -106,14 +117,15 @@ class POPE:
         objects = [objects_in(sample) for sample in samples]
         for row, sample in enumerate(samples):
             if (truth := truth_of(sample)) is not None:
-                yield YesNoQuestion(sample, question_of(pipeline, sample, self.prompts), truth)
+                conversation = question_of(pipeline, sample, self.prompts)
+                yield YesNoQuestion(sample, conversation, truth, "question")
                 continue
             draw = random.Random(f"{self.seed}:{row}")
             present = draw.sample(objects[row], min(self.objects, len(objects[row])))
             for name in present:
-                yield YesNoQuestion(sample, self._ask(name), True)
+                yield YesNoQuestion(sample, self._ask(name), True, name)
             for name in absent(objects, row, self.negatives, draw)[: len(present)]:
-                yield YesNoQuestion(sample, self._ask(name), False)
+                yield YesNoQuestion(sample, self._ask(name), False, name)
 
     def _ask(self, name: str) -> list[Part]:
         text, prompts = self.question.replace("{}", name), self.prompts[:1] or ("{}",)
@@ -161,32 +173,44 @@ class CHAIR:
         images = [example.sample.images for example in examples]
         texts = self.writing.run(pipeline, conversations, images, self.seed)
         words = {name: (name, *self.synonyms.get(name, ())) for name in set[str]().union(*truth)}
-        values = chair_metrics([mentioned(text, words) for text in texts], truth)
-        return Result(prefix_metrics(self, values))
+        rows = EvaluatedRows.of([example.sample for example in examples])
+        return build_result(
+            self,
+            chair_metrics(rows, [mentioned(text, words) for text in texts], truth),
+            answers=answers_of(rows, conversations, map(sorted, truth), texts),
+        )
 
 
-def chair_metrics(predicted: Sequence[set[str]], truth: Sequence[set[str]]) -> dict[str, float]:
+def chair_metrics(
+    rows: EvaluatedRows, predicted: Sequence[set[str]], truth: Sequence[set[str]]
+) -> dict[str, RowValues]:
     """Return the metrics of CHAIR from the objects in each caption and in each image."""
     wrong = [names - own for names, own in zip(predicted, truth, strict=True)]
-    right = sum(len(names & own) for names, own in zip(predicted, truth, strict=True))
+    right = [names & own for names, own in zip(predicted, truth, strict=True)]
     return {
-        "instances": sum(map(len, wrong)) / max(1, sum(map(len, predicted))),
-        "captions": sum(map(bool, wrong)) / len(predicted),
-        "recall": right / sum(map(len, truth)),
+        "instances": rows.values(map(_share, wrong, predicted), map(len, predicted)),
+        "captions": rows.values(map(bool, wrong)),
+        "recall": rows.values(map(_share, right, truth), map(len, truth)),
     }
 
 
-def binary_metrics(predicted: Sequence[bool], truth: Sequence[bool]) -> dict[str, float]:
+def _share(part: set[str], total: set[str]) -> float:
+    return len(part) / len(total) if total else 0.0
+
+
+def binary_metrics(
+    rows: EvaluatedRows, predicted: Sequence[bool], truth: Sequence[bool]
+) -> dict[str, RowValues]:
     """Return the metrics of POPE from answers; True is yes."""
-    both = sum(p and t for p, t in zip(predicted, truth, strict=True))
-    precision, recall = both / max(1, sum(predicted)), both / max(1, sum(truth))
+    pairs = list(zip(predicted, truth, strict=True))
+    both = [p and t for p, t in pairs]
     return {
-        "accuracy": sum(p == t for p, t in zip(predicted, truth, strict=True)) / len(truth),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if both else 0.0,
-        "yes": sum(predicted) / len(predicted),
-        "always_yes": sum(truth) / len(truth),
+        "accuracy": rows.values(p == t for p, t in pairs),
+        "precision": rows.values(both, predicted),
+        "recall": rows.values(both, truth),
+        "f1": rows.values(both, [p + t for p, t in pairs]),  # 2 tp / (2 tp + fp + fn)
+        "yes": rows.values(predicted),
+        "always_yes": rows.values(truth),
     }
 
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,8 +18,16 @@ from torch import Tensor
 from bridgework.config import added, config_class
 from bridgework.data.quarantine import BadSample
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.base import Better, EvalExample, Result, draw, draw_pairs, prefix_metrics
+from bridgework.evaluation.base import (
+    Better,
+    EvalExample,
+    Result,
+    build_result,
+    draw,
+    draw_pairs,
+)
 from bridgework.evaluation.figures import Choice, FigureTile, grid
+from bridgework.evaluation.statistics import EvaluatedRows, RowValues
 from bridgework.system import Layout, Scoring
 
 if TYPE_CHECKING:
@@ -36,9 +45,15 @@ class HeldOutLoss:
 
     `loss` is computed with the true images, `loss_shuffled` with images of other rows, and `gap` is
     their difference. A model that ignores its images has a gap of 0, however low its loss.
+    `perplexity` is exp(loss).
     """
 
-    better: ClassVar[Better] = {"loss": "lower", "loss_shuffled": None, "gap": "higher"}
+    better: ClassVar[Better] = {
+        "loss": "lower",
+        "loss_shuffled": None,
+        "gap": "higher",
+        "perplexity": "lower",
+    }
     name: str = "heldout"
     dataset: str
     rows: int = 256
@@ -77,12 +92,24 @@ class HeldOutLoss:
                 "Fix: increase the context or rows, or use fewer tiles"
             )
         conversations = [examples[i].conversation for i in fit]
-        loss, shuffled = (
-            _mean_loss(pipeline.scores(conversations, [images[i] for i in fit]))
-            for images in (true, other)
+        scores, shuffled = (
+            pipeline.scores(conversations, [images[i] for i in fit]) for images in (true, other)
         )
-        values = {"loss": loss, "loss_shuffled": shuffled, "gap": shuffled - loss}
-        return Result(prefix_metrics(self, values))
+        rows = EvaluatedRows.of([examples[i].sample for i in fit])
+        loss = _loss(rows, scores)
+        values = {
+            "loss": loss,
+            "loss_shuffled": _loss(rows, shuffled),
+            "gap": rows.values(
+                (
+                    (true.loglik - other.loglik) / max(1, true.tokens)
+                    for true, other in zip(scores, shuffled, strict=True)
+                ),
+                loss.weights,
+            ),
+            "perplexity": rows.values(exp(loss.mean) * (1 + loss.contributions - loss.mean)),
+        }
+        return build_result(self, values)
 
 
 @config_class
@@ -128,16 +155,17 @@ class Ranking:
         captions_RC = draw_candidates(len(examples), self.candidates, self.seed)
         question = self.prompts[0] if self.prompts else None
         score_RC, loglik_RC = _score(pipeline, examples, captions_RC, question, self.scoring)
-        values = {
-            "accuracy": share_first_best(score_RC),
-            "accuracy_without_prior": share_first_best(loglik_RC),
+        rows = EvaluatedRows.of([example.sample for example in examples])
+        values: dict[str, float | RowValues] = {
+            "accuracy": rows.values(first_is_best(score_RC)),
+            "accuracy_without_prior": rows.values(first_is_best(loglik_RC)),
             "chance": 1 / self.candidates,
         }
         tiles = [
             _tile(examples, row, captions_RC[row], score_RC[row])
             for row in range(min(FIGURE_ROWS, len(examples)))
         ]
-        return Result(prefix_metrics(self, values), {self.name: grid(tiles)})
+        return build_result(self, values, pictures={self.name: grid(tiles)})
 
 
 def draw_candidates(rows: int, count: int, seed: int) -> NDArray[np.int64]:
@@ -148,12 +176,9 @@ def draw_candidates(rows: int, count: int, seed: int) -> NDArray[np.int64]:
     return np.concatenate([own_R1, others_RC + (others_RC >= own_R1)], axis=1)
 
 
-def share_first_best(values_RC: Tensor) -> float:
-    """Return the share of rows whose first value is larger than all others.
-
-    A tie does not count.
-    """
-    return float((values_RC[:, :1] > values_RC[:, 1:]).all(1).double().mean())
+def first_is_best(values_RC: Tensor) -> Tensor:
+    """Return (R,) bool: rows whose first value is larger than all others. A tie does not count."""
+    return (values_RC[:, :1] > values_RC[:, 1:]).all(1)
 
 
 def _split_like(
@@ -175,8 +200,10 @@ def _fits(
     return True
 
 
-def _mean_loss(scores: "Sequence[Score]") -> float:
-    return -sum(score.loglik for score in scores) / sum(score.tokens for score in scores)
+def _loss(rows: EvaluatedRows, scores: "Sequence[Score]") -> RowValues:
+    """Return the nats per token of each row, weighted by its tokens."""
+    tokens = [score.tokens for score in scores]
+    return rows.values((-score.loglik / max(1, score.tokens) for score in scores), tokens)
 
 
 def _score(

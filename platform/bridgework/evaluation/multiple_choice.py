@@ -7,6 +7,7 @@ ScienceQA, IconQA and A-OKVQA are scored by accuracy, Visual Dialog by mean reci
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from math import exp, fsum
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
@@ -20,10 +21,13 @@ from bridgework.evaluation.base import (
     EvalRows,
     Result,
     Writing,
+    answers_of,
+    build_result,
     draw,
-    prefix_metrics,
     question_of,
 )
+from bridgework.evaluation.calibration import calibration_gaps
+from bridgework.evaluation.statistics import EvaluatedRows
 from bridgework.system import Scoring
 
 if TYPE_CHECKING:
@@ -36,13 +40,15 @@ REQUIREMENT = "has candidates and an answer that is one of them, and can be read
 class MultipleChoice:
     """`accuracy`, the share of questions whose right candidate scores best, and `mrr`.
 
-    `mrr` is the mean of 1 / rank of the right candidate. The model scores each of the row's
+    `mrr` is the mean of 1 / rank of the right candidate, `ece` the expected calibration error of the
+    softmax of the scores. The model scores each of the row's
     candidates as its answer. `chance` and `chance_mrr` are the values of a random order.
     """
 
     better: ClassVar[Better] = {
         "accuracy": "higher",
         "mrr": "higher",
+        "ece": "lower",
         "chance": None,
         "chance_mrr": None,
     }
@@ -64,22 +70,32 @@ class MultipleChoice:
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Rank the candidates. Raises DataError if no readable row has candidates."""
         samples = _draw_questions(self, pipeline, home)
-        ranks = [self._rank(pipeline, sample) for sample in samples]
+        ranked = [self._ranked(pipeline, sample) for sample in samples]
+        ranks = [
+            rank_of(one, sample.candidates[right_of(sample) or 0])
+            for one, sample in zip(ranked, samples, strict=True)
+        ]
         counts = [len(set(sample.candidates)) for sample in samples]
+        rows = EvaluatedRows.of(samples)
         values = {
-            "accuracy": fmean(rank == 1 for rank in ranks),
-            "mrr": fmean(1 / rank for rank in ranks),
-            "chance": fmean(1 / n for n in counts),
-            "chance_mrr": fmean(fmean(1 / (place + 1) for place in range(n)) for n in counts),
+            "accuracy": rows.values(rank == 1 for rank in ranks),
+            "mrr": rows.values(1 / rank for rank in ranks),
+            "ece": rows.values(
+                calibration_gaps(map(_confidence, ranked), [rank == 1 for rank in ranks])
+            ),
+            "chance": rows.values(1 / n for n in counts),
+            "chance_mrr": rows.values(fmean(1 / (place + 1) for place in range(n)) for n in counts),
         }
-        return Result(prefix_metrics(self, values))
+        targets = [(sample.candidates[right_of(sample) or 0],) for sample in samples]
+        questions = [question_of(pipeline, sample, self.prompts or None) for sample in samples]
+        best = [one[0].candidate for one in ranked]
+        return build_result(self, values, answers=answers_of(rows, questions, targets, best))
 
-    def _rank(self, pipeline: "Pipeline", sample: Sample) -> int:
+    def _ranked(self, pipeline: "Pipeline", sample: Sample) -> "Sequence[Ranked]":
         conversation = question_of(pipeline, sample, self.prompts or None)
         images = pipeline.inputs.pictures(sample)
         candidates = list(dict.fromkeys(sample.candidates))
-        ranked = pipeline.rank_answers(conversation, images, candidates, scoring=self.scoring)
-        return rank_of(ranked, sample.candidates[right_of(sample) or 0])
+        return pipeline.rank_answers(conversation, images, candidates, scoring=self.scoring)
 
 
 @config_class
@@ -118,14 +134,22 @@ class WrittenChoice:
             parse_choice(text, sample.candidates)
             for text, sample in zip(texts, samples, strict=True)
         ]
+        rows = EvaluatedRows.of(samples)
         values = {
-            "accuracy": fmean(
+            "accuracy": rows.values(
                 choice == right_of(sample) for choice, sample in zip(chosen, samples, strict=True)
             ),
-            "unanswered": fmean(choice is None for choice in chosen),
-            "chance": fmean(1 / len(set(sample.candidates)) for sample in samples),
+            "unanswered": rows.values(choice is None for choice in chosen),
+            "chance": rows.values(1 / len(set(sample.candidates)) for sample in samples),
         }
-        return Result(prefix_metrics(self, values))
+        targets = [(sample.candidates[right_of(sample) or 0],) for sample in samples]
+        return build_result(self, values, answers=answers_of(rows, conversations, targets, texts))
+
+
+def _confidence(ranked: "Sequence[Ranked]") -> float:
+    """Return the softmax of the best score."""
+    best = max(one.score for one in ranked)
+    return 1 / fsum(exp(one.score - best) for one in ranked)
 
 
 def rank_of(ranked: "Sequence[Ranked]", right: str) -> int:

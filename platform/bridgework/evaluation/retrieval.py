@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bridgework.config import config_class
 from bridgework.errors import SpecError
-from bridgework.evaluation.base import Better, Result, draw_pairs, prefix_metrics
+from bridgework.evaluation.base import Better, Result, build_result, draw_pairs
+from bridgework.evaluation.statistics import EvaluatedRows, RowValues
 
 if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline
@@ -75,12 +76,14 @@ class Retrieval:
             image_matcher = _image_matcher(pipeline, features_RPF, texts)
             to_text_RC = reranked(cosine_RC, text_matcher, self.rerank)
             to_image_CR = reranked(cosine_RC.T, image_matcher, self.rerank)
-        values: dict[str, float] = {}
+        images = EvaluatedRows.of([example.sample for example in examples])
+        captions = EvaluatedRows.of([examples[row].sample for row in row_C])
+        values: dict[str, float | RowValues] = {}
         for cut in CUTS:
-            values[f"image_to_text_r{cut}"] = recall(to_text_RC, cut, own_RC)
-            values[f"text_to_image_r{cut}"] = recall(to_image_CR, cut, own_RC.T)
+            values[f"image_to_text_r{cut}"] = images.values(within(to_text_RC, cut, own_RC))
+            values[f"text_to_image_r{cut}"] = captions.values(within(to_image_CR, cut, own_RC.T))
             values[f"chance_r{cut}"] = min(1.0, cut / len(examples))
-        return Result(prefix_metrics(self, values))
+        return build_result(self, values)
 
 
 def similarity(images: Tensor, texts_CD: Tensor) -> Tensor:
@@ -92,15 +95,15 @@ def similarity(images: Tensor, texts_CD: Tensor) -> Tensor:
     return cosine.amax(1) if cosine.ndim == 3 else cosine
 
 
-def recall(score_RC: Tensor, cut: int, own_RC: Tensor | None = None) -> float:
-    """Return the share of rows with an own column among the `cut` largest scores.
+def within(score_RC: Tensor, cut: int, own_RC: Tensor | None = None) -> Tensor:
+    """Return (R,) bool: rows with an own column among the `cut` largest scores.
 
     By default, the own columns are the diagonal. A tie with another column counts against the row.
     """
     own_RC = torch.eye(len(score_RC), dtype=torch.bool) if own_RC is None else own_RC
     best_R1 = score_RC.masked_fill(~own_RC, -torch.inf).amax(1, keepdim=True)
     better_R = ((score_RC >= best_R1) & ~own_RC).sum(1)
-    return float(((better_R < cut) & own_RC.any(1)).double().mean())
+    return (better_R < cut) & own_RC.any(1)
 
 
 def reranked(cosine_XY: Tensor, matcher: Matcher, keep: int) -> Tensor:

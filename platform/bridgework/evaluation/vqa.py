@@ -17,8 +17,17 @@ from typing import TYPE_CHECKING, ClassVar
 from bridgework.config import added, config_class
 from bridgework.data.samples import Sample
 from bridgework.errors import SpecError
-from bridgework.evaluation.base import Better, Result, Writing, draw, prefix_metrics, question_of
+from bridgework.evaluation.base import (
+    Better,
+    Result,
+    Writing,
+    answers_of,
+    build_result,
+    draw,
+    question_of,
+)
 from bridgework.evaluation.few_shot import Shots
+from bridgework.evaluation.statistics import EvaluatedRows
 from bridgework.system import Scoring
 
 if TYPE_CHECKING:
@@ -109,13 +118,12 @@ class VQA:
         references = [_references(sample) for sample in samples]
         counts = Counter(normalize(text) for texts in references for text in texts)
         ((usual, _),) = counts.most_common(1)
+        rows = EvaluatedRows.of(samples)
         values = {
-            "accuracy": fmean(
-                agreement(answer, texts) for answer, texts in zip(answers, references, strict=True)
-            ),
-            "most_common": fmean(agreement(usual, texts) for texts in references),
+            "accuracy": rows.values(map(agreement, answers, references)),
+            "most_common": rows.values(agreement(usual, texts) for texts in references),
         }
-        return Result(prefix_metrics(self, values))
+        return build_result(self, values, answers=answers_of(rows, questions, references, answers))
 
 
 def agreement(answer: str, references: Sequence[str]) -> float:

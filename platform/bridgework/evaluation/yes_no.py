@@ -3,15 +3,21 @@
 InstructBLIP, arXiv:2305.06500, 2.5: each class has several words, its verbalizers.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bridgework.config import config_class
 from bridgework.data.samples import Sample
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.base import Better, Result, draw, prefix_metrics, question_of
+from bridgework.evaluation.base import Better, Result, build_result, draw, question_of
+from bridgework.evaluation.calibration import calibration_gaps
+from bridgework.evaluation.statistics import EvaluatedRows
 from bridgework.system import Scoring
 
 if TYPE_CHECKING:
@@ -22,11 +28,17 @@ if TYPE_CHECKING:
 class YesNo:
     """`auc` of yes against no, and `accuracy` of the more likely answer, over `rows` questions.
 
-    The score of a class is that of its best verbalizer. `most_common` is the accuracy of always
+    The score of a class is that of its best verbalizer. `ece` is the expected calibration error of
+    the two scores' softmax. `most_common` is the accuracy of always
     giving the more frequent answer.
     """
 
-    better: ClassVar[Better] = {"auc": "higher", "accuracy": "higher", "most_common": None}
+    better: ClassVar[Better] = {
+        "auc": "higher",
+        "accuracy": "higher",
+        "ece": "lower",
+        "most_common": None,
+    }
     name: str = "yes_no"
     dataset: str
     rows: int = 1_000
@@ -51,7 +63,7 @@ class YesNo:
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Score the answers. Raises DataError if the rows do not have answers of both classes."""
-        from sklearn.metrics import roc_auc_score  # the import takes a second
+        from scipy.special import expit
 
         words = ", ".join((*self.yes, *self.no))
         examples = draw(
@@ -70,14 +82,17 @@ class YesNo:
                 "Fix: increase rows, or give another dataset"
             )
         margins = [self._margin(pipeline, sample) for sample in samples]
+        rows = EvaluatedRows.of(samples)
+        usual = fmean(truth) >= 0.5
+        right = [(margin > 0) == yes for margin, yes in zip(margins, truth, strict=True)]
+        confidences = expit(np.abs(margins))  # of the likelier answer
         values = {
-            "auc": float(roc_auc_score(truth, margins)),
-            "accuracy": fmean(
-                (margin > 0) == right for margin, right in zip(margins, truth, strict=True)
-            ),
-            "most_common": max(fmean(truth), 1 - fmean(truth)),
+            "auc": rows.values(placements(margins, truth)),
+            "accuracy": rows.values(right),
+            "ece": rows.values(calibration_gaps(confidences, right)),
+            "most_common": rows.values(yes == usual for yes in truth),
         }
-        return Result(prefix_metrics(self, values))
+        return build_result(self, values)
 
     def _truth(self, sample: Sample) -> bool | None:
         """Return True if the row's answer is yes, False for no, None for any other answer."""
@@ -98,3 +113,22 @@ class YesNo:
             for words in (self.yes, self.no)
         )
         return yes - no
+
+
+def placements(scores: Sequence[float], truth: Sequence[bool]) -> NDArray[np.float64]:
+    """Return (R,) values with the area under the ROC curve as their mean.
+
+    A row's placement is its share of right comparisons with the rows of the other class; a tie
+    counts half. The variance of the values is that of DeLong, DeLong & Clarke-Pearson (1988).
+    """
+    from scipy.stats import rankdata
+
+    scores_R, yes_R = np.array(scores, dtype=float), np.array(truth, dtype=bool)
+    placement_R, ranks_R = np.empty(len(scores_R)), rankdata(scores_R)
+    for of, sign in ((yes_R, 1), (~yes_R, -1)):
+        own = rankdata(scores_R[of])
+        below = (ranks_R[of] - own) / (~of).sum()
+        placement_R[of] = below if sign == 1 else 1 - below
+    area = placement_R[yes_R].mean()
+    scale_R = np.where(yes_R, len(yes_R) / yes_R.sum(), len(yes_R) / (~yes_R).sum())
+    return np.asarray(area + scale_R * (placement_R - area))

@@ -14,8 +14,9 @@ from torch.nn.functional import normalize
 
 from bridgework.config import config_class
 from bridgework.errors import DataError, SpecError
-from bridgework.evaluation.base import Better, Result, draw_images, prefix_metrics
-from bridgework.evaluation.retrieval import recall, similarity
+from bridgework.evaluation.base import Better, Result, build_result, draw_images
+from bridgework.evaluation.retrieval import similarity, within
+from bridgework.evaluation.statistics import EvaluatedRows, RowValues
 
 if TYPE_CHECKING:
     from bridgework.inference.pipeline import Pipeline
@@ -89,11 +90,12 @@ class ZeroShot:
         right_RC = torch.tensor(
             [[name in example.sample.labels for name in classes] for example in examples]
         )
-        values: dict[str, float] = {}
+        rows = EvaluatedRows.of([example.sample for example in examples])
+        values: dict[str, float | RowValues] = {}
         for cut in CUTS:
-            values[f"top{cut}"] = recall(cosine_RC, cut, right_RC)
+            values[f"top{cut}"] = rows.values(within(cosine_RC, cut, right_RC))
             values[f"chance_top{cut}"] = chance(right_RC, cut)
-        return Result(prefix_metrics(self, values))
+        return build_result(self, values)
 
 
 def class_vectors(pipeline: "Pipeline", classes: Sequence[str], templates: Sequence[str]) -> Tensor:

@@ -29,10 +29,13 @@ from bridgework.errors import BridgeworkError, ResourceError, SpecError, suggest
 from bridgework.serving import proxy
 from bridgework.serving.app import APPS
 from bridgework.serving.auth import is_loopback
+from bridgework.serving.models import replica_gpus
 from bridgework.serving.options import Options, parse_options
 from bridgework.serving.registrar import model_apps
 
 ANSWER_S = 30.0  # for the gateway's answer to `traffic`
+
+SMALLER = "ask for less (replicas=, cpus=, gpus=)"
 
 
 @config_class
@@ -104,6 +107,8 @@ def start(app: str, args: Mapping[str, Any], address: AppAddress) -> Endpoint:
         _check_port(address)  # before a new Ray starts
     application = APPS[app](dict(args))
     own_ray = not ray.is_initialized() and ray_utils.connect(log_to_driver=True)
+    if options.gpus is None and replica_gpus(options):
+        application = APPS[app](dict(args))  # with the GPUs that this Ray has or can start
     running = serve.status()
     endpoint = Endpoint(
         name, address.url, options.timeout_s, own_ray, own_serve=not running.proxies
@@ -119,6 +124,9 @@ def start(app: str, args: Mapping[str, Any], address: AppAddress) -> Endpoint:
         if endpoint.own_serve:
             http = {"host": address.host, "port": address.port}
             serve.start(http_options=http, controller_options=proxy.CONTROLLER)
+        replica = {"CPU": options.cpus, "GPU": replica_gpus(options)}
+        models = options.replicas * (1 if options.challenger is None else 2)
+        ray_utils.wait_for(f"serve {name}", [replica] * models, fix=SMALLER)
         _run(application, name, address.route_prefix)
     except BaseException:
         endpoint.stop(drain=False)

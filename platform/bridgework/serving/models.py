@@ -14,13 +14,14 @@ from uuid import uuid4
 from prometheus_client.core import Metric
 from ray import serve
 
-from bridgework import artifacts
+from bridgework import artifacts, ray_utils
 from bridgework.serving.metrics import ReplicaMetrics
 from bridgework.serving.options import Options
 from bridgework.serving.replica import Model
 from bridgework.serving.router import ServedModel
 from bridgework.tracking import registry
 from bridgework.tracking.mlflow_store import MLflowTracker
+from bridgework.tracking.openlineage_events import Artifact, Event, emit
 
 HEALTH_S = 2.0  # with Serve's default of 10 s, a dead replica is noticed later
 
@@ -48,13 +49,20 @@ def deployment(role: str, options: Options) -> serve.Deployment:
         }
     return serve.deployment(
         name=role,
-        ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
+        ray_actor_options={"num_cpus": options.cpus, "num_gpus": replica_gpus(options)},
         max_ongoing_requests=options.ongoing,
         max_queued_requests=options.queued,
         health_check_period_s=HEALTH_S,
         graceful_shutdown_timeout_s=options.timeout_s,  # running answers are completed
         **scale,
     )(Replica)
+
+
+def replica_gpus(options: Options) -> float:
+    """Return the GPUs of a replica; without a cluster to ask, 0 by default."""
+    if options.gpus is None and not ray_utils.is_open():
+        return 0.0
+    return ray_utils.gpus_each(options.gpus)
 
 
 def resolve_model(app: str, model: str, options: Options, home: Path) -> ServedModel:
@@ -90,4 +98,15 @@ def record_deployment(served: ServedModel, home: Path) -> Path:
         identity = {name: value for name, value in asdict(served).items() if name != "tiled"}
         temporary.write_text(json.dumps(identity | {"started": started}, indent=1))
         temporary.rename(file)
+        emit(
+            home,
+            Event(
+                "DEPLOYMENT",
+                f"deployment/{served.app}/{served.model}",
+                "START",
+                run=served.id,
+                inputs=[Artifact(served.artifact, served.digest)],
+                tags={"version": served.version},
+            ),
+        )
     return file

@@ -100,7 +100,8 @@ class Options:
     device: str | None = None  # of the model, as torch names it; default: a GPU if there is one
     int8: bool = False  # the language model's weights in 8 bits: less memory, not faster
     cpus: float = 1.0  # per replica of the model
-    gpus: float = 0.0  # per replica of the model
+    # per replica of the model; default: 1 if the cluster has GPUs or can start nodes with GPUs
+    gpus: float | None = None
     replicas: int = 1
     max_replicas: int | None = None  # if given, Serve scales between `replicas` and this
     ongoing: int = 32  # requests that one replica holds at once

@@ -81,7 +81,7 @@ def save_preference(body: PreferenceRequest, options: Options) -> dict[str, Any]
         raise APIError(400, message, code="unsupported", param="messages")
     folder = Path(str(options.home)) / "preferences"
     named = {_file_name(data): data for data in images}
-    row = {
+    row: dict[str, Any] = {
         "id": uuid4().hex,
         "images": [_file_name(data) for data in images],
         "conversations": _turns(parts),

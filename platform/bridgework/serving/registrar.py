@@ -131,10 +131,10 @@ class Registrar:
 
         Raises TrackingError if the gate refuses it.
         """
-        from bridgework.tracking import registry
+        from bridgework.tracking import promotion
 
-        metric = self._options.canary.metric
-        registry.promote(self._tracker, f"{served.model}:{served.version}", metric=metric)
+        model, metric = f"{served.model}:{served.version}", self._options.canary.metric
+        promotion.promote(self._tracker, model, home=self._home, metric=metric)
 
     def trace(self, response: str) -> Node:
         """Return the upstream lineage of an answer. Raises TrackingError for any other id."""

@@ -6,15 +6,17 @@ their intervals, and what is not known. Nothing in it is typed by hand.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from bridgework import artifacts
 from bridgework.config import flat
+from bridgework.data.catalog import home
 from bridgework.data.manifest import Manifest, read_manifest
 from bridgework.errors import DataError
+from bridgework.evaluation import results
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
 from bridgework.tracking import environment
@@ -39,6 +41,20 @@ class Facts:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
+def stored_facts(folder: Path, home: Path) -> Facts:
+    """Return the figures and intervals of the stored evaluations of an artifact."""
+    records = results.records_of(folder, artifacts.describe(folder).digest, home)
+    figures = {figure.name: figure for record in records for figure in record.figures}
+    return Facts(
+        figures={name: figure.value for name, figure in figures.items()},
+        intervals={
+            name: (found.low, found.high, found.n)
+            for name, figure in figures.items()
+            if (found := figure.interval) is not None and found.clusters > 1
+        },
+    )
+
+
 def model_card(folder: Path, facts: Facts | None = None, *, library: str = "bridgework") -> str:
     """Return the card of the artifact in `folder`.
 
@@ -47,7 +63,7 @@ def model_card(folder: Path, facts: Facts | None = None, *, library: str = "brid
     """
     info, system = artifacts.describe(folder), artifacts.recipe(folder)
     stage = system[info.stage]
-    facts = facts or Facts(tags=environment.tags())
+    facts = facts or replace(stored_facts(folder, home()), tags=environment.tags())
     manifests = {d.digest: _manifest(d) for d in info.datasets}
     licenses = sorted({m.license if m else UNKNOWN for m in manifests.values()})
     weights = sorted({v for p, v in flat(stage.model).items() if _is_weights(p, v)})
@@ -88,6 +104,12 @@ def model_card(folder: Path, facts: Facts | None = None, *, library: str = "brid
         _limits(facts),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def description(folder: Path, tags: Mapping[str, str]) -> str:
+    """Return the text of a registered version: its card without the front matter."""
+    facts = replace(stored_facts(folder, home()), tags=environment.tags() | dict(tags))
+    return model_card(folder, facts).partition("---\n\n")[2]
 
 
 def _use(stage: Stage) -> str:

@@ -38,7 +38,15 @@ from bridgework.errors import TrackingError, suggest
 from bridgework.mixture import DatasetInput
 from bridgework.tracking.lineage import RunView, Weights
 from bridgework.tracking.registry import is_folder, split
-from bridgework.tracking.tracker import Point, Status, Version
+from bridgework.tracking.tracker import (
+    Point,
+    Produced,
+    Status,
+    Version,
+    aliases_of,
+    followed,
+    holders,
+)
 
 # MLflow reads these at import or at each request; the user's own values have precedence.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -52,6 +60,7 @@ T = TypeVar("T")
 # Hex digits of a digest in MLflow's own field, which has at most 36 and is in every table of the
 # UI.
 SHORT = 12
+DESCRIPTION_CHARS = 5_000  # of a version
 POSTGRESQL_LOCK = 7_246_571_009  # number of the lock while tables are created
 NEWEST = 200  # runs that a suggestion of names considers
 # The UI opens an experiment of this kind with its training runs, not with traces of prompts.
@@ -59,6 +68,8 @@ TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 DATA = frozenset(
     {"data_wait_share", "padding", "quarantined", "replaced", "samples", "share", "tokens"}
 )
+# Ends of the points with which a figure's interval and number of rows are logged
+INTERVAL = (".low", ".high", ".n")
 _GROUP = re.compile(r"^(?:train|data|eval)/")
 
 
@@ -202,7 +213,11 @@ class MLflowReader:
             status=run.info.status,
             parent=run.data.tags.get(mlflow_tags.MLFLOW_PARENT_RUN_ID),
             tags={k: v for k, v in run.data.tags.items() if not k.startswith("mlflow.")},
-            metrics={_GROUP.sub("", key): value for key, value in run.data.metrics.items()},
+            metrics={
+                _GROUP.sub("", key): value
+                for key, value in run.data.metrics.items()
+                if not key.startswith("interval/")
+            },
             inputs=tuple(_read_input(d) for d in (run.inputs.dataset_inputs if run.inputs else ())),
             outputs=tuple(
                 Weights(m.name, self._artifact(m.tags), m.tags.get("digest", "")) for m in outputs
@@ -256,6 +271,7 @@ class MLflowTracker(MLflowReader):
 
     def __init__(self, uri: str | None, home: Path, experiment: str) -> None:
         super().__init__(uri, home)
+        self._home.mkdir(parents=True, exist_ok=True)
         with self._call(f"open the experiment {experiment!r}"):
             self._experiment = self._open(experiment, home.resolve() / "mlartifacts")
 
@@ -301,14 +317,36 @@ class MLflowTracker(MLflowReader):
             ):
                 self._client.log_dict(run_id, {k: str(v) for k, v in values.items()}, "params.json")
 
-    def inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None:
+    def inputs(
+        self,
+        run_id: str,
+        datasets: Sequence[DatasetInput],
+        *,
+        models: Sequence[str] = (),
+        context: str = "training",
+    ) -> None:
         with self._call(f"log {len(datasets)} datasets of run {run_id}"):
-            self._client.log_inputs(run_id, [_input(d) for d in datasets])
+            self._client.log_inputs(
+                run_id,
+                [_input(d, context) for d in datasets],
+                [entities.LoggedModelInput(model) for model in models],
+            )
 
-    def points(self, run_id: str, points: Sequence[Point]) -> None:
+    def points(
+        self,
+        run_id: str,
+        points: Sequence[Point],
+        *,
+        model_id: str | None = None,
+        dataset: DatasetInput | None = None,
+    ) -> None:
         """Log points, at most 1000 per call. Equal points are stored once, so repeats are safe."""
+        about = {} if model_id is None else {"model_id": model_id, "run_id": run_id}
+        if model_id is not None and dataset is not None:
+            about |= {"dataset_name": dataset.name, "dataset_digest": dataset.digest[:SHORT]}
         metrics = [
-            entities.Metric(f"{group(p.key)}/{_name(p.key)}", p.value, p.at, p.step) for p in points
+            entities.Metric(f"{group(p.key)}/{_name(p.key)}", p.value, p.at, p.step, **about)
+            for p in points
         ]
         with self._call(f"log {len(points)} points of run {run_id}"):
             for some in _batches(metrics, MAX_METRICS_PER_BATCH):
@@ -342,12 +380,32 @@ class MLflowTracker(MLflowReader):
             )
             return str(model.model_id)
 
+    def produced(self, digest: str, artifact: str = "") -> Produced | None:
+        with self._call(f"find the model of weights {digest}"):
+            found = [m for m in self._logged(f"tags.digest = '{digest}'") if m.source_run_id]
+            own = [m for m in found if self._artifact(m.tags) == artifact] or found
+            return Produced(str(own[0].source_run_id), str(own[0].model_id)) if own else None
+
+    def find(self, tags: Mapping[str, str]) -> list[tuple[str, Mapping[str, str]]]:
+        with self._call("find runs by their tags"):
+            condition = " and ".join(
+                f"tags.`{key}` = '{_quoted(value)}'" for key, value in tags.items()
+            )
+            runs = _pages(self._client.search_runs, self._everywhere(), condition)
+            return [(str(r.info.run_id), dict(r.data.tags)) for r in runs[::-1]]
+
     def finish(self, run_id: str, status: Status = "FINISHED") -> None:
         with self._call(f"finish run {run_id}"):
             self._client.set_terminated(run_id, status)
 
     def register(
-        self, name: str, model_id: str, run_id: str, artifact: str, tags: Mapping[str, str]
+        self,
+        name: str,
+        model_id: str,
+        run_id: str,
+        artifact: str,
+        tags: Mapping[str, str],
+        description: str = "",
     ) -> Version:
         with self._call(f"register {artifact} as {name!r}"):
             if name not in self.models():
@@ -360,6 +418,7 @@ class MLflowTracker(MLflowReader):
                 model.artifact_location,
                 run_id,
                 about,
+                description=description[:DESCRIPTION_CHARS],
                 model_id=model_id,
                 await_creation_for=0,
             )
@@ -372,10 +431,42 @@ class MLflowTracker(MLflowReader):
             )
             return self._version(new, {})
 
-    def alias(self, name: str, alias: str, version: str) -> None:
-        known = self.version(name, version)
+    def alias(self, name: str, alias: str, version: str | None) -> None:
+        known = None if version is None else self.version(name, version)
         with self._call(f"set the alias {alias!r} of {name!r}"):
-            self._client.set_registered_model_alias(name, alias, known.version)
+            if known is not None:
+                self._client.set_registered_model_alias(name, alias, known.version)
+            elif alias in self._client.get_registered_model(name).aliases:
+                self._client.delete_registered_model_alias(name, alias)
+
+    def champions(self, name: str) -> tuple[str, ...]:
+        known = self.versions(name)
+        if not known:
+            self.version(name, "")  # raises
+        with self._call(f"read the champions of {name!r}"):
+            tags = self._client.get_registered_model(name).tags
+            return followed(json.loads(tags.get("champions", "[]")), holders(known))
+
+    def set_champions(self, name: str, champions: Sequence[str], expected: Sequence[str]) -> bool:
+        """Replace the champions under a lock of the home.
+
+        Without a common home, two promotions are distinguished by reading the champions again.
+        """
+        with FileLock(self._home / "registry.lock"):
+            if self.champions(name) != tuple(expected):
+                return False
+            with self._call(f"set the champions of {name!r}"):
+                self._client.set_registered_model_tag(
+                    name, "champions", json.dumps(list(champions))
+                )
+            for alias, version in aliases_of(champions).items():
+                self.alias(name, alias, version)
+            return self.champions(name) == tuple(champions)
+
+    def tag_version(self, name: str, version: str, tags: Mapping[str, str]) -> None:
+        with self._call(f"tag version {version} of {name!r}"):
+            for key, value in tags.items():
+                self._client.set_model_version_tag(name, version, key, value)
 
     def _open(self, name: str, artifacts: Path) -> str:
         """Return the experiment's id; create it if it does not exist."""
@@ -449,7 +540,7 @@ def _name(key: str) -> str:
     return re.sub(r"[^\w./ :-]", "_", key)  # MLflow's rule for parameters and metrics
 
 
-def _input(dataset: DatasetInput) -> entities.DatasetInput:
+def _input(dataset: DatasetInput, context: str) -> entities.DatasetInput:
     return entities.DatasetInput(
         entities.Dataset(
             name=dataset.name,
@@ -459,7 +550,7 @@ def _input(dataset: DatasetInput) -> entities.DatasetInput:
             source=json.dumps({"uri": dataset.path}),
             profile=json.dumps({"rows": dataset.rows, "digest": dataset.digest}),
         ),
-        [entities.InputTag(mlflow_tags.MLFLOW_DATASET_CONTEXT, "training")],
+        [entities.InputTag(mlflow_tags.MLFLOW_DATASET_CONTEXT, context)],
     )
 
 
@@ -493,8 +584,13 @@ def _quoted(text: str) -> str:
 
 
 def group(key: str) -> str:
-    """Return the group of a metric in MLflow's UI: `train`, `data`, or `eval` for evaluations."""
+    """Return the group of a metric in MLflow's UI.
+
+    `train`, `data`, `eval` for figures of evaluations, and `interval` for their intervals.
+    """
     first, dot, _ = key.partition(".")
+    if key.endswith(INTERVAL):
+        return "interval"
     if first in DATA:
         return "data"
     return "eval" if dot and first != "loss" else "train"

@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 from uuid import uuid4
@@ -25,6 +26,8 @@ GROWING = ".log.jsonl"  # suffix of files that are appended to; those of older v
 FILE_BYTES = 8_000_000  # size after which a writer opens the next file
 PIECE = 10_000  # points that are read at a time
 MAX_PENDING = 10_000  # steps that wait in memory while the disk cannot be written
+
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"  # aliases of versions
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,14 @@ class Version:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Produced:
+    """Run that made some weights, and their logged model."""
+
+    run_id: str
+    model_id: str
+
+
 class Tracker(Protocol):
     """Store of runs, inputs, outputs and versions. Every method may raise TrackingError."""
 
@@ -70,9 +81,25 @@ class Tracker(Protocol):
         A different value in a `resumed` run is logged as the tag `now.NAME`.
         """
 
-    def inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None: ...
+    def inputs(
+        self,
+        run_id: str,
+        datasets: Sequence[DatasetInput],
+        *,
+        models: Sequence[str] = (),
+        context: str = "training",
+    ) -> None:
+        """Log the datasets and the logged models (their ids) that a run reads, and what for."""
 
-    def points(self, run_id: str, points: Sequence[Point]) -> None: ...
+    def points(
+        self,
+        run_id: str,
+        points: Sequence[Point],
+        *,
+        model_id: str | None = None,
+        dataset: DatasetInput | None = None,
+    ) -> None:
+        """Log points of a run; also as metrics of a logged model on a dataset if they are given."""
 
     def file(self, run_id: str, path: Path, folder: str = "") -> None:
         """Log a file with the run, e.g. an image or the resolved recipe."""
@@ -80,16 +107,43 @@ class Tracker(Protocol):
     def output(self, run_id: str, name: str, artifact: str, tags: Mapping[str, str]) -> str:
         """Log a model for the weights under `artifact`; returns its id."""
 
+    def produced(self, digest: str, artifact: str = "") -> Produced | None:
+        """Return the newest run and logged model of the weights with this digest.
+
+        Several runs may make equal weights: the one of the folder `artifact` has precedence.
+        """
+
+    def find(self, tags: Mapping[str, str]) -> list[tuple[str, Mapping[str, str]]]:
+        """Return (run id, tags) of the runs with all these tags, oldest first."""
+
     def finish(self, run_id: str, status: Status = "FINISHED") -> None: ...
 
     def register(
-        self, name: str, model_id: str, run_id: str, artifact: str, tags: Mapping[str, str]
+        self,
+        name: str,
+        model_id: str,
+        run_id: str,
+        artifact: str,
+        tags: Mapping[str, str],
+        description: str = "",
     ) -> Version: ...
 
     def registered(self, run_id: str) -> list[Version]:
         """Return the versions of a run's weights, oldest first."""
 
-    def alias(self, name: str, alias: str, version: str) -> None: ...
+    def alias(self, name: str, alias: str, version: str | None) -> None:
+        """Move an alias to a version; None removes it."""
+
+    def champions(self, name: str) -> tuple[str, ...]:
+        """Return the versions that a rollback goes through: the last is the champion."""
+
+    def set_champions(self, name: str, champions: Sequence[str], expected: Sequence[str]) -> bool:
+        """Replace the champions and move the aliases, if they are still those `expected`.
+
+        Of two promotions at the same time, one returns True and the other False.
+        """
+
+    def tag_version(self, name: str, version: str, tags: Mapping[str, str]) -> None: ...
 
     def version(self, name: str, which: str) -> Version:
         """Return a version by number or alias."""
@@ -259,6 +313,7 @@ class MemoryRun:
     tags: dict[str, str]
     params: dict[str, Any] = field(default_factory=dict)
     inputs: list[DatasetInput] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)  # ids of logged models that it reads
     points: list[Point] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     status: Status = "RUNNING"
@@ -271,6 +326,9 @@ class MemoryTracker:
         self.runs: dict[str, MemoryRun] = {}
         self.models: dict[str, tuple[str, str, str, dict[str, str]]] = {}
         self.versions: dict[str, list[Version]] = {}
+        self.descriptions: dict[tuple[str, str], str] = {}  # (model, version) -> its card
+        self.histories: dict[str, tuple[str, ...]] = {}  # champions per model, oldest first
+        self._lock = threading.Lock()
 
     def start(
         self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None
@@ -293,12 +351,43 @@ class MemoryTracker:
         run.tags |= {f"now.{k}": str(v) for k, v in values.items() if run.params.get(k, v) != v}
         run.params = dict(values) | run.params
 
-    def inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None:
+    def inputs(
+        self,
+        run_id: str,
+        datasets: Sequence[DatasetInput],
+        *,
+        models: Sequence[str] = (),
+        context: str = "training",
+    ) -> None:
         run = self._run(run_id)
         run.inputs += [d for d in datasets if d not in run.inputs]
+        run.models += [m for m in models if m not in run.models]
 
-    def points(self, run_id: str, points: Sequence[Point]) -> None:
+    def points(
+        self,
+        run_id: str,
+        points: Sequence[Point],
+        *,
+        model_id: str | None = None,
+        dataset: DatasetInput | None = None,
+    ) -> None:
         self._run(run_id).points += points
+
+    def produced(self, digest: str, artifact: str = "") -> Produced | None:
+        found = [
+            (folder == artifact, Produced(run_id, model_id))
+            for model_id, (run_id, _, folder, tags) in self.models.items()
+            if tags.get("digest") == digest
+        ]
+        own = [made for same, made in found if same] or [made for _, made in found]
+        return own[-1] if own else None
+
+    def find(self, tags: Mapping[str, str]) -> list[tuple[str, Mapping[str, str]]]:
+        return [
+            (run_id, run.tags)
+            for run_id, run in self.runs.items()
+            if tags.items() <= run.tags.items()
+        ]
 
     def file(self, run_id: str, path: Path, folder: str = "") -> None:
         self._run(run_id).files.append(f"{folder}/{path.name}".lstrip("/"))
@@ -313,17 +402,45 @@ class MemoryTracker:
         self._run(run_id).status = status
 
     def register(
-        self, name: str, model_id: str, run_id: str, artifact: str, tags: Mapping[str, str]
+        self,
+        name: str,
+        model_id: str,
+        run_id: str,
+        artifact: str,
+        tags: Mapping[str, str],
+        description: str = "",
     ) -> Version:
         known = self.versions.setdefault(name, [])
+        self.descriptions[name, str(len(known) + 1)] = description
         known.append(Version(name, str(len(known) + 1), artifact, run_id, (), dict(tags)))
         return known[-1]
 
     def registered(self, run_id: str) -> list[Version]:
         return [v for versions in self.versions.values() for v in versions if v.run_id == run_id]
 
-    def alias(self, name: str, alias: str, version: str) -> None:
-        self.version(name, version)
+    def champions(self, name: str) -> tuple[str, ...]:
+        if name not in self.versions:
+            self.version(name, "")  # raises
+        return followed(self.histories.get(name, ()), holders(self.versions[name]))
+
+    def set_champions(self, name: str, champions: Sequence[str], expected: Sequence[str]) -> bool:
+        with self._lock:
+            if self.champions(name) != tuple(expected):
+                return False
+            self.histories[name] = tuple(champions)
+            for alias, version in aliases_of(champions).items():
+                self.alias(name, alias, version)
+            return True
+
+    def tag_version(self, name: str, version: str, tags: Mapping[str, str]) -> None:
+        self.versions[name] = [
+            replace(v, tags={**v.tags, **tags}) if v.version == version else v
+            for v in self.versions[name]
+        ]
+
+    def alias(self, name: str, alias: str, version: str | None) -> None:
+        if version is not None:
+            self.version(name, version)
         self.versions[name] = [
             Version(v.name, v.version, v.artifact, v.run_id, _aliases(v, alias, version), v.tags)
             for v in self.versions[name]
@@ -346,6 +463,33 @@ class MemoryTracker:
         return self.runs[run_id]
 
 
-def _aliases(version: Version, alias: str, holder: str) -> tuple[str, ...]:
+def holders(versions: Sequence[Version]) -> dict[str, str]:
+    """Return the version of each alias."""
+    return {alias: version.version for version in versions for alias in version.aliases}
+
+
+def followed(champions: Sequence[str], holders: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the champions as recorded, ended by the version that now holds the alias.
+
+    Aliases that something else has moved, e.g. MLflow's UI or an older version, take precedence: an
+    earlier champion is a rollback to it, and another version a promotion.
+    """
+    current = holders.get(CHAMPION)
+    if current is None:
+        return ()
+    if current in champions:
+        last = max(place for place, version in enumerate(champions) if version == current)
+        return tuple(champions[: last + 1])
+    before = champions or [v for v in [holders.get(PREVIOUS)] if v is not None and v != current]
+    return (*before, current)
+
+
+def aliases_of(champions: Sequence[str]) -> dict[str, str | None]:
+    """Return the version of the aliases `previous` and `champion`; None removes the alias."""
+    last: list[str | None] = [None, None, *champions]
+    return {PREVIOUS: last[-2], CHAMPION: last[-1]}
+
+
+def _aliases(version: Version, alias: str, holder: str | None) -> tuple[str, ...]:
     others = tuple(a for a in version.aliases if a != alias)
     return (*others, alias) if version.version == holder else others

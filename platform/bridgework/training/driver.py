@@ -16,16 +16,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from bridgework import artifacts
+from bridgework import artifacts, ray_utils, storage
 from bridgework.artifacts import StageResult
 from bridgework.data import reader
 from bridgework.data.catalog import resolve
 from bridgework.data.dataset import Dataset, open_dataset
-from bridgework.errors import Interrupted, RunError, SpecError
+from bridgework.errors import Interrupted, ResourceError, RunError, SpecError
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
 from bridgework.tracking.relay import MetricsForwarder
@@ -116,12 +118,14 @@ def _check_stage(
     evaluated = [name for e in stage.evals for name in getattr(e, "datasets", (e.dataset,))]
     for dataset in (*read, *(stage.curation.sources if stage.curation else ()), *evaluated):
         open_dataset(resolve(dataset, home))
-    if options.workers > stage.data.lanes:
+    if options.most_workers > stage.data.lanes:
         raise SpecError(
-            f"{stage.name} has {stage.data.lanes} lanes for {options.workers} workers. "
+            f"{stage.name} has {stage.data.lanes} lanes for {options.most_workers} workers. "
             f"Fix: raise stages.{stage.name}.data.lanes, or give fewer --workers"
         )
-    check(stage, loop.num_micro_batches(stage, max(1, options.workers)))
+    check(stage, loop.num_micro_batches(stage, max(1, options.fewest_workers)))
+    if not run_dir.is_finished(folder / stage.name):
+        _check_gpus(stage, options)
     if stage.curation is None:
         reader.ReaderConfig.of(stage, home).plan()
     if stage.starts_from not in before:
@@ -129,6 +133,22 @@ def _check_stage(
     for name in stage.curation.uses if stage.curation else ():
         if name not in before:
             _artifact_of(stage.name, "its curation uses", name, folder)
+
+
+def _check_gpus(stage: Stage, options: RunOptions) -> None:
+    """Raise ResourceError for a stage that needs GPUs without one, unless CPUs were asked for."""
+    if not stage.needs_gpus or options.gpus_per_worker is not None:
+        return
+    if options.workers:
+        found, where = ray_utils.gpus_each() > 0, "the cluster has none and can start none"
+    else:
+        found, where = torch.cuda.is_available(), "torch finds none on this machine"
+    if not found:
+        raise ResourceError(
+            f"{stage.name}: the recipe trains in bfloat16, which is meant for GPUs, and {where}. "
+            "Fix: run it on GPUs; or train on CPUs with --gpus-per-worker 0, or in float32 with "
+            f"--set stages.{stage.name}.zero.precision=fp32; or use --tiny"
+        )
 
 
 def _stage(
@@ -159,9 +179,13 @@ def _stage(
     run_id = tracked.start(stage, inputs, parent, finished=finished)
     if finished:
         _report_finished(stage, place, console)
+        if chosen := _recorded_features(place):
+            tracked.note({"features": chosen})
         with _forward_metrics(tracked.tracker, run_id, place):
             return tracked.done(stage, place)
-    features = _cache_features(system, stage, datasets, home, options, console)
+    features = _cache_features(system, stage, datasets, place, home, options, console)
+    if chosen := _recorded_features(place):
+        tracked.note({"features": chosen})
     _settle_checkpoints(stage, place, known, home, options, console)
     skips = _skips(known, stage, datasets, place, home, options, console)
     job = loop.TrainJob(
@@ -196,6 +220,8 @@ def _stage(
             fit(job, options)
         else:
             _init_single_process()
+            if options.threads:
+                torch.set_num_threads(options.threads)
             report = options.report or _ignore
             loop.run(job, partial(_local_rows, job), report, rank=0, world=1)
     return tracked.done(stage, place)
@@ -243,7 +269,7 @@ def _curate(stage: Stage, folder: Path, home: Path, options: RunOptions, console
         console.print(f"{stage.name}: {text}", markup=False)
 
     dest = str(place / "curated" / curation.makes)
-    curation.run(inputs, dest, home=home, workers=options.workers, say=say)
+    curation.run(inputs, dest, home=home, workers=options.most_workers, say=say)
     return resolve_curated_data(stage, place)
 
 
@@ -352,28 +378,69 @@ def _artifact_of(
     return path
 
 
+def can_cache_features(stage: Stage) -> bool:
+    """Return True for a stage with a frozen, pretrained vision tower."""
+    frozen = not any(_may_match(glob, "vision.") for glob in stage.trains)
+    tower = getattr(stage.model, "vision", None)
+    return tower is not None and frozen and "vision.*" in stage.model.pretrained
+
+
+def num_draws(system: System, stage: Stage) -> int:
+    """Return the images that all stages with this stage's vision tower draw in training."""
+    tower = getattr(stage.model, "vision", None)
+    sharing = [s for s in system.stages if getattr(s.model, "vision", None) == tower]
+    return sum(s.budget.steps * s.budget.batch for s in sharing)
+
+
 def _cache_features(
     system: System,
     stage: Stage,
     datasets: Sequence[Dataset],
+    place: Path,
     home: Path,
     options: RunOptions,
     console: Console,
 ) -> Path | None:
-    """Return the folder of cached features; only for a frozen, pretrained vision tower."""
-    tower = getattr(stage.model, "vision", None)
-    frozen = not any(_may_match(glob, "vision.") for glob in stage.trains)
-    if tower is None or not (
-        options.cache_features and frozen and "vision.*" in stage.model.pretrained
-    ):
+    """Return the folder of cached features, and record the decision in the stage's folder.
+
+    A stage with a checkpoint continues as it began. Raises RunError if `options` demand otherwise.
+    """
+    if not can_cache_features(stage):
         return None
-    sharing = [s for s in system.stages if getattr(s.model, "vision", None) == tower]
-    draws = sum(s.budget.steps * s.budget.batch for s in sharing)
-    decision = feature_cache.prepare(
-        tower, datasets, draws=draws, home=home, workers=options.readers if options.workers else 0
-    )
-    console.print(f"{stage.name}: {decision.why}")
+    choice, began = options.features, _recorded_features(place)
+    if began is not None and checkpoint.checkpoints(place):
+        if choice not in ("auto", began):
+            raise RunError(
+                f"{stage.name}: its checkpoints were trained with features {began}, which differ "
+                f"in the last digits. Got --features {choice}. "
+                f"Fix: give --features {began}, or another --run"
+            )
+        choice = began
+    if choice == "computed":
+        decision = feature_cache.CacheDecision(None, "features are computed in training, as chosen")
+    else:
+        tower: Any = getattr(stage.model, "vision", None)
+        decision = feature_cache.prepare(
+            tower,
+            datasets,
+            draws=num_draws(system, stage),
+            home=home,
+            workers=options.readers if options.workers else 0,
+            demanded=choice == "cached",
+        )
+    place.mkdir(parents=True, exist_ok=True)
+    record = {"features": "cached" if decision.folder else "computed", "why": decision.why}
+    storage.write_atomic(place / run_dir.FEATURES, json.dumps(record))
+    console.print(f"{stage.name}: {decision.why}", markup=False)
     return decision.folder
+
+
+def _recorded_features(place: Path) -> Literal["cached", "computed"] | None:
+    """Return how a stage with a frozen tower got its features; None if it is not recorded."""
+    file = place / run_dir.FEATURES
+    if not file.is_file():
+        return None
+    return "cached" if json.loads(file.read_text())["features"] == "cached" else "computed"
 
 
 def _may_match(glob: str, prefix: str) -> bool:

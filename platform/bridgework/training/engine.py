@@ -51,6 +51,7 @@ class StepResult(NamedTuple):
     sums_LR: Tensor  # summand of each of this rank's samples in every loss
     counts_LR: Tensor  # contribution of each of this rank's samples to the divisor
     stop: bool = False  # a rank was asked to stop after this step
+    save: bool = False  # a rank was asked for a checkpoint after this step
 
 
 def learning_rate(optim: AdamW, step: int, steps: int) -> float:
@@ -130,10 +131,12 @@ class Engine:
     draws: number derived from (seed, step), the same on every rank. With the positions of the
     samples it determines all dropout masks and other random draws of the next `train_step`.
     stop: this rank was asked to stop after the next `train_step`.
+    save_due: this rank was asked for a checkpoint after the next `train_step`.
     """
 
     draws: int = 0
     stop: bool = False
+    save_due: bool = False
 
     def __init__(
         self,
@@ -179,9 +182,10 @@ class Engine:
         sources_R = torch.tensor([source for batch in samples for source in batch.sources])
         counts_LR, census_3R = self._count(samples)
         local_S = by_source(torch.cat([counts_LR, census_3R]), sources_R, len(self._weights_S))
-        local_S = torch.cat([local_S, torch.full_like(local_S[:1], float(self.stop))])
-        counts_LS, census_3S, stop_1S = _all_reduce(local_S.to(self.device)).split(
-            [len(counts_LR), len(census_3R), 1]
+        asked = [torch.full_like(local_S[:1], float(each)) for each in (self.stop, self.save_due)]
+        local_S = torch.cat([local_S, *asked])
+        counts_LS, census_3S, stop_1S, save_1S = _all_reduce(local_S.to(self.device)).split(
+            [len(counts_LR), len(census_3R), 1, 1]
         )
         divisors_LS = counts_LS if self._by_source else counts_LS.sum(1, keepdim=True)
         divisors_LS = divisors_LS.clamp(min=1)
@@ -201,6 +205,7 @@ class Engine:
             sums_LR=sums_LR,
             counts_LR=counts_LR,
             stop=bool(stop_1S.any()),
+            save=bool(save_1S.any()),
         )
 
     def _forward_backward(

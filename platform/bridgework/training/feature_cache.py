@@ -2,7 +2,8 @@
 
 `<home>/features/<digest of the tower>/<dataset digest>/` mirrors the dataset: the same shard names,
 row groups and order, with a column of float16 features instead of image bytes. `prepare` decides if
-caching is worth its cost, and returns the reason.
+caching is worth its cost, and returns the reason. The decision depends on the recipe and its
+datasets, never on the caches that exist already, because cached features are rounded.
 """
 
 # N images  P patches  D width
@@ -25,7 +26,7 @@ from filelock import FileLock
 from bridgework import storage
 from bridgework.data.dataset import Dataset, open_dataset
 from bridgework.data.images import load_image
-from bridgework.errors import DataError
+from bridgework.errors import DataError, ResourceError
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
 from bridgework.ray_utils import map_on_actors
 
@@ -46,24 +47,50 @@ class TooLarge(DataError):
     """A feature that float16 cannot hold."""
 
 
+def pays(datasets: Sequence[Dataset], draws: int) -> bool:
+    """Return True if training draws more images than caching computes."""
+    return draws > sum(d.manifest.rows for d in datasets)
+
+
 def prepare(
-    tower: TowerSpec, datasets: Sequence[Dataset], *, draws: int, home: Path, workers: int
+    tower: TowerSpec,
+    datasets: Sequence[Dataset],
+    *,
+    draws: int,
+    home: Path,
+    workers: int,
+    demanded: bool = False,
 ) -> CacheDecision:
     """Cache the features of all images of `datasets` if that is cheaper than training without.
 
     draws: number of images that training reads. workers: Ray actors with a copy of the tower, each
     on a GPU if the cluster has GPUs or can start nodes with GPUs; 0 computes in this process.
-    Features that float16 cannot hold are computed in training.
+    demanded: cache them even if it is not cheaper. Features that float16 cannot hold, or that the
+    disk cannot, are computed in training; if they are demanded, an error is raised.
     """
     try:
-        return _prepare(tower, datasets, draws, home, workers)
+        return _prepare(tower, datasets, draws, home, workers, demanded)
     except TooLarge as error:
+        if demanded:
+            raise
         return CacheDecision(None, f"features are computed in training: {error}")
 
 
 def _prepare(
-    tower: TowerSpec, datasets: Sequence[Dataset], draws: int, home: Path, workers: int
+    tower: TowerSpec,
+    datasets: Sequence[Dataset],
+    draws: int,
+    home: Path,
+    workers: int,
+    demanded: bool,
 ) -> CacheDecision:
+    rows = sum(d.manifest.rows for d in datasets)
+    if not (demanded or pays(datasets, draws)):
+        return CacheDecision(
+            None,
+            f"features are computed in training: it draws {draws:,} images, and caching would "
+            f"compute {rows:,}",
+        )
     module = tower.build()
     folder = home / "features" / module.digest()
     missing = [d for d in datasets if not (folder / d.manifest.digest).is_dir()]
@@ -73,18 +100,14 @@ def _prepare(
     each_s, shape = _measure(module, missing[0])
     size, room = rows * shape[0] * shape[1] * 2, FREE_SHARE * shutil.disk_usage(home).free
     cost = f"{rows:,} images once ({rows * each_s:.0f} CPU-s, {size / 1e6:.0f} MB)"
-    if draws <= rows:
-        return CacheDecision(
-            None,
-            f"features are computed in training: it draws {draws:,} images, "
-            f"caching would take {cost}",
-        )
     if size > room:
-        return CacheDecision(
-            None,
-            f"features are computed in training: caching {cost} needs more than "
-            f"the {room / 1e6:.0f} MB to spare",
-        )
+        full = f"caching {cost} needs more than the {room / 1e6:.0f} MB to spare"
+        if demanded:
+            raise ResourceError(
+                f"{home}: features cannot be cached, because {full}. "
+                "Fix: free some, set BRIDGEWORK_HOME to a larger disk, or give --features computed"
+            )
+        return CacheDecision(None, f"features are computed in training: {full}")
     folder.mkdir(parents=True, exist_ok=True)
     storage.write_atomic(
         folder / "features.json", json.dumps({"patches": shape[0], "width": shape[1]})

@@ -91,9 +91,7 @@ def fork(
     finished, stage = _split_stages(before, system, other_folder, stages)
     found = _find_checkpoint(before, stage, other_folder, other, int(at) if at else None, home)
     for name in finished:
-        artifact = run_dir.artifact_dir(other_folder / name).name
-        names = (artifact, "metrics.json", "evals", SKIPS)
-        _copy(other_folder / name, folder / name, names)
+        copy_stage(other_folder / name, folder / name)
     _start(found, system, other_folder / stage.name, folder / stage.name, home)
     new = Fork(
         run=other,
@@ -202,6 +200,15 @@ def _start(
         keep=1,
         home=home,
     )
+
+
+def copy_stage(finished: Path, place: Path) -> None:
+    """Link or copy a finished stage of one run to another run, without its checkpoints."""
+    artifact = run_dir.artifact_dir(finished).name
+    # the artifact last: its presence means that the stage is finished
+    _copy(finished, place, ("metrics.json", "evals", SKIPS, run_dir.FEATURES))
+    with storage.publishing(place / artifact) as temporary:
+        shutil.copytree(finished / artifact, temporary, copy_function=_link, dirs_exist_ok=True)
 
 
 def _copy(other_stage: Path, place: Path, names: tuple[str, ...]) -> None:

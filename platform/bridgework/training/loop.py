@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -27,6 +27,7 @@ from bridgework.data.collate import Batch, collate
 from bridgework.data.reader import ReaderConfig, Row
 from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import BridgeworkError, ResourceError, RunError
+from bridgework.evaluation import results
 from bridgework.inference.pipeline import Pipeline
 from bridgework.mixture import DatasetInput
 from bridgework.models import base, lora
@@ -38,6 +39,7 @@ from bridgework.training.engine import Engine, learning_rate
 from bridgework.training.flight_recorder import FlightRecorder
 from bridgework.training.metrics import (
     Clock,
+    GoodputMeter,
     Metrics,
     MixtureCounter,
     per_sample,
@@ -45,7 +47,7 @@ from bridgework.training.metrics import (
     suspects,
 )
 from bridgework.training.step import TrainingModule, check
-from bridgework.training.stopping import interrupted, listening
+from bridgework.training.stopping import Preemption, interrupted, listening
 
 FLUSH_S = 1.0  # seconds that points may wait before the driver sees them
 T = TypeVar("T")
@@ -83,17 +85,20 @@ def run(
     rank: int,
     world: int,
     fixed_start: bool = False,
+    preemption: Preemption | None = None,
 ) -> Metrics:
     """Train `job` to its end and return the metrics of its evaluations; every rank calls it.
 
     `rows(start)` yields this rank's samples of each step from `start` on. With `fixed_start`, the
-    samples can begin only at the newest checkpoint at the time of the call.
+    samples can begin only at the newest checkpoint at the time of the call. `preemption` knows if a
+    node is about to be taken away, which leads to checkpoints.
 
     Raises RunError if the loss, the gradient or the weights are not finite; Interrupted, after a
     checkpoint, if the run is asked to stop; ResourceError for a lack of memory or disk space.
     """
     stage = job.system[job.stage]
     check(stage, num_micro_batches(stage, world))
+    meter = GoodputMeter(job.system.name, _run_name(job), stage.name, rank=rank)
 
     model, inherited = build_model(job, stage)
     multipliers = base.set_trainable(model, stage.trains)
@@ -103,17 +108,22 @@ def run(
     journal, mixed, clock = Journal(job.folder / "journal"), MixtureCounter(stage, before), Clock()
     pad_id = load_tokenizer(stage.model.tokenizer).pad_token_id or 0
     metrics: Metrics = {}
+    preemption = preemption or Preemption(lambda: None)
 
     done = start
     recorder = FlightRecorder(job.folder, attempt, rank, start)
     with listening(job.folder, log.warning) as stop, closing(journal), recorder:
+        if start and job.evaluate_every and start % job.evaluate_every == 0:
+            # The attempt that saved this checkpoint may have ended before its report.
+            report(_evaluate(job, stage, model, _midway(job, stage)).metrics, start)
         for step, batch_rows in enumerate(rows(start), start):
             clock.end_wait()
-            stopped = False
+            stopped = save = False
             if step not in job.skip_steps:
                 batches = _micro_batches(stage, batch_rows, world, pad_id, engine.device)
                 lr = learning_rate(stage.optim, step, stage.budget.steps)
                 engine.draws, engine.stop = derive(stage.seed, step), bool(stop.asked)
+                engine.save_due = preemption.due()
                 with _memory(stage, batches):
                     result = engine.train_step(batches, lr)
                 losses, counts = per_sample(stage, result)
@@ -129,21 +139,33 @@ def run(
                     raise _loss_not_finite(job, step, metrics, keys)
                 if rank == 0:
                     journal.append(metrics, step)
-                stopped = result.stop
+                meter.step(step, metrics)
+                stopped, save = result.stop, result.save
             done = step + 1
             if rank == 0 and clock.flush_due(FLUSH_S):
                 journal.flush()
             if done == stage.budget.steps:
                 break
-            if stopped or (job.checkpoint_every and done % job.checkpoint_every == 0):
+            every = job.checkpoint_every and done % job.checkpoint_every == 0
+            if stopped or save or every:
                 journal.flush()  # steps before a checkpoint are never repeated
                 recorder.flush()
-                _save(job, engine, attempt, done, world, mixed.state())
+                with preemption.saving(), meter.timed("checkpoint"):
+                    _save(job, engine, attempt, done, world, mixed.state())
+                if save and rank == 0:
+                    log.warning(
+                        "%s: a node is taken away soon: a checkpoint of step %d is saved",
+                        job.stage,
+                        done,
+                    )
             if stopped:
                 raise interrupted(job.stage, stop.asked, done)
             if job.evaluate_every and done % job.evaluate_every == 0:
-                evals = [spec for spec in stage.evals if job.midway in (None, spec.name)]
-                report(metrics | _evaluate(job, stage, model, evals), done)
+                with meter.timed("evaluation"):
+                    midway = _evaluate(job, stage, model, _midway(job, stage))
+                if rank == 0:
+                    journal.append(midway.with_intervals, done)
+                report(metrics | midway.metrics, done)
             clock.start_wait()
 
     if done != stage.budget.steps:
@@ -153,8 +175,10 @@ def run(
         )
     if not engine.finite():
         raise _weights_not_finite(job, done)
-    figures = _evaluate(job, stage, model, stage.evals, write=rank == 0)
-    journal.append(figures, stage.budget.steps)
+    with meter.timed("evaluation"):
+        final = _evaluate(job, stage, model, stage.evals, write=rank == 0)
+    figures = final.metrics
+    journal.append(final.with_intervals, stage.budget.steps)
     state = engine.state(
         artifacts.tensors_to_save(stage, model.state_dict(), multipliers, inherited)
     )
@@ -285,6 +309,18 @@ def _micro_batches(
     return batches
 
 
+def _midway(job: TrainJob, stage: Stage) -> list[EvalSpec]:
+    """Return the evaluations before the end of the stage."""
+    return [spec for spec in stage.evals if job.midway in (None, spec.name)]
+
+
+class _Figures(NamedTuple):
+    """Figures of evaluations, alone and with their intervals for the journal."""
+
+    metrics: Metrics
+    with_intervals: Metrics
+
+
 def _evaluate(
     job: TrainJob,
     stage: Stage,
@@ -292,20 +328,27 @@ def _evaluate(
     evals: Sequence[EvalSpec],
     *,
     write: bool = False,
-) -> Metrics:
-    """Run evaluations; every rank reads the same rows, because all must gather sharded weights."""
-    pipeline = Pipeline(model, stage)
-    metrics: Metrics = {}
+) -> _Figures:
+    """Run evaluations; every rank reads the same rows, because all must gather sharded weights.
+
+    write: keep the rows and images in `evals/`; the driver adds the digest of the weights.
+    """
+    pipeline, folder = Pipeline(model, stage), job.folder / results.FOLDER
+    found = _Figures({}, {})
     for spec in evals:
-        result = spec.run(pipeline, job.home)
-        metrics |= result.metrics
-        for name, image in result.pictures.items() if write else ():
+        result, record = results.evaluate(spec, pipeline, job.home)
+        found.metrics.update(result.metrics)
+        found.with_intervals.update(results.with_intervals(record.figures))
+        if write:
             try:
-                (job.folder / "evals").mkdir(exist_ok=True)
-                image.save(job.folder / "evals" / f"{name}.png")
+                results.write(record, folder)
+                for name, image in result.pictures.items():
+                    image.save(folder / f"{name}.png")
             except OSError as error:  # the metrics are in the journal
-                log.warning("%s: the image of %s cannot be saved: %s", job.stage, name, error)
-    return metrics
+                log.warning(
+                    "%s: the results of %s cannot be saved: %s", job.stage, spec.name, error
+                )
+    return found
 
 
 def _save(

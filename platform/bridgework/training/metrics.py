@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from bridgework import ray_metrics, ray_utils
 from bridgework.config import path_name
 from bridgework.data.collate import Batch
 from bridgework.system import Stage
@@ -136,6 +137,56 @@ class Clock:
             return False
         self._flushed = time.perf_counter()
         return True
+
+
+class GoodputMeter:
+    """Exports the progress of a stage, and the parts of its time, to Prometheus.
+
+    Only rank 0 of a stage that runs in a Ray exports. The goodput is the rate of
+    `ray_bridgework_train_seconds_total{part="step"}`: seconds of steps per second.
+    """
+
+    def __init__(self, system: str, run: str, stage: str, *, rank: int) -> None:
+        self._exports = rank == 0 and ray_utils.is_open()
+        self._labels = {"system": system, "run": run, "stage": stage}
+        self._start: float | None = time.perf_counter()
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        """Export the metrics of one step. The first call also exports the time of the start."""
+        if not self._exports:
+            return
+        step_s, wait_s = metrics["step_s"], metrics["data_wait_share"] * metrics["step_s"]
+        if self._start is not None:
+            self._seconds("start", time.perf_counter() - self._start - step_s)
+            self._start = None
+        self._seconds("data_wait", wait_s)
+        self._seconds("step", step_s - wait_s)
+        ray_metrics.add("bridgework_train_steps", 1, **self._labels)
+        for name in ("samples", "tokens"):
+            total = metrics[f"{name}_per_s"] * step_s
+            ray_metrics.add(f"bridgework_train_{name}", total, **self._labels)
+        ray_metrics.set_value("bridgework_train_step", step, **self._labels)
+        for name in ("loss", "grad_norm", "padding", "replaced"):
+            ray_metrics.set_value(f"bridgework_train_{name}", metrics[name], **self._labels)
+        for name, share in metrics.items():
+            if name.startswith("share."):
+                source = name.removeprefix("share.")
+                ray_metrics.set_value(
+                    "bridgework_train_source_share", share, source=source, **self._labels
+                )
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Export the seconds of the block as `part`, also if it raises."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds(part, time.perf_counter() - started)
+
+    def _seconds(self, part: str, seconds: float) -> None:
+        if self._exports:
+            ray_metrics.add("bridgework_train_seconds", seconds, part=part, **self._labels)
 
 
 @contextmanager

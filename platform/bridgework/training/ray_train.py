@@ -12,24 +12,37 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
 import ray.train
 from ray import cloudpickle
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, RunConfig, UserCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2.api.exceptions import PreemptionError
 
 from bridgework import ray_utils, storage
 from bridgework.data.ray_ingest import READER_CPUS, PlanIngest, from_ray, prefetch
 from bridgework.errors import BridgeworkError, ResourceError, RunError, SpecError
 from bridgework.training import checkpoint, notices
 from bridgework.training.options import RunOptions
-from bridgework.training.stopping import interrupted, listening
+from bridgework.training.run_dir import is_finished
+from bridgework.training.stopping import Preemption, Stop, interrupted, listening
 
 if TYPE_CHECKING:
     from bridgework.training.loop import TrainJob
 
+
+ELASTIC_CPUS = 0.7  # of a worker of an elastic run without GPUs
+CHECKPOINT_S = 900.0  # longest wait for a checkpoint before the number of workers changes
+POLL_S = 0.2
+RESIZE = "a change of the number of workers"  # reason of a request to stop
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +50,15 @@ log = logging.getLogger(__name__)
 def fit(job: "TrainJob", options: RunOptions) -> None:
     """Train one stage on `options.workers` workers.
 
-    Raises the workers' BridgeworkError, or RunError after `options.max_failures` restarts.
+    Raises the workers' BridgeworkError, RunError after `options.max_failures` restarts, and
+    ResourceError if the resources of the workers are missing for `options.resource_timeout_s`.
     """
     from ray.train.torch import TorchTrainer  # imports torch
 
+    from bridgework.training.process_group import DeviceTorchConfig
+
+    # A shorter attempt to place the workers is repeated with what the cluster has by then.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{ray_utils.SAY_EVERY_S:g}")
     resources = _needs(options)
     with listening(job.folder, log.warning) as stop:
 
@@ -50,25 +68,31 @@ def fit(job: "TrainJob", options: RunOptions) -> None:
 
         ray_utils.wait_for(
             job.stage,
-            [resources] * options.workers,
+            [resources] * options.fewest_workers,
             timeout_s=options.resource_timeout_s,
             stopped=stopped,
         )
         fingerprints = (job.system.fingerprint(), *job.fingerprints)
         start = partial(checkpoint.cursor, job.folder, *fingerprints, home=job.home)
         # list[Any], because Ray's annotation has only its older class of callbacks
-        callbacks: list[Any] = [FailFastCallback(), *options.callbacks]
+        group = WorkerGroupCallback(job.folder, resources, options)
+        callbacks: list[Any] = [FailFastCallback(), group, *options.callbacks]
         loop_config = {
             "job": cloudpickle.dumps(job),
             "threads": options.threads,
             "cwd": os.getcwd(),
-            "gpus": resources["GPU"],
         }
         trainer = TorchTrainer(
             _work,
             train_loop_config=loop_config,
+            torch_config=DeviceTorchConfig(
+                folder=job.folder,
+                gpus=resources["GPU"],
+                needs_gpus=job.system[job.stage].needs_gpus,
+            ),
             scaling_config=ScalingConfig(
                 num_workers=options.workers,
+                elastic_resize_monitor_interval_s=options.resize_every_s,
                 use_gpu=resources["GPU"] > 0,
                 resources_per_worker={n: amount for n, amount in resources.items() if amount},
             ),
@@ -83,7 +107,7 @@ def fit(job: "TrainJob", options: RunOptions) -> None:
             dataset_config=PlanIngest(job.feed, start, readers=options.readers),
         )
         try:
-            _run(trainer.fit, partial(_say_missing, job.stage, resources, options.workers))
+            _in_thread(trainer.fit)
         except Exception as error:
             cause = _cause(error)
             if isinstance(cause, BridgeworkError):
@@ -112,16 +136,15 @@ def _needs(options: RunOptions) -> dict[str, float]:
     if gpus or ray_utils.grows("CPU"):
         return {"CPU": 1.0, "GPU": gpus}
     total = ray.cluster_resources().get("CPU", 1.0)
-    # With all CPUs in use by workers, they would wait for data endlessly.
+    # With all CPUs in use by workers, they would wait for data endlessly. An elastic run takes as
+    # many CPUs as it finds, so that its share of one has to leave some on every node.
     for_data = READER_CPUS * (options.readers + 1)
-    return {"CPU": max(0.1, min(1.0, (total - for_data) / options.workers)), "GPU": 0.0}
+    share = (total - for_data) / options.fewest_workers
+    return {"CPU": max(0.1, min(ELASTIC_CPUS if options.elastic else 1.0, share)), "GPU": 0.0}
 
 
-def _run(fit: Callable[[], object], meanwhile: Callable[[], object]) -> None:
-    """Call `fit` in a thread, because in the main thread Ray would replace the Ctrl-C handler.
-
-    `meanwhile` is called every SAY_EVERY_S seconds.
-    """
+def _in_thread(fit: Callable[[], object]) -> None:
+    """Call `fit` in a thread, because in the main thread Ray would replace the Ctrl-C handler."""
     raised: list[BaseException] = []
 
     def work() -> None:
@@ -132,29 +155,10 @@ def _run(fit: Callable[[], object], meanwhile: Callable[[], object]) -> None:
 
     thread = threading.Thread(target=work, name="ray-train", daemon=True)
     thread.start()
-    last = time.monotonic()
     while thread.is_alive():
-        thread.join(0.5)
-        if time.monotonic() - last > ray_utils.SAY_EVERY_S:
-            last = time.monotonic()
-            meanwhile()
+        thread.join(1.0)  # signals are handled between two of these
     if raised:
         raise raised[0]
-
-
-def _say_missing(stage: str, resources: dict[str, float], workers: int) -> None:
-    """Log the missing resources after a loss of nodes, because Ray Train waits silently."""
-    here = ray.cluster_resources()
-    for name, amount in resources.items():
-        if here.get(name, 0.0) < amount * workers:
-            log.warning(
-                "%s: waiting for %g x %s: %g of %g in the cluster",
-                stage,
-                amount * workers,
-                name,
-                here.get(name, 0.0),
-                amount * workers,
-            )
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -170,16 +174,12 @@ def _work(config: dict[str, Any]) -> None:
 
     from bridgework.training import loop
 
+    job: TrainJob = cloudpickle.loads(config["job"])
+    if is_finished(job.folder):
+        return  # while the number of workers was about to change
     if get_device().type == "cpu":
-        if config["gpus"]:
-            raise RunError(
-                f"a worker got {config['gpus']:g} GPUs of Ray, and torch {torch.__version__} finds "
-                "none on its node. Fix: install a build of torch with CUDA there, or train on CPUs "
-                "with --gpus-per-worker 0"
-            )
         share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
         torch.set_num_threads(config["threads"] or share)  # Ray's default follows num_cpus
-    job: TrainJob = cloudpickle.loads(config["job"])
     with notices.to_file(job.folder):
         loop.run(
             job,
@@ -188,7 +188,109 @@ def _work(config: dict[str, Any]) -> None:
             rank=rank,
             world=world,
             fixed_start=True,
+            preemption=Preemption(_end_of_node),
         )
+
+
+def _end_of_node() -> float | None:
+    """Return the time, in Unix seconds, at which a node of the run is taken away; None if none is.
+
+    `ray.train.get_preemption_info` is a barrier of all workers, which costs milliseconds. The loop
+    agrees on its own, with the sums of every step, so only this worker's state is read.
+    """
+    info = get_train_context().preemption_context.preemption_info
+    if info is None:
+        return None
+    return info.deadline_ms / 1000 if info.deadline_ms else math.inf
+
+
+class WorkerGroupCallback(ControllerCallback):
+    """Reports every change of the workers of a stage, in the process of Ray Train's controller.
+
+    Before the number of workers changes, it has them save a checkpoint. While the resources of the
+    workers are missing, e.g. after the loss of a node, it reports which, and ends the run after a
+    time or if the run is asked to stop.
+    """
+
+    def __init__(self, folder: Path, resources: dict[str, float], options: RunOptions) -> None:
+        self._folder, self._stage = folder, folder.name
+        self._resources = resources
+        self._fewest, self._most = options.fewest_workers, options.most_workers
+        self._timeout_s = options.resource_timeout_s
+        self._workers = 0  # that run now
+        self._next = 0  # that Ray Train starts next
+        self._before = 0  # that ran before
+        self._waits_since: float | None = None  # on the monotonic clock
+        self._said = 0.0
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Save a checkpoint if workers are running, because Ray Train ends them after this."""
+        if self._workers:
+            self._say(
+                f"room for {resize_decision.num_workers} workers instead of {self._workers}: they "
+                "start again after a checkpoint"
+            )
+            self._save()
+            self._before, self._workers = self._workers, 0
+        self._next = resize_decision.num_workers
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Report a failure, a wait and a start. Raises ResourceError after a long wait."""
+        name, now = type(current_state).__name__, time.monotonic()
+        if name == "RunningState" and not self._workers:
+            self._workers, self._waits_since = self._next, None
+            if self._before and self._before != self._workers:
+                self._say(f"{self._workers} workers instead of {self._before} train from now on")
+        elif name in ("RestartingState", "ReschedulingState"):
+            if type(previous_state) is not type(current_state) and self._workers:
+                reason = _reason(current_state.training_failed_error)
+                self._say(f"the workers start again from the newest checkpoint, because {reason}")
+                self._before, self._workers = self._workers, 0
+            self._wait(now)
+        elif name == "InitializingState":
+            self._wait(now)
+
+    def _save(self) -> None:
+        """Ask the workers for a checkpoint, after which they stop, and wait for it."""
+        stop, before = Stop(self._folder), self._newest()
+        started = said = time.monotonic()
+        stop.ask(RESIZE)
+        while self._newest() == before and not is_finished(self._folder):
+            now = time.monotonic()
+            if now - started > CHECKPOINT_S:
+                self._say(f"no checkpoint within {CHECKPOINT_S:g} s: they start again without it")
+                break
+            if now - said > ray_utils.SAY_EVERY_S:
+                said = now
+                self._say(f"waiting for the checkpoint: {now - started:.0f} of {CHECKPOINT_S:g} s")
+            time.sleep(POLL_S)
+        stop.withdraw(RESIZE)
+
+    def _newest(self) -> str:
+        return next((c.folder.name for c in checkpoint.checkpoints(self._folder)), "")
+
+    def _wait(self, now: float) -> None:
+        """Report the missing resources; ends the run after a time, and if it is asked to stop."""
+        if self._waits_since is None:
+            self._waits_since = self._said = now
+        if asked := Stop(self._folder).asked:
+            raise interrupted(self._stage, asked, None)
+        waited = now - self._waits_since
+        missing = ray_utils.missing([self._resources] * self._fewest)
+        if waited >= self._timeout_s:
+            raise ResourceError(
+                f"{self._stage}: the cluster did not have the resources within {self._timeout_s:g} "
+                f"s. Got {missing}. Fix: the same command resumes when it has them; or "
+                f"{ray_utils.FEWER}, or wait longer (--resource-timeout)"
+            )
+        if now - self._said >= ray_utils.SAY_EVERY_S:
+            self._said = now
+            self._say(f"waiting for {missing}; {waited:.0f} of {self._timeout_s:g} s")
+        time.sleep(POLL_S)  # Ray Train asks again at once
+
+    def _say(self, text: str) -> None:
+        with notices.to_file(self._folder):
+            log.warning("%s: %s", self._stage, text)
 
 
 class FailFastCallback(UserCallback):
@@ -203,6 +305,20 @@ class FailFastCallback(UserCallback):
             cause = _cause(error)
             if isinstance(cause, BridgeworkError) and not isinstance(cause, ResourceError):
                 raise cause
+
+
+def _reason(error: BaseException) -> str:
+    """Return one line about a failure of the workers; the lost ones are its cause."""
+    failures = getattr(error, "worker_failures", {})
+    gone = RayActorError | WorkerHealthCheckFailedError
+    lost = [rank for rank, each in failures.items() if isinstance(each, gone)]
+    if isinstance(error, PreemptionError):
+        return "a node was taken away, after a notice"
+    if lost:
+        return f"the process or the node of rank {', '.join(map(str, sorted(lost)))} is gone"
+    cause = _cause(error)
+    lines = str(cause).strip().splitlines()
+    return f"of {type(cause).__name__}: {lines[0].strip()[:300] if lines else ''}"
 
 
 def _cause(error: BaseException) -> BaseException:

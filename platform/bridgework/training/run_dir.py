@@ -23,6 +23,7 @@ from bridgework.errors import ResourceError, RunError, SpecError, suggest
 from bridgework.system import System, fingerprint
 
 HISTORY = "recipes.json"
+FEATURES = "features.json"  # in a stage's folder: cached or computed, and why
 STEPS = re.compile(r"stages\.([^.]+)\.budget\.steps")
 
 

@@ -14,9 +14,10 @@ from bridgework.artifacts import StageResult
 from bridgework.config import flat, to_dict
 from bridgework.data import quarantine
 from bridgework.errors import RunError, TrackingError
+from bridgework.evaluation import results
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
-from bridgework.tracking import card, environment
+from bridgework.tracking import card, environment, evaluations
 from bridgework.tracking.openlineage_events import Artifact, Event, State, emit
 from bridgework.tracking.relay import MetricsForwarder, unfinished
 from bridgework.tracking.tracker import MemoryTracker, Point, Status, Tracker
@@ -111,6 +112,12 @@ class RunRecord:
             emit(self._home, self._event)
         return self._open
 
+    def note(self, values: Mapping[str, str]) -> None:
+        """Log parameters of the open stage that are not fields of its recipe."""
+        with self._try_tracker() as tracker:
+            if self._open is not None:
+                tracker.params(self._open, values, resumed=True)
+
     def done(self, stage: Stage, place: Path) -> StageResult:
         """Return the stage's result, after its images and weights are logged to the tracker."""
         metrics: dict[str, float] = json.loads((place / "metrics.json").read_text())
@@ -123,10 +130,9 @@ class RunRecord:
             "run": self._run,
         }
         self._emit("COMPLETE", [Artifact(str(result.artifact), info.digest)])
+        files = results.assign_weights(place / results.FOLDER, info.digest)
         with self._try_tracker() as tracker:
             if self._open is not None:
-                for image in sorted((place / "evals").glob("*.png")):
-                    tracker.file(self._open, image, "evals")
                 if (place / SKIPS).exists():
                     tracker.file(self._open, place / SKIPS)
                 self._log_card(tracker, self._open, stage, result)
@@ -135,6 +141,11 @@ class RunRecord:
                 model_id = tracker.output(
                     self._open, f"{self._system.name}-{stage.name}", str(result.artifact), tags
                 )
+                for file in files:
+                    record = results.read(file)
+                    images = [file.with_name(f"{record.name}.png")]
+                    kept = [file, *(image for image in images if image.is_file())]
+                    evaluations.log(tracker, record, kept, str(result.artifact))
                 tracker.finish(self._open)
                 result = replace(result, run_id=self._open, model_id=model_id)
                 self._runs[result.artifact] = self._open
@@ -143,9 +154,11 @@ class RunRecord:
 
     def _log_card(self, tracker: Tracker, run_id: str, stage: Stage, result: StageResult) -> None:
         hours = None if self._began is None else (time.monotonic() - self._began) / 3600
-        evaluations = tuple(f"{spec.name}." for spec in stage.evals)
-        figures = {n: value for n, value in result.metrics.items() if n.startswith(evaluations)}
-        facts = card.Facts(figures=figures, hours=hours, tags=self._tags)
+        known = card.stored_facts(result.artifact, self._home)
+        names = tuple(f"{spec.name}." for spec in stage.evals)
+        figures = {n: value for n, value in result.metrics.items() if n.startswith(names)}
+        figures = figures | dict(known.figures)
+        facts = replace(known, figures=figures, hours=hours, tags=self._tags)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / card.FILE
             file.write_text(card.model_card(result.artifact, facts), encoding="utf-8")

@@ -1,7 +1,9 @@
-"""Requests to stop a run: a signal to one of its processes, or a file in the stage's folder.
+"""Requests to stop a run or to save a checkpoint, which the loop checks after every step.
 
-The loop checks after every step. All workers agree on the step after which they stop, and a
-checkpoint is saved there. Workers under Ray Train receive no signal, so the driver writes the file.
+A request to stop is a signal to one of the run's processes, or a file in the stage's folder. All
+workers agree on the step after which they stop, and a checkpoint is saved there. Workers under Ray
+Train receive no signal, so the driver writes the file. The notice that a node is about to be taken
+away leads to checkpoints, and training continues until the node is gone.
 """
 
 import signal
@@ -18,6 +20,7 @@ from bridgework.errors import Interrupted
 FILE = "stop"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_S = 0.5  # interval between checks for the file: it may be on a shared disk
+MARGIN_S = 2.0  # a checkpoint is not begun this close to the end of a node, besides its own time
 
 
 class Stop:
@@ -40,6 +43,12 @@ class Stop:
         with suppress(OSError):
             self._file.unlink(missing_ok=True)
 
+    def withdraw(self, reason: str) -> None:
+        """Remove the file, unless it holds another request by now."""
+        with suppress(OSError):
+            if self._file.read_text() == reason:
+                self.clear()
+
     @property
     def asked(self) -> str:
         """The reason of the request, e.g. SIGTERM; empty without one."""
@@ -52,21 +61,57 @@ class Stop:
         return self._asked
 
 
+class Preemption:
+    """The notice that a node of the run is about to be taken away, and the checkpoints it leads to.
+
+    The first one is due at the notice, and another one each time when half of the remaining time
+    has passed, as long as there is time for it. What is lost with the node is then little, without
+    a pause of the training until then.
+    """
+
+    def __init__(self, deadline: Callable[[], float | None]) -> None:
+        """`deadline` returns the end of the node in Unix seconds; None without a notice."""
+        self._find = deadline
+        self._deadline: float | None = None
+        self._next = 0.0  # time of the next checkpoint
+        self._cost_s = 0.0  # of the newest checkpoint
+
+    def due(self) -> bool:
+        """Return True if a checkpoint is due on account of the notice."""
+        deadline, now = self._find(), time.time()
+        if deadline is None:
+            return False
+        if deadline != self._deadline:  # another node may follow the first one
+            self._deadline, self._next = deadline, now
+        return self._next <= now < deadline - self._cost_s - MARGIN_S
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measure the checkpoint that the block saves, and schedule the next one."""
+        started = time.time()
+        yield
+        now = time.time()
+        self._cost_s = now - started
+        if self._deadline is not None:
+            self._next = now + (self._deadline - now) / 2
+
+
 @contextmanager
 def listening(folder: Path, say: Callable[[str], Any]) -> Iterator[Stop]:
     """Handle the first SIGTERM or Ctrl-C in the block as a request to stop; the second one kills.
 
     Handlers can be set only in the main thread. In other threads only the file is checked.
     """
-    stop, stage = Stop(folder), folder.name
+    stop, stage, received = Stop(folder), folder.name, list[int]()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if stop.asked:
+        if received:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        received.append(number)
         stop.ask(name)
         say(
             f"{stage}: {name}: a checkpoint is saved after this step, then the run stops; "

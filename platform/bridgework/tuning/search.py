@@ -1,53 +1,71 @@
-"""Sweeps: Optuna proposes trials, ASHA stops weak ones, and the driver's `train` trains each one.
+"""Sweeps: Optuna proposes trials and stops weak ones, Ray Tune runs them, `train` trains each one.
 
 A trial is stages of a system with overrides, a folder under the sweep's run, and a child run in the
-tracker. Only the sweep's own process calls the tracker, because several processes that open a new
-sqlite store at the same time corrupt it.
+tracker. The study in the sweep's folder records what was tried, so that the same command resumes.
+Only the sweep's own process calls the tracker and writes the study, because several processes that
+open a new sqlite store at the same time corrupt it.
 """
 
 import json
-import math
+import logging
 import os
+import re
 import shlex
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import optuna
-from ray import tune
-from ray.tune import Callback, ResultGrid, RunConfig, TuneConfig, Tuner
+from ray import cloudpickle, tune
+from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from bridgework.config import override, to_dict
-from bridgework.errors import RunError, SpecError, TrackingError, suggest
-from bridgework.system import System, load
-from bridgework.tracking import registry
+from bridgework import ray_metrics, ray_utils
+from bridgework.artifacts import StageResult
+from bridgework.config import flat, override
+from bridgework.data.catalog import resolve
+from bridgework.data.dataset import open_dataset
+from bridgework.errors import BridgeworkError, Interrupted, RunError, SpecError, TrackingError
+from bridgework.mixture import DatasetInput
+from bridgework.system import Stage, System
+from bridgework.tracking import environment, registry
 from bridgework.tracking.tracker import Point, Status, Tracker, Version
-from bridgework.training import run_dir
-from bridgework.training.driver import train
+from bridgework.training import feature_cache, run_dir
+from bridgework.training.driver import can_cache_features, num_draws, train
 from bridgework.training.options import RunOptions
-from bridgework.tuning.space import Space, bounds, described
+from bridgework.tuning import report, study
+from bridgework.tuning.choice import Rule, front, ranked
+from bridgework.tuning.compare import verdict
+from bridgework.tuning.space import Space, check
+from bridgework.tuning.space import with_trials as with_trials
+from bridgework.tuning.study import TrialRow, Trials
+from bridgework.tuning.trial import (
+    JUDGMENT,
+    OUTCOME,
+    TrialJob,
+    remove_checkpoints,
+    repeat_names,
+    repeated,
+    run_trial,
+)
 
-# Both print progress that is clearer in the sweep's own table.
+# Tune prints progress that is clearer in the sweep's own lines.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+DRIVER_CPUS = 0.1  # of a trial that only drives a Ray Train run
+TUNE = "tune"  # prefix of the folders of Ray Tune, which hold nothing that is needed later
 
-
-@dataclass(frozen=True)
-class TrialRow:
-    """One trial of a sweep: a row of its table."""
-
-    trial: str
-    changes: Mapping[str, Any]
-    score: float | None  # None: the trial reported none
-    status: str  # finished | stopped | failed
-    seconds: float
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,9 @@ class Outcome:
     metrics: dict[str, float]
     version: Version | None
     not_challenger: str = ""  # the reason why the alias `challenger` did not move to `version`
+    front: tuple[str, ...] = ()  # trials of the Pareto front, for several objectives
+    verdict: str = ""  # the winner compared with the runner-up
+    report: Path | None = None  # HTML page
 
 
 def sweep(
@@ -68,213 +89,350 @@ def sweep(
     home: Path,
     run: str,
     changes: Mapping[str, Any] | None = None,
-    tracker: Tracker | None = None,
+    more: int = 0,
+    warm_start: Sequence[str] = (),
+    tracker: Tracker | Callable[[], Tracker | None] | None = None,
     console: Console | None = None,
 ) -> Outcome:
     """Run `space` with `changes` in every trial, and register the best trial's last stage.
 
-    The new version becomes `challenger` if it is better than the holder of the alias. A complete
-    sweep is not run again. Raises SpecError for a path, a stage or a metric that does not exist,
-    and RunError if no trial finished with a score or `run` holds another sweep. The runs in the
-    tracker then end FAILED, or KILLED after Ctrl-C.
+    The same call resumes an interrupted sweep: finished trials are not run again, and unfinished
+    ones continue from their checkpoints. more: trials in addition to those that `run` has already.
+    warm_start: earlier sweeps of the same system, whose trials the first proposals know. tracker: or
+    a function that opens it, which is called after the checks.
+
+    The new version becomes `challenger` if it is better than the holder of the alias. Raises
+    SpecError for a path, a stage or a metric that does not exist, RunError if no trial finished
+    with a score or `run` holds another sweep, and Interrupted after Ctrl-C. The runs in the tracker
+    then end FAILED or KILLED.
     """
     console = console or Console(stderr=True)
     fixed = {**space.fixed, **(changes or {})}
-    base = override(load(space.system), fixed)
-    _check(space, base)
-    rows = _load_rows(home / "runs" / run, space, base)
-    parent = (
-        tracker.start(run, tags={"run_key": run, "system": base.name, "sweep": space.name})
-        if tracker
-        else None
-    )
-    recorder = _Recorder(space, run, tracker, parent, console)
-    with recorder.closed():
-        if rows is None:
-            rows = _scored(
-                _search(space, base, home, run, recorder), space, run, home / "runs" / run
-            )
-            _save_rows(home / "runs" / run, space, base, rows)
-        return _registered(space, base, fixed, rows, home, run, tracker, parent, console)
+    space = replace(space, fixed=fixed)
+    base = space.base()
+    check(space, base)
+    if space.prefer:
+        Rule.parse(space.prefer, space.metrics)
+    folder = run_dir.path_of(home, run)
+    with run_dir.locked(folder):
+        trials = Trials.open(folder, space, base, run)
+        for earlier in warm_start:
+            count = trials.warm_start(run_dir.path_of(home, earlier), earlier)
+            console.print(f"warm start: {count} trials of {earlier}", highlight=False)
+        target = trials.extend(more) if more else space.budget.trials
+        if callable(tracker):
+            tracker = tracker()
+        parent = None
+        if tracker is not None:
+            tags = {"run_key": run, "system": base.name, "sweep": space.name}
+            with suppress(TrackingError):
+                parent = tracker.start(run, tags=tags)
+        recorder = _Recorder(space, base, run, home, trials, target, tracker, parent, console)
+        with recorder.closed():
+            if trials.unfinished() or trials.count() < target:
+                _search(trials, base, home, run, target, recorder)
+            rows = _finished_rows(trials, space, run)
+            return _registered(trials, base, rows, home, run, recorder)
 
 
-def _registered(
-    space: Space,
-    base: System,
-    fixed: Mapping[str, Any],
-    rows: list[TrialRow],
-    home: Path,
-    run: str,
-    tracker: Tracker | None,
-    parent: str | None,
-    console: Console,
-) -> Outcome:
-    """Return the outcome, and register the best trial's last stage if a tracker answers."""
-    best = rows[0]
-    # All its stages are finished, so this only logs their inputs and outputs to the tracker.
-    winner = train(
-        override(base, best.changes),
-        home=home,
-        run=f"{run}/{best.trial}",
-        options=RunOptions(workers=0),
-        stages=space.stages,
-        tracker=tracker,
-        parent_run=parent,
-        console=Console(quiet=True),
-    )[space.stages[-1]]
-    command = _command(space, fixed, best.changes)
-    version, why = None, ""
-    try:
-        if tracker is not None and winner.run_id is not None:
-            version = registry.register(
-                tracker, base.name, winner, {"command": command, "sweep": run}
-            )
-            _, why = registry.challenge(tracker, version, space.metric.name)
-            version = tracker.version(base.name, version.version)
-    except TrackingError as error:
-        console.print(f"{error}; the winner is not registered yet: the same command later does it")
-    return Outcome(tuple(rows), command, winner.artifact, winner.metrics, version, why)
-
-
-def _search(space: Space, base: System, home: Path, run: str, recorder: "_Recorder") -> ResultGrid:
-    trial = tune.with_parameters(
-        _trial, space=space, base=base, home=home, run=run, cwd=os.getcwd()
-    )
-    tuner = Tuner(
-        tune.with_resources(trial, {"CPU": space.budget.cpus}),
-        param_space=dict(space.space),
-        tune_config=TuneConfig(
-            metric=space.metric.name,
-            mode=space.metric.mode,
-            num_samples=space.budget.trials,
-            max_concurrent_trials=space.budget.concurrent,
-            search_alg=OptunaSearch(seed=space.budget.seed),
-            scheduler=ASHAScheduler(
-                time_attr="training_iteration", max_t=space.budget.judgments, grace_period=1
-            ),
-            reuse_actors=True,
-        ),
-        run_config=RunConfig(
-            name="tune", storage_path=str(home / "runs" / run), verbose=0, callbacks=[recorder]
-        ),
-    )
-    return tuner.fit()
-
-
-def _identity(space: Space, base: System) -> dict[str, Any]:
-    """Return all settings that determine the trials and the best one; JSON-ready."""
-    return {
-        "recipe": base.fingerprint(),
-        "stages": list(space.stages),
-        "space": {path: described(distribution) for path, distribution in space.space.items()},
-        "metric": to_dict(space.metric),
-        "budget": to_dict(space.budget),
-    }
-
-
-def _load_rows(folder: Path, space: Space, base: System) -> list[TrialRow] | None:
-    """Return the rows of this sweep if it was run before, else None."""
-    file = folder / "sweep.json"
-    if not file.exists():
-        return None
-    stored = json.loads(file.read_text())
-    identity = _identity(space, base)
-    if differs := [name for name in identity if stored["identity"].get(name) != identity[name]]:
-        raise RunError(
-            f"{folder} holds another sweep: its {', '.join(differs)} differ. "
-            "Fix: give another --run"
-        )
-    return [TrialRow(**row) for row in stored["rows"]]
-
-
-def _save_rows(folder: Path, space: Space, base: System, rows: list[TrialRow]) -> None:
-    temporary = folder / "sweep.json.tmp"
-    temporary.write_text(
-        json.dumps({"identity": _identity(space, base), "rows": [vars(r) for r in rows]}, indent=1)
-    )
-    temporary.rename(folder / "sweep.json")
-
-
-def _check(space: Space, base: System) -> None:
-    for stage in space.stages:
-        base[stage]
-    for path, distribution in space.space.items():
-        for value in bounds(path, distribution):
-            override(base, {path: value})
-    last = base[space.stages[-1]]
-    ways = {f"{spec.name}.{key}": way for spec in last.evals for key, way in spec.better.items()}
-    decisive = [name for name, way in ways.items() if way is not None]
-    if space.metric.name not in decisive:
-        baseline = (
-            "is a baseline, which cannot rank trials,"
-            if space.metric.name in ways
-            else "is not a metric of any evaluation"
-        )
-        raise SpecError(
-            f"sweep {space.name}: METRIC {space.metric.name!r} {baseline} of stage {last.name}"
-            + (
-                suggest(space.metric.name, decisive)
-                or ". Fix: add evaluations to the stage's evals in the recipe"
-            )
-        )
-    if space.metric.mode != {"higher": "max", "lower": "min"}[str(ways[space.metric.name])]:
-        raise SpecError(
-            f"sweep {space.name}: METRIC has mode {space.metric.mode!r}, and "
-            f"{ways[space.metric.name]} {space.metric.name} is better. Fix: take the other mode"
-        )
-
-
-def _trial(
-    config: dict[str, Any], *, space: Space, base: System, home: Path, run: str, cwd: str
+def _search(
+    trials: Trials, base: System, home: Path, run: str, target: int, recorder: "_Recorder"
 ) -> None:
-    """Train the stages of one trial, in the process of a Tune actor."""
-    import torch
-
-    # Tune starts in another folder, but a recipe's paths are relative to that of the command.
-    os.chdir(cwd)
-    torch.set_num_threads(max(1, round(space.budget.cpus)))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    name = tune.get_context().get_trial_id()
-    system = override(base, config)
-    *first, last = space.stages
-    # Rounded up, because ASHA ends a trial after `judgments` reports.
-    every = math.ceil(system[last].budget.steps / space.budget.judgments)
-    evaluation = space.metric.name.split(".")[0]
-    for stages, options in (
-        (first, RunOptions(workers=0)),
-        (
-            [last],
-            RunOptions(workers=0, evaluate_every=every, midway=evaluation, report=_reporter(space)),
-        ),
-    ):
-        train(
-            system,
-            home=home,
-            run=f"{run}/{name}",
-            options=options,
-            stages=stages,
-            console=Console(quiet=True),
+    """Run the unfinished and the new trials. Raises Interrupted if a signal stopped them."""
+    space, budget, folder = trials.space, trials.space.budget, trials.folder
+    for old in folder.glob(f"{TUNE}-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    with nullcontext() if ray_utils.is_open() else ray_utils.ray_session():
+        features = _features(trials, base, home, target, recorder.say)
+        # Without the distributions: a worker may not be able to import a function of the space.
+        job = TrialJob(replace(space, space={}), home, run, os.getcwd(), features)
+        gpus = ray_utils.gpus_each(budget.gpus)
+        needs = {"CPU": DRIVER_CPUS} if budget.workers else {"CPU": budget.cpus, "GPU": gpus}
+        if not budget.workers:
+            ray_utils.wait_for(f"trials of {run}", [needs], say=recorder.say)
+        proposer = _Proposer(trials, base, target, recorder)
+        tuner = Tuner(
+            tune.with_resources(tune.with_parameters(run_trial, job=job), needs),
+            tune_config=TuneConfig(
+                num_samples=-1,
+                search_alg=proposer,
+                scheduler=_Scheduler(proposer, recorder),
+                # A Ray Train run belongs to the actor that drives it, and ends with it.
+                reuse_actors=not budget.workers,
+                trial_name_creator=lambda trial: str(trial.config.get("trial", "trial")),
+                trial_dirname_creator=lambda trial: str(trial.config.get("trial", "trial")),
+            ),
+            run_config=RunConfig(
+                name=f"{TUNE}-{os.getpid()}-{os.urandom(3).hex()}",
+                storage_path=str(folder),
+                verbose=0,
+                callbacks=[_Callback(proposer, recorder)],
+                failure_config=FailureConfig(max_failures=budget.max_failures),
+            ),
         )
+        with _sigterm_as_sigint(), recorder.bar():
+            tuner.fit()
+    if proposer.raised is not None:
+        raise proposer.raised
+    if trials.unfinished() or (trials.count() < target and not proposer.exhausted):
+        raise Interrupted(
+            f"sweep {run}: stopped after {trials.count() - len(trials.unfinished())} of {target} "
+            "trials; the same command resumes"
+        )
+    for old in folder.glob(f"{TUNE}-*"):
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _reporter(space: Space) -> Any:
-    def report(metrics: dict[str, float], step: int) -> None:
-        if space.metric.name in metrics:
-            tune.report({**metrics, "step": step})
+def _features(
+    trials: Trials, base: System, home: Path, target: int, say: Callable[[str], object]
+) -> Literal["cached", "computed"]:
+    """Decide once for all trials if features of frozen towers are cached, and cache them.
 
-    return report
+    The decision counts the images that all trials draw, and is kept for a resumed sweep.
+    """
+    space = trials.space
+    stages = [base[name] for name in space.stages if can_cache_features(base[name])]
+    if not stages:
+        return "computed"
+    datasets = {stage.name: _datasets(stage, home) for stage in stages}
+    runs = target * space.budget.repeats
+    draws = sum(stage.budget.steps * stage.budget.batch for stage in stages) * runs
+    stored = trials.noted("features")
+    every = {d.manifest.digest: d for found in datasets.values() for d in found}
+    pays = feature_cache.pays(list(every.values()), draws)
+    chosen: Literal["cached", "computed"] = "cached" if (stored or pays) else "computed"
+    if stored is not None:
+        chosen = "cached" if stored == "cached" else "computed"
+    if chosen == "computed":
+        rows = sum(d.manifest.rows for d in every.values())
+        say(
+            f"features are computed in training: {runs} trials draw {draws:,} images, and caching "
+            f"would compute {rows:,}"
+        )
+    for stage in stages if chosen == "cached" else ():
+        try:
+            decision = feature_cache.prepare(
+                _tower(stage),
+                datasets[stage.name],
+                draws=num_draws(base, stage) * runs,
+                home=home,
+                workers=space.budget.concurrent,
+                demanded=True,
+            )
+            say(f"{stage.name}: {decision.why}")
+        except BridgeworkError as error:
+            if stored == "cached":
+                raise
+            say(f"{stage.name}: features are computed in training: {error}")
+            chosen = "computed"
+    trials.note("features", chosen)
+    return chosen
 
 
-class _Recorder(Callback):
-    """Logs trials to the tracker from the sweep's own process, since ASHA stops some silently."""
+def _tower(stage: Stage) -> Any:
+    return getattr(stage.model, "vision", None)
+
+
+def _datasets(stage: Stage, home: Path) -> list[Any]:
+    curated = stage.curation and stage.curation.makes
+    return [
+        open_dataset(resolve(source.dataset, home))
+        for source in stage.data.leaves
+        if source.dataset != curated
+    ]
+
+
+class _Proposer(Searcher):
+    """Gives Tune the unfinished trials, then new ones as soon as they may start."""
+
+    def __init__(self, trials: Trials, base: System, target: int, recorder: "_Recorder") -> None:
+        super().__init__()
+        self._trials, self._base, self._target = trials, base, target
+        self._recorder = recorder
+        self._resume = trials.unfinished()
+        self._numbers: dict[str, int] = {}  # by Tune's id
+        self.exhausted = False
+        self.raised: Exception | None = None
+
+    def number(self, trial_id: str) -> int:
+        return self._numbers[trial_id]
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the next trial's config, None to wait, or FINISHED."""
+        if self.raised is not None:
+            return Searcher.FINISHED
+        try:
+            return self._suggest(trial_id)
+        except Exception as error:  # Tune would hide it in a log
+            self.raised = error
+            return Searcher.FINISHED
+
+    def _suggest(self, trial_id: str) -> Any:
+        while True:
+            if self._resume:
+                number = self._resume.pop(0)
+                if self._trials.stops(number):  # decided, but not yet recorded
+                    self._trials.stop(number)
+                    continue
+                changes = self._trials.changes(number)
+            elif self._trials.count() >= self._target:
+                return Searcher.FINISHED
+            elif not self._trials.ready():
+                return None
+            else:
+                proposal = self._trials.propose()
+                if proposal is None:
+                    self.exhausted = True
+                    self._recorder.say(
+                        f"every configuration of the space was tried: {self._trials.count()} "
+                        f"instead of {self._target} trials"
+                    )
+                    return Searcher.FINISHED
+                number, changes = proposal.number, dict(proposal.changes)
+            try:
+                system = override(self._base, changes)
+            except SpecError as error:  # a combination of values that are valid alone
+                self._trials.fail(number, str(error))
+                self._recorder.ended(number, None)
+                continue
+            self._numbers[trial_id] = number
+            self._recorder.started(number, system)
+            return {"trial": study.name(number), "system": cloudpickle.dumps(system).hex()}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None: ...
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing, because the study is the state."""
+
+    def restore(self, checkpoint_path: str) -> None: ...
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Scheduler(FIFOScheduler):
+    """Records every report in the study, and stops the trials that the study's rule stops."""
+
+    def __init__(self, proposer: _Proposer, recorder: "_Recorder") -> None:
+        init: Any = super().__init__  # untyped in Ray
+        init()
+        self._proposer, self._recorder = proposer, recorder
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        number = self._proposer.number(trial.trial_id)
+        try:
+            stop = self._recorder.reported(number, result)
+        except Exception as error:
+            self._proposer.raised, stop = error, True
+        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Callback(Callback):
+    """Records the end of trials."""
+
+    def __init__(self, proposer: _Proposer, recorder: "_Recorder") -> None:
+        self._proposer, self._recorder = proposer, recorder
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_recover(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        number = self._proposer.number(trial.trial_id)
+        self._recorder.say(f"trial {study.name(number)}: starts again after {_reason(trial)}")
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        self._ended(trial, "it ended without a result")
+
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        self._ended(trial, _reason(trial))
+
+    def _ended(self, trial: Trial, failure: str) -> None:
+        try:
+            self._recorder.ended(self._proposer.number(trial.trial_id), failure)
+        except Exception as error:  # raised after the sweep, because Tune would wrap it
+            self._proposer.raised = self._proposer.raised or error
+
+
+def _reason(trial: Trial) -> str:
+    """Return the last line of a trial's error: Ray puts tracebacks before it."""
+    error = trial.get_error()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[-1] if lines else type(error).__name__
+    return re.sub(r"^(bridgework\.errors\.)", "", line)[:400]
+
+
+class _Recorder:
+    """Writes the course of a sweep to the study, the tracker and the console."""
 
     def __init__(
-        self, space: Space, run: str, tracker: Tracker | None, parent: str | None, console: Console
+        self,
+        space: Space,
+        base: System,
+        run: str,
+        home: Path,
+        trials: Trials,
+        target: int,
+        tracker: Tracker | None,
+        parent: str | None,
+        console: Console,
     ) -> None:
-        self._run, self._space = run, space
-        self._tracker, self._parent, self._console = tracker, parent, console
-        self.runs: dict[str, str] = {}
-        self._running: set[str] = set()
+        self.space, self._base, self._run, self._home = space, base, run, home
+        self._trials, self._target = trials, target
+        self.tracker, self.parent, self.console = tracker, parent, console
+        self._runs: dict[int, str] = {}
+        self.logged: dict[str, dict[str, StageResult]] = {}  # by the name of a trial's run
+        self._systems: dict[int, System] = {}
+        self._since: dict[int, float] = {}
+        self._best: float | None = None  # score of any report so far
+        self._bar: Progress | None = None
+        self._began, self._before = time.monotonic(), 0
+
+    @property
+    def resources(self) -> tuple[float, float]:
+        """Return the CPUs and GPUs of a trial, as requested."""
+        budget = self.space.budget
+        workers = max(1, budget.workers)
+        return budget.cpus if not budget.workers else float(workers), (budget.gpus or 0) * workers
+
+    def log_report(self, folder: Path) -> None:
+        """Log the page and the figures with the sweep's run."""
+        parent = self.parent
+        if parent is not None:
+            for file in sorted(folder.iterdir()):
+                self._call_tracker(partial(_log_file, parent, file))
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self) -> Iterator[None]:
+        """Show the state of the sweep in a terminal during the block."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+        )
+        self._before = sum(row.status != "running" for row in self._trials.rows())
+        self._began = time.monotonic()
+        with Progress(
+            *columns, console=self.console, disable=not self.console.is_terminal
+        ) as self._bar:
+            self._bar.add_task(self._run, total=self._target, state="starting")
+            self._refresh()
+            yield
+        self._bar = None
 
     @contextmanager
     def closed(self) -> Iterator[None]:
@@ -282,141 +440,280 @@ class _Recorder(Callback):
         try:
             yield
         except BaseException as error:
-            self._close("FAILED" if isinstance(error, Exception) else "KILLED")
+            failed = isinstance(error, Exception) and not isinstance(error, Interrupted)
+            self._close("FAILED" if failed else "KILLED")
             raise
         self._close("FINISHED")
 
-    def _close(self, status: Status) -> None:
-        for run_id in (*sorted(self._running), *filter(None, [self._parent])):
-            self._call_tracker(partial(_finish, run_id, status))
-        self._running.clear()
+    def started(self, number: int, system: System) -> None:
+        """Open the trial's run, with its commit and datasets: a losing trial saw them too."""
+        self._systems[number], self._since[number] = system, time.monotonic()
+        ray_metrics.add("bridgework_sweep_trials", sweep=self._run, event="started")
+        name = f"{self._run}/{study.name(number)}"
+        tags = {
+            "run_key": name,
+            "run": name,
+            "sweep": self.space.name,
+            "system": system.name,
+            "fingerprint": system.fingerprint(),
+            **environment.tags(),
+        }
+        changes = self._trials.changes(number)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return no state, because a console cannot be pickled and Tune's restore is not used."""
-        return {}
+        def open_run(tracker: Tracker) -> None:
+            self._runs[number] = tracker.start(name, parent=self.parent, tags=tags)
+            tracker.params(self._runs[number], {**flat(system), **changes}, resumed=True)
+            tracker.inputs(self._runs[number], _inputs(system, self.space, self._home))
 
-    def on_trial_start(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        if trial.trial_id not in self.runs:
-            self._call_tracker(lambda tracker: self._open(tracker, trial))
+        self._call_tracker(open_run)
+        self._refresh()
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
-    ) -> None:
-        name, step, at = (
-            self._space.metric.name,
-            int(result["step"]),
-            int(result["timestamp"] * 1000),
-        )
-        self._console.print(
-            f"trial {trial.trial_id}: {name} {result[name]:.3f} at step {step}", highlight=False
-        )
-        points = [
-            Point(k, v, step, at)
-            for k, v in result.items()
-            if isinstance(v, float) and "/" not in k
+    def reported(self, number: int, result: Mapping[str, Any]) -> bool:
+        """Record a report; returns True if the trial is to be stopped."""
+        if self._ended(number):
+            return False
+        self._spend(number)
+        if OUTCOME in result:
+            self._finish(number, json.loads(result[OUTCOME]))
+            return False
+        name = self.space.metric.name
+        if name not in result:
+            return False
+        value, judgment, step = float(result[name]), int(result[JUDGMENT]), int(result["step"])
+        self._points(number, {name: value}, step)
+        self._export(number, value)
+        stop = self._trials.report(number, judgment, value)
+        if not self.console.is_terminal:
+            self.say(f"trial {study.name(number)}: {name} {value:.3f} at step {step}")
+        if stop:
+            self._trials.stop(number)
+        return stop
+
+    def _export(self, number: int, score: float) -> None:
+        """Export a trial's score and the best one to Prometheus."""
+        better = max if self.space.metric.mode == "max" else min
+        self._best = score if self._best is None else better(self._best, score)
+        labels = {"sweep": self._run, "metric": self.space.metric.name}
+        trial = study.name(number)
+        ray_metrics.set_value("bridgework_sweep_score", score, trial=trial, **labels)
+        ray_metrics.set_value("bridgework_sweep_best", self._best, **labels)
+
+    def _finish(self, number: int, outcome: Mapping[str, Any]) -> None:
+        if "failed" in outcome:
+            self._trials.fail(number, str(outcome["failed"]))
+            return
+        repeats = outcome["repeats"]
+        values = [
+            sum(metrics[metric.name] for metrics in repeats) / len(repeats)
+            for metric in self.space.metrics
         ]
-        self._call_tracker(lambda tracker: tracker.points(self.runs[trial.trial_id], points))
+        self._trials.finish(number, values, repeats)
+        means = {m.name: v for m, v in zip(self.space.metrics, values, strict=True)}
+        self._points(number, means, self._systems[number][self.space.stages[-1]].budget.steps)
 
-    def on_trial_complete(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        self._finish_trial(trial, "FINISHED")
+    def ended(self, number: int, failure: str | None) -> None:
+        """Record the end of a trial; failure: the reason, if it has reported none itself."""
+        if not self._ended(number):
+            self._spend(number)
+            self._trials.fail(number, failure or "it ended without a result")
+        row = next(row for row in self._trials.rows() if row.trial == study.name(number))
+        score = "" if row.score is None else f", {self.space.metric.name} {row.score:.4g}"
+        reason = f": {row.reason}" if row.reason else ""
+        self.say(f"trial {row.trial} {row.status}{score}{reason}; {self._state()}")
+        for name in repeat_names(row.trial, self.space.budget.repeats):
+            remove_checkpoints(self._trials.folder / name)
+        ray_metrics.add("bridgework_sweep_trials", sweep=self._run, event=row.status)
+        if row.finished:
+            self._log_finished(number, row)
+        if number in self._runs:
+            status: Status = "FAILED" if row.status == "failed" else "FINISHED"
+            self._call_tracker(partial(_end_run, self._runs.pop(number), status, row))
+        self._refresh()
 
-    def on_trial_error(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        self._finish_trial(trial, "FAILED")
+    def _log_finished(self, number: int, row: TrialRow) -> None:
+        """Log datasets, images and weights of the stages: all are finished, none is trained."""
+        if self.tracker is None or number not in self._systems:
+            return
+        for repeat, name in enumerate(repeat_names(row.trial, self.space.budget.repeats)):
+            try:
+                self.log_run(repeated(self._systems[number], self.space.stages, repeat), name)
+            except BridgeworkError as error:
+                self.say(f"trial {name} is not logged: {error}")
 
-    def _finish_trial(self, trial: Trial, status: Status) -> None:
-        self._running.discard(self.runs[trial.trial_id])
-        self._call_tracker(partial(_finish, self.runs[trial.trial_id], status))
+    def log_run(self, system: System, name: str) -> dict[str, StageResult]:
+        """Log a finished run of a trial: all its stages are finished, so none is trained."""
+        self.logged[name] = train(
+            system,
+            home=self._home,
+            run=f"{self._run}/{name}",
+            options=RunOptions(workers=0),
+            stages=self.space.stages,
+            tracker=self.tracker,
+            parent_run=self.parent,
+            console=Console(quiet=True),
+        )
+        return self.logged[name]
 
-    def _open(self, tracker: Tracker, trial: Trial) -> None:
-        name = f"{self._run}/{trial.trial_id}"
-        tags = {"run_key": name, "sweep": self._space.name, "system": self._space.system}
-        self.runs[trial.trial_id] = tracker.start(name, parent=self._parent, tags=tags)
-        self._running.add(self.runs[trial.trial_id])
-        tracker.params(self.runs[trial.trial_id], trial.config)
+    def _points(self, number: int, values: Mapping[str, float], step: int) -> None:
+        if number in self._runs:
+            at = int(time.time() * 1000)
+            points = [Point(key, value, step, at) for key, value in values.items()]
+            self._call_tracker(lambda tracker: tracker.points(self._runs[number], points))
+
+    def _ended(self, number: int) -> bool:
+        return number not in self._trials.unfinished()
+
+    def _spend(self, number: int) -> None:
+        now = time.monotonic()
+        since = self._since.get(number, now)
+        self._trials.spend(number, now - since)
+        self._since[number] = now
+
+    def _state(self) -> str:
+        """Return e.g. `3 finished, 1 stopped of 8, best heldout.loss 2.1 (002), 4 min left`."""
+        rows = self._trials.rows()
+        counts = Counter(row.status for row in rows)
+        parts = ", ".join(
+            f"{counts[s]} {s}" for s in ("finished", "stopped", "failed", "running") if counts[s]
+        )
+        text = f"{parts or 'none'} of {self._target}"
+        best = ranked(rows, self.space.metrics, self.space.prefer)[0] if rows else None
+        if best is not None and best.finished:
+            text += f", best {self.space.metric.name} {best.score:.4g} ({best.trial})"
+        done = sum(row.status != "running" for row in rows) - self._before
+        left = self._target - self._before - done
+        if done > 0 and left > 0:
+            seconds = (time.monotonic() - self._began) / done * left
+            text += f", about {max(1, round(seconds / 60))} min left"
+        return text
+
+    def _refresh(self) -> None:
+        if self._bar is not None:
+            rows = self._trials.rows()
+            done = sum(row.status != "running" for row in rows)
+            self._bar.update(self._bar.task_ids[0], completed=done, state=self._state())
+
+    def _close(self, status: Status) -> None:
+        for run_id in (*self._runs.values(), *filter(None, [self.parent])):
+            self._call_tracker(partial(_end_run, run_id, status, None))
+        self._runs.clear()
 
     def _call_tracker(self, call: Callable[[Tracker], object]) -> None:
         """Call the tracker; after its first failure the sweep continues without it."""
-        if self._tracker is None:
+        if self.tracker is None:
             return
         try:
-            call(self._tracker)
+            call(self.tracker)
         except TrackingError as error:
-            self._tracker = None
-            self._console.print(f"{error}; the sweep continues, and its trials are not tracked")
+            self.tracker = None
+            self.say(f"{error}; the sweep continues, and its trials are not tracked")
 
 
-def _finish(run_id: str, status: Status, tracker: Tracker) -> None:
+def _log_file(run_id: str, file: Path, tracker: Tracker) -> None:
+    tracker.file(run_id, file, "report")
+
+
+def _end_run(run_id: str, status: Status, row: TrialRow | None, tracker: Tracker) -> None:
+    if row is not None and row.reason:
+        tracker.params(run_id, {"failed": row.reason[:400]}, resumed=True)
     tracker.finish(run_id, status)
 
 
-def _scored(results: ResultGrid, space: Space, run: str, folder: Path) -> list[TrialRow]:
+def _inputs(system: System, space: Space, home: Path) -> list[DatasetInput]:
+    """Return the datasets of all stages of a trial."""
+    return [
+        DatasetInput(source.name, d.manifest.digest, d.path, d.manifest.rows)
+        for name in space.stages
+        for stage in [system[name]]
+        for source in stage.data.leaves
+        if not (stage.curation and stage.curation.makes == source.dataset)
+        for d in [open_dataset(resolve(source.dataset, home))]
+    ]
+
+
+@contextmanager
+def _sigterm_as_sigint() -> Iterator[None]:
+    """Let Tune end the trials after SIGTERM as after Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _finished_rows(trials: Trials, space: Space, run: str) -> list[TrialRow]:
     """Return the rows of all trials, best first.
 
-    Raises RunError if no trial finished with a score.
+    Raises RunError, with the reasons, if no trial finished with a score.
     """
-    rows = _rows(results, space, folder)
-    if not _may_win(rows[0]):
+    rows = ranked(trials.rows(), space.metrics, space.prefer)
+    if not rows or not rows[0].finished:
         raise RunError(
             f"sweep {run}: none of {len(rows)} trials finished with a {space.metric.name}. "
-            f"Fix: see the reasons in {folder / 'tune'}"
+            f"Got {'; '.join(failures(rows)) or 'only stopped trials'}"
         )
     return rows
 
 
-def _may_win(row: TrialRow) -> bool:
-    return row.status == "finished" and row.score is not None
+def failures(rows: Sequence[TrialRow]) -> list[str]:
+    """Return the reasons of the failed trials, each once with its trials."""
+    by_reason: dict[str, list[str]] = {}
+    for row in rows:
+        if row.status == "failed":
+            by_reason.setdefault(row.reason, []).append(row.trial)
+    return [f"{', '.join(sorted(names))}: {reason}" for reason, names in by_reason.items()]
 
 
-def _rows(results: ResultGrid, space: Space, folder: Path) -> list[TrialRow]:
-    rows = []
-    for result in (results[i] for i in range(len(results))):
-        metrics = result.metrics or {}
-        trial = str(metrics.get("trial_id", "?"))
-        complete = run_dir.is_finished(folder / trial / space.stages[-1])
-        status = "failed" if result.error else "finished" if complete else "stopped"
-        score = metrics.get(space.metric.name)
-        score = score if score is not None and math.isfinite(score) else None
-        rows.append(
-            TrialRow(
-                trial,
-                dict(result.config or {}),
-                score,
-                status,
-                float(metrics.get("time_total_s", 0.0)),
-            )
-        )
-    return best_first(rows, space)
+def _registered(
+    trials: Trials, base: System, rows: list[TrialRow], home: Path, run: str, recorder: _Recorder
+) -> Outcome:
+    """Return the outcome, and register the best trial's last stage if a tracker answers."""
+    space, best = trials.space, rows[0]
+    system = override(base, best.changes)
+    results = recorder.logged.get(best.trial) or recorder.log_run(system, best.trial)
+    winner = results[space.stages[-1]]
+    cached = any(can_cache_features(base[name]) for name in space.stages)
+    command = command_of(space, best.changes, trials.noted("features") if cached else None)
+    version, why = None, ""
+    try:
+        if recorder.tracker is not None and winner.run_id is not None:
+            tags = {"command": command, "sweep": run}
+            version = registry.register(recorder.tracker, base.name, winner, tags)
+            _, why = registry.challenge(recorder.tracker, version, space.metric.name, home)
+            version = recorder.tracker.version(base.name, version.version)
+    except TrackingError as error:
+        recorder.say(f"{error}; the winner is not registered yet: the same command later does it")
+    optimal = front(rows, space.metrics) if len(space.metrics) > 1 else []
+    compared = verdict(rows, space.metric, trials.folder, space.stages[-1])
+    cpus, gpus = recorder.resources
+    notes = {"command": command, "verdict": compared, "prefer": space.prefer}
+    trials.note("outcome", {**notes, "cpus": cpus, "gpus": gpus, "space": space.name})
+    page = report.write(report.load(home, run))
+    recorder.log_report(page.parent)
+    return Outcome(
+        tuple(rows),
+        command,
+        winner.artifact,
+        winner.metrics,
+        version,
+        why,
+        tuple(row.trial for row in optimal),
+        compared,
+        page,
+    )
 
 
-def best_first(rows: Sequence[TrialRow], space: Space) -> list[TrialRow]:
-    """Sort trials: first those that finished with a score, from best to worst."""
-    return sorted(rows, key=lambda row: (not _may_win(row), *_order(row, space)))
-
-
-def _order(row: TrialRow, space: Space) -> tuple[bool, float]:
-    score = row.score if row.score is not None else 0.0
-    return row.score is None, -score if space.metric.mode == "max" else score
-
-
-def _command(space: Space, fixed: Mapping[str, Any], changes: Mapping[str, Any]) -> str:
-    """Return the command that trains the best trial again."""
-    args = [
-        "bridgework",
-        "train",
-        space.system,
-        *(w for s in space.stages for w in ("--stage", s)),
-    ]
-    for path, value in {**fixed, **changes}.items():
+def command_of(space: Space, changes: Mapping[str, Any], features: str | None) -> str:
+    """Return the command that trains a trial again, with the same bits."""
+    args = ["bridgework", "train", space.system, *(["--tiny"] if space.tiny else [])]
+    args += [w for s in space.stages for w in ("--stage", s)]
+    for path, value in {**space.fixed, **changes}.items():
         args += ["--set", f"{path}={value}"]
+    args += ["--workers", str(space.budget.workers)]
+    args += ["--threads", str(max(1, round(space.budget.cpus)))]
+    if features is not None:
+        args += ["--features", features]
     return shlex.join(args)
-
-
-def with_trials(space: Space, *, trials: int | None) -> Space:
-    """Return the space with another number of trials; None keeps it."""
-    return space if trials is None else replace(space, budget=replace(space.budget, trials=trials))

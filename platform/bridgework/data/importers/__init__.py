@@ -175,7 +175,7 @@ def ingest(
         if len(new) < len(wave) and not complete:
             say(f"{dest}: resumes an interrupted import")
         total, complete = total + len(wave), complete + len(wave) - len(new)
-        map_on_actors(partial(_maker, job.store), new, workers)
+        map_on_actors(partial(_maker, job.store), new, workers, what="chunks of an import")
     quarantine = Quarantine(dest.rstrip("/") + ".quarantine", limit=max_bad)
     manifest = job.finish(total, quarantine, files)
     rest = f"; {len(quarantine)} quarantined, see {quarantine.folder}" if len(quarantine) else ""

@@ -1,6 +1,6 @@
 """`bridgework eval` as a Ray job, with the same arguments.
 
-ray job submit --working-dir . -- python -m jobs.evaluate ...
+ray job submit --working-dir . -- python -m jobs.eval ...
 """
 
 from jobs._run import main

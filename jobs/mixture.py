@@ -1,0 +1,9 @@
+"""`bridgework mixture` as a Ray job, with the same arguments.
+
+ray job submit --working-dir . -- python -m jobs.mixture search ...
+"""
+
+from jobs._run import main
+
+if __name__ == "__main__":
+    main("mixture")

@@ -1,0 +1,9 @@
+"""`bridgework promote` as a Ray job, with the same arguments.
+
+ray job submit --working-dir . -- python -m jobs.promote ...
+"""
+
+from jobs._run import main
+
+if __name__ == "__main__":
+    main("promote")

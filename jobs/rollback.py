@@ -1,0 +1,9 @@
+"""`bridgework rollback` as a Ray job, with the same arguments.
+
+ray job submit --working-dir . -- python -m jobs.rollback ...
+"""
+
+from jobs._run import main
+
+if __name__ == "__main__":
+    main("rollback")
