@@ -90,7 +90,7 @@ class ModelHome:
         return [] if experiment is None else client.search_runs([experiment.experiment_id])
 
 
-def until(condition: Callable[[], Any], limit_s: float = 60) -> Any:
+def until(condition: Callable[[], Any], limit_s: float = 300) -> Any:
     """Return the first true value of `condition`."""
     deadline = time.monotonic() + limit_s
     while not (found := condition()):

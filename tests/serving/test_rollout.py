@@ -191,7 +191,7 @@ def test_version_that_cannot_be_loaded_leaves_the_champion(
         for file in (tmp_path / "noise").glob("*.safetensors"):
             file.unlink()
         home.tracker.alias("m", "champion", "3")
-        until(lambda: metrics(http).get(("bridgework:alias_switches_total", "failed")), 120)
+        until(lambda: metrics(http).get(("bridgework:alias_switches_total", "failed")))
         assert http.post(CHAT, json=chat()).status_code == 200
         assert "m:1" in [m["id"] for m in http.get("/v1/models").json()["data"]]
 

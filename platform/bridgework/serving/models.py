@@ -8,11 +8,10 @@ import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from prometheus_client.core import Metric
 from ray import serve
-from ray.serve.config import RequestRouterConfig
 
 from bridgework import artifacts, ray_utils, storage
 from bridgework.serving.metrics import ReplicaMetrics
@@ -23,7 +22,6 @@ from bridgework.tracking import registry
 from bridgework.tracking.mlflow_store import MLflowTracker
 from bridgework.tracking.openlineage_events import Artifact, Event, emit
 
-BY_SESSION = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 HEALTH_S = 2.0  # with Serve's default of 10 s, a dead replica is noticed later
 
 
@@ -48,10 +46,6 @@ def deployment(role: str, options: Options) -> serve.Deployment:
         scale = {
             "autoscaling_config": bounds | {"target_ongoing_requests": max(1, options.ongoing // 2)}
         }
-    if (options.max_replicas or options.replicas) > 1:  # requests about one image share its caches
-        scale["request_router_config"] = RequestRouterConfig(
-            request_router_class=cast(Any, BY_SESSION)
-        )
     return serve.deployment(
         name=role,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": replica_gpus(options)},

@@ -246,6 +246,9 @@ class Rollout:
             except (BridgeworkError, RayError, RayServeException) as error:
                 log.warning("%s. It is tried again", str(error).strip().splitlines()[-1])
                 await asyncio.sleep(min(RETRY_S, 5 * interval_s))
+            except Exception:  # the other loops must continue
+                log.exception("background work of %s failed. It is tried again", self._name)
+                await asyncio.sleep(RETRY_S)
             await asyncio.sleep(interval_s)
 
     async def _record(self) -> None:

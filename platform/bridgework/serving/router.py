@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray.exceptions import RayActorError
@@ -48,14 +48,6 @@ class Route:
 
     served: ServedModel
     group: Group | None = None
-    session: str | None = None  # calls of one session reach one replica, unless it is busy
-
-    def about(self, images: Sequence[bytes | tuple[bytes, ...]]) -> "Route":
-        """Return the route to the replica that has the first of these images in its caches."""
-        if not images:
-            return self
-        first = images[0] if isinstance(images[0], tuple) else (images[0],)
-        return replace(self, session=hashlib.sha256(b"".join(first)).hexdigest())
 
     @property
     def id(self) -> str:
@@ -221,7 +213,7 @@ class Router:
         result: Literal["ok", "error", "cancelled"] = "ok"
         self._running[route.id] += 1
         try:
-            yield handle if route.session is None else handle.options(session_id=route.session)
+            yield handle
         except (asyncio.CancelledError, GeneratorExit):
             result = "cancelled"
             raise

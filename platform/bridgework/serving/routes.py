@@ -71,7 +71,7 @@ def chat_routes(router: Router, options: Options) -> APIRouter:
             texts=body.choices or (),
         )
         check_answers(body, options)
-        served, sampling = served.about(images), sampling_arguments(body, options)
+        sampling = sampling_arguments(body, options)
         if body.stream:
             pieces = router.stream(served, "stream", parts, images, sampling, body.answers)
             head = ResponseHeader.of("chatcmpl", "chat.completion.chunk", served.id, body.model)
@@ -243,9 +243,7 @@ def embedding_routes(router: Router, options: Options) -> APIRouter:
         check_count("candidates", len(body.candidates), limits.items)
         check_text([*body.candidates, body.question or ""], limits, "candidates")
         image = await asyncio.to_thread(read_image, body.image, limits, "image")
-        ranked = await router.call(
-            served.about([image]), "rank", image, body.candidates, body.question
-        )
+        ranked = await router.call(served, "rank", image, body.candidates, body.question)
         data = [{"candidate": candidate, "score": score} for candidate, score in ranked]
         head = ResponseHeader.of("rank", "ranking", served.id, body.model)
         return head.model_dump() | {"data": data}
@@ -284,8 +282,7 @@ def caption_routes(router: Router, options: Options) -> APIRouter:
         images = await asyncio.to_thread(read_images, urls, options.limits)
         # in sequence, because a request takes one slot however many images it has
         answers: list[Answer] = [
-            await router.call(served.about([image]), "caption", image, body.prompt, sampling)
-            for image in images
+            await router.call(served, "caption", image, body.prompt, sampling) for image in images
         ]
         usage = Usage.of(
             sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers)
