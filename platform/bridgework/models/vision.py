@@ -348,10 +348,15 @@ class EfficientNet(VisionTower):
     config: EfficientNetConfig
 
     def patches(self, normal_N3SS: Tensor) -> Tensor:
+        # On a CPU the early maps of several images do not fit the cache: one by one is twice as
+        # fast (224 px).
+        images = 1 if normal_N3SS.device.type == "cpu" else max(1, len(normal_N3SS))
+        pooled = [self._pooled(part) for part in normal_N3SS.split(images)]
+        return torch.cat(pooled).flatten(2).transpose(1, 2)
+
+    def _pooled(self, normal_N3SS: Tensor) -> Tensor:
         map_NDHW = cast(Any, self.tower).extract_features(normal_N3SS)
-        return (
-            nn.functional.adaptive_avg_pool2d(map_NDHW, self.config.grid).flatten(2).transpose(1, 2)
-        )
+        return nn.functional.adaptive_avg_pool2d(map_NDHW, self.config.grid)
 
 
 def remap_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

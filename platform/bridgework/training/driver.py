@@ -369,10 +369,19 @@ def _cache_features(
         return None
     sharing = [s for s in system.stages if getattr(s.model, "vision", None) == tower]
     draws = sum(s.budget.steps * s.budget.batch for s in sharing)
+
+    def say(text: str) -> None:
+        console.print(f"{stage.name}: {text}", markup=False, highlight=False)
+
     decision = feature_cache.prepare(
-        tower, datasets, draws=draws, home=home, workers=options.readers if options.workers else 0
+        tower,
+        datasets,
+        draws=draws,
+        home=home,
+        workers=options.readers if options.workers else 0,
+        say=say,
     )
-    console.print(f"{stage.name}: {decision.why}")
+    say(decision.why)
     return decision.folder
 
 

@@ -8,9 +8,10 @@ caching is worth its cost, and returns the reason.
 # N images  P patches  D width
 
 import json
+import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ TowerSpec = ViTConfig | EfficientNetConfig
 SCHEMA = pa.schema([("key", pa.string()), ("features", pa.list_(pa.binary()))])
 FREE_SHARE = 0.2  # of the disk's free space that cached features may take
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class CacheDecision:
@@ -47,28 +50,41 @@ class TooLarge(DataError):
 
 
 def prepare(
-    tower: TowerSpec, datasets: Sequence[Dataset], *, draws: int, home: Path, workers: int
+    tower: TowerSpec,
+    datasets: Sequence[Dataset],
+    *,
+    draws: int,
+    home: Path,
+    workers: int,
+    say: Callable[[str], object] = log.info,
 ) -> CacheDecision:
     """Cache the features of all images of `datasets` if that is cheaper than training without.
 
     draws: number of images that training reads. workers: Ray actors with a copy of the tower, each
     on a GPU if the cluster has GPUs or can start nodes with GPUs; 0 computes in this process.
+    say: is called with the cost before features are computed.
+
     Features that float16 cannot hold are computed in training.
     """
     try:
-        return _prepare(tower, datasets, draws, home, workers)
+        return _prepare(tower, datasets, draws, home, workers, say)
     except TooLarge as error:
         return CacheDecision(None, f"features are computed in training: {error}")
 
 
 def _prepare(
-    tower: TowerSpec, datasets: Sequence[Dataset], draws: int, home: Path, workers: int
+    tower: TowerSpec,
+    datasets: Sequence[Dataset],
+    draws: int,
+    home: Path,
+    workers: int,
+    say: Callable[[str], object],
 ) -> CacheDecision:
     module = tower.build()
     folder = home / "features" / module.digest()
     missing = [d for d in datasets if not (folder / d.manifest.digest).is_dir()]
     if not missing:
-        return CacheDecision(folder, f"features of {len(datasets)} datasets are in {folder}")
+        return CacheDecision(folder, f"the features of {len(datasets)} datasets are cached")
     rows = sum(d.manifest.rows for d in missing)
     each_s, shape = _measure(module, missing[0])
     size, room = rows * shape[0] * shape[1] * 2, FREE_SHARE * shutil.disk_usage(home).free
@@ -85,6 +101,7 @@ def _prepare(
             f"features are computed in training: caching {cost} needs more than "
             f"the {room / 1e6:.0f} MB to spare",
         )
+    say(f"computing features of {cost} instead of {draws:,} times ({draws * each_s:.0f} CPU-s)")
     folder.mkdir(parents=True, exist_ok=True)
     storage.write_atomic(
         folder / "features.json", json.dumps({"patches": shape[0], "width": shape[1]})
@@ -95,10 +112,7 @@ def _prepare(
         with FileLock(folder / f".{dataset.manifest.digest}.lock"):
             if not final.is_dir():
                 _cache(tower, dataset, final, workers)
-    return CacheDecision(
-        folder,
-        f"features are cached: {cost} instead of {draws:,} times ({draws * each_s:.0f} CPU-s)",
-    )
+    return CacheDecision(folder, f"the features of {len(datasets)} datasets are cached")
 
 
 def _measure(module: VisionTower, dataset: Dataset) -> tuple[float, tuple[int, int]]:
