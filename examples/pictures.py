@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 COLUMNS, SIDE, TEXT, PAD, LINE = 3, 128, 270, 14, 22  # pixels, but for the columns
 HEAD = 44  # pixels above the cards
@@ -24,7 +24,8 @@ article { display: flex; gap: .9rem; border: 1px solid #dcdce2; border-radius: .
   padding: .8rem }
 article img { width: 128px; height: 128px; object-fit: contain; flex: none }
 article h2 { font-size: 1rem; margin: 0 0 .3rem } div { overflow-wrap: anywhere }
-.right { color: #0b7a3b } .wrong { color: #b3261e } .faint { color: #6b6b76 }
+.right { color: #0b7a3b } .wrong { color: #b3261e } .faint { color: #6b6b76;
+  white-space: nowrap }
 @media (prefers-color-scheme: dark) { body { color: #e6e6ea; background: #17171a }
   th, td, article { border-color: #3a3a42 } .right { color: #5fd38d } .wrong { color: #ff8a80 }
   .faint { color: #a0a0aa } article img { background: #fff; border-radius: .3rem } }
@@ -65,7 +66,7 @@ def sheet(title: str, cards: Sequence[Card]) -> Image.Image:
         x, y = number % COLUMNS * width + PAD, HEAD + number // COLUMNS * height + PAD
         pen.line((x, y - PAD, x + width - PAD, y - PAD), FRAME)
         drawing = Image.open(io.BytesIO(card.image)).convert("RGBA")
-        drawing.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        drawing = ImageOps.contain(drawing, (SIDE, SIDE), Image.Resampling.LANCZOS)
         image.paste(drawing, (x, y), drawing)
         left, end = x + SIDE + PAD, x + width - PAD - 4
         pen.text((left, y), _fitted(card.title, end - left, bold), INK, bold)

@@ -12,7 +12,7 @@ import operator
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -203,7 +203,10 @@ def _stage(
 
 def _report_finished(stage: Stage, place: Path, console: Console) -> None:
     """Print that a stage is finished, and which of its evaluations have no metrics."""
-    console.print(f"{stage.name}: finished before; its artifact is {run_dir.artifact_dir(place)}")
+    artifact = run_dir.artifact_dir(place)
+    with suppress(ValueError):  # an absolute path is shown only for a home elsewhere
+        artifact = artifact.relative_to(Path.cwd())
+    console.print(f"{stage.name}: finished before; its artifact is {artifact}", soft_wrap=True)
     metrics = json.loads((place / "metrics.json").read_text())
     for spec in stage.evals:  # an option, which may have changed since
         if not any(name.startswith(f"{spec.name}.") for name in metrics):
