@@ -21,7 +21,7 @@ from rich.table import Table
 
 from bridgework.data.collate import Batch
 from bridgework.system import Stage, load
-from bridgework.training.deepspeed_engine import StepResult
+from bridgework.training.engine import StepResult
 from bridgework.training.flight_recorder import FLUSH_S, FOLDER, FlightRecorder
 from bridgework.training.metrics import per_sample
 

@@ -28,7 +28,7 @@ from bridgework.data.reader import ReaderConfig, local
 from bridgework.models import base
 from bridgework.system import Stage, System, load
 from bridgework.tracking.tracker import Journal
-from bridgework.training.deepspeed_engine import learning_rate
+from bridgework.training.engine import learning_rate
 
 STEPS, WARM = 40, 10  # steps of a run; the first WARM are not counted
 THREADS = 1  # of torch, on both sides

@@ -37,7 +37,7 @@ from bridgework.config import override
 from bridgework.data.collate import Batch
 from bridgework.models import base
 from bridgework.system import IGNORE, IMAGE, Stage, load
-from bridgework.training.deepspeed_engine import Engine
+from bridgework.training.engine import Engine
 from bridgework.training.step import TrainingModule
 
 WARM, TIMED = 4, 12  # steps

@@ -7,7 +7,6 @@ A folder of three files, none of which is unpickled:
 - `artifact.json`: written last, so a folder without it is not an artifact.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bridgework import __version__, old_names
+from bridgework import __version__, old_names, storage
 from bridgework.config import from_dict, to_dict
 from bridgework.errors import WeightsError, suggest
 from bridgework.mixture import DatasetInput
@@ -107,7 +106,7 @@ def save(
             system=system.name,
             stage=stage,
             fingerprint=system.fingerprint(),
-            digest=_sha256(temporary / "weights.safetensors"),
+            digest=storage.sha256(temporary / "weights.safetensors"),
             parent=parent,
             datasets=tuple(datasets),
             steps=steps,
@@ -160,7 +159,7 @@ def weights(path: str | Path, globs: Sequence[str] = ("*",)) -> dict[str, Tensor
     tensor holds a NaN or an infinity.
     """
     info, file = describe(path), Path(path) / "weights.safetensors"
-    if not file.is_file() or _sha256(file) != info.digest:
+    if not file.is_file() or storage.sha256(file) != info.digest:
         raise WeightsError(
             f"{file} is missing or has changed since it was written (sha256 differs). "
             "Fix: train the stage again"
@@ -285,8 +284,3 @@ def _info(value: dict[str, Any]) -> Info:
         raise WeightsError(
             f"artifact.json does not have the fields of this version of bridgework: {error}"
         ) from None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -184,6 +184,15 @@ def override(value: T, changes: Mapping[str, Any]) -> T:
     may change together; a complete value is replaced before its fields.
 
     Raises SpecError, with a suggestion, for a path or a value that does not fit.
+
+    Example:
+        >>> import bridgework as bw
+        >>> system = bw.override(bw.load("llava"), {"stages.*.model.bridge": "mlp(depth=3)"})
+        >>> [stage.model.bridge.depth for stage in system.stages]
+        [3, 3]
+        >>> bw.override(system, {"stages.align.optim.peek_lr": 1e-3})
+        Traceback (most recent call last):
+        bridgework.errors.SpecError: stages.align.optim.peek_lr: AdamW has no field 'peek_lr'; did you mean 'peak_lr'?
     """
     return cast(
         T,

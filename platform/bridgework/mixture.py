@@ -93,6 +93,14 @@ class Mixture:
     """Sources in proportion to size**alpha * factor, and their order.
 
     alpha = 1/2 is InstructBLIP's square root.
+
+    Example:
+        >>> import bridgework as bw
+        >>> photos = bw.Source(name="photos", dataset="my-photos", factor=2.0)
+        >>> drawings = bw.Source(name="drawings", dataset="emoji")
+        >>> mixture = bw.Mixture(sources=(photos, drawings), alpha=0.5)
+        >>> [source.dataset for source in mixture.with_dataset("emoji", "s3://lab/emoji").leaves]
+        ['my-photos', 's3://lab/emoji']
     """
 
     sources: tuple[Source | Group, ...]

@@ -7,6 +7,7 @@ et al. 2014, "All File Systems Are Not Created Equal", OSDI).
 """
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -103,6 +104,12 @@ def publish(temporary: Path, folder: Path) -> None:
     temporary.rename(folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(file: Path) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync_tree(folder: Path) -> None:

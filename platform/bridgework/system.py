@@ -230,7 +230,15 @@ class Budget:
 
 @config_class
 class AdamW:
-    """AdamW with a linear warm-up and a decay of the learning rate."""
+    """AdamW with a linear warm-up and a decay of the learning rate.
+
+    Example:
+        >>> import bridgework as bw
+        >>> from bridgework.training.engine import learning_rate
+        >>> optim = bw.AdamW(peak_lr=1e-3, warmup=0.1, decay="constant")
+        >>> [learning_rate(optim, step, steps=100) for step in (0, 9, 99)]
+        [0.0001, 0.001, 0.001]
+    """
 
     peak_lr: float
     final_lr: float = 0.0
@@ -365,7 +373,16 @@ class Stage:
 
 @config_class
 class System:
-    """Stages in the order in which they run."""
+    """Stages in the order in which they run.
+
+    Example:
+        >>> import bridgework as bw
+        >>> system = bw.load("llava").tiny()
+        >>> system.name, [stage.name for stage in system.stages]
+        ('llava-tiny', ['align', 'instruct'])
+        >>> system["align"].budget
+        Budget(steps=8, batch=8, micro=8)
+    """
 
     name: str
     paper: str = option()
@@ -442,6 +459,13 @@ def load(name: str) -> System:
     """Return a system: `llava`, `llava:v1`, or of a module of your own, `my_lab.recipes.x` or `my_lab.recipes.x:tiny`.
 
     Raises SpecError, with a suggestion, for an unknown system or variant, and if its import fails.
+
+    Example:
+        >>> import bridgework as bw
+        >>> [stage.name for stage in bw.load("blip2").stages]
+        ['represent', 'generate']
+        >>> bw.load("llava:next")["align"].trains
+        {'bridge.*': 1.0}
     """
     path, _, variant = name.partition(":")
     functions = dict(_recipe_functions(RECIPES.load(path)))

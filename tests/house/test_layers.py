@@ -18,7 +18,7 @@ DOORS = {
         "tuning/",
         "serving/",
     ),
-    "deepspeed": ("training/deepspeed_engine.py",),
+    "deepspeed": ("training/deepspeed_backend.py",),
     "mlflow": ("tracking/mlflow_store.py",),
 }
 STRANGERS = {  # of the same layer, and yet they may not know each other

@@ -20,7 +20,7 @@ from bridgework.models import base
 from bridgework.models.base import Outputs
 from bridgework.models.blip_med import MED
 from bridgework.system import IGNORE, Stage, load
-from bridgework.training.deepspeed_engine import Engine
+from bridgework.training.engine import Engine
 from bridgework.training.step import TrainingModule
 
 ANSWERS = (("red",) * 6 + ("dark red",) * 3 + ("rose",), ("two",) * 10, (), ("7", "", "7", " "))

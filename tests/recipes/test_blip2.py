@@ -16,7 +16,7 @@ from bridgework.models import base
 from bridgework.models.qformer import is_text
 from bridgework.recipes.blip2 import layerwise_rates
 from bridgework.system import IMAGE, Stage, load
-from bridgework.training.deepspeed_engine import learning_rate
+from bridgework.training.engine import learning_rate
 from bridgework.training.step import TrainingModule
 from tests.models.examples import pixels
 

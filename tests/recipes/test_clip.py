@@ -11,7 +11,7 @@ from bridgework.data.tokenization import SampleEncoder
 from bridgework.models import base
 from bridgework.recipes import clip
 from bridgework.system import Stage, System
-from bridgework.training.deepspeed_engine import _groups, learning_rate
+from bridgework.training.engine import _groups, learning_rate
 from bridgework.training.step import TrainingModule
 
 

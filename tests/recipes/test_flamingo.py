@@ -15,7 +15,7 @@ from bridgework.inference.pipeline import Pipeline
 from bridgework.models import base
 from bridgework.recipes import flamingo
 from bridgework.system import END, IMAGE, Scoring, Stage
-from bridgework.training.deepspeed_engine import Engine, StepResult
+from bridgework.training.engine import Engine, StepResult
 from bridgework.training.step import TrainingModule, by_source
 
 NEW = {"system": 1.2, "b9": 1.6, "b80": 10.0}  # billions of parameters in the blocks (table 5)

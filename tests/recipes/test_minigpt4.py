@@ -18,7 +18,7 @@ from bridgework.inference.pipeline import Pipeline
 from bridgework.models import base
 from bridgework.recipes import minigpt4
 from bridgework.system import IGNORE, IMAGE, Scoring, load
-from bridgework.training.deepspeed_engine import learning_rate
+from bridgework.training.engine import learning_rate
 from tests.recipes.test_blip2 import one_step
 
 VARIANTS = {"minigpt4": 3_937_280, "minigpt4:without_qformer": 4 * 1408 * 4096 + 4096}

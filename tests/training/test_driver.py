@@ -16,8 +16,8 @@ from bridgework.evaluation import VQA, FewShot, HeldOutLoss, LinearProbe
 from bridgework.evaluation.few_shot import Shots
 from bridgework.system import EvalSpec
 from bridgework.training import checkpoint
-from bridgework.training.deepspeed_engine import Engine
 from bridgework.training.driver import train
+from bridgework.training.engine import Engine
 from bridgework.training.options import RunOptions
 from bridgework.training.ray_train import FailFastCallback
 from tests.training.support import Stop, go, llava, losses, same, stop_at, weights

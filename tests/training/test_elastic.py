@@ -10,7 +10,8 @@ from bridgework.data import reader
 from bridgework.data.collate import collate
 from bridgework.models import base
 from bridgework.system import Stage
-from bridgework.training.deepspeed_engine import Engine, convert_to_universal
+from bridgework.training.deepspeed_backend import convert_to_universal
+from bridgework.training.engine import Engine
 from bridgework.training.step import TrainingModule
 from tests.training.support import fresh, llava
 from tests.training.test_frozen_copy import PREFER, batch, prefer

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine against plain torch."""
+"""The engine: its step against plain torch, its two backends against each other."""
 
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from bridgework.data.collate import collate
 from bridgework.errors import RunError
 from bridgework.models import base
 from bridgework.system import Stage
-from bridgework.training.deepspeed_engine import Engine, config
+from bridgework.training.deepspeed_backend import config
+from bridgework.training.engine import Engine
 from bridgework.training.step import TrainingModule
 from tests.training.support import fresh, llava
 
@@ -90,3 +91,57 @@ def test_folder_without_state_is_rejected(tmp_path: Path) -> None:
     stage = llava()["align"]
     with pytest.raises(RunError, match="no state"):
         engine(stage, fresh(stage)).load(tmp_path)
+
+
+SINGLE = {"stages__align__zero__stage": 0, "stages__align__zero__precision": "fp32"}
+
+
+def backend_of(stage: Stage) -> str:
+    return type(engine(stage, fresh(stage))._backend).__name__
+
+
+def test_one_worker_without_zero_trains_without_deepspeed() -> None:
+    assert backend_of(llava(**SINGLE)["align"]) == "TorchBackend"
+    for other in (
+        {"stages__align__zero__stage": 1},
+        {"stages__align__zero__precision": "bf16"},
+        {"stages__align__zero__config": {"wall_clock_breakdown": False}},
+    ):
+        assert backend_of(llava(**SINGLE | other)["align"]) == "DeepSpeedBackend"
+
+
+def steps(engine: Engine, stage: Stage, home: Path, first: int, last: int) -> list[float]:
+    """Losses of the steps, with dropout."""
+    rows = reader.local(reader.ReaderConfig.of(stage, home), rank=0, world=1, start=first)
+    losses = []
+    for step in range(first, last):
+        engine.draws = step
+        half = len(batch := next(rows)) // 2
+        micro = [collate(part, pad_id=0) for part in (batch[:half], batch[half:])]
+        losses.append(float(engine.train_step(micro, 1e-2).losses_L[0]))
+    return losses
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_the_backends_have_the_same_losses_and_read_each_others_state(
+    home: Path, tmp_path: Path, clip: float
+) -> None:
+    plain = llava(**SINGLE, stages__align__optim__clip=clip)["align"]
+    # the value of the setting is DeepSpeed's default
+    deepspeed = llava(
+        **SINGLE,
+        stages__align__optim__clip=clip,
+        stages__align__zero__config={"wall_clock_breakdown": False},
+    )["align"]
+    results = {}
+    for name, stage, other in (("plain", plain, deepspeed), ("deepspeed", deepspeed, plain)):
+        own = engine(stage, fresh(stage))
+        before = steps(own, stage, home, 0, 2)
+        own.save(tmp_path / name, {"step": 2, "mixed": {}})
+        after = steps(own, stage, home, 2, 4)
+        resumed = engine(other, fresh(other))
+        assert resumed.load(tmp_path / name)["step"] == 2
+        assert steps(resumed, other, home, 2, 4) == pytest.approx(after, rel=1e-6)
+        results[name] = before + after
+    assert results["plain"] == pytest.approx(results["deepspeed"], rel=1e-6)
+    assert len(set(results["plain"])) == 4

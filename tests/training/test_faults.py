@@ -17,7 +17,7 @@ from bridgework.data.reader import ReaderConfig, local
 from bridgework.errors import ResourceError, RunError
 from bridgework.system import System
 from bridgework.training import checkpoint, loop, notices
-from bridgework.training.deepspeed_engine import Engine
+from bridgework.training.engine import Engine
 from bridgework.training.flight_recorder import FlightRecorder, read_step
 from bridgework.training.metrics import progress_bar
 from tests.training.support import Stop, go, llava, losses, same, stop_at, weights
@@ -36,7 +36,7 @@ def in_weights(engine: Any) -> None:
 
 def in_optimizer(engine: Any) -> None:
     """Put a NaN into the first moments, which the next step reads."""
-    optimizer = getattr(engine._engine.optimizer, "optimizer", engine._engine.optimizer)
+    optimizer = getattr(engine._backend.optimizer, "optimizer", engine._backend.optimizer)
     next(iter(optimizer.state.values()))["exp_avg"].view(-1)[0] = math.inf
 
 

@@ -332,6 +332,6 @@ def test_fork_uses_its_own_optimizer_settings(tmp_path: Path, zero: int) -> None
     engine(first).save(tmp_path, {"step": 1})
     loaded = engine(other)
     loaded.load(tmp_path)
-    groups = loaded._engine.optimizer.param_groups
+    groups = loaded._backend.optimizer.param_groups
     assert {(tuple(group["betas"]), group["eps"]) for group in groups} == {((0.5, 0.6), 1e-3)}
     assert {group["weight_decay"] for group in groups} == {0.0, 0.2}

@@ -16,7 +16,7 @@ from bridgework.errors import SpecError
 from bridgework.losses import DPO, LanguageModeling
 from bridgework.models import PrefixVLMConfig, base
 from bridgework.system import Stage, System
-from bridgework.training.deepspeed_engine import Engine
+from bridgework.training.engine import Engine
 from bridgework.training.step import TrainingModule
 from tests.training.support import Stop, fresh, go, llava, losses, same, stop_at, weights
 

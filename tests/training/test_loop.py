@@ -15,7 +15,7 @@ from bridgework.errors import RunError
 from bridgework.losses import Contrastive
 from bridgework.system import System
 from bridgework.training import loop
-from bridgework.training.deepspeed_engine import learning_rate
+from bridgework.training.engine import learning_rate
 from tests.training.support import Stop, fresh, go, llava, losses, same, stop_at, weights
 
 BOTH = {"bridge.*": 1.0, "language.*": 0.1}  # two learning rates

@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 from bridgework.system import AdamW
-from bridgework.training.deepspeed_engine import learning_rate
+from bridgework.training.engine import learning_rate
 
 
 def rates(scheduler: LRScheduler, steps: int) -> list[float]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 from bridgework.data.samples import Part
 from bridgework.errors import RunError, SpecError, WeightsError
+from bridgework.storage import sha256
 
 Message = dict[str, Any]
 Item = TypeVar("Item")
@@ -231,10 +232,7 @@ def digest(folder: str) -> str:
         )
     total = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            total.update(
-                f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
-            )
+        total.update(f"{file.name}:{sha256(file)}\n".encode())
     return total.hexdigest() if files else folder
 
 

@@ -135,8 +135,13 @@ class Pipeline:
             SpecError: an option is out of range, or the stage's model does not generate text.
 
         Example:
-            pipeline = Pipeline.load("export/llava")
-            pipeline.ask("cat.jpg", "What is on the sofa?", max_new_tokens=20)
+            >>> from bridgework import Pipeline
+            >>> pipeline = Pipeline.load("./artifact")
+            >>> answer = pipeline.ask("photos/0.png", "What is drawn?", max_new_tokens=20)
+            >>> with open("photos/0.png", "rb") as file:
+            ...     ranked = pipeline.rank(file.read(), ["a red circle", "a blue square"])
+            >>> sorted(candidate for candidate, score in ranked)
+            ['a blue square', 'a red circle']
         """
         conversation = self.inputs.question(question)
         return self.generate(conversation, [read_image(image)], **options).text

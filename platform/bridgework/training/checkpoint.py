@@ -73,7 +73,7 @@ class Checkpoint:
                 return f"{name} is a link"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes; expected {size}"
-            if _sha256(file) != digest:
+            if storage.sha256(file) != digest:
                 return f"{name} has changed since it was written (sha256)"
         if unlisted := sorted(present - set(self.files)):
             return f"{unlisted[0]} is not in the manifest, so the folder is not read"
@@ -107,7 +107,7 @@ def complete(
     """
     home = home or home_folder()
     files = {
-        name: ((folder / name).stat().st_size, _sha256(folder / name))
+        name: ((folder / name).stat().st_size, storage.sha256(folder / name))
         for name in sorted(_files(folder))
     }
     final = folder.with_name(folder.name.removeprefix("."))
@@ -407,8 +407,3 @@ def _files(folder: Path) -> Iterator[str]:
 
 def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

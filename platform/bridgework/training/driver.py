@@ -31,7 +31,7 @@ from bridgework.system import Stage, System
 from bridgework.tracking.relay import MetricsForwarder
 from bridgework.tracking.tracker import Tracker
 from bridgework.training import checkpoint, feature_cache, loop, notices, run_dir
-from bridgework.training.deepspeed_engine import learning_rate
+from bridgework.training.engine import learning_rate
 from bridgework.training.flight_recorder import resolve_curated_data
 from bridgework.training.fork import Fork, describe
 from bridgework.training.fork import fork as make_fork

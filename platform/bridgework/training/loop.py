@@ -34,7 +34,7 @@ from bridgework.rng import derive
 from bridgework.system import EvalSpec, Stage, System
 from bridgework.tracking.tracker import Journal
 from bridgework.training import checkpoint
-from bridgework.training.deepspeed_engine import Engine, convert_to_universal, learning_rate
+from bridgework.training.engine import Engine, learning_rate
 from bridgework.training.flight_recorder import FlightRecorder
 from bridgework.training.metrics import (
     Clock,
@@ -247,6 +247,8 @@ def _load_elastic(
     job: TrainJob, found: checkpoint.Checkpoint, engine: Engine, attempt: str
 ) -> dict[str, Any]:
     """Load a checkpoint of another number of workers, by a temporary universal one."""
+    from bridgework.training.deepspeed_backend import convert_to_universal
+
     universal = found.folder.with_name(f".universal-{attempt}")
     _on_rank_0(lambda: checkpoint.make_room(job.folder, found.size, home=job.home))
     try:

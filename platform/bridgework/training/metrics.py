@@ -22,7 +22,7 @@ from bridgework.config import path_name
 from bridgework.data.collate import Batch
 from bridgework.system import Stage
 from bridgework.tracking.tracker import Journal, Point
-from bridgework.training.deepspeed_engine import StepResult
+from bridgework.training.engine import StepResult
 from bridgework.training.notices import Follower
 
 Metrics = dict[str, float]

@@ -9,7 +9,12 @@ from bridgework import ray_utils
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of a run that do not affect the training result."""
+    """Options of a run that do not affect the training result.
+
+    Example:
+        >>> import bridgework as bw
+        >>> options = bw.RunOptions(workers=4, readers=2, checkpoint_every=500)
+    """
 
     workers: int = 1  # 0 trains in this process, without Ray Train
     readers: int = 1  # Ray Data actors that read and decode

@@ -1,4 +1,4 @@
-"""webdataset's tars: neighbors in a tar whose names agree up to the first dot are one sample.
+"""Webdataset tars: adjacent members whose names agree up to the first dot are one sample.
 
 `0001.jpg`, `0001.txt`, `0001.json`, `0001.cls` are its image, its caption, other fields, and its
 label. Tars of `bridgework data export webdataset` are read back completely. Members of other

@@ -1,62 +1,30 @@
-"""DeepSpeed engine: ZeRO, the optimizer step and its learning rate, saved state, full weights.
+"""Training engine: the optimizer step and its learning rate, saved state, full weights.
 
-No other module imports DeepSpeed.
+The loss of a step, its counts and its random draws are computed here. Gradients, the optimizer and
+the files of its state belong to a backend: DeepSpeed's, or plain torch's on one worker without
+ZeRO. Both read each other's files.
 """
 
 # B sequences of a micro-batch  N images  R samples of this rank  L losses  S sources of the mixture
 
 import math
-import os
-import subprocess
-import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bridgework import rng, storage
+from bridgework import rng
 from bridgework.data.collate import Batch
 from bridgework.errors import RunError
-from bridgework.system import AdamW, Stage
+from bridgework.system import AdamW, Stage, ZeRO
 from bridgework.training.step import GradCacheBatch, TrainingModule, by_source
 
-
-@contextmanager
-def _absent(module: str) -> Iterator[None]:
-    """Make a module that is not imported yet fail to import inside the block."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = cast(Any, None)
-    try:
-        yield
-    finally:
-        del sys.modules[module]
-
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-# MLflow is an optional import of DeepSpeed's autotuner: unused here, and 4 seconds in every worker.
-with _absent("mlflow"):
-    import deepspeed
-    from deepspeed.utils import (
-        safe_get_full_fp32_param,
-        safe_get_local_fp32_param,
-        safe_set_full_fp32_param,
-        safe_set_local_fp32_param,
-    )
-
-# At every step, DeepSpeed 0.19 calls functions that torch 2.13 has renamed.
-warnings.filterwarnings(
-    "ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning
-)
-TAG = "state"  # folder of DeepSpeed's files in a checkpoint
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-# of DeepSpeed, for a state of another model or other settings
+TAG = "state"  # folder of a backend's files in a checkpoint
+# of a backend, for a state of another model or other settings
 LOAD_ERRORS = (
     RuntimeError,
     ValueError,
@@ -103,31 +71,61 @@ def learning_rate(optim: AdamW, step: int, steps: int) -> float:
     return optim.final_lr + (optim.peak_lr - optim.final_lr) * cosine
 
 
-def config(stage: Stage) -> dict[str, Any]:
-    """Return DeepSpeed's JSON config of a stage, overridden by `zero.config` by dotted path.
+class Backend(Protocol):
+    """Gradients and optimizer of a module on one rank. All ranks call every method together."""
 
-    It has no number of accumulation steps, because packing varies the number of micro-batches. The
-    engine marks the last micro-batch of every step instead.
+    device: torch.device
+    optimizer: torch.optim.Optimizer
+
+    def forward(self, batch: Batch, cache: GradCacheBatch | None, *, last: bool) -> Tensor:
+        """Run the module on a micro-batch in training mode; `last` of the optimizer step."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, which is a summand of the mean over all ranks."""
+
+    def step(self) -> None:
+        """After the last micro-batch: clip and apply the gradients, and free them."""
+
+    def grad_norm(self) -> float | None:
+        """Return the gradient's norm at the last step over all ranks, or None if unknown."""
+
+    def clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
+        """Clamp a parameter, in the optimizer's copy too."""
+
+    def shard(self, parameter: nn.Parameter) -> Tensor:
+        """Return a trained parameter, or its shard on this rank without the padding."""
+
+    def optimizer_values(self) -> Iterable[Tensor]:
+        """Return the tensors of the optimizer's state on this rank, without padding."""
+
+    def complete(self, tensor: Tensor) -> Tensor | None:
+        """Gather a parameter or buffer in float32, on the CPU: on rank 0, and None elsewhere."""
+
+    def save(self, folder: Path, client: Mapping[str, Any]) -> None:
+        """Write this rank's part of the state into `folder`, without frozen weights."""
+
+    def load(self, folder: Path, *, universal: bool) -> dict[str, Any] | None:
+        """Load the state in `folder` and return its `client`, or None if there is none."""
+
+
+def backend(
+    step: TrainingModule, stage: Stage, optimizer: torch.optim.Optimizer, *, universal: bool
+) -> Backend:
+    """Return plain torch where DeepSpeed has no part: one worker, no ZeRO, no setting of its own.
+
+    Elsewhere DeepSpeed, which takes two seconds to import.
     """
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": stage.budget.micro,
-        "gradient_clipping": stage.optim.clip,
-        "zero_optimization": {"stage": stage.zero.stage},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": stage.zero.precision == "bf16"},
-        "steps_per_print": 10**9,
-    }
-    for path, value in stage.zero.config.items():
-        at = settings
-        *heads, last = path.split(".")
-        for head in heads:
-            at = at.setdefault(head, {})
-        at[last] = value
-    return settings
+    if dist.get_world_size() == 1 and stage.zero == ZeRO(stage=0, precision="fp32"):
+        from bridgework.training.torch_backend import TorchBackend
+
+        return TorchBackend(step, stage, optimizer)
+    from bridgework.training.deepspeed_backend import DeepSpeedBackend
+
+    return DeepSpeedBackend(step, stage, optimizer, universal=universal)
 
 
 class Engine:
-    """A stage's TrainingModule under DeepSpeed, on one rank. All ranks call every method together.
+    """A stage's TrainingModule and its optimizer, on one rank. All ranks call every method together.
 
     draws: number derived from (seed, step), the same on every rank. With the positions of the
     samples it determines all dropout masks and other random draws of the next `train_step`.
@@ -145,13 +143,11 @@ class Engine:
         *,
         universal: bool = False,
     ) -> None:
-        """Initialize DeepSpeed.
+        """Start the backend.
 
         multipliers: name of a trained parameter of the wiring -> multiplier of the learning rate.
         universal: default of `load`: its state is the output of `convert_to_universal`.
         """
-        # Without this, every start on a CPU compiles a C++ extension for minutes.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._step = step
         self._universal = universal
         self._optim = stage.optim
@@ -164,14 +160,8 @@ class Engine:
             eps=optim.eps,
             fused=torch.cuda.is_available(),
         )
-        with _quiet():
-            self._engine, *_ = deepspeed.initialize(
-                model=step,
-                optimizer=optimizer,
-                config=config(stage) | {"checkpoint": {"load_universal": universal}},
-                dist_init_required=False,
-            )
-        self.device: torch.device = self._engine.device
+        self._backend = backend(step, stage, optimizer, universal=universal)
+        self.device: torch.device = self._backend.device
         loss_weights = [source.loss_weight for source in stage.data.leaves]
         self._by_source = (
             None not in loss_weights
@@ -183,7 +173,7 @@ class Engine:
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Do one optimizer step over this rank's micro-batches; every rank has the same number."""
-        for group in self._engine.optimizer.param_groups:
+        for group in self._backend.optimizer.param_groups:
             group["lr"] = lr * group["multiplier"]
         samples = [batch for batch in batches if not batch.idle]
         sources_R = torch.tensor([source for batch in samples for source in batch.sources])
@@ -198,7 +188,7 @@ class Engine:
         sums_LR, local_norm = self._forward_backward(batches, sources_R, divisors_LS)
         self._clamp()
         self._step.model.after_step()
-        norm = self._engine.get_global_grad_norm()
+        norm = self._backend.grad_norm()
         total_LS = _all_reduce(by_source(sums_LR, sources_R, len(self._weights_S)))
         return StepResult(
             losses_L=(self._weights_S * total_LS / divisors_LS).sum(1),
@@ -221,18 +211,17 @@ class Engine:
         Returns sums_LR of the rank's samples, and the gradient's norm before the step.
         """
         sums: list[Tensor] = []
-        self._engine.train()
         for number, (batch, cache) in enumerate(self._passes(batches), 1):
-            self._engine.set_gradient_accumulation_boundary(number == len(batches))
+            last = number == len(batches)
             with _positional_rng(batch, self.draws, self.device):
-                sums_LR = self._engine(batch.to(self.device), cache)
+                sums_LR = self._backend.forward(batch.to(self.device), cache, last=last)
             of_R = torch.tensor(batch.sources) if cache is None else sources_R
             sums_LS = by_source(sums_LR, of_R, len(self._weights_S))
             loss = (self._weights_L @ (self._weights_S * sums_LS / divisors_LS)).sum()
-            # DeepSpeed averages over ranks, but the divisors are already sums over all ranks.
-            self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+            # The mean is over ranks, but the divisors are already sums over all ranks.
+            self._backend.backward(loss * dist.get_world_size())
             norm = self._local_norm()  # before the step, which frees the gradients
-            self._engine.step()
+            self._backend.step()
             if cache is not None or not batch.idle:
                 sums.append(sums_LR.detach())
         return torch.cat(sums, dim=1) if cache is None else torch.stack(sums).sum(0), norm
@@ -249,19 +238,9 @@ class Engine:
 
     @torch.no_grad()
     def _clamp(self) -> None:
-        """Clamp parameters to the wiring's limits, in the optimizer's copy too.
-
-        The optimizer's next step would otherwise restore the old values from its copy.
-        """
+        """Clamp parameters to the wiring's limits."""
         for name, (low, high) in self._step.model.limits.items():
-            parameter = self._step.model.get_parameter(name)
-            parameter.data.clamp_(low, high)  # read by the next forward
-            if hasattr(parameter, "ds_tensor"):  # ZeRO 3: the part that only this rank writes
-                parameter.ds_tensor.data.clamp_(low, high)
-                clamped = safe_get_local_fp32_param(parameter).clamp(low, high)
-                safe_set_local_fp32_param(parameter, clamped)
-            elif (master := safe_get_full_fp32_param(parameter)) is not None:
-                safe_set_full_fp32_param(parameter, master.clamp(low, high))
+            self._backend.clamp(self._step.model.get_parameter(name), low, high)
 
     def _passes(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, GradCacheBatch | None]]:
         """Yield the micro-batches; if losses compare them, with the outputs of a first pass."""
@@ -284,14 +263,7 @@ class Engine:
 
     def save(self, folder: Path, client: Mapping[str, Any]) -> None:
         """Write this rank's part of the state under `folder`/state, without frozen weights."""
-        with _quiet():
-            self._engine.save_checkpoint(
-                str(folder),
-                tag=TAG,
-                client_state=dict(client),
-                save_latest=False,
-                exclude_frozen_parameters=True,
-            )
+        self._backend.save(folder / TAG, client)
 
     def load(self, folder: Path, *, universal: bool | None = None) -> dict[str, Any]:
         """Load the state that `save` wrote and return its `client`.
@@ -300,37 +272,33 @@ class Engine:
         there is no state, or it does not fit this stage's model or its trained parameters.
         """
         universal = self._universal if universal is None else universal
-        self._engine._config.load_universal_checkpoint = universal
         groups = [
             {k: v for k, v in group.items() if k != "params"}
-            for group in self._engine.optimizer.param_groups
+            for group in self._backend.optimizer.param_groups
         ]
-        path, client = None, {}
-        if (folder / TAG).is_dir():
-            try:
-                with _quiet():
-                    path, client = self._engine.load_checkpoint(
-                        str(folder), tag=TAG, load_module_strict=False
-                    )
-            except torch.OutOfMemoryError:
-                raise
-            except LOAD_ERRORS as error:
-                raise RunError(
-                    f"{folder}: DeepSpeed cannot load this checkpoint into the stage. "
-                    f"Got {type(error).__name__}: {_first_line(error)}; expected the model, the "
-                    "trained parameters and the zero settings with which it was written. Fix: "
-                    "restore these, or start a run from an artifact (starts_from)"
-                ) from error
-        if path is None:
+        try:
+            client = (
+                self._backend.load(folder / TAG, universal=universal)
+                if (folder / TAG).is_dir()
+                else None
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except LOAD_ERRORS as error:
             raise RunError(
-                f"{folder}: DeepSpeed found no state there. "
+                f"{folder}: this checkpoint cannot be loaded into the stage. "
+                f"Got {type(error).__name__}: {_first_line(error)}; expected the model, the "
+                "trained parameters and the zero settings with which it was written. Fix: "
+                "restore these, or start a run from an artifact (starts_from)"
+            ) from error
+        if client is None:
+            raise RunError(
+                f"{folder} holds no state. "
                 "Fix: remove that checkpoint to resume from the one before"
             )
-        for group, own in zip(self._engine.optimizer.param_groups, groups, strict=True):
-            group.update(own)  # a fork may change them, and DeepSpeed loads the saved values
-        if universal:
-            self._load_buffers(folder / TAG)
-        return dict(client)
+        for group, own in zip(self._backend.optimizer.param_groups, groups, strict=True):
+            group.update(own)  # a fork may change them, and the saved values were loaded
+        return client
 
     def finite(self) -> bool:
         """Return False for a NaN or an infinity in the values of a checkpoint, on any rank.
@@ -338,7 +306,7 @@ class Engine:
         These are the trained parameters, the optimizer's state, and the buffers, in which an
         infinity is allowed. Every rank returns the same value.
         """
-        numbers = [*self._trained(), *self._optimizer_values()]
+        numbers = [*self._trained(), *self._backend.optimizer_values()]
         ok = all(bool(tensor.isfinite().all()) for tensor in numbers if tensor.is_floating_point())
         ok = ok and not any(
             bool(b.isnan().any()) for b in self._step.buffers() if b.is_floating_point()
@@ -350,43 +318,15 @@ class Engine:
         """Return an estimate of the bytes of a checkpoint, over all ranks."""
         own = 0
         if self._sharded or dist.get_rank() == 0:
-            own += sum(t.nbytes for t in _tensors(self._engine.optimizer.state_dict()))
+            own += sum(t.nbytes for t in tensors_in(self._backend.optimizer.state_dict()))
         if dist.get_rank() == 0:
             own += sum(t.nbytes for t in (*self._trained(), *self._step.buffers()))
         return int(_all_reduce(torch.tensor(own, dtype=torch.float64, device=self.device)))
 
     def _trained(self) -> Iterator[Tensor]:
-        """Yield the trained parameters, or their shards on this rank without the padding."""
         for parameter in self._step.parameters():
             if parameter.requires_grad:
-                shard = getattr(parameter, "ds_tensor", None)
-                yield parameter if shard is None else shard[: _shard_size(parameter)]
-
-    def _optimizer_values(self) -> Iterator[Tensor]:
-        """Yield the tensors of the optimizer's state on this rank.
-
-        The shards of ZeRO 3 have one size on all ranks. DeepSpeed never writes the padding of the
-        last one, which therefore holds any bits, NaN among them: it is left out.
-        """
-        optimizer = self._engine.optimizer
-        if not hasattr(optimizer, "get_local_fp32_param"):
-            yield from _tensors(optimizer.state_dict())
-            return
-        for parameter in self._step.parameters():
-            if parameter.requires_grad:
-                size = _shard_size(parameter)
-                for key in (None, *MOMENTS):
-                    yield optimizer.get_local_fp32_param(parameter, key)[:size]
-
-    def _load_buffers(self, state: Path) -> None:
-        """Load the buffers, equal on all ranks, which DeepSpeed skips in a universal state."""
-        saved = torch.load(
-            min(state.glob("*model_states.pt")), map_location="cpu", weights_only=True
-        )["module"]
-        parameters = {name for name, _ in self._step.named_parameters(remove_duplicate=False)}
-        self._step.load_state_dict(
-            {n: tensor for n, tensor in saved.items() if n not in parameters}, strict=False
-        )
+                yield self._backend.shard(parameter)
 
     def state(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Gather parameters and buffers of the wiring by name, on the CPU.
@@ -399,57 +339,21 @@ class Engine:
             **dict(self._step.model.named_buffers()),
         }
         for name, tensor in tensors.items():
-            if name in requested:
-                sharded = hasattr(tensor, "ds_id")
-                # With bfloat16, the weights are rounded from the optimizer's exact float32 copy.
-                exact = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
-                if exact is not None:
-                    if dist.get_rank() == 0:
-                        gathered[name] = exact.detach().cpu().clone()
-                    continue
-                with deepspeed.zero.GatheredParameters([tensor]) if sharded else nullcontext():
-                    if dist.get_rank() == 0:
-                        copy = tensor.detach().cpu().clone()
-                        gathered[name] = copy.float() if copy.is_floating_point() else copy
+            if name in requested and (complete := self._backend.complete(tensor)) is not None:
+                gathered[name] = complete
         return gathered
 
 
-def convert_to_universal(folder: Path, into: Path) -> None:
-    """Convert the state under `folder` to one that any number of ranks can load.
-
-    This is DeepSpeed's universal checkpoint (arXiv:2406.18820). Raises RunError if it fails.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.checkpoint.ds_to_universal",
-        "--inject_missing_state",
-    ]
-    folders = ["--input_folder", str(folder / TAG), "--output_folder", str(into / TAG)]
-    done = subprocess.run([*command, *folders], capture_output=True, text=True)
-    if done.returncode:
-        if any(text in done.stderr for text in storage.FULL_MESSAGES):
-            raise storage.full(into)
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise RunError(f"{folder} cannot be read by another number of workers. Got {lines[-1]}")
-
-
-def _shard_size(parameter: Any) -> int:
-    """Return the elements of a ZeRO 3 parameter that its shard on this rank holds."""
-    shard = parameter.ds_tensor.numel()
-    return int(min(max(parameter.ds_numel - dist.get_rank() * shard, 0), shard))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield every tensor in nested mappings and sequences."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for inner in value.values():
-            yield from _tensors(inner)
+            yield from tensors_in(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _tensors(inner)
+            yield from tensors_in(inner)
 
 
 def _first_line(error: BaseException) -> str:
@@ -485,16 +389,3 @@ def _all_reduce(tensor: Tensor) -> Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress DeepSpeed's log in the block, e.g. a page at every start, except for errors."""
-    from deepspeed.utils import logger
-
-    level = logger.level
-    logger.setLevel("ERROR")
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
