@@ -21,6 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
+from rich.tree import Tree
 
 from bridgework.artifacts import StageResult
 from bridgework.config import override
@@ -40,7 +41,7 @@ from bridgework.training.options import RunOptions
 from bridgework.tuning.search import Outcome, sweep
 from bridgework.tuning.space import load as load_space
 from examples.pictures import Card, Line, data_url, page, sheet
-from examples.report import Report, console, interval, lines, percent, run, shown
+from examples.report import Report, console, escape, interval, lines, percent, run, shown
 
 DATA = Path("examples/data")
 SETS = ("clipart", "emoji", "heldout_clipart", "heldout_style", "heldout_concepts")
@@ -100,8 +101,10 @@ def main(report: Report) -> None:
     with ray_session():
         run_on_ray(tracker, report, held_out, chosen)
     response = report.values["response"]
-    console.print(lineage.trace(response, tracker, report.home))
     report.values["trace"] = f"bridgework trace {response}"
+    console.print()
+    console.print(pruned(lineage.trace(response, tracker, report.home)), soft_wrap=True)
+    console.print(f"[dim]complete: .venv/bin/{report.values['trace']}[/]", soft_wrap=True)
     conclude(report)
 
 
@@ -354,6 +357,19 @@ def ask(home: Path, sample: Sample, captions: list[str]) -> dict[str, Any]:
     text = answer.choices[0].message.content or ""
     console.print(f"{QUESTION}  [bold]{text}[/]  (drawn: {sample.text})")
     return {"answer": text, "drawn": sample.text, "response": answer.id}
+
+
+def pruned(tree: Tree) -> Tree:
+    """Return a trace with models, stages, datasets and licenses alone, and with short paths."""
+    text = str(tree.label).replace(f"{Path.cwd()}/", "")
+    short = Tree(escape(text))
+    for child in tree.children:
+        if str(child.label).startswith(TRACED):
+            short.children.append(pruned(child))
+    return short
+
+
+TRACED = ("deployment", "model", "weights", "stage", "dataset", "license")
 
 
 @contextmanager

@@ -92,14 +92,18 @@ def _nothing() -> Iterator[None]:
 def run(name: str, main: Callable[[Report], None]) -> None:
     """Run an example; an expected error is one line, any other is one line and a traceback's file.
 
-    Everything that libraries write to stderr goes to `<home>/<name>.log`.
+    Everything that libraries print goes to `<home>/<name>.log`, so that the report has no line of
+    theirs.
     """
     report = Report(name)
     report.home.mkdir(parents=True, exist_ok=True)
     file = report.home / f"{name}.log"
+    sys.stdout.flush()
     sys.stderr.flush()
+    console.file = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, sys.stderr.fileno())  # the descriptor, because Ray's C++ writes to it directly
+    for stream in (sys.stdout, sys.stderr):  # the descriptors, because Ray's C++ writes to them
+        os.dup2(log, stream.fileno())
     try:
         main(report)
     except BridgeworkError as error:

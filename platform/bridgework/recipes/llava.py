@@ -236,7 +236,7 @@ def quickstart() -> System:
         model=QUICK_ADAPTED,
         trains={"bridge.*": 0.1, "language.*lora_*": 1.0},
         losses=(LanguageModeling(), QUICK_CONTRAST),
-        data=replace(QUICK_DATA, lanes=2, packing=Packing()),
+        data=replace(QUICK_DATA, lanes=2, packing=Packing(tokens=192)),
         budget=Budget(steps=300, batch=16, micro=16),
         optim=AdamW(peak_lr=1e-3),
         starts_from="warm",
