@@ -103,7 +103,7 @@ def main(report: Report) -> None:
     response = report.values["response"]
     report.values["trace"] = f"bridgework trace {response}"
     console.print()
-    console.print(pruned(lineage.trace(response, tracker, report.home)), soft_wrap=True)
+    console.print(pruned(lineage.trace(response, tracker, report.home)))
     console.print(f"[dim]complete: .venv/bin/{report.values['trace']}[/]", soft_wrap=True)
     conclude(report)
 
@@ -369,7 +369,7 @@ def pruned(tree: Tree) -> Tree:
     return short
 
 
-TRACED = ("deployment", "model", "weights", "stage", "dataset", "license")
+TRACED = ("response", "deployment", "model", "weights", "stage", "dataset", "license")
 
 
 @contextmanager

@@ -68,7 +68,14 @@ def time_bar(about_s: float) -> Iterator[None]:
     """Show a bar that fills in the estimated time."""
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn(f"of {about(about_s)}"))
     over = threading.Event()
-    with Progress(*columns, console=console, transient=True) as bar:
+    bar = Progress(
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=False,  # lines of Ray belong in the log
+        redirect_stderr=False,
+    )
+    with bar:
         task, began = bar.add_task("", total=about_s), time.perf_counter()
 
         def follow() -> None:
@@ -161,4 +168,4 @@ def columns(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
 def lines(values: Mapping[str, str]) -> None:
     """Print named values below each other."""
     for name, value in values.items():
-        console.print(f"[bold]{name:16}[/]{value}", soft_wrap=True)
+        console.print(f"[bold]{name:18}[/]{value}", soft_wrap=True)
