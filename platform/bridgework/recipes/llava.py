@@ -213,7 +213,7 @@ def quickstart() -> System:
 
     `warm` trains the bridge by contrast of its token with the caption's embeddings in the LM. It
     takes seconds, because it needs no LM forward. `align` trains adapters on the LM, which learns
-    to read that token; the bridge follows at a tenth of the rate, because at the full rate it
+    to read that token; the bridge follows at a hundredth of the rate, because at the full rate it
     forgets the contrast. (LLaVA's `align` trains the projector alone. In minutes, a frozen LM
     learns far less: docs/log.md.) `instruct` continues with questions. An image is one token, and
     samples share sequences, so that a step is small. EfficientNet-Lite0 and SmolLM2-135M come from
@@ -224,7 +224,7 @@ def quickstart() -> System:
         model=QUICK_MODEL,
         trains={"bridge.*": 1.0},
         losses=(QUICK_CONTRAST,),
-        data=QUICK_DATA,
+        data=replace(QUICK_DATA, template="answer"),  # the captions as `instruct` writes them
         budget=Budget(steps=400, batch=128, micro=128),
         optim=AdamW(peak_lr=1e-3, weight_decay=0.05),
         zero=CPU,
@@ -234,10 +234,10 @@ def quickstart() -> System:
     align = Stage(
         name="align",
         model=QUICK_ADAPTED,
-        trains={"bridge.*": 0.1, "language.*lora_*": 1.0},
+        trains={"bridge.*": 0.01, "language.*lora_*": 1.0},
         losses=(LanguageModeling(), QUICK_CONTRAST),
         data=replace(QUICK_DATA, lanes=2, packing=Packing(tokens=192)),
-        budget=Budget(steps=300, batch=16, micro=16),
+        budget=Budget(steps=500, batch=16, micro=16),
         optim=AdamW(peak_lr=1e-3),
         starts_from="warm",
         zero=CPU,
