@@ -116,7 +116,7 @@ def run_on_ray(
     warm = train_stage(report, tracker, system, "warm")
     with report.part("sweep", "six other bridges (Ray Tune, Optuna)", ABOUT_S["sweep"]):
         outcome = sweep(
-            load_space("llava_warm"),
+            load_space("quickstart_warm"),
             home=report.home,
             run="quickstart-sweep",
             tracker=tracker,

@@ -1,7 +1,7 @@
 """Search space for the quick start's first stage: bridge, learning rate and mixture.
 
-bridgework sweep llava_warm              a minute on 2 cores, with cached features
-bridgework sweep llava_warm --trials 32  more trials
+bridgework sweep quickstart_warm              a minute on 2 cores, with cached features
+bridgework sweep quickstart_warm --trials 32  more trials
 
 A trial is the complete stage, so its score compares with that of a run of the recipe.
 """
