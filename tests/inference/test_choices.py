@@ -186,7 +186,7 @@ PRIORS = {
     "blip:vqa/vqa": False,  # 2201.12086, 5.3: rank the answers
     "flamingo/train": False,  # 2204.14198, appendix A.2
     "minigpt4/polish": False,  # its release's candidates are ranked by their loss
-    "llava:quickstart/instruct": True,  # docs/log.md: free captions and ranking
+    "llava:quickstart/instruct": False,  # docs/log.md: the prior of a blank image
     "llava/instruct": True,
 }
 

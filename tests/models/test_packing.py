@@ -242,3 +242,22 @@ def test_every_causal_family_isolates_packed_samples_or_is_refused(arch: str) ->
         with suppress(BridgeworkError):  # a refusal
             assert farthest(build(replace(language(arch), **changes))) < 1e-4
         return
+
+
+@torch.no_grad()
+def test_pooled_vectors_of_packed_samples_are_those_of_the_samples_alone() -> None:
+    model, images = build(language("llama")), pixels(3, size=16)
+
+    def pooled(ids: list[list[int]], images: Tensor, segments: Tensor | None = None) -> Tensor:
+        ids_BT = torch.tensor(ids)
+        labels_BT = ids_BT.masked_fill(ids_BT == IMAGE, IGNORE)
+        attention_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+        outputs = model(
+            ids_BT, attention_BT, labels_BT, images, segments=segments, requested={"pooled"}
+        )
+        return torch.stack([outputs.image_BD, outputs.text_BD])
+
+    alone = [pooled([row], images[i : i + 1]) for i, row in enumerate(rows())]
+    numbers = [number for number, row in enumerate(rows()) for _ in row]
+    together = pooled([[token for row in rows() for token in row]], images, torch.tensor([numbers]))
+    torch.testing.assert_close(together, torch.cat(alone, dim=1))

@@ -267,7 +267,7 @@ def test_pooled_vectors_are_means_of_bridge_tokens_and_of_caption_embeddings() -
 
 def test_pooling_a_sample_without_an_image_names_its_row() -> None:
     ids_BT = torch.cat([ids(PICTURE, 5), ids(*range(1, 18))])
-    with pytest.raises(DataError, match="row 1 of the batch has no image"):
+    with pytest.raises(DataError, match="sample 1 of the batch has no image"):
         build()(ids_BT, ones(ids_BT), labels(ids_BT), pixels(1), requested=POOLED)
 
 

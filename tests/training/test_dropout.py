@@ -17,6 +17,7 @@ from tests.training.support import fresh, job, train_ranks
 
 LORA = "lora(rank=4,alpha=8,dropout=0.1)"
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "projector": ("llava", "align", {"model.bridge": "mlp(dropout=0.1)"}),
     "qformer three objectives": ("blip2", "represent", {"model.bridge.dropout": 0.1}),
     "qformer bridge": ("blip2:flan_t5", "generate", {"model.bridge.dropout": 0.1}),
     "encoder, decoder, twin": ("blip", "pretrain", {"model.text.dropout": 0.1}),
@@ -38,6 +39,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "preference": ("xgen_mm", "prefer", {"model.language.lora.dropout": 0.1}),
 }
 IN_PARTS = (
+    "projector",
     "qformer bridge",
     "instruction",
     "adapters",

@@ -1,5 +1,6 @@
 """Feature cache: the same numbers as the tower, only if caching is cheaper."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,14 @@ def written(folder: Path, rows: list[Sample]) -> Dataset:
 
 
 def prepare(
-    dataset: Dataset, home: Path, draws: int = 10_000, workers: int = 0
+    dataset: Dataset,
+    home: Path,
+    draws: int = 10_000,
+    workers: int = 0,
+    say: Callable[[str], object] = print,
 ) -> feature_cache.CacheDecision:
     home.mkdir(exist_ok=True)
-    return feature_cache.prepare(TOWER, [dataset], draws=draws, home=home, workers=workers)
+    return feature_cache.prepare(TOWER, [dataset], draws=draws, home=home, workers=workers, say=say)
 
 
 def stored(verdict: feature_cache.CacheDecision, dataset: Dataset) -> list[dict[str, Any]]:
@@ -86,14 +91,16 @@ def test_row_groups_match_the_dataset(dataset: Dataset, tmp_path: Path) -> None:
 
 
 def test_features_are_computed_once(dataset: Dataset, tmp_path: Path) -> None:
-    first = prepare(dataset, tmp_path / "home")
-    assert "cached" in first.why
-    assert "instead of 10,000 times" in first.why
+    said: list[str] = []
+    first = prepare(dataset, tmp_path / "home", say=said.append)
+    assert first.why == "the features of 1 datasets are cached"
+    (cost,) = said
+    assert cost.startswith("computing features of 40 images once") and "10,000 times" in cost
     assert first.folder is not None
     written_at = {f: f.stat().st_mtime_ns for f in first.folder.rglob("*.parquet")}
     second = prepare(dataset, tmp_path / "home", draws=1)
     assert second.folder == first.folder
-    assert "are in" in second.why
+    assert second.why == first.why
     assert written_at == {f: f.stat().st_mtime_ns for f in first.folder.rglob("*.parquet")}
 
 
@@ -140,7 +147,7 @@ def test_losses_from_features_match_losses_from_pixels(
 ) -> None:
     go(system(), home, f"{run}-pixels", features="computed")
     go(system(), home, run)
-    assert "features are" in capsys.readouterr().err
+    assert "datasets are cached" in capsys.readouterr().err
     digest = open_dataset(resolve("synthetic:shapes", home)).manifest.digest
     assert (home / "features" / TOWER.build().digest() / digest).is_dir()
     assert dict(losses(home, run)) == pytest.approx(dict(losses(home, f"{run}-pixels")), rel=1e-2)

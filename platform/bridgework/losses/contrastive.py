@@ -43,6 +43,7 @@ class Contrastive(Loss):
     weight: float = 1.0
     requires: ClassVar[str] = "pooled"
     whole_batch: ClassVar[bool] = True
+    supports_packing: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.temperature is not None and self.temperature <= 0:

@@ -8,7 +8,7 @@ square and the tiles of one grid (LLaVA-NeXT, xGen-MM).
 
 # B batch  T tokens  N images of the batch, in order  P patches, then bridge tokens
 # S pixels of a side  F width of the tower's features  D width of the language model  V vocabulary
-# I tokens of the instructions  R samples
+# I tokens of the instructions  R samples  K chosen tokens
 
 from dataclasses import replace
 from math import isqrt
@@ -200,8 +200,8 @@ class PrefixVLM(VLMModule):
         if "pooled" in requested:
             if labels is None:
                 raise DataError("pooled text needs labels, because they mark the caption's tokens")
-            outputs.image_BD = _mean(embeds_BTD, ids == IMAGE, "image")
-            outputs.text_BD = _mean(embeds_BTD, labels != IGNORE, "labeled token")
+            outputs.image_BD = _mean(embeds_BTD, ids == IMAGE, "image", segments)
+            outputs.text_BD = _mean(embeds_BTD, labels != IGNORE, "labeled token", segments)
         if "logits" in requested:
             outputs.logits_BTV = self._logits(embeds_BTD, ids, attention, labels, segments)
         return outputs
@@ -384,15 +384,27 @@ def _sample_of_image(images: int, places_R: Tensor | None, instruction_RI: Tenso
     return rows_N
 
 
-def _mean(embeds_BTD: Tensor, chosen_BT: Tensor, name: str) -> Tensor:
-    """Return (B, D) float32, the mean of each row's chosen tokens; DataError if it has none."""
-    count_B = chosen_BT.sum(-1)
-    if bool((count_B == 0).any()):
-        row = int((count_B == 0).nonzero()[0])
+def _mean(
+    embeds_BTD: Tensor, chosen_BT: Tensor, name: str, segments_BT: Tensor | None = None
+) -> Tensor:
+    """Return (R, D) float32, the mean of each sample's chosen tokens; DataError if it has none.
+
+    A sample is a row, or with `segments` a part of a row.
+    """
+    owner_BT = (
+        torch.arange(len(chosen_BT), device=chosen_BT.device).unsqueeze(1).expand_as(chosen_BT)
+        if segments_BT is None
+        else segments_BT
+    )
+    owner_K, samples = owner_BT[chosen_BT], int(owner_BT.max()) + 1
+    count_R = torch.bincount(owner_K, minlength=samples)
+    if bool((count_R == 0).any()):
+        sample = int((count_R == 0).nonzero()[0])
         raise DataError(
-            f"row {row} of the batch has no {name}: "
+            f"sample {sample} of the batch has no {name}: "
             "pooling needs an image and a caption in every sample"
         )
-    # masked_fill: a product with the mask would carry a NaN from a padded place into the mean
-    sum_BD = embeds_BTD.float().masked_fill(~chosen_BT.unsqueeze(-1), 0.0).sum(1)
-    return sum_BD / count_B.unsqueeze(-1)
+    # indexed: a product with a mask would carry a NaN from a padded place into the mean
+    chosen_KD = embeds_BTD[chosen_BT].float()
+    sum_RD = chosen_KD.new_zeros(samples, chosen_KD.shape[-1]).index_add(0, owner_K, chosen_KD)
+    return sum_RD / count_R.unsqueeze(-1)

@@ -10,7 +10,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from bridgework.config import config_class
+from bridgework.config import added, bounded, config_class
 from bridgework.errors import SpecError
 from bridgework.models import pretrained as weights_of
 
@@ -34,15 +34,18 @@ class MLPConfig:
     """`depth` matrices with a GELU between them; two in LLaVA 1.5 (2310.03744, 3.3)."""
 
     depth: int = 2
+    # of the tower's features, in training; it keeps a bridge from memorizing a few thousand images
+    dropout: float = added(default=0.0)
 
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise SpecError(
                 f"bridge.depth must be at least 1 (1 is the linear projector), got {self.depth}"
             )
+        bounded("bridge.dropout", self.dropout, least=0, below=1)
 
     def build(self, in_width: int, out_width: int) -> "Projector":
-        return Projector(in_width, out_width, depth=self.depth)
+        return Projector(in_width, out_width, depth=self.depth, dropout=self.dropout)
 
     def tokens(self, patches: int) -> int:
         return patches
@@ -115,15 +118,16 @@ class ConcatProjector(nn.Module):
 class Projector(nn.Module):
     """`linear_1`, ..., `linear_<depth>`: the names in transformers' LLaVA projector."""
 
-    def __init__(self, in_width: int, out_width: int, *, depth: int) -> None:
+    def __init__(self, in_width: int, out_width: int, *, depth: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.depth = depth
+        self.dropout = dropout
         for i in range(1, depth + 1):
             self.add_module(f"linear_{i}", nn.Linear(in_width if i == 1 else out_width, out_width))
 
     def forward(self, patches_NPF: Tensor) -> Tensor:
         """Map (N, P, F) floats to (N, P, D)."""
-        tokens_NPD = patches_NPF
+        tokens_NPD = nn.functional.dropout(patches_NPF, self.dropout, self.training)
         for i in range(1, self.depth + 1):
             if i > 1:
                 tokens_NPD = nn.functional.gelu(tokens_NPD)

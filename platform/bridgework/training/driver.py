@@ -12,7 +12,7 @@ import operator
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -231,7 +231,10 @@ def _stage(
 
 def _report_finished(stage: Stage, place: Path, console: Console) -> None:
     """Print that a stage is finished, and which of its evaluations have no metrics."""
-    console.print(f"{stage.name}: finished before; its artifact is {run_dir.artifact_dir(place)}")
+    artifact = run_dir.artifact_dir(place)
+    with suppress(ValueError):  # an absolute path is shown only for a home elsewhere
+        artifact = artifact.relative_to(Path.cwd())
+    console.print(f"{stage.name}: finished before; its artifact is {artifact}", soft_wrap=True)
     metrics = json.loads((place / "metrics.json").read_text())
     for spec in stage.evals:  # an option, which may have changed since
         if not any(name.startswith(f"{spec.name}.") for name in metrics):
@@ -409,6 +412,10 @@ def _cache_features(
     """
     if not can_cache_features(stage):
         return None
+
+    def say(text: str) -> None:
+        console.print(f"{stage.name}: {text}", markup=False, highlight=False)
+
     choice, began = options.features, _recorded_features(place)
     if began is not None and checkpoint.checkpoints(place):
         if choice not in ("auto", began):
@@ -429,11 +436,12 @@ def _cache_features(
             home=home,
             workers=options.readers if options.workers else 0,
             demanded=choice == "cached",
+            say=say,
         )
     place.mkdir(parents=True, exist_ok=True)
     record = {"features": "cached" if decision.folder else "computed", "why": decision.why}
     storage.write_atomic(place / run_dir.FEATURES, json.dumps(record))
-    console.print(f"{stage.name}: {decision.why}", markup=False)
+    say(decision.why)
     return decision.folder
 
 

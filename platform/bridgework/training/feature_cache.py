@@ -9,8 +9,9 @@ datasets, never on the caches that exist already, because cached features are ro
 # N images  P patches  D width
 
 import json
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from bridgework.ray_utils import map_on_actors
 TowerSpec = ViTConfig | EfficientNetConfig
 SCHEMA = pa.schema([("key", pa.string()), ("features", pa.list_(pa.binary()))])
 FREE_SHARE = 0.2  # of the disk's free space that cached features may take
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,18 @@ def prepare(
     home: Path,
     workers: int,
     demanded: bool = False,
+    say: Callable[[str], object] = log.info,
 ) -> CacheDecision:
     """Cache the features of all images of `datasets` if that is cheaper than training without.
 
     draws: number of images that training reads. workers: Ray actors with a copy of the tower, each
     on a GPU if the cluster has GPUs or can start nodes with GPUs; 0 computes in this process.
     demanded: cache them even if it is not cheaper. Features that float16 cannot hold, or that the
-    disk cannot, are computed in training; if they are demanded, an error is raised.
+    disk cannot, are computed in training; if they are demanded, an error is raised. say: is called
+    with the cost before features are computed.
     """
     try:
-        return _prepare(tower, datasets, draws, home, workers, demanded)
+        return _prepare(tower, datasets, draws, home, workers, demanded, say)
     except TooLarge as error:
         if demanded:
             raise
@@ -81,6 +86,7 @@ def _prepare(
     home: Path,
     workers: int,
     demanded: bool,
+    say: Callable[[str], object],
 ) -> CacheDecision:
     rows = sum(d.manifest.rows for d in datasets)
     if not (demanded or pays(datasets, draws)):
@@ -93,7 +99,7 @@ def _prepare(
     folder = home / "features" / module.digest()
     missing = [d for d in datasets if not storage.is_published(folder / d.manifest.digest)]
     if not missing:
-        return CacheDecision(folder, f"features of {len(datasets)} datasets are in {folder}")
+        return CacheDecision(folder, f"the features of {len(datasets)} datasets are cached")
     rows = sum(d.manifest.rows for d in missing)
     each_s, shape = _measure(module, missing[0])
     size, room = rows * shape[0] * shape[1] * 2, FREE_SHARE * storage.free_bytes(home)
@@ -106,6 +112,7 @@ def _prepare(
                 "Fix: free some, set BRIDGEWORK_HOME to a larger disk, or give --features computed"
             )
         return CacheDecision(None, f"features are computed in training: {full}")
+    say(f"computing features of {cost} instead of {draws:,} times ({draws * each_s:.0f} CPU-s)")
     folder.mkdir(parents=True, exist_ok=True)
     storage.write_atomic(
         folder / "features.json", json.dumps({"patches": shape[0], "width": shape[1]})
@@ -116,10 +123,7 @@ def _prepare(
         with storage.lock(final):
             if not storage.is_published(final):
                 _cache(tower, dataset, final, workers)
-    return CacheDecision(
-        folder,
-        f"features are cached: {cost} instead of {draws:,} times ({draws * each_s:.0f} CPU-s)",
-    )
+    return CacheDecision(folder, f"the features of {len(datasets)} datasets are cached")
 
 
 def _measure(module: VisionTower, dataset: Dataset) -> tuple[float, tuple[int, int]]:

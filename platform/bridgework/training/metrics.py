@@ -7,6 +7,7 @@ a terminal, and with a line per tenth of the stage in a log.
 # R samples of this rank  L losses  S sources of the mixture
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -199,8 +200,15 @@ def progress_bar(folder: Path, title: str, steps: int, console: Console) -> Iter
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
     )
+    # Lines of libraries go above the bar only if they have its stream anyway.
+    shared = console.file in (sys.stdout, sys.stderr)
     bar = Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        redirect_stdout=shared,
+        redirect_stderr=shared,
     )
     task = bar.add_task(title, total=steps, figures="starting the workers")
     over = threading.Event()
