@@ -81,8 +81,9 @@ def save_preference(body: PreferenceRequest, options: Options) -> dict[str, Any]
         raise APIError(400, message, code="unsupported", param="messages")
     folder = Path(str(options.home)) / "preferences"
     named = {_file_name(data): data for data in images}
-    row = {
-        "id": uuid4().hex,
+    key = uuid4().hex
+    row: dict[str, Any] = {
+        "id": key,
         "images": [_file_name(data) for data in images],
         "conversations": _turns(parts),
         "chosen": body.chosen.text,
@@ -104,14 +105,14 @@ def save_preference(body: PreferenceRequest, options: Options) -> dict[str, Any]
         for name, data in new.items():
             (folder / name).write_bytes(data)
         try:
-            preference(row["id"], row, str(folder))
+            preference(key, row, str(folder))
         except BadSample as error:
             for name in new:
                 (folder / name).unlink()
             raise APIError(400, f"the vote: {error}", code="invalid_value") from None
         with (folder / "votes.jsonl").open("a", encoding="utf-8") as file:
             file.write(line)
-    return {"object": "preference", "id": row["id"]}
+    return {"object": "preference", "id": key}
 
 
 def _file_name(image: bytes) -> str:
