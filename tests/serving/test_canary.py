@@ -140,7 +140,7 @@ def test_promotion_needs_requests_time_latency_errors_and_probes() -> None:
         for _ in range(requests):
             for group, draw in (("challenger", challenger), ("baseline", answer(0.1))):
                 seconds, error = draw(random)
-                canary.observe(group, seconds, error=error)  # type: ignore[arg-type]
+                canary.observe(group, seconds, error=error)
         canary.observe_probes([scores[0]] * 8, [scores[1]] * 8)
         return canary
 

@@ -60,7 +60,7 @@ def test_gateway_counts_calls_by_version_role_and_result() -> None:
     gateway = GatewayMetrics()
     served = ServedModel("0" * 12, "chat", "m", "3", "", "")
     for result in ("ok", "ok", "error"):
-        gateway.observe(Outcome(Route(served), "generate", 0.3, result), "challenger")  # type: ignore[arg-type]
+        gateway.observe(Outcome(Route(served), "generate", 0.3, result), "challenger")
     samples = {
         (s.name, s.labels.get("result")): (s.value, s.labels)
         for family in exposed(gateway)
