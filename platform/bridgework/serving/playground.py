@@ -84,8 +84,9 @@ def save_preference(body: PreferenceRequest, options: Options) -> dict[str, Any]
         message = "votes are kept in a folder. Got a home in a store; expected a local one"
         raise APIError(501, message, code="unsupported")
     named = {_file_name(data): data for data in images}
+    key = uuid4().hex
     row: dict[str, Any] = {
-        "id": uuid4().hex,
+        "id": key,
         "images": [_file_name(data) for data in images],
         "conversations": _turns(parts),
         "chosen": body.chosen.text,
@@ -107,14 +108,14 @@ def save_preference(body: PreferenceRequest, options: Options) -> dict[str, Any]
         for name, data in new.items():
             (folder / name).write_bytes(data)
         try:
-            preference(row["id"], row, str(folder))
+            preference(key, row, str(folder))
         except BadSample as error:
             for name in new:
                 (folder / name).unlink()
             raise APIError(400, f"the vote: {error}", code="invalid_value") from None
         with (folder / "votes.jsonl").open("a", encoding="utf-8") as file:
             file.write(line)
-    return {"object": "preference", "id": row["id"]}
+    return {"object": "preference", "id": key}
 
 
 def _file_name(image: bytes) -> str:
