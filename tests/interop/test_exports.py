@@ -217,7 +217,7 @@ def test_exported_settings_contain_trained_end_tokens(name: str, tmp_path: Path)
         if isinstance(settings.eos_token_id, int)
         else set(settings.eos_token_id)
     )
-    assert pipeline._stop_conditions.ids <= ends
+    assert pipeline.stop_conditions.ids <= ends
     assert settings.pad_token_id == pipeline.tokenizer.pad_token_id
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert config.text_config.eos_token_id == settings.eos_token_id

@@ -371,7 +371,7 @@ def test_facts_of_the_environment_are_shown(mlflow_tracker: MLflowTracker, tmp_p
     run = mlflow_tracker.start("align", tags={"stage": "align", "seed": "7", **environment.tags()})
     shown = text(trace(run, mlflow_tracker, tmp_path))
     assert_in_order(
-        ["command python -m pytest", "git commit", "seed 7", "versions python 3", "hardware"], shown
+        ["command python", "git commit", "seed 7", "versions python 3", "hardware"], shown
     )
 
 
