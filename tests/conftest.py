@@ -6,14 +6,17 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
+from xdist.scheduler import LoadScopeScheduling
 
 from bridgework.data.tokenization import load_tokenizer
 
@@ -29,11 +32,24 @@ RAY_ENVIRONMENT = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spread the tests over processes by file, except that all tests that need Ray share one process."""
-    for item in items:
-        needs_ray = "ray_session" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else item.path.as_posix()))
+class ByFile(LoadScopeScheduling):
+    """Spread the tests over processes by file, except that all that need Ray share one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if _needs_ray(file) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return ByFile(config, log)
+
+
+@cache
+def _needs_ray(file: str) -> bool:
+    """Return True if a file of tests, or the conftest.py next to it, names the fixture."""
+    path = Path(__file__).parents[1] / file
+    near = [path] if path.parent == Path(__file__).parent else [path, path.with_name("conftest.py")]
+    return any("ray_session" in one.read_text() for one in near if one.is_file())
 
 
 @pytest.fixture(scope="session", autouse=True)
