@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        ("bridgework tra", {"train", "trace"}),
+        ("bridgework tra", {"train", "trace", "traffic"}),
         ("bridgework show lla", {"llava"}),
         ("bridgework show llava:q", {"llava:quickstart"}),
         ("bridgework train llava --stage ", {"align", "instruct"}),

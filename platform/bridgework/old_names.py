@@ -5,7 +5,8 @@ No other module of the package contains an old name.
 """
 
 CLASSES = {  # "module:Class", old -> today's, without the prefix `bridgework.`
-    "cli_models:Judges": "cli.models:Evaluations",
+    "cli.models:Evaluations": "evaluation.kinds:Evaluations",
+    "cli_models:Judges": "evaluation.kinds:Evaluations",
     "curation.flow:Limits": "curation.runner:CurationLimits",
     "data.mixtures:Bare": "data.mixture_report:ByteModelConfig",
     "evaluation.heldout:HeldOutLoss": "evaluation.likelihood:HeldOutLoss",
