@@ -131,7 +131,8 @@ def test_stop_repeats_only_steps_since_the_checkpoint(home: Path, run: str) -> N
         with pytest.raises(Stop):
             go(system, home, run, checkpoint_every=3, evaluate_every=1, report=report)
     go(system, home, run, checkpoint_every=3, evaluate_every=1, report=report)
-    assert taken == [1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9]
+    # the evaluation of the checkpoint's step is reported again
+    assert taken == [1, 2, 3, 4, 3, 4, 5, 6, 6, 7, 8, 9]
 
 
 def test_damaged_checkpoint_is_reported_and_the_one_before_is_used(
@@ -151,7 +152,8 @@ def test_damaged_checkpoint_is_reported_and_the_one_before_is_used(
         evaluate_every=1,
         report=lambda metrics, done: taken.append(done),
     )
-    assert taken == [3, 4, 5, 6, 7]
+    # the evaluation of the checkpoint's step is reported again
+    assert taken == [2, 3, 4, 5, 6, 7]
     assert "checkpoint of step 4 is damaged" in caplog.text
     assert not newest.exists()
 

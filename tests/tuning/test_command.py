@@ -37,7 +37,7 @@ def refused(
         (["sweep", "tiny_bridge", "--run", "../x"], "leave out '..'"),
         (["report", "no-such-sweep"], "there is no sweep 'no-such-sweep'"),
         (["mixture", "search", "llava"], "expected SYSTEM/STAGE, got 'llava'"),
-        (["mixture", "search", "llava/align", "--tiny"], "at least two sources. Got 1"),
+        (["mixture", "search", "llava/align", "--tiny"], "has no evaluation, so mixtures cannot"),
         (["mixture", "search", "llava/algn", "--tiny"], "did you mean 'align'"),
         (["train", "llava", "--tiny", "--features", "cache"], "did you mean 'cached'"),
     ],
