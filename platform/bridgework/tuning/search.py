@@ -510,6 +510,7 @@ class _Recorder:
         self._trials.finish(number, values, repeats)
         means = {m.name: v for m, v in zip(self.space.metrics, values, strict=True)}
         self._points(number, means, self._systems[number][self.space.stages[-1]].budget.steps)
+        self._export(number, values[0])
 
     def ended(self, number: int, failure: str | None) -> None:
         """Record the end of a trial; failure: the reason, if it has reported none itself."""
