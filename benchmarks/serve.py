@@ -178,7 +178,7 @@ def running(name: str, command: Sequence[str], model: str, log: Path) -> Iterato
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline, told = time.monotonic() + READY_S, time.monotonic()
+        deadline, reported = time.monotonic() + READY_S, time.monotonic()
         while True:
             try:
                 if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
@@ -187,8 +187,8 @@ def running(name: str, command: Sequence[str], model: str, log: Path) -> Iterato
                 pass
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"{name} did not start:\n{log.read_text()[-2000:]}")
-            if time.monotonic() > told + 10:
-                told = time.monotonic()
+            if time.monotonic() > reported + 10:
+                reported = time.monotonic()
                 console.print(f"waiting for {name}")
             time.sleep(0.2)
         yield Server(name, url, model, psutil.Process(process.pid), name != "naive")
@@ -232,7 +232,7 @@ def body(server: Server, url: str, question: str, tokens: int) -> dict[str, Any]
 async def ask(http: httpx.AsyncClient, server: Server, request: dict[str, Any],
               measured: Measured) -> None:  # fmt: skip
     """Send one request and add its times; a failure is counted by its kind."""
-    route, begun = f"{server.url}/v1/chat/completions", time.perf_counter()
+    route, started = f"{server.url}/v1/chat/completions", time.perf_counter()
     headers = {"authorization": "Bearer local"}
     first, tokens, usage = None, 0, None
     try:
@@ -262,10 +262,10 @@ async def ask(http: httpx.AsyncClient, server: Server, request: dict[str, Any],
         return
     ended = time.perf_counter()
     tokens = usage["completion_tokens"] if usage else tokens
-    measured.e2e.append(ended - begun)
+    measured.e2e.append(ended - started)
     measured.tokens += tokens
     if first is not None:
-        measured.ttft.append(first - begun)
+        measured.ttft.append(first - started)
         if tokens > 1:
             measured.tpot.append((ended - first) / (tokens - 1))
 
@@ -282,10 +282,10 @@ async def load_server(server: Server, clients: int, requests: int, tokens: int,
             request = body(server, urls[number % IMAGES], question, tokens)
             await ask(http, server, request, measured)
 
-    begun = time.perf_counter()
+    started = time.perf_counter()
     async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False) as http:
         await asyncio.gather(*(client(http) for _ in range(clients)))
-    measured.wall_s = time.perf_counter() - begun
+    measured.wall_s = time.perf_counter() - started
     return measured
 
 

@@ -313,8 +313,8 @@ def test_register_promote_history_and_rollback(
     forced = bridgework("promote", "champions:2", "--force", "to try it")
     assert forced.out == "champion champions:2, before it 1"
     assert bridgework("rollback", "champions").out == "champion champions:1, instead of 2"
-    told = json.loads(bridgework("history", "champions", "--json").out)
-    verdicts = [one["verdict"] for one in told]
+    decisions = json.loads(bridgework("history", "champions", "--json").out)
+    verdicts = [one["verdict"] for one in decisions]
     assert verdicts[0] == "promoted" and verdicts[-2:] == ["forced", "rolled back"]
     assert "to try it" in bridgework("history", "champions").out
 

@@ -214,8 +214,8 @@ def test_rollback_goes_back_one_champion_at_a_time_and_never_forward(
         rollback(tracker, name, home=home)
     with pytest.raises(TrackingError, match="no version or alias 'previous'"):
         tracker.version(name, "previous")
-    told = [(one.verdict, one.candidate, one.champion) for one in history(tracker, name)]
-    assert told[-2:] == [("rolled back", "2", "3"), ("rolled back", "1", "2")]
+    decisions = [(one.verdict, one.candidate, one.champion) for one in history(tracker, name)]
+    assert decisions[-2:] == [("rolled back", "2", "3"), ("rolled back", "1", "2")]
     assert history(tracker, name)[-1].reason == "slow"
 
 

@@ -29,9 +29,9 @@ class Slow(Replica):
     """Takes twice the time for an answer."""
 
     async def generate(self, *args: Any, **kwargs: Any) -> Answer:
-        begun = time.monotonic()
+        started = time.monotonic()
         answer = await super().generate(*args, **kwargs)
-        await asyncio.sleep(time.monotonic() - begun)
+        await asyncio.sleep(time.monotonic() - started)
         return answer
 
 

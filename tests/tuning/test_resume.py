@@ -74,7 +74,7 @@ def kill_when(home: Path, condition: Callable[[], bool]) -> None:
     process.communicate()
 
 
-def told(home: Path) -> list[Any]:
+def results(home: Path) -> list[Any]:
     rows = sorted(report.load(home, "s").rows, key=lambda row: row.trial)
     return [(r.trial, dict(r.changes), r.status, r.score, dict(r.curve), r.repeats) for r in rows]
 
@@ -101,8 +101,8 @@ def test_a_sweep_killed_three_times_is_the_unbroken_sweep(tmp_path: Path) -> Non
         kept = now
     output = complete(home, *SWEEP)
     assert kept.items() <= finished(home).items()
-    unbroken = [tuple(row[:5]) for row in told(tmp_path / "unbroken")]
-    assert [tuple(row[:5]) for row in told(home)] == unbroken
+    unbroken = [tuple(row[:5]) for row in results(tmp_path / "unbroken")]
+    assert [tuple(row[:5]) for row in results(home)] == unbroken
     assert not list((home / "runs/s").glob("0*/*/checkpoints"))
 
     # the winner's command trains the same weights

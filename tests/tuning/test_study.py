@@ -81,7 +81,7 @@ def drive(trials: Trials, target: int, order: random.Random, reports: int = 10**
             del running[number]
 
 
-def told(rows: Sequence[TrialRow]) -> list[Any]:
+def results(rows: Sequence[TrialRow]) -> list[Any]:
     return [(r.trial, dict(r.changes), r.status, r.score, dict(r.curve)) for r in rows]
 
 
@@ -89,7 +89,7 @@ def told(rows: Sequence[TrialRow]) -> list[Any]:
 def unbroken(tmp_path_factory: pytest.TempPathFactory, base: System) -> list[Any]:
     trials = opened(tmp_path_factory.mktemp("unbroken"), base)
     assert drive(trials, 14, random.Random(0))
-    return told(trials.rows())
+    return results(trials.rows())
 
 
 def test_all_three_ends_occur(unbroken: list[Any]) -> None:
@@ -104,7 +104,7 @@ def test_order_of_events_and_interruptions_change_no_trial(
     for _ in range(200):
         if drive(opened(tmp_path / "s", base), 14, order, reports=order.randrange(6)):
             break
-    assert told(opened(tmp_path / "s", base).rows()) == unbroken
+    assert results(opened(tmp_path / "s", base).rows()) == unbroken
 
 
 def test_more_trials_extend_a_finished_sweep(
@@ -112,7 +112,7 @@ def test_more_trials_extend_a_finished_sweep(
 ) -> None:
     drive(opened(tmp_path / "s", base), 5, random.Random(0))
     drive(opened(tmp_path / "s", base), 14, random.Random(0))
-    assert told(opened(tmp_path / "s", base).rows()) == unbroken
+    assert results(opened(tmp_path / "s", base).rows()) == unbroken
 
 
 def test_an_interrupted_extension_resumes(tmp_path: Path, base: System) -> None:
@@ -136,7 +136,7 @@ def test_samplers_and_stoppers_propose_by_number(
     for seed in (1, 2):
         trials = opened(tmp_path / str(seed), base, replace(SPACE, budget=budget))
         drive(trials, 8, random.Random(seed))
-        found.append(told(trials.rows()))
+        found.append(results(trials.rows()))
     assert found[0] == found[1]
 
 

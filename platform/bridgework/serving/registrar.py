@@ -69,20 +69,20 @@ class Registrar:
                 wait_for_ingress_deployment_creation=False,
                 wait_for_applications_running=False,
             )
-        begun = said = time.monotonic()
+        started = said = time.monotonic()
         while (status := _status(app)) != ApplicationStatus.RUNNING:
             now = time.monotonic()
             failed = status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
-            if failed or now - begun > self._options.load_s:
+            if failed or now - started > self._options.load_s:
                 message = serve.status().applications[app].message.strip().splitlines()[-1:]
                 serve.delete(app)
                 raise ResourceError(
-                    f"{served.pinned}: not loaded in {now - begun:.0f} s ({' '.join(message)}). "
+                    f"{served.pinned}: not loaded in {now - started:.0f} s ({' '.join(message)}). "
                     "Fix: its replicas need their own CPUs and GPUs next to the running model"
                 )
             if now - said > SAY_EVERY_S:
                 said = now
-                log.warning("loading %s for %.0f s", served.pinned, now - begun)
+                log.warning("loading %s for %.0f s", served.pinned, now - started)
             time.sleep(0.2)
 
     def delete(self, served: ServedModel) -> None:

@@ -209,7 +209,7 @@ class Router:
         handle = self._handles.get(route.id)
         if handle is None:  # replaced since the request was routed
             raise APIError(503, "the model was replaced. Fix: try again", code="model_unavailable")
-        begun = time.monotonic()
+        started = time.monotonic()
         result: Literal["ok", "error", "cancelled"] = "ok"
         self._running[route.id] += 1
         try:
@@ -222,7 +222,7 @@ class Router:
             raise
         finally:
             self._running[route.id] -= 1
-            self.observe(Outcome(route, method, time.monotonic() - begun, result))
+            self.observe(Outcome(route, method, time.monotonic() - started, result))
 
 
 def hash_uniform(request_id: str) -> float:

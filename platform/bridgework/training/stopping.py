@@ -21,7 +21,7 @@ from bridgework.errors import Interrupted
 FILE = "stop"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_S = 0.5  # interval between checks for the file: it may be on a shared disk
-MARGIN_S = 2.0  # a checkpoint is not begun this close to the end of a node, besides its own time
+MARGIN_S = 2.0  # least time between the end of a checkpoint and that of a node
 STORE_POLL_S = 5.0  # in a store, where a thread checks, because a request takes time
 
 

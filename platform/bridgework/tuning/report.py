@@ -65,7 +65,7 @@ def load(home: Path, run: str) -> SweepRecord:
     found = optuna.load_study(study_name=run, storage=url_of(folder))
     identity = found.user_attrs.get("identity")
     if identity is None:
-        raise RunError(f"sweep {run!r} has not begun. Fix: run `bridgework sweep` first")
+        raise RunError(f"sweep {run!r} has not started. Fix: run `bridgework sweep` first")
     metrics = tuple(Metric(name=m["name"], mode=m["mode"]) for m in identity["metrics"])
     outcome = found.user_attrs.get("outcome", {})
     rows = [

@@ -262,7 +262,7 @@ class Trials:
                 f"{', '.join(differs)} differ. Fix: leave it out"
             )
         if self._all():
-            return 0  # this sweep has begun, with or without it
+            return 0  # this sweep has started, with or without it
         added = 0
         for trial in other.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             if is_warm(trial) or not self._fits(trial):
