@@ -1,6 +1,6 @@
 """Five kinds of bridge on the first stages of LLaVA: quality against tokens and parameters.
 
-The MLP, the resampler and the Q-Former have about equal trainable parameters (4.2 M, within 5 %).
+The MLP, the resampler and the Q-Former have about equal trainable parameters (within 6 %).
 The linear layer and the concatenation have no field for their size.
 
 bridgework sweep bridge_kinds --prefer "quality <= best + 0.02, then tokens"
@@ -12,7 +12,11 @@ from bridgework.tuning.space import Metric, SweepBudget
 
 SYSTEM = "llava:quickstart"
 STAGES = ("warm", "align")
-FIXED = {"stages.warm.budget.steps": 150, "stages.align.budget.steps": 24}
+FIXED = {
+    "stages.*.model.vision.grid": 2,  # four patches: one would leave nothing to compare
+    "stages.warm.budget.steps": 150,
+    "stages.align.budget.steps": 24,
+}
 SPACE = {
     "stages.*.model.bridge": tune.choice(
         [
