@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+@contextmanager
+def browsing() -> Iterator[Browser]:
+    """Open Chromium for the block. Playwright holds the thread's event loop until its end."""
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox", *CAMERA]  # the sandbox needs privileges that CI may not give
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
@@ -51,12 +53,12 @@ def ask(page: Page, question: str) -> None:
 
 @needs_chromium
 def test_question_is_answered_compared_voted_and_traced(
-    browser: Browser, serve_chat: ServeChat, model_home: ModelHome, tmp_path: Path
+    serve_chat: ServeChat, model_home: ModelHome, tmp_path: Path
 ) -> None:
     images = [tmp_path / name for name in ("red.png", "blue.png")]
     for file in images:
         file.write_bytes(picture(file.stem))
-    with serve_chat(model_home.path, challenger="m:3") as http:
+    with serve_chat(model_home.path, challenger="m:3") as http, browsing() as browser:
         page = visit(browser, str(http.base_url).rstrip("/"))
         # two images, one answer
         page.locator("#file").set_input_files(images)
@@ -98,9 +100,9 @@ def test_question_is_answered_compared_voted_and_traced(
 
 @needs_chromium
 def test_keyboard_camera_stop_and_narrow_dark_pages_work(
-    browser: Browser, serve_chat: ServeChat, model_home: ModelHome
+    serve_chat: ServeChat, model_home: ModelHome
 ) -> None:
-    with serve_chat(model_home.path) as http:
+    with serve_chat(model_home.path) as http, browsing() as browser:
         narrow: Any = {"viewport": {"width": 360, "height": 640}, "color_scheme": "dark"}
         context = browser.new_context(permissions=["camera"], **narrow)
         context.close()
