@@ -24,7 +24,7 @@ from bridgework.tracking.mlflow_store import MLflowTracker
 
 KEY = "the-key-of-the-tests"
 ORIGIN = "https://app.example"
-QUESTIONS = 12  # probes of a ModelHome
+QUESTIONS = 20  # probes of a ModelHome
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,12 @@ class ModelHome:
         return MLflowTracker(None, self.path, "training")
 
     def decisions(self) -> list[Any]:
-        """Return the MLflow runs of the decisions about challengers."""
+        """Return the finished MLflow runs of the decisions about challengers."""
         client = MlflowClient(f"sqlite:///{self.path}/mlflow.db")
         experiment = client.get_experiment_by_name("serving")
-        return [] if experiment is None else client.search_runs([experiment.experiment_id])
+        if experiment is None:
+            return []
+        return client.search_runs([experiment.experiment_id], "attributes.status = 'FINISHED'")
 
 
 def until(condition: Callable[[], Any], limit_s: float = 300) -> Any:

@@ -197,25 +197,29 @@ def test_version_that_cannot_be_loaded_leaves_the_champion(
 
 
 def test_good_challenger_is_promoted_through_the_gate(
-    serve_chat: ServeChat, model_home: ModelHome
+    serve_chat: ServeChat, model_home: ModelHome, tmp_path: Path
 ) -> None:
+    gate = tmp_path / "gate.toml"
+    gate.write_text(
+        f'[guard]\n"vqa.accuracy" = 0.1\n[[evaluation]]\non = "vqa:{model_home.probes}"\n'
+    )
     canary = {
+        "canary.gate": str(gate),
         "canary.promote_requests": 20, "canary.promote_s": 0, "canary.latency": 20.0,
         "canary.probes": model_home.probes, "canary.probe_s": 1,
     }  # fmt: skip
     arguments: dict[str, Any] = {"challenger": "m:2", "share": 0.5, "auto_promote": True} | canary
     with serve_chat(model_home.path, **arguments) as http:
 
-        def champion() -> str:
+        def decided() -> list[Any]:
             for _ in range(20):
                 assert http.post(CHAT, json=chat()).status_code == 200
-            version = model_home.tracker.version("m", "champion").version
-            return version if version == "2" else ""
+            return model_home.decisions()
 
-        until(champion)
+        (run,) = until(decided)
+        assert (run.data.tags["decision"], run.data.tags["reason"][:6]) == ("promote", "within")
+        assert model_home.tracker.version("m", "champion").version == "2"
         until(lambda: launch.traffic("c", None)["models"][0]["model"] == "m:2")
-        (run,) = until(model_home.decisions)
-        assert run.data.tags["decision"] == "promote"
         assert http.post(CHAT, json=chat(model="m:1")).status_code == 200
 
 

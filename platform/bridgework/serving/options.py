@@ -64,7 +64,8 @@ class CanaryLimits:
     probe_s: float = 60.0  # interval
     promote_requests: int = 1_000  # of each model, before --auto-promote
     promote_s: float = 3_600.0  # duration of the comparison before --auto-promote
-    metric: str | None = None  # the challenger must be better by it, as in `bridgework promote`
+    metric: str | None = None  # as `--metric` of `bridgework promote`: the only one to improve
+    gate: str | None = None  # file of the promotion's gate, as `--gate` of `bridgework promote`
 
     def __post_init__(self) -> None:
         bounds: dict[str, tuple[float, float]] = {

@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -129,12 +130,16 @@ class Registrar:
     def promote(self, served: ServedModel) -> None:
         """Make a version the champion, through the gate of `bridgework promote`.
 
-        Raises TrackingError if the gate refuses it.
+        Raises TrackingError if the gate refuses it, and SpecError for a gate file with an error.
         """
+        from bridgework.evaluation.gate import read_gate
         from bridgework.tracking import promotion
 
-        model, metric = f"{served.model}:{served.version}", self._options.canary.metric
-        promotion.promote(self._tracker, model, home=self._home, metric=metric)
+        model, canary = f"{served.model}:{served.version}", self._options.canary
+        gate = read_gate(Path(canary.gate)) if canary.gate else None
+        promotion.promote(
+            self._tracker, model, home=self._home, gate=gate, metric=canary.metric
+        )
 
     def trace(self, response: str) -> Node:
         """Return the upstream lineage of an answer. Raises TrackingError for any other id."""
