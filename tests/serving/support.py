@@ -89,7 +89,8 @@ class ModelHome:
         experiment = client.get_experiment_by_name("serving")
         if experiment is None:
             return []
-        return client.search_runs([experiment.experiment_id], "attributes.status = 'FINISHED'")
+        runs = client.search_runs([experiment.experiment_id], "attributes.status = 'FINISHED'")
+        return [run for run in runs if "challenger" in run.data.tags]
 
 
 def until(condition: Callable[[], Any], limit_s: float = 300) -> Any:

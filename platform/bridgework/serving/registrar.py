@@ -137,9 +137,7 @@ class Registrar:
 
         model, canary = f"{served.model}:{served.version}", self._options.canary
         gate = read_gate(Path(canary.gate)) if canary.gate else None
-        promotion.promote(
-            self._tracker, model, home=self._home, gate=gate, metric=canary.metric
-        )
+        promotion.promote(self._tracker, model, home=self._home, gate=gate, metric=canary.metric)
 
     def trace(self, response: str) -> Node:
         """Return the upstream lineage of an answer. Raises TrackingError for any other id."""
