@@ -20,4 +20,4 @@ SPACE = {
     "stages.warm.data.alpha": tune.choice([0.0, 0.5, 1.0]),  # equal shares, square root, by size
 }
 METRIC = Metric(name="retrieval.image_to_text_r1", mode="max")
-BUDGET = SweepBudget(trials=6, concurrent=2, judgments=1)
+BUDGET = SweepBudget(trials=4, concurrent=2, judgments=1)
