@@ -1,8 +1,9 @@
 """The best step as the result of a stage, and evaluations in Ray tasks on snapshots."""
 
 import os
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,9 @@ from rich.console import Console
 from bridgework import artifacts
 from bridgework.config import config_class
 from bridgework.errors import Interrupted, SpecError
-from bridgework.evaluation import HeldOutLoss, Ranking, results
+from bridgework.evaluation import Ranking, results
 from bridgework.evaluation.base import Better, Result, build_result
-from bridgework.system import EvalSpec, System
+from bridgework.system import System
 from bridgework.tracking.tracker import Journal, MemoryTracker
 from bridgework.training import loop, snapshots
 from bridgework.training.driver import train
@@ -25,10 +26,11 @@ from bridgework.training.metrics import progress_bar
 from bridgework.training.options import RunOptions
 from bridgework.training.snapshots import BestBy, Snapshot
 from tests.training.support import (
+    HELD_OUT,
     Stop,
     go,
     job,
-    llava,
+    judged,
     losses,
     same,
     stop_at,
@@ -37,25 +39,8 @@ from tests.training.support import (
 )
 
 LOSS, GAP = "heldout.loss", "heldout.gap"
-HELD_OUT = HeldOutLoss(dataset="synthetic:shapes", rows=8)
 LOWEST = BestBy(LOSS, "lower")
 STEPS = 6
-
-
-def judged(
-    steps: int = STEPS, lr: float = 0.1, evals: Sequence[EvalSpec] = (HELD_OUT,), **changes: Any
-) -> System:
-    """Return a system of one stage whose step k is the same for any number of steps.
-
-    With the default rate, the held-out loss falls and then rises.
-    """
-    constant = {
-        "stages__align__optim__peak_lr": lr,
-        "stages__align__optim__warmup": 0.0,
-        "stages__align__optim__decay": "constant",
-    }
-    system = llava(steps, **constant, **changes)
-    return replace(system, stages=(replace(system["align"], evals=tuple(evals)),))
 
 
 def place(home: Path, run: str) -> Path:
@@ -124,8 +109,7 @@ def test_resumed_run_has_the_best_step_of_an_unbroken_run(home: Path, run: str, 
 def test_evaluation_of_the_step_of_a_stop_is_not_lost(home: Path, run: str) -> None:
     def interrupt(metrics: dict[str, float], done: int) -> None:
         if done == 2:
-            (place(home, run) / "stop").write_text("a test")
-            time.sleep(0.6)  # the file is read twice a second
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
         go(judged(), home, run, evaluate_every=1, report=interrupt)

@@ -93,6 +93,8 @@ def train(
             )
         source = Fork.read(folder)
         execution = f"workers={options.workers} threads={options.threads or 'auto'}"
+        if options.keep_best is not None:
+            execution += f" evaluate_every={options.evaluate_every} keep_best={options.keep_best}"
         tags = {"execution": execution} | (source.tags() if source else {})
         tracked = RunRecord(tracker, system, run, parent_run, console.print, tags, home=home)
         results: dict[str, StageResult] = {}
