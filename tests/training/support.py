@@ -20,7 +20,6 @@ from bridgework.training.driver import train
 from bridgework.training.options import RunOptions
 from bridgework.training.stopping import Preemption
 
-
 HELD_OUT = HeldOutLoss(dataset="synthetic:shapes", rows=8)
 
 
