@@ -349,6 +349,18 @@ def test_evaluations_that_a_driver_left_are_run_by_the_next(home: Path, tmp_path
     assert metrics["best_step"] == min(found, key=lambda point: point[1])[0]
 
 
+@pytest.mark.usefixtures("process_group")
+def test_loop_evaluates_if_too_many_snapshots_wait(
+    home: Path, run: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    go(judged(), home, run, evaluate_every=1)
+    given = replace(in_task(judged(), home, tmp_path), evaluate_every=1)
+    train_ranks(given)
+    assert dict(figures_in(given.folder)) == {5: of_steps(home, run)[5]}
+    assert "4 snapshots wait for their evaluation in a task" in caplog.text
+    assert kept(given.folder) == [1, 2, 3, 4, 5, STEPS]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_killed_run_with_tasks_ends_as_an_unbroken_one(home: Path, run: str) -> None:

@@ -420,12 +420,13 @@ def _evaluate_midway(
 ) -> Metrics:
     """Evaluate the weights after `step` steps, or write a snapshot for that; returns the figures.
 
-    metrics: of the last step. The journal gets the seconds for which the training stops.
+    If too many snapshots wait for their tasks, the loop evaluates. metrics: of the last step. The
+    journal gets the seconds for which the training stops.
     """
     started, found = time.perf_counter(), _Evaluated({}, {}, [])
     if not (evals := midway_evaluations(job, stage)):
         return {}
-    if job.evaluate_in_task:
+    if job.evaluate_in_task and writer.has_room(step):
         with meter.timed("snapshot"):
             writer.take(metrics, step)
     else:
@@ -475,6 +476,11 @@ class _SnapshotWriter:
         if _on_rank_0(lambda: self._wins(found.metrics, step)):
             self.take(metrics, step, found)
 
+    def has_room(self, step: int) -> bool:
+        """Return True unless too many snapshots wait for their evaluation, which is reported."""
+        self.settle()
+        return _on_rank_0(lambda: self._has_room(step))
+
     def settle(self) -> None:
         """Wait until the last snapshot is written. Raises the error of that on every rank."""
         if self._job.evaluate_in_task or self._job.keep_best is not None:
@@ -489,6 +495,18 @@ class _SnapshotWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def _has_room(self, step: int) -> bool:
+        if (waiting := snapshots.waiting(self._job.folder)) < snapshots.MOST_WAITING:
+            return True
+        log.warning(
+            "%s: %d snapshots wait for their evaluation in a task, so the training stops for that of "
+            "step %d. Fix: leave resources free for the tasks, or raise --evaluate-every",
+            self._job.stage,
+            waiting,
+            step,
+        )
+        return False
 
     def _wins(self, figures: Metrics, step: int) -> bool:
         best = self._job.keep_best

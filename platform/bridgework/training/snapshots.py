@@ -24,6 +24,7 @@ from bridgework.system import Direction, Stage, System
 from bridgework.training import run_dir
 
 METRICS = "metrics.json"
+MOST_WAITING = 4  # for a task; beyond, the loop evaluates, because they would fill the disk
 BEST_STEP = "best_step"  # metric of a stage whose result is its best snapshot
 _NAME = re.compile(r"(\d{8,})-\w+")
 
@@ -131,6 +132,11 @@ def _directions(stages: Sequence[Stage]) -> dict[str, Direction | None]:
 def listed(stage_folder: Path) -> list[Snapshot]:
     """List the snapshots with complete weights or figures, earliest step first."""
     return [s for s in _named(stage_folder) if s.has_weights() or s.figures() is not None]
+
+
+def waiting(stage_folder: Path) -> int:
+    """Return the number of snapshots that are not evaluated."""
+    return sum(s.has_weights() and s.figures() is None for s in _named(stage_folder))
 
 
 def _named(stage_folder: Path) -> list[Snapshot]:
