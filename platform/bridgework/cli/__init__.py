@@ -184,7 +184,7 @@ def train(
         bool,
         typer.Option(
             "--evaluate-in-task",
-            help="Evaluate in a Ray task on a snapshot of the weights, while the training continues.",
+            help="Evaluate in Ray tasks on snapshots of the weights; the training continues.",
         ),
     ] = False,
     keep_best: Annotated[

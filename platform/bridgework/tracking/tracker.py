@@ -264,8 +264,8 @@ class Journal:
     def unread(self, offsets: Mapping[str, int]) -> list[str]:
         """Return the files with bytes after their given offset, in the order of writing.
 
-        Files of an older version never grow, so one with an offset is not read again. Neither is one
-        whose offset is sys.maxsize.
+        Files of an older version never grow, so one with an offset is not read again. Neither is
+        one whose offset is sys.maxsize.
         """
         return [
             name

@@ -500,8 +500,8 @@ class _SnapshotWriter:
         if (waiting := snapshots.waiting(self._job.folder)) < snapshots.MOST_WAITING:
             return True
         log.warning(
-            "%s: %d snapshots wait for their evaluation in a task, so the training stops for that of "
-            "step %d. Fix: leave resources free for the tasks, or raise --evaluate-every",
+            "%s: %d snapshots wait for their evaluation in a task, so the training stops for that "
+            "of step %d. Fix: leave resources free for the tasks, or raise --evaluate-every",
             self._job.stage,
             waiting,
             step,

@@ -58,7 +58,8 @@ class RunOptions:
             )
         if self.evaluate_every < 0:
             raise SpecError(
-                f"evaluate_every: not a number of steps. Got {self.evaluate_every}; expected 0 or more"
+                "evaluate_every: not a number of steps. "
+                f"Got {self.evaluate_every}; expected 0 or more"
             )
         if self.evaluate_in_task and not self.most_workers:
             raise SpecError(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -42,7 +43,10 @@ class _Abandoned(Exception):
 
 
 class SnapshotEvaluator:
-    """Evaluates the snapshots of a stage in tasks, from threads of the driver. It must be closed."""
+    """Evaluates the snapshots of a stage in tasks, from threads of the driver.
+
+    It must be closed.
+    """
 
     def __init__(self, job: loop.TrainJob, options: RunOptions) -> None:
         self._job, self._stage = job, job.system[job.stage]
@@ -146,7 +150,8 @@ class SnapshotEvaluator:
         ray_utils.wait_for(
             what, [self._resources], timeout_s=math.inf, say=self._say, stopped=self._check
         )
-        task = ray.remote(_evaluate_snapshot).options(
+        remote: Any = ray.remote(_evaluate_snapshot)  # untyped options in Ray
+        task = remote.options(
             name=what,
             num_cpus=self._resources["CPU"],
             num_gpus=self._resources["GPU"],

@@ -199,9 +199,9 @@ def prune(stage_folder: Path, best: BestBy | None, *, saved: int, last: int) -> 
     """Remove the weights of evaluated snapshots that cannot become the result of the stage.
 
     A run that resumes takes the steps after `saved`, its newest checkpoint, again. The best one up
-    to there is therefore kept in addition to the best one of all. last: the stage's last step, which
-    is the result without `best`, or if no snapshot has the metric. The figures are kept as long as a
-    run may resume at their step, because an evaluation is not repeated then.
+    to there is therefore kept in addition to the best one of all. last: the stage's last step,
+    which is the result without `best`, or if no snapshot has the metric. The figures are kept as
+    long as a run may resume at their step, because an evaluation is not repeated then.
     """
     evaluated = [s for s in listed(stage_folder) if s.figures() is not None]
     winner = best.choose(evaluated) if best else None
