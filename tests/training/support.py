@@ -38,14 +38,12 @@ def llava(steps: int = 4, **changes: Any) -> System:
 def judged(
     steps: int = 6, lr: float = 0.1, evals: Sequence[EvalSpec] = (HELD_OUT,), **changes: Any
 ) -> System:
-    """Return a system of one stage whose step k is the same for any number of steps.
-
-    With the default rate, the held-out loss falls and then rises.
-    """
+    """Return a system of one stage whose step k is the same for any number of steps."""
     constant = {
         "stages__align__optim__peak_lr": lr,
         "stages__align__optim__warmup": 0.0,
         "stages__align__optim__decay": "constant",
+        "stages__align__zero__stage": 0,
     }
     system = llava(steps, **constant, **changes)
     return replace(system, stages=(replace(system["align"], evals=tuple(evals)),))

@@ -28,6 +28,7 @@ from bridgework.training.snapshots import BestBy, Snapshot
 from tests.training.support import (
     HELD_OUT,
     Stop,
+    fresh,
     go,
     job,
     judged,
@@ -38,7 +39,7 @@ from tests.training.support import (
     weights,
 )
 
-LOSS, GAP = "heldout.loss", "heldout.gap"
+LOSS = "heldout.loss"
 LOWEST = BestBy(LOSS, "lower")
 STEPS = 6
 
@@ -55,12 +56,37 @@ def of_steps(home: Path, run: str, key: str = LOSS) -> dict[int, float]:
 # --- the best step
 
 
-@pytest.mark.parametrize(("metric", "choose"), [(LOSS, min), (GAP, max)])
+@config_class
+class Drift:
+    """Mean distance of the bridge's weights from their initial values, compared with a target."""
+
+    better: ClassVar[Better] = {"distance": "lower", "closeness": "higher"}
+    name: str = "drift"
+    dataset: str = "synthetic:shapes"
+    target: float = 0.2  # twice the rate of `judged`: a step changes a weight by at most the rate
+
+    def tiny(self) -> "Drift":
+        return self
+
+    def run(self, pipeline: Any, home: Path) -> Result:
+        before, now = (
+            model.bridge.state_dict() for model in (fresh(pipeline.stage), pipeline.model)
+        )
+        moved = torch.cat([(now[name] - before[name]).abs().flatten() for name in now]).mean()
+        distance = abs(float(moved) - self.target)
+        return build_result(self, {"distance": distance, "closeness": -distance})
+
+
+DRIFT = "drift.distance"
+
+
+@pytest.mark.parametrize(("metric", "choose"), [(DRIFT, min), ("drift.closeness", max)])
 def test_best_step_by_a_metric_is_the_result(
     home: Path, run: str, metric: str, choose: Callable[..., int]
 ) -> None:
     tracker = MemoryTracker()
-    result = go(judged(), home, run, evaluate_every=1, keep_best=metric, tracker=tracker)["align"]
+    system = judged(evals=(Drift(),))
+    result = go(system, home, run, evaluate_every=1, keep_best=metric, tracker=tracker)["align"]
     figures = of_steps(home, run, metric)
     best = choose(figures, key=lambda step: figures[step])
     assert list(figures) == [1, 2, 3, 4, 5, 6]
@@ -95,14 +121,15 @@ def test_without_keep_best_the_last_step_is_the_result(home: Path, run: str) -> 
 
 @pytest.mark.parametrize("stop", [2, 3, 5])
 def test_resumed_run_has_the_best_step_of_an_unbroken_run(home: Path, run: str, stop: int) -> None:
-    options: dict[str, Any] = {"evaluate_every": 1, "checkpoint_every": 2, "keep_best": LOSS}
-    unbroken = go(judged(), home, f"{run}-unbroken", **options)["align"]
+    options: dict[str, Any] = {"evaluate_every": 1, "checkpoint_every": 2, "keep_best": DRIFT}
+    system = judged(evals=(Drift(),))
+    unbroken = go(system, home, f"{run}-unbroken", **options)["align"]
     with pytest.raises(Stop):
-        go(judged(), home, run, report=stop_at(stop), **options)
-    resumed = go(judged(), home, run, **options)["align"]
-    assert of_steps(home, run) == of_steps(home, f"{run}-unbroken")
+        go(system, home, run, report=stop_at(stop), **options)
+    resumed = go(system, home, run, **options)["align"]
+    assert of_steps(home, run, DRIFT) == of_steps(home, f"{run}-unbroken", DRIFT)
     assert same(weights(home, run), weights(home, f"{run}-unbroken"))
-    for key in ("best_step", "loss", LOSS):
+    for key in ("best_step", "loss", DRIFT):
         assert resumed.metrics[key] == unbroken.metrics[key]
 
 
