@@ -38,7 +38,7 @@ def llava(steps: int = 4, **changes: Any) -> System:
 def judged(
     steps: int = 6, lr: float = 0.1, evals: Sequence[EvalSpec] = (HELD_OUT,), **changes: Any
 ) -> System:
-    """Return a system of one stage whose step k is the same for any number of steps."""
+    """Return a system of one stage with evaluations and a constant learning rate."""
     constant = {
         "stages__align__optim__peak_lr": lr,
         "stages__align__optim__warmup": 0.0,
