@@ -6,6 +6,7 @@ while waiting. Functions import Ray only when they use it, because a run in one 
 """
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -272,7 +273,8 @@ def wait_for(
                         "more nodes, or wait longer (--resource-timeout)"
                     )
             elapsed = time.monotonic() - started
-            say(f"{what}: waiting for {missing(bundles)}; {elapsed:.0f} of {timeout_s:g} s")
+            limit = f" of {timeout_s:g}" if math.isfinite(timeout_s) else ""
+            say(f"{what}: waiting for {missing(bundles)}; {elapsed:.0f}{limit} s")
     finally:
         remove_placement_group(group)
 
