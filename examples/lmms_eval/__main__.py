@@ -67,7 +67,8 @@ class Answers:
 
 def main(given: argparse.Namespace, report: Report) -> None:
     python = environment()
-    folder = report.home / "lmms_eval" / f"{given.rows}-rows"
+    # absolute, because lmms-eval is started in another folder
+    folder = (report.home / "lmms_eval" / f"{given.rows}-rows").absolute()
     places = write_all(folder, given.rows)
     model = given.model
     if model is None:
@@ -99,7 +100,7 @@ def system(questions: Path, steps: Mapping[str, int]) -> System:
     """Return llava:quickstart with our questions in its last stage, and without evaluations."""
     quick = bw.load("llava:quickstart")
     instruct = quick["instruct"]
-    source = Source(name="questions", dataset=str(questions), rows=instruct.data.sources[0].rows)
+    source = Source(name="questions", dataset=str(questions))
     own = replace(instruct, data=replace(instruct.data, sources=(source,)))
     stages = tuple(
         replace(stage, evals=(), budget=replace(stage.budget, steps=steps[stage.name]))
@@ -157,7 +158,7 @@ def ask_weights(
     command = [sys.executable, "-m", "bridgework.cli", "eval", model, "--json"]
     command += ["--samples", str(file)]
     for name, form in EVALUATIONS.items():
-        command += ["--on", f"{form.kind}:{places[name].absolute()}"]
+        command += ["--on", f"{form.kind}:{places[name]}"]
         for setting in (f"rows={rows}", *writing(name), *form.settings):
             command += ["--set", f"{form.kind}.{setting}"]
     env = os.environ | {"BRIDGEWORK_HOME": str(home)}
