@@ -32,6 +32,7 @@ def test_every_stage_trains_and_saves_a_model(home: Path, run: str, name: str) -
         assert Pipeline.load(str(result.artifact), "cpu").stage.name == stage
 
 
+@pytest.mark.slow
 def test_two_ranks_match_the_losses_of_one(home: Path, tmp_path: Path) -> None:
     spawn(rank, (str(home), str(tmp_path)), nprocs=2)
     for name in recipes():

@@ -20,7 +20,16 @@ from tests.serving.support import ModelHome, ServeChat, picture, url
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WAIT_MS = 60_000
-CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+# a canvas as the camera: Chromium's own fake one ends the browser on a busy machine
+CAMERA = """
+navigator.mediaDevices.getUserMedia = async () => {
+    const canvas = document.createElement("canvas");
+    canvas.width = canvas.height = 64;
+    const draw = canvas.getContext("2d");
+    setInterval(() => draw.fillRect(0, 0, 64, 64), 20);
+    return canvas.captureStream();
+};
+"""
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
@@ -29,8 +38,8 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not in
 def browsing() -> Iterator[Browser]:
     """Open Chromium for the block. Playwright holds the thread's event loop until its end."""
     with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", *CAMERA]  # the sandbox needs privileges that CI may not give
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        # the sandbox needs privileges that CI may not give
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened
         opened.close()
 
@@ -39,6 +48,7 @@ def visit(browser: Browser, address: str, **context: Any) -> Page:
     """Open the playground; an error of its script fails the test."""
     page = browser.new_page(**context)
     page.set_default_timeout(WAIT_MS)
+    page.add_init_script(CAMERA)
     page.on("pageerror", lambda error: pytest.fail(f"the page's script failed: {error}"))
     page.goto(f"{address}/")
     expect(page.locator("#model option")).not_to_have_count(0, timeout=WAIT_MS)
@@ -104,8 +114,6 @@ def test_keyboard_camera_stop_and_narrow_dark_pages_work(
 ) -> None:
     with serve_chat(model_home.path) as http, browsing() as browser:
         narrow: Any = {"viewport": {"width": 360, "height": 640}, "color_scheme": "dark"}
-        context = browser.new_context(permissions=["camera"], **narrow)
-        context.close()
         page = visit(browser, str(http.base_url).rstrip("/"), **narrow)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor")

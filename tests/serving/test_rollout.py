@@ -60,6 +60,7 @@ def metrics(http: httpx.Client) -> dict[tuple[str, str], float]:
     }
 
 
+@pytest.mark.slow
 def test_share_changes_at_run_time_and_outlives_the_gateway(
     serve_chat: ServeChat, model_home: ModelHome
 ) -> None:
@@ -165,6 +166,7 @@ def test_moved_alias_is_served_without_a_failed_request(
     assert model_apps("c") == []
 
 
+@pytest.mark.slow
 def test_app_that_follows_an_alias_leaves_no_model_when_serve_deletes_it(
     serve_chat: ServeChat,
     model_home: ModelHome,
@@ -182,6 +184,7 @@ def application_of(args: dict[str, Any]) -> serve.Application:
     return application("chat", args, chat_routes)
 
 
+@pytest.mark.slow
 def test_version_that_cannot_be_loaded_leaves_the_champion(
     serve_chat: ServeChat, model_home: ModelHome, tmp_path: Path
 ) -> None:

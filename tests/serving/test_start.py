@@ -188,6 +188,7 @@ def ask(address: str, tokens: int) -> httpx.Response:
     return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300, trust_env=False)
 
 
+@pytest.mark.slow
 def test_apps_of_one_ray_are_independent_and_complete_running_requests(
     clean: None, weights: str, tmp_path: Path
 ) -> None:

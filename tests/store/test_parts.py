@@ -49,7 +49,7 @@ def test_features_are_cached_in_a_store(store_home: Path) -> None:
     assert storage.is_published(first.folder / data[0].manifest.digest)
     torch.manual_seed(0)
     again = prepare(tower, data, draws=10**6, home=store_home, workers=0)
-    assert (again.folder, again.why[:24]) == (first.folder, "features of 1 datasets a")
+    assert (again.folder, again.why[:24]) == (first.folder, "the features of 1 datase")
 
 
 def test_a_sweep_says_that_it_needs_a_folder(store_home: Path) -> None:
