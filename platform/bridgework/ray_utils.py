@@ -22,6 +22,7 @@ from bridgework.errors import BridgeworkError, ResourceError
 
 T = TypeVar("T")
 TIMEOUT_S = 1_800.0  # of a wait for resources: a scarce spot node may take many minutes
+RESIZE_S = 60.0  # interval at which an elastic run looks for room for more workers
 SAY_EVERY_S = 10.0  # interval of the messages while waiting
 FEWER = "ask for fewer (--workers, --gpus-per-worker)"
 # CPUs per actor; `workers` sets the parallelism. One CPU each would not fit on a small machine,
@@ -226,6 +227,14 @@ def gpus_each(requested: float | None = None) -> float:
     if requested is not None:
         return requested
     return 1.0 if potential().get("GPU", 0.0) >= 1 else 0.0
+
+
+def pool_resource(name: str) -> dict[str, float]:
+    """Return one unit of a custom resource that marks a pool of nodes, e.g. {"serve": 1.0}.
+
+    Returns {} if the cluster has no such nodes and can start none.
+    """
+    return {name: 1.0} if potential().get(name, 0.0) >= 1 else {}
 
 
 def wait_for(
