@@ -24,6 +24,7 @@ from ray.exceptions import RayError
 
 from bridgework.data.dataset import open_dataset
 from bridgework.tracking.tracker import Journal
+from bridgework.training.checkpoint import checkpoints
 from tests.cluster.fake_cloud import POOLS, FakeCloud, free_ports
 
 IDLE_S = 15.0  # until a node is released; cluster.yaml: five minutes
@@ -162,9 +163,10 @@ def train(cloud: FakeCloud, timeline: Timeline, data: Any) -> None:
     stopped = cloud.start("stop", "ray", "job", "stop", RUN)
     timeline.wait("the end of the job", lambda: job.process.poll() is not None)
     timeline.wait("`ray job stop`", stopped.is_done)
-    *_, saved = re.findall(r"a checkpoint of step (\d+) is saved", job.output)
+    saved = checkpoints(cloud.folder / "home/runs" / RUN / STAGE)[0].step
+    assert f"a checkpoint of step {saved} is saved" in job.output, job.output[-3_000:]
     timeline.say(f"`ray job stop` saved a checkpoint of step {saved}")
-    last = int(saved) + STEPS
+    last = saved + STEPS
     job = cloud.start("again", *words[:-1], f"stages.{STAGE}.budget.steps={last}")
     timeline.wait("the end of the stage", job.is_done)
     timeline.say(f"the same command resumed and finished the stage at step {last}")
