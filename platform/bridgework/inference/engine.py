@@ -593,8 +593,7 @@ class Engine:
     def _gather(self) -> None:
         """Take waiting sequences that are generated in one batch, if slots cannot decode them."""
         language = getattr(self._pipeline.model, "language", None)
-        # padding on the left shifts the positions of BLIP's encoder
-        one_length = language is None or reads_padding(language)
+        one_length = language is not None and reads_padding(language)
         first = self._waiting[0]
         for sequence in list(self._waiting):
             group = [*self._together, sequence]

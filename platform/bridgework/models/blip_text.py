@@ -96,6 +96,8 @@ class MEDTextConfig:
                 _load_bert(encoder, bert)
             if writes:
                 _load_bert(writer, state)
+        for module in filter(None, (encoder, writer and writer.bert)):
+            _mask_padding(module)
         decoder = writer.bert if writes else None
         if shares and reads and writes:
             decoder = _share(encoder, writer)
@@ -126,6 +128,23 @@ class MEDTextConfig:
             weights=None,
             dropout=0.0,
         )
+
+
+def _mask_padding(text: Any) -> None:
+    """Let cross-attention read its padding mask.
+
+    transformers 5.23 gives it the mask as `attention_mask` and reads `encoder_attention_mask`, so a
+    decoder attends to the padding of the questions of its batch.
+    """
+    for layer in text.encoder.layer:
+        attention = layer.crossattention.self
+        attention.register_forward_pre_hook(_rename_mask, with_kwargs=True)
+
+
+def _rename_mask(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs | {"encoder_attention_mask": kwargs.get("attention_mask")}
 
 
 def _share(encoder: Any, writer: Any) -> nn.Module:
