@@ -8,8 +8,11 @@ python -m tests.cluster.autoscaling [--picture FILE.png]
 """
 
 import argparse
+import os
 import re
 import shutil
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -19,13 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from ray.exceptions import RayError
+# Ray reads these once, at its import.
+FOLDER = Path(tempfile.mkdtemp(prefix="bw-"))
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(FOLDER / "token")}
 
-from bridgework.data.dataset import open_dataset
-from bridgework.tracking.tracker import Journal
-from bridgework.training.checkpoint import checkpoints
-from tests.cluster.fake_cloud import POOLS, FakeCloud, free_ports
+from PIL import Image  # noqa: E402
+from ray.exceptions import RayError  # noqa: E402
+
+from bridgework.data.dataset import open_dataset  # noqa: E402
+from bridgework.tracking.tracker import Journal  # noqa: E402
+from bridgework.training.checkpoint import checkpoints  # noqa: E402
+from tests.cluster.fake_cloud import POOLS, FakeCloud, free_ports  # noqa: E402
 
 IDLE_S = 15.0  # until a node is released; cluster.yaml: five minutes
 WAIT_S = 300.0  # longest wait for any event: the machine may be busy
@@ -226,17 +233,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="bw-"))
-    with FakeCloud(folder, IDLE_S) as cloud:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended then too
+    with FakeCloud(FOLDER, IDLE_S) as cloud:
         timeline = Timeline(cloud)
         try:
             go(cloud, timeline)
         except BaseException:
-            print(f"the logs are in {folder}")
+            print(f"the logs are in {FOLDER}")
             raise
         finally:
             timeline.stop()
-    shutil.rmtree(folder)
+    shutil.rmtree(FOLDER)
     if arguments.picture:
         draw(timeline, arguments.picture)
 

@@ -25,22 +25,22 @@ from ray.exceptions import RayError
 
 from bridgework import ray_utils
 from bridgework.errors import ResourceError
+from tests.cluster.fake_nodes import NODE_ID
 from tests.house.source import ROOT
 
 BIN = Path(sys.executable).parent
 POOLS = ("data", "train", "serve")
 HEAD_ID = "f" * 51 + "00000"  # FAKE_HEAD_NODE_ID of ray.autoscaler._private.fake_multi_node
 HEAD_TYPE = "ray.head.default"  # the name of the head that the provider of fake nodes expects
-PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-NODE_ID = "RAY_OVERRIDE_NODE_ID_FOR_TESTING"  # variable of the processes of a fake node
+PROVIDER = "tests.cluster.fake_nodes.Provider"
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 END_S = 10.0  # between SIGTERM and SIGKILL
 
 
-def autoscaling_config(gcs: str, idle_s: float) -> dict[str, Any]:
+def autoscaling_config(gcs: str, folder: Path, idle_s: float) -> dict[str, Any]:
     """Return cluster.yaml with its node types and limits, for fake nodes.
 
-    gcs: address of the head. idle_s: seconds after which an idle node is released.
+    gcs: address of the head. folder: of the nodes. idle_s: until an idle node is released.
     """
     ours = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
     types = {
@@ -61,6 +61,7 @@ def autoscaling_config(gcs: str, idle_s: float) -> dict[str, Any]:
             "type": "external",
             "module": PROVIDER,
             "gcs_address": gcs,
+            "folder": str(folder),
             "launch_multiple": True,
             "head_node_id": HEAD_ID,
         },
@@ -88,13 +89,18 @@ class FakeCloud:
     """A head with its autoscaler, and the fake nodes that the autoscaler starts."""
 
     def __init__(self, folder: Path, idle_s: float) -> None:
-        """`folder` must have a short path, because Ray's sockets are in it."""
+        """`folder` must have a short path, because Ray's sockets are in it.
+
+        This process must have RAY_AUTH_TOKEN_PATH, `folder`/token, since before its import of Ray.
+        """
         if sys.platform != "linux":
             raise SystemExit("the fake cloud needs Linux")
         gcs, dashboard, client, agent, self._metrics, autoscaler = free_ports(6)
         self.folder, self.gcs = folder, f"127.0.0.1:{gcs}"
         self.jobs_address = f"http://127.0.0.1:{dashboard}"
-        (folder / "config.json").write_text(json.dumps(autoscaling_config(self.gcs, idle_s)))
+        (folder / "config.json").write_text(
+            json.dumps(autoscaling_config(self.gcs, folder, idle_s))
+        )
         (folder / "token").write_text(secrets.token_hex(16))
         (folder / "token").chmod(0o600)
         self.env = {
@@ -103,6 +109,7 @@ class FakeCloud:
             if not name.startswith(("RAY_", "BRIDGEWORK_", "MLFLOW_"))
         } | {
             "BRIDGEWORK_HOME": str(folder / "home"),
+            "PYTHONPATH": str(ROOT),  # of the autoscaler, for its provider
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # of `python` in a job
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
@@ -115,7 +122,6 @@ class FakeCloud:
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "AUTOSCALER_METRIC_PORT": str(autoscaler),
             "DASHBOARD_METRIC_PORT": str(self._metrics),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # nodes listen on loopback
             "RAY_prestart_worker_first_driver": "0",  # else a process for each of 48 CPUs
             # A lost node is noticed within seconds. A slow answer is not a loss.
             "RAY_health_check_period_ms": "1000",
@@ -133,9 +139,6 @@ class FakeCloud:
 
     def __enter__(self) -> "FakeCloud":
         ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
-        for name in ("RAY_ADDRESS", "RAY_TMPDIR", "MLFLOW_TRACKING_URI"):
-            os.environ.pop(name, None)
-        os.environ.update(self.env)  # this process reads the token too
         with (self.folder / "head.log").open("w") as log:
             self._head = subprocess.Popen(self._command, env=self.env, stdout=log, stderr=log)
         return self
@@ -162,12 +165,12 @@ class FakeCloud:
         except (ResourceError, RayError):
             return False
 
-    def _nodes(self) -> list[Any]:
-        """Return the autoscaler's records of the nodes that run."""
+    def _nodes(self, *, idle: bool = True) -> list[Any]:
+        """Return the autoscaler's records of the nodes that run, with or without idle ones."""
         from ray.autoscaler.v2.sdk import get_cluster_status
 
         status = get_cluster_status(self.gcs)
-        return [*status.active_nodes, *status.idle_nodes]
+        return [*status.active_nodes, *(status.idle_nodes if idle else ())]
 
     def pools(self) -> dict[str, int]:
         """Return the number of nodes of each pool."""
@@ -175,8 +178,9 @@ class FakeCloud:
         return {pool: count[pool] for pool in POOLS}
 
     def kill_node(self, pool: str) -> None:
-        """End the newest node of a pool without a notice: its raylet, and thereby its workers."""
-        newest = max(n.node_id for n in self._nodes() if n.ray_node_type_name == pool)
+        """End the newest busy node of a pool without a notice: its raylet, and so its workers."""
+        busy = self._nodes(idle=False)
+        newest = max(node.node_id for node in busy if node.ray_node_type_name == pool)
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
                 if process.name() == "raylet" and process.environ().get(NODE_ID) == newest:

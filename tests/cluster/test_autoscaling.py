@@ -79,7 +79,7 @@ def test_replica_stays_on_the_nodes_for_endpoints(served: list[dict[str, Any]]) 
 
 def test_fake_cloud_has_the_pools_of_the_cluster() -> None:
     ours = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    fake = autoscaling_config("127.0.0.1:1", idle_s=15)
+    fake = autoscaling_config("127.0.0.1:1", Path("/tmp"), idle_s=15)
     types = fake["available_node_types"]
     assert set(types) == {*POOLS, HEAD_TYPE}
     for pool in POOLS:
