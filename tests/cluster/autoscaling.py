@@ -110,6 +110,7 @@ class Timeline:
     def _watch(self) -> None:
         before: dict[str, int] | None = None
         while not self._over.wait(POLL_S):
+            self._cloud.reap()
             with suppress(RayError):  # the head is busy
                 pools = self._cloud.pools()
                 self._read_journal()

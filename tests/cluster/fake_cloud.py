@@ -136,6 +136,7 @@ class FakeCloud:
             f"--temp-dir={folder}/r", f"--autoscaling-config={folder}/config.json",
         ]  # fmt: skip
         self._head: subprocess.Popen[bytes] | None = None
+        self._commands: list[Command] = []
 
     def __enter__(self) -> "FakeCloud":
         ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
@@ -190,7 +191,18 @@ class FakeCloud:
 
     def start(self, name: str, *command: str, **env: str) -> "Command":
         """Start a program of the environment's bin folder, with its output in a file `name`.log."""
-        return Command(name, command, self.folder / f"{name}.log", self.env | env)
+        started = Command(name, command, self.folder / f"{name}.log", self.env | env)
+        self._commands.append(started)
+        return started
+
+    def reap(self) -> None:
+        """Reap orphans that ended, as an init process does: `ray job stop` waits for the driver."""
+        assert self._head is not None
+        own = {self._head.pid, *(command.process.pid for command in self._commands)}
+        for process in psutil.Process().children():
+            with suppress(psutil.Error, ChildProcessError):
+                if process.pid not in own and process.status() == psutil.STATUS_ZOMBIE:
+                    os.waitpid(process.pid, os.WNOHANG)
 
 
 class Command:

@@ -88,17 +88,3 @@ def test_fake_cloud_has_the_pools_of_the_cluster() -> None:
     assert fake["max_workers"] == ours["max_workers"]
     assert fake["idle_timeout_minutes"] == 0.25
     validate_config(fake)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the fake cloud needs Linux")
-def test_pools_grow_from_zero_and_return_to_zero(tmp_path: Path) -> None:
-    """Import, elastic training with the loss of a node, a job that is resumed, and an endpoint."""
-    picture = tmp_path / "timeline.png"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.cluster.autoscaling", "--picture", str(picture)],
-        cwd=ROOT, capture_output=True, text=True, timeout=1_800,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3_000:] + done.stderr[-3_000:]
-    assert "no node besides the head is left" in done.stdout.splitlines()[-1]
-    assert picture.stat().st_size
