@@ -3,7 +3,7 @@
 #   make quickstart   train a small bridge between a pretrained vision tower and language model, and query it
 #   make test         format, lint, types, tests
 #   make test-all     the same with the slow tests
-#   make cluster-test grow the pools of cluster.yaml from zero nodes and back, on this machine: about 5 minutes
+#   make cluster-test grow the pools of cluster.yaml from zero nodes and back, on this machine
 #   make clean        remove the environment and the caches
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)

@@ -1,7 +1,7 @@
 """The pools of cluster.yaml on one machine: Ray's own autoscaler (v2) with nodes that are processes.
 
 The nodes offer the CPUs and GPUs of cluster.yaml to Ray, whatever the machine has. Everything that
-is started here is isolated: its own folder, ports, token and home, on loopback. It is ended by
+is started here is isolated: its own folder, ports, token and home. It is ended by
 process id. Linux only, because a process whose parent ended has to remain a descendant.
 """
 
