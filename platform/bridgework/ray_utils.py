@@ -219,7 +219,7 @@ def _node_types() -> dict[str, float]:
     # its file on the head.
     reported = state.get_max_resources_from_cluster_config()
     if reported or _Session.own:
-        return reported or {}
+        return {name: float(amount) for name, amount in (reported or {}).items()}
     return _head_node_types()
 
 
