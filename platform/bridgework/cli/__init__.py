@@ -36,7 +36,7 @@ from bridgework.cli.sweeps import checked_features, report, sweep
 from bridgework.config import flat, override
 from bridgework.data.catalog import home as home_folder
 from bridgework.errors import BridgeworkError, Interrupted, ResourceError, SpecError
-from bridgework.ray_utils import TIMEOUT_S
+from bridgework.ray_utils import RESIZE_S, TIMEOUT_S
 from bridgework.system import System, load, recipes, variants
 
 if TYPE_CHECKING:
@@ -226,6 +226,14 @@ def train(
             help="Time to wait for the resources of the workers, also after the loss of a node.",
         ),
     ] = TIMEOUT_S,
+    resize_every: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            metavar="SECONDS",
+            help="With --workers MIN:MAX, the interval of the checks for room for more workers.",
+        ),
+    ] = RESIZE_S,
     features: Annotated[
         str,
         typer.Option(
@@ -282,6 +290,7 @@ def train(
             threads=threads,
             gpus_per_worker=gpus_per_worker,
             resource_timeout_s=resource_timeout,
+            resize_every_s=resize_every,
             trust_checkpoints=trust_checkpoints,
             start_over=start_over,
         ),

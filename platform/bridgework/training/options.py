@@ -20,7 +20,7 @@ class RunOptions:
     # 0 trains in this process, without Ray Train. (fewest, most) is elastic: as many as the cluster
     # has room for, changed at checkpoints.
     workers: int | tuple[int, int] = 1
-    resize_every_s: float = 60.0  # an elastic run looks for room for more workers
+    resize_every_s: float = ray_utils.RESIZE_S  # an elastic run looks for room for more workers
     readers: int = 1  # Ray Data actors that read and decode
     checkpoint_every: int = 0  # steps; 0 means a twentieth of the stage, at least 5
     evaluate_every: int = 0  # steps; 0 evaluates only at the end of a stage
