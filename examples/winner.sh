@@ -37,7 +37,7 @@ say "serve and ask"
 log=$BRIDGEWORK_HOME/serve.log
 bridgework serve chat model=llava dev=true --port "$PORT" >"$log" 2>&1 &
 server=$!
-trap 'kill $server 2>/dev/null || true' EXIT
+trap 'kill $server 2>/dev/null || true; wait $server || true' EXIT
 answer=$(PORT=$PORT LOG=$log python - <<'PYTHON'
 import base64, io, os, time
 import httpx

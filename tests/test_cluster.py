@@ -17,9 +17,10 @@ from bridgework.errors import DataError, ResourceError, SpecError
 from bridgework.training.feature_cache import TooLarge
 from bridgework.training.options import RunOptions
 from bridgework.training.ray_train import _needs
+from tests.house.source import ROOT
 
 FAKE = """
-import json, os, sys
+import json, os, subprocess, sys
 os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 import ray
 from ray.cluster_utils import Cluster
@@ -79,6 +80,14 @@ class Work:
 
 ray_utils.map_on_actors(Work, range(3), 8, gpus=True, what="the judges")
 record("actors", [open(os.path.join(folder, str(item))).read() for item in range(3)])
+
+# Ray's own autoscaler reports nothing: its file is named in a command line on the head
+ray_utils._Session.node_types = ("", 0.0, {})
+flags = [f"--gcs-address={nodes.address}", "--autoscaling-config=" + sys.argv[2]]
+with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)", *flags]) as monitor:
+    elsewhere = ray.remote(num_gpus=1)(lambda: ray_utils._head_node_types())
+    record("of the file", [ray_utils._head_node_types(), ray.get(elsewhere.remote())])
+    monitor.kill()
 print("RESULTS" + json.dumps(results))
 ray.shutdown()
 nodes.shutdown()
@@ -91,7 +100,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("seen")
     env = {**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="bw-")}
     done = subprocess.run(
-        [sys.executable, "-c", FAKE, str(folder)],
+        [sys.executable, "-c", FAKE, str(folder), str(ROOT / "cluster.yaml")],
         capture_output=True,
         text=True,
         env=env,
@@ -109,6 +118,12 @@ def test_no_gpu_is_requested_of_a_cluster_without_gpus(results: dict[str, Any]) 
 def test_gpu_is_requested_if_the_autoscaler_can_start_one(results: dict[str, Any]) -> None:
     assert results["pools at zero"] == [1.0, {"CPU": 1.0, "GPU": 1.0}, True, 8.0]
     assert results["asked for none"] == 0.0
+
+
+def test_node_types_of_rays_own_autoscaler_are_known_on_all_nodes(results: dict[str, Any]) -> None:
+    """4 nodes of 4 GPUs and 4 of one; 16 nodes at most, of 48, 16 and 8 CPUs."""
+    here, elsewhere = results["of the file"]
+    assert here == elsewhere == {"CPU": 352.0, "GPU": 20.0, "serve": 400.0}
 
 
 def test_wait_reports_missing_resources_and_times_out(results: dict[str, Any]) -> None:

@@ -144,6 +144,17 @@ def _written(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def move(folder: Path, target: Path) -> None:
+    """Move an artifact; `target` appears complete or not at all, and replaces an older one."""
+    if storage.is_local(folder):
+        storage.publish(folder, target)
+        return
+    storage.remove(target, first=FILE)
+    for name in (WEIGHTS, "recipe.json", FILE):  # the last one makes it an artifact
+        storage.copy(folder / name, target / name)
+    storage.remove(folder, first=FILE)
+
+
 def info_file(folder: Path) -> Path:
     """Return the path of artifact.json, under its old name if the folder has that."""
     old = folder / old_names.ARTIFACT_FILE

@@ -32,7 +32,7 @@ METRICS: Mapping[str, Exported] = {
     ),
     "bridgework_train_seconds": Exported(
         "counter",
-        "Seconds of a stage by part: start, data_wait, step, checkpoint, evaluation.",
+        "Seconds of a stage by part: start, data_wait, step, checkpoint, evaluation, snapshot.",
         (*_STAGE, "part"),
     ),
     "bridgework_train_samples": Exported("counter", "Samples, over all workers.", _STAGE),

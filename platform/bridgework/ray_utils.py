@@ -6,6 +6,7 @@ while waiting. Functions import Ray only when they use it, because a run in one 
 """
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 from bridgework import ray_metrics
@@ -22,7 +24,11 @@ from bridgework.errors import BridgeworkError, ResourceError
 
 T = TypeVar("T")
 TIMEOUT_S = 1_800.0  # of a wait for resources: a scarce spot node may take many minutes
+RESIZE_S = 60.0  # interval at which an elastic run looks for room for more workers
 SAY_EVERY_S = 10.0  # interval of the messages while waiting
+NODE_TYPES_S = 60.0  # for which the node types of an autoscaler are known
+HEAD_S = 60.0  # longest wait for the head to read them
+HEAD = "node:__internal_head__"  # resource of the head, which Ray adds
 FEWER = "ask for fewer (--workers, --gpus-per-worker)"
 # CPUs per actor; `workers` sets the parallelism. One CPU each would not fit on a small machine,
 # because Ray itself needs some.
@@ -35,6 +41,8 @@ class _Session:
     """State of this process's Ray session."""
 
     own: ClassVar[bool] = False  # its own Ray on this machine alone: no node will join it
+    # address of a cluster, time of the reading on the monotonic clock, maximum of each resource
+    node_types: ClassVar[tuple[str, float, dict[str, float]]] = ("", 0.0, {})
 
 
 def is_open() -> bool:
@@ -203,12 +211,79 @@ def potential() -> dict[str, float]:
     }
 
 
-def _node_types() -> dict[str, Any]:
+def _node_types() -> dict[str, float]:
     """Return the maximum of each resource by the node types of the autoscaler; {} without one."""
-    # the only way to the node types, which `ray status` also uses
     from ray._private.state import state
 
-    return state.get_max_resources_from_cluster_config() or {}
+    # Managed clusters report their node types. Ray's own autoscaler does not, so they are read from
+    # its file on the head.
+    reported = state.get_max_resources_from_cluster_config()
+    if reported or _Session.own:
+        return {name: float(amount) for name, amount in (reported or {}).items()}
+    return _head_node_types()
+
+
+def _head_node_types() -> dict[str, float]:
+    """Return the maximum of each resource by the file of the head's autoscaler; {} without one."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    context, now = ray.get_runtime_context(), time.monotonic()
+    gcs = context.gcs_address
+    known, read_at, types = _Session.node_types
+    if known == gcs and now - read_at < NODE_TYPES_S:
+        return types
+    head = next((node["NodeID"] for node in alive_nodes() if HEAD in node["Resources"]), None)
+    if head == context.get_node_id():
+        types = read_node_types(gcs)
+    elif head is not None:
+        only = NodeAffinitySchedulingStrategy(head, soft=False)
+        read = ray.remote(num_cpus=0)(read_node_types).options(scheduling_strategy=only)
+        try:
+            types = ray.get(read.remote(gcs), timeout=HEAD_S)
+        except RayError as error:
+            log.warning("the node types of the autoscaler cannot be read on the head: %s", error)
+            types = {}
+    _Session.node_types = (gcs, now, types)
+    return types
+
+
+def read_node_types(gcs: str) -> dict[str, float]:
+    """Return the maximum of each resource that the autoscaler of this machine's head may start.
+
+    The head's autoscaler has the address `gcs` and the path of its file in its command line.
+    Returns {} if no autoscaler with a file runs here.
+    """
+    import psutil
+    import yaml
+
+    port = gcs.rpartition(":")[2]
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        flags = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+        file = flags.get("--autoscaling-config")
+        if file and flags.get("--gcs-address", "").rpartition(":")[2] == port:
+            try:
+                return _most(yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8")))
+            except (OSError, yaml.YAMLError) as error:
+                log.warning("%s: the node types of the autoscaler cannot be read: %s", file, error)
+    return {}
+
+
+def _most(config: Mapping[str, Any]) -> dict[str, float]:
+    """Return the maximum of each resource by a launcher's file, in all its nodes but the head."""
+    types = config["available_node_types"]
+    workers = [types[name] for name in types if name != config.get("head_node_type")]
+    limit = config.get("max_workers", math.inf)
+    most: dict[str, float] = {}
+    for name in {name for each in workers for name in each.get("resources", {})}:
+        left, most[name] = limit, 0.0
+        for each in sorted(workers, key=lambda w: -w.get("resources", {}).get(name, 0)):
+            nodes = min(left, each.get("max_workers", limit))
+            most[name] += float(nodes * each.get("resources", {}).get(name, 0))
+            left -= nodes
+    return most
 
 
 def grows(name: str) -> bool:
@@ -226,6 +301,14 @@ def gpus_each(requested: float | None = None) -> float:
     if requested is not None:
         return requested
     return 1.0 if potential().get("GPU", 0.0) >= 1 else 0.0
+
+
+def pool_resource(name: str) -> dict[str, float]:
+    """Return one unit of a custom resource that marks a pool of nodes, e.g. {"serve": 1.0}.
+
+    Returns {} if the cluster has no such nodes and can start none.
+    """
+    return {name: 1.0} if potential().get(name, 0.0) >= 1 else {}
 
 
 def wait_for(
@@ -272,7 +355,8 @@ def wait_for(
                         "more nodes, or wait longer (--resource-timeout)"
                     )
             elapsed = time.monotonic() - started
-            say(f"{what}: waiting for {missing(bundles)}; {elapsed:.0f} of {timeout_s:g} s")
+            limit = f" of {timeout_s:g}" if math.isfinite(timeout_s) else ""
+            say(f"{what}: waiting for {missing(bundles)}; {elapsed:.0f}{limit} s")
     finally:
         remove_placement_group(group)
 

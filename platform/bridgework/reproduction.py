@@ -42,6 +42,15 @@ class Record:
         found = re.search(r"workers=(\d+)", self.stages[0].tags.get("execution", ""))
         return int(found[1]) if found else 0
 
+    @property
+    def options(self) -> RunOptions:
+        """Options that decide which step became the result."""
+        execution = self.stages[0].tags.get("execution", "")
+        found = re.search(r"evaluate_every=(\d+) keep_best=(.+)", execution)
+        if found is None:
+            return RunOptions()
+        return RunOptions(evaluate_every=int(found[1]), keep_best=found[2])
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -119,7 +128,7 @@ def reproduce(
         workers=record.workers if workers is None else workers,
         run=run or f"reproduce-{record.run.id[:8]}",
         home=place,
-        options=RunOptions(),
+        options=record.options,
     )
     reader = MLflowReader(None, place)
     compared = []

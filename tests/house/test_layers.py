@@ -15,6 +15,7 @@ DOORS = {
         "ray_metrics.py",
         "ray_utils.py",
         "data/ray_ingest.py",
+        "training/ray_evaluation.py",
         "training/ray_train.py",
         "training/process_group.py",
         "tuning/",

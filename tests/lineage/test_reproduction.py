@@ -11,8 +11,10 @@ from bridgework import api, override
 from bridgework.data.dataset import write
 from bridgework.data.synthetic import shapes
 from bridgework.errors import DataError, TrackingError
+from bridgework.evaluation import HeldOutLoss
 from bridgework.reproduction import read_record, reproduce
 from bridgework.system import System, load
+from bridgework.training.options import RunOptions
 
 
 def system(dataset: str) -> System:
@@ -48,6 +50,22 @@ def test_run_is_trained_again_with_equal_losses_from_mlflow_alone(own_home: Path
         ("align", 2, True),
         ("instruct", 2, True),
     ]
+
+
+def test_run_that_kept_its_best_step_keeps_it_again(own_home: Path) -> None:
+    # No weight changes, so that the first step is the best one.
+    still = override(system("chats"), {"stages.align.optim.peak_lr": 1e-30})
+    align = replace(still["align"], evals=(HeldOutLoss(dataset="chats", rows=8),))
+    kept = replace(still, stages=(align, still["instruct"]))
+    options = RunOptions(evaluate_every=1, keep_best="heldout.loss")
+    first = api.train(kept, run="first", stages=["align"], home=own_home, options=options)
+    assert first["align"].metrics["best_step"] == 1
+    record = read_record("first", own_home)
+    assert record.options == options
+    (compared,) = reproduce(record, run="again", home=own_home)
+    assert compared.exact
+    again = json.loads((own_home / "runs/again/align/metrics.json").read_text())
+    assert again["best_step"] == 1
 
 
 def test_version_names_its_run_and_a_missing_dataset_is_listed(own_home: Path) -> None:

@@ -1,10 +1,16 @@
 """Runs whose home is in a store (S3): the same bits as on a local disk, and the same recovery."""
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from bridgework import artifacts, storage
+from bridgework.evaluation import results
 from bridgework.training import checkpoint
-from tests.training.support import go, llava, losses, same, weights
+from tests.training.support import Stop, go, judged, llava, losses, same, stop_at, weights
+
+LOSS = "heldout.loss"
 
 
 def test_a_run_in_a_store_gives_the_bits_of_a_local_run(
@@ -21,6 +27,35 @@ def test_a_run_in_a_store_gives_the_bits_of_a_local_run(
     }.keys()
     kept = checkpoint.checkpoints(store_home / "runs" / run / "align")
     assert [found.step for found in kept] == [4, 2]
+
+
+def test_best_step_in_a_store_is_that_of_a_local_run(
+    home: Path, store_home: Path, run: str
+) -> None:
+    options: dict[str, Any] = {"evaluate_every": 2, "checkpoint_every": 2, "keep_best": LOSS}
+    local = go(judged(), home, run, **options)["align"]
+    with pytest.raises(Stop):
+        go(judged(), store_home, run, report=stop_at(4), **options)
+    remote = go(judged(), store_home, run, **options)["align"]
+    assert remote.metrics["best_step"] == local.metrics["best_step"]
+    assert same(weights(store_home, run), weights(home, run))
+    assert not storage.names(store_home / "runs" / run / "align" / "snapshots")
+
+
+@pytest.mark.slow
+def test_tasks_evaluate_snapshots_in_a_store(
+    ray_session: None, home: Path, store_home: Path, run: str
+) -> None:
+    options: dict[str, Any] = {"evaluate_every": 2, "keep_best": LOSS, "threads": 1}
+    local = go(judged(), home, run, **options)["align"]
+    remote = go(judged(), store_home, run, workers=1, evaluate_in_task=True, **options)["align"]
+    assert remote.metrics["best_step"] == local.metrics["best_step"]
+    figures = losses(store_home, run, key=LOSS)
+    assert sorted(step for step, _ in figures) == [2, 4, 6]
+    assert dict(figures) == pytest.approx(dict(losses(home, run, key=LOSS)), rel=1e-3)
+    assert results.records_of(
+        remote.artifact, artifacts.describe(remote.artifact).digest, store_home
+    )
 
 
 def test_two_workers_resume_from_a_store(

@@ -12,12 +12,15 @@ from bridgework import artifacts
 from bridgework.artifacts import StageResult
 from bridgework.config import override
 from bridgework.data import reader
-from bridgework.system import Stage, System, load
+from bridgework.evaluation import HeldOutLoss
+from bridgework.system import EvalSpec, Stage, System, load
 from bridgework.tracking.tracker import Journal, Tracker
 from bridgework.training import loop
 from bridgework.training.driver import train
 from bridgework.training.options import RunOptions
 from bridgework.training.stopping import Preemption
+
+HELD_OUT = HeldOutLoss(dataset="synthetic:shapes", rows=8)
 
 
 class Stop(Exception):
@@ -30,6 +33,20 @@ def llava(steps: int = 4, **changes: Any) -> System:
     return override(
         load("llava").tiny(), fast | {path.replace("__", "."): new for path, new in changes.items()}
     )
+
+
+def judged(
+    steps: int = 6, lr: float = 0.1, evals: Sequence[EvalSpec] = (HELD_OUT,), **changes: Any
+) -> System:
+    """Return a system of one stage with evaluations and a constant learning rate."""
+    constant = {
+        "stages__align__optim__peak_lr": lr,
+        "stages__align__optim__warmup": 0.0,
+        "stages__align__optim__decay": "constant",
+        "stages__align__zero__stage": 0,
+    }
+    system = llava(steps, **constant, **changes)
+    return replace(system, stages=(replace(system["align"], evals=tuple(evals)),))
 
 
 def uncurated(system: System) -> System:

@@ -149,7 +149,7 @@ def test_nodes_of_the_gpu_pool_without_a_gpu_are_named(tmp_path: Path) -> None:
 def callback(folder: Path, timeout_s: float) -> WorkerGroupCallback:
     folder.mkdir()
     options = RunOptions(workers=(2, 4), resource_timeout_s=timeout_s)
-    return WorkerGroupCallback(folder, {"CPU": 1.0, "GPU": 1.0}, options)
+    return WorkerGroupCallback(folder, {"CPU": 1.0, "GPU": 1.0}, options, steps=60)
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -7,6 +7,9 @@ import pytest
 from bridgework.cli import main
 from bridgework.cli.sweeps import _trials, shortened
 from bridgework.errors import SpecError
+from bridgework.evaluation.statistics import Interval
+from bridgework.tuning.compare import score_cells
+from bridgework.tuning.study import TrialRow
 
 
 def refused(
@@ -57,6 +60,22 @@ def test_columns_are_the_shortest_ends_that_differ() -> None:
     ]
     assert shortened(paths) == ["bridge", "warm.optim.peak_lr", "align.optim.peak_lr", "alpha"]
     assert shortened(["a.b"]) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("row", "cells"),
+    [
+        (
+            TrialRow("t0", {}, 0.5, "finished", 1.0, (0.5, 3.0)),
+            ["0.5 [0.4, 0.6]", "3"],
+        ),
+        (TrialRow("t1", {}, 0.25, "stopped", 1.0), ["0.25", "-"]),
+        (TrialRow("t2", {}, None, "failed", 1.0), ["-", "-"]),
+    ],
+)
+def test_a_score_has_its_interval_where_there_is_one(row: TrialRow, cells: list[str]) -> None:
+    found = (Interval(0.5, 0.4, 0.6, 30, 30), None) if row.finished else (None, None)
+    assert score_cells(row, found) == cells
 
 
 def test_a_plus_means_more_trials() -> None:

@@ -9,7 +9,7 @@ import typer
 from ray import tune
 
 from bridgework import artifacts
-from bridgework.cli import app
+from bridgework.cli import app, sweeps
 from bridgework.config import override
 from bridgework.errors import RunError, SpecError
 from bridgework.system import load
@@ -56,6 +56,21 @@ def test_every_trial_finishes_all_its_stages_and_the_best_comes_first(swept: Swe
             artifacts.describe(swept.home / "runs/sweep" / row.trial / "instruct/artifact").steps
             == 4
         )
+
+
+def test_scores_in_the_table_and_in_the_report_have_their_intervals(
+    swept: Swept, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweeps.show(SPACE, swept.outcome)
+    table = " ".join(capsys.readouterr().out.split())
+    assert swept.outcome.report is not None
+    page = swept.outcome.report.read_text()
+    for row in swept.outcome.rows:
+        (found,) = swept.outcome.intervals[row.trial]
+        assert found is not None and row.score is not None
+        assert found.n == 4 and found.low < row.score < found.high
+        shown = f"{row.score:.4g} [{found.low:.4g}, {found.high:.4g}]"
+        assert shown in table and shown in page
 
 
 def test_outcome_is_the_last_stage_of_the_best_trial(swept: Swept) -> None:

@@ -36,7 +36,7 @@ from bridgework.cli.sweeps import checked_features, report, sweep
 from bridgework.config import flat, override
 from bridgework.data.catalog import home as home_folder
 from bridgework.errors import BridgeworkError, Interrupted, ResourceError, SpecError
-from bridgework.ray_utils import TIMEOUT_S
+from bridgework.ray_utils import RESIZE_S, TIMEOUT_S
 from bridgework.system import System, load, recipes, variants
 
 if TYPE_CHECKING:
@@ -172,6 +172,29 @@ def train(
             help="Skip a sample or steps; recorded in the run. Repeat for several.",
         ),
     ] = None,
+    evaluate_every: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="STEPS",
+            help="Steps between two evaluations before the end of a stage; 0: only at its end.",
+        ),
+    ] = 0,
+    evaluate_in_task: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate-in-task",
+            help="Evaluate in Ray tasks on snapshots of the weights; the training continues.",
+        ),
+    ] = False,
+    keep_best: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC",
+            help="Keep the step with the best METRIC, e.g. heldout.loss, as the result of a stage.",
+            show_default="the last step",
+        ),
+    ] = None,
     run: Annotated[
         str | None,
         typer.Option(
@@ -203,6 +226,14 @@ def train(
             help="Time to wait for the resources of the workers, also after the loss of a node.",
         ),
     ] = TIMEOUT_S,
+    resize_every: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            metavar="SECONDS",
+            help="With --workers MIN:MAX, the interval of the checks for room for more workers.",
+        ),
+    ] = RESIZE_S,
     features: Annotated[
         str,
         typer.Option(
@@ -242,18 +273,24 @@ def train(
 
     resolved = _resolve(system, set_, tiny)
     prefix = system.replace(":", "-").replace(".", "-") + "-tiny" * tiny
+    asked = number_or_range(workers)
     results = api.train(
         resolved,
         stages=stage,
-        workers=number_or_range(workers),
+        workers=asked,
         run=run or default_name(prefix, resolved, home_folder()),
         options=RunOptions(
             readers=readers,
             skip=tuple(skip or ()),
+            workers=asked,
+            evaluate_every=evaluate_every,
+            evaluate_in_task=evaluate_in_task,
+            keep_best=keep_best,
             features=checked_features(features),
             threads=threads,
             gpus_per_worker=gpus_per_worker,
             resource_timeout_s=resource_timeout,
+            resize_every_s=resize_every,
             trust_checkpoints=trust_checkpoints,
             start_over=start_over,
         ),

@@ -89,6 +89,7 @@ def sweep(
 
 def show(space: "Space", outcome: "Outcome") -> None:
     """Print the trials, best first, and what became of the winner."""
+    from bridgework.tuning.compare import score_cells
     from bridgework.tuning.search import failures
 
     paths = list(dict.fromkeys(path for row in outcome.rows for path in row.changes))
@@ -96,8 +97,8 @@ def show(space: "Space", outcome: "Outcome") -> None:
     metrics = [metric.name for metric in space.metrics]
     table = Table("trial", *metrics, "status", "s", *names, box=None, pad_edge=False)
     for row in outcome.rows:
-        scores = row.scores or ((row.score,) if row.score is not None else ())
-        shown = [f"{score:.4g}" for score in scores] + ["-"] * (len(metrics) - len(scores))
+        found = outcome.intervals.get(row.trial, (None,) * len(metrics))
+        shown = [cell.replace("[", r"\[") for cell in score_cells(row, found)]
         mark = "*" if row.trial in outcome.front else ""
         values = [_shown(row.changes.get(path, "")) for path in paths]
         table.add_row(row.trial + mark, *shown, row.status, f"{row.seconds:.0f}", *values)

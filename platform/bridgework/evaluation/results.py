@@ -163,6 +163,15 @@ def write(record: EvaluationRecord, folder: Path) -> Path:
     return file
 
 
+def save(result: Result, record: EvaluationRecord, folder: Path) -> list[Path]:
+    """Write the record and the images of an evaluation; returns their files."""
+    files = [write(record, folder)]
+    for name, image in result.pictures.items():
+        files.append(folder / f"{name}.png")
+        storage.save_image(image, files[-1])
+    return files
+
+
 def read(file: Path) -> EvaluationRecord:
     """Read a record. Raises DataError for a file that is not one."""
     try:

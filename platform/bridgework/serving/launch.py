@@ -29,7 +29,7 @@ from bridgework.errors import BridgeworkError, ResourceError, SpecError, suggest
 from bridgework.serving import proxy
 from bridgework.serving.app import APPS
 from bridgework.serving.auth import is_loopback
-from bridgework.serving.models import replica_gpus
+from bridgework.serving.models import replica_resources
 from bridgework.serving.options import Options, parse_options
 from bridgework.serving.registrar import model_apps
 
@@ -105,10 +105,11 @@ def start(app: str, args: Mapping[str, Any], address: AppAddress) -> Endpoint:
     options, name = _validate(app, args, address), address.name or app
     if not ray.is_initialized() and ray_utils.address() is None:
         _check_port(address)  # before a new Ray starts
-    application = APPS[app](dict(args))
+    application, before = APPS[app](dict(args)), replica_resources(options)
     own_ray = not ray.is_initialized() and ray_utils.connect(log_to_driver=True)
-    if options.gpus is None and replica_gpus(options):
-        application = APPS[app](dict(args))  # with the GPUs that this Ray has or can start
+    resources = replica_resources(options)
+    if resources != before:
+        application = APPS[app](dict(args))  # with the nodes that this Ray has or can start
     running = serve.status()
     endpoint = Endpoint(
         name, address.url, options.timeout_s, own_ray, own_serve=not running.proxies
@@ -124,9 +125,8 @@ def start(app: str, args: Mapping[str, Any], address: AppAddress) -> Endpoint:
         if endpoint.own_serve:
             http = {"host": address.host, "port": address.port}
             serve.start(http_options=http, controller_options=proxy.CONTROLLER)
-        replica = {"CPU": options.cpus, "GPU": replica_gpus(options)}
         models = options.replicas * (1 if options.challenger is None else 2)
-        ray_utils.wait_for(f"serve {name}", [replica] * models, fix=SMALLER)
+        ray_utils.wait_for(f"serve {name}", [resources] * models, fix=SMALLER)
         _run(application, name, address.route_prefix)
     except BaseException:
         endpoint.stop(drain=False)

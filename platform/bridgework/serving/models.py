@@ -22,6 +22,8 @@ from bridgework.tracking import registry
 from bridgework.tracking.mlflow_store import MLflowTracker
 from bridgework.tracking.openlineage_events import Artifact, Event, emit
 
+# Custom resource of the nodes for endpoints. Without it, the autoscaler might start a spot node.
+POOL = "serve"
 HEALTH_S = 2.0  # with Serve's default of 10 s, a dead replica is noticed later
 
 
@@ -46,9 +48,14 @@ def deployment(role: str, options: Options) -> serve.Deployment:
         scale = {
             "autoscaling_config": bounds | {"target_ongoing_requests": max(1, options.ongoing // 2)}
         }
+    resources = replica_resources(options)
     return serve.deployment(
         name=role,
-        ray_actor_options={"num_cpus": options.cpus, "num_gpus": replica_gpus(options)},
+        ray_actor_options={
+            "num_cpus": resources.pop("CPU"),
+            "num_gpus": resources.pop("GPU"),
+            "resources": resources,
+        },
         max_ongoing_requests=options.ongoing,
         max_queued_requests=options.queued,
         health_check_period_s=HEALTH_S,
@@ -57,11 +64,18 @@ def deployment(role: str, options: Options) -> serve.Deployment:
     )(Replica)
 
 
-def replica_gpus(options: Options) -> float:
-    """Return the GPUs of a replica; without a cluster to ask, 0 by default."""
-    if options.gpus is None and not ray_utils.is_open():
-        return 0.0
-    return ray_utils.gpus_each(options.gpus)
+def replica_resources(options: Options) -> dict[str, float]:
+    """Return the resources of a replica: CPU, GPU, and one unit of POOL where nodes offer it.
+
+    Without a cluster to ask, the default is no GPU and no unit of POOL.
+    """
+    if not ray_utils.is_open():
+        return {"CPU": options.cpus, "GPU": options.gpus or 0.0}
+    return {
+        "CPU": options.cpus,
+        "GPU": ray_utils.gpus_each(options.gpus),
+        **ray_utils.pool_resource(POOL),
+    }
 
 
 def resolve_model(app: str, model: str, options: Options, home: Path) -> ServedModel:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridgework import artifacts, storage
+from bridgework import artifacts
 from bridgework.config import flat, from_dict
 from bridgework.errors import TrackingError
 from bridgework.evaluation import results
@@ -42,18 +42,15 @@ def evaluate(
     for spec in evaluations:
         say(f"{spec.name}: evaluating on {spec.dataset}")
         result, record = results.evaluate(spec, pipeline, home, weights)
-        file = results.write(record, results.folder_of(weights, home))
-        _emit(home, artifact, record, file)
-        files = [file]
-        for name, image in result.pictures.items():
-            storage.save_image(image, file.with_name(f"{name}.png"))
-            files.append(file.with_name(f"{name}.png"))
-            say(f"figure    {file.with_name(f'{name}.png')}")
+        files = results.save(result, record, results.folder_of(weights, home))
+        _emit(home, artifact, record, files[0])
+        for image in files[1:]:
+            say(f"figure    {image}")
         if tracker is not None:
             try:
                 log(tracker, record, files, artifact)
             except TrackingError as error:
-                say(f"{error}; the evaluation is only in {file}")
+                say(f"{error}; the evaluation is only in {files[0]}")
                 tracker = None
         done.append((result, record))
     return done

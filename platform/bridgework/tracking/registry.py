@@ -46,16 +46,16 @@ def register(tracker: Tracker, name: str, result: StageResult, tags: Mapping[str
             f"{result.artifact} was trained untracked. "
             "Fix: run its command again while the tracker answers"
         )
-    digest = artifacts.describe(result.artifact).digest
+    info = artifacts.describe(result.artifact)
     for version in tracker.registered(result.run_id):
-        if version.tags.get("digest") == digest:
+        if version.tags.get("digest") == info.digest:
             return version
     return tracker.register(
         name,
         result.model_id,
         result.run_id,
         str(result.artifact),
-        {**_figures(result), **tags, "digest": digest},
+        {**_figures(result), **tags, "digest": info.digest, "steps": str(info.steps)},
         card.description(result.artifact, tags),
     )
 

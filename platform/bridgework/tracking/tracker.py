@@ -215,14 +215,15 @@ class Journal:
             return self._file
         if self._file is None:
             self._into.mkdir(parents=True, exist_ok=True)
-            newest = max((int(name[:20]) for name in self._names()), default=0)
+            newest = max((int(name[:20]) for name in self.names()), default=0)
         else:
             newest = int(self._file.name[:20])
         order = max(time.time_ns(), newest + 1)  # another machine's clock may be ahead
         self._file = self._into / f"{order:020d}-{uuid4().hex[:6]}{GROWING}"
         return self._file
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Return the names of the files, in the order in which they were opened."""
         return [name for name in storage.names(self.folder) if name.endswith(".jsonl")]
 
     def points(self, after: str = "") -> Iterator[tuple[str, list[Point]]]:
@@ -231,15 +232,10 @@ class Journal:
         With the name of a file as `after`, it continues with the next file.
         """
         known, _, at = after.partition("@")
-        for name in sorted(name for name in self._names() if name >= known):
+        for name in sorted(name for name in self.names() if name >= known):
             start = 0 if name != known else int(at) if at else sys.maxsize
             for end, points in self.read(name, start, PIECE):
                 yield f"{name}@{end}", points
-
-    def end(self) -> str:
-        """Return the position after all written points, for `points`."""
-        newest = max(self._names(), default="")
-        return f"{newest}@{(self.folder / newest).stat().st_size}" if newest else ""
 
     def read(
         self, name: str, start: int = 0, most: int = sys.maxsize
@@ -268,13 +264,14 @@ class Journal:
     def unread(self, offsets: Mapping[str, int]) -> list[str]:
         """Return the files with bytes after their given offset, in the order of writing.
 
-        Files of an older version never grow, so one with an offset is not read again.
+        Files of an older version never grow, so one with an offset is not read again. Neither is
+        one whose offset is sys.maxsize.
         """
-        names = sorted(
-            name for name in self._names() if name not in offsets or name.endswith(GROWING)
-        )
         return [
-            name for name in names if (self.folder / name).stat().st_size > offsets.get(name, 0)
+            name
+            for name in self.names()
+            if name not in offsets or (name.endswith(GROWING) and offsets[name] < sys.maxsize)
+            if (self.folder / name).stat().st_size > offsets.get(name, 0)
         ]
 
 

@@ -12,7 +12,7 @@ import operator
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
 from bridgework.tracking.relay import MetricsForwarder
 from bridgework.tracking.tracker import Tracker
-from bridgework.training import checkpoint, feature_cache, loop, notices, run_dir
+from bridgework.training import checkpoint, feature_cache, loop, notices, run_dir, snapshots
 from bridgework.training.engine import learning_rate
 from bridgework.training.flight_recorder import resolve_curated_data
 from bridgework.training.fork import Fork, describe
@@ -75,6 +75,8 @@ def train(
         with run_dir.locked(folder):
             forked = make_fork(system, fork, home=home, run=run, stages=stages)
             console.print(describe(forked), markup=False, highlight=False, soft_wrap=True)
+    if options.keep_best is not None:
+        snapshots.check_metric(chosen, options.keep_best)
     for i, stage in enumerate(chosen):
         _check_stage(stage, [before.name for before in chosen[:i]], folder, home, options)
     with (
@@ -91,6 +93,8 @@ def train(
             )
         source = Fork.read(folder)
         execution = f"workers={options.workers} threads={options.threads or 'auto'}"
+        if options.keep_best is not None:
+            execution += f" evaluate_every={options.evaluate_every} keep_best={options.keep_best}"
         tags = {"execution": execution} | (source.tags() if source else {})
         tracked = RunRecord(tracker, system, run, parent_run, console.print, tags, home=home)
         results: dict[str, StageResult] = {}
@@ -179,6 +183,7 @@ def _stage(
     parent = _parent(stage, folder)
     run_id = tracked.start(stage, inputs, parent, finished=finished)
     if finished:
+        snapshots.remove_all(place)  # of a run that ended at the very end
         _report_finished(stage, place, console)
         if chosen := _recorded_features(place):
             tracked.note({"features": chosen})
@@ -189,6 +194,14 @@ def _stage(
         tracked.note({"features": chosen})
     _settle_checkpoints(stage, place, known, home, options, console)
     skips = _skips(known, stage, datasets, place, home, options, console)
+    best = None
+    if options.keep_best is not None:
+        best = snapshots.best_by(stage, options.keep_best)
+        if best is None:
+            text = f"{stage.name}: no evaluation has {options.keep_best}, so its last step is kept"
+            console.print(text, markup=False, highlight=False)
+        else:
+            tracked.note({"keep_best": options.keep_best})
     job = loop.TrainJob(
         system=system,
         stage=stage.name,
@@ -206,6 +219,8 @@ def _stage(
         checkpoint_every=options.checkpoint_every or max(5, stage.budget.steps // 20),
         evaluate_every=options.evaluate_every,
         midway=options.midway,
+        evaluate_in_task=options.evaluate_in_task,
+        keep_best=best,
         skip_steps=skips.steps,
         fingerprints=known,
         lease=lease,
@@ -217,9 +232,7 @@ def _stage(
         progress_bar(place, stage.name, stage.budget.steps, console),
     ):
         if options.workers:
-            from bridgework.training.ray_train import fit
-
-            fit(job, options)
+            _train_on_workers(job, options)
         else:
             _init_single_process()
             if options.threads:
@@ -227,6 +240,34 @@ def _stage(
             report = options.report or _ignore
             loop.run(job, partial(_local_rows, job), report, rank=0, world=1)
     return tracked.done(stage, place)
+
+
+def _train_on_workers(job: loop.TrainJob, options: RunOptions) -> None:
+    """Train a stage by Ray Train, and evaluate its snapshots in tasks if `options` say so."""
+    from bridgework.training.ray_train import fit
+
+    if not options.evaluate_in_task:
+        fit(job, options)
+        return
+    from bridgework.training.ray_evaluation import SnapshotEvaluator
+
+    trained = run_dir.has_snapshot(job.folder, job.system[job.stage].budget.steps)
+    if not trained:
+        fingerprints = (job.system.fingerprint(), *job.fingerprints)
+        start = checkpoint.cursor(job.folder, *fingerprints, home=job.home)
+        snapshots.remove_stale(job.folder, start)
+    with closing(SnapshotEvaluator(job, options)) as evaluator:
+        if not trained:
+            fit(job, options)
+        evaluator.finish()
+    metrics = loop.publish_best(job)
+    for spec in job.system[job.stage].evals:
+        if not any(name.startswith(f"{spec.name}.") for name in metrics):
+            log.warning(
+                "%s: the result has no figures of %s; `bridgework eval` evaluates it",
+                job.stage,
+                spec.name,
+            )
 
 
 def _report_finished(stage: Stage, place: Path, console: Console) -> None:
@@ -348,6 +389,7 @@ def _skips(
     )
     skipped = ", ".join(options.skip)
     console.print(f"{stage.name}: skips {skipped} from step {order.since} on", markup=False)
+    snapshots.remove_stale(place, order.since)
     return skips.add(place, order)
 
 

@@ -9,7 +9,10 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +31,8 @@ from bridgework.data.reader import ReaderConfig, Row
 from bridgework.data.tokenization import load_tokenizer
 from bridgework.errors import BridgeworkError, ResourceError, RunError
 from bridgework.evaluation import results
+from bridgework.evaluation.base import Result
+from bridgework.evaluation.results import EvaluationRecord
 from bridgework.inference.pipeline import Pipeline
 from bridgework.mixture import DatasetInput
 from bridgework.models import base, lora
@@ -35,7 +40,7 @@ from bridgework.rng import derive
 from bridgework.storage import node_cache
 from bridgework.system import EvalSpec, Stage, System
 from bridgework.tracking.tracker import Journal
-from bridgework.training import checkpoint
+from bridgework.training import checkpoint, snapshots
 from bridgework.training.engine import Engine, learning_rate
 from bridgework.training.flight_recorder import FlightRecorder
 from bridgework.training.metrics import (
@@ -47,6 +52,7 @@ from bridgework.training.metrics import (
     step_metrics,
     suspects,
 )
+from bridgework.training.run_dir import has_snapshot
 from bridgework.training.step import TrainingModule, check
 from bridgework.training.stopping import Preemption, interrupted, listening
 
@@ -72,6 +78,8 @@ class TrainJob:
     checkpoint_every: int = 0  # steps; 0: only the artifact at the end
     evaluate_every: int = 0  # steps; 0: only at the end
     midway: str | None = None  # name of the only evaluation before the end; None: all
+    evaluate_in_task: bool = False  # by the driver, on snapshots that the loop writes
+    keep_best: snapshots.BestBy | None = None  # chooses the result; None: the last step is
     skip_steps: frozenset[int] = frozenset()  # steps without an optimizer update
     keep: int = 2  # number of checkpoints
     # of recipes with other options with which this run was trained before
@@ -91,7 +99,10 @@ def run(
     fixed_start: bool = False,
     preemption: Preemption | None = None,
 ) -> Metrics:
-    """Train `job` to its end and return the metrics of its evaluations; every rank calls it.
+    """Train `job` to its end and return the metrics of its result; every rank calls it.
+
+    With `evaluate_in_task`, it ends with a snapshot of the last step: the caller evaluates it and
+    publishes the result.
 
     `rows(start)` yields this rank's samples of each step from `start` on. With `fixed_start`, the
     samples can begin only at the newest checkpoint at the time of the call. `preemption` knows if a
@@ -122,19 +133,25 @@ def _train(
     multipliers = base.set_trainable(model, stage.trains)
     # A new id, because an orphan of an older attempt must not write to this attempt's files.
     attempt = _broadcast(uuid4().hex[:8])
-    engine, start, before = _resume(job, stage, model, multipliers, attempt, fixed_start)
+    engine, start, client = _resume(job, stage, model, multipliers, attempt, fixed_start)
     journal = Journal(job.folder / "journal", growing.folder / "journal")
-    mixed, clock = MixtureCounter(stage, before), Clock()
+    mixed, clock = MixtureCounter(stage, client.get("mixed", {})), Clock()
     pad_id = load_tokenizer(stage.model.tokenizer).pad_token_id or 0
-    metrics: Metrics = {}
+    metrics: Metrics = client.get("metrics", {})
+    names = artifacts.tensors_to_save(stage, model.state_dict(), multipliers, inherited)
+    writer = _SnapshotWriter(job, engine, names, attempt)
+    evaluate = partial(_evaluate_midway, job, stage, model, writer, journal, meter)
     preemption = preemption or Preemption(lambda: None)
 
     done = start
     recorder = FlightRecorder(job.folder, attempt, rank, start, growing.folder)
-    with listening(job.folder, log.warning) as stop, closing(journal), recorder:
-        if start and job.evaluate_every and start % job.evaluate_every == 0:
-            # The attempt that saved this checkpoint may have ended before its report.
-            report(_evaluate(job, stage, model, _midway(job, stage)).metrics, start)
+    with listening(job.folder, log.warning) as stop, closing(journal), closing(writer), recorder:
+        due = start and job.evaluate_every and start % job.evaluate_every == 0
+        if due and not (
+            job.evaluate_in_task and _on_rank_0(lambda: has_snapshot(job.folder, start))
+        ):
+            # The attempt that saved this checkpoint may have ended before its evaluation.
+            report(metrics | evaluate(metrics, start), start)
         for step, batch_rows in enumerate(rows(start), start):
             clock.end_wait()
             stopped = save = False
@@ -171,7 +188,9 @@ def _train(
                 recorder.flush()
                 growing.flush()
                 with preemption.saving(), meter.timed("checkpoint"):
-                    _save(job, engine, attempt, done, world, mixed.state())
+                    writer.settle()  # a run that resumes here takes no earlier snapshot again
+                    client = {"mixed": mixed.state(), "metrics": metrics}
+                    _save(job, engine, attempt, done, world, client)
                 if save and rank == 0:
                     log.warning(
                         "%s: a node is taken away soon: a checkpoint of step %d is saved",
@@ -181,11 +200,7 @@ def _train(
             if stopped:
                 raise interrupted(job.stage, stop.asked, done)
             if job.evaluate_every and done % job.evaluate_every == 0:
-                with meter.timed("evaluation"):
-                    midway = _evaluate(job, stage, model, _midway(job, stage))
-                if rank == 0:
-                    journal.append(midway.with_intervals, done)
-                report(metrics | midway.metrics, done)
+                report(metrics | evaluate(metrics, done), done)
             clock.start_wait()
 
     if done != stage.budget.steps:
@@ -195,19 +210,29 @@ def _train(
         )
     if not engine.finite():
         raise _weights_not_finite(job, done)
+    if job.evaluate_in_task:
+        with meter.timed("snapshot"):
+            writer.take(metrics, done)
+            writer.settle()
+        report(metrics, done)
+        return metrics
     with meter.timed("evaluation"):
-        final = _evaluate(job, stage, model, stage.evals, write=rank == 0)
-    figures = final.metrics
-    journal.append(final.with_intervals, stage.budget.steps)
-    state = engine.state(
-        artifacts.tensors_to_save(stage, model.state_dict(), multipliers, inherited)
-    )
+        final = _evaluate(job, stage, model, stage.evals)
+    journal.append(final.with_intervals, done)
     if rank == 0:
         journal.flush()
         growing.flush()
-        _finish(job, metrics | figures, state)
-    report(metrics | figures, stage.budget.steps)
-    return metrics | figures
+    if job.keep_best is not None:
+        writer.offer(metrics, done, final)
+        writer.settle()
+        metrics = _on_rank_0(lambda: publish_best(job))
+    else:
+        state, metrics = engine.state(names), metrics | final.metrics
+        if rank == 0:
+            _keep_results(job, final, job.folder / results.FOLDER)
+            _finish(job, metrics, state)
+    report(metrics, done)
+    return metrics
 
 
 def num_micro_batches(stage: Stage, world: int) -> int:
@@ -242,8 +267,8 @@ def _resume(
     multipliers: Mapping[str, float],
     attempt: str,
     fixed_start: bool,
-) -> tuple[Engine, int, dict[str, float]]:
-    """Return the engine at the newest usable checkpoint, its step, and its MixtureCounter state.
+) -> tuple[Engine, int, dict[str, Any]]:
+    """Return the engine at the newest usable checkpoint, its step, and what the loop saved in it.
 
     A checkpoint with complete files may still hold values that are not finite, e.g. if an older
     version or broken memory wrote them. It is moved to `damaged/`.
@@ -267,7 +292,7 @@ def _resume(
                 else engine.load(folder, universal=False)
             )
         if engine.finite():
-            return engine, found.step, client["mixed"]
+            return engine, found.step, client
         damage = (
             f"{job.stage}: checkpoint of step {found.step} is damaged: "
             "it holds values that are not finite"
@@ -300,7 +325,9 @@ def _latest_checkpoint(
                     f"{damage}; the workers start again from the one before"
                 ) from None
             log.warning("%s; resuming from the one before", damage)
-    checkpoint.remove_stale(job.folder, attempt, found.step if found else 0)
+    start = found.step if found else 0
+    checkpoint.remove_stale(job.folder, attempt, start)
+    snapshots.remove_stale(job.folder, start)
     return found
 
 
@@ -355,46 +382,194 @@ def _micro_batches(
     return batches
 
 
-def _midway(job: TrainJob, stage: Stage) -> list[EvalSpec]:
+def midway_evaluations(job: TrainJob, stage: Stage) -> list[EvalSpec]:
     """Return the evaluations before the end of the stage."""
     return [spec for spec in stage.evals if job.midway in (None, spec.name)]
 
 
-class _Figures(NamedTuple):
-    """Figures of evaluations, alone and with their intervals for the journal."""
+class _Evaluated(NamedTuple):
+    """Figures of evaluations, alone and with their intervals for the journal, and the rows."""
 
     metrics: Metrics
     with_intervals: Metrics
+    results: list[tuple[Result, EvaluationRecord]]
 
 
 def _evaluate(
-    job: TrainJob,
-    stage: Stage,
-    model: nn.Module,
-    evals: Sequence[EvalSpec],
-    *,
-    write: bool = False,
-) -> _Figures:
-    """Run evaluations; every rank reads the same rows, because all must gather sharded weights.
-
-    write: keep the rows and images in `evals/`; the driver adds the digest of the weights.
-    """
-    pipeline, folder = Pipeline(model, stage), job.folder / results.FOLDER
-    found = _Figures({}, {})
+    job: TrainJob, stage: Stage, model: nn.Module, evals: Sequence[EvalSpec]
+) -> _Evaluated:
+    """Run evaluations; every rank reads the same rows, because all must gather sharded weights."""
+    pipeline, found = Pipeline(model, stage), _Evaluated({}, {}, [])
     for spec in evals:
         result, record = results.evaluate(spec, pipeline, job.home)
         found.metrics.update(result.metrics)
         found.with_intervals.update(results.with_intervals(record.figures))
-        if write:
-            try:
-                results.write(record, folder)
-                for name, image in result.pictures.items():
-                    storage.save_image(image, folder / f"{name}.png")
-            except OSError as error:  # the metrics are in the journal
-                log.warning(
-                    "%s: the results of %s cannot be saved: %s", job.stage, spec.name, error
-                )
+        found.results.append((result, record))
     return found
+
+
+def _evaluate_midway(
+    job: TrainJob,
+    stage: Stage,
+    model: nn.Module,
+    writer: "_SnapshotWriter",
+    journal: Journal,
+    meter: GoodputMeter,
+    metrics: Metrics,
+    step: int,
+) -> Metrics:
+    """Evaluate the weights after `step` steps, or write a snapshot for that; returns the figures.
+
+    If too many snapshots wait for their tasks, the loop evaluates. metrics: of the last step. The
+    journal gets the seconds for which the training stops.
+    """
+    started, found = time.perf_counter(), _Evaluated({}, {}, [])
+    if not (evals := midway_evaluations(job, stage)):
+        return {}
+    if job.evaluate_in_task and writer.has_room(step):
+        with meter.timed("snapshot"):
+            writer.take(metrics, step)
+    else:
+        with meter.timed("evaluation"):
+            found = _evaluate(job, stage, model, evals)
+        if job.keep_best is not None:
+            with meter.timed("snapshot"):
+                writer.offer(metrics, step, found)
+    if dist.get_rank() == 0:
+        stopped = {"evaluation_stop_s": time.perf_counter() - started}
+        journal.append(found.with_intervals | stopped, step)
+    return found.metrics
+
+
+def _keep_results(job: TrainJob, found: _Evaluated, folder: Path) -> None:
+    """Write the rows and images of evaluations; the driver adds the digest of the weights."""
+    for result, record in found.results:
+        try:
+            results.save(result, record, folder)
+        except OSError as error:  # the metrics are in the journal
+            log.warning("%s: the results of %s cannot be saved: %s", job.stage, record.name, error)
+
+
+class _SnapshotWriter:
+    """Writes snapshots of a stage's weights. All ranks call every method.
+
+    The training stops while the weights are copied to the CPU. Rank 0 writes them from a thread.
+    """
+
+    def __init__(self, job: TrainJob, engine: Engine, names: Iterable[str], attempt: str) -> None:
+        """names: of the tensors of an artifact."""
+        self._job, self._engine, self._attempt = job, engine, attempt
+        self._names = list(names)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self._pending: Future[None] | None = None
+
+    def take(self, metrics: Metrics, step: int, found: _Evaluated | None = None) -> None:
+        """Begin to write the weights after `step` steps, with their evaluations if it has some."""
+        self.settle()
+        state = self._engine.state(self._names)
+        if dist.get_rank() == 0:
+            self._pending = self._thread.submit(self._write, state, dict(metrics), step, found)
+
+    def offer(self, metrics: Metrics, step: int, found: _Evaluated) -> None:
+        """Take a snapshot with its evaluations if it is the best one so far."""
+        self.settle()
+        if _on_rank_0(lambda: self._wins(found.metrics, step)):
+            self.take(metrics, step, found)
+
+    def has_room(self, step: int) -> bool:
+        """Return True unless too many snapshots wait for their evaluation, which is reported."""
+        self.settle()
+        return _on_rank_0(lambda: self._has_room(step))
+
+    def settle(self) -> None:
+        """Wait until the last snapshot is written. Raises the error of that on every rank."""
+        if self._job.evaluate_in_task or self._job.keep_best is not None:
+            _on_rank_0(self._result)
+
+    def close(self) -> None:
+        """Wait for the last snapshot, without its error, at any end of a run."""
+        if self._pending is not None:
+            wait_for_futures([self._pending])
+
+    def _result(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _has_room(self, step: int) -> bool:
+        if (waiting := snapshots.waiting(self._job.folder)) < snapshots.MOST_WAITING:
+            return True
+        log.warning(
+            "%s: %d snapshots wait for their evaluation in a task, so the training stops for that "
+            "of step %d. Fix: leave resources free for the tasks, or raise --evaluate-every",
+            self._job.stage,
+            waiting,
+            step,
+        )
+        return False
+
+    def _wins(self, figures: Metrics, step: int) -> bool:
+        best = self._job.keep_best
+        assert best is not None
+        before = best.choose(snapshots.listed(self._job.folder))
+        if before is None:
+            last = self._job.system[self._job.stage].budget.steps
+            return step == last or best.score(figures) > -math.inf
+        return best.score(figures) > best.score(before.figures() or {})
+
+    def _write(
+        self,
+        state: dict[str, torch.Tensor],
+        metrics: Metrics,
+        step: int,
+        found: _Evaluated | None,
+    ) -> None:
+        job = self._job
+        if job.lease is not None:
+            job.lease.check()
+        need = sum(tensor.nbytes for tensor in state.values())
+        checkpoint.make_room(job.folder, need, home=job.home)
+        snapshot = snapshots.write(
+            job.folder,
+            step,
+            self._attempt,
+            state,
+            metrics,
+            system=job.system,
+            stage=job.stage,
+            parent=artifacts.describe(job.parent).digest if job.parent else None,
+            datasets=job.datasets,
+        )
+        if found is not None:
+            _keep_results(job, found, snapshot.folder / results.FOLDER)
+            snapshot.finish(found.metrics)
+            prune_snapshots(job)
+
+
+def prune_snapshots(job: TrainJob) -> None:
+    """Remove the weights of evaluated snapshots that cannot become the result."""
+    saved = checkpoint.checkpoints(job.folder)
+    snapshots.prune(
+        job.folder,
+        job.keep_best,
+        saved=saved[0].step if saved else 0,
+        last=job.system[job.stage].budget.steps,
+    )
+
+
+def publish_best(job: TrainJob) -> Metrics:
+    """Make the best snapshot, or the last one, the result of the stage; returns its metrics."""
+    if job.lease is not None:
+        job.lease.check()
+    last = job.system[job.stage].budget.steps
+    chosen = snapshots.result(job.folder, job.keep_best, last)
+    if job.keep_best is not None and job.keep_best.score(chosen.figures() or {}) == -math.inf:
+        log.warning(
+            "%s: %s has no finite value at any step, so the last step is the result",
+            job.stage,
+            job.keep_best.metric,
+        )
+    return snapshots.publish(chosen, job.folder, job.keep_best)
 
 
 def _save(
@@ -403,9 +578,12 @@ def _save(
     attempt: str,
     step: int,
     world: int,
-    mixed: Mapping[str, float],
+    client: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint of `step`. Raises if its weights are not finite or the disk is full."""
+    """Write a checkpoint of `step`, with the loop's own state.
+
+    Raises if its weights are not finite or the disk is full.
+    """
     if not engine.finite():
         raise _weights_not_finite(job, step)
     need = engine.checkpoint_bytes()
@@ -413,7 +591,7 @@ def _save(
     folder = checkpoint.begin(job.folder, step, attempt)
     try:
         with storage.disk_errors(folder), checkpoint.writing(folder) as own:
-            engine.save(own, {"step": step, "mixed": dict(mixed)})
+            engine.save(own, {"step": step, **client})
             files = _on_every_rank(lambda: checkpoint.upload(own, folder))
             _on_rank_0(
                 lambda: _complete(

@@ -23,7 +23,7 @@ from bridgework import ray_metrics, ray_utils, storage
 from bridgework.config import path_name
 from bridgework.data.collate import Batch
 from bridgework.system import Stage
-from bridgework.tracking.tracker import Journal, Point
+from bridgework.tracking.tracker import PIECE, Journal, Point
 from bridgework.training.engine import StepResult
 from bridgework.training.notices import Follower
 
@@ -213,16 +213,20 @@ def progress_bar(folder: Path, title: str, steps: int, console: Console) -> Iter
     task = bar.add_task(title, total=steps, figures="starting the workers")
     over = threading.Event()
     journal, notices = Journal(folder / "journal"), Follower(folder)
-    before = journal.end()  # points that a resumed run wrote earlier
+    # bytes that were read of each file; those of an earlier attempt have ended
+    offsets, tenth = dict.fromkeys(journal.names(), sys.maxsize), 0
 
-    position, tenth = before, 0
+    def read() -> Iterator[list[Point]]:
+        for name in journal.unread(offsets):  # workers and the driver write at the same time
+            for end, points in journal.read(name, offsets.get(name, 0), PIECE):
+                offsets[name] = end
+                yield points
 
     def show() -> None:
-        nonlocal position, tenth
+        nonlocal tenth
         for text in notices.new():
             console.print(text, markup=False, highlight=False, soft_wrap=True)
-        for reached, points in journal.points(position):
-            position = reached
+        for points in read():
             step = max((p.step for p in points if p.key == "loss"), default=None)
             if step is None:
                 continue  # metrics of an evaluation

@@ -20,11 +20,16 @@ class RunOptions:
     # 0 trains in this process, without Ray Train. (fewest, most) is elastic: as many as the cluster
     # has room for, changed at checkpoints.
     workers: int | tuple[int, int] = 1
-    resize_every_s: float = 60.0  # an elastic run looks for room for more workers
+    resize_every_s: float = ray_utils.RESIZE_S  # an elastic run looks for room for more workers
     readers: int = 1  # Ray Data actors that read and decode
     checkpoint_every: int = 0  # steps; 0 means a twentieth of the stage, at least 5
     evaluate_every: int = 0  # steps; 0 evaluates only at the end of a stage
     midway: str | None = None  # the only evaluation before the end; None runs all
+    # in a Ray task on a snapshot of the weights, while the training continues
+    evaluate_in_task: bool = False
+    # metric of an evaluation, e.g. heldout.loss: the best snapshot by it is the result of the
+    # stage. None: the last step is
+    keep_best: str | None = None
     # keys of samples, and `step:N` or `step:N-M`, that the unfinished stage skips
     skip: tuple[str, ...] = ()
     # of frozen vision towers: read from a cache or computed in training. auto: whichever the recipe
@@ -50,6 +55,23 @@ class RunOptions:
             raise SpecError(
                 f"workers: not a number or a range of workers. Got {self.workers}; expected "
                 "0 or more, or (fewest, most) with 1 <= fewest <= most"
+            )
+        if self.evaluate_every < 0:
+            raise SpecError(
+                "evaluate_every: not a number of steps. "
+                f"Got {self.evaluate_every}; expected 0 or more"
+            )
+        if self.evaluate_in_task and not self.most_workers:
+            raise SpecError(
+                "evaluate_in_task: a task needs Ray, which a run in this process does not use. Got "
+                "workers=0; expected 1 or more. Fix: give --workers 1, or leave out "
+                "--evaluate-in-task"
+            )
+        if self.keep_best is not None and (not self.evaluate_every or self.midway is not None):
+            got = f"midway={self.midway!r}" if self.midway else "evaluate_every=0"
+            raise SpecError(
+                f"keep_best: all evaluations must run before the end of a stage too. Got {got}. "
+                "Fix: give --evaluate-every N, the steps between two of them"
             )
 
     @property

@@ -31,7 +31,7 @@ from bridgework.data.ray_ingest import READER_CPUS, PlanIngest, from_ray, prefet
 from bridgework.errors import BridgeworkError, ResourceError, RunError, SpecError
 from bridgework.training import checkpoint, notices
 from bridgework.training.options import RunOptions
-from bridgework.training.run_dir import is_finished
+from bridgework.training.run_dir import has_snapshot, is_finished
 from bridgework.training.stopping import Preemption, Stop, interrupted, listening
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def fit(job: "TrainJob", options: RunOptions) -> None:
         fingerprints = (job.system.fingerprint(), *job.fingerprints)
         start = partial(checkpoint.cursor, job.folder, *fingerprints, home=job.home)
         # list[Any], because Ray's annotation has only its older class of callbacks
-        group = WorkerGroupCallback(job.folder, resources, options)
+        steps = job.system[job.stage].budget.steps
+        group = WorkerGroupCallback(job.folder, resources, options, steps=steps)
         callbacks: list[Any] = [FailFastCallback(), group, *options.callbacks]
         loop_config = {
             "job": cloudpickle.dumps(job),
@@ -137,8 +138,10 @@ def _needs(options: RunOptions) -> dict[str, float]:
     total = ray.cluster_resources().get("CPU", 1.0)
     # With all CPUs in use by workers, they would wait for data endlessly. An elastic run takes as
     # many CPUs as it finds, so that its share of one has to leave some on every node.
-    for_data = READER_CPUS * (options.readers + 1)
-    share = (total - for_data) / options.fewest_workers
+    others = READER_CPUS * (options.readers + 1)
+    if options.evaluate_in_task:
+        others += ray_utils.ACTOR_CPUS
+    share = (total - others) / options.fewest_workers
     return {"CPU": max(0.1, min(ELASTIC_CPUS if options.elastic else 1.0, share)), "GPU": 0.0}
 
 
@@ -174,7 +177,8 @@ def _work(config: dict[str, Any]) -> None:
     from bridgework.training import loop
 
     job: TrainJob = cloudpickle.loads(config["job"])
-    if is_finished(job.folder):
+    last = job.system[job.stage].budget.steps
+    if is_finished(job.folder) or (job.evaluate_in_task and has_snapshot(job.folder, last)):
         return  # while the number of workers was about to change
     if get_device().type == "cpu":
         share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
@@ -211,8 +215,11 @@ class WorkerGroupCallback(ControllerCallback):
     time or if the run is asked to stop.
     """
 
-    def __init__(self, folder: Path, resources: dict[str, float], options: RunOptions) -> None:
-        self._folder, self._stage = folder, folder.name
+    def __init__(
+        self, folder: Path, resources: dict[str, float], options: RunOptions, *, steps: int
+    ) -> None:
+        """steps: of the stage."""
+        self._folder, self._stage, self._steps = folder, folder.name, steps
         self._resources = resources
         self._fewest, self._most = options.fewest_workers, options.most_workers
         self._timeout_s = options.resource_timeout_s
@@ -254,7 +261,7 @@ class WorkerGroupCallback(ControllerCallback):
         stop, before = Stop(self._folder), self._newest()
         started = said = time.monotonic()
         stop.ask(RESIZE)
-        while self._newest() == before and not is_finished(self._folder):
+        while self._newest() == before and not self._trained():
             now = time.monotonic()
             if now - started > CHECKPOINT_S:
                 self._say(f"no checkpoint within {CHECKPOINT_S:g} s: they start again without it")
@@ -264,6 +271,9 @@ class WorkerGroupCallback(ControllerCallback):
                 self._say(f"waiting for the checkpoint: {now - started:.0f} of {CHECKPOINT_S:g} s")
             time.sleep(POLL_S)
         stop.withdraw(RESIZE)
+
+    def _trained(self) -> bool:
+        return is_finished(self._folder) or has_snapshot(self._folder, self._steps)
 
     def _newest(self) -> str:
         return next((c.folder.name for c in checkpoint.checkpoints(self._folder)), "")

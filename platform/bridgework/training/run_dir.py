@@ -23,6 +23,8 @@ from bridgework.storage import leases
 from bridgework.system import System, fingerprint
 
 HISTORY = "recipes.json"
+SNAPSHOTS = "snapshots"  # in a stage's folder, see `training.snapshots`
+FIGURES = "figures.json"  # of a snapshot that is evaluated
 FEATURES = "features.json"  # in a stage's folder: cached or computed, and why
 LOCK = "lock"
 STEPS = re.compile(r"stages\.([^.]+)\.budget\.steps")
@@ -74,6 +76,17 @@ def is_finished(stage: Path) -> bool:
     return any(
         (artifact_dir(stage) / name).is_file()
         for name in ("artifact.json", old_names.ARTIFACT_FILE)
+    )
+
+
+def has_snapshot(stage: Path, step: int) -> bool:
+    """Return True if a snapshot of `step` was taken, also if its weights were removed since."""
+    root = stage / SNAPSHOTS
+    return any(
+        (root / name / file).is_file()
+        for name in storage.names(root)
+        if name.startswith(f"{step:08d}-")
+        for file in ("artifact/artifact.json", FIGURES)
     )
 
 

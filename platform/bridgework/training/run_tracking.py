@@ -21,7 +21,7 @@ from bridgework.tracking import card, environment, evaluations
 from bridgework.tracking.openlineage_events import Artifact, Event, State, emit
 from bridgework.tracking.relay import MetricsForwarder, unfinished
 from bridgework.tracking.tracker import MemoryTracker, Point, Status, Tracker
-from bridgework.training import run_dir
+from bridgework.training import run_dir, snapshots
 from bridgework.training.skips import FILE as SKIPS
 
 
@@ -129,6 +129,8 @@ class RunRecord:
             "stage": stage.name,
             "run": self._run,
         }
+        if snapshots.BEST_STEP in metrics:
+            tags["steps"] = str(info.steps)
         self._emit("COMPLETE", [Artifact(str(result.artifact), info.digest)])
         files = results.assign_weights(place / results.FOLDER, info.digest)
         with self._try_tracker() as tracker:

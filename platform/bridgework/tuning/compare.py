@@ -45,6 +45,28 @@ def score_interval(row: TrialRow, metric: Metric, folder: Path, stage: str) -> I
     return found if found is not None and isfinite(found.low) else None
 
 
+def score_intervals(
+    row: TrialRow, metrics: Sequence[Metric], folder: Path, stage: str
+) -> tuple[Interval | None, ...]:
+    """Return the 95 % interval of each of a trial's scores; None where there is none."""
+    return tuple(score_interval(row, metric, folder, stage) for metric in metrics)
+
+
+def score_cells(
+    row: TrialRow, intervals: Sequence[Interval | None], *, missing: str = "-"
+) -> list[str]:
+    """Return a cell for each objective, e.g. `0.41 [0.3119, 0.5081]`, for a table of trials.
+
+    A stopped trial has its last score of the first objective, without an interval.
+    """
+    scores = row.scores or ((row.score,) if row.score is not None else ())
+    cells = [
+        f"{score:.4g}" + (f" [{found.low:.4g}, {found.high:.4g}]" if found else "")
+        for score, found in zip(scores, intervals, strict=False)
+    ]
+    return [*cells, *[missing] * (len(intervals) - len(cells))]
+
+
 def verdict(rows: Sequence[TrialRow], metric: Metric, folder: Path, stage: str) -> str:
     """Compare the winner with the runner-up by the first metric, in one sentence.
 

@@ -22,7 +22,7 @@ from bridgework.errors import RunError, suggest
 from bridgework.training import run_dir
 from bridgework.tuning import study as studies
 from bridgework.tuning.choice import front, ranked
-from bridgework.tuning.compare import score_interval
+from bridgework.tuning.compare import score_cells, score_interval, score_intervals
 from bridgework.tuning.space import Metric
 from bridgework.tuning.study import TrialRow, url_of
 
@@ -314,17 +314,13 @@ def _table(record: SweepRecord) -> str:
     paths = list(dict.fromkeys(path for row in record.rows for path in row.changes))
     optimal = {row.trial for row in front(record.rows, record.metrics)}
     several = len(record.metrics) > 1
-    head = ["trial", *(m.name for m in record.metrics), "95 % interval", "status", "s", *paths]
+    head = ["trial", *(m.name for m in record.metrics), "status", "s", *paths]
     lines = ["<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>"]
     for place, row in enumerate(record.rows):
-        found = score_interval(row, record.metric, record.folder, record.outcome["stage"])
-        scores = row.scores or ((row.score,) if row.score is not None else ())
-        shown = [f"{score:.4g}" for score in scores]
+        found = score_intervals(row, record.metrics, record.folder, record.outcome["stage"])
         cells = [
             row.trial + (" *" if several and row.trial in optimal else ""),
-            *shown,
-            *[""] * (len(record.metrics) - len(shown)),
-            f"[{found.low:.4g}, {found.high:.4g}]" if found else "",
+            *score_cells(row, found, missing=""),
             row.status,
             f"{row.seconds:.0f}",
             *(str(row.changes.get(path, "")) for path in paths),
@@ -332,7 +328,8 @@ def _table(record: SweepRecord) -> str:
         kind = "won" if place == 0 and row.finished else row.status
         texts = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         lines.append(f'<tr class="{kind}">{texts}</tr>')
-    note = "<p>* on the Pareto front</p>" if several else ""
+    note = "<p>Scores with their 95 % intervals, where the evaluation has rows.</p>"
+    note += "<p>* on the Pareto front</p>" if several else ""
     return "<table>" + "\n".join(lines) + "</table>" + note
 
 

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from bridgework.config import flat, override
 from bridgework.data.catalog import resolve
 from bridgework.data.dataset import open_dataset
 from bridgework.errors import BridgeworkError, Interrupted, RunError, SpecError, TrackingError
+from bridgework.evaluation.statistics import Interval
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
 from bridgework.tracking import environment, registry
@@ -46,7 +47,7 @@ from bridgework.training.driver import can_cache_features, num_draws, train
 from bridgework.training.options import RunOptions
 from bridgework.tuning import report, study
 from bridgework.tuning.choice import Rule, front, ranked
-from bridgework.tuning.compare import verdict
+from bridgework.tuning.compare import score_intervals, verdict
 from bridgework.tuning.space import Space, check
 from bridgework.tuning.space import with_trials as with_trials
 from bridgework.tuning.study import TrialRow, Trials
@@ -81,6 +82,8 @@ class Outcome:
     front: tuple[str, ...] = ()  # trials of the Pareto front, for several objectives
     verdict: str = ""  # the winner compared with the runner-up
     report: Path | None = None  # HTML page
+    # of each trial's scores, by its name; None where the evaluation keeps no rows
+    intervals: Mapping[str, tuple[Interval | None, ...]] = field(default_factory=dict)
 
 
 def sweep(
@@ -704,6 +707,10 @@ def _registered(
         tuple(row.trial for row in optimal),
         compared,
         page,
+        {
+            row.trial: score_intervals(row, space.metrics, trials.folder, space.stages[-1])
+            for row in rows
+        },
     )
 
 
