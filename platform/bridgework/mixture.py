@@ -19,7 +19,14 @@ MAX_BAD = 0.005  # with a larger share of bad rows, a dataset counts as broken
 
 @config_class
 class Source:
-    """One dataset in a mixture. `dataset` is a path, a URL, or a name under <home>/datasets."""
+    """One dataset in a mixture. `dataset` is a path, a URL, or a name under <home>/datasets.
+
+    Example:
+        >>> import bridgework as bw
+        >>> photos = bw.Source(name="photos", dataset="s3://bucket/photos", max_epochs=2.0)
+        >>> bw.Mixture(sources=(photos,), template="plain").sources[0].max_epochs
+        2.0
+    """
 
     name: str
     dataset: str

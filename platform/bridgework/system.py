@@ -214,7 +214,14 @@ class CurationSpec(Protocol):
 
 @config_class
 class Budget:
-    """Training length and batch sizes of a stage."""
+    """Training length and batch sizes of a stage.
+
+    Example:
+        >>> import bridgework as bw
+        >>> budget = bw.Budget(steps=100, batch=256, micro=32)
+        >>> budget.steps * budget.batch  # samples, over all workers
+        25600
+    """
 
     steps: int
     batch: int  # samples per optimizer step, summed over all workers
@@ -285,7 +292,14 @@ class ZeRO:
 
 @config_class
 class Stage:
-    """One step of a system's training: model, trained parameters, losses, data, budget, evals."""
+    """One step of a system's training: model, trained parameters, losses, data, budget, evals.
+
+    Example:
+        >>> import bridgework as bw
+        >>> align = bw.load("llava")["align"]
+        >>> dict(align.trains), align.budget.steps
+        ({'bridge.*': 1.0}, 2180)
+    """
 
     name: str
     model: ModelSpec

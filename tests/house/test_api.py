@@ -17,8 +17,8 @@ EXAMPLES = {
     "api": 15,
     "config": 4,
     "inference.pipeline": 5,
-    "mixture": 4,
-    "system": 10,
+    "mixture": 7,
+    "system": 16,
     "training.options": 2,
 }
 HEAVY = "{'torch', 'transformers', 'ray', 'deepspeed', 'mlflow', 'pyarrow'}"
