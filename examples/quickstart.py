@@ -63,11 +63,11 @@ EVALUATIONS = (  # the longest first, because they run at the same time
 DRAWINGS, SEED, CANDIDATES = 12, 0, 20
 ABOUT_S = {  # on 2 idle cores
     "verify": 5,
-    "warm": 140,
-    "sweep": 100,
+    "warm": 150,
+    "sweep": 120,
     "align": 330,
     "instruct": 130,
-    "judge": 270,
+    "judge": 300,
     "serve": 45,
 }
 TITLES = {
