@@ -1,13 +1,16 @@
 """`bridgework eval --on`: evaluations that the stage does not have."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from bridgework import artifacts, cli, evaluation
+from bridgework.cli.judging import figures_table
 from bridgework.errors import SpecError
 from bridgework.system import System
 from tests.inference.tiny import pipeline
@@ -120,3 +123,25 @@ def test_int8_prints_the_difference_of_every_figure(judge: Judge) -> None:
         assert name.startswith("heldout.")
         assert float(small) - float(value) == pytest.approx(float(difference), rel=0.2, abs=2e-3)
         assert abs(float(difference)) < max(0.5, 0.01 * abs(float(value)))
+
+
+def test_names_of_figures_are_complete_on_80_columns() -> None:
+    names = ["retrieval.text_to_image_r1", "retrieval.text_to_image_r10"]
+    heads = ("A", "B", "B - A", "95 % interval", "p", "n", "rows to decide", "better")
+    table = figures_table(names, "metric", *heads)
+    for name in names:
+        table.add_row(
+            name,
+            "0.1067",
+            "0.3933",
+            "+0.2867",
+            "[0.2281, 0.3452]",
+            "2.5e-19",
+            "300",
+            "26",
+            "higher",
+        )
+    printed = io.StringIO()
+    Console(width=80, file=printed).print(table)
+    lines = printed.getvalue().splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("retrieval")] == names

@@ -1,13 +1,13 @@
 """Commands that judge models: `eval`, `compare`, `register`, `promote`, `rollback`, `history`."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bridgework.cli.options import MODEL, Model, Project
 from bridgework.data.catalog import home
@@ -84,7 +84,8 @@ def evaluate(
     if json_:
         out.print_json(data={figure.name: _figure_json(figure) for figure in figures})
         return
-    table = Table("metric", "value", "95 % interval", "n", "better", box=None, pad_edge=False)
+    names = [figure.name for figure in figures]
+    table = figures_table(names, "metric", "value", "95 % interval", "n", "better")
     for figure in figures:
         table.add_row(
             figure.name, f"{figure.value:.4g}", *interval_cells(figure), figure.better or "-"
@@ -151,10 +152,9 @@ def compare(
             }
         )
         return
-    table = Table(
-        "metric", "A", "B", "B - A", "95 % interval", "p", "n", "rows to decide", "better",
-        box=None, pad_edge=False,
-    )  # fmt: skip
+    table = figures_table(
+        found, "metric", "A", "B", "B - A", "95 % interval", "p", "n", "rows to decide", "better"
+    )
     for name, (a, b, gap, better) in found.items():
         table.add_row(
             name,
@@ -324,16 +324,22 @@ def _print_decision(decision: "PromotionDecision", json_: bool) -> None:
         out.print_json(data=vars(decision) | {"checks": checks})
         return
     if decision.checks:
-        table = Table(
-            "figure", "must", "new", "champion", "difference", "95 % interval", "n", "result",
-            box=None, pad_edge=False,
-        )  # fmt: skip
+        names = [check.figure for check in decision.checks]
+        table = figures_table(
+            names, "figure", "must", "new", "champion", "difference", "95 % interval", "n", "result"
+        )
         for check in decision.checks:
             table.add_row(*_cells(check))
         out.print(table)
     if decision.changed:
         before = f", before it {decision.champion}" if decision.champion else ""
         out.print(f"champion  {decision.model}:{decision.candidate}{before}", highlight=False)
+
+
+def figures_table(names: Iterable[str], first: str, *heads: str) -> Table:
+    """Return a table whose first column has the complete names, also on 80 columns."""
+    longest = max(map(len, names), default=0)
+    return Table(Column(first, min_width=longest), *heads, box=None, pad_edge=False)
 
 
 def _cells(check: "GateCheck") -> tuple[str, ...]:
