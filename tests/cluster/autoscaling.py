@@ -61,7 +61,7 @@ class Moment:
 
 
 class Timeline:
-    """What happened, and the nodes of every pool and the newest step at all times."""
+    """Events, and the nodes of every pool and the newest step at all times."""
 
     def __init__(self, cloud: FakeCloud) -> None:
         self.moments: list[Moment] = []

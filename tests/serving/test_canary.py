@@ -1,11 +1,13 @@
 """Comparison of a challenger with the champion: false alarms, power, probes."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bridgework.errors import SpecError
+from bridgework.serving import launch
 from bridgework.serving.canary import TESTS, Canary, Group
 from bridgework.serving.options import CanaryLimits, parse_options
 from bridgework.serving.probes import Probe, overlap
@@ -187,3 +189,15 @@ def test_wrong_arguments_are_one_line(arguments: dict[str, object], message: str
     with pytest.raises(SpecError, match=message) as caught:
         parse_options({"model": "a", **arguments})
     assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_gate_is_refused_before_the_app_starts(tmp_path: Path) -> None:
+    file = tmp_path / "gate.toml"
+    file.write_text('improv = ["ranking.accuracy"]')
+    arguments = {"model": "m", "dev": "true", "canary.gate": str(file)}
+    with pytest.raises(SpecError, match="unknown key 'improv'; did you mean 'improve'"):
+        launch.start("chat", arguments, launch.AppAddress())
+    with pytest.raises(SpecError, match="does not exist"):
+        launch.start("chat", arguments | {"canary.gate": "none.toml"}, launch.AppAddress())
+    with pytest.raises(SpecError, match="exclude each other"):
+        launch.start("chat", arguments | {"canary.metric": "a.b"}, launch.AppAddress())

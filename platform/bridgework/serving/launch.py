@@ -236,6 +236,10 @@ def _validate(app: str, args: Mapping[str, Any], address: AppAddress) -> Options
             f"host: dev=true needs no key, so it is allowed on loopback only. Got {address.host}; "
             "expected e.g. 127.0.0.1. Fix: leave out dev=true and set a key"
         )
+    if options.canary.gate is not None:  # a wrong file would be noticed at the promotion
+        from bridgework.evaluation.gate import read_gate
+
+        read_gate(Path(options.canary.gate))
     return options
 
 

@@ -78,6 +78,10 @@ class CanaryLimits:
             if not low <= value <= high:
                 expected = f"at least {low:g}" if high == inf else f"{low:g} to {high:g}"
                 raise SpecError(f"canary.{name}: out of range. Got {value:g}; expected {expected}")
+        if self.metric is not None and self.gate is not None:
+            raise SpecError(
+                "canary.gate and canary.metric exclude each other. Fix: put the metric into the gate"
+            )
 
 
 @config_class
