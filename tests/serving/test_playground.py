@@ -31,6 +31,28 @@ navigator.mediaDevices.getUserMedia = async () => {
 };
 """
 
+# An answer that stays incomplete after its first words, until it is stopped
+UNFINISHED = """
+const fetched = window.fetch;
+window.fetch = async (address, options) => {
+    const reply = await fetched(address, options);
+    const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+    const stopped = new Promise((resolve, reject) => {
+        options.signal.addEventListener("abort", () => reject(options.signal.reason));
+    });
+    stopped.catch(() => null);
+    const body = new ReadableStream({ async start(held) {
+        for (let text = ""; !/"content": ?"[^"]/.test(text);) {
+            const { value } = await reader.read();
+            text += value;
+            held.enqueue(new TextEncoder().encode(value.replace("data: [DONE]", "")));
+        }
+        stopped.catch((reason) => held.error(reason));
+    } });
+    return new Response(body, { status: reply.status });
+};
+"""
+
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 
@@ -53,6 +75,7 @@ def visit(browser: Browser, address: str, **context: Any) -> Page:
     page.goto(f"{address}/")
     expect(page.locator("#model option")).not_to_have_count(0, timeout=WAIT_MS)
     page.evaluate("document.getElementById('tokens').value = 12")
+    page.evaluate("document.getElementById('temperature').value = 0")  # the same answer each time
     return page
 
 
@@ -138,7 +161,7 @@ def test_keyboard_camera_stop_and_narrow_dark_pages_work(
         page.keyboard.press("Enter")
         expect(page.locator(".assistant .note")).to_have_count(1, timeout=WAIT_MS)
         # a long answer is stopped
-        page.evaluate("document.getElementById('tokens').value = 500")
+        page.evaluate(UNFINISHED)
         page.keyboard.type("Again?")
         page.keyboard.press("Enter")
         expect(page.locator(".assistant > span").last).not_to_be_empty(timeout=WAIT_MS)
