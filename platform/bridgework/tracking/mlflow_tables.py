@@ -7,7 +7,7 @@ package declares. A server gives no access to them, so its client asks for one v
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mlflow.store.tracking.dbmodels.models import SqlLoggedModel, SqlLoggedModelTag, SqlTag
 from sqlalchemy import Connection, NullPool, create_engine, select
@@ -29,7 +29,8 @@ def runs_with_tag(uri: str, key: str, values: Collection[str]) -> list[str]:
 def logged_models(uri: str, ids: Collection[str]) -> dict[str, tuple[str, dict[str, str]]]:
     """Return model id -> (name, tags)."""
     names, tags = dict[str, str](), dict[str, dict[str, str]]()
-    model, tag = SqlLoggedModel, SqlLoggedModelTag
+    model: Any = SqlLoggedModel  # MLflow's tables have no types
+    tag: Any = SqlLoggedModelTag
     with _connected(uri) as connection:
         for some in chunks(ids):
             named = connection.execute(
