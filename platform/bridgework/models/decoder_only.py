@@ -46,7 +46,8 @@ def continuations(language: Any, prompt_1TD: Tensor, rest_CR: Tensor) -> Tensor:
     """
     read_CL = rest_CR[:, :-1]
     prompt, candidates = prompt_1TD.shape[1], len(rest_CR)
-    cache, before_C1V = None, None
+    cache: Any = None
+    before_C1V: Tensor | None = None
     if attention_masks.can_cache_prompt(language, prompt + rest_CR.shape[1]):
         first = language(inputs_embeds=prompt_1TD, use_cache=True, **last_logits(language))
         cache = getattr(first, "past_key_values", None)  # GPT-1 has no cache
