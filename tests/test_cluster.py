@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bridgework import ray_utils
+from bridgework import __version__, ray_utils
 from bridgework.data.quarantine import BadSample
 from bridgework.errors import DataError, ResourceError, SpecError
 from bridgework.training.feature_cache import TooLarge
@@ -193,3 +193,11 @@ def test_bridgework_error_keeps_its_class_across_actors(
     with pytest.raises(DataError, match="item 1") as caught:
         ray_utils.map_on_actors(lambda: work, [1], 1)
     assert type(caught.value) is raised
+
+
+def test_actor_on_a_node_with_another_version_fails_before_its_work() -> None:
+    made = list[bool]()
+    actor = ray_utils._Actor(lambda: made.append, os.getcwd(), 1, "the judges", "0.0.9")
+    answer = actor({"item": True})
+    assert answer["error"] == "bridgework.errors:RunError" and not made
+    assert f"Got {__version__}; expected 0.0.9. Fix: install 0.0.9 there" in answer["message"]

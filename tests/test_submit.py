@@ -168,10 +168,12 @@ GOOD = Facts(
     ("check", "answer"),
     [
         ("answers", RuntimeError("no module named bridgework")),
+        ("answers", TimeoutError("no answer within 300 s")),
         ("versions", replace(GOOD, versions=own_versions() | {"bridgework": "0.0.1"})),
         ("clock", replace(GOOD, clock=700.0)),
         ("store", replace(GOOD, reads="FileNotFoundError: x")),
         ("store", replace(GOOD, writes="PermissionError: x")),
+        ("store", replace(GOOD, store_s=30.0)),
         ("ports", replace(GOOD, unreachable=("b (10.0.0.2:8076: timed out)",))),
         ("tracking server", replace(GOOD, tracking="HTTPError: 401")),
         ("free space", replace(GOOD, free_gib=1.0)),

@@ -8,6 +8,7 @@ while waiting. Functions import Ray only when they use it, because a run in one 
 import logging
 import math
 import os
+import platform
 import signal
 import sys
 import threading
@@ -15,12 +16,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
-from bridgework import ray_metrics
-from bridgework.errors import BridgeworkError, ResourceError
+from bridgework import __version__, ray_metrics
+from bridgework.errors import BridgeworkError, ResourceError, RunError
 
 T = TypeVar("T")
 TIMEOUT_S = 1_800.0  # of a wait for resources: a scarce spot node may take many minutes
@@ -160,6 +162,19 @@ def on_every_node(
         except Exception as error:
             found.append((node, error))
     return found
+
+
+def check_version(expected: str, found: str = __version__, node: str = platform.node()) -> None:
+    """Raise RunError if a node has another version of bridgework than the command.
+
+    expected: of the command. found: of the node, by default of this process.
+    """
+    if found != expected:
+        raise RunError(
+            f"{node}: the node has another version of bridgework than the command. Got "
+            f"{found or 'none'}; expected {expected}. Fix: install {expected} there, or submit the "
+            "folder of the package; `bridgework doctor --cluster` lists all such nodes"
+        )
 
 
 def jobs(address: str) -> list[tuple[str, str]]:
@@ -436,7 +451,13 @@ def map_on_actors(
         [{"item": item} for item in items], override_num_blocks=len(items)
     ).map(
         cast(Any, _Actor),
-        fn_constructor_args=(make, os.getcwd(), max(1, (os.cpu_count() or 1) // actors), what),
+        fn_constructor_args=(
+            make,
+            os.getcwd(),
+            max(1, (os.cpu_count() or 1) // actors),
+            what,
+            __version__,
+        ),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=ACTOR_CPUS,
         num_gpus=gpu,
@@ -451,11 +472,23 @@ class _Actor:
     """Runs calls in the working folder of the calling process, so that relative paths are valid."""
 
     def __init__(
-        self, make: Callable[[], Callable[[Any], object]], folder: str, threads: int, what: str
+        self,
+        make: Callable[[], Callable[[Any], object]],
+        folder: str,
+        threads: int,
+        what: str,
+        version: str,
     ) -> None:
+        """version: of bridgework in the calling process; every call fails on a node with another."""
         with suppress(OSError):  # the folder may not exist on another machine; URLs do not need it
             os.chdir(folder)
-        self._work, self._what = make(), what
+        self._what = what
+        try:
+            check_version(version)
+        except RunError as error:
+            self._work = partial(_fail, str(error))
+            return
+        self._work = make()
         if "torch" in sys.modules:
             # Ray's default follows num_cpus, not the cores.
             sys.modules["torch"].set_num_threads(threads)
@@ -479,3 +512,7 @@ class _Actor:
         ray_metrics.add("bridgework_actor_seconds", time.perf_counter() - started, work=self._what)
         ray_metrics.add("bridgework_actor_items", work=self._what)
         return {"error": "", "message": ""}
+
+
+def _fail(message: str, item: Any) -> None:
+    raise RunError(message)

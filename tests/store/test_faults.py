@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from bridgework import artifacts, storage
+from bridgework import artifacts, cli, storage
 from bridgework.errors import ResourceError, RunError
 from bridgework.storage import leases, stores
 from bridgework.tracking.tracker import Journal
@@ -57,16 +59,16 @@ def test_an_endpoint_that_does_not_answer_is_named(place: Path) -> None:
     assert "AWS_ENDPOINT_URL" in line
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "cause"),
-    [
-        ("400 Bad Request", "AuthorizationHeaderMalformed", "is in another region.*AWS_REGION"),
-        ("403 Forbidden", "RequestTimeTooSkewed", "clock is wrong.*NTP"),
-        ("403 Forbidden", "InvalidAccessKeyId", "refuses access.*credentials"),
-        ("403 Forbidden", "AccessDenied", "refuses access.*credentials"),
-        ("404 Not Found", "NoSuchBucket", "bucket 'test-.*does not exist.*BRIDGEWORK_HOME"),
-    ],
-)
+REFUSALS = [
+    ("400 Bad Request", "AuthorizationHeaderMalformed", "is in another region.*AWS_REGION"),
+    ("403 Forbidden", "RequestTimeTooSkewed", "clock is wrong.*NTP"),
+    ("403 Forbidden", "InvalidAccessKeyId", "refuses access.*credentials"),
+    ("403 Forbidden", "AccessDenied", "refuses access.*credentials"),
+    ("404 Not Found", "NoSuchBucket", "bucket 'test-.*does not exist.*BRIDGEWORK_HOME"),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "cause"), REFUSALS)
 @pytest.mark.parametrize("do", ["write", "read", "exists", "list", "remove"])
 def test_a_refusal_is_one_line_with_its_cause(
     place: Path, faults: FaultyStore, status: str, code: str, cause: str, do: str
@@ -83,6 +85,34 @@ def test_a_refusal_is_one_line_with_its_cause(
     with pytest.raises(ResourceError, match=cause) as raised:
         calls[do]()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train llava --tiny --workers 0",
+        "data stats synthetic:shapes",
+        "data import folder {photos} photos --workers 0",
+        "data verify photos",
+        "curate filters synthetic:shapes made min_side=8",
+        "eval {home}/runs/run/align/artifact",
+    ],
+)
+@pytest.mark.parametrize(("status", "code", "cause"), [REFUSALS[0], REFUSALS[3], REFUSALS[4]])
+def test_a_command_ends_with_the_cause_in_one_line(
+    store_home: Path, faults: FaultyStore, tmp_path: Path, words: str, status: str, code: str,
+    cause: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    filled = words.format(home=store_home, photos=tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bridgework", *filled.split()])
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("a black square")
+    faults.refuse = (status, code)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 1
+    assert said[-1].startswith("error  ") and re.search(cause, said[-1]), said
 
 
 def test_requests_are_repeated_while_the_store_is_busy(place: Path, faults: FaultyStore) -> None:
@@ -254,6 +284,20 @@ def test_a_silent_holder_is_replaced_and_fenced(
         assert lease.generation == 2
         with pytest.raises(RunError, match="another process has taken this run over"):
             silent.check()
+
+
+def test_a_living_holder_is_not_replaced_on_a_slow_store(
+    place: Path, faults: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With requests of half a lease each, the holder renews it in longer intervals than a lease."""
+    monkeypatch.setattr(leases, "LEASE_S", 1.0)
+    monkeypatch.setattr(leases, "_is_alive", lambda holder: None)  # as for one of another node
+    with leases.held(place / "lock", refused) as lease:
+        faults.delay_s = 0.5
+        with pytest.raises(RunError, match="in use by"), leases.held(place / "lock", refused):
+            pass
+        faults.delay_s = 0.0
+        lease.check()
 
 
 def test_a_living_holder_of_another_node_is_not_replaced(
