@@ -170,6 +170,17 @@ def test_gpu_count_that_ray_cannot_allocate_is_rejected(gpus: float) -> None:
         _needs(RunOptions(gpus_per_worker=gpus))
 
 
+def test_folder_of_the_command_is_entered_where_it_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes of other machines do not have it, and work by URLs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "project").mkdir()
+    for folder in ("project", "elsewhere"):
+        ray_utils.enter_folder(str(tmp_path / folder))
+    assert Path.cwd() == tmp_path / "project"
+
+
 def test_relative_paths_are_valid_in_actors(tmp_path: Path) -> None:
     seen: list[int] = []
     ray_utils.map_on_actors(lambda: seen.append, [1, 2], 0)

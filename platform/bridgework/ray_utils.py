@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -162,6 +162,15 @@ def on_every_node(
         except Exception as error:
             found.append((node, error))
     return found
+
+
+def enter_folder(folder: str) -> None:
+    """Change to the working folder of the command, so that relative paths are valid.
+
+    A node of another machine may not have it; URLs and absolute paths do not need it.
+    """
+    if os.path.isdir(folder):
+        os.chdir(folder)
 
 
 def check_version(expected: str, found: str = __version__, node: str = platform.node()) -> None:
@@ -480,8 +489,7 @@ class _Actor:
         version: str,
     ) -> None:
         """version: of bridgework in the calling process; every call fails on a node with another."""
-        with suppress(OSError):  # the folder may not exist on another machine; URLs do not need it
-            os.chdir(folder)
+        enter_folder(folder)
         self._what = what
         try:
             check_version(version)

@@ -124,7 +124,7 @@ class Node:
         words = [
             "ray", "start", "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus:g}",
             f"--num-gpus={gpus:g}", f"--temp-dir={self.folder}/r", "--min-worker-port=0",
-            "--max-worker-port=0", "--object-store-memory=100000000", "--disable-usage-stats",
+            "--max-worker-port=0", "--object-store-memory=100000000",
             f"--dashboard-agent-listen-port={free_port()}",
         ]  # fmt: skip
         if head is None:
@@ -142,9 +142,10 @@ class Node:
         if self._hidden:
             mounts = " && ".join(f"mount -t tmpfs none {path}" for path in self._hidden)
             command = ["unshare", "-Urm", "sh", "-c", f'{mounts} && exec "$@"', "sh", *command]
-        started = Command(
-            command, self.env | env, self.folder / "work", self.folder / f"{log}-output.txt"
-        )
+        # A worker enters the folder of its command where it can. Without a namespace it could, but
+        # must not.
+        cwd = self.folder / "work" if self._hidden else ROOT / "platform"
+        started = Command(command, self.env | env, cwd, self.folder / f"{log}-output.txt")
         self._commands.append(started)
         return started
 

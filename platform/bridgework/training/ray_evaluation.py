@@ -220,8 +220,7 @@ def _evaluate_snapshot(
     version of bridgework than that of the run.
     """
     ray_utils.check_version(version)
-    with suppress(OSError):  # the folder may not exist on another machine; URLs do not need it
-        os.chdir(cwd)
+    ray_utils.enter_folder(cwd)
     if device == "cpu":
         torch.set_num_threads(threads)
     failed: dict[str, str] = {}

@@ -57,8 +57,7 @@ def run_trial(config: dict[str, Any], *, job: TrialJob) -> None:
 
     An error of the recipe ends the trial. A lack of resources is raised, so that Tune tries again.
     """
-    # Tune starts in another folder, but a recipe's paths are relative to that of the command.
-    os.chdir(job.cwd)
+    ray_utils.enter_folder(job.cwd)  # Tune starts in another one
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         ray_utils.check_version(job.version)
