@@ -92,7 +92,7 @@ def connect(**logs: Any) -> bool:
         try:
             ray.init(address=named, **logs)
         except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-            raise _not_joined(named, error) from error
+            raise not_joined(named, error) from error
     return False
 
 
@@ -191,16 +191,17 @@ def jobs(address: str) -> list[tuple[str, str]]:
 
     Raises ResourceError if its job server does not answer or refuses the token.
     """
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
         found = JobSubmissionClient(address).list_jobs()
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise _not_joined(address, error) from error
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise not_joined(address, error) from error
     return [(job.submission_id or "", str(job.status.value)) for job in found]
 
 
-def _not_joined(address: str, error: Exception) -> ResourceError:
+def not_joined(address: str, error: Exception) -> ResourceError:
     """Return the error of a cluster that cannot be joined: a wrong token, address or version."""
     text = str(error).strip().partition(chr(10))[0][:300]
     words = f"{text} {error}".lower()
