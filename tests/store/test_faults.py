@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,27 @@ def test_requests_are_repeated_while_the_store_is_busy(place: Path, faults: Faul
         faults.failing = 3
         call()
     assert faults.failing == 0
+
+
+@pytest.mark.parametrize("read", ["read_text", "open"])
+def test_an_object_that_is_replaced_while_it_is_opened_is_read(
+    place: Path, faults: FaultyStore, read: str
+) -> None:
+    """A lease and a journal are rewritten every few seconds; the one read is the old or the new."""
+    file, contents = place / "file", ["third", "second"]
+    storage.write_atomic(file, "first")
+
+    def replace(method: str, path: str) -> bool:
+        if method == "GET" and path.endswith("/file") and contents:
+            storage.write_atomic(file, contents.pop())
+        return False
+
+    faults.when = replace
+    if read == "read_text":
+        assert file.read_text() == "second"
+    else:
+        with file.open() as opened:
+            assert opened.read() == "third"
 
 
 def test_a_slow_store_is_reported_and_waited_for(
@@ -286,45 +308,55 @@ def test_a_silent_holder_is_replaced_and_fenced(
             silent.check()
 
 
+@contextmanager
+def holder_of_another_node(lease: Path, every_s: float) -> Iterator[None]:
+    """Hold a lease as a process of another node does, which renews it every `every_s` seconds."""
+    over = threading.Event()
+
+    def beat() -> None:
+        for number in range(1_000):
+            holder = {"node": "another", "pid": 7, "beat": number}
+            storage.write_atomic(lease / "00000001.json", json.dumps(holder))
+            if over.wait(every_s):
+                return
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    until = time.monotonic() + 10
+    while not storage.names(lease) and time.monotonic() < until:
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_a_living_holder_is_not_replaced_on_a_slow_store(
     place: Path, faults: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With requests of half a lease each, the holder renews it in longer intervals than a lease."""
+    """The holder renews its lease later than LEASE_S, because its requests take long."""
     monkeypatch.setattr(leases, "LEASE_S", 1.0)
-    monkeypatch.setattr(leases, "_is_alive", lambda holder: None)  # as for one of another node
-    with leases.held(place / "lock", refused) as lease:
-        faults.delay_s = 0.5
-        with pytest.raises(RunError, match="in use by"), leases.held(place / "lock", refused):
+    with holder_of_another_node(place / "lock", every_s=4.0):
+        faults.delay_s = 0.3
+        faults.when = lambda method, path: method == "GET"
+        with (
+            pytest.raises(RunError, match="in use by another, process 7"),
+            leases.held(place / "lock", refused),
+        ):
             pass
-        faults.delay_s = 0.0
-        lease.check()
 
 
 def test_a_living_holder_of_another_node_is_not_replaced(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leases, "LEASE_S", 2.0)
-    over = threading.Event()
-
-    def beat() -> None:
-        for number in range(1_000):
-            holder = {"node": "another", "pid": 7, "beat": number}
-            storage.write_atomic(place / "lock" / "00000001.json", json.dumps(holder))
-            if over.wait(0.3):
-                return
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    time.sleep(0.2)
-    try:
-        with (
-            pytest.raises(RunError, match="in use by another, process 7"),
-            leases.held(place / "lock", refused),
-        ):
-            pass
-    finally:
-        over.set()
-        thread.join()
+    with (
+        holder_of_another_node(place / "lock", every_s=0.3),
+        pytest.raises(RunError, match="in use by another, process 7"),
+        leases.held(place / "lock", refused),
+    ):
+        pass
 
 
 def test_a_fenced_run_publishes_nothing(
