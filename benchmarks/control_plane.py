@@ -38,9 +38,9 @@ from bridgework.data.reader import ReaderConfig
 from bridgework.system import System
 
 STAGE = "align"
-WARM = 0.2  # share of the steps and of the windows before the clock starts
+WARM = 0.2  # share of the steps before the clock starts
 BATCH = 16  # samples of a step: at least one for each worker
-MARKS = ("before", "started", "training")  # of a group, in the order of a start
+FIGURES = "FIGURES "  # prefix of the line with the results of a child: libraries print too
 
 
 def system(steps: int, lanes: int, batch: int) -> System:
@@ -91,12 +91,12 @@ def marks(file: Path) -> dict[str, float]:
     return {name: float(at) for name, at in words}
 
 
-def cluster(nodes: list[dict[str, Any]]) -> Any:
-    """Start a head without CPUs and fake nodes with these resources, and connect to it."""
+def cluster(nodes: list[dict[str, Any]], head_cpus: int = 1) -> Any:
+    """Start a head and fake nodes with these resources, and connect to it."""
     import ray
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus})
     for node in nodes:
         made.add_node(**node)
     ray.init(address=made.address, log_to_driver=False)
@@ -175,7 +175,7 @@ def train_rank(rank: int, world: int, steps: int, home: Path, port: int) -> None
     loop.run(job, rows, lambda metrics, step: None, rank=rank, world=world)
     if rank == 0:
         points = [p for _, part in Journal(folder / "journal").points() for p in part]
-        print(json.dumps(step_times(points)))
+        report(step_times(points))
     dist.destroy_process_group()
 
 
@@ -187,8 +187,7 @@ def train_plain(workers: int, steps: int, home: Path) -> dict[str, Any]:
         child("rank", str(rank), str(workers), str(steps), str(port), home=home, wait=False)
         for rank in range(workers)
     ]
-    outputs = [finished(rank) for rank in ranks]
-    found: dict[str, Any] = json.loads(outputs[0].splitlines()[-1])
+    found: dict[str, Any] = [finished(rank) for rank in ranks][0]
     return found
 
 
@@ -209,7 +208,8 @@ def read(place: str, windows: int, home: Path) -> dict[str, Any]:
     nodes = cluster(
         [{"num_cpus": 4, "resources": consumers}]
         if place == "same"
-        else [{"num_cpus": 0, "resources": consumers}, {"num_cpus": 4}]
+        else [{"num_cpus": 0, "resources": consumers}, {"num_cpus": 4}],
+        head_cpus=0,
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     splits = PlanIngest(config, lambda: 0, readers=2).configure({}, 2)
@@ -358,7 +358,7 @@ def free_port() -> int:
 
 
 def child(*words: str, home: Path, wait: bool = True) -> Any:
-    """Run a measurement in a new process; returns the process, or its output if it is waited for."""
+    """Run a measurement in a new process; returns the process, or its figures after its end."""
     env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     env |= {"RAY_TMPDIR": str(home.parent), "BRIDGEWORK_HOME": str(home)}
     command = [sys.executable, "-m", "benchmarks.control_plane", "--child", *words]
@@ -368,12 +368,18 @@ def child(*words: str, home: Path, wait: bool = True) -> Any:
     return finished(process) if wait else process
 
 
-def finished(process: Any) -> str:
-    """Return the output of a child. Exits with its errors after a failure."""
+def report(figures: object) -> None:
+    """Print the figures of this child."""
+    print(f"{FIGURES}{json.dumps(figures)}", flush=True)
+
+
+def finished(process: Any) -> Any:
+    """Return the figures of a child, None if it has none. Exits with its errors after a failure."""
     output, errors = process.communicate()
     if process.returncode:
         sys.exit(errors[-3_000:])
-    return str(output)
+    lines = [line for line in output.splitlines() if line.startswith(FIGURES)]
+    return json.loads(lines[-1].removeprefix(FIGURES)) if lines else None
 
 
 def measure(words: list[str]) -> object:
@@ -405,7 +411,7 @@ def main() -> None:
     if given.child:
         result = measure(given.child)
         if result is not None:
-            print(json.dumps(result))
+            report(result)
         return
     chosen = given.only or ("steps", "readers", "start")
     workers, steps = ((2, 4), 40) if given.quick else ((2, 4, 8), 200)
@@ -417,7 +423,7 @@ def main() -> None:
         home.mkdir()
 
         def run(*words: str) -> Any:
-            result = json.loads(child(*words, home=home).splitlines()[-1])
+            result = child(*words, home=home)
             found[" ".join(words)] = result
             return result
 
