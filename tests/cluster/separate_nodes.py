@@ -23,7 +23,13 @@ from tests.house.source import ROOT
 
 BIN = Path(sys.executable).parent
 END_S = 10.0  # between SIGTERM and SIGKILL
-WAIT_S = 150.0  # longest wait for an event: the machine may be busy
+WAIT_S = 400.0  # longest wait for an event: the machine may be busy
+AGENT_PORTS = (
+    "dashboard-agent-grpc-port",
+    "dashboard-agent-listen-port",
+    "metrics-export-port",
+    "runtime-env-agent-port",
+)
 OWN = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "BRIDGEWORK_CACHE", "MLFLOW_TRACKING_URI", "XDG_CACHE_HOME")
 
 
@@ -110,6 +116,10 @@ class Node:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_prestart_worker_first_driver": "0",
+            # a busy machine is slow, and not lost
+            "RAY_raylet_start_wait_time_s": "300",
+            "RAY_gcs_server_port_wait_time_s": "300",
+            "RAY_health_check_timeout_ms": "60000",
             **env,
         }
         self._commands: list[Command] = []
@@ -125,7 +135,8 @@ class Node:
             "ray", "start", "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus:g}",
             f"--num-gpus={gpus:g}", f"--temp-dir={self.folder}/r", "--min-worker-port=0",
             "--max-worker-port=0", "--object-store-memory=100000000",
-            f"--dashboard-agent-listen-port={free_port()}",
+            # Ports that the agents choose would be waited for, for 15 s: too short if it is busy.
+            *(f"--{name}={free_port()}" for name in AGENT_PORTS),
         ]  # fmt: skip
         if head is None:
             words += ["--head", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"]
