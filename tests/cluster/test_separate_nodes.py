@@ -168,7 +168,8 @@ def test_guard_refuses_the_folders_of_other_nodes(cluster: Cluster, root: Path) 
             tried = node.start("guard", "python", "-c", code)
             assert tried.wait() == 1 and tried.last_line.startswith("PermissionError")
         assert len(node.refused()) == 3
-        tried = node.start("guard", "python", "-c", "open('own', 'w').write('x')")
+        own = node.folder / "work/own"
+        tried = node.start("guard", "python", "-c", f"open({str(own)!r}, 'w').write('x')")
         assert tried.wait() == 0 and len(node.refused()) == 3
     finally:
         node.stop()
