@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bridgework.serving.affinity import ranked
 from bridgework.serving.router import Route, ServedModel
-from tests.serving.support import ServeChat, picture, until, url
+from tests.serving.support import ENDLESS, ServeChat, picture, until, url
 
 CHAT = "/v1/chat/completions"
 IMAGES = [f"image {number}" for number in range(400)]
@@ -60,14 +60,12 @@ def http(serve_chat: ServeChat, home: Path, weights: str) -> Iterator[httpx.Clie
         yield client
 
 
-def ask(http: httpx.Client, number: int, text: str = "x", tokens: int = 1) -> int:
+def ask(http: httpx.Client, number: int, text: str = "x", **changes: Any) -> int:
     """Ask about the picture of a number; return the status."""
     shown = {"type": "image_url", "image_url": {"url": url(picture("red", (20 + number, 30)))}}
-    body = {
-        "model": "weights", "max_tokens": tokens, "temperature": 0,
-        "messages": [{"role": "user", "content": [shown, {"type": "text", "text": text}]}],
-    }  # fmt: skip
-    return http.post(CHAT, json=body).status_code
+    messages = [{"role": "user", "content": [shown, {"type": "text", "text": text}]}]
+    body = {"model": "weights", "messages": messages, "max_tokens": 1, "temperature": 0}
+    return http.post(CHAT, json=body | changes).status_code
 
 
 def images_read(http: httpx.Client) -> dict[str, Counter[str]]:
@@ -103,7 +101,7 @@ def test_every_image_is_read_by_one_of_two_replicas(http: httpx.Client) -> None:
 def test_a_busy_replica_passes_requests_on(http: httpx.Client) -> None:
     before = images_read(http)
     with ThreadPoolExecutor(14) as pool:  # 14 at once about one image
-        statuses = list(pool.map(lambda n: ask(http, 100, f"{n}", tokens=200), range(14)))
+        statuses = list(pool.map(lambda n: ask(http, 100, f"{n}", **ENDLESS), range(14)))
     assert statuses == [200] * 14
     after = images_read(http)
     assert min(counts["queries"] - before[name]["queries"] for name, counts in after.items()) > 0
@@ -122,10 +120,10 @@ def replicas() -> list[psutil.Process]:
 
 
 def test_one_of_two_replicas_killed_under_load_fails_no_answer(http: httpx.Client) -> None:
-    before = {process.pid for process in replicas()}
+    before, long = {process.pid for process in replicas()}, ENDLESS | {"max_tokens": 40}
     assert len(before) == 2
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(ask, http, 200 + n % 20, f"{n}", 40) for n in range(120)]
+        asked = [pool.submit(ask, http, 200 + n % 20, f"{n}", **long) for n in range(120)]
         until(lambda: sum(one.done() for one in asked) >= 10)
         os.kill(min(before), signal.SIGKILL)
         assert not all(one.done() for one in asked)
