@@ -105,7 +105,7 @@ def write_weights(folder: Path, depth: int) -> None:
     vision = ViTConfig(image_size=224, patch=16, width=384, depth=6, heads=6, ffn=1536, layer=-2)
     model = PrefixVLMConfig(vision=vision, bridge=MLPConfig(), language=language)
     stage = replace(quick, model=model, starts_from=None, trains={"bridge.*": 1.0}, evals=(),
-                    losses=quick.losses[:1], data=replace(quick.data, template="chat"))  # fmt: skip
+                    losses=quick.losses[:1], data=replace(quick.data, template="chat", max_tokens=512))  # fmt: skip
     system = System(name="llava", paper="arXiv:2304.08485", stages=(stage,))
     torch.manual_seed(0)
     state = dict(stage.model.build(pretrained=pretrained).named_parameters())  # tied ones once
@@ -570,7 +570,7 @@ def main() -> None:
                 "soak": lambda: soak(server, arguments.minutes, 8),
             }[arguments.what]
             result = asyncio.run(work())
-        console.print(json.dumps(result))
+        print(json.dumps(result))
 
 
 def _compare(known: Mapping[str, tuple[list[str], str]], arguments: argparse.Namespace,
