@@ -105,7 +105,8 @@ def write_weights(folder: Path, depth: int) -> None:
     vision = ViTConfig(image_size=224, patch=16, width=384, depth=6, heads=6, ffn=1536, layer=-2)
     model = PrefixVLMConfig(vision=vision, bridge=MLPConfig(), language=language)
     stage = replace(quick, model=model, starts_from=None, trains={"bridge.*": 1.0}, evals=(),
-                    losses=quick.losses[:1], data=replace(quick.data, template="chat", max_tokens=512))  # fmt: skip
+                    losses=quick.losses[:1],
+                    data=replace(quick.data, template="chat", max_tokens=512))  # fmt: skip
     system = System(name="llava", paper="arXiv:2304.08485", stages=(stage,))
     torch.manual_seed(0)
     state = dict(stage.model.build(pretrained=pretrained).named_parameters())  # tied ones once
@@ -499,8 +500,8 @@ async def soak(server: Server, minutes: float, clients: int) -> dict[str, Any]:
             if not printed or minute >= printed + max(0.25, minutes / 30):
                 printed = minute or 1e-9
                 console.print(
-                    f"minute {minute:5.2f}  replica {sizes[0]:.0f} MiB  gateway {sizes[1]:.0f} MiB  "
-                    f"{result.sent.total()} requests, {result.failed.total()} failed"
+                    f"minute {minute:5.2f}  replica {sizes[0]:.0f} MiB  "
+                    f"gateway {sizes[1]:.0f} MiB  {result.sent.total()} requests, {result.failed.total()} failed"
                 )
             await asyncio.sleep(SAMPLE_S)
 
