@@ -63,7 +63,7 @@ def head(environment: dict[str, str]) -> Iterator[str]:
 
 def until(condition: object, process: subprocess.Popen[bytes]) -> None:
     assert callable(condition)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)

@@ -23,9 +23,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
-from bridgework import ray_utils
+from bridgework import ray_utils, storage
 from bridgework.config import config_class
 from bridgework.errors import BridgeworkError, ResourceError, SpecError, suggest
+from bridgework.evaluation.gate import read_gate
 from bridgework.serving import proxy
 from bridgework.serving.app import APPS
 from bridgework.serving.auth import is_loopback
@@ -140,7 +141,9 @@ def write_config(file: Path, app: str, args: Mapping[str, Any], address: AppAddr
     `serve build` cannot write it, because it accepts only applications without arguments.
     Raises SpecError as `start` does.
     """
-    _validate(app, args, address)
+    options = _validate(app, args, address)
+    if options.canary.gate is not None:
+        read_gate(storage.locate(options.canary.gate))
     config = {
         "proxy_location": "EveryNode",
         "http_options": {"host": address.host, "port": address.port},
@@ -237,10 +240,6 @@ def _validate(app: str, args: Mapping[str, Any], address: AppAddress) -> Options
             f"host: dev=true needs no key, so it is allowed on loopback only. Got {address.host}; "
             "expected e.g. 127.0.0.1. Fix: leave out dev=true and set a key"
         )
-    if options.canary.gate is not None:  # a wrong file would be noticed at the promotion
-        from bridgework.evaluation.gate import read_gate
-
-        read_gate(Path(options.canary.gate))
     return options
 
 
