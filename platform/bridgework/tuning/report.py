@@ -168,11 +168,14 @@ def _scores(record: SweepRecord) -> Any:
 def _curves(record: SweepRecord) -> Any:
     import plotly.graph_objects as go
 
-    figure = go.Figure()
+    figure, depth = go.Figure(), generations(record.rows)
+    by_name = {row.trial: row for row in record.rows}
     for row in record.rows:
         curve = dict(row.curve)
         if row.finished:
-            curve[max(curve, default=0) + 1] = row.scores[0]
+            curve[max(curve, default=depth[row.trial] - 1) + 1] = row.scores[0]
+        if curve and row.origin is not None:  # joined to the trial that it continues
+            curve = {**by_name[row.origin.trial].curve, **curve}
         if curve:
             figure.add_trace(
                 go.Scatter(x=list(curve), y=list(curve.values()), name=f"{row.trial} {row.status}")
@@ -192,15 +195,20 @@ def lineage(rows: Sequence[TrialRow]) -> list[TrialRow]:
     return found
 
 
+def generations(rows: Sequence[TrialRow]) -> dict[str, int]:
+    """Return the generation of each trial, from 1: trials without an origin are the first."""
+    found: dict[str, int] = {}
+    for row in sorted(rows, key=lambda row: row.trial):
+        found[row.trial] = found[row.origin.trial] + 1 if row.origin else 1
+    return found
+
+
 def _course(record: SweepRecord) -> Any:
     """Draw the values of every trial of a population, joined to those that it continues."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    by_name = {row.trial: row for row in record.rows}
-    depth: dict[str, int] = {}
-    for row in sorted(record.rows, key=lambda row: row.trial):
-        depth[row.trial] = depth[row.origin.trial] + 1 if row.origin else 1
+    by_name, depth = {row.trial: row for row in record.rows}, generations(record.rows)
     paths = list(dict.fromkeys(path for row in record.rows for path in row.changes))
     figure = make_subplots(rows=len(paths), cols=1, subplot_titles=paths)
     winner = lineage(record.rows)
