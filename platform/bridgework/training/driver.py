@@ -31,7 +31,7 @@ from bridgework.errors import Interrupted, ResourceError, RunError, SpecError
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
 from bridgework.tracking.relay import MetricsForwarder
-from bridgework.tracking.tracker import Tracker
+from bridgework.tracking.tracker import JOURNAL, Tracker
 from bridgework.training import checkpoint, feature_cache, loop, notices, run_dir, snapshots
 from bridgework.training.engine import learning_rate
 from bridgework.training.flight_recorder import resolve_curated_data
@@ -299,7 +299,7 @@ def _forward_metrics(tracker: Tracker, run_id: str | None, place: Path) -> Itera
     """Forward the stage's journal to the tracker from a side thread during the block."""
     relay = None
     try:
-        relay = MetricsForwarder(tracker, {run_id: place / "journal"}) if run_id else None
+        relay = MetricsForwarder(tracker, {run_id: place / JOURNAL}) if run_id else None
     except OSError as error:  # a full disk never ends a run
         log.warning(
             "%s: metrics are not tracked, the same command later does it: %s", place.name, error

@@ -39,7 +39,7 @@ from bridgework.models import base, lora
 from bridgework.rng import derive
 from bridgework.storage import node_cache
 from bridgework.system import EvalSpec, Stage, System
-from bridgework.tracking.tracker import Journal
+from bridgework.tracking.tracker import JOURNAL, Journal
 from bridgework.training import checkpoint, snapshots
 from bridgework.training.engine import Engine, learning_rate
 from bridgework.training.flight_recorder import FlightRecorder
@@ -136,7 +136,7 @@ def _train(
     # A new id, because an orphan of an older attempt must not write to this attempt's files.
     attempt = _broadcast(uuid4().hex[:8])
     engine, start, client = _resume(job, stage, model, multipliers, attempt, fixed_start)
-    journal = Journal(job.folder / "journal", growing.folder / "journal")
+    journal = Journal(job.folder / JOURNAL, growing.folder / JOURNAL)
     mixed, clock = MixtureCounter(stage, client.get("mixed", {})), Clock()
     pad_id = load_tokenizer(stage.model.tokenizer).pad_token_id or 0
     metrics: Metrics = client.get("metrics", {})

@@ -24,7 +24,7 @@ from bridgework.errors import BridgeworkError, Interrupted, ResourceError, Weigh
 from bridgework.evaluation import results
 from bridgework.inference.pipeline import Pipeline
 from bridgework.system import EvalSpec
-from bridgework.tracking.tracker import Journal
+from bridgework.tracking.tracker import JOURNAL, Journal
 from bridgework.training import loop, notices, snapshots
 from bridgework.training.options import RunOptions
 from bridgework.training.snapshots import Snapshot
@@ -56,7 +56,7 @@ class SnapshotEvaluator:
         share = (os.cpu_count() or 1) // (1 + options.most_workers)
         self._threads = options.threads or max(1, share)
         self._timeout_s = options.resource_timeout_s
-        self._journal = Journal(job.folder / "journal")
+        self._journal = Journal(job.folder / JOURNAL)
         self._known: set[str] = set()  # folders of the snapshots
         self._evaluations: list[tuple[int, Future[None]]] = []  # with their steps
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="evaluation")
@@ -223,7 +223,8 @@ def _evaluate_snapshot(
     with notices.to_file(snapshot.folder.parent.parent):
         weights = artifacts.describe(snapshot.artifact).digest
         done = {record.evaluation for record in snapshot.records()}
-        pipeline = Pipeline.load(snapshot.artifact, device)
+        # with adapters, so that the figures have the bits of an evaluation in the loop
+        pipeline = Pipeline.load(snapshot.artifact, device, adapters=True)
         for spec in specs:
             try:
                 if results.identity(spec, home) not in done:

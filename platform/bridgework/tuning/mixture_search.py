@@ -254,7 +254,7 @@ class MixtureSearch:
 
     def _load(self, artifact: Path) -> Pipeline:
         """Load a model that asks as the searched stage does, and not as its own source does."""
-        return Pipeline(Pipeline.load(str(artifact)).model, self.stage)
+        return Pipeline(Pipeline.load(str(artifact), adapters=True).model, self.stage)
 
     def _results_of(self, pipeline: Pipeline) -> Result:
         """Run all evaluations of the stage; their metrics and rows are in one result."""
