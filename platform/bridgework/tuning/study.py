@@ -168,16 +168,12 @@ class Trials:
         """Return the trials whose checkpoints no trial needs, now that this one has ended."""
         if self.schedule is None:
             return [number]
-        trials, numbers = self._all(), list(self.schedule.before(number))
-        same = self.schedule.generation(number) * self.schedule.population
-        generation = trials[same : same + self.schedule.population]
-        if len(generation) < self.schedule.population or not all(
-            trial.state.is_finished() for trial in generation
-        ):
+        first = self.schedule.generation(number) * self.schedule.population
+        end = first + self.schedule.population
+        ended = [trial.state.is_finished() for trial in self._all()[first:end]]
+        if len(ended) < self.schedule.population or not all(ended):
             return []
-        if self.schedule.is_last(number):
-            numbers += [trial.number for trial in generation]
-        return numbers
+        return list(range(end if self.schedule.is_last(number) else first))
 
     def ready(self) -> bool:
         """Return True if all trials that the next one may depend on have ended."""
