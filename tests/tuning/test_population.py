@@ -155,7 +155,7 @@ def drive(trials: Trials, order: random.Random, events: int = 10**9) -> bool:
         running.remove(number)
         changes, judgment = trials.changes(number), schedule.generation(number) + 1
         value = score(changes, judgment)
-        if changes[RATE] > 1.5e-2:
+        if changes[RATE] > 5e-3:
             trials.fail(number, "the loss is not finite")
         elif schedule.is_last(number):
             trials.finish(number, [value], [{trials.space.metric.name: value}])
