@@ -54,7 +54,7 @@ from bridgework.training.metrics import (
 )
 from bridgework.training.run_dir import has_snapshot
 from bridgework.training.step import TrainingModule, check
-from bridgework.training.stopping import Preemption, interrupted, listening
+from bridgework.training.stopping import Preemption, interrupted, listening, paused
 
 FLUSH_S = 1.0  # seconds that points may wait before the driver sees them
 T = TypeVar("T")
@@ -76,6 +76,7 @@ class TrainJob:
     parent: Path | None = None  # the artifact to start from
     datasets: tuple[DatasetInput, ...] = ()
     checkpoint_every: int = 0  # steps; 0: only the artifact at the end
+    until: int | None = None  # step after which the run stops, with a checkpoint; None: its end
     evaluate_every: int = 0  # steps; 0: only at the end
     midway: str | None = None  # name of the only evaluation before the end; None: all
     evaluate_in_task: bool = False  # by the driver, on snapshots that the loop writes
@@ -109,7 +110,8 @@ def run(
     node is about to be taken away, which leads to checkpoints.
 
     Raises RunError if the loss, the gradient or the weights are not finite; Interrupted, after a
-    checkpoint, if the run is asked to stop; ResourceError for a lack of memory or disk space.
+    checkpoint, if the run is asked to stop; Paused, after that of `until`; ResourceError for a lack
+    of memory or disk space.
     """
     with storage.growing(job.folder) as growing:
         return _train(job, rows, report, growing, rank, world, fixed_start, preemption)
@@ -146,6 +148,8 @@ def _train(
     done = start
     recorder = FlightRecorder(job.folder, attempt, rank, start, growing.folder)
     with listening(job.folder, log.warning) as stop, closing(journal), closing(writer), recorder:
+        if job.until is not None and start >= job.until:
+            raise paused(job.stage, start)
         due = start and job.evaluate_every and start % job.evaluate_every == 0
         if due and not (
             job.evaluate_in_task and _on_rank_0(lambda: has_snapshot(job.folder, start))
@@ -183,7 +187,8 @@ def _train(
             if done == stage.budget.steps:
                 break
             every = job.checkpoint_every and done % job.checkpoint_every == 0
-            if stopped or save or every:
+            reached = done == job.until
+            if stopped or save or every or reached:
                 journal.flush()  # steps before a checkpoint are never repeated
                 recorder.flush()
                 growing.flush()
@@ -199,6 +204,8 @@ def _train(
                     )
             if stopped:
                 raise interrupted(job.stage, stop.asked, done)
+            if reached:
+                raise paused(job.stage, done)
             if job.evaluate_every and done % job.evaluate_every == 0:
                 report(metrics | evaluate(metrics, done), done)
             clock.start_wait()

@@ -28,7 +28,7 @@ from bridgework.errors import Interrupted, ResourceError, RunError
 from bridgework.system import System, fingerprint
 from bridgework.training import checkpoint, run_dir
 from bridgework.training.driver import train
-from bridgework.training.fork import copy_stage
+from bridgework.training.fork import copy_stage, fork
 from bridgework.training.options import RunOptions
 from bridgework.tuning.space import Space
 
@@ -38,6 +38,16 @@ LOCK_S = 120.0  # an interrupted sweep's processes end within this time
 LATENCY_RUNS = 3
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Part of the last stage that a trial of a population trains."""
+
+    source: str  # RUN@STEP of the checkpoint that it starts from; empty for the first generation
+    end: int  # step at which it is judged and paused
+    judgment: int  # its number
+    last: bool  # True: it trains to the end of the stage
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,8 @@ def run_trial(config: dict[str, Any], *, job: TrialJob) -> None:
     try:
         ray_utils.check_version(job.version)
         system: System = cloudpickle.loads(bytes.fromhex(config["system"]))
-        outcome = _outcome(system, str(config["trial"]), job)
+        segment = Segment(**config["segment"]) if "segment" in config else None
+        outcome = _outcome(system, str(config["trial"]), job, segment)
     except (
         ResourceError,
         Interrupted,
@@ -95,20 +106,25 @@ def remove_checkpoints(folder: Path) -> None:
             shutil.rmtree(checkpoint.root(stage), ignore_errors=True)
 
 
-def _outcome(system: System, trial: str, job: TrialJob) -> dict[str, Any]:
+def _outcome(system: System, trial: str, job: TrialJob, segment: Segment | None) -> dict[str, Any]:
     budget, stages = job.space.budget, job.space.stages
     repeats: list[dict[str, float]] = []
     for repeat, name in enumerate(repeat_names(trial, budget.repeats)):
         one = repeated(system, stages, repeat)
         folder = run_dir.path_of(job.home, f"{job.run}/{name}")
         _wait_for_lock(folder)
-        for number in range(1, len(stages)):
-            _shared(one, number, job, folder)
+        if segment is not None and segment.source:
+            with run_dir.locked(folder):  # also copies the stages before the last one
+                run = f"{job.run}/{name}"
+                fork(one, segment.source, home=job.home, run=run, stages=stages, unchanged=True)
+        else:
+            for number in range(1, len(stages)):
+                _shared(one, number, job, folder)
         results = train(
             one,
             home=job.home,
             run=f"{job.run}/{name}",
-            options=_options(one, job, judged=repeat == 0),
+            options=_options(one, job, segment, judged=repeat == 0),
             stages=stages,
             console=Console(quiet=True),
         )
@@ -120,7 +136,7 @@ def _outcome(system: System, trial: str, job: TrialJob) -> dict[str, Any]:
     return {"repeats": repeats}
 
 
-def _options(system: System, job: TrialJob, *, judged: bool) -> RunOptions:
+def _options(system: System, job: TrialJob, segment: Segment | None, *, judged: bool) -> RunOptions:
     """Return the options of the last stage; only the first repeat is judged midway."""
     budget, metric = job.space.budget, job.space.metric.name
     options = RunOptions(
@@ -129,9 +145,14 @@ def _options(system: System, job: TrialJob, *, judged: bool) -> RunOptions:
         features=job.features,
         threads=max(1, round(budget.cpus)),
     )
-    if not judged:
+    if not judged or (segment is not None and segment.last):
         return options
-    judge = _Judge(metric, system[job.space.stages[-1]].budget.steps, budget.judgments)
+    steps = system[job.space.stages[-1]].budget.steps
+    judge = _Judge(metric, steps, math.ceil(steps / budget.judgments))
+    if segment is not None:
+        # The checkpoint that later trials start from is complete before the judgment.
+        judge = _Judge(metric, steps, segment.end, segment.judgment)
+        options = replace(options, checkpoint_every=segment.end)
     return replace(
         options,
         evaluate_every=judge.every,
@@ -147,12 +168,8 @@ class _Judge:
 
     metric: str
     steps: int
-    judgments: int
-
-    @property
-    def every(self) -> int:
-        """Steps between two evaluations, rounded up: the last one is at the end of the stage."""
-        return math.ceil(self.steps / self.judgments)
+    every: int  # steps between two evaluations: the last one is at the end of the stage
+    first: int = 1  # number of the first one
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         if (judged := self.judged(metrics, step)) is not None:
@@ -162,7 +179,8 @@ class _Judge:
         """Return the report to Tune; None for one that is not an evaluation before the end."""
         if self.metric not in metrics or step % self.every or step >= self.steps:
             return None
-        return {self.metric: metrics[self.metric], "step": step, JUDGMENT: step // self.every}
+        judgment = self.first + step // self.every - 1
+        return {self.metric: metrics[self.metric], "step": step, JUDGMENT: judgment}
 
 
 class _Report(TuneReportCallback):
