@@ -492,6 +492,7 @@ class _Actor:
         """version: of bridgework in the calling process; every call fails on a node with another."""
         enter_folder(folder)
         self._what = what
+        self._work: Callable[[Any], object]
         try:
             check_version(version)
         except RunError as error:
