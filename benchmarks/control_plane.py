@@ -17,6 +17,7 @@ with another machine's.
 
 import argparse
 import json
+import logging
 import os
 import socket
 import statistics
@@ -26,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +92,21 @@ def marks(file: Path) -> dict[str, float]:
     return {name: float(at) for name, at in words}
 
 
-def cluster(nodes: list[dict[str, Any]], head_cpus: int = 1) -> Any:
-    """Start a head and fake nodes with these resources, and connect to it."""
+@contextmanager
+def cluster(nodes: list[dict[str, Any]], head_cpus: int = 1) -> Iterator[None]:
+    """Connect to a new head and fake nodes with these resources, during the block."""
     import ray
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus})
     for node in nodes:
         made.add_node(**node)
-    ray.init(address=made.address, log_to_driver=False)
-    return made
+    ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        made.shutdown()
 
 
 # --- steps
@@ -114,14 +120,15 @@ def train(workers: int, steps: int, home: Path) -> dict[str, Any]:
 
     made = system(steps, max(workers, 8), BATCH)
     feed(made, home)
-    nodes = cluster([{"num_cpus": 1, "num_gpus": 1}] * workers)
     file, run = home / f"marks-{workers}", f"run-{workers}"
     options = RunOptions(
         workers=workers, threads=1, gpus_per_worker=1, checkpoint_every=10 * steps,
         callbacks=(marker(file),),
     )  # fmt: skip
-    began = time.time()
-    train(made, home=home, run=run, options=options, stages=[STAGE], console=Console(quiet=True))
+    with cluster([{"num_cpus": 1, "num_gpus": 1}] * workers):
+        began = time.time()
+        quiet = Console(quiet=True)
+        train(made, home=home, run=run, options=options, stages=[STAGE], console=quiet)
     points = [
         point
         for _, part in Journal(home / "runs" / run / STAGE / "journal").points()
@@ -129,7 +136,6 @@ def train(workers: int, steps: int, home: Path) -> dict[str, Any]:
     ]
     found, at = step_times(points), marks(file)
     first = next(point for point in points if point.key == "step_s")
-    nodes.shutdown()
     return found | {
         "checks_s": at["before"] - began,
         "group_s": at["training"] - at["before"],
@@ -206,18 +212,14 @@ def read(place: str, windows: int, home: Path) -> dict[str, Any]:
     from bridgework.data.ray_ingest import PlanIngest
 
     consumers = {"consumers": 2.0}
-    nodes = cluster(
-        [{"num_cpus": 4, "resources": consumers}]
-        if place == "same"
-        else [{"num_cpus": 0, "resources": consumers}, {"num_cpus": 4}],
-        head_cpus=0,
-    )
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    splits = PlanIngest(config, lambda: 0, readers=2).configure({}, 2)
-    consume = ray.remote(num_cpus=0, resources={"consumers": 1.0})(consume_split)
-    tasks = [consume.remote(split["train"], rank, 2) for rank, split in enumerate(splits)]
-    results = ray.get(tasks)
-    nodes.shutdown()
+    same = [{"num_cpus": 4, "resources": consumers}]
+    other = [{"num_cpus": 0, "resources": consumers}, {"num_cpus": 4}]
+    with cluster(same if place == "same" else other, head_cpus=0):
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        splits = PlanIngest(config, lambda: 0, readers=2).configure({}, 2)
+        consume = ray.remote(num_cpus=0, resources={"consumers": 1.0})(consume_split)
+        tasks = [consume.remote(split["train"], rank, 2) for rank, split in enumerate(splits)]
+        results = ray.get(tasks)
     seconds = max(end for _, end, _, _ in results) - min(begin for begin, _, _, _ in results)
     images, size = (sum(found[n] for found in results) for n in (2, 3))
     return {"images_per_s": images / seconds, "mb_per_s": size / seconds / 1e6}
@@ -266,7 +268,6 @@ def start_group(workers: int, home: Path) -> dict[str, Any]:
     made = system(8, workers, workers)
     config = feed(made, home)
     each = 8  # workers of a fake node
-    nodes = cluster([{"num_cpus": each}] * (-(-workers // each)))
     file, peak = home / "marks-group", Peak()
     ray.data.DataContext.get_current().enable_progress_bars = False
     trainer = DataParallelTrainer(
@@ -278,11 +279,11 @@ def start_group(workers: int, home: Path) -> dict[str, Any]:
         datasets={"train": ray.data.range(1)},
         dataset_config=PlanIngest(config, lambda: 0, readers=2),
     )
-    began = time.time()
-    with peak:
-        trainer.fit()
-    ended, at = time.time(), marks(file)
-    nodes.shutdown()
+    with cluster([{"num_cpus": each}] * (-(-workers // each))):
+        began = time.time()
+        with peak:
+            trainer.fit()
+        ended, at = time.time(), marks(file)
     return {
         "controller_s": at["before"] - began,
         "processes_s": at["started"] - at["before"],
