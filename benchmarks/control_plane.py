@@ -40,6 +40,7 @@ from bridgework.system import System
 
 STAGE = "align"
 WARM = 0.2  # share of the steps before the clock starts
+WINDOW = 8  # steps of a window of a rank's lanes
 BATCH = 16  # samples of a step: at least one for each worker
 FIGURES = "FIGURES "  # prefix of the line with the results of a child: libraries print too
 
@@ -51,7 +52,7 @@ def system(steps: int, lanes: int, batch: int) -> System:
 
     changes = {"stages.*.evals": (), f"stages.{STAGE}.budget.steps": steps}
     changes |= {f"stages.{STAGE}.budget.batch": batch, f"stages.{STAGE}.data.lanes": lanes}
-    changes |= {f"stages.{STAGE}.budget.micro": batch}
+    changes |= {f"stages.{STAGE}.budget.micro": batch, f"stages.{STAGE}.data.window": WINDOW}
     return override(load("llava").tiny(), changes)
 
 
@@ -203,7 +204,7 @@ def train_plain(workers: int, steps: int, home: Path) -> dict[str, Any]:
 
 def read(place: str, windows: int, home: Path) -> dict[str, Any]:
     """Read with two consumers and two readers; place: here (no Ray), same or other (node)."""
-    made = system(windows * 8, 8, 64)
+    made = system(windows * WINDOW, 8, 64)
     config = feed(made, home)
     if place == "here":
         return read_here(config)
@@ -241,12 +242,14 @@ def read_here(config: ReaderConfig) -> dict[str, Any]:
 
 
 def timed(steps: Iterator[list[Any]]) -> tuple[float, float, int, int]:
-    """Consume steps; returns begin, end, images and bytes of those after a first window."""
+    """Consume steps; returns the times of the first and the last, and images and bytes.
+
+    Those of the first window are left out, because it is read before the first time.
+    """
     images, size, begin = 0, 0, 0.0
     for number, rows in enumerate(steps):
-        if number == 8:  # the first window is the start of the readers
-            begin = time.time()
-        if begin:
+        begin = begin or time.time()
+        if number >= WINDOW:
             images += sum(row.num_images for row in rows)
             size += sum(row.images.nbytes for row in rows)
     return begin, time.time(), images, size
@@ -269,17 +272,17 @@ def start_group(workers: int, home: Path) -> dict[str, Any]:
     config = feed(made, home)
     each = 8  # workers of a fake node
     file, peak = home / "marks-group", Peak()
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    trainer = DataParallelTrainer(
-        first_rows,
-        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
-        run_config=RunConfig(
-            name="group", storage_path=str(home / "ray"), callbacks=[marker(file)]
-        ),
-        datasets={"train": ray.data.range(1)},
-        dataset_config=PlanIngest(config, lambda: 0, readers=2),
-    )
     with cluster([{"num_cpus": each}] * (-(-workers // each))):
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        trainer = DataParallelTrainer(
+            first_rows,
+            scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
+            run_config=RunConfig(
+                name="group", storage_path=str(home / "ray"), callbacks=[marker(file)]
+            ),
+            datasets={"train": ray.data.range(1)},
+            dataset_config=PlanIngest(config, lambda: 0, readers=2),
+        )
         began = time.time()
         with peak:
             trainer.fit()
@@ -417,7 +420,7 @@ def main() -> None:
         return
     chosen = given.only or ("steps", "readers", "start")
     workers, steps = ((2, 4), 40) if given.quick else ((2, 4, 8), 200)
-    windows, group = (12, 8) if given.quick else (100, 64)
+    windows, group = (40, 8) if given.quick else (100, 64)
     console, found = Console(), dict[str, Any]()
     console.print(f"load of the last minute: {os.getloadavg()[0]:.1f}, cores: {os.cpu_count()}")
     with tempfile.TemporaryDirectory(prefix="bw-", ignore_cleanup_errors=True) as folder:
