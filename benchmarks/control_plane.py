@@ -366,6 +366,8 @@ def child(*words: str, home: Path, wait: bool = True) -> Any:
     """Run a measurement in a new process; returns the process, or its figures after its end."""
     env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     env |= {"RAY_TMPDIR": str(home.parent), "BRIDGEWORK_HOME": str(home)}
+    # a start is slow on a busy machine, and not a failure
+    env |= {"RAY_raylet_start_wait_time_s": "300", "RAY_health_check_timeout_ms": "60000"}
     command = [sys.executable, "-m", "benchmarks.control_plane", "--child", *words]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
