@@ -412,6 +412,9 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=("steps", "readers", "start"))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--group", type=int, help="workers of the group; about 0.3 GB of memory each"
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -423,6 +426,7 @@ def main() -> None:
     chosen = given.only or ("steps", "readers", "start")
     workers, steps = ((2, 4), 40) if given.quick else ((2, 4, 8), 200)
     windows, group = (40, 8) if given.quick else (100, 64)
+    group = given.group or group
     console, found = Console(), dict[str, Any]()
     console.print(f"load of the last minute: {os.getloadavg()[0]:.1f}, cores: {os.cpu_count()}")
     with tempfile.TemporaryDirectory(prefix="bw-", ignore_cleanup_errors=True) as folder:
