@@ -17,6 +17,7 @@ with another machine's.
 
 import argparse
 import json
+import logging
 import os
 import socket
 import statistics
@@ -26,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from bridgework.system import System
 
 STAGE = "align"
 WARM = 0.2  # share of the steps before the clock starts
+WINDOW = 8  # steps of a window of a rank's lanes
 BATCH = 16  # samples of a step: at least one for each worker
 FIGURES = "FIGURES "  # prefix of the line with the results of a child: libraries print too
 
@@ -50,7 +52,7 @@ def system(steps: int, lanes: int, batch: int) -> System:
 
     changes = {"stages.*.evals": (), f"stages.{STAGE}.budget.steps": steps}
     changes |= {f"stages.{STAGE}.budget.batch": batch, f"stages.{STAGE}.data.lanes": lanes}
-    changes |= {f"stages.{STAGE}.budget.micro": batch}
+    changes |= {f"stages.{STAGE}.budget.micro": batch, f"stages.{STAGE}.data.window": WINDOW}
     return override(load("llava").tiny(), changes)
 
 
@@ -91,16 +93,21 @@ def marks(file: Path) -> dict[str, float]:
     return {name: float(at) for name, at in words}
 
 
-def cluster(nodes: list[dict[str, Any]], head_cpus: int = 1) -> Any:
-    """Start a head and fake nodes with these resources, and connect to it."""
+@contextmanager
+def cluster(nodes: list[dict[str, Any]], head_cpus: int = 1) -> Iterator[None]:
+    """Connect to a new head and fake nodes with these resources, during the block."""
     import ray
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus})
     for node in nodes:
         made.add_node(**node)
-    ray.init(address=made.address, log_to_driver=False)
-    return made
+    ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        made.shutdown()
 
 
 # --- steps
@@ -114,14 +121,15 @@ def train(workers: int, steps: int, home: Path) -> dict[str, Any]:
 
     made = system(steps, max(workers, 8), BATCH)
     feed(made, home)
-    nodes = cluster([{"num_cpus": 1, "num_gpus": 1}] * workers)
     file, run = home / f"marks-{workers}", f"run-{workers}"
     options = RunOptions(
         workers=workers, threads=1, gpus_per_worker=1, checkpoint_every=10 * steps,
         callbacks=(marker(file),),
     )  # fmt: skip
-    began = time.time()
-    train(made, home=home, run=run, options=options, stages=[STAGE], console=Console(quiet=True))
+    with cluster([{"num_cpus": 1, "num_gpus": 1}] * workers):
+        began = time.time()
+        quiet = Console(quiet=True)
+        train(made, home=home, run=run, options=options, stages=[STAGE], console=quiet)
     points = [
         point
         for _, part in Journal(home / "runs" / run / STAGE / "journal").points()
@@ -129,7 +137,6 @@ def train(workers: int, steps: int, home: Path) -> dict[str, Any]:
     ]
     found, at = step_times(points), marks(file)
     first = next(point for point in points if point.key == "step_s")
-    nodes.shutdown()
     return found | {
         "checks_s": at["before"] - began,
         "group_s": at["training"] - at["before"],
@@ -197,7 +204,7 @@ def train_plain(workers: int, steps: int, home: Path) -> dict[str, Any]:
 
 def read(place: str, windows: int, home: Path) -> dict[str, Any]:
     """Read with two consumers and two readers; place: here (no Ray), same or other (node)."""
-    made = system(windows * 8, 8, 64)
+    made = system(windows * WINDOW, 8, 64)
     config = feed(made, home)
     if place == "here":
         return read_here(config)
@@ -206,18 +213,14 @@ def read(place: str, windows: int, home: Path) -> dict[str, Any]:
     from bridgework.data.ray_ingest import PlanIngest
 
     consumers = {"consumers": 2.0}
-    nodes = cluster(
-        [{"num_cpus": 4, "resources": consumers}]
-        if place == "same"
-        else [{"num_cpus": 0, "resources": consumers}, {"num_cpus": 4}],
-        head_cpus=0,
-    )
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    splits = PlanIngest(config, lambda: 0, readers=2).configure({}, 2)
-    consume = ray.remote(num_cpus=0, resources={"consumers": 1.0})(consume_split)
-    tasks = [consume.remote(split["train"], rank, 2) for rank, split in enumerate(splits)]
-    results = ray.get(tasks)
-    nodes.shutdown()
+    same = [{"num_cpus": 4, "resources": consumers}]
+    other = [{"num_cpus": 0, "resources": consumers}, {"num_cpus": 4}]
+    with cluster(same if place == "same" else other, head_cpus=0):
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        splits = PlanIngest(config, lambda: 0, readers=2).configure({}, 2)
+        consume = ray.remote(num_cpus=0, resources={"consumers": 1.0})(consume_split)
+        tasks = [consume.remote(split["train"], rank, 2) for rank, split in enumerate(splits)]
+        results = ray.get(tasks)
     seconds = max(end for _, end, _, _ in results) - min(begin for begin, _, _, _ in results)
     images, size = (sum(found[n] for found in results) for n in (2, 3))
     return {"images_per_s": images / seconds, "mb_per_s": size / seconds / 1e6}
@@ -239,12 +242,14 @@ def read_here(config: ReaderConfig) -> dict[str, Any]:
 
 
 def timed(steps: Iterator[list[Any]]) -> tuple[float, float, int, int]:
-    """Consume steps; returns begin, end, images and bytes of those after a first window."""
+    """Consume steps; returns the times of the first and the last, and images and bytes.
+
+    Those of the first window are left out, because it is read before the first time.
+    """
     images, size, begin = 0, 0, 0.0
     for number, rows in enumerate(steps):
-        if number == 8:  # the first window is the start of the readers
-            begin = time.time()
-        if begin:
+        begin = begin or time.time()
+        if number >= WINDOW:
             images += sum(row.num_images for row in rows)
             size += sum(row.images.nbytes for row in rows)
     return begin, time.time(), images, size
@@ -266,23 +271,22 @@ def start_group(workers: int, home: Path) -> dict[str, Any]:
     made = system(8, workers, workers)
     config = feed(made, home)
     each = 8  # workers of a fake node
-    nodes = cluster([{"num_cpus": each}] * (-(-workers // each)))
     file, peak = home / "marks-group", Peak()
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    trainer = DataParallelTrainer(
-        first_rows,
-        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
-        run_config=RunConfig(
-            name="group", storage_path=str(home / "ray"), callbacks=[marker(file)]
-        ),
-        datasets={"train": ray.data.range(1)},
-        dataset_config=PlanIngest(config, lambda: 0, readers=2),
-    )
-    began = time.time()
-    with peak:
-        trainer.fit()
-    ended, at = time.time(), marks(file)
-    nodes.shutdown()
+    with cluster([{"num_cpus": each}] * (-(-workers // each))):
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        trainer = DataParallelTrainer(
+            first_rows,
+            scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
+            run_config=RunConfig(
+                name="group", storage_path=str(home / "ray"), callbacks=[marker(file)]
+            ),
+            datasets={"train": ray.data.range(1)},
+            dataset_config=PlanIngest(config, lambda: 0, readers=2),
+        )
+        began = time.time()
+        with peak:
+            trainer.fit()
+        ended, at = time.time(), marks(file)
     return {
         "controller_s": at["before"] - began,
         "processes_s": at["started"] - at["before"],
@@ -362,6 +366,8 @@ def child(*words: str, home: Path, wait: bool = True) -> Any:
     """Run a measurement in a new process; returns the process, or its figures after its end."""
     env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     env |= {"RAY_TMPDIR": str(home.parent), "BRIDGEWORK_HOME": str(home)}
+    # a start is slow on a busy machine, and not a failure
+    env |= {"RAY_raylet_start_wait_time_s": "300", "RAY_health_check_timeout_ms": "60000"}
     command = [sys.executable, "-m", "benchmarks.control_plane", "--child", *words]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -406,6 +412,9 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=("steps", "readers", "start"))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--group", type=int, help="workers of the group; about 0.3 GB of memory each"
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -416,7 +425,8 @@ def main() -> None:
         return
     chosen = given.only or ("steps", "readers", "start")
     workers, steps = ((2, 4), 40) if given.quick else ((2, 4, 8), 200)
-    windows, group = (12, 8) if given.quick else (100, 64)
+    windows, group = (40, 8) if given.quick else (100, 64)
+    group = given.group or group
     console, found = Console(), dict[str, Any]()
     console.print(f"load of the last minute: {os.getloadavg()[0]:.1f}, cores: {os.cpu_count()}")
     with tempfile.TemporaryDirectory(prefix="bw-", ignore_cleanup_errors=True) as folder:
