@@ -8,7 +8,7 @@ work on the machine meets all of them. Only ratios of one run compare.
     python -m benchmarks.serve --clients 1 4 16     requests/s, tokens/s, TTFT, TPOT, E2E, errors
     python -m benchmarks.serve known                TTFT of a second question about an image
     python -m benchmarks.serve kill                 one of two replicas is killed under load
-    python -m benchmarks.serve soak --minutes 30    memory of the replica under mixed load
+    python -m benchmarks.serve soak --minutes 30    memory under mixed load, failed requests
 
 TTFT is the time to the first token, TPOT that of each further one, E2E that of the complete answer.
 """
@@ -30,7 +30,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,8 @@ def write_weights(folder: Path, depth: int) -> None:
     vision = ViTConfig(image_size=224, patch=16, width=384, depth=6, heads=6, ffn=1536, layer=-2)
     model = PrefixVLMConfig(vision=vision, bridge=MLPConfig(), language=language)
     stage = replace(quick, model=model, starts_from=None, trains={"bridge.*": 1.0}, evals=(),
-                    losses=quick.losses[:1], data=replace(quick.data, template="chat"))  # fmt: skip
+                    losses=quick.losses[:1],
+                    data=replace(quick.data, template="chat", max_tokens=512))  # fmt: skip
     system = System(name="llava", paper="arXiv:2304.08485", stages=(stage,))
     torch.manual_seed(0)
     state = dict(stage.model.build(pretrained=pretrained).named_parameters())  # tied ones once
@@ -209,14 +209,14 @@ def running(name: str, command: Sequence[str], model: str, log: Path) -> Iterato
 # --- the client
 
 
-def images(number: int, seed: int = 0) -> list[str]:
-    """Return data: URLs of JPEGs."""
+def images(number: int, seed: int = 0, side: int = SIDE) -> list[str]:
+    """Return data: URLs of JPEGs of side x side pixels."""
     draws = random.Random(seed)
     urls = []
     for _ in range(number):
         small = Image.frombytes("RGB", (12, 12), draws.randbytes(432))
         file = io.BytesIO()
-        small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(file, "JPEG")
+        small.resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG")
         urls.append("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode())
     return urls
 
@@ -359,16 +359,16 @@ async def known_image(server: Server, number: int) -> dict[str, Any]:
     }
 
 
-def workers(server: Server) -> list[psutil.Process]:
-    """Return the processes that hold the model's replicas."""
+def processes(server: Server, deployment: str) -> list[psutil.Process]:
+    """Return the processes of a deployment: `champion` has the model, `chat` is the gateway."""
     found = []
     for process in server.process.children(recursive=True):
         try:
-            if "ServeReplica" in process.name() + " ".join(process.cmdline()):
+            if f"ServeReplica:chat:{deployment}" in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
             continue
-    return [process for process in found if "champion" in " ".join(process.cmdline())]
+    return found
 
 
 async def kill_replica(server: Server, clients: int, requests: int) -> dict[str, Any]:
@@ -376,27 +376,163 @@ async def kill_replica(server: Server, clients: int, requests: int) -> dict[str,
     plain = replace(server, streams=False)
     load_task = asyncio.ensure_future(load_server(plain, clients, requests, 16, seed=3))
     await asyncio.sleep(3)
-    victim = workers(server)[0]
+    victim = processes(server, "champion")[0]
     victim.kill()
     measured = await load_task
     return {"answers": len(measured.e2e), "errors": dict(measured.errors)}
 
 
+# --- the soak: mixed load for a long time
+
+# Small caches are full within the first minutes; what grows after that is not a cache.
+SMALL_CACHES = ("engine.image_bytes=16777216", "engine.prefix_bytes=67108864")
+SIDES = (48, 224, SIDE, 640, 1280)  # pixels of new images
+SAMPLE_S = 5.0  # between two looks at the memory
+LEFT_S = 20.0  # in which the replica must end what no client waits for
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of request of the soak: changes of a plain request, and the status of its answer."""
+
+    share: int
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    image: str = "known"  # or new, none
+    leaves: bool = False  # the client disconnects before the answer is complete
+    status: int = 200
+
+
+BROKEN = "data:image/png;base64,AAAA"
+SOAK: Mapping[str, Kind] = {
+    "stream, known image": Kind(20, {"stream": True}),
+    "stream, new image": Kind(15, {"stream": True}, image="new"),
+    "known image": Kind(15),
+    "new image": Kind(10, image="new"),
+    "text only": Kind(10, image="none"),
+    "stream, text only": Kind(5, {"stream": True}, image="none"),
+    "three answers": Kind(4, {"n": 3, "temperature": 1.0, "seed": 1, "stop": ["the", "e e"]}),
+    "logprobs": Kind(3, {"logprobs": True, "top_logprobs": 5}),
+    "json": Kind(3, {"response_format": {"type": "json_object"}}),
+    "choice": Kind(3, {"structured_outputs": {"choice": ["a cat", "a dog", "nothing"]}}),
+    "stream, left": Kind(5, {"stream": True, "max_tokens": 200}, image="new", leaves=True),
+    "left": Kind(5, {"max_tokens": 200}, leaves=True),
+    "unknown field": Kind(2, {"tolls": 1}, status=400),
+    "unknown model": Kind(1, {"model": "tinny"}, status=404),
+    "broken image": Kind(2, {"image": BROKEN}, status=400),
+    "too long": Kind(2, {"text": "word " * 12_000}, status=400),
+}
+
+
+@dataclass
+class Soak:
+    """Counts and memory of a soak."""
+
+    draws: random.Random
+    sent: Counter[str] = field(default_factory=Counter)  # by kind
+    failed: Counter[str] = field(default_factory=Counter)  # by kind and reason
+    memory: list[tuple[float, float, float]] = field(default_factory=list)
+    # minutes, MiB of the replica, MiB of the gateway
+
+    def request(self, server: Server, kind: Kind, known: Sequence[str]) -> dict[str, Any]:
+        changes, url = dict(kind.changes), self.draws.choice(known)
+        if kind.image == "new":
+            (url,) = images(1, self.draws.getrandbits(48), self.draws.choice(SIDES))
+        question = changes.pop("text", self.draws.choice(QUESTIONS))
+        url = changes.pop("image", url)
+        request = body(server, url, question, self.draws.randrange(1, 64))
+        if kind.image == "none":
+            request["messages"][0]["content"] = question
+        return request | changes
+
+    def growth(self, column: int, minutes: float) -> float:
+        """Return the growth of a process after minute 5, or a sixth of a short soak, in percent."""
+        warm, span = min(5.0, minutes / 6), min(1.0, minutes / 10)
+        end = self.memory[-1][0]
+        first = [row[column] for row in self.memory if warm <= row[0] <= warm + span]
+        last = [row[column] for row in self.memory if row[0] >= end - span]
+        return 100 * (statistics.median(last) / statistics.median(first) - 1)
+
+
+async def send(http: httpx.AsyncClient, kind: Kind, request: Mapping[str, Any]) -> str:
+    """Send one request; return why it failed, "" if it had the expected answer."""
+    route = "/v1/chat/completions"
+    try:
+        if kind.leaves and not request.get("stream"):
+            try:
+                async with asyncio.timeout(0.3):
+                    await http.post(route, json=request)
+            except TimeoutError:
+                pass
+            return ""
+        async with http.stream("POST", route, json=request) as reply:
+            if reply.status_code != kind.status:
+                await reply.aread()
+                return f"{reply.status_code} {reply.text[:200]}"
+            last = ""
+            async for line in reply.aiter_lines():
+                if kind.leaves and '"content"' in line:
+                    return ""
+                last = line or last
+        complete = not request.get("stream") or last == "data: [DONE]"
+        return "" if complete else f"the stream ended with {last[:200]}"
+    except httpx.HTTPError as error:
+        return type(error).__name__
+
+
 async def soak(server: Server, minutes: float, clients: int) -> dict[str, Any]:
-    """Run mixed load; returns the replica's resident memory after a warm-up and at the end, MiB."""
-    (replica,) = workers(server)
-    sizes, answers, errors = [], 0, Counter[str]()
-    ends = time.monotonic() + 60 * minutes
-    for number in count():
-        measured = await load_server(server, clients, 4 * clients, 8 + number % 40, seed=number)
-        sizes.append(replica.memory_info().rss / 2**20)
-        answers, errors = answers + len(measured.e2e), errors + measured.errors
-        if time.monotonic() > ends:
-            break
-    fifth = max(1, len(sizes) // 5)
-    before, after = statistics.median(sizes[fifth : 2 * fifth]), statistics.median(sizes[-fifth:])
-    return {"answers": answers, "errors": dict(errors), "rss_after_warm_up": before,
-            "rss_at_the_end": after, "growth": after / before - 1}  # fmt: skip
+    """Run mixed load; print and return the memory of replica and gateway, and failed requests."""
+    (replica,), (gateway,) = processes(server, "champion"), processes(server, "chat")
+    known, result, started = images(IMAGES), Soak(random.Random(0)), time.monotonic()
+    ends = started + 60 * minutes
+
+    async def client(http: httpx.AsyncClient) -> None:
+        names, shares = list(SOAK), [kind.share for kind in SOAK.values()]
+        while time.monotonic() < ends:
+            (name,) = result.draws.choices(names, shares)
+            request = result.request(server, SOAK[name], known)
+            result.sent[name] += 1
+            if reason := await send(http, SOAK[name], request):
+                result.failed[f"{name}: {reason}"] += 1
+
+    async def watch() -> None:
+        printed = 0.0
+        while True:
+            minute = (time.monotonic() - started) / 60
+            sizes = [process.memory_info().rss / 2**20 for process in (replica, gateway)]
+            result.memory.append((minute, *sizes))
+            if not printed or minute >= printed + max(0.25, minutes / 30):
+                printed = minute or 1e-9
+                console.print(
+                    f"minute {minute:5.2f}  replica {sizes[0]:.0f} MiB  "
+                    f"gateway {sizes[1]:.0f} MiB  {result.sent.total()} requests, {result.failed.total()} failed"
+                )
+            await asyncio.sleep(SAMPLE_S)
+
+    async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT_S, trust_env=False) as http:
+        watching = asyncio.create_task(watch())
+        await asyncio.gather(*(client(http) for _ in range(clients)))
+        watching.cancel()
+        left = await still_running(http)
+    return {
+        "minutes": minutes,
+        "requests": dict(result.sent),
+        "failed": dict(result.failed),
+        "running_at_the_end": left,
+        "replica_growth_percent": result.growth(1, minutes),
+        "gateway_growth_percent": result.growth(2, minutes),
+    }
+
+
+async def still_running(http: httpx.AsyncClient) -> int:
+    """Return the requests that the replica still runs LEFT_S seconds after the last client left."""
+    deadline = time.monotonic() + LEFT_S
+    while True:
+        text = (await http.get("/metrics")).text
+        rows = [row for row in text.splitlines() if row.startswith("vllm:num_requests_")]
+        left = sum(int(float(row.rpartition(" ")[2])) for row in rows)
+        if not left or time.monotonic() > deadline:
+            return left
+        await asyncio.sleep(0.5)
 
 
 def main() -> None:
@@ -427,6 +563,8 @@ def main() -> None:
             return
         replicas = 2 if arguments.what == "kill" else 1
         command, model = commands(weights, export, replicas)["bridgework"]
+        if arguments.what == "soak":
+            command += SMALL_CACHES
         log = Path(folder) / "bridgework.log"
         with running("bridgework", command, model, log) as server:
             asyncio.run(load_server(server, 2, 2, 4, seed=99))  # warm
@@ -436,7 +574,7 @@ def main() -> None:
                 "soak": lambda: soak(server, arguments.minutes, 8),
             }[arguments.what]
             result = asyncio.run(work())
-        console.print(json.dumps(result))
+        print(json.dumps(result))
 
 
 def _compare(known: Mapping[str, tuple[list[str], str]], arguments: argparse.Namespace,

@@ -72,11 +72,11 @@ def running(
         engine.close()
 
 
-def wait(engine: Engine) -> None:
-    """Until nothing runs or waits."""
-    while (status := engine.status()).running or status.waiting:
+def wait(engine: Engine, collected: Collected, ends: int) -> None:
+    """Until so many sequences have ended."""
+    while len(collected.ends) < ends:
+        assert engine.alive
         engine._thread.join(0.01)
-    engine._thread.join(0.05)
 
 
 Request = tuple[Sequence[Part], list[bytes], dict[str, Any]]
@@ -98,7 +98,7 @@ def together(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
     collected = Collected()
     for number, (parts, images, options) in enumerate(requests):
         engine.submit(engine.prepare(parts, images), collected.sink(number), **options)
-    wait(engine)
+    wait(engine, collected, len(requests))
     return [collected.generation(number) for number in range(len(requests))]
 
 
@@ -106,7 +106,7 @@ def together(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
 def test_greedy_answers_are_those_of_one_request_at_a_time(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipe = tiny.pipe_of(name)
+    pipe = exact(tiny.pipe_of(name))
     requests = [request(pipe, number) for number in range(9)]
     expected = [pipe.generate(parts, images, **options) for parts, images, options in requests]
     with caplog.at_level(logging.WARNING), running(pipe, EngineLimits(rows=4)) as engine:
@@ -119,6 +119,12 @@ def test_greedy_answers_are_those_of_one_request_at_a_time(
     assert status.image_hits >= status.image_queries / 2
 
 
+def exact(pipe: Pipeline) -> Pipeline:
+    """In float64: in float32 a batch rounds otherwise than a row, which decides near ties."""
+    pipe.model.double()
+    return pipe
+
+
 def of_family(config: LanguageConfig) -> Pipeline:
     stage = tiny.stage(prompts=())
     stage = replace(stage, model=replace(stage.model, language=replace(config, vocab=320)))
@@ -127,7 +133,7 @@ def of_family(config: LanguageConfig) -> Pipeline:
     for parameter in model.language.parameters():
         if parameter.ndim > 1 and parameter.requires_grad:
             nn.init.normal_(parameter, std=0.15)
-    return Pipeline(model, stage)
+    return exact(Pipeline(model, stage))
 
 
 GROUPED = replace(language("llama"), kv_heads=2)
@@ -156,10 +162,7 @@ def test_families_of_language_models_answer_as_alone(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
-    """In float64: in float32 a batch rounds otherwise than a row, which decides near ties."""
-    pipe = tiny.pipe_of("llava/instruct")
-    pipe.model.double()
-    return pipe
+    return exact(tiny.pipe_of("llava/instruct"))
 
 
 def test_fifty_mixed_requests_are_answered_as_alone(pipe: Pipeline) -> None:
@@ -188,7 +191,7 @@ def test_several_answers_to_one_prompt_are_read_once(pipe: Pipeline) -> None:
         prompt = engine.prepare(ASKED, [tiny.picture()])
         for seed in range(5):
             engine.submit(prompt, collected.sink(seed), seed=seed, **DRAWN)
-        wait(engine)
+        wait(engine, collected, 5)
         assert engine.status().prefix_queries == prompt.tokens
     expected = [pipe.generate(ASKED, [tiny.picture()], seed=seed, **DRAWN) for seed in range(5)]
     assert [collected.generation(seed) for seed in range(5)] == expected
@@ -197,7 +200,7 @@ def test_several_answers_to_one_prompt_are_read_once(pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize("name", ["llava/instruct", "flamingo/train"])
 def test_stop_strings_and_limits_are_those_of_each_request(name: str) -> None:
-    pipe = tiny.pipe_of(name)
+    pipe = exact(tiny.pipe_of(name))
     full = pipe.generate(ASKED, [tiny.picture()], max_new_tokens=24).text
     stops = [full[3:5], full[8:10], "never"]
     requests: list[Request] = [
@@ -226,7 +229,7 @@ def test_frequency_and_presence_lower_tokens_that_occurred(pipe: Pipeline) -> No
         ):
             options: Any = {"max_new_tokens": 40, "logprobs": 0} | penalty
             engine.submit(prompt, collected.sink(number), **options)
-        wait(engine)
+        wait(engine, collected, 3)
     tokens = {
         number: [score.token for piece in pieces for score in piece.logprobs]
         for number, pieces in collected.answers.items()
@@ -254,7 +257,7 @@ def test_logprobs_are_those_of_the_model(pipe: Pipeline) -> None:
             engine.prepare(ASKED, [tiny.picture()]), collected.sink(0), max_new_tokens=4,
             temperature=0.5, seed=1, logprobs=3,
         )  # fmt: skip
-        wait(engine)
+        wait(engine, collected, 1)
     scores = [score for piece in collected.answers[0] for score in piece.logprobs]
     assert len(scores) == collected.ends[0].usage.completion_tokens
     batch = pipe.inputs.batch([ASKED], [[tiny.picture()]], answer=False)
@@ -283,7 +286,7 @@ def test_cancelled_sequence_leaves_at_the_next_step(pipe: Pipeline) -> None:
         waiting = engine.submit(prompt, collected.sink(1), **long)
         engine.cancel(waiting)
         engine.submit(prompt, collected.sink(2), max_new_tokens=3)
-        wait(engine)
+        wait(engine, collected, 1)
     assert collected.ends.keys() == {2}  # a cancelled sequence says nothing more
     reasons = sorted(one.finish_reason for one in seen)
     assert reasons == ["abort", "abort", "length"]
@@ -294,7 +297,6 @@ def test_times_of_a_request_add_up(pipe: Pipeline) -> None:
     seen: list[RequestTimes] = []
     with running(pipe, observe=seen.append) as engine:
         engine.generate(ASKED, [tiny.picture()], max_new_tokens=8, min_new_tokens=8)
-        wait(engine)
     (one,) = seen
     assert one.first_token_s is not None and len(one.inter_token_s) == 7
     assert 0 <= one.queue_s <= one.first_token_s <= one.end_to_end_s
@@ -330,7 +332,7 @@ def test_batch_never_takes_more_places_than_its_limit(pipe: Pipeline) -> None:
 
         for number, (parts, images, options) in enumerate(requests):
             engine.submit(engine.prepare(parts, images), watch(number), **options)
-        wait(engine)
+        wait(engine, collected, 12)
     assert 0 < most <= 300
     assert len(collected.ends) == 12
 
@@ -345,7 +347,7 @@ def test_an_error_ends_the_sequences_of_its_step_alone(pipe: Pipeline) -> None:
         broken.encoded.ids[0] = 10**6  # no such token
         engine.submit(broken, collected.sink(0), max_new_tokens=4)
         engine.submit(sound, collected.sink(1), max_new_tokens=4)
-        wait(engine)
+        wait(engine, collected, 2)
     assert isinstance(collected.ends[0].error, IndexError)
     assert collected.generation(1) == pipe.generate(ASKED, [tiny.picture()], max_new_tokens=4)
 

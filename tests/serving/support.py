@@ -15,6 +15,7 @@ from fastapi import APIRouter
 from mlflow import MlflowClient
 from PIL import Image
 
+from bridgework.data.tokenization import load_tokenizer
 from bridgework.serving import launch
 from bridgework.serving import routes as caption
 from bridgework.serving import routes as embed
@@ -25,6 +26,11 @@ from bridgework.tracking.mlflow_store import MLflowTracker
 KEY = "the-key-of-the-tests"
 ORIGIN = "https://app.example"
 QUESTIONS = 20  # probes of a ModelHome
+# a request whose answers end with `max_tokens` alone, for answers that must still run
+ENDLESS: dict[str, Any] = {
+    "max_tokens": 400,
+    "logit_bias": {str(load_tokenizer("bytes").eos_token_id): -100},
+}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from bridgework.inference.pipeline import Pipeline
 from bridgework.serving.errors import APIError
 from bridgework.serving.protocol import Answer
 from bridgework.serving.router import Route, Router, ServedModel, hash_uniform
-from tests.serving.support import ORIGIN, Apps, picture, url
+from tests.serving.support import ENDLESS, ORIGIN, Apps, picture, url
 
 CHAT = "/v1/chat/completions"
 Messages = list[dict[str, Any]]
@@ -586,7 +586,7 @@ def test_hundreds_of_connections_get_an_answer_or_429(apps: Apps) -> None:
         async with httpx.AsyncClient(
             headers=headers, timeout=300, limits=limits, trust_env=False
         ) as http:
-            body = chat(model="tiny:1", max_tokens=100)
+            body = chat(model="tiny:1") | ENDLESS
             return await asyncio.gather(
                 *(http.post(f"{apps.address}{CHAT}", json=body) for _ in range(300))
             )
@@ -599,7 +599,7 @@ def test_hundreds_of_connections_get_an_answer_or_429(apps: Apps) -> None:
 
 
 def test_overload_is_429_with_retry_after(apps: Apps) -> None:
-    body = chat(model="tiny:1", max_tokens=200, temperature=1)
+    body = chat(model="tiny:1") | ENDLESS
     with ThreadPoolExecutor(40) as pool:
         replies = list(pool.map(lambda _: apps.http.post(CHAT, json=body), range(40)))
     assert {r.status_code for r in replies} == {200, 429}
@@ -634,7 +634,7 @@ def test_backpressure_of_serve_is_429_and_timeout_504(apps: Apps) -> None:
     refused = [reply for reply in replies if isinstance(reply, APIError)]
     assert len(refused) + sum(isinstance(reply, Answer) for reply in replies) == 30
     assert {reply.status for reply in refused} == {429}
-    late = asyncio.run(flood(Router([champion], 0.0, timeout_s=0.001), times=2))
+    late = asyncio.run(flood(Router([champion], 0.0, timeout_s=1e-6), times=2))
     assert [reply.status for reply in late if isinstance(reply, APIError)] == [504] * 4
 
 
@@ -654,10 +654,11 @@ def kill_champion(app: str) -> None:
 def test_killed_replica_ends_stream_with_error_and_fails_no_other_answer(
     apps: Apps,
 ) -> None:
-    body = chat(model="tiny:1", max_tokens=400, temperature=1)
+    body = chat(model="tiny:1") | ENDLESS
     with (
         ThreadPoolExecutor(2) as pool,
-        apps.http.stream("POST", CHAT, json=body | {"stream": True}) as reply,
+        # eight answers take longer than it takes to kill the replica
+        apps.http.stream("POST", CHAT, json=body | {"stream": True, "n": 8}) as reply,
     ):
         lines = reply.iter_lines()
         assert next(lines).startswith("data: {")
@@ -674,7 +675,7 @@ def test_app_without_replica_is_live_and_not_ready(apps: Apps) -> None:
         return httpx.get(f"{apps.address}{path}", trust_env=False)
 
     def until(status: int) -> httpx.Response:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while (reply := health()).status_code != status:
             assert time.monotonic() < deadline
             assert health("/health/live").status_code == 200

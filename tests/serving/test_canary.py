@@ -11,6 +11,7 @@ from bridgework.serving import launch
 from bridgework.serving.canary import TESTS, Canary, Group
 from bridgework.serving.options import CanaryLimits, parse_options
 from bridgework.serving.probes import Probe, overlap
+from tests.serving.support import ModelHome
 
 Draw = Callable[[np.random.Generator], tuple[float, bool]]  # seconds, error
 
@@ -191,13 +192,49 @@ def test_wrong_arguments_are_one_line(arguments: dict[str, object], message: str
     assert "\n" not in str(caught.value)
 
 
-def test_a_wrong_gate_is_refused_before_the_app_starts(tmp_path: Path) -> None:
+PROMOTING = {"auto_promote": "true", "challenger": "m@challenger", "share": "0.1"}
+
+
+def start(home: Path, **arguments: str) -> None:
+    """Start an app that must be refused before it needs a Ray."""
+    address = launch.AppAddress(port=launch.free_port())
+    given = {"model": "m", "dev": "true", "home": str(home)} | PROMOTING | arguments
+    launch.start("chat", given, address)
+
+
+def test_a_wrong_gate_is_refused_before_the_app_starts(
+    tmp_path: Path, model_home: ModelHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "gate.toml"
     file.write_text('improv = ["ranking.accuracy"]')
-    arguments = {"model": "m", "dev": "true", "canary.gate": str(file)}
+    gate = {"canary.gate": str(file)}
     with pytest.raises(SpecError, match="unknown key 'improv'; did you mean 'improve'"):
-        launch.start("chat", arguments, launch.AppAddress())
+        start(tmp_path, **gate)
+    with pytest.raises(SpecError, match="unknown key 'improv'"):
+        written = {"model": "m"} | PROMOTING | gate
+        launch.write_config(tmp_path / "serve.yaml", "chat", written, launch.AppAddress())
     with pytest.raises(SpecError, match="does not exist"):
-        launch.start("chat", arguments | {"canary.gate": "none.toml"}, launch.AppAddress())
+        start(tmp_path, **{"canary.gate": "none.toml"})
     with pytest.raises(SpecError, match="exclude each other"):
-        launch.start("chat", arguments | {"canary.metric": "a.b"}, launch.AppAddress())
+        start(tmp_path, **gate, **{"canary.metric": "a.b"})
+    file.write_text('improve = ["vqav2.acuracy"]')
+    monkeypatch.chdir(tmp_path)  # a relative path is that of the command
+    with pytest.raises(SpecError, match=r"did you mean 'vqav2\.accuracy'"):
+        start(tmp_path, **{"canary.gate": "gate.toml"})
+
+
+def test_a_wrong_metric_is_refused_before_the_app_starts(model_home: ModelHome) -> None:
+    for metric, message in {
+        "vqav2.acuracy": r"no evaluation returns 'vqav2\.acuracy'; did you mean 'vqav2\.accuracy'",
+        "vqav2.most_common": "is a baseline, so it cannot decide a promotion",
+        "loss": "no evaluation returns 'loss'",
+    }.items():
+        with pytest.raises(SpecError, match=message) as caught:
+            start(model_home.path, **{"canary.metric": metric})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["canary.gate", "canary.metric"])
+def test_a_gate_that_decides_nothing_is_refused(field: str) -> None:
+    with pytest.raises(SpecError, match=f"{field} without auto_promote"):
+        parse_options({"model": "m", field: "vqav2.accuracy"})

@@ -130,7 +130,7 @@ def test_cancelled_answer_stops_generation(chat: Model) -> None:
 
     before = chat.status().generation_tokens
     asyncio.run(run())
-    assert chat.status().generation_tokens - before < 4 * 200
+    assert chat.status().generation_tokens - before < 4 * 400  # which four complete answers have
 
 
 def test_requests_at_once_share_one_batch(chat: Model) -> None:
@@ -162,14 +162,16 @@ def test_too_many_waiting_requests_are_refused_and_no_others(weights: str) -> No
 
 
 class Forwards:
-    """Counts the forward calls of all modules."""
+    """Counts the forward calls of all modules; the first one waits until `resume` is set."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.resume = threading.Event()
         self._hook = register_module_forward_hook(self._counted)
 
     def _counted(self, *_: object) -> None:
         self.count += 1
+        assert self.resume.wait(60)
 
     def remove(self) -> None:
         self._hook.remove()
@@ -193,6 +195,8 @@ def test_cancelled_beam_search_and_scoring_end_early(chat: Model, kind: str) -> 
         if leave:
             await when(lambda: forwards.count)
             work.cancel()
+            await asyncio.sleep(0)  # the cancelled call sees it
+        forwards.resume.set()
         await asyncio.wait([work])
         count = forwards.count
         await chat._call(lambda: None)

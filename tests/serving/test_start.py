@@ -27,6 +27,7 @@ from bridgework.serving import launch
 from bridgework.serving.auth import VARIABLE
 from bridgework.serving.models import record_deployment, resolve_model
 from bridgework.serving.options import Options, parse_options
+from tests.serving.support import ENDLESS
 
 
 def test_gateway_starts_without_torch_and_mlflow() -> None:
@@ -178,13 +179,8 @@ def clean(ray_session: None) -> Iterator[None]:
     serve.shutdown()
 
 
-def ask(address: str, tokens: int) -> httpx.Response:
-    body = {
-        "model": "weights",
-        "max_tokens": tokens,
-        "temperature": 2,
-        "messages": [{"role": "user", "content": "x"}],
-    }
+def ask(address: str, **changes: Any) -> httpx.Response:
+    body = {"model": "weights", "messages": [{"role": "user", "content": "x"}]} | changes
     return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300, trust_env=False)
 
 
@@ -211,18 +207,19 @@ def test_apps_of_one_ray_are_independent_and_complete_running_requests(
             args,
             launch.AppAddress(port=launch.free_port(), name="other", route_prefix="/other"),
         )
-    assert ask(first.address, 1).status_code == 200
+    assert ask(first.address, max_tokens=1).status_code == 200
     second = launch.start(
         "chat", args, launch.AppAddress(port=port, name="other", route_prefix="/other")
     )
     assert not second.own_serve
-    assert ask(second.address, 1).status_code == 200
+    assert ask(second.address, max_tokens=1).status_code == 200
     assert second.stop() == 0
     assert serve.status().applications.keys() == {"chat"}
 
     def terminate() -> list[httpx.Response]:
         with ThreadPoolExecutor(6) as pool:
-            replies = [pool.submit(ask, first.address, 400) for _ in range(6)]
+            # 48 answers of 400 tokens, so that all six still run when the signal comes
+            replies = [pool.submit(ask, first.address, n=8, **ENDLESS) for _ in range(6)]
             while running() < 6:
                 time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGTERM)

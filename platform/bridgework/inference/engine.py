@@ -196,6 +196,7 @@ class Engine:
         self._rows: list[GeneratedSequence] = []
         self._waiting: deque[GeneratedSequence] = deque()
         self._together: list[GeneratedSequence] = []  # generated in one batch without slots
+        self._reading: GeneratedSequence | None = None  # its prompt
         self._counts = dict.fromkeys(
             ("image_queries", "image_hits", "prefix_queries", "prefix_hits", "prompt_tokens",
              "generation_tokens"), 0
@@ -305,8 +306,9 @@ class Engine:
     def status(self) -> EngineStatus:
         """Return the counters of this moment."""
         with self._changed:
+            reading = self._reading is not None and self._reading not in self._rows
             return EngineStatus(
-                running=len(self._rows) + len(self._together),
+                running=len(self._rows) + len(self._together) + reading,
                 waiting=len(self._waiting),
                 cached_tokens=0 if self._slots is None else self._slots.cached_tokens,
                 max_cached_tokens=self.limits.tokens,
@@ -380,7 +382,7 @@ class Engine:
     def _end_all(self, error: Exception) -> None:
         with self._changed:
             sequences = [*self._rows, *self._together, *self._waiting]
-            self._rows, self._together = [], []
+            self._rows, self._together, self._reading = [], [], None
             self._waiting.clear()
         if self._slots is not None:
             self._slots.clear()
@@ -433,6 +435,7 @@ class Engine:
             if not sequence.finished:
                 # a half-written batch is of no use to its other rows
                 self._guarded(partial(self._join, sequence), [*self._rows, sequence])
+            self._reading = None
 
     def _next(self) -> GeneratedSequence | None:
         """Return the first waiting sequence if it fits next to the running ones."""
@@ -448,7 +451,8 @@ class Engine:
             too_many = count > self.limits.rows or count * longest > self.limits.tokens
             if too_many and self._rows:
                 return None
-            return self._waiting.popleft()
+            self._reading = self._waiting.popleft()
+            return self._reading
 
     def _read(self, sequence: GeneratedSequence) -> None:
         """Read the prompt of a sequence, unless another one has, and choose its first token."""

@@ -16,6 +16,7 @@ from ray.serve import Application
 
 from bridgework import storage
 from bridgework.data import catalog
+from bridgework.evaluation.gate import read_gate
 from bridgework.serving.auth import Keys
 from bridgework.serving.gateway import Gateway, Routes
 from bridgework.serving.models import HEALTH_S, deployment, record_deployment, resolve_model
@@ -23,6 +24,7 @@ from bridgework.serving.options import Options, parse_options
 from bridgework.serving.playground import playground_routes
 from bridgework.serving.probes import read_probes
 from bridgework.serving.routes import caption_routes, embedding_routes
+from bridgework.tracking.promotion import resolve_gate
 
 ROLES = ("champion", "challenger")
 UNBOUNDED = 100_000  # Serve's queue answers in plain text, so admission.py limits a gateway instead
@@ -57,7 +59,10 @@ def application(app: str, args: dict[str, Any], routes: Routes) -> Application:
     home = storage.locate(options.home) if options.home else catalog.home()
     if options.canary.probes is not None:
         read_probes(app, options.canary.probes, home, rows=1)  # an unsuitable one ends the start
+    gate = None if options.canary.gate is None else read_gate(storage.locate(options.canary.gate))
     served = [resolve_model(app, name, options, home) for name in options.models]
+    if options.auto_promote:  # a wrong figure would be noticed at the promotion
+        resolve_gate(served[1].artifact, gate, options.canary.metric)
     for model in served:
         record_deployment(model, home)
     if options.follow:  # the gateway starts the models, because it also replaces them
@@ -70,14 +75,14 @@ def application(app: str, args: dict[str, Any], routes: Routes) -> Application:
 
 
 def _located(options: Options) -> Options:
-    """Return the options with the home and MLflow server of this process: a gateway's may differ."""
+    """Return the options with the paths and MLflow server of this process: a gateway's may differ."""
     home = storage.locate(options.home) if options.home else catalog.home()
     tracking = options.tracking or os.environ.get("MLFLOW_TRACKING_URI")
-    return replace(
-        options,
-        home=str(home.absolute()),
-        tracking=tracking,
-    )
+    gate = options.canary.gate
+    if gate is not None:
+        gate = str(storage.locate(gate, absolute=True))
+    canary = replace(options.canary, gate=gate)
+    return replace(options, home=str(home.absolute()), tracking=tracking, canary=canary)
 
 
 def _gateway(app: str, options: Options) -> serve.Deployment:

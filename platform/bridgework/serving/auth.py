@@ -24,6 +24,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bridgework.errors import SpecError
+from bridgework.serving import webhook
 from bridgework.serving.admission import Admission
 from bridgework.serving.errors import APIError
 from bridgework.serving.options import RequestLimits
@@ -64,9 +65,11 @@ class AuthMiddleware:
                 headers = Headers(scope=scope)
                 key = self._authenticate(scope, headers)
                 if scope["method"] == "POST":  # the only method whose body a route reads
-                    self._check_length(headers)
+                    limit = self._body_limit(key)
+                    self._check_length(headers, limit)
                     self.admission.check(key)
-                    body = await self._read_body(key, receive)
+                    body = await self._read_body(key, receive, limit)
+                    self._check_signature(key, headers, body)
                     held.enter_context(self.admission.slot(key, len(body)))
             except ClientDisconnected:
                 return
@@ -88,6 +91,9 @@ class AuthMiddleware:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if scope["method"] in ("GET", "HEAD") and path in OPEN:
             return ""
+        signed = "x-mlflow-signature" in headers and self.keys.webhook_secret is not None
+        if scope["method"] == "POST" and path == webhook.PATH and signed:
+            return webhook.PATH  # its body is checked before the route sees it
         scheme, _, key = headers.get("authorization", "").partition(" ")
         known = self.keys.match(key.strip()) if scheme.lower() == "bearer" else None
         if known is None:
@@ -95,14 +101,23 @@ class AuthMiddleware:
             raise APIError(401, message, code="invalid_api_key")
         return known
 
-    def _check_length(self, headers: Headers) -> None:
+    def _body_limit(self, key: str) -> int:
+        allowed = self.limits.body_bytes
+        return min(allowed, webhook.MAX_BYTES) if key == webhook.PATH else allowed
+
+    def _check_signature(self, key: str, headers: Headers, body: bytes) -> None:
+        """Raise APIError (401) for an event of a webhook that MLflow did not sign."""
+        if key == webhook.PATH and self.keys is not None and self.keys.webhook_secret is not None:
+            webhook.check_signature(self.keys.webhook_secret, headers, body)
+
+    def _check_length(self, headers: Headers, limit: int) -> None:
         """Raise APIError (413) for a content-length that is too large or not a number."""
         length = headers.get("content-length", "0")
         is_number = length.isascii() and length.isdigit()
-        if not is_number or int(length[:20]) > self.limits.body_bytes:
-            raise _too_large(self.limits.body_bytes)
+        if not is_number or int(length[:20]) > limit:
+            raise _too_large(limit)
 
-    async def _read_body(self, key: str, receive: Receive) -> bytes:
+    async def _read_body(self, key: str, receive: Receive, limit: int) -> bytes:
         """Return the body.
 
         Raises APIError if it is too large or too slow, and ClientDisconnected.
@@ -116,8 +131,8 @@ class AuthMiddleware:
                     raise ClientDisconnected
                 parts.append(message.get("body", b""))
                 more = message.get("more_body", False)
-                if arrival.size + len(parts[-1]) > self.limits.body_bytes:
-                    raise _too_large(self.limits.body_bytes)
+                if arrival.size + len(parts[-1]) > limit:
+                    raise _too_large(limit)
                 self.admission.grow(arrival, len(parts[-1]))
         return b"".join(parts)
 
@@ -154,10 +169,11 @@ async def _run_until_disconnect(
 
 
 class Keys:
-    """The accepted API keys of an app, as digests."""
+    """The accepted API keys of an app, as digests, and the secret of MLflow's webhook."""
 
-    def __init__(self, digests: frozenset[str]) -> None:
+    def __init__(self, digests: frozenset[str], webhook_secret: bytes | None = None) -> None:
         self._digests = digests
+        self.webhook_secret = webhook_secret
 
     def __len__(self) -> int:
         return len(self._digests)
@@ -173,7 +189,8 @@ class Keys:
     @classmethod
     def load(cls, file: str | None) -> "Keys":
         """Read the key file if one is given, else the environment. Raises SpecError for no keys."""
-        keys = cls(_from_file(Path(file)) if file else _from_environment())
+        digests = _from_file(Path(file)) if file else _from_environment()
+        keys = cls(digests, webhook.secret_from_environment())
         if not len(keys):
             raise SpecError(
                 f"no API key. Fix: set {VARIABLE}, or keys=FILE with one sha256: digest a line, "

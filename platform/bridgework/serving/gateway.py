@@ -29,6 +29,7 @@ from bridgework.serving.protocol import model_card
 from bridgework.serving.readiness import Readiness
 from bridgework.serving.rollout import Rollout
 from bridgework.serving.router import Router, ServedModel
+from bridgework.serving.webhook import webhook_routes
 
 Routes = Callable[[Router, Options], APIRouter]
 _CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -70,6 +71,7 @@ class Gateway:
             Readiness(self._router).missing,
             Exposition(self._router, self._metrics).text,
             partial(self._rollout.ask, "trace"),
+            self._rollout.look,
             self._lifespan,
         )
 
@@ -110,16 +112,18 @@ def build(
     missing: Callable[[], Awaitable[Sequence[str]]],
     metrics: Callable[[], Awaitable[bytes]],
     trace: Callable[[str], Awaitable[dict[str, Any]]],
+    moved: Callable[[], bool],
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
 ) -> FastAPI:
     """Return the ASGI app. Every error has OpenAI's form, including FastAPI's own.
 
     `missing` returns the models without a running replica, `metrics` the text of GET /metrics,
-    `trace` the lineage of an answer.
+    `trace` the lineage of an answer. `moved` starts a look at the aliases (webhook.py).
     """
     # FastAPI's documentation pages are off, because they load scripts from other hosts.
     api = FastAPI(title="bridgework", docs_url=None, redoc_url=None, lifespan=lifespan)
     api.include_router(_common(router, admission, missing, metrics, trace))
+    api.include_router(webhook_routes(moved))
     api.include_router(routes)
     answer_errors(api)
     api.add_middleware(AuthMiddleware, keys=keys, admission=admission, limits=options.limits)

@@ -23,9 +23,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
-from bridgework import ray_utils
+from bridgework import ray_utils, storage
 from bridgework.config import config_class
 from bridgework.errors import BridgeworkError, ResourceError, SpecError, suggest
+from bridgework.evaluation.gate import read_gate
 from bridgework.serving import proxy
 from bridgework.serving.app import APPS
 from bridgework.serving.auth import is_loopback
@@ -140,7 +141,9 @@ def write_config(file: Path, app: str, args: Mapping[str, Any], address: AppAddr
     `serve build` cannot write it, because it accepts only applications without arguments.
     Raises SpecError as `start` does.
     """
-    _validate(app, args, address)
+    options = _validate(app, args, address)
+    if options.canary.gate is not None:
+        read_gate(storage.locate(options.canary.gate))
     config = {
         "proxy_location": "EveryNode",
         "http_options": {"host": address.host, "port": address.port},
@@ -197,13 +200,14 @@ def traffic(name: str, share: float | None) -> dict[str, Any]:
     share out of range, ResourceError if no Ray is running.
     """
     if not ray.is_initialized():
-        if ray_utils.address() is None:
+        named = ray_utils.address()
+        if named is None:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # as `bridgework serve` starts it
         try:
-            ray.init(
-                ray_utils.address() or "auto", log_to_driver=False, logging_level=logging.ERROR
-            )
-        except ConnectionError:
+            ray.init(named or "auto", log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+            if named is not None or not isinstance(error, ConnectionError):
+                raise ray_utils.not_joined(named or "this machine's Ray", error) from error
             raise ResourceError(
                 "no Ray is running on this machine. Fix: start the app with `bridgework serve`, "
                 "or set RAY_ADDRESS"
@@ -236,10 +240,6 @@ def _validate(app: str, args: Mapping[str, Any], address: AppAddress) -> Options
             f"host: dev=true needs no key, so it is allowed on loopback only. Got {address.host}; "
             "expected e.g. 127.0.0.1. Fix: leave out dev=true and set a key"
         )
-    if options.canary.gate is not None:  # a wrong file would be noticed at the promotion
-        from bridgework.evaluation.gate import read_gate
-
-        read_gate(Path(options.canary.gate))
     return options
 
 

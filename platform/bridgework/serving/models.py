@@ -12,8 +12,10 @@ from typing import Any
 
 from prometheus_client.core import Metric
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from bridgework import artifacts, ray_utils, storage
+from bridgework.serving.affinity import ImageAffinity
 from bridgework.serving.metrics import ReplicaMetrics
 from bridgework.serving.options import Options
 from bridgework.serving.replica import Model
@@ -49,6 +51,10 @@ def deployment(role: str, options: Options) -> serve.Deployment:
             "autoscaling_config": bounds | {"target_ongoing_requests": max(1, options.ongoing // 2)}
         }
     resources = replica_resources(options)
+    router: dict[str, Any] = {
+        "request_router_class": ImageAffinity,
+        "request_router_kwargs": {"slack": max(1, options.ongoing // 4)},
+    }
     return serve.deployment(
         name=role,
         ray_actor_options={
@@ -60,6 +66,7 @@ def deployment(role: str, options: Options) -> serve.Deployment:
         max_queued_requests=options.queued,
         health_check_period_s=HEALTH_S,
         graceful_shutdown_timeout_s=options.timeout_s,  # running answers are completed
+        request_router_config=RequestRouterConfig(**router),
         **scale,
     )(Replica)
 

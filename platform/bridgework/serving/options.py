@@ -92,6 +92,7 @@ class Options:
     challenger: str | None = None  # another one in the same notation, loaded next to the model
     share: float = 0.0  # share of the requests that the challenger answers
     follow: Literal["alias"] | None = None  # serve the version to which an alias moves
+    poll_s: float = 2.0  # between two looks at a followed alias; a webhook starts one at once
     auto_promote: bool = False  # promote a challenger that was good for long enough
     load_s: float = 900.0  # time to load a model to which an alias moved
     canary: CanaryLimits = CanaryLimits()
@@ -132,7 +133,7 @@ class Options:
                 raise SpecError(f"{field} must be at least 1, got {value}")
         if not 0.0 <= self.share <= 1.0:
             raise SpecError(f"share must be in [0, 1], got {self.share:g}")
-        for field in ("timeout_s", "load_s", "pieces_per_s"):
+        for field in ("timeout_s", "load_s", "poll_s", "pieces_per_s"):
             if not getattr(self, field) > 0:
                 raise SpecError(f"{field} must be above 0, got {getattr(self, field):g}")
         for origin in self.cors:
@@ -185,6 +186,12 @@ def _check_combinations(options: Options) -> None:
         )
     if options.auto_promote and options.challenger is None:
         raise SpecError("auto_promote without a challenger. Fix: give challenger=NAME@challenger")
+    for field in ("gate", "metric"):
+        if getattr(options.canary, field) is not None and not options.auto_promote:
+            raise SpecError(
+                f"canary.{field} without auto_promote, so nothing is promoted. "
+                "Fix: give auto_promote=true (--auto-promote), or leave it out"
+            )
     if options.auto_promote and len({re.split("[@:]", name)[0] for name in options.models}) > 1:
         raise SpecError(
             "auto_promote: the models are not versions of one registered model. "

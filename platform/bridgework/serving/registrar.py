@@ -8,7 +8,6 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -136,7 +135,7 @@ class Registrar:
         from bridgework.tracking import promotion
 
         model, canary = f"{served.model}:{served.version}", self._options.canary
-        gate = read_gate(Path(canary.gate)) if canary.gate else None
+        gate = read_gate(storage.locate(canary.gate)) if canary.gate else None
         promotion.promote(self._tracker, model, home=self._home, gate=gate, metric=canary.metric)
 
     def trace(self, response: str) -> Node:

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from bridgework.serving.probes import Probe
 from bridgework.serving.registrar import Registrar, model_app, model_apps
 from bridgework.serving.router import Outcome, Route, Router, ServedModel
 
-POLL_S = 2.0  # between two looks at the aliases
+CHECK_S = 2.0  # between two looks at whether the challenger may be promoted
 RETRY_S = 60.0  # after a model could not be loaded, or a decision not be recorded
 GRACE_S = 10.0  # a replaced model stays as long for requests that are being read
 
@@ -72,6 +73,7 @@ class Rollout:
         self._decisions: list[_Decision] = []
         self._failed: dict[str, float] = {}  # id of a model -> time of its failure to load
         self._retiring: set[asyncio.Task[None]] = set()
+        self._moved = asyncio.Event()
         router.observe = self._observe
         self._begin()
 
@@ -203,9 +205,9 @@ class Rollout:
             return
         loops = [self._repeat(self._record, 1.0)]
         if self._options.follow:
-            loops.append(self._repeat(self._sync, POLL_S))
+            loops.append(self._repeat(self._sync, self._options.poll_s, self._moved))
         if self._options.challenger is not None:
-            loops.append(self._repeat(self._promote, POLL_S))
+            loops.append(self._repeat(self._promote, CHECK_S))
             if self._options.canary.probes is None:
                 log.warning(
                     "no probes: the answers of the two models are not compared. "
@@ -214,6 +216,11 @@ class Rollout:
             else:
                 loops.append(self._repeat(self._probe, self._options.canary.probe_s))
         await asyncio.gather(*loops)
+
+    def look(self) -> bool:
+        """Ask the registry for the aliases now. Returns False if the app follows none."""
+        self._moved.set()
+        return self._options.follow is not None
 
     async def stop(self) -> None:
         """Delete the models of an app that is being deleted."""
@@ -239,17 +246,28 @@ class Rollout:
             self._actor = None  # its start failed, e.g. because MLflow does not answer
             raise
 
-    async def _repeat(self, work: Callable[[], Awaitable[None]], interval_s: float) -> None:
+    async def _repeat(
+        self,
+        work: Callable[[], Awaitable[None]],
+        interval_s: float,
+        now: asyncio.Event | None = None,
+    ) -> None:
+        """Do the work every `interval_s` seconds, and when `now` is set."""
+        now = now or asyncio.Event()
         while True:
+            now.clear()
+            pause_s = interval_s
             try:
                 await work()
             except (BridgeworkError, RayError, RayServeException) as error:
                 log.warning("%s. It is tried again", str(error).strip().splitlines()[-1])
-                await asyncio.sleep(min(RETRY_S, 5 * interval_s))
+                pause_s += min(RETRY_S, 5 * interval_s)
             except Exception:  # the other loops must continue
                 log.exception("background work of %s failed. It is tried again", self._name)
-                await asyncio.sleep(RETRY_S)
-            await asyncio.sleep(interval_s)
+                pause_s += RETRY_S
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await now.wait()
 
     async def _record(self) -> None:
         while self._decisions:

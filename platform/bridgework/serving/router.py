@@ -10,8 +10,8 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
@@ -20,6 +20,9 @@ from bridgework.errors import suggest
 from bridgework.serving.canary import Group
 from bridgework.serving.errors import APIError, from_exception
 from bridgework.serving.protocol import Answer
+
+if TYPE_CHECKING:  # it imports torch, which a gateway does not need
+    from bridgework.inference.preprocess import ImageFile
 
 TRIES = 2  # calls of a replica per request
 
@@ -48,6 +51,7 @@ class Route:
 
     served: ServedModel
     group: Group | None = None
+    image: str = ""  # digest; equal ones prefer the same replica (affinity.py)
 
     @property
     def id(self) -> str:
@@ -56,6 +60,13 @@ class Route:
     @property
     def tiled(self) -> bool:
         return self.served.tiled
+
+    def about(self, images: "Sequence[ImageFile]") -> "Route":
+        """Return the route of a request about `images`; the first one selects the replica."""
+        if not images:
+            return self
+        first = images[0] if isinstance(images[0], bytes) else images[0][0]
+        return replace(self, image=hashlib.sha256(first).hexdigest()[:16])
 
 
 @dataclass(frozen=True)
@@ -152,7 +163,8 @@ class Router:
         """Return a replica's answer. Raises APIError."""
         with self._observed(route, method) as handle:
             for left in reversed(range(TRIES)):
-                answer = getattr(handle, method).remote(*args, **kwargs)
+                near = handle.options(session_id=route.image)
+                answer = getattr(near, method).remote(*args, **kwargs)
                 try:
                     async with asyncio.timeout(self._timeout_s):
                         return await answer
@@ -178,7 +190,8 @@ class Router:
         with self._observed(route, method) as handle:
             for left in reversed(range(TRIES)):
                 started, piece = False, None
-                pieces = getattr(handle.options(stream=True), method).remote(*args, **kwargs)
+                near = handle.options(stream=True, session_id=route.image)
+                pieces = getattr(near, method).remote(*args, **kwargs)
                 try:
                     while True:
                         async with asyncio.timeout(self._timeout_s):

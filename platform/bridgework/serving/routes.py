@@ -70,6 +70,7 @@ def chat_routes(router: Router, options: Options) -> APIRouter:
             tiled=served.tiled,
             texts=body.choices or (),
         )
+        served = served.about(images)
         check_answers(body, options)
         sampling = sampling_arguments(body, options)
         if body.stream:
@@ -120,6 +121,7 @@ def chat_routes(router: Router, options: Options) -> APIRouter:
             tiled=served.tiled,
             texts=[body.prompt or ""],
         )
+        served = served.about(images)
         tokens, context = await router.call(served, "tokenize", body.prompt, parts, images)
         return {"count": len(tokens), "max_model_len": context, "tokens": tokens}
 
@@ -282,7 +284,8 @@ def caption_routes(router: Router, options: Options) -> APIRouter:
         images = await asyncio.to_thread(read_images, urls, options.limits)
         # in sequence, because a request takes one slot however many images it has
         answers: list[Answer] = [
-            await router.call(served, "caption", image, body.prompt, sampling) for image in images
+            await router.call(served.about([image]), "caption", image, body.prompt, sampling)
+            for image in images
         ]
         usage = Usage.of(
             sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers)

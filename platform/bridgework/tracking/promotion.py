@@ -177,16 +177,27 @@ def _checks(
     home: Path,
     say: Say,
 ) -> list[GateCheck]:
-    own = stage_of(candidate.artifact).evals
-    if gate is None:
-        gate = Gate(improve=(metric,)) if metric else default_gate(own)
-    evals = gate.evals(own)
+    gate, evals = resolve_gate(candidate.artifact, gate, metric)
     new, old = (
         stored_or_run(v.artifact, evals, home, tracker=tracker, say=say)
         for v in (candidate, champion)
     )
     checks = judge(gate, new, old)
     return [*checks, _parity(candidate, say)] if gate.parity else checks
+
+
+def resolve_gate(
+    artifact: str, gate: Gate | None, metric: str | None
+) -> tuple[Gate, list[EvalSpec]]:
+    """Return the gate for the weights of a candidate, and the evaluations that it needs.
+
+    gate, metric: as in `promote`. Raises SpecError, with a suggestion, for a figure that no
+    evaluation of the gate or of the candidate's stage returns.
+    """
+    own = stage_of(artifact).evals
+    if gate is None:
+        gate = Gate(improve=(metric,)) if metric else default_gate(own)
+    return gate, gate.evals(own)
 
 
 def stage_of(artifact: str) -> Stage:

@@ -19,7 +19,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from bridgework import artifacts, ray_utils, storage
+from bridgework import __version__, artifacts, ray_utils, storage
 from bridgework.errors import BridgeworkError, Interrupted, ResourceError, WeightsError
 from bridgework.evaluation import results
 from bridgework.inference.pipeline import Pipeline
@@ -159,7 +159,9 @@ class SnapshotEvaluator:
             retry_exceptions=[ResourceError],
         )
         device = "cuda" if self._resources["GPU"] else "cpu"
-        ref = task.remote(snapshot, specs, self._job.home, os.getcwd(), device, self._threads)
+        ref = task.remote(
+            snapshot, specs, self._job.home, os.getcwd(), device, self._threads, __version__
+        )
         while not ray.wait([ref], timeout=POLL_S)[0]:
             if self._over.is_set():
                 ray.cancel(ref, force=True)
@@ -210,13 +212,15 @@ def _evaluate_snapshot(
     cwd: str,
     device: str,
     threads: int,
+    version: str,
 ) -> dict[str, str]:
     """Evaluate a snapshot in this process of Ray, unless an earlier attempt did.
 
-    Returns the reasons of the evaluations that failed.
+    Returns the reasons of the evaluations that failed. Raises RunError on a node with another
+    version of bridgework than that of the run.
     """
-    with suppress(OSError):  # the folder may not exist on another machine; URLs do not need it
-        os.chdir(cwd)
+    ray_utils.check_version(version)
+    ray_utils.enter_folder(cwd)
     if device == "cpu":
         torch.set_num_threads(threads)
     failed: dict[str, str] = {}

@@ -22,6 +22,7 @@ from ray import cloudpickle, tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from rich.console import Console
 
+from bridgework import __version__, ray_utils
 from bridgework.config import override, to_dict
 from bridgework.errors import Interrupted, ResourceError, RunError
 from bridgework.system import System, fingerprint
@@ -58,6 +59,7 @@ class TrialJob:
     run: str
     cwd: str
     features: Literal["cached", "computed"]
+    version: str = __version__  # of bridgework in the command
 
 
 def run_trial(config: dict[str, Any], *, job: TrialJob) -> None:
@@ -65,12 +67,12 @@ def run_trial(config: dict[str, Any], *, job: TrialJob) -> None:
 
     An error of the recipe ends the trial. A lack of resources is raised, so that Tune tries again.
     """
-    # Tune starts in another folder, but a recipe's paths are relative to that of the command.
-    os.chdir(job.cwd)
+    ray_utils.enter_folder(job.cwd)  # Tune starts in another one
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    system: System = cloudpickle.loads(bytes.fromhex(config["system"]))
-    segment = Segment(**config["segment"]) if "segment" in config else None
     try:
+        ray_utils.check_version(job.version)
+        system: System = cloudpickle.loads(bytes.fromhex(config["system"]))
+        segment = Segment(**config["segment"]) if "segment" in config else None
         outcome = _outcome(system, str(config["trial"]), job, segment)
     except (
         ResourceError,
