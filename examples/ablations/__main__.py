@@ -27,9 +27,7 @@ from scipy import stats
 from bridgework.data.catalog import home as home_folder
 from bridgework.errors import BridgeworkError, SpecError, suggest
 from bridgework.storage import write_atomic
-from bridgework.training.driver import train
-from bridgework.training.options import RunOptions
-from examples.ablations.arms import PREFIX, Ablation, ablations, write_data
+from examples.ablations.arms import Ablation, ablations, run_prefix, score, write_data
 
 PAGE = Path("docs/ablations.md")
 MINUS = "\N{MINUS SIGN}"
@@ -73,25 +71,6 @@ class Row:
     gain: Mean | None  # None for the paper's choice itself
     reported: str
     sign: str  # that the paper reports
-
-
-def score(name: str, arm: str, seed: int, share: float, home: Path, threads: int) -> float:
-    """Train one arm with one seed, unless it is finished, and return its metric."""
-    ablation = next(a for a in ablations() if a.name == name)
-    stages = ablation.arms[arm].stages
-    result = train(
-        ablation.system(arm, seed, share),
-        home=home,
-        run=f"{run_prefix(share)}/{name}/{arm.replace(' ', '-')}-{seed}",
-        stages=stages,
-        options=RunOptions(workers=0, threads=threads, features="cached"),
-        console=Console(quiet=True),
-    )
-    return result[stages[-1]].metrics[ablation.metric]
-
-
-def run_prefix(share: float) -> str:
-    return PREFIX if share == 1 else f"{PREFIX}-{share:g}"
 
 
 def scores_of(

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+
 from benchmarks.capfilt import MISMATCHED, swapped
 from bridgework.config import override
 from bridgework.curation import CapFilt
@@ -42,6 +44,8 @@ from bridgework.system import (
     ZeRO,
     load,
 )
+from bridgework.training.driver import train
+from bridgework.training.options import RunOptions
 
 DATA = Path("examples/data")
 PREFIX = "ablations"  # of the names of datasets and runs
@@ -149,10 +153,10 @@ def _instruction() -> Ablation:
             trains={"bridge.*": 1.0, "language.*": 1.0},
             losses=(LanguageModeling(),),
             data=Mixture(sources=sources, template="answer", max_tokens=128, lanes=16),
-            budget=Budget(steps=240, batch=64, micro=64),
+            budget=Budget(steps=160, batch=64, micro=64),
             optim=AdamW(peak_lr=3e-3, weight_decay=0.05),
             zero=CPU,
-            evals=(replace(LIKELIHOOD, dataset=f"{PREFIX}-heldout-questions", rows=300),),
+            evals=(replace(LIKELIHOOD, dataset=f"{PREFIX}-heldout-questions", rows=96),),
         )
         return Arm(_system(stage), ("instruct",), reported)
 
@@ -171,7 +175,7 @@ def _instruction() -> Ablation:
         },
         "heldout.loss",
         higher=False,
-        rows=300,
+        rows=96,
     )
 
 
@@ -230,12 +234,12 @@ def _gates() -> Ablation:
             model=CrossAttentionVLMConfig(
                 vision=VISION, bridge=bridge, gates=gates, language=llava.QUICK_MODEL.language
             ),
-            trains={"bridge.*": 1.0, "gates.*": 1.0, "extra.*": 1.0},
+            trains={"bridge.*": 1.0, "gates.*": 1.0, "extra.*": 5.0},  # learns to end
             losses=(LanguageModeling(),),
             data=Mixture(
                 sources=_pairs(), alpha=0.5, template="interleaved", max_tokens=64, lanes=16
             ),
-            budget=Budget(steps=16, batch=16, micro=16),
+            budget=Budget(steps=12, batch=16, micro=16),
             optim=AdamW(peak_lr=1e-3, warmup=0.1, weight_decay=0.1),
             zero=CPU,
             evals=(replace(LIKELIHOOD, rows=32),),
@@ -246,7 +250,7 @@ def _gates() -> Ablation:
         "gates",
         "Gates that start at zero, or none",
         "Flamingo",
-        "Three cross-attention blocks in a frozen SmolLM2-135M, 16 steps. The paper trains 3B "
+        "Three cross-attention blocks in a frozen SmolLM2-135M, 12 steps. The paper trains 3B "
         "parameters for 500,000 steps.",
         {
             "gates": arm("scalar"),
@@ -313,7 +317,7 @@ def _capfilt() -> Ablation:
         trains={"text.*": 1.0, "heads.*": 1.0},
         losses=(Contrastive(), Matching(negatives="all", floor=0.0)),
         data=Mixture(sources=(clean,), template="caption", max_tokens=48, lanes=16),
-        budget=Budget(steps=300, batch=64, micro=64),
+        budget=Budget(steps=240, batch=64, micro=64),
     )
     web, made = f"{PREFIX}-web", "capfilt"
     warm = _warm(CONCEPTS)
@@ -328,6 +332,7 @@ def _capfilt() -> Ablation:
             makes=made,
             min_tokens=2,
             max_tokens=32,
+            threshold=-2.0,  # as in examples/capfilt.py
         ),
     )
     return Ablation(
@@ -369,6 +374,28 @@ def _pairs() -> tuple[Source, ...]:
 
 def _system(*stages: Stage) -> System:
     return System(name="ablation", paper="-", stages=stages)
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+
+def score(name: str, arm: str, seed: int, share: float, home: Path, threads: int) -> float:
+    """Train one arm with one seed, unless it is finished, and return its metric."""
+    ablation = next(a for a in ablations() if a.name == name)
+    stages = ablation.arms[arm].stages
+    result = train(
+        ablation.system(arm, seed, share),
+        home=home,
+        run=f"{run_prefix(share)}/{name}/{arm.replace(' ', '-')}-{seed}",
+        stages=stages,
+        options=RunOptions(workers=0, threads=threads, features="cached"),
+        console=Console(quiet=True),
+    )
+    return result[stages[-1]].metrics[ablation.metric]
+
+
+def run_prefix(share: float) -> str:
+    return PREFIX if share == 1 else f"{PREFIX}-{share:g}"
 
 
 # --- data --------------------------------------------------------------------------------------
