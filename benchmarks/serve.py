@@ -18,6 +18,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import random
 import signal
 import statistics
@@ -156,8 +157,10 @@ def serve_naive(export: str, port: int) -> None:
 def commands(weights: Path, export: Path, replicas: int) -> Mapping[str, tuple[list[str], str]]:
     """Return the command of each server without its port, and the name of its model."""
     python, scripts = sys.executable, Path(sys.executable).parent
+    # a replica computes with as many threads as it has CPUs; the others use all cores
+    cpus = max(1, (os.cpu_count() or 1) // replicas)
     own = [str(scripts / "bridgework"), "serve", "chat", f"model={weights}", "dev=true",
-           f"replicas={replicas}", "queued=512"]  # fmt: skip
+           f"replicas={replicas}", f"cpus={cpus}", "queued=512"]  # fmt: skip
     return {
         "bridgework": (own, weights.name),
         "naive": ([python, "-m", "benchmarks.serve", "naive", str(export)], "export"),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import ray
@@ -19,6 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from xdist.scheduler import LoadScopeScheduling
 
 from bridgework.data.tokenization import load_tokenizer
+
+if TYPE_CHECKING:
+    from tests.store.faults import FaultyStore
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a process for each core: more threads would only wait for each other
@@ -74,6 +77,16 @@ def store_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]
         patch.setenv("BRIDGEWORK_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("BRIDGEWORK_STORE_WAIT_S", "5")
         yield port
+
+
+@pytest.fixture(scope="session")
+def server(store_environment: int) -> Iterator["FaultyStore"]:
+    """The session's S3 server."""
+    from tests.store.faults import FaultyStore  # imports moto: a second
+
+    made = FaultyStore(store_environment)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bridgework import ray_utils
+from bridgework import __version__, ray_utils
 from bridgework.data.quarantine import BadSample
 from bridgework.errors import DataError, ResourceError, SpecError
 from bridgework.training.feature_cache import TooLarge
@@ -170,6 +170,17 @@ def test_gpu_count_that_ray_cannot_allocate_is_rejected(gpus: float) -> None:
         _needs(RunOptions(gpus_per_worker=gpus))
 
 
+def test_folder_of_the_command_is_entered_where_it_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes of other machines do not have it, and work by URLs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "project").mkdir()
+    for folder in ("project", "elsewhere"):
+        ray_utils.enter_folder(str(tmp_path / folder))
+    assert Path.cwd() == tmp_path / "project"
+
+
 def test_relative_paths_are_valid_in_actors(tmp_path: Path) -> None:
     seen: list[int] = []
     ray_utils.map_on_actors(lambda: seen.append, [1, 2], 0)
@@ -193,3 +204,11 @@ def test_bridgework_error_keeps_its_class_across_actors(
     with pytest.raises(DataError, match="item 1") as caught:
         ray_utils.map_on_actors(lambda: work, [1], 1)
     assert type(caught.value) is raised
+
+
+def test_actor_on_a_node_with_another_version_fails_before_its_work() -> None:
+    made = list[bool]()
+    actor = ray_utils._Actor(lambda: made.append, os.getcwd(), 1, "the judges", "0.0.9")
+    answer = actor({"item": True})
+    assert answer["error"] == "bridgework.errors:RunError" and not made
+    assert f"Got {__version__}; expected 0.0.9. Fix: install 0.0.9 there" in answer["message"]

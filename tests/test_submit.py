@@ -6,8 +6,11 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
 import pytest
 from typer.testing import CliRunner
@@ -140,6 +143,38 @@ def test_cluster_that_is_not_named_or_not_there_is_one_line(
         _jobs("http://127.0.0.1:9")
 
 
+class Refusing(BaseHTTPRequestHandler):
+    """A job server that refuses, as that of Ray: 401 without a token, 403 for a wrong one."""
+
+    status: ClassVar[int]
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(b"Unauthorized: Missing authentication token")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Log nothing."""
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_job_server_that_refuses_the_token_is_one_line_with_a_fix(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Refusing, "status", status, raising=False)
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(
+            ResourceError, match=r"cannot be joined\..*Fix: export RAY_AUTH_MODE"
+        ) as raised:
+            _jobs(f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_every_command_is_a_job(name: str) -> None:
     job = import_module(f"jobs.{name}")
@@ -168,10 +203,12 @@ GOOD = Facts(
     ("check", "answer"),
     [
         ("answers", RuntimeError("no module named bridgework")),
+        ("answers", TimeoutError("no answer within 300 s")),
         ("versions", replace(GOOD, versions=own_versions() | {"bridgework": "0.0.1"})),
         ("clock", replace(GOOD, clock=700.0)),
         ("store", replace(GOOD, reads="FileNotFoundError: x")),
         ("store", replace(GOOD, writes="PermissionError: x")),
+        ("store", replace(GOOD, store_s=30.0)),
         ("ports", replace(GOOD, unreachable=("b (10.0.0.2:8076: timed out)",))),
         ("tracking server", replace(GOOD, tracking="HTTPError: 401")),
         ("free space", replace(GOOD, free_gib=1.0)),

@@ -73,7 +73,8 @@ def train(
         SpecError: A stage does not exist.
         DataError: A dataset does not exist, or has too many bad rows.
         RunError: The run belongs to another recipe, is in use, or failed more often than allowed.
-        Interrupted: A signal stopped the run, after a checkpoint.
+        Interrupted: A signal stopped the run, after a checkpoint. Paused, a kind of it: the run reached
+            `options.until`.
 
     Example:
         >>> import bridgework as bw

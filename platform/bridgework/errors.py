@@ -6,6 +6,7 @@ BridgeworkError
 ├── WeightsError   (ValueError)    pretrained weights, an artifact, a parameter's shape
 ├── RunError       (RuntimeError)  a run, a checkpoint, a worker
 │   └── Interrupted                a run that a signal stopped, after a checkpoint
+│       └── Paused                 a run that has reached its --until, after a checkpoint
 ├── TrackingError  (RuntimeError)  the tracker: no answer, or an unknown run, model or alias
 └── ResourceError  (OSError)       the machine: memory, disk, a port, a missing program
 
@@ -51,6 +52,10 @@ class RunError(BridgeworkError, RuntimeError):
 
 class Interrupted(RunError):
     """A signal stopped a run, after a checkpoint of its last step."""
+
+
+class Paused(Interrupted):
+    """A run has reached the step after which it was to stop, and saved a checkpoint."""
 
 
 class TrackingError(BridgeworkError, RuntimeError):

@@ -8,19 +8,21 @@ while waiting. Functions import Ray only when they use it, because a run in one 
 import logging
 import math
 import os
+import platform
 import signal
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
-from bridgework import ray_metrics
-from bridgework.errors import BridgeworkError, ResourceError
+from bridgework import __version__, ray_metrics
+from bridgework.errors import BridgeworkError, ResourceError, RunError
 
 T = TypeVar("T")
 TIMEOUT_S = 1_800.0  # of a wait for resources: a scarce spot node may take many minutes
@@ -90,7 +92,7 @@ def connect(**logs: Any) -> bool:
         try:
             ray.init(address=named, **logs)
         except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-            raise _not_joined(named, error) from error
+            raise not_joined(named, error) from error
     return False
 
 
@@ -162,21 +164,44 @@ def on_every_node(
     return found
 
 
+def enter_folder(folder: str) -> None:
+    """Change to the working folder of the command, so that relative paths are valid.
+
+    A node of another machine may not have it; URLs and absolute paths do not need it.
+    """
+    if os.path.isdir(folder):
+        os.chdir(folder)
+
+
+def check_version(expected: str, found: str = __version__, node: str = platform.node()) -> None:
+    """Raise RunError if a node has another version of bridgework than the command.
+
+    expected: of the command. found: of the node, by default of this process.
+    """
+    if found != expected:
+        raise RunError(
+            f"{node}: the node has another version of bridgework than the command. Got "
+            f"{found or 'none'}; expected {expected}. Fix: install {expected} there, or submit the "
+            "folder of the package; `bridgework doctor --cluster` lists all such nodes"
+        )
+
+
 def jobs(address: str) -> list[tuple[str, str]]:
     """Return (submission id, state) of the jobs of a cluster.
 
     Raises ResourceError if its job server does not answer or refuses the token.
     """
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
         found = JobSubmissionClient(address).list_jobs()
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise _not_joined(address, error) from error
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise not_joined(address, error) from error
     return [(job.submission_id or "", str(job.status.value)) for job in found]
 
 
-def _not_joined(address: str, error: Exception) -> ResourceError:
+def not_joined(address: str, error: Exception) -> ResourceError:
     """Return the error of a cluster that cannot be joined: a wrong token, address or version."""
     text = str(error).strip().partition(chr(10))[0][:300]
     words = f"{text} {error}".lower()
@@ -436,7 +461,13 @@ def map_on_actors(
         [{"item": item} for item in items], override_num_blocks=len(items)
     ).map(
         cast(Any, _Actor),
-        fn_constructor_args=(make, os.getcwd(), max(1, (os.cpu_count() or 1) // actors), what),
+        fn_constructor_args=(
+            make,
+            os.getcwd(),
+            max(1, (os.cpu_count() or 1) // actors),
+            what,
+            __version__,
+        ),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=ACTOR_CPUS,
         num_gpus=gpu,
@@ -451,11 +482,23 @@ class _Actor:
     """Runs calls in the working folder of the calling process, so that relative paths are valid."""
 
     def __init__(
-        self, make: Callable[[], Callable[[Any], object]], folder: str, threads: int, what: str
+        self,
+        make: Callable[[], Callable[[Any], object]],
+        folder: str,
+        threads: int,
+        what: str,
+        version: str,
     ) -> None:
-        with suppress(OSError):  # the folder may not exist on another machine; URLs do not need it
-            os.chdir(folder)
-        self._work, self._what = make(), what
+        """version: of bridgework in the calling process; every call fails on a node with another."""
+        enter_folder(folder)
+        self._what = what
+        self._work: Callable[[Any], object]
+        try:
+            check_version(version)
+        except RunError as error:
+            self._work = partial(_fail, str(error))
+            return
+        self._work = make()
         if "torch" in sys.modules:
             # Ray's default follows num_cpus, not the cores.
             sys.modules["torch"].set_num_threads(threads)
@@ -479,3 +522,7 @@ class _Actor:
         ray_metrics.add("bridgework_actor_seconds", time.perf_counter() - started, work=self._what)
         ray_metrics.add("bridgework_actor_items", work=self._what)
         return {"error": "", "message": ""}
+
+
+def _fail(message: str, item: Any) -> None:
+    raise RunError(message)

@@ -3,12 +3,14 @@
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
 import pytest
 
+from bridgework import __version__
 from bridgework.data import ray_ingest
 from bridgework.data.ray_ingest import PlanIngest, from_ray, prefetch, to_block
 from bridgework.data.reader import ReaderConfig, Row, local
-from bridgework.errors import RunError, SpecError
+from bridgework.errors import ResourceError, RunError, SpecError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -66,5 +68,18 @@ def test_rows_of_another_rank_world_size_or_step_stop_the_run(feed: ReaderConfig
     for rank, world in ((0, 2), (1, 3)):
         with pytest.raises(RunError, match=r"Got \(rank, world\) \[\(1, 2\)\]; expected"):
             next(from_ray(shard, rank=rank, world=world, start=4))
-    with pytest.raises(RunError, match="Got step 4; expected step 3"):
+    with pytest.raises(RunError, match="Got step 4; expected step 5"):
+        list(from_ray([*shard, *shard], rank=1, world=2, start=4))
+
+
+def test_late_listing_of_a_checkpoint_starts_the_workers_again(feed: ReaderConfig) -> None:
+    """Rank 0 may find another newest checkpoint than the process that plans the rows."""
+    shard = [to_block(next(local(feed, rank=1, world=2, start=4)), rank=1, world=2)]
+    with pytest.raises(ResourceError, match="Got step 4; expected step 3"):
         next(from_ray(shard, rank=1, world=2, start=3))
+
+
+def test_reader_on_a_node_with_another_version_reads_nothing() -> None:
+    reader = ray_ingest._Windows(b"of another version", 1, 0, "0.0.9")
+    with pytest.raises(RunError, match=rf"Got {__version__}; expected 0\.0\.9\. Fix: install"):
+        reader(pa.table({"item": [0]}))

@@ -1,5 +1,6 @@
 """MED against transformers' BLIP, which was checked against the release: names, logits, texts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bridgework.hf import blip
 from bridgework.hf.common import config_diff
 from bridgework.hf.convert import export_hf, import_hf
 from bridgework.losses.language_modeling import language_modeling
-from bridgework.models import MomentumConfig
+from bridgework.models import EfficientNetConfig, MomentumConfig
 from bridgework.models.blip_med import MED
 from bridgework.system import IGNORE
 from tests.models.med_examples import CLS, SEP, pairs, spec
@@ -209,6 +210,12 @@ def test_models_without_a_transformers_class_are_rejected() -> None:
         blip.hf_config(spec("contrast", "match", momentum=MomentumConfig(queue=0)))
     with pytest.raises(WeightsError, match=r"not supported\. Got \['BlipModel'\]"):
         blip.model_config(config("BlipModel"))
+
+
+def test_a_vision_tower_that_transformers_blip_does_not_have_is_not_exported() -> None:
+    vision = EfficientNetConfig(grid=1, weights=None)
+    with pytest.raises(SpecError, match="has no EfficientNetConfig"):
+        blip.hf_config(replace(spec("caption"), vision=vision))
 
 
 def test_unsupported_blip_config_is_rejected() -> None:

@@ -36,7 +36,7 @@ def test_card_states_data_training_and_figures_with_intervals(artifact: Path) ->
     for said in (
         "| ranking.accuracy | 0.25 | 0.1 to 0.4 | 40 |",
         "| bias.gender | 0.01 | not known | not known |",
-        "Duration of the stage: 0.50 hours. Energy: not measured.",
+        "Duration of the steps: 0.5 hours. Energy: not measured.",
         "Git commit: `0a1b2c3d4e5f`",
         "`bias.gender`",
         "Licenses of the data: CC0-1.0",
@@ -50,6 +50,7 @@ def test_card_has_the_figures_of_stored_evaluations_with_their_intervals(
     spec = HeldOutLoss(dataset="synthetic:shapes", rows=6)
     ((result, _),) = evaluations.evaluate(str(artifact), [spec], home)
     text = model_card(artifact)
+    assert "Duration of the steps: " in text  # from the run's journal
     assert len(result.rows) == 4
     for figure in result.figures:
         if figure.interval is not None:

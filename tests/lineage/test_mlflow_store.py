@@ -140,7 +140,7 @@ def test_version_refers_to_its_logged_model(
     assert '"store-llava"' in client.get_logged_model(model).tags["mlflow.modelVersions"]
     assert kept.source == client.get_logged_model(model).artifact_location
     assert kept.tags == {"artifact": "/runs/align", "digest": "w" * 64, "loss": "2.5"}
-    assert mlflow_tracker.registered(run) == [version]
+    assert mlflow_tracker.registered([run]) == [version]
 
 
 def test_mlflow_error_is_one_line_with_the_request(

@@ -65,6 +65,16 @@ def test_a_closed_gate_adds_nothing_and_still_learns(alpha: Any) -> None:
         assert bool(parameter.grad.any()) == ("alpha" in name), name
 
 
+def test_a_block_without_gates_adds_its_terms_as_they_are() -> None:
+    made, open_, (hidden_BTD, media_BMQF, seen_BT) = block(alpha="none"), block(), example()
+    assert not [name for name, _ in made.named_parameters() if "alpha" in name]
+    with torch.no_grad():
+        open_.alpha.fill_(20.0), open_.ffn_alpha.fill_(20.0)  # tanh(20) is 1 in float32
+    open_.load_state_dict(made.state_dict(), strict=False)
+    out_BTD = made(hidden_BTD, media_BMQF, seen_BT)
+    torch.testing.assert_close(out_BTD, open_(hidden_BTD, media_BMQF, seen_BT))
+
+
 def test_a_token_without_an_image_gets_exactly_nothing_from_attention() -> None:
     made, (hidden_BTD, media_BMQF, seen_BT) = block(), example()
     none_BT = torch.zeros_like(seen_BT)

@@ -11,7 +11,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from bridgework.errors import DataError, SpecError, WeightsError
 from bridgework.losses import Contrastive, LanguageModeling, Matching
-from bridgework.models import BlipViTConfig, MEDConfig, MEDTextConfig, MomentumConfig, base
+from bridgework.models import (
+    BlipViTConfig,
+    EfficientNetConfig,
+    MEDConfig,
+    MEDTextConfig,
+    MomentumConfig,
+    base,
+)
 from bridgework.models.blip_med import MED
 from bridgework.system import IGNORE
 from tests.models.med_examples import CLS, PAD, SEP, TINY, build, left, pairs, spec
@@ -109,6 +116,22 @@ def test_padding_on_either_side_changes_nothing() -> None:
         )
     seen = model.vision(pixels)
     torch.testing.assert_close(model.match(*moved[:2], seen), model.match(ids, attention, seen))
+
+
+def test_an_efficientnet_gives_the_images_one_vector() -> None:
+    vision = EfficientNetConfig(image_size=64, grid=1, weights=None)
+    torch.manual_seed(0)
+    model = replace(TINY, vision=vision).build().eval()
+    ids, attention, labels, _ = pairs()
+    features = torch.randn(len(ids), 1, vision.feature_width)
+    requested = POOLED | MATCH | {"logits"}
+    outputs = model(ids, attention, labels, features=features, requested=requested)
+    expected = normalize(model.heads.vision(features[:, 0]), dim=-1)
+    torch.testing.assert_close(outputs.image_BD, expected)
+    other = model(ids, attention, labels, features=features.flip(0), requested=requested)
+    assert not torch.allclose(other.logits_BTV, outputs.logits_BTV)
+    with pytest.raises(SpecError, match=r"model\.vision\.grid: one vector .* Got 2; expected 1"):
+        replace(TINY, vision=replace(vision, grid=2))
 
 
 # --- what is shared --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Serving on a running Ray with token authentication, as in docs/cluster.md and docs/serving.md."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,9 +91,10 @@ def test_serve_joins_a_ray_with_token_and_leaves_it_running(
             assert process.wait(120) == 0
 
 
+@pytest.mark.parametrize("name", ["serve", "train", "doctor", "traffic"])
 @pytest.mark.parametrize("change", ["no token", "another token", "no Ray"])
 def test_failed_join_of_ray_is_a_one_line_error(
-    head: str, environment: dict[str, str], weights: str, change: str
+    head: str, environment: dict[str, str], weights: str, change: str, name: str
 ) -> None:
     env = environment | {"RAY_ADDRESS": head}
     if change == "no token":
@@ -101,9 +103,15 @@ def test_failed_join_of_ray_is_a_one_line_error(
         env["RAY_AUTH_TOKEN"] = "0" * 64
     else:
         env["RAY_ADDRESS"] = f"127.0.0.1:{free_port()}"
-    said = subprocess.run(
-        command(weights, free_port()), env=env, capture_output=True, text=True, timeout=200
-    )
+    words = {
+        "serve": command(weights, free_port()),
+        "train": [sys.executable, "-m", "bridgework.cli", "train", "llava", "--tiny"],
+        "doctor": [sys.executable, "-m", "bridgework.cli", "doctor", "--cluster"],
+        "traffic": [sys.executable, "-m", "bridgework.cli", "traffic", "chat"],
+    }
+    said = subprocess.run(words[name], env=env, capture_output=True, text=True, timeout=200)
     assert said.returncode == 1
-    assert said.stderr.splitlines()[-1].startswith("error  ")
-    assert "RAY_ADDRESS" in said.stderr and "Traceback" not in said.stderr, said.stderr
+    line = said.stderr.splitlines()[-1]
+    assert re.match(rf"error  {env['RAY_ADDRESS']}: the cluster cannot be joined\..* Fix: ", line)
+    assert ("RAY_AUTH_MODE=token" in line) == ("token" in change), line
+    assert "Traceback" not in said.stderr, said.stderr

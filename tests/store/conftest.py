@@ -12,13 +12,6 @@ from bridgework import storage
 from tests.store.faults import FaultyStore
 
 
-@pytest.fixture(scope="session")
-def server(store_environment: int) -> Iterator[FaultyStore]:
-    made = FaultyStore(store_environment)
-    yield made
-    made.close()
-
-
 @pytest.fixture
 def faults(server: FaultyStore) -> Iterator[FaultyStore]:
     """The server of the store; faults that a test switches on end with it."""

@@ -4,7 +4,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 from urllib.parse import parse_qs
 from wsgiref.types import StartResponse, WSGIEnvironment
 
@@ -73,7 +72,3 @@ class FaultyStore:
         entry = rb"<Contents>.*?<Key>(.*?)</Key>.*?</Contents>"
         shorter = re.sub(entry, keep, listing, flags=re.DOTALL)
         return [shorter + b" " * (len(listing) - len(shorter))]
-
-
-def serve(port: int) -> Any:
-    return FaultyStore(port)

@@ -3,19 +3,22 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from bridgework import artifacts, storage
+from bridgework import artifacts, cli, storage
 from bridgework.errors import ResourceError, RunError
 from bridgework.storage import leases, stores
 from bridgework.tracking.tracker import Journal
@@ -57,16 +60,16 @@ def test_an_endpoint_that_does_not_answer_is_named(place: Path) -> None:
     assert "AWS_ENDPOINT_URL" in line
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "cause"),
-    [
-        ("400 Bad Request", "AuthorizationHeaderMalformed", "is in another region.*AWS_REGION"),
-        ("403 Forbidden", "RequestTimeTooSkewed", "clock is wrong.*NTP"),
-        ("403 Forbidden", "InvalidAccessKeyId", "refuses access.*credentials"),
-        ("403 Forbidden", "AccessDenied", "refuses access.*credentials"),
-        ("404 Not Found", "NoSuchBucket", "bucket 'test-.*does not exist.*BRIDGEWORK_HOME"),
-    ],
-)
+REFUSALS = [
+    ("400 Bad Request", "AuthorizationHeaderMalformed", "is in another region.*AWS_REGION"),
+    ("403 Forbidden", "RequestTimeTooSkewed", "clock is wrong.*NTP"),
+    ("403 Forbidden", "InvalidAccessKeyId", "refuses access.*credentials"),
+    ("403 Forbidden", "AccessDenied", "refuses access.*credentials"),
+    ("404 Not Found", "NoSuchBucket", "bucket 'test-.*does not exist.*BRIDGEWORK_HOME"),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "cause"), REFUSALS)
 @pytest.mark.parametrize("do", ["write", "read", "exists", "list", "remove"])
 def test_a_refusal_is_one_line_with_its_cause(
     place: Path, faults: FaultyStore, status: str, code: str, cause: str, do: str
@@ -85,11 +88,60 @@ def test_a_refusal_is_one_line_with_its_cause(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train llava --tiny --workers 0",
+        "data stats synthetic:shapes",
+        "data import folder {photos} photos --workers 0",
+        "data verify photos",
+        "curate filters synthetic:shapes made min_side=8",
+        "eval {home}/runs/run/align/artifact",
+    ],
+)
+@pytest.mark.parametrize(("status", "code", "cause"), [REFUSALS[0], REFUSALS[3], REFUSALS[4]])
+def test_a_command_ends_with_the_cause_in_one_line(
+    store_home: Path, faults: FaultyStore, tmp_path: Path, words: str, status: str, code: str,
+    cause: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    filled = words.format(home=store_home, photos=tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bridgework", *filled.split()])
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("a black square")
+    faults.refuse = (status, code)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 1
+    assert said[-1].startswith("error  ") and re.search(cause, said[-1]), said
+
+
 def test_requests_are_repeated_while_the_store_is_busy(place: Path, faults: FaultyStore) -> None:
     for call in (partial(storage.write_atomic, place / "file", "x"), (place / "file").read_text):
         faults.failing = 3
         call()
     assert faults.failing == 0
+
+
+@pytest.mark.parametrize("read", ["read_text", "open"])
+def test_an_object_that_is_replaced_while_it_is_opened_is_read(
+    place: Path, faults: FaultyStore, read: str
+) -> None:
+    """A lease and a journal are rewritten every few seconds; the one read is the old or the new."""
+    file, contents = place / "file", ["third", "second"]
+    storage.write_atomic(file, "first")
+
+    def replace(method: str, path: str) -> bool:
+        if method == "GET" and path.endswith("/file") and contents:
+            storage.write_atomic(file, contents.pop())
+        return False
+
+    faults.when = replace
+    if read == "read_text":
+        assert file.read_text() == "second"
+    else:
+        with file.open() as opened:
+            assert opened.read() == "third"
 
 
 def test_a_slow_store_is_reported_and_waited_for(
@@ -256,31 +308,55 @@ def test_a_silent_holder_is_replaced_and_fenced(
             silent.check()
 
 
-def test_a_living_holder_of_another_node_is_not_replaced(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leases, "LEASE_S", 2.0)
+@contextmanager
+def holder_of_another_node(lease: Path, every_s: float) -> Iterator[None]:
+    """Hold a lease as a process of another node does, which renews it every `every_s` seconds."""
     over = threading.Event()
 
     def beat() -> None:
         for number in range(1_000):
             holder = {"node": "another", "pid": 7, "beat": number}
-            storage.write_atomic(place / "lock" / "00000001.json", json.dumps(holder))
-            if over.wait(0.3):
+            storage.write_atomic(lease / "00000001.json", json.dumps(holder))
+            if over.wait(every_s):
                 return
 
     thread = threading.Thread(target=beat)
     thread.start()
-    time.sleep(0.2)
+    until = time.monotonic() + 10
+    while not storage.names(lease) and time.monotonic() < until:
+        time.sleep(0.05)
     try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_living_holder_is_not_replaced_on_a_slow_store(
+    place: Path, faults: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder renews its lease later than LEASE_S, because its requests take long."""
+    monkeypatch.setattr(leases, "LEASE_S", 1.0)
+    with holder_of_another_node(place / "lock", every_s=4.0):
+        faults.delay_s = 0.3
+        faults.when = lambda method, path: method == "GET"
         with (
             pytest.raises(RunError, match="in use by another, process 7"),
             leases.held(place / "lock", refused),
         ):
             pass
-    finally:
-        over.set()
-        thread.join()
+
+
+def test_a_living_holder_of_another_node_is_not_replaced(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_S", 2.0)
+    with (
+        holder_of_another_node(place / "lock", every_s=0.3),
+        pytest.raises(RunError, match="in use by another, process 7"),
+        leases.held(place / "lock", refused),
+    ):
+        pass
 
 
 def test_a_fenced_run_publishes_nothing(

@@ -1,11 +1,14 @@
 """Runs whose home is in a store (S3): the same bits as on a local disk, and the same recovery."""
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bridgework import artifacts, storage
+from bridgework.errors import ResourceError
 from bridgework.evaluation import results
 from bridgework.training import checkpoint
 from tests.training.support import Stop, go, judged, llava, losses, same, stop_at, weights
@@ -74,3 +77,25 @@ def test_two_workers_resume_from_a_store(
     local = weights(home, run)
     assert all((local[n] - t).abs().max() < 1e-5 for n, t in before.items())
     assert not [name for name in storage.names(folder) if name == "ray"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bucket_that_is_deleted_ends_workers_with_one_line(
+    ray_session: None, store_home: Path, run: str, bucket: str, workers: int
+) -> None:
+    """The workers are started again a few times, because a store may come back."""
+    fs = storage.find_store("s3://")[0].fs
+
+    def delete() -> None:
+        until = time.monotonic() + 120
+        while len(losses(store_home, run)) < 5 and time.monotonic() < until:
+            time.sleep(0.2)
+        fs.rm(bucket, recursive=True)  # with the bucket itself
+
+    deleting = threading.Thread(target=delete)
+    deleting.start()
+    with pytest.raises(ResourceError, match=f"the bucket {bucket!r} does not exist") as raised:
+        go(llava(2_000), store_home, run, workers=workers, checkpoint_every=1_000)
+    deleting.join()
+    assert "\n" not in str(raised.value)

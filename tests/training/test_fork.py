@@ -13,7 +13,7 @@ from bridgework import artifacts
 from bridgework.config import override
 from bridgework.data.dataset import write
 from bridgework.data.synthetic import shapes
-from bridgework.errors import DataError, RunError
+from bridgework.errors import DataError, Paused, RunError, SpecError
 from bridgework.evaluation import HeldOutLoss
 from bridgework.system import System
 from bridgework.tracking.tracker import MemoryTracker
@@ -204,6 +204,32 @@ def test_fork_from_an_older_checkpoint(home: Path, run: str) -> None:
     stopped(llava(7), home, run)
     go(llava(7, **LR), home, f"{run}-2", fork=f"{run}@2")
     assert steps(home, f"{run}-2") == [2, 3, 4, 5, 6]
+
+
+def test_a_run_that_stops_at_a_step_resumes_and_is_forked_there(home: Path, run: str) -> None:
+    go(llava(7), home, f"{run}-complete")
+    with pytest.raises(Paused, match="align: stopped at step 3, as requested; a checkpoint"):
+        go(llava(7), home, run, until=3)
+    assert steps(home, run) == [0, 1, 2]
+    with pytest.raises(Paused, match="stopped at step 3"):
+        go(llava(7), home, run, until=3)
+    assert steps(home, run) == [0, 1, 2], "it has stopped already"
+    go(llava(7, **LR), home, f"{run}-fork", fork=f"{run}@3")
+    assert steps(home, f"{run}-fork") == [3, 4, 5, 6]
+    go(llava(7), home, run)
+    assert losses(home, run) == losses(home, f"{run}-complete")
+    assert same(weights(home, run), weights(home, f"{run}-complete"))
+    with pytest.raises(
+        SpecError, match=r"--until: stage align ends before it\. Got 7; expected less"
+    ):
+        go(llava(7), home, f"{run}-late", until=7)
+
+
+def test_only_the_last_of_the_stages_stops_at_the_step(home: Path, run: str) -> None:
+    with pytest.raises(Paused, match="instruct: stopped at step 2"):
+        go(llava(4), home, run, stages=("align", "instruct"), until=2)
+    assert steps(home, run) == [0, 1, 2, 3]
+    assert steps(home, run, "instruct") == [0, 1]
 
 
 def test_unchanged_finished_stages_are_copied(home: Path, run: str) -> None:

@@ -9,15 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+from ray import cloudpickle
 from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.execution.controller.state import InitializingState, RestartingState
 
+from bridgework import __version__, ray_utils
 from bridgework.config import override
 from bridgework.errors import Interrupted, ResourceError, RunError, SpecError
 from bridgework.training import checkpoint, notices
 from bridgework.training.options import RunOptions
-from bridgework.training.process_group import DeviceTorchConfig, _backend
+from bridgework.training.process_group import DeviceTorchConfig, WorkerFacts, _backend, _probe
 from bridgework.training.ray_train import WorkerGroupCallback
 from bridgework.training.stopping import Preemption, Stop
 from tests.training import elastic_run
@@ -133,8 +135,9 @@ def test_wrong_range_of_workers_is_rejected(workers: int | tuple[int, int]) -> N
 
 def test_nodes_of_the_gpu_pool_without_a_gpu_are_named(tmp_path: Path) -> None:
     pool = DeviceTorchConfig(folder=tmp_path / "align", gpus=1, needs_gpus=True)
-    assert _backend([("a", True), ("b", True)], pool) == "nccl"
-    for found in ([("a", True), ("b", False)], [("b", False)]):
+    good, bad = WorkerFacts("a", True), WorkerFacts("b", False)
+    assert _backend([good, good], pool) == "nccl"
+    for found in ([good, bad], [bad]):
         with pytest.raises(
             RunError, match=r"align: workers got 1 GPUs each of Ray.*on the nodes b\. Fix"
         ):
@@ -142,8 +145,16 @@ def test_nodes_of_the_gpu_pool_without_a_gpu_are_named(tmp_path: Path) -> None:
     (tmp_path / "align").mkdir()
     tiny = DeviceTorchConfig(folder=tmp_path / "align", gpus=1)
     follower = notices.Follower(tmp_path / "align")
-    assert _backend([("b", False)], tiny) == "gloo"
+    assert _backend([bad], tiny) == "gloo"
     assert "on the nodes b: they train on the CPU" in follower.new()[0]
+
+
+def test_worker_on_a_node_with_another_version_is_named() -> None:
+    node, _, version = cloudpickle.loads(cloudpickle.dumps(_probe()))()
+    ray_utils.check_version(__version__, version, node)
+    for found, got in (("0.0.9", "0.0.9"), ("", "none")):
+        with pytest.raises(RunError, match=rf"^b: .*Got {got}; expected {__version__}\. Fix: "):
+            ray_utils.check_version(__version__, found, "b")
 
 
 def callback(folder: Path, timeout_s: float) -> WorkerGroupCallback:

@@ -7,16 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bridgework.cli.mixtures import show
 from bridgework.config import override
 from bridgework.data import synthetic
 from bridgework.data.dataset import write
 from bridgework.data.plan.shares import requested
 from bridgework.errors import SpecError
 from bridgework.evaluation import HeldOutLoss
+from bridgework.evaluation.base import Figure
+from bridgework.evaluation.statistics import Interval
 from bridgework.mixture import Group, Mixture, Source
 from bridgework.system import System, load
 from bridgework.training.options import RunOptions
-from bridgework.tuning.mixture_search import MixtureSearch
+from bridgework.tuning.mixture_search import MixtureOutcome, MixtureSearch
 
 SIZES = {"large": 96, "middle": 48, "small": 24}
 OPTIONS = RunOptions(workers=0, threads=1)
@@ -96,16 +99,49 @@ def test_a_search_costs_three_more_runs_than_sources(
     runs = sorted(p.name.split("-")[0] for p in (home / "runs/mixture").iterdir() if p.is_dir())
     assert runs == ["best", "best", "source", "source", "source", "sqrt"]
     assert outcome.merges == 40
-    assert outcome.scores[0] == min(outcome.scores)
+    scores = [figure.value for figure in outcome.scores]
+    assert scores[0] == min(scores)
+    for figure in (*outcome.scores, *outcome.predicted, *outcome.baselines.values()):
+        assert figure.name == "heldout.loss" and figure.interval is not None
+        assert figure.interval.low < figure.value < figure.interval.high
     gap = outcome.against["sqrt"]
     assert gap is not None
     assert outcome.verdict.startswith("better beyond") == (gap.high < 0)
     for number in range(3):  # no model of one source is better than the best merge
         corner = found.merged(np.eye(3)[number]).metrics["heldout.loss"]
-        assert min(outcome.predicted) <= corner
+        assert min(figure.value for figure in outcome.predicted) <= corner
     again = MixtureSearch(system, "align", home=home, run="mixture", options=OPTIONS).search(40)
     assert [list(w) for w in again.best] == [list(w) for w in outcome.best]
     assert again.scores == outcome.scores
+
+
+def test_every_score_is_printed_with_its_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    def figure(value: float, *, rows: bool = True) -> Figure:
+        found = Interval(value, value - 0.25, value + 0.25, 16, 16) if rows else None
+        return Figure("heldout.loss", value, "lower", found)
+
+    outcome = MixtureOutcome(
+        sources=("a", "b"),
+        influence={"a": {"heldout.loss": figure(3.5)}, "b": {}},
+        merges=40,
+        best=(np.array([0.25, 0.75]),),
+        scores=(figure(1.5),),
+        predicted=(figure(2.5),),
+        baselines={"sqrt": figure(4.5), "uniform": figure(5.5, rows=False)},
+        against={"sqrt": None},
+        settings={"stages.align.data.alpha": "0"},
+        alpha=0.5,
+        verdict="not decided",
+    )
+    show(outcome, "heldout.loss")
+    printed = " ".join(capsys.readouterr().out.split())
+    for expected in (
+        "a 3.5 [3.25, 3.75]",
+        "best 1 25.0% 75.0% 1.5 [1.25, 1.75] 2.5 [2.25, 2.75]",
+        "sqrt 4.5 [4.25, 4.75]",
+        "uniform 5.5",
+    ):
+        assert expected in printed, printed
 
 
 def test_a_stage_that_cannot_be_searched_is_refused(system: System, home: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,9 @@ def reports(home: Path) -> int:
     return sum(len(trial.intermediate_values) + trial.state.is_finished() for trial in trials)
 
 
-def kill_when(home: Path, condition: Callable[[], bool]) -> None:
+def kill_when(home: Path, condition: Callable[[], bool], words: Sequence[str] = SWEEP) -> None:
     """Start the sweep and kill its process, as the machine would, once the condition holds."""
-    process = command(home, *SWEEP)
+    process = command(home, *words)
     while not condition() and process.poll() is None:
         time.sleep(0.2)
     if process.poll() is None:
@@ -79,9 +79,9 @@ def results(home: Path) -> list[Any]:
     return [(r.trial, dict(r.changes), r.status, r.score, dict(r.curve), r.repeats) for r in rows]
 
 
-def finished(home: Path) -> dict[str, int]:
+def finished(home: Path, stage: str = "align") -> dict[str, int]:
     """Return when the artifacts of the finished trials were written."""
-    files = (home / "runs/s").glob("0*/align/artifact/artifact.json")
+    files = (home / "runs/s").glob(f"0*/{stage}/artifact/artifact.json")
     return {str(file): file.stat().st_mtime_ns for file in files}
 
 

@@ -35,7 +35,7 @@ from bridgework.cli.options import Project, changes, number_or_range, pairs
 from bridgework.cli.sweeps import checked_features, report, sweep
 from bridgework.config import flat, override
 from bridgework.data.catalog import home as home_folder
-from bridgework.errors import BridgeworkError, Interrupted, ResourceError, SpecError
+from bridgework.errors import BridgeworkError, Interrupted, Paused, ResourceError, SpecError
 from bridgework.ray_utils import RESIZE_S, TIMEOUT_S
 from bridgework.system import System, load, recipes, variants
 
@@ -172,6 +172,15 @@ def train(
             help="Skip a sample or steps; recorded in the run. Repeat for several.",
         ),
     ] = None,
+    until: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="STEP",
+            help="Stop the last of the stages after STEP, with a checkpoint that --fork can name.",
+            show_default="its end",
+        ),
+    ] = None,
     evaluate_every: Annotated[
         int,
         typer.Option(
@@ -283,6 +292,7 @@ def train(
             readers=readers,
             skip=tuple(skip or ()),
             workers=asked,
+            until=until,
             evaluate_every=evaluate_every,
             evaluate_in_task=evaluate_in_task,
             keep_best=keep_best,
@@ -586,6 +596,9 @@ def main() -> None:
             error = storage.full(storage.locate(error.filename or home_folder()))
         if isinstance(error, MemoryError):
             error = ResourceError("out of memory. Fix: use a smaller batch")
+        if isinstance(error, Paused):
+            err.print(str(error), soft_wrap=True, highlight=False, markup=False)
+            sys.exit(0)
         escaped = str(error).replace("[", r"\[")  # not rich markup
         err.print(
             f"[bold red]error[/]  {escaped}",

@@ -27,6 +27,8 @@ from bridgework.cli.diagnostics import DISK_GIB, Check
 PACKAGES = ("bridgework", "ray", "torch", "transformers", "deepspeed")
 CLOCK_S = 5.0  # difference that matters: leases and the order of records
 TIMEOUT_S = 10.0  # of a connection
+ANSWER_S = 300.0  # for which a node is waited for: a store may be slow
+STORE_S = 10.0  # time of a read and a write that matters
 FOLDER = "doctor"  # in the home, for the files of the check of the store
 
 
@@ -43,6 +45,7 @@ class Facts:
     unreachable: tuple[str, ...]  # nodes whose port cannot be reached from this one
     gpus: int  # that torch can use
     nccl: bool
+    store_s: float = 0.0  # seconds of a read and a write in the home
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def answer(
     all nodes. gpus: ask torch for GPUs, which takes seconds.
     """
     reads = writes = lost = ""
+    asked = time.monotonic()
     try:
         files, root = fsspec.core.url_to_fs(home)
         with files.open(f"{root}/{FOLDER}/{secret}", "rb") as file:
@@ -97,6 +101,7 @@ def answer(
             file.write(b"x")
     except Exception as error:
         writes = f"{type(error).__name__}: {error}"
+    store_s = time.monotonic() - asked
     if tracking.startswith("http"):
         try:
             urllib.request.urlopen(f"{tracking.rstrip('/')}/health", timeout=TIMEOUT_S).close()
@@ -118,7 +123,9 @@ def answer(
             count, nccl = torch.cuda.device_count(), dist.is_nccl_available()
     free = shutil.disk_usage(tempfile.gettempdir()).free / 2**30
     found = own_versions()
-    return Facts(found, time.time(), reads, writes, free, lost, tuple(unreachable), count, nccl)
+    return Facts(
+        found, time.time(), reads, writes, free, lost, tuple(unreachable), count, nccl, store_s
+    )
 
 
 def own_versions() -> dict[str, str]:
@@ -148,7 +155,9 @@ def ask(home: str, tracking: str) -> list[Node]:
         )
         gpus = any(node["Resources"].get("GPU", 0) for node in alive)
         sent = time.time()
-        answers = on_every_node(partial(answer, home, secret, tracking, peers, gpus))
+        answers = on_every_node(
+            partial(answer, home, secret, tracking, peers, gpus), timeout_s=ANSWER_S
+        )
         received = time.time()
     finally:
         for path in files.glob(f"{root}/{FOLDER}/{secret}*"):
@@ -176,7 +185,11 @@ Said = Iterator[tuple[str, str]]  # (found, advice) of a node that fails a check
 def _answers(node: Node) -> Said:
     if isinstance(node.answer, Exception):
         lines = str(node.answer).strip().splitlines() or [""]
-        advice = "install bridgework there, or restart the node"
+        advice = (
+            "check that the node reaches the store of the home and the tracking server"
+            if isinstance(node.answer, TimeoutError)
+            else "install bridgework there, or restart the node"
+        )
         yield f"{type(node.answer).__name__}: {lines[-1][:200]}", advice
 
 
@@ -207,6 +220,11 @@ def _store(node: Node) -> Said:
         yield f"does not see a file of this process: {node.answer.reads}", advice
     if node.answer.writes:
         yield f"cannot write: {node.answer.writes}", advice
+    if node.answer.store_s > STORE_S:
+        yield (
+            f"slow: {node.answer.store_s:.0f} s for a read and a write",
+            "use a store in the region of the nodes; a run waits for it at every checkpoint",
+        )
 
 
 def _ports(node: Node) -> Said:

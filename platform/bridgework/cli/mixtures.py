@@ -1,9 +1,11 @@
 """`bridgework mixture search`: find the mixture of a stage for the cost of K + 3 short runs."""
 
+from math import isfinite
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bridgework.cli.options import changes
@@ -12,6 +14,7 @@ from bridgework.errors import SpecError
 from bridgework.system import load
 
 if TYPE_CHECKING:
+    from bridgework.evaluation.base import Figure
     from bridgework.tuning.mixture_search import MixtureOutcome
 
 mixture = typer.Typer(help="Search the mixture of a stage.", no_args_is_help=True)
@@ -90,21 +93,29 @@ def search(
 
 
 def show(outcome: "MixtureOutcome", metric: str) -> None:
-    """Print the table of sources and metrics, the mixtures, and the verdict."""
+    """Print the table of sources and metrics, the mixtures, and the verdict, with intervals."""
     metrics = list(dict.fromkeys(key for row in outcome.influence.values() for key in row))
     table = Table("trained on", *metrics, box=None, pad_edge=False)
     for source, figures in outcome.influence.items():
-        cells = [figures.get(key, "") for key in metrics]
-        table.add_row(source, *(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
+        table.add_row(source, *(_cell(figures[key]) if key in figures else "" for key in metrics))
     out.print(table)
     table = Table("mixture", *outcome.sources, metric, "merged", box=None, pad_edge=False)
     for place, weights in enumerate(outcome.best):
         shares = [f"{weight:.1%}" for weight in weights]
-        scores = f"{outcome.scores[place]:.4g}", f"{outcome.predicted[place]:.4g}"
+        scores = _cell(outcome.scores[place]), _cell(outcome.predicted[place])
         table.add_row(f"best {place + 1}", *shares, *scores)
-    table.add_row("sqrt", *[""] * len(outcome.sources), f"{outcome.baseline:.4g}", "")
+    for name, figure in outcome.baselines.items():
+        table.add_row(name, *[""] * len(outcome.sources), _cell(figure), "")
     out.print(table)
     out.print(f"verdict   {outcome.verdict}", soft_wrap=True, highlight=False, markup=False)
     out.print(f"nearest   alpha {outcome.alpha:.2f}", highlight=False)
     words = " ".join(f"--set {path}={value}" for path, value in outcome.settings.items())
     out.print(f"settings  {words}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _cell(figure: "Figure") -> str:
+    """Return e.g. `0.41 [0.31, 0.51]`, escaped for a table."""
+    text = f"{figure.value:.4g}"
+    if (found := figure.interval) is not None and isfinite(found.low):
+        text += f" [{found.low:.4g}, {found.high:.4g}]"
+    return escape(text)

@@ -89,19 +89,21 @@ def sweep(
 
 def show(space: "Space", outcome: "Outcome") -> None:
     """Print the trials, best first, and what became of the winner."""
-    from bridgework.tuning.compare import score_cells
+    from bridgework.tuning.compare import origin_cell, score_cells
     from bridgework.tuning.search import failures
 
     paths = list(dict.fromkeys(path for row in outcome.rows for path in row.changes))
     names = shortened(paths)
     metrics = [metric.name for metric in space.metrics]
-    table = Table("trial", *metrics, "status", "s", *names, box=None, pad_edge=False)
+    origins = ["from"] if any(row.origin for row in outcome.rows) else []
+    table = Table("trial", *metrics, "status", *origins, "s", *names, box=None, pad_edge=False)
     for row in outcome.rows:
         found = outcome.intervals.get(row.trial, (None,) * len(metrics))
         shown = [cell.replace("[", r"\[") for cell in score_cells(row, found)]
         mark = "*" if row.trial in outcome.front else ""
         values = [_shown(row.changes.get(path, "")) for path in paths]
-        table.add_row(row.trial + mark, *shown, row.status, f"{row.seconds:.0f}", *values)
+        cells = [row.status, *([origin_cell(row)] if origins else []), f"{row.seconds:.0f}"]
+        table.add_row(row.trial + mark, *shown, *cells, *values)
     out.print(table)
     if outcome.front:
         out.print("* on the Pareto front", highlight=False)

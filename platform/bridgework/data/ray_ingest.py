@@ -21,9 +21,9 @@ import ray.data
 from ray import cloudpickle
 from ray.train import DataConfig
 
-from bridgework import ray_metrics
+from bridgework import __version__, ray_metrics, ray_utils
 from bridgework.data.plan.plan import lanes_of
-from bridgework.errors import RunError
+from bridgework.errors import ResourceError, RunError
 from bridgework.system import Layout
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class PlanIngest(DataConfig):
         items = max((-(-self.steps // self.span) - start // self.span) * world_size, 0)
         blocks = range_dataset(items).map_batches(
             _Windows,
-            fn_constructor_args=(self.feed, world_size, start),
+            fn_constructor_args=(self.feed, world_size, start, __version__),
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=self.readers),
@@ -138,12 +138,16 @@ def _identity(item: pa.Table) -> pa.Table:
 class _Windows:
     """Actor that reads item i: window start // span + i // world of rank i % world."""
 
-    def __init__(self, feed: bytes, world: int, start: int) -> None:
-        self.reader: Reader = cloudpickle.loads(feed).open()
+    def __init__(self, feed: bytes, world: int, start: int, version: str) -> None:
+        """version: of bridgework in the command; every call fails on a node with another."""
         self.world = world
         self.start = start
+        self.version = version
+        if version == __version__:
+            self.reader: Reader = cloudpickle.loads(feed).open()
 
     def __call__(self, item: pa.Table) -> pa.Table:
+        ray_utils.check_version(self.version)
         plan = self.reader.plan
         window, rank = divmod(item["item"][0].as_py(), self.world)
         t = self.start // self.reader.feed.mixture.window + window
@@ -203,9 +207,10 @@ def from_ray(
     """Yield the rows of one rank for each step from `start` on, as `reader.local` does.
 
     Raises RunError for a block of another rank, world size or step, so that the run never trains on
-    other data.
+    other data; ResourceError, after which the workers start again, for blocks that begin at another
+    step.
     """
-    step = start
+    step, first = start, True
     for block in blocks:
         owners = [
             (r.as_py(), w.as_py()) for r, w in zip(block["rank"], block["world"], strict=True)
@@ -216,13 +221,19 @@ def from_ray(
                 f"{sorted(set(owners))}; expected {(rank, world)}. Fix: resume the run"
             )
         for number, rows in groupby(_rows(block), key=lambda row: row.step):
+            if first and number != step:
+                raise ResourceError(
+                    f"rank {rank} of {world}: the rows begin at another step than this worker, "
+                    f"because the newest checkpoint was listed late. Got step {number}; expected "
+                    f"step {step}. Fix: resume the run"
+                )
             if number != step:
                 raise RunError(
                     f"rank {rank} of {world}: received rows out of order. Got step {number}; "
                     f"expected step {step}. Fix: resume the run"
                 )
             yield list(rows)
-            step += 1
+            step, first = step + 1, False
 
 
 def _rows(block: pa.Table) -> "Iterator[Row]":

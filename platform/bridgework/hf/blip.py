@@ -77,7 +77,10 @@ def model_config(config: Any, *, tied: bool | None = None) -> MEDConfig:
 
 
 def hf_config(model: MEDConfig) -> Any:
-    """Return the BlipConfig of a model config. Raises SpecError for tasks without a class."""
+    """Return the BlipConfig of a model config.
+
+    Raises SpecError for tasks without a class, and for another vision tower.
+    """
     from transformers import BlipConfig
 
     named = [name for name, tasks in TASKS.items() if set(tasks) == set(model.tasks)]
@@ -86,6 +89,11 @@ def hf_config(model: MEDConfig) -> Any:
             f"transformers has no BLIP with the tasks {', '.join(model.tasks)}"
             + (" and a momentum encoder" if model.momentum else "")
             + ". Fix: export a stage that captions, answers, or does contrast and match"
+        )
+    if not isinstance(model.vision, BlipViTConfig):
+        raise SpecError(
+            f"transformers' BLIP has no {type(model.vision).__name__}. "
+            "Fix: export a model whose vision is a BlipViTConfig"
         )
     return BlipConfig(
         text_config={

@@ -45,6 +45,7 @@ from bridgework.inference.preprocess import (
     RawImage,
     read_image,
 )
+from bridgework.models import lora
 from bridgework.models.base import eval_no_grad
 from bridgework.system import IGNORE, Scoring, Stage
 
@@ -94,13 +95,17 @@ class Pipeline:
         return StopConditions.of(self.inputs.streams, getattr(self.model, "endings", frozenset()))
 
     @classmethod
-    def load(cls, path: str | Path, device: str | None = None) -> "Pipeline":
+    def load(
+        cls, path: str | Path, device: str | None = None, *, adapters: bool = False
+    ) -> "Pipeline":
         """Load the weights artifact in the folder `path`.
 
         Args:
             path: an artifact's folder.
             device: default: a GPU if there is one, otherwise the CPU. On a GPU, the model has the
                 precision of its training (bf16 or float32); on a CPU, float32.
+            adapters: keep low-rank adapters. By default they are merged into their matrices, which
+                saves two matrix products for each. The sums then differ by rounding.
 
         Returns:
             The pipeline of the artifact's model and stage.
@@ -110,6 +115,8 @@ class Pipeline:
         """
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         loaded = artifacts.load(path, place)
+        if not adapters:
+            lora.merge(loaded.model)
         half = place.type == "cuda" and loaded.stage.zero.precision == "bf16"
         return cls(loaded.model.to(torch.bfloat16) if half else loaded.model, loaded.stage)
 

@@ -27,6 +27,7 @@ from transformers.cache_utils import (
 
 from bridgework.inference.caches import KeyValues
 from bridgework.models import attention_masks
+from bridgework.models.decoder_only import last_logits
 from bridgework.models.encoder_decoder import is_encoder_decoder
 
 STEP = 64  # columns by which the buffers grow
@@ -140,7 +141,7 @@ class Slots:
         if is_encoder_decoder(language):
             self.start = int(language.generation_config.decoder_start_token_id)
         parameters = inspect.signature(language.forward).parameters
-        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._keep = last_logits(language)
         self._positions = "position_ids" in parameters
         self._columns = _Columns()
         self._layers: list[_SlotLayer | None] = []

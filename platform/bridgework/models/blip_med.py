@@ -28,10 +28,10 @@ from bridgework.models import encoder_decoder
 from bridgework.models.attention_masks import padded_positions
 from bridgework.models.base import Outputs, PairModel, PairModelConfig
 from bridgework.models.blip_text import MEDTextConfig, TextModules
-from bridgework.models.blip_vit import BlipViT, BlipViTConfig
+from bridgework.models.blip_vit import BlipViTConfig
 from bridgework.models.momentum_encoder import MomentumConfig, MomentumEncoder, MomentumKeys
 from bridgework.models.origin import Origin
-from bridgework.models.vision import remap_state_dict
+from bridgework.models.vision import EfficientNetConfig, VisionTower, remap_state_dict
 from bridgework.system import IGNORE
 
 Task = Literal["contrast", "match", "caption", "answer"]
@@ -50,11 +50,13 @@ FIRST_TEMPERATURE, MIN_TEMPERATURE, MAX_TEMPERATURE = 0.07, 0.001, 0.5
 class MEDConfig(PairModelConfig):
     """A vision tower and the text modules that the tasks need.
 
+    The tower's first vector is the image's in the joint space: CLS, or the one of an EfficientNet.
+
     With an encoder, a captioning decoder shares all its weights except self-attention (3.2). In
     caption-only and VQA models it owns its weights, as in the released fine-tunes.
     """
 
-    vision: BlipViTConfig
+    vision: BlipViTConfig | EfficientNetConfig
     text: MEDTextConfig
     tasks: tuple[Task, ...] = ("contrast", "match", "caption")
     embed: int = 256
@@ -71,10 +73,16 @@ class MEDConfig(PairModelConfig):
                 "model.tasks: hard negatives and a momentum encoder need the vectors of "
                 "'contrast'. Fix: add it to tasks"
             )
-        if "answer" in self.tasks and self.vision.width != self.text.width:
+        width = self.vision.feature_width
+        if "answer" in self.tasks and width != self.text.width:
             raise SpecError(
                 "an answer is decoded from the encoder's states: "
-                f"vision.width {self.vision.width} must be text.width {self.text.width}"
+                f"vision.width {width} must be text.width {self.text.width}"
+            )
+        if isinstance(self.vision, EfficientNetConfig) and self.vision.grid != 1:
+            raise SpecError(
+                "model.vision.grid: one vector is the image's in the joint space. "
+                f"Got {self.vision.grid}; expected 1. Fix: set vision.grid=1, or take a BlipViT"
             )
 
     def unshardable(self, requested: frozenset[str]) -> str:
@@ -131,7 +139,7 @@ class MED(PairModel):
 
     remedy: ClassVar = "change model.tasks, or add a momentum encoder with model.momentum"
 
-    def __init__(self, config: MEDConfig, vision: BlipViT, texts: TextModules) -> None:
+    def __init__(self, config: MEDConfig, vision: VisionTower, texts: TextModules) -> None:
         super().__init__()
         self.config = config
         self.vision = vision

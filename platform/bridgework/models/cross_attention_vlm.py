@@ -6,7 +6,6 @@ with more than one square: its frames. IMAGE and END are in no vocabulary, so th
 rows after it: column V of the logits is END, V + 1 is IMAGE.
 """
 
-import inspect
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, cast
@@ -29,7 +28,7 @@ from bridgework.system import END, IMAGE, Layout, Pixels
 # B batch  T tokens  N images and videos of the batch, in order  M of one row at most  P patches
 # S pixels of a side  F width of the tower's features and of the bridge's tokens
 # Q tokens of an image  D width of the language model  V vocabulary  C candidates
-# R tokens of a candidate
+# R tokens of a candidate  L = R - 1
 
 
 LOGITS = frozenset({"logits"})
@@ -123,7 +122,7 @@ class CrossAttentionVLM(VLMModule):
         self._vocab = int(language.get_output_embeddings().weight.shape[0])
         insert_blocks(language.get_decoder().layers, gates)
         self.extra.add_to(language.get_output_embeddings())
-        self._can_skip_logits = "logits_to_keep" in inspect.signature(language.forward).parameters
+        self._last_logits = decoder_only.last_logits(language)
 
     @property
     def endings(self) -> frozenset[int]:
@@ -247,7 +246,7 @@ class CrossAttentionVLM(VLMModule):
         `decoding` is passed to the language model's own forward, whose output matrix has two
         columns more.
         """
-        options = {"logits_to_keep": 1} if last and self._can_skip_logits else {}
+        options = self._last_logits if last else {}
         reached: list[nn.Module] = []
         images = {"media": media_BMQF, "seen": seen_BT, "reached": reached}
         token = _extra_columns.set(True)
@@ -280,23 +279,27 @@ class CrossAttentionVLM(VLMModule):
         """
         media_1MQF, seen_1T = self.media(prompt, None, features, layouts)
         media_CMQF = media_1MQF.expand(len(rest), -1, -1, -1)
-        seen_CR = seen_1T[:, -1:].expand(rest.shape)
-        length = prompt.shape[1] + rest.shape[1]
-        if not attention_masks.can_cache_prompt(self.language, length):
+        # the output of the last column would predict the token after it
+        read_CL = rest[:, :-1]
+        seen_CL = seen_1T[:, -1:].expand(read_CL.shape)
+        if not attention_masks.can_cache_prompt(self.language, prompt.shape[1] + rest.shape[1]):
             embeds_CTD = torch.cat(
-                [self.embed(prompt).expand(len(rest), -1, -1), self.embed(rest)], dim=1
+                [self.embed(prompt).expand(len(rest), -1, -1), self.embed(read_CL)], dim=1
             )
-            seen_CT = torch.cat([seen_1T.expand(len(rest), -1), seen_CR], dim=1)
+            seen_CT = torch.cat([seen_1T.expand(len(rest), -1), seen_CL], dim=1)
             logits_CTV, _ = self.run_language(embeds_CTD, media_CMQF, seen_CT, use_cache=False)
-            return logits_CTV[:, prompt.shape[1] - 1 : -1]
+            return logits_CTV[:, prompt.shape[1] - 1 :]
         first_11V, cache = self.run_language(
             self.embed(prompt), media_1MQF, seen_1T, last=True, use_cache=True
         )
+        first_C1V = first_11V.expand(len(rest), 1, -1)
+        if not read_CL.shape[1]:
+            return first_C1V
         cache.batch_repeat_interleave(len(rest))
-        after_CRV, _ = self.run_language(
-            self.embed(rest), media_CMQF, seen_CR, past_key_values=cache, use_cache=True
+        after_CLV, _ = self.run_language(
+            self.embed(read_CL), media_CMQF, seen_CL, past_key_values=cache, use_cache=True
         )
-        return torch.cat([first_11V.expand(len(rest), 1, -1), after_CRV[:, :-1]], dim=1)
+        return torch.cat([first_C1V, after_CLV], dim=1)
 
     @torch.no_grad()
     def generate(

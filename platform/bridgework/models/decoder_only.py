@@ -5,8 +5,9 @@ the length of the text: these read a prompt again with every continuation, and s
 see padding before it.
 """
 
-# B batch  T tokens  D width  V vocabulary  C candidates  R tokens of one
+# B batch  T tokens  D width  V vocabulary  C candidates  R tokens of one  L = R - 1
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -40,24 +41,38 @@ def logits(
 def continuations(language: Any, prompt_1TD: Tensor, rest_CR: Tensor) -> Tensor:
     """Return (C, R, V), the logits of every token of `rest` after one prompt.
 
-    The prompt is read once if the model can cache it.
+    The prompt is read once if the model can cache it. The last column of `rest` is not read,
+    because its output would predict the token after it.
     """
+    read_CL = rest_CR[:, :-1]
     prompt, candidates = prompt_1TD.shape[1], len(rest_CR)
-    cache, before_C1V = None, None
+    cache: Any = None
+    before_C1V: Tensor | None = None
     if attention_masks.can_cache_prompt(language, prompt + rest_CR.shape[1]):
-        first = language(inputs_embeds=prompt_1TD, use_cache=True)
+        first = language(inputs_embeds=prompt_1TD, use_cache=True, **last_logits(language))
         cache = getattr(first, "past_key_values", None)  # GPT-1 has no cache
         before_C1V = first.logits[:, -1:].expand(candidates, 1, -1)
     if cache is None or before_C1V is None:
-        words_CRD = language.get_input_embeddings()(rest_CR)
+        words_CLD = language.get_input_embeddings()(read_CL)
         embeds_CTD = torch.cat(
-            [prompt_1TD.expand(candidates, -1, -1), words_CRD.to(prompt_1TD.dtype)], dim=1
+            [prompt_1TD.expand(candidates, -1, -1), words_CLD.to(prompt_1TD.dtype)], dim=1
         )
         real_CT = torch.ones(embeds_CTD.shape[:2], dtype=torch.bool, device=embeds_CTD.device)
-        return logits(language, embeds_CTD, real_CT)[:, prompt - 1 : -1]
+        return logits(language, embeds_CTD, real_CT)[:, prompt - 1 :]
+    if not read_CL.shape[1]:
+        return before_C1V
     cache.batch_repeat_interleave(candidates)
-    after_CRV = language(input_ids=rest_CR, past_key_values=cache, use_cache=True).logits
-    return torch.cat([before_C1V, after_CRV[:, :-1]], dim=1)
+    after_CLV = language(input_ids=read_CL, past_key_values=cache, use_cache=True).logits
+    return torch.cat([before_C1V, after_CLV], dim=1)
+
+
+def last_logits(language: Any) -> dict[str, int]:
+    """Return the option by which a forward pass computes the logits of the last token alone.
+
+    It is empty for a model without that option.
+    """
+    known = "logits_to_keep" in inspect.signature(language.forward).parameters
+    return {"logits_to_keep": 1} if known else {}
 
 
 def generate(language: Any, embeds_BTD: Tensor, attention_BT: Tensor, **generation: Any) -> Tensor:

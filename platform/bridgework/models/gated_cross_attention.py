@@ -8,7 +8,7 @@ unchanged at the start (figure 4).
 # D width of the language model  H heads  W width of a head
 
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,8 @@ class GatesConfig:
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-5
     qk_norm: bool = False  # also norm every head's queries and keys (Idefics)
-    alpha: Literal["scalar", "vector"] = "scalar"
+    # of a gate tanh(alpha); none: no gates, as in the paper's ablation (3.3, table 3, iii)
+    alpha: Literal["scalar", "vector", "none"] = "scalar"
 
     def __post_init__(self) -> None:
         for name in ("every", "heads", "head_width"):
@@ -64,7 +65,10 @@ class GatesConfig:
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """y + tanh(alpha) attention(y, image), then y + tanh(alpha) feed-forward(y); no biases."""
+    """y + tanh(alpha) attention(y, image), then y + tanh(alpha) feed-forward(y); no biases.
+
+    Without gates, both terms are added as they are.
+    """
 
     def __init__(self, config: GatesConfig, width: int, media_width: int) -> None:
         super().__init__()
@@ -94,13 +98,13 @@ class GatedCrossAttentionBlock(nn.Module):
         sees none, and its attention output is 0.
         """
         attended_BTD = self._attend(self.norm(hidden_BTD), media_BMQF, seen_BT)
-        hidden_BTD = hidden_BTD + self.alpha.tanh() * attended_BTD
+        hidden_BTD = hidden_BTD + _gated(self.alpha, attended_BTD)
         normed_BTD = self.ffn_norm(hidden_BTD)
         if self.gate is None:
             inner = self.activation(self.up(normed_BTD))
         else:
             inner = self.activation(self.gate(normed_BTD)) * self.up(normed_BTD)
-        return hidden_BTD + self.ffn_alpha.tanh() * cast(Tensor, self.down(inner))
+        return hidden_BTD + _gated(self.ffn_alpha, self.down(inner))
 
     def _attend(self, normed_BTD: Tensor, media_BMQF: Tensor, seen_BT: Tensor) -> Tensor:
         images, tokens = media_BMQF.shape[1:3]
@@ -169,6 +173,12 @@ def _norm(config: GatesConfig, width: int) -> nn.Module:
     return kind(width, eps=config.norm_eps)
 
 
-def _alpha(config: GatesConfig, width: int) -> nn.Parameter:
+def _gated(alpha: nn.Parameter | None, added_BTD: Tensor) -> Tensor:
+    return added_BTD if alpha is None else alpha.tanh() * added_BTD
+
+
+def _alpha(config: GatesConfig, width: int) -> nn.Parameter | None:
+    if config.alpha == "none":
+        return None
     shape = (1, 1, width) if config.alpha == "vector" else (1,)  # as in Idefics
     return nn.Parameter(torch.zeros(shape))

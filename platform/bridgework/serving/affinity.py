@@ -10,6 +10,7 @@ Serve sends the class by value to every process with a handle, so this module im
 import hashlib
 import random
 from collections.abc import Mapping
+from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -21,9 +22,9 @@ class ImageAffinity(RequestRouter):
     busy of two random replicas, as with Serve's default.
     """
 
-    def initialize_state(self, slack: int) -> None:
-        """slack: requests that the preferred replica may hold beyond the least busy one."""
-        self._slack = slack
+    def initialize_state(self, **kwargs: Any) -> None:
+        """kwargs: `slack`, requests that the preferred replica may hold beyond the least busy."""
+        self._slack = int(kwargs["slack"])
 
     async def choose_replicas(
         self,

@@ -200,13 +200,14 @@ def traffic(name: str, share: float | None) -> dict[str, Any]:
     share out of range, ResourceError if no Ray is running.
     """
     if not ray.is_initialized():
-        if ray_utils.address() is None:
+        named = ray_utils.address()
+        if named is None:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # as `bridgework serve` starts it
         try:
-            ray.init(
-                ray_utils.address() or "auto", log_to_driver=False, logging_level=logging.ERROR
-            )
-        except ConnectionError:
+            ray.init(named or "auto", log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+            if named is not None or not isinstance(error, ConnectionError):
+                raise ray_utils.not_joined(named or "this machine's Ray", error) from error
             raise ResourceError(
                 "no Ray is running on this machine. Fix: start the app with `bridgework serve`, "
                 "or set RAY_ADDRESS"

@@ -51,6 +51,10 @@ def deployment(role: str, options: Options) -> serve.Deployment:
             "autoscaling_config": bounds | {"target_ongoing_requests": max(1, options.ongoing // 2)}
         }
     resources = replica_resources(options)
+    router: dict[str, Any] = {
+        "request_router_class": ImageAffinity,
+        "request_router_kwargs": {"slack": max(1, options.ongoing // 4)},
+    }
     return serve.deployment(
         name=role,
         ray_actor_options={
@@ -62,10 +66,7 @@ def deployment(role: str, options: Options) -> serve.Deployment:
         max_queued_requests=options.queued,
         health_check_period_s=HEALTH_S,
         graceful_shutdown_timeout_s=options.timeout_s,  # running answers are completed
-        request_router_config=RequestRouterConfig(
-            request_router_class=ImageAffinity,
-            request_router_kwargs={"slack": max(1, options.ongoing // 4)},
-        ),
+        request_router_config=RequestRouterConfig(**router),
         **scale,
     )(Replica)
 

@@ -118,6 +118,8 @@ class Options:
     )
     votes_bytes: int = 2**30  # of the votes of the playground, with their images
     held_bytes: int = 2**30  # of the bodies that a gateway holds at once
+    # streamed pieces of text that a replica sends; faster ones are joined
+    pieces_per_s: float = 100.0
     batch: int = 16  # largest batch of embeddings
     batch_wait_s: float = 0.01
     max_new_tokens: int = 512  # of a request that sets no max_tokens
@@ -131,7 +133,7 @@ class Options:
                 raise SpecError(f"{field} must be at least 1, got {value}")
         if not 0.0 <= self.share <= 1.0:
             raise SpecError(f"share must be in [0, 1], got {self.share:g}")
-        for field in ("timeout_s", "load_s", "poll_s"):
+        for field in ("timeout_s", "load_s", "poll_s", "pieces_per_s"):
             if not getattr(self, field) > 0:
                 raise SpecError(f"{field} must be above 0, got {getattr(self, field):g}")
         for origin in self.cors:

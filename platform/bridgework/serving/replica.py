@@ -7,9 +7,9 @@ embeddings, beam search) takes turns in one thread. A cancelled request ends its
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Generic, ParamSpec, TypeVar, cast
@@ -81,6 +81,7 @@ class Model:
         self._engine: Engine | None = None
         if hasattr(self._pipeline.model, "generate"):
             self._engine = Engine(self._pipeline, options.engine, observe)
+        self._streams, self._pieces_per_s = 0, options.pieces_per_s
         self._calls = ThreadPoolExecutor(1, "model")
         self._preparation = ThreadPoolExecutor(PREPARING, "prepare")
         self._embed_text = self._batched(self._pipeline.embed_texts, options)
@@ -119,7 +120,7 @@ class Model:
     ) -> AsyncGenerator[Delta | Answer, None]:
         """Yield `n` answers in pieces of text; each ends with an Answer without text."""
         prepared = self._prepared(parts, images, "messages")
-        async with aclosing(self._generate(prepared, sampling, n)) as pieces:
+        async with aclosing(self._stream(prepared, sampling, n)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -132,7 +133,7 @@ class Model:
     ) -> AsyncGenerator[Delta | Answer, None]:
         """Yield `n` continuations of a text in pieces, as `stream` does."""
         prepared = partial(self._text_engine().prepare_text, text)
-        async with aclosing(self._generate(prepared, sampling, n)) as pieces:
+        async with aclosing(self._stream(prepared, sampling, n)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -308,7 +309,7 @@ class Model:
     ) -> list[Answer]:
         texts, scores = [""] * n, [list[Scored]() for _ in range(n)]
         ends: dict[int, Answer] = {}
-        async with aclosing(self._generate(prepare, sampling, n)) as pieces:
+        async with aclosing(self._generate(prepare, sampling, n, lambda: None)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Answer):
                     ends[piece.index] = piece
@@ -317,17 +318,48 @@ class Model:
                     scores[piece.index] += piece.logprobs
         return [replace(ends[i], text=texts[i], logprobs=tuple(scores[i])) for i in range(n)]
 
-    async def _generate(
+    async def _stream(
         self, prepare: Callable[[], Prompt], sampling: EngineSampling, n: int
     ) -> AsyncGenerator[Delta | Answer, None]:
-        """Yield the pieces of `n` answers from the engine. Closing it cancels them."""
+        """Yield the pieces of `n` answers, at most `pieces_per_s` over all streams of the replica.
+
+        A piece passes three processes, which costs as much time as several tokens of a small model.
+        Text that is generated faster is sent in longer pieces, the first and last ones at once.
+        """
+
+        def pause_s() -> float:
+            return self._streams / self._pieces_per_s
+
+        self._streams += 1
+        try:
+            async with aclosing(self._generate(prepare, sampling, n, pause_s)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            self._streams -= 1
+
+    async def _generate(
+        self,
+        prepare: Callable[[], Prompt],
+        sampling: EngineSampling,
+        n: int,
+        pause_s: Callable[[], float | None],
+    ) -> AsyncGenerator[Delta | Answer, None]:
+        """Yield the pieces of `n` answers from the engine. Closing it cancels them.
+
+        pause_s: seconds between two yields; an answer that ends is yielded at once. None: wait
+        until one ends.
+        """
         engine, loop = self._text_engine(), asyncio.get_running_loop()
         items: asyncio.Queue[tuple[int, Piece | End]] = asyncio.Queue()
+        ended = asyncio.Event()
         started: list[GeneratedSequence] = []
 
         def sink(index: int) -> Callable[[Piece | End], None]:
             def take(item: Piece | End) -> None:
                 loop.call_soon_threadsafe(items.put_nowait, (index, item))
+                if isinstance(item, End):
+                    loop.call_soon_threadsafe(ended.set)
 
             return take
 
@@ -342,20 +374,36 @@ class Model:
                 await self._run(submit)
             except ResourceError:
                 raise busy() from None
-            for _ in range(n):
-                while True:
-                    index, item = await items.get()
-                    if isinstance(item, End):
-                        break
-                    yield Delta(index, item.text, tuple(map(self._scored, item.logprobs)))
-                if item.error is not None:
-                    raise item.error
-                usage = item.usage
-                reason = usage.finish_reason or "length"
-                yield Answer("", usage.prompt_tokens, usage.completion_tokens, reason, index)
+            left = n
+            while left:
+                produced = [await items.get()]
+                while not items.empty():
+                    produced.append(items.get_nowait())
+                ended.clear()
+                for delta in self._deltas(produced):
+                    yield delta
+                for index, end in produced:
+                    if isinstance(end, End):
+                        yield _answer(index, end)
+                        left -= 1
+                if left:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(pause_s()):
+                            await ended.wait()
         finally:
             for sequence in started:
                 engine.cancel(sequence)
+
+    def _deltas(self, produced: Sequence[tuple[int, Piece | End]]) -> Iterator[Delta]:
+        """Yield the text of each answer in one piece."""
+        pieces = dict[int, list[Piece]]()
+        for index, item in produced:
+            if not isinstance(item, End):
+                pieces.setdefault(index, []).append(item)
+        for index, some in pieces.items():
+            text = "".join(piece.text for piece in some)
+            logprobs = (one for piece in some for one in piece.logprobs)
+            yield Delta(index, text, tuple(map(self._scored, logprobs)))
 
     def _scored(self, one: TokenLogprob) -> Scored:
         top = tuple((self._token(token), logprob) for token, logprob in one.top)
@@ -438,6 +486,15 @@ async def _result(job: Future[R], stop: Callable[[], None]) -> R:
         if not job.cancel():
             await asyncio.wait([call])
         raise
+
+
+def _answer(index: int, end: End) -> Answer:
+    """Return the end of an answer. Raises its error."""
+    if end.error is not None:
+        raise end.error
+    usage = end.usage
+    reason = usage.finish_reason or "length"
+    return Answer("", usage.prompt_tokens, usage.completion_tokens, reason, index)
 
 
 @dataclass

@@ -3,8 +3,9 @@
 A lease is a folder of generations, `00000001.json`, `00000002.json` ..: the newest one holds it.
 A new generation is a conditional create, so exactly one process gets it. The holder rewrites its
 file every few seconds. A process that sees no new content for LEASE_S seconds, by its own clock,
-creates the next generation; no clocks of machines are compared. A holder that comes back is fenced:
-`Lease.check` fails before it publishes anything.
+creates the next generation; no clocks of machines are compared. It waits longer if its own requests
+take long, because those of the holder do too. A holder that comes back is fenced: `Lease.check`
+fails before it publishes anything.
 """
 
 import json
@@ -23,6 +24,7 @@ from bridgework.errors import RunError
 from bridgework.storage import node_cache
 
 LEASE_S = 60.0  # seconds without a sign of life, after which another process takes over
+SLOW = 4  # rounds of requests to a slow store that are added to LEASE_S
 SAY_EVERY_S = 10.0
 _NAME = re.compile(r"(\d{8})\.json")
 
@@ -41,7 +43,7 @@ class Lease(NamedTuple):
         if newest > self.generation:
             raise RunError(
                 f"{self.folder.parent}: another process has taken this run over, because this one "
-                f"gave no sign of life for {LEASE_S:g} s. Got lease {newest}; expected "
+                f"gave no sign of life for {LEASE_S:g} s or more. Got lease {newest}; expected "
                 f"{self.generation}. Fix: let the other process train; nothing more is written here"
             )
 
@@ -98,6 +100,7 @@ def _wait_until_free(
     """Return once the generation is released, replaced or abandoned."""
     held_by = Lease(folder, generation)
     seen, since, said = "", time.monotonic(), time.monotonic()
+    patience_s, asked = LEASE_S, time.monotonic()
     while _newest(folder) <= generation:
         try:
             content = _file(held_by).read_text()
@@ -107,12 +110,13 @@ def _wait_until_free(
         if holder.get("released") or _is_alive(holder) is False:
             return
         now = time.monotonic()
+        patience_s = max(patience_s, LEASE_S + SLOW * (now - asked))
         changed = content != seen and seen != ""
         if refusal is not None and (changed or _is_alive(holder)):
             raise refusal(f"{holder.get('node')}, process {holder.get('pid')}")
         if content != seen:
             seen, since = content, now
-        if now - since > LEASE_S:
+        if now - since > patience_s:
             log.warning(
                 "%s: process %s of %s gave no sign of life for %.0f s and is replaced",
                 folder,
@@ -128,9 +132,10 @@ def _wait_until_free(
                 folder,
                 holder.get("pid"),
                 holder.get("node"),
-                LEASE_S,
+                patience_s,
             )
         time.sleep(min(1.0, LEASE_S / 20))
+        asked = time.monotonic()
 
 
 def _beat(lease: Lease, own: dict[str, Any], over: threading.Event) -> None:

@@ -29,6 +29,7 @@ LOCAL = frozenset({"file", "local"})
 # Protocols in which an object appears complete or not at all, and folders do not exist.
 OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"})
 SAY_EVERY_S = 10.0
+REPLACED = 5  # times that a file is opened again, because it was replaced before its first read
 WAIT_S = 120.0  # default of $BRIDGEWORK_STORE_WAIT_S
 # Botocore's own retries would wait 25 minutes for a dead endpoint, without a message.
 _TIMEOUTS = {
@@ -211,8 +212,9 @@ class Store:
         encoding = {k: kwargs.pop(k) for k in ("encoding", "errors", "newline") if k in kwargs}
         if mode == "r":
             where = self._name(path)
-            raw = request(partial(self.fs.open, path, "rb", **kwargs), where, self._precise_code)
-            file: Any = io.BufferedReader(_Reading(raw, where), 1 << 20)
+            again = partial(self.fs.open, path, "rb", **kwargs)
+            raw = request(again, where, self._precise_code)
+            file: Any = io.BufferedReader(_Reading(raw, where, again), 1 << 20)
         else:
             file = _Writing(self, path, exclusive=mode == "x")
         return io.TextIOWrapper(file, **encoding) if text else file
@@ -256,10 +258,15 @@ class Store:
 
 
 class _Reading(io.RawIOBase):
-    """A remote file that is read by ranges; every read is a request."""
+    """A remote file that is read by ranges; every read is a request.
 
-    def __init__(self, file: Any, where: str) -> None:
-        self._file, self._where = file, where
+    One that is replaced between its opening and the first read, such as a growing journal, is
+    opened again.
+    """
+
+    def __init__(self, file: Any, where: str, again: Callable[[], Any]) -> None:
+        self._file, self._where, self._again = file, where, again
+        self._began = False
         self.size = file.size
 
     def readable(self) -> bool:
@@ -275,9 +282,24 @@ class _Reading(io.RawIOBase):
         return int(self._file.tell())
 
     def readinto(self, buffer: Any) -> int:
-        data = request(partial(self._file.read, len(buffer)), self._where)
+        data = request(partial(self._read, len(buffer)), self._where)
+        self._began = True
         buffer[: len(data)] = data
         return len(data)
+
+    def _read(self, size: int) -> Any:
+        for _ in range(REPLACED):
+            try:
+                return self._file.read(size)
+            except OSError as error:
+                if self._began or type(error).__name__ != "FileExpired":  # of s3fs
+                    raise
+                position = self._file.tell()
+                self._file.close()
+                self._file = self._again()
+                self._file.seek(position)
+                self.size = self._file.size
+        return self._file.read(size)
 
     def close(self) -> None:
         if not self.closed:
@@ -374,6 +396,11 @@ def explained(
             _CLOCK,
             "the store refuses requests, because this machine's clock is wrong",
             "set the clock (NTP), then run the same command",
+        ),
+        (
+            {"FileExpired"},
+            "the object was replaced while it was read",
+            "run the same command again",
         ),
         (
             _REGION,
@@ -503,6 +530,14 @@ class _StoreMixin:
 
     def is_symlink(self) -> bool:
         return False
+
+    def read_bytes(self) -> bytes:
+        """Return the content by one request, so that it is of one version of the object."""
+        here = cast(Any, self)
+        return cast(bytes, here.fs.cat_file(here.path))
+
+    def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
+        return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
 
     def __reduce__(self) -> Any:
         return store_path, (str(self),)

@@ -20,6 +20,7 @@ from bridgework.evaluation import results
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
 from bridgework.tracking import environment
+from bridgework.tracking.tracker import JOURNAL, Journal
 
 FILE = "README.md"
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # org/name
@@ -32,7 +33,7 @@ class Facts:
     """Facts about a training that its artifact does not hold.
 
     figures: name -> value. intervals: name -> (low, high) of its 95 % interval, and the rows.
-    hours: duration of the training of the stage. tags: of its run, e.g. git_commit, command.
+    hours: duration of the steps of the stage. tags: of its run, e.g. git_commit, command.
     """
 
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -42,7 +43,10 @@ class Facts:
 
 
 def stored_facts(folder: Path, home: Path) -> Facts:
-    """Return the figures and intervals of the stored evaluations of an artifact."""
+    """Return the figures and intervals of the stored evaluations of an artifact.
+
+    The hours are those of the journal next to it; an imported artifact has none.
+    """
     records = results.records_of(folder, artifacts.describe(folder).digest, home)
     figures = {figure.name: figure for record in records for figure in record.figures}
     return Facts(
@@ -52,7 +56,19 @@ def stored_facts(folder: Path, home: Path) -> Facts:
             for name, figure in figures.items()
             if (found := figure.interval) is not None and found.clusters > 1
         },
+        hours=_hours(folder.parent / JOURNAL),
     )
+
+
+def _hours(journal: Path) -> float | None:
+    """Return the hours of all steps of a journal. A repeated step counts once."""
+    seconds = {
+        point.step: point.value
+        for _, points in Journal(journal).points()
+        for point in points
+        if point.key == "step_s"
+    }
+    return sum(seconds.values()) / 3600 if seconds else None
 
 
 def model_card(folder: Path, facts: Facts | None = None, *, library: str = "bridgework") -> str:
@@ -149,7 +165,7 @@ def _training(system: System, stage: Stage, info: artifacts.Info, facts: Facts) 
         f"{', '.join(f'`{glob}`' for glob in stage.trains)}."
     ]
     if facts.hours is not None:
-        lines.append(f"Duration of the stage: {facts.hours:.2f} hours. Energy: not measured.")
+        lines.append(f"Duration of the steps: {facts.hours:.3g} hours. Energy: not measured.")
     else:
         lines.append("Duration and energy: not recorded.")
     for tag in ("hardware", "versions", "git_commit", "command", "seed"):

@@ -8,7 +8,7 @@ or weights. `Reader` is the protocol of the tracker's queries; `lineage_views` r
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
@@ -75,8 +75,8 @@ class Reader(Protocol):
 
     def children(self, run_id: str) -> list[RunView]: ...
 
-    def started_from(self, digest: str) -> list[RunView]:
-        """Find the runs that started from the weights of this digest."""
+    def started_from(self, digests: Collection[str]) -> list[RunView]:
+        """Find the runs that started from weights of one of these digests."""
 
     def producers(self, digest: str) -> list[RunView]:
         """Find the runs whose output has this digest, or one that begins with it."""
@@ -91,8 +91,8 @@ class Reader(Protocol):
 
     def versions(self, name: str) -> list[Version]: ...
 
-    def registered(self, run_id: str) -> list[Version]:
-        """Find the versions of the run's weights."""
+    def registered(self, run_ids: Collection[str]) -> list[Version]:
+        """Find the versions of these runs' weights, sorted by name and number."""
 
     def models(self) -> list[str]: ...
 
@@ -480,52 +480,77 @@ class _Downstream(_Walk):
             return
         runs = self._reader.readers(dataset.digest)
         parents = {run.parent for run in runs}
-        for run in runs:
-            if run.id not in parents:  # its stages are listed
-                self._add_run(node, run)
+        # the stages of a parent are listed instead of it
+        self._add_runs([(node, run) for run in runs if run.id not in parents])
         for digest, (_, manifest) in self._stored.items():
             child = self._known(digest)
             if child and dataset.digest in manifest.parents:
                 self._add_dataset(node, child)
 
     def _add_run(self, below: Node | None, run: RunView) -> None:
-        node = self._run_node(run)
-        if not self.graph.add(node, below):
-            return
-        versions = self._reader.registered(run.id) if run.outputs else []
-        for weights in run.outputs:
-            self._add_output(node, weights, versions)
+        self._add_runs([(below, run)])
         if below is None:  # the subject itself, e.g. the run of a system
-            for child in self._reader.children(run.id):
-                self._add_run(node, child)
+            node = self._run_node(run)
+            self._add_runs([(node, child) for child in self._reader.children(run.id)])
 
-    def _add_output(self, below: Node | None, weights: Weights, versions: list[Version]) -> None:
-        branch = _weights_node(weights.digest, weights.artifact)
-        if not self.graph.add(branch, below):
-            return
-        for version in versions:
-            if version.tags.get("digest") == weights.digest:
-                self.graph.add(self._version_node(version), branch)
-        for deployment in self._deployments.values():
-            if deployment.digest == weights.digest:
-                self.graph.add(_deployment_node(deployment), branch)
-        for later in self._reader.started_from(weights.digest):
-            self._add_run(branch, later)
+    def _add_runs(self, runs: Sequence[tuple[Node | None, RunView]]) -> None:
+        """Add runs, each below its node, and the uses of their weights.
+
+        All runs of one distance are asked for together, because a store of many runs needs as long
+        for one of them as for hundreds.
+        """
+        added = list[tuple[Node, RunView]]()
+        for below, run in runs:
+            node = self._run_node(run)
+            if self.graph.add(node, below):
+                added.append((node, run))
+        made = [run.id for _, run in added if run.outputs]
+        versions = dict[str, list[Version]]()
+        for version in self._reader.registered(made) if made else ():
+            versions.setdefault(version.run_id, []).append(version)
+        self._add_outputs(
+            [
+                (node, weights, versions.get(run.id, []))
+                for node, run in added
+                for weights in run.outputs
+            ]
+        )
+
+    def _add_outputs(
+        self, outputs: Sequence[tuple[Node | None, Weights, Sequence[Version]]]
+    ) -> None:
+        """Add weights, each below its node, their versions and deployments, and the later runs."""
+        branches = dict[str, Node]()
+        for below, weights, versions in outputs:
+            branch = _weights_node(weights.digest, weights.artifact)
+            if not self.graph.add(branch, below):
+                continue
+            for version in versions:
+                if version.tags.get("digest") == weights.digest:
+                    self.graph.add(self._version_node(version), branch)
+            for deployment in self._deployments.values():
+                if deployment.digest == weights.digest:
+                    self.graph.add(_deployment_node(deployment), branch)
+            if weights.digest:
+                branches[weights.digest] = branch
+        later = self._reader.started_from(branches) if branches else []
+        if later:
+            self._add_runs([(branches[run.tags["starts_from_digest"]], run) for run in later])
 
     def _add_weights(
         self, below: Node | None, digest: str, artifact: str = "", near: RunView | None = None
     ) -> None:
         runs = self._reader.producers(digest)
         folders = [w.artifact for run in runs for w in run.outputs if w.digest == digest]
-        versions = [v for run in runs for v in self._reader.registered(run.id)]
+        versions = self._reader.registered([run.id for run in runs]) if runs else []
         weights = Weights("", artifact or "".join(folders[-1:]), digest)
-        self._add_output(below, weights, versions)
+        self._add_outputs([(below, weights, versions)])
 
     def _add_version(self, below: Node | None, version: Version) -> None:
         node = self._version_node(version)
         if self.graph.add(node, below):
             weights = Weights("", version.artifact, version.tags.get("digest", ""))
-            self._add_output(node, weights, [])
+            self._add_outputs([(node, weights, [])])
 
 
 def _names(dataset: DatasetInput, what: str) -> bool:

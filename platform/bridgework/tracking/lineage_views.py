@@ -13,7 +13,7 @@ from bridgework.tracking.lineage import Lineage, Node
 
 WIDTH, HEIGHT = 210, 44  # pixels of a box
 GAP_X, GAP_Y = 60, 14  # pixels between boxes
-MAX_LETTERS = 30  # of a line in a box
+MAX_LETTERS = 24  # of a line in a box
 
 
 def tree(graph: Lineage) -> Tree:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from filelock import FileLock
 from mlflow import MlflowClient, entities
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.store.entities import PagedList
 from mlflow.utils import mlflow_tags
 from mlflow.utils.validation import (
@@ -36,6 +37,7 @@ from bridgework import old_names, storage
 from bridgework.artifacts import FILE
 from bridgework.errors import TrackingError, suggest
 from bridgework.mixture import DatasetInput
+from bridgework.tracking import mlflow_tables
 from bridgework.tracking.lineage import RunView, Weights
 from bridgework.tracking.registry import is_folder, split
 from bridgework.tracking.tracker import (
@@ -91,10 +93,13 @@ class MLflowReader:
             # Tracking and registry create their own tables at the first request.
             self._client.search_experiments(max_results=1)
             self._client.search_registered_models(max_results=1)
+        # None for a server, whose tables only its own process reads
+        is_database = urlsplit(self.uri).scheme.partition("+")[0] in DATABASE_ENGINES
+        self._database = self.uri if is_database else None
 
     def run(self, run_id: str) -> RunView:
         with self._call(f"read run {run_id}"):
-            return self._view(self._client.get_run(run_id))
+            return self._views([self._client.get_run(run_id)])[0]
 
     def named(self, name: str) -> list[RunView]:
         with self._call(f"find the run {name!r}"):
@@ -128,9 +133,18 @@ class MLflowReader:
         with self._call(f"read the stages of run {run_id}"):
             return self._runs(f"tags.`{mlflow_tags.MLFLOW_PARENT_RUN_ID}` = '{run_id}'")[::-1]
 
-    def started_from(self, digest: str) -> list[RunView]:
-        with self._call(f"find the runs that start from weights {digest}"):
-            return self._runs(f"tags.starts_from_digest = '{digest}'")[::-1]
+    def started_from(self, digests: Collection[str]) -> list[RunView]:
+        with self._call(f"find the runs that start from {len(digests)} weights"):
+            if self._database is None:
+                conditions = [f"tags.starts_from_digest = '{digest}'" for digest in digests]
+            else:
+                ids = mlflow_tables.runs_with_tag(self._database, "starts_from_digest", digests)
+                conditions = [
+                    f"attributes.run_id IN {_listed(some)}" for some in mlflow_tables.chunks(ids)
+                ]
+            where = self._everywhere()
+            found = [run for c in conditions for run in _pages(self._client.search_runs, where, c)]
+            return self._views(sorted(found, key=lambda run: run.info.start_time))
 
     def producers(self, digest: str) -> list[RunView]:
         with self._call(f"find the run that made weights {digest}"):
@@ -168,12 +182,19 @@ class MLflowReader:
             found = _pages(self._client.search_model_versions, f"name = '{name}'")
             return [self._version(v, aliases) for v in sorted(found, key=lambda v: int(v.version))]
 
-    def registered(self, run_id: str) -> list[Version]:
-        with self._call(f"find the versions of run {run_id}"):
-            names = {
-                v.name for v in _pages(self._client.search_model_versions, f"run_id = '{run_id}'")
-            }
-            return [v for name in sorted(names) for v in self.versions(name) if v.run_id == run_id]
+    def registered(self, run_ids: Collection[str]) -> list[Version]:
+        with self._call(f"find the versions of {len(run_ids)} runs"):
+            found = [
+                version
+                for some in mlflow_tables.chunks(run_ids)
+                for version in _pages(
+                    self._client.search_model_versions, f"run_id IN {_listed(some)}"
+                )
+            ]
+            names = {version.name for version in found}
+            aliases = {name: self._client.get_registered_model(name).aliases for name in names}
+            found.sort(key=lambda v: (v.name, int(v.version)))
+            return [self._version(v, aliases[v.name]) for v in found]
 
     def models(self) -> list[str]:
         with self._call("list the registered models"):
@@ -198,14 +219,29 @@ class MLflowReader:
     def _runs(self, condition: str, *experiments: str) -> list[RunView]:
         """Find runs, newest first; by default in all projects."""
         where = list(experiments) or self._everywhere()
-        return [self._view(r) for r in _pages(self._client.search_runs, where, condition)]
+        return self._views(_pages(self._client.search_runs, where, condition))
 
     def _logged(self, condition: str) -> list[entities.LoggedModel]:
         return _pages(self._client.search_logged_models, self._everywhere(), condition)
 
-    def _view(self, run: entities.Run) -> RunView:
-        ids = [m.model_id for m in run.outputs.model_outputs] if run.outputs else []
-        outputs = [self._client.get_logged_model(model_id) for model_id in ids]
+    def _views(self, runs: Sequence[entities.Run]) -> list[RunView]:
+        outputs = [
+            [m.model_id for m in run.outputs.model_outputs] if run.outputs else [] for run in runs
+        ]
+        models = self._models([model for ids in outputs for model in ids])
+        return [
+            self._view(run, [models[model] for model in ids])
+            for run, ids in zip(runs, outputs, strict=True)
+        ]
+
+    def _models(self, ids: Sequence[str]) -> dict[str, tuple[str, dict[str, str]]]:
+        """Return model id -> (name, tags) of logged models."""
+        if self._database is not None:
+            return mlflow_tables.logged_models(self._database, ids)
+        found = [self._client.get_logged_model(model) for model in ids]
+        return {model.model_id: (model.name, dict(model.tags)) for model in found}
+
+    def _view(self, run: entities.Run, outputs: Sequence[tuple[str, Mapping[str, str]]]) -> RunView:
         return RunView(
             id=run.info.run_id,
             name=run.info.run_name,
@@ -219,7 +255,8 @@ class MLflowReader:
             },
             inputs=tuple(_read_input(d) for d in (run.inputs.dataset_inputs if run.inputs else ())),
             outputs=tuple(
-                Weights(m.name, self._artifact(m.tags), m.tags.get("digest", "")) for m in outputs
+                Weights(name, self._artifact(tags), tags.get("digest", ""))
+                for name, tags in outputs
             ),
         )
 
@@ -595,6 +632,11 @@ def _pages(search: Callable[..., PagedList[T]], *where: Any) -> list[T]:
         token = page.token
         if not token:
             return found
+
+
+def _listed(values: Sequence[str]) -> str:
+    """Return a list of ids in MLflow's filter language."""
+    return f"({', '.join(repr(_quoted(value)) for value in values)})"
 
 
 def _quoted(text: str) -> str:

@@ -47,7 +47,7 @@ def register(tracker: Tracker, name: str, result: StageResult, tags: Mapping[str
             "Fix: run its command again while the tracker answers"
         )
     info = artifacts.describe(result.artifact)
-    for version in tracker.registered(result.run_id):
+    for version in tracker.registered([result.run_id]):
         if version.tags.get("digest") == info.digest:
             return version
     return tracker.register(
@@ -90,7 +90,7 @@ def register_folder(tracker: Tracker, name: str, folder: Path) -> Version:
             tracker.file(run, folder / CERTIFICATE)
         model_id = tracker.output(run, name, artifact, tags)
         tracker.finish(run)
-    for version in tracker.registered(run):
+    for version in tracker.registered([run]):
         if version.name == name and version.tags.get("digest") == info.digest:
             return version
     text = card.description(folder, tags)

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
@@ -128,8 +128,8 @@ class Tracker(Protocol):
         description: str = "",
     ) -> Version: ...
 
-    def registered(self, run_id: str) -> list[Version]:
-        """Return the versions of a run's weights, oldest first."""
+    def registered(self, run_ids: Collection[str]) -> list[Version]:
+        """Return the versions of these runs' weights, sorted by name and number."""
 
     def alias(self, name: str, alias: str, version: str | None) -> None:
         """Move an alias to a version; None removes it."""
@@ -147,6 +147,9 @@ class Tracker(Protocol):
 
     def version(self, name: str, which: str) -> Version:
         """Return a version by number or alias."""
+
+
+JOURNAL = "journal"  # folder of a stage's run
 
 
 class Journal:
@@ -411,8 +414,13 @@ class MemoryTracker:
         known.append(Version(name, str(len(known) + 1), artifact, run_id, (), dict(tags)))
         return known[-1]
 
-    def registered(self, run_id: str) -> list[Version]:
-        return [v for versions in self.versions.values() for v in versions if v.run_id == run_id]
+    def registered(self, run_ids: Collection[str]) -> list[Version]:
+        return [
+            version
+            for _, versions in sorted(self.versions.items())
+            for version in versions
+            if version.run_id in run_ids
+        ]
 
     def champions(self, name: str) -> tuple[str, ...]:
         if name not in self.versions:

@@ -31,7 +31,7 @@ from bridgework.errors import Interrupted, ResourceError, RunError, SpecError
 from bridgework.mixture import DatasetInput
 from bridgework.system import Stage, System
 from bridgework.tracking.relay import MetricsForwarder
-from bridgework.tracking.tracker import Tracker
+from bridgework.tracking.tracker import JOURNAL, Tracker
 from bridgework.training import checkpoint, feature_cache, loop, notices, run_dir, snapshots
 from bridgework.training.engine import learning_rate
 from bridgework.training.flight_recorder import resolve_curated_data
@@ -66,7 +66,8 @@ def train(
 
     Raises SpecError for an unknown stage, DataError for missing data, RunError if the run's name
     belongs to another recipe, is in use, or its workers failed more than `options.max_failures`
-    times, and Interrupted if a signal stopped it after a checkpoint.
+    times, Interrupted if a signal stopped it after a checkpoint, and Paused after the checkpoint of
+    `options.until`.
     """
     chosen = [system[name] for name in stages] if stages is not None else list(system.stages)
     console = console or Console(stderr=True)
@@ -77,6 +78,11 @@ def train(
             console.print(describe(forked), markup=False, highlight=False, soft_wrap=True)
     if options.keep_best is not None:
         snapshots.check_metric(chosen, options.keep_best)
+    if options.until is not None and options.until >= chosen[-1].budget.steps:
+        raise SpecError(
+            f"--until: stage {chosen[-1].name} ends before it. Got {options.until}; expected less "
+            f"than its {chosen[-1].budget.steps} steps. Fix: leave it out"
+        )
     for i, stage in enumerate(chosen):
         _check_stage(stage, [before.name for before in chosen[:i]], folder, home, options)
     with (
@@ -102,6 +108,8 @@ def train(
             for stage in chosen:
                 first = [stage.name] == unfinished[:1]
                 stage_options = options if first else replace(options, skip=())
+                if stage is not chosen[-1]:
+                    stage_options = replace(stage_options, until=None)
                 results[stage.name] = _stage(
                     system, stage, folder, home, stage_options, tracked, console, known, lease
                 )
@@ -217,6 +225,7 @@ def _stage(
         parent=parent,
         datasets=inputs,
         checkpoint_every=options.checkpoint_every or max(5, stage.budget.steps // 20),
+        until=options.until,
         evaluate_every=options.evaluate_every,
         midway=options.midway,
         evaluate_in_task=options.evaluate_in_task,
@@ -290,7 +299,7 @@ def _forward_metrics(tracker: Tracker, run_id: str | None, place: Path) -> Itera
     """Forward the stage's journal to the tracker from a side thread during the block."""
     relay = None
     try:
-        relay = MetricsForwarder(tracker, {run_id: place / "journal"}) if run_id else None
+        relay = MetricsForwarder(tracker, {run_id: place / JOURNAL}) if run_id else None
     except OSError as error:  # a full disk never ends a run
         log.warning(
             "%s: metrics are not tracked, the same command later does it: %s", place.name, error

@@ -59,13 +59,20 @@ class Fork:
 
 
 def fork(
-    system: System, source: str, *, home: Path, run: str, stages: Sequence[str] | None = None
+    system: System,
+    source: str,
+    *,
+    home: Path,
+    run: str,
+    stages: Sequence[str] | None = None,
+    unchanged: bool = False,
 ) -> Fork:
     """Make `run` a fork of `source`, RUN or RUN@STEP; an existing fork of it is not changed.
 
-    stages: those that `run` will train; None: all. The caller holds the lock of `run`. Raises
-    RunError if there is no checkpoint to start from, if `run` is already another run, and for a
-    change after which the checkpoint's tensors would not fit.
+    stages: those that `run` will train; None: all. unchanged: the recipe may be that of the source.
+    The caller holds the lock of `run`. Raises RunError if there is no checkpoint to start from, if
+    `run` is already another run, and for a change after which the checkpoint's tensors would not
+    fit.
     """
     named = _SOURCE.fullmatch(source)
     if named is None:
@@ -84,7 +91,7 @@ def fork(
         )
     before = run_dir.recipe(home, other)
     changed = run_dir.changes(before, system)
-    if not changed:
+    if not changed and not unchanged:
         raise RunError(
             f"--fork: the recipe is that of run {other!r}. "
             f"Fix: resume it with --run {other}, or change something"
@@ -136,6 +143,18 @@ def _split_stages(
     return finished, first
 
 
+def misfits(before: Stage, now: Stage) -> list[str]:
+    """List the changes of a stage, by dotted path, after which its checkpoints would not fit."""
+    old_shapes, new_shapes = (
+        {name: to_dict(getattr(s, name), options=False) for name in SHAPES} for s in (before, now)
+    )
+    changed = run_dir.differences(old_shapes, new_shapes, f"stages.{now.name}")
+    decays = (before.optim.weight_decay, now.optim.weight_decay)
+    if (decays[0] == 0) != (decays[1] == 0):  # only with a decay, vectors are a separate group
+        changed += run_dir.differences(*decays, f"stages.{now.name}.optim.weight_decay")
+    return changed
+
+
 def _find_checkpoint(
     before: System, stage: Stage, other_folder: Path, other: str, step: int | None, home: Path
 ) -> checkpoint.Checkpoint:
@@ -148,13 +167,7 @@ def _find_checkpoint(
             "train. Fix: start a run without --fork; from another run's artifact, set "
             f"stages.{stage.name}.starts_from to its folder"
         )
-    old_shapes, new_shapes = (
-        {name: to_dict(getattr(s, name), options=False) for name in SHAPES} for s in (old, stage)
-    )
-    changed = run_dir.differences(old_shapes, new_shapes, f"stages.{stage.name}")
-    decays = (old.optim.weight_decay, stage.optim.weight_decay)
-    if (decays[0] == 0) != (decays[1] == 0):  # only with a decay, vectors are a separate group
-        changed += run_dir.differences(*decays, f"stages.{stage.name}.optim.weight_decay")
+    changed = misfits(old, stage)
     if changed:
         raise RunError(
             f"--fork: {run_dir.summarize(changed)}; expected the same {', '.join(SHAPES)} as in "

@@ -39,7 +39,7 @@ from bridgework.models import base, lora
 from bridgework.rng import derive
 from bridgework.storage import node_cache
 from bridgework.system import EvalSpec, Stage, System
-from bridgework.tracking.tracker import Journal
+from bridgework.tracking.tracker import JOURNAL, Journal
 from bridgework.training import checkpoint, snapshots
 from bridgework.training.engine import Engine, learning_rate
 from bridgework.training.flight_recorder import FlightRecorder
@@ -54,7 +54,7 @@ from bridgework.training.metrics import (
 )
 from bridgework.training.run_dir import has_snapshot
 from bridgework.training.step import TrainingModule, check
-from bridgework.training.stopping import Preemption, interrupted, listening
+from bridgework.training.stopping import Preemption, interrupted, listening, paused
 
 FLUSH_S = 1.0  # seconds that points may wait before the driver sees them
 T = TypeVar("T")
@@ -76,6 +76,7 @@ class TrainJob:
     parent: Path | None = None  # the artifact to start from
     datasets: tuple[DatasetInput, ...] = ()
     checkpoint_every: int = 0  # steps; 0: only the artifact at the end
+    until: int | None = None  # step after which the run stops, with a checkpoint; None: its end
     evaluate_every: int = 0  # steps; 0: only at the end
     midway: str | None = None  # name of the only evaluation before the end; None: all
     evaluate_in_task: bool = False  # by the driver, on snapshots that the loop writes
@@ -109,7 +110,8 @@ def run(
     node is about to be taken away, which leads to checkpoints.
 
     Raises RunError if the loss, the gradient or the weights are not finite; Interrupted, after a
-    checkpoint, if the run is asked to stop; ResourceError for a lack of memory or disk space.
+    checkpoint, if the run is asked to stop; Paused, after that of `until`; ResourceError for a lack
+    of memory or disk space.
     """
     with storage.growing(job.folder) as growing:
         return _train(job, rows, report, growing, rank, world, fixed_start, preemption)
@@ -134,7 +136,7 @@ def _train(
     # A new id, because an orphan of an older attempt must not write to this attempt's files.
     attempt = _broadcast(uuid4().hex[:8])
     engine, start, client = _resume(job, stage, model, multipliers, attempt, fixed_start)
-    journal = Journal(job.folder / "journal", growing.folder / "journal")
+    journal = Journal(job.folder / JOURNAL, growing.folder / JOURNAL)
     mixed, clock = MixtureCounter(stage, client.get("mixed", {})), Clock()
     pad_id = load_tokenizer(stage.model.tokenizer).pad_token_id or 0
     metrics: Metrics = client.get("metrics", {})
@@ -146,6 +148,8 @@ def _train(
     done = start
     recorder = FlightRecorder(job.folder, attempt, rank, start, growing.folder)
     with listening(job.folder, log.warning) as stop, closing(journal), closing(writer), recorder:
+        if job.until is not None and start >= job.until:
+            raise paused(job.stage, start)
         due = start and job.evaluate_every and start % job.evaluate_every == 0
         if due and not (
             job.evaluate_in_task and _on_rank_0(lambda: has_snapshot(job.folder, start))
@@ -183,7 +187,8 @@ def _train(
             if done == stage.budget.steps:
                 break
             every = job.checkpoint_every and done % job.checkpoint_every == 0
-            if stopped or save or every:
+            reached = done == job.until
+            if stopped or save or every or reached:
                 journal.flush()  # steps before a checkpoint are never repeated
                 recorder.flush()
                 growing.flush()
@@ -199,6 +204,8 @@ def _train(
                     )
             if stopped:
                 raise interrupted(job.stage, stop.asked, done)
+            if reached:
+                raise paused(job.stage, done)
             if job.evaluate_every and done % job.evaluate_every == 0:
                 report(metrics | evaluate(metrics, done), done)
             clock.start_wait()

@@ -23,7 +23,7 @@ from bridgework import ray_metrics, ray_utils, storage
 from bridgework.config import path_name
 from bridgework.data.collate import Batch
 from bridgework.system import Stage
-from bridgework.tracking.tracker import PIECE, Journal, Point
+from bridgework.tracking.tracker import JOURNAL, PIECE, Journal, Point
 from bridgework.training.engine import StepResult
 from bridgework.training.notices import Follower
 
@@ -212,7 +212,7 @@ def progress_bar(folder: Path, title: str, steps: int, console: Console) -> Iter
     )
     task = bar.add_task(title, total=steps, figures="starting the workers")
     over = threading.Event()
-    journal, notices = Journal(folder / "journal"), Follower(folder)
+    journal, notices = Journal(folder / JOURNAL), Follower(folder)
     # bytes that were read of each file; those of an earlier attempt have ended
     offsets, tenth = dict.fromkeys(journal.names(), sys.maxsize), 0
 

@@ -23,6 +23,8 @@ class RunOptions:
     resize_every_s: float = ray_utils.RESIZE_S  # an elastic run looks for room for more workers
     readers: int = 1  # Ray Data actors that read and decode
     checkpoint_every: int = 0  # steps; 0 means a twentieth of the stage, at least 5
+    # step of the last stage after which the run stops, with a checkpoint; None: its end
+    until: int | None = None
     evaluate_every: int = 0  # steps; 0 evaluates only at the end of a stage
     midway: str | None = None  # the only evaluation before the end; None runs all
     # in a Ray task on a snapshot of the weights, while the training continues
@@ -56,6 +58,8 @@ class RunOptions:
                 f"workers: not a number or a range of workers. Got {self.workers}; expected "
                 "0 or more, or (fewest, most) with 1 <= fewest <= most"
             )
+        if self.until is not None and self.until < 1:
+            raise SpecError(f"until: not a number of steps. Got {self.until}; expected at least 1")
         if self.evaluate_every < 0:
             raise SpecError(
                 "evaluate_every: not a number of steps. "

@@ -19,12 +19,12 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from bridgework import artifacts, ray_utils, storage
+from bridgework import __version__, artifacts, ray_utils, storage
 from bridgework.errors import BridgeworkError, Interrupted, ResourceError, WeightsError
 from bridgework.evaluation import results
 from bridgework.inference.pipeline import Pipeline
 from bridgework.system import EvalSpec
-from bridgework.tracking.tracker import Journal
+from bridgework.tracking.tracker import JOURNAL, Journal
 from bridgework.training import loop, notices, snapshots
 from bridgework.training.options import RunOptions
 from bridgework.training.snapshots import Snapshot
@@ -56,7 +56,7 @@ class SnapshotEvaluator:
         share = (os.cpu_count() or 1) // (1 + options.most_workers)
         self._threads = options.threads or max(1, share)
         self._timeout_s = options.resource_timeout_s
-        self._journal = Journal(job.folder / "journal")
+        self._journal = Journal(job.folder / JOURNAL)
         self._known: set[str] = set()  # folders of the snapshots
         self._evaluations: list[tuple[int, Future[None]]] = []  # with their steps
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="evaluation")
@@ -159,7 +159,9 @@ class SnapshotEvaluator:
             retry_exceptions=[ResourceError],
         )
         device = "cuda" if self._resources["GPU"] else "cpu"
-        ref = task.remote(snapshot, specs, self._job.home, os.getcwd(), device, self._threads)
+        ref = task.remote(
+            snapshot, specs, self._job.home, os.getcwd(), device, self._threads, __version__
+        )
         while not ray.wait([ref], timeout=POLL_S)[0]:
             if self._over.is_set():
                 ray.cancel(ref, force=True)
@@ -210,20 +212,23 @@ def _evaluate_snapshot(
     cwd: str,
     device: str,
     threads: int,
+    version: str,
 ) -> dict[str, str]:
     """Evaluate a snapshot in this process of Ray, unless an earlier attempt did.
 
-    Returns the reasons of the evaluations that failed.
+    Returns the reasons of the evaluations that failed. Raises RunError on a node with another
+    version of bridgework than that of the run.
     """
-    with suppress(OSError):  # the folder may not exist on another machine; URLs do not need it
-        os.chdir(cwd)
+    ray_utils.check_version(version)
+    ray_utils.enter_folder(cwd)
     if device == "cpu":
         torch.set_num_threads(threads)
     failed: dict[str, str] = {}
     with notices.to_file(snapshot.folder.parent.parent):
         weights = artifacts.describe(snapshot.artifact).digest
         done = {record.evaluation for record in snapshot.records()}
-        pipeline = Pipeline.load(snapshot.artifact, device)
+        # with adapters, so that the figures have the bits of an evaluation in the loop
+        pipeline = Pipeline.load(snapshot.artifact, device, adapters=True)
         for spec in specs:
             try:
                 if results.identity(spec, home) not in done:

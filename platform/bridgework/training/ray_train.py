@@ -165,8 +165,7 @@ def _in_thread(fit: Callable[[], object]) -> None:
 
 def _work(config: dict[str, Any]) -> None:
     """Train one stage on one rank; the readers start while this process imports torch."""
-    # Ray Train starts in another folder, but a recipe's paths are relative to that of the command.
-    os.chdir(config["cwd"])
+    ray_utils.enter_folder(config["cwd"])  # Ray Train starts in another one
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     blocks = prefetch(ray.train.get_dataset_shard("train"))

@@ -48,7 +48,6 @@ class RunRecord:
         self._system, self._run, self._say = system, run, say
         self._home, self._tracked = home, tracker is not None
         self._event: Event | None = None  # of the stage that trains
-        self._began: float | None = None  # seconds, of the stage that trains
         self._tags = {
             "system": system.name,
             "fingerprint": system.fingerprint(),
@@ -96,7 +95,6 @@ class RunRecord:
             tracker.inputs(self._open, inputs)
             if self._id is not None:  # the UI then shows them with the run of the system too
                 tracker.inputs(self._id, inputs)
-        self._began = None if finished else time.monotonic()
         if self._tracked and not finished:
             read = [Artifact(d.path, d.digest) for d in inputs]
             start = [Artifact(str(parent), digest)] if parent else []
@@ -156,12 +154,11 @@ class RunRecord:
         return result
 
     def _log_card(self, tracker: Tracker, run_id: str, stage: Stage, result: StageResult) -> None:
-        hours = None if self._began is None else (time.monotonic() - self._began) / 3600
         known = card.stored_facts(result.artifact, self._home)
         names = tuple(f"{spec.name}." for spec in stage.evals)
         figures = {n: value for n, value in result.metrics.items() if n.startswith(names)}
         figures = figures | dict(known.figures)
-        facts = replace(known, figures=figures, hours=hours, tags=self._tags)
+        facts = replace(known, figures=figures, tags=self._tags)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / card.FILE
             file.write_text(card.model_card(result.artifact, facts), encoding="utf-8")

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from bridgework import storage
-from bridgework.errors import Interrupted
+from bridgework.errors import Interrupted, Paused
 
 FILE = "stop"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -157,4 +157,12 @@ def interrupted(stage: str, reason: str, step: int | None) -> Interrupted:
     saved = "no step was taken yet" if step is None else f"a checkpoint of step {step} is saved"
     return Interrupted(
         f"{stage}: stopped by {reason or 'a request'}; {saved}. The same command resumes"
+    )
+
+
+def paused(stage: str, step: int) -> Paused:
+    """Return the error of a run that has reached the step of --until."""
+    return Paused(
+        f"{stage}: stopped at step {step}, as requested; a checkpoint is saved. The same command "
+        "with a later --until, or without, resumes"
     )

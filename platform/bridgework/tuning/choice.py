@@ -110,8 +110,9 @@ def ranked(rows: Sequence[TrialRow], metrics: Sequence[Metric], prefer: str) -> 
 
     def key(row: TrialRow) -> tuple[object, ...]:
         if row not in finished:
-            running = {"stopped": 0, "running": 1, "failed": 2}.get(row.status, 3)
-            return (1, running, _signed(metrics[0], row.score), row.trial)
+            running = {"stopped": 0, "paused": 0, "running": 1, "failed": 2}.get(row.status, 3)
+            judged = -max(row.curve, default=0) if row.status == "paused" else 0
+            return (1, running, judged, _signed(metrics[0], row.score), row.trial)
         missed = [
             not limit.allows(row.scores[place[limit.metric]], best[limit.metric])
             for limit in rule.limits

@@ -67,6 +67,14 @@ def score_cells(
     return [*cells, *[missing] * (len(intervals) - len(cells))]
 
 
+def origin_cell(row: TrialRow) -> str:
+    """Return the checkpoint that a trial of a population started from, e.g. `003@16, perturbed`."""
+    if row.origin is None:
+        return ""
+    values = ", perturbed" if row.origin.copied else ""
+    return f"{row.origin.trial}@{row.origin.step}{values}"
+
+
 def verdict(rows: Sequence[TrialRow], metric: Metric, folder: Path, stage: str) -> str:
     """Compare the winner with the runner-up by the first metric, in one sentence.
 

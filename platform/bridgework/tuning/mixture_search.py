@@ -29,8 +29,8 @@ from bridgework.config import override
 from bridgework.data.catalog import resolve
 from bridgework.data.dataset import open_dataset
 from bridgework.errors import SpecError, suggest
-from bridgework.evaluation.base import Result
-from bridgework.evaluation.statistics import Difference, Interval, difference, interval
+from bridgework.evaluation.base import Figure, Result
+from bridgework.evaluation.statistics import Difference, difference
 from bridgework.inference.pipeline import Pipeline
 from bridgework.inference.preprocess import Inputs
 from bridgework.mixture import Mixture, Source
@@ -55,12 +55,12 @@ class MixtureOutcome:
     """Result of a search: the mixtures that were verified, and the verdict."""
 
     sources: tuple[str, ...]
-    influence: Mapping[str, Mapping[str, Interval | float]]  # source -> metric -> of its own model
+    influence: Mapping[str, Mapping[str, Figure]]  # source -> metric -> of its own model
     merges: int
     best: tuple[Weights, ...]  # verified by real runs, best first
-    scores: tuple[float, ...]  # of these runs
-    predicted: tuple[float, ...]  # of their merges
-    baseline: float  # of the run at sqrt
+    scores: tuple[Figure, ...]  # of these runs
+    predicted: tuple[Figure, ...]  # of their merges
+    baselines: Mapping[str, Figure]  # of the runs without a search: sqrt, and others if requested
     against: Mapping[str, Difference | None]  # baseline -> paired difference of the best run to it
     settings: Mapping[str, str]  # arguments of --set for the best mixture
     alpha: float  # whose mixture by size is nearest to the best one
@@ -254,7 +254,7 @@ class MixtureSearch:
 
     def _load(self, artifact: Path) -> Pipeline:
         """Load a model that asks as the searched stage does, and not as its own source does."""
-        return Pipeline(Pipeline.load(str(artifact)).model, self.stage)
+        return Pipeline(Pipeline.load(str(artifact), adapters=True).model, self.stage)
 
     def _results_of(self, pipeline: Pipeline) -> Result:
         """Run all evaluations of the stage; their metrics and rows are in one result."""
@@ -262,6 +262,7 @@ class MixtureSearch:
         return Result(
             {key: value for result in found for key, value in result.metrics.items()},
             rows={key: rows for result in found for key, rows in result.rows.items()},
+            better={key: way for result in found for key, way in result.better.items()},
         )
 
     # --- search --------------------------------------------------------------------------------
@@ -295,9 +296,9 @@ class MixtureSearch:
             influence=influence,
             merges=len(tried),
             best=tuple(best[n] for n in by_score),
-            scores=tuple(runs[n].metrics[self.metric] for n in by_score),
-            predicted=tuple(tried[tuple(best[n])] for n in by_score),
-            baseline=sqrt.metrics[self.metric],
+            scores=tuple(self._score(runs[n]) for n in by_score),
+            predicted=tuple(self._score(self.merged(best[n])) for n in by_score),
+            baselines={name: self._score(result) for name, result in others.items()},
             against=against,
             settings=self.settings(weights),
             alpha=self.nearest_alpha(weights),
@@ -380,18 +381,17 @@ class MixtureSearch:
             return math.inf
         return score if self.lower else -score
 
-    def _figures(self, result: Result) -> dict[str, Interval | float]:
+    def _score(self, result: Result) -> Figure:
+        return next(figure for figure in result.figures if figure.name == self.metric)
+
+    def _figures(self, result: Result) -> dict[str, Figure]:
         decisive = {
             f"{spec.name}.{key}"
             for spec in self.stage.evals
             for key, way in spec.better.items()
             if way is not None
         }
-        return {
-            key: interval(result.rows[key]) if key in result.rows else value
-            for key, value in result.metrics.items()
-            if key in decisive
-        }
+        return {figure.name: figure for figure in result.figures if figure.name in decisive}
 
     def _difference(self, one: Result, other: Result) -> Difference | None:
         if self.metric not in one.rows or self.metric not in other.rows:

@@ -22,7 +22,12 @@ from bridgework.errors import RunError, suggest
 from bridgework.training import run_dir
 from bridgework.tuning import study as studies
 from bridgework.tuning.choice import front, ranked
-from bridgework.tuning.compare import score_cells, score_interval, score_intervals
+from bridgework.tuning.compare import (
+    origin_cell,
+    score_cells,
+    score_interval,
+    score_intervals,
+)
 from bridgework.tuning.space import Metric
 from bridgework.tuning.study import TrialRow, url_of
 
@@ -122,6 +127,8 @@ def _figures(record: SweepRecord) -> dict[str, Callable[[], Any]]:
         ),
         "Score by each parameter": lambda: plots.plot_slice(found, **about),
     }
+    if any(row.origin for row in record.rows):
+        drawn["Values of the population by judgment"] = lambda: _course(record)
     if _sources(record, SHARE):
         drawn["Realized mixture of each trial"] = lambda: _by_source(record, SHARE, stacked=True)
     if _sources(record, LOSS):
@@ -161,16 +168,70 @@ def _scores(record: SweepRecord) -> Any:
 def _curves(record: SweepRecord) -> Any:
     import plotly.graph_objects as go
 
-    figure = go.Figure()
+    figure, depth = go.Figure(), generations(record.rows)
+    by_name = {row.trial: row for row in record.rows}
     for row in record.rows:
         curve = dict(row.curve)
         if row.finished:
-            curve[max(curve, default=0) + 1] = row.scores[0]
+            curve[max(curve, default=depth[row.trial] - 1) + 1] = row.scores[0]
+        if curve and row.origin is not None:  # joined to the trial that it continues
+            curve = {**by_name[row.origin.trial].curve, **curve}
         if curve:
             figure.add_trace(
                 go.Scatter(x=list(curve), y=list(curve.values()), name=f"{row.trial} {row.status}")
             )
     figure.update_layout(xaxis_title="judgment", yaxis_title=record.metric.name)
+    return figure
+
+
+def lineage(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """Return the trials that the best one continues, oldest first, and itself.
+
+    rows: best first.
+    """
+    by_name, found = {row.trial: row for row in rows}, [rows[0]]
+    while (origin := found[0].origin) is not None:
+        found.insert(0, by_name[origin.trial])
+    return found
+
+
+def generations(rows: Sequence[TrialRow]) -> dict[str, int]:
+    """Return the generation of each trial, from 1: trials without an origin are the first."""
+    found: dict[str, int] = {}
+    for row in sorted(rows, key=lambda row: row.trial):
+        found[row.trial] = found[row.origin.trial] + 1 if row.origin else 1
+    return found
+
+
+def _course(record: SweepRecord) -> Any:
+    """Draw the values of every trial of a population, joined to those that it continues."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    by_name, depth = {row.trial: row for row in record.rows}, generations(record.rows)
+    paths = list(dict.fromkeys(path for row in record.rows for path in row.changes))
+    figure = make_subplots(rows=len(paths), cols=1, subplot_titles=paths)
+    winner = lineage(record.rows)
+    for place, path in enumerate(paths, 1):
+        x: list[int | None] = []
+        y: list[Any] = []
+        for row in record.rows:
+            if row.origin is None:
+                continue
+            before = by_name[row.origin.trial]
+            x += [depth[before.trial], depth[row.trial], None]
+            y += [before.changes.get(path), row.changes.get(path), None]
+        options = {"mode": "lines+markers", "showlegend": place == 1}
+        grey, red = {"color": "#bbb"}, {"color": "#c33"}
+        figure.add_trace(
+            go.Scatter(x=x, y=y, name="all trials", line=grey, **options), row=place, col=1
+        )
+        own = [row.changes.get(path) for row in winner]
+        steps = [depth[row.trial] for row in winner]
+        figure.add_trace(
+            go.Scatter(x=steps, y=own, name="the winner", line=red, **options), row=place, col=1
+        )
+    figure.update_xaxes(title_text="judgment", dtick=1)
     return figure
 
 
@@ -314,7 +375,8 @@ def _table(record: SweepRecord) -> str:
     paths = list(dict.fromkeys(path for row in record.rows for path in row.changes))
     optimal = {row.trial for row in front(record.rows, record.metrics)}
     several = len(record.metrics) > 1
-    head = ["trial", *(m.name for m in record.metrics), "status", "s", *paths]
+    origins = ["from"] if any(row.origin for row in record.rows) else []
+    head = ["trial", *(m.name for m in record.metrics), "status", *origins, "s", *paths]
     lines = ["<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>"]
     for place, row in enumerate(record.rows):
         found = score_intervals(row, record.metrics, record.folder, record.outcome["stage"])
@@ -322,6 +384,7 @@ def _table(record: SweepRecord) -> str:
             row.trial + (" *" if several and row.trial in optimal else ""),
             *score_cells(row, found, missing=""),
             row.status,
+            *([origin_cell(row)] if origins else []),
             f"{row.seconds:.0f}",
             *(str(row.changes.get(path, "")) for path in paths),
         ]
@@ -362,6 +425,11 @@ def limits(record: SweepRecord) -> list[str]:
         texts.append(
             f"{len(record.rows)} trials cover {parameters} parameters thinly: importances and "
             "slices are hints."
+        )
+    if any(row.origin for row in record.rows):
+        texts.append(
+            "A population was trained with one course of values. The winner's last values alone are "
+            "not a recipe: its command repeats the course."
         )
     if counts["stopped"]:
         texts.append(

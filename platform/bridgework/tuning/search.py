@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -48,12 +48,14 @@ from bridgework.training.options import RunOptions
 from bridgework.tuning import report, study
 from bridgework.tuning.choice import Rule, front, ranked
 from bridgework.tuning.compare import score_intervals, verdict
+from bridgework.tuning.population import check_population
 from bridgework.tuning.space import Space, check
 from bridgework.tuning.space import with_trials as with_trials
 from bridgework.tuning.study import TrialRow, Trials
 from bridgework.tuning.trial import (
     JUDGMENT,
     OUTCOME,
+    Segment,
     TrialJob,
     remove_checkpoints,
     repeat_names,
@@ -114,6 +116,12 @@ def sweep(
     space = replace(space, fixed=fixed)
     base = space.base()
     check(space, base)
+    check_population(space, base)
+    if space.budget.stopper == "pbt" and (more or warm_start):
+        raise SpecError(
+            f"sweep {space.name}: a population has a fixed size, and its first values are drawn at "
+            f"random. Got {'--trials +N' if more else '--warm-start'}. Fix: leave it out"
+        )
     if space.prefer:
         Rule.parse(space.prefer, space.metrics)
     folder = run_dir.path_of(home, run)
@@ -122,7 +130,7 @@ def sweep(
         for earlier in warm_start:
             count = trials.warm_start(run_dir.path_of(home, earlier), earlier)
             console.print(f"warm start: {count} trials of {earlier}", highlight=False)
-        target = trials.extend(more) if more else space.budget.trials
+        target = trials.extend(more) if more else trials.size
         if callable(tracker):
             tracker = tracker()
         parent = None
@@ -198,7 +206,7 @@ def _features(
     if not stages:
         return "computed"
     datasets = {stage.name: _datasets(stage, home) for stage in stages}
-    runs = target * space.budget.repeats
+    runs = (trials.schedule.population if trials.schedule else target) * space.budget.repeats
     draws = sum(stage.budget.steps * stage.budget.batch for stage in stages) * runs
     stored = trials.noted("features")
     every = {d.manifest.digest: d for found in datasets.values() for d in found}
@@ -300,7 +308,18 @@ class _Proposer(Searcher):
                 continue
             self._numbers[trial_id] = number
             self._recorder.started(number, system)
-            return {"trial": study.name(number), "system": cloudpickle.dumps(system).hex()}
+            config = {"trial": study.name(number), "system": cloudpickle.dumps(system).hex()}
+            segment = self._segment(number)
+            return config if segment is None else {**config, "segment": asdict(segment)}
+
+    def _segment(self, number: int) -> Segment | None:
+        """Return the part of the stage that a trial of a population trains."""
+        schedule, origin = self._trials.schedule, self._trials.origin(number)
+        if schedule is None:
+            return None
+        source = f"{self._recorder.run}/{origin.trial}@{origin.step}" if origin else ""
+        judgment = schedule.generation(number) + 1
+        return Segment(source, schedule.end(number), judgment, schedule.is_last(number))
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -390,7 +409,7 @@ class _Recorder:
         parent: str | None,
         console: Console,
     ) -> None:
-        self.space, self._base, self._run, self._home = space, base, run, home
+        self.space, self._base, self.run, self._home = space, base, run, home
         self._trials, self._target = trials, target
         self.tracker, self.parent, self.console = tracker, parent, console
         self._runs: dict[int, str] = {}
@@ -432,7 +451,7 @@ class _Recorder:
         with Progress(
             *columns, console=self.console, disable=not self.console.is_terminal
         ) as self._bar:
-            self._bar.add_task(self._run, total=self._target, state="starting")
+            self._bar.add_task(self.run, total=self._target, state="starting")
             self._refresh()
             yield
         self._bar = None
@@ -451,8 +470,8 @@ class _Recorder:
     def started(self, number: int, system: System) -> None:
         """Open the trial's run, with its commit and datasets: a losing trial saw them too."""
         self._systems[number], self._since[number] = system, time.monotonic()
-        ray_metrics.add("bridgework_sweep_trials", sweep=self._run, event="started")
-        name = f"{self._run}/{study.name(number)}"
+        ray_metrics.add("bridgework_sweep_trials", sweep=self.run, event="started")
+        name = f"{self.run}/{study.name(number)}"
         tags = {
             "run_key": name,
             "run": name,
@@ -461,6 +480,10 @@ class _Recorder:
             "fingerprint": system.fingerprint(),
             **environment.tags(),
         }
+        if (origin := self._trials.origin(number)) is not None:
+            stage = self.space.stages[-1]
+            tags["forked_from"] = f"{self.run}/{origin.trial}/{stage}@{origin.step}"
+            tags["values"] = "perturbed" if origin.copied else "kept"
         changes = self._trials.changes(number)
 
         def open_run(tracker: Tracker) -> None:
@@ -496,7 +519,7 @@ class _Recorder:
         """Export a trial's score and the best one to Prometheus."""
         better = max if self.space.metric.mode == "max" else min
         self._best = score if self._best is None else better(self._best, score)
-        labels = {"sweep": self._run, "metric": self.space.metric.name}
+        labels = {"sweep": self.run, "metric": self.space.metric.name}
         trial = study.name(number)
         ray_metrics.set_value("bridgework_sweep_score", score, trial=trial, **labels)
         ray_metrics.set_value("bridgework_sweep_best", self._best, **labels)
@@ -524,9 +547,10 @@ class _Recorder:
         score = "" if row.score is None else f", {self.space.metric.name} {row.score:.4g}"
         reason = f": {row.reason}" if row.reason else ""
         self.say(f"trial {row.trial} {row.status}{score}{reason}; {self._state()}")
-        for name in repeat_names(row.trial, self.space.budget.repeats):
-            remove_checkpoints(self._trials.folder / name)
-        ray_metrics.add("bridgework_sweep_trials", sweep=self._run, event=row.status)
+        for ended in self._trials.disposable(number):
+            for name in repeat_names(study.name(ended), self.space.budget.repeats):
+                remove_checkpoints(self._trials.folder / name)
+        ray_metrics.add("bridgework_sweep_trials", sweep=self.run, event=row.status)
         if row.finished:
             self._log_finished(number, row)
         if number in self._runs:
@@ -549,7 +573,7 @@ class _Recorder:
         self.logged[name] = train(
             system,
             home=self._home,
-            run=f"{self._run}/{name}",
+            run=f"{self.run}/{name}",
             options=RunOptions(workers=0),
             stages=self.space.stages,
             tracker=self.tracker,
@@ -578,7 +602,9 @@ class _Recorder:
         rows = self._trials.rows()
         counts = Counter(row.status for row in rows)
         parts = ", ".join(
-            f"{counts[s]} {s}" for s in ("finished", "stopped", "failed", "running") if counts[s]
+            f"{counts[s]} {s}"
+            for s in ("finished", "stopped", "paused", "failed", "running")
+            if counts[s]
         )
         text = f"{parts or 'none'} of {self._target}"
         best = ranked(rows, self.space.metrics, self.space.prefer)[0] if rows else None
@@ -680,7 +706,10 @@ def _registered(
     results = recorder.logged.get(best.trial) or recorder.log_run(system, best.trial)
     winner = results[space.stages[-1]]
     cached = any(can_cache_features(base[name]) for name in space.stages)
-    command = command_of(space, best.changes, trials.noted("features") if cached else None)
+    features = trials.noted("features") if cached else None
+    command = command_of(space, best.changes, features)
+    if best.origin is not None:
+        command = commands_of(space, rows, run, features)
     version, why = None, ""
     try:
         if recorder.tracker is not None and winner.run_id is not None:
@@ -725,3 +754,26 @@ def command_of(space: Space, changes: Mapping[str, Any], features: str | None) -
     if features is not None:
         args += ["--features", features]
     return shlex.join(args)
+
+
+def commands_of(space: Space, rows: Sequence[TrialRow], run: str, features: str | None) -> str:
+    """Return the commands that train the best trial of a population again, joined by `&&`.
+
+    rows: best first. Each command trains until the values change, and the next one is its fork.
+    """
+    by_name, row = {row.trial: row for row in rows}, rows[0]
+    legs: list[tuple[Mapping[str, Any], int | None]] = [(row.changes, None)]
+    while row.origin is not None:
+        before = by_name[row.origin.trial]
+        if row.origin.copied:
+            legs.insert(0, (before.changes, row.origin.step))
+        row = before
+    commands, source = list[str](), ""
+    for number, (changes, until) in enumerate(legs, 1):
+        name = f"{run}-again-{number}"
+        words = [command_of(space, changes, features), "--run", shlex.quote(name)]
+        words += ["--fork", shlex.quote(source)] if source else []
+        words += ["--until", str(until)] if until is not None else []
+        commands.append(" ".join(words))
+        source = f"{name}@{until}"
+    return " && ".join(commands)

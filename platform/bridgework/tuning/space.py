@@ -20,7 +20,7 @@ from optuna.distributions import (
 )
 from ray.tune.search.sample import Categorical, Float, Integer, LogUniform, Normal, Quantized
 
-from bridgework.config import config_class, override
+from bridgework.config import added, config_class, override
 from bridgework.errors import SpecError, suggest
 from bridgework.plugins import Plugins
 from bridgework.system import EvalSpec, Stage, System
@@ -86,16 +86,24 @@ class SweepBudget:
     judgments: int = 3
     seed: int = 0
     sampler: Literal["tpe", "gp", "nsga2", "random"] = "tpe"
-    # asha: successive halving (Li et al. 2020, arXiv:1810.05934); several objectives: none
-    stopper: Literal["asha", "median", "hyperband", "none"] = "asha"
+    # asha: successive halving (Li et al. 2020, arXiv:1810.05934); several objectives: none.
+    # pbt: population based training, which replaces values and weights at each judgment
+    stopper: Literal["asha", "median", "hyperband", "pbt", "none"] = "asha"
     reduction: int = 2  # asha and hyperband continue with the best 1/reduction of the trials
     max_failures: int = 3  # restarts of a trial after a failure of the machine
+    # members of the population of pbt, instead of `trials`; each is a trial between two judgments
+    population: int = added(default=8)
 
     def __post_init__(self) -> None:
         for name in ("trials", "concurrent", "judgments", "repeats"):
             if getattr(self, name) < 1:
                 raise SpecError(f"a sweep needs {name} of at least 1, got {getattr(self, name)}")
-        for name, low in (("workers", 0), ("max_failures", 0), ("reduction", 2)):
+        for name, low in (
+            ("workers", 0),
+            ("max_failures", 0),
+            ("reduction", 2),
+            ("population", 2),
+        ):
             if getattr(self, name) < low:
                 raise SpecError(
                     f"BUDGET.{name} is too small. Got {getattr(self, name)}; "
@@ -107,7 +115,7 @@ class SweepBudget:
             raise SpecError(f"BUDGET.gpus is out of range. Got {self.gpus}; expected at least 0")
         for name, allowed in (
             ("sampler", ("tpe", "gp", "nsga2", "random")),
-            ("stopper", ("asha", "median", "hyperband", "none")),
+            ("stopper", ("asha", "median", "hyperband", "pbt", "none")),
         ):
             if (value := getattr(self, name)) not in allowed:
                 raise SpecError(
@@ -553,5 +561,13 @@ def load(name: str) -> Space:
 
 
 def with_trials(space: Space, *, trials: int | None) -> Space:
-    """Return the space with another number of trials; None keeps it."""
+    """Return the space with another number of trials; None keeps it.
+
+    Raises SpecError for a population, whose size is a part of its identity.
+    """
+    if trials is not None and space.budget.stopper == "pbt":
+        raise SpecError(
+            f"--trials: sweep {space.name} is a population of {space.budget.population}. "
+            "Fix: leave it out, or change BUDGET.population and give another --run"
+        )
     return space if trials is None else replace(space, budget=replace(space.budget, trials=trials))

@@ -8,7 +8,7 @@ of nodes and interruptions therefore change nothing. `optuna-dashboard` opens th
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from bridgework.config import to_dict
 from bridgework.errors import RunError, SpecError, suggest
 from bridgework.rng import derive
 from bridgework.system import System
+from bridgework.tuning.population import Explorer, Origin, Schedule, choose_origin
 from bridgework.tuning.space import Space
 
 FILE = "study.db"
@@ -55,12 +56,13 @@ class TrialRow:
     trial: str
     changes: Mapping[str, Any]
     score: float | None  # mean over the repeats of the first metric; None: it has none
-    status: str  # finished | stopped | failed | running
+    status: str  # finished | stopped | paused (a population's, before its end) | failed | running
     seconds: float
     scores: tuple[float, ...] = ()  # one for each objective; () unless it finished
     repeats: tuple[Mapping[str, float], ...] = ()  # metrics of each repeat
     curve: Mapping[int, float] = field(default_factory=dict)  # judgment -> first metric
     reason: str = ""  # of a failed trial, one line
+    origin: Origin | None = None  # of a trial that continues another one
 
     @property
     def finished(self) -> bool:
@@ -78,8 +80,11 @@ class Proposal:
 class Trials:
     """The study of one sweep."""
 
-    def __init__(self, folder: Path, space: Space, run: str) -> None:
-        self.folder, self.space = folder, space
+    def __init__(
+        self, folder: Path, space: Space, run: str, schedule: Schedule | None = None
+    ) -> None:
+        """schedule: of a population; None: the trials are independent."""
+        self.folder, self.space, self.schedule = folder, space, schedule
         self._storage = optuna.storages.RDBStorage(url_of(folder))
         self._study = optuna.create_study(
             study_name=run,
@@ -114,7 +119,7 @@ class Trials:
             )
             if stored is not None:
                 _same(folder, stored, now)
-        trials = cls(folder, space, run)
+        trials = cls(folder, space, run, Schedule.of(space, base))
         trials._study.set_user_attr("identity", now)
         trials._study.set_user_attr("metrics", [metric.name for metric in space.metrics])
         return trials
@@ -129,6 +134,11 @@ class Trials:
 
     def noted(self, key: str) -> Any:
         return self._study.user_attrs.get(key)
+
+    @property
+    def size(self) -> int:
+        """Number of trials that the space asks for."""
+        return self.space.budget.trials if self.schedule is None else self.schedule.total
 
     def count(self) -> int:
         """Return the number of trials of this sweep, without those of earlier sweeps."""
@@ -150,15 +160,39 @@ class Trials:
         """Return the overrides of a trial."""
         return self.space.draw(FixedTrial(self._all()[number].params))
 
+    def origin(self, number: int) -> Origin | None:
+        """Return the checkpoint that a trial of a population starts from; None for the first."""
+        return _origin(self._all()[number])
+
+    def disposable(self, number: int) -> list[int]:
+        """Return the trials whose checkpoints no trial needs, now that this one has ended."""
+        if self.schedule is None:
+            return [number]
+        first = self.schedule.generation(number) * self.schedule.population
+        end = first + self.schedule.population
+        ended = [trial.state.is_finished() for trial in self._all()[first:end]]
+        if len(ended) < self.schedule.population or not all(ended):
+            return []
+        return list(range(end if self.schedule.is_last(number) else first))
+
     def ready(self) -> bool:
         """Return True if all trials that the next one may depend on have ended."""
         trials = self._all()
+        if self.schedule is not None:
+            ended = [trial.state.is_finished() for trial in trials]
+            generation = self.schedule.generation(len(trials)) * self.schedule.population
+            return all(ended[:generation]) and ended.count(False) < self.space.budget.concurrent
         known = trials[: max(0, len(trials) - self.space.budget.concurrent + 1)]
         return all(t.state.is_finished() for t in known)
 
     def propose(self) -> Proposal | None:
-        """Draw and record the next trial; None if every configuration was tried."""
+        """Draw and record the next trial; None if every configuration was tried.
+
+        Raises RunError if a population has no trial left to continue.
+        """
         trials, number = self._all(), len(self._all())
+        if self.schedule is not None and self.schedule.generation(number):
+            return self._propose_fork(trials, number, self.schedule)
         own = [trial.params for trial in trials if not is_warm(trial)]
         frozen = None
         for attempt in range(REDRAWS):
@@ -169,7 +203,8 @@ class Trials:
             if frozen.params not in own:
                 break
         else:
-            frozen = self._untried(own) or (frozen if self.space.combinations() is None else None)
+            endless = self.schedule is not None or self.space.combinations() is None
+            frozen = self._untried(own) or (frozen if endless else None)
         if frozen is None:
             return None
         self._study.add_trial(
@@ -178,6 +213,41 @@ class Trials:
                 params=frozen.params,
                 distributions=frozen.distributions,
                 system_attrs=frozen.system_attrs,
+            )
+        )
+        return Proposal(number, self.changes(number))
+
+    def _propose_fork(
+        self, trials: Sequence[FrozenTrial], number: int, schedule: Schedule
+    ) -> Proposal:
+        """Record the trial that continues one of the generation before it."""
+        scores = {}
+        for before in schedule.before(number):
+            value = trials[before].intermediate_values.get(schedule.generation(number), math.nan)
+            if trials[before].state == TrialState.PRUNED and math.isfinite(value):
+                scores[before] = value
+        if not scores:
+            reasons = {str(trials[n].user_attrs.get("reason", "")) for n in schedule.before(number)}
+            raise RunError(
+                f"{self.folder.name}: every trial of judgment {schedule.generation(number)} "
+                f"failed, so none can be continued. Got {'; '.join(filter(None, reasons))}"
+            )
+        seed, higher = self.space.budget.seed, self.space.metric.mode == "max"
+        parent, copied = choose_origin(number, schedule, scores, higher=higher, seed=seed)
+        params, distributions = trials[parent].params, trials[parent].distributions
+        if copied:
+            view = self._view([], number, derive(seed, number) % 2**32)
+            fresh = view.ask()
+            explorer = Explorer(params, fresh, derive(seed, number, 1))
+            self.space.draw(explorer)
+            params, distributions = explorer.params, fresh.distributions
+        origin = Origin(name(parent), schedule.end(parent), copied)
+        self._study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING,
+                params=params,
+                distributions=distributions,
+                user_attrs={"origin": asdict(origin)},
             )
         )
         return Proposal(number, self.changes(number))
@@ -202,6 +272,9 @@ class Trials:
     def stops(self, number: int) -> bool:
         """Decide by the recorded values of a trial if it is to be stopped."""
         trial, trials = self._all()[number], self._all()
+        if self.schedule is not None:
+            judged = self.schedule.generation(number) + 1 in trial.intermediate_values
+            return judged and not self.schedule.is_last(number)
         pruner = _pruner(self.space)
         known: dict[int, float] = {}
         decision, rungs = False, dict[str, Any]()
@@ -228,6 +301,9 @@ class Trials:
         self._study.tell(number, values=list(values))
 
     def stop(self, number: int) -> None:
+        if self.schedule is not None:
+            trial_id = self._all()[number]._trial_id
+            self._storage.set_trial_user_attr(trial_id, "paused", True)
         self._study.tell(number, state=TrialState.PRUNED)
 
     def fail(self, number: int, reason: str) -> None:
@@ -349,13 +425,19 @@ def row_of(trial: FrozenTrial, changes: Mapping[str, Any]) -> TrialRow:
         trial=name(trial.number),
         changes=changes,
         score=score if score is not None and math.isfinite(score) else None,
-        status=STATES[trial.state],
+        status="paused" if trial.user_attrs.get("paused") else STATES[trial.state],
         seconds=float(trial.user_attrs.get("seconds", 0.0)),
         scores=values,
         repeats=tuple(trial.user_attrs.get("repeats", ())),
         curve=curve,
         reason=str(trial.user_attrs.get("reason", "")),
+        origin=_origin(trial),
     )
+
+
+def _origin(trial: FrozenTrial) -> Origin | None:
+    stored = trial.user_attrs.get("origin")
+    return None if stored is None else Origin(**stored)
 
 
 def name(number: int) -> str:
@@ -428,6 +510,8 @@ def _directions(space: Space) -> list[StudyDirection]:
 
 
 def _sampler(space: Space, seed: int) -> BaseSampler:
+    if space.budget.stopper == "pbt":  # the first values are drawn at random, as in the paper
+        return RandomSampler(seed=seed)
     match space.budget.sampler:
         case "gp":
             return GPSampler(seed=seed, n_startup_trials=STARTUP, warn_independent_sampling=False)

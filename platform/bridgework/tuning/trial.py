@@ -22,12 +22,13 @@ from ray import cloudpickle, tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from rich.console import Console
 
+from bridgework import __version__, ray_utils
 from bridgework.config import override, to_dict
 from bridgework.errors import Interrupted, ResourceError, RunError
 from bridgework.system import System, fingerprint
 from bridgework.training import checkpoint, run_dir
 from bridgework.training.driver import train
-from bridgework.training.fork import copy_stage
+from bridgework.training.fork import copy_stage, fork
 from bridgework.training.options import RunOptions
 from bridgework.tuning.space import Space
 
@@ -40,6 +41,16 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Part of the last stage that a trial of a population trains."""
+
+    source: str  # RUN@STEP of the checkpoint that it starts from; empty for the first generation
+    end: int  # step at which it is judged and paused
+    judgment: int  # its number
+    last: bool  # True: it trains to the end of the stage
+
+
+@dataclass(frozen=True)
 class TrialJob:
     """Settings that all trials of a sweep share."""
 
@@ -48,6 +59,7 @@ class TrialJob:
     run: str
     cwd: str
     features: Literal["cached", "computed"]
+    version: str = __version__  # of bridgework in the command
 
 
 def run_trial(config: dict[str, Any], *, job: TrialJob) -> None:
@@ -55,12 +67,13 @@ def run_trial(config: dict[str, Any], *, job: TrialJob) -> None:
 
     An error of the recipe ends the trial. A lack of resources is raised, so that Tune tries again.
     """
-    # Tune starts in another folder, but a recipe's paths are relative to that of the command.
-    os.chdir(job.cwd)
+    ray_utils.enter_folder(job.cwd)  # Tune starts in another one
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    system: System = cloudpickle.loads(bytes.fromhex(config["system"]))
     try:
-        outcome = _outcome(system, str(config["trial"]), job)
+        ray_utils.check_version(job.version)
+        system: System = cloudpickle.loads(bytes.fromhex(config["system"]))
+        segment = Segment(**config["segment"]) if "segment" in config else None
+        outcome = _outcome(system, str(config["trial"]), job, segment)
     except (
         ResourceError,
         Interrupted,
@@ -93,20 +106,25 @@ def remove_checkpoints(folder: Path) -> None:
             shutil.rmtree(checkpoint.root(stage), ignore_errors=True)
 
 
-def _outcome(system: System, trial: str, job: TrialJob) -> dict[str, Any]:
+def _outcome(system: System, trial: str, job: TrialJob, segment: Segment | None) -> dict[str, Any]:
     budget, stages = job.space.budget, job.space.stages
     repeats: list[dict[str, float]] = []
     for repeat, name in enumerate(repeat_names(trial, budget.repeats)):
         one = repeated(system, stages, repeat)
         folder = run_dir.path_of(job.home, f"{job.run}/{name}")
         _wait_for_lock(folder)
-        for number in range(1, len(stages)):
-            _shared(one, number, job, folder)
+        if segment is not None and segment.source:
+            with run_dir.locked(folder):  # also copies the stages before the last one
+                run = f"{job.run}/{name}"
+                fork(one, segment.source, home=job.home, run=run, stages=stages, unchanged=True)
+        else:
+            for number in range(1, len(stages)):
+                _shared(one, number, job, folder)
         results = train(
             one,
             home=job.home,
             run=f"{job.run}/{name}",
-            options=_options(one, job, judged=repeat == 0),
+            options=_options(one, job, segment, judged=repeat == 0),
             stages=stages,
             console=Console(quiet=True),
         )
@@ -118,7 +136,7 @@ def _outcome(system: System, trial: str, job: TrialJob) -> dict[str, Any]:
     return {"repeats": repeats}
 
 
-def _options(system: System, job: TrialJob, *, judged: bool) -> RunOptions:
+def _options(system: System, job: TrialJob, segment: Segment | None, *, judged: bool) -> RunOptions:
     """Return the options of the last stage; only the first repeat is judged midway."""
     budget, metric = job.space.budget, job.space.metric.name
     options = RunOptions(
@@ -127,9 +145,14 @@ def _options(system: System, job: TrialJob, *, judged: bool) -> RunOptions:
         features=job.features,
         threads=max(1, round(budget.cpus)),
     )
-    if not judged:
+    if not judged or (segment is not None and segment.last):
         return options
-    judge = _Judge(metric, system[job.space.stages[-1]].budget.steps, budget.judgments)
+    steps = system[job.space.stages[-1]].budget.steps
+    judge = _Judge(metric, steps, math.ceil(steps / budget.judgments))
+    if segment is not None:
+        # The checkpoint that later trials start from is complete before the judgment.
+        judge = _Judge(metric, steps, segment.end, segment.judgment)
+        options = replace(options, checkpoint_every=segment.end)
     return replace(
         options,
         evaluate_every=judge.every,
@@ -145,12 +168,8 @@ class _Judge:
 
     metric: str
     steps: int
-    judgments: int
-
-    @property
-    def every(self) -> int:
-        """Steps between two evaluations, rounded up: the last one is at the end of the stage."""
-        return math.ceil(self.steps / self.judgments)
+    every: int  # steps between two evaluations: the last one is at the end of the stage
+    first: int = 1  # number of the first one
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         if (judged := self.judged(metrics, step)) is not None:
@@ -160,7 +179,8 @@ class _Judge:
         """Return the report to Tune; None for one that is not an evaluation before the end."""
         if self.metric not in metrics or step % self.every or step >= self.steps:
             return None
-        return {self.metric: metrics[self.metric], "step": step, JUDGMENT: step // self.every}
+        judgment = self.first + step // self.every - 1
+        return {self.metric: metrics[self.metric], "step": step, JUDGMENT: judgment}
 
 
 class _Report(TuneReportCallback):
