@@ -98,9 +98,9 @@ def openai_stream(target: Target) -> object:
 def openai_stream_helper(target: Target) -> object:
     how = {"model": target.model, "messages": target.messages} | SHORT
     with _client(target).chat.completions.stream(**how) as stream:
-        for _ in stream:
-            pass
-        return stream.get_final_completion().choices[0].message.content
+        text = "".join(event.delta for event in stream if event.type == "content.delta")
+    expect(text == _ask(target).choices[0].message.content, text)
+    return text
 
 
 def openai_async(target: Target) -> object:
@@ -346,12 +346,14 @@ def results(target: Target, libraries: list[str]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("libraries", nargs="*", default=list(TRIALS), choices=list(TRIALS))
+    parser.add_argument("libraries", nargs="*", help=f"of {', '.join(TRIALS)}; default: all")
     parser.add_argument("--url", required=True, help="with /v1")
     parser.add_argument("--model", required=True)
     parser.add_argument("--key", default=os.environ.get("BRIDGEWORK_KEY", "none"))
     given = parser.parse_args()
-    found = results(Target(given.url, given.model, given.key), given.libraries)
+    if unknown := set(given.libraries) - set(TRIALS):
+        parser.error(f"libraries: unknown. Got {', '.join(unknown)}; expected {', '.join(TRIALS)}")
+    found = results(Target(given.url, given.model, given.key), given.libraries or list(TRIALS))
     for one in found:
         print(json.dumps(one))
     sys.exit(not all(one["passed"] for one in found))
