@@ -22,7 +22,7 @@ DOORS = {
         "serving/",
     ),
     "deepspeed": ("training/deepspeed_backend.py",),
-    "mlflow": ("tracking/mlflow_store.py",),
+    "mlflow": ("tracking/mlflow_store.py", "tracking/mlflow_tables.py"),
 }
 STRANGERS = {  # of the same layer, and yet they may not know each other
     "models": ("data",),

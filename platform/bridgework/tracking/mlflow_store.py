@@ -1,4 +1,4 @@
-"""MLflow store: the tracker and the lineage queries on MLflow. No other module imports MLflow.
+"""MLflow store: the tracker and the lineage queries on MLflow. Only mlflow_tables.py imports it too.
 
 An experiment is a project, a parent run is a system's run, a child run a stage or a trial. Datasets
 are inputs. Weights are logged models that refer to their folder by the tag `artifact`, without a
