@@ -279,16 +279,18 @@ class CrossAttentionVLM(VLMModule):
         """
         media_1MQF, seen_1T = self.media(prompt, None, features, layouts)
         media_CMQF = media_1MQF.expand(len(rest), -1, -1, -1)
+        if not attention_masks.can_cache_prompt(self.language, prompt.shape[1] + rest.shape[1]):
+            embeds_CTD = torch.cat(
+                [self.embed(prompt).expand(len(rest), -1, -1), self.embed(rest)], dim=1
+            )
+            seen_CR = seen_1T[:, -1:].expand(rest.shape)
+            seen_CT = torch.cat([seen_1T.expand(len(rest), -1), seen_CR], dim=1)
+            # with the last column: the rotary angles of some models depend on the length
+            logits_CTV, _ = self.run_language(embeds_CTD, media_CMQF, seen_CT, use_cache=False)
+            return logits_CTV[:, prompt.shape[1] - 1 : -1]
         # the output of the last column would predict the token after it
         read_CL = rest[:, :-1]
         seen_CL = seen_1T[:, -1:].expand(read_CL.shape)
-        if not attention_masks.can_cache_prompt(self.language, prompt.shape[1] + rest.shape[1]):
-            embeds_CTD = torch.cat(
-                [self.embed(prompt).expand(len(rest), -1, -1), self.embed(read_CL)], dim=1
-            )
-            seen_CT = torch.cat([seen_1T.expand(len(rest), -1), seen_CL], dim=1)
-            logits_CTV, _ = self.run_language(embeds_CTD, media_CMQF, seen_CT, use_cache=False)
-            return logits_CTV[:, prompt.shape[1] - 1 :]
         first_11V, cache = self.run_language(
             self.embed(prompt), media_1MQF, seen_1T, last=True, use_cache=True
         )

@@ -41,10 +41,9 @@ def logits(
 def continuations(language: Any, prompt_1TD: Tensor, rest_CR: Tensor) -> Tensor:
     """Return (C, R, V), the logits of every token of `rest` after one prompt.
 
-    The prompt is read once if the model can cache it. The last column of `rest` is not read,
+    The prompt is read once if the model can cache it. The last column of `rest` is then not read,
     because its output would predict the token after it.
     """
-    read_CL = rest_CR[:, :-1]
     prompt, candidates = prompt_1TD.shape[1], len(rest_CR)
     cache: Any = None
     before_C1V: Tensor | None = None
@@ -53,12 +52,14 @@ def continuations(language: Any, prompt_1TD: Tensor, rest_CR: Tensor) -> Tensor:
         cache = getattr(first, "past_key_values", None)  # GPT-1 has no cache
         before_C1V = first.logits[:, -1:].expand(candidates, 1, -1)
     if cache is None or before_C1V is None:
-        words_CLD = language.get_input_embeddings()(read_CL)
+        # with the last column: the rotary angles of some models depend on the length
+        words_CRD = language.get_input_embeddings()(rest_CR)
         embeds_CTD = torch.cat(
-            [prompt_1TD.expand(candidates, -1, -1), words_CLD.to(prompt_1TD.dtype)], dim=1
+            [prompt_1TD.expand(candidates, -1, -1), words_CRD.to(prompt_1TD.dtype)], dim=1
         )
         real_CT = torch.ones(embeds_CTD.shape[:2], dtype=torch.bool, device=embeds_CTD.device)
-        return logits(language, embeds_CTD, real_CT)[:, prompt - 1 :]
+        return logits(language, embeds_CTD, real_CT)[:, prompt - 1 : -1]
+    read_CL = rest_CR[:, :-1]
     if not read_CL.shape[1]:
         return before_C1V
     cache.batch_repeat_interleave(candidates)
