@@ -96,6 +96,7 @@ def test_share_changes_at_run_time_and_outlives_the_gateway(
         launch.traffic("c", 0.5)
 
 
+@pytest.mark.slow
 def test_challenger_that_answers_noise_is_rolled_back_and_recorded(
     serve_chat: ServeChat,
     model_home: ModelHome,
