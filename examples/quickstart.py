@@ -65,9 +65,9 @@ ABOUT_S = {  # on 2 idle cores
     "verify": 5,
     "warm": 150,
     "sweep": 120,
-    "align": 330,
+    "align": 350,
     "instruct": 130,
-    "judge": 300,
+    "judge": 250,
     "serve": 45,
 }
 TITLES = {
