@@ -10,7 +10,7 @@ import base64
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import openai
 import typer
@@ -28,7 +28,10 @@ def main(
     model: str | None = None,
     tokens: int = 32,
 ) -> None:
-    """Print the answer, and its id, which `bridgework trace` follows to the data."""
+    """Print the answer, and its id, which `bridgework trace` follows to the data.
+
+    An empty question sends the image alone, e.g. to a stage that was trained on captions.
+    """
     content = (
         open_dataset(str(DATA)).read_group(0, 0)[0].images[0]
         if image is None
@@ -39,18 +42,11 @@ def main(
         name = model or client.models.list().data[0].id
         kind = (header(content).format or "png").lower()
         encoded = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        parts: Any = [{"type": "image_url", "image_url": {"url": encoded}}]
+        if question:
+            parts.append({"type": "text", "text": question})
         answer = client.chat.completions.create(
-            model=name,
-            max_tokens=tokens,
-            messages=[
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image_url", "image_url": {"url": encoded}},
-                        {"type": "text", "text": question},
-                    ],
-                }
-            ],
+            model=name, max_tokens=tokens, messages=[{"role": "user", "content": parts}]
         )
     except openai.OpenAIError as error:
         sys.exit(f"error  {url}: {error}")
