@@ -211,8 +211,9 @@ def draw(timeline: Timeline, file: Path) -> None:
     for axes, pool in zip(rows, POOLS, strict=False):
         nodes = [moment.pools[pool] for moment in timeline.moments]
         axes.fill_between(at_s, nodes, step="post", alpha=0.4)
-        axes.set_ylim(0, 2.5)
-        axes.set_yticks([0, 1, 2])
+        most = max(2, *nodes)
+        axes.set_ylim(0, most + 0.5)
+        axes.set_yticks(range(most + 1))
         axes.set_ylabel(pool, rotation=0, ha="right", va="center")
     steps = [float("nan") if m.step is None else m.step for m in timeline.moments]
     rows[-1].plot(at_s, steps, drawstyle="steps-post")
