@@ -37,7 +37,8 @@ def check_signature(secret: bytes, headers: Mapping[str, str], body: bytes) -> N
     code = base64.b64encode(hmac.new(secret, signed, hashlib.sha256).digest())
     given = headers.get("x-mlflow-signature", "").encode()
     equal = hmac.compare_digest(b"v1," + code, given)
-    if not equal or not sent.isdigit() or abs(time.time() - int(sent[:12])) > MAX_AGE_S:
+    is_number = sent.isascii() and sent.isdigit()
+    if not equal or not is_number or abs(time.time() - int(sent[:12])) > MAX_AGE_S:
         message = (
             f"the webhook's signature is not valid, or older than {MAX_AGE_S:g} s. "
             f"Fix: give MLflow's webhook the secret in {VARIABLE}"
