@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from bridgework.errors import DataError
 from bridgework.inference.status import EngineLimits
 from bridgework.serving.errors import APIError
 from bridgework.serving.options import Options
+from bridgework.serving.protocol import Answer, Delta
 from bridgework.serving.replica import Model
 from tests.serving.support import picture
 
@@ -65,6 +67,30 @@ def test_stream_rejects_unread_text_before_its_first_piece(pairs: Model) -> None
         return await anext(pairs.stream(ASKED, [IMAGE], GREEDY))
 
     assert refused(first()).code == "unread_text"
+
+
+@pytest.mark.parametrize("answers", [1, 3])
+def test_pieces_beyond_the_rate_are_joined_without_a_loss(weights: str, answers: int) -> None:
+    options = Options(model=weights, device="cpu", pieces_per_s=0.001)
+    slow, drawn = Model(weights, options), {**GREEDY, "max_new_tokens": 24, "temperature": 1.0}
+    drawn["seed"] = 3
+
+    async def streamed() -> list[Any]:
+        return [piece async for piece in slow.stream(ASKED, [IMAGE], drawn, answers)]
+
+    async def complete() -> list[Answer]:
+        return await slow.generate_several(ASKED, [IMAGE], drawn, answers)
+
+    pieces, expected = asyncio.run(streamed()), asyncio.run(complete())
+    ends = {piece.index: piece for piece in pieces if isinstance(piece, Answer)}
+    assert sorted(ends) == list(range(answers))
+    for answer in expected:
+        mine = [p for p in pieces if isinstance(p, Delta) and p.index == answer.index]
+        assert "".join(piece.text for piece in mine) == answer.text
+        assert replace(ends[answer.index], text=answer.text) == answer
+    # without the rate, each token of these models is a piece; an end sends what is waiting
+    tokens = sum(answer.completion_tokens for answer in expected)
+    assert len(pieces) - len(ends) <= 1 + 2 * answers**2 < tokens
 
 
 def test_model_without_text_input_accepts_an_image_alone(pairs: Model) -> None:
