@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 
 from bridgework.errors import TrackingError
 from bridgework.mixture import DatasetInput
+from bridgework.tracking import mlflow_tables
 from bridgework.tracking.lineage import Reader
 from bridgework.tracking.mlflow_store import MLflowReader, MLflowTracker, group
 from bridgework.tracking.tracker import Point, Tracker
@@ -141,6 +142,26 @@ def test_version_refers_to_its_logged_model(
     assert kept.source == client.get_logged_model(model).artifact_location
     assert kept.tags == {"artifact": "/runs/align", "digest": "w" * 64, "loss": "2.5"}
     assert mlflow_tracker.registered([run]) == [version]
+
+
+def test_runs_that_start_from_many_weights_come_oldest_first(
+    mlflow_tracker: MLflowTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_tables, "VALUES", 2)  # so that they are several conditions
+    digests = [f"{number:064x}" for number in range(5)]
+    runs = [mlflow_tracker.start("later", tags={"starts_from_digest": d}) for d in digests]
+    mlflow_tracker.start("other", tags={"starts_from_digest": "f" * 64})
+    found = mlflow_tracker.started_from(digests)
+    assert [run.id for run in found] == runs
+    assert mlflow_tracker.started_from([]) == []
+    models = [mlflow_tracker.output(run, "m", f"/runs/{run}", {"digest": run}) for run in runs]
+    versions = [
+        mlflow_tracker.register("many-llava", model, run, f"/runs/{run}", {"digest": run})
+        for model, run in zip(models, runs, strict=True)
+    ]
+    assert mlflow_tracker.registered(runs) == versions
+    outputs = [run.outputs[0] for run in mlflow_tracker.started_from(digests)]
+    assert [(weights.name, weights.digest) for weights in outputs] == [("m", run) for run in runs]
 
 
 def test_mlflow_error_is_one_line_with_the_request(

@@ -184,13 +184,18 @@ SCALED = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor
         replace(language("llama", SCALED), context=16),
         language("mistral", WINDOWED["mistral"]),
         language("openai-gpt"),
+        language("llama"),
     ],
-    ids=[*RECURRENT, "dynamic", "window", "no cache"],
+    ids=[*RECURRENT, "dynamic", "window", "no cache", "cache"],
 )
+@pytest.mark.parametrize("columns", [1, 4])
 @torch.no_grad()
-def test_continuations_have_the_logits_of_the_complete_text(config: LanguageConfig) -> None:
+def test_continuations_have_the_logits_of_the_complete_text(
+    config: LanguageConfig, columns: int
+) -> None:
     model, images = build(config), pixels(1, size=16)
-    prompt, rest = torch.tensor(rows()[:1]), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
+    prompt = torch.tensor(rows()[:1])
+    rest = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])[:, :columns]
     found = model.continuations(prompt, rest, model.vision(images))
     for own, text in zip(found, rest, strict=True):
         complete = read(model, torch.cat([prompt, text[None]], dim=1), images)[
