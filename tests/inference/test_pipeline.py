@@ -21,8 +21,10 @@ from bridgework.errors import DataError, SpecError
 from bridgework.inference.generation import Sampling
 from bridgework.inference.pipeline import Pipeline
 from bridgework.losses import Contrastive
+from bridgework.models.lora import LoRAConfig, adapter_layers, disable_adapters, is_adapter
 from bridgework.models.prefix_vlm import PrefixVLM
 from bridgework.system import IGNORE, System, load
+from tests.inference import tiny
 from tests.inference.tiny import PROMPT, picture, pipeline
 
 CAPTIONS = [
@@ -385,3 +387,31 @@ def test_a_question_is_needed_unless_there_is_exactly_one_image() -> None:
     for images in (0, 2):
         with pytest.raises(DataError, match=f"nothing to ask. Got no question and {images} images"):
             inputs.question("", images)
+
+
+def test_loaded_adapters_are_merged_unless_they_are_asked_for(tmp_path: Path) -> None:
+    """Serving and evaluations then compute one matrix product instead of three."""
+    plain = tiny.stage()
+    language = replace(plain.model.language, lora=LoRAConfig(rank=2, alpha=4))
+    stage = replace(plain, model=replace(plain.model, language=language))
+    torch.manual_seed(0)
+    model = stage.model.build(pretrained=False)
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            nn.init.normal_(parameter, std=0.3)
+    state = dict(model.named_parameters())
+    artifacts.save(
+        tmp_path / "a",
+        state,
+        system=System(name="tiny", paper="none", stages=(stage,)),
+        stage="align",
+    )
+    merged = Pipeline.load(tmp_path / "a", "cpu")
+    kept = Pipeline.load(tmp_path / "a", "cpu", adapters=True)
+    assert [bool(adapter_layers(one.model)) for one in (merged, kept)] == [False, True]
+    image = picture()
+    found, expected = (one.log_likelihoods(image, CAPTIONS, PROMPT) for one in (merged, kept))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    without = Pipeline.load(tmp_path / "a", "cpu", adapters=True)
+    with disable_adapters(without.model):
+        assert not torch.allclose(without.log_likelihoods(image, CAPTIONS, PROMPT), found)
