@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from scipy.stats import binomtest
 
 from bridgework.data.catalog import home as home_folder
-from bridgework.errors import BridgeworkError
+from bridgework.errors import BridgeworkError, SpecError
 
 WIDTH = 100  # columns of the report where the output is not a terminal
 console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
@@ -121,6 +121,21 @@ def run(name: str, main: Callable[[Report], None]) -> None:
         text = f"{type(error).__name__}: {escape(error)}. The traceback is in {shown(file)}"
         console.print(f"[bold red]error[/]  {text}", soft_wrap=True)
         sys.exit(1)
+
+
+def environment(example: str, variable: str) -> Path:
+    """Return the Python of an example's own environment, which the variable may name.
+
+    Raises SpecError if there is none.
+    """
+    folder = Path("examples") / example
+    python = Path(os.environ.get(variable, folder / ".venv")).absolute() / "bin" / "python"
+    if not python.exists():
+        raise SpecError(
+            f"{example}: no environment. Got {python}, which does not exist. Fix: make one as in "
+            f"{folder}/README.md, and name it in {variable} if it is elsewhere"
+        )
+    return python
 
 
 def escape(text: object) -> str:

@@ -20,16 +20,16 @@ from rich.table import Table
 
 import bridgework as bw
 from bridgework import artifacts
-from bridgework.errors import RunError, SpecError
+from bridgework.errors import RunError
 from bridgework.serving import launch
-from examples.report import Report, console, run
+from examples.report import Report, console, environment, run
 
-VENV, VARIABLE = Path("examples/clients/.venv"), "CLIENTS_VENV"
+VARIABLE = "CLIENTS_VENV"  # its folder, if not .venv here
 TRIALS = Path(__file__).with_name("trials.py")
 
 
 def main(given: argparse.Namespace, report: Report) -> None:
-    python = environment()
+    python = environment("clients", VARIABLE)
     model = given.model or tiny(report.home / "tiny-llava")
     with report.part("clients", "trials of every library", 60):
         rows = ask(python, model, report.home)
@@ -44,17 +44,6 @@ def main(given: argparse.Namespace, report: Report) -> None:
     if passed < len(rows):
         raise RunError(f"{len(rows) - passed} of {len(rows)} trials failed")
     console.print(f"{passed} of {len(rows)} trials passed")
-
-
-def environment() -> Path:
-    """Return the Python of the libraries' environment. Raises SpecError if there is none."""
-    python = Path(os.environ.get(VARIABLE, VENV)).absolute() / "bin" / "python"
-    if not python.exists():
-        raise SpecError(
-            f"clients: no environment. Got {python}, which does not exist. Fix: make one as in "
-            f"examples/clients/README.md, and name it in {VARIABLE} if it is elsewhere"
-        )
-    return python
 
 
 def tiny(folder: Path) -> str:

@@ -23,13 +23,13 @@ import yaml
 from rich.table import Table
 
 import bridgework as bw
-from bridgework.errors import RunError, SpecError
+from bridgework.errors import RunError
 from bridgework.serving import launch
 from bridgework.system import Source, System
 from examples.lmms_eval.rows import CAPTION, FORMS, TASKS, write_all
-from examples.report import Report, console, run
+from examples.report import Report, console, environment, run
 
-VENV, VARIABLE = Path("examples/lmms_eval/.venv"), "LMMS_EVAL_VENV"
+VARIABLE = "LMMS_EVAL_VENV"  # its folder, if not .venv here
 TOLERANCE = 1e-9
 STEPS = {"warm": 100, "align": 60, "instruct": 120}
 AT_ONCE = 4  # requests of lmms-eval
@@ -66,7 +66,7 @@ class Answers:
 
 
 def main(given: argparse.Namespace, report: Report) -> None:
-    python = environment()
+    python = environment("lmms_eval", VARIABLE)
     # absolute, because lmms-eval is started in another folder
     folder = (report.home / "lmms_eval" / f"{given.rows}-rows").absolute()
     places = write_all(folder, given.rows)
@@ -83,17 +83,6 @@ def main(given: argparse.Namespace, report: Report) -> None:
     with report.part("bridgework", "bridgework eval of the same rows", 60):
         ours = ask_weights(str(model), folder, places, given.rows, report.home)
     conclude(report, theirs, ours)
-
-
-def environment() -> Path:
-    """Return the Python of lmms-eval's environment. Raises SpecError if there is none."""
-    python = Path(os.environ.get(VARIABLE, VENV)).absolute() / "bin" / "python"
-    if not python.exists():
-        raise SpecError(
-            f"lmms-eval: no environment. Got {python}, which does not exist. Fix: make one as in "
-            f"examples/lmms_eval/README.md, and name it in {VARIABLE} if it is elsewhere"
-        )
-    return python
 
 
 def system(questions: Path, steps: Mapping[str, int]) -> System:
